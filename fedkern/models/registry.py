@@ -1,0 +1,148 @@
+"""The networks by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from fedkern.errors import UserError, nearest
+from fedkern.models.cnn import CNN
+from fedkern.models.resnet import ResNet, Stem
+from fedkern.models.staged import StagedNetwork
+from fedkern.streams import stream
+
+# Up to this size the ImageNet stem (which divides the size by 4) would leave the last stage a map of one or two pixels.
+CIFAR_STEM_UP_TO = 64
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """What ``list`` shows and ``build`` calls.
+
+    Attributes:
+        name: the name on the command line.
+        description: one line.
+        width: default number of channels of the first stage.
+        smallest: smallest image side in pixels that leaves every stage at least one position.
+        make: builds the module: ``make(classes=, channels=, width=, stem=)``.
+    """
+
+    name: str
+    description: str
+    width: int
+    smallest: int
+    make: Callable[..., StagedNetwork]
+
+
+def _cnn(*, classes: int, channels: int, width: int, stem: Stem) -> StagedNetwork:
+    return CNN(classes=classes, channels=channels, width=width)
+
+
+def _resnet8(*, classes: int, channels: int, width: int, stem: Stem) -> StagedNetwork:
+    return ResNet((1, 1, 1), classes=classes, channels=channels, width=width, stem=stem)
+
+
+def _resnet18(*, classes: int, channels: int, width: int, stem: Stem) -> StagedNetwork:
+    return ResNet((2, 2, 2, 2), classes=classes, channels=channels, width=width, stem=stem)
+
+
+MODELS: dict[str, ModelEntry] = {
+    entry.name: entry
+    for entry in (
+        ModelEntry(
+            "cnn", "three 3x3 convolutions of 32, 64 and 128 channels, batch norm, 95 thousand parameters", 32, 8, _cnn
+        ),
+        ModelEntry(
+            "resnet8", "ResNet of 3 basic blocks, 16, 32 and 64 channels, 78 thousand parameters", 16, 4, _resnet8
+        ),
+        ModelEntry(
+            "resnet18",
+            "ResNet-18, CIFAR stem up to 64 pixels, ImageNet stem above, 11.2 million parameters",
+            64,
+            8,
+            _resnet18,
+        ),
+    )
+}
+
+
+def initialise(module: nn.Module, generator: torch.Generator) -> None:
+    """Gives every parameter and buffer of ``module`` its starting value, drawing from ``generator`` alone.
+
+    Convolutions are normal with variance 2 / fan_out (He et al., arXiv 1502.01852), linear layers uniform in
+    ±1 / sqrt(fan_in), norms the identity.
+
+    Raises:
+        TypeError: ``module`` has a parameter or buffer in a layer of another kind, which would stay uninitialised.
+    """
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.Linear):
+            bound = 1 / math.sqrt(layer.in_features)
+            nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
+            if layer.bias is not None:
+                nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+        elif isinstance(layer, nn.BatchNorm2d):
+            layer.reset_parameters()
+        elif any(True for _ in layer.parameters(recurse=False)) or any(True for _ in layer.buffers(recurse=False)):
+            raise TypeError(f"no initial value is known for {type(layer).__name__} at {name or 'the root'!r}")
+
+
+def build(
+    name: str,
+    *,
+    classes: int,
+    channels: int,
+    image_size: int,
+    seed: int | torch.Generator,
+    width: int | None = None,
+    stem: Literal["auto", "cifar", "imagenet"] = "auto",
+) -> StagedNetwork:
+    """Builds a network with float32 parameters on the CPU; the global random generators are neither read nor moved.
+
+    Args:
+        name: a name of ``MODELS``.
+        classes: number of classes, at least 1.
+        channels: image channels, 1 or 3 as a rule.
+        image_size: the smaller image side in pixels; it chooses the stem of a ResNet.
+        seed: the run's root seed (the weights come from its own stream), or a CPU generator to draw from.
+        width: channels of the first stage; None is the network's default.
+        stem: ``"auto"`` is ``"cifar"`` up to 64 pixels and ``"imagenet"`` above.
+
+    Raises:
+        UserError: the name is unknown, or the images are too small or a number is not positive.
+    """
+    if name not in MODELS:
+        raise UserError(f'there is no model "{name}", choose one of {", ".join(MODELS)}.{nearest(name, MODELS)}')
+    entry = MODELS[name]
+    width = entry.width if width is None else width
+    for what, value in (("classes", classes), ("channels", channels), ("width", width)):
+        if value < 1:
+            raise UserError(f"the model's {what} must be at least 1, got {value}.")
+    if stem not in ("auto", "cifar", "imagenet"):
+        raise UserError(
+            f'the stem must be auto, cifar or imagenet, got "{stem}".{nearest(stem, ("auto", "cifar", "imagenet"))}'
+        )
+    kind: Stem = ("cifar" if image_size <= CIFAR_STEM_UP_TO else "imagenet") if stem == "auto" else stem
+    smallest = entry.smallest * (4 if kind == "imagenet" else 1)
+    if image_size < smallest:
+        raise UserError(f"{name} needs images of at least {smallest} pixels, got {image_size}.")
+
+    # On the meta device the layers' own initialisation touches no memory and no generator.
+    with torch.device("meta"):
+        model = entry.make(classes=classes, channels=channels, width=width, stem=kind)
+    model.to_empty(device="cpu")
+    if not isinstance(seed, torch.Generator):
+        # torch takes seeds of 64 bits; the stream's first word is one.
+        word = int(stream(seed, "model", round=-1).integers(2**63))
+        seed = torch.Generator().manual_seed(word)
+    initialise(model, seed)
+    return model

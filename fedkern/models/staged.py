@@ -1,0 +1,106 @@
+"""The form every network takes: named stages, a pooled feature, a linear head."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fedkern.errors import UserError, nearest
+
+
+class StagedNetwork(nn.Module):
+    """A convolutional network that can be entered and left between its stages.
+
+    ``features(x) == tail(stages(x, upto=s), after=s)`` for every stage ``s``, which is what mixing feature maps
+    (FedGID, arXiv 2504.00850) and sending part of a network (FuseFL) need.  The stages are ``"layer1"``, ...,
+    ``"layerN"`` (maps ``[B, C, H, W]``) and ``"feature"`` (their global average, ``[B, d]``); the stem belongs to
+    ``"layer1"``.
+
+    Attributes:
+        stage_names: ``("layer1", ..., "layerN", "feature")``.
+        width: d, the number of pooled features.
+        head: the linear classifier ``[B, d] -> [B, C]``.
+    """
+
+    stage_names: tuple[str, ...]
+    width: int
+    head: nn.Linear
+
+    def __init__(self, stages: list[nn.Module], *, width: int, classes: int) -> None:
+        super().__init__()
+        names = tuple(f"layer{i}" for i in range(1, len(stages) + 1))
+        for name, stage in zip(names, stages, strict=True):
+            self.add_module(name, stage)
+        self.head = nn.Linear(width, classes)
+        self.stage_names = (*names, "feature")
+        self.width = width
+
+    def _position(self, stage: str) -> int:
+        try:
+            return self.stage_names.index(stage)
+        except ValueError:
+            raise ValueError(f"stage must be one of {', '.join(self.stage_names)}, got {stage!r}") from None
+
+    def _run(self, x: Tensor, first: int, last: int) -> Tensor:
+        """Applies stages ``first`` to ``last``, both included."""
+        pooling = len(self.stage_names) - 1
+        for position in range(first, last + 1):
+            x = x.mean(dim=(2, 3)) if position == pooling else getattr(self, self.stage_names[position])(x)
+        return x
+
+    def stages(self, x: Tensor, upto: str) -> Tensor:
+        """Returns what comes out of stage ``upto`` (included).
+
+        Args:
+            x: normalised images ``[B, C, H, W]``; channels-last stays channels-last.
+            upto: a name of ``stage_names``.
+
+        Returns:
+            The feature map ``[B, C', H', W']``, or for ``"feature"`` the pooled features ``[B, d]``.
+
+        Raises:
+            ValueError: ``upto`` is not a stage of this network.
+        """
+        return self._run(x, 0, self._position(upto))
+
+    def tail(self, h: Tensor, after: str) -> Tensor:
+        """Continues from what stage ``after`` gave to the pooled features.
+
+        Args:
+            h: the output of stage ``after``.
+            after: a name of ``stage_names``; with ``"feature"`` nothing is left to do.
+
+        Returns:
+            Pooled features ``[B, d]``.
+
+        Raises:
+            ValueError: ``after`` is not a stage of this network.
+        """
+        return self._run(h, self._position(after) + 1, len(self.stage_names) - 1)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Returns the pooled features ``[B, d]`` of images ``[B, C, H, W]``."""
+        return self._run(x, 0, len(self.stage_names) - 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the logits ``[B, classes]`` of images ``[B, C, H, W]``."""
+        return self.head(self.features(x))
+
+
+def resolve_stage(model: StagedNetwork, name: str) -> str:
+    """Returns the stage of ``model`` that ``name`` means.
+
+    ``"map"`` is the last stage but one before pooling (``layer3`` of a ResNet-18, ``layer2`` of the small CNN): the
+    latest place where mixing maps is not the same as mixing features, because the last stage is followed by nothing
+    but a linear pooling (method notes 1.5).
+
+    Raises:
+        UserError: the network has no such stage.
+    """
+    if name == "map":
+        return model.stage_names[-3]
+    if name not in model.stage_names:
+        choices = ", ".join(("map", *model.stage_names))
+        raise UserError(
+            f'this network has no stage "{name}", choose one of {choices}.{nearest(name, ("map", *model.stage_names))}'
+        )
+    return name

@@ -1,0 +1,155 @@
+"""Networks: sizes, stages, initialisation."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from fedkern import models
+from fedkern.errors import UserError
+
+NAMES = tuple(models.MODELS)
+
+
+def make(name: str, *, channels: int = 3, image_size: int = 32, classes: int = 10, seed: int = 0, **options):
+    return models.build(name, classes=classes, channels=channels, image_size=image_size, seed=seed, **options)
+
+
+def parameters(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_resnet18_has_the_published_size():
+    model = make("resnet18")
+    assert parameters(model) == 11_173_962
+    assert sum(b.numel() for b in model.buffers() if b.is_floating_point()) == 9_600
+    assert model.width == 512
+
+
+def test_small_models_have_the_documented_size():
+    assert parameters(make("cnn")) == 94_762
+    assert parameters(make("resnet8")) == 78_042
+    assert make("resnet8", width=128).width == 512
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [28, 32])
+def test_stage_and_tail_compose_to_features(name, channels, size):
+    model = make(name, channels=channels, image_size=size).eval()
+    x = torch.randn(3, channels, size, size, generator=torch.Generator().manual_seed(1))
+    features = model.features(x)
+    assert features.shape == (3, model.width)
+    assert model(x).shape == (3, 10)
+    assert torch.equal(model(x), model.head(features))
+    for stage in model.stage_names:
+        h = model.stages(x, upto=stage)
+        assert h.ndim == (2 if stage == "feature" else 4)
+        assert torch.equal(model.tail(h, after=stage), features)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_mixing_the_last_map_is_mixing_features(name):
+    """Method notes 1.5: pooling is linear, so only an earlier stage makes a difference."""
+    model = make(name).eval().double()
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(4, 3, 32, 32, generator=generator, dtype=torch.float64)
+    background = torch.randn(4, 3, 32, 32, generator=generator, dtype=torch.float64)
+    alpha = 0.6
+
+    def mixed(stage: str) -> torch.Tensor:
+        own, other = model.stages(x, stage), model.stages(background, stage)
+        return model.tail(alpha * own + (1 - alpha) * other, stage)
+
+    last = model.stage_names[-2]
+    torch.testing.assert_close(mixed(last), mixed("feature"), rtol=1e-12, atol=1e-12)
+    earlier = models.resolve_stage(model, "map")
+    assert (mixed(earlier) - mixed("feature")).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_initialisation_leaves_the_global_generator_alone(name):
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    first = make(name, seed=5)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(7)
+    again, other = make(name, seed=5), make(name, seed=6)
+    for (key, a), b, c in zip(
+        first.state_dict().items(), again.state_dict().values(), other.state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b), key
+        assert torch.isfinite(a).all()
+        if a.ndim > 1:
+            assert not torch.equal(a, c), key
+
+
+def test_a_generator_can_be_given():
+    a = make("cnn", seed=torch.Generator().manual_seed(3))
+    b = make("cnn", seed=torch.Generator().manual_seed(3))
+    assert torch.equal(a.head.weight, b.head.weight)
+
+
+def test_initial_scale():
+    model = make("resnet18")
+    weight = model.layer2[0].conv2.weight
+    assert weight.std().item() == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.02)
+    assert model.head.weight.abs().max().item() <= 1 / 512**0.5
+    bn = model.layer2[0].bn1
+    for values, start in ((bn.weight, 1), (bn.bias, 0), (bn.running_var, 1), (bn.running_mean, 0)):
+        assert values.eq(start).all()
+    assert int(bn.num_batches_tracked) == 0
+
+
+def test_an_unknown_layer_is_not_left_uninitialised():
+    with pytest.raises(TypeError, match="LayerNorm"):
+        models.initialise(torch.nn.Sequential(torch.nn.LayerNorm(3)), torch.Generator())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_channels_last_keeps_the_layout_and_the_result(name):
+    model = make(name).eval()
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    h = last.stages(x.contiguous(memory_format=torch.channels_last), "layer2")
+    assert h.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(last(x.contiguous(memory_format=torch.channels_last)), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_stem_follows_the_image_size():
+    cifar, large = make("resnet18", image_size=64), make("resnet18", image_size=224)
+    assert cifar.layer1[0].kernel_size == (3, 3)
+    assert large.layer1[0].kernel_size == (7, 7)
+    assert make("resnet18", image_size=224, stem="cifar").layer1[0].kernel_size == (3, 3)
+    assert parameters(large) == 11_173_962 + (49 - 9) * 3 * 64
+    with torch.no_grad():
+        assert large.eval().stages(torch.zeros(1, 3, 224, 224), "layer4").shape == (1, 512, 7, 7)
+
+
+def test_map_is_the_last_stage_but_one():
+    assert models.resolve_stage(make("resnet18"), "map") == "layer3"
+    assert models.resolve_stage(make("cnn"), "map") == "layer2"
+    assert models.resolve_stage(make("cnn"), "feature") == "feature"
+
+
+def test_mistakes_are_named():
+    with pytest.raises(UserError, match=r'no model "resnet-8".*Did you mean "resnet8"'):
+        make("resnet-8")
+    with pytest.raises(UserError, match=r'no stage "layer4".*layer3'):
+        models.resolve_stage(make("cnn"), "layer4")
+    with pytest.raises(ValueError, match="layer1, layer2, layer3, feature"):
+        make("cnn").stages(torch.zeros(1, 3, 32, 32), upto="map")
+    with pytest.raises(UserError, match="at least 8 pixels"):
+        make("cnn", image_size=7)
+    with pytest.raises(UserError, match="at least 32 pixels"):
+        make("resnet18", image_size=28, stem="imagenet")
+    with pytest.raises(UserError, match="classes must be at least 1"):
+        make("cnn", classes=0)
+
+
+@pytest.mark.parametrize(("name", "size"), [("cnn", 8), ("resnet8", 4), ("resnet18", 8)])
+def test_the_smallest_image_passes(name, size):
+    model = make(name, image_size=size)
+    assert model(torch.randn(2, 3, size, size)).shape == (2, 10)
