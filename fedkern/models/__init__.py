@@ -1,6 +1,7 @@
-"""Networks with named stages, and their registry."""
+"""Networks with named stages, their registry, and Grad-CAM."""
 
 from fedkern.models.cnn import CNN
+from fedkern.models.gradcam import grad_cam, gradcam_stage, mass_inside, object_share
 from fedkern.models.registry import MODELS, ModelEntry, build, initialise
 from fedkern.models.resnet import BasicBlock, ResNet
 from fedkern.models.staged import StagedNetwork, resolve_stage
@@ -13,6 +14,10 @@ __all__ = [
     "ResNet",
     "StagedNetwork",
     "build",
+    "grad_cam",
+    "gradcam_stage",
     "initialise",
+    "mass_inside",
+    "object_share",
     "resolve_stage",
 ]

@@ -1,0 +1,131 @@
+"""Grad-CAM (Selvaraju et al., arXiv 1610.02391): where a network looks, and how much of that is the object."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedkern.models.staged import StagedNetwork
+
+# The last map of the paper's networks is 7x7 (224 pixels / 32); a coarser one cannot tell object from surroundings.
+SMALLEST_MAP = 7
+
+
+def gradcam_stage(model: StagedNetwork, height: int, width: int) -> str:
+    """Returns the stage whose map Grad-CAM weighs for images of this size.
+
+    It is the last stage with a map of at least 7x7 positions, as in the networks of the paper (``layer4`` of a
+    ResNet-18 at 224 pixels); for small images, where the last maps are coarser, an earlier one (``layer2`` of the small
+    CNN at 32 pixels, 8x8), and the first when none is that large.
+    """
+    best = model.stage_names[0]
+    reference = next(model.parameters())
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            channels = next(p for p in model.parameters() if p.ndim == 4).shape[1]
+            h = torch.zeros(1, channels, height, width, device=reference.device, dtype=reference.dtype)
+            for name in model.stage_names[:-1]:
+                h = getattr(model, name)(h)
+                if min(h.shape[2:]) >= SMALLEST_MAP:
+                    best = name
+    finally:
+        model.train(training)
+    return best
+
+
+def grad_cam(
+    model: StagedNetwork, images: Tensor, *, classes: Tensor | None = None, stage: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Computes the class activation map of every image, in eval mode, without touching the model's state or gradients.
+
+    With h the map of ``stage`` and z the logit of the class, the channel weights are the spatial mean of dz/dh and the
+    map is relu(sum over channels of weight times h), enlarged bilinearly to the image.
+
+    Args:
+        model: a staged network.
+        images: normalised images ``[B, C, H, W]``, in the model's dtype and on its device.
+        classes: int64 ``[B]``, the class that is explained; None explains each image's predicted class.
+        stage: a map stage of the model; None chooses by :func:`gradcam_stage`.
+
+    Returns:
+        The maps ``[B, H, W]``, non-negative, in the model's dtype and not scaled, and the explained classes, int64
+        ``[B]``.
+
+    Raises:
+        ValueError: ``stage`` is unknown or is ``"feature"``, which has no positions.
+    """
+    height, width = images.shape[2:]
+    stage = gradcam_stage(model, height, width) if stage is None else stage
+    if stage == "feature":
+        raise ValueError('stage must be one of the map stages, got "feature", which has no positions')
+    if images.shape[0] == 0:
+        return images.new_zeros((0, height, width)), torch.zeros(0, dtype=torch.int64, device=images.device)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            maps = model.stages(images, upto=stage)
+        with torch.enable_grad():
+            maps.requires_grad_(True)
+            logits = model.head(model.tail(maps, after=stage))
+            explained = logits.detach().argmax(1) if classes is None else classes
+            # In eval mode no sample touches another, so one backward of the sum gives every sample's own gradient.
+            (gradient,) = torch.autograd.grad(logits.gather(1, explained[:, None]).sum(), maps)
+    finally:
+        model.train(training)
+    weights = gradient.mean(dim=(2, 3), keepdim=True)
+    cam = (weights * maps.detach()).sum(1, keepdim=True).clamp_min(0)
+    return F.interpolate(cam, size=(height, width), mode="bilinear", align_corners=False).squeeze(1), explained
+
+
+def mass_inside(cam: Tensor, masks: Tensor) -> Tensor:
+    """Returns the share of each map's mass that lies on the object.
+
+    Args:
+        cam: non-negative maps ``[B, H, W]``.
+        masks: bool ``[B, H, W]``, True on the object.
+
+    Returns:
+        ``[B]`` in [0, 1]; NaN where the map is zero everywhere or the image has no object.
+    """
+    total = cam.sum(dim=(1, 2))
+    inside = (cam * masks).sum(dim=(1, 2))
+    defined = (total > 0) & masks.flatten(1).any(1)
+    return torch.where(defined, inside / total, torch.full_like(total, torch.nan))
+
+
+def object_share(
+    model: StagedNetwork, batches: Iterable[tuple[Tensor, Tensor]], *, stage: str | None = None
+) -> dict[str, float]:
+    """Averages the Grad-CAM mass inside the object over a test set with exact masks, explaining the predicted class.
+
+    Args:
+        model: a staged network.
+        batches: pairs of normalised images ``[B, C, H, W]`` and masks bool ``[B, H, W]``, True on the object.
+        stage: as in :func:`grad_cam`.
+
+    Returns:
+        ``gradcam_in_object``, the mean share in [0, 1] (images without an object or with an empty map are left out),
+        and ``object_area``, the mean share of the image that the object covers: what a map spread evenly would score.
+        Empty when no image counts.
+    """
+    shares: list[Tensor] = []
+    areas: list[Tensor] = []
+    for images, masks in batches:
+        if stage is None:
+            stage = gradcam_stage(model, images.shape[2], images.shape[3])
+        masks = masks.to(images.device)
+        cam, _ = grad_cam(model, images, stage=stage)
+        share = mass_inside(cam, masks)
+        counted = ~share.isnan()
+        shares.append(share[counted].double().cpu())
+        areas.append(masks[counted].double().mean(dim=(1, 2)).cpu())
+    share, area = (torch.cat(values) if values else torch.zeros(0) for values in (shares, areas))
+    if share.numel() == 0:
+        return {}
+    return {"gradcam_in_object": share.mean().item(), "object_area": area.mean().item()}

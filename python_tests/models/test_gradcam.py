@@ -1,0 +1,88 @@
+"""Grad-CAM against its formula, and the share of it on the object."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fedkern import models
+from fedkern.models.gradcam import grad_cam, gradcam_stage, mass_inside, object_share
+
+
+def make(name: str = "cnn", size: int = 32):
+    model = models.build(name, classes=4, channels=3, image_size=size, seed=0).double()
+    images = torch.randn(5, 3, size, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    model.train()
+    with torch.no_grad():
+        model(images)  # running statistics that are not the identity
+    return model, images
+
+
+def test_it_is_the_papers_formula_sample_by_sample():
+    model, images = make()
+    classes = torch.tensor([0, 1, 2, 3, 1])
+    cam, explained = grad_cam(model, images, classes=classes, stage="layer2")
+    assert torch.equal(explained, classes)
+    model.eval()
+    for i in range(5):
+        h = model.stages(images[i : i + 1], "layer2").detach().requires_grad_()
+        model.head(model.tail(h, "layer2"))[0, classes[i]].backward()
+        expected = sum(h.grad[0, c].mean() * h.detach()[0, c] for c in range(h.shape[1])).relu()
+        expected = F.interpolate(expected[None, None], size=(32, 32), mode="bilinear", align_corners=False)[0, 0]
+        torch.testing.assert_close(cam[i], expected, rtol=1e-10, atol=1e-12)
+
+
+def test_the_predicted_class_is_the_default():
+    model, images = make()
+    _, explained = grad_cam(model, images)
+    assert torch.equal(explained, model.eval()(images).argmax(1))
+
+
+def test_the_model_is_left_as_it_was():
+    model, images = make()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        cam, _ = grad_cam(model, images)
+    assert cam.max() > 0
+    assert not cam.requires_grad
+    assert model.training
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_stage_is_the_last_with_seven_positions():
+    assert gradcam_stage(make("cnn")[0], 32, 32) == "layer2"
+    assert gradcam_stage(make("cnn")[0], 28, 28) == "layer2"
+    assert gradcam_stage(make("cnn")[0], 8, 8) == "layer1"
+    assert gradcam_stage(make("resnet8")[0], 32, 32) == "layer3"
+    assert gradcam_stage(make("resnet18", 224)[0], 224, 224) == "layer4"
+    with pytest.raises(ValueError, match="no positions"):
+        grad_cam(*make(), stage="feature")
+
+
+def test_mass_inside():
+    cam = torch.tensor([[[1.0, 3.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]], [[1.0, 1.0], [1.0, 1.0]]])
+    masks = torch.tensor(
+        [[[True, False], [True, False]], [[True, True], [True, True]], [[False, False], [False, False]]]
+    )
+    share = mass_inside(cam, masks)
+    assert share[0] == 0.25
+    assert share[1:].isnan().all()  # no mass; no object
+
+
+def test_the_share_over_batches_is_the_share_over_all():
+    model, images = make()
+    masks = torch.rand(5, 32, 32, generator=torch.Generator().manual_seed(2)) > 0.7
+    masks[3] = False
+    whole = object_share(model, [(images, masks)])
+    parts = object_share(model, [(images[:2], masks[:2]), (images[2:2], masks[2:2]), (images[2:], masks[2:])])
+    assert whole == pytest.approx(parts)
+    assert whole["object_area"] == pytest.approx(masks[[0, 1, 2, 4]].double().mean().item())
+    assert object_share(model, []) == {}
+    everywhere = object_share(model, [(images, torch.ones(5, 32, 32, dtype=torch.bool))])
+    assert everywhere["gradcam_in_object"] == pytest.approx(1.0)
