@@ -1,0 +1,6 @@
+"""Where a method runs: the round loop, local training, checkpoints, records."""
+
+from fedkern.engine.config import RunConfig
+from fedkern.engine.events import Listener, RunInfo, Terminated
+
+__all__ = ["Listener", "RunConfig", "RunInfo", "Terminated"]

@@ -1,0 +1,202 @@
+"""Every effective setting of a run, checked in one place and written to ``config.toml``."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from fedkern.engine import toml
+from fedkern.engine.defaults import COMMON, defaults
+from fedkern.errors import UserError, nearest
+from fedkern.methods import registry
+from fedkern.methods.options import Knob, knobs, option
+
+NAME = "config.toml"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The settings of one run.  Make it with :meth:`make`, which fills in the defaults, or :meth:`load`."""
+
+    method: str = option("fedavg", "what clients and server do")
+    data: str = option(COMMON["data"], "data set")
+    data_root: str | None = option(None, "folder that holds the data files", type=str)
+    train_samples: int | None = option(None, "use this many training samples instead of all", low=1, type=int)
+    partition: str | None = option(
+        None, "how samples are split over clients: iid, dirichlet:ALPHA, classes:S, attribute", type=str
+    )
+    clients: int = option(COMMON["clients"], "number of clients", low=1)
+    correlation: float | None = option(
+        None, "how strongly the background colour tells the class", low=0, high=1, type=float
+    )
+    sample_fraction: float = option(1.0, "share of the clients that takes part in a round", above=0, high=1)
+    rounds: int = option(COMMON["rounds"], "communication rounds", low=1)
+    local_epochs: int = option(COMMON["local_epochs"], "epochs a client trains per round", low=1)
+    batch_size: int = option(COMMON["batch_size"], "samples per mini-batch", low=1)
+    lr: float = option(COMMON["lr"], "learning rate of the clients' SGD", above=0)
+    lr_decay: float = option(1.0, "factor on the learning rate after every round", above=0, high=1)
+    momentum: float = option(COMMON["momentum"], "momentum of the clients' SGD", low=0, high=1)
+    weight_decay: float = option(COMMON["weight_decay"], "weight decay of the clients' SGD", low=0)
+    clip_norm: float = option(0.0, "largest gradient norm of a step; 0 clips nothing", low=0)
+    model: str = option(COMMON["model"], "network")
+    width: int | None = option(None, "channels of the network's first stage", low=1, type=int)
+    augment: str | None = option(None, "augmentation of training images instead of the data set's", type=str)
+    buffers: str = option(
+        "average", "what becomes of batch norm's running statistics", choices=("average", "local", "drop")
+    )
+    on_nan: str = option("stop", "what a diverging client (NaN or Inf) does to the run", choices=("stop", "skip"))
+    eval_every: int = option(1, "evaluate every so many rounds, and always after the last", low=1)
+    checkpoint_every: int = option(1, "write a checkpoint every so many rounds", low=1)
+    grad_cam: int = option(200, "test images for the Grad-CAM share inside the object; 0 for none", low=0)
+    seed: int = option(0, "root of all random streams")
+    device: str = option("auto", "where it runs", choices=("auto", "cpu", "cuda"))
+    threads: int = option(0, "CPU threads; 0 for PyTorch's own choice", low=0)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    data_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for knob in self.knobs():
+            object.__setattr__(self, knob.field, knob.convert(getattr(self, knob.field)))
+        parsed = registry.get(self.method).Options.parse(self.options, method=self.method)
+        object.__setattr__(self, "options", parsed.to_dict())
+        object.__setattr__(self, "data_options", dict(self.data_options))
+        if self.device == "auto":
+            object.__setattr__(self, "device", "cuda" if torch.cuda.is_available() else "cpu")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda needs a CUDA GPU and PyTorch sees none; use --device cpu.")
+        if self.threads == 0:
+            object.__setattr__(self, "threads", torch.get_num_threads())
+        if self.momentum >= 1:
+            raise UserError("--momentum must be below 1; at 1 the velocity never decays.")
+
+    @classmethod
+    def knobs(cls) -> tuple[Knob, ...]:
+        """The settings but for ``options`` and ``data_options``: type, default, range and one line of help each."""
+        return knobs(cls, "--{}")
+
+    @classmethod
+    def make(
+        cls,
+        method: str,
+        *,
+        options: Mapping[str, Any] | Iterable[str] = (),
+        data_options: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> Self:
+        """Makes the settings of a run: what is given, and the defaults of the method on the data set for the rest.
+
+        Args:
+            method: a registered method.
+            options: method options, a mapping or ``key=value`` words.
+            data_options: options of the data set (for example ``protocol``, ``boxes``, ``detector``).
+            **settings: any other field; ``None`` means not given.
+
+        Raises:
+            UserError: an unknown name or a value out of range.
+        """
+        kind = registry.get(method)
+        known = {f.name for f in dataclasses.fields(cls)}
+        for name in settings:
+            if name not in known:
+                raise UserError(f'Unknown setting "{name}".{nearest(name, known)}')
+        given = {name: value for name, value in settings.items() if value is not None}
+        base = defaults(method, str(given.get("data", COMMON["data"])))
+        default_options = kind.Options.parse(base.pop("options", {}), method=method).to_dict()
+        chosen = options if isinstance(options, Mapping) else list(options)
+        explicit = kind.Options.parse(chosen, method=method).to_dict()
+        names = _given_names(kind, chosen)
+        merged = {name: explicit[name] if name in names else default_options[name] for name in explicit}
+        return cls(**{**base, **given, "method": method, "options": merged, "data_options": data_options or {}})
+
+    def replace(self, **settings: Any) -> Self:
+        """A copy with some settings changed."""
+        return dataclasses.replace(self, **settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; settings that are ``None`` are left out."""
+        table = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        table["options"], table["data_options"] = dict(self.options), dict(self.data_options)
+        return {name: value for name, value in table.items() if value is not None}
+
+    def to_toml(self) -> str:
+        """TOML text that :meth:`from_toml` turns into the same settings."""
+        return toml.dumps(self.to_dict())
+
+    @classmethod
+    def from_toml(cls, text: str, *, source: str = NAME) -> Self:
+        """The settings in TOML text; a missing one has its plain default (see :meth:`table` for a partial file).
+
+        Raises:
+            UserError: not TOML, an unknown key or a value out of range.
+        """
+        return cls(**cls.table(text, source=source))
+
+    @classmethod
+    def table(cls, text: str, *, source: str = NAME) -> dict[str, Any]:
+        """The settings named in TOML text, for ``make(**table)`` of a partial config file.
+
+        Raises:
+            UserError: not TOML or an unknown key.
+        """
+        try:
+            table = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise UserError(f"{source} is not a valid TOML file: {error}.") from None
+        known = {f.name for f in dataclasses.fields(cls)}
+        plain = {name.replace("-", "_"): value for name, value in table.items()}
+        for name in plain:
+            if name not in known:
+                raise UserError(f'{source} has an unknown setting "{name}".{nearest(name, known)}')
+        for name in ("options", "data_options"):
+            if not isinstance(plain.get(name, {}), Mapping):
+                raise UserError(f"{source}: [{name}] must be a table of key = value lines.")
+        return plain
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Self:
+        """The settings of a run folder.
+
+        Raises:
+            UserError: the folder holds no run, or its ``config.toml`` is damaged.
+        """
+        path = Path(folder) / NAME
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(f"{folder} is not a run folder: it has no {NAME}.") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} cannot be read: {error}.") from None
+        return cls.from_toml(text, source=str(path))
+
+    def differences(self, stored: RunConfig) -> list[str]:
+        """What differs from a stored run, as ``name: stored -> now``; empty when nothing does."""
+        mine, theirs = _flat(self.to_dict()), _flat(stored.to_dict())
+        names = list(dict.fromkeys([*theirs, *mine]))
+        return [
+            f"{name}: {theirs.get(name, 'unset')} -> {mine.get(name, 'unset')}"
+            for name in names
+            if mine.get(name) != theirs.get(name)
+        ]
+
+
+def _given_names(kind: Any, chosen: Mapping[str, Any] | list[str]) -> set[str]:
+    words = [word.partition("=")[0] if isinstance(word, str) else str(word) for word in chosen]
+    plain = {word.strip().replace("-", "_") for word in words}
+    return {knob.name for knob in kind.Options.knobs() if knob.name in plain or knob.field in plain}
+
+
+def _flat(table: Mapping[str, Any]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, value in table.items():
+        if isinstance(value, Mapping):
+            result.update({f"{name}.{key}": entry for key, entry in value.items()})
+        else:
+            result[name] = value
+    return result

@@ -1,0 +1,66 @@
+"""What happens during a run, told to whoever wants to see it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedkern.engine.config import RunConfig
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived: like Ctrl-C nothing is finished and the last checkpoint stands; exit code 143."""
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What is known before the first round.
+
+    Attributes:
+        config: every effective setting.
+        out: the run folder.
+        first_round: 0, or the round a resumed run continues with.
+        samples: training samples per client.
+        parameters: number of the network's parameters.
+        test_sets: their names ("" for a single one) and sizes.
+        data: the federated data, for pictures and tables of its partition.
+    """
+
+    config: RunConfig
+    out: Path
+    first_round: int
+    samples: tuple[int, ...]
+    parameters: int
+    test_sets: Mapping[str, int]
+    data: Any = None
+
+
+class Listener:
+    """Base of displays and tests; every method does nothing until overridden."""
+
+    def on_start(self, run: RunInfo) -> None:
+        """Data and model are ready."""
+
+    def on_round_start(self, round: int, name: str, participants: Sequence[int]) -> None:
+        """A round begins; ``round`` is negative for one-off set-up rounds."""
+
+    def on_client(self, round: int, client: int, info: Mapping[str, Any]) -> None:
+        """A client is done: ``samples``, ``seconds``, ``loss`` (mean of its batches), ``drift`` and what it observed."""
+
+    def on_round(self, record: Mapping[str, Any]) -> None:
+        """A communication round is done.
+
+        ``record`` has ``round`` (from 1: how many are done), ``rounds``, ``seconds`` (since the start of the run, over
+        all its resumptions), ``bytes_up``, ``bytes_down`` (so far), ``loss`` (mean training loss of the round),
+        ``phases`` (seconds of this round by phase) and, where the round was evaluated, the metrics by name; with
+        ``evaluated`` telling which.
+        """
+
+    def on_warning(self, name: str, text: str) -> None:
+        """A named diagnostic, said once."""
+
+    def on_end(self, summary: Mapping[str, Any]) -> None:
+        """The run is finished and everything is on disk."""

@@ -1,0 +1,45 @@
+"""Writes the flat tables of a run's settings as TOML (the standard library only reads it)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def dumps(table: Mapping[str, Any]) -> str:
+    """Returns TOML text; values are strings, numbers, booleans, lists of such, and one level of sub-tables."""
+    plain = [f"{_key(key)} = {_value(value)}" for key, value in table.items() if not isinstance(value, Mapping)]
+    parts = ["\n".join(plain)]
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            parts.append(
+                f"[{_key(key)}]\n" + "\n".join(f"{_key(name)} = {_value(entry)}" for name, entry in value.items())
+            )
+    return "\n\n".join(parts).rstrip() + "\n"
+
+
+def _key(key: str) -> str:
+    return key if key and all(c.isascii() and (c.isalnum() or c in "_-") for c in key) else _string(key)
+
+
+def _string(text: str) -> str:
+    # JSON's escapes are TOML's, except that TOML also wants DEL escaped.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float):
+        return (
+            repr(value) if math.isfinite(value) else ("nan" if math.isnan(value) else ("inf" if value > 0 else "-inf"))
+        )
+    if isinstance(value, str):
+        return _string(value)
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_value(entry) for entry in value) + "]"
+    raise TypeError(f"value: expected a string, number, boolean or list, given {type(value).__name__}")

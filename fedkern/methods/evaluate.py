@@ -1,0 +1,35 @@
+"""Figures of a classifier on a test set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@torch.no_grad()
+def classification(model: nn.Module, data: Any) -> dict[str, float]:
+    """Returns ``accuracy``, ``loss`` (nats) and ``confidence``, the mean probability of the true class.
+
+    ``data.batches()`` yields (images fp32 [B, C, H, W], labels int64 [B]).  ``data.record(predictions)``, where it
+    exists, receives the predicted classes int64 [n] in order (the engine looks for classes never predicted).
+    """
+    correct, loss, confidence, total = 0, 0.0, 0.0, 0
+    predictions = []
+    for images, labels in data.batches():
+        logits = model(images).double()
+        log_probability = F.log_softmax(logits, 1).gather(1, labels[:, None])
+        predicted = logits.argmax(1)
+        correct += int((predicted == labels).sum())
+        loss -= float(log_probability.sum())
+        confidence += float(log_probability.exp().sum())
+        total += labels.numel()
+        predictions.append(predicted)
+    if total == 0:
+        raise ValueError("data: expected at least one sample, given none")
+    record = getattr(data, "record", None)
+    if record is not None:
+        record(torch.cat(predictions))
+    return {"accuracy": correct / total, "loss": loss / total, "confidence": confidence / total}

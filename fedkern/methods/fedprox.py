@@ -1,0 +1,23 @@
+"""FedProx (Li et al., 2020, arXiv 1812.06127)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fedkern.methods.base import Received, option, register
+from fedkern.methods.fedavg import FedAvg
+
+
+@register("fedprox")
+class FedProx(FedAvg):
+    """FedAvg with a proximal term mu/2 ||theta - theta_global||^2 on every client (arXiv 1812.06127)."""
+
+    @dataclass(frozen=True)
+    class Options(FedAvg.Options):
+        mu: float = option(0.01, "weight of the proximal term", low=0)
+
+    def adjust_gradient(self, parameters: Tensor, gradients: Tensor, received: Received) -> None:
+        if self.options.mu:
+            gradients.add_(parameters - received.parameters, alpha=self.options.mu)

@@ -1,0 +1,187 @@
+"""A method's knobs: one dataclass that the command line, the config file, ``list`` and the range checks are made of."""
+
+from __future__ import annotations
+
+import builtins
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self, cast
+
+from fedkern.errors import UserError, nearest
+
+Value = bool | int | float | str
+
+_WORDS = {"true": True, "on": True, "yes": True, "1": True, "false": False, "off": False, "no": False, "0": False}
+
+
+def option(
+    default: Value | None,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    choices: tuple[Value, ...] | None = None,
+    name: str | None = None,
+    type: type | None = None,
+) -> Any:
+    """Declares one knob as a dataclass field; its type is the default's.
+
+    Args:
+        default: the value used when nothing is said; ``bool``, ``int``, ``float`` or ``str``.
+        help: one line for the user.
+        low, high: inclusive range of a number.
+        above: exclusive lower bound of a number.
+        choices: the only values allowed.
+        name: the published name where Python forbids it as a field name (``lambda`` for the field ``lam``).
+        type: the type of an option whose default is ``None`` (left open, and ``None`` stays allowed).
+    """
+    kind = builtins.type(default) if type is None else type
+    metadata = {"help": help, "low": low, "high": high, "above": above, "choices": choices, "name": name, "type": kind}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Knob:
+    """What one option is: read by ``list``, the command line and the documentation."""
+
+    name: str
+    field: str
+    type: type
+    default: Value | None
+    help: str
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    choices: tuple[Value, ...] | None = None
+    label: str = ""
+
+    @property
+    def range(self) -> str:
+        """The allowed values in words, for example ``in [0, 1]`` or ``one of mean, zero``; empty when anything goes."""
+        if self.choices is not None:
+            return "one of " + ", ".join(str(choice) for choice in self.choices)
+        if self.low is not None and self.high is not None:
+            return f"in [{self.low:g}, {self.high:g}]"
+        if self.low is not None:
+            return f"at least {self.low:g}"
+        if self.above is not None:
+            return f"above {self.above:g}" + (f" and at most {self.high:g}" if self.high is not None else "")
+        return f"at most {self.high:g}" if self.high is not None else ""
+
+    def convert(self, value: Any) -> Value:
+        """Returns ``value`` (a string from the command line, or a value from TOML) in the option's type.
+
+        Raises:
+            UserError: it is not of that type or outside the allowed range.
+        """
+        if value is None and self.default is None:
+            return cast(Value, None)
+        try:
+            result = _convert(value, self.type)
+        except (TypeError, ValueError, OverflowError):
+            kind = {bool: "true or false", int: "an integer", float: "a number", str: "a word"}[self.type]
+            raise UserError(f'{self.label} must be {kind}, not "{value}".') from None
+        self.check(result)
+        return result
+
+    def check(self, value: Value) -> None:
+        """Raises UserError when ``value`` is outside the allowed range."""
+        if self.choices is not None:
+            if value not in self.choices:
+                hint = nearest(str(value), [str(choice) for choice in self.choices])
+                raise UserError(f'{self.label} must be {self.range}, not "{value}".{hint}')
+            return
+        if isinstance(value, (str, bool)):
+            return
+        bad = (
+            math.isnan(value)
+            or (self.low is not None and value < self.low)
+            or (self.high is not None and value > self.high)
+            or (self.above is not None and value <= self.above)
+        )
+        if bad:
+            raise UserError(f"{self.label} must be {self.range or 'a number'}, not {value:g}.")
+
+
+def knobs(cls: Any, label: str) -> tuple[Knob, ...]:
+    """The fields of a dataclass that were declared with :func:`option`; ``label`` names one in an error message."""
+    result = []
+    for field in dataclasses.fields(cls):
+        meta = dict(field.metadata)
+        if "help" in meta:
+            name = meta.pop("name") or field.name
+            shown = label.format(name.replace("_", "-") if label.startswith("--") else name)
+            result.append(Knob(name=name, field=field.name, default=cast(Any, field.default), label=shown, **meta))
+    return tuple(result)
+
+
+def _convert(value: Any, kind: type) -> Value:
+    if kind is bool:
+        return value if isinstance(value, bool) else _WORDS.get(str(value).strip().lower()) or _false(value)
+    if isinstance(value, bool):
+        raise TypeError
+    if kind is int:
+        if isinstance(value, float) and not value.is_integer():
+            raise ValueError
+        return int(value)
+    return float(value) if kind is float else str(value).strip()
+
+
+def _false(value: Any) -> bool:
+    if _WORDS.get(str(value).strip().lower()) is None:
+        raise ValueError
+    return False
+
+
+@dataclass(frozen=True)
+class Options:
+    """Base of every method's ``Options``: frozen, checked on construction, parsed from ``key=value``."""
+
+    def __post_init__(self) -> None:
+        for knob in self.knobs():
+            object.__setattr__(self, knob.field, knob.convert(getattr(self, knob.field)))
+
+    @classmethod
+    def knobs(cls) -> tuple[Knob, ...]:
+        """The options in the order they were declared."""
+        return knobs(cls, 'Method option "{}"')
+
+    @classmethod
+    def parse(cls, given: Iterable[str] | Mapping[str, Any], *, method: str = "this method") -> Self:
+        """Makes the options from ``["alpha=0.6", "lambda=1"]`` or from a mapping of published or field names.
+
+        Raises:
+            UserError: an unknown name (the nearest one is suggested), a value of the wrong type or out of range, a word
+                without ``=``, or the same option twice.
+        """
+        pairs: list[tuple[str, Any]] = []
+        if isinstance(given, Mapping):
+            pairs = list(given.items())
+        else:
+            for word in given:
+                key, equals, value = word.partition("=")
+                if not equals:
+                    raise UserError(f'Method option "{word}" must have the form key=value.')
+                pairs.append((key.strip(), value.strip()))
+        known = {knob.name: knob for knob in cls.knobs()}
+        fields = {knob.field: knob for knob in cls.knobs()}
+        values: dict[str, Value] = {}
+        for key, value in pairs:
+            plain = key.replace("-", "_")
+            knob = known.get(plain) or fields.get(plain)
+            if knob is None:
+                raise UserError(
+                    f'Unknown method option "{key}" of {method}.{nearest(key, known)} '
+                    f"It has {', '.join(known) if known else 'none'}."
+                )
+            if knob.field in values:
+                raise UserError(f'Method option "{knob.name}" is given twice.')
+            values[knob.field] = knob.convert(value)
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Value]:
+        """Published name to value, every option included."""
+        return {knob.name: getattr(self, knob.field) for knob in self.knobs()}

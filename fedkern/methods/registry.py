@@ -1,0 +1,46 @@
+"""The registry of methods by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from fedkern.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from fedkern.methods.base import Method
+
+METHODS: dict[str, type[Method]] = {}
+"""Name to class; ``METHODS[name].description`` is the one line that ``list`` shows."""
+
+M = TypeVar("M", bound="type[Method]")
+
+
+def register(name: str) -> Callable[[M], M]:
+    """Class decorator that makes a method reachable as ``name``; the docstring's first line is its description."""
+
+    def add(cls: M) -> M:
+        if name in METHODS and METHODS[name].__qualname__ != cls.__qualname__:
+            raise ValueError(f'method "{name}" is already registered by {METHODS[name].__qualname__}')
+        lines = (cls.__doc__ or "").strip().splitlines()
+        if not lines:
+            raise TypeError(f"{cls.__qualname__} needs a docstring: its first line describes the method to the user")
+        cls.name = name
+        cls.description = lines[0].strip()
+        METHODS[name] = cls
+        return cls
+
+    return add
+
+
+def get(name: str) -> type[Method]:
+    """Returns the class registered as ``name``.
+
+    Raises:
+        UserError: there is none; the nearest name is suggested.
+    """
+    if name not in METHODS:
+        raise UserError(
+            f'Unknown method "{name}".{nearest(name, METHODS)} Known methods: {", ".join(sorted(METHODS))}.'
+        )
+    return METHODS[name]
