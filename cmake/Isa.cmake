@@ -1,0 +1,42 @@
+# ISA levels of the CPU core. Each operator file is compiled once per level into namespace fedkern::<level>; isa.cpp
+# picks a level at run time, so no file without such flags may be compiled for more than the baseline.
+set(FEDKERN_ISA_LEVELS portable avx2 avx512)
+set(FEDKERN_FLAGS_portable "")
+set(FEDKERN_FLAGS_avx2 -mavx2 -mfma -mf16c)
+set(FEDKERN_FLAGS_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512)
+if(NOT CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+  set(FEDKERN_ISA_LEVELS portable)
+endif()
+
+# -ffast-math would flush denormals for the whole process at link time, and contraction breaks error-free
+# transformations: kernels that want a fused multiply-add ask for it by name.
+set(FEDKERN_NUMERIC_FLAGS -fno-math-errno -fno-trapping-math -ffp-contract=off)
+
+function(fedkern_target target)
+  target_include_directories(${target} PRIVATE ${CMAKE_CURRENT_SOURCE_DIR}/include)
+  target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -O3>)
+  set_target_properties(${target} PROPERTIES LIBRARY_OUTPUT_DIRECTORY ${FEDKERN_OUTPUT_DIR})
+  if(NOT FEDKERN_SANITIZE)
+    target_link_options(${target} PRIVATE -Wl,--gc-sections -s)
+  endif()
+endfunction()
+
+function(fedkern_isa_objects target source)
+  get_filename_component(operator ${source} NAME_WE)
+  foreach(level IN LISTS FEDKERN_ISA_LEVELS)
+    set(objects ${operator}_${level})
+    add_library(${objects} OBJECT ${source})
+    target_include_directories(${objects} PRIVATE ${CMAKE_CURRENT_SOURCE_DIR}/include)
+    target_compile_definitions(${objects} PRIVATE FEDKERN_ISA=${level} FEDKERN_ISA_${level}=1)
+    target_compile_options(${objects} PRIVATE -Wall -Wextra -O3 ${FEDKERN_NUMERIC_FLAGS} ${FEDKERN_FLAGS_${level}})
+    target_compile_definitions(${target} PRIVATE FEDKERN_HAS_${level}=1)
+    target_sources(${target} PRIVATE $<TARGET_OBJECTS:${objects}>)
+    if(NOT FEDKERN_SANITIZE)
+      # An inline function that leaves such a file could serve everybody, and crash an older CPU.
+      add_custom_command(
+        TARGET ${target} PRE_LINK VERBATIM
+        COMMAND ${CMAKE_COMMAND} -DNM=${CMAKE_NM} "-DOBJECTS=$<TARGET_OBJECTS:${objects}>" -DLEVEL=${level}
+                -DOPERATOR=${operator} -P ${CMAKE_CURRENT_SOURCE_DIR}/../cmake/CheckExports.cmake)
+    endif()
+  endforeach()
+endfunction()

@@ -1,0 +1,32 @@
+// What the binding files share. Pointers arrive as integers (tensor.data_ptr()), checked by fedkern.ops.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <optional>
+
+#include "fedkern/types.h"
+
+namespace fedkern {
+namespace py = pybind11;
+
+template <typename T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// Lets other Python threads run during a call that is long enough to be worth the switch.
+class ReleaseGil {
+ public:
+  explicit ReleaseGil(bool worth_it) {
+    if (worth_it) release_.emplace();
+  }
+
+ private:
+  std::optional<py::gil_scoped_release> release_;
+};
+
+// Elements below which a call is shorter than handing the interpreter over and back.
+inline constexpr std::int64_t kReleaseGilElements = 1 << 16;
+
+}  // namespace fedkern

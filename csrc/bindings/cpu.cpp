@@ -1,0 +1,48 @@
+// fedkern._cpu: the compiled CPU kernels. Imported by fedkern.ops.backend after torch, whose OpenMP runtime it uses.
+#include <string>
+
+#include "../cpu/isa_control.h"
+#include "bindings.h"
+
+namespace fedkern {
+
+void bind_blend(py::module_&);
+void bind_distill(py::module_&);
+void bind_aggregate(py::module_&);
+
+namespace {
+
+constexpr const char* kNames[] = {"portable", "avx2", "avx512"};
+
+py::list available() {
+  py::list names;
+  for (int i = 0; i < 3; ++i)
+    if (isa_supported(static_cast<Isa>(i))) names.append(kNames[i]);
+  return names;
+}
+
+void choose(const std::string& name) {
+  for (int i = 0; i < 3; ++i) {
+    if (name != kNames[i]) continue;
+    if (!isa_supported(static_cast<Isa>(i)))
+      throw py::value_error("the CPU ISA level \"" + name + "\" was asked for, but this CPU or this build lacks it; available: " +
+                            py::str(", ").attr("join")(available()).cast<std::string>());
+    set_isa(static_cast<Isa>(i));
+    return;
+  }
+  throw py::value_error("unknown CPU ISA level \"" + name + "\"; it is one of portable, avx2, avx512");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, module) {
+  module.doc() = "Compiled CPU kernels of fedkern; use them through fedkern.ops.";
+  module.def("isa", [] { return kNames[static_cast<int>(active_isa())]; });
+  module.def("available_isas", available);
+  module.def("set_isa", choose);
+  bind_blend(module);
+  bind_distill(module);
+  bind_aggregate(module);
+}
+
+}  // namespace fedkern

@@ -1,0 +1,30 @@
+// Which ISA level serves: chosen once from the CPU, changed by FEDKERN_CPU_ISA or from Python.
+#pragma once
+
+namespace fedkern {
+
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };
+
+Isa active_isa();
+
+// Declares the per-level tables of one operator and `const Table& operator_kernels()`, which returns the active one.
+// The tables are defined in csrc/cpu/<operator>.cpp as fedkern::<level>::<operator>_table.
+#if defined(__x86_64__) || defined(__amd64__)
+#define FEDKERN_DECLARE_TABLE(Table, operator_name)                                    \
+  namespace portable { extern const Table operator_name##_table; }                     \
+  namespace avx2 { extern const Table operator_name##_table; }                         \
+  namespace avx512 { extern const Table operator_name##_table; }                       \
+  inline const Table& operator_name##_kernels() {                                      \
+    switch (active_isa()) {                                                            \
+      case Isa::avx512: return avx512::operator_name##_table;                          \
+      case Isa::avx2: return avx2::operator_name##_table;                              \
+      default: return portable::operator_name##_table;                                 \
+    }                                                                                  \
+  }
+#else
+#define FEDKERN_DECLARE_TABLE(Table, operator_name)                                    \
+  namespace portable { extern const Table operator_name##_table; }                     \
+  inline const Table& operator_name##_kernels() { return portable::operator_name##_table; }
+#endif
+
+}  // namespace fedkern

@@ -1,0 +1,29 @@
+// One way to use more than one thread: chunks of a fixed size, taken from a counter.
+#pragma once
+
+#include <cstdint>
+
+namespace fedkern {
+
+// Runs body(context, begin, end) over [0, count) in chunks of `chunk` (the last may be shorter) on at most `threads`
+// threads of the OpenMP pool that torch brought into the process.
+//
+// Chunk boundaries depend on `chunk` alone, so results that are written per chunk are the same for any thread count.
+// Threads take chunks as they come: on a busy machine a thread that the system holds back costs one chunk, not its share.
+// `seconds` is the caller's estimate of the whole work on one thread: below parallel_threshold() everything runs on the
+// caller, since waking a second thread costs more, and on a loaded machine thousands of times more.
+using ChunkBody = void (*)(void* context, std::int64_t begin, std::int64_t end);
+void parallel_chunks(std::int64_t count, std::int64_t chunk, int threads, double seconds, ChunkBody body, void* context);
+
+// The same for a callable; it runs on several threads at once and may not throw.
+template <typename Callable>
+void parallel_for(std::int64_t count, std::int64_t chunk, int threads, double seconds, Callable& callable) {
+  parallel_chunks(
+      count, chunk, threads, seconds,
+      [](void* context, std::int64_t begin, std::int64_t end) { (*static_cast<Callable*>(context))(begin, end); },
+      &callable);
+}
+
+double parallel_threshold();
+
+}  // namespace fedkern

@@ -1,0 +1,20 @@
+"""Fast operators of federated learning, with gradients, each specified by a reference in plain PyTorch."""
+
+from fedkern.ops.aggregate import Accumulator, weighted_mean
+from fedkern.ops.backend import use_backend, use_isa
+from fedkern.ops.blend import blend, erase_boxes
+from fedkern.ops.distill import dual_kl, entropy, kl_div
+from fedkern.ops.flat import FlatParameters
+
+__all__ = [
+    "Accumulator",
+    "FlatParameters",
+    "blend",
+    "dual_kl",
+    "entropy",
+    "erase_boxes",
+    "kl_div",
+    "use_backend",
+    "use_isa",
+    "weighted_mean",
+]

@@ -1,0 +1,67 @@
+"""The operators in ``torch.library``: one graph node each for torch.compile, vmap, torch.func and opcheck.
+
+Eager calls never pass through here (a dispatcher round trip in Python costs several times a small kernel); the public
+functions come here under ``torch.compile``, functorch transforms, dispatch modes and for tensor subclasses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("fedkern", "DEF")
+
+
+def register(
+    name: str,
+    schema: str,
+    implementation: Callable[..., Any],
+    *,
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+    vmap: Callable[..., Any] | None = None,
+) -> None:
+    """Defines ``torch.ops.fedkern.<name>``.
+
+    Args:
+        name: operator name.
+        schema: its arguments and results, for example ``"(Tensor a, float t) -> Tensor"``.
+        implementation: runs on real tensors of any device.
+        fake: gives the results' shapes, dtypes and strides on fake tensors.
+        setup_context, backward: the gradient, as ``torch.library.register_autograd`` takes it.
+        vmap: the batching rule, as ``torch.library.register_vmap`` takes it.
+    """
+    LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, implementation, "CPU")
+    LIBRARY.impl(name, implementation, "CUDA")
+    qualified = f"fedkern::{name}"
+    torch.library.register_fake(qualified, fake, lib=LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
+    if vmap is not None:
+        torch.library.register_vmap(qualified, vmap, lib=LIBRARY)
+
+
+def differentiate_reference(
+    reference: Callable[..., Tensor], inputs: Sequence[Tensor | None], needs: Sequence[bool], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Returns the reference's gradients with a graph of their own: the way a second derivative is taken.
+
+    Kernels write first derivatives only; when a backward pass is itself recorded (``create_graph=True``) the gradient is
+    taken through the plain PyTorch reference instead.
+
+    Args:
+        reference: function of ``inputs``.
+        inputs: the saved inputs, with the graph they came with; None where an argument was not given.
+        needs: which of them want a gradient.
+        grad: gradient of the result.
+    """
+    with torch.enable_grad():
+        result = reference(*inputs)
+        wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need and tensor is not None]
+        gradients = iter(torch.autograd.grad(result, wanted, grad, create_graph=True, allow_unused=True))
+    return tuple(next(gradients) if need and t is not None else None for t, need in zip(inputs, needs, strict=True))

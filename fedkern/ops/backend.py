@@ -1,0 +1,252 @@
+"""Which of reference, cpu, triton and cuda serves a call.
+
+Every operator registers its kernels here with :func:`register`; the public function asks :func:`select` for the one that
+fits its tensors and falls back to its reference where none does.  ``FEDKERN_BACKEND`` or :func:`use_backend` force one:
+then a call that it cannot serve is an error.  ``FEDKERN_CPU_ISA`` or :func:`use_isa` force an ISA level of the CPU core.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+ISAS = ("portable", "avx2", "avx512")
+
+# The numbers are those of csrc/include/fedkern/types.h.
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+class Unavailable(Exception):
+    """A backend cannot be used here; the message says why in a clause that fits behind ``because``."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One backend's implementation of one operator.
+
+    Attributes:
+        load: returns whatever the operator file calls (a module, a namespace of functions), or raises :class:`Unavailable`.
+        dtypes: element types it takes.
+        devices: device types it takes.
+    """
+
+    load: Callable[[], Any]
+    dtypes: frozenset[torch.dtype]
+    devices: frozenset[str]
+
+
+class Row(NamedTuple):
+    """One line of ``doctor``'s table: does ``backend`` serve ``operator`` here, and if not, why."""
+
+    operator: str
+    backend: str
+    serves: bool
+    reason: str
+
+
+_kernels: dict[str, dict[str, Kernel]] = {}
+_loaded: dict[tuple[str, str], Any] = {}
+_chosen: dict[tuple[str, str], tuple[Any, frozenset[torch.dtype]]] = {}
+_forced: str | None = None
+
+
+def register(operator: str, backend: str, kernel: Kernel) -> None:
+    """Says that ``backend`` implements ``operator``."""
+    _kernels.setdefault(operator, {})[backend] = kernel
+    _chosen.clear()
+
+
+def load_core(name: str) -> ModuleType:
+    """Imports ``fedkern._cpu`` or ``fedkern._cuda``; :class:`Unavailable` keeps the loader's own message."""
+    try:
+        return importlib.import_module(f"fedkern.{name}")
+    except ModuleNotFoundError as error:
+        raise Unavailable(f"fedkern.{name} was not built ({error})") from error
+    except ImportError as error:
+        raise Unavailable(f"fedkern.{name} does not load ({error})") from error
+
+
+def cpu_core() -> ModuleType:
+    """Returns ``fedkern._cpu``, its ISA level set from ``FEDKERN_CPU_ISA``.
+
+    Raises:
+        Unavailable: the core was not built or does not load.
+        ValueError: ``FEDKERN_CPU_ISA`` names a level that this CPU or this build lacks.
+    """
+    global _isa_applied
+    core = load_core("_cpu")
+    if not _isa_applied:
+        level = os.environ.get("FEDKERN_CPU_ISA", "")
+        if level:
+            try:
+                core.set_isa(level)
+            except ValueError as error:
+                raise ValueError(f"FEDKERN_CPU_ISA: {error}") from None
+        _isa_applied = True
+    return core
+
+
+_isa_applied = False
+
+
+def forced_backend() -> str | None:
+    """Returns the backend forced by :func:`use_backend` or ``FEDKERN_BACKEND``, or None."""
+    if _forced is not None:
+        return _forced
+    name = os.environ.get("FEDKERN_BACKEND", "")
+    if name and name not in BACKENDS:
+        raise ValueError(f"FEDKERN_BACKEND is {name!r}; it is one of {', '.join(BACKENDS)}")
+    return name or None
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Forces one backend within a ``with`` block; ``None`` restores the free choice.
+
+    The choice is the process's, not the thread's.
+
+    Raises:
+        ValueError: ``name`` is no backend.
+        RuntimeError: (from an operator, inside the block) the backend cannot serve that call.
+    """
+    global _forced
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; it is one of {', '.join(BACKENDS)}")
+    before, _forced = _forced, name
+    _chosen.clear()
+    try:
+        yield
+    finally:
+        _forced = before
+        _chosen.clear()
+
+
+@contextlib.contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Forces one ISA level of the CPU core (portable, avx2, avx512) within a ``with`` block.
+
+    Raises:
+        ValueError: the level is unknown, or this CPU or build lacks it.
+        Unavailable: the CPU core is missing.
+    """
+    core = cpu_core()
+    before = core.isa()
+    core.set_isa(name)
+    try:
+        yield
+    finally:
+        core.set_isa(before)
+
+
+def eager(*tensors: Tensor) -> bool:
+    """True when raw pointers of ``tensors`` may be used: ordinary tensors, no transform, compiler or mode in between."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+    ):
+        return False
+    return all(type(tensor) is Tensor or type(tensor) is torch.nn.Parameter for tensor in tensors)
+
+
+def select(operator: str, *tensors: Tensor) -> Any | None:
+    """Returns the implementation that serves ``operator`` for these tensors, or None for the reference.
+
+    Raises:
+        RuntimeError: a backend was forced and cannot serve the call.
+    """
+    device = tensors[0].device.type
+    try:
+        implementation, dtypes = _chosen[operator, device]
+    except KeyError:
+        implementation, dtypes = _choose(operator, device)
+    if implementation is None:
+        return None
+    for tensor in tensors:
+        if tensor.dtype not in dtypes or tensor.layout is not torch.strided or tensor.is_neg():
+            if forced_backend() is not None:
+                raise RuntimeError(
+                    f"backend {forced_backend()!r} was forced, but it cannot serve {operator} for "
+                    f"{_describe(tensor)}; allow another with use_backend(None) or by unsetting FEDKERN_BACKEND"
+                )
+            return None
+    return implementation
+
+
+def _describe(tensor: Tensor) -> str:
+    kind = (
+        "a negated view" if tensor.is_neg() else f"layout {tensor.layout}" if tensor.layout is not torch.strided else ""
+    )
+    return f"dtype {tensor.dtype}" + (f" and {kind}" if kind else "")
+
+
+def _load(operator: str, backend: str) -> Any:
+    key = (operator, backend)
+    if key not in _loaded:
+        _loaded[key] = _kernels[operator][backend].load()
+    return _loaded[key]
+
+
+def _candidates(device: str) -> tuple[str, ...]:
+    return ("cpu",) if device == "cpu" else ("cuda", "triton") if device == "cuda" else ()
+
+
+def _choose(operator: str, device: str) -> tuple[Any, frozenset[torch.dtype]]:
+    forced = forced_backend()
+    choice: tuple[Any, frozenset[torch.dtype]] = (None, frozenset())
+    if forced is not None and forced != "reference":
+        kernel = _kernels.get(operator, {}).get(forced)
+        if kernel is None:
+            raise RuntimeError(f"backend {forced!r} was forced, but it does not implement {operator}")
+        if device not in kernel.devices:
+            raise RuntimeError(f"backend {forced!r} was forced, but it does not serve tensors on {device}")
+        try:
+            choice = (_load(operator, forced), kernel.dtypes)
+        except Unavailable as error:
+            raise RuntimeError(f"backend {forced!r} was forced, but it cannot be used because {error}") from error
+    elif forced is None:
+        for name in _candidates(device):
+            kernel = _kernels.get(operator, {}).get(name)
+            if kernel is None or device not in kernel.devices:
+                continue
+            try:
+                choice = (_load(operator, name), kernel.dtypes)
+                break
+            except Unavailable:
+                continue
+    _chosen[operator, device] = choice
+    return choice
+
+
+def status() -> list[Row]:
+    """Returns, for every operator and backend, whether it can serve here and why not."""
+    rows = []
+    for operator in sorted(_kernels):
+        rows.append(Row(operator, "reference", True, "plain PyTorch, any device"))
+        for backend in BACKENDS[1:]:
+            kernel = _kernels[operator].get(backend)
+            if kernel is None:
+                rows.append(Row(operator, backend, False, "not implemented"))
+                continue
+            try:
+                _load(operator, backend)
+            except (Unavailable, ValueError) as error:
+                rows.append(Row(operator, backend, False, str(error)))
+                continue
+            if "cuda" in kernel.devices and "cpu" not in kernel.devices and not torch.cuda.is_available():
+                rows.append(Row(operator, backend, False, "built, but torch sees no CUDA device"))
+                continue
+            rows.append(
+                Row(operator, backend, True, ", ".join(sorted(str(d).removeprefix("torch.") for d in kernel.dtypes)))
+            )
+    return rows
