@@ -37,6 +37,7 @@ void choose(const std::string& name) {
 
 PYBIND11_MODULE(_cpu, module) {
   module.doc() = "Compiled CPU kernels of fedkern; use them through fedkern.ops.";
+  module.def("source_hash", [] { return FEDKERN_SOURCE_HASH; });
   module.def("isa", [] { return kNames[static_cast<int>(active_isa())]; });
   module.def("available_isas", available);
   module.def("set_isa", choose);

@@ -51,8 +51,8 @@ def differentiate_reference(
 ) -> tuple[Tensor | None, ...]:
     """Returns the reference's gradients with a graph of their own: the way a second derivative is taken.
 
-    Kernels write first derivatives only; when a backward pass is itself recorded (``create_graph=True``) the gradient is
-    taken through the plain PyTorch reference instead.
+    Kernels write first derivatives only; when a backward pass is itself recorded (``create_graph=True``) the gradient
+    is taken through the plain PyTorch reference instead.
 
     Args:
         reference: function of ``inputs``.

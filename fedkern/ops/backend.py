@@ -1,17 +1,21 @@
 """Which of reference, cpu, triton and cuda serves a call.
 
-Every operator registers its kernels here with :func:`register`; the public function asks :func:`select` for the one that
-fits its tensors and falls back to its reference where none does.  ``FEDKERN_BACKEND`` or :func:`use_backend` force one:
-then a call that it cannot serve is an error.  ``FEDKERN_CPU_ISA`` or :func:`use_isa` force an ISA level of the CPU core.
+Every operator registers its kernels here with :func:`register`; the public function asks :func:`select` for the one
+that fits its tensors and falls back to its reference where none does.  ``FEDKERN_BACKEND`` or :func:`use_backend` force
+one: then a call that it cannot serve is an error.  ``FEDKERN_CPU_ISA`` or :func:`use_isa` force an ISA level of the CPU
+core.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -34,7 +38,8 @@ class Kernel:
     """One backend's implementation of one operator.
 
     Attributes:
-        load: returns whatever the operator file calls (a module, a namespace of functions), or raises :class:`Unavailable`.
+        load: returns whatever the operator file calls (a module, a namespace of functions), or raises
+            :class:`Unavailable`.
         dtypes: element types it takes.
         devices: device types it takes.
     """
@@ -66,13 +71,56 @@ def register(operator: str, backend: str, kernel: Kernel) -> None:
 
 
 def load_core(name: str) -> ModuleType:
-    """Imports ``fedkern._cpu`` or ``fedkern._cuda``; :class:`Unavailable` keeps the loader's own message."""
+    """Imports ``fedkern._cpu`` or ``fedkern._cuda``; :class:`Unavailable` keeps the loader's own message.
+
+    In a source tree that shadows an installed fedkern (``pip install .``, then ``python -m fedkern.run`` beside it) the
+    installed core serves, if it was built from the same ``csrc/``.
+    """
     try:
         return importlib.import_module(f"fedkern.{name}")
-    except ModuleNotFoundError as error:
-        raise Unavailable(f"fedkern.{name} was not built ({error})") from error
+    except ModuleNotFoundError:
+        core = _installed_core(name)
+        if core is None:
+            raise Unavailable(f"fedkern.{name} was not built") from None
+        return core
     except ImportError as error:
         raise Unavailable(f"fedkern.{name} does not load ({error})") from error
+
+
+def _installed_core(name: str) -> ModuleType | None:
+    import fedkern
+
+    here = Path(fedkern.__file__).resolve().parent
+    for entry in sys.path:
+        folder = (Path(entry) / "fedkern").resolve()
+        if folder == here or not any(folder.glob(f"{name}.*.so")):
+            continue
+        fedkern.__path__.append(str(folder))
+        try:
+            core = importlib.import_module(f"fedkern.{name}")
+        except ImportError as error:
+            raise Unavailable(f"fedkern.{name} of the installed fedkern does not load ({error})") from error
+        finally:
+            fedkern.__path__.remove(str(folder))
+        if core.source_hash() != source_hash(here.parent / "csrc"):
+            raise Unavailable(
+                f"this source tree was changed after fedkern.{name} was installed in {folder}: run pip install . again"
+            )
+        return core
+    return None
+
+
+def source_hash(folder: Path) -> str:
+    """Returns the ``source_hash()`` of a core built from ``folder`` (csrc/), or "" without that folder."""
+    if not folder.is_dir():
+        return ""
+    names = sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.suffix in {".cpp", ".h", ".cu", ".cuh"}
+    )
+    lines = [f"{name} {hashlib.sha256((folder / name).read_bytes()).hexdigest()}\n" for name in names]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
 
 def cpu_core() -> ModuleType:
@@ -148,7 +196,7 @@ def use_isa(name: str) -> Iterator[None]:
 
 
 def eager(*tensors: Tensor) -> bool:
-    """True when raw pointers of ``tensors`` may be used: ordinary tensors, no transform, compiler or mode in between."""
+    """True when the pointers of ``tensors`` may be used: ordinary tensors, no transform or compiler in between."""
     if (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
