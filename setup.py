@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -49,5 +50,13 @@ class CMakeBuild(build_ext):
         return [str(path) for path in (folder / "fedkern").glob("_c*.so")]
 
 
+class FreshBuild(build):
+    """Starts from an empty staging folder: setuptools would put files of an earlier build into the wheel."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
 # The extension names the core to setuptools, so that the wheel is tagged for this platform and Python.
-setup(ext_modules=[Extension("fedkern._cpu", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(ext_modules=[Extension("fedkern._cpu", sources=[])], cmdclass={"build": FreshBuild, "build_ext": CMakeBuild})
