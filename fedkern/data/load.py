@@ -1,0 +1,183 @@
+"""`load`: from a data set's name to the clients' splits, the validation set and the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fedkern.data.coloured import class_colours, colourise, random_colours, tied_colours
+from fedkern.data.partition import PartitionSpec, parse_partition, partition_like
+from fedkern.data.partition import partition as share_out
+from fedkern.data.registry import DatasetInfo, lookup, read_options
+from fedkern.data.statistics import PartitionStatistics
+from fedkern.data.types import FederatedData, Pool, Source, Split
+from fedkern.errors import UserError
+from fedkern.streams import stream
+
+# Per channel, of white ink over uniformly random colours; constants, so that normalisation depends on no client's data.
+_COLOURED_MEAN = {"colordigits": (0.546,) * 3, "colormnist": (0.434,) * 3, "colorfashion": (0.535,) * 3}
+_COLOURED_STD = {"colordigits": (0.280,) * 3, "colormnist": (0.274,) * 3, "colorfashion": (0.280,) * 3}
+
+
+def load(
+    name: str,
+    *,
+    root: str | Path | None = None,
+    clients: int | None = None,
+    partition: str | None = None,
+    seed: int = 0,
+    train_samples: int | None = None,
+    correlation: float | None = None,
+    options: Mapping[str, object] | None = None,
+) -> FederatedData:
+    """Loads a data set and shares it out among clients.
+
+    The train/validation/test split is fixed; ``seed`` decides which training samples are kept, who holds them, and the
+    colours.  The same arguments always give the same tensors.
+
+    Args:
+        name: a key of `fedkern.data.DATASETS`.
+        root: folder of the data set's files: its own folder, the one above, or torchvision's layout.
+        clients: number of clients (default: the data set's).
+        partition: what `fedkern.data.parse_partition` reads (default: the data set's).  Coloured sets give every client
+            its own colours whatever the partition, except under ``iid``, where all clients share one map.
+        seed: the run's root seed.
+        train_samples: number of training samples shared out in total (default: all); the validation set keeps its
+            proportion to them.
+        correlation: coloured sets only, probability in [0, 1] that a sample shows its client's colour of its class.
+        options: the data set's own ``key=value`` options and `COMMON_OPTIONS`.
+
+    Raises:
+        UserError: anything wrong with the name, the files, the partition or a value.
+    """
+    info = lookup(name)
+    own_options, common = read_options(name, options or {})
+    clients = info.clients if clients is None else clients
+    spec = parse_partition(info.partition if partition is None else partition)
+    correlation = _check_correlation(name, info, correlation)
+    source = info.open(root, **own_options)
+    _check_attribute(name, info, source, spec, clients)
+    kept = _training_rows(name, source.train, train_samples, seed)
+    labels = source.train.labels[kept].numpy()
+    groups = None if source.train.groups is None else source.train.groups[kept].numpy()
+    parts = share_out(spec, labels, clients, seed, class_count=len(source.classes), groups=groups)
+    held = [kept[torch.from_numpy(part)] for part in parts]
+    statistics = PartitionStatistics.of([labels[part] for part in parts], source.classes, spec.text)
+    validation_rows = _validation_rows(source, len(kept), common["validation_samples"])
+    test_rows = {key: _first_rows(pool, common["test_samples"], f"test/{key}") for key, pool in source.tests.items()}
+    if info.coloured:
+        splits, validation, tests = _coloured(
+            source, spec, held, validation_rows, test_rows[""], statistics.counts, correlation, seed
+        )
+    else:
+        splits = tuple(source.train.take(rows) for rows in held)
+        validation = source.validation.take(validation_rows)
+        tests = {key: pool.take(test_rows[key]) for key, pool in source.tests.items()}
+    pools = (source.train, source.validation, *source.tests.values())
+    return FederatedData(
+        name=name,
+        classes=source.classes,
+        clients=splits,
+        validation=validation,
+        tests=tests,
+        mean=_COLOURED_MEAN[name] if info.coloured else source.mean,
+        std=_COLOURED_STD[name] if info.coloured else source.std,
+        augment=source.augment,
+        statistics=statistics,
+        exact_masks=info.coloured,
+        image_ids=frozenset(name for pool in pools for name in pool.ids),
+    )
+
+
+def _coloured(
+    source: Source,
+    spec: PartitionSpec,
+    held: list[Tensor],
+    validation_rows: Tensor,
+    test_rows: Tensor,
+    counts: npt.NDArray[np.int64],
+    correlation: float,
+    seed: int,
+) -> tuple[tuple[Split, ...], Split, dict[str, Split]]:
+    """Paints the clients' splits, and the validation and in-distribution test with the clients' colours."""
+    classes = len(source.classes)
+    maps = [class_colours(seed, -1 if spec.name == "iid" else k, classes) for k in range(len(held))]
+    splits = []
+    for k, rows in enumerate(held):
+        grey = source.train.take(rows)
+        rng = stream(seed, "colours/train", client=k)
+        splits.append(_painted(grey, tied_colours(grey.labels.numpy(), maps[k], correlation, rng)))
+
+    def in_distribution(grey: Split, purpose: str) -> Split:
+        labels = grey.labels.numpy()
+        colours = np.empty((len(grey), 3), dtype=np.uint8)
+        for k, rows in enumerate(partition_like(labels, counts, stream(seed, f"assign/{purpose}"))):
+            rng = stream(seed, f"colours/{purpose}", client=k)
+            colours[rows] = tied_colours(labels[rows], maps[k], correlation, rng)
+        return _painted(grey, colours)
+
+    test = source.tests[""].take(test_rows)
+    tests = {
+        "id": in_distribution(test, "test"),
+        "ood": _painted(test, random_colours(len(test), stream(seed, "colours/ood"))),
+    }
+    return tuple(splits), in_distribution(source.validation.take(validation_rows), "validation"), tests
+
+
+def _painted(grey: Split, colours: npt.NDArray[np.uint8]) -> Split:
+    images, masks = colourise(grey.images, colours)
+    return Split(images, grey.labels, masks, grey.ids)
+
+
+def _check_correlation(name: str, info: DatasetInfo, correlation: float | None) -> float:
+    if info.correlation is None:
+        if correlation is not None:
+            coloured = ", ".join(["colordigits", "colormnist", "colorfashion"])
+            raise UserError(f'data set "{name}" has no colours to correlate; --correlation is for {coloured}')
+        return 0.0
+    correlation = info.correlation if correlation is None else correlation
+    if not 0 <= correlation <= 1:
+        raise UserError(f"the correlation between colour and class must lie in [0, 1], got {correlation}")
+    return correlation
+
+
+def _check_attribute(name: str, info: DatasetInfo, source: Source, spec: PartitionSpec, clients: int) -> None:
+    if spec.name != "attribute":
+        return
+    if source.groups is None and not info.coloured:
+        raise UserError(
+            f'data set "{name}" has no attribute (contexts or colours) to partition by; take iid, dirichlet:ALPHA or '
+            "classes:S"
+        )
+    if source.groups is not None and clients != source.groups:
+        raise UserError(
+            f'data set "{name}" assigns its contexts to {source.groups} clients, not {clients}; take --clients '
+            f"{source.groups} or another partition"
+        )
+
+
+def _training_rows(name: str, pool: Pool, count: int | None, seed: int) -> Tensor:
+    if count is None:
+        return torch.arange(len(pool))
+    if not 1 <= count <= len(pool):
+        raise UserError(f'data set "{name}" has {len(pool)} training samples, so it cannot give {count}')
+    chosen = stream(seed, "train-samples").choice(len(pool), size=count, replace=False)
+    return torch.from_numpy(np.sort(chosen).astype(np.int64))
+
+
+def _validation_rows(source: Source, trained: int, wanted: int) -> Tensor:
+    share = trained / max(len(source.train), 1)
+    return _first_rows(source.validation, wanted or max(1, round(share * len(source.validation))), "validation")
+
+
+def _first_rows(pool: Pool, count: int, purpose: str) -> Tensor:
+    """``count`` rows of a pool in a fixed random choice (all of them for 0), sorted."""
+    if count == 0 or count >= len(pool):
+        return torch.arange(len(pool))
+    order = stream(0, f"subset/{purpose}").permutation(len(pool))
+    return torch.from_numpy(np.sort(order[:count]).astype(np.int64))

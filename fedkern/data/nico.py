@@ -1,0 +1,186 @@
+"""NICO: class/context folders of images, and the F7 and L7 protocols (FedGID, arXiv 2504.00850; method notes 1.6).
+
+Seven clients.  Under F7 client i holds, for every class, that class's i-th context in sorted order, and the contexts
+after the seventh are the out-of-distribution test; under L7 the last seven contexts train and those before them test.  So
+inside one client every class has a background of its own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from fedkern.data.files import need_root
+from fedkern.data.types import Pool, Source
+from fedkern.errors import UserError
+from fedkern.streams import stream
+
+CLIENTS = 7
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp"})
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_SUBFOLDERS = ("nico", "NICO")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image file: its path, label, and the position of its context in the class's sorted contexts."""
+
+    path: Path
+    label: int
+    context: int
+    contexts: int
+
+
+def open_nico(
+    root: str | Path | None, protocol: str = "F7", size: int = 224, part: str = "", held_out: float = 0.1
+) -> Source:
+    """Reads a tree of ``class/context/image`` folders; images are decoded only when a split needs them.
+
+    Args:
+        root: the tree, or a folder that holds it as ``nico`` or ``NICO``.
+        protocol: ``"F7"`` or ``"L7"``.
+        size: side in pixels to which every image is resized (the whole image, without cropping).
+        part: subfolder to descend into, for a download that keeps ``Animal`` and ``Vehicle`` side by side (any case).
+        held_out: share of the training contexts' images that goes to the in-distribution test, and as many again to the
+            validation set; the same images for every seed.
+
+    Raises:
+        UserError: no such tree, a class with fewer than eight contexts, or a context without images.
+    """
+    folder = _tree(root, part)
+    classes, records = scan(folder)
+    test_range = range(CLIENTS, 10**9) if protocol == "F7" else None
+    pools: dict[str, list[int]] = {"train": [], "validation": [], "id": [], "ood": []}
+    groups = np.full(len(records), -1, dtype=np.int64)
+    by_context: dict[tuple[int, int], list[int]] = {}
+    for row, record in enumerate(records):
+        first = 0 if test_range is not None else record.contexts - CLIENTS
+        client = record.context - first
+        if 0 <= client < CLIENTS:
+            groups[row] = client
+            by_context.setdefault((record.label, record.context), []).append(row)
+        else:
+            pools["ood"].append(row)
+    for (label, context), rows in by_context.items():
+        rng = stream(0, f"split/nico/{label}/{context}")
+        order = [rows[i] for i in rng.permutation(len(rows))]
+        # Never more than a third of a small context, so that its client keeps training images of it.
+        held = min(max(1, round(held_out * len(rows))), len(rows) // 3)
+        pools["id"] += order[:held]
+        pools["validation"] += order[held : 2 * held]
+        pools["train"] += order[2 * held :]
+    for name in ("validation", "id"):
+        if not pools[name]:
+            raise UserError(
+                f'data set "nico": no context under {folder} has three images, so none can be held out for the '
+                "in-distribution test"
+            )
+    made = {
+        name: _pool([records[i] for i in sorted(rows)], groups[sorted(rows)], folder, size)
+        for name, rows in pools.items()
+    }
+    return Source(
+        classes=classes,
+        train=made["train"],
+        validation=made["validation"],
+        tests={"id": made["id"], "ood": made["ood"]},
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        augment="nico",
+        groups=CLIENTS,
+    )
+
+
+def scan(folder: Path) -> tuple[tuple[str, ...], list[Record]]:
+    """Lists the classes (sorted) and every image file of a tree, in sorted order."""
+    classes = _subfolders(folder)
+    if len(classes) < 2:
+        raise UserError(
+            f'data set "nico": expected folders class/context/image under {folder}, found {len(classes)} classes'
+        )
+    records: list[Record] = []
+    for label, name in enumerate(classes):
+        contexts = _subfolders(folder / name)
+        if len(contexts) <= CLIENTS:
+            raise UserError(
+                f'data set "nico": class folder {folder / name} has {len(contexts)} contexts, expected at least '
+                f"{CLIENTS + 1} (seven for the clients, the rest for the out-of-distribution test)"
+            )
+        for position, context in enumerate(contexts):
+            found = sorted(
+                path
+                for path in (folder / name / context).iterdir()
+                if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+            )
+            if not found:
+                raise UserError(f'data set "nico": the context folder {folder / name / context} holds no image')
+            records += [Record(path, label, position, len(contexts)) for path in found]
+    return tuple(classes), records
+
+
+def read_images(paths: Sequence[Path], size: int) -> tuple[Tensor, Tensor]:
+    """Decodes and resizes images, several at a time.
+
+    Returns:
+        uint8 ``[n, 3, size, size]`` and int64 ``[n, 2]``, width and height on disk.
+
+    Raises:
+        UserError: an image that cannot be decoded.
+    """
+    images = np.empty((len(paths), 3, size, size), dtype=np.uint8)
+    sizes = np.empty((len(paths), 2), dtype=np.int64)
+
+    def read(row: int) -> None:
+        try:
+            with Image.open(paths[row]) as image:
+                sizes[row] = image.size
+                # A JPEG is decoded at a fraction of its size where that still leaves twice the pixels needed.
+                image.draft("RGB", (2 * size, 2 * size))
+                small = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+            images[row] = np.asarray(small).transpose(2, 0, 1)
+        except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UserError(
+                f'data set "nico": cannot read the image {paths[row]} ({error}); replace or remove it'
+            ) from error
+
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as workers:
+        for _ in workers.map(read, range(len(paths))):
+            pass
+    return torch.from_numpy(images), torch.from_numpy(sizes)
+
+
+def _pool(records: list[Record], groups: np.ndarray, folder: Path, size: int) -> Pool:
+    return Pool(
+        labels=torch.tensor([record.label for record in records], dtype=torch.int64),
+        ids=tuple(record.path.relative_to(folder).as_posix() for record in records),
+        read=lambda rows: read_images([records[i].path for i in rows.tolist()], size),
+        groups=torch.from_numpy(groups),
+    )
+
+
+def _tree(root: str | Path | None, part: str) -> Path:
+    """The folder whose subfolders are the classes."""
+    base = need_root(root, "nico", "class/context/image.jpg")
+    for candidate in (*(base / name for name in _SUBFOLDERS), base):
+        if not candidate.is_dir():
+            continue
+        if not part:
+            return candidate
+        for name in _subfolders(candidate):
+            if name.lower() in (part.lower(), f"nico-{part}".lower(), f"nico_{part}".lower()):
+                return candidate / name
+    if part:
+        raise UserError(f'data set "nico": no folder "{part}" under {base} (option part)')
+    raise UserError(f'data set "nico": {base} holds no class folders')
+
+
+def _subfolders(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))

@@ -1,0 +1,284 @@
+"""Partitioners: how training samples are shared out among clients.
+
+Every partitioner returns one sorted int64 array of row numbers per client; they are disjoint and cover the set.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedkern.errors import UserError, nearest
+from fedkern.streams import stream
+
+Rows = npt.NDArray[np.int64]
+
+DIRICHLET_MIN_SAMPLES = 10
+DIRICHLET_DRAWS = 200
+
+
+@dataclass(frozen=True)
+class PartitionerInfo:
+    """One line of ``list``: how a partitioner is written and what it does."""
+
+    usage: str
+    description: str
+
+
+PARTITIONERS: dict[str, PartitionerInfo] = {
+    "iid": PartitionerInfo("iid", "equal random shares: every client sees the same distribution"),
+    "dirichlet": PartitionerInfo(
+        "dirichlet:ALPHA[:min=N][:fill][:plain]",
+        "label skew: every class is shared out by a draw from Dirichlet(ALPHA); small ALPHA, strong skew",
+    ),
+    "classes": PartitionerInfo("classes:S", "label skew: every client holds S classes only"),
+    "attribute": PartitionerInfo(
+        "attribute", "attribute skew: every client has its own contexts or background colours"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class PartitionSpec:
+    """A parsed partition specification.
+
+    Attributes:
+        text: as the user wrote it.
+        name: key of `PARTITIONERS`.
+        alpha: Dirichlet concentration.
+        classes_per_client: S of ``classes:S``.
+        min_samples: smallest client that ``dirichlet`` accepts.
+        fill: ``dirichlet`` tops up clients that are too small instead of drawing again.
+        plain: ``dirichlet`` without balancing and without shuffling inside a class.
+    """
+
+    text: str
+    name: str
+    alpha: float = math.nan
+    classes_per_client: int = 0
+    min_samples: int = DIRICHLET_MIN_SAMPLES
+    fill: bool = False
+    plain: bool = False
+
+
+def parse_partition(text: str) -> PartitionSpec:
+    """Reads ``iid``, ``dirichlet:ALPHA[:min=N][:fill][:plain]``, ``classes:S`` or ``attribute``.
+
+    Raises:
+        UserError: unknown name (with the nearest one), missing, malformed or superfluous value.
+    """
+    name, *values = text.strip().split(":")
+    if name not in PARTITIONERS:
+        known = ", ".join(info.usage.split("[")[0] for info in PARTITIONERS.values())
+        raise UserError(f'unknown partition "{text}": expected one of {known}.{nearest(name, PARTITIONERS)}')
+    usage = PARTITIONERS[name].usage
+    if name in ("iid", "attribute"):
+        if values:
+            raise UserError(f'partition "{text}": {name} takes no value, write {usage}')
+        return PartitionSpec(text, name)
+    if not values or not values[0]:
+        example = {"dirichlet": "dirichlet:0.5", "classes": "classes:2"}[name]
+        raise UserError(f'partition "{text}": {name} needs a value, for example {example}')
+    if name == "classes":
+        if len(values) > 1 or not values[0].isdecimal() or int(values[0]) < 1:
+            raise UserError(f'partition "{text}": expected classes:S with a whole number S of at least 1')
+        return PartitionSpec(text, name, classes_per_client=int(values[0]))
+    return _parse_dirichlet(text, values, usage)
+
+
+def _parse_dirichlet(text: str, values: Sequence[str], usage: str) -> PartitionSpec:
+    try:
+        alpha = float(values[0])
+    except ValueError:
+        alpha = math.nan
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise UserError(f'partition "{text}": expected dirichlet:ALPHA with a positive number ALPHA, for example 0.5')
+    options: dict[str, Any] = {}
+    for value in values[1:]:
+        if value in ("fill", "plain"):
+            options[value] = True
+        elif value.startswith("min=") and value[4:].isdecimal():
+            options["min_samples"] = int(value[4:])
+        else:
+            raise UserError(f'partition "{text}": cannot read "{value}", expected {usage}')
+    if options.get("plain") and "min_samples" not in options:
+        options["min_samples"] = 1
+    return PartitionSpec(text, "dirichlet", alpha=alpha, **options)
+
+
+def partition(
+    spec: str | PartitionSpec,
+    labels: npt.NDArray[np.int64],
+    clients: int,
+    seed: int,
+    *,
+    class_count: int | None = None,
+    groups: npt.NDArray[np.int64] | None = None,
+) -> list[Rows]:
+    """Shares the rows of ``labels`` out among ``clients``.
+
+    Args:
+        spec: what `parse_partition` reads, or its result.
+        labels: int64 ``[n]``.
+        clients: number of clients, at least 1.
+        seed: the run's root seed; draws come from its stream ``"partition"``.
+        class_count: number of classes, where not every class must occur (default: the largest label + 1).
+        groups: int64 ``[n]`` for ``attribute``: the client of every row; without it the rows are shared out equally
+            (the attribute is then made later, as in the coloured sets).
+
+    Returns:
+        One sorted array of rows per client; disjoint, and covering all rows.
+
+    Raises:
+        UserError: more clients than samples, a client that would be empty, or a rule that cannot be met.
+    """
+    spec = parse_partition(spec) if isinstance(spec, str) else spec
+    n = len(labels)
+    if clients < 1:
+        raise UserError(f"the number of clients must be at least 1, got {clients}")
+    if clients > n:
+        raise UserError(f"{clients} clients are more than the {n} training samples; take fewer clients or more samples")
+    rng = stream(seed, "partition")
+    class_count = (int(labels.max()) + 1) if class_count is None else class_count
+    if spec.name == "attribute" and groups is not None:
+        parts = [np.flatnonzero(groups == k) for k in range(clients)]
+    elif spec.name in ("iid", "attribute"):
+        parts = np.array_split(rng.permutation(n), clients)
+    elif spec.name == "classes":
+        parts = _by_classes(spec, labels, clients, class_count, rng)
+    else:
+        parts = _dirichlet(spec, labels, clients, class_count, rng)
+    parts = [np.sort(part).astype(np.int64) for part in parts]
+    for k, part in enumerate(parts):
+        if len(part) == 0:
+            raise UserError(
+                f'client {k} would have no training sample under partition "{spec.text}"; take fewer clients, more '
+                "samples or a milder partition"
+            )
+    return parts
+
+
+def partition_like(
+    labels: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], rng: np.random.Generator
+) -> list[Rows]:
+    """Splits a test set among clients in the proportions of their training data, class by class (FuseFL's test split).
+
+    Args:
+        labels: int64 ``[n]`` of the set to split.
+        counts: int64 ``[clients, classes]``, training samples; a class that no client holds is shared out equally.
+        rng: shuffles inside every class.
+
+    Returns:
+        One sorted array of rows per client; disjoint, covering all rows; a client may be empty.
+    """
+    clients, classes = counts.shape
+    if len(labels) and int(labels.max()) >= classes:
+        raise ValueError(f"labels: expected values below {classes}, got {int(labels.max())}")
+    parts: list[list[Rows]] = [[] for _ in range(clients)]
+    for label in range(classes):
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        held = counts[:, label].astype(np.float64)
+        share = held / held.sum() if held.sum() > 0 else np.full(clients, 1 / clients)
+        cuts = np.rint(np.cumsum(share) * len(rows)).astype(np.int64)[:-1]
+        for part, piece in zip(parts, np.split(rows, cuts), strict=True):
+            part.append(piece)
+    return [np.sort(np.concatenate(part)).astype(np.int64) for part in parts]
+
+
+def _by_classes(spec: PartitionSpec, labels: Rows, clients: int, classes: int, rng: np.random.Generator) -> list[Rows]:
+    per_client = spec.classes_per_client
+    if per_client > classes:
+        raise UserError(f'partition "{spec.text}": the data set has only {classes} classes')
+    if clients * per_client < classes:
+        fitting = math.ceil(classes / clients)
+        raise UserError(
+            f'partition "{spec.text}" gives {clients} clients {clients * per_client} classes and leaves out '
+            f"{classes - clients * per_client} of {classes}; take classes:{fitting} or "
+            f"{math.ceil(classes / per_client)} clients"
+        )
+    # Every client takes the classes that fewest others hold so far: as exclusive as the numbers allow.
+    holders: list[list[int]] = [[] for _ in range(classes)]
+    for client in range(clients):
+        order = np.lexsort((rng.random(classes), np.array([len(held) for held in holders])))
+        for label in order[:per_client]:
+            holders[label].append(client)
+    parts: list[list[Rows]] = [[] for _ in range(clients)]
+    for label, held_by in enumerate(holders):
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        for client, piece in zip(held_by, np.array_split(rows, len(held_by)), strict=True):
+            parts[client].append(piece)
+    return [np.concatenate(part) for part in parts]
+
+
+def _dirichlet(spec: PartitionSpec, labels: Rows, clients: int, classes: int, rng: np.random.Generator) -> list[Rows]:
+    """Label skew by one Dirichlet draw per class.
+
+    Default: the usual "NIID-bench" form that FuseFL's code uses: a client that already holds its fair share of
+    samples gets nothing of the next class, and the draw is repeated until every client has ``min_samples``.  ``plain``:
+    FedIOD's form, without that balancing and without shuffling inside a class.
+    """
+    n = len(labels)
+    if spec.min_samples * clients > n:
+        raise UserError(
+            f'partition "{spec.text}" asks for at least {spec.min_samples} samples per client, but {clients} clients '
+            f"share only {n}; take fewer clients, more samples, or append :min=1"
+        )
+    per_class = np.bincount(labels, minlength=classes)
+    attempts = 1 if spec.fill else DIRICHLET_DRAWS
+    for _ in range(attempts):
+        counts = _dirichlet_counts(spec, per_class, clients, rng)
+        if spec.fill or counts.sum(axis=0).min() >= spec.min_samples:
+            break
+    else:
+        smallest = int(counts.sum(axis=0).min())
+        raise UserError(
+            f'partition "{spec.text}" found no draw in {attempts} that leaves each of {clients} clients '
+            f"{spec.min_samples} samples of {n} (the last left one with {smallest}); take a larger ALPHA, fewer "
+            "clients, or append :fill to top up small clients"
+        )
+    parts: list[list[Rows]] = [[] for _ in range(clients)]
+    for label in range(classes):
+        rows = np.flatnonzero(labels == label)
+        rows = rows if spec.plain else rng.permutation(rows)
+        for part, piece in zip(parts, np.split(rows, np.cumsum(counts[label])[:-1]), strict=True):
+            part.append(piece)
+    joined = [np.concatenate(part) for part in parts]
+    return _fill(joined, max(spec.min_samples, 1), rng) if spec.fill else joined
+
+
+def _dirichlet_counts(
+    spec: PartitionSpec, per_class: Rows, clients: int, rng: np.random.Generator
+) -> npt.NDArray[np.int64]:
+    """Samples of every class that go to each client, int64 ``[classes, clients]``; only counts, so a retry is cheap."""
+    counts = np.zeros((len(per_class), clients), dtype=np.int64)
+    held = np.zeros(clients, dtype=np.int64)
+    fair = per_class.sum() / clients
+    draws = rng.dirichlet(np.full(clients, spec.alpha), size=len(per_class))
+    for label, (available, share) in enumerate(zip(per_class, draws, strict=True)):
+        if not spec.plain:
+            room = held < fair
+            share = np.where(room, share, 0.0)
+            if share.sum() == 0:  # the whole draw fell on clients that are full
+                share = room if room.any() else np.ones(clients)
+            share = share / share.sum()
+        cuts = np.floor(np.cumsum(share)[:-1] * available).astype(np.int64).clip(0, available)
+        counts[label] = np.diff(cuts, prepend=0, append=available)
+        held += counts[label]
+    return counts
+
+
+def _fill(parts: list[Rows], minimum: int, rng: np.random.Generator) -> list[Rows]:
+    """Moves random samples from the largest clients to those below ``minimum``."""
+    for k in np.argsort([len(part) for part in parts], kind="stable"):
+        while len(parts[k]) < minimum:
+            largest = max(range(len(parts)), key=lambda j: len(parts[j]))
+            give = min(minimum - len(parts[k]), max(1, (len(parts[largest]) - minimum) // 2))
+            donor = rng.permutation(parts[largest])
+            parts[k] = np.concatenate([parts[k], donor[:give]])
+            parts[largest] = donor[give:]
+    return parts

@@ -1,0 +1,181 @@
+"""The data sets by name: one line on each, their defaults, and the options they take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedkern.data.cifar import open_cifar10, open_cifar100
+from fedkern.data.digits import open_digits
+from fedkern.data.idx import open_idx
+from fedkern.data.nico import open_nico
+from fedkern.data.types import Source
+from fedkern.errors import UserError, nearest
+
+Root = str | Path | None
+
+
+@dataclass(frozen=True)
+class DataOption:
+    """One option of a data set, given as ``key=value``.
+
+    Attributes:
+        default: its value when not given; its type is the option's type.
+        help: what it does, one line.
+        choices: the only values allowed, if limited.
+        low, high: inclusive range of a number.
+    """
+
+    default: str | int | float
+    help: str
+    choices: tuple[str, ...] = ()
+    low: float | None = None
+    high: float | None = None
+
+    def read(self, data: str, key: str, value: object) -> str | int | float:
+        """Converts and checks a value (from text or already typed)."""
+        where = f'option {key} of data set "{data}"'
+        kind = type(self.default)
+        try:
+            if isinstance(value, bool):
+                raise ValueError
+            read: str | int | float = kind(str(value)) if kind is not str else str(value)
+        except ValueError:
+            raise UserError(f"{where}: expected {_KINDS[kind]}, got {value!r}") from None
+        if isinstance(read, str):
+            match = {choice.lower(): choice for choice in self.choices}
+            if self.choices and read.lower() not in match:
+                expected = ", ".join(self.choices)
+                raise UserError(f"{where}: expected one of {expected}, got {value!r}.{nearest(read, self.choices)}")
+            return match.get(read.lower(), read)
+        if (self.low is not None and not read >= self.low) or (self.high is not None and not read <= self.high):
+            limits = f"at least {self.low:g}" if self.high is None else f"from {self.low:g} to {self.high:g}"
+            raise UserError(f"{where}: expected {_KINDS[kind]} {limits}, got {value!r}")
+        return read
+
+
+_KINDS: dict[type, str] = {str: "a text", int: "a whole number", float: "a number"}
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What `list`, the command line and `load` know about a data set.
+
+    Attributes:
+        description: one line.
+        open: reads the fixed pools: ``open(root, **options)``.
+        clients: default number of clients.
+        partition: default partition specification.
+        correlation: default tie between colour and class, None for a set that is not coloured.
+        needs_root: whether files under ``--data-root`` are read.
+        image: default (channels, side in pixels).
+        options: accepted options, beside `COMMON_OPTIONS`.
+    """
+
+    description: str
+    open: Callable[..., Source]
+    clients: int
+    partition: str
+    image: tuple[int, int]
+    correlation: float | None = None
+    needs_root: bool = True
+    options: Mapping[str, DataOption] = field(default_factory=dict)
+
+    @property
+    def coloured(self) -> bool:
+        return self.correlation is not None
+
+
+COMMON_OPTIONS: dict[str, DataOption] = {
+    "test_samples": DataOption(0, "images kept of every test set, 0 for all (a fixed random choice)", low=0),
+    "validation_samples": DataOption(
+        0, "images kept of the validation set, 0 for its usual share of the training samples", low=0
+    ),
+}
+
+
+def _embedded(root: Root) -> Source:
+    return open_digits()
+
+
+def _mnist(root: Root) -> Source:
+    return open_idx("mnist", root)
+
+
+def _fashion(root: Root) -> Source:
+    return open_idx("fashionmnist", root)
+
+
+DATASETS: dict[str, DatasetInfo] = {
+    "colordigits": DatasetInfo(
+        "embedded digits on backgrounds coloured by class and client; out-of-distribution test with random colours",
+        _embedded, 5, "attribute", (3, 32), correlation=0.7, needs_root=False,
+    ),
+    "colormnist": DatasetInfo(
+        "MNIST on backgrounds coloured by class and client; out-of-distribution test with random colours",
+        _mnist, 10, "attribute", (3, 28), correlation=0.5,
+    ),
+    "colorfashion": DatasetInfo(
+        "Fashion-MNIST on backgrounds coloured by class and client; out-of-distribution test with random colours",
+        _fashion, 10, "attribute", (3, 28), correlation=0.5,
+    ),
+    "digits": DatasetInfo(
+        "scikit-learn's 1,797 handwritten digits enlarged to 32x32; needs no file",
+        _embedded, 5, "dirichlet:0.5", (1, 32), needs_root=False,
+    ),
+    "mnist": DatasetInfo("MNIST, 70,000 handwritten digits (IDX files)", _mnist, 10, "dirichlet:0.5", (1, 28)),
+    "fashionmnist": DatasetInfo(
+        "Fashion-MNIST, 70,000 pictures of clothes (IDX files)", _fashion, 10, "dirichlet:0.5", (1, 28)
+    ),
+    "cifar10": DatasetInfo(
+        "CIFAR-10, 60,000 colour images of 10 classes (official binary files)",
+        open_cifar10, 10, "dirichlet:0.5", (3, 32),
+    ),
+    "cifar100": DatasetInfo(
+        "CIFAR-100, 60,000 colour images of 100 classes (official binary files)",
+        open_cifar100, 10, "dirichlet:0.5", (3, 32),
+        options={"labels": DataOption("fine", "100 fine classes or 20 coarse ones", choices=("fine", "coarse"))},
+    ),
+    "nico": DatasetInfo(
+        "NICO, class/context folders of photographs; clients hold their own contexts, unseen contexts test",
+        open_nico, 7, "attribute", (3, 224),
+        options={
+            "protocol": DataOption("F7", "first or last seven contexts of every class train", choices=("F7", "L7")),
+            "size": DataOption(224, "side in pixels to which images are resized", low=8),
+            "part": DataOption("", "subfolder to use, for example Animal or Vehicle"),
+            "held_out": DataOption(
+                0.1, "share of the training contexts held out as in-distribution test, and again as validation",
+                low=0, high=0.33,
+            ),
+        },
+    ),
+}  # fmt: skip
+
+
+def lookup(name: str) -> DatasetInfo:
+    """The entry of a data set.
+
+    Raises:
+        UserError: unknown name, with the nearest known one.
+    """
+    if name not in DATASETS:
+        raise UserError(f'unknown data set "{name}": expected one of {", ".join(DATASETS)}.{nearest(name, DATASETS)}')
+    return DATASETS[name]
+
+
+def read_options(name: str, options: Mapping[str, object]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Checks ``key=value`` options and returns (those of the data set, those common to all), defaults filled in.
+
+    Raises:
+        UserError: unknown key (with the nearest one) or a value out of range.
+    """
+    known = {**lookup(name).options, **COMMON_OPTIONS}
+    for key in options:
+        if key not in known:
+            raise UserError(
+                f'data set "{name}" has no option "{key}": expected one of {", ".join(known)}.{nearest(key, known)}'
+            )
+    values = {key: known[key].read(name, key, options.get(key, known[key].default)) for key in known}
+    return {key: values[key] for key in lookup(name).options}, {key: values[key] for key in COMMON_OPTIONS}

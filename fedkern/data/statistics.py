@@ -1,0 +1,82 @@
+"""How unevenly the classes lie on the clients: the numbers behind the partition table and its picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class PartitionStatistics:
+    """Client x class counts of a partition.
+
+    Attributes:
+        counts: int64 ``[clients, classes]``, number of training samples.
+        classes: class names, in label order.
+        partition: the specification that made it, for example ``"dirichlet:0.5"``.
+    """
+
+    counts: npt.NDArray[np.int64]
+    classes: tuple[str, ...]
+    partition: str
+
+    @staticmethod
+    def of(labels: Sequence[npt.NDArray[np.int64]], classes: tuple[str, ...], partition: str) -> PartitionStatistics:
+        """Counts the ``labels`` (one int64 array per client)."""
+        counts = np.stack([np.bincount(one, minlength=len(classes)) for one in labels]).astype(np.int64)
+        return PartitionStatistics(counts, classes, partition)
+
+    @property
+    def sizes(self) -> npt.NDArray[np.int64]:
+        """Samples of every client, int64 ``[clients]``."""
+        return self.counts.sum(axis=1)
+
+    @property
+    def shares(self) -> npt.NDArray[np.float64]:
+        """Class shares inside every client, float64 ``[clients, classes]`` (rows sum to 1)."""
+        shares: npt.NDArray[np.float64] = self.counts / np.maximum(self.sizes[:, None], 1)
+        return shares
+
+    @property
+    def skew(self) -> npt.NDArray[np.float64]:
+        """Total variation distance of every client's class shares from those of all clients, in [0, 1]."""
+        overall = self.counts.sum(axis=0) / max(int(self.counts.sum()), 1)
+        distance: npt.NDArray[np.float64] = np.abs(self.shares - overall).sum(axis=1) / 2
+        return distance
+
+    def header(self) -> list[str]:
+        """Column names of `rows`."""
+        return ["client", "samples", "skew", *self.classes]
+
+    def rows(self, limit: int | None = None) -> list[list[str]]:
+        """One row of strings per client and a closing row of totals; at most ``limit`` clients are listed."""
+        shown = len(self.counts) if limit is None else min(limit, len(self.counts))
+        rows = [
+            [str(k), str(self.sizes[k]), f"{self.skew[k]:.2f}", *(str(count) for count in self.counts[k])]
+            for k in range(shown)
+        ]
+        if shown < len(self.counts):
+            rows.append([f"... {len(self.counts) - shown} more", "", "", *("" for _ in self.classes)])
+        totals = self.counts.sum(axis=0)
+        mean_skew = float(self.skew.mean()) if len(self.counts) else 0.0
+        rows.append(["all", str(totals.sum()), f"{mean_skew:.2f}", *(str(total) for total in totals)])
+        return rows
+
+    def text(self, limit: int | None = 20) -> str:
+        """The table as aligned plain text, a header line, one line per client and the totals."""
+        table = [self.header(), *self.rows(limit)]
+        widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+        return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table)
+
+    def as_dict(self) -> dict[str, object]:
+        """The numbers as JSON-ready values: what a picture or a summary needs."""
+        return {
+            "partition": self.partition,
+            "classes": list(self.classes),
+            "counts": self.counts.tolist(),
+            "samples": self.sizes.tolist(),
+            "skew": [round(float(value), 6) for value in self.skew],
+        }

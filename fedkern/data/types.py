@@ -1,0 +1,169 @@
+"""What a federated data set is made of: pools of labelled images, splits held in memory, and the whole federation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fedkern.data.statistics import PartitionStatistics
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images held in memory, with their labels and, where known, what is object and what is background.
+
+    Attributes:
+        images: uint8 ``[n, C, H, W]``.
+        labels: int64 ``[n]``.
+        masks: bool ``[n, H, W]``, True on the object, or None when nothing is known.  A row without any True means that
+            nothing was detected in that image; it stays out of the background bank.
+        ids: name of every image in its source (``"train/17"``, ``"dog/on snow/12.jpg"``), what a boxes file refers to.
+        sizes: int64 ``[n, 2]``, width and height of every image as stored on disk, where loading resized it.
+    """
+
+    images: Tensor
+    labels: Tensor
+    masks: Tensor | None = None
+    ids: tuple[str, ...] | None = None
+    sizes: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.dim() != 4:
+            raise ValueError(f"images: expected uint8 [n, C, H, W], got {_describe(self.images)}")
+        n, _, height, width = self.images.shape
+        if self.labels.dtype != torch.int64 or tuple(self.labels.shape) != (n,):
+            raise ValueError(f"labels: expected int64 [{n}], got {_describe(self.labels)}")
+        if self.masks is not None and (self.masks.dtype != torch.bool or tuple(self.masks.shape) != (n, height, width)):
+            raise ValueError(f"masks: expected bool [{n}, {height}, {width}], got {_describe(self.masks)}")
+        if self.ids is not None and len(self.ids) != n:
+            raise ValueError(f"ids: expected {n} names, got {len(self.ids)}")
+        if self.sizes is not None and tuple(self.sizes.shape) != (n, 2):
+            raise ValueError(f"sizes: expected [{n}, 2], got {_describe(self.sizes)}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, indices: Tensor) -> Split:
+        """The rows ``indices`` (int64 ``[m]``) as a split of their own (copies)."""
+        return Split(
+            self.images[indices],
+            self.labels[indices],
+            None if self.masks is None else self.masks[indices],
+            None if self.ids is None else tuple(self.ids[i] for i in indices.tolist()),
+            None if self.sizes is None else self.sizes[indices],
+        )
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Labelled images that may still be on disk; only the rows that are asked for are read.
+
+    Attributes:
+        labels: int64 ``[n]``.
+        ids: name of every image.
+        read: maps int64 ``[m]`` rows to uint8 ``[m, C, H, W]`` images and, where they were resized, `Split.sizes`.
+        groups: int64 ``[n]``, the client that the data set itself assigns to each image (a set of contexts), or None.
+    """
+
+    labels: Tensor
+    ids: tuple[str, ...]
+    read: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+    groups: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: Tensor) -> Split:
+        """Reads ``rows`` (int64 ``[m]``) into memory."""
+        images, sizes = self.read(rows)
+        return Split(images, self.labels[rows], ids=tuple(self.ids[i] for i in rows.tolist()), sizes=sizes)
+
+
+def memory_pool(images: Tensor, labels: Tensor, prefix: str, rows: Tensor | None = None) -> Pool:
+    """A pool over ``images`` uint8 ``[N, C, H, W]`` that holds the given ``rows`` and names them ``prefix/row``."""
+    rows = torch.arange(len(labels)) if rows is None else rows
+    return Pool(
+        labels=labels[rows],
+        ids=tuple(f"{prefix}/{i}" for i in rows.tolist()),
+        read=lambda wanted: (images[rows[wanted]], None),
+    )
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set before it is federated: its fixed pools, which no seed changes.
+
+    Attributes:
+        classes: class names, in label order.
+        train: what the clients share out among them.
+        validation: same distribution as ``train``, never trained on.
+        tests: named test pools, as in `FederatedData`.
+        mean, std: per channel, of images in [0, 1].
+        augment: what training batches go through, see `fedkern.data.transforms`.
+        groups: number of clients that the data set's own attributes define, or None.
+    """
+
+    classes: tuple[str, ...]
+    train: Pool
+    validation: Pool
+    tests: dict[str, Pool]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augment: str
+    groups: int | None = None
+
+
+@dataclass(frozen=True)
+class FederatedData:
+    """A data set shared out among clients.
+
+    Attributes:
+        name: the data set's name in `fedkern.data.DATASETS`.
+        classes: class names, in label order.
+        clients: one training split per client.
+        validation: same distribution as the clients' data, never trained on: the only set that may choose anything.
+        tests: ``{"": split}`` for one test set (metric ``accuracy``), or ``{"id": ..., "ood": ...}`` (``id_accuracy``,
+            ``ood_accuracy``).
+        mean, std: per channel, of images in [0, 1].
+        augment: what training batches go through: a name in `fedkern.data.transforms.AUGMENTATIONS`.
+        statistics: how many samples of each class every client holds.
+        exact_masks: whether the masks are known exactly (coloured sets) rather than detected.
+        image_ids: the names of all images of the data set, used or not; a boxes file may name any of these.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    clients: tuple[Split, ...]
+    validation: Split
+    tests: dict[str, Split]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augment: str
+    statistics: PartitionStatistics
+    exact_masks: bool = False
+    image_ids: frozenset[str] = field(default=frozenset(), repr=False)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of every image."""
+        channels, height, width = self.validation.images.shape[1:]
+        return channels, height, width
+
+    @property
+    def client_sizes(self) -> tuple[int, ...]:
+        """Number of training samples of every client."""
+        return tuple(len(client) for client in self.clients)
+
+
+def fixed_rows(order: Sequence[int], *counts: int) -> list[Tensor]:
+    """Cuts ``order`` into consecutive sorted pieces of the given sizes, the last piece taking what is left."""
+    rows = torch.as_tensor(order, dtype=torch.int64)
+    pieces = torch.split(rows, [*counts, len(rows) - sum(counts)])
+    return [torch.sort(piece).values for piece in pieces]
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
