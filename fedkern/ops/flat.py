@@ -1,27 +1,285 @@
-"""FlatParameters: a module's parameters and buffers as views into one buffer per dtype."""
+"""flat: a module's parameters and buffers as views into one vector, the form in which models travel."""
 
 from __future__ import annotations
+
+import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fedkern.ops.flat_layout import Entry, FlatGroup, Slot, check_tensors, flatten_group, own_view, shaped, tensors_of
+
 
 class FlatParameters:
-    """Flattens ``module``: ``parameters`` [P] and ``buffers`` [Q] are flat vectors that the module's tensors view."""
+    """Moves the parameters and floating buffers of ``module`` into one vector per dtype, which they then view.
+
+    The tensors stay the objects they were (optimisers and hooks keep working), with their shapes and strides, so a
+    channels-last weight is still channels-last; the vector holds each tensor's elements in memory order.  Two
+    modules of the same architecture and memory format so agree on what every element means.  ``state_dict`` keys,
+    ``load_state_dict``, optimisers, ``copy.deepcopy``, pickling and ``torch.save`` behave as before: every tensor keeps
+    a storage of its own size, so saving one writes that one alone.  Shared (tied) tensors appear once.
+
+    Integer and boolean buffers keep their type and place; they travel as :attr:`integers`.
+
+    What replaces a module's tensors unflattens it: ``copy.deepcopy`` of the module alone, ``.to(dtype)``,
+    ``.to(device)``, ``.to(memory_format=...)``, ``share_memory()``, ``load_state_dict(assign=True)``.
+    :attr:`is_flat` tells, :meth:`check` raises, :meth:`flatten` flattens again.  ``copy.deepcopy`` of the
+    FlatParameters copies the module with it and flattens the copy.
+
+    Writing to the vectors with torch operations changes the module at once, but autograd cannot see it; call
+    :meth:`mark_changed` afterwards, or write through :meth:`load`, so that a backward pass whose saved tensors were
+    overwritten raises instead of being wrong.
+
+    It is a container, not an operator: building and loading it under ``torch.func`` transforms or ``torch.compile`` is
+    refused; use ``torch.func.functional_call`` with :meth:`views` there.
+
+    Args:
+        module: any module whose tensors live on one device.
+
+    Raises:
+        TypeError: ``module`` is no ``nn.Module``, or holds a tensor subclass.
+        ValueError: a tensor is uninitialised (lazy), on the meta device or another device, or two tensors overlap in
+            memory without being the same.
+    """
+
+    module: nn.Module
+    groups: dict[torch.dtype, FlatGroup]
 
     def __init__(self, module: nn.Module) -> None:
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module must be a torch.nn.Module, not {type(module).__name__}")
         self.module = module
-        with torch.no_grad():
-            self.parameters = self._flatten(list(module.parameters()))
-            self.buffers = self._flatten([b for b in module.buffers() if b.is_floating_point()])
+        self.flatten()
 
-    @staticmethod
-    def _flatten(tensors: list[Tensor]) -> Tensor:
-        flat = torch.empty(sum(t.numel() for t in tensors))
-        offset = 0
-        for t in tensors:
-            view = torch.as_strided(flat, t.shape, t.stride(), offset)
-            view.copy_(t)
-            t.data = view
-            offset += t.numel()
+    def flatten(self) -> FlatParameters:
+        """Flattens the module (again), with the values it has now, into new vectors; returns ``self``."""
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                "FlatParameters moves memory and cannot be used under torch.compile or a torch.func transform"
+            )
+        found = list(tensors_of(self.module))
+        check_tensors(found)
+        floating = [entry for entry in found if entry[3].is_floating_point() or entry[3].is_complex()]
+        self._integers = [entry for entry in found if not (entry[3].is_floating_point() or entry[3].is_complex())]
+        self._slots: dict[torch.dtype, list[Slot]] = {}
+        self.groups = {}
+        self._gradient: dict[torch.dtype, tuple[Tensor, list[Tensor]]] = {}
+        for dtype in dict.fromkeys(entry[3].dtype for entry in floating):
+            entries = [entry for entry in floating if entry[3].dtype == dtype]
+            self.groups[dtype], self._slots[dtype] = flatten_group(sorted(entries, key=lambda entry: not entry[4]))
+        return self
+
+    # What travels.
+
+    @property
+    def vector(self) -> Tensor:
+        """``[P + Q]``: parameters, then floating buffers; a view that the module shares.
+
+        Raises:
+            ValueError: the module has several floating dtypes; use :attr:`groups`.
+        """
+        return self._only().vector
+
+    @property
+    def parameters(self) -> Tensor:
+        """``[P]``: the first elements of :attr:`vector`."""
+        return self._only().parameters
+
+    @property
+    def buffers(self) -> Tensor:
+        """``[Q]``: the floating buffers (batch norm's running statistics), the last elements of :attr:`vector`."""
+        return self._only().buffers
+
+    @property
+    def integers(self) -> Tensor:
+        """All integer and boolean parameters and buffers (``num_batches_tracked``) as one int64 vector; a copy."""
+        tensors = [self._live(entry).detach().reshape(-1).to(torch.int64) for entry in self._integers]
+        return torch.cat(tensors) if tensors else torch.empty(0, dtype=torch.int64)
+
+    def load(self, vector: Tensor) -> None:
+        """Copies ``vector [P + Q]`` (any floating dtype, device or stride) into the module.
+
+        Raises:
+            TypeError, ValueError: the vector's type or shape is wrong.
+            RuntimeError: the module is no longer flat.
+        """
+        self._load(vector, self._only().vector, "vector")
+
+    def load_parameters(self, vector: Tensor) -> None:
+        """As :meth:`load`, for the parameters alone: ``vector [P]``."""
+        self._load(vector, self._only().parameters, "parameters")
+
+    def load_buffers(self, vector: Tensor) -> None:
+        """As :meth:`load`, for the floating buffers alone: ``vector [Q]``."""
+        self._load(vector, self._only().buffers, "buffers")
+
+    def load_integers(self, vector: Tensor) -> None:
+        """Writes the values of :attr:`integers`, ``int64 [R]``, back into the module's integer buffers.
+
+        Raises:
+            TypeError, ValueError: the vector's type or shape is wrong.
+        """
+        tensors = [self._live(entry) for entry in self._integers]
+        total = sum(tensor.numel() for tensor in tensors)
+        if not isinstance(vector, Tensor) or vector.is_floating_point() or vector.is_complex():
+            given = vector.dtype if isinstance(vector, Tensor) else type(vector).__name__
+            raise TypeError(f"integers must be an int64 tensor, not {given}")
+        if vector.shape != (total,):
+            raise ValueError(f"integers must have shape [{total}], not {list(vector.shape)}")
+        with torch.no_grad():
+            for tensor, part in zip(tensors, vector.split([t.numel() for t in tensors]), strict=True):
+                tensor.copy_(part.view(tensor.shape))
+
+    def copy_(self, other: FlatParameters) -> FlatParameters:
+        """Takes over every value of another flat module of the same layout, integer buffers included; returns ``self``.
+
+        Raises:
+            ValueError: the layouts differ.
+        """
+        mine, theirs = self.layout(), other.layout()
+        if mine != theirs:
+            a, b = next(
+                ((a, b) for a, b in zip(mine, theirs, strict=False) if a != b), (f"{len(mine)} tensors", len(theirs))
+            )
+            raise ValueError(f"other must be a module of the same layout: here {a}, there {b}")
+        self.check()
+        for dtype, group in self.groups.items():
+            group.vector.copy_(other.groups[dtype].vector)
+        self.mark_changed()
+        self.load_integers(other.integers)
+        return self
+
+    def layout(self) -> list[tuple[str, torch.dtype, tuple[int, ...], tuple[int, ...], int]]:
+        """Returns (name, dtype, shape, strides, offset) of every tensor: what two sides must agree on."""
+        return [
+            (slot.name, dtype, tuple(slot.tensor.shape), slot.stride, slot.offset)
+            for dtype, slots in self._slots.items()
+            for slot in slots
+        ]
+
+    def views(self, vector: Tensor) -> dict[str, Tensor]:
+        """Returns name → view into ``vector [P + Q]`` (or ``[P]``: parameters alone), shaped as the module's tensors.
+
+        Differentiable, for ``torch.func.functional_call(module, flat.views(vector), inputs)``.
+        """
+        group = self._only()
+        total, parameters = group.vector.numel(), group.parameters.numel()
+        if vector.shape not in ((total,), (parameters,)):
+            raise ValueError(f"vector must have shape [{total}] or [{parameters}], not {list(vector.shape)}")
+        (slots,) = self._slots.values()
+        inside = [slot for slot in slots if slot.offset + slot.tensor.numel() <= len(vector)]
+        pieces = vector.split([slot.tensor.numel() for slot in inside])
+        return {slot.name: shaped(piece, slot) for slot, piece in zip(inside, pieces, strict=True)}
+
+    # Gradients.
+
+    def gradients(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Returns one vector ``[P]`` that every parameter's ``.grad`` views, for optimisers that work on flat vectors.
+
+        A gradient that is there already is moved in, a missing one (never computed, or reset to None) is zero.  Call it
+        once before training, clear it with one ``fill_(0)`` (``zero_grad(set_to_none=False)`` does that too); called
+        again after gradients were replaced, it collects them.
+
+        Args:
+            dtype: which group, for a module of several floating dtypes.
+
+        Raises:
+            RuntimeError: the module is no longer flat.
+        """
+        self.check()
+        if dtype is None:
+            self._only()
+            dtype = next(iter(self.groups), None)
+        if dtype is None:
+            return torch.empty(0)
+        if dtype not in self.groups:
+            raise ValueError(f"dtype must be one of {', '.join(map(str, self.groups))}, not {dtype}")
+        slots = [slot for slot in self._slots[dtype] if slot.is_parameter]
+        if dtype not in self._gradient:
+            flat = torch.zeros_like(self.groups[dtype].parameters)
+            self._gradient[dtype] = flat, [own_view(flat, slot) for slot in slots]
+        flat, views = self._gradient[dtype]
+        with torch.no_grad():
+            for slot, view in zip(slots, views, strict=True):
+                grad = slot.tensor.grad
+                if grad is view:
+                    continue
+                if grad is None:
+                    view.zero_()
+                else:
+                    view.copy_(grad)
+                if slot.tensor.requires_grad:
+                    slot.tensor.grad = view
         return flat
+
+    # Keeping the promise.
+
+    @property
+    def is_flat(self) -> bool:
+        """True while every tensor of the module still lives in the vectors."""
+        return self._stray() is None
+
+    def check(self) -> None:
+        """Raises RuntimeError naming the first tensor that left the vectors."""
+        name = self._stray()
+        if name is not None:
+            raise RuntimeError(
+                f"the module is no longer flat: {name!r} was replaced (.to(...) and "
+                "load_state_dict(assign=True) do that); call flatten() to flatten it again with the values it has now"
+            )
+
+    def mark_changed(self) -> None:
+        """Tells autograd that the vectors were written to directly."""
+        tensors = [slot.tensor for slots in self._slots.values() for slot in slots]
+        tensors += [tensor for group in self.groups.values() for tensor in group]
+        torch.autograd.graph.increment_version(tensors)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FlatParameters:
+        twin = FlatParameters(copy.deepcopy(self.module, memo))
+        memo[id(self)] = twin
+        return twin
+
+    def __reduce__(self) -> tuple[type[FlatParameters], tuple[nn.Module]]:
+        return FlatParameters, (self.module,)
+
+    def __repr__(self) -> str:
+        parts = [
+            f"{str(dtype).removeprefix('torch.')}: {len(group.parameters)} parameters + {len(group.buffers)} buffers"
+            for dtype, group in self.groups.items()
+        ]
+        return f"FlatParameters({type(self.module).__name__}, {', '.join(parts) or 'empty'})"
+
+    def _only(self) -> FlatGroup:
+        if len(self.groups) > 1:
+            raise ValueError(
+                f"{type(self.module).__name__} has parameters or buffers of several dtypes "
+                f"({', '.join(str(dtype) for dtype in self.groups)}); use groups[dtype]"
+            )
+        if not self.groups:
+            empty = torch.empty(0)
+            return FlatGroup(empty, empty, empty)
+        return next(iter(self.groups.values()))
+
+    def _load(self, vector: Tensor, target: Tensor, name: str) -> None:
+        if not isinstance(vector, Tensor) or not vector.is_floating_point():
+            given = vector.dtype if isinstance(vector, Tensor) else type(vector).__name__
+            raise TypeError(f"{name} must be a floating-point tensor, not {given}")
+        if vector.shape != target.shape:
+            raise ValueError(f"{name} must have shape {list(target.shape)}, not {list(vector.shape)}")
+        self.check()
+        with torch.no_grad():
+            target.copy_(vector)
+        self.mark_changed()
+
+    def _live(self, entry: Entry) -> Tensor:
+        owner, key, _, tensor, is_parameter = entry
+        current = (owner._parameters if is_parameter else owner._buffers).get(key)
+        return tensor if current is None else current
+
+    def _stray(self) -> str | None:
+        for slots in self._slots.values():
+            for slot in slots:
+                if not slot.in_place():
+                    return slot.name
+        return None

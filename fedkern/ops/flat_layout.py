@@ -1,0 +1,162 @@
+"""flat: where each tensor of a module lives in its flat vector."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+# (owner, attribute, qualified name, tensor, is parameter)
+Entry = tuple[nn.Module, str, str, Tensor, bool]
+
+
+class FlatGroup(NamedTuple):
+    """The flat tensors of one dtype.
+
+    Attributes:
+        vector: ``[P + Q]``, everything of that dtype.
+        parameters: ``[P]``, its first elements: the module's parameters in the order of ``module.parameters()``.
+        buffers: ``[Q]``, the rest: floating buffers in the order of ``module.buffers()``.
+    """
+
+    vector: Tensor
+    parameters: Tensor
+    buffers: Tensor
+
+
+class Slot(NamedTuple):
+    """Where one tensor of the module lives."""
+
+    owner: nn.Module
+    key: str  # attribute of the owner
+    name: str  # qualified name, as in state_dict
+    tensor: Tensor
+    is_parameter: bool
+    pointer: int
+    stride: tuple[int, ...]
+    offset: int  # in elements, within its group's vector
+
+    def current(self) -> Tensor | None:
+        return (self.owner._parameters if self.is_parameter else self.owner._buffers).get(self.key)
+
+    def in_place(self) -> bool:
+        tensor = self.current()
+        return (
+            tensor is not None
+            and tensor.data_ptr() == self.pointer
+            and tensor.dtype == self.tensor.dtype
+            and tensor.stride() == self.stride
+        )
+
+
+def tensors_of(module: nn.Module) -> Iterator[Entry]:
+    """Yields (owner, attribute, qualified name, tensor, is parameter); a shared tensor once, under its first name."""
+    seen: set[int] = set()
+    for is_parameter in (True, False):
+        for prefix, owner in module.named_modules():
+            members = owner._parameters if is_parameter else owner._buffers
+            for key, tensor in members.items():
+                if tensor is None or id(tensor) in seen:
+                    continue
+                seen.add(id(tensor))
+                yield owner, key, f"{prefix}.{key}" if prefix else key, tensor, is_parameter
+
+
+def check_tensors(found: list[Entry]) -> None:
+    device: torch.device | None = None
+    for _, _, name, tensor, is_parameter in found:
+        if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+            raise ValueError(f"{name!r} is not initialised yet; run the lazy module once before flattening it")
+        if type(tensor) is not Tensor and not (is_parameter and type(tensor) is nn.Parameter):
+            raise TypeError(
+                f"{name!r} is a {type(tensor).__name__}; only plain tensors and parameters can be flattened"
+            )
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"{name!r} has layout {tensor.layout}; only strided tensors can be flattened")
+        if tensor.device.type == "meta":
+            raise ValueError(
+                f"{name!r} is on the meta device; give it values (to_empty, load_state_dict) before flattening"
+            )
+        device = device or tensor.device
+        if tensor.device != device:
+            raise ValueError(
+                f"all tensors must be on one device: {name!r} is on {tensor.device}, others are on {device}"
+            )
+
+
+def flatten_group(entries: list[Entry]) -> tuple[FlatGroup, list[Slot]]:
+    # Tensors over the very same memory (weight = other.weight.data) stay over the same memory.
+    placed: dict[tuple[int, torch.Size, tuple[int, ...]], int] = {}
+    offsets, sources, taken, end, parameters = [], [], [], 0, 0
+    for _, _, name, tensor, is_parameter in entries:
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() and key in placed:
+            offsets.append(placed[key])
+        else:
+            placed[key] = end
+            offsets.append(end)
+            sources.append((tensor, end))
+            taken.append((tensor.data_ptr(), tensor.data_ptr() + _extent(tensor), name))
+            end += tensor.numel()
+        if is_parameter:
+            parameters = end
+    taken.sort()
+    for (_, stop, name), (start, _, other) in itertools.pairwise(taken):
+        if start < stop:
+            raise ValueError(f"{name!r} and {other!r} overlap in memory without being the same tensor")
+    first = entries[0][3]
+    vector = torch.empty(end, dtype=first.dtype, device=first.device)
+    slots = []
+    with torch.no_grad():
+        strides = {id(tensor): _dense_stride(tensor) for _, _, _, tensor, _ in entries}
+        for tensor, offset in sources:
+            torch.as_strided(vector, tensor.shape, strides[id(tensor)], offset).copy_(tensor)
+        for (owner, key_, name, tensor, is_parameter), offset in zip(entries, offsets, strict=True):
+            stride = strides[id(tensor)]
+            view = _own_storage(vector[offset : offset + tensor.numel()]).as_strided(tensor.shape, stride)
+            tensor.data = view
+            slots.append(Slot(owner, key_, name, tensor, is_parameter, tensor.data_ptr(), tensor.stride(), offset))
+    return FlatGroup(vector, vector[:parameters], vector[parameters:]), slots
+
+
+def _own_storage(piece: Tensor) -> Tensor:
+    """The same memory behind a storage of its own.
+
+    Views of one storage make ``pickle.dumps(module)`` write the whole vector once per tensor, ``deepcopy`` copy it for
+    every buffer, and torch.compile treat all tensors as aliases of each other.
+    """
+    if not piece.numel():
+        return torch.empty_like(piece)
+    try:
+        return torch.from_dlpack(piece)
+    except (BufferError, RuntimeError):  # a dtype that DLPack does not know
+        return piece
+
+
+def own_view(flat: Tensor, slot: Slot) -> Tensor:
+    piece = _own_storage(flat[slot.offset : slot.offset + slot.tensor.numel()])
+    return piece.as_strided(slot.tensor.shape, slot.stride)
+
+
+def shaped(piece: Tensor, slot: Slot) -> Tensor:
+    """A piece of a vector in the slot's shape and strides, by differentiable views that vmap knows."""
+    order = sorted(range(slot.tensor.dim()), key=lambda axis: (-slot.stride[axis], -slot.tensor.shape[axis]))
+    in_memory = piece.view([slot.tensor.shape[axis] for axis in order])
+    back = sorted(range(len(order)), key=lambda position: order[position])
+    return in_memory.permute(back)
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first element to behind the last."""
+    if not tensor.numel():
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+def _dense_stride(tensor: Tensor) -> tuple[int, ...]:
+    """The tensor's strides where it fills its memory without gaps or repeats, else those of a copy in its order."""
+    return torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format).stride()
