@@ -1,0 +1,224 @@
+"""What each command does: run, resume, list, doctor."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fedkern.cli.flags import PROGRAM, Request, command_line, effective, named_options
+from fedkern.engine import Listener, RunConfig, RunInfo, Terminated
+from fedkern.errors import UserError
+
+
+class _Tee(Listener):
+    """Passes every event to the display, and keeps the data for the pictures."""
+
+    def __init__(self, display: Listener) -> None:
+        self.display = display
+        self.data: Any = None
+
+    def on_start(self, run: RunInfo) -> None:
+        self.data = run.data
+        self.display.on_start(run)
+
+    def on_round_start(self, round: int, name: str, participants: Sequence[int]) -> None:
+        self.display.on_round_start(round, name, participants)
+
+    def on_client(self, round: int, client: int, info: Mapping[str, Any]) -> None:
+        self.display.on_client(round, client, info)
+
+    def on_round(self, record: Mapping[str, Any]) -> None:
+        self.display.on_round(record)
+
+    def on_warning(self, name: str, text: str) -> None:
+        self.display.on_warning(name, text)
+
+    def on_end(self, summary: Mapping[str, Any]) -> None:
+        self.display.on_end(summary)
+
+
+def check_backend() -> None:
+    """Looks at ``FEDKERN_BACKEND`` and ``FEDKERN_CPU_ISA`` before any work is done.
+
+    Raises:
+        UserError: one names something that does not exist or cannot be used on this machine.
+    """
+    from fedkern.ops import backend
+
+    try:
+        backend.cpu_core()
+    except backend.Unavailable:
+        pass  # the reference serves; doctor says why
+    except ValueError as error:
+        raise UserError(f"{error}.") from None
+    try:
+        forced = backend.forced_backend()
+    except ValueError as error:
+        raise UserError(f"{error}.") from None
+    if forced is not None:
+        rows = [row for row in backend.status() if row.backend == forced]
+        if not any(row.serves for row in rows):
+            reason = next((row.reason for row in rows if row.reason != "not implemented"), "it implements nothing")
+            raise UserError(f"FEDKERN_BACKEND={forced} cannot be used: {reason}.")
+
+
+def _default_folder(config: RunConfig) -> Path:
+    stem = f"{config.method}-{config.data}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder, number = Path("runs") / stem, 1
+    while folder.exists():
+        number += 1
+        folder = Path("runs") / f"{stem}-{number}"
+    return folder
+
+
+def run(request: Request) -> int:
+    """Starts or resumes a run, draws its pictures and prints how it ended.
+
+    Returns:
+        The exit code: 0, or 130 after Ctrl-C and 143 after SIGTERM.
+    """
+    from fedkern import engine
+
+    check_backend()
+    if request.resume is not None:
+        out, config = request.resume, _stored(request)
+    else:
+        config = effective(request)
+        out = request.out or _default_folder(config)
+
+    from fedkern.report.progress import display
+
+    shown = display(quiet=request.quiet, json=request.json)
+    tee = _Tee(shown)
+    try:
+        summary = engine.run(config, out=out, resume=request.resume is not None, listener=tee)
+        pictures = _pictures(out, tee.data, shown)
+    except KeyboardInterrupt as stop:
+        shown.close()
+        how = "terminated" if isinstance(stop, Terminated) else "interrupted"
+        if (out / "config.toml").exists():
+            shown.console.print(f"{how}; continue with: {PROGRAM} --resume {out}", **_PLAIN)
+        else:
+            shown.console.print(f"{how} before anything was written; start again.", **_PLAIN)
+        return 143 if isinstance(stop, Terminated) else 130
+    finally:
+        shown.close()
+    _close(request, config, out, summary, pictures)
+    return 0
+
+
+_PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
+
+
+def _stored(request: Request) -> RunConfig:
+    """The settings of the run to resume; flags that repeat them are welcome, others are an error.
+
+    Raises:
+        UserError: the folder holds no run, or was made with other settings than the flags say.
+    """
+    assert request.resume is not None
+    stored = RunConfig.load(request.resume)
+    wanted: dict[str, Any] = dict(request.settings)
+    if request.method is not None and request.method != stored.method:
+        wanted["method"], wanted["options"] = request.method, {}
+    elif request.options:
+        wanted["options"] = {**stored.options, **named_options(stored.method, request.options)}
+    if request.data_options:
+        wanted["data_options"] = {**stored.data_options, **request.data_options}
+    differences = stored.replace(**wanted).differences(stored) if wanted else []
+    if differences:
+        raise UserError(
+            f"The run in {request.resume} has other settings ({'; '.join(differences)}): leave these flags out to "
+            "resume it, or start a new run without --resume."
+        )
+    return stored
+
+
+def _pictures(out: Path, data: Any, shown: Any) -> list[Path]:
+    """Draws the pictures; a failure to draw must not lose a finished run, so it is a warning."""
+    if data is None:  # a finished run was resumed: nothing was loaded, and its pictures are there
+        return sorted(out.glob("*.png"))
+    from fedkern.report import write_pictures
+
+    try:
+        return write_pictures(out, data=data)
+    except UserError as error:
+        shown.on_warning("pictures", str(error))
+        return []
+
+
+def _close(request: Request, config: RunConfig, out: Path, summary: Mapping[str, Any], pictures: list[Path]) -> None:
+    if request.json:
+        print(json.dumps(summary, indent=2, default=str))
+        return
+    if request.quiet:
+        print(out)
+        return
+    from fedkern.report.tables import final_table
+
+    console = Console()
+    console.print(final_table(summary))
+    names = sorted({str(name) for name in _diagnostics(summary)})
+    if names:
+        console.print(f"warnings: {', '.join(names)} (see diagnostics in {out / 'summary.json'})", **_PLAIN)
+    console.print(f"run folder: {out}", **_PLAIN)
+    if pictures:
+        console.print(f"pictures:   {', '.join(path.name for path in pictures)}", **_PLAIN)
+    if config.method != "fedavg":
+        console.print(f"FedAvg on the same split: {command_line('fedavg', config)}", **_PLAIN)
+
+
+def _diagnostics(summary: Mapping[str, Any]) -> list[Any]:
+    found = summary.get("diagnostics") or {}
+    if isinstance(found, Mapping):
+        return list(found)
+    return [entry.get("name", entry) if isinstance(entry, Mapping) else entry for entry in found]
+
+
+def catalogue() -> dict[str, dict[str, str]]:
+    """Names and one line each of the methods, data sets, models and partitioners."""
+    from fedkern.data import DATASETS, PARTITIONERS
+    from fedkern.methods import METHODS
+    from fedkern.models import MODELS
+
+    return {
+        "methods": {name: METHODS[name].description for name in sorted(METHODS)},
+        "data sets": {name: info.description for name, info in DATASETS.items()},
+        "models": {name: entry.description for name, entry in MODELS.items()},
+        "partitioners": {info.usage: info.description for info in PARTITIONERS.values()},
+    }
+
+
+def list_all(request: Request) -> int:
+    """Prints the catalogue."""
+    found = catalogue()
+    if request.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    for i, (title, entries) in enumerate(found.items()):
+        print(("\n" if i else "") + title)
+        width = min(max(len(name) for name in entries), 20) + 2
+        for name, text in entries.items():
+            # A name longer than the column (a partitioner with all its options) gets the description on its own line.
+            print(f"  {name:<{width}}{text}" if len(name) < width else f"  {name}\n  {'':<{width}}{text}")
+    print(f"\nThe options of a method: {PROGRAM} METHOD --help")
+    return 0
+
+
+def doctor(request: Request) -> int:
+    """Prints the state of the installation."""
+    from fedkern.report import doctor as report
+
+    if request.json:
+        print(json.dumps(report.collect(), indent=2))
+    else:
+        report.show(Console())
+    return 0
+
+
+COMMANDS = {"run": run, "resume": run, "list": list_all, "doctor": doctor}

@@ -1,0 +1,331 @@
+"""The flags, made from :class:`fedkern.engine.RunConfig` so that a setting is declared once."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shlex
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fedkern.engine import RunConfig
+from fedkern.engine.defaults import defaults
+from fedkern.errors import UserError, nearest
+from fedkern.methods import METHODS
+from fedkern.methods.options import Knob
+
+PROGRAM = "python -m fedkern.run"
+COMMANDS = {
+    "list": "show the methods, data sets, models and partitioners",
+    "doctor": "show versions, processor, GPU, and which backend serves which operator",
+}
+
+# Where a flag stands in the help; a setting that is not named here goes under the last heading.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "data": ("data", "data_root", "train_samples", "partition", "correlation", "augment"),
+    "federation": ("clients", "sample_fraction", "rounds", "buffers", "on_nan"),
+    "local training": ("local_epochs", "batch_size", "lr", "lr_decay", "momentum", "weight_decay", "clip_norm"),
+    "model": ("model", "width"),
+    "run": (),
+}
+METAVARS = {"data_root": "DIR", "partition": "SPEC", "clients": "N", "rounds": "R", "local_epochs": "E", "seed": "S"}
+
+# Options of single data sets: flag, metavar, help.
+DATA_FLAGS: dict[str, tuple[str, str]] = {
+    "protocol": ("F7|L7", "nico: which seven contexts train, the first or the last"),
+    "boxes": ("FILE", "background extraction from a boxes file (JSON or CSV)"),
+    "detector": ("PATH_OR_NAME", "background extraction by Grounding DINO (needs the extra [foundation])"),
+    "box_threshold": ("F", "smallest box score of the detector"),
+    "text_threshold": ("F", "smallest text score of the detector"),
+}
+
+DESCRIPTION = f"""\
+{PROGRAM} METHOD [flags]              train and evaluate a federated method
+{PROGRAM} METHOD --help               the same help with the method's own options
+{PROGRAM} --resume DIR                continue an interrupted run
+{PROGRAM} list                        {COMMANDS["list"]}
+{PROGRAM} doctor                      {COMMANDS["doctor"]}
+"""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for.
+
+    Attributes:
+        command: ``"run"``, ``"resume"``, ``"list"``, ``"doctor"`` or ``"help"``.
+        method: the method, where one is named.
+        settings: ``RunConfig`` fields that were given as flags, converted.
+        options: ``key=value`` method options.
+        data_options: options of the data set.
+        config: the ``--config`` file.
+        out: the run folder, where one is named.
+        resume: the folder to continue.
+    """
+
+    command: str
+    method: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    options: tuple[str, ...] = ()
+    data_options: Mapping[str, Any] = field(default_factory=dict)
+    config: Path | None = None
+    out: Path | None = None
+    resume: Path | None = None
+    quiet: bool = False
+    json: bool = False
+    help: str = ""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message[:1].upper() + message[1:] + ".")
+
+
+def flag(name: str) -> str:
+    """``train_samples`` -> ``--train-samples``."""
+    return "--" + name.replace("_", "-")
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _describe(knob: Knob, default: Any, *, choices: bool = False) -> str:
+    parts = [knob.help]
+    if knob.range and (choices or knob.choices is None):
+        parts.append(knob.range)
+    if default is not None:
+        parts.append(f"default {_word(default)}")
+    return "; ".join(parts)
+
+
+def _metavar(knob: Knob) -> str:
+    if knob.choices is not None:
+        return "|".join(str(choice) for choice in knob.choices)
+    return METAVARS.get(knob.field) or {int: "N", float: "F", bool: "true|false"}.get(knob.type, "NAME")
+
+
+def _parser(method: str | None) -> _Parser:
+    parser = _Parser(
+        prog=PROGRAM,
+        usage=argparse.SUPPRESS,
+        description=DESCRIPTION,
+        epilog=_method_options(method),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=110),
+        allow_abbrev=False,
+        add_help=False,
+    )
+    # Values stay words here and are converted by the knob, whose messages name the flag and the allowed range.
+    first = parser.add_argument_group("method")
+    first.add_argument("method", nargs="?", metavar="METHOD", help="one of " + ", ".join(sorted(METHODS)))
+    base = defaults(method, "colordigits") if method in METHODS else {}
+    knobs = {knob.field: knob for knob in RunConfig.knobs() if knob.field != "method"}
+    placed = [name for names in GROUPS.values() for name in names]
+    for title, names in GROUPS.items():
+        group = parser.add_argument_group(title)
+        rest = [name for name in knobs if name not in placed] if title == "run" else []
+        for name in [*(name for name in names if name in knobs), *rest]:
+            knob = knobs[name]
+            default = base.get(name, knob.default)
+            group.add_argument(
+                flag(name), dest=name, metavar=_metavar(knob), help=_describe(knob, default).replace("%", "%%")
+            )
+        if title == "data":
+            for name, (metavar, text) in DATA_FLAGS.items():
+                group.add_argument(flag(name), dest=f"data:{name}", metavar=metavar, help=text)
+            group.add_argument(
+                "--data-option",
+                action="append",
+                default=[],
+                metavar="key=value",
+                help="any other option of the data set",
+            )
+        if title == "run":
+            group.add_argument(
+                "--method-option",
+                action="append",
+                default=[],
+                metavar="key=value",
+                help="a knob of the method; repeatable",
+            )
+            group.add_argument("--config", metavar="FILE.toml", help="settings from a file; flags override it")
+            group.add_argument("--out", metavar="DIR", help="run folder; default runs/<method>-<data>-<time>")
+            group.add_argument("--resume", metavar="DIR", help="continue the run in this folder")
+            group.add_argument("--quiet", action="store_true", help="no display; only the run folder at the end")
+            group.add_argument("--json", action="store_true", help="print the summary, as JSON, and nothing else")
+            group.add_argument("-h", "--help", action="store_true", help="show this help and exit")
+    return parser
+
+
+def _method_options(method: str | None) -> str:
+    if method not in METHODS:
+        return f"The options of a method: {PROGRAM} METHOD --help"
+    kind = METHODS[method]
+    knobs = kind.Options.knobs()
+    if not knobs:
+        return f"{method}: {kind.description}\nIt has no options of its own."
+    base = kind.Options.parse(defaults(method, "colordigits").get("options", {}), method=method).to_dict()
+    lines = [f"{method}: {kind.description}", "", "method options (--method-option key=value):"]
+    width = max(len(knob.name) for knob in knobs) + 2
+    for knob in knobs:
+        text = _describe(knob, base[knob.name], choices=True)
+        lines += textwrap.wrap(
+            text, 108, initial_indent="  " + knob.name.ljust(width), subsequent_indent=" " * (width + 2)
+        )
+    return "\n".join(lines)
+
+
+def _pairs(words: Sequence[str], name: str) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f'{flag(name)} needs the form key=value, got "{word}".')
+        pairs[key.strip().replace("-", "_")] = value.strip()
+    return pairs
+
+
+def _unknown(word: str, parser: argparse.ArgumentParser) -> UserError:
+    if not word.startswith("-"):
+        return UserError(f'Unexpected word "{word}": one METHOD is expected, and values follow their flag.')
+    given = word.partition("=")[0]
+    flags = [name for action in parser._actions for name in action.option_strings]
+    return UserError(f'Unknown flag "{given}".{nearest(given, flags)} See {PROGRAM} --help.')
+
+
+def parse(argv: Sequence[str]) -> Request:
+    """Reads the words after ``python -m fedkern.run``.
+
+    Raises:
+        UserError: an unknown method, command or flag (the nearest one is suggested), a value of the wrong type or out
+            of range, or flags that exclude each other.
+    """
+    named = next((word for word in argv if word in METHODS), None)
+    parser = _parser(named)
+    values, rest = parser.parse_known_args(list(argv))
+    # Unknown flags first: the value of one is otherwise taken for the method.
+    for word in [*(word for word in rest if word.startswith("-")), *rest]:
+        raise _unknown(word, parser)
+    method = values.method
+    if values.help:
+        return Request("help", method=method, help=parser.format_help())
+    known = [*METHODS, *COMMANDS]
+    if method is not None and method not in known:
+        raise UserError(
+            f'Unknown method "{method}".{nearest(method, known)} Known methods: {", ".join(sorted(METHODS))}.'
+        )
+
+    knobs = {knob.field: knob for knob in RunConfig.knobs()}
+    settings = {
+        name: knobs[name].convert(value)
+        for name, value in vars(values).items()
+        if name in knobs and name != "method" and value is not None
+    }
+    data_options: dict[str, Any] = {
+        name: value for name in DATA_FLAGS if (value := getattr(values, f"data:{name}")) is not None
+    }
+    for key, value in _pairs(values.data_option, "data_option").items():
+        if key in data_options:
+            raise UserError(f'The data option "{key}" is given twice.')
+        data_options[key] = value
+    request = Request(
+        command=method if method in COMMANDS else "resume" if values.resume else "run",
+        method=None if method in COMMANDS else method,
+        settings=settings,
+        options=tuple(values.method_option),
+        data_options=data_options,
+        config=Path(values.config) if values.config else None,
+        out=Path(values.out) if values.out else None,
+        resume=Path(values.resume) if values.resume else None,
+        quiet=values.quiet,
+        json=values.json,
+    )
+    _check(request)
+    return request
+
+
+def _check(request: Request) -> None:
+    if request.command in COMMANDS:
+        if (
+            request.settings
+            or request.options
+            or request.data_options
+            or request.resume
+            or request.config
+            or request.out
+        ):
+            raise UserError(f"{PROGRAM} {request.command} takes no other flags.")
+    elif request.command == "resume":
+        if request.config or (request.out and request.out.resolve() != (request.resume or Path()).resolve()):
+            raise UserError("--resume continues with the stored settings: leave out --config and --out.")
+    elif request.method is None and request.config is None:
+        raise UserError(f"Which method? For example: {PROGRAM} fedgid (all of them: {PROGRAM} list).")
+
+
+def effective(request: Request) -> RunConfig:
+    """Makes the settings of a new run: defaults, then the ``--config`` file, then the flags.
+
+    Raises:
+        UserError: the file is missing or no TOML, or a setting is unknown or out of range.
+    """
+    table: dict[str, Any] = {}
+    if request.config is not None:
+        try:
+            text = request.config.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise UserError(f"The config file {request.config} cannot be read: {reason}.") from None
+        table = RunConfig.table(text, source=str(request.config))
+    method = request.method or table.get("method")
+    if method is None:
+        raise UserError(f"Which method? Name it as METHOD or as method in {request.config}.")
+    if method not in METHODS:
+        raise UserError(f'Unknown method "{method}" in {request.config}.{nearest(str(method), METHODS)}')
+    from_file = dict(table.pop("options", {}))
+    if table.pop("method", method) != method:
+        from_file = {}  # the file of another method's run: its settings count, its method options do not apply
+    options = {**named_options(method, from_file), **named_options(method, request.options)}
+    data_options = {**table.pop("data_options", {}), **request.data_options}
+    return RunConfig.make(method, options=options, data_options=data_options, **{**table, **request.settings})
+
+
+def named_options(method: str, given: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """The given method options alone, without the defaults, by published name and checked.
+
+    Raises:
+        UserError: an unknown option or a value out of range.
+    """
+    kind = METHODS[method].Options
+    parsed = kind.parse(given, method=method)
+    words = given if isinstance(given, Mapping) else [word.partition("=")[0] for word in given]
+    plain = {str(word).strip().replace("-", "_") for word in words}
+    return {knob.name: getattr(parsed, knob.field) for knob in kind.knobs() if {knob.name, knob.field} & plain}
+
+
+def command_line(method: str, config: RunConfig) -> str:
+    """The shortest command that runs ``method`` with the data, split, budget and seed of ``config``.
+
+    Settings of the optimiser are only repeated where the user had changed them: each method otherwise has its own.
+    """
+    own, target = RunConfig.make(config.method, data=config.data), RunConfig.make(method, data=config.data)
+    words = [PROGRAM, method]
+    for f in dataclasses.fields(RunConfig):
+        value = getattr(config, f.name)
+        if f.name in ("method", "options", "data_options") or value is None:
+            continue
+        if f.name in ("lr", "lr_decay", "momentum", "weight_decay", "clip_norm") and value == getattr(own, f.name):
+            continue
+        if value != getattr(target, f.name):
+            words += [flag(f.name), _quote(value)]
+    if config.data != RunConfig.make(method).data:
+        words[2:2] = ["--data", _quote(config.data)]
+    for name, value in config.data_options.items():
+        words += [flag(name), _quote(value)] if name in DATA_FLAGS else ["--data-option", _quote(f"{name}={value}")]
+    return " ".join(words)
+
+
+def _quote(value: Any) -> str:
+    return shlex.quote(_word(value))

@@ -1,0 +1,212 @@
+"""``python -m fedkern.run doctor``: what is installed, what is active, and why the rest is not."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import sys
+from importlib import metadata
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from fedkern.report.tables import human_bytes
+
+PACKAGES = ("fedkern", "torch", "triton", "numpy", "nvidia-ml-py", "safetensors", "transformers", "flwr", "opacus")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, fedkern and what it works with; absent packages are ``"not installed"``."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    if found["fedkern"] == "not installed":
+        found["fedkern"] = importlib.import_module("fedkern").__version__
+    return found
+
+
+def processor() -> dict[str, Any]:
+    """The CPU: ``name``, ``cores``, the core's ISA levels ``available``, ``active``, ``forced``, or its ``problem``."""
+    from fedkern.ops import backend
+
+    found: dict[str, Any] = {"name": _cpu_name(), "cores": os.cpu_count()}
+    forced = os.environ.get("FEDKERN_CPU_ISA")
+    found["forced"] = forced or None
+    try:
+        core = backend.cpu_core()
+        found["available"] = list(core.available_isas())
+        found["active"] = core.isa()
+    except (backend.Unavailable, ValueError) as error:
+        found["problem"] = str(error)
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def threads() -> dict[str, Any]:
+    """PyTorch's threads, which are also the core's, and what limits them."""
+    import torch
+
+    return {
+        "torch": torch.get_num_threads(),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
+        "usable cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }
+
+
+def gpus() -> tuple[list[dict[str, Any]], str]:
+    """GPUs as the driver sees them, through NVML, and why there are none.
+
+    Returns:
+        A dict per GPU with ``name``, ``memory`` and ``used`` (bytes), ``utilisation`` (per cent, or None where the
+        driver does not tell) and ``driver``; and a reason, empty when there are GPUs.
+    """
+    try:
+        import pynvml
+    except ImportError:
+        return [], "nvidia-ml-py is not installed"
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return [], f"no NVIDIA driver: {error}"
+    try:
+        driver = _text(pynvml.nvmlSystemGetDriverVersion())
+        found = []
+        for i in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(i)
+            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+            try:
+                utilisation: int | None = int(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
+            except pynvml.NVMLError:  # not told for MIG slices and some virtual GPUs
+                utilisation = None
+            found.append(
+                {
+                    "name": _text(pynvml.nvmlDeviceGetName(handle)),
+                    "memory": int(memory.total),
+                    "used": int(memory.used),
+                    "utilisation": utilisation,
+                    "driver": driver,
+                }
+            )
+        return found, "" if found else "the driver lists no GPU"
+    except pynvml.NVMLError as error:
+        return [], f"NVML: {error}"
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def operators() -> tuple[list[Any], str | None, str]:
+    """Rows operator/backend/serves/reason, the forced backend, and what is wrong with the forcing, if anything."""
+    import fedkern.ops
+    from fedkern.ops import backend
+
+    del fedkern  # importing it is what registers the operators
+    try:
+        return list(backend.status()), backend.forced_backend(), ""
+    except ValueError as error:
+        return list(backend.status()), None, str(error)
+
+
+def collect() -> dict[str, Any]:
+    """Everything that :func:`show` prints, as JSON-ready values."""
+    import torch
+
+    rows, forced, problem = operators()
+    found, reason = gpus()
+    return {
+        "versions": versions(),
+        "cpu": processor(),
+        "threads": threads(),
+        "cuda": {
+            "torch": torch.version.cuda,
+            "available": torch.cuda.is_available(),
+            "gpus": found,
+            "reason": reason,
+        },
+        "forced_backend": forced,
+        "problem": problem,
+        "operators": [
+            {"operator": row[0], "backend": row[1], "serves": bool(row[2]), "reason": row[3]} for row in rows
+        ],
+    }
+
+
+def show(console: Console, report: dict[str, Any] | None = None) -> None:
+    """Prints the report: versions, processor, threads, GPU, and which backend serves which operator."""
+    report = collect() if report is None else report
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    facts.add_column(style="bold")
+    facts.add_column(overflow="fold")
+    present = {name: version for name, version in report["versions"].items() if version != "not installed"}
+    absent = [name for name, version in report["versions"].items() if version == "not installed"]
+    facts.add_row("versions", ", ".join(f"{name} {version}" for name, version in present.items()))
+    if absent:
+        facts.add_row("not installed", ", ".join(absent))
+    facts.add_row("system", f"{platform.system()} {platform.machine()}, {sys.executable}")
+    cpu = report["cpu"]
+    facts.add_row("processor", f"{cpu['name']}, {cpu['cores']} cores")
+    if "problem" in cpu:
+        facts.add_row("CPU core", f"not used: {cpu['problem']}")
+    else:
+        forced = " (forced by FEDKERN_CPU_ISA)" if cpu["forced"] else ""
+        facts.add_row("CPU core", f"{cpu['active']}{forced}; this machine can run {', '.join(cpu['available'])}")
+    thread = report["threads"]
+    limits = f"OMP_NUM_THREADS={thread['OMP_NUM_THREADS'] or 'unset'}, {thread['usable cores']} cores usable"
+    facts.add_row("threads", f"{thread['torch']} ({limits})")
+    cuda = report["cuda"]
+    for gpu in cuda["gpus"]:
+        busy = "" if gpu["utilisation"] is None else f", {gpu['utilisation']} % busy"
+        used = f"{human_bytes(gpu['used'])} of {human_bytes(gpu['memory'])} used"
+        facts.add_row("GPU", f"{gpu['name']}, {used}{busy}, driver {gpu['driver']}")
+    if not cuda["gpus"]:
+        facts.add_row("GPU", f"none ({cuda['reason']})")
+    build = f"CUDA {cuda['torch']}" if cuda["torch"] else "no CUDA (a CPU build)"
+    facts.add_row("torch is built for", f"{build}; torch.cuda.is_available() is {cuda['available']}")
+    if report["forced_backend"] or report["problem"]:
+        facts.add_row("forced backend", report["forced_backend"] or f"none: {report['problem']}")
+    console.print(facts)
+    console.print()
+    console.print(_operator_table(report["operators"]))
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in report["operators"]:
+        if not row["serves"]:
+            reasons.setdefault((row["backend"], row["reason"]), []).append(row["operator"])
+    counts = {b: sum(row["backend"] == b for row in report["operators"]) for b in _backends(report["operators"])}
+    for (name, reason), who in reasons.items():
+        scope = "all operators" if len(who) == counts[name] else ", ".join(who)
+        console.print(f"{name} does not serve {scope}: {reason}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _backends(rows: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(row["backend"] for row in rows))
+
+
+def _operator_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("operator")
+    backends = _backends(rows)
+    for name in backends:
+        table.add_column(name, justify="center")
+    for operator in dict.fromkeys(row["operator"] for row in rows):
+        serves = {row["backend"]: row["serves"] for row in rows if row["operator"] == operator}
+        table.add_row(operator, *("yes" if serves.get(name) else "-" for name in backends))
+    return table

@@ -1,0 +1,143 @@
+"""Accuracy curves and the partition, as PNG files.
+
+Figures are drawn on matplotlib's object interface: no global state, no display, safe in threads.  Colours are those of
+Okabe and Ito, which people with every kind of colour vision can tell apart.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from fedkern.report.tables import split_metric
+
+BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
+_STYLES = {
+    "id": (BLUE, "-", "o", "in distribution"),
+    "ood": (ORANGE, "-", "s", "out of distribution"),
+    "": (BLUE, "-", "o", "test"),
+    "validation": (GREY, "--", "", "validation"),
+}
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a PNG completely or not at all."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            FigureCanvasAgg(figure).print_png(file)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure in inches at 150 dots per inch whose texts stay readable at half size."""
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def accuracy_curves(records: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> bool:
+    """Draws every accuracy of ``metrics.jsonl`` over the communication rounds.
+
+    Args:
+        records: its lines; those without an accuracy are skipped.
+        path: the PNG.
+        title: what ran.
+
+    Returns:
+        False when there was nothing to draw, and then no file is written.
+    """
+    curves: dict[str, tuple[list[int], list[float]]] = {}
+    for record in records:
+        for name, value in record.items():
+            test_set, figure_name = split_metric(name)
+            if figure_name == "accuracy" and isinstance(value, (int, float)):
+                rounds, values = curves.setdefault(test_set, ([], []))
+                rounds.append(int(record["round"]))
+                values.append(100 * float(value))
+    if not curves:
+        return False
+    figure = new_figure(7.2, 4.2)
+    axes = figure.subplots()
+    last = max(rounds[-1] for rounds, _ in curves.values())
+    order = sorted(curves, key=lambda name: list(_STYLES).index(name) if name in _STYLES else len(_STYLES))
+    ends = []
+    for name in order:
+        rounds, values = curves[name]
+        colour, dashes, marker, label = _STYLES.get(name, (GREEN, "-", "^", name))
+        every = max(1, len(rounds) // 12)
+        axes.plot(rounds, values, dashes, color=colour, marker=marker, markevery=every, ms=5, lw=2, label=label)
+        if name != "validation":
+            ends.append((values[-1], colour))
+    # The last value of each curve beside its end, moved down where it would cover the one above.
+    at = 110.0
+    for value, colour in sorted(ends, reverse=True):
+        at = min(value, at - 5)
+        axes.annotate(
+            f"{value:.1f}", (1, at), (6, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points",
+            color=colour, fontsize=12, fontweight="bold", va="center", annotation_clip=False,
+        )  # fmt: skip
+    axes.set_xlabel("communication round", fontsize=12)
+    axes.set_ylabel("accuracy (%)", fontsize=12)
+    axes.set_title(title, fontsize=13, loc="left")
+    axes.set_ylim(0, 102)
+    axes.set_xlim(min(min(rounds) for rounds, _ in curves.values()) - 0.5, last + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.tick_params(labelsize=11)
+    axes.grid(True, color="#dddddd", lw=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=11, frameon=False, loc="lower right" if last > 1 else "best")
+    save(figure, path)
+    return True
+
+
+def partition_picture(statistics: Any, path: Path, *, title: str) -> None:
+    """Draws how many training samples of each class every client holds.
+
+    Args:
+        statistics: ``fedkern.data.statistics.PartitionStatistics``.
+        path: the PNG.
+        title: what is shown.
+    """
+    counts = np.asarray(statistics.counts)
+    clients, classes = counts.shape
+    numbers = clients <= 20 and classes <= 20
+    width = min(3.2 + 0.55 * classes, 14.0) if numbers else min(4.0 + 0.12 * classes, 14.0)
+    height = min(1.9 + 0.42 * clients, 12.0) if numbers else min(2.5 + 0.06 * clients, 12.0)
+    figure = new_figure(max(width, 5.0), max(height, 3.0))
+    axes = figure.subplots()
+    top = max(int(counts.max(initial=0)), 1)
+    image = axes.imshow(counts, cmap="Blues", vmin=0, vmax=top, aspect="auto", interpolation="nearest")
+    if numbers:
+        for k in range(clients):
+            for c in range(classes):
+                colour = "white" if counts[k, c] > 0.55 * top else "#222222" if counts[k, c] else "#aaaaaa"
+                axes.text(c, k, str(counts[k, c]), ha="center", va="center", fontsize=10, color=colour)
+    names = list(statistics.classes)
+    if classes <= 20:
+        long = max(len(name) for name in names) > 5
+        axes.set_xticks(range(classes), names, rotation=40 if long else 0, ha="right" if long else "center")
+    if clients <= 20:
+        axes.set_yticks(range(clients), [str(k) for k in range(clients)])
+    axes.set_xlabel("class", fontsize=12)
+    axes.set_ylabel("client", fontsize=12)
+    axes.tick_params(labelsize=11, length=0 if numbers else 3)
+    axes.set_title(title, fontsize=13, loc="left")
+    bar = figure.colorbar(image, ax=axes, pad=0.02)
+    bar.set_label("training samples", fontsize=12)
+    bar.ax.tick_params(labelsize=11)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    save(figure, path)

@@ -1,0 +1,181 @@
+"""What a run shows while it runs: a live display on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+from fedkern.engine.events import Listener, RunInfo
+from fedkern.report.tables import human_bytes, human_metric, human_time, partition_table, split_metric
+
+
+def headline(run: RunInfo) -> list[str]:
+    """What runs, on what, and where it is written: two or three lines."""
+    config = run.config
+    samples, clients = sum(run.samples), len(run.samples)
+    tests = ", ".join(f"{size:,}{f' {name}' if name else ''}" for name, size in run.test_sets.items())
+    lines = [
+        f"{config.method} on {config.data}: {clients} clients, {samples:,} training images, {tests} test images",
+        f"{config.model} with {run.parameters:,} parameters on {config.device}, {config.threads} "
+        f"thread{'s' * (config.threads != 1)}; run folder {run.out}",
+    ]
+    if run.first_round:
+        lines.append(f"resumed after round {run.first_round} of {config.rounds}")
+    return lines
+
+
+def accuracies(record: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """The accuracies of a record that belong to test sets, ``("ID", 0.93), ("OOD", 0.71)``."""
+    found = []
+    for name, value in record.items():
+        test_set, figure = split_metric(name)
+        if figure == "accuracy" and test_set != "validation" and isinstance(value, (int, float)):
+            found.append((test_set.upper() or "accuracy", float(value)))
+    return found
+
+
+def line(record: Mapping[str, Any], remaining: float | None) -> str:
+    """One line for a finished round."""
+    width = len(str(record["rounds"]))
+    parts = [f"round {record['round']:>{width}}/{record['rounds']}"]
+    parts += [f"{name} {human_metric('accuracy', value)}" for name, value in accuracies(record)]
+    if isinstance(record.get("loss"), (int, float)):
+        parts.append(f"loss {record['loss']:.3f}")
+    parts.append(f"up {human_bytes(record['bytes_up'])} down {human_bytes(record['bytes_down'])}")
+    parts.append(human_time(record["seconds"]) + (f", {human_time(remaining)} left" if remaining else ""))
+    return "  ".join(parts)
+
+
+class _Clock:
+    """Estimates the time left from the rounds of this process alone: a resumed run may be on another machine."""
+
+    def __init__(self) -> None:
+        self.start = time.monotonic()
+        self.done = 0
+
+    def remaining(self, round: int, rounds: int) -> float:
+        self.done += 1
+        return (time.monotonic() - self.start) / self.done * (rounds - round)
+
+
+class Warnings(Listener):
+    """Only the warnings: what ``--quiet`` and ``--json`` leave."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def on_warning(self, name: str, text: str) -> None:
+        self.console.print(
+            f"[yellow]warning[/yellow] ({escape(name)}): {escape(text)}", soft_wrap=True, highlight=False
+        )
+
+    def close(self) -> None:
+        """Leaves the terminal as it was; safe to call twice, and after an interruption."""
+
+
+class Lines(Warnings):
+    """Plain lines for files and pipes: a heading, one line per evaluated round."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self.clock = _Clock()
+
+    def on_start(self, run: RunInfo) -> None:
+        for text in headline(run):
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        if run.data is not None:
+            self.console.print(partition_table(run.data.statistics))
+        self.clock = _Clock()
+
+    def on_round(self, record: Mapping[str, Any]) -> None:
+        remaining = self.clock.remaining(record["round"], record["rounds"])
+        if accuracies(record) or record["round"] == record["rounds"]:
+            self.console.print(line(record, remaining), highlight=False, markup=False, soft_wrap=True)
+
+
+class Live(Lines):
+    """A bar on a terminal that moves with every client: round, accuracies, bytes, time left."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self.progress = Progress(
+            SpinnerColumn(),
+            TextColumn("round {task.fields[round]}/{task.fields[rounds]}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.fields[accuracy]}", style="bold"),
+            TextColumn("{task.fields[traffic]}"),
+            TextColumn("{task.fields[left]}"),
+            console=console,
+            transient=True,
+        )
+        self.task: Any = None
+        self.rounds = 0
+        self.participants = 1
+        self.done = 0
+
+    def on_start(self, run: RunInfo) -> None:
+        super().on_start(run)
+        self.rounds, self.done = run.config.rounds, run.first_round
+        self.task = self.progress.add_task(
+            "",
+            total=self.rounds,
+            completed=self.done,
+            round=self.done,
+            rounds=self.rounds,
+            accuracy="",
+            traffic="",
+            left="",
+        )
+        self.progress.start()
+
+    def on_round_start(self, round: int, name: str, participants: Sequence[int]) -> None:
+        self.participants = max(len(participants), 1)
+        if self.task is not None and round >= 0:
+            self.progress.update(self.task, round=round + 1)
+
+    def on_client(self, round: int, client: int, info: Mapping[str, Any]) -> None:
+        if self.task is not None and round >= 0:
+            task = self.progress.tasks[0]
+            # Several exchanges of one round must not run past it.
+            self.progress.update(self.task, completed=min(task.completed + 1 / self.participants, self.done + 1))
+
+    def on_round(self, record: Mapping[str, Any]) -> None:
+        remaining = self.clock.remaining(record["round"], record["rounds"])
+        self.done = record["round"]
+        if self.task is None:
+            return
+        shown = accuracies(record)
+        fields: dict[str, Any] = {
+            "traffic": f"up {human_bytes(record['bytes_up'])} down {human_bytes(record['bytes_down'])}",
+            "left": f"{human_time(remaining)} left",
+        }
+        if shown:
+            fields["accuracy"] = "  ".join(f"{name} {human_metric('accuracy', value)}" for name, value in shown)
+        self.progress.update(self.task, completed=self.done, **fields)
+
+    def on_end(self, summary: Mapping[str, Any]) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.progress.stop()
+
+
+def display(*, quiet: bool, json: bool, console: Console | None = None) -> Warnings:
+    """Chooses the display: it writes to standard error, so that standard output holds results alone.
+
+    Args:
+        quiet: warnings only.
+        json: warnings only, unless a person watches a terminal.
+        console: where to write; None is standard error.
+    """
+    console = console or Console(stderr=True)
+    if quiet:
+        return Warnings(console)
+    if console.is_terminal:
+        return Live(console)
+    return Warnings(console) if json else Lines(console)

@@ -1,0 +1,132 @@
+"""Numbers for people: bytes, durations, metrics, and the closing table of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+# Metrics that are fractions and read best in per cent.
+_FRACTIONS = ("accuracy", "confidence", "gradcam_in_object", "object_area", "dice")
+_ORDER = ("accuracy", "confidence", "gradcam_in_object", "loss")
+_NAMES = {
+    "accuracy": "accuracy",
+    "confidence": "confidence in the true class",
+    "gradcam_in_object": "Grad-CAM mass inside the object",
+    "object_area": "area of the object",
+    "loss": "loss",
+}
+_TEST_SETS = {"id": "in distribution", "ood": "out of distribution", "validation": "validation"}
+
+
+def human_bytes(count: float) -> str:
+    """Decimal units, three significant digits: 44695848 -> ``44.7 MB``."""
+    value, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
+        # 999.5 would be written with four digits.
+        if abs(value) < 999.5 or unit == "PB":
+            break
+        value /= 1000
+    if unit == "B":
+        return f"{value:.0f} B"
+    return f"{value:.{max(0, 2 - (len(str(int(abs(value)))) - 1))}f} {unit}"
+
+
+def human_time(seconds: float) -> str:
+    """Seconds as ``0.42 s``, ``12.3 s``, ``3 min 05 s`` or ``2 h 07 min``."""
+    if seconds < 1:
+        return f"{seconds:.2f} s"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def split_metric(name: str) -> tuple[str, str]:
+    """Splits ``"ood_accuracy"`` into test set ``"ood"`` and figure ``"accuracy"``; a single test set is ``""``."""
+    for test_set in _TEST_SETS:
+        if name.startswith(test_set + "_"):
+            return test_set, name[len(test_set) + 1 :]
+    return "", name
+
+
+def human_metric(name: str, value: float) -> str:
+    """Fractions in per cent with one decimal, everything else with three significant digits."""
+    _, figure = split_metric(name)
+    return f"{100 * value:.1f} %" if figure.endswith(_FRACTIONS) else f"{value:.3g}"
+
+
+def human_name(name: str) -> str:
+    """``"ood_accuracy"`` -> ``"accuracy, out of distribution"``."""
+    test_set, figure = split_metric(name)
+    text = _NAMES.get(figure, figure.replace("_", " "))
+    return f"{text}, {_TEST_SETS[test_set]}" if test_set else text
+
+
+def _rank(name: str) -> tuple[int, int, str]:
+    test_set, figure = split_metric(name)
+    sets = ["", *_TEST_SETS]
+    return (_ORDER.index(figure) if figure in _ORDER else len(_ORDER), sets.index(test_set), name)
+
+
+def ordered(metrics: Mapping[str, Any]) -> list[str]:
+    """Names of the numbers among ``metrics``: accuracies first, in-distribution before out-of-distribution."""
+    return sorted((name for name, value in metrics.items() if isinstance(value, (int, float))), key=_rank)
+
+
+def _shown(name: str) -> bool:
+    # The validation set chooses settings; it is not a result.  A nearly constant object area explains the Grad-CAM row.
+    return split_metric(name)[0] != "validation"
+
+
+def final_table(summary: Mapping[str, Any]) -> Table:
+    """The closing table of a run: metrics, bytes, time.
+
+    Args:
+        summary: what ``summary.json`` holds.
+    """
+    rounds = max(int(summary.get("rounds", 1)), 1)
+    title = f"{summary['method']} on {summary['data']}, seed {summary['seed']}, {rounds} round{'s' * (rounds > 1)}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=False, pad_edge=False)
+    table.add_column(justify="left")
+    table.add_column(justify="right", style="bold")
+    for name in ordered(summary["metrics"]):
+        if _shown(name):
+            table.add_row(human_name(name), human_metric(name, summary["metrics"][name]))
+    sent = summary["bytes"]
+    table.add_row("sent to the server (up)", human_bytes(sent["up"]))
+    table.add_row("sent to the clients (down)", human_bytes(sent["down"]))
+    if sent.get("one_off"):
+        table.add_row("of which once, before training", human_bytes(sent["one_off"]))
+    table.add_row("time per round", human_time(summary["seconds"] / rounds))
+    table.add_row("time", human_time(summary["seconds"]))
+    return table
+
+
+def partition_table(statistics: Any, limit: int = 12) -> Table:
+    """Client x class counts of a partition, at most ``limit`` clients (the picture shows all).
+
+    Args:
+        statistics: ``fedkern.data.statistics.PartitionStatistics``.
+        limit: clients to list.
+    """
+    table = Table(
+        title=f"training samples per client and class ({statistics.partition})",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    # More than a dozen classes do not fit a terminal.
+    columns = 3 + (len(statistics.classes) if len(statistics.classes) <= 12 else 0)
+    for name in statistics.header()[:columns]:
+        table.add_column(name, justify="right")
+    rows = statistics.rows(limit)
+    for row in rows[:-1]:
+        table.add_row(*row[:columns])
+    table.add_section()
+    table.add_row(*rows[-1][:columns])
+    return table

@@ -1,0 +1,85 @@
+"""The command line: ``python -m fedkern.run METHOD [flags]``, ``--resume DIR``, ``list`` and ``doctor``."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+OK, USAGE, INTERRUPTED, BROKEN_PIPE = 0, 2, 130, 141
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: the words after ``python -m fedkern.run``; None takes them from ``sys.argv``.
+
+    Returns:
+        0; 2 for anything the user can put right (one sentence on standard error); 130 after Ctrl-C, 143 after SIGTERM,
+        141 when the reader of standard output has gone.
+    """
+    from fedkern.errors import UserError
+
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(words)
+    except UserError as error:
+        return _say(str(error))
+    except BrokenPipeError:
+        # The interpreter flushes standard output once more at exit, which must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except OSError as error:
+        if error.errno in _FULL:
+            where = f" while writing {error.filename}" if error.filename else ""
+            return _say(f"the disk is full{where}; free some space, then continue with --resume and the run folder")
+        if error.filename is None:
+            raise
+        return _say(f"{error.filename}: {error.strerror}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        return _say("the GPU has not enough memory; use a smaller --batch-size or --model, or --device cpu")
+
+
+def _dispatch(words: list[str]) -> int:
+    # Imported here so that Ctrl-C during the second that torch takes to load ends in a line, not in a traceback.
+    from fedkern.cli import commands, flags
+    from fedkern.engine import Terminated
+
+    def terminate(number: int, frame: Any) -> None:
+        raise Terminated
+
+    request = flags.parse(words)
+    if request.command == "help":
+        print(request.help)
+        return OK
+    try:
+        before = signal.signal(signal.SIGTERM, terminate)
+    except ValueError:  # not in the main thread: a test, or a caller with its own signals
+        return commands.COMMANDS[request.command](request)
+    try:
+        return commands.COMMANDS[request.command](request)
+    except Terminated:
+        print("terminated", file=sys.stderr)
+        return 128 + signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _say(text: str) -> int:
+    text = " ".join(text.split())
+    print(f"error: {text}" + ("" if text.endswith((".", "?", "!")) else "."), file=sys.stderr)
+    return USAGE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
