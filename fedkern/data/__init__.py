@@ -1,5 +1,16 @@
 """Data sets, partitioners, background extraction and batch transforms."""
 
+from fedkern.data.background import (
+    BackgroundStatistics,
+    ExactMasks,
+    MaskFunction,
+    MaskSource,
+    background_statistics,
+    extract_background,
+)
+from fedkern.data.bank import BackgroundBank
+from fedkern.data.boxes_file import BoxesFile
+from fedkern.data.detections import Detections, Detector
 from fedkern.data.load import load
 from fedkern.data.partition import PARTITIONERS, PartitionerInfo, parse_partition, partition, partition_like
 from fedkern.data.registry import COMMON_OPTIONS, DATASETS, DataOption, DatasetInfo, lookup
@@ -12,13 +23,23 @@ __all__ = [
     "COMMON_OPTIONS",
     "DATASETS",
     "PARTITIONERS",
+    "BackgroundBank",
+    "BackgroundStatistics",
+    "BoxesFile",
     "DataOption",
     "DatasetInfo",
+    "Detections",
+    "Detector",
+    "ExactMasks",
     "FederatedData",
+    "MaskFunction",
+    "MaskSource",
     "PartitionStatistics",
     "PartitionerInfo",
     "Split",
     "augment",
+    "background_statistics",
+    "extract_background",
     "load",
     "lookup",
     "normalise",

@@ -1,8 +1,8 @@
 """Coloured backgrounds: grey images over a background whose colour is tied to class and client (ColorMNIST and kin).
 
-Colour is a real shortcut: inside a client every class has a colour of its own, well apart from the client's other
-ones, and an image shows it with probability `correlation`.  The tie differs between clients, and the out-of-distribution
-test breaks it with uniformly random colours.  Shape stays learnable: ink is white, and no background colour comes closer to
+Colour is a real shortcut: inside a client every class has a colour of its own, well apart from the client's other ones,
+and an image shows it with probability `correlation`.  The tie differs between clients, and the out-of-distribution test
+breaks it with uniformly random colours.  Shape stays learnable: ink is white, and no background colour comes closer to
 white than 77 of 255 in any channel.
 """
 

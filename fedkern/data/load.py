@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fedkern.data.background import MaskSource, extract_background
+from fedkern.data.boxes_file import BoxesFile
 from fedkern.data.coloured import class_colours, colourise, random_colours, tied_colours
+from fedkern.data.detections import Detections, Detector
 from fedkern.data.partition import PartitionSpec, parse_partition, partition_like
 from fedkern.data.partition import partition as share_out
 from fedkern.data.registry import DatasetInfo, lookup, read_options
@@ -34,6 +38,8 @@ def load(
     train_samples: int | None = None,
     correlation: float | None = None,
     options: Mapping[str, object] | None = None,
+    make_detector: Callable[[str, float, float], Detector] | None = None,
+    notice: Callable[[str], None] | None = None,
 ) -> FederatedData:
     """Loads a data set and shares it out among clients.
 
@@ -51,6 +57,9 @@ def load(
             proportion to them.
         correlation: coloured sets only, probability in [0, 1] that a sample shows its client's colour of its class.
         options: the data set's own ``key=value`` options and `COMMON_OPTIONS`.
+        make_detector: makes the detector of the option ``detector`` from its name, box threshold and text threshold,
+            for example `fedkern.models.detector.GroundingDino`.
+        notice: told how far a long detection has come.
 
     Raises:
         UserError: anything wrong with the name, the files, the partition or a value.
@@ -79,7 +88,7 @@ def load(
         validation = source.validation.take(validation_rows)
         tests = {key: pool.take(test_rows[key]) for key, pool in source.tests.items()}
     pools = (source.train, source.validation, *source.tests.values())
-    return FederatedData(
+    data = FederatedData(
         name=name,
         classes=source.classes,
         clients=splits,
@@ -90,8 +99,34 @@ def load(
         augment=source.augment,
         statistics=statistics,
         exact_masks=info.coloured,
-        image_ids=frozenset(name for pool in pools for name in pool.ids),
+        image_ids=frozenset(image for pool in pools for image in pool.ids),
     )
+    background = _background_source(name, options or {}, common, data, make_detector, notice)
+    return data if background is None else extract_background(data, background)
+
+
+def _background_source(
+    name: str,
+    given: Mapping[str, object],
+    common: Mapping[str, Any],
+    data: FederatedData,
+    make_detector: Callable[[str, float, float], Detector] | None,
+    notice: Callable[[str], None] | None,
+) -> MaskSource | None:
+    """What the options say about where object masks come from; None for the data set's own masks, or none at all."""
+    if common["boxes"] and common["detector"]:
+        raise UserError("give either a boxes file or a detector to find the objects, not both")
+    if common["boxes"]:
+        return BoxesFile(common["boxes"], data.image_ids)
+    if not common["detector"]:
+        for option in ("box_threshold", "text_threshold", "detector_cache"):
+            if option in given:
+                raise UserError(f'option {option} of data set "{name}" has no effect without the option detector')
+        return None
+    if make_detector is None:
+        raise UserError(f'the detector "{common["detector"]}" needs a make_detector that loads it')
+    detector = make_detector(common["detector"], common["box_threshold"], common["text_threshold"])
+    return Detections(detector, common["detector_cache"] or None, notice)
 
 
 def _coloured(

@@ -1,8 +1,8 @@
 """NICO: class/context folders of images, and the F7 and L7 protocols (FedGID, arXiv 2504.00850; method notes 1.6).
 
 Seven clients.  Under F7 client i holds, for every class, that class's i-th context in sorted order, and the contexts
-after the seventh are the out-of-distribution test; under L7 the last seven contexts train and those before them test.  So
-inside one client every class has a background of its own.
+after the seventh are the out-of-distribution test; under L7 the last seven contexts train and those before them test.
+So inside one client every class has a background of its own.
 """
 
 from __future__ import annotations

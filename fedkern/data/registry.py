@@ -93,6 +93,11 @@ COMMON_OPTIONS: dict[str, DataOption] = {
     "validation_samples": DataOption(
         0, "images kept of the validation set, 0 for its usual share of the training samples", low=0
     ),
+    "boxes": DataOption("", "JSON or CSV file with the object boxes of the training images"),
+    "detector": DataOption("", "folder or name of a Grounding DINO that finds the objects of the training images"),
+    "box_threshold": DataOption(0.35, "smallest score of a detected box", low=0, high=1),
+    "text_threshold": DataOption(0.25, "smallest score of the class name in a detected box", low=0, high=1),
+    "detector_cache": DataOption("", "folder for detected boxes (default: fedkern/detections in the user's cache)"),
 }
 
 
@@ -115,11 +120,11 @@ DATASETS: dict[str, DatasetInfo] = {
     ),
     "colormnist": DatasetInfo(
         "MNIST on backgrounds coloured by class and client; out-of-distribution test with random colours",
-        _mnist, 10, "attribute", (3, 28), correlation=0.5,
+        _mnist, 5, "attribute", (3, 28), correlation=0.5,
     ),
     "colorfashion": DatasetInfo(
         "Fashion-MNIST on backgrounds coloured by class and client; out-of-distribution test with random colours",
-        _fashion, 10, "attribute", (3, 28), correlation=0.5,
+        _fashion, 5, "attribute", (3, 28), correlation=0.5,
     ),
     "digits": DatasetInfo(
         "scikit-learn's 1,797 handwritten digits enlarged to 32x32; needs no file",

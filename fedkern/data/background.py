@@ -1,0 +1,132 @@
+"""Background extraction: one interface to say which pixels of the training images are object and which background.
+
+A source is anything with ``masks(split, classes)``; there are four: `ExactMasks`, `fedkern.data.boxes_file.BoxesFile`,
+`fedkern.data.detections.Detections` (Grounding DINO or another detector), and `MaskFunction` around any callable.  All
+end as `Split.masks`.  An image in which nothing was detected has an empty mask and stays out of the background bank:
+otherwise its object would leak into the "background" (FedGID, arXiv 2504.00850; method notes 1.7).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from fedkern import ops
+from fedkern.data.types import FederatedData, Split
+from fedkern.errors import UserError
+
+_CHUNK = 256  # images rasterised at once
+
+
+@runtime_checkable
+class MaskSource(Protocol):
+    """Where masks come from."""
+
+    def masks(self, split: Split, classes: Sequence[str]) -> Tensor:
+        """The object masks of a split, bool ``[n, H, W]``; a row without any True means nothing was detected."""
+        ...
+
+
+class ExactMasks:
+    """The masks that the data set itself knows exactly (coloured sets)."""
+
+    def masks(self, split: Split, classes: Sequence[str]) -> Tensor:
+        """See `MaskSource`.
+
+        Raises:
+            UserError: the split has none.
+        """
+        if split.masks is None:
+            raise UserError("this data set has no exact object masks; give a boxes file or a detector")
+        return split.masks
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskFunction:
+    """Any callable ``(images uint8 [n, C, H, W], labels int64 [n]) -> masks [n, H, W]``, bool or numbers 0 and 1."""
+
+    function: Callable[[Tensor, Tensor], Tensor]
+
+    def masks(self, split: Split, classes: Sequence[str]) -> Tensor:
+        """See `MaskSource`.
+
+        Raises:
+            ValueError: the callable gave something else than 0/1 masks of the images' size.
+        """
+        masks = torch.as_tensor(self.function(split.images, split.labels))
+        n, _, height, width = split.images.shape
+        if tuple(masks.shape) != (n, height, width):
+            raise ValueError(f"masks: expected [{n}, {height}, {width}] from the callable, got {list(masks.shape)}")
+        if masks.dtype != torch.bool and not bool(((masks == 0) | (masks == 1)).all()):
+            raise ValueError("masks: expected True/False or 0/1 from the callable, got other values")
+        return masks.bool()
+
+
+def extract_background(data: FederatedData, source: MaskSource | Callable[[Tensor, Tensor], Tensor]) -> FederatedData:
+    """Gives every client's training split its object masks.
+
+    Args:
+        data: a federation; its tests and validation set are left as they are.
+        source: a `MaskSource`, or a callable for `MaskFunction`.
+
+    Raises:
+        UserError: from the source (unknown image, boxes outside their image, no exact masks).
+    """
+    made = source if isinstance(source, MaskSource) else MaskFunction(source)
+    clients = tuple(
+        dataclasses.replace(split, masks=made.masks(split, data.classes).contiguous()) for split in data.clients
+    )
+    return dataclasses.replace(data, clients=clients, exact_masks=data.exact_masks and isinstance(made, ExactMasks))
+
+
+def rasterise(boxes: Sequence[Tensor], height: int, width: int) -> Tensor:
+    """Object masks from boxes, by the pixel rule of `fedkern.ops.erase_boxes`.
+
+    Args:
+        boxes: one ``[n_i, 4]`` per image, xyxy in pixels; a pixel belongs to the object when its centre is in any box.
+
+    Returns:
+        bool ``[n, height, width]``.
+    """
+    masks = torch.zeros(len(boxes), height, width, dtype=torch.bool)
+    for start in range(0, len(boxes), _CHUNK):
+        some = [torch.as_tensor(one, dtype=torch.float64).reshape(-1, 4) for one in boxes[start : start + _CHUNK]]
+        blank = torch.zeros(len(some), 1, height, width)
+        masks[start : start + len(some)] = ops.erase_boxes(blank, some, fill=1.0)[:, 0] > 0
+    return masks
+
+
+@dataclasses.dataclass(frozen=True)
+class BackgroundStatistics:
+    """How well the objects of a split were found.
+
+    Attributes:
+        images: number of images.
+        detected: number of images with an object, which are in the background bank.
+        covered: mean share of the pixels that the object takes in those, in [0, 1].
+    """
+
+    images: int
+    detected: int
+    covered: float
+
+    @property
+    def share(self) -> float:
+        """Detected images over all images."""
+        return self.detected / self.images if self.images else 0.0
+
+
+def background_statistics(split: Split) -> BackgroundStatistics:
+    """Counts the images with a detected object; none where the split has no masks."""
+    if split.masks is None or len(split) == 0:
+        return BackgroundStatistics(len(split), 0, 0.0)
+    pixels = split.masks.flatten(1).sum(dim=1)
+    found = pixels > 0
+    detected = int(found.sum())
+    area = split.masks[0].numel()
+    covered = float(pixels[found].double().mean()) / area if detected else 0.0
+    return BackgroundStatistics(len(split), detected, covered)

@@ -1,0 +1,146 @@
+"""Object boxes from a detector, with its results cached on disk: a foundation model sees every image only once."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fedkern.data.background import rasterise
+from fedkern.data.types import Split
+from fedkern.errors import UserError
+
+BATCH = 8
+SAVE_EVERY = 16  # batches between two writes of the cache
+
+
+class Detector(Protocol):
+    """Finds objects of a named class, for example `fedkern.models.detector.GroundingDino`."""
+
+    @property
+    def identity(self) -> Mapping[str, str | float]:
+        """All that decides the boxes beside the image: model, version, thresholds.  Names the cache file."""
+        ...
+
+    def detect(self, images: Tensor, name: str) -> list[Tensor]:
+        """Boxes float ``[n_i, 4]`` (xyxy, pixels) of objects called ``name`` in uint8 ``[B, 3, H, W]`` images."""
+        ...
+
+
+class Detections:
+    """A mask source that asks a detector for the class of every image.
+
+    Args:
+        detector: see `Detector`; it is asked only for images that the cache does not hold.
+        cache: folder of the cache files (default: ``fedkern/detections`` in the user's cache folder), one per detector
+            identity (attribute ``path``); entries are keyed by image content and class name, so they
+            serve any partition and seed.
+        notice: told how far a long detection has come.
+    """
+
+    def __init__(
+        self, detector: Detector, cache: str | Path | None = None, notice: Callable[[str], None] | None = None
+    ) -> None:
+        self.detector = detector
+        self.folder = default_cache() if cache is None else Path(cache).expanduser()
+        self.notice = notice
+        self.identity = dict(detector.identity)
+        text = json.dumps(self.identity, sort_keys=True)
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(str(self.identity.get("model", "detector"))).name)
+        self.path = self.folder / f"{name}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.json"
+
+    def masks(self, split: Split, classes: Sequence[str]) -> Tensor:
+        """See `fedkern.data.background.MaskSource`."""
+        height, width = split.images.shape[-2:]
+        return rasterise(self.boxes(split, classes), height, width)
+
+    def boxes(self, split: Split, classes: Sequence[str]) -> list[Tensor]:
+        """Boxes float64 ``[n_i, 4]`` of every image, from the cache where it has them.
+
+        Raises:
+            UserError: a damaged cache file, or one that cannot be written.
+        """
+        names = [classes[label] for label in split.labels.tolist()]
+        keys = [_key(image, name) for image, name in zip(split.images, names, strict=True)]
+        cached = self._read()
+        new: dict[str, list[list[float]]] = {}
+        missing: dict[str, list[int]] = {}
+        for row, key in enumerate(keys):
+            if key not in cached:
+                missing.setdefault(names[row], []).append(row)
+        batches = [
+            (name, rows[start : start + BATCH])
+            for name, rows in missing.items()
+            for start in range(0, len(rows), BATCH)
+        ]
+        total, done = sum(len(rows) for _, rows in batches), 0
+        try:
+            for number, (name, rows) in enumerate(batches, start=1):
+                images = split.images[torch.tensor(rows)]
+                found = self.detector.detect(images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images, name)
+                for row, boxes in zip(rows, found, strict=True):
+                    new[keys[row]] = boxes.double().reshape(-1, 4).tolist()
+                done += len(rows)
+                if number % SAVE_EVERY == 0:
+                    self._write(new)
+                    if self.notice is not None:
+                        self.notice(f"detecting objects: {done:,} of {total:,} images")
+        finally:  # an interrupted detection keeps what it has
+            if new:
+                self._write(new)
+        cached.update(new)
+        return [torch.tensor(cached[key], dtype=torch.float64).reshape(-1, 4) for key in keys]
+
+    def _read(self) -> dict[str, list[list[float]]]:
+        if not self.path.exists():
+            return {}
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            boxes: dict[str, list[list[float]]] = content["boxes"]
+            if any(len(box) != 4 for rows in boxes.values() for box in rows):
+                raise ValueError("a box without four numbers")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"the detection cache {self.path} is damaged ({error}); delete it") from error
+        return boxes
+
+    def _write(self, new: Mapping[str, list[list[float]]]) -> None:
+        # Read again first: another run may have added images meanwhile.
+        content = {"detector": self.identity, "boxes": {**self._read(), **new}}
+        temporary = ""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=f".{self.path.name}-")
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).replace(self.path)
+        except OSError as error:
+            if temporary:
+                with contextlib.suppress(OSError):
+                    Path(temporary).unlink()
+            raise UserError(
+                f"cannot write the detection cache {self.path}: {error.strerror or error}; name another folder with "
+                "the data option detector_cache"
+            ) from error
+
+
+def default_cache() -> Path:
+    """``$XDG_CACHE_HOME/fedkern/detections``, by default below ``~/.cache``."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "fedkern" / "detections"
+
+
+def _key(image: Tensor, name: str) -> str:
+    digest = hashlib.blake2b(f"{tuple(image.shape)}/{name}/".encode(), digest_size=16)
+    digest.update(image.contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,152 @@
+"""Grounding DINO through transformers: boxes of what a prompt names (FedGID's object/background decoupler)."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fedkern.errors import UserError
+
+BOX_THRESHOLD, TEXT_THRESHOLD = 0.35, 0.25
+
+
+class GroundingDino:
+    """A frozen Grounding DINO, prompted with ``"<class>."``; loaded when the first image is to be seen.
+
+    Args:
+        model: local folder (config.json, model.safetensors, tokenizer files, preprocessor_config.json) or a model name
+            that transformers can resolve.
+        box_threshold: smallest score of a box (its best token).
+        text_threshold: a box is kept only if a token of the class name itself scores more than this.
+        device: where it runs.
+
+    Raises:
+        UserError: transformers is not installed, the folder holds no Grounding DINO, or a threshold outside [0, 1].
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        box_threshold: float = BOX_THRESHOLD,
+        text_threshold: float = TEXT_THRESHOLD,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        for name, value in (("box_threshold", box_threshold), ("text_threshold", text_threshold)):
+            if not 0 <= value <= 1:
+                raise UserError(f"{name} of the detector must lie in [0, 1], got {value}")
+        self.model_name = str(model)
+        self.box_threshold, self.text_threshold = float(box_threshold), float(text_threshold)
+        self.device = torch.device(device)
+        self._folder = Path(model).expanduser()
+        if not self._folder.is_dir() and (self._folder.is_absolute() or self.model_name.startswith((".", "~"))):
+            raise UserError(f"the detector folder {self._folder} does not exist")
+        self._network: Any = None
+        self._tokenizer: Any = None
+        self._settings: dict[str, Any] = {}
+
+    @property
+    def identity(self) -> Mapping[str, str | float]:
+        """Model, its content (of a local folder) and thresholds: what the boxes depend on."""
+        identity: dict[str, str | float] = {
+            "model": self.model_name,
+            "box_threshold": self.box_threshold,
+            "text_threshold": self.text_threshold,
+        }
+        if self._folder.is_dir():
+            identity["content"] = self._content
+        return identity
+
+    @torch.no_grad()
+    def detect(self, images: Tensor, name: str) -> list[Tensor]:
+        """Finds the objects called ``name``.
+
+        Args:
+            images: uint8 ``[B, 3, H, W]``.
+            name: class name; underscores are read as spaces.
+
+        Returns:
+            Boxes float32 ``[n_i, 4]`` per image, xyxy in pixels, clipped to the image; empty where nothing was found.
+        """
+        self._load()
+        prompt = f"{name.replace('_', ' ').strip().lower()}."
+        encoded = self._tokenizer([prompt] * len(images), return_tensors="pt").to(self.device)
+        pixels = self._prepare(images)
+        output = self._network(
+            pixel_values=pixels,
+            pixel_mask=torch.ones(len(images), *pixels.shape[-2:], dtype=torch.int64, device=self.device),
+            **encoded,
+        )
+        scores = output.logits.sigmoid()
+        tokens = self._name_tokens(encoded["input_ids"][0])
+        kept = (scores.amax(dim=-1) > self.box_threshold) & (
+            scores[..., : len(tokens)][..., tokens].amax(dim=-1) > self.text_threshold
+        )
+        height, width = images.shape[-2:]
+        limits = torch.tensor([width, height, width, height], dtype=torch.float32)
+        centre, size = output.pred_boxes.float().cpu().split(2, dim=-1)
+        boxes = torch.cat([centre - size / 2, centre + size / 2], dim=-1).clamp(0, 1) * limits
+        return [one[keep] for one, keep in zip(boxes, kept.cpu(), strict=True)]
+
+    def _prepare(self, images: Tensor) -> Tensor:
+        """Resizes as the folder's preprocessor_config.json says and normalises, float32 ``[B, 3, h, w]``."""
+        size = self._settings.get("size", {})
+        shortest, longest = int(size.get("shortest_edge", 800)), int(size.get("longest_edge", 1333))
+        height, width = images.shape[-2:]
+        scale = min(shortest / min(height, width), longest / max(height, width))
+        target = [max(1, round(height * scale)), max(1, round(width * scale))]
+        values = images.to(self.device, torch.float32).div_(255)
+        values = functional.interpolate(values, target, mode="bilinear", antialias=True, align_corners=False)
+        mean = torch.tensor(self._settings.get("image_mean", [0.485, 0.456, 0.406]), device=self.device)
+        std = torch.tensor(self._settings.get("image_std", [0.229, 0.224, 0.225]), device=self.device)
+        return (values - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+
+    def _name_tokens(self, input_ids: Tensor) -> Tensor:
+        """bool ``[L]``: True at the tokens of the class name, False at special tokens and the full stop."""
+        stop = self._tokenizer.convert_tokens_to_ids(".")
+        special = {*self._tokenizer.all_special_ids, stop} - {self._tokenizer.unk_token_id}
+        return torch.tensor([token not in special for token in input_ids.tolist()], device=self.device)
+
+    def _load(self) -> None:
+        if self._network is not None:
+            return
+        try:
+            from transformers import AutoTokenizer, GroundingDinoForObjectDetection
+            from transformers.utils import cached_file
+        except ImportError as error:
+            raise UserError(
+                f"the detector {self.model_name} needs transformers: install it with pip install 'fedkern[foundation]'"
+            ) from error
+        where = str(self._folder) if self._folder.is_dir() else self.model_name
+        local = self._folder.is_dir()
+        try:
+            network = GroundingDinoForObjectDetection.from_pretrained(
+                where, local_files_only=local, use_safetensors=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=local)
+            settings = cached_file(
+                where, "preprocessor_config.json", local_files_only=local, _raise_exceptions_for_missing_entries=False
+            )
+            self._settings = json.loads(Path(settings).read_text()) if settings else {}
+        except Exception as error:  # transformers raises many kinds for a wrong folder or name
+            first = str(error).strip().split("\n", 1)[0]
+            raise UserError(f"cannot load a Grounding DINO from {where}: {first}") from error
+        self._network, self._tokenizer = network.eval().requires_grad_(False).to(self.device), tokenizer
+
+    @functools.cached_property
+    def _content(self) -> str:
+        """Hash of the folder's weights and settings, so that a folder with new weights gets a new cache."""
+        digest = hashlib.blake2b(digest_size=16)
+        for path in sorted(self._folder.iterdir()):
+            if path.suffix in (".json", ".safetensors", ".txt") and path.is_file():
+                with path.open("rb") as file:
+                    digest.update(path.name.encode())
+                    digest.update(hashlib.file_digest(file, "blake2b").digest())
+        return digest.hexdigest()
