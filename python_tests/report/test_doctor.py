@@ -1,0 +1,108 @@
+"""The doctor works with everything missing, and says why."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import types
+
+import pytest
+from rich.console import Console
+
+from fedkern.ops import backend
+from fedkern.report import doctor
+
+
+def shown() -> str:
+    console = Console(file=io.StringIO(), width=160)
+    doctor.show(console)
+    return console.file.getvalue()
+
+
+def test_it_names_versions_processor_threads_and_operators():
+    text = shown()
+    for part in ("python", "torch", "processor", "threads", "GPU"):
+        assert part in text
+    report = doctor.collect()
+    json.dumps(report)
+    operators = {row["operator"] for row in report["operators"]}
+    assert {"blend", "kl_div", "weighted_mean"} <= operators
+    for name in operators:
+        assert name in text
+    # The reference serves everything, everywhere.
+    assert all(row["serves"] for row in report["operators"] if row["backend"] == "reference")
+
+
+def test_a_missing_core_is_explained(monkeypatch):
+    def missing(name: str):
+        raise backend.Unavailable(f"fedkern.{name} was not built (No module named 'fedkern.{name}')")
+
+    monkeypatch.setattr(backend, "load_core", missing)
+    monkeypatch.setattr(backend, "_loaded", {})
+    text = shown()
+    assert "CPU core" in text
+    assert "fedkern._cpu was not built" in text
+    rows = [row for row in doctor.collect()["operators"] if row["backend"] == "cpu"]
+    assert rows
+    assert not any(row["serves"] for row in rows)
+
+
+def test_a_forced_isa_that_does_not_exist_is_explained(monkeypatch):
+    pytest.importorskip("fedkern._cpu", reason="the compiled core is not built")
+    monkeypatch.setenv("FEDKERN_CPU_ISA", "avx1024")
+    monkeypatch.setattr(backend, "_isa_applied", False)
+    assert "avx1024" in doctor.processor()["problem"]
+    assert "avx1024" in shown()
+
+
+def test_a_forced_backend_is_shown(monkeypatch):
+    monkeypatch.setenv("FEDKERN_BACKEND", "reference")
+    assert "forced backend" in shown()
+    monkeypatch.setenv("FEDKERN_BACKEND", "tpu")
+    assert "tpu" in shown()
+
+
+def test_no_driver_and_no_nvml(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert doctor.gpus() == ([], "nvidia-ml-py is not installed")
+    assert "GPU" in shown()
+
+
+class _NVMLError(Exception):
+    pass
+
+
+def fake_nvml(**changes) -> types.SimpleNamespace:
+    def unsupported(handle):
+        raise _NVMLError("Not Supported")
+
+    functions = {
+        "NVMLError": _NVMLError,
+        "nvmlInit": lambda: None,
+        "nvmlShutdown": lambda: None,
+        "nvmlSystemGetDriverVersion": lambda: b"580.1",
+        "nvmlDeviceGetCount": lambda: 1,
+        "nvmlDeviceGetHandleByIndex": lambda i: i,
+        "nvmlDeviceGetMemoryInfo": lambda handle: types.SimpleNamespace(total=150_000_000_000, used=1_500_000_000),
+        "nvmlDeviceGetUtilizationRates": lambda handle: types.SimpleNamespace(gpu=37),
+        "nvmlDeviceGetName": lambda handle: "NVIDIA H200",
+    }
+    if changes.pop("no_utilisation", False):
+        functions["nvmlDeviceGetUtilizationRates"] = unsupported
+    return types.SimpleNamespace(**{**functions, **changes})
+
+
+def test_a_gpu_is_shown(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml())
+    assert "NVIDIA H200, 1.50 GB of 150 GB used, 37 % busy, driver 580.1" in shown()
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(no_utilisation=True))
+    assert "150 GB used, driver 580.1" in shown()
+
+
+def test_a_driver_that_fails_is_explained(monkeypatch):
+    def fail():
+        raise _NVMLError("Driver/library version mismatch")
+
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(nvmlInit=fail))
+    assert "no NVIDIA driver: Driver/library version mismatch" in shown()

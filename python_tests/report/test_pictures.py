@@ -1,0 +1,105 @@
+"""The PNG files of a run folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from fedkern import models
+from fedkern.data import PartitionStatistics, load
+from fedkern.engine import RunConfig
+from fedkern.errors import UserError
+from fedkern.report import gradcam, pictures, plots
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load("colordigits", clients=3, seed=0, train_samples=90)
+
+
+def make_run(folder: Path, data) -> Path:
+    config = RunConfig.make("fedavg", data="colordigits", clients=3, train_samples=90, rounds=2)
+    (folder / "config.toml").write_text(config.to_toml())
+    lines = [{"round": i, "id_accuracy": 0.4 * i, "ood_accuracy": 0.3 * i} for i in (1, 2)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    model = models.build("cnn", classes=10, channels=3, image_size=32, seed=0)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return folder
+
+
+def opened(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB"))
+
+
+def test_a_run_gets_its_three_pictures(tmp_path, data):
+    written = pictures.write_pictures(make_run(tmp_path, data), data=data)
+    assert [path.name for path in written] == ["accuracy.png", "partition.png", "gradcam.png"]
+    for path in written:
+        pixels = opened(path)
+        assert min(pixels.shape[:2]) > 300
+        assert pixels.std() > 10
+    assert not [path for path in tmp_path.iterdir() if path.suffix == ".tmp"]
+
+
+def test_the_curve_has_the_colours_of_both_test_sets(tmp_path):
+    records = [{"round": i, "id_accuracy": 0.1 * i, "ood_accuracy": 0.05 * i} for i in range(1, 10)]
+    assert plots.accuracy_curves(records, tmp_path / "a.png", title="t")
+    pixels = opened(tmp_path / "a.png").reshape(-1, 3)
+    for colour in (plots.BLUE, plots.ORANGE):
+        rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
+        assert (np.abs(pixels - rgb).max(axis=1) < 3).sum() > 200
+    assert not plots.accuracy_curves([{"round": 1, "loss": 2.0}], tmp_path / "b.png", title="t")
+    assert not (tmp_path / "b.png").exists()
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (5, 10), (120, 3), (3, 100)])
+def test_any_partition_can_be_drawn(tmp_path, shape):
+    counts = np.arange(shape[0] * shape[1]).reshape(shape)
+    names = tuple(f"class number {i}" for i in range(shape[1]))
+    plots.partition_picture(PartitionStatistics(counts, names, "iid"), tmp_path / "p.png", title="t")
+    assert opened(tmp_path / "p.png").std() > 10
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
+    (tmp_path / "p.png").write_bytes(b"older")
+
+    def full(self, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(plots.FigureCanvasAgg, "print_png", full)
+    with pytest.raises(OSError, match="No space"):
+        plots.accuracy_curves([{"round": 1, "accuracy": 0.5}], tmp_path / "p.png", title="t")
+    assert [path.name for path in tmp_path.iterdir()] == ["p.png"]
+    assert (tmp_path / "p.png").read_bytes() == b"older"
+
+
+def test_examples_go_through_the_classes_in_turn():
+    labels = torch.tensor([2, 0, 0, 1, 2, 0])
+    assert gradcam.choose(labels, 5).tolist() == [1, 3, 0, 2, 4]
+    assert gradcam.choose(labels, 99).tolist() == [1, 3, 0, 2, 4, 5]
+    assert gradcam.choose(labels[:0], 4).tolist() == []
+
+
+def test_damaged_files_are_named(tmp_path, data):
+    folder = make_run(tmp_path, data)
+    (folder / "model.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be read"):
+        pictures.write_pictures(folder, data=data)
+    other = models.build("resnet8", classes=10, channels=3, image_size=32, seed=0)
+    save_file(other.state_dict(), folder / "model.safetensors")
+    with pytest.raises(UserError, match="parameters of a cnn"):
+        pictures.write_pictures(folder, data=data)
+    (folder / "metrics.jsonl").write_text('{"round": 1}\n{"rou\n{"round": 3}\n')
+    with pytest.raises(UserError, match="line 2"):
+        pictures.read_records(folder)
+    (folder / "metrics.jsonl").write_text('{"round": 1}\n{"rou')
+    assert pictures.read_records(folder) == [{"round": 1}]

@@ -1,0 +1,109 @@
+"""The displays: what each shows where."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from fedkern.data import PartitionStatistics
+from fedkern.engine import RunConfig, RunInfo
+from fedkern.report import progress
+
+
+class Data:
+    statistics = PartitionStatistics(np.full((2, 2), 7), ("cat", "dog"), "iid")
+
+
+def info(rounds: int = 3, first_round: int = 0) -> RunInfo:
+    config = RunConfig.make("fedavg", clients=2, rounds=rounds, threads=1)
+    return RunInfo(config, Path("runs/x"), first_round, (14, 14), 1234, {"id": 5, "ood": 6}, Data())
+
+
+def record(round: int, rounds: int = 3, **metrics) -> dict:
+    return {
+        "round": round,
+        "rounds": rounds,
+        "seconds": 2.0 * round,
+        "bytes_up": 1000,
+        "bytes_down": 2000,
+        "loss": 0.5,
+        **metrics,
+    }
+
+
+def play(listener, rounds: int = 3) -> None:
+    listener.on_start(info(rounds))
+    for i in range(rounds):
+        listener.on_round_start(i, "train", [0, 1])
+        for client in (0, 1):
+            listener.on_client(i, client, {"loss": 0.1})
+        listener.on_round(record(i + 1, rounds, id_accuracy=0.9, ood_accuracy=0.8, validation_accuracy=0.111))
+    listener.on_warning("bank", "no background [at all]")
+    listener.on_end({})
+    listener.close()
+
+
+def console(terminal: bool) -> Console:
+    return Console(file=io.StringIO(), force_terminal=terminal, width=120)
+
+
+def test_lines_away_from_a_terminal():
+    out = console(False)
+    listener = progress.display(quiet=False, json=False, console=out)
+    play(listener)
+    shown = out.file.getvalue()
+    assert type(listener) is progress.Lines
+    assert "\x1b" not in shown
+    assert "fedavg on colordigits: 2 clients, 28 training images, 5 id, 6 ood test images" in shown
+    assert "round 2/3  ID 90.0 %  OOD 80.0 %  loss 0.500  up 1.00 kB down 2.00 kB  4.0 s" in shown
+    assert "11.1" not in shown
+    assert "warning (bank): no background [at all]" in shown
+    assert len([line for line in shown.splitlines() if line.startswith("round ")]) == 3
+
+
+def test_rounds_that_were_not_evaluated_give_no_line():
+    out = console(False)
+    listener = progress.Lines(out)
+    listener.on_round(record(1))
+    assert out.file.getvalue() == ""
+    listener.on_round(record(2, accuracy=0.25))
+    assert "accuracy 25.0 %" in out.file.getvalue()
+
+
+@pytest.mark.parametrize("json", [False, True])
+def test_a_bar_on_a_terminal(json):
+    out = console(True)
+    listener = progress.display(quiet=False, json=json, console=out)
+    assert type(listener) is progress.Live
+    play(listener)
+    assert listener.progress.tasks[0].completed == 3
+    assert listener.progress.tasks[0].fields["accuracy"] == "ID 90.0 %  OOD 80.0 %"
+
+
+def test_the_bar_moves_with_every_client_and_never_past_the_round():
+    listener = progress.Live(console(True))
+    listener.on_start(info(first_round=1))
+    assert listener.progress.tasks[0].completed == 1
+    listener.on_round_start(1, "train", [0, 1])
+    listener.on_client(1, 0, {})
+    assert listener.progress.tasks[0].completed == 1.5
+    for _ in range(5):
+        listener.on_client(1, 1, {})
+    assert listener.progress.tasks[0].completed == 2
+    listener.close()
+
+
+@pytest.mark.parametrize(("quiet", "json"), [(True, False), (True, True), (False, True)])
+def test_only_warnings_are_left(quiet, json):
+    out = console(False)
+    listener = progress.display(quiet=quiet, json=json, console=out)
+    play(listener)
+    assert out.file.getvalue() == "warning (bank): no background [at all]\n"
+
+
+def test_a_resumed_run_says_so():
+    assert progress.headline(info(first_round=2))[-1] == "resumed after round 2 of 3"

@@ -1,0 +1,81 @@
+"""Numbers for people, and the tables made of them."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from fedkern.data import PartitionStatistics
+from fedkern.report import tables
+
+
+def text(renderable) -> str:
+    console = Console(file=io.StringIO(), width=100)
+    console.print(renderable)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.00 kB"),
+        (44_695_848, "44.7 MB"),
+        (999_499, "999 kB"),
+        (999_600, "1.00 MB"),
+        (3.2e9, "3.20 GB"),
+        (7e18, "7000 PB"),
+    ],
+)
+def test_bytes(count, expected):
+    assert tables.human_bytes(count) == expected
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(0.25, "0.25 s"), (12.34, "12.3 s"), (59.96, "1 min 00 s"), (185, "3 min 05 s"), (7620, "2 h 07 min")],
+)
+def test_time(seconds, expected):
+    assert tables.human_time(seconds) == expected
+
+
+def test_metric_names():
+    assert tables.split_metric("ood_accuracy") == ("ood", "accuracy")
+    assert tables.split_metric("accuracy") == ("", "accuracy")
+    assert tables.split_metric("id_gradcam_in_object") == ("id", "gradcam_in_object")
+    assert tables.human_name("ood_accuracy") == "accuracy, out of distribution"
+    assert tables.human_metric("id_accuracy", 0.9123) == "91.2 %"
+    assert tables.human_metric("id_loss", 0.91234) == "0.912"
+    assert tables.ordered({"ood_loss": 1.0, "ood_accuracy": 0.5, "id_accuracy": 0.6, "note": "x"}) == [
+        "id_accuracy",
+        "ood_accuracy",
+        "ood_loss",
+    ]
+
+
+def test_final_table():
+    summary = {
+        "method": "fedgid", "data": "colordigits", "seed": 3, "rounds": 40, "seconds": 80.0,
+        "metrics": {"ood_accuracy": 0.934, "id_accuracy": 0.96, "validation_accuracy": 0.1234},
+        "bytes": {"up": 75_000_000, "down": 76_000_000},
+    }  # fmt: skip
+    shown = text(tables.final_table(summary))
+    assert "fedgid on colordigits, seed 3, 40 rounds" in shown
+    assert shown.index("in distribution") < shown.index("out of distribution")
+    for part in ("93.4 %", "96.0 %", "75.0 MB", "76.0 MB", "2.0 s", "1 min 20 s"):
+        assert part in shown
+    assert "12.3 %" not in shown  # the validation set chooses; it is no result
+
+
+def test_partition_table_lists_a_few_clients_and_the_totals():
+    counts = np.arange(60).reshape(20, 3)
+    statistics = PartitionStatistics(counts, ("a", "b", "c"), "iid")
+    shown = text(tables.partition_table(statistics, limit=4))
+    assert "16 more" in shown
+    assert str(int(counts.sum())) in shown
+    wide = PartitionStatistics(np.ones((2, 100), dtype=np.int64), tuple(f"class{i}" for i in range(100)), "iid")
+    assert "class0" not in text(tables.partition_table(wide))
