@@ -2,5 +2,6 @@
 
 from fedkern.engine.config import RunConfig
 from fedkern.engine.events import Listener, RunInfo, Terminated
+from fedkern.engine.run import run
 
-__all__ = ["Listener", "RunConfig", "RunInfo", "Terminated"]
+__all__ = ["Listener", "RunConfig", "RunInfo", "Terminated", "run"]

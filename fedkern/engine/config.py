@@ -12,11 +12,13 @@ from typing import Any, Self
 
 import torch
 
+from fedkern.data.registry import read_options
 from fedkern.engine import toml
 from fedkern.engine.defaults import COMMON, defaults
 from fedkern.errors import UserError, nearest
 from fedkern.methods import registry
 from fedkern.methods.options import Knob, knobs, option
+from fedkern.models import MODELS
 
 NAME = "config.toml"
 
@@ -32,7 +34,7 @@ class RunConfig:
     partition: str | None = option(
         None, "how samples are split over clients: iid, dirichlet:ALPHA, classes:S, attribute", type=str
     )
-    clients: int = option(COMMON["clients"], "number of clients", low=1)
+    clients: int = option(5, "number of clients", low=1)
     correlation: float | None = option(
         None, "how strongly the background colour tells the class", low=0, high=1, type=float
     )
@@ -107,13 +109,19 @@ class RunConfig:
             if name not in known:
                 raise UserError(f'Unknown setting "{name}".{nearest(name, known)}')
         given = {name: value for name, value in settings.items() if value is not None}
-        base = defaults(method, str(given.get("data", COMMON["data"])))
+        base = {**defaults(method, str(given.get("data", COMMON["data"]))), **given}
         default_options = kind.Options.parse(base.pop("options", {}), method=method).to_dict()
         chosen = options if isinstance(options, Mapping) else list(options)
         explicit = kind.Options.parse(chosen, method=method).to_dict()
         names = _given_names(kind, chosen)
         merged = {name: explicit[name] if name in names else default_options[name] for name in explicit}
-        return cls(**{**base, **given, "method": method, "options": merged, "data_options": data_options or {}})
+        merged_data = {
+            key: value for part in read_options(str(base["data"]), data_options or {}) for key, value in part.items()
+        }
+        config = {**base, "method": method, "options": merged, "data_options": merged_data}
+        if config.get("width") is None and config["model"] in MODELS:
+            config["width"] = MODELS[config["model"]].width
+        return cls(**config)
 
     def replace(self, **settings: Any) -> Self:
         """A copy with some settings changed."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fedkern.data import lookup
+
 COMMON: Mapping[str, Any] = {
     "data": "colordigits",
     "model": "cnn",
-    "clients": 5,
     "rounds": 20,
     "local_epochs": 2,
     "batch_size": 32,
@@ -18,19 +19,21 @@ COMMON: Mapping[str, Any] = {
 }
 
 DATA: Mapping[str, Mapping[str, Any]] = {
-    "digits": {"clients": 5, "rounds": 20, "partition": "dirichlet:0.5"},
-    "colordigits": {"clients": 5, "rounds": 40, "correlation": 0.7},
-    "mnist": {"clients": 10, "rounds": 20, "batch_size": 64},
-    "fashionmnist": {"clients": 10, "rounds": 20, "batch_size": 64},
-    "colormnist": {"clients": 5, "rounds": 12, "batch_size": 64, "correlation": 0.5},
-    "colorfashion": {"clients": 5, "rounds": 12, "batch_size": 64, "correlation": 0.5},
-    "cifar10": {"clients": 10, "rounds": 100, "batch_size": 64, "model": "resnet8", "weight_decay": 5e-4},
-    "cifar100": {"clients": 10, "rounds": 100, "batch_size": 64, "model": "resnet18", "weight_decay": 5e-4},
+    "digits": {"rounds": 20},
+    "colordigits": {"rounds": 40},
+    "mnist": {"batch_size": 64},
+    "fashionmnist": {"batch_size": 64},
+    "colormnist": {"rounds": 12, "batch_size": 64, "clients": 5},
+    "colorfashion": {"rounds": 12, "batch_size": 64, "clients": 5},
+    "cifar10": {"rounds": 100, "batch_size": 64, "model": "resnet8", "weight_decay": 5e-4},
+    "cifar100": {"rounds": 100, "batch_size": 64, "model": "resnet18", "weight_decay": 5e-4},
     "nico": {
-        "clients": 7, "rounds": 50, "local_epochs": 10, "batch_size": 64, "lr": 0.01, "weight_decay": 1e-5,
-        "model": "resnet18", "grad_cam": 100,
+        "rounds": 50, "local_epochs": 10, "batch_size": 64, "lr": 0.01, "weight_decay": 1e-5, "model": "resnet18",
+        "grad_cam": 100,
     },
 }  # fmt: skip
+"""What differs from the common settings on a data set; clients, partition and correlation not named here are the data
+set's own (``fedkern.data.DATASETS``)."""
 
 METHOD: Mapping[tuple[str, str], Mapping[str, Any]] = {
     # (method, data set): settings; "options" holds method options by published name.
@@ -40,5 +43,11 @@ METHOD: Mapping[tuple[str, str], Mapping[str, Any]] = {
 
 
 def defaults(method: str, data: str) -> dict[str, Any]:
-    """The default settings of a run of ``method`` on ``data``; ``options`` are the method options that differ."""
-    return {**COMMON, **DATA.get(data, {}), **METHOD.get((method, data), {})}
+    """The default settings of a run of ``method`` on ``data``; ``options`` are the method options that differ.
+
+    Raises:
+        UserError: an unknown data set.
+    """
+    info = lookup(data)
+    own = {"clients": info.clients, "partition": info.partition, "correlation": info.correlation}
+    return {**COMMON, **own, **DATA.get(data, {}), **METHOD.get((method, data), {})}

@@ -48,7 +48,7 @@ class Listener:
         """A round begins; ``round`` is negative for one-off set-up rounds."""
 
     def on_client(self, round: int, client: int, info: Mapping[str, Any]) -> None:
-        """A client is done: ``samples``, ``seconds``, ``loss`` (mean of its batches), ``drift`` and what it observed."""
+        """A client is done: ``samples``, ``seconds``, ``loss`` (mean of its batches), ``drift``, observations."""
 
     def on_round(self, record: Mapping[str, Any]) -> None:
         """A communication round is done.

@@ -7,7 +7,7 @@ generator or counts bytes.  The engine hands it a :class:`Server` and one :class
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -29,6 +29,7 @@ __all__ = [
     "LocalTraining",
     "Message",
     "Method",
+    "Observed",
     "Received",
     "Round",
     "Server",
@@ -101,12 +102,32 @@ class Federation:
         return len(self.samples)
 
 
-@dataclass
-class Backgrounds:
-    """A bank of images with the object erased: ``images`` fp32 [N, C, H, W], normalised, and ``labels`` int64 [N]."""
+class Backgrounds(Protocol):
+    """A bank of training images whose objects are erased.
 
-    images: Tensor
+    Attributes:
+        labels: int64 [N] (NumPy), the classes of the images the backgrounds come from.
+        augmented: whether :meth:`take` augments, so that the same index gives different images.
+    """
+
     labels: np.ndarray
+    augmented: bool
+
+    def __len__(self) -> int: ...
+
+    def take(self, indices: np.ndarray | None, rng: np.random.Generator | None = None) -> Tensor:
+        """The images at ``indices`` (None: all), fp32 [B, C, H, W], normalised; augmented when ``rng`` is given."""
+        ...
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What is kept of a scalar observed by every client in every round (each value the mean over its batches)."""
+
+    count: int
+    mean: float
+    low: float
+    high: float
 
 
 @dataclass
@@ -117,12 +138,18 @@ class Batch:
         images: fp32 [B, C, H, W], augmented and normalised, on the client's device.
         labels: int64 [B].
         indices: int64 [B], the samples' positions in the client's split (NumPy).
+        step: the round and exchange it is trained in.
+        epoch: local epoch within the round, from 0.
+        augmented: whether the images were augmented, so that the same index gives different images.
         drawn: what the method's ``draw`` returned for this batch.
     """
 
     images: Tensor
     labels: Tensor
     indices: np.ndarray
+    step: Step
+    epoch: int = 0
+    augmented: bool = False
     drawn: dict[str, Any] = field(default_factory=dict)
 
 
@@ -131,6 +158,10 @@ class Received(Protocol):
 
     message: Message
     step: Step
+    samples: int
+    """Training samples of the client."""
+    epochs: int
+    """Local epochs of this exchange."""
     scratch: dict[str, Any]
     """Vanishes at the end of the client's exchange."""
 
@@ -170,7 +201,7 @@ class Client(Protocol):
     def background_images(self) -> Message:
         """The same bank as it may travel.
 
-        ``{"images": uint8 [N, C, H, W], "masks": bool [N, H, W], "labels": int64 [N]}``, objects blackened in ``images``.
+        ``{"images": uint8 [N, C, H, W], "masks": bool [N, H, W], "labels": int64 [N]}``, objects black in ``images``.
         """
         ...
 
@@ -254,12 +285,8 @@ class Method:
 
         return classification(model, data)
 
-    def diagnose(self, observed: Mapping[str, Sequence[float]]) -> dict[str, str]:
-        """Named one-sentence warnings from the run's observations (what ``loss`` returned beside the loss).
-
-        Args:
-            observed: name to one value per client and round.
-        """
+    def diagnose(self, observed: Mapping[str, Observed]) -> dict[str, str]:
+        """Named one-sentence warnings from the run's observations (what ``loss`` returned beside the loss)."""
         return {}
 
 

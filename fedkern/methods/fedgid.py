@@ -10,7 +10,7 @@ Nothing but the model travels, so every round costs the bytes of FedAvg.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,15 +19,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkern import ops
 from fedkern.methods.base import (
+    Backgrounds,
     Batch,
     Client,
     ClientId,
     Federation,
     LocalTraining,
     Message,
+    Observed,
     Received,
     Round,
     Server,
@@ -36,7 +39,10 @@ from fedkern.methods.base import (
     option,
     register,
 )
+from fedkern.models import resolve_stage
 
+CHUNK = 256  # images per pass of the frozen encoder over a bank
+CACHE_BYTES = 256 << 20  # a bank's maps beyond this are computed per batch
 STAGES = ("map", "feature", "layer1", "layer2", "layer3", "layer4")
 
 
@@ -98,25 +104,201 @@ class FedGID(LocalTraining):
 
     def draw(self, client: Client, batch: Batch, rng: np.random.Generator) -> dict[str, Any]:
         """A random background for every sample, and its alpha where that is random."""
-        return {}
+        o = self.options
+        if not self.mixes(batch.step):
+            return {}
+        bank = self._bank(client)
+        if not len(bank):
+            return {}
+        labels = batch.labels.cpu().numpy() if o.exclude_same_class else None
+        index = draw_backgrounds(rng, len(batch.indices), bank.labels, labels)
+        drawn: dict[str, Any] = {"bank": bank, "index": index, "alpha": o.alpha}
+        if bank.augmented:
+            drawn["images"] = bank.take(index, rng)
+        if o.alpha_sampling != "constant":
+            drawn["alpha"] = torch.from_numpy(self._draw_alpha(rng, len(index))).to(batch.images.device)
+        return drawn
 
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        return cross_entropy(model(batch.images), batch.labels)
+        o = self.options
+        intervenes = self.intervenes(received.step) and ("index" in batch.drawn or not self.mixes(received.step))
+        weight = self.distillation_weight(received.step)
+        stage = resolve_stage(model, o.mix_stage)
+
+        own = model.stages(batch.images, upto=stage)
+        features = model.tail(own, after=stage)
+        logits = model.head(features)
+        em = cross_entropy(logits, batch.labels)
+        total, seen = em, {"loss_em": em.detach()}
+
+        mixed, mixed_logits = features, logits  # what a mixture of the sample with nothing else is
+        if intervenes:
+            gi = em
+            if "index" in batch.drawn:
+                background, index = self._background_maps(batch, received, stage)
+                blended = ops.blend(own, background, batch.drawn["alpha"], index=index)
+                with batch_statistics_only(model, enabled=not o.tail_bn_updates):
+                    mixed = model.tail(blended, after=stage)
+                mixed_logits = model.head(mixed)
+                gi = cross_entropy(mixed_logits, batch.labels)
+                changed = mixed_logits.detach().argmax(1) != logits.detach().argmax(1)
+                seen["intervention_changed"] = changed.float().mean()
+            total = total + gi
+            seen["loss_gi"] = gi.detach()
+
+        if weight:
+            anchor = self._anchor(batch, received)
+            u, v = (features, mixed) if o.distill_on == "features" else (logits, mixed_logits)
+            if intervenes:
+                direction = "student" if o.kl_direction == "local_global" else "teacher"
+                gd = ops.dual_kl(u, v, anchor, o.temperature, direction=direction)
+            elif o.kl_direction == "local_global":
+                gd = ops.kl_div(anchor, u, o.temperature)
+            else:
+                gd = ops.kl_div(u, anchor, o.temperature)
+            total = total + weight * gd
+            seen["loss_gd"] = gd.detach()
+        return total, seen
+
+    # -- the frozen global encoder ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _background_maps(self, batch: Batch, received: Received, stage: str) -> tuple[Tensor, Tensor | None]:
+        """E_G of the batch's backgrounds, and which of them goes to which sample."""
+        drawn = batch.drawn
+        if "images" in drawn:
+            return received.model.stages(drawn["images"], upto=stage), None
+        bank, index = drawn["bank"], drawn["index"]
+        # E_G is frozen, so a bank that is drawn from at least once over is cheaper to encode as a whole.
+        if len(bank) <= received.samples * received.epochs:
+            maps = received.scratch.get("bank")
+            if maps is None:
+                chunks = [np.arange(i, min(i + CHUNK, len(bank))) for i in range(0, len(bank), CHUNK)]
+                first = received.model.stages(bank.take(chunks[0]), upto=stage)
+                if first.numel() // len(chunks[0]) * len(bank) * first.element_size() <= CACHE_BYTES:
+                    rest = [received.model.stages(bank.take(chunk), upto=stage) for chunk in chunks[1:]]
+                    maps = torch.cat([first, *rest])
+                received.scratch["bank"] = maps if maps is not None else ()
+            if isinstance(maps, Tensor):
+                return maps, torch.from_numpy(index).to(maps.device)
+        return received.model.stages(bank.take(index), upto=stage), None
+
+    @torch.no_grad()
+    def _anchor(self, batch: Batch, received: Received) -> Tensor:
+        """E_G of the samples themselves: features, or F_G's logits; kept over the epochs where images do not change."""
+        rows = torch.from_numpy(batch.indices)
+        cache = received.scratch.get("anchor")
+        if cache is not None and batch.epoch > 0:
+            return cache[rows.to(cache.device)]
+        anchor = received.model.features(batch.images)
+        if self.options.distill_on == "logits":
+            anchor = received.model.head(anchor)
+        if received.epochs > 1 and not batch.augmented and batch.epoch == 0:
+            if cache is None:
+                cache = received.scratch["anchor"] = anchor.new_empty(received.samples, anchor.shape[1])
+            cache[rows.to(cache.device)] = anchor
+        return anchor
+
+    # -- backgrounds -----------------------------------------------------------------------------------------------
+
+    def _bank(self, client: Client) -> Backgrounds:
+        bank = client.scratch.get("bank")
+        if bank is None:
+            fill = self.options.background_fill
+            pool = client.state.get("pool")
+            bank = client.backgrounds(fill) if pool is None else client.make_backgrounds(pool, fill)
+            client.scratch["bank"] = bank
+        return bank
+
+    def _draw_alpha(self, rng: np.random.Generator, size: int) -> np.ndarray:
+        o = self.options
+        if o.alpha_sampling == "uniform":
+            return rng.uniform(o.alpha, 1.0, size).astype(np.float32)
+        if o.alpha in (0.0, 1.0):
+            return np.full(size, o.alpha, dtype=np.float32)
+        a, b = o.alpha * o.alpha_concentration, (1 - o.alpha) * o.alpha_concentration
+        return rng.beta(a, b, size).astype(np.float32)
+
+    # -- the one-off exchange of a shared pool ---------------------------------------------------------------------
+
+    def start(self, server: Server) -> None:
+        super().start(server)
+        network: Any = self.model(server)
+        resolve_stage(network, self.options.mix_stage)  # an unknown stage ends the run before it starts
+
+    def rounds(self, federation: Federation) -> Iterator[Round]:
+        if self.options.background_pool == "shared" and self.options.intervention:
+            yield Round("backgrounds", exchanges=("collect", "distribute"), participants="all", one_off=True)
+        yield from super().rounds(federation)
+
+    def send(self, server: Server, step: Step) -> Message | dict[ClientId, Message]:
+        if step.exchange == "collect":
+            return {}
+        if step.exchange == "distribute":
+            return {"pool": server.scratch["pool"]}
+        return super().send(server, step)
+
+    def client_update(self, client: Client, step: Step, message: Message) -> Message:
+        if step.exchange == "collect":
+            return client.background_images()
+        if step.exchange == "distribute":
+            client.state["pool"] = message["pool"]
+            return {}
+        return super().client_update(client, step, message)
+
+    def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
+        if step.exchange == "collect":
+            banks = [upload.message for upload in uploads]
+            server.scratch["pool"] = {name: torch.cat([bank[name] for bank in banks]) for name in banks[0]}
+        elif step.exchange == "distribute":
+            for _ in uploads:
+                pass
+            server.scratch.pop("pool")
+        else:
+            super().server_update(server, step, uploads)
+
+    def diagnose(self, observed: Mapping[str, Observed]) -> dict[str, str]:
+        changed = observed.get("intervention_changed")
+        if changed is not None and changed.high == 0:
+            return {
+                "intervention-inert": "The intervention never changed a prediction: lower alpha, mix at an earlier "
+                "stage, or check that the backgrounds differ."
+            }
+        return {}
 
 
-_ = (
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-    contextmanager,
-    torch,
-    nn,
-    ops,
-    ClientId,
-    Federation,
-    Message,
-    Round,
-    Server,
-    Upload,
-)
+def draw_backgrounds(
+    rng: np.random.Generator, size: int, bank_labels: np.ndarray, exclude: np.ndarray | None = None
+) -> np.ndarray:
+    """Draws ``size`` positions of the bank uniformly, int64 [size].
+
+    Args:
+        rng: the client's own stream.
+        size: how many.
+        bank_labels: int64 [N], N >= 1.
+        exclude: int64 [size], a class each draw must avoid; where the bank has no other class it cannot and does not.
+    """
+    if exclude is None:
+        return rng.integers(0, len(bank_labels), size)
+    order = np.argsort(bank_labels, kind="stable")
+    ordered = bank_labels[order]
+    first, last = np.searchsorted(ordered, exclude, "left"), np.searchsorted(ordered, exclude, "right")
+    others = len(order) - (last - first)
+    position = (rng.random(size) * np.where(others == 0, len(order), others)).astype(np.int64)
+    position += np.where((others > 0) & (position >= first), last - first, 0)
+    return order[position]
+
+
+@contextmanager
+def batch_statistics_only(model: nn.Module, enabled: bool = True) -> Iterator[None]:
+    """Batch norm in train mode normalises by the batch and leaves its running statistics alone."""
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats] if enabled else []
+    if not model.training:
+        layers = []
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True

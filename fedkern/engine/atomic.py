@@ -1,0 +1,87 @@
+"""Files that are either complete or absent, and the lock of a run folder."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+from safetensors import SafetensorError
+
+from fedkern.errors import UserError
+
+TEMPORARY = ".part"
+
+
+def write(path: Path, fill: Callable[[Path], object]) -> None:
+    """Lets ``fill`` write a temporary file beside ``path``, flushes it to the disk and renames it to ``path``.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; ``path`` is then as it was before.
+    """
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        fill(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise unwritable(path, error) from None
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes ``content`` to ``path``, completely or not at all."""
+    write(path, lambda temporary: temporary.write_bytes(content))
+
+
+def unwritable(path: Path, error: Exception) -> UserError:
+    """The sentence for a file that could not be written."""
+    reason = getattr(error, "strerror", None) or str(error)
+    return UserError(f"{path} cannot be written ({reason}): free some space or choose another --out, then --resume.")
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames inside ``folder`` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class FolderLock:
+    """Keeps a second process out of a run folder; the system drops it when the process ends, however it ends."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / ".lock"
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> FolderLock:
+        try:
+            file = self.path.open("a+")
+        except OSError as error:
+            raise unwritable(self.path, error) from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            file.close()
+            raise UserError(
+                f"{self.path.parent} is in use by process {owner}: wait for it, or choose another --out."
+            ) from None
+        file.seek(0)
+        file.truncate()
+        file.write(str(os.getpid()))
+        file.flush()
+        self._file = file
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None

@@ -1,0 +1,130 @@
+"""Checkpoints: immutable files of a round, committed by one manifest that is replaced atomically."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+from fedkern.engine import atomic, state
+from fedkern.errors import UserError
+
+FOLDER = "checkpoints"
+MANIFEST = "manifest.json"
+FORMAT = 1
+KEEP = 2
+
+
+class Checkpoints:
+    """The checkpoint folder of a run.
+
+    A checkpoint is an entry of the manifest: ``round`` (communication rounds done), ``plan`` (rounds of the method's
+    plan done, one-off ones included), ``files`` (name to CRC-32), ``server``, ``clients`` (id to file) and ``info``
+    (numbers the engine continues with).  Files carry the round in their name and are never rewritten; what no kept
+    entry names is deleted after the next commit.  Client states stay on disk and are read when their client takes part.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.folder = out / FOLDER
+        self.entries: list[dict[str, Any]] = []
+        self.clients: dict[int, str] = {}
+        self._sums: dict[str, int] = {}
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def open(self) -> dict[str, Any] | None:
+        """Returns the newest intact entry, or None where nothing was committed yet; forgets everything after it.
+
+        Raises:
+            UserError: there is a manifest, but it or all of its checkpoints are damaged.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / MANIFEST
+        if not path.exists():
+            self._collect()
+            return None
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            if manifest["format"] != FORMAT:
+                raise UserError(f"{path} has format {manifest['format']}, this version of fedkern reads {FORMAT}.")
+            entries = list(manifest["entries"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error}): the run cannot be resumed, start it again.") from None
+        while entries and not self._intact(entries[-1]):
+            entries.pop()
+        if not entries:
+            raise UserError(f"All checkpoints in {self.folder} are damaged: the run cannot be resumed, start it again.")
+        self.entries = entries
+        self.clients = {int(k): name for k, name in entries[-1]["clients"].items()}
+        self._sums = {name: value for entry in entries for name, value in entry["files"].items()}
+        self._collect()
+        return entries[-1]
+
+    def _intact(self, entry: dict[str, Any]) -> bool:
+        return all(_crc(self.folder / name) == value for name, value in entry["files"].items())
+
+    def server_state(self) -> dict[str, Any]:
+        """The server's state of the newest entry."""
+        return self._load(self.entries[-1]["server"])
+
+    def client_state(self, client: int) -> dict[str, Any]:
+        """A client's state; empty for one that has none yet."""
+        return self._load(self.clients[client]) if client in self.clients else {}
+
+    def _load(self, name: str) -> dict[str, Any]:
+        try:
+            return state.load(self.folder / name)
+        except ValueError as error:
+            raise UserError(f"The checkpoint cannot be read: {error}.") from None
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    def write_client(self, client: int, plan: int, content: dict[str, Any]) -> None:
+        """Writes a client's new state; it counts from the next commit on."""
+        if content:
+            self.clients[client] = self._write(f"client-{client:05d}-{plan:06d}.safetensors", content)
+        else:
+            self.clients.pop(client, None)
+
+    def commit(self, *, round: int, plan: int, server: dict[str, Any], info: dict[str, Any]) -> None:
+        """Writes the server's state and makes it, with all client states, the newest checkpoint."""
+        name = self._write(f"server-{plan:06d}.safetensors", server)
+        files = {file: self._sums[file] for file in [name, *self.clients.values()]}
+        clients = {str(k): file for k, file in sorted(self.clients.items())}
+        entry = {"round": round, "plan": plan, "files": files, "server": name, "clients": clients, "info": info}
+        entries = [*self.entries, entry][-KEEP:]
+        text = json.dumps({"format": FORMAT, "entries": entries}, indent=1)
+        atomic.write_bytes(self.folder / MANIFEST, text.encode())
+        self.entries = entries
+        self._collect()
+
+    def _write(self, name: str, content: dict[str, Any]) -> str:
+        path = self.folder / name
+        state.save(path, content)
+        crc = _crc(path)
+        if crc is None:
+            raise UserError(f"{path} vanished while it was written.")
+        self._sums[name] = crc
+        return name
+
+    def _collect(self) -> None:
+        """Deletes files that neither a kept entry nor the current client states name."""
+        wanted = {MANIFEST, *self.clients.values()}
+        for entry in self.entries:
+            wanted.update(entry["files"])
+        for path in self.folder.iterdir():
+            if path.name not in wanted and path.suffix in (".safetensors", atomic.TEMPORARY):
+                path.unlink(missing_ok=True)
+        self._sums = {name: value for name, value in self._sums.items() if name in wanted}
+
+
+def _crc(path: Path) -> int | None:
+    try:
+        value = 0
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                value = zlib.crc32(block, value)
+        return value
+    except OSError:
+        return None

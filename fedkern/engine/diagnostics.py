@@ -1,0 +1,97 @@
+"""Named one-sentence warnings for the failure signatures a user should know."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fedkern.engine.samples import TestSet
+from fedkern.methods.base import Observed
+
+DRIFT_FACTOR = 5.0
+FALL = 0.1
+
+
+class Observations:
+    """Keeps count, mean and range of every scalar that clients report, over the whole run."""
+
+    def __init__(self, stored: Mapping[str, Sequence[float]] | None = None) -> None:
+        self._values: dict[str, list[float]] = {name: list(value) for name, value in (stored or {}).items()}
+
+    def add(self, report: Mapping[str, Any]) -> None:
+        for name, value in report.items():
+            if isinstance(value, float) and math.isfinite(value):
+                count, total, low, high = self._values.get(name, (0, 0.0, math.inf, -math.inf))
+                self._values[name] = [count + 1, total + value, min(low, value), max(high, value)]
+
+    def summary(self) -> dict[str, Observed]:
+        return {
+            name: Observed(count=int(count), mean=total / count, low=low, high=high)
+            for name, (count, total, low, high) in self._values.items()
+        }
+
+    def to_dict(self) -> dict[str, list[float]]:
+        return self._values
+
+
+def collapsed_classes(sets: Mapping[str, TestSet], classes: Sequence[str]) -> dict[str, str]:
+    """Classes of a test set that were never predicted."""
+    for prefix, data in sets.items():
+        if data.predictions is None or prefix == "validation_":
+            continue
+        present = set(torch.unique(data.labels).tolist())
+        missing = sorted(present - set(torch.unique(data.predictions).tolist()))
+        if missing:
+            names = ", ".join(f'"{classes[c]}"' for c in missing[:5]) + (" ..." if len(missing) > 5 else "")
+            where = f"the {prefix.rstrip('_')} test set" if prefix else "the test set"
+            return {
+                "collapsed-class": f"{len(missing)} of {len(present)} classes ({names}) are never predicted on {where}"
+                ": train longer, or lower the learning rate."
+            }
+    return {}
+
+
+def outlying_drift(clients: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """A client whose update is many times longer than the others'."""
+    drifts = {name: entry["drift"] for name, entry in clients.items() if "drift" in entry}
+    if len(drifts) < 3:
+        return {}
+    worst = max(drifts, key=lambda name: drifts[name])
+    others = sorted(value for name, value in drifts.items() if name != worst)
+    median = others[len(others) // 2]
+    if median > 0 and drifts[worst] > DRIFT_FACTOR * median:
+        return {
+            "outlying-client": f"The update of client {worst} is {drifts[worst] / median:.0f} times as long as the "
+            "others': look at its data, or clip with --clip-norm."
+        }
+    return {}
+
+
+def poor_metrics(metrics: Mapping[str, float], best: Mapping[str, float], classes: int) -> dict[str, str]:
+    """Accuracy at chance, or far below its own best on the validation set."""
+    found: dict[str, str] = {}
+    for name, value in metrics.items():
+        if name.endswith("accuracy") and name != "validation_accuracy" and value < 1.5 / classes:
+            found.setdefault(
+                "chance-level",
+                f"{name} is {value:.3f}, near chance ({1 / classes:.3f}): train longer, or change the learning rate.",
+            )
+    now, top = metrics.get("validation_accuracy"), best.get("validation_accuracy")
+    if now is not None and top is not None and top - now > FALL:
+        found["falling-accuracy"] = (
+            f"Validation accuracy fell from {top:.3f} to {now:.3f}: lower the learning rate or stop earlier."
+        )
+    return found
+
+
+def missing_statistics(buffers: str, has_buffers: bool) -> dict[str, str]:
+    """A saved network without running statistics."""
+    if buffers == "average" or not has_buffers:
+        return {}
+    return {
+        "no-running-statistics": f"With --buffers {buffers} the global model has no batch norm statistics: it was "
+        "evaluated with those of each test batch, and model.safetensors holds the initial ones."
+    }

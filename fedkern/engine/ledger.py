@@ -1,0 +1,77 @@
+"""The byte ledger: what travelled, up and down, per client."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+NUMBER_BYTES = 8
+
+
+def message_bytes(message: Any) -> int:
+    """Bytes of a message's contents: its tensors' elements, 8 for a number, the UTF-8 length of a text."""
+    if isinstance(message, Tensor):
+        return message.numel() * message.element_size()
+    if isinstance(message, Mapping):
+        return sum(message_bytes(value) for value in message.values())
+    if isinstance(message, (list, tuple)):
+        return sum(message_bytes(value) for value in message)
+    if isinstance(message, str):
+        return len(message.encode())
+    return 0 if message is None else NUMBER_BYTES
+
+
+@dataclass
+class Ledger:
+    """Bytes per client: ``up`` (client to server) and ``down`` in rounds, and both in one-off exchanges."""
+
+    clients: int
+    up: list[int] = field(default_factory=list)
+    down: list[int] = field(default_factory=list)
+    one_off_up: list[int] = field(default_factory=list)
+    one_off_down: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name in ("up", "down", "one_off_up", "one_off_down"):
+            if not getattr(self, name):
+                setattr(self, name, [0] * self.clients)
+
+    def book(self, client: int, direction: str, message: Any, *, one_off: bool = False) -> int:
+        """Books a message from (``"up"``) or to (``"down"``) a client and returns its bytes."""
+        size = message_bytes(message)
+        getattr(self, ("one_off_" if one_off else "") + direction)[client] += size
+        return size
+
+    @property
+    def total_up(self) -> int:
+        return sum(self.up)
+
+    @property
+    def total_down(self) -> int:
+        return sum(self.down)
+
+    def summary(self) -> dict[str, Any]:
+        """``up`` and ``down`` of the rounds, ``one_off_up`` and ``one_off_down``, ``total`` of all, and ``clients``."""
+        one_off_up, one_off_down = sum(self.one_off_up), sum(self.one_off_down)
+        return {
+            "up": self.total_up,
+            "down": self.total_down,
+            "one_off_up": one_off_up,
+            "one_off_down": one_off_down,
+            "total": self.total_up + self.total_down + one_off_up + one_off_down,
+            "clients": {
+                str(k): {
+                    "up": self.up[k],
+                    "down": self.down[k],
+                    "one_off_up": self.one_off_up[k],
+                    "one_off_down": self.one_off_down[k],
+                }
+                for k in range(self.clients)
+            },
+        }
+
+    def to_dict(self) -> dict[str, list[int]]:
+        return {"up": self.up, "down": self.down, "one_off_up": self.one_off_up, "one_off_down": self.one_off_down}

@@ -1,0 +1,157 @@
+"""The local training loop: epochs of SGD on a method's loss, written once for every method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedkern.engine.network import Network
+from fedkern.engine.samples import ClientData, batch_plan
+from fedkern.methods.base import Batch, LocalTraining, Message, Step
+
+if TYPE_CHECKING:
+    from fedkern.engine.serial import Client
+
+
+class Diverged(ArithmeticError):
+    """A client's loss, gradient or parameters became NaN or infinite; ``batch`` counts from 1 within its exchange."""
+
+    def __init__(self, client: int, round: int, batch: int, what: str) -> None:
+        super().__init__(f"client {client}, round {round}, batch {batch}: {what}")
+        self.client, self.round, self.batch, self.what = client, round, batch, what
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The optimiser's settings of one exchange."""
+
+    lr: float
+    momentum: float
+    weight_decay: float
+    clip_norm: float
+    epochs: int
+    batch_size: int
+
+
+@dataclass
+class Context:
+    """What a client got this exchange (see :class:`fedkern.methods.base.Received`)."""
+
+    message: Message
+    step: Step
+    samples: int
+    epochs: int
+    parameters: Tensor
+    frozen: Any
+    scratch: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def model(self) -> Any:
+        """The frozen copy of the network just received."""
+        return self.frozen()
+
+
+def sgd(network: Network, velocity: Tensor | None, schedule: Schedule) -> Tensor | None:
+    """One step of SGD with momentum on flat vectors, as ``torch.optim.SGD`` does it; returns the velocity."""
+    theta, gradient = network.parameters, network.gradients
+    if schedule.weight_decay:
+        gradient.add_(theta, alpha=schedule.weight_decay)
+    if schedule.momentum:
+        if velocity is None:
+            velocity = gradient.clone()
+        else:
+            velocity.mul_(schedule.momentum).add_(gradient)
+        gradient = velocity
+    theta.add_(gradient, alpha=-schedule.lr)
+    return velocity
+
+
+def train(
+    client: Client,
+    method: LocalTraining,
+    step: Step,
+    network: Network,
+    data: ClientData,
+    received: Context,
+    schedule: Schedule,
+) -> dict[str, float]:
+    """Trains ``network`` (already holding the received vectors) on the client's data.
+
+    Returns:
+        The means over all batches of ``loss`` and of whatever the method observed.
+
+    Raises:
+        Diverged: the loss or the gradient of a batch is NaN or infinite.  Looked for once per epoch from what every
+            batch recorded, so that no batch waits for it.
+    """
+    network.train_mode()
+    theta, gradients = network.parameters, network.gradients
+    orders = client.rng("batches", step)
+    draws = client.rng("background", step)
+    augmentation = client.rng("augmentation", step) if data.augment != "none" else None
+    velocity: Tensor | None = None
+    totals: dict[str, float] = {}
+    seen: dict[str, int] = {}
+    done = 0
+    adjusts = type(method).adjust_gradient is not LocalTraining.adjust_gradient
+    for epoch in range(schedule.epochs):
+        rows: list[Tensor] = []
+        names: list[tuple[str, ...]] = []
+        for indices in batch_plan(len(data), schedule.batch_size, orders):
+            batch = _batch(data, indices, step, epoch, augmentation)
+            batch.drawn = method.draw(client, batch, draws)
+            result = method.loss(network.module, batch, received)
+            loss, observed = result if isinstance(result, tuple) else (result, {})
+            gradients.zero_()
+            loss.backward()
+            if adjusts:
+                method.adjust_gradient(theta.detach(), gradients, received)
+            squared = torch.dot(gradients, gradients)
+            if schedule.clip_norm:
+                gradients.mul_(schedule.clip_norm / squared.sqrt().clamp_min(schedule.clip_norm))
+            velocity = sgd(network, velocity, schedule)
+            rows.append(torch.stack([loss.detach(), squared, *observed.values()]))
+            names.append(tuple(observed))
+        done = _digest(client.id, step, rows, names, done, totals, seen)
+    if not bool(torch.isfinite(theta).all()) or not bool(torch.isfinite(network.buffers).all()):
+        raise Diverged(client.id, step.round, done, "the parameters are not finite")
+    return {name: totals[name] / seen[name] for name in totals}
+
+
+def _batch(data: ClientData, indices: np.ndarray, step: Step, epoch: int, rng: np.random.Generator | None) -> Batch:
+    index = torch.from_numpy(indices).to(data.labels.device)
+    return Batch(
+        images=data.pixels.take(indices, rng),
+        labels=data.labels[index],
+        indices=indices,
+        step=step,
+        epoch=epoch,
+        augmented=rng is not None,
+    )
+
+
+def _digest(
+    client: int,
+    step: Step,
+    rows: list[Tensor],
+    names: list[tuple[str, ...]],
+    done: int,
+    totals: dict[str, float],
+    seen: dict[str, int],
+) -> int:
+    """Adds an epoch's records to the totals and looks for the first batch that is not finite."""
+    # One transfer for the whole epoch where every batch recorded the same (the rule).
+    values = torch.stack(rows).tolist() if len(set(names)) == 1 else [row.tolist() for row in rows]
+    for (loss, squared, *rest), observed in zip(values, names, strict=True):
+        done += 1
+        for value, what in ((loss, "the loss"), (squared, "the gradient")):
+            if not np.isfinite(value):
+                raise Diverged(client, step.round, done, f"{what} is {value}")
+        for name, value in zip(("loss", *observed), (loss, *rest), strict=True):
+            totals[name] = totals.get(name, 0.0) + value
+            seen[name] = seen.get(name, 0) + 1
+    return done

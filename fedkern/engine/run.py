@@ -1,0 +1,400 @@
+"""`run`: one federated run from its settings to its folder, resumable at any point."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedkern.data import load
+from fedkern.engine import atomic, diagnostics, records
+from fedkern.engine import config as settings
+from fedkern.engine.checkpoint import Checkpoints
+from fedkern.engine.config import RunConfig
+from fedkern.engine.evaluate import evaluate, gradcam, test_sets
+from fedkern.engine.events import Listener, RunInfo, Terminated
+from fedkern.engine.ledger import Ledger
+from fedkern.engine.local import Diverged
+from fedkern.engine.network import cpu_threads
+from fedkern.engine.serial import Bench, Client, Exchange, Server, sample_clients
+from fedkern.engine.state import fingerprint
+from fedkern.errors import UserError
+from fedkern.methods import registry
+from fedkern.methods.base import Round, Step
+
+
+def run(
+    config: RunConfig, *, out: str | Path, resume: bool = False, listener: Listener | None = None, data: Any = None
+) -> dict[str, Any]:
+    """Runs a method and returns the summary that also stands in ``out/summary.json``.
+
+    Args:
+        config: every setting.
+        out: the run folder; it must not hold a run unless ``resume``.
+        resume: continue from the last checkpoint (round 0 where there is none); a finished run returns its summary.
+        listener: told what happens.
+        data: federated data in memory instead of ``fedkern.data.load``; ``config`` should describe it.
+
+    Raises:
+        UserError: anything the user can put right; nothing half-written is left.
+        Terminated: SIGTERM arrived.  Like after Ctrl-C or ``kill -9``, the last checkpoint stands.
+    """
+    out = Path(out)
+    listener = listener or Listener()
+    if resume:
+        stored = RunConfig.load(out)
+    elif (out / settings.NAME).exists():
+        raise UserError(f"{out} already holds a run: continue it with --resume {out}, or choose another --out.")
+    with cpu_threads(config.threads), _terminable(), _reproducible():
+        data = _load(config) if data is None else data
+        config = _effective(config, data)
+        if resume and (changed := config.differences(stored)):
+            raise UserError(f"{out} was made with other settings ({'; '.join(changed)}): resume it with its own.")
+        _check(config, data)
+        bench = Bench(config, data)
+        bench.network("local")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise atomic.unwritable(out, error) from None
+        with atomic.FolderLock(out):
+            if not resume:
+                atomic.write_bytes(out / settings.NAME, config.to_toml().encode())
+            return Run(config, bench, out, listener).go()
+
+
+class Run:
+    """The round loop of one run."""
+
+    def __init__(self, config: RunConfig, bench: Bench, out: Path, listener: Listener) -> None:
+        self.config, self.bench, self.out, self.listener = config, bench, out, listener
+        kind = registry.get(config.method)
+        self.method = kind(kind.Options.parse(config.options, method=config.method))
+        self.ledger = Ledger(config.clients)
+        self.checkpoints = Checkpoints(out)
+        self.metrics = records.Metrics(out)
+        self.observed = diagnostics.Observations()
+        self.server = Server(bench)
+        self.done = 0  # communication rounds
+        self.planned = 0  # rounds of the plan, one-off ones included
+        self.best: dict[str, float] = {}
+        self.latest: dict[str, float] = {}
+        self.since_evaluation: dict[str, Any] = {}
+        self._clients: dict[int, Client] = {}
+        self._elapsed = 0.0
+        self._started = time.perf_counter()
+        self._told: set[str] = set()
+        self._round: dict[str, Any] = {}
+
+    # -- the whole run ---------------------------------------------------------------------------------------------
+
+    def go(self) -> dict[str, Any]:
+        fingerprint_now = data_fingerprint(self.bench.data)
+        entry = self.checkpoints.open()
+        if entry is None:
+            self.metrics.truncate(0)
+            self.method.start(self.server)
+        else:
+            self._restore(entry, fingerprint_now)
+            finished = records.read_summary(self.out)
+            if entry["info"]["finished"] and finished is not None:
+                self.listener.on_end(finished)
+                return finished
+        self.sets = test_sets(self.bench)
+        self._announce()
+        for number, entry_round in enumerate(self.method.rounds(self.bench.federation)):
+            if number < self.planned:
+                continue
+            self._play(entry_round, number)
+            self.planned = number + 1
+            if entry_round.one_off or self.done % self.config.checkpoint_every == 0 or self.done == self._rounds:
+                self._commit(fingerprint_now)
+        return self._finish(fingerprint_now)
+
+    @property
+    def _rounds(self) -> int:
+        return sum(not entry.one_off for entry in self.method.rounds(self.bench.federation))
+
+    def seconds(self) -> float:
+        """Seconds of work on this run, over all its resumptions."""
+        return self._elapsed + time.perf_counter() - self._started
+
+    def _announce(self) -> None:
+        self.listener.on_start(
+            RunInfo(
+                config=self.config,
+                out=self.out,
+                first_round=self.done,
+                samples=self.bench.federation.samples,
+                parameters=self.bench.network("local").parameters.numel(),
+                test_sets={prefix.rstrip("_"): len(data) for prefix, data in self.sets.items()},
+                data=self.bench.data,
+            )
+        )
+
+    # -- one round -------------------------------------------------------------------------------------------------
+
+    def _play(self, entry: Round, number: int) -> None:
+        start = time.perf_counter()
+        index = number - self.planned_one_off() if not entry.one_off else -1 - number
+        everyone = list(range(self.config.clients))
+        participants = everyone if entry.participants == "all" else sample_clients(self.config, index)
+        self.listener.on_round_start(index if entry.one_off else index + 1, entry.name, participants)
+        self._round = {"clients": {}, "dropped": {}, "index": index}
+        phases = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0, "checkpoint": 0.0}
+        for exchange_name in entry.exchanges:
+            step = Step(index, entry.name, exchange_name)
+            begun = time.perf_counter()
+            outgoing = self.method.send(self.server, step)
+            exchange = Exchange(self.bench, self, step, participants, entry.one_off)
+            uploads = exchange.uploads(outgoing)
+            self.method.server_update(self.server, step, uploads)
+            for _ in uploads:  # a server that stops reading still lets every client work
+                pass
+            phases["train"] += exchange.seconds
+            phases["aggregate"] += time.perf_counter() - begun - exchange.seconds
+            participants = [k for k in participants if str(k) not in self._round["dropped"]]
+            if not participants:
+                raise UserError(f"Every client of round {index + 1} diverged: lower --lr, or set --clip-norm.")
+        self._clients.clear()
+        self.server.scratch.clear()
+        if entry.one_off:
+            return
+        self.done += 1
+        self._record(start, phases)
+
+    def planned_one_off(self) -> int:
+        return sum(entry.one_off for entry in self.method.rounds(self.bench.federation))
+
+    def _record(self, start: float, phases: dict[str, float]) -> None:
+        due = self.done % self.config.eval_every == 0 or self.done == self._rounds
+        losses = [info["loss"] for info in self._round["clients"].values() if "loss" in info]
+        record: dict[str, Any] = {
+            "round": self.done,
+            "rounds": self._rounds,
+            "seconds": 0.0,
+            "bytes_up": self.ledger.total_up,
+            "bytes_down": self.ledger.total_down,
+            "evaluated": due,
+        }
+        if losses:
+            record["loss"] = sum(losses) / len(losses)
+        if due:
+            begun = time.perf_counter()
+            self.latest = evaluate(self.method, self.method.model(self.server), self.sets)
+            phases["evaluate"] = time.perf_counter() - begun
+            record.update(self.latest)
+            for name, value in self.latest.items():
+                if name.endswith("accuracy"):
+                    self.best[name] = max(value, self.best.get(name, 0.0))
+        record["clients"] = self._round["clients"]
+        if self._round["dropped"]:
+            record["dropped"] = self._round["dropped"]
+        record["phases"] = {name: round(value, 6) for name, value in phases.items()}
+        record["round_seconds"] = time.perf_counter() - start
+        record["seconds"] = self.seconds()
+        if due:
+            self.metrics.append({name: value for name, value in record.items() if name not in ("rounds", "evaluated")})
+        self.last_clients = self._round["clients"]
+        self._tell_warnings()
+        self.listener.on_round(record)
+
+    # -- called by the exchange ------------------------------------------------------------------------------------
+
+    def client(self, k: int) -> Client:
+        if k not in self._clients:
+            self._clients[k] = Client(self.bench, k, self.checkpoints.client_state(k))
+        return self._clients[k]
+
+    def client_fingerprint(self, client: Client) -> Any:
+        return fingerprint(client.state)
+
+    def client_done(self, client: Client, before: Any, info: dict[str, Any], seconds: float) -> None:
+        if fingerprint(client.state) != before:
+            self.checkpoints.write_client(client.id, self.planned + 1, client.state)
+        self.observed.add(info)
+        self._round["clients"].setdefault(str(client.id), {}).update(info)
+        self.listener.on_client(self._round["index"] + 1, client.id, {**info, "seconds": seconds})
+
+    def dropped(self, problem: Diverged) -> None:
+        """A client diverged: stops the run or leaves the client out of the rest of the round."""
+        where = f"Client {problem.client} diverged in round {problem.round + 1}, batch {problem.batch}: {problem.what}"
+        if self.config.on_nan == "stop":
+            raise UserError(f"{where}; lower --lr, set --clip-norm, or leave such clients out with --on-nan skip.")
+        self._clients.pop(problem.client, None)
+        self._round["dropped"][str(problem.client)] = {"batch": problem.batch, "reason": problem.what}
+        self.bench.warn("diverging-client", f"{where}; it was left out of that round.")
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def _commit(self, data: int, finished: bool = False) -> None:
+        info = {
+            "ledger": self.ledger.to_dict(),
+            "seconds": self.seconds(),
+            "metrics_bytes": self.metrics.size,
+            "observed": self.observed.to_dict(),
+            "warnings": self.bench.warnings,
+            "best": self.best,
+            "latest": records.plain(self.latest),
+            "clients": getattr(self, "last_clients", {}),
+            "config": self.config.to_dict(),
+            "data": data,
+            "versions": records.versions(),
+            "finished": finished,
+        }
+        self.checkpoints.commit(round=self.done, plan=self.planned, server=self.server.state, info=records.plain(info))
+
+    def _restore(self, entry: dict[str, Any], data: int) -> None:
+        info = entry["info"]
+        if info["data"] != data:
+            raise UserError(
+                f"The data are not those that {self.out} was started with: restore the files, or start anew."
+            )
+        self.server.state = self.checkpoints.server_state()
+        self.done, self.planned = entry["round"], entry["plan"]
+        self.ledger = Ledger(self.config.clients, **info["ledger"])
+        self.observed = diagnostics.Observations(info["observed"])
+        self.bench.warnings = dict(info["warnings"])
+        self._told = set(self.bench.warnings)
+        self.best, self.latest = dict(info["best"]), dict(info["latest"])
+        self.last_clients = info["clients"]
+        self._elapsed = info["seconds"]
+        self.metrics.truncate(info["metrics_bytes"])
+        if info["versions"]["torch"] != torch.__version__:
+            self.bench.warn(
+                "other-versions",
+                f"The run was started with PyTorch {info['versions']['torch']} and continued with {torch.__version__}: "
+                "its bits differ from an uninterrupted one.",
+            )
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def _finish(self, data: int) -> dict[str, Any]:
+        network = self.method.model(self.server)
+        if not any(test.predictions is not None for test in self.sets.values()):
+            self.latest = evaluate(self.method, network, self.sets)
+        metrics = {**self.latest, **gradcam(network, self.sets, self.config.grad_cam)}
+        server = self.bench.network("server")
+        warn = self.bench.warn
+        for found in (
+            diagnostics.collapsed_classes(self.sets, self.bench.data.classes),
+            diagnostics.outlying_drift(getattr(self, "last_clients", {})),
+            diagnostics.poor_metrics(metrics, self.best, self.bench.federation.classes),
+            diagnostics.missing_statistics(self.config.buffers, server.buffers.numel() > 0),
+            self.method.diagnose(self.observed.summary()),
+        ):
+            for name, text in found.items():
+                warn(name, text)
+        self._tell_warnings()
+        records.write_model(self.out, server.state_dict(), self._about())
+        summary: dict[str, Any] = {
+            "method": self.config.method,
+            "data": self.config.data,
+            "model": self.config.model,
+            "seed": self.config.seed,
+            "rounds": self.done,
+            "clients": self.config.clients,
+            "metrics": metrics,
+            "bytes": self.ledger.summary(),
+            "seconds": self.seconds(),
+            "diagnostics": self.bench.warnings,
+            "versions": records.versions(),
+        }
+        records.write_summary(self.out, summary)
+        self._commit(data, finished=True)
+        self.listener.on_end(summary)
+        return summary
+
+    def _about(self) -> dict[str, Any]:
+        data = self.bench.data
+        channels, height, width = data.clients[0].images.shape[1:]
+        return {
+            "model": self.config.model,
+            "width": self.config.width,
+            "classes": list(data.classes),
+            "channels": channels,
+            "image_size": [height, width],
+            "mean": list(data.mean),
+            "std": list(data.std),
+            "method": self.config.method,
+            "rounds": self.done,
+        }
+
+    def _tell_warnings(self) -> None:
+        for name, text in self.bench.warnings.items():
+            if name not in self._told:
+                self._told.add(name)
+                self.listener.on_warning(name, text)
+
+
+def data_fingerprint(data: Any) -> int:
+    """CRC-32 over all images and labels of a federation: a resumed run must see the same ones."""
+    value = 0
+    for split in (*data.clients, data.validation, *data.tests.values()):
+        for tensor in (split.images, split.labels, split.masks):
+            if tensor is not None:
+                value = zlib.crc32(tensor.contiguous().numpy().reshape(-1).view("uint8").data, value)
+    return value
+
+
+def _load(config: RunConfig) -> Any:
+    return load(
+        config.data,
+        root=config.data_root,
+        clients=config.clients,
+        partition=config.partition,
+        seed=config.seed,
+        train_samples=config.train_samples,
+        correlation=config.correlation,
+        options=config.data_options,
+    )
+
+
+def _effective(config: RunConfig, data: Any) -> RunConfig:
+    """The settings with what the data decided filled in."""
+    return config.replace(clients=len(data.clients), augment=config.augment or data.augment)
+
+
+def _check(config: RunConfig, data: Any) -> None:
+    for k, split in enumerate(data.clients):
+        if len(split) == 0:
+            raise UserError(
+                f"Client {k} has no training samples: use fewer clients, more samples, or another --partition than "
+                f'"{config.partition}".'
+            )
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Turns SIGTERM into :class:`Terminated` while a run is on (only the main thread may)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(number: int, frame: object) -> None:
+        raise Terminated("SIGTERM")
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _reproducible() -> Iterator[None]:
+    """cuDNN's deterministic algorithms, so that two runs give the same bits on a GPU too."""
+    cudnn = torch.backends.cudnn
+    before = (cudnn.deterministic, cudnn.benchmark)
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before

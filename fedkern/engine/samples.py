@@ -1,0 +1,201 @@
+"""A split's images as training and evaluation see them: normalised, channels-last, cached where small."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedkern.errors import UserError
+
+CACHE_BYTES = 1 << 30
+"""Normalised images of a whole run are kept in memory up to this size; beyond, every batch is normalised anew."""
+
+
+class Pixels:
+    """uint8 images [n, C, H, W] that become normalised fp32 batches, channels-last.
+
+    ``erased`` bool [n, H, W], where given, marks pixels that become ``fill`` (normalised, one value per channel).
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        device: torch.device,
+        *,
+        cache: bool,
+        augment: str = "none",
+        erased: Tensor | None = None,
+        fill: Tensor | None = None,
+    ) -> None:
+        # One row per image in NHWC, so that picking rows keeps channels-last and copies whole images.
+        self._rows = images.permute(0, 2, 3, 1).contiguous().to(device)
+        self._mean = torch.tensor(mean, dtype=torch.float32, device=device)
+        self._std = torch.tensor(std, dtype=torch.float32, device=device)
+        self._erased = None if erased is None else erased.to(device)
+        self._fill = torch.zeros_like(self._mean) if fill is None else fill.to(device)
+        self.augment = augment
+        self._cache = cache
+        self._ready: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def _normalise(self, rows: Tensor, erased: Tensor | None) -> Tensor:
+        out = (rows.float().div_(255.0).sub_(self._mean)).div_(self._std)
+        return out if erased is None else torch.where(erased[..., None], self._fill, out)
+
+    def take(self, indices: np.ndarray | None, rng: np.random.Generator | None = None) -> Tensor:
+        """fp32 [B, C, H, W] (channels-last) of the images at ``indices``; augmented when there is an ``rng``."""
+        if self._cache:
+            if self._ready is None:
+                self._ready = self._normalise(self._rows, self._erased)
+            rows = self._ready if indices is None else self._ready.index_select(0, self._index(indices))
+        else:
+            index = slice(None) if indices is None else self._index(indices)
+            rows = self._normalise(self._rows[index], None if self._erased is None else self._erased[index])
+        images = rows.permute(0, 3, 1, 2)
+        if rng is not None and self.augment != "none":
+            from fedkern.data import transforms
+
+            images = transforms.augment(images, self.augment, rng)
+        return images
+
+    def _index(self, indices: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(indices)).to(self._rows.device)
+
+
+class Bank:
+    """A background bank (see :class:`fedkern.methods.base.Backgrounds`)."""
+
+    def __init__(self, pixels: Pixels, labels: np.ndarray) -> None:
+        self.pixels = pixels
+        self.labels = labels
+        self.augmented = pixels.augment != "none"
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: np.ndarray | None, rng: np.random.Generator | None = None) -> Tensor:
+        return self.pixels.take(indices, rng)
+
+
+class ClientData:
+    """What a client trains on: its split, its labels, its background bank."""
+
+    def __init__(
+        self,
+        split: Any,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        device: torch.device,
+        augment: str,
+        cache: bool,
+    ) -> None:
+        self.split, self.mean, self.std, self.device, self.augment, self.cache = (
+            split,
+            mean,
+            std,
+            device,
+            augment,
+            cache,
+        )
+        self.pixels = Pixels(split.images, mean, std, device, cache=cache, augment=augment)
+        self.labels: Tensor = split.labels.to(device)
+        self._banks: dict[str, Bank] = {}
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def background_images(self) -> dict[str, Tensor]:
+        """Images with a detected object, those pixels black: uint8 images, bool masks, int64 labels.
+
+        Raises:
+            UserError: nothing is known about what is object and what is background.
+        """
+        split = self.split
+        if split.masks is None:
+            raise UserError(
+                "The background intervention needs to know where the objects are, and this data set has no masks: give "
+                "--data-option boxes=FILE or --data-option detector=PATH, or turn it off with "
+                "--method-option intervention=off."
+            )
+        detected = split.masks.flatten(1).any(1)
+        masks = split.masks[detected]
+        return {
+            "images": split.images[detected].masked_fill(masks[:, None], 0),
+            "masks": masks,
+            "labels": split.labels[detected],
+        }
+
+    def backgrounds(self, fill: str) -> Bank:
+        """The client's own bank, made once."""
+        if fill not in self._banks:
+            self._banks[fill] = self.make_backgrounds(self.background_images(), fill)
+        return self._banks[fill]
+
+    def make_backgrounds(self, message: Mapping[str, Tensor], fill: str) -> Bank:
+        """Erases the objects and normalises; ``fill`` is ``"mean"`` (0 after normalisation) or ``"zero"`` (black)."""
+        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+        value = torch.zeros_like(mean) if fill == "mean" else -mean / std
+        pixels = Pixels(
+            message["images"], self.mean, self.std, self.device,
+            cache=self.cache, augment=self.augment, erased=message["masks"], fill=value,
+        )  # fmt: skip
+        return Bank(pixels, message["labels"].cpu().numpy())
+
+
+class TestSet:
+    """A named test set in batches; remembers the last predictions made on it."""
+
+    __test__ = False  # not a pytest class
+
+    def __init__(
+        self,
+        split: Any,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        device: torch.device,
+        cache: bool,
+        batch: int = 500,
+    ) -> None:
+        self.split = split
+        self.pixels = Pixels(split.images, mean, std, device, cache=cache)
+        self.labels: Tensor = split.labels.to(device)
+        self.batch = batch
+        self.predictions: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(self), self.batch):
+            stop = min(start + self.batch, len(self))
+            yield self.pixels.take(np.arange(start, stop)), self.labels[start:stop]
+
+    def masked_batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The first ``count`` images with their masks bool [B, H, W]."""
+        for start in range(0, min(count, len(self)), self.batch):
+            stop = min(start + self.batch, count, len(self))
+            yield self.pixels.take(np.arange(start, stop)), self.split.masks[start:stop]
+
+    def record(self, predictions: Tensor) -> None:
+        self.predictions = predictions.cpu()
+
+
+def batch_plan(samples: int, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """One epoch: a random order cut into batches of ``batch_size``, the last one smaller.
+
+    A last batch of a single sample joins the one before it: batch norm cannot normalise a single value per channel.  A
+    client smaller than the batch size has one smaller batch.
+    """
+    order = rng.permutation(samples)
+    starts = list(range(0, samples, batch_size))
+    if len(starts) > 1 and samples - starts[-1] == 1 and batch_size > 1:
+        starts.pop()
+    return [order[a:b] for a, b in zip(starts, [*starts[1:], samples], strict=True)]
