@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from fedkern.cli.flags import PROGRAM, Request, command_line, effective, named_options
 from fedkern.engine import Listener, RunConfig, RunInfo, Terminated
 from fedkern.errors import UserError
@@ -97,7 +95,7 @@ def run(request: Request) -> int:
     tee = _Tee(shown)
     try:
         summary = engine.run(config, out=out, resume=request.resume is not None, listener=tee)
-        pictures = _pictures(out, tee.data, shown)
+        pictures = _pictures(out, tee.data)
     except KeyboardInterrupt as stop:
         shown.close()
         how = "terminated" if isinstance(stop, Terminated) else "interrupted"
@@ -108,6 +106,8 @@ def run(request: Request) -> int:
         return 143 if isinstance(stop, Terminated) else 130
     finally:
         shown.close()
+    if tee.data is not None and config.augment == tee.data.augment:
+        config = config.replace(augment=None)  # the data set's own, filled in when the run was stored
     _close(request, config, out, summary, pictures)
     return 0
 
@@ -139,17 +139,24 @@ def _stored(request: Request) -> RunConfig:
     return stored
 
 
-def _pictures(out: Path, data: Any, shown: Any) -> list[Path]:
-    """Draws the pictures; a failure to draw must not lose a finished run, so it is a warning."""
-    if data is None:  # a finished run was resumed: nothing was loaded, and its pictures are there
-        return sorted(out.glob("*.png"))
-    from fedkern.report import write_pictures
+def _pictures(out: Path, data: Any) -> list[Path]:
+    """Draws the pictures, or finds those of a run that was already finished.
 
+    Raises:
+        UserError: one cannot be written; the run itself is complete by then.
+    """
+    from fedkern.report.pictures import PICTURES, write_pictures
+
+    there = [out / name for name in PICTURES.values() if (out / name).exists()]
+    if data is None and len(there) == len(PICTURES):
+        return there
     try:
         return write_pictures(out, data=data)
-    except UserError as error:
-        shown.on_warning("pictures", str(error))
-        return []
+    except OSError as error:
+        raise UserError(
+            f"The run is complete, but its pictures cannot be written ({error.strerror or error}): free some space, "
+            f"then draw them with {PROGRAM} --resume {out}."
+        ) from None
 
 
 def _close(request: Request, config: RunConfig, out: Path, summary: Mapping[str, Any], pictures: list[Path]) -> None:
@@ -159,9 +166,10 @@ def _close(request: Request, config: RunConfig, out: Path, summary: Mapping[str,
     if request.quiet:
         print(out)
         return
+    from fedkern.report.progress import terminal
     from fedkern.report.tables import final_table
 
-    console = Console()
+    console = terminal()
     console.print(final_table(summary))
     names = sorted({str(name) for name in _diagnostics(summary)})
     if names:
@@ -213,11 +221,12 @@ def list_all(request: Request) -> int:
 def doctor(request: Request) -> int:
     """Prints the state of the installation."""
     from fedkern.report import doctor as report
+    from fedkern.report.progress import terminal
 
     if request.json:
         print(json.dumps(report.collect(), indent=2))
     else:
-        report.show(Console())
+        report.show(terminal())
     return 0
 
 

@@ -35,6 +35,22 @@ def read_records(run_dir: Path) -> list[dict[str, Any]]:
     return records
 
 
+def load_data(config: RunConfig) -> Any:
+    """The federated data that these settings name."""
+    from fedkern.data import load
+
+    return load(
+        config.data,
+        root=config.data_root,
+        clients=config.clients,
+        partition=config.partition,
+        seed=config.seed,
+        train_samples=config.train_samples,
+        correlation=config.correlation,
+        options=config.data_options,
+    )
+
+
 def load_model(run_dir: Path, config: RunConfig, data: Any) -> torch.nn.Module:
     """Builds the network of a run and loads its ``model.safetensors``, in eval mode on the CPU.
 
@@ -65,12 +81,12 @@ def load_model(run_dir: Path, config: RunConfig, data: Any) -> torch.nn.Module:
     return model.eval()
 
 
-def write_pictures(run_dir: Path, *, data: Any, model: torch.nn.Module | None = None) -> list[Path]:
+def write_pictures(run_dir: Path, *, data: Any = None, model: torch.nn.Module | None = None) -> list[Path]:
     """Draws the pictures of a finished run into its folder, replacing older ones.
 
     Args:
         run_dir: the run folder.
-        data: the ``FederatedData`` it ran on.
+        data: the ``FederatedData`` it ran on; None loads it again.
         model: the global model; None loads ``model.safetensors``.
 
     Returns:
@@ -84,6 +100,7 @@ def write_pictures(run_dir: Path, *, data: Any, model: torch.nn.Module | None = 
     from fedkern.report import gradcam, plots
 
     config = RunConfig.load(run_dir)
+    data = load_data(config) if data is None else data
     name = f"{config.method} on {config.data}"
     written = []
     target = run_dir / PICTURES["accuracy"]

@@ -13,14 +13,22 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from fedkern.engine.events import Listener, RunInfo
 from fedkern.report.tables import human_bytes, human_metric, human_time, partition_table, split_metric
 
+PIPE_WIDTH = 120
+
 
 def headline(run: RunInfo) -> list[str]:
     """What runs, on what, and where it is written: two or three lines."""
     config = run.config
     samples, clients = sum(run.samples), len(run.samples)
-    tests = ", ".join(f"{size:,}{f' {name}' if name else ''}" for name, size in run.test_sets.items())
+    tests = [
+        f"{size:,} {name} test" if name else f"{size:,} test"
+        for name, size in run.test_sets.items()
+        if name != "validation"
+    ]
+    held = run.test_sets.get("validation", 0)
     lines = [
-        f"{config.method} on {config.data}: {clients} clients, {samples:,} training images, {tests} test images",
+        f"{config.method} on {config.data}: {clients} clients, {samples:,} training, "
+        f"{f'{held:,} validation, ' if held else ''}{', '.join(tests)} images",
         f"{config.model} with {run.parameters:,} parameters on {config.device}, {config.threads} "
         f"thread{'s' * (config.threads != 1)}; run folder {run.out}",
     ]
@@ -135,11 +143,11 @@ class Live(Lines):
 
     def on_round_start(self, round: int, name: str, participants: Sequence[int]) -> None:
         self.participants = max(len(participants), 1)
-        if self.task is not None and round >= 0:
-            self.progress.update(self.task, round=round + 1)
+        if self.task is not None and round > 0:
+            self.progress.update(self.task, round=round)
 
     def on_client(self, round: int, client: int, info: Mapping[str, Any]) -> None:
-        if self.task is not None and round >= 0:
+        if self.task is not None and round > 0:
             task = self.progress.tasks[0]
             # Several exchanges of one round must not run past it.
             self.progress.update(self.task, completed=min(task.completed + 1 / self.participants, self.done + 1))
@@ -165,6 +173,12 @@ class Live(Lines):
         self.progress.stop()
 
 
+def terminal(*, stderr: bool = False) -> Console:
+    """The console to print on; into files and pipes lines may be longer than the 80 columns that rich assumes."""
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=PIPE_WIDTH)
+
+
 def display(*, quiet: bool, json: bool, console: Console | None = None) -> Warnings:
     """Chooses the display: it writes to standard error, so that standard output holds results alone.
 
@@ -173,7 +187,7 @@ def display(*, quiet: bool, json: bool, console: Console | None = None) -> Warni
         json: warnings only, unless a person watches a terminal.
         console: where to write; None is standard error.
     """
-    console = console or Console(stderr=True)
+    console = console or terminal(stderr=True)
     if quiet:
         return Warnings(console)
     if console.is_terminal:

@@ -60,13 +60,6 @@ def human_metric(name: str, value: float) -> str:
     return f"{100 * value:.1f} %" if figure.endswith(_FRACTIONS) else f"{value:.3g}"
 
 
-def human_name(name: str) -> str:
-    """``"ood_accuracy"`` -> ``"accuracy, out of distribution"``."""
-    test_set, figure = split_metric(name)
-    text = _NAMES.get(figure, figure.replace("_", " "))
-    return f"{text}, {_TEST_SETS[test_set]}" if test_set else text
-
-
 def _rank(name: str) -> tuple[int, int, str]:
     test_set, figure = split_metric(name)
     sets = ["", *_TEST_SETS]
@@ -78,32 +71,39 @@ def ordered(metrics: Mapping[str, Any]) -> list[str]:
     return sorted((name for name, value in metrics.items() if isinstance(value, (int, float))), key=_rank)
 
 
-def _shown(name: str) -> bool:
-    # The validation set chooses settings; it is not a result.  A nearly constant object area explains the Grad-CAM row.
-    return split_metric(name)[0] != "validation"
-
-
 def final_table(summary: Mapping[str, Any]) -> Table:
-    """The closing table of a run: metrics, bytes, time.
+    """The closing table of a run: a row for each figure and a column for each test set, then bytes and time.
+
+    The validation set chooses settings; it is not a result and not shown.
 
     Args:
         summary: what ``summary.json`` holds.
     """
     rounds = max(int(summary.get("rounds", 1)), 1)
     title = f"{summary['method']} on {summary['data']}, seed {summary['seed']}, {rounds} round{'s' * (rounds > 1)}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=False, pad_edge=False)
-    table.add_column(justify="left")
-    table.add_column(justify="right", style="bold")
+    figures: dict[str, dict[str, str]] = {}
     for name in ordered(summary["metrics"]):
-        if _shown(name):
-            table.add_row(human_name(name), human_metric(name, summary["metrics"][name]))
+        test_set, figure = split_metric(name)
+        if test_set != "validation":
+            figures.setdefault(figure, {})[test_set] = human_metric(name, summary["metrics"][name])
+    present = {test_set for row in figures.values() for test_set in row}
+    columns = [test_set for test_set in ("", *_TEST_SETS) if test_set in present] or [""]
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=columns != [""], pad_edge=False)
+    table.add_column("")
+    for test_set in columns:
+        table.add_column(_TEST_SETS.get(test_set, ""), justify="right", style="bold")
+    for figure, row in figures.items():
+        table.add_row(_NAMES.get(figure, figure.replace("_", " ")), *(row.get(test_set, "") for test_set in columns))
+    table.add_section()
     sent = summary["bytes"]
-    table.add_row("sent to the server (up)", human_bytes(sent["up"]))
-    table.add_row("sent to the clients (down)", human_bytes(sent["down"]))
-    if sent.get("one_off"):
-        table.add_row("of which once, before training", human_bytes(sent["one_off"]))
-    table.add_row("time per round", human_time(summary["seconds"] / rounds))
-    table.add_row("time", human_time(summary["seconds"]))
+    rows = {"sent to the server (up)": human_bytes(sent["up"]), "sent to the clients (down)": human_bytes(sent["down"])}
+    for way in ("up", "down"):
+        if sent.get(f"one_off_{way}"):
+            rows[f"sent once, before training ({way})"] = human_bytes(sent[f"one_off_{way}"])
+    rows["time per round"] = human_time(summary["seconds"] / rounds)
+    rows["time"] = human_time(summary["seconds"])
+    for text, value in rows.items():
+        table.add_row(text, value)
     return table
 
 

@@ -20,7 +20,7 @@ class Data:
 
 def info(rounds: int = 3, first_round: int = 0) -> RunInfo:
     config = RunConfig.make("fedavg", clients=2, rounds=rounds, threads=1)
-    return RunInfo(config, Path("runs/x"), first_round, (14, 14), 1234, {"id": 5, "ood": 6}, Data())
+    return RunInfo(config, Path("runs/x"), first_round, (14, 14), 1234, {"id": 5, "ood": 6, "validation": 9}, Data())
 
 
 def record(round: int, rounds: int = 3, **metrics) -> dict:
@@ -38,9 +38,9 @@ def record(round: int, rounds: int = 3, **metrics) -> dict:
 def play(listener, rounds: int = 3) -> None:
     listener.on_start(info(rounds))
     for i in range(rounds):
-        listener.on_round_start(i, "train", [0, 1])
+        listener.on_round_start(i + 1, "train", [0, 1])
         for client in (0, 1):
-            listener.on_client(i, client, {"loss": 0.1})
+            listener.on_client(i + 1, client, {"loss": 0.1})
         listener.on_round(record(i + 1, rounds, id_accuracy=0.9, ood_accuracy=0.8, validation_accuracy=0.111))
     listener.on_warning("bank", "no background [at all]")
     listener.on_end({})
@@ -58,7 +58,7 @@ def test_lines_away_from_a_terminal():
     shown = out.file.getvalue()
     assert type(listener) is progress.Lines
     assert "\x1b" not in shown
-    assert "fedavg on colordigits: 2 clients, 28 training images, 5 id, 6 ood test images" in shown
+    assert "fedavg on colordigits: 2 clients, 28 training, 9 validation, 5 id test, 6 ood test images" in shown
     assert "round 2/3  ID 90.0 %  OOD 80.0 %  loss 0.500  up 1.00 kB down 2.00 kB  4.0 s" in shown
     assert "11.1" not in shown
     assert "warning (bank): no background [at all]" in shown
@@ -88,11 +88,14 @@ def test_the_bar_moves_with_every_client_and_never_past_the_round():
     listener = progress.Live(console(True))
     listener.on_start(info(first_round=1))
     assert listener.progress.tasks[0].completed == 1
-    listener.on_round_start(1, "train", [0, 1])
-    listener.on_client(1, 0, {})
+    listener.on_round_start(-1, "backgrounds", [0, 1])
+    listener.on_client(-1, 0, {})
+    assert listener.progress.tasks[0].completed == 1
+    listener.on_round_start(2, "train", [0, 1])
+    listener.on_client(2, 0, {})
     assert listener.progress.tasks[0].completed == 1.5
     for _ in range(5):
-        listener.on_client(1, 1, {})
+        listener.on_client(2, 1, {})
     assert listener.progress.tasks[0].completed == 2
     listener.close()
 

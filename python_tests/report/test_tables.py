@@ -47,7 +47,6 @@ def test_metric_names():
     assert tables.split_metric("ood_accuracy") == ("ood", "accuracy")
     assert tables.split_metric("accuracy") == ("", "accuracy")
     assert tables.split_metric("id_gradcam_in_object") == ("id", "gradcam_in_object")
-    assert tables.human_name("ood_accuracy") == "accuracy, out of distribution"
     assert tables.human_metric("id_accuracy", 0.9123) == "91.2 %"
     assert tables.human_metric("id_loss", 0.91234) == "0.912"
     assert tables.ordered({"ood_loss": 1.0, "ood_accuracy": 0.5, "id_accuracy": 0.6, "note": "x"}) == [
@@ -65,10 +64,25 @@ def test_final_table():
     }  # fmt: skip
     shown = text(tables.final_table(summary))
     assert "fedgid on colordigits, seed 3, 40 rounds" in shown
-    assert shown.index("in distribution") < shown.index("out of distribution")
-    for part in ("93.4 %", "96.0 %", "75.0 MB", "76.0 MB", "2.0 s", "1 min 20 s"):
+    assert "in distribution  out of distribution" in shown
+    (row,) = (line for line in shown.splitlines() if "accuracy" in line)
+    assert row.split() == ["accuracy", "96.0", "%", "93.4", "%"]
+    for part in ("75.0 MB", "76.0 MB", "2.0 s", "1 min 20 s"):
         assert part in shown
     assert "12.3 %" not in shown  # the validation set chooses; it is no result
+
+
+def test_final_table_of_a_single_test_set():
+    summary = {
+        "method": "fedavg", "data": "digits", "seed": 0, "rounds": 1, "seconds": 3.0,
+        "metrics": {"accuracy": 0.5, "loss": 1.2345, "worst_client_loss": 2.0},
+        "bytes": {"up": 10, "down": 20, "one_off_up": 5, "one_off_down": 0},
+    }  # fmt: skip
+    lines = [line.split() for line in text(tables.final_table(summary)).splitlines()]
+    assert ["accuracy", "50.0", "%"] in lines
+    assert ["loss", "1.23"] in lines
+    assert ["worst", "client", "loss", "2"] in lines
+    assert ["sent", "once,", "before", "training", "(up)", "5", "B"] in lines
 
 
 def test_partition_table_lists_a_few_clients_and_the_totals():
