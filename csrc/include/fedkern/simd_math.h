@@ -1,0 +1,77 @@
+// exp, log and relatives over Vec<float> and Vec<double>.
+#pragma once
+
+#include "fedkern/simd.h"
+
+namespace fedkern::FEDKERN_ISA {
+namespace {
+
+// Horner's rule, highest coefficient first.
+template <typename T, typename... Rest>
+FEDKERN_INLINE Vec<T> polynomial(Vec<T> x, T first, Rest... rest) {
+  Vec<T> sum = Vec<T>::set(first);
+  ((sum = fma(sum, x, Vec<T>::set(static_cast<T>(rest)))), ...);
+  return sum;
+}
+
+// Lanes: float, double.
+// Error: at most 2 ULP (1 with fused multiply-add), subnormal results included.
+// Range: all; exp(-inf) = 0, overflow gives inf, NaN stays NaN.
+// Method: x = n ln 2 + r with a two-part ln 2, a polynomial in r, scaled by 2^n.
+FEDKERN_INLINE Vec<float> exp(Vec<float> x) {
+  using V = Vec<float>;
+  // The bounds come first: min and max return their second operand where one is NaN.
+  x = min(V::set(89.0f), max(V::set(-104.0f), x));
+  const V n = round(x * V::set(0x1.715476p+0f));
+  const V r = fma(n, V::set(-0x1.7f7d1cp-20f), fma(n, V::set(-0x1.62e4p-1f), x));
+  const V tail = polynomial(r, 0x1.6a2430p-10f, 0x1.1239e4p-7f, 0x1.5558f2p-5f, 0x1.555492p-3f, 0x1.fffffcp-2f);
+  return scale_by_power(fma(r * r, tail, r) + V::set(1.0f), n);
+}
+FEDKERN_INLINE Vec<double> exp(Vec<double> x) {
+  using V = Vec<double>;
+  x = min(V::set(710.0), max(V::set(-746.0), x));
+  const V n = round(x * V::set(0x1.71547652b82fep+0));
+  const V r = fma(n, V::set(-0x1.cf79abc9e3b3ap-40), fma(n, V::set(-0x1.62e42fefap-1), x));
+  const V tail = polynomial(r, 1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320,
+                            1.0 / 5040, 1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5);
+  return scale_by_power(fma(r * r, tail, r) + V::set(1.0), n);
+}
+
+// Lanes: float, double.
+// Error: at most 2 ULP.
+// Range: positive normal numbers; NaN stays NaN. Nothing else.
+FEDKERN_INLINE Vec<float> log(Vec<float> x) {
+  using V = Vec<float>;
+  V n;
+  const V f = split_power(x, n) - V::set(1.0f), square = f * f;
+  const V tail = polynomial(f, 7.0376836292e-2f, -1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f,
+                            -1.6668057665e-1f, 2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f);
+  V low = fma(n, V::set(-2.12194440e-4f), f * square * tail);
+  low = fma(square, V::set(-0.5f), low);
+  return select(x == x, fma(n, V::set(0.693359375f), f + low), x);
+}
+FEDKERN_INLINE Vec<double> log(Vec<double> x) {
+  double lane[Vec<double>::lanes];
+  x.store(lane);
+  for (double& value : lane) value = __builtin_log(value);
+  return Vec<double>::load(lane);
+}
+
+// (e^x - 1 - x) / x^2 without cancellation.
+// Lanes: float, double.
+// Error: at most 4 ULP (relative).
+// Range: |x| <= small_exponent<T>.
+template <typename T>
+inline constexpr T small_exponent = sizeof(T) == 4 ? T(1) : T(0.5);
+
+FEDKERN_INLINE Vec<float> exp_remainder(Vec<float> x) {
+  return polynomial(x, 2.496077649993822e-05f, 0.00020325483637861907f, 0.001389133627526462f, 0.008330930024385452f,
+                    0.04166651517152786f, 0.16666695475578308f, 0.5f);
+}
+FEDKERN_INLINE Vec<double> exp_remainder(Vec<double> x) {
+  return polynomial(x, 1.0 / 1307674368000, 1.0 / 87178291200, 1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800,
+                    1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5);
+}
+
+}  // namespace
+}  // namespace fedkern::FEDKERN_ISA
