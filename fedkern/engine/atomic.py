@@ -23,7 +23,10 @@ def write(path: Path, fill: Callable[[Path], object]) -> None:
     """
     temporary = path.with_name(path.name + TEMPORARY)
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the user's umask allows; safetensors makes its files private
         fill(temporary)
+        temporary.chmod(mode)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -115,9 +115,8 @@ class RunConfig:
         explicit = kind.Options.parse(chosen, method=method).to_dict()
         names = _given_names(kind, chosen)
         merged = {name: explicit[name] if name in names else default_options[name] for name in explicit}
-        merged_data = {
-            key: value for part in read_options(str(base["data"]), data_options or {}) for key, value in part.items()
-        }
+        typed = [pair for part in read_options(str(base["data"]), data_options or {}) for pair in part.items()]
+        merged_data = {key: value for key, value in typed if key in (data_options or {})}
         config = {**base, "method": method, "options": merged, "data_options": merged_data}
         if config.get("width") is None and config["model"] in MODELS:
             config["width"] = MODELS[config["model"]].width

@@ -44,6 +44,9 @@ class Listener:
     def on_start(self, run: RunInfo) -> None:
         """Data and model are ready."""
 
+    def on_notice(self, text: str) -> None:
+        """How far something long has come before the first round (a detector looking for objects)."""
+
     def on_round_start(self, round: int, name: str, participants: Sequence[int]) -> None:
         """A round begins; ``round`` is negative for one-off set-up rounds."""
 

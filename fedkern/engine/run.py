@@ -53,7 +53,7 @@ def run(
     elif (out / settings.NAME).exists():
         raise UserError(f"{out} already holds a run: continue it with --resume {out}, or choose another --out.")
     with cpu_threads(config.threads), _terminable(), _reproducible():
-        data = _load(config) if data is None else data
+        data = _load(config, listener) if data is None else data
         config = _effective(config, data)
         if resume and (changed := config.differences(stored)):
             raise UserError(f"{out} was made with other settings ({'; '.join(changed)}): resume it with its own.")
@@ -344,7 +344,13 @@ def data_fingerprint(data: Any) -> int:
     return value
 
 
-def _load(config: RunConfig) -> Any:
+def _detector(name: str, box_threshold: float, text_threshold: float) -> Any:
+    from fedkern.models.detector import GroundingDino  # transformers, loaded by those who need it
+
+    return GroundingDino(name, box_threshold, text_threshold)
+
+
+def _load(config: RunConfig, listener: Listener) -> Any:
     return load(
         config.data,
         root=config.data_root,
@@ -354,6 +360,8 @@ def _load(config: RunConfig) -> Any:
         train_samples=config.train_samples,
         correlation=config.correlation,
         options=config.data_options,
+        make_detector=_detector,
+        notice=listener.on_notice,
     )
 
 
