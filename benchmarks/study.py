@@ -1,0 +1,116 @@
+"""Runs the many configurations of a study, a few at a time, each in its own run folder; what is finished is not run again.
+
+A study's table is only as good as its bookkeeping: every figure comes from a run folder with its ``config.toml``, an
+interrupted study goes on where it stopped, and a folder made with other settings is refused, not silently reused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: the folder's name, and the arguments of ``python -m fedkern.run`` behind ``--out``."""
+
+    name: str
+    arguments: tuple[str, ...]
+
+
+def arguments(method: str, settings: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> tuple[str, ...]:
+    """The command line of a run from settings (``local_epochs=2`` -> ``--local-epochs 2``) and method options."""
+    words = [method]
+    for name, value in settings.items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    for name, value in (options or {}).items():
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        words += ["--method-option", f"{name}={text}"]
+    return tuple(words)
+
+
+def run(cases: Iterable[Case], folder: Path, *, workers: int = 2) -> dict[str, dict[str, Any]]:
+    """Runs every case that has no summary yet; returns all summaries by name.
+
+    Args:
+        cases: the runs; one named twice must be the same both times.
+        folder: holds a run folder per case.
+        workers: how many run at once, each on one thread.
+
+    Raises:
+        SystemExit: a run failed; its last line is repeated.
+    """
+    wanted: dict[str, Case] = {}
+    for case in cases:
+        if wanted.setdefault(case.name, case) != case:
+            sys.exit(f'the case "{case.name}" is defined twice, differently')
+    folder.mkdir(parents=True, exist_ok=True)
+    for case in wanted.values():
+        _refuse_other_settings(folder / case.name, case)
+    waiting = [case for case in wanted.values() if not (folder / case.name / "summary.json").exists()]
+    done, total, start = 0, len(waiting), time.monotonic()
+    running: dict[str, subprocess.Popen[str]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                case = waiting.pop(0)
+                running[case.name] = _launch(folder / case.name, case)
+            time.sleep(0.2)
+            for name, process in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[name]
+                if process.returncode:
+                    message = (process.stderr.read() if process.stderr else "").strip().splitlines()
+                    sys.exit(f"{name} failed with exit code {process.returncode}: {message[-1] if message else ''}")
+                done += 1
+                left = (time.monotonic() - start) / done * (total - done)
+                print(f"{done}/{total} {name}, about {left / 60:.0f} min left", flush=True)
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
+    return {name: json.loads((folder / name / "summary.json").read_text()) for name in wanted}
+
+
+def _launch(run_folder: Path, case: Case) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "fedkern.run"]
+    if (run_folder / "config.toml").exists():
+        command += ["--resume", str(run_folder), "--quiet"]
+    else:
+        _arguments_file(run_folder).write_text(json.dumps(case.arguments))
+        command += [*case.arguments, "--out", str(run_folder), "--threads", "1", "--quiet"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def _arguments_file(run_folder: Path) -> Path:
+    return run_folder.with_name(run_folder.name + ".arguments.json")
+
+
+def _refuse_other_settings(run_folder: Path, case: Case) -> None:
+    stored = _arguments_file(run_folder)
+    if run_folder.exists() and stored.exists() and tuple(json.loads(stored.read_text())) != case.arguments:
+        sys.exit(f"{run_folder} was made with other settings; remove it, or give another --out")
+
+
+def spread(values: Sequence[float], scale: float = 100.0, digits: int = 1) -> str:
+    """``mean ± standard deviation`` of fractions, in percent; a single value stands alone."""
+    centre = f"{scale * mean(values):.{digits}f}"
+    return f"{centre} ± {scale * stdev(values):.{digits}f}" if len(values) > 1 else centre
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, first column left, the others right."""
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines)
