@@ -1,0 +1,60 @@
+"""Generated data files in the official layouts."""
+
+import gzip
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+def idx_bytes(array: np.ndarray) -> bytes:
+    """An unsigned-byte array in IDX form."""
+    magic = 0x00000800 + array.ndim
+    return struct.pack(f">{1 + array.ndim}I", magic, *array.shape) + array.astype(np.uint8).tobytes()
+
+
+@pytest.fixture
+def write_idx() -> Callable[..., dict[str, np.ndarray]]:
+    """Writes the four IDX files of a small MNIST-like set into a folder; returns what they hold."""
+
+    def write(folder: Path, train: int = 120, test: int = 30, compressed: bool = False) -> dict[str, np.ndarray]:
+        folder.mkdir(parents=True, exist_ok=True)
+        rng = np.random.default_rng(0)
+        content = {
+            "train-images-idx3-ubyte": rng.integers(0, 256, (train, 28, 28), dtype=np.uint8),
+            "train-labels-idx1-ubyte": (np.arange(train) % 10).astype(np.uint8),
+            "t10k-images-idx3-ubyte": rng.integers(0, 256, (test, 28, 28), dtype=np.uint8),
+            "t10k-labels-idx1-ubyte": (np.arange(test) % 10).astype(np.uint8),
+        }
+        for name, array in content.items():
+            raw = idx_bytes(array)
+            if compressed:
+                (folder / f"{name}.gz").write_bytes(gzip.compress(raw))
+            else:
+                (folder / name).write_bytes(raw)
+        return content
+
+    return write
+
+
+@pytest.fixture
+def write_nico() -> Callable[..., Path]:
+    """Writes a class/context tree of small images whose pixels tell class and context."""
+
+    def write(
+        root: Path, classes: int = 3, contexts: int = 10, images: int = 5, size: tuple[int, int] = (20, 12)
+    ) -> Path:
+        for c in range(classes):
+            for k in range(contexts):
+                # Context names differ between classes, and sort by their number.
+                folder = root / f"class{c}" / f"context{k:02d} of {c}"
+                folder.mkdir(parents=True)
+                for i in range(images):
+                    colour = (20 * c, 20 * k, 40 * i)
+                    Image.new("RGB", size, colour).save(folder / f"{i}.{'png' if i % 2 else 'jpg'}", quality=95)
+        return root
+
+    return write

@@ -1,0 +1,173 @@
+"""Coloured backgrounds: exact masks, the tie between colour, class and client, and what the seed may change."""
+
+import numpy as np
+import pytest
+import torch
+
+from fedkern.data import FederatedData, Split, load
+from fedkern.data.coloured import BRIGHTEST, INK_THRESHOLD, class_colours, colourise, random_colours
+from fedkern.errors import UserError
+from fedkern.streams import stream
+
+
+def backgrounds(split: Split) -> np.ndarray:
+    """The background colour of every image, uint8 [n, 3], after checking that it is one flat colour."""
+    colours = []
+    for image, mask in zip(split.images, split.masks, strict=True):
+        pixels = image[:, ~mask]
+        assert (pixels == pixels[:, :1]).all()
+        colours.append(pixels[:, 0].numpy())
+    return np.stack(colours)
+
+
+def tied_share(split: Split, own: np.ndarray) -> float:
+    return float((backgrounds(split) == own[split.labels.numpy()]).all(axis=1).mean())
+
+
+def same(a: Split, b: Split) -> bool:
+    return torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) and torch.equal(a.masks, b.masks)
+
+
+@pytest.fixture(scope="module")
+def digits() -> FederatedData:
+    return load("colordigits", seed=5)
+
+
+def test_defaults(digits: FederatedData) -> None:
+    assert digits.image_shape == (3, 32, 32)
+    assert digits.client_sizes == (240,) * 5
+    assert (len(digits.validation), len(digits.tests["id"]), len(digits.tests["ood"])) == (247, 350, 350)
+    assert digits.exact_masks
+    assert digits.augment == "none"
+
+
+def test_colourise_is_exact() -> None:
+    grey = torch.randint(0, 256, (9, 1, 14, 11), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    colours = random_colours(9, np.random.default_rng(0))
+    images, masks = colourise(grey, colours)
+    assert torch.equal(masks, grey[:, 0] > INK_THRESHOLD)
+    ground = torch.from_numpy(colours)[:, :, None, None].expand_as(images)
+    outside = ~masks[:, None].expand_as(images)
+    assert torch.equal(images[outside], ground[outside])
+    opacity = grey.double() / 255
+    blended = opacity * 255 + (1 - opacity) * ground.double()
+    assert (images.double() - blended)[~outside].abs().max() <= 0.5
+    # Ink always shows: every object pixel differs from the background.
+    assert (images.int() - ground.int()).sum(1)[masks].min() > 0
+
+
+def test_masks_and_shapes_are_the_digits(digits: FederatedData) -> None:
+    grey = load("digits", clients=1, partition="iid")
+    by_name = dict(zip(grey.clients[0].ids, grey.clients[0].images[:, 0], strict=True))
+    for split in digits.clients:
+        for name, mask in zip(split.ids, split.masks, strict=True):
+            assert torch.equal(mask, by_name[name] > INK_THRESHOLD)
+    covered = torch.cat([split.masks for split in digits.clients]).flatten(1).double().mean(1)
+    assert 0.1 < covered.min()
+    assert covered.max() < 0.75
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.3, 0.8, 1.0])
+def test_correlation_ties_colour_to_class_and_client(correlation: float) -> None:
+    data = load("colordigits", seed=2, correlation=correlation)
+    shares = [tied_share(split, class_colours(2, k, 10)) for k, split in enumerate(data.clients)]
+    # Standard deviation of a share over 240 samples is at most 0.033.
+    assert all(abs(share - correlation) < 0.13 for share in shares)
+    # A client's colours mean nothing to the others.
+    assert all(tied_share(split, class_colours(2, (k + 1) % 5, 10)) == 0 for k, split in enumerate(data.clients))
+
+
+def test_id_test_and_validation_share_the_clients_colours_and_ood_does_not() -> None:
+    data = load("colordigits", seed=2, correlation=1.0)
+    maps = [class_colours(2, k, 10) for k in range(5)]
+    for split, expected in ((data.tests["id"], 1.0), (data.validation, 1.0), (data.tests["ood"], 0.0)):
+        per_client = [tied_share(split, own) for own in maps]
+        assert sum(per_client) == pytest.approx(expected)
+        if expected:
+            assert all(abs(share - 0.2) < 0.03 for share in per_client)
+
+
+def test_ood_colours_are_uniform_and_tell_nothing() -> None:
+    data = load("colordigits", seed=0, correlation=1.0)
+    colours = backgrounds(data.tests["ood"]).astype(float)
+    assert colours.max() <= BRIGHTEST
+    np.testing.assert_allclose(colours.mean(axis=0), BRIGHTEST / 2, atol=12)
+    labels = data.tests["ood"].labels.numpy()
+    per_class = np.stack([colours[labels == label].mean(axis=0) for label in range(10)])
+    assert np.abs(per_class - BRIGHTEST / 2).max() < 40
+
+
+def test_id_and_ood_show_the_same_digits(digits: FederatedData) -> None:
+    assert digits.tests["id"].ids == digits.tests["ood"].ids
+    assert torch.equal(digits.tests["id"].masks, digits.tests["ood"].masks)
+
+
+def test_a_clients_colours_are_apart() -> None:
+    for client in range(50):
+        own = class_colours(1, client, 10).astype(float)
+        distance = np.linalg.norm(own[:, None] - own[None], axis=2) + 1e9 * np.eye(10)
+        assert distance.min() > 25
+        assert own.max() <= BRIGHTEST
+
+
+def test_adding_a_client_changes_no_others_colours() -> None:
+    few, many = (load("colordigits", seed=9, clients=clients, correlation=1.0) for clients in (3, 6))
+    for k in range(3):
+        assert tied_share(few.clients[k], class_colours(9, k, 10)) == 1
+        assert tied_share(many.clients[k], class_colours(9, k, 10)) == 1
+
+
+def test_the_seed_reproduces(digits: FederatedData) -> None:
+    again, other = load("colordigits", seed=5), load("colordigits", seed=6)
+    for name in ("id", "ood"):
+        assert same(digits.tests[name], again.tests[name])
+        assert not torch.equal(digits.tests[name].images, other.tests[name].images)
+        # The fixed split: another seed paints the same digits.
+        assert digits.tests[name].ids == other.tests[name].ids
+    assert digits.validation.ids == other.validation.ids
+    assert same(digits.validation, again.validation)
+    assert all(same(a, b) for a, b in zip(digits.clients, again.clients, strict=True))
+    assert any(a.ids != b.ids for a, b in zip(digits.clients, other.clients, strict=True))
+
+
+def test_iid_clients_share_one_colour_map() -> None:
+    data = load("colordigits", seed=4, partition="iid", correlation=1.0)
+    shared = class_colours(4, -1, 10)
+    assert all(tied_share(split, shared) == 1 for split in (*data.clients, data.tests["id"], data.validation))
+
+
+def test_label_skew_keeps_the_clients_colours_and_steers_the_id_test() -> None:
+    data = load("colordigits", seed=4, clients=10, partition="classes:1", correlation=1.0)
+    held = [int(split.labels[0]) for split in data.clients]
+    colours = backgrounds(data.tests["id"])
+    for client, label in enumerate(held):
+        rows = data.tests["id"].labels.numpy() == label
+        assert (colours[rows] == class_colours(4, client, 10)[label]).all()
+
+
+@pytest.mark.parametrize(("name", "layout"), [("colormnist", "MNIST/raw"), ("colorfashion", "FashionMNIST/raw")])
+def test_idx_sets(tmp_path, write_idx, name: str, layout: str) -> None:
+    content = write_idx(tmp_path / layout)
+    data = load(name, root=tmp_path, clients=4, correlation=1.0)
+    assert data.image_shape == (3, 28, 28)
+    assert sum(data.client_sizes) == 100
+    test = torch.from_numpy(content["t10k-images-idx3-ubyte"])
+    assert torch.equal(data.tests["ood"].masks, test > INK_THRESHOLD)
+    assert tied_share(data.clients[2], class_colours(0, 2, 10)) == 1
+
+
+@pytest.mark.parametrize("correlation", [-0.1, 1.1, float("nan")])
+def test_correlation_outside_its_range(correlation: float) -> None:
+    with pytest.raises(UserError, match=r"must lie in \[0, 1\]"):
+        load("colordigits", correlation=correlation)
+
+
+def test_correlation_without_colours() -> None:
+    with pytest.raises(UserError, match='"digits" has no colours'):
+        load("digits", correlation=0.5)
+
+
+def test_random_colours_use_their_own_stream() -> None:
+    # The generator handed in is the only source: nothing global.
+    a, b = (random_colours(100, stream(1, "x", client=2)) for _ in range(2))
+    np.testing.assert_array_equal(a, b)

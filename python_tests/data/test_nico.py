@@ -1,0 +1,150 @@
+"""NICO protocols on a generated tree of classes x 10 contexts."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from fedkern.data import Split, load
+from fedkern.errors import UserError
+
+CLASSES, CONTEXTS, IMAGES = 3, 10, 5
+
+
+def contexts_of(split: Split) -> set[tuple[str, str]]:
+    return {(name.split("/")[0], name.split("/")[1]) for name in split.ids}
+
+
+def expected(position: int) -> set[tuple[str, str]]:
+    """Every class's context at one position in sorted order."""
+    return {(f"class{c}", f"context{position:02d} of {c}") for c in range(CLASSES)}
+
+
+@pytest.mark.parametrize("layout", ["", "nico", "NICO"])
+@pytest.mark.parametrize(("protocol", "first", "ood"), [("F7", 0, (7, 8, 9)), ("L7", 3, (0, 1, 2))])
+def test_who_holds_which_context(tmp_path: Path, write_nico, layout: str, protocol: str, first: int, ood) -> None:
+    write_nico(tmp_path / layout)
+    data = load("nico", root=tmp_path, seed=1, options={"protocol": protocol, "size": 16})
+    assert len(data.clients) == 7
+    for i, split in enumerate(data.clients):
+        assert contexts_of(split) == expected(first + i)
+        assert set(split.labels.tolist()) == set(range(CLASSES))
+    training = set.union(*(expected(first + i) for i in range(7)))
+    assert contexts_of(data.tests["id"]) == training
+    assert contexts_of(data.validation) == training
+    assert contexts_of(data.tests["ood"]) == set.union(*(expected(position) for position in ood))
+    assert len(data.tests["ood"]) == CLASSES * 3 * IMAGES
+
+
+def test_every_image_is_used_once(tmp_path: Path, write_nico) -> None:
+    write_nico(tmp_path)
+    data = load("nico", root=tmp_path, options={"size": 16})
+    names = [name for split in (*data.clients, data.validation, *data.tests.values()) for name in split.ids]
+    assert len(names) == len(set(names)) == CLASSES * CONTEXTS * IMAGES
+    assert data.image_ids == frozenset(names)
+
+
+def test_pixels_labels_and_sizes(tmp_path: Path, write_nico) -> None:
+    write_nico(tmp_path, size=(20, 12))
+    data = load("nico", root=tmp_path, options={"size": 16})
+    assert data.image_shape == (3, 16, 16)
+    for split in (*data.clients, data.tests["ood"]):
+        for row, name in enumerate(split.ids):
+            c, k, i = int(name[5]), int(name.split("/context")[1][:2]), int(Path(name).stem)
+            assert split.labels[row] == c
+            colour = torch.tensor([20, 20, 40]) * torch.tensor([c, k, i])
+            assert (split.images[row].float().mean((1, 2)) - colour).abs().max() <= 4  # JPEG rounding
+            assert split.sizes[row].tolist() == [20, 12]
+
+
+def test_the_held_out_images_do_not_depend_on_the_seed(tmp_path: Path, write_nico) -> None:
+    write_nico(tmp_path)
+    one, two = (load("nico", root=tmp_path, seed=seed, options={"size": 8}) for seed in (0, 1))
+    assert one.tests["id"].ids == two.tests["id"].ids
+    assert one.validation.ids == two.validation.ids
+    assert torch.equal(one.tests["ood"].images, two.tests["ood"].images)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.33])
+def test_share_held_out(tmp_path: Path, write_nico, share: float) -> None:
+    write_nico(tmp_path, classes=2, images=20, size=(8, 8))
+    data = load("nico", root=tmp_path, options={"size": 8, "held_out": share})
+    assert len(data.tests["id"]) == len(data.validation) == 2 * 7 * min(round(20 * share), 6)
+
+
+def test_only_the_images_needed_are_decoded(tmp_path: Path, write_nico) -> None:
+    write_nico(tmp_path)
+    data = load("nico", root=tmp_path, train_samples=40, options={"size": 8, "test_samples": 5})
+    used = {name for split in (*data.clients, data.validation, *data.tests.values()) for name in split.ids}
+    unused = min(data.image_ids - used)
+    (tmp_path / unused).write_bytes(b"broken")
+    load("nico", root=tmp_path, train_samples=40, options={"size": 8, "test_samples": 5})
+
+
+def test_a_part_of_a_download(tmp_path: Path, write_nico) -> None:
+    write_nico(tmp_path / "NICO" / "Animal", classes=2)
+    write_nico(tmp_path / "NICO" / "Vehicle", classes=4)
+    assert len(load("nico", root=tmp_path, options={"size": 8, "part": "vehicle"}).classes) == 4
+    assert len(load("nico", root=tmp_path, options={"size": 8, "part": "Animal"}).classes) == 2
+    with pytest.raises(UserError, match='no folder "plants"'):
+        load("nico", root=tmp_path, options={"size": 8, "part": "plants"})
+
+
+def test_other_partitions_mix_the_training_contexts(tmp_path: Path, write_nico) -> None:
+    write_nico(tmp_path)
+    data = load("nico", root=tmp_path, clients=2, partition="iid", options={"size": 8})
+    assert len(data.clients) == 2
+    assert all(len(contexts_of(split)) > CLASSES for split in data.clients)
+    assert contexts_of(data.tests["ood"]) == set.union(*(expected(position) for position in (7, 8, 9)))
+
+
+def test_another_number_of_clients(tmp_path: Path, write_nico) -> None:
+    write_nico(tmp_path)
+    with pytest.raises(UserError, match="assigns its contexts to 7 clients, not 5"):
+        load("nico", root=tmp_path, clients=5, options={"size": 8})
+
+
+def test_too_few_contexts(tmp_path: Path, write_nico) -> None:
+    write_nico(tmp_path, contexts=7)
+    with pytest.raises(UserError, match=r"class0 has 7 contexts, expected at least 8"):
+        load("nico", root=tmp_path, options={"size": 8})
+
+
+def test_empty_context(tmp_path: Path, write_nico) -> None:
+    write_nico(tmp_path)
+    folder = tmp_path / "class1" / "context04 of 1"
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "notes.txt").write_text("no image")
+    with pytest.raises(UserError, match="context04 of 1 holds no image"):
+        load("nico", root=tmp_path, options={"size": 8})
+
+
+def test_damaged_image_is_named(tmp_path: Path, write_nico) -> None:
+    write_nico(tmp_path)
+    path = tmp_path / "class1" / "context04 of 1" / "2.jpg"
+    Image.effect_noise((200, 200), 80).convert("RGB").save(path)
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(UserError, match=r"cannot read the image .*context04 of 1/2.jpg"):
+        load("nico", root=tmp_path, options={"size": 8})
+
+
+def test_no_tree(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="expected folders class/context/image"):
+        load("nico", root=tmp_path, options={"size": 8})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"protocol": "F8"}, "protocol.*expected one of F7, L7"),
+        ({"protocoll": "F7"}, 'no option "protocoll".*Did you mean "protocol"'),
+        ({"size": "large"}, "size.*expected a whole number"),
+        ({"size": 4}, "size.*at least 8"),
+        ({"held_out": 0.5}, "held_out.*from 0 to 0.33"),
+    ],
+)
+def test_bad_options(tmp_path: Path, options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load("nico", root=tmp_path, options=options)

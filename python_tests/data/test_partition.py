@@ -1,0 +1,235 @@
+"""Partitioners: disjoint, covering, reproducible, and clear when a rule cannot be met."""
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedkern.data import PARTITIONERS, PartitionStatistics, parse_partition, partition, partition_like
+from fedkern.errors import UserError
+
+LABELS = np.random.default_rng(0).integers(0, 10, size=3_000)
+
+
+def assert_partition(parts: list[np.ndarray], n: int) -> None:
+    joined = np.concatenate(parts)
+    assert len(joined) == n
+    np.testing.assert_array_equal(np.sort(joined), np.arange(n))
+    for part in parts:
+        assert part.dtype == np.int64
+        assert (np.diff(part) > 0).all()
+
+
+SPECS = (
+    "iid", "dirichlet:0.1", "dirichlet:0.5", "dirichlet:100", "dirichlet:0.5:plain", "dirichlet:0.05:fill:min=20",
+    "classes:1", "classes:2", "classes:3", "classes:10", "attribute",
+)  # fmt: skip
+# classes:S needs enough clients for every class to be held; fewer are an error, tested below.
+CASES = [
+    (spec, clients)
+    for spec in SPECS
+    for clients in (1, 5, 10, 17)
+    if not spec.startswith("classes") or int(spec.split(":")[1]) * clients >= 10
+]
+
+
+@pytest.mark.parametrize(("spec", "clients"), CASES)
+def test_parts_are_disjoint_and_cover_the_set(spec: str, clients: int) -> None:
+    parts = partition(spec, LABELS, clients, seed=3)
+    assert len(parts) == clients
+    assert_partition(parts, len(LABELS))
+    assert min(len(part) for part in parts) > 0
+
+
+@pytest.mark.parametrize("spec", ["iid", "dirichlet:0.3", "classes:2"])
+def test_the_seed_reproduces_and_changes_the_partition(spec: str) -> None:
+    first, again, other = (partition(spec, LABELS, 8, seed=seed) for seed in (1, 1, 2))
+    for a, b in zip(first, again, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert any(not np.array_equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@given(n=st.integers(1, 300), clients=st.integers(1, 40), classes=st.integers(1, 12), seed=st.integers(0, 5))
+@settings(max_examples=150, deadline=None)
+def test_any_size_ends_in_a_partition_or_a_user_error(n: int, clients: int, classes: int, seed: int) -> None:
+    labels = np.random.default_rng(seed).integers(0, classes, size=n)
+    for spec in ("iid", "dirichlet:0.2:min=1", "dirichlet:0.2:fill:min=1", "dirichlet:0.001:plain", "classes:2"):
+        try:
+            parts = partition(spec, labels, clients, seed, class_count=classes)
+        except UserError:
+            assert clients > n or spec not in ("iid", "dirichlet:0.2:fill:min=1")
+            continue
+        assert_partition(parts, n)
+        assert min(len(part) for part in parts) > 0
+
+
+def test_iid_shares_are_equal() -> None:
+    sizes = [len(part) for part in partition("iid", LABELS, 7, seed=0)]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_dirichlet_skew_grows_as_alpha_falls_and_the_minimum_holds() -> None:
+    def skew(alpha: float) -> float:
+        parts = partition(f"dirichlet:{alpha}", LABELS, 10, seed=0)
+        assert min(len(part) for part in parts) >= 10
+        return float(PartitionStatistics.of([LABELS[part] for part in parts], tuple("0123456789"), "").skew.mean())
+
+    assert skew(0.1) > 1.5 * skew(1) > 3 * skew(100)
+
+
+def test_dirichlet_stops_giving_to_clients_that_hold_their_share() -> None:
+    # Balanced: nobody may hold more than its fair share plus one whole class; plain: somebody does, for some seed.
+    largest_class = np.bincount(LABELS).max()
+    fair = len(LABELS) / 10
+    balanced = [max(map(len, partition("dirichlet:0.1", LABELS, 10, seed))) for seed in range(20)]
+    assert max(balanced) <= fair + largest_class
+    plain = [max(map(len, partition("dirichlet:0.1:plain:min=0", LABELS, 4, seed))) for seed in range(20)]
+    assert max(plain) > 1.3 * len(LABELS) / 4
+
+
+def test_plain_dirichlet_keeps_the_order_inside_a_class() -> None:
+    parts = partition("dirichlet:1:plain", LABELS, 5, seed=0)
+    for label in range(10):
+        rows = np.concatenate([part[LABELS[part] == label] for part in parts])
+        assert (np.diff(rows) > 0).all()
+
+
+def test_dirichlet_is_fast_for_500_clients() -> None:
+    labels = np.random.default_rng(1).integers(0, 100, size=50_000)
+    start = time.perf_counter()
+    parts = partition("dirichlet:0.5", labels, 500, seed=0)
+    assert time.perf_counter() - start < 5
+    assert_partition(parts, len(labels))
+    assert min(len(part) for part in parts) >= 10
+
+
+def test_dirichlet_gives_up_with_a_message_instead_of_looping() -> None:
+    labels = np.random.default_rng(1).integers(0, 10, size=20_000)
+    start = time.perf_counter()
+    with pytest.raises(UserError, match=r"dirichlet:0.01.*500 clients.*larger ALPHA"):
+        partition("dirichlet:0.01", labels, 500, seed=0)
+    assert time.perf_counter() - start < 20
+    parts = partition("dirichlet:0.01:fill", labels, 500, seed=0)
+    assert_partition(parts, len(labels))
+    assert min(len(part) for part in parts) >= 10
+
+
+def test_dirichlet_minimum_that_cannot_exist_is_refused_at_once() -> None:
+    with pytest.raises(UserError, match=r"at least 10 samples per client, but 200 clients share only 1200"):
+        partition("dirichlet:0.5", LABELS[:1200], 200, seed=0)
+
+
+@pytest.mark.parametrize(("per_client", "clients"), [(1, 10), (2, 5), (5, 2)])
+def test_classes_are_exclusive_where_the_numbers_allow(per_client: int, clients: int) -> None:
+    parts = partition(f"classes:{per_client}", LABELS, clients, seed=4)
+    held = [set(LABELS[part].tolist()) for part in parts]
+    assert all(len(one) == per_client for one in held)
+    assert sum(len(one) for one in held) == len(set.union(*held)) == 10
+
+
+@pytest.mark.parametrize(("per_client", "clients"), [(1, 23), (2, 10), (3, 7), (7, 4)])
+def test_shared_classes_have_equally_many_holders(per_client: int, clients: int) -> None:
+    parts = partition(f"classes:{per_client}", LABELS, clients, seed=4)
+    holders = np.zeros(10, dtype=int)
+    for part in parts:
+        present = np.unique(LABELS[part])
+        assert len(present) == per_client
+        holders[present] += 1
+    assert holders.max() - holders.min() <= 1
+
+
+def test_attribute_follows_the_groups() -> None:
+    groups = np.random.default_rng(2).integers(0, 4, size=len(LABELS))
+    for k, part in enumerate(partition("attribute", LABELS, 4, seed=0, groups=groups)):
+        np.testing.assert_array_equal(part, np.flatnonzero(groups == k))
+
+
+def test_an_empty_client_is_an_error_that_names_it() -> None:
+    groups = np.zeros(len(LABELS), dtype=np.int64)
+    with pytest.raises(UserError, match="client 1 would have no training sample"):
+        partition("attribute", LABELS, 2, seed=0, groups=groups)
+
+
+@pytest.mark.parametrize("spec", ["iid", "dirichlet:0.5", "classes:2", "attribute"])
+def test_more_clients_than_samples(spec: str) -> None:
+    with pytest.raises(UserError, match="21 clients are more than the 20 training samples"):
+        partition(spec, LABELS[:20], 21, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("dirichelt:0.1", 'unknown partition "dirichelt:0.1".*Did you mean "dirichlet"'),
+        ("", "unknown partition"),
+        ("dirichlet", "needs a value, for example dirichlet:0.5"),
+        ("dirichlet:", "needs a value"),
+        ("dirichlet:x", "positive number ALPHA"),
+        ("dirichlet:0", "positive number ALPHA"),
+        ("dirichlet:-1", "positive number ALPHA"),
+        ("dirichlet:inf", "positive number ALPHA"),
+        ("dirichlet:nan", "positive number ALPHA"),
+        ("dirichlet:1:mim=3", 'cannot read "mim=3"'),
+        ("classes", "needs a value, for example classes:2"),
+        ("classes:0", "whole number S"),
+        ("classes:1.5", "whole number S"),
+        ("classes:2:3", "whole number S"),
+        ("iid:3", "iid takes no value"),
+        ("classes:11", "only 10 classes"),
+        ("classes:1", "leaves out 5 of 10; take classes:2 or 10 clients"),
+    ],
+)
+def test_bad_specifications(spec: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        partition(spec, LABELS, 5, seed=0)
+
+
+def test_zero_clients() -> None:
+    with pytest.raises(UserError, match="at least 1"):
+        partition("iid", LABELS, 0, seed=0)
+
+
+def test_every_registered_partitioner_can_be_parsed() -> None:
+    examples = {"iid": "iid", "dirichlet": "dirichlet:0.5", "classes": "classes:2", "attribute": "attribute"}
+    assert set(examples) == set(PARTITIONERS)
+    for name, text in examples.items():
+        assert parse_partition(text).name == name
+        assert PARTITIONERS[name].usage.startswith(name)
+        assert "\n" not in PARTITIONERS[name].description
+
+
+def test_partition_like_follows_the_training_proportions() -> None:
+    counts = np.array([[30, 0, 5], [10, 0, 5], [0, 0, 90]])
+    labels = np.repeat([0, 1, 2], [400, 300, 1000])
+    parts = partition_like(labels, counts, np.random.default_rng(0))
+    assert_partition(parts, len(labels))
+    made = np.stack([np.bincount(labels[part], minlength=3) for part in parts])
+    np.testing.assert_array_equal(made[:, 0], [300, 100, 0])
+    np.testing.assert_array_equal(made[:, 1], [100, 100, 100])  # held by nobody: shared out equally
+    np.testing.assert_array_equal(made[:, 2], [50, 50, 900])
+
+
+def test_partition_like_refuses_unknown_labels() -> None:
+    with pytest.raises(ValueError, match="labels: expected values below 2, got 2"):
+        partition_like(np.array([0, 2]), np.ones((3, 2), dtype=np.int64), np.random.default_rng(0))
+
+
+def test_statistics_table() -> None:
+    statistics = PartitionStatistics.of(
+        [np.array([0, 0, 0, 1]), np.array([1, 1]), np.array([2, 2, 2])], ("cat", "dog", "owl"), "x"
+    )
+    np.testing.assert_array_equal(statistics.counts, [[3, 1, 0], [0, 2, 0], [0, 0, 3]])
+    np.testing.assert_array_equal(statistics.sizes, [4, 2, 3])
+    np.testing.assert_allclose(statistics.skew, [(3 / 4 - 1 / 3 + 1 / 3 + 1 / 3 - 1 / 4) / 2, 2 / 3, 2 / 3])
+    assert statistics.header() == ["client", "samples", "skew", "cat", "dog", "owl"]
+    rows = statistics.rows()
+    assert rows[0] == ["0", "4", "0.42", "3", "1", "0"]
+    assert rows[-1][:2] == ["all", "9"]
+    assert rows[-1][3:] == ["3", "3", "3"]
+    short = statistics.rows(limit=1)
+    assert [row[0] for row in short] == ["0", "... 2 more", "all"]
+    lines = statistics.text().splitlines()
+    assert len(lines) == 5
+    assert len({len(line) for line in lines}) == 1
+    assert statistics.as_dict()["counts"] == [[3, 1, 0], [0, 2, 0], [0, 0, 3]]
