@@ -1,0 +1,189 @@
+"""The detection cache: each image is seen once, whatever the partition; damage and full disks are said clearly."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedkern.data import Detections, load
+from fedkern.data.background import rasterise
+from fedkern.data.detections import default_cache
+from fedkern.errors import UserError
+
+
+class Corner:
+    """Boxes the top left corner, wider for brighter images; finds nothing in images of "3"; counts what it sees."""
+
+    def __init__(self, model: str = "corner", box: float = 0.35, text: float = 0.25) -> None:
+        self.identity = {"model": model, "box_threshold": box, "text_threshold": text}
+        self.seen: list[tuple[int, str]] = []
+
+    def detect(self, images: Tensor, name: str) -> list[Tensor]:
+        assert images.shape[1] == 3
+        assert images.dtype == torch.uint8
+        self.seen.append((len(images), name))
+        if name == "3":
+            return [torch.zeros(0, 4) for _ in images]
+        return [torch.tensor([[0.0, 0.0, 2 + image.float().mean() / 32, 5.25]]) for image in images]
+
+    @property
+    def count(self) -> int:
+        return sum(images for images, _ in self.seen)
+
+
+def options(cache: Path) -> dict[str, object]:
+    return {"detector": "corner", "detector_cache": str(cache)}
+
+
+def test_boxes_become_masks_and_undetected_images_stay_empty(tmp_path: Path) -> None:
+    detector = Corner()
+    data = load(
+        "digits",
+        clients=2,
+        partition="iid",
+        train_samples=60,
+        options=options(tmp_path),
+        make_detector=lambda *_: detector,
+    )
+    assert detector.count == 60
+    assert {name for _, name in detector.seen} == set("0123456789")
+    for split in data.clients:
+        expected = [
+            torch.zeros(0, 4) if label == 3 else torch.tensor([[0.0, 0.0, 2 + image.float().mean() / 32, 5.25]])
+            for image, label in zip(split.images, split.labels.tolist(), strict=True)
+        ]
+        assert torch.equal(split.masks, rasterise(expected, 32, 32))
+        assert torch.equal(split.masks.flatten(1).any(1), split.labels != 3)
+
+
+def test_the_cache_serves_another_seed_and_partition(tmp_path: Path) -> None:
+    first = load("digits", clients=2, partition="iid", options=options(tmp_path), make_detector=lambda *_: Corner())
+    second = Corner()
+    again = load("digits", clients=4, seed=7, options=options(tmp_path), make_detector=lambda *_: second)
+    assert second.count == 0
+    masks = {name: mask for s in first.clients for name, mask in zip(s.ids, s.masks, strict=True)}
+    assert all(torch.equal(mask, masks[name]) for s in again.clients for name, mask in zip(s.ids, s.masks, strict=True))
+
+
+def test_model_and_thresholds_name_the_cache(tmp_path: Path) -> None:
+    paths = {
+        Detections(Corner(model, box, text), tmp_path).path
+        for model in ("a", "b") for box in (0.35, 0.4) for text in (0.25, 0.3)
+    }  # fmt: skip
+    assert len(paths) == 8
+    assert Detections(Corner(), tmp_path).path == Detections(Corner(), tmp_path).path
+
+
+def test_options_reach_the_detector(tmp_path: Path) -> None:
+    given = []
+
+    def make(*arguments: object) -> Corner:
+        given.append(arguments)
+        return Corner()
+
+    load(
+        "digits",
+        train_samples=50,
+        partition="iid",
+        options={**options(tmp_path), "box_threshold": "0.5"},
+        make_detector=make,
+    )
+    assert given == [("corner", 0.5, 0.25)]
+
+
+class Interrupted(Corner):
+    """Is stopped by the user after three batches."""
+
+    def detect(self, images: Tensor, name: str) -> list[Tensor]:
+        if len(self.seen) == 3:
+            raise KeyboardInterrupt
+        return super().detect(images, name)
+
+
+def test_an_interrupted_detection_keeps_what_it_has(tmp_path: Path) -> None:
+    split = load("digits", clients=1, partition="iid", train_samples=100).clients[0]
+    classes = tuple("0123456789")
+    stopped = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        Detections(stopped, tmp_path).boxes(split, classes)
+    rest = Corner()
+    Detections(rest, tmp_path).boxes(split, classes)
+    assert stopped.count > 0
+    assert stopped.count + rest.count == 100
+    assert [path.name for path in tmp_path.iterdir()] == [Detections(rest, tmp_path).path.name]  # no temporary left
+
+
+def test_two_runs_add_to_one_cache(tmp_path: Path) -> None:
+    split = load("digits", clients=1, partition="iid", train_samples=40).clients[0]
+    classes = tuple("0123456789")
+    one, two = split.subset(torch.arange(20)), split.subset(torch.arange(20, 40))
+
+    class Slow(Corner):
+        """Meanwhile another run finishes its own images."""
+
+        def detect(self, images: Tensor, name: str) -> list[Tensor]:
+            if not self.seen:
+                Detections(Corner(), tmp_path).boxes(two, classes)
+            return super().detect(images, name)
+
+    Detections(Slow(), tmp_path).boxes(one, classes)
+    last = Corner()
+    Detections(last, tmp_path).boxes(split, classes)
+    assert last.count == 0
+
+
+@pytest.mark.parametrize("content", ["{", '{"other": 1}', '{"boxes": {"x": [[1, 2, 3]]}}', '{"boxes": 3}', "[]"])
+def test_damaged_cache(tmp_path: Path, content: str) -> None:
+    split = load("digits", clients=1, partition="iid", train_samples=4).clients[0]
+    detections = Detections(Corner(), tmp_path)
+    detections.path.write_text(content)
+    with pytest.raises(UserError, match=rf"{detections.path.name} is damaged .*; delete it"):
+        detections.boxes(split, tuple("0123456789"))
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    split = load("digits", clients=1, partition="iid", train_samples=4).clients[0]
+    with pytest.raises(UserError, match=r"cannot write the detection cache .* detector_cache"):
+        Detections(Corner(), tmp_path / "file" / "below").boxes(split, tuple("0123456789"))
+
+
+def test_progress_is_told(tmp_path: Path) -> None:
+    told: list[str] = []
+    split = load("digits", clients=1, partition="iid", train_samples=300).clients[0]
+    Detections(Corner(), tmp_path, told.append).boxes(split, tuple("0123456789"))
+    assert told
+    assert all(text.endswith("of 300 images") for text in told)
+
+
+def test_the_file_is_readable_json(tmp_path: Path) -> None:
+    split = load("digits", clients=1, partition="iid", train_samples=4).clients[0]
+    detections = Detections(Corner(), tmp_path)
+    detections.boxes(split, tuple("0123456789"))
+    content = json.loads(detections.path.read_text())
+    assert content["detector"] == Corner().identity
+    assert len(content["boxes"]) == 4
+
+
+def test_default_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache() == tmp_path / "fedkern" / "detections"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_cache() == tmp_path / ".cache" / "fedkern" / "detections"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"detector": "x", "boxes": "y.json"}, "either a boxes file or a detector"),
+        ({"box_threshold": 0.3}, "box_threshold .* without the option detector"),
+        ({"detector": "x"}, 'the detector "x" needs a make_detector'),
+        ({"detector": "x", "text_threshold": 2}, "text_threshold.*from 0 to 1"),
+    ],
+)
+def test_bad_options(given: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load("digits", partition="iid", options=given)

@@ -1,0 +1,39 @@
+"""The real data sets, where FEDKERN_DATA_ROOT names a folder that holds them."""
+
+import os
+
+import pytest
+import torch
+
+from fedkern.data import load
+from fedkern.errors import UserError
+
+ROOT = os.environ.get("FEDKERN_DATA_ROOT")
+pytestmark = [
+    pytest.mark.data,
+    pytest.mark.skipif(not ROOT, reason="FEDKERN_DATA_ROOT names no folder with real data"),
+]
+
+SETS = {
+    "mnist": (60_000, 10_000),
+    "fashionmnist": (60_000, 10_000),
+    "cifar10": (50_000, 10_000),
+    "cifar100": (50_000, 10_000),
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_official_counts_and_statistics(name: str) -> None:
+    try:
+        data = load(name, root=ROOT, partition="iid")
+    except UserError as error:
+        if "no file" in str(error):
+            pytest.skip(str(error))
+        raise
+    train, test = SETS[name]
+    assert sum(data.client_sizes) + len(data.validation) == train
+    assert len(data.tests[""]) == test
+    images = torch.cat([split.images for split in data.clients][:3]).double() / 255
+    for channel, (mean, std) in enumerate(zip(data.mean, data.std, strict=True)):
+        assert float(images[:, channel].mean()) == pytest.approx(mean, abs=0.01)
+        assert float(images[:, channel].std()) == pytest.approx(std, abs=0.01)

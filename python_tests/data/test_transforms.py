@@ -1,0 +1,156 @@
+"""Normalisation and augmentation: against plain per-sample code, exact fills, memory formats, seeds."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fedkern.data import AUGMENTATIONS, augment, normalise
+from fedkern.data.transforms import crop, rotate
+from fedkern.errors import UserError
+
+
+def images(
+    batch: int = 7, channels: int = 3, height: int = 9, width: int = 13, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(0, 256, (batch, channels, height, width), dtype=torch.uint8, generator=generator)
+    return values if dtype == torch.uint8 else values.to(dtype) / 100 + 0.5
+
+
+def crop_slowly(batch: Tensor, rng: np.random.Generator, padding: int, flip: bool, fill: Tensor) -> Tensor:
+    """One sample after another, with the draws in the documented order."""
+    n, _, height, width = batch.shape
+    top, left = rng.integers(0, 2 * padding + 1, size=n), rng.integers(0, 2 * padding + 1, size=n)
+    coins = rng.random(n) < 0.5 if flip else np.zeros(n, dtype=bool)
+    out = torch.empty_like(batch)
+    for b in range(n):
+        padded = fill.to(batch.dtype).view(-1, 1, 1).repeat(1, height + 2 * padding, width + 2 * padding)
+        padded[:, padding : padding + height, padding : padding + width] = batch[b]
+        window = padded[:, top[b] : top[b] + height, left[b] : left[b] + width]
+        out[b] = window.flip(2) if coins[b] else window
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_crop_and_flip(dtype: torch.dtype, channels_last: bool, flip: bool, channels: int) -> None:
+    batch = images(channels=channels, dtype=dtype)
+    given = batch.contiguous(memory_format=torch.channels_last) if channels_last else batch
+    fill = torch.tensor([3.0, 5.0, 7.0][:channels])
+    made = crop(given, np.random.default_rng(1), flip=flip, fill=fill.tolist())
+    assert torch.equal(made, crop_slowly(batch, np.random.default_rng(1), 4, flip, fill))
+    assert made.dtype == dtype
+    assert made.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def test_crop_covers_all_offsets_and_half_of_the_images_flip() -> None:
+    # A single bright pixel at the centre tells where the window was cut.
+    batch = torch.zeros(4_000, 1, 17, 17)
+    batch[:, :, 8, 8] = 1
+    position = crop(batch, np.random.default_rng(0)).flatten(1).argmax(1)
+    assert len(set(position.tolist())) == 81
+    lopsided = torch.arange(6.0).expand(4_000, 1, 1, 6)
+    flipped = crop(lopsided, np.random.default_rng(0), padding=0, flip=True)[:, 0, 0, 0] == 5
+    assert 0.46 < flipped.double().mean() < 0.54
+
+
+@pytest.mark.parametrize("kind", AUGMENTATIONS)
+def test_outside_is_exactly_zero_after_normalisation(kind: str) -> None:
+    batch = images(batch=64, dtype=torch.float32)  # no zero inside
+    made = augment(batch, kind, np.random.default_rng(0))
+    assert made.shape == batch.shape
+    if kind == "none":
+        assert made is batch
+    else:
+        assert (made == 0).any()
+    if kind in ("crop", "crop-flip"):
+        # Every pixel is the fill or a pixel of its own image.
+        for one, original in zip(made, batch, strict=True):
+            assert torch.isin(one, torch.cat([original.flatten(), torch.zeros(1)])).all()
+
+
+def test_rotation_by_nothing_keeps_the_images() -> None:
+    batch = images()
+    torch.testing.assert_close(rotate(batch, np.random.default_rng(0), degrees=0), batch, rtol=1e-5, atol=1e-5)
+
+
+class _Quarter:
+    """A generator that always turns by 90 degrees."""
+
+    def uniform(self, low: float, high: float, size: int) -> np.ndarray:
+        return np.full(size, high)
+
+
+def test_rotation_by_a_right_angle_moves_every_pixel() -> None:
+    batch = images(height=11, width=11)
+    made = rotate(batch, _Quarter(), degrees=90)
+    assert any(torch.allclose(made, turned, atol=1e-4) for turned in (batch.rot90(1, (2, 3)), batch.rot90(-1, (2, 3))))
+
+
+def test_rotation_keeps_angles_in_images_that_are_not_square() -> None:
+    # The distance of a blob from the centre must not change, whatever the aspect ratio.
+    batch = torch.zeros(1, 1, 41, 81)
+    batch[0, 0, 20, 60] = 1.0
+    made = rotate(torch.nn.functional.avg_pool2d(batch, 3, 1, 1), _Quarter(), degrees=30)[0, 0]
+    y, x = torch.meshgrid(torch.arange(41.0) - 20, torch.arange(81.0) - 40, indexing="ij")
+    weight = made / made.sum()
+    centre_y, centre_x = float((weight * y).sum()), float((weight * x).sum())
+    assert np.hypot(centre_x, centre_y) == pytest.approx(20, abs=0.3)
+    assert abs(np.degrees(np.arctan2(centre_y, centre_x))) == pytest.approx(30, abs=1)
+
+
+@pytest.mark.parametrize("fill", [0.0, 40.0, (10.0, 200.0, 90.0)])
+def test_uint8_rotation_fills_the_corners(fill: float | tuple[float, ...]) -> None:
+    batch = torch.full((5, 3, 20, 20), 120, dtype=torch.uint8)
+    made = rotate(batch, _Quarter(), degrees=45, fill=fill)
+    assert made.dtype == torch.uint8
+    assert torch.equal(made[0, :, 0, 0], torch.as_tensor(fill).expand(3).to(torch.uint8))
+    assert (made[:, :, 10, 10] == 120).all()
+
+
+@pytest.mark.parametrize("kind", AUGMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_the_generator_decides_everything(kind: str, dtype: torch.dtype) -> None:
+    batch = images(dtype=dtype)
+    before = batch.clone()
+    first, again, other = (augment(batch, kind, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert torch.equal(batch, before)
+    assert kind == "none" or not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("kind", AUGMENTATIONS)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_layout_is_kept_and_empty_batches_pass(kind: str, channels_last: bool) -> None:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    made = augment(images().contiguous(memory_format=layout), kind, np.random.default_rng(0))
+    assert made.is_contiguous(memory_format=layout)
+    assert augment(images(batch=0), kind, np.random.default_rng(0)).shape == (0, 3, 9, 13)
+
+
+def test_unknown_augmentation() -> None:
+    with pytest.raises(UserError, match=r'unknown augmentation "crop-flp".*Did you mean "crop-flip"'):
+        augment(images(), "crop-flp", np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_normalise(channels_last: bool) -> None:
+    batch = images(dtype=torch.uint8)
+    mean, std = (0.1, 0.5, 0.9), (0.2, 0.3, 0.4)
+    made = normalise(batch, mean, std, channels_last=channels_last)
+    expected = (batch.double() / 255 - torch.tensor(mean).double().view(3, 1, 1)) / torch.tensor(std).double().view(
+        3, 1, 1
+    )
+    torch.testing.assert_close(made.double(), expected, rtol=1e-6, atol=1e-6)
+    assert made.dtype == torch.float32
+    assert made.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def test_normalise_refuses_other_input() -> None:
+    with pytest.raises(ValueError, match=r"images: expected uint8 \[B, C, H, W\], got torch.float32"):
+        normalise(images(), (0.5,) * 3, (0.5,) * 3)
+    with pytest.raises(ValueError, match="expected 3 numbers each, got 1 and 3"):
+        normalise(images(dtype=torch.uint8), (0.5,), (0.5,) * 3)
