@@ -24,8 +24,8 @@ def register(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
     vmap: Callable[..., Any] | None = None,
-) -> None:
-    """Defines ``torch.ops.fedkern.<name>``.
+) -> Callable[..., Any]:
+    """Defines ``torch.ops.fedkern.<name>`` and returns the function to call it with.
 
     Args:
         name: operator name.
@@ -33,7 +33,12 @@ def register(
         implementation: runs on real tensors of any device.
         fake: gives the results' shapes, dtypes and strides on fake tensors.
         setup_context, backward: the gradient, as ``torch.library.register_autograd`` takes it.
-        vmap: the batching rule, as ``torch.library.register_vmap`` takes it.
+        vmap: the batching rule, as ``torch.library.register_vmap`` takes it.  It and ``backward`` call operators through
+            what this function returned for them, since further transforms may be active around them.
+
+    Returns:
+        The operator; under torch.func transforms an ``autograd.Function`` around it, because torch.library's own
+        gradients refuse those (torch 2.11 to 2.13).
     """
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, implementation, "CPU")
@@ -44,6 +49,23 @@ def register(
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
     if vmap is not None:
         torch.library.register_vmap(qualified, vmap, lib=LIBRARY)
+    operator = getattr(torch.ops.fedkern, name)
+    if backward is None or setup_context is None:
+        return operator
+    members: dict[str, Any] = {
+        "forward": staticmethod(lambda *arguments: operator(*arguments)),
+        "setup_context": staticmethod(setup_context),
+        "backward": staticmethod(backward),
+    }
+    if vmap is not None:
+        members["vmap"] = staticmethod(vmap)
+    function: Any = type(name, (torch.autograd.Function,), members)
+
+    def call(*arguments: Any) -> Any:
+        transformed = torch._C._are_functorch_transforms_active()
+        return function.apply(*arguments) if transformed else operator(*arguments)
+
+    return call
 
 
 def differentiate_reference(
