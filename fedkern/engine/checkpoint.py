@@ -39,18 +39,14 @@ class Checkpoints:
         Raises:
             UserError: there is a manifest, but it or all of its checkpoints are damaged.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / MANIFEST
-        if not path.exists():
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise atomic.unwritable(self.folder, error) from None
+        entries = self._read_manifest()
+        if entries is None:
             self._collect()
             return None
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            if manifest["format"] != FORMAT:
-                raise UserError(f"{path} has format {manifest['format']}, this version of fedkern reads {FORMAT}.")
-            entries = list(manifest["entries"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({error}): the run cannot be resumed, start it again.") from None
         while entries and not self._intact(entries[-1]):
             entries.pop()
         if not entries:
@@ -60,6 +56,23 @@ class Checkpoints:
         self._sums = {name: value for entry in entries for name, value in entry["files"].items()}
         self._collect()
         return entries[-1]
+
+    def peek(self) -> dict[str, Any] | None:
+        """The newest entry as committed, without looking at its files; None where nothing was committed."""
+        entries = self._read_manifest()
+        return entries[-1] if entries else None
+
+    def _read_manifest(self) -> list[dict[str, Any]] | None:
+        path = self.folder / MANIFEST
+        if not path.exists():
+            return None
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            if manifest["format"] != FORMAT:
+                raise UserError(f"{path} has format {manifest['format']}, this version of fedkern reads {FORMAT}.")
+            return list(manifest["entries"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error}): the run cannot be resumed, start it again.") from None
 
     def _intact(self, entry: dict[str, Any]) -> bool:
         return all(_crc(self.folder / name) == value for name, value in entry["files"].items())
@@ -93,11 +106,18 @@ class Checkpoints:
         files = {file: self._sums[file] for file in [name, *self.clients.values()]}
         clients = {str(k): file for k, file in sorted(self.clients.items())}
         entry = {"round": round, "plan": plan, "files": files, "server": name, "clients": clients, "info": info}
-        entries = [*self.entries, entry][-KEEP:]
+        self._write_manifest([*self.entries, entry][-KEEP:])
+        self._collect()
+
+    def amend(self, info: dict[str, Any]) -> None:
+        """Replaces the numbers of the newest checkpoint; its files stay."""
+        entries = [*self.entries[:-1], {**self.entries[-1], "info": info}]
+        self._write_manifest(entries)
+
+    def _write_manifest(self, entries: list[dict[str, Any]]) -> None:
         text = json.dumps({"format": FORMAT, "entries": entries}, indent=1)
         atomic.write_bytes(self.folder / MANIFEST, text.encode())
         self.entries = entries
-        self._collect()
 
     def _write(self, name: str, content: dict[str, Any]) -> str:
         path = self.folder / name

@@ -50,13 +50,18 @@ def run(
     listener = listener or Listener()
     if resume:
         stored = RunConfig.load(out)
-    elif (out / settings.NAME).exists():
-        raise UserError(f"{out} already holds a run: continue it with --resume {out}, or choose another --out.")
+        _compare(config if config.augment else config.replace(augment=stored.augment), stored, out)
+        finished = _finished(out)
+        if finished is not None:
+            listener.on_end(finished)
+            return finished
+    else:
+        _vacant(out)
     with cpu_threads(config.threads), _terminable(), _reproducible():
         data = _load(config, listener) if data is None else data
         config = _effective(config, data)
-        if resume and (changed := config.differences(stored)):
-            raise UserError(f"{out} was made with other settings ({'; '.join(changed)}): resume it with its own.")
+        if resume:
+            _compare(config, stored, out)
         _check(config, data)
         bench = Bench(config, data)
         bench.network("local")
@@ -65,9 +70,30 @@ def run(
         except OSError as error:
             raise atomic.unwritable(out, error) from None
         with atomic.FolderLock(out):
+            for leftover in out.glob("*" + atomic.TEMPORARY):
+                leftover.unlink(missing_ok=True)
             if not resume:
+                _vacant(out)
                 atomic.write_bytes(out / settings.NAME, config.to_toml().encode())
             return Run(config, bench, out, listener).go()
+
+
+def _compare(config: RunConfig, stored: RunConfig, out: Path) -> None:
+    if changed := config.differences(stored):
+        raise UserError(f"{out} was made with other settings ({'; '.join(changed)}): resume it with its own.")
+
+
+def _vacant(out: Path) -> None:
+    if (out / settings.NAME).exists():
+        raise UserError(f"{out} already holds a run: continue it with --resume {out}, or choose another --out.")
+
+
+def _finished(out: Path) -> dict[str, Any] | None:
+    """The summary of a run that is finished and complete."""
+    entry = Checkpoints(out).peek()
+    if entry is None or not entry["info"]["finished"] or not (out / records.MODEL).exists():
+        return None
+    return records.read_summary(out)
 
 
 class Run:
@@ -86,7 +112,8 @@ class Run:
         self.planned = 0  # rounds of the plan, one-off ones included
         self.best: dict[str, float] = {}
         self.latest: dict[str, float] = {}
-        self.since_evaluation: dict[str, Any] = {}
+        self.last_clients: dict[str, Any] = {}
+        self.phases: dict[str, float] = {}
         self._clients: dict[int, Client] = {}
         self._elapsed = 0.0
         self._started = time.perf_counter()
@@ -103,10 +130,6 @@ class Run:
             self.method.start(self.server)
         else:
             self._restore(entry, fingerprint_now)
-            finished = records.read_summary(self.out)
-            if entry["info"]["finished"] and finished is not None:
-                self.listener.on_end(finished)
-                return finished
         self.sets = test_sets(self.bench)
         self._announce()
         for number, entry_round in enumerate(self.method.rounds(self.bench.federation)):
@@ -148,7 +171,7 @@ class Run:
         participants = everyone if entry.participants == "all" else sample_clients(self.config, index)
         self.listener.on_round_start(index if entry.one_off else index + 1, entry.name, participants)
         self._round = {"clients": {}, "dropped": {}, "index": index}
-        phases = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0, "checkpoint": 0.0}
+        phases = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0}
         for exchange_name in entry.exchanges:
             step = Step(index, entry.name, exchange_name)
             begun = time.perf_counter()
@@ -198,6 +221,7 @@ class Run:
         if self._round["dropped"]:
             record["dropped"] = self._round["dropped"]
         record["phases"] = {name: round(value, 6) for name, value in phases.items()}
+        self._add_phases(phases)
         record["round_seconds"] = time.perf_counter() - start
         record["seconds"] = self.seconds()
         if due:
@@ -234,7 +258,13 @@ class Run:
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
-    def _commit(self, data: int, finished: bool = False) -> None:
+    def _commit(self, data: int) -> None:
+        begun = time.perf_counter()
+        info = self._info(data)
+        self.checkpoints.commit(round=self.done, plan=self.planned, server=self.server.state, info=info)
+        self._add_phases({"checkpoint": time.perf_counter() - begun})
+
+    def _info(self, data: int, finished: bool = False) -> dict[str, Any]:
         info = {
             "ledger": self.ledger.to_dict(),
             "seconds": self.seconds(),
@@ -243,13 +273,18 @@ class Run:
             "warnings": self.bench.warnings,
             "best": self.best,
             "latest": records.plain(self.latest),
-            "clients": getattr(self, "last_clients", {}),
+            "clients": self.last_clients,
+            "phases": self.phases,
             "config": self.config.to_dict(),
             "data": data,
             "versions": records.versions(),
             "finished": finished,
         }
-        self.checkpoints.commit(round=self.done, plan=self.planned, server=self.server.state, info=records.plain(info))
+        return dict(records.plain(info))
+
+    def _add_phases(self, seconds: dict[str, float]) -> None:
+        for name, value in seconds.items():
+            self.phases[name] = self.phases.get(name, 0.0) + value
 
     def _restore(self, entry: dict[str, Any], data: int) -> None:
         info = entry["info"]
@@ -264,7 +299,7 @@ class Run:
         self.bench.warnings = dict(info["warnings"])
         self._told = set(self.bench.warnings)
         self.best, self.latest = dict(info["best"]), dict(info["latest"])
-        self.last_clients = info["clients"]
+        self.last_clients, self.phases = info["clients"], dict(info["phases"])
         self._elapsed = info["seconds"]
         self.metrics.truncate(info["metrics_bytes"])
         if info["versions"]["torch"] != torch.__version__:
@@ -280,12 +315,12 @@ class Run:
         network = self.method.model(self.server)
         if not any(test.predictions is not None for test in self.sets.values()):
             self.latest = evaluate(self.method, network, self.sets)
-        metrics = {**self.latest, **gradcam(network, self.sets, self.config.grad_cam)}
+        metrics = {**self.latest, **self._gradcam(network)}
         server = self.bench.network("server")
         warn = self.bench.warn
         for found in (
             diagnostics.collapsed_classes(self.sets, self.bench.data.classes),
-            diagnostics.outlying_drift(getattr(self, "last_clients", {})),
+            diagnostics.outlying_drift(self.last_clients),
             diagnostics.poor_metrics(metrics, self.best, self.bench.federation.classes),
             diagnostics.missing_statistics(self.config.buffers, server.buffers.numel() > 0),
             self.method.diagnose(self.observed.summary()),
@@ -304,13 +339,19 @@ class Run:
             "metrics": metrics,
             "bytes": self.ledger.summary(),
             "seconds": self.seconds(),
+            "phases": self.phases,
             "diagnostics": self.bench.warnings,
             "versions": records.versions(),
         }
         records.write_summary(self.out, summary)
-        self._commit(data, finished=True)
+        self.checkpoints.amend(self._info(data, finished=True))
         self.listener.on_end(summary)
         return summary
+
+    def _gradcam(self, network: Any) -> dict[str, float]:
+        # Grad-CAM looks at single images in eval mode, which a network without running statistics does not have.
+        count = self.config.grad_cam if self.config.buffers == "average" else 0
+        return gradcam(network, self.sets, count)
 
     def _about(self) -> dict[str, Any]:
         data = self.bench.data

@@ -42,6 +42,7 @@ class Bench:
         self._networks: dict[str, Network] = {}
         self._clients: dict[int, ClientData] = {}
         self._frozen_key: tuple[Any, ...] = ()
+        self._initial_buffers: Message | None = None
 
     def build(self) -> nn.Module:
         """A freshly initialised network from the run's own stream, always the same."""
@@ -63,6 +64,16 @@ class Bench:
                 network.freeze()
             self._networks[name] = network
         return self._networks[name]
+
+    def initial(self) -> Message:
+        """The vectors of a fresh network."""
+        return Network(self.build(), torch.device("cpu")).read()
+
+    def initial_buffers(self) -> Message:
+        """Its ``buffers`` and ``integers``, for clients that start from them."""
+        if self._initial_buffers is None:
+            self._initial_buffers = {name: value for name, value in self.initial().items() if name != "parameters"}
+        return self._initial_buffers
 
     def client_data(self, client: int) -> ClientData:
         if client not in self._clients:
@@ -107,7 +118,7 @@ class Client:
         own = None
         if config.buffers != "average":
             own = self.state.get("buffers_local") if config.buffers == "local" else None
-            network.write(own or bench_initial(bench))
+            network.write(own or bench.initial_buffers())
         network.write(message)
         received = Context(
             message=message,
@@ -173,7 +184,7 @@ class Server:
         self._bench = bench
 
     def initial(self) -> Message:
-        vectors = Network(self._bench.build(), torch.device("cpu")).read()
+        vectors = self._bench.initial()
         return vectors if self._bench.config.buffers == "average" else {"parameters": vectors["parameters"]}
 
     def network(self, message: Message) -> nn.Module:
@@ -185,12 +196,6 @@ class Server:
 
     def accumulator(self, size: int) -> Any:
         return ops.Accumulator(size)
-
-
-def bench_initial(bench: Bench) -> Message:
-    """The buffers of a fresh network."""
-    vectors = Network(bench.build(), torch.device("cpu")).read()
-    return {name: value for name, value in vectors.items() if name != "parameters"}
 
 
 def sample_clients(config: RunConfig, round: int) -> list[int]:
@@ -238,7 +243,10 @@ class Exchange:
                 info["drift"] = float(torch.linalg.vector_norm(got - sent))
             engine.client_done(client, before, info, time.perf_counter() - start)
             self.seconds += time.perf_counter() - start
-            yield Upload(k, client.samples, answer)
+            # Handed over for good: while the next client trains, only the server may still hold this upload.
+            handover = [Upload(k, client.samples, answer)]
+            del answer, got, client
+            yield handover.pop()
 
 
 def message_for(outgoing: Any, client: int) -> Message:

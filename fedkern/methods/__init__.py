@@ -1,6 +1,5 @@
 """Federated methods: one file each, written against the protocol of :mod:`fedkern.methods.base`."""
 
-from fedkern.methods import fedavg, fedgid, fedprox
 from fedkern.methods.base import (
     METHODS,
     Backgrounds,
@@ -19,8 +18,28 @@ from fedkern.methods.base import (
     option,
     register,
 )
+from fedkern.methods.fedavg import FedAvg
+from fedkern.methods.fedgid import FedGID
+from fedkern.methods.fedprox import FedProx
 
 __all__ = [
-    "METHODS", "Backgrounds", "Batch", "Client", "Federation", "LocalTraining", "Message", "Method", "Received",
-    "Round", "Server", "Step", "Upload", "fedavg", "fedgid", "fedprox", "get", "option", "register",
+    "METHODS",
+    "Backgrounds",
+    "Batch",
+    "Client",
+    "FedAvg",
+    "FedGID",
+    "FedProx",
+    "Federation",
+    "LocalTraining",
+    "Message",
+    "Method",
+    "Received",
+    "Round",
+    "Server",
+    "Step",
+    "Upload",
+    "get",
+    "option",
+    "register",
 ]  # fmt: skip

@@ -333,14 +333,15 @@ class LocalTraining(Method):
         for upload in uploads:
             weight = 1.0 if uniform else float(upload.samples)
             for name in ("parameters", "buffers"):
-                vector = upload.message.get(name)
-                if vector is not None:
+                if name in upload.message:
                     if name not in means:
-                        means[name] = server.accumulator(vector.numel())
-                    means[name].add(vector, weight)
-            counts = upload.message.get("integers")
-            if counts is not None:
-                integers = counts.clone() if integers is None else torch.maximum(integers, counts)
+                        means[name] = server.accumulator(upload.message[name].numel())
+                    means[name].add(upload.message[name], weight)
+            if "integers" in upload.message:
+                own = upload.message["integers"]
+                integers = own.clone() if integers is None else torch.maximum(integers, own)
+                del own
+            del upload  # or it would live until the next one has arrived
         for name, mean in means.items():
             server.state[name] = mean.mean()
         if integers is not None:

@@ -1,0 +1,115 @@
+"""Settings: defaults, TOML round trip, differences, messages."""
+
+import math
+import tomllib
+
+import pytest
+
+from fedkern.data import DATASETS
+from fedkern.engine import RunConfig, toml
+from fedkern.engine.defaults import DATA, METHOD, defaults
+from fedkern.errors import UserError
+from fedkern.methods import METHODS
+
+
+@pytest.mark.parametrize("data", sorted(DATASETS))
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_defaults_are_valid_settings_and_survive_toml(method, data):
+    config = RunConfig.make(method, data=data)
+    assert config.partition
+    assert config.width
+    assert RunConfig.from_toml(config.to_toml()) == config
+
+
+def test_defaults_name_only_what_exists():
+    assert set(DATA) <= set(DATASETS)
+    assert {method for method, _ in METHOD} <= set(METHODS)
+    assert {data for _, data in METHOD} <= set(DATASETS)
+
+
+def test_what_is_given_wins_over_the_defaults_of_method_and_data():
+    assert RunConfig.make("fedgid", lr=0.3).lr == 0.3
+    chosen = RunConfig.make("fedgid", options=["lambda=0.77", "alpha=0.9"]).options
+    assert (chosen["lambda"], chosen["alpha"]) == (0.77, 0.9)
+    own = defaults("fedgid", "colordigits").get("options", {})
+    assert {**RunConfig.make("fedgid").options, **own} == dict(RunConfig.make("fedgid").options)
+
+
+def test_methods_share_the_settings_of_a_data_set():
+    a, b = (RunConfig.make(m) for m in ("fedavg", "fedgid"))
+    assert {d.split(":")[0].split(".")[0] for d in b.differences(a)} <= {"method", "options"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": 0}, r"--lr must be above 0, not 0"),
+        ({"lr": "fast"}, '--lr must be a number, not "fast"'),
+        ({"rounds": 0}, "--rounds must be at least 1"),
+        ({"sample_fraction": 1.5}, "--sample-fraction must be above 0 and at most 1"),
+        ({"correlation": 2}, r"--correlation must be in \[0, 1\]"),
+        ({"momentum": 1}, "--momentum must be below 1"),
+        ({"buffers": "avg"}, '--buffers must be one of average, local, drop, not "avg"'),
+        ({"device": "gpu"}, "--device must be one of auto, cpu, cuda"),
+        ({"lernrate": 1}, 'Unknown setting "lernrate"'),
+        ({"data": "colourdigits"}, '"colourdigits".*Did you mean "colordigits"'),
+        ({"options": ["alpha=1.5"]}, r'"alpha" must be in \[0, 1\], not 1.5'),
+    ],
+)
+def test_mistakes_are_one_sentence(settings, message):
+    with pytest.raises(UserError, match=message):
+        RunConfig.make("fedgid", **settings)
+
+
+def test_differences_name_setting_old_and_new():
+    config = RunConfig.make("fedgid")
+    changed = config.replace(lr=0.5, options={**config.options, "temperature": math.inf})
+    assert changed.differences(config) == ["lr: 0.05 -> 0.5", "options.temperature: 1.0 -> inf"]
+    assert config.differences(config) == []
+
+
+def test_infinite_temperature_survives_toml():
+    config = RunConfig.make("fedgid", options=["temperature=inf"])
+    assert RunConfig.from_toml(config.to_toml()).options["temperature"] == math.inf
+
+
+def test_a_partial_file_has_only_what_it_says():
+    table = RunConfig.table('lr = 0.2\nlocal-epochs = 3\n[options]\n"lambda" = 2\n')
+    assert table == {"lr": 0.2, "local_epochs": 3, "options": {"lambda": 2}}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr = ", "not a valid TOML file"),
+        ("learning = 1", 'unknown setting "learning"'),
+        ("options = 3", "must be a table"),
+    ],
+)
+def test_bad_files(text, message):
+    with pytest.raises(UserError, match=message):
+        RunConfig.from_toml(text)
+
+
+def test_toml_text_is_what_the_standard_library_reads():
+    table = {
+        "text": 'quotes " and \\ and \n and \x7f and ü',
+        "number": -3,
+        "real": 1e-30,
+        "whole": 2.0,
+        "inf": math.inf,
+        "flag": True,
+        "list": ["a", 1, 2.5, False],
+        "sub": {"odd key!": "x", "plain": 1},
+        "empty": {},
+    }
+    assert tomllib.loads(toml.dumps(table)) == table
+    assert isinstance(tomllib.loads(toml.dumps(table))["whole"], float)
+    with pytest.raises(TypeError, match="NoneType"):
+        toml.dumps({"x": None})
+
+
+def test_threads_and_device_are_resolved():
+    config = RunConfig.make("fedavg")
+    assert config.threads >= 1
+    assert config.device in ("cpu", "cuda")

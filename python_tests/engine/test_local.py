@@ -1,0 +1,221 @@
+"""The training loop against torch.optim.SGD, and what it does when a client diverges."""
+
+import copy
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from fedkern import data as fedkern_data
+from fedkern.engine import Listener, run
+from fedkern.engine.local import Diverged
+from fedkern.engine.network import Network
+from fedkern.engine.records import read_metrics
+from fedkern.engine.samples import batch_plan
+from fedkern.engine.serial import Bench, Client
+from fedkern.errors import UserError
+from fedkern.methods import METHODS, FedAvg, Step
+
+STEP = Step(0, "train", "update")
+
+
+def one_client(config, data, method=None):
+    bench = Bench(config, data)
+    message = bench.initial()
+    client = Client(bench, 0, {})
+    return bench, message, client, (method or FedAvg()).client_update(client, STEP, message)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+@pytest.mark.parametrize("clip_norm", [0.0, 0.05])
+@pytest.mark.parametrize("model", ["cnn", "resnet8"])
+def test_equals_plain_sgd(model, momentum, weight_decay, clip_norm, make_data, make_config):
+    data = make_data()
+    config = make_config(
+        model=model, momentum=momentum, weight_decay=weight_decay, clip_norm=clip_norm, local_epochs=2, batch_size=8
+    )
+    bench, _, client, answer = one_client(config, data)
+
+    oracle = bench.build().to(memory_format=torch.channels_last)
+    oracle.train()
+    optimiser = torch.optim.SGD(oracle.parameters(), lr=config.lr, momentum=momentum, weight_decay=weight_decay)
+    split = data.clients[0]
+    images = fedkern_data.normalise(split.images, data.mean, data.std, channels_last=True)
+    rng = client.rng("batches", STEP)
+    for _ in range(2):
+        for rows in batch_plan(len(split), 8, rng):
+            optimiser.zero_grad()
+            cross_entropy(oracle(images[rows]), split.labels[rows]).backward()
+            if clip_norm:
+                torch.nn.utils.clip_grad_norm_(oracle.parameters(), clip_norm)
+            optimiser.step()
+    expected = Network(oracle, torch.device("cpu")).read()
+    torch.testing.assert_close(answer["parameters"], expected["parameters"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(answer["buffers"], expected["buffers"], rtol=1e-4, atol=1e-6)
+    assert torch.equal(answer["integers"], expected["integers"])
+
+
+def test_gradients_are_channels_last_views_of_one_vector(make_data, make_config):
+    bench, message, _, _ = one_client(make_config(), make_data())
+    network = bench.network("local")
+    flat = network.gradients
+    flat.fill_(0)
+    images = bench.client_data(0).pixels.take(np.arange(4))
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    network.module(images).sum().backward()
+    assert flat.abs().sum() > 0
+    own = torch.cat([p.grad.flatten().abs() for p in network.module.parameters()])
+    assert own.sum() == pytest.approx(float(flat.abs().sum()), rel=1e-5)
+    assert flat.shape == message["parameters"].shape
+
+
+@pytest.mark.parametrize(("samples", "size"), list(itertools.product([1, 2, 3, 4, 5, 7, 8, 9, 33], [1, 2, 4, 8, 40])))
+def test_batches_cover_the_client_and_never_hold_one_sample_by_accident(samples, size):
+    plan = batch_plan(samples, size, np.random.default_rng(0))
+    assert sorted(np.concatenate(plan).tolist()) == list(range(samples))
+    assert all(len(batch) <= size + 1 for batch in plan)
+    if size > 1 and samples > 1:
+        assert min(map(len, plan)) > 1
+    if samples <= size:
+        assert len(plan) == 1
+
+
+def test_images_are_normalised_alike_with_and_without_cache(make_data, make_config):
+    data = make_data()
+    bench = Bench(make_config(), data)
+    rows = np.array([3, 0, 5])
+    expected = fedkern_data.normalise(data.clients[0].images[rows], data.mean, data.std)
+    for cache in (True, False):
+        bench.cache = cache
+        bench._clients.clear()
+        torch.testing.assert_close(bench.client_data(0).pixels.take(rows), expected)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("fill", ["mean", "zero"])
+def test_background_bank(cache, fill, make_data, make_config):
+    data = make_data()
+    split = data.clients[0]
+    split.masks[4] = False  # nothing detected
+    bench = Bench(make_config(), data)
+    bench.cache = cache
+    bank = bench.client_data(0).backgrounds(fill)
+    keep = [i for i in range(len(split)) if i != 4]
+    images, masks = bank.take(None), split.masks[keep][:, None].expand(-1, 3, -1, -1)
+    plain = fedkern_data.normalise(split.images[keep], data.mean, data.std)
+    value = (
+        torch.zeros(3) if fill == "mean" else torch.tensor([-m / s for m, s in zip(data.mean, data.std, strict=True)])
+    )
+    assert len(bank) == len(keep)
+    assert bank.labels.tolist() == split.labels[keep].tolist()
+    inside = value.view(1, 3, 1, 1).expand_as(images)
+    if fill == "mean":
+        assert (images[masks] == 0).all()  # exactly
+    torch.testing.assert_close(images[masks], inside[masks])
+    torch.testing.assert_close(images[~masks], plain[~masks])
+    torch.testing.assert_close(bank.take(np.array([2, 2, 0])), images[[2, 2, 0]])
+
+
+class Bomb(FedAvg):
+    """Diverges at a chosen client, round and batch."""
+
+    where = (1, 1, 3)  # client, round and batch, rounds from 0 and batches from 1
+    kind = "loss"
+    count = 0
+
+    def client_update(self, client, step, message):
+        self.client, self.count = client.id, 0
+        return super().client_update(client, step, message)
+
+    def loss(self, model, batch, received):
+        self.count += 1
+        loss = super().loss(model, batch, received)
+        if (self.client, received.step.round, self.count) != self.where:
+            return loss
+        if self.kind == "loss":
+            return loss * float("nan")
+        # A finite loss with an infinite gradient.
+        weight = next(model.parameters())
+        return loss + (weight - weight.detach()).sum() * 3e38 * 10
+
+    def adjust_gradient(self, parameters, gradients, received):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_diverging_client_stops_the_run_and_is_named(kind, make_data, make_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(Bomb, "kind", kind)
+    monkeypatch.setitem(METHODS, "fedavg", Bomb)
+    with pytest.raises(UserError, match=rf"Client 1 diverged in round 2, batch 3: the {kind} is (nan|inf)"):
+        run(make_config(), out=tmp_path, data=make_data())
+
+
+def test_a_diverging_client_is_skipped(make_data, make_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "fedavg", Bomb)
+    uploads = {}
+
+    class Watch(Listener):
+        def on_client(self, round, client, info):
+            uploads.setdefault(round, []).append(client)
+
+    summary = run(make_config(rounds=3, on_nan="skip"), out=tmp_path, data=make_data(), listener=Watch())
+    assert uploads == {1: [0, 1, 2], 2: [0, 2], 3: [0, 1, 2]}
+    records = read_metrics(tmp_path)
+    assert [r.get("dropped") for r in records] == [None, {"1": {"batch": 3, "reason": "the loss is nan"}}, None]
+    assert summary["diagnostics"]["diverging-client"].startswith("Client 1 diverged in round 2, batch 3")
+    assert all(np.isfinite(r["id_loss"]) for r in records)
+    each = summary["bytes"]["clients"]
+    assert each["1"]["up"] * 3 == each["0"]["up"] * 2
+    assert each["1"]["down"] == each["0"]["down"]
+
+
+def test_nobody_left_stops_the_run(make_data, make_config, tmp_path):
+    with pytest.raises(UserError, match="Every client of round 1 diverged"):
+        run(make_config(lr=1e30, on_nan="skip"), out=tmp_path, data=make_data())
+
+
+def test_divergence_in_the_last_step_is_seen(make_data, make_config):
+    class Steep(FedAvg):
+        """A finite gradient that is too much for the learning rate."""
+
+        def loss(self, model, batch, received):
+            return 1e3 * super().loss(model, batch, received)
+
+    with pytest.raises(Diverged, match="parameters are not finite"):
+        one_client(make_config(lr=3e38, batch_size=64, momentum=0.0), make_data(), Steep())
+
+
+@pytest.mark.parametrize("policy", ["average", "local", "drop"])
+@pytest.mark.parametrize("method", ["fedavg", "fedgid"])
+def test_buffer_policies(policy, method, make_data, make_config, tmp_path):
+    data = make_data()
+    summary = run(make_config(method, buffers=policy, rounds=3), out=tmp_path, data=data)
+    bench = Bench(make_config(), data)
+    vectors = bench.initial()
+    size = sum(v.numel() * v.element_size() for k, v in vectors.items() if policy == "average" or k == "parameters")
+    assert summary["bytes"]["up"] == 3 * 3 * size
+    assert ("no-running-statistics" in summary["diagnostics"]) == (policy != "average")
+    assert summary["metrics"]["id_accuracy"] > 0.4  # the batch's own statistics make the network work
+
+
+def test_local_buffers_stay_with_their_client(make_data, make_config):
+    config = make_config(buffers="local")
+    _, message, client, answer = one_client(config, make_data())
+    assert set(answer) == {"parameters"}
+    kept = copy.deepcopy(client.state["buffers_local"])
+    assert kept["integers"].tolist() == [5] * 3
+    FedAvg().client_update(client, Step(1, "train", "update"), {"parameters": message["parameters"]})
+    assert client.state["buffers_local"]["integers"].tolist() == [10] * 3
+    assert not torch.equal(kept["buffers"], client.state["buffers_local"]["buffers"])
+
+
+def test_augmentation_changes_batches_and_is_reproducible(make_data, make_config, tmp_path):
+    data = make_data()
+    results = []
+    for name, augment in (("a", "none"), ("b", "crop"), ("c", "crop")):
+        run(make_config("fedgid", augment=augment), out=tmp_path / name, data=data)
+        results.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert results[0] != results[1] == results[2]

@@ -1,0 +1,317 @@
+"""An interrupted and resumed run gives the bits of an uninterrupted one, wherever it was interrupted."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedkern.engine import Listener, RunConfig, Terminated, atomic, run
+from fedkern.engine.checkpoint import Checkpoints
+from fedkern.engine.records import read_metrics
+from fedkern.errors import UserError
+
+TIMES = ("seconds", "round_seconds", "phases")
+
+
+def outcome(out):
+    """Everything that must be the same bit for bit: the model, the metrics and the summary but for the times."""
+    metrics = [{k: v for k, v in record.items() if k not in TIMES} for record in read_metrics(out)]
+    summary = {k: v for k, v in json.loads((out / "summary.json").read_text()).items() if k not in TIMES}
+    return (out / "model.safetensors").read_bytes(), metrics, summary
+
+
+class Kill(BaseException):
+    """Stands for kill -9: nothing of ours may catch it."""
+
+
+class KillAt(Listener):
+    def __init__(self, hook, count):
+        self.hook, self.count = hook, count
+
+    def _maybe(self, hook):
+        if hook == self.hook:
+            self.count -= 1
+            if self.count < 0:
+                raise Kill
+
+    def on_round_start(self, *_):
+        self._maybe("round-start")
+
+    def on_client(self, *_):
+        self._maybe("client")
+
+    def on_round(self, _):
+        self._maybe("round")
+
+    def on_end(self, _):
+        self._maybe("end")
+
+
+STATEFUL = {"buffers": "local", "sample_fraction": 0.6, "options": {"background_pool": "shared"}, "rounds": 4}
+PLAIN = {"rounds": 4}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    cache = {}
+
+    def get(name, config, data):
+        if name not in cache:
+            out = tmp_path_factory.mktemp(name)
+            run(config, out=out, data=data)
+            cache[name] = outcome(out)
+        return cache[name]
+
+    return get
+
+
+@pytest.mark.parametrize("settings", [PLAIN, STATEFUL], ids=["plain", "stateful"])
+@pytest.mark.parametrize(
+    ("hook", "count"),
+    [("round-start", 0), ("client", 1), ("round", 0), ("round-start", 2), ("client", 7), ("round", 3), ("end", 0)],
+)
+def test_killed_at_a_hook(settings, hook, count, make_data, make_config, tmp_path, reference):
+    data, config = make_data(), make_config("fedgid", **settings)
+    expected = reference(f"hook-{len(settings)}", config, data)
+    with pytest.raises(Kill):
+        run(config, out=tmp_path, data=data, listener=KillAt(hook, count))
+    run(RunConfig.load(tmp_path), out=tmp_path, resume=True, data=data)
+    assert outcome(tmp_path) == expected
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("count", range(0, 15, 2))
+def test_killed_around_every_file(count, when, make_data, make_config, tmp_path, monkeypatch, reference):
+    """Dies before or after the rename of the count-th file: server, client states, manifest, model, summary ..."""
+    data, config = make_data(), make_config("fedgid", **{**STATEFUL, "rounds": 2})
+    expected = reference("files", config, data)
+    seen = []
+    real = Path.replace
+
+    def replace(self, target):
+        if len(seen) == count and when == "before":
+            raise Kill
+        result = real(self, target)
+        seen.append(str(target))
+        if len(seen) == count + 1 and when == "after":
+            raise Kill
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replace)
+        with pytest.raises(Kill):
+            run(config, out=tmp_path, data=data)
+    if not (tmp_path / "config.toml").exists():  # died before the folder was a run folder
+        run(config, out=tmp_path, data=data)
+    else:
+        run(RunConfig.load(tmp_path), out=tmp_path, resume=True, data=data)
+    assert outcome(tmp_path) == expected
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_killed_again_and_again(make_data, make_config, tmp_path, reference):
+    data, config = make_data(), make_config("fedgid", **STATEFUL)
+    expected = reference(f"hook-{len(STATEFUL)}", config, data)
+    for attempt in range(20):
+        try:
+            run(config, out=tmp_path, data=data, resume=attempt > 0, listener=KillAt("client", 6))
+            break
+        except Kill:
+            pass
+    assert attempt >= 2
+    assert outcome(tmp_path) == expected
+
+
+def test_sparse_checkpoints_and_evaluation(make_data, make_config, tmp_path):
+    data = make_data()
+    config = make_config(rounds=7, checkpoint_every=3, eval_every=2, buffers="local")
+    run(config, out=tmp_path / "whole", data=data)
+    with pytest.raises(Kill):
+        run(config, out=tmp_path / "cut", data=data, listener=KillAt("client", 16))
+    assert Checkpoints(tmp_path / "cut").peek()["round"] == 3
+    run(config, out=tmp_path / "cut", resume=True, data=data)
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+
+
+def test_half_a_line_of_metrics_is_forgotten(make_data, make_config, tmp_path):
+    data, config = make_data(), make_config(rounds=3)
+    run(config, out=tmp_path / "whole", data=data)
+    with pytest.raises(Kill):
+        run(config, out=tmp_path / "cut", data=data, listener=KillAt("round", 1))
+    with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
+        file.write('{"round": 3, "secon')
+    run(config, out=tmp_path / "cut", resume=True, data=data)
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(make_data, make_config, tmp_path):
+    data, config = make_data(), make_config(rounds=4)
+    run(config, out=tmp_path / "whole", data=data)
+    with pytest.raises(Kill):
+        run(config, out=tmp_path / "cut", data=data, listener=KillAt("round-start", 3))
+    entry = Checkpoints(tmp_path / "cut").peek()
+    assert entry["round"] == 3
+    file = tmp_path / "cut" / "checkpoints" / entry["server"]
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+    listener = Rounds()
+    run(config, out=tmp_path / "cut", resume=True, data=data, listener=listener)
+    assert listener.first == 2
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+
+
+class Rounds(Listener):
+    first = None
+
+    def on_start(self, run):
+        self.first = run.first_round
+
+
+def test_only_the_last_two_checkpoints_stay(make_data, make_config, tmp_path):
+    run(make_config(rounds=5, buffers="local"), out=tmp_path, data=make_data())
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    servers = {f"server-{plan:06d}.safetensors" for plan in (4, 5)}
+    clients = {f"client-{k:05d}-{plan:06d}.safetensors" for plan in (4, 5) for k in range(3)}
+    assert names == {"manifest.json", *servers, *clients}
+
+
+def test_absent_clients_keep_their_state_on_disk(make_data, make_config, tmp_path):
+    config = make_config(clients=5, sample_fraction=0.2, rounds=6, buffers="local")
+    run(config, out=tmp_path, data=make_data(sizes=(5,) * 5))
+    entry = Checkpoints(tmp_path).peek()
+    rounds = {int(name.split("-")[2].split(".")[0]) for name in entry["clients"].values()}
+    assert len(entry["clients"]) > 1
+    assert min(rounds) < 6  # written when that client last took part, not copied since
+
+
+def test_a_finished_run_returns_its_summary_without_data(make_data, make_config, tmp_path):
+    config = make_config(rounds=1)
+    summary = run(config, out=tmp_path, data=make_data())
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    again = run(RunConfig.load(tmp_path), out=tmp_path, resume=True)
+    assert again == json.loads(json.dumps(summary))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_other_settings_are_refused_and_named(make_data, make_config, tmp_path):
+    config = make_config("fedgid")
+    with pytest.raises(Kill):
+        run(config, out=tmp_path, data=make_data(), listener=KillAt("round", 0))
+    for change, words in (
+        ({"lr": 0.5}, r"lr: 0\.05 -> 0\.5"),
+        ({"options": {**config.options, "alpha": 0.9}}, r"options\.alpha: 0\.6 -> 0\.9"),
+        ({"threads": 2}, r"threads: 1 -> 2"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run(config.replace(**change), out=tmp_path, resume=True, data=make_data())
+
+
+def test_other_data_are_refused(make_data, make_config, tmp_path):
+    with pytest.raises(Kill):
+        run(make_config(), out=tmp_path, data=make_data(), listener=KillAt("client", 4))
+    with pytest.raises(UserError, match="data are not those"):
+        run(make_config(), out=tmp_path, resume=True, data=make_data(seed=1))
+
+
+def test_not_a_run_folder(make_config, tmp_path):
+    with pytest.raises(UserError, match="is not a run folder"):
+        run(make_config(), out=tmp_path, resume=True)
+
+
+def test_damaged_manifest_is_one_sentence(make_data, make_config, tmp_path):
+    with pytest.raises(Kill):
+        run(make_config(), out=tmp_path, data=make_data(), listener=KillAt("client", 4))
+    (tmp_path / "checkpoints" / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        run(make_config(), out=tmp_path, resume=True, data=make_data())
+
+
+def test_thread_count_is_stored_restored_and_given_back(make_data, make_config, tmp_path):
+    before = torch.get_num_threads()
+    seen = []
+
+    class Threads(Listener):
+        def on_client(self, *_):
+            seen.append(torch.get_num_threads())
+
+    torch.set_num_threads(1)
+    try:
+        run(make_config(threads=2, rounds=1, batch_size=20), out=tmp_path, data=make_data(), listener=Threads())
+        assert set(seen) == {2}
+        assert torch.get_num_threads() == 1
+        assert RunConfig.load(tmp_path).threads == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_second_process_is_refused(make_data, make_config, tmp_path):
+    with atomic.FolderLock(tmp_path), pytest.raises(UserError, match=f"in use by process {os.getpid()}"):
+        run(make_config(), out=tmp_path, data=make_data())
+    run(make_config(), out=tmp_path, data=make_data())
+
+
+# Real processes, really killed.
+
+PROGRAM = """
+import sys
+sys.path.insert(0, {here!r})
+from conftest import federation
+from fedkern.engine import Listener, RunConfig, Terminated, run
+
+class Tell(Listener):
+    def on_client(self, round, client, info):
+        print(round, client, flush=True)
+
+config = RunConfig.make("fedgid", width=2, rounds=40, local_epochs=1, batch_size=4, clients=3, threads=1, grad_cam=0,
+                        sample_fraction=0.6, buffers="local")
+try:
+    run(config, out=sys.argv[1], resume=sys.argv[2] == "resume", data=federation(), listener=Tell())
+except Terminated:
+    sys.exit(143)
+"""
+
+
+def start(out, mode):
+    program = PROGRAM.format(here=str(Path(__file__).parent))
+    return subprocess.Popen([sys.executable, "-c", program, str(out), mode], stdout=subprocess.PIPE, text=True)
+
+
+def kill_after(process, lines, number):
+    for _ in range(lines):
+        assert process.stdout.readline()
+    time.sleep(0.003 * (lines % 5))  # not always at the same place of a round
+    process.send_signal(number)
+    process.stdout.read()
+    return process.wait(60)
+
+
+def test_processes_really_killed(make_data, tmp_path):
+    cut = tmp_path / "cut"
+    assert kill_after(start(cut, "new"), 9, signal.SIGKILL) == -signal.SIGKILL
+    first = Checkpoints(cut).peek()["round"]
+    assert kill_after(start(cut, "resume"), 13, signal.SIGTERM) == 143
+    second = Checkpoints(cut).peek()["round"]
+    assert 0 < first < second < 40
+    config = RunConfig.load(cut)
+    run(config, out=cut, resume=True, data=make_data())
+    run(config, out=tmp_path / "whole", data=make_data())
+    assert outcome(cut) == outcome(tmp_path / "whole")
+
+
+def test_sigterm_is_an_interrupt_of_its_own(make_data, make_config, tmp_path):
+    class Suicide(Listener):
+        def on_client(self, round, client, info):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Terminated) as caught:
+        run(make_config(), out=tmp_path, data=make_data(), listener=Suicide())
+    assert isinstance(caught.value, KeyboardInterrupt)
+    assert signal.getsignal(signal.SIGTERM) == handler

@@ -1,0 +1,256 @@
+"""A run from its settings to its folder."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from fedkern import models
+from fedkern.engine import Listener, RunConfig, run
+from fedkern.engine.records import read_metrics
+from fedkern.errors import UserError
+from fedkern.methods import METHODS, FedAvg, register
+
+
+class Recorder(Listener):
+    def __init__(self):
+        self.events, self.records, self.clients, self.warnings, self.summary, self.run = [], [], [], {}, None, None
+
+    def on_start(self, run):
+        self.run = run
+        self.events.append("start")
+
+    def on_round_start(self, round, name, participants):
+        self.events.append(("round", round, name, tuple(participants)))
+
+    def on_client(self, round, client, info):
+        self.clients.append((round, client, info))
+
+    def on_round(self, record):
+        self.records.append(record)
+
+    def on_warning(self, name, text):
+        self.warnings[name] = text
+
+    def on_end(self, summary):
+        self.summary = summary
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedprox", "fedgid"])
+def test_folder_holds_what_the_interface_promises(method, make_data, make_config, tmp_path):
+    listener = Recorder()
+    config = make_config(method)
+    summary = run(config, out=tmp_path / "run", listener=listener, data=make_data())
+    out = tmp_path / "run"
+    assert RunConfig.load(out) == config.replace(augment="none")
+    records = read_metrics(out)
+    assert [r["round"] for r in records] == [1, 2]
+    for record in records:
+        assert {"round", "seconds", "bytes_up", "bytes_down", "id_accuracy", "ood_accuracy", "id_loss"} <= set(record)
+        assert set(record["clients"]) == {"0", "1", "2"}
+        for client in record["clients"].values():
+            assert client["drift"] > 0
+            assert np.isfinite(client["loss"])
+    assert json.loads((out / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert {"method", "data", "seed", "rounds", "metrics", "bytes", "seconds", "versions"} <= set(summary)
+    for name in ("id_accuracy", "ood_accuracy", "id_confidence", "id_gradcam_in_object"):
+        assert 0 <= summary["metrics"][name] <= 1
+    assert listener.events[0] == "start"
+    assert [e for e in listener.events if e != "start"] == [("round", r, "train", (0, 1, 2)) for r in (1, 2)]
+    assert [r["round"] for r in listener.records] == [1, 2]
+    assert listener.summary == summary
+    assert [(r, c) for r, c, _ in listener.clients] == [(r, c) for r in (1, 2) for c in range(3)]
+    assert not list(out.rglob("*.part"))
+
+
+def test_saved_model_is_the_evaluated_one(make_data, make_config, tmp_path):
+    data = make_data()
+    summary = run(make_config(), out=tmp_path / "run", data=data)
+    tensors = load_file(tmp_path / "run" / "model.safetensors")
+    with safe_open(tmp_path / "run" / "model.safetensors", framework="pt") as file:
+        about = json.loads(file.metadata()["fedkern"])
+    model = models.build(
+        about["model"],
+        classes=len(about["classes"]),
+        channels=about["channels"],
+        image_size=8,
+        seed=1,
+        width=about["width"],
+    )
+    model.load_state_dict(tensors)
+    model.eval()
+    for name, test in data.tests.items():
+        mean, std = (torch.tensor(about[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
+        with torch.no_grad():
+            predicted = model((test.images / 255 - mean) / std).argmax(1)
+        accuracy = float((predicted == test.labels).double().mean())
+        assert accuracy == pytest.approx(summary["metrics"][f"{name}_accuracy"])
+
+
+def test_single_test_set_is_called_accuracy(make_data, make_config, tmp_path):
+    summary = run(make_config(), out=tmp_path / "run", data=make_data(two_tests=False))
+    assert "accuracy" in summary["metrics"]
+    assert "id_accuracy" not in summary["metrics"]
+
+
+def test_two_runs_are_bitwise_equal_and_the_seed_matters(make_data, make_config, tmp_path):
+    data = make_data()
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(make_config("fedgid", seed=seed), out=tmp_path / name, data=data)
+    a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_ledger_counts_what_travels(make_data, make_config, tmp_path):
+    summary = run(make_config(rounds=3), out=tmp_path / "run", data=make_data())
+    model = models.build("cnn", classes=3, channels=3, image_size=8, seed=0, width=2)
+    floats = [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
+    integers = [b for b in model.buffers() if not b.is_floating_point()]
+    size = 4 * sum(t.numel() for t in floats) + 8 * len(integers)
+    each = {"up": 3 * size, "down": 3 * size, "one_off_up": 0, "one_off_down": 0}
+    assert summary["bytes"]["clients"] == {str(k): each for k in range(3)}
+    assert summary["bytes"]["up"] == summary["bytes"]["down"] == 9 * size
+    assert summary["bytes"]["total"] == 18 * size
+
+
+def test_fedgid_costs_the_bytes_of_fedavg(make_data, make_config, tmp_path):
+    data = make_data()
+    a, b = (run(make_config(m), out=tmp_path / m, data=data)["bytes"] for m in ("fedavg", "fedgid"))
+    assert a == b
+
+
+def test_shared_backgrounds_are_booked_as_one_off(make_data, make_config, tmp_path):
+    data = make_data()
+    own = run(make_config("fedgid"), out=tmp_path / "own", data=data)["bytes"]
+    config = make_config("fedgid", options={"background_pool": "shared"})
+    shared = run(config, out=tmp_path / "shared", data=data)
+    each = [n * (3 * 64 + 64 + 8) for n in (20, 13, 9)]  # uint8 images, bool masks, int64 labels
+    assert shared["bytes"]["up"] == own["up"]
+    assert shared["bytes"]["one_off_up"] == sum(each)
+    assert shared["bytes"]["one_off_down"] == 3 * sum(each)
+    assert shared["rounds"] == 2
+
+
+def test_client_sampling(make_data, make_config, tmp_path):
+    data = make_data(sizes=(9, 9, 9, 9, 9))
+    config = make_config(clients=5, sample_fraction=0.4, rounds=6)
+    listener = Recorder()
+    summary = run(config, out=tmp_path / "run", listener=listener, data=data)
+    chosen = [e[3] for e in listener.events if e != "start"]
+    assert all(len(c) == 2 for c in chosen)
+    assert len(set(chosen)) > 1
+    assert summary["bytes"]["up"] == 2 * 6 * max(c["up"] for c in summary["bytes"]["clients"].values()) / max(
+        sum(k in c for c in chosen) for k in range(5)
+    )
+
+
+def test_evaluation_every_few_rounds_and_after_the_last(make_data, make_config, tmp_path):
+    run(make_config(rounds=5, eval_every=2), out=tmp_path / "run", data=make_data())
+    assert [r["round"] for r in read_metrics(tmp_path / "run")] == [2, 4, 5]
+
+
+def test_adding_a_client_changes_no_other_clients_draws(make_data, make_config, tmp_path, monkeypatch):
+    seen = {}
+
+    class Spy(METHODS["fedgid"]):
+        """Records what every client draws."""
+
+        def draw(self, client, batch, rng):
+            drawn = super().draw(client, batch, rng)
+            entry = (batch.indices.tolist(), drawn["index"].tolist())
+            seen.setdefault((client.id, batch.step.round), []).append(entry)
+            return drawn
+
+    monkeypatch.setitem(METHODS, "fedgid", Spy)
+    run(make_config("fedgid"), out=tmp_path / "three", data=make_data())
+    three, seen = dict(seen), {}
+    run(make_config("fedgid", clients=4), out=tmp_path / "four", data=make_data(sizes=(20, 13, 9, 11)))
+    assert {key for key in seen if key[0] < 3} == set(three)
+    for key, draws in three.items():
+        assert seen[key] == draws
+    assert seen[0, 0] != seen[0, 1]
+
+
+def test_the_server_holds_one_upload_at_a_time(make_data, make_config, tmp_path, monkeypatch):
+    import weakref
+
+    alive, most = [], []
+
+    class Spy(FedAvg):
+        """Counts the uploads that are alive whenever a client has finished."""
+
+        def client_update(self, client, step, message):
+            most.append(sum(ref() is not None for ref in alive))
+            answer = super().client_update(client, step, message)
+            alive.append(weakref.ref(answer["parameters"]))
+            return answer
+
+    monkeypatch.setitem(METHODS, "fedavg", Spy)
+    run(make_config(), out=tmp_path / "run", data=make_data())
+    assert most == [0] * 6  # nothing is left of an upload when the next client starts
+
+
+def test_weighting_and_lr_decay_reach_the_run(make_data, make_config, tmp_path):
+    data = make_data()
+    base = {"out": tmp_path / "a", "data": data}
+    models_ = [(tmp_path / "a" / "model.safetensors", run(make_config(), **base))[0].read_bytes()]
+    for i, change in enumerate([{"options": {"weighting": "uniform"}}, {"lr_decay": 0.5}, {"clip_norm": 0.1}]):
+        out = tmp_path / f"b{i}"
+        run(make_config(**change), out=out, data=data)
+        models_.append((out / "model.safetensors").read_bytes())
+    assert len(set(models_)) == 4
+
+
+def test_refuses_a_folder_that_holds_a_run(make_data, make_config, tmp_path):
+    run(make_config(rounds=1), out=tmp_path / "run", data=make_data())
+    with pytest.raises(UserError, match="already holds a run"):
+        run(make_config(rounds=1), out=tmp_path / "run", data=make_data())
+
+
+def test_empty_client_is_named(make_data, make_config, tmp_path):
+    with pytest.raises(UserError, match="Client 1 has no training samples"):
+        run(make_config(), out=tmp_path / "run", data=make_data(sizes=(5, 0, 5)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_masks_is_said_in_one_sentence(make_data, make_config, tmp_path):
+    with pytest.raises(UserError, match="has no masks"):
+        run(make_config("fedgid"), out=tmp_path / "run", data=make_data(masked=False))
+    run(make_config("fedgid", options={"intervention": False}), out=tmp_path / "gd", data=make_data(masked=False))
+
+
+def test_full_disk_is_one_sentence_and_leaves_no_half_file(make_data, make_config, tmp_path, monkeypatch):
+    import errno
+
+    from fedkern.engine import state
+
+    real = state.save_file
+
+    def full(tensors, path, metadata=None):
+        real(tensors, path, metadata=metadata)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(state, "save_file", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        run(make_config(), out=tmp_path / "run", data=make_data())
+    assert not list((tmp_path / "run").rglob("*.part"))
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    monkeypatch.undo()
+    run(RunConfig.load(tmp_path / "run"), out=tmp_path / "run", resume=True, data=make_data())
+
+
+def test_a_registered_method_of_ones_own_runs(make_data, make_config, tmp_path):
+    try:
+
+        @register("ones")
+        class Ones(FedAvg):
+            """A method of a user."""
+
+        summary = run(make_config("ones", rounds=1), out=tmp_path / "run", data=make_data())
+        assert summary["method"] == "ones"
+    finally:
+        METHODS.pop("ones", None)

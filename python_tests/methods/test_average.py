@@ -1,0 +1,116 @@
+"""What FedAvg's server makes of uploads, and FedProx's gradient."""
+
+import types
+
+import pytest
+import torch
+
+from fedkern import ops
+from fedkern.engine import run
+from fedkern.methods import FedAvg, FedProx, Step, Upload
+
+STEP = Step(0, "train", "update")
+
+
+class Server:
+    def __init__(self):
+        self.state, self.scratch = {}, {}
+
+    def accumulator(self, size):
+        return ops.Accumulator(size)
+
+
+def uploads(count, samples, make):
+    for k in range(count):
+        yield Upload(k, samples[k], make(k))
+
+
+def vectors(seed):
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "parameters": torch.randn(1001, generator=g),
+        "buffers": torch.rand(33, generator=g),
+        "integers": torch.randint(0, 100, (4,), generator=g),
+    }
+
+
+@pytest.mark.parametrize("weighting", ["samples", "uniform"])
+def test_average_of_equal_models_is_that_model(weighting):
+    server, method = Server(), FedAvg(FedAvg.Options(weighting=weighting))
+    method.server_update(server, STEP, uploads(7, [3, 1, 4, 1, 5, 9, 2], lambda k: vectors(0)))
+    for name, value in vectors(0).items():
+        assert torch.equal(server.state[name], value)
+        assert server.state[name].dtype == value.dtype
+
+
+@pytest.mark.parametrize(("weighting", "weights"), [("samples", [3, 1, 6]), ("uniform", [1, 1, 1])])
+def test_weighted_average_and_maximum_of_integers(weighting, weights):
+    server, method = Server(), FedAvg(FedAvg.Options(weighting=weighting))
+    method.server_update(server, STEP, uploads(3, [3, 1, 6], vectors))
+    for name in ("parameters", "buffers"):
+        expected = sum(w * vectors(k)[name].double() for k, w in enumerate(weights)) / sum(weights)
+        torch.testing.assert_close(server.state[name], expected.float(), rtol=1e-6, atol=1e-7)
+    expected = torch.stack([vectors(k)["integers"] for k in range(3)]).amax(0)
+    assert torch.equal(server.state["integers"], expected)
+
+
+def test_no_upload_changes_nothing():
+    server = Server()
+    server.state["parameters"] = torch.ones(3)
+    FedAvg().server_update(server, STEP, iter(()))
+    assert torch.equal(server.state["parameters"], torch.ones(3))
+
+
+def test_uploads_are_not_kept():
+    import weakref
+
+    alive = []
+
+    def stream():
+        for k in range(4):
+            assert all(ref() is None for ref in alive)
+            message = vectors(k)
+            alive.extend(weakref.ref(tensor) for tensor in message.values())
+            handover = [Upload(k, 1, message)]
+            del message
+            yield handover.pop()
+
+    FedAvg().server_update(Server(), STEP, stream())
+    assert len(alive) == 12
+
+
+def test_fedprox_adds_the_gradient_of_its_proximal_term():
+    theta = torch.randn(50, dtype=torch.float64, requires_grad=True)
+    anchor = torch.randn(50, dtype=torch.float64)
+    (0.5 * 0.3 * ((theta - anchor) ** 2).sum()).backward()
+    gradients = torch.zeros(50, dtype=torch.float64)
+    received = types.SimpleNamespace(parameters=anchor)
+    FedProx(FedProx.Options(mu=0.3)).adjust_gradient(theta.detach(), gradients, received)
+    torch.testing.assert_close(gradients, theta.grad)
+
+
+def test_fedprox_with_mu_zero_is_fedavg_bit_for_bit(make_data, make_config, tmp_path):
+    data = make_data()
+    run(make_config("fedavg"), out=tmp_path / "a", data=data)
+    run(make_config("fedprox", options={"mu": 0}), out=tmp_path / "b", data=data)
+    run(make_config("fedprox", options={"mu": 1}), out=tmp_path / "c", data=data)
+    vectors = [_tensors(tmp_path / name) for name in "abc"]
+    assert all(torch.equal(vectors[0][k], vectors[1][k]) for k in vectors[0])
+    assert any(not torch.equal(vectors[0][k], vectors[2][k]) for k in vectors[0])
+
+
+def test_fedprox_holds_clients_closer_to_the_global_model(make_data, make_config, tmp_path):
+    from fedkern.engine.records import read_metrics
+
+    drifts = []
+    for mu in (0.0, 1.0, 10.0):
+        out = tmp_path / str(mu)
+        run(make_config("fedprox", options={"mu": mu}, momentum=0.0, rounds=1), out=out, data=make_data())
+        drifts.append([client["drift"] for client in read_metrics(out)[0]["clients"].values()])
+    assert all(a > b > c for a, b, c in zip(*drifts, strict=True))
+
+
+def _tensors(out):
+    from safetensors.torch import load_file
+
+    return load_file(out / "model.safetensors")

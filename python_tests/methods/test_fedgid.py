@@ -1,0 +1,384 @@
+"""FedGID's loss against its equations in plain PyTorch, and the invariants of the method notes' section 7."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+
+from fedkern import models
+from fedkern.engine import run
+from fedkern.engine.network import Network
+from fedkern.engine.serial import Bench, Client
+from fedkern.errors import UserError
+from fedkern.methods import Batch, FedGID, Step
+from fedkern.methods.fedgid import batch_statistics_only, draw_backgrounds
+
+STEP = Step(0, "train", "update")
+
+
+class Received:
+    def __init__(self, model, samples=20, epochs=1, step=STEP):
+        self.model, self.samples, self.epochs, self.step, self.scratch, self.message = (
+            model,
+            samples,
+            epochs,
+            step,
+            {},
+            {},
+        )
+
+
+def network(seed, model="cnn", width=4, side=16, dtype=torch.float32):
+    return models.build(model, classes=3, channels=3, image_size=side, seed=seed, width=width).to(dtype)
+
+
+class Scene:
+    """A local and a global network, a batch, and a bank, in float64 so that oracles can be compared closely."""
+
+    def __init__(self, make_data, make_config, model="cnn", same=False, step=STEP, epochs=1, **options):
+        self.method = FedGID(FedGID.Options.parse(options))
+        self.bench = Bench(make_config("fedgid"), make_data())
+        self.client = Client(self.bench, 0, {})
+        self.local = network(1, model, dtype=torch.float64)
+        self.frozen = network(1 if same else 2, model, dtype=torch.float64)
+        self.frozen.requires_grad_(False)
+        g = torch.Generator().manual_seed(5)
+        for net in (self.local, self.frozen):  # statistics of their own, so that eval mode means something
+            for layer in net.modules():
+                if isinstance(layer, torch.nn.BatchNorm2d):
+                    g2 = g if not same else torch.Generator().manual_seed(6)
+                    layer.running_mean += 0.1 * torch.randn(layer.running_mean.shape, generator=g2)
+        self.frozen.eval()
+        self.received = Received(self.frozen, step=step, epochs=epochs)
+        data = self.bench.client_data(0)
+        data.pixels._normalise = _double(data.pixels._normalise)
+        rows = np.array([3, 1, 4, 11, 5])
+        self.batch = Batch(data.pixels.take(rows), data.labels[rows], rows, step)
+        self.batch.drawn = self.method.draw(self.client, self.batch, np.random.default_rng(0))
+        if "bank" in self.batch.drawn:
+            pixels = self.batch.drawn["bank"].pixels
+            pixels._normalise = _double(pixels._normalise)
+
+    def loss(self):
+        result = self.method.loss(self.local, self.batch, self.received)
+        return result if isinstance(result, tuple) else (result, {})
+
+    def oracle(self, alpha=0.6, lam=1.0, temperature=1.0, stage="layer2", kl="local_global", on="features", gi=True):
+        """The equations of section 1.3, line by line."""
+        x, y = self.batch.images, self.batch.labels
+        f_i = self.local.features(x)
+        z = self.local.head(f_i)
+        with torch.no_grad():
+            f_g = self.frozen.features(x)
+        total = cross_entropy(z, y)
+        pairs = [(f_i, z)]
+        if gi:
+            bank, index = self.batch.drawn["bank"], self.batch.drawn["index"]
+            h_b = self.frozen.stages(bank.take(index), upto=stage).detach()
+            a = torch.as_tensor(alpha, dtype=x.dtype)
+            a = a.reshape(-1, *[1] * (h_b.dim() - 1)) if a.dim() else a
+            h_inv = a * self.local.stages(x, upto=stage) + (1 - a) * h_b
+            f_inv = self.local.tail(h_inv, after=stage)
+            z_inv = self.local.head(f_inv)
+            total = total + cross_entropy(z_inv, y)
+            pairs.append((f_inv, z_inv))
+        for f, logits in pairs:
+            u, g = (f, f_g) if on == "features" else (logits, self.frozen.head(f_g))
+            p, q = (u, g) if kl == "local_global" else (g, u)
+            p, q = torch.softmax(p / temperature, 1), torch.softmax(q / temperature, 1)
+            total = total + lam * temperature**2 * (p * (p.log() - q.log())).sum(1).mean()
+        return total
+
+
+def _double(function):
+    return lambda *arguments: function(*arguments).double()
+
+
+def gradient(model, loss):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+@pytest.mark.parametrize("model", ["cnn", "resnet8"])
+@pytest.mark.parametrize("stage", ["feature", "layer1", "layer2"])
+@pytest.mark.parametrize("kl", ["local_global", "global_local"])
+@pytest.mark.parametrize("on", ["features", "logits"])
+@pytest.mark.parametrize("gi", [True, False])
+def test_loss_and_gradient_are_the_papers_equations(model, stage, kl, on, gi, make_data, make_config):
+    scene = Scene(
+        make_data, make_config, model,
+        alpha=0.7, temperature=2.0, mix_stage=stage, kl_direction=kl, distill_on=on, intervention=gi, **{"lambda": 0.4},
+    )  # fmt: skip
+    scene.local.train()
+    loss, seen = scene.loss()
+    expected = scene.oracle(0.7, 0.4, 2.0, stage, kl, on, gi)
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(gradient(scene.local, loss), gradient(scene.local, expected), rtol=1e-7, atol=1e-9)
+    assert all(p.grad is None for p in scene.frozen.parameters())
+    assert ("loss_gi" in seen) == gi
+
+
+def test_map_means_the_last_stage_but_one(make_data, make_config):
+    a, b = (Scene(make_data, make_config, mix_stage=s).loss()[0] for s in ("map", "layer2"))
+    assert torch.equal(a, b)
+    assert models.resolve_stage(network(0), "map") == "layer2"
+
+
+def test_intervention_alone_and_distillation_alone(make_data, make_config):
+    gi = Scene(make_data, make_config, distillation=False)
+    total, seen = gi.loss()
+    assert "loss_gd" not in seen
+    torch.testing.assert_close(total, gi.oracle(lam=0.0), rtol=1e-9, atol=1e-9)
+    gd = Scene(make_data, make_config, intervention=False, **{"lambda": 2.0})
+    assert gd.batch.drawn == {}
+    total, seen = gd.loss()
+    assert "loss_gi" not in seen
+    torch.testing.assert_close(total, gd.oracle(lam=2.0, gi=False), rtol=1e-9, atol=1e-9)
+
+
+def test_alpha_one_mixes_nothing(make_data, make_config):
+    scene = Scene(make_data, make_config, alpha=1.0, **{"lambda": 0.0})
+    assert scene.batch.drawn == {}  # no background is drawn or computed
+    total, seen = scene.loss()
+    assert seen["loss_gi"] == seen["loss_em"]
+    torch.testing.assert_close(total, 2 * seen["loss_em"])
+    # ... and that is the limit of really mixing with alpha = 1
+    mixing = Scene(make_data, make_config, alpha=0.5, **{"lambda": 0.0})
+    mixing.batch.drawn["alpha"] = 1.0
+    torch.testing.assert_close(mixing.loss()[0], total, rtol=1e-9, atol=1e-9)
+
+
+def test_lambda_zero_without_intervention_is_fedavg_bit_for_bit(make_data, make_config, tmp_path):
+    data = make_data()
+    off = {"intervention": False, "lambda": 0}
+    for name, config in {
+        "avg": make_config("fedavg"),
+        "gid": make_config("fedgid", options=off),
+        "late": make_config("fedgid", options={"gi_start_round": 9, "gd_start_round": 9}),
+        "on": make_config("fedgid"),
+    }.items():
+        run(config, out=tmp_path / name, data=data)
+    avg, gid, late, on = (load_file(tmp_path / n / "model.safetensors") for n in ("avg", "gid", "late", "on"))
+    assert all(torch.equal(avg[k], gid[k]) and torch.equal(avg[k], late[k]) for k in avg)
+    assert any(not torch.equal(avg[k], on[k]) for k in avg)
+
+
+def test_mixing_the_last_map_equals_mixing_features(make_data, make_config):
+    last, feature = (Scene(make_data, make_config, mix_stage=s) for s in ("layer3", "feature"))
+    assert np.array_equal(last.batch.drawn["index"], feature.batch.drawn["index"])
+    torch.testing.assert_close(last.loss()[0], feature.loss()[0], rtol=1e-9, atol=1e-9)
+    earlier = Scene(make_data, make_config, mix_stage="layer2")
+    assert abs((earlier.loss()[0] - feature.loss()[0]).item()) > 1e-4
+
+
+def test_no_gradient_reaches_the_global_encoder_or_the_backgrounds(make_data, make_config):
+    scene = Scene(make_data, make_config)
+    scene.frozen.requires_grad_(True)
+    bank = scene.batch.drawn["bank"]
+    images = bank.take(None).requires_grad_(True)
+    bank.take = lambda rows, rng=None: images if rows is None else images[rows]
+    before = {k: v.clone() for k, v in scene.frozen.state_dict().items()}
+    loss, _ = scene.loss()
+    loss.backward()
+    assert images.grad is None
+    assert all(p.grad is None for p in scene.frozen.parameters())
+    assert all(p.grad is not None for p in scene.local.parameters())
+    assert all(torch.equal(before[k], v) for k, v in scene.frozen.state_dict().items())
+
+
+def test_at_the_start_of_a_round_local_and_global_features_agree(make_data, make_config):
+    scene = Scene(make_data, make_config, same=True, intervention=False)
+    scene.local.eval()
+    _, seen = scene.loss()
+    assert 0 <= float(seen["loss_gd"]) < 1e-12
+    scene.local.train()  # with the batch's statistics they do not
+    assert float(scene.loss()[1]["loss_gd"]) > 1e-9
+
+
+def test_the_engines_global_copy_is_frozen_in_eval_mode_and_built_once(make_data, make_config, monkeypatch, tmp_path):
+    seen = []
+
+    class Spy(FedGID):
+        def loss(self, model, batch, received):
+            frozen = received.model
+            vector = torch.cat([p.detach().flatten() for p in frozen.parameters()])
+            seen.append((batch.step.round, id(frozen), vector))
+            assert not frozen.training
+            assert not any(p.requires_grad for p in frozen.parameters())
+            return super().loss(model, batch, received)
+
+    from fedkern.methods import METHODS
+
+    monkeypatch.setitem(METHODS, "fedgid", Spy)
+    writes = []
+    real = Network.write
+
+    def write(self, message):
+        writes.append(self)
+        real(self, message)
+
+    monkeypatch.setattr(Network, "write", write)
+    run(make_config("fedgid"), out=tmp_path, data=make_data())
+    frozen = [w for w in writes if any(id(w.module) == entry[1] for entry in seen)]
+    assert len(frozen) == 2  # once per round, for all clients
+    for round in (0, 1):
+        copies = [vector for r, _, vector in seen if r == round]
+        assert all(torch.equal(copies[0], copy) for copy in copies)
+
+
+@pytest.mark.parametrize("updates", [False, True])
+def test_running_statistics_of_the_tail_ignore_mixed_features(updates, make_data, make_config):
+    scene = Scene(make_data, make_config, mix_stage="layer1", tail_bn_updates=updates, **{"lambda": 0.0})
+    scene.local.train()
+    scene.loss()
+    twin = network(1, dtype=torch.float64)
+    twin.load_state_dict(Scene(make_data, make_config, mix_stage="layer1").local.state_dict())
+    twin.train()
+    twin(scene.batch.images)
+    same = {k: torch.equal(v, scene.local.state_dict()[k]) for k, v in twin.state_dict().items() if "running" in k}
+    assert all(same[k] for k in same if k.startswith("layer1"))
+    assert all(same.values()) == (not updates)
+    counts = [int(v) for k, v in scene.local.state_dict().items() if "num_batches" in k]
+    assert counts == ([1, 2, 2] if updates else [1, 1, 1])
+
+
+def test_statistics_guard_restores_and_leaves_eval_mode_alone():
+    model = network(0).train()
+    norm = next(m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    with batch_statistics_only(model):
+        assert not norm.track_running_stats
+    assert norm.track_running_stats
+    with batch_statistics_only(model.eval()):
+        assert norm.track_running_stats
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+@pytest.mark.parametrize("on", ["features", "logits"])
+def test_caching_over_epochs_changes_nothing(on, epochs, make_data, make_config):
+    scene = Scene(make_data, make_config, epochs=epochs, distill_on=on)
+    first = scene.loss()[0]
+    assert ("anchor" in scene.received.scratch) == (epochs > 1)
+    scene.batch.epoch = 1
+    calls = []
+    scene.frozen.register_forward_hook(lambda *_: calls.append(1))
+    again = scene.loss()[0]
+    torch.testing.assert_close(again, scene.oracle(on=on), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(again, first, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("sampling", ["uniform", "beta"])
+def test_alpha_per_sample(alpha, sampling, make_data, make_config):
+    method = FedGID(FedGID.Options(alpha=alpha, alpha_sampling=sampling, alpha_concentration=6.0))
+    values = method._draw_alpha(np.random.default_rng(0), 20000)
+    assert values.min() >= (alpha if sampling == "uniform" else 0)
+    assert values.max() <= 1
+    mean = (1 + alpha) / 2 if sampling == "uniform" else alpha
+    assert values.mean() == pytest.approx(mean, abs=0.01)
+    if sampling == "beta" and 0 < alpha < 1:
+        assert values.std() == pytest.approx(math.sqrt(alpha * (1 - alpha) / 7), rel=0.03)
+    scene = Scene(make_data, make_config, alpha=0.3, alpha_sampling=sampling)
+    torch.testing.assert_close(
+        scene.loss()[0], scene.oracle(alpha=scene.batch.drawn["alpha"].double()), rtol=1e-6, atol=1e-6
+    )
+
+
+def test_warm_up_and_ramp():
+    def weights(**options):
+        method = FedGID(FedGID.Options.parse({"lambda": 2.0, **options}))
+        return [method.distillation_weight(Step(r, "train", "update")) for r in range(6)]
+
+    assert weights() == [2.0] * 6
+    assert weights(gd_start_round=2) == [0, 0, 2, 2, 2, 2]
+    assert weights(gd_start_round=1, gd_ramp=4) == [0, 0.5, 1.0, 1.5, 2.0, 2.0]
+    assert weights(distillation=False) == [0] * 6
+    method = FedGID(FedGID.Options(gi_start_round=2))
+    assert [method.intervenes(Step(r, "train", "update")) for r in range(4)] == [False, False, True, True]
+
+
+def test_random_backgrounds_are_uniform_over_the_bank():
+    labels = np.array([0, 1, 1, 2, 2, 2])
+    drawn = draw_backgrounds(np.random.default_rng(0), 60000, labels)
+    assert np.bincount(drawn) / 60000 == pytest.approx(np.full(6, 1 / 6), abs=0.01)
+
+
+def test_backgrounds_of_other_classes_only():
+    labels = np.array([2, 0, 1, 2, 1, 2])
+    exclude = np.repeat([0, 1, 2, 7], 30000)
+    drawn = draw_backgrounds(np.random.default_rng(0), len(exclude), labels, exclude)
+    for c in (0, 1, 2, 7):
+        counts = np.bincount(drawn[exclude == c], minlength=6) / 30000
+        allowed = labels != c
+        assert counts[~allowed].sum() == 0
+        assert counts[allowed] == pytest.approx(np.full(allowed.sum(), 1 / allowed.sum()), abs=0.015)
+    alone = draw_backgrounds(
+        np.random.default_rng(0), 1000, np.zeros(4, dtype=np.int64), np.zeros(1000, dtype=np.int64)
+    )
+    assert set(alone) == {0, 1, 2, 3}  # a client with one class cannot avoid it
+
+
+def test_the_label_stays_that_of_the_original_image(make_data, make_config):
+    scene = Scene(make_data, make_config, alpha=0.0, mix_stage="feature", distillation=False)
+    _, seen = scene.loss()
+    bank, index = scene.batch.drawn["bank"], scene.batch.drawn["index"]
+    z = scene.local.head(scene.frozen.features(bank.take(index)))
+    torch.testing.assert_close(seen["loss_gi"], cross_entropy(z, scene.batch.labels), rtol=1e-9, atol=1e-9)
+
+
+def test_empty_bank_trains_without_intervention_and_says_so(make_data, make_config, tmp_path):
+    data = make_data()
+    data.clients[1].masks[:] = False
+    data.clients[2].masks[1:] = False
+    summary = run(make_config("fedgid"), out=tmp_path, data=data)
+    assert "client 1" in summary["diagnostics"]["background-bank-empty"]
+    assert "1 of the 9 images of client 2" in summary["diagnostics"]["background-bank-sparse"]
+    from fedkern.engine.records import read_metrics
+
+    clients = read_metrics(tmp_path)[0]["clients"]
+    assert "loss_gi" in clients["0"]
+    assert "loss_gi" not in clients["1"]
+
+
+def test_an_intervention_that_changes_nothing_is_reported(make_data, make_config, tmp_path):
+    inert = run(make_config("fedgid", options={"alpha": 0.9999}), out=tmp_path / "a", data=make_data())
+    assert "intervention-inert" in inert["diagnostics"]
+    active = run(make_config("fedgid", options={"alpha": 0.1}), out=tmp_path / "b", data=make_data())
+    assert "intervention-inert" not in active["diagnostics"]
+
+
+def test_shared_pool_reaches_every_client(make_data, make_config, tmp_path, monkeypatch):
+    sizes = []
+
+    class Spy(FedGID):
+        def draw(self, client, batch, rng):
+            drawn = super().draw(client, batch, rng)
+            sizes.append(len(drawn["bank"]))
+            return drawn
+
+    from fedkern.methods import METHODS
+
+    monkeypatch.setitem(METHODS, "fedgid", Spy)
+    options = {"background_pool": "shared", "exclude_same_class": True}
+    run(make_config("fedgid", options=options), out=tmp_path, data=make_data())
+    assert set(sizes) == {20 + 13 + 9}
+
+
+def test_objects_do_not_travel_with_a_shared_pool(make_data, make_config):
+    bench = Bench(make_config("fedgid"), make_data())
+    message = Client(bench, 0, {}).background_images()
+    assert message["images"].dtype == torch.uint8
+    assert (message["images"][message["masks"][:, None].expand(-1, 3, -1, -1)] == 0).all()
+
+
+def test_unknown_stage_ends_the_run_before_it_starts(make_data, make_config, tmp_path):
+    with pytest.raises(UserError, match="layer4"):
+        run(make_config("fedgid", options={"mix_stage": "layer4"}), out=tmp_path, data=make_data())
+    assert not (tmp_path / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("bad", ["alpha=1.2", "alpha=-0.1", "lambda=-1", "temperature=0", "mix_stage=layer9"])
+def test_bad_values_are_refused(bad):
+    with pytest.raises(UserError):
+        FedGID.Options.parse([bad])

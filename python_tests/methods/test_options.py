@@ -1,0 +1,122 @@
+"""A method's knobs: types, ranges, published names, messages."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+
+from fedkern.errors import UserError
+from fedkern.methods import METHODS, get, register
+from fedkern.methods.options import Options, option
+
+
+@dataclass(frozen=True)
+class Example(Options):
+    lam: float = option(1.0, "a weight", low=0, high=10, name="lambda")
+    count: int = option(3, "a number", low=1)
+    flag: bool = option(True, "a switch")
+    kind: str = option("mean", "a word", choices=("mean", "zero"))
+    temperature: float = option(1.0, "a temperature", above=0)
+
+
+def test_defaults():
+    assert Example.parse([]) == Example()
+    assert Example().to_dict() == {"lambda": 1.0, "count": 3, "flag": True, "kind": "mean", "temperature": 1.0}
+
+
+@pytest.mark.parametrize("word", ["lambda=0.5", "lam=0.5", " lambda = 0.5 "])
+def test_published_and_field_names(word):
+    assert Example.parse([word]).lam == 0.5
+
+
+@pytest.mark.parametrize(
+    ("word", "field", "value"),
+    [
+        ("lambda=2", "lam", 2.0),
+        ("count=7", "count", 7),
+        ("flag=off", "flag", False),
+        ("flag=YES", "flag", True),
+        ("flag=0", "flag", False),
+        ("kind=zero", "kind", "zero"),
+        ("temperature=inf", "temperature", math.inf),
+    ],
+)
+def test_values_get_their_types(word, field, value):
+    result = getattr(Example.parse([word]), field)
+    assert result == value
+    assert type(result) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("lambda=-1", r'"lambda" must be in \[0, 10\], not -1'),
+        ("lambda=11", r"in \[0, 10\]"),
+        ("lambda=nan", r"in \[0, 10\], not nan"),
+        ("lambda=much", 'must be a number, not "much"'),
+        ("count=0", "at least 1"),
+        ("count=1.5", "must be an integer"),
+        ("flag=perhaps", "must be true or false"),
+        ("kind=zer", r'one of mean, zero, not "zer".*Did you mean "zero"'),
+        ("temperature=0", "above 0"),
+        ("lamda=1", r'Unknown method option "lamda" of this method.*Did you mean "lambda"'),
+        ("lambda", "must have the form key=value"),
+    ],
+)
+def test_mistakes_are_one_sentence(word, message):
+    with pytest.raises(UserError, match=message):
+        Example.parse([word])
+
+
+def test_given_twice():
+    with pytest.raises(UserError, match='"lambda" is given twice'):
+        Example.parse(["lambda=1", "lam=2"])
+
+
+def test_checked_when_constructed_directly():
+    with pytest.raises(UserError, match="at least 1"):
+        Example(count=0)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_is_described_and_its_options_round_trip(name):
+    method = METHODS[name]
+    assert method.description
+    assert "\n" not in method.description
+    options = method.Options()
+    assert method.Options.parse(options.to_dict()) == options
+    assert method.Options.parse([f"{k}={v}" for k, v in options.to_dict().items()]) == options
+    for knob in method.Options.knobs():
+        assert knob.help
+
+
+def test_every_published_knob_of_fedgid_can_be_set():
+    names = {knob.name for knob in METHODS["fedgid"].Options.knobs()}
+    assert {
+        "alpha", "lambda", "temperature", "mix_stage", "kl_direction", "distill_on", "background_pool",
+        "exclude_same_class", "alpha_sampling", "gd_start_round", "gd_ramp", "intervention", "distillation",
+        "background_fill", "tail_bn_updates",
+    } <= names  # fmt: skip
+
+
+def test_unknown_method_names_the_nearest():
+    with pytest.raises(UserError, match=r'Unknown method "fedgdi".*Did you mean "fedgid"'):
+        get("fedgdi")
+
+
+def test_registering_a_name_twice_or_without_description():
+    from fedkern.methods import FedAvg
+
+    with pytest.raises(ValueError, match="already registered"):
+
+        @register("fedavg")
+        class Other(FedAvg):
+            """Another."""
+
+    with pytest.raises(TypeError, match="docstring"):
+
+        @register("nameless")
+        class Nameless(FedAvg):
+            pass
+
+    assert "nameless" not in METHODS
