@@ -1,18 +1,116 @@
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <string>
+#include <vector>
+
 #include "bindings.h"
 #include "fedkern/blend.h"
 
 namespace fedkern {
+namespace {
+
+void check_index(const std::int64_t* index, std::int64_t rows, std::int64_t background_rows) {
+  if (!index) return;
+  for (std::int64_t b = 0; b < rows; ++b)
+    if (index[b] < 0 || index[b] >= background_rows)
+      throw py::value_error("index must be in [0, " + std::to_string(background_rows) + "), the rows of background; index[" +
+                            std::to_string(b) + "] is " + std::to_string(index[b]));
+}
+
+// Which samples use background row n, in ascending order: order[start[n]] ... order[start[n + 1] - 1].
+struct Users {
+  std::vector<std::int64_t> start, order;
+  Users(const std::int64_t* index, std::int64_t rows, std::int64_t background_rows) : start(background_rows + 1), order(rows) {
+    for (std::int64_t b = 0; b < rows; ++b) ++start[index[b] + 1];
+    for (std::int64_t n = 0; n < background_rows; ++n) start[n + 1] += start[n];
+    std::vector<std::int64_t> next(start.begin(), start.end() - 1);
+    for (std::int64_t b = 0; b < rows; ++b) order[next[index[b]]++] = b;
+  }
+};
+
+void check_alpha(const Alpha& alpha, std::int64_t rows) {
+  if (!alpha.data) return;
+  for (std::int64_t b = 0; b < rows; ++b) {
+    const double value = alpha.data[b * alpha.stride];
+    if (!(value >= 0 && value <= 1))
+      throw py::value_error("alpha must be in [0, 1]; alpha[" + std::to_string(b) + "] is " + std::to_string(value));
+  }
+}
+
+void forward(int dtype, std::int64_t rows, std::int64_t background_rows, std::int64_t size, std::uintptr_t foreground,
+             std::int64_t foreground_stride, std::uintptr_t background, std::int64_t background_stride, std::uintptr_t index,
+             std::uintptr_t alpha, std::int64_t alpha_stride, double alpha_value, std::uintptr_t out, int threads) {
+  const BlendForward call{static_cast<DType>(dtype), rows, size, {pointer<void>(foreground), foreground_stride},
+                          {pointer<void>(background), background_stride}, {pointer<void>(out), size},
+                          pointer<const std::int64_t>(index), {pointer<const double>(alpha), alpha_stride, alpha_value}, threads};
+  check_index(call.index, rows, background_rows);
+  check_alpha(call.alpha, rows);
+  ReleaseGil release(rows * size >= kReleaseGilElements);
+  blend_kernels().forward(call);
+}
+
+void backward(int dtype, std::int64_t rows, std::int64_t background_rows, std::int64_t size, std::uintptr_t grad, std::int64_t grad_stride,
+              std::uintptr_t foreground, std::int64_t foreground_stride, std::uintptr_t background, std::int64_t background_stride,
+              std::uintptr_t index, std::uintptr_t alpha, std::int64_t alpha_stride, double alpha_value,
+              std::uintptr_t grad_foreground, std::uintptr_t grad_background, std::uintptr_t grad_alpha, int threads) {
+  BlendBackward call{static_cast<DType>(dtype), rows, background_rows, size, {pointer<void>(grad), grad_stride},
+                     {pointer<void>(foreground), foreground_stride}, {pointer<void>(background), background_stride},
+                     pointer<const std::int64_t>(index), {pointer<const double>(alpha), alpha_stride, alpha_value},
+                     {pointer<void>(grad_foreground), size}, {pointer<void>(grad_background), size}, pointer<double>(grad_alpha),
+                     nullptr, nullptr, nullptr, threads};
+  check_index(call.index, rows, background_rows);
+  ReleaseGil release(rows * size >= kReleaseGilElements);
+  std::optional<Users> users;
+  if (call.index && call.grad_background.data) {
+    users.emplace(call.index, rows, background_rows);
+    call.start = users->start.data();
+    call.order = users->order.data();
+  }
+  std::vector<double> partial;
+  if (call.grad_alpha) {
+    partial.resize(rows * blend_chunks(size));
+    call.partial = partial.data();
+  }
+  blend_kernels().backward(call);
+}
+
+void box_mask(std::int64_t batch, std::int64_t boxes, std::int64_t height, std::int64_t width, std::uintptr_t box, std::uintptr_t mask,
+              int threads) {
+  const BoxMask call{batch, boxes, height, width, pointer<const double>(box), pointer<std::uint8_t>(mask), threads};
+  ReleaseGil release(batch * height * width >= kReleaseGilElements);
+  blend_kernels().box_mask(call);
+}
+
+void box_fill(std::int64_t item, std::int64_t batch, std::int64_t channels, std::int64_t pixels, std::int64_t batch_stride,
+              std::int64_t channel_stride, std::int64_t pixel_stride, std::int64_t out_batch_stride, std::int64_t out_channel_stride,
+              std::int64_t out_pixel_stride, std::uintptr_t images, std::uintptr_t mask, int replaced, std::uintptr_t fill,
+              std::int64_t fill_stride, std::uintptr_t out, int threads) {
+  const BoxFill call{item, batch, channels, pixels, batch_stride, channel_stride, pixel_stride, out_batch_stride,
+                     out_channel_stride, out_pixel_stride, pointer<const void>(images), pointer<const std::uint8_t>(mask),
+                     static_cast<std::uint8_t>(replaced), pointer<const void>(fill), fill_stride, pointer<void>(out), threads};
+  ReleaseGil release(batch * channels * pixels >= kReleaseGilElements);
+  blend_kernels().box_fill(call);
+}
+
+// Asks for huge pages behind fresh memory that is about to be written: a tenth of the page faults. Advice, so failure is fine.
+void advise_huge_pages(std::uintptr_t address, std::size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const std::uintptr_t page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
+  const std::uintptr_t begin = (address + page - 1) & ~(page - 1), end = (address + bytes) & ~(page - 1);
+  if (end > begin) madvise(pointer<void>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace
 
 void bind_blend(py::module_& module) {
-  module.def("blend_forward", [](int dtype, std::int64_t rows, std::int64_t size, std::uintptr_t foreground,
-                                 std::int64_t foreground_stride, std::uintptr_t background, std::int64_t background_stride,
-                                 std::uintptr_t index, std::uintptr_t alpha, double alpha_value, std::uintptr_t out, int threads) {
-    const BlendForward call{static_cast<DType>(dtype), rows, size, pointer<const void>(foreground), foreground_stride,
-                            pointer<const void>(background), background_stride, pointer<const std::int64_t>(index),
-                            pointer<const double>(alpha), alpha_value, pointer<void>(out), threads};
-    ReleaseGil release(rows * size >= kReleaseGilElements);
-    blend_kernels().forward(call);
-  });
+  module.def("blend_forward", forward);
+  module.def("blend_backward", backward);
+  module.def("box_mask", box_mask);
+  module.def("box_fill", box_fill);
+  module.def("advise_huge_pages", advise_huge_pages);
 }
 
 }  // namespace fedkern

@@ -2,7 +2,8 @@
 
 from fedkern.ops.aggregate import Accumulator, weighted_mean
 from fedkern.ops.backend import use_backend, use_isa
-from fedkern.ops.blend import blend, erase_boxes
+from fedkern.ops.blend import blend
+from fedkern.ops.boxes import erase_boxes, keep_boxes
 from fedkern.ops.distill import dual_kl, entropy, kl_div
 from fedkern.ops.flat import FlatParameters
 
@@ -13,6 +14,7 @@ __all__ = [
     "dual_kl",
     "entropy",
     "erase_boxes",
+    "keep_boxes",
     "kl_div",
     "use_backend",
     "use_isa",

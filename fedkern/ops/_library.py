@@ -33,8 +33,8 @@ def register(
         implementation: runs on real tensors of any device.
         fake: gives the results' shapes, dtypes and strides on fake tensors.
         setup_context, backward: the gradient, as ``torch.library.register_autograd`` takes it.
-        vmap: the batching rule, as ``torch.library.register_vmap`` takes it.  It and ``backward`` call operators through
-            what this function returned for them, since further transforms may be active around them.
+        vmap: the batching rule, as ``torch.library.register_vmap`` takes it.  It and ``backward`` call operators
+            through what this function returned for them, since further transforms may be active around them.
 
     Returns:
         The operator; under torch.func transforms an ``autograd.Function`` around it, because torch.library's own

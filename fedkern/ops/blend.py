@@ -1,39 +1,160 @@
-"""blend: mix each sample's feature map with another sample's background."""
+"""blend: each sample's feature map mixed with another sample's background."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from fedkern.ops import backend
+from fedkern.ops.blend_launch import CudaLauncher, Launcher
+from fedkern.ops.blend_library import BLEND, BLEND_BACKWARD
+from fedkern.ops.blend_reference import blend_reference, check_values
 
-def blend_reference(
-    foreground: Tensor, background: Tensor, alpha: float | Tensor = 0.5, index: Tensor | None = None
-) -> Tensor:
-    """The specification of :func:`blend`."""
-    if isinstance(alpha, Tensor):
-        alpha = alpha.to(foreground.dtype).reshape(-1, *[1] * (foreground.dim() - 1))
-    other = background if index is None else background[index]
-    return alpha * foreground + (1 - alpha) * other
+FLOATS = tuple(backend.DTYPES)
+
+
+# 1. What it computes: blend_reference.
+
+
+# 2. The public function.
 
 
 def blend(
     foreground: Tensor, background: Tensor, alpha: float | Tensor = 0.5, *, index: Tensor | None = None
 ) -> Tensor:
-    return blend_reference(foreground, background, alpha, index)
+    """Mixes each sample's feature map with another sample's background (FedGID, arXiv 2504.00850).
+
+    ``out[b] = alpha[b] * foreground[b] + (1 - alpha[b]) * background[index[b]]``; the permuted background is never
+    materialised.
+
+    Args:
+        foreground: ``[B, *S]``, fp32, bf16, fp16 or fp64, of any layout; the result has its memory format.
+        background: ``[N, *S]``, of the same dtype and device.
+        alpha: weight of the foreground, a number in [0, 1] or a floating tensor ``[B]`` (or of no dimension).
+        index: ``int64 [B]`` with values in ``[0, N)``; by default sample b meets background b, and N = B.
+
+    Returns:
+        ``[B, *S]``.  fp32, bf16 and fp16 are computed in fp32 and rounded once.
+
+    Differentiable in foreground, background (a sum over the samples that used a row, in ascending order: the same bits
+    every time) and a tensor alpha.  Works under torch.compile (one node), torch.func.grad, vmap and for second
+    derivatives.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, device or shape is wrong; on the CPU also for values of index
+            or alpha that are out of range.  On CUDA an index out of range is a device assertion.
+        RuntimeError: a forced backend cannot serve the call.
+    """
+    _check(foreground, background, alpha, index)
+    weights: Tensor | None = None
+    value = 0.5
+    if isinstance(alpha, Tensor):
+        weights = alpha if alpha.dim() else alpha.expand(foreground.shape[0])
+    else:
+        value = alpha
+    given = [tensor for tensor in (foreground, background, weights, index) if tensor is not None]
+    if not backend.eager(*given):
+        return BLEND(foreground, background, weights, value, index)
+    kernel = backend.select("blend", foreground, background)
+    if kernel is None:
+        check_values(weights, index, background.shape[0])
+        return blend_reference(foreground, background, value if weights is None else weights, index)
+    if torch.is_grad_enabled() and (
+        foreground.requires_grad or background.requires_grad or (weights is not None and weights.requires_grad)
+    ):
+        return _Blend.apply(foreground, background, weights, value, index)
+    return kernel.forward(foreground, background, weights, value, index)
 
 
-def erase_boxes(images: Tensor, boxes: list[Tensor] | Tensor, fill: float | Tensor = 0.0) -> Tensor:
-    import torch
+def _check(foreground: Tensor, background: Tensor, alpha: float | Tensor, index: Tensor | None) -> None:
+    for name, tensor in (("foreground", foreground), ("background", background)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+        if tensor.dtype not in FLOATS:
+            raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, not {tensor.dtype}")
+        if not tensor.dim():
+            raise ValueError(f"{name} must have shape [B, *S], not []")
+    if background.dtype != foreground.dtype:
+        raise TypeError(f"background must have foreground's dtype {foreground.dtype}, not {background.dtype}")
+    if background.device != foreground.device:
+        raise ValueError(f"background must be on foreground's device {foreground.device}, not {background.device}")
+    rows, shape = foreground.shape[0], foreground.shape[1:]
+    if background.shape[1:] != shape:
+        raise ValueError(f"background must have shape {['N', *shape]}, not {list(background.shape)}")
+    if index is None:
+        if background.shape[0] != rows:
+            raise ValueError(
+                f"background must have foreground's {rows} rows when no index is given, not {background.shape[0]}"
+            )
+    elif not isinstance(index, Tensor):
+        raise TypeError(f"index must be an int64 tensor, not {type(index).__name__}")
+    elif index.dtype != torch.int64:
+        raise TypeError(f"index must be int64, not {index.dtype}")
+    elif index.shape != (rows,):
+        raise ValueError(f"index must have shape [{rows}], not {list(index.shape)}")
+    elif index.device != foreground.device:
+        raise ValueError(f"index must be on foreground's device {foreground.device}, not {index.device}")
+    if isinstance(alpha, Tensor):
+        if alpha.dtype not in FLOATS:
+            raise TypeError(f"alpha must be float32, float64, bfloat16 or float16, not {alpha.dtype}")
+        if alpha.dim() and alpha.shape != (rows,):
+            raise ValueError(f"alpha must have shape [{rows}] or [], not {list(alpha.shape)}")
+        if alpha.device != foreground.device:
+            raise ValueError(f"alpha must be on foreground's device {foreground.device}, not {alpha.device}")
+    elif not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be in [0, 1], not {alpha}")
 
-    height, width = images.shape[-2:]
-    y = torch.arange(height, dtype=torch.float64) + 0.5
-    x = torch.arange(width, dtype=torch.float64) + 0.5
-    out = images.clone()
-    for b, rows in enumerate(boxes):
-        rows = rows.reshape(-1, 4).double()
-        inside = (
-            ((rows[:, 1, None] <= y) & (y < rows[:, 3, None]))[:, :, None]
-            & ((rows[:, 0, None] <= x) & (x < rows[:, 2, None]))[:, None, :]
-        ).any(0)
-        value = fill.reshape(-1, 1) if isinstance(fill, Tensor) else fill
-        out[b][:, inside] = value if isinstance(fill, Tensor) else out.new_tensor(value)
-    return out
+
+# 3. Eager autograd.
+
+
+class _Blend(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, foreground: Tensor, background: Tensor, alpha: Tensor | None, value: float, index: Tensor | None
+    ) -> Tensor:
+        kernel = backend.select("blend", foreground, background)
+        assert kernel is not None  # blend() has asked before
+        out = kernel.forward(foreground, background, alpha, value, index)
+        # The inputs' values matter to alpha's gradient alone.
+        wanted = ctx.needs_input_grad[2]
+        ctx.save_for_backward(foreground if wanted else None, background if wanted else None, alpha, index)
+        ctx.value, ctx.background_rows, ctx.strides = value, background.shape[0], out.stride()
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        foreground, background, alpha, index = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        rest = (foreground, background, alpha, ctx.value, index, ctx.background_rows)
+        kernel = None
+        if not torch.is_grad_enabled() and backend.eager(grad):
+            kernel = backend.select("blend", grad)
+        if kernel is None:
+            # Recorded (create_graph=True) or batched (is_grads_batched=True): through the operator with its own rules.
+            gradients = BLEND_BACKWARD(grad, *rest, *needs)
+            return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None)
+        return (*kernel.backward(grad, *rest, needs, ctx.strides), None, None)
+
+
+# 4. The same operator for torch.compile, torch.func and opcheck: blend_library.
+
+
+# 5. Who can serve it.
+
+
+def _launcher(kind: Callable[[Any], Launcher], core: Callable[[], Any]) -> Callable[[], Launcher]:
+    return lambda: kind(core())
+
+
+_DTYPES = frozenset(FLOATS)
+backend.register("blend", "cpu", backend.Kernel(_launcher(Launcher, backend.cpu_core), _DTYPES, frozenset({"cpu"})))
+backend.register(
+    "blend",
+    "cuda",
+    backend.Kernel(_launcher(CudaLauncher, lambda: backend.load_core("_cuda")), _DTYPES, frozenset({"cuda"})),
+)

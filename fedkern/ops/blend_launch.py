@@ -1,0 +1,185 @@
+"""blend: from tensors to the compiled kernels' pointers, sizes and strides."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkern.ops._memory import fresh
+from fedkern.ops.backend import DTYPES
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def sample_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...] | None:
+    """Strides within a sample where it fills its memory without gaps or repeats, in any order of axes; else None."""
+    expected = 1
+    for stride, size in sorted(zip(strides, shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return None
+            expected *= size
+    return tuple(strides)
+
+
+def output_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a result: the layout within a sample that such a tensor has, samples one after another."""
+    inner = sample_strides(shape[1:], strides[1:])
+    size = math.prod(shape[1:])
+    if inner is None or size == 0:
+        reverse, step = [], 1
+        for extent in reversed(shape[1:]):
+            reverse.append(step)
+            step *= max(extent, 1)
+        inner, size = tuple(reversed(reverse)), max(size, 1)
+    return (size, *inner)
+
+
+def _same_layout(shape: Sequence[int], one: Sequence[int], other: Sequence[int]) -> bool:
+    return all(a == b or size == 1 for size, a, b in zip(shape, one, other, strict=True))
+
+
+def _in_layout(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """``tensor``, copied where its samples are not laid out as ``strides`` (of a result, batch first) say."""
+    if _same_layout(tensor.shape[1:], tensor.stride()[1:], strides[1:]):
+        return tensor
+    if tensor.dim() and tensor.shape[0] > 1 and not any(tensor.stride()):
+        # One value for everything (the gradient of a sum): one sample is enough.
+        return _in_layout(tensor[:1], strides).expand(tensor.shape)
+    copy = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
+    return copy.copy_(tensor)
+
+
+class Launcher:
+    """Calls one compiled core (``fedkern._cpu`` or ``fedkern._cuda``)."""
+
+    def __init__(self, core: Any) -> None:
+        self.core = core
+
+    def forward(
+        self, foreground: Tensor, background: Tensor, alpha: Tensor | None, value: float, index: Tensor | None
+    ) -> Tensor:
+        shape = foreground.shape
+        if foreground.is_contiguous() and background.is_contiguous():
+            out = torch.empty_like(foreground, memory_format=torch.contiguous_format)
+        else:
+            strides = output_strides(shape, foreground.stride())
+            out = torch.empty_strided(shape, strides, dtype=foreground.dtype, device=foreground.device)
+            foreground, background = _in_layout(foreground, strides), _in_layout(background, strides)
+        alpha, index = _small(alpha), None if index is None else index.contiguous()
+        self._forward(
+            DTYPES[out.dtype],
+            shape[0],
+            background.shape[0],
+            math.prod(shape[1:]),
+            foreground.data_ptr(),
+            foreground.stride(0),
+            background.data_ptr(),
+            background.stride(0),
+            0 if index is None else index.data_ptr(),
+            0 if alpha is None else alpha.data_ptr(),
+            0 if alpha is None else alpha.stride(0),
+            value,
+            self._fresh(out).data_ptr(),
+            out,
+        )
+        return out
+
+    def backward(
+        self,
+        grad: Tensor,
+        foreground: Tensor | None,
+        background: Tensor | None,
+        alpha: Tensor | None,
+        value: float,
+        index: Tensor | None,
+        background_rows: int,
+        needs: Sequence[bool],
+        strides: tuple[int, ...] | None = None,
+    ) -> Gradients:
+        """The gradients that ``needs`` (foreground, background, alpha) asks for, laid out as the result was."""
+        shape = grad.shape
+        rows = shape[0]
+        if strides is None:
+            strides = output_strides(shape, grad.stride())
+        grad = _in_layout(grad, strides)
+        own: Tensor | None = None
+        other: Tensor | None = None
+        per_sample: Tensor | None = None
+        if needs[0]:
+            own = self._fresh(torch.empty_strided(shape, strides, dtype=grad.dtype, device=grad.device))
+        if needs[1]:
+            other_shape = (background_rows, *shape[1:])
+            other = self._fresh(torch.empty_strided(other_shape, strides, dtype=grad.dtype, device=grad.device))
+        if needs[2]:
+            assert foreground is not None
+            assert background is not None
+            foreground, background = _in_layout(foreground, strides), _in_layout(background, strides)
+            per_sample = torch.empty(rows, dtype=torch.float64, device=grad.device)
+        alpha64, index = _small(alpha), None if index is None else index.contiguous()
+        self._backward(
+            DTYPES[grad.dtype],
+            rows,
+            background_rows,
+            math.prod(shape[1:]),
+            grad.data_ptr(),
+            grad.stride(0),
+            *((foreground.data_ptr(), foreground.stride(0)) if foreground is not None else (0, 0)),
+            *((background.data_ptr(), background.stride(0)) if background is not None else (0, 0)),
+            0 if index is None else index.data_ptr(),
+            0 if alpha64 is None else alpha64.data_ptr(),
+            0 if alpha64 is None else alpha64.stride(0),
+            value,
+            0 if own is None else own.data_ptr(),
+            0 if other is None else other.data_ptr(),
+            0 if per_sample is None else per_sample.data_ptr(),
+            grad,
+            index,
+        )
+        if per_sample is not None and alpha is not None:
+            per_sample = per_sample.to(alpha.dtype)
+        return own, other, per_sample
+
+    def _fresh(self, tensor: Tensor) -> Tensor:
+        return fresh(self.core, tensor)
+
+    def _forward(self, *arguments: Any) -> None:
+        self.core.blend_forward(*arguments[:-1], torch.get_num_threads())
+
+    def _backward(self, *arguments: Any) -> None:
+        self.core.blend_backward(*arguments[:-2], torch.get_num_threads())
+
+
+class CudaLauncher(Launcher):
+    """As :class:`Launcher`, on torch's current stream; which samples use a row is found on the device."""
+
+    def _fresh(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def _forward(self, *arguments: Any) -> None:
+        device = arguments[-1].device.index
+        self.core.blend_forward(*arguments[:-1], device, torch.cuda.current_stream(device).cuda_stream)
+
+    def _backward(self, *arguments: Any) -> None:
+        grad, index = arguments[-2:]
+        device = grad.device.index
+        start = order = None
+        if index is not None and arguments[15]:
+            ordered, order = torch.sort(index, stable=True)
+            rows = torch.arange(arguments[2] + 1, device=grad.device)
+            start = torch.searchsorted(ordered, rows)
+        self.core.blend_backward(
+            *arguments[:-2],
+            0 if start is None else start.data_ptr(),
+            0 if order is None else order.data_ptr(),
+            device,
+            torch.cuda.current_stream(device).cuda_stream,
+        )
+
+
+def _small(alpha: Tensor | None) -> Tensor | None:
+    return None if alpha is None else alpha.detach().to(torch.float64)

@@ -1,0 +1,95 @@
+"""blend: what it computes, its gradients and their gradients, in plain PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkern.ops.blend_launch import Gradients
+
+
+def blend_reference(
+    foreground: Tensor, background: Tensor, alpha: float | Tensor = 0.5, index: Tensor | None = None
+) -> Tensor:
+    """The specification of :func:`blend`."""
+    if isinstance(alpha, Tensor):
+        alpha = per_sample(alpha.to(foreground.dtype), foreground)
+    other = background if index is None else background[index]
+    return alpha * foreground + (1 - alpha) * other
+
+
+def check_values(alpha: Tensor | None, index: Tensor | None, background_rows: int) -> None:
+    """What the CPU kernel checks before it touches memory, for the reference on the CPU."""
+    if index is not None and index.device.type == "cpu" and len(index):
+        wrong = ((index < 0) | (index >= background_rows)).nonzero()
+        if len(wrong):
+            position = int(wrong[0])
+            raise ValueError(
+                f"index must be in [0, {background_rows}), the rows of background; "
+                f"index[{position}] is {int(index[position])}"
+            )
+    if alpha is not None and alpha.device.type == "cpu" and len(alpha):
+        wrong = (~((alpha >= 0) & (alpha <= 1))).nonzero()
+        if len(wrong):
+            position = int(wrong[0])
+            raise ValueError(f"alpha must be in [0, 1]; alpha[{position}] is {float(alpha[position])}")
+
+
+def per_sample(alpha: Tensor, like: Tensor) -> Tensor:
+    return alpha.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def backward_reference(
+    grad: Tensor,
+    foreground: Tensor | None,
+    background: Tensor | None,
+    alpha: Tensor | None,
+    value: float,
+    index: Tensor | None,
+    background_rows: int,
+    needs: tuple[bool, ...],
+) -> Gradients:
+    weight = value if alpha is None else per_sample(alpha.to(grad.dtype), grad)
+    own = weight * grad if needs[0] else None
+    other = None
+    if needs[1]:
+        other = (1 - weight) * grad
+        if index is not None:
+            other = grad.new_zeros((background_rows, *grad.shape[1:])).index_add(0, index, other)
+    per_sample = None
+    if needs[2]:
+        assert foreground is not None
+        assert background is not None
+        assert alpha is not None
+        difference = foreground - (background if index is None else background[index])
+        per_sample = (grad * difference).flatten(1).sum(1) if grad.dim() > 1 else grad * difference
+        per_sample = per_sample.to(alpha.dtype)
+    return own, other, per_sample
+
+
+def second_derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    """The derivative of the gradients, in plain PyTorch, which differentiates it as often as one likes."""
+    grad, foreground, background, alpha, index = ctx.saved_tensors
+    to_own, to_other, to_alpha = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))
+    weight = ctx.value if alpha is None else per_sample(alpha.to(grad.dtype), grad)
+    picked = None if to_other is None else to_other if index is None else to_other[index]
+    total = torch.zeros_like(grad)
+    if to_own is not None:
+        total = total + weight * to_own
+    if picked is not None:
+        total = total + (1 - weight) * picked
+    by_alpha = by_foreground = by_background = None
+    if to_alpha is not None:
+        scale = per_sample(to_alpha.to(grad.dtype), grad)
+        total = total + scale * (foreground - (background if index is None else background[index]))
+        by_foreground = scale * grad
+        by_background = -by_foreground
+        if index is not None:
+            by_background = torch.zeros_like(background).index_add(0, index, by_background)
+    if alpha is not None and (to_own is not None or picked is not None):
+        part = (0 if to_own is None else to_own) - (0 if picked is None else picked)
+        product = grad * part
+        by_alpha = (product.flatten(1).sum(1) if grad.dim() > 1 else product).to(alpha.dtype)
+    return (total, by_foreground, by_background, by_alpha, None, None, None, None, None, None)

@@ -1,0 +1,257 @@
+"""boxes: what a detector found, erased from images (the background is left) or kept alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkern.ops import _library, backend
+from fedkern.ops._memory import fresh
+from fedkern.ops.blend_launch import output_strides
+
+# 1. What they compute.
+
+
+def boxes_mask_reference(boxes: Tensor, height: int, width: int) -> Tensor:
+    """``bool [B, height, width]``: the pixels whose centre lies in any of ``boxes [B, n, 4]``."""
+    x1, y1, x2, y2 = (side.unsqueeze(-1) for side in boxes.to(torch.float64).unbind(-1))
+    x = torch.arange(width, dtype=torch.float64, device=boxes.device) + 0.5
+    y = torch.arange(height, dtype=torch.float64, device=boxes.device) + 0.5
+    columns, rows = (x1 <= x) & (x < x2), (y1 <= y) & (y < y2)
+    mask = torch.zeros(boxes.shape[0], height, width, dtype=torch.bool, device=boxes.device)
+    for k in range(boxes.shape[1]):  # one box at a time: memory O(B * H * W), not times n
+        mask = mask | (rows[:, k, :, None] & columns[:, k, None, :])
+    return mask
+
+
+def fill_boxes_reference(images: Tensor, boxes: Tensor, fill: Tensor, keep: bool) -> Tensor:
+    """The specification of :func:`erase_boxes` and (``keep``) :func:`keep_boxes`; ``fill`` is ``[1 or B, C]``."""
+    mask = boxes_mask_reference(boxes, images.shape[2], images.shape[3])[:, None]
+    return torch.where(mask != keep, fill[:, :, None, None].to(images.dtype), images)
+
+
+# 2. The public functions.
+
+
+def erase_boxes(
+    images: Tensor, boxes: Tensor | Sequence[Tensor], fill: float | Sequence[float] | Tensor = 0.0
+) -> Tensor:
+    """Replaces every pixel inside a box by ``fill``; what is left is the background (FedGID, arXiv 2504.00850).
+
+    A pixel in row i and column j belongs to a box when its centre does: x1 <= j + 1/2 < x2 and y1 <= i + 1/2 < y2.
+    Boxes are clipped to the image; one with x2 <= x1 or y2 <= y1 is empty.
+
+    Args:
+        images: ``[B, C, H, W]`` of any real dtype (uint8 too) and layout; the result has its memory format.
+        boxes: xyxy pixel coordinates, a list of B tensors ``[n_i, 4]`` or one padded ``[B, n, 4]`` (pad with empty
+            boxes, for example zeros), of any real dtype.
+        fill: a number, or one per channel (a sequence or tensor ``[C]``).
+
+    Returns:
+        ``[B, C, H, W]``, a new tensor of the images' dtype.  Differentiable in the images: a replaced pixel gets no
+        gradient.  Works under torch.compile (one node), torch.func.grad, vmap and for second derivatives.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, device or shape is wrong; on the CPU also for a NaN
+            coordinate.  On CUDA a box with a NaN is empty.
+    """
+    return _boxes(images, boxes, fill, False)
+
+
+def keep_boxes(
+    images: Tensor, boxes: Tensor | Sequence[Tensor], fill: float | Sequence[float] | Tensor = 0.0
+) -> Tensor:
+    """Replaces every pixel outside all boxes by ``fill``; the complement of :func:`erase_boxes`, same arguments."""
+    return _boxes(images, boxes, fill, True)
+
+
+def _boxes(
+    images: Tensor, boxes: Tensor | Sequence[Tensor], fill: float | Sequence[float] | Tensor, keep: bool
+) -> Tensor:
+    _check_images(images)
+    padded = _padded(boxes, images)
+    fills = _fills(fill, images)
+    if not backend.eager(images, padded, fills):
+        return _fill_boxes(images, padded, fills, keep)
+    if torch.is_grad_enabled() and images.requires_grad:
+        return _FillBoxes.apply(images, padded, fills, keep)
+    return _implementation(images, padded, fills, keep)
+
+
+def _check_images(images: Tensor) -> None:
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images must be a tensor, not {type(images).__name__}")
+    if images.is_complex():
+        raise TypeError(f"images must have a real dtype, not {images.dtype}")
+    if images.dim() != 4:
+        raise ValueError(f"images must have shape [B, C, H, W], not {list(images.shape)}")
+
+
+def _padded(boxes: Tensor | Sequence[Tensor], images: Tensor) -> Tensor:
+    """Boxes as one ``[B, n, 4]`` tensor on the images' device."""
+    batch = images.shape[0]
+    if isinstance(boxes, Tensor):
+        if boxes.dim() != 3 or boxes.shape[0] != batch or boxes.shape[2] != 4:
+            raise ValueError(f"boxes must have shape [{batch}, n, 4], not {list(boxes.shape)}")
+        padded = boxes
+    else:
+        rows = list(boxes)
+        if len(rows) != batch:
+            raise ValueError(f"boxes must have one entry for each of the {batch} images, not {len(rows)}")
+        for position, row in enumerate(rows):
+            if not isinstance(row, Tensor):
+                raise TypeError(f"boxes[{position}] must be a tensor, not {type(row).__name__}")
+            if row.dim() != 2 or row.shape[1] != 4:
+                raise ValueError(f"boxes[{position}] must have shape [n, 4], not {list(row.shape)}")
+            if row.device != images.device:
+                raise ValueError(f"boxes[{position}] must be on the images' device {images.device}, not {row.device}")
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) if rows else images.new_zeros(0, 0, 4)
+    if padded.is_complex() or padded.dtype == torch.bool:
+        raise TypeError(f"boxes must have a real dtype, not {padded.dtype}")
+    if padded.device != images.device:
+        raise ValueError(f"boxes must be on the images' device {images.device}, not {padded.device}")
+    return padded
+
+
+def _fills(fill: float | Sequence[float] | Tensor, images: Tensor) -> Tensor:
+    """The fill as ``[1, C]`` in the images' dtype."""
+    channels = images.shape[1]
+    if isinstance(fill, Tensor):
+        if fill.requires_grad:
+            raise ValueError("fill is a constant and takes no gradient; pass fill.detach()")
+        if fill.shape not in ((), (channels,)):
+            raise ValueError(f"fill must be a number or have shape [{channels}], not {list(fill.shape)}")
+        if fill.device != images.device and fill.dim():
+            raise ValueError(f"fill must be on the images' device {images.device}, not {fill.device}")
+        return fill.to(images).expand(channels)[None]
+    values = list(fill) if isinstance(fill, Sequence) else [fill]
+    if len(values) not in (1, channels):
+        raise ValueError(f"fill must be a number or have {channels} values, not {len(values)}")
+    if not images.is_floating_point():
+        info = torch.iinfo(images.dtype) if images.dtype != torch.bool else None
+        low, high = (0, 1) if info is None else (info.min, info.max)
+        for value in values:
+            if not low <= value <= high or value != math.floor(value):
+                raise ValueError(f"fill must be a value of the images' dtype {images.dtype}, not {value}")
+    return torch.tensor(values, dtype=images.dtype, device=images.device).expand(channels)[None]
+
+
+# 3. Eager autograd.
+
+
+class _FillBoxes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, boxes: Tensor, fill: Tensor, keep: bool) -> Tensor:
+        ctx.save_for_backward(boxes)
+        ctx.keep = keep
+        return _implementation(images, boxes, fill, keep)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, *grads)
+
+
+# 4. The same operator for torch.compile, torch.func and opcheck.
+
+
+def _implementation(images: Tensor, boxes: Tensor, fill: Tensor, keep: bool) -> Tensor:
+    if boxes.device.type == "cpu":
+        wrong = boxes.isnan().nonzero().tolist() if boxes.is_floating_point() else []
+        if wrong:
+            image, box = wrong[0][:2]
+            raise ValueError(f"boxes must not hold NaN; box {box} of image {image} does")
+    out = _fake(images, boxes, fill, keep)
+    core = backend.select("boxes", images)
+    if core is None:
+        return out.copy_(fill_boxes_reference(images, boxes, fill, keep))
+    batch, channels, height, width = images.shape
+    pixels, threads = height * width, torch.get_num_threads()
+    corners = boxes.to(torch.float64).contiguous()
+    mask = torch.empty(batch, pixels, dtype=torch.uint8)
+    core.box_mask(batch, boxes.shape[1], height, width, corners.data_ptr(), mask.data_ptr(), threads)
+    if not _pixels_in_step(images) or not _pixels_in_step(out):
+        images = images.contiguous()
+        out = torch.empty_like(images)
+    fill = fill.to(images.dtype).contiguous()
+    core.box_fill(
+        *(images.element_size(), batch, channels, pixels),
+        *(images.stride(0), images.stride(1), images.stride(3) if width > 1 else images.stride(2)),
+        *(out.stride(0), out.stride(1), out.stride(3) if width > 1 else out.stride(2)),
+        *(images.data_ptr(), mask.data_ptr(), 0 if keep else 1),
+        *(fill.data_ptr(), channels if len(fill) > 1 else 0, fresh(core, out).data_ptr(), threads),
+    )
+    return out
+
+
+def _pixels_in_step(images: Tensor) -> bool:
+    """True when one stride leads from pixel to pixel through all rows, as in contiguous and channels-last images."""
+    _, _, height, width = images.shape
+    return width <= 1 or height <= 1 or images.stride(2) == width * images.stride(3)
+
+
+def _fake(images: Tensor, boxes: Tensor, fill: Tensor, keep: bool) -> Tensor:
+    strides = output_strides(images.shape, images.stride())
+    return torch.empty_strided(images.shape, strides, dtype=images.dtype, device=images.device)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, boxes, _, keep = inputs
+    ctx.save_for_backward(boxes)
+    ctx.keep = keep
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    # The gradient goes where the image went: the same operator on it, with zero as the fill.
+    (boxes,) = ctx.saved_tensors
+    return erase_or_keep(grad, boxes, ctx.keep), None, None, None
+
+
+def erase_or_keep(images: Tensor, boxes: Tensor, keep: bool) -> Tensor:
+    """:func:`keep_boxes` or :func:`erase_boxes` with zeros."""
+    return (keep_boxes if keep else erase_boxes)(images, boxes)
+
+
+def _vmap(
+    info: Any, in_dims: tuple[int | None, ...], images: Tensor, boxes: Tensor, fill: Tensor, keep: bool
+) -> tuple[Tensor, int]:
+    count = info.batch_size
+
+    def folded(tensor: Tensor, axis: int | None) -> Tensor:
+        mapped = tensor.expand(count, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
+        return mapped.flatten(0, 1)
+
+    batch = images.movedim(in_dims[0], 0).shape[1] if in_dims[0] is not None else images.shape[0]
+    if in_dims[2] is not None:
+        # One fill per mapped entry: one per image.
+        fill = fill.movedim(in_dims[2], 0)
+        fill = fill.expand(count, batch, fill.shape[2]).flatten(0, 1)
+    elif len(fill) > 1:
+        fill = folded(fill, None)
+    out = _fill_boxes(folded(images, in_dims[0]), folded(boxes, in_dims[1]), fill, keep)
+    return out.unflatten(0, (count, batch)), 0
+
+
+_fill_boxes = _library.register(
+    "fill_boxes",
+    "(Tensor images, Tensor boxes, Tensor fill, bool keep) -> Tensor",
+    _implementation,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    vmap=_vmap,
+)
+
+
+# 5. Who can serve it.
+
+_DTYPES = frozenset(
+    {
+        *backend.DTYPES,
+        *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool),
+    }
+)
+backend.register("boxes", "cpu", backend.Kernel(backend.cpu_core, _DTYPES, frozenset({"cpu"})))
