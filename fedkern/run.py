@@ -27,12 +27,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(words)
+        code = _dispatch(words)
+        sys.stdout.flush()  # a reader that has gone shows here, not at exit
+        return code
     except UserError as error:
         return _say(str(error))
     except BrokenPipeError:
-        # The interpreter flushes standard output once more at exit, which must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The interpreter flushes both once more at exit, which must not fail again.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())
         return BROKEN_PIPE
     except OSError as error:
         if error.errno in _FULL:

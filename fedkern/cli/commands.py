@@ -24,6 +24,9 @@ class _Tee(Listener):
         self.data = run.data
         self.display.on_start(run)
 
+    def on_notice(self, text: str) -> None:
+        self.display.on_notice(text)
+
     def on_round_start(self, round: int, name: str, participants: Sequence[int]) -> None:
         self.display.on_round_start(round, name, participants)
 

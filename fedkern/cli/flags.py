@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fedkern.data import COMMON_OPTIONS, DATASETS, DataOption
 from fedkern.engine import RunConfig
-from fedkern.engine.defaults import defaults
+from fedkern.engine.defaults import COMMON, defaults
 from fedkern.errors import UserError, nearest
 from fedkern.methods import METHODS
 from fedkern.methods.options import Knob
@@ -33,14 +34,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 METAVARS = {"data_root": "DIR", "partition": "SPEC", "clients": "N", "rounds": "R", "local_epochs": "E", "seed": "S"}
 
-# Options of single data sets: flag, metavar, help.
-DATA_FLAGS: dict[str, tuple[str, str]] = {
-    "protocol": ("F7|L7", "nico: which seven contexts train, the first or the last"),
-    "boxes": ("FILE", "background extraction from a boxes file (JSON or CSV)"),
-    "detector": ("PATH_OR_NAME", "background extraction by Grounding DINO (needs the extra [foundation])"),
-    "box_threshold": ("F", "smallest box score of the detector"),
-    "text_threshold": ("F", "smallest text score of the detector"),
-}
+# Options of the data sets that have a flag of their own; the others are reached by --data-option.
+DATA_FLAGS: dict[str, DataOption] = {**COMMON_OPTIONS, "protocol": DATASETS["nico"].options["protocol"]}
+METAVARS |= {"boxes": "FILE", "detector": "PATH_OR_NAME", "detector_cache": "DIR"}
+
 
 DESCRIPTION = f"""\
 {PROGRAM} METHOD [flags]              train and evaluate a federated method
@@ -108,12 +105,29 @@ def _metavar(knob: Knob) -> str:
     return METAVARS.get(knob.field) or {int: "N", float: "F", bool: "true|false"}.get(knob.type, "NAME")
 
 
-def _parser(method: str | None) -> _Parser:
+def _data_metavar(name: str, given: DataOption) -> str:
+    if given.choices:
+        return "|".join(given.choices)
+    return METAVARS.get(name) or {int: "N", float: "F"}.get(type(given.default), "NAME")
+
+
+def _data_help(name: str, given: DataOption) -> str:
+    only = "" if name in COMMON_OPTIONS else ", ".join(k for k, v in DATASETS.items() if name in v.options) + ": "
+    default = "" if given.default == "" else f"; default {given.default}"
+    return f"{only}{given.help}{default}".replace("%", "%%")
+
+
+def _other_data_options() -> str:
+    named = {name: ", ".join(key for key in info.options if key not in DATA_FLAGS) for name, info in DATASETS.items()}
+    return "; ".join(f"{keys} ({name})" for name, keys in named.items() if keys)
+
+
+def _parser(method: str | None, data: str) -> _Parser:
     parser = _Parser(
         prog=PROGRAM,
         usage=argparse.SUPPRESS,
         description=DESCRIPTION,
-        epilog=_method_options(method),
+        epilog=_method_options(method, data),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=110),
         allow_abbrev=False,
         add_help=False,
@@ -121,7 +135,7 @@ def _parser(method: str | None) -> _Parser:
     # Values stay words here and are converted by the knob, whose messages name the flag and the allowed range.
     first = parser.add_argument_group("method")
     first.add_argument("method", nargs="?", metavar="METHOD", help="one of " + ", ".join(sorted(METHODS)))
-    base = defaults(method, "colordigits") if method in METHODS else {}
+    base = defaults(method or "", data)
     knobs = {knob.field: knob for knob in RunConfig.knobs() if knob.field != "method"}
     placed = [name for names in GROUPS.values() for name in names]
     for title, names in GROUPS.items():
@@ -134,14 +148,16 @@ def _parser(method: str | None) -> _Parser:
                 flag(name), dest=name, metavar=_metavar(knob), help=_describe(knob, default).replace("%", "%%")
             )
         if title == "data":
-            for name, (metavar, text) in DATA_FLAGS.items():
-                group.add_argument(flag(name), dest=f"data:{name}", metavar=metavar, help=text)
+            for name, given in DATA_FLAGS.items():
+                group.add_argument(
+                    flag(name), dest=f"data:{name}", metavar=_data_metavar(name, given), help=_data_help(name, given)
+                )
             group.add_argument(
                 "--data-option",
                 action="append",
                 default=[],
                 metavar="key=value",
-                help="any other option of the data set",
+                help=f"an option of one data set: {_other_data_options()}",
             )
         if title == "run":
             group.add_argument(
@@ -160,14 +176,14 @@ def _parser(method: str | None) -> _Parser:
     return parser
 
 
-def _method_options(method: str | None) -> str:
+def _method_options(method: str | None, data: str) -> str:
     if method not in METHODS:
         return f"The options of a method: {PROGRAM} METHOD --help"
     kind = METHODS[method]
     knobs = kind.Options.knobs()
     if not knobs:
         return f"{method}: {kind.description}\nIt has no options of its own."
-    base = kind.Options.parse(defaults(method, "colordigits").get("options", {}), method=method).to_dict()
+    base = kind.Options.parse(defaults(method, data).get("options", {}), method=method).to_dict()
     lines = [f"{method}: {kind.description}", "", "method options (--method-option key=value):"]
     width = max(len(knob.name) for knob in knobs) + 2
     for knob in knobs:
@@ -188,6 +204,15 @@ def _pairs(words: Sequence[str], name: str) -> dict[str, str]:
     return pairs
 
 
+def _named_data(argv: Sequence[str]) -> str:
+    """The data set whose defaults the help shows."""
+    for i, word in enumerate(argv):
+        value = word.partition("=")[2] if word.startswith("--data=") else "".join(argv[i + 1 : i + 2])
+        if (word == "--data" or word.startswith("--data=")) and value in DATASETS:
+            return value
+    return str(COMMON["data"])
+
+
 def _unknown(word: str, parser: argparse.ArgumentParser) -> UserError:
     if not word.startswith("-"):
         return UserError(f'Unexpected word "{word}": one METHOD is expected, and values follow their flag.')
@@ -204,7 +229,7 @@ def parse(argv: Sequence[str]) -> Request:
             of range, or flags that exclude each other.
     """
     named = next((word for word in argv if word in METHODS), None)
-    parser = _parser(named)
+    parser = _parser(named, _named_data(argv))
     values, rest = parser.parse_known_args(list(argv))
     # Unknown flags first: the value of one is otherwise taken for the method.
     for word in [*(word for word in rest if word.startswith("-")), *rest]:

@@ -12,6 +12,8 @@ from fedkern.engine import RunConfig
 from fedkern.errors import UserError
 
 EXAMPLES = 8
+# Options that only concern the background bank of the training images, of which no picture is made.
+DETECTION = ("boxes", "detector", "box_threshold", "text_threshold", "detector_cache")
 PICTURES = {"accuracy": "accuracy.png", "partition": "partition.png", "gradcam": "gradcam.png"}
 
 
@@ -36,7 +38,7 @@ def read_records(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def load_data(config: RunConfig) -> Any:
-    """The federated data that these settings name."""
+    """The federated data that these settings name, without looking for objects in the training images."""
     from fedkern.data import load
 
     return load(
@@ -47,7 +49,7 @@ def load_data(config: RunConfig) -> Any:
         seed=config.seed,
         train_samples=config.train_samples,
         correlation=config.correlation,
-        options=config.data_options,
+        options={name: value for name, value in config.data_options.items() if name not in DETECTION},
     )
 
 

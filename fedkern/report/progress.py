@@ -100,6 +100,9 @@ class Lines(Warnings):
             self.console.print(partition_table(run.data.statistics))
         self.clock = _Clock()
 
+    def on_notice(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     def on_round(self, record: Mapping[str, Any]) -> None:
         remaining = self.clock.remaining(record["round"], record["rounds"])
         if accuracies(record) or record["round"] == record["rounds"]:
@@ -173,10 +176,16 @@ class Live(Lines):
         self.progress.stop()
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leaves the decision to the command line; rich would exit with code 1 on the spot."""
+        raise BrokenPipeError
+
+
 def terminal(*, stderr: bool = False) -> Console:
     """The console to print on; into files and pipes lines may be longer than the 80 columns that rich assumes."""
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=PIPE_WIDTH)
+    console = _Console(stderr=stderr)
+    return console if console.is_terminal else _Console(stderr=stderr, width=PIPE_WIDTH)
 
 
 def display(*, quiet: bool, json: bool, console: Console | None = None) -> Warnings:

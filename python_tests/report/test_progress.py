@@ -36,6 +36,7 @@ def record(round: int, rounds: int = 3, **metrics) -> dict:
 
 
 def play(listener, rounds: int = 3) -> None:
+    listener.on_notice("looking for objects [3 of 9]")
     listener.on_start(info(rounds))
     for i in range(rounds):
         listener.on_round_start(i + 1, "train", [0, 1])
@@ -59,6 +60,7 @@ def test_lines_away_from_a_terminal():
     assert type(listener) is progress.Lines
     assert "\x1b" not in shown
     assert "fedavg on colordigits: 2 clients, 28 training, 9 validation, 5 id test, 6 ood test images" in shown
+    assert "looking for objects [3 of 9]" in shown
     assert "round 2/3  ID 90.0 %  OOD 80.0 %  loss 0.500  up 1.00 kB down 2.00 kB  4.0 s" in shown
     assert "11.1" not in shown
     assert "warning (bank): no background [at all]" in shown
