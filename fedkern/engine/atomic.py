@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,11 @@ from typing import IO
 from safetensors import SafetensorError
 
 from fedkern.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: runs work there, but nothing keeps two processes apart
+    fcntl = None  # type: ignore[assignment]
 
 TEMPORARY = ".part"
 
@@ -49,6 +53,8 @@ def unwritable(path: Path, error: Exception) -> UserError:
 
 def sync_folder(folder: Path) -> None:
     """Makes renames inside ``folder`` durable."""
+    if os.name != "posix":
+        return  # folders cannot be opened there
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -69,14 +75,17 @@ class FolderLock:
         except OSError as error:
             raise unwritable(self.path, error) from None
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             file.seek(0)
             owner = file.read().strip() or "unknown"
             file.close()
             raise UserError(
                 f"{self.path.parent} is in use by process {owner}: wait for it, or choose another --out."
             ) from None
+        except OSError:
+            pass  # a file system without locks
         file.seek(0)
         file.truncate()
         file.write(str(os.getpid()))

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedkern.data import transforms
 from fedkern.errors import UserError
 
 CACHE_BYTES = 1 << 30
@@ -35,39 +36,34 @@ class Pixels:
     ) -> None:
         # One row per image in NHWC, so that picking rows keeps channels-last and copies whole images.
         self._rows = images.permute(0, 2, 3, 1).contiguous().to(device)
-        self._mean = torch.tensor(mean, dtype=torch.float32, device=device)
-        self._std = torch.tensor(std, dtype=torch.float32, device=device)
+        self._mean, self._std, self._device = mean, std, device
         self._erased = None if erased is None else erased.to(device)
-        self._fill = torch.zeros_like(self._mean) if fill is None else fill.to(device)
+        self._fill = torch.zeros(len(mean), device=device) if fill is None else fill.to(device)
         self.augment = augment
         self._cache = cache
-        self._ready: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def _normalise(self, rows: Tensor, erased: Tensor | None) -> Tensor:
-        out = (rows.float().div_(255.0).sub_(self._mean)).div_(self._std)
+        out = transforms.normalise(rows.permute(0, 3, 1, 2), self._mean, self._std).permute(0, 2, 3, 1)
         return out if erased is None else torch.where(erased[..., None], self._fill, out)
 
     def take(self, indices: np.ndarray | None, rng: np.random.Generator | None = None) -> Tensor:
         """fp32 [B, C, H, W] (channels-last) of the images at ``indices``; augmented when there is an ``rng``."""
-        if self._cache:
-            if self._ready is None:
-                self._ready = self._normalise(self._rows, self._erased)
-            rows = self._ready if indices is None else self._ready.index_select(0, self._index(indices))
-        else:
-            index = slice(None) if indices is None else self._index(indices)
-            rows = self._normalise(self._rows[index], None if self._erased is None else self._erased[index])
+        if self._cache and self._rows.dtype == torch.uint8:
+            self._rows, self._erased = self._normalise(self._rows, self._erased), None
+        rows, erased = self._rows, self._erased
+        if indices is not None:
+            index = torch.from_numpy(np.ascontiguousarray(indices)).to(self._device)
+            rows = rows.index_select(0, index)
+            erased = None if erased is None else erased[index]
+        if rows.dtype == torch.uint8:
+            rows = self._normalise(rows, erased)
         images = rows.permute(0, 3, 1, 2)
         if rng is not None and self.augment != "none":
-            from fedkern.data import transforms
-
             images = transforms.augment(images, self.augment, rng)
         return images
-
-    def _index(self, indices: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(indices)).to(self._rows.device)
 
 
 class Bank:

@@ -16,7 +16,6 @@ from fedkern.engine.config import RunConfig
 from fedkern.engine.local import Context, Diverged, Schedule, train
 from fedkern.engine.network import Network
 from fedkern.engine.samples import CACHE_BYTES, Bank, ClientData
-from fedkern.errors import UserError
 from fedkern.methods.base import Federation, LocalTraining, Message, Step, Upload
 from fedkern.streams import stream
 
@@ -81,7 +80,7 @@ class Bench:
             augment = self.config.augment or data.augment
             made = ClientData(data.clients[client], data.mean, data.std, self.device, augment, self.cache)
             if not self.cache:
-                return made
+                self._clients.clear()  # one client's images at a time
             self._clients[client] = made
         return self._clients[client]
 
@@ -253,6 +252,6 @@ def message_for(outgoing: Any, client: int) -> Message:
     """The client's message out of what ``send`` returned: one for all, or a dict by client id."""
     if outgoing and all(isinstance(key, int) for key in outgoing):
         if client not in outgoing:
-            raise UserError(f"The method sends nothing to client {client}, which takes part in this round.")
+            raise ValueError(f"send: expected a message for client {client}, which takes part; given none")
         return outgoing[client]
     return outgoing

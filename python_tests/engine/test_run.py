@@ -254,3 +254,23 @@ def test_a_registered_method_of_ones_own_runs(make_data, make_config, tmp_path):
         assert summary["method"] == "ones"
     finally:
         METHODS.pop("ones", None)
+
+
+@pytest.mark.parametrize(("data", "model"), [("colordigits", "resnet8"), ("digits", "cnn")])
+def test_embedded_data_end_to_end(data, model, tmp_path):
+    config = RunConfig.make(
+        "fedgid" if data == "colordigits" else "fedprox",
+        data=data,
+        model=model,
+        width=4,
+        rounds=1,
+        local_epochs=1,
+        train_samples=120,
+        data_options={"test_samples": 40},
+        threads=1,
+        grad_cam=8,
+    )
+    summary = run(config, out=tmp_path)
+    prefix = "ood_" if data == "colordigits" else ""
+    assert 0 <= summary["metrics"][prefix + "accuracy"] <= 1
+    assert run(RunConfig.load(tmp_path), out=tmp_path, resume=True)["metrics"] == summary["metrics"]
