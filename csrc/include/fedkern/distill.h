@@ -1,3 +1,18 @@
+// distill: Kullback-Leibler divergences and entropies of softmax rows, with gradients, in one pass over the logits.
+//
+// One row is the vector of C class logits of one sample (and position). All of these come from the same call:
+//
+//   kl       loss = T^2 KL(P || Q), P = softmax(p / T), Q = softmax(q / T), summed over the pairs (teacher, student[k]);
+//            p is the teacher and q the student, or the other way round with `reverse`
+//   limit    the same for T = infinity: half the variance over classes of teacher - student, classes unmasked in both
+//   entropy  loss = H(softmax(teacher))
+//
+// Formulas  u = log Q - log P; KL = sum P (e^u - 1 - u), whose terms are all >= 0 and do not cancel where P ~ Q;
+//           dKL/dq = (Q - P) / T, dKL/dp = -P (u + KL) / T.
+// Layout    any strides, negative ones and 0 included for inputs; gradients may not overlap.
+// Precision computed in f32 (f64 where any tensor is f64), row losses summed in f64.
+// Memory    every input is read once and every gradient written once while a row fits the cache.
+// Order     sums run over fixed chunks in a fixed order: the same bits for any number of threads.
 #pragma once
 
 #include "fedkern/isa.h"
@@ -5,8 +20,48 @@
 
 namespace fedkern {
 
+enum class DistillKind : int { kl = 0, limit = 1, entropy = 2 };
+
+inline constexpr int kMaxRowDims = 8;
+inline constexpr int kMaxStudents = 2;
+
+// One value per row and class; absent where data is null.
+struct Logits {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+  std::int64_t class_stride = 0;
+  std::int64_t row_stride[kMaxRowDims] = {};
+};
+
+// One value per row, or one for all with strides of 0; absent where data is null.
+struct RowValues {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+  std::int64_t row_stride[kMaxRowDims] = {};
+};
+
+struct DistillCall {
+  DistillKind kind;
+  DType compute;                     // f32 or f64
+  std::int64_t classes;              // at least 1
+  int row_dims;                      // at least 1; the last one is the innermost
+  std::int64_t row_size[kMaxRowDims];
+  double temperature;                // read for kl alone
+  bool reverse;
+  double scale;                      // of the total and of the gradients: 1, or 1 / rows for a mean
+  int students;
+  Logits teacher, student[kMaxStudents];
+  Logits teacher_grad, student_grad[kMaxStudents];
+  RowValues weight;                  // rows of weight 0 are not looked at
+  RowValues grad_output;             // factor of the gradients
+  RowValues row_loss;                // out: weight * loss
+  RowValues raw_loss;                // out: loss, and 0 where the weight is 0
+  RowValues total;                   // out: scale * sum of row_loss
+  int threads;
+};
+
 struct DistillTable {
-  int placeholder;
+  void (*run)(const DistillCall&);
 };
 
 FEDKERN_DECLARE_TABLE(DistillTable, distill)

@@ -35,7 +35,7 @@ struct Vec {
   static constexpr int lanes = 16 / sizeof(T);
   typename Native<T>::type v;
 
-  static FEDKERN_INLINE Vec set(T x) { return Vec{} + x; }
+  static FEDKERN_INLINE Vec set(T x) { return {x - typename Native<T>::type{}}; }
   template <typename S>
   static FEDKERN_INLINE Vec load(const S* p) {
     Vec out;
@@ -58,7 +58,6 @@ struct Vec {
       if (i < n) narrow(v[i], p[i]);
   }
 
-  friend FEDKERN_INLINE Vec operator+(Vec a, T b) { return {a.v + b}; }
   friend FEDKERN_INLINE Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
   friend FEDKERN_INLINE Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
   friend FEDKERN_INLINE Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }

@@ -1,0 +1,97 @@
+// How a block of logits reaches the kernels and how gradients leave them: in place where element type and strides allow
+// vector loads, through a small buffer otherwise.
+#pragma once
+
+#include "fedkern/distill.h"
+#include "fedkern/simd_math.h"
+
+namespace fedkern::FEDKERN_ISA {
+namespace {
+
+// Elements of the buffers: rows up to this long are read from memory once.
+template <typename T>
+inline constexpr std::int64_t kTile = 16384 / sizeof(T);
+
+// Rows shorter than this are taken several at a time.
+template <typename T>
+inline constexpr std::int64_t kShortRow = 24;
+
+template <typename T>
+inline constexpr DType kDType = sizeof(T) == 8 ? DType::f64 : DType::f32;
+
+// Which part of a Logits a block works on: `classes` classes of `rows` neighbouring rows.
+struct Window {
+  std::int64_t classes;
+  int rows;
+  std::int64_t inner_stride;  // between the rows
+};
+
+// Calls f with a pointer of the right type to the window's first element. f64 tensors are computed in f64 alone.
+template <typename T, typename F>
+FEDKERN_INLINE void with_type(const Logits& logits, std::int64_t offset, F f) {
+  switch (logits.dtype) {
+    case DType::f32: f(static_cast<float*>(logits.data) + offset); break;
+    case DType::bf16: f(static_cast<bf16*>(logits.data) + offset); break;
+    case DType::f16: f(static_cast<f16*>(logits.data) + offset); break;
+    case DType::f64:
+      if constexpr (sizeof(T) == 8) f(static_cast<double*>(logits.data) + offset);
+      break;
+  }
+}
+
+// Copies a window into `out`: [classes] for one row, [classes][lanes] for several, missing rows as copies of the first.
+template <typename T, bool LanesAreRows>
+__attribute__((noinline)) void pack(const Logits& logits, std::int64_t offset, const Window& w, T* out) {
+  constexpr int lanes = Vec<T>::lanes;
+  with_type<T>(logits, offset, [&](const auto* p) {
+    const std::int64_t stride = logits.class_stride;
+    if constexpr (!LanesAreRows) {
+      if (stride == 1) {
+        std::int64_t c = 0;
+        for (; c + lanes <= w.classes; c += lanes) Vec<T>::load(p + c).store(out + c);
+        for (; c < w.classes; ++c) out[c] = static_cast<T>(widen(p[c]));
+        return;
+      }
+      for (std::int64_t c = 0; c < w.classes; ++c) out[c] = static_cast<T>(widen(p[c * stride]));
+    } else {
+      if (w.inner_stride == 1 && w.rows == lanes) {
+        for (std::int64_t c = 0; c < w.classes; ++c) Vec<T>::load(p + c * stride).store(out + c * lanes);
+        return;
+      }
+      for (int r = 0; r < lanes; ++r) {
+        const auto* row = p + (r < w.rows ? r : 0) * w.inner_stride;
+        for (std::int64_t c = 0; c < w.classes; ++c) out[c * lanes + r] = static_cast<T>(widen(row[c * stride]));
+      }
+    }
+  });
+}
+
+// The way back.
+template <typename T, bool LanesAreRows>
+__attribute__((noinline)) void unpack(const Logits& logits, std::int64_t offset, const Window& w, const T* in) {
+  constexpr int lanes = Vec<T>::lanes;
+  with_type<T>(logits, offset, [&](auto* p) {
+    const std::int64_t stride = logits.class_stride;
+    if constexpr (!LanesAreRows) {
+      if (stride == 1) {
+        std::int64_t c = 0;
+        for (; c + lanes <= w.classes; c += lanes) Vec<T>::load(in + c).store(p + c);
+        for (; c < w.classes; ++c) narrow(in[c], p[c]);
+        return;
+      }
+      for (std::int64_t c = 0; c < w.classes; ++c) narrow(in[c], p[c * stride]);
+    } else {
+      if (w.inner_stride == 1 && w.rows == lanes) {
+        for (std::int64_t c = 0; c < w.classes; ++c) Vec<T>::load(in + c * lanes).store(p + c * stride);
+        return;
+      }
+      for (int r = 0; r < w.rows; ++r) {
+        auto* row = p + r * w.inner_stride;
+        for (std::int64_t c = 0; c < w.classes; ++c) narrow(in[c * lanes + r], row[c * stride]);
+      }
+    }
+  });
+}
+
+}  // namespace
+}  // namespace fedkern::FEDKERN_ISA

@@ -1,0 +1,189 @@
+"""entropy: Shannon entropy of the softmax of logits. The reference is in distill_reference.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkern.ops import _library
+from fedkern.ops.backend import DTYPES, eager, select
+from fedkern.ops.distill_common import (
+    BATCHMEAN,
+    MAX_DIMS,
+    NONE,
+    REDUCTIONS,
+    check_logits,
+    check_reduction,
+    row_count,
+    row_shape,
+)
+from fedkern.ops.distill_launch import entropy_backward, entropy_forward
+from fedkern.ops.distill_reference import entropy_rows_reference
+
+# the public function: checks and choice of path
+
+
+def entropy(logits: Tensor, *, reduction: str = "batchmean") -> Tensor:
+    """Entropy ``H(softmax(logits)) = −Σ p log p`` over classes, in nats.
+
+    Args:
+        logits: ``[B, C]`` or ``[B, C, *positions]``; float32, float64, bfloat16 or float16, any strides. A class of
+            logit ``-inf`` has probability 0 and contributes nothing.
+        reduction: ``"none"`` (one value per row), ``"sum"``, or ``"batchmean"`` (the sum over the number of rows,
+            B × positions; 0 for an empty batch).
+
+    Returns:
+        ``[B, *positions]`` for ``"none"``, else a scalar; the logits' dtype, computed in float32 (float64 for float64).
+
+    Raises:
+        TypeError: ``logits`` is no tensor or has another dtype.
+        ValueError: its shape or the reduction does not fit.
+    """
+    try:
+        shape = logits.shape
+        fits = logits.dtype in DTYPES and 2 <= len(shape) <= MAX_DIMS and shape[1] != 0
+    except AttributeError:
+        fits = False
+    if not fits:
+        check_logits(("logits",), (logits,))
+    code = REDUCTIONS.get(reduction) if type(reduction) is str else None
+    if code is None:
+        code = check_reduction(reduction)
+    if not eager(logits):
+        return ENTROPY(logits, code)
+    core = select("entropy", logits)
+    if core is None:
+        return entropy_rows_reference(logits, code)
+    if logits.requires_grad and torch.is_grad_enabled():
+        return _Entropy.apply(logits, code, core)
+    return entropy_forward(core, logits, code)
+
+
+# forward and backward, each one call into the core
+
+
+class _Entropy(torch.autograd.Function):
+    """The eager path; like kl_div's, it takes the gradient on the way forward, except for "none" and float16."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, reduction: int, core: Any) -> Tensor:
+        gradient = None
+        if reduction != NONE and logits.dtype is not torch.float16:
+            gradient = torch.empty_like(logits)
+        loss = entropy_forward(core, logits, reduction, gradient)
+        ctx.settings = (reduction, core)
+        ctx.save_for_backward(logits, gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
+        reduction, core = ctx.settings
+        logits, gradient = ctx.saved_tensors
+        plain = eager(grad)
+        if torch.is_grad_enabled() or (gradient is None and not plain):
+            (result,) = _library.differentiate_reference(
+                lambda x: entropy_rows_reference(x, reduction), (logits,), (True,), grad
+            )
+            return result, None, None
+        if gradient is None:
+            return entropy_backward(core, grad, logits, reduction), None, None
+        factor: Any = grad.item() if plain else grad
+        if plain and factor == 1.0:
+            return gradient, None, None
+        return (gradient * factor).to(logits.dtype), None, None
+
+
+# the same operator for torch.compile, torch.func, vmap and opcheck
+
+
+def _run(logits: Tensor, reduction: int) -> Tensor:
+    core = select("entropy", logits)
+    return entropy_rows_reference(logits, reduction) if core is None else entropy_forward(core, logits, reduction)
+
+
+def _fake(logits: Tensor, reduction: int) -> Tensor:
+    return torch.empty(row_shape(logits) if reduction == NONE else (), dtype=logits.dtype, device=logits.device)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0])
+    ctx.reduction = inputs[1]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return ENTROPY_BACKWARD(grad, ctx.saved_tensors[0], ctx.reduction), None
+
+
+def _vmap(info: Any, in_dims: tuple[int | None, None], logits: Tensor, reduction: int) -> tuple[Tensor, int]:
+    logits = logits.movedim(in_dims[0] or 0, 0)
+    rows = ENTROPY(logits.flatten(0, 1), NONE).unflatten(0, logits.shape[:2])
+    if reduction == NONE:
+        return rows, 0
+    total = rows.flatten(1).sum(1)
+    return total if reduction != BATCHMEAN else total / max(rows[0].numel(), 1), 0
+
+
+def _run_backward(grad: Tensor, logits: Tensor, reduction: int) -> Tensor:
+    core = select("entropy", logits)
+    if core is not None:
+        return entropy_backward(core, grad, logits, reduction)
+    (result,) = _library.differentiate_reference(
+        lambda x: entropy_rows_reference(x, reduction), (logits.detach().requires_grad_(),), (True,), grad
+    )
+    assert result is not None
+    return torch.empty_like(logits).copy_(result.detach())
+
+
+def _fake_backward(grad: Tensor, logits: Tensor, reduction: int) -> Tensor:
+    return torch.empty_like(logits)
+
+
+def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.reduction = inputs[2]
+
+
+def _second(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def gradient(outer: Tensor, logits: Tensor) -> Tensor:
+        pull = torch.func.vjp(lambda x: entropy_rows_reference(x, ctx.reduction), logits)[1]
+        return pull(outer)[0]
+
+    pull = torch.func.vjp(gradient, *ctx.saved_tensors)[1]
+    return (*pull(grad), None)
+
+
+def _vmap_backward(
+    info: Any, in_dims: tuple[int | None, int | None, None], grad: Tensor, logits: Tensor, reduction: int
+) -> tuple[Tensor, int]:
+    count = info.batch_size
+    logits = logits.expand(count, *logits.shape) if in_dims[1] is None else logits.movedim(in_dims[1], 0)
+    grad = grad.expand(count, *grad.shape) if in_dims[0] is None else grad.movedim(in_dims[0], 0)
+    rows = row_shape(logits[0])
+    if reduction != NONE:
+        if reduction == BATCHMEAN:
+            grad = grad / max(row_count(logits[0]), 1)
+        grad = grad.reshape(count, *[1] * len(rows)).expand(count, *rows)
+    result = ENTROPY_BACKWARD(grad.flatten(0, 1), logits.flatten(0, 1), NONE)
+    return result.unflatten(0, logits.shape[:2]), 0
+
+
+ENTROPY = _library.register(
+    "entropy",
+    "(Tensor logits, int reduction) -> Tensor",
+    _run,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    vmap=_vmap,
+)
+ENTROPY_BACKWARD = _library.register(
+    "entropy_backward",
+    "(Tensor grad, Tensor logits, int reduction) -> Tensor",
+    _run_backward,
+    fake=_fake_backward,
+    setup_context=_setup_second,
+    backward=_second,
+    vmap=_vmap_backward,
+)

@@ -1,0 +1,119 @@
+"""What the distill operators compute, in plain PyTorch: the specification, the tests' oracle and the fallback."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fedkern.ops.distill_common import NONE, REDUCTIONS, SUM, row_shape
+
+
+def kl_div_reference(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float = 1.0,
+    *,
+    weight: Tensor | None = None,
+    reduction: str = "batchmean",
+    other: Tensor | None = None,
+    reverse: bool = False,
+) -> Tensor:
+    """The specification of :func:`kl_div`, and with ``other`` (a second student) of :func:`dual_kl`.
+
+    ``reverse`` exchanges the roles: KL(student ‖ teacher).
+    """
+    return divergence_reference(student, other, teacher, weight, temperature, reverse, REDUCTIONS[reduction])
+
+
+def divergence_reference(
+    student: Tensor,
+    other: Tensor | None,
+    teacher: Tensor,
+    weight: Tensor | None,
+    temperature: float,
+    reverse: bool,
+    reduction: int,
+) -> Tensor:
+    dtype = result_dtype(student, other, teacher)
+    compute = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+    teacher = mask_rows(teacher, weight).to(compute)
+    rows = torch.zeros(row_shape(teacher), dtype=compute, device=teacher.device)
+    for logits in (student, other):
+        if logits is None:
+            continue
+        logits = mask_rows(logits, weight).to(compute)
+        if math.isinf(temperature):
+            rows = rows + _half_variance(teacher, logits)
+        else:
+            p, q = (logits, teacher) if reverse else (teacher, logits)
+            rows = rows + temperature**2 * _divergence(p / temperature, q / temperature)
+    return reduce_rows(rows, weight if weight is None else weight.to(compute), reduction).to(dtype)
+
+
+def _divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    """KL(softmax(p_logits) ‖ softmax(q_logits)) over axis 1, as Σ P (eᵘ − 1 − u) with u = log Q − log P.
+
+    The sum equals Σ P (log P − log Q), but its terms are never negative, so nearly equal rows do not cancel.
+    """
+    log_p, log_q = p_logits.log_softmax(1), q_logits.log_softmax(1)
+    p, q = log_p.exp(), log_q.exp()
+    masked = p_logits == -math.inf
+    u = torch.where(masked, 0, log_q - torch.where(masked, 0, log_p))
+    small = u.abs() < 1
+    v = torch.where(small, u, 0)
+    near = p * (torch.expm1(v) - v).clamp_min(0)
+    far = q - p - torch.where(masked | small, 0, p * u)
+    return torch.where(small & ~masked, near, far).sum(1)
+
+
+def _half_variance(teacher: Tensor, student: Tensor) -> Tensor:
+    """lim T→∞ of T² KL at temperature T: half the variance of teacher − student over classes unmasked in both."""
+    masked = (teacher == -math.inf) | (student == -math.inf)
+    difference = torch.where(masked, 0, teacher) - torch.where(masked, 0, student)
+    count = (~masked).sum(1, keepdim=True)
+    deviation = torch.where(masked, 0, difference - difference.sum(1, keepdim=True) / count)
+    return 0.5 * (deviation.square().sum(1, keepdim=True) / count).squeeze(1)
+
+
+def entropy_reference(logits: Tensor, *, reduction: str = "batchmean") -> Tensor:
+    """The specification of :func:`fedkern.ops.entropy`."""
+    return entropy_rows_reference(logits, REDUCTIONS[reduction])
+
+
+def entropy_rows_reference(logits: Tensor, reduction: int) -> Tensor:
+    """:func:`entropy_reference` with the reduction as its number."""
+    compute = compute_dtype(logits.dtype)
+    log_p = logits.to(compute).log_softmax(1)
+    rows = -(log_p.exp() * torch.where(log_p == -math.inf, 0, log_p)).sum(1)
+    return reduce_rows(rows, None, reduction).to(logits.dtype)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for the rest."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def result_dtype(student: Tensor, other: Tensor | None, teacher: Tensor) -> torch.dtype:
+    dtype = student.dtype
+    if teacher.dtype is not dtype:
+        dtype = torch.promote_types(dtype, teacher.dtype)
+    if other is not None and other.dtype is not dtype:
+        dtype = torch.promote_types(dtype, other.dtype)
+    return dtype
+
+
+def reduce_rows(rows: Tensor, weight: Tensor | None, reduction: int) -> Tensor:
+    """Weights and reduces row losses; a row of weight 0 counts exactly 0 whatever it holds."""
+    if weight is not None:
+        rows = torch.where(weight == 0, 0, rows * weight)
+    if reduction == NONE:
+        return rows
+    total = rows.sum()
+    return total if reduction == SUM else total / max(rows.numel(), 1)
+
+
+def mask_rows(logits: Tensor, weight: Tensor | None) -> Tensor:
+    """Zeros in rows of weight 0, so that nothing they hold reaches a gradient."""
+    return logits if weight is None else torch.where((weight == 0).unsqueeze(1), 0, logits)
