@@ -23,6 +23,7 @@ from fedkern.engine.events import Listener, RunInfo, Terminated
 from fedkern.engine.ledger import Ledger
 from fedkern.engine.local import Diverged
 from fedkern.engine.network import cpu_threads
+from fedkern.engine.samples import TestSet
 from fedkern.engine.serial import Bench, Client, Exchange, Server, sample_clients
 from fedkern.engine.state import fingerprint
 from fedkern.errors import UserError
@@ -63,8 +64,8 @@ def run(
         if resume:
             _compare(config, stored, out)
         _check(config, data)
-        bench = Bench(config, data)
-        bench.network("local")
+        runner = Run(config, Bench(config, data), out, listener)
+        runner.prepare()
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -75,7 +76,7 @@ def run(
             if not resume:
                 _vacant(out)
                 atomic.write_bytes(out / settings.NAME, config.to_toml().encode())
-            return Run(config, bench, out, listener).go()
+            return runner.go()
 
 
 def _compare(config: RunConfig, stored: RunConfig, out: Path) -> None:
@@ -114,11 +115,23 @@ class Run:
         self.latest: dict[str, float] = {}
         self.last_clients: dict[str, Any] = {}
         self.phases: dict[str, float] = {}
+        self.sets: dict[str, TestSet] = {}
         self._clients: dict[int, Client] = {}
+        self._last_exchange = True
         self._elapsed = 0.0
         self._started = time.perf_counter()
         self._told: set[str] = set()
         self._round: dict[str, Any] = {}
+
+    def prepare(self) -> None:
+        """Everything that can fail because of what the user asked for, before anything is written.
+
+        Raises:
+            UserError: data or network do not fit the method.
+        """
+        for k in range(self.config.clients):
+            self.method.check(Client(self.bench, k, {}))
+        self.method.start(self.server)
 
     # -- the whole run ---------------------------------------------------------------------------------------------
 
@@ -127,7 +140,6 @@ class Run:
         entry = self.checkpoints.open()
         if entry is None:
             self.metrics.truncate(0)
-            self.method.start(self.server)
         else:
             self._restore(entry, fingerprint_now)
         self.sets = test_sets(self.bench)
@@ -169,14 +181,16 @@ class Run:
         index = number - self.planned_one_off() if not entry.one_off else -1 - number
         everyone = list(range(self.config.clients))
         participants = everyone if entry.participants == "all" else sample_clients(self.config, index)
-        self.listener.on_round_start(index if entry.one_off else index + 1, entry.name, participants)
-        self._round = {"clients": {}, "dropped": {}, "index": index}
+        shown = index if entry.one_off else index + 1
+        self.listener.on_round_start(shown, entry.name, participants)
+        self._round = {"clients": {}, "dropped": {}, "shown": shown}
         phases = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0}
         for exchange_name in entry.exchanges:
             step = Step(index, entry.name, exchange_name)
+            self._last_exchange = exchange_name == entry.exchanges[-1]
             begun = time.perf_counter()
             outgoing = self.method.send(self.server, step)
-            exchange = Exchange(self.bench, self, step, participants, entry.one_off)
+            exchange = Exchange(self, step, participants, entry.one_off)
             uploads = exchange.uploads(outgoing)
             self.method.server_update(self.server, step, uploads)
             for _ in uploads:  # a server that stops reading still lets every client work
@@ -244,8 +258,10 @@ class Run:
         if fingerprint(client.state) != before:
             self.checkpoints.write_client(client.id, self.planned + 1, client.state)
         self.observed.add(info)
+        if self._last_exchange:
+            self._clients.pop(client.id, None)  # its state is on disk; scratch need not outlive the round
         self._round["clients"].setdefault(str(client.id), {}).update(info)
-        self.listener.on_client(self._round["index"] + 1, client.id, {**info, "seconds": seconds})
+        self.listener.on_client(self._round["shown"], client.id, {**info, "seconds": seconds})
 
     def dropped(self, problem: Diverged) -> None:
         """A client diverged: stops the run or leaves the client out of the rest of the round."""

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fedkern.data import transforms
-from fedkern.errors import UserError
 
 CACHE_BYTES = 1 << 30
 """Normalised images of a whole run are kept in memory up to this size; beyond, every batch is normalised anew."""
@@ -112,15 +111,11 @@ class ClientData:
         """Images with a detected object, those pixels black: uint8 images, bool masks, int64 labels.
 
         Raises:
-            UserError: nothing is known about what is object and what is background.
+            ValueError: nothing is known about what is object and what is background.
         """
         split = self.split
         if split.masks is None:
-            raise UserError(
-                "The background intervention needs to know where the objects are, and this data set has no masks: give "
-                "--data-option boxes=FILE or --data-option detector=PATH, or turn it off with "
-                "--method-option intervention=off."
-            )
+            raise ValueError("masks: expected bool [n, H, W] for a background bank, given none")
         detected = split.masks.flatten(1).any(1)
         masks = split.masks[detected]
         return {

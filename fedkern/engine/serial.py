@@ -111,6 +111,10 @@ class Client:
         self.report: dict[str, float] = {}
         self._bench = bench
 
+    @property
+    def objects_known(self) -> bool:
+        return self._bench.data.clients[self.id].masks is not None
+
     def train(self, method: LocalTraining, step: Step, message: Message) -> Message:
         bench, config = self._bench, self._bench.config
         network = bench.network("local")
@@ -213,8 +217,8 @@ def round_half_up(value: float) -> int:
 class Exchange:
     """One exchange of a round: sends, lets the clients work one after another, yields their uploads."""
 
-    def __init__(self, bench: Bench, engine: Any, step: Step, participants: list[int], one_off: bool) -> None:
-        self.bench, self.engine, self.step = bench, engine, step
+    def __init__(self, engine: Any, step: Step, participants: list[int], one_off: bool) -> None:
+        self.engine, self.step = engine, step
         self.participants, self.one_off = participants, one_off
         self.seconds = 0.0
         self.dropped: list[Diverged] = []

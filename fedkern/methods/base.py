@@ -186,6 +186,11 @@ class Client(Protocol):
     scratch: dict[str, Any]
     """Lives between the exchanges of a round and may vanish."""
 
+    @property
+    def objects_known(self) -> bool:
+        """Whether anything is known about what is object and what is background in the client's images."""
+        ...
+
     def train(self, method: LocalTraining, step: Step, message: Message) -> Message:
         """The engine's training loop: local epochs of SGD on ``method.loss`` from the received parameters.
 
@@ -250,6 +255,9 @@ class Method:
 
     def __init__(self, options: Any = None) -> None:
         self.options: Any = self.Options() if options is None else options
+
+    def check(self, client: Client) -> None:
+        """Raises UserError where a client's data lack what the method needs; asked before anything is written."""
 
     def start(self, server: Server) -> None:
         """Fills ``server.state`` before the first round."""

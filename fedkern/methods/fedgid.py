@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkern import ops
+from fedkern.errors import UserError
 from fedkern.methods.base import (
     Backgrounds,
     Batch,
@@ -89,8 +90,10 @@ class FedGID(LocalTraining):
 
     def mixes(self, step: Step) -> bool:
         """Whether features are really mixed: with a constant alpha of 1 the mixture is the sample itself."""
-        own_only = self.options.alpha == 1 and self.options.alpha_sampling != "beta"
-        return self.intervenes(step) and not own_only
+        return self.intervenes(step) and not self._own_only()
+
+    def _own_only(self) -> bool:
+        return self.options.alpha == 1 and self.options.alpha_sampling != "beta"
 
     def distillation_weight(self, step: Step) -> float:
         """Lambda of this round, after the warm-up and the ramp."""
@@ -220,6 +223,14 @@ class FedGID(LocalTraining):
         return rng.beta(a, b, size).astype(np.float32)
 
     # -- the one-off exchange of a shared pool ---------------------------------------------------------------------
+
+    def check(self, client: Client) -> None:
+        if self.options.intervention and not self._own_only() and not client.objects_known:
+            raise UserError(
+                "The background intervention needs to know where the objects are, and this data set has no masks: give "
+                "--data-option boxes=FILE or --data-option detector=PATH, or turn it off with "
+                "--method-option intervention=off."
+            )
 
     def start(self, server: Server) -> None:
         super().start(server)

@@ -220,6 +220,7 @@ def test_empty_client_is_named(make_data, make_config, tmp_path):
 def test_no_masks_is_said_in_one_sentence(make_data, make_config, tmp_path):
     with pytest.raises(UserError, match="has no masks"):
         run(make_config("fedgid"), out=tmp_path / "run", data=make_data(masked=False))
+    assert not (tmp_path / "run").exists()
     run(make_config("fedgid", options={"intervention": False}), out=tmp_path / "gd", data=make_data(masked=False))
 
 
