@@ -1,0 +1,328 @@
+"""The round loop of one run: plays the method's plan, evaluates, records, checkpoints, ends."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedkern.engine import diagnostics, records
+from fedkern.engine.checkpoint import Checkpoints
+from fedkern.engine.config import RunConfig
+from fedkern.engine.evaluate import evaluate, gradcam, test_sets
+from fedkern.engine.events import Listener, RunInfo
+from fedkern.engine.ledger import Ledger
+from fedkern.engine.local import Diverged
+from fedkern.engine.samples import TestSet
+from fedkern.engine.serial import Bench, Client, Exchange, Server, sample_clients
+from fedkern.engine.state import fingerprint
+from fedkern.errors import UserError
+from fedkern.methods import registry
+from fedkern.methods.base import Round, Step
+
+
+class Run:
+    """The round loop of one run."""
+
+    def __init__(self, config: RunConfig, bench: Bench, out: Path, listener: Listener) -> None:
+        self.config, self.bench, self.out, self.listener = config, bench, out, listener
+        kind = registry.get(config.method)
+        self.method = kind(kind.Options.parse(config.options, method=config.method))
+        self.ledger = Ledger(config.clients)
+        self.checkpoints = Checkpoints(out)
+        self.metrics = records.Metrics(out)
+        self.observed = diagnostics.Observations()
+        self.server = Server(bench)
+        self.done = 0  # communication rounds
+        self.planned = 0  # rounds of the plan, one-off ones included
+        self.best: dict[str, float] = {}
+        self.latest: dict[str, float] = {}
+        self.last_clients: dict[str, Any] = {}
+        self.phases: dict[str, float] = {}
+        self.sets: dict[str, TestSet] = {}
+        self._clients: dict[int, Client] = {}
+        self._last_exchange = True
+        self._elapsed = 0.0
+        self._started = time.perf_counter()
+        self._told: set[str] = set()
+        self._round: dict[str, Any] = {}
+
+    def prepare(self) -> None:
+        """Everything that can fail because of what the user asked for, before anything is written.
+
+        Raises:
+            UserError: data or network do not fit the method.
+        """
+        for k in range(self.config.clients):
+            self.method.check(Client(self.bench, k, {}))
+        self.method.start(self.server)
+
+    # -- the whole run ---------------------------------------------------------------------------------------------
+
+    def go(self) -> dict[str, Any]:
+        fingerprint_now = data_fingerprint(self.bench.data)
+        entry = self.checkpoints.open()
+        if entry is None:
+            self.metrics.truncate(0)
+        else:
+            self._restore(entry, fingerprint_now)
+        self.sets = test_sets(self.bench)
+        self._announce()
+        for number, entry_round in enumerate(self.method.rounds(self.bench.federation)):
+            if number < self.planned:
+                continue
+            self._play(entry_round, number)
+            self.planned = number + 1
+            if entry_round.one_off or self.done % self.config.checkpoint_every == 0 or self.done == self._rounds:
+                self._commit(fingerprint_now)
+        return self._finish(fingerprint_now)
+
+    @property
+    def _rounds(self) -> int:
+        return sum(not entry.one_off for entry in self.method.rounds(self.bench.federation))
+
+    def seconds(self) -> float:
+        """Seconds of work on this run, over all its resumptions."""
+        return self._elapsed + time.perf_counter() - self._started
+
+    def _announce(self) -> None:
+        self.listener.on_start(
+            RunInfo(
+                config=self.config,
+                out=self.out,
+                first_round=self.done,
+                samples=self.bench.federation.samples,
+                parameters=self.bench.network("local").parameters.numel(),
+                test_sets={prefix.rstrip("_"): len(data) for prefix, data in self.sets.items()},
+                data=self.bench.data,
+            )
+        )
+
+    # -- one round -------------------------------------------------------------------------------------------------
+
+    def _play(self, entry: Round, number: int) -> None:
+        start = time.perf_counter()
+        index = number - self.planned_one_off() if not entry.one_off else -1 - number
+        everyone = list(range(self.config.clients))
+        participants = everyone if entry.participants == "all" else sample_clients(self.config, index)
+        shown = index if entry.one_off else index + 1
+        self.listener.on_round_start(shown, entry.name, participants)
+        self._round = {"clients": {}, "dropped": {}, "shown": shown}
+        phases = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0}
+        for exchange_name in entry.exchanges:
+            step = Step(index, entry.name, exchange_name)
+            self._last_exchange = exchange_name == entry.exchanges[-1]
+            begun = time.perf_counter()
+            outgoing = self.method.send(self.server, step)
+            exchange = Exchange(self, step, participants, entry.one_off)
+            uploads = exchange.uploads(outgoing)
+            self.method.server_update(self.server, step, uploads)
+            for _ in uploads:  # a server that stops reading still lets every client work
+                pass
+            phases["train"] += exchange.seconds
+            phases["aggregate"] += time.perf_counter() - begun - exchange.seconds
+            participants = [k for k in participants if str(k) not in self._round["dropped"]]
+            if not participants:
+                raise UserError(f"Every client of round {index + 1} diverged: lower --lr, or set --clip-norm.")
+        self._clients.clear()
+        self.server.scratch.clear()
+        if entry.one_off:
+            return
+        self.done += 1
+        self._record(start, phases)
+
+    def planned_one_off(self) -> int:
+        return sum(entry.one_off for entry in self.method.rounds(self.bench.federation))
+
+    def _record(self, start: float, phases: dict[str, float]) -> None:
+        due = self.done % self.config.eval_every == 0 or self.done == self._rounds
+        losses = [info["loss"] for info in self._round["clients"].values() if "loss" in info]
+        record: dict[str, Any] = {
+            "round": self.done,
+            "rounds": self._rounds,
+            "seconds": 0.0,
+            "bytes_up": self.ledger.total_up,
+            "bytes_down": self.ledger.total_down,
+            "evaluated": due,
+        }
+        if losses:
+            record["loss"] = sum(losses) / len(losses)
+        if due:
+            begun = time.perf_counter()
+            self.latest = evaluate(self.method, self.method.model(self.server), self.sets)
+            phases["evaluate"] = time.perf_counter() - begun
+            record.update(self.latest)
+            for name, value in self.latest.items():
+                if name.endswith("accuracy"):
+                    self.best[name] = max(value, self.best.get(name, 0.0))
+        record["clients"] = self._round["clients"]
+        if self._round["dropped"]:
+            record["dropped"] = self._round["dropped"]
+        record["phases"] = {name: round(value, 6) for name, value in phases.items()}
+        self._add_phases(phases)
+        record["round_seconds"] = time.perf_counter() - start
+        record["seconds"] = self.seconds()
+        if due:
+            self.metrics.append({name: value for name, value in record.items() if name not in ("rounds", "evaluated")})
+        self.last_clients = self._round["clients"]
+        self._tell_warnings()
+        self.listener.on_round(record)
+
+    # -- called by the exchange ------------------------------------------------------------------------------------
+
+    def client(self, k: int) -> Client:
+        if k not in self._clients:
+            self._clients[k] = Client(self.bench, k, self.checkpoints.client_state(k))
+        return self._clients[k]
+
+    def client_fingerprint(self, client: Client) -> Any:
+        return fingerprint(client.state)
+
+    def client_done(self, client: Client, before: Any, info: dict[str, Any], seconds: float) -> None:
+        if fingerprint(client.state) != before:
+            self.checkpoints.write_client(client.id, self.planned + 1, client.state)
+        self.observed.add(info)
+        if self._last_exchange:
+            self._clients.pop(client.id, None)  # its state is on disk; scratch need not outlive the round
+        self._round["clients"].setdefault(str(client.id), {}).update(info)
+        self.listener.on_client(self._round["shown"], client.id, {**info, "seconds": seconds})
+
+    def dropped(self, problem: Diverged) -> None:
+        """A client diverged: stops the run or leaves the client out of the rest of the round."""
+        where = f"Client {problem.client} diverged in round {problem.round + 1}, batch {problem.batch}: {problem.what}"
+        if self.config.on_nan == "stop":
+            raise UserError(f"{where}; lower --lr, set --clip-norm, or leave such clients out with --on-nan skip.")
+        self._clients.pop(problem.client, None)
+        self._round["dropped"][str(problem.client)] = {"batch": problem.batch, "reason": problem.what}
+        self.bench.warn("diverging-client", f"{where}; it was left out of that round.")
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def _commit(self, data: int) -> None:
+        begun = time.perf_counter()
+        info = self._info(data)
+        self.checkpoints.commit(round=self.done, plan=self.planned, server=self.server.state, info=info)
+        self._add_phases({"checkpoint": time.perf_counter() - begun})
+
+    def _info(self, data: int, finished: bool = False) -> dict[str, Any]:
+        info = {
+            "ledger": self.ledger.to_dict(),
+            "seconds": self.seconds(),
+            "metrics_bytes": self.metrics.size,
+            "observed": self.observed.to_dict(),
+            "warnings": self.bench.warnings,
+            "best": self.best,
+            "latest": records.plain(self.latest),
+            "clients": self.last_clients,
+            "phases": self.phases,
+            "config": self.config.to_dict(),
+            "data": data,
+            "versions": records.versions(),
+            "finished": finished,
+        }
+        return dict(records.plain(info))
+
+    def _add_phases(self, seconds: dict[str, float]) -> None:
+        for name, value in seconds.items():
+            self.phases[name] = self.phases.get(name, 0.0) + value
+
+    def _restore(self, entry: dict[str, Any], data: int) -> None:
+        info = entry["info"]
+        if info["data"] != data:
+            raise UserError(
+                f"The data are not those that {self.out} was started with: restore the files, or start anew."
+            )
+        self.server.state = self.checkpoints.server_state()
+        self.done, self.planned = entry["round"], entry["plan"]
+        self.ledger = Ledger(self.config.clients, **info["ledger"])
+        self.observed = diagnostics.Observations(info["observed"])
+        self.bench.warnings = dict(info["warnings"])
+        self._told = set(self.bench.warnings)
+        self.best, self.latest = dict(info["best"]), dict(info["latest"])
+        self.last_clients, self.phases = info["clients"], dict(info["phases"])
+        self._elapsed = info["seconds"]
+        self.metrics.truncate(info["metrics_bytes"])
+        if info["versions"]["torch"] != torch.__version__:
+            self.bench.warn(
+                "other-versions",
+                f"The run was started with PyTorch {info['versions']['torch']} and continued with {torch.__version__}: "
+                "its bits differ from an uninterrupted one.",
+            )
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def _finish(self, data: int) -> dict[str, Any]:
+        network = self.method.model(self.server)
+        if not any(test.predictions is not None for test in self.sets.values()):
+            self.latest = evaluate(self.method, network, self.sets)
+        metrics = {**self.latest, **self._gradcam(network)}
+        server = self.bench.network("server")
+        warn = self.bench.warn
+        for found in (
+            diagnostics.collapsed_classes(self.sets, self.bench.data.classes),
+            diagnostics.outlying_drift(self.last_clients),
+            diagnostics.poor_metrics(metrics, self.best, self.bench.federation.classes),
+            diagnostics.missing_statistics(self.config.buffers, server.buffers.numel() > 0),
+            self.method.diagnose(self.observed.summary()),
+        ):
+            for name, text in found.items():
+                warn(name, text)
+        self._tell_warnings()
+        records.write_model(self.out, server.state_dict(), self._about())
+        summary: dict[str, Any] = {
+            "method": self.config.method,
+            "data": self.config.data,
+            "model": self.config.model,
+            "seed": self.config.seed,
+            "rounds": self.done,
+            "clients": self.config.clients,
+            "metrics": metrics,
+            "bytes": self.ledger.summary(),
+            "seconds": self.seconds(),
+            "phases": self.phases,
+            "diagnostics": self.bench.warnings,
+            "versions": records.versions(),
+        }
+        records.write_summary(self.out, summary)
+        self.checkpoints.amend(self._info(data, finished=True))
+        self.listener.on_end(summary)
+        return summary
+
+    def _gradcam(self, network: Any) -> dict[str, float]:
+        # Grad-CAM looks at single images in eval mode, which a network without running statistics does not have.
+        count = self.config.grad_cam if self.config.buffers == "average" else 0
+        return gradcam(network, self.sets, count)
+
+    def _about(self) -> dict[str, Any]:
+        data = self.bench.data
+        channels, height, width = data.clients[0].images.shape[1:]
+        return {
+            "model": self.config.model,
+            "width": self.config.width,
+            "classes": list(data.classes),
+            "channels": channels,
+            "image_size": [height, width],
+            "mean": list(data.mean),
+            "std": list(data.std),
+            "method": self.config.method,
+            "rounds": self.done,
+        }
+
+    def _tell_warnings(self) -> None:
+        for name, text in self.bench.warnings.items():
+            if name not in self._told:
+                self._told.add(name)
+                self.listener.on_warning(name, text)
+
+
+def data_fingerprint(data: Any) -> int:
+    """CRC-32 over all images and labels of a federation: a resumed run must see the same ones."""
+    value = 0
+    for split in (*data.clients, data.validation, *data.tests.values()):
+        for tensor in (split.images, split.labels, split.masks):
+            if tensor is not None:
+                value = zlib.crc32(tensor.contiguous().numpy().reshape(-1).view("uint8").data, value)
+    return value

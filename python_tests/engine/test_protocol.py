@@ -1,0 +1,128 @@
+"""The engine under a method that uses all of the protocol: exchanges, personal messages, states, one-off rounds."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+
+from fedkern.engine import Listener, RunConfig, run
+from fedkern.engine.records import read_metrics
+from fedkern.methods import METHODS, Method, Round, option, register
+
+
+class Probe(Method):
+    """Two exchanges a round: clients tell a number, get it back with their count, and train."""
+
+    @dataclass(frozen=True)
+    class Options(Method.Options):
+        step: float = option(0.5, "how far the server goes")
+
+    trace: ClassVar[list] = []
+
+    def start(self, server):
+        server.state.update(vectors=server.initial(), total=0, log={"rounds": []})
+
+    def rounds(self, federation):
+        yield Round("hello", exchanges=("hello",), participants="all", one_off=True)
+        for r in range(federation.rounds):
+            yield Round("train", exchanges=("ask", "tell"), participants="all" if r == 1 else "sampled")
+
+    def send(self, server, step):
+        if step.exchange == "tell":
+            return {k: {"yours": torch.full((k + 1,), float(k))} for k in server.scratch["answers"]}
+        return {"total": server.state["total"]}
+
+    def client_update(self, client, step, message):
+        self.trace.append((step.round, step.exchange, client.id, client.state.get("visits", 0)))
+        if step.exchange == "hello":
+            client.state["visits"] = 0
+            return {"n": client.samples}
+        if step.exchange == "ask":
+            client.scratch["asked"] = message["total"]
+            return {"draw": float(client.rng("noise", step).random())}
+        assert torch.equal(message["yours"], torch.full((client.id + 1,), float(client.id)))
+        assert "asked" in client.scratch  # kept between the exchanges of a round
+        client.state["visits"] += 1
+        return {"visits": client.state["visits"]}
+
+    def server_update(self, server, step, uploads):
+        if step.exchange == "ask":
+            server.scratch["answers"] = {u.client_id: u.message["draw"] for u in uploads}
+            vectors = server.state["vectors"]
+            vectors["parameters"] = vectors["parameters"] * (1 - 0.01 * sum(server.scratch["answers"].values()))
+        elif step.exchange == "tell":
+            for upload in uploads:
+                server.state["total"] += upload.message["visits"]
+            server.state["log"]["rounds"].append(step.round)
+
+    def model(self, server):
+        return server.network(server.state["vectors"])
+
+
+@pytest.fixture
+def probe():
+    register("probe")(Probe)
+    Probe.trace = []
+    yield Probe
+    METHODS.pop("probe")
+
+
+class Stop(BaseException):
+    pass
+
+
+def test_exchanges_messages_and_states(probe, make_data, make_config, tmp_path):
+    data, config = make_data(), make_config("probe", rounds=4, sample_fraction=0.4)
+    summary = run(config, out=tmp_path / "whole", data=data)
+    trace = list(probe.trace)
+    assert [t[1:3] for t in trace[:3]] == [("hello", 0), ("hello", 1), ("hello", 2)]
+    assert [t[2] for t in trace if t[0] == 1 and t[1] == "ask"] == [0, 1, 2]
+    for r in range(4):
+        asked = [t[2] for t in trace if t[:2] == (r, "ask")]
+        assert asked == [t[2] for t in trace if t[:2] == (r, "tell")]
+        assert len(asked) == (3 if r == 1 else 1)
+    visits = {}
+    for _, exchange, client, seen in trace:
+        assert seen == visits.get(client, 0)
+        visits[client] = seen + (exchange == "tell")
+    # numbers are 8 bytes each, the personal tensors 4 (k + 1)
+    tells = [t[2] for t in trace if t[1] == "tell"]
+    assert summary["bytes"]["down"] == sum(8 + 4 * (k + 1) for k in tells)
+    assert summary["bytes"]["up"] == 16 * len(tells)
+    assert summary["bytes"]["one_off_up"] == summary["bytes"]["one_off_down"] == 24
+
+    for hook in range(0, 14, 3):
+        out = tmp_path / f"cut{hook}"
+
+        class Cut(Listener):
+            left = hook
+
+            def on_client(self, *_):
+                self.left -= 1
+                if self.left < 0:
+                    raise Stop
+
+        try:
+            run(config, out=out, data=data, listener=Cut())
+        except Stop:
+            run(RunConfig.load(out), out=out, resume=True, data=data)
+        strip = [
+            [{k: v for k, v in r.items() if "seconds" not in k and k != "phases"} for r in read_metrics(o)]
+            for o in (out, tmp_path / "whole")
+        ]
+        assert strip[0] == strip[1]
+        assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def test_a_client_left_out_by_send_is_an_error(probe, make_data, make_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(probe, "send", lambda self, server, step: {0: {}, 2: {}})
+    with pytest.raises(ValueError, match="message for client 1"):
+        run(make_config("probe"), out=tmp_path, data=make_data())
+
+
+def test_a_server_that_reads_nothing_still_lets_clients_work(probe, make_data, make_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(probe, "rounds", lambda self, federation: iter([Round(exchanges=("hello",))]))
+    monkeypatch.setattr(probe, "server_update", lambda self, server, step, uploads: None)
+    run(make_config("probe"), out=tmp_path, data=make_data())
+    assert len(probe.trace) == 3
