@@ -1,6 +1,7 @@
 """Fast operators of federated learning, with gradients, each specified by a reference in plain PyTorch."""
 
-from fedkern.ops.aggregate import Accumulator, weighted_mean
+from fedkern.ops.aggregate import weighted_mean
+from fedkern.ops.aggregate_accumulator import Accumulator
 from fedkern.ops.backend import use_backend, use_isa
 from fedkern.ops.blend import blend
 from fedkern.ops.boxes import erase_boxes, keep_boxes

@@ -1,111 +1,274 @@
-"""aggregate: weighted averages of flat model vectors, all at once or one upload at a time."""
+"""aggregate: weighted means of flat model vectors."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from fedkern.ops import _library, backend
+from fedkern.ops._memory import fresh
+from fedkern.ops.aggregate_reference import FLOATS, check_weights, weighted_mean_reference
+
+# 1. What it computes: aggregate_reference.
 
 
-# 1. What it computes.
-
-
-def weighted_mean_reference(vectors: Tensor | Sequence[Tensor], weights: Tensor | Sequence[float]) -> Tensor:
-    """The specification of :func:`weighted_mean`: the sum in fp64, in the order given, divided by the weights' sum."""
-    rows = list(vectors)
-    values = torch.as_tensor(weights, dtype=torch.float64, device=rows[0].device)
-    total = torch.zeros_like(rows[0], dtype=torch.float64)
-    for row, value in zip(rows, values, strict=True):
-        # A client of weight zero does not count, whatever it sent.
-        total = torch.where(value == 0, total, total + row.double() * value)
-    return (total / values.sum()).to(rows[0].dtype)
-
-
-# 2. The public functions.
+# 2. The public function.
 
 
 def weighted_mean(
     vectors: Tensor | Sequence[Tensor], weights: Tensor | Sequence[float], out: Tensor | None = None
 ) -> Tensor:
-    rows = list(vectors)
-    values = (
-        check_weights(weights, len(rows)) if not isinstance(weights, Tensor) or weights.device.type == "cpu" else None
+    """Averages the clients' flat vectors: ``sum_m weights[m] * vectors[m] / sum(weights)`` (FedAvg, arXiv 1602.05629).
+
+    Sums are taken in fp64 whatever the dtype, in the order given: the mean of equal fp32, bf16 or fp16 vectors is that
+    vector exactly, the bits do not depend on the number of threads, and an :class:`Accumulator` that is fed in the same
+    order gives the same bits.
+
+    Args:
+        vectors: M tensors ``[P]``, or one ``[M, P]``; fp32, bf16, fp16 or fp64, of one dtype and device, any strides.
+        weights: M numbers that are finite, not negative and do not all vanish; they need not sum to one.  A sequence,
+            or a tensor ``[M]`` (on the CPU or the vectors' device).  A vector of weight zero is not looked at and may
+            hold NaN.
+        out: where to write the result, ``[P]`` of any of those dtypes; it may be one of the vectors.
+
+    Returns:
+        ``[P]`` in the vectors' dtype, or ``out``.
+
+    Differentiable in the vectors and a tensor of weights; works under torch.func.grad, vmap and torch.compile (one
+    node, on a stacked ``[M, P]``).
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, device or shape is wrong, or (for weights on the CPU) a weight
+            is negative or not finite, or their sum is zero; on CUDA weights of sum zero give NaN.
+        RuntimeError: a forced backend cannot serve the call.
+    """
+    first, count = _check(vectors)
+    if isinstance(weights, Tensor):
+        if weights.dim() != 1 or weights.shape[0] != count:
+            raise ValueError(f"weights must have shape [{count}], not {list(weights.shape)}")
+        if weights.is_complex():
+            raise TypeError(f"weights must have a real dtype, not {weights.dtype}")
+        if weights.device.type != "cpu" and weights.device != first.device:
+            raise ValueError(f"weights must be on the vectors' device {first.device}, not {weights.device}")
+    if out is not None:
+        check_out(out, first.shape[-1], first.device)
+    rows: Sequence[Tensor] = (vectors,) if isinstance(vectors, Tensor) else vectors
+    given = [*rows, weights] if isinstance(weights, Tensor) else [*rows]
+    if not backend.eager(*given, *(() if out is None else (out,))):
+        stacked = vectors if isinstance(vectors, Tensor) else torch.stack(list(vectors))
+        if not isinstance(weights, Tensor):
+            weights = torch.tensor(check_weights(weights, count)[0], dtype=torch.float64, device=first.device)
+        result = _weighted_mean(stacked, weights)
+        return result if out is None else out.copy_(result)
+    if torch.is_grad_enabled():
+        wanted = any(tensor.requires_grad for tensor in given)
+        if out is not None and (wanted or out.requires_grad):
+            raise ValueError(
+                "out takes no part in differentiation; call weighted_mean under torch.no_grad(), or without out"
+            )
+        if wanted:
+            values = weights if isinstance(weights, Tensor) else torch.tensor(check_weights(weights, count)[0])
+            return _WeightedMean.apply(values, isinstance(vectors, Tensor), *rows)
+    return _compute(vectors, weights, out)
+
+
+def _check(vectors: Tensor | Sequence[Tensor]) -> tuple[Tensor, int]:
+    """Returns one tensor that stands for all, and M."""
+    if isinstance(vectors, Tensor):
+        if vectors.dtype not in FLOATS:
+            raise TypeError(f"vectors must be float32, float64, bfloat16 or float16, not {vectors.dtype}")
+        if vectors.dim() != 2 or not vectors.shape[0]:
+            raise ValueError(f"vectors must have shape [M, P] with M > 0, not {list(vectors.shape)}")
+        return vectors, vectors.shape[0]
+    if not isinstance(vectors, Sequence) or not len(vectors):
+        raise ValueError("vectors must hold at least one tensor [P]: a list of them, or one [M, P]")
+    first = vectors[0]
+    for position, vector in enumerate(vectors):
+        check_vector(vector, f"vectors[{position}]")
+        if vector.dtype != first.dtype:
+            raise TypeError(f"vectors[{position}] must have vectors[0]'s dtype {first.dtype}, not {vector.dtype}")
+        if vector.shape != first.shape:
+            raise ValueError(
+                f"vectors[{position}] must have vectors[0]'s shape {list(first.shape)}, not {list(vector.shape)}"
+            )
+        if vector.device != first.device:
+            raise ValueError(f"vectors[{position}] must be on vectors[0]'s device {first.device}, not {vector.device}")
+    return first, len(vectors)
+
+
+def check_vector(vector: Tensor, name: str, size: int | None = None) -> None:
+    """Raises TypeError or ValueError unless ``vector`` is a floating tensor ``[size]``."""
+    if not isinstance(vector, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(vector).__name__}")
+    if vector.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, not {vector.dtype}")
+    if vector.dim() != 1 or (size is not None and vector.shape[0] != size):
+        raise ValueError(f"{name} must have shape [{'P' if size is None else size}], not {list(vector.shape)}")
+
+
+def check_out(out: Tensor, size: int, device: torch.device) -> None:
+    """Raises TypeError or ValueError unless ``out`` can take a result ``[size]``."""
+    check_vector(out, "out", size)
+    if out.device != device:
+        raise ValueError(f"out must be on the vectors' device {device}, not {out.device}")
+    if size > 1 and not out.stride(0):
+        raise ValueError("out must not be expanded: several of its elements share one place in memory")
+
+
+def _compute(vectors: Tensor | Sequence[Tensor], weights: Tensor | Sequence[float], out: Tensor | None) -> Tensor:
+    """The mean of ordinary tensors, outside of autograd."""
+    rows: Sequence[Tensor] = (vectors,) if isinstance(vectors, Tensor) else vectors
+    first = rows[0]
+    core = backend.select("aggregate", *rows)
+    size, count = first.shape[-1], len(vectors)
+    if core is None:
+        on_device = isinstance(weights, Tensor) and weights.device.type != "cpu"
+        result = weighted_mean_reference(vectors, weights if on_device else check_weights(weights, count)[0])
+        return result if out is None else deliver(result, out)
+    values, total = check_weights(weights.detach() if isinstance(weights, Tensor) else weights, count)
+    if isinstance(vectors, Tensor):
+        step = vectors.stride(0) * vectors.element_size()
+        pointers = [vectors.data_ptr() + m * step for m in range(count)]
+        strides = [vectors.stride(1)] * count
+    else:
+        pointers, strides = [row.data_ptr() for row in vectors], [row.stride(0) for row in vectors]
+    kept = [m for m in range(count) if values[m]]
+    if len(kept) < count:
+        pointers, strides, values = ([given[m] for m in kept] for given in (pointers, strides, values))  # type: ignore[assignment]
+    target = direct_target(out, size, first.dtype, pointers, strides, first.element_size())
+    if target is None:
+        target = fresh(core, torch.empty(size, dtype=first.dtype))
+    core.weighted_mean(
+        backend.DTYPES[first.dtype],
+        backend.DTYPES[target.dtype],
+        size,
+        pointers,
+        strides,
+        values,
+        total,
+        target.data_ptr(),
+        torch.get_num_threads(),
     )
-    result = weighted_mean_reference(rows, values if values is not None else weights)
-    if out is None:
-        return result
+    return target if out is None else deliver(target, out)
+
+
+def direct_target(
+    out: Tensor | None, size: int, dtype: torch.dtype, pointers: Sequence[int], strides: Sequence[int], item: int
+) -> Tensor | None:
+    """``out`` where a kernel may write to it element by element while it reads the vectors, else None."""
+    if out is None or (size > 1 and out.stride(0) != 1) or out.dtype not in FLOATS or out.is_neg():
+        return None
+    begin, end = out.data_ptr(), out.data_ptr() + size * out.element_size()
+    for pointer, stride in zip(pointers, strides, strict=True):
+        last = pointer + ((size - 1) * stride + 1) * item
+        same = pointer == begin and stride == 1 and out.dtype == dtype
+        if not same and pointer < end and begin < last:
+            return None
+    return out
+
+
+def deliver(result: Tensor, out: Tensor) -> Tensor:
+    """Hands ``result`` over in ``out``, and tells autograd that ``out`` has changed."""
+    if result is out:
+        torch.autograd.graph.increment_version(out)
+        return out
     with torch.no_grad():
         return out.copy_(result)
 
 
-def check_weights(weights: Tensor | Sequence[float], count: int) -> list[float]:
-    values = [float(value) for value in (weights.tolist() if isinstance(weights, Tensor) else weights)]
-    if len(values) != count:
-        raise ValueError(f"weights must have one value for each of the {count} vectors, not {len(values)}")
-    for position, value in enumerate(values):
-        if not math.isfinite(value) or value < 0:
-            raise ValueError(f"weights must be finite and not negative; weights[{position}] is {value}")
-    total = sum(values)
-    if not 0 < total < math.inf:
-        raise ValueError(f"weights must have a positive, finite sum, not {total}")
-    return values
+# 3. Eager autograd.
 
 
-class Accumulator:
-    """The running weighted mean of vectors that arrive one after another, in O(P) memory."""
+class _WeightedMean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, stacked: bool, *rows: Tensor) -> Tensor:
+        ctx.stacked = stacked
+        ctx.save_for_backward(weights, *(rows if ctx.needs_input_grad[0] else ()))
+        ctx.dtype = rows[0].dtype
+        return _compute(rows[0] if stacked else rows, weights, None)
 
-    def __init__(self, size: int, exact: bool = False, *, device: torch.device | str | None = None) -> None:
-        self.size = size
-        self.exact = exact
-        self.count = 0
-        self._dtype: torch.dtype | None = None
-        self._weight = 0.0
-        self._sum = torch.zeros(size, dtype=torch.float64, device=device)
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weights, *rows = ctx.saved_tensors
+        by_weights: Tensor | None = None
+        by_rows: tuple[Tensor | None, ...]
+        shares = _shares(weights, grads[0])
+        if ctx.needs_input_grad[0]:
+            by_weights = _by_weights(grads[0], rows[0] if ctx.stacked else torch.stack(rows), weights)
+        if ctx.stacked:
+            by_rows = (_outer(shares, grads[0]) if ctx.needs_input_grad[2] else None,)
+        else:
+            by_rows = tuple(
+                (grads[0] * share).to(ctx.dtype) if need else None
+                for share, need in zip(shares, ctx.needs_input_grad[2:], strict=True)
+            )
+        return (by_weights, None, *by_rows)
 
-    @property
-    def weight(self) -> float:
-        """The sum of the weights so far."""
-        return self._weight
 
-    def add(self, vector: Tensor, weight: float = 1.0) -> None:
-        value = float(weight)
-        if not math.isfinite(value) or value < 0:
-            raise ValueError(f"weight must be finite and not negative, not {value}")
-        if not isinstance(vector, Tensor) or vector.dtype not in FLOATS:
-            raise TypeError("vector must be a floating-point tensor")
-        if vector.shape != (self.size,):
-            raise ValueError(f"vector must have shape [{self.size}], not {list(vector.shape)}")
-        if value:
-            self._sum += vector.detach().double() * value
-        self._weight += value
-        self.count += 1
-        self._dtype = vector.dtype if self._dtype is None else torch.promote_types(self._dtype, vector.dtype)
+def _shares(weights: Tensor, grad: Tensor) -> Tensor:
+    values = weights.to(grad.device, torch.float64)
+    return values / values.sum()
 
-    def mean(self, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """Returns the mean ``[P]`` in ``dtype`` (default: that of the vectors), or writes it into ``out``."""
-        if not self._weight > 0:
-            raise ValueError("the accumulator is empty: add a vector with a positive weight before asking for the mean")
-        result = (self._sum / self._weight).to(dtype or self._dtype or torch.float32)
-        if out is None:
-            return result
-        with torch.no_grad():
-            return out.copy_(result)
 
-    def reset(self) -> None:
-        """Forgets everything added."""
-        self._sum.zero_()
-        self._weight, self.count, self._dtype = 0.0, 0, None
+def _outer(shares: Tensor, grad: Tensor) -> Tensor:
+    return (shares[:, None].to(torch.promote_types(grad.dtype, torch.float32)) * grad).to(grad.dtype)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Returns tensors and numbers from which :meth:`load_state_dict` continues bit for bit."""
-        return {"sum": self._sum.clone(), "weight": self._weight, "count": self.count}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over a state made by :meth:`state_dict`."""
-        self._sum.copy_(state["sum"])
-        self._weight, self.count = float(state["weight"]), int(state["count"])
+def _by_weights(grad: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    """The weights' gradient: <grad, row - mean> over the sum of the weights."""
+    values, wide = weights.to(rows.device, torch.float64), rows.to(torch.float64)
+    mean = (values @ wide) / values.sum()
+    return ((wide - mean) @ grad.to(torch.float64) / values.sum()).to(weights.device, weights.dtype)
+
+
+# 4. The same operator for torch.compile, torch.func and opcheck.
+
+
+def _implementation(vectors: Tensor, weights: Tensor) -> Tensor:
+    return _compute(vectors, weights, None)
+
+
+def _fake(vectors: Tensor, weights: Tensor) -> Tensor:
+    return vectors.new_empty(vectors.shape[1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    vectors, weights = inputs
+    ctx.save_for_backward(vectors if ctx.needs_input_grad[1] else None, weights)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    vectors, weights = ctx.saved_tensors
+    by_vectors = _outer(_shares(weights, grad), grad) if ctx.needs_input_grad[0] else None
+    return by_vectors, _by_weights(grad, vectors, weights) if ctx.needs_input_grad[1] else None
+
+
+def _vmap(info: Any, in_dims: tuple[int | None, int | None], vectors: Tensor, weights: Tensor) -> tuple[Tensor, int]:
+    rows, values = in_dims
+    if values is None:
+        assert rows is not None
+        stacked = vectors.movedim(rows, 1)
+        return _weighted_mean(stacked.flatten(1, 2), weights).unflatten(0, stacked.shape[1:]), 0
+    # Every mapped entry has weights of its own: one call each.
+    each = weights.movedim(values, 0).unbind()
+    parts = [vectors] * len(each) if rows is None else vectors.movedim(rows, 0).unbind()
+    return torch.stack([_weighted_mean(part, value) for part, value in zip(parts, each, strict=True)]), 0
+
+
+_weighted_mean = _library.register(
+    "weighted_mean",
+    "(Tensor vectors, Tensor weights) -> Tensor",
+    _implementation,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    vmap=_vmap,
+)
+
+
+# 5. Who can serve it.
+
+backend.register("aggregate", "cpu", backend.Kernel(backend.cpu_core, frozenset(FLOATS), frozenset({"cpu"})))

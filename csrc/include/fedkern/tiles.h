@@ -25,9 +25,9 @@ FEDKERN_INLINE void widen_tile(const S* __restrict x, std::int64_t n, C* __restr
     for (std::int64_t i = 0; i < n; ++i) out[i] = static_cast<C>(x[i]);
   } else {
     constexpr int lanes = Vec<C>::lanes;
-    std::int64_t i = 0;
-    for (; i + lanes <= n; i += lanes) Vec<C>::load(x + i).store(out + i);
-    for (; i < n; ++i) out[i] = static_cast<C>(widen(x[i]));
+    const std::int64_t whole = n / lanes * lanes;
+    for (std::int64_t i = 0; i < whole; i += lanes) Vec<C>::load(x + i).store(out + i);
+    for (std::int64_t i = whole; i < n; ++i) out[i] = static_cast<C>(widen(x[i]));
   }
 }
 
@@ -52,9 +52,9 @@ FEDKERN_INLINE void narrow_tile(const C* __restrict x, std::int64_t n, S* __rest
     }
   } else {
     constexpr int lanes = Vec<float>::lanes;
-    std::int64_t i = 0;
-    for (; i + lanes <= n; i += lanes) Vec<float>::load(x + i).store(out + i);
-    for (; i < n; ++i) narrow(x[i], out[i]);
+    const std::int64_t whole = n / lanes * lanes;
+    for (std::int64_t i = 0; i < whole; i += lanes) Vec<float>::load(x + i).store(out + i);
+    for (std::int64_t i = whole; i < n; ++i) narrow(x[i], out[i]);
   }
 }
 

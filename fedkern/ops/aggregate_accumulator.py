@@ -1,0 +1,213 @@
+"""aggregate: the weighted mean of vectors that arrive one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkern.ops import backend
+from fedkern.ops._memory import fresh
+from fedkern.ops.aggregate import check_out, check_vector, deliver, direct_target
+from fedkern.ops.aggregate_reference import (
+    FLOATS,
+    LOWEST,
+    add_reference,
+    check_weight,
+    exact_add_reference,
+    exact_mean_reference,
+)
+
+# Exact weights are integers in units of the smallest double.
+_UNIT = 1 << 1074
+_WEIGHT_BYTES = 280
+_MOST_EXACT = 2**31 - 1
+
+
+class Accumulator:
+    """The running weighted mean of vectors ``[P]``, as uploads arrive: memory O(P), not O(M * P).
+
+    The sum is kept in fp64, so the mean of equal fp32, bf16 or fp16 vectors is that vector exactly, with the same
+    bits for any number of threads, and those of :func:`weighted_mean` on the same vectors in the same order.
+
+    With ``exact=True`` the bits do not depend on the order of arrival either: products are rounded to fp64 one by one
+    and their digits in base 2^32 added as integers (three per element, on a fixed grid; compare Demmel and Nguyen,
+    "Parallel reproducible summation", IEEE Trans. Comput. 64(7), 2015), and the weights as integers too.  It takes
+    three times the memory and, memory-bound as it is, about three times as long.
+
+    It holds state, so it is not differentiable, and adding under torch.compile or a torch.func transform raises.
+
+    Args:
+        size: P.
+        exact: see above.
+        device: where to sum, by default the CPU; vectors must be there.
+    """
+
+    def __init__(self, size: int, exact: bool = False, *, device: torch.device | str | None = None) -> None:
+        if not isinstance(size, int) or size < 0:
+            raise ValueError(f"size must be a whole number of elements, not {size!r}")
+        self.size = size
+        self.exact = exact
+        self.device = torch.empty(0, device=device).device
+        self._count = 0
+        self._dtype: torch.dtype | None = None
+        self._weight = 0.0
+        self._units = 0
+        self._sum = self._digits = self._top = torch.empty(0)
+        if exact:
+            self._digits = torch.zeros(3, size, dtype=torch.int64, device=device)
+            self._top = torch.full((size,), LOWEST, dtype=torch.int8, device=device)
+        else:
+            self._sum = torch.zeros(size, dtype=torch.float64, device=device)
+
+    @property
+    def weight(self) -> float:
+        """The sum of the weights added."""
+        return self._units / _UNIT if self.exact else self._weight
+
+    @property
+    def count(self) -> int:
+        """How many vectors were added."""
+        return self._count
+
+    def add(self, vector: Tensor, weight: float | Tensor = 1.0) -> None:
+        """Adds ``weight * vector``; a vector of weight zero is counted, but not looked at.
+
+        Args:
+            vector: ``[P]``, fp32, bf16, fp16 or fp64, of any stride.
+            weight: finite and not negative.
+
+        Raises:
+            TypeError, ValueError: an argument is of the wrong type, shape, device or value.
+            OverflowError: an exact accumulator is full (2^31 - 1 vectors).
+        """
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                "Accumulator keeps state and cannot be used under torch.compile or a torch.func transform"
+            )
+        check_vector(vector, "vector", self.size)
+        if vector.device != self.device:
+            raise ValueError(f"vector must be on the accumulator's device {self.device}, not {vector.device}")
+        value = check_weight(float(weight), "weight")
+        total = self.weight + value
+        if total == float("inf"):
+            raise ValueError("weight makes the sum of the weights overflow; scale the weights down")
+        if self.exact and self._count == _MOST_EXACT:
+            raise OverflowError(f"an exact accumulator takes at most {_MOST_EXACT} vectors")
+        if value:
+            self._add(vector.detach(), value)
+        self._count += 1
+        self._weight = total
+        if self.exact:
+            numerator, denominator = value.as_integer_ratio()
+            self._units += numerator * (_UNIT // denominator)
+        self._dtype = vector.dtype if self._dtype is None else torch.promote_types(self._dtype, vector.dtype)
+
+    def _add(self, vector: Tensor, weight: float) -> None:
+        core = backend.select("aggregate", vector)
+        if core is None or not backend.eager(vector):
+            if self.exact:
+                exact_add_reference(self._digits, self._top, vector, weight)
+            else:
+                add_reference(self._sum, vector, weight)
+            return
+        call = (backend.DTYPES[vector.dtype], self.size, vector.data_ptr(), vector.stride(0), weight)
+        threads = torch.get_num_threads()
+        if self.exact:
+            core.exact_add(*call, self._digits.data_ptr(), self._top.data_ptr(), threads)
+        else:
+            core.accumulator_add(*call, self._sum.data_ptr(), threads)
+
+    def mean(self, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Returns the weighted mean so far, ``[P]``; more may be added afterwards.
+
+        Args:
+            out: where to write it, ``[P]`` of any of the four dtypes.
+            dtype: of a fresh result; by default that of the vectors (the wider one where they differ).
+
+        Raises:
+            TypeError, ValueError: out or dtype is wrong, or nothing of positive weight was added yet.
+        """
+        if not self.weight > 0:
+            raise ValueError("nothing to average yet: add a vector of positive weight before asking for the mean")
+        if out is not None:
+            check_out(out, self.size, self.device)
+            if dtype not in (None, out.dtype):
+                raise TypeError(f"dtype must be out's {out.dtype} where out is given, not {dtype}")
+            if torch.is_grad_enabled() and out.requires_grad:
+                raise ValueError("out takes no part in differentiation; call mean under torch.no_grad()")
+        dtype = dtype or self._dtype or torch.float32
+        if dtype not in FLOATS:
+            raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, not {dtype}")
+        state = self._digits if self.exact else self._sum
+        core = backend.select("aggregate", torch.empty(0, dtype=dtype, device=self.device))
+        target = direct_target(out, self.size, dtype, (), (), 0) if core is not None else None
+        if target is None:
+            target = torch.empty(self.size, dtype=dtype if out is None else out.dtype, device=self.device)
+            if core is not None:
+                fresh(core, target)
+        if core is None:
+            if self.exact:
+                exact_mean_reference(self._digits, self._top, self.weight, target)
+            else:
+                torch.div(self._sum, self.weight, out=target) if dtype == torch.float64 else target.copy_(
+                    self._sum / self.weight
+                )
+        else:
+            call = (self.weight, target.data_ptr(), torch.get_num_threads())
+            if self.exact:
+                core.exact_mean(backend.DTYPES[target.dtype], self.size, state.data_ptr(), self._top.data_ptr(), *call)
+            else:
+                core.accumulator_mean(backend.DTYPES[target.dtype], self.size, state.data_ptr(), *call)
+        return target if out is None else deliver(target, out)
+
+    def reset(self) -> None:
+        """Forgets everything added."""
+        self._count, self._dtype, self._weight, self._units = 0, None, 0.0, 0
+        self._sum.zero_()
+        self._digits.zero_()
+        self._top.fill_(LOWEST)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns tensors and numbers (a copy) from which :meth:`load_state_dict` continues bit for bit."""
+        state: dict[str, Any] = {
+            "size": self.size,
+            "exact": int(self.exact),
+            "count": self._count,
+            "weight": self._weight,
+            "dtype": -1 if self._dtype is None else backend.DTYPES[self._dtype],
+        }
+        if self.exact:
+            units = self._units.to_bytes(_WEIGHT_BYTES, "little")
+            state["units"] = torch.tensor(list(units), dtype=torch.uint8)
+            state["digits"], state["top"] = self._digits.clone(), self._top.clone()
+        else:
+            state["sum"] = self._sum.clone()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over a state made by :meth:`state_dict` of an accumulator of the same size and exactness.
+
+        Raises:
+            ValueError: the state is of another size or exactness.
+        """
+        if int(state["size"]) != self.size or bool(state["exact"]) != self.exact:
+            raise ValueError(
+                f"the state must be of size {self.size} and exact={self.exact}, "
+                f"not of size {int(state['size'])} and exact={bool(state['exact'])}"
+            )
+        if self.exact:
+            self._units = int.from_bytes(bytes(state["units"].tolist()), "little")
+            self._digits.copy_(state["digits"])
+            self._top.copy_(state["top"])
+        else:
+            self._sum.copy_(state["sum"])
+        self._count, self._weight = int(state["count"]), float(state["weight"])
+        code = int(state["dtype"])
+        self._dtype = None if code < 0 else next(dtype for dtype, number in backend.DTYPES.items() if number == code)
+
+    def __repr__(self) -> str:
+        kind = ", exact" if self.exact else ""
+        return f"Accumulator({self.size}{kind}: {self._count} vectors, weight {self.weight:g})"

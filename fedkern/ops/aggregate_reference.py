@@ -1,0 +1,121 @@
+"""aggregate: what the weighted means and the exact accumulator compute, in plain PyTorch, and the checks of weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fedkern.ops.backend import DTYPES
+
+FLOATS = tuple(DTYPES)
+
+# The numbers are those of csrc/include/fedkern/aggregate.h.
+LOWEST, HIGHEST, INFINITE, MINUS_INFINITE, NOT_A_NUMBER = -31, 31, 32, 33, 34
+
+# The references walk long vectors in pieces, so that their temporaries stay small.
+PIECE = 1 << 20
+
+
+def weighted_mean_reference(vectors: Tensor | Sequence[Tensor], weights: Tensor | Sequence[float]) -> Tensor:
+    """The specification of :func:`fedkern.ops.weighted_mean`: summed in fp64, in the order given."""
+    rows = list(vectors)
+    values = torch.as_tensor(weights, dtype=torch.float64, device=rows[0].device)
+    total = torch.zeros_like(rows[0], dtype=torch.float64)
+    for row, value in zip(rows, values, strict=True):
+        # A client of weight zero does not count, whatever it sent.
+        total = torch.where(value == 0, total, total + row.double() * value)
+    return (total / values.sum()).to(rows[0].dtype)
+
+
+def check_weight(value: float, name: str) -> float:
+    """Returns one weight as a float; negative and non-finite ones raise ValueError."""
+    value = float(value)
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name} must be finite and not negative, not {value}")
+    return value
+
+
+def check_weights(weights: Tensor | Iterable[float], count: int) -> tuple[list[float], float]:
+    """Returns ``count`` weights as floats, and their sum, added up in order.
+
+    Raises:
+        ValueError: there are not ``count``, one is negative or not finite, or they sum to zero or infinity.
+    """
+    given = weights.tolist() if isinstance(weights, Tensor) else list(weights)
+    if len(given) != count:
+        raise ValueError(f"weights must have one value for each of the {count} vectors, not {len(given)}")
+    values = [check_weight(value, f"weights[{position}]") for position, value in enumerate(given)]
+    total = 0.0
+    for value in values:
+        total += value
+    if not 0 < total < math.inf:
+        raise ValueError(f"weights must have a positive, finite sum, not {total}")
+    return values, total
+
+
+def pieces(size: int) -> Iterator[slice]:
+    """Slices of at most :data:`PIECE` elements that cover ``size``."""
+    return (slice(begin, min(begin + PIECE, size)) for begin in range(0, size, PIECE))
+
+
+def add_reference(total: Tensor, vector: Tensor, weight: float) -> None:
+    """``total += weight * vector`` in fp64, product and sum each rounded."""
+    for piece in pieces(len(total)):
+        total[piece] += vector[piece].double() * weight
+
+
+def exact_add_reference(digits: Tensor, top: Tensor, vector: Tensor, weight: float) -> None:
+    """Adds ``weight * vector`` to the digits ``int64 [3, P]`` and their position ``int8 [P]``; see aggregate.h."""
+    for piece in pieces(len(top)):
+        _exact_add(digits[:, piece], top[piece], vector[piece].double() * weight)
+
+
+def _exact_add(digits: Tensor, top: Tensor, product: Tensor) -> None:
+    exponent = (product.view(torch.int64) >> 52) & 0x7FF
+    digit = (((exponent + 1) >> 5) - 32).clamp(min=LOWEST)
+    before = top.to(torch.int64)
+    special = torch.where(product.isnan(), NOT_A_NUMBER, torch.where(product > 0, INFINITE, MINUS_INFINITE))
+    merged = torch.where((before < INFINITE) | (before == special), special, NOT_A_NUMBER)
+    after = torch.where(
+        digit == INFINITE, merged, torch.where(before >= INFINITE, before, torch.maximum(before, digit))
+    )
+    finite = after < INFINITE
+    rise = torch.where(finite, after - before, 0)
+    high, middle, low = digits.clone()
+    zero = torch.zeros_like(high)
+    digits[0] = torch.where(rise == 0, high, zero)
+    digits[1] = torch.where(rise == 0, middle, torch.where(rise == 1, high, zero))
+    digits[2] = torch.where(rise == 0, low, torch.where(rise == 1, middle, torch.where(rise == 2, high, zero)))
+    top.copy_(after)
+    product = torch.where(finite, product, 0.0)
+    rest = product * _power_of_two(-32 * after.clamp(max=HIGHEST))
+    for row in digits:
+        whole = rest.trunc()
+        row += whole.to(torch.int64)
+        rest = (rest - whole) * 2.0**32
+
+
+def exact_mean_reference(digits: Tensor, top: Tensor, total: float, out: Tensor) -> None:
+    """Writes the digits' sum over ``total`` into ``out [P]``."""
+    for piece in pieces(len(top)):
+        out[piece] = _exact_mean(digits[:, piece], top[piece].to(torch.int64), total)
+
+
+def _exact_mean(digits: Tensor, top: Tensor, total: float) -> Tensor:
+    high, middle, low = digits
+    sign = torch.where(high + ((middle + (low >> 32)) >> 32) < 0, -1, 1)
+    high, middle, low = sign * high, sign * middle, sign * low
+    carried = middle + (low >> 32)
+    rest = (carried & 0xFFFFFFFF).double() * 2.0**-32 + (low & 0xFFFFFFFF).double() * 2.0**-64
+    half = _power_of_two(16 * top.clamp(max=HIGHEST))
+    value = sign * ((high + (carried >> 32)).double() + rest) / total * half * half
+    value = torch.where(top == INFINITE, math.inf, value)
+    value = torch.where(top == MINUS_INFINITE, -math.inf, value)
+    return torch.where(top == NOT_A_NUMBER, math.nan, value)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    return ((exponent + 1023) << 52).view(torch.float64)
