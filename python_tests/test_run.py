@@ -403,6 +403,19 @@ def test_an_unwritable_folder(capsys, tmp_path):
     assert "file" in fails(capsys, "fedavg", *TINY, "--out", "file/below")
 
 
+@pytest.mark.parametrize("chosen", [None, "ACTIVE"])
+def test_threads_sleep_while_they_wait_unless_told_otherwise(chosen):
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "fedkern.run", "doctor", "--json"],
+        stdout=subprocess.PIPE, text=True, timeout=60, check=True,
+        env={**environment, **({"OMP_WAIT_POLICY": chosen} if chosen else {})},
+    )  # fmt: skip
+    assert json.loads(done.stdout)["threads"]["OMP_WAIT_POLICY"] == (chosen or "PASSIVE")
+
+
 def test_a_reader_that_leaves_gets_no_traceback():
     done = subprocess.run(
         ["bash", "-c", f"{shlex.quote(sys.executable)} -m fedkern.run doctor | true; echo ${{PIPESTATUS[0]}}"],

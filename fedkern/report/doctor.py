@@ -65,6 +65,7 @@ def threads() -> dict[str, Any]:
     return {
         "torch": torch.get_num_threads(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
         "usable cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }
 
@@ -170,8 +171,8 @@ def show(console: Console, report: dict[str, Any] | None = None) -> None:
         forced = " (forced by FEDKERN_CPU_ISA)" if cpu["forced"] else ""
         facts.add_row("CPU core", f"{cpu['active']}{forced}; this machine can run {', '.join(cpu['available'])}")
     thread = report["threads"]
-    limits = f"OMP_NUM_THREADS={thread['OMP_NUM_THREADS'] or 'unset'}, {thread['usable cores']} cores usable"
-    facts.add_row("threads", f"{thread['torch']} ({limits})")
+    limits = [f"{name}={thread[name] or 'unset'}" for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")]
+    facts.add_row("threads", f"{thread['torch']} ({', '.join(limits)}, {thread['usable cores']} cores usable)")
     cuda = report["cuda"]
     for gpu in cuda["gpus"]:
         busy = "" if gpu["utilisation"] is None else f", {gpu['utilisation']} % busy"
