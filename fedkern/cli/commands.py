@@ -10,6 +10,7 @@ from typing import Any
 
 from fedkern.cli.flags import PROGRAM, Request, command_line, effective, named_options
 from fedkern.engine import Listener, RunConfig, RunInfo, Terminated
+from fedkern.engine.records import plain
 from fedkern.errors import UserError
 
 
@@ -164,7 +165,7 @@ def _pictures(out: Path, data: Any) -> list[Path]:
 
 def _close(request: Request, config: RunConfig, out: Path, summary: Mapping[str, Any], pictures: list[Path]) -> None:
     if request.json:
-        print(json.dumps(summary, indent=2, default=str))
+        print(json.dumps(plain(summary), indent=2, allow_nan=False))
         return
     if request.quiet:
         print(out)

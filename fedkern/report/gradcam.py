@@ -69,8 +69,9 @@ def draw(
             truth, guess = classes[int(labels[i])], classes[int(predicted[i])]
             right = truth == guess
             top.set_title(
-                truth if right else f"{truth} taken for {guess}", fontsize=9, color="#222222" if right else "#D55E00"
+                truth if right else f"{truth}, taken\nfor {guess}", fontsize=9, color="#222222" if right else "#D55E00"
             )
+            # The image in dark grey (400 instead of 255 is white), so that the map on it is what shines.
             bottom.imshow(picture.mean(axis=2), cmap="gray", vmin=0, vmax=400, interpolation="nearest")
             bottom.imshow(cams[i].numpy(), cmap="inferno", vmin=0, vmax=1, alpha=0.75, interpolation="bilinear")
             if masks is not None and shares is not None and bool(masks[i].any()):

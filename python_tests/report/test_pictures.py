@@ -49,6 +49,20 @@ def test_a_run_gets_its_three_pictures(tmp_path, data):
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".tmp"]
 
 
+def test_grey_images_without_masks(tmp_path):
+    data = load("digits", clients=2, seed=0, train_samples=60)
+    config = RunConfig.make("fedavg", data="digits", clients=2, train_samples=60)
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    (tmp_path / "metrics.jsonl").write_text('{"round": 1, "accuracy": 0.5}\n')
+    model = models.build("cnn", classes=10, channels=1, image_size=32, seed=0)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    # Without the data they are loaded again.
+    assert len(pictures.write_pictures(tmp_path)) == 3
+    panel = (data.tests[""].images[:3], torch.zeros(3, 1, 32, 32), data.tests[""].labels[:3], None)
+    gradcam.draw(model, {"": panel}, tmp_path / "gradcam.png", classes=data.classes, title="t")
+    assert opened(tmp_path / "gradcam.png").std() > 10
+
+
 def test_the_curve_has_the_colours_of_both_test_sets(tmp_path):
     records = [{"round": i, "id_accuracy": 0.1 * i, "ood_accuracy": 0.05 * i} for i in range(1, 10)]
     assert plots.accuracy_curves(records, tmp_path / "a.png", title="t")
