@@ -1,28 +1,19 @@
-"""The command line, as a user meets it."""
+"""The command line: help, list, doctor, mistakes, and what flags mean."""
 
 from __future__ import annotations
 
 import dataclasses
-import errno
 import gzip
 import json
-import os
 import re
 import shlex
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from fedkern.cli import flags
 from fedkern.engine import RunConfig
 from fedkern.methods import METHODS
-from fedkern.report import plots, progress
 from fedkern.run import main
 
 SMALL = ["--train-samples", "60", "--clients", "2", "--local-epochs", "1", "--threads", "1", "--width", "4"]
@@ -236,190 +227,3 @@ def test_the_command_for_comparison_has_the_same_split_and_budget(argv):
         if field.name in ("method", "options") or (field.name in ("lr", "weight_decay", "momentum") and same):
             continue
         assert getattr(other, field.name) == getattr(config, field.name), field.name
-
-
-# -- runs --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """One finished FedGID run, its output and its folder."""
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    done = subprocess.run(
-        [sys.executable, "-m", "fedkern.run", "fedgid", *TINY, "--out", str(folder)],
-        capture_output=True, text=True, timeout=120, check=False, cwd=folder.parent,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout, done.stderr
-
-
-def test_a_run_leaves_its_folder_and_says_how_it_ended(finished):
-    folder, out, err = finished
-    assert {path.name for path in folder.iterdir()} >= {
-        "config.toml", "metrics.jsonl", "summary.json", "model.safetensors",
-        "accuracy.png", "partition.png", "gradcam.png",
-    }  # fmt: skip
-    summary = json.loads((folder / "summary.json").read_text())
-    for part in ("accuracy", "in distribution", "out of distribution", "time per round", "Grad-CAM mass inside"):
-        assert part in out
-    assert f"{100 * summary['metrics']['ood_accuracy']:.1f} %" in out
-    assert f"run folder: {folder}" in out
-    (command,) = re.findall(r"python -m fedkern\.run fedavg .*", out)
-    other = flags.effective(flags.parse(shlex.split(command)[3:]))
-    assert (other.train_samples, other.clients, other.width, other.rounds) == (60, 2, 4, 2)
-    assert "round 1/2" in err
-    assert "\x1b" not in out + err  # no colours into a pipe
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [record["round"] for record in records] == [1, 2]
-    assert {"seconds", "bytes_up", "bytes_down", "id_accuracy", "ood_accuracy"} <= set(records[0])
-
-
-def test_json_is_alone_on_standard_output(capsys, tmp_path):
-    out, err = result(capsys, "fedavg", *TINY, "--json", "--out", "here")
-    summary = json.loads(out)
-    assert summary == json.loads((tmp_path / "here" / "summary.json").read_text())
-    assert {"method", "data", "seed", "rounds", "metrics", "bytes", "seconds", "versions"} <= set(summary)
-    assert "round" not in err.replace("background", "")
-
-
-def test_quiet_leaves_the_folder_and_its_default_name(capsys, tmp_path):
-    out, _ = result(capsys, "fedavg", *TINY, "--quiet")
-    assert re.fullmatch(r"runs/fedavg-colordigits-\d{8}-\d{6}\n", out)
-    assert (tmp_path / out.strip() / "summary.json").exists()
-
-
-def test_a_finished_run_resumes_to_the_same_summary(capsys, finished):
-    folder, _, _ = finished
-    before = (folder / "summary.json").read_bytes()
-    (folder / "gradcam.png").unlink()
-    out, _ = result(capsys, "--resume", str(folder))
-    assert (folder / "summary.json").read_bytes() == before
-    assert "time per round" in out
-    assert (folder / "gradcam.png").exists()  # drawn again
-
-
-def test_a_folder_of_another_configuration(capsys, finished):
-    folder, _, _ = finished
-    sentence = fails(capsys, "fedgid", "--lr", "0.01", "--resume", str(folder))
-    assert "lr: 0.05 -> 0.01" in sentence
-    assert "alpha" in fails(capsys, "--resume", str(folder), "--method-option", "alpha=0.1")
-    assert "method: fedgid -> fedavg" in fails(capsys, "fedavg", "--resume", str(folder))
-    assert "already holds a run" in fails(capsys, "fedavg", *TINY, "--out", str(folder))
-    # Repeating what is stored is no mistake.
-    result(capsys, "fedgid", "--rounds", "2", "--resume", str(folder))
-
-
-@pytest.mark.parametrize(
-    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
-)
-def test_a_signal_ends_in_one_line_that_says_how_to_resume(capsys, monkeypatch, tmp_path, number, code, word):
-    on_round = progress.Lines.on_round
-
-    def stop(self, record):
-        on_round(self, record)
-        if record["round"] == 1:
-            os.kill(os.getpid(), number)
-
-    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(progress.Lines, "on_round", stop)
-    assert main(["fedavg", *TINY, "--out", "stopped"]) == code
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.splitlines()[-1] == f"{word}; continue with: python -m fedkern.run --resume stopped"
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
-    assert main(["--resume", "stopped", "--quiet"]) == 0
-
-
-def test_ctrl_c_then_resume_gives_the_uninterrupted_run(capsys, tmp_path):
-    argv = ["fedgid", *SMALL, "--rounds", "12", "--grad-cam", "0"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fedkern.run", *argv, "--out", "stopped"],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        deadline = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline:
-            metrics = Path("stopped/metrics.jsonl")
-            if metrics.exists() and metrics.read_bytes().count(b"\n") >= 2:
-                process.send_signal(signal.SIGINT)
-                break
-            time.sleep(0.01)
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130, err
-    assert out == ""
-    assert "Traceback" not in err
-    assert err.splitlines()[-1].endswith("--resume stopped")
-    _, err = result(capsys, "--resume", "stopped")
-    assert "resumed after round" in err
-    result(capsys, *argv, "--out", "whole", "--quiet")
-    stopped, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("stopped", "whole"))
-    assert stopped.keys() == whole.keys()
-    assert all(torch.equal(stopped[name], whole[name]) for name in whole)
-
-
-def test_a_full_disk_is_one_sentence(capsys, monkeypatch, tmp_path):
-    write_bytes = Path.write_bytes
-    written = 0
-
-    def full(self, content):
-        nonlocal written
-        if "full" in self.parts:
-            written += 1
-            if written > 2:
-                write_bytes(self, content[: len(content) // 2])
-                raise OSError(errno.ENOSPC, "No space left on device", str(self))
-        return write_bytes(self, content)
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    assert "No space left on device" in fails(capsys, "fedavg", *TINY, "--out", "full")
-    assert written > 2
-    assert not list((tmp_path / "full").rglob("*.part"))
-    monkeypatch.setattr(Path, "write_bytes", write_bytes)
-    result(capsys, "--resume", "full", "--quiet")
-
-
-def test_a_disk_that_fills_up_while_drawing_keeps_the_run(capsys, monkeypatch, tmp_path):
-    def full(self, file):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(plots.FigureCanvasAgg, "print_png", full)
-        sentence = fails(capsys, "fedavg", *TINY, "--out", "full", "--quiet")
-    assert "complete" in sentence
-    assert "--resume full" in sentence
-    assert not list((tmp_path / "full").glob("*.png"))
-    result(capsys, "--resume", "full", "--quiet")
-    assert len(list((tmp_path / "full").glob("*.png"))) == 3
-
-
-def test_an_unwritable_folder(capsys, tmp_path):
-    (tmp_path / "file").write_text("")
-    assert "file" in fails(capsys, "fedavg", *TINY, "--out", "file/below")
-
-
-@pytest.mark.parametrize("chosen", [None, "ACTIVE"])
-def test_threads_sleep_while_they_wait_unless_told_otherwise(chosen):
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "fedkern.run", "doctor", "--json"],
-        stdout=subprocess.PIPE, text=True, timeout=60, check=True,
-        env={**environment, **({"OMP_WAIT_POLICY": chosen} if chosen else {})},
-    )  # fmt: skip
-    assert json.loads(done.stdout)["threads"]["OMP_WAIT_POLICY"] == (chosen or "PASSIVE")
-
-
-def test_a_reader_that_leaves_gets_no_traceback():
-    done = subprocess.run(
-        ["bash", "-c", f"{shlex.quote(sys.executable)} -m fedkern.run doctor | true; echo ${{PIPESTATUS[0]}}"],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    assert done.stdout.strip() == "141"
-    assert done.stderr == ""
