@@ -1,8 +1,9 @@
 // How rows are walked: chunks, blocks of rows, and which of the two kernels takes them. The arithmetic is in
-// distill_block.h, loading and storing in distill_memory.h.
+// distill_losses.h, blocks in distill_block.h, loading and
+// storing in distill_memory.h.
 #include "fedkern/distill.h"
 
-#include "distill_block.h"
+#include "distill_losses.h"
 #include "fedkern/parallel.h"
 
 namespace fedkern::FEDKERN_ISA {
@@ -23,7 +24,6 @@ struct Plan {
 
 template <typename T>
 Plan make_plan(const DistillCall& call) {
-  constexpr std::int64_t lanes = Vec<T>::lanes;
   Plan plan;
   plan.inner = call.row_size[call.row_dims - 1];
   bool dense = call.teacher.class_stride == 1;
@@ -31,8 +31,8 @@ Plan make_plan(const DistillCall& call) {
   // Short rows would leave lanes empty and pay the sums across lanes too often; where classes lie apart in memory,
   // neighbouring rows lie together.
   const bool want_rows = !dense || call.classes < kShortRow<T>;
-  plan.lanes_are_rows = want_rows && plan.inner * 4 >= lanes;
-  plan.width = plan.lanes_are_rows ? lanes : 1;
+  plan.lanes_are_rows = want_rows && plan.inner * 4 >= Vec<T>::lanes;
+  plan.width = plan.lanes_are_rows ? Losses<T, true>::width(call.classes) : Losses<T, false>::width(call.classes);
   plan.blocks = (plan.inner + plan.width - 1) / plan.width;
   plan.units = plan.blocks;
   for (int d = 0; d + 1 < call.row_dims; ++d) plan.units *= call.row_size[d];
@@ -44,7 +44,7 @@ Plan make_plan(const DistillCall& call) {
 
 template <typename T, bool LanesAreRows>
 double run_chunk(const DistillCall& call, const Plan& plan, std::int64_t begin, std::int64_t end) {
-  Block<T, LanesAreRows> block(call);
+  Losses<T, LanesAreRows> block(call);
   double sum = 0;
   std::int64_t outer = begin / plan.blocks, index = begin % plan.blocks;
   block.move_to(outer);

@@ -12,9 +12,9 @@ namespace {
 template <typename T>
 inline constexpr std::int64_t kTile = 16384 / sizeof(T);
 
-// Rows shorter than this are taken several at a time.
+// Rows shorter than this leave too many lanes empty: they go one row per lane.
 template <typename T>
-inline constexpr std::int64_t kShortRow = 24;
+inline constexpr std::int64_t kShortRow = Vec<T>::lanes + Vec<T>::lanes / 2;
 
 template <typename T>
 inline constexpr DType kDType = sizeof(T) == 8 ? DType::f64 : DType::f32;
@@ -24,6 +24,7 @@ struct Window {
   std::int64_t classes;
   int rows;
   std::int64_t inner_stride;  // between the rows
+  std::int64_t buffer_line;   // between the rows in the buffer, where lanes are classes
 };
 
 // Calls f with a pointer of the right type to the window's first element. f64 tensors are computed in f64 alone.
@@ -39,20 +40,21 @@ FEDKERN_INLINE void with_type(const Logits& logits, std::int64_t offset, F f) {
   }
 }
 
-// Copies a window into `out`: [classes] for one row, [classes][lanes] for several, missing rows as copies of the first.
+// Copies a window into `out`: [rows][buffer_line], or [classes][lanes] with copies of the first row for missing ones.
 template <typename T, bool LanesAreRows>
 __attribute__((noinline)) void pack(const Logits& logits, std::int64_t offset, const Window& w, T* out) {
   constexpr int lanes = Vec<T>::lanes;
   with_type<T>(logits, offset, [&](const auto* p) {
     const std::int64_t stride = logits.class_stride;
     if constexpr (!LanesAreRows) {
-      if (stride == 1) {
+      for (int r = 0; r < w.rows; ++r) {
+        const auto* row = p + r * w.inner_stride;
+        T* line = out + r * w.buffer_line;
         std::int64_t c = 0;
-        for (; c + lanes <= w.classes; c += lanes) Vec<T>::load(p + c).store(out + c);
-        for (; c < w.classes; ++c) out[c] = static_cast<T>(widen(p[c]));
-        return;
+        if (stride == 1)
+          for (; c + lanes <= w.classes; c += lanes) Vec<T>::load(row + c).store(line + c);
+        for (; c < w.classes; ++c) line[c] = static_cast<T>(widen(row[c * stride]));
       }
-      for (std::int64_t c = 0; c < w.classes; ++c) out[c] = static_cast<T>(widen(p[c * stride]));
     } else {
       if (w.inner_stride == 1 && w.rows == lanes) {
         for (std::int64_t c = 0; c < w.classes; ++c) Vec<T>::load(p + c * stride).store(out + c * lanes);
@@ -73,13 +75,14 @@ __attribute__((noinline)) void unpack(const Logits& logits, std::int64_t offset,
   with_type<T>(logits, offset, [&](auto* p) {
     const std::int64_t stride = logits.class_stride;
     if constexpr (!LanesAreRows) {
-      if (stride == 1) {
+      for (int r = 0; r < w.rows; ++r) {
+        auto* row = p + r * w.inner_stride;
+        const T* line = in + r * w.buffer_line;
         std::int64_t c = 0;
-        for (; c + lanes <= w.classes; c += lanes) Vec<T>::load(in + c).store(p + c);
-        for (; c < w.classes; ++c) narrow(in[c], p[c]);
-        return;
+        if (stride == 1)
+          for (; c + lanes <= w.classes; c += lanes) Vec<T>::load(line + c).store(row + c);
+        for (; c < w.classes; ++c) narrow(line[c], row[c * stride]);
       }
-      for (std::int64_t c = 0; c < w.classes; ++c) narrow(in[c], p[c * stride]);
     } else {
       if (w.inner_stride == 1 && w.rows == lanes) {
         for (std::int64_t c = 0; c < w.classes; ++c) Vec<T>::load(in + c * lanes).store(p + c * stride);

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from fedkern.ops import _library
-from fedkern.ops.backend import DTYPES, eager, select
+from fedkern.ops.backend import eager, select
 from fedkern.ops.distill_common import (
     BATCHMEAN,
-    MAX_DIMS,
     NONE,
     REDUCTIONS,
     check_logits,
@@ -19,7 +18,7 @@ from fedkern.ops.distill_common import (
     row_count,
     row_shape,
 )
-from fedkern.ops.distill_launch import entropy_backward, entropy_forward
+from fedkern.ops.distill_launch import cpu_kernel, entropy_backward, entropy_forward, plain
 from fedkern.ops.distill_reference import entropy_rows_reference
 
 # the public function: checks and choice of path
@@ -41,19 +40,18 @@ def entropy(logits: Tensor, *, reduction: str = "batchmean") -> Tensor:
         TypeError: ``logits`` is no tensor or has another dtype.
         ValueError: its shape or the reduction does not fit.
     """
-    try:
-        shape = logits.shape
-        fits = logits.dtype in DTYPES and 2 <= len(shape) <= MAX_DIMS and shape[1] != 0
-    except AttributeError:
-        fits = False
-    if not fits:
+    ordinary = plain((logits,))
+    if not ordinary:
         check_logits(("logits",), (logits,))
     code = REDUCTIONS.get(reduction) if type(reduction) is str else None
     if code is None:
         code = check_reduction(reduction)
-    if not eager(logits):
+    if ordinary:
+        core = cpu_kernel("entropy", (logits,))
+    elif eager(logits):
+        core = select("entropy", logits)
+    else:
         return ENTROPY(logits, code)
-    core = select("entropy", logits)
     if core is None:
         return entropy_rows_reference(logits, code)
     if logits.requires_grad and torch.is_grad_enabled():

@@ -5,27 +5,25 @@ The reference is in distill_reference.py, the torch.library entry in distill_kl_
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedkern.ops import _library
-from fedkern.ops.backend import DTYPES, eager, select
+from fedkern.ops.backend import eager, select
 from fedkern.ops.distill_common import (
-    BATCHMEAN,
-    MAX_DIMS,
     NONE,
     REDUCTIONS,
     check_logits,
     check_reduction,
     check_temperature,
     check_weight,
-    row_count,
     row_shape,
 )
 from fedkern.ops.distill_kl_library import DIVERGENCE
-from fedkern.ops.distill_launch import divergence_backward, divergence_forward, weight_gradient
+from fedkern.ops.distill_launch import cpu_kernel, divergence_backward, divergence_forward, mean_scale, plain
 from fedkern.ops.distill_reference import compute_dtype, divergence_reference, result_dtype
 
 # the public functions: checks and choice of path
@@ -102,20 +100,8 @@ def _dispatch(
     names: tuple[str, ...],
 ) -> Tensor:
     tensors = (student, teacher) if other is None else (student, other, teacher)
-    try:
-        shape = student.shape
-        fits = (
-            teacher.shape == shape
-            and student.dtype in DTYPES
-            and teacher.dtype in DTYPES
-            and student.device == teacher.device
-            and 2 <= len(shape) <= MAX_DIMS
-            and shape[1] != 0
-            and (other is None or (other.shape == shape and other.dtype in DTYPES and other.device == teacher.device))
-        )
-    except AttributeError:
-        fits = False
-    if not fits:
+    ordinary = plain(tensors)
+    if not ordinary:
         check_logits(names, tensors)
     if type(temperature) is not float or not temperature > 0:
         temperature = check_temperature(temperature)
@@ -125,23 +111,23 @@ def _dispatch(
     if weight is not None:
         weight = check_weight(weight, student, torch.float32)
         tensors = (*tensors, weight)
+        ordinary = ordinary and eager(weight) and not weight.is_neg()
 
-    if not eager(*tensors):
+    operator = "kl_div" if other is None else "dual_kl"
+    if ordinary:
+        core = cpu_kernel(operator, tensors)
+    elif eager(*tensors):
+        core = select(operator, *tensors)
+    else:
         return DIVERGENCE(student, other, teacher, weight, temperature, reverse, code)
-    core = select("kl_div" if other is None else "dual_kl", *tensors)
     if core is None:
         return divergence_reference(student, other, teacher, weight, temperature, reverse, code)
-    if torch.is_grad_enabled() and _any_requires_grad(tensors):
-        return _Divergence.apply(student, other, teacher, weight, temperature, reverse, code, core)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor.requires_grad:
+                settings = (temperature, reverse, code, core, other is not None)
+                return _Divergence.apply(settings, *tensors)
     return divergence_forward(core, student, other, teacher, weight, temperature, reverse, code)
-
-
-def _any_requires_grad(tensors: tuple[Tensor, ...]) -> bool:
-    # A loop: at 64 rows a generator is a visible part of the call.
-    for tensor in tensors:  # noqa: SIM110
-        if tensor.requires_grad:
-            return True
-    return False
 
 
 # forward and backward, each one call into the core
@@ -152,37 +138,37 @@ class _Divergence(torch.autograd.Function):
 
     Two cases wait for the backward pass instead: ``"none"``, whose grad_output is rarely 1, and float16 gradients,
     which would underflow before a loss scale could lift them.
+
+    Tensors arrive and leave as (student, [other], teacher, [weight]).
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        other: Tensor | None,
-        teacher: Tensor,
-        weight: Tensor | None,
-        temperature: float,
-        reverse: bool,
-        reduction: int,
-        core: Any,
-    ) -> Tensor:
-        needs = ctx.needs_input_grad
-        half = torch.float16
-        early = reduction != NONE and not (
-            (needs[0] and student.dtype is half)
-            or (needs[2] and teacher.dtype is half)
-            or (needs[1] and other is not None and other.dtype is half)
-        )
-        ctx.settings = (temperature, reverse, reduction, core, early)
-        if not early:
-            ctx.save_for_backward(student, other, teacher, weight)
+    def forward(ctx: Any, settings: tuple[Any, ...], *tensors: Tensor) -> Tensor:
+        temperature, reverse, reduction, core, dual = settings
+        ctx.settings = settings
+        student = tensors[0]
+        other, teacher = (tensors[1], tensors[2]) if dual else (None, tensors[1])
+        logits = 3 if dual else 2
+        weight = tensors[logits] if len(tensors) > logits else None
+        gradients: list[Tensor | None] = []
+        if reduction != NONE:
+            needs = ctx.needs_input_grad
+            for i in range(logits):
+                x = tensors[i]
+                if needs[i + 1]:
+                    if x.dtype is torch.float16:
+                        break
+                    gradients.append(torch.empty_like(x))
+                else:
+                    gradients.append(None)
+        if len(gradients) < logits:
+            ctx.save_for_backward(*tensors)
             return divergence_forward(core, student, other, teacher, weight, temperature, reverse, reduction)
-        to_student = torch.empty_like(student) if needs[0] else None
-        to_other = torch.empty_like(other) if needs[1] and other is not None else None
-        to_teacher = torch.empty_like(teacher) if needs[2] else None
         raw = None
-        if needs[3]:
-            raw = torch.empty(row_shape(student), dtype=compute_dtype(result_dtype(student, other, teacher)))
+        if weight is not None:
+            if needs[logits + 1]:
+                raw = torch.empty(row_shape(student), dtype=compute_dtype(result_dtype(student, other, teacher)))
+            gradients.append(raw)
         loss = divergence_forward(
             core,
             student,
@@ -192,43 +178,63 @@ class _Divergence(torch.autograd.Function):
             temperature,
             reverse,
             reduction,
-            (to_teacher, to_student, to_other),
+            gradients[0],
+            gradients[1] if dual else None,
+            gradients[logits - 1],
             raw,
         )
-        ctx.save_for_backward(student, other, teacher, weight, to_student, to_other, to_teacher, raw)
+        ctx.save_for_backward(*tensors, *gradients)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        temperature, reverse, reduction, core, early = ctx.settings
         saved = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:4]
-        if torch.is_grad_enabled() or (not early and not eager(grad)):
+        settings = ctx.settings
+        count = len(ctx.needs_input_grad) - 1
+        if torch.is_grad_enabled() or not eager(grad):
+            return (None, *_backward_through_graph(ctx, saved[:count], settings, grad))
+        if len(saved) == count:
+            return (None, *_backward_from_logits(ctx, saved, settings, grad))
+        factor = grad.item()
+        logits = 3 if settings[4] else 2
+        gradients = saved[count:]
+        if factor != 1.0:
+            # A new tensor: what was saved serves again if the graph is retained.
+            gradients = tuple(x if x is None else x * factor for x in gradients)
+        elif count == logits:
+            return (None, *gradients)
+        if count > logits and gradients[logits] is not None:
+            scaled = gradients[logits] * mean_scale(saved[0], settings[2])
+            gradients = (*gradients[:logits], scaled.to(saved[logits].dtype))
+        return (None, *gradients)
 
-            def reference(student: Tensor, other: Tensor | None, teacher: Tensor, weight: Tensor | None) -> Tensor:
-                return divergence_reference(student, other, teacher, weight, temperature, reverse, reduction)
 
-            return (*_library.differentiate_reference(reference, saved[:4], needs, grad), None, None, None, None)
-        if not early:
-            student, other, teacher, weight = saved
-            gradients = divergence_backward(
-                core, grad, student, other, teacher, weight, temperature, reverse, reduction, needs
-            )
-            return (*gradients, None, None, None, None)
-        factor: Any = grad
-        if eager(grad):
-            factor = grad.item()
-            if factor == 1.0 and saved[7] is None:
-                return saved[4], saved[5], saved[6], None, None, None, None, None
-        to_student, to_other, to_teacher = (None if x is None else (x * factor).to(x.dtype) for x in saved[4:7])
-        scale = 1.0 / max(row_count(saved[0]), 1) if reduction == BATCHMEAN else 1.0
-        return (
-            to_student,
-            to_other,
-            to_teacher,
-            weight_gradient(saved[7], grad, scale, saved[3]),
-            None,
-            None,
-            None,
-            None,
-        )
+def _spread(tensors: Sequence[Tensor], dual: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """(student, [other], teacher, [weight]) with None for what is missing."""
+    logits = 3 if dual else 2
+    weight = tensors[logits] if len(tensors) > logits else None
+    return tensors[0], tensors[1] if dual else None, tensors[logits - 1], weight
+
+
+def _backward_through_graph(
+    ctx: Any, tensors: Sequence[Tensor], settings: tuple[Any, ...], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """For gradients that are differentiated again or mapped over: the reference's, with a graph of their own."""
+    temperature, reverse, reduction, _, dual = settings
+
+    def reference(*inputs: Tensor) -> Tensor:
+        student, other, teacher, weight = _spread(inputs, dual)
+        return divergence_reference(student, other, teacher, weight, temperature, reverse, reduction)
+
+    return _library.differentiate_reference(reference, tensors, ctx.needs_input_grad[1:], grad)
+
+
+def _backward_from_logits(
+    ctx: Any, tensors: Sequence[Tensor], settings: tuple[Any, ...], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    temperature, reverse, reduction, core, dual = settings
+    student, other, teacher, weight = _spread(tensors, dual)
+    needs = ctx.needs_input_grad[1:]
+    full = (needs[0], dual and needs[1], needs[2 if dual else 1], weight is not None and needs[-1])
+    a, b, c, d = divergence_backward(core, grad, student, other, teacher, weight, temperature, reverse, reduction, full)
+    return tuple(x for x, given in zip((a, b, c, d), (True, dual, True, weight is not None), strict=True) if given)

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
+from fedkern.ops import backend
 from fedkern.ops.backend import DTYPES, Kernel, cpu_core, register
-from fedkern.ops.distill_common import BATCHMEAN, NONE, row_count, row_shape
+from fedkern.ops.distill_common import BATCHMEAN, MAX_DIMS, NONE, row_shape
 from fedkern.ops.distill_reference import compute_dtype, result_dtype
 
 # csrc/include/fedkern/distill.h
@@ -29,54 +31,66 @@ for _name in ("kl_div", "dual_kl", "entropy"):
     register(_name, "cpu", Kernel(load=lambda: Core(cpu_core()), dtypes=frozenset(DTYPES), devices=frozenset({"cpu"})))
 
 
-def logits_argument(x: Tensor | None) -> tuple[int, int, tuple[int, ...]] | None:
+def plain(tensors: tuple[Tensor, ...]) -> bool:
+    """True when ``tensors`` are logits of one shape that the core can read: the common case, in few steps.
+
+    False says nothing yet: they may be wrong, or right but for another path.
+    """
+    # Several small tests in one place, since at 64 rows the tests take longer than the loss.
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+    ):
+        return False
+    first = tensors[0]
+    if not isinstance(first, Tensor):
+        return False
+    shape = first.shape
+    for x in tensors:
+        kind = type(x)
+        if (
+            (kind is not Tensor and kind is not Parameter)
+            or x.shape != shape
+            or x.dtype not in DTYPES
+            or not x.is_cpu
+            or x.layout is not torch.strided
+            or x.is_neg()
+        ):
+            return False
+    return 2 <= len(shape) <= MAX_DIMS and shape[1] != 0
+
+
+def cpu_kernel(operator: str, tensors: tuple[Tensor, ...]) -> Core | None:
+    """What serves ``operator`` for plain CPU ``tensors``; None for the reference."""
+    found = backend._chosen.get((operator, "cpu"))
+    return backend.select(operator, *tensors) if found is None else found[0]
+
+
+def _argument(x: Tensor | None) -> tuple[int, int, tuple[int, ...]] | None:
     """A tensor as the core takes it: pointer, dtype, strides."""
     return None if x is None else (x.data_ptr(), DTYPES[x.dtype], x.stride())
 
 
-def call_core(
-    core: Core,
-    kind: int,
-    compute: int,
-    shape: torch.Size,
-    temperature: float,
-    reverse: bool,
-    scale: float,
-    teacher: Tensor,
-    students: tuple[Tensor | None, Tensor | None],
-    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
-    weight: Tensor | None = None,
-    grad_output: Tensor | None = None,
-    row_loss: Tensor | None = None,
-    raw_loss: Tensor | None = None,
-    total: Tensor | None = None,
-) -> None:
-    """Runs the kernel; ``gradients`` are those of the teacher and of both students."""
-    a, b = students
-    core.distill(
-        kind,
-        compute,
-        shape,
-        temperature,
-        reverse,
-        scale,
-        torch.get_num_threads(),
-        (a is not None) + (b is not None),
-        logits_argument(teacher),
-        logits_argument(a),
-        logits_argument(b),
-        logits_argument(gradients[0]),
-        logits_argument(gradients[1]),
-        logits_argument(gradients[2]),
-        logits_argument(weight),
-        logits_argument(grad_output),
-        logits_argument(row_loss),
-        (logits_argument(raw_loss), logits_argument(total)),
-    )
+# Copied by empty_like, which takes two thirds of the time of empty(()).
+_SCALARS = {dtype: torch.empty((), dtype=dtype) for dtype in DTYPES}
+
+
+def _empty_result(rows_of: Tensor, dtype: torch.dtype, reduction: int) -> Tensor:
+    return torch.empty(row_shape(rows_of), dtype=dtype) if reduction == NONE else torch.empty_like(_SCALARS[dtype])
+
+
+def mean_scale(logits: Tensor, reduction: int) -> float:
+    """What the sum over rows is multiplied by."""
+    if reduction != BATCHMEAN:
+        return 1.0
+    count = logits.numel()
+    return logits.shape[1] / count if count else 1.0
 
 
 def divergence_forward(
-    core: Any,
+    core: Core,
     student: Tensor,
     other: Tensor | None,
     teacher: Tensor,
@@ -84,32 +98,34 @@ def divergence_forward(
     temperature: float,
     reverse: bool,
     reduction: int,
-    gradients: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
+    to_student: Tensor | None = None,
+    to_other: Tensor | None = None,
+    to_teacher: Tensor | None = None,
     raw_loss: Tensor | None = None,
 ) -> Tensor:
-    """The loss; on the way the gradients for a grad_output of 1 into ``gradients`` (teacher, student, other)."""
+    """The loss; on the way the gradients for a grad_output of 1 into ``to_...``."""
     dtype = result_dtype(student, other, teacher)
-    shape = student.shape
-    row_loss = total = None
-    if reduction == NONE:
-        result = row_loss = torch.empty(row_shape(student), dtype=dtype)
-    else:
-        result = total = torch.empty((), dtype=dtype)
-    call_core(
-        core,
+    result = _empty_result(student, dtype, reduction)
+    out = (result.data_ptr(), DTYPES[dtype], result.stride())
+    core.distill(
         LIMIT if temperature == math.inf else KL,
         1 if dtype is torch.float64 else 0,
-        shape,
+        student.shape,
         temperature,
         reverse,
-        1.0 / max(row_count(student), 1) if reduction == BATCHMEAN else 1.0,
-        teacher,
-        (student, other),
-        gradients,
-        weight,
-        row_loss=row_loss,
-        raw_loss=raw_loss,
-        total=total,
+        mean_scale(student, reduction),
+        torch.get_num_threads(),
+        1 if other is None else 2,
+        (teacher.data_ptr(), DTYPES[teacher.dtype], teacher.stride()),
+        (student.data_ptr(), DTYPES[student.dtype], student.stride()),
+        None if other is None else _argument(other),
+        None if to_teacher is None else _argument(to_teacher),
+        None if to_student is None else (to_student.data_ptr(), DTYPES[to_student.dtype], to_student.stride()),
+        None if to_other is None else _argument(to_other),
+        None if weight is None else _argument(weight),
+        None,
+        out if reduction == NONE else None,
+        (_argument(raw_loss), None if reduction == NONE else out),
     )
     return result
 
@@ -133,21 +149,26 @@ def divergence_backward(
     )
     compute = compute_dtype(result_dtype(student, other, teacher))
     raw = torch.empty(row_shape(student), dtype=compute) if needs[3] else None
-    scale = 1.0 / max(row_count(student), 1) if reduction == BATCHMEAN else 1.0
-    call_core(
-        core,
+    scale = mean_scale(student, reduction)
+    core.distill(
         LIMIT if temperature == math.inf else KL,
         DTYPES[compute],
         student.shape,
         temperature,
         reverse,
         scale,
-        teacher,
-        (student, other),
-        (to_teacher, to_student, to_other),
-        weight,
-        grad_output=grad.resolve_neg(),
-        raw_loss=raw,
+        torch.get_num_threads(),
+        1 if other is None else 2,
+        _argument(teacher),
+        _argument(student),
+        _argument(other),
+        _argument(to_teacher),
+        _argument(to_student),
+        _argument(to_other),
+        _argument(weight),
+        _argument(grad.resolve_neg()),
+        None,
+        (_argument(raw), None),
     )
     return to_student, to_other, to_teacher, weight_gradient(raw, grad, scale, weight)
 
@@ -158,42 +179,39 @@ def weight_gradient(raw: Tensor | None, grad: Tensor, scale: float, weight: Tens
 
 def entropy_forward(core: Core, logits: Tensor, reduction: int, gradient: Tensor | None = None) -> Tensor:
     """The entropy; on the way its gradient for a grad_output of 1 into ``gradient``."""
-    row_loss = total = None
-    if reduction == NONE:
-        result = row_loss = torch.empty(row_shape(logits), dtype=logits.dtype)
-    else:
-        result = total = torch.empty((), dtype=logits.dtype)
-    call_core(
-        core,
-        ENTROPY,
-        DTYPES[compute_dtype(logits.dtype)],
-        logits.shape,
-        1.0,
-        False,
-        1.0 / max(row_count(logits), 1) if reduction == BATCHMEAN else 1.0,
-        logits,
-        (None, None),
-        (gradient, None, None),
-        row_loss=row_loss,
-        total=total,
-    )
+    result = _empty_result(logits, logits.dtype, reduction)
+    out = _argument(result)
+    _run_entropy(core, logits, reduction, gradient, None, *((out, None) if reduction == NONE else (None, out)))
     return result
 
 
 def entropy_backward(core: Core, grad: Tensor, logits: Tensor, reduction: int) -> Tensor:
     """The gradient, recomputed from the logits."""
     gradient = torch.empty_like(logits)
-    call_core(
-        core,
+    _run_entropy(core, logits, reduction, gradient, _argument(grad.resolve_neg()), None, None)
+    return gradient
+
+
+def _run_entropy(
+    core: Core, logits: Tensor, reduction: int, gradient: Tensor | None, grad: Any, row_loss: Any, total: Any
+) -> None:
+    core.distill(
         ENTROPY,
-        DTYPES[compute_dtype(logits.dtype)],
+        1 if logits.dtype is torch.float64 else 0,
         logits.shape,
         1.0,
         False,
-        1.0 / max(row_count(logits), 1) if reduction == BATCHMEAN else 1.0,
-        logits,
-        (None, None),
-        (gradient, None, None),
-        grad_output=grad.resolve_neg(),
+        mean_scale(logits, reduction),
+        torch.get_num_threads(),
+        0,
+        _argument(logits),
+        None,
+        None,
+        _argument(gradient),
+        None,
+        None,
+        None,
+        grad,
+        row_loss,
+        (None, total),
     )
-    return gradient

@@ -63,7 +63,22 @@ struct Vec<float> {
   FEDKERN_INLINE void store(f16* p) const {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
-  FEDKERN_INLINE void store_partial(float* p, std::ptrdiff_t n) const { _mm256_maskstore_ps(p, first_lanes_ps(n), v); }
+  // In halves: masked stores are slow on AMD.
+  FEDKERN_INLINE void store_partial(float* p, std::ptrdiff_t n) const {
+    __m128 x = _mm256_castps256_ps128(v);
+    if (n & 8) return store(p);
+    if (n & 4) {
+      _mm_storeu_ps(p, x);
+      x = _mm256_extractf128_ps(v, 1);
+      p += 4;
+    }
+    if (n & 2) {
+      _mm_storel_pi(reinterpret_cast<__m64*>(p), x);
+      x = _mm_movehl_ps(x, x);
+      p += 2;
+    }
+    if (n & 1) _mm_store_ss(p, x);
+  }
   template <typename S>
   FEDKERN_INLINE void store_partial(S* p, std::ptrdiff_t n) const {
     S x[lanes];
@@ -147,7 +162,16 @@ struct Vec<double> {
   FEDKERN_INLINE void store(S* p) const {
     store_partial(p, lanes);
   }
-  FEDKERN_INLINE void store_partial(double* p, std::ptrdiff_t n) const { _mm256_maskstore_pd(p, first_lanes_pd(n), v); }
+  FEDKERN_INLINE void store_partial(double* p, std::ptrdiff_t n) const {
+    __m128d x = _mm256_castpd256_pd128(v);
+    if (n & 4) return store(p);
+    if (n & 2) {
+      _mm_storeu_pd(p, x);
+      x = _mm256_extractf128_pd(v, 1);
+      p += 2;
+    }
+    if (n & 1) _mm_store_sd(p, x);
+  }
   template <typename S>
   FEDKERN_INLINE void store_partial(S* p, std::ptrdiff_t n) const {
     double x[lanes];

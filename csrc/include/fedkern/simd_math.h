@@ -18,23 +18,38 @@ FEDKERN_INLINE Vec<T> polynomial(Vec<T> x, T first, Rest... rest) {
 // Error: at most 2 ULP (1 with fused multiply-add), subnormal results included.
 // Range: all; exp(-inf) = 0, overflow gives inf, NaN stays NaN.
 // Method: x = n ln 2 + r with a two-part ln 2, a polynomial in r, scaled by 2^n.
-FEDKERN_INLINE Vec<float> exp(Vec<float> x) {
+FEDKERN_INLINE Vec<float> exp_clamped(Vec<float> x) {
   using V = Vec<float>;
-  // The bounds come first: min and max return their second operand where one is NaN.
-  x = min(V::set(89.0f), max(V::set(-104.0f), x));
   const V n = round(x * V::set(0x1.715476p+0f));
   const V r = fma(n, V::set(-0x1.7f7d1cp-20f), fma(n, V::set(-0x1.62e4p-1f), x));
   const V tail = polynomial(r, 0x1.6a2430p-10f, 0x1.1239e4p-7f, 0x1.5558f2p-5f, 0x1.555492p-3f, 0x1.fffffcp-2f);
   return scale_by_power(fma(r * r, tail, r) + V::set(1.0f), n);
 }
-FEDKERN_INLINE Vec<double> exp(Vec<double> x) {
+FEDKERN_INLINE Vec<double> exp_clamped(Vec<double> x) {
   using V = Vec<double>;
-  x = min(V::set(710.0), max(V::set(-746.0), x));
   const V n = round(x * V::set(0x1.71547652b82fep+0));
   const V r = fma(n, V::set(-0x1.cf79abc9e3b3ap-40), fma(n, V::set(-0x1.62e42fefap-1), x));
   const V tail = polynomial(r, 1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320,
                             1.0 / 5040, 1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5);
   return scale_by_power(fma(r * r, tail, r) + V::set(1.0), n);
+}
+
+// Beyond these exp is 0 and infinite.
+template <typename T>
+inline constexpr T exp_lowest = sizeof(T) == 4 ? T(-104) : T(-746);
+template <typename T>
+inline constexpr T exp_highest = sizeof(T) == 4 ? T(89) : T(710);
+
+template <typename T>
+FEDKERN_INLINE Vec<T> exp(Vec<T> x) {
+  // The bounds come first: min and max return their second operand where one is NaN.
+  return exp_clamped(min(Vec<T>::set(exp_highest<T>), max(Vec<T>::set(exp_lowest<T>), x)));
+}
+
+// The same for x <= 0 (or NaN).
+template <typename T>
+FEDKERN_INLINE Vec<T> exp_of_nonpositive(Vec<T> x) {
+  return exp_clamped(max(Vec<T>::set(exp_lowest<T>), x));
 }
 
 // Lanes: float, double.
