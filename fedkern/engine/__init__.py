@@ -2,6 +2,7 @@
 
 from fedkern.engine.config import RunConfig
 from fedkern.engine.events import Listener, RunInfo, Terminated
+from fedkern.engine.records import read_metrics, read_model, read_summary
 from fedkern.engine.run import run
 
-__all__ = ["Listener", "RunConfig", "RunInfo", "Terminated", "run"]
+__all__ = ["Listener", "RunConfig", "RunInfo", "Terminated", "read_metrics", "read_model", "read_summary", "run"]

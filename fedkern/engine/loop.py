@@ -42,6 +42,7 @@ class Run:
         self.latest: dict[str, float] = {}
         self.last_clients: dict[str, Any] = {}
         self.phases: dict[str, float] = {}
+        self.dropped_since: list[dict[str, Any]] = []  # the last evaluated round
         self.sets: dict[str, TestSet] = {}
         self._clients: dict[int, Client] = {}
         self._last_exchange = True
@@ -110,7 +111,7 @@ class Run:
         participants = everyone if entry.participants == "all" else sample_clients(self.config, index)
         shown = index if entry.one_off else index + 1
         self.listener.on_round_start(shown, entry.name, participants)
-        self._round = {"clients": {}, "dropped": {}, "shown": shown}
+        self._round = {"clients": {}, "dropped": set(), "shown": shown}
         phases = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0}
         for exchange_name in entry.exchanges:
             step = Step(index, entry.name, exchange_name)
@@ -124,7 +125,7 @@ class Run:
                 pass
             phases["train"] += exchange.seconds
             phases["aggregate"] += time.perf_counter() - begun - exchange.seconds
-            participants = [k for k in participants if str(k) not in self._round["dropped"]]
+            participants = [k for k in participants if k not in self._round["dropped"]]
             if not participants:
                 raise UserError(f"Every client of round {index + 1} diverged: lower --lr, or set --clip-norm.")
         self._clients.clear()
@@ -159,14 +160,15 @@ class Run:
                 if name.endswith("accuracy"):
                     self.best[name] = max(value, self.best.get(name, 0.0))
         record["clients"] = self._round["clients"]
-        if self._round["dropped"]:
-            record["dropped"] = self._round["dropped"]
+        if self.dropped_since:
+            record["dropped"] = self.dropped_since
         record["phases"] = {name: round(value, 6) for name, value in phases.items()}
         self._add_phases(phases)
         record["round_seconds"] = time.perf_counter() - start
         record["seconds"] = self.seconds()
         if due:
             self.metrics.append({name: value for name, value in record.items() if name not in ("rounds", "evaluated")})
+            self.dropped_since = []
         self.last_clients = self._round["clients"]
         self._tell_warnings()
         self.listener.on_round(record)
@@ -196,7 +198,9 @@ class Run:
         if self.config.on_nan == "stop":
             raise UserError(f"{where}; lower --lr, set --clip-norm, or leave such clients out with --on-nan skip.")
         self._clients.pop(problem.client, None)
-        self._round["dropped"][str(problem.client)] = {"batch": problem.batch, "reason": problem.what}
+        self._round["dropped"].add(problem.client)
+        entry = {"round": problem.round + 1, "client": problem.client, "batch": problem.batch, "reason": problem.what}
+        self.dropped_since = [*self.dropped_since, entry]
         self.bench.warn("diverging-client", f"{where}; it was left out of that round.")
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
@@ -218,6 +222,7 @@ class Run:
             "latest": records.plain(self.latest),
             "clients": self.last_clients,
             "phases": self.phases,
+            "dropped": self.dropped_since,
             "config": self.config.to_dict(),
             "data": data,
             "versions": records.versions(),
@@ -243,6 +248,7 @@ class Run:
         self._told = set(self.bench.warnings)
         self.best, self.latest = dict(info["best"]), dict(info["latest"])
         self.last_clients, self.phases = info["clients"], dict(info["phases"])
+        self.dropped_since = info["dropped"]
         self._elapsed = info["seconds"]
         self.metrics.truncate(info["metrics_bytes"])
         if info["versions"]["torch"] != torch.__version__:

@@ -12,11 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fedkern
+from fedkern import models
 from fedkern.engine import atomic
+from fedkern.errors import UserError
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
@@ -94,6 +97,36 @@ def write_model(out: Path, tensors: dict[str, Tensor], about: Mapping[str, Any])
     # One metadata key only: with several, their order in the file would be left to chance.
     metadata = {"fedkern": json.dumps(about, sort_keys=True)}
     atomic.write(out / MODEL, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+
+def read_model(out: Path | str) -> tuple[models.StagedNetwork, dict[str, Any]]:
+    """The final global network of a run folder in eval mode, and what is known about it.
+
+    The second value has ``classes``, ``channels``, ``image_size``, ``mean`` and ``std`` (of images in [0, 1]), ``model``,
+    ``width``, ``method`` and ``rounds``.
+
+    Raises:
+        UserError: the folder has no finished run, or its file is damaged.
+    """
+    path = Path(out) / MODEL
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["fedkern"])
+        tensors = load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{out} has no {MODEL}: its run is not finished, continue it with --resume {out}.") from None
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {error}.") from None
+    network = models.build(
+        about["model"],
+        classes=len(about["classes"]),
+        channels=about["channels"],
+        image_size=min(about["image_size"]),
+        seed=0,
+        width=about["width"],
+    )
+    network.load_state_dict(tensors)
+    return network.eval(), about
 
 
 def versions() -> dict[str, str]:

@@ -3,7 +3,10 @@
 A client mixes random backgrounds, seen by the frozen global encoder, into its own features while keeping the label
 (intervention), and pulls both features towards the global encoder's (distillation):
 
-    L = CE(z_I, y) + CE(z_INV, y) + lambda [KL(f_I || f_G) + KL(f_INV || f_G)]
+    L = CE(z_I, y) + CE(z_INV, y) + lambda T^2 [KL_T(f_I || f_G) + KL_T(f_INV || f_G)]
+
+with KL_T(u || g) = KL(softmax(u / T) || softmax(g / T)) over the d feature channels, batch mean; T is 1 in the paper,
+and T^2 keeps the gradient's size for other temperatures.
 
 Nothing but the model travels, so every round costs the bytes of FedAvg.
 """

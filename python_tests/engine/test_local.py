@@ -164,7 +164,8 @@ def test_a_diverging_client_is_skipped(make_data, make_config, tmp_path, monkeyp
     summary = run(make_config(rounds=3, on_nan="skip"), out=tmp_path, data=make_data(), listener=Watch())
     assert uploads == {1: [0, 1, 2], 2: [0, 2], 3: [0, 1, 2]}
     records = read_metrics(tmp_path)
-    assert [r.get("dropped") for r in records] == [None, {"1": {"batch": 3, "reason": "the loss is nan"}}, None]
+    gone = {"round": 2, "client": 1, "batch": 3, "reason": "the loss is nan"}
+    assert [r.get("dropped") for r in records] == [None, [gone], None]
     assert summary["diagnostics"]["diverging-client"].startswith("Client 1 diverged in round 2, batch 3")
     assert all(np.isfinite(r["id_loss"]) for r in records)
     each = summary["bytes"]["clients"]

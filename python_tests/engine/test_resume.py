@@ -200,6 +200,15 @@ def test_a_finished_run_returns_its_summary_without_data(make_data, make_config,
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+def test_a_lost_summary_is_made_again(make_data, make_config, tmp_path):
+    run(make_config("fedgid"), out=tmp_path, data=make_data())
+    before = outcome(tmp_path)
+    (tmp_path / "summary.json").unlink()
+    (tmp_path / "model.safetensors").unlink()
+    run(RunConfig.load(tmp_path), out=tmp_path, resume=True, data=make_data())
+    assert outcome(tmp_path) == before
+
+
 def test_other_settings_are_refused_and_named(make_data, make_config, tmp_path):
     config = make_config("fedgid")
     with pytest.raises(Kill):

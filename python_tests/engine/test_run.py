@@ -5,12 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 from fedkern import models
-from fedkern.engine import Listener, RunConfig, run
-from fedkern.engine.records import read_metrics
+from fedkern.engine import Listener, RunConfig, read_metrics, read_model, run
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg, register
 
@@ -69,19 +66,9 @@ def test_folder_holds_what_the_interface_promises(method, make_data, make_config
 def test_saved_model_is_the_evaluated_one(make_data, make_config, tmp_path):
     data = make_data()
     summary = run(make_config(), out=tmp_path / "run", data=data)
-    tensors = load_file(tmp_path / "run" / "model.safetensors")
-    with safe_open(tmp_path / "run" / "model.safetensors", framework="pt") as file:
-        about = json.loads(file.metadata()["fedkern"])
-    model = models.build(
-        about["model"],
-        classes=len(about["classes"]),
-        channels=about["channels"],
-        image_size=8,
-        seed=1,
-        width=about["width"],
-    )
-    model.load_state_dict(tensors)
-    model.eval()
+    model, about = read_model(tmp_path / "run")
+    assert not model.training
+    assert about["classes"] == ["a", "b", "c"]
     for name, test in data.tests.items():
         mean, std = (torch.tensor(about[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
         with torch.no_grad():
@@ -275,3 +262,11 @@ def test_embedded_data_end_to_end(data, model, tmp_path):
     prefix = "ood_" if data == "colordigits" else ""
     assert 0 <= summary["metrics"][prefix + "accuracy"] <= 1
     assert run(RunConfig.load(tmp_path), out=tmp_path, resume=True)["metrics"] == summary["metrics"]
+
+
+def test_a_missing_or_damaged_model_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="its run is not finished"):
+        read_model(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="is damaged"):
+        read_model(tmp_path)

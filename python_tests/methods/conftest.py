@@ -1,53 +1,11 @@
-"""A federation so small that a round takes milliseconds, and its settings."""
+"""The tiny federation of the engine's tests."""
 
-import numpy as np
-import pytest
-import torch
+import importlib.util
+from pathlib import Path
 
-from fedkern.data import FederatedData, PartitionStatistics, Split
-from fedkern.engine import RunConfig
+_path = Path(__file__).parents[1] / "engine" / "conftest.py"
+_spec = importlib.util.spec_from_file_location("engine_conftest", _path)
+_engine = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_engine)
 
-CLASSES = 3
-SIDE = 8
-
-
-def split(samples, seed, masked=True, channels=3):
-    rng = np.random.default_rng(seed)
-    labels = torch.from_numpy(rng.integers(0, CLASSES, samples))
-    images = torch.from_numpy(rng.integers(0, 256, (samples, channels, SIDE, SIDE)).astype(np.uint8))
-    masks = torch.zeros(samples, SIDE, SIDE, dtype=torch.bool)
-    masks[:, 2:6, 2:6] = True
-    images[:, :, 2:6, 2:6] = (labels * 100 + 20)[:, None, None, None].to(torch.uint8)
-    return Split(images, labels, masks if masked else None)
-
-
-def federation(sizes=(20, 13, 9), *, masked=True, two_tests=True, seed=0):
-    clients = tuple(split(n, seed + 10 + k, masked) for k, n in enumerate(sizes))
-    names = ("id", "ood") if two_tests else ("",)
-    tests = {name: split(16, seed + 1 + i, masked) for i, name in enumerate(names)}
-    classes = tuple("abc")
-    return FederatedData(
-        name="tiny",
-        classes=classes,
-        clients=clients,
-        validation=split(8, seed + 3, masked),
-        tests=tests,
-        mean=(0.5, 0.4, 0.3),
-        std=(0.2, 0.3, 0.4),
-        augment="none",
-        statistics=PartitionStatistics.of([c.labels.numpy() for c in clients], classes, "iid"),
-    )
-
-
-@pytest.fixture
-def make_data():
-    return federation
-
-
-@pytest.fixture
-def make_config():
-    def make(method="fedavg", **settings):
-        plain = {"width": 2, "rounds": 2, "local_epochs": 1, "batch_size": 4, "clients": 3, "threads": 1, "grad_cam": 4}
-        return RunConfig.make(method, **{**plain, **settings})
-
-    return make
+make_data, make_config = _engine.make_data, _engine.make_config
