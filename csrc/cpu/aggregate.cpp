@@ -8,35 +8,61 @@
 namespace fedkern::FEDKERN_ISA {
 namespace {
 
-// Up to this many vectors are read side by side with their sums in registers: memory delivers that many streams at the
-// speed of a copy.
-constexpr std::int64_t kStreams = 12;
-// With more, the sums of a block wait in L2 while a few vectors at a time are read in long runs.
-constexpr std::int64_t kBlock = 16384, kFew = 5;
-// Vectors of sums held in registers at once: four cache lines of fp32 on AVX-512.
+// Up to this many vectors are read side by side, their sums held in registers until they are written out: memory then
+// delivers them at the speed of a copy. More of them at once come at two thirds of it.
+constexpr std::int64_t kStreams = 10;
+// With more vectors, the sums of a block wait in L2 while so many at a time are read in long runs.
+constexpr std::int64_t kBlock = 16384;
+// Vectors of sums held in registers at once: of fp32, eight cache lines on AVX-512 and two on AVX2.
+#if defined(FEDKERN_ISA_avx512)
+constexpr int kHeld = 16;
+#else
 constexpr int kHeld = 8;
+#endif
 
-// sum[j] (+)= weight[m] * x[m][j], m ascending, for clients first ... last - 1 with unit stride.
-template <typename T>
-void add_clients(const WeightedMean& a, std::int64_t first, std::int64_t last, std::int64_t begin, std::int64_t n, bool fresh, double* sum) {
+// Where the sums of a group of clients begin and end: at zero or at `sum`, in `sum` or (out not null) as means in `out`.
+template <typename Out>
+struct Ends {
+  bool fresh;
+  double* sum;
+  Out* out;
+  Divisor divisor;
+  bool stream;
+};
+
+// (+)= weights[m] * x[m][j], m ascending, for `count` <= kStreams vectors of unit stride and begin <= j < begin + n.
+template <typename T, typename Out>
+void add_clients(const Vector* vectors, const double* weights, std::int64_t count, std::int64_t begin, std::int64_t n, const Ends<Out>& ends) {
   using V = Vec<double>;
   constexpr std::int64_t step = kHeld * V::lanes;
+  const T* x[kStreams];
+  double weight[kStreams];
+  for (std::int64_t m = 0; m < count; ++m) x[m] = static_cast<const T*>(vectors[m].data) + begin, weight[m] = weights[m];
   std::int64_t j = 0;
   for (; j + step <= n; j += step) {
     V held[kHeld];
-    for (int u = 0; u < kHeld; ++u) held[u] = fresh ? V::set(0.0) : V::load(sum + j + u * V::lanes);
-    for (std::int64_t m = first; m < last; ++m) {
-      const T* x = static_cast<const T*>(a.vectors[m].data) + begin + j;
-      const V weight = V::set(a.weights[m]);
-      for (int u = 0; u < kHeld; ++u) held[u] = held[u] + weight * V::load(x + u * V::lanes);
+    for (int u = 0; u < kHeld; ++u) held[u] = ends.fresh ? V::set(0.0) : V::load(ends.sum + j + u * V::lanes);
+    for (std::int64_t m = 0; m < count; ++m) {
+      const T* from = x[m] + j;
+#if defined(__GNUC__)
+      // One pointer with constant offsets; else a register is spent on every offset.
+      asm("" : "+r"(from));
+#endif
+      const V w = V::set(weight[m]);
+      for (int u = 0; u < kHeld; ++u) held[u] = held[u] + w * V::load(from + u * V::lanes);
     }
-    for (int u = 0; u < kHeld; ++u) held[u].store(sum + j + u * V::lanes);
+    if (ends.out)
+      write_held<kHeld>(held, ends.divisor, ends.out + j, ends.stream);
+    else
+      for (int u = 0; u < kHeld; ++u) held[u].store(ends.sum + j + u * V::lanes);
   }
   for (; j < n; ++j) {
-    double value = fresh ? 0.0 : sum[j];
-    for (std::int64_t m = first; m < last; ++m)
-      value = value + a.weights[m] * static_cast<double>(widen(static_cast<const T*>(a.vectors[m].data)[begin + j]));
-    sum[j] = value;
+    double value = ends.fresh ? 0.0 : ends.sum[j];
+    for (std::int64_t m = 0; m < count; ++m) value = value + weight[m] * static_cast<double>(widen(x[m][j]));
+    if (ends.out)
+      write_mean(&value, 1, ends.divisor, ends.out + j, false);
+    else
+      ends.sum[j] = value;
   }
 }
 
@@ -49,26 +75,28 @@ void add_strided(const Vector& vector, double weight, std::int64_t begin, std::i
 
 template <typename T, typename Out>
 void weighted_mean(const WeightedMean& a) {
-  const std::int64_t together = a.count <= kStreams ? kStreams : kFew;
-  const std::int64_t block = a.count <= kStreams ? kTile : kBlock;
+  bool together = a.count <= kStreams;
+  for (std::int64_t m = 0; m < a.count; ++m) together &= a.vectors[m].stride == 1;
+  const std::int64_t block = together ? kChunk : kBlock;
+  const Divisor divisor(a.total, std::is_same_v<Out, double>);
+  const bool stream = can_stream(a.out, a.stream);
   auto chunks = [&](std::int64_t begin, std::int64_t end) {
     alignas(64) double sum[kBlock];
     for (std::int64_t i = begin; i < end; i += block) {
       const std::int64_t n = std::min(block, end - i);
-      for (std::int64_t m = 0; m < a.count;) {
-        std::int64_t last = m;
-        while (last < a.count && last - m < together && a.vectors[last].stride == 1) ++last;
+      Out* out = static_cast<Out*>(a.out) + i;
+      for (std::int64_t m = 0, last = 0; m < a.count; m = last) {
+        while (last < a.count && last - m < kStreams && a.vectors[last].stride == 1) ++last;
         if (last == m) {
           add_strided<T>(a.vectors[m], a.weights[m], i, n, m == 0, sum);
-          ++m;
+          if (++last == a.count) write_mean(sum, n, divisor, out, stream);
         } else {
-          add_clients<T>(a, m, last, i, n, m == 0, sum);
-          m = last;
+          const Ends<Out> ends{m == 0, sum, last == a.count ? out : nullptr, divisor, stream};
+          add_clients<T>(a.vectors + m, a.weights + m, last - m, i, n, ends);
         }
       }
-      write_mean(sum, n, a.total, static_cast<Out*>(a.out) + i, a.stream);
     }
-    if (a.stream) finish_stores();
+    if (stream) finish_stores();
   };
   const double bytes = static_cast<double>(a.count + 1) * static_cast<double>(a.size) * sizeof(T);
   parallel_for(a.size, kChunk, a.threads, seconds(bytes), chunks);
@@ -76,10 +104,10 @@ void weighted_mean(const WeightedMean& a) {
 
 template <typename T>
 void accumulator_add(const AccumulatorAdd& a) {
-  const WeightedMean one{a.dtype, a.dtype, 1, a.size, &a.vector, &a.weight, 1.0, nullptr, false, a.threads};
+  const Divisor divisor(1.0, true);
   auto chunks = [&](std::int64_t begin, std::int64_t end) {
     if (a.vector.stride == 1)
-      add_clients<T>(one, 0, 1, begin, end - begin, false, a.sum + begin);
+      add_clients<T, double>(&a.vector, &a.weight, 1, begin, end - begin, {false, a.sum + begin, nullptr, divisor, false});
     else
       add_strided<T>(a.vector, a.weight, begin, end - begin, false, a.sum + begin);
   };
@@ -88,14 +116,11 @@ void accumulator_add(const AccumulatorAdd& a) {
 
 template <typename Out>
 void accumulator_mean(const AccumulatorMean& a) {
+  const Divisor divisor(a.total, std::is_same_v<Out, double>);
+  const bool stream = can_stream(a.out, a.stream);
   auto chunks = [&](std::int64_t begin, std::int64_t end) {
-    alignas(64) double sum[kTile];
-    for (std::int64_t i = begin; i < end; i += kTile) {
-      const std::int64_t n = std::min(kTile, end - i);
-      std::copy_n(a.sum + i, n, sum);
-      write_mean(sum, n, a.total, static_cast<Out*>(a.out) + i, a.stream);
-    }
-    if (a.stream) finish_stores();
+    write_mean(a.sum + begin, end - begin, divisor, static_cast<Out*>(a.out) + begin, stream);
+    if (stream) finish_stores();
   };
   parallel_for(a.size, kChunk, a.threads, seconds(static_cast<double>(a.size) * (8 + sizeof(Out))), chunks);
 }

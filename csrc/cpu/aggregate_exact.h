@@ -98,6 +98,8 @@ void exact_add(const ExactAdd& a) {
 
 template <typename T>
 void exact_mean(const ExactMean& a) {
+  const Divisor none(1.0, false);
+  const bool stream = can_stream(a.out, a.stream);
   auto chunks = [&](std::int64_t begin, std::int64_t end) {
     double mean[kTile];
     const ExactState& s = a.state;
@@ -113,9 +115,9 @@ void exact_mean(const ExactMean& a) {
           mean[j] = exact_sum(s.high[i + j], s.middle[i + j], s.low[i + j]) / a.total * half * half;
         }
       }
-      write_mean(mean, n, 1.0, static_cast<T*>(a.out) + i, a.stream);
+      write_mean(mean, n, none, static_cast<T*>(a.out) + i, stream);
     }
-    if (a.stream) finish_stores();
+    if (stream) finish_stores();
   };
   parallel_for(a.size, kChunk, a.threads, seconds(static_cast<double>(a.size) * 60), chunks);
 }

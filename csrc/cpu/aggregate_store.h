@@ -4,10 +4,6 @@
 #include "fedkern/aggregate.h"
 #include "fedkern/tiles.h"
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
-
 namespace fedkern::FEDKERN_ISA {
 namespace {
 
@@ -17,45 +13,82 @@ inline constexpr std::int64_t kChunk = 65536;
 // Seconds that moving `bytes` takes on one thread, roughly.
 inline double seconds(double bytes) { return bytes * 0.6e-10; }
 
-// One tile past the caches: results larger than the last level would only push out what is still to be read.
-template <typename T>
-FEDKERN_INLINE void store_past_cache(const T* tile, T* out) {
-#if defined(FEDKERN_ISA_avx512)
-  for (std::int64_t i = 0; i < kTile; i += 64 / sizeof(T)) _mm512_stream_si512(reinterpret_cast<__m512i*>(out + i), _mm512_load_si512(tile + i));
-#elif defined(__SSE2__)
-  for (std::int64_t i = 0; i < kTile; i += 16 / sizeof(T))
-    _mm_stream_si128(reinterpret_cast<__m128i*>(out + i), _mm_load_si128(reinterpret_cast<const __m128i*>(tile + i)));
+// Division by the weights' sum. fp64 results are divided; shorter types hide the reciprocal's last bit.
+struct Divisor {
+  double total, inverse;
+  bool divide;
+  Divisor(double value, bool exact) : total(value), inverse(1.0 / value), divide(exact || !(inverse < 0x1p1000)) {}
+  FEDKERN_INLINE double apply(double x) const { return divide ? x / total : x * inverse; }
+  FEDKERN_INLINE Vec<double> apply(Vec<double> x) const {
+    return divide ? x / Vec<double>::set(total) : x * Vec<double>::set(inverse);
+  }
+};
+
+// Results larger than the last-level cache are written past it: they would only push out what is still to be read.
+inline bool can_stream(const void* out, bool wanted) {
+#if defined(FEDKERN_ISA_avx2) || defined(FEDKERN_ISA_avx512)
+  return wanted && reinterpret_cast<std::uintptr_t>(out) % 64 == 0;
 #else
-  std::memcpy(out, tile, kTile * sizeof(T));
+  return false && out && wanted;
 #endif
 }
 
 FEDKERN_INLINE void finish_stores() {
-#if defined(__SSE2__)
+#if defined(FEDKERN_ISA_avx2) || defined(FEDKERN_ISA_avx512)
   _mm_sfence();
 #endif
 }
 
-// out[begin + i] = sum[i] / total for i < n; overwrites sum.
-template <typename T>
-inline void write_mean(double* sum, std::int64_t n, double total, T* out, bool stream) {
-  stream = stream && reinterpret_cast<std::uintptr_t>(out) % 64 == 0;
-  const double inverse = 1.0 / total;
-  for (std::int64_t begin = 0; begin < n; begin += kTile) {
-    const std::int64_t m = std::min(kTile, n - begin);
-    double* tile = sum + begin;
-    // Shorter types hide the reciprocal's last bit; fp64 would show it.
-    if (std::is_same_v<T, double> || !(inverse < 0x1p1000))
-      for (std::int64_t i = 0; i < m; ++i) tile[i] /= total;
+FEDKERN_INLINE void store_past_cache(Vec<double> x, float* out) {
+#if defined(FEDKERN_ISA_avx512)
+  _mm256_stream_ps(out, _mm512_cvtpd_ps(x.v));
+#elif defined(FEDKERN_ISA_avx2)
+  _mm_stream_ps(out, _mm256_cvtpd_ps(x.v));
+#else
+  x.store(out);
+#endif
+}
+FEDKERN_INLINE void store_past_cache(Vec<double> x, double* out) {
+#if defined(FEDKERN_ISA_avx512)
+  _mm512_stream_pd(out, x.v);
+#elif defined(FEDKERN_ISA_avx2)
+  _mm256_stream_pd(out, x.v);
+#else
+  x.store(out);
+#endif
+}
+
+// out[i] = held[i] over the divisor.
+template <int count, typename Out>
+FEDKERN_INLINE void write_held(const Vec<double>* held, const Divisor& divisor, Out* out, bool stream) {
+  constexpr int lanes = Vec<double>::lanes;
+  if constexpr (sizeof(Out) > 2) {
+    if (stream)
+      for (int u = 0; u < count; ++u) store_past_cache(divisor.apply(held[u]), out + u * lanes);
     else
-      for (std::int64_t i = 0; i < m; ++i) tile[i] *= inverse;
-    if (stream && m == kTile) {
-      alignas(64) T narrowed[kTile];
-      narrow_tile(tile, m, narrowed);
-      store_past_cache(narrowed, out + begin);
-    } else {
-      narrow_tile(tile, m, out + begin);
-    }
+      for (int u = 0; u < count; ++u) divisor.apply(held[u]).store(out + u * lanes);
+  } else {
+    double mean[count * lanes];
+    for (int u = 0; u < count; ++u) divisor.apply(held[u]).store(mean + u * lanes);
+    narrow_tile(mean, count * lanes, out);
+  }
+}
+
+// out[i] = sum[i] over the divisor for i < n.
+template <typename Out>
+inline void write_mean(const double* sum, std::int64_t n, const Divisor& divisor, Out* out, bool stream) {
+  using V = Vec<double>;
+  constexpr int count = 8;
+  constexpr std::int64_t step = count * V::lanes;
+  std::int64_t i = 0;
+  for (; i + step <= n; i += step) {
+    V held[count];
+    for (int u = 0; u < count; ++u) held[u] = V::load(sum + i + u * V::lanes);
+    write_held<count>(held, divisor, out + i, stream);
+  }
+  for (; i < n; ++i) {
+    const double mean = divisor.apply(sum[i]);
+    narrow_tile(&mean, 1, out + i);
   }
 }
 
