@@ -100,6 +100,25 @@ def rasterise(boxes: Sequence[Tensor], height: int, width: int) -> Tensor:
     return masks
 
 
+def bounding_boxes(masks: Tensor | None) -> Tensor:
+    """The filled bounding box of every mask, bool ``[n, H, W]``; an empty mask stays empty.
+
+    A mask that follows the outline leaves the object's silhouette in the background image; a box hides the shape, as
+    a detector's boxes do.
+    """
+    if masks is None:
+        raise ValueError("masks: expected bool [n, H, W], got None")
+    rows, columns = masks.any(dim=2).to(torch.uint8), masks.any(dim=1).to(torch.uint8)
+    return _span(rows)[:, :, None] & _span(columns)[:, None, :]
+
+
+def _span(hit: Tensor) -> Tensor:
+    """True from the first to the last 1 of every row of ``[n, L]``."""
+    after_first = torch.cummax(hit, dim=1).values
+    before_last = torch.cummax(hit.flip(1), dim=1).values.flip(1)
+    return (after_first & before_last).bool()
+
+
 @dataclasses.dataclass(frozen=True)
 class BackgroundStatistics:
     """How well the objects of a split were found.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fedkern.data.background import MaskSource, extract_background
+from fedkern.data.background import MaskSource, bounding_boxes, extract_background
 from fedkern.data.boxes_file import BoxesFile
 from fedkern.data.coloured import class_colours, colourise, random_colours, tied_colours
 from fedkern.data.detections import Detections, Detector
@@ -69,6 +70,7 @@ def load(
     clients = info.clients if clients is None else clients
     spec = parse_partition(info.partition if partition is None else partition)
     correlation = _check_correlation(name, info, correlation)
+    boxed = own_options.pop("mask", "exact") == "box"  # coloured sets only; what follows goes to the reader
     source = info.open(root, **own_options)
     _check_attribute(name, info, source, spec, clients)
     kept = _training_rows(name, source.train, train_samples, seed)
@@ -88,6 +90,8 @@ def load(
         validation = source.validation.take(validation_rows)
         tests = {key: pool.take(test_rows[key]) for key, pool in source.tests.items()}
     pools = (source.train, source.validation, *source.tests.values())
+    if boxed:
+        splits = tuple(dataclasses.replace(split, masks=bounding_boxes(split.masks)) for split in splits)
     data = FederatedData(
         name=name,
         classes=source.classes,
@@ -98,7 +102,7 @@ def load(
         std=_COLOURED_STD[name] if info.coloured else source.std,
         augment=source.augment,
         statistics=statistics,
-        exact_masks=info.coloured,
+        exact_masks=info.coloured and not boxed,
         image_ids=frozenset(image for pool in pools for image in pool.ids),
     )
     background = _background_source(name, options or {}, common, data, make_detector, notice)

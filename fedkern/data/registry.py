@@ -113,18 +113,27 @@ def _fashion(root: Root) -> Source:
     return open_idx("fashionmnist", root)
 
 
+_COLOURED_OPTIONS = {
+    "mask": DataOption(
+        "exact",
+        "object masks of training images: every pixel of ink, or its bounding box, as a detector would give it",
+        choices=("exact", "box"),
+    )
+}
+
 DATASETS: dict[str, DatasetInfo] = {
     "colordigits": DatasetInfo(
         "embedded digits on backgrounds coloured by class and client; out-of-distribution test with random colours",
         _embedded, 5, "attribute", (3, 32), correlation=0.7, needs_root=False,
+        options=_COLOURED_OPTIONS,
     ),
     "colormnist": DatasetInfo(
         "MNIST on backgrounds coloured by class and client; out-of-distribution test with random colours",
-        _mnist, 5, "attribute", (3, 28), correlation=0.5,
+        _mnist, 5, "attribute", (3, 28), correlation=0.5, options=_COLOURED_OPTIONS,
     ),
     "colorfashion": DatasetInfo(
         "Fashion-MNIST on backgrounds coloured by class and client; out-of-distribution test with random colours",
-        _fashion, 5, "attribute", (3, 28), correlation=0.5,
+        _fashion, 5, "attribute", (3, 28), correlation=0.5, options=_COLOURED_OPTIONS,
     ),
     "digits": DatasetInfo(
         "scikit-learn's 1,797 handwritten digits enlarged to 32x32; needs no file",

@@ -130,7 +130,7 @@ class FederatedData:
         mean, std: per channel, of images in [0, 1].
         augment: what training batches go through: a name in `fedkern.data.transforms.AUGMENTATIONS`.
         statistics: how many samples of each class every client holds.
-        exact_masks: whether the masks are known exactly (coloured sets) rather than detected.
+        exact_masks: whether the clients' masks are exact (coloured sets) rather than detected or boxes.
         image_ids: the names of all images of the data set, used or not; a boxes file may name any of these.
     """
 

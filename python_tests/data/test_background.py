@@ -17,7 +17,7 @@ from fedkern.data import (
     load,
     normalise,
 )
-from fedkern.data.background import rasterise
+from fedkern.data.background import bounding_boxes, rasterise
 from fedkern.errors import UserError
 
 
@@ -47,6 +47,14 @@ def test_exact_masks_are_kept_and_missing_ones_are_an_error() -> None:
     assert again.exact_masks
     with pytest.raises(UserError, match="no exact object masks"):
         extract_background(load("digits", clients=2, partition="iid"), ExactMasks())
+
+
+def test_bounding_box_of_an_empty_mask_is_empty() -> None:
+    masks = torch.zeros(2, 5, 6, dtype=torch.bool)
+    masks[1, 3, 1] = masks[1, 1, 4] = True
+    expected = torch.zeros(2, 5, 6, dtype=torch.bool)
+    expected[1, 1:4, 1:5] = True
+    assert torch.equal(bounding_boxes(masks), expected)
 
 
 def test_any_callable_is_a_source() -> None:

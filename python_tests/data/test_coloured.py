@@ -167,6 +167,21 @@ def test_correlation_without_colours() -> None:
         load("digits", correlation=0.5)
 
 
+def test_box_masks_hide_the_shape_in_training_images_only(digits: FederatedData) -> None:
+    boxed = load("colordigits", seed=5, options={"mask": "box"})
+    for split, exact in zip(boxed.clients, digits.clients, strict=True):
+        assert torch.equal(split.images, exact.images)
+        for box, mask in zip(split.masks, exact.masks, strict=True):
+            rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+            expected = torch.zeros_like(mask)
+            expected[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] = True
+            assert torch.equal(box, expected)
+    assert same(boxed.tests["ood"], digits.tests["ood"])
+    assert same(boxed.validation, digits.validation)
+    assert digits.exact_masks
+    assert not boxed.exact_masks
+
+
 def test_random_colours_use_their_own_stream() -> None:
     # The generator handed in is the only source: nothing global.
     a, b = (random_colours(100, stream(1, "x", client=2)) for _ in range(2))
