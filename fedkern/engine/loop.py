@@ -106,7 +106,7 @@ class Run:
 
     def _play(self, entry: Round, number: int) -> None:
         start = time.perf_counter()
-        index = number - self.planned_one_off() if not entry.one_off else -1 - number
+        index = -1 - number if entry.one_off else self.done
         everyone = list(range(self.config.clients))
         participants = everyone if entry.participants == "all" else sample_clients(self.config, index)
         shown = index if entry.one_off else index + 1
@@ -134,9 +134,6 @@ class Run:
             return
         self.done += 1
         self._record(start, phases)
-
-    def planned_one_off(self) -> int:
-        return sum(entry.one_off for entry in self.method.rounds(self.bench.federation))
 
     def _record(self, start: float, phases: dict[str, float]) -> None:
         due = self.done % self.config.eval_every == 0 or self.done == self._rounds

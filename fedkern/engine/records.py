@@ -102,8 +102,8 @@ def write_model(out: Path, tensors: dict[str, Tensor], about: Mapping[str, Any])
 def read_model(out: Path | str) -> tuple[models.StagedNetwork, dict[str, Any]]:
     """The final global network of a run folder in eval mode, and what is known about it.
 
-    The second value has ``classes``, ``channels``, ``image_size``, ``mean`` and ``std`` (of images in [0, 1]), ``model``,
-    ``width``, ``method`` and ``rounds``.
+    The second value has ``classes``, ``channels``, ``image_size``, ``mean`` and ``std`` (of images in [0, 1]),
+    ``model``, ``width``, ``method`` and ``rounds``.
 
     Raises:
         UserError: the folder has no finished run, or its file is damaged.

@@ -8,8 +8,9 @@ import torch
 
 from fedkern import models
 from fedkern.engine import Listener, RunConfig, read_metrics, read_model, run
+from fedkern.engine.serial import Bench, Client
 from fedkern.errors import UserError
-from fedkern.methods import METHODS, FedAvg, register
+from fedkern.methods import METHODS, FedAvg, Step, register
 
 
 class Recorder(Listener):
@@ -160,6 +161,10 @@ def test_adding_a_client_changes_no_other_clients_draws(make_data, make_config, 
     for key, draws in three.items():
         assert seen[key] == draws
     assert seen[0, 0] != seen[0, 1]
+    bench = Bench(make_config(), make_data())
+    step = Step(0, "train", "update")
+    draws = [Client(bench, k, {}).rng(p, step).random() for k in (0, 1) for p in ("batches", "background")]
+    assert len(set(draws)) == 4
 
 
 def test_the_server_holds_one_upload_at_a_time(make_data, make_config, tmp_path, monkeypatch):

@@ -217,3 +217,12 @@ def test_records_are_json_that_any_reader_takes(tmp_path):
     metrics.truncate(size)
     metrics.append({"round": 3})
     assert [r["round"] for r in records.read_metrics(tmp_path)] == [1, 3]
+
+
+def test_a_file_reaches_the_disk_before_its_name_does(tmp_path, monkeypatch):
+    order = []
+    fsync, replace = atomic.os.fsync, atomic.Path.replace
+    monkeypatch.setattr(atomic.os, "fsync", lambda descriptor: (order.append("fsync"), fsync(descriptor)))
+    monkeypatch.setattr(atomic.Path, "replace", lambda a, b: (order.append("rename"), replace(a, b)))
+    atomic.write_bytes(tmp_path / "x", b"content")
+    assert order == ["fsync", "rename", "fsync"]  # file, name, folder
