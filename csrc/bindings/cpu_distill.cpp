@@ -107,13 +107,23 @@ void distill(const py::args& arguments) {
   call.raw_loss = parse_rows(PyTuple_GET_ITEM(last, 0));
   call.total = parse_rows(PyTuple_GET_ITEM(last, 1));
   if (PyErr_Occurred()) throw py::error_already_set();
-  if (call.row_dims > 1) merge_row_dims(call);
+  if (elements == 0) {  // empty tensors have no address to tell absent ones from
+    call.row_dims = 1;
+    call.row_size[0] = 0;
+  } else if (call.row_dims > 1) {
+    merge_row_dims(call);
+  }
   ReleaseGil release(elements >= kReleaseGilElements);
   distill_kernels().run(call);
 }
 
 }  // namespace
 
-void bind_distill(py::module_& module) { module.def("distill", distill); }
+void bind_distill(py::module_& module) {
+  module.def("distill", distill);
+  module.def("exp", [](int dtype, std::int64_t count, std::uintptr_t in, std::uintptr_t out) {
+    distill_kernels().exp(static_cast<DType>(dtype), count, pointer<const void>(in), pointer<void>(out));
+  });
+}
 
 }  // namespace fedkern

@@ -78,8 +78,20 @@ void run_as(const DistillCall& call) {
 
 void run(const DistillCall& call) { call.compute == DType::f64 ? run_as<double>(call) : run_as<float>(call); }
 
+template <typename T>
+void exp_as(std::int64_t count, const void* in, void* out) {
+  for (std::int64_t i = 0; i < count; i += Vec<T>::lanes) {
+    const std::ptrdiff_t n = count - i < Vec<T>::lanes ? count - i : Vec<T>::lanes;
+    exp(Vec<T>::load_partial(static_cast<const T*>(in) + i, n)).store_partial(static_cast<T*>(out) + i, n);
+  }
+}
+
+void exp_of(DType dtype, std::int64_t count, const void* in, void* out) {
+  dtype == DType::f64 ? exp_as<double>(count, in, out) : exp_as<float>(count, in, out);
+}
+
 }  // namespace
 
-const DistillTable distill_table = {run};
+const DistillTable distill_table = {run, exp_of};
 
 }  // namespace fedkern::FEDKERN_ISA

@@ -63,13 +63,11 @@ def entropy(logits: Tensor, *, reduction: str = "batchmean") -> Tensor:
 
 
 class _Entropy(torch.autograd.Function):
-    """The eager path; like kl_div's, it takes the gradient on the way forward, except for "none" and float16."""
+    """The eager path; like kl_div's, it takes the gradient on the way forward, except for "none"."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, reduction: int, core: Any) -> Tensor:
-        gradient = None
-        if reduction != NONE and logits.dtype is not torch.float16:
-            gradient = torch.empty_like(logits)
+        gradient = None if reduction == NONE else torch.empty_like(logits)
         loss = entropy_forward(core, logits, reduction, gradient)
         ctx.settings = (reduction, core)
         ctx.save_for_backward(logits, gradient)
@@ -79,16 +77,16 @@ class _Entropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         reduction, core = ctx.settings
         logits, gradient = ctx.saved_tensors
-        plain = eager(grad)
-        if torch.is_grad_enabled() or (gradient is None and not plain):
+        ordinary = eager(grad)
+        if torch.is_grad_enabled() or (gradient is None and not ordinary):
             (result,) = _library.differentiate_reference(
                 lambda x: entropy_rows_reference(x, reduction), (logits,), (True,), grad
             )
             return result, None, None
-        if gradient is None:
+        factor: Any = grad.item() if ordinary and gradient is not None else grad
+        if gradient is None or (ordinary and factor != 1.0 and gradient.element_size() == 2):
             return entropy_backward(core, grad, logits, reduction), None, None
-        factor: Any = grad.item() if plain else grad
-        if plain and factor == 1.0:
+        if ordinary and factor == 1.0:
             return gradient, None, None
         return (gradient * factor).to(logits.dtype), None, None
 

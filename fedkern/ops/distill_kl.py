@@ -136,8 +136,8 @@ def _dispatch(
 class _Divergence(torch.autograd.Function):
     """The eager path: the gradient for a grad_output of 1 falls out of the forward pass, while the row is cached.
 
-    Two cases wait for the backward pass instead: ``"none"``, whose grad_output is rarely 1, and float16 gradients,
-    which would underflow before a loss scale could lift them.
+    Two cases compute it from the logits in the backward pass instead: ``"none"``, whose grad_output is rarely 1, and
+    16-bit gradients for another grad_output, which would be rounded twice and underflow before a loss scale lifts them.
 
     Tensors arrive and leave as (student, [other], teacher, [weight]).
     """
@@ -150,20 +150,11 @@ class _Divergence(torch.autograd.Function):
         other, teacher = (tensors[1], tensors[2]) if dual else (None, tensors[1])
         logits = 3 if dual else 2
         weight = tensors[logits] if len(tensors) > logits else None
-        gradients: list[Tensor | None] = []
-        if reduction != NONE:
-            needs = ctx.needs_input_grad
-            for i in range(logits):
-                x = tensors[i]
-                if needs[i + 1]:
-                    if x.dtype is torch.float16:
-                        break
-                    gradients.append(torch.empty_like(x))
-                else:
-                    gradients.append(None)
-        if len(gradients) < logits:
+        if reduction == NONE:
             ctx.save_for_backward(*tensors)
             return divergence_forward(core, student, other, teacher, weight, temperature, reverse, reduction)
+        needs = ctx.needs_input_grad
+        gradients = [torch.empty_like(tensors[i]) if needs[i + 1] else None for i in range(logits)]
         raw = None
         if weight is not None:
             if needs[logits + 1]:
@@ -199,6 +190,9 @@ class _Divergence(torch.autograd.Function):
         logits = 3 if settings[4] else 2
         gradients = saved[count:]
         if factor != 1.0:
+            for x in gradients:
+                if x is not None and x.element_size() == 2:
+                    return (None, *_backward_from_logits(ctx, saved[:count], settings, grad))
             # A new tensor: what was saved serves again if the graph is retained.
             gradients = tuple(x if x is None else x * factor for x in gradients)
         elif count == logits:

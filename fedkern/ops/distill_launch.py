@@ -174,7 +174,7 @@ def divergence_backward(
 
 
 def weight_gradient(raw: Tensor | None, grad: Tensor, scale: float, weight: Tensor | None) -> Tensor | None:
-    return None if raw is None or weight is None else (raw * (grad * scale)).to(weight.dtype)
+    return None if raw is None or weight is None else (raw * grad.to(raw.dtype) * scale).to(weight.dtype)
 
 
 def entropy_forward(core: Core, logits: Tensor, reduction: int, gradient: Tensor | None = None) -> Tensor:

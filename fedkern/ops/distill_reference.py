@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fedkern.ops.distill_common import NONE, REDUCTIONS, SUM, row_shape
+from fedkern.ops.distill_common import NONE, REDUCTIONS, SUM, check_weight, row_shape
 
 
 def kl_div_reference(
@@ -24,6 +24,8 @@ def kl_div_reference(
 
     ``reverse`` exchanges the roles: KL(student ‖ teacher).
     """
+    if weight is not None:
+        weight = check_weight(weight, student, torch.float32)
     return divergence_reference(student, other, teacher, weight, temperature, reverse, REDUCTIONS[reduction])
 
 

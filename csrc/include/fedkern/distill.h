@@ -62,6 +62,7 @@ struct DistillCall {
 
 struct DistillTable {
   void (*run)(const DistillCall&);
+  void (*exp)(DType, std::int64_t count, const void* in, void* out);  // f32 or f64: the exponential the kernels use
 };
 
 FEDKERN_DECLARE_TABLE(DistillTable, distill)

@@ -14,16 +14,30 @@ FEDKERN_INLINE Vec<T> polynomial(Vec<T> x, T first, Rest... rest) {
   return sum;
 }
 
-// Lanes: float, double.
-// Error: at most 2 ULP (1 with fused multiply-add), subnormal results included.
-// Range: all; exp(-inf) = 0, overflow gives inf, NaN stays NaN.
-// Method: x = n ln 2 + r with a two-part ln 2, a polynomial in r, scaled by 2^n.
+// Beyond these exp is 0 and infinite.
+template <typename T>
+inline constexpr T exp_lowest = sizeof(T) == 4 ? T(-104) : T(-746);
+template <typename T>
+inline constexpr T exp_highest = sizeof(T) == 4 ? T(89) : T(710);
+
+// a * 2^n for x in [exp_lowest, exp_highest] and n = round(x / ln 2).
+template <typename T>
+FEDKERN_INLINE Vec<T> scale_exp(Vec<T> a, Vec<T> n, [[maybe_unused]] Vec<T> x) {
+#if defined(FEDKERN_ISA_avx512)
+  return scale_by_power(a, n);
+#else
+  // Products that underflow cost a hundred cycles, and masked classes are many: they skip the multiplication.
+  const Mask<T> vanishes = x == Vec<T>::set(exp_lowest<T>);
+  return select(vanishes, Vec<T>::set(0), scale_by_power(a, select(vanishes, Vec<T>::set(0), n)));
+#endif
+}
+
 FEDKERN_INLINE Vec<float> exp_clamped(Vec<float> x) {
   using V = Vec<float>;
   const V n = round(x * V::set(0x1.715476p+0f));
   const V r = fma(n, V::set(-0x1.7f7d1cp-20f), fma(n, V::set(-0x1.62e4p-1f), x));
   const V tail = polynomial(r, 0x1.6a2430p-10f, 0x1.1239e4p-7f, 0x1.5558f2p-5f, 0x1.555492p-3f, 0x1.fffffcp-2f);
-  return scale_by_power(fma(r * r, tail, r) + V::set(1.0f), n);
+  return scale_exp(fma(r * r, tail, r) + V::set(1.0f), n, x);
 }
 FEDKERN_INLINE Vec<double> exp_clamped(Vec<double> x) {
   using V = Vec<double>;
@@ -31,15 +45,13 @@ FEDKERN_INLINE Vec<double> exp_clamped(Vec<double> x) {
   const V r = fma(n, V::set(-0x1.cf79abc9e3b3ap-40), fma(n, V::set(-0x1.62e42fefap-1), x));
   const V tail = polynomial(r, 1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320,
                             1.0 / 5040, 1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5);
-  return scale_by_power(fma(r * r, tail, r) + V::set(1.0), n);
+  return scale_exp(fma(r * r, tail, r) + V::set(1.0), n, x);
 }
 
-// Beyond these exp is 0 and infinite.
-template <typename T>
-inline constexpr T exp_lowest = sizeof(T) == 4 ? T(-104) : T(-746);
-template <typename T>
-inline constexpr T exp_highest = sizeof(T) == 4 ? T(89) : T(710);
-
+// Lanes: float, double.
+// Error: at most 2 ULP (1 with fused multiply-add), subnormal results included.
+// Range: all; exp(-inf) = 0, overflow gives inf, NaN stays NaN.
+// Method: x = n ln 2 + r with a two-part ln 2, a polynomial in r, scaled by 2^n.
 template <typename T>
 FEDKERN_INLINE Vec<T> exp(Vec<T> x) {
   // The bounds come first: min and max return their second operand where one is NaN.

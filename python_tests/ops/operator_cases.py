@@ -1,0 +1,110 @@
+"""Cases and comparisons of the operator tests."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkern.ops import backend
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+CLASSES = (1, 2, 3, 7, 8, 10, 100, 101, 127, 128, 129, 200, 1000, 1271, 3200)
+ROWS = (0, 1, 2, 3, 31, 32, 33, 199, 401)
+OFFSETS = range(41)
+
+
+def _isas() -> list[str]:
+    try:
+        return list(backend.cpu_core().available_isas())
+    except backend.Unavailable:
+        return []
+
+
+KERNELS = [f"cpu-{isa}" for isa in _isas()]
+BACKENDS = ["reference", *KERNELS]
+
+
+@contextlib.contextmanager
+def using(name: str) -> Iterator[None]:
+    """Forces a backend of :data:`BACKENDS`."""
+    kind, _, isa = name.partition("-")
+    with backend.use_backend(kind), backend.use_isa(isa) if isa else contextlib.nullcontext():
+        yield
+
+
+def pairwise(axes: dict[str, Sequence[Any]], seed: int = 0) -> list[dict[str, Any]]:
+    """Cases in which every value of every two axes meets at least once, in a fixed order."""
+    draw = random.Random(seed)
+    names = list(axes)
+    open_pairs = {
+        (a, i, b, j)
+        for a, b in itertools.combinations(range(len(names)), 2)
+        for i in range(len(axes[names[a]]))
+        for j in range(len(axes[names[b]]))
+    }
+    cases = []
+    while open_pairs:
+        best: list[int] = []
+        gain = -1
+        first = min(open_pairs)
+        for _ in range(20):
+            case = [draw.randrange(len(axes[name])) for name in names]
+            case[first[0]], case[first[2]] = first[1], first[3]
+            found = sum(
+                (a, case[a], b, case[b]) in open_pairs for a, b in itertools.combinations(range(len(names)), 2)
+            )
+            if found > gain:
+                best, gain = case, found
+        open_pairs -= {(a, best[a], b, best[b]) for a, b in itertools.combinations(range(len(names)), 2)}
+        cases.append({name: axes[name][index] for name, index in zip(names, best, strict=True)})
+    return cases
+
+
+def describe(case: dict[str, Any]) -> str:
+    """A case as a test id."""
+    return "-".join(f"{name}={str(value).removeprefix('torch.')}" for name, value in case.items())
+
+
+def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Distance of neighbours in ``dtype`` at ``value`` (float64)."""
+    info = torch.finfo(dtype)
+    exponent = torch.floor(torch.log2(value.abs().clamp_min(info.tiny)))
+    return torch.exp2(exponent) * info.eps
+
+
+def assert_close(
+    what: str, got: Tensor, expected: Tensor, *, relative: float = 1e-5, absolute: float = 1e-6, slack: float = 0.0
+) -> None:
+    """Compares with a float64 result at the tolerance of ``got``'s dtype.
+
+    float32: ``relative`` and ``absolute``; float64: the same at 1e-12; 16-bit: the rounded float64 result and one ulp
+    (where float32 arithmetic, ``absolute`` in float64 terms, cannot resolve an ulp: that).
+    """
+    expected = expected.detach()
+    dtype, got = got.dtype, got.detach().double()
+    assert got.shape == expected.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
+    finite = expected.isfinite()
+    same = (got == expected) | (got.isnan() & expected.isnan())
+    assert bool(same[~finite].all()), f"{what}: {got[~finite]} instead of {expected[~finite]}"
+    got, expected = got[finite], expected[finite]
+    if dtype is torch.float32:
+        allowed = relative * expected.abs() + absolute
+    elif dtype is torch.float64:
+        allowed = 1e-12 * expected.abs() + 1e-12 * max(1.0, absolute * 1e6)
+    else:
+        rounded = expected.to(dtype).double()
+        allowed = (rounded - expected).abs() + ulp(expected, dtype)
+        allowed = torch.where(rounded.isfinite(), torch.maximum(allowed, torch.tensor(absolute)), torch.inf)
+    error = (got - expected).abs()
+    bad = ~(error <= allowed + slack)
+    if bad.any():
+        worst = int((error / allowed).nan_to_num(torch.inf).argmax())
+        raise AssertionError(
+            f"{what}: {int(bad.sum())} of {bad.numel()} differ, worst {got[worst]:.9g} instead of {expected[worst]:.9g}"
+        )

@@ -1,0 +1,272 @@
+"""kl_div, dual_kl, entropy: every backend and ISA level against the float64 reference."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import operator_cases
+import pytest
+import torch
+from operator_cases import BACKENDS, CLASSES, DTYPES, KERNELS, OFFSETS, ROWS, assert_close, describe, pairwise, using
+from torch import Tensor
+
+from fedkern import ops
+from fedkern.ops.backend import select
+from fedkern.ops.distill_launch import divergence_forward
+from fedkern.ops.distill_reference import entropy_reference, kl_div_reference
+
+FACTOR = 3.0  # every loss is multiplied before backward: a dropped grad_output shows
+OPERATORS = ("kl_div", "dual_kl", "dual_kl_student", "entropy")
+LAYOUTS = ("rows", "gaps", "transposed", "positions", "channels_last", "crop")
+AXES: dict[str, Any] = {
+    "classes": CLASSES,
+    "rows": ROWS,
+    "dtype": DTYPES,
+    "temperature": (0.5, 1.0, 4.0, math.inf),
+    "operator": OPERATORS,
+    "reduction": ("none", "sum", "batchmean"),
+    "layout": LAYOUTS,
+    "near": (None, 1e-2, 1e-3, 0.0),
+    "weight": (None, "rows", "zeros"),
+    "special": (None, "extreme", "masked"),
+    "needs": ("students", "teacher", "all"),
+}
+
+
+def lay_out(values: Tensor, layout: str) -> Tensor:
+    """The same logits ``[B, C]`` in another shape or with other strides, none of them copied by the operators."""
+    rows, classes = values.shape
+    if layout == "gaps":
+        return values.new_full((rows, 2 * classes + 3), 7.0)[:, 1 : 2 * classes : 2].copy_(values)
+    if layout == "transposed":
+        return values.t().contiguous().t()
+    width = 3 if rows % 3 == 0 else 1
+    split = values.reshape(rows // width, width, classes)
+    if layout == "positions":
+        return split.permute(0, 2, 1).contiguous()
+    if layout == "channels_last":
+        return split.contiguous().permute(0, 2, 1).unsqueeze(-1)
+    if layout == "crop":
+        crop = values.new_full((rows // width, classes, 4, width + 2), 7.0)[:, :, 1:2, 1 : 1 + width]
+        return crop.copy_(split.permute(0, 2, 1).unsqueeze(2))
+    return values
+
+
+def make_inputs(case: dict[str, Any], seed: int) -> tuple[list[Tensor], Tensor | None]:
+    """Logits (the first is the teacher) and weight of a case."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (case["rows"], case["classes"])
+    teacher = torch.randn(shape, generator=generator) * 2
+    logits = [teacher]
+    for _ in range({"kl_div": 1, "entropy": 0}.get(case["operator"], 2)):
+        noise = torch.randn(shape, generator=generator)
+        logits.append(2 * noise if case["near"] is None else teacher + case["near"] * noise)
+    if case["special"] == "extreme":
+        peak = torch.randint(0, case["classes"], (case["rows"], 1), generator=generator)
+        for i, x in enumerate(logits):
+            x.scatter_(1, peak if i == 0 else (peak + i) % case["classes"], 1e4)
+            x.scatter_(1, (peak + 5) % case["classes"], -1e4)
+    if case["special"] == "masked":
+        masked = torch.rand(shape, generator=generator) < 0.3
+        masked[:, 0] = False
+        for x in logits:
+            x.masked_fill_(masked, -math.inf)
+        if case["operator"] in ("kl_div", "dual_kl") and case["rows"] > 2:
+            logits[0][1, 1:] = -math.inf  # the teacher knows fewer classes than the student
+    laid = [lay_out(x.to(case["dtype"]), case["layout"]) for x in logits]
+    weight = None
+    if case["weight"] is not None:
+        rows = laid[0].shape[:1] + (laid[0].shape[2:] if case["weight"] == "zeros" else ())
+        weight = torch.rand(rows, generator=generator) + 0.5
+        if case["weight"] == "zeros":
+            weight[torch.rand(rows, generator=generator) < 0.4] = 0
+    return laid, weight
+
+
+def call(case: dict[str, Any], logits: list[Tensor], weight: Tensor | None) -> Tensor:
+    name, reduction, temperature = case["operator"], case["reduction"], case["temperature"]
+    if name == "entropy":
+        return ops.entropy(logits[0], reduction=reduction)
+    if name == "kl_div":
+        return ops.kl_div(logits[1], logits[0], temperature, weight=weight, reduction=reduction)
+    direction = "student" if name == "dual_kl_student" else "teacher"
+    return ops.dual_kl(
+        logits[1], logits[2], logits[0], temperature, direction=direction, weight=weight, reduction=reduction
+    )
+
+
+def call_reference(case: dict[str, Any], logits: list[Tensor], weight: Tensor | None) -> Tensor:
+    if case["operator"] == "entropy":
+        return entropy_reference(logits[0], reduction=case["reduction"])
+    return kl_div_reference(
+        logits[1],
+        logits[0],
+        case["temperature"],
+        weight=weight,
+        reduction=case["reduction"],
+        other=logits[2] if len(logits) > 2 else None,
+        reverse=case["operator"] == "dual_kl_student",
+    )
+
+
+def differentiate(
+    case: dict[str, Any], compute: Any, logits: list[Tensor], weight: Tensor | None
+) -> tuple[Tensor, list[Tensor | None]]:
+    leaves = []
+    for i, x in enumerate(logits):
+        wanted = case["needs"] == "all" or case["operator"] == "entropy" or (case["needs"] == "teacher") == (i == 0)
+        leaves.append(x.detach().requires_grad_(wanted))
+    if weight is not None and case["operator"] != "entropy":
+        weight = weight.detach().requires_grad_(case["needs"] == "all")
+        leaves.append(weight)
+    loss = compute(case, leaves[: len(logits)], weight)
+    steps = torch.arange(loss.numel(), dtype=torch.float64).reshape(loss.shape) % 5 + 1
+    (loss * (FACTOR * steps).to(loss.dtype)).sum().backward()
+    return loss.detach(), [x.grad for x in leaves]
+
+
+def spread(logits: list[Tensor]) -> float:
+    """The largest finite difference of logits, at least 1: what float32 rounding is measured by."""
+    finite = torch.cat([x.double()[x.isfinite()].flatten() for x in logits])
+    return max(1.0, float(finite.max() - finite.min())) if finite.numel() else 1.0
+
+
+def strides(x: Tensor) -> list[int]:
+    """Those that matter: of axes longer than 1."""
+    return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+
+
+CASES = pairwise(AXES, seed=2)
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: f"{n}-{describe(CASES[n])}")
+def test_against_float64(number: int) -> None:
+    case = CASES[number]
+    logits, weight = make_inputs(case, seed=number)
+    exact = [x.double() for x in logits]
+    expected, gradients = differentiate(case, call_reference, exact, None if weight is None else weight.double())
+    count = max(expected.numel() if case["reduction"] == "none" else logits[0].numel() // logits[0].shape[1], 1)
+    # What a sum over rows may be off by grows with the rows; what a gradient is multiplied by, with its factor.
+    scale = spread(exact) * (case["temperature"] if case["temperature"] < math.inf else 1.0)
+    for name in BACKENDS:
+        with using(name):
+            loss, got = differentiate(case, call, logits, weight)
+        assert loss.dtype == case["dtype"]
+        assert_close(f"{name} loss", loss, expected, absolute=1e-6 * scale * (count if case["reduction"] == "sum" else 1))
+        assert not (loss < 0).any(), f"{name}: a negative divergence"
+        for i, (ours, theirs) in enumerate(zip(got, gradients, strict=True)):
+            assert (ours is None) == (theirs is None)
+            if ours is None or theirs is None:
+                continue
+            if i < len(logits) and case["layout"] in ("rows", "positions", "channels_last"):
+                assert strides(ours) == strides(logits[i]), f"{name}: gradient {i} in another memory format"
+            # Autograd through the reference, in float32, subtracts larger terms than the kernels do.
+            magnitude = scale * (10 if name == "reference" else 1)
+            assert_close(f"{name} gradient {i}", ours, theirs, absolute=15e-6 * magnitude)
+
+
+def test_pairs_are_covered() -> None:
+    seen = {(a, str(c[a]), b, str(c[b])) for c in CASES for a in AXES for b in AXES if a < b}
+    wanted = {(a, str(x), b, str(y)) for a in AXES for b in AXES if a < b for x in AXES[a] for y in AXES[b]}
+    assert seen == wanted
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1e-3])
+@pytest.mark.parametrize("classes", [3, 10, 100, 1000, 5000])
+def test_nearly_equal_rows_keep_their_digits(backend: str, classes: int, scale: float) -> None:
+    torch.manual_seed(classes)
+    student = torch.randn(65, classes)
+    teacher = student + scale * torch.randn(65, classes)
+    for temperature in (0.5, 1.0, 4.0, math.inf):
+        loss = ops.kl_div(student, teacher, temperature, reduction="none")
+        expected = kl_div_reference(student.double(), teacher.double(), temperature, reduction="none")
+        # The reference in float32 keeps the sign and the order of magnitude; the kernels keep the digits.
+        limit = 3e-2 if backend == "reference" else 2e-5
+        assert ((loss - expected).abs() / expected).max() < limit
+        assert (loss >= 0).all()
+
+
+def test_equal_rows_have_no_divergence(backend: str) -> None:
+    logits = torch.randn(33, 101) * 5
+    for temperature in (0.5, 1.0, math.inf):
+        student = logits.clone().requires_grad_()
+        loss = ops.kl_div(student, logits, temperature, reduction="none")
+        assert torch.equal(loss, torch.zeros(33))
+        loss.sum().backward()
+        assert student.grad is not None
+        assert student.grad.abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 20.0])
+@pytest.mark.parametrize("classes", [2, 10, 129, 1000])
+def test_no_larger_error_than_eager_torch(backend: str, classes: int, scale: float) -> None:
+    functional = torch.nn.functional
+    torch.manual_seed(classes)
+    student, teacher = torch.randn(2, 199, classes) * scale
+
+    def eager(s: Tensor, t: Tensor) -> Tensor:
+        return functional.kl_div(s.log_softmax(1), t.log_softmax(1), log_target=True, reduction="none").sum(1)
+
+    exact = eager(student.double(), teacher.double())
+    theirs = (eager(student, teacher) - exact).abs().max()
+    ours = (ops.kl_div(student, teacher, reduction="none") - exact).abs().max()
+    assert ours <= theirs + 2e-7 * exact.max()
+
+    def entropy(x: Tensor) -> Tensor:
+        return -(x.log_softmax(1).exp() * x.log_softmax(1)).sum(1)
+
+    exact = entropy(student.double())
+    theirs = (entropy(student) - exact).abs().max()
+    assert (ops.entropy(student, reduction="none") - exact).abs().max() <= theirs + 2e-7 * exact.max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_offset_over_sentinels(name: str, dtype: torch.dtype) -> None:
+    """Misaligned loads and writes out of range, at every offset of a row's start."""
+    rows, classes = 5, 101
+    size = rows * classes
+    torch.manual_seed(0)
+    source = torch.randn(3, size + len(OFFSETS)).to(dtype)
+    sentinel = 777.0
+    with using(name):
+        for offset in OFFSETS:
+            s, t, o = (x[offset : offset + size].view(rows, classes) for x in source)
+            out = torch.full((3, size + len(OFFSETS) + 64), sentinel, dtype=dtype)
+            to_s, to_o, to_t = (x[offset + 11 : offset + 11 + size].view(rows, classes) for x in out)
+            core = select("dual_kl", s, t)
+            loss = divergence_forward(core, s, o, t, None, 1.0, False, 2, to_s, to_o, to_t)
+            inputs = [x.double().requires_grad_() for x in (s, t, o)]
+            expected = kl_div_reference(inputs[0], inputs[1], other=inputs[2])
+            expected.backward()
+            assert_close(f"offset {offset}", loss, expected)
+            for x, got in zip(inputs, (to_s, to_t, to_o), strict=True):
+                assert x.grad is not None
+                assert_close(f"offset {offset}", got, x.grad)
+            assert (out[:, : offset + 11] == sentinel).all()
+            assert (out[:, offset + 11 + size :] == sentinel).all()
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_exp_within_two_ulp(name: str) -> None:
+    """Every 499th float, then a dense sample of doubles."""
+    from fedkern.ops.backend import cpu_core
+
+    with using(name):
+        bits = torch.arange(0, 2**32, 499, dtype=torch.int64)
+        x = torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32).view(torch.float32)
+        out = torch.empty_like(x)
+        cpu_core().exp(0, x.numel(), x.data_ptr(), out.data_ptr())
+        exact = x.double().exp()
+        normal = exact.isfinite() & (exact < torch.finfo(torch.float32).max)
+        error = (out.double() - exact).abs()[normal] / operator_cases.ulp(exact[normal], torch.float32)
+        assert error.max() <= 2
+        assert (out[x == math.inf] == math.inf).all()
+        assert (out[x == -math.inf] == 0).all()
+        assert out[x > 89].isinf().all()
+        assert torch.equal(out.isnan(), x.isnan())
+        y = torch.linspace(-700, 709, 200_001, dtype=torch.float64)
+        out = torch.empty_like(y)
+        cpu_core().exp(1, y.numel(), y.data_ptr(), out.data_ptr())
+        assert ((out - y.exp()).abs() / operator_cases.ulp(y.exp(), torch.float64)).max() <= 3
