@@ -156,6 +156,24 @@ class Block {
     }
   }
 
+  // The same for sums: f(part, class, partial) adds to partial[0 .. N). Partial sums are short, so that rounding errors
+  // do not grow with the number of classes.
+  template <int N, typename F>
+  FEDKERN_INLINE void sum_each(V (&sums)[N], F f) const {
+    constexpr std::int64_t width = LanesAreRows ? 1 : lanes, run = 64 * width;
+    for (V& sum : sums) sum = V::set(0);
+    std::int64_t c = 0;
+    while (c + width <= classes_) {
+      const std::int64_t left = classes_ - c, end = c + (left < run ? left / width * width : run);
+      V partial[N];
+      for (V& sum : partial) sum = V::set(0);
+      for (; c < end; c += width) f(Full<T>{}, c, partial);
+      for (int i = 0; i < N; ++i) sums[i] = sums[i] + partial[i];
+    }
+    if constexpr (!LanesAreRows)
+      if (c < classes_) f(Part<T>{static_cast<std::ptrdiff_t>(classes_ - c)}, c, sums);
+  }
+
   template <typename P>
   static FEDKERN_INLINE P* at(const View<P>& view, int line, std::int64_t c) {
     return LanesAreRows ? view.data + c * view.step : view.data + line * view.line + c;
@@ -259,13 +277,13 @@ class Block {
     const V inverse = inverse_;
     for (int line = 0; line < lines(); ++line) {
       const V most = spread(maximum_[k], line);
-      V sum = V::set(0);
-      each([&](auto part, std::int64_t c) {
+      V sum[1];
+      sum_each(sum, [&](auto part, std::int64_t c, auto& partial) {
         const V e = exp_of_nonpositive((load(k, part, line, c) - most) * inverse);
         e.store(exponential(k, line, c));
-        sum = sum + e;
+        partial[0] = partial[0] + e;
       });
-      if (sums) add_total(*sums, line, sum);
+      if (sums) add_total(*sums, line, sum[0]);
     }
   }
 

@@ -15,7 +15,7 @@ class Losses : public Block<T, LanesAreRows> {
   using Base::add_total, Base::at, Base::begin, Base::call_, Base::each, Base::exponential, Base::factor_, Base::fetch;
   using Base::fetch_with_exponentials, Base::fill, Base::find_maximum, Base::find_sums, Base::finish, Base::flush;
   using Base::inverse_, Base::lines, Base::load, Base::maximum_, Base::spread, Base::sum_, Base::target;
-  using Base::temperature_, Base::tiles_;
+  using Base::temperature_, Base::sum_each, Base::tiles_;
 
  public:
   using Base::Base;
@@ -130,15 +130,15 @@ class Losses : public Block<T, LanesAreRows> {
     for (int line = 0; line < lines(); ++line) {
       const Line s = statistics(pair, line);
       const V factor = spread(factor_, line);
-      V sum = V::set(0), off = V::set(0);
-      each([&](auto part, std::int64_t c) {
+      V sum[2];
+      sum_each(sum, [&](auto part, std::int64_t c, auto& partial) {
         const Term t = term(pair, s, part, line, c);
-        sum = sum + t.value;
-        off = off + t.difference;
+        partial[0] = partial[0] + t.value;
+        partial[1] = partial[1] + t.difference;
         also(t, part, line, c, factor);
       });
-      add_total(pair.loss, line, sum);
-      add_total(pair.drift, line, off);
+      add_total(pair.loss, line, sum[0]);
+      add_total(pair.drift, line, sum[1]);
     }
   }
 
@@ -194,13 +194,13 @@ class Losses : public Block<T, LanesAreRows> {
     for (std::int64_t tile = 0; tile < tiles_; ++tile) {
       fetch(tile);
       for (int line = 0; line < lines(); ++line) {
-        V sum = V::set(0);
-        each([&](auto part, std::int64_t c) {
+        V sum[1];
+        sum_each(sum, [&](auto part, std::int64_t c, auto& partial) {
           Mask<T> masked;
           const V d = difference(k, part, line, c, masked);
-          sum = sum + select(masked, V::set(0), f(d, line));
+          partial[0] = partial[0] + select(masked, V::set(0), f(d, line));
         });
-        add_total(sums, line, sum);
+        add_total(sums, line, sum[0]);
       }
     }
   }
@@ -259,9 +259,11 @@ class Losses : public Block<T, LanesAreRows> {
       fetch_with_exponentials(tile, 1);
       for (int line = 0; line < lines(); ++line) {
         const V most = spread(maximum_[0], line), scale = spread(inverse, line);
-        V sum = V::set(0);
-        each([&](auto part, std::int64_t c) { sum = sum + below(part, line, c, most, scale); });
-        add_total(depth, line, sum);
+        V sum[1];
+        sum_each(sum, [&](auto part, std::int64_t c, auto& partial) {
+          partial[0] = partial[0] + below(part, line, c, most, scale);
+        });
+        add_total(depth, line, sum[0]);
       }
     }
     (log(V::load(sum_[0].lane)) + V::load(depth.lane)).store(loss.lane);
