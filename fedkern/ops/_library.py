@@ -62,7 +62,7 @@ def register(
     function: Any = type(name, (torch.autograd.Function,), members)
 
     def call(*arguments: Any) -> Any:
-        transformed = torch._C._are_functorch_transforms_active()
+        transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
         return function.apply(*arguments) if transformed else operator(*arguments)
 
     return call

@@ -28,6 +28,8 @@ ISAS = ("portable", "avx2", "avx512")
 # The numbers are those of csrc/include/fedkern/types.h.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
+_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+
 
 class Unavailable(Exception):
     """A backend cannot be used here; the message says why in a clause that fits behind ``because``."""
@@ -204,7 +206,11 @@ def eager(*tensors: Tensor) -> bool:
         or torch._C._len_torch_function_stack()
     ):
         return False
-    return all(type(tensor) is Tensor or type(tensor) is torch.nn.Parameter for tensor in tensors)
+    return all(
+        # The second kind is what is_grads_batched=True hands to a backward pass.
+        (type(tensor) is Tensor or type(tensor) is torch.nn.Parameter) and not _legacy_batched(tensor)
+        for tensor in tensors
+    )
 
 
 def select(operator: str, *tensors: Tensor) -> Any | None:

@@ -52,7 +52,8 @@ def blend(
     weights: Tensor | None = None
     value = 0.5
     if isinstance(alpha, Tensor):
-        weights = alpha if alpha.dim() else alpha.expand(foreground.shape[0])
+        # One weight for all: its gradient is a sum over the samples, taken before it is rounded.
+        weights = alpha if alpha.dim() else alpha.to(torch.float64).expand(foreground.shape[0])
     else:
         value = alpha
     given = [tensor for tensor in (foreground, background, weights, index) if tensor is not None]
