@@ -45,7 +45,7 @@ inline void raise(const ExactState& state, std::int64_t i, double& product) {
     state.high[i] = 0;
     state.top[i] = static_cast<std::int8_t>(digit);
   }
-  if (state.top[i] >= kExactInfinity) product = 0;
+  if (state.top[i] >= kExactInfinity) state.high[i] = state.middle[i] = state.low[i] = 0, product = 0;
 }
 
 inline void deposit(const ExactState& state, std::int64_t begin, std::int64_t n, double* product) {

@@ -27,7 +27,8 @@ def weighted_mean_reference(vectors: Tensor | Sequence[Tensor], weights: Tensor 
     for row, value in zip(rows, values, strict=True):
         # A client of weight zero does not count, whatever it sent.
         total = torch.where(value == 0, total, total + row.double() * value)
-    return (total / values.sum()).to(rows[0].dtype)
+    # A running sum, since sum() adds pairwise.
+    return (total / values.cumsum(0)[-1]).to(rows[0].dtype)
 
 
 def check_weight(value: float, name: str) -> float:
@@ -92,6 +93,7 @@ def _exact_add(digits: Tensor, top: Tensor, product: Tensor) -> None:
     top.copy_(after)
     product = torch.where(finite, product, 0.0)
     rest = product * _power_of_two(-32 * after.clamp(max=HIGHEST))
+    digits *= finite
     for row in digits:
         whole = rest.trunc()
         row += whole.to(torch.int64)

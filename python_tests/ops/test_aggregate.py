@@ -1,0 +1,390 @@
+"""weighted_mean and Accumulator: every available backend and ISA level against float64."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import random
+from fractions import Fraction
+
+import pytest
+import torch
+from operator_cases import BACKENDS, DTYPES, KERNELS, pairwise, using
+from torch import Tensor
+
+from fedkern.ops import Accumulator, weighted_mean
+from fedkern.ops.aggregate_reference import weighted_mean_reference
+
+CLIENTS = [1, 2, 3, 9, 10, 11, 20, 33]
+SIZES = [0, 1, 2, 3, 7, 8, 10, 31, 100, 127, 128, 129, 200, 1000, 1271, 3200]
+WEIGHTS = ["equal", "counts", "random", "zeros", "tiny", "huge"]
+
+
+def make_weights(kind: str, count: int, seed: int = 0) -> list[float]:
+    draw = random.Random(seed)
+    if kind == "equal":
+        return [1.0] * count
+    if kind == "counts":
+        return [float(draw.randint(1, 5000)) for _ in range(count)]
+    weights = [draw.random() + 0.01 for _ in range(count)]
+    if kind == "zeros":
+        weights[1:] = [value if draw.random() < 0.5 else 0.0 for value in weights[1:]]
+    return [value * {"tiny": 1e-300, "huge": 1e150}.get(kind, 1.0) for value in weights]
+
+
+def exact_mean(vectors: list[Tensor], weights: list[float]) -> Tensor:
+    """In fp64 with scaled weights, so that nothing overflows."""
+    top = max(weights)
+    shares = [weight / top for weight in weights]
+    total = torch.zeros(len(vectors[0]), dtype=torch.float64)
+    for vector, share in zip(vectors, shares, strict=True):
+        total += vector.double() * share if share else 0.0
+    return total / math.fsum(shares)
+
+
+def close(given: Tensor, exact: Tensor) -> None:
+    """1e-6 relative in fp32; 16 bits: the rounded result, plus one ulp."""
+    error = (given.double() - exact).abs()
+    if given.dtype in (torch.float32, torch.float64):
+        small = 1e-6 if given.dtype == torch.float32 else 1e-14
+        bound = small * exact.abs() + small / 10
+    else:
+        info = torch.finfo(given.dtype)
+        bound = 1.5 * 2.0 ** exact.abs().clamp_min(info.tiny).log2().floor() * info.eps
+    assert given.shape == exact.shape
+    assert bool((error <= bound).all()), f"error {error.max():.3g}"
+
+
+def check(name: str, count: int, size: int, dtype: torch.dtype, kind: str, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    vectors = [torch.randn(size, generator=generator).to(dtype) for _ in range(count)]
+    weights = make_weights(kind, count, seed)
+    exact = exact_mean(vectors, weights)
+    with using(name):
+        mean = weighted_mean(vectors, weights)
+        stacked = weighted_mean(torch.stack(vectors), torch.tensor(weights, dtype=torch.float64))
+        columns = weighted_mean(torch.stack(vectors, 1).t(), weights)
+        running, unordered = Accumulator(size), Accumulator(size, exact=True)
+        for vector, weight in zip(vectors, weights, strict=True):
+            running.add(vector, weight)
+            unordered.add(vector, weight)
+        assert mean.dtype == dtype
+        close(mean, exact)
+        assert torch.equal(mean, stacked)
+        assert torch.equal(mean, columns)
+        assert torch.equal(mean, running.mean())
+        close(unordered.mean(), exact)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes(name: str, size: int) -> None:
+    check(name, 3, size, torch.float32, "counts")
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("count", [2, 23])
+def test_more_than_a_block(name: str, count: int) -> None:
+    check(name, count, 70001, torch.float32, "random")
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("count", CLIENTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_clients(name: str, count: int, dtype: torch.dtype) -> None:
+    check(name, count, 1000, dtype, "random")
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_weights(name: str, kind: str) -> None:
+    check(name, 11, 129, torch.float32, kind)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_pairs(name: str) -> None:
+    axes = {"count": CLIENTS, "size": SIZES, "dtype": list(DTYPES), "kind": WEIGHTS}
+    for seed, case in enumerate(pairwise(axes, seed=3)):
+        check(name, **case, seed=seed)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_mean_of_equal_vectors_is_that_vector(name: str, dtype: torch.dtype) -> None:
+    vector = (torch.randn(3000) * 10.0 ** torch.randint(-6, 4, (3000,))).to(dtype)
+    with using(name):
+        for count, kind in itertools.product((1, 3, 10, 33), ("equal", "counts", "random")):
+            weights = make_weights(kind, count, count)
+            assert torch.equal(weighted_mean([vector] * count, weights), vector)
+            for exact in (False, True):
+                accumulator = Accumulator(len(vector), exact=exact)
+                for weight in weights:
+                    accumulator.add(vector, weight)
+                assert torch.equal(accumulator.mean(), vector)
+
+
+@pytest.mark.parametrize("isa", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_offset_over_sentinels(isa: str, dtype: torch.dtype) -> None:
+    size = 257
+    sources = [torch.randn(size + 41).to(dtype) for _ in range(3)]
+    weights = [0.2, 3.0, 1.7]
+    with using(isa):
+        for i in range(41):
+            vectors = [source[i : i + size] for source in sources]
+            exact = exact_mean(vectors, weights)
+            accumulators = [Accumulator(size), Accumulator(size, exact=True)]
+            for vector, weight in zip(vectors, weights, strict=True):
+                for accumulator in accumulators:
+                    accumulator.add(vector, weight)
+            at_once = functools.partial(weighted_mean, vectors, weights)
+            for write in (at_once, *(a.mean for a in accumulators)):
+                buffer = torch.full((size + 82,), 777.0, dtype=dtype)
+                write(out=buffer[41 - i :][:size])
+                close(buffer[41 - i :][:size], exact)
+                assert bool((buffer[: 41 - i] == 777).all())
+                assert bool((buffer[41 - i + size :] == 777).all())
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("out_dtype", DTYPES)
+def test_out_of_another_dtype(name: str, out_dtype: torch.dtype) -> None:
+    vectors = [torch.randn(300).bfloat16() for _ in range(4)]
+    out = torch.empty(300, dtype=out_dtype)
+    with using(name):
+        assert weighted_mean(vectors, [1, 2, 3, 4], out=out) is out
+    exact = exact_mean(vectors, [1, 2, 3, 4])
+    bound = torch.finfo(torch.bfloat16).eps if name == "reference" else torch.finfo(out_dtype).eps
+    assert bool(((out.double() - exact).abs() <= 2 * bound * exact.abs() + 1e-6).all())
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_out_may_be_an_input_or_overlap_one(name: str) -> None:
+    for count in (3, 14):
+        vectors = [torch.randn(40001) for _ in range(count)]
+        weights = make_weights("random", count)
+        with using(name):
+            wanted = weighted_mean(vectors, weights)
+            for k in (0, count - 1):
+                given = [vector.clone() for vector in vectors]
+                version = given[k]._version
+                assert torch.equal(weighted_mean(given, weights, out=given[k]), wanted)
+                assert given[k]._version > version
+            buffer = torch.cat([vectors[0], torch.zeros(1)])
+            assert torch.equal(weighted_mean([buffer[:-1], *vectors[1:]], weights, out=buffer[1:]), wanted)
+            assert torch.equal(weighted_mean(vectors, weights, out=torch.empty(80002)[::2]), wanted)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_odd_strides(name: str) -> None:
+    memory = torch.randn(5, 3001)
+    vectors = [memory[0, ::3], memory[1, 1:1002], memory[2, :1].expand(1001)[:1001], memory[3, -1001:], memory[4, ::3]]
+    with using(name):
+        close(weighted_mean(vectors, [1, 2, 3, 4, 5]), exact_mean(vectors, [1.0, 2, 3, 4, 5]))
+        for exact in (False, True):
+            accumulator = Accumulator(1001, exact=exact)
+            for weight, vector in enumerate(vectors, 1):
+                accumulator.add(vector, weight)
+            close(accumulator.mean(), exact_mean(vectors, [1.0, 2, 3, 4, 5]))
+
+
+def test_negated_view() -> None:
+    vector = torch.randn(100)
+    assert torch.equal(
+        weighted_mean([torch._neg_view(vector), vector], [3, 1]), weighted_mean([-vector, vector], [3, 1])
+    )
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_client_of_weight_zero_does_not_count(name: str) -> None:
+    vectors = [torch.randn(50), torch.full((50,), math.nan), torch.randn(50)]
+    with using(name):
+        assert torch.equal(weighted_mean(vectors, [1, 0, 2]), weighted_mean(vectors[::2], [1, 2]))
+        accumulator = Accumulator(50, exact=True)
+        for vector, weight in zip(vectors, (1, 0, 2), strict=True):
+            accumulator.add(vector, weight)
+        assert not accumulator.mean().isnan().any()
+        assert accumulator.count == 3
+
+
+def wild(count: int, size: int) -> tuple[list[Tensor], list[float]]:
+    """Vectors over the whole range of fp64, with infinities and NaN in places."""
+    torch.manual_seed(5)
+    vectors = [
+        torch.randn(size, dtype=torch.float64) * 10.0 ** torch.randint(-308, 290, (size,)).double()
+        for _ in range(count)
+    ]
+    vectors[0][:4] = torch.tensor([math.inf, math.inf, math.nan, 5e-324])
+    vectors[1][:4] = torch.tensor([-math.inf, 1.0, 1.0, -5e-324])
+    vectors[2][4:6] = torch.tensor([-math.inf, 1e308])
+    return vectors, [[1.0, 3.7, 1e-5, 1e6][k % 4] for k in range(count)]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_exact_accumulator_does_not_see_the_order(name: str) -> None:
+    vectors, weights = wild(20, 500)
+    order = list(range(20))
+    results = []
+    for _ in range(5):
+        accumulator = Accumulator(500, exact=True)
+        with using(name):
+            for k in order:
+                accumulator.add(vectors[k], weights[k])
+            results.append((accumulator.mean(), accumulator.weight, accumulator.state_dict()))
+        random.Random(len(results)).shuffle(order)
+    for mean, weight, state in results[1:]:
+        assert torch.equal(mean.view(torch.int64), results[0][0].view(torch.int64))
+        assert weight == results[0][1]
+        assert all(torch.equal(state[key], results[0][2][key]) for key in ("digits", "top", "units"))
+    mean = results[0][0]
+    assert mean[:6].isnan().tolist() == [True, False, True, False, False, False]
+    assert mean[1] == math.inf
+    assert mean[4] == -math.inf
+    total = sum(map(Fraction, weights))
+    for j in range(6, 500):
+        products = [Fraction(float(vector[j] * weight)) for vector, weight in zip(vectors, weights, strict=True)]
+        wanted = sum(products) / total
+        most = max(abs(product) for product in products) / total
+        assert abs(Fraction(float(mean[j])) - wanted) <= abs(wanted) * Fraction(1, 2**51) + most * Fraction(20, 2**64)
+
+
+def test_exact_accumulator_has_the_same_digits_on_every_backend() -> None:
+    vectors, weights = wild(9, 700)
+    states = []
+    for name in BACKENDS:
+        accumulator = Accumulator(700, exact=True)
+        with using(name):
+            for vector, weight in zip(vectors, weights, strict=True):
+                accumulator.add(vector, weight)
+            states.append((accumulator.state_dict(), accumulator.mean()))
+    for state, mean in states[1:]:
+        assert torch.equal(state["digits"][:, 6:], states[0][0]["digits"][:, 6:])
+        assert torch.equal(state["top"], states[0][0]["top"])
+        torch.testing.assert_close(mean, states[0][1], rtol=0, atol=0, equal_nan=True)
+
+
+def test_cancellation_is_exact() -> None:
+    """1e30 - 1e30 + 1 is 1 in whatever order, where a plain fp64 sum gives 0 in most."""
+    for order in itertools.permutations((1e15, -1e15, 1.0)):
+        accumulator = Accumulator(1, exact=True)
+        for value in order:
+            accumulator.add(torch.tensor([value * 1e-3 if abs(value) > 1 else value], dtype=torch.float64), 1e3)
+        assert accumulator.mean().item() == 1 / 3
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_state_continues_bit_for_bit(exact: bool) -> None:
+    torch.manual_seed(0)
+    vectors = [torch.randn(1000).bfloat16() for _ in range(6)]
+    one, two = Accumulator(1000, exact=exact), Accumulator(1000, exact=exact)
+    for k in range(3):
+        one.add(vectors[k], k + 0.1)
+    state = one.state_dict()
+    two.load_state_dict(state)
+    for k in range(3, 6):
+        one.add(vectors[k], k + 0.1)
+        two.add(vectors[k], k + 0.1)
+    assert torch.equal(one.mean(), two.mean())
+    assert (one.weight, one.count) == (two.weight, two.count)
+    assert two.mean().dtype == torch.bfloat16
+    assert two.mean(dtype=torch.float32).dtype == torch.float32
+    with pytest.raises(ValueError, match="the state must be of size 999"):
+        Accumulator(999, exact=exact).load_state_dict(state)
+    one.reset()
+    assert one.count == 0
+    with pytest.raises(ValueError, match="nothing to average yet"):
+        one.mean()
+    one.add(vectors[0], 2.0)
+    assert torch.equal(one.mean(), vectors[0])
+
+
+def large() -> list[Tensor]:
+    torch.manual_seed(1)
+    vectors = [torch.randn(1_000_003) for _ in range(12)]
+    weights = make_weights("random", 12)
+    plain, exact = Accumulator(1_000_003), Accumulator(1_000_003, exact=True)
+    for vector, weight in zip(vectors, weights, strict=True):
+        plain.add(vector, weight)
+        exact.add(vector, weight)
+    return [weighted_mean(vectors, weights), weighted_mean(vectors[:3], weights[:3]), plain.mean(), exact.mean()]
+
+
+def test_same_bits_for_every_run_thread_count_and_isa() -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        runs = [large(), large()]
+        torch.set_num_threads(2)
+        runs.append(large())
+        for name in KERNELS:
+            with using(name):
+                runs.append(large())
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.skipif(not KERNELS, reason="the compiled core is not built")
+def test_results_beyond_the_cache_are_written_past_it_and_right() -> None:
+    size = 9_000_001  # 36 MB
+    vector = torch.randn(size)
+    out = torch.empty(size + 16)
+    for shift in (0, 1):
+        assert torch.equal(weighted_mean([vector, vector], [1, 2], out=out[shift : shift + size]), vector)
+
+
+V = [torch.ones(4), torch.ones(4)]
+WRONG = [
+    (([], []), {}, ValueError, "vectors must hold at least one tensor"),
+    ((torch.ones(4), [1]), {}, ValueError, r"vectors must have shape \[M, P\] with M > 0, not \[4\]"),
+    ((torch.ones(0, 4), []), {}, ValueError, r"not \[0, 4\]"),
+    ((torch.ones(2, 4).int(), [1, 1]), {}, TypeError, "vectors must be float32.*not torch.int32"),
+    (([V[0], torch.ones(5)], [1, 1]), {}, ValueError, r"vectors\[1\] must have vectors\[0\]'s shape \[4\], not \[5\]"),
+    (([V[0], torch.ones(4).double()], [1, 1]), {}, TypeError, r"vectors\[1\] must have vectors\[0\]'s dtype"),
+    (([V[0], torch.ones(4, 1)], [1, 1]), {}, ValueError, r"vectors\[1\] must have shape \[P\], not \[4, 1\]"),
+    (([V[0], [1.0]], [1, 1]), {}, TypeError, r"vectors\[1\] must be a tensor, not list"),
+    ((V, [1]), {}, ValueError, "weights must have one value for each of the 2 vectors, not 1"),
+    ((V, torch.ones(3)), {}, ValueError, r"weights must have shape \[2\], not \[3\]"),
+    ((V, [1, -1]), {}, ValueError, r"weights\[1\] must be finite and not negative, not -1"),
+    ((V, [1, math.nan]), {}, ValueError, r"weights\[1\] must be finite and not negative, not nan"),
+    ((V, [0, 0]), {}, ValueError, "weights must have a positive, finite sum, not 0"),
+    ((V, [1e308, 1e308]), {}, ValueError, "weights must have a positive, finite sum, not inf"),
+    ((V, [1, 1]), {"out": torch.ones(5)}, ValueError, r"out must have shape \[4\], not \[5\]"),
+    ((V, [1, 1]), {"out": torch.ones(4).int()}, TypeError, "out must be float32.*not torch.int32"),
+    ((V, [1, 1]), {"out": torch.ones(1).expand(4)}, ValueError, "out must not be expanded"),
+    ((V, [1, 1]), {"out": torch.ones(4, requires_grad=True)}, ValueError, "out takes no part in differentiation"),
+]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(("arguments", "options", "error", "message"), WRONG)
+def test_wrong_arguments(name: str, arguments: tuple, options: dict, error: type, message: str) -> None:
+    with using(name), pytest.raises(error, match=message):
+        weighted_mean(*arguments, **options)
+
+
+def test_wrong_arguments_of_the_accumulator() -> None:
+    accumulator = Accumulator(4)
+    for vector, weight, error, message in (
+        ([1.0], 1, TypeError, "vector must be a tensor, not list"),
+        (torch.ones(4).int(), 1, TypeError, "vector must be float32.*not torch.int32"),
+        (torch.ones(5), 1, ValueError, r"vector must have shape \[4\], not \[5\]"),
+        (torch.ones(4), -1, ValueError, "weight must be finite and not negative, not -1"),
+        (torch.ones(4), math.inf, ValueError, "weight must be finite and not negative, not inf"),
+    ):
+        with pytest.raises(error, match=message):
+            accumulator.add(vector, weight)
+    with pytest.raises(ValueError, match="nothing to average yet"):
+        accumulator.mean()
+    accumulator.add(torch.ones(4), 0)
+    with pytest.raises(ValueError, match="nothing to average yet"):
+        accumulator.mean()
+    with pytest.raises(ValueError, match="size must be a whole number"):
+        Accumulator(-1)
+
+
+def test_reference_is_a_plain_mean() -> None:
+    vectors = torch.tensor([[1.0, 2.0], [5.0, 4.0]])
+    assert weighted_mean_reference(vectors, [3, 1]).tolist() == [2.0, 2.5]
