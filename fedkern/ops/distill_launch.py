@@ -150,6 +150,7 @@ def divergence_backward(
     compute = compute_dtype(result_dtype(student, other, teacher))
     raw = torch.empty(row_shape(student), dtype=compute) if needs[3] else None
     scale = mean_scale(student, reduction)
+    grad = grad.resolve_neg()
     core.distill(
         LIMIT if temperature == math.inf else KL,
         DTYPES[compute],
@@ -166,7 +167,7 @@ def divergence_backward(
         _argument(to_student),
         _argument(to_other),
         _argument(weight),
-        _argument(grad.resolve_neg()),
+        _argument(grad),
         None,
         (_argument(raw), None),
     )
@@ -188,7 +189,8 @@ def entropy_forward(core: Core, logits: Tensor, reduction: int, gradient: Tensor
 def entropy_backward(core: Core, grad: Tensor, logits: Tensor, reduction: int) -> Tensor:
     """The gradient, recomputed from the logits."""
     gradient = torch.empty_like(logits)
-    _run_entropy(core, logits, reduction, gradient, _argument(grad.resolve_neg()), None, None)
+    grad = grad.resolve_neg()
+    _run_entropy(core, logits, reduction, gradient, _argument(grad), None, None)
     return gradient
 
 

@@ -66,7 +66,8 @@ def _divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     small = u.abs() < 1
     v = torch.where(small, u, 0)
     near = p * (torch.expm1(v) - v).clamp_min(0)
-    far = q - p - torch.where(masked | small, 0, p * u)
+    # A probability that underflows is not 0: where Q is, the loss is infinite.
+    far = q - p - torch.where(masked | small, 0, p.clamp_min(torch.finfo(p.dtype).tiny) * u)
     return torch.where(small & ~masked, near, far).sum(1)
 
 
