@@ -28,14 +28,12 @@ def sample_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, .
 
 def output_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
     """Strides of a result: the layout within a sample that such a tensor has, samples one after another."""
-    inner = sample_strides(shape[1:], strides[1:])
     size = math.prod(shape[1:])
-    if inner is None or size == 0:
-        reverse, step = [], 1
-        for extent in reversed(shape[1:]):
-            reverse.append(step)
-            step *= max(extent, 1)
-        inner, size = tuple(reversed(reverse)), max(size, 1)
+    if size == 0:
+        return tuple(strides)
+    inner = sample_strides(shape[1:], strides[1:])
+    if inner is None:
+        inner = tuple(math.prod(shape[axis + 1 :]) for axis in range(1, len(shape)))
     return (size, *inner)
 
 

@@ -109,7 +109,11 @@ def _padded(boxes: Tensor | Sequence[Tensor], images: Tensor) -> Tensor:
                 raise ValueError(f"boxes[{position}] must have shape [n, 4], not {list(row.shape)}")
             if row.device != images.device:
                 raise ValueError(f"boxes[{position}] must be on the images' device {images.device}, not {row.device}")
-        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) if rows else images.new_zeros(0, 0, 4)
+        padded = (
+            torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            if rows
+            else torch.zeros(0, 0, 4, device=images.device)
+        )
     if padded.is_complex() or padded.dtype == torch.bool:
         raise TypeError(f"boxes must have a real dtype, not {padded.dtype}")
     if padded.device != images.device:

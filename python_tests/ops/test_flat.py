@@ -1,0 +1,333 @@
+"""FlatParameters: the module must not notice."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fedkern.ops import FlatParameters
+
+
+class Net(nn.Module):
+    """A convolution, batch norm with its integer buffer, a tied pair and an odd buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.encode = nn.Linear(8, 5, bias=False)
+        self.decode = nn.Linear(8, 5)
+        self.decode.weight = self.encode.weight
+        self.register_buffer("scale", torch.tensor(1.5))
+        self.register_buffer("mask", torch.tensor([True, False, True]))
+        self.frozen = nn.Parameter(torch.randn(2, 3), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.conv(x))).mean((2, 3))
+        return (self.encode(x) + self.decode(x)) * self.scale
+
+
+def net(channels_last: bool = False) -> Net:
+    torch.manual_seed(0)
+    module = Net()
+    return module.to(memory_format=torch.channels_last) if channels_last else module
+
+
+def batch() -> Tensor:
+    return torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+def train(module: nn.Module, steps: int = 3) -> None:
+    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        module(batch()).pow(2).mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_state_strides_and_outputs_stay(channels_last: bool) -> None:
+    plain, module = net(channels_last), net(channels_last)
+    identities = [id(t) for t in (*module.parameters(), *module.buffers())]
+    flat = FlatParameters(module)
+    assert [id(t) for t in (*module.parameters(), *module.buffers())] == identities
+    before, after = plain.state_dict(), module.state_dict()
+    assert list(before) == list(after)
+    for key, value in before.items():
+        assert torch.equal(value, after[key])
+        assert value.stride() == after[key].stride()
+        assert value.dtype == after[key].dtype
+    assert torch.equal(plain(batch()), module(batch()))
+    assert flat.is_flat
+
+
+def test_vector_holds_everything_once_in_order() -> None:
+    module = net()
+    flat = FlatParameters(module)
+    parameters, buffers = list(module.parameters()), [b for b in module.buffers() if b.is_floating_point()]
+    assert torch.equal(flat.parameters, torch.cat([p.detach().reshape(-1) for p in parameters]))
+    assert torch.equal(flat.buffers, torch.cat([b.reshape(-1) for b in buffers]))
+    assert torch.equal(flat.vector, torch.cat([flat.parameters, flat.buffers]))
+    assert flat.parameters.data_ptr() == flat.vector.data_ptr()
+    assert flat.vector.is_contiguous()
+    assert torch.equal(flat.integers, torch.tensor([1, 0, 1, 0]))
+    assert [name for name, *_ in flat.layout()].count("encode.weight") == 1
+    assert "decode.weight" not in [name for name, *_ in flat.layout()]
+    assert "parameters + " in repr(flat)
+
+
+def test_writes_go_both_ways() -> None:
+    module = net(True)
+    flat = FlatParameters(module)
+    flat.vector.mul_(2)
+    assert torch.equal(module.conv.weight, net(True).conv.weight * 2)
+    with torch.no_grad():
+        module.norm.running_mean.fill_(7)
+        module.encode.weight.fill_(3)
+    assert int((flat.vector == 7).sum()) == 8
+    assert torch.equal(module.decode.weight, torch.full((5, 8), 3.0))
+
+
+def test_training_is_unchanged() -> None:
+    plain, module = net(), net()
+    flat = FlatParameters(module)
+    train(plain)
+    train(module)
+    assert flat.is_flat
+    assert torch.equal(flat.vector, FlatParameters(plain).vector)
+    assert flat.integers[-1] == 3
+
+
+def test_load_and_load_state_dict() -> None:
+    module, other = net(), net()
+    flat = FlatParameters(module)
+    train(other)
+    module.load_state_dict(other.state_dict())
+    assert flat.is_flat
+    source = FlatParameters(other)
+    assert torch.equal(flat.vector, source.vector)
+    flat.load(torch.zeros_like(flat.vector, dtype=torch.float64))
+    assert not module.conv.weight.any()
+    flat.load_parameters(source.parameters)
+    assert not flat.buffers.any()
+    flat.load_buffers(source.buffers)
+    flat.load_integers(torch.tensor([0, 1, 1, 9]))
+    assert torch.equal(flat.vector, source.vector)
+    assert module.norm.num_batches_tracked.item() == 9
+    assert module.norm.num_batches_tracked.dtype == torch.int64
+    assert module.mask.tolist() == [False, True, True]
+    flat.copy_(source)
+    assert torch.equal(flat.integers, source.integers)
+
+
+def test_loading_is_seen_by_autograd() -> None:
+    module = net()
+    flat = FlatParameters(module)
+    for write in (lambda: flat.load(flat.vector.clone()), lambda: (flat.vector.zero_(), flat.mark_changed())):
+        loss = module(batch()).sum()
+        write()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_copies_pickles_and_saved_files() -> None:
+    module = net(True)
+    flat = FlatParameters(module)
+    train(module)
+    size = 4 * flat.vector.numel()
+    for twin in (copy.deepcopy(flat), pickle.loads(pickle.dumps(flat))):
+        assert twin.is_flat
+        assert twin.module is not module
+        assert torch.equal(twin.vector, flat.vector)
+        twin.vector.zero_()
+        assert flat.vector.any()
+    alone = copy.deepcopy(module)
+    assert torch.equal(FlatParameters(alone).vector, flat.vector)
+    assert alone.decode.weight is alone.encode.weight
+    # Every tensor has a storage of its own size: nothing is written twice, and no view drags the vector along.
+    assert len(pickle.dumps(module)) < size + 20_000
+    buffer = io.BytesIO()
+    torch.save(module.norm.bias, buffer)
+    assert len(buffer.getvalue()) < 3000
+    buffer = io.BytesIO()
+    torch.save(module.state_dict(), buffer)
+    assert len(buffer.getvalue()) < size + 20_000
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=True)["conv.weight"], module.conv.weight)
+    assert all(t.untyped_storage().nbytes() == t.nbytes for t in module.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.double(),
+        lambda m: m.to(memory_format=torch.channels_last),
+        lambda m: m.load_state_dict(net().state_dict(), assign=True),
+        lambda m: setattr(m.norm, "bias", nn.Parameter(torch.zeros(8))),
+        lambda m: setattr(m, "scale", torch.tensor(2.0)),
+    ],
+)
+def test_what_unflattens_is_noticed_and_repaired(change: object) -> None:
+    module = net()
+    flat = FlatParameters(module)
+    flat.check()
+    change(module)  # type: ignore[operator]
+    assert not flat.is_flat
+    with pytest.raises(RuntimeError, match="the module is no longer flat: '"):
+        flat.load(torch.zeros(flat.vector.shape))
+    expected = module(batch().to(module.conv.weight.dtype))
+    assert flat.flatten() is flat
+    flat.check()
+    module.norm.num_batches_tracked.zero_()
+    assert expected.shape == (4, 5)
+    flat.load(torch.zeros_like(flat.vector))
+    assert not module.conv.weight.any()
+
+
+def test_several_dtypes() -> None:
+    module = net()
+    module.encode.half()
+    module.decode.weight = module.encode.weight
+    flat = FlatParameters(module)
+    assert set(flat.groups) == {torch.float32, torch.float16}
+    assert flat.groups[torch.float16].parameters.numel() == 40
+    assert flat.groups[torch.float16].buffers.numel() == 0
+    with pytest.raises(ValueError, match=r"several dtypes \(torch.float32, torch.float16\); use groups\[dtype\]"):
+        _ = flat.vector
+    assert flat.gradients(torch.float16).shape == (40,)
+    twin = copy.deepcopy(flat)
+    twin.groups[torch.float16].vector.zero_()
+    flat.copy_(twin)
+    assert not module.encode.weight.any()
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_gradients_are_one_vector(channels_last: bool) -> None:
+    plain, module = net(channels_last), net(channels_last)
+    flat = FlatParameters(module)
+    gradients = flat.gradients()
+    for k in range(2):
+        for m in (plain, module):
+            m(batch()).pow(2).mean().backward()
+        if k:
+            module.zero_grad(set_to_none=True)
+            module(batch()).pow(2).mean().backward()
+            plain.zero_grad()
+            plain(batch()).pow(2).mean().backward()
+        assert flat.gradients() is gradients  # collects what was replaced
+        for (name, p), q in zip(module.named_parameters(), plain.parameters(), strict=True):
+            if not p.requires_grad:
+                assert p.grad is None
+                continue
+            assert p.grad.stride() == p.stride(), name
+            torch.testing.assert_close(p.grad, q.grad)
+        view = torch.as_strided(gradients, (8, 3, 3, 3), module.conv.weight.stride(), flat.layout()[1][4])
+        assert flat.layout()[1][0] == "conv.weight"
+        torch.testing.assert_close(view, plain.conv.weight.grad)
+    gradients.zero_()
+    assert not module.conv.weight.grad.any()
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    before = flat.parameters.clone()
+    module(batch()).pow(2).mean().backward()
+    optimizer.step()
+    torch.testing.assert_close(flat.parameters, before - gradients)
+    with pytest.raises(ValueError, match=r"dtype must be one of torch\.float32"):
+        flat.gradients(torch.float64)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_views_under_functional_call_and_transforms(channels_last: bool) -> None:
+    module = net(channels_last).eval()
+    flat = FlatParameters(module)
+    vector = flat.parameters.clone()
+    views = flat.views(vector)
+    for name, value in module.named_parameters():
+        assert torch.equal(views[name], value)
+        assert views[name].stride() == value.stride()
+
+    def loss(vector: Tensor, x: Tensor) -> Tensor:
+        return torch.func.functional_call(module, flat.views(vector), (x,)).pow(2).mean()
+
+    gradient = torch.func.grad(loss)(vector, batch())
+    module(batch()).pow(2).mean().backward()
+    torch.testing.assert_close(gradient, flat.gradients())
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(vector, batch()[:, None])
+    torch.testing.assert_close(each[1], torch.func.grad(loss)(vector, batch()[1:2]))
+    assert set(flat.views(flat.vector)) == {name for name, *_ in flat.layout()}
+    with pytest.raises(ValueError, match="vector must have shape"):
+        flat.views(torch.zeros(3))
+
+
+def test_compiled_module() -> None:
+    module = net()
+    flat = FlatParameters(module)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    train(compiled, 2)
+    plain = net()
+    train(plain, 2)
+    assert flat.is_flat
+    torch.testing.assert_close(flat.vector, FlatParameters(plain).vector)
+
+
+def test_awkward_modules() -> None:
+    assert FlatParameters(nn.ReLU()).vector.numel() == 0
+    assert FlatParameters(nn.ReLU()).integers.numel() == 0
+    empty = nn.Linear(3, 0)
+    assert FlatParameters(empty).vector.numel() == 0
+    expanded = nn.Module()
+    expanded.w = nn.Parameter(torch.randn(3, 1).expand(3, 4))
+    values = expanded.w.detach().clone()
+    assert FlatParameters(expanded).vector.numel() == 12
+    assert torch.equal(expanded.w, values)
+    aliased = nn.Module()
+    aliased.a = nn.Parameter(torch.randn(4))
+    aliased.b = nn.Parameter(aliased.a.detach())  # another parameter over the same memory
+    flat = FlatParameters(aliased)
+    assert flat.vector.numel() == 4
+    flat.vector.fill_(2)
+    assert torch.equal(aliased.a, aliased.b)
+
+
+@pytest.mark.parametrize(
+    ("module", "error", "message"),
+    [
+        (torch.zeros(3), TypeError, "module must be a torch.nn.Module, not Tensor"),
+        (nn.LazyLinear(3), ValueError, "'weight' is not initialised yet"),
+        (nn.Linear(2, 2, device="meta"), ValueError, "'weight' is on the meta device"),
+    ],
+)
+def test_wrong_modules(module: object, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        FlatParameters(module)  # type: ignore[arg-type]
+
+
+def test_overlapping_tensors_are_refused() -> None:
+    module = nn.Module()
+    memory = torch.randn(6)
+    module.a, module.b = nn.Parameter(memory[:4]), nn.Parameter(memory[2:])
+    with pytest.raises(ValueError, match="'a' and 'b' overlap in memory"):
+        FlatParameters(module)
+
+
+def test_wrong_vectors() -> None:
+    flat = FlatParameters(net())
+    total = flat.vector.numel()
+    with pytest.raises(ValueError, match=rf"vector must have shape \[{total}\], not \[3\]"):
+        flat.load(torch.zeros(3))
+    with pytest.raises(TypeError, match=r"vector must be a floating-point tensor, not torch\.int64"):
+        flat.load(torch.zeros(total, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"integers must be an int64 tensor, not torch\.float32"):
+        flat.load_integers(torch.zeros(4))
+    with pytest.raises(ValueError, match=r"integers must have shape \[4\], not \[3\]"):
+        flat.load_integers(torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="other must be a module of the same layout"):
+        flat.copy_(FlatParameters(net(True)))
+    module = net()
+    with pytest.raises(RuntimeError, match="cannot be used under"):
+        torch.func.vmap(lambda x: (FlatParameters(module), x)[1])(torch.ones(2))
