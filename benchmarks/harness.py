@@ -1,9 +1,9 @@
-"""What every benchmark shares: contestants interleaved in one process, medians of per-pair ratios, model bytes, a copy.
+"""What every benchmark shares: interleaved contestants, medians of per-pair ratios, model bytes, a copy.
 
-A benchmark is a pytest function that calls :func:`compare` with its contestants.  Times on a shared machine drift by more
-than the differences looked for, so the contestants take turns within every pair, each starts a pair equally often, and a
-speed-up is the median of the pairs' ratios, never a ratio of two medians.  A copy of as many bytes as the operator must
-move runs among them: "% of copy" says how far a memory-bound kernel is from the machine's limit.
+A benchmark is a pytest function that calls :func:`compare` with its contestants.  Times on a shared machine drift by
+more than the differences looked for, so the contestants take turns within every pair, each starts a pair equally often,
+and a speed-up is the median of the pairs' ratios, never a ratio of two medians.  A copy of as many bytes as the operator
+must move runs among them: "% of copy" says how far a memory-bound kernel is from the machine's limit.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Comparison:
         scatter: interquartile range over median of each contestant's own times; a gate skips what scatters too much.
         floors: speed-ups that the project promises, by contestant.
         model_bytes: bytes the operator must move at least.
-        copy_seconds: median time of copying ``model_bytes`` (half read, half written) in the same run, None if not asked.
+        copy_seconds: median time of copying ``model_bytes`` (half read, half written) in the same run, if asked for.
         note: what a reader must know, for example which path serves this size.
     """
 

@@ -11,6 +11,10 @@ namespace {
 
 constexpr std::int64_t kMaxChunks = 256;
 
+// Measured with and without gradients: what a thread takes per logit is nearly the same.
+template <typename T>
+constexpr double kElementSeconds = (sizeof(T) == 8 ? 3 : 1) * 6.4e-9 / Vec<float>::lanes;
+
 // Enough work per chunk that taking it from the counter does not show.
 constexpr std::int64_t kChunkElements = 8192;
 
@@ -62,16 +66,16 @@ double run_chunk(const DistillCall& call, const Plan& plan, std::int64_t begin, 
 template <typename T>
 void run_as(const DistillCall& call) {
   const Plan plan = make_plan<T>(call);
-  double partial[kMaxChunks] = {};
+  double partial[kMaxChunks];  // one per chunk
   auto body = [&](std::int64_t begin, std::int64_t end) {
     partial[begin / plan.chunk] =
         plan.lanes_are_rows ? run_chunk<T, true>(call, plan, begin, end) : run_chunk<T, false>(call, plan, begin, end);
   };
   const double elements = static_cast<double>(plan.units) * static_cast<double>(plan.width * call.classes) * (1 + call.students);
-  parallel_for(plan.units, plan.chunk, call.threads, elements * (sizeof(T) * 0.25e-9), body);
+  parallel_for(plan.units, plan.chunk, call.threads, elements * kElementSeconds<T>, body);
   if (call.total.data) {
     double sum = 0;
-    for (const double value : partial) sum += value;
+    for (std::int64_t chunk = 0; chunk * plan.chunk < plan.units; ++chunk) sum += partial[chunk];
     store_scalar(call.total.dtype, call.total.data, 0, sum * call.scale);
   }
 }

@@ -18,7 +18,14 @@ from fedkern.ops.distill_common import (
     row_count,
     row_shape,
 )
-from fedkern.ops.distill_launch import cpu_kernel, entropy_backward, entropy_forward, plain
+from fedkern.ops.distill_launch import (
+    cpu_kernel,
+    entropy_backward,
+    entropy_forward,
+    gradient_like,
+    ordinary_gradient,
+    plain,
+)
 from fedkern.ops.distill_reference import entropy_rows_reference
 
 # the public function: checks and choice of path
@@ -67,7 +74,7 @@ class _Entropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, reduction: int, core: Any) -> Tensor:
-        gradient = None if reduction == NONE else torch.empty_like(logits)
+        gradient = None if reduction == NONE else gradient_like(core, logits)
         loss = entropy_forward(core, logits, reduction, gradient)
         ctx.settings = (reduction, core)
         ctx.save_for_backward(logits, gradient)
@@ -77,7 +84,7 @@ class _Entropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         reduction, core = ctx.settings
         logits, gradient = ctx.saved_tensors
-        ordinary = eager(grad)
+        ordinary = ordinary_gradient(grad)
         if torch.is_grad_enabled() or (gradient is None and not ordinary):
             (result,) = _library.differentiate_reference(
                 lambda x: entropy_rows_reference(x, reduction), (logits,), (True,), grad

@@ -23,7 +23,15 @@ from fedkern.ops.distill_common import (
     row_shape,
 )
 from fedkern.ops.distill_kl_library import DIVERGENCE
-from fedkern.ops.distill_launch import cpu_kernel, divergence_backward, divergence_forward, mean_scale, plain
+from fedkern.ops.distill_launch import (
+    cpu_kernel,
+    divergence_backward,
+    divergence_forward,
+    gradient_like,
+    mean_scale,
+    ordinary_gradient,
+    plain,
+)
 from fedkern.ops.distill_reference import compute_dtype, divergence_reference, result_dtype
 
 # the public functions: checks and choice of path
@@ -146,6 +154,16 @@ class _Divergence(torch.autograd.Function):
     def forward(ctx: Any, settings: tuple[Any, ...], *tensors: Tensor) -> Tensor:
         temperature, reverse, reduction, core, dual = settings
         ctx.settings = settings
+        if len(tensors) == 2 and reduction != NONE:
+            # The general case below, spelt out: at 64 rows its lists and loops show.
+            student, teacher = tensors
+            _, to_student, to_teacher = ctx.needs_input_grad
+            to_student = gradient_like(core, student) if to_student else None
+            to_teacher = gradient_like(core, teacher) if to_teacher else None
+            ctx.save_for_backward(student, teacher, to_student, to_teacher)
+            return divergence_forward(
+                core, student, None, teacher, None, temperature, reverse, reduction, to_student, None, to_teacher
+            )
         student = tensors[0]
         other, teacher = (tensors[1], tensors[2]) if dual else (None, tensors[1])
         logits = 3 if dual else 2
@@ -154,7 +172,7 @@ class _Divergence(torch.autograd.Function):
             ctx.save_for_backward(*tensors)
             return divergence_forward(core, student, other, teacher, weight, temperature, reverse, reduction)
         needs = ctx.needs_input_grad
-        gradients = [torch.empty_like(tensors[i]) if needs[i + 1] else None for i in range(logits)]
+        gradients = [gradient_like(core, tensors[i]) if needs[i + 1] else None for i in range(logits)]
         raw = None
         if weight is not None:
             if needs[logits + 1]:
@@ -182,7 +200,7 @@ class _Divergence(torch.autograd.Function):
         saved = ctx.saved_tensors
         settings = ctx.settings
         count = len(ctx.needs_input_grad) - 1
-        if torch.is_grad_enabled() or not eager(grad):
+        if torch.is_grad_enabled() or not ordinary_gradient(grad):
             return (None, *_backward_through_graph(ctx, saved[:count], settings, grad))
         if len(saved) == count:
             return (None, *_backward_from_logits(ctx, saved, settings, grad))

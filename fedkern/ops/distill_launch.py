@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fedkern.ops import backend
+from fedkern.ops._memory import HUGE, fresh
 from fedkern.ops.backend import DTYPES, Kernel, cpu_core, register
 from fedkern.ops.distill_common import BATCHMEAN, MAX_DIMS, NONE, row_shape
 from fedkern.ops.distill_reference import compute_dtype, result_dtype
@@ -25,10 +26,22 @@ class Core:
 
     def __init__(self, module: ModuleType) -> None:
         self.distill = module.distill
+        self.advise_huge_pages = module.advise_huge_pages
 
 
 for _name in ("kl_div", "dual_kl", "entropy"):
     register(_name, "cpu", Kernel(load=lambda: Core(cpu_core()), dtypes=frozenset(DTYPES), devices=frozenset({"cpu"})))
+
+
+STRIDED = torch.strided
+
+# Looked up once: at 64 rows the tests around a loss take longer than the loss.
+_is_compiling = torch.compiler.is_compiling
+_functorch_active = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_empty_like = torch.empty_like
+_threads = torch.get_num_threads
 
 
 def plain(tensors: tuple[Tensor, ...]) -> bool:
@@ -36,30 +49,25 @@ def plain(tensors: tuple[Tensor, ...]) -> bool:
 
     False says nothing yet: they may be wrong, or right but for another path.
     """
-    # Several small tests in one place, since at 64 rows the tests take longer than the loss.
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-    ):
+    if _is_compiling() or _functorch_active() or _dispatch_modes() or _function_modes():
         return False
-    first = tensors[0]
-    if not isinstance(first, Tensor):
-        return False
-    shape = first.shape
+    shape = None
     for x in tensors:
         kind = type(x)
-        if (
-            (kind is not Tensor and kind is not Parameter)
-            or x.shape != shape
-            or x.dtype not in DTYPES
-            or not x.is_cpu
-            or x.layout is not torch.strided
-            or x.is_neg()
-        ):
+        if kind is not Tensor and kind is not Parameter:
             return False
-    return 2 <= len(shape) <= MAX_DIMS and shape[1] != 0
+        if shape is None:
+            shape = x.shape
+        elif x.shape != shape:
+            return False
+        if x.dtype not in DTYPES or not x.is_cpu or x.layout is not STRIDED or x.is_neg():
+            return False
+    return shape is not None and 2 <= len(shape) <= MAX_DIMS and shape[1] != 0
+
+
+def ordinary_gradient(grad: Tensor) -> bool:
+    """True when a grad_output may be read: no transform around the backward pass, no subclass."""
+    return type(grad) is Tensor and not _functorch_active()
 
 
 def cpu_kernel(operator: str, tensors: tuple[Tensor, ...]) -> Core | None:
@@ -78,7 +86,16 @@ _SCALARS = {dtype: torch.empty((), dtype=dtype) for dtype in DTYPES}
 
 
 def _empty_result(rows_of: Tensor, dtype: torch.dtype, reduction: int) -> Tensor:
-    return torch.empty(row_shape(rows_of), dtype=dtype) if reduction == NONE else torch.empty_like(_SCALARS[dtype])
+    return torch.empty(row_shape(rows_of), dtype=dtype) if reduction == NONE else _empty_like(_SCALARS[dtype])
+
+
+def gradient_like(core: Core, x: Tensor) -> Tensor:
+    """An empty gradient of ``x`` in its memory format."""
+    gradient = _empty_like(x)
+    return gradient if gradient.numel() < _LARGE else fresh(core, gradient)
+
+
+_LARGE = HUGE // 8  # elements; fresh() looks at the bytes
 
 
 def mean_scale(logits: Tensor, reduction: int) -> float:
@@ -114,7 +131,7 @@ def divergence_forward(
         temperature,
         reverse,
         mean_scale(student, reduction),
-        torch.get_num_threads(),
+        _threads(),
         1 if other is None else 2,
         (teacher.data_ptr(), DTYPES[teacher.dtype], teacher.stride()),
         (student.data_ptr(), DTYPES[student.dtype], student.stride()),
@@ -144,7 +161,7 @@ def divergence_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of student, other, teacher and weight (None where not needed), recomputed from the logits."""
     to_student, to_other, to_teacher = (
-        torch.empty_like(x) if need and x is not None else None
+        gradient_like(core, x) if need and x is not None else None
         for x, need in zip((student, other, teacher), needs[:3], strict=True)
     )
     compute = compute_dtype(result_dtype(student, other, teacher))
@@ -158,7 +175,7 @@ def divergence_backward(
         temperature,
         reverse,
         scale,
-        torch.get_num_threads(),
+        _threads(),
         1 if other is None else 2,
         _argument(teacher),
         _argument(student),
@@ -188,7 +205,7 @@ def entropy_forward(core: Core, logits: Tensor, reduction: int, gradient: Tensor
 
 def entropy_backward(core: Core, grad: Tensor, logits: Tensor, reduction: int) -> Tensor:
     """The gradient, recomputed from the logits."""
-    gradient = torch.empty_like(logits)
+    gradient = gradient_like(core, logits)
     grad = grad.resolve_neg()
     _run_entropy(core, logits, reduction, gradient, _argument(grad), None, None)
     return gradient
@@ -204,7 +221,7 @@ def _run_entropy(
         1.0,
         False,
         mean_scale(logits, reduction),
-        torch.get_num_threads(),
+        _threads(),
         0,
         _argument(logits),
         None,
