@@ -58,15 +58,15 @@ def backward_reference(
         other = (1 - weight) * grad
         if index is not None:
             other = grad.new_zeros((background_rows, *grad.shape[1:])).index_add(0, index, other)
-    per_sample = None
+    by_alpha = None
     if needs[2]:
         assert foreground is not None
         assert background is not None
         assert alpha is not None
         difference = foreground - (background if index is None else background[index])
-        per_sample = (grad * difference).flatten(1).sum(1) if grad.dim() > 1 else grad * difference
-        per_sample = per_sample.to(alpha.dtype)
-    return own, other, per_sample
+        by_alpha = (grad * difference).flatten(1).sum(1) if grad.dim() > 1 else grad * difference
+        by_alpha = by_alpha.to(alpha.dtype)
+    return own, other, by_alpha
 
 
 def second_derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import random
+from collections.abc import Iterator
 from fractions import Fraction
 
 import pytest
@@ -15,6 +16,16 @@ from torch import Tensor
 
 from fedkern.ops import Accumulator, weighted_mean
 from fedkern.ops.aggregate_reference import weighted_mean_reference
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """On a busy machine torch's own operators, the oracle, crawl with two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 CLIENTS = [1, 2, 3, 9, 10, 11, 20, 33]
 SIZES = [0, 1, 2, 3, 7, 8, 10, 31, 100, 127, 128, 129, 200, 1000, 1271, 3200]

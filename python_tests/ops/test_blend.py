@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,6 +13,16 @@ from torch import Tensor
 
 from fedkern.ops import backend, blend, use_backend
 from fedkern.ops.blend import blend_reference
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """On a busy machine torch's own operators, the oracle, crawl with two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 SIZES = [1, 2, 3, 7, 8, 10, 100, 101, 127, 128, 129, 200, 1000, 1271, 3200]
 BATCHES = [0, 1, 2, 3, 31, 32, 33, 199, 401]
@@ -251,6 +262,13 @@ WRONG = [
 def test_wrong_arguments(name: str, arguments: tuple, options: dict, error: type, message: str) -> None:
     with using(name), pytest.raises(error, match=message):
         blend(*arguments, **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver here")
+def test_cuda_core_without_a_driver_says_so() -> None:
+    core = pytest.importorskip("fedkern._cuda", reason="fedkern._cuda is not built")
+    with pytest.raises(RuntimeError, match=r"fedkern\._cuda needs an NVIDIA GPU and its driver"):
+        core.blend_forward(0, 1, 1, 4, 0, 4, 0, 4, 0, 0, 0, 0.5, 0, 0, 0)
 
 
 @pytest.mark.gpu

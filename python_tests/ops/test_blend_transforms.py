@@ -6,6 +6,7 @@ import itertools
 import os
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,6 +15,16 @@ from torch import Tensor
 
 from fedkern.ops import blend
 from fedkern.ops.blend import blend_reference
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """On a busy machine torch's own operators, the oracle, crawl with two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 needs_core = pytest.mark.skipif(not KERNELS, reason="the compiled core is not built")
 

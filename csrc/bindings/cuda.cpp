@@ -1,0 +1,13 @@
+// fedkern._cuda: the compiled CUDA kernels. Imports without a driver; a call then says what is missing.
+#include "bindings.h"
+
+namespace fedkern {
+
+void bind_cuda_blend(py::module_&);
+
+PYBIND11_MODULE(_cuda, module) {
+  module.doc() = "Compiled CUDA kernels of fedkern; use them through fedkern.ops.";
+  bind_cuda_blend(module);
+}
+
+}  // namespace fedkern
