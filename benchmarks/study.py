@@ -1,4 +1,4 @@
-"""Runs the many configurations of a study, a few at a time, each in its own run folder; what is finished is not run again.
+"""Runs the many configurations of a study, a few at a time, each in its own run folder; what is finished is kept.
 
 A study's table is only as good as its bookkeeping: every figure comes from a run folder with its ``config.toml``, an
 interrupted study goes on where it stopped, and a folder made with other settings is refused, not silently reused.

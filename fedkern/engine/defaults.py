@@ -19,12 +19,10 @@ COMMON: Mapping[str, Any] = {
 }
 
 DATA: Mapping[str, Mapping[str, Any]] = {
-    "digits": {"rounds": 20},
-    "colordigits": {"rounds": 40},
     "mnist": {"batch_size": 64},
     "fashionmnist": {"batch_size": 64},
-    "colormnist": {"rounds": 12, "batch_size": 64, "clients": 5},
-    "colorfashion": {"rounds": 12, "batch_size": 64, "clients": 5},
+    "colormnist": {"rounds": 12, "batch_size": 64},
+    "colorfashion": {"rounds": 12, "batch_size": 64},
     "cifar10": {"rounds": 100, "batch_size": 64, "model": "resnet8", "weight_decay": 5e-4},
     "cifar100": {"rounds": 100, "batch_size": 64, "model": "resnet18", "weight_decay": 5e-4},
     "nico": {
@@ -37,7 +35,6 @@ set's own (``fedkern.data.DATASETS``)."""
 
 METHOD: Mapping[tuple[str, str], Mapping[str, Any]] = {
     # (method, data set): settings; "options" holds method options by published name.
-    ("fedgid", "colordigits"): {"options": {"lambda": 0.3}},
 }
 """Settings that differ from the data set's; FedAvg and FedProx use the data set's own, so comparisons are fair."""
 
