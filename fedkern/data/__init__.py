@@ -1,14 +1,6 @@
 """Data sets, partitioners, background extraction and batch transforms."""
 
-from fedkern.data.background import (
-    BackgroundStatistics,
-    ExactMasks,
-    MaskFunction,
-    MaskSource,
-    background_statistics,
-    extract_background,
-)
-from fedkern.data.bank import BackgroundBank
+from fedkern.data.background import ExactMasks, MaskFunction, MaskSource, extract_background
 from fedkern.data.boxes_file import BoxesFile
 from fedkern.data.detections import Detections, Detector
 from fedkern.data.load import load
@@ -23,8 +15,6 @@ __all__ = [
     "COMMON_OPTIONS",
     "DATASETS",
     "PARTITIONERS",
-    "BackgroundBank",
-    "BackgroundStatistics",
     "BoxesFile",
     "DataOption",
     "DatasetInfo",
@@ -38,7 +28,6 @@ __all__ = [
     "PartitionerInfo",
     "Split",
     "augment",
-    "background_statistics",
     "extract_background",
     "load",
     "lookup",

@@ -117,35 +117,3 @@ def _span(hit: Tensor) -> Tensor:
     after_first = torch.cummax(hit, dim=1).values
     before_last = torch.cummax(hit.flip(1), dim=1).values.flip(1)
     return (after_first & before_last).bool()
-
-
-@dataclasses.dataclass(frozen=True)
-class BackgroundStatistics:
-    """How well the objects of a split were found.
-
-    Attributes:
-        images: number of images.
-        detected: number of images with an object, which are in the background bank.
-        covered: mean share of the pixels that the object takes in those, in [0, 1].
-    """
-
-    images: int
-    detected: int
-    covered: float
-
-    @property
-    def share(self) -> float:
-        """Detected images over all images."""
-        return self.detected / self.images if self.images else 0.0
-
-
-def background_statistics(split: Split) -> BackgroundStatistics:
-    """Counts the images with a detected object; none where the split has no masks."""
-    if split.masks is None or len(split) == 0:
-        return BackgroundStatistics(len(split), 0, 0.0)
-    pixels = split.masks.flatten(1).sum(dim=1)
-    found = pixels > 0
-    detected = int(found.sum())
-    area = split.masks[0].numel()
-    covered = float(pixels[found].double().mean()) / area if detected else 0.0
-    return BackgroundStatistics(len(split), detected, covered)

@@ -1,4 +1,4 @@
-"""Where object masks come from, the boxes file, and the background bank."""
+"""Where object masks come from, and the boxes file."""
 
 import json
 from pathlib import Path
@@ -7,16 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedkern.data import (
-    BackgroundBank,
-    BoxesFile,
-    ExactMasks,
-    Split,
-    background_statistics,
-    extract_background,
-    load,
-    normalise,
-)
+from fedkern.data import BoxesFile, ExactMasks, Split, extract_background, load
 from fedkern.data.background import bounding_boxes, rasterise
 from fedkern.errors import UserError
 
@@ -62,9 +53,7 @@ def test_any_callable_is_a_source() -> None:
     made = extract_background(data, lambda images, labels: (images[:, 0] > 99) & (labels != 4)[:, None, None])
     for split in made.clients:
         assert torch.equal(split.masks, (split.images[:, 0] > 99) & (split.labels != 4)[:, None, None])
-        bank = BackgroundBank(split, made.mean, made.std)
-        assert 4 not in split.labels[torch.from_numpy(bank.indices)]
-        assert len(bank) == int((split.labels != 4).sum())
+        assert torch.equal(split.masks.flatten(1).any(1), split.labels != 4)
     assert not made.exact_masks
     assert made.tests[""].masks is None
 
@@ -151,83 +140,4 @@ def test_boxes_through_load(tmp_path: Path) -> None:
     data = load("digits", clients=2, partition="iid", train_samples=20, options={"boxes": str(path)})
     found = [name for split in data.clients for name, mask in zip(split.ids, split.masks, strict=True) if mask.any()]
     assert found == [chosen]
-    statistics = background_statistics(data.clients[0])
-    assert (statistics.images, statistics.detected, statistics.share) == (10, 1, 0.1)
-    assert statistics.covered == pytest.approx(16 * 16 / 32 / 32)
-
-
-def bank_of(labels: list[int], detected: list[bool], fill: str = "mean") -> BackgroundBank:
-    n = len(labels)
-    split = split_of(n)
-    masks = torch.rand(n, 8, 10, generator=torch.Generator().manual_seed(2)) < 0.3
-    masks[:, 0, 0] = True
-    masks &= torch.tensor(detected)[:, None, None]
-    return BackgroundBank(
-        Split(split.images, torch.tensor(labels), masks), (0.4, 0.5, 0.6), (0.2, 0.3, 0.25), fill=fill
-    )
-
-
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_bank_images_are_exactly_zero_on_the_object(channels_last: bool) -> None:
-    bank = bank_of([0, 1, 2, 0, 1], [True] * 5)
-    rows = np.array([4, 0, 0, 2])
-    split, masks = bank._split, bank._split.masks[rows][:, None].expand(4, 3, 8, 10)
-    made = bank.images(rows, channels_last=channels_last)
-    assert (made[masks] == 0).all()
-    assert torch.equal(made[~masks], normalise(split.images[rows], (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))[~masks])
-    assert made.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-
-
-def test_bank_can_fill_with_black() -> None:
-    bank = bank_of([0, 1, 2], [True] * 3, fill="zero")
-    made = bank.images(np.array([1]))
-    black = torch.tensor([-0.4 / 0.2, -0.5 / 0.3, -0.6 / 0.25]).view(3, 1, 1).expand(3, 8, 10)
-    mask = bank._split.masks[1].expand(3, 8, 10)
-    torch.testing.assert_close(made[0][mask], black[mask])
-    assert (bank._split.images > 0).all()  # the split itself is untouched
-    with pytest.raises(ValueError, match='fill: expected "mean" or "zero"'):
-        bank_of([0], [True], fill="white")
-
-
-def test_bank_draws_only_detected_images_uniformly() -> None:
-    bank = bank_of([0, 1, 2, 0, 1, 2], [True, False, True, True, False, True])
-    assert bank.indices.tolist() == [0, 2, 3, 5]
-    drawn = np.bincount(bank.draw(np.random.default_rng(0), 8_000), minlength=6)
-    assert drawn[[1, 4]].sum() == 0
-    np.testing.assert_allclose(drawn[[0, 2, 3, 5]], 2_000, atol=200)
-
-
-def test_bank_excludes_the_own_class_and_stays_uniform_over_the_rest() -> None:
-    bank = bank_of([2, 0, 0, 1, 2, 2], [True] * 6)
-    for label, allowed in ((0, [0, 3, 4, 5]), (1, [0, 1, 2, 4, 5]), (2, [1, 2, 3]), (7, [0, 1, 2, 3, 4, 5])):
-        drawn = np.bincount(
-            bank.draw(np.random.default_rng(1), 6_000, labels=np.full(6_000, label), exclude_same_class=True),
-            minlength=6,
-        )
-        assert np.flatnonzero(drawn).tolist() == allowed
-        np.testing.assert_allclose(drawn[allowed], 6_000 / len(allowed), rtol=0.12)
-
-
-def test_bank_draws_are_the_generators() -> None:
-    bank = bank_of([2, 0, 0, 1, 2, 2], [True] * 6)
-    labels = np.array([0, 1, 2] * 5)
-    first, again = (bank.draw(np.random.default_rng(3), 15, labels=labels, exclude_same_class=True) for _ in range(2))
-    np.testing.assert_array_equal(first, again)
-
-
-def test_bank_errors() -> None:
-    with pytest.raises(ValueError, match="bank is empty"):
-        bank_of([0, 1], [False, False]).draw(np.random.default_rng(0), 2)
-    with pytest.raises(UserError, match="all 2 backgrounds of a client come from one class"):
-        bank_of([1, 1], [True, True]).draw(
-            np.random.default_rng(0), 2, labels=np.array([1, 0]), exclude_same_class=True
-        )
-    with pytest.raises(ValueError, match="labels: expected 3 classes"):
-        bank_of([1, 0], [True, True]).draw(np.random.default_rng(0), 3, exclude_same_class=True)
-    with pytest.raises(UserError, match="needs object masks"):
-        BackgroundBank(split_of(), (0.5,) * 3, (0.5,) * 3)
-
-
-def test_bank_statistics() -> None:
-    assert bank_of([0, 1, 2, 0], [True, False, False, True]).statistics.share == 0.5
-    assert background_statistics(split_of()).detected == 0
+    assert int(data.clients[0].masks.sum()) == 16 * 16

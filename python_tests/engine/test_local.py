@@ -117,6 +117,7 @@ def test_background_bank(cache, fill, make_data, make_config):
     torch.testing.assert_close(images[masks], inside[masks])
     torch.testing.assert_close(images[~masks], plain[~masks])
     torch.testing.assert_close(bank.take(np.array([2, 2, 0])), images[[2, 2, 0]])
+    assert torch.equal(split.images, make_data().clients[0].images)  # the training images are untouched
 
 
 class Bomb(FedAvg):

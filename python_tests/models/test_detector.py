@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fedkern import ops
-from fedkern.data import BackgroundBank, Detections, load, normalise
+from fedkern.data import Detections, FederatedData, Split, load, normalise
+from fedkern.engine.samples import Bank, ClientData
 from fedkern.errors import UserError
 from fedkern.models.detector import GroundingDino
 
@@ -80,6 +81,10 @@ def detect(folder: Path, cache: Path, box: float, text: float = 0.0) -> Any:
     )  # fmt: skip
 
 
+def backgrounds(split: Split, data: FederatedData) -> Bank:
+    return ClientData(split, data.mean, data.std, torch.device("cpu"), "none", cache=True).backgrounds("mean")
+
+
 def test_only_the_boxes_are_erased_and_the_cache_is_used(folder: Path, tmp_path: Path, forwards: list[int]) -> None:
     data = detect(folder, tmp_path, box=0.3)
     assert sum(forwards) == 30
@@ -91,10 +96,10 @@ def test_only_the_boxes_are_erased_and_the_cache_is_used(folder: Path, tmp_path:
         assert any(len(one) for one in boxes)
         marked = ops.erase_boxes(torch.zeros(len(split), 1, 32, 32), boxes, fill=1.0)[:, 0] == 1
         assert torch.equal(split.masks, marked)
-        bank = BackgroundBank(split, data.mean, data.std)
-        inside = marked[bank.indices][:, None]
-        images = bank.images(bank.indices)
-        original = normalise(untouched.images[bank.indices], data.mean, data.std)
+        detected = marked.flatten(1).any(1)
+        inside = marked[detected][:, None]
+        images = backgrounds(split, data).take(None)
+        original = normalise(untouched.images[detected], data.mean, data.std)
         assert (images[inside] == 0).all()
         assert torch.equal(images[~inside], original[~inside])
         erased, kept = erased + int(inside.sum()), kept + int((~inside).sum())
@@ -112,7 +117,7 @@ def test_other_thresholds_are_detected_anew(folder: Path, tmp_path: Path, forwar
     assert sum(forwards) == 60
     assert all(split.masks.flatten(1).any(1).all() for split in loose.clients)
     # Nothing scores above 1: no mask, and an empty bank.
-    assert all(len(BackgroundBank(split, strict.mean, strict.std)) == 0 for split in strict.clients)
+    assert all(len(backgrounds(split, strict)) == 0 for split in strict.clients)
 
 
 def test_the_thresholds_filter_scores(folder: Path) -> None:
