@@ -1,7 +1,7 @@
 """kl_div, dual_kl, entropy against eager torch and torch.compile: forward and backward on leaf inputs.
 
-Eager is the form people write, ``F.kl_div(log_softmax(s / T), softmax(t / T), "batchmean") * T²``; log_target=True is not
-faster.  The temperature of distillation is rarely 1; the ``T=1`` rows leave the divisions out of eager's form.
+Eager is the form people write, ``F.kl_div(log_softmax(s / T), softmax(t / T), "batchmean") * T²``; log_target=True is
+not faster.  The temperature of distillation is rarely 1; the ``T=1`` rows leave the divisions out of eager's form.
 Model bytes: every logit read once, every gradient written once.
 """
 

@@ -1,9 +1,9 @@
 """What every benchmark shares: interleaved contestants, medians of per-pair ratios, model bytes, a copy.
 
 A benchmark is a pytest function that calls :func:`compare` with its contestants.  Times on a shared machine drift by
-more than the differences looked for, so the contestants take turns within every pair, each starts a pair equally often,
-and a speed-up is the median of the pairs' ratios, never a ratio of two medians.  A copy of as many bytes as the operator
-must move runs among them: "% of copy" says how far a memory-bound kernel is from the machine's limit.
+more than the differences looked for, so the contestants take turns within every pair, each starts a pair equally
+often, and a speed-up is the median of the pairs' ratios, never a ratio of two medians.  A copy of as many bytes as the
+operator must move runs among them: "% of copy" says how far a memory-bound kernel is from the machine's limit.
 """
 
 from __future__ import annotations

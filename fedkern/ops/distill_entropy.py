@@ -23,7 +23,6 @@ from fedkern.ops.distill_launch import (
     entropy_backward,
     entropy_forward,
     gradient_like,
-    ordinary_gradient,
     plain,
 )
 from fedkern.ops.distill_reference import entropy_rows_reference
@@ -84,7 +83,7 @@ class _Entropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         reduction, core = ctx.settings
         logits, gradient = ctx.saved_tensors
-        ordinary = ordinary_gradient(grad)
+        ordinary = eager(grad)
         if torch.is_grad_enabled() or (gradient is None and not ordinary):
             (result,) = _library.differentiate_reference(
                 lambda x: entropy_rows_reference(x, reduction), (logits,), (True,), grad

@@ -29,7 +29,6 @@ from fedkern.ops.distill_launch import (
     divergence_forward,
     gradient_like,
     mean_scale,
-    ordinary_gradient,
     plain,
 )
 from fedkern.ops.distill_reference import compute_dtype, divergence_reference, result_dtype
@@ -200,7 +199,7 @@ class _Divergence(torch.autograd.Function):
         saved = ctx.saved_tensors
         settings = ctx.settings
         count = len(ctx.needs_input_grad) - 1
-        if torch.is_grad_enabled() or not ordinary_gradient(grad):
+        if torch.is_grad_enabled() or not eager(grad):
             return (None, *_backward_through_graph(ctx, saved[:count], settings, grad))
         if len(saved) == count:
             return (None, *_backward_from_logits(ctx, saved, settings, grad))

@@ -65,11 +65,6 @@ def plain(tensors: tuple[Tensor, ...]) -> bool:
     return shape is not None and 2 <= len(shape) <= MAX_DIMS and shape[1] != 0
 
 
-def ordinary_gradient(grad: Tensor) -> bool:
-    """True when a grad_output may be read: no transform around the backward pass, no subclass."""
-    return type(grad) is Tensor and not _functorch_active()
-
-
 def cpu_kernel(operator: str, tensors: tuple[Tensor, ...]) -> Core | None:
     """What serves ``operator`` for plain CPU ``tensors``; None for the reference."""
     found = backend._chosen.get((operator, "cpu"))

@@ -56,9 +56,7 @@ def pairwise(axes: dict[str, Sequence[Any]], seed: int = 0) -> list[dict[str, An
         for _ in range(20):
             case = [draw.randrange(len(axes[name])) for name in names]
             case[first[0]], case[first[2]] = first[1], first[3]
-            found = sum(
-                (a, case[a], b, case[b]) in open_pairs for a, b in itertools.combinations(range(len(names)), 2)
-            )
+            found = sum((a, case[a], b, case[b]) in open_pairs for a, b in itertools.combinations(range(len(names)), 2))
             if found > gain:
                 best, gain = case, found
         open_pairs -= {(a, best[a], b, best[b]) for a, b in itertools.combinations(range(len(names)), 2)}

@@ -154,7 +154,9 @@ def test_against_float64(number: int) -> None:
         with using(name):
             loss, got = differentiate(case, call, logits, weight)
         assert loss.dtype == case["dtype"]
-        assert_close(f"{name} loss", loss, expected, absolute=1e-6 * scale * (count if case["reduction"] == "sum" else 1))
+        assert_close(
+            f"{name} loss", loss, expected, absolute=1e-6 * scale * (count if case["reduction"] == "sum" else 1)
+        )
         assert not (loss < 0).any(), f"{name}: a negative divergence"
         for i, (ours, theirs) in enumerate(zip(got, gradients, strict=True)):
             assert (ours is None) == (theirs is None)
