@@ -36,21 +36,36 @@ void box_mask(const BoxMask& a) {
   parallel_for(a.batch, 1, a.threads, estimate, samples);
 }
 
+// Calls fill(begin, end) for every run of pixels that are to be replaced.
+template <typename Fill>
+inline void for_runs(const std::uint8_t* mask, std::int64_t pixels, std::uint8_t replaced, Fill&& fill) {
+  for (std::int64_t begin = 0; begin < pixels;) {
+    const void* first = std::memchr(mask + begin, replaced, static_cast<std::size_t>(pixels - begin));
+    if (!first) return;
+    begin = static_cast<const std::uint8_t*>(first) - mask;
+    const void* last = std::memchr(mask + begin, 1 - replaced, static_cast<std::size_t>(pixels - begin));
+    const std::int64_t end = last ? static_cast<const std::uint8_t*>(last) - mask : pixels;
+    fill(begin, end);
+    begin = end;
+  }
+}
+
 template <typename T>
 void box_fill(const BoxFill& a) {
-  // One unit is a row of elements next to each other: a channel's plane, or all pixels of a channels-last sample.
+  // One unit is what lies together in memory, a channel's plane or a channels-last sample: copied, then filled in cache.
   auto planes = [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t unit = begin; unit < end; ++unit) {
       const std::int64_t b = unit / a.channels, c = unit % a.channels;
       const T* x = static_cast<const T*>(a.images) + b * a.batch_stride + c * a.channel_stride;
       T* out = static_cast<T*>(a.out) + b * a.out_batch_stride + c * a.out_channel_stride;
       const T fill = static_cast<const T*>(a.fill)[b * a.fill_stride + c];
-      const std::uint8_t* mask = a.mask + b * a.pixels;
       if (a.pixel_stride == 1 && a.out_pixel_stride == 1)
-        for (std::int64_t i = 0; i < a.pixels; ++i) out[i] = mask[i] == a.replaced ? fill : x[i];
+        std::memcpy(out, x, static_cast<std::size_t>(a.pixels) * sizeof(T));
       else
-        for (std::int64_t i = 0; i < a.pixels; ++i)
-          out[i * a.out_pixel_stride] = mask[i] == a.replaced ? fill : x[i * a.pixel_stride];
+        for (std::int64_t i = 0; i < a.pixels; ++i) out[i * a.out_pixel_stride] = x[i * a.pixel_stride];
+      for_runs(a.mask + b * a.pixels, a.pixels, a.replaced, [&](std::int64_t first, std::int64_t last) {
+        for (std::int64_t i = first; i < last; ++i) out[i * a.out_pixel_stride] = fill;
+      });
     }
   };
   auto interleaved = [&](std::int64_t begin, std::int64_t end) {
@@ -58,11 +73,15 @@ void box_fill(const BoxFill& a) {
       const T* x = static_cast<const T*>(a.images) + b * a.batch_stride;
       T* out = static_cast<T*>(a.out) + b * a.out_batch_stride;
       const T* fill = static_cast<const T*>(a.fill) + b * a.fill_stride;
-      const std::uint8_t* mask = a.mask + b * a.pixels;
-      for (std::int64_t i = 0; i < a.pixels; ++i) {
-        const T* source = mask[i] == a.replaced ? fill : x + i * a.pixel_stride;
-        for (std::int64_t c = 0; c < a.channels; ++c) out[i * a.out_pixel_stride + c] = source[c];
-      }
+      if (a.pixel_stride == a.channels && a.out_pixel_stride == a.channels)
+        std::memcpy(out, x, static_cast<std::size_t>(a.pixels * a.channels) * sizeof(T));
+      else
+        for (std::int64_t i = 0; i < a.pixels; ++i)
+          for (std::int64_t c = 0; c < a.channels; ++c) out[i * a.out_pixel_stride + c] = x[i * a.pixel_stride + c];
+      for_runs(a.mask + b * a.pixels, a.pixels, a.replaced, [&](std::int64_t first, std::int64_t last) {
+        for (std::int64_t i = first; i < last; ++i)
+          for (std::int64_t c = 0; c < a.channels; ++c) out[i * a.out_pixel_stride + c] = fill[c];
+      });
     }
   };
   const double estimate = static_cast<double>(a.batch * a.channels * a.pixels) * 0.3e-9;

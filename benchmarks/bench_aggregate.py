@@ -1,0 +1,172 @@
+"""weighted_mean and Accumulator against a loop of add_, _foreach_add_ and the per-array NumPy average that Flower does.
+
+Model bytes: every vector read once, the result written once, (M + 1) * P * 4.  The contestants write into memory of
+their own that they reuse, except where a case says "fresh": there a new result is allocated, page faults included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from harness import compare
+from torch import Tensor
+
+from fedkern import ops
+
+LAYERS = 62  # arrays per model, as in ResNet-18
+
+
+def add_loop(vectors: list[Tensor], weights: list[float], out: Tensor) -> Callable[[], Tensor]:
+    total = sum(weights)
+
+    def run() -> Tensor:
+        torch.mul(vectors[0], weights[0] / total, out=out)
+        for vector, weight in zip(vectors[1:], weights[1:], strict=True):
+            out.add_(vector, alpha=weight / total)
+        return out
+
+    return run
+
+
+def foreach_add(vectors: list[Tensor], weights: list[float], out: Tensor) -> Callable[[], Tensor]:
+    """Layer by layer, one client after another."""
+    total = sum(weights)
+    layers = list(out.chunk(LAYERS))
+    clients = [list(vector.chunk(LAYERS)) for vector in vectors]
+
+    def run() -> Tensor:
+        out.zero_()
+        for client, weight in zip(clients, weights, strict=True):
+            torch._foreach_add_(layers, client, alpha=weight / total)
+        return out
+
+    return run
+
+
+def flower(vectors: list[Tensor], weights: list[float]) -> Callable[[], Any]:
+    """flwr.server.strategy.aggregate.aggregate: weight every array, add them up layer by layer, divide."""
+    total = sum(weights)
+    clients = [np.array_split(vector.numpy(), LAYERS) for vector in vectors]
+
+    def run() -> list[Any]:
+        weighted = [[layer * weight for layer in client] for client, weight in zip(clients, weights, strict=True)]
+        return [reduce(np.add, updates) / total for updates in zip(*weighted, strict=True)]
+
+    return run
+
+
+def make(count: int, size: int) -> tuple[list[Tensor], list[float], Tensor, Tensor]:
+    torch.manual_seed(0)
+    vectors = [torch.randn(size) for _ in range(count)]
+    weights = [float(100 + 7 * m) for m in range(count)]
+    return vectors, weights, torch.zeros(size), torch.zeros(size)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("count", "size", "floors"),
+    [
+        (10, 11_000_000, {"add_": 1.5, "_foreach_add_": 1.5, "Flower": 3.0}),
+        (50, 1_000_000, {"add_": 1.0, "_foreach_add_": 1.0}),
+        (20, 5_000_000, {}),
+        (10, 100_000, {}),
+    ],
+)
+def test_weighted_mean(benchmark: Any, count: int, size: int, floors: dict[str, float], threads: int) -> None:
+    vectors, weights, out, other = make(count, size)
+    runs = {
+        "fedkern": lambda: ops.weighted_mean(vectors, weights, out=out),
+        "add_": add_loop(vectors, weights, other),
+        "_foreach_add_": foreach_add(vectors, weights, other),
+        "Flower": flower(vectors, weights),
+    }
+    bytes_ = (count + 1) * size * 4
+    note = "in cache the fp64 sums cost what memory hides elsewhere; add_ sums in fp32" if size < 1_000_000 else ""
+    case = f"M={count} P={size:,} into out="
+    compare(
+        benchmark,
+        "aggregate",
+        case,
+        runs,
+        model_bytes=bytes_,
+        copy=True,
+        floors=floors if threads == 1 else {},
+        note=note,
+        threads=threads,
+    )
+
+
+def test_weighted_mean_of_a_hundred_million(benchmark: Any) -> None:
+    vectors, weights, out, other = make(5, 100_000_000)
+    runs = {
+        "fedkern": lambda: ops.weighted_mean(vectors, weights, out=out),
+        "add_": add_loop(vectors, weights, other),
+        "_foreach_add_": foreach_add(vectors, weights, other),
+    }
+    floors = {"add_": 2.0, "_foreach_add_": 2.0}
+    bytes_ = 6 * 400_000_000
+    case = "M=5 P=100,000,000 into out="
+    note = "400 MB vectors: on some virtual machines reading several side by side is slower than one after another"
+    compare(
+        benchmark, "aggregate", case, runs, model_bytes=bytes_, copy=True, floors=floors, threads=1, pairs=15, note=note
+    )
+
+
+def test_fresh_result(benchmark: Any) -> None:
+    vectors, weights, _, _ = make(10, 11_000_000)
+    total = sum(weights)
+
+    def add_() -> Tensor:
+        out = vectors[0] * (weights[0] / total)
+        for vector, weight in zip(vectors[1:], weights[1:], strict=True):
+            out.add_(vector, alpha=weight / total)
+        return out
+
+    runs = {"fedkern": lambda: ops.weighted_mean(vectors, weights), "add_": add_, "Flower": flower(vectors, weights)}
+    compare(benchmark, "aggregate", "M=10 P=11,000,000 fresh", runs, model_bytes=11 * 44_000_000, copy=True, threads=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_sixteen_bits(benchmark: Any, dtype: torch.dtype) -> None:
+    vectors, weights, out, other = (
+        [t.to(dtype) for t in x] if isinstance(x, list) and isinstance(x[0], Tensor) else x
+        for x in make(10, 11_000_000)
+    )
+    out, other = out.to(dtype), other.to(dtype)
+    runs = {
+        "fedkern": lambda: ops.weighted_mean(vectors, weights, out=out),
+        "add_": add_loop(vectors, weights, other),
+    }
+    case = f"M=10 P=11,000,000 {str(dtype).removeprefix('torch.')}"
+    compare(benchmark, "aggregate", case, runs, model_bytes=11 * 22_000_000, copy=True, threads=1)
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["plain", "exact"])
+def test_accumulator(benchmark: Any, exact: bool) -> None:
+    size = 11_000_000
+    vector, total = torch.randn(size), torch.zeros(size, dtype=torch.float64)
+    accumulator = ops.Accumulator(size, exact=exact)
+    runs = {
+        "fedkern": lambda: accumulator.add(vector, 2.0),
+        "add_ to float64": lambda: total.add_(vector, alpha=2.0),
+    }
+    moved = (4 + 48 + 2 if exact else 4 + 16) * size
+    case = f"add{' exact' if exact else ''} P={size:,}"
+    compare(benchmark, "aggregate", case, runs, model_bytes=moved, copy=True, threads=1)
+
+
+def test_flat_against_layers(benchmark: Any) -> None:
+    """Loading an averaged model: one flat copy against load_state_dict."""
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear(400, 400), torch.nn.ReLU()) for _ in range(31)])
+    state = {key: value.clone() for key, value in module.state_dict().items()}
+    twin = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear(400, 400), torch.nn.ReLU()) for _ in range(31)])
+    flat = ops.FlatParameters(twin)
+    vector = flat.vector.clone()
+    runs = {"fedkern": lambda: flat.load(vector), "load_state_dict": lambda: module.load_state_dict(state)}
+    compare(benchmark, "aggregate", "load 62 tensors, P=4,972,400", runs, threads=1)

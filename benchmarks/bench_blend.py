@@ -1,0 +1,113 @@
+"""blend and erase_boxes against eager torch and torch.compile: forward and backward on leaf inputs.
+
+Eager is the form people write, ``alpha * fg + (1 - alpha) * bg[index]``.  Model bytes of blend: two maps read and one
+written forward, one read and two written backward.  Every contestant allocates its results afresh, as in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from harness import compare
+from torch import Tensor
+
+from fedkern import ops
+
+FLOORS = {"eager": 2.0, "compile": 1.0}
+SHAPE = (64, 256, 14, 14)
+
+
+def eager(foreground: Tensor, background: Tensor, alpha: float | Tensor, index: Tensor) -> Tensor:
+    if isinstance(alpha, Tensor):
+        alpha = alpha.reshape(-1, *[1] * (foreground.dim() - 1))
+    return alpha * foreground + (1 - alpha) * background[index]
+
+
+def fedkern(foreground: Tensor, background: Tensor, alpha: float | Tensor, index: Tensor) -> Tensor:
+    return ops.blend(foreground, background, alpha, index=index)
+
+
+def contestants(make: Callable[[Callable[..., Any]], Callable[[], None]]) -> dict[str, Callable[[], None]]:
+    torch._dynamo.reset()
+    return {"fedkern": make(fedkern), "eager": make(eager), "compile": make(torch.compile(eager))}
+
+
+def leaves(
+    shape: tuple[int, ...], memory_format: torch.memory_format, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    first, second, grad = (torch.randn(shape).to(dtype).contiguous(memory_format=memory_format) for _ in range(3))
+    return first.requires_grad_(), second.requires_grad_(), grad
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("pick", ["permutation", "repeated"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_blend(benchmark: Any, layout: str, pick: str, threads: int) -> None:
+    memory_format = torch.contiguous_format if layout == "contiguous" else torch.channels_last
+    foreground, background, grad = leaves(SHAPE, memory_format, torch.float32)
+    index = torch.randperm(64) if pick == "permutation" else torch.randint(0, 64, (64,))
+
+    def make(function: Callable[..., Tensor]) -> Callable[[], None]:
+        def step() -> None:
+            foreground.grad = background.grad = None
+            function(foreground, background, 0.6, index).backward(grad)
+
+        return step
+
+    bytes_ = 6 * foreground.numel() * 4
+    runs = contestants(make)
+    case = f"{list(SHAPE)} {layout}, {pick}"
+    compare(benchmark, "blend", case, runs, model_bytes=bytes_, copy=True, floors=FLOORS, threads=threads)
+
+
+def test_blend_on_a_busy_machine(benchmark: Any) -> None:
+    foreground, background, grad = leaves(SHAPE, torch.contiguous_format, torch.float32)
+    index = torch.randperm(64)
+
+    def make(function: Callable[..., Tensor]) -> Callable[[], None]:
+        def step() -> None:
+            foreground.grad = background.grad = None
+            function(foreground, background, 0.6, index).backward(grad)
+
+        return step
+
+    compare(benchmark, "blend", f"{list(SHAPE)}", contestants(make), threads=2, loaded=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", [(64, 128), (32, 64, 8, 8)], ids=str)
+def test_small_blend(benchmark: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    foreground, background, grad = leaves(shape, torch.contiguous_format, dtype)
+    index = torch.randperm(shape[0])
+    alpha = torch.rand(shape[0]).to(dtype)
+
+    def make(function: Callable[..., Tensor]) -> Callable[[], None]:
+        def step() -> None:
+            foreground.grad = background.grad = None
+            function(foreground, background, alpha, index).backward(grad)
+
+        return step
+
+    case = f"{list(shape)} {str(dtype).removeprefix('torch.')}, alpha [B]"
+    compare(benchmark, "blend", case, contestants(make), threads=1, note="an empty autograd.Function takes most of it")
+
+
+def test_erase_boxes(benchmark: Any) -> None:
+    torch.manual_seed(0)
+    images = torch.rand(64, 3, 224, 224)
+    corners = torch.rand(64, 2, 2) * 120
+    boxes = torch.cat([corners, corners + 20 + torch.rand(64, 2, 2) * 80], 2)
+
+    def loop() -> Tensor:
+        out = images.clone()
+        for b, rows in enumerate(boxes.ceil().int().tolist()):
+            for x1, y1, x2, y2 in rows:
+                out[b, :, y1:y2, x1:x2] = 0
+        return out
+
+    runs = {"fedkern": lambda: ops.erase_boxes(images, boxes), "loop of slices": loop}
+    compare(benchmark, "boxes", "[64, 3, 224, 224]", runs, model_bytes=2 * images.nbytes, copy=True, threads=1)
