@@ -132,14 +132,14 @@ def test_a_signal_ends_in_one_line_that_says_how_to_resume(capsys, monkeypatch, 
 
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(progress.Lines, "on_round", stop)
-    assert main(["fedavg", *TINY, "--out", "stopped"]) == code
+    assert main(["fedavg", *TINY, "--out", "stopped here"]) == code
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.splitlines()[-1] == f"{word}; continue with: python -m fedkern.run --resume stopped"
+    assert err.splitlines()[-1] == f"{word}; continue with: python -m fedkern.run --resume 'stopped here'"
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    assert main(["--resume", "stopped", "--quiet"]) == 0
+    assert main(["--resume", "stopped here", "--quiet"]) == 0
 
 
 def test_ctrl_c_then_resume_gives_the_uninterrupted_run(capsys, tmp_path):
@@ -187,7 +187,7 @@ def test_a_full_disk_is_one_sentence(capsys, monkeypatch, tmp_path):
         return write_bytes(self, content)
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    assert "No space left on device" in fails(capsys, "fedavg", *TINY, "--out", "full")
+    assert "the disk is full" in fails(capsys, "fedavg", *TINY, "--out", "full")
     assert written > 2
     assert not list((tmp_path / "full").rglob("*.part"))
     monkeypatch.setattr(Path, "write_bytes", write_bytes)
@@ -211,6 +211,7 @@ def test_a_disk_that_fills_up_while_drawing_keeps_the_run(capsys, monkeypatch, t
 def test_an_unwritable_folder(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     assert "file" in fails(capsys, "fedavg", *TINY, "--out", "file/below")
+    assert "file is a file" in fails(capsys, "fedavg", *TINY, "--out", "file")
 
 
 @pytest.mark.parametrize("chosen", [None, "ACTIVE"])

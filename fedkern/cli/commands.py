@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedkern.cli.flags import PROGRAM, Request, command_line, effective, named_options
+from fedkern.cli.flags import PROGRAM, Request, command_line, effective, named_options, quote
 from fedkern.engine import Listener, RunConfig, RunInfo, Terminated
 from fedkern.engine.records import plain
 from fedkern.errors import UserError
@@ -104,7 +104,7 @@ def run(request: Request) -> int:
         shown.close()
         how = "terminated" if isinstance(stop, Terminated) else "interrupted"
         if (out / "config.toml").exists():
-            shown.console.print(f"{how}; continue with: {PROGRAM} --resume {out}", **_PLAIN)
+            shown.console.print(f"{how}; continue with: {PROGRAM} --resume {quote(out)}", **_PLAIN)
         else:
             shown.console.print(f"{how} before anything was written; start again.", **_PLAIN)
         return 143 if isinstance(stop, Terminated) else 130
@@ -159,7 +159,7 @@ def _pictures(out: Path, data: Any) -> list[Path]:
     except OSError as error:
         raise UserError(
             f"The run is complete, but its pictures cannot be written ({error.strerror or error}): free some space, "
-            f"then draw them with {PROGRAM} --resume {out}."
+            f"then draw them with {PROGRAM} --resume {quote(out)}."
         ) from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ except ImportError:  # not a POSIX system: runs work there, but nothing keeps tw
     fcntl = None  # type: ignore[assignment]
 
 TEMPORARY = ".part"
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def write(path: Path, fill: Callable[[Path], object]) -> None:
@@ -46,9 +48,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def unwritable(path: Path, error: Exception) -> UserError:
-    """The sentence for a file that could not be written."""
+    """The sentence for a file or folder that could not be written."""
     reason = getattr(error, "strerror", None) or str(error)
-    return UserError(f"{path} cannot be written ({reason}): free some space or choose another --out, then --resume.")
+    # safetensors tells the system's error in its text alone.
+    if getattr(error, "errno", None) in FULL or any(f"(os error {number})" in reason for number in FULL):
+        return UserError(f"{path} cannot be written, the disk is full: free some space, then go on with --resume.")
+    return UserError(f"{path} cannot be written ({reason}): choose another folder with --out.")
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """States, checkpoints, ledger, locks and records on disk."""
 
+import errno
 import json
 import math
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from fedkern.engine import atomic, records, state
 from fedkern.engine.checkpoint import Checkpoints
@@ -131,7 +133,7 @@ def test_writes_are_complete_or_absent(tmp_path):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(UserError, match="No space left on device"):
+    with pytest.raises(UserError, match="the disk is full"):
         atomic.write(tmp_path / "x", fail)
     assert (tmp_path / "x").read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
@@ -217,6 +219,34 @@ def test_records_are_json_that_any_reader_takes(tmp_path):
     metrics.truncate(size)
     metrics.append({"round": 3})
     assert [r["round"] for r in records.read_metrics(tmp_path)] == [1, 3]
+
+
+def test_a_cut_off_last_line_is_no_record_and_damage_elsewhere_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read: No such file"):
+        records.read_metrics(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"round": 1}\n{"rou')
+    assert records.read_metrics(tmp_path) == [{"round": 1}]
+    (tmp_path / "metrics.jsonl").write_text('{"round": 1}\n{"rou\n{"round": 3}\n')
+    with pytest.raises(UserError, match="line 2, is damaged"):
+        records.read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full: free some space"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "the disk is full: free some space"),
+        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied.: choose another folder with --out"),
+    ],
+    ids=["full", "full by safetensors", "forbidden"],
+)
+def test_the_way_out_fits_what_went_wrong(error, advice, tmp_path):
+    def fail(path):
+        raise error
+
+    with pytest.raises(UserError, match=f"x cannot be written.*{advice}"):
+        atomic.write(tmp_path / "x", fail)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_reaches_the_disk_before_its_name_does(tmp_path, monkeypatch):
