@@ -213,10 +213,13 @@ def _named_data(argv: Sequence[str]) -> str:
     return str(COMMON["data"])
 
 
-def _unknown(word: str, parser: argparse.ArgumentParser) -> UserError:
+def _unknown(word: str, parser: argparse.ArgumentParser, method: str | None) -> UserError:
     if not word.startswith("-"):
         return UserError(f'Unexpected word "{word}": one METHOD is expected, and values follow their flag.')
     given = word.partition("=")[0]
+    option = given.lstrip("-").replace("-", "_")
+    if method is not None and any(option in (knob.name, knob.field) for knob in METHODS[method].Options.knobs()):
+        return UserError(f"{given} is an option of {method}: write --method-option {option}=VALUE.")
     flags = [name for action in parser._actions for name in action.option_strings]
     return UserError(f'Unknown flag "{given}".{nearest(given, flags)} See {PROGRAM} --help.')
 
@@ -233,7 +236,7 @@ def parse(argv: Sequence[str]) -> Request:
     values, rest = parser.parse_known_args(list(argv))
     # Unknown flags first: the value of one is otherwise taken for the method.
     for word in [*(word for word in rest if word.startswith("-")), *rest]:
-        raise _unknown(word, parser)
+        raise _unknown(word, parser, named)
     method = values.method
     if values.help:
         return Request("help", method=method, help=parser.format_help())
@@ -344,13 +347,14 @@ def command_line(method: str, config: RunConfig) -> str:
         if f.name in ("lr", "lr_decay", "momentum", "weight_decay", "clip_norm") and value == getattr(own, f.name):
             continue
         if value != getattr(target, f.name):
-            words += [flag(f.name), _quote(value)]
+            words += [flag(f.name), quote(value)]
     if config.data != RunConfig.make(method).data:
-        words[2:2] = ["--data", _quote(config.data)]
+        words[2:2] = ["--data", quote(config.data)]
     for name, value in config.data_options.items():
-        words += [flag(name), _quote(value)] if name in DATA_FLAGS else ["--data-option", _quote(f"{name}={value}")]
+        words += [flag(name), quote(value)] if name in DATA_FLAGS else ["--data-option", quote(f"{name}={value}")]
     return " ".join(words)
 
 
-def _quote(value: Any) -> str:
+def quote(value: Any) -> str:
+    """A value as the shell takes it for one word."""
     return shlex.quote(_word(value))

@@ -5,7 +5,7 @@ from fedkern.data.boxes_file import BoxesFile
 from fedkern.data.detections import Detections, Detector
 from fedkern.data.load import load
 from fedkern.data.partition import PARTITIONERS, PartitionerInfo, parse_partition, partition, partition_like
-from fedkern.data.registry import COMMON_OPTIONS, DATASETS, DataOption, DatasetInfo, lookup
+from fedkern.data.registry import COMMON_OPTIONS, DATASETS, DETECTION_OPTIONS, DataOption, DatasetInfo, lookup
 from fedkern.data.statistics import PartitionStatistics
 from fedkern.data.transforms import AUGMENTATIONS, augment, normalise
 from fedkern.data.types import FederatedData, Split
@@ -14,6 +14,7 @@ __all__ = [
     "AUGMENTATIONS",
     "COMMON_OPTIONS",
     "DATASETS",
+    "DETECTION_OPTIONS",
     "PARTITIONERS",
     "BoxesFile",
     "DataOption",

@@ -18,7 +18,7 @@ from fedkern.data.coloured import class_colours, colourise, random_colours, tied
 from fedkern.data.detections import Detections, Detector
 from fedkern.data.partition import PartitionSpec, parse_partition, partition_like
 from fedkern.data.partition import partition as share_out
-from fedkern.data.registry import DatasetInfo, lookup, read_options
+from fedkern.data.registry import DATASETS, DETECTION_OPTIONS, DatasetInfo, lookup, read_options
 from fedkern.data.statistics import PartitionStatistics
 from fedkern.data.types import FederatedData, Pool, Source, Split
 from fedkern.errors import UserError
@@ -123,8 +123,8 @@ def _background_source(
     if common["boxes"]:
         return BoxesFile(common["boxes"], data.image_ids)
     if not common["detector"]:
-        for option in ("box_threshold", "text_threshold", "detector_cache"):
-            if option in given:
+        for option in DETECTION_OPTIONS:
+            if option in given and option not in ("boxes", "detector"):
                 raise UserError(f'option {option} of data set "{name}" has no effect without the option detector')
         return None
     if make_detector is None:
@@ -176,7 +176,7 @@ def _painted(grey: Split, colours: npt.NDArray[np.uint8]) -> Split:
 def _check_correlation(name: str, info: DatasetInfo, correlation: float | None) -> float:
     if info.correlation is None:
         if correlation is not None:
-            coloured = ", ".join(["colordigits", "colormnist", "colorfashion"])
+            coloured = ", ".join(key for key, entry in DATASETS.items() if entry.coloured)
             raise UserError(f'data set "{name}" has no colours to correlate; --correlation is for {coloured}')
         return 0.0
     correlation = info.correlation if correlation is None else correlation

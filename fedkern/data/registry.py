@@ -100,6 +100,9 @@ COMMON_OPTIONS: dict[str, DataOption] = {
     "detector_cache": DataOption("", "folder for detected boxes (default: fedkern/detections in the user's cache)"),
 }
 
+DETECTION_OPTIONS = ("boxes", "detector", "box_threshold", "text_threshold", "detector_cache")
+"""Those that only say where the objects of the training images are."""
+
 
 def _embedded(root: Root) -> Source:
     return open_digits()

@@ -3,6 +3,16 @@
 from fedkern.engine.config import RunConfig
 from fedkern.engine.events import Listener, RunInfo, Terminated
 from fedkern.engine.records import read_metrics, read_model, read_summary
-from fedkern.engine.run import run
+from fedkern.engine.run import load_data, run
 
-__all__ = ["Listener", "RunConfig", "RunInfo", "Terminated", "read_metrics", "read_model", "read_summary", "run"]
+__all__ = [
+    "Listener",
+    "RunConfig",
+    "RunInfo",
+    "Terminated",
+    "load_data",
+    "read_metrics",
+    "read_model",
+    "read_summary",
+    "run",
+]

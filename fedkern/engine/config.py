@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -12,6 +13,7 @@ from typing import Any, Self
 
 import torch
 
+from fedkern.data import AUGMENTATIONS, DATASETS
 from fedkern.data.registry import read_options
 from fedkern.engine import toml
 from fedkern.engine.defaults import COMMON, defaults
@@ -28,13 +30,13 @@ class RunConfig:
     """The settings of one run.  Make it with :meth:`make`, which fills in the defaults, or :meth:`load`."""
 
     method: str = option("fedavg", "what clients and server do")
-    data: str = option(COMMON["data"], "data set")
+    data: str = option(COMMON["data"], "data set: " + ", ".join(DATASETS))
     data_root: str | None = option(None, "folder that holds the data files", type=str)
     train_samples: int | None = option(None, "use this many training samples instead of all", low=1, type=int)
     partition: str | None = option(
         None, "how samples are split over clients: iid, dirichlet:ALPHA, classes:S, attribute", type=str
     )
-    clients: int = option(5, "number of clients", low=1)
+    clients: int = option(DATASETS[COMMON["data"]].clients, "number of clients", low=1)
     correlation: float | None = option(
         None, "how strongly the background colour tells the class", low=0, high=1, type=float
     )
@@ -47,9 +49,11 @@ class RunConfig:
     momentum: float = option(COMMON["momentum"], "momentum of the clients' SGD", low=0, high=1)
     weight_decay: float = option(COMMON["weight_decay"], "weight decay of the clients' SGD", low=0)
     clip_norm: float = option(0.0, "largest gradient norm of a step; 0 clips nothing", low=0)
-    model: str = option(COMMON["model"], "network")
+    model: str = option(COMMON["model"], "network: " + ", ".join(MODELS))
     width: int | None = option(None, "channels of the network's first stage", low=1, type=int)
-    augment: str | None = option(None, "augmentation of training images instead of the data set's", type=str)
+    augment: str | None = option(
+        None, "augmentation of training images instead of the data set's", choices=tuple(AUGMENTATIONS), type=str
+    )
     buffers: str = option(
         "average", "what becomes of batch norm's running statistics", choices=("average", "local", "drop")
     )
@@ -65,7 +69,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for knob in self.knobs():
-            object.__setattr__(self, knob.field, knob.convert(getattr(self, knob.field)))
+            value = knob.convert(getattr(self, knob.field))
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{knob.label} must be finite, not {value}.")
+            object.__setattr__(self, knob.field, value)
         parsed = registry.get(self.method).Options.parse(self.options, method=self.method)
         object.__setattr__(self, "options", parsed.to_dict())
         object.__setattr__(self, "data_options", dict(self.data_options))
@@ -183,8 +190,16 @@ class RunConfig:
         return cls.from_toml(text, source=str(path))
 
     def differences(self, stored: RunConfig) -> list[str]:
-        """What differs from a stored run, as ``name: stored -> now``; empty when nothing does."""
+        """What differs from a stored run, as ``name: stored -> now``; empty when nothing does.
+
+        The options of two methods are not compared.
+        """
         mine, theirs = _flat(self.to_dict()), _flat(stored.to_dict())
+        if self.method != stored.method:
+            mine, theirs = (
+                {name: value for name, value in table.items() if not name.startswith("options.")}
+                for table in (mine, theirs)
+            )
         names = list(dict.fromkeys([*theirs, *mine]))
         return [
             f"{name}: {theirs.get(name, 'unset')} -> {mine.get(name, 'unset')}"

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,13 +68,23 @@ class Metrics:
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """The records of a run folder; a last line cut off by a crash is left out."""
+    """The records of a run folder, one of each evaluated round; a last line cut off by a crash is left out.
+
+    Raises:
+        UserError: the folder has no such file, or a line before the last is not JSON.
+    """
+    path = out / METRICS
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
     records = []
-    for line in (out / METRICS).read_text(encoding="utf-8").splitlines():
+    for number, line in enumerate(lines, start=1):
         try:
             records.append(json.loads(line))
         except ValueError:
-            break
+            if number < len(lines):
+                raise UserError(f"{path}, line {number}, is damaged: expected one JSON object per line.") from None
     return records
 
 
@@ -106,7 +117,7 @@ def read_model(out: Path | str) -> tuple[models.StagedNetwork, dict[str, Any]]:
     ``model``, ``width``, ``method`` and ``rounds``.
 
     Raises:
-        UserError: the folder has no finished run, or its file is damaged.
+        UserError: the folder has no finished run, or its file is damaged or of another network.
     """
     path = Path(out) / MODEL
     try:
@@ -114,7 +125,8 @@ def read_model(out: Path | str) -> tuple[models.StagedNetwork, dict[str, Any]]:
             about = json.loads((file.metadata() or {})["fedkern"])
         tensors = load_file(path)
     except FileNotFoundError:
-        raise UserError(f"{out} has no {MODEL}: its run is not finished, continue it with --resume {out}.") from None
+        way_out = f"its run is not finished, continue it with --resume {shlex.quote(str(out))}"
+        raise UserError(f"{out} has no {MODEL}: {way_out}.") from None
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}.") from None
     network = models.build(
@@ -125,7 +137,10 @@ def read_model(out: Path | str) -> tuple[models.StagedNetwork, dict[str, Any]]:
         seed=0,
         width=about["width"],
     )
-    network.load_state_dict(tensors)
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError:
+        raise UserError(f"{path} does not hold the parameters of a {about['model']}.") from None
     return network.eval(), about
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fedkern.data import load
+from fedkern.data import DETECTION_OPTIONS, FederatedData, load
 from fedkern.engine import atomic, records
 from fedkern.engine import config as settings
 from fedkern.engine.checkpoint import Checkpoints
@@ -27,6 +28,10 @@ def run(
     config: RunConfig, *, out: str | Path, resume: bool = False, listener: Listener | None = None, data: Any = None
 ) -> dict[str, Any]:
     """Runs a method and returns the summary that also stands in ``out/summary.json``.
+
+    With more than one thread on a machine that does other work too, set ``OMP_WAIT_POLICY=PASSIVE`` in the environment
+    before torch is imported, as the command line does: OpenMP's threads otherwise spin while they wait for each other,
+    and a small network then trains several times slower than on one thread.
 
     Args:
         config: every setting.
@@ -51,7 +56,7 @@ def run(
     else:
         _vacant(out)
     with cpu_threads(config.threads), _terminable(), _reproducible():
-        data = _load(config, listener) if data is None else data
+        data = load_data(config, notice=listener.on_notice) if data is None else data
         config = _effective(config, data)
         if resume:
             _compare(config, stored, out)
@@ -77,8 +82,12 @@ def _compare(config: RunConfig, stored: RunConfig, out: Path) -> None:
 
 
 def _vacant(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: choose another folder with --out.")
     if (out / settings.NAME).exists():
-        raise UserError(f"{out} already holds a run: continue it with --resume {out}, or choose another --out.")
+        raise UserError(
+            f"{out} already holds a run: continue it with --resume {shlex.quote(str(out))}, or choose another --out."
+        )
 
 
 def _finished(out: Path) -> dict[str, Any] | None:
@@ -89,13 +98,24 @@ def _finished(out: Path) -> dict[str, Any] | None:
     return records.read_summary(out)
 
 
-def _detector(name: str, box_threshold: float, text_threshold: float) -> Any:
-    from fedkern.models.detector import GroundingDino  # transformers, loaded by those who need it
+def load_data(config: RunConfig, *, masks: bool = True, notice: Callable[[str], None] | None = None) -> FederatedData:
+    """The federated data that the settings name.
 
-    return GroundingDino(name, box_threshold, text_threshold)
+    Args:
+        config: every setting; a detector runs on its device.
+        masks: False leaves out the boxes file or detector that finds the objects of the training images.
+        notice: told how far a long detection has come.
 
+    Raises:
+        UserError: see :func:`fedkern.data.load`.
+    """
 
-def _load(config: RunConfig, listener: Listener) -> Any:
+    def detector(name: str, box_threshold: float, text_threshold: float) -> Any:
+        from fedkern.models.detector import GroundingDino
+
+        return GroundingDino(name, box_threshold, text_threshold, device=config.device)
+
+    options = config.data_options
     return load(
         config.data,
         root=config.data_root,
@@ -104,9 +124,9 @@ def _load(config: RunConfig, listener: Listener) -> Any:
         seed=config.seed,
         train_samples=config.train_samples,
         correlation=config.correlation,
-        options=config.data_options,
-        make_detector=_detector,
-        notice=listener.on_notice,
+        options=options if masks else {key: value for key, value in options.items() if key not in DETECTION_OPTIONS},
+        make_detector=detector,
+        notice=notice,
     )
 
 

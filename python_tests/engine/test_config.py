@@ -35,6 +35,10 @@ def test_what_is_given_wins_over_the_defaults_of_method_and_data():
     assert {**RunConfig.make("fedgid").options, **own} == dict(RunConfig.make("fedgid").options)
 
 
+def test_plain_defaults_are_those_of_the_default_data_set():
+    assert RunConfig().clients == DATASETS[RunConfig().data].clients
+
+
 def test_methods_share_the_settings_of_a_data_set():
     a, b = (RunConfig.make(m) for m in ("fedavg", "fedgid"))
     assert {d.split(":")[0].split(".")[0] for d in b.differences(a)} <= {"method", "options"}
@@ -48,6 +52,8 @@ def test_methods_share_the_settings_of_a_data_set():
         ({"rounds": 0}, "--rounds must be at least 1"),
         ({"sample_fraction": 1.5}, "--sample-fraction must be above 0 and at most 1"),
         ({"correlation": 2}, r"--correlation must be in \[0, 1\]"),
+        ({"lr": math.inf}, "--lr must be finite"),
+        ({"augment": "crop-flop"}, '--augment must be one of none, crop.*Did you mean "crop-flip"'),
         ({"momentum": 1}, "--momentum must be below 1"),
         ({"buffers": "avg"}, '--buffers must be one of average, local, drop, not "avg"'),
         ({"device": "gpu"}, "--device must be one of auto, cpu, cuda"),
@@ -66,6 +72,7 @@ def test_differences_name_setting_old_and_new():
     changed = config.replace(lr=0.5, options={**config.options, "temperature": math.inf})
     assert changed.differences(config) == ["lr: 0.05 -> 0.5", "options.temperature: 1.0 -> inf"]
     assert config.differences(config) == []
+    assert RunConfig.make("fedavg", lr=0.1).differences(config) == ["method: fedgid -> fedavg", "lr: 0.05 -> 0.1"]
 
 
 def test_infinite_temperature_survives_toml():

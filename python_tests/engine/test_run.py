@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedkern import models
-from fedkern.engine import Listener, RunConfig, read_metrics, read_model, run
+from fedkern.engine import Listener, RunConfig, load_data, read_metrics, read_model, run
 from fedkern.engine.serial import Bench, Client
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg, Step, register
@@ -203,6 +203,21 @@ def test_refuses_a_folder_that_holds_a_run(make_data, make_config, tmp_path):
         run(make_config(rounds=1), out=tmp_path / "run", data=make_data())
 
 
+def test_a_detector_runs_on_the_device_of_the_run(make_config, monkeypatch):
+    given = {}
+
+    def detector(model, box_threshold, text_threshold, device):
+        given.update(model=model, thresholds=(box_threshold, text_threshold), device=device)
+        raise UserError("made")
+
+    monkeypatch.setattr("fedkern.models.detector.GroundingDino", detector)
+    config = make_config(data="digits", partition="iid", data_options={"detector": "tiny", "text_threshold": 0.4})
+    with pytest.raises(UserError, match="made"):
+        load_data(config)
+    assert given == {"model": "tiny", "thresholds": (0.35, 0.4), "device": "cpu"}
+    assert load_data(config, masks=False).clients[0].masks is None
+
+
 def test_empty_client_is_named(make_data, make_config, tmp_path):
     with pytest.raises(UserError, match="Client 1 has no training samples"):
         run(make_config(), out=tmp_path / "run", data=make_data(sizes=(5, 0, 5)))
@@ -228,7 +243,7 @@ def test_full_disk_is_one_sentence_and_leaves_no_half_file(make_data, make_confi
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(state, "save_file", full)
-    with pytest.raises(UserError, match="No space left on device"):
+    with pytest.raises(UserError, match="the disk is full"):
         run(make_config(), out=tmp_path / "run", data=make_data())
     assert not list((tmp_path / "run").rglob("*.part"))
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
