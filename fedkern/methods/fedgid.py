@@ -214,6 +214,12 @@ class FedGID(LocalTraining):
             pool = client.state.get("pool")
             bank = client.backgrounds(fill) if pool is None else client.make_backgrounds(pool, fill)
             client.scratch["bank"] = bank
+            if self.options.exclude_same_class and len(set(bank.labels.tolist())) == 1:
+                client.warn(
+                    "background-one-class",
+                    f"All backgrounds of client {client.id} come from one class: its own samples of that class are "
+                    "mixed with them in spite of exclude_same_class.",
+                )
         return bank
 
     def _draw_alpha(self, rng: np.random.Generator, size: int) -> np.ndarray:
@@ -231,8 +237,7 @@ class FedGID(LocalTraining):
         if self.options.intervention and not self._own_only() and not client.objects_known:
             raise UserError(
                 "The background intervention needs to know where the objects are, and this data set has no masks: give "
-                "--data-option boxes=FILE or --data-option detector=PATH, or turn it off with "
-                "--method-option intervention=off."
+                "--boxes FILE or --detector PATH_OR_NAME, or turn it off with --method-option intervention=off."
             )
 
     def start(self, server: Server) -> None:

@@ -341,6 +341,14 @@ def test_empty_bank_trains_without_intervention_and_says_so(make_data, make_conf
     assert "loss_gi" not in clients["1"]
 
 
+def test_backgrounds_of_one_class_are_reported_where_others_were_asked_for(make_data, make_config, tmp_path):
+    data = make_data()
+    data.clients[1].labels.fill_(2)
+    options = {"exclude_same_class": True}
+    summary = run(make_config("fedgid", rounds=1, options=options), out=tmp_path, data=data)
+    assert "client 1" in summary["diagnostics"]["background-one-class"]
+
+
 def test_an_intervention_that_changes_nothing_is_reported(make_data, make_config, tmp_path):
     inert = run(make_config("fedgid", options={"alpha": 0.9999}), out=tmp_path / "a", data=make_data())
     assert "intervention-inert" in inert["diagnostics"]
