@@ -25,32 +25,6 @@ SMALL = ["--train-samples", "60", "--clients", "2", "--local-epochs", "1", "--th
 TINY = [*SMALL, "--rounds", "2", "--grad-cam", "8"]
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """Every test in an empty folder of its own, free of the caller's environment."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("FEDKERN_BACKEND", "FEDKERN_CPU_ISA"):
-        monkeypatch.delenv(name, raising=False)
-
-
-def fails(capsys, *argv: str) -> str:
-    """Runs a command that must end in one sentence and exit code 2, and returns the sentence."""
-    assert main(list(argv)) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "Traceback" not in err
-    sentence = err.splitlines()[-1]
-    assert sentence.startswith("error: ")
-    assert sentence.endswith((".", "?"))
-    return sentence
-
-
-def result(capsys, *argv: str) -> tuple[str, str]:
-    assert main(list(argv)) == 0
-    out, err = capsys.readouterr()
-    return out, err
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One finished FedGID run, its output and its folder."""
@@ -84,39 +58,39 @@ def test_a_run_leaves_its_folder_and_says_how_it_ended(finished):
     assert {"seconds", "bytes_up", "bytes_down", "id_accuracy", "ood_accuracy"} <= set(records[0])
 
 
-def test_json_is_alone_on_standard_output(capsys, tmp_path):
-    out, err = result(capsys, "fedavg", *TINY, "--json", "--out", "here")
+def test_json_is_alone_on_standard_output(result, tmp_path):
+    out, err = result("fedavg", *TINY, "--json", "--out", "here")
     summary = json.loads(out)
     assert summary == json.loads((tmp_path / "here" / "summary.json").read_text())
     assert {"method", "data", "seed", "rounds", "metrics", "bytes", "seconds", "versions"} <= set(summary)
     assert "round" not in err.replace("background", "")
 
 
-def test_quiet_leaves_the_folder_and_its_default_name(capsys, tmp_path):
-    out, _ = result(capsys, "fedavg", *TINY, "--quiet")
+def test_quiet_leaves_the_folder_and_its_default_name(result, tmp_path):
+    out, _ = result("fedavg", *TINY, "--quiet")
     assert re.fullmatch(r"runs/fedavg-colordigits-\d{8}-\d{6}\n", out)
     assert (tmp_path / out.strip() / "summary.json").exists()
 
 
-def test_a_finished_run_resumes_to_the_same_summary(capsys, finished):
+def test_a_finished_run_resumes_to_the_same_summary(result, finished):
     folder, _, _ = finished
     before = (folder / "summary.json").read_bytes()
     (folder / "gradcam.png").unlink()
-    out, _ = result(capsys, "--resume", str(folder))
+    out, _ = result("--resume", str(folder))
     assert (folder / "summary.json").read_bytes() == before
     assert "time per round" in out
     assert (folder / "gradcam.png").exists()  # drawn again
 
 
-def test_a_folder_of_another_configuration(capsys, finished):
+def test_a_folder_of_another_configuration(fails, result, finished):
     folder, _, _ = finished
-    sentence = fails(capsys, "fedgid", "--lr", "0.01", "--resume", str(folder))
+    sentence = fails("fedgid", "--lr", "0.01", "--resume", str(folder))
     assert "lr: 0.05 -> 0.01" in sentence
-    assert "alpha" in fails(capsys, "--resume", str(folder), "--method-option", "alpha=0.1")
-    assert "method: fedgid -> fedavg" in fails(capsys, "fedavg", "--resume", str(folder))
-    assert "already holds a run" in fails(capsys, "fedavg", *TINY, "--out", str(folder))
+    assert "alpha" in fails("--resume", str(folder), "--method-option", "alpha=0.1")
+    assert "method: fedgid -> fedavg" in fails("fedavg", "--resume", str(folder))
+    assert "already holds a run" in fails("fedavg", *TINY, "--out", str(folder))
     # Repeating what is stored is no mistake.
-    result(capsys, "fedgid", "--rounds", "2", "--resume", str(folder))
+    result("fedgid", "--rounds", "2", "--resume", str(folder))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +116,7 @@ def test_a_signal_ends_in_one_line_that_says_how_to_resume(capsys, monkeypatch, 
     assert main(["--resume", "stopped here", "--quiet"]) == 0
 
 
-def test_ctrl_c_then_resume_gives_the_uninterrupted_run(capsys, tmp_path):
+def test_ctrl_c_then_resume_gives_the_uninterrupted_run(result, tmp_path):
     argv = ["fedgid", *SMALL, "--rounds", "12", "--grad-cam", "0"]
     process = subprocess.Popen(
         [sys.executable, "-m", "fedkern.run", *argv, "--out", "stopped"],
@@ -165,15 +139,15 @@ def test_ctrl_c_then_resume_gives_the_uninterrupted_run(capsys, tmp_path):
     assert out == ""
     assert "Traceback" not in err
     assert err.splitlines()[-1].endswith("--resume stopped")
-    _, err = result(capsys, "--resume", "stopped")
+    _, err = result("--resume", "stopped")
     assert "resumed after round" in err
-    result(capsys, *argv, "--out", "whole", "--quiet")
+    result(*argv, "--out", "whole", "--quiet")
     stopped, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("stopped", "whole"))
     assert stopped.keys() == whole.keys()
     assert all(torch.equal(stopped[name], whole[name]) for name in whole)
 
 
-def test_a_full_disk_is_one_sentence(capsys, monkeypatch, tmp_path):
+def test_a_full_disk_is_one_sentence(fails, result, monkeypatch, tmp_path):
     write_bytes = Path.write_bytes
     written = 0
 
@@ -187,31 +161,31 @@ def test_a_full_disk_is_one_sentence(capsys, monkeypatch, tmp_path):
         return write_bytes(self, content)
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    assert "the disk is full" in fails(capsys, "fedavg", *TINY, "--out", "full")
+    assert "the disk is full" in fails("fedavg", *TINY, "--out", "full")
     assert written > 2
     assert not list((tmp_path / "full").rglob("*.part"))
     monkeypatch.setattr(Path, "write_bytes", write_bytes)
-    result(capsys, "--resume", "full", "--quiet")
+    result("--resume", "full", "--quiet")
 
 
-def test_a_disk_that_fills_up_while_drawing_keeps_the_run(capsys, monkeypatch, tmp_path):
+def test_a_disk_that_fills_up_while_drawing_keeps_the_run(fails, result, monkeypatch, tmp_path):
     def full(self, file):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(plots.FigureCanvasAgg, "print_png", full)
-        sentence = fails(capsys, "fedavg", *TINY, "--out", "full", "--quiet")
+        sentence = fails("fedavg", *TINY, "--out", "full", "--quiet")
     assert "complete" in sentence
     assert "--resume full" in sentence
     assert not list((tmp_path / "full").glob("*.png"))
-    result(capsys, "--resume", "full", "--quiet")
+    result("--resume", "full", "--quiet")
     assert len(list((tmp_path / "full").glob("*.png"))) == 3
 
 
-def test_an_unwritable_folder(capsys, tmp_path):
+def test_an_unwritable_folder(fails, tmp_path):
     (tmp_path / "file").write_text("")
-    assert "file" in fails(capsys, "fedavg", *TINY, "--out", "file/below")
-    assert "file is a file" in fails(capsys, "fedavg", *TINY, "--out", "file")
+    assert "file" in fails("fedavg", *TINY, "--out", "file/below")
+    assert "file is a file" in fails("fedavg", *TINY, "--out", "file")
 
 
 @pytest.mark.parametrize("chosen", [None, "ACTIVE"])

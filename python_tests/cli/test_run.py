@@ -14,43 +14,16 @@ import torch
 from fedkern.cli import flags
 from fedkern.engine import RunConfig
 from fedkern.methods import METHODS
-from fedkern.run import main
 
 SMALL = ["--train-samples", "60", "--clients", "2", "--local-epochs", "1", "--threads", "1", "--width", "4"]
 TINY = [*SMALL, "--rounds", "2", "--grad-cam", "8"]
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """Every test in an empty folder of its own, free of the caller's environment."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("FEDKERN_BACKEND", "FEDKERN_CPU_ISA"):
-        monkeypatch.delenv(name, raising=False)
-
-
-def fails(capsys, *argv: str) -> str:
-    """Runs a command that must end in one sentence and exit code 2, and returns the sentence."""
-    assert main(list(argv)) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "Traceback" not in err
-    sentence = err.splitlines()[-1]
-    assert sentence.startswith("error: ")
-    assert sentence.endswith((".", "?"))
-    return sentence
-
-
-def result(capsys, *argv: str) -> tuple[str, str]:
-    assert main(list(argv)) == 0
-    out, err = capsys.readouterr()
-    return out, err
-
-
 # -- help, list, doctor ------------------------------------------------------------------------------------------------
 
 
-def test_help_names_every_setting(capsys):
-    text, _ = result(capsys, "--help")
+def test_help_names_every_setting(result):
+    text, _ = result("--help")
     for knob in RunConfig.knobs():
         if knob.field != "method":
             assert re.search(rf"^  {flags.flag(knob.field)} ", text, re.MULTILINE), knob.field
@@ -65,16 +38,16 @@ def test_help_names_every_setting(capsys):
     assert max(len(line) for line in text.splitlines()) <= 120
 
 
-def test_help_shows_the_defaults_of_the_data_set(capsys):
+def test_help_shows_the_defaults_of_the_data_set(result):
     for argv in (["fedavg", "--data", "nico", "--help"], ["fedavg", "--help", "--data=nico"]):
-        text, _ = result(capsys, *argv)
+        text, _ = result(*argv)
         assert re.search(r"--model NAME .*default resnet18", text)
-    assert re.search(r"--model NAME .*default cnn", result(capsys, "--help")[0])
+    assert re.search(r"--model NAME .*default cnn", result("--help")[0])
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_the_help_of_a_method_shows_its_options_with_ranges(capsys, method):
-    text, _ = result(capsys, method, "--help")
+def test_the_help_of_a_method_shows_its_options_with_ranges(result, method):
+    text, _ = result(method, "--help")
     assert METHODS[method].description in text
     options = text[text.index("method options") :]
     flat = " ".join(options.split())
@@ -83,20 +56,20 @@ def test_the_help_of_a_method_shows_its_options_with_ranges(capsys, method):
         assert knob.range in flat
 
 
-def test_list_has_one_line_for_everything(capsys):
-    text, _ = result(capsys, "list")
+def test_list_has_one_line_for_everything(result):
+    text, _ = result("list")
     for name in ("fedavg", "fedprox", "fedgid", "colordigits", "nico", "resnet18", "dirichlet:ALPHA", "classes:S"):
         assert re.search(rf"^  {re.escape(name)}", text, re.MULTILINE)
-    found = json.loads(result(capsys, "list", "--json")[0])
+    found = json.loads(result("list", "--json")[0])
     assert set(found) == {"methods", "data sets", "models", "partitioners"}
     assert all(text and "\n" not in text for entries in found.values() for text in entries.values())
 
 
-def test_doctor(capsys):
-    text, _ = result(capsys, "doctor")
+def test_doctor(result):
+    text, _ = result("doctor")
     for word in ("torch", "processor", "threads", "GPU", "reference"):
         assert word in text
-    report = json.loads(result(capsys, "doctor", "--json")[0])
+    report = json.loads(result("doctor", "--json")[0])
     assert report["threads"]["torch"] == torch.get_num_threads()
 
 
@@ -146,44 +119,44 @@ def test_doctor(capsys):
     ],
     ids=lambda value: " ".join(value)[:40] if value and isinstance(value, list) else "",
 )  # fmt: skip
-def test_a_mistake_is_one_sentence(capsys, tmp_path, argv, parts):
-    sentence = fails(capsys, *argv)
+def test_a_mistake_is_one_sentence(fails, tmp_path, argv, parts):
+    sentence = fails(*argv)
     for part in parts:
         assert part in sentence
     assert list(tmp_path.iterdir()) == []  # nothing half-written
 
 
-def test_a_damaged_file_is_named(capsys, tmp_path):
+def test_a_damaged_file_is_named(fails, tmp_path):
     names = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
     for name in names:
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress(b"\0\0\x08\x03 not an IDX file"))
-    sentence = fails(capsys, "fedavg", "--data", "mnist", "--data-root", str(tmp_path))
+    sentence = fails("fedavg", "--data", "mnist", "--data-root", str(tmp_path))
     assert "idx" in sentence
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_config_file_with_a_mistake(capsys, tmp_path):
+def test_a_config_file_with_a_mistake(fails, tmp_path):
     path = tmp_path / "settings.toml"
     path.write_text("roundz = 3\n")
-    assert '"roundz"' in (sentence := fails(capsys, "fedavg", "--config", str(path)))
+    assert '"roundz"' in (sentence := fails("fedavg", "--config", str(path)))
     assert 'Did you mean "rounds"' in sentence
     path.write_text("rounds = \n")
-    assert "settings.toml" in fails(capsys, "fedavg", "--config", str(path))
+    assert "settings.toml" in fails("fedavg", "--config", str(path))
     path.write_text("[options]\nalpah = 0.5\n")
-    assert '"alpah"' in fails(capsys, "fedgid", "--config", str(path))
+    assert '"alpah"' in fails("fedgid", "--config", str(path))
     path.write_bytes(b"\xff\xfe")
-    assert "settings.toml" in fails(capsys, "fedgid", "--config", str(path))
+    assert "settings.toml" in fails("fedgid", "--config", str(path))
 
 
 @pytest.mark.parametrize(("name", "value"), [("FEDKERN_BACKEND", "tpu"), ("FEDKERN_CPU_ISA", "avx1024")])
-def test_a_backend_that_does_not_exist(capsys, monkeypatch, name, value):
+def test_a_backend_that_does_not_exist(fails, monkeypatch, name, value):
     from fedkern.ops import backend
 
     if name == "FEDKERN_CPU_ISA":
         pytest.importorskip("fedkern._cpu", reason="the compiled core is not built")
     monkeypatch.setenv(name, value)
     monkeypatch.setattr(backend, "_isa_applied", False)
-    sentence = fails(capsys, "fedavg", *TINY)
+    sentence = fails("fedavg", *TINY)
     assert name in sentence
     assert value in sentence
 

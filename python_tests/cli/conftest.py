@@ -1,0 +1,44 @@
+"""How the tests of the command line run it."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedkern.run import main
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Every test in an empty folder of its own, free of the caller's environment."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("FEDKERN_BACKEND", "FEDKERN_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def fails(capsys):
+    """Runs a command that must end in one sentence and exit code 2, and returns the sentence."""
+
+    def run(*argv: str) -> str:
+        assert main(list(argv)) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert "Traceback" not in err
+        sentence = err.splitlines()[-1]
+        assert sentence.startswith("error: ")
+        assert sentence.endswith((".", "?"))
+        return sentence
+
+    return run
+
+
+@pytest.fixture
+def result(capsys):
+    """Runs a command that must succeed and returns what it wrote to standard output and to standard error."""
+
+    def run(*argv: str) -> tuple[str, str]:
+        assert main(list(argv)) == 0
+        out, err = capsys.readouterr()
+        return out, err
+
+    return run
