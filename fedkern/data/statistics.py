@@ -64,19 +64,3 @@ class PartitionStatistics:
         mean_skew = float(self.skew.mean()) if len(self.counts) else 0.0
         rows.append(["all", str(totals.sum()), f"{mean_skew:.2f}", *(str(total) for total in totals)])
         return rows
-
-    def text(self, limit: int | None = 20) -> str:
-        """The table as aligned plain text, a header line, one line per client and the totals."""
-        table = [self.header(), *self.rows(limit)]
-        widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-        return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table)
-
-    def as_dict(self) -> dict[str, object]:
-        """The numbers as JSON-ready values: what a picture or a summary needs."""
-        return {
-            "partition": self.partition,
-            "classes": list(self.classes),
-            "counts": self.counts.tolist(),
-            "samples": self.sizes.tolist(),
-            "skew": [round(float(value), 6) for value in self.skew],
-        }

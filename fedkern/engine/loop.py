@@ -301,7 +301,7 @@ class Run:
 
     def _about(self) -> dict[str, Any]:
         data = self.bench.data
-        channels, height, width = data.clients[0].images.shape[1:]
+        channels, height, width = data.image_shape
         return {
             "model": self.config.model,
             "width": self.config.width,

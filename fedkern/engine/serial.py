@@ -31,7 +31,7 @@ class Bench:
         self.device = torch.device(config.device)
         self.federation = Federation(
             rounds=config.rounds,
-            samples=tuple(len(split) for split in data.clients),
+            samples=data.client_sizes,
             classes=len(data.classes),
             local_epochs=config.local_epochs,
         )
@@ -45,7 +45,7 @@ class Bench:
 
     def build(self) -> nn.Module:
         """A freshly initialised network from the run's own stream, always the same."""
-        channels, height, width = self.data.clients[0].images.shape[1:]
+        channels, height, width = self.data.image_shape
         return models.build(
             self.config.model,
             classes=self.federation.classes,
@@ -221,7 +221,6 @@ class Exchange:
         self.engine, self.step = engine, step
         self.participants, self.one_off = participants, one_off
         self.seconds = 0.0
-        self.dropped: list[Diverged] = []
 
     def uploads(self, outgoing: Any) -> Iterator[Upload]:
         """Runs the clients lazily: the next one starts when the server is done with the last one's upload."""
@@ -235,7 +234,6 @@ class Exchange:
             try:
                 answer = engine.method.client_update(client, step, message)
             except Diverged as problem:
-                self.dropped.append(problem)
                 engine.dropped(problem)
                 self.seconds += time.perf_counter() - start
                 continue

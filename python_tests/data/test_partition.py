@@ -229,7 +229,3 @@ def test_statistics_table() -> None:
     assert rows[-1][3:] == ["3", "3", "3"]
     short = statistics.rows(limit=1)
     assert [row[0] for row in short] == ["0", "... 2 more", "all"]
-    lines = statistics.text().splitlines()
-    assert len(lines) == 5
-    assert len({len(line) for line in lines}) == 1
-    assert statistics.as_dict()["counts"] == [[3, 1, 0], [0, 2, 0], [0, 0, 3]]
