@@ -38,8 +38,8 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "FedGID (+GI map +GD)": ("fedgid", {}),
 }
 FULL = "FedGID (+GI map +GD)"
-ALPHAS = (0.3, 0.45, 0.6, 0.75, 0.9)
-LAMBDAS = (0.1, 0.3, 1.0, 3.0)
+ALPHAS = (0.3, 0.45, 0.6, 0.8)
+LAMBDAS = (0.3, 1.0, 3.0)
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ STUDIES = {
     "digits": Study("colordigits", {"data": "colordigits"}, (0.7, 0.8)),
     "colormnist": Study(
         "colormnist",
-        {"data": "colormnist", "train_samples": 6000, "rounds": 12, "local_epochs": 2, "clients": 5},
+        {"data": "colormnist", "train_samples": 6000, "rounds": 12, "local_epochs": 2, "clients": 5, "width": 16},
         (0.5, 0.8),
-        full={"data": "colormnist", "rounds": 8, "local_epochs": 1, "clients": 5},
+        full={"data": "colormnist", "rounds": 6, "local_epochs": 1, "clients": 5, "width": 16},
     ),
 }
 

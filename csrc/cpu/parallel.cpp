@@ -1,6 +1,7 @@
 #include "fedkern/parallel.h"
 
 #include <pthread.h>
+#include <time.h>
 
 #include <algorithm>
 #include <atomic>
@@ -8,10 +9,41 @@
 namespace fedkern {
 namespace {
 
+double clock_seconds(clockid_t clock) {
+  timespec now;
+  clock_gettime(clock, &now);
+  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+}
+
 // Set in a forked child: libgomp's threads do not survive a fork, and a parallel region there would wait for them forever.
 std::atomic<bool> forked{false};
 
 [[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { forked.store(true, std::memory_order_relaxed); });
+
+// On a busy machine threads of a region share a core, or the last one is held back long after the work is done. A caller
+// that lost time so therefore works alone for a while: for twice as many calls each time, until a try goes well.
+std::atomic<int> calls_alone{0};
+std::atomic<int> last_penalty{0};
+constexpr int kLongestPenalty = 1024;
+constexpr double kBearableLoss = 100e-6;  // s; waking and joining the threads of an idle machine takes some 10 µs
+
+bool keep_alone() {
+  int left = calls_alone.load(std::memory_order_relaxed);
+  while (left > 0)
+    if (calls_alone.compare_exchange_weak(left, left - 1, std::memory_order_relaxed)) return true;
+  return false;
+}
+
+// `lost`: seconds of `elapsed` in which the caller waited for others or for a core.
+void judge(double lost, double elapsed) {
+  if (lost > kBearableLoss && lost > 0.3 * elapsed) {
+    const int penalty = std::min(std::max(1, 2 * last_penalty.load(std::memory_order_relaxed)), kLongestPenalty);
+    last_penalty.store(penalty, std::memory_order_relaxed);
+    calls_alone.store(penalty, std::memory_order_relaxed);
+  } else {
+    last_penalty.store(0, std::memory_order_relaxed);
+  }
+}
 
 }  // namespace
 
@@ -22,17 +54,25 @@ void parallel_chunks(std::int64_t count, std::int64_t chunk, int threads, double
   if (count <= 0) return;
   const std::int64_t chunks = (count + chunk - 1) / chunk;
   const int team = static_cast<int>(std::min<std::int64_t>(threads, chunks));
-  if (team <= 1 || seconds < parallel_threshold() || forked.load(std::memory_order_relaxed)) {
+  if (team <= 1 || seconds < parallel_threshold() || forked.load(std::memory_order_relaxed) || keep_alone()) {
     for (std::int64_t begin = 0; begin < count; begin += chunk) body(context, begin, std::min(begin + chunk, count));
     return;
   }
   std::atomic<std::int64_t> next{0};
+  const pthread_t caller = pthread_self();
+  const double start = clock_seconds(CLOCK_MONOTONIC), start_on_core = clock_seconds(CLOCK_THREAD_CPUTIME_ID);
+  double on_core = 0;
 #pragma omp parallel num_threads(team)
-  for (;;) {
-    const std::int64_t begin = next.fetch_add(1, std::memory_order_relaxed) * chunk;
-    if (begin >= count) break;
-    body(context, begin, std::min(begin + chunk, count));
+  {
+    for (;;) {
+      const std::int64_t begin = next.fetch_add(1, std::memory_order_relaxed) * chunk;
+      if (begin >= count) break;
+      body(context, begin, std::min(begin + chunk, count));
+    }
+    if (pthread_equal(pthread_self(), caller)) on_core = clock_seconds(CLOCK_THREAD_CPUTIME_ID) - start_on_core;
   }
+  const double elapsed = clock_seconds(CLOCK_MONOTONIC) - start;
+  judge(elapsed - on_core, elapsed);
 }
 
 }  // namespace fedkern

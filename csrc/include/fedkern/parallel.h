@@ -11,7 +11,8 @@ namespace fedkern {
 // Chunk boundaries depend on `chunk` alone, so results that are written per chunk are the same for any thread count.
 // Threads take chunks as they come: on a busy machine a thread that the system holds back costs one chunk, not its share.
 // `seconds` is the caller's estimate of the whole work on one thread: below parallel_threshold() everything runs on the
-// caller, since waking a second thread costs more, and on a loaded machine thousands of times more.
+// caller, since waking a second thread costs more, and on a loaded machine thousands of times more. Where a try with
+// several threads lost much time to waiting, the next calls run on the caller too.
 using ChunkBody = void (*)(void* context, std::int64_t begin, std::int64_t end);
 void parallel_chunks(std::int64_t count, std::int64_t chunk, int threads, double seconds, ChunkBody body, void* context);
 

@@ -1,0 +1,131 @@
+"""What was built and installed: the core's dependencies, its choice of ISA, life without it, and the wheel."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedkern import ops
+from fedkern.ops import backend
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={**os.environ, **environment}
+    )
+
+
+def core(name: str) -> Path:
+    try:
+        return Path(backend.load_core(name).__file__ or "")
+    except backend.Unavailable as error:
+        pytest.skip(str(error))
+
+
+def test_core_is_built_from_these_sources() -> None:
+    module = backend.cpu_core()
+    assert module.source_hash() == backend.source_hash(ROOT / "csrc")
+
+
+@pytest.mark.parametrize("name", ["_cpu", "_cuda"])
+def test_core_links_no_torch_and_no_openmp_runtime(name: str) -> None:
+    if shutil.which("readelf") is None:
+        pytest.skip("readelf is not installed")
+    dynamic = subprocess.run(["readelf", "-d", core(name)], capture_output=True, text=True, check=True).stdout
+    needed = {line.split("[")[1].split("]")[0].split(".so")[0] for line in dynamic.splitlines() if "NEEDED" in line}
+    allowed = {"libstdc++", "libgcc_s", "libc", "libm", "libpthread", "libdl", "librt", "ld-linux-x86-64"}
+    assert needed <= allowed, f"{name} links {sorted(needed - allowed)}"
+
+
+def test_cuda_core_is_built_where_nvcc_is() -> None:
+    if shutil.which("nvcc") is None or os.environ.get("FEDKERN_CUDA") == "0":
+        pytest.skip("no nvcc on PATH, or FEDKERN_CUDA=0")
+    module = backend.load_core("_cuda")
+    assert module.source_hash() == backend.source_hash(ROOT / "csrc")
+
+
+@pytest.mark.parametrize("level", backend.ISAS)
+def test_isa_is_forced_or_refused(level: str) -> None:
+    available = backend.cpu_core().available_isas()
+    result = run_python(
+        "import torch; from fedkern import ops; from fedkern.ops import backend\n"
+        "x = torch.arange(12.0).reshape(3, 4)\n"
+        "print(ops.kl_div(x, x.flip(1)).item(), backend.cpu_core().isa())",
+        FEDKERN_CPU_ISA=level,
+    )
+    if level in available:
+        value, isa = result.stdout.split()
+        assert isa == level
+        x = torch.arange(12.0).reshape(3, 4)
+        assert float(value) == pytest.approx(ops.kl_div(x, x.flip(1)).item(), rel=1e-5)
+    else:
+        assert result.returncode != 0
+        assert level in result.stderr.splitlines()[-1]
+
+
+def test_unknown_isa_is_named_with_the_choices() -> None:
+    result = run_python("import torch; from fedkern import ops; ops.entropy(torch.zeros(2, 3))", FEDKERN_CPU_ISA="sse9")
+    assert result.returncode != 0
+    assert "FEDKERN_CPU_ISA" in result.stderr.splitlines()[-1]
+    assert "portable, avx2, avx512" in result.stderr.splitlines()[-1]
+
+
+def test_everything_works_without_core_and_triton() -> None:
+    blocked = (
+        "import importlib.abc, sys\n"
+        "class Block(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name in {'fedkern._cpu', 'fedkern._cuda'} or name.split('.')[0] in {'triton', 'pynvml'}:\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Block())\n"
+    )
+    result = run_python(
+        blocked + "import torch, fedkern; from fedkern import ops; from fedkern.ops import backend\n"
+        "x = torch.randn(5, 7, requires_grad=True); ops.kl_div(x, torch.randn(5, 7)).backward()\n"
+        "assert x.grad.abs().sum() > 0\n"
+        "ops.blend(torch.randn(4, 3), torch.randn(4, 3), 0.5, index=torch.tensor([1, 0, 3, 2]))\n"
+        "assert torch.equal(ops.weighted_mean([torch.ones(9)] * 3, [1, 2, 3]), torch.ones(9))\n"
+        "assert all(row.serves == (row.backend == 'reference') for row in backend.status())\n"
+        "assert all(row.reason for row in backend.status())\n"
+        "import fedkern.run; sys.exit(fedkern.run.main(['doctor']) or 0)"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "not built" in result.stdout
+
+
+def test_forced_backend_that_is_missing_is_an_error() -> None:
+    with backend.use_backend("cuda"), pytest.raises(RuntimeError, match=r"cuda.*forced"):
+        ops.entropy(torch.zeros(2, 3))
+
+
+@pytest.mark.slow
+def test_wheel_twice_from_one_checkout(tmp_path: Path) -> None:
+    """A copy of the sources is built in isolation twice; the second wheel holds the core and nothing stale."""
+    checkout = tmp_path / "checkout"
+    ignore = shutil.ignore_patterns("build", "*.so", "__pycache__", ".git", "runs", ".venv*")
+    shutil.copytree(ROOT, checkout, ignore=ignore)
+    names = []
+    for attempt in ("first", "second"):
+        if attempt == "second":
+            (checkout / "fedkern" / "errors.py").rename(checkout / "fedkern" / "renamed.py")
+        subprocess.run(
+            [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", tmp_path / attempt, checkout],
+            check=True,
+            timeout=600,
+        )
+        (wheel,) = (tmp_path / attempt).glob("*.whl")
+        names.append(set(zipfile.ZipFile(wheel).namelist()))
+    assert any(name.startswith("fedkern/_cpu") for name in names[1])
+    assert "fedkern/py.typed" in names[1]
+    assert "fedkern/errors.py" in names[0]
+    assert "fedkern/errors.py" not in names[1]
+    assert not any(name.startswith(("build", "csrc", "python_tests", "benchmarks")) for name in names[1])
