@@ -147,7 +147,7 @@ def _pictures(out: Path, data: Any) -> list[Path]:
     """Draws the pictures, or finds those of a run that was already finished.
 
     Raises:
-        UserError: one cannot be written; the run itself is complete by then.
+        UserError: one cannot be drawn or written; the run itself is complete by then.
     """
     from fedkern.report.pictures import PICTURES, write_pictures
 
@@ -156,10 +156,10 @@ def _pictures(out: Path, data: Any) -> list[Path]:
         return there
     try:
         return write_pictures(out, data=data)
-    except OSError as error:
+    except UserError as error:
+        reason = str(error).rstrip(".")
         raise UserError(
-            f"The run is complete, but its pictures cannot be written ({error.strerror or error}): free some space, "
-            f"then draw them with {PROGRAM} --resume {quote(out)}."
+            f"The run is complete, but not its pictures ({reason}): draw them with {PROGRAM} --resume {quote(out)}."
         ) from None
 
 
@@ -214,10 +214,9 @@ def list_all(request: Request) -> int:
         return 0
     for i, (title, entries) in enumerate(found.items()):
         print(("\n" if i else "") + title)
-        width = min(max(len(name) for name in entries), 20) + 2
+        width = max(len(name) for name in entries) + 2
         for name, text in entries.items():
-            # A name longer than the column (a partitioner with all its options) gets the description on its own line.
-            print(f"  {name:<{width}}{text}" if len(name) < width else f"  {name}\n  {'':<{width}}{text}")
+            print(f"  {name:<{width}}{text}")
     print(f"\nThe options of a method: {PROGRAM} METHOD --help")
     return 0
 

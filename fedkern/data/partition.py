@@ -34,7 +34,7 @@ PARTITIONERS: dict[str, PartitionerInfo] = {
     "iid": PartitionerInfo("iid", "equal random shares: every client sees the same distribution"),
     "dirichlet": PartitionerInfo(
         "dirichlet:ALPHA[:min=N][:fill][:plain]",
-        "label skew: every class is shared out by a draw from Dirichlet(ALPHA); small ALPHA, strong skew",
+        "label skew by a Dirichlet(ALPHA) draw per class; small ALPHA, strong skew",
     ),
     "classes": PartitionerInfo("classes:S", "label skew: every client holds S classes only"),
     "attribute": PartitionerInfo(

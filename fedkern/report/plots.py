@@ -6,8 +6,6 @@ Okabe and Ito, which people with every kind of colour vision can tell apart.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from fedkern.engine import atomic
 from fedkern.report.tables import split_metric
 
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
@@ -29,18 +28,12 @@ _STYLES = {
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a PNG completely or not at all."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            FigureCanvasAgg(figure).print_png(file)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    """Writes a PNG completely or not at all.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    atomic.write(path, FigureCanvasAgg(figure).print_png)
 
 
 def new_figure(width: float, height: float) -> Figure:
