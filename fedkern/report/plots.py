@@ -41,6 +41,11 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
+def _whole() -> MaxNLocator:
+    """Ticks at whole numbers only, however short the axis."""
+    return MaxNLocator(integer=True, min_n_ticks=1)
+
+
 def accuracy_curves(records: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> bool:
     """Draws every accuracy of ``metrics.jsonl`` over the communication rounds.
 
@@ -87,7 +92,7 @@ def accuracy_curves(records: Sequence[Mapping[str, Any]], path: Path, *, title: 
     axes.set_title(title, fontsize=13, loc="left")
     axes.set_ylim(0, 102)
     axes.set_xlim(min(min(rounds) for rounds, _ in curves.values()) - 0.5, last + 0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(_whole())
     axes.tick_params(labelsize=11)
     axes.grid(True, color="#dddddd", lw=0.7)
     axes.spines[["top", "right"]].set_visible(False)
@@ -128,7 +133,7 @@ def partition_picture(statistics: Any, path: Path, *, title: str) -> None:
     axes.set_ylabel("client", fontsize=12)
     axes.tick_params(labelsize=11, length=0 if numbers else 3)
     axes.set_title(title, fontsize=13, loc="left")
-    bar = figure.colorbar(image, ax=axes, pad=0.02)
+    bar = figure.colorbar(image, ax=axes, pad=0.02, ticks=_whole())
     bar.set_label("training samples", fontsize=12)
     bar.ax.tick_params(labelsize=11)
     for spine in axes.spines.values():

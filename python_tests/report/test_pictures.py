@@ -72,6 +72,17 @@ def test_grey_images_without_masks(tmp_path):
     assert opened(tmp_path / "gradcam.png").std() > 10
 
 
+def test_rounds_and_samples_are_counted_in_whole_numbers(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
+    plots.accuracy_curves([{"round": 1, "accuracy": 0.5}], tmp_path / "a.png", title="t")
+    plots.partition_picture(PartitionStatistics(np.eye(2, dtype=int), ("a", "b"), "iid"), tmp_path / "p.png", title="t")
+    curve, partition = drawn
+    for ticks in (curve.axes[0].get_xticks(), partition.axes[1].get_yticks()):
+        assert len(ticks) > 0
+        assert all(tick == round(tick) for tick in ticks)
+
+
 def test_the_curve_has_the_colours_of_both_test_sets(tmp_path):
     records = [{"round": i, "id_accuracy": 0.1 * i, "ood_accuracy": 0.05 * i} for i in range(1, 10)]
     assert plots.accuracy_curves(records, tmp_path / "a.png", title="t")
