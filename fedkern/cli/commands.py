@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedkern.cli.flags import PROGRAM, Request, command_line, effective, named_options, quote
+from fedkern.cli.flags import PROGRAM, Request, absolute, command_line, effective, named_options, quote
 from fedkern.engine import Listener, RunConfig, RunInfo, Terminated
 from fedkern.engine.records import plain
 from fedkern.errors import UserError
@@ -120,7 +120,7 @@ _PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True
 
 
 def _stored(request: Request) -> RunConfig:
-    """The settings of the run to resume; flags that repeat them are welcome, others are an error.
+    """The settings of the run to resume; flags that repeat them are welcome, others but --data-root are an error.
 
     Raises:
         UserError: the folder holds no run, or was made with other settings than the flags say.
@@ -140,7 +140,8 @@ def _stored(request: Request) -> RunConfig:
             f"The run in {request.resume} has other settings ({'; '.join(differences)}): leave these flags out to "
             "resume it, or start a new run without --resume."
         )
-    return stored
+    root = request.settings.get("data_root")
+    return stored if root is None else stored.replace(data_root=absolute(root))
 
 
 def _pictures(out: Path, data: Any) -> list[Path]:

@@ -317,7 +317,16 @@ def effective(request: Request) -> RunConfig:
         from_file = {}  # the file of another method's run: its settings count, its method options do not apply
     options = {**named_options(method, from_file), **named_options(method, request.options)}
     data_options = {**table.pop("data_options", {}), **request.data_options}
-    return RunConfig.make(method, options=options, data_options=data_options, **{**table, **request.settings})
+    settings = {**table, **request.settings}
+    # Absolute, so that the run can be resumed and the comparison be started from any folder.
+    for names, values in ((("data_root",), settings), (("boxes", "detector_cache"), data_options)):
+        values.update({name: absolute(values[name]) for name in names if values.get(name)})
+    return RunConfig.make(method, options=options, data_options=data_options, **settings)
+
+
+def absolute(path: Any) -> str:
+    """The path from the root of the file system, ``~`` replaced."""
+    return str(Path(str(path)).expanduser().absolute())
 
 
 def named_options(method: str, given: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:

@@ -192,7 +192,8 @@ class RunConfig:
     def differences(self, stored: RunConfig) -> list[str]:
         """What differs from a stored run, as ``name: stored -> now``; empty when nothing does.
 
-        The options of two methods are not compared.
+        The options of two methods are not compared.  Nor is the folder of the data: it may have moved, and a resumed
+        run looks at the data themselves.
         """
         mine, theirs = _flat(self.to_dict()), _flat(stored.to_dict())
         if self.method != stored.method:
@@ -200,7 +201,7 @@ class RunConfig:
                 {name: value for name, value in table.items() if not name.startswith("options.")}
                 for table in (mine, theirs)
             )
-        names = list(dict.fromkeys([*theirs, *mine]))
+        names = [name for name in dict.fromkeys([*theirs, *mine]) if name != "data_root"]
         return [
             f"{name}: {theirs.get(name, 'unset')} -> {mine.get(name, 'unset')}"
             for name in names

@@ -8,11 +8,13 @@ import os
 import re
 import shlex
 import signal
+import struct
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -91,6 +93,26 @@ def test_a_folder_of_another_configuration(fails, result, finished):
     assert "already holds a run" in fails("fedavg", *TINY, "--out", str(folder))
     # Repeating what is stored is no mistake.
     result("fedgid", "--rounds", "2", "--resume", str(folder))
+
+
+def test_a_run_goes_on_from_another_folder_and_with_moved_data(result, fails, monkeypatch, tmp_path):
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 60), ("t10k", 30)):
+        images, labels = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8), np.arange(count, dtype=np.uint8) % 10
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            path = tmp_path / "files" / f"{name}-{kind}-ubyte"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape) + array.tobytes())
+    words = [word for word in TINY if word not in ("--train-samples", "60")]
+    out, _ = result("fedgid", "--data", "colormnist", "--data-root", "files", *words, "--out", "run")
+    assert f"--data-root {tmp_path / 'files'}" in out  # the command for comparison works anywhere
+    (tmp_path / "run" / "checkpoints" / "manifest.json").unlink()  # as if killed before the first checkpoint
+    (tmp_path / "files").rename(tmp_path / "moved")
+    below = tmp_path / "below"
+    below.mkdir()
+    monkeypatch.chdir(below)
+    assert "files" in fails("--resume", "../run")
+    result("--resume", "../run", "--data-root", "../moved", "--quiet")
 
 
 @pytest.mark.parametrize(

@@ -193,6 +193,18 @@ def test_checkpoints_keep_two_and_forget_what_was_not_committed(tmp_path):
     }  # fmt: skip
 
 
+def test_a_client_that_empties_its_state_has_none(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.open()
+    commit(checkpoints, 1, clients=(3,))
+    assert checkpoints.client_state(3) != {}
+    checkpoints.write_client(3, 2, {})
+    commit(checkpoints, 2)
+    again = Checkpoints(tmp_path)
+    again.open()
+    assert again.client_state(3) == {}
+
+
 def test_all_checkpoints_damaged(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.open()
