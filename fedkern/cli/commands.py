@@ -127,21 +127,20 @@ def _stored(request: Request) -> RunConfig:
     """
     assert request.resume is not None
     stored = RunConfig.load(request.resume)
-    wanted: dict[str, Any] = dict(request.settings)
+    wanted = absolute(request.settings)
     if request.method is not None and request.method != stored.method:
         wanted["method"], wanted["options"] = request.method, {}
     elif request.options:
         wanted["options"] = {**stored.options, **named_options(stored.method, request.options)}
     if request.data_options:
-        wanted["data_options"] = {**stored.data_options, **request.data_options}
+        wanted["data_options"] = {**stored.data_options, **absolute(request.data_options)}
     differences = stored.replace(**wanted).differences(stored) if wanted else []
     if differences:
         raise UserError(
             f"The run in {request.resume} has other settings ({'; '.join(differences)}): leave these flags out to "
             "resume it, or start a new run without --resume."
         )
-    root = request.settings.get("data_root")
-    return stored if root is None else stored.replace(data_root=absolute(root))
+    return stored.replace(data_root=wanted.get("data_root", stored.data_root))
 
 
 def _pictures(out: Path, data: Any) -> list[Path]:

@@ -318,15 +318,17 @@ def effective(request: Request) -> RunConfig:
     options = {**named_options(method, from_file), **named_options(method, request.options)}
     data_options = {**table.pop("data_options", {}), **request.data_options}
     settings = {**table, **request.settings}
-    # Absolute, so that the run can be resumed and the comparison be started from any folder.
-    for names, values in ((("data_root",), settings), (("boxes", "detector_cache"), data_options)):
-        values.update({name: absolute(values[name]) for name in names if values.get(name)})
-    return RunConfig.make(method, options=options, data_options=data_options, **settings)
+    return RunConfig.make(method, options=options, data_options=absolute(data_options), **absolute(settings))
 
 
-def absolute(path: Any) -> str:
-    """The path from the root of the file system, ``~`` replaced."""
-    return str(Path(str(path)).expanduser().absolute())
+def absolute(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with absolute paths, so that a run can be resumed, and compared with, from any folder."""
+    return {
+        name: str(Path(str(value)).expanduser().absolute())
+        if value and name in ("data_root", "boxes", "detector_cache")
+        else value
+        for name, value in settings.items()
+    }
 
 
 def named_options(method: str, given: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:

@@ -176,6 +176,14 @@ def test_flags_override_the_config_file_which_overrides_the_defaults(tmp_path):
     assert (other.method, other.rounds, other.lr) == ("fedavg", 7, 0.2)
 
 
+def test_paths_are_stored_absolute(tmp_path):
+    argv = ["fedavg", "--data", "mnist", "--data-root", "here", "--boxes", "b.csv", "--detector-cache", "~/c"]
+    config = flags.effective(flags.parse(argv))
+    assert config.data_root == str(tmp_path / "here")
+    assert config.data_options["boxes"] == str(tmp_path / "b.csv")
+    assert not config.data_options["detector_cache"].startswith("~")
+
+
 def test_data_options_have_flags():
     request = flags.parse(["fedgid", "--data", "nico", "--protocol", "L7", "--data-option", "part=Animal"])
     assert request.data_options == {"protocol": "L7", "part": "Animal"}
