@@ -176,6 +176,14 @@ def test_flags_override_the_config_file_which_overrides_the_defaults(tmp_path):
     assert (other.method, other.rounds, other.lr) == ("fedavg", 7, 0.2)
 
 
+@pytest.mark.parametrize(("given", "repeated"), [([], False), (["--lr", "0.3"], True)])
+def test_the_optimiser_of_a_method_is_its_own_unless_the_user_chose_it(monkeypatch, given, repeated):
+    monkeypatch.setattr("fedkern.engine.defaults.METHOD", {("fedgid", "colordigits"): {"lr": 0.02}})
+    command = flags.command_line("fedavg", flags.effective(flags.parse(["fedgid", *given])))
+    assert ("--lr 0.3" in command) == repeated
+    assert ("--lr" in command) == repeated
+
+
 def test_paths_are_stored_absolute(tmp_path):
     argv = ["fedavg", "--data", "mnist", "--data-root", "here", "--boxes", "b.csv", "--detector-cache", "~/c"]
     config = flags.effective(flags.parse(argv))

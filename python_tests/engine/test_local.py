@@ -14,7 +14,7 @@ from fedkern.engine.local import Diverged
 from fedkern.engine.network import Network
 from fedkern.engine.records import read_metrics
 from fedkern.engine.samples import batch_plan
-from fedkern.engine.serial import Bench, Client
+from fedkern.engine.serial import Bench, Client, Server
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg, Step
 
@@ -201,6 +201,21 @@ def test_buffer_policies(policy, method, make_data, make_config, tmp_path):
     assert summary["bytes"]["up"] == 3 * 3 * size
     assert ("no-running-statistics" in summary["diagnostics"]) == (policy != "average")
     assert summary["metrics"]["id_accuracy"] > 0.4  # the batch's own statistics make the network work
+
+
+@pytest.mark.parametrize("policy", ["average", "local", "drop"])
+def test_the_global_network_normalises_by_what_it_has(policy, make_data, make_config):
+    bench = Bench(make_config(buffers=policy), make_data())
+    server = Server(bench)
+    message = server.initial()
+    assert ("buffers" in message) == (policy == "average")
+    network = server.network(message)
+    images = 5 * torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0)) + 3
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    alone, together = network(images[:1]), network(images)[:1]
+    # Running statistics make a sample's logits independent of its batch; the batch's own do not.
+    assert torch.allclose(alone, together, atol=1e-4) == (policy == "average")
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
 def test_local_buffers_stay_with_their_client(make_data, make_config):
