@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -58,6 +59,7 @@ def run(cases: Iterable[Case], folder: Path, *, workers: int = 2) -> dict[str, d
     waiting = [case for case in wanted.values() if not (folder / case.name / "summary.json").exists()]
     done, total, start = 0, len(waiting), time.monotonic()
     running: dict[str, subprocess.Popen[str]] = {}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated; the same command goes on from here"))
     try:
         while waiting or running:
             while waiting and len(running) < workers:
