@@ -7,6 +7,7 @@ void bind_cuda_blend(py::module_&);
 
 PYBIND11_MODULE(_cuda, module) {
   module.doc() = "Compiled CUDA kernels of fedkern; use them through fedkern.ops.";
+  module.def("source_hash", [] { return FEDKERN_SOURCE_HASH; });
   bind_cuda_blend(module);
 }
 
