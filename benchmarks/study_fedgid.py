@@ -71,8 +71,7 @@ class Runs:
 
     def __init__(self, study: Study, root: str | None, folder: Path, workers: int) -> None:
         self.study, self.folder, self.workers = study, folder, workers
-        self.fixed = {**study.settings, **({"data_root": root} if root else {})}
-        self.rate_seeds = study.rate_seeds
+        self.root = {"data_root": root} if root else {}
         self.summaries: dict[str, dict[str, Any]] = {}
 
     def case(
@@ -87,7 +86,7 @@ class Runs:
         method, own = VARIANTS[variant]
         # Validation and tests are looked at once, at the end: nothing on the way may choose anything.
         every = {"correlation": correlation, "lr": lr, "seed": seed, "eval_every": 1000, "checkpoint_every": 4}
-        fixed = {**self.fixed, **(settings or {})}
+        fixed = {**(settings or self.study.settings), **self.root}
         words = [variant, *(f"{name}={value}" for name, value in options.items())]
         name = "_".join([*words, f"c{correlation}", f"lr{lr}", f"s{seed}", *(["full"] if settings else [])])
         folder = "".join(letter if letter.isalnum() or letter in "._-=" else "-" for letter in name)
@@ -103,7 +102,10 @@ class Runs:
 def best_rate(runs: Runs, variant: str, correlation: float) -> float:
     """The learning rate with the highest mean validation accuracy (the lower one on a tie)."""
     scores = [
-        mean(runs.metrics(runs.case(variant, correlation, lr, seed))["validation_accuracy"] for seed in runs.rate_seeds)
+        mean(
+            runs.metrics(runs.case(variant, correlation, lr, seed))["validation_accuracy"]
+            for seed in runs.study.rate_seeds
+        )
         for lr in LEARNING_RATES
     ]
     return LEARNING_RATES[scores.index(max(scores))]
@@ -139,7 +141,7 @@ def study(runs: Runs) -> tuple[str, dict[str, Any]]:
     """Runs everything and returns the Markdown page and its numbers."""
     correlations = runs.study.correlations
     first = correlations[0]
-    runs.run(runs.case(v, first, lr, seed) for v in VARIANTS for lr in LEARNING_RATES for seed in runs.rate_seeds)
+    runs.run(runs.case(v, first, lr, seed) for v in VARIANTS for lr in LEARNING_RATES for seed in runs.study.rate_seeds)
     rates = {v: best_rate(runs, v, first) for v in VARIANTS}
     runs.run(runs.case(v, c, rates[v], seed) for c in correlations for v in VARIANTS for seed in SEEDS)
     sweep = [("alpha", alpha) for alpha in ALPHAS] + [("lambda", lam) for lam in LAMBDAS]
@@ -183,9 +185,7 @@ def study(runs: Runs) -> tuple[str, dict[str, Any]]:
 def full_set(runs: Runs, rates: Mapping[str, float], numbers: dict[str, Any]) -> list[str]:
     """FedAvg and FedGID on all training samples, one seed."""
     first, settings = runs.study.correlations[0], dict(runs.study.full or {})
-    fixed, runs.fixed = runs.fixed, {k: v for k, v in runs.fixed.items() if k == "data_root"}
     cases = {v: runs.case(v, first, rates[v], 0, settings) for v in ("FedAvg", FULL)}
-    runs.fixed = fixed
     runs.run(cases.values())
     rows = []
     for v, case in cases.items():
