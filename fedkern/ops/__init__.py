@@ -7,6 +7,7 @@ from fedkern.ops.blend import blend
 from fedkern.ops.boxes import erase_boxes, keep_boxes
 from fedkern.ops.distill import dual_kl, entropy, kl_div
 from fedkern.ops.flat import FlatParameters
+from fedkern.ops.fuse import fuse_concat, fuse_mean
 
 __all__ = [
     "Accumulator",
@@ -15,6 +16,8 @@ __all__ = [
     "dual_kl",
     "entropy",
     "erase_boxes",
+    "fuse_concat",
+    "fuse_mean",
     "keep_boxes",
     "kl_div",
     "use_backend",

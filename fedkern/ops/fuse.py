@@ -1,0 +1,121 @@
+"""fuse: the feature maps of several clients' blocks side by side, or averaged, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from fedkern.ops import backend
+from fedkern.ops.fuse_reference import fuse_concat_reference, fuse_mean_reference
+
+FLOATS = tuple(backend.DTYPES)
+Activation = Literal["relu"] | None
+
+
+# 1. What it computes: fuse_concat_reference, fuse_mean_reference.
+
+
+# 2. The public functions.
+
+
+def fuse_concat(
+    features: Sequence[Tensor],
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: Activation = None,
+) -> Tensor:
+    """Puts M feature maps side by side on the channels, batch norm and ReLU applied on the way.
+
+    ``out[:, o + c] = act(scale[o + c] * features[m][:, c] + shift[o + c])`` with ``o`` the channels of the maps before
+    m: what ``torch.cat``, a batch norm in evaluation mode (``scale = gamma / sqrt(var + eps)``,
+    ``shift = beta - scale * mean``) and a ReLU compute in three passes (FuseFL's fusion, arXiv 2410.20380).
+
+    Args:
+        features: M >= 1 maps ``[B, C_m, *S]`` (feature vectors ``[B, C_m]`` too), fp32, bf16, fp16 or fp64, of one
+            dtype, device, batch and position shape; the result is channels-last where all of them are.
+        scale, shift: ``[sum of C_m]``, of any of these dtypes; None for 1 and 0.
+        activation: ``"relu"`` or None.
+
+    Returns:
+        ``[B, sum of C_m, *S]``.  fp32, bf16 and fp16 are computed in fp32 and rounded once.
+
+    Differentiable in features, scale and shift (sums over batch and positions in fixed order: the same bits every
+    time).  Works under torch.compile (one node), for second derivatives, and under torch.func transforms through the
+    reference.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, device or shape is wrong.
+        RuntimeError: a forced backend cannot serve the call.
+    """
+    _check(features, scale, shift, activation, mean=False)
+    return fuse_concat_reference(features, scale, shift, activation is not None)
+
+
+def fuse_mean(
+    features: Sequence[Tensor],
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: Activation = None,
+) -> Tensor:
+    """Averages M feature maps, each through its own batch norm and ReLU on the way (FuseFL's ``avg`` adaptor).
+
+    ``out[:, c] = 1/M * sum over m of act(scale[m * C + c] * features[m][:, c] + shift[m * C + c])``.
+
+    Args:
+        features: M >= 1 maps of one shape ``[B, C, *S]``; otherwise as in :func:`fuse_concat`.
+        scale, shift: ``[M * C]``, as in :func:`fuse_concat`.
+        activation: ``"relu"`` or None.
+
+    Returns:
+        ``[B, C, *S]``.  fp32, bf16 and fp16 are computed in fp32 and rounded once.
+
+    Gradients, transforms and errors are those of :func:`fuse_concat`.
+    """
+    _check(features, scale, shift, activation, mean=True)
+    return fuse_mean_reference(features, scale, shift, activation is not None)
+
+
+def _check(
+    features: Sequence[Tensor], scale: Tensor | None, shift: Tensor | None, activation: Activation, mean: bool
+) -> None:
+    if isinstance(features, Tensor) or not isinstance(features, Sequence):
+        raise TypeError(f"features must be a list of tensors, not {type(features).__name__}")
+    if not len(features):
+        raise ValueError("features must hold at least one map, not none")
+    first = features[0]
+    channels = 0
+    for m, x in enumerate(features):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"features[{m}] must be a tensor, not {type(x).__name__}")
+        if x.dtype not in FLOATS:
+            raise TypeError(f"features[{m}] must be float32, float64, bfloat16 or float16, not {x.dtype}")
+        if x.dim() < 2:
+            raise ValueError(f"features[{m}] must have shape [B, C, *S], not {list(x.shape)}")
+        if x.dtype != first.dtype:
+            raise TypeError(f"features[{m}] must have features[0]'s dtype {first.dtype}, not {x.dtype}")
+        if x.device != first.device:
+            raise ValueError(f"features[{m}] must be on features[0]'s device {first.device}, not {x.device}")
+        expected = (first.shape[0], first.shape[1] if mean else x.shape[1], *first.shape[2:])
+        if x.shape != expected:
+            shape: list[object] = list(expected)
+            if not mean:
+                shape[1] = "C"
+            raise ValueError(f"features[{m}] must have shape {shape} as features[0] has, not {list(x.shape)}")
+        channels += x.shape[1]
+    for name, vector in (("scale", scale), ("shift", shift)):
+        if vector is None:
+            continue
+        if not isinstance(vector, Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(vector).__name__}")
+        if vector.dtype not in FLOATS:
+            raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, not {vector.dtype}")
+        if vector.shape != (channels,):
+            raise ValueError(
+                f"{name} must have shape [{channels}], one value per channel of every map, not {list(vector.shape)}"
+            )
+        if vector.device != first.device:
+            raise ValueError(f"{name} must be on the maps' device {first.device}, not {vector.device}")
+    if activation is not None and activation != "relu":
+        raise ValueError(f'activation must be None or "relu", not {activation!r}')

@@ -1,0 +1,120 @@
+"""fuse: what a kernel must do, and how feature maps lie in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class FuseNeeds(NamedTuple):
+    """Which gradients are wanted."""
+
+    features: tuple[bool, ...]
+    scale: bool
+    shift: bool
+
+
+class FuseGradients(NamedTuple):
+    """Gradients of the maps (None where not wanted), scale and shift ``[sum of C_m]``."""
+
+    features: list[Tensor | None]
+    scale: Tensor | None
+    shift: Tensor | None
+
+
+class FuseKernel(Protocol):
+    """A backend's ``fuse_concat`` and ``fuse_mean``; arguments are checked, tensors strided and not negated.
+
+    Maps have shape ``[B, C_m, *S]``, one dtype and any strides; ``scale`` and ``shift`` ``[sum of C_m]`` have any of the four dtypes.
+    any of the four dtypes.  Products and sums are taken in fp32 (fp64 for fp64 maps) and rounded once.
+    """
+
+    def forward(
+        self, features: Sequence[Tensor], scale: Tensor | None, shift: Tensor | None, relu: bool, mean: bool
+    ) -> Tensor:
+        """``act(scale * f_m + shift)`` side by side on the channels, or (``mean``) averaged over the maps.
+
+        The result is dense, and channels-last where :func:`wants_channels_last` says so.
+        """
+
+    def backward(
+        self,
+        grad: Tensor,
+        features: Sequence[Tensor] | None,
+        out: Tensor | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        relu: bool,
+        mean: bool,
+        channels: Sequence[int],
+        needs: FuseNeeds,
+        channels_last: bool,
+    ) -> FuseGradients:
+        """The gradients that ``needs`` asks for, the same bits every time.
+
+        Args:
+            grad: gradient of the result, of any strides (0 included).
+            features: the maps, where scale's gradient is wanted or a mean of ReLUs must be taken apart; else None.
+            out: the result of a concatenation with ReLU, where ``features`` is None: positive where gradient passes.
+            channels: C_m of every map.
+            channels_last: layout of the maps' gradients, which are dense.
+        """
+
+
+def order_of(feature: Tensor) -> int:
+    """1 where the channels of ``[B, C, *S]`` lie side by side (channels-last), -1 where the positions do, 0 for both.
+
+    What has neither order counts as -1: it will be copied.
+    """
+    shape, strides = feature.shape, feature.stride()
+    channels = shape[1]
+    if channels == 1 or math.prod(shape[2:]) == 1:
+        return 0
+    if strides[1] != 1 or strides[-1] < channels:
+        return -1
+    return 1 if position_stride(shape, strides) is not None else -1
+
+
+def position_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
+    """The one stride at which all positions ``*S`` of a map follow each other, or None."""
+    step = None
+    size = 1
+    for axis in range(len(shape) - 1, 1, -1):
+        if shape[axis] == 1:
+            continue
+        if step is None:
+            step = strides[axis]
+        elif strides[axis] != step * size:
+            return None
+        size *= shape[axis]
+    return 1 if step is None else step
+
+
+def wants_channels_last(features: Sequence[Tensor]) -> bool:
+    """True where the result is laid out channels-last: every map fits that order and at least one no other."""
+    if all(feature.is_contiguous() for feature in features):
+        return False
+    orders = [order_of(feature) for feature in features]
+    return min(orders, default=-1) >= 0 and max(orders) == 1
+
+
+def empty_map(shape: Sequence[int], channels_last: bool, like: Tensor) -> Tensor:
+    """An empty dense map ``[B, C, *S]`` with the dtype and device of ``like``."""
+    if channels_last:
+        moved = like.new_empty((shape[0], *shape[2:], shape[1]))
+        return moved.movedim(-1, 1)
+    return like.new_empty(tuple(shape))
+
+
+def fused_channels(channels: Sequence[int], mean: bool) -> int:
+    """Channels of the result."""
+    return channels[0] if mean else sum(channels)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that products and sums of maps of ``dtype`` are taken in."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
