@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fedkern.ops import _library, backend
-from fedkern.ops._memory import fresh
 from fedkern.ops.blend_launch import output_strides
+from fedkern.ops.boxes_kernels import BoxesKernel, CpuBoxes
 
 # 1. What they compute.
 
@@ -169,32 +169,11 @@ def _implementation(images: Tensor, boxes: Tensor, fill: Tensor, keep: bool) -> 
             image, box = wrong[0][:2]
             raise ValueError(f"boxes must not hold NaN; box {box} of image {image} does")
     out = _fake(images, boxes, fill, keep)
-    core = backend.select("boxes", images)
-    if core is None:
+    kernel: BoxesKernel | None = backend.select("boxes", images)
+    if kernel is None:
         return out.copy_(fill_boxes_reference(images, boxes, fill, keep))
-    batch, channels, height, width = images.shape
-    pixels, threads = height * width, torch.get_num_threads()
-    corners = boxes.to(torch.float64).contiguous()
-    mask = torch.empty(batch, pixels, dtype=torch.uint8)
-    core.box_mask(batch, boxes.shape[1], height, width, corners.data_ptr(), mask.data_ptr(), threads)
-    if not _pixels_in_step(images) or not _pixels_in_step(out):
-        images = images.contiguous()
-        out = torch.empty_like(images)
-    fill = fill.to(images.dtype).contiguous()
-    core.box_fill(
-        *(images.element_size(), batch, channels, pixels),
-        *(images.stride(0), images.stride(1), images.stride(3) if width > 1 else images.stride(2)),
-        *(out.stride(0), out.stride(1), out.stride(3) if width > 1 else out.stride(2)),
-        *(images.data_ptr(), mask.data_ptr(), 0 if keep else 1),
-        *(fill.data_ptr(), channels if len(fill) > 1 else 0, fresh(core, out).data_ptr(), threads),
-    )
+    kernel.fill(images, boxes, fill.to(images.dtype), keep, out)
     return out
-
-
-def _pixels_in_step(images: Tensor) -> bool:
-    """True when one stride leads from pixel to pixel through all rows, as in contiguous and channels-last images."""
-    _, _, height, width = images.shape
-    return width <= 1 or height <= 1 or images.stride(2) == width * images.stride(3)
 
 
 def _fake(images: Tensor, boxes: Tensor, fill: Tensor, keep: bool) -> Tensor:
@@ -258,4 +237,4 @@ _DTYPES = frozenset(
         *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool),
     }
 )
-backend.register("boxes", "cpu", backend.Kernel(backend.cpu_core, _DTYPES, frozenset({"cpu"})))
+backend.register("boxes", "cpu", backend.Kernel(lambda: CpuBoxes(backend.cpu_core()), _DTYPES, frozenset({"cpu"})))
