@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedkern.data.background import MaskSource, bounding_boxes, extract_background
 from fedkern.data.boxes_file import BoxesFile
-from fedkern.data.coloured import class_colours, colourise, random_colours, tied_colours
+from fedkern.data.coloured import PALETTES, Palette, class_colours, colourise, random_colours, tied_colours
 from fedkern.data.detections import Detections, Detector
 from fedkern.data.partition import PartitionSpec, parse_partition, partition_like
 from fedkern.data.partition import partition as share_out
@@ -24,9 +24,16 @@ from fedkern.data.types import FederatedData, Pool, Source, Split
 from fedkern.errors import UserError
 from fedkern.streams import stream
 
-# Per channel, of white ink over uniformly random colours; constants, so that normalisation depends on no client's data.
-_COLOURED_MEAN = {"colordigits": (0.546,) * 3, "colormnist": (0.434,) * 3, "colorfashion": (0.535,) * 3}
-_COLOURED_STD = {"colordigits": (0.280,) * 3, "colormnist": (0.274,) * 3, "colorfashion": (0.280,) * 3}
+# Mean and standard deviation of a channel over uniformly random colours, by data set and ink; constants, so that
+# normalisation depends on no client's data.
+_COLOURED_SCALE = {
+    ("colordigits", "white"): (0.546, 0.280),
+    ("colordigits", "contrast"): (0.5, 0.312),
+    ("colormnist", "white"): (0.434, 0.274),
+    ("colormnist", "contrast"): (0.5, 0.312),
+    ("colorfashion", "white"): (0.535, 0.280),
+    ("colorfashion", "contrast"): (0.5, 0.312),
+}
 
 
 def load(
@@ -71,6 +78,7 @@ def load(
     spec = parse_partition(info.partition if partition is None else partition)
     correlation = _check_correlation(name, info, correlation)
     boxed = own_options.pop("mask", "exact") == "box"  # coloured sets only; what follows goes to the reader
+    ink = own_options.pop("ink", "")
     source = info.open(root, **own_options)
     _check_attribute(name, info, source, spec, clients)
     kept = _training_rows(name, source.train, train_samples, seed)
@@ -81,10 +89,12 @@ def load(
     statistics = PartitionStatistics.of([labels[part] for part in parts], source.classes, spec.text)
     validation_rows = _validation_rows(source, len(kept), common["validation_samples"])
     test_rows = {key: _first_rows(pool, common["test_samples"], f"test/{key}") for key, pool in source.tests.items()}
+    mean, std = source.mean, source.std
     if info.coloured:
         splits, validation, tests = _coloured(
-            source, spec, held, validation_rows, test_rows[""], statistics.counts, correlation, seed
+            source, spec, held, validation_rows, test_rows[""], statistics.counts, correlation, PALETTES[ink], seed
         )
+        mean, std = ((value,) * 3 for value in _COLOURED_SCALE[name, ink])
     else:
         splits = tuple(source.train.take(rows) for rows in held)
         validation = source.validation.take(validation_rows)
@@ -98,8 +108,8 @@ def load(
         clients=splits,
         validation=validation,
         tests=tests,
-        mean=_COLOURED_MEAN[name] if info.coloured else source.mean,
-        std=_COLOURED_STD[name] if info.coloured else source.std,
+        mean=mean,
+        std=std,
         augment=source.augment,
         statistics=statistics,
         exact_masks=info.coloured and not boxed,
@@ -141,35 +151,36 @@ def _coloured(
     test_rows: Tensor,
     counts: npt.NDArray[np.int64],
     correlation: float,
+    palette: Palette,
     seed: int,
 ) -> tuple[tuple[Split, ...], Split, dict[str, Split]]:
     """Paints the clients' splits, and the validation and in-distribution test with the clients' colours."""
     classes = len(source.classes)
-    maps = [class_colours(seed, -1 if spec.name == "iid" else k, classes) for k in range(len(held))]
+    maps = [class_colours(seed, -1 if spec.name == "iid" else k, classes, palette) for k in range(len(held))]
     splits = []
     for k, rows in enumerate(held):
         grey = source.train.take(rows)
         rng = stream(seed, "colours/train", client=k)
-        splits.append(_painted(grey, tied_colours(grey.labels.numpy(), maps[k], correlation, rng)))
+        splits.append(_painted(grey, tied_colours(grey.labels.numpy(), maps[k], correlation, palette, rng), palette))
 
     def in_distribution(grey: Split, purpose: str) -> Split:
         labels = grey.labels.numpy()
         colours = np.empty((len(grey), 3), dtype=np.uint8)
         for k, rows in enumerate(partition_like(labels, counts, stream(seed, f"assign/{purpose}"))):
             rng = stream(seed, f"colours/{purpose}", client=k)
-            colours[rows] = tied_colours(labels[rows], maps[k], correlation, rng)
-        return _painted(grey, colours)
+            colours[rows] = tied_colours(labels[rows], maps[k], correlation, palette, rng)
+        return _painted(grey, colours, palette)
 
     test = source.tests[""].take(test_rows)
     tests = {
         "id": in_distribution(test, "test"),
-        "ood": _painted(test, random_colours(len(test), stream(seed, "colours/ood"))),
+        "ood": _painted(test, random_colours(len(test), palette, stream(seed, "colours/ood")), palette),
     }
     return tuple(splits), in_distribution(source.validation.take(validation_rows), "validation"), tests
 
 
-def _painted(grey: Split, colours: npt.NDArray[np.uint8]) -> Split:
-    images, masks = colourise(grey.images, colours)
+def _painted(grey: Split, colours: npt.NDArray[np.uint8], palette: Palette) -> Split:
+    images, masks = colourise(grey.images, colours, palette)
     return Split(images, grey.labels, masks, grey.ids)
 
 

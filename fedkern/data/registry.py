@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkern.data.cifar import open_cifar10, open_cifar100
+from fedkern.data.coloured import PALETTES
 from fedkern.data.digits import open_digits
 from fedkern.data.idx import open_idx
 from fedkern.data.nico import open_nico
@@ -116,27 +117,36 @@ def _fashion(root: Root) -> Source:
     return open_idx("fashionmnist", root)
 
 
-_COLOURED_OPTIONS = {
-    "mask": DataOption(
-        "exact",
-        "object masks of training images: every pixel of ink, or its bounding box, as a detector would give it",
-        choices=("exact", "box"),
-    )
-}
+def _coloured_options(ink: str) -> dict[str, DataOption]:
+    return {
+        "mask": DataOption(
+            "exact",
+            "object masks of training images: every pixel of ink, or its bounding box, as a detector would give it",
+            choices=("exact", "box"),
+        ),
+        "ink": DataOption(
+            ink,
+            "white on the darker background colours, or black or white by contrast on all of them",
+            choices=tuple(PALETTES),
+        ),
+    }
+
 
 DATASETS: dict[str, DatasetInfo] = {
     "colordigits": DatasetInfo(
         "embedded digits on backgrounds coloured by class and client; out-of-distribution test with random colours",
         _embedded, 5, "attribute", (3, 32), correlation=0.7, needs_root=False,
-        options=_COLOURED_OPTIONS,
+        options=_coloured_options("white"),
     ),
     "colormnist": DatasetInfo(
         "MNIST on backgrounds coloured by class and client; out-of-distribution test with random colours",
-        _mnist, 5, "attribute", (3, 28), correlation=0.5, options=_COLOURED_OPTIONS,
+        _mnist, 5, "attribute", (3, 28), correlation=0.5,
+        options=_coloured_options("contrast"),
     ),
     "colorfashion": DatasetInfo(
         "Fashion-MNIST on backgrounds coloured by class and client; out-of-distribution test with random colours",
-        _fashion, 5, "attribute", (3, 28), correlation=0.5, options=_COLOURED_OPTIONS,
+        _fashion, 5, "attribute", (3, 28), correlation=0.5,
+        options=_coloured_options("contrast"),
     ),
     "digits": DatasetInfo(
         "scikit-learn's 1,797 handwritten digits enlarged to 32x32; needs no file",

@@ -5,9 +5,11 @@ import pytest
 import torch
 
 from fedkern.data import FederatedData, Split, load
-from fedkern.data.coloured import BRIGHTEST, INK_THRESHOLD, class_colours, colourise, random_colours
+from fedkern.data.coloured import INK_THRESHOLD, PALETTES, class_colours, colourise, random_colours
 from fedkern.errors import UserError
 from fedkern.streams import stream
+
+WHITE, CONTRAST = PALETTES["white"], PALETTES["contrast"]
 
 
 def backgrounds(split: Split) -> np.ndarray:
@@ -41,19 +43,24 @@ def test_defaults(digits: FederatedData) -> None:
     assert digits.augment == "none"
 
 
-def test_colourise_is_exact() -> None:
-    grey = torch.randint(0, 256, (9, 1, 14, 11), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    colours = random_colours(9, np.random.default_rng(0))
-    images, masks = colourise(grey, colours)
+@pytest.mark.parametrize("ink", PALETTES)
+def test_colourise_is_exact(ink: str) -> None:
+    grey = torch.randint(0, 256, (40, 1, 14, 11), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    palette = PALETTES[ink]
+    colours = random_colours(40, palette, np.random.default_rng(0))
+    images, masks = colourise(grey, colours, palette)
     assert torch.equal(masks, grey[:, 0] > INK_THRESHOLD)
     ground = torch.from_numpy(colours)[:, :, None, None].expand_as(images)
     outside = ~masks[:, None].expand_as(images)
     assert torch.equal(images[outside], ground[outside])
     opacity = grey.double() / 255
-    blended = opacity * 255 + (1 - opacity) * ground.double()
+    bright = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64) @ torch.from_numpy(colours).double().T / 255
+    white = torch.where(bright <= 0.5, 255.0, 0.0) if palette.contrast else torch.full((40,), 255.0)
+    assert len(set(white.tolist())) == (2 if palette.contrast else 1)
+    blended = opacity * white[:, None, None, None] + (1 - opacity) * ground.double()
     assert (images.double() - blended)[~outside].abs().max() <= 0.5
     # Ink always shows: every object pixel differs from the background.
-    assert (images.int() - ground.int()).sum(1)[masks].min() > 0
+    assert (images.int() - ground.int()).abs().sum(1)[masks].min() > 0
 
 
 def test_masks_and_shapes_are_the_digits(digits: FederatedData) -> None:
@@ -70,16 +77,16 @@ def test_masks_and_shapes_are_the_digits(digits: FederatedData) -> None:
 @pytest.mark.parametrize("correlation", [0.0, 0.3, 0.8, 1.0])
 def test_correlation_ties_colour_to_class_and_client(correlation: float) -> None:
     data = load("colordigits", seed=2, correlation=correlation)
-    shares = [tied_share(split, class_colours(2, k, 10)) for k, split in enumerate(data.clients)]
+    shares = [tied_share(split, class_colours(2, k, 10, WHITE)) for k, split in enumerate(data.clients)]
     # Standard deviation of a share over 240 samples is at most 0.033.
     assert all(abs(share - correlation) < 0.13 for share in shares)
     # A client's colours mean nothing to the others.
-    assert all(tied_share(split, class_colours(2, (k + 1) % 5, 10)) == 0 for k, split in enumerate(data.clients))
+    assert all(tied_share(split, class_colours(2, (k + 1) % 5, 10, WHITE)) == 0 for k, split in enumerate(data.clients))
 
 
 def test_id_test_and_validation_share_the_clients_colours_and_ood_does_not() -> None:
     data = load("colordigits", seed=2, correlation=1.0)
-    maps = [class_colours(2, k, 10) for k in range(5)]
+    maps = [class_colours(2, k, 10, WHITE) for k in range(5)]
     for split, expected in ((data.tests["id"], 1.0), (data.validation, 1.0), (data.tests["ood"], 0.0)):
         per_client = [tied_share(split, own) for own in maps]
         assert sum(per_client) == pytest.approx(expected)
@@ -90,11 +97,11 @@ def test_id_test_and_validation_share_the_clients_colours_and_ood_does_not() -> 
 def test_ood_colours_are_uniform_and_tell_nothing() -> None:
     data = load("colordigits", seed=0, correlation=1.0)
     colours = backgrounds(data.tests["ood"]).astype(float)
-    assert colours.max() <= BRIGHTEST
-    np.testing.assert_allclose(colours.mean(axis=0), BRIGHTEST / 2, atol=12)
+    assert colours.max() <= WHITE.brightest
+    np.testing.assert_allclose(colours.mean(axis=0), WHITE.brightest / 2, atol=12)
     labels = data.tests["ood"].labels.numpy()
     per_class = np.stack([colours[labels == label].mean(axis=0) for label in range(10)])
-    assert np.abs(per_class - BRIGHTEST / 2).max() < 40
+    assert np.abs(per_class - WHITE.brightest / 2).max() < 40
 
 
 def test_id_and_ood_show_the_same_digits(digits: FederatedData) -> None:
@@ -104,17 +111,17 @@ def test_id_and_ood_show_the_same_digits(digits: FederatedData) -> None:
 
 def test_a_clients_colours_are_apart() -> None:
     for client in range(50):
-        own = class_colours(1, client, 10).astype(float)
+        own = class_colours(1, client, 10, WHITE).astype(float)
         distance = np.linalg.norm(own[:, None] - own[None], axis=2) + 1e9 * np.eye(10)
         assert distance.min() > 25
-        assert own.max() <= BRIGHTEST
+        assert own.max() <= WHITE.brightest
 
 
 def test_adding_a_client_changes_no_others_colours() -> None:
     few, many = (load("colordigits", seed=9, clients=clients, correlation=1.0) for clients in (3, 6))
     for k in range(3):
-        assert tied_share(few.clients[k], class_colours(9, k, 10)) == 1
-        assert tied_share(many.clients[k], class_colours(9, k, 10)) == 1
+        assert tied_share(few.clients[k], class_colours(9, k, 10, WHITE)) == 1
+        assert tied_share(many.clients[k], class_colours(9, k, 10, WHITE)) == 1
 
 
 def test_the_seed_reproduces(digits: FederatedData) -> None:
@@ -132,7 +139,7 @@ def test_the_seed_reproduces(digits: FederatedData) -> None:
 
 def test_iid_clients_share_one_colour_map() -> None:
     data = load("colordigits", seed=4, partition="iid", correlation=1.0)
-    shared = class_colours(4, -1, 10)
+    shared = class_colours(4, -1, 10, WHITE)
     assert all(tied_share(split, shared) == 1 for split in (*data.clients, data.tests["id"], data.validation))
 
 
@@ -142,7 +149,7 @@ def test_label_skew_keeps_the_clients_colours_and_steers_the_id_test() -> None:
     colours = backgrounds(data.tests["id"])
     for client, label in enumerate(held):
         rows = data.tests["id"].labels.numpy() == label
-        assert (colours[rows] == class_colours(4, client, 10)[label]).all()
+        assert (colours[rows] == class_colours(4, client, 10, WHITE)[label]).all()
 
 
 @pytest.mark.parametrize(("name", "layout"), [("colormnist", "MNIST/raw"), ("colorfashion", "FashionMNIST/raw")])
@@ -153,7 +160,7 @@ def test_idx_sets(tmp_path, write_idx, name: str, layout: str) -> None:
     assert sum(data.client_sizes) == 100
     test = torch.from_numpy(content["t10k-images-idx3-ubyte"])
     assert torch.equal(data.tests["ood"].masks, test > INK_THRESHOLD)
-    assert tied_share(data.clients[2], class_colours(0, 2, 10)) == 1
+    assert tied_share(data.clients[2], class_colours(0, 2, 10, CONTRAST)) == 1
 
 
 @pytest.mark.parametrize("correlation", [-0.1, 1.1, float("nan")])
@@ -182,7 +189,24 @@ def test_box_masks_hide_the_shape_in_training_images_only(digits: FederatedData)
     assert not boxed.exact_masks
 
 
+def test_ink_by_contrast_uses_every_colour_and_both_inks() -> None:
+    data = load("colordigits", seed=3, correlation=0.0, options={"ink": "contrast"})
+    split = data.tests["ood"]
+    colours = backgrounds(split)
+    assert colours.max() > 245
+    strongest = [
+        float(image[:, mask].float().mean(0).sub(c.mean()).abs().max())
+        for image, mask, c in zip(split.images, split.masks, colours, strict=True)
+    ]
+    assert min(strongest) > 80
+    lighter = [
+        bool(image[:, mask].float().mean() > c.mean())
+        for image, mask, c in zip(split.images, split.masks, colours, strict=True)
+    ]
+    assert 0.3 < float(np.mean(lighter)) < 0.7
+
+
 def test_random_colours_use_their_own_stream() -> None:
     # The generator handed in is the only source: nothing global.
-    a, b = (random_colours(100, stream(1, "x", client=2)) for _ in range(2))
+    a, b = (random_colours(100, WHITE, stream(1, "x", client=2)) for _ in range(2))
     np.testing.assert_array_equal(a, b)
