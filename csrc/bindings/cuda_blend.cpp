@@ -1,3 +1,8 @@
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+
 #include "bindings.h"
 #include "fedkern/blend_cuda.h"
 
@@ -26,11 +31,23 @@ void backward(int dtype, std::int64_t rows, std::int64_t background_rows, std::i
   cuda::blend_backward(call, device, pointer<void>(stream));
 }
 
+void fill_boxes(std::int64_t item, const std::array<std::int64_t, 5>& sizes, const std::array<std::int64_t, 4>& stride,
+                const std::array<std::int64_t, 4>& out_stride, std::uintptr_t images, std::uintptr_t box, std::uintptr_t fill,
+                std::int64_t fill_stride, bool keep, std::uintptr_t out, int device, std::uintptr_t stream) {
+  const auto [batch, boxes, channels, height, width] = sizes;
+  cuda::FillBoxes call{item, batch, boxes, channels, height, width, {}, {}, pointer<const void>(images), pointer<const double>(box),
+                       pointer<const void>(fill), fill_stride, keep, pointer<void>(out)};
+  std::copy(stride.begin(), stride.end(), call.stride);
+  std::copy(out_stride.begin(), out_stride.end(), call.out_stride);
+  cuda::fill_boxes(call, device, pointer<void>(stream));
+}
+
 }  // namespace
 
 void bind_cuda_blend(py::module_& module) {
   module.def("blend_forward", forward);
   module.def("blend_backward", backward);
+  module.def("fill_boxes", fill_boxes);
 }
 
 }  // namespace fedkern

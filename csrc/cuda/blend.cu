@@ -3,72 +3,27 @@
 // where pointers, strides and the sample's size allow.
 // Release builds keep the device assertions: looking at an index from the host would cost a synchronisation.
 #undef NDEBUG
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cassert>
-#include <cstdint>
-#include <initializer_list>
 
+#include "blend_boxes.cuh"
 #include "fedkern/blend_cuda.h"
 #include "launch.cuh"
+#include "numeric.cuh"
 
 namespace fedkern::cuda {
 namespace {
 
 constexpr int kThreads = 256;
 
-template <typename T>
-struct Computed {
-  using type = float;
-};
-template <>
-struct Computed<double> {
-  using type = double;
-};
-
-template <typename C, typename T>
-__device__ C widen(T x) {
-  return static_cast<C>(static_cast<float>(x));
-}
-template <>
-__device__ double widen<double, double>(double x) {
-  return x;
-}
-
-// Rounded to odd on the way from fp64, so that the second rounding is exact.
-__device__ float round_to_odd(double x) {
-  const float toward_zero = __double2float_rz(x);
-  if (static_cast<double>(toward_zero) == x || x != x) return toward_zero;
-  return __int_as_float(__float_as_int(toward_zero) | 1);
-}
-
-template <typename T>
-__device__ T narrow(float x) {
-  return static_cast<T>(x);
-}
-template <typename T>
-__device__ T narrow(double x) {
-  if constexpr (sizeof(T) > 2)
-    return static_cast<T>(x);
-  else
-    return static_cast<T>(round_to_odd(x));
-}
-
-template <typename T, int N>
-struct alignas(sizeof(T) * N) Pack {
-  T lane[N];
-};
-
 __device__ double alpha_at(const Alpha& alpha, std::int64_t b) { return alpha.data ? alpha.data[b * alpha.stride] : alpha.value; }
 
 template <typename T, int N>
-__device__ Pack<T, N> load(const Rows& rows, std::int64_t row, std::int64_t column) {
-  return *reinterpret_cast<const Pack<T, N>*>(static_cast<const T*>(rows.data) + row * rows.stride + column);
+__device__ __forceinline__ Pack<T, N> load(const Rows& rows, std::int64_t row, std::int64_t column) {
+  return load_pack<T, N>(rows.data, row * rows.stride + column);
 }
 template <typename T, int N>
-__device__ void store(const Rows& rows, std::int64_t row, std::int64_t column, const Pack<T, N>& pack) {
-  *reinterpret_cast<Pack<T, N>*>(static_cast<T*>(rows.data) + row * rows.stride + column) = pack;
+__device__ __forceinline__ void store(const Rows& rows, std::int64_t row, std::int64_t column, const Pack<T, N>& pack) {
+  store_pack<T, N>(rows.data, row * rows.stride + column, pack);
 }
 
 // One thread takes a pack of N elements of one sample at a time; `packs` of them make a sample.
@@ -125,7 +80,7 @@ __global__ void grad_background(BlendBackward a, std::int64_t packs) {
         const double rest = 1.0 - alpha_at(a.alpha, b);
         const auto grad = load<T, N>(a.grad, b, column);
 #pragma unroll
-        for (int i = 0; i < N; ++i) sum[i] += rest * static_cast<double>(widen<C>(grad.lane[i]));
+        for (int i = 0; i < N; ++i) sum[i] += rest * widen<double>(grad.lane[i]);
       }
 #pragma unroll
       for (int i = 0; i < N; ++i) out.lane[i] = narrow<T>(sum[i]);
@@ -137,7 +92,6 @@ __global__ void grad_background(BlendBackward a, std::int64_t packs) {
 // One block per sample, summed in fp64 in an order fixed by the block's size.
 template <typename T, int N>
 __global__ void grad_alpha(BlendBackward a, std::int64_t packs) {
-  using C = typename Computed<T>::type;
   __shared__ double part[kThreads];
   for (std::int64_t b = blockIdx.x; b < a.rows; b += gridDim.x) {
     const std::int64_t source = a.index ? a.index[b] : b;
@@ -147,9 +101,7 @@ __global__ void grad_alpha(BlendBackward a, std::int64_t packs) {
       const auto grad = load<T, N>(a.grad, b, pack * N);
       const auto x = load<T, N>(a.foreground, b, pack * N), y = load<T, N>(a.background, source, pack * N);
 #pragma unroll
-      for (int i = 0; i < N; ++i)
-        sum += static_cast<double>(widen<C>(grad.lane[i])) *
-               (static_cast<double>(widen<C>(x.lane[i])) - static_cast<double>(widen<C>(y.lane[i])));
+      for (int i = 0; i < N; ++i) sum += widen<double>(grad.lane[i]) * (widen<double>(x.lane[i]) - widen<double>(y.lane[i]));
     }
     part[threadIdx.x] = sum;
     for (int half = kThreads / 2; half > 0; half /= 2) {
@@ -164,51 +116,26 @@ __global__ void grad_alpha(BlendBackward a, std::int64_t packs) {
 // True when every row of every map starts at a multiple of 16 bytes.
 template <typename T>
 bool aligned(std::int64_t size, std::initializer_list<Rows> maps) {
-  constexpr std::int64_t lanes = 16 / sizeof(T);
-  if (size % lanes) return false;
+  if (size % kLanes<T>) return false;
   for (const Rows& rows : maps)
-    if (rows.data && (reinterpret_cast<std::uintptr_t>(rows.data) % 16 || rows.stride % lanes)) return false;
+    if (rows.data && (!aligned16(rows.data) || rows.stride % kLanes<T>)) return false;
   return true;
 }
 
-unsigned blocks_for(std::int64_t units) {
-  // Enough blocks to fill any device; the loops walk the rest.
-  const std::int64_t blocks = (units + kThreads - 1) / kThreads;
-  return static_cast<unsigned>(blocks < 1 ? 1 : blocks > 65536 ? 65536 : blocks);
+template <typename T, int N>
+void launch_forward(const BlendForward& a, std::int64_t background_rows, const Queue& queue) {
+  const std::int64_t packs = a.size / N;
+  launch("blend_forward", forward<T, N>, grid(a.rows * packs, kThreads, queue), kThreads, queue, a, background_rows, packs);
 }
 
 template <typename T, int N>
-void launch_forward(const BlendForward& a, std::int64_t background_rows, cudaStream_t stream) {
+void launch_backward(const BlendBackward& a, const Queue& queue) {
   const std::int64_t packs = a.size / N;
-  forward<T, N><<<blocks_for(a.rows * packs), kThreads, 0, stream>>>(a, background_rows, packs);
-  check_launch("blend_forward");
-}
-
-template <typename T, int N>
-void launch_backward(const BlendBackward& a, cudaStream_t stream) {
-  const std::int64_t packs = a.size / N;
-  if (a.grad_foreground.data && a.rows * packs) {
-    grad_foreground<T, N><<<blocks_for(a.rows * packs), kThreads, 0, stream>>>(a, packs);
-    check_launch("blend_grad_foreground");
-  }
-  if (a.grad_background.data && a.background_rows * packs) {
-    grad_background<T, N><<<blocks_for(a.background_rows * packs), kThreads, 0, stream>>>(a, packs);
-    check_launch("blend_grad_background");
-  }
-  if (a.grad_alpha && a.rows) {
-    grad_alpha<T, N><<<static_cast<unsigned>(a.rows < 65536 ? a.rows : 65536), kThreads, 0, stream>>>(a, packs);
-    check_launch("blend_grad_alpha");
-  }
-}
-
-template <typename Body>
-void with_type(DType dtype, Body&& body) {
-  switch (dtype) {
-    case DType::f32: return body(float{});
-    case DType::f64: return body(double{});
-    case DType::bf16: return body(__nv_bfloat16{});
-    case DType::f16: return body(__half{});
-  }
+  if (a.grad_foreground.data && a.rows * packs)
+    launch("blend_grad_foreground", grad_foreground<T, N>, grid(a.rows * packs, kThreads, queue), kThreads, queue, a, packs);
+  if (a.grad_background.data && a.background_rows * packs)
+    launch("blend_grad_background", grad_background<T, N>, grid(a.background_rows * packs, kThreads, queue), kThreads, queue, a, packs);
+  if (a.grad_alpha && a.rows) launch("blend_grad_alpha", grad_alpha<T, N>, grid(a.rows, 1, queue), kThreads, queue, a, packs);
 }
 
 }  // namespace
@@ -219,9 +146,9 @@ void blend_forward(const BlendForward& a, std::int64_t background_rows, int devi
   with_type(a.dtype, [&](auto type) {
     using T = decltype(type);
     if (aligned<T>(a.size, {a.foreground, a.background, a.out}))
-      launch_forward<T, 16 / sizeof(T)>(a, background_rows, static_cast<cudaStream_t>(stream));
+      launch_forward<T, kLanes<T>>(a, background_rows, {device, stream});
     else
-      launch_forward<T, 1>(a, background_rows, static_cast<cudaStream_t>(stream));
+      launch_forward<T, 1>(a, background_rows, {device, stream});
   });
 }
 
@@ -232,10 +159,21 @@ void blend_backward(const BlendBackward& a, int device, void* stream) {
     const Rows none{nullptr, 0};
     const Rows foreground = a.grad_alpha ? a.foreground : none, background = a.grad_alpha ? a.background : none;
     if (aligned<T>(a.size, {a.grad, foreground, background, a.grad_foreground, a.grad_background}))
-      launch_backward<T, 16 / sizeof(T)>(a, static_cast<cudaStream_t>(stream));
+      launch_backward<T, kLanes<T>>(a, {device, stream});
     else
-      launch_backward<T, 1>(a, static_cast<cudaStream_t>(stream));
+      launch_backward<T, 1>(a, {device, stream});
   });
+}
+
+void fill_boxes(const FillBoxes& a, int device, void* stream) {
+  if (!a.batch || !a.channels || !a.height || !a.width) return;
+  const DeviceGuard guard(device);
+  switch (a.item) {
+    case 1: return launch_boxes<std::uint8_t>(a, {device, stream});
+    case 2: return launch_boxes<std::uint16_t>(a, {device, stream});
+    case 4: return launch_boxes<std::uint32_t>(a, {device, stream});
+    default: return launch_boxes<std::uint64_t>(a, {device, stream});
+  }
 }
 
 }  // namespace fedkern::cuda

@@ -1,10 +1,14 @@
-// What every CUDA operator shares: the device set and restored, launch errors as exceptions.
+// What every CUDA operator shares on the host: the device set and restored, launch errors as exceptions, grid sizes.
 #pragma once
 
 #include <cuda_runtime.h>
 
+#include <atomic>
+#include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <utility>
 
 namespace fedkern::cuda {
 
@@ -37,6 +41,40 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-inline void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
+// A device and a stream of the caller's; where a kernel's arguments go besides its parameters.
+struct Queue {
+  int device;
+  void* stream;
+};
+
+// Starts `kernel`, whose name the exception gives where that fails.
+template <typename... P, typename... A>
+void launch(const char* name, void (*kernel)(P...), std::int64_t blocks, int threads, const Queue& queue, const A&... arguments) {
+  std::tuple<P...> values(arguments...);
+  std::apply(
+      [&](auto&... value) {
+        void* pointers[] = {&value...};
+        check(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), pointers, 0,
+                               static_cast<cudaStream_t>(queue.stream)),
+              name);
+      },
+      values);
+}
+
+inline int multiprocessors(int device) {
+  constexpr int kKnown = 64;
+  static std::atomic<int> known[kKnown];
+  if (device >= 0 && device < kKnown && known[device]) return known[device];
+  int count = 0;
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  if (device >= 0 && device < kKnown) known[device] = count;
+  return count;
+}
+
+// Blocks for a loop over `units`, `per_block` at a time: enough to fill the device `waves` times over; the loop walks the rest.
+inline std::int64_t grid(std::int64_t units, std::int64_t per_block, const Queue& queue, int waves = 32) {
+  const std::int64_t blocks = (units + per_block - 1) / per_block, most = static_cast<std::int64_t>(multiprocessors(queue.device)) * waves;
+  return blocks < 1 ? 1 : blocks > most ? most : blocks;
+}
 
 }  // namespace fedkern::cuda

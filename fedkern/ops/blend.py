@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedkern.ops import backend
-from fedkern.ops.blend_launch import CudaLauncher, Launcher
+from fedkern.ops.blend_launch import Launcher
 from fedkern.ops.blend_library import BLEND, BLEND_BACKWARD
 from fedkern.ops.blend_reference import blend_reference, check_values
+from fedkern.ops.cuda import core as cuda
+from fedkern.ops.cuda.blend import CudaBlend
 
 FLOATS = tuple(backend.DTYPES)
 
@@ -147,15 +148,6 @@ class _Blend(torch.autograd.Function):
 
 # 5. Who can serve it.
 
-
-def _launcher(kind: Callable[[Any], Launcher], core: Callable[[], Any]) -> Callable[[], Launcher]:
-    return lambda: kind(core())
-
-
 _DTYPES = frozenset(FLOATS)
-backend.register("blend", "cpu", backend.Kernel(_launcher(Launcher, backend.cpu_core), _DTYPES, frozenset({"cpu"})))
-backend.register(
-    "blend",
-    "cuda",
-    backend.Kernel(_launcher(CudaLauncher, lambda: backend.load_core("_cuda")), _DTYPES, frozenset({"cuda"})),
-)
+backend.register("blend", "cpu", backend.Kernel(lambda: Launcher(backend.cpu_core()), _DTYPES, frozenset({"cpu"})))
+cuda.register("blend", CudaBlend, _DTYPES)

@@ -152,32 +152,5 @@ class Launcher:
         self.core.blend_backward(*arguments[:-2], torch.get_num_threads())
 
 
-class CudaLauncher(Launcher):
-    """As :class:`Launcher`, on torch's current stream; which samples use a row is found on the device."""
-
-    def _fresh(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-    def _forward(self, *arguments: Any) -> None:
-        device = arguments[-1].device.index
-        self.core.blend_forward(*arguments[:-1], device, torch.cuda.current_stream(device).cuda_stream)
-
-    def _backward(self, *arguments: Any) -> None:
-        grad, index = arguments[-2:]
-        device = grad.device.index
-        start = order = None
-        if index is not None and arguments[15]:
-            ordered, order = torch.sort(index, stable=True)
-            rows = torch.arange(arguments[2] + 1, device=grad.device)
-            start = torch.searchsorted(ordered, rows)
-        self.core.blend_backward(
-            *arguments[:-2],
-            0 if start is None else start.data_ptr(),
-            0 if order is None else order.data_ptr(),
-            device,
-            torch.cuda.current_stream(device).cuda_stream,
-        )
-
-
 def _small(alpha: Tensor | None) -> Tensor | None:
     return None if alpha is None else alpha.detach().to(torch.float64)

@@ -12,6 +12,8 @@ from torch import Tensor
 from fedkern.ops import _library, backend
 from fedkern.ops.blend_launch import output_strides
 from fedkern.ops.boxes_kernels import BoxesKernel, CpuBoxes
+from fedkern.ops.cuda import core as cuda
+from fedkern.ops.cuda.blend import CudaBoxes
 
 # 1. What they compute.
 
@@ -238,3 +240,4 @@ _DTYPES = frozenset(
     }
 )
 backend.register("boxes", "cpu", backend.Kernel(lambda: CpuBoxes(backend.cpu_core()), _DTYPES, frozenset({"cpu"})))
+cuda.register("boxes", CudaBoxes, _DTYPES)

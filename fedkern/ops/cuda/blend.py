@@ -1,0 +1,59 @@
+"""blend and boxes on CUDA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkern.ops.blend_launch import Launcher
+from fedkern.ops.cuda.core import queue
+
+
+class CudaBlend(Launcher):
+    """As :class:`Launcher`, on torch's current stream; which samples use a row is found on the device."""
+
+    def _fresh(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def _forward(self, *arguments: Any) -> None:
+        self.core.blend_forward(*arguments[:-1], *queue(arguments[-1]))
+
+    def _backward(self, *arguments: Any) -> None:
+        grad, index = arguments[-2:]
+        start = order = None
+        if index is not None and arguments[15]:
+            ordered, order = torch.sort(index, stable=True)
+            rows = torch.arange(arguments[2] + 1, device=grad.device)
+            start = torch.searchsorted(ordered, rows)
+        self.core.blend_backward(
+            *arguments[:-2],
+            0 if start is None else start.data_ptr(),
+            0 if order is None else order.data_ptr(),
+            *queue(grad),
+        )
+
+
+class CudaBoxes:
+    """:class:`fedkern.ops.boxes_kernels.BoxesKernel` of ``fedkern._cuda``."""
+
+    def __init__(self, core: Any) -> None:
+        self.core = core
+
+    def fill(self, images: Tensor, boxes: Tensor, fill: Tensor, keep: bool, out: Tensor) -> None:
+        batch, channels, height, width = images.shape
+        corners, fill = boxes.to(torch.float64).contiguous(), fill.contiguous()
+        self.core.fill_boxes(
+            images.element_size(),
+            (batch, boxes.shape[1], channels, height, width),
+            images.stride(),
+            out.stride(),
+            images.data_ptr(),
+            corners.data_ptr(),
+            fill.data_ptr(),
+            channels if len(fill) > 1 else 0,
+            keep,
+            out.data_ptr(),
+            *queue(images),
+        )

@@ -1,0 +1,33 @@
+"""Where the CUDA tests run: on a GPU where there is one, and everywhere through the emulated core."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from emulated_core import emulated
+
+from fedkern.ops import use_backend
+
+
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """The device of a test's tensors, with the CUDA backend forced."""
+    if request.param == "emulated":
+        with emulated():
+            yield torch.device("cpu")
+        return
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    with use_backend("cuda"):
+        yield torch.device("cuda")
+
+
+@pytest.fixture
+def gpu() -> Iterator[torch.device]:
+    """A GPU, with the CUDA backend forced: what an emulation cannot show."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    with use_backend("cuda"):
+        yield torch.device("cuda")

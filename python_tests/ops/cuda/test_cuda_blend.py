@@ -1,0 +1,143 @@
+"""blend, erase_boxes and keep_boxes on CUDA against the float64 reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from operator_cases import DTYPES, assert_close, describe, pairwise
+from torch import Tensor
+
+from fedkern.ops import blend, erase_boxes, keep_boxes
+from fedkern.ops.blend_reference import blend_reference
+from fedkern.ops.boxes import fill_boxes_reference
+
+AXES: dict[str, Any] = {
+    "rows": (0, 1, 5, 33),
+    "size": (1, 7, 8, 129, 1024, 3200),
+    "dtype": DTYPES,
+    "index": ("identity", "permutation", "repeated", "one", "many"),
+    "alpha": ("number", "zero", "one", "tensor", "double"),
+    "layout": ("rows", "gaps", "offset", "channels_last"),
+}
+CASES = pairwise(AXES, seed=3)
+
+
+def make_index(kind: str, rows: int, generator: torch.Generator) -> tuple[Tensor | None, int]:
+    """How samples pick their background, and how many there are."""
+    if kind == "identity" or not rows:
+        return None, rows
+    if kind == "permutation":
+        return torch.randperm(rows, generator=generator), rows
+    count = {"repeated": rows, "one": 1, "many": 2 * rows + 3}[kind]
+    return torch.randint(0, count, (rows,), generator=generator), count
+
+
+def lay_out(x: Tensor, layout: str) -> Tensor:
+    """The same samples with other strides or at an odd address."""
+    rows, size = x.shape
+    if layout == "gaps":
+        return x.new_zeros(rows, 2 * size + 3)[:, :size].copy_(x)
+    if layout == "offset":
+        return x.new_zeros(rows * size + 1)[1:].view(rows, size).copy_(x)
+    if layout == "channels_last" and size % 8 == 0:
+        return x.view(rows, 2, size // 8, 4).contiguous(memory_format=torch.channels_last)
+    return x
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: describe(CASES[n]))
+def test_blend(device: torch.device, number: int) -> None:
+    case = CASES[number]
+    generator = torch.Generator().manual_seed(number)
+    rows, size, dtype = case["rows"], case["size"], case["dtype"]
+    index, count = make_index(case["index"], rows, generator)
+    foreground, grad = (torch.randn(rows, size, generator=generator).to(dtype) for _ in range(2))
+    background = torch.randn(count, size, generator=generator).to(dtype)
+    maps = [lay_out(x.to(device), case["layout"]) for x in (foreground, background, grad)]
+    alpha: Any = {"number": 0.3, "zero": 0.0, "one": 1.0}.get(case["alpha"])
+    leaves = [x.requires_grad_() for x in maps[:2]]
+    if alpha is None:
+        alpha = torch.rand(rows, generator=generator).to(torch.float64 if case["alpha"] == "double" else dtype)
+        leaves.append(alpha.to(device).requires_grad_())
+    exact = [x.detach().cpu().double().requires_grad_() for x in leaves]
+    out = blend(*leaves[:2], leaves[2] if len(leaves) > 2 else alpha, index=None if index is None else index.to(device))
+    out.backward(maps[2] * 2)
+    expected = blend_reference(*exact[:2], exact[2] if len(exact) > 2 else alpha, index)
+    expected.backward(maps[2].cpu().double() * 2)
+    assert out.dtype == dtype
+    assert_close("result", out.cpu(), expected)
+    for i, (leaf, other) in enumerate(zip(leaves, exact, strict=True)):
+        assert leaf.grad is not None
+        assert other.grad is not None
+        # alpha's gradient is a sum of products over a sample
+        assert_close(f"gradient {i}", leaf.grad.cpu(), other.grad, absolute=1e-6 * (1 + size if i == 2 else 1))
+
+
+def test_index_out_of_range_stops_the_kernel(device: torch.device) -> None:
+    if device.type == "cuda":
+        pytest.skip("a device assertion ends the process's use of the GPU")
+    x = torch.randn(3, 8, device=device)
+    for wrong in (3, -1):
+        with pytest.raises(RuntimeError, match="blend: index out of range"):
+            blend(x, x, 0.5, index=torch.tensor([0, wrong, 1]))
+
+
+BOX_AXES: dict[str, Any] = {
+    "dtype": (torch.float32, torch.float64, torch.bfloat16, torch.uint8, torch.int64, torch.bool),
+    "shape": ((2, 3, 5, 7), (1, 1, 1, 9), (3, 4, 16, 16), (2, 3, 17, 1), (0, 3, 4, 4), (2, 3, 32, 48), (1, 2, 0, 4)),
+    "layout": ("contiguous", "channels_last", "crop", "transposed", "offset"),
+    "boxes": (0, 1, 3, 70),
+    "keep": (False, True),
+    "fill": ("number", "channels"),
+}
+BOX_CASES = pairwise(BOX_AXES, seed=5)
+
+
+def place(images: Tensor, layout: str) -> Tensor:
+    if layout == "channels_last":
+        return images.contiguous(memory_format=torch.channels_last)
+    if layout == "crop":
+        return torch.nn.functional.pad(images.double(), (1, 2, 3, 1)).to(images.dtype)[..., 3:-1, 1:-2]
+    if layout == "transposed":
+        return images.transpose(2, 3).contiguous().transpose(2, 3)
+    if layout == "offset":
+        return images.new_zeros(images.numel() + 1)[1:].view(images.shape).copy_(images)
+    return images
+
+
+@pytest.mark.parametrize("number", range(len(BOX_CASES)), ids=lambda n: describe(BOX_CASES[n]))
+def test_boxes(device: torch.device, number: int) -> None:
+    case = BOX_CASES[number]
+    generator = torch.Generator().manual_seed(number)
+    shape, dtype = case["shape"], case["dtype"]
+    images = place((torch.randn(shape, generator=generator) * 50).to(dtype), case["layout"])
+    corners = torch.rand(shape[0], case["boxes"], 4, generator=generator, dtype=torch.float64) * 1.4 - 0.2
+    corners = corners * torch.tensor([shape[3], shape[2], shape[3], shape[2]])
+    if case["boxes"]:
+        corners[:, :, 2:] = corners[:, :, :2] + corners[:, :, 2:] / case["boxes"]
+        corners[:, 0] = corners[:, 0].round() + 0.5  # edges on pixels' centres
+    fill: Any = 1 if case["fill"] == "number" else [int(c % 2) for c in range(shape[1])]
+    out = (keep_boxes if case["keep"] else erase_boxes)(images.to(device), corners.to(device), fill)
+    values = torch.tensor([fill] if isinstance(fill, int) else fill).expand(shape[1])[None].to(dtype)
+    assert torch.equal(out.cpu(), fill_boxes_reference(images, corners, values, case["keep"]))
+    if case["layout"] == "channels_last":
+        assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_box_with_nan_is_empty(gpu: torch.device) -> None:
+    images = torch.ones(1, 1, 4, 4, device=gpu)
+    for side in range(4):
+        box = torch.tensor([[[0.0, 0.0, 4.0, 4.0]]], device=gpu)
+        box[0, 0, side] = torch.nan
+        assert torch.equal(erase_boxes(images, box), images)
+
+
+def test_boxes_pass_gradients_on(device: torch.device) -> None:
+    images = torch.randn(2, 3, 6, 6, device=device, requires_grad=True)
+    box = torch.tensor([[[1.0, 1.0, 4.0, 3.0]], [[0.0, 0.0, 0.0, 0.0]]], device=device)
+    erase_boxes(images, box, 2.0).backward(torch.ones(2, 3, 6, 6, device=device))
+    assert images.grad is not None
+    expected = torch.ones(2, 3, 6, 6)
+    expected[0, :, 1:3, 1:4] = 0
+    assert torch.equal(images.grad.cpu(), expected)
