@@ -9,8 +9,18 @@ import torch
 from torch import Tensor
 
 from fedkern.ops import _library, backend
-from fedkern.ops._memory import fresh
-from fedkern.ops.aggregate_reference import FLOATS, check_weights, weighted_mean_reference
+from fedkern.ops.aggregate_checks import (
+    FLOATS,
+    Vectors,
+    check_out,
+    check_vectors,
+    check_weights,
+    check_weights_tensor,
+    kernel_weights,
+)
+from fedkern.ops.aggregate_cpu import CpuAggregate
+from fedkern.ops.aggregate_kernels import AggregateKernel
+from fedkern.ops.aggregate_plain import PLAIN
 
 # 1. What it computes: aggregate_reference.
 
@@ -45,14 +55,9 @@ def weighted_mean(
             is negative or not finite, or their sum is zero; on CUDA weights of sum zero give NaN.
         RuntimeError: a forced backend cannot serve the call.
     """
-    first, count = _check(vectors)
+    first, count = check_vectors(vectors)
     if isinstance(weights, Tensor):
-        if weights.dim() != 1 or weights.shape[0] != count:
-            raise ValueError(f"weights must have shape [{count}], not {list(weights.shape)}")
-        if weights.is_complex():
-            raise TypeError(f"weights must have a real dtype, not {weights.dtype}")
-        if weights.device.type != "cpu" and weights.device != first.device:
-            raise ValueError(f"weights must be on the vectors' device {first.device}, not {weights.device}")
+        check_weights_tensor(weights, count, first.device)
     if out is not None:
         check_out(out, first.shape[-1], first.device)
     rows: Sequence[Tensor] = (vectors,) if isinstance(vectors, Tensor) else vectors
@@ -75,108 +80,15 @@ def weighted_mean(
     return _compute(vectors, weights, out)
 
 
-def _check(vectors: Tensor | Sequence[Tensor]) -> tuple[Tensor, int]:
-    """Returns one tensor that stands for all, and M."""
-    if isinstance(vectors, Tensor):
-        if vectors.dtype not in FLOATS:
-            raise TypeError(f"vectors must be float32, float64, bfloat16 or float16, not {vectors.dtype}")
-        if vectors.dim() != 2 or not vectors.shape[0]:
-            raise ValueError(f"vectors must have shape [M, P] with M > 0, not {list(vectors.shape)}")
-        return vectors, vectors.shape[0]
-    if not isinstance(vectors, Sequence) or not len(vectors):
-        raise ValueError("vectors must hold at least one tensor [P]: a list of them, or one [M, P]")
-    first = vectors[0]
-    for position, vector in enumerate(vectors):
-        check_vector(vector, f"vectors[{position}]")
-        if vector.dtype != first.dtype:
-            raise TypeError(f"vectors[{position}] must have vectors[0]'s dtype {first.dtype}, not {vector.dtype}")
-        if vector.shape != first.shape:
-            raise ValueError(
-                f"vectors[{position}] must have vectors[0]'s shape {list(first.shape)}, not {list(vector.shape)}"
-            )
-        if vector.device != first.device:
-            raise ValueError(f"vectors[{position}] must be on vectors[0]'s device {first.device}, not {vector.device}")
-    return first, len(vectors)
-
-
-def check_vector(vector: Tensor, name: str, size: int | None = None) -> None:
-    """Raises TypeError or ValueError unless ``vector`` is a floating tensor ``[size]``."""
-    if not isinstance(vector, Tensor):
-        raise TypeError(f"{name} must be a tensor, not {type(vector).__name__}")
-    if vector.dtype not in FLOATS:
-        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, not {vector.dtype}")
-    if vector.dim() != 1 or (size is not None and vector.shape[0] != size):
-        raise ValueError(f"{name} must have shape [{'P' if size is None else size}], not {list(vector.shape)}")
-
-
-def check_out(out: Tensor, size: int, device: torch.device) -> None:
-    """Raises TypeError or ValueError unless ``out`` can take a result ``[size]``."""
-    check_vector(out, "out", size)
-    if out.device != device:
-        raise ValueError(f"out must be on the vectors' device {device}, not {out.device}")
-    if size > 1 and not out.stride(0):
-        raise ValueError("out must not be expanded: several of its elements share one place in memory")
-
-
-def _compute(vectors: Tensor | Sequence[Tensor], weights: Tensor | Sequence[float], out: Tensor | None) -> Tensor:
+def _compute(vectors: Vectors, weights: Tensor | Sequence[float], out: Tensor | None) -> Tensor:
     """The mean of ordinary tensors, outside of autograd."""
-    rows: Sequence[Tensor] = (vectors,) if isinstance(vectors, Tensor) else vectors
-    first = rows[0]
-    core = backend.select("aggregate", *rows)
-    size, count = first.shape[-1], len(vectors)
-    if core is None:
-        on_device = isinstance(weights, Tensor) and weights.device.type != "cpu"
-        result = weighted_mean_reference(vectors, weights if on_device else check_weights(weights, count)[0])
-        return result if out is None else deliver(result, out)
-    values, total = check_weights(weights.detach() if isinstance(weights, Tensor) else weights, count)
-    if isinstance(vectors, Tensor):
-        step = vectors.stride(0) * vectors.element_size()
-        pointers = [vectors.data_ptr() + m * step for m in range(count)]
-        strides = [vectors.stride(1)] * count
-    else:
-        pointers, strides = [row.data_ptr() for row in vectors], [row.stride(0) for row in vectors]
-    kept = [m for m in range(count) if values[m]]
-    if len(kept) < count:
-        pointers, strides, values = ([given[m] for m in kept] for given in (pointers, strides, values))  # type: ignore[assignment]
-    target = direct_target(out, size, first.dtype, pointers, strides, first.element_size())
-    if target is None:
-        target = fresh(core, torch.empty(size, dtype=first.dtype))
-    core.weighted_mean(
-        backend.DTYPES[first.dtype],
-        backend.DTYPES[target.dtype],
-        size,
-        pointers,
-        strides,
-        values,
-        total,
-        target.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return target if out is None else deliver(target, out)
+    return select(vectors).weighted_mean(vectors, kernel_weights(weights, len(vectors)), out)
 
 
-def direct_target(
-    out: Tensor | None, size: int, dtype: torch.dtype, pointers: Sequence[int], strides: Sequence[int], item: int
-) -> Tensor | None:
-    """``out`` where a kernel may write to it element by element while it reads the vectors, else None."""
-    if out is None or (size > 1 and out.stride(0) != 1) or out.dtype not in FLOATS or out.is_neg():
-        return None
-    begin, end = out.data_ptr(), out.data_ptr() + size * out.element_size()
-    for pointer, stride in zip(pointers, strides, strict=True):
-        last = pointer + ((size - 1) * stride + 1) * item
-        same = pointer == begin and stride == 1 and out.dtype == dtype
-        if not same and pointer < end and begin < last:
-            return None
-    return out
-
-
-def deliver(result: Tensor, out: Tensor) -> Tensor:
-    """Hands ``result`` over in ``out``, and tells autograd that ``out`` has changed."""
-    if result is out:
-        torch.autograd.graph.increment_version(out)
-        return out
-    with torch.no_grad():
-        return out.copy_(result)
+def select(vectors: Vectors, *others: Tensor) -> AggregateKernel:
+    """The kernel object that serves a call: a backend's, or the plain reference."""
+    rows = (vectors,) if isinstance(vectors, Tensor) else vectors
+    return backend.select("aggregate", *rows, *others) or PLAIN
 
 
 # 3. Eager autograd.
@@ -271,4 +183,6 @@ _weighted_mean = _library.register(
 
 # 5. Who can serve it.
 
-backend.register("aggregate", "cpu", backend.Kernel(backend.cpu_core, frozenset(FLOATS), frozenset({"cpu"})))
+backend.register(
+    "aggregate", "cpu", backend.Kernel(lambda: CpuAggregate(backend.cpu_core()), frozenset(FLOATS), frozenset({"cpu"}))
+)

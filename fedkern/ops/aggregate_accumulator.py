@@ -9,16 +9,10 @@ import torch
 from torch import Tensor
 
 from fedkern.ops import backend
-from fedkern.ops._memory import fresh
-from fedkern.ops.aggregate import check_out, check_vector, deliver, direct_target
-from fedkern.ops.aggregate_reference import (
-    FLOATS,
-    LOWEST,
-    add_reference,
-    check_weight,
-    exact_add_reference,
-    exact_mean_reference,
-)
+from fedkern.ops.aggregate import select
+from fedkern.ops.aggregate_checks import FLOATS, check_out, check_vector, check_weight, deliver, direct_target
+from fedkern.ops.aggregate_plain import PLAIN
+from fedkern.ops.aggregate_reference import LOWEST
 
 # Exact weights are integers in units of the smallest double.
 _UNIT = 1 << 1074
@@ -106,19 +100,13 @@ class Accumulator:
         self._dtype = vector.dtype if self._dtype is None else torch.promote_types(self._dtype, vector.dtype)
 
     def _add(self, vector: Tensor, weight: float) -> None:
-        core = backend.select("aggregate", vector)
-        if core is None or not backend.eager(vector):
-            if self.exact:
-                exact_add_reference(self._digits, self._top, vector, weight)
-            else:
-                add_reference(self._sum, vector, weight)
-            return
-        call = (backend.DTYPES[vector.dtype], self.size, vector.data_ptr(), vector.stride(0), weight)
-        threads = torch.get_num_threads()
+        kernel = select([vector])
+        if not backend.eager(vector):
+            kernel = PLAIN
         if self.exact:
-            core.exact_add(*call, self._digits.data_ptr(), self._top.data_ptr(), threads)
+            kernel.exact_accumulate(self._digits, self._top, vector, weight)
         else:
-            core.accumulator_add(*call, self._sum.data_ptr(), threads)
+            kernel.accumulate(self._sum, vector, weight)
 
     def mean(self, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """Returns the weighted mean so far, ``[P]``; more may be added afterwards.
@@ -141,27 +129,14 @@ class Accumulator:
         dtype = dtype or self._dtype or torch.float32
         if dtype not in FLOATS:
             raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, not {dtype}")
-        state = self._digits if self.exact else self._sum
-        core = backend.select("aggregate", torch.empty(0, dtype=dtype, device=self.device))
-        target = direct_target(out, self.size, dtype, (), (), 0) if core is not None else None
-        if target is None:
-            target = torch.empty(self.size, dtype=dtype if out is None else out.dtype, device=self.device)
-            if core is not None:
-                fresh(core, target)
-        if core is None:
-            if self.exact:
-                exact_mean_reference(self._digits, self._top, self.weight, target)
-            else:
-                torch.div(self._sum, self.weight, out=target) if dtype == torch.float64 else target.copy_(
-                    self._sum / self.weight
-                )
+        kernel = select([torch.empty(0, dtype=dtype, device=self.device)])
+        target = direct_target(out, self.size, dtype, (), (), 0)
+        into = target if target is not None else dtype if out is None else out.dtype
+        if self.exact:
+            result = kernel.exact_mean(self._digits, self._top, self.weight, into)
         else:
-            call = (self.weight, target.data_ptr(), torch.get_num_threads())
-            if self.exact:
-                core.exact_mean(backend.DTYPES[target.dtype], self.size, state.data_ptr(), self._top.data_ptr(), *call)
-            else:
-                core.accumulator_mean(backend.DTYPES[target.dtype], self.size, state.data_ptr(), *call)
-        return target if out is None else deliver(target, out)
+            result = kernel.accumulated_mean(self._sum, self.weight, into)
+        return result if out is None else deliver(result, out)
 
     def reset(self) -> None:
         """Forgets everything added."""

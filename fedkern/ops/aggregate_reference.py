@@ -1,16 +1,12 @@
-"""aggregate: what the weighted means and the exact accumulator compute, in plain PyTorch, and the checks of weights."""
+"""aggregate: what the weighted means and the exact accumulator compute, in plain PyTorch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-
-from fedkern.ops.backend import DTYPES
-
-FLOATS = tuple(DTYPES)
 
 # The numbers are those of csrc/include/fedkern/aggregate.h.
 LOWEST, HIGHEST, INFINITE, MINUS_INFINITE, NOT_A_NUMBER = -31, 31, 32, 33, 34
@@ -29,32 +25,6 @@ def weighted_mean_reference(vectors: Tensor | Sequence[Tensor], weights: Tensor 
         total = torch.where(value == 0, total, total + row.double() * value)
     # A running sum, since sum() adds pairwise.
     return (total / values.cumsum(0)[-1]).to(rows[0].dtype)
-
-
-def check_weight(value: float, name: str) -> float:
-    """Returns one weight as a float; negative and non-finite ones raise ValueError."""
-    value = float(value)
-    if not math.isfinite(value) or value < 0:
-        raise ValueError(f"{name} must be finite and not negative, not {value}")
-    return value
-
-
-def check_weights(weights: Tensor | Iterable[float], count: int) -> tuple[list[float], float]:
-    """Returns ``count`` weights as floats, and their sum, added up in order.
-
-    Raises:
-        ValueError: there are not ``count``, one is negative or not finite, or they sum to zero or infinity.
-    """
-    given = weights.tolist() if isinstance(weights, Tensor) else list(weights)
-    if len(given) != count:
-        raise ValueError(f"weights must have one value for each of the {count} vectors, not {len(given)}")
-    values = [check_weight(value, f"weights[{position}]") for position, value in enumerate(given)]
-    total = 0.0
-    for value in values:
-        total += value
-    if not 0 < total < math.inf:
-        raise ValueError(f"weights must have a positive, finite sum, not {total}")
-    return values, total
 
 
 def pieces(size: int) -> Iterator[slice]:

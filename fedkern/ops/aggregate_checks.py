@@ -1,0 +1,159 @@
+"""aggregate: the checks of vectors, weights and outputs that its operators share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from fedkern.ops.backend import DTYPES
+
+FLOATS = tuple(DTYPES)
+
+Vectors = Tensor | Sequence[Tensor]
+
+
+def check_vectors(vectors: Vectors) -> tuple[Tensor, int]:
+    """Returns one tensor that stands for all, and M."""
+    if isinstance(vectors, Tensor):
+        if vectors.dtype not in FLOATS:
+            raise TypeError(f"vectors must be float32, float64, bfloat16 or float16, not {vectors.dtype}")
+        if vectors.dim() != 2 or not vectors.shape[0]:
+            raise ValueError(f"vectors must have shape [M, P] with M > 0, not {list(vectors.shape)}")
+        return vectors, vectors.shape[0]
+    if not isinstance(vectors, Sequence) or not len(vectors):
+        raise ValueError("vectors must hold at least one tensor [P]: a list of them, or one [M, P]")
+    first = vectors[0]
+    for position, vector in enumerate(vectors):
+        check_vector(vector, f"vectors[{position}]")
+        if vector.dtype != first.dtype:
+            raise TypeError(f"vectors[{position}] must have vectors[0]'s dtype {first.dtype}, not {vector.dtype}")
+        if vector.shape != first.shape:
+            raise ValueError(
+                f"vectors[{position}] must have vectors[0]'s shape {list(first.shape)}, not {list(vector.shape)}"
+            )
+        if vector.device != first.device:
+            raise ValueError(f"vectors[{position}] must be on vectors[0]'s device {first.device}, not {vector.device}")
+    return first, len(vectors)
+
+
+def check_vector(vector: Tensor, name: str, size: int | None = None) -> None:
+    """Raises TypeError or ValueError unless ``vector`` is a floating tensor ``[size]``."""
+    if not isinstance(vector, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(vector).__name__}")
+    if vector.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, not {vector.dtype}")
+    if vector.dim() != 1 or (size is not None and vector.shape[0] != size):
+        raise ValueError(f"{name} must have shape [{'P' if size is None else size}], not {list(vector.shape)}")
+
+
+def check_out(out: Tensor, size: int, device: torch.device, name: str = "out") -> None:
+    """Raises TypeError or ValueError unless ``out`` can take a result ``[size]``."""
+    check_vector(out, name, size)
+    if out.device != device:
+        raise ValueError(f"{name} must be on the vectors' device {device}, not {out.device}")
+    if size > 1 and not out.stride(0):
+        raise ValueError(f"{name} must not be expanded: several of its elements share one place in memory")
+
+
+def check_weights_tensor(weights: Tensor, count: int, device: torch.device) -> None:
+    """Raises TypeError or ValueError unless ``weights`` has the form of ``count`` weights, of whatever values."""
+    if weights.dim() != 1 or weights.shape[0] != count:
+        raise ValueError(f"weights must have shape [{count}], not {list(weights.shape)}")
+    if weights.is_complex():
+        raise TypeError(f"weights must have a real dtype, not {weights.dtype}")
+    if weights.device.type != "cpu" and weights.device != device:
+        raise ValueError(f"weights must be on the vectors' device {device}, not {weights.device}")
+
+
+def check_weight(value: float, name: str) -> float:
+    """Returns one weight as a float; negative and non-finite ones raise ValueError."""
+    value = float(value)
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name} must be finite and not negative, not {value}")
+    return value
+
+
+def check_weights(weights: Tensor | Iterable[float], count: int) -> tuple[list[float], float]:
+    """Returns ``count`` weights as floats, and their sum, added up in order.
+
+    Raises:
+        ValueError: there are not ``count``, one is negative or not finite, or they sum to zero or infinity.
+    """
+    given = weights.tolist() if isinstance(weights, Tensor) else list(weights)
+    if len(given) != count:
+        raise ValueError(f"weights must have one value for each of the {count} vectors, not {len(given)}")
+    values = [check_weight(value, f"weights[{position}]") for position, value in enumerate(given)]
+    total = 0.0
+    for value in values:
+        total += value
+    if not 0 < total < math.inf:
+        raise ValueError(f"weights must have a positive, finite sum, not {total}")
+    return values, total
+
+
+def kernel_weights(weights: Tensor | Sequence[float], count: int) -> Tensor | list[float]:
+    """What kernels take: checked numbers, or the unchecked tensor where it is not on the CPU."""
+    if isinstance(weights, Tensor) and weights.device.type != "cpu":
+        return weights.detach()
+    return check_weights(weights.detach() if isinstance(weights, Tensor) else weights, count)[0]
+
+
+def refuse_gradient(name: str, *tensors: Tensor | None) -> None:
+    """Raises ValueError where a gradient through an operator that has none is asked for."""
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        raise ValueError(f"{name} has no gradient; call it under torch.no_grad(), or detach its arguments")
+
+
+def check_number(value: float, name: str, low: float, high: float = math.inf, *, above: bool = False) -> float:
+    """Returns a number of [low, high], or with ``above`` of (low, high], as a float; infinity never passes."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+    number = float(value)
+    if not (low <= number <= high) or math.isinf(number) or (above and number == low):
+        bound = f"greater than {low:g}" if above else f"at least {low:g}"
+        raise ValueError(f"{name} must be {bound}{'' if math.isinf(high) else f' and at most {high:g}'}, not {value}")
+    return number
+
+
+def check_count(value: int, name: str, low: int, high: int | None = None) -> int:
+    """Returns a whole number of [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, not {type(value).__name__}")
+    if value < low or (high is not None and value > high):
+        bound = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise ValueError(f"{name} must be {bound}, not {value}")
+    return value
+
+
+def direct_target(
+    out: Tensor | None, size: int, dtype: torch.dtype, pointers: Sequence[int], strides: Sequence[int], item: int
+) -> Tensor | None:
+    """``out`` where a kernel may write to it element by element while it reads the vectors, else None."""
+    if out is None or (size > 1 and out.stride(0) != 1) or out.dtype not in FLOATS or out.is_neg():
+        return None
+    begin, end = out.data_ptr(), out.data_ptr() + size * out.element_size()
+    for pointer, stride in zip(pointers, strides, strict=True):
+        last = pointer + ((size - 1) * stride + 1) * item
+        same = pointer == begin and stride == 1 and out.dtype == dtype
+        if not same and pointer < end and begin < last:
+            return None
+    return out
+
+
+def deliver(result: Tensor, out: Tensor) -> Tensor:
+    """Hands ``result`` over in ``out``, and tells autograd that ``out`` has changed."""
+    if result is out:
+        written(out)
+        return out
+    with torch.no_grad():
+        return out.copy_(result)
+
+
+def written(*tensors: Tensor | None) -> None:
+    """Tells autograd that a kernel has written to ``tensors``."""
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)

@@ -1,0 +1,71 @@
+"""Counter-based normal numbers: Philox4x32-10 and the Box-Muller transform, in plain PyTorch.
+
+Philox: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.  Box and Muller, "A note on
+the generation of random normal deviates", Annals of Mathematical Statistics 29, 1958.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+_LOW = 0xFFFFFFFF
+
+
+def philox(counter: Tensor, seed: int, high: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four uniform 32-bit words (int64 tensors) for every 64-bit counter (int64, its bits taken as unsigned).
+
+    Args:
+        counter: the lower 64 of the 128 counter bits.
+        seed: the 64 key bits.
+        high: the upper 64 counter bits.
+    """
+    c0, c1 = counter & _LOW, (counter >> 32) & _LOW
+    c2, c3 = torch.full_like(c0, high & _LOW), torch.full_like(c0, high >> 32)
+    k0, k1 = seed & _LOW, seed >> 32
+    for _ in range(10):
+        # The product wraps modulo 2^64, which leaves its upper and lower half what they are.
+        one, two = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((two >> 32) & _LOW) ^ c1 ^ k0,
+            two & _LOW,
+            ((one >> 32) & _LOW) ^ c3 ^ k1,
+            one & _LOW,
+        )
+        k0, k1 = (k0 + WEYL[0]) & _LOW, (k1 + WEYL[1]) & _LOW
+    return c0, c1, c2, c3
+
+
+def normal(size: int, seed: int, offset: int, device: torch.device | None = None) -> Tensor:
+    """Standard normal numbers, fp64 ``[size]``: places ``offset ... offset + size - 1`` (modulo 2^64) of a stream.
+
+    Place e takes word ``(e >> 4) & 3`` of counter ``16 * (e >> 6) + (e & 15)``: 64 places are 16 counters, so that a
+    vector register holds one word of many counters without a shuffle.  Words 0 and 1 make the first two of a counter's
+    four numbers, words 2 and 3 the other two:
+
+        u = (fp32(word 0) + 1/2) / 2^32 in fp32, t = fp32(word 1 as a signed integer) / 2^31,
+        sqrt(-2 ln u) cos(pi t) and sqrt(-2 ln u) sin(pi t);
+
+    no number is larger than 6.77.
+    """
+    first = offset & ~63
+    groups = (offset + size - first + 63) // 64
+    # A counter has 62 bits, a quarter of the places.
+    start = (first >> 6) << 4
+    counter = (torch.arange(groups * 16, dtype=torch.int64, device=device) + start) & ((1 << 62) - 1)
+    words = philox(counter, seed)
+    pairs = [pair for k in (0, 2) for pair in _box_muller(words[k], words[k + 1])]
+    numbers = torch.stack([pair.view(groups, 16) for pair in pairs], 1).flatten()
+    return numbers[offset - first : offset - first + size]
+
+
+def _box_muller(one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
+    uniform = (one.to(torch.float32) + 0.5) * 2.0**-32
+    radius = (-2 * uniform.double().log()).sqrt()
+    signed = torch.where(two >= 1 << 31, two - (1 << 32), two)
+    angle = (signed.to(torch.float32) * 2.0**-31).double() * math.pi
+    return radius * angle.cos(), radius * angle.sin()

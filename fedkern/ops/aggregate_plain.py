@@ -1,0 +1,80 @@
+"""aggregate: the kernel interface in plain PyTorch, on any device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedkern.ops import aggregate_robust_reference as robust
+from fedkern.ops.aggregate_checks import Vectors, deliver, written
+from fedkern.ops.aggregate_kernels import ServerRule, Weights
+from fedkern.ops.aggregate_reference import (
+    add_reference,
+    exact_add_reference,
+    exact_mean_reference,
+    weighted_mean_reference,
+)
+
+
+class PlainAggregate:
+    """:class:`~fedkern.ops.aggregate_kernels.AggregateKernel` by the references."""
+
+    def weighted_mean(self, vectors: Vectors, weights: Weights, out: Tensor | None) -> Tensor:
+        result = weighted_mean_reference(vectors, weights)
+        return result if out is None else deliver(result, out)
+
+    def accumulate(self, total: Tensor, vector: Tensor, weight: float) -> None:
+        add_reference(total, vector, weight)
+
+    def accumulated_mean(self, total: Tensor, weight: float, out: Tensor | torch.dtype) -> Tensor:
+        target = _target(out, total)
+        if target.dtype == torch.float64:
+            return torch.div(total, weight, out=target)
+        return target.copy_(total / weight)
+
+    def exact_accumulate(self, digits: Tensor, top: Tensor, vector: Tensor, weight: float) -> None:
+        exact_add_reference(digits, top, vector, weight)
+
+    def exact_mean(self, digits: Tensor, top: Tensor, weight: float, out: Tensor | torch.dtype) -> Tensor:
+        target = _target(out, top)
+        exact_mean_reference(digits, top, weight, target)
+        return target
+
+    def server_step(
+        self,
+        global_: Tensor,
+        vectors: Vectors,
+        weights: Weights,
+        rule: ServerRule,
+        first: Tensor | None,
+        second: Tensor | None,
+        out: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        result = robust.server_step_reference(global_, vectors, weights, rule, first, second, out)
+        written(out, first, second)
+        return result
+
+    def sorted_mean(self, vectors: Vectors, low: int, high: int, weights: Weights | None) -> Tensor:
+        return robust.sorted_mean_reference(vectors, low, high, weights)
+
+    def weighted_median(self, vectors: Vectors, weights: Weights) -> Tensor:
+        return robust.weighted_median_reference(vectors, weights)
+
+    def squared_distances(self, vectors: Vectors) -> Tensor:
+        return robust.squared_distances_reference(vectors)
+
+    def squared_distances_to(self, vectors: Vectors, point: Tensor) -> Tensor:
+        return robust.squared_distances_to_reference(vectors, point)
+
+    def squared_norms(self, vectors: Vectors) -> Tensor:
+        return robust.squared_norms_reference(vectors)
+
+    def scale_and_noise(self, vectors: Vectors, factors: Tensor, deviation: float, seed: int, offset: int) -> Tensor:
+        return torch.stack(list(robust.scale_and_noise_reference(vectors, factors, deviation, seed, offset)))
+
+
+def _target(out: Tensor | torch.dtype, like: Tensor) -> Tensor:
+    return out if isinstance(out, Tensor) else torch.empty(len(like), dtype=out, device=like.device)
+
+
+PLAIN = PlainAggregate()
