@@ -27,7 +27,6 @@ from fedkern import data as datasets
 from fedkern import engine
 
 RESULTS = Path(__file__).parent / "results"
-LEARNING_RATES = (0.02, 0.05, 0.1)
 SEEDS = (0, 1, 2)
 VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "FedAvg": ("fedavg", {}),
@@ -49,19 +48,21 @@ class Study:
     name: str
     settings: Mapping[str, Any]
     correlations: tuple[float, ...]
-    rate_seeds: tuple[int, ...]  # whose mean validation accuracy chooses the learning rate
+    rates: tuple[float, ...]  # learning rates to choose from
+    rate_seeds: tuple[int, ...]  # whose mean validation accuracy chooses
     full: Mapping[str, Any] | None = None  # one seed on all training samples, FedAvg and FedGID only
 
 
 STUDIES = {
     # 247 validation images are too few for one seed to tell learning rates apart.
-    "digits": Study("colordigits", {"data": "colordigits"}, (0.7,), SEEDS),
+    "digits": Study("colordigits", {"data": "colordigits"}, (0.7,), (0.02, 0.05, 0.1), SEEDS),
     "colormnist": Study(
         "colormnist",
-        {"data": "colormnist", "train_samples": 6000, "rounds": 12, "local_epochs": 2, "clients": 5, "width": 16},
+        {"data": "colormnist", "train_samples": 6000, "rounds": 12, "local_epochs": 2, "clients": 10, "width": 16},
         (0.5, 0.8),
+        (0.02, 0.05, 0.1, 0.2),
         (0,),
-        full={"data": "colormnist", "rounds": 6, "local_epochs": 1, "clients": 5, "width": 16},
+        full={"data": "colormnist", "rounds": 6, "local_epochs": 1, "clients": 10, "width": 16},
     ),
 }
 
@@ -106,9 +107,9 @@ def best_rate(runs: Runs, variant: str, correlation: float) -> float:
             runs.metrics(runs.case(variant, correlation, lr, seed))["validation_accuracy"]
             for seed in runs.study.rate_seeds
         )
-        for lr in LEARNING_RATES
+        for lr in runs.study.rates
     ]
-    return LEARNING_RATES[scores.index(max(scores))]
+    return runs.study.rates[scores.index(max(scores))]
 
 
 def predictions(runs: Runs, case: Case, seed: int, correlation: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,7 +142,9 @@ def study(runs: Runs) -> tuple[str, dict[str, Any]]:
     """Runs everything and returns the Markdown page and its numbers."""
     correlations = runs.study.correlations
     first = correlations[0]
-    runs.run(runs.case(v, first, lr, seed) for v in VARIANTS for lr in LEARNING_RATES for seed in runs.study.rate_seeds)
+    runs.run(
+        runs.case(v, first, lr, seed) for v in VARIANTS for lr in runs.study.rates for seed in runs.study.rate_seeds
+    )
     rates = {v: best_rate(runs, v, first) for v in VARIANTS}
     runs.run(runs.case(v, c, rates[v], seed) for c in correlations for v in VARIANTS for seed in SEEDS)
     sweep = [("alpha", alpha) for alpha in ALPHAS] + [("lambda", lam) for lam in LAMBDAS]
@@ -214,7 +217,7 @@ def main() -> None:
     head = f"""# FedGID on {chosen.name}
 
 Made by `python -m benchmarks.study_fedgid {given.study}`: {settings}; the rest as
-`python -m fedkern.run METHOD --data {chosen.name}` sets it.  Learning rates from {LEARNING_RATES}, chosen by validation
+`python -m fedkern.run METHOD --data {chosen.name}` sets it.  Learning rates from {chosen.rates}, chosen by validation
 accuracy.  fedkern {versions["fedkern"]}, torch {versions["torch"]}, {platform.machine()}, one thread per run.
 
 """
