@@ -3,7 +3,9 @@
 Every operator registers its kernels here with :func:`register`; the public function asks :func:`select` for the one
 that fits its tensors and falls back to its reference where none does.  ``FEDKERN_BACKEND`` or :func:`use_backend` force
 one: then a call that it cannot serve is an error.  ``FEDKERN_CPU_ISA`` or :func:`use_isa` force an ISA level of the CPU
-core.
+core.  CUDA tensors have two backends to choose between; :mod:`fedkern.ops.dispatch` holds that table.
+
+``TRITON_INTERPRET=1``, set before the first call that Triton serves, lets a forced "triton" serve CPU tensors too.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import hashlib
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -22,11 +24,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fedkern.ops import dispatch
+
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 ISAS = ("portable", "avx2", "avx512")
 
 # The numbers are those of csrc/include/fedkern/types.h.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+# The oldest Triton in whose language the kernels are written.
+TRITON = (3, 6)
 
 _legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
@@ -63,13 +70,29 @@ class Row(NamedTuple):
 _kernels: dict[str, dict[str, Kernel]] = {}
 _loaded: dict[tuple[str, str], Any] = {}
 _chosen: dict[tuple[str, str], tuple[Any, frozenset[torch.dtype]]] = {}
+# Where two backends can serve CUDA tensors: from this many bytes of the first tensor on, the other one.
+_large: dict[str, tuple[int, Any]] = {}
 _forced: str | None = None
 
 
 def register(operator: str, backend: str, kernel: Kernel) -> None:
     """Says that ``backend`` implements ``operator``."""
     _kernels.setdefault(operator, {})[backend] = kernel
+    _forget()
+
+
+def register_triton(operator: str, family: str, name: str, dtypes: Iterable[torch.dtype] = tuple(DTYPES)) -> None:
+    """Says that the class ``name`` of ``fedkern/ops/triton/<family>.py`` implements ``operator``.
+
+    Nothing of Triton is imported before a call wants it.
+    """
+    kernel = Kernel(lambda: getattr(load_triton(family), name)(), frozenset(dtypes), frozenset({"cuda"}))
+    register(operator, "triton", kernel)
+
+
+def _forget() -> None:
     _chosen.clear()
+    _large.clear()
 
 
 def load_core(name: str) -> ModuleType:
@@ -87,6 +110,36 @@ def load_core(name: str) -> ModuleType:
         return core
     except ImportError as error:
         raise Unavailable(f"fedkern.{name} does not load ({error})") from error
+
+
+def load_triton(family: str) -> ModuleType:
+    """Imports ``fedkern.ops.triton.<family>``; :class:`Unavailable` where Triton is missing or too old."""
+    try:
+        import triton
+    except ModuleNotFoundError:
+        raise Unavailable("triton is not installed (pip install 'fedkern[triton]')") from None
+    except ImportError as error:
+        raise Unavailable(f"triton does not load ({error})") from error
+    found = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if found < TRITON:
+        wanted = ".".join(str(part) for part in TRITON)
+        raise Unavailable(f"triton {triton.__version__} is installed, and fedkern needs {wanted} or newer")
+    try:
+        return importlib.import_module(f"fedkern.ops.triton.{family}")
+    except ImportError as error:
+        raise Unavailable(f"fedkern.ops.triton.{family} does not load ({error})") from error
+
+
+def interpreted() -> bool:
+    """True where Triton's kernels run in its interpreter, on tensors of any device (``TRITON_INTERPRET=1``)."""
+    loaded = sys.modules.get("fedkern.ops.triton")
+    if loaded is not None:
+        return bool(loaded.INTERPRETED)
+    return os.environ.get("TRITON_INTERPRET", "").lower() in {"1", "true", "yes", "on", "y"}
+
+
+def _serves(backend: str, kernel: Kernel, device: str) -> bool:
+    return device in kernel.devices or (backend == "triton" and device == "cpu" and interpreted())
 
 
 def _installed_core(name: str) -> ModuleType | None:
@@ -172,12 +225,12 @@ def use_backend(name: str | None) -> Iterator[None]:
     if name is not None and name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; it is one of {', '.join(BACKENDS)}")
     before, _forced = _forced, name
-    _chosen.clear()
+    _forget()
     try:
         yield
     finally:
         _forced = before
-        _chosen.clear()
+        _forget()
 
 
 @contextlib.contextmanager
@@ -234,6 +287,10 @@ def select(operator: str, *tensors: Tensor) -> Any | None:
                     f"{_describe(tensor)}; allow another with use_backend(None) or by unsetting FEDKERN_BACKEND"
                 )
             return None
+    if device == "cuda" and operator in _large:
+        threshold, other = _large[operator]
+        if tensors[0].numel() * tensors[0].element_size() >= threshold:
+            return other
     return implementation
 
 
@@ -252,7 +309,10 @@ def _load(operator: str, backend: str) -> Any:
 
 
 def _candidates(device: str) -> tuple[str, ...]:
-    return ("cpu",) if device == "cpu" else ("cuda", "triton") if device == "cuda" else ()
+    """The backends to try, unforced, in order; the interpreter is for those who ask for it."""
+    if device == "cuda":
+        return ("cuda",) if interpreted() else ("cuda", "triton")
+    return ("cpu",) if device == "cpu" else ()
 
 
 def _choose(operator: str, device: str) -> tuple[Any, frozenset[torch.dtype]]:
@@ -262,24 +322,38 @@ def _choose(operator: str, device: str) -> tuple[Any, frozenset[torch.dtype]]:
         kernel = _kernels.get(operator, {}).get(forced)
         if kernel is None:
             raise RuntimeError(f"backend {forced!r} was forced, but it does not implement {operator}")
-        if device not in kernel.devices:
-            raise RuntimeError(f"backend {forced!r} was forced, but it does not serve tensors on {device}")
+        if not _serves(forced, kernel, device):
+            hint = ""
+            if forced == "triton" and device == "cpu":
+                hint = " (with TRITON_INTERPRET=1 in the environment from the start it does, slowly)"
+            raise RuntimeError(f"backend {forced!r} was forced, but it does not serve tensors on {device}{hint}")
         try:
             choice = (_load(operator, forced), kernel.dtypes)
         except Unavailable as error:
             raise RuntimeError(f"backend {forced!r} was forced, but it cannot be used because {error}") from error
     elif forced is None:
-        for name in _candidates(device):
-            kernel = _kernels.get(operator, {}).get(name)
-            if kernel is None or device not in kernel.devices:
-                continue
-            try:
-                choice = (_load(operator, name), kernel.dtypes)
-                break
-            except Unavailable:
-                continue
+        found = _available(operator, device)
+        if found:
+            _, choice = found[0]
+        if device == "cuda" and len(found) > 1:
+            threshold = dispatch.threshold(operator, found[1][0], torch.cuda.get_device_capability())
+            if threshold is not None:
+                _large[operator] = (threshold, found[1][1][0])
     _chosen[operator, device] = choice
     return choice
+
+
+def _available(operator: str, device: str) -> list[tuple[str, tuple[Any, frozenset[torch.dtype]]]]:
+    found = []
+    for name in _candidates(device):
+        kernel = _kernels.get(operator, {}).get(name)
+        if kernel is None or device not in kernel.devices:
+            continue
+        try:
+            found.append((name, (_load(operator, name), kernel.dtypes)))
+        except Unavailable:
+            continue
+    return found
 
 
 def status() -> list[Row]:
@@ -297,10 +371,12 @@ def status() -> list[Row]:
             except (Unavailable, ValueError) as error:
                 rows.append(Row(operator, backend, False, str(error)))
                 continue
-            if "cuda" in kernel.devices and "cpu" not in kernel.devices and not torch.cuda.is_available():
-                rows.append(Row(operator, backend, False, "built, but torch sees no CUDA device"))
+            dtypes = ", ".join(sorted(str(d).removeprefix("torch.") for d in kernel.dtypes))
+            if backend == "triton" and interpreted():
+                dtypes += "; interpreted on the host (TRITON_INTERPRET), CPU tensors too, only when forced"
+            elif "cpu" not in kernel.devices and not torch.cuda.is_available():
+                have = "installed" if backend == "triton" else "built"
+                rows.append(Row(operator, backend, False, f"{have}, but torch sees no CUDA device"))
                 continue
-            rows.append(
-                Row(operator, backend, True, ", ".join(sorted(str(d).removeprefix("torch.") for d in kernel.dtypes)))
-            )
+            rows.append(Row(operator, backend, True, dtypes))
     return rows

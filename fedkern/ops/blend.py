@@ -151,3 +151,4 @@ class _Blend(torch.autograd.Function):
 _DTYPES = frozenset(FLOATS)
 backend.register("blend", "cpu", backend.Kernel(lambda: Launcher(backend.cpu_core()), _DTYPES, frozenset({"cpu"})))
 cuda.register("blend", CudaBlend, _DTYPES)
+backend.register_triton("blend", "blend", "TritonBlend")

@@ -241,3 +241,4 @@ _DTYPES = frozenset(
 )
 backend.register("boxes", "cpu", backend.Kernel(lambda: CpuBoxes(backend.cpu_core()), _DTYPES, frozenset({"cpu"})))
 cuda.register("boxes", CudaBoxes, _DTYPES)
+backend.register_triton("boxes", "boxes", "TritonBoxes", _DTYPES)

@@ -1,6 +1,9 @@
-"""What every operator test shares: which backends and ISA levels there are here."""
+"""What every operator test shares: which backends and ISA levels there are here, and how often the slowest one runs."""
 
 from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Generator
 
 import operator_cases
 import pytest
@@ -16,3 +19,43 @@ def backend(request: pytest.FixtureRequest):
     """Each available backend and ISA level in turn; active during the test."""
     with operator_cases.using(request.param):
         yield request.param
+
+
+def _in_full(config: pytest.Config) -> bool:
+    return "slow" in config.option.markexpr and "not slow" not in config.option.markexpr
+
+
+def _is_triton(item: pytest.Item) -> bool:
+    return hasattr(item, "callspec") and "triton" in [v for v in item.callspec.params.values() if isinstance(v, str)]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves a few cases of each test to Triton's interpreter; ``pytest -m slow -k triton`` runs all of them."""
+    groups = defaultdict(list)
+    for item in items:
+        if _is_triton(item):
+            groups[item.nodeid.partition("[")[0]].append(item)
+    for group in groups.values():
+        few = group if len(group) == 1 else operator_cases.few(group, lambda item: item.callspec.params)
+        for item in group:
+            if _in_full(config) or item not in few:
+                item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True)
+def _thin(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for a test that walks through its cases itself."""
+    if _is_triton(request.node) and not _in_full(request.config):
+        monkeypatch.setattr(operator_cases, "THIN", True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    """Skips what Triton does not implement, aloud."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "backend 'triton' was forced, but it does not implement" in str(error):
+            pytest.skip(str(error))
+        raise

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import itertools
+import math
+import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,8 +29,52 @@ def _isas() -> list[str]:
         return []
 
 
+def _triton() -> list[str]:
+    """Without a GPU Triton's kernels are tested in its interpreter, which must be asked for before they are imported.
+
+    With one, the tests marked ``gpu`` run the compiled kernels; ``TRITON_INTERPRET=1`` brings the interpreter back.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return []
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    return ["triton"] if backend.interpreted() else []
+
+
 KERNELS = [f"cpu-{isa}" for isa in _isas()]
-BACKENDS = ["reference", *KERNELS]
+BACKENDS = ["reference", *KERNELS, *_triton()]
+
+
+# True while a test runs in Triton's interpreter, at some 100 µs for every operation of every program.
+THIN = False
+FEW, LARGEST = 6, 20_000
+
+
+def few(cases: Sequence[Any], values: Callable[[Any], dict[str, Any]] = dict, count: int = FEW) -> list[Any]:
+    """Up to ``count`` of ``cases``, spread over them, none of more than about :data:`LARGEST` elements."""
+
+    def elements(value: Any) -> int:
+        if isinstance(value, (tuple, list)):
+            return math.prod(max(elements(v), 1) for v in value)
+        return value if isinstance(value, int) else 1
+
+    small = [case for case in cases if elements(list(values(case).values())) <= LARGEST] or cases[:1]
+    if len(small) <= count:
+        return list(small)
+    # Not every n-th, which could meet one value of an axis each time.
+    return random.Random(len(small)).sample(list(small), count)
+
+
+def thinned(cases: Sequence[Any]) -> list[Any]:
+    """``cases``, or :func:`few` of them where they are for Triton's interpreter."""
+    if not THIN:
+        return list(cases)
+    return few(cases, lambda case: case if isinstance(case, dict) else {"": case}, 2 * FEW)
+
+
+def backends(number: int) -> list[str]:
+    """Who takes the case of this number, in a test that hands each case to all: Triton's interpreter one in ten."""
+    return [name for name in BACKENDS if name != "triton" or number % 10 == 0]
 
 
 @contextlib.contextmanager
@@ -39,7 +86,7 @@ def using(name: str) -> Iterator[None]:
 
 
 def pairwise(axes: dict[str, Sequence[Any]], seed: int = 0) -> list[dict[str, Any]]:
-    """Cases in which every value of every two axes meets at least once, in a fixed order."""
+    """Cases in which every value of every two axes meets at least once, in fixed order; :func:`thinned` for Triton."""
     draw = random.Random(seed)
     names = list(axes)
     open_pairs = {
@@ -61,7 +108,7 @@ def pairwise(axes: dict[str, Sequence[Any]], seed: int = 0) -> list[dict[str, An
                 best, gain = case, found
         open_pairs -= {(a, best[a], b, best[b]) for a, b in itertools.combinations(range(len(names)), 2)}
         cases.append({name: axes[name][index] for name, index in zip(names, best, strict=True)})
-    return cases
+    return thinned(cases)
 
 
 def describe(case: dict[str, Any]) -> str:

@@ -1,0 +1,12 @@
+"""The operators' Triton kernels, one file per family; imported only where Triton is to serve a call.
+
+With ``TRITON_INTERPRET=1`` in the environment when this package is first imported, Triton runs every kernel in Python
+on the host, program by program: thousands of times slower, but on CPU tensors and without a GPU.
+"""
+
+from __future__ import annotations
+
+import triton
+
+# Triton decides it for each kernel when that is decorated, which importing this package's files does.
+INTERPRETED: bool = triton.knobs.runtime.interpret

@@ -1,0 +1,44 @@
+"""What the Triton kernels share on the host: launching on the right device, sizes of tiles, arguments Triton lacks."""
+
+from __future__ import annotations
+
+import functools
+import struct
+from typing import Any
+
+import torch
+
+from fedkern.ops.triton import INTERPRETED
+
+
+def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **meta: Any) -> None:
+    """Runs ``programs`` programs of ``kernel`` on ``device``, on torch's current stream there."""
+    if not programs:
+        return
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):  # Triton launches on the current device, wherever the tensors are
+            kernel[(programs,)](*arguments, **meta)
+    else:
+        kernel[(programs,)](*arguments, **meta)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of ``device``."""
+    if INTERPRETED or device.type != "cuda":
+        return 1  # programs run one after another
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def double_bits(value: float) -> int:
+    """``value``'s bits as an int64: Triton would round a float argument to fp32."""
+    return struct.unpack("<q", struct.pack("<d", value))[0]
+
+
+def power_of_two(value: int) -> int:
+    """The smallest power of two that is not below ``value``."""
+    return 1 << max(value - 1, 0).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
