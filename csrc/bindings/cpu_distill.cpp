@@ -91,7 +91,8 @@ void distill(const py::args& arguments) {
   }
   call.temperature = PyFloat_AsDouble(*item++);
   call.reverse = *item++ == Py_True;
-  call.scale = PyFloat_AsDouble(*item++);
+  PyObject* const scale = *item++;  // None: one over the number of rows
+  call.scale = scale != Py_None ? PyFloat_AsDouble(scale) : elements ? static_cast<double>(call.classes) / static_cast<double>(elements) : 1.0;
   call.threads = static_cast<int>(integer(*item++));
   call.students = static_cast<int>(integer(*item++));
   call.teacher = parse_logits(*item++);

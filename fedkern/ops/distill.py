@@ -6,6 +6,7 @@ kernels.
 
 from __future__ import annotations
 
+from fedkern.ops import distill_launch as _cpu  # noqa: F401  registers the CPU kernels
 from fedkern.ops.distill_entropy import entropy
 from fedkern.ops.distill_kl import dual_kl, kl_div
 from fedkern.ops.distill_reference import entropy_reference, kl_div_reference

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -86,3 +87,37 @@ def row_shape(logits: Tensor) -> torch.Size:
 def row_count(logits: Tensor) -> int:
     """Number of rows, B times positions."""
     return math.prod(row_shape(logits))
+
+
+def mean_scale(logits: Tensor, reduction: int, axis: int = 1) -> float:
+    """What the sum over rows is multiplied by; ``axis`` is that of the classes."""
+    if reduction != BATCHMEAN:
+        return 1.0
+    count = logits.numel()
+    return logits.shape[axis] * (logits.shape[0] if axis == 2 else 1) / count if count else 1.0
+
+
+# Batching rules fold the mapped axis into the rows, ask for a value per row, and reduce for themselves.
+
+
+def unmapped(tensor: Tensor, axis: int | None, count: int) -> Tensor:
+    """``[V, ...]`` with the mapped axis in front, repeated where the tensor is not mapped."""
+    return tensor.expand(count, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
+
+
+def reduce_mapped(rows: Tensor, reduction: int) -> Tensor:
+    """The results ``[V, ...]`` from the row losses ``[V, B, *positions]`` of V mapped calls."""
+    if reduction == NONE:
+        return rows
+    total = rows.flatten(1).sum(1)
+    return total if reduction == SUM else total / max(rows[0].numel(), 1)
+
+
+def spread_mapped(grad: Tensor, axis: int | None, count: int, rows: Sequence[int], reduction: int) -> Tensor:
+    """A grad_output per row ``[V * B, *positions]`` from those of V mapped calls with ``rows`` rows each."""
+    grad = unmapped(grad, axis, count)
+    if reduction != NONE:
+        if reduction == BATCHMEAN:
+            grad = grad / max(math.prod(rows), 1)
+        grad = grad.reshape(count, *[1] * len(rows)).expand(count, *rows)
+    return grad.flatten(0, 1)

@@ -10,21 +10,16 @@ from torch import Tensor
 from fedkern.ops import _library
 from fedkern.ops.backend import eager, select
 from fedkern.ops.distill_common import (
-    BATCHMEAN,
     NONE,
     REDUCTIONS,
     check_logits,
     check_reduction,
-    row_count,
+    reduce_mapped,
     row_shape,
+    spread_mapped,
+    unmapped,
 )
-from fedkern.ops.distill_launch import (
-    cpu_kernel,
-    entropy_backward,
-    entropy_forward,
-    gradient_like,
-    plain,
-)
+from fedkern.ops.distill_kernels import DistillKernel, kernel_for, plain
 from fedkern.ops.distill_reference import entropy_rows_reference
 
 # the public function: checks and choice of path
@@ -53,56 +48,52 @@ def entropy(logits: Tensor, *, reduction: str = "batchmean") -> Tensor:
     if code is None:
         code = check_reduction(reduction)
     if ordinary:
-        core = cpu_kernel("entropy", (logits,))
+        kernel = kernel_for("entropy", (logits,))
     elif eager(logits):
-        core = select("entropy", logits)
+        kernel = select("entropy", logits)
     else:
         return ENTROPY(logits, code)
-    if core is None:
+    if kernel is None:
         return entropy_rows_reference(logits, code)
     if logits.requires_grad and torch.is_grad_enabled():
-        return _Entropy.apply(logits, code, core)
-    return entropy_forward(core, logits, code)
+        return _Entropy.apply(logits, code, kernel)
+    return kernel.entropy_forward(logits, code)
 
 
-# forward and backward, each one call into the core
+# forward and backward, each one call into the kernel
 
 
 class _Entropy(torch.autograd.Function):
-    """The eager path; like kl_div's, it takes the gradient on the way forward, except for "none"."""
+    """The eager path; like kl_div's, it takes the gradient on the way forward where it can."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, reduction: int, core: Any) -> Tensor:
-        gradient = None if reduction == NONE else gradient_like(core, logits)
-        loss = entropy_forward(core, logits, reduction, gradient)
-        ctx.settings = (reduction, core)
+    def forward(ctx: Any, logits: Tensor, reduction: int, kernel: DistillKernel) -> Tensor:
+        ctx.reduction, ctx.kernel = reduction, kernel
+        gradient = None if reduction == NONE or not kernel.fused else kernel.empty_gradient(logits)
         ctx.save_for_backward(logits, gradient)
-        return loss
+        return kernel.entropy_forward(logits, reduction, gradient)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
-        reduction, core = ctx.settings
         logits, gradient = ctx.saved_tensors
-        ordinary = eager(grad)
-        if torch.is_grad_enabled() or (gradient is None and not ordinary):
+        if torch.is_grad_enabled() or not eager(grad):
             (result,) = _library.differentiate_reference(
-                lambda x: entropy_rows_reference(x, reduction), (logits,), (True,), grad
+                lambda x: entropy_rows_reference(x, ctx.reduction), (logits,), (True,), grad
             )
             return result, None, None
-        factor: Any = grad.item() if ordinary and gradient is not None else grad
-        if gradient is None or (ordinary and factor != 1.0 and gradient.element_size() == 2):
-            return entropy_backward(core, grad, logits, reduction), None, None
-        if ordinary and factor == 1.0:
-            return gradient, None, None
-        return (gradient * factor).to(logits.dtype), None, None
+        if gradient is not None:
+            scaled = ctx.kernel.scaled((gradient,), grad)
+            if scaled is not None:
+                return scaled[0], None, None
+        return ctx.kernel.entropy_backward(grad, logits, ctx.reduction), None, None
 
 
 # the same operator for torch.compile, torch.func, vmap and opcheck
 
 
 def _run(logits: Tensor, reduction: int) -> Tensor:
-    core = select("entropy", logits)
-    return entropy_rows_reference(logits, reduction) if core is None else entropy_forward(core, logits, reduction)
+    kernel = select("entropy", logits)
+    return entropy_rows_reference(logits, reduction) if kernel is None else kernel.entropy_forward(logits, reduction)
 
 
 def _fake(logits: Tensor, reduction: int) -> Tensor:
@@ -119,18 +110,15 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
 
 
 def _vmap(info: Any, in_dims: tuple[int | None, None], logits: Tensor, reduction: int) -> tuple[Tensor, int]:
-    logits = logits.movedim(in_dims[0] or 0, 0)
+    logits = unmapped(logits, in_dims[0], info.batch_size)
     rows = ENTROPY(logits.flatten(0, 1), NONE).unflatten(0, logits.shape[:2])
-    if reduction == NONE:
-        return rows, 0
-    total = rows.flatten(1).sum(1)
-    return total if reduction != BATCHMEAN else total / max(rows[0].numel(), 1), 0
+    return reduce_mapped(rows, reduction), 0
 
 
 def _run_backward(grad: Tensor, logits: Tensor, reduction: int) -> Tensor:
-    core = select("entropy", logits)
-    if core is not None:
-        return entropy_backward(core, grad, logits, reduction)
+    kernel = select("entropy", logits)
+    if kernel is not None:
+        return kernel.entropy_backward(grad, logits, reduction)
     (result,) = _library.differentiate_reference(
         lambda x: entropy_rows_reference(x, reduction), (logits.detach().requires_grad_(),), (True,), grad
     )
@@ -160,15 +148,9 @@ def _vmap_backward(
     info: Any, in_dims: tuple[int | None, int | None, None], grad: Tensor, logits: Tensor, reduction: int
 ) -> tuple[Tensor, int]:
     count = info.batch_size
-    logits = logits.expand(count, *logits.shape) if in_dims[1] is None else logits.movedim(in_dims[1], 0)
-    grad = grad.expand(count, *grad.shape) if in_dims[0] is None else grad.movedim(in_dims[0], 0)
-    rows = row_shape(logits[0])
-    if reduction != NONE:
-        if reduction == BATCHMEAN:
-            grad = grad / max(row_count(logits[0]), 1)
-        grad = grad.reshape(count, *[1] * len(rows)).expand(count, *rows)
-    result = ENTROPY_BACKWARD(grad.flatten(0, 1), logits.flatten(0, 1), NONE)
-    return result.unflatten(0, logits.shape[:2]), 0
+    logits = unmapped(logits, in_dims[1], count)
+    g = spread_mapped(grad, in_dims[0], count, row_shape(logits[0]), reduction)
+    return ENTROPY_BACKWARD(g, logits.flatten(0, 1), NONE).unflatten(0, logits.shape[:2]), 0
 
 
 ENTROPY = _library.register(

@@ -20,17 +20,11 @@ from fedkern.ops.distill_common import (
     check_reduction,
     check_temperature,
     check_weight,
+    mean_scale,
     row_shape,
 )
+from fedkern.ops.distill_kernels import DistillKernel, Divergence, divergence_settings, kernel_for, plain
 from fedkern.ops.distill_kl_library import DIVERGENCE
-from fedkern.ops.distill_launch import (
-    cpu_kernel,
-    divergence_backward,
-    divergence_forward,
-    gradient_like,
-    mean_scale,
-    plain,
-)
 from fedkern.ops.distill_reference import compute_dtype, divergence_reference, result_dtype
 
 # the public functions: checks and choice of path
@@ -122,100 +116,80 @@ def _dispatch(
 
     operator = "kl_div" if other is None else "dual_kl"
     if ordinary:
-        core = cpu_kernel(operator, tensors)
+        kernel = kernel_for(operator, tensors)
     elif eager(*tensors):
-        core = select(operator, *tensors)
+        kernel = select(operator, *tensors)
     else:
         return DIVERGENCE(student, other, teacher, weight, temperature, reverse, code)
-    if core is None:
+    if kernel is None:
         return divergence_reference(student, other, teacher, weight, temperature, reverse, code)
+    settings = divergence_settings(temperature, reverse, code)
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor.requires_grad:
-                settings = (temperature, reverse, code, core, other is not None)
-                return _Divergence.apply(settings, *tensors)
-    return divergence_forward(core, student, other, teacher, weight, temperature, reverse, code)
+                return _Divergence.apply((kernel, settings, other is not None), *tensors)
+    return kernel.divergence_forward(student, other, teacher, weight, settings)
 
 
-# forward and backward, each one call into the core
+# forward and backward, each one call into the kernel
 
 
 class _Divergence(torch.autograd.Function):
-    """The eager path: the gradient for a grad_output of 1 falls out of the forward pass, while the row is cached.
-
-    Two cases compute it from the logits in the backward pass instead: ``"none"``, whose grad_output is rarely 1, and
-    16-bit gradients for another grad_output, which would be rounded twice and underflow before a loss scale lifts them.
+    """The eager path: where the kernel likes (``fused``), the gradient for a grad_output of 1 falls out of the forward
+    pass, while the row is cached. "none", whose grad_output is rarely 1, computes it in the backward pass.
 
     Tensors arrive and leave as (student, [other], teacher, [weight]).
     """
 
     @staticmethod
-    def forward(ctx: Any, settings: tuple[Any, ...], *tensors: Tensor) -> Tensor:
-        temperature, reverse, reduction, core, dual = settings
-        ctx.settings = settings
-        if len(tensors) == 2 and reduction != NONE:
+    def forward(ctx: Any, how: tuple[DistillKernel, Divergence, bool], *tensors: Tensor) -> Tensor:
+        ctx.how = how
+        kernel, settings, dual = how
+        recompute = settings.reduction == NONE or not kernel.fused
+        if len(tensors) == 2 and not recompute:
             # The general case below, spelt out: at 64 rows its lists and loops show.
             student, teacher = tensors
             _, to_student, to_teacher = ctx.needs_input_grad
-            to_student = gradient_like(core, student) if to_student else None
-            to_teacher = gradient_like(core, teacher) if to_teacher else None
+            to_student = kernel.empty_gradient(student) if to_student else None
+            to_teacher = kernel.empty_gradient(teacher) if to_teacher else None
             ctx.save_for_backward(student, teacher, to_student, to_teacher)
-            return divergence_forward(
-                core, student, None, teacher, None, temperature, reverse, reduction, to_student, None, to_teacher
-            )
-        student = tensors[0]
-        other, teacher = (tensors[1], tensors[2]) if dual else (None, tensors[1])
-        logits = 3 if dual else 2
-        weight = tensors[logits] if len(tensors) > logits else None
-        if reduction == NONE:
+            return kernel.divergence_forward(student, None, teacher, None, settings, to_student, None, to_teacher)
+        student, other, teacher, weight = _spread(tensors, dual)
+        if recompute:
             ctx.save_for_backward(*tensors)
-            return divergence_forward(core, student, other, teacher, weight, temperature, reverse, reduction)
-        needs = ctx.needs_input_grad
-        gradients = [gradient_like(core, tensors[i]) if needs[i + 1] else None for i in range(logits)]
+            return kernel.divergence_forward(student, other, teacher, weight, settings)
+        needs = ctx.needs_input_grad[1:]
+        logits = 3 if dual else 2
+        gradients = [
+            kernel.empty_gradient(x) if need else None for x, need in zip(tensors[:logits], needs, strict=False)
+        ]
         raw = None
         if weight is not None:
-            if needs[logits + 1]:
-                raw = torch.empty(row_shape(student), dtype=compute_dtype(result_dtype(student, other, teacher)))
+            if needs[logits]:
+                dtype = compute_dtype(result_dtype(student, other, teacher))
+                raw = torch.empty(row_shape(student), dtype=dtype, device=student.device)
             gradients.append(raw)
-        loss = divergence_forward(
-            core,
-            student,
-            other,
-            teacher,
-            weight,
-            temperature,
-            reverse,
-            reduction,
-            gradients[0],
-            gradients[1] if dual else None,
-            gradients[logits - 1],
-            raw,
-        )
+        to_other = gradients[1] if dual else None
         ctx.save_for_backward(*tensors, *gradients)
-        return loss
+        return kernel.divergence_forward(
+            student, other, teacher, weight, settings, gradients[0], to_other, gradients[logits - 1], raw
+        )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        settings = ctx.settings
         count = len(ctx.needs_input_grad) - 1
         if torch.is_grad_enabled() or not eager(grad):
-            return (None, *_backward_through_graph(ctx, saved[:count], settings, grad))
+            return (None, *_backward_through_graph(ctx, saved[:count], grad))
         if len(saved) == count:
-            return (None, *_backward_from_logits(ctx, saved, settings, grad))
-        factor = grad.item()
-        logits = 3 if settings[4] else 2
-        gradients = saved[count:]
-        if factor != 1.0:
-            for x in gradients:
-                if x is not None and x.element_size() == 2:
-                    return (None, *_backward_from_logits(ctx, saved[:count], settings, grad))
-            # A new tensor: what was saved serves again if the graph is retained.
-            gradients = tuple(x if x is None else x * factor for x in gradients)
-        elif count == logits:
-            return (None, *gradients)
+            return (None, *_backward_from_logits(ctx, saved, grad))
+        kernel, settings, dual = ctx.how
+        gradients = kernel.scaled(saved[count:], grad)
+        if gradients is None:
+            return (None, *_backward_from_logits(ctx, saved[:count], grad))
+        logits = 3 if dual else 2
         if count > logits and gradients[logits] is not None:
-            scaled = gradients[logits] * mean_scale(saved[0], settings[2])
+            scaled = gradients[logits] * mean_scale(saved[0], settings.reduction)
             gradients = (*gradients[:logits], scaled.to(saved[logits].dtype))
         return (None, *gradients)
 
@@ -227,25 +201,21 @@ def _spread(tensors: Sequence[Tensor], dual: bool) -> tuple[Tensor, Tensor | Non
     return tensors[0], tensors[1] if dual else None, tensors[logits - 1], weight
 
 
-def _backward_through_graph(
-    ctx: Any, tensors: Sequence[Tensor], settings: tuple[Any, ...], grad: Tensor
-) -> tuple[Tensor | None, ...]:
+def _backward_through_graph(ctx: Any, tensors: Sequence[Tensor], grad: Tensor) -> tuple[Tensor | None, ...]:
     """For gradients that are differentiated again or mapped over: the reference's, with a graph of their own."""
-    temperature, reverse, reduction, _, dual = settings
+    _, settings, dual = ctx.how
 
     def reference(*inputs: Tensor) -> Tensor:
-        student, other, teacher, weight = _spread(inputs, dual)
-        return divergence_reference(student, other, teacher, weight, temperature, reverse, reduction)
+        spread = _spread(inputs, dual)
+        return divergence_reference(*spread, settings.temperature, settings.reverse, settings.reduction)
 
     return _library.differentiate_reference(reference, tensors, ctx.needs_input_grad[1:], grad)
 
 
-def _backward_from_logits(
-    ctx: Any, tensors: Sequence[Tensor], settings: tuple[Any, ...], grad: Tensor
-) -> tuple[Tensor | None, ...]:
-    temperature, reverse, reduction, core, dual = settings
+def _backward_from_logits(ctx: Any, tensors: Sequence[Tensor], grad: Tensor) -> tuple[Tensor | None, ...]:
+    kernel, settings, dual = ctx.how
     student, other, teacher, weight = _spread(tensors, dual)
     needs = ctx.needs_input_grad[1:]
     full = (needs[0], dual and needs[1], needs[2 if dual else 1], weight is not None and needs[-1])
-    a, b, c, d = divergence_backward(core, grad, student, other, teacher, weight, temperature, reverse, reduction, full)
-    return tuple(x for x, given in zip((a, b, c, d), (True, dual, True, weight is not None), strict=True) if given)
+    gradients = kernel.divergence_backward(grad, student, other, teacher, weight, settings, full)
+    return tuple(x for x, given in zip(gradients, (True, dual, True, weight is not None), strict=True) if given)

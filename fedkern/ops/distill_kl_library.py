@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,59 +10,40 @@ from torch import Tensor
 
 from fedkern.ops import _library
 from fedkern.ops.backend import select
-from fedkern.ops.distill_common import BATCHMEAN, NONE, row_count, row_shape
-from fedkern.ops.distill_launch import divergence_backward, divergence_forward
+from fedkern.ops.distill_common import NONE, reduce_mapped, row_shape, spread_mapped, unmapped
+from fedkern.ops.distill_kernels import DistillKernel, divergence_settings
 from fedkern.ops.distill_reference import divergence_reference, result_dtype
 
 
-def _run(
-    student: Tensor,
-    other: Tensor | None,
-    teacher: Tensor,
-    weight: Tensor | None,
-    temperature: float,
-    reverse: bool,
-    reduction: int,
-) -> Tensor:
-    tensors = [t for t in (student, other, teacher, weight) if t is not None]
-    core = select("kl_div" if other is None else "dual_kl", *tensors)
-    run = divergence_reference if core is None else functools.partial(divergence_forward, core)
-    return run(student, other, teacher, weight, temperature, reverse, reduction)
+def _kernel(*inputs: Tensor | None) -> DistillKernel | None:
+    return select("kl_div" if inputs[1] is None else "dual_kl", *[t for t in inputs if t is not None])
 
 
-def _fake(
-    student: Tensor,
-    other: Tensor | None,
-    teacher: Tensor,
-    weight: Tensor | None,
-    temperature: float,
-    reverse: bool,
-    reduction: int,
-) -> Tensor:
-    shape = row_shape(student) if reduction == NONE else ()
+def _run(student: Tensor, other: Tensor | None, teacher: Tensor, weight: Tensor | None, *settings: Any) -> Tensor:
+    kernel = _kernel(student, other, teacher, weight)
+    if kernel is None:
+        return divergence_reference(student, other, teacher, weight, *settings)
+    return kernel.divergence_forward(student, other, teacher, weight, divergence_settings(*settings))
+
+
+def _fake(student: Tensor, other: Tensor | None, teacher: Tensor, weight: Tensor | None, *settings: Any) -> Tensor:
+    shape = row_shape(student) if settings[-1] == NONE else ()
     return torch.empty(shape, dtype=result_dtype(student, other, teacher), device=student.device)
 
 
 def _run_backward(
-    grad: Tensor,
-    student: Tensor,
-    other: Tensor | None,
-    teacher: Tensor,
-    weight: Tensor | None,
-    temperature: float,
-    reverse: bool,
-    reduction: int,
-    *needs: bool,
+    grad: Tensor, student: Tensor, other: Tensor | None, teacher: Tensor, weight: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs = (student, other, teacher, weight)
-    core = select("kl_div" if other is None else "dual_kl", *[t for t in inputs if t is not None])
-    if core is None:
+    inputs, settings, needs = (student, other, teacher, weight), rest[:3], rest[3:]
+    kernel = _kernel(*inputs)
+    gradients: Sequence[Tensor | None]
+    if kernel is None:
         needed = [None if t is None else t.detach().requires_grad_(need) for t, need in zip(inputs, needs, strict=True)]
         gradients = _library.differentiate_reference(
-            lambda s, o, t, w: divergence_reference(s, o, t, w, temperature, reverse, reduction), needed, needs, grad
+            lambda *tensors: divergence_reference(*tensors, *settings), needed, needs, grad
         )
     else:
-        gradients = divergence_backward(core, grad, *inputs, temperature, reverse, reduction, needs)
+        gradients = kernel.divergence_backward(grad, *inputs, divergence_settings(*settings), needs)
     return _placed(gradients, inputs, needs)
 
 
@@ -86,19 +66,11 @@ def _placed(
 
 
 def _fake_backward(
-    grad: Tensor,
-    student: Tensor,
-    other: Tensor | None,
-    teacher: Tensor,
-    weight: Tensor | None,
-    temperature: float,
-    reverse: bool,
-    reduction: int,
-    *needs: bool,
+    grad: Tensor, student: Tensor, other: Tensor | None, teacher: Tensor, weight: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
     return tuple(
         torch.empty(0, device=student.device) if x is None or not need else torch.empty_like(x)
-        for x, need in zip((student, other, teacher, weight), needs, strict=True)
+        for x, need in zip((student, other, teacher, weight), rest[3:], strict=True)
     )
 
 
@@ -149,16 +121,8 @@ def _second(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     return (*results, *[None] * 7)
 
 
-def _unmapped(tensor: Tensor | None, axis: int | None, count: int) -> Tensor | None:
-    """``[V, B, ...]`` with the mapped axis in front, repeated where the tensor is not mapped."""
-    if tensor is None:
-        return None
-    return tensor.expand(count, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
-
-
 def _fold(tensor: Tensor | None, axis: int | None, count: int) -> Tensor | None:
-    tensor = _unmapped(tensor, axis, count)
-    return None if tensor is None else tensor.flatten(0, 1)
+    return None if tensor is None else unmapped(tensor, axis, count).flatten(0, 1)
 
 
 def _vmap(
@@ -168,20 +132,13 @@ def _vmap(
     other: Tensor | None,
     teacher: Tensor,
     weight: Tensor | None,
-    temperature: float,
-    reverse: bool,
-    reduction: int,
+    *settings: Any,
 ) -> tuple[Tensor, int]:
     count = info.batch_size
     folded = [_fold(t, d, count) for t, d in zip((student, other, teacher, weight), in_dims[:4], strict=True)]
-    rows = DIVERGENCE(*folded, temperature, reverse, NONE)
-    logits = _unmapped(student, in_dims[0], count)
-    assert logits is not None
-    rows = rows.unflatten(0, logits.shape[:2])
-    if reduction == NONE:
-        return rows, 0
-    total = rows.flatten(1).sum(1)
-    return total if reduction != BATCHMEAN else total / max(rows[0].numel(), 1), 0
+    *how, reduction = settings
+    rows = DIVERGENCE(*folded, *how, NONE)
+    return reduce_mapped(rows.unflatten(0, (count, rows.shape[0] // count)), reduction), 0
 
 
 def _vmap_backward(
@@ -192,26 +149,16 @@ def _vmap_backward(
     other: Tensor | None,
     teacher: Tensor,
     weight: Tensor | None,
-    temperature: float,
-    reverse: bool,
-    reduction: int,
-    *needs: bool,
+    *rest: Any,
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
     count = info.batch_size
-    each = [_unmapped(t, d, count) for t, d in zip((student, other, teacher, weight), in_dims[1:5], strict=True)]
-    logits = each[0]
+    (temperature, reverse, reduction), needs = rest[:3], rest[3:]
+    folded = [_fold(t, d, count) for t, d in zip((student, other, teacher, weight), in_dims[1:5], strict=True)]
+    logits = folded[0]
     assert logits is not None
-    size = logits.shape[1]
-    rows = row_shape(logits[0])
-    g = _unmapped(grad, in_dims[0], count)
-    assert g is not None
-    if reduction != NONE:
-        # Every mapped sample has its own scalar: spread over its rows it is a grad_output per row.
-        if reduction == BATCHMEAN:
-            g = g / max(row_count(logits[0]), 1)
-        g = g.reshape(count, *[1] * len(rows)).expand(count, *rows)
-    folded = [None if t is None else t.flatten(0, 1) for t in each]
-    results = DIVERGENCE_BACKWARD(g.flatten(0, 1), *folded, temperature, reverse, NONE, *needs)
+    size = logits.shape[0] // count
+    g = spread_mapped(grad, in_dims[0], count, (size, *logits.shape[2:]), reduction)
+    results = DIVERGENCE_BACKWARD(g, *folded, temperature, reverse, NONE, *needs)
     back = tuple(r.unflatten(0, (count, size)) if need else r for r, need in zip(results, needs, strict=True))
     return back, tuple(0 if need else None for need in needs)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedkern import ops
 from fedkern.ops.backend import select
-from fedkern.ops.distill_launch import divergence_forward
+from fedkern.ops.distill_kernels import divergence_settings
 from fedkern.ops.distill_reference import entropy_reference, kl_div_reference
 
 FACTOR = 3.0  # every loss is multiplied before backward: a dropped grad_output shows
@@ -238,8 +238,9 @@ def test_every_offset_over_sentinels(name: str, dtype: torch.dtype) -> None:
             s, t, o = (x[offset : offset + size].view(rows, classes) for x in source)
             out = torch.full((3, size + len(OFFSETS) + 64), sentinel, dtype=dtype)
             to_s, to_o, to_t = (x[offset + 11 : offset + 11 + size].view(rows, classes) for x in out)
-            core = select("dual_kl", s, t)
-            loss = divergence_forward(core, s, o, t, None, 1.0, False, 2, to_s, to_o, to_t)
+            kernel = select("dual_kl", s, t)
+            assert kernel is not None
+            loss = kernel.divergence_forward(s, o, t, None, divergence_settings(1.0, False, 2), to_s, to_o, to_t)
             inputs = [x.double().requires_grad_() for x in (s, t, o)]
             expected = kl_div_reference(inputs[0], inputs[1], other=inputs[2])
             expected.backward()

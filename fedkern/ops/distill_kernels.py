@@ -1,0 +1,231 @@
+"""What a kernel of the distill family offers, and the short way to it for ordinary tensors.
+
+The CPU class is in distill_launch.py; :func:`fedkern.ops.backend.select` hands out instances. Arguments were checked by
+the public functions; kernels allocate what they return. Sums and losses are computed in float32 (float64 where an
+input is float64) and rounded once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from fedkern.ops import backend
+from fedkern.ops.backend import DTYPES
+from fedkern.ops.distill_common import MAX_DIMS
+
+# --- settings: one object per call instead of a row of arguments. The cached constructors cost eager calls nothing.
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Of kl_div and dual_kl. ``reverse``: KL(student ‖ teacher); ``reduction``: a number of ``REDUCTIONS``."""
+
+    temperature: float
+    reverse: bool
+    reduction: int
+
+
+# How the teachers of ensemble_kl become one: a mixture of probabilities, of logits, or not at all.
+PROBS, LOGITS, MEAN = 0, 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Ensemble:
+    """Of ensemble_kl. ``mix``: PROBS, LOGITS or MEAN; ``log_probs``: teachers hold log-probabilities."""
+
+    temperature: float
+    mix: int
+    log_probs: bool
+    reduction: int
+
+
+divergence_settings = functools.lru_cache(maxsize=256)(Divergence)
+ensemble_settings = functools.lru_cache(maxsize=256)(Ensemble)
+
+
+class DistillKernel(Protocol):
+    """One backend's distill operators.
+
+    Logits are ``[B, C, *positions]``, those of K teachers ``[K, B, C, *positions]``; rows are ``[B, *positions]``. Any
+    strides; gradients in the memory format of what they belong to. ``reduction`` (a number of ``REDUCTIONS``) "none"
+    gives a value per row, the others a scalar; "batchmean" divides loss and gradients by the number of rows (an empty
+    batch gives 0).
+
+    grad_output: gradients for a grad_output of 1 can be taken on the way forward, into the ``to_...`` tensors given.
+    Autograd asks for that where :attr:`fused` is true and the result is a scalar, and then calls :meth:`scaled` in the
+    backward pass; otherwise it calls ``..._backward``, which recomputes from the logits and takes ``grad`` as a tensor
+    of the result's shape, any strides. On CUDA the kernel reads ``grad`` through its device pointer: no method there
+    may look at a value of a tensor on the host.
+    """
+
+    fused: bool
+
+    def scaled(self, gradients: tuple[Tensor | None, ...], grad: Tensor) -> tuple[Tensor | None, ...] | None:
+        """``gradients`` (for a grad_output of 1) times the scalar ``grad``, themselves where that is 1.
+
+        New tensors otherwise: the graph may be retained. None asks for ``..._backward`` instead, as for 16-bit
+        gradients, which would be rounded twice and underflow before a loss scale lifts them. Asked for only where
+        ``fused``.
+        """
+
+    def empty_gradient(self, x: Tensor) -> Tensor:
+        """An uninitialised gradient of ``x`` in its memory format, for ``to_...``."""
+
+    def divergence_forward(
+        self,
+        student: Tensor,
+        other: Tensor | None,
+        teacher: Tensor,
+        weight: Tensor | None,
+        settings: Divergence,
+        to_student: Tensor | None = None,
+        to_other: Tensor | None = None,
+        to_teacher: Tensor | None = None,
+        raw_loss: Tensor | None = None,
+    ) -> Tensor:
+        """kl_div, with ``other`` (a second student) dual_kl; the result in the promoted dtype of the logits.
+
+        ``weight`` has one value per row; a row of weight 0 counts exactly 0 whatever it holds. ``raw_loss`` receives
+        the rows' unweighted losses, 0 where the weight is 0.
+        """
+
+    def divergence_backward(
+        self,
+        grad: Tensor,
+        student: Tensor,
+        other: Tensor | None,
+        teacher: Tensor,
+        weight: Tensor | None,
+        settings: Divergence,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of student, other, teacher, weight where ``needs`` says so, each in its own dtype, else None."""
+
+    def entropy_forward(self, logits: Tensor, reduction: int, to_logits: Tensor | None = None) -> Tensor:
+        """entropy, in the logits' dtype."""
+
+    def entropy_backward(self, grad: Tensor, logits: Tensor, reduction: int) -> Tensor: ...
+
+    def ensemble_forward(
+        self,
+        student: Tensor,
+        teachers: Tensor,
+        weights: Tensor | None,
+        class_mask: Tensor | None,
+        settings: Ensemble,
+        to_student: Tensor | None = None,
+        to_teachers: Tensor | None = None,
+    ) -> Tensor:
+        """ensemble_kl, in the promoted dtype of student and teachers.
+
+        ``weights``: ``[K, B, 1, *positions]`` (one per teacher and row) or ``[K, B, C, *positions]``, any strides (0
+        where they were broadcast), not normalised, any floating dtype; None for equal ones. ``class_mask``: bool
+        ``[K, C]`` or None.
+        """
+
+    def ensemble_backward(
+        self,
+        grad: Tensor,
+        student: Tensor,
+        teachers: Tensor,
+        weights: Tensor | None,
+        class_mask: Tensor | None,
+        settings: Ensemble,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of student, teachers, weights (of the shape given) where ``needs`` says so."""
+
+    def js_forward(
+        self, logits: Tensor, weights: Tensor | None, reduction: int, to_logits: Tensor | None = None
+    ) -> Tensor:
+        """js_div, in the logits' dtype. ``weights``: ``[K, B, *positions]``, as above, or None for equal ones."""
+
+    def js_backward(
+        self, grad: Tensor, logits: Tensor, weights: Tensor | None, reduction: int, needs: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of logits and weights."""
+
+    def consensus_forward(self, logits: Tensor, weights: Tensor | None, reduction: int) -> tuple[Tensor, Tensor]:
+        """consensus: (entropy of the mixture, weighted mean of the entropies)."""
+
+    def consensus_backward(
+        self,
+        grad_mixture: Tensor,
+        grad_mean: Tensor,
+        logits: Tensor,
+        weights: Tensor | None,
+        reduction: int,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of logits and weights."""
+
+
+# --- the short way
+
+# Of kernels that take every dtype: those are registered with this very set, so that calls need not look into it.
+ALL_DTYPES = frozenset(DTYPES)
+
+_STRIDED = torch.strided
+
+# Looked up once: at 64 rows the tests around a loss take longer than the loss.
+_is_compiling = torch.compiler.is_compiling
+_functorch_active = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+
+
+def ordinary(tensors: tuple[Tensor, ...]) -> bool:
+    """True when ``tensors`` are plain ones on one CPU or CUDA device that kernels can read, nothing in between.
+
+    False says nothing yet: they may be wrong, or right but for another path.
+    """
+    if _is_compiling() or _functorch_active() or _dispatch_modes() or _function_modes():
+        return False
+    device = None
+    for x in tensors:
+        kind = type(x)
+        if kind is not Tensor and kind is not Parameter:
+            return False
+        if x.dtype not in DTYPES or x.layout is not _STRIDED or x.is_neg():
+            return False
+        if not x.is_cpu and not x.is_cuda:
+            return False
+        if device is None:
+            device = x.device
+        elif x.device != device:
+            return False
+    return True
+
+
+def plain(tensors: tuple[Tensor, ...]) -> bool:
+    """:func:`ordinary`, and logits of one shape: the common case, in few steps."""
+    if _is_compiling() or _functorch_active() or _dispatch_modes() or _function_modes():
+        return False
+    shape = None
+    for x in tensors:
+        kind = type(x)
+        if kind is not Tensor and kind is not Parameter:
+            return False
+        if shape is None:
+            shape = x.shape
+        elif x.shape != shape:
+            return False
+        usual = x.dtype in DTYPES and x.is_cpu and x.layout is _STRIDED and not x.is_neg()
+        if not usual and not ordinary(tensors):
+            return False
+    return shape is not None and 2 <= len(shape) <= MAX_DIMS and shape[1] != 0
+
+
+def kernel_for(operator: str, tensors: tuple[Tensor, ...]) -> DistillKernel | None:
+    """What serves ``operator`` for :func:`ordinary` tensors; None for the reference."""
+    found = backend._chosen.get((operator, "cpu" if tensors[0].is_cpu else "cuda"))
+    if found is None or found[1] is not ALL_DTYPES:
+        return backend.select(operator, *tensors)
+    return found[0]
