@@ -2,6 +2,10 @@
 
 from fedkern.ops.aggregate import weighted_mean
 from fedkern.ops.aggregate_accumulator import Accumulator
+from fedkern.ops.aggregate_distances import geometric_median, krum, pairwise_distances
+from fedkern.ops.aggregate_privacy import clip_and_noise, clip_by_norm
+from fedkern.ops.aggregate_robust import median, trimmed_mean
+from fedkern.ops.aggregate_server_step import ServerStep, server_step
 from fedkern.ops.backend import use_backend, use_isa
 from fedkern.ops.blend import blend
 from fedkern.ops.boxes import erase_boxes, keep_boxes
@@ -12,14 +16,23 @@ from fedkern.ops.fuse import fuse_concat, fuse_mean
 __all__ = [
     "Accumulator",
     "FlatParameters",
+    "ServerStep",
     "blend",
+    "clip_and_noise",
+    "clip_by_norm",
     "dual_kl",
     "entropy",
     "erase_boxes",
     "fuse_concat",
     "fuse_mean",
+    "geometric_median",
     "keep_boxes",
     "kl_div",
+    "krum",
+    "median",
+    "pairwise_distances",
+    "server_step",
+    "trimmed_mean",
     "use_backend",
     "use_isa",
     "weighted_mean",

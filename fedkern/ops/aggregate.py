@@ -17,6 +17,7 @@ from fedkern.ops.aggregate_checks import (
     check_weights,
     check_weights_tensor,
     kernel_weights,
+    rows_or_stack,
 )
 from fedkern.ops.aggregate_cpu import CpuAggregate
 from fedkern.ops.aggregate_kernels import AggregateKernel
@@ -87,8 +88,7 @@ def _compute(vectors: Vectors, weights: Tensor | Sequence[float], out: Tensor | 
 
 def select(vectors: Vectors, *others: Tensor) -> AggregateKernel:
     """The kernel object that serves a call: a backend's, or the plain reference."""
-    rows = (vectors,) if isinstance(vectors, Tensor) else vectors
-    return backend.select("aggregate", *rows, *others) or PLAIN
+    return backend.select("aggregate", *rows_or_stack(vectors), *others) or PLAIN
 
 
 # 3. Eager autograd.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedkern.ops.backend import DTYPES
+from fedkern.ops import backend
 
-FLOATS = tuple(DTYPES)
+FLOATS = tuple(backend.DTYPES)
 
 Vectors = Tensor | Sequence[Tensor]
 
@@ -101,10 +102,50 @@ def kernel_weights(weights: Tensor | Sequence[float], count: int) -> Tensor | li
     return check_weights(weights.detach() if isinstance(weights, Tensor) else weights, count)[0]
 
 
-def refuse_gradient(name: str, *tensors: Tensor | None) -> None:
-    """Raises ValueError where a gradient through an operator that has none is asked for."""
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+def check_call(
+    name: str, vectors: Vectors, weights: Tensor | Sequence[float] | None, first: Tensor, count: int
+) -> None:
+    """Checks the form of ``weights``, and that nobody asks for a gradient through an operator that has none."""
+    if isinstance(weights, Tensor):
+        check_weights_tensor(weights, count, first.device)
+    refuse_gradient(name, *rows_or_stack(vectors), weights)
+
+
+def refuse_gradient(name: str, *given: object) -> None:
+    """Raises ValueError where one of ``given`` asks for a gradient, through the operator ``name`` that has none."""
+    if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in given):
         raise ValueError(f"{name} has no gradient; call it under torch.no_grad(), or detach its arguments")
+
+
+def rows_or_stack(vectors: Vectors) -> Sequence[Tensor]:
+    """The tensors that hold the vectors."""
+    return (vectors,) if isinstance(vectors, Tensor) else vectors
+
+
+def rows_of(vectors: Vectors) -> list[Tensor]:
+    """The vectors as M tensors ``[P]``."""
+    return list(vectors.unbind(0)) if isinstance(vectors, Tensor) else list(vectors)
+
+
+def eager(vectors: Vectors, *others: object) -> bool:
+    """:func:`fedkern.ops.backend.eager` of the vectors and of what else is a tensor."""
+    return backend.eager(*rows_or_stack(vectors), *(value for value in others if isinstance(value, Tensor)))
+
+
+def as_tensor(weights: Tensor | Sequence[float], first: Tensor, count: int) -> Tensor:
+    """The weights as a tensor; numbers are checked and go to the device of ``first``."""
+    if isinstance(weights, Tensor):
+        return weights
+    return torch.tensor(check_weights(weights, count)[0], dtype=torch.float64, device=first.device)
+
+
+def no_vmap(name: str) -> Any:
+    """The batching rule of an operator that has none."""
+
+    def refuse(*arguments: Any) -> Any:
+        raise NotImplementedError(f"torch.func.vmap over {name} is not supported: loop over the mapped axis")
+
+    return refuse
 
 
 def check_number(value: float, name: str, low: float, high: float = math.inf, *, above: bool = False) -> float:

@@ -36,8 +36,8 @@ class AggregateKernel(Protocol):
     """``vectors`` are M >= 1 tensors ``[P]`` or one ``[M, P]`` of one dtype and device, of any strides; P may be 0.
 
     Results are fresh and contiguous unless an argument takes them.  All sums are taken in fp64, in a fixed order.
-    A method that takes ``out`` finds it of unit stride, of any of the four dtypes, and without overlap with ``vectors``
-    but for one of them being exactly ``out``.
+    A method that takes ``out`` finds it of unit stride, of any of the four dtypes, and unless it says otherwise without
+    overlap with its inputs.
     """
 
     def weighted_mean(self, vectors: Vectors, weights: Weights, out: Tensor | None) -> Tensor:
@@ -71,16 +71,16 @@ class AggregateKernel(Protocol):
         rule: ServerRule,
         first: Tensor | None,
         second: Tensor | None,
-        out: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+        out: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """One round of a server optimiser, in one pass over ``vectors``; see :func:`fedkern.ops.server_step`.
 
         ``global_ [P]`` of the vectors' dtype and any stride; ``first`` and ``second [P]``, fp32 or fp64 of unit stride,
-        are updated in place (None where the rule has none); ``out [P]`` of the same dtype and unit stride may be
-        ``global_``, and overlaps nothing else.
+        are updated in place (None where the rule has none); ``out`` may be ``global_``.
 
         Returns:
-            The M norms of the deltas and their M cosines to the mean delta, fp64.
+            ``out`` or a fresh model of the vectors' dtype, the M norms of the deltas and their M cosines to the mean
+            delta in fp64.
         """
         ...
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops import aggregate_robust_reference as robust
-from fedkern.ops.aggregate_checks import Vectors, deliver, written
+from fedkern.ops.aggregate_checks import Vectors, deliver
 from fedkern.ops.aggregate_kernels import ServerRule, Weights
 from fedkern.ops.aggregate_reference import (
     add_reference,
@@ -48,11 +48,10 @@ class PlainAggregate:
         rule: ServerRule,
         first: Tensor | None,
         second: Tensor | None,
-        out: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        result = robust.server_step_reference(global_, vectors, weights, rule, first, second, out)
-        written(out, first, second)
-        return result
+        out: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        target = _target(global_.dtype if out is None else out, global_)
+        return (target, *robust.server_step_reference(global_, vectors, weights, rule, first, second, target))
 
     def sorted_mean(self, vectors: Vectors, low: int, high: int, weights: Weights | None) -> Tensor:
         return robust.sorted_mean_reference(vectors, low, high, weights)

@@ -1,0 +1,214 @@
+"""aggregate: distances between flat model vectors, and the robust means that are built on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkern.ops import _library
+from fedkern.ops.aggregate import select
+from fedkern.ops.aggregate_checks import (
+    Vectors,
+    as_tensor,
+    check_call,
+    check_count,
+    check_number,
+    check_vectors,
+    check_weights,
+    eager,
+    no_vmap,
+    rows_of,
+)
+from fedkern.ops.aggregate_plain import PLAIN
+from fedkern.ops.aggregate_robust_reference import geometric_median_reference, krum_scores_reference
+
+# Up to this many vectors the geometric median is found from their distances alone: one pass over the vectors that costs
+# M / 2 differences per element, where every iteration on the vectors costs two passes.
+MOST_FROM_DISTANCES = 128
+
+# 1. What they compute: aggregate_robust_reference.
+
+
+# 2. The public functions.
+
+
+def pairwise_distances(vectors: Vectors) -> Tensor:
+    """Computes the Euclidean distances between all pairs of vectors.
+
+    Differences are taken first and squared in fp64, so near-equal vectors have accurate distances (the formula
+    ``|x|^2 + |y|^2 - 2 x.y`` loses all digits there), and equal ones are at distance 0.
+
+    Args:
+        vectors: M tensors ``[P]``, or one ``[M, P]``; fp32, bf16, fp16 or fp64, of one dtype and device, any strides.
+
+    Returns:
+        ``[M, M]`` in fp64, exactly symmetric, with zeros on the diagonal.  NaN in a vector makes its distances to
+        others NaN, and an infinity makes them infinite (NaN where two of one sign meet).  There is no gradient.
+
+    Raises:
+        TypeError, ValueError: vectors are of the wrong type, dtype, device or shape, or a gradient was asked for.
+        RuntimeError: a forced backend cannot serve the call.
+    """
+    first, count = check_vectors(vectors)
+    check_call("pairwise_distances", vectors, None, first, count)
+    return _pairwise(vectors) if eager(vectors) else _pairwise_operator(rows_of(vectors))
+
+
+def krum(vectors: Vectors, byzantine: int, keep: int = 1) -> Tensor:
+    """Selects the ``keep`` vectors that lie closest to others, and averages them (Krum, arXiv 1703.02757).
+
+    The score of a vector is the sum of its squared distances to the ``M - byzantine - 2`` others that are closest; the
+    vectors of the smallest scores are kept, of equal ones the first.  ``keep=1`` returns one of the vectors unchanged
+    (Krum), more is Multi-Krum.  A vector with NaN or infinities is infinitely far from all others.
+
+    Args:
+        vectors: M tensors ``[P]``, or one ``[M, P]``; fp32, bf16, fp16 or fp64, of one dtype and device, any strides.
+        byzantine: how many of them may be arbitrary, f; the paper's guarantee needs ``2 f + 2 < M``.
+        keep: how many are averaged, from 1 to ``M - f``.
+
+    Returns:
+        ``[P]`` in the vectors' dtype.  There is no gradient.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
+        RuntimeError: a forced backend cannot serve the call.
+    """
+    first, count = check_vectors(vectors)
+    check_count(byzantine, "byzantine", 0)
+    if 2 * byzantine + 2 >= count:
+        raise ValueError(f"byzantine must be less than (M - 2) / 2 with M = {count} vectors, not {byzantine}")
+    check_count(keep, "keep", 1, count - byzantine)
+    check_call("krum", vectors, None, first, count)
+    if not eager(vectors):
+        return _krum_operator(rows_of(vectors), byzantine, keep)
+    return _krum(vectors, byzantine, keep)
+
+
+def geometric_median(
+    vectors: Vectors,
+    weights: Tensor | Sequence[float] | None = None,
+    *,
+    iterations: int = 100,
+    tolerance: float = 1e-10,
+    smoothing: float = 1e-6,
+) -> Tensor:
+    """Finds the point with the least weighted sum of distances to the vectors (RFA, arXiv 1912.13445).
+
+    Smoothed Weiszfeld iterations from the weighted mean: ``z <- sum_m b_m x_m / sum_m b_m`` with ``b_m = w_m /
+    max(smoothing, |x_m - z|)``.  Every such point is a mean of the vectors, so its distances to them follow from the
+    distances among them, ``|x_m - z|^2 = (D a)_m - a.D a / 2`` for shares ``a`` and squared distances ``D``: up to
+    128 vectors are read twice, whatever the number of iterations.
+
+    Args:
+        vectors: M tensors ``[P]``, or one ``[M, P]``; fp32, bf16, fp16 or fp64, of one dtype and device, any strides.
+        weights: M numbers that are finite, not negative and do not all vanish, default equal.  A vector of weight zero
+            has no influence.
+        iterations: at most so many; 0 gives the weighted mean.
+        tolerance: stop when the sum of distances changes by no more than this share of it.
+        smoothing: the smallest distance that is divided by, in the vectors' units.
+
+    Returns:
+        ``[P]`` in the vectors' dtype.  NaN or infinity in a vector of positive weight makes it NaN.  There is no
+        gradient.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
+        RuntimeError: a forced backend cannot serve the call.
+    """
+    first, count = check_vectors(vectors)
+    check_count(iterations, "iterations", 0)
+    check_number(tolerance, "tolerance", 0.0)
+    check_number(smoothing, "smoothing", 0.0, above=True)
+    check_call("geometric_median", vectors, weights, first, count)
+    given = as_tensor([1.0] * count if weights is None else weights, first, count)
+    if not eager(vectors, weights):
+        return _geometric_median_operator(rows_of(vectors), given, iterations, tolerance, smoothing)
+    return _geometric_median(vectors, given, iterations, tolerance, smoothing)
+
+
+def _pairwise(vectors: Vectors) -> Tensor:
+    return select(vectors).squared_distances(vectors).sqrt_()
+
+
+def _krum(vectors: Vectors, byzantine: int, keep: int) -> Tensor:
+    squared = select(vectors).squared_distances(vectors).nan_to_num_(nan=math.inf, posinf=math.inf)
+    kept = krum_scores_reference(squared, byzantine).argsort(stable=True)[:keep]
+    chosen = torch.zeros(len(vectors), dtype=torch.float64, device=squared.device).index_fill_(0, kept, 1.0)
+    return _mean(vectors, chosen)
+
+
+def _mean(vectors: Vectors, shares: Tensor, out: Tensor | None = None) -> Tensor:
+    """The weighted mean; shares of NaN, which come from NaN in the vectors, give NaN."""
+    weights = shares.tolist() if shares.device.type == "cpu" else shares
+    return select(vectors).weighted_mean(vectors, weights, out)
+
+
+def _geometric_median(vectors: Vectors, weights: Tensor, iterations: int, tolerance: float, smoothing: float) -> Tensor:
+    count, device = len(vectors), vectors[0].device
+    if weights.device.type == "cpu":
+        check_weights(weights.detach(), count)
+    given = weights.to(device, torch.float64)
+    if select(vectors) is PLAIN:
+        return geometric_median_reference(vectors, given, iterations, tolerance, smoothing)
+    used = given > 0
+    squared = None
+    if count <= MOST_FROM_DISTANCES:
+        squared = torch.where(used & used[:, None], select(vectors).squared_distances(vectors), 0.0)
+    # On a GPU no result is looked at: all iterations run, and a flag keeps the shares once they have settled.
+    current, before = given / given.sum(), torch.full((), math.inf, dtype=torch.float64, device=device)
+    settled = torch.zeros((), dtype=torch.bool, device=device)
+    for _ in range(iterations):
+        distances = _distances_to_mean(vectors, current, squared)
+        objective = torch.where(used, given * distances, 0.0).sum()
+        settled = settled | ((before - objective).abs() <= tolerance * objective)
+        if device.type == "cpu" and bool(settled):
+            break
+        pulls = torch.where(used, given / distances.clamp_min(smoothing), 0.0)
+        current, before = torch.where(settled, current, pulls / pulls.sum()), objective
+    return _mean(vectors, current)
+
+
+def _distances_to_mean(vectors: Vectors, shares: Tensor, squared: Tensor | None) -> Tensor:
+    """The vectors' distances to their mean with ``shares`` of sum one."""
+    if squared is None:
+        wide = torch.empty(vectors[0].shape[0], dtype=torch.float64, device=shares.device)
+        return select(vectors).squared_distances_to(vectors, _mean(vectors, shares, wide)).sqrt_()
+    sums = squared @ shares
+    return (sums - 0.5 * (shares @ sums)).clamp_min_(0.0).sqrt_()
+
+
+# 3. Eager autograd: they have no gradient, and say so.
+
+
+# 4. The same operators for torch.compile and opcheck.
+
+
+def _pairwise_fake(vectors: list[Tensor]) -> Tensor:
+    return vectors[0].new_empty((len(vectors), len(vectors)), dtype=torch.float64)
+
+
+def _fake(vectors: list[Tensor], *others: Any) -> Tensor:
+    return vectors[0].new_empty(vectors[0].shape)
+
+
+_pairwise_operator = _library.register(
+    "pairwise_distances",
+    "(Tensor[] vectors) -> Tensor",
+    _pairwise,
+    fake=_pairwise_fake,
+    vmap=no_vmap("pairwise_distances"),
+)
+_krum_operator = _library.register(
+    "krum", "(Tensor[] vectors, int byzantine, int keep) -> Tensor", _krum, fake=_fake, vmap=no_vmap("krum")
+)
+_geometric_median_operator = _library.register(
+    "geometric_median",
+    "(Tensor[] vectors, Tensor weights, int iterations, float tolerance, float smoothing) -> Tensor",
+    _geometric_median,
+    fake=_fake,
+    vmap=no_vmap("geometric_median"),
+)

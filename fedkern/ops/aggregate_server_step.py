@@ -1,0 +1,223 @@
+"""aggregate: one round of a server optimiser, with what the clients' deltas look like."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedkern.ops import _library
+from fedkern.ops.aggregate import select
+from fedkern.ops.aggregate_checks import (
+    Vectors,
+    as_tensor,
+    check_number,
+    check_out,
+    check_vector,
+    check_vectors,
+    check_weights_tensor,
+    deliver,
+    eager,
+    kernel_weights,
+    no_vmap,
+    refuse_gradient,
+    rows_of,
+    rows_or_stack,
+    written,
+)
+from fedkern.ops.aggregate_kernels import RULES, ServerRule
+
+# Flower's: FedAvg, FedAvgM, FedAdam, FedYogi, FedAdagrad.
+DEFAULTS = {
+    "mean": ServerRule(0, 1.0, 0.0, 0.0, 0.0),
+    "momentum": ServerRule(1, 1.0, 0.0, 0.0, 0.0),
+    "adam": ServerRule(2, 0.1, 0.9, 0.99, 1e-9),
+    "yogi": ServerRule(3, 0.01, 0.9, 0.99, 1e-3),
+    "adagrad": ServerRule(4, 0.1, 0.0, 0.0, 1e-9),
+}
+
+
+class ServerStep(NamedTuple):
+    """What :func:`server_step` returns.
+
+    Attributes:
+        model: ``[P]``, the new global vector.
+        norms: fp64 ``[M]``, the Euclidean norm of every client's delta.
+        cosines: fp64 ``[M]``, the cosine of the angle between it and the mean delta; 0 where one of them is zero.
+    """
+
+    model: Tensor
+    norms: Tensor
+    cosines: Tensor
+
+
+# 1. What it computes: aggregate_robust_reference.
+
+
+# 2. The public function.
+
+
+def server_step(
+    global_: Tensor,
+    vectors: Vectors,
+    weights: Tensor | Sequence[float],
+    rule: str = "mean",
+    *,
+    first: Tensor | None = None,
+    second: Tensor | None = None,
+    learning_rate: float | None = None,
+    beta1: float | None = None,
+    beta2: float | None = None,
+    tau: float | None = None,
+    out: Tensor | None = None,
+) -> ServerStep:
+    """Takes one step of a server optimiser from the clients' models (FedOpt, arXiv 2003.00295, algorithm 2).
+
+    With the mean delta ``d = sum_m w_m (x_m - g) / sum_m w_m`` of the global model g:
+
+    - "mean" (FedAvg): ``g + lr d``.
+    - "momentum" (FedAvgM, arXiv 1909.06335): ``m <- beta1 m + d``; ``g + lr m``.
+    - "adam", "yogi", "adagrad": ``m <- beta1 m + (1 - beta1) d``; ``g + lr m / (sqrt(v) + tau)`` after
+      ``v <- beta2 v + (1 - beta2) d^2``, ``v <- v - (1 - beta2) d^2 sign(v - d^2)`` or ``v <- v + d^2``.
+
+    There is no bias correction, as in the paper; the paper starts v at ``tau^2`` or more, Flower at 0.  Everything is
+    computed in fp64 and rounded once; the uploads are read once.
+
+    Args:
+        global_: g ``[P]``, of the vectors' dtype and device, any stride.
+        vectors: the clients' models: M tensors ``[P]``, or one ``[M, P]``; fp32, bf16, fp16 or fp64, any strides.
+        weights: M numbers that are finite, not negative and do not all vanish; they need not sum to one.  A vector of
+            weight zero takes no part in the mean (it may hold NaN), but is measured like the others.
+        rule: see above.
+        first: m ``[P]``, fp32 or fp64, contiguous: updated in place.  All rules but "mean" need it; begin with zeros.
+        second: v ``[P]``, of the dtype of ``first``: updated in place.  "adam", "yogi" and "adagrad" need it.
+        learning_rate, beta1, beta2, tau: default to Flower's values for the rule: 1 for "mean"; 1 and beta1 = 0 for
+            "momentum"; 0.1, 0.9, 0.99, 1e-9 for "adam"; 0.01, 0.9, 0.99, 1e-3 for "yogi"; 0.1, beta1 = 0, 1e-9 for
+            "adagrad".
+        out: where to write the new model, ``[P]`` of any of the four dtypes; it may be ``global_`` or a vector.
+
+    Returns:
+        :class:`ServerStep`; its model in the vectors' dtype, or ``out``.  NaN and infinities spread to the coordinate
+        they are in, and to that client's norm and cosine (those of mean deltas to all cosines).  There is no gradient.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
+        RuntimeError: a forced backend cannot serve the call.
+    """
+    one, count = check_vectors(vectors)
+    size = one.shape[-1]
+    check_vector(global_, "global_", size)
+    if global_.dtype != one.dtype or global_.device != one.device:
+        raise ValueError(
+            f"global_ must have the vectors' dtype {one.dtype} and device {one.device}, "
+            f"not {global_.dtype} and {global_.device}"
+        )
+    if isinstance(weights, Tensor):
+        check_weights_tensor(weights, count, one.device)
+    settings = _settings(rule, learning_rate, beta1, beta2, tau)
+    _check_states(rule, first, second, size, one.device)
+    if out is not None:
+        check_out(out, size, one.device)
+    refuse_gradient("server_step", global_, *rows_or_stack(vectors), weights, first, second, out)
+    if not eager(vectors, weights, global_, first, second, out):
+        given = as_tensor(weights, one, count)
+        result = ServerStep(*_operator(global_, rows_of(vectors), given, *settings, first, second))
+        return result if out is None else result._replace(model=out.copy_(result.model))
+    return _compute(global_, vectors, weights, settings, first, second, out)
+
+
+def _settings(rule: str, *numbers: float | None) -> ServerRule:
+    if rule not in DEFAULTS:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, not {rule!r}")
+    default = DEFAULTS[rule]
+    given = [usual if number is None else number for number, usual in zip(numbers, default[1:], strict=True)]
+    for number, name in zip(given, ("learning_rate", "beta1", "beta2", "tau"), strict=True):
+        check_number(number, name, 0.0, 1.0 if name.startswith("beta") else float("inf"))
+    return ServerRule(default.rule, *(float(number) for number in given))
+
+
+def _check_states(rule: str, first: Tensor | None, second: Tensor | None, size: int, device: torch.device) -> None:
+    wanted = {"first": rule != "mean", "second": rule in ("adam", "yogi", "adagrad")}
+    for (name, needed), state in zip(wanted.items(), (first, second), strict=True):
+        if not needed:
+            if state is not None:
+                raise ValueError(f'{name} must be None for rule "{rule}", which keeps no such state')
+            continue
+        if state is None:
+            raise ValueError(f'{name} must be given for rule "{rule}": a tensor [{size}], zeros at the start')
+        check_out(state, size, device, name)
+        if state.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name} must be float32 or float64, not {state.dtype}")
+        if not state.is_contiguous():
+            raise ValueError(f"{name} must be contiguous")
+    if first is not None and second is not None and first.dtype != second.dtype:
+        raise TypeError(f"second must have first's dtype {first.dtype}, not {second.dtype}")
+
+
+def _compute(
+    global_: Tensor,
+    vectors: Vectors,
+    weights: Tensor | Sequence[float],
+    settings: ServerRule,
+    first: Tensor | None,
+    second: Tensor | None,
+    out: Tensor | None,
+) -> ServerStep:
+    kernel = select(vectors, global_, *(state for state in (first, second) if state is not None))
+    values = kernel_weights(weights, len(vectors))
+    target = out if out is not None and _direct(out, global_, vectors, first, second) else None
+    model, norms, cosines = kernel.server_step(global_, vectors, values, settings, first, second, target)
+    written(first, second)
+    return ServerStep(model if out is None else deliver(model, out), norms, cosines)
+
+
+def _direct(out: Tensor, global_: Tensor, vectors: Vectors, *states: Tensor | None) -> bool:
+    """May a kernel write to ``out`` while it reads the others?  It may be ``global_``, and share nothing else."""
+    if not out.is_contiguous() or out.is_neg():
+        return False
+    storage = out.untyped_storage().data_ptr()
+    same = out.data_ptr() == global_.data_ptr() and global_.is_contiguous() and out.dtype == global_.dtype
+    others = [*rows_or_stack(vectors), *(state for state in states if state is not None)]
+    if not same:
+        others.append(global_)
+    return all(other.untyped_storage().data_ptr() != storage for other in others)
+
+
+# 3. Eager autograd: it has no gradient, and says so.
+
+
+# 4. The same operator for torch.compile and opcheck.
+
+
+def _implementation(
+    global_: Tensor,
+    vectors: list[Tensor],
+    weights: Tensor,
+    rule: int,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    tau: float,
+    first: Tensor | None,
+    second: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    settings = ServerRule(rule, learning_rate, beta1, beta2, tau)
+    model, norms, cosines = _compute(global_, vectors, weights, settings, first, second, None)
+    return model, norms, cosines
+
+
+def _fake(global_: Tensor, vectors: list[Tensor], *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    numbers = [global_.new_empty(len(vectors), dtype=torch.float64) for _ in range(2)]
+    return global_.new_empty(global_.shape), numbers[0], numbers[1]
+
+
+_operator = _library.register(
+    "server_step",
+    "(Tensor global_, Tensor[] vectors, Tensor weights, int rule, float learning_rate, float beta1, float beta2, "
+    "float tau, Tensor(a!)? first, Tensor(b!)? second) -> (Tensor, Tensor, Tensor)",
+    _implementation,
+    fake=_fake,
+    vmap=no_vmap("server_step"),
+)
