@@ -1,13 +1,73 @@
-"""Prints the comparisons and, with ``--record``, writes them under benchmarks/results."""
+"""Command line of the benchmarks: where they run, what is recorded, and the gate under recorded speed-ups."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
+import gate
 import harness
 import pytest
+import records
+import torch
+
+HERE = Path(__file__).parent
+_collected: set[str] = set()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--record", action="store_true", help="write benchmarks/results/<operator>.json")
+    group = parser.getgroup("fedkern benchmarks")
+    group.addoption("--record", action="store_true", help="write benchmarks/results/<operator>.json")
+    group.addoption("--results", type=Path, default=records.RESULTS, help="another folder for --record")
+    group.addoption("--gate", action="store_true", help="fail where a speed-up is below benchmarks/floors.toml")
+    group.addoption(
+        "--gate-short", action="store_true", help="the same for one small and one medium row per operator, in a minute"
+    )
+    group.addoption("--floors", type=Path, default=gate.FLOORS, help="another floors.toml for --gate")
+    group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the operators run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    harness.SETTINGS.device = config.getoption("--device")
+    if harness.SETTINGS.device == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch sees no CUDA device")
+    harness.SETTINGS.short = config.getoption("--gate-short")
+    if config.getoption("--gate") or harness.SETTINGS.short:
+        if config.getoption("--record"):
+            raise pytest.UsageError("--record measures at length and without a gate; run it alone")
+        harness.SETTINGS.floors = gate.read_floors(config.getoption("--floors"))
+        if not harness.SETTINGS.floors.rows:
+            raise pytest.UsageError(
+                f"{config.getoption('--floors')} holds no floors; write it with python -m benchmarks.report --floors"
+            )
+
+
+def _name(item: pytest.Item) -> str:
+    return item.nodeid.rpartition("benchmarks/")[2]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    here = [item for item in items if HERE in item.path.parents]
+    _collected.update(_name(item) for item in here)
+    if harness.SETTINGS.short and harness.SETTINGS.floors is not None:
+        wanted = harness.SETTINGS.floors.short_tests(harness.SETTINGS.device)
+        left = [item for item in here if _name(item) not in wanted]
+        if left:
+            config.hook.pytest_deselected(items=left)
+            items[:] = [item for item in items if item not in left]
+
+
+@pytest.fixture(autouse=True)
+def _on_the_device() -> Iterator[None]:
+    """Seeds the inputs, and makes them where the operators run."""
+    torch.manual_seed(0)
+    if harness.SETTINGS.device == "cpu":
+        yield
+        return
+    torch.set_default_device(harness.SETTINGS.device)
+    yield
+    torch.set_default_device(None)
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
@@ -15,6 +75,13 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
         return
     terminalreporter.section("speed-ups: median of per-pair ratios")
     terminalreporter.write_line(harness.table(harness.COMPARISONS))
+    if harness.SETTINGS.device == "cpu":
+        for row in harness.COMPARISONS:
+            broken = ", ".join(f"{floor:g}× {name}" for name, floor in row.broken_promises().items())
+            if broken and not row.loaded:
+                terminalreporter.write_line(f"below what is promised: {row.group} {row.case} ({row.where}): {broken}")
     if config.getoption("--record"):
-        for path in harness.write_results(harness.COMPARISONS):
+        folder = config.getoption("--results")
+        written = records.write_results(harness.COMPARISONS, harness.machine(), folder, collected=_collected)
+        for path in written:
             terminalreporter.write_line(f"wrote {path}")

@@ -4,81 +4,66 @@ A benchmark is a pytest function that calls :func:`compare` with its contestants
 more than the differences looked for, so the contestants take turns within every pair, each starts a pair equally
 often, and a speed-up is the median of the pairs' ratios, never a ratio of two medians.  A copy of as many bytes as the
 operator must move runs among them: "% of copy" says how far a memory-bound kernel is from the machine's limit.
+
+The same files measure a GPU with ``--device cuda``: tensors that a benchmark makes without naming a device are made
+there.  While the contestants run that default is lifted (it would put a dispatch mode between them and their kernels).
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import multiprocessing
+import importlib.metadata
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import gate
+import memory
+import pytest
+import timing
 import torch
+from contestants import Absent
+from records import Comparison, machine_difference
 
-RESULTS = Path(__file__).parent / "results"
-SAMPLE_SECONDS = 2e-3  # a timing sample repeats a shorter call until it lasts about this long
-MAX_PAIR_SECONDS = 20.0
+MAX_SECONDS = 20.0
+SHORT_SECONDS = 1.0  # the same in the short gate
+LEAST_PAIRS = 15
 
 
 @dataclass
-class Comparison:
-    """One row of a benchmark's table.
+class Settings:
+    """How this run measures; conftest.py fills it in from the command line.
 
     Attributes:
-        group: operator, for example ``"kl_div"``.
-        case: shape and setting.
-        ours: which contestant is judged.
-        seconds: median time of one call, by contestant.
-        speedup: median over pairs of (other's time / our time), by contestant.
-        scatter: interquartile range over median of each contestant's own times; a gate skips what scatters too much.
-        floors: speed-ups that the project promises, by contestant.
-        model_bytes: bytes the operator must move at least.
-        copy_seconds: median time of copying ``model_bytes`` (half read, half written) in the same run, if asked for.
-        note: what a reader must know, for example which path serves this size.
+        device: where tensors are made.
+        floors: what a measurement must not fall below, or None.
+        short: measure only briefly, without the contestants that must be compiled first.
     """
 
-    group: str
-    case: str
-    ours: str
-    threads: int
-    loaded: bool
-    pairs: int
-    seconds: dict[str, float]
-    speedup: dict[str, float]
-    scatter: dict[str, float]
-    floors: dict[str, float] = field(default_factory=dict)
-    model_bytes: int = 0
-    copy_seconds: float | None = None
-    note: str = ""
+    device: str = "cpu"
+    floors: gate.Floors | None = None
+    short: bool = False
 
-    @property
-    def bandwidth(self) -> float:
-        """Model bytes over our time, in GB/s."""
-        return self.model_bytes / self.seconds[self.ours] / 1e9
 
-    @property
-    def copy_fraction(self) -> float | None:
-        """Our bandwidth over the copy's."""
-        return None if self.copy_seconds is None else self.copy_seconds / self.seconds[self.ours]
+SETTINGS = Settings()
+COMPARISONS: list[Comparison] = []
 
-    def record(self) -> dict[str, Any]:
-        """Everything above as plain JSON values."""
-        return {**asdict(self), "bandwidth_gb_per_s": self.bandwidth, "copy_fraction": self.copy_fraction}
+
+def device() -> torch.device:
+    """Where this run's tensors live."""
+    return torch.device(SETTINGS.device)
 
 
 def compare(
     benchmark: Any,
     group: str,
     case: str,
-    contestants: dict[str, Callable[[], Any]],
+    contestants: dict[str, Callable[[], Any] | Absent],
     *,
     ours: str = "fedkern",
     model_bytes: int = 0,
@@ -93,108 +78,127 @@ def compare(
 
     Args:
         benchmark: pytest-benchmark's fixture.
-        contestants: callables without arguments; the first call of each (compilation, page faults) is not timed.
+        contestants: callables without arguments, or why one cannot run here; the first calls of each (compilation,
+            page faults) are not timed.
         copy: also time a copy of ``model_bytes``.
+        floors: speed-ups that the project promises on its CPU.
         threads: torch threads for all contestants; None leaves torch's default.
         loaded: keep another process spinning meanwhile, as on a shared machine.
+
+    Under ``--gate`` the test fails where a ratio is below its floor twice in a row, and is skipped, with the reason,
+    where that cannot be told.
     """
-    runs = dict(contestants)
-    if copy:
-        count = max(model_bytes // 8, 1)
-        source, target = torch.ones(count), torch.ones(count)
-        runs["copy"] = lambda: target.copy_(source)
+    where = device()
     before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
+    used = (threads or before) if where.type == "cpu" else before
+    floor = _floor((group, case, where.type, used, loaded))
+    runs = {name: run for name, run in contestants.items() if not isinstance(run, Absent)}
+    if SETTINGS.short:
+        runs = {name: run for name, run in runs.items() if name not in gate.SLOW}
+    torch.set_num_threads(used)
     try:
-        with _load() if loaded else contextlib.nullcontext():
-            samples = _interleave(runs, pairs)
-            used = torch.get_num_threads()
-            _leave_record(benchmark, contestants[ours])
+        with _plain_defaults(), timing.load() if loaded else contextlib.nullcontext():
+            for attempt in (1, 2):
+                result, ratios = _measure(runs, ours, pairs, model_bytes if copy and not SETTINGS.short else 0, where)
+                verdict = gate.judge(floor, ratios, result["scatter"], ours) if floor else gate.Verdict("pass")
+                if verdict.outcome != "fail" or attempt == 2:
+                    break
+            _leave_record(benchmark, runs[ours], where)
+            peak = {} if SETTINGS.short else {name: memory.peak_bytes(run, where) for name, run in runs.items()}
     finally:
         torch.set_num_threads(before)
-    copy_samples = samples.pop("copy", None)
-    own = samples[ours]
-    result = Comparison(
+    comparison = Comparison(
         group=group,
         case=case,
         ours=ours,
         threads=used,
         loaded=loaded,
-        pairs=len(own),
-        seconds={name: statistics.median(values) for name, values in samples.items()},
-        speedup={
-            name: statistics.median(a / b for a, b in zip(values, own, strict=True))
-            for name, values in samples.items()
-            if name != ours
-        },
-        scatter={name: _scatter(values) for name, values in samples.items()},
-        floors=floors or {},
+        **result,
+        floors=(floors or {}) if where.type == "cpu" else {},
         model_bytes=model_bytes,
-        copy_seconds=statistics.median(copy_samples) if copy_samples else None,
         note=note,
+        device=where.type,
+        test=benchmark.fullname.rpartition("benchmarks/")[2],
+        peak_bytes={name: rise for name, rise in peak.items() if rise is not None},
+        missing={name: run.reason for name, run in contestants.items() if isinstance(run, Absent)},
     )
     benchmark.group = group
-    benchmark.extra_info.update(result.record())
-    COMPARISONS.append(result)
-    return result
+    benchmark.extra_info.update(comparison.record())
+    COMPARISONS.append(comparison)
+    if verdict.outcome == "fail":
+        pytest.fail(f"{group} {case} ({comparison.where}): {verdict.reason}", pytrace=False)
+    if verdict.outcome == "skip":
+        pytest.skip(verdict.reason)
+    return comparison
 
 
-COMPARISONS: list[Comparison] = []
+def _measure(
+    runs: dict[str, Callable[[], Any]], ours: str, pairs: int, copied: int, where: torch.device
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """What of a :class:`Comparison` is measured, and the pairs' ratios by contestant."""
+    runs = dict(runs)
+    if copied:
+        count = max(copied // 8, 1)
+        source, target = torch.ones(count, device=where), torch.ones(count, device=where)
+        runs["copy"] = lambda: target.copy_(source)
+    longest = SHORT_SECONDS if SETTINGS.short else MAX_SECONDS
+    samples, walls = timing.interleave(runs, pairs, timing.clock(where), longest=longest, least=min(pairs, LEAST_PAIRS))
+    copies = samples.pop("copy", None)
+    own = samples[ours]
+    ratios = {
+        name: [a / b for a, b in zip(values, own, strict=True)] for name, values in samples.items() if name != ours
+    }
+    measured = {
+        "pairs": len(own),
+        "seconds": {name: statistics.median(values) for name, values in samples.items()},
+        "speedup": {name: statistics.median(values) for name, values in ratios.items()},
+        "spread": {name: statistics.quantiles(values, n=4)[::2] for name, values in ratios.items()},
+        "scatter": {name: timing.scatter(values) for name, values in samples.items()},
+        "copy_seconds": statistics.median(copies) if copies else None,
+        "wall_seconds": {n: statistics.median(values) for n, values in walls.items() if values and n != "copy"},
+    }
+    return measured, ratios
 
 
-def _interleave(runs: dict[str, Callable[[], Any]], pairs: int) -> dict[str, list[float]]:
-    repeats = {}
-    for name, run in runs.items():
-        run()
-        run()
-        start = time.perf_counter()
-        run()
-        repeats[name] = max(1, round(SAMPLE_SECONDS / max(time.perf_counter() - start, 1e-7)))
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
-    begin = time.perf_counter()
-    for pair in range(pairs):
-        turn = pair % len(names)
-        for name in names[turn:] + names[:turn]:
-            run, count = runs[name], repeats[name]
-            start = time.perf_counter()
-            for _ in range(count):
-                run()
-            samples[name].append((time.perf_counter() - start) / count)
-        if pair >= 14 and time.perf_counter() - begin > MAX_PAIR_SECONDS:
-            break
-    return samples
-
-
-def _scatter(values: list[float]) -> float:
-    low, middle, high = statistics.quantiles(values, n=4)
-    return (high - low) / middle
-
-
-def _leave_record(benchmark: Any, run: Callable[[], Any]) -> None:
-    start = time.perf_counter()
-    run()
-    seconds = max(time.perf_counter() - start, 1e-7)
-    benchmark.pedantic(run, rounds=5, iterations=max(1, round(SAMPLE_SECONDS / seconds)), warmup_rounds=1)
-
-
-def _spin() -> None:
-    value = 1.0
-    while True:
-        value = value * 1.0000001 + 1e-9
+def _floor(key: tuple[str, str, str, int, bool]) -> gate.Floor | None:
+    """The row's floor under ``--gate``; skips the test where there is none to hold it against."""
+    if SETTINGS.floors is None:
+        return None
+    floor = SETTINGS.floors.of(key)
+    if floor is None:
+        pytest.skip("floors.toml has no floor for this row")
+    difference = machine_difference(SETTINGS.floors.machines.get((key[0], key[2]), {}), machine())
+    if difference:
+        pytest.skip(difference)
+    if floor.threads > gate.usable_cpus():
+        pytest.skip(f"recorded with {floor.threads} threads, but this process may use {gate.usable_cpus()}")
+    return floor
 
 
 @contextlib.contextmanager
-def _load() -> Iterator[None]:
-    """One other process that never sleeps."""
-    process = multiprocessing.get_context("spawn").Process(target=_spin, daemon=True)
-    process.start()
-    time.sleep(0.3)
+def _plain_defaults() -> Iterator[None]:
+    before = torch.get_default_device()
+    torch.set_default_device(None)
     try:
         yield
     finally:
-        process.kill()
-        process.join()
+        torch.set_default_device(None if before.type == "cpu" else before)
+
+
+def _leave_record(benchmark: Any, run: Callable[[], Any], where: torch.device) -> None:
+    """A few wall times for pytest-benchmark's own table."""
+    clock = timing.clock(where)
+    seconds = clock.wall(run, 1) or clock.sample(run, 1)
+    call = run
+    if where.type == "cuda":
+
+        def call() -> None:
+            run()
+            torch.cuda.synchronize(where)
+
+    rounds = 1 if SETTINGS.floors is not None else 5
+    iterations = max(1, round(timing.SAMPLE_SECONDS / max(seconds, 1e-7)))
+    benchmark.pedantic(call, rounds=rounds, iterations=iterations, warmup_rounds=1)
 
 
 def machine() -> dict[str, Any]:
@@ -218,6 +222,12 @@ def machine() -> dict[str, Any]:
         info["isa"] = cpu_core().isa()
     except Exception as error:  # the table says so instead of failing
         info["isa"] = f"no core: {error}"
+    if SETTINGS.device == "cuda":
+        info["gpu"] = torch.cuda.get_device_name()
+        info["cuda"] = torch.version.cuda
+    for package in ("triton", "liger_kernel", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            info[package] = importlib.metadata.version(package)
     return info
 
 
@@ -229,24 +239,14 @@ def table(comparisons: list[Comparison]) -> str:
             f"{ratio:.2f}× {name}" + (f" (promised {c.floors[name]:g}×)" if name in c.floors else "")
             for name, ratio in c.speedup.items()
         )
-        where = f"{c.threads} thread{'s' if c.threads > 1 else ''}{', loaded' if c.loaded else ''}"
         memory = f", {c.bandwidth:.1f} GB/s" if c.model_bytes else ""
         if c.copy_fraction is not None:
             memory += f", {100 * c.copy_fraction:.0f} % of copy"
+        if c.ours in c.peak_bytes:
+            memory += f", {c.peak_bytes[c.ours] / 1e6:.1f} MB at most"
         note = f"  [{c.note}]" if c.note else ""
-        lines.append(f"{c.group} {c.case} ({where}): {1e6 * c.seconds[c.ours]:.1f} µs: {against}{memory}{note}")
+        absent = "".join(f"  [no {name}: {reason}]" for name, reason in c.missing.items())
+        lines.append(
+            f"{c.group} {c.case} ({c.where}): {1e6 * c.seconds[c.ours]:.1f} µs: {against}{memory}{note}{absent}"
+        )
     return "\n".join(lines)
-
-
-def write_results(comparisons: list[Comparison], folder: Path = RESULTS) -> list[Path]:
-    """Writes ``<group>.json`` for every group, each replaced as a whole."""
-    folder.mkdir(exist_ok=True)
-    paths = []
-    for group in sorted({c.group for c in comparisons}):
-        path = folder / f"{group}.json"
-        content = {"machine": machine(), "results": [c.record() for c in comparisons if c.group == group]}
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-        partial.replace(path)
-        paths.append(path)
-    return paths

@@ -1,0 +1,182 @@
+"""Floors under recorded speed-ups, and what a new measurement says about them.
+
+``floors.toml`` holds, for every recorded row, :data:`FACTOR` times the observed ratio; ``python -m benchmarks.report
+--floors`` writes it.  A run with ``--gate`` fails below a floor, unless the measurement cannot tell: the machine is
+another, or a contestant's own times scatter too much.  A ratio counts as below only if the median of its pairs is so
+with some certainty, not if a few pairs are.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FLOORS = Path(__file__).parent / "floors.toml"
+FACTOR = 0.85
+NOISY = 0.3  # scatter (interquartile range over median) above which times tell nothing
+MEDIUM_SECONDS = 3e-3  # the short gate's second row of an operator takes at most this long, all contestants together
+SLOW = ("compile",)  # contestants that the short gate leaves out: seconds of compilation for milliseconds of running
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The floors of one row.
+
+    Attributes:
+        against: lowest allowed ratio, by contestant.
+        test: pytest node that measures it, relative to benchmarks/.
+        short: whether the short gate includes it.
+    """
+
+    group: str
+    case: str
+    device: str
+    threads: int
+    loaded: bool
+    test: str
+    short: bool
+    against: dict[str, float]
+
+    @property
+    def key(self) -> tuple[str, str, str, int, bool]:
+        return self.group, self.case, self.device, self.threads, self.loaded
+
+
+@dataclass
+class Floors:
+    """All of floors.toml: the floors, and per group and device the machine on which they were observed."""
+
+    rows: list[Floor] = field(default_factory=list)
+    machines: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+
+    def of(self, key: tuple[str, str, str, int, bool]) -> Floor | None:
+        return next((row for row in self.rows if row.key == key), None)
+
+    def short_tests(self, device: str) -> set[str]:
+        return {row.test for row in self.rows if row.short and row.device == device}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a measurement says: "pass", "skip" or "fail", with the reason."""
+
+    outcome: str
+    reason: str = ""
+
+
+def make_floors(recorded: Iterable[tuple[dict[str, Any], Sequence[Any]]]) -> Floors:
+    """Floors under the recorded rows, given as (machine, comparisons) per results file.
+
+    Rows measured beside a spinning process, and contestants whose times scattered, get none.  The short gate takes of
+    every operator the quickest row on one thread and the longest that is still short.
+    """
+    floors = Floors()
+    for machine, rows in recorded:
+        kept = []
+        for row in rows:
+            steady = {n: r for n, r in row.speedup.items() if max(row.scatter[n], row.scatter[row.ours]) <= NOISY}
+            if not row.loaded and steady and row.test:
+                kept.append((row, {name: round(FACTOR * ratio, 3) for name, ratio in steady.items()}))
+        chosen = _short([row for row, against in kept if set(against) - set(SLOW)])
+        for row, against in kept:
+            short = any(row is one for one in chosen)
+            floors.rows.append(
+                Floor(row.group, row.case, row.device, row.threads, row.loaded, row.test, short, against)
+            )
+        if kept:
+            first = kept[0][0]
+            floors.machines[first.group, first.device] = dict(machine)
+    return floors
+
+
+def _short(rows: Sequence[Any]) -> list[Any]:
+    def cost(row: Any) -> float:
+        return sum(seconds for name, seconds in row.seconds.items() if name not in SLOW)
+
+    single = sorted((row for row in rows if row.threads == 1), key=cost)
+    return single[:1] + [row for row in single[1:] if cost(row) <= MEDIUM_SECONDS][-1:]
+
+
+def write_floors(floors: Floors, path: Path = FLOORS) -> None:
+    """Writes floors.toml as a whole."""
+    lines = [
+        f"# Lowest allowed speed-ups, {FACTOR:g} of the recorded: written by python -m benchmarks.report --floors.",
+        "# The speed-ups that the project promises are in the bench files.",
+    ]
+    for (group, device), machine in floors.machines.items():
+        names = [name for name in ("cpu", "cores", "isa", "gpu", "torch") if name in machine]
+        lines += ["", "[[machine]]", f"group = {_text(group)}", f"device = {_text(device)}"]
+        lines += [f"{name} = {_text(machine[name])}" for name in names]
+    for row in floors.rows:
+        lines += ["", "[[floor]]"]
+        for name in ("group", "case", "device", "threads", "loaded", "test", "short"):
+            lines.append(f"{name} = {_text(getattr(row, name))}")
+        against = ", ".join(f"{_text(name)} = {ratio:g}" for name, ratio in row.against.items())
+        lines.append(f"against = {{ {against} }}")
+    partial = path.with_suffix(".partial")
+    partial.write_text("\n".join(lines) + "\n")
+    partial.replace(path)
+
+
+def _text(value: Any) -> str:
+    """A string, number or truth value in TOML, which writes them as JSON does."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def read_floors(path: Path = FLOORS) -> Floors:
+    """Reads floors.toml; a missing file holds no floors."""
+    if not path.exists():
+        return Floors()
+    content = tomllib.loads(path.read_text())
+    machines = {(entry.pop("group"), entry.pop("device")): entry for entry in content.get("machine", [])}
+    return Floors([Floor(**row) for row in content.get("floor", [])], machines)
+
+
+def usable_cpus() -> int:
+    """Processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def upper_median(ratios: Sequence[float], certainty: float = 0.95) -> float:
+    """A bound that the true median of ``ratios`` stays below with this certainty, whatever their distribution.
+
+    The number of pairs below the true median is binomial(n, 1/2), so an order statistic above the middle one bounds it.
+    """
+    ordered, count = sorted(ratios), len(ratios)
+    bound = ordered[-1]
+    for position in range(count - 1, -1, -1):
+        # This one lies below the true median only if at most count - 1 - position pairs lie above it.
+        risk = sum(math.comb(count, above) for above in range(count - position)) / 2**count
+        if risk > 1 - certainty:
+            break
+        bound = ordered[position]
+    return bound
+
+
+def judge(floor: Floor, ratios: dict[str, list[float]], scatter: dict[str, float], ours: str) -> Verdict:
+    """Compares measured pairs with their floors.
+
+    Args:
+        ratios: other's time over our time, pair by pair, by contestant.
+        scatter: interquartile range over median of each contestant's times, ours included.
+    """
+    low, noisy = [], []
+    for name, lowest in floor.against.items():
+        if name not in ratios or upper_median(ratios[name]) >= lowest:
+            continue
+        seen = f"{statistics.median(ratios[name]):.2f}× {name}, below {lowest:g}×"
+        worst = max((scatter[one], one) for one in (name, ours))
+        if worst[0] > NOISY:
+            noisy.append(f"{seen}, but the times of {worst[1]} scatter by {100 * worst[0]:.0f} %")
+        else:
+            low.append(seen)
+    if low:
+        return Verdict("fail", "; ".join(low))
+    return Verdict("skip", "; ".join(noisy)) if noisy else Verdict("pass")

@@ -1,0 +1,173 @@
+"""What a benchmark leaves behind: one :class:`Comparison` per row, one JSON file per operator and kind of device."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass
+class Comparison:
+    """One row of a benchmark's table.
+
+    Attributes:
+        group: operator, for example ``"kl_div"``.
+        case: shape and setting.
+        ours: which contestant is judged.
+        seconds: median time of one call, by contestant; on a GPU the time of its kernels.
+        speedup: median over pairs of (other's time / our time), by contestant.
+        scatter: interquartile range over median of each contestant's own times; a gate skips what scatters too much.
+        floors: speed-ups that the project promises, by contestant.
+        model_bytes: bytes the operator must move at least.
+        copy_seconds: median time of copying ``model_bytes`` (half read, half written) in the same run, if asked for.
+        note: what a reader must know, for example which path serves this size.
+        device: "cpu" or "cuda".
+        test: the pytest node that measured it, relative to benchmarks/.
+        spread: quartiles of the pairs' ratios, by contestant.
+        peak_bytes: the most memory a call takes beyond its inputs, by contestant.
+        wall_seconds: on a GPU, wall time of one of many calls in a row, by contestant.
+        missing: contestants that cannot run here, with the reason.
+    """
+
+    group: str
+    case: str
+    ours: str
+    threads: int
+    loaded: bool
+    pairs: int
+    seconds: dict[str, float]
+    speedup: dict[str, float]
+    scatter: dict[str, float]
+    floors: dict[str, float] = field(default_factory=dict)
+    model_bytes: int = 0
+    copy_seconds: float | None = None
+    note: str = ""
+    device: str = "cpu"
+    test: str = ""
+    spread: dict[str, list[float]] = field(default_factory=dict)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    wall_seconds: dict[str, float] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str, str, str, int, bool]:
+        """What tells a row from the others."""
+        return self.group, self.case, self.device, self.threads, self.loaded
+
+    @property
+    def bandwidth(self) -> float:
+        """Model bytes over our time, in GB/s."""
+        return self.model_bytes / self.seconds[self.ours] / 1e9
+
+    @property
+    def copy_fraction(self) -> float | None:
+        """Our bandwidth over the copy's."""
+        return None if self.copy_seconds is None else self.copy_seconds / self.seconds[self.ours]
+
+    @property
+    def where(self) -> str:
+        """Threads and load in words."""
+        if self.device != "cpu":
+            return self.device
+        return f"{self.threads} thread{'s' if self.threads > 1 else ''}{', loaded' if self.loaded else ''}"
+
+    def broken_promises(self) -> dict[str, float]:
+        """The promised speed-ups that were not reached."""
+        return {name: floor for name, floor in self.floors.items() if self.speedup.get(name, floor) < floor}
+
+    def record(self) -> dict[str, Any]:
+        """Everything above as plain JSON values."""
+        return {**asdict(self), "bandwidth_gb_per_s": self.bandwidth, "copy_fraction": self.copy_fraction}
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Comparison:
+        """The row that :meth:`record` described, in this or an earlier form."""
+        known = {f.name for f in fields(cls)}
+        return cls(**{name: value for name, value in record.items() if name in known})
+
+
+@dataclass
+class Recorded:
+    """One results file: where it was measured, and its rows."""
+
+    machine: dict[str, Any]
+    rows: list[Comparison]
+
+
+def read_results(folder: Path = RESULTS) -> dict[str, list[Recorded]]:
+    """The recorded operators by name, each with one entry per kind of device; other JSON files are left alone."""
+    found: dict[str, list[Recorded]] = {}
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict) or not isinstance(content.get("results"), list) or "machine" not in content:
+            continue
+        rows = [Comparison.from_record(record) for record in content["results"] if "speedup" in record]
+        if rows:
+            found.setdefault(rows[0].group, []).append(Recorded(content["machine"], rows))
+    return found
+
+
+def write_results(
+    comparisons: Iterable[Comparison],
+    machine: dict[str, Any],
+    folder: Path = RESULTS,
+    *,
+    collected: Iterable[str] = (),
+) -> list[Path]:
+    """Writes ``<group>.json`` (``<group>-cuda.json`` for a GPU's rows).
+
+    Rows of the same machine that this run did not measure stay where their test still exists, so that a run of a few
+    tests adds to a file and a case that was renamed leaves no ghost behind.
+
+    Args:
+        collected: every test that pytest found, those not selected included.
+    """
+    tests = set(collected)
+    files = {test.partition("::")[0] for test in tests}
+
+    def exists(row: Comparison) -> bool:
+        return bool(row.test) and (row.test in tests or row.test.partition("::")[0] not in files)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    groups: dict[tuple[str, str], list[Comparison]] = {}
+    for row in comparisons:
+        groups.setdefault((row.group, row.device), []).append(row)
+    paths = []
+    for (group, device), rows in sorted(groups.items()):
+        path = folder / (f"{group}.json" if device == "cpu" else f"{group}-{device}.json")
+        content = {
+            "machine": machine,
+            "results": [row.record() for row in [*filter(exists, _kept(path, machine, rows)), *rows]],
+        }
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        partial.replace(path)
+        paths.append(path)
+    return paths
+
+
+def _kept(path: Path, machine: dict[str, Any], rows: Sequence[Comparison]) -> list[Comparison]:
+    if not path.exists():
+        return []
+    before = json.loads(path.read_text())
+    if machine_difference(before.get("machine", {}), machine):
+        return []
+    tests, keys = {row.test for row in rows}, {row.key for row in rows}
+    old = [Comparison.from_record(record) for record in before["results"]]
+    return [row for row in old if row.test not in tests and row.key not in keys]
+
+
+def machine_difference(recorded: dict[str, Any], here: dict[str, Any]) -> str:
+    """Why ratios of one machine say nothing about the other, or ""; torch counts by its minor version."""
+    for name in ("cpu", "cores", "isa", "gpu", "torch"):
+        old, new = (str(info.get(name, "")) for info in (recorded, here))
+        if name == "torch":
+            old, new = (".".join(version.split(".")[:2]) for version in (old, new))
+        if old != new:
+            return f"recorded with {name} {old or 'unknown'}, but here it is {new or 'unknown'}"
+    return ""

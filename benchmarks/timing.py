@@ -1,0 +1,134 @@
+"""Clocks, and contestants that take turns: what :func:`harness.compare` measures with."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+
+SAMPLE_SECONDS = 2e-3  # a timing sample repeats a shorter call until it lasts about this long
+MAX_CALLS = 100  # of a sample on a GPU, whose events are all kept until its end
+Run = Callable[[], Any]
+
+
+class Clock(Protocol):
+    """Times calls on one kind of device."""
+
+    def sample(self, run: Run, count: int) -> float:
+        """Seconds per call over ``count`` calls."""
+        ...
+
+    def wall(self, run: Run, count: int) -> float | None:
+        """Wall seconds per call over ``count`` calls in a row where :meth:`sample` tells something else, or None."""
+        ...
+
+
+class CpuClock:
+    """Wall time of calls in a row, caches as the calls before left them."""
+
+    def sample(self, run: Run, count: int) -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            run()
+        return (time.perf_counter() - start) / count
+
+    def wall(self, run: Run, count: int) -> float | None:
+        return None
+
+
+class CudaClock:
+    """Time between two events around each call, the L2 cache overwritten before it; the host's share as wall time.
+
+    The overwriting also keeps the device busy while the host enqueues the call, so what the events measure is the
+    kernels as long as enqueuing takes less time than that.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        size = torch.cuda.get_device_properties(device).L2_cache_size
+        self._flush = torch.empty(max(2 * size, 1 << 26), dtype=torch.int8, device=device)
+
+    def sample(self, run: Run, count: int) -> float:
+        count = min(count, MAX_CALLS)
+        marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+        for start, end in marks:
+            self._flush.zero_()
+            start.record()
+            run()
+            end.record()
+        torch.cuda.synchronize(self.device)
+        return statistics.median(start.elapsed_time(end) for start, end in marks) / 1e3
+
+    def wall(self, run: Run, count: int) -> float | None:
+        torch.cuda.synchronize(self.device)
+        start = time.perf_counter()
+        for _ in range(count):
+            run()
+        torch.cuda.synchronize(self.device)
+        return (time.perf_counter() - start) / count
+
+
+def clock(device: torch.device) -> Clock:
+    """The clock of a device."""
+    return CudaClock(device) if device.type == "cuda" else CpuClock()
+
+
+def interleave(
+    runs: dict[str, Run], pairs: int, clock: Clock, *, longest: float, least: int = 15
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Lets the contestants take turns, each first equally often; returns what ``sample`` and ``wall`` said of each.
+
+    Args:
+        pairs: how many samples of each.
+        longest: seconds after which no further pair starts once there are ``least``.
+    """
+    repeats = {}
+    for name, run in runs.items():
+        run()
+        run()
+        seconds = max(clock.sample(run, 1), clock.wall(run, 1) or 0.0)
+        repeats[name] = max(1, round(SAMPLE_SECONDS / max(seconds, 1e-7)))
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    walls: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    begin = time.perf_counter()
+    for pair in range(pairs):
+        turn = pair % len(names)
+        for name in names[turn:] + names[:turn]:
+            samples[name].append(clock.sample(runs[name], repeats[name]))
+            wall = clock.wall(runs[name], repeats[name])
+            if wall is not None:
+                walls[name].append(wall)
+        if pair + 1 >= least and time.perf_counter() - begin > longest:
+            break
+    return samples, walls
+
+
+def scatter(values: list[float]) -> float:
+    """Interquartile range over median."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return (high - low) / middle
+
+
+def _spin() -> None:
+    value = 1.0
+    while True:
+        value = value * 1.0000001 + 1e-9
+
+
+@contextlib.contextmanager
+def load() -> Iterator[None]:
+    """One other process that never sleeps."""
+    process = multiprocessing.get_context("spawn").Process(target=_spin, daemon=True)
+    process.start()
+    time.sleep(0.3)
+    try:
+        yield
+    finally:
+        process.kill()
+        process.join()

@@ -1,0 +1,164 @@
+"""The benchmarks' command line from recording to the gate, on a toy benchmark whose times are told, not measured."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parents[2] / "benchmarks"
+
+TOY = '''
+"""Contestants that return their own duration."""
+import harness
+import pytest
+import timing
+from contestants import Absent
+
+
+class Told:
+    def sample(self, run, count):
+        said = run()
+        return said if isinstance(said, float) else 1e-6  # the copy among them says nothing
+
+    def wall(self, run, count):
+        return None
+
+
+timing.clock = lambda device: Told()
+
+
+@pytest.mark.parametrize("size", ["small", "medium", "large"])
+def test_toy(benchmark, size):
+    seconds = {"small": 1e-4, "medium": 1e-3, "large": 1e-1}[size]
+    runs = {
+        "fedkern": lambda: seconds,
+        "eager": lambda: 2 * seconds,
+        "compile": lambda: 4 * seconds,
+        "Liger-Kernel": Absent("Liger-Kernel needs a GPU"),
+    }
+    harness.compare(
+        benchmark, "toy", size, runs, model_bytes=8000, copy=True, threads=1, floors={"eager": 3.0}, note="told"
+    )
+
+
+def test_noise(benchmark):
+    times = [1e-3, 9e-3] * 1000
+    harness.compare(benchmark, "noise", "any", {"fedkern": lambda: 1e-3, "eager": times.pop}, threads=1)
+
+
+def test_other_machine(benchmark):
+    harness.compare(benchmark, "elsewhere", "any", {"fedkern": lambda: 1e-3, "eager": lambda: 2e-3}, threads=1)
+
+
+def test_many_threads(benchmark):
+    harness.compare(benchmark, "threads", "any", {"fedkern": lambda: 1e-3, "eager": lambda: 2e-3}, threads=99)
+
+
+def test_new(benchmark):
+    harness.compare(benchmark, "new", "any", {"fedkern": lambda: 1e-3, "eager": lambda: 2e-3}, threads=1)
+'''
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the frame around the toy, recorded, with floors and a page of documentation."""
+    folder = tmp_path_factory.mktemp("frame")
+    (folder / "benchmarks").mkdir()
+    for path in HERE.glob("*.py"):
+        if not path.name.startswith("bench_"):
+            shutil.copy(path, folder / "benchmarks")
+    (folder / "benchmarks" / "bench_toy.py").write_text(TOY)
+    (folder / "pytest.ini").write_text(
+        "[pytest]\npythonpath = benchmarks\npython_files = bench_*.py\naddopts = --import-mode=importlib -ra\n"
+    )
+    (folder / "docs").mkdir()
+    (folder / "docs" / "ops.md").write_text("before\n<!-- measured: toy, nothing -->\nold\n<!-- end -->\nafter\n")
+    recorded = run(folder, "-m", "pytest", "benchmarks", "--record", "--deselect", "benchmarks/bench_toy.py::test_new")
+    assert recorded.returncode == 0, recorded.stdout + recorded.stderr
+    assert "below what is promised: toy small (1 thread): 3× eager" in recorded.stdout
+    for arguments in ((), ("--floors",)):
+        made = run(folder, "-m", "benchmarks.report", *arguments)
+        assert made.returncode == 0, made.stderr
+    return folder
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_report_makes_table_and_plot(folder: Path) -> None:
+    results = folder / "benchmarks" / "results"
+    page = (results / "README.md").read_text()
+    assert "torch" in page
+    row = next(line for line in page.splitlines() if line.startswith("| medium"))
+    assert "1.00 ms | 2.00× (promised 3×) | 4.00×" in row
+    assert "* Liger-Kernel is not in the table: Liger-Kernel needs a GPU" in page
+    assert "* medium (1 thread): told" in page
+    assert "![toy](toy.png)" in page
+    assert (results / "toy.png").read_bytes().startswith(b"\x89PNG")
+    docs = (folder / "docs" / "ops.md").read_text()
+    assert docs.startswith("before\n<!-- measured: toy, nothing -->\n")
+    assert docs.endswith("<!-- end -->\nafter\n")
+    assert "old" not in docs
+    assert "| medium | 1.00 ms | 2.00× (promised 3×) | 4.00× |" in docs
+    assert "`nothing`: not recorded yet." in docs
+    assert run(folder, "-m", "benchmarks.report", "--check").returncode == 0
+    (results / "README.md").write_text(page.replace("2.00×", "2.50×"))
+    stale = run(folder, "-m", "benchmarks.report", "--check")
+    assert stale.returncode == 1
+    assert "README.md is not what the results say" in stale.stderr
+    (results / "README.md").write_text(page)
+
+
+def test_gate_fails_on_a_doctored_floor_and_skips_what_it_cannot_tell(folder: Path) -> None:
+    text = (folder / "benchmarks" / "floors.toml").read_text()
+    assert '"eager" = 1.7, "compile" = 3.4' in text
+    head, rows = text.split("[[floor]]", 1)
+    machines = head.split("[[machine]]")
+    doctored = "[[machine]]".join(
+        part.replace("cores = ", "cores = 1") if '"elsewhere"' in part else part for part in machines
+    )
+    entries = rows.split("[[floor]]")
+    doctored += "".join(
+        "[[floor]]" + (entry.replace("1.7", "2.1") if '"large"' in entry else entry) for entry in entries
+    )
+    # The record of the noise has no floor, as it should: here it gets one that its median does not reach.
+    assert '"noise"' not in doctored
+    machine = next(part for part in machines if '"toy"' in part)
+    doctored = "[[machine]]" + machine.replace('"toy"', '"noise"') + doctored
+    small = next(entry for entry in entries if '"small"' in entry)
+    noise = small.replace('"toy"', '"noise"').replace('"small"', '"any"').replace("1.7", "50")
+    doctored += "\n[[floor]]" + noise
+    (folder / "doctored.toml").write_text(doctored)
+    gated = run(folder, "-m", "pytest", "benchmarks", "--gate", "--floors", "doctored.toml")
+    out = gated.stdout
+    assert gated.returncode == 1, out
+    assert "2 passed, 4 skipped" in out.replace("1 failed, ", ""), out
+    assert "toy large (1 thread): 2.00× eager, below 2.1×" in out
+    assert "the times of eager scatter by" in out
+    assert "recorded with cores 1" in out
+    assert "recorded with 99 threads, but this process may use" in out
+    assert "floors.toml has no floor for this row" in out
+
+
+def test_short_gate_takes_one_small_and_one_medium_row_without_compilation(folder: Path) -> None:
+    gated = run(folder, "-m", "pytest", "benchmarks", "--gate-short")
+    assert gated.returncode == 0, gated.stdout
+    table = gated.stdout.partition("speed-ups: median")[2]
+    assert "toy small" in table
+    assert "toy medium" in table
+    assert "toy large" not in table
+    assert "compile" not in table
+
+
+def test_gate_without_floors_is_an_error(folder: Path) -> None:
+    gated = run(folder, "-m", "pytest", "benchmarks", "--gate", "--floors", "nowhere.toml")
+    assert gated.returncode == 4
+    assert "nowhere.toml holds no floors" in gated.stderr

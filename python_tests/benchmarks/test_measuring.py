@@ -1,0 +1,109 @@
+"""Clocks, turns, peak memory: what the benchmarks measure with."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import contestants
+import memory
+import pytest
+import timing
+import torch
+
+CPU = torch.device("cpu")
+
+
+def test_contestants_take_turns_and_each_starts_equally_often() -> None:
+    order: list[str] = []
+
+    class Told:
+        def sample(self, run: timing.Run, count: int) -> float:
+            return run()
+
+        def wall(self, run: timing.Run, count: int) -> float | None:
+            return 7.0
+
+    def make(name: str, seconds: float) -> timing.Run:
+        return lambda: (order.append(name), seconds)[1]
+
+    runs = {name: make(name, seconds) for name, seconds in (("a", 1.0), ("b", 2.0), ("c", 3.0))}
+    samples, walls = timing.interleave(runs, 6, Told(), longest=60.0)
+    assert samples == {"a": [1.0] * 6, "b": [2.0] * 6, "c": [3.0] * 6}
+    assert walls == {name: [7.0] * 6 for name in runs}
+    assert "".join(order[-18:]) == "abcbcacab" * 2
+    samples, _ = timing.interleave(runs, 6, Told(), longest=0.0, least=2)
+    assert len(samples["a"]) == 2
+
+
+def test_cpu_clock_tells_seconds_per_call() -> None:
+    assert 0.002 <= timing.CpuClock().sample(lambda: time.sleep(0.002), 3) < 0.2
+
+
+def test_cuda_clock_flushes_before_each_call_and_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of events, on a stand-in for the device."""
+    log: list[str] = []
+    real = torch.empty
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("event")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 2.0  # milliseconds
+
+    def empty(size: int, dtype: torch.dtype, device: Any) -> Any:
+        assert size >= 2 * 50_000_000
+        return SimpleNamespace(zero_=lambda: log.append("flush")) if device == "cuda" else real(size, dtype=dtype)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("wait"))
+    properties = SimpleNamespace(L2_cache_size=50_000_000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch, "empty", empty)
+    clock = timing.CudaClock("cuda")  # type: ignore[arg-type]
+    assert clock.sample(lambda: log.append("call"), 2) == 0.002
+    assert log == ["flush", "event", "call", "event"] * 2 + ["wait"]
+    log.clear()
+    assert clock.wall(lambda: log.append("call"), 2) is not None
+    assert log == ["wait", "call", "call", "wait"]
+
+
+def test_peak_memory_is_what_a_call_takes_beyond_its_inputs() -> None:
+    if memory.peak_bytes(lambda: None, CPU) is None:
+        pytest.skip("this kernel does not let a process set back its high-water mark")
+    size = 8 << 20
+    leaf = torch.ones(size // 4, requires_grad=True)
+    numbers = leaf.detach().numpy()
+
+    def backward() -> None:
+        leaf.grad = None
+        (leaf * 2).sum().backward()
+
+    for run, least, most in (
+        (lambda: None, 0, 0),
+        (lambda: torch.ones(size // 4), size, size),
+        (lambda: numbers * 2, size, size),  # not torch's memory
+        (lambda: [torch.ones(size // 4) for _ in range(3)], 3 * size, 3 * size),
+        (backward, size, 3 * size),  # the gradient, which the call before left, and what lives beside it
+    ):
+        run()
+        rise = memory.peak_bytes(run, CPU)
+        assert rise is not None
+        assert least <= rise + (1 << 18)
+        assert rise <= most + (1 << 20)
+
+
+def test_contestants_that_cannot_run_say_why() -> None:
+    x = torch.zeros(2, 4, 3)
+    for absent, name in (
+        (contestants.liger_kl(x[0], x[1], 2.0), "Liger-Kernel"),
+        (contestants.liger_jsd(x), "Liger-Kernel"),
+        (contestants.apex_mean([x.flatten()], [1.0], x.flatten()), "apex"),
+    ):
+        assert isinstance(absent, contestants.Absent)
+        assert name in absent.reason
