@@ -9,6 +9,7 @@ namespace fedkern {
 void bind_blend(py::module_&);
 void bind_distill(py::module_&);
 void bind_aggregate(py::module_&);
+void bind_fuse(py::module_&);
 
 namespace {
 
@@ -44,6 +45,7 @@ PYBIND11_MODULE(_cpu, module) {
   bind_blend(module);
   bind_distill(module);
   bind_aggregate(module);
+  bind_fuse(module);
 }
 
 }  // namespace fedkern

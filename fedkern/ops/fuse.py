@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from fedkern.ops import backend
-from fedkern.ops.fuse_reference import fuse_concat_reference, fuse_mean_reference
+from fedkern.ops.fuse_kernels import FuseNeeds, order_of
+from fedkern.ops.fuse_launch import CpuFuse
+from fedkern.ops.fuse_library import FUSE
+from fedkern.ops.fuse_reference import fuse_backward_reference, fuse_concat_reference, fuse_mean_reference
 
 FLOATS = tuple(backend.DTYPES)
 Activation = Literal["relu"] | None
@@ -50,7 +54,7 @@ def fuse_concat(
         RuntimeError: a forced backend cannot serve the call.
     """
     _check(features, scale, shift, activation, mean=False)
-    return fuse_concat_reference(features, scale, shift, activation is not None)
+    return _fuse(features, scale, shift, activation is not None, mean=False)
 
 
 def fuse_mean(
@@ -74,7 +78,34 @@ def fuse_mean(
     Gradients, transforms and errors are those of :func:`fuse_concat`.
     """
     _check(features, scale, shift, activation, mean=True)
-    return fuse_mean_reference(features, scale, shift, activation is not None)
+    return _fuse(features, scale, shift, activation is not None, mean=True)
+
+
+def _fuse(features: Sequence[Tensor], scale: Tensor | None, shift: Tensor | None, relu: bool, mean: bool) -> Tensor:
+    operator = "fuse_mean" if mean else "fuse_concat"
+    given = list(features)
+    if scale is not None:
+        given.append(scale)
+    if shift is not None:
+        given.append(shift)
+    reference = fuse_mean_reference if mean else fuse_concat_reference
+    if not backend.eager(*given):
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            # A list of mapped tensors has no batching rule of its own; the reference's operations do.
+            forced = backend.forced_backend()
+            if forced not in (None, "reference"):
+                raise RuntimeError(
+                    f"backend {forced!r} was forced, but {operator} runs through the reference under torch.func "
+                    "transforms; allow it with use_backend(None) or by unsetting FEDKERN_BACKEND"
+                )
+            return reference(features, scale, shift, relu)
+        return FUSE(list(features), scale, shift, relu, mean)
+    kernel = backend.select(operator, *features)
+    if kernel is None:
+        return reference(features, scale, shift, relu)
+    if torch.is_grad_enabled() and True in [tensor.requires_grad for tensor in given]:
+        return _Fuse.apply(scale, shift, relu, mean, *features)
+    return kernel.forward(features, scale, shift, relu, mean)
 
 
 def _check(
@@ -85,8 +116,8 @@ def _check(
     if not len(features):
         raise ValueError("features must hold at least one map, not none")
     first = features[0]
-    channels = 0
-    for m, x in enumerate(features):
+    channels = 0 if not _alike(features) else len(features) * first.shape[1]
+    for m, x in enumerate(() if channels else features):
         if not isinstance(x, Tensor):
             raise TypeError(f"features[{m}] must be a tensor, not {type(x).__name__}")
         if x.dtype not in FLOATS:
@@ -119,3 +150,64 @@ def _check(
             raise ValueError(f"{name} must be on the maps' device {first.device}, not {vector.device}")
     if activation is not None and activation != "relu":
         raise ValueError(f'activation must be None or "relu", not {activation!r}')
+
+
+def _alike(features: Sequence[Tensor]) -> bool:
+    """True for maps that are right and of one shape: the common case, in few steps."""
+    first = features[0]
+    if not isinstance(first, Tensor) or first.dtype not in FLOATS or first.dim() < 2:
+        return False
+    shape, dtype, device = first.shape, first.dtype, first.device
+    for x in features:
+        if not isinstance(x, Tensor) or x.dtype is not dtype or x.shape != shape or x.device != device:
+            return False
+    return True
+
+
+# 3. Eager autograd.
+
+
+class _Fuse(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, scale: Tensor | None, shift: Tensor | None, relu: bool, mean: bool, *features: Tensor
+    ) -> Tensor:
+        kernel = backend.select("fuse_mean" if mean else "fuse_concat", *features)
+        assert kernel is not None  # _fuse() has asked before
+        out = kernel.forward(features, scale, shift, relu, mean)
+        # A concatenation's own result tells where its ReLU stopped; the maps matter to scale's gradient.
+        by_features = ctx.needs_input_grad[0] or (relu and mean)
+        ctx.save_for_backward(
+            scale, shift, out if relu and not by_features else None, *(features if by_features else ())
+        )
+        ctx.relu, ctx.mean, ctx.channels = relu, mean, [x.shape[1] for x in features]
+        ctx.channels_last = order_of(out) == 1
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        scale, shift, out, *features = ctx.saved_tensors
+        need_scale, need_shift, _, _, *need_features = ctx.needs_input_grad
+        needs = FuseNeeds(tuple(need_features), need_scale, need_shift)
+        arguments = (grad, features or None, out, scale, shift, ctx.relu, ctx.mean, ctx.channels, needs)
+        kernel = None
+        if not torch.is_grad_enabled() and backend.eager(grad):
+            kernel = backend.select("fuse_mean" if ctx.mean else "fuse_concat", grad)
+        if kernel is None:
+            # Recorded (create_graph=True) or batched (is_grads_batched=True).
+            maps, to_scale, to_shift = fuse_backward_reference(*arguments)
+        else:
+            maps, to_scale, to_shift = kernel.backward(*arguments, ctx.channels_last)
+        return (to_scale, to_shift, None, None, *maps)
+
+
+# 4. The same operator for torch.compile and opcheck: fuse_library.
+
+
+# 5. Who can serve it.
+
+for _name in ("fuse_concat", "fuse_mean"):
+    backend.register(
+        _name, "cpu", backend.Kernel(lambda: CpuFuse(backend.cpu_core()), frozenset(FLOATS), frozenset({"cpu"}))
+    )

@@ -29,7 +29,7 @@ class FuseGradients(NamedTuple):
 class FuseKernel(Protocol):
     """A backend's ``fuse_concat`` and ``fuse_mean``; arguments are checked, tensors strided and not negated.
 
-    Maps have shape ``[B, C_m, *S]``, one dtype and any strides; ``scale`` and ``shift`` ``[sum of C_m]`` have any of the four dtypes.
+    Maps have shape ``[B, C_m, *S]``, one dtype and any strides; ``scale`` and ``shift`` have shape ``[sum of C_m]`` and
     any of the four dtypes.  Products and sums are taken in fp32 (fp64 for fp64 maps) and rounded once.
     """
 
@@ -96,18 +96,29 @@ def position_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
 
 def wants_channels_last(features: Sequence[Tensor]) -> bool:
     """True where the result is laid out channels-last: every map fits that order and at least one no other."""
-    if all(feature.is_contiguous() for feature in features):
+    for feature in features:
+        if not feature.is_contiguous():
+            break
+    else:
         return False
-    orders = [order_of(feature) for feature in features]
-    return min(orders, default=-1) >= 0 and max(orders) == 1
+    shape, strides = features[0].shape, features[0].stride()
+    found = order_of(features[0])
+    for feature in features:
+        if found < 0:
+            return False
+        if feature.stride() != strides or feature.shape != shape:
+            order = order_of(feature)
+            found = order if order < 0 else max(found, order)
+    return found == 1
 
 
 def empty_map(shape: Sequence[int], channels_last: bool, like: Tensor) -> Tensor:
     """An empty dense map ``[B, C, *S]`` with the dtype and device of ``like``."""
-    if channels_last:
-        moved = like.new_empty((shape[0], *shape[2:], shape[1]))
-        return moved.movedim(-1, 1)
-    return like.new_empty(tuple(shape))
+    if not channels_last:
+        return torch.empty(tuple(shape), dtype=like.dtype, device=like.device)
+    if len(shape) == 4:
+        return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+    return torch.empty((shape[0], *shape[2:], shape[1]), dtype=like.dtype, device=like.device).movedim(-1, 1)
 
 
 def fused_channels(channels: Sequence[int], mean: bool) -> int:

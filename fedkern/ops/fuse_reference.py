@@ -36,7 +36,8 @@ def fuse_mean_reference(
     joined = torch.cat(list(features), dim=1)
     y = _affine(joined, scale, shift)
     y = y.relu() if relu else y
-    return y.unflatten(1, (len(features), features[0].shape[1])).mean(1).to(joined.dtype)
+    first, *rest = y.tensor_split(len(features), dim=1)
+    return (sum(rest, first) / len(features)).to(joined.dtype)
 
 
 def fuse_backward_reference(

@@ -1,0 +1,163 @@
+"""fuse: from tensors to the CPU core's pointers, sizes and strides."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fedkern.ops._memory import HUGE, fresh
+from fedkern.ops.backend import DTYPES
+from fedkern.ops.fuse_kernels import (
+    FuseGradients,
+    FuseNeeds,
+    compute_dtype,
+    empty_map,
+    fused_channels,
+    position_stride,
+    wants_channels_last,
+)
+
+# Results above this many bytes do not fit into the last-level cache with what was read for them: the smallest size at
+# which writing past the caches measured faster (32 MB of L3).
+STREAM_BYTES = 32 << 20
+
+Map = tuple[int, int, int, int, int]
+
+
+class CpuFuse:
+    """``fuse_concat`` and ``fuse_mean`` of the compiled core; a :class:`~fedkern.ops.fuse_kernels.FuseKernel`."""
+
+    def __init__(self, core: ModuleType) -> None:
+        self.core = core
+
+    def forward(
+        self, features: Sequence[Tensor], scale: Tensor | None, shift: Tensor | None, relu: bool, mean: bool
+    ) -> Tensor:
+        first = features[0]
+        shape = first.shape
+        channels = fused_channels([x.shape[1] for x in features], mean)
+        channels_last = wants_channels_last(features)
+        out = empty_map((shape[0], channels, *shape[2:]), channels_last, first)
+        size = math.prod(shape[2:])
+        interleaved = channels_last or size == 1
+        bytes_ = shape[0] * channels * size * first.itemsize
+        if bytes_ >= HUGE:
+            fresh(self.core, out)
+        _alive, maps = _maps(features, interleaved)
+        factor, summand = _vector(scale, first), _vector(shift, first)
+        self.core.fuse_forward(
+            DTYPES[first.dtype],
+            shape[0],
+            size,
+            interleaved,
+            relu,
+            mean,
+            maps,
+            _map(out, interleaved),
+            0 if factor is None else factor.data_ptr(),
+            0 if summand is None else summand.data_ptr(),
+            bytes_ > STREAM_BYTES,
+            torch.get_num_threads(),
+        )
+        return out
+
+    def backward(
+        self,
+        grad: Tensor,
+        features: Sequence[Tensor] | None,
+        out: Tensor | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        relu: bool,
+        mean: bool,
+        channels: Sequence[int],
+        needs: FuseNeeds,
+        channels_last: bool,
+    ) -> FuseGradients:
+        batch, positions = grad.shape[0], grad.shape[2:]
+        size = math.prod(positions)
+        interleaved = channels_last or size == 1
+        shapes = [(batch, count, *positions) for count in channels]
+        targets = [
+            fresh(self.core, empty_map(shape, channels_last, grad)) if need else None
+            for shape, need in zip(shapes, needs.features, strict=True)
+        ]
+        by_scale = grad.new_empty(sum(channels), dtype=torch.float64) if needs.scale else None
+        by_shift = grad.new_empty(sum(channels), dtype=torch.float64) if needs.shift else None
+        _alive, maps = (None, None) if features is None else _maps(features, interleaved)
+        grad, result = _laid_out(grad, interleaved), None if out is None else _laid_out(out, interleaved)
+        factor, summand = _vector(scale, grad), _vector(shift, grad)
+        self.core.fuse_backward(
+            DTYPES[grad.dtype],
+            batch,
+            size,
+            interleaved,
+            relu,
+            mean,
+            _map(grad, interleaved),
+            maps,
+            None if result is None else _map(result, interleaved),
+            [
+                (0, count, 0, 0, 0) if target is None else _map(target, interleaved)
+                for target, count in zip(targets, channels, strict=True)
+            ],
+            0 if factor is None else factor.data_ptr(),
+            0 if summand is None else summand.data_ptr(),
+            0 if by_scale is None else by_scale.data_ptr(),
+            0 if by_shift is None else by_shift.data_ptr(),
+            batch * size * sum(channels) * grad.itemsize > STREAM_BYTES,
+            torch.get_num_threads(),
+        )
+        to_scale = None if by_scale is None or scale is None else by_scale.to(scale.dtype)
+        to_shift = None if by_shift is None or shift is None else by_shift.to(shift.dtype)
+        return FuseGradients(targets, to_scale, to_shift)
+
+
+def _vector(vector: Tensor | None, like: Tensor) -> Tensor | None:
+    """``scale`` or ``shift`` as the core takes it."""
+    if vector is None or (vector.dtype is compute_dtype(like.dtype) and vector.is_contiguous()):
+        return vector
+    return vector.to(compute_dtype(like.dtype)).contiguous()
+
+
+def _laid_out(x: Tensor, interleaved: bool) -> Tensor:
+    """``x``, copied where its inner axis in that order is not dense or its positions do not follow at one stride."""
+    step = position_stride(x.shape, x.stride())
+    if interleaved:
+        if step is not None and (x.stride(1) == 1 or x.shape[1] == 1):
+            return x
+    elif step == 1:
+        return x
+    if x.numel() > 1 and not any(x.stride()):
+        # One value for everything (the gradient of a sum): one run is enough.
+        run = (1, x.shape[1]) if interleaved else (1, 1, *x.shape[2:])
+        one = x.as_strided(run, (0,) * len(run)).contiguous()
+        return (one.reshape(1, -1, *[1] * (x.dim() - 2)) if interleaved else one).expand(x.shape)
+    return empty_map(x.shape, interleaved, x).copy_(x)
+
+
+def _map(x: Tensor, interleaved: bool) -> Map:
+    strides = x.stride()
+    step = position_stride(x.shape, strides) or 0
+    return (x.data_ptr(), x.shape[1], strides[0], 1 if interleaved else strides[1], step)
+
+
+def _maps(features: Sequence[Tensor], interleaved: bool) -> tuple[Sequence[Tensor], list[Map | int]]:
+    """The maps laid out for the core, to be kept until it returns, and as it takes them.
+
+    That is an address alone where the strides are those of the map before.
+    """
+    first = features[0]
+    shape, strides = first.shape, first.stride()
+    if _laid_out(first, interleaved) is first:
+        for x in features:
+            if x.stride() != strides or x.shape != shape:
+                break
+        else:
+            return features, [_map(first, interleaved), *[x.data_ptr() for x in features[1:]]]
+    copies = [_laid_out(x, interleaved) for x in features]
+    return copies, [_map(x, interleaved) for x in copies]

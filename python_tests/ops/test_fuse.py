@@ -1,0 +1,263 @@
+"""fuse_concat and fuse_mean: every available backend and ISA level against the float64 reference."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from operator_cases import DTYPES, KERNELS, assert_close, describe, pairwise, using
+from torch import Tensor
+
+from fedkern.ops import fuse_concat, fuse_mean
+from fedkern.ops.fuse_reference import fuse_concat_reference, fuse_mean_reference
+
+FUNCTIONS = {"concat": (fuse_concat, fuse_concat_reference), "mean": (fuse_mean, fuse_mean_reference)}
+
+needs_core = pytest.mark.skipif(not KERNELS, reason="the compiled core is not built")
+
+
+def check(
+    function: str,
+    features: list[Tensor],
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Compares result and gradients with the float64 reference; returns them."""
+    ours, reference = FUNCTIONS[function]
+    given = [t for t in (*features, scale, shift) if t is not None]
+    leaves = [t.detach().requires_grad_() for t in given]
+    exact = [t.detach().double().requires_grad_() for t in given]
+
+    def call(function: Callable[..., Tensor], tensors: list[Tensor], how: object) -> Tensor:
+        count = len(features)
+        vectors = iter(tensors[count:])
+        by = [None if vector is None else next(vectors) for vector in (scale, shift)]
+        return function(tensors[:count], *by, how)
+
+    out = call(ours, leaves, activation)
+    wanted = call(reference, exact, activation is not None)
+    grad = 2 * torch.randn_like(out)  # not 1, so that a dropped grad_output shows
+    grads = torch.autograd.grad(out, leaves, grad)
+    exact_grads = torch.autograd.grad(wanted, exact, grad.double())
+    assert out.dtype == features[0].dtype
+    assert_close("result", out, wanted)
+    for number, (one, two) in enumerate(zip(grads, exact_grads, strict=True)):
+        vector = number >= len(features)
+        # A gradient of scale or shift sums as many products as the map has positions, each rounded to the map's dtype.
+        slack = float(two.detach().abs().amax()) * 1e-6 + 1e-5 if vector and two.numel() else 0.0
+        if vector and features[0].dtype is torch.float64:
+            slack = 1e-10
+        assert one.dtype == given[number].dtype
+        assert_close(f"gradient {number}", one, two, slack=slack)
+    return out, list(grads)
+
+
+AXES = {
+    "function": ["concat", "mean"],
+    "dtype": DTYPES,
+    "maps": [1, 2, 5, 11],
+    "batch": [0, 1, 2, 33],
+    "channels": [1, 3, 14, 20, 29, 64, 130],
+    "positions": [(), (1,), (1, 1), (7,), (3, 5), (16, 17), (2, 3, 4), (1, 1300)],
+    "affine": ["none", "scale", "shift", "both", "wide"],
+    "activation": [None, "relu"],
+    "channels_last": [False, True],
+}
+
+
+@pytest.mark.parametrize("case", pairwise(AXES, seed=3), ids=describe)
+def test_pairs(backend: str, case: dict) -> None:
+    dtype, count = case["dtype"], case["channels"]
+    positions = case["positions"] if case["batch"] * count < 1000 else case["positions"][:1]
+    features = [torch.randn(case["batch"], count, *positions).to(dtype) for _ in range(case["maps"])]
+    if case["channels_last"]:
+        features = [x.movedim(1, -1).contiguous().movedim(-1, 1) for x in features]
+    vectors = [torch.randn(case["maps"] * count).to(torch.float64 if case["affine"] == "wide" else dtype) for _ in "ab"]
+    scale = vectors[0] if case["affine"] in ("scale", "both", "wide") else None
+    shift = vectors[1] if case["affine"] in ("shift", "both", "wide") else None
+    if scale is not None and case["affine"] == "wide" and dtype is not torch.float64:
+        scale, shift = (v.float().double() for v in vectors)  # the kernel reads them in fp32
+    check(case["function"], features, scale, shift, case["activation"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_maps_of_different_width(backend: str, dtype: torch.dtype) -> None:
+    for layout in (torch.contiguous_format, torch.channels_last):
+        features = [torch.randn(3, c, 9, 5).to(dtype).contiguous(memory_format=layout) for c in (1, 14, 3, 33, 0, 70)]
+        check("concat", features, torch.randn(121).to(dtype), torch.randn(121).to(dtype), "relu")
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda t: t,
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "channels": lambda t: torch.cat([t, t], 1)[:, 3:8],  # a map inside a wider one
+    "channels_last_channels": lambda t: torch.cat([t, t], 1).contiguous(memory_format=torch.channels_last)[:, 3:8],
+    "every_second": lambda t: torch.stack([t, t], 1)[:, 0],
+    "columns": lambda t: torch.cat([t, t], 3)[..., 2:8],
+    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+    "batch_inside": lambda t: t.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+    "one_value": lambda t: t[:1, :1, :1, :1].expand(t.shape),
+    "per_channel": lambda t: t[:1, :, :1, :1].expand(t.shape),
+}
+
+
+@pytest.mark.parametrize(("one", "two"), list(itertools.product(LAYOUTS, repeat=2)))
+def test_layouts(backend: str, one: str, two: str) -> None:
+    features = [LAYOUTS[layout](torch.randn(4, 5, 3, 6)) for layout in (one, two, one)]
+    for function in FUNCTIONS:
+        out, grads = check(function, features, torch.randn(15), torch.randn(15), "relu")
+        if one == two == "channels_last":
+            maps = (out,) if backend == "reference" else (out, *grads[:3])  # torch.cat hands slices back
+            assert all(t.is_contiguous(memory_format=torch.channels_last) for t in maps)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gradient_of_any_layout(backend: str, layout: torch.memory_format) -> None:
+    features = [torch.randn(4, 3, 3, 6).contiguous(memory_format=layout).requires_grad_() for _ in range(2)]
+    for function, how in itertools.product(FUNCTIONS, LAYOUTS):
+        ours, reference = FUNCTIONS[function]
+        out = ours(features, activation="relu")
+        grad = LAYOUTS[how](torch.randn(4, out.shape[1], 3, 6))
+        if grad.shape != out.shape:
+            continue
+        wanted = torch.autograd.grad(reference(features, relu=True), features, grad)
+        for a, b in zip(torch.autograd.grad(out, features, grad), wanted, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@needs_core
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_channels_last_is_not_copied(monkeypatch: pytest.MonkeyPatch, layout: torch.memory_format) -> None:
+    from fedkern.ops import fuse_launch
+
+    seen: list[bool] = []
+    original = fuse_launch._laid_out
+
+    def spy(x: Tensor, interleaved: bool) -> Tensor:
+        result = original(x, interleaved)
+        seen.append(result is x)
+        return result
+
+    monkeypatch.setattr(fuse_launch, "_laid_out", spy)
+    features = [torch.randn(4, 8, 5, 5).contiguous(memory_format=layout).requires_grad_() for _ in range(3)]
+    scale = torch.randn(24, requires_grad=True)
+    out = fuse_concat(features, scale, None, "relu")
+    out.backward(torch.randn_like(out))
+    slices = [x.requires_grad_() for x in out.detach().split([8, 8, 8], 1)]  # of a wider map
+    fuse_mean(slices, activation="relu").sum().backward()
+    assert seen
+    assert sum(not same for same in seen) == 1  # the gradient of the sum: one value, stretched
+
+
+def test_not_a_number_and_infinity(backend: str) -> None:
+    x = torch.tensor([[torch.nan, torch.inf, -torch.inf, -0.0, 1.0]]).repeat(3, 4).requires_grad_()
+    out = fuse_concat([x, x], activation="relu")
+    wanted = torch.cat([x, x], 1).relu()
+    assert torch.equal(out.nan_to_num(7.0), wanted.nan_to_num(7.0))
+    grad = torch.randn_like(out)
+    assert torch.equal(*(torch.autograd.grad(y, x, grad)[0] for y in (out, wanted)))
+
+
+def test_mean_of_relus_is_not_the_relu_of_the_mean(backend: str) -> None:
+    x = torch.tensor([[-2.0, 4.0]])
+    assert fuse_mean([x, -x], activation="relu").tolist() == [[1.0, 2.0]]
+    assert fuse_mean([x, x, x]).tolist() == x.tolist()
+
+
+def test_streamed_results_are_the_same(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results too large for the cache are written past it, in whole lines wherever the run begins."""
+    from fedkern.ops import fuse_launch
+
+    for layout, dtype, width in itertools.product(
+        (torch.contiguous_format, torch.channels_last), (torch.float32, torch.bfloat16), (13, 16)
+    ):
+        features = [torch.randn(3, width, 37, 5).to(dtype).contiguous(memory_format=layout) for _ in range(3)]
+        features = [x.requires_grad_() for x in features]
+        scale = torch.randn(3 * width)
+        results = []
+        for limit in (1 << 40, -1):
+            monkeypatch.setattr(fuse_launch, "STREAM_BYTES", limit)
+            for function, _ in FUNCTIONS.values():
+                out = function(features, scale, scale, "relu")
+                results.append([out, *torch.autograd.grad(out, features, torch.ones_like(out).cumsum(1))])
+        for usual, streamed in zip(results[:2], results[2:], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(usual, streamed, strict=True))
+
+
+@needs_core
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_outside_is_written(dtype: torch.dtype) -> None:
+    from fedkern.ops import fuse_launch
+    from fedkern.ops.backend import DTYPES as CODES
+    from fedkern.ops.backend import cpu_core
+
+    core = cpu_core()
+    batch, count, size = 2, 5, 23
+    total = batch * 2 * count * size
+    for name, interleaved, stream, offset in itertools.product(KERNELS, (False, True), (False, True), range(0, 35, 3)):
+        strides = (1, count) if interleaved else (size, 1)
+        maps = [torch.randn(batch * count * size).to(dtype) for _ in range(2)]
+        buffer = torch.full((total + 70,), 777.0, dtype=dtype)
+        target = buffer[offset:]
+        outer = (1, 2 * count) if interleaved else (size, 1)
+        with using(name):
+            core.fuse_forward(
+                *(CODES[dtype], batch, size, interleaved, True, False),
+                [(x.data_ptr(), count, count * size, *strides) for x in maps],
+                (target.data_ptr(), 2 * count, 2 * count * size, *outer),
+                *(0, 0, stream, 1),
+            )
+        views = [x.as_strided((batch, count, size), (count * size, *strides)) for x in maps]
+        got = target.as_strided((batch, 2 * count, size), (2 * count * size, *outer), target.storage_offset())
+        assert torch.equal(got, torch.cat(views, 1).relu())
+        assert bool((buffer[:offset] == 777).all())
+        assert bool((buffer[offset + total :] == 777).all())
+    assert fuse_launch.STREAM_BYTES > 0
+
+
+@needs_core
+def test_offsets_beyond_32_bits() -> None:
+    # Only the pages that are touched take memory.
+    far = 2**31 + 5
+    memory = torch.empty(far + 8192, dtype=torch.bfloat16)
+    x = memory.as_strided((2, 5, 300), (far, 300, 1))
+    x.copy_(torch.randn(2, 5, 300))
+    assert torch.equal(fuse_concat([x, x], activation="relu"), torch.cat([x, x], 1).relu())
+
+
+X = torch.zeros(2, 3, 4)
+WRONG = [
+    ((X,), {}, TypeError, "features must be a list of tensors, not Tensor"),
+    (([],), {}, ValueError, "features must hold at least one map, not none"),
+    (([X, 1.0],), {}, TypeError, r"features\[1\] must be a tensor, not float"),
+    (([X.int()],), {}, TypeError, r"features\[0\] must be float32.*not torch.int32"),
+    (([X, X.double()],), {}, TypeError, r"features\[1\] must have features\[0\]'s dtype torch.float32, not torch.fl"),
+    (([torch.zeros(3)],), {}, ValueError, r"features\[0\] must have shape \[B, C, \*S\], not \[3\]"),
+    (
+        ([X, X[:1]],),
+        {},
+        ValueError,
+        r"features\[1\] must have shape \[2, .*, 4\] as features\[0\] has, not \[1, 3, 4\]",
+    ),
+    (([X, X[..., :2]],), {}, ValueError, r"features\[1\] must have shape .* not \[2, 3, 2\]"),
+    (([X], [1.0]), {}, TypeError, "scale must be a tensor, not list"),
+    (([X], torch.zeros(3).int()), {}, TypeError, "scale must be float32.*not torch.int32"),
+    (([X, X], torch.zeros(5)), {}, ValueError, r"scale must have shape \[6\], one value per channel.*not \[5\]"),
+    (([X, X], None, torch.zeros(2, 3)), {}, ValueError, r"shift must have shape \[6\].*not \[2, 3\]"),
+    (([X], None, None, "gelu"), {}, ValueError, "activation must be None or \"relu\", not 'gelu'"),
+]
+
+
+@pytest.mark.parametrize("function", [fuse_concat, fuse_mean])
+@pytest.mark.parametrize(("arguments", "options", "error", "message"), WRONG)
+def test_wrong_arguments(backend: str, function: Callable, arguments: tuple, options: dict, error: type, message: str):
+    with pytest.raises(error, match=message):
+        function(*arguments, **options)
+
+
+def test_mean_needs_one_width() -> None:
+    with pytest.raises(ValueError, match=r"features\[1\] must have shape \[2, 3, 4\] as features\[0\] has, not \[2, 2"):
+        fuse_mean([X, X[:, :2]])
