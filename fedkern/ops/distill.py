@@ -7,8 +7,14 @@ kernels.
 from __future__ import annotations
 
 from fedkern.ops import distill_launch as _cpu  # noqa: F401  registers the CPU kernels
+from fedkern.ops.cuda import core as cuda
+from fedkern.ops.cuda.distill import CudaDistill
 from fedkern.ops.distill_entropy import entropy
+from fedkern.ops.distill_kernels import ALL_DTYPES
 from fedkern.ops.distill_kl import dual_kl, kl_div
 from fedkern.ops.distill_reference import entropy_reference, kl_div_reference
 
 __all__ = ["dual_kl", "entropy", "entropy_reference", "kl_div", "kl_div_reference"]
+
+for _name in ("kl_div", "dual_kl", "entropy"):
+    cuda.register(_name, CudaDistill, ALL_DTYPES)

@@ -1,0 +1,183 @@
+// distill on CUDA: which threads take a row. The losses are in distill_losses.cuh, their arithmetic in distill_math.cuh,
+// loading and storing in distill_rows.cuh.
+//
+// Where classes lie together in memory, 8 threads take a short row, a warp a longer one, a block a long one, and several
+// blocks where long rows are few; where positions do (class axis outside), a thread takes a row, so that neighbours read
+// together. Row losses are summed in fp64 in an order that the sizes and the device fix: the same bits every time.
+#include <algorithm>
+
+#include "distill_losses.cuh"
+#include "fedkern/distill_cuda.h"
+#include "launch.cuh"
+
+namespace fedkern::cuda {
+namespace {
+
+constexpr std::int64_t kWarpRow = 32, kBlockRow = 2048;  // classes from which on a warp, a block takes a row
+constexpr std::int64_t kSplitRow = 8192;                 // and from which on several blocks may
+constexpr std::int64_t kMaxBlocks = 2048;                // that leave a partial sum
+constexpr std::int64_t kMaxUnits = 1024;                 // rows times blocks per row
+static_assert(kMaxUnits * (kFound + kSums) + kMaxUnits <= kDistillWorkspace && kMaxBlocks <= kDistillWorkspace);
+
+template <typename C>
+__device__ __forceinline__ C factor_of(const DistillCall& a, const RowPlace& at) {
+  return static_cast<C>(at.outer * at.weight * a.scale);
+}
+
+// What a row of weight 0 leaves.
+template <typename C, typename G, bool Packed>
+__device__ __forceinline__ void write_zeros(const DistillCall& a, const RowPlace& at, std::int64_t begin, std::int64_t end) {
+#pragma unroll
+  for (int k = 0; k <= kMaxStudents; ++k) {
+    const Logits& to = k == 0 ? a.teacher_grad : a.student_grad[k == 0 ? 0 : k - 1];
+    if (!to.data) continue;
+    each_class<G, Packed>(begin, end, [&](auto width, std::int64_t c) {
+      const C zero[decltype(width)::value] = {};
+      store_classes<C, decltype(width)::value>(to, at.gradient[k], c, zero);
+    });
+  }
+}
+
+// Writes a row's losses; returns what it adds to the total.
+__device__ __forceinline__ double write_loss(const DistillCall& a, const RowPlace& at, double loss) {
+  const double raw = at.weight == 0 ? 0 : loss;
+  if (a.row_loss.data) store_value<double>(a.row_loss.data, a.row_loss.dtype, at.row_loss, raw * at.weight);
+  if (a.raw_loss.data) store_value<double>(a.raw_loss.data, a.raw_loss.dtype, at.raw_loss, raw);
+  return raw * at.weight;
+}
+
+template <template <typename, typename, bool> class Loss, typename C, int Lanes, bool Packed>
+__global__ void __launch_bounds__(kBlock, 2) rows_kernel(const __grid_constant__ DistillCall a, std::int64_t rows, double* partial) {
+  using G = Group<Lanes>;
+  double total = 0;
+  // All threads stay to the end: the sums within groups need every lane.
+  for (std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * G::rows; first < rows; first += static_cast<std::int64_t>(gridDim.x) * G::rows) {
+    const std::int64_t row = first + G::row();
+    const bool mine = row < rows;
+    const RowPlace at(a, mine ? row : 0);
+    const std::int64_t classes = mine && at.weight != 0 ? a.classes : 0;
+    const C factor = factor_of<C>(a, at);
+    Loss<C, G, Packed> loss(a, at);
+    loss.look(0, classes);
+    loss.gather_found();
+    loss.sum(0, classes, factor);
+#pragma unroll
+    for (double& sum : loss.sums) sum = G::sum(sum);
+    if (Loss<C, G, Packed>::wants_late(a)) loss.late(0, classes, factor);
+    if (mine && at.weight == 0) write_zeros<C, G, Packed>(a, at, 0, a.classes);
+    if (mine && G::lane() == 0) total += write_loss(a, at, loss.loss());
+  }
+  if (a.total.data) leave_total(total, partial, a.total, a.scale);
+}
+
+// Long rows of which there are few: `splits` blocks to a row, one step of the three per launch.
+struct Shares {
+  std::int64_t splits, classes;  // per row; of each, a multiple of kPack
+  double* found;                 // [rows, splits, kFound]
+  double* sums;                  // [rows, splits, kSums]
+  double* losses;                // [rows]
+};
+
+template <template <typename, typename, bool> class Loss, typename C, bool Packed>
+__global__ void __launch_bounds__(kBlock, 2) shared_rows_kernel(const __grid_constant__ DistillCall a, const Shares shares, int step) {
+  using G = Group<kBlock>;
+  const std::int64_t row = blockIdx.x / shares.splits, split = blockIdx.x % shares.splits;
+  const RowPlace at(a, row);
+  const std::int64_t begin = split * shares.classes, end = begin + shares.classes < a.classes ? begin + shares.classes : a.classes;
+  if (at.weight == 0) {  // the whole block leaves
+    if (step == 2) write_zeros<C, G, Packed>(a, at, begin, end);
+    if (step == 2 && split == 0 && threadIdx.x == 0) shares.losses[row] = write_loss(a, at, 0);
+    return;
+  }
+  const C factor = factor_of<C>(a, at);
+  double *const found = shares.found + row * shares.splits * kFound, *const sums = shares.sums + row * shares.splits * kSums;
+  Loss<C, G, Packed> loss(a, at);
+  if (step == 0) {
+    loss.look(begin, end);
+    loss.gather_found();
+    if (threadIdx.x == 0) loss.save_found(found + split * kFound);
+    return;
+  }
+  if (threadIdx.x < shares.splits) loss.load_found(found + threadIdx.x * kFound);
+  loss.gather_found();
+  if (step == 1) {
+    loss.sum(begin, end, factor);
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      const double sum = G::sum(loss.sums[i]);
+      if (threadIdx.x == 0) sums[split * kSums + i] = sum;
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) loss.sums[i] = G::sum(threadIdx.x < shares.splits ? sums[threadIdx.x * kSums + i] : 0.0);
+  if (Loss<C, G, Packed>::wants_late(a)) loss.late(begin, end, factor);
+  if (split == 0 && threadIdx.x == 0) shares.losses[row] = write_loss(a, at, loss.loss());
+}
+
+template <template <typename, typename, bool> class Loss, typename C, int Lanes, bool Packed>
+void run_rows(const DistillCall& a, std::int64_t rows, double* workspace, const Queue& queue) {
+  std::int64_t blocks = grid(rows, Group<Lanes>::rows, queue, 8);
+  // Four rows one after another cost less than a second launch.
+  if (a.total.data && (!workspace || rows <= 4 * Group<Lanes>::rows)) blocks = 1;
+  blocks = std::min(blocks, kMaxBlocks);
+  launch("distill", rows_kernel<Loss, C, Lanes, Packed>, blocks, kBlock, queue, a, rows, workspace);
+  if (a.total.data && blocks > 1) launch("distill_total", sum_partials, 1, kBlock, queue, workspace, blocks, a.total, a.scale);
+}
+
+template <template <typename, typename, bool> class Loss, typename C, bool Packed>
+void run_shared_rows(const DistillCall& a, std::int64_t rows, std::int64_t splits, double* workspace, const Queue& queue) {
+  Shares shares;
+  shares.classes = ((a.classes + splits - 1) / splits + kPack - 1) / kPack * kPack;
+  shares.splits = (a.classes + shares.classes - 1) / shares.classes;
+  shares.found = workspace;
+  shares.sums = shares.found + rows * shares.splits * kFound;
+  shares.losses = shares.sums + rows * shares.splits * kSums;
+  for (int step = 0; step < 3; ++step)
+    launch("distill", shared_rows_kernel<Loss, C, Packed>, rows * shares.splits, kBlock, queue, a, shares, step);
+  if (a.total.data) launch("distill_total", sum_partials, 1, kBlock, queue, shares.losses, rows, a.total, a.scale);
+}
+
+template <template <typename, typename, bool> class Loss, typename C, bool Fast>
+void run_as(const DistillCall& a, double* workspace, const Queue& queue) {
+  std::int64_t rows = 1;
+  for (int d = 0; d < a.row_dims; ++d) rows *= a.row_size[d];
+  if (!rows && !a.total.data) return;
+  bool dense = a.teacher.class_stride == 1, packed = Fast && packs(a.teacher, a.row_size, a.row_dims) && packs(a.teacher_grad, a.row_size, a.row_dims);
+  for (int k = 0; k < a.students; ++k) {
+    dense = dense && a.student[k].class_stride == 1;
+    packed = packed && packs(a.student[k], a.row_size, a.row_dims) && packs(a.student_grad[k], a.row_size, a.row_dims);
+  }
+  const std::int64_t fill = 2 * multiprocessors(queue.device);
+  const bool wide = rows >= fill * kBlock / 2;  // enough rows for a thread each
+  if (a.classes <= 4 || (!dense && (wide || a.classes < kBlockRow))) return run_rows<Loss, C, 1, false>(a, rows, workspace, queue);
+  // What is rare (fp64, the limit) has fewer variants to choose from.
+  if constexpr (Fast) {
+    if (a.classes <= kWarpRow) return run_rows<Loss, C, 8, false>(a, rows, workspace, queue);
+    const std::int64_t most = std::max<std::int64_t>(rows, 1);
+    const std::int64_t splits = std::min({fill / most, a.classes / (kSplitRow / 2), kMaxUnits / most, std::int64_t{kBlock}});
+    if (workspace && a.classes >= kSplitRow && splits > 1)
+      return packed ? run_shared_rows<Loss, C, true>(a, rows, splits, workspace, queue) : run_shared_rows<Loss, C, false>(a, rows, splits, workspace, queue);
+    if (packed) {
+      if (a.classes >= kBlockRow) return run_rows<Loss, C, kBlock, true>(a, rows, workspace, queue);
+      return run_rows<Loss, C, 32, true>(a, rows, workspace, queue);
+    }
+  }
+  if (a.classes >= kBlockRow) return run_rows<Loss, C, kBlock, false>(a, rows, workspace, queue);
+  run_rows<Loss, C, 32, false>(a, rows, workspace, queue);
+}
+
+}  // namespace
+
+void distill(const DistillCall& a, double* workspace, int device, void* stream) {
+  const DeviceGuard guard(device);
+  const Queue queue{device, stream};
+  const bool f64 = a.compute == DType::f64;
+  switch (a.kind) {
+    case DistillKind::kl: return f64 ? run_as<Divergence, double, false>(a, workspace, queue) : run_as<Divergence, float, true>(a, workspace, queue);
+    case DistillKind::limit: return f64 ? run_as<Limit, double, false>(a, workspace, queue) : run_as<Limit, float, false>(a, workspace, queue);
+    case DistillKind::entropy: return f64 ? run_as<Entropy, double, false>(a, workspace, queue) : run_as<Entropy, float, true>(a, workspace, queue);
+  }
+}
+
+}  // namespace fedkern::cuda

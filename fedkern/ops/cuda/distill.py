@@ -1,0 +1,175 @@
+"""The distill family on CUDA: gradients are recomputed from the logits, where grad_output is at hand on the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkern.ops.backend import DTYPES
+from fedkern.ops.cuda.core import queue
+from fedkern.ops.distill_common import BATCHMEAN, NONE, mean_scale, row_shape
+from fedkern.ops.distill_kernels import Divergence
+from fedkern.ops.distill_reference import compute_dtype, result_dtype
+
+# csrc/include/fedkern/distill.h
+KL, LIMIT, ENTROPY = 0, 1, 2
+
+# Calls that one block does alone need no workspace: this many rows, classes at most.
+_ROWS, _CLASSES = 64, 1024
+
+_empty = torch.empty
+
+
+class CudaDistill:
+    """:class:`fedkern.ops.distill_kernels.DistillKernel` on ``fedkern._cuda``."""
+
+    # Looking at grad_output would wait for the device; multiplying by it moves as much memory as reading logits again.
+    fused = False
+
+    def __init__(self, core: Any) -> None:
+        self._distill = core.distill
+        self._workspace = core.distill_workspace
+
+    def scaled(self, gradients: Sequence[Tensor | None], grad: Tensor) -> tuple[Tensor | None, ...] | None:
+        return None
+
+    def empty_gradient(self, x: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+    def divergence_forward(
+        self,
+        student: Tensor,
+        other: Tensor | None,
+        teacher: Tensor,
+        weight: Tensor | None,
+        settings: Divergence,
+        to_student: Tensor | None = None,
+        to_other: Tensor | None = None,
+        to_teacher: Tensor | None = None,
+        raw_loss: Tensor | None = None,
+    ) -> Tensor:
+        reduction = settings.reduction
+        dtype = result_dtype(student, other, teacher)
+        result = _empty(row_shape(student) if reduction == NONE else (), dtype=dtype, device=student.device)
+        self._divergence(
+            student, other, teacher, weight, settings, (to_teacher, to_student, to_other), None, result, raw_loss, dtype
+        )
+        return result
+
+    def divergence_backward(
+        self,
+        grad: Tensor,
+        student: Tensor,
+        other: Tensor | None,
+        teacher: Tensor,
+        weight: Tensor | None,
+        settings: Divergence,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        to_student, to_other, to_teacher = (
+            torch.empty_like(x) if need and x is not None else None
+            for x, need in zip((student, other, teacher), needs[:3], strict=True)
+        )
+        compute = compute_dtype(result_dtype(student, other, teacher))
+        raw = _empty(row_shape(student), dtype=compute, device=student.device) if needs[3] else None
+        grad = grad.resolve_neg()
+        gradients = (to_teacher, to_student, to_other)
+        self._divergence(student, other, teacher, weight, settings, gradients, grad, None, raw, compute)
+        to_weight = None
+        if raw is not None and weight is not None:
+            to_weight = (raw * grad.to(raw.dtype) * mean_scale(student, settings.reduction)).to(weight.dtype)
+        return to_student, to_other, to_teacher, to_weight
+
+    def entropy_forward(self, logits: Tensor, reduction: int, to_logits: Tensor | None = None) -> Tensor:
+        result = _empty(row_shape(logits) if reduction == NONE else (), dtype=logits.dtype, device=logits.device)
+        self._entropy(logits, reduction, to_logits, None, result)
+        return result
+
+    def entropy_backward(self, grad: Tensor, logits: Tensor, reduction: int) -> Tensor:
+        gradient = torch.empty_like(logits)
+        self._entropy(logits, reduction, gradient, grad.resolve_neg(), None)
+        return gradient
+
+    def _divergence(
+        self,
+        student: Tensor,
+        other: Tensor | None,
+        teacher: Tensor,
+        weight: Tensor | None,
+        settings: Divergence,
+        gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+        grad: Tensor | None,
+        result: Tensor | None,
+        raw_loss: Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        temperature, rows = settings.temperature, settings.reduction == NONE
+        to_teacher, to_student, to_other = gradients
+        out = _argument(result)
+        workspace = self._space(student)
+        self._distill(
+            LIMIT if temperature == math.inf else KL,
+            1 if dtype is torch.float64 else 0,
+            student.shape,
+            temperature,
+            settings.reverse,
+            None if settings.reduction == BATCHMEAN else 1.0,
+            1,
+            1 if other is None else 2,
+            (teacher.data_ptr(), DTYPES[teacher.dtype], teacher.stride()),
+            (student.data_ptr(), DTYPES[student.dtype], student.stride()),
+            _argument(other),
+            _argument(to_teacher),
+            _argument(to_student),
+            _argument(to_other),
+            _argument(weight),
+            _argument(grad),
+            out if rows else None,
+            (_argument(raw_loss), None if rows else out),
+            0 if workspace is None else workspace.data_ptr(),
+            *queue(student),
+        )
+
+    def _entropy(
+        self, logits: Tensor, reduction: int, gradient: Tensor | None, grad: Tensor | None, result: Tensor | None
+    ) -> None:
+        out = _argument(result)
+        workspace = self._space(logits)
+        self._distill(
+            ENTROPY,
+            1 if logits.dtype is torch.float64 else 0,
+            logits.shape,
+            1.0,
+            False,
+            None if reduction == BATCHMEAN else 1.0,
+            1,
+            0,
+            _argument(logits),
+            None,
+            None,
+            _argument(gradient),
+            None,
+            None,
+            None,
+            _argument(grad),
+            out if reduction == NONE else None,
+            (None, None if reduction == NONE else out),
+            0 if workspace is None else workspace.data_ptr(),
+            *queue(logits),
+        )
+
+    def _space(self, logits: Tensor) -> Tensor | None:
+        """Memory for sums between blocks, where more than one is worth while."""
+        classes = logits.shape[1]
+        if classes <= _CLASSES and logits.numel() <= _ROWS * classes:
+            return None
+        return _empty(self._workspace, dtype=torch.float64, device=logits.device)
+
+
+def _argument(x: Tensor | None) -> tuple[int, int, tuple[int, ...]] | None:
+    """A tensor as the core takes it: pointer, dtype, strides."""
+    return None if x is None else (x.data_ptr(), DTYPES[x.dtype], x.stride())

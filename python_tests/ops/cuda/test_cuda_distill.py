@@ -1,0 +1,125 @@
+"""kl_div, dual_kl and entropy on CUDA against the float64 reference."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from operator_cases import DTYPES, assert_close, describe, pairwise
+from test_distill import FACTOR, LAYOUTS, OPERATORS, call, call_reference, differentiate, make_inputs, spread, strides
+from torch import Tensor
+
+from fedkern import ops
+from fedkern.ops.distill_reference import entropy_reference, kl_div_reference
+
+AXES: dict[str, Any] = {
+    "classes": (1, 3, 5, 10, 32, 33, 101, 128, 1000, 2048, 2056, 3201),
+    "rows": (0, 1, 3, 33, 75),
+    "dtype": DTYPES,
+    "temperature": (0.5, 1.0, 4.0, math.inf),
+    "operator": OPERATORS,
+    "reduction": ("none", "sum", "batchmean"),
+    "layout": LAYOUTS,
+    "near": (None, 1e-2, 1e-3, 0.0),
+    "weight": (None, "rows", "zeros"),
+    "special": (None, "extreme", "masked"),
+    "needs": ("students", "teacher", "all"),
+}
+CASES = pairwise(AXES, seed=4)
+
+
+def compare(device: torch.device, case: dict[str, Any], logits: list[Tensor], weight: Tensor | None) -> None:
+    exact = [x.double() for x in logits]
+    expected, gradients = differentiate(case, call_reference, exact, None if weight is None else weight.double())
+    count = max(logits[0].numel() // logits[0].shape[1], 1)
+    factor = {"none": 5 * FACTOR, "sum": FACTOR, "batchmean": FACTOR / count}[case["reduction"]]
+    scale = spread(exact) * (case["temperature"] if case["temperature"] < math.inf else 1.0)
+    given = [x.to(device) for x in logits]
+    loss, got = differentiate(case, call, given, None if weight is None else weight.to(device))
+    assert loss.dtype == case["dtype"]
+    absolute = 1e-6 * scale * (count if case["reduction"] == "sum" else 1)
+    assert_close("loss", loss.cpu(), expected, absolute=absolute)
+    assert not (loss < 0).any(), "a negative divergence"
+    for i, (ours, theirs) in enumerate(zip(got, gradients, strict=True)):
+        assert (ours is None) == (theirs is None)
+        if ours is None or theirs is None:
+            continue
+        if i < len(logits) and case["layout"] in ("rows", "positions", "channels_last"):
+            assert strides(ours) == strides(given[i]), f"gradient {i} in another memory format"
+        assert_close(f"gradient {i}", ours.cpu(), theirs, absolute=1e-6 * scale * factor)
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: f"{n}-{describe(CASES[n])}")
+def test_against_float64(device: torch.device, number: int) -> None:
+    compare(device, CASES[number], *make_inputs(CASES[number], seed=number))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize(("dtype", "classes"), [(torch.float32, 20_000), (torch.bfloat16, 8200), (torch.float32, 9001)])
+def test_few_long_rows_are_shared_between_blocks(
+    device: torch.device, operator: str, dtype: torch.dtype, classes: int
+) -> None:
+    case = {
+        **{"classes": classes, "rows": 2, "dtype": dtype, "temperature": 2.0, "operator": operator},
+        **{"reduction": "batchmean", "layout": "rows", "near": None, "weight": "rows", "special": "masked"},
+        "needs": "all",
+    }
+    logits, weight = make_inputs(case, seed=classes)
+    compare(device, case, logits, weight)
+    assert weight is not None
+    weight[0] = 0
+    compare(device, {**case, "reduction": "none"}, logits, weight)
+
+
+def test_mixed_dtypes(device: torch.device) -> None:
+    student = torch.randn(9, 264, device=device).bfloat16().requires_grad_()
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        teacher = torch.randn(9, 264, device=device).to(dtype).requires_grad_()
+        exact = [x.detach().cpu().double().requires_grad_() for x in (student, teacher)]
+        loss = ops.kl_div(student, teacher, 2.0)
+        assert loss.dtype == torch.promote_types(torch.bfloat16, dtype)
+        (loss * 3).backward()
+        expected = kl_div_reference(*exact, 2.0)
+        (expected * 3).backward()
+        assert_close("loss", loss.cpu(), expected)
+        for ours, theirs in zip((student, teacher), exact, strict=True):
+            assert ours.grad is not None
+            assert theirs.grad is not None
+            assert_close("gradient", ours.grad.cpu(), theirs.grad)
+        student.grad = None
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1e-3])
+@pytest.mark.parametrize("classes", [3, 10, 200, 1000, 5000])
+def test_nearly_equal_rows_keep_their_digits(device: torch.device, classes: int, scale: float) -> None:
+    torch.manual_seed(classes)
+    student = torch.randn(17, classes)
+    teacher = student + scale * torch.randn(17, classes)
+    for temperature in (0.5, 1.0, math.inf):
+        loss = ops.kl_div(student.to(device), teacher.to(device), temperature, reduction="none").cpu()
+        expected = kl_div_reference(student.double(), teacher.double(), temperature, reduction="none")
+        assert ((loss - expected).abs() / expected).max() < 2e-5
+    equal = ops.kl_div(student.to(device), student.to(device), 0.5, reduction="none")
+    assert torch.equal(equal.cpu(), torch.zeros(17))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", [24, 264, 2056])
+def test_nothing_beside_the_gradients_is_written(device: torch.device, dtype: torch.dtype, classes: int) -> None:
+    """At offsets that allow eight classes at once, and at others; between rows and around the whole."""
+    generator = torch.Generator().manual_seed(classes)
+    logits = torch.randn(5, classes, generator=generator).to(device, dtype)
+    exact = logits.cpu().double().requires_grad_()
+    entropy_reference(exact).backward()
+    assert exact.grad is not None
+    kernel = ops.backend.select("entropy", logits)
+    for offset in (0, 1, 7, 8, 16):
+        room = torch.full((6 * (classes + 16) + 64,), 777.0, dtype=dtype, device=device)
+        gradient = room[offset:].as_strided((5, classes), (classes + 16, 1))
+        kernel.entropy_forward(logits, 2, gradient)
+        assert_close("gradient", gradient.cpu(), exact.grad)
+        assert int((room != 777.0).sum()) <= gradient.numel()
+        gradient.fill_(777.0)
+        assert bool((room == 777.0).all())
