@@ -72,7 +72,7 @@ def check_weights_tensor(weights: Tensor, count: int, device: torch.device) -> N
 def check_weight(value: float, name: str) -> float:
     """Returns one weight as a float; negative and non-finite ones raise ValueError."""
     value = float(value)
-    if not math.isfinite(value) or value < 0:
+    if not 0 <= value < math.inf:  # comparisons, which torch.compile traces where a float is symbolic
         raise ValueError(f"{name} must be finite and not negative, not {value}")
     return value
 
@@ -153,7 +153,8 @@ def check_number(value: float, name: str, low: float, high: float = math.inf, *,
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, not {type(value).__name__}")
     number = float(value)
-    if not (low <= number <= high) or math.isinf(number) or (above and number == low):
+    # Comparisons, and not math.isinf, for torch.compile as above.
+    if not (low <= number <= high) or abs(number) == math.inf or (above and number == low):
         bound = f"greater than {low:g}" if above else f"at least {low:g}"
         raise ValueError(f"{name} must be {bound}{'' if math.isinf(high) else f' and at most {high:g}'}, not {value}")
     return number

@@ -1,0 +1,200 @@
+"""Every public operator under one signature: a new one is covered by the tests that run through all by a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedkern import ops
+
+# What ops exports beside operators: classes with tests of their own, and switches.
+NO_OPERATORS = {"Accumulator", "FlatParameters", "FusedBlocks", "ServerStep", "use_backend", "use_isa"}
+
+
+# Operators of torch.library that no public function calls with ordinary arguments.
+INDIRECT: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One way to call a public operator.
+
+    Attributes:
+        name: as in ``fedkern.ops``; a second entry of one operator adds what it sets after a space.
+        call: from floating tensors to a tensor or a tuple of them.
+        shapes: of those tensors.
+        large: the same, large enough for several threads.
+        gradient: whether it has one.
+        vmap: whether it has a batching rule; the others raise.
+        positive: which tensors must not be negative (weights).
+        changed: which tensors it writes to.
+        compiled: whether one core computes all of it.  Parts that torch's own operators compute have bits that depend
+            on the number of threads, and would wait for lost threads in a forked child.
+    """
+
+    name: str
+    call: Callable[..., Any]
+    shapes: tuple[tuple[int, ...], ...]
+    large: tuple[tuple[int, ...], ...]
+    gradient: bool = True
+    vmap: bool = True
+    positive: tuple[int, ...] = ()
+    changed: tuple[int, ...] = ()
+    compiled: bool = True
+
+    def inputs(self, dtype: torch.dtype = torch.float32, *, large: bool = False, seed: int = 0) -> list[Tensor]:
+        """Seeded inputs."""
+        draw = torch.Generator().manual_seed(seed)
+        tensors = [torch.randn(shape, generator=draw) for shape in (self.large if large else self.shapes)]
+        return [(x.abs() + 0.1 if i in self.positive else x).to(dtype) for i, x in enumerate(tensors)]
+
+    def fresh(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """``tensors``, copied where the operator writes to them."""
+        return [x.clone() if i in self.changed else x for i, x in enumerate(tensors)]
+
+    def results(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """What :attr:`call` gives, always as a tuple; what it writes to is copied first."""
+        given = self.call(*self.fresh(tensors))
+        return tuple(given) if isinstance(given, (tuple, list)) else (given,)
+
+
+UPLOAD_WEIGHTS = [1.0, 2.0, 3.0, 4.0, 5.0]
+INDEX = torch.tensor([2, 0, 0, 3])
+LARGE_INDEX = torch.arange(64).flip(0) // 2
+BOXES = torch.tensor([[[1.0, 1.0, 4.0, 3.0]], [[0.0, 2.0, 2.0, 5.0]], [[0.0, 0.0, 0.0, 0.0]]])
+
+
+def _boxes(images: Tensor) -> Tensor:
+    return BOXES[torch.arange(images.shape[0]) % 3].to(images.dtype)
+
+
+def _index(x: Tensor) -> Tensor:
+    return INDEX if x.shape[0] == 4 else LARGE_INDEX
+
+
+_LOGITS, _MANY = (4, 7), (512, 300)
+_VECTORS, _UPLOADS = (5, 33), (5, 200_000)
+_MAP, _MAPS = (2, 3, 4, 5), (16, 8, 32, 32)
+
+OPERATORS = [
+    Operator("blend", lambda x, y: ops.blend(x, y, 0.3), ((4, 3, 2),) * 2, ((64, 4000),) * 2),
+    Operator("blend index", lambda x, y: ops.blend(x, y, 0.3, index=_index(x)), ((4, 3, 2),) * 2, ((64, 4000),) * 2),
+    Operator(
+        "blend alpha",
+        lambda x, y, a: ops.blend(x, y, a.sigmoid()),
+        ((4, 3), (4, 3), (4,)),
+        ((64, 4000),) * 2 + ((64,),),
+    ),
+    Operator("erase_boxes", lambda x: ops.erase_boxes(x, _boxes(x), 0.5), ((3, 2, 5, 6),), ((48, 3, 64, 64),)),
+    Operator("keep_boxes", lambda x: ops.keep_boxes(x, _boxes(x), 0.5), ((3, 2, 5, 6),), ((48, 3, 64, 64),)),
+    Operator("kl_div", lambda s, t: ops.kl_div(s, t, 2.0), (_LOGITS,) * 2, (_MANY,) * 2),
+    Operator(
+        "kl_div weight",
+        lambda s, t, w: ops.kl_div(s, t, 2.0, weight=w, reduction="none"),
+        ((4, 7, 3), (4, 7, 3), (4,)),
+        ((64, 21, 300), (64, 21, 300), (64,)),
+        positive=(2,),
+    ),
+    Operator("dual_kl", lambda a, b, t: ops.dual_kl(a, b, t, 2.0), (_LOGITS,) * 3, (_MANY,) * 3),
+    Operator("entropy", lambda x: ops.entropy(x), (_LOGITS,), (_MANY,)),
+    Operator("weighted_mean", ops.weighted_mean, (_VECTORS, (5,)), (_UPLOADS, (5,)), positive=(1,)),
+    Operator(
+        "weighted_mean list",
+        lambda a, b, w: ops.weighted_mean([a, b], w),
+        ((33,), (33,), (2,)),
+        ((200_000,), (200_000,), (2,)),
+        positive=(2,),
+    ),
+    Operator(
+        "trimmed_mean",
+        lambda v: ops.trimmed_mean(v, 1),
+        (_VECTORS,),
+        (_UPLOADS,),
+        compiled=False,
+        gradient=False,
+        vmap=False,
+    ),
+    Operator("median", lambda v: ops.median(v), (_VECTORS,), (_UPLOADS,), compiled=False, gradient=False, vmap=False),
+    Operator(
+        "median weights",
+        ops.median,
+        (_VECTORS, (5,)),
+        (_UPLOADS, (5,)),
+        compiled=False,
+        gradient=False,
+        vmap=False,
+        positive=(1,),
+    ),
+    Operator(
+        "geometric_median", ops.geometric_median, (_VECTORS,), (_UPLOADS,), compiled=False, gradient=False, vmap=False
+    ),
+    Operator("krum", lambda v: ops.krum(v, 1, 2), (_VECTORS,), (_UPLOADS,), compiled=False, gradient=False, vmap=False),
+    Operator(
+        "pairwise_distances",
+        ops.pairwise_distances,
+        (_VECTORS,),
+        (_UPLOADS,),
+        compiled=False,
+        gradient=False,
+        vmap=False,
+    ),
+    Operator(
+        "clip_by_norm",
+        lambda v: ops.clip_by_norm(v, 0.7),
+        (_VECTORS,),
+        (_UPLOADS,),
+        compiled=False,
+        gradient=False,
+        vmap=False,
+    ),
+    Operator(
+        "clip_and_noise",
+        lambda v: ops.clip_and_noise(v, 0.7, 0.1, seed=3, offset=5),
+        (_VECTORS,),
+        (_UPLOADS,),
+        compiled=False,
+        gradient=False,
+        vmap=False,
+    ),
+    Operator(
+        "server_step",
+        lambda g, v: ops.server_step(g, v, UPLOAD_WEIGHTS),
+        ((33,), _VECTORS),
+        ((200_000,), _UPLOADS),
+        compiled=False,
+        gradient=False,
+        vmap=False,
+    ),
+    Operator(
+        "server_step adam",
+        lambda g, v, m, s: ops.server_step(g, v, UPLOAD_WEIGHTS, "adam", first=m, second=s),
+        ((33,), _VECTORS, (33,), (33,)),
+        ((200_000,), _UPLOADS, (200_000,), (200_000,)),
+        compiled=False,
+        gradient=False,
+        vmap=False,
+        positive=(3,),
+        changed=(2, 3),
+    ),
+    Operator(
+        "fuse_concat",
+        lambda x, y, a, b: ops.fuse_concat([x, y], a, b, "relu"),
+        (_MAP, _MAP, (6,), (6,)),
+        (_MAPS, _MAPS, (16,), (16,)),
+        compiled=False,
+    ),
+    Operator(
+        "fuse_mean",
+        lambda x, y, a, b: ops.fuse_mean([x, y], a, b, "relu"),
+        (_MAP, _MAP, (6,), (6,)),
+        (_MAPS, _MAPS, (16,), (16,)),
+        compiled=False,
+    ),
+]
+
+each_operator = pytest.mark.parametrize("operator", OPERATORS, ids=[o.name.replace(" ", "-") for o in OPERATORS])

@@ -1,0 +1,75 @@
+"""Two Python threads in the operators at once, each with its own number of torch threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from every_operator import OPERATORS
+from operator_cases import KERNELS, using
+from torch import Tensor
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_two_threads_at_once() -> None:
+    """All operators in opposite orders, forward and backward; the same bits as alone."""
+    torch.set_num_threads(1)
+    cases = []
+    for operator in OPERATORS:
+        leaves = [x.requires_grad_(operator.gradient) for x in operator.inputs(large=True)]
+
+        def run(operator=operator, leaves=leaves) -> list[Tensor]:  # type: ignore[no-untyped-def]
+            results = operator.results(*leaves)
+            if not operator.gradient:
+                return list(results)
+            return [*results, *torch.autograd.grad([x.sum() for x in results], leaves)]
+
+        # Where a reduction of torch's own is in it, its bits depend on the number of threads.
+        cases.append((operator.name, run, [x.detach().clone() for x in run()]))
+    start = threading.Barrier(2)
+    wrong: list[str] = []
+
+    def work(threads: int, order: list) -> None:
+        torch.set_num_threads(threads)
+        start.wait()
+        for _ in range(3):
+            for name, run, expected in order:
+                try:
+                    torch.testing.assert_close([x.detach() for x in run()], expected, rtol=1e-5, atol=1e-5)
+                except BaseException as error:
+                    wrong.append(f"{name} with {threads} threads: {error}")
+
+    workers = [
+        threading.Thread(target=work, args=(1, cases)),
+        threading.Thread(target=work, args=(2, cases[::-1])),
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(300)
+    assert not any(worker.is_alive() for worker in workers)
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_bits_do_not_depend_on_threads(name: str) -> None:
+    """Forward results of every operator that one core computes, for 1, 2 and 5 threads."""
+    for operator in OPERATORS:
+        if not operator.compiled:
+            continue
+        inputs = operator.inputs(large=True)
+        with using(name), torch.no_grad():
+            torch.set_num_threads(1)
+            expected = operator.results(*inputs)
+            for threads in (2, 5):
+                torch.set_num_threads(threads)
+                for got, one in zip(operator.results(*inputs), expected, strict=True):
+                    assert torch.equal(got, one), f"{operator.name} with {threads} threads"

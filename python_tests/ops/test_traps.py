@@ -1,0 +1,271 @@
+"""What goes wrong between Python tensors and kernels that see pointers, for every operator."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import every_operator
+import pytest
+import torch
+from every_operator import NO_OPERATORS, OPERATORS, UPLOAD_WEIGHTS, Operator, each_operator
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fedkern import ops
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+EVERY = {operator.name: operator for operator in OPERATORS}
+
+
+def close(got: Any, expected: Any) -> None:
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_every_public_operator_is_covered() -> None:
+    missing = set(ops.__all__) - NO_OPERATORS - {operator.name.split()[0] for operator in OPERATORS}
+    assert not missing, f"add {sorted(missing)} to OPERATORS of every_operator.py"
+
+
+# --- tensors whose pointer does not tell what they hold
+
+
+@each_operator
+def test_negated_views(operator: Operator) -> None:
+    inputs = operator.inputs()
+    views = [torch._neg_view(-x) for x in inputs]
+    assert all(view.is_neg() for view in views)
+    close(operator.results(*views), operator.results(*inputs))
+
+
+@each_operator
+def test_strides_of_any_kind(operator: Operator) -> None:
+    """Transposed, with gaps, and with stride 0."""
+    inputs = operator.inputs()
+    expected = operator.results(*inputs)
+    turned = [x.movedim(0, -1).contiguous().movedim(-1, 0) for x in inputs]
+    close(operator.results(*turned), expected)
+    spread = [torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0] for x in inputs]
+    close(operator.results(*spread), expected)
+    constant = [x.flatten()[:1].expand(x.shape) for x in inputs]
+    close(operator.results(*constant), operator.results(*(x.contiguous() for x in constant)))
+
+
+@each_operator
+def test_unaligned_memory(operator: Operator) -> None:
+    inputs = operator.inputs()
+    shifted = []
+    for x in inputs:
+        raw = torch.empty(4 * x.numel() + 1, dtype=torch.uint8)[1:]
+        assert raw.data_ptr() % 4
+        odd = torch.empty(0, dtype=torch.float32).set_(torch.empty(x.numel() + 1).untyped_storage(), 1, x.shape)
+        shifted.append(odd.copy_(x))
+    close(operator.results(*shifted), operator.results(*inputs))
+
+
+@each_operator
+def test_fake_and_meta_tensors(operator: Operator) -> None:
+    """Their pointer is null: shapes, dtypes and strides must come without looking."""
+    inputs = operator.inputs()
+    expected = operator.results(*inputs)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = operator.results(*(mode.from_tensor(x) for x in inputs))
+    for fake, real in zip(fakes, expected, strict=True):
+        assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+    with contextlib.suppress(RuntimeError, ValueError, TypeError, NotImplementedError):
+        # Operators that look at values refuse meta tensors.
+        metas = operator.results(*(x.to("meta") for x in inputs))
+        assert [x.shape for x in metas] == [x.shape for x in expected]
+
+
+class Named(Tensor):
+    """A subclass without any behaviour of its own."""
+
+
+class Calls(TorchDispatchMode):
+    """Remembers the calls of this project's operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "fedkern":
+            self.seen.append((function, args, kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+@each_operator
+def test_subclasses_and_dispatch_modes(operator: Operator) -> None:
+    inputs = operator.inputs()
+    expected = operator.results(*inputs)
+    close([x.as_subclass(Tensor) for x in operator.results(*(x.as_subclass(Named) for x in inputs))], list(expected))
+    with Calls():
+        close(operator.results(*inputs), expected)
+
+
+@each_operator
+def test_inference_mode(operator: Operator) -> None:
+    expected = operator.results(*operator.inputs())
+    with torch.inference_mode():
+        close(operator.results(*operator.inputs()), expected)
+
+
+# --- autograd
+
+
+@each_operator
+def test_inputs_are_left_alone(operator: Operator) -> None:
+    """Neither their values nor their version counters change, in either direction."""
+    inputs = [x.requires_grad_(operator.gradient) for x in operator.inputs()]
+    before = [x.detach().clone() for x in inputs]
+    results = operator.results(*inputs)
+    if operator.gradient:
+        sum(x.sum() for x in results).backward()
+    for x, kept in zip(inputs, before, strict=True):
+        assert x._version == 0
+        assert torch.equal(x.detach(), kept)
+
+
+WRITES: dict[str, tuple[Operator, Callable[[list[Tensor], Tensor], Any]]] = {
+    "weighted_mean out": (EVERY["weighted_mean"], lambda x, out: ops.weighted_mean(*x, out=out)),
+    "server_step out": (EVERY["server_step"], lambda x, out: ops.server_step(*x, UPLOAD_WEIGHTS, out=out)),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_results_written_into_given_memory_are_known_to_autograd(name: str) -> None:
+    operator, call = WRITES[name]
+    inputs = operator.inputs()
+    expected = operator.results(*inputs)[0]
+    for out in (
+        torch.empty(33),
+        torch.empty(34)[1:],
+        torch.empty(66)[::2],
+        torch._neg_view(torch.empty(33)),
+        torch.empty(33, dtype=torch.float64),
+    ):
+        before = out._version
+        call(inputs, out)
+        close(out.to(expected.dtype), expected)
+        assert out._version > before
+    factor = torch.ones(33, requires_grad=True)
+    out = torch.empty(33)
+    product = factor * out
+    with torch.no_grad():
+        call(inputs, out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
+@pytest.mark.parametrize("operator", [o for o in OPERATORS if o.changed], ids=lambda o: o.name)
+def test_state_written_to_is_known_to_autograd(operator: Operator) -> None:
+    inputs = operator.inputs()
+    before = [x.clone() for x in inputs]
+    operator.call(*inputs)
+    for i, (x, old) in enumerate(zip(inputs, before, strict=True)):
+        assert (x._version > 0) == (i in operator.changed)
+        assert torch.equal(x, old) == (i not in operator.changed)
+
+
+@each_operator
+def test_gradient_or_a_clear_error(operator: Operator) -> None:
+    inputs = [x.requires_grad_() for x in operator.inputs(torch.float64)]
+    if not operator.gradient:
+        with pytest.raises((ValueError, TypeError, RuntimeError), match=r"gradient|no_grad"):
+            operator.call(*inputs)
+        with torch.no_grad():
+            assert not any(x.requires_grad for x in operator.results(*inputs))
+        return
+    results = operator.results(*inputs)
+    assert all(x.requires_grad for x in results)
+    with torch.no_grad():
+        assert not any(x.requires_grad for x in operator.results(*inputs))
+    assert torch.autograd.gradcheck(operator.results, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(operator.results, inputs, fast_mode=True)
+
+
+@each_operator
+def test_grad_outputs_of_any_layout_and_a_second_backward(operator: Operator) -> None:
+    if not operator.gradient:
+        pytest.skip("has no gradient")
+    inputs = [x.requires_grad_() for x in operator.inputs()]
+    results = operator.results(*inputs)
+    draw = torch.Generator().manual_seed(1)
+    grads = [torch.randn(x.shape, generator=draw) for x in results]
+
+    def gradients(grads: list[Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(results, inputs, grads, retain_graph=True)
+
+    expected = [x.clone() for x in gradients(grads)]
+    close(list(gradients([torch._neg_view(-g) for g in grads])), expected)
+    turned = [g.movedim(0, -1).contiguous().movedim(-1, 0) if g.dim() else g for g in grads]
+    close(list(gradients(turned)), expected)
+    close(list(gradients(grads)), expected)  # what was saved is as it was
+    ones = gradients([torch.ones_like(x) for x in results])
+    close(list(gradients([torch.ones(()).expand(x.shape) for x in results])), list(ones))
+
+
+# --- torch.library
+
+
+@each_operator
+def test_vmap_and_func_grad_or_a_clear_error(operator: Operator) -> None:
+    inputs = operator.inputs()
+    batches = [torch.stack([x, x * 0.5, x + 0.25]) for x in inputs]
+    if not operator.vmap:
+        with pytest.raises(
+            (RuntimeError, NotImplementedError, ValueError, TypeError), match=r"(?i)vmap|batch|transform"
+        ):
+            torch.vmap(operator.call)(*batches)
+        return
+    mapped = torch.vmap(operator.results)(*batches)
+    for i in range(3):
+        close([x[i] for x in mapped], list(operator.results(*(x[i] for x in batches))))
+
+    def loss(*tensors: Tensor) -> Tensor:
+        return sum(x.pow(2).sum() for x in operator.results(*tensors))  # type: ignore[return-value]
+
+    got = torch.func.grad(loss, argnums=tuple(range(len(inputs))))(*inputs)
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    close(list(got), list(torch.autograd.grad(loss(*leaves), leaves)))
+
+
+@each_operator
+def test_compiled_without_graph_break_or_recompilation(operator: Operator) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(operator.call, fullgraph=True, dynamic=True, backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in (1, 2):
+            inputs = operator.inputs(seed=seed)
+            got = compiled(*operator.fresh(inputs))
+            close(got if isinstance(got, tuple) else (got,), operator.results(*inputs))
+
+
+def test_opcheck_of_every_library_operator() -> None:
+    """Each with the arguments that the public functions give it, the backward operators' included."""
+    checked = set()
+    for operator in OPERATORS:
+        inputs = [x.requires_grad_(operator.gradient) for x in operator.inputs(torch.float64)]
+        with Calls() as calls:
+            results = operator.results(*inputs)
+            if operator.gradient:
+                torch.autograd.backward(results, [torch.ones_like(x) for x in results])
+        for function, args, kwargs in calls.seen:
+            if function not in checked:
+                checked.add(function)
+                utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
+                torch.library.opcheck(function, args, kwargs, test_utils=utilities)
+    defined = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fedkern::")}
+    seen = {f"fedkern::{function._schema.name.partition('::')[2]}" for function in checked}
+    assert {name.partition(".")[0] for name in defined} <= seen | every_operator.INDIRECT
