@@ -77,27 +77,27 @@ def _index(x: Tensor) -> Tensor:
     return INDEX if x.shape[0] == 4 else LARGE_INDEX
 
 
-_LOGITS, _MANY = (4, 7), (512, 300)
-_VECTORS, _UPLOADS = (5, 33), (5, 200_000)
-_MAP, _MAPS = (2, 3, 4, 5), (16, 8, 32, 32)
+_LOGITS, _MANY = (4, 7), (2048, 300)
+_VECTORS, _UPLOADS = (5, 33), (5, 400_000)
+_MAP, _MAPS = (2, 3, 4, 5), (16, 8, 64, 64)
 
 OPERATORS = [
-    Operator("blend", lambda x, y: ops.blend(x, y, 0.3), ((4, 3, 2),) * 2, ((64, 4000),) * 2),
-    Operator("blend index", lambda x, y: ops.blend(x, y, 0.3, index=_index(x)), ((4, 3, 2),) * 2, ((64, 4000),) * 2),
+    Operator("blend", lambda x, y: ops.blend(x, y, 0.3), ((4, 3, 2),) * 2, ((64, 20_000),) * 2),
+    Operator("blend index", lambda x, y: ops.blend(x, y, 0.3, index=_index(x)), ((4, 3, 2),) * 2, ((64, 20_000),) * 2),
     Operator(
         "blend alpha",
         lambda x, y, a: ops.blend(x, y, a.sigmoid()),
         ((4, 3), (4, 3), (4,)),
-        ((64, 4000),) * 2 + ((64,),),
+        ((64, 20_000),) * 2 + ((64,),),
     ),
-    Operator("erase_boxes", lambda x: ops.erase_boxes(x, _boxes(x), 0.5), ((3, 2, 5, 6),), ((48, 3, 64, 64),)),
-    Operator("keep_boxes", lambda x: ops.keep_boxes(x, _boxes(x), 0.5), ((3, 2, 5, 6),), ((48, 3, 64, 64),)),
+    Operator("erase_boxes", lambda x: ops.erase_boxes(x, _boxes(x), 0.5), ((3, 2, 5, 6),), ((48, 3, 128, 128),)),
+    Operator("keep_boxes", lambda x: ops.keep_boxes(x, _boxes(x), 0.5), ((3, 2, 5, 6),), ((48, 3, 128, 128),)),
     Operator("kl_div", lambda s, t: ops.kl_div(s, t, 2.0), (_LOGITS,) * 2, (_MANY,) * 2),
     Operator(
         "kl_div weight",
         lambda s, t, w: ops.kl_div(s, t, 2.0, weight=w, reduction="none"),
         ((4, 7, 3), (4, 7, 3), (4,)),
-        ((64, 21, 300), (64, 21, 300), (64,)),
+        ((64, 21, 400), (64, 21, 400), (64,)),
         positive=(2,),
     ),
     Operator("dual_kl", lambda a, b, t: ops.dual_kl(a, b, t, 2.0), (_LOGITS,) * 3, (_MANY,) * 3),
@@ -107,7 +107,7 @@ OPERATORS = [
         "weighted_mean list",
         lambda a, b, w: ops.weighted_mean([a, b], w),
         ((33,), (33,), (2,)),
-        ((200_000,), (200_000,), (2,)),
+        ((400_000,), (400_000,), (2,)),
         positive=(2,),
     ),
     Operator(
@@ -165,7 +165,7 @@ OPERATORS = [
         "server_step",
         lambda g, v: ops.server_step(g, v, UPLOAD_WEIGHTS),
         ((33,), _VECTORS),
-        ((200_000,), _UPLOADS),
+        ((400_000,), _UPLOADS),
         compiled=False,
         gradient=False,
         vmap=False,
@@ -174,7 +174,7 @@ OPERATORS = [
         "server_step adam",
         lambda g, v, m, s: ops.server_step(g, v, UPLOAD_WEIGHTS, "adam", first=m, second=s),
         ((33,), _VECTORS, (33,), (33,)),
-        ((200_000,), _UPLOADS, (200_000,), (200_000,)),
+        ((400_000,), _UPLOADS, (400_000,), (400_000,)),
         compiled=False,
         gradient=False,
         vmap=False,
@@ -186,14 +186,12 @@ OPERATORS = [
         lambda x, y, a, b: ops.fuse_concat([x, y], a, b, "relu"),
         (_MAP, _MAP, (6,), (6,)),
         (_MAPS, _MAPS, (16,), (16,)),
-        compiled=False,
     ),
     Operator(
         "fuse_mean",
         lambda x, y, a, b: ops.fuse_mean([x, y], a, b, "relu"),
         (_MAP, _MAP, (6,), (6,)),
         (_MAPS, _MAPS, (16,), (16,)),
-        compiled=False,
     ),
 ]
 
