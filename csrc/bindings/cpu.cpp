@@ -9,6 +9,10 @@ namespace fedkern {
 void bind_blend(py::module_&);
 void bind_distill(py::module_&);
 void bind_aggregate(py::module_&);
+void bind_aggregate_order(py::module_&);
+void bind_aggregate_distance(py::module_&);
+void bind_aggregate_server(py::module_&);
+void bind_aggregate_privacy(py::module_&);
 void bind_fuse(py::module_&);
 
 namespace {
@@ -45,6 +49,10 @@ PYBIND11_MODULE(_cpu, module) {
   bind_blend(module);
   bind_distill(module);
   bind_aggregate(module);
+  bind_aggregate_order(module);
+  bind_aggregate_distance(module);
+  bind_aggregate_server(module);
+  bind_aggregate_privacy(module);
   bind_fuse(module);
 }
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from fedkern.ops import backend
 from fedkern.ops._memory import fresh
 from fedkern.ops.aggregate_checks import Vectors, deliver, direct_target
-from fedkern.ops.aggregate_kernels import Weights
+from fedkern.ops.aggregate_kernels import ServerRule, Weights
 from fedkern.ops.aggregate_plain import PlainAggregate
 
 
@@ -92,6 +92,106 @@ class CpuAggregate(PlainAggregate):
         )
         return target
 
+    def server_step(
+        self,
+        global_: Tensor,
+        vectors: Vectors,
+        weights: Weights,
+        rule: ServerRule,
+        first: Tensor | None,
+        second: Tensor | None,
+        out: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        values, total = numbers(weights)
+        pointers, kept = unit_addresses(vectors)
+        old = global_.contiguous()
+        dtype, size = old.dtype, len(old)
+        target = self._target(dtype if out is None else out, size)
+        norms, cosines = (torch.empty(len(values), dtype=torch.float64) for _ in range(2))
+        self.core.server_step(
+            backend.DTYPES[dtype],
+            backend.DTYPES[torch.float32 if first is None else first.dtype],
+            backend.DTYPES[target.dtype],
+            size,
+            old.data_ptr(),
+            pointers,
+            values,
+            total,
+            *rule,
+            0 if first is None else first.data_ptr(),
+            0 if second is None else second.data_ptr(),
+            target.data_ptr(),
+            norms.data_ptr(),
+            cosines.data_ptr(),
+            torch.get_num_threads(),
+        )
+        del kept
+        return target, norms, cosines
+
+    def sorted_mean(self, vectors: Vectors, low: int, high: int, weights: Weights | None) -> Tensor:
+        return self._sorted_mean(vectors, low, high, [] if weights is None else numbers(weights)[0], 0.0)
+
+    def weighted_median(self, vectors: Vectors, weights: Weights) -> Tensor:
+        values, total = numbers(weights)
+        return self._sorted_mean(vectors, 0, len(values), values, total / 2)
+
+    def _sorted_mean(self, vectors: Vectors, low: int, high: int, weights: list[float], half: float) -> Tensor:
+        pointers, kept = unit_addresses(vectors)
+        dtype, size = vectors[0].dtype, vectors[0].shape[0]
+        target = self._target(dtype, size)
+        self.core.sorted_mean(
+            backend.DTYPES[dtype], size, pointers, low, high, weights, half, target.data_ptr(), torch.get_num_threads()
+        )
+        del kept
+        return target
+
+    def squared_distances(self, vectors: Vectors) -> Tensor:
+        pointers, kept = unit_addresses(vectors)
+        result = torch.zeros(len(pointers), len(pointers), dtype=torch.float64)
+        self.core.squared_distances(
+            backend.DTYPES[vectors[0].dtype], vectors[0].shape[0], pointers, result.data_ptr(), torch.get_num_threads()
+        )
+        del kept
+        return result
+
+    def squared_distances_to(self, vectors: Vectors, point: Tensor) -> Tensor:
+        return self._squared_distances_to(vectors, point.data_ptr())
+
+    def squared_norms(self, vectors: Vectors) -> Tensor:
+        return self._squared_distances_to(vectors, 0)
+
+    def _squared_distances_to(self, vectors: Vectors, point: int) -> Tensor:
+        pointers, kept = unit_addresses(vectors)
+        result = torch.zeros(len(pointers), dtype=torch.float64)
+        self.core.squared_distances_to(
+            backend.DTYPES[vectors[0].dtype],
+            vectors[0].shape[0],
+            pointers,
+            point,
+            result.data_ptr(),
+            torch.get_num_threads(),
+        )
+        del kept
+        return result
+
+    def scale_and_noise(self, vectors: Vectors, factors: Tensor, deviation: float, seed: int, offset: int) -> Tensor:
+        pointers, kept = unit_addresses(vectors)
+        dtype, size = vectors[0].dtype, vectors[0].shape[0]
+        result = fresh(self.core, torch.empty(len(pointers), size, dtype=dtype))
+        self.core.scale_and_noise(
+            backend.DTYPES[dtype],
+            size,
+            pointers,
+            factors.data_ptr(),
+            deviation,
+            seed,
+            offset,
+            result.data_ptr(),
+            torch.get_num_threads(),
+        )
+        del kept
+        return result
+
     def _target(self, out: Tensor | torch.dtype, size: int) -> Tensor:
         return out if isinstance(out, Tensor) else fresh(self.core, torch.empty(size, dtype=out))
 
@@ -113,3 +213,13 @@ def addresses(vectors: Vectors) -> tuple[list[int], list[int]]:
     first = vectors.data_ptr()
     count = vectors.shape[0]
     return [first + m * step for m in range(count)], [vectors.stride(1)] * count
+
+
+def unit_addresses(vectors: Vectors) -> tuple[list[int], Vectors]:
+    """Where each vector begins, copied first where its stride is not one; and what must be kept alive meanwhile."""
+    size = vectors[0].shape[0]
+    if isinstance(vectors, Tensor):
+        kept = vectors if size <= 1 or vectors.stride(1) == 1 else vectors.contiguous()
+        return addresses(kept)[0], kept
+    rows = [row if size <= 1 or row.stride(0) == 1 else row.contiguous() for row in vectors]
+    return [row.data_ptr() for row in rows], rows

@@ -1,0 +1,186 @@
+#include "fedkern/aggregate_server.h"
+
+#include "aggregate_scratch.h"
+#include "aggregate_store.h"
+#include "fedkern/parallel.h"
+#include "fedkern/tiles.h"
+
+namespace fedkern::FEDKERN_ISA {
+namespace {
+
+using V = Vec<double>;
+
+// Vectors of mean deltas held in registers at once.
+#if defined(FEDKERN_ISA_avx512)
+constexpr int kMeans = 16;
+#else
+constexpr int kMeans = 8;
+#endif
+constexpr std::int64_t kStep = kMeans * V::lanes;
+
+// Per client: the running sums of squared deltas and of their products with the mean, one register each.
+struct Sums {
+  double *squares, *products;  // [count, lanes]
+  V square;                    // of the mean
+};
+
+// mean[0 ... kStep) of the clients' deltas, and their sums.
+template <typename T>
+FEDKERN_INLINE void mean_delta(const ServerStep& a, const Divisor& divisor, std::int64_t at, const double* global, double* mean, Sums& sums) {
+  V held[kMeans];
+  for (V& value : held) value = V::set(0);
+  for (std::int64_t m = 0; m < a.count; ++m) {
+    const T* x = static_cast<const T*>(a.vectors[m]) + at;
+    const V weight = V::set(a.weights[m]);
+    V squares[2] = {V::load(sums.squares + m * V::lanes), V::set(0)};
+    if (a.weights[m] != 0) {
+      for (int u = 0; u < kMeans; ++u) {
+        const V delta = V::load(x + u * V::lanes) - V::load(global + u * V::lanes);
+        held[u] = fma(weight, delta, held[u]);
+        squares[u % 2] = fma(delta, delta, squares[u % 2]);
+      }
+    } else {
+      for (int u = 0; u < kMeans; ++u) {
+        const V delta = V::load(x + u * V::lanes) - V::load(global + u * V::lanes);
+        squares[u % 2] = fma(delta, delta, squares[u % 2]);
+      }
+    }
+    (squares[0] + squares[1]).store(sums.squares + m * V::lanes);
+  }
+  for (int u = 0; u < kMeans; ++u) {
+    held[u] = divisor.apply(held[u]);
+    sums.square = fma(held[u], held[u], sums.square);
+    held[u].store(mean + u * V::lanes);
+  }
+  for (std::int64_t m = 0; m < a.count; ++m) {
+    const T* x = static_cast<const T*>(a.vectors[m]) + at;
+    V products[2] = {V::load(sums.products + m * V::lanes), V::set(0)};
+    for (int u = 0; u < kMeans; ++u)
+      products[u % 2] = fma(V::load(x + u * V::lanes) - V::load(global + u * V::lanes), held[u], products[u % 2]);
+    (products[0] + products[1]).store(sums.products + m * V::lanes);
+  }
+}
+
+// The same for n < kStep elements, one by one; the sums go into the first lanes.
+template <typename T>
+void mean_delta_tail(const ServerStep& a, const Divisor& divisor, std::int64_t at, std::int64_t n, const double* global, double* mean, Sums& sums) {
+  double square = 0;
+  for (std::int64_t j = 0; j < n; ++j) {
+    double sum = 0;
+    for (std::int64_t m = 0; m < a.count; ++m) {
+      const double delta = static_cast<double>(widen(static_cast<const T*>(a.vectors[m])[at + j])) - global[j];
+      if (a.weights[m] != 0) sum += a.weights[m] * delta;
+      sums.squares[m * V::lanes] += delta * delta;
+    }
+    mean[j] = divisor.apply(sum);
+    square += mean[j] * mean[j];
+    for (std::int64_t m = 0; m < a.count; ++m)
+      sums.products[m * V::lanes] += (static_cast<double>(widen(static_cast<const T*>(a.vectors[m])[at + j])) - global[j]) * mean[j];
+  }
+  double lanes[V::lanes] = {square};
+  sums.square = sums.square + V::load(lanes);
+}
+
+// model = global + update, and the states: FedOpt (arXiv 2003.00295), algorithm 2.
+template <ServerRule rule, typename S>
+void update(const ServerStep& a, const double* global, const double* mean, S* first, S* second, double* model) {
+  const V rate = V::set(a.learning_rate), beta1 = V::set(a.beta1), rest1 = V::set(1 - a.beta1);
+  const V beta2 = V::set(a.beta2), rest2 = V::set(1 - a.beta2), tau = V::set(a.tau);
+  for (std::int64_t j = 0; j < kStep; j += V::lanes) {
+    const V delta = V::load(mean + j), old = V::load(global + j);
+    if constexpr (rule == ServerRule::mean) {
+      (old + rate * delta).store(model + j);
+    } else if constexpr (rule == ServerRule::momentum) {
+      const V one = beta1 * V::load(first + j) + delta;
+      one.store(first + j);
+      (old + rate * one).store(model + j);
+    } else {
+      const V one = beta1 * V::load(first + j) + rest1 * delta, square = delta * delta;
+      V two = V::load(second + j);
+      if constexpr (rule == ServerRule::adam) {
+        two = beta2 * two + rest2 * square;
+      } else if constexpr (rule == ServerRule::yogi) {
+        const V change = rest2 * square;
+        two = select(two > square, two - change, select(two < square, two + change, two + (square - square)));
+      } else {
+        two = two + square;
+      }
+      one.store(first + j);
+      two.store(second + j);
+      (old + rate * one / (sqrt(two) + tau)).store(model + j);
+    }
+  }
+}
+
+template <typename S>
+using Update = void (*)(const ServerStep&, const double*, const double*, S*, S*, double*);
+
+template <typename S>
+Update<S> update_of(ServerRule rule) {
+  switch (rule) {
+    case ServerRule::momentum: return update<ServerRule::momentum, S>;
+    case ServerRule::adam: return update<ServerRule::adam, S>;
+    case ServerRule::yogi: return update<ServerRule::yogi, S>;
+    case ServerRule::adagrad: return update<ServerRule::adagrad, S>;
+    default: return update<ServerRule::mean, S>;
+  }
+}
+
+// The states of n < kStep elements go through a tile of their own.
+template <typename S>
+void update_tail(const ServerStep& a, Update<S> body, std::int64_t n, const double* global, const double* mean, S* first, S* second, double* model) {
+  S one[kStep] = {}, two[kStep] = {};
+  std::copy_n(first, first ? n : 0, one);
+  std::copy_n(second, second ? n : 0, two);
+  body(a, global, mean, one, two, model);
+  std::copy_n(one, first ? n : 0, first);
+  std::copy_n(two, second ? n : 0, second);
+}
+
+template <typename T, typename S>
+void server_step(const ServerStep& a) {
+  const Divisor divisor(a.total, true), none(1.0, false);
+  const Update<S> body = update_of<S>(a.rule);
+  auto chunks = [&](std::int64_t begin, std::int64_t end) {
+    const Scratch<double> memory(2 * a.count * V::lanes);
+    std::fill_n(memory.get(), 2 * a.count * V::lanes, 0.0);
+    Sums sums{memory.get(), memory.get() + a.count * V::lanes, V::set(0)};
+    alignas(64) double global[kStep] = {}, mean[kStep] = {}, model[kStep];
+    for (std::int64_t at = begin; at < end; at += kStep) {
+      const std::int64_t n = std::min(kStep, end - at);
+      widen_tile(static_cast<const T*>(a.global) + at, n, global);
+      S *first = a.first ? static_cast<S*>(a.first) + at : nullptr, *second = a.second ? static_cast<S*>(a.second) + at : nullptr;
+      if (n == kStep) {
+        mean_delta<T>(a, divisor, at, global, mean, sums);
+        body(a, global, mean, first, second, model);
+      } else {
+        mean_delta_tail<T>(a, divisor, at, n, global, mean, sums);
+        update_tail<S>(a, body, n, global, mean, first, second, model);
+      }
+      with_type(a.out_dtype, [&](auto out) { write_mean(model, n, none, static_cast<decltype(out)*>(a.out) + at, false); });
+    }
+    double* partial = a.partial + begin / a.chunk * (2 * a.count + 1);
+    for (std::int64_t m = 0; m < a.count; ++m) {
+      partial[m] = reduce_add(V::load(sums.squares + m * V::lanes));
+      partial[a.count + m] = reduce_add(V::load(sums.products + m * V::lanes));
+    }
+    partial[2 * a.count] = reduce_add(sums.square);
+  };
+  const double bytes = static_cast<double>(a.size) * (static_cast<double>(a.count + 2) * sizeof(T) + 4 * sizeof(S));
+  parallel_for(a.size, a.chunk, a.threads, 2 * seconds(bytes), chunks);
+}
+
+void server_step_any(const ServerStep& a) {
+  with_type(a.dtype, [&](auto in) {
+    if (a.state_dtype == DType::f64)
+      server_step<decltype(in), double>(a);
+    else
+      server_step<decltype(in), float>(a);
+  });
+}
+
+}  // namespace
+
+const AggregateServerTable aggregate_server_table = {server_step_any};
+
+}  // namespace fedkern::FEDKERN_ISA
