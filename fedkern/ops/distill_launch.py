@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._memory import HUGE, fresh
-from fedkern.ops.backend import DTYPES, Kernel, cpu_core, register
+from fedkern.ops.backend import DTYPES, Kernel, cpu_core, register, register_triton
 from fedkern.ops.distill_common import BATCHMEAN, NONE, mean_scale, row_shape
 from fedkern.ops.distill_kernels import ALL_DTYPES, Divergence
 from fedkern.ops.distill_reference import compute_dtype, result_dtype
@@ -186,3 +186,4 @@ class CpuDistill:
 
 for _name in ("kl_div", "dual_kl", "entropy"):
     register(_name, "cpu", Kernel(load=lambda: CpuDistill(cpu_core()), dtypes=ALL_DTYPES, devices=frozenset({"cpu"})))
+    register_triton(_name, "distill", "TritonDistill", ALL_DTYPES)

@@ -72,9 +72,10 @@ def thinned(cases: Sequence[Any]) -> list[Any]:
     return few(cases, lambda case: case if isinstance(case, dict) else {"": case}, 2 * FEW)
 
 
-def backends(number: int) -> list[str]:
-    """Who takes the case of this number, in a test that hands each case to all: Triton's interpreter one in ten."""
-    return [name for name in BACKENDS if name != "triton" or number % 10 == 0]
+def backends(number: int, elements: int) -> list[str]:
+    """Who takes a case of this number and size where each goes to all: Triton's interpreter takes a few of them."""
+    few_ = number % 5 == 0 and elements <= LARGEST
+    return [name for name in BACKENDS if name != "triton" or few_]
 
 
 @contextlib.contextmanager

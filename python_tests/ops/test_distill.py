@@ -8,7 +8,19 @@ from typing import Any
 import operator_cases
 import pytest
 import torch
-from operator_cases import BACKENDS, CLASSES, DTYPES, KERNELS, OFFSETS, ROWS, assert_close, describe, pairwise, using
+from operator_cases import (
+    BACKENDS,
+    CLASSES,
+    DTYPES,
+    KERNELS,
+    OFFSETS,
+    ROWS,
+    assert_close,
+    backends,
+    describe,
+    pairwise,
+    using,
+)
 from torch import Tensor
 
 from fedkern import ops
@@ -142,6 +154,18 @@ CASES = pairwise(AXES, seed=2)
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: f"{n}-{describe(CASES[n])}")
 def test_against_float64(number: int) -> None:
+    compare(number, backends(number, CASES[number]["rows"] * CASES[number]["classes"]))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's interpreter is not there")
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: f"{n}-{describe(CASES[n])}")
+def test_every_case_in_tritons_interpreter(number: int) -> None:
+    compare(number, ["triton"])
+
+
+def compare(number: int, names: list[str]) -> None:
+    """A case on these backends against the reference in float64."""
     case = CASES[number]
     logits, weight = make_inputs(case, seed=number)
     exact = [x.double() for x in logits]
@@ -150,7 +174,7 @@ def test_against_float64(number: int) -> None:
     # What a sum over rows may be off by grows with the rows, a gradient's error with what it is multiplied by.
     factor = {"none": 5 * FACTOR, "sum": FACTOR, "batchmean": FACTOR / count}[case["reduction"]]
     scale = spread(exact) * (case["temperature"] if case["temperature"] < math.inf else 1.0)
-    for name in BACKENDS:
+    for name in names:
         with using(name):
             loss, got = differentiate(case, call, logits, weight)
         assert loss.dtype == case["dtype"]

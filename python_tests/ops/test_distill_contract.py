@@ -221,9 +221,9 @@ def test_infinite_temperature_is_the_limit() -> None:
 def test_input_views_that_pointers_would_misread(backend: str) -> None:
     student, teacher = logits(2, 12, 10)
     expected = ops.kl_div(student, teacher)
-    if not backend.startswith("cpu"):
+    if backend == "reference":
         assert torch.equal(ops.kl_div(torch._neg_view(-student), teacher), expected)
-    with pytest.raises(RuntimeError, match="negated view") if backend.startswith("cpu") else using("reference"):
+    with pytest.raises(RuntimeError, match="negated view") if backend != "reference" else using("reference"):
         ops.kl_div(torch._neg_view(-student), teacher)
     with torch.random.fork_rng():
         torch.testing.assert_close(

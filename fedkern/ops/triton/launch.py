@@ -12,14 +12,17 @@ from fedkern.ops.triton import INTERPRETED
 
 
 def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **meta: Any) -> None:
-    """Runs ``programs`` programs of ``kernel`` on ``device``, on torch's current stream there."""
+    """Runs ``programs`` programs of ``kernel`` on ``device``, on torch's current stream there.
+
+    As in csrc/, products and sums are not contracted unless a kernel says fma.
+    """
     if not programs:
         return
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):  # Triton launches on the current device, wherever the tensors are
-            kernel[(programs,)](*arguments, **meta)
+            kernel.run(*arguments, grid=(programs,), warmup=False, enable_fp_fusion=False, **meta)
     else:
-        kernel[(programs,)](*arguments, **meta)
+        kernel.run(*arguments, grid=(programs,), warmup=False, enable_fp_fusion=False, **meta)
 
 
 @functools.cache

@@ -1,0 +1,237 @@
+"""What the row losses share: rows of logits in memory, softmax pieces, and the sum over rows.
+
+A *row* is one sample at one position; its classes lie ``class_stride`` apart, which is the number of positions in a
+contiguous segmentation map.  Rows come as ``outer`` times ``inner``: batches times positions, or all in one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fedkern.ops.triton.launch import cdiv, launch, power_of_two, processors
+
+COMPUTE = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), tl.float32) | {torch.float64: tl.float64}
+
+# Elements of one tensor's tile. With four warps a thread holds 16 of each, and no kernel here spills (sm_90).
+TILE = 2048
+# The longest row that is held whole: what is longer is read in pieces, twice, the second time mostly from the L2.
+WHOLE = 4096
+# Rows that stand side by side where classes do not: 128 bytes of fp32 at least.
+BESIDE = 32
+
+
+@triton.jit
+def load_tile(x, offset, class_stride, column, mask, classes, COMPUTE: tl.constexpr):
+    """Logits ``[ROWS, COLUMNS]`` in the computing dtype; -inf past the last class."""
+    # A 16-bit load with another default than 0 fails in the interpreter.
+    value = tl.load(x + offset[:, None] + (column * class_stride)[None, :], mask=mask, other=0).to(COMPUTE)
+    return tl.where((column < classes)[None, :], value, float("-inf"))
+
+
+@triton.jit
+def softmax_of(x, scale):
+    """The maximum of each row and the logarithm of its sum of exponentials."""
+    top = tl.max(x, axis=1)
+    return top, tl.log(tl.sum(tl.exp((x - top[:, None]) * scale), axis=1))
+
+
+@triton.jit
+def join(top, total, more_top, more_total, scale):
+    """The maximum and the sum of exponentials of two parts together; a part of -inf only adds nothing."""
+    new = tl.maximum(top, more_top)
+    base = tl.where(new == float("-inf"), 0.0, new)
+    return new, total * tl.exp((top - base) * scale) + more_total * tl.exp((more_top - base) * scale)
+
+
+@triton.jit
+def scan(
+    x, offset, class_stride, valid, first, last, classes, scale,
+    COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """:func:`softmax_of` the classes from ``first`` to ``last``, piece by piece, and the sum not yet in logarithm."""
+    top = tl.full([ROWS], float("-inf"), COMPUTE)
+    total = tl.zeros([ROWS], COMPUTE)
+    for begin in range(first, last, COLUMNS):
+        column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
+        mask = valid[:, None] & (column < classes)[None, :]
+        tile = load_tile(x, offset, class_stride, column, mask, classes, COMPUTE)
+        new = tl.max(tile, axis=1)
+        base = tl.where(new == float("-inf"), 0.0, new)
+        top, total = join(top, total, new, tl.sum(tl.exp((tile - base[:, None]) * scale), axis=1), scale)
+    return top, total
+
+
+@triton.jit(do_not_specialize=["temperature"])
+def statistics_kernel(
+    x, tops, totals, temperature, inner, classes, tiles, splits, span, outer_stride, row_stride, class_stride,
+    COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """:func:`scan` of one part of each row, for rows that several programs share."""
+    program = tl.program_id(0)
+    split = program % splits
+    group = (program // splits).to(tl.int64)
+    inside = group % tiles * ROWS + tl.arange(0, ROWS)
+    valid = inside < inner
+    offset = group // tiles * outer_stride + inside * row_stride
+    scale = 1.0 / temperature.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
+    first = split * span
+    top, total = scan(
+        x, offset, class_stride, valid, first, tl.minimum(first + span, classes), classes, scale,
+        COMPUTE, ROWS, COLUMNS,
+    )  # fmt: skip
+    place = (group // tiles * inner + inside) * splits + split
+    tl.store(tops + place, top, mask=valid)
+    tl.store(totals + place, total, mask=valid)
+
+
+@triton.jit
+def gather(tops, totals, row, valid, splits, scale, SPLITS: tl.constexpr):
+    """:func:`softmax_of` whole rows from what :func:`statistics_kernel` left of their parts."""
+    part = tl.arange(0, SPLITS)
+    mask = valid[:, None] & (part < splits)[None, :]
+    place = (row * splits)[:, None] + part[None, :]
+    top = tl.load(tops + place, mask=mask, other=0)
+    total = tl.load(totals + place, mask=mask, other=0)
+    top = tl.where((part < splits)[None, :], top, float("-inf"))
+    whole = tl.max(top, axis=1)
+    base = tl.where(whole == float("-inf"), 0.0, whole)
+    return whole, tl.log(tl.sum(total * tl.exp((top - base[:, None]) * scale), axis=1))
+
+
+@triton.jit
+def expm1_less(u, TERMS: tl.constexpr):
+    """``e**u - 1 - u`` for ``|u| < 1/2`` by its series, without the cancellation."""
+    sum_ = tl.zeros_like(u) + 1.0
+    for k in tl.static_range(TERMS, 2, -1):
+        sum_ = sum_ * (u * (1.0 / k)) + 1.0
+    return u * u * 0.5 * sum_
+
+
+@triton.jit
+def narrow(value, out):
+    """fp64 as ``out``'s type, by way of fp32: the interpreter cannot go from fp64 to bf16 at once."""
+    return value if out.dtype.element_ty == tl.float64 else value.to(tl.float32).to(out.dtype.element_ty)
+
+
+@triton.jit(do_not_specialize=["size", "count"])
+def sum_kernel(parts, out, size, count, BLOCK: tl.constexpr):
+    """``out = sum(parts) / count``, the same bits every time."""
+    total = tl.zeros([BLOCK], tl.float64)
+    for begin in range(0, size, BLOCK):
+        place = begin + tl.arange(0, BLOCK)
+        total += tl.load(parts + place, mask=place < size, other=0)
+    tl.store(out, narrow(tl.sum(total, axis=0) / count, out))
+
+
+def finish(parts: Tensor, out: Tensor, count: int) -> None:
+    """Writes the sum of the fp64 ``parts`` over ``count`` into the scalar ``out``."""
+    size = parts.numel()
+    launch(sum_kernel, 1, out.device, parts, out, size, count, BLOCK=min(power_of_two(size), 4096))
+
+
+class Steps(NamedTuple):
+    """Strides from batch to batch, row to row and class to class."""
+
+    outer: int
+    row: int
+    column: int
+
+
+class Rows(NamedTuple):
+    """How the programs of a launch share the rows: ``outer * tiles * splits`` of them."""
+
+    outer: int
+    inner: int
+    classes: int
+    tiles: int
+    row_tile: int
+    column_tile: int
+    splits: int
+    span: int
+
+    @property
+    def whole(self) -> bool:
+        return self.column_tile >= self.classes
+
+    @property
+    def groups(self) -> int:
+        return self.outer * self.tiles
+
+    @property
+    def warps(self) -> int:
+        return 8 if self.row_tile * self.column_tile > TILE else 4
+
+
+def steps_of(x: Tensor, axis: int = 1) -> Steps | None:
+    """Strides of ``[B, C, *positions]`` (``axis`` 1; ``[K, B, C, *positions]``: 2); None if positions have several."""
+    shape, strides = x.shape, x.stride()
+    row, size = 0, 1
+    for place in range(len(shape) - 1, axis, -1):
+        if shape[place] == 1:
+            continue
+        if size == 1:
+            row = strides[place]
+        elif strides[place] != row * size:
+            return None
+        size *= shape[place]
+    return Steps(strides[axis - 1], row, strides[axis])
+
+
+def row_steps_of(x: Tensor | None) -> Steps | None:
+    """Strides of ``[B, *positions]``."""
+    return Steps(0, 0, 0) if x is None else steps_of(x.unsqueeze(1))
+
+
+def readable(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """``x``, copied where one stride does not lead through its positions or a gradient ``like`` it has other ones."""
+    if like is not None and x.stride() != like.stride():
+        return torch.empty_like(like, dtype=x.dtype).copy_(x)
+    return x if x.dim() == 2 or steps_of(x) is not None else x.contiguous()
+
+
+def share(
+    logits: Tensor, steps: Sequence[Steps], tensors: int, compute: torch.dtype, axis: int = 1
+) -> tuple[Rows, list[Steps]]:
+    """Cuts rows into tiles, and puts batches and positions in one where every tensor's strides allow.
+
+    Args:
+        logits: gives the shape.
+        steps: of every tensor that takes part.
+        tensors: how many tiles of logits a program holds at once; more than two are given smaller ones.
+        compute: the dtype that is computed in.
+        axis: of the classes.
+    """
+    shape = logits.shape
+    outer, classes, inner = shape[axis - 1], shape[axis], shape[axis + 1 :].numel()
+    if inner == 1:
+        outer, inner = 1, outer
+        steps = [Steps(0, s.outer, s.column) for s in steps]
+    elif all(s.outer == inner * s.row for s in steps):
+        outer, inner = 1, outer * inner
+        steps = [Steps(0, s.row, s.column) for s in steps]
+    elements = TILE if tensors <= 2 else TILE // 2
+    if compute is torch.float64:
+        elements //= 2
+    longest = WHOLE * elements // TILE
+    columns, beside = power_of_two(classes), steps[0].column != 1 and inner > 1
+    if beside:
+        longest = elements // min(BESIDE, power_of_two(inner))
+    columns = min(columns, longest)
+    rows = max(1, elements // columns)
+    units = processors(logits.device)
+    if outer * inner * columns > elements:  # more than one program: then one for every processor, if rows suffice
+        rows = min(rows, max(power_of_two(cdiv(outer * inner, units)), BESIDE if beside else 1))
+    rows = min(rows, power_of_two(inner))
+    tiles = cdiv(inner, rows)
+    splits, span = 1, classes
+    if columns < classes and outer * tiles < units:
+        pieces = cdiv(classes, columns)
+        span = cdiv(pieces, min(cdiv(2 * units, outer * tiles), pieces, 64)) * columns
+        splits = cdiv(classes, span)
+    return Rows(outer, inner, classes, tiles, rows, columns, splits, span), list(steps)

@@ -1,0 +1,157 @@
+"""Launches that stand for every kernel, element type and size class, as the launchers make them on a GPU."""
+
+# Each case is called before the generator goes on, so what a function finds in a loop's variable is its own.
+# ruff: noqa: B023
+from __future__ import annotations
+
+import contextlib
+import importlib
+import math
+import pkgutil
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+
+import fedkern.ops.triton
+from fedkern.ops.distill_common import BATCHMEAN, NONE
+from fedkern.ops.distill_kernels import Divergence
+from fedkern.ops.triton.blend import TritonBlend
+from fedkern.ops.triton.boxes import TritonBoxes
+from fedkern.ops.triton.distill import TritonDistill
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+Case = tuple[str, Callable[[], Any]]
+
+
+def modules() -> list[ModuleType]:
+    """The files of fedkern/ops/triton that hold kernels."""
+    found = [
+        importlib.import_module(f"fedkern.ops.triton.{entry.name}")
+        for entry in pkgutil.iter_modules(fedkern.ops.triton.__path__)
+    ]
+    return [module for module in found if any(name.endswith("_kernel") for name in vars(module))]
+
+
+@contextlib.contextmanager
+def recorded(launch: Callable[..., None], processors: int) -> Iterator[None]:
+    """Hands every launch to ``launch``, which sees a device of so many ``processors``."""
+    before = []
+    replaced = {"launch": launch, "processors": lambda device: processors}
+    try:
+        for module in modules():
+            for name, value in replaced.items():
+                if hasattr(module, name):
+                    before.append((module, name, getattr(module, name)))
+                    setattr(module, name, value)
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
+
+
+def cases(full: bool) -> Iterator[Case]:
+    """A name (its first word the file) and what to call; ``full``: each dtype in each size class, and odd sizes."""
+    yield from blend_cases(full)
+    yield from boxes_cases(full)
+    yield from distill_cases(full)
+
+
+def pick(full: bool, number: int) -> tuple[torch.dtype, ...]:
+    """The dtypes of a size class: all, or one, another each time."""
+    return DTYPES if full else (DTYPES[number % 4],)
+
+
+def blend_cases(full: bool) -> Iterator[Case]:
+    kernel = TritonBlend()
+    shapes = [(64, 256, 14, 14), (64, 512)]
+    if full:
+        shapes += [(401, 7), (5, 1271), (1, 3, 1 << 20)]
+    for number, shape in enumerate(shapes):
+        for dtype in pick(full, number):
+            x, y = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+            index, alpha = torch.zeros(shape[0], dtype=torch.int64), torch.zeros(shape[0], dtype=dtype)
+            label = f"blend {dtype} {list(shape)}"
+            for i in (None, index):
+                for a in (None, alpha):
+                    if full or (i is None) == (a is None):
+                        needs = (True, True, a is not None)
+                        yield f"{label} forward", lambda x=x, y=y, i=i, a=a: kernel.forward(x, y, a, 0.3, i)
+                        yield (
+                            f"{label} backward",
+                            lambda x=x, y=y, i=i, a=a, needs=needs: kernel.backward(x, x, y, a, 0.3, i, len(y), needs),
+                        )
+            few = y[: max(len(y) // 8, 1)]
+            yield (
+                f"{label} backward, rows used by many",
+                lambda x=x, few=few, i=index: kernel.backward(
+                    x, None, None, None, 0.3, i, len(few), (True, True, False)
+                ),
+            )
+
+
+def boxes_cases(full: bool) -> Iterator[Case]:
+    kernel = TritonBoxes()
+    for number, (shape, layout) in enumerate(
+        [
+            ((32, 3, 224, 224), torch.contiguous_format),
+            ((32, 3, 224, 224), torch.channels_last),
+            ((8, 64, 16, 17), torch.contiguous_format),
+        ]
+    ):
+        kinds = (torch.uint8, torch.bfloat16, torch.float32, torch.float64)
+        for dtype in kinds if full else (kinds[number % 3], torch.float32):
+            images = torch.empty(shape, dtype=dtype).to(memory_format=layout)
+            for exact in (torch.float32, torch.float64)[: 2 if full else 1]:
+                boxes, fill = torch.zeros(shape[0], 5, 4, dtype=exact), torch.zeros(1, shape[1], dtype=dtype)
+                for keep in (False, True)[: 2 if full else 1]:
+                    yield (
+                        f"boxes {dtype} {list(shape)} {layout}",
+                        lambda a=images, b=boxes, f=fill, k=keep: kernel.fill(a, b, f, k, torch.empty_like(a)),
+                    )
+
+
+# Rows of each kind: in one tile and in several, whole and in pieces, in parts, and with the positions side by side.
+LOGITS = [(64, 10), (4096, 1000), (256, 32000), (8, 131072), (8, 4, 128, 128)]
+MORE_LOGITS = [(64, 1), (4096, 100), (401, 1271), (2, 8192, 16, 16), (2, 150, 64, 65)]
+
+
+def distill_cases(full: bool) -> Iterator[Case]:
+    kernel = TritonDistill()
+    for number, shape in enumerate([*LOGITS, *(MORE_LOGITS if full else [])]):
+        for dtype in pick(full, number):
+            x = torch.empty(shape, dtype=dtype)
+            layouts = [x]
+            if x.dim() == 4 and full:
+                layouts.append(x.to(memory_format=torch.channels_last))
+            for x in layouts:
+                label = f"distill {dtype} {list(shape)}"
+                rows = torch.empty(shape[:1] + shape[2:], dtype=dtype)
+                for temperature in (2.0, math.inf):
+                    mean = Divergence(temperature, False, BATCHMEAN)
+                    reverse = Divergence(temperature, True, BATCHMEAN)
+                    each = Divergence(temperature, False, NONE)
+                    one = torch.empty((), dtype=dtype)
+                    forward, backward = kernel.divergence_forward, kernel.divergence_backward
+                    calls = [
+                        ("kl", lambda: forward(x, None, x, None, mean)),
+                        ("kl to student", lambda: backward(one, x, None, x, None, mean, (True, False, False, False))),
+                        ("dual", lambda: forward(x, x, x, None, reverse)),
+                        ("dual to both", lambda: backward(one, x, x, x, None, reverse, (True, True, False, False))),
+                    ]
+                    if full:
+                        calls += [
+                            ("kl per row", lambda: forward(x, None, x, rows, each)),
+                            ("kl to all", lambda: backward(rows, x, None, x, rows, each, (True, False, True, True))),
+                            ("dual to all", lambda: backward(one, x, x, x, rows, mean, (True, True, True, True))),
+                        ]
+                    elif temperature == math.inf:
+                        calls = calls[2:]
+                    for name, call in calls:
+                        yield f"{label} {name}", call
+                yield f"{label} entropy", lambda: kernel.entropy_forward(x, BATCHMEAN)
+                yield (
+                    f"{label} entropy gradient",
+                    lambda: kernel.entropy_backward(torch.empty((), dtype=dtype), x, BATCHMEAN),
+                )
