@@ -9,57 +9,6 @@
 
 namespace fedkern::cuda {
 
-inline constexpr int kPack = 8;  // classes: 16 bytes of bf16 or f16, twice 16 of fp32
-
-// Types are known at run time only: one kernel serves every mixture of them. C = float never meets fp64.
-template <typename C>
-__device__ __forceinline__ C load_value(const void* data, DType dtype, std::int64_t at) {
-  switch (dtype) {
-    case DType::bf16: return widen<C>(static_cast<const __nv_bfloat16*>(data)[at]);
-    case DType::f16: return widen<C>(static_cast<const __half*>(data)[at]);
-    case DType::f64:
-      if constexpr (sizeof(C) == 8) return static_cast<const double*>(data)[at];
-      [[fallthrough]];
-    default: return widen<C>(static_cast<const float*>(data)[at]);
-  }
-}
-template <typename C>
-__device__ __forceinline__ void store_value(void* data, DType dtype, std::int64_t at, C value) {
-  switch (dtype) {
-    case DType::bf16: static_cast<__nv_bfloat16*>(data)[at] = narrow<__nv_bfloat16>(value); break;
-    case DType::f16: static_cast<__half*>(data)[at] = narrow<__half>(value); break;
-    case DType::f64:
-      if constexpr (sizeof(C) == 8) {
-        static_cast<double*>(data)[at] = value;
-        break;
-      }
-      [[fallthrough]];
-    default: static_cast<float*>(data)[at] = static_cast<float>(value);
-  }
-}
-
-template <typename C, typename T>
-__device__ __forceinline__ void load_eight(const void* data, std::int64_t at, C (&x)[kPack]) {
-  constexpr int N = kLanes<T>;
-#pragma unroll
-  for (int part = 0; part < kPack / N; ++part) {
-    const auto pack = load_pack<T, N>(data, at + part * N);
-#pragma unroll
-    for (int i = 0; i < N; ++i) x[part * N + i] = widen<C>(pack.lane[i]);
-  }
-}
-template <typename C, typename T>
-__device__ __forceinline__ void store_eight(void* data, std::int64_t at, const C (&x)[kPack]) {
-  constexpr int N = kLanes<T>;
-#pragma unroll
-  for (int part = 0; part < kPack / N; ++part) {
-    Pack<T, N> pack;
-#pragma unroll
-    for (int i = 0; i < N; ++i) pack.lane[i] = narrow<T>(x[part * N + i]);
-    store_pack<T, N>(data, at + part * N, pack);
-  }
-}
-
 // N classes from `c` on of the row that starts at `base`: N > 1 needs unit stride and 16-byte alignment.
 template <typename C, int N>
 __device__ __forceinline__ void load_classes(const Logits& from, std::int64_t base, std::int64_t c, C (&x)[N]) {

@@ -66,6 +66,57 @@ __device__ __forceinline__ void store_pack(void* data, std::int64_t at, const Pa
   *reinterpret_cast<Pack<T, N>*>(static_cast<T*>(data) + at) = pack;
 }
 
+// Types are known at run time only: one kernel serves every mixture of them. C = float never meets fp64.
+template <typename C>
+__device__ __forceinline__ C load_value(const void* data, DType dtype, std::int64_t at) {
+  switch (dtype) {
+    case DType::bf16: return widen<C>(static_cast<const __nv_bfloat16*>(data)[at]);
+    case DType::f16: return widen<C>(static_cast<const __half*>(data)[at]);
+    case DType::f64:
+      if constexpr (sizeof(C) == 8) return static_cast<const double*>(data)[at];
+      [[fallthrough]];
+    default: return widen<C>(static_cast<const float*>(data)[at]);
+  }
+}
+template <typename C>
+__device__ __forceinline__ void store_value(void* data, DType dtype, std::int64_t at, C value) {
+  switch (dtype) {
+    case DType::bf16: static_cast<__nv_bfloat16*>(data)[at] = narrow<__nv_bfloat16>(value); break;
+    case DType::f16: static_cast<__half*>(data)[at] = narrow<__half>(value); break;
+    case DType::f64:
+      if constexpr (sizeof(C) == 8) {
+        static_cast<double*>(data)[at] = value;
+        break;
+      }
+      [[fallthrough]];
+    default: static_cast<float*>(data)[at] = static_cast<float>(value);
+  }
+}
+
+// Eight elements: 16 bytes of bf16 or f16, twice 16 of fp32, from a multiple of 16 bytes on.
+inline constexpr int kPack = 8;
+template <typename C, typename T>
+__device__ __forceinline__ void load_eight(const void* data, std::int64_t at, C (&x)[kPack]) {
+  constexpr int N = kLanes<T>;
+#pragma unroll
+  for (int part = 0; part < kPack / N; ++part) {
+    const auto pack = load_pack<T, N>(data, at + part * N);
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[part * N + i] = widen<C>(pack.lane[i]);
+  }
+}
+template <typename C, typename T>
+__device__ __forceinline__ void store_eight(void* data, std::int64_t at, const C (&x)[kPack]) {
+  constexpr int N = kLanes<T>;
+#pragma unroll
+  for (int part = 0; part < kPack / N; ++part) {
+    Pack<T, N> pack;
+#pragma unroll
+    for (int i = 0; i < N; ++i) pack.lane[i] = narrow<T>(x[part * N + i]);
+    store_pack<T, N>(data, at + part * N, pack);
+  }
+}
+
 inline bool aligned16(const void* data) { return reinterpret_cast<std::uintptr_t>(data) % 16 == 0; }
 
 // Calls body with a value of the type.

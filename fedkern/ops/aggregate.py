@@ -22,6 +22,8 @@ from fedkern.ops.aggregate_checks import (
 from fedkern.ops.aggregate_cpu import CpuAggregate
 from fedkern.ops.aggregate_kernels import AggregateKernel
 from fedkern.ops.aggregate_plain import PLAIN
+from fedkern.ops.cuda import core as cuda
+from fedkern.ops.cuda.aggregate import CudaAggregate
 
 # 1. What it computes: aggregate_reference.
 
@@ -186,3 +188,4 @@ _weighted_mean = _library.register(
 backend.register(
     "aggregate", "cpu", backend.Kernel(lambda: CpuAggregate(backend.cpu_core()), frozenset(FLOATS), frozenset({"cpu"}))
 )
+cuda.register("aggregate", CudaAggregate, frozenset(FLOATS))

@@ -23,7 +23,7 @@ from fedkern.ops import backend
 ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = Path(__file__).resolve().parent / "cuda" / "emulator"
 SOURCES = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), *sorted((ROOT / "csrc" / "bindings").glob("cuda*.cpp"))]
-FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w"]
+FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w"]
 
 
 @functools.cache

@@ -230,6 +230,8 @@ inline double __longlong_as_double(long long bits) {
   std::memcpy(&x, &bits, 8);
   return x;
 }
+inline float cospif(float x) { return static_cast<float>(std::cos(3.14159265358979323846 * static_cast<double>(x))); }
+inline float sinpif(float x) { return static_cast<float>(std::sin(3.14159265358979323846 * static_cast<double>(x))); }
 inline float __double2float_rz(double x) {
   const float nearest = static_cast<float>(x);
   if (!(std::fabs(static_cast<double>(nearest)) > std::fabs(x))) return nearest;

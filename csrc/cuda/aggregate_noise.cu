@@ -1,0 +1,85 @@
+// aggregate on CUDA: clipping and noise. The numbers are those of fedkern/ops/aggregate_philox.py, where they are specified: a
+// thread takes one counter of Philox4x32-10, whose four numbers lie sixteen places apart.
+#include "aggregate_uploads.cuh"
+
+namespace fedkern::cuda {
+namespace {
+
+struct Words {
+  unsigned w[4];
+};
+
+__device__ __forceinline__ Words philox(std::uint64_t counter, std::uint64_t seed) {
+  Words c{{static_cast<unsigned>(counter), static_cast<unsigned>(counter >> 32), 0, 0}};
+  unsigned k0 = static_cast<unsigned>(seed), k1 = static_cast<unsigned>(seed >> 32);
+#pragma unroll
+  for (int round = 0; round < 10; ++round) {
+    const unsigned high0 = __umulhi(0xD2511F53u, c.w[0]), low0 = 0xD2511F53u * c.w[0];
+    const unsigned high1 = __umulhi(0xCD9E8D57u, c.w[2]), low1 = 0xCD9E8D57u * c.w[2];
+    c = {{high1 ^ c.w[1] ^ k0, low1, high0 ^ c.w[3] ^ k1, low0}};
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return c;
+}
+
+// Two normal numbers from two words.
+__device__ __forceinline__ void box_muller(unsigned one, unsigned two, float& x, float& y) {
+  const float uniform = (static_cast<float>(one) + 0.5f) * 0x1p-32f;
+  const float radius = sqrtf(-2.0f * logf(uniform));
+  const float turn = static_cast<float>(static_cast<int>(two)) * 0x1p-31f;
+  x = radius * cospif(turn);
+  y = radius * sinpif(turn);
+}
+
+// Vectors in blockIdx.y's order; a group is 64 places of the stream, 16 threads.
+template <bool Noise>
+__global__ void __launch_bounds__(kBlock) noise_kernel(const __grid_constant__ Table<> x, std::int64_t begin, const double* factors, double deviation,
+                                                       std::uint64_t seed, std::uint64_t offset, void* out, std::int64_t threads_each) {
+  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kBlock, all = threads_each * x.count;
+  for (std::int64_t work = static_cast<std::int64_t>(blockIdx.x) * kBlock + threadIdx.x; work < all; work += step) {
+    const int m = static_cast<int>(work / threads_each);
+    const std::int64_t thread = work % threads_each, row = begin + m;
+    const void* const from = x[m];
+    const double factor = factors[row];
+    // The place of the vector's first element, and how far into a group that is.
+    const std::uint64_t first = offset + static_cast<std::uint64_t>(row) * static_cast<std::uint64_t>(x.size);
+    const std::int64_t skipped = static_cast<std::int64_t>(first & 63);
+    float noise[4] = {};
+    if constexpr (Noise) {
+      const std::uint64_t group = (first >> 6) + static_cast<std::uint64_t>(thread >> 4);
+      const Words words = philox((group << 4 | static_cast<std::uint64_t>(thread & 15)) & ((std::uint64_t{1} << 62) - 1), seed);
+      box_muller(words.w[0], words.w[1], noise[0], noise[1]);
+      box_muller(words.w[2], words.w[3], noise[2], noise[3]);
+    }
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const std::int64_t at = (thread >> 4) * 64 + k * 16 + (thread & 15) - skipped;
+      if (at < 0 || at >= x.size) continue;
+      double value = load_value<double>(from, x.dtype, at * x.stride) * factor;
+      if constexpr (Noise) value += deviation * static_cast<double>(noise[k]);
+      store_value<double>(out, x.dtype, row * x.size + at, value);
+    }
+  }
+}
+
+}  // namespace
+
+void scale_and_noise(const Uploads& x, const double* factors, double deviation, std::uint64_t seed, std::uint64_t offset, void* out,
+                     const Place& place) {
+  if (!x.size) return;
+  const DeviceGuard guard(place.device);
+  const Queue queue{place.device, place.stream};
+  // One group more than the size says: a vector may begin and end within one.
+  const std::int64_t threads_each = ((x.size + 63) / 64 + 1) * 16;
+  for (std::int64_t begin = 0; begin < x.count; begin += kTable) {
+    const std::int64_t count = std::min<std::int64_t>(x.count - begin, kTable), blocks = grid(threads_each * count, kBlock, queue);
+    const auto part = table(x, begin, count);
+    if (deviation != 0)
+      launch("clip_and_noise", noise_kernel<true>, blocks, kBlock, queue, part, begin, factors, deviation, seed, offset, out, threads_each);
+    else
+      launch("clip", noise_kernel<false>, blocks, kBlock, queue, part, begin, factors, deviation, seed, offset, out, threads_each);
+  }
+}
+
+}  // namespace fedkern::cuda

@@ -1,0 +1,227 @@
+"""The aggregate family on CUDA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkern.ops.aggregate_checks import Vectors, deliver, direct_target
+from fedkern.ops.aggregate_kernels import ServerRule, Weights
+from fedkern.ops.aggregate_plain import PlainAggregate
+from fedkern.ops.backend import DTYPES
+from fedkern.ops.cuda.core import queue
+
+# (numbers, their sum, address on the device or 0), as the core takes weights.
+_Weights = tuple[list[float], float, int]
+
+
+class CudaAggregate(PlainAggregate):
+    """:class:`~fedkern.ops.aggregate_kernels.AggregateKernel` on ``fedkern._cuda``.
+
+    Inherited, that is left to plain PyTorch: ``server_step`` of more than 128 vectors, distances between more than 64,
+    medians and trimmed means of more than 64 vectors or of weighted fp64.  Listed vectors whose strides differ are
+    copied first.
+    """
+
+    def __init__(self, core: Any) -> None:
+        self.core = core
+
+    def weighted_mean(self, vectors: Vectors, weights: Weights, out: Tensor | None) -> Tensor:
+        if not isinstance(weights, Tensor) and not all(weights):
+            kept = [m for m, value in enumerate(weights) if value]
+            vectors, weights = [vectors[m] for m in kept], [weights[m] for m in kept]
+        uploads, held = _uploads(vectors)
+        first = vectors[0]
+        dtype, size, count = first.dtype, first.shape[0], len(vectors)
+        pointers, strides = _spans(uploads, dtype.itemsize)
+        target = direct_target(out, size, dtype, pointers, strides, dtype.itemsize)
+        if target is None:
+            target = torch.empty(size, dtype=dtype, device=first.device)
+        sums = None
+        if count > self.core.aggregate_table:
+            sums = torch.empty(size, dtype=torch.float64, device=first.device)
+        given, kept_weights = _weights(weights)
+        self.core.weighted_mean(
+            uploads, given, 0, _address(sums), target.data_ptr(), DTYPES[target.dtype], queue(first)
+        )
+        del held, kept_weights
+        return target if out is None else deliver(target, out)
+
+    def accumulate(self, total: Tensor, vector: Tensor, weight: float) -> None:
+        uploads, _ = _uploads([vector])
+        sums = total.data_ptr()
+        self.core.weighted_mean(uploads, ([weight], weight, 0), sums, sums, 0, 0, queue(total))
+
+    def accumulated_mean(self, total: Tensor, weight: float, out: Tensor | torch.dtype) -> Tensor:
+        target = _target(out, total)
+        # No vectors to add: what was summed before, over the weight.
+        nothing: tuple[Any, ...] = (DTYPES[torch.float64], len(total), 0, 0, 0, 1, [])
+        self.core.weighted_mean(
+            nothing, ([], weight, 0), total.data_ptr(), 0, target.data_ptr(), DTYPES[target.dtype], queue(total)
+        )
+        return target
+
+    def exact_accumulate(self, digits: Tensor, top: Tensor, vector: Tensor, weight: float) -> None:
+        self.core.exact_add(
+            DTYPES[vector.dtype],
+            len(top),
+            vector.data_ptr(),
+            vector.stride(0),
+            weight,
+            digits.data_ptr(),
+            top.data_ptr(),
+            queue(top),
+        )
+
+    def exact_mean(self, digits: Tensor, top: Tensor, weight: float, out: Tensor | torch.dtype) -> Tensor:
+        target = _target(out, top)
+        self.core.exact_mean(
+            DTYPES[target.dtype],
+            len(top),
+            digits.data_ptr(),
+            top.data_ptr(),
+            weight,
+            target.data_ptr(),
+            queue(top),
+        )
+        return target
+
+    def server_step(
+        self,
+        global_: Tensor,
+        vectors: Vectors,
+        weights: Weights,
+        rule: ServerRule,
+        first: Tensor | None,
+        second: Tensor | None,
+        out: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        count = len(vectors)
+        if count > self.core.aggregate_table:
+            return super().server_step(global_, vectors, weights, rule, first, second, out)
+        uploads, held = _uploads(vectors)
+        given, kept_weights = _weights(weights)
+        model = global_.contiguous()
+        target = torch.empty_like(model) if out is None else out
+        norms, cosines = torch.empty(2, count, dtype=torch.float64, device=model.device)
+        workspace = self._workspace(model)
+        self.core.server_step(
+            uploads,
+            given,
+            rule.rule,
+            [rule.learning_rate, rule.beta1, rule.beta2, rule.tau],
+            [model.data_ptr(), _address(first), _address(second), target.data_ptr()],
+            [0 if x is None else DTYPES[x.dtype] for x in (first, second, target)],
+            norms.data_ptr(),
+            cosines.data_ptr(),
+            workspace.data_ptr(),
+            queue(model),
+        )
+        del held, kept_weights
+        return target, norms, cosines
+
+    def sorted_mean(self, vectors: Vectors, low: int, high: int, weights: Weights | None) -> Tensor:
+        if not self._sorts(vectors, weights):
+            return super().sorted_mean(vectors, low, high, weights)
+        return self._sorted(vectors, weights, low, high, False)
+
+    def weighted_median(self, vectors: Vectors, weights: Weights) -> Tensor:
+        if not self._sorts(vectors, weights):
+            return super().weighted_median(vectors, weights)
+        return self._sorted(vectors, weights, 0, len(vectors), True)
+
+    def squared_distances(self, vectors: Vectors) -> Tensor:
+        count, first = len(vectors), vectors[0]
+        if count > self.core.aggregate_sorted:
+            return super().squared_distances(vectors)
+        uploads, held = _uploads(vectors)
+        result = torch.empty(count, count, dtype=torch.float64, device=first.device)
+        workspace = self._workspace(first)
+        self.core.squared_distances(uploads, result.data_ptr(), workspace.data_ptr(), queue(first))
+        del held
+        return result
+
+    def squared_distances_to(self, vectors: Vectors, point: Tensor) -> Tensor:
+        return self._distances(vectors, point)
+
+    def squared_norms(self, vectors: Vectors) -> Tensor:
+        return self._distances(vectors, None)
+
+    def scale_and_noise(self, vectors: Vectors, factors: Tensor, deviation: float, seed: int, offset: int) -> Tensor:
+        uploads, held = _uploads(vectors)
+        first = vectors[0]
+        result = torch.empty(len(vectors), first.shape[0], dtype=first.dtype, device=first.device)
+        factors = factors.contiguous()
+        self.core.scale_and_noise(uploads, factors.data_ptr(), deviation, seed, offset, result.data_ptr(), queue(first))
+        del held
+        return result
+
+    def _sorts(self, vectors: Vectors, weights: Weights | None) -> bool:
+        if len(vectors) > self.core.aggregate_sorted:
+            return False
+        return weights is None or vectors[0].dtype is not torch.float64
+
+    def _sorted(self, vectors: Vectors, weights: Weights | None, low: int, high: int, median: bool) -> Tensor:
+        uploads, held = _uploads(vectors)
+        first = vectors[0]
+        result = torch.empty(first.shape[0], dtype=first.dtype, device=first.device)
+        given, kept_weights = (None, None) if weights is None else _weights(weights)
+        self.core.sorted_mean(uploads, given, low, high, median, result.data_ptr(), queue(first))
+        del held, kept_weights
+        return result
+
+    def _distances(self, vectors: Vectors, point: Tensor | None) -> Tensor:
+        uploads, held = _uploads(vectors)
+        first = vectors[0]
+        result = torch.empty(len(vectors), dtype=torch.float64, device=first.device)
+        workspace = self._workspace(first)
+        self.core.squared_distances_to(uploads, _address(point), result.data_ptr(), workspace.data_ptr(), queue(first))
+        del held
+        return result
+
+    def _workspace(self, like: Tensor) -> Tensor:
+        return torch.empty(self.core.aggregate_workspace, dtype=torch.float64, device=like.device)
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _target(out: Tensor | torch.dtype, like: Tensor) -> Tensor:
+    return out if isinstance(out, Tensor) else torch.empty(len(like), dtype=out, device=like.device)
+
+
+def _uploads(vectors: Vectors) -> tuple[tuple[Any, ...], Any]:
+    """(dtype, size, count, first or 0, row stride, stride, addresses), as the core takes vectors, and what they are.
+
+    The second must live until the launch: after it, torch's allocator hands memory out again in the stream's order.
+    """
+    if isinstance(vectors, Tensor):
+        rows, size = vectors.shape
+        return (DTYPES[vectors.dtype], size, rows, vectors.data_ptr(), *vectors.stride(), []), vectors
+    size, stride = vectors[0].shape[0], vectors[0].stride(0)
+    if any(vector.stride(0) != stride for vector in vectors):
+        vectors, stride = [vector.contiguous() for vector in vectors], 1
+    addresses = [vector.data_ptr() for vector in vectors]
+    return (DTYPES[vectors[0].dtype], size, len(vectors), 0, 0, stride, addresses), vectors
+
+
+def _spans(uploads: tuple[Any, ...], item: int) -> tuple[list[int], list[int]]:
+    """Where each vector begins, and its stride."""
+    _, _, count, first, row_stride, stride, addresses = uploads
+    if addresses:
+        return addresses, [stride] * count
+    return [first + m * row_stride * item for m in range(count)], [stride] * count
+
+
+def _weights(weights: Weights) -> tuple[_Weights, Tensor | None]:
+    """Weights as the core takes them, and what must live until the launch."""
+    if isinstance(weights, Tensor):
+        wide = weights.to(torch.float64).contiguous()
+        return ([], 0.0, wide.data_ptr()), wide
+    total = 0.0
+    for value in weights:
+        total += value
+    return (list(weights), total, 0), None

@@ -1,0 +1,207 @@
+"""The aggregate kernels on CUDA against plain PyTorch in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from operator_cases import DTYPES, assert_close, describe, pairwise
+from torch import Tensor
+
+from fedkern import ops
+from fedkern.ops import backend
+from fedkern.ops.aggregate_kernels import RULES, ServerRule
+from fedkern.ops.aggregate_philox import normal
+from fedkern.ops.aggregate_plain import PLAIN
+
+AXES: dict[str, Any] = {
+    "count": (1, 2, 7, 10, 17, 33, 64),
+    "size": (0, 1, 7, 64, 1000, 2051),
+    "dtype": DTYPES,
+    "layout": ("list", "stack", "transposed", "strided", "mixed", "offset"),
+    "weights": ("numbers", "zero", "device"),
+    "rule": range(len(RULES)),
+    "special": (None, "nan", "equal"),
+    "state": (torch.float32, torch.float64),
+}
+CASES = pairwise(AXES, seed=6)
+
+
+def make_vectors(case: dict[str, Any], device: torch.device, seed: int) -> tuple[Any, list[Tensor]]:
+    """The vectors of a case in their layout, and as a list of contiguous ones on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    count, size, layout = case["count"], case["size"], case["layout"]
+    stacked = torch.randn(count, size, generator=generator).to(case["dtype"])
+    if case["special"] == "equal":
+        stacked[:, ::2] = stacked[:1, ::2]
+        stacked[:, 1::4] = 0.0
+    if case["special"] == "nan" and size > 1:
+        stacked[count // 2, ::3] = torch.nan
+        stacked[0, 1::3] = torch.inf
+    rows = list(stacked)
+    stacked = stacked.to(device)
+    if layout == "stack":
+        return stacked, rows
+    if layout == "transposed":
+        return stacked.t().contiguous().t(), rows
+    spread = [torch.zeros(3 * size + 2, dtype=case["dtype"], device=device) for _ in range(count)]
+    step = [3 if layout == "strided" or (layout == "mixed" and m % 2) else 1 for m in range(count)]
+    begin = 1 if layout == "offset" else 0
+    vectors = [x[begin:][: s * size : s].copy_(row) for x, s, row in zip(spread, step, stacked, strict=True)]
+    return vectors, rows
+
+
+def make_weights(case: dict[str, Any], device: torch.device, seed: int) -> tuple[Any, list[float]]:
+    weights = (torch.rand(case["count"], generator=torch.Generator().manual_seed(seed)) + 0.1).double()
+    if case["weights"] == "zero" and case["count"] > 1:
+        weights[case["count"] // 2] = 0
+    return weights.to(device) if case["weights"] == "device" else weights.tolist(), weights.tolist()
+
+
+def close(what: str, got: Tensor, expected: Tensor, **tolerances: float) -> None:
+    assert_close(what, got.cpu(), expected.cpu().double(), **{"relative": 1e-6, "absolute": 1e-7, **tolerances})
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: f"{n}-{describe(CASES[n])}")
+def test_against_plain(device: torch.device, number: int) -> None:
+    case = CASES[number]
+    served = backend.select("aggregate", torch.empty(0, device=device))
+    vectors, rows = make_vectors(case, device, number)
+    weights, numbers = make_weights(case, device, number)
+    wide = [row.double() for row in rows]
+    dtype, size, count = case["dtype"], case["size"], case["count"]
+
+    mean = served.weighted_mean(vectors, weights, None)
+    assert mean.dtype == dtype
+    expected = PLAIN.weighted_mean(rows, numbers, None)
+    if (
+        dtype.itemsize > 2
+    ):  # torch rounds fp64 to 16 bits by way of fp32
+        assert torch.equal(mean.cpu().nan_to_num(7.0), expected.nan_to_num(7.0))
+    close("mean", mean, PLAIN.weighted_mean(wide, numbers, None))
+    for out_dtype in DTYPES:
+        out = torch.empty(size, dtype=out_dtype, device=device)
+        assert served.weighted_mean(vectors, weights, out) is out
+        close("mean into out", out, PLAIN.weighted_mean(wide, numbers, None))
+
+    close("norms", served.squared_norms(vectors), PLAIN.squared_norms(wide), relative=1e-12)
+    point = torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = served.squared_distances_to(vectors, point.to(device))
+    close("distances to a point", found, PLAIN.squared_distances_to(wide, point))
+    distances = served.squared_distances(vectors)
+    close("distances", distances, PLAIN.squared_distances(wide))
+    assert torch.equal(distances.nan_to_num(7.0), distances.t().nan_to_num(7.0))
+
+    trim = (count - 1) // 3
+    close(
+        "trimmed",
+        served.sorted_mean(vectors, trim, count - trim, None),
+        PLAIN.sorted_mean(wide, trim, count - trim, None),
+    )
+    got = served.sorted_mean(vectors, trim, count - trim, weights)
+    close("weighted trimmed", got, PLAIN.sorted_mean(wide, trim, count - trim, numbers))
+    close("weighted median", served.weighted_median(vectors, weights), PLAIN.weighted_median(wide, numbers))
+
+
+@pytest.mark.parametrize("number", range(0, len(CASES), 2), ids=lambda n: f"{n}-{describe(CASES[n])}")
+def test_server_step(device: torch.device, number: int) -> None:
+    case = CASES[number]
+    served = backend.select("aggregate", torch.empty(0, device=device))
+    vectors, rows = make_vectors(case, device, number)
+    weights, numbers = make_weights(case, device, number)
+    generator = torch.Generator().manual_seed(number)
+    model = torch.randn(case["size"], generator=generator).to(case["dtype"])
+    rule = ServerRule(case["rule"], 0.1, 0.9, 0.99, 1e-3)
+    states = [torch.rand(case["size"], generator=generator).to(case["state"]) for _ in range(2)]
+    states = states[: 0 if RULES[rule.rule] == "mean" else 1 if RULES[rule.rule] == "momentum" else 2]
+    ours = [state.clone().to(device) for state in states] + [None] * (2 - len(states))
+    theirs = [state.double() for state in states] + [None] * (2 - len(states))
+    old = model.clone().to(device)
+    in_place = old if number % 4 else None
+    target, norms, cosines = served.server_step(old, vectors, weights, rule, *ours, in_place)
+    assert in_place is None or target is old
+    wide = [row.double() for row in rows]
+    expected, exact_norms, exact_cosines = PLAIN.server_step(model.double(), wide, numbers, rule, *theirs, None)
+    close("model", target, expected)
+    close("norms", norms, exact_norms)
+    close("cosines", cosines, exact_cosines)
+    for one, other in zip(ours, theirs, strict=True):
+        if one is not None and other is not None:
+            close("state", one, other)
+
+
+def test_weights_of_sum_zero_give_nan(device: torch.device) -> None:
+    served = backend.select("aggregate", torch.empty(0, device=device))
+    vectors, nothing = torch.randn(3, 9, device=device), torch.zeros(3, dtype=torch.float64, device=device)
+    assert served.weighted_mean(vectors, nothing, None).isnan().all()
+    assert served.weighted_median(vectors, nothing).isnan().all()
+    assert served.sorted_mean(vectors, 1, 2, nothing).isnan().all()
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_more_vectors_than_one_launch_takes(device: torch.device, stacked: bool) -> None:
+    served = backend.select("aggregate", torch.empty(0, device=device))
+    rows = torch.randn(300, 137, generator=torch.Generator().manual_seed(0))
+    weights = torch.rand(300, generator=torch.Generator().manual_seed(1)).double()
+    vectors = rows.to(device) if stacked else [row.to(device) for row in rows]
+    expected = PLAIN.weighted_mean(rows, weights.tolist(), None)
+    assert torch.equal(served.weighted_mean(vectors, weights.tolist(), None).cpu(), expected)
+    assert torch.equal(served.weighted_mean(vectors, weights.to(device), None).cpu(), expected)
+    close("norms", served.squared_norms(vectors), PLAIN.squared_norms(rows), relative=1e-12)
+    factors = torch.rand(300, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    got = served.scale_and_noise(vectors, factors.to(device), 0.5, 3, 4)
+    close("noise", got, PLAIN.scale_and_noise(rows.double(), factors, 0.5, 3, 4), absolute=2e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 64, 1000, 1025])
+@pytest.mark.parametrize("offset", [0, 1, 63, 2**64 - 100])
+def test_noise(device: torch.device, dtype: torch.dtype, size: int, offset: int) -> None:
+    served = backend.select("aggregate", torch.empty(0, device=device))
+    rows = torch.randn(3, size, generator=torch.Generator().manual_seed(size)).to(dtype)
+    factors = torch.tensor([1.0, 0.25, 0.0], dtype=torch.float64)
+    seed = 2**64 - 5 - size
+    got = served.scale_and_noise(rows.to(device), factors.to(device), 1.5, seed, offset)
+    assert got.dtype == dtype
+    # logarithm, sine and cosine are taken in fp32, of numbers up to 6.77
+    close("noise", got, PLAIN.scale_and_noise(rows.double(), factors, 1.5, seed, offset), absolute=5e-6, slack=5e-6)
+    clipped = served.scale_and_noise(rows.to(device), factors.to(device), 0.0, seed, offset)
+    close("clipped", clipped, factors[:, None] * rows.double())
+
+
+def test_noise_is_one_stream(device: torch.device) -> None:
+    served = backend.select("aggregate", torch.empty(0, device=device))
+    zeros, one = torch.zeros(2, 500, device=device), torch.ones(2, dtype=torch.float64, device=device)
+    whole = served.scale_and_noise(zeros, one, 1.0, 11, 7).flatten()
+    part = served.scale_and_noise(zeros[:1, :300], one[:1], 1.0, 11, 207).flatten()
+    assert torch.equal(whole[200:500], part)
+    assert (whole.cpu().double() - normal(1000, 11, 7)).abs().max() < 5e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_accumulators(device: torch.device, dtype: torch.dtype) -> None:
+    vectors = [torch.randn(333, generator=torch.Generator().manual_seed(m)).to(dtype) for m in range(9)]
+    vectors.append(torch.randn(999, generator=torch.Generator().manual_seed(9)).to(dtype)[::3])
+    weights = [0.5, 3.0, 1e-3, 7.0, 0.1, 2.0, 1e5, 1.0, 0.0, 4.0]
+    expected = PLAIN.weighted_mean(vectors, weights, None)
+    running = ops.Accumulator(333, device=device)
+    exact, reversed_ = (ops.Accumulator(333, exact=True, device=device) for _ in range(2))
+    pairs = list(zip(vectors, weights, strict=True))
+    for vector, weight in pairs:
+        running.add(vector.to(device), weight)
+        exact.add(vector.to(device), weight)
+    for vector, weight in reversed(pairs):
+        reversed_.add(vector.to(device), weight)
+    assert torch.equal(running.mean().cpu(), expected)
+    with ops.use_backend("reference"):
+        plain = ops.Accumulator(333, exact=True)
+        for vector, weight in pairs:
+            plain.add(vector, weight)
+        exactly = plain.mean()
+    assert torch.equal(exact.mean().cpu(), exactly)
+    assert torch.equal(reversed_.mean(), exact.mean())
+    special = ops.Accumulator(4, exact=True, device=device)
+    for value in (torch.inf, -torch.inf, torch.nan, 1e-300):
+        special.add(torch.tensor([value, torch.inf, 1.0, value], dtype=torch.float64, device=device), 1.0)
+    assert special.mean().cpu().isnan().tolist() == [True, False, False, True]
