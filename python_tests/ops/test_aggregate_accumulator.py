@@ -1,0 +1,136 @@
+"""Accumulator: the exact sum, states, and what it refuses; test_aggregate.py compares its means."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterator
+from fractions import Fraction
+
+import pytest
+import torch
+from operator_cases import BACKENDS, using
+from torch import Tensor
+
+from fedkern.ops import Accumulator
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """On a busy machine torch's own operators, the oracle, crawl with two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def wild(count: int, size: int) -> tuple[list[Tensor], list[float]]:
+    """Vectors over the whole range of fp64, with infinities and NaN in places."""
+    torch.manual_seed(5)
+    vectors = [
+        torch.randn(size, dtype=torch.float64) * 10.0 ** torch.randint(-308, 290, (size,)).double()
+        for _ in range(count)
+    ]
+    vectors[0][:4] = torch.tensor([math.inf, math.inf, math.nan, 5e-324])
+    vectors[1][:4] = torch.tensor([-math.inf, 1.0, 1.0, -5e-324])
+    vectors[2][4:6] = torch.tensor([-math.inf, 1e308])
+    return vectors, [[1.0, 3.7, 1e-5, 1e6][k % 4] for k in range(count)]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_exact_accumulator_does_not_see_the_order(name: str) -> None:
+    vectors, weights = wild(20, 500)
+    order = list(range(20))
+    results = []
+    for _ in range(5):
+        accumulator = Accumulator(500, exact=True)
+        with using(name):
+            for k in order:
+                accumulator.add(vectors[k], weights[k])
+            results.append((accumulator.mean(), accumulator.weight, accumulator.state_dict()))
+        random.Random(len(results)).shuffle(order)
+    for mean, weight, state in results[1:]:
+        assert torch.equal(mean.view(torch.int64), results[0][0].view(torch.int64))
+        assert weight == results[0][1]
+        assert all(torch.equal(state[key], results[0][2][key]) for key in ("digits", "top", "units"))
+    mean = results[0][0]
+    assert mean[:6].isnan().tolist() == [True, False, True, False, False, False]
+    assert mean[1] == math.inf
+    assert mean[4] == -math.inf
+    total = sum(map(Fraction, weights))
+    for j in range(6, 500):
+        products = [Fraction(float(vector[j] * weight)) for vector, weight in zip(vectors, weights, strict=True)]
+        wanted = sum(products) / total
+        most = max(abs(product) for product in products) / total
+        assert abs(Fraction(float(mean[j])) - wanted) <= abs(wanted) * Fraction(1, 2**51) + most * Fraction(20, 2**64)
+
+
+def test_exact_accumulator_has_the_same_digits_on_every_backend() -> None:
+    vectors, weights = wild(9, 700)
+    states = []
+    for name in BACKENDS:
+        accumulator = Accumulator(700, exact=True)
+        with using(name):
+            for vector, weight in zip(vectors, weights, strict=True):
+                accumulator.add(vector, weight)
+            states.append((accumulator.state_dict(), accumulator.mean()))
+    for state, mean in states[1:]:
+        assert torch.equal(state["digits"][:, 6:], states[0][0]["digits"][:, 6:])
+        assert torch.equal(state["top"], states[0][0]["top"])
+        torch.testing.assert_close(mean, states[0][1], rtol=0, atol=0, equal_nan=True)
+
+
+def test_cancellation_is_exact() -> None:
+    """1e30 - 1e30 + 1 is 1 in whatever order, where a plain fp64 sum gives 0 in most."""
+    for order in itertools.permutations((1e15, -1e15, 1.0)):
+        accumulator = Accumulator(1, exact=True)
+        for value in order:
+            accumulator.add(torch.tensor([value * 1e-3 if abs(value) > 1 else value], dtype=torch.float64), 1e3)
+        assert accumulator.mean().item() == 1 / 3
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_state_continues_bit_for_bit(exact: bool) -> None:
+    torch.manual_seed(0)
+    vectors = [torch.randn(1000).bfloat16() for _ in range(6)]
+    one, two = Accumulator(1000, exact=exact), Accumulator(1000, exact=exact)
+    for k in range(3):
+        one.add(vectors[k], k + 0.1)
+    state = one.state_dict()
+    two.load_state_dict(state)
+    for k in range(3, 6):
+        one.add(vectors[k], k + 0.1)
+        two.add(vectors[k], k + 0.1)
+    assert torch.equal(one.mean(), two.mean())
+    assert (one.weight, one.count) == (two.weight, two.count)
+    assert two.mean().dtype == torch.bfloat16
+    assert two.mean(dtype=torch.float32).dtype == torch.float32
+    with pytest.raises(ValueError, match="the state must be of size 999"):
+        Accumulator(999, exact=exact).load_state_dict(state)
+    one.reset()
+    assert one.count == 0
+    with pytest.raises(ValueError, match="nothing to average yet"):
+        one.mean()
+    one.add(vectors[0], 2.0)
+    assert torch.equal(one.mean(), vectors[0])
+
+
+def test_wrong_arguments_of_the_accumulator() -> None:
+    accumulator = Accumulator(4)
+    for vector, weight, error, message in (
+        ([1.0], 1, TypeError, "vector must be a tensor, not list"),
+        (torch.ones(4).int(), 1, TypeError, "vector must be float32.*not torch.int32"),
+        (torch.ones(5), 1, ValueError, r"vector must have shape \[4\], not \[5\]"),
+        (torch.ones(4), -1, ValueError, "weight must be finite and not negative, not -1"),
+        (torch.ones(4), math.inf, ValueError, "weight must be finite and not negative, not inf"),
+    ):
+        with pytest.raises(error, match=message):
+            accumulator.add(vector, weight)
+    with pytest.raises(ValueError, match="nothing to average yet"):
+        accumulator.mean()
+    accumulator.add(torch.ones(4), 0)
+    with pytest.raises(ValueError, match="nothing to average yet"):
+        accumulator.mean()
+    with pytest.raises(ValueError, match="size must be a whole number"):
+        Accumulator(-1)

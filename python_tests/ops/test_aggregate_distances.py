@@ -1,0 +1,183 @@
+"""pairwise_distances, krum and geometric_median: every available backend and ISA level against plain loops."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from aggregate_cases import close, make_vectors, make_weights, odd_views
+from operator_cases import DTYPES, KERNELS, pairwise, thinned, using
+from torch import Tensor
+
+from fedkern.ops import aggregate_distances, geometric_median, krum, pairwise_distances, weighted_mean
+
+
+def distances_in_python(vectors: list[Tensor]) -> Tensor:
+    rows = [vector.double().tolist() for vector in vectors]
+    return torch.tensor([[math.dist(a, b) for b in rows] for a in rows], dtype=torch.float64)
+
+
+def test_distances(backend: str) -> None:
+    axes = {"count": [1, 2, 3, 4, 5, 9, 13], "size": [0, 1, 7, 100, 511, 513, 1100], "dtype": list(DTYPES)}
+    for seed, case in enumerate(thinned(pairwise(axes, seed=1))):
+        vectors = make_vectors(**case, seed=seed)
+        given = pairwise_distances(vectors)
+        assert given.dtype == torch.float64
+        torch.testing.assert_close(given, distances_in_python(vectors), rtol=1e-12, atol=0)
+        assert torch.equal(given, given.t())
+        assert not given.diagonal().any()
+        assert torch.equal(pairwise_distances(torch.stack(vectors)), given)
+
+
+def test_distances_of_long_vectors(backend: str) -> None:
+    if backend == "triton":
+        pytest.skip("long in the interpreter")
+    vectors = make_vectors(3, 70_001, torch.float32)
+    wide = torch.stack(vectors).double()
+    expected = torch.stack([(wide - row).norm(dim=1) for row in wide])
+    torch.testing.assert_close(pairwise_distances(vectors), expected, rtol=1e-12, atol=0)
+
+
+def test_near_equal_vectors(backend: str) -> None:
+    """One last bit apart, at a length of 1e4: squares of norms would differ in no digit."""
+    vector = make_vectors(1, 1000, torch.float32)[0] * 300
+    other, third = vector.clone(), vector.clone()
+    other[7] = torch.nextafter(vector[7], torch.tensor(math.inf))
+    third[11] = torch.nextafter(vector[11], torch.tensor(-math.inf))
+    given = pairwise_distances([vector, other, third, vector.clone()])
+    one, two = float((other - vector).double()[7]), float((vector - third).double()[11])
+    assert given[0].tolist() == pytest.approx([0.0, one, two, 0.0], rel=1e-12, abs=0)
+    assert float(given[1, 2]) == pytest.approx(math.hypot(one, two), rel=1e-12)
+
+
+def test_distances_neither_overflow_nor_vanish(backend: str) -> None:
+    for scale in (1e30, 1e-30):
+        vectors = [vector * scale for vector in make_vectors(3, 50, torch.float32)]
+        torch.testing.assert_close(pairwise_distances(vectors), distances_in_python(vectors), rtol=1e-12, atol=0)
+
+
+def test_distances_to_nan_and_infinity(backend: str) -> None:
+    vectors = make_vectors(5, 30, torch.float32)
+    vectors[1][3], vectors[2][4], vectors[3][4] = math.nan, math.inf, math.inf
+    given = pairwise_distances(vectors)
+    assert given[1, [0, 2, 3, 4]].isnan().all()
+    assert given[2, [0, 4]].isinf().all()
+    assert given[2, 3].isnan()
+    assert given[0, 4].isfinite()
+    assert not given.diagonal().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_odd_strides_and_offsets(backend: str, dtype: torch.dtype) -> None:
+    vectors = make_vectors(7, 143, dtype)
+    weights = make_weights("random", 7)
+    wanted = [pairwise_distances(vectors), krum(vectors, 2, 2), geometric_median(vectors, weights)]
+    for views in odd_views(vectors):
+        given = [pairwise_distances(views), krum(views, 2, 2), geometric_median(views, weights)]
+        assert all(map(torch.equal, given, wanted))
+
+
+def krum_in_python(vectors: list[Tensor], byzantine: int, keep: int) -> list[int]:
+    squared = distances_in_python(vectors).square().nan_to_num(math.inf).tolist()
+    count = len(vectors)
+    scores = []
+    for m in range(count):
+        others = sorted(squared[m][k] for k in range(count) if k != m)
+        scores.append(math.fsum(others[: count - byzantine - 2]))
+    return sorted(range(count), key=lambda m: scores[m])[:keep]
+
+
+def test_krum(backend: str) -> None:
+    for seed, (count, byzantine) in enumerate(thinned([(3, 0), (5, 1), (7, 2), (10, 3), (11, 0), (20, 8)])):
+        for keep in (1, 2, count - byzantine):
+            vectors = make_vectors(count, 40, torch.float32, seed)
+            chosen = krum_in_python(vectors, byzantine, keep)
+            given = krum(vectors, byzantine, keep)
+            if keep == 1:
+                assert torch.equal(given, vectors[chosen[0]])
+            else:
+                wanted = weighted_mean([vectors[m] for m in sorted(chosen)], [1.0] * keep)
+                assert torch.equal(given, wanted)
+
+
+def test_krum_does_not_choose_attackers(backend: str) -> None:
+    honest = [1 + 0.01 * vector for vector in make_vectors(6, 50, torch.float32)]
+    for bad in (torch.full((50,), math.nan), torch.full((50,), math.inf), torch.full((50,), -1e3), -honest[0]):
+        given = [bad, *honest, bad.clone()]
+        assert any(torch.equal(krum(given, 2), vector) for vector in honest)
+        assert float((krum(given, 2, 6) - 1).abs().max()) < 0.1
+    assert torch.equal(krum([honest[0]] * 3, 0), honest[0])
+
+
+def objective(vectors: list[Tensor], weights: list[float], point: Tensor) -> float:
+    pairs = zip(vectors, weights, strict=True)
+    return math.fsum(weight * float((vector.double() - point.double()).norm()) for vector, weight in pairs if weight)
+
+
+@pytest.mark.parametrize("kind", ["equal", "random", "zeros", "tiny"])
+def test_geometric_median_is_the_least_sum_of_distances(backend: str, kind: str) -> None:
+    vectors = make_vectors(8, 60, torch.float64, 3)
+    weights = make_weights(kind, 8)
+    point = geometric_median(vectors, weights, iterations=2000, tolerance=0)
+    least = objective(vectors, weights, point)
+    generator = torch.Generator().manual_seed(0)
+    for scale in (1e-1, 1e-3):
+        for _ in range(10):
+            moved = point + scale * torch.randn(60, generator=generator, dtype=torch.float64)
+            assert objective(vectors, weights, moved) > least
+    # Where it is smooth, the pulls cancel.
+    pulls = [w * (v - point) / (v - point).norm() for v, w in zip(vectors, weights, strict=True)]
+    assert float(torch.stack(pulls).sum(0).norm()) < 1e-5 * sum(weights)
+
+
+@pytest.mark.parametrize("most", [0, 128], ids=["iterated", "from distances"])
+def test_geometric_median_against_weiszfeld(backend: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways take the same steps, however many."""
+    monkeypatch.setattr(aggregate_distances, "MOST_FROM_DISTANCES", most)
+    for dtype, iterations in thinned(list(itertools.product(DTYPES, (0, 1, 4, 30)))):
+        vectors = make_vectors(9, 200, dtype, 5)
+        weights = make_weights("zeros", 9)
+        point = torch.stack(vectors).double()
+        shares = torch.tensor(weights, dtype=torch.float64)
+        step = (shares @ point) / shares.sum()
+        for _ in range(iterations):
+            pulls = shares / (point - step).norm(dim=1).clamp_min(1e-6)
+            step = (pulls @ point) / pulls.sum()
+        close(geometric_median(vectors, weights, iterations=iterations, tolerance=0), step)
+
+
+def test_geometric_median_at_a_vector(backend: str) -> None:
+    """A vector of more than half of the weight is the median; on a line it is the middle."""
+    vectors = make_vectors(5, 20, torch.float64)
+    given = geometric_median(vectors, [1, 1, 9, 1, 1])
+    torch.testing.assert_close(given, vectors[2], rtol=0, atol=1e-5)
+    line = [torch.tensor([float(x), 0.0], dtype=torch.float64) for x in (0, 1, 5, 20, 1000)]
+    torch.testing.assert_close(geometric_median(line)[0].item(), 5.0, rtol=0, atol=1e-2)
+    assert torch.equal(geometric_median([vectors[0]] * 4), vectors[0])
+
+
+def test_geometric_median_resists_a_minority(backend: str) -> None:
+    honest = make_vectors(7, 30, torch.float32)
+    attack = [torch.full((30,), 1e6)] * 3
+    assert float(geometric_median(honest + attack).abs().max()) < 10
+    honest[0][0] = math.nan
+    assert geometric_median(honest).isnan().any()
+    assert geometric_median(honest, [0, 1, 1, 1, 1, 1, 1]).isfinite().all()
+
+
+@pytest.mark.skipif(not KERNELS, reason="the compiled core is not built")
+def test_same_bits_for_every_thread_count() -> None:
+    vectors = make_vectors(9, 150_001, torch.float32)
+    before = torch.get_num_threads()
+    for name in KERNELS:
+        runs = []
+        try:
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                with using(name):
+                    runs.append([pairwise_distances(vectors), geometric_median(vectors), krum(vectors, 2, 3)])
+        finally:
+            torch.set_num_threads(before)
+        assert all(map(torch.equal, *runs))

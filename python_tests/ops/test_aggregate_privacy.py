@@ -1,0 +1,194 @@
+"""clip_by_norm, clip_and_noise: against fp64, and the generator against known answers and the normal law."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from aggregate_cases import close, make_vectors, odd_views
+from operator_cases import DTYPES, KERNELS, thinned, using
+from torch import Tensor
+
+from fedkern.ops import clip_and_noise, clip_by_norm
+from fedkern.ops.aggregate_philox import normal, philox
+
+MOST = (1 << 64) - 1
+
+
+def noise_of(size: int, seed: int, offset: int = 0) -> Tensor:
+    """Standard normal numbers from the operator: zeros, clipped to 1."""
+    return clip_and_noise(torch.zeros(size), 1.0, 1.0, seed, offset)
+
+
+@pytest.mark.parametrize(
+    ("counter", "high", "key", "words"),
+    [
+        (0, 0, 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        (MOST, MOST, MOST, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            0x85A308D3243F6A88,
+            0x0370734413198A2E,
+            0x299F31D0A4093822,
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_gives_the_published_words(counter: int, high: int, key: int, words: tuple[int, ...]) -> None:
+    """The known answers of Random123 for Philox4x32-10."""
+    signed = counter - (1 << 64) if counter >> 63 else counter
+    assert tuple(int(word) for word in philox(torch.tensor([signed]), key, high)) == words
+
+
+def test_the_transform_of_known_words() -> None:
+    """Places 0, 16, 32 and 48 are the four numbers of counter 0."""
+    w = [int(word) for word in philox(torch.tensor([0]), 0)]
+    given = normal(64, 0, 0)
+    for k in (0, 2):
+        u = float(torch.tensor(float(w[k]), dtype=torch.float32) + 0.5) / 2**32
+        signed = w[k + 1] - (1 << 32) if w[k + 1] >> 31 else w[k + 1]
+        angle = math.pi * float(torch.tensor(float(signed), dtype=torch.float32)) / 2**31
+        radius = math.sqrt(-2 * math.log(u))
+        assert float(given[16 * k]) == pytest.approx(radius * math.cos(angle), abs=1e-6)
+        assert float(given[16 * (k + 1)]) == pytest.approx(radius * math.sin(angle), abs=1e-6)
+
+
+def test_every_backend_draws_the_same_numbers(backend: str) -> None:
+    for seed, offset, size in thinned(
+        [(0, 0, 500), (1, 7, 63), (2**40 + 3, 64, 64), (MOST, 2**33 - 100, 300), (5, MOST - 99, 300), (7, 130, 1)]
+    ):
+        expected = normal(size, seed, offset)
+        error = (noise_of(size, seed, offset).double() - expected).abs()
+        assert bool((error <= 1e-6 * expected.abs() + 4e-7).all()), f"{seed} {offset}: {error.max():.3g}"
+
+
+def test_tails_and_the_smallest_numbers(backend: str) -> None:
+    """A million numbers, the far ones included, are accurate."""
+    if backend == "triton":
+        pytest.skip("long in the interpreter")
+    expected = normal(1 << 20, 11, 0)
+    given = noise_of(1 << 20, 11).double()
+    assert float(expected.abs().max()) > 4.5
+    assert float((given - expected).abs().max()) < 2e-6
+
+
+def test_noise_does_not_depend_on_the_grouping(backend: str) -> None:
+    seed, size = 99, 150
+    whole = noise_of(4 * size, seed, 1000)
+    rows = clip_and_noise(torch.zeros(4, size), 1.0, 1.0, seed, 1000)
+    assert torch.equal(rows.flatten(), whole)
+    assert torch.equal(torch.cat(clip_and_noise([torch.zeros(size)] * 4, 1.0, 1.0, seed, 1000)), whole)
+    for cut in thinned([1, 15, 16, 63, 64, 65, 129]):
+        parts = [noise_of(cut, seed, 1000), noise_of(4 * size - cut, seed, 1000 + cut)]
+        assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(noise_of(300, seed, MOST - 99)[100:], noise_of(200, seed, 0))
+    assert not torch.equal(noise_of(100, seed), noise_of(100, seed + 1))
+
+
+@pytest.mark.skipif(not KERNELS, reason="the compiled core is not built")
+def test_same_bits_for_every_isa_and_thread_count() -> None:
+    vectors = torch.randn(3, 100_001, generator=torch.Generator().manual_seed(0))
+    runs = []
+    before = torch.get_num_threads()
+    try:
+        for name, threads in [(name, 1) for name in KERNELS] + [(KERNELS[-1], 2)]:
+            torch.set_num_threads(threads)
+            with using(name):
+                # The norm is a sum, whose order is the ISA level's; a bound that is not reached leaves it out.
+                runs.append(clip_and_noise(vectors, 1e4, 1e-4, 3))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(run, runs[0]) for run in runs[1:])
+
+
+def test_the_law_is_normal(backend: str) -> None:
+    """Moments, Kolmogorov-Smirnov and chi-squared at a level of 1e-6 each, and no correlation with neighbours."""
+    if backend == "triton":
+        pytest.skip("long in the interpreter; its numbers are compared above")
+    count = 1 << 19
+    numbers = noise_of(count, 2024).double()
+    root = math.sqrt(count)
+    assert abs(float(numbers.mean())) < 5 / root
+    assert abs(float(numbers.var()) - 1) < 5 * math.sqrt(2) / root
+    assert abs(float(numbers.pow(3).mean())) < 5 * math.sqrt(15) / root
+    assert abs(float(numbers.pow(4).mean()) - 3) < 5 * math.sqrt(96) / root
+    uniform = torch.special.ndtr(numbers.sort().values)
+    steps = torch.arange(1, count + 1, dtype=torch.float64) / count
+    distance = torch.maximum((steps - uniform).max(), (uniform - steps + 1 / count).max())
+    assert float(distance) < 2.69 / root
+    bins = 256
+    seen = torch.histc(uniform, bins, 0, 1)
+    expected = count / bins
+    statistic = float(((seen - expected) ** 2 / expected).sum())
+    assert abs(statistic - (bins - 1)) < 5 * math.sqrt(2 * (bins - 1))
+    # Neighbours, the pair of one transform, words of one counter, groups.
+    for lag in (1, 16, 32, 48, 64, 1024):
+        assert abs(float((numbers[lag:] * numbers[:-lag]).mean())) < 5 / root
+        assert abs(float((numbers[lag:].square() * numbers[:-lag].square()).mean()) - 1) < 5 * math.sqrt(8) / root
+
+
+def clipped(vector: Tensor, bound: float) -> Tensor:
+    norm = float(vector.double().norm())
+    return vector.double() * (min(1.0, bound / norm) if norm else 1.0)
+
+
+def test_clipping(backend: str) -> None:
+    cases = [(1, 0), (1, 1), (3, 100), (2, 255), (5, 257), (9, 1271)]
+    for dtype, (count, size) in thinned(list(itertools.product(DTYPES, cases))):
+        vectors = make_vectors(count, size, dtype, size)
+        for bound in (1e-3, 1.0, 20.0):
+            given = clip_by_norm(vectors, bound)
+            assert isinstance(given, list)
+            for row, vector in zip(given, vectors, strict=True):
+                assert row.dtype == dtype
+                close(row, clipped(vector, bound))
+            stacked = clip_by_norm(torch.stack(vectors), bound)
+            assert torch.equal(stacked, torch.stack(given))
+            single = clip_by_norm(vectors[0], bound)
+            assert torch.equal(single, given[0])
+        assert torch.equal(clip_by_norm(vectors[0], 1e9), vectors[0])
+
+
+def test_clip_and_noise_is_both(backend: str) -> None:
+    for dtype in DTYPES:
+        vectors = torch.stack(make_vectors(3, 200, dtype, 4))
+        given = clip_and_noise(vectors, 2.0, 0.7, 5, 9)
+        assert given.dtype == dtype
+        noise = normal(600, 5, 9).view(3, 200)
+        expected = torch.stack([clipped(vector, 2.0) for vector in vectors]) + 1.4 * noise
+        error = (given.double() - expected).abs()
+        bound = 2e-6 if dtype in (torch.float32, torch.float64) else torch.finfo(dtype).eps
+        assert bool((error <= bound * (expected.abs() + 1)).all())
+    assert torch.equal(clip_and_noise(vectors, 2.0, 0.0, 5), clip_by_norm(vectors, 2.0))
+
+
+def test_zero_nan_and_infinity(backend: str) -> None:
+    vectors = torch.ones(4, 30)
+    vectors[0] = 0
+    vectors[1, 3], vectors[2, 4] = math.nan, math.inf
+    given = clip_by_norm(vectors, 1.0)
+    assert torch.equal(given[0], vectors[0])
+    assert given[1].isnan().all()
+    assert given[2].isnan().tolist() == [k == 4 for k in range(30)]
+    assert not given[2].nan_to_num().any()
+    assert float(given[3].norm()) == pytest.approx(1.0)
+    large = torch.full((1, 64), 1e30)
+    assert float(clip_by_norm(large, 1.0).norm()) == pytest.approx(1.0)
+    assert torch.equal(clip_by_norm(large * 1e-60, 1.0), large * 1e-60)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_odd_strides_and_offsets(backend: str, dtype: torch.dtype) -> None:
+    vectors = make_vectors(5, 143, dtype)
+    wanted = torch.stack(clip_and_noise(vectors, 3.0, 0.5, 1))
+    for views in odd_views(vectors):
+        assert torch.equal(torch.stack(clip_and_noise(views, 3.0, 0.5, 1)), wanted)
+    columns = torch.stack(vectors, 1).t()
+    assert torch.equal(clip_and_noise(columns, 3.0, 0.5, 1), wanted)
+
+
+def test_no_vectors_and_no_elements(backend: str) -> None:
+    assert clip_by_norm(torch.ones(0, 5), 1.0).shape == (0, 5)
+    assert clip_and_noise(torch.ones(4, 0), 1.0, 1.0, 0).shape == (4, 0)
+    assert clip_and_noise(torch.ones(0), 1.0, 1.0, 0).shape == (0,)

@@ -1,0 +1,234 @@
+"""server_step: every available backend and ISA level against Flower's NumPy formulas in fp64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from aggregate_cases import close, make_vectors, make_weights
+from operator_cases import DTYPES, KERNELS, pairwise, thinned, using
+from torch import Tensor
+
+from fedkern.ops import server_step, weighted_mean
+
+RULES = ["mean", "momentum", "adam", "yogi", "adagrad"]
+# Flower's strategies FedAvg, FedAvgM, FedAdam, FedYogi, FedAdagrad.
+DEFAULTS: dict[str, dict[str, float]] = {
+    "mean": {"learning_rate": 1.0},
+    "momentum": {"learning_rate": 1.0, "beta1": 0.0},
+    "adam": {"learning_rate": 1e-1, "beta1": 0.9, "beta2": 0.99, "tau": 1e-9},
+    "yogi": {"learning_rate": 1e-2, "beta1": 0.9, "beta2": 0.99, "tau": 1e-3},
+    "adagrad": {"learning_rate": 1e-1, "beta1": 0.0, "tau": 1e-9},
+}
+OTHERS = {"learning_rate": 0.3, "beta1": 0.7, "beta2": 0.8, "tau": 0.02}
+
+
+def states(rule: str, size: int, dtype: torch.dtype, seed: int = 7) -> dict[str, Tensor]:
+    names = {"mean": [], "momentum": ["first"]}.get(rule, ["first", "second"])
+    generator = torch.Generator().manual_seed(seed)
+    return {name: (0.1 * torch.rand(size, generator=generator)).to(dtype) for name in names}
+
+
+def in_numpy(
+    rule: str, g: Any, vectors: Any, weights: list[float], first: Any, second: Any, options: dict[str, float]
+) -> tuple[Any, Any, Any, Any, Any]:
+    o = {**DEFAULTS[rule], **options}
+    deltas = vectors - g
+    used = [m for m, weight in enumerate(weights) if weight]
+    shares = np.array([weights[m] / max(weights) for m in used])
+    d = shares @ deltas[used] / shares.sum()
+    if rule == "mean":
+        model = g + o["learning_rate"] * d
+    elif rule == "momentum":
+        first = o["beta1"] * first + d
+        model = g + o["learning_rate"] * first
+    else:
+        first = o["beta1"] * first + (1 - o["beta1"]) * d
+        if rule == "adam":
+            second = o["beta2"] * second + (1 - o["beta2"]) * d**2
+        elif rule == "yogi":
+            second = second - (1 - o["beta2"]) * d**2 * np.sign(second - d**2)
+        else:
+            second = second + d**2
+        model = g + o["learning_rate"] * first / (np.sqrt(second) + o["tau"])
+    norms = np.linalg.norm(deltas, axis=1)
+    scale = norms * np.linalg.norm(d)
+    cosines = np.divide(deltas @ d, scale, out=np.zeros(len(norms)), where=scale != 0)
+    return model, norms, cosines, first, second
+
+
+def check(
+    rule: str,
+    count: int,
+    size: int,
+    dtype: torch.dtype,
+    kind: str = "counts",
+    state: torch.dtype = torch.float32,
+    defaults: bool = True,
+    seed: int = 0,
+) -> None:
+    vectors = make_vectors(count, size, dtype, seed)
+    (global_,) = make_vectors(1, size, dtype, seed + 1000)
+    weights, options = make_weights(kind, count, seed), {} if defaults else dict(OTHERS)
+    given = states(rule, size, state)
+    before = {name: tensor.double().numpy().copy() for name, tensor in given.items()}
+    stacked = torch.stack(vectors).double().numpy()
+    wanted = in_numpy(
+        rule, global_.double().numpy(), stacked, weights, before.get("first"), before.get("second"), options
+    )
+    copies = {name: tensor.clone() for name, tensor in given.items()}
+    result = server_step(global_, vectors, weights, rule, **given, **options)
+    assert result.model.dtype == dtype
+    close(result.model, torch.from_numpy(wanted[0]))
+    for number, expected in ((result.norms, wanted[1]), (result.cosines, wanted[2])):
+        assert number.dtype == torch.float64
+        torch.testing.assert_close(number, torch.from_numpy(expected), rtol=1e-9, atol=1e-9)
+    for name, expected in zip(("first", "second"), wanted[3:], strict=True):
+        if name in given:
+            close(given[name], torch.from_numpy(expected))
+    # Stacked, weights in a tensor, the old model overwritten: the same bits.
+    out = global_.clone()
+    again = server_step(
+        out, torch.stack(vectors), torch.tensor(weights, dtype=torch.float64), rule, **copies, **options, out=out
+    )
+    assert again.model is out
+    assert torch.equal(out, result.model)
+    assert all(torch.equal(copies[name], given[name]) for name in given)
+    assert torch.equal(again.norms, result.norms)
+    assert torch.equal(again.cosines, result.cosines)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rules(backend: str, rule: str) -> None:
+    for defaults in (True, False):
+        check(rule, 5, 300, torch.float32, defaults=defaults)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_pairs(backend: str, rule: str) -> None:
+    axes = {
+        "count": [1, 2, 5, 10, 17],
+        "size": [0, 1, 3, 31, 32, 33, 127, 128, 129, 700],
+        "dtype": list(DTYPES),
+        "kind": ["equal", "counts", "zeros", "tiny"],
+        "state": [torch.float32, torch.float64],
+        "defaults": [True, False],
+    }
+    for seed, case in enumerate(thinned(pairwise(axes, seed=len(rule)))):
+        check(rule, **case, seed=seed)
+
+
+def test_many_rounds_stay_on_flower(backend: str) -> None:
+    """Ten rounds in fp64: states and model drift by rounding only."""
+    for rule in RULES:
+        global_ = make_vectors(1, 50, torch.float64)[0]
+        given = {name: torch.zeros_like(t) for name, t in states(rule, 50, torch.float64).items()}
+        g = global_.numpy().copy()
+        first, second = np.zeros(50), np.zeros(50)
+        for round_ in range(10):
+            vectors = [global_ + 0.1 * v for v in make_vectors(4, 50, torch.float64, round_)]
+            stacked = torch.stack(vectors).numpy()
+            g, _, _, first, second = in_numpy(rule, g, stacked, [1, 2, 3, 4], first, second, {})
+            server_step(global_, vectors, [1, 2, 3, 4], rule, **given, out=global_)
+        np.testing.assert_allclose(global_.numpy(), g, rtol=1e-9, atol=1e-9)
+
+
+def test_mean_is_the_weighted_mean(backend: str) -> None:
+    for dtype in DTYPES:
+        vectors, weights = make_vectors(10, 500, dtype), make_weights("random", 10)
+        (global_,) = make_vectors(1, 500, dtype, 3)
+        close(server_step(global_, vectors, weights).model, weighted_mean([v.double() for v in vectors], weights))
+        assert torch.equal(server_step(global_, [vectors[0]] * 3, [1, 1, 1]).model, vectors[0])
+
+
+def test_a_client_of_weight_zero_is_only_measured(backend: str) -> None:
+    vectors = make_vectors(3, 200, torch.float32)
+    global_ = torch.zeros(200)
+    wanted = server_step(global_, [vectors[0], vectors[2]], [1, 2])
+    given = server_step(global_, vectors, [1, 0, 2])
+    assert torch.equal(given.model, wanted.model)
+    assert float(given.norms[1]) == pytest.approx(float(vectors[1].double().norm()))
+    assert given.cosines[[0, 2]].tolist() == pytest.approx(wanted.cosines.tolist())
+    vectors[1][5] = math.nan
+    given = server_step(global_, vectors, [1, 0, 2])
+    assert torch.equal(given.model, wanted.model)
+    assert given.norms.isnan().tolist() == [False, True, False]
+    assert given.cosines.isnan().tolist() == [False, True, False]
+
+
+def test_nan_and_infinity_stay_in_their_coordinate(backend: str) -> None:
+    for rule in RULES:
+        vectors = make_vectors(3, 150, torch.float32)
+        vectors[0][7], vectors[2][140] = math.nan, math.inf
+        given = states(rule, 150, torch.float32)
+        result = server_step(torch.zeros(150), vectors, [1, 2, 3], rule, **given)
+        wrong = ~result.model.isfinite()
+        assert set(wrong.nonzero().flatten().tolist()) <= {7, 140}
+        assert wrong[7]
+        assert result.norms.isfinite().tolist() == [False, True, False]
+
+
+def test_directions(backend: str) -> None:
+    """Along, against and across the mean delta, and no delta at all."""
+    global_ = torch.ones(100)
+    step = torch.zeros(100)
+    step[3] = 1.0
+    across = torch.zeros(100)
+    across[4] = 2.0
+    vectors = [global_ + 3 * step, global_ - step, global_ + across, global_ - across, global_]
+    given = server_step(global_, vectors, [1, 1, 1, 1, 1])
+    assert given.norms.tolist() == [3.0, 1.0, 2.0, 2.0, 0.0]
+    assert given.cosines.tolist() == [1.0, -1.0, 0.0, 0.0, 0.0]
+    assert server_step(global_, [global_], [1]).cosines.tolist() == [0.0]
+
+
+def test_out_and_odd_strides(backend: str) -> None:
+    vectors, weights = make_vectors(4, 200, torch.float32), [1.0, 2.0, 3.0, 4.0]
+    (global_,) = make_vectors(1, 200, torch.float32, 9)
+    wanted = server_step(global_, vectors, weights, "adam", **states("adam", 200, torch.float32))
+    wide = torch.zeros(400)[::2].copy_(global_)
+    columns = torch.stack(vectors, 1).t()
+    for old, uploads in ((wide, vectors), (global_, columns)):
+        given = server_step(old, uploads, weights, "adam", **states("adam", 200, torch.float32))
+        assert torch.equal(given.model, wanted.model)
+        assert torch.equal(given.norms, wanted.norms)
+    outs = [torch.zeros(400)[::2], torch.zeros(201)[1:], torch.zeros(200, dtype=torch.float64)]
+    for out in [*outs, wide, vectors[2]]:
+        copies = [vector.clone() for vector in vectors]
+        old = global_.clone()
+        if out is vectors[2]:
+            copies[2] = out
+        version = out._version
+        step = server_step(old, copies, weights, "adam", **states("adam", 200, torch.float32), out=out)
+        assert step.model is out
+        assert out._version > version
+        close(out.float(), wanted.model.double())
+
+
+def test_versions_of_what_is_written(backend: str) -> None:
+    given = states("adam", 64, torch.float32)
+    global_ = torch.zeros(64)
+    before = [t._version for t in (*given.values(), global_)]
+    server_step(global_, make_vectors(2, 64, torch.float32), [1, 1], "adam", **given, out=global_)
+    assert all(t._version > old for t, old in zip((*given.values(), global_), before, strict=True))
+
+
+@pytest.mark.skipif(not KERNELS, reason="the compiled core is not built")
+def test_same_bits_for_every_thread_count() -> None:
+    vectors = make_vectors(7, 200_001, torch.float32)
+    before = torch.get_num_threads()
+    for name in KERNELS:
+        runs = []
+        try:
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                given = states("adam", 200_001, torch.float32)
+                with using(name):
+                    step = server_step(torch.zeros(200_001), vectors, [1.0] * 7, "adam", **given)
+                runs.append([*step, *given.values()])
+        finally:
+            torch.set_num_threads(before)
+        assert all(map(torch.equal, *runs))
