@@ -42,15 +42,17 @@ def same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
 
 
 def test_a_forked_child_computes_the_same(woken: list[tuple[Operator, list[Tensor], tuple[Tensor, ...]]]) -> None:
+    copies = [operator.fresh(inputs) for operator, inputs, _ in woken]  # in the child torch's own copy would hang
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
         code = 1
         try:
             with torch.no_grad():
-                for operator, inputs, expected in woken:
+                for (operator, _, expected), inputs in zip(woken, copies, strict=True):
                     os.write(writer, f"{operator.name};".encode())
-                    if not same(operator.results(*inputs), expected):
+                    given = operator.call(*inputs)
+                    if not same(given if isinstance(given, tuple) else (given,), expected):
                         os._exit(2)
             code = 0
         finally:
