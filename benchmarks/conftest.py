@@ -75,11 +75,13 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
         return
     terminalreporter.section("speed-ups: median of per-pair ratios")
     terminalreporter.write_line(harness.table(harness.COMPARISONS))
-    if harness.SETTINGS.device == "cpu":
-        for row in harness.COMPARISONS:
-            broken = ", ".join(f"{floor:g}× {name}" for name, floor in row.broken_promises().items())
-            if broken and not row.loaded:
-                terminalreporter.write_line(f"below what is promised: {row.group} {row.case} ({row.where}): {broken}")
+    for row in harness.COMPARISONS:
+        broken = [f"{floor:g}× {name}" for name, floor in row.broken_promises().items()]
+        if row.too_much_overhead:
+            broken.append(f"an overhead of {1e6 * row.at_most:g} µs")
+        if broken and not row.loaded:
+            line = f"below what is promised: {row.group} {row.case} ({row.where}): {', '.join(broken)}"
+            terminalreporter.write_line(line)
     if config.getoption("--record"):
         folder = config.getoption("--results")
         written = records.write_results(harness.COMPARISONS, harness.machine(), folder, collected=_collected)

@@ -72,6 +72,8 @@ def compare(
     pairs: int = 21,
     threads: int | None = None,
     loaded: bool = False,
+    over: str | None = None,
+    at_most: float | None = None,
     note: str = "",
 ) -> Comparison:
     """Times the contestants against each other and leaves the result in pytest-benchmark's record.
@@ -84,6 +86,8 @@ def compare(
         floors: speed-ups that the project promises on its CPU.
         threads: torch threads for all contestants; None leaves torch's default.
         loaded: keep another process spinning meanwhile, as on a shared machine.
+        over: record the overhead, our time over this contestant's (``""``: all of ours), as a median over pairs.
+        at_most: the overhead in seconds that the project promises.
 
     Under ``--gate`` the test fails where a ratio is below its floor twice in a row, and is skipped, with the reason,
     where that cannot be told.
@@ -99,7 +103,9 @@ def compare(
     try:
         with _plain_defaults(), timing.load() if loaded else contextlib.nullcontext():
             for attempt in (1, 2):
-                result, ratios = _measure(runs, ours, pairs, model_bytes if copy and not SETTINGS.short else 0, where)
+                result, ratios = _measure(
+                    runs, ours, over, pairs, model_bytes if copy and not SETTINGS.short else 0, where
+                )
                 verdict = gate.judge(floor, ratios, result["scatter"], ours) if floor else gate.Verdict("pass")
                 if verdict.outcome != "fail" or attempt == 2:
                     break
@@ -117,6 +123,7 @@ def compare(
         floors=(floors or {}) if where.type == "cpu" else {},
         model_bytes=model_bytes,
         note=note,
+        at_most=at_most,
         device=where.type,
         test=benchmark.fullname.rpartition("benchmarks/")[2],
         peak_bytes={name: rise for name, rise in peak.items() if rise is not None},
@@ -133,7 +140,7 @@ def compare(
 
 
 def _measure(
-    runs: dict[str, Callable[[], Any]], ours: str, pairs: int, copied: int, where: torch.device
+    runs: dict[str, Callable[[], Any]], ours: str, over: str | None, pairs: int, copied: int, where: torch.device
 ) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """What of a :class:`Comparison` is measured, and the pairs' ratios by contestant."""
     runs = dict(runs)
@@ -145,6 +152,11 @@ def _measure(
     samples, walls = timing.interleave(runs, pairs, timing.clock(where), longest=longest, least=min(pairs, LEAST_PAIRS))
     copies = samples.pop("copy", None)
     own = samples[ours]
+    overhead = None
+    if over is not None:
+        spent = walls if walls[ours] else samples
+        less = spent[over] if over else [0.0] * len(own)
+        overhead = statistics.median(a - b for a, b in zip(spent[ours], less, strict=True))
     ratios = {
         name: [a / b for a, b in zip(values, own, strict=True)] for name, values in samples.items() if name != ours
     }
@@ -154,6 +166,7 @@ def _measure(
         "speedup": {name: statistics.median(values) for name, values in ratios.items()},
         "spread": {name: statistics.quantiles(values, n=4)[::2] for name, values in ratios.items()},
         "scatter": {name: timing.scatter(values) for name, values in samples.items()},
+        "overhead": overhead,
         "copy_seconds": statistics.median(copies) if copies else None,
         "wall_seconds": {n: statistics.median(values) for n, values in walls.items() if values and n != "copy"},
     }
@@ -244,6 +257,8 @@ def table(comparisons: list[Comparison]) -> str:
             memory += f", {100 * c.copy_fraction:.0f} % of copy"
         if c.ours in c.peak_bytes:
             memory += f", {c.peak_bytes[c.ours] / 1e6:.1f} MB at most"
+        if c.overhead is not None:
+            memory += f", overhead {1e6 * c.overhead:.1f} µs"
         note = f"  [{c.note}]" if c.note else ""
         absent = "".join(f"  [no {name}: {reason}]" for name, reason in c.missing.items())
         lines.append(

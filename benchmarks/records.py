@@ -31,6 +31,8 @@ class Comparison:
         spread: quartiles of the pairs' ratios, by contestant.
         peak_bytes: the most memory a call takes beyond its inputs, by contestant.
         wall_seconds: on a GPU, wall time of one of many calls in a row, by contestant.
+        overhead: seconds that a call costs beside what it computes, where that was asked for.
+        at_most: the overhead that the project promises.
         missing: contestants that cannot run here, with the reason.
     """
 
@@ -53,6 +55,8 @@ class Comparison:
     peak_bytes: dict[str, int] = field(default_factory=dict)
     wall_seconds: dict[str, float] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
+    overhead: float | None = None
+    at_most: float | None = None
 
     @property
     def key(self) -> tuple[str, str, str, int, bool]:
@@ -79,6 +83,11 @@ class Comparison:
     def broken_promises(self) -> dict[str, float]:
         """The promised speed-ups that were not reached."""
         return {name: floor for name, floor in self.floors.items() if self.speedup.get(name, floor) < floor}
+
+    @property
+    def too_much_overhead(self) -> bool:
+        """Whether a call costs more than is promised."""
+        return self.overhead is not None and self.at_most is not None and self.overhead > self.at_most
 
     def record(self) -> dict[str, Any]:
         """Everything above as plain JSON values."""

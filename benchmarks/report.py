@@ -85,11 +85,21 @@ def ratio(row: Comparison, name: str) -> str:
     return f"{text} (promised {broken[name]:g}×)" if name in broken and not row.loaded else text
 
 
+def overhead(row: Comparison) -> str:
+    """What a call costs beside its kernel, with the promise where it is not kept."""
+    if row.overhead is None:
+        return "–"
+    text = duration(max(row.overhead, 0.0))
+    return f"**{text}** (promised {duration(row.at_most or 0.0)})" if row.too_much_overhead else text
+
+
 def table(rows: Sequence[Comparison]) -> list[str]:
     """All that was measured of one operator, or of one family of its rows."""
     names = contestants(rows)
     walls = any(row.wall_seconds for row in rows)
+    overheads = any(row.overhead is not None for row in rows)
     heads = ["size", "run on", "time", *(["wall time"] if walls else []), *against(names)]
+    heads += ["overhead"] if overheads else []
     heads += ["model bytes", "of a copy", "peak memory", "theirs"]
     lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * (len(heads) - 2)]
     for row in rows:
@@ -97,6 +107,7 @@ def table(rows: Sequence[Comparison]) -> list[str]:
         if walls:
             cells.append(duration(row.wall_seconds[row.ours]) if row.ours in row.wall_seconds else "–")
         cells += [ratio(row, name) for name in names]
+        cells += [overhead(row)] if overheads else []
         cells.append(f"{_digits(row.bandwidth)} GB/s" if row.model_bytes else "–")
         cells.append(f"{100 * row.copy_fraction:.0f} %" if row.copy_fraction is not None else "–")
         peak = row.peak_bytes
@@ -145,19 +156,16 @@ def page(results: dict[str, list[Recorded]]) -> str:
 
 
 def fill(text: str, results: dict[str, list[Recorded]]) -> str:
-    """``text`` with the sections between markers written anew; unknown operators say that nothing is recorded."""
+    """``text`` with the sections between markers written anew, from those of their operators that are recorded."""
 
     def section(match: re.Match[str]) -> str:
         lines: list[str] = []
         for group in (name.strip() for name in match[2].split(",")):
-            files = results.get(group, [])
-            if not files:
-                lines += [f"`{group}`: not recorded yet.", ""]
-            for recorded in files:
+            for recorded in results.get(group, []):
                 lines += [f"`{group}` on {machine_line(recorded)}:", ""]
                 for family in families(recorded.rows):
                     lines += [*short_table(family), ""]
-        return match[1] + "\n" + "\n".join(lines) + "\n" + match[3]
+        return match[1] + "\n" + "\n".join(lines or ["Not recorded yet.", ""]) + "\n" + match[3]
 
     return SECTION.sub(section, text)
 

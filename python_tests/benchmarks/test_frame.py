@@ -77,7 +77,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "[pytest]\npythonpath = benchmarks\npython_files = bench_*.py\naddopts = --import-mode=importlib -ra\n"
     )
     (folder / "docs").mkdir()
-    (folder / "docs" / "ops.md").write_text("before\n<!-- measured: toy, nothing -->\nold\n<!-- end -->\nafter\n")
+    (folder / "docs" / "ops.md").write_text(
+        "before\n<!-- measured: toy, nothing -->\nold\n<!-- end -->\n<!-- measured: nothing -->\n<!-- end -->\nafter\n"
+    )
     recorded = run(folder, "-m", "pytest", "benchmarks", "--record", "--deselect", "benchmarks/bench_toy.py::test_new")
     assert recorded.returncode == 0, recorded.stdout + recorded.stderr
     assert "below what is promised: toy small (1 thread): 3× eager" in recorded.stdout
@@ -108,7 +110,7 @@ def test_report_makes_table_and_plot(folder: Path) -> None:
     assert docs.endswith("<!-- end -->\nafter\n")
     assert "old" not in docs
     assert "| medium | 1.00 ms | 2.00× (promised 3×) | 4.00× |" in docs
-    assert "`nothing`: not recorded yet." in docs
+    assert "<!-- measured: nothing -->\n\nNot recorded yet.\n\n<!-- end -->" in docs
     assert run(folder, "-m", "benchmarks.report", "--check").returncode == 0
     (results / "README.md").write_text(page.replace("2.00×", "2.50×"))
     stale = run(folder, "-m", "benchmarks.report", "--check")
