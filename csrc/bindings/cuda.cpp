@@ -6,6 +6,7 @@ namespace fedkern {
 void bind_cuda_aggregate(py::module_&);
 void bind_cuda_blend(py::module_&);
 void bind_cuda_distill(py::module_&);
+void bind_cuda_fuse(py::module_&);
 
 PYBIND11_MODULE(_cuda, module) {
   module.doc() = "Compiled CUDA kernels of fedkern; use them through fedkern.ops.";
@@ -13,6 +14,7 @@ PYBIND11_MODULE(_cuda, module) {
   bind_cuda_aggregate(module);
   bind_cuda_blend(module);
   bind_cuda_distill(module);
+  bind_cuda_fuse(module);
 }
 
 }  // namespace fedkern

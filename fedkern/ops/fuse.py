@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from fedkern.ops import backend
+from fedkern.ops.cuda import core as cuda
+from fedkern.ops.cuda.fuse import CudaFuse
 from fedkern.ops.fuse_kernels import FuseNeeds, order_of
 from fedkern.ops.fuse_launch import CpuFuse
 from fedkern.ops.fuse_library import FUSE
@@ -211,3 +213,4 @@ for _name in ("fuse_concat", "fuse_mean"):
     backend.register(
         _name, "cpu", backend.Kernel(lambda: CpuFuse(backend.cpu_core()), frozenset(FLOATS), frozenset({"cpu"}))
     )
+    cuda.register(_name, CudaFuse, frozenset(FLOATS))

@@ -28,40 +28,46 @@ FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off
 
 @functools.cache
 def build() -> ModuleType:
-    """Returns the emulated ``fedkern._cuda``, compiled once per version of its sources into build/."""
+    """Returns the emulated ``fedkern._cuda``; what was compiled before from the same sources is taken from build/."""
     compiler = os.environ.get("CXX") or shutil.which("g++")
     if compiler is None:
         raise FileNotFoundError("no g++ to compile the emulated core with")
-    includes = [EMULATOR, ROOT / "csrc" / "include", ROOT / "csrc" / "cuda", ROOT / "csrc" / "bindings"]
+    own = [EMULATOR, ROOT / "csrc" / "include", ROOT / "csrc" / "cuda", ROOT / "csrc" / "bindings"]
     # torch ships pybind11, which the tests' environment need not have otherwise.
-    includes += [Path(torch.__file__).parent / "include", Path(sysconfig.get_paths()["include"])]
-    parts = [*FLAGS, *map(str, includes), backend.source_hash(ROOT / "csrc")]
-    parts += [path.read_text() for path in sorted(EMULATOR.iterdir())]
-    folder = ROOT / "build" / "emulated" / hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
-    module = folder / "_cuda.so"
-    if not module.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        command = [compiler, *FLAGS, *(f"-I{path}" for path in includes), '-DFEDKERN_SOURCE_HASH="emulated"']
-        objects = [folder / f"{path.stem}.{os.getpid()}.o" for path in SOURCES]
+    others = [Path(torch.__file__).parent / "include", Path(sysconfig.get_paths()["include"])]
+    command = [compiler, *FLAGS, *(f"-I{path}" for path in [*own, *others]), '-DFEDKERN_SOURCE_HASH="emulated"']
+    headers = sorted(path for folder in own for path in folder.rglob("*") if path.suffix not in {".cu", ".cpp"})
+    common = "".join([*command, *(path.read_text() for path in headers if path.is_file())])
+    folder = ROOT / "build" / "emulated"
+    folder.mkdir(parents=True, exist_ok=True)
 
-        def compile_one(source: Path, target: Path) -> None:
+    def compile_one(source: Path) -> Path:
+        target = folder / f"{source.stem}-{_digest(common + source.read_text())}.o"
+        if not target.exists():
             # Bindings are run once per call and slow to optimise.
             level = ["-O0"] if source.suffix == ".cpp" else []
-            subprocess.run([*command, *level, "-x", "c++", "-c", source, "-o", target], check=True)
+            fresh = target.with_suffix(f".{os.getpid()}")
+            subprocess.run([*command, *level, "-x", "c++", "-c", source, "-o", fresh], check=True)
+            fresh.replace(target)
+        return target
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(compile_one, SOURCES, objects))
-        linked = folder / f"linked.{os.getpid()}"
-        subprocess.run([compiler, "-shared", *objects, "-o", linked], check=True)
-        for path in objects:
-            path.unlink()
-        linked.replace(module)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, SOURCES))
+    module = folder / f"_cuda-{_digest(' '.join(path.name for path in objects))}.so"
+    if not module.exists():
+        fresh = module.with_suffix(f".{os.getpid()}")
+        subprocess.run([compiler, "-shared", *objects, "-o", fresh], check=True)
+        fresh.replace(module)
     spec = importlib.util.spec_from_file_location("_cuda", module)
     assert spec is not None
     assert spec.loader is not None
     core = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(core)
     return core
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager

@@ -75,9 +75,7 @@ def test_against_plain(device: torch.device, number: int) -> None:
     mean = served.weighted_mean(vectors, weights, None)
     assert mean.dtype == dtype
     expected = PLAIN.weighted_mean(rows, numbers, None)
-    if (
-        dtype.itemsize > 2
-    ):  # torch rounds fp64 to 16 bits by way of fp32
+    if dtype.itemsize > 2:  # torch rounds fp64 to 16 bits by way of fp32
         assert torch.equal(mean.cpu().nan_to_num(7.0), expected.nan_to_num(7.0))
     close("mean", mean, PLAIN.weighted_mean(wide, numbers, None))
     for out_dtype in DTYPES:

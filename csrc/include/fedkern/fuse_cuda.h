@@ -1,0 +1,44 @@
+// fuse on CUDA: fuse_concat, fuse_mean and their gradients; device pointers throughout, on a device and a stream of the
+// caller's. Maps travel as kernel parameters.
+//
+//   concat  out[b, start_m + c, p] = act(scale[start_m + c] f_m[b, c, p] + shift[start_m + c])
+//   mean    out[b, c, p] = 1/M sum_m act(scale[m C + c] f_m[b, c, p] + shift[m C + c])
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "fedkern/types.h"
+
+namespace fedkern::cuda {
+
+// Maps that one launch takes: a concatenation of more is done in turn, a mean of more not at all.
+inline constexpr int kMostMaps = 48;
+
+// [B, channels, P] with its strides in elements; absent where data is null.
+struct FeatureMap {
+  void* data;
+  std::int64_t batch, channel, position;
+};
+
+struct FuseCall {
+  DType dtype;  // of all maps
+  std::int64_t batch, positions;
+  bool relu, mean;
+  std::vector<std::int64_t> channels;     // of each map
+  std::vector<FeatureMap> features;       // empty where backward does not need them
+  const void *scale, *shift;              // [sum of channels], fp32 (fp64 for fp64 maps), or null for 1 and 0
+  FeatureMap out;                         // forward: the result; backward: where there are no features, the result of a ReLU
+};
+void fuse_forward(const FuseCall& call, int device, void* stream);
+
+struct FuseBackward {
+  FeatureMap grad;
+  std::vector<FeatureMap> to_features;  // empty, or one each, absent where not wanted
+  double *to_scale, *to_shift;          // [sum of channels], null where not wanted
+  double* partial;                      // workspace: kFuseSplits * 2 * sum of channels, where one of them is
+};
+inline constexpr std::int64_t kFuseSplits = 64;
+void fuse_backward(const FuseCall& call, const FuseBackward& gradients, int device, void* stream);
+
+}  // namespace fedkern::cuda

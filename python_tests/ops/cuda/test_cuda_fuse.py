@@ -1,0 +1,105 @@
+"""fuse_concat and fuse_mean on CUDA against the float64 reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from operator_cases import DTYPES, assert_close, describe, pairwise
+from torch import Tensor
+
+from fedkern import ops
+from fedkern.ops.fuse_reference import fuse_concat_reference, fuse_mean_reference
+
+AXES: dict[str, Any] = {
+    "operator": ("concat", "mean"),
+    "count": (1, 2, 5, 50),
+    "channels": (1, 3, 8, 16),
+    "uneven": (False, True),
+    "batch": (0, 1, 3),
+    "positions": ((), (1, 1), (5, 7), (4, 8), (12,), (2, 0)),
+    "dtype": DTYPES,
+    "layout": ("contiguous", "channels_last", "crop", "offset", "transposed"),
+    "vectors": ("both", "scale", "shift", "none", "double"),
+    "relu": (False, True),
+    "needs": ("all", "maps", "vectors"),
+    "grad": ("like", "expanded", "other"),
+}
+CASES = pairwise(AXES, seed=8)
+
+
+def lay_out(x: Tensor, layout: str) -> Tensor:
+    """The same map with other strides, or at an odd address."""
+    if layout == "channels_last" and x.dim() > 2:
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    if layout == "crop" and x.dim() > 2:
+        return torch.nn.functional.pad(x.double(), (1, 2)).to(x.dtype)[..., 1:-2]
+    if layout == "transposed":
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "offset":
+        return x.new_zeros(x.numel() + 1)[1:].view(x.shape).copy_(x)
+    return x
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: f"{n}-{describe(CASES[n])}")
+def test_against_float64(device: torch.device, number: int) -> None:
+    case = CASES[number]
+    generator = torch.Generator().manual_seed(number)
+    dtype, count, mean = case["dtype"], case["count"], case["operator"] == "mean"
+    uneven = case["uneven"] and not mean
+    channels = [case["channels"] * (1 + m % 2 if uneven else 1) for m in range(count)]
+    maps = [torch.randn(case["batch"], c, *case["positions"], generator=generator).to(dtype) for c in channels]
+    leaves = [lay_out(x.to(device), case["layout"]).requires_grad_(case["needs"] != "vectors") for x in maps]
+    vectors: list[Tensor | None] = [None, None]
+    for i, kinds in enumerate((("both", "scale", "double"), ("both", "shift", "double"))):
+        if case["vectors"] in kinds:
+            values = torch.randn(sum(channels), generator=generator)
+            values = values.to(torch.float64 if case["vectors"] == "double" else torch.float32).to(device)
+            vectors[i] = values.requires_grad_(case["needs"] != "maps")
+    inputs = [*leaves, *vectors]
+    exact = [None if x is None else x.detach().cpu().double().requires_grad_(x.requires_grad) for x in inputs]
+    activation = "relu" if case["relu"] else None
+    out = (ops.fuse_mean if mean else ops.fuse_concat)(leaves, *vectors, activation)
+    reference = fuse_mean_reference if mean else fuse_concat_reference
+    expected = reference(exact[:count], *exact[count:], case["relu"])
+    # What rounds to another side of ReLU's corner has another gradient; nothing is that close to it here.
+    assert out.dtype == dtype
+    assert_close("result", out.cpu(), expected, absolute=1e-6 * 4)
+    if not expected.requires_grad:
+        return
+    grad = torch.randn(expected.shape, generator=generator).to(dtype)
+    if case["grad"] == "expanded":
+        grad = torch.full((), 3.0).to(dtype).expand(expected.shape)
+    given = grad.to(device)
+    if case["grad"] == "other" and grad.dim() > 2:
+        given = lay_out(given, "contiguous" if case["layout"] == "channels_last" else "channels_last")
+    out.backward(given)
+    expected.backward(grad.double())
+    terms = max(1, expected.numel() // max(1, expected.shape[1]))
+    for i, (ours, theirs) in enumerate(zip(inputs, exact, strict=True)):
+        if ours is None or theirs is None or not ours.requires_grad:
+            continue
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        # Terms are computed in fp32 whatever the vectors' dtype.
+        found = ours.grad.cpu() if i < count or dtype is torch.float64 else ours.grad.cpu().float()
+        assert_close(f"gradient {i}", found, theirs.grad, absolute=4e-6 * (terms if i >= count else 1))
+
+
+def test_channels_last_stays(device: torch.device) -> None:
+    maps = [torch.randn(2, 8, 4, 4, device=device).contiguous(memory_format=torch.channels_last) for _ in range(3)]
+    leaves = [x.requires_grad_() for x in maps]
+    out = ops.fuse_concat(leaves, activation="relu")
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    out.sum().backward()
+    assert all(x.grad.is_contiguous(memory_format=torch.channels_last) for x in leaves if x.grad is not None)
+
+
+def test_nan_passes_relu(device: torch.device) -> None:
+    x = torch.tensor([[[torch.nan, -1.0, 0.0, 2.0]]], device=device, requires_grad=True)
+    out = ops.fuse_concat([x], activation="relu")
+    out.sum().backward()
+    assert out.isnan().flatten().tolist() == [True, False, False, False]
+    assert x.grad is not None
+    assert x.grad.flatten().tolist() == [1.0, 0.0, 0.0, 1.0]
