@@ -53,16 +53,19 @@ class Study:
     full: Mapping[str, Any] | None = None  # one seed on all training samples, FedAvg and FedGID only
 
 
+_SMALL = {"data": "colormnist", "clients": 5, "width": 16, "data_option": "validation_samples=10000"}
 STUDIES = {
     # 247 validation images are too few for one seed to tell learning rates apart.
     "digits": Study("colordigits", {"data": "colordigits"}, (0.7,), (0.02, 0.05, 0.1), SEEDS),
     "colormnist": Study(
         "colormnist",
-        {"data": "colormnist", "train_samples": 6000, "rounds": 12, "local_epochs": 2, "clients": 10, "width": 16},
+        # Long local training, as published (10 epochs a round): it is what lets the backgrounds mislead. With 12 rounds
+        # of 2 epochs and a tuned learning rate FedAvg has almost nothing left to correct at 0.5.
+        {**_SMALL, "train_samples": 6000, "rounds": 5, "local_epochs": 5},
         (0.5, 0.8),
-        (0.02, 0.05, 0.1, 0.2),
+        (0.05, 0.1, 0.2),
         (0,),
-        full={"data": "colormnist", "rounds": 6, "local_epochs": 1, "clients": 10, "width": 16},
+        full={**_SMALL, "rounds": 3, "local_epochs": 3},
     ),
 }
 
@@ -195,7 +198,8 @@ def full_set(runs: Runs, rates: Mapping[str, float], numbers: dict[str, Any]) ->
         m = runs.metrics(case)
         numbers[f"{v}, all training samples"] = m
         rows.append([v, *(f"{100 * m[name]:.2f}" for name in ("ood_accuracy", "id_accuracy", "ood_gradcam_in_object"))])
-    title = f"## All training samples, correlation {first}, seed 0, {settings['rounds']} rounds of one epoch, in %"
+    schedule = f"{settings['rounds']} rounds of {settings['local_epochs']} epochs"
+    title = f"## All training samples, correlation {first}, seed 0, {schedule}, in %"
     return [title, "", table(["variant", "OOD accuracy", "ID accuracy", "Grad-CAM in object, OOD"], rows), ""]
 
 
@@ -213,7 +217,7 @@ def main() -> None:
     runs = Runs(chosen, root, given.out or Path("runs") / f"study-fedgid-{given.study}", given.workers)
     page, numbers = study(runs)
     versions = next(iter(runs.summaries.values()))["versions"]
-    settings = ", ".join(f"{name} {value}" for name, value in chosen.settings.items())
+    settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in chosen.settings.items())
     head = f"""# FedGID on {chosen.name}
 
 Made by `python -m benchmarks.study_fedgid {given.study}`: {settings}; the rest as

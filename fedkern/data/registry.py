@@ -140,7 +140,7 @@ DATASETS: dict[str, DatasetInfo] = {
     ),
     "colormnist": DatasetInfo(
         "MNIST on backgrounds coloured by class and client; out-of-distribution test with random colours",
-        _mnist, 10, "attribute", (3, 28), correlation=0.5,
+        _mnist, 5, "attribute", (3, 28), correlation=0.5,
         options=_coloured_options("contrast"),
     ),
     "colorfashion": DatasetInfo(
