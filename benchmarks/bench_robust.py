@@ -1,0 +1,230 @@
+"""Robust and private means against eager torch, torch.compile and NumPy as Flower does it.
+
+Model bytes: every vector read once, the result written once; for clipping every vector read twice (the norm comes
+first) and written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from contestants import Absent, Contestant
+from harness import compare
+from torch import Tensor
+
+from fedkern import ops
+
+FLOORS = {"torch": 8.0}
+
+
+def make(count: int, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(count, size).to(dtype)
+
+
+def eager_median(vectors: Tensor) -> Tensor:
+    """torch.median, which takes the lower one of two middle values."""
+    return vectors.median(0).values
+
+
+def eager_trimmed(vectors: Tensor, trim: int) -> Tensor:
+    return vectors.sort(0).values[trim : len(vectors) - trim].mean(0)
+
+
+def in_numpy(vectors: Tensor, run: Callable[[Any], Any]) -> Contestant:
+    if vectors.device.type != "cpu":
+        return Absent("NumPy computes on the CPU")
+    array = vectors.numpy()
+    return lambda: run(array)
+
+
+def flower_trimmed(vectors: Tensor, trim: int) -> Contestant:
+    """flwr.server.strategy.aggregate.aggregate_trimmed_avg: partition, cut, mean."""
+    count = len(vectors)
+    return in_numpy(
+        vectors, lambda x: np.mean(np.partition(x, (trim, count - trim - 1), axis=0)[trim : count - trim], axis=0)
+    )
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("count", "size"), [(10, 1_000_000), (50, 1_000_000), (10, 10_000), (100, 100_000)])
+def test_median(benchmark: Any, count: int, size: int, threads: int) -> None:
+    vectors = make(count, size)
+    rows = list(vectors)
+    runs = {
+        "fedkern": lambda: ops.median(rows),
+        "torch": lambda: eager_median(vectors),
+        "Flower": in_numpy(vectors, lambda x: np.median(x, axis=0)),
+    }
+    compare(
+        benchmark,
+        "median",
+        f"M={count} P={size:,}",
+        runs,
+        model_bytes=(count + 1) * size * 4,
+        copy=True,
+        floors=FLOORS if size == 1_000_000 and threads == 1 else {},
+        threads=threads,
+        pairs=15,
+    )
+
+
+@pytest.mark.parametrize(("count", "size"), [(10, 1_000_000), (50, 1_000_000), (10, 10_000)])
+def test_trimmed_mean(benchmark: Any, count: int, size: int) -> None:
+    vectors, trim = make(count, size), count // 5
+    rows = list(vectors)
+    compiled = torch.compile(eager_trimmed)
+    runs = {
+        "fedkern": lambda: ops.trimmed_mean(rows, trim),
+        "torch": lambda: eager_trimmed(vectors, trim),
+        "compile": lambda: compiled(vectors, trim),
+        "Flower": flower_trimmed(vectors, trim),
+    }
+    compare(
+        benchmark,
+        "trimmed_mean",
+        f"M={count} P={size:,} trim={trim}",
+        runs,
+        model_bytes=(count + 1) * size * 4,
+        copy=True,
+        floors=FLOORS if size == 1_000_000 else {},
+        threads=1,
+        pairs=15,
+    )
+
+
+@pytest.mark.parametrize("operator", ["median", "trimmed_mean"])
+def test_weighted(benchmark: Any, operator: str) -> None:
+    count, size = 10, 1_000_000
+    vectors = make(count, size)
+    weights = torch.arange(1.0, count + 1)
+
+    def eager_weighted_median() -> Tensor:
+        values, order = vectors.sort(0)
+        below = weights[order].cumsum(0)
+        return values.gather(0, (below < weights.sum() / 2).sum(0, keepdim=True))[0]
+
+    def eager_weighted_trimmed() -> Tensor:
+        values, order = vectors.sort(0)
+        shares = weights[order[2:-2]]
+        return (shares * values[2:-2]).sum(0) / shares.sum(0)
+
+    rows, list_ = list(vectors), weights.tolist()
+    runs = (
+        {"fedkern": lambda: ops.median(rows, list_), "torch": eager_weighted_median}
+        if operator == "median"
+        else {"fedkern": lambda: ops.trimmed_mean(rows, 2, list_), "torch": eager_weighted_trimmed}
+    )
+    case = f"weighted M={count} P={size:,}" + (" trim=2" if operator == "trimmed_mean" else "")
+    compare(benchmark, operator, case, runs, model_bytes=(count + 1) * size * 4, copy=True, threads=1, pairs=15)
+
+
+@pytest.mark.parametrize(("count", "size"), [(10, 1_000_000), (50, 1_000_000), (10, 10_000)])
+def test_pairwise_distances(benchmark: Any, count: int, size: int) -> None:
+    vectors = make(count, size)
+    rows = list(vectors)
+    exact = "donot_use_mm_for_euclid_dist"
+    runs = {
+        "fedkern": lambda: ops.pairwise_distances(rows),
+        "cdist": lambda: torch.cdist(vectors, vectors, compute_mode=exact),
+        "cdist by matrix product": lambda: torch.cdist(
+            vectors, vectors, compute_mode="use_mm_for_euclid_dist_if_necessary"
+        ),
+    }
+    note = "differences in fp64; cdist sums in fp32, and by a matrix product it loses near-equal vectors"
+    case = f"M={count} P={size:,}"
+    compare(
+        benchmark,
+        "pairwise_distances",
+        case,
+        runs,
+        model_bytes=count * size * 4,
+        copy=True,
+        threads=1,
+        pairs=15,
+        note=note,
+    )
+
+
+def eager_geometric_median(vectors: Tensor, iterations: int) -> Tensor:
+    point = vectors.mean(0)
+    for _ in range(iterations):
+        pulls = 1 / (vectors - point).norm(dim=1).clamp_min(1e-6)
+        point = pulls @ vectors / pulls.sum()
+    return point
+
+
+@pytest.mark.parametrize(("count", "size"), [(10, 1_000_000), (50, 1_000_000)])
+def test_geometric_median(benchmark: Any, count: int, size: int) -> None:
+    vectors = make(count, size)
+    rows = list(vectors)
+    runs = {
+        "fedkern": lambda: ops.geometric_median(rows, iterations=10, tolerance=0),
+        "torch": lambda: eager_geometric_median(vectors, 10),
+    }
+    case = f"M={count} P={size:,} 10 iterations"
+    bytes_ = (2 * count + 1) * size * 4
+    compare(benchmark, "geometric_median", case, runs, model_bytes=bytes_, copy=True, threads=1, pairs=15)
+
+
+def test_krum(benchmark: Any) -> None:
+    vectors = make(10, 1_000_000)
+    rows = list(vectors)
+
+    def eager_krum() -> Tensor:
+        squared = torch.cdist(vectors, vectors).square().sort(1).values
+        return vectors[squared[:, 1:8].sum(1).argmin()]
+
+    def flower_krum(array: Any) -> Any:
+        """flwr.server.strategy.aggregate: one norm for every pair."""
+        squared = np.array([[np.linalg.norm(a - b) ** 2 for b in array] for a in array])
+        return array[np.argmin(np.sort(squared, 1)[:, 1:8].sum(1))]
+
+    runs = {"fedkern": lambda: ops.krum(rows, 1), "torch": eager_krum, "Flower": in_numpy(vectors, flower_krum)}
+    compare(benchmark, "krum", "M=10 P=1,000,000 f=1", runs, model_bytes=11 * 4_000_000, copy=True, threads=1, pairs=15)
+
+
+def eager_clip(vectors: Tensor) -> Tensor:
+    return vectors * (1.0 / vectors.norm(dim=1, keepdim=True)).clamp(max=1.0)
+
+
+def eager_clip_and_noise(vectors: Tensor) -> Tensor:
+    return eager_clip(vectors) + 0.7 * torch.randn_like(vectors)
+
+
+# One model; FedIOD's gradients of 64 generated images, clipped image by image.
+@pytest.mark.parametrize(("count", "size"), [(1, 11_000_000), (64, 3072)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_clip_and_noise(benchmark: Any, count: int, size: int, threads: int) -> None:
+    vectors = make(count, size)
+    compiled = torch.compile(eager_clip_and_noise)
+    places = iter(range(0, 1 << 62, count * size))
+    runs = {
+        "fedkern": lambda: ops.clip_and_noise(vectors, 1.0, 0.7, 1, next(places)),
+        "eager": lambda: eager_clip_and_noise(vectors),
+        "compile": lambda: compiled(vectors),
+    }
+    floors = {"eager": 3.0, "compile": 1.5} if count == 1 and threads == 1 else {}
+    case = f"M={count} P={size:,} fresh"
+    bytes_ = 3 * count * size * 4
+    compare(
+        benchmark, "clip_and_noise", case, runs, model_bytes=bytes_, copy=True, floors=floors, threads=threads, pairs=15
+    )
+
+
+@pytest.mark.parametrize(("count", "size"), [(10, 1_000_000), (64, 3072)])
+def test_clip_by_norm(benchmark: Any, count: int, size: int) -> None:
+    vectors = make(count, size)
+    compiled = torch.compile(eager_clip)
+    runs = {
+        "fedkern": lambda: ops.clip_by_norm(vectors, 1.0),
+        "eager": lambda: eager_clip(vectors),
+        "compile": lambda: compiled(vectors),
+    }
+    bytes_ = 3 * count * size * 4
+    case = f"M={count} P={size:,} fresh"
+    compare(benchmark, "clip_by_norm", case, runs, model_bytes=bytes_, copy=True, threads=1, pairs=15)
