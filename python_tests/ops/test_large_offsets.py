@@ -1,0 +1,142 @@
+"""Elements further apart than 2^31: offsets of 64 bits in every operator, on the way in and on the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from every_operator import Operator, each_operator
+from torch import Tensor
+
+from fedkern import ops
+
+FAR = 2**31 + 64
+HALF = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def available_gigabytes() -> float:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable"):
+            return int(line.split()[1]) / 2**20
+    return 0.0
+
+
+@pytest.fixture(scope="module")
+def memory() -> Tensor:
+    """More than 2^31 elements, of which tests touch a few pages."""
+    return torch.empty(FAR + 2**20, dtype=HALF)
+
+
+def far_apart(x: Tensor, memory: Tensor, place: int) -> Tensor:
+    """``x`` with its first axis stretched over more than 2^31 elements, at a place of its own."""
+    if not x.dim() or x.shape[0] == 1:
+        return x
+    step = FAR // (x.shape[0] - 1) + 1
+    assert step > place + x[0].numel()
+    view = memory[place:].as_strided(x.shape, (step, *x[0].contiguous().stride()))
+    return view.copy_(x)
+
+
+@each_operator
+def test_inputs_far_apart(operator: Operator, memory: Tensor) -> None:
+    """Also through the backward pass."""
+    near = operator.inputs(HALF)
+    far = [far_apart(x, memory, 4096 * i) for i, x in enumerate(near)]
+    assert any(x.dim() and x.stride(0) * (x.shape[0] - 1) > 2**31 for x in far)
+    if operator.changed:  # state is contiguous
+        far = [n if i in operator.changed else f for i, (n, f) in enumerate(zip(near, far, strict=True))]
+        near, far = ([x.float() if i in operator.changed else x for i, x in enumerate(g)] for g in (near, far))
+    results = []
+    for inputs in (near, far):
+        leaves = [x.detach().requires_grad_(operator.gradient) for x in inputs]
+        given = operator.results(*leaves)
+        if operator.gradient:
+            given += torch.autograd.grad([x.float().sum() for x in given], leaves)
+        results.append([x.detach() for x in given])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-2, atol=1e-2)
+
+
+def expanded(*shape: int, axis: int = 0) -> Tensor:
+    """bf16 of a shape in which one axis repeats a single slice."""
+    one = list(shape)
+    one[axis] = 1
+    return torch.randn(one, generator=torch.Generator().manual_seed(len(shape))).to(HALF).expand(shape)
+
+
+def _blend() -> tuple[Tensor, Tensor]:
+    x, y = expanded(40, 2**26), expanded(40, 2**26)
+    return ops.blend(x, y, 0.25)[-1], ops.blend(x[:1], y[:1], 0.25)[0]
+
+
+def _boxes() -> tuple[Tensor, Tensor]:
+    images, boxes = expanded(700, 3, 1024, 1024), torch.tensor([[[5.0, 6.0, 700.0, 900.0]]])
+    return ops.erase_boxes(images, boxes.expand(700, 1, 4))[-1], ops.erase_boxes(images[:1], boxes)[0]
+
+
+def _kl() -> tuple[Tensor, Tensor]:
+    student, teacher = expanded(2**28 + 5, 8), expanded(2**28 + 5, 8).flip(1)
+    few = ops.kl_div(student[:3], teacher[:3], reduction="none")
+    return ops.kl_div(student, teacher, reduction="none")[-3:], few
+
+
+def _kl_gradient() -> tuple[Tensor, Tensor]:
+    gradients = []
+    for rows in (2**28 + 5, 3):
+        student = expanded(2**28 + 5, 8)[:rows].contiguous().requires_grad_()
+        ops.kl_div(student, expanded(2**28 + 5, 8).flip(1)[:rows], reduction="sum").backward()
+        assert student.grad is not None
+        gradients.append(student.grad[-3:].clone())
+    return gradients[0], gradients[1]
+
+
+def _mean() -> tuple[Tensor, Tensor]:
+    vectors = [torch.tensor([value], dtype=HALF).expand(FAR) for value in (1.0, 2.0, 6.0)]
+    return ops.weighted_mean(vectors, [1.0, 1.0, 2.0])[-70:], torch.full((70,), 3.75, dtype=HALF)
+
+
+def _median() -> tuple[Tensor, Tensor]:
+    vectors = [torch.tensor([value], dtype=HALF).expand(FAR) for value in (1.0, 2.0, 6.0)]
+    return ops.median(vectors)[-70:], torch.full((70,), 2.0, dtype=HALF)
+
+
+def _clip() -> tuple[Tensor, Tensor]:
+    vector = torch.full((1,), 2.0, dtype=HALF).expand(FAR)
+    clipped = ops.clip_by_norm(vector, float(FAR) ** 0.5)
+    return clipped[-70:], torch.ones(70, dtype=HALF)
+
+
+def _fuse() -> tuple[Tensor, Tensor]:
+    maps = [expanded(40, 3, 2**12, 2**12, axis=0), expanded(40, 1, 2**12, 2**12, axis=0)]
+    return ops.fuse_concat(maps, activation="relu")[-1], ops.fuse_concat([x[:1] for x in maps], activation="relu")[0]
+
+
+LARGE: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
+    "blend": _blend,
+    "boxes": _boxes,
+    "kl_div": _kl,
+    "kl_div gradient": _kl_gradient,
+    "weighted_mean": _mean,
+    "median": _median,
+    "clip_by_norm": _clip,
+    "fuse_concat": _fuse,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE)
+def test_results_beyond_two_to_the_31(name: str) -> None:
+    """bf16 and inputs of stride 0, so that hardly more than the result needs memory."""
+    if available_gigabytes() < 12:
+        pytest.skip("needs 12 GB of free memory")
+    got, expected = LARGE[name]()
+    torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2)
