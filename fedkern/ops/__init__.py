@@ -12,10 +12,12 @@ from fedkern.ops.boxes import erase_boxes, keep_boxes
 from fedkern.ops.distill import dual_kl, entropy, kl_div
 from fedkern.ops.flat import FlatParameters
 from fedkern.ops.fuse import fuse_concat, fuse_mean
+from fedkern.ops.fuse_blocks import FusedBlocks
 
 __all__ = [
     "Accumulator",
     "FlatParameters",
+    "FusedBlocks",
     "ServerStep",
     "blend",
     "clip_and_noise",

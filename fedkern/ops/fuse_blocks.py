@@ -1,0 +1,179 @@
+"""FusedBlocks: M clients' blocks of one shape as one module."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from fedkern.ops.fuse_layers import FusedConv, FusedLayer, fuse_layers
+from fedkern.ops.fuse_lowering import FoldedBlocks, channels_last, concatenate, repeated, run_step, run_step_of
+from fedkern.ops.fuse_table import LOWERINGS, choose
+from fedkern.ops.fuse_trace import check_alike
+
+Lowering = Literal["grouped", "separate"]
+
+
+class FusedBlocks(nn.Module):
+    """M blocks of one shape over one shared input, as one module with the same outputs (FuseFL, arXiv 2410.20380).
+
+    The first convolutions, which read the same input, are concatenated into one; later ones are grouped; batch norms
+    are concatenated.  M 1x1 convolutions (FuseFL's adaptors) become one 1x1 convolution.  Works on whatever block
+    torch.fx can take apart into Conv2d, Linear (on ``[B, features]``), BatchNorm, GroupNorm, activations, pooling,
+    Flatten, Identity and sums: residual blocks, VGG stages, stems, sequences of them.
+
+    Args:
+        blocks: M >= 1 modules of the same structure, shapes, dtypes and devices.  Their parameters and buffers are
+            copied, one client's after the other's along axis 0, under the names they have in one block, behind
+            ``"branches."``; training mode and ``requires_grad`` are taken over.
+        shared: whether all blocks read the same input ``[B, C, ...]``; else block m reads channels ``m * C`` to
+            ``(m + 1) * C`` of ``[B, M * C, ...]``, as after another FusedBlocks.
+        fold: in evaluation mode and without autograd, fold batch norms into the convolutions before them (frozen
+            levels); the folded weights follow every change of the parameters.
+        lowering: how it is computed: ``"grouped"`` (one convolution for all branches), ``"separate"`` (branch after
+            branch); None picks the faster one from the measured table in ``fuse_table``.
+
+    ``forward`` maps the input to ``[B, M * C', ...]``, client 0's channels first; 4-D maps are computed and returned
+    channels-last.
+
+    Raises:
+        TypeError: a block holds a layer or does something that is not supported; the message names it.
+        ValueError: no blocks, or blocks of different structure or shapes.
+    """
+
+    def __init__(
+        self, blocks: Sequence[nn.Module], *, shared: bool = True, fold: bool = True, lowering: Lowering | None = None
+    ) -> None:
+        super().__init__()
+        members = list(blocks)
+        if not members:
+            raise ValueError("blocks must hold at least one module, not none")
+        if lowering is not None and lowering not in LOWERINGS:
+            raise ValueError(f"lowering must be None or one of {', '.join(LOWERINGS)}, not {lowering!r}")
+        self._steps = check_alike(members)
+        self.count, self.shared, self.fold, self.lowering = len(members), shared, fold, lowering
+        # Not registered: its parameters are no parameters of this module.
+        self._template = [copy.deepcopy(members[0]).to("meta")]
+        self._keys = list(members[0].state_dict())
+        root = nn.Module()
+        self._layers: dict[str, nn.Module] = {}
+        named = [dict(block.named_modules()) for block in members]
+        for step in self._steps:
+            name = step.module
+            if step.kind in ("add", "flatten") or name in self._layers or (not name and len(self._steps) > 1):
+                continue
+            layer = fuse_layers([modules[name] for modules in named])
+            if not isinstance(layer, FusedLayer):
+                layer = copy.deepcopy(layer)
+                if hasattr(layer, "inplace"):
+                    cast(Any, layer).inplace = False  # a shared value is still needed
+            self._layers[name] = layer
+            _place(root, name, layer)
+        self.branches = root
+        self.train(members[0].training)
+        convs = [layer for layer in self._layers.values() if isinstance(layer, FusedConv)]
+        self._width = convs[-1].part("weight", 0).shape[0] if convs else 0
+        self._folded = FoldedBlocks(self._steps, self._layers, self.count)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns ``[B, M * C', ...]``; ``x`` is ``[B, C, ...]`` (``[B, M * C, ...]`` with ``shared=False``)."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor, not {type(x).__name__}")
+        if x.dim() < 2 or (not self.shared and x.shape[1] % self.count):
+            raise ValueError(
+                f"x must have shape [B, {'C' if self.shared else f'{self.count} * C'}, ...], not {list(x.shape)}"
+            )
+        folded = self.fold and not self.training and not (torch.is_grad_enabled() and self._recorded(x))
+        way = self.lowering or choose(self.count, self._width, x.shape[2:], x.device.type, folded)
+        if folded:
+            with torch.no_grad():
+                if way == "grouped":
+                    return self._folded.grouped(x, self.shared)
+                return concatenate(self._folded.separate(x, self.shared))
+        return self._grouped(x) if way == "grouped" else self._separate(x)
+
+    def maps(self, fused: Tensor) -> list[Tensor]:
+        """The M blocks' maps in a result of :meth:`forward`, as views."""
+        return list(fused.tensor_split(self.count, dim=1))
+
+    def _recorded(self, x: Tensor) -> bool:
+        return x.requires_grad or any(p.requires_grad for p in self.parameters())
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        values = [(channels_last(x), self.shared)]
+        for step in self._steps:
+            given = [values[value] for value in step.inputs]
+            values.append(run_step(step, self._layers.get(step.module), given, self.count))
+        y, shared = values[-1]
+        return repeated(y, self.count) if shared else y
+
+    def _separate(self, x: Tensor) -> Tensor:
+        inputs = [x] * self.count if self.shared else list(x.tensor_split(self.count, dim=1))
+        results = []
+        for m in range(self.count):
+            values = [channels_last(inputs[m])]
+            for step in self._steps:
+                given = [values[value] for value in step.inputs]
+                values.append(run_step_of(step, self._layers.get(step.module), given, m))
+            results.append(values[-1])
+        return concatenate(results)
+
+    def state_dicts(self) -> list[OrderedDict[str, Tensor]]:
+        """The M blocks' state dicts: copies, bit for bit what went in if nothing was trained since."""
+        return [
+            OrderedDict((key, self._part(key, m).detach().clone()) for key in self._keys) for m in range(self.count)
+        ]
+
+    def load_state_dicts(self, states: Sequence[dict[str, Tensor]]) -> None:
+        """Takes over M blocks' state dicts.
+
+        Raises:
+            ValueError: not M of them, or one with other keys or shapes.
+        """
+        if len(states) != self.count:
+            raise ValueError(f"states must hold {self.count} state dicts, not {len(states)}")
+        for m, state in enumerate(states):
+            if list(state) != self._keys:
+                odd = sorted(set(state) ^ set(self._keys)) or list(state)
+                raise ValueError(f"states[{m}] must have the keys of a block's state dict; it differs in {odd}")
+            for key, tensor in state.items():
+                if tensor.shape != self._part(key, m).shape:
+                    expected = list(self._part(key, m).shape)
+                    raise ValueError(f"states[{m}][{key!r}] must have shape {expected}, not {list(tensor.shape)}")
+        with torch.no_grad():
+            for m, state in enumerate(states):
+                for key, tensor in state.items():
+                    self._part(key, m).copy_(tensor)
+
+    def split(self) -> list[nn.Module]:
+        """M modules of the blocks' own class with this module's parameters, training mode and ``requires_grad``."""
+        blocks = []
+        for state in self.state_dicts():
+            block = copy.deepcopy(self._template[0])
+            block.load_state_dict(state, assign=True)
+            for key, parameter in block.named_parameters():
+                name, _, attribute = key.rpartition(".")
+                parameter.requires_grad_(cast(Tensor, getattr(self._layers[name], attribute)).requires_grad)
+            blocks.append(block.train(self.training))
+        return blocks
+
+    def _part(self, key: str, m: int) -> Tensor:
+        name, _, attribute = key.rpartition(".")
+        return cast(FusedLayer, self._layers[name]).part(attribute, m)
+
+    def extra_repr(self) -> str:
+        return f"{self.count} blocks, shared={self.shared}, fold={self.fold}, lowering={self.lowering!r}"
+
+
+def _place(root: nn.Module, name: str, layer: nn.Module) -> None:
+    """Registers ``layer`` under the dotted ``name``, with plain modules in between."""
+    *path, last = (name or "layer").split(".")
+    for part in path:
+        if not hasattr(root, part):
+            root.add_module(part, nn.Module())
+        root = cast(nn.Module, getattr(root, part))
+    root.add_module(last, layer)

@@ -1,0 +1,205 @@
+"""FusedBlocks: the layers of M blocks as one layer each, parameters side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class FusedLayer(nn.Module):
+    """M layers of one shape; every parameter and buffer holds theirs one after another along axis 0.
+
+    Attributes:
+        branches: M.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.branches = len(layers)
+        self.training = layers[0].training
+        first = layers[0]
+        for name, tensor in first.named_parameters(recurse=False):
+            parts = [layer.get_parameter(name) for layer in layers]
+            joined = join([p.detach() for p in parts], tensor)
+            self.register_parameter(name, nn.Parameter(joined, requires_grad=any(p.requires_grad for p in parts)))
+        for name, buffer in first.named_buffers(recurse=False):
+            self.register_buffer(name, join([layer.get_buffer(name) for layer in layers], buffer))
+        for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+            if not hasattr(self, name):
+                self.register_parameter(name, None)
+
+    def part(self, name: str, m: int) -> Tensor:
+        """Branch m's slice of parameter or buffer ``name``, a view."""
+        tensor = cast(Tensor, getattr(self, name))
+        if name == "num_batches_tracked":
+            return tensor[m]
+        rows = tensor.shape[0] // self.branches
+        return tensor[m * rows : (m + 1) * rows]
+
+    def maybe(self, name: str, m: int) -> Tensor | None:
+        return None if getattr(self, name) is None else self.part(name, m)
+
+    def run(self, x: Tensor, shared: bool) -> Tensor:
+        """All branches: ``x`` is one input for all (``shared``) or M inputs side by side on the channels."""
+        raise NotImplementedError
+
+    def run_one(self, x: Tensor, m: int) -> Tensor:
+        """Branch m on its own input."""
+        raise NotImplementedError
+
+
+def join(parts: Sequence[Tensor], like: Tensor) -> Tensor:
+    """``parts`` along axis 0 (a new one for scalars), in their memory format."""
+    if not like.dim():
+        return torch.stack(list(parts))
+    joined = torch.cat(list(parts))
+    if like.dim() == 4 and not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last):
+        joined = joined.contiguous(memory_format=torch.channels_last)
+    return joined
+
+
+class FusedConv(FusedLayer):
+    """One convolution of all output channels on a shared input, a grouped one on M inputs."""
+
+    def __init__(self, layers: Sequence[nn.Conv2d]) -> None:
+        super().__init__(layers)
+        first = layers[0]
+        self.stride, self.padding, self.dilation, self.groups = (
+            first.stride,
+            first.padding,
+            first.dilation,
+            first.groups,
+        )
+
+    def result_shape(self, x: Tensor, weight: Tensor) -> tuple[int, ...]:
+        """Shape of a convolution of ``x`` with ``weight``; not for padding given by name."""
+        size = [
+            (n + 2 * int(pad) - step * (k - 1) - 1) // stride + 1
+            for n, pad, step, k, stride in zip(
+                x.shape[2:], self.padding, self.dilation, weight.shape[2:], self.stride, strict=True
+            )
+        ]
+        return (x.shape[0], weight.shape[0], *size)
+
+    def run(self, x: Tensor, shared: bool) -> Tensor:
+        weight = cast(Tensor, self.weight)
+        if shared and self.groups > 1:
+            x, shared = x.repeat(1, self.branches, 1, 1), False
+        groups = self.groups if shared else self.groups * self.branches
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, groups)
+
+    def run_one(self, x: Tensor, m: int) -> Tensor:
+        weight, bias = self.part("weight", m), self.maybe("bias", m)
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class FusedLinear(FusedLayer):
+    """One matrix product on a shared input ``[B, features]``, a batched one on M inputs."""
+
+    def run(self, x: Tensor, shared: bool) -> Tensor:
+        weight = cast(Tensor, self.weight)
+        if shared:
+            return F.linear(x, weight, self.bias)
+        rows = x.unflatten(1, (self.branches, -1)).movedim(1, 0)
+        out = torch.bmm(rows, weight.unflatten(0, (self.branches, -1)).transpose(1, 2)).movedim(0, 1).flatten(1)
+        return out if self.bias is None else out + self.bias
+
+    def run_one(self, x: Tensor, m: int) -> Tensor:
+        return F.linear(x, self.part("weight", m), self.maybe("bias", m))
+
+
+class FusedBatchNorm(FusedLayer):
+    """Batch norm knows channels only by themselves, so M of them are one."""
+
+    def __init__(self, layers: Sequence[nn.BatchNorm2d]) -> None:
+        super().__init__(layers)
+        first = layers[0]
+        self.eps, self.momentum, self.track = first.eps, first.momentum, first.track_running_stats
+
+    def _count(self, branches: Sequence[int]) -> list[float]:
+        """Counts a batch of training; returns the branches' weights of its statistics."""
+        if not (self.training and self.track):
+            return [0.0] * len(branches)
+        counts = cast(Tensor, self.num_batches_tracked)
+        for m in branches:
+            counts[m] += 1
+        if self.momentum is not None:
+            return [self.momentum] * len(branches)
+        return [1.0 / n for n in counts[list(branches)].tolist()]
+
+    def run(self, x: Tensor, shared: bool) -> Tensor:
+        if shared:
+            x = x.repeat(1, self.branches, *[1] * (x.dim() - 2))
+        weights = self._count(range(self.branches))
+        if len(set(weights)) == 1:
+            return self._apply_norm(x, weights[0], self.running_mean, self.running_var, self.weight, self.bias)
+        parts = x.tensor_split(self.branches, dim=1)
+        return torch.cat([self._one(part, m, weights[m]) for m, part in enumerate(parts)], dim=1)
+
+    def run_one(self, x: Tensor, m: int) -> Tensor:
+        return self._one(x, m, self._count([m])[0])
+
+    def _one(self, x: Tensor, m: int, weight: float) -> Tensor:
+        tensors = [self.maybe(name, m) for name in ("running_mean", "running_var", "weight", "bias")]
+        return self._apply_norm(x, weight, *tensors)
+
+    def _apply_norm(
+        self,
+        x: Tensor,
+        momentum: float,
+        mean: Tensor | None,
+        var: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        own = self.training or not self.track
+        return F.batch_norm(x, mean, var, weight, bias, own, momentum, self.eps)
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """What it does in evaluation mode, as scale and shift ``[M * C]``."""
+        mean, var = cast(Tensor, self.running_mean), cast(Tensor, self.running_var)
+        scale = torch.rsqrt(var + self.eps)
+        if self.weight is not None:
+            scale = scale * self.weight
+        shift = -mean * scale
+        return scale, shift if self.bias is None else shift + self.bias
+
+
+class FusedGroupNorm(FusedLayer):
+    """M group norms are one with M times the groups."""
+
+    def __init__(self, layers: Sequence[nn.GroupNorm]) -> None:
+        super().__init__(layers)
+        self.groups, self.eps = layers[0].num_groups, layers[0].eps
+
+    def run(self, x: Tensor, shared: bool) -> Tensor:
+        if shared:
+            x = x.repeat(1, self.branches, *[1] * (x.dim() - 2))
+        return F.group_norm(x, self.groups * self.branches, self.weight, self.bias, self.eps)
+
+    def run_one(self, x: Tensor, m: int) -> Tensor:
+        return F.group_norm(x, self.groups, self.maybe("weight", m), self.maybe("bias", m), self.eps)
+
+
+def fuse_layers(layers: Sequence[Any]) -> nn.Module:
+    """The M layers as one; layers without parameters as they are."""
+    first = layers[0]
+    if isinstance(first, nn.Conv2d):
+        return FusedConv(layers)
+    if isinstance(first, nn.Linear):
+        return FusedLinear(layers)
+    if isinstance(first, nn.GroupNorm):
+        return FusedGroupNorm(layers)
+    if isinstance(first, (nn.BatchNorm1d, nn.BatchNorm2d)):
+        return FusedBatchNorm(layers)
+    return first

@@ -1,0 +1,245 @@
+"""FusedBlocks in evaluation mode: batch norms folded into convolutions, ReLUs and shortcuts done on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedkern.ops.fuse import fuse_concat
+from fedkern.ops.fuse_layers import FusedBatchNorm, FusedConv
+from fedkern.ops.fuse_trace import Step
+
+
+class Fold(NamedTuple):
+    """A convolution with what follows it; other steps are kept as they are.
+
+    Attributes:
+        step: the step; a convolution's inputs are its map and, with a shortcut, the value added.
+        norm: the batch norm behind it.
+        relu: a ReLU at the end.
+        value: the number of the value it makes.
+    """
+
+    step: Step
+    norm: str | None
+    relu: bool
+    value: int
+
+
+def fold_steps(steps: Sequence[Step], foldable: dict[str, nn.Module]) -> list[Fold]:
+    """Joins convolution, batch norm, sum and ReLU where nothing else looks at the values in between.
+
+    ``foldable``: the fused layers by name; batch norms that keep running statistics can be folded.
+    """
+    readers: dict[int, list[int]] = {}
+    for i, step in enumerate(steps):
+        for value in step.inputs:
+            readers.setdefault(value, []).append(i)
+    absorbed: set[int] = set()
+    folds: list[Fold] = []
+    for i, step in enumerate(steps):
+        if i in absorbed:
+            continue
+        fold = Fold(step, None, False, i + 1)
+        while step.kind == "conv" and len(readers.get(fold.value, ())) == 1:
+            (at,) = readers[fold.value]
+            after = steps[at]
+            plain = not fold.relu and len(fold.step.inputs) == 1
+            layer = foldable.get(after.module)
+            if after.kind == "norm" and plain and fold.norm is None and _folds(layer) and after.inputs[0] == i + 1:
+                fold = fold._replace(norm=after.module)
+            elif after.kind == "add" and plain and len(set(after.inputs)) == 2 and at not in absorbed:
+                (other,) = (value for value in after.inputs if value != fold.value)
+                fold = fold._replace(step=step._replace(inputs=(*step.inputs, other)))
+            elif after.kind == "relu" and not fold.relu:
+                fold = fold._replace(relu=True)
+            else:
+                break
+            absorbed.add(at)
+            fold = fold._replace(value=at + 1)
+        folds.append(fold)
+    return sorted(folds, key=lambda f: f.value)
+
+
+def _folds(layer: nn.Module | None) -> bool:
+    return isinstance(layer, FusedBatchNorm) and layer.track
+
+
+class Folded:
+    """Weights of one folded convolution in evaluation mode, made anew when a tensor behind them has changed."""
+
+    def __init__(self, conv: FusedConv, norm: FusedBatchNorm | None) -> None:
+        self.conv, self.norm = conv, norm
+        self._key: tuple[Any, ...] = ()
+
+    def refresh(self) -> None:
+        conv, norm = self.conv, self.norm
+        sources = [conv.weight, conv.bias]
+        if norm is not None:
+            sources += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+        key = tuple((t.data_ptr(), t._version, t.dtype) for t in sources if isinstance(t, Tensor))
+        if key == self._key:
+            return
+        weight = cast(Tensor, conv.weight).detach()
+        bias = None if conv.bias is None else conv.bias.detach()
+        if norm is not None:
+            scale, shift = (t.detach() for t in norm.affine())
+            weight = weight * scale.to(weight.dtype).reshape(-1, 1, 1, 1)
+            bias = shift if bias is None else bias * scale + shift
+        self.weight = weight.contiguous(memory_format=torch.channels_last)
+        self.bias = None if bias is None else bias.to(weight.dtype).contiguous()
+        rows = weight.shape[0] // conv.branches
+        self.weights = [w.contiguous(memory_format=torch.channels_last) for w in self.weight.split(rows)]
+        self.biases = [None] * conv.branches if self.bias is None else list(self.bias.split(rows))
+        # Held, so that no other tensor can come to lie at the same addresses.
+        self._sources = [t.detach() for t in sources if isinstance(t, Tensor)]
+        self._key = key
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+
+
+_ONEDNN = _has_onednn()
+
+
+def convolve(
+    conv: FusedConv,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: int,
+    other: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    """A convolution, a sum and a ReLU, in one oneDNN primitive where that serves."""
+    plain = x.device.type == "cpu" and x.dtype is torch.float32 and not torch.is_grad_enabled() and x.numel() > 0
+    if _ONEDNN and plain and not isinstance(conv.padding, str):
+        fused = torch.ops.mkldnn._convolution_pointwise
+        how: tuple[Any, ...] = (list(conv.padding), list(conv.stride), list(conv.dilation), groups)
+        if other is None:
+            return fused(x, weight, bias, *how, "relu" if relu else "none", [], "")
+        if other.is_contiguous(memory_format=torch.channels_last) and other.shape == conv.result_shape(x, weight):
+            how = (*how, "add", None, "relu" if relu else None, [], None)
+            return fused.binary(x, other, weight, bias, *how)
+    y = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, groups)
+    if other is not None:
+        y = y + other
+    return y.relu() if relu else y
+
+
+class FoldedBlocks:
+    """The folded steps of FusedBlocks and the ways to run them."""
+
+    def __init__(self, steps: Sequence[Step], layers: dict[str, nn.Module], branches: int) -> None:
+        self.branches, self.layers = branches, layers
+        self.folds = fold_steps(steps, layers)
+        self.weights = {
+            fold.value: Folded(layers[fold.step.module], layers.get(fold.norm) if fold.norm else None)  # type: ignore[arg-type]
+            for fold in self.folds
+            if fold.step.kind == "conv"
+        }
+
+    def grouped(self, x: Tensor, shared: bool) -> Tensor:
+        """All branches at once, channels-last."""
+        x = channels_last(x)
+        values: dict[int, tuple[Tensor, bool]] = {0: (x, shared)}
+        for fold in self.folds:
+            step = fold.step
+            given = [values[value] for value in step.inputs]
+            if step.kind != "conv":
+                values[fold.value] = run_step(step, self.layers.get(step.module), given, self.branches)
+                continue
+            held = self.weights[fold.value]
+            held.refresh()
+            conv = held.conv
+            (y, one), *rest = given
+            if one and conv.groups > 1:
+                y, one = repeated(y, self.branches), False
+            groups = conv.groups if one else conv.groups * self.branches
+            other = None
+            if rest:
+                other = repeated(rest[0][0], self.branches) if rest[0][1] else rest[0][0]
+            values[fold.value] = (convolve(conv, y, held.weight, held.bias, groups, other, fold.relu), False)
+        y, one = values[self.folds[-1].value]
+        return repeated(y, self.branches) if one else y
+
+    def separate(self, x: Tensor, shared: bool) -> list[Tensor]:
+        """One branch after the other, channels-last, each map still in cache when the next layer reads it."""
+        inputs = (
+            [channels_last(x)] * self.branches
+            if shared
+            else [channels_last(part) for part in x.chunk(self.branches, 1)]
+        )
+        for held in self.weights.values():
+            held.refresh()
+        return [self._branch(m, inputs[m]) for m in range(self.branches)]
+
+    def _branch(self, m: int, x: Tensor) -> Tensor:
+        values = {0: x}
+        for fold in self.folds:
+            step = fold.step
+            given = [values[value] for value in step.inputs]
+            if step.kind == "conv":
+                held = self.weights[fold.value]
+                other = given[1] if len(given) > 1 else None
+                groups = held.conv.groups
+                y = convolve(held.conv, given[0], held.weights[m], held.biases[m], groups, other, fold.relu)
+            else:
+                y = run_step_of(step, self.layers.get(step.module), given, m)
+            values[fold.value] = y
+        return values[self.folds[-1].value]
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+def repeated(x: Tensor, branches: int) -> Tensor:
+    """A shared map once for every branch, side by side."""
+    wide = x.unsqueeze(1).expand(x.shape[0], branches, *x.shape[1:])
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        flat = x.permute(0, 2, 3, 1).repeat(1, 1, 1, branches)
+        return flat.permute(0, 3, 1, 2)
+    return wide.flatten(1, 2)
+
+
+def run_step(step: Step, layer: Any, given: Sequence[tuple[Tensor, bool]], branches: int) -> tuple[Tensor, bool]:
+    """One step for all branches; values come with whether one serves all of them."""
+    x, shared = given[0]
+    if step.kind in ("conv", "linear", "norm"):
+        return layer.run(x, shared), False
+    if step.kind == "add":
+        other, one = given[1]
+        if shared == one:
+            return x + other, shared
+        if shared:
+            x, other = other, x
+        return (x.unflatten(1, (branches, -1)) + other.unsqueeze(1)).flatten(1, 2), False
+    return run_same(step, layer, x), shared
+
+
+def run_step_of(step: Step, layer: Any, given: Sequence[Tensor], m: int) -> Tensor:
+    """One step for branch m."""
+    if step.kind in ("conv", "linear", "norm"):
+        return layer.run_one(given[0], m)
+    if step.kind == "add":
+        return given[0] + given[1]
+    return run_same(step, layer, given[0])
+
+
+def run_same(step: Step, layer: Any, x: Tensor) -> Tensor:
+    """A step that is the same for one branch and for all."""
+    if step.kind == "relu":
+        return F.relu(x)
+    if step.kind == "flatten":
+        return x.flatten(1)
+    return x if step.kind == "same" else layer(x)
+
+
+def concatenate(maps: list[Tensor]) -> Tensor:
+    return maps[0] if len(maps) == 1 else fuse_concat(maps)

@@ -1,0 +1,200 @@
+"""FusedBlocks: what a block computes, step by step, and whether M blocks compute the same."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+
+class Step(NamedTuple):
+    """One operation; values are numbered, the block's input is 0 and step i makes value i + 1.
+
+    Attributes:
+        kind: ``"conv"``, ``"linear"``, ``"norm"``, ``"relu"``, ``"channelwise"``, ``"flatten"``, ``"same"``, ``"add"``.
+        module: the submodule's name within the block; "" where a function was called.
+        inputs: numbers of the values it takes.
+    """
+
+    kind: str
+    module: str
+    inputs: tuple[int, ...]
+
+
+# Modules that treat every channel by itself and have no parameters: M blocks' channels side by side change nothing.
+CHANNELWISE = (
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.SiLU,
+    nn.GELU,
+    nn.Hardswish,
+    nn.Tanh,
+    nn.Sigmoid,
+)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm)
+
+_FUNCTIONS: dict[Any, str] = {
+    F.relu: "relu",
+    torch.relu: "relu",
+    operator.add: "add",
+    operator.iadd: "add",
+    torch.add: "add",
+    torch.flatten: "flatten",
+}
+_METHODS = {"relu": "relu", "relu_": "relu", "add": "add", "add_": "add", "flatten": "flatten"}
+SUPPORTED = (
+    "Conv2d, Linear, BatchNorm, GroupNorm, ReLU and other activations, pooling, Flatten, Identity, Sequential, "
+    "sums and ReLUs of values"
+)
+
+
+def trace(block: nn.Module, what: str) -> tuple[Step, ...]:
+    """Returns the steps of ``block``, of which ``what`` is the name in messages.
+
+    Raises:
+        TypeError: a submodule or function that FusedBlocks does not know, or a ``forward`` that depends on its data.
+    """
+    if not isinstance(block, nn.Module):
+        raise TypeError(f"{what} must be a module, not {type(block).__name__}")
+    if _kind(block) is not None:
+        # fx takes the root apart even where it is a single layer.
+        return (Step(_checked(block, what), "", (0,)),)
+    tracer = _Tracer()
+    try:
+        graph = tracer.trace(block)
+    except (fx.proxy.TraceError, TypeError, AttributeError, RuntimeError) as error:
+        raise TypeError(f"{what} ({type(block).__name__}) cannot be taken apart into layers: {error}") from error
+    modules = dict(block.named_modules())
+    numbers: dict[fx.Node, int] = {}
+    steps: list[Step] = []
+    result = 0
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            if numbers:
+                raise TypeError(f"{what} must take one input, but it also takes {node.target}")
+            numbers[node] = 0
+        elif node.op == "output":
+            (given,) = node.args
+            if not isinstance(given, fx.Node):
+                raise TypeError(f"{what} must return one tensor, not {type(given).__name__}")
+            result = numbers[given]
+        else:
+            kind, name = _describe(node, modules, what)
+            inputs = tuple(numbers[x] for x in node.args if isinstance(x, fx.Node))
+            if len(inputs) != (2 if kind == "add" else 1):
+                raise TypeError(f"{what} calls {node.target} with something else than feature maps")
+            steps.append(Step(kind, name, inputs))
+            numbers[node] = len(steps)
+    if result != len(steps):
+        raise TypeError(f"{what} must return what it computes last")
+    return tuple(steps)
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return _kind(m) is not None or super().is_leaf_module(m, module_qualified_name)
+
+
+def _kind(module: nn.Module) -> str | None:
+    kinds: tuple[tuple[Any, str], ...] = (
+        (nn.Conv2d, "conv"),
+        (nn.Linear, "linear"),
+        (NORMS, "norm"),
+        (nn.ReLU, "relu"),
+        (CHANNELWISE, "channelwise"),
+        (nn.Flatten, "flatten"),
+        (nn.Identity, "same"),
+    )
+    for types, kind in kinds:
+        if type(module) in (types if isinstance(types, tuple) else (types,)):
+            return kind
+    return None
+
+
+def _checked(module: nn.Module, where: str) -> str:
+    kind = _kind(module)
+    if kind is None:
+        raise TypeError(f"FusedBlocks does not support {where}, a {type(module).__name__}; it supports {SUPPORTED}")
+    if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+        raise TypeError(f"FusedBlocks does not support {where} with padding_mode={module.padding_mode!r}, only zeros")
+    if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) != (1, -1):
+        raise TypeError(f"FusedBlocks does not support {where}, a Flatten of other than all axes behind the batch")
+    if getattr(module, "return_indices", False):
+        raise TypeError(f"FusedBlocks does not support {where} with return_indices=True")
+    return kind
+
+
+def _describe(node: fx.Node, modules: dict[str, nn.Module], what: str) -> tuple[str, str]:
+    if node.op == "call_module":
+        name = str(node.target)
+        return _checked(modules[name], f"{what}.{name}"), name
+    found: str | None = None
+    if node.op == "call_function":
+        found = _FUNCTIONS.get(node.target)
+    elif node.op == "call_method":
+        found = _METHODS.get(str(node.target))
+    if found == "flatten" and (tuple(node.args[1:]), node.kwargs) not in (((1,), {}), ((), {"start_dim": 1})):
+        found = None
+    if found == "add" and node.kwargs.get("alpha", 1) != 1:
+        found = None
+    if node.op == "get_attr":
+        raise TypeError(f"FusedBlocks does not support the use of {what}.{node.target} outside of a layer")
+    if found is None:
+        name = str(getattr(node.target, "__name__", node.target))
+        raise TypeError(f"FusedBlocks does not support {name}() in {what}; it supports {SUPPORTED}")
+    return found, ""
+
+
+_SETTINGS = (
+    *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
+    *("in_features", "out_features", "num_features", "num_groups", "num_channels"),
+    *("eps", "momentum", "affine", "track_running_stats"),
+    *("output_size", "ceil_mode", "count_include_pad", "divisor_override", "negative_slope", "alpha", "approximate"),
+)
+
+
+def signature(module: nn.Module) -> tuple[Any, ...]:
+    """What must be the same in M layers that are to become one."""
+    values = [(name, getattr(module, name)) for name in _SETTINGS if hasattr(module, name)]
+    tensors = [
+        (name, tuple(t.shape), t.dtype, t.device)
+        for name, t in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    ]
+    return (type(module).__name__, *values, *tensors)
+
+
+def check_alike(blocks: list[nn.Module]) -> tuple[Step, ...]:
+    """Returns the steps that all blocks share.
+
+    Raises:
+        TypeError: a block cannot be taken apart.
+        ValueError: a block differs from the first in its steps or in a layer.
+    """
+    steps = trace(blocks[0], "blocks[0]")
+    names = list(dict.fromkeys(step.module for step in steps))
+    own = dict(blocks[0].named_modules())
+    keys = [k for k, _ in (*blocks[0].named_parameters(), *blocks[0].named_buffers())]
+    for m, block in enumerate(blocks[1:], start=1):
+        if trace(block, f"blocks[{m}]") != steps:
+            raise ValueError(f"blocks[{m}] must have the steps of blocks[0], but {block} has others")
+        theirs = dict(block.named_modules())
+        for name in names:
+            if name and signature(theirs[name]) != signature(own[name]):
+                raise ValueError(
+                    f"blocks[{m}].{name} must be like blocks[0].{name}, {own[name]}, not {theirs[name]}, "
+                    "in all settings, shapes, dtypes and devices"
+                )
+        if not names[0] and signature(block) != signature(blocks[0]):
+            raise ValueError(f"blocks[{m}] must be like blocks[0], {blocks[0]}, not {block}")
+    for key in keys:
+        if key.rpartition(".")[0] not in names:
+            raise TypeError(f"FusedBlocks does not support blocks[0].{key}: no supported layer uses it")
+    return steps
