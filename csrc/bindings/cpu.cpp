@@ -8,6 +8,7 @@ namespace fedkern {
 
 void bind_blend(py::module_&);
 void bind_distill(py::module_&);
+void bind_distill_ensemble(py::module_&);
 void bind_aggregate(py::module_&);
 void bind_aggregate_order(py::module_&);
 void bind_aggregate_distance(py::module_&);
@@ -48,6 +49,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("set_isa", choose);
   bind_blend(module);
   bind_distill(module);
+  bind_distill_ensemble(module);
   bind_aggregate(module);
   bind_aggregate_order(module);
   bind_aggregate_distance(module);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "distill_block.h"
+#include "distill_walk.h"
 
 namespace fedkern::FEDKERN_ISA {
 namespace {
@@ -20,8 +21,8 @@ class Losses : public Block<T, LanesAreRows> {
  public:
   using Base::Base;
 
-  // Does `rows` rows from `row` on along the innermost dimension; returns the sum of their weighted losses.
-  double run(std::int64_t row, int rows) {
+  // Does `rows` rows from `row` on along the innermost dimension; adds their weighted losses.
+  void run(std::int64_t row, int rows, Sums& sums) {
     begin(row, rows);
     Stat loss;
     switch (call_.kind) {
@@ -29,7 +30,7 @@ class Losses : public Block<T, LanesAreRows> {
       case DistillKind::limit: limit(loss); break;
       default: entropy(loss); break;
     }
-    return finish(loss);
+    sums.value[0] += finish(loss);
   }
 
  private:

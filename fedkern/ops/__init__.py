@@ -9,7 +9,7 @@ from fedkern.ops.aggregate_server_step import ServerStep, server_step
 from fedkern.ops.backend import use_backend, use_isa
 from fedkern.ops.blend import blend
 from fedkern.ops.boxes import erase_boxes, keep_boxes
-from fedkern.ops.distill import dual_kl, entropy, kl_div
+from fedkern.ops.distill import consensus, dual_kl, ensemble_kl, entropy, js_div, kl_div
 from fedkern.ops.flat import FlatParameters
 from fedkern.ops.fuse import fuse_concat, fuse_mean
 from fedkern.ops.fuse_blocks import FusedBlocks
@@ -22,12 +22,15 @@ __all__ = [
     "blend",
     "clip_and_noise",
     "clip_by_norm",
+    "consensus",
     "dual_kl",
+    "ensemble_kl",
     "entropy",
     "erase_boxes",
     "fuse_concat",
     "fuse_mean",
     "geometric_median",
+    "js_div",
     "keep_boxes",
     "kl_div",
     "krum",

@@ -1,4 +1,4 @@
-"""distill: losses between rows of class logits, class axis 1: Kullback-Leibler divergences and entropies.
+"""distill: losses between rows of class logits, class axis 1: divergences and entropies, of one teacher or of K.
 
 The front of the family; each operator's file holds its reference, public function, autograd, torch.library entry and
 kernels.
@@ -9,12 +9,23 @@ from __future__ import annotations
 from fedkern.ops import distill_launch as _cpu  # noqa: F401  registers the CPU kernels
 from fedkern.ops.cuda import core as cuda
 from fedkern.ops.cuda.distill import CudaDistill
+from fedkern.ops.distill_consensus import consensus, js_div
+from fedkern.ops.distill_ensemble import ensemble_kl
 from fedkern.ops.distill_entropy import entropy
 from fedkern.ops.distill_kernels import ALL_DTYPES
 from fedkern.ops.distill_kl import dual_kl, kl_div
 from fedkern.ops.distill_reference import entropy_reference, kl_div_reference
 
-__all__ = ["dual_kl", "entropy", "entropy_reference", "kl_div", "kl_div_reference"]
+__all__ = [
+    "consensus",
+    "dual_kl",
+    "ensemble_kl",
+    "entropy",
+    "entropy_reference",
+    "js_div",
+    "kl_div",
+    "kl_div_reference",
+]
 
 for _name in ("kl_div", "dual_kl", "entropy"):
     cuda.register(_name, CudaDistill, ALL_DTYPES)

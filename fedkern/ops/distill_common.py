@@ -15,6 +15,9 @@ from fedkern.ops.backend import DTYPES
 REDUCTIONS = {"none": 0, "sum": 1, "batchmean": 2}
 NONE, SUM, BATCHMEAN = 0, 1, 2
 
+# How the teachers of ensemble_kl become one: a mixture of probabilities, of logits, or a mean of divergences instead.
+PROBS, LOGITS, MEAN = 0, 1, 2
+
 # More row dimensions the core does not take.
 MAX_DIMS = 9
 

@@ -32,13 +32,9 @@ class Divergence:
     reduction: int
 
 
-# How the teachers of ensemble_kl become one: a mixture of probabilities, of logits, or not at all.
-PROBS, LOGITS, MEAN = 0, 1, 2
-
-
 @dataclass(frozen=True, slots=True)
 class Ensemble:
-    """Of ensemble_kl. ``mix``: PROBS, LOGITS or MEAN; ``log_probs``: teachers hold log-probabilities."""
+    """Of ensemble_kl. ``mix``: ``PROBS``, ``LOGITS`` or ``MEAN``; ``log_probs``: teachers hold log-probabilities."""
 
     temperature: float
     mix: int
@@ -225,7 +221,8 @@ def plain(tensors: tuple[Tensor, ...]) -> bool:
 
 def kernel_for(operator: str, tensors: tuple[Tensor, ...]) -> DistillKernel | None:
     """What serves ``operator`` for :func:`ordinary` tensors; None for the reference."""
-    found = backend._chosen.get((operator, "cpu" if tensors[0].is_cpu else "cuda"))
-    if found is None or found[1] is not ALL_DTYPES:
+    device = "cpu" if tensors[0].is_cpu else "cuda"
+    found = backend._chosen.get((operator, device))
+    if found is None or found[1] is not ALL_DTYPES or (device == "cuda" and operator in backend._large):
         return backend.select(operator, *tensors)
     return found[0]

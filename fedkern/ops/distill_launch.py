@@ -11,12 +11,14 @@ from torch import Tensor
 
 from fedkern.ops._memory import HUGE, fresh
 from fedkern.ops.backend import DTYPES, Kernel, cpu_core, register, register_triton
-from fedkern.ops.distill_common import BATCHMEAN, NONE, mean_scale, row_shape
-from fedkern.ops.distill_kernels import ALL_DTYPES, Divergence
+from fedkern.ops.distill_common import BATCHMEAN, NONE, PROBS, mean_scale, row_shape
+from fedkern.ops.distill_kernels import ALL_DTYPES, Divergence, Ensemble
 from fedkern.ops.distill_reference import compute_dtype, result_dtype
 
 # csrc/include/fedkern/distill.h
 KL, LIMIT, ENTROPY = 0, 1, 2
+# csrc/include/fedkern/distill_ensemble.h, after PROBS, LOGITS and MEAN
+JS, CONSENSUS = 3, 4
 
 # Looked up once: at 64 rows what is around a loss takes longer than the loss.
 _empty_like = torch.empty_like
@@ -51,6 +53,7 @@ class CpuDistill:
     def __init__(self, core: Any) -> None:
         self.core = core
         self._distill = core.distill
+        self._distill_ensemble = core.distill_ensemble
 
     def scaled(self, gradients: tuple[Tensor | None, ...], grad: Tensor) -> tuple[Tensor | None, ...] | None:
         factor = grad.item()
@@ -183,7 +186,162 @@ class CpuDistill:
             (None, total),
         )
 
+    # --- stacks of teachers
 
-for _name in ("kl_div", "dual_kl", "entropy"):
+    def ensemble_forward(
+        self,
+        student: Tensor,
+        teachers: Tensor,
+        weights: Tensor | None,
+        class_mask: Tensor | None,
+        settings: Ensemble,
+        to_student: Tensor | None = None,
+        to_teachers: Tensor | None = None,
+    ) -> Tensor:
+        dtype = result_dtype(student, None, teachers)
+        result = _empty_result(student, dtype, settings.reduction)
+        gradients = (_argument(to_student), _argument(to_teachers), None)
+        tensors = (student, teachers, weights, class_mask)
+        self._ensemble(settings.mix, *tensors, settings, dtype, gradients, results=(result,))
+        return result
+
+    def ensemble_backward(
+        self,
+        grad: Tensor,
+        student: Tensor,
+        teachers: Tensor,
+        weights: Tensor | None,
+        class_mask: Tensor | None,
+        settings: Ensemble,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        dtype = result_dtype(student, None, teachers)
+        to_student = self.empty_gradient(student) if needs[0] else None
+        to_teachers = self.empty_gradient(teachers) if needs[1] else None
+        to_weights = None
+        if needs[2] and weights is not None:
+            # By class also where the mask alone makes it so: the kernel then looks at every class.
+            by_class = class_mask is not None or weights.shape[2] > 1
+            shape = (*weights.shape[:2], teachers.shape[2], *weights.shape[3:]) if by_class else weights.shape
+            to_weights = torch.empty(shape, dtype=compute_dtype(dtype))
+        gradients = (_argument(to_student), _argument(to_teachers), _argument(to_weights))
+        tensors = (student, teachers, weights, class_mask)
+        self._ensemble(settings.mix, *tensors, settings, dtype, gradients, grads=(grad.resolve_neg(),))
+        if to_weights is not None and weights is not None:
+            if to_weights.shape != weights.shape:
+                to_weights = to_weights.sum(2, keepdim=True)
+            to_weights = to_weights.to(weights.dtype)
+        return to_student, to_teachers, to_weights
+
+    def js_forward(
+        self, logits: Tensor, weights: Tensor | None, reduction: int, to_logits: Tensor | None = None
+    ) -> Tensor:
+        result = _empty_result(logits[0], logits.dtype, reduction)
+        self._stack(JS, logits, weights, reduction, (None, _argument(to_logits), None), results=(result,))
+        return result
+
+    def js_backward(
+        self, grad: Tensor, logits: Tensor, weights: Tensor | None, reduction: int, needs: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        return self._stack_backward(JS, (grad,), logits, weights, reduction, needs)
+
+    def consensus_forward(self, logits: Tensor, weights: Tensor | None, reduction: int) -> tuple[Tensor, Tensor]:
+        rows = logits[0]
+        first = _empty_result(rows, logits.dtype, reduction)
+        second = _empty_result(rows, logits.dtype, reduction)
+        self._stack(CONSENSUS, logits, weights, reduction, (None, None, None), results=(first, second))
+        return first, second
+
+    def consensus_backward(
+        self,
+        grad_mixture: Tensor,
+        grad_mean: Tensor,
+        logits: Tensor,
+        weights: Tensor | None,
+        reduction: int,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        return self._stack_backward(CONSENSUS, (grad_mixture, grad_mean), logits, weights, reduction, needs)
+
+    def _stack_backward(
+        self,
+        kind: int,
+        grads: tuple[Tensor, ...],
+        logits: Tensor,
+        weights: Tensor | None,
+        reduction: int,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        to_logits = self.empty_gradient(logits) if needs[0] else None
+        to_weights = None
+        if needs[1] and weights is not None:
+            to_weights = torch.empty(weights.shape, dtype=compute_dtype(logits.dtype))
+        # The class axis that weights per row lack.
+        gradients = (None, _argument(to_logits), None if to_weights is None else _argument(to_weights.unsqueeze(2)))
+        grads = tuple([grad.resolve_neg() for grad in grads])
+        self._stack(kind, logits, weights, reduction, gradients, grads=grads)
+        return to_logits, to_weights if weights is None or to_weights is None else to_weights.to(weights.dtype)
+
+    def _stack(
+        self, kind: int, logits: Tensor, weights: Tensor | None, reduction: int, gradients: Any, **more: Any
+    ) -> None:
+        weights = None if weights is None else weights.unsqueeze(2)
+        self._ensemble(kind, None, logits, weights, None, _STACK[reduction], logits.dtype, gradients, **more)
+
+    def _ensemble(
+        self,
+        kind: int,
+        student: Tensor | None,
+        teachers: Tensor,
+        weights: Tensor | None,
+        class_mask: Tensor | None,
+        settings: Ensemble,
+        dtype: torch.dtype,
+        gradients: tuple[Any, Any, Any],
+        *,
+        grads: tuple[Tensor, ...] = (),
+        results: tuple[Tensor, ...] = (),
+    ) -> None:
+        by_row = settings.reduction == NONE
+        self._distill_ensemble(
+            kind,
+            settings.temperature == math.inf,
+            settings.log_probs and settings.temperature == 1.0,
+            class_mask is not None or (weights is not None and weights.shape[2] > 1),
+            1 if dtype is torch.float64 else 0,
+            teachers.shape,
+            settings.temperature,
+            None if settings.reduction == BATCHMEAN else 1.0,
+            _threads(),
+            _argument(student),
+            _argument(teachers),
+            _weights_argument(weights),
+            None if class_mask is None else (class_mask.data_ptr(), class_mask.stride()),
+            *gradients,
+            _argument(grads[0]) if grads else None,
+            _argument(grads[1]) if len(grads) > 1 else None,
+            (
+                by_row,
+                _argument(results[0]) if results else None,
+                _argument(results[1]) if len(results) > 1 else None,
+            ),
+        )
+
+
+def _weights_argument(weights: Tensor | None) -> tuple[int, int, tuple[int, ...]] | None:
+    """With a class stride of 0 where all classes share a weight, whatever the stride of that axis says."""
+    if weights is None:
+        return None
+    strides = weights.stride()
+    if weights.shape[2] == 1:
+        strides = (*strides[:2], 0, *strides[3:])
+    return weights.data_ptr(), DTYPES[weights.dtype], strides
+
+
+# What js_div and consensus have for settings, by reduction.
+_STACK = [Ensemble(1.0, PROBS, False, reduction) for reduction in range(3)]
+
+for _name in ("kl_div", "dual_kl", "entropy", "ensemble_kl", "js_div", "consensus"):
     register(_name, "cpu", Kernel(load=lambda: CpuDistill(cpu_core()), dtypes=ALL_DTYPES, devices=frozenset({"cpu"})))
+for _name in ("kl_div", "dual_kl", "entropy"):
     register_triton(_name, "distill", "TritonDistill", ALL_DTYPES)

@@ -47,7 +47,7 @@ def divergence_reference(
             continue
         logits = mask_rows(logits, weight).to(compute)
         if math.isinf(temperature):
-            rows = rows + _half_variance(teacher, logits)
+            rows = rows + half_variance(teacher, logits)
         else:
             p, q = (logits, teacher) if reverse else (teacher, logits)
             rows = rows + temperature**2 * _divergence(p / temperature, q / temperature)
@@ -55,23 +55,27 @@ def divergence_reference(
 
 
 def _divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """KL(softmax(p_logits) ‖ softmax(q_logits)) over axis 1, as Σ P (eᵘ − 1 − u) with u = log Q − log P.
+    """KL(softmax(p_logits) ‖ softmax(q_logits)) over axis 1."""
+    return divergence_terms(p_logits.log_softmax(1), q_logits.log_softmax(1)).sum(1)
 
-    The sum equals Σ P (log P − log Q), but its terms are never negative, so nearly equal rows do not cancel.
+
+def divergence_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """P (eᵘ − 1 − u) with u = log Q − log P of every class.
+
+    Their sum equals Σ P (log P − log Q), but they are never negative, so nearly equal rows do not cancel.
     """
-    log_p, log_q = p_logits.log_softmax(1), q_logits.log_softmax(1)
     p, q = log_p.exp(), log_q.exp()
-    masked = p_logits == -math.inf
+    masked = log_p == -math.inf
     u = torch.where(masked, 0, log_q - torch.where(masked, 0, log_p))
     small = u.abs() < 1
     v = torch.where(small, u, 0)
     near = p * (torch.expm1(v) - v).clamp_min(0)
     # A probability that underflows is not 0: where Q is, the loss is infinite.
     far = q - p - torch.where(masked | small, 0, p.clamp_min(torch.finfo(p.dtype).tiny) * u)
-    return torch.where(small & ~masked, near, far).sum(1)
+    return torch.where(small & ~masked, near, far)
 
 
-def _half_variance(teacher: Tensor, student: Tensor) -> Tensor:
+def half_variance(teacher: Tensor, student: Tensor) -> Tensor:
     """lim T→∞ of T² KL at temperature T: half the variance of teacher − student over classes unmasked in both."""
     masked = (teacher == -math.inf) | (student == -math.inf)
     difference = torch.where(masked, 0, teacher) - torch.where(masked, 0, student)

@@ -1,0 +1,80 @@
+// A call on K teachers as Python makes it, with the conventions of distill_call.h.
+#pragma once
+
+#include "distill_rows.h"
+#include "fedkern/distill_ensemble.h"
+
+namespace fedkern {
+
+inline constexpr std::size_t kEnsembleArguments = 19;
+
+// (data_ptr, dtype, strides) with the teachers' stride first and the class stride third, or None.
+inline Stack parse_stack(PyObject* object) {
+  Stack result;
+  parse_strided(object, result.data, result.dtype, &result.stack_stride, &result.class_stride, result.row_stride);
+  return result;
+}
+
+inline void merge_row_dims(EnsembleCall& call) {
+  std::int64_t* strides[12];
+  int tensors = 0;
+  const auto add = [&](auto& tensor) {
+    if (tensor.data) strides[tensors++] = tensor.row_stride;
+  };
+  add(call.teachers), add(call.student), add(call.weights);
+  add(call.teachers_grad), add(call.student_grad), add(call.weights_grad);
+  for (int i = 0; i < 2; ++i) add(call.grad_output[i]), add(call.row_loss[i]);
+  merge_row_dims(call.row_dims, call.row_size, strides, tensors);
+}
+
+// Reads kEnsembleArguments from `item` on; `rows` receives their number.
+inline EnsembleCall parse_ensemble(PyObject* const* item, std::int64_t& rows) {
+  EnsembleCall call;
+  call.kind = static_cast<EnsembleKind>(integer(*item++));
+  call.limit = *item++ == Py_True;
+  call.as_is = *item++ == Py_True;
+  call.by_class = *item++ == Py_True;
+  call.compute = static_cast<DType>(integer(*item++));
+  PyObject* const shape = *item++;  // of the teachers
+  const int dims = static_cast<int>(PyTuple_GET_SIZE(shape));
+  if (dims - 2 > kMaxRowDims) throw py::value_error("too many dimensions");
+  call.row_dims = dims - 2;
+  rows = 1;
+  for (int d = 0; d < dims; ++d) {
+    const std::int64_t size = integer(PyTuple_GET_ITEM(shape, d));
+    if (d == 0) call.count = size;
+    if (d == 2) call.classes = size;
+    if (d == 1 || d > 2) call.row_size[d == 1 ? 0 : d - 2] = size, rows *= size;
+  }
+  call.temperature = PyFloat_AsDouble(*item++);
+  call.scale = parse_scale(*item++, rows);
+  call.threads = static_cast<int>(integer(*item++));
+  call.student = parse_logits(*item++);
+  call.teachers = parse_stack(*item++);
+  call.weights = parse_stack(*item++);
+  PyObject* const mask = *item++;  // (data_ptr, strides) of a bool tensor [K, C], or None
+  call.mask = nullptr;
+  if (mask != Py_None) {
+    call.mask = static_cast<const unsigned char*>(PyLong_AsVoidPtr(PyTuple_GET_ITEM(mask, 0)));
+    for (int d = 0; d < 2; ++d) call.mask_stride[d] = integer(PyTuple_GET_ITEM(PyTuple_GET_ITEM(mask, 1), d));
+  }
+  call.student_grad = parse_logits(*item++);
+  call.teachers_grad = parse_stack(*item++);
+  call.weights_grad = parse_stack(*item++);
+  call.grad_output[0] = parse_rows(*item++);
+  call.grad_output[1] = parse_rows(*item++);
+  // Results: rows or totals, as `by_row` says.
+  const RowValues first = parse_rows(PyTuple_GET_ITEM(*item, 1)), second = parse_rows(PyTuple_GET_ITEM(*item, 2));
+  const bool by_row = PyTuple_GET_ITEM(*item, 0) == Py_True;
+  for (int i = 0; i < 2; ++i) (by_row ? call.row_loss : call.total)[i] = i == 0 ? first : second;
+  if (PyErr_Occurred()) throw py::error_already_set();
+  if (rows == 0) {  // empty tensors have no address to tell absent ones from
+    call.row_dims = 1;
+    call.row_size[0] = 0;
+  } else if (call.row_dims > 1) {
+    merge_row_dims(call);
+  }
+  return call;
+}
+
+}  // namespace fedkern

@@ -1,0 +1,80 @@
+// From Python's (pointer, dtype, strides) to rows, for the distill cores: bare tuples instead of named arguments, since at
+// 64 rows the call itself is what takes the time.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+
+#include "bindings.h"
+#include "fedkern/distill.h"
+
+namespace fedkern {
+
+inline std::int64_t integer(PyObject* object) { return PyLong_AsLongLong(object); }
+
+// (data_ptr, dtype, strides), or None. The first stride belongs to `leading` where that is given, the class stride is the
+// second of the rest where `classes` is given; what remains are the rows'.
+inline void parse_strided(PyObject* object, void*& data, DType& dtype, std::int64_t* leading, std::int64_t* classes,
+                          std::int64_t* rows) {
+  if (object == Py_None) return;
+  data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(object, 0));
+  dtype = static_cast<DType>(integer(PyTuple_GET_ITEM(object, 1)));
+  PyObject* const strides = PyTuple_GET_ITEM(object, 2);
+  const int dims = static_cast<int>(PyTuple_GET_SIZE(strides)), first = leading ? 1 : 0;
+  for (int d = 0; d < dims; ++d) {
+    const std::int64_t stride = integer(PyTuple_GET_ITEM(strides, d));
+    if (leading && d == 0)
+      *leading = stride;
+    else if (classes && d == first + 1)
+      *classes = stride;
+    else
+      *rows++ = stride;
+  }
+}
+
+// With the class stride second.
+inline Logits parse_logits(PyObject* object) {
+  Logits result;
+  parse_strided(object, result.data, result.dtype, nullptr, &result.class_stride, result.row_stride);
+  return result;
+}
+
+// With a stride per row dimension or none at all.
+inline RowValues parse_rows(PyObject* object) {
+  RowValues result;
+  parse_strided(object, result.data, result.dtype, nullptr, nullptr, result.row_stride);
+  return result;
+}
+
+// Orders row dimensions by the first tensor's strides and merges neighbours that every tensor walks alike.
+inline void merge_row_dims(int& row_dims, std::int64_t* row_size, std::int64_t* const* strides, int tensors) {
+  for (int end = row_dims; end > 1; --end)
+    for (int d = 0; d + 1 < end; ++d)
+      if (std::llabs(strides[0][d]) < std::llabs(strides[0][d + 1])) {
+        std::swap(row_size[d], row_size[d + 1]);
+        for (int i = 0; i < tensors; ++i) std::swap(strides[i][d], strides[i][d + 1]);
+      }
+  int kept = 0;
+  for (int d = 1; d < row_dims; ++d) {
+    bool mergeable = true;
+    for (int i = 0; i < tensors; ++i)
+      mergeable = mergeable && (row_size[kept] == 1 || row_size[d] == 1 || strides[i][kept] == strides[i][d] * row_size[d]);
+    if (mergeable) {
+      if (row_size[d] != 1)
+        for (int i = 0; i < tensors; ++i) strides[i][kept] = strides[i][d];
+      row_size[kept] *= row_size[d];
+    } else {
+      ++kept;
+      row_size[kept] = row_size[d];
+      for (int i = 0; i < tensors; ++i) strides[i][kept] = strides[i][d];
+    }
+  }
+  row_dims = kept + 1;
+}
+
+// One over the number of rows where Python gives None.
+inline double parse_scale(PyObject* object, std::int64_t rows) {
+  return object != Py_None ? PyFloat_AsDouble(object) : rows ? 1.0 / static_cast<double>(rows) : 1.0;
+}
+
+}  // namespace fedkern

@@ -1,0 +1,236 @@
+// js and consensus: K distributions against their mixture.
+#pragma once
+
+#include "distill_lines.h"
+
+namespace fedkern::FEDKERN_ISA {
+namespace {
+
+template <typename T, bool LanesAreRows>
+class ConsensusLosses : public Lines<T, LanesAreRows> {
+ protected:
+  using Base = Lines<T, LanesAreRows>;
+  using typename Base::Line;
+  using typename Base::V;
+  using Base::call_, Base::e, Base::factor_, Base::fetch_with_exponentials, Base::finish, Base::K_, Base::log1p;
+  using Base::kAnchor, Base::kDot, Base::kDrift, Base::kInverse, Base::kLogSum, Base::kLoss, Base::kMaximum, Base::kMixture;
+  using Base::kOut, Base::kShare, Base::kSum, Base::kTiny, Base::kU, Base::lanes, Base::mix, Base::set, Base::share;
+  using Base::single, Base::stat, Base::store, Base::tiles_, Base::total, Base::vectors_, Base::x;
+
+  // Losses (in units of T^2) below this are computed again relative to an anchor row.
+  static constexpr T kNear = T(0.01);
+
+  struct Term {
+    V value;       // P (e^u - 1 - u)
+    V difference;  // Q - P
+  };
+
+  // u = log Q - log P is looked at where P is `present`; elsewhere Q alone counts.
+  static FEDKERN_INLINE Term term(V p, V q, V u, Mask<T> present) {
+    u = select(present, u, V::set(2));
+    const Mask<T> small = abs(u) < V::set(small_exponent<T>);
+    const V remainder = u * u * exp_remainder(u), difference = q - p;
+    // P may underflow where Q is exactly 0: the loss is infinite all the same.
+    const V floor = select(present, max(V::set(static_cast<T>(1e-37)), p), V::set(0));
+    return {select(small, p * remainder, fma(V::set(0) - floor, u, difference)),
+            select(small, p * (u + remainder), difference)};
+  }
+
+  // A rounded normaliser shifts every u of a row by some e: sum (Q - P) shows it as e^e - 1 where it should be 0, and
+  // it has added e^e - 1 - e to the divergence. That counts where Q ~ P.
+  static FEDKERN_INLINE V corrected(V sum, V drift) {
+    return max(V::set(0), fma(drift * drift, V::set(static_cast<T>(-0.5)), sum));
+  }
+
+  static FEDKERN_INLINE V small_exp_minus_one(V x) { return fma(x * x, exp_remainder(x), x); }
+
+  // --- Jensen-Shannon
+
+  void jensen_shannon(Sums& sums) {
+    this->find_statistics(0, K_, V::set(1), false);
+    V loss = divergences<false>();
+    const bool near = (loss < V::set(kNear)).any();
+    if (near) loss = divergences<true>();
+    // Rounded down: no result exceeds log K.
+    const double most = __builtin_log(static_cast<double>(K_));
+    T bound = static_cast<T>(most);
+    if (static_cast<double>(bound) > most) bound *= 1 - (sizeof(T) == 8 ? T(2.3e-16) : T(1.2e-7));
+    loss = min(V::set(bound), loss);
+    finish(0, loss, sums);
+    if (call_.teachers_grad.data) near ? js_gradients<true>() : js_gradients<false>();
+    if (call_.weights_grad.data) {
+      for (std::int64_t k = 0; k < K_; ++k) set(kDot, k, stat(kLoss, k));
+      this->store_weight_gradients(factor_[0]);
+    }
+  }
+
+  // log of the mixture: of its own, or relative to the anchor's probability (then kAnchor holds its logit) where all
+  // differences from the anchor are small.
+  template <bool Near>
+  void find_log_mixture() {
+    mix();
+    const Line m = single(kMixture), out = single(kU), anchor = single(kAnchor);
+    if constexpr (!Near) {
+      for (std::int64_t v = 0; v < vectors_; ++v) out.set(v, log(max(V::set(kTiny), m[v])));
+    } else {
+      const V zero = V::set(0);
+      for (std::int64_t v = 0; v < vectors_; ++v) {
+        V a = x(0)[v];
+        for (std::int64_t k = K_ - 1; k >= 0; --k) a = select(stat(kShare, k) > zero, x(k)[v], a);
+        V r = zero;
+        Mask<T> near = V::set(0) == V::set(0);
+        for (std::int64_t k = 0; k < K_; ++k) {
+          const V d = relative(k, x(k)[v], a), w = stat(kShare, k);
+          near = near & ((abs(d) < V::set(small_exponent<T>)) | (w == zero));
+          r = r + select(w == zero, zero, w * small_exp_minus_one(d));
+        }
+        out.set(v, select(near, log1p(r), log(max(V::set(kTiny), m[v]))));
+        anchor.set(v, select(near, a, V::set(static_cast<T>(__builtin_nan("")))));
+      }
+    }
+  }
+
+  // log p of teacher k, of its own or relative to the anchor.
+  FEDKERN_INLINE V relative(std::int64_t k, V value, V a) const {
+    return (value - a) - (stat(kMaximum, k) - anchor_maximum_) - (stat(kLogSum, k) - anchor_log_sum_);
+  }
+  template <bool Near>
+  FEDKERN_INLINE V log_p(std::int64_t k, V value, std::int64_t v) const {
+    const V own = (value - stat(kMaximum, k)) - stat(kLogSum, k);
+    if constexpr (!Near) return own;
+    const V a = single(kAnchor)[v];
+    return select(a == a, relative(k, value, a), own);
+  }
+
+  // KL(p || mixture) of every teacher as kLoss; returns their weighted sum.
+  template <bool Near>
+  V divergences() {
+    const V zero = V::set(0);
+    if constexpr (Near) {
+      anchor_maximum_ = stat(kMaximum, 0), anchor_log_sum_ = stat(kLogSum, 0);
+      for (std::int64_t k = K_ - 1; k >= 0; --k) {
+        const Mask<T> counts = stat(kShare, k) > zero;
+        anchor_maximum_ = select(counts, stat(kMaximum, k), anchor_maximum_);
+        anchor_log_sum_ = select(counts, stat(kLogSum, k), anchor_log_sum_);
+      }
+    }
+    this->clear(kLoss), this->clear(kDrift);
+    for (std::int64_t tile = 0; tile < tiles_; ++tile) {
+      fetch_with_exponentials(tile, V::set(1));
+      find_log_mixture<Near>();
+      const Line m = single(kMixture), l = single(kU);
+      for (std::int64_t k = 0; k < K_; ++k) {
+        const V inverse = stat(kInverse, k);
+        V sum = zero, drift = zero;
+        for (std::int64_t v = 0; v < vectors_; ++v) {
+          const V value = x(k)[v], u = l[v] - log_p<Near>(k, value, v);
+          const Term t = term(e(k)[v] * inverse, m[v], u, value > V::set(kNone<T>));
+          sum = sum + t.value;
+          drift = drift + t.difference;
+        }
+        set(kLoss, k, stat(kLoss, k) + total(sum));
+        set(kDrift, k, stat(kDrift, k) + total(drift));
+      }
+    }
+    V loss = zero;
+    for (std::int64_t k = 0; k < K_; ++k) {
+      set(kLoss, k, corrected(stat(kLoss, k), stat(kDrift, k)));
+      loss = loss + select(stat(kShare, k) == zero, zero, stat(kShare, k) * stat(kLoss, k));
+    }
+    return loss;
+  }
+
+  // -w p (u + KL)
+  template <bool Near>
+  void js_gradients() {
+    const V zero = V::set(0);
+    for (std::int64_t tile = 0; tile < tiles_; ++tile) {
+      if (tiles_ > 1) {
+        fetch_with_exponentials(tile, V::set(1));
+        find_log_mixture<Near>();
+      }
+      const Line l = single(kU), out = single(kOut);
+      for (std::int64_t k = 0; k < K_; ++k) {
+        const V kl = stat(kLoss, k), w = (zero - stat(kShare, k)) * factor_[0] * stat(kInverse, k);
+        for (std::int64_t v = 0; v < vectors_; ++v) {
+          const V power = e(k)[v], u = l[v] - log_p<Near>(k, x(k)[v], v);
+          out.set(v, select(power == zero, zero, w * power * (u + kl)));
+        }
+        store(call_.teachers_grad, k * call_.teachers_grad.stack_stride, out);
+      }
+    }
+  }
+
+  // --- entropy of the mixture, mean of the entropies
+
+  void consensus(Sums& sums) {
+    const V zero = V::set(0), one = V::set(1);
+    const bool gradients = call_.teachers_grad.data || call_.weights_grad.data;
+    this->find_statistics(0, K_, one, false);
+    this->clear(kLoss), this->clear(kDot);
+    V mixed = zero;
+    for (std::int64_t tile = 0; tile < tiles_; ++tile) {
+      fetch_with_exponentials(tile, one);
+      find_log_mixture<false>();
+      const Line m = single(kMixture), l = single(kU);
+      V sum = zero;
+      for (std::int64_t v = 0; v < vectors_; ++v) sum = sum - m[v] * l[v];
+      mixed = mixed + total(sum);
+      // kLoss: sum p (max - x), the entropy less log Z, both >= 0; kDot: the cross entropy to the mixture.
+      for (std::int64_t k = 0; k < K_; ++k) {
+        const V inverse = stat(kInverse, k), peak = stat(kMaximum, k);
+        V depth = zero, cross = zero;
+        for (std::int64_t v = 0; v < vectors_; ++v) {
+          const V p = e(k)[v] * inverse;
+          depth = depth + select(p > zero, p * (peak - x(k)[v]), p);
+          if (gradients) cross = cross - p * l[v];
+        }
+        set(kLoss, k, stat(kLoss, k) + total(depth));
+        set(kDot, k, stat(kDot, k) + total(cross));
+      }
+    }
+    V mean = zero;
+    for (std::int64_t k = 0; k < K_; ++k) {
+      set(kLoss, k, stat(kLoss, k) + stat(kLogSum, k));
+      mean = mean + select(stat(kShare, k) == zero, zero, stat(kShare, k) * stat(kLoss, k));
+    }
+    // A mixture that rounding lifts above 1 would make this negative.
+    finish(0, max(zero, mixed), sums);
+    finish(1, mean, sums);
+    if (call_.teachers_grad.data) consensus_gradients();
+    if (call_.weights_grad.data) {
+      for (std::int64_t k = 0; k < K_; ++k)
+        set(kDot, k, factor_[0] * stat(kDot, k) + factor_[1] * stat(kLoss, k));
+      this->store_weight_gradients(one);
+    }
+  }
+
+  // w p (g (-log mixture - cross entropy) + h (-log p - entropy))
+  void consensus_gradients() {
+    const V zero = V::set(0);
+    for (std::int64_t tile = 0; tile < tiles_; ++tile) {
+      if (tiles_ > 1) {
+        fetch_with_exponentials(tile, V::set(1));
+        find_log_mixture<false>();
+      }
+      const Line l = single(kU), out = single(kOut);
+      for (std::int64_t k = 0; k < K_; ++k) {
+        const V cross = stat(kDot, k), own = stat(kLoss, k), w = stat(kShare, k) * stat(kInverse, k);
+        for (std::int64_t v = 0; v < vectors_; ++v) {
+          const V power = e(k)[v], lp = log_p<false>(k, x(k)[v], v);
+          const V value = factor_[0] * (l[v] + cross) + factor_[1] * (lp + own);
+          out.set(v, select(power == zero, zero, (zero - w * power) * value));
+        }
+        store(call_.teachers_grad, k * call_.teachers_grad.stack_stride, out);
+      }
+    }
+  }
+
+  V anchor_maximum_ = V::set(0), anchor_log_sum_ = V::set(0);
+
+ public:
+  using Base::Base;
+};
+
+}  // namespace
+}  // namespace fedkern::FEDKERN_ISA

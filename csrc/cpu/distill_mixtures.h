@@ -1,0 +1,477 @@
+// ensemble_kl: K teachers, or what they are mixed into, against a student.
+#pragma once
+
+#include "distill_consensus.h"
+
+namespace fedkern::FEDKERN_ISA {
+namespace {
+
+template <typename T, bool LanesAreRows>
+class EnsembleLosses : public ConsensusLosses<T, LanesAreRows> {
+  using Base = ConsensusLosses<T, LanesAreRows>;
+  using typename Base::Line;
+  using typename Base::Term;
+  using typename Base::V;
+  using Base::call_, Base::corrected, Base::e, Base::factor_, Base::fetch, Base::fetch_with_exponentials, Base::finish;
+  using Base::K_, Base::kAnchor, Base::kDenominator, Base::kDot, Base::kDrift, Base::kInverse, Base::kLogSum, Base::kLoss;
+  using Base::kMaximum, Base::kMixture, Base::kNear, Base::kOut, Base::kShare, Base::kSum, Base::kTiny, Base::kU;
+  using Base::log1p, Base::mix, Base::set, Base::share, Base::single, Base::small_exp_minus_one, Base::stat, Base::store;
+  using Base::term, Base::tiles_, Base::total, Base::vectors_, Base::x;
+
+ public:
+  explicit EnsembleLosses(const EnsembleCall& call)
+      : Base(call),
+        temperature_(V::set(static_cast<T>(call.limit ? 1.0 : call.temperature))),
+        inverse_(V::set(static_cast<T>(call.limit ? 1.0 : 1.0 / call.temperature))) {
+    this->mixes_logits_ = call.kind == EnsembleKind::logits || (call.limit && call.kind == EnsembleKind::probs);
+    if (this->mixes_logits_) this->end_ = K_ + 2;
+  }
+
+  // Does `rows` rows from `row` on along the innermost dimension; adds their losses.
+  void run(std::int64_t row, int rows, Sums& sums) {
+    this->begin(row, rows);
+    factor_[0] = factor_[0] * temperature_;  // of gradients toward logits; those toward weights have one more
+    switch (call_.kind) {
+      case EnsembleKind::js: return this->jensen_shannon(sums);
+      case EnsembleKind::consensus: return this->consensus(sums);
+      default: break;
+    }
+    if (call_.limit) return limit(sums);
+    switch (call_.kind) {
+      case EnsembleKind::probs: return probabilities(sums);
+      case EnsembleKind::logits: return logits(sums);
+      default: return mean(sums);
+    }
+  }
+
+ private:
+  // log q - log p of teacher (or mixture of logits) k and the student.
+  FEDKERN_INLINE V log_ratio(std::int64_t k, V value, V student) const {
+    const V shift = stat(kMaximum, K_) - stat(kMaximum, k);
+    return fma((student - value) - shift, inverse_, stat(kLogSum, k) - stat(kLogSum, K_));
+  }
+  FEDKERN_INLINE V student_probability(std::int64_t v) const { return e(K_)[v] * stat(kInverse, K_); }
+
+  // --- a mixture of probabilities
+
+  void probabilities(Sums& sums) {
+    this->find_statistics(0, K_ + 1, inverse_, call_.as_is);
+    V loss = divergence<false>();
+    const bool near = (loss < V::set(kNear)).any();
+    if (near) loss = divergence<true>();
+    finish(0, loss * temperature_ * temperature_, sums);
+    if (call_.teachers_grad.data || call_.weights_grad.data) near ? late<true>(loss) : late<false>(loss);
+  }
+
+  // kMixture: the mixture m, not renormalised; kU: log q - log m, where they are near from log(m / q) = log1p(r), and
+  // then kAnchor holds m - q = q r.
+  template <bool Near>
+  void find_mixture() {
+    mix();
+    const Line m = single(kMixture), u = single(kU), rest = single(kAnchor);
+    const V shift = stat(kMaximum, K_), log_sum = stat(kLogSum, K_);
+    for (std::int64_t v = 0; v < vectors_; ++v) {
+      const V student = x(K_)[v];
+      V value = fma(student - shift, inverse_, V::set(0) - log_sum) - log(max(V::set(kTiny), m[v]));
+      if constexpr (Near) {
+        const V zero = V::set(0), q = student_probability(v);
+        V r = zero;
+        Mask<T> near = zero == zero;
+        for (std::int64_t k = 0; k < K_; ++k) {
+          const V d = zero - log_ratio(k, x(k)[v], student), w = call_.by_class ? share(k)[v] : stat(kShare, k);
+          near = near & ((abs(d) < V::set(small_exponent<T>)) | (w == zero));
+          r = r + select(w == zero, zero, w * small_exp_minus_one(d));
+        }
+        value = select(near, zero - log1p(r), value);
+        rest.set(v, select(near, q * r, m[v] - q));
+      }
+      u.set(v, value);
+    }
+  }
+
+  // The sum of the mixture over classes: not 1 where weights differ between classes.
+  template <bool Near>
+  void find_normaliser() {
+    normaliser_ = V::set(1), log_normaliser_ = V::set(0);
+    if (!call_.by_class && !call_.as_is) return;
+    V sum = V::set(0);
+    for (std::int64_t tile = 0; tile < tiles_; ++tile) {
+      fetch_with_exponentials(tile, inverse_);
+      find_mixture<Near>();
+      V part = V::set(0);
+      for (std::int64_t v = 0; v < vectors_; ++v) part = part + single(Near ? kAnchor : kMixture)[v];
+      sum = sum + total(part);
+    }
+    normaliser_ = Near ? V::set(1) + sum : sum;
+    log_normaliser_ = Near ? log1p(sum) : log(sum);
+  }
+
+  template <bool Near>
+  V divergence() {
+    find_normaliser<Near>();
+    const bool found = tiles_ == 1 && (call_.by_class || call_.as_is);
+    const V inverse = V::set(1) / normaliser_;
+    V loss = V::set(0), drift = V::set(0);
+    for (std::int64_t tile = 0; tile < tiles_; ++tile) {
+      fetch_with_exponentials(tile, inverse_);
+      if (!found) find_mixture<Near>();
+      const Line m = single(kMixture), u = single(kU), out = single(kOut);
+      V sum = V::set(0), rest = V::set(0);
+      Mask<T> vanished = V::set(0) > V::set(0);
+      for (std::int64_t v = 0; v < vectors_; ++v) {
+        const V q = student_probability(v), mixture = m[v];
+        const Mask<T> present = mixture > V::set(0);
+        const Term t = term(mixture * inverse, q, u[v] + log_normaliser_, present);
+        sum = sum + t.value;
+        rest = rest + t.difference;
+        vanished = vanished | ((!present) & (x(K_)[v] == V::set(kNone<T>)));
+        out.set(v, t.difference * factor_[0]);
+      }
+      loss = loss + total(sum) + (vanished.any() ? forbidden() : V::set(0));
+      drift = drift + total(rest);
+      if (call_.student_grad.data) store(call_.student_grad, 0, out);
+    }
+    return corrected(loss, drift);
+  }
+
+  // Infinite where the student masks a class that some teacher does not, even if its probability underflows.
+  V forbidden() const {
+    const V none = V::set(kNone<T>), zero = V::set(0);
+    V result = zero;
+    for (std::int64_t k = 0; k < K_; ++k)
+      for (std::int64_t v = 0; v < vectors_; ++v) {
+        const V w = call_.by_class ? share(k)[v] : stat(kShare, k);
+        result = result + select((x(K_)[v] == none) & (x(k)[v] > none) & (w > zero), zero - none, zero);
+      }
+    return total(result);
+  }
+
+  // Gradients of teachers and weights. With g = -(u + KL) / normaliser, dKL / d mixture:
+  // toward logits p (w g - sum p w g), toward weights g (p - mixture) over the sum of the weights.
+  template <bool Near>
+  void late(V loss) {
+    const V zero = V::set(0), inverse = V::set(1) / normaliser_;
+    const bool sums = !call_.by_class || (call_.teachers_grad.data && !call_.as_is);
+    this->clear(kDot);
+    // Two rounds: the sums, then the gradients. The kU of a single tile is found once.
+    for (int round = sums ? 0 : 1; round < 2; ++round)
+      for (std::int64_t tile = 0; tile < tiles_; ++tile) {
+        fetch_with_exponentials(tile, inverse_);
+        if (tiles_ > 1) find_mixture<Near>();
+        const Line g = single(kU);
+        if (tiles_ > 1 || round == (sums ? 0 : 1))
+          for (std::int64_t v = 0; v < vectors_; ++v) {
+            const V value = (zero - inverse) * (g[v] + log_normaliser_ + loss);
+            g.set(v, select(single(kMixture)[v] > zero, value, zero));
+          }
+        for (std::int64_t k = 0; k < K_; ++k) round == 0 ? add_dot(k) : store_late(k);
+      }
+    if (call_.weights_grad.data && !call_.by_class) this->store_weight_gradients(factor_[0] * temperature_);
+  }
+
+  FEDKERN_INLINE V weighted(std::int64_t k, std::int64_t v, V g) const {
+    if (!call_.by_class) return g;
+    const V w = share(k)[v];
+    return select(w == V::set(0), w, w * g);
+  }
+
+  void add_dot(std::int64_t k) {
+    const Line g = single(kU);
+    V sum = V::set(0);
+    for (std::int64_t v = 0; v < vectors_; ++v) sum = fma(e(k)[v], weighted(k, v, g[v]), sum);
+    set(kDot, k, stat(kDot, k) + total(sum) * stat(kInverse, k));
+  }
+
+  void store_late(std::int64_t k) {
+    const Line g = single(kU), out = single(kOut);
+    const V zero = V::set(0), inverse = stat(kInverse, k);
+    if (call_.teachers_grad.data) {
+      const V w = (call_.by_class ? V::set(1) : stat(kShare, k)) * factor_[0] * inverse;
+      const V dot = call_.as_is ? zero : stat(kDot, k);
+      for (std::int64_t v = 0; v < vectors_; ++v) {
+        const V rest = weighted(k, v, g[v]) - dot;
+        out.set(v, select(rest == zero, zero, w * e(k)[v] * rest));
+      }
+      store(call_.teachers_grad, k * call_.teachers_grad.stack_stride, out);
+    }
+    if (call_.weights_grad.data && call_.by_class) {
+      const Line m = single(kMixture), sums = single(kDenominator);
+      for (std::int64_t v = 0; v < vectors_; ++v) {
+        const V p = e(k)[v] * inverse;
+        out.set(v, g[v] * (p - m[v]) * factor_[0] * temperature_ / sums[v]);
+      }
+      store_class_weights(k, out);
+    }
+  }
+
+  // A weight of 0 gets no gradient, nor do weights that sum to 0.
+  void store_class_weights(std::int64_t k, Line out) {
+    const V zero = V::set(0);
+    for (std::int64_t v = 0; v < vectors_; ++v) {
+      const Mask<T> nothing = (share(k)[v] == zero) | (single(kDenominator)[v] == zero);
+      out.set(v, select(nothing, zero, out[v]));
+    }
+    store(call_.weights_grad, k * call_.weights_grad.stack_stride, out);
+  }
+
+  // --- a mixture of logits
+
+  void logits(Sums& sums) {
+    const std::int64_t z = K_ + 1;
+    this->find_statistics(K_, K_ + 2, inverse_, false);
+    V loss = V::set(0), drift = V::set(0);
+    for (std::int64_t tile = 0; tile < tiles_; ++tile) {
+      fetch_with_exponentials(tile, inverse_);
+      const Line out = single(kOut);
+      V sum = V::set(0), rest = V::set(0);
+      for (std::int64_t v = 0; v < vectors_; ++v) {
+        const Term t = pair(z, v);
+        sum = sum + t.value;
+        rest = rest + t.difference;
+        out.set(v, t.difference * factor_[0]);
+      }
+      loss = loss + total(sum);
+      drift = drift + total(rest);
+      if (call_.student_grad.data) store(call_.student_grad, 0, out);
+    }
+    loss = corrected(loss, drift);
+    finish(0, loss * temperature_ * temperature_, sums);
+    if (!call_.teachers_grad.data && !call_.weights_grad.data) return;
+    this->clear(kDot);
+    const V inverse = stat(kInverse, z), zero = V::set(0);
+    for (std::int64_t tile = 0; tile < tiles_; ++tile) {
+      fetch_with_exponentials(tile, inverse_);
+      const Line g = single(kU);
+      for (std::int64_t v = 0; v < vectors_; ++v) {
+        const V p = e(z)[v] * inverse;
+        g.set(v, select(p == zero, zero, (zero - p) * (log_ratio(z, x(z)[v], x(K_)[v]) + loss)));
+      }
+      spread_logit_gradient();
+    }
+    // kDot is that of g (x - z): the sum over the teachers of share * kDot is 0 but for rounding.
+    if (call_.weights_grad.data && !call_.by_class) this->store_weight_gradients(factor_[0]);
+  }
+
+  FEDKERN_INLINE Term pair(std::int64_t k, std::int64_t v) const {
+    const V value = x(k)[v];
+    return term(e(k)[v] * stat(kInverse, k), student_probability(v), log_ratio(k, value, x(K_)[v]),
+                value > V::set(kNone<T>));
+  }
+
+  // From the gradient of the mixed logits (kU) to those of teachers and weights in the current tile. Where teachers were
+  // centered, kDrift is what that takes from every class.
+  void spread_logit_gradient() {
+    const V zero = V::set(0);
+    const Line g = single(kU), out = single(kOut);
+    const std::int64_t z = K_ + 1;
+    for (std::int64_t k = 0; k < K_; ++k) {
+      if (call_.teachers_grad.data) {
+        for (std::int64_t v = 0; v < vectors_; ++v) {
+          const V w = call_.by_class ? share(k)[v] : stat(kShare, k);
+          V value = w * g[v];
+          if (this->centered_) value = value - select(x(k)[v] > V::set(kNone<T>), stat(kDrift, k), zero);
+          out.set(v, value * factor_[0]);
+        }
+        store(call_.teachers_grad, k * call_.teachers_grad.stack_stride, out);
+      }
+      if (!call_.weights_grad.data) continue;
+      V sum = zero;
+      for (std::int64_t v = 0; v < vectors_; ++v) {
+        const V value = select(g[v] == zero, zero, g[v] * (x(k)[v] - x(z)[v]));
+        sum = sum + value;
+        if (call_.by_class) out.set(v, value * factor_[0] / single(kDenominator)[v]);
+      }
+      set(kDot, k, stat(kDot, k) + total(sum));
+      if (call_.by_class) store_class_weights(k, out);
+    }
+  }
+
+  // --- the mean of the divergences
+
+  void mean(Sums& sums) {
+    const V zero = V::set(0);
+    this->find_statistics(0, K_ + 1, inverse_, call_.as_is);
+    this->clear(kLoss), this->clear(kDrift);
+    // The sum of log-probabilities taken as they are need not be 1.
+    V excess = zero;
+    if (call_.as_is)
+      for (std::int64_t k = 0; k < K_; ++k) excess = excess + stat(kShare, k) * (stat(kSum, k) - V::set(1));
+    for (std::int64_t tile = 0; tile < tiles_; ++tile) {
+      fetch_with_exponentials(tile, inverse_);
+      const Line out = single(kOut);
+      for (std::int64_t v = 0; v < vectors_; ++v) out.set(v, excess * student_probability(v));
+      for (std::int64_t k = 0; k < K_; ++k) {
+        const V w = stat(kShare, k);
+        V sum = zero, rest = zero;
+        for (std::int64_t v = 0; v < vectors_; ++v) {
+          const Term t = pair(k, v);
+          sum = sum + t.value;
+          rest = rest + t.difference;
+          out.set(v, fma(w, t.difference, out[v]));
+        }
+        set(kLoss, k, stat(kLoss, k) + total(sum));
+        set(kDrift, k, stat(kDrift, k) + total(rest));
+      }
+      if (!call_.student_grad.data) continue;
+      for (std::int64_t v = 0; v < vectors_; ++v) out.set(v, out[v] * factor_[0]);
+      store(call_.student_grad, 0, out);
+    }
+    V loss = zero;
+    for (std::int64_t k = 0; k < K_; ++k) {
+      set(kLoss, k, corrected(stat(kLoss, k), call_.as_is ? zero : stat(kDrift, k)));
+      loss = loss + select(stat(kShare, k) == zero, zero, stat(kShare, k) * stat(kLoss, k));
+      set(kDot, k, stat(kLoss, k));
+    }
+    finish(0, loss * temperature_ * temperature_, sums);
+    for (std::int64_t tile = 0; tile < tiles_ && call_.teachers_grad.data; ++tile) {
+      fetch_with_exponentials(tile, inverse_);
+      const Line out = single(kOut);
+      for (std::int64_t k = 0; k < K_; ++k) {
+        const V kl = call_.as_is ? zero : stat(kLoss, k), w = (zero - stat(kShare, k)) * factor_[0] * stat(kInverse, k);
+        for (std::int64_t v = 0; v < vectors_; ++v) {
+          const V power = e(k)[v];
+          out.set(v, select((power == zero) | (w == zero), zero, w * power * (log_ratio(k, x(k)[v], x(K_)[v]) + kl)));
+        }
+        store(call_.teachers_grad, k * call_.teachers_grad.stack_stride, out);
+      }
+    }
+    if (call_.weights_grad.data) this->store_weight_gradients(factor_[0] * temperature_);
+  }
+
+  // --- T = infinity: half the variance over classes of mixed logits - student
+
+  // d of line k at v, and whether the class is unmasked in both.
+  FEDKERN_INLINE V difference(std::int64_t k, std::int64_t v, Mask<T>& masked) const {
+    const V a = x(k)[v], b = x(K_)[v], none = V::set(kNone<T>);
+    masked = (a == none) | (b == none);
+    return a - b;
+  }
+
+  // Adds up f(k, d) over the unmasked classes of lines [begin, end) into `name`.
+  template <typename F>
+  void sum_differences(std::int64_t begin, std::int64_t end, typename Base::Stat name, F f) {
+    this->clear(name);
+    for (std::int64_t tile = 0; tile < tiles_; ++tile) {
+      fetch(tile);
+      for (std::int64_t k = begin; k < end; ++k) {
+        V sum = V::set(0);
+        for (std::int64_t v = 0; v < vectors_; ++v) {
+          Mask<T> masked;
+          const V d = difference(k, v, masked);
+          sum = sum + select(masked, V::set(0), f(k, d));
+        }
+        set(name, k, stat(name, k) + total(sum));
+      }
+    }
+  }
+
+  void limit(Sums& sums) {
+    const V zero = V::set(0);
+    const bool mixed = call_.kind != EnsembleKind::mean;
+    if (mixed && call_.kind == EnsembleKind::probs && call_.by_class) find_centers();
+    const std::int64_t begin = mixed ? K_ + 1 : 0, end = mixed ? K_ + 2 : K_;
+    // kInverse: number of classes; kMaximum: mean of the differences; kLoss: half their variance.
+    sum_differences(begin, end, kInverse, [](std::int64_t, V) { return V::set(1); });
+    sum_differences(begin, end, kMaximum, [](std::int64_t, V d) { return d; });
+    for (std::int64_t k = begin; k < end; ++k) set(kMaximum, k, stat(kMaximum, k) / stat(kInverse, k));
+    // The mean of what is left over corrects the rounding of the first one.
+    sum_differences(begin, end, kLoss, [&](std::int64_t k, V d) { return d - stat(kMaximum, k); });
+    for (std::int64_t k = begin; k < end; ++k) set(kMaximum, k, stat(kMaximum, k) + stat(kLoss, k) / stat(kInverse, k));
+    sum_differences(begin, end, kLoss, [&](std::int64_t k, V d) {
+      const V rest = d - stat(kMaximum, k);
+      return rest * rest;
+    });
+    V loss = zero;
+    for (std::int64_t k = begin; k < end; ++k) {
+      const V w = mixed ? V::set(1) : stat(kShare, k), value = stat(kLoss, k) * V::set(T(0.5)) / stat(kInverse, k);
+      set(kDot, k, value);
+      loss = loss + select(w == zero, zero, w * value);
+    }
+    finish(0, loss, sums);
+    mixed ? mixed_limit_gradients() : mean_limit_gradients();
+  }
+
+  FEDKERN_INLINE V deviation(std::int64_t k, std::int64_t v) const {
+    Mask<T> masked;
+    const V d = difference(k, v, masked);
+    return select(masked, V::set(0), (d - stat(kMaximum, k)) / stat(kInverse, k));
+  }
+
+  void mixed_limit_gradients() {
+    const V zero = V::set(0);
+    this->clear(kDot), this->clear(kDrift);
+    for (int round = this->centered_ ? 0 : 1; round < 2; ++round)
+      for (std::int64_t tile = 0; tile < tiles_; ++tile) {
+        fetch(tile);
+        const Line g = single(kU), out = single(kOut);
+        for (std::int64_t v = 0; v < vectors_; ++v) {
+          const V value = deviation(K_ + 1, v);
+          g.set(v, value);
+          out.set(v, (zero - value) * factor_[0]);
+        }
+        if (round == 0) {  // kDrift: what the centre takes from every class of a teacher
+          for (std::int64_t k = 0; k < K_; ++k) {
+            V sum = zero;
+            for (std::int64_t v = 0; v < vectors_; ++v) sum = sum + share(k)[v] * g[v];
+            set(kDrift, k, stat(kDrift, k) + total(sum) / stat(kLogSum, k));
+          }
+          continue;
+        }
+        if (call_.student_grad.data) store(call_.student_grad, 0, out);
+        spread_logit_gradient();
+      }
+    if (call_.weights_grad.data && !call_.by_class) this->store_weight_gradients(factor_[0]);
+  }
+
+  void mean_limit_gradients() {
+    const V zero = V::set(0);
+    for (std::int64_t tile = 0; tile < tiles_; ++tile) {
+      fetch(tile);
+      const Line out = single(kOut), sum = single(kU);
+      for (std::int64_t v = 0; v < vectors_; ++v) sum.set(v, zero);
+      for (std::int64_t k = 0; k < K_; ++k) {
+        const V w = stat(kShare, k);
+        for (std::int64_t v = 0; v < vectors_; ++v) {
+          const V value = select(w == zero, zero, w * deviation(k, v) * factor_[0]);
+          out.set(v, value);
+          sum.set(v, sum[v] - value);
+        }
+        if (call_.teachers_grad.data) store(call_.teachers_grad, k * call_.teachers_grad.stack_stride, out);
+      }
+      if (call_.student_grad.data) store(call_.student_grad, 0, sum);
+    }
+    if (call_.weights_grad.data) this->store_weight_gradients(factor_[0]);
+  }
+
+  // The mean of every teacher's finite logits, which softmax ignores but weights per class do not: kSum, their number
+  // kLogSum. From then on tiles are fetched without it.
+  void find_centers() {
+    const V zero = V::set(0), none = V::set(kNone<T>);
+    this->centered_ = false;
+    this->loaded_ = -1;
+    this->clear(kSum), this->clear(kLogSum);
+    for (std::int64_t tile = 0; tile < tiles_; ++tile) {
+      fetch(tile);
+      for (std::int64_t k = 0; k < K_; ++k) {
+        V sum = zero, count = zero;
+        for (std::int64_t v = 0; v < vectors_; ++v) {
+          const V value = x(k)[v];
+          const Mask<T> masked = value == none;
+          sum = sum + select(masked, zero, value);
+          count = count + select(masked, zero, V::set(1));
+        }
+        set(kSum, k, stat(kSum, k) + total(sum));
+        set(kLogSum, k, stat(kLogSum, k) + total(count));
+      }
+    }
+    for (std::int64_t k = 0; k < K_; ++k) set(kSum, k, stat(kSum, k) / stat(kLogSum, k));
+    this->centered_ = true;
+    this->loaded_ = -1;
+  }
+
+  const V temperature_, inverse_;
+  V normaliser_ = V::set(1), log_normaliser_ = V::set(0);
+};
+
+}  // namespace
+}  // namespace fedkern::FEDKERN_ISA

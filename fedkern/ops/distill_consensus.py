@@ -1,0 +1,139 @@
+"""js_div, consensus: how far K distributions agree. The references are in distill_ensemble_reference.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkern.ops.backend import eager, select
+from fedkern.ops.distill_common import NONE, REDUCTIONS, check_reduction
+from fedkern.ops.distill_ensemble_checks import check_stack, spread_row_weights
+from fedkern.ops.distill_ensemble_library import CONSENSUS, JS
+from fedkern.ops.distill_ensemble_reference import consensus_reference, js_reference
+from fedkern.ops.distill_kernels import DistillKernel, kernel_for, ordinary
+from fedkern.ops.distill_library import reference_gradients
+
+# the public functions: checks and choice of path
+
+
+def js_div(logits: Tensor, weights: Tensor | None = None, *, reduction: str = "batchmean") -> Tensor:
+    """Generalised Jensen–Shannon divergence ``H(Σₖ Wₖ pₖ) − Σₖ Wₖ H(pₖ)``, ``pₖ = softmax(logitsₖ)`` (Lin, 1991), nats.
+
+    Computed as ``Σₖ Wₖ KL(pₖ ‖ Σ W p)`` from terms that are never negative and do not cancel where the distributions
+    nearly agree: at least 0, at most log K.
+
+    Args:
+        logits: ``[K, B, C]`` or ``[K, B, C, *positions]``; float32, float64, bfloat16 or float16, any strides. A class
+            of logit ``-inf`` has probability 0 and contributes nothing.
+        weights: at least 0, ``[K]``, ``[K, B]`` or ``[K, B, *positions]``, floating or bool; by default equal.
+            Normalised over K for every row to W; 1/K where all are 0. A distribution of weight 0 counts exactly
+            nothing, whatever it holds, and its weight gets no gradient.
+        reduction: ``"none"`` (one value per row), ``"sum"``, or ``"batchmean"`` (the sum over the number of rows, B ×
+            positions; 0 for an empty batch).
+
+    Returns:
+        ``[B, *positions]`` for ``"none"``, else a scalar; the logits' dtype, computed in float32 (float64 for float64).
+        Gradients go to logits and weights.
+
+    Raises:
+        TypeError: an argument is no tensor or of another dtype.
+        ValueError: a shape, a device or the reduction does not fit.
+    """
+    usual, weights, code = _check(logits, weights, reduction)
+    tensors = (logits,) if weights is None else (logits, weights)
+    if usual:
+        kernel = kernel_for("js_div", tensors)
+    elif eager(*tensors):
+        kernel = select("js_div", *tensors)
+    else:
+        return JS(logits, weights, code)
+    if kernel is None:
+        return js_reference(logits, weights, code)
+    if torch.is_grad_enabled() and (logits.requires_grad or (weights is not None and weights.requires_grad)):
+        return _JensenShannon.apply((kernel, code), logits, weights)
+    return kernel.js_forward(logits, weights, code)
+
+
+def consensus(logits: Tensor, weights: Tensor | None = None, *, reduction: str = "batchmean") -> tuple[Tensor, Tensor]:
+    """Entropy of the mixture and mean of the entropies, ``(H(Σₖ Wₖ pₖ), Σₖ Wₖ H(pₖ))``, from one pass.
+
+    Their difference is :func:`js_div`, whose arguments and errors this function shares (where the distributions nearly
+    agree, js_div keeps the digits that the difference loses). Each result has the shape and dtype of js_div's; the
+    gradients of both are taken in one pass.
+    """
+    usual, weights, code = _check(logits, weights, reduction)
+    tensors = (logits,) if weights is None else (logits, weights)
+    if usual:
+        kernel = kernel_for("consensus", tensors)
+    elif eager(*tensors):
+        kernel = select("consensus", *tensors)
+    else:
+        return CONSENSUS(logits, weights, code)
+    if kernel is None:
+        return consensus_reference(logits, weights, code)
+    if torch.is_grad_enabled() and (logits.requires_grad or (weights is not None and weights.requires_grad)):
+        return _Consensus.apply((kernel, code), logits, weights)
+    return kernel.consensus_forward(logits, weights, code)
+
+
+def _check(logits: Tensor, weights: Tensor | None, reduction: str) -> tuple[bool, Tensor | None, int]:
+    usual = ordinary((logits,) if weights is None else (logits, weights)) and 3 <= logits.dim() <= 10
+    if not usual or 0 in (logits.shape[0], logits.shape[2]):
+        check_stack("logits", logits)
+    code = REDUCTIONS.get(reduction) if type(reduction) is str else None
+    if code is None:
+        code = check_reduction(reduction)
+    return usual, weights if weights is None else spread_row_weights(weights, logits), code
+
+
+# forward and backward, each one call into the kernel
+
+
+class _JensenShannon(torch.autograd.Function):
+    """The eager path; like kl_div's, it takes the gradient on the way forward where it can."""
+
+    @staticmethod
+    def forward(ctx: Any, how: tuple[DistillKernel, int], logits: Tensor, weights: Tensor | None) -> Tensor:
+        ctx.how = kernel, reduction = how
+        if reduction == NONE or not kernel.fused or ctx.needs_input_grad[2]:
+            ctx.save_for_backward(logits, weights)
+            return kernel.js_forward(logits, weights, reduction)
+        gradient = kernel.empty_gradient(logits)
+        ctx.save_for_backward(logits, weights, gradient)
+        return kernel.js_forward(logits, weights, reduction, gradient)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        kernel, reduction = ctx.how
+        needs = ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled() or not eager(grad):
+            return (None, *reference_gradients(js_reference, (grad,), saved[:2], (reduction,), needs, graph=True))
+        if len(saved) > 2:
+            scaled = kernel.scaled(saved[2:], grad)
+            if scaled is not None:
+                return None, scaled[0], None
+        return (None, *kernel.js_backward(grad, saved[0], saved[1], reduction, needs))
+
+
+class _Consensus(torch.autograd.Function):
+    """The eager path. The two grad_outputs are known only in the backward pass, which starts from the logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, how: tuple[DistillKernel, int], logits: Tensor, weights: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.how = kernel, reduction = how
+        ctx.save_for_backward(logits, weights)
+        return kernel.consensus_forward(logits, weights, reduction)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        kernel, reduction = ctx.how
+        needs = ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled() or not eager(*grads):
+            saved = ctx.saved_tensors
+            return (None, *reference_gradients(consensus_reference, grads, saved, (reduction,), needs, graph=True))
+        return (None, *kernel.consensus_backward(*grads, *ctx.saved_tensors, reduction, needs))

@@ -1,0 +1,168 @@
+"""ensemble_kl: a student against K teachers. The reference is in distill_ensemble_reference.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkern.ops.backend import eager, select
+from fedkern.ops.distill_common import (
+    LOGITS,
+    MEAN,
+    NONE,
+    PROBS,
+    REDUCTIONS,
+    check_reduction,
+    check_temperature,
+)
+from fedkern.ops.distill_ensemble_checks import check_mask, check_stack, check_student, spread_weights
+from fedkern.ops.distill_ensemble_library import ENSEMBLE
+from fedkern.ops.distill_ensemble_reference import ensemble_reference
+from fedkern.ops.distill_kernels import DistillKernel, Ensemble, ensemble_settings, kernel_for, ordinary
+from fedkern.ops.distill_library import reference_gradients
+
+# the public function: checks and choice of path
+
+
+def ensemble_kl(
+    student: Tensor,
+    teachers: Tensor,
+    weights: Tensor | None = None,
+    temperature: float = 1.0,
+    *,
+    mix: str = "probs",
+    mode: str = "kl_of_mean",
+    class_mask: Tensor | None = None,
+    log_probs: bool = False,
+    reduction: str = "batchmean",
+) -> Tensor:
+    """Distils K teachers into one student: ``T² · KL(P ‖ softmax(student / T))``, P the teachers' weighted mixture.
+
+    ``mix="probs"``: ``P ∝ Σₖ Wₖ softmax(teacherₖ / T)``, renormalised over classes (FedDF, arXiv 2006.07242, with equal
+    weights is ``mix="logits"``: ``P = softmax(Σₖ Wₖ teacherₖ / T)``). The mixture is never materialised.
+    ``mode="mean_of_kl"``: ``T² · Σₖ Wₖ KL(softmax(teacherₖ / T) ‖ softmax(student / T))``, which has the same gradient
+    for the student but its own for teachers and weights.
+
+    Args:
+        student: logits ``[B, C]`` or ``[B, C, *positions]``; float32, float64, bfloat16 or float16, any strides.
+        teachers: logits ``[K, B, C]`` or ``[K, B, C, *positions]``; its dtype may differ.
+        weights: at least 0, ``[K]``, ``[K, B]``, ``[K, C]``, ``[K, B, C]``, ``[K, B, 1]`` or ``[K, 1, C]`` (or with the
+            teachers' positions), floating or bool; by default equal. ``[K, B]`` and ``[K, C]`` cannot be told apart
+            where B = C. Normalised over the teachers for every sample and class to W; 1/K where weights and mask leave
+            none. A teacher of weight 0 counts exactly nothing, whatever it holds, and its weight gets no gradient.
+        temperature: T > 0. ``math.inf`` is the exact limit: half the variance over classes of mixed − student logits,
+            over the classes finite in the student and in every teacher that counts there.
+        mix: ``"probs"`` or ``"logits"``.
+        mode: ``"kl_of_mean"`` or ``"mean_of_kl"``; the latter takes ``mix="probs"`` and weights per teacher
+            (``[K]``, ``[K, B]``, ``[K, B, 1]``) alone.
+        class_mask: bool ``[K, C]``, the classes that each teacher knows; the others count as weight 0.
+        log_probs: teachers hold log-probabilities: at T = 1 their exponentials are the probabilities as they are.
+        reduction: ``"none"`` (one value per row), ``"sum"``, or ``"batchmean"`` (the sum over the number of rows).
+
+    Returns:
+        ``[B, *positions]`` for ``"none"``, else a scalar, in the promoted dtype of student and teachers: a bfloat16
+        student against float32 teachers gives a float32 loss and a bfloat16 gradient. Everything is computed in float32
+        (float64 where one of them is float64) and rounded once; autocast changes nothing here.
+
+    Gradients go to student, teachers and weights, whichever require one, each in its own dtype. A class whose teacher
+    logit is ``-inf`` contributes nothing and gets no gradient; one masked only in the student makes the loss ``+inf``.
+
+    Raises:
+        TypeError: an argument is of another type or dtype.
+        ValueError: a shape, device, the temperature, mix, mode or reduction does not fit.
+    """
+    tensors = (student, teachers) if weights is None else (student, teachers, weights)
+    usual = ordinary(tensors) and 3 <= teachers.dim() <= 10
+    if not usual or teachers.shape[1:] != student.shape or 0 in (teachers.shape[0], teachers.shape[2]):
+        check_stack("teachers", teachers)
+        check_student(student, teachers)
+    if type(temperature) is not float or not temperature > 0:
+        temperature = check_temperature(temperature)
+    code = REDUCTIONS.get(reduction) if type(reduction) is str else None
+    if code is None:
+        code = check_reduction(reduction)
+    how = _mixture(mix, mode)
+    if weights is not None:
+        weights = spread_weights(weights, teachers)
+        tensors = (student, teachers, weights)
+    if class_mask is not None:
+        check_mask(class_mask, teachers)
+    if how == MEAN and (class_mask is not None or (weights is not None and weights.shape[2] != 1)):
+        raise ValueError('mode="mean_of_kl" takes weights per teacher, [K] or [K, B], and no class_mask')
+    log_probs = bool(log_probs)
+
+    if usual:
+        kernel = kernel_for("ensemble_kl", tensors)
+    elif eager(*tensors, *(() if class_mask is None else (class_mask,))):
+        kernel = select("ensemble_kl", *tensors)
+    else:
+        return ENSEMBLE(student, teachers, weights, class_mask, temperature, how, log_probs, code)
+    if kernel is None:
+        return ensemble_reference(student, teachers, weights, class_mask, temperature, how, log_probs, code)
+    settings = ensemble_settings(temperature, how, log_probs, code)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor.requires_grad:
+                return _Ensemble.apply((kernel, settings), student, teachers, weights, class_mask)
+    return kernel.ensemble_forward(student, teachers, weights, class_mask, settings)
+
+
+def _mixture(mix: Any, mode: Any) -> int:
+    if mode == "kl_of_mean":
+        if mix == "probs":
+            return PROBS
+        if mix == "logits":
+            return LOGITS
+    if mix not in ("probs", "logits"):
+        raise ValueError(f'mix must be "probs" or "logits", but is {mix!r}')
+    if mode != "mean_of_kl":
+        raise ValueError(f'mode must be "kl_of_mean" or "mean_of_kl", but is {mode!r}')
+    if mix != "probs":
+        raise ValueError('mode="mean_of_kl" mixes no logits: mix must be "probs"')
+    return MEAN
+
+
+# forward and backward, each one call into the kernel
+
+
+class _Ensemble(torch.autograd.Function):
+    """The eager path; like kl_div's, it takes the gradients on the way forward where it can.
+
+    Gradients of weights are left to the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        how: tuple[DistillKernel, Ensemble],
+        student: Tensor,
+        teachers: Tensor,
+        weights: Tensor | None,
+        class_mask: Tensor | None,
+    ) -> Tensor:
+        ctx.how = kernel, settings = how
+        _, to_student, to_teachers, to_weights, _ = ctx.needs_input_grad
+        if settings.reduction == NONE or not kernel.fused or to_weights:
+            ctx.save_for_backward(student, teachers, weights, class_mask)
+            return kernel.ensemble_forward(student, teachers, weights, class_mask, settings)
+        to_student = kernel.empty_gradient(student) if to_student else None
+        to_teachers = kernel.empty_gradient(teachers) if to_teachers else None
+        ctx.save_for_backward(student, teachers, weights, class_mask, to_student, to_teachers)
+        return kernel.ensemble_forward(student, teachers, weights, class_mask, settings, to_student, to_teachers)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        tensors, taken = saved[:4], saved[4:]
+        kernel, settings = ctx.how
+        needs = ctx.needs_input_grad[1:4]
+        if torch.is_grad_enabled() or not eager(grad):
+            how = (settings.temperature, settings.mix, settings.log_probs, settings.reduction)
+            return (None, *reference_gradients(ensemble_reference, (grad,), tensors, how, needs, graph=True), None)
+        if taken:
+            scaled = kernel.scaled(taken, grad)
+            if scaled is not None:
+                return (None, *scaled, None, None)
+        return (None, *kernel.ensemble_backward(grad, *tensors, settings, needs), None)
