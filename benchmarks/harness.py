@@ -69,6 +69,7 @@ def compare(
     model_bytes: int = 0,
     copy: bool = False,
     floors: dict[str, float] | None = None,
+    gpu_floors: dict[str, float] | None = None,
     pairs: int = 21,
     threads: int | None = None,
     loaded: bool = False,
@@ -83,7 +84,7 @@ def compare(
         contestants: callables without arguments, or why one cannot run here; the first calls of each (compilation,
             page faults) are not timed.
         copy: also time a copy of ``model_bytes``.
-        floors: speed-ups that the project promises on its CPU.
+        floors, gpu_floors: speed-ups that the project promises, on the CPU and on a GPU.
         threads: torch threads for all contestants; None leaves torch's default.
         loaded: keep another process spinning meanwhile, as on a shared machine.
         over: record the overhead, our time over this contestant's (``""``: all of ours), as a median over pairs.
@@ -93,8 +94,10 @@ def compare(
     where that cannot be told.
     """
     where = device()
+    if where.type != "cpu" and (loaded or (threads or 1) > 1):
+        pytest.skip("threads and load are the CPU's")
     before = torch.get_num_threads()
-    used = (threads or before) if where.type == "cpu" else before
+    used = (threads or before) if where.type == "cpu" else 1
     floor = _floor((group, case, where.type, used, loaded))
     runs = {name: run for name, run in contestants.items() if not isinstance(run, Absent)}
     if SETTINGS.short:
@@ -120,7 +123,7 @@ def compare(
         threads=used,
         loaded=loaded,
         **result,
-        floors=(floors or {}) if where.type == "cpu" else {},
+        floors=(floors if where.type == "cpu" else gpu_floors) or {},
         model_bytes=model_bytes,
         note=note,
         at_most=at_most,
