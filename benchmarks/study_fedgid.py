@@ -144,14 +144,14 @@ def corrections(runs: Runs, rates: Mapping[str, float], correlation: float, vari
 def study(runs: Runs) -> tuple[str, dict[str, Any]]:
     """Runs everything and returns the Markdown page and its numbers."""
     correlations = runs.study.correlations
-    first = correlations[0]
+    first, strongest = correlations[0], correlations[-1]
     runs.run(
         runs.case(v, first, lr, seed) for v in VARIANTS for lr in runs.study.rates for seed in runs.study.rate_seeds
     )
     rates = {v: best_rate(runs, v, first) for v in VARIANTS}
     runs.run(runs.case(v, c, rates[v], seed) for c in correlations for v in VARIANTS for seed in SEEDS)
     sweep = [("alpha", alpha) for alpha in ALPHAS] + [("lambda", lam) for lam in LAMBDAS]
-    swept = {(k, x): runs.case(FULL, first, rates[FULL], 0, **{k: x}) for k, x in sweep}
+    swept = {(k, x): runs.case(FULL, strongest, rates[FULL], 0, **{k: x}) for k, x in sweep}
     runs.run(swept.values())
 
     page, numbers = [], {}
@@ -181,7 +181,7 @@ def study(runs: Runs) -> tuple[str, dict[str, Any]]:
                 names = ("validation_accuracy", "id_accuracy", "ood_accuracy")
                 rows.append([str(value), *(f"{100 * m[name]:.1f}" for name in names)])
                 numbers[f"{knob} {value}"] = m
-        page += [f"## {knob} of FedGID, correlation {first}, seed 0, in %", ""]
+        page += [f"## {knob} of FedGID, correlation {strongest}, seed 0, in %", ""]
         page += [table([knob, "validation", "ID accuracy", "OOD accuracy"], rows), ""]
     if runs.study.full:
         page += full_set(runs, rates, numbers)
