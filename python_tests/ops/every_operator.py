@@ -102,6 +102,28 @@ OPERATORS = [
     ),
     Operator("dual_kl", lambda a, b, t: ops.dual_kl(a, b, t, 2.0), (_LOGITS,) * 3, (_MANY,) * 3),
     Operator("entropy", lambda x: ops.entropy(x), (_LOGITS,), (_MANY,)),
+    Operator(
+        "ensemble_kl",
+        lambda s, t, w: ops.ensemble_kl(s, t, w, 2.0),
+        (_LOGITS, (3, *_LOGITS), (3, *_LOGITS)),
+        (_MANY, (3, *_MANY), (3, *_MANY)),
+        positive=(2,),
+    ),
+    Operator(
+        "ensemble_kl logits",
+        lambda s, t: ops.ensemble_kl(s, t, mix="logits", reduction="none"),
+        (_LOGITS, (3, *_LOGITS)),
+        (_MANY, (3, *_MANY)),
+    ),
+    Operator(
+        "ensemble_kl mean_of_kl",
+        lambda s, t, w: ops.ensemble_kl(s, t, w, mode="mean_of_kl"),
+        ((4, 7, 3), (3, 4, 7, 3), (3,)),
+        ((64, 21, 400), (3, 64, 21, 400), (3,)),
+        positive=(2,),
+    ),
+    Operator("js_div", ops.js_div, ((3, *_LOGITS), (3,)), ((3, *_MANY), (3,)), positive=(1,)),
+    Operator("consensus", ops.consensus, ((3, 4, 7, 3), (3, 4)), ((3, 64, 21, 400), (3, 64)), positive=(1,)),
     Operator("weighted_mean", ops.weighted_mean, (_VECTORS, (5,)), (_UPLOADS, (5,)), positive=(1,)),
     Operator(
         "weighted_mean list",

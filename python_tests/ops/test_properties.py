@@ -23,10 +23,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def needs(name: str) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(not hasattr(ops, name), reason=f"{name} does not exist yet")
-
-
 def close(got: Tensor, expected: Tensor, scale: Tensor | float = 1.0) -> None:
     """At the operators' tolerance; ``scale`` is the largest difference of logits."""
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6 * max(1.0, float(scale)))
@@ -83,7 +79,6 @@ def test_entropy_lies_between_zero_and_log_c(one: list[Tensor]) -> None:
 # --- divergences of many
 
 
-@needs("js_div")
 @examples
 @given(members())
 def test_jsd_lies_between_zero_and_log_k(many: tuple[Tensor, Tensor]) -> None:
@@ -96,7 +91,6 @@ def test_jsd_lies_between_zero_and_log_k(many: tuple[Tensor, Tensor]) -> None:
         assert (values <= 1e-6).all()
 
 
-@needs("js_div")
 @examples
 @given(members())
 def test_jsd_of_equal_members_is_zero(many: tuple[Tensor, Tensor]) -> None:
@@ -105,7 +99,6 @@ def test_jsd_of_equal_members_is_zero(many: tuple[Tensor, Tensor]) -> None:
     assert (ops.js_div(equal, weights, reduction="none").abs() <= 1e-6).all()
 
 
-@needs("js_div")
 @examples
 @given(members(2), st.data())
 def test_jsd_does_not_see_the_order(many: tuple[Tensor, Tensor], data: st.DataObject) -> None:
@@ -115,7 +108,6 @@ def test_jsd_does_not_see_the_order(many: tuple[Tensor, Tensor], data: st.DataOb
     close(ops.js_div(given[order], weights[order], reduction="none"), expected, spread(given))
 
 
-@needs("consensus")
 @examples
 @given(members())
 def test_consensus_is_the_two_parts_of_jsd(many: tuple[Tensor, Tensor]) -> None:
@@ -126,7 +118,6 @@ def test_consensus_is_the_two_parts_of_jsd(many: tuple[Tensor, Tensor]) -> None:
     close(mean, (weights[:, None] * each).sum(0) / weights.sum(), spread(given))
 
 
-@needs("ensemble_kl")
 @examples
 @given(members())
 def test_an_ensemble_of_equal_teachers_is_one_teacher(many: tuple[Tensor, Tensor]) -> None:
@@ -137,7 +128,6 @@ def test_an_ensemble_of_equal_teachers_is_one_teacher(many: tuple[Tensor, Tensor
         close(got, ops.kl_div(student, given[0], 2.0, reduction="none"), spread(given))
 
 
-@needs("ensemble_kl")
 @examples
 @given(members(2), st.data())
 def test_ensembles_do_not_see_the_order(many: tuple[Tensor, Tensor], data: st.DataObject) -> None:
@@ -187,7 +177,6 @@ def block(inner: int, stride: int, seed: int) -> torch.nn.Module:
     )
 
 
-@needs("FusedBlocks")
 @few_examples
 @given(st.integers(1, 4), st.integers(1, 5), st.sampled_from([1, 2]), st.integers(0, 99))
 def test_fused_blocks_go_back_to_the_same_states(count: int, inner: int, stride: int, seed: int) -> None:
