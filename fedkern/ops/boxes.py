@@ -143,6 +143,10 @@ def _fills(fill: float | Sequence[float] | Tensor, images: Tensor) -> Tensor:
         for value in values:
             if not low <= value <= high or value != math.floor(value):
                 raise ValueError(f"fill must be a value of the images' dtype {images.dtype}, not {value}")
+    if images.is_cuda:
+        # Filled in there: a copy from here would wait for the device.
+        made = [torch.full((), value, dtype=images.dtype, device=images.device) for value in values]
+        return torch.stack(made).expand(channels)[None]
     return torch.tensor(values, dtype=images.dtype, device=images.device).expand(channels)[None]
 
 

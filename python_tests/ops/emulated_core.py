@@ -10,10 +10,11 @@ import os
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -66,8 +67,39 @@ def build() -> ModuleType:
     return core
 
 
+def _load_blind(load: Callable[[], Any]) -> Blind:
+    return Blind(load())
+
+
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# What would wait for a GPU.
+LOOKS = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__float__", "__int__", "__index__")
+
+
+class Blind:
+    """A kernel object whose methods may not look at a tensor's values, as on a GPU they must not."""
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._kernel, name)
+        if not callable(found):
+            return found
+
+        def blind(*arguments: Any, **named: Any) -> Any:
+            def refuse(*_: Any, **__: Any) -> Any:
+                raise AssertionError(f"{type(self._kernel).__name__}.{name} looks at a tensor's values")
+
+            with pytest.MonkeyPatch.context() as patch:
+                for look in LOOKS:
+                    patch.setattr(torch.Tensor, look, refuse)
+                return found(*arguments, **named)
+
+        return blind
 
 
 @contextlib.contextmanager
@@ -83,7 +115,8 @@ def emulated() -> Iterator[None]:
         for operator, kernels in backend._kernels.items():
             if "cuda" in kernels:
                 kernel = kernels["cuda"]
-                patch.setitem(kernels, "cuda", backend.Kernel(kernel.load, kernel.dtypes, frozenset({"cpu"})))
+                load = functools.partial(_load_blind, kernel.load)
+                patch.setitem(kernels, "cuda", backend.Kernel(load, kernel.dtypes, frozenset({"cpu"})))
             patch.delitem(backend._loaded, (operator, "cuda"), raising=False)
         with backend.use_backend("cuda"):
             yield

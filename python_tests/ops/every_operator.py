@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,12 +70,23 @@ LARGE_INDEX = torch.arange(64).flip(0) // 2
 BOXES = torch.tensor([[[1.0, 1.0, 4.0, 3.0]], [[0.0, 2.0, 2.0, 5.0]], [[0.0, 0.0, 0.0, 0.0]]])
 
 
+# Made once per device: copying to a GPU in the middle of a call would wait for it.
+@functools.cache
+def _boxes_on(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return BOXES[torch.arange(count) % 3].to(device, dtype)
+
+
+@functools.cache
+def _index_on(count: int, device: torch.device) -> Tensor:
+    return (INDEX if count == 4 else LARGE_INDEX).to(device)
+
+
 def _boxes(images: Tensor) -> Tensor:
-    return BOXES[torch.arange(images.shape[0]) % 3].to(images.dtype)
+    return _boxes_on(images.shape[0], images.dtype, images.device)
 
 
 def _index(x: Tensor) -> Tensor:
-    return INDEX if x.shape[0] == 4 else LARGE_INDEX
+    return _index_on(x.shape[0], x.device)
 
 
 _LOGITS, _MANY = (4, 7), (2048, 300)

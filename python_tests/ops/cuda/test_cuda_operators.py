@@ -1,0 +1,172 @@
+"""Every public operator through the CUDA backend: against the reference, and what a GPU alone can show.
+
+Memory errors and races that no comparison shows:
+``compute-sanitizer --tool memcheck python -m pytest -m gpu python_tests/ops/cuda``, likewise with ``--tool racecheck``,
+``synccheck`` and ``initcheck``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from every_operator import Operator, each_operator
+from operator_cases import assert_close
+from torch import Tensor
+
+from fedkern import ops
+
+# Iterations that end when they have converged must look.
+LOOKS = ("geometric_median",)
+
+
+def run(operator: Operator, inputs: Sequence[Tensor], gradient: bool) -> list[Tensor]:
+    """Results, and with ``gradient`` the inputs' gradients, of a loss that weighs every element differently."""
+    leaves = [x.detach().requires_grad_(gradient) for x in inputs]
+    results = operator.results(*leaves)
+    if not gradient:
+        return list(results)
+    loss = sum((r * (torch.arange(r.numel(), device=r.device) % 5 + 1).view_as(r)).sum() for r in results)
+    assert isinstance(loss, Tensor)
+    return [*results, *torch.autograd.grad(loss, leaves, allow_unused=True)]
+
+
+def gradients(operator: Operator) -> tuple[bool, ...]:
+    return (False, True) if operator.gradient else (False,)
+
+
+@each_operator
+def test_each_operator_gives_the_reference_result(device: torch.device, operator: Operator) -> None:
+    for gradient in gradients(operator):
+        inputs = operator.inputs()
+        got = run(operator, [x.to(device) for x in inputs], gradient)
+        with ops.use_backend("reference"):
+            expected = run(operator, [x.double() for x in inputs], gradient)
+        for i, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
+            assert_close(f"{i}", ours.float().cpu(), theirs.double(), relative=1e-5, absolute=1e-5)
+
+
+@each_operator
+def test_same_bits_again(device: torch.device, operator: Operator) -> None:
+    inputs = [x.to(device) for x in operator.inputs(large=device.type == "cuda")]
+    for gradient in gradients(operator):
+        one, other = run(operator, inputs, gradient), run(operator, inputs, gradient)
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.gpu
+@each_operator
+def test_operator_in_a_graph(gpu: torch.device, operator: Operator) -> None:
+    """Captured once, replayed on other inputs: nothing is copied from the host, nothing waits."""
+    if operator.name in LOOKS:
+        pytest.skip("looks at what it has computed")
+    for gradient in gradients(operator):
+        static = [x.to(gpu) for x in operator.inputs(large=True)]
+        graph, results = capture(lambda static=static, gradient=gradient: run(operator, static, gradient))
+        for seed in (1, 2):
+            fresh = [x.to(gpu) for x in operator.inputs(large=True, seed=seed)]
+            for to, x in zip(static, fresh, strict=True):
+                to.copy_(x)
+            graph.replay()
+            for got, expected in zip(results, run(operator, fresh, gradient), strict=True):
+                assert torch.equal(got, expected)
+
+
+def capture(call: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    return graph, results
+
+
+@pytest.mark.gpu
+@each_operator
+def test_no_operator_waits_for_the_device(gpu: torch.device, operator: Operator) -> None:
+    if operator.name in LOOKS:
+        pytest.skip("looks at what it has computed")
+    inputs = [x.to(gpu) for x in operator.inputs()]
+    for gradient in gradients(operator):
+        run(operator, inputs, gradient)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run(operator, inputs, gradient)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@each_operator
+def test_operator_runs_on_the_current_stream(gpu: torch.device, operator: Operator) -> None:
+    """The inputs arrive late on that stream: who works on another one meets zeros."""
+    late = [x.to(gpu) for x in operator.inputs(large=True)]
+    for gradient in gradients(operator):
+        expected = run(operator, late, gradient)
+        inputs = [torch.zeros_like(x) for x in late]
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)
+            for to, x in zip(inputs, late, strict=True):
+                to.copy_(x)
+            got = run(operator, inputs, gradient)
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.gpu
+@each_operator
+def test_operator_on_another_device(gpu: torch.device, operator: Operator) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    expected = run(operator, [x.to(gpu) for x in operator.inputs()], False)
+    got = run(operator, [x.to("cuda:1") for x in operator.inputs()], False)
+    assert torch.cuda.current_device() == 0
+    assert all(x.device == torch.device("cuda:1") for x in got)
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(got, expected, strict=True))
+
+
+HUGE = 2**31 + 8
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_more_elements_than_32_bits_count(gpu: torch.device) -> None:
+    """Constant inputs of stride 0 where they may be, bf16 elsewhere: some 20 GB."""
+    value = torch.tensor([1.5], dtype=torch.bfloat16, device=gpu)
+    wide = value.expand(HUGE)
+    mean = ops.weighted_mean([wide, 2 * value.expand(1).expand(HUGE)], [1.0, 1.0])
+    assert mean[-1].item() == mean[0].item() == 2.25
+    del mean
+    vectors = torch.ones(2, HUGE, dtype=torch.bfloat16, device=gpu)
+    vectors[1, -1] = 3
+    assert ops.median(vectors)[-1].item() == 2
+    assert ops.pairwise_distances(vectors)[0, 1].item() == 2
+    noisy = ops.clip_and_noise(vectors, 1e9, 1e-3, seed=1)
+    assert noisy.shape == vectors.shape
+    assert noisy[1, -1].item() == pytest.approx(3, abs=0.1)
+    del noisy, vectors
+    rows, classes = 2**20, 2**11 + 1
+    logits = torch.zeros(rows, classes, dtype=torch.bfloat16, device=gpu)
+    logits[-1, -1] = 4
+    loss = ops.kl_div(logits, value.expand(rows, classes), reduction="none")
+    assert loss[0].item() == 0
+    assert loss[-1].item() > 0
+    del loss
+    assert ops.entropy(logits, reduction="none")[0].item() == pytest.approx(
+        torch.tensor(float(classes)).log(), rel=1e-2
+    )
+    maps = logits.view(rows, 1, classes)
+    joined = ops.fuse_concat([maps, maps[:, :, :1].expand(-1, -1, classes)])
+    assert joined[-1, 0, -1].item() == 4
+    del joined
+    index = torch.arange(rows, device=gpu).flip(0)
+    blended = ops.blend(logits, logits, 0.5, index=index)
+    assert blended[0, -1].item() == blended[-1, -1].item() == 2
