@@ -189,3 +189,4 @@ backend.register(
     "aggregate", "cpu", backend.Kernel(lambda: CpuAggregate(backend.cpu_core()), frozenset(FLOATS), frozenset({"cpu"}))
 )
 cuda.register("aggregate", CudaAggregate, frozenset(FLOATS))
+backend.register_triton("aggregate", "aggregate", "TritonAggregate")

@@ -131,7 +131,7 @@ def load_triton(family: str) -> ModuleType:
 
 
 def interpreted() -> bool:
-    """True where Triton's kernels run in its interpreter, on tensors of any device (``TRITON_INTERPRET=1``)."""
+    """True where Triton's kernels run in its interpreter, on CPU tensors (``TRITON_INTERPRET=1``)."""
     loaded = sys.modules.get("fedkern.ops.triton")
     if loaded is not None:
         return bool(loaded.INTERPRETED)
@@ -139,7 +139,9 @@ def interpreted() -> bool:
 
 
 def _serves(backend: str, kernel: Kernel, device: str) -> bool:
-    return device in kernel.devices or (backend == "triton" and device == "cpu" and interpreted())
+    if backend == "triton" and interpreted():
+        return device == "cpu"  # the interpreter would copy every CUDA tensor to the host and back
+    return device in kernel.devices
 
 
 def _installed_core(name: str) -> ModuleType | None:
@@ -339,6 +341,8 @@ def _choose(operator: str, device: str) -> tuple[Any, frozenset[torch.dtype]]:
             threshold = dispatch.threshold(operator, found[1][0], torch.cuda.get_device_capability())
             if threshold is not None:
                 _large[operator] = (threshold, found[1][1][0])
+                # A set of its own: callers that know theirs by identity then ask again for every call.
+                choice = (choice[0], frozenset([*choice[1]]))
     _chosen[operator, device] = choice
     return choice
 
@@ -373,7 +377,7 @@ def status() -> list[Row]:
                 continue
             dtypes = ", ".join(sorted(str(d).removeprefix("torch.") for d in kernel.dtypes))
             if backend == "triton" and interpreted():
-                dtypes += "; interpreted on the host (TRITON_INTERPRET), CPU tensors too, only when forced"
+                dtypes += "; interpreted, on CPU tensors, only when forced (TRITON_INTERPRET)"
             elif "cpu" not in kernel.devices and not torch.cuda.is_available():
                 have = "installed" if backend == "triton" else "built"
                 rows.append(Row(operator, backend, False, f"{have}, but torch sees no CUDA device"))

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 
 import fedkern.ops.triton
+from fedkern.ops.aggregate_kernels import RULES, ServerRule
 from fedkern.ops.distill_common import BATCHMEAN, NONE
 from fedkern.ops.distill_kernels import Divergence
+from fedkern.ops.triton.aggregate import TritonAggregate
 from fedkern.ops.triton.blend import TritonBlend
 from fedkern.ops.triton.boxes import TritonBoxes
 from fedkern.ops.triton.distill import TritonDistill
@@ -56,6 +58,7 @@ def cases(full: bool) -> Iterator[Case]:
     yield from blend_cases(full)
     yield from boxes_cases(full)
     yield from distill_cases(full)
+    yield from aggregate_cases(full)
 
 
 def pick(full: bool, number: int) -> tuple[torch.dtype, ...]:
@@ -155,3 +158,44 @@ def distill_cases(full: bool) -> Iterator[Case]:
                     f"{label} entropy gradient",
                     lambda: kernel.entropy_backward(torch.empty((), dtype=dtype), x, BATCHMEAN),
                 )
+
+
+def aggregate_cases(full: bool) -> Iterator[Case]:
+    kernel = TritonAggregate()
+    size = 1 << 16
+    for number, count in enumerate((10, 50, 1, 3)[: 4 if full else 2]):
+        for dtype in pick(full, number):
+            stack = torch.empty(count, size, dtype=dtype)
+            rows, weights, memory = list(stack), [1.0] * count, torch.ones(count)
+            label = f"aggregate {dtype} {count} vectors"
+            yield f"{label} weighted_mean", lambda: kernel.weighted_mean(rows, weights, None)
+            yield f"{label} weighted_mean of a stack", lambda: kernel.weighted_mean(stack, memory, None)
+            state = torch.empty(size)
+            for rule in range(len(RULES)) if full else (2,):
+                states = [state if rule > k else None for k in (0, 1)]
+                settings = ServerRule(rule, 1.0, 0.9, 0.99, 1e-3)
+                yield (
+                    f"{label} server_step {RULES[rule]}",
+                    lambda: kernel.server_step(stack[0], rows, weights, settings, *states, None),
+                )
+            yield f"{label} trimmed_mean", lambda: kernel.sorted_mean(rows, 1, count, None)
+            yield f"{label} weighted_median", lambda: kernel.weighted_median(stack, weights)
+            yield f"{label} pairs", lambda: kernel.squared_distances(rows)
+            yield f"{label} norms", lambda: kernel.squared_norms(stack)
+            yield (
+                f"{label} noise",
+                lambda: kernel.scale_and_noise(rows, torch.empty(count, dtype=torch.float64), 0.1, 1, 2),
+            )
+            if full:
+                yield f"{label} trimmed_mean, weighted", lambda: kernel.sorted_mean(stack, 1, count, memory)
+                yield f"{label} weighted_median of rows", lambda: kernel.weighted_median(rows, memory)
+                point = torch.empty(size, dtype=torch.float64)
+                yield f"{label} distances to a point", lambda: kernel.squared_distances_to(stack, point)
+                yield (
+                    f"{label} clip",
+                    lambda: kernel.scale_and_noise(stack, torch.empty(count, dtype=torch.float64), 0.0, 1, 2),
+                )
+            if number == 0 or full:
+                total = torch.empty(size, dtype=torch.float64)
+                yield f"{label} accumulate", lambda: kernel.accumulate(total, rows[0], 2.0)
+                yield f"{label} accumulated_mean", lambda: kernel.accumulated_mean(total, 2.0, dtype)
