@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from contestants import Absent, apex_mean
 from harness import compare
 from torch import Tensor
 
@@ -48,8 +49,10 @@ def foreach_add(vectors: list[Tensor], weights: list[float], out: Tensor) -> Cal
     return run
 
 
-def flower(vectors: list[Tensor], weights: list[float]) -> Callable[[], Any]:
+def flower(vectors: list[Tensor], weights: list[float]) -> Callable[[], Any] | Absent:
     """flwr.server.strategy.aggregate.aggregate: weight every array, add them up layer by layer, divide."""
+    if vectors[0].device.type != "cpu":
+        return Absent("NumPy computes on the CPU")
     total = sum(weights)
     clients = [np.array_split(vector.numpy(), LAYERS) for vector in vectors]
 
@@ -84,6 +87,7 @@ def test_weighted_mean(benchmark: Any, count: int, size: int, floors: dict[str, 
         "add_": add_loop(vectors, weights, other),
         "_foreach_add_": foreach_add(vectors, weights, other),
         "Flower": flower(vectors, weights),
+        "apex": apex_mean(vectors, weights, other),
     }
     bytes_ = (count + 1) * size * 4
     note = "in cache the fp64 sums cost what memory hides elsewhere; add_ sums in fp32" if size < 1_000_000 else ""

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from contestants import liger_kl
 from harness import compare
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax, softmax
@@ -74,6 +75,7 @@ def test_kl_div(benchmark: Any, shape: tuple[int, int], threads: int, loaded: bo
             "fedkern": train_step(ops.kl_div, student, teacher, 2.0),
             "eager": train_step(eager_kl, student, teacher, 2.0),
             "compile": train_step(torch.compile(eager_kl, dynamic=False), student, teacher, 2.0),
+            "Liger-Kernel": liger_kl(student[0], teacher, 2.0),
         },
         model_bytes=3 * 4 * teacher.numel(),
         copy=True,
