@@ -214,3 +214,4 @@ for _name in ("fuse_concat", "fuse_mean"):
         _name, "cpu", backend.Kernel(lambda: CpuFuse(backend.cpu_core()), frozenset(FLOATS), frozenset({"cpu"}))
     )
     cuda.register(_name, CudaFuse, frozenset(FLOATS))
+    backend.register_triton(_name, "fuse", "TritonFuse")

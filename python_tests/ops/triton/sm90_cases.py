@@ -18,10 +18,12 @@ import fedkern.ops.triton
 from fedkern.ops.aggregate_kernels import RULES, ServerRule
 from fedkern.ops.distill_common import BATCHMEAN, NONE
 from fedkern.ops.distill_kernels import Divergence
+from fedkern.ops.fuse_kernels import FuseNeeds
 from fedkern.ops.triton.aggregate import TritonAggregate
 from fedkern.ops.triton.blend import TritonBlend
 from fedkern.ops.triton.boxes import TritonBoxes
 from fedkern.ops.triton.distill import TritonDistill
+from fedkern.ops.triton.fuse import TritonFuse
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Case = tuple[str, Callable[[], Any]]
@@ -59,6 +61,7 @@ def cases(full: bool) -> Iterator[Case]:
     yield from boxes_cases(full)
     yield from distill_cases(full)
     yield from aggregate_cases(full)
+    yield from fuse_cases(full)
 
 
 def pick(full: bool, number: int) -> tuple[torch.dtype, ...]:
@@ -199,3 +202,38 @@ def aggregate_cases(full: bool) -> Iterator[Case]:
                 total = torch.empty(size, dtype=torch.float64)
                 yield f"{label} accumulate", lambda: kernel.accumulate(total, rows[0], 2.0)
                 yield f"{label} accumulated_mean", lambda: kernel.accumulated_mean(total, 2.0, dtype)
+
+
+def fuse_cases(full: bool) -> Iterator[Case]:
+    kernel = TritonFuse()
+    for number, (count, shape) in enumerate(
+        [(10, (64, 64, 32, 32)), (5, (64, 20, 16, 17)), (50, (4, 64))][: 3 if full else 2]
+    ):
+        for dtype in pick(full, number):
+            for last in (False, True) if full and len(shape) == 4 else (number == 1,):
+                layout = torch.channels_last if last else torch.contiguous_format
+                maps = [torch.empty(shape, dtype=dtype).contiguous(memory_format=layout) for _ in range(count)]
+                vector, channels = torch.empty(count * shape[1], dtype=dtype), [shape[1]] * count
+                for mean in (False, True):
+                    label = f"fuse {dtype} {count} maps {list(shape)} {'mean' if mean else 'concat'} {layout}"
+                    yield f"{label} forward", lambda: kernel.forward(maps, vector, vector, True, mean)
+                    grad = torch.empty((shape[0], shape[1] * (1 if mean else count), *shape[2:]), dtype=dtype)
+                    grad = grad.contiguous(memory_format=layout)
+                    for vectors in (False, True):
+                        needs = FuseNeeds((not vectors,) * count, vectors, vectors)
+                        yield (
+                            f"{label} backward",
+                            lambda: kernel.backward(
+                                grad, maps, None, vector, vector, True, mean, channels, needs, last
+                            ),
+                        )
+                    if full and not mean:
+                        needs = FuseNeeds((True,) * count, False, True)
+                        yield (
+                            f"{label} backward from the result",
+                            lambda: kernel.backward(
+                                grad, None, grad, vector, vector, True, mean, channels, needs, last
+                            ),
+                        )
+                    if full:
+                        yield f"{label} forward alone", lambda: kernel.forward(maps, None, None, False, mean)
