@@ -7,7 +7,6 @@ Memory errors and races that no comparison shows:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import pytest

@@ -1,0 +1,94 @@
+"""What nvcc made of the CUDA kernels: for which GPUs, with how many registers, and that nothing spilled."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from fedkern.ops import backend
+
+# What a kernel may use so that two blocks of 256 threads, or three of 128, fit a multiprocessor's 65,536.
+REGISTERS = 128
+REGISTERS_128_THREADS = 168
+THREADS_128 = ("sorted_mean_kernel", "weighted_kernel")
+
+# Kernels that need memory of their own, and why: part of the name, bytes of stack at most.
+STACKS: dict[str, int] = {}
+
+
+def cuobjdump() -> str:
+    """On PATH, beside nvcc, or in the triton wheel."""
+    folders = [Path(nvcc).resolve().parent for nvcc in [shutil.which("nvcc")] if nvcc]
+    triton = importlib.util.find_spec("triton")
+    for place in (triton.submodule_search_locations or []) if triton else []:
+        folders.append(Path(place) / "backends" / "nvidia" / "bin")
+    beside = (str(folder / "cuobjdump") for folder in folders if (folder / "cuobjdump").exists())
+    found = shutil.which("cuobjdump") or next(beside, None)
+    if found is None:
+        pytest.skip("no cuobjdump on PATH, beside nvcc or in triton")
+    return found
+
+
+@functools.cache
+def dump(*options: str) -> str:
+    try:
+        core = backend.load_core("_cuda").__file__
+    except backend.Unavailable as error:
+        pytest.skip(str(error))
+    assert core is not None
+    return subprocess.run([cuobjdump(), *options, core], capture_output=True, text=True, check=True).stdout
+
+
+def resources() -> list[tuple[str, str, dict[str, int]]]:
+    """(architecture, kernel, what it uses), for every kernel."""
+    found = []
+    architecture = kernel = ""
+    for line in dump("--dump-resource-usage").splitlines():
+        if match := re.match(r"arch = (\w+)", line):
+            architecture = match[1]
+        elif match := re.match(r"\s*Function (\S+):", line):
+            kernel = match[1]
+        elif kernel and "REG:" in line:
+            found.append((architecture, kernel, {name: int(n) for name, n in re.findall(r"(\w+):(\d+)", line)}))
+            kernel = ""
+    return found
+
+
+def test_kernels_are_compiled_for_every_gpu() -> None:
+    elf = set(re.findall(r"\.(sm_\d+)\.cubin", dump("--list-elf")))
+    ptx = set(re.findall(r"\.(sm_\d+)\.ptx", dump("--list-ptx")))
+    newest = max(elf, key=lambda name: int(name.removeprefix("sm_")))
+    assert {"sm_80", "sm_90"} <= elf
+    assert ptx == {newest}, "PTX of the newest architecture lets later GPUs translate it"
+    per_architecture: dict[str, set[str]] = {}
+    for architecture, kernel, _ in resources():
+        per_architecture.setdefault(architecture, set()).add(re.sub(r"_GLOBAL__N__\w{8}_", "", kernel))
+    counts = {name: len(kernels) for name, kernels in per_architecture.items()}
+    assert set(counts) == elf
+    assert len(set(counts.values())) == 1, counts
+
+
+def test_no_kernel_spills() -> None:
+    """Spilled registers, and arrays whose index is not known at compile time, are stack or local memory."""
+    bad = []
+    for architecture, kernel, used in resources():
+        allowed = next((size for name, size in STACKS.items() if name in kernel), 0)
+        if used["STACK"] > allowed or used.get("LOCAL", 0):
+            bad.append(f"{kernel} on {architecture}: {used['STACK']} bytes of stack, {used.get('LOCAL', 0)} local")
+    assert resources()
+    assert not bad, "\n".join(bad)
+
+
+def test_registers_leave_room_for_enough_threads() -> None:
+    bad = []
+    for architecture, kernel, used in resources():
+        allowed = REGISTERS_128_THREADS if any(name in kernel for name in THREADS_128) else REGISTERS
+        if used["REG"] > allowed:
+            bad.append(f"{kernel} on {architecture}: {used['REG']} registers, {allowed} at most")
+    assert not bad, "\n".join(bad)
