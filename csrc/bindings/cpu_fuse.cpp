@@ -107,11 +107,33 @@ void backward(int dtype, std::int64_t batch, std::int64_t positions, bool interl
   fuse_kernels().backward(a);
 }
 
+// (address, stride between samples, stride between branches)
+void conv(std::int64_t batch, std::int64_t branches, const py::tuple& in_shape, const py::tuple& out_shape, const py::tuple& kernel,
+          const py::tuple& x, const py::tuple& other, const py::tuple& out, std::uintptr_t weight, std::int64_t block,
+          std::uintptr_t bias, bool relu, int threads) {
+  auto number = [](const py::tuple& from, int i) { return from[i].cast<std::int64_t>(); };
+  auto address = [](const py::tuple& from) { return pointer<float>(from[0].cast<std::uintptr_t>()); };
+  if (block < 1 || block > fuse_kernels().conv_block) throw py::value_error("block must fit this ISA level's registers");
+  const FuseConv a{batch, branches,
+                   number(in_shape, 0), number(in_shape, 1), number(in_shape, 2),
+                   number(out_shape, 0), number(out_shape, 1), number(out_shape, 2),
+                   number(kernel, 0), number(kernel, 1), number(kernel, 2), number(kernel, 3), number(kernel, 4), number(kernel, 5),
+                   address(x), number(x, 1), number(x, 2),
+                   address(other), number(other, 1), number(other, 2),
+                   address(out), number(out, 1), number(out, 2),
+                   pointer<const float>(weight), block, pointer<const float>(bias), relu, threads};
+  if (a.out_width + (a.kernel_width - 1) * a.dilation / a.stride > kFuseConvColumns) throw py::value_error("maps too wide");
+  py::gil_scoped_release release;
+  fuse_kernels().conv(a);
+}
+
 }  // namespace
 
 void bind_fuse(py::module_& module) {
   module.def("fuse_forward", forward);
   module.def("fuse_backward", backward);
+  module.def("fuse_conv", conv);
+  module.def("fuse_conv_block", [] { return fuse_kernels().conv_block; });
 }
 
 }  // namespace fedkern

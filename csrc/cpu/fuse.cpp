@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "fedkern/parallel.h"
+#include "fuse_conv.h"
 #include "fuse_rows.h"
 
 namespace fedkern::FEDKERN_ISA {
@@ -324,6 +325,6 @@ void backward_any(const FuseBackward& a) {
 
 }  // namespace
 
-const FuseTable fuse_table = {forward_any, backward_any};
+const FuseTable fuse_table = {forward_any, backward_any, convolve, kConvBlock};
 
 }  // namespace fedkern::FEDKERN_ISA

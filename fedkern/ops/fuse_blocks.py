@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Literal, cast
@@ -10,12 +11,13 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from fedkern.ops.fuse_conv import core_for
 from fedkern.ops.fuse_layers import FusedConv, FusedLayer, fuse_layers
 from fedkern.ops.fuse_lowering import FoldedBlocks, channels_last, concatenate, repeated, run_step, run_step_of
 from fedkern.ops.fuse_table import LOWERINGS, choose
 from fedkern.ops.fuse_trace import check_alike
 
-Lowering = Literal["grouped", "separate"]
+Lowering = Literal["grouped", "separate", "direct"]
 
 
 class FusedBlocks(nn.Module):
@@ -35,10 +37,12 @@ class FusedBlocks(nn.Module):
         fold: in evaluation mode and without autograd, fold batch norms into the convolutions before them (frozen
             levels); the folded weights follow every change of the parameters.
         lowering: how it is computed: ``"grouped"`` (one convolution for all branches), ``"separate"`` (branch after
-            branch); None picks the faster one from the measured table in ``fuse_table``.
+            branch) or ``"direct"`` (folded fp32 on the CPU: all branches by the core's own convolution, which wastes no
+            lanes on few channels); None picks the fastest from the measured table ``fuse_table``.  Where ``"direct"``
+            cannot serve, another one does.
 
-    ``forward`` maps the input to ``[B, M * C', ...]``, client 0's channels first; 4-D maps are computed and returned
-    channels-last.
+    ``forward`` maps the input to ``[B, M * C', ...]``, client 0's channels first; 4-D maps come out channels-last,
+    contiguous from ``"direct"``.
 
     Raises:
         TypeError: a block holds a layer or does something that is not supported; the message names it.
@@ -77,6 +81,7 @@ class FusedBlocks(nn.Module):
         self.train(members[0].training)
         convs = [layer for layer in self._layers.values() if isinstance(layer, FusedConv)]
         self._width = convs[-1].part("weight", 0).shape[0] if convs else 0
+        self._kind = "spatial" if any(math.prod(conv.kernel) > 1 for conv in convs) else "pointwise"
         self._folded = FoldedBlocks(self._steps, self._layers, self.count)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,13 +93,23 @@ class FusedBlocks(nn.Module):
                 f"x must have shape [B, {'C' if self.shared else f'{self.count} * C'}, ...], not {list(x.shape)}"
             )
         folded = self.fold and not self.training and not (torch.is_grad_enabled() and self._recorded(x))
-        way = self.lowering or choose(self.count, self._width, x.shape[2:], x.device.type, folded)
-        if folded:
-            with torch.no_grad():
-                if way == "grouped":
-                    return self._folded.grouped(x, self.shared)
-                return concatenate(self._folded.separate(x, self.shared))
-        return self._grouped(x) if way == "grouped" else self._separate(x)
+        way: str = self.lowering or self._choose(x, folded)
+        if not folded:
+            return self._separate(x) if way == "separate" else self._grouped(x)
+        with torch.no_grad():
+            if way == "direct":
+                core = core_for(x) if self._folded.fits(x) else None
+                if core is not None:
+                    return self._folded.direct(core, x, self.shared)
+                way = "grouped" if self._kind == "pointwise" else "separate"
+            if way == "grouped":
+                return self._folded.grouped(x, self.shared)
+            return concatenate(self._folded.separate(x, self.shared))
+
+    def _choose(self, x: Tensor, folded: bool) -> str:
+        height, row = x.shape[2:] if x.dim() == 4 else (1, 1)
+        last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+        return choose(self._kind if folded else "recorded", self.count, self._width, height, row, last, x.device.type)
 
     def maps(self, fused: Tensor) -> list[Tensor]:
         """The M blocks' maps in a result of :meth:`forward`, as views."""

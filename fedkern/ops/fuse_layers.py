@@ -74,6 +74,7 @@ class FusedConv(FusedLayer):
     def __init__(self, layers: Sequence[nn.Conv2d]) -> None:
         super().__init__(layers)
         first = layers[0]
+        self.kernel = first.kernel_size
         self.stride, self.padding, self.dilation, self.groups = (
             first.stride,
             first.padding,
@@ -81,12 +82,17 @@ class FusedConv(FusedLayer):
             first.groups,
         )
 
+    @property
+    def widest(self) -> int:
+        """Positions that the kernel reaches beyond one output, or its padding, the larger."""
+        return max((int(self.kernel[1]) - 1) * self.dilation[1], *(int(p) for p in cast(Any, self.padding)))
+
     def result_shape(self, x: Tensor, weight: Tensor) -> tuple[int, ...]:
         """Shape of a convolution of ``x`` with ``weight``; not for padding given by name."""
         size = [
             (n + 2 * int(pad) - step * (k - 1) - 1) // stride + 1
             for n, pad, step, k, stride in zip(
-                x.shape[2:], self.padding, self.dilation, weight.shape[2:], self.stride, strict=True
+                x.shape[2:], cast(Any, self.padding), self.dilation, weight.shape[2:], self.stride, strict=True
             )
         ]
         return (x.shape[0], weight.shape[0], *size)

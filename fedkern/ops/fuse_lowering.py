@@ -9,9 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedkern.ops import fuse_conv
+from fedkern.ops._memory import fresh
 from fedkern.ops.fuse import fuse_concat
 from fedkern.ops.fuse_layers import FusedBatchNorm, FusedConv
 from fedkern.ops.fuse_trace import Step
+
+# What the direct way keeps of the widest map: fits into a core's second-level cache together with what is read for it.
+CHUNK_BYTES = 1 << 21
 
 
 class Fold(NamedTuple):
@@ -75,6 +80,8 @@ class Folded:
     def __init__(self, conv: FusedConv, norm: FusedBatchNorm | None) -> None:
         self.conv, self.norm = conv, norm
         self._key: tuple[Any, ...] = ()
+        self._packed: tuple[Tensor, int] | None = None
+        self._largest = 0
 
     def refresh(self) -> None:
         conv, norm = self.conv, self.norm
@@ -93,11 +100,18 @@ class Folded:
         self.weight = weight.contiguous(memory_format=torch.channels_last)
         self.bias = None if bias is None else bias.to(weight.dtype).contiguous()
         rows = weight.shape[0] // conv.branches
+        self._packed = None
         self.weights = [w.contiguous(memory_format=torch.channels_last) for w in self.weight.split(rows)]
         self.biases = [None] * conv.branches if self.bias is None else list(self.bias.split(rows))
         # Held, so that no other tensor can come to lie at the same addresses.
         self._sources = [t.detach() for t in sources if isinstance(t, Tensor)]
         self._key = key
+
+    def packed(self, largest: int) -> tuple[Tensor, int]:
+        """The weights for the direct algorithm with blocks of at most ``largest`` channels."""
+        if self._packed is None or self._largest != largest:
+            self._packed, self._largest = fuse_conv.pack(self.weight, self.conv.branches, largest), largest
+        return self._packed
 
 
 def _has_onednn() -> bool:
@@ -178,6 +192,57 @@ class FoldedBlocks:
         for held in self.weights.values():
             held.refresh()
         return [self._branch(m, inputs[m]) for m in range(self.branches)]
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether :meth:`direct` covers all convolutions on a map as wide as ``x``."""
+        return x.dim() == 4 and all(
+            fuse_conv.fits(held.conv) and x.shape[3] + 2 * held.conv.widest < fuse_conv.MAX_COLUMNS
+            for held in self.weights.values()
+        )
+
+    def direct(self, core: Any, x: Tensor, shared: bool) -> Tensor:
+        """All branches at once by the compiled core, contiguous, a few samples at a time so that maps stay in cache."""
+        x = x.contiguous()
+        for held in self.weights.values():
+            held.refresh()
+        widest = max([held.weight.shape[0] for held in self.weights.values()], default=1)
+        samples = max(1, CHUNK_BYTES // max(1, widest * x.shape[2] * x.shape[3] * x.itemsize))
+        out: Tensor | None = None
+        for begin in range(0, max(1, x.shape[0]), samples):
+            out = self._direct_chunk(core, x, begin, min(x.shape[0], begin + samples), shared, out)
+        assert out is not None
+        return out
+
+    def _direct_chunk(self, core: Any, x: Tensor, begin: int, end: int, shared: bool, out: Tensor | None) -> Tensor:
+        """Samples begin to end; returns the whole result, allocated by the first chunk."""
+        values: dict[int, tuple[Tensor, bool]] = {0: (x[begin:end], shared)}
+        last = self.folds[-1].value
+        for fold in self.folds:
+            step = fold.step
+            given = [values[value] for value in step.inputs]
+            if step.kind != "conv":
+                values[fold.value] = run_step(step, self.layers.get(step.module), given, self.branches)
+                continue
+            held = self.weights[fold.value]
+            y, one = given[0]
+            shape = held.conv.result_shape(y, held.weight)
+            if fold.value == last:
+                if out is None:
+                    out = fresh(core, x.new_empty((x.shape[0], *shape[1:])))
+                result = out[begin:end]
+            else:
+                result = y.new_empty(shape)
+            other, other_one = given[1] if len(given) > 1 else (None, False)
+            fuse_conv.convolve(core, held, y.contiguous(), one, other, other_one, fold.relu, result)
+            values[fold.value] = (result, False)
+        if self.folds[-1].step.kind != "conv":
+            y, one = values[last]
+            y = repeated(y, self.branches) if one else y
+            if out is None:
+                out = x.new_empty((x.shape[0], *y.shape[1:]))
+            out[begin:end] = y
+        assert out is not None
+        return out
 
     def _branch(self, m: int, x: Tensor) -> Tensor:
         values = {0: x}

@@ -1,14 +1,59 @@
-"""Which way FusedBlocks computes: measured."""
+"""Which way FusedBlocks computes: a table of what measured fastest, looked up by the nearest setting.
+
+``python benchmarks/tune_fuse.py --write`` measures the rows anew.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import math
+from typing import NamedTuple
 
-LOWERINGS = ("grouped", "separate")
+LOWERINGS = ("grouped", "separate", "direct")
 
 
-def choose(branches: int, width: int, positions: Sequence[int], device: str, folded: bool) -> str:
-    """The faster lowering for M branches of ``width`` channels over maps of these positions."""
+class Row(NamedTuple):
+    """One measured setting, forward with a batch of 64 on one thread.
+
+    Attributes:
+        kind: ``"spatial"`` (blocks with 3x3 convolutions, folded), ``"pointwise"`` (1x1 ones alone, as adaptors are) or
+            ``"recorded"`` (forward and backward in training mode).
+        branches: M.
+        width: channels of one branch.
+        size: height and width of the map.
+        channels_last: layout of the input.
+        lowering: the fastest of :data:`LOWERINGS`.
+    """
+
+    kind: str
+    branches: int
+    width: int
+    size: int
+    channels_last: bool
+    lowering: str
+
+
+ROWS: tuple[Row, ...] = (
+    Row("pointwise", 10, 20, 16, False, "direct"),
+    Row("pointwise", 10, 20, 16, True, "grouped"),
+    Row("recorded", 10, 20, 16, False, "grouped"),
+    Row("spatial", 10, 20, 16, False, "direct"),
+)
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(kind: str, branches: int, width: int, height: int, row: int, channels_last: bool, device: str) -> str:
+    """The lowering for M branches of ``width`` channels on maps of ``height`` by ``row``: that of the nearest setting.
+
+    Other devices than the CPU take grouped convolutions, which their libraries do in one launch.
+    """
     if device != "cpu":
         return "grouped"
-    return "separate"
+    wanted = (max(branches, 1), max(width, 1), max(math.sqrt(height * row), 1.0))
+
+    def distance(measured: Row) -> float:
+        given = (measured.branches, measured.width, measured.size)
+        return sum(abs(math.log(a / b)) for a, b in zip(given, wanted, strict=True))
+
+    layouts = (False,) if kind in ("spatial", "recorded") else (channels_last,)
+    return min((r for r in ROWS if r.kind == kind and r.channels_last in layouts), key=distance).lowering

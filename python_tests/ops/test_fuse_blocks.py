@@ -237,6 +237,70 @@ def test_empty_batch_and_other_dtypes() -> None:
             torch.testing.assert_close(fused(x).float(), wanted, rtol=loose, atol=loose)
 
 
+@pytest.mark.parametrize(
+    ("width", "kernel", "stride", "padding", "dilation", "size"),
+    [
+        (1, 1, 1, 0, 1, (1, 1)),
+        (14, 3, 1, 1, 1, (16, 16)),
+        (29, 3, 2, 1, 1, (17, 32)),
+        (20, 3, 1, 2, 2, (9, 7)),
+        (15, (5, 2), 1, (2, 0), 1, (6, 33)),
+        (64, 7, 3, 3, 1, (20, 40)),
+        (7, 1, 2, 0, 1, (8, 8)),
+        (3, 3, 1, 1, 1, (3, 251)),
+        (3, 3, 1, 1, 1, (2, 300)),  # too wide: another way
+        (6, 4, 5, 0, 1, (19, 24)),
+        (5, 3, 2, 0, 3, (30, 31)),
+    ],
+)
+@pytest.mark.parametrize("shared", [True, False])
+def test_direct_convolution(
+    backend: str, width: int, kernel: object, stride: int, padding: object, dilation: int, size: tuple, shared: bool
+) -> None:
+    blocks = [nn.Conv2d(5, width, kernel, stride, padding, dilation).eval() for _ in range(3)]  # type: ignore[arg-type]
+    fused = FusedBlocks(blocks, shared=shared, lowering="direct")
+    whole = torch.randn(3, 5 if shared else 15, *size)
+    each = [whole] * 3 if shared else whole.chunk(3, 1)
+    with torch.no_grad():
+        out = fused(whole)
+        wanted = torch.cat([block.double()(part.double()) for block, part in zip(blocks, each, strict=True)], 1)
+    torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
+    if backend != "reference" and max(size) <= 251:
+        assert out.is_contiguous()
+
+
+def test_direct_way_in_chunks_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedkern.ops import fuse_lowering
+
+    blocks = [nn.Sequential(block, nn.MaxPool2d(2), nn.Conv2d(6, 2, 1)).eval() for block in make("residual")]
+    fused = FusedBlocks(blocks, lowering="direct")
+    x = torch.randn(7, 6, 16, 16)
+    with torch.no_grad():
+        whole = fused(x)
+        monkeypatch.setattr(fuse_lowering, "CHUNK_BYTES", 2 * 18 * 256 * 4)
+        assert torch.equal(fused(x), whole)
+        before = torch.get_num_threads()
+        torch.set_num_threads(2)
+        try:
+            assert torch.equal(fused(x), whole)
+        finally:
+            torch.set_num_threads(before)
+        torch.testing.assert_close(whole, torch.cat([block(x) for block in blocks], 1), rtol=1e-4, atol=1e-5)
+
+
+def test_table_names_lowerings_and_serves_every_setting() -> None:
+    from fedkern.ops.fuse_table import ROWS, choose
+
+    assert {row.lowering for row in ROWS} <= set(LOWERINGS)
+    for kind, count, last, device in itertools.product(
+        ("spatial", "pointwise", "recorded"), (1, 50), (True, False), ("cpu", "cuda")
+    ):
+        assert choose(kind, count, 0, 1, 1, last, device) in LOWERINGS
+    for row in ROWS:
+        again = choose(row.kind, row.branches, row.width, row.size, row.size, row.channels_last, "cpu")
+        assert again == row.lowering
+
+
 class Branching(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x if x.sum() > 0 else -x
@@ -285,7 +349,7 @@ def test_what_is_not_supported_is_named(blocks: list, error: type, message: str)
 
 
 def test_wrong_arguments() -> None:
-    with pytest.raises(ValueError, match="lowering must be None or one of grouped, separate"):
+    with pytest.raises(ValueError, match="lowering must be None or one of grouped, separate, direct"):
         FusedBlocks([conv()], lowering="fast")
     fused = FusedBlocks([conv(), conv()], shared=False)
     with pytest.raises(TypeError, match="x must be a tensor, not list"):

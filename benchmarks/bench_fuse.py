@@ -1,0 +1,200 @@
+"""fuse_concat, fuse_mean and FusedBlocks against eager torch and torch.compile.
+
+fuse_concat runs against ``relu(batch_norm(cat(maps)))`` with a frozen batch norm, forward alone and forward + backward
+on leaf maps.  Model bytes: every map read and written once (backward: the gradient and the result read, the maps'
+gradients written).
+
+FusedBlocks runs against M calls of the separate modules on the same input in the layout they come in (contiguous), and
+against the same modules and input channels-last.  The modules return M maps, FusedBlocks their concatenation, which the
+next level's adaptors read: "and cat" adds that to the modules.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import compare
+from torch import Tensor, nn
+
+from fedkern import ops
+from fedkern.models.resnet import BasicBlock
+
+FLOORS = {"eager": 2.0, "compile": 1.2}
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+class Norm:
+    """A frozen batch norm, as torch takes it and as scale and shift."""
+
+    def __init__(self, channels: int) -> None:
+        self.mean, self.weight, self.bias = (torch.randn(channels) for _ in range(3))
+        self.var = torch.rand(channels) + 0.5
+        self.scale = self.weight * torch.rsqrt(self.var + 1e-5)
+        self.shift = self.bias - self.scale * self.mean
+
+
+def eager(maps: Sequence[Tensor], norm: Norm) -> Tensor:
+    joined = torch.cat(list(maps), 1)
+    return F.relu(F.batch_norm(joined, norm.mean, norm.var, norm.weight, norm.bias, False))
+
+
+def eager_mean(maps: Sequence[Tensor], norm: Norm) -> Tensor:
+    return eager(maps, norm).unflatten(1, (len(maps), -1)).mean(1)
+
+
+def fused(maps: Sequence[Tensor], norm: Norm) -> Tensor:
+    return ops.fuse_concat(maps, norm.scale, norm.shift, "relu")
+
+
+def fused_mean(maps: Sequence[Tensor], norm: Norm) -> Tensor:
+    return ops.fuse_mean(maps, norm.scale, norm.shift, "relu")
+
+
+def contestants(
+    ours: Callable[..., Tensor],
+    theirs: Callable[..., Tensor],
+    make: Callable[[Callable[..., Tensor]], Callable[[], Any]],
+) -> dict[str, Callable[[], Any]]:
+    torch._dynamo.reset()
+    return {"fedkern": make(ours), "eager": make(theirs), "compile": make(torch.compile(theirs))}
+
+
+def maps_of(count: int, shape: tuple[int, ...], layout: str) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(shape).contiguous(memory_format=LAYOUTS[layout]) for _ in range(count)]
+
+
+def forward(maps: Sequence[Tensor], norm: Norm) -> Callable[[Callable[..., Tensor]], Callable[[], Any]]:
+    def make(function: Callable[..., Tensor]) -> Callable[[], Any]:
+        def run() -> Tensor:
+            with torch.no_grad():
+                return function(maps, norm)
+
+        return run
+
+    return make
+
+
+def training(maps: Sequence[Tensor], norm: Norm, grad: Tensor) -> Callable[[Callable[..., Tensor]], Callable[[], Any]]:
+    leaves = [x.requires_grad_() for x in maps]
+
+    def make(function: Callable[..., Tensor]) -> Callable[[], Any]:
+        def run() -> None:
+            for leaf in leaves:
+                leaf.grad = None
+            function(leaves, norm).backward(grad)
+
+        return run
+
+    return make
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("count", [5, 10])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
+def test_fuse_concat(benchmark: Any, count: int, layout: str, backward: bool) -> None:
+    shape = (64, 64, 32, 32)
+    maps, norm = maps_of(count, shape, layout), Norm(64 * count)
+    size = sum(x.nbytes for x in maps)
+    make = forward(maps, norm)
+    if backward:
+        grad = torch.randn(64, 64 * count, 32, 32).contiguous(memory_format=LAYOUTS[layout])
+        make = training(maps, norm, grad)
+    case = f"M={count} {list(shape)} {layout}, {'forward + backward' if backward else 'forward'}"
+    runs = contestants(fused, eager, make)
+    bytes_ = (5 if backward else 2) * size
+    compare(benchmark, "fuse_concat", case, runs, model_bytes=bytes_, copy=True, floors=FLOORS, pairs=9, threads=1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(64, 20, 16, 16), (64, 512)], ids=str)
+def test_small_fuse_concat(benchmark: Any, shape: tuple[int, ...], layout: str) -> None:
+    if len(shape) == 2 and layout != "contiguous":
+        pytest.skip("vectors have one layout")
+    maps, norm = maps_of(10, shape, layout), Norm(10 * shape[1])
+    grad = torch.randn(shape[0], 10 * shape[1], *shape[2:]).contiguous(memory_format=LAYOUTS[layout])
+    case = f"M=10 {list(shape)} {layout}, forward + backward"
+    compare(benchmark, "fuse_concat", case, contestants(fused, eager, training(maps, norm, grad)), threads=1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fuse_mean(benchmark: Any, layout: str) -> None:
+    shape = (64, 64, 16, 16)
+    maps, norm = maps_of(10, shape, layout), Norm(640)
+    grad = torch.randn(shape).contiguous(memory_format=LAYOUTS[layout])
+    case = f"M=10 {list(shape)} {layout}, forward + backward"
+    runs = contestants(fused_mean, eager_mean, training(maps, norm, grad))
+    compare(benchmark, "fuse_mean", case, runs, floors=FLOORS, pairs=9, threads=1)
+
+
+def settings() -> Iterator[Any]:
+    for count in (5, 10, 20):
+        for width in (14, 20, 29, 64):
+            for size in (16, 32):
+                yield pytest.param(count, width, size, id=f"M={count} width={width} {size}x{size}")
+
+
+def separate(blocks: list[nn.Module], x: Tensor) -> dict[str, Callable[[], Any]]:
+    """M calls in both layouts, without and with the concatenation."""
+    last = [copy.deepcopy(block).to(memory_format=torch.channels_last) for block in blocks]
+    x_last = x.contiguous(memory_format=torch.channels_last)
+
+    def calls(modules: list[nn.Module], x: Tensor) -> Callable[[], Any]:
+        def run() -> list[Tensor]:
+            with torch.no_grad():
+                return [module(x) for module in modules]
+
+        return run
+
+    def joined(modules: list[nn.Module], x: Tensor) -> Callable[[], Any]:
+        def run() -> Tensor:
+            with torch.no_grad():
+                return torch.cat([module(x) for module in modules], 1)
+
+        return run
+
+    return {
+        "modules": calls(blocks, x),
+        "channels-last modules": calls(last, x_last),
+        "modules and cat": joined(blocks, x),
+        "channels-last modules and cat": joined(last, x_last),
+    }
+
+
+def blocks_case(benchmark: Any, group: str, case: str, blocks: list[nn.Module], x: Tensor, floor: float) -> None:
+    module = ops.FusedBlocks(blocks)
+
+    def ours() -> Tensor:
+        with torch.no_grad():
+            return module(x)
+
+    runs = {"fedkern": ours, **separate(blocks, x)}
+    note = f"lowering {module._choose(x, True)}"
+    compare(benchmark, group, case, runs, floors={"modules": floor}, pairs=7, threads=1, note=note)
+
+
+@pytest.mark.parametrize(("count", "width", "size"), settings())
+def test_residual_blocks(benchmark: Any, count: int, width: int, size: int) -> None:
+    torch.manual_seed(0)
+    blocks: list[nn.Module] = [BasicBlock(width, width).eval() for _ in range(count)]
+    case = f"M={count} residual blocks of width {width}, [64, {width}, {size}, {size}]"
+    floor = 1.2 if count == 10 else 1.0
+    blocks_case(benchmark, "fused_blocks", case, blocks, torch.randn(64, width, size, size), floor)
+
+
+@pytest.mark.parametrize(("count", "width", "size"), settings())
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_adaptors(benchmark: Any, count: int, width: int, size: int, layout: str) -> None:
+    torch.manual_seed(0)
+    if count * width > 640:
+        pytest.skip("published settings keep M * width^2 constant")
+    channels = count * width
+    blocks: list[nn.Module] = [nn.Conv2d(channels, width, 1) for _ in range(count)]
+    x = torch.randn(64, channels, size, size).contiguous(memory_format=LAYOUTS[layout])
+    case = f"M={count} adaptors {channels} -> {width}, [64, {channels}, {size}, {size}] {layout}"
+    blocks_case(benchmark, "fused_adaptors", case, blocks, x, 1.5)

@@ -1,0 +1,93 @@
+"""FusedBlocks on the CPU: M branches' convolutions by the compiled core's direct algorithm."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fedkern.ops import backend
+from fedkern.ops.fuse_layers import FusedConv
+
+# csrc/cpu/fuse_conv.h: positions of a band of rows; wider maps take another way.
+MAX_COLUMNS = 256
+
+
+def core_for(x: Tensor) -> Any | None:
+    """The compiled core where it may serve fp32 convolutions of ``x``: plain CPU tensors, nothing recorded."""
+    if x.dtype is not torch.float32 or x.device.type != "cpu" or not backend.eager(x) or x.is_neg():
+        return None
+    kernel = backend.select("fuse_concat", x)
+    return None if kernel is None else kernel.core
+
+
+def fits(conv: FusedConv) -> bool:
+    """Whether the algorithm covers this convolution: one group, one stride and dilation, padding in numbers."""
+    return (
+        conv.groups == 1
+        and not isinstance(conv.padding, str)
+        and conv.stride[0] == conv.stride[1]
+        and conv.dilation[0] == conv.dilation[1]
+    )
+
+
+def pack(weight: Tensor, branches: int, largest: int) -> tuple[Tensor, int]:
+    """Weights ``[M * C', C, kh, kw]`` as ``[M, blocks, C * kh * kw, block]``, and the block.
+
+    The output channels are cut into equal blocks of at most ``largest``, the last one filled up with zeros.
+    """
+    rows = weight.shape[0] // branches
+    blocks = max(1, math.ceil(rows / largest))
+    block = max(1, math.ceil(rows / blocks))
+    taps = math.prod(weight.shape[1:])
+    padded = weight.new_zeros((branches, blocks * block, taps))
+    padded[:, :rows] = weight.reshape(branches, rows, taps)
+    return padded.unflatten(1, (blocks, block)).transpose(2, 3).contiguous(), block
+
+
+class Weights(Protocol):
+    """Folded weights of one convolution, see :class:`fedkern.ops.fuse_lowering.Folded`."""
+
+    conv: FusedConv
+    bias: Tensor | None
+
+    def packed(self, largest: int) -> tuple[Tensor, int]:
+        """:func:`pack` of the weights."""
+
+
+def convolve(
+    core: Any, held: Weights, x: Tensor, shared: bool, other: Tensor | None, other_shared: bool, relu: bool, out: Tensor
+) -> None:
+    """``out = relu(conv(x) + bias + other)`` for all branches; ``x`` and ``out`` are contiguous within a sample."""
+    conv, branches = held.conv, held.conv.branches
+    packed, block = held.packed(core.fuse_conv_block())
+    channels, height, width = x.shape[1:]
+    channels = channels if shared else channels // branches
+    rows, size = out.shape[1] // branches, out.shape[2] * out.shape[3]
+    late = None
+    if other is not None:
+        other = other.contiguous()
+        if other.shape[1:] != (rows if other_shared else rows * branches, *out.shape[2:]):
+            late, other = other, None  # broadcast over positions: rare, so left to torch
+    addend = (0, 0, 0) if other is None else (other.data_ptr(), other.stride(0), 0 if other_shared else rows * size)
+    core.fuse_conv(
+        x.shape[0],
+        branches,
+        (channels, height, width),
+        (rows, *out.shape[2:]),
+        (*conv.kernel, conv.stride[0], conv.dilation[0], *conv.padding),
+        (x.data_ptr(), x.stride(0), 0 if shared else channels * height * width),
+        addend,
+        (out.data_ptr(), out.stride(0), rows * size),
+        packed.data_ptr(),
+        block,
+        0 if held.bias is None else held.bias.data_ptr(),
+        relu and late is None,
+        torch.get_num_threads(),
+    )
+    if late is not None:
+        out += late.repeat(1, branches, 1, 1) if other_shared else late
+        if relu:
+            out.relu_()
