@@ -1,5 +1,4 @@
 #include <pybind11/stl.h>
-#include <unistd.h>
 
 #include <stdexcept>
 #include <vector>
@@ -9,18 +8,6 @@
 
 namespace fedkern {
 namespace {
-
-// Results larger than the last-level cache are written past it.
-bool past_cache(std::int64_t size, int dtype) {
-  static const std::int64_t cache = [] {
-#ifdef _SC_LEVEL3_CACHE_SIZE
-    const long bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    if (bytes > 0) return static_cast<std::int64_t>(bytes);
-#endif
-    return std::int64_t{32} << 20;
-  }();
-  return size * static_cast<std::int64_t>(item_size(static_cast<DType>(dtype))) > cache;
-}
 
 void weighted_mean(int dtype, int out_dtype, std::int64_t size, const std::vector<std::uintptr_t>& data,
                    const std::vector<std::int64_t>& strides, const std::vector<double>& weights, double total, std::uintptr_t out, int threads) {

@@ -44,7 +44,8 @@ void forward(int dtype, std::int64_t rows, std::int64_t background_rows, std::in
              std::uintptr_t alpha, std::int64_t alpha_stride, double alpha_value, std::uintptr_t out, int threads) {
   const BlendForward call{static_cast<DType>(dtype), rows, size, {pointer<void>(foreground), foreground_stride},
                           {pointer<void>(background), background_stride}, {pointer<void>(out), size},
-                          pointer<const std::int64_t>(index), {pointer<const double>(alpha), alpha_stride, alpha_value}, threads};
+                          pointer<const std::int64_t>(index), {pointer<const double>(alpha), alpha_stride, alpha_value}, threads,
+                          past_cache(3 * rows * size, dtype)};
   check_index(call.index, rows, background_rows);
   check_alpha(call.alpha, rows);
   ReleaseGil release(rows * size >= kReleaseGilElements);
@@ -59,7 +60,7 @@ void backward(int dtype, std::int64_t rows, std::int64_t background_rows, std::i
                      {pointer<void>(foreground), foreground_stride}, {pointer<void>(background), background_stride},
                      pointer<const std::int64_t>(index), {pointer<const double>(alpha), alpha_stride, alpha_value},
                      {pointer<void>(grad_foreground), size}, {pointer<void>(grad_background), size}, pointer<double>(grad_alpha),
-                     nullptr, nullptr, nullptr, threads};
+                     nullptr, nullptr, nullptr, threads, past_cache(3 * rows * size, dtype)};
   check_index(call.index, rows, background_rows);
   ReleaseGil release(rows * size >= kReleaseGilElements);
   std::optional<Users> users;

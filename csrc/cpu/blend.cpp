@@ -5,6 +5,7 @@
 #include "blend_boxes.h"
 #include "fedkern/parallel.h"
 #include "fedkern/tiles.h"
+#include "stream.h"
 
 namespace fedkern::FEDKERN_ISA {
 namespace {
@@ -37,6 +38,25 @@ void map(const T* __restrict x, const T* __restrict y, T* __restrict out, std::i
   }
 }
 
+// Elements put together in L1 before they are written past the caches.
+constexpr std::int64_t kStreamTile = 2048;
+
+template <typename T, typename Op>
+void map(const T* x, const T* y, T* out, std::int64_t n, bool stream, Op op) {
+  if (!stream) return map(x, y, out, n, op);
+  alignas(64) T tile[kStreamTile];
+  for (std::int64_t i = 0; i < n; i += kStreamTile) {
+    const std::int64_t m = std::min(kStreamTile, n - i);
+    map(x + i, y ? y + i : y, tile, m, op);
+    stream_row(tile, m, out + i);
+  }
+}
+
+template <typename T>
+void put(const T* from, std::int64_t n, T* to, bool stream) {
+  stream ? stream_row(from, n, to) : static_cast<void>(std::copy_n(from, n, to));
+}
+
 // Seconds that `bytes` take on one thread, roughly.
 double seconds(std::int64_t bytes) { return static_cast<double>(bytes) * 1e-10; }
 
@@ -62,7 +82,8 @@ void forward(const BlendForward& a) {
     const C weight = static_cast<C>(alpha), rest = static_cast<C>(1.0 - alpha);
     const std::int64_t column = chunk * kBlendChunk, n = std::min(kBlendChunk, a.size - column);
     map(at<T>(a.foreground, b, column), at<T>(a.background, a.index ? a.index[b] : b, column), at<T>(a.out, b, column), n,
-        [=](C x, C y) { return weight * x + rest * y; });
+        a.stream, [=](C x, C y) { return weight * x + rest * y; });
+    if (a.stream) finish_streams();
   });
 }
 
@@ -95,7 +116,8 @@ void backward(const BlendBackward& a) {
     const T* grad = at<T>(a.grad, b, column);
     const C weight = static_cast<C>(alpha);
     if (a.grad_foreground.data)
-      map(grad, static_cast<const T*>(nullptr), at<T>(a.grad_foreground, b, column), n, [=](C g, C) { return weight * g; });
+      map(grad, static_cast<const T*>(nullptr), at<T>(a.grad_foreground, b, column), n, a.stream,
+          [=](C g, C) { return weight * g; });
     if (a.grad_alpha)
       a.partial[b * chunks + chunk] =
           dot(grad, at<T>(a.foreground, b, column), at<T>(a.background, a.index ? a.index[b] : b, column), n);
@@ -107,25 +129,29 @@ void backward(const BlendBackward& a) {
     for_chunks(a.rows, a.size, a.threads, estimate, [&](std::int64_t b, std::int64_t chunk) {
       const std::int64_t column = chunk * kBlendChunk;
       own(b, chunk, column, std::min(kBlendChunk, a.size - column), alpha_at(a.alpha, b));
+      if (a.stream) finish_streams();
     });
   } else {
     // Walking the background rows visits every sample once, gathers without atomics, and finds the gradient that
     // grad_foreground has just read still in cache.
+    const T nothing[kTile] = {};
     for_chunks(a.background_rows, a.size, a.threads, estimate, [&](std::int64_t row, std::int64_t chunk) {
       const std::int64_t column = chunk * kBlendChunk, n = std::min(kBlendChunk, a.size - column);
       const std::int64_t begin = a.start ? a.start[row] : row, end = a.start ? a.start[row + 1] : row + 1;
       T* out = at<T>(a.grad_background, row, column);
       if (end == begin) {
-        std::fill_n(out, n, T{});
+        for (std::int64_t i = 0; i < n; i += kTile) put(nothing, std::min(kTile, n - i), out + i, a.stream);
       } else if (end == begin + 1) {
         const std::int64_t b = a.order ? a.order[begin] : row;
         const double alpha = alpha_at(a.alpha, b);
         const C rest = static_cast<C>(1.0 - alpha);
         own(b, chunk, column, n, alpha);
-        map(at<T>(a.grad, b, column), static_cast<const T*>(nullptr), out, n, [=](C g, C) { return rest * g; });
+        map(at<T>(a.grad, b, column), static_cast<const T*>(nullptr), out, n, a.stream,
+            [=](C g, C) { return rest * g; });
       } else {
         for (std::int64_t k = begin; k < end; ++k) own(a.order[k], chunk, column, n, alpha_at(a.alpha, a.order[k]));
         double sum[kTile], grad[kTile];
+        T rounded[kTile];
         for (std::int64_t i = 0; i < n; i += kTile) {
           const std::int64_t m = std::min(kTile, n - i);
           std::fill_n(sum, m, 0.0);
@@ -134,9 +160,11 @@ void backward(const BlendBackward& a) {
             widen_tile(at<T>(a.grad, a.order[k], column + i), m, grad);
             for (std::int64_t j = 0; j < m; ++j) sum[j] += rest * grad[j];
           }
-          narrow_tile(sum, m, out + i);
+          narrow_tile(sum, m, rounded);
+          put(rounded, m, out + i, a.stream);
         }
       }
+      if (a.stream) finish_streams();
     });
   }
   if (a.grad_alpha)

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fedkern.ops import backend
-from fedkern.ops.blend_launch import Launcher
+from fedkern.ops.blend_launch import CpuBlend
 from fedkern.ops.blend_library import BLEND, BLEND_BACKWARD
 from fedkern.ops.blend_reference import blend_reference, check_values
 from fedkern.ops.cuda import core as cuda
@@ -49,6 +50,11 @@ def blend(
             or alpha that are out of range.  On CUDA an index out of range is a device assertion.
         RuntimeError: a forced backend cannot serve the call.
     """
+    kernel = _usual(foreground, background, alpha, index)
+    if kernel is not None:
+        if torch.is_grad_enabled() and (foreground.requires_grad or background.requires_grad):
+            return _Blend.apply(kernel, foreground, background, None, alpha, index)
+        return kernel.forward(foreground, background, None, alpha, index)
     _check(foreground, background, alpha, index)
     weights: Tensor | None = None
     value = 0.5
@@ -67,8 +73,54 @@ def blend(
     if torch.is_grad_enabled() and (
         foreground.requires_grad or background.requires_grad or (weights is not None and weights.requires_grad)
     ):
-        return _Blend.apply(foreground, background, weights, value, index)
+        return _Blend.apply(kernel, foreground, background, weights, value, index)
     return kernel.forward(foreground, background, weights, value, index)
+
+
+def _usual(foreground: Tensor, background: Tensor, alpha: float | Tensor, index: Tensor | None) -> Any | None:
+    """The CPU kernel for what calls mostly are, found in few steps; None says nothing yet."""
+    if type(alpha) is not float or _is_compiling() or _functorch_active() or _dispatch_modes() or _function_modes():
+        return None
+    kind, other = type(foreground), type(background)
+    if (kind is not Tensor and kind is not Parameter) or (other is not Tensor and other is not Parameter):
+        return None
+    dtype, shape = foreground.dtype, foreground.shape
+    if (
+        dtype not in _DTYPES
+        or background.dtype is not dtype
+        or not foreground.is_cpu
+        or not background.is_cpu
+        or foreground.layout is not _STRIDED
+        or background.layout is not _STRIDED
+        or foreground.is_neg()
+        or background.is_neg()
+        or not shape
+        or not 0 <= alpha <= 1
+    ):
+        return None
+    if index is None:
+        if background.shape != shape:
+            return None
+    elif (
+        type(index) is not Tensor
+        or index.dtype is not _INT64
+        or not index.is_cpu
+        or index.shape != shape[:1]
+        or (background.shape != shape and background.shape[1:] != shape[1:])
+    ):
+        return None
+    found = backend._chosen.get(_KEY)
+    return None if found is None or found[1] is not _DTYPES else found[0]
+
+
+# Looked up once: for feature vectors the tests around the kernel take longer than the kernel.
+_is_compiling = torch.compiler.is_compiling
+_functorch_active = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_STRIDED, _INT64 = torch.strided, torch.int64
+_DTYPES = frozenset(FLOATS)
+_KEY = ("blend", "cpu")
 
 
 def _check(foreground: Tensor, background: Tensor, alpha: float | Tensor, index: Tensor | None) -> None:
@@ -116,31 +168,39 @@ def _check(foreground: Tensor, background: Tensor, alpha: float | Tensor, index:
 class _Blend(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, foreground: Tensor, background: Tensor, alpha: Tensor | None, value: float, index: Tensor | None
+        ctx: Any,
+        kernel: Any,
+        foreground: Tensor,
+        background: Tensor,
+        alpha: Tensor | None,
+        value: float,
+        index: Tensor | None,
     ) -> Tensor:
-        kernel = backend.select("blend", foreground, background)
-        assert kernel is not None  # blend() has asked before
         out = kernel.forward(foreground, background, alpha, value, index)
-        # The inputs' values matter to alpha's gradient alone.
-        wanted = ctx.needs_input_grad[2]
-        ctx.save_for_backward(foreground if wanted else None, background if wanted else None, alpha, index)
-        ctx.value, ctx.background_rows, ctx.strides = value, background.shape[0], out.stride()
+        if alpha is None:
+            ctx.save_for_backward(index)
+        else:
+            # The inputs' values matter to alpha's gradient alone.
+            wanted = ctx.needs_input_grad[3]
+            ctx.save_for_backward(index, foreground if wanted else None, background if wanted else None, alpha)
+        ctx.settings = (kernel, value, background.shape[0], out.stride())
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        foreground, background, alpha, index = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        rest = (foreground, background, alpha, ctx.value, index, ctx.background_rows)
-        kernel = None
-        if not torch.is_grad_enabled() and backend.eager(grad):
-            kernel = backend.select("blend", grad)
-        if kernel is None:
+        saved = ctx.saved_tensors
+        index, foreground, background, alpha = saved if len(saved) > 1 else (saved[0], None, None, None)
+        needs = ctx.needs_input_grad[1:4]
+        kernel, value, background_rows, strides = ctx.settings
+        if torch.is_grad_enabled() or not backend.eager(grad) or grad.is_neg():
             # Recorded (create_graph=True) or batched (is_grads_batched=True): through the operator with its own rules.
-            gradients = BLEND_BACKWARD(grad, *rest, *needs)
-            return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None)
-        return (*kernel.backward(grad, *rest, needs, ctx.strides), None, None)
+            gradients = BLEND_BACKWARD(grad, foreground, background, alpha, value, index, background_rows, *needs)
+            return (None, *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None)
+        own, other, per_sample = kernel.backward(
+            grad, foreground, background, alpha, value, index, background_rows, needs, strides
+        )
+        return None, own, other, per_sample, None, None
 
 
 # 4. The same operator for torch.compile, torch.func and opcheck: blend_library.
@@ -148,7 +208,6 @@ class _Blend(torch.autograd.Function):
 
 # 5. Who can serve it.
 
-_DTYPES = frozenset(FLOATS)
-backend.register("blend", "cpu", backend.Kernel(lambda: Launcher(backend.cpu_core()), _DTYPES, frozenset({"cpu"})))
+backend.register("blend", "cpu", backend.Kernel(lambda: CpuBlend(backend.cpu_core()), _DTYPES, frozenset({"cpu"})))
 cuda.register("blend", CudaBlend, _DTYPES)
 backend.register_triton("blend", "blend", "TritonBlend")

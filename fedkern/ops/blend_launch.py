@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.ops._memory import fresh
+from fedkern.ops._memory import HUGE, fresh
 from fedkern.ops.backend import DTYPES
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -53,7 +53,7 @@ def _in_layout(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
 
 
 class Launcher:
-    """Calls one compiled core (``fedkern._cpu`` or ``fedkern._cuda``)."""
+    """Calls a compiled core with the arguments that ``fedkern._cpu`` and ``fedkern._cuda`` share."""
 
     def __init__(self, core: Any) -> None:
         self.core = core
@@ -143,6 +143,107 @@ class Launcher:
         return own, other, per_sample
 
     def _fresh(self, tensor: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _forward(self, *arguments: Any) -> None:
+        raise NotImplementedError
+
+    def _backward(self, *arguments: Any) -> None:
+        raise NotImplementedError
+
+
+class CpuBlend(Launcher):
+    """The CPU core.  Feature vectors take longer to reach it than to blend, so for the usual ones the way is short."""
+
+    def forward(
+        self, foreground: Tensor, background: Tensor, alpha: Tensor | None, value: float, index: Tensor | None
+    ) -> Tensor:
+        count = foreground.numel()
+        if (
+            alpha is not None
+            or not count
+            or not foreground.is_contiguous()
+            or not background.is_contiguous()
+            or (index is not None and not index.is_contiguous())
+        ):
+            return super().forward(foreground, background, alpha, value, index)
+        out = _empty_like(foreground)
+        if count >= _LARGE:
+            fresh(self.core, out)
+        rows = len(out)
+        size = count // rows
+        self.core.blend_forward(
+            DTYPES[out.dtype],
+            rows,
+            len(background),
+            size,
+            foreground.data_ptr(),
+            size,
+            background.data_ptr(),
+            size,
+            0 if index is None else index.data_ptr(),
+            0,
+            0,
+            value,
+            out.data_ptr(),
+            _threads(),
+        )
+        return out
+
+    def backward(
+        self,
+        grad: Tensor,
+        foreground: Tensor | None,
+        background: Tensor | None,
+        alpha: Tensor | None,
+        value: float,
+        index: Tensor | None,
+        background_rows: int,
+        needs: Sequence[bool],
+        strides: tuple[int, ...] | None = None,
+    ) -> Gradients:
+        count = grad.numel()
+        usual = alpha is None and count and grad.stride() == strides and grad.is_contiguous()
+        if not usual or (index is not None and not index.is_contiguous()):
+            rest = (foreground, background, alpha, value, index, background_rows, needs, strides)
+            return super().backward(grad, *rest)
+        own = _empty_like(grad) if needs[0] else None
+        other = None
+        if needs[1]:
+            other = (
+                _empty_like(grad)
+                if len(grad) == background_rows
+                else grad.new_empty((background_rows, *grad.shape[1:]))
+            )
+        if count >= _LARGE:
+            for gradient in (own, other):
+                if gradient is not None:
+                    fresh(self.core, gradient)
+        rows = len(grad)
+        size = count // rows
+        self.core.blend_backward(
+            DTYPES[grad.dtype],
+            rows,
+            background_rows,
+            size,
+            grad.data_ptr(),
+            size,
+            0,
+            0,
+            0,
+            0,
+            0 if index is None else index.data_ptr(),
+            0,
+            0,
+            value,
+            0 if own is None else own.data_ptr(),
+            0 if other is None else other.data_ptr(),
+            0,
+            _threads(),
+        )
+        return own, other, None
+
+    def _fresh(self, tensor: Tensor) -> Tensor:
         return fresh(self.core, tensor)
 
     def _forward(self, *arguments: Any) -> None:
@@ -152,5 +253,11 @@ class Launcher:
         self.core.blend_backward(*arguments[:-2], torch.get_num_threads())
 
 
+_LARGE = HUGE // 8  # elements; fresh() looks at the bytes
+
+
 def _small(alpha: Tensor | None) -> Tensor | None:
     return None if alpha is None else alpha.detach().to(torch.float64)
+
+
+_empty_like, _threads = torch.empty_like, torch.get_num_threads

@@ -175,6 +175,13 @@ def test_layouts(name: str, dtype: torch.dtype, one: str, two: str) -> None:
 
 
 @needs_core
+@pytest.mark.parametrize("isa", [name for name in KERNELS if name.startswith("cpu")])
+@pytest.mark.parametrize(("dtype", "index_kind"), [(torch.float32, "repeated"), (torch.bfloat16, "many")])
+def test_results_past_the_cache(isa: str, dtype: torch.dtype, index_kind: str) -> None:
+    """Maps of a hundred megabytes' traffic are written past a last-level cache of up to that size."""
+    check(isa, (5, 1_200_001 if dtype == torch.float32 else 2_400_001), dtype, index_kind, "number")
+
+
 def test_channels_last_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     from fedkern.ops import blend_launch
 

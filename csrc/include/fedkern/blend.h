@@ -30,6 +30,7 @@ struct BlendForward {
   const std::int64_t* index;   // [rows] into background, or null for the identity
   Alpha alpha;
   int threads;
+  bool stream = false;  // write past the caches: for results that do not fit there
 };
 
 // Any of the three gradients may be null. foreground and background are read for alpha's gradient alone.
@@ -47,6 +48,7 @@ struct BlendBackward {
   const std::int64_t* order;  // [rows]: background row n serves the samples order[start[n]] ... order[start[n + 1] - 1];
                               // both null where every background row n serves sample n alone
   int threads;
+  bool stream = false;
 };
 
 // Elements of a sample that are worked on at once.
