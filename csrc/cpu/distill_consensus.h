@@ -94,12 +94,22 @@ class ConsensusLosses : public Lines<T, LanesAreRows> {
   FEDKERN_INLINE V relative(std::int64_t k, V value, V a) const {
     return (value - a) - (stat(kMaximum, k) - anchor_maximum_) - (stat(kLogSum, k) - anchor_log_sum_);
   }
+  // The same, its statistics in registers.
   template <bool Near>
-  FEDKERN_INLINE V log_p(std::int64_t k, V value, std::int64_t v) const {
-    const V own = (value - stat(kMaximum, k)) - stat(kLogSum, k);
-    if constexpr (!Near) return own;
-    const V a = single(kAnchor)[v];
-    return select(a == a, relative(k, value, a), own);
+  struct LogP {
+    V peak, log_sum, shift, ratio;
+    Line anchor;
+    FEDKERN_INLINE V operator()(V value, std::int64_t v) const {
+      const V own = (value - peak) - log_sum;
+      if constexpr (!Near) return own;
+      const V a = anchor[v];
+      return select(a == a, (value - a) - shift - ratio, own);
+    }
+  };
+  template <bool Near>
+  FEDKERN_INLINE LogP<Near> log_p(std::int64_t k) const {
+    const V peak = stat(kMaximum, k), log_sum = stat(kLogSum, k);
+    return {peak, log_sum, peak - anchor_maximum_, log_sum - anchor_log_sum_, single(kAnchor)};
   }
 
   // KL(p || mixture) of every teacher as kLoss; returns their weighted sum.
@@ -119,17 +129,24 @@ class ConsensusLosses : public Lines<T, LanesAreRows> {
       fetch_with_exponentials(tile, V::set(1));
       find_log_mixture<Near>();
       const Line m = single(kMixture), l = single(kU);
+      const std::int64_t count = vectors_;
       for (std::int64_t k = 0; k < K_; ++k) {
         const V inverse = stat(kInverse, k);
+        const LogP<Near> log_of = log_p<Near>(k);
+        const Line from = x(k), power = e(k);
         V sum = zero, drift = zero;
-        for (std::int64_t v = 0; v < vectors_; ++v) {
-          const V value = x(k)[v], u = l[v] - log_p<Near>(k, value, v);
-          const Term t = term(e(k)[v] * inverse, m[v], u, value > V::set(kNone<T>));
-          sum = sum + t.value;
-          drift = drift + t.difference;
+        for (std::int64_t v = 0; v < count; ++v) {
+          const V value = from[v], u = l[v] - log_of(value, v), p = power[v] * inverse;
+          if constexpr (Near) {
+            const Term t = term(p, m[v], u, value > V::set(kNone<T>));
+            sum = sum + t.value;
+            drift = drift + t.difference;
+          } else {  // far apart nothing cancels
+            sum = sum - select(p == zero, p, p * u);
+          }
         }
         set(kLoss, k, stat(kLoss, k) + total(sum));
-        set(kDrift, k, stat(kDrift, k) + total(drift));
+        if (Near) set(kDrift, k, stat(kDrift, k) + total(drift));
       }
     }
     V loss = zero;
@@ -150,10 +167,13 @@ class ConsensusLosses : public Lines<T, LanesAreRows> {
         find_log_mixture<Near>();
       }
       const Line l = single(kU), out = single(kOut);
+      const std::int64_t count = vectors_;
       for (std::int64_t k = 0; k < K_; ++k) {
         const V kl = stat(kLoss, k), w = (zero - stat(kShare, k)) * factor_[0] * stat(kInverse, k);
-        for (std::int64_t v = 0; v < vectors_; ++v) {
-          const V power = e(k)[v], u = l[v] - log_p<Near>(k, x(k)[v], v);
+        const LogP<Near> log_of = log_p<Near>(k);
+        const Line from = x(k), powers = e(k);
+        for (std::int64_t v = 0; v < count; ++v) {
+          const V power = powers[v], u = l[v] - log_of(from[v], v);
           out.set(v, select(power == zero, zero, w * power * (u + kl)));
         }
         store(call_.teachers_grad, k * call_.teachers_grad.stack_stride, out);
@@ -179,14 +199,15 @@ class ConsensusLosses : public Lines<T, LanesAreRows> {
       // kLoss: sum p (max - x), the entropy less log Z, both >= 0; kDot: the cross entropy to the mixture.
       for (std::int64_t k = 0; k < K_; ++k) {
         const V inverse = stat(kInverse, k), peak = stat(kMaximum, k);
+        const Line from = x(k), powers = e(k);
         V depth = zero, cross = zero;
         for (std::int64_t v = 0; v < vectors_; ++v) {
-          const V p = e(k)[v] * inverse;
-          depth = depth + select(p > zero, p * (peak - x(k)[v]), p);
-          if (gradients) cross = cross - p * l[v];
+          const V power = powers[v];
+          depth = depth + select(power > zero, power * (peak - from[v]), power);
+          if (gradients) cross = fma(power, l[v], cross);
         }
-        set(kLoss, k, stat(kLoss, k) + total(depth));
-        set(kDot, k, stat(kDot, k) + total(cross));
+        set(kLoss, k, stat(kLoss, k) + total(depth) * inverse);
+        if (gradients) set(kDot, k, stat(kDot, k) - total(cross) * inverse);
       }
     }
     V mean = zero;
@@ -214,12 +235,16 @@ class ConsensusLosses : public Lines<T, LanesAreRows> {
         find_log_mixture<false>();
       }
       const Line l = single(kU), out = single(kOut);
+      const std::int64_t count = vectors_;
       for (std::int64_t k = 0; k < K_; ++k) {
-        const V cross = stat(kDot, k), own = stat(kLoss, k), w = stat(kShare, k) * stat(kInverse, k);
-        for (std::int64_t v = 0; v < vectors_; ++v) {
-          const V power = e(k)[v], lp = log_p<false>(k, x(k)[v], v);
-          const V value = factor_[0] * (l[v] + cross) + factor_[1] * (lp + own);
-          out.set(v, select(power == zero, zero, (zero - w * power) * value));
+        // Both factors times -w / Z, and what does not depend on the class.
+        const V w = zero - stat(kShare, k) * stat(kInverse, k), g = w * factor_[0], h = w * factor_[1];
+        const V fixed = fma(g, stat(kDot, k), h * (stat(kLoss, k) - stat(kLogSum, k)));
+        const V peak = stat(kMaximum, k);
+        const Line from = x(k), powers = e(k);
+        for (std::int64_t v = 0; v < count; ++v) {
+          const V power = powers[v], value = fma(g, l[v], fma(h, from[v] - peak, fixed));
+          out.set(v, select(power == zero, zero, power * value));
         }
         store(call_.teachers_grad, k * call_.teachers_grad.stack_stride, out);
       }

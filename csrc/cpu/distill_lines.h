@@ -1,124 +1,30 @@
-// One block of rows of K teachers and a student: workspace, loading and storing, shares, softmax statistics.
-//
-// A block is one row with its classes across the lanes, or one row per lane (short rows, and rows whose classes lie
-// apart). Either way a "line" is one input's run of vectors, copied into the workspace with full vectors only: lanes past
-// the last class hold -inf, which no sum notices; lanes past the last row hold a copy of the first row. A statistic of a
-// line is a vector too, equal in all lanes where they are classes.
+// What K teachers' rows are made into: shares, softmax statistics, mixtures; and what leaves them, one number per row.
 #pragma once
 
-#include <cstdlib>
-
-#include "distill_walk.h"
-#include "fedkern/distill_ensemble.h"
+#include "distill_storage.h"
 
 namespace fedkern::FEDKERN_ISA {
 namespace {
 
-template <typename T>
-inline constexpr T kNone = -static_cast<T>(__builtin_inf());
-
-// Bytes of logits, exponentials and shares a thread keeps; rows that need more are read again for every pass.
-constexpr std::int64_t kWorkspace = 1 << 18;
-
-// A thread's memory for lines and statistics; kept for the next call.
-struct Workspace {
-  void* data = nullptr;
-  std::size_t size = 0;
-  ~Workspace() { std::free(data); }
-  void* get(std::size_t wanted) {
-    wanted = (wanted + 4095) / 4096 * 4096;
-    if (wanted > size) {
-      std::free(data);
-      data = std::aligned_alloc(64, wanted);
-      if (!data) std::abort();
-      size = wanted;
-    }
-    return data;
-  }
-};
-
 template <typename T, bool LanesAreRows>
-class Lines {
+class Lines : public Storage<T, LanesAreRows> {
  protected:
-  using V = Vec<T>;
-  static constexpr int lanes = V::lanes;
-  static constexpr std::int64_t kStep = LanesAreRows ? 1 : lanes;  // classes of a vector
-
-  // A line in the workspace.
-  struct Line {
-    T* data;
-    FEDKERN_INLINE V operator[](std::int64_t v) const { return V::load(data + v * lanes); }
-    FEDKERN_INLINE void set(std::int64_t v, V x) const { x.store(data + v * lanes); }
-  };
+  using Base = Storage<T, LanesAreRows>;
+  using typename Base::Line;
+  using typename Base::V;
+  using Base::call_, Base::capacity_, Base::clear, Base::e, Base::first_, Base::inner_stride, Base::K_, Base::kAnchor;
+  using Base::kDenominator, Base::kDot, Base::kInverse, Base::kLogSum, Base::kMaximum, Base::kMixture, Base::kShare;
+  using Base::kStep, Base::kSum, Base::kWeight, Base::lanes, Base::load, Base::most, Base::offset, Base::rows_, Base::row_;
+  using Base::set, Base::share, Base::single, Base::stat, Base::tiles_, Base::total, Base::vectors_, Base::x;
 
  public:
-  static std::int64_t width(std::int64_t) { return LanesAreRows ? lanes : 1; }
-
-  explicit Lines(const EnsembleCall& call)
-      : call_(call), K_(call.count), scale_(V::set(static_cast<T>(call.scale))) {
-    static thread_local Workspace workspace;
-    const std::int64_t vectors = (call.classes + kStep - 1) / kStep, heaps = call.by_class ? 3 : 2;
-    std::int64_t fit = kWorkspace / static_cast<std::int64_t>(sizeof(V)) / (heaps * K_ + kSingles);
-    fit = fit < 1 ? 1 : fit;
-    tiles_ = (vectors + fit - 1) / fit;
-    capacity_ = (vectors + tiles_ - 1) / tiles_;
-    const std::int64_t total = capacity_ * (heaps * K_ + kSingles) + (K_ + 2) * kStats;
-    T* next = static_cast<T*>(workspace.get(static_cast<std::size_t>(total) * sizeof(V)));
-    const auto take = [&](std::int64_t count) {
-      T* const here = next;
-      next += count * lanes;
-      return here;
-    };
-    x_ = take(K_ * capacity_), e_ = take(K_ * capacity_), w_ = call.by_class ? take(K_ * capacity_) : nullptr;
-    for (Line& line : single_) line.data = take(capacity_);
-    for (Line& stat : stat_) stat.data = take(K_ + 2);
+  explicit Lines(const EnsembleCall& call) : Base(call), scale_(V::set(static_cast<T>(call.scale))) {
     end_ = K_ + (call.student.data != nullptr);
     weights_fixed_ = !call.by_class;
     for (int d = 0; d < call.row_dims && call.weights.data; ++d) weights_fixed_ &= call.weights.row_stride[d] == 0;
   }
 
-  // Chooses the rows that share all but the innermost index.
-  void move_to(std::int64_t outer) {
-    for (int d = call_.row_dims - 2; d >= 0; --d) {
-      index_[d] = outer % call_.row_size[d];
-      outer /= call_.row_size[d];
-    }
-  }
-
  protected:
-  // Lines: those of the teachers are 0 .. K-1, the student's is K, a mixture of logits K + 1. The rest goes by name.
-  enum Single { kStudentX, kMixture, kStudentE, kMixtureE, kU, kAnchor, kOut, kDenominator, kSingles };
-  enum Stat { kMaximum, kInverse, kLogSum, kSum, kShare, kWeight, kDot, kDrift, kLoss, kStats };
-  Line single(Single name) const { return single_[name]; }
-  FEDKERN_INLINE Line x(std::int64_t k) const {
-    return {k < K_ ? x_ + k * capacity_ * lanes : single_[kStudentX + (k - K_)].data};
-  }
-  FEDKERN_INLINE Line e(std::int64_t k) const {
-    return {k < K_ ? e_ + k * capacity_ * lanes : single_[kStudentE + (k - K_)].data};
-  }
-  Line share(std::int64_t k) const { return {w_ + k * capacity_ * lanes}; }
-  FEDKERN_INLINE V stat(Stat name, std::int64_t k) const { return stat_[name][k]; }
-  FEDKERN_INLINE void set(Stat name, std::int64_t k, V value) const { stat_[name].set(k, value); }
-  void clear(Stat name) const {
-    for (std::int64_t k = 0; k < K_ + 2; ++k) set(name, k, V::set(0));
-  }
-
-  // From the vectors of a line to its statistic.
-  static FEDKERN_INLINE V total(V sum) { return LanesAreRows ? sum : V::set(reduce_add(sum)); }
-  static FEDKERN_INLINE V most(V x) { return LanesAreRows ? x : V::set(reduce_max(x)); }
-
-  std::int64_t offset(const Logits& t) const {
-    std::int64_t sum = row_ * t.row_stride[call_.row_dims - 1];
-    for (int d = 0; d + 1 < call_.row_dims; ++d) sum += index_[d] * t.row_stride[d];
-    return sum;
-  }
-  std::int64_t offset(const RowValues& t) const {
-    std::int64_t sum = row_ * t.row_stride[call_.row_dims - 1];
-    for (int d = 0; d + 1 < call_.row_dims; ++d) sum += index_[d] * t.row_stride[d];
-    return sum;
-  }
-  std::int64_t inner_stride(const auto& t) const { return t.row_stride[call_.row_dims - 1]; }
-
   // --- what is one number per row
 
   void begin(std::int64_t row, int rows) {
@@ -242,8 +148,6 @@ class Lines {
     }
   }
 
-  // --- loading and storing
-
   // Takes the lines of a tile in: all teachers, and the student where there is one. What is there already stays.
   void fetch(std::int64_t tile) {
     if (tile == loaded_) return;
@@ -263,48 +167,6 @@ class Lines {
       }
     }
     if (mixes_logits_) mix_logits();
-  }
-
-  std::int64_t classes_here() const {
-    const std::int64_t left = call_.classes - first_, tile = vectors_ * kStep;
-    return left < tile ? left : tile;
-  }
-
-  void load(const Logits& source, std::int64_t shift, Line out, T fill) const {
-    const std::int64_t at = shift + offset(source) + first_ * source.class_stride;
-    const std::int64_t classes = classes_here(), stride = source.class_stride;
-    if constexpr (LanesAreRows) {
-      pack<T, true>(source, at, {classes, rows_, inner_stride(source), 0}, out.data);
-    } else {
-      with_type<T>(source, at, [&](const auto* p) {
-        std::int64_t c = 0;
-        if (stride == 1) {
-          for (; c + lanes <= classes; c += lanes) V::load(p + c).store(out.data + c);
-          if (c < classes) V::load_partial(p + c, classes - c, fill).store(out.data + c);
-        } else {
-          for (; c < classes; ++c) out.data[c] = static_cast<T>(widen(p[c * stride]));
-          for (; c % lanes; ++c) out.data[c] = fill;
-        }
-      });
-    }
-  }
-
-  void store(const Logits& target, std::int64_t shift, Line in) const {
-    const std::int64_t at = shift + offset(target) + first_ * target.class_stride;
-    const std::int64_t classes = classes_here(), stride = target.class_stride;
-    if constexpr (LanesAreRows) {
-      unpack<T, true>(target, at, {classes, rows_, inner_stride(target), 0}, in.data);
-    } else {
-      with_type<T>(target, at, [&](auto* p) {
-        std::int64_t c = 0;
-        if (stride == 1) {
-          for (; c + lanes <= classes; c += lanes) V::load(in.data + c).store(p + c);
-          if (c < classes) V::load(in.data + c).store_partial(p + c, classes - c);
-        } else {
-          for (; c < classes; ++c) narrow(in.data[c], p[c * stride]);
-        }
-      });
-    }
   }
 
   // --- softmax
@@ -346,8 +208,9 @@ class Lines {
   FEDKERN_INLINE V exponentiate(std::int64_t k, V inverse_temperature) const {
     const Line from = x(k), to = e(k);
     const V peak = origin(stat(kMaximum, k));
+    const std::int64_t count = vectors_;
     V sum = V::set(0);
-    for (std::int64_t v = 0; v < vectors_; ++v) {
+    for (std::int64_t v = 0; v < count; ++v) {
       const V value = exp((from[v] - peak) * inverse_temperature);
       to.set(v, value);
       sum = sum + value;
@@ -393,19 +256,26 @@ class Lines {
     }
   }
 
-  // The mixture of logits, sum of share * x, as line K + 1; -inf where a teacher that counts has that.
+  // The mixture of logits as line K + 1; -inf where a teacher that counts has that. It is taken relative to the student,
+  // kAnchor = sum of share * (x - student), so that their difference keeps its digits.
   void mix_logits() const {
-    const Line out = x(K_ + 1);
-    for (std::int64_t v = 0; v < vectors_; ++v) out.set(v, V::set(0));
+    const Line rest = single(kAnchor), student = x(K_);
+    for (std::int64_t v = 0; v < vectors_; ++v) rest.set(v, V::set(0));
     for (std::int64_t k = 0; k < K_; ++k) {
       const V fixed = call_.by_class ? V::set(0) : stat(kShare, k);
       const V center = centered_ ? stat(kSum, k) : V::set(0);
       for (std::int64_t v = 0; v < vectors_; ++v) {
         if (centered_) x(k).set(v, x(k)[v] - center);
         const V w = call_.by_class ? share(k)[v] : fixed;
-        out.set(v, out[v] + select(w == V::set(0), w, w * x(k)[v]));
+        rest.set(v, rest[v] + select(w == V::set(0), w, w * (x(k)[v] - origin(student[v]))));
       }
     }
+    for (std::int64_t v = 0; v < vectors_; ++v) x(K_ + 1).set(v, origin(student[v]) + rest[v]);
+  }
+  // A line's logits - the student's.
+  FEDKERN_INLINE V over_student(std::int64_t k, std::int64_t v) const {
+    const V student = x(K_)[v];
+    return k <= K_ ? x(k)[v] - student : single(kAnchor)[v] + (origin(student) - student);
   }
 
   // log(1 + r) with all digits of a small r; r > -1.
@@ -416,20 +286,12 @@ class Lines {
   // The smallest normal number: what log takes, and what a mixture that underflows counts as.
   static constexpr T kTiny = sizeof(T) == 8 ? T(2.2250738585072014e-308) : T(1.17549435e-38);
 
-  const EnsembleCall& call_;
-  const std::int64_t K_;
   const V scale_;
   V factor_[2];
-  std::int64_t tiles_, capacity_, loaded_, first_ = 0, vectors_ = 0;
-  std::int64_t row_ = 0, index_[kMaxRowDims] = {};
-  int rows_ = 0;
+  std::int64_t loaded_;
   std::int64_t end_;  // of the lines that have exponentials
   bool mixes_logits_ = false, centered_ = false;
   bool weights_fixed_, shares_known_ = false, any_zero_ = false;
-
- private:
-  T *x_, *e_, *w_;
-  Line single_[kSingles], stat_[kStats];
 };
 
 }  // namespace

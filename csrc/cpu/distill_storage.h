@@ -1,0 +1,174 @@
+// The memory of a block of rows of K teachers and a student: lines of vectors, statistics, loading and storing.
+//
+// A block is one row with its classes across the lanes, or one row per lane (short rows, and rows whose classes lie
+// apart). Either way a "line" is one input's run of vectors, copied into the workspace with full vectors only: lanes past
+// the last class hold -inf, which no sum notices; lanes past the last row hold a copy of the first row. A statistic of a
+// line is a vector too, equal in all lanes where they are classes.
+#pragma once
+
+#include <cstdlib>
+
+#include "distill_walk.h"
+#include "fedkern/distill_ensemble.h"
+
+namespace fedkern::FEDKERN_ISA {
+namespace {
+
+template <typename T>
+inline constexpr T kNone = -static_cast<T>(__builtin_inf());
+
+// Bytes of logits, exponentials and shares a thread keeps; rows that need more are read again for every pass.
+constexpr std::int64_t kWorkspace = 1 << 18;
+
+// A thread's memory for lines and statistics; kept for the next call.
+struct Workspace {
+  void* data = nullptr;
+  std::size_t size = 0;
+  ~Workspace() { std::free(data); }
+  void* get(std::size_t wanted) {
+    wanted = (wanted + 4095) / 4096 * 4096;
+    if (wanted > size) {
+      std::free(data);
+      data = std::aligned_alloc(64, wanted);
+      if (!data) std::abort();
+      size = wanted;
+    }
+    return data;
+  }
+};
+
+template <typename T, bool LanesAreRows>
+class Storage {
+ protected:
+  using V = Vec<T>;
+  static constexpr int lanes = V::lanes;
+  static constexpr std::int64_t kStep = LanesAreRows ? 1 : lanes;  // classes of a vector
+
+  // A line in the workspace.
+  struct Line {
+    T* data;
+    FEDKERN_INLINE V operator[](std::int64_t v) const { return V::load(data + v * lanes); }
+    FEDKERN_INLINE void set(std::int64_t v, V x) const { x.store(data + v * lanes); }
+  };
+
+ public:
+  static std::int64_t width(std::int64_t) { return LanesAreRows ? lanes : 1; }
+
+  explicit Storage(const EnsembleCall& call) : call_(call), K_(call.count) {
+    static thread_local Workspace workspace;
+    const std::int64_t vectors = (call.classes + kStep - 1) / kStep, heaps = call.by_class ? 3 : 2;
+    std::int64_t fit = kWorkspace / static_cast<std::int64_t>(sizeof(V)) / (heaps * K_ + kSingles);
+    fit = fit < 1 ? 1 : fit;
+    tiles_ = (vectors + fit - 1) / fit;
+    capacity_ = (vectors + tiles_ - 1) / tiles_;
+    const std::int64_t total = capacity_ * (heaps * K_ + kSingles) + (K_ + 2) * kStats;
+    T* next = static_cast<T*>(workspace.get(static_cast<std::size_t>(total) * sizeof(V)));
+    const auto take = [&](std::int64_t count) {
+      T* const here = next;
+      next += count * lanes;
+      return here;
+    };
+    x_ = take(K_ * capacity_), e_ = take(K_ * capacity_), w_ = call.by_class ? take(K_ * capacity_) : nullptr;
+    for (Line& line : single_) line.data = take(capacity_);
+    for (Line& stat : stat_) stat.data = take(K_ + 2);
+  }
+
+  // Chooses the rows that share all but the innermost index.
+  void move_to(std::int64_t outer) {
+    for (int d = call_.row_dims - 2; d >= 0; --d) {
+      index_[d] = outer % call_.row_size[d];
+      outer /= call_.row_size[d];
+    }
+  }
+
+ protected:
+  // Lines: those of the teachers are 0 .. K-1, the student's is K, a mixture of logits K + 1. The rest goes by name.
+  enum Single { kStudentX, kMixture, kStudentE, kMixtureE, kU, kAnchor, kOut, kDenominator, kSingles };
+  enum Stat { kMaximum, kInverse, kLogSum, kSum, kShare, kWeight, kDot, kDrift, kLoss, kStats };
+  Line single(Single name) const { return single_[name]; }
+  FEDKERN_INLINE Line x(std::int64_t k) const {
+    return {k < K_ ? x_ + k * capacity_ * lanes : single_[kStudentX + (k - K_)].data};
+  }
+  FEDKERN_INLINE Line e(std::int64_t k) const {
+    return {k < K_ ? e_ + k * capacity_ * lanes : single_[kStudentE + (k - K_)].data};
+  }
+  Line share(std::int64_t k) const { return {w_ + k * capacity_ * lanes}; }
+  FEDKERN_INLINE V stat(Stat name, std::int64_t k) const { return stat_[name][k]; }
+  FEDKERN_INLINE void set(Stat name, std::int64_t k, V value) const { stat_[name].set(k, value); }
+  void clear(Stat name) const {
+    for (std::int64_t k = 0; k < K_ + 2; ++k) set(name, k, V::set(0));
+  }
+
+  // From the vectors of a line to its statistic.
+  static FEDKERN_INLINE V total(V sum) { return LanesAreRows ? sum : V::set(reduce_add(sum)); }
+  static FEDKERN_INLINE V most(V x) { return LanesAreRows ? x : V::set(reduce_max(x)); }
+
+  std::int64_t offset(const Logits& t) const {
+    std::int64_t sum = row_ * t.row_stride[call_.row_dims - 1];
+    for (int d = 0; d + 1 < call_.row_dims; ++d) sum += index_[d] * t.row_stride[d];
+    return sum;
+  }
+  std::int64_t offset(const RowValues& t) const {
+    std::int64_t sum = row_ * t.row_stride[call_.row_dims - 1];
+    for (int d = 0; d + 1 < call_.row_dims; ++d) sum += index_[d] * t.row_stride[d];
+    return sum;
+  }
+  std::int64_t inner_stride(const auto& t) const { return t.row_stride[call_.row_dims - 1]; }
+
+  // --- loading and storing a tile of a line
+
+  std::int64_t classes_here() const {
+    const std::int64_t left = call_.classes - first_, tile = vectors_ * kStep;
+    return left < tile ? left : tile;
+  }
+
+  void load(const Logits& source, std::int64_t shift, Line out, T fill) const {
+    const std::int64_t at = shift + offset(source) + first_ * source.class_stride;
+    const std::int64_t classes = classes_here(), stride = source.class_stride;
+    if constexpr (LanesAreRows) {
+      pack<T, true>(source, at, {classes, rows_, inner_stride(source), 0}, out.data);
+    } else {
+      with_type<T>(source, at, [&](const auto* p) {
+        std::int64_t c = 0;
+        if (stride == 1) {
+          for (; c + lanes <= classes; c += lanes) V::load(p + c).store(out.data + c);
+          if (c < classes) V::load_partial(p + c, classes - c, fill).store(out.data + c);
+        } else {
+          for (; c < classes; ++c) out.data[c] = static_cast<T>(widen(p[c * stride]));
+          for (; c % lanes; ++c) out.data[c] = fill;
+        }
+      });
+    }
+  }
+
+  void store(const Logits& target, std::int64_t shift, Line in) const {
+    const std::int64_t at = shift + offset(target) + first_ * target.class_stride;
+    const std::int64_t classes = classes_here(), stride = target.class_stride;
+    if constexpr (LanesAreRows) {
+      unpack<T, true>(target, at, {classes, rows_, inner_stride(target), 0}, in.data);
+    } else {
+      with_type<T>(target, at, [&](auto* p) {
+        std::int64_t c = 0;
+        if (stride == 1) {
+          for (; c + lanes <= classes; c += lanes) V::load(in.data + c).store(p + c);
+          if (c < classes) V::load(in.data + c).store_partial(p + c, classes - c);
+        } else {
+          for (; c < classes; ++c) narrow(in.data[c], p[c * stride]);
+        }
+      });
+    }
+  }
+
+  const EnsembleCall& call_;
+  const std::int64_t K_;
+  std::int64_t tiles_, capacity_, first_ = 0, vectors_ = 0;
+  std::int64_t row_ = 0, index_[kMaxRowDims] = {};
+  int rows_ = 0;
+
+ private:
+  T *x_, *e_, *w_;
+  Line single_[kSingles], stat_[kStats];
+};
+
+}  // namespace
+}  // namespace fedkern::FEDKERN_ISA
