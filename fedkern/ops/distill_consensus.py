@@ -12,7 +12,7 @@ from fedkern.ops.distill_common import NONE, REDUCTIONS, check_reduction
 from fedkern.ops.distill_ensemble_checks import check_stack, spread_row_weights
 from fedkern.ops.distill_ensemble_library import CONSENSUS, JS
 from fedkern.ops.distill_ensemble_reference import consensus_reference, js_reference
-from fedkern.ops.distill_kernels import DistillKernel, kernel_for, ordinary
+from fedkern.ops.distill_kernels import DistillKernel, kernel_for, ordinary, readable
 from fedkern.ops.distill_library import reference_gradients
 
 # the public functions: checks and choice of path
@@ -85,7 +85,7 @@ def _check(logits: Tensor, weights: Tensor | None, reduction: str) -> tuple[bool
     code = REDUCTIONS.get(reduction) if type(reduction) is str else None
     if code is None:
         code = check_reduction(reduction)
-    return usual, weights if weights is None else spread_row_weights(weights, logits), code
+    return usual, weights if weights is None else spread_row_weights(weights, logits, usual), code
 
 
 # forward and backward, each one call into the kernel
@@ -109,7 +109,7 @@ class _JensenShannon(torch.autograd.Function):
         saved = ctx.saved_tensors
         kernel, reduction = ctx.how
         needs = ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled() or not eager(grad):
+        if not readable(grad):
             return (None, *reference_gradients(js_reference, (grad,), saved[:2], (reduction,), needs, graph=True))
         if len(saved) > 2:
             scaled = kernel.scaled(saved[2:], grad)
@@ -133,7 +133,7 @@ class _Consensus(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         kernel, reduction = ctx.how
         needs = ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled() or not eager(*grads):
+        if not (readable(grads[0]) and readable(grads[1])):
             saved = ctx.saved_tensors
             return (None, *reference_gradients(consensus_reference, grads, saved, (reduction,), needs, graph=True))
         return (None, *kernel.consensus_backward(*grads, *ctx.saved_tensors, reduction, needs))

@@ -20,7 +20,7 @@ from fedkern.ops.distill_common import (
 from fedkern.ops.distill_ensemble_checks import check_mask, check_stack, check_student, spread_weights
 from fedkern.ops.distill_ensemble_library import ENSEMBLE
 from fedkern.ops.distill_ensemble_reference import ensemble_reference
-from fedkern.ops.distill_kernels import DistillKernel, Ensemble, ensemble_settings, kernel_for, ordinary
+from fedkern.ops.distill_kernels import DistillKernel, Ensemble, ensemble_settings, kernel_for, ordinary, readable
 from fedkern.ops.distill_library import reference_gradients
 
 # the public function: checks and choice of path
@@ -85,7 +85,7 @@ def ensemble_kl(
         code = check_reduction(reduction)
     how = _mixture(mix, mode)
     if weights is not None:
-        weights = spread_weights(weights, teachers)
+        weights = spread_weights(weights, teachers, usual)
         tensors = (student, teachers, weights)
     if class_mask is not None:
         check_mask(class_mask, teachers)
@@ -158,7 +158,7 @@ class _Ensemble(torch.autograd.Function):
         tensors, taken = saved[:4], saved[4:]
         kernel, settings = ctx.how
         needs = ctx.needs_input_grad[1:4]
-        if torch.is_grad_enabled() or not eager(grad):
+        if not readable(grad):
             how = (settings.temperature, settings.mix, settings.log_probs, settings.reduction)
             return (None, *reference_gradients(ensemble_reference, (grad,), tensors, how, needs, graph=True), None)
         if taken:

@@ -19,7 +19,7 @@ from fedkern.ops.distill_common import (
     spread_mapped,
     unmapped,
 )
-from fedkern.ops.distill_kernels import DistillKernel, kernel_for, plain
+from fedkern.ops.distill_kernels import DistillKernel, kernel_for, plain, readable
 from fedkern.ops.distill_reference import entropy_rows_reference
 
 # the public function: checks and choice of path
@@ -76,7 +76,7 @@ class _Entropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         logits, gradient = ctx.saved_tensors
-        if torch.is_grad_enabled() or not eager(grad):
+        if not readable(grad):
             (result,) = _library.differentiate_reference(
                 lambda x: entropy_rows_reference(x, ctx.reduction), (logits,), (True,), grad
             )

@@ -23,7 +23,7 @@ from fedkern.ops.distill_common import (
     mean_scale,
     row_shape,
 )
-from fedkern.ops.distill_kernels import DistillKernel, Divergence, divergence_settings, kernel_for, plain
+from fedkern.ops.distill_kernels import DistillKernel, Divergence, divergence_settings, kernel_for, plain, readable
 from fedkern.ops.distill_kl_library import DIVERGENCE
 from fedkern.ops.distill_reference import compute_dtype, divergence_reference, result_dtype
 
@@ -179,7 +179,7 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         count = len(ctx.needs_input_grad) - 1
-        if torch.is_grad_enabled() or not eager(grad):
+        if not readable(grad):
             return (None, *_backward_through_graph(ctx, saved[:count], grad))
         if len(saved) == count:
             return (None, *_backward_from_logits(ctx, saved, grad))

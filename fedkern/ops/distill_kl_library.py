@@ -12,6 +12,7 @@ from fedkern.ops import _library
 from fedkern.ops.backend import select
 from fedkern.ops.distill_common import NONE, reduce_mapped, row_shape, spread_mapped, unmapped
 from fedkern.ops.distill_kernels import DistillKernel, divergence_settings
+from fedkern.ops.distill_library import place
 from fedkern.ops.distill_reference import divergence_reference, result_dtype
 
 
@@ -44,34 +45,14 @@ def _run_backward(
         )
     else:
         gradients = kernel.divergence_backward(grad, *inputs, divergence_settings(*settings), needs)
-    return _placed(gradients, inputs, needs)
-
-
-def _placed(
-    gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None], needs: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The operator's four results: an empty tensor stands for a gradient nobody wants."""
-    device = next(t.device for t in inputs if t is not None)
-    a, b, c, d = (
-        torch.empty(0, device=device)
-        if x is None or not need
-        else torch.empty_like(x)
-        if gradient is None
-        else torch.empty_like(x).copy_(gradient)
-        if gradient.stride() != x.stride()
-        else gradient.detach()
-        for gradient, x, need in zip(gradients, inputs, needs, strict=True)
-    )
+    a, b, c, d = place(gradients, inputs, needs)
     return a, b, c, d
 
 
 def _fake_backward(
     grad: Tensor, student: Tensor, other: Tensor | None, teacher: Tensor, weight: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
-    return tuple(
-        torch.empty(0, device=student.device) if x is None or not need else torch.empty_like(x)
-        for x, need in zip((student, other, teacher, weight), rest[3:], strict=True)
-    )
+    return place([None] * 4, (student, other, teacher, weight), rest[3:])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

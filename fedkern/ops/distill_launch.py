@@ -200,9 +200,23 @@ class CpuDistill:
     ) -> Tensor:
         dtype = result_dtype(student, None, teachers)
         result = _empty_result(student, dtype, settings.reduction)
-        gradients = (_argument(to_student), _argument(to_teachers), None)
-        tensors = (student, teachers, weights, class_mask)
-        self._ensemble(settings.mix, *tensors, settings, dtype, gradients, results=(result,))
+        self._run_ensemble(
+            settings.mix,
+            settings,
+            class_mask is not None or (weights is not None and weights.shape[2] > 1),
+            dtype,
+            (student.data_ptr(), DTYPES[student.dtype], student.stride()),
+            teachers,
+            None if weights is None else _weights_argument(weights),
+            class_mask,
+            None if to_student is None else (to_student.data_ptr(), DTYPES[to_student.dtype], to_student.stride()),
+            None if to_teachers is None else _argument(to_teachers),
+            None,
+            None,
+            None,
+            (result.data_ptr(), DTYPES[dtype], result.stride()),
+            None,
+        )
         return result
 
     def ensemble_backward(
@@ -224,9 +238,23 @@ class CpuDistill:
             by_class = class_mask is not None or weights.shape[2] > 1
             shape = (*weights.shape[:2], teachers.shape[2], *weights.shape[3:]) if by_class else weights.shape
             to_weights = torch.empty(shape, dtype=compute_dtype(dtype))
-        gradients = (_argument(to_student), _argument(to_teachers), _argument(to_weights))
-        tensors = (student, teachers, weights, class_mask)
-        self._ensemble(settings.mix, *tensors, settings, dtype, gradients, grads=(grad.resolve_neg(),))
+        self._run_ensemble(
+            settings.mix,
+            settings,
+            class_mask is not None or (weights is not None and weights.shape[2] > 1),
+            dtype,
+            _argument(student),
+            teachers,
+            None if weights is None else _weights_argument(weights),
+            class_mask,
+            _argument(to_student),
+            _argument(to_teachers),
+            _argument(to_weights),
+            _argument(grad.resolve_neg()),
+            None,
+            None,
+            None,
+        )
         if to_weights is not None and weights is not None:
             if to_weights.shape != weights.shape:
                 to_weights = to_weights.sum(2, keepdim=True)
@@ -236,8 +264,8 @@ class CpuDistill:
     def js_forward(
         self, logits: Tensor, weights: Tensor | None, reduction: int, to_logits: Tensor | None = None
     ) -> Tensor:
-        result = _empty_result(logits[0], logits.dtype, reduction)
-        self._stack(JS, logits, weights, reduction, (None, _argument(to_logits), None), results=(result,))
+        result = _empty_stack_result(logits, reduction)
+        self._run_stack(JS, logits, weights, reduction, to_logits, None, (), result, None)
         return result
 
     def js_backward(
@@ -246,10 +274,8 @@ class CpuDistill:
         return self._stack_backward(JS, (grad,), logits, weights, reduction, needs)
 
     def consensus_forward(self, logits: Tensor, weights: Tensor | None, reduction: int) -> tuple[Tensor, Tensor]:
-        rows = logits[0]
-        first = _empty_result(rows, logits.dtype, reduction)
-        second = _empty_result(rows, logits.dtype, reduction)
-        self._stack(CONSENSUS, logits, weights, reduction, (None, None, None), results=(first, second))
+        first, second = _empty_stack_result(logits, reduction), _empty_stack_result(logits, reduction)
+        self._run_stack(CONSENSUS, logits, weights, reduction, None, None, (), first, second)
         return first, second
 
     def consensus_backward(
@@ -276,66 +302,101 @@ class CpuDistill:
         to_weights = None
         if needs[1] and weights is not None:
             to_weights = torch.empty(weights.shape, dtype=compute_dtype(logits.dtype))
-        # The class axis that weights per row lack.
-        gradients = (None, _argument(to_logits), None if to_weights is None else _argument(to_weights.unsqueeze(2)))
         grads = tuple([grad.resolve_neg() for grad in grads])
-        self._stack(kind, logits, weights, reduction, gradients, grads=grads)
+        self._run_stack(kind, logits, weights, reduction, to_logits, to_weights, grads, None, None)
         return to_logits, to_weights if weights is None or to_weights is None else to_weights.to(weights.dtype)
 
-    def _stack(
-        self, kind: int, logits: Tensor, weights: Tensor | None, reduction: int, gradients: Any, **more: Any
-    ) -> None:
-        weights = None if weights is None else weights.unsqueeze(2)
-        self._ensemble(kind, None, logits, weights, None, _STACK[reduction], logits.dtype, gradients, **more)
-
-    def _ensemble(
+    def _run_stack(
         self,
         kind: int,
-        student: Tensor | None,
-        teachers: Tensor,
+        logits: Tensor,
         weights: Tensor | None,
-        class_mask: Tensor | None,
-        settings: Ensemble,
-        dtype: torch.dtype,
-        gradients: tuple[Any, Any, Any],
-        *,
-        grads: tuple[Tensor, ...] = (),
-        results: tuple[Tensor, ...] = (),
+        reduction: int,
+        to_logits: Tensor | None,
+        to_weights: Tensor | None,
+        grads: tuple[Tensor, ...],
+        first: Tensor | None,
+        second: Tensor | None,
     ) -> None:
-        by_row = settings.reduction == NONE
-        self._distill_ensemble(
+        self._run_ensemble(
             kind,
-            settings.temperature == math.inf,
-            settings.log_probs and settings.temperature == 1.0,
-            class_mask is not None or (weights is not None and weights.shape[2] > 1),
-            1 if dtype is torch.float64 else 0,
-            teachers.shape,
-            settings.temperature,
-            None if settings.reduction == BATCHMEAN else 1.0,
-            _threads(),
-            _argument(student),
-            _argument(teachers),
-            _weights_argument(weights),
-            None if class_mask is None else (class_mask.data_ptr(), class_mask.stride()),
-            *gradients,
+            _STACK[reduction],
+            False,
+            logits.dtype,
+            None,
+            logits,
+            None if weights is None else _row_weights_argument(weights),
+            None,
+            None,
+            None if to_logits is None else _argument(to_logits),
+            None if to_weights is None else _row_weights_argument(to_weights),
             _argument(grads[0]) if grads else None,
             _argument(grads[1]) if len(grads) > 1 else None,
-            (
-                by_row,
-                _argument(results[0]) if results else None,
-                _argument(results[1]) if len(results) > 1 else None,
-            ),
+            None if first is None else _argument(first),
+            None if second is None else _argument(second),
+        )
+
+    def _run_ensemble(
+        self,
+        kind: int,
+        settings: Ensemble,
+        by_class: bool,
+        dtype: torch.dtype,
+        student: Any,
+        teachers: Tensor,
+        weights: Any,
+        class_mask: Tensor | None,
+        to_student: Any,
+        to_teachers: Any,
+        to_weights: Any,
+        grad: Any,
+        other_grad: Any,
+        result: Any,
+        other_result: Any,
+    ) -> None:
+        temperature, reduction = settings.temperature, settings.reduction
+        self._distill_ensemble(
+            kind,
+            temperature == math.inf,
+            settings.log_probs and temperature == 1.0,
+            by_class,
+            1 if dtype is torch.float64 else 0,
+            teachers.shape,
+            temperature,
+            None if reduction == BATCHMEAN else 1.0,
+            _threads(),
+            student,
+            (teachers.data_ptr(), DTYPES[teachers.dtype], teachers.stride()),
+            weights,
+            None if class_mask is None else (class_mask.data_ptr(), class_mask.stride()),
+            to_student,
+            to_teachers,
+            to_weights,
+            grad,
+            other_grad,
+            (reduction == NONE, result, other_result),
         )
 
 
-def _weights_argument(weights: Tensor | None) -> tuple[int, int, tuple[int, ...]] | None:
+def _empty_stack_result(logits: Tensor, reduction: int) -> Tensor:
+    dtype = logits.dtype
+    if reduction != NONE:
+        return _empty_like(_SCALARS[dtype])
+    return torch.empty(logits.shape[1:2] + logits.shape[3:], dtype=dtype)
+
+
+def _weights_argument(weights: Tensor) -> tuple[int, int, tuple[int, ...]]:
     """With a class stride of 0 where all classes share a weight, whatever the stride of that axis says."""
-    if weights is None:
-        return None
     strides = weights.stride()
     if weights.shape[2] == 1:
         strides = (*strides[:2], 0, *strides[3:])
     return weights.data_ptr(), DTYPES[weights.dtype], strides
+
+
+def _row_weights_argument(weights: Tensor) -> tuple[int, int, tuple[int, ...]]:
+    """With the class axis that weights of whole rows lack."""
+    strides = weights.stride()
+    return weights.data_ptr(), DTYPES[weights.dtype], (*strides[:2], 0, *strides[2:])
 
 
 # What js_div and consensus have for settings, by reduction.

@@ -1,0 +1,197 @@
+"""Cases of ensemble_kl, js_div and consensus: stacks of K teachers in many shapes, and what they must give."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from operator_cases import assert_close, using
+from torch import Tensor
+
+from fedkern import ops
+from fedkern.ops.distill_common import LOGITS, MEAN, PROBS, REDUCTIONS
+from fedkern.ops.distill_ensemble_checks import spread_row_weights, spread_weights
+from fedkern.ops.distill_ensemble_reference import consensus_reference, ensemble_reference, js_reference
+
+FACTOR = 3.0  # every loss is multiplied before backward: a dropped grad_output shows
+LARGEST = 40_000  # elements of a case
+MIXES = {"probs": PROBS, "logits": LOGITS, "mean": MEAN}
+
+COMMON: dict[str, Any] = {
+    "teachers": (1, 2, 3, 5, 20),
+    "classes": (1, 2, 3, 7, 10, 17, 100, 129, 700, 3000),
+    "rows": (0, 1, 2, 7, 16, 33),
+    "dtype": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
+    "reduction": ("none", "sum", "batchmean"),
+    "layout": ("stacked", "gaps", "batch_first", "positions", "channels_last"),
+    "near": (None, 1e-2, 1e-3, 0.0),
+    "zeros": (False, True),
+    "special": (None, "extreme", "masked"),
+}
+
+
+def logits(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2).to(dtype)
+
+
+def lay_out(values: Tensor, layout: str, rows: int) -> Tensor:
+    """The same logits, classes last, in another shape or with other strides, none of them copied by the operators."""
+    if layout == "gaps":
+        wide = values.new_full((*values.shape[:-1], 2 * values.shape[-1] + 3), 7.0)
+        return wide[..., 1 : 2 * values.shape[-1] : 2].copy_(values)
+    if layout == "batch_first":
+        return values.transpose(0, -2).contiguous().transpose(0, -2)
+    if layout in ("positions", "channels_last"):
+        width = 3 if rows % 3 == 0 else 1
+        split = values.unflatten(-2, (rows // width, width)).transpose(-1, -2)
+        return split.contiguous() if layout == "positions" else split.transpose(-1, -2).contiguous().transpose(-1, -2)
+    return values
+
+
+def make_inputs(case: dict[str, Any], seed: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Student, teachers and weights (in a shape that the case names) of a case."""
+    generator = torch.Generator().manual_seed(seed)
+    count, classes, rows = case["teachers"], case["classes"], case["rows"]
+    if count * classes * rows > LARGEST:
+        rows = 2
+    student = torch.randn(rows, classes, generator=generator) * 2
+    noise = torch.randn(count, rows, classes, generator=generator)
+    teachers = 2 * noise if case["near"] is None else student + case["near"] * noise
+    if case["special"] == "extreme":
+        teachers[0, :, 0], teachers[-1, :, classes // 2], student[:, -1] = 1e4, -1e4, 1e4
+    if case["special"] == "masked":
+        masked = torch.rand(rows, classes, generator=generator) < 0.3
+        masked[:, 0] = False
+        teachers, student = teachers.masked_fill(masked, -math.inf), student.masked_fill(masked, -math.inf)
+        if count > 2:
+            teachers[1, :, 1:] = -math.inf  # who knows one class only
+    if case.get("log_probs"):
+        teachers = teachers.log_softmax(-1)
+    student, teachers = (lay_out(x.to(case["dtype"]), case["layout"], rows) for x in (student, teachers))
+    batch, positions = student.shape[0], student.shape[2:]
+    shapes: dict[str, tuple[int, ...]] = {
+        "K": (count,),
+        "KB": (count, batch),
+        "KB1": (count, batch, 1),
+        "KC": (count, classes),
+        "K1C": (count, 1, classes),
+        "KBC": (count, batch, classes),
+        "full": (count, batch, classes, *positions),
+        "rows": (count, batch, *positions),
+    }
+    if case["weights"] is None:
+        return student, teachers, None
+    name = case["weights"]
+    if batch == classes and "mix" in case:  # [K, B] or [K, C]?
+        name = {"KB": "KB1", "KC": "K1C"}.get(name, name)
+    weights = torch.rand(shapes[name], generator=generator) + 0.1
+    if case["zeros"]:
+        weights[torch.rand(weights.shape, generator=generator) < 0.4] = 0
+    return student, teachers, weights.double() if case["dtype"] is torch.float64 else weights
+
+
+def differentiate(
+    compute: Callable[..., Tensor], tensors: list[Tensor | None], needs: tuple[bool, ...]
+) -> tuple[Tensor, list[Tensor | None]]:
+    leaves = [None if x is None else x.detach().requires_grad_(need) for x, need in zip(tensors, needs, strict=True)]
+    loss = compute(*leaves)
+    steps = torch.arange(loss.numel(), dtype=torch.float64).reshape(loss.shape) % 5 + 1
+    (loss * (FACTOR * steps).to(loss.dtype)).sum().backward()
+    return loss.detach(), [None if x is None else x.grad for x in leaves]
+
+
+def exactly(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.double()
+
+
+def compare(
+    case: dict[str, Any],
+    names: list[str],
+    compute: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    tensors: list[Tensor | None],
+    needs: tuple[bool, ...],
+) -> None:
+    """A case on the backends ``names`` against ``reference`` in float64."""
+    expected, gradients = differentiate(reference, [exactly(x) for x in tensors], needs)
+    finite = torch.cat([x.double()[x.isfinite()].flatten() for x in tensors[:2] if x is not None])
+    spread = max(1.0, float(finite.max() - finite.min())) if finite.numel() else 1.0
+    temperature = case.get("temperature", 1.0)
+    scale = spread * (temperature if temperature < math.inf else 1.0)
+    teachers = tensors[1]
+    assert teachers is not None
+    rows = max(teachers[0].numel() // case["classes"], 1)
+    # What a sum over rows may be off by grows with the rows, a gradient's error with what it is multiplied by.
+    factor = {"none": 5 * FACTOR, "sum": FACTOR, "batchmean": FACTOR / rows}[case["reduction"]]
+    for name in names:
+        with using(name):
+            loss, got = differentiate(compute, tensors, needs)
+        assert loss.dtype == case["dtype"]
+        wide = 10 if name == "reference" else 1  # autograd through the reference subtracts larger terms
+        magnitude = scale * (rows if case["reduction"] == "sum" else 1)
+        assert_close(f"{name} loss", loss, expected, absolute=1e-6 * magnitude)
+        assert not (loss < 0).any(), f"{name}: negative"
+        for i, (ours, theirs, x) in enumerate(zip(got, gradients, tensors, strict=True)):
+            assert (ours is None) == (theirs is None)
+            if ours is None or theirs is None or x is None:
+                continue
+            if i == 2:
+                # Differences of losses, summed over all rows and classes that share a weight; at T = infinity those
+                # are squares of logits.
+                shared = factor * max(rows * case["classes"] // max(x[0].numel(), 1), 1)
+                loss_scale = spread**2 if math.isinf(temperature) else scale * max(temperature, 1)
+                assert_close(f"{name} weights' gradient", ours, theirs, absolute=1e-6 * wide * loss_scale * shared)
+                continue
+            if case["layout"] in ("stacked", "positions", "channels_last"):
+                assert strides(ours) == strides(x), f"{name}: gradient {i} in another memory format"
+            assert_close(f"{name} gradient {i}", ours, theirs, absolute=1e-6 * wide * scale * factor)
+
+
+def strides(x: Tensor) -> list[int]:
+    """Those that matter: of axes longer than 1."""
+    return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+
+
+def ensemble(case: dict[str, Any], mask: Tensor | None) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """The operator of a case, and its reference."""
+    how, temperature, log_probs, reduction = (case[n] for n in ("mix", "temperature", "log_probs", "reduction"))
+    names = {"mode": "mean_of_kl"} if how == "mean" else {"mix": how}
+
+    def compute(student: Tensor, teachers: Tensor, weights: Tensor | None) -> Tensor:
+        return ops.ensemble_kl(
+            student,
+            teachers,
+            weights,
+            temperature,
+            class_mask=mask,
+            log_probs=log_probs,
+            reduction=reduction,
+            **names,
+        )
+
+    def reference(student: Tensor, teachers: Tensor, weights: Tensor | None) -> Tensor:
+        spread = None if weights is None else spread_weights(weights, teachers)
+        code = REDUCTIONS[reduction]
+        return ensemble_reference(student, teachers, spread, mask, temperature, MIXES[how], log_probs, code)
+
+    return compute, reference
+
+
+def agreement(case: dict[str, Any]) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """js_div, or both results of consensus, and the reference."""
+    reduction = case["reduction"]
+
+    def compute(_: None, stack: Tensor, weights: Tensor | None) -> Tensor:
+        if case["operator"] == "js_div":
+            return ops.js_div(stack, weights, reduction=reduction)
+        return torch.stack(ops.consensus(stack, weights, reduction=reduction))
+
+    def reference(_: None, stack: Tensor, weights: Tensor | None) -> Tensor:
+        spread = None if weights is None else spread_row_weights(weights, stack)
+        if case["operator"] == "js_div":
+            return js_reference(stack, spread, REDUCTIONS[reduction])
+        return torch.stack(consensus_reference(stack, spread, REDUCTIONS[reduction]))
+
+    return compute, reference

@@ -1,0 +1,137 @@
+"""ensemble_kl: every backend and ISA level against the float64 reference."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from ensemble_cases import COMMON, compare, ensemble, logits, make_inputs
+from operator_cases import BACKENDS, KERNELS, backends, describe, pairwise, using
+
+from fedkern import ops
+from fedkern.ops.distill_ensemble_reference import ensemble_reference
+
+AXES: dict[str, Any] = {
+    **COMMON,
+    "temperature": (0.5, 1.0, 4.0, math.inf),
+    "mix": ("probs", "logits", "mean"),
+    "log_probs": (False, True),
+    "weights": (None, "K", "KB", "KB1", "KC", "K1C", "KBC", "full"),
+    "mask": (False, True),
+    "needs": ("student", "teachers", "all"),
+}
+CASES = pairwise(AXES, seed=3)
+NEEDS = {"student": (True, False, False), "teachers": (False, True, False), "all": (True, True, True)}
+
+
+def run(number: int, names: list[str]) -> None:
+    case = dict(CASES[number])
+    if case["mix"] == "mean":  # takes weights per teacher alone
+        case["mask"] = False
+        if case["weights"] in ("KC", "K1C", "KBC", "full"):
+            case["weights"] = "KB1"
+    student, teachers, weights = make_inputs(case, seed=number)
+    mask = None
+    if case["mask"]:
+        draw = torch.rand(case["teachers"], case["classes"], generator=torch.Generator().manual_seed(number))
+        mask = draw < 0.6
+    compute, reference = ensemble(case, mask)
+    compare(case, names, compute, reference, [student, teachers, weights], NEEDS[case["needs"]])
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: f"{n}-{describe(CASES[n])}")
+def test_against_float64(number: int) -> None:
+    case = CASES[number]
+    run(number, backends(number, case["teachers"] * case["rows"] * case["classes"]))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's interpreter is not there")
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: f"{n}-{describe(CASES[n])}")
+def test_every_case_in_tritons_interpreter(number: int) -> None:
+    run(number, ["triton"])
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize(
+    ("mix", "by_class", "log_probs", "temperature"),
+    [
+        ("probs", False, False, 2.0),
+        ("probs", True, False, 1.0),
+        ("probs", True, True, 1.0),
+        ("logits", True, False, 2.0),
+        ("mean", False, True, 1.0),
+        ("probs", True, False, math.inf),
+        ("mean", False, False, math.inf),
+    ],
+)
+@pytest.mark.parametrize("near", [None, 1e-2])
+def test_rows_longer_than_the_workspace(
+    name: str, mix: str, by_class: bool, log_probs: bool, temperature: float, near: float | None
+) -> None:
+    """So long that all teachers' rows are read again for every pass."""
+    case = {
+        "teachers": 3,
+        "classes": 33_001,
+        "rows": 1,
+        "dtype": torch.float32,
+        "reduction": "batchmean",
+        "layout": "stacked",
+        "near": near,
+        "zeros": True,
+        "special": None,
+        "mix": mix,
+        "log_probs": log_probs,
+        "temperature": temperature,
+        "weights": "K1C" if by_class else "KB1",
+    }
+    tensors = make_inputs(case, seed=1)
+    compute, reference = ensemble(case, None)
+    compare(case, [name], compute, reference, list(tensors), (True, True, True))
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1e-3])
+@pytest.mark.parametrize("classes", [3, 10, 100, 1000])
+def test_nearly_equal_rows_keep_their_digits(backend: str, classes: int, scale: float) -> None:
+    student = logits(33, classes)
+    teachers = student + scale * logits(4, 33, classes, seed=1)
+    for mix, mode in (("probs", "kl_of_mean"), ("logits", "kl_of_mean"), ("probs", "mean_of_kl")):
+        loss = ops.ensemble_kl(student, teachers, mix=mix, mode=mode, reduction="none")
+        code = {("probs", "kl_of_mean"): 0, ("logits", "kl_of_mean"): 1}.get((mix, mode), 2)
+        expected = ensemble_reference(student.double(), teachers.double(), None, None, 1.0, code, False, 0)
+        # The reference in float32 keeps the sign and the order of magnitude; the kernels keep the digits.
+        limit = 1e-1 if backend == "reference" else 3e-5
+        assert ((loss - expected).abs() / expected).max() < limit, (mix, mode)
+        assert (loss >= 0).all()
+
+
+def test_equal_rows_have_no_divergence(backend: str) -> None:
+    for shape in ((33, 101), (40, 10)):
+        student = logits(*shape).requires_grad_()
+        teachers = student.detach().expand(5, *shape)
+        for temperature in (0.5, 1.0, math.inf):
+            loss = ops.ensemble_kl(student, teachers, None, temperature, reduction="none")
+            assert loss.abs().max() <= (1e-10 if backend == "reference" else 0)
+            (gradient,) = torch.autograd.grad(loss.sum(), student)
+            assert gradient.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_same_bits_for_any_number_of_threads(name: str) -> None:
+    before = torch.get_num_threads()
+    student, teachers, weights = logits(700, 129), logits(8, 700, 129, seed=1), torch.rand(8, 700, 1)
+    results = []
+    try:
+        with using(name):
+            for threads in (1, 2, 1):
+                torch.set_num_threads(threads)
+                leaves = [x.clone().requires_grad_() for x in (student, teachers, weights)]
+                loss = ops.ensemble_kl(*leaves, 2.0, reduction="sum")
+                loss.backward()
+                results.append([loss.detach(), *[x.grad for x in leaves]])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
