@@ -1,5 +1,9 @@
 #include "fedkern/aggregate.h"
 
+#include <time.h>
+
+#include <atomic>
+
 #include "aggregate_exact.h"
 #include "aggregate_store.h"
 #include "fedkern/parallel.h"
@@ -20,6 +24,34 @@ constexpr int kHeld = 16;
 constexpr int kHeld = 8;
 #endif
 
+// Whether to prefetch by instruction in a long call. Where the hardware follows the streams it is a third faster without,
+// where it does not three times slower, so the first chunks try both ways.
+class Prefetching {
+ public:
+  // In the last-level cache, and with 16-bit elements, instructions never cost.
+  Prefetching(std::int64_t chunks, bool always) : trials_(always || chunks < 16 ? 0 : 6) {}
+  template <typename Body>
+  void run(Body&& body) {
+    const int trial = next_.load(std::memory_order_relaxed) < trials_ ? next_.fetch_add(1, std::memory_order_relaxed) : trials_;
+    if (trial >= trials_) return body(trials_ == 0 || least_[1].load(std::memory_order_relaxed) <= least_[0].load(std::memory_order_relaxed));
+    const auto start = now();
+    body(trial % 2 != 0);
+    const std::int64_t elapsed = now() - start;
+    std::atomic<std::int64_t>& least = least_[trial % 2];
+    if (elapsed < least.load(std::memory_order_relaxed)) least.store(elapsed, std::memory_order_relaxed);
+  }
+
+ private:
+  static std::int64_t now() {
+    timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return static_cast<std::int64_t>(time.tv_sec) * 1000000000 + time.tv_nsec;
+  }
+  const int trials_;
+  std::atomic<int> next_{0};
+  std::atomic<std::int64_t> least_[2] = {INT64_MAX, INT64_MAX};
+};
+
 // Where the sums of a group of clients begin and end: at zero or at `sum`, in `sum` or (out not null) as means in `out`.
 template <typename Out>
 struct Ends {
@@ -31,7 +63,7 @@ struct Ends {
 };
 
 // (+)= weights[m] * x[m][j], m ascending, for `count` <= kStreams vectors of unit stride and begin <= j < begin + n.
-template <typename T, typename Out>
+template <bool prefetch, typename T, typename Out>
 void add_clients(const Vector* vectors, const double* weights, std::int64_t count, std::int64_t begin, std::int64_t n, const Ends<Out>& ends) {
   using V = Vec<double>;
   constexpr std::int64_t step = kHeld * V::lanes;
@@ -48,6 +80,7 @@ void add_clients(const Vector* vectors, const double* weights, std::int64_t coun
       // One pointer with constant offsets; else a register is spent on every offset.
       asm("" : "+r"(from));
 #endif
+      if constexpr (prefetch) prefetch_ahead<step * static_cast<std::int64_t>(sizeof(T))>(from);
       const V w = V::set(weight[m]);
       for (int u = 0; u < kHeld; ++u) held[u] = held[u] + w * V::load(from + u * V::lanes);
     }
@@ -80,7 +113,7 @@ void weighted_mean(const WeightedMean& a) {
   const std::int64_t block = together ? kChunk : kBlock;
   const Divisor divisor(a.total, std::is_same_v<Out, double>);
   const bool stream = can_stream(a.out, a.stream);
-  auto chunks = [&](std::int64_t begin, std::int64_t end) {
+  auto part = [&](std::int64_t begin, std::int64_t end, bool prefetch) {
     alignas(64) double sum[kBlock];
     for (std::int64_t i = begin; i < end; i += block) {
       const std::int64_t n = std::min(block, end - i);
@@ -92,12 +125,17 @@ void weighted_mean(const WeightedMean& a) {
           if (++last == a.count) write_mean(sum, n, divisor, out, stream);
         } else {
           const Ends<Out> ends{m == 0, sum, last == a.count ? out : nullptr, divisor, stream};
-          add_clients<T>(a.vectors + m, a.weights + m, last - m, i, n, ends);
+          if (prefetch)
+            add_clients<true, T>(a.vectors + m, a.weights + m, last - m, i, n, ends);
+          else
+            add_clients<false, T>(a.vectors + m, a.weights + m, last - m, i, n, ends);
         }
       }
     }
     if (stream) finish_stores();
   };
+  Prefetching prefetching((a.size + kChunk - 1) / kChunk, sizeof(T) == 2);
+  auto chunks = [&](std::int64_t begin, std::int64_t end) { prefetching.run([&](bool prefetch) { part(begin, end, prefetch); }); };
   const double bytes = static_cast<double>(a.count + 1) * static_cast<double>(a.size) * sizeof(T);
   parallel_for(a.size, kChunk, a.threads, seconds(bytes), chunks);
 }
@@ -107,7 +145,7 @@ void accumulator_add(const AccumulatorAdd& a) {
   const Divisor divisor(1.0, true);
   auto chunks = [&](std::int64_t begin, std::int64_t end) {
     if (a.vector.stride == 1)
-      add_clients<T, double>(&a.vector, &a.weight, 1, begin, end - begin, {false, a.sum + begin, nullptr, divisor, false});
+      add_clients<false, T, double>(&a.vector, &a.weight, 1, begin, end - begin, {false, a.sum + begin, nullptr, divisor, false});
     else
       add_strided<T>(a.vector, a.weight, begin, end - begin, false, a.sum + begin);
   };

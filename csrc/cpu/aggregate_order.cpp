@@ -35,6 +35,7 @@ void load_tile(const SortedMean& a, std::int64_t begin, std::int64_t n, Tile<C>&
   for (V& v : nans) v = V::set(0);
   for (std::int64_t m = 0; m < a.count; ++m) {
     const T* x = static_cast<const T*>(a.vectors[m]) + begin;
+    prefetch_ahead<kWidth<C> * static_cast<std::int64_t>(sizeof(T))>(x);
     T last[kWidth<C>];
     if (n < kWidth<C>) {
       for (std::int64_t j = 0; j < kWidth<C>; ++j) last[j] = x[j < n ? j : 0];

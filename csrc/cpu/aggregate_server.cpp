@@ -31,6 +31,7 @@ FEDKERN_INLINE void mean_delta(const ServerStep& a, const Divisor& divisor, std:
   for (V& value : held) value = V::set(0);
   for (std::int64_t m = 0; m < a.count; ++m) {
     const T* x = static_cast<const T*>(a.vectors[m]) + at;
+    prefetch_ahead<kStep * static_cast<std::int64_t>(sizeof(T))>(x);
     const V weight = V::set(a.weights[m]);
     V squares[2] = {V::load(sums.squares + m * V::lanes), V::set(0)};
     if (a.weights[m] != 0) {

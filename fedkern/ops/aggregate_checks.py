@@ -27,7 +27,11 @@ def check_vectors(vectors: Vectors) -> tuple[Tensor, int]:
     if not isinstance(vectors, Sequence) or not len(vectors):
         raise ValueError("vectors must hold at least one tensor [P]: a list of them, or one [M, P]")
     first = vectors[0]
+    check_vector(first, "vectors[0]")
+    dtype, shape, device = first.dtype, first.shape, first.device
     for position, vector in enumerate(vectors):
+        if isinstance(vector, Tensor) and vector.dtype is dtype and vector.shape == shape and vector.device == device:
+            continue
         check_vector(vector, f"vectors[{position}]")
         if vector.dtype != first.dtype:
             raise TypeError(f"vectors[{position}] must have vectors[0]'s dtype {first.dtype}, not {vector.dtype}")
@@ -86,11 +90,14 @@ def check_weights(weights: Tensor | Iterable[float], count: int) -> tuple[list[f
     given = weights.tolist() if isinstance(weights, Tensor) else list(weights)
     if len(given) != count:
         raise ValueError(f"weights must have one value for each of the {count} vectors, not {len(given)}")
-    values = [check_weight(value, f"weights[{position}]") for position, value in enumerate(given)]
+    values = [float(value) for value in given]
     total = 0.0
     for value in values:
         total += value
-    if not 0 < total < math.inf:
+    # A NaN or an infinity among them is one in their sum.
+    if not (0 < total < math.inf and min(values) >= 0):
+        for position, value in enumerate(values):
+            check_weight(value, f"weights[{position}]")
         raise ValueError(f"weights must have a positive, finite sum, not {total}")
     return values, total
 
