@@ -191,8 +191,8 @@ def test_residual_blocks(benchmark: Any, count: int, width: int, size: int) -> N
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_adaptors(benchmark: Any, count: int, width: int, size: int, layout: str) -> None:
     torch.manual_seed(0)
-    if count * width > 640:
-        pytest.skip("published settings keep M * width^2 constant")
+    if count * width * size**2 > 640 * 32**2:
+        pytest.skip("its input alone takes 335 MB")
     channels = count * width
     blocks: list[nn.Module] = [nn.Conv2d(channels, width, 1) for _ in range(count)]
     x = torch.randn(64, channels, size, size).contiguous(memory_format=LAYOUTS[layout])

@@ -23,6 +23,7 @@ from fedkern.ops.fuse_table import LOWERINGS, Row
 
 BATCH = 64
 TABLE = Path(fuse_table.__file__)
+MOST = 640 * 32**2  # elements of a sample that adaptors read: memory, and minutes
 BRANCHES, WIDTHS, SIZES = (5, 10, 20), (14, 20, 29, 64), (16, 32)
 
 
@@ -33,7 +34,8 @@ def settings() -> Iterator[tuple[str, int, int, int, bool]]:
             for size in SIZES:
                 yield "spatial", m, width, size, False
                 for last in (False, True):
-                    yield "pointwise", m, width, size, last
+                    if m * width * size**2 <= MOST:
+                        yield "pointwise", m, width, size, last
     for m in (5, 10):
         for width in (20, 64):
             yield "recorded", m, width, 16, False

@@ -26,6 +26,8 @@ inline constexpr std::int64_t kConvBlock = 6;  // 12 of 16
 inline constexpr std::int64_t kLanes = Vec<float>::lanes, kTilePositions = kVectors * kLanes;
 // Positions that are computed before their results are finished and written: a multiple of every level's tile.
 inline constexpr std::int64_t kBand = kFuseConvColumns;
+// Weights that are applied to a whole band before the next ones are read: 8 KB.
+inline constexpr std::int64_t kConvWeights = 2048;
 
 struct ConvPlan {
   std::int64_t phases_y, phases_x, rows, columns;  // of the scratch map, per phase
@@ -76,14 +78,15 @@ inline void lay_out(const FuseConv& a, const ConvPlan& plan, const float* x, flo
         }
 }
 
-// `block` output channels at kVectors vectors of positions: sum over input channels and taps.
+// `block` output channels at kVectors vectors of positions: the sum over input channels and taps is added to `start`, or
+// where that is null to `result`.
 template <int block>
 void conv_tile(const float* const* at, std::int64_t channels, std::int64_t plane, const std::int64_t* tap, std::int64_t taps,
                const float* weight, const float* start, float* result, std::int64_t pitch) {
   using V = Vec<float>;
   V sum[block][kVectors];
   for (int c = 0; c < block; ++c)
-    for (int v = 0; v < kVectors; ++v) sum[c][v] = V::set(start[c]);
+    for (int v = 0; v < kVectors; ++v) sum[c][v] = start ? V::set(start[c]) : V::load(result + c * pitch + v * kLanes);
   for (std::int64_t i = 0; i < channels; ++i)
     for (std::int64_t t = 0; t < taps; ++t, weight += block) {
       const std::int64_t offset = i * plane + tap[t];
@@ -130,6 +133,8 @@ inline void convolve_sample(const FuseConv& a, const ConvPlan& plan, const std::
   constexpr std::int64_t pitch = kBand + kTilePositions;
   const std::int64_t blocks = (a.channels + a.block - 1) / a.block, size = a.out_height * a.out_width;
   const std::int64_t weights = a.in_channels * plan.taps * a.block;
+  // So many input channels at once that their weights, and the band that they are applied to, stay in L1.
+  const std::int64_t chunk = std::max<std::int64_t>(1, kConvWeights / (plan.taps * a.block));
   for (std::int64_t block = 0; block < blocks; ++block) {
     const std::int64_t first = block * a.block, count = std::min(a.block, a.channels - first);
     const float* weight = a.weight + (branch * blocks + block) * weights;
@@ -137,15 +142,19 @@ inline void convolve_sample(const FuseConv& a, const ConvPlan& plan, const std::
     if (a.bias) std::copy_n(a.bias + branch * a.channels + first, count, start);
     for (std::int64_t y = 0; y < a.out_height; y += plan.band_rows) {
       const std::int64_t rows = std::min(plan.band_rows, a.out_height - y);
-      for (std::int64_t p = 0; p < plan.positions(rows); p += kTilePositions) {
-        const float* at[kVectors];
-        for (int v = 0; v < kVectors; ++v) {
-          const std::int64_t q = p + v * kLanes;
-          // Vectors past the last row are computed from what lies behind it, and dropped.
-          at[v] = scratch + (plan.by_row ? std::min(y + q / plan.pitch, a.out_height - 1) * plan.columns + q % plan.pitch
-                                         : y * plan.columns + q);
+      for (std::int64_t i = 0; i < a.in_channels; i += chunk) {
+        const float* from = scratch + i * plan.plane;
+        for (std::int64_t p = 0; p < plan.positions(rows); p += kTilePositions) {
+          const float* at[kVectors];
+          for (int v = 0; v < kVectors; ++v) {
+            const std::int64_t q = p + v * kLanes;
+            // Vectors past the last row are computed from what lies behind it, and dropped.
+            at[v] = from + (plan.by_row ? std::min(y + q / plan.pitch, a.out_height - 1) * plan.columns + q % plan.pitch
+                                        : y * plan.columns + q);
+          }
+          tile(at, std::min(chunk, a.in_channels - i), plan.plane, tap, plan.taps, weight + i * plan.taps * a.block,
+               i ? nullptr : start, result + p, pitch);
         }
-        tile(at, a.in_channels, plan.plane, tap, plan.taps, weight, start, result + p, pitch);
       }
       for (std::int64_t c = 0; c < count; ++c)
         for (std::int64_t row = 0; row < rows; ++row) {

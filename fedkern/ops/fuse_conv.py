@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops import backend
+from fedkern.ops.fuse_launch import CpuFuse
 from fedkern.ops.fuse_layers import FusedConv
 
 # csrc/cpu/fuse_conv.h: positions of a band of rows; wider maps take another way.
@@ -20,13 +21,14 @@ def core_for(x: Tensor) -> Any | None:
     if x.dtype is not torch.float32 or x.device.type != "cpu" or not backend.eager(x) or x.is_neg():
         return None
     kernel = backend.select("fuse_concat", x)
-    return None if kernel is None else kernel.core
+    return kernel.core if isinstance(kernel, CpuFuse) else None
 
 
 def fits(conv: FusedConv) -> bool:
     """Whether the algorithm covers this convolution: one group, one stride and dilation, padding in numbers."""
     return (
         conv.groups == 1
+        and conv.part("weight", 0).numel() > 0
         and not isinstance(conv.padding, str)
         and conv.stride[0] == conv.stride[1]
         and conv.dilation[0] == conv.dilation[1]

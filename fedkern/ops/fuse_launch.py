@@ -17,6 +17,7 @@ from fedkern.ops.fuse_kernels import (
     compute_dtype,
     empty_map,
     fused_channels,
+    order_of,
     position_stride,
     wants_channels_last,
 )
@@ -38,11 +39,17 @@ class CpuFuse:
         self, features: Sequence[Tensor], scale: Tensor | None, shift: Tensor | None, relu: bool, mean: bool
     ) -> Tensor:
         first = features[0]
-        shape = first.shape
-        channels = fused_channels([x.shape[1] for x in features], mean)
-        channels_last = wants_channels_last(features)
-        out = empty_map((shape[0], channels, *shape[2:]), channels_last, first)
+        shape, strides = first.shape, first.stride()
         size = math.prod(shape[2:])
+        for x in features:
+            if x.shape != shape or x.stride() != strides:
+                channels = fused_channels([x.shape[1] for x in features], mean)
+                channels_last = wants_channels_last(features)
+                break
+        else:
+            channels = shape[1] if mean else shape[1] * len(features)
+            channels_last = not first.is_contiguous() and order_of(first) == 1
+        out = empty_map((shape[0], channels, *shape[2:]), channels_last, first)
         interleaved = channels_last or size == 1
         bytes_ = shape[0] * channels * size * first.itemsize
         if bytes_ >= HUGE:
@@ -126,6 +133,8 @@ def _vector(vector: Tensor | None, like: Tensor) -> Tensor | None:
 
 def _laid_out(x: Tensor, interleaved: bool) -> Tensor:
     """``x``, copied where its inner axis in that order is not dense or its positions do not follow at one stride."""
+    if x.is_contiguous() and not interleaved:
+        return x
     step = position_stride(x.shape, x.stride())
     if interleaved:
         if step is not None and (x.stride(1) == 1 or x.shape[1] == 1):
@@ -141,9 +150,12 @@ def _laid_out(x: Tensor, interleaved: bool) -> Tensor:
 
 
 def _map(x: Tensor, interleaved: bool) -> Map:
-    strides = x.stride()
-    step = position_stride(x.shape, strides) or 0
-    return (x.data_ptr(), x.shape[1], strides[0], 1 if interleaved else strides[1], step)
+    shape, strides = x.shape, x.stride()
+    if not interleaved:
+        return (x.data_ptr(), shape[1], strides[0], strides[1], 1)
+    # Samples of one position each are positions of one sample to the core.
+    single = len(shape) == 2 or math.prod(shape[2:]) == 1
+    return (x.data_ptr(), shape[1], strides[0], 1, strides[0] if single else position_stride(shape, strides) or 0)
 
 
 def _maps(features: Sequence[Tensor], interleaved: bool) -> tuple[Sequence[Tensor], list[Map | int]]:
