@@ -120,10 +120,19 @@ def load_triton(family: str) -> ModuleType:
         raise Unavailable("triton is not installed (pip install 'fedkern[triton]')") from None
     except ImportError as error:
         raise Unavailable(f"triton does not load ({error})") from error
+    if not hasattr(triton, "jit"):  # a folder of that name
+        raise Unavailable("triton is not installed (pip install 'fedkern[triton]')")
     found = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if found < TRITON:
         wanted = ".".join(str(part) for part in TRITON)
         raise Unavailable(f"triton {triton.__version__} is installed, and fedkern needs {wanted} or newer")
+    if found == (3, 6) and interpreted():
+        import numpy
+
+        try:
+            int(numpy.zeros(1))
+        except TypeError:
+            raise Unavailable(f"the interpreter of triton 3.6 does not run with numpy {numpy.__version__}") from None
     try:
         return importlib.import_module(f"fedkern.ops.triton.{family}")
     except ImportError as error:

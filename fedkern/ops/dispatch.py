@@ -15,6 +15,7 @@ from which Triton does.  On the CPU there is nothing to choose: the CPU core ser
 * The row losses are different: with tens of thousands of classes their work per byte (exponentials, two passes over a
   row whose second one finds it in the L2) depends on how rows are cut into tiles, which Triton picks per shape and a
   compiled core has to fix.  There Triton takes the large sizes.
+  Ensembles are not among them: Triton reads their teachers once more, for the sums of exponentials.
 
 Whoever has a GPU replaces these by measurement: ``python -m pytest benchmarks`` with ``FEDKERN_BACKEND`` set to each.
 """
@@ -33,6 +34,11 @@ CROSSOVER: dict[str, dict[int, int] | None] = {
     "kl_div": LAUNCH_HIDDEN,
     "dual_kl": LAUNCH_HIDDEN,
     "entropy": LAUNCH_HIDDEN,
+    "ensemble_kl": None,
+    "js_div": None,
+    "consensus": None,
+    "fuse_concat": None,
+    "fuse_mean": None,
 }
 
 

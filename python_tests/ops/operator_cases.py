@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import itertools
 import math
 import os
@@ -34,10 +33,12 @@ def _triton() -> list[str]:
 
     With one, the tests marked ``gpu`` run the compiled kernels; ``TRITON_INTERPRET=1`` brings the interpreter back.
     """
-    if importlib.util.find_spec("triton") is None:
-        return []
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    try:
+        backend.load_triton("launch")
+    except backend.Unavailable:
+        return []
     return ["triton"] if backend.interpreted() else []
 
 

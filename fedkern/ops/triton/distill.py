@@ -13,11 +13,13 @@ from fedkern.ops.distill_common import BATCHMEAN, NONE, mean_scale, row_count, r
 from fedkern.ops.distill_kernels import Divergence
 from fedkern.ops.distill_launch import weight_gradient
 from fedkern.ops.distill_reference import compute_dtype, result_dtype
+from fedkern.ops.triton.distill_ensemble import Mixtures
 from fedkern.ops.triton.distill_kernels import divergence_kernel
 from fedkern.ops.triton.distill_limits import entropy_kernel, limit_kernel
 from fedkern.ops.triton.launch import double_bits, launch, power_of_two
 from fedkern.ops.triton.rows import (
     COMPUTE,
+    SERIES,
     Rows,
     Steps,
     finish,
@@ -28,11 +30,8 @@ from fedkern.ops.triton.rows import (
     steps_of,
 )
 
-# Terms of the series of e^u - 1 - u on |u| < 1/2, and what no probability may be below where it is multiplied by -inf.
-SERIES = {torch.float32: (9, 1.1754943508222875e-38), torch.float64: (15, 2.2250738585072014e-308)}
 
-
-class TritonDistill:
+class TritonDistill(Mixtures):
     """:class:`fedkern.ops.distill_kernels.DistillKernel`."""
 
     # On a GPU the result's gradient stays where it is, so a gradient made on the way forward would have to be read,

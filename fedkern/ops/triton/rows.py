@@ -18,6 +18,9 @@ from fedkern.ops.triton.launch import cdiv, launch, power_of_two, processors
 
 COMPUTE = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), tl.float32) | {torch.float64: tl.float64}
 
+# Terms of the series of e^u - 1 - u on |u| < 1/2, and what no probability may be below where it is multiplied by -inf.
+SERIES = {torch.float32: (9, 1.1754943508222875e-38), torch.float64: (15, 2.2250738585072014e-308)}
+
 # Elements of one tensor's tile. With four warps a thread holds 16 of each, and no kernel here spills (sm_90).
 TILE = 2048
 # The longest row that is held whole: what is longer is read in pieces, twice, the second time mostly from the L2.
@@ -203,7 +206,7 @@ def share(
     Args:
         logits: gives the shape.
         steps: of every tensor that takes part.
-        tensors: how many tiles of logits a program holds at once; more than two are given smaller ones.
+        tensors: how many tiles of logits a program holds at once; the more, the smaller. Mixtures count as four.
         compute: the dtype that is computed in.
         axis: of the classes.
     """
@@ -215,7 +218,7 @@ def share(
     elif all(s.outer == inner * s.row for s in steps):
         outer, inner = 1, outer * inner
         steps = [Steps(0, s.row, s.column) for s in steps]
-    elements = TILE if tensors <= 2 else TILE // 2
+    elements = TILE if tensors <= 2 else TILE // 2 if tensors == 3 else TILE // 4
     if compute is torch.float64:
         elements //= 2
     longest = WHOLE * elements // TILE

@@ -16,8 +16,8 @@ import torch
 
 import fedkern.ops.triton
 from fedkern.ops.aggregate_kernels import RULES, ServerRule
-from fedkern.ops.distill_common import BATCHMEAN, NONE
-from fedkern.ops.distill_kernels import Divergence
+from fedkern.ops.distill_common import BATCHMEAN, LOGITS, MEAN, NONE, PROBS
+from fedkern.ops.distill_kernels import Divergence, Ensemble
 from fedkern.ops.fuse_kernels import FuseNeeds
 from fedkern.ops.triton.aggregate import TritonAggregate
 from fedkern.ops.triton.blend import TritonBlend
@@ -60,6 +60,7 @@ def cases(full: bool) -> Iterator[Case]:
     yield from blend_cases(full)
     yield from boxes_cases(full)
     yield from distill_cases(full)
+    yield from ensemble_cases(full)
     yield from aggregate_cases(full)
     yield from fuse_cases(full)
 
@@ -119,13 +120,13 @@ def boxes_cases(full: bool) -> Iterator[Case]:
 
 
 # Rows of each kind: in one tile and in several, whole and in pieces, in parts, and with the positions side by side.
-LOGITS = [(64, 10), (4096, 1000), (256, 32000), (8, 131072), (8, 4, 128, 128)]
-MORE_LOGITS = [(64, 1), (4096, 100), (401, 1271), (2, 8192, 16, 16), (2, 150, 64, 65)]
+SHAPES = [(64, 10), (4096, 1000), (256, 32000), (8, 131072), (8, 4, 128, 128)]
+MORE_SHAPES = [(64, 1), (4096, 100), (401, 1271), (2, 8192, 16, 16), (2, 150, 64, 65)]
 
 
 def distill_cases(full: bool) -> Iterator[Case]:
     kernel = TritonDistill()
-    for number, shape in enumerate([*LOGITS, *(MORE_LOGITS if full else [])]):
+    for number, shape in enumerate([*SHAPES, *(MORE_SHAPES if full else [])]):
         for dtype in pick(full, number):
             x = torch.empty(shape, dtype=dtype)
             layouts = [x]
@@ -160,6 +161,41 @@ def distill_cases(full: bool) -> Iterator[Case]:
                 yield (
                     f"{label} entropy gradient",
                     lambda: kernel.entropy_backward(torch.empty((), dtype=dtype), x, BATCHMEAN),
+                )
+
+
+def ensemble_cases(full: bool) -> Iterator[Case]:
+    kernel = TritonDistill()
+    shapes = [(20, 64, 10), (5, 8, 4, 128, 128), (3, 64, 32000), (20, 256, 100)]
+    for number, shape in enumerate(shapes[: 4 if full else 3]):
+        for dtype in pick(full, number):
+            x = torch.empty(shape, dtype=dtype)
+            student, one, mask = x[0].contiguous(), torch.empty((), dtype=dtype), torch.ones(shape[0], shape[2]).bool()
+            by_row = torch.ones((*shape[:2], 1, *shape[3:]))
+            by_class = torch.ones(shape)
+            label = f"ensemble {dtype} {list(shape)}"
+            for mix in (PROBS, LOGITS, MEAN):
+                settings = Ensemble(2.0, mix, False, BATCHMEAN)
+                for weights in (by_row, by_class)[: 2 if full and mix != MEAN else 1]:
+                    known = mask if full and mix != MEAN else None
+                    yield (
+                        f"{label} mix {mix}",
+                        lambda: kernel.ensemble_forward(student, x, weights, known, settings),
+                    )
+                    for needs in ((True, False, False), (False, True, True)):
+                        if full or needs[0] or mix == PROBS:
+                            yield (
+                                f"{label} mix {mix} backward",
+                                lambda: kernel.ensemble_backward(one, student, x, weights, known, settings, needs),
+                            )
+            rows = by_row.squeeze(2)
+            yield f"{label} js", lambda: kernel.js_forward(x, None, BATCHMEAN)
+            yield f"{label} js backward", lambda: kernel.js_backward(one, x, None, BATCHMEAN, (True, False))
+            yield f"{label} consensus", lambda: kernel.consensus_forward(x, rows, BATCHMEAN)
+            if full:
+                yield (
+                    f"{label} consensus backward",
+                    lambda: kernel.consensus_backward(one, one, x, rows, BATCHMEAN, (True, True)),
                 )
 
 

@@ -1,0 +1,211 @@
+"""js_div, consensus and ensemble_kl's mean of divergences in Triton: sums over the teachers, each against one row."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fedkern.ops.triton.distill_kernels import _by_p, _pair
+from fedkern.ops.triton.distill_mixture import _log_p, _mix, share_of
+from fedkern.ops.triton.rows import join, load_tile, narrow
+
+
+@triton.jit
+def _row_weight(weights, at_weight, k, weight_stride, valid, COMPUTE: tl.constexpr, ROWS: tl.constexpr):
+    raw = tl.zeros([ROWS], COMPUTE) + 1.0
+    if weights is not None:
+        raw = tl.load(weights + k * weight_stride + at_weight, mask=valid, other=0).to(COMPUTE)
+    return raw
+
+
+@triton.jit
+def _against(
+    x, tops, logs, row, valid, k, all_rows, scale, other, other_top, other_log,
+    LOG_PROBS: tl.constexpr, TERMS: tl.constexpr, TINY: tl.constexpr,
+):  # fmt: skip
+    """:func:`_pair` of teacher k's logits and logits ``other`` over the temperature, and its log-probabilities."""
+    log_p = _log_p(x, tops, logs, row, valid, k, all_rows, scale, LOG_PROBS)
+    top = tl.zeros_like(other_top)
+    log_total = tl.zeros_like(other_top)
+    if not LOG_PROBS:
+        top += tl.load(tops + k * all_rows + row, mask=valid, other=0) * scale
+        log_total += tl.load(logs + k * all_rows + row, mask=valid, other=0)
+        x = x * scale
+    terms, by_other, u, p = _pair(x, top, log_total, other, other_top, other_log, 1.0, TERMS, TINY)
+    return terms, by_other, u, p, log_p
+
+
+@triton.jit(do_not_specialize=["temperature", "count_rows", "bound"])
+def stack_kernel(
+    student, teachers, weights, grad, more_grad, tops, logs,
+    to_student, to_teachers, to_weights, losses, more_losses, total, more_total,
+    temperature, count_rows, bound, count, inner, classes, tiles, all_rows,
+    student_outer, student_row, student_column, teacher_outer, teacher_row, teacher_column,
+    weight_outer, weight_row, grad_outer, grad_row, more_outer, more_row, by_outer, by_row,
+    teacher_stride, weight_stride, by_stride,
+    COMPUTE: tl.constexpr, TERMS: tl.constexpr, TINY: tl.constexpr, CONSENSUS: tl.constexpr, LOG_PROBS: tl.constexpr,
+    MEAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """``sum_k w_k KL(p_k || q)`` with q the student's softmax or, without one, the mixture of the p (js_div).
+
+    CONSENSUS: the entropy of the mixture, and the weighted mean of the entropies (``more_...``).
+    """
+    program = tl.program_id(0)
+    batch = (program // tiles).to(tl.int64)
+    inside = (program % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    valid = inside < inner
+    row = batch * inner + inside
+    t = temperature.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
+    scale = 1.0 / t
+    at_student = batch * student_outer + inside * student_row
+    at_teacher = batch * teacher_outer + inside * teacher_row
+    at_weight = batch * weight_outer + inside * weight_row
+    at_by = batch * by_outer + inside * by_row
+
+    whole = tl.zeros([ROWS], COMPUTE)
+    for k_ in range(count):
+        whole += _row_weight(weights, at_weight, tl.cast(k_, tl.int64), weight_stride, valid, COMPUTE, ROWS)
+    q_top = tl.zeros([ROWS], COMPUTE)
+    q_log = tl.zeros([ROWS], COMPUTE)
+    if student is not None:
+        q_top += float("-inf")
+        q_total = tl.zeros([ROWS], COMPUTE)
+        for begin in range(0, classes, COLUMNS):
+            column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
+            mask = valid[:, None] & (column < classes)[None, :]
+            y = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE) * scale
+            new = tl.max(y, axis=1)
+            base = tl.where(new == float("-inf"), 0.0, new)
+            q_top, q_total = join(q_top, q_total, new, tl.sum(tl.exp(y - base[:, None]), axis=1), 1.0)
+        q_log += tl.log(q_total)
+
+    # the rows' losses, which the weights' gradients need too
+    value = tl.zeros([ROWS], COMPUTE)
+    mixed_value = tl.zeros([ROWS], COMPUTE)
+    if losses is not None or total is not None or to_weights is not None:
+        for begin in range(0, classes, COLUMNS):
+            column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
+            mask = valid[:, None] & (column < classes)[None, :]
+            if student is not None:
+                other = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE) * scale
+            else:
+                other, _ = _mix(
+                    teachers, weights, None, tops, logs, at_teacher, at_weight, row, valid, column, mask, classes,
+                    count, all_rows, scale, teacher_stride, teacher_column, weight_stride, 0, 0, 0,
+                    COMPUTE, False, LOG_PROBS,
+                )  # fmt: skip
+            if CONSENSUS:
+                part = tl.where(other == float("-inf"), 0.0, -tl.exp(other) * other)
+                mixed_value += tl.sum(part, axis=1)
+            for k_ in range(count):
+                k = tl.cast(k_, tl.int64)
+                raw = _row_weight(weights, at_weight, k, weight_stride, valid, COMPUTE, ROWS)
+                share = share_of(raw, whole, count)
+                x = load_tile(teachers, at_teacher + k * teacher_stride, teacher_column, column, mask, classes, COMPUTE)
+                terms, _, _, p, log_p = _against(
+                    x, tops, logs, row, valid, k, all_rows, scale, other, q_top, q_log, LOG_PROBS, TERMS, TINY
+                )
+                if CONSENSUS:
+                    terms = -p * tl.where(log_p == float("-inf"), 0.0, log_p)
+                terms = tl.where((column < classes)[None, :], terms, 0.0)
+                value += tl.where(share == 0, 0.0, share * tl.sum(terms, axis=1))
+    factor = tl.zeros([ROWS], COMPUTE) + 1.0
+    if grad is not None:
+        factor = tl.load(grad + batch * grad_outer + inside * grad_row, mask=valid, other=0).to(COMPUTE)
+    factor = factor / count_rows.to(COMPUTE)
+    more_factor = tl.zeros([ROWS], COMPUTE)
+    if CONSENSUS:
+        first_value, second_value = mixed_value, value
+        if more_grad is not None:
+            at_more = batch * more_outer + inside * more_row
+            more_factor += tl.load(more_grad + at_more, mask=valid, other=0).to(COMPUTE) / count_rows.to(COMPUTE)
+    else:
+        first_value, second_value = t * t * value, value
+        limit = bound.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
+        first_value = tl.where(first_value > limit, limit, first_value)
+    if losses is not None:
+        tl.store(losses + row, first_value.to(losses.dtype.element_ty), mask=valid)
+    if more_losses is not None:
+        tl.store(more_losses + row, second_value.to(more_losses.dtype.element_ty), mask=valid)
+    if total is not None:
+        sum_ = tl.sum(tl.where(valid, first_value, 0.0).to(tl.float64), axis=0)
+        if MEAN:
+            sum_ = sum_ / count_rows
+        tl.store(total + program, narrow(sum_, total))
+    if more_total is not None:
+        sum_ = tl.sum(tl.where(valid, second_value, 0.0).to(tl.float64), axis=0)
+        if MEAN:
+            sum_ = sum_ / count_rows
+        tl.store(more_total + program, narrow(sum_, more_total))
+
+    if to_student is not None:
+        for begin in range(0, classes, COLUMNS):
+            column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
+            mask = valid[:, None] & (column < classes)[None, :]
+            other = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE) * scale
+            sum_ = tl.zeros([ROWS, COLUMNS], COMPUTE)
+            for k_ in range(count):
+                k = tl.cast(k_, tl.int64)
+                raw = _row_weight(weights, at_weight, k, weight_stride, valid, COMPUTE, ROWS)
+                share = share_of(raw, whole, count)[:, None]
+                x = load_tile(teachers, at_teacher + k * teacher_stride, teacher_column, column, mask, classes, COMPUTE)
+                _, by_other, _, _, _ = _against(
+                    x, tops, logs, row, valid, k, all_rows, scale, other, q_top, q_log, LOG_PROBS, TERMS, TINY
+                )
+                sum_ += tl.where(share == 0, 0.0, share * by_other)
+            place = at_student[:, None] + (column * student_column)[None, :]
+            tl.store(to_student + place, ((t * factor)[:, None] * sum_).to(to_student.dtype.element_ty), mask=mask)
+
+    if to_teachers is not None or to_weights is not None:
+        for k_ in range(count):
+            k = tl.cast(k_, tl.int64)
+            raw = _row_weight(weights, at_weight, k, weight_stride, valid, COMPUTE, ROWS)
+            share = share_of(raw, whole, count)
+            own = tl.zeros([ROWS], COMPUTE)  # this teacher's divergence or entropy
+            cross = tl.zeros([ROWS], COMPUTE)  # and its mean of -log mixture
+            for stage in range(2):
+                for begin in range(0, classes, COLUMNS):
+                    column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
+                    mask = valid[:, None] & (column < classes)[None, :]
+                    if student is not None:
+                        other = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE) * scale
+                    else:
+                        other, _ = _mix(
+                            teachers, weights, None, tops, logs, at_teacher, at_weight, row, valid, column, mask,
+                            classes, count, all_rows, scale, teacher_stride, teacher_column, weight_stride, 0, 0, 0,
+                            COMPUTE, False, LOG_PROBS,
+                        )  # fmt: skip
+                    x = load_tile(
+                        teachers, at_teacher + k * teacher_stride, teacher_column, column, mask, classes, COMPUTE
+                    )
+                    terms, _, u, p, log_p = _against(
+                        x, tops, logs, row, valid, k, all_rows, scale, other, q_top, q_log, LOG_PROBS, TERMS, TINY
+                    )
+                    surprise = tl.where(p == 0, 0.0, -log_p)
+                    mixed_surprise = tl.where((p == 0) | (other == float("-inf")), 0.0, -other)
+                    if stage == 0:
+                        if CONSENSUS:
+                            own += tl.sum(tl.where(mask, p * surprise, 0.0), axis=1)
+                            cross += tl.sum(tl.where(mask, p * mixed_surprise, 0.0), axis=1)
+                        else:
+                            own += tl.sum(tl.where(mask, terms, 0.0), axis=1)
+                    elif to_teachers is not None:
+                        by_share = (share * t)[:, None]
+                        if CONSENSUS:
+                            by_x = factor[:, None] * p * (mixed_surprise - cross[:, None])
+                            by_x += more_factor[:, None] * p * (surprise - own[:, None])
+                        elif LOG_PROBS:
+                            by_x = factor[:, None] * _by_p(p, u, tl.zeros_like(own))
+                        else:
+                            by_x = factor[:, None] * _by_p(p, u, own)
+                        by_x = tl.where((share == 0)[:, None], 0.0, by_share * by_x)
+                        place = (at_teacher + k * teacher_stride)[:, None] + (column * teacher_column)[None, :]
+                        tl.store(to_teachers + place, by_x.to(to_teachers.dtype.element_ty), mask=mask)
+            if to_weights is not None:
+                if CONSENSUS:
+                    by_weight = factor * (cross - mixed_value) + more_factor * (own - value)
+                else:
+                    by_weight = factor * t * t * (own - value)
+                present = (raw != 0) & (whole != 0)
+                by_weight = tl.where(present, by_weight / tl.where(present, whole, 1.0), 0.0)
+                tl.store(to_weights + at_by + k * by_stride, by_weight, mask=valid)

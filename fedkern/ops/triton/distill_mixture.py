@@ -1,0 +1,255 @@
+"""ensemble_kl, js_div and consensus in Triton: the kernels; their launcher is in distill_ensemble.py.
+
+A program takes some rows of all K teachers, whose softmaxes it makes from their maxima and sums of exponentials
+(:func:`members_kernel`), and walks through the classes in tiles; the mixture exists one tile at a time.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fedkern.ops.triton.distill_kernels import _by_p, _pair
+from fedkern.ops.triton.rows import join, load_tile, narrow, scan
+
+
+@triton.jit(do_not_specialize=["temperature"])
+def members_kernel(
+    teachers, tops, logs, temperature, inner, classes, tiles, groups, all_rows,
+    stride, outer_stride, row_stride, class_stride,
+    COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The maximum of each teacher's row and the logarithm of its sum of exponentials, ``[K, rows]``."""
+    program = tl.program_id(0)
+    k, group = (program // groups).to(tl.int64), (program % groups).to(tl.int64)
+    inside = group % tiles * ROWS + tl.arange(0, ROWS)
+    valid = inside < inner
+    offset = k * stride + group // tiles * outer_stride + inside * row_stride
+    scale = 1.0 / temperature.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
+    top, total = scan(teachers, offset, class_stride, valid, 0, classes, classes, scale, COMPUTE, ROWS, COLUMNS)
+    place = k * all_rows + group // tiles * inner + inside
+    tl.store(tops + place, top, mask=valid)
+    tl.store(logs + place, tl.log(total), mask=valid)
+
+
+@triton.jit
+def _raw(weights, at_weight, weight_column, class_mask, mask_column, k, weight_stride, mask_stride, column, mask,
+         COMPUTE: tl.constexpr):  # fmt: skip
+    """Weights of teacher k, not normalised, 0 where the class mask says so."""
+    raw = tl.zeros(mask.shape, COMPUTE) + 1.0
+    if weights is not None:
+        place = k * weight_stride + at_weight[:, None] + (column * weight_column)[None, :]
+        raw = tl.load(weights + place, mask=mask, other=0).to(COMPUTE)
+    if class_mask is not None:
+        known = tl.load(class_mask + k * mask_stride + column[None, :] * mask_column, mask=mask, other=0)
+        raw = tl.where(known != 0, raw, 0.0)
+    return raw
+
+
+@triton.jit
+def _sum_of_weights(weights, at_weight, weight_column, class_mask, mask_column, count, weight_stride, mask_stride,
+                    column, mask, COMPUTE: tl.constexpr):  # fmt: skip
+    total = tl.zeros(mask.shape, COMPUTE)
+    for k in range(count):
+        total += _raw(weights, at_weight, weight_column, class_mask, mask_column, tl.cast(k, tl.int64), weight_stride,
+                      mask_stride, column, mask, COMPUTE)  # fmt: skip
+    return total
+
+
+@triton.jit
+def share_of(raw, total, count):
+    equal = (tl.zeros_like(total) + 1.0) / count  # not 1.0 / count, which is fp32
+    return tl.where(total == 0, equal, raw / tl.where(total == 0, 1.0, total))
+
+
+@triton.jit
+def _log_p(x, tops, logs, row, valid, k, all_rows, scale, LOG_PROBS: tl.constexpr):
+    """The teacher's log-probabilities."""
+    result = x
+    if not LOG_PROBS:
+        top = tl.load(tops + k * all_rows + row, mask=valid, other=0)
+        log_total = tl.load(logs + k * all_rows + row, mask=valid, other=0)
+        result = (x - top[:, None]) * scale - log_total[:, None]
+    return result
+
+
+@triton.jit
+def _mix(
+    teachers, weights, class_mask, tops, logs, at_teacher, at_weight, row, valid, column, mask, classes, count,
+    all_rows, scale, teacher_stride, teacher_column, weight_stride, weight_column, mask_stride, mask_column,
+    COMPUTE: tl.constexpr, LOGITS: tl.constexpr, LOG_PROBS: tl.constexpr,
+):  # fmt: skip
+    """A tile of the mixture: logarithms of its probabilities, or (LOGITS) its logits over the temperature."""
+    total = _sum_of_weights(weights, at_weight, weight_column, class_mask, mask_column, count, weight_stride,
+                            mask_stride, column, mask, COMPUTE)  # fmt: skip
+    peak = tl.full(mask.shape, float("-inf"), COMPUTE)
+    sum_ = tl.zeros(mask.shape, COMPUTE)
+    for k_ in range(count):
+        k = tl.cast(k_, tl.int64)
+        raw = _raw(weights, at_weight, weight_column, class_mask, mask_column, k, weight_stride, mask_stride, column,
+                   mask, COMPUTE)  # fmt: skip
+        share = share_of(raw, total, count)
+        x = load_tile(teachers, at_teacher + k * teacher_stride, teacher_column, column, mask, classes, COMPUTE)
+        if LOGITS:
+            # peak marks masked classes here
+            gone = (share > 0) & (x == float("-inf"))
+            peak = tl.where(gone, 0.0, peak)
+            sum_ += tl.where((x == float("-inf")) | (share <= 0), 0.0, share * x)
+        else:
+            log_p = _log_p(x, tops, logs, row, valid, k, all_rows, scale, LOG_PROBS)
+            log_p = tl.where(share > 0, log_p, float("-inf"))
+            new = tl.maximum(peak, log_p)
+            base = tl.where(new == float("-inf"), 0.0, new)
+            sum_ = sum_ * tl.exp(peak - base) + tl.where(share > 0, share * tl.exp(log_p - base), 0.0)
+            peak = new
+    if LOGITS:
+        result = tl.where(peak == 0, float("-inf"), sum_ * scale)
+    else:
+        result = tl.where(sum_ == 0, float("-inf"), tl.log(tl.where(sum_ == 0, 1.0, sum_)) + peak)
+    return tl.where((column < classes)[None, :], result, float("-inf")), total
+
+
+@triton.jit(do_not_specialize=["temperature", "count_rows"])
+def mixture_kernel(
+    student, teachers, weights, class_mask, grad, tops, logs,
+    to_student, to_teachers, to_weights, losses, total,
+    temperature, count_rows, count, inner, classes, tiles, all_rows,
+    student_outer, student_row, student_column, teacher_outer, teacher_row, teacher_column,
+    weight_outer, weight_row, weight_column, grad_outer, grad_row, by_outer, by_row, by_column,
+    teacher_stride, weight_stride, mask_stride, mask_column, by_stride,
+    COMPUTE: tl.constexpr, TERMS: tl.constexpr, TINY: tl.constexpr, LOGITS: tl.constexpr, LOG_PROBS: tl.constexpr,
+    BY_CLASS: tl.constexpr, MEAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """KL(mixture || student), or its gradients; the weights' go to ``to_weights``, by class or by row."""
+    program = tl.program_id(0)
+    batch = (program // tiles).to(tl.int64)
+    inside = (program % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    valid = inside < inner
+    row = batch * inner + inside
+    t = temperature.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
+    scale = 1.0 / t
+    at_student = batch * student_outer + inside * student_row
+    at_teacher = batch * teacher_outer + inside * teacher_row
+    at_weight = batch * weight_outer + inside * weight_row
+    at_by = batch * by_outer + inside * by_row
+
+    # normalisers of the mixture and of the student
+    p_top = tl.full([ROWS], float("-inf"), COMPUTE)
+    p_total = tl.zeros([ROWS], COMPUTE)
+    q_top = tl.full([ROWS], float("-inf"), COMPUTE)
+    q_total = tl.zeros([ROWS], COMPUTE)
+    for begin in range(0, classes, COLUMNS):
+        column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
+        mask = valid[:, None] & (column < classes)[None, :]
+        mixed, _ = _mix(
+            teachers, weights, class_mask, tops, logs, at_teacher, at_weight, row, valid, column, mask, classes, count,
+            all_rows, scale, teacher_stride, teacher_column, weight_stride, weight_column, mask_stride, mask_column,
+            COMPUTE, LOGITS, LOG_PROBS,
+        )  # fmt: skip
+        new = tl.max(mixed, axis=1)
+        base = tl.where(new == float("-inf"), 0.0, new)
+        p_top, p_total = join(p_top, p_total, new, tl.sum(tl.exp(mixed - base[:, None]), axis=1), 1.0)
+        y = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE) * scale
+        new = tl.max(y, axis=1)
+        base = tl.where(new == float("-inf"), 0.0, new)
+        q_top, q_total = join(q_top, q_total, new, tl.sum(tl.exp(y - base[:, None]), axis=1), 1.0)
+    p_log, q_log = tl.log(p_total), tl.log(q_total)
+
+    value = tl.zeros([ROWS], COMPUTE)
+    for begin in range(0, classes, COLUMNS):
+        column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
+        mask = valid[:, None] & (column < classes)[None, :]
+        mixed, _ = _mix(
+            teachers, weights, class_mask, tops, logs, at_teacher, at_weight, row, valid, column, mask, classes, count,
+            all_rows, scale, teacher_stride, teacher_column, weight_stride, weight_column, mask_stride, mask_column,
+            COMPUTE, LOGITS, LOG_PROBS,
+        )  # fmt: skip
+        y = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE) * scale
+        terms, _, _, _ = _pair(mixed, p_top, p_log, y, q_top, q_log, 1.0, TERMS, TINY)
+        value += tl.sum(tl.where((column < classes)[None, :], terms, 0.0), axis=1)
+    if losses is not None:
+        tl.store(losses + row, (t * t * value).to(losses.dtype.element_ty), mask=valid)
+    if total is not None:
+        sum_ = tl.sum(tl.where(valid, t * t * value, 0.0).to(tl.float64), axis=0)
+        if MEAN:
+            sum_ = sum_ / count_rows
+        tl.store(total + program, narrow(sum_, total))
+
+    if to_student is not None or to_teachers is not None or to_weights is not None:
+        factor = tl.zeros([ROWS], COMPUTE) + 1.0
+        if grad is not None:
+            factor = tl.load(grad + batch * grad_outer + inside * grad_row, mask=valid, other=0).to(COMPUTE)
+        factor = factor / count_rows.to(COMPUTE)
+        if to_student is not None:
+            for begin in range(0, classes, COLUMNS):
+                column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
+                mask = valid[:, None] & (column < classes)[None, :]
+                mixed, _ = _mix(
+                    teachers, weights, class_mask, tops, logs, at_teacher, at_weight, row, valid, column, mask,
+                    classes, count, all_rows, scale, teacher_stride, teacher_column, weight_stride, weight_column,
+                    mask_stride, mask_column, COMPUTE, LOGITS, LOG_PROBS,
+                )  # fmt: skip
+                y = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE) * scale
+                _, by_y, _, _ = _pair(mixed, p_top, p_log, y, q_top, q_log, 1.0, TERMS, TINY)
+                place = at_student[:, None] + (column * student_column)[None, :]
+                by_y = (t * factor)[:, None] * by_y
+                tl.store(to_student + place, by_y.to(to_student.dtype.element_ty), mask=mask)
+        if to_teachers is not None or to_weights is not None:
+            for k_ in range(count):
+                k = tl.cast(k_, tl.int64)
+                # Sums over the row: what the softmax takes back, and the weights' gradient; then what needs them.
+                inner_sum = tl.zeros([ROWS], COMPUTE)
+                by_weight = tl.zeros([ROWS], COMPUTE)
+                used = tl.zeros([ROWS], COMPUTE)
+                for stage in range(2):
+                    for begin in range(0, classes, COLUMNS):
+                        column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
+                        mask = valid[:, None] & (column < classes)[None, :]
+                        mixed, sum_of_weights = _mix(
+                            teachers, weights, class_mask, tops, logs, at_teacher, at_weight, row, valid, column, mask,
+                            classes, count, all_rows, scale, teacher_stride, teacher_column, weight_stride,
+                            weight_column, mask_stride, mask_column, COMPUTE, LOGITS, LOG_PROBS,
+                        )  # fmt: skip
+                        y = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE) * scale
+                        _, _, u, p = _pair(mixed, p_top, p_log, y, q_top, q_log, 1.0, TERMS, TINY)
+                        by_mixed = (t * t * factor)[:, None] * tl.where(mask, _by_p(p, u, value), 0.0)
+                        raw = _raw(weights, at_weight, weight_column, class_mask, mask_column, k, weight_stride,
+                                   mask_stride, column, mask, COMPUTE)  # fmt: skip
+                        share = share_of(raw, sum_of_weights, count)
+                        x = load_tile(
+                            teachers, at_teacher + k * teacher_stride, teacher_column, column, mask, classes, COMPUTE
+                        )
+                        counts = (share > 0) & mask & (x != float("-inf")) & (mixed != float("-inf"))
+                        if LOGITS:
+                            by_mixed = by_mixed * scale
+                            by_share = tl.where(counts, x * by_mixed, 0.0)
+                            own = tl.where(counts, share * by_mixed, 0.0)
+                            back = tl.where(mixed == float("-inf"), 0.0, mixed * t * by_mixed)
+                        else:
+                            log_p = _log_p(x, tops, logs, row, valid, k, all_rows, scale, LOG_PROBS)
+                            ratio = tl.where(counts, tl.exp(log_p - mixed), 0.0)
+                            by_share = ratio * by_mixed
+                            own = share * by_share
+                            back = by_mixed
+                        present = (raw != 0) & (sum_of_weights != 0) & mask
+                        if stage == 0:
+                            inner_sum += tl.sum(own, axis=1)
+                            used += tl.sum(tl.where((share > 0) & mask, 1.0, 0.0), axis=1)
+                            by_weight += tl.sum(
+                                tl.where(present, (by_share - back) / tl.where(present, sum_of_weights, 1.0), 0.0),
+                                axis=1,
+                            )
+                        else:
+                            if to_teachers is not None:
+                                if not LOGITS and not LOG_PROBS:
+                                    p_k = tl.exp(log_p)
+                                    own = (own - p_k * inner_sum[:, None]) * scale
+                                own = tl.where((used > 0)[:, None] & (x != float("-inf")), own, 0.0)
+                                place = (at_teacher + k * teacher_stride)[:, None] + (column * teacher_column)[None, :]
+                                tl.store(to_teachers + place, own.to(to_teachers.dtype.element_ty), mask=mask)
+                            if to_weights is not None and BY_CLASS:
+                                place = (at_by + k * by_stride)[:, None] + (column * by_column)[None, :]
+                                each = (by_share - back) / tl.where(present, sum_of_weights, 1.0)
+                                tl.store(to_weights + place, tl.where(present, each, 0.0), mask=mask)
+                if to_weights is not None and not BY_CLASS:
+                    tl.store(to_weights + at_by + k * by_stride, by_weight, mask=valid)

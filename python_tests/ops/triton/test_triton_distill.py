@@ -1,0 +1,135 @@
+"""The distill family in Triton's interpreter where the operators' own tests do not lead: rows in parts, ensembles."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from operator_cases import BACKENDS, assert_close, pairwise, using
+from torch import Tensor
+
+from fedkern import ops
+from fedkern.ops.distill_common import LOGITS, MEAN, PROBS, REDUCTIONS
+from fedkern.ops.distill_ensemble_reference import consensus_reference, ensemble_reference, js_reference
+from fedkern.ops.distill_reference import entropy_reference, kl_div_reference
+
+if "triton" not in BACKENDS:
+    pytest.skip("Triton's interpreter is not there", allow_module_level=True)
+
+from fedkern.ops.triton import rows
+
+
+@pytest.fixture
+def _parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device of many processors, and rows that are not held whole: 150 classes make three parts."""
+    monkeypatch.setattr(rows, "processors", lambda device: 64)
+    monkeypatch.setattr(rows, "WHOLE", 64)
+
+
+def gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    steps = torch.arange(loss.numel(), dtype=torch.float64).reshape(loss.shape) % 5 + 1
+    return list(torch.autograd.grad((3 * loss * steps.to(loss.dtype)).sum(), leaves))
+
+
+def compare(ours: Tensor, leaves: list[Tensor], exact: Tensor, exact_leaves: list[Tensor], scale: float = 1.0) -> None:
+    assert_close("loss", ours, exact, absolute=1e-6 * scale)
+    for number, (one, two) in enumerate(zip(gradients(ours, leaves), gradients(exact, exact_leaves), strict=True)):
+        # Autograd sums a broadcast weight's gradient in the weight's type.
+        slack = 0.02 * float(two.abs().max()) if one.dtype is torch.bfloat16 and number == 2 else 0.0
+        assert_close(f"gradient {number}", one, two, absolute=2e-5 * scale, slack=slack)
+
+
+@pytest.mark.usefixtures("_parts")
+@pytest.mark.parametrize(
+    ("direction", "reduction"), [("teacher", "none"), ("student", "sum"), ("student", "none"), ("teacher", "batchmean")]
+)
+def test_divergences_of_rows_in_parts(direction: str, reduction: str) -> None:
+    tensors = [torch.randn(2, 150, requires_grad=True) for _ in range(3)]
+    weight = torch.tensor([0.5, 1.5], requires_grad=True)
+    leaves = [*tensors, weight]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    with using("triton"):
+        loss = ops.dual_kl(*tensors, 2.0, direction=direction, weight=weight, reduction=reduction)
+        a, b, teacher, by = exact
+        wanted = kl_div_reference(
+            a, teacher, 2.0, weight=by, reduction=reduction, other=b, reverse=direction == "student"
+        )
+        compare(loss, leaves, wanted, exact, 4.0)
+
+
+@pytest.mark.usefixtures("_parts")
+@pytest.mark.parametrize("reduction", list(REDUCTIONS))
+def test_entropy_of_rows_in_parts(reduction: str) -> None:
+    x = torch.randn(3, 150, requires_grad=True)
+    exact = x.detach().double().requires_grad_()
+    with using("triton"):
+        compare(ops.entropy(x, reduction=reduction), [x], entropy_reference(exact, reduction=reduction), [exact])
+
+
+ENSEMBLES = pairwise(
+    {
+        "mix": (PROBS, LOGITS, MEAN),
+        "shape": ((3,), (3, 5, 1), (3, 1, 7), (3, 5, 7)),
+        "positions": ((), (2, 2)),
+        "masked": (False, True),
+        "temperature": (1.0, 2.0, math.inf),
+        "log_probs": (False, True),
+        "reduction": tuple(REDUCTIONS),
+        "dtype": (torch.float32, torch.float64, torch.bfloat16),
+    },
+    seed=6,
+)
+
+
+@pytest.mark.parametrize("number", range(len(ENSEMBLES)))
+def test_ensembles(number: int) -> None:
+    case = ENSEMBLES[number]
+    by_class = case["shape"][-1] == 7
+    mix = PROBS if case["mix"] == MEAN and (by_class or case["masked"]) else case["mix"]
+    log_probs = case["log_probs"] and mix != LOGITS
+    student, teachers = torch.randn(5, 7, *case["positions"]), torch.randn(3, 5, 7, *case["positions"])
+    teachers = teachers.log_softmax(2) if log_probs else teachers
+    weights = torch.rand(case["shape"]) + 0.1
+    weights[0] = 0
+    mask = torch.rand(3, 7) > 0.4 if case["masked"] else None
+    leaves = [x.to(case["dtype"]).requires_grad_() for x in (student, teachers, weights)]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    full = exact[2].reshape(3, *exact[2].shape[1:], *[1] * (2 + teachers.dim() - 3 + 1 - exact[2].dim()))
+    full = full.expand(3, 5, 7 if by_class else 1, *case["positions"])
+    with using("triton"):
+        loss = ops.ensemble_kl(
+            *leaves,
+            case["temperature"],
+            mix="logits" if mix == LOGITS else "probs",
+            mode="mean_of_kl" if mix == MEAN else "kl_of_mean",
+            class_mask=mask,
+            log_probs=log_probs,
+            reduction=case["reduction"],
+        )
+        wanted = ensemble_reference(
+            exact[0], exact[1], full, mask, case["temperature"], mix, log_probs, REDUCTIONS[case["reduction"]]
+        )
+        compare(loss, leaves, wanted, exact, 20.0 if case["reduction"] == "sum" else 4.0)
+
+
+@pytest.mark.parametrize("kind", ["none", "members", "rows"])
+@pytest.mark.parametrize("reduction", ["none", "batchmean"])
+@pytest.mark.parametrize("classes", [7, 70])
+def test_divergence_and_consensus_of_members(
+    kind: str, reduction: str, classes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "WHOLE", 64)
+    logits = torch.randn(3, 4, classes, requires_grad=True)
+    shape = {"none": None, "members": (3,), "rows": (3, 4)}[kind]
+    leaves = [logits] if shape is None else [logits, torch.rand(shape).requires_grad_()]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    full = None if shape is None else exact[1].reshape(3, -1).expand(3, 4)
+    with using("triton"):
+        compare(
+            ops.js_div(*leaves, reduction=reduction), leaves, js_reference(exact[0], full, REDUCTIONS[reduction]), exact
+        )
+        ours = ops.consensus(*leaves, reduction=reduction)
+        wanted = consensus_reference(exact[0], full, REDUCTIONS[reduction])
+        assert_close("mean entropy", ours[1], wanted[1])
+        compare(ours[0] + 2 * ours[1], leaves, wanted[0] + 2 * wanted[1], exact, 4.0)

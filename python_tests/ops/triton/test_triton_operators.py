@@ -1,0 +1,147 @@
+"""Every public operator through the Triton backend: in the interpreter, and on a GPU what that alone can show.
+
+``python -m pytest -m gpu python_tests/ops/triton`` runs the compiled kernels; ``TRITON_INTERPRET`` must not be set.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+import torch
+from every_operator import Operator, each_operator
+from operator_cases import BACKENDS, assert_close, using
+from torch import Tensor
+
+from fedkern import ops
+from fedkern.ops import backend
+
+# Iterations that end when they have converged must look.
+LOOKS = ("geometric_median",)
+
+
+@pytest.fixture
+def gpu() -> Iterator[torch.device]:
+    """A GPU, with the Triton backend forced."""
+    if not torch.cuda.is_available() or backend.interpreted():
+        pytest.skip("no CUDA device" if not torch.cuda.is_available() else "TRITON_INTERPRET is set")
+    with ops.use_backend("triton"):
+        yield torch.device("cuda")
+
+
+def run(operator: Operator, inputs: Sequence[Tensor], gradient: bool) -> list[Tensor]:
+    """Results, and with ``gradient`` the inputs' gradients, of a loss that weighs every element differently."""
+    leaves = [x.detach().requires_grad_(gradient) for x in inputs]
+    results = operator.results(*leaves)
+    if not gradient:
+        return list(results)
+    loss = sum((r * (torch.arange(r.numel(), device=r.device) % 5 + 1).view_as(r)).sum() for r in results)
+    assert isinstance(loss, Tensor)
+    return [*results, *torch.autograd.grad(loss, leaves, allow_unused=True)]
+
+
+def gradients(operator: Operator) -> tuple[bool, ...]:
+    return (False, True) if operator.gradient else (False,)
+
+
+def compare(operator: Operator, device: torch.device) -> None:
+    for gradient in gradients(operator):
+        inputs = operator.inputs()
+        got = run(operator, [x.to(device) for x in inputs], gradient)
+        with ops.use_backend("reference"):
+            expected = run(operator, [x.double() for x in inputs], gradient)
+        for i, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
+            assert_close(f"{i}", ours.float().cpu(), theirs.double(), relative=1e-5, absolute=1e-5)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's interpreter is not there")
+@each_operator
+def test_each_operator_gives_the_reference_result(operator: Operator) -> None:
+    with using("triton"):
+        compare(operator, torch.device("cpu"))
+
+
+@pytest.mark.gpu
+@each_operator
+def test_each_operator_gives_the_reference_result_on_a_gpu(gpu: torch.device, operator: Operator) -> None:
+    compare(operator, gpu)
+    inputs = [x.to(gpu) for x in operator.inputs(large=True)]
+    for gradient in gradients(operator):
+        one, other = run(operator, inputs, gradient), run(operator, inputs, gradient)
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.gpu
+@each_operator
+def test_operator_in_a_graph(gpu: torch.device, operator: Operator) -> None:
+    """Captured once, replayed on other inputs: nothing is copied from the host, nothing waits."""
+    if operator.name in LOOKS:
+        pytest.skip("looks at what it has computed")
+    for gradient in gradients(operator):
+        static = [x.to(gpu) for x in operator.inputs(large=True)]
+        graph, results = capture(lambda static=static, gradient=gradient: run(operator, static, gradient))
+        fresh = [x.to(gpu) for x in operator.inputs(large=True, seed=1)]
+        for to, x in zip(static, fresh, strict=True):
+            to.copy_(x)
+        graph.replay()
+        for got, expected in zip(results, run(operator, fresh, gradient), strict=True):
+            assert torch.equal(got, expected)
+
+
+def capture(call: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    return graph, results
+
+
+@pytest.mark.gpu
+@each_operator
+def test_no_operator_waits_for_the_device(gpu: torch.device, operator: Operator) -> None:
+    if operator.name in LOOKS:
+        pytest.skip("looks at what it has computed")
+    inputs = [x.to(gpu) for x in operator.inputs()]
+    for gradient in gradients(operator):
+        run(operator, inputs, gradient)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run(operator, inputs, gradient)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@each_operator
+def test_operator_on_another_device(gpu: torch.device, operator: Operator) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    expected = run(operator, [x.to(gpu) for x in operator.inputs()], False)
+    got = run(operator, [x.to("cuda:1") for x in operator.inputs()], False)
+    assert torch.cuda.current_device() == 0
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.gpu
+def test_an_index_out_of_range_is_a_device_assertion(gpu: torch.device) -> None:
+    code = (
+        "import torch; from fedkern.ops import blend, use_backend\n"
+        "x = torch.ones(4, 8, device='cuda')\n"
+        "with use_backend('triton'): blend(x, x, index=torch.tensor([0, 1, 2, 4], device='cuda'))\n"
+        "torch.cuda.synchronize()"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.returncode
+    assert "index out of range" in found.stderr + found.stdout
+
+
+def test_triton_is_not_imported_before_it_is_wanted() -> None:
+    code = "import sys, fedkern.ops; sys.exit('triton' in sys.modules or 'fedkern.ops.triton' in sys.modules)"
+    assert not subprocess.run([sys.executable, "-c", code], check=False).returncode
