@@ -172,7 +172,8 @@ class Lines : public Storage<T, LanesAreRows> {
   // --- softmax
 
   // Maximum, 1 / sum and log of the sum of exponentials of lines [begin, end), and the exponentials of the last tile.
-  void find_statistics(std::int64_t begin, std::int64_t end, V inverse_temperature, bool as_is) {
+  // Without `logs` the teachers' logs are left to find_logs().
+  void find_statistics(std::int64_t begin, std::int64_t end, V inverse_temperature, bool as_is, bool logs = true) {
     for (std::int64_t k = begin; k < end; ++k) {
       set(kMaximum, k, V::set(as_is && k < K_ ? T(0) : kNone<T>));
       set(kInverse, k, V::set(0));
@@ -195,10 +196,14 @@ class Lines : public Storage<T, LanesAreRows> {
     for (std::int64_t k = begin; k < end; ++k) {
       const V sum = stat(kInverse, k);
       const bool keep = as_is && k < K_;
-      set(kLogSum, k, keep ? V::set(0) : log(sum));
+      if (logs || k >= K_) set(kLogSum, k, keep ? V::set(0) : log(sum));
       set(kInverse, k, keep ? V::set(1) : V::set(1) / sum);
       set(kSum, k, sum);
     }
+  }
+
+  void find_logs() const {
+    for (std::int64_t k = 0; k < K_; ++k) set(kLogSum, k, call_.as_is ? V::set(0) : log(stat(kSum, k)));
   }
 
   // What exponents are taken from: the maximum, or 0 where all classes so far are masked.
@@ -210,10 +215,18 @@ class Lines : public Storage<T, LanesAreRows> {
     const V peak = origin(stat(kMaximum, k));
     const std::int64_t count = vectors_;
     V sum = V::set(0);
-    for (std::int64_t v = 0; v < count; ++v) {
-      const V value = exp((from[v] - peak) * inverse_temperature);
-      to.set(v, value);
-      sum = sum + value;
+    if (call_.as_is) {
+      for (std::int64_t v = 0; v < count; ++v) {
+        const V value = exp((from[v] - peak) * inverse_temperature);
+        to.set(v, value);
+        sum = sum + value;
+      }
+    } else {
+      for (std::int64_t v = 0; v < count; ++v) {
+        const V value = exp_of_nonpositive((from[v] - peak) * inverse_temperature);
+        to.set(v, value);
+        sum = sum + value;
+      }
     }
     return total(sum);
   }

@@ -55,10 +55,13 @@ class EnsembleLosses : public LimitLosses<T, LanesAreRows> {
   // --- a mixture of probabilities
 
   void probabilities(Sums& sums) {
-    this->find_statistics(0, K_ + 1, inverse_, call_.as_is);
+    this->find_statistics(0, K_ + 1, inverse_, call_.as_is, false);
     V loss = divergence<false>();
     const bool near = (loss < V::set(kNear)).any();
-    if (near) loss = divergence<true>();
+    if (near) {
+      this->find_logs();
+      loss = divergence<true>();
+    }
     finish(0, loss * temperature_ * temperature_, sums);
     if (call_.teachers_grad.data || call_.weights_grad.data) near ? late<true>(loss) : late<false>(loss);
   }
