@@ -18,8 +18,13 @@ REGISTERS = 128
 REGISTERS_128_THREADS = 168
 THREADS_128 = ("sorted_mean_kernel", "weighted_kernel")
 
-# Kernels that need memory of their own, and why: part of the name, bytes of stack at most.
-STACKS: dict[str, int] = {}
+# Kernels that need memory of their own: part of the name, bytes of stack at most. All of them are held to so many registers
+# that a second (of 128 threads: a third) block fits.
+STACKS = {
+    "step_kernel": 8,  # on sm_100, once per tile of 2,048 elements
+    "weighted_kernelILi32": 16,  # on sm_100
+    "ensemble_kernel": 160,  # with the fp64 repeat of a row, a function that is called; 48 on sm_90
+}
 
 
 def cuobjdump() -> str:

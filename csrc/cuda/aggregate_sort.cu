@@ -63,7 +63,7 @@ constexpr double kHalf = 0x1p-40;
 
 // Without weights.
 template <typename C, typename Key, int N>
-__global__ void __launch_bounds__(kThreads, 2) sorted_mean_kernel(const __grid_constant__ Sorted a) {
+__global__ void __launch_bounds__(kThreads, 3) sorted_mean_kernel(const __grid_constant__ Sorted a) {
   const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads;
   for (std::int64_t at = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x; at < a.x.size; at += step) {
     Key key[N];
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, 2) sorted_mean_kernel(const __grid_c
 
 // With weights: the vector's number is the lower half of the key, which also keeps equal values in the vectors' order.
 template <int N>
-__global__ void __launch_bounds__(kThreads, 2) weighted_kernel(const __grid_constant__ Sorted a) {
+__global__ void __launch_bounds__(kThreads, 3) weighted_kernel(const __grid_constant__ Sorted a) {
   __shared__ double weight[N];
   if (threadIdx.x < N) weight[threadIdx.x] = static_cast<int>(threadIdx.x) < a.x.count ? a.weight[static_cast<int>(threadIdx.x)] : 0.0;
   __syncthreads();

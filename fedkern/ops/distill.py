@@ -27,5 +27,5 @@ __all__ = [
     "kl_div_reference",
 ]
 
-for _name in ("kl_div", "dual_kl", "entropy"):
+for _name in ("kl_div", "dual_kl", "entropy", "ensemble_kl", "js_div", "consensus"):
     cuda.register(_name, CudaDistill, ALL_DTYPES)

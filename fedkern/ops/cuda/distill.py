@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedkern.ops.backend import DTYPES
 from fedkern.ops.cuda.core import queue
+from fedkern.ops.cuda.distill_ensemble import CudaEnsembles
 from fedkern.ops.distill_common import BATCHMEAN, NONE, mean_scale, row_shape
 from fedkern.ops.distill_kernels import Divergence
 from fedkern.ops.distill_reference import compute_dtype, result_dtype
@@ -24,13 +25,14 @@ _ROWS, _CLASSES = 64, 1024
 _empty = torch.empty
 
 
-class CudaDistill:
+class CudaDistill(CudaEnsembles):
     """:class:`fedkern.ops.distill_kernels.DistillKernel` on ``fedkern._cuda``."""
 
     # Looking at grad_output would wait for the device; multiplying by it moves as much memory as reading logits again.
     fused = False
 
     def __init__(self, core: Any) -> None:
+        super().__init__(core)
         self._distill = core.distill
         self._workspace = core.distill_workspace
 

@@ -1,0 +1,391 @@
+// A row of K teachers, for a group of threads: losses against their mixture, with the formulas of distill_ensemble.h. What is known per teacher waits in
+// global memory (a slot, in the caches), so that K is not limited. Where distributions nearly agree a mixture in fp32 loses
+// the digits of the divergence: such rows are done again in fp64.
+#pragma once
+
+#include "distill_math.cuh"
+#include "distill_rows.cuh"
+#include "fedkern/distill_ensemble_cuda.h"
+
+namespace fedkern::cuda {
+
+// Divergences (in units of T^2) below this are done again in fp64.
+inline constexpr double kNear = 0.01;
+
+// Where a row lies, and what belongs to it.
+struct EnsemblePlace {
+  std::int64_t student = 0, teachers = 0, weights = 0, student_grad = 0, teachers_grad = 0, weights_grad = 0;
+  std::int64_t row_loss[2] = {};
+  double outer[2] = {1, 1};  // factors of the gradients
+
+  __device__ __forceinline__ EnsemblePlace(const EnsembleCall& a, std::int64_t row) {
+    std::int64_t outer_at[2] = {};
+#pragma unroll 1
+    for (int d = a.row_dims - 1; d >= 0; --d) {
+      const std::int64_t rest = d ? row / a.row_size[d] : 0, i = row - rest * a.row_size[d];
+      row = rest;
+      student += i * a.student.row_stride[d];
+      teachers += i * a.teachers.row_stride[d];
+      weights += i * a.weights.row_stride[d];
+      student_grad += i * a.student_grad.row_stride[d];
+      teachers_grad += i * a.teachers_grad.row_stride[d];
+      weights_grad += i * a.weights_grad.row_stride[d];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) row_loss[r] += i * a.row_loss[r].row_stride[d], outer_at[r] += i * a.grad_output[r].row_stride[d];
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      if (a.grad_output[r].data) outer[r] = load_value<double>(a.grad_output[r].data, a.grad_output[r].dtype, outer_at[r]);
+  }
+};
+
+// KL's terms where u = log Q - log P is known; elsewhere than where P is `present` Q alone counts.
+template <typename C>
+struct MixtureTerm {
+  C value, difference;
+
+  __device__ __forceinline__ MixtureTerm(C p, C q, C u, bool present) {
+    u = present ? u : C(2);
+    const bool small = fabs(u) < small_exponent<C>();
+    const C remainder = u * u * exp_remainder(u), floor = present ? (p > C(1e-37) ? p : C(1e-37)) : C(0);
+    difference = q - p;
+    value = small ? p * remainder : fma(-floor, u, difference);
+    difference = small ? p * (u + remainder) : difference;
+  }
+};
+
+// What a slot keeps per teacher: names are followed by all teachers' numbers.
+enum SlotNumber { kShare, kMaximum, kInverse, kLogSum, kDot };  // kDot: once per warp that works on the row
+
+// A weight before it is normalised.
+__device__ __forceinline__ double weight_of(const EnsembleCall& a, std::int64_t at, int k, std::int64_t c) {
+  if (a.mask && !a.mask[k * a.mask_stride[0] + c * a.mask_stride[1]]) return 0;
+  if (!a.weights.data) return 1;
+  return load_value<double>(a.weights.data, a.weights.dtype, at + k * a.weights.stack_stride + c * a.weights.class_stride);
+}
+
+// The inner loops are functions that are called: they are needed in many places, and are most of the code.
+static __device__ __noinline__ double weight_sum(const EnsembleCall& a, std::int64_t at, std::int64_t c) {
+  double sum = 0;
+#pragma unroll 1
+  for (int k = 0; k < static_cast<int>(a.count); ++k) sum += weight_of(a, at, k, c);
+  return sum;
+}
+
+// The teachers' mixture at a class.
+template <typename C>
+struct Mixture {
+  C value;     // sum of share times p
+  bool alive;  // some teacher that counts does not mask the class
+};
+
+template <typename C>
+__device__ __noinline__ Mixture<C> mixture(const EnsembleCall& a, std::int64_t teachers, std::int64_t weights, const double* slot, std::int64_t step,
+                                           std::int64_t c, double sum) {
+  const int K = static_cast<int>(a.count);
+  const C inverse_t = static_cast<C>(a.kind == EnsembleKind::probs ? 1 / a.temperature : 1.0);
+  Mixture<C> m{C(0), false};
+#pragma unroll 2
+  for (int k = 0; k < K; ++k) {
+    const auto number = [&](int name) { return static_cast<C>(slot[(static_cast<std::int64_t>(name) * K + k) * step]); };
+    const C x = load_value<C>(a.teachers.data, a.teachers.dtype, teachers + k * a.teachers.stack_stride + c * a.teachers.class_stride);
+    const C w = !a.by_class ? number(kShare) : static_cast<C>(sum == 0 ? 1.0 / K : weight_of(a, weights, k, c) / sum);
+    const C p = exponential((x - number(kMaximum)) * inverse_t) * number(kInverse);
+    m.value += w == C(0) ? C(0) : w * p;
+    m.alive = m.alive || (w > C(0) && x > -infinity<C>());
+  }
+  return m;
+}
+
+template <typename C, int Lanes>
+class EnsembleRow {
+  using G = Group<Lanes>;
+  // Sums over classes are taken by warps, and kept by each of a block's.
+  static constexpr int kParts = Lanes == kBlock ? kWarps : 1;
+  static_assert(kDot + kWarps <= kEnsembleNumbers);
+
+ public:
+  __device__ EnsembleRow(const EnsembleCall& a, const EnsemblePlace& at, double* slot, std::int64_t step)
+      : a_(a), at_(at), slot_(slot), step_(step), K_(static_cast<int>(a.count)), probs_(a.kind == EnsembleKind::probs),
+        js_(a.kind == EnsembleKind::js), temperature_(probs_ ? a.temperature : 1.0), inverse_t_(static_cast<C>(1 / temperature_)) {}
+
+  // Finds the losses, and writes the gradients that are wanted; false where fp32 does not do.
+  __device__ __forceinline__ bool run(double (&loss)[2]) {
+    find_shares();
+    find_softmaxes();
+    if (probs_) find_student();
+    if (probs_ && (a_.by_class || a_.as_is)) {  // the mixture does not sum to 1
+      double sum = 0;
+      for (std::int64_t c = G::lane(); c < a_.classes; c += Lanes) sum += static_cast<double>(mix(c, sum_at(c)).value);
+      sum = G::sum(sum);
+      normaliser_ = static_cast<C>(1 / sum), log_normaliser_ = logarithm(static_cast<C>(sum));
+    }
+    factors_[0] = at_.outer[0] * a_.scale * temperature_, factors_[1] = at_.outer[1] * a_.scale;
+    if (!find_losses(loss)) return false;
+    if (!a_.teachers_grad.data && !a_.weights_grad.data) return true;
+    find_dots();
+    write_gradients();
+    weight_gradients(probs_ ? factors_[0] * temperature_ : js_ ? factors_[0] : 1.0);
+    return true;
+  }
+
+ private:
+  // --- what is kept per teacher
+
+  __device__ __forceinline__ C number(int name, int k) const { return static_cast<C>(exactly(name, k)); }
+  __device__ __forceinline__ double exactly(int name, int k) const { return slot_[(static_cast<std::int64_t>(name) * K_ + k) * step_]; }
+  __device__ __forceinline__ void keep(int name, int k, double value) {
+    if (G::lane() == 0) slot_[(static_cast<std::int64_t>(name) * K_ + k) * step_] = value;
+  }
+  // What one thread keeps, the others read.
+  __device__ __forceinline__ static void together() {
+    if constexpr (Lanes == 32) __syncwarp();
+    if constexpr (Lanes == kBlock) __syncthreads();
+  }
+
+  // Sums over classes, per teacher: cleared, added to by chunks of the group's classes, put together.
+  __device__ __forceinline__ void clear_dots() {
+    together();
+    for (int i = G::lane(); i < kParts * K_; i += Lanes) slot_[(static_cast<std::int64_t>(kDot) * K_ + i) * step_] = 0;
+    together();
+  }
+  __device__ __forceinline__ void add_dot(int k, double value) {
+    if constexpr (Lanes > 1) value = Group<32>::sum(value);
+    const int part = Lanes == kBlock ? static_cast<int>(threadIdx.x) / 32 : 0;
+    if (Lanes == 1 || threadIdx.x % 32 == 0) slot_[(static_cast<std::int64_t>(kDot + part) * K_ + k) * step_] += value;
+  }
+  __device__ __forceinline__ void gather_dots() {
+    together();
+    if constexpr (kParts > 1) {
+      for (int k = G::lane(); k < K_; k += Lanes) {
+        double sum = 0;
+        for (int part = 0; part < kParts; ++part) sum += exactly(kDot + part, k);
+        slot_[(static_cast<std::int64_t>(kDot) * K_ + k) * step_] = sum;
+      }
+      together();
+    }
+  }
+
+  // f(c, mine) for chunks of classes, a class per thread: all threads of the group come along, with c of the last class at most.
+  template <typename F>
+  __device__ __forceinline__ void each_chunk(F&& f) const {
+    for (std::int64_t begin = 0; begin < a_.classes; begin += Lanes) {
+      const std::int64_t c = begin + G::lane();
+      f(c < a_.classes ? c : a_.classes - 1, c < a_.classes);
+    }
+  }
+
+  // --- inputs
+
+  __device__ __forceinline__ C teacher(int k, std::int64_t c) const {
+    return load_value<C>(a_.teachers.data, a_.teachers.dtype, at_.teachers + k * a_.teachers.stack_stride + c * a_.teachers.class_stride);
+  }
+  __device__ __forceinline__ C student(std::int64_t c) const {
+    return load_value<C>(a_.student.data, a_.student.dtype, at_.student + c * a_.student.class_stride);
+  }
+  __device__ __forceinline__ void to_student(std::int64_t c, C value) const {
+    store_value<C>(a_.student_grad.data, a_.student_grad.dtype, at_.student_grad + c * a_.student_grad.class_stride, value);
+  }
+  __device__ __forceinline__ void to_teacher(int k, std::int64_t c, C value) const {
+    const Stack& to = a_.teachers_grad;
+    store_value<C>(to.data, to.dtype, at_.teachers_grad + k * to.stack_stride + c * to.class_stride, value);
+  }
+  __device__ __forceinline__ void to_weight(int k, std::int64_t c, double value) const {
+    const Stack& to = a_.weights_grad;
+    store_value<double>(to.data, to.dtype, at_.weights_grad + k * to.stack_stride + c * to.class_stride, value);
+  }
+
+  __device__ __forceinline__ double weight(int k, std::int64_t c) const { return weight_of(a_, at_.weights, k, c); }
+  // A teacher's share at class c, whose weights sum to `sum` (looked at where weights differ between classes).
+  __device__ __forceinline__ C share(int k, std::int64_t c, double sum) const {
+    if (!a_.by_class) return number(kShare, k);
+    return static_cast<C>(sum == 0 ? 1.0 / K_ : weight(k, c) / sum);
+  }
+  __device__ __forceinline__ double sum_at(std::int64_t c) const { return a_.by_class ? weight_sum(a_, at_.weights, c) : 0.0; }
+
+  __device__ void find_shares() {
+    together();  // the last row's numbers are no longer read
+    if (a_.by_class) return;
+    total_ = weight_sum(a_, at_.weights, 0);
+    for (int k = 0; k < K_; ++k) keep(kShare, k, total_ == 0 ? 1.0 / K_ : weight(k, 0) / total_);
+    together();
+  }
+
+  // Maxima and sums of exponentials of all teachers.
+  __device__ void find_softmaxes() {
+    for (int k = 0; k < K_; ++k) {
+      if (a_.as_is) {
+        keep(kMaximum, k, 0), keep(kInverse, k, 1), keep(kLogSum, k, 0);
+        continue;
+      }
+      Softmax<C> soft;
+      if (a_.by_class || number(kShare, k) != 0)
+        for (std::int64_t c = G::lane(); c < a_.classes; c += Lanes) {
+          const C x[1] = {teacher(k, c)};
+          soft.template add<1>(x, inverse_t_);
+        }
+      soft.template gather<G>(inverse_t_);
+      keep(kMaximum, k, static_cast<double>(soft.maximum)), keep(kInverse, k, 1 / soft.sum);
+      keep(kLogSum, k, static_cast<double>(logarithm(static_cast<C>(soft.sum))));
+    }
+    together();
+  }
+  __device__ __forceinline__ C power(int k, C x) const { return exponential((x - number(kMaximum, k)) * inverse_t_) * number(kInverse, k); }
+  __device__ __forceinline__ C log_power(int k, C x) const { return (x - number(kMaximum, k)) * inverse_t_ - number(kLogSum, k); }
+
+  __device__ void find_student() {
+    Softmax<C> soft;
+    for (std::int64_t c = G::lane(); c < a_.classes; c += Lanes) {
+      const C x[1] = {student(c)};
+      soft.template add<1>(x, inverse_t_);
+    }
+    soft.template gather<G>(inverse_t_);
+    student_ = soft;
+    student_inverse_ = static_cast<C>(1 / soft.sum);
+    student_log_sum_ = logarithm(static_cast<C>(soft.sum));
+  }
+
+  __device__ __forceinline__ Mixture<C> mix(std::int64_t c, double sum) const {
+    return mixture<C>(a_, at_.teachers, at_.weights, slot_, step_, c, sum);
+  }
+  __device__ __forceinline__ static C log_of(C m) { return logarithm(m > C(1e-37) || m != m ? m : C(1e-37)); }
+
+  // With kDot the derivative toward each share: those of the weights, w_k / sum w.
+  __device__ void weight_gradients(double factor) {
+    if (!a_.weights_grad.data || a_.by_class) return;
+    double mean = 0;
+    for (int k = 0; k < K_; ++k) mean += exactly(kShare, k) == 0 ? 0.0 : exactly(kShare, k) * exactly(kDot, k);
+    for (int k = G::lane(); k < K_; k += Lanes)
+      to_weight(k, 0, total_ == 0 || weight(k, 0) == 0 ? 0.0 : factor * (exactly(kDot, k) - mean) / total_);
+  }
+  // The softmax of a teacher without a share is not known, nor needed.
+  __device__ __forceinline__ bool skipped(int k) const { return !a_.by_class && number(kShare, k) == C(0); }
+
+  // log of the student's probability over the mixture's, at a class where that is m before it is renormalised.
+  __device__ __forceinline__ C log_ratio(C student, C m) const {
+    return (student - student_.maximum) * inverse_t_ - student_log_sum_ - log_of(m) + log_normaliser_;
+  }
+
+  // The losses, the student's gradient, and in kDot: js KL(p_k || mixture), consensus the entropy of p_k.
+  __device__ __forceinline__ bool find_losses(double (&loss)[2]) {
+    double first = 0, drift = 0;
+    if (!probs_) clear_dots();
+    each_chunk([&](std::int64_t c, bool mine) {
+      const Mixture<C> m = mix(c, sum_at(c));
+      if (!probs_) {
+        const C log_m = log_of(m.value);
+        if (mine) first -= static_cast<double>(m.value * log_m);
+        for (int k = 0; k < K_; ++k) {
+          const C x = teacher(k, c), p = skipped(k) ? C(0) : power(k, x);
+          C value = p > C(0) ? p * (number(kMaximum, k) - x + number(kLogSum, k)) : p;
+          if (js_) value = skipped(k) ? C(0) : MixtureTerm<C>(p, m.value, log_m - log_power(k, x), x > -infinity<C>()).value;
+          add_dot(k, mine ? static_cast<double>(value) : 0.0);
+        }
+      } else if (mine) {
+        const C x = student(c), q = exponential((x - student_.maximum) * inverse_t_) * student_inverse_;
+        const MixtureTerm<C> term(m.value * normaliser_, q, log_ratio(x, m.value), m.value > C(0));
+        first += static_cast<double>(term.value), drift += static_cast<double>(term.difference);
+        // Infinite where the student masks what some teacher does not, even if that underflows.
+        if (m.alive && !(m.value > C(0)) && x == -infinity<C>()) first += static_cast<double>(infinity<C>());
+        if (a_.student_grad.data) to_student(c, term.difference * static_cast<C>(factors_[0]));
+      }
+    });
+    first = G::sum(first);
+    if (probs_) {
+      kl_ = settled(first, G::sum(drift));
+      loss[0] = kl_ * temperature_ * temperature_;
+      return !too_near(kl_);
+    }
+    gather_dots();
+    double mean = 0;
+    for (int k = 0; k < K_; ++k) {
+      const double own = exactly(kDot, k);
+      mean += skipped(k) ? 0.0 : exactly(kShare, k) * (own < 0 ? 0.0 : own);
+    }
+    if (js_) {
+      const double most = static_cast<double>(logarithm(static_cast<double>(K_)));
+      loss[0] = mean > most ? most : mean;
+      return !too_near(mean);
+    }
+    loss[0] = first < 0 ? 0 : first, loss[1] = mean;
+    return true;
+  }
+
+  // What the gradients toward the classes of teacher k have in common (probs and consensus: sum p times the derivative toward
+  // p; js: it is there), toward its share the derivative itself.
+  __device__ __forceinline__ void find_dots() {
+    if (js_) return;
+    if (probs_) {
+      clear_dots();
+    } else {
+      together();
+      for (int k = G::lane(); k < K_; k += Lanes) {
+        const double own = skipped(k) ? 0.0 : factors_[1] * exactly(kDot, k);
+        for (int part = 0; part < kParts; ++part) slot_[(static_cast<std::int64_t>(kDot + part) * K_ + k) * step_] = part ? 0.0 : own;
+      }
+      together();
+    }
+    each_chunk([&](std::int64_t c, bool mine) {
+      const double sum = sum_at(c);
+      const C center = toward_mixture(c, mix(c, sum).value);
+      for (int k = 0; k < K_; ++k) {
+        const C inner = skipped(k) ? C(0) : weighted(k, c, sum, center), p = inner == C(0) ? C(0) : power(k, teacher(k, c));
+        add_dot(k, mine && p != C(0) ? static_cast<double>(p * inner) : 0.0);
+      }
+    });
+    gather_dots();
+  }
+
+  // The derivative toward the mixture's probability of a class: but for what is the same for all classes.
+  __device__ __forceinline__ C toward_mixture(std::int64_t c, C m) const {
+    if (probs_) return m > C(0) ? -normaliser_ * (log_ratio(student(c), m) + static_cast<C>(kl_)) : C(0);
+    return (js_ ? C(1) : -static_cast<C>(factors_[0])) * log_of(m);
+  }
+  __device__ __forceinline__ C weighted(int k, std::int64_t c, double sum, C center) const {
+    if (!a_.by_class) return center;
+    const C w = share(k, c, sum);
+    return w == C(0) ? C(0) : w * center;
+  }
+
+  __device__ __forceinline__ void write_gradients() const {
+    for (std::int64_t c = G::lane(); c < a_.classes; c += Lanes) {
+      const double sum = sum_at(c);
+      const C m = mix(c, sum).value, center = toward_mixture(c, m);
+      for (int k = 0; k < K_; ++k) {
+        const C x = teacher(k, c), p = skipped(k) ? C(0) : power(k, x), outer = a_.by_class ? C(1) : number(kShare, k);
+        if (a_.teachers_grad.data) {
+          C value;
+          if (probs_) {  // p (w g - sum p w g), where log-probabilities are given p w g; a teacher that nowhere counts may hold anything
+            const C inner = weighted(k, c, sum, center) - (a_.as_is ? C(0) : number(kDot, k));
+            value = inner == C(0) ? C(0) : p * inner * static_cast<C>(factors_[0]);
+          } else if (js_) {  // -p (log mixture - log p + KL)
+            value = -p * (center - log_power(k, x) + number(kDot, k)) * static_cast<C>(factors_[0]);
+          } else {  // p (g (-log mixture - cross entropy) + h (-log p - entropy))
+            value = p * (center - static_cast<C>(factors_[1]) * log_power(k, x) - number(kDot, k));
+          }
+          to_teacher(k, c, p == C(0) || outer == C(0) ? C(0) : outer * value);
+        }
+        if (a_.weights_grad.data && a_.by_class) {
+          const double toward = factors_[0] * temperature_ * static_cast<double>(center) * (static_cast<double>(p) - static_cast<double>(m));
+          to_weight(k, c, sum == 0 || weight(k, c) == 0 ? 0.0 : toward / sum);
+        }
+      }
+    }
+  }
+  __device__ __forceinline__ static bool too_near(double loss) { return sizeof(C) == 4 && loss < kNear; }
+
+  const EnsembleCall& a_;
+  const EnsemblePlace& at_;
+  double* const slot_;
+  const std::int64_t step_;
+  const int K_;
+  const bool probs_, js_;
+  const double temperature_;
+  const C inverse_t_;
+  double factors_[2] = {}, total_ = 0, kl_ = 0;
+  C normaliser_ = 1, log_normaliser_ = 0;  // of the mixture: one over its sum, the sum's logarithm
+  Softmax<C> student_;
+  C student_inverse_ = 0, student_log_sum_ = 0;
+};
+
+}  // namespace fedkern::cuda

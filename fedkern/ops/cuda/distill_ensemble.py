@@ -1,0 +1,239 @@
+"""ensemble_kl, js_div and consensus on CUDA."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkern.ops.backend import DTYPES
+from fedkern.ops.cuda.core import queue
+from fedkern.ops.distill_common import BATCHMEAN, NONE, PROBS, row_shape
+from fedkern.ops.distill_ensemble_reference import ensemble_reference
+from fedkern.ops.distill_kernels import Ensemble
+from fedkern.ops.distill_reference import compute_dtype, result_dtype
+
+# csrc/include/fedkern/distill_ensemble.h
+JS, CONSENSUS = 3, 4
+
+# Rows that may be worked on at a time: what they keep per teacher stays in the caches.
+_SLOTS = 1 << 15
+
+# What js_div and consensus have for settings, by reduction.
+_STACK = [Ensemble(1.0, PROBS, False, reduction) for reduction in range(3)]
+
+
+class CudaEnsembles:
+    """The methods of :class:`fedkern.ops.distill_kernels.DistillKernel` that take K teachers.
+
+    Mixtures of logits, means of divergences and the limit of infinite temperature are left to plain PyTorch.
+    """
+
+    def __init__(self, core: Any) -> None:
+        self._core = core
+
+    def ensemble_forward(
+        self,
+        student: Tensor,
+        teachers: Tensor,
+        weights: Tensor | None,
+        class_mask: Tensor | None,
+        settings: Ensemble,
+        to_student: Tensor | None = None,
+        to_teachers: Tensor | None = None,
+    ) -> Tensor:
+        if not _served(settings):
+            result = _plain(settings)(student, teachers, weights, class_mask)
+            if to_student is None and to_teachers is None:
+                return result
+            needs = (to_student is not None, to_teachers is not None, False)
+            one = torch.ones_like(result)
+            found = _plain_gradients(settings, (student, teachers, weights, class_mask), one, needs)
+            for to, gradient in zip((to_student, to_teachers), found, strict=False):
+                if to is not None and gradient is not None:
+                    to.copy_(gradient)
+            return result
+        dtype = result_dtype(student, None, teachers)
+        result = _result(student, dtype, settings.reduction)
+        gradients = (_argument(to_student), _argument(to_teachers), None)
+        self._run(settings.mix, student, teachers, weights, class_mask, settings, dtype, gradients, results=(result,))
+        return result
+
+    def ensemble_backward(
+        self,
+        grad: Tensor,
+        student: Tensor,
+        teachers: Tensor,
+        weights: Tensor | None,
+        class_mask: Tensor | None,
+        settings: Ensemble,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        tensors = (student, teachers, weights, class_mask)
+        if not _served(settings):
+            return _plain_gradients(settings, tensors, grad, needs)
+        dtype = result_dtype(student, None, teachers)
+        to_student = torch.empty_like(student) if needs[0] else None
+        to_teachers = torch.empty_like(teachers) if needs[1] else None
+        to_weights = None
+        if needs[2] and weights is not None:
+            # By class also where the mask alone makes it so: the kernel then looks at every class.
+            by_class = class_mask is not None or weights.shape[2] > 1
+            shape = (*weights.shape[:2], teachers.shape[2], *weights.shape[3:]) if by_class else weights.shape
+            to_weights = torch.empty(shape, dtype=compute_dtype(dtype), device=weights.device)
+        gradients = (_argument(to_student), _argument(to_teachers), _argument(to_weights))
+        self._run(settings.mix, *tensors, settings, dtype, gradients, grads=(grad.resolve_neg(),))
+        if to_weights is not None and weights is not None:
+            if to_weights.shape != weights.shape:
+                to_weights = to_weights.sum(2, keepdim=True)
+            to_weights = to_weights.to(weights.dtype)
+        return to_student, to_teachers, to_weights
+
+    def js_forward(
+        self, logits: Tensor, weights: Tensor | None, reduction: int, to_logits: Tensor | None = None
+    ) -> Tensor:
+        result = _result(logits[0], logits.dtype, reduction)
+        self._stack(JS, logits, weights, reduction, (None, _argument(to_logits), None), results=(result,))
+        return result
+
+    def js_backward(
+        self, grad: Tensor, logits: Tensor, weights: Tensor | None, reduction: int, needs: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        return self._stack_backward(JS, (grad,), logits, weights, reduction, needs)
+
+    def consensus_forward(self, logits: Tensor, weights: Tensor | None, reduction: int) -> tuple[Tensor, Tensor]:
+        first, second = (_result(logits[0], logits.dtype, reduction) for _ in range(2))
+        self._stack(CONSENSUS, logits, weights, reduction, (None, None, None), results=(first, second))
+        return first, second
+
+    def consensus_backward(
+        self,
+        grad_mixture: Tensor,
+        grad_mean: Tensor,
+        logits: Tensor,
+        weights: Tensor | None,
+        reduction: int,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        return self._stack_backward(CONSENSUS, (grad_mixture, grad_mean), logits, weights, reduction, needs)
+
+    def _stack_backward(
+        self,
+        kind: int,
+        grads: tuple[Tensor, ...],
+        logits: Tensor,
+        weights: Tensor | None,
+        reduction: int,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        to_logits = torch.empty_like(logits) if needs[0] else None
+        to_weights = None
+        if needs[1] and weights is not None:
+            to_weights = torch.empty(weights.shape, dtype=compute_dtype(logits.dtype), device=logits.device)
+        # The class axis that weights per row lack.
+        gradients = (None, _argument(to_logits), None if to_weights is None else _argument(to_weights.unsqueeze(2)))
+        self._stack(kind, logits, weights, reduction, gradients, grads=tuple([grad.resolve_neg() for grad in grads]))
+        return to_logits, to_weights if weights is None or to_weights is None else to_weights.to(weights.dtype)
+
+    def _stack(
+        self, kind: int, logits: Tensor, weights: Tensor | None, reduction: int, gradients: Any, **more: Any
+    ) -> None:
+        weights = None if weights is None else weights.unsqueeze(2)
+        self._run(kind, None, logits, weights, None, _STACK[reduction], logits.dtype, gradients, **more)
+
+    def _run(
+        self,
+        kind: int,
+        student: Tensor | None,
+        teachers: Tensor,
+        weights: Tensor | None,
+        class_mask: Tensor | None,
+        settings: Ensemble,
+        dtype: torch.dtype,
+        gradients: tuple[Any, Any, Any],
+        *,
+        grads: tuple[Tensor, ...] = (),
+        results: tuple[Tensor, ...] = (),
+    ) -> None:
+        core, count = self._core, teachers.shape[0]
+        rows = teachers.numel() // (count * teachers.shape[2])
+        slots = max(core.ensemble_slots, min(rows, _SLOTS))
+        size = core.ensemble_totals + slots * core.ensemble_numbers * count
+        workspace = torch.empty(size, dtype=torch.float64, device=teachers.device)
+        core.distill_ensemble(
+            kind,
+            False,
+            settings.log_probs and settings.temperature == 1.0,
+            class_mask is not None or (weights is not None and weights.shape[2] > 1),
+            1 if dtype is torch.float64 else 0,
+            teachers.shape,
+            settings.temperature,
+            None if settings.reduction == BATCHMEAN else 1.0,
+            1,
+            _argument(student),
+            _argument(teachers),
+            _weights_argument(weights),
+            None if class_mask is None else (class_mask.data_ptr(), class_mask.stride()),
+            *gradients,
+            _argument(grads[0]) if grads else None,
+            _argument(grads[1]) if len(grads) > 1 else None,
+            (
+                settings.reduction == NONE,
+                _argument(results[0]) if results else None,
+                _argument(results[1]) if len(results) > 1 else None,
+            ),
+            workspace.data_ptr(),
+            slots,
+            *queue(teachers),
+        )
+
+
+def _served(settings: Ensemble) -> bool:
+    return settings.mix == PROBS and settings.temperature != math.inf
+
+
+def _plain(settings: Ensemble) -> Callable[..., Tensor]:
+    return functools.partial(
+        ensemble_reference,
+        temperature=settings.temperature,
+        mix=settings.mix,
+        log_probs=settings.log_probs,
+        reduction=settings.reduction,
+    )
+
+
+def _plain_gradients(
+    settings: Ensemble, tensors: tuple[Tensor | None, ...], grad: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    leaves = [x if x is None else x.detach().requires_grad_(need) for x, need in zip(tensors[:3], needs, strict=True)]
+    with torch.enable_grad():
+        result = _plain(settings)(*leaves, tensors[3])
+        wanted = [x for x, need in zip(leaves, needs, strict=True) if need and x is not None]
+        found = iter(torch.autograd.grad(result, wanted, grad, allow_unused=True))
+    first, second, third = (
+        next(found) if need and x is not None else None for x, need in zip(leaves, needs, strict=True)
+    )
+    return first, second, third
+
+
+def _result(rows_of: Tensor, dtype: torch.dtype, reduction: int) -> Tensor:
+    return torch.empty(row_shape(rows_of) if reduction == NONE else (), dtype=dtype, device=rows_of.device)
+
+
+def _argument(x: Tensor | None) -> tuple[int, int, tuple[int, ...]] | None:
+    """A tensor as the core takes it: pointer, dtype, strides."""
+    return None if x is None else (x.data_ptr(), DTYPES[x.dtype], x.stride())
+
+
+def _weights_argument(weights: Tensor | None) -> tuple[int, int, tuple[int, ...]] | None:
+    """With a class stride of 0 where all classes share a weight, whatever the stride of that axis says."""
+    if weights is None:
+        return None
+    strides = weights.stride()
+    if weights.shape[2] == 1:
+        strides = (*strides[:2], 0, *strides[3:])
+    return weights.data_ptr(), DTYPES[weights.dtype], strides
