@@ -230,6 +230,7 @@ class CpuDistill:
         needs: Sequence[bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         dtype = result_dtype(student, None, teachers)
+        grad = grad.resolve_neg()  # bound to a name: its pointer must outlive this line
         to_student = self.empty_gradient(student) if needs[0] else None
         to_teachers = self.empty_gradient(teachers) if needs[1] else None
         to_weights = None
@@ -250,7 +251,7 @@ class CpuDistill:
             _argument(to_student),
             _argument(to_teachers),
             _argument(to_weights),
-            _argument(grad.resolve_neg()),
+            _argument(grad),
             None,
             None,
             None,
