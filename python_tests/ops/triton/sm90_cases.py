@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import math
 import pkgutil
 from collections.abc import Callable, Iterator
@@ -56,13 +57,13 @@ def recorded(launch: Callable[..., None], processors: int) -> Iterator[None]:
 
 
 def cases(full: bool) -> Iterator[Case]:
-    """A name (its first word the file) and what to call; ``full``: each dtype in each size class, and odd sizes."""
-    yield from blend_cases(full)
-    yield from boxes_cases(full)
-    yield from distill_cases(full)
-    yield from ensemble_cases(full)
-    yield from aggregate_cases(full)
-    yield from fuse_cases(full)
+    """A name (its first word the family) and what to call; ``full``: each dtype in each size class, and odd sizes.
+
+    Otherwise some of them, spread over all, that compile in less than a minute.
+    """
+    families = (blend_cases, boxes_cases, distill_cases, ensemble_cases, aggregate_cases, fuse_cases)
+    for family, step in zip(families, (2, 2, 3, 2, 1, 2), strict=True):
+        yield from itertools.islice(family(full), 0, None, 1 if full else step)
 
 
 def pick(full: bool, number: int) -> tuple[torch.dtype, ...]:
@@ -202,7 +203,7 @@ def ensemble_cases(full: bool) -> Iterator[Case]:
 def aggregate_cases(full: bool) -> Iterator[Case]:
     kernel = TritonAggregate()
     size = 1 << 16
-    for number, count in enumerate((10, 50, 1, 3)[: 4 if full else 2]):
+    for number, count in enumerate((10, 50, 1, 3)[: 4 if full else 1]):
         for dtype in pick(full, number):
             stack = torch.empty(count, size, dtype=dtype)
             rows, weights, memory = list(stack), [1.0] * count, torch.ones(count)

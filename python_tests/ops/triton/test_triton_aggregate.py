@@ -23,8 +23,8 @@ from fedkern.ops.triton import aggregate as triton_aggregate
 from fedkern.ops.triton.aggregate import TritonAggregate
 
 KERNEL = TritonAggregate()
-COUNTS = (1, 2, 3, 5, 8, 11)
-SIZES = (0, 1, 17, 1024, 1500)
+COUNTS = (1, 2, 3, 8, 11)
+SIZES = (0, 1, 17, 1100)
 FORMS = ("list", "stack", "strided", "mixed")
 
 
@@ -88,7 +88,7 @@ def test_weights_of_sum_zero_give_nan() -> None:
 
 @pytest.mark.parametrize("rule", range(len(RULES)), ids=RULES)
 def test_server_step(rule: int) -> None:
-    axes = {"count": (1, 3, 8), "size": (1, 1500), "dtype": DTYPES, "form": FORMS, "state": ("single", "double")}
+    axes = {"count": (1, 5), "size": (1, 1100), "dtype": DTYPES, "form": FORMS, "state": ("single", "double")}
     for number, case in enumerate(pairwise(axes, seed=2)):
         state = torch.float32 if case.pop("state") == "single" else torch.float64
         vectors, old = make(**case), torch.randn(case["size"]).to(case["dtype"])
@@ -142,7 +142,7 @@ def test_equal_shares_have_a_middle() -> None:
 
 @pytest.mark.usefixtures("_processors")
 def test_squared_distances() -> None:
-    for case in pairwise({"count": COUNTS, "size": SIZES, "dtype": DTYPES, "form": FORMS}, seed=4):
+    for case in pairwise({"count": (1, 3, 8), "size": (0, 17, 300), "dtype": DTYPES, "form": FORMS}, seed=4):
         vectors = make(**case)
         pairs = KERNEL.squared_distances(vectors)
         same(pairs, PLAIN.squared_distances(vectors))

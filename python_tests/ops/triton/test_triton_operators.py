@@ -8,6 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -61,6 +62,29 @@ def compare(operator: Operator, device: torch.device) -> None:
 def test_each_operator_gives_the_reference_result(operator: Operator) -> None:
     with using("triton"):
         compare(operator, torch.device("cpu"))
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's interpreter is not there")
+def test_compiled_graphs_reach_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedkern.ops.triton import blend, distill
+
+    launched: list[str] = []
+    for module in (blend, distill):
+        before = module.launch
+
+        def launch(kernel: Any, *arguments: Any, before: Callable[..., None] = before, **meta: Any) -> None:
+            launched.append(kernel.fn.__name__)
+            before(kernel, *arguments, **meta)
+
+        monkeypatch.setattr(module, "launch", launch)
+    x, y = torch.randn(4, 6, requires_grad=True), torch.randn(4, 6)
+    torch._dynamo.reset()
+    with using("triton"):
+        compiled = torch.compile(lambda a, b: ops.kl_div(ops.blend(a, b, 0.3), b), fullgraph=True, backend="aot_eager")
+        loss = compiled(x, y)
+        loss.backward()
+        torch.testing.assert_close(loss, ops.kl_div(ops.blend(x, y, 0.3), y))
+    assert {"forward_kernel", "backward_kernel", "divergence_kernel"} <= set(launched)
 
 
 @pytest.mark.gpu
