@@ -18,8 +18,7 @@ REGISTERS = 128
 REGISTERS_128_THREADS = 168
 THREADS_128 = ("sorted_mean_kernel", "weighted_kernel")
 
-# Kernels that need memory of their own: part of the name, bytes of stack at most. All are held to so many registers that a
-# second block (of 128 threads: a third) fits.
+# Kernels that need memory of their own: part of the name, bytes of stack at most.
 STACKS = {
     "step_kernel": 8,  # on sm_100, once per tile of 2,048 elements
     "weighted_kernelILi32": 16,  # on sm_100
