@@ -21,8 +21,16 @@ def backend(request: pytest.FixtureRequest):
         yield request.param
 
 
-# Tests whose only case is too large for the interpreter: what they look at is the CPU's.
-LARGE = {"test_streamed_results_are_the_same"}
+# Tests whose cases are all too large for the interpreter: long vectors, many iterations.
+LARGE = {
+    "test_distances_of_long_vectors",
+    "test_geometric_median_is_the_least_sum_of_distances",
+    "test_many_rounds_stay_on_flower",
+    "test_more_than_a_chunk",
+    "test_streamed_results_are_the_same",
+    "test_tails_and_the_smallest_numbers",
+    "test_the_law_is_normal",
+}
 
 
 def _in_full(config: pytest.Config) -> bool:
@@ -43,7 +51,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for group in groups.values():
         few = group if len(group) == 1 else operator_cases.few(group, lambda item: item.callspec.params)
         for item in group:
-            if _in_full(config) or item not in few or item.originalname in LARGE:
+            if _in_full(config) or item not in few or getattr(item, "originalname", "") in LARGE:
                 item.add_marker(pytest.mark.slow)
 
 

@@ -48,7 +48,7 @@ BACKENDS = ["reference", *KERNELS, *_triton()]
 
 # True while a test runs in Triton's interpreter, at some 100 µs for every operation of every program.
 THIN = False
-FEW, LARGEST = 6, 20_000
+FEW, LARGEST = 4, 20_000
 
 
 def few(cases: Sequence[Any], values: Callable[[Any], dict[str, Any]] = dict, count: int = FEW) -> list[Any]:
