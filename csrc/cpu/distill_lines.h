@@ -171,6 +171,9 @@ class Lines : public Storage<T, LanesAreRows> {
 
   // --- softmax
 
+  // Lines worked on at a time: short ones alone would wait for their reductions.
+  static constexpr int kTogether = 4;
+
   // Maximum, 1 / sum and log of the sum of exponentials of lines [begin, end), and the exponentials of the last tile.
   // Without `logs` the teachers' logs are left to find_logs().
   void find_statistics(std::int64_t begin, std::int64_t end, V inverse_temperature, bool as_is, bool logs = true) {
@@ -180,18 +183,10 @@ class Lines : public Storage<T, LanesAreRows> {
     }
     for (std::int64_t tile = 0; tile < tiles_; ++tile) {
       fetch(tile);
-      for (std::int64_t k = begin; k < end; ++k) {
-        if (!(as_is && k < K_)) {
-          const V before = stat(kMaximum, k);
-          V peak = x(k)[0];
-          for (std::int64_t v = 1; v < vectors_; ++v) peak = max(peak, x(k)[v]);
-          peak = max(before, most(peak));
-          set(kMaximum, k, peak);
-          if (tile > 0)
-            set(kInverse, k, stat(kInverse, k) * exp_of_nonpositive((before - origin(peak)) * inverse_temperature));
-        }
-        set(kInverse, k, stat(kInverse, k) + exponentiate(k, inverse_temperature));
-      }
+      std::int64_t k = begin;
+      if (!as_is)
+        for (; k + kTogether <= end; k += kTogether) add_lines<kTogether>(tile, k, inverse_temperature, true);
+      for (; k < end; ++k) add_lines<1>(tile, k, inverse_temperature, !(as_is && k < K_));
     }
     for (std::int64_t k = begin; k < end; ++k) {
       const V sum = stat(kInverse, k);
@@ -209,33 +204,74 @@ class Lines : public Storage<T, LanesAreRows> {
   // What exponents are taken from: the maximum, or 0 where all classes so far are masked.
   static FEDKERN_INLINE V origin(V peak) { return select(peak == V::set(kNone<T>), V::set(0), peak); }
 
-  // Exponentials of a line of the current tile; returns their sum.
-  FEDKERN_INLINE V exponentiate(std::int64_t k, V inverse_temperature) const {
-    const Line from = x(k), to = e(k);
-    const V peak = origin(stat(kMaximum, k));
-    const std::int64_t count = vectors_;
-    V sum = V::set(0);
-    if (call_.as_is) {
-      for (std::int64_t v = 0; v < count; ++v) {
-        const V value = exp((from[v] - peak) * inverse_temperature);
-        to.set(v, value);
-        sum = sum + value;
-      }
-    } else {
-      for (std::int64_t v = 0; v < count; ++v) {
-        const V value = exp_of_nonpositive((from[v] - peak) * inverse_temperature);
-        to.set(v, value);
-        sum = sum + value;
+  // Adds the current tile to the maxima and sums (so far as kInverse) of lines k to k + N - 1, with their exponentials.
+  template <int N>
+  FEDKERN_INLINE void add_lines(std::int64_t tile, std::int64_t k, V inverse_temperature, bool with_maximum) const {
+    V peak[N], sum[N];
+    for (int i = 0; i < N; ++i) peak[i] = stat(kMaximum, k + i);
+    if (with_maximum) {
+      Line from[N];
+      for (int i = 0; i < N; ++i) from[i] = x(k + i);
+      const std::int64_t count = vectors_;
+      V most_here[N];
+      for (int i = 0; i < N; ++i) most_here[i] = from[i][0];
+      for (std::int64_t v = 1; v < count; ++v)
+        for (int i = 0; i < N; ++i) most_here[i] = max(most_here[i], from[i][v]);
+      for (int i = 0; i < N; ++i) {
+        const V before = peak[i];
+        peak[i] = max(before, most(most_here[i]));
+        set(kMaximum, k + i, peak[i]);
+        if (tile > 0) {
+          const V shift = (before - origin(peak[i])) * inverse_temperature;
+          set(kInverse, k + i, stat(kInverse, k + i) * exp_of_nonpositive(shift));
+        }
       }
     }
-    return total(sum);
+    exponentiate<N>(k, inverse_temperature, peak, sum);
+    for (int i = 0; i < N; ++i) set(kInverse, k + i, stat(kInverse, k + i) + total(sum[i]));
+  }
+
+  // Exponentials of N lines of the current tile, relative to their `peak`, and their sums.
+  template <int N>
+  FEDKERN_INLINE void exponentiate(std::int64_t k, V inverse_temperature, const V* peak, V* sum) const {
+    Line from[N], to[N];
+    V start[N];
+    for (int i = 0; i < N; ++i) {
+      from[i] = x(k + i), to[i] = e(k + i);
+      start[i] = origin(peak[i]), sum[i] = V::set(0);
+    }
+    const std::int64_t count = vectors_;
+    if (N == 1 && call_.as_is) {
+      for (std::int64_t v = 0; v < count; ++v) {
+        const V value = exp((from[0][v] - start[0]) * inverse_temperature);
+        to[0].set(v, value);
+        sum[0] = sum[0] + value;
+      }
+    } else {
+      for (std::int64_t v = 0; v < count; ++v)
+        for (int i = 0; i < N; ++i) {
+          const V value = exp_of_nonpositive((from[i][v] - start[i]) * inverse_temperature);
+          to[i].set(v, value);
+          sum[i] = sum[i] + value;
+        }
+    }
+  }
+
+  template <int N>
+  FEDKERN_INLINE void exponentiate(std::int64_t k, V inverse_temperature) const {
+    V peak[N], sum[N];
+    for (int i = 0; i < N; ++i) peak[i] = stat(kMaximum, k + i);
+    exponentiate<N>(k, inverse_temperature, peak, sum);
   }
 
   // Makes a tile and its exponentials present.
   void fetch_with_exponentials(std::int64_t tile, V inverse_temperature) {
     if (tile == loaded_) return;
     fetch(tile);
-    for (std::int64_t k = mixes_logits_ ? K_ : 0; k < end_; ++k) exponentiate(k, inverse_temperature);
+    std::int64_t k = mixes_logits_ ? K_ : 0;
+    if (!call_.as_is)
+      for (; k + kTogether <= end_; k += kTogether) exponentiate<kTogether>(k, inverse_temperature);
+    for (; k < end_; ++k) exponentiate<1>(k, inverse_temperature);
   }
 
   // The mixture of probabilities, sum of share * p.

@@ -118,6 +118,7 @@ class EnsembleLosses : public LimitLosses<T, LanesAreRows> {
     for (std::int64_t tile = 0; tile < tiles_; ++tile) {
       fetch_with_exponentials(tile, inverse_);
       if (!found) find_mixture<Near>();
+      const Mask<T> inside = this->inside_last();
       const Line m = single(kMixture), u = single(kU), out = single(kOut);
       V sum = V::set(0), rest = V::set(0);
       Mask<T> vanished = V::set(0) > V::set(0);
@@ -127,7 +128,8 @@ class EnsembleLosses : public LimitLosses<T, LanesAreRows> {
         const Term t = term(mixture * inverse, q, u[v] + log_normaliser_, present);
         sum = sum + t.value;
         rest = rest + t.difference;
-        vanished = vanished | ((!present) & (x(K_)[v] == V::set(kNone<T>)));
+        const Mask<T> forbids = (!present) & (x(K_)[v] == V::set(kNone<T>));
+        vanished = vanished | (v + 1 < vectors_ ? forbids : forbids & inside);
         out.set(v, t.difference * factor_[0]);
       }
       loss = loss + total(sum) + (vanished.any() ? forbidden() : V::set(0));

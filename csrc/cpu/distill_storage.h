@@ -122,6 +122,14 @@ class Storage {
     return left < tile ? left : tile;
   }
 
+  // The lanes of the tile's last vector that hold classes.
+  Mask<T> inside_last() const {
+    if constexpr (LanesAreRows) return V::set(0) == V::set(0);
+    alignas(64) T index[lanes];
+    for (int i = 0; i < lanes; ++i) index[i] = static_cast<T>(i);
+    return V::load(index) < V::set(static_cast<T>(classes_here() - (vectors_ - 1) * lanes));
+  }
+
   void load(const Logits& source, std::int64_t shift, Line out, T fill) const {
     const std::int64_t at = shift + offset(source) + first_ * source.class_stride;
     const std::int64_t classes = classes_here(), stride = source.class_stride;
@@ -131,7 +139,12 @@ class Storage {
       with_type<T>(source, at, [&](const auto* p) {
         std::int64_t c = 0;
         if (stride == 1) {
-          for (; c + lanes <= classes; c += lanes) V::load(p + c).store(out.data + c);
+          // Many teachers are too many streams for the hardware to follow: the next row is asked for here.
+          const std::int64_t ahead = source.row_stride[call_.row_dims - 1];
+          for (; c + lanes <= classes; c += lanes) {
+            __builtin_prefetch(p + c + ahead);
+            V::load(p + c).store(out.data + c);
+          }
           if (c < classes) V::load_partial(p + c, classes - c, fill).store(out.data + c);
         } else {
           for (; c < classes; ++c) out.data[c] = static_cast<T>(widen(p[c * stride]));
