@@ -14,7 +14,7 @@ class ConsensusLosses : public Lines<T, LanesAreRows> {
   using typename Base::V;
   using Base::call_, Base::e, Base::factor_, Base::fetch_with_exponentials, Base::finish, Base::K_, Base::log1p;
   using Base::kAnchor, Base::kDot, Base::kDrift, Base::kInverse, Base::kLogSum, Base::kLoss, Base::kMaximum, Base::kMixture;
-  using Base::kOut, Base::kShare, Base::kSum, Base::kTiny, Base::kU, Base::lanes, Base::mix, Base::set, Base::share;
+  using Base::kOut, Base::kShare, Base::kSum, Base::kTiny, Base::kTogether, Base::kU, Base::lanes, Base::mix, Base::set, Base::share;
   using Base::single, Base::stat, Base::store, Base::tiles_, Base::total, Base::vectors_, Base::x;
 
   // Losses (in units of T^2) below this are computed again relative to an anchor row.
@@ -112,6 +112,37 @@ class ConsensusLosses : public Lines<T, LanesAreRows> {
     return {peak, log_sum, peak - anchor_maximum_, log_sum - anchor_log_sum_, single(kAnchor)};
   }
 
+  // What the current tile adds to kLoss and kDrift of teachers k to k + N - 1.
+  template <bool Near, int N>
+  FEDKERN_INLINE void add_divergences(std::int64_t k) const {
+    const V zero = V::set(0);
+    const Line m = single(kMixture), l = single(kU);
+    const std::int64_t count = vectors_;
+    V inverse[N], sum[N], drift[N];
+    LogP<Near> log_of[N];
+    Line from[N], power[N];
+    for (int i = 0; i < N; ++i) {
+      inverse[i] = stat(kInverse, k + i), log_of[i] = log_p<Near>(k + i);
+      from[i] = x(k + i), power[i] = e(k + i);
+      sum[i] = drift[i] = zero;
+    }
+    for (std::int64_t v = 0; v < count; ++v)
+      for (int i = 0; i < N; ++i) {
+        const V value = from[i][v], u = l[v] - log_of[i](value, v), p = power[i][v] * inverse[i];
+        if constexpr (Near) {
+          const Term t = term(p, m[v], u, value > V::set(kNone<T>));
+          sum[i] = sum[i] + t.value;
+          drift[i] = drift[i] + t.difference;
+        } else {  // far apart nothing cancels
+          sum[i] = sum[i] - select(p == zero, p, p * u);
+        }
+      }
+    for (int i = 0; i < N; ++i) {
+      set(kLoss, k + i, stat(kLoss, k + i) + total(sum[i]));
+      if (Near) set(kDrift, k + i, stat(kDrift, k + i) + total(drift[i]));
+    }
+  }
+
   // KL(p || mixture) of every teacher as kLoss; returns their weighted sum.
   template <bool Near>
   V divergences() {
@@ -128,26 +159,10 @@ class ConsensusLosses : public Lines<T, LanesAreRows> {
     for (std::int64_t tile = 0; tile < tiles_; ++tile) {
       fetch_with_exponentials(tile, V::set(1));
       find_log_mixture<Near>();
-      const Line m = single(kMixture), l = single(kU);
-      const std::int64_t count = vectors_;
-      for (std::int64_t k = 0; k < K_; ++k) {
-        const V inverse = stat(kInverse, k);
-        const LogP<Near> log_of = log_p<Near>(k);
-        const Line from = x(k), power = e(k);
-        V sum = zero, drift = zero;
-        for (std::int64_t v = 0; v < count; ++v) {
-          const V value = from[v], u = l[v] - log_of(value, v), p = power[v] * inverse;
-          if constexpr (Near) {
-            const Term t = term(p, m[v], u, value > V::set(kNone<T>));
-            sum = sum + t.value;
-            drift = drift + t.difference;
-          } else {  // far apart nothing cancels
-            sum = sum - select(p == zero, p, p * u);
-          }
-        }
-        set(kLoss, k, stat(kLoss, k) + total(sum));
-        if (Near) set(kDrift, k, stat(kDrift, k) + total(drift));
-      }
+      std::int64_t k = 0;
+      if (!Near)
+        for (; k + kTogether <= K_; k += kTogether) add_divergences<Near, kTogether>(k);
+      for (; k < K_; ++k) add_divergences<Near, 1>(k);
     }
     V loss = zero;
     for (std::int64_t k = 0; k < K_; ++k) {
@@ -186,8 +201,9 @@ class ConsensusLosses : public Lines<T, LanesAreRows> {
   void consensus(Sums& sums) {
     const V zero = V::set(0), one = V::set(1);
     const bool gradients = call_.teachers_grad.data || call_.weights_grad.data;
-    this->find_statistics(0, K_, one, false);
+    // kLoss: sum p (max - x), the entropy less log Z, both >= 0; kDot: the cross entropy to the mixture.
     this->clear(kLoss), this->clear(kDot);
+    this->template find_statistics<true>(0, K_, one, false);
     V mixed = zero;
     for (std::int64_t tile = 0; tile < tiles_; ++tile) {
       fetch_with_exponentials(tile, one);
@@ -196,23 +212,14 @@ class ConsensusLosses : public Lines<T, LanesAreRows> {
       V sum = zero;
       for (std::int64_t v = 0; v < vectors_; ++v) sum = sum - m[v] * l[v];
       mixed = mixed + total(sum);
-      // kLoss: sum p (max - x), the entropy less log Z, both >= 0; kDot: the cross entropy to the mixture.
-      for (std::int64_t k = 0; k < K_; ++k) {
-        const V inverse = stat(kInverse, k), peak = stat(kMaximum, k);
-        const Line from = x(k), powers = e(k);
-        V depth = zero, cross = zero;
-        for (std::int64_t v = 0; v < vectors_; ++v) {
-          const V power = powers[v];
-          depth = depth + select(power > zero, power * (peak - from[v]), power);
-          if (gradients) cross = fma(power, l[v], cross);
-        }
-        set(kLoss, k, stat(kLoss, k) + total(depth) * inverse);
-        if (gradients) set(kDot, k, stat(kDot, k) - total(cross) * inverse);
-      }
+      if (!gradients) continue;
+      std::int64_t k = 0;
+      for (; k + kTogether <= K_; k += kTogether) add_cross<kTogether>(k);
+      for (; k < K_; ++k) add_cross<1>(k);
     }
     V mean = zero;
     for (std::int64_t k = 0; k < K_; ++k) {
-      set(kLoss, k, stat(kLoss, k) + stat(kLogSum, k));
+      set(kLoss, k, fma(stat(kLoss, k), stat(kInverse, k), stat(kLogSum, k)));
       mean = mean + select(stat(kShare, k) == zero, zero, stat(kShare, k) * stat(kLoss, k));
     }
     // A mixture that rounding lifts above 1 would make this negative.
@@ -224,6 +231,19 @@ class ConsensusLosses : public Lines<T, LanesAreRows> {
         set(kDot, k, factor_[0] * stat(kDot, k) + factor_[1] * stat(kLoss, k));
       this->store_weight_gradients(one);
     }
+  }
+
+  // What the current tile adds to kDot of teachers k to k + N - 1.
+  template <int N>
+  FEDKERN_INLINE void add_cross(std::int64_t k) const {
+    const Line l = single(kU);
+    const std::int64_t count = vectors_;
+    Line power[N];
+    V cross[N];
+    for (int i = 0; i < N; ++i) power[i] = e(k + i), cross[i] = V::set(0);
+    for (std::int64_t v = 0; v < count; ++v)
+      for (int i = 0; i < N; ++i) cross[i] = fma(power[i][v], l[v], cross[i]);
+    for (int i = 0; i < N; ++i) set(kDot, k + i, stat(kDot, k + i) - total(cross[i]) * stat(kInverse, k + i));
   }
 
   // w p (g (-log mixture - cross entropy) + h (-log p - entropy))

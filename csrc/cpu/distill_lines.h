@@ -13,7 +13,7 @@ class Lines : public Storage<T, LanesAreRows> {
   using typename Base::Line;
   using typename Base::V;
   using Base::call_, Base::capacity_, Base::clear, Base::e, Base::first_, Base::inner_stride, Base::K_, Base::kAnchor;
-  using Base::kDenominator, Base::kDot, Base::kInverse, Base::kLogSum, Base::kMaximum, Base::kMixture, Base::kShare;
+  using Base::kDenominator, Base::kDot, Base::kInverse, Base::kLogSum, Base::kLoss, Base::kMaximum, Base::kMixture, Base::kShare;
   using Base::kStep, Base::kSum, Base::kWeight, Base::lanes, Base::load, Base::most, Base::offset, Base::rows_, Base::row_;
   using Base::set, Base::share, Base::single, Base::stat, Base::tiles_, Base::total, Base::vectors_, Base::x;
 
@@ -175,7 +175,9 @@ class Lines : public Storage<T, LanesAreRows> {
   static constexpr int kTogether = 4;
 
   // Maximum, 1 / sum and log of the sum of exponentials of lines [begin, end), and the exponentials of the last tile.
-  // Without `logs` the teachers' logs are left to find_logs().
+  // Without `logs` the teachers' logs are left to find_logs(). With Depth, kLoss grows by the sum of e^-d d, d >= 0 the
+  // exponents' distance from the maximum.
+  template <bool Depth = false>
   void find_statistics(std::int64_t begin, std::int64_t end, V inverse_temperature, bool as_is, bool logs = true) {
     for (std::int64_t k = begin; k < end; ++k) {
       set(kMaximum, k, V::set(as_is && k < K_ ? T(0) : kNone<T>));
@@ -185,8 +187,8 @@ class Lines : public Storage<T, LanesAreRows> {
       fetch(tile);
       std::int64_t k = begin;
       if (!as_is)
-        for (; k + kTogether <= end; k += kTogether) add_lines<kTogether>(tile, k, inverse_temperature, true);
-      for (; k < end; ++k) add_lines<1>(tile, k, inverse_temperature, !(as_is && k < K_));
+        for (; k + kTogether <= end; k += kTogether) add_lines<kTogether, Depth>(tile, k, inverse_temperature, true);
+      for (; k < end; ++k) add_lines<1, Depth>(tile, k, inverse_temperature, !(as_is && k < K_));
     }
     for (std::int64_t k = begin; k < end; ++k) {
       const V sum = stat(kInverse, k);
@@ -205,9 +207,9 @@ class Lines : public Storage<T, LanesAreRows> {
   static FEDKERN_INLINE V origin(V peak) { return select(peak == V::set(kNone<T>), V::set(0), peak); }
 
   // Adds the current tile to the maxima and sums (so far as kInverse) of lines k to k + N - 1, with their exponentials.
-  template <int N>
+  template <int N, bool Depth>
   FEDKERN_INLINE void add_lines(std::int64_t tile, std::int64_t k, V inverse_temperature, bool with_maximum) const {
-    V peak[N], sum[N];
+    V peak[N], sum[N], depth[N];
     for (int i = 0; i < N; ++i) peak[i] = stat(kMaximum, k + i);
     if (with_maximum) {
       Line from[N];
@@ -222,23 +224,28 @@ class Lines : public Storage<T, LanesAreRows> {
         peak[i] = max(before, most(most_here[i]));
         set(kMaximum, k + i, peak[i]);
         if (tile > 0) {
-          const V shift = (before - origin(peak[i])) * inverse_temperature;
-          set(kInverse, k + i, stat(kInverse, k + i) * exp_of_nonpositive(shift));
+          const V shift = max(V::set(exp_lowest<T>), (before - origin(peak[i])) * inverse_temperature);
+          const V ratio = exp_clamped(shift), so_far = stat(kInverse, k + i);
+          if (Depth) set(kLoss, k + i, ratio * (stat(kLoss, k + i) - so_far * shift));
+          set(kInverse, k + i, ratio * so_far);
         }
       }
     }
-    exponentiate<N>(k, inverse_temperature, peak, sum);
+    exponentiate<N, Depth>(k, inverse_temperature, peak, sum, depth);
     for (int i = 0; i < N; ++i) set(kInverse, k + i, stat(kInverse, k + i) + total(sum[i]));
+    if (Depth)
+      for (int i = 0; i < N; ++i) set(kLoss, k + i, stat(kLoss, k + i) - total(depth[i]));
   }
 
-  // Exponentials of N lines of the current tile, relative to their `peak`, and their sums.
-  template <int N>
-  FEDKERN_INLINE void exponentiate(std::int64_t k, V inverse_temperature, const V* peak, V* sum) const {
+  // Exponentials of N lines of the current tile, relative to their `peak`; their sums, with Depth also weighted by
+  // their exponents.
+  template <int N, bool Depth>
+  FEDKERN_INLINE void exponentiate(std::int64_t k, V inverse_temperature, const V* peak, V* sum, V* depth) const {
     Line from[N], to[N];
     V start[N];
     for (int i = 0; i < N; ++i) {
       from[i] = x(k + i), to[i] = e(k + i);
-      start[i] = origin(peak[i]), sum[i] = V::set(0);
+      start[i] = origin(peak[i]), sum[i] = depth[i] = V::set(0);
     }
     const std::int64_t count = vectors_;
     if (N == 1 && call_.as_is) {
@@ -250,18 +257,20 @@ class Lines : public Storage<T, LanesAreRows> {
     } else {
       for (std::int64_t v = 0; v < count; ++v)
         for (int i = 0; i < N; ++i) {
-          const V value = exp_of_nonpositive((from[i][v] - start[i]) * inverse_temperature);
+          const V exponent = max(V::set(exp_lowest<T>), (from[i][v] - start[i]) * inverse_temperature);
+          const V value = exp_clamped(exponent);
           to[i].set(v, value);
           sum[i] = sum[i] + value;
+          if (Depth) depth[i] = fma(value, exponent, depth[i]);
         }
     }
   }
 
   template <int N>
   FEDKERN_INLINE void exponentiate(std::int64_t k, V inverse_temperature) const {
-    V peak[N], sum[N];
+    V peak[N], sum[N], depth[N];
     for (int i = 0; i < N; ++i) peak[i] = stat(kMaximum, k + i);
-    exponentiate<N>(k, inverse_temperature, peak, sum);
+    exponentiate<N, false>(k, inverse_temperature, peak, sum, depth);
   }
 
   // Makes a tile and its exponentials present.
