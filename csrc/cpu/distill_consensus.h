@@ -13,9 +13,10 @@ class ConsensusLosses : public Lines<T, LanesAreRows> {
   using typename Base::Line;
   using typename Base::V;
   using Base::call_, Base::e, Base::factor_, Base::fetch_with_exponentials, Base::finish, Base::K_, Base::log1p;
-  using Base::kAnchor, Base::kDot, Base::kDrift, Base::kInverse, Base::kLogSum, Base::kLoss, Base::kMaximum, Base::kMixture;
-  using Base::kOut, Base::kShare, Base::kSum, Base::kTiny, Base::kTogether, Base::kU, Base::lanes, Base::mix, Base::set, Base::share;
-  using Base::single, Base::stat, Base::store, Base::tiles_, Base::total, Base::vectors_, Base::x;
+  using Base::kAnchor, Base::kDot, Base::kDrift, Base::kInverse, Base::kLogSum, Base::kLoss, Base::kMaximum;
+  using Base::kMixture, Base::kOut, Base::kShare, Base::kSum, Base::kTiny, Base::kTogether, Base::kU, Base::lanes;
+  using Base::mix, Base::set, Base::share, Base::single, Base::stat, Base::store, Base::tiles_, Base::total;
+  using Base::vectors_, Base::x;
 
   // Losses (in units of T^2) below this are computed again relative to an anchor row.
   static constexpr T kNear = T(0.01);

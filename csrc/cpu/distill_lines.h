@@ -13,9 +13,10 @@ class Lines : public Storage<T, LanesAreRows> {
   using typename Base::Line;
   using typename Base::V;
   using Base::call_, Base::capacity_, Base::clear, Base::e, Base::first_, Base::inner_stride, Base::K_, Base::kAnchor;
-  using Base::kDenominator, Base::kDot, Base::kInverse, Base::kLogSum, Base::kLoss, Base::kMaximum, Base::kMixture, Base::kShare;
-  using Base::kStep, Base::kSum, Base::kWeight, Base::lanes, Base::load, Base::most, Base::offset, Base::rows_, Base::row_;
-  using Base::set, Base::share, Base::single, Base::stat, Base::tiles_, Base::total, Base::vectors_, Base::x;
+  using Base::kDenominator, Base::kDot, Base::kInverse, Base::kLogSum, Base::kLoss, Base::kMaximum, Base::kMixture;
+  using Base::kShare, Base::kStep, Base::kSum, Base::kWeight, Base::lanes, Base::load, Base::most, Base::offset;
+  using Base::rows_, Base::row_, Base::set, Base::share, Base::single, Base::stat, Base::tiles_, Base::total;
+  using Base::vectors_, Base::x;
 
  public:
   explicit Lines(const EnsembleCall& call) : Base(call), scale_(V::set(static_cast<T>(call.scale))) {
