@@ -15,7 +15,7 @@ from which Triton does.  On the CPU there is nothing to choose: the CPU core ser
 * The row losses are different: with tens of thousands of classes their work per byte (exponentials, two passes over a
   row whose second one finds it in the L2) depends on how rows are cut into tiles, which Triton picks per shape and a
   compiled core has to fix.  There Triton takes the large sizes.
-  Consensus is not among them: Triton reads its members once more, for the sums of exponentials.
+  Ensembles are not among them: Triton reads their teachers once more, for the sums of exponentials.
 
 Whoever has a GPU replaces these by measurement: ``python -m pytest benchmarks`` with ``FEDKERN_BACKEND`` set to each.
 """

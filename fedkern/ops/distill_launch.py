@@ -405,6 +405,4 @@ _STACK = [Ensemble(1.0, PROBS, False, reduction) for reduction in range(3)]
 
 for _name in ("kl_div", "dual_kl", "entropy", "ensemble_kl", "js_div", "consensus"):
     register(_name, "cpu", Kernel(load=lambda: CpuDistill(cpu_core()), dtypes=ALL_DTYPES, devices=frozenset({"cpu"})))
-# Not ensemble_kl and js_div: between nearly equal rows their Triton kernels still lose digits.
-for _name in ("kl_div", "dual_kl", "entropy", "consensus"):
     register_triton(_name, "distill", "TritonDistill", ALL_DTYPES)

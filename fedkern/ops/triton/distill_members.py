@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fedkern.ops.triton.distill_kernels import _by_p, _pair
-from fedkern.ops.triton.distill_mixture import _log_p, _mix, share_of
-from fedkern.ops.triton.rows import join, load_tile, narrow
+from fedkern.ops.triton.distill_kernels import _by_p, _pair, over, pair_of
+from fedkern.ops.triton.distill_mixture import _mix, _statistics, share_of
+from fedkern.ops.triton.rows import load_tile, narrow, scan
 
 
 @triton.jit
@@ -19,19 +19,45 @@ def _row_weight(weights, at_weight, k, weight_stride, valid, COMPUTE: tl.constex
 
 
 @triton.jit
-def _against(
-    x, tops, logs, row, valid, k, all_rows, scale, other, other_top, other_log,
-    LOG_PROBS: tl.constexpr, TERMS: tl.constexpr, TINY: tl.constexpr,
+def _other(
+    student, teachers, weights, tops, logs, anchor, a_top, a_log, at_student, student_column, at_teacher, at_weight,
+    row, valid, column, mask, classes, count, all_rows, scale, teacher_stride, teacher_column, weight_stride,
+    COMPUTE: tl.constexpr, TERMS: tl.constexpr, LOG_PROBS: tl.constexpr, RELATIVE: tl.constexpr,
 ):  # fmt: skip
-    """:func:`_pair` of teacher k's logits and logits ``other`` over the temperature, and its log-probabilities."""
-    log_p = _log_p(x, tops, logs, row, valid, k, all_rows, scale, LOG_PROBS)
-    top = tl.zeros_like(other_top)
-    log_total = tl.zeros_like(other_top)
-    if not LOG_PROBS:
-        top += tl.load(tops + k * all_rows + row, mask=valid, other=0) * scale
-        log_total += tl.load(logs + k * all_rows + row, mask=valid, other=0)
-        x = x * scale
-    terms, by_other, u, p = _pair(x, top, log_total, other, other_top, other_log, 1.0, TERMS, TINY)
+    """A tile of what the teachers are compared with: the student's logits, or the mixture's log-probabilities.
+
+    RELATIVE: and the logits of each row's anchor, one of the teachers, with what :func:`_mix` says relative to it.
+    """
+    if student is not None:
+        other = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE)
+        a, near, log_ratio = other, mask, other
+    else:
+        a = tl.zeros(mask.shape, COMPUTE)
+        if RELATIVE:
+            a = load_tile(
+                teachers, at_teacher + anchor * teacher_stride, teacher_column, column, mask, classes, COMPUTE
+            )
+        other, _, near, log_ratio, _ = _mix(
+            teachers, weights, None, tops, logs, a, a_top, a_log, at_teacher, at_weight, row, valid, column, mask,
+            classes, count, all_rows, scale, teacher_stride, teacher_column, weight_stride, 0, 0, 0,
+            COMPUTE, TERMS, False, LOG_PROBS, RELATIVE,
+        )  # fmt: skip
+    return other, a, near, log_ratio
+
+
+@triton.jit
+def _against(
+    x, tops, logs, row, valid, k, all_rows, scale, other, other_top, other_log, a, a_top, a_log, near, log_ratio,
+    COMPUTE: tl.constexpr, LOG_PROBS: tl.constexpr, TERMS: tl.constexpr, TINY: tl.constexpr, RELATIVE: tl.constexpr,
+):  # fmt: skip
+    """:func:`_pair` of teacher k's logits and what :func:`_other` gave, and the teacher's log-probabilities."""
+    top, log_total = _statistics(tops, logs, row, valid, k, all_rows, LOG_PROBS, COMPUTE)
+    log_p = (x - top[:, None]) * scale - log_total[:, None]
+    if RELATIVE:
+        u = tl.where(near, log_ratio - over(x, top, log_total, a, a_top, a_log, scale), other - log_p)
+        terms, by_other, u, p = pair_of(log_p, other, u, TERMS, TINY)
+    else:
+        terms, by_other, u, p = _pair(x, top, log_total, other, other_top, other_log, scale, TERMS, TINY)
     return terms, by_other, u, p, log_p
 
 
@@ -68,16 +94,18 @@ def stack_kernel(
     q_top = tl.zeros([ROWS], COMPUTE)
     q_log = tl.zeros([ROWS], COMPUTE)
     if student is not None:
-        q_top += float("-inf")
-        q_total = tl.zeros([ROWS], COMPUTE)
-        for begin in range(0, classes, COLUMNS):
-            column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
-            mask = valid[:, None] & (column < classes)[None, :]
-            y = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE) * scale
-            new = tl.max(y, axis=1)
-            base = tl.where(new == float("-inf"), 0.0, new)
-            q_top, q_total = join(q_top, q_total, new, tl.sum(tl.exp(y - base[:, None]), axis=1), 1.0)
-        q_log += tl.log(q_total)
+        q_top, q_total = scan(
+            student, at_student, student_column, valid, 0, classes, classes, scale, COMPUTE, ROWS, COLUMNS
+        )
+        q_log = tl.log(q_total)
+    # The mixture is looked at relative to the first teacher that counts.
+    anchor = tl.zeros([ROWS], tl.int64)
+    for k_ in range(count):
+        k = tl.cast(count - 1 - k_, tl.int64)
+        raw = _row_weight(weights, at_weight, k, weight_stride, valid, COMPUTE, ROWS)
+        anchor = tl.where(raw != 0, k, anchor)
+    RELATIVE: tl.constexpr = student is None and not CONSENSUS
+    a_top, a_log = _statistics(tops, logs, row, valid, anchor, all_rows, LOG_PROBS, COMPUTE)
 
     # the rows' losses, which the weights' gradients need too
     value = tl.zeros([ROWS], COMPUTE)
@@ -86,14 +114,11 @@ def stack_kernel(
         for begin in range(0, classes, COLUMNS):
             column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
             mask = valid[:, None] & (column < classes)[None, :]
-            if student is not None:
-                other = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE) * scale
-            else:
-                other, _ = _mix(
-                    teachers, weights, None, tops, logs, at_teacher, at_weight, row, valid, column, mask, classes,
-                    count, all_rows, scale, teacher_stride, teacher_column, weight_stride, 0, 0, 0,
-                    COMPUTE, False, LOG_PROBS,
-                )  # fmt: skip
+            other, a, near, log_ratio = _other(
+                student, teachers, weights, tops, logs, anchor, a_top, a_log, at_student, student_column, at_teacher,
+                at_weight, row, valid, column, mask, classes, count, all_rows, scale, teacher_stride, teacher_column,
+                weight_stride, COMPUTE, TERMS, LOG_PROBS, RELATIVE,
+            )  # fmt: skip
             if CONSENSUS:
                 part = tl.where(other == float("-inf"), 0.0, -tl.exp(other) * other)
                 mixed_value += tl.sum(part, axis=1)
@@ -103,8 +128,9 @@ def stack_kernel(
                 share = share_of(raw, whole, count)
                 x = load_tile(teachers, at_teacher + k * teacher_stride, teacher_column, column, mask, classes, COMPUTE)
                 terms, _, _, p, log_p = _against(
-                    x, tops, logs, row, valid, k, all_rows, scale, other, q_top, q_log, LOG_PROBS, TERMS, TINY
-                )
+                    x, tops, logs, row, valid, k, all_rows, scale, other, q_top, q_log, a, a_top, a_log, near,
+                    log_ratio, COMPUTE, LOG_PROBS, TERMS, TINY, RELATIVE,
+                )  # fmt: skip
                 if CONSENSUS:
                     terms = -p * tl.where(log_p == float("-inf"), 0.0, log_p)
                 terms = tl.where((column < classes)[None, :], terms, 0.0)
@@ -142,7 +168,11 @@ def stack_kernel(
         for begin in range(0, classes, COLUMNS):
             column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
             mask = valid[:, None] & (column < classes)[None, :]
-            other = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE) * scale
+            other, a, near, log_ratio = _other(
+                student, teachers, weights, tops, logs, anchor, a_top, a_log, at_student, student_column, at_teacher,
+                at_weight, row, valid, column, mask, classes, count, all_rows, scale, teacher_stride, teacher_column,
+                weight_stride, COMPUTE, TERMS, LOG_PROBS, RELATIVE,
+            )  # fmt: skip
             sum_ = tl.zeros([ROWS, COLUMNS], COMPUTE)
             for k_ in range(count):
                 k = tl.cast(k_, tl.int64)
@@ -150,8 +180,9 @@ def stack_kernel(
                 share = share_of(raw, whole, count)[:, None]
                 x = load_tile(teachers, at_teacher + k * teacher_stride, teacher_column, column, mask, classes, COMPUTE)
                 _, by_other, _, _, _ = _against(
-                    x, tops, logs, row, valid, k, all_rows, scale, other, q_top, q_log, LOG_PROBS, TERMS, TINY
-                )
+                    x, tops, logs, row, valid, k, all_rows, scale, other, q_top, q_log, a, a_top, a_log, near,
+                    log_ratio, COMPUTE, LOG_PROBS, TERMS, TINY, RELATIVE,
+                )  # fmt: skip
                 sum_ += tl.where(share == 0, 0.0, share * by_other)
             place = at_student[:, None] + (column * student_column)[None, :]
             tl.store(to_student + place, ((t * factor)[:, None] * sum_).to(to_student.dtype.element_ty), mask=mask)
@@ -167,20 +198,18 @@ def stack_kernel(
                 for begin in range(0, classes, COLUMNS):
                     column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
                     mask = valid[:, None] & (column < classes)[None, :]
-                    if student is not None:
-                        other = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE) * scale
-                    else:
-                        other, _ = _mix(
-                            teachers, weights, None, tops, logs, at_teacher, at_weight, row, valid, column, mask,
-                            classes, count, all_rows, scale, teacher_stride, teacher_column, weight_stride, 0, 0, 0,
-                            COMPUTE, False, LOG_PROBS,
-                        )  # fmt: skip
+                    other, a, near, log_ratio = _other(
+                        student, teachers, weights, tops, logs, anchor, a_top, a_log, at_student, student_column,
+                        at_teacher, at_weight, row, valid, column, mask, classes, count, all_rows, scale,
+                        teacher_stride, teacher_column, weight_stride, COMPUTE, TERMS, LOG_PROBS, RELATIVE,
+                    )  # fmt: skip
                     x = load_tile(
                         teachers, at_teacher + k * teacher_stride, teacher_column, column, mask, classes, COMPUTE
                     )
                     terms, _, u, p, log_p = _against(
-                        x, tops, logs, row, valid, k, all_rows, scale, other, q_top, q_log, LOG_PROBS, TERMS, TINY
-                    )
+                        x, tops, logs, row, valid, k, all_rows, scale, other, q_top, q_log, a, a_top, a_log, near,
+                        log_ratio, COMPUTE, LOG_PROBS, TERMS, TINY, RELATIVE,
+                    )  # fmt: skip
                     surprise = tl.where(p == 0, 0.0, -log_p)
                     mixed_surprise = tl.where((p == 0) | (other == float("-inf")), 0.0, -other)
                     if stage == 0:

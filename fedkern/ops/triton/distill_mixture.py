@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fedkern.ops.triton.distill_kernels import _by_p, _pair
-from fedkern.ops.triton.rows import join, load_tile, narrow, scan
+from fedkern.ops.triton.distill_kernels import _by_p, over, pair_of
+from fedkern.ops.triton.rows import expm1_less, join, load_tile, log1p, narrow, scan
 
 
 @triton.jit(do_not_specialize=["temperature"])
@@ -63,27 +63,37 @@ def share_of(raw, total, count):
 
 
 @triton.jit
-def _log_p(x, tops, logs, row, valid, k, all_rows, scale, LOG_PROBS: tl.constexpr):
-    """The teacher's log-probabilities."""
-    result = x
+def _statistics(tops, logs, row, valid, k, all_rows, LOG_PROBS: tl.constexpr, COMPUTE: tl.constexpr):
+    """What :func:`members_kernel` found of teacher k (one, or one for each row); zeros where x is log p already."""
+    top = tl.zeros(row.shape, COMPUTE)
+    log_total = tl.zeros(row.shape, COMPUTE)
     if not LOG_PROBS:
-        top = tl.load(tops + k * all_rows + row, mask=valid, other=0)
-        log_total = tl.load(logs + k * all_rows + row, mask=valid, other=0)
-        result = (x - top[:, None]) * scale - log_total[:, None]
-    return result
+        top += tl.load(tops + k * all_rows + row, mask=valid, other=0)
+        log_total += tl.load(logs + k * all_rows + row, mask=valid, other=0)
+    return top, log_total
 
 
 @triton.jit
 def _mix(
-    teachers, weights, class_mask, tops, logs, at_teacher, at_weight, row, valid, column, mask, classes, count,
-    all_rows, scale, teacher_stride, teacher_column, weight_stride, weight_column, mask_stride, mask_column,
-    COMPUTE: tl.constexpr, LOGITS: tl.constexpr, LOG_PROBS: tl.constexpr,
+    teachers, weights, class_mask, tops, logs, y, y_top, y_log, at_teacher, at_weight, row, valid, column, mask,
+    classes, count, all_rows, scale, teacher_stride, teacher_column, weight_stride, weight_column, mask_stride,
+    mask_column, COMPUTE: tl.constexpr, TERMS: tl.constexpr, LOGITS: tl.constexpr, LOG_PROBS: tl.constexpr,
+    RELATIVE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the mixture: logarithms of its probabilities, or (LOGITS) its logits over the temperature."""
+    """A tile of the mixture: logarithms of its probabilities, or (LOGITS) its logits over the temperature.
+
+    With it: the sum of the weights; and (RELATIVE), for the elements that are ``near`` the row of logits ``y``, the
+    mixture ``m`` over the softmax ``q`` of that row: ``log(m / q)`` from ``m / q - 1 = sum_k w_k (p_k / q - 1)``, whose
+    terms come from the logits' differences and keep their digits, and ``m / q - 1``.  (Of LOGITS up to a factor.)
+    """
     total = _sum_of_weights(weights, at_weight, weight_column, class_mask, mask_column, count, weight_stride,
                             mask_stride, column, mask, COMPUTE)  # fmt: skip
     peak = tl.full(mask.shape, float("-inf"), COMPUTE)
     sum_ = tl.zeros(mask.shape, COMPUTE)
+    rest = tl.zeros(mask.shape, COMPUTE)
+    far = tl.zeros(mask.shape, COMPUTE)
+    if LOGITS:
+        origin = tl.where(y == float("-inf"), 0.0, y)
     for k_ in range(count):
         k = tl.cast(k_, tl.int64)
         raw = _raw(weights, at_weight, weight_column, class_mask, mask_column, k, weight_stride, mask_stride, column,
@@ -94,19 +104,45 @@ def _mix(
             # peak marks masked classes here
             gone = (share > 0) & (x == float("-inf"))
             peak = tl.where(gone, 0.0, peak)
-            sum_ += tl.where((x == float("-inf")) | (share <= 0), 0.0, share * x)
+            sum_ += tl.where((x == float("-inf")) | (share <= 0), 0.0, share * (x - origin))
         else:
-            log_p = _log_p(x, tops, logs, row, valid, k, all_rows, scale, LOG_PROBS)
+            top, log_total = _statistics(tops, logs, row, valid, k, all_rows, LOG_PROBS, COMPUTE)
+            log_p = (x - top[:, None]) * scale - log_total[:, None]
             log_p = tl.where(share > 0, log_p, float("-inf"))
             new = tl.maximum(peak, log_p)
             base = tl.where(new == float("-inf"), 0.0, new)
             sum_ = sum_ * tl.exp(peak - base) + tl.where(share > 0, share * tl.exp(log_p - base), 0.0)
             peak = new
+            if RELATIVE:
+                d = over(x, top, log_total, y, y_top, y_log, scale)
+                near = tl.abs(d) < 0.5
+                far = tl.where((share > 0) & ~near, 1.0, far)
+                d = tl.where((share > 0) & near, d, 0.0)
+                rest += share * (d + expm1_less(d, TERMS))
     if LOGITS:
-        result = tl.where(peak == 0, float("-inf"), sum_ * scale)
+        result = tl.where(peak == 0, float("-inf"), (origin + sum_) * scale)
+        log_ratio = sum_ * scale
+        near = (tl.abs(log_ratio) < 0.5) & (peak != 0) & (y != float("-inf"))
+        rest = tl.where(near, log_ratio, 0.0)
+        rest = rest + expm1_less(rest, TERMS)
     else:
         result = tl.where(sum_ == 0, float("-inf"), tl.log(tl.where(sum_ == 0, 1.0, sum_)) + peak)
-    return tl.where((column < classes)[None, :], result, float("-inf")), total
+        near = far == 0
+        log_ratio = rest
+        if RELATIVE:
+            log_ratio = log1p(rest, TERMS)
+    inside = (column < classes)[None, :]
+    return tl.where(inside, result, float("-inf")), total, near & inside, log_ratio, rest
+
+
+@triton.jit
+def _divergence(mixed, near, log_ratio, p_top, p_log, gap, y, q_top, q_log, scale, TERMS: tl.constexpr,
+                TINY: tl.constexpr):  # fmt: skip
+    """:func:`_pair` of the mixture and the student; ``gap`` is what to take off ``log_ratio`` to normalise it."""
+    log_p = (mixed - p_top[:, None]) - p_log[:, None]
+    log_q = (y - q_top[:, None]) * scale - q_log[:, None]
+    u = tl.where(near, gap[:, None] - log_ratio, log_q - log_p)
+    return pair_of(log_p, log_q, u, TERMS, TINY)
 
 
 @triton.jit(do_not_specialize=["temperature", "count_rows"])
@@ -133,39 +169,47 @@ def mixture_kernel(
     at_weight = batch * weight_outer + inside * weight_row
     at_by = batch * by_outer + inside * by_row
 
-    # normalisers of the mixture and of the student
+    # normalisers of the student and of the mixture, whose sum is 1 + excess
+    q_top, q_total = scan(
+        student, at_student, student_column, valid, 0, classes, classes, scale, COMPUTE, ROWS, COLUMNS
+    )
+    q_log = tl.log(q_total)
     p_top = tl.full([ROWS], float("-inf"), COMPUTE)
     p_total = tl.zeros([ROWS], COMPUTE)
-    q_top = tl.full([ROWS], float("-inf"), COMPUTE)
-    q_total = tl.zeros([ROWS], COMPUTE)
+    excess = tl.zeros([ROWS], COMPUTE)
     for begin in range(0, classes, COLUMNS):
         column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
         mask = valid[:, None] & (column < classes)[None, :]
-        mixed, _ = _mix(
-            teachers, weights, class_mask, tops, logs, at_teacher, at_weight, row, valid, column, mask, classes, count,
-            all_rows, scale, teacher_stride, teacher_column, weight_stride, weight_column, mask_stride, mask_column,
-            COMPUTE, LOGITS, LOG_PROBS,
+        y = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE)
+        mixed, _, near, _, rest = _mix(
+            teachers, weights, class_mask, tops, logs, y, q_top, q_log, at_teacher, at_weight, row, valid, column,
+            mask, classes, count, all_rows, scale, teacher_stride, teacher_column, weight_stride, weight_column,
+            mask_stride, mask_column, COMPUTE, TERMS, LOGITS, LOG_PROBS, True,
         )  # fmt: skip
         new = tl.max(mixed, axis=1)
         base = tl.where(new == float("-inf"), 0.0, new)
         p_top, p_total = join(p_top, p_total, new, tl.sum(tl.exp(mixed - base[:, None]), axis=1), 1.0)
-        y = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE) * scale
-        new = tl.max(y, axis=1)
-        base = tl.where(new == float("-inf"), 0.0, new)
-        q_top, q_total = join(q_top, q_total, new, tl.sum(tl.exp(y - base[:, None]), axis=1), 1.0)
-    p_log, q_log = tl.log(p_total), tl.log(q_total)
+        q = tl.exp((y - q_top[:, None]) * scale - q_log[:, None])
+        if LOGITS:
+            mixed = (mixed - (q_top * scale)[:, None]) - q_log[:, None]
+        excess += tl.sum(tl.where(near, q * rest, tl.exp(mixed) - q), axis=1)
+    p_log = tl.log(p_total)
+    # log(1 + excess), which keeps the digits of a small one
+    small = tl.abs(excess) < 0.5
+    gap = (p_top - q_top * scale) + (p_log - q_log) if LOGITS else p_top + p_log
+    gap = tl.where(small, log1p(tl.where(small, excess, 0.0), TERMS), gap)
 
     value = tl.zeros([ROWS], COMPUTE)
     for begin in range(0, classes, COLUMNS):
         column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
         mask = valid[:, None] & (column < classes)[None, :]
-        mixed, _ = _mix(
-            teachers, weights, class_mask, tops, logs, at_teacher, at_weight, row, valid, column, mask, classes, count,
-            all_rows, scale, teacher_stride, teacher_column, weight_stride, weight_column, mask_stride, mask_column,
-            COMPUTE, LOGITS, LOG_PROBS,
+        y = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE)
+        mixed, _, near, log_ratio, _ = _mix(
+            teachers, weights, class_mask, tops, logs, y, q_top, q_log, at_teacher, at_weight, row, valid, column,
+            mask, classes, count, all_rows, scale, teacher_stride, teacher_column, weight_stride, weight_column,
+            mask_stride, mask_column, COMPUTE, TERMS, LOGITS, LOG_PROBS, True,
         )  # fmt: skip
-        y = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE) * scale
-        terms, _, _, _ = _pair(mixed, p_top, p_log, y, q_top, q_log, 1.0, TERMS, TINY)
+        terms, _, _, _ = _divergence(mixed, near, log_ratio, p_top, p_log, gap, y, q_top, q_log, scale, TERMS, TINY)
         value += tl.sum(tl.where((column < classes)[None, :], terms, 0.0), axis=1)
     if losses is not None:
         tl.store(losses + row, (t * t * value).to(losses.dtype.element_ty), mask=valid)
@@ -184,13 +228,15 @@ def mixture_kernel(
             for begin in range(0, classes, COLUMNS):
                 column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
                 mask = valid[:, None] & (column < classes)[None, :]
-                mixed, _ = _mix(
-                    teachers, weights, class_mask, tops, logs, at_teacher, at_weight, row, valid, column, mask,
-                    classes, count, all_rows, scale, teacher_stride, teacher_column, weight_stride, weight_column,
-                    mask_stride, mask_column, COMPUTE, LOGITS, LOG_PROBS,
+                y = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE)
+                mixed, _, near, log_ratio, _ = _mix(
+                    teachers, weights, class_mask, tops, logs, y, q_top, q_log, at_teacher, at_weight, row, valid,
+                    column, mask, classes, count, all_rows, scale, teacher_stride, teacher_column, weight_stride,
+                    weight_column, mask_stride, mask_column, COMPUTE, TERMS, LOGITS, LOG_PROBS, True,
                 )  # fmt: skip
-                y = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE) * scale
-                _, by_y, _, _ = _pair(mixed, p_top, p_log, y, q_top, q_log, 1.0, TERMS, TINY)
+                _, by_y, _, _ = _divergence(
+                    mixed, near, log_ratio, p_top, p_log, gap, y, q_top, q_log, scale, TERMS, TINY
+                )
                 place = at_student[:, None] + (column * student_column)[None, :]
                 by_y = (t * factor)[:, None] * by_y
                 tl.store(to_student + place, by_y.to(to_student.dtype.element_ty), mask=mask)
@@ -205,13 +251,16 @@ def mixture_kernel(
                     for begin in range(0, classes, COLUMNS):
                         column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
                         mask = valid[:, None] & (column < classes)[None, :]
-                        mixed, sum_of_weights = _mix(
-                            teachers, weights, class_mask, tops, logs, at_teacher, at_weight, row, valid, column, mask,
-                            classes, count, all_rows, scale, teacher_stride, teacher_column, weight_stride,
-                            weight_column, mask_stride, mask_column, COMPUTE, LOGITS, LOG_PROBS,
+                        y = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE)
+                        mixed, sum_of_weights, near, log_ratio, _ = _mix(
+                            teachers, weights, class_mask, tops, logs, y, q_top, q_log, at_teacher, at_weight, row,
+                            valid, column, mask, classes, count, all_rows, scale, teacher_stride, teacher_column,
+                            weight_stride, weight_column, mask_stride, mask_column, COMPUTE, TERMS, LOGITS, LOG_PROBS,
+                            True,
                         )  # fmt: skip
-                        y = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE) * scale
-                        _, _, u, p = _pair(mixed, p_top, p_log, y, q_top, q_log, 1.0, TERMS, TINY)
+                        _, _, u, p = _divergence(
+                            mixed, near, log_ratio, p_top, p_log, gap, y, q_top, q_log, scale, TERMS, TINY
+                        )
                         by_mixed = (t * t * factor)[:, None] * tl.where(mask, _by_p(p, u, value), 0.0)
                         raw = _raw(weights, at_weight, weight_column, class_mask, mask_column, k, weight_stride,
                                    mask_stride, column, mask, COMPUTE)  # fmt: skip
@@ -226,7 +275,8 @@ def mixture_kernel(
                             own = tl.where(counts, share * by_mixed, 0.0)
                             back = tl.where(mixed == float("-inf"), 0.0, mixed * t * by_mixed)
                         else:
-                            log_p = _log_p(x, tops, logs, row, valid, k, all_rows, scale, LOG_PROBS)
+                            top, log_total = _statistics(tops, logs, row, valid, k, all_rows, LOG_PROBS, COMPUTE)
+                            log_p = (x - top[:, None]) * scale - log_total[:, None]
                             ratio = tl.where(counts, tl.exp(log_p - mixed), 0.0)
                             by_share = ratio * by_mixed
                             own = share * by_share

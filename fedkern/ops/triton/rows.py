@@ -117,6 +117,16 @@ def expm1_less(u, TERMS: tl.constexpr):
 
 
 @triton.jit
+def log1p(r, TERMS: tl.constexpr):
+    """``log(1 + r)`` for ``-1/2 < r < 1``, as ``2 artanh(r / (2 + r))`` by its series, with all digits of a small r."""
+    s = r / (2.0 + r)
+    sum_ = tl.zeros_like(r) + 1.0 / (2 * TERMS + 1)
+    for k in tl.static_range(TERMS - 1, -1, -1):
+        sum_ = sum_ * (s * s) + 1.0 / (2 * k + 1)
+    return 2.0 * s * sum_
+
+
+@triton.jit
 def narrow(value, out):
     """fp64 as ``out``'s type, by way of fp32: the interpreter cannot go from fp64 to bf16 at once."""
     return value if out.dtype.element_ty == tl.float64 else value.to(tl.float32).to(out.dtype.element_ty)

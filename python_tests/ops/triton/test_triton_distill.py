@@ -10,7 +10,6 @@ from operator_cases import BACKENDS, assert_close, pairwise, using
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.ops import backend
 from fedkern.ops.distill_common import LOGITS, MEAN, PROBS, REDUCTIONS
 from fedkern.ops.distill_ensemble_reference import consensus_reference, ensemble_reference, js_reference
 from fedkern.ops.distill_reference import entropy_reference, kl_div_reference
@@ -26,13 +25,6 @@ def _parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device of many processors, and rows that are not held whole: 150 classes make three parts."""
     monkeypatch.setattr(rows, "processors", lambda device: 64)
     monkeypatch.setattr(rows, "WHOLE", 64)
-
-
-@pytest.fixture(autouse=True)
-def _all_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also those that are not offered, because they lose digits between nearly equal rows."""
-    for name in ("ensemble_kl", "js_div"):
-        monkeypatch.setitem(backend._kernels[name], "triton", backend._kernels["consensus"]["triton"])
 
 
 def gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
