@@ -48,7 +48,7 @@ BACKENDS = ["reference", *KERNELS, *_triton()]
 
 # True while a test runs in Triton's interpreter, at some 100 µs for every operation of every program.
 THIN = False
-FEW, LARGEST = 4, 20_000
+FEW, LARGEST = 2, 20_000
 
 
 def few(cases: Sequence[Any], values: Callable[[Any], dict[str, Any]] = dict, count: int = FEW) -> list[Any]:
@@ -75,7 +75,7 @@ def thinned(cases: Sequence[Any]) -> list[Any]:
 
 def backends(number: int, elements: int) -> list[str]:
     """Who takes a case of this number and size where each goes to all: Triton's interpreter takes a few of them."""
-    few_ = number % 5 == 0 and elements <= LARGEST
+    few_ = number % 10 == 0 and elements <= LARGEST
     return [name for name in BACKENDS if name != "triton" or few_]
 
 

@@ -87,7 +87,7 @@ def test_who_has_weight_zero_is_not_looked_at(backend: str) -> None:
         for how in HOWS:
             for temperature in (2.0,) if interpreted else (2.0, math.inf):
                 clean = ops.ensemble_kl(student, teachers, weights, temperature, **how)
-                for bad in (math.nan, math.inf, -math.inf):
+                for bad in (math.nan,) if interpreted else (math.nan, math.inf, -math.inf):
                     spoiled = teachers.clone()
                     spoiled[2] = bad
                     leaves = [x.clone().requires_grad_() for x in (student, spoiled, weights)]
