@@ -315,21 +315,33 @@ class Lines : public Storage<T, LanesAreRows> {
     }
   }
 
-  // The mixture of logits as line K + 1; -inf where a teacher that counts has that. It is taken relative to the student,
-  // kAnchor = sum of share * (x - student), so that their difference keeps its digits.
+  // The mixture of logits as line K + 1; -inf where a teacher that counts has that. Sums are taken relative to the first
+  // teacher that counts, so that equal teachers are mixed without rounding whatever the student is, and kAnchor is the
+  // mixture - the student, which keeps its digits where all of them are near.
   void mix_logits() const {
-    const Line rest = single(kAnchor), student = x(K_);
-    for (std::int64_t v = 0; v < vectors_; ++v) rest.set(v, V::set(0));
-    for (std::int64_t k = 0; k < K_; ++k) {
+    const Line rest = single(kAnchor), student = x(K_), base = x(K_ + 1);
+    for (std::int64_t v = 0; v < vectors_; ++v) rest.set(v, V::set(0)), base.set(v, V::set(0));
+    for (std::int64_t k = K_ - 1; k >= 0; --k) {
       const V fixed = call_.by_class ? V::set(0) : stat(kShare, k);
       const V center = centered_ ? stat(kSum, k) : V::set(0);
       for (std::int64_t v = 0; v < vectors_; ++v) {
         if (centered_) x(k).set(v, x(k)[v] - center);
         const V w = call_.by_class ? share(k)[v] : fixed;
-        rest.set(v, rest[v] + select(w == V::set(0), w, w * (x(k)[v] - origin(student[v]))));
+        base.set(v, select(w == V::set(0), base[v], origin(x(k)[v])));
       }
     }
-    for (std::int64_t v = 0; v < vectors_; ++v) x(K_ + 1).set(v, origin(student[v]) + rest[v]);
+    for (std::int64_t k = 0; k < K_; ++k) {
+      const V fixed = call_.by_class ? V::set(0) : stat(kShare, k);
+      for (std::int64_t v = 0; v < vectors_; ++v) {
+        const V w = call_.by_class ? share(k)[v] : fixed;
+        rest.set(v, rest[v] + select(w == V::set(0), w, w * (x(k)[v] - base[v])));
+      }
+    }
+    for (std::int64_t v = 0; v < vectors_; ++v) {
+      const V sum = rest[v];
+      rest.set(v, sum + (base[v] - origin(student[v])));
+      base.set(v, base[v] + sum);
+    }
   }
   // A line's logits - the student's.
   FEDKERN_INLINE V over_student(std::int64_t k, std::int64_t v) const {

@@ -65,6 +65,7 @@ def test_compile_is_one_node(function: Callable) -> None:
 
 def test_compile_with_dynamic_shapes() -> None:
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # of the tests before
     compiled = torch.compile(lambda m, s, t: fuse_concat(m, s, t, "relu"), fullgraph=True, dynamic=True)
     scale, shift = (torch.randn(6, requires_grad=True) for _ in range(2))
     for batch in (5, 3, 7):
