@@ -38,7 +38,7 @@ class Mixtures:
         to_teachers: Tensor | None = None,
     ) -> Tensor:
         dtype = result_dtype(student, None, teachers)
-        if math.isinf(settings.temperature):
+        if _is_rare(settings):
             return _reference(student, teachers, weights, class_mask, settings)
         result = _empty(student, dtype, settings.reduction)
         _ensemble(None, student, teachers, weights, class_mask, settings, (to_student, to_teachers, None), result)
@@ -54,7 +54,7 @@ class Mixtures:
         settings: Ensemble,
         needs: Sequence[bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        if math.isinf(settings.temperature):
+        if _is_rare(settings):
             return _reference_gradients(grad, student, teachers, weights, class_mask, settings, needs)
         to_student = torch.empty_like(student) if needs[0] else None
         to_teachers = torch.empty_like(teachers) if needs[1] else None
@@ -250,8 +250,12 @@ def _members(
     return tops, logs
 
 
+def _is_rare(settings: Ensemble) -> bool:
+    """What is left to plain PyTorch: the limit, and divergences of log-probabilities whose sum need not be 1."""
+    return math.isinf(settings.temperature) or (settings.log_probs and settings.mix == MEAN)
+
+
 def _reference(student: Tensor, teachers: Tensor, weights: Any, class_mask: Any, settings: Ensemble) -> Tensor:
-    """The limit of infinite temperature, which nobody is known to be in a hurry for."""
     return ensemble_reference(
         student, teachers, weights, class_mask, settings.temperature, settings.mix, settings.log_probs,
         settings.reduction,
