@@ -41,13 +41,13 @@ def _same_layout(shape: Sequence[int], one: Sequence[int], other: Sequence[int])
     return all(a == b or size == 1 for size, a, b in zip(shape, one, other, strict=True))
 
 
-def _in_layout(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+def in_layout(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     """``tensor``, copied where its samples are not laid out as ``strides`` (of a result, batch first) say."""
     if _same_layout(tensor.shape[1:], tensor.stride()[1:], strides[1:]):
         return tensor
     if tensor.dim() and tensor.shape[0] > 1 and not any(tensor.stride()):
         # One value for everything (the gradient of a sum): one sample is enough.
-        return _in_layout(tensor[:1], strides).expand(tensor.shape)
+        return in_layout(tensor[:1], strides).expand(tensor.shape)
     copy = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
     return copy.copy_(tensor)
 
@@ -67,7 +67,7 @@ class Launcher:
         else:
             strides = output_strides(shape, foreground.stride())
             out = torch.empty_strided(shape, strides, dtype=foreground.dtype, device=foreground.device)
-            foreground, background = _in_layout(foreground, strides), _in_layout(background, strides)
+            foreground, background = in_layout(foreground, strides), in_layout(background, strides)
         alpha, index = _small(alpha), None if index is None else index.contiguous()
         self._forward(
             DTYPES[out.dtype],
@@ -104,7 +104,7 @@ class Launcher:
         rows = shape[0]
         if strides is None:
             strides = output_strides(shape, grad.stride())
-        grad = _in_layout(grad, strides)
+        grad = in_layout(grad, strides)
         own: Tensor | None = None
         other: Tensor | None = None
         per_sample: Tensor | None = None
@@ -116,7 +116,7 @@ class Launcher:
         if needs[2]:
             assert foreground is not None
             assert background is not None
-            foreground, background = _in_layout(foreground, strides), _in_layout(background, strides)
+            foreground, background = in_layout(foreground, strides), in_layout(background, strides)
             per_sample = torch.empty(rows, dtype=torch.float64, device=grad.device)
         alpha64, index = _small(alpha), None if index is None else index.contiguous()
         self._backward(

@@ -11,14 +11,10 @@ from torch import Tensor
 
 from fedkern.ops._memory import HUGE, fresh
 from fedkern.ops.backend import DTYPES, Kernel, cpu_core, register, register_triton
-from fedkern.ops.distill_common import BATCHMEAN, NONE, PROBS, mean_scale, row_shape
+from fedkern.ops.distill_arguments import CONSENSUS, ENTROPY, JS, KL, LIMIT, STACK, argument, weight_gradient
+from fedkern.ops.distill_common import BATCHMEAN, NONE, mean_scale, row_shape
 from fedkern.ops.distill_kernels import ALL_DTYPES, Divergence, Ensemble
 from fedkern.ops.distill_reference import compute_dtype, result_dtype
-
-# csrc/include/fedkern/distill.h
-KL, LIMIT, ENTROPY = 0, 1, 2
-# csrc/include/fedkern/distill_ensemble.h, after PROBS, LOGITS and MEAN
-JS, CONSENSUS = 3, 4
 
 # Looked up once: at 64 rows what is around a loss takes longer than the loss.
 _empty_like = torch.empty_like
@@ -30,18 +26,8 @@ _SCALARS = {dtype: torch.empty((), dtype=dtype) for dtype in DTYPES}
 _LARGE = HUGE // 8  # elements; fresh() looks at the bytes
 
 
-def _argument(x: Tensor | None) -> tuple[int, int, tuple[int, ...]] | None:
-    """A tensor as the core takes it: pointer, dtype, strides."""
-    return None if x is None else (x.data_ptr(), DTYPES[x.dtype], x.stride())
-
-
 def _empty_result(rows_of: Tensor, dtype: torch.dtype, reduction: int) -> Tensor:
     return torch.empty(row_shape(rows_of), dtype=dtype) if reduction == NONE else _empty_like(_SCALARS[dtype])
-
-
-def weight_gradient(raw: Tensor | None, grad: Tensor, scale: float, weight: Tensor | None) -> Tensor | None:
-    """From unweighted row losses the gradient of their weights."""
-    return None if raw is None or weight is None else (raw * grad.to(raw.dtype) * scale).to(weight.dtype)
 
 
 class CpuDistill:
@@ -95,14 +81,14 @@ class CpuDistill:
             1 if other is None else 2,
             (teacher.data_ptr(), DTYPES[teacher.dtype], teacher.stride()),
             (student.data_ptr(), DTYPES[student.dtype], student.stride()),
-            None if other is None else _argument(other),
-            None if to_teacher is None else _argument(to_teacher),
+            None if other is None else argument(other),
+            None if to_teacher is None else argument(to_teacher),
             None if to_student is None else (to_student.data_ptr(), DTYPES[to_student.dtype], to_student.stride()),
-            None if to_other is None else _argument(to_other),
-            None if weight is None else _argument(weight),
+            None if to_other is None else argument(to_other),
+            None if weight is None else argument(weight),
             None,
             out if reduction == NONE else None,
-            (_argument(raw_loss), None if reduction == NONE else out),
+            (argument(raw_loss), None if reduction == NONE else out),
         )
         return result
 
@@ -132,16 +118,16 @@ class CpuDistill:
             None if settings.reduction == BATCHMEAN else 1.0,
             _threads(),
             1 if other is None else 2,
-            _argument(teacher),
-            _argument(student),
-            _argument(other),
-            _argument(to_teacher),
-            _argument(to_student),
-            _argument(to_other),
-            _argument(weight),
-            _argument(grad),
+            argument(teacher),
+            argument(student),
+            argument(other),
+            argument(to_teacher),
+            argument(to_student),
+            argument(to_other),
+            argument(weight),
+            argument(grad),
             None,
-            (_argument(raw), None),
+            (argument(raw), None),
         )
         return (
             to_student,
@@ -152,14 +138,14 @@ class CpuDistill:
 
     def entropy_forward(self, logits: Tensor, reduction: int, to_logits: Tensor | None = None) -> Tensor:
         result = _empty_result(logits, logits.dtype, reduction)
-        out = _argument(result)
+        out = argument(result)
         self._entropy(logits, reduction, to_logits, None, *((out, None) if reduction == NONE else (None, out)))
         return result
 
     def entropy_backward(self, grad: Tensor, logits: Tensor, reduction: int) -> Tensor:
         gradient = self.empty_gradient(logits)
         grad = grad.resolve_neg()
-        self._entropy(logits, reduction, gradient, _argument(grad), None, None)
+        self._entropy(logits, reduction, gradient, argument(grad), None, None)
         return gradient
 
     def _entropy(
@@ -174,10 +160,10 @@ class CpuDistill:
             None if reduction == BATCHMEAN else 1.0,
             _threads(),
             0,
-            _argument(logits),
+            argument(logits),
             None,
             None,
-            _argument(gradient),
+            argument(gradient),
             None,
             None,
             None,
@@ -210,7 +196,7 @@ class CpuDistill:
             None if weights is None else _weights_argument(weights),
             class_mask,
             None if to_student is None else (to_student.data_ptr(), DTYPES[to_student.dtype], to_student.stride()),
-            None if to_teachers is None else _argument(to_teachers),
+            None if to_teachers is None else argument(to_teachers),
             None,
             None,
             None,
@@ -244,14 +230,14 @@ class CpuDistill:
             settings,
             class_mask is not None or (weights is not None and weights.shape[2] > 1),
             dtype,
-            _argument(student),
+            argument(student),
             teachers,
             None if weights is None else _weights_argument(weights),
             class_mask,
-            _argument(to_student),
-            _argument(to_teachers),
-            _argument(to_weights),
-            _argument(grad),
+            argument(to_student),
+            argument(to_teachers),
+            argument(to_weights),
+            argument(grad),
             None,
             None,
             None,
@@ -321,7 +307,7 @@ class CpuDistill:
     ) -> None:
         self._run_ensemble(
             kind,
-            _STACK[reduction],
+            STACK[reduction],
             False,
             logits.dtype,
             None,
@@ -329,12 +315,12 @@ class CpuDistill:
             None if weights is None else _row_weights_argument(weights),
             None,
             None,
-            None if to_logits is None else _argument(to_logits),
+            None if to_logits is None else argument(to_logits),
             None if to_weights is None else _row_weights_argument(to_weights),
-            _argument(grads[0]) if grads else None,
-            _argument(grads[1]) if len(grads) > 1 else None,
-            None if first is None else _argument(first),
-            None if second is None else _argument(second),
+            argument(grads[0]) if grads else None,
+            argument(grads[1]) if len(grads) > 1 else None,
+            None if first is None else argument(first),
+            None if second is None else argument(second),
         )
 
     def _run_ensemble(
@@ -399,9 +385,6 @@ def _row_weights_argument(weights: Tensor) -> tuple[int, int, tuple[int, ...]]:
     strides = weights.stride()
     return weights.data_ptr(), DTYPES[weights.dtype], (*strides[:2], 0, *strides[2:])
 
-
-# What js_div and consensus have for settings, by reduction.
-_STACK = [Ensemble(1.0, PROBS, False, reduction) for reduction in range(3)]
 
 for _name in ("kl_div", "dual_kl", "entropy", "ensemble_kl", "js_div", "consensus"):
     register(_name, "cpu", Kernel(load=lambda: CpuDistill(cpu_core()), dtypes=ALL_DTYPES, devices=frozenset({"cpu"})))

@@ -186,14 +186,14 @@ def test_channels_last_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     from fedkern.ops import blend_launch
 
     seen: list[bool] = []
-    original = blend_launch._in_layout
+    original = blend_launch.in_layout
 
     def spy(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
         result = original(tensor, strides)
         seen.append(result is tensor)
         return result
 
-    monkeypatch.setattr(blend_launch, "_in_layout", spy)
+    monkeypatch.setattr(blend_launch, "in_layout", spy)
     x, y = (torch.randn(4, 8, 5, 5).to(memory_format=torch.channels_last).requires_grad_() for _ in range(2))
     blend(x, y, 0.5, index=torch.tensor([1, 0, 3, 3])).backward(torch.randn_like(x))
     assert seen

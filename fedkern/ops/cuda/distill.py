@@ -12,12 +12,10 @@ from torch import Tensor
 from fedkern.ops.backend import DTYPES
 from fedkern.ops.cuda.core import queue
 from fedkern.ops.cuda.distill_ensemble import CudaEnsembles
+from fedkern.ops.distill_arguments import ENTROPY, KL, LIMIT, argument, weight_gradient
 from fedkern.ops.distill_common import BATCHMEAN, NONE, mean_scale, row_shape
 from fedkern.ops.distill_kernels import Divergence
 from fedkern.ops.distill_reference import compute_dtype, result_dtype
-
-# csrc/include/fedkern/distill.h
-KL, LIMIT, ENTROPY = 0, 1, 2
 
 # Calls that one block does alone need no workspace: this many rows, classes at most.
 _ROWS, _CLASSES = 64, 1024
@@ -81,9 +79,7 @@ class CudaDistill(CudaEnsembles):
         grad = grad.resolve_neg()
         gradients = (to_teacher, to_student, to_other)
         self._divergence(student, other, teacher, weight, settings, gradients, grad, None, raw, compute)
-        to_weight = None
-        if raw is not None and weight is not None:
-            to_weight = (raw * grad.to(raw.dtype) * mean_scale(student, settings.reduction)).to(weight.dtype)
+        to_weight = weight_gradient(raw, grad, mean_scale(student, settings.reduction), weight)
         return to_student, to_other, to_teacher, to_weight
 
     def entropy_forward(self, logits: Tensor, reduction: int, to_logits: Tensor | None = None) -> Tensor:
@@ -111,7 +107,7 @@ class CudaDistill(CudaEnsembles):
     ) -> None:
         temperature, rows = settings.temperature, settings.reduction == NONE
         to_teacher, to_student, to_other = gradients
-        out = _argument(result)
+        out = argument(result)
         workspace = self._space(student)
         self._distill(
             LIMIT if temperature == math.inf else KL,
@@ -124,14 +120,14 @@ class CudaDistill(CudaEnsembles):
             1 if other is None else 2,
             (teacher.data_ptr(), DTYPES[teacher.dtype], teacher.stride()),
             (student.data_ptr(), DTYPES[student.dtype], student.stride()),
-            _argument(other),
-            _argument(to_teacher),
-            _argument(to_student),
-            _argument(to_other),
-            _argument(weight),
-            _argument(grad),
+            argument(other),
+            argument(to_teacher),
+            argument(to_student),
+            argument(to_other),
+            argument(weight),
+            argument(grad),
             out if rows else None,
-            (_argument(raw_loss), None if rows else out),
+            (argument(raw_loss), None if rows else out),
             0 if workspace is None else workspace.data_ptr(),
             *queue(student),
         )
@@ -139,7 +135,7 @@ class CudaDistill(CudaEnsembles):
     def _entropy(
         self, logits: Tensor, reduction: int, gradient: Tensor | None, grad: Tensor | None, result: Tensor | None
     ) -> None:
-        out = _argument(result)
+        out = argument(result)
         workspace = self._space(logits)
         self._distill(
             ENTROPY,
@@ -150,14 +146,14 @@ class CudaDistill(CudaEnsembles):
             None if reduction == BATCHMEAN else 1.0,
             1,
             0,
-            _argument(logits),
+            argument(logits),
             None,
             None,
-            _argument(gradient),
+            argument(gradient),
             None,
             None,
             None,
-            _argument(grad),
+            argument(grad),
             out if reduction == NONE else None,
             (None, None if reduction == NONE else out),
             0 if workspace is None else workspace.data_ptr(),
@@ -170,8 +166,3 @@ class CudaDistill(CudaEnsembles):
         if classes <= _CLASSES and logits.numel() <= _ROWS * classes:
             return None
         return _empty(self._workspace, dtype=torch.float64, device=logits.device)
-
-
-def _argument(x: Tensor | None) -> tuple[int, int, tuple[int, ...]] | None:
-    """A tensor as the core takes it: pointer, dtype, strides."""
-    return None if x is None else (x.data_ptr(), DTYPES[x.dtype], x.stride())

@@ -12,19 +12,14 @@ from torch import Tensor
 
 from fedkern.ops.backend import DTYPES
 from fedkern.ops.cuda.core import queue
+from fedkern.ops.distill_arguments import CONSENSUS, JS, STACK, argument
 from fedkern.ops.distill_common import BATCHMEAN, NONE, PROBS, row_shape
 from fedkern.ops.distill_ensemble_reference import ensemble_reference
 from fedkern.ops.distill_kernels import Ensemble
 from fedkern.ops.distill_reference import compute_dtype, result_dtype
 
-# csrc/include/fedkern/distill_ensemble.h
-JS, CONSENSUS = 3, 4
-
 # Rows that may be worked on at a time: what they keep per teacher stays in the caches.
 _SLOTS = 1 << 15
-
-# What js_div and consensus have for settings, by reduction.
-_STACK = [Ensemble(1.0, PROBS, False, reduction) for reduction in range(3)]
 
 
 class CudaEnsembles:
@@ -59,7 +54,7 @@ class CudaEnsembles:
             return result
         dtype = result_dtype(student, None, teachers)
         result = _result(student, dtype, settings.reduction)
-        gradients = (_argument(to_student), _argument(to_teachers), None)
+        gradients = (argument(to_student), argument(to_teachers), None)
         self._run(settings.mix, student, teachers, weights, class_mask, settings, dtype, gradients, results=(result,))
         return result
 
@@ -85,7 +80,7 @@ class CudaEnsembles:
             by_class = class_mask is not None or weights.shape[2] > 1
             shape = (*weights.shape[:2], teachers.shape[2], *weights.shape[3:]) if by_class else weights.shape
             to_weights = torch.empty(shape, dtype=compute_dtype(dtype), device=weights.device)
-        gradients = (_argument(to_student), _argument(to_teachers), _argument(to_weights))
+        gradients = (argument(to_student), argument(to_teachers), argument(to_weights))
         self._run(settings.mix, *tensors, settings, dtype, gradients, grads=(grad.resolve_neg(),))
         if to_weights is not None and weights is not None:
             if to_weights.shape != weights.shape:
@@ -97,7 +92,7 @@ class CudaEnsembles:
         self, logits: Tensor, weights: Tensor | None, reduction: int, to_logits: Tensor | None = None
     ) -> Tensor:
         result = _result(logits[0], logits.dtype, reduction)
-        self._stack(JS, logits, weights, reduction, (None, _argument(to_logits), None), results=(result,))
+        self._stack(JS, logits, weights, reduction, (None, argument(to_logits), None), results=(result,))
         return result
 
     def js_backward(
@@ -135,7 +130,7 @@ class CudaEnsembles:
         if needs[1] and weights is not None:
             to_weights = torch.empty(weights.shape, dtype=compute_dtype(logits.dtype), device=logits.device)
         # The class axis that weights per row lack.
-        gradients = (None, _argument(to_logits), None if to_weights is None else _argument(to_weights.unsqueeze(2)))
+        gradients = (None, argument(to_logits), None if to_weights is None else argument(to_weights.unsqueeze(2)))
         self._stack(kind, logits, weights, reduction, gradients, grads=tuple([grad.resolve_neg() for grad in grads]))
         return to_logits, to_weights if weights is None or to_weights is None else to_weights.to(weights.dtype)
 
@@ -143,7 +138,7 @@ class CudaEnsembles:
         self, kind: int, logits: Tensor, weights: Tensor | None, reduction: int, gradients: Any, **more: Any
     ) -> None:
         weights = None if weights is None else weights.unsqueeze(2)
-        self._run(kind, None, logits, weights, None, _STACK[reduction], logits.dtype, gradients, **more)
+        self._run(kind, None, logits, weights, None, STACK[reduction], logits.dtype, gradients, **more)
 
     def _run(
         self,
@@ -174,17 +169,17 @@ class CudaEnsembles:
             settings.temperature,
             None if settings.reduction == BATCHMEAN else 1.0,
             1,
-            _argument(student),
-            _argument(teachers),
+            argument(student),
+            argument(teachers),
             _weights_argument(weights),
             None if class_mask is None else (class_mask.data_ptr(), class_mask.stride()),
             *gradients,
-            _argument(grads[0]) if grads else None,
-            _argument(grads[1]) if len(grads) > 1 else None,
+            argument(grads[0]) if grads else None,
+            argument(grads[1]) if len(grads) > 1 else None,
             (
                 settings.reduction == NONE,
-                _argument(results[0]) if results else None,
-                _argument(results[1]) if len(results) > 1 else None,
+                argument(results[0]) if results else None,
+                argument(results[1]) if len(results) > 1 else None,
             ),
             workspace.data_ptr(),
             slots,
@@ -222,11 +217,6 @@ def _plain_gradients(
 
 def _result(rows_of: Tensor, dtype: torch.dtype, reduction: int) -> Tensor:
     return torch.empty(row_shape(rows_of) if reduction == NONE else (), dtype=dtype, device=rows_of.device)
-
-
-def _argument(x: Tensor | None) -> tuple[int, int, tuple[int, ...]] | None:
-    """A tensor as the core takes it: pointer, dtype, strides."""
-    return None if x is None else (x.data_ptr(), DTYPES[x.dtype], x.stride())
 
 
 def _weights_argument(weights: Tensor | None) -> tuple[int, int, tuple[int, ...]] | None:

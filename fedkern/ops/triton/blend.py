@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fedkern.ops.blend_launch import Gradients, _in_layout, output_strides
+from fedkern.ops.blend_launch import Gradients, in_layout, output_strides
 from fedkern.ops.blend_reference import check_values
 from fedkern.ops.triton.launch import cdiv, double_bits, launch, power_of_two, processors
 
@@ -192,7 +192,7 @@ class TritonBlend:
         else:
             strides = output_strides(shape, foreground.stride())
             out = torch.empty_strided(shape, strides, dtype=foreground.dtype, device=device)
-            foreground, background = _in_layout(foreground, strides), _in_layout(background, strides)
+            foreground, background = in_layout(foreground, strides), in_layout(background, strides)
         rows, size = shape[0], math.prod(shape[1:])
         if not rows or not size:
             return out
@@ -240,7 +240,7 @@ class TritonBlend:
         shape, device = grad.shape, grad.device
         if strides is None:
             strides = output_strides(shape, grad.stride())
-        grad = _in_layout(grad, strides)
+        grad = in_layout(grad, strides)
         index = None if index is None else index.contiguous()
         own = torch.empty_strided(shape, strides, dtype=grad.dtype, device=device) if needs[0] else None
         other = None
@@ -252,7 +252,7 @@ class TritonBlend:
             assert foreground is not None
             assert background is not None
             assert alpha is not None
-            foreground, background = _in_layout(foreground, strides), _in_layout(background, strides)
+            foreground, background = in_layout(foreground, strides), in_layout(background, strides)
             by_alpha = self._alpha(grad, foreground, background, index).to(alpha.dtype)
         return own, other, by_alpha
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedkern.ops.distill_arguments import weight_gradient
 from fedkern.ops.distill_common import BATCHMEAN, NONE, mean_scale, row_count, row_shape
 from fedkern.ops.distill_kernels import Divergence
-from fedkern.ops.distill_launch import weight_gradient
 from fedkern.ops.distill_reference import compute_dtype, result_dtype
 from fedkern.ops.triton.distill_ensemble import Mixtures
 from fedkern.ops.triton.distill_kernels import divergence_kernel

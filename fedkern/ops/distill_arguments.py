@@ -1,0 +1,27 @@
+"""What the compiled cores of the distill family, CPU and CUDA, are told alike."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fedkern.ops.backend import DTYPES
+from fedkern.ops.distill_common import PROBS
+from fedkern.ops.distill_kernels import Ensemble
+
+# csrc/include/fedkern/distill.h
+KL, LIMIT, ENTROPY = 0, 1, 2
+# csrc/include/fedkern/distill_ensemble.h, after PROBS, LOGITS and MEAN
+JS, CONSENSUS = 3, 4
+
+# What js_div and consensus have for settings, by reduction.
+STACK = [Ensemble(1.0, PROBS, False, reduction) for reduction in range(3)]
+
+
+def argument(x: Tensor | None) -> tuple[int, int, tuple[int, ...]] | None:
+    """A tensor as a core takes it: pointer, dtype, strides."""
+    return None if x is None else (x.data_ptr(), DTYPES[x.dtype], x.stride())
+
+
+def weight_gradient(raw: Tensor | None, grad: Tensor, scale: float, weight: Tensor | None) -> Tensor | None:
+    """From unweighted row losses the gradient of their weights."""
+    return None if raw is None or weight is None else (raw * grad.to(raw.dtype) * scale).to(weight.dtype)
