@@ -7,44 +7,17 @@ Memory errors and races that no comparison shows:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import pytest
 import torch
 from every_operator import Operator, each_operator
-from operator_cases import assert_close
-from torch import Tensor
+from operator_runs import LOOKS, capture, compare, gradients, run
 
 from fedkern import ops
-
-# Iterations that end when they have converged must look.
-LOOKS = ("geometric_median",)
-
-
-def run(operator: Operator, inputs: Sequence[Tensor], gradient: bool) -> list[Tensor]:
-    """Results, and with ``gradient`` the inputs' gradients, of a loss that weighs every element differently."""
-    leaves = [x.detach().requires_grad_(gradient) for x in inputs]
-    results = operator.results(*leaves)
-    if not gradient:
-        return list(results)
-    loss = sum((r * (torch.arange(r.numel(), device=r.device) % 5 + 1).view_as(r)).sum() for r in results)
-    assert isinstance(loss, Tensor)
-    return [*results, *torch.autograd.grad(loss, leaves, allow_unused=True)]
-
-
-def gradients(operator: Operator) -> tuple[bool, ...]:
-    return (False, True) if operator.gradient else (False,)
 
 
 @each_operator
 def test_each_operator_gives_the_reference_result(device: torch.device, operator: Operator) -> None:
-    for gradient in gradients(operator):
-        inputs = operator.inputs()
-        got = run(operator, [x.to(device) for x in inputs], gradient)
-        with ops.use_backend("reference"):
-            expected = run(operator, [x.double() for x in inputs], gradient)
-        for i, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
-            assert_close(f"{i}", ours.float().cpu(), theirs.double(), relative=1e-5, absolute=1e-5)
+    compare(operator, device)
 
 
 @each_operator
@@ -71,19 +44,6 @@ def test_operator_in_a_graph(gpu: torch.device, operator: Operator) -> None:
             graph.replay()
             for got, expected in zip(results, run(operator, fresh, gradient), strict=True):
                 assert torch.equal(got, expected)
-
-
-def capture(call: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = call()
-    return graph, results
 
 
 @pytest.mark.gpu

@@ -7,20 +7,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from every_operator import Operator, each_operator
-from operator_cases import BACKENDS, assert_close, using
-from torch import Tensor
+from operator_cases import BACKENDS, using
+from operator_runs import LOOKS, capture, compare, gradients, run
 
 from fedkern import ops
 from fedkern.ops import backend
-
-# Iterations that end when they have converged must look.
-LOOKS = ("geometric_median",)
 
 
 @pytest.fixture
@@ -30,31 +27,6 @@ def gpu() -> Iterator[torch.device]:
         pytest.skip("no CUDA device" if not torch.cuda.is_available() else "TRITON_INTERPRET is set")
     with ops.use_backend("triton"):
         yield torch.device("cuda")
-
-
-def run(operator: Operator, inputs: Sequence[Tensor], gradient: bool) -> list[Tensor]:
-    """Results, and with ``gradient`` the inputs' gradients, of a loss that weighs every element differently."""
-    leaves = [x.detach().requires_grad_(gradient) for x in inputs]
-    results = operator.results(*leaves)
-    if not gradient:
-        return list(results)
-    loss = sum((r * (torch.arange(r.numel(), device=r.device) % 5 + 1).view_as(r)).sum() for r in results)
-    assert isinstance(loss, Tensor)
-    return [*results, *torch.autograd.grad(loss, leaves, allow_unused=True)]
-
-
-def gradients(operator: Operator) -> tuple[bool, ...]:
-    return (False, True) if operator.gradient else (False,)
-
-
-def compare(operator: Operator, device: torch.device) -> None:
-    for gradient in gradients(operator):
-        inputs = operator.inputs()
-        got = run(operator, [x.to(device) for x in inputs], gradient)
-        with ops.use_backend("reference"):
-            expected = run(operator, [x.double() for x in inputs], gradient)
-        for i, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
-            assert_close(f"{i}", ours.float().cpu(), theirs.double(), relative=1e-5, absolute=1e-5)
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's interpreter is not there")
@@ -112,19 +84,6 @@ def test_operator_in_a_graph(gpu: torch.device, operator: Operator) -> None:
         graph.replay()
         for got, expected in zip(results, run(operator, fresh, gradient), strict=True):
             assert torch.equal(got, expected)
-
-
-def capture(call: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = call()
-    return graph, results
 
 
 @pytest.mark.gpu
