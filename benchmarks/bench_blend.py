@@ -31,7 +31,18 @@ def fedkern(foreground: Tensor, background: Tensor, alpha: float | Tensor, index
     return ops.blend(foreground, background, alpha, index=index)
 
 
-def contestants(make: Callable[[Callable[..., Any]], Callable[[], None]]) -> dict[str, Callable[[], None]]:
+def contestants(
+    foreground: Tensor, background: Tensor, grad: Tensor, index: Tensor, alpha: float | Tensor = 0.6
+) -> dict[str, Callable[[], None]]:
+    """Forward and backward of each, into fresh gradients."""
+
+    def make(function: Callable[..., Tensor]) -> Callable[[], None]:
+        def step() -> None:
+            foreground.grad = background.grad = None
+            function(foreground, background, alpha, index).backward(grad)
+
+        return step
+
     torch._dynamo.reset()
     return {"fedkern": make(fedkern), "eager": make(eager), "compile": make(torch.compile(eager))}
 
@@ -53,15 +64,8 @@ def test_blend(benchmark: Any, shape: tuple[int, ...], layout: str, pick: str, t
     foreground, background, grad = leaves(shape, memory_format, torch.float32)
     index = torch.randperm(shape[0]) if pick == "permutation" else torch.randint(0, shape[0], (shape[0],))
 
-    def make(function: Callable[..., Tensor]) -> Callable[[], None]:
-        def step() -> None:
-            foreground.grad = background.grad = None
-            function(foreground, background, 0.6, index).backward(grad)
-
-        return step
-
     bytes_ = 6 * foreground.numel() * 4
-    runs = contestants(make)
+    runs = contestants(foreground, background, grad, index)
     case = f"{list(shape)} {layout}, {pick}"
     compare(benchmark, "blend", case, runs, model_bytes=bytes_, copy=True, floors=FLOORS[pick], threads=threads)
 
@@ -70,29 +74,25 @@ def test_feature_vectors(benchmark: Any) -> None:
     foreground, background, grad = leaves((64, 512), torch.contiguous_format, torch.float32)
     index = torch.randperm(64)
 
-    def make(function: Callable[..., Tensor]) -> Callable[[], None]:
-        def step() -> None:
-            foreground.grad = background.grad = None
-            function(foreground, background, 0.6, index).backward(grad)
-
-        return step
-
     note = "an empty autograd.Function takes half of it"
-    compare(benchmark, "blend", "[64, 512]", contestants(make), floors=FLOORS["permutation"], threads=1, note=note)
+    compare(
+        benchmark,
+        "blend",
+        "[64, 512]",
+        contestants(foreground, background, grad, index),
+        floors=FLOORS["permutation"],
+        threads=1,
+        note=note,
+    )
 
 
 def test_blend_on_a_busy_machine(benchmark: Any) -> None:
     foreground, background, grad = leaves(SHAPE, torch.contiguous_format, torch.float32)
     index = torch.randperm(64)
 
-    def make(function: Callable[..., Tensor]) -> Callable[[], None]:
-        def step() -> None:
-            foreground.grad = background.grad = None
-            function(foreground, background, 0.6, index).backward(grad)
-
-        return step
-
-    compare(benchmark, "blend", f"{list(SHAPE)}", contestants(make), threads=2, loaded=True)
+    compare(
+        benchmark, "blend", f"{list(SHAPE)}", contestants(foreground, background, grad, index), threads=2, loaded=True
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -102,15 +102,15 @@ def test_small_blend(benchmark: Any, shape: tuple[int, ...], dtype: torch.dtype)
     index = torch.randperm(shape[0])
     alpha = torch.rand(shape[0]).to(dtype)
 
-    def make(function: Callable[..., Tensor]) -> Callable[[], None]:
-        def step() -> None:
-            foreground.grad = background.grad = None
-            function(foreground, background, alpha, index).backward(grad)
-
-        return step
-
     case = f"{list(shape)} {str(dtype).removeprefix('torch.')}, alpha [B]"
-    compare(benchmark, "blend", case, contestants(make), threads=1, note="an empty autograd.Function takes most of it")
+    compare(
+        benchmark,
+        "blend",
+        case,
+        contestants(foreground, background, grad, index, alpha),
+        threads=1,
+        note="an empty autograd.Function takes most of it",
+    )
 
 
 def test_erase_boxes(benchmark: Any) -> None:
