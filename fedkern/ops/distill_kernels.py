@@ -163,6 +163,22 @@ class DistillKernel(Protocol):
         """Gradients of logits and weights."""
 
 
+class Recomputes:
+    """The part of a :class:`DistillKernel` on a GPU that says where gradients come from: the logits, read again.
+
+    Looking at grad_output would wait for the device. One made on the way forward would have to be read, scaled and
+    written again: as much traffic as making it from the logits, which rounds it once.
+    """
+
+    fused = False
+
+    def scaled(self, gradients: tuple[Tensor | None, ...], grad: Tensor) -> tuple[Tensor | None, ...] | None:
+        return None
+
+    def empty_gradient(self, x: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+
 # --- the short way
 
 # Of kernels that take every dtype: those are registered with this very set, so that calls need not look into it.

@@ -14,7 +14,7 @@ from fedkern.ops.cuda.core import queue
 from fedkern.ops.cuda.distill_ensemble import CudaEnsembles
 from fedkern.ops.distill_arguments import ENTROPY, KL, LIMIT, argument, weight_gradient
 from fedkern.ops.distill_common import BATCHMEAN, NONE, mean_scale, row_shape
-from fedkern.ops.distill_kernels import Divergence
+from fedkern.ops.distill_kernels import Divergence, Recomputes
 from fedkern.ops.distill_reference import compute_dtype, result_dtype
 
 # Calls that one block does alone need no workspace: this many rows, classes at most.
@@ -23,22 +23,13 @@ _ROWS, _CLASSES = 64, 1024
 _empty = torch.empty
 
 
-class CudaDistill(CudaEnsembles):
+class CudaDistill(Recomputes, CudaEnsembles):
     """:class:`fedkern.ops.distill_kernels.DistillKernel` on ``fedkern._cuda``."""
-
-    # Looking at grad_output would wait for the device; multiplying by it moves as much memory as reading logits again.
-    fused = False
 
     def __init__(self, core: Any) -> None:
         super().__init__(core)
         self._distill = core.distill
         self._workspace = core.distill_workspace
-
-    def scaled(self, gradients: Sequence[Tensor | None], grad: Tensor) -> tuple[Tensor | None, ...] | None:
-        return None
-
-    def empty_gradient(self, x: Tensor) -> Tensor:
-        return torch.empty_like(x)
 
     def divergence_forward(
         self,

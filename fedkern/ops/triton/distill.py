@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedkern.ops.distill_arguments import weight_gradient
 from fedkern.ops.distill_common import BATCHMEAN, NONE, mean_scale, row_count, row_shape
-from fedkern.ops.distill_kernels import Divergence
+from fedkern.ops.distill_kernels import Divergence, Recomputes
 from fedkern.ops.distill_reference import compute_dtype, result_dtype
 from fedkern.ops.triton.distill_ensemble import Mixtures
 from fedkern.ops.triton.distill_kernels import divergence_kernel
@@ -31,18 +31,8 @@ from fedkern.ops.triton.rows import (
 )
 
 
-class TritonDistill(Mixtures):
+class TritonDistill(Recomputes, Mixtures):
     """:class:`fedkern.ops.distill_kernels.DistillKernel`."""
-
-    # On a GPU the result's gradient stays where it is, so a gradient made on the way forward would have to be read,
-    # scaled and written again: as much traffic as making it from the logits, which rounds it once.
-    fused = False
-
-    def scaled(self, gradients: tuple[Tensor | None, ...], grad: Tensor) -> tuple[Tensor | None, ...] | None:
-        return None
-
-    def empty_gradient(self, x: Tensor) -> Tensor:
-        return torch.empty_like(x)
 
     def divergence_forward(
         self,
