@@ -1,0 +1,298 @@
+"""Classifier calibration from class statistics (CCVR, arXiv 2106.05001; FuseFL, arXiv 2410.20380, section 4.5).
+
+Every client sends, per class, the count, mean and scatter of its features; the server pools them exactly, samples
+virtual features from one Gaussian per class and trains the classifier, and nothing else, on these.
+
+    client:   statistics = ClassStatistics(classes, width)
+              statistics.add(features, labels)                         # batch by batch
+              return statistics.message()
+    server:   pooled.merge(upload.message) for every upload
+              head = calibrate(head, pooled, server.rng("calibration", step), options)
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fedkern.methods.base import Batch, Message
+from fedkern.methods.options import Options, option
+
+JITTER = 1e-4  # added to every variance, so that directions without spread have a little
+PORTION_BYTES = 64 << 20  # virtual features held at a time
+
+
+@dataclass(frozen=True)
+class CalibrationOptions(Options):
+    """Knobs of every method that calibrates its classifier."""
+
+    calibrate: bool = option(True, "train the classifier anew on features drawn from pooled class statistics (CCVR)")
+    calibration_epochs: int = option(5, "passes over the virtual features", low=1)
+    calibration_lr: float = option(0.01, "learning rate of the calibration", above=0)
+    virtual_features: int = option(5000, "virtual features per class and pass", low=1)
+    covariance: str = option("full", "class covariances as sent: full or diagonal", choices=("full", "diagonal"))
+    ccvr_compat: bool = option(
+        False, "calibrate as the released code does: uncentred second moment, one pass, no shrinkage"
+    )
+
+
+class ClassStatistics:
+    """Counts, means and scatters of features per class, exact in any partition of the samples.
+
+    Parts are merged by the update of Chan et al. (1979), which never subtracts large moments; so the covariance of any
+    number of merged uploads is the sample covariance of their concatenated features.
+
+    Args:
+        classes: number of classes C.
+        width: number of features d.
+        diagonal: keep variances only (d numbers a class, not d (d + 1) / 2).
+        compat: merge as FuseFL's released code does.  From population covariances S_k / n_k it forms
+            ``sum (n_k - 1) S_k / n_k + sum n_k mu_k mu_k^T`` over ``n - 1`` and never subtracts the mean's outer
+            product (its factor is written ``n / n - 1``): an uncentred second moment.
+
+    Attributes:
+        counts: int64 [C].
+        means: fp64 [C, d].
+        scatters: fp64 [C, d, d], or [C, d] with ``diagonal``: sums of squared deviations from the class mean.
+    """
+
+    def __init__(self, classes: int, width: int, *, diagonal: bool = False, compat: bool = False) -> None:
+        self.classes, self.width, self.diagonal, self.compat = classes, width, diagonal, compat
+        self.counts = torch.zeros(classes, dtype=torch.int64)
+        self.means = torch.zeros(classes, width, dtype=torch.float64)
+        shape = (classes, width) if diagonal else (classes, width, width)
+        self.scatters = torch.zeros(shape, dtype=torch.float64)
+
+    @torch.no_grad()
+    def add(self, features: Tensor, labels: Tensor) -> None:
+        """Takes a batch in: ``features`` [B, d] of any floating type, ``labels`` int64 [B].
+
+        Raises:
+            ValueError: a shape or a label does not fit.
+        """
+        if features.dim() != 2 or features.shape[1] != self.width or labels.shape != features.shape[:1]:
+            raise ValueError(
+                f"features and labels must have shapes [B, {self.width}] and [B], not {list(features.shape)} and "
+                f"{list(labels.shape)}"
+            )
+        wide, labels = features.detach().double(), labels.to(features.device)
+        for c in labels.unique().tolist():
+            if not 0 <= c < self.classes:
+                raise ValueError(f"labels must lie in [0, {self.classes}), not {c}")
+            own = wide[labels == c]
+            mean = own.mean(0)
+            centred = own - mean
+            scatter = centred.square().sum(0) if self.diagonal else centred.T @ centred
+            self._chan(c, len(own), mean.cpu(), scatter.cpu())
+
+    def message(self) -> Message:
+        """What a client sends, of the classes it has (C' of C).
+
+        ``counts`` int32 [C], ``means`` fp32 [C', d], ``scatters`` fp32 [C', d (d + 1) / 2] (upper triangles by rows;
+        [C', d] with ``diagonal``): at most C (d + d (d + 1) / 2 + 1) numbers of 4 bytes.
+        """
+        present = self.counts > 0
+        scatters = self.scatters[present]
+        if not self.diagonal:
+            i, j = torch.triu_indices(self.width, self.width)
+            scatters = scatters[:, i, j]
+        return {
+            "counts": self.counts.int(),
+            "means": self.means[present].float(),
+            "scatters": scatters.float(),
+        }
+
+    def merge(self, message: Mapping[str, Any]) -> None:
+        """Takes a client's :meth:`message` in.
+
+        Raises:
+            ValueError: a tensor is missing, of wrong shape, negative or not finite; nothing was taken in then.
+        """
+        counts, means, scatters = self._checked(message)
+        for row, c in enumerate(torch.nonzero(counts).flatten().tolist()):
+            n, mean, packed = int(counts[c]), means[row].double(), scatters[row].double()
+            scatter = packed if self.diagonal else self._unpack(packed)
+            if self.compat:
+                total = int(self.counts[c]) + n
+                outer = mean.square() if self.diagonal else torch.outer(mean, mean)
+                self.scatters[c] += (n - 1) / n * scatter + n * outer
+                self.means[c] += (mean - self.means[c]) * (n / total)
+                self.counts[c] = total
+            else:
+                self._chan(c, n, mean, scatter)
+
+    def covariances(self) -> Tensor:
+        """fp64 [C, d, d], or [C, d] with ``diagonal``: scatter / (n - 1), zero where n is 1 or 0."""
+        degrees = (self.counts - 1).clamp_min(1).double()
+        return self.scatters / degrees.reshape(-1, *[1] * (self.scatters.dim() - 1))
+
+    def _chan(self, c: int, n: int, mean: Tensor, scatter: Tensor) -> None:
+        before = int(self.counts[c])
+        total = before + n
+        shift = mean - self.means[c]
+        between = shift.square() if self.diagonal else torch.outer(shift, shift)
+        self.scatters[c] += scatter + between * (before * n / total)
+        self.means[c] += shift * (n / total)
+        self.counts[c] = total
+
+    def _unpack(self, packed: Tensor) -> Tensor:
+        full = packed.new_zeros(self.width, self.width)
+        i, j = torch.triu_indices(self.width, self.width)
+        full[i, j] = packed
+        return full + full.triu(1).T
+
+    def _checked(self, message: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        tensors = []
+        for name in ("counts", "means", "scatters"):
+            tensor = message.get(name)
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"class statistics must hold the tensor {name}, not {type(tensor).__name__}")
+            tensors.append(tensor.cpu())
+        counts, means, scatters = tensors
+        if counts.shape != (self.classes,) or counts.is_floating_point() or bool((counts < 0).any()):
+            raise ValueError(f"counts of the class statistics must be {self.classes} integers, 0 or more, not {counts}")
+        present = int((counts > 0).sum())
+        size = self.width if self.diagonal else self.width * (self.width + 1) // 2
+        for name, tensor, columns in (("means", means, self.width), ("scatters", scatters, size)):
+            if tensor.shape != (present, columns):
+                raise ValueError(
+                    f"{name} of the class statistics must have shape {[present, columns]}, not {list(tensor.shape)}"
+                )
+            if not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"{name} of the class statistics must be finite")
+        return counts, means, scatters
+
+
+def collect(
+    features: Callable[[Tensor], Tensor], batches: Iterable[Batch], classes: int, options: CalibrationOptions
+) -> Message:
+    """A client's upload: statistics of ``features(images)`` ``[B, d]`` over its batches.
+
+    Raises:
+        ValueError: there is no batch.
+    """
+    statistics: ClassStatistics | None = None
+    with torch.no_grad():
+        for batch in batches:
+            rows = features(batch.images)
+            if statistics is None:
+                statistics = ClassStatistics(classes, rows.shape[1], diagonal=options.covariance == "diagonal")
+            statistics.add(rows, batch.labels)
+    if statistics is None:
+        raise ValueError("batches must hold at least one batch, not none")
+    return statistics.message()
+
+
+def shrunk(statistics: ClassStatistics) -> Tensor:
+    """Covariances pulled towards their mean variance by as much as their few samples warrant.
+
+    ``(1 - rho_c) Sigma_c + rho_c (tr Sigma_c / d) I`` with rho_c of the oracle approximating shrinkage (Chen et al.,
+    arXiv 0907.4698, eq. 23), which vanishes like 1 / n_c; for variances alone its counterpart
+    ``2 / (n + 1) sum v^2 / sum (v - mean v)^2``.  A class of a single sample has the mean variance of the others.
+
+    Returns:
+        fp64 [C, d, d], or [C, d] where the statistics are diagonal; zero for absent classes.
+    """
+    covariances, d = statistics.covariances(), statistics.width
+    variances = covariances if statistics.diagonal else covariances.diagonal(dim1=1, dim2=2)
+    mean = variances.mean(1)
+    several = statistics.counts > 1
+    common = mean[several].mean() if bool(several.any()) else mean.new_zeros(())
+    result = torch.zeros_like(covariances)
+    for c in torch.nonzero(statistics.counts).flatten().tolist():
+        n = int(statistics.counts[c])
+        target = (mean[c] if n > 1 else common).expand(d)
+        if statistics.diagonal:
+            spread = (variances[c] - mean[c]).square().sum()
+            wanted = 2 / (n + 1) * variances[c].square().sum()
+        else:
+            squared, trace = covariances[c].square().sum(), mean[c] * d
+            spread = (n + 1 - 2 / d) * (squared - trace.square() / d)
+            wanted = (1 - 2 / d) * squared + trace.square()
+        rho = 1.0 if n == 1 or wanted >= spread else float(wanted / spread)
+        result[c] = (1 - rho) * covariances[c] + rho * (target if statistics.diagonal else target.diag())
+    return result
+
+
+def virtual_features(
+    statistics: ClassStatistics, rng: np.random.Generator, per_class: int, *, compat: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Draws ``per_class`` features of every class that has samples, in shuffled portions of bounded size.
+
+    Args:
+        statistics: pooled over the clients.
+        rng: what everything is drawn from.
+        per_class: features per class.
+        compat: covariances as they are, neither shrunk nor raised by ``JITTER``.
+
+    Yields:
+        features fp32 [n, d] and labels int64 [n]; every portion holds the classes in equal parts.
+    """
+    present = torch.nonzero(statistics.counts).flatten().tolist()
+    covariances = statistics.covariances() if compat else shrunk(statistics)
+    roots = [_root(covariances[c], 0.0 if compat else JITTER).float() for c in present]
+    means = statistics.means.float()
+    at_once = max(1, PORTION_BYTES // max(1, 4 * statistics.width * len(present)))
+    for begin in range(0, per_class, at_once):
+        count = min(at_once, per_class - begin)
+        parts = []
+        for c, root in zip(present, roots, strict=True):
+            noise = torch.from_numpy(rng.standard_normal((count, statistics.width), dtype=np.float32))
+            parts.append(means[c] + (noise * root if statistics.diagonal else noise @ root.T))
+        order = torch.from_numpy(rng.permutation(count * len(present)))
+        yield torch.cat(parts)[order], torch.tensor(present).repeat_interleave(count)[order]
+
+
+def _root(covariance: Tensor, jitter: float) -> Tensor:
+    """R with R R^T = covariance + jitter I (elementwise for variances)."""
+    if covariance.dim() == 1:
+        return (covariance + jitter).clamp_min(0).sqrt()
+    raised = covariance + jitter * torch.eye(len(covariance), dtype=covariance.dtype)
+    root, failed = torch.linalg.cholesky_ex(raised)
+    if not int(failed):
+        return root
+    # Singular up to rounding (the uploads are fp32).
+    values, vectors = torch.linalg.eigh(raised)
+    return vectors * values.clamp_min(0).sqrt()
+
+
+def calibrate(
+    head: nn.Linear,
+    statistics: ClassStatistics,
+    rng: np.random.Generator,
+    options: CalibrationOptions,
+    *,
+    batch_size: int = 128,
+) -> nn.Linear:
+    """A copy of the classifier ``head`` trained on virtual features: SGD without momentum, cross-entropy.
+
+    Classes that nobody has get no virtual features.  ``options.ccvr_compat`` makes one pass at learning rate 0.01.
+
+    Raises:
+        ValueError: the classifier and the statistics differ in width or classes.
+    """
+    if (head.in_features, head.out_features) != (statistics.width, statistics.classes):
+        raise ValueError(
+            f"head must map {statistics.width} features to {statistics.classes} classes as the statistics do, not "
+            f"{head.in_features} to {head.out_features}"
+        )
+    compat = options.ccvr_compat
+    trained = copy.deepcopy(head).requires_grad_(True)
+    device = trained.weight.device
+    optimiser = torch.optim.SGD(trained.parameters(), lr=0.01 if compat else options.calibration_lr)
+    with torch.enable_grad():
+        for _ in range(1 if compat else options.calibration_epochs):
+            for features, labels in virtual_features(statistics, rng, options.virtual_features, compat=compat):
+                x, y = features.to(device), labels.to(device)
+                for rows, targets in zip(x.split(batch_size), y.split(batch_size), strict=True):
+                    optimiser.zero_grad()
+                    cross_entropy(trained(rows), targets).backward()
+                    optimiser.step()
+    return trained.requires_grad_(False)
