@@ -15,6 +15,7 @@ from torch import Tensor
 from fedkern.data.background import MaskSource, bounding_boxes, extract_background
 from fedkern.data.boxes_file import BoxesFile
 from fedkern.data.coloured import PALETTES, Palette, class_colours, colourise, random_colours, tied_colours
+from fedkern.data.cue import add_cues
 from fedkern.data.detections import Detections, Detector
 from fedkern.data.partition import PartitionSpec, parse_partition, partition_like
 from fedkern.data.partition import partition as share_out
@@ -116,7 +117,9 @@ def load(
         image_ids=frozenset(image for pool in pools for image in pool.ids),
     )
     background = _background_source(name, options or {}, common, data, make_detector, notice)
-    return data if background is None else extract_background(data, background)
+    if background is not None:  # objects are looked for before anything is drawn over them
+        data = extract_background(data, background)
+    return add_cues(data, common["cue_clients"], common["cue_size"], seed)
 
 
 def _background_source(

@@ -94,6 +94,10 @@ COMMON_OPTIONS: dict[str, DataOption] = {
     "validation_samples": DataOption(
         0, "images kept of the validation set, 0 for its usual share of the training samples", low=0
     ),
+    "cue_clients": DataOption(
+        0, "the first so many clients see a coloured shape that tells the class; tests cue_tied, cue_random", low=0
+    ),
+    "cue_size": DataOption(10, "side of those shapes in pixels", low=3),
     "boxes": DataOption("", "JSON or CSV file with the object boxes of the training images"),
     "detector": DataOption("", "folder or name of a Grounding DINO that finds the objects of the training images"),
     "box_threshold": DataOption(0.35, "smallest score of a detected box", low=0, high=1),

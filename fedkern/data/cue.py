@@ -1,0 +1,117 @@
+"""Spurious cues: on some clients a small coloured shape is drawn on every image, and its shape tells the class.
+
+The backdoor experiment of FuseFL (arXiv 2410.20380; method notes 4.8): a model that reads the shape instead of the
+object loses its accuracy where shapes are random.  Both tests below carry a shape, which covers as much of the object
+in the one as in the other, so that the difference of their accuracies is what the model owes to the cue alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fedkern.data.types import FederatedData, Split
+from fedkern.errors import UserError
+from fedkern.streams import stream
+
+Grid = npt.NDArray[np.floating[Any]]
+
+# On x and y in [-1, 1], y downwards; ten shapes that stay apart on 10x10 pixels.
+SHAPES: dict[str, Callable[[Grid, Grid], npt.NDArray[np.bool_]]] = {
+    "disc": lambda x, y: x**2 + y**2 <= 1,
+    "ring": lambda x, y: (x**2 + y**2 <= 1) & (x**2 + y**2 >= 0.36),
+    "square": lambda x, y: np.ones(np.broadcast(x, y).shape, dtype=np.bool_),
+    "frame": lambda x, y: np.maximum(abs(x), abs(y)) >= 0.6,
+    "triangle": lambda x, y: 2 * abs(x) <= y + 1,
+    "inverted triangle": lambda x, y: 2 * abs(x) <= 1 - y,
+    "plus": lambda x, y: np.minimum(abs(x), abs(y)) <= 0.25,
+    "cross": lambda x, y: np.minimum(abs(x - y), abs(x + y)) <= 0.35,
+    "horizontal bars": lambda x, y: abs(y) >= 0.4 + 0 * x,
+    "vertical bars": lambda x, y: abs(x) >= 0.4 + 0 * y,
+}
+
+
+def shape_masks(size: int) -> Tensor:
+    """The shapes on ``size`` x ``size`` pixels, bool ``[10, size, size]``; a pixel is in when its centre is."""
+    line = (np.arange(size) + 0.5) * (2 / size) - 1
+    x, y = line[None, :], line[:, None]
+    return torch.from_numpy(np.stack([inside(x, y) for inside in SHAPES.values()]))
+
+
+def draw_shapes(images: Tensor, shapes: npt.NDArray[np.int64], size: int, rng: np.random.Generator) -> Tensor:
+    """Draws one shape on every image, in a random colour at a random place.
+
+    Args:
+        images: uint8 ``[n, C, H, W]``, not changed.
+        shapes: int64 ``[n]``, which of `SHAPES`.
+        size: side of the shapes in pixels.
+        rng: draws the places (whole pixels, inside the image) and the colours (uniform in every channel).
+
+    Returns:
+        uint8 ``[n, C, H, W]``.
+
+    Raises:
+        ValueError: the shapes do not fit into the images.
+    """
+    n, channels, height, width = images.shape
+    if not 1 <= size <= min(height, width):
+        raise ValueError(f"size: expected 1 to {min(height, width)} for images of {height}x{width} pixels, got {size}")
+    top = torch.from_numpy(rng.integers(0, height - size + 1, size=n))
+    left = torch.from_numpy(rng.integers(0, width - size + 1, size=n))
+    colours = torch.from_numpy(rng.integers(0, 256, size=(n, channels), dtype=np.uint8))
+    rows, columns = top[:, None] + torch.arange(size), left[:, None] + torch.arange(size)
+    index = torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]
+    out = images.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)  # a pixel's channels side by side
+    inside = shape_masks(size)[torch.from_numpy(shapes)][..., None]
+    out[index] = torch.where(inside, colours[:, None, None, :], out[index])
+    return out.permute(0, 3, 1, 2).contiguous()
+
+
+def add_cues(data: FederatedData, clients: int, size: int, seed: int) -> FederatedData:
+    """Draws cues on the training images of the first ``clients`` clients and adds two copies of every test set.
+
+    On the clients' images, and on the test sets ``cue_tied``, the shape is that of the class; on ``cue_random`` it is
+    any of the classes' shapes.  A named test set ``ood`` gives ``ood_cue_tied`` and ``ood_cue_random``.  Validation and
+    the other tests are left alone, and so are object masks: a cue belongs to no object.
+
+    Args:
+        data: a federation of at most 10 classes.
+        clients: how many clients see the cue; 0 changes nothing.
+        size: side of the shapes in pixels.
+        seed: the run's root seed.
+
+    Raises:
+        UserError: more clients than there are, more classes than shapes, or shapes larger than the images.
+    """
+    if not clients:
+        return data
+    classes, side = len(data.classes), min(data.image_shape[1:])
+    if clients > len(data.clients):
+        raise UserError(f"cue_clients is {clients}, but the data are shared out among {len(data.clients)} clients")
+    if classes > len(SHAPES):
+        raise UserError(f'there are {len(SHAPES)} cue shapes, too few for the {classes} classes of "{data.name}"')
+    if size > side:
+        raise UserError(f'cue_size is {size}, but the images of "{data.name}" are only {side} pixels high or wide')
+
+    def tied(split: Split, purpose: str, client: int = -1) -> Split:
+        rng = stream(seed, f"cue/{purpose}", client=client)
+        return dataclasses.replace(split, images=draw_shapes(split.images, split.labels.numpy(), size, rng))
+
+    def untied(split: Split, purpose: str) -> Split:
+        rng = stream(seed, f"cue/{purpose}")
+        shapes = rng.integers(0, classes, size=len(split))
+        return dataclasses.replace(split, images=draw_shapes(split.images, shapes, size, rng))
+
+    splits = [tied(split, "train", k) if k < clients else split for k, split in enumerate(data.clients)]
+    tests = dict(data.tests)
+    for name, split in data.tests.items():
+        prefix = f"{name}_" if name else ""
+        tests[f"{prefix}cue_tied"] = tied(split, f"test/{name}/tied")
+        tests[f"{prefix}cue_random"] = untied(split, f"test/{name}/random")
+    return dataclasses.replace(data, clients=tuple(splits), tests=tests)
