@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from fedkern.ops import backend
 from fedkern.ops.fuse_conv import core_for
 from fedkern.ops.fuse_layers import FusedConv, FusedLayer, fuse_layers
 from fedkern.ops.fuse_lowering import FoldedBlocks, channels_last, concatenate, repeated, run_step, run_step_of
@@ -31,7 +32,7 @@ class FusedBlocks(nn.Module):
     Args:
         blocks: M >= 1 modules of the same structure, shapes, dtypes and devices.  Their parameters and buffers are
             copied, one client's after the other's along axis 0, under the names they have in one block, behind
-            ``"branches."``; training mode and ``requires_grad`` are taken over.
+            ``"branches."``; every layer's training mode and ``requires_grad`` are taken over.
         shared: whether all blocks read the same input ``[B, C, ...]``; else block m reads channels ``m * C`` to
             ``(m + 1) * C`` of ``[B, M * C, ...]``, as after another FusedBlocks.
         fold: in evaluation mode and without autograd, fold batch norms into the convolutions before them (frozen
@@ -42,11 +43,16 @@ class FusedBlocks(nn.Module):
             cannot serve, another one does.
 
     ``forward`` maps the input to ``[B, M * C', ...]``, client 0's channels first; 4-D maps come out channels-last,
-    contiguous from ``"direct"``.
+    contiguous from ``"direct"``.  Works under torch.compile and torch.func transforms as plain grouped (or separate)
+    operations, nothing folded; torch.func refuses to update running statistics that it does not map over.
+
+    FuseFL's level l >= 2, ``X -> {b_j(a_j(X))}``, is one ``FusedBlocks([nn.Sequential(a, b) for a, b in pairs])`` on
+    ``X [B, M * c, H, W]``: its adaptors become one 1x1 convolution, its blocks run on their own channels of the result.
 
     Raises:
         TypeError: a block holds a layer or does something that is not supported; the message names it.
         ValueError: no blocks, or blocks of different structure or shapes.
+        RuntimeError: (forward) under torch.compile in training mode, batch norms with ``momentum=None``.
     """
 
     def __init__(
@@ -78,7 +84,10 @@ class FusedBlocks(nn.Module):
             self._layers[name] = layer
             _place(root, name, layer)
         self.branches = root
-        self.train(members[0].training)
+        # Every layer keeps its own mode, as in the blocks: a slice of a frozen Sequential calls itself training.
+        self.training = any(layer.training for layer in self._layers.values()) or (
+            not self._layers and members[0].training
+        )
         convs = [layer for layer in self._layers.values() if isinstance(layer, FusedConv)]
         self._width = convs[-1].part("weight", 0).shape[0] if convs else 0
         self._kind = "spatial" if any(math.prod(conv.kernel) > 1 for conv in convs) else "pointwise"
@@ -92,6 +101,9 @@ class FusedBlocks(nn.Module):
             raise ValueError(
                 f"x must have shape [B, {'C' if self.shared else f'{self.count} * C'}, ...], not {list(x.shape)}"
             )
+        if not backend.eager(x):
+            # A compiler or a transform looks on: plain operations, which it fuses or maps itself.
+            return self._separate(x) if self.lowering == "separate" else self._grouped(x)
         folded = self.fold and not self.training and not (torch.is_grad_enabled() and self._recorded(x))
         way: str = self.lowering or self._choose(x, folded)
         if not folded:
@@ -165,7 +177,7 @@ class FusedBlocks(nn.Module):
                     self._part(key, m).copy_(tensor)
 
     def split(self) -> list[nn.Module]:
-        """M modules of the blocks' own class with this module's parameters, training mode and ``requires_grad``."""
+        """M modules of the blocks' own class with this module's parameters, training modes and ``requires_grad``."""
         blocks = []
         for state in self.state_dicts():
             block = copy.deepcopy(self._template[0])
@@ -173,7 +185,11 @@ class FusedBlocks(nn.Module):
             for key, parameter in block.named_parameters():
                 name, _, attribute = key.rpartition(".")
                 parameter.requires_grad_(cast(Tensor, getattr(self._layers[name], attribute)).requires_grad)
-            blocks.append(block.train(self.training))
+            block.train(self.training)
+            for name, module in block.named_modules():
+                if name in self._layers:
+                    module.training = self._layers[name].training
+            blocks.append(block)
         return blocks
 
     def _part(self, key: str, m: int) -> Tensor:

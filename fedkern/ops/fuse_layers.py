@@ -141,6 +141,11 @@ class FusedBatchNorm(FusedLayer):
             counts[m] += 1
         if self.momentum is not None:
             return [self.momentum] * len(branches)
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "FusedBlocks cannot train batch norms with momentum=None under torch.compile, which cannot follow how "
+                "many batches they have seen; set a momentum, call eval(), or do not compile this module"
+            )
         return [1.0 / n for n in counts[list(branches)].tolist()]
 
     def run(self, x: Tensor, shared: bool) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedkern.ops import fuse_conv
+from fedkern.ops import fuse_conv, fuse_kernels
 from fedkern.ops._memory import fresh
 from fedkern.ops.fuse import fuse_concat
 from fedkern.ops.fuse_layers import FusedBatchNorm, FusedConv
@@ -261,13 +261,15 @@ class FoldedBlocks:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+    if x.dim() != 4 or torch._C._are_functorch_transforms_active():  # vmap knows no memory formats
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def repeated(x: Tensor, branches: int) -> Tensor:
     """A shared map once for every branch, side by side."""
     wide = x.unsqueeze(1).expand(x.shape[0], branches, *x.shape[1:])
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+    if x.dim() == 4 and not torch._C._are_functorch_transforms_active() and fuse_kernels.order_of(x) == 1:
         flat = x.permute(0, 2, 3, 1).repeat(1, 1, 1, branches)
         return flat.permute(0, 3, 1, 2)
     return wide.flatten(1, 2)

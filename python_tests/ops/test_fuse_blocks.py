@@ -196,6 +196,21 @@ def test_frozen_blocks_pass_gradients_to_their_input() -> None:
     assert not any(p.requires_grad for p in fused.parameters())
 
 
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_layers_keep_their_own_mode(lowering: str) -> None:
+    x = torch.randn(4, 6, 8, 8)
+    for change in (lambda block: block[1:], lambda block: (block[1].train(), block[1].bn1.eval(), block)[2]):
+        blocks = [change(nn.Sequential(nn.Identity(), block).eval()) for block in make("residual")]
+        fused = FusedBlocks(blocks, lowering=lowering)  # type: ignore[arg-type]
+        with torch.no_grad():
+            wanted = torch.cat([block(x) for block in blocks], 1)
+            torch.testing.assert_close(fused(x), wanted, rtol=1e-4, atol=1e-5)
+        for state, block, again in zip(fused.state_dicts(), blocks, fused.split(), strict=True):
+            torch.testing.assert_close(dict(state), dict(block.state_dict()))
+            layers = zip(again.modules(), block.modules(), strict=True)
+            assert all(a.training == b.training for a, b in layers if not list(a.children()))
+
+
 def test_training_continues_as_the_blocks_would() -> None:
     blocks = [block.double() for block in make("residual, stride 2")]
     fused = FusedBlocks(blocks)
