@@ -1,7 +1,9 @@
 """Networks with named stages, their registry, and Grad-CAM."""
 
 from fedkern.models.cnn import CNN
+from fedkern.models.efficientnet import EfficientNetB0
 from fedkern.models.gradcam import grad_cam, gradcam_stage, mass_inside, object_share
+from fedkern.models.mobilenet import MobileNetV2
 from fedkern.models.registry import MODELS, ModelEntry, build, initialise
 from fedkern.models.resnet import BasicBlock, ResNet
 from fedkern.models.staged import StagedNetwork, resolve_stage
@@ -10,6 +12,8 @@ __all__ = [
     "CNN",
     "MODELS",
     "BasicBlock",
+    "EfficientNetB0",
+    "MobileNetV2",
     "ModelEntry",
     "ResNet",
     "StagedNetwork",

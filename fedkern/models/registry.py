@@ -12,6 +12,8 @@ from torch import nn
 
 from fedkern.errors import UserError, nearest
 from fedkern.models.cnn import CNN
+from fedkern.models.efficientnet import EfficientNetB0
+from fedkern.models.mobilenet import MobileNetV2
 from fedkern.models.resnet import ResNet, Stem
 from fedkern.models.staged import StagedNetwork
 from fedkern.streams import stream
@@ -67,6 +69,16 @@ MODELS: dict[str, ModelEntry] = {
             8,
             _resnet18,
         ),
+        ModelEntry(
+            "mobilenetv2", "MobileNetV2, fewer strides up to 64 pixels, 2.2 million parameters", 32, 8, MobileNetV2
+        ),
+        ModelEntry(
+            "efficientnet-b0",
+            "EfficientNet-B0, one stride fewer up to 64 pixels, 4.0 million parameters",
+            32,
+            16,
+            EfficientNetB0,
+        ),
     )
 }
 
@@ -74,15 +86,16 @@ MODELS: dict[str, ModelEntry] = {
 def initialise(module: nn.Module, generator: torch.Generator) -> None:
     """Gives every parameter and buffer of ``module`` its starting value, drawing from ``generator`` alone.
 
-    Convolutions are normal with variance 2 / fan_out (He et al., arXiv 1502.01852), linear layers uniform in
-    ±1 / sqrt(fan_in), norms the identity.
+    Convolutions are normal with variance 2 / fan_out, counted within a group (He et al., arXiv 1502.01852), linear
+    layers uniform in ±1 / sqrt(fan_in), norms the identity.
 
     Raises:
         TypeError: ``module`` has a parameter or buffer in a layer of another kind, which would stay uninitialised.
     """
     for name, layer in module.named_modules():
         if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+            fan_out = layer.weight.numel() // layer.in_channels
+            nn.init.normal_(layer.weight, std=math.sqrt(2) / math.sqrt(fan_out), generator=generator)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
         elif isinstance(layer, nn.Linear):

@@ -28,6 +28,44 @@ def test_resnet18_has_the_published_size():
     assert model.width == 512
 
 
+def test_mobile_networks_have_the_published_size():
+    """What other implementations have with a head of ten classes."""
+    for name, size in (("mobilenetv2", 2_236_682), ("efficientnet-b0", 4_020_358)):
+        model = make(name)
+        assert parameters(model) == size
+        assert parameters(make(name, image_size=96)) == size
+        assert model.width == 1280
+
+
+def test_mobile_networks_keep_enough_positions():
+    """Method notes 5.5: fewer strides for 32 pixels, the papers' own for large images."""
+    for name, small, large in (("mobilenetv2", 4, 3), ("efficientnet-b0", 2, 3)):
+        with torch.no_grad():
+            assert make(name, width=8).eval().stages(torch.zeros(1, 3, 32, 32), "layer7").shape[2:] == (small, small)
+            model = make(name, width=8, image_size=96).eval()
+            assert model.stages(torch.zeros(1, 3, 96, 96), "layer7").shape[2:] == (large, large)
+
+
+def test_a_mobile_network_learns_at_a_small_width():
+    """Every layer gets a gradient, gates and depthwise convolutions included, and the loss falls."""
+    for name in ("mobilenetv2", "efficientnet-b0"):
+        model = make(name, width=4, image_size=16, classes=4).to(memory_format=torch.channels_last)
+        generator = torch.Generator().manual_seed(4)
+        labels = torch.arange(16) % 4
+        x = torch.randn(16, 3, 16, 16, generator=generator) + labels[:, None, None, None]
+        optimiser = torch.optim.Adam(model.parameters(), lr=0.003)
+        losses = []
+        for _ in range(6):
+            loss = torch.nn.functional.cross_entropy(model(x), labels)
+            optimiser.zero_grad()
+            loss.backward()
+            assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+            assert all(bool(p.grad.any()) for p in model.parameters() if p.dim() > 1)
+            optimiser.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.7 * losses[0], name
+
+
 def test_small_models_have_the_documented_size():
     assert parameters(make("cnn")) == 94_762
     assert parameters(make("resnet8")) == 78_042
@@ -53,11 +91,17 @@ def test_stage_and_tail_compose_to_features(name, channels, size):
 @pytest.mark.parametrize("name", NAMES)
 def test_mixing_the_last_map_is_mixing_features(name):
     """Method notes 1.5: pooling is linear, so only an earlier stage makes a difference."""
-    model = make(name).eval().double()
+    model = make(name, width=16).double()
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(4, 3, 32, 32, generator=generator, dtype=torch.float64)
     background = torch.randn(4, 3, 32, 32, generator=generator, dtype=torch.float64)
     alpha = 0.6
+    # With the initial running statistics a deep network's maps may be so small that every layer is as good as linear.
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.momentum = 1.0
+    model.train()(x)
+    model.eval()
 
     def mixed(stage: str) -> torch.Tensor:
         own, other = model.stages(x, stage), model.stages(background, stage)
@@ -97,6 +141,9 @@ def test_initial_scale():
     weight = model.layer2[0].conv2.weight
     assert weight.std().item() == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.02)
     assert model.head.weight.abs().max().item() <= 1 / 512**0.5
+    depthwise = make("mobilenetv2").layer5[0].layers[3].weight
+    assert depthwise.shape[1] == 1
+    assert depthwise.std().item() == pytest.approx((2 / 9) ** 0.5, rel=0.05)
     bn = model.layer2[0].bn1
     for values, start in ((bn.weight, 1), (bn.bias, 0), (bn.running_var, 1), (bn.running_mean, 0)):
         assert values.eq(start).all()
@@ -149,7 +196,9 @@ def test_mistakes_are_named():
         make("cnn", classes=0)
 
 
-@pytest.mark.parametrize(("name", "size"), [("cnn", 8), ("resnet8", 4), ("resnet18", 8)])
+@pytest.mark.parametrize(
+    ("name", "size"), [("cnn", 8), ("resnet8", 4), ("resnet18", 8), ("mobilenetv2", 8), ("efficientnet-b0", 16)]
+)
 def test_the_smallest_image_passes(name, size):
     model = make(name, image_size=size)
     assert model(torch.randn(2, 3, size, size)).shape == (2, 10)

@@ -1,0 +1,88 @@
+"""EfficientNet-B0 (Tan and Le, arXiv 1905.11946)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fedkern.models.mobilenet import FEATURES, WIDTH, conv_norm, divisible
+from fedkern.models.resnet import Stem
+from fedkern.models.staged import StagedNetwork
+
+# Expansion, kernel size, channels, blocks and stride of every stage (table 1 of the paper).
+STAGES = (
+    (1, 3, 16, 1, 1),
+    (6, 3, 24, 2, 2),
+    (6, 5, 40, 2, 2),
+    (6, 3, 80, 3, 2),
+    (6, 5, 112, 3, 1),
+    (6, 5, 192, 4, 2),
+    (6, 3, 320, 1, 1),
+)
+
+
+class SqueezeExcitation(nn.Module):
+    """Scales every channel by a gate computed from all channels' means (Hu et al., arXiv 1709.01507)."""
+
+    def __init__(self, channels: int, squeezed: int) -> None:
+        super().__init__()
+        self.gate = nn.Sequential(
+            nn.Conv2d(channels, squeezed, 1), nn.SiLU(), nn.Conv2d(squeezed, channels, 1), nn.Sigmoid()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, H, W]`` to the same."""
+        gate: Tensor = self.gate(x.mean(dim=(2, 3), keepdim=True))
+        return x * gate
+
+
+class MBConv(nn.Module):
+    """An inverted residual with squeeze and excitation, a quarter of the input's channels being squeezed into."""
+
+    def __init__(self, channels_in: int, channels_out: int, *, size: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        hidden = channels_in * expansion
+        layers: list[nn.Module] = []
+        if expansion != 1:
+            layers += conv_norm(channels_in, hidden, 1, activation=nn.SiLU())
+        layers += conv_norm(hidden, hidden, size, stride=stride, groups=hidden, activation=nn.SiLU())
+        layers.append(SqueezeExcitation(hidden, max(1, channels_in // 4)))
+        layers += conv_norm(hidden, channels_out, 1, activation=None)
+        self.layers = nn.Sequential(*layers)
+        self.residual = stride == 1 and channels_in == channels_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps ``[B, channels_in, H, W]`` to ``[B, channels_out, H / stride, W / stride]``."""
+        y: Tensor = self.layers(x)
+        return x + y if self.residual else y
+
+
+class EfficientNetB0(StagedNetwork):
+    """A stem and seven stages of MBConv blocks; 4,020,358 parameters with ten classes and the default width.
+
+    Without the paper's dropout and stochastic depth: a run's bits must not depend on the global generator.
+
+    Args:
+        classes: number of classes.
+        channels: image channels.
+        width: channels of the stem; every layer scales with width / 32, rounded to multiples of 8.
+        stem: ``"imagenet"`` has the paper's strides; ``"cifar"``, for images up to 64 pixels, none in the stem, so that
+            32 pixels end in maps of 2 (methods note 5.5).
+    """
+
+    def __init__(self, *, classes: int, channels: int = 3, width: int = WIDTH, stem: Stem = "cifar") -> None:
+        scale = width / WIDTH
+        current = divisible(width)
+        features = divisible(FEATURES * scale)
+        stages: list[nn.Module] = []
+        for i, (expansion, size, after, count, stride) in enumerate(STAGES):
+            layers: list[nn.Module] = []
+            if i == 0:
+                layers += conv_norm(channels, current, 3, stride=1 if stem == "cifar" else 2, activation=nn.SiLU())
+            for j in range(count):
+                wide = divisible(after * scale)
+                layers.append(MBConv(current, wide, size=size, stride=stride if j == 0 else 1, expansion=expansion))
+                current = wide
+            if i == len(STAGES) - 1:
+                layers += conv_norm(current, features, 1, activation=nn.SiLU())
+            stages.append(nn.Sequential(*layers))
+        super().__init__(stages, width=features, classes=classes)
