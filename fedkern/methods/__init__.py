@@ -20,7 +20,9 @@ from fedkern.methods.base import (
 )
 from fedkern.methods.fedavg import FedAvg
 from fedkern.methods.fedgid import FedGID
+from fedkern.methods.fedntd import FedNTD
 from fedkern.methods.fedprox import FedProx
+from fedkern.methods.moon import Moon
 
 __all__ = [
     "METHODS",
@@ -29,11 +31,13 @@ __all__ = [
     "Client",
     "FedAvg",
     "FedGID",
+    "FedNTD",
     "FedProx",
     "Federation",
     "LocalTraining",
     "Message",
     "Method",
+    "Moon",
     "Received",
     "Round",
     "Server",
