@@ -1,7 +1,9 @@
-"""Networks with named stages, their registry, and Grad-CAM."""
+"""Networks with named stages, their registry, ensembles, generators of images, and Grad-CAM."""
 
 from fedkern.models.cnn import CNN
 from fedkern.models.efficientnet import EfficientNetB0
+from fedkern.models.ensemble import Ensemble
+from fedkern.models.generator import Generator
 from fedkern.models.gradcam import grad_cam, gradcam_stage, mass_inside, object_share
 from fedkern.models.mobilenet import MobileNetV2
 from fedkern.models.registry import MODELS, ModelEntry, build, initialise
@@ -13,6 +15,8 @@ __all__ = [
     "MODELS",
     "BasicBlock",
     "EfficientNetB0",
+    "Ensemble",
+    "Generator",
     "MobileNetV2",
     "ModelEntry",
     "ResNet",

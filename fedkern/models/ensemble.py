@@ -1,0 +1,173 @@
+"""Networks side by side, as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fedkern.models.staged import StagedNetwork
+from fedkern.ops import FusedBlocks
+
+FUSE_BYTES = 256 << 20
+"""Members beyond this size together run one after another: a copy of them would cost more than it gains."""
+
+
+class Ensemble(nn.Module):
+    """Frozen networks whose logits are averaged; always in eval mode.
+
+    Members of one architecture run in one pass through ``FusedBlocks`` (folded batch norm) wherever no gradient is
+    asked for; others, and members whose hooks must see their inputs, one after another.
+
+    Attributes:
+        head: a classifier on :meth:`features` that replaces the mean of the logits, or None (:meth:`replace_head`).
+
+    Args:
+        members: M >= 1 networks with ``features`` and a linear ``head``, of any architecture, same classes.
+        weights: M numbers, at least 0, of the members in the mean; by default equal.  Normalised to sum 1.
+        pool: what :meth:`features` gives: the members' features side by side, or their mean (members of one width).
+
+    Raises:
+        ValueError: no member, other classes or (for their mean) other widths, or weights that do not fit.
+    """
+
+    weights: Tensor
+
+    def __init__(
+        self,
+        members: Sequence[Any],
+        weights: Sequence[float] | Tensor | None = None,
+        *,
+        pool: Literal["concat", "mean"] = "concat",
+    ) -> None:
+        super().__init__()
+        if not members:
+            raise ValueError("members must hold at least one network, not none")
+        classes = {member.head.out_features for member in members}
+        if len(classes) > 1:
+            raise ValueError(f"members must have the same number of classes, not {sorted(classes)}")
+        self.widths = [int(member.head.in_features) for member in members]
+        if pool == "mean" and len(set(self.widths)) > 1:
+            raise ValueError(f'pool "mean" needs members with equally many features, not {self.widths}')
+        self.members = nn.ModuleList(members)
+        self.pool = pool
+        w = torch.ones(len(members)) if weights is None else torch.as_tensor(weights, dtype=torch.float32)
+        if w.shape != (len(members),) or not bool((w >= 0).all()) or not bool(w.sum() > 0):
+            raise ValueError(f"weights must be {len(members)} numbers of at least 0, not all 0, but is {w.tolist()}")
+        self.register_buffer("weights", (w / w.sum()).to(next(self.parameters()).device))
+        self.head: nn.Linear | None = None
+        self.requires_grad_(False)
+        super().train(False)
+        self._fused: tuple[nn.Module, Tensor, Tensor] | None = None
+        self._tried = False
+
+    def train(self, mode: bool = True) -> Ensemble:
+        """Stays in eval mode: its members are frozen."""
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._forget()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *given: Any, **named: Any) -> None:
+        self._forget()
+        super()._load_from_state_dict(*given, **named)
+
+    def _forget(self) -> None:
+        self._fused, self._tried = None, False
+
+    # -- what the members say --------------------------------------------------------------------------------------
+
+    def parts(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The members' features, M times ``[B, d_m]``, and logits ``[M, B, C]``."""
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            fused = self._fuse()
+            if fused is not None:
+                body, weight, bias = fused
+                with torch.no_grad():
+                    features = body(x).mean(dim=(2, 3)).unflatten(1, (len(self.members), -1))
+                    logits = torch.baddbmm(bias, features.transpose(0, 1), weight)
+                return list(features.unbind(1)), logits
+        each = [member.features(x) for member in self.members]  # type: ignore[operator]
+        logits = torch.stack([member.head(f) for member, f in zip(self.members, each, strict=True)])  # type: ignore[operator]
+        return each, logits
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Every member's logits ``[M, B, C]``; gradients reach ``x``."""
+        return self.parts(x)[1]
+
+    def features(self, x: Tensor) -> Tensor:
+        """The members' pooled features side by side ``[B, sum d_m]``, or their mean ``[B, d]``."""
+        return self.gather(self.parts(x)[0])
+
+    def gather(self, each: list[Tensor]) -> Tensor:
+        """What :meth:`features` makes of the members' features."""
+        return torch.cat(each, 1) if self.pool == "concat" else torch.stack(each).mean(0)
+
+    def mix(self, logits: Tensor) -> Tensor:
+        """The weighted mean ``[B, C]`` of logits ``[M, B, C]``."""
+        return torch.einsum("m,mbc->bc", self.weights, logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[B, C]``: the weighted mean of the members', or the head's."""
+        return self.answer(*self.parts(x))
+
+    def answer(self, each: list[Tensor], logits: Tensor) -> Tensor:
+        """What :meth:`forward` makes of the members' features and logits."""
+        return self.mix(logits) if self.head is None else self.head(self.gather(each))
+
+    def joint_head(self) -> nn.Linear:
+        """The classifier on :meth:`features` that calibration starts from.
+
+        On features side by side it gives exactly the weighted mean of the members' logits; on their mean it is the
+        weighted mean of the members' heads.
+        """
+        heads: list[Any] = [member.head for member in self.members]
+        rows = [w * head.weight for w, head in zip(self.weights, heads, strict=True)]
+        weight = torch.cat(rows, 1) if self.pool == "concat" else torch.stack(rows).sum(0)
+        bias = torch.stack([w * head.bias for w, head in zip(self.weights, heads, strict=True)]).sum(0)
+        return _linear(weight, bias)
+
+    def replace_head(self, weight: Tensor, bias: Tensor) -> None:
+        """Lets a classifier on :meth:`features`, ``weight`` [C, D] and ``bias`` [C], answer for all members.
+
+        Raises:
+            ValueError: the weight does not fit the features.
+        """
+        width = sum(self.widths) if self.pool == "concat" else self.widths[0]
+        if weight.shape[1:] != (width,) or bias.shape != weight.shape[:1]:
+            shapes = f"{list(weight.shape)} and {list(bias.shape)}"
+            raise ValueError(f"weight and bias must have shapes [C, {width}] and [C], not {shapes}")
+        self.head = _linear(weight.to(self.weights.device), bias.to(self.weights.device))
+
+    # -- one pass for all ------------------------------------------------------------------------------------------
+
+    def _fuse(self) -> tuple[nn.Module, Tensor, Tensor] | None:
+        if not self._tried:
+            self._tried = True
+            self._fused = self._fused_members()
+        return self._fused
+
+    def _fused_members(self) -> tuple[nn.Module, Tensor, Tensor] | None:
+        members: list[Any] = list(self.members)
+        alike = all(isinstance(m, StagedNetwork) and type(m) is type(members[0]) for m in members)
+        if len(members) == 1 or not alike or len({m.stage_names for m in members}) > 1:
+            return None
+        if sum(p.numel() * p.element_size() for p in self.parameters()) > FUSE_BYTES:
+            return None
+        bodies = [nn.Sequential(*(getattr(m, name) for name in m.stage_names[:-1])).eval() for m in members]
+        try:
+            body = FusedBlocks(bodies)
+        except (TypeError, ValueError):
+            return None  # a layer that FusedBlocks does not know, or members of different shapes
+        weight = torch.stack([m.head.weight.detach().T for m in members])
+        bias = torch.stack([m.head.bias.detach() for m in members])[:, None]
+        return body, weight, bias
+
+
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    made = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], device=weight.device)
+    made.load_state_dict({"weight": weight, "bias": bias})
+    return made.requires_grad_(False)

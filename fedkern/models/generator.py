@@ -1,0 +1,107 @@
+"""A generator of images from noise, for distillation without data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BASE = 8  # the map that noise becomes is at most this wide, so that larger images cost convolutions and no parameters
+
+
+class Generator(nn.Module):
+    """A DCGAN-like generator: a linear map of the noise, then doublings of the size, each with a 3x3 convolution.
+
+    The maps have ``widths[0] * ngf`` channels before the first doubling and ``widths[i] * ngf`` after the i-th; a last
+    convolution and a sigmoid make pixels in [0, 1].  ``widths=(2, 2, 1)`` with 256 dimensions of noise is DENSE's
+    (arXiv 2112.12371), ``(4, 2, 1)`` with 100 is FedIOD's (arXiv 2312.14478; 2.03 million parameters at 3x32x32).
+
+    Args:
+        nz: dimensions of the noise.
+        ngf: unit of the channels.
+        channels: image channels.
+        image_size: side in pixels, or (height, width), at least 4.
+        widths: channels of the maps in units of ``ngf``; images above 32 pixels repeat the first for more doublings.
+        mean, std: per channel, of images in [0, 1]; what comes out is normalised by them.  By default it is not.
+        generator: draws the initial weights; the global generator is neither read nor moved.
+
+    Raises:
+        ValueError: a size is not positive, or ``mean`` or ``std`` has another number of channels.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        *,
+        nz: int = 256,
+        ngf: int = 64,
+        channels: int = 3,
+        image_size: int | tuple[int, int] = 32,
+        widths: Sequence[int] = (2, 2, 1),
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        for name, value, least in (
+            ("nz", nz, 1), ("ngf", ngf, 1), ("channels", channels, 1), ("image_size", min(height, width), 4),
+        ):  # fmt: skip
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, not {value}")
+        if len(widths) < 2 or min(widths) < 1:
+            raise ValueError(f"widths must hold at least two positive numbers, not {tuple(widths)}")
+        for name, given in (("mean", mean), ("std", std)):
+            if given is not None and len(given) != channels:
+                raise ValueError(f"{name} must hold {channels} numbers, one per channel, not {len(given)}")
+        doublings = len(widths) - 1
+        while max(height, width) > BASE << doublings:
+            doublings += 1
+        sizes = [ngf * w for w in (*[widths[0]] * (doublings + 1 - len(widths)), *widths)]
+        self.nz = nz
+        self.image_size = (height, width)
+        self.base = (sizes[0], -(-height // (1 << doublings)), -(-width // (1 << doublings)))
+        with torch.device("meta"):  # the layers' own initialisation would draw from the global generator
+            self.project = nn.Linear(nz, sizes[0] * self.base[1] * self.base[2])
+            layers: list[nn.Module] = [nn.BatchNorm2d(sizes[0])]
+            for before, after in pairwise(sizes):
+                layers += [
+                    nn.Upsample(scale_factor=2),
+                    nn.Conv2d(before, after, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(after),
+                    nn.LeakyReLU(0.2),
+                ]
+            self.body = nn.Sequential(*layers, nn.Conv2d(sizes[-1], channels, 3, padding=1))
+        self.to_empty(device="cpu")
+        shape = (1, channels, 1, 1)
+        self.register_buffer("mean", torch.tensor(mean or [0.0] * channels).view(shape), persistent=False)
+        self.register_buffer("std", torch.tensor(std or [1.0] * channels).view(shape), persistent=False)
+        self.reset(generator)
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        """Draws new weights: N(0, 0.02) for convolutions and the linear map, N(1, 0.02) for batch norm's scales."""
+        for layer in self.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.reset_running_stats()
+            if isinstance(layer, (nn.Conv2d, nn.Linear, nn.BatchNorm2d)):
+                centre = 1.0 if isinstance(layer, nn.BatchNorm2d) else 0.0
+                drawn = torch.empty(layer.weight.shape).normal_(centre, 0.02, generator=generator)
+                layer.weight.copy_(drawn)
+                if layer.bias is not None:
+                    layer.bias.zero_()
+
+    def pixels(self, z: Tensor) -> Tensor:
+        """Images in [0, 1], fp32 ``[B, C, H, W]``, of noise ``[B, nz]``."""
+        x = self.body(self.project(z).unflatten(1, self.base))
+        height, width = self.image_size
+        return F.sigmoid(x[:, :, :height, :width])
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Normalised images ``[B, C, H, W]`` of noise ``[B, nz]``."""
+        return (self.pixels(z) - self.mean) / self.std

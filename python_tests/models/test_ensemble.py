@@ -1,0 +1,116 @@
+"""The ensemble: one pass for all members gives what each of them says."""
+
+import copy
+
+import pytest
+import torch
+
+from fedkern import models
+from fedkern.models import Ensemble
+
+
+def networks(*names, classes=4, width=3):
+    made = []
+    for seed, name in enumerate(names):
+        network = models.build(name, classes=classes, channels=3, image_size=16, seed=seed, width=width)
+        g = torch.Generator().manual_seed(seed)
+        for layer in network.modules():
+            if isinstance(layer, torch.nn.BatchNorm2d):  # as after training
+                layer.running_mean.normal_(generator=g)
+                layer.running_var.uniform_(0.5, 2, generator=g)
+        made.append(network.eval())
+    return made
+
+
+def images(batch=5):
+    return torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(9))
+
+
+@pytest.mark.parametrize("names", [["resnet8"] * 3, ["cnn"] * 2, ["cnn"], ["cnn", "resnet8", "cnn"]])
+def test_says_what_each_member_says(names):
+    members = networks(*names)
+    x = images()
+    with torch.no_grad():
+        logits = torch.stack([m(x) for m in members])
+        features = torch.cat([m.features(x) for m in members], 1)
+    ensemble = Ensemble(members)
+    torch.testing.assert_close(ensemble.logits(x), logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ensemble.features(x), features, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ensemble(x), logits.mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_fused_where_no_gradient_is_asked_for():
+    ensemble = Ensemble(networks("cnn", "cnn"))
+    x = images().requires_grad_()
+    apart = ensemble.logits(x)
+    assert apart.requires_grad
+    assert ensemble._fused is None
+    (gradient,) = torch.autograd.grad(apart.sum(), x)
+    assert gradient.abs().sum() > 0
+    together = ensemble.logits(x.detach())
+    assert ensemble._fused is not None
+    torch.testing.assert_close(together, apart.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_forgets_the_fused_copy_when_weights_change():
+    ensemble, other = Ensemble(networks("cnn", "cnn")), Ensemble(networks("resnet8", "cnn", "cnn")[1:])
+    before, expected = ensemble(images()), other(images())
+    ensemble.load_state_dict(other.state_dict())
+    torch.testing.assert_close(ensemble(images()), expected)
+    assert not torch.allclose(before, expected)
+    assert ensemble.double()(images().double()).dtype == torch.float64
+    assert copy.deepcopy(ensemble.float())._fused is None
+
+
+def test_weights_and_order():
+    members = networks("cnn", "cnn", "cnn")
+    x = images()
+    expected = 0.75 * members[0](x) + 0.25 * members[2](x)
+    torch.testing.assert_close(Ensemble(members, [3, 0, 1])(x), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(Ensemble(members[::-1], [1, 0, 3])(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_stays_frozen_in_eval_mode():
+    ensemble = Ensemble(networks("cnn", "cnn")).train()
+    before = copy.deepcopy(ensemble.state_dict())
+    assert not any(m.training for m in ensemble.modules())
+    assert not any(p.requires_grad for p in ensemble.parameters())
+    x = images().requires_grad_()
+    ensemble(x).sum().backward()
+    assert all(torch.equal(value, before[name]) for name, value in ensemble.state_dict().items())
+
+
+@pytest.mark.parametrize("weights", [None, [1, 3]])
+def test_the_joint_head_starts_as_the_mean_of_the_logits(weights):
+    members = networks("cnn", "cnn")
+    plain = Ensemble(members, weights)
+    joint, head = Ensemble(members, weights), plain.joint_head()
+    joint.replace_head(head.weight, head.bias)
+    assert set(joint.state_dict()) - set(plain.state_dict()) == {"head.weight", "head.bias"}
+    torch.testing.assert_close(joint(images()), plain(images()), rtol=1e-4, atol=1e-5)
+    mean = Ensemble(members, weights, pool="mean")
+    w = plain.weights
+    features = torch.stack([m.features(images()) for m in members]).mean(0)
+    torch.testing.assert_close(mean.features(images()), features, rtol=1e-4, atol=1e-5)
+    expected = w[0] * members[0].head.weight + w[1] * members[1].head.weight
+    torch.testing.assert_close(mean.joint_head().weight, expected)
+
+
+def test_networks_of_different_widths_have_no_mean_of_features():
+    members = networks("cnn", "resnet8")
+    members.append(models.build("cnn", classes=4, channels=3, image_size=16, seed=3, width=5))
+    assert Ensemble(members).features(images()).shape == (5, 12 + 12 + 20)
+    with pytest.raises(ValueError, match=r"equally many features, not \[12, 12, 20\]"):
+        Ensemble(members, pool="mean")
+
+
+def test_bad_members_and_weights_are_named():
+    with pytest.raises(ValueError, match="at least one network"):
+        Ensemble([])
+    with pytest.raises(ValueError, match=r"same number of classes, not \[4, 5\]"):
+        Ensemble([*networks("cnn"), *networks("cnn", classes=5)])
+    with pytest.raises(ValueError, match=r"shapes \[C, 24\] and \[C\], not \[4, 12\]"):
+        Ensemble(networks("cnn", "cnn")).replace_head(torch.zeros(4, 12), torch.zeros(4))
+    for weights in ([1.0], [1.0, -1.0], [0.0, 0.0]):
+        with pytest.raises(ValueError, match="weights must be 2 numbers"):
+            Ensemble(networks("cnn", "cnn"), weights)

@@ -1,0 +1,68 @@
+"""The generator: sizes, parameters, range, and where its randomness comes from."""
+
+import pytest
+import torch
+
+from fedkern.models import Generator
+
+
+def draw(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def count(generator):
+    return sum(p.numel() for p in generator.parameters())
+
+
+@pytest.mark.parametrize("size", [8, 28, 32, 33, 64, (28, 36)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_of_any_size(size, channels):
+    generator = Generator(nz=5, ngf=2, channels=channels, image_size=size, generator=draw()).train()
+    images = generator(torch.randn(3, 5, generator=draw()))
+    assert images.shape == (3, channels, *((size, size) if isinstance(size, int) else size))
+    assert 0 < images.min() <= images.max() < 1
+
+
+def test_published_sizes():
+    fediod = Generator(nz=100, ngf=64, widths=(4, 2, 1), generator=draw())
+    # linear and its bias, batch norm, two convolutions with batch norm, the last convolution with its bias
+    assert count(fediod) == 101 * 256 * 64 + 512 + 9 * 256 * 128 + 256 + 9 * 128 * 64 + 128 + 9 * 64 * 3 + 3
+    assert round(count(fediod) / 1e6, 2) == 2.03
+    # 64 pixels cost a doubling, not a larger linear map
+    assert (
+        Generator(image_size=64, generator=draw()).project.weight.shape
+        == Generator(generator=draw()).project.weight.shape
+    )
+
+
+def test_normalised_by_the_datas_statistics():
+    mean, std = (0.5, 0.25, 0.1), (0.2, 0.5, 0.4)
+    plain, own = Generator(nz=4, ngf=2, generator=draw()), Generator(nz=4, ngf=2, mean=mean, std=std, generator=draw())
+    z = torch.randn(6, 4, generator=draw())
+    expected = (plain(z) - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
+    torch.testing.assert_close(own(z), expected)
+    assert torch.equal(own.pixels(z), plain(z))
+
+
+def test_weights_come_from_the_given_generator_alone():
+    before = torch.random.get_rng_state()
+    a, b = Generator(nz=4, ngf=2, generator=draw(1)), Generator(nz=4, ngf=2, generator=draw(2))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert not torch.equal(a.project.weight, b.project.weight)
+    b.train()(torch.randn(4, 4))  # moves the running statistics
+    b.reset(draw(1))
+    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ({"nz": 0}, "nz must be at least 1, not 0"),
+        ({"image_size": 3}, "image_size must be at least 4, not 3"),
+        ({"widths": (2,)}, "widths must hold at least two"),
+        ({"mean": (0.5,)}, "mean must hold 3 numbers, one per channel, not 1"),
+    ],
+)
+def test_bad_sizes_are_named(bad, words):
+    with pytest.raises(ValueError, match=words):
+        Generator(generator=draw(), **bad)
