@@ -5,14 +5,19 @@ from fedkern.models.efficientnet import EfficientNetB0
 from fedkern.models.ensemble import Ensemble
 from fedkern.models.generator import Generator
 from fedkern.models.gradcam import grad_cam, gradcam_stage, mass_inside, object_share
+from fedkern.models.mlp import MLP
 from fedkern.models.mobilenet import MobileNetV2
 from fedkern.models.registry import MODELS, ModelEntry, build, initialise
 from fedkern.models.resnet import BasicBlock, ResNet
 from fedkern.models.staged import StagedNetwork, resolve_stage
+from fedkern.models.vgg import VGG
+from fedkern.models.vit import ViT
 
 __all__ = [
     "CNN",
+    "MLP",
     "MODELS",
+    "VGG",
     "BasicBlock",
     "EfficientNetB0",
     "Ensemble",
@@ -21,6 +26,7 @@ __all__ = [
     "ModelEntry",
     "ResNet",
     "StagedNetwork",
+    "ViT",
     "build",
     "grad_cam",
     "gradcam_stage",

@@ -13,9 +13,12 @@ from torch import nn
 from fedkern.errors import UserError, nearest
 from fedkern.models.cnn import CNN
 from fedkern.models.efficientnet import EfficientNetB0
+from fedkern.models.mlp import MLP
 from fedkern.models.mobilenet import MobileNetV2
 from fedkern.models.resnet import ResNet, Stem
 from fedkern.models.staged import StagedNetwork
+from fedkern.models.vgg import VGG
+from fedkern.models.vit import ViT
 from fedkern.streams import stream
 
 # Up to this size the ImageNet stem (which divides the size by 4) would leave the last stage a map of one or two pixels.
@@ -32,6 +35,7 @@ class ModelEntry:
         width: default number of channels of the first stage.
         smallest: smallest image side in pixels that leaves every stage at least one position.
         make: builds the module: ``make(classes=, channels=, width=, stem=)``.
+        sized: whether ``make`` also takes ``image_size=``, the images' smaller side.
     """
 
     name: str
@@ -39,6 +43,7 @@ class ModelEntry:
     width: int
     smallest: int
     make: Callable[..., StagedNetwork]
+    sized: bool = False
 
 
 def _cnn(*, classes: int, channels: int, width: int, stem: Stem) -> StagedNetwork:
@@ -51,6 +56,22 @@ def _resnet8(*, classes: int, channels: int, width: int, stem: Stem) -> StagedNe
 
 def _resnet18(*, classes: int, channels: int, width: int, stem: Stem) -> StagedNetwork:
     return ResNet((2, 2, 2, 2), classes=classes, channels=channels, width=width, stem=stem)
+
+
+def _resnet10(*, classes: int, channels: int, width: int, stem: Stem) -> StagedNetwork:
+    return ResNet((1, 1, 1, 1), classes=classes, channels=channels, width=width, stem=stem)
+
+
+def _vgg16(*, classes: int, channels: int, width: int, stem: Stem) -> StagedNetwork:
+    return VGG(classes=classes, channels=channels, width=width)
+
+
+def _mlp(*, classes: int, channels: int, width: int, stem: Stem, image_size: int) -> StagedNetwork:
+    return MLP(classes=classes, channels=channels, width=width, image_size=image_size)
+
+
+def _vit(*, classes: int, channels: int, width: int, stem: Stem, image_size: int) -> StagedNetwork:
+    return ViT(classes=classes, channels=channels, width=width, image_size=image_size)
 
 
 MODELS: dict[str, ModelEntry] = {
@@ -79,6 +100,25 @@ MODELS: dict[str, ModelEntry] = {
             16,
             EfficientNetB0,
         ),
+        ModelEntry(
+            "resnet10",
+            "ResNet-18 with one basic block per stage, 4.9 million parameters",
+            64,
+            8,
+            _resnet10,
+        ),
+        ModelEntry("vgg16", "VGG-16 with batch norm and one linear layer, 14.7 million parameters", 64, 16, _vgg16),
+        ModelEntry(
+            "mlp", "three hidden layers of 256 units with batch norm, for small images", 256, 1, _mlp, sized=True
+        ),
+        ModelEntry(
+            "vit-tiny",
+            "vision transformer of 12 layers and width 192 (DeiT-Ti), 5.4 million parameters",
+            192,
+            8,
+            _vit,
+            sized=True,
+        ),
     )
 }
 
@@ -87,7 +127,8 @@ def initialise(module: nn.Module, generator: torch.Generator) -> None:
     """Gives every parameter and buffer of ``module`` its starting value, drawing from ``generator`` alone.
 
     Convolutions are normal with variance 2 / fan_out, counted within a group (He et al., arXiv 1502.01852), linear
-    layers uniform in ±1 / sqrt(fan_in), norms the identity.
+    layers uniform in ±1 / sqrt(fan_in), norms the identity.  A layer with parameters of its own kind has a method
+    ``initialise(generator)``.
 
     Raises:
         TypeError: ``module`` has a parameter or buffer in a layer of another kind, which would stay uninitialised.
@@ -103,8 +144,10 @@ def initialise(module: nn.Module, generator: torch.Generator) -> None:
             nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
             if layer.bias is not None:
                 nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
-        elif isinstance(layer, nn.BatchNorm2d):
+        elif isinstance(layer, (nn.BatchNorm2d, nn.LayerNorm)):
             layer.reset_parameters()
+        elif callable(getattr(layer, "initialise", None)):
+            layer.initialise(generator)
         elif any(True for _ in layer.parameters(recurse=False)) or any(True for _ in layer.buffers(recurse=False)):
             raise TypeError(f"no initial value is known for {type(layer).__name__} at {name or 'the root'!r}")
 
@@ -151,7 +194,8 @@ def build(
 
     # On the meta device the layers' own initialisation touches no memory and no generator.
     with torch.device("meta"):
-        model = entry.make(classes=classes, channels=channels, width=width, stem=kind)
+        sized = {"image_size": image_size} if entry.sized else {}
+        model = entry.make(classes=classes, channels=channels, width=width, stem=kind, **sized)
     model.to_empty(device="cpu")
     if not isinstance(seed, torch.Generator):
         # torch takes seeds of 64 bits; the stream's first word is one.

@@ -1,0 +1,32 @@
+"""A multi-layer perceptron whose hidden layers are maps of one position."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fedkern.models.staged import StagedNetwork
+
+
+class MLP(StagedNetwork):
+    """Three hidden layers of ``width`` units with batch norm and ReLU.
+
+    A layer is a stage.  Units are the channels of maps ``[B, width, 1, 1]``, so whatever mixes, sends or fuses feature
+    maps works on them: the first layer is a convolution as large as the image, the others are 1x1.
+
+    Args:
+        classes: number of classes.
+        channels: image channels.
+        width: units of every hidden layer.
+        image_size: side of the images in pixels; images of another shape are first averaged to this size.
+    """
+
+    def __init__(self, *, classes: int, channels: int = 3, width: int = 256, image_size: int = 32) -> None:
+        first: list[nn.Module] = [
+            nn.AdaptiveAvgPool2d(image_size),
+            nn.Conv2d(channels, width, image_size, bias=False),
+        ]
+        stages: list[nn.Module] = []
+        for i in range(3):
+            layers = first if i == 0 else [nn.Conv2d(width, width, 1, bias=False)]
+            stages.append(nn.Sequential(*layers, nn.BatchNorm2d(width), nn.ReLU()))
+        super().__init__(stages, width=width, classes=classes)
