@@ -181,8 +181,20 @@ def _close(request: Request, config: RunConfig, out: Path, summary: Mapping[str,
     console.print(f"run folder: {out}", **_PLAIN)
     if pictures:
         console.print(f"pictures:   {', '.join(path.name for path in pictures)}", **_PLAIN)
-    if config.method != "fedavg":
-        console.print(f"FedAvg on the same split: {command_line('fedavg', config)}", **_PLAIN)
+    baseline = _baseline(config.method)
+    if config.method != baseline:
+        name = METHOD_NAMES.get(baseline, baseline)
+        console.print(f"{name} on the same split: {command_line(baseline, config)}", **_PLAIN)
+
+
+METHOD_NAMES = {"fedavg": "FedAvg", "oneshot-fedavg": "one-shot FedAvg"}
+
+
+def _baseline(method: str) -> str:
+    """What to compare a method with: FedAvg with the same budget."""
+    from fedkern.methods import METHODS
+
+    return "oneshot-fedavg" if METHODS[method].one_shot and "oneshot-fedavg" in METHODS else "fedavg"
 
 
 def _diagnostics(summary: Mapping[str, Any]) -> list[Any]:

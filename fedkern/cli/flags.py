@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from fedkern.data import COMMON_OPTIONS, DATASETS, DataOption
 from fedkern.engine import RunConfig
-from fedkern.engine.defaults import COMMON, defaults
+from fedkern.engine.defaults import default_data, defaults
 from fedkern.errors import UserError, nearest
 from fedkern.methods import METHODS
 from fedkern.methods.options import Knob
@@ -26,7 +26,7 @@ COMMANDS = {
 
 # Where a flag stands in the help; a setting that is not named here goes under the last heading.
 GROUPS: dict[str, tuple[str, ...]] = {
-    "data": ("data", "data_root", "train_samples", "partition", "correlation", "augment"),
+    "data": ("data", "data_root", "train_samples", "public_samples", "partition", "correlation", "augment"),
     "federation": ("clients", "sample_fraction", "rounds", "buffers", "on_nan"),
     "local training": ("local_epochs", "batch_size", "lr", "lr_decay", "momentum", "weight_decay", "clip_norm"),
     "model": ("model", "width"),
@@ -142,6 +142,10 @@ def _parser(method: str | None, data: str) -> _Parser:
         group = parser.add_argument_group(title)
         rest = [name for name in knobs if name not in placed] if title == "run" else []
         for name in [*(name for name in names if name in knobs), *rest]:
+            if name == "rounds" and _one_shot(method):
+                # Read all the same, so that giving it is answered by a sentence of its own.
+                group.add_argument(flag(name), dest=name, help=argparse.SUPPRESS)
+                continue
             knob = knobs[name]
             default = base.get(name, knob.default)
             group.add_argument(
@@ -176,6 +180,10 @@ def _parser(method: str | None, data: str) -> _Parser:
     return parser
 
 
+def _one_shot(method: str | None) -> bool:
+    return method in METHODS and METHODS[method].one_shot
+
+
 def _method_options(method: str | None, data: str) -> str:
     if method not in METHODS:
         return f"The options of a method: {PROGRAM} METHOD --help"
@@ -204,13 +212,13 @@ def _pairs(words: Sequence[str], name: str) -> dict[str, str]:
     return pairs
 
 
-def _named_data(argv: Sequence[str]) -> str:
+def _named_data(argv: Sequence[str], method: str | None) -> str:
     """The data set whose defaults the help shows."""
     for i, word in enumerate(argv):
         value = word.partition("=")[2] if word.startswith("--data=") else "".join(argv[i + 1 : i + 2])
         if (word == "--data" or word.startswith("--data=")) and value in DATASETS:
             return value
-    return str(COMMON["data"])
+    return default_data(method or "")
 
 
 def _unknown(word: str, parser: argparse.ArgumentParser, method: str | None) -> UserError:
@@ -232,7 +240,7 @@ def parse(argv: Sequence[str]) -> Request:
             of range, or flags that exclude each other.
     """
     named = next((word for word in argv if word in METHODS), None)
-    parser = _parser(named, _named_data(argv))
+    parser = _parser(named, _named_data(argv, named))
     values, rest = parser.parse_known_args(list(argv))
     # Unknown flags first: the value of one is otherwise taken for the method.
     for word in [*(word for word in rest if word.startswith("-")), *rest]:
@@ -313,6 +321,8 @@ def effective(request: Request) -> RunConfig:
     if method not in METHODS:
         raise UserError(f'Unknown method "{method}" in {request.config}.{nearest(str(method), METHODS)}')
     from_file = dict(table.pop("options", {}))
+    if _one_shot(method):
+        table.pop("rounds", None)  # the file may be that of such a run, or of a method with rounds
     if table.pop("method", method) != method:
         from_file = {}  # the file of another method's run: its settings count, its method options do not apply
     options = {**named_options(method, from_file), **named_options(method, request.options)}
@@ -355,6 +365,8 @@ def command_line(method: str, config: RunConfig) -> str:
         value = getattr(config, f.name)
         if f.name in ("method", "options", "data_options") or value is None:
             continue
+        if f.name == "rounds" and (_one_shot(method) or _one_shot(config.method)):
+            continue  # a plan's own, never asked for
         if f.name in ("lr", "lr_decay", "momentum", "weight_decay", "clip_norm") and value == getattr(own, f.name):
             continue
         if value != getattr(target, f.name):

@@ -45,6 +45,7 @@ def load(
     partition: str | None = None,
     seed: int = 0,
     train_samples: int | None = None,
+    public_samples: int = 0,
     correlation: float | None = None,
     options: Mapping[str, object] | None = None,
     make_detector: Callable[[str, float, float], Detector] | None = None,
@@ -64,6 +65,8 @@ def load(
         seed: the run's root seed.
         train_samples: number of training samples shared out in total (default: all); the validation set keeps its
             proportion to them.
+        public_samples: number of training samples that no client gets: the public split.  With ``train_samples`` it
+            comes out of what those leave, so that the clients' data are the same with and without it.
         correlation: coloured sets only, probability in [0, 1] that a sample shows its client's colour of its class.
         options: the data set's own ``key=value`` options and `COMMON_OPTIONS`.
         make_detector: makes the detector of the option ``detector`` from its name, box threshold and text threshold,
@@ -82,7 +85,7 @@ def load(
     ink = own_options.pop("ink", "")
     source = info.open(root, **own_options)
     _check_attribute(name, info, source, spec, clients)
-    kept = _training_rows(name, source.train, train_samples, seed)
+    kept, public_rows = _training_rows(name, source.train, train_samples, public_samples, seed)
     labels = source.train.labels[kept].numpy()
     groups = None if source.train.groups is None else source.train.groups[kept].numpy()
     parts = share_out(spec, labels, clients, seed, class_count=len(source.classes), groups=groups)
@@ -92,12 +95,14 @@ def load(
     test_rows = {key: _first_rows(pool, common["test_samples"], f"test/{key}") for key, pool in source.tests.items()}
     mean, std = source.mean, source.std
     if info.coloured:
-        splits, validation, tests = _coloured(
-            source, spec, held, validation_rows, test_rows[""], statistics.counts, correlation, PALETTES[ink], seed
+        rows = held, public_rows, validation_rows, test_rows[""]
+        splits, public, validation, tests = _coloured(
+            source, spec, *rows, statistics.counts, correlation, PALETTES[ink], seed
         )
         mean, std = ((value,) * 3 for value in _COLOURED_SCALE[name, ink])
     else:
         splits = tuple(source.train.take(rows) for rows in held)
+        public = source.train.take(public_rows)
         validation = source.validation.take(validation_rows)
         tests = {key: pool.take(test_rows[key]) for key, pool in source.tests.items()}
     pools = (source.train, source.validation, *source.tests.values())
@@ -115,6 +120,7 @@ def load(
         statistics=statistics,
         exact_masks=info.coloured and not boxed,
         image_ids=frozenset(image for pool in pools for image in pool.ids),
+        public=public if len(public) else None,
     )
     background = _background_source(name, options or {}, common, data, make_detector, notice)
     if background is not None:  # objects are looked for before anything is drawn over them
@@ -150,14 +156,15 @@ def _coloured(
     source: Source,
     spec: PartitionSpec,
     held: list[Tensor],
+    public_rows: Tensor,
     validation_rows: Tensor,
     test_rows: Tensor,
     counts: npt.NDArray[np.int64],
     correlation: float,
     palette: Palette,
     seed: int,
-) -> tuple[tuple[Split, ...], Split, dict[str, Split]]:
-    """Paints the clients' splits, and the validation and in-distribution test with the clients' colours."""
+) -> tuple[tuple[Split, ...], Split, Split, dict[str, Split]]:
+    """Paints the clients' splits, and the public, validation and in-distribution test with the clients' colours."""
     classes = len(source.classes)
     maps = [class_colours(seed, -1 if spec.name == "iid" else k, classes, palette) for k in range(len(held))]
     splits = []
@@ -179,7 +186,8 @@ def _coloured(
         "id": in_distribution(test, "test"),
         "ood": _painted(test, random_colours(len(test), palette, stream(seed, "colours/ood")), palette),
     }
-    return tuple(splits), in_distribution(source.validation.take(validation_rows), "validation"), tests
+    public = in_distribution(source.train.take(public_rows), "public")
+    return tuple(splits), public, in_distribution(source.validation.take(validation_rows), "validation"), tests
 
 
 def _painted(grey: Split, colours: npt.NDArray[np.uint8], palette: Palette) -> Split:
@@ -214,13 +222,25 @@ def _check_attribute(name: str, info: DatasetInfo, source: Source, spec: Partiti
         )
 
 
-def _training_rows(name: str, pool: Pool, count: int | None, seed: int) -> Tensor:
+def _training_rows(name: str, pool: Pool, count: int | None, public: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The rows that the clients share out, and the public ones, both sorted."""
+    if public >= len(pool):
+        raise UserError(
+            f'data set "{name}" has {len(pool)} training samples, so it cannot give {public} public ones and train on '
+            "the others"
+        )
     if count is None:
-        return torch.arange(len(pool))
-    if not 1 <= count <= len(pool):
-        raise UserError(f'data set "{name}" has {len(pool)} training samples, so it cannot give {count}')
+        count = len(pool) - public
+        if not public:
+            return torch.arange(len(pool)), torch.arange(0)
+    elif not 1 <= count <= len(pool) - public:
+        beside = f" beside {public} public ones" if public else ""
+        raise UserError(f'data set "{name}" has {len(pool)} training samples, so it cannot give {count}{beside}')
     chosen = stream(seed, "train-samples").choice(len(pool), size=count, replace=False)
-    return torch.from_numpy(np.sort(chosen).astype(np.int64))
+    rest = np.setdiff1d(np.arange(len(pool)), chosen)
+    shown = stream(seed, "public-samples").choice(rest, size=public, replace=False)
+    kept, open_to_all = (torch.from_numpy(np.sort(rows).astype(np.int64)) for rows in (chosen, shown))
+    return kept, open_to_all
 
 
 def _validation_rows(source: Source, trained: int, wanted: int) -> Tensor:

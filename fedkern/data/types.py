@@ -132,6 +132,7 @@ class FederatedData:
         statistics: how many samples of each class every client holds.
         exact_masks: whether the clients' masks are exact (coloured sets) rather than detected or boxes.
         image_ids: the names of all images of the data set, used or not; a boxes file may name any of these.
+        public: training images that no client holds and everybody may see, or None.
     """
 
     name: str
@@ -145,6 +146,7 @@ class FederatedData:
     statistics: PartitionStatistics
     exact_masks: bool = False
     image_ids: frozenset[str] = field(default=frozenset(), repr=False)
+    public: Split | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

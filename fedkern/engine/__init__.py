@@ -2,8 +2,9 @@
 
 from fedkern.engine.config import RunConfig
 from fedkern.engine.events import Listener, RunInfo, Terminated
-from fedkern.engine.records import read_metrics, read_model, read_summary
+from fedkern.engine.records import read_metrics, read_summary
 from fedkern.engine.run import load_data, run
+from fedkern.engine.saved import read_model
 
 __all__ = [
     "Listener",

@@ -62,6 +62,15 @@ class Checkpoints:
         entries = self._read_manifest()
         return entries[-1] if entries else None
 
+    def last_server_state(self) -> dict[str, Any] | None:
+        """The server's state as committed last, read without touching anything; None where there is none.
+
+        Raises:
+            UserError: it is there, but damaged.
+        """
+        entry = self.peek()
+        return None if entry is None else self._load(entry["server"])
+
     def _read_manifest(self) -> list[dict[str, Any]] | None:
         path = self.folder / MANIFEST
         if not path.exists():

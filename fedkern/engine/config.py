@@ -16,7 +16,7 @@ import torch
 from fedkern.data import AUGMENTATIONS, DATASETS
 from fedkern.data.registry import read_options
 from fedkern.engine import toml
-from fedkern.engine.defaults import COMMON, defaults
+from fedkern.engine.defaults import COMMON, default_data, defaults
 from fedkern.errors import UserError, nearest
 from fedkern.methods import registry
 from fedkern.methods.options import Knob, knobs, option
@@ -33,6 +33,9 @@ class RunConfig:
     data: str = option(COMMON["data"], "data set: " + ", ".join(DATASETS))
     data_root: str | None = option(None, "folder that holds the data files", type=str)
     train_samples: int | None = option(None, "use this many training samples instead of all", low=1, type=int)
+    public_samples: int = option(
+        0, "training samples that no client gets and everybody may see, drawn before the partition", low=0
+    )
     partition: str | None = option(
         None, "how samples are split over clients: iid, dirichlet:ALPHA, classes:S, attribute", type=str
     )
@@ -116,7 +119,14 @@ class RunConfig:
             if name not in known:
                 raise UserError(f'Unknown setting "{name}".{nearest(name, known)}')
         given = {name: value for name, value in settings.items() if value is not None}
-        base = {**defaults(method, str(given.get("data", COMMON["data"]))), **given}
+        if kind.one_shot and "rounds" in given:
+            raise UserError(
+                f"--rounds is not for {method}, a one-shot method whose plan has the rounds it needs: give a client's "
+                "whole budget with --local-epochs."
+            )
+        base = {**defaults(method, str(given.get("data", default_data(method)))), **given}
+        if kind.one_shot:
+            base["rounds"] = 1
         default_options = kind.Options.parse(base.pop("options", {}), method=method).to_dict()
         chosen = options if isinstance(options, Mapping) else list(options)
         explicit = kind.Options.parse(chosen, method=method).to_dict()
@@ -174,8 +184,8 @@ class RunConfig:
         return plain
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> Self:
-        """The settings of a run folder.
+    def load(cls, folder: str | os.PathLike[str], **replaced: Any) -> Self:
+        """The settings of a run folder, some of them ``replaced``.
 
         Raises:
             UserError: the folder holds no run, or its ``config.toml`` is damaged.
@@ -187,7 +197,7 @@ class RunConfig:
             raise UserError(f"{folder} is not a run folder: it has no {NAME}.") from None
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} cannot be read: {error}.") from None
-        return cls.from_toml(text, source=str(path))
+        return cls(**{**cls.table(text, source=str(path)), **replaced})
 
     def differences(self, stored: RunConfig) -> list[str]:
         """What differs from a stored run, as ``name: stored -> now``; empty when nothing does.

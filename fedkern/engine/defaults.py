@@ -33,10 +33,22 @@ DATA: Mapping[str, Mapping[str, Any]] = {
 """What differs from the common settings on a data set; clients, partition and correlation not named here are the data
 set's own (``fedkern.data.DATASETS``)."""
 
-METHOD: Mapping[tuple[str, str], Mapping[str, Any]] = {
-    # (method, data set): settings; "options" holds method options by published name.
+METHOD: Mapping[str, Mapping[str, Any]] = {
+    # method: settings on every data set, its default data set included; "options" holds method options by published
+    # name.
 }
-"""Settings that differ from the data set's; FedAvg and FedProx use the data set's own, so comparisons are fair."""
+"""What differs from the data set's settings for a method; FedAvg and FedProx use the data set's own, so comparisons
+are fair."""
+
+METHOD_ON: Mapping[tuple[str, str], Mapping[str, Any]] = {
+    # (method, data set): settings, over those of METHOD.
+}
+"""What differs from both for a method on one data set."""
+
+
+def default_data(method: str) -> str:
+    """The data set that a method runs on when none is named."""
+    return str(METHOD.get(method, {}).get("data", COMMON["data"]))
 
 
 def defaults(method: str, data: str) -> dict[str, Any]:
@@ -47,4 +59,7 @@ def defaults(method: str, data: str) -> dict[str, Any]:
     """
     info = lookup(data)
     own = {"clients": info.clients, "partition": info.partition, "correlation": info.correlation}
-    return {**COMMON, **own, **DATA.get(data, {}), **METHOD.get((method, data), {})}
+    both = METHOD.get(method, {}), METHOD_ON.get((method, data), {})
+    options = {name: value for table in both for name, value in table.get("options", {}).items()}
+    result = {**COMMON, **own, **DATA.get(data, {}), **both[0], **both[1], "data": data}
+    return {**result, "options": options} if options else result

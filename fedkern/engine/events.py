@@ -24,9 +24,10 @@ class RunInfo:
         out: the run folder.
         first_round: 0, or the round a resumed run continues with.
         samples: training samples per client.
-        parameters: number of the network's parameters.
+        parameters: number of the parameters of one network of the run.
         test_sets: their names ("" for a single one) and sizes.
         data: the federated data, for pictures and tables of its partition.
+        rounds: names of the communication rounds planned, in order.
     """
 
     config: RunConfig
@@ -36,6 +37,7 @@ class RunInfo:
     parameters: int
     test_sets: Mapping[str, int]
     data: Any = None
+    rounds: tuple[str, ...] = ()
 
 
 class Listener:
@@ -57,9 +59,10 @@ class Listener:
         """A communication round is done.
 
         ``record`` has ``round`` (from 1: how many are done), ``rounds``, ``seconds`` (since the start of the run, over
-        all its resumptions), ``bytes_up``, ``bytes_down`` (so far), ``loss`` (mean training loss of the round),
-        ``phases`` (seconds of this round by phase) and, where the round was evaluated, the metrics by name; with
-        ``evaluated`` telling which.
+        all its resumptions), ``name`` (the round's in the plan), ``bytes_up``, ``bytes_down`` (so far),
+        ``round_bytes_up``, ``round_bytes_down`` (of this round), ``loss`` (mean training loss of the round), ``phases``
+        (seconds of this round by phase), what the server reported and, where the round was evaluated, the metrics by
+        name; with ``evaluated`` telling which rounds stand in metrics.jsonl.
         """
 
     def on_warning(self, name: str, text: str) -> None:

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedkern.engine.network import Network
+from fedkern.engine.network import Network, Trainable
 from fedkern.engine.samples import ClientData, batch_plan
-from fedkern.methods.base import Batch, LocalTraining, Message, Step
+from fedkern.methods.base import Batch, Message, Objective, Step
 
 if TYPE_CHECKING:
     from fedkern.engine.serial import Client
@@ -45,17 +45,26 @@ class Context:
     step: Step
     samples: int
     epochs: int
-    parameters: Tensor
+    flat: Tensor | None
     frozen: Any
     scratch: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def parameters(self) -> Tensor:
+        """The vector just received, on the client's device."""
+        if self.flat is None:
+            raise ValueError('received: expected a message with "parameters" fp32 [P], given none')
+        return self.flat
+
+    @property
     def model(self) -> Any:
         """The frozen copy of the network just received."""
+        if self.flat is None:
+            raise ValueError('received: expected a message with "parameters" fp32 [P], given none')
         return self.frozen()
 
 
-def sgd(network: Network, velocity: Tensor | None, schedule: Schedule) -> Tensor | None:
+def sgd(network: Network | Trainable, velocity: Tensor | None, schedule: Schedule) -> Tensor | None:
     """One step of SGD with momentum on flat vectors, as ``torch.optim.SGD`` does it; returns the velocity."""
     theta, gradient = network.parameters, network.gradients
     if schedule.weight_decay:
@@ -72,14 +81,14 @@ def sgd(network: Network, velocity: Tensor | None, schedule: Schedule) -> Tensor
 
 def train(
     client: Client,
-    method: LocalTraining,
+    method: Objective,
     step: Step,
-    network: Network,
+    network: Network | Trainable,
     data: ClientData,
     received: Context,
     schedule: Schedule,
 ) -> dict[str, float]:
-    """Trains ``network`` (already holding the received vectors) on the client's data.
+    """Trains ``network`` (a :class:`Network` already holding the received vectors) on the client's data.
 
     Returns:
         The means over all batches of ``loss`` and of whatever the method observed.
@@ -97,7 +106,7 @@ def train(
     totals: dict[str, float] = {}
     seen: dict[str, int] = {}
     done = 0
-    adjusts = type(method).adjust_gradient is not LocalTraining.adjust_gradient
+    adjusts = type(method).adjust_gradient is not Objective.adjust_gradient
     for epoch in range(schedule.epochs):
         rows: list[Tensor] = []
         names: list[tuple[str, ...]] = []
@@ -117,7 +126,7 @@ def train(
             rows.append(torch.stack([loss.detach(), squared, *observed.values()]))
             names.append(tuple(observed))
         done = _digest(client.id, step, rows, names, done, totals, seen)
-    if not bool(torch.isfinite(theta).all()) or not bool(torch.isfinite(network.buffers).all()):
+    if not network.finite():
         raise Diverged(client.id, step.round, done, "the parameters are not finite")
     return {name: totals[name] / seen[name] for name in totals}
 

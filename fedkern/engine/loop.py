@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fedkern.engine import diagnostics, records
+from fedkern.engine.bench import Bench
 from fedkern.engine.checkpoint import Checkpoints
 from fedkern.engine.config import RunConfig
 from fedkern.engine.evaluate import evaluate, gradcam, test_sets
@@ -17,7 +19,8 @@ from fedkern.engine.events import Listener, RunInfo
 from fedkern.engine.ledger import Ledger
 from fedkern.engine.local import Diverged
 from fedkern.engine.samples import TestSet
-from fedkern.engine.serial import Bench, Client, Exchange, Server, sample_clients
+from fedkern.engine.saved import write_model
+from fedkern.engine.serial import Client, Exchange, Server, sample_clients
 from fedkern.engine.state import fingerprint
 from fedkern.errors import UserError
 from fedkern.methods import registry
@@ -45,6 +48,8 @@ class Run:
         self.dropped_since: list[dict[str, Any]] = []  # the last evaluated round
         self.sets: dict[str, TestSet] = {}
         self._clients: dict[int, Client] = {}
+        self._plan: list[Round] = []  # the communication rounds
+        self._evaluated = False  # self.latest is of the present state
         self._last_exchange = True
         self._elapsed = 0.0
         self._started = time.perf_counter()
@@ -60,6 +65,7 @@ class Run:
         for k in range(self.config.clients):
             self.method.check(Client(self.bench, k, {}))
         self.method.start(self.server)
+        self._plan = [entry for entry in self.method.rounds(self.bench.federation) if not entry.one_off]
 
     # -- the whole run ---------------------------------------------------------------------------------------------
 
@@ -83,7 +89,7 @@ class Run:
 
     @property
     def _rounds(self) -> int:
-        return sum(not entry.one_off for entry in self.method.rounds(self.bench.federation))
+        return len(self._plan)
 
     def seconds(self) -> float:
         """Seconds of work on this run, over all its resumptions."""
@@ -96,7 +102,8 @@ class Run:
                 out=self.out,
                 first_round=self.done,
                 samples=self.bench.federation.samples,
-                parameters=self.bench.network("local").parameters.numel(),
+                parameters=sum(parameter.numel() for parameter in self.bench.build().parameters()),
+                rounds=tuple(entry.name for entry in self._plan),
                 test_sets={prefix.rstrip("_"): len(data) for prefix, data in self.sets.items()},
                 data=self.bench.data,
             )
@@ -113,6 +120,7 @@ class Run:
         self.listener.on_round_start(shown, entry.name, participants)
         self._round = {"clients": {}, "dropped": set(), "shown": shown}
         phases = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0}
+        sent = self.ledger.total_up, self.ledger.total_down
         for exchange_name in entry.exchanges:
             step = Step(index, entry.name, exchange_name)
             self._last_exchange = exchange_name == entry.exchanges[-1]
@@ -130,32 +138,40 @@ class Run:
                 raise UserError(f"Every client of round {index + 1} diverged: lower --lr, or set --clip-norm.")
         self._clients.clear()
         self.server.scratch.clear()
+        self._evaluated = False
         if entry.one_off:
             return
         self.done += 1
-        self._record(start, phases)
+        self._record(entry, start, sent, phases)
 
-    def _record(self, start: float, phases: dict[str, float]) -> None:
+    def _record(self, entry: Round, start: float, sent: tuple[int, int], phases: dict[str, float]) -> None:
         due = self.done % self.config.eval_every == 0 or self.done == self._rounds
+        kept = due or self.method.one_shot  # whose rounds are few and each a part of the result
         losses = [info["loss"] for info in self._round["clients"].values() if "loss" in info]
         record: dict[str, Any] = {
             "round": self.done,
             "rounds": self._rounds,
+            "name": entry.name,
             "seconds": 0.0,
             "bytes_up": self.ledger.total_up,
             "bytes_down": self.ledger.total_down,
-            "evaluated": due,
+            "round_bytes_up": self.ledger.total_up - sent[0],
+            "round_bytes_down": self.ledger.total_down - sent[1],
+            "evaluated": kept,
         }
         if losses:
             record["loss"] = sum(losses) / len(losses)
         if due:
             begun = time.perf_counter()
-            self.latest = evaluate(self.method, self.method.model(self.server), self.sets)
+            network = self._network()
+            if network is not None:
+                self._evaluate(network)
+                record.update(self.latest)
+                for name, value in self.latest.items():
+                    if name.endswith("accuracy"):
+                        self.best[name] = max(value, self.best.get(name, 0.0))
             phases["evaluate"] = time.perf_counter() - begun
-            record.update(self.latest)
-            for name, value in self.latest.items():
-                if name.endswith("accuracy"):
-                    self.best[name] = max(value, self.best.get(name, 0.0))
+        self._add_report(record)
         record["clients"] = self._round["clients"]
         if self.dropped_since:
             record["dropped"] = self.dropped_since
@@ -163,12 +179,29 @@ class Run:
         self._add_phases(phases)
         record["round_seconds"] = time.perf_counter() - start
         record["seconds"] = self.seconds()
-        if due:
+        if kept:
             self.metrics.append({name: value for name, value in record.items() if name not in ("rounds", "evaluated")})
             self.dropped_since = []
         self.last_clients = self._round["clients"]
         self._tell_warnings()
         self.listener.on_round(record)
+
+    def _network(self) -> nn.Module | None:
+        """What the method evaluates and saves, in eval mode."""
+        network = self.method.model(self.server)
+        if network is not None and not self.bench.is_flat(network):
+            network.eval()
+        return network
+
+    def _evaluate(self, network: nn.Module) -> None:
+        self.latest = evaluate(self.method, network, self.sets)
+        self._evaluated = True
+
+    def _add_report(self, record: dict[str, Any]) -> None:
+        for name, value in self.server.report.items():
+            if name in record:
+                raise ValueError(f'server.report: expected names of its own, given "{name}", which the engine writes')
+            record[name] = self.server.report[name] = float(value)
 
     # -- called by the exchange ------------------------------------------------------------------------------------
 
@@ -217,6 +250,7 @@ class Run:
             "warnings": self.bench.warnings,
             "best": self.best,
             "latest": records.plain(self.latest),
+            "report": dict(self.server.report),
             "clients": self.last_clients,
             "phases": self.phases,
             "dropped": self.dropped_since,
@@ -244,6 +278,7 @@ class Run:
         self.bench.warnings = dict(info["warnings"])
         self._told = set(self.bench.warnings)
         self.best, self.latest = dict(info["best"]), dict(info["latest"])
+        self.server.report = dict(info.get("report", {}))
         self.last_clients, self.phases = info["clients"], dict(info["phases"])
         self.dropped_since = info["dropped"]
         self._elapsed = info["seconds"]
@@ -258,23 +293,27 @@ class Run:
     # -- the end ---------------------------------------------------------------------------------------------------
 
     def _finish(self, data: int) -> dict[str, Any]:
-        network = self.method.model(self.server)
-        if not any(test.predictions is not None for test in self.sets.values()):
-            self.latest = evaluate(self.method, network, self.sets)
-        metrics = {**self.latest, **self._gradcam(network)}
-        server = self.bench.network("server")
+        network = self._network()
+        if network is None:
+            raise ValueError("model: expected a module at the end of the plan, given None")
+        if not self._evaluated:  # resumed after the last round
+            self._evaluate(network)
+        metrics = {**self.latest, **self._gradcam(network), **self.server.report}
+        flat = self.bench.is_flat(network)
         warn = self.bench.warn
         for found in (
             diagnostics.collapsed_classes(self.sets, self.bench.data.classes),
             diagnostics.outlying_drift(self.last_clients),
             diagnostics.poor_metrics(metrics, self.best, self.bench.federation.classes),
-            diagnostics.missing_statistics(self.config.buffers, server.buffers.numel() > 0),
+            diagnostics.missing_statistics(
+                self.config.buffers, flat and self.bench.network("server").buffers.numel() > 0
+            ),
             self.method.diagnose(self.observed.summary()),
         ):
             for name, text in found.items():
                 warn(name, text)
         self._tell_warnings()
-        records.write_model(self.out, server.state_dict(), self._about())
+        write_model(self.out, network, self._about(flat))
         summary: dict[str, Any] = {
             "method": self.config.method,
             "data": self.config.data,
@@ -299,10 +338,10 @@ class Run:
         count = self.config.grad_cam if self.config.buffers == "average" else 0
         return gradcam(network, self.sets, count)
 
-    def _about(self) -> dict[str, Any]:
+    def _about(self, flat: bool) -> dict[str, Any]:
         data = self.bench.data
         channels, height, width = data.image_shape
-        return {
+        about = {
             "model": self.config.model,
             "width": self.config.width,
             "classes": list(data.classes),
@@ -313,6 +352,8 @@ class Run:
             "method": self.config.method,
             "rounds": self.done,
         }
+        # What only the method can build again is told from a network of the run by this key.
+        return about if flat else {**about, "samples": list(data.client_sizes)}
 
     def _tell_warnings(self) -> None:
         for name, text in self.bench.warnings.items():
@@ -324,7 +365,8 @@ class Run:
 def data_fingerprint(data: Any) -> int:
     """CRC-32 over all images and labels of a federation: a resumed run must see the same ones."""
     value = 0
-    for split in (*data.clients, data.validation, *data.tests.values()):
+    public = () if data.public is None else (data.public,)
+    for split in (*data.clients, data.validation, *data.tests.values(), *public):
         for tensor in (split.images, split.labels, split.masks):
             if tensor is not None:
                 value = zlib.crc32(tensor.contiguous().numpy().reshape(-1).view("uint8").data, value)

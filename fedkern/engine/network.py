@@ -24,10 +24,7 @@ class Network:
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
-        if any(p.dim() == 4 for p in module.parameters()):
-            module = module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        else:
-            module = module.to(device)
+        module = place(module, device)
         self.module: Any = module
         self._flat = ops.FlatParameters(module)
         self.parameters: Tensor = self._flat.parameters
@@ -41,6 +38,10 @@ class Network:
         if self._gradients is None:
             self._gradients = self._flat.gradients()
         return self._gradients
+
+    def finite(self) -> bool:
+        """Whether all parameters and buffers are finite numbers."""
+        return bool(torch.isfinite(self.parameters).all()) and bool(torch.isfinite(self.buffers).all())
 
     def read(self) -> dict[str, Tensor]:
         """Copies of ``parameters`` fp32 [P], ``buffers`` fp32 [Q], ``integers`` int64 [R]; empty ones are left out."""
@@ -84,12 +85,54 @@ class Network:
         """Gradients reach neither the parameters nor, through them, anything else."""
         self.module.requires_grad_(False)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The module's state dict as contiguous copies on the CPU, each with storage of its own."""
-        return {
-            name: value.detach().cpu().contiguous().clone(memory_format=torch.contiguous_format)
-            for name, value in self.module.state_dict().items()
-        }
+
+class Trainable:
+    """A module whose parameters that require gradients are one flat vector; everything else is left as it is.
+
+    Attributes:
+        module: as it was given.
+        parameters: fp32 [P], a view of the trained parameters.
+        gradients: fp32 [P], a view of their gradients.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module: Any = module
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        if not trained:
+            raise ValueError("module: expected a parameter that requires gradients, given none")
+        self._flat = ops.FlatParameters(nn.ParameterList(trained))
+        self._trained = trained
+        self.parameters: Tensor = self._flat.parameters
+        self.gradients: Tensor = self._flat.gradients()
+
+    def train_mode(self) -> None:
+        """Calls ``module.train()``."""
+        self.module.train()
+
+    def finite(self) -> bool:
+        """Whether the trained parameters and all floating buffers are finite numbers."""
+        buffers = (buffer for buffer in self.module.buffers() if buffer.is_floating_point())
+        return all(bool(torch.isfinite(tensor).all()) for tensor in (self.parameters, *buffers))
+
+    def release(self) -> None:
+        """Takes the gradients away again."""
+        for parameter in self._trained:
+            parameter.grad = None
+
+
+def place(module: nn.Module, device: torch.device) -> nn.Module:
+    """Moves a module to its device, convolutional weights channels-last as the images are."""
+    if any(p.dim() == 4 for p in module.parameters()):
+        return module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return module.to(device)
+
+
+def state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """The module's state dict as contiguous copies on the CPU, each with storage of its own."""
+    return {
+        name: value.detach().cpu().contiguous().clone(memory_format=torch.contiguous_format)
+        for name, value in module.state_dict().items()
+    }
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics.jsonl, summary.json and model.safetensors."""
+"""What a run tells about itself: metrics.jsonl and summary.json."""
 
 from __future__ import annotations
 
@@ -6,25 +6,19 @@ import json
 import math
 import os
 import platform
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 import fedkern
-from fedkern import models
 from fedkern.engine import atomic
 from fedkern.errors import UserError
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
-MODEL = "model.safetensors"
 
 
 def plain(value: Any) -> Any:
@@ -101,47 +95,6 @@ def read_summary(out: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return summary if isinstance(summary, dict) else None
-
-
-def write_model(out: Path, tensors: dict[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Writes model.safetensors: contiguous tensors by state-dict key, and ``about`` as JSON in the metadata."""
-    # One metadata key only: with several, their order in the file would be left to chance.
-    metadata = {"fedkern": json.dumps(about, sort_keys=True)}
-    atomic.write(out / MODEL, lambda temporary: save_file(tensors, temporary, metadata=metadata))
-
-
-def read_model(out: Path | str) -> tuple[models.StagedNetwork, dict[str, Any]]:
-    """The final global network of a run folder in eval mode, and what is known about it.
-
-    The second value has ``classes``, ``channels``, ``image_size``, ``mean`` and ``std`` (of images in [0, 1]),
-    ``model``, ``width``, ``method`` and ``rounds``.
-
-    Raises:
-        UserError: the folder has no finished run, or its file is damaged or of another network.
-    """
-    path = Path(out) / MODEL
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["fedkern"])
-        tensors = load_file(path)
-    except FileNotFoundError:
-        way_out = f"its run is not finished, continue it with --resume {shlex.quote(str(out))}"
-        raise UserError(f"{out} has no {MODEL}: {way_out}.") from None
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {error}.") from None
-    network = models.build(
-        about["model"],
-        classes=len(about["classes"]),
-        channels=about["channels"],
-        image_size=min(about["image_size"]),
-        seed=0,
-        width=about["width"],
-    )
-    try:
-        network.load_state_dict(tensors)
-    except RuntimeError:
-        raise UserError(f"{path} does not hold the parameters of a {about['model']}.") from None
-    return network.eval(), about
 
 
 def versions() -> dict[str, str]:

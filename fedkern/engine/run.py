@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from fedkern.data import DETECTION_OPTIONS, FederatedData, load
-from fedkern.engine import atomic, records
+from fedkern.engine import atomic, records, saved
 from fedkern.engine import config as settings
+from fedkern.engine.bench import Bench
 from fedkern.engine.checkpoint import Checkpoints
 from fedkern.engine.config import RunConfig
 from fedkern.engine.events import Listener, Terminated
 from fedkern.engine.loop import Run
 from fedkern.engine.network import cpu_threads
-from fedkern.engine.serial import Bench
 from fedkern.errors import UserError
 
 
@@ -93,7 +93,7 @@ def _vacant(out: Path) -> None:
 def _finished(out: Path) -> dict[str, Any] | None:
     """The summary of a run that is finished and complete."""
     entry = Checkpoints(out).peek()
-    if entry is None or not entry["info"]["finished"] or not (out / records.MODEL).exists():
+    if entry is None or not entry["info"]["finished"] or not (out / saved.MODEL).exists():
         return None
     return records.read_summary(out)
 
@@ -123,6 +123,7 @@ def load_data(config: RunConfig, *, masks: bool = True, notice: Callable[[str], 
         partition=config.partition,
         seed=config.seed,
         train_samples=config.train_samples,
+        public_samples=config.public_samples,
         correlation=config.correlation,
         options=options if masks else {key: value for key, value in options.items() if key not in DETECTION_OPTIONS},
         make_detector=detector,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedkern.data import transforms
+from fedkern.methods.base import Batch
 
 CACHE_BYTES = 1 << 30
 """Normalised images of a whole run are kept in memory up to this size; beyond, every batch is normalised anew."""
@@ -65,6 +66,36 @@ class Pixels:
         return images
 
 
+class Samples:
+    """Labelled images in stored order (see :class:`fedkern.methods.base.Samples`)."""
+
+    def __init__(self, pixels: Pixels, labels: Tensor, device: torch.device) -> None:
+        self.pixels = pixels
+        self.labels = labels
+        self._there = labels.to(device)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> Tensor:
+        return self.pixels.take(indices, rng)
+
+    def batches(
+        self, size: int = 500, *, augment: bool = False, rng: np.random.Generator | None = None
+    ) -> Iterator[Batch]:
+        if augment and rng is None:
+            raise ValueError("rng: expected a generator to augment with, given none")
+        augments = augment and self.pixels.augment != "none"
+        for start in range(0, len(self), size):
+            rows = np.arange(start, min(start + size, len(self)))
+            yield Batch(
+                images=self.pixels.take(rows, rng if augments else None),
+                labels=self._there[start : start + size],
+                indices=rows,
+                augmented=augments,
+            )
+
+
 class Bank:
     """A background bank (see :class:`fedkern.methods.base.Backgrounds`)."""
 
@@ -102,6 +133,7 @@ class ClientData:
         )
         self.pixels = Pixels(split.images, mean, std, device, cache=cache, augment=augment)
         self.labels: Tensor = split.labels.to(device)
+        self.samples = Samples(self.pixels, split.labels, device)
         self._banks: dict[str, Bank] = {}
 
     def __len__(self) -> int:

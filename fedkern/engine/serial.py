@@ -1,4 +1,4 @@
-"""The in-process engine: clients one after another on one scratch network."""
+"""The in-process engine: clients one after another, the server between them."""
 
 from __future__ import annotations
 
@@ -11,111 +11,55 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedkern import models, ops
+from fedkern import ops
+from fedkern.engine.bench import Bench
 from fedkern.engine.config import RunConfig
 from fedkern.engine.local import Context, Diverged, Schedule, train
-from fedkern.engine.network import Network
-from fedkern.engine.samples import CACHE_BYTES, Bank, ClientData
-from fedkern.methods.base import Federation, LocalTraining, Message, Step, Upload
+from fedkern.engine.network import Trainable
+from fedkern.engine.samples import Bank, Samples
+from fedkern.methods.base import Batch, Message, Objective, Step, Upload
 from fedkern.streams import stream
 
 
-class Bench:
-    """What all clients and the server of a run share: settings, data, three networks, named warnings.
+class _Place:
+    """What both sides see of the bench (see :class:`fedkern.methods.protocol.Place`)."""
 
-    One network trains, one is the frozen global copy, one is the server's; each is made on first use and reused.
-    """
+    def __init__(self, bench: Bench) -> None:
+        self._bench = bench
+        self.device = bench.device
+        self.classes: tuple[str, ...] = bench.data.classes
+        self.image_shape: tuple[int, int, int] = bench.data.image_shape
+        self.mean: tuple[float, ...] = bench.data.mean
+        self.std: tuple[float, ...] = bench.data.std
+        self.report: dict[str, float] = {}
+        self.scratch: dict[str, Any] = {}
 
-    def __init__(self, config: RunConfig, data: Any) -> None:
-        self.config, self.data = config, data
-        self.device = torch.device(config.device)
-        self.federation = Federation(
-            rounds=config.rounds,
-            samples=data.client_sizes,
-            classes=len(data.classes),
-            local_epochs=config.local_epochs,
-        )
-        images = [*(split.images for split in data.clients), *(split.images for split in data.tests.values())]
-        self.cache = 4 * sum(image.numel() for image in images) <= CACHE_BYTES
-        self.warnings: dict[str, str] = {}
-        self._networks: dict[str, Network] = {}
-        self._clients: dict[int, ClientData] = {}
-        self._frozen_key: tuple[Any, ...] = ()
-        self._initial_buffers: Message | None = None
-
-    def build(self) -> nn.Module:
-        """A freshly initialised network from the run's own stream, always the same."""
-        channels, height, width = self.data.image_shape
-        return models.build(
-            self.config.model,
-            classes=self.federation.classes,
-            channels=channels,
-            image_size=min(height, width),
-            seed=self.config.seed,
-            width=self.config.width,
-        )
-
-    def network(self, name: str) -> Network:
-        """The network called ``"local"``, ``"frozen"`` or ``"server"``."""
-        if name not in self._networks:
-            network = Network(self.build(), self.device)
-            if name != "local":
-                network.freeze()
-            self._networks[name] = network
-        return self._networks[name]
-
-    def initial(self) -> Message:
-        """The vectors of a fresh network."""
-        return Network(self.build(), torch.device("cpu")).read()
-
-    def initial_buffers(self) -> Message:
-        """Its ``buffers`` and ``integers``, for clients that start from them."""
-        if self._initial_buffers is None:
-            self._initial_buffers = {name: value for name, value in self.initial().items() if name != "parameters"}
-        return self._initial_buffers
-
-    def client_data(self, client: int) -> ClientData:
-        if client not in self._clients:
-            data = self.data
-            augment = self.config.augment or data.augment
-            made = ClientData(data.clients[client], data.mean, data.std, self.device, augment, self.cache)
-            if not self.cache:
-                self._clients.clear()  # one client's images at a time
-            self._clients[client] = made
-        return self._clients[client]
-
-    def frozen(self, message: Message, buffers: Mapping[str, Tensor] | None) -> nn.Module:
-        """The frozen copy of a received network, in eval mode; written once for clients that got the same vectors."""
-        network = self.network("frozen")
-        # The tensors themselves are kept in the key, so that no other tensor can come to have their identity.
-        key = (message["parameters"], *(buffers or {}).values(), *message.values())
-        if len(key) != len(self._frozen_key) or any(a is not b for a, b in zip(key, self._frozen_key, strict=True)):
-            network.write({**message, **(buffers or {})})
-            network.statistics = self.config.buffers == "average" or bool(buffers)
-            network.eval_mode()
-            self._frozen_key = key
-        return network.module
+    @property
+    def public(self) -> Samples | None:
+        return self._bench.public
 
     def warn(self, name: str, text: str) -> None:
-        self.warnings.setdefault(name, text)
+        self._bench.warn(name, text)
 
 
-class Client:
+class Client(_Place):
     """A client of the serial engine (see :class:`fedkern.methods.base.Client`)."""
 
     def __init__(self, bench: Bench, client: int, state: dict[str, Any]) -> None:
+        super().__init__(bench)
         self.id = client
         self.samples = bench.federation.samples[client]
+        self.labels: Tensor = bench.data.clients[client].labels
         self.state = state
-        self.scratch: dict[str, Any] = {}
-        self.report: dict[str, float] = {}
-        self._bench = bench
 
     @property
     def objects_known(self) -> bool:
         return self._bench.data.clients[self.id].masks is not None
 
-    def train(self, method: LocalTraining, step: Step, message: Message) -> Message:
+    def network(self, *, model: str | None = None, width: int | None = None, classes: int | None = None) -> Any:
+        return self._bench.place(self._bench.build(model=model, width=width, classes=classes))
+
+    def train(self, method: Objective, step: Step, message: Message) -> Message:
         bench, config = self._bench, self._bench.config
         network = bench.network("local")
         own = None
@@ -123,29 +67,62 @@ class Client:
             own = self.state.get("buffers_local") if config.buffers == "local" else None
             network.write(own or bench.initial_buffers())
         network.write(message)
-        received = Context(
-            message=message,
-            step=step,
-            samples=self.samples,
-            epochs=config.local_epochs,
-            parameters=message["parameters"].to(bench.device),
-            frozen=lambda: bench.frozen(message, own),
-        )
-        schedule = Schedule(
-            lr=config.lr * config.lr_decay ** max(step.round, 0),
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            clip_norm=config.clip_norm,
-            epochs=config.local_epochs,
-            batch_size=config.batch_size,
-        )
-        self.report = train(self, method, step, network, bench.client_data(self.id), received, schedule)
+        received = self._received(step, message, config.local_epochs, own)
+        schedule = self._schedule(step, config.local_epochs)
+        self.report.update(train(self, method, step, network, bench.client_data(self.id), received, schedule))
         result = {name: value.cpu() for name, value in network.read().items()}
         if config.buffers == "average":
             return result
         if config.buffers == "local":
             self.state["buffers_local"] = {name: value for name, value in result.items() if name != "parameters"}
         return {"parameters": result["parameters"]}
+
+    def fit(
+        self,
+        method: Objective,
+        step: Step,
+        module: nn.Module,
+        *,
+        message: Message | None = None,
+        epochs: int | None = None,
+    ) -> dict[str, float]:
+        epochs = self._bench.config.local_epochs if epochs is None else epochs
+        trainable = Trainable(module)
+        received = self._received(step, {} if message is None else message, epochs, None)
+        data, schedule = self._bench.client_data(self.id), self._schedule(step, epochs)
+        try:
+            figures = train(self, method, step, trainable, data, received, schedule)
+        finally:
+            trainable.release()
+        self.report.update(figures)
+        return figures
+
+    def _received(self, step: Step, message: Message, epochs: int, buffers: Message | None) -> Context:
+        flat = message.get("parameters")
+        return Context(
+            message=message,
+            step=step,
+            samples=self.samples,
+            epochs=epochs,
+            flat=flat.to(self.device) if isinstance(flat, Tensor) else None,
+            frozen=lambda: self._bench.frozen(message, buffers),
+        )
+
+    def _schedule(self, step: Step, epochs: int) -> Schedule:
+        config = self._bench.config
+        return Schedule(
+            lr=config.lr * config.lr_decay ** max(step.round, 0),
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            clip_norm=config.clip_norm,
+            epochs=epochs,
+            batch_size=config.batch_size,
+        )
+
+    def batches(
+        self, size: int = 500, *, augment: bool = False, rng: np.random.Generator | None = None
+    ) -> Iterator[Batch]:
+        return self._bench.client_data(self.id).samples.batches(size, augment=augment, rng=rng)
 
     def backgrounds(self, fill: str = "mean") -> Bank:
         data = self._bench.client_data(self.id)
@@ -173,18 +150,21 @@ class Client:
         name = purpose if step.exchange == "update" else f"{purpose}/{step.exchange}"
         return stream(self._bench.config.seed, name, round=step.round, client=self.id)
 
-    def warn(self, name: str, text: str) -> None:
-        self._bench.warn(name, text)
 
-
-class Server:
+class Server(_Place):
     """The server of the serial engine (see :class:`fedkern.methods.base.Server`)."""
 
     def __init__(self, bench: Bench, state: dict[str, Any] | None = None) -> None:
+        super().__init__(bench)
         self.federation = bench.federation
         self.state: dict[str, Any] = {} if state is None else state
-        self.scratch: dict[str, Any] = {}
-        self._bench = bench
+
+    def build(self, *, model: str | None = None, width: int | None = None, classes: int | None = None) -> Any:
+        return self._bench.place(self._bench.build(model=model, width=width, classes=classes))
+
+    def rng(self, purpose: str, step: Step) -> np.random.Generator:
+        name = f"server/{purpose}" + ("" if step.exchange == "update" else f"/{step.exchange}")
+        return stream(self._bench.config.seed, name, round=step.round)
 
     def initial(self) -> Message:
         vectors = self._bench.initial()
@@ -231,6 +211,7 @@ class Exchange:
             engine.ledger.book(k, "down", message, one_off=self.one_off)
             client = engine.client(k)
             before = engine.client_fingerprint(client)
+            client.report = {}
             try:
                 answer = engine.method.client_update(client, step, message)
             except Diverged as problem:

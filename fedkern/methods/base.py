@@ -8,19 +8,36 @@ generator or counts bytes.  The engine hands it a :class:`Server` and one :class
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fedkern.methods.options import Options as BaseOptions
 from fedkern.methods.options import option
+from fedkern.methods.protocol import (
+    OUTSIDE,
+    Backgrounds,
+    Batch,
+    Client,
+    ClientId,
+    Federation,
+    Message,
+    Objective,
+    Observed,
+    Received,
+    Round,
+    Samples,
+    Server,
+    Step,
+    Upload,
+)
 from fedkern.methods.registry import METHODS, get, register
 
 __all__ = [
     "METHODS",
+    "OUTSIDE",
     "Backgrounds",
     "Batch",
     "Client",
@@ -29,9 +46,11 @@ __all__ = [
     "LocalTraining",
     "Message",
     "Method",
+    "Objective",
     "Observed",
     "Received",
     "Round",
+    "Samples",
     "Server",
     "Step",
     "Upload",
@@ -40,214 +59,17 @@ __all__ = [
     "register",
 ]  # fmt: skip
 
-ClientId = int
-Message = dict[str, Any]
-"""Named tensors, numbers, and dicts of such; its tensors are what the byte ledger counts."""
-
-
-@dataclass(frozen=True)
-class Round:
-    """One entry of a method's plan.
-
-    Attributes:
-        name: for records and displays, for example ``"train"`` or ``"calibrate"``.
-        exchanges: names of the server -> clients -> server exchanges of the round, in order.
-        participants: ``"sampled"`` (the engine's ``sample_fraction``) or ``"all"``.
-        one_off: a set-up round before training: its bytes are booked as one-off and it does not count as one of the
-            run's communication rounds.
-    """
-
-    name: str = "train"
-    exchanges: tuple[str, ...] = ("update",)
-    participants: Literal["sampled", "all"] = "sampled"
-    one_off: bool = False
-
-
-@dataclass(frozen=True)
-class Step:
-    """Where in the run a call happens: ``round`` counts from 0 (negative for one-off rounds)."""
-
-    round: int
-    name: str
-    exchange: str
-
-
-@dataclass(frozen=True)
-class Upload:
-    """What one client sends to the server: ``samples`` is its number of training samples."""
-
-    client_id: ClientId
-    samples: int
-    message: Message
-
-
-@dataclass(frozen=True)
-class Federation:
-    """The sizes a plan may depend on; no data.
-
-    Attributes:
-        rounds: communication rounds the user asked for.
-        samples: training samples per client.
-        classes: number of classes.
-        local_epochs: epochs per round (for one-shot methods a client's whole budget).
-    """
-
-    rounds: int
-    samples: tuple[int, ...]
-    classes: int
-    local_epochs: int = 1
-
-    @property
-    def clients(self) -> int:
-        return len(self.samples)
-
-
-class Backgrounds(Protocol):
-    """A bank of training images whose objects are erased.
-
-    Attributes:
-        labels: int64 [N] (NumPy), the classes of the images the backgrounds come from.
-        augmented: whether :meth:`take` augments, so that the same index gives different images.
-    """
-
-    labels: np.ndarray
-    augmented: bool
-
-    def __len__(self) -> int: ...
-
-    def take(self, indices: np.ndarray | None, rng: np.random.Generator | None = None) -> Tensor:
-        """The images at ``indices`` (None: all), fp32 [B, C, H, W], normalised; augmented when ``rng`` is given."""
-        ...
-
-
-@dataclass(frozen=True)
-class Observed:
-    """What is kept of a scalar observed by every client in every round (each value the mean over its batches)."""
-
-    count: int
-    mean: float
-    low: float
-    high: float
-
-
-@dataclass
-class Batch:
-    """One mini-batch.
-
-    Attributes:
-        images: fp32 [B, C, H, W], augmented and normalised, on the client's device.
-        labels: int64 [B].
-        indices: int64 [B], the samples' positions in the client's split (NumPy).
-        step: the round and exchange it is trained in.
-        epoch: local epoch within the round, from 0.
-        augmented: whether the images were augmented, so that the same index gives different images.
-        drawn: what the method's ``draw`` returned for this batch.
-    """
-
-    images: Tensor
-    labels: Tensor
-    indices: np.ndarray
-    step: Step
-    epoch: int = 0
-    augmented: bool = False
-    drawn: dict[str, Any] = field(default_factory=dict)
-
-
-class Received(Protocol):
-    """What a client got this exchange, as ``loss`` and ``adjust_gradient`` see it."""
-
-    message: Message
-    step: Step
-    samples: int
-    """Training samples of the client."""
-    epochs: int
-    """Local epochs of this exchange."""
-    scratch: dict[str, Any]
-    """Vanishes at the end of the client's exchange."""
-
-    @property
-    def model(self) -> Any:
-        """The network just received: a frozen copy in eval mode without gradients, built on first use."""
-        ...
-
-    @property
-    def parameters(self) -> Tensor:
-        """Its parameters, fp32 [P], read only."""
-        ...
-
-
-class Client(Protocol):
-    """A client as its method sees it."""
-
-    id: ClientId
-    samples: int
-    state: dict[str, Any]
-    """Outlives the round; tensors, numbers, strings and dicts of such."""
-    scratch: dict[str, Any]
-    """Lives between the exchanges of a round and may vanish."""
-
-    @property
-    def objects_known(self) -> bool:
-        """Whether anything is known about what is object and what is background in the client's images."""
-        ...
-
-    def train(self, method: LocalTraining, step: Step, message: Message) -> Message:
-        """The engine's training loop: local epochs of SGD on ``method.loss`` from the received parameters.
-
-        Returns ``{"parameters": fp32 [P], ...}`` with ``"buffers"`` fp32 [Q] and ``"integers"`` int64 [R] where the
-        buffer policy lets them travel.
-        """
-        ...
-
-    def backgrounds(self, fill: str = "mean") -> Backgrounds:
-        """The client's own background bank; images without a detected object stay out of it."""
-        ...
-
-    def background_images(self) -> Message:
-        """The same bank as it may travel.
-
-        ``{"images": uint8 [N, C, H, W], "masks": bool [N, H, W], "labels": int64 [N]}``, objects black in ``images``.
-        """
-        ...
-
-    def make_backgrounds(self, message: Mapping[str, Tensor], fill: str = "mean") -> Backgrounds:
-        """Erases the objects of ``background_images`` of any client and normalises."""
-        ...
-
-    def rng(self, purpose: str, step: Step) -> np.random.Generator:
-        """The client's own stream for a purpose and round."""
-        ...
-
-    def warn(self, name: str, text: str) -> None:
-        """Adds a named diagnostic to the run's summary."""
-        ...
-
-
-class Server(Protocol):
-    """The server as its method sees it."""
-
-    federation: Federation
-    state: dict[str, Any]
-    scratch: dict[str, Any]
-
-    def initial(self) -> Message:
-        """A freshly initialised network as flat vectors, from the run's own stream."""
-        ...
-
-    def network(self, message: Message) -> nn.Module:
-        """The network with these flat vectors, in eval mode; reused by later calls."""
-        ...
-
-    def accumulator(self, size: int) -> Any:
-        """A streaming weighted mean over vectors of ``size`` elements."""
-        ...
-
 
 class Method:
-    """A federated method; subclasses are registered with :func:`register`."""
+    """A federated method; subclasses are registered with :func:`register`.
+
+    A one-shot method (``one_shot = True``) has a plan of its own: the user gives no number of rounds, and
+    ``federation.local_epochs`` is a client's whole budget, to be divided over the plan.
+    """
 
     name: ClassVar[str] = ""
     description: ClassVar[str] = ""
+    one_shot: ClassVar[bool] = False
 
     @dataclass(frozen=True)
     class Options(BaseOptions):
@@ -279,8 +101,12 @@ class Method:
         """What the server makes of the uploads; they arrive one by one and need not be kept."""
         raise NotImplementedError
 
-    def model(self, server: Server) -> nn.Module:
-        """The network that is evaluated and saved."""
+    def model(self, server: Server) -> nn.Module | None:
+        """The module that is evaluated (in eval mode) and saved; None while there is nothing to evaluate yet.
+
+        It is made of ``server.state``, ``build`` and ``network`` alone, never of ``scratch`` or data:
+        ``engine.read_model`` calls it too, on a run folder, and loads model.safetensors into what it returns.
+        """
         raise NotImplementedError
 
     def evaluate(self, model: nn.Module, data: Any) -> dict[str, float]:
@@ -298,7 +124,7 @@ class Method:
         return {}
 
 
-class LocalTraining(Method):
+class LocalTraining(Objective, Method):
     """Methods whose clients train the received network and whose server averages (FedAvg and what derives from it).
 
     The server's state is the global network as flat vectors: ``parameters`` fp32 [P], and, where the buffer policy lets
@@ -313,17 +139,6 @@ class LocalTraining(Method):
             "samples", "weight of a client in the average: its number of samples, or the same for all",
             choices=("samples", "uniform"),
         )  # fmt: skip
-
-    def loss(self, model: Any, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """The local objective of one batch, a scalar; optionally with named scalars whose mean is recorded."""
-        raise NotImplementedError
-
-    def draw(self, client: Client, batch: Batch, rng: np.random.Generator) -> dict[str, Any]:
-        """Random draws that belong to a batch; what it returns becomes ``batch.drawn``."""
-        return {}
-
-    def adjust_gradient(self, parameters: Tensor, gradients: Tensor, received: Received) -> None:
-        """Changes ``gradients`` [P] in place, after the backward pass and before the optimiser."""
 
     def start(self, server: Server) -> None:
         server.state.update(server.initial())

@@ -33,7 +33,7 @@ def headline(run: RunInfo) -> list[str]:
         f"thread{'s' * (config.threads != 1)}; run folder {run.out}",
     ]
     if run.first_round:
-        lines.append(f"resumed after round {run.first_round} of {config.rounds}")
+        lines.append(f"resumed after round {run.first_round} of {len(run.rounds)}")
     return lines
 
 
@@ -50,13 +50,18 @@ def accuracies(record: Mapping[str, Any]) -> list[tuple[str, float]]:
 def line(record: Mapping[str, Any], remaining: float | None) -> str:
     """One line for a finished round."""
     width = len(str(record["rounds"]))
-    parts = [f"round {record['round']:>{width}}/{record['rounds']}"]
+    parts = [f"round {record['round']:>{width}}/{record['rounds']}{named(record.get('name', ''))}"]
     parts += [f"{name} {human_metric('accuracy', value)}" for name, value in accuracies(record)]
     if isinstance(record.get("loss"), (int, float)):
         parts.append(f"loss {record['loss']:.3f}")
     parts.append(f"up {human_bytes(record['bytes_up'])} down {human_bytes(record['bytes_down'])}")
     parts.append(human_time(record["seconds"]) + (f", {human_time(remaining)} left" if remaining else ""))
     return "  ".join(parts)
+
+
+def named(name: str) -> str:
+    """A round's name where it says more than that it trains."""
+    return "" if name in ("", "train") else f" ({name})"
 
 
 class _Clock:
@@ -105,7 +110,7 @@ class Lines(Warnings):
 
     def on_round(self, record: Mapping[str, Any]) -> None:
         remaining = self.clock.remaining(record["round"], record["rounds"])
-        if accuracies(record) or record["round"] == record["rounds"]:
+        if accuracies(record) or record["round"] == record["rounds"] or named(record.get("name", "")):
             self.console.print(line(record, remaining), highlight=False, markup=False, soft_wrap=True)
 
 
@@ -116,7 +121,7 @@ class Live(Lines):
         super().__init__(console)
         self.progress = Progress(
             SpinnerColumn(),
-            TextColumn("round {task.fields[round]}/{task.fields[rounds]}"),
+            TextColumn("round {task.fields[round]}/{task.fields[rounds]}{task.fields[name]}"),
             BarColumn(bar_width=30),
             TextColumn("{task.fields[accuracy]}", style="bold"),
             TextColumn("{task.fields[traffic]}"),
@@ -131,13 +136,14 @@ class Live(Lines):
 
     def on_start(self, run: RunInfo) -> None:
         super().on_start(run)
-        self.rounds, self.done = run.config.rounds, run.first_round
+        self.rounds, self.done = len(run.rounds), run.first_round
         self.task = self.progress.add_task(
             "",
             total=self.rounds,
             completed=self.done,
             round=self.done,
             rounds=self.rounds,
+            name="",
             accuracy="",
             traffic="",
             left="",
@@ -147,7 +153,7 @@ class Live(Lines):
     def on_round_start(self, round: int, name: str, participants: Sequence[int]) -> None:
         self.participants = max(len(participants), 1)
         if self.task is not None and round > 0:
-            self.progress.update(self.task, round=round)
+            self.progress.update(self.task, round=round, name=named(name))
 
     def on_client(self, round: int, client: int, info: Mapping[str, Any]) -> None:
         if self.task is not None and round > 0:

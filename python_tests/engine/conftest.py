@@ -1,5 +1,7 @@
 """A federation so small that a round takes milliseconds, and its settings."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -45,9 +47,17 @@ def make_data():
 
 
 @pytest.fixture
+def make_public():
+    def make(data, samples=6, seed=5):
+        return dataclasses.replace(data, public=split(samples, seed))
+
+    return make
+
+
+@pytest.fixture
 def make_config():
     def make(method="fedavg", **settings):
         plain = {"width": 2, "rounds": 2, "local_epochs": 1, "batch_size": 4, "clients": 3, "threads": 1, "grad_cam": 4}
-        return RunConfig.make(method, **{**plain, **settings})
+        return RunConfig.make(method, **{**plain, **settings})  # None takes one of these away
 
     return make

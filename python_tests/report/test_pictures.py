@@ -12,7 +12,7 @@ from PIL import Image
 
 from fedkern import models
 from fedkern.data import PartitionStatistics, load
-from fedkern.engine import RunConfig, records
+from fedkern.engine import RunConfig, saved
 from fedkern.errors import UserError
 from fedkern.report import gradcam, pictures, plots
 
@@ -39,7 +39,7 @@ def save_model(model, folder: Path) -> None:
         "channels": next(model.parameters()).shape[1],
         "image_size": [32, 32],
     }
-    records.write_model(folder, model.state_dict(), about)
+    saved.write_model(folder, model, about)
 
 
 def opened(path: Path) -> np.ndarray:

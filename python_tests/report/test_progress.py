@@ -20,7 +20,8 @@ class Data:
 
 def info(rounds: int = 3, first_round: int = 0) -> RunInfo:
     config = RunConfig.make("fedavg", clients=2, rounds=rounds, threads=1)
-    return RunInfo(config, Path("runs/x"), first_round, (14, 14), 1234, {"id": 5, "ood": 6, "validation": 9}, Data())
+    sets = {"id": 5, "ood": 6, "validation": 9}
+    return RunInfo(config, Path("runs/x"), first_round, (14, 14), 1234, sets, Data(), ("train",) * rounds)
 
 
 def record(round: int, rounds: int = 3, **metrics) -> dict:

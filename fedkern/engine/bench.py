@@ -1,0 +1,116 @@
+"""What all clients and the server of a run share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedkern import models
+from fedkern.engine.config import RunConfig
+from fedkern.engine.network import Network, place
+from fedkern.engine.samples import CACHE_BYTES, ClientData, Pixels, Samples
+from fedkern.methods.base import Federation, Message
+
+
+class Bench:
+    """What all clients and the server of a run share: settings, data, three networks, named warnings.
+
+    One network trains, one is the frozen global copy, one is the server's; each is made on first use and reused.
+    """
+
+    def __init__(self, config: RunConfig, data: Any) -> None:
+        self.config, self.data = config, data
+        self.device = torch.device(config.device)
+        self.federation = Federation(
+            rounds=config.rounds,
+            samples=data.client_sizes,
+            classes=len(data.classes),
+            local_epochs=config.local_epochs,
+        )
+        splits = [*data.clients, *data.tests.values(), *([data.public] if data.public is not None else [])]
+        images = [split.images for split in splits]
+        self.cache = 4 * sum(image.numel() for image in images) <= CACHE_BYTES
+        self.warnings: dict[str, str] = {}
+        self._networks: dict[str, Network] = {}
+        self._clients: dict[int, ClientData] = {}
+        self._frozen_key: tuple[Any, ...] = ()
+        self._initial_buffers: Message | None = None
+        self._public: Samples | None = None
+
+    def build(self, *, model: str | None = None, width: int | None = None, classes: int | None = None) -> nn.Module:
+        """A freshly initialised network from the run's own stream, always the same; on the CPU."""
+        channels, *sides = self.data.image_shape
+        own = model is None or model == self.config.model
+        return models.build(
+            self.config.model if model is None else model,
+            classes=self.federation.classes if classes is None else classes,
+            channels=channels,
+            image_size=min(sides),
+            seed=self.config.seed,
+            width=self.config.width if width is None and own else width,
+        )
+
+    def place(self, module: nn.Module) -> nn.Module:
+        """Moves a module to the run's device."""
+        return place(module, self.device)
+
+    @property
+    def public(self) -> Samples | None:
+        """The public split."""
+        data = self.data
+        if self._public is None and data.public is not None:
+            augment = self.config.augment or data.augment
+            pixels = Pixels(data.public.images, data.mean, data.std, self.device, cache=self.cache, augment=augment)
+            self._public = Samples(pixels, data.public.labels, self.device)
+        return self._public
+
+    def network(self, name: str) -> Network:
+        """The network called ``"local"``, ``"frozen"`` or ``"server"``."""
+        if name not in self._networks:
+            network = Network(self.build(), self.device)
+            if name != "local":
+                network.freeze()
+            self._networks[name] = network
+        return self._networks[name]
+
+    def is_flat(self, module: nn.Module) -> bool:
+        """Whether ``module`` is the server's network, which its flat vectors describe."""
+        return "server" in self._networks and self._networks["server"].module is module
+
+    def initial(self) -> Message:
+        """The vectors of a fresh network."""
+        return Network(self.build(), torch.device("cpu")).read()
+
+    def initial_buffers(self) -> Message:
+        """Its ``buffers`` and ``integers``, for clients that start from them."""
+        if self._initial_buffers is None:
+            self._initial_buffers = {name: value for name, value in self.initial().items() if name != "parameters"}
+        return self._initial_buffers
+
+    def client_data(self, client: int) -> ClientData:
+        if client not in self._clients:
+            data = self.data
+            augment = self.config.augment or data.augment
+            made = ClientData(data.clients[client], data.mean, data.std, self.device, augment, self.cache)
+            if not self.cache:
+                self._clients.clear()  # one client's images at a time
+            self._clients[client] = made
+        return self._clients[client]
+
+    def frozen(self, message: Message, buffers: Mapping[str, Tensor] | None) -> nn.Module:
+        """The frozen copy of a received network, in eval mode; written once for clients that got the same vectors."""
+        network = self.network("frozen")
+        # The tensors themselves are kept in the key, so that no other tensor can come to have their identity.
+        key = (message["parameters"], *(buffers or {}).values(), *message.values())
+        if len(key) != len(self._frozen_key) or any(a is not b for a, b in zip(key, self._frozen_key, strict=True)):
+            network.write({**message, **(buffers or {})})
+            network.statistics = self.config.buffers == "average" or bool(buffers)
+            network.eval_mode()
+            self._frozen_key = key
+        return network.module
+
+    def warn(self, name: str, text: str) -> None:
+        self.warnings.setdefault(name, text)

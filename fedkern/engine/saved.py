@@ -1,0 +1,112 @@
+"""model.safetensors: what a run has learnt, and how it comes back as a module."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fedkern import models
+from fedkern.engine import atomic
+from fedkern.engine.bench import Bench
+from fedkern.engine.checkpoint import Checkpoints
+from fedkern.engine.config import RunConfig
+from fedkern.engine.network import state_dict
+from fedkern.engine.serial import Server
+from fedkern.errors import UserError
+from fedkern.methods import registry
+
+MODEL = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What remains of the federated data without a single image: enough for a method to build its module again."""
+
+    classes: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    client_sizes: tuple[int, ...]
+    clients: tuple[()] = ()
+    tests: Mapping[str, Any] = field(default_factory=dict)
+    public: None = None
+
+
+def write_model(out: Path, module: nn.Module, about: Mapping[str, Any]) -> None:
+    """Writes model.safetensors: contiguous tensors by state-dict key, and ``about`` as JSON in the metadata."""
+    # One metadata key only: with several, their order in the file would be left to chance.
+    metadata = {"fedkern": json.dumps(about, sort_keys=True)}
+    tensors = state_dict(module)
+    atomic.write(out / MODEL, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+
+def read_model(out: Path | str) -> tuple[nn.Module, dict[str, Any]]:
+    """What a finished run evaluated last, in eval mode on the CPU, and what is known about it.
+
+    A network of the run is built from its name alone.  Anything else (fused clients, an ensemble) the method builds
+    again from the checkpoint of the run folder, and then takes the tensors of model.safetensors.
+
+    The second value has ``classes``, ``channels``, ``image_size``, ``mean`` and ``std`` (of images in [0, 1]),
+    ``model``, ``width``, ``method`` and ``rounds``.
+
+    Raises:
+        UserError: the folder has no finished run, or its file is damaged or of another network.
+    """
+    path = Path(out) / MODEL
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["fedkern"])
+        tensors = load_file(path)
+    except FileNotFoundError:
+        way_out = f"its run is not finished, continue it with --resume {shlex.quote(str(out))}"
+        raise UserError(f"{out} has no {MODEL}: {way_out}.") from None
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {error}.") from None
+    network = _rebuilt(Path(out), about) if "samples" in about else _plain(about)
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError:
+        kind = f"module of {about['method']}" if "samples" in about else about["model"]
+        raise UserError(f"{path} does not hold the parameters of a {kind}.") from None
+    return network.eval(), about
+
+
+def _plain(about: Mapping[str, Any]) -> nn.Module:
+    return models.build(
+        about["model"],
+        classes=len(about["classes"]),
+        channels=about["channels"],
+        image_size=min(about["image_size"]),
+        seed=0,
+        width=about["width"],
+    )
+
+
+def _rebuilt(out: Path, about: Mapping[str, Any]) -> nn.Module:
+    """What the method makes of the server's state at the end of the run."""
+    config = RunConfig.load(out, device="cpu")
+    kind = registry.get(config.method)
+    method = kind(kind.Options.parse(config.options, method=config.method))
+    height, width = about["image_size"]
+    outline = Outline(
+        classes=tuple(about["classes"]),
+        image_shape=(about["channels"], height, width),
+        mean=tuple(about["mean"]),
+        std=tuple(about["std"]),
+        client_sizes=tuple(about["samples"]),
+    )
+    state = Checkpoints(out).last_server_state()
+    if state is None:
+        raise UserError(f"{out} has no checkpoint left, without which the module of {config.method} cannot be rebuilt.")
+    module = method.model(Server(Bench(config, outline), state))
+    if module is None:
+        raise UserError(f"{out} holds the checkpoint of a run that is not finished.")
+    return module

@@ -1,0 +1,351 @@
+"""What a method sees of the world: messages, batches, the client's and the server's side of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+ClientId = int
+Message = dict[str, Any]
+"""Named tensors, numbers, and dicts of such; its tensors are what the byte ledger counts."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """One entry of a method's plan.
+
+    Attributes:
+        name: for records and displays, for example ``"train"``, ``"level 2"`` or ``"calibrate"``.
+        exchanges: names of the server -> clients -> server exchanges of the round, in order.
+        participants: ``"sampled"`` (the engine's ``sample_fraction``) or ``"all"``.
+        one_off: a set-up round before training: its bytes are booked as one-off and it does not count as one of the
+            run's communication rounds.
+    """
+
+    name: str = "train"
+    exchanges: tuple[str, ...] = ("update",)
+    participants: Literal["sampled", "all"] = "sampled"
+    one_off: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where in the run a call happens: ``round`` counts from 0 (negative for one-off rounds)."""
+
+    round: int
+    name: str
+    exchange: str
+
+
+OUTSIDE = Step(-1, "", "")
+"""The step of a batch that is only looked at."""
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What one client sends to the server: ``samples`` is its number of training samples."""
+
+    client_id: ClientId
+    samples: int
+    message: Message
+
+
+@dataclass(frozen=True)
+class Federation:
+    """The sizes a plan may depend on; no data.
+
+    Attributes:
+        rounds: communication rounds the user asked for.
+        samples: training samples per client.
+        classes: number of classes.
+        local_epochs: epochs per round (for one-shot methods a client's whole budget).
+    """
+
+    rounds: int
+    samples: tuple[int, ...]
+    classes: int
+    local_epochs: int = 1
+
+    @property
+    def clients(self) -> int:
+        return len(self.samples)
+
+
+class Backgrounds(Protocol):
+    """A bank of training images whose objects are erased.
+
+    Attributes:
+        labels: int64 [N] (NumPy), the classes of the images the backgrounds come from.
+        augmented: whether :meth:`take` augments, so that the same index gives different images.
+    """
+
+    labels: np.ndarray
+    augmented: bool
+
+    def __len__(self) -> int: ...
+
+    def take(self, indices: np.ndarray | None, rng: np.random.Generator | None = None) -> Tensor:
+        """The images at ``indices`` (None: all), fp32 [B, C, H, W], normalised; augmented when ``rng`` is given."""
+        ...
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What is kept of a scalar observed by every client in every round (each value the mean over its batches)."""
+
+    count: int
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass
+class Batch:
+    """One mini-batch.
+
+    Attributes:
+        images: fp32 [B, C, H, W], augmented and normalised, on the client's device.
+        labels: int64 [B].
+        indices: int64 [B], the samples' positions in the client's split (NumPy).
+        step: the round and exchange it is trained in.
+        epoch: local epoch within the round, from 0.
+        augmented: whether the images were augmented, so that the same index gives different images.
+        drawn: what the method's ``draw`` returned for this batch.
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: np.ndarray
+    step: Step = OUTSIDE
+    epoch: int = 0
+    augmented: bool = False
+    drawn: dict[str, Any] = field(default_factory=dict)
+
+
+class Samples(Protocol):
+    """Labelled images that a method looks at in order: a client's own, or the public split.
+
+    Attributes:
+        labels: int64 [n], on the CPU.
+    """
+
+    labels: Tensor
+
+    def __len__(self) -> int: ...
+
+    def batches(
+        self, size: int = 500, *, augment: bool = False, rng: np.random.Generator | None = None
+    ) -> Iterator[Batch]:
+        """All of them in stored order, at most ``size`` at a time, normalised; augmented only when asked.
+
+        Raises:
+            ValueError: ``augment`` without the ``rng`` that it draws from.
+        """
+        ...
+
+    def take(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> Tensor:
+        """The images at ``indices``, fp32 [B, C, H, W], normalised; augmented when ``rng`` is given."""
+        ...
+
+
+class Received(Protocol):
+    """What a client got this exchange, as ``loss`` and ``adjust_gradient`` see it."""
+
+    message: Message
+    step: Step
+    samples: int
+    """Training samples of the client."""
+    epochs: int
+    """Local epochs of this exchange."""
+    scratch: dict[str, Any]
+    """Vanishes at the end of the client's exchange."""
+
+    @property
+    def model(self) -> Any:
+        """The network just received: a frozen copy in eval mode without gradients, built on first use.
+
+        Like ``parameters`` it exists where the message holds a network as flat vectors.
+        """
+        ...
+
+    @property
+    def parameters(self) -> Tensor:
+        """Its parameters, fp32 [P], read only."""
+        ...
+
+
+class Objective:
+    """What the engine's training loop asks of whoever trains: a loss, its draws, and a say in the gradient."""
+
+    def loss(self, model: Any, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """The local objective of one batch, a scalar; optionally with named scalars whose mean is recorded."""
+        raise NotImplementedError
+
+    def draw(self, client: Client, batch: Batch, rng: np.random.Generator) -> dict[str, Any]:
+        """Random draws that belong to a batch; what it returns becomes ``batch.drawn``."""
+        return {}
+
+    def adjust_gradient(self, parameters: Tensor, gradients: Tensor, received: Received) -> None:
+        """Changes ``gradients`` [P] in place, after the backward pass and before the optimiser."""
+
+
+class Place(Protocol):
+    """What a client and the server have in common: where they are, and what the run is about.
+
+    Attributes:
+        device: where networks live and batches arrive.
+        classes: the class names, in label order.
+        image_shape: channels, height and width of every image.
+        mean, std: per channel, of images in [0, 1]; a normalised image is ``(image - mean) / std``.
+        public: labelled images that everybody may see and no client holds (``--public-samples``), or None.
+    """
+
+    device: torch.device
+    classes: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def public(self) -> Samples | None: ...
+
+    def rng(self, purpose: str, step: Step) -> np.random.Generator:
+        """The client's (the server's) own stream for a purpose and round."""
+        ...
+
+    def warn(self, name: str, text: str) -> None:
+        """Adds a named diagnostic to the run's summary."""
+        ...
+
+
+class Client(Place, Protocol):
+    """A client as its method sees it.
+
+    Attributes:
+        labels: int64 [n], on the CPU.
+        state: outlives the round; tensors, numbers, strings and dicts of such, read back on the CPU.
+        scratch: lives between the exchanges of a round and may vanish.
+        report: named figures of the client in the round's record.
+    """
+
+    id: ClientId
+    samples: int
+    labels: Tensor
+    state: dict[str, Any]
+    scratch: dict[str, Any]
+    report: dict[str, float]
+
+    @property
+    def objects_known(self) -> bool:
+        """Whether anything is known about what is object and what is background in the client's images."""
+        ...
+
+    def network(self, *, model: str | None = None, width: int | None = None, classes: int | None = None) -> Any:
+        """A freshly initialised network of its own, in train mode, channels-last, on ``device``.
+
+        It comes from the run's own stream, so it is the same at every client and at every call.
+
+        Args:
+            model: another architecture than the run's, by name.
+            width: channels of the first stage; the run's, or another architecture's own.
+            classes: number of outputs.
+
+        Raises:
+            UserError: there is no such network.
+        """
+        ...
+
+    def train(self, method: Objective, step: Step, message: Message) -> Message:
+        """The engine's training loop: local epochs of SGD on ``method.loss`` from the received parameters.
+
+        Returns ``{"parameters": fp32 [P], ...}`` with ``"buffers"`` fp32 [Q] and ``"integers"`` int64 [R] where the
+        buffer policy lets them travel.
+        """
+        ...
+
+    def fit(
+        self,
+        method: Objective,
+        step: Step,
+        module: nn.Module,
+        *,
+        message: Message | None = None,
+        epochs: int | None = None,
+    ) -> dict[str, float]:
+        """The same loop on any module, in place: SGD on those of its parameters that require gradients.
+
+        ``method.loss(module, batch, received)`` is what it minimises, with the run's optimiser settings, a fresh
+        momentum and the streams of ``step``.  ``module.train()`` is called first: a module whose frozen parts must stay
+        in eval mode overrides ``train``.  ``adjust_gradient`` sees the trained parameters as one vector.
+
+        Args:
+            module: on ``device``.
+            message: what ``received.message`` is.
+            epochs: passes over the client's data (default: the run's ``local_epochs``).
+
+        Returns:
+            The means over all batches of ``loss`` and of whatever the method observed; they also go to the record.
+
+        Raises:
+            ValueError: no parameter of ``module`` requires a gradient.
+            Diverged: a loss, gradient or parameter became NaN or infinite (the engine handles it: ``--on-nan``).
+        """
+        ...
+
+    def batches(
+        self, size: int = 500, *, augment: bool = False, rng: np.random.Generator | None = None
+    ) -> Iterator[Batch]:
+        """The client's own samples, as :meth:`Samples.batches` gives them."""
+        ...
+
+    def backgrounds(self, fill: str = "mean") -> Backgrounds:
+        """The client's own background bank; images without a detected object stay out of it."""
+        ...
+
+    def background_images(self) -> Message:
+        """The same bank as it may travel.
+
+        ``{"images": uint8 [N, C, H, W], "masks": bool [N, H, W], "labels": int64 [N]}``, objects black in ``images``.
+        """
+        ...
+
+    def make_backgrounds(self, message: Mapping[str, Tensor], fill: str = "mean") -> Backgrounds:
+        """Erases the objects of ``background_images`` of any client and normalises."""
+        ...
+
+
+class Server(Place, Protocol):
+    """The server as its method sees it.
+
+    Attributes:
+        state: outlives the round, as a client's does.
+        scratch: lives between the exchanges of a round and may vanish.
+        report: named figures; they stand in the records of this and later rounds (a later value replaces an earlier
+            one) and, at the end, among the metrics of the summary.
+    """
+
+    federation: Federation
+    state: dict[str, Any]
+    scratch: dict[str, Any]
+    report: dict[str, float]
+
+    def build(self, *, model: str | None = None, width: int | None = None, classes: int | None = None) -> Any:
+        """A freshly initialised network, exactly the one of :meth:`Client.network`."""
+        ...
+
+    def initial(self) -> Message:
+        """A freshly initialised network as flat vectors, from the run's own stream."""
+        ...
+
+    def network(self, message: Message) -> nn.Module:
+        """The network with these flat vectors, in eval mode; reused by later calls."""
+        ...
+
+    def accumulator(self, size: int) -> Any:
+        """A streaming weighted mean over vectors of ``size`` elements."""
+        ...
