@@ -21,10 +21,12 @@ from fedkern.methods.base import (
     register,
 )
 from fedkern.methods.fedavg import FedAvg
+from fedkern.methods.feddyn import FedDyn
 from fedkern.methods.fedgid import FedGID
 from fedkern.methods.fedntd import FedNTD
 from fedkern.methods.fedprox import FedProx
 from fedkern.methods.moon import Moon
+from fedkern.methods.scaffold import Scaffold
 
 __all__ = [
     "METHODS",
@@ -32,6 +34,7 @@ __all__ = [
     "Batch",
     "Client",
     "FedAvg",
+    "FedDyn",
     "FedGID",
     "FedNTD",
     "FedProx",
@@ -44,6 +47,7 @@ __all__ = [
     "Received",
     "Round",
     "Samples",
+    "Scaffold",
     "Server",
     "Step",
     "Upload",

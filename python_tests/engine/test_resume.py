@@ -85,6 +85,24 @@ def test_killed_at_a_hook(settings, hook, count, make_data, make_config, tmp_pat
     assert outcome(tmp_path) == expected
 
 
+METHODS = {  # those that keep something of their own from round to round, and the settings that make them
+    "feddyn": {},
+    "moon": {"local_epochs": 2},
+    "scaffold": {"options": {"control": "I"}},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("hook", "count"), [("client", 3), ("round", 1)])
+def test_a_method_with_state_of_its_own(method, hook, count, make_data, make_config, tmp_path, reference):
+    data, config = make_data(), make_config(method, rounds=3, sample_fraction=0.67, **METHODS[method])
+    expected = reference(method, config, data)
+    with pytest.raises(Kill):
+        run(config, out=tmp_path, data=data, listener=KillAt(hook, count))
+    run(RunConfig.load(tmp_path), out=tmp_path, resume=True, data=data)
+    assert outcome(tmp_path) == expected
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("count", range(0, 15, 2))
 def test_killed_around_every_file(count, when, make_data, make_config, tmp_path, monkeypatch, reference):
