@@ -1,4 +1,6 @@
-"""Runs the many configurations of a study, a few at a time, each in its own run folder; what is finished is kept.
+"""What the studies share: many configurations run a few at a time, learning rates chosen by one rule, tables.
+
+Every case has its own run folder, and what is finished is kept.
 
 A study's table is only as good as its bookkeeping: every figure comes from a run folder with its ``config.toml``, an
 interrupted study goes on where it stopped, and a folder made with other settings is refused, not silently reused.
@@ -6,8 +8,10 @@ interrupted study goes on where it stopped, and a folder made with other setting
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -18,6 +22,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from fedkern.engine.records import read_metrics
+
+RESULTS = Path(__file__).parent / "results"
+
 
 @dataclass(frozen=True)
 class Case:
@@ -25,6 +33,12 @@ class Case:
 
     name: str
     arguments: tuple[str, ...]
+
+
+def folder_name(words: Iterable[str]) -> str:
+    """The words joined into the name of a folder."""
+    name = "_".join(words)
+    return "".join(letter if letter.isalnum() or letter in "._-=" else "-" for letter in name)
 
 
 def arguments(method: str, settings: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> tuple[str, ...]:
@@ -82,6 +96,90 @@ def run(cases: Iterable[Case], folder: Path, *, workers: int = 2) -> dict[str, d
         for process in running.values():
             process.wait()
     return {name: json.loads((folder / name / "summary.json").read_text()) for name in wanted}
+
+
+class Runs:
+    """The finished runs of a study.
+
+    Args:
+        folder: holds a run folder per case.
+        workers: how many run at once.
+        settings: given to every run beside the case's own, for example ``data_root``; not part of the folder's name.
+    """
+
+    def __init__(self, folder: Path, workers: int, settings: Mapping[str, Any] | None = None) -> None:
+        self.folder, self.workers, self.settings = folder, workers, dict(settings or {})
+        self.summaries: dict[str, dict[str, Any]] = {}
+
+    def case(
+        self, method: str, settings: Mapping[str, Any], options: Mapping[str, Any] | None = None, *words: str
+    ) -> Case:
+        """A run of ``method``; ``words`` name what tells it apart from the study's other ones."""
+        return Case(folder_name([method, *words]), arguments(method, {**settings, **self.settings}, options))
+
+    def run(self, cases: Iterable[Case]) -> None:
+        """Runs those that are not finished."""
+        self.summaries.update(run(cases, self.folder, workers=self.workers))
+
+    def metrics(self, case: Case) -> dict[str, float]:
+        """The figures of a finished run's last model."""
+        metrics: dict[str, float] = self.summaries[case.name]["metrics"]
+        return metrics
+
+    def rounds(self, case: Case) -> list[dict[str, Any]]:
+        """The records of its evaluated rounds."""
+        return read_metrics(self.folder / case.name)
+
+    def versions(self) -> dict[str, str]:
+        """Of fedkern and torch, from any of the runs."""
+        versions: dict[str, str] = next(iter(self.summaries.values()))["versions"]
+        return versions
+
+
+def best_rate(scores: Mapping[float, Sequence[float]]) -> float:
+    """The learning rate with the highest mean validation accuracy (the lower one on a tie)."""
+    return max(sorted(scores), key=lambda rate: mean(scores[rate]))
+
+
+def transfer_seconds(ledger: Mapping[str, Any], megabits: float) -> float:
+    """Seconds that the busiest client's bytes, both ways and one-off ones included, need on its own link (Mbit/s)."""
+    return max(sum(client.values()) for client in ledger["clients"].values()) * 8 / (megabits * 1e6)
+
+
+def publish(
+    name: str, title: str, about: str, page: str, numbers: Mapping[str, Any], versions: Mapping[str, str]
+) -> None:
+    """Writes ``results/<name>.md`` and ``.json``, and prints the page."""
+    made = f"fedkern {versions['fedkern']}, torch {versions['torch']}, {platform.machine()}, one thread per run."
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.md").write_text(f"# {title}\n\n{about}  {made}\n\n{page}")
+    (RESULTS / f"{name}.json").write_text(json.dumps({**numbers, "versions": versions}, indent=1) + "\n")
+    print(page)
+
+
+def command_line(
+    module: str, description: str, studies: Mapping[str, Any], files: Mapping[str, str]
+) -> argparse.Namespace:
+    """What the user asked for: ``study``, ``data_root`` (absolute or None), ``out``, ``workers``.
+
+    Args:
+        module: the study's module, for example ``"study_fusefl"``.
+        description: one line.
+        studies: the studies by name.
+        files: what ``--data-root`` must hold, for the studies that need it.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{module}", description=description)
+    parser.add_argument("study", choices=studies, help="which data")
+    needs = "; ".join(f"{name}: {what}" for name, what in files.items())
+    parser.add_argument("--data-root", help=f"folder of the data files ({needs})")
+    parser.add_argument("--out", type=Path, help=f"folder of the runs (default: runs/{module.replace('_', '-')}-STUDY)")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
+    given = parser.parse_args()
+    if given.study in files and not given.data_root:
+        parser.error(f"{given.study} needs --data-root, the folder of {files[given.study]}")
+    given.data_root = str(Path(given.data_root).resolve()) if given.data_root else None
+    given.out = given.out or Path("runs") / f"{module.replace('_', '-')}-{given.study}"
+    return given
 
 
 def _launch(run_folder: Path, case: Case) -> subprocess.Popen[str]:

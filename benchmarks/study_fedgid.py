@@ -11,26 +11,36 @@ on the in-distribution validation split alone (at the lower correlation); the ou
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
 
-from benchmarks.study import Case, arguments, run, spread, table
+from benchmarks.study import (
+    Case,
+    Runs,
+    arguments,
+    best_rate,
+    command_line,
+    folder_name,
+    publish,
+    spread,
+    table,
+)
 from fedkern import data as datasets
 from fedkern import engine
 
-RESULTS = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2)
 VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "FedAvg": ("fedavg", {}),
     "FedProx": ("fedprox", {}),
+    "MOON": ("moon", {}),
+    "SCAFFOLD": ("scaffold", {}),
+    "FedDyn": ("feddyn", {}),
+    "FedProto": ("fedproto", {}),
+    "FedNTD": ("fedntd", {}),
     "+GD": ("fedgid", {"intervention": False}),
     "+GI feature": ("fedgid", {"distillation": False, "mix_stage": "feature"}),
     "+GI map": ("fedgid", {"distillation": False}),
@@ -70,15 +80,14 @@ STUDIES = {
 }
 
 
-class Runs:
-    """Names the cases of a study and collects their summaries."""
+class FedGIDRuns(Runs):
+    """Names the cases of the study."""
 
-    def __init__(self, study: Study, root: str | None, folder: Path, workers: int) -> None:
-        self.study, self.folder, self.workers = study, folder, workers
-        self.root = {"data_root": root} if root else {}
-        self.summaries: dict[str, dict[str, Any]] = {}
+    def __init__(self, study: Study, folder: Path, workers: int, settings: Mapping[str, Any]) -> None:
+        super().__init__(folder, workers, settings)
+        self.study = study
 
-    def case(
+    def variant(
         self,
         variant: str,
         correlation: float,
@@ -90,32 +99,22 @@ class Runs:
         method, own = VARIANTS[variant]
         # Validation and tests are looked at once, at the end: nothing on the way may choose anything.
         every = {"correlation": correlation, "lr": lr, "seed": seed, "eval_every": 1000, "checkpoint_every": 4}
-        fixed = {**(settings or self.study.settings), **self.root}
+        fixed = {**(settings or self.study.settings), **self.settings}
         words = [variant, *(f"{name}={value}" for name, value in options.items())]
-        name = "_".join([*words, f"c{correlation}", f"lr{lr}", f"s{seed}", *(["full"] if settings else [])])
-        folder = "".join(letter if letter.isalnum() or letter in "._-=" else "-" for letter in name)
-        return Case(folder, arguments(method, {**fixed, **every}, {**own, **options}))
+        words += [f"c{correlation}", f"lr{lr}", f"s{seed}", *(["full"] if settings else [])]
+        return Case(folder_name(words), arguments(method, {**fixed, **every}, {**own, **options}))
 
-    def run(self, cases: Iterable[Case]) -> None:
-        self.summaries.update(run(cases, self.folder, workers=self.workers))
+    def rate(self, variant: str, correlation: float) -> float:
+        """The variant's learning rate, by validation accuracy."""
 
-    def metrics(self, case: Case) -> dict[str, float]:
-        return self.summaries[case.name]["metrics"]
+        def score(lr: float) -> list[float]:
+            cases = [self.variant(variant, correlation, lr, seed) for seed in self.study.rate_seeds]
+            return [self.metrics(case)["validation_accuracy"] for case in cases]
 
-
-def best_rate(runs: Runs, variant: str, correlation: float) -> float:
-    """The learning rate with the highest mean validation accuracy (the lower one on a tie)."""
-    scores = [
-        mean(
-            runs.metrics(runs.case(variant, correlation, lr, seed))["validation_accuracy"]
-            for seed in runs.study.rate_seeds
-        )
-        for lr in runs.study.rates
-    ]
-    return runs.study.rates[scores.index(max(scores))]
+        return best_rate({lr: score(lr) for lr in self.study.rates})
 
 
-def predictions(runs: Runs, case: Case, seed: int, correlation: float) -> tuple[torch.Tensor, torch.Tensor]:
+def predictions(runs: FedGIDRuns, case: Case, seed: int, correlation: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Predicted classes of a finished run on the out-of-distribution test, and the labels."""
     folder = runs.folder / case.name
     config = engine.RunConfig.load(folder)
@@ -129,7 +128,9 @@ def predictions(runs: Runs, case: Case, seed: int, correlation: float) -> tuple[
         return torch.cat([network(part).argmax(1) for part in images.split(500)]), split.labels
 
 
-def corrections(runs: Runs, bases: Sequence[Case], others: Sequence[Case], correlation: float) -> tuple[int, int, int]:
+def corrections(
+    runs: FedGIDRuns, bases: Sequence[Case], others: Sequence[Case], correlation: float
+) -> tuple[int, int, int]:
     """Out-of-distribution images that ``bases`` get wrong and ``others`` right, the reverse, and all of them."""
     corrected = made = total = 0
     for seed, base_case, other_case in zip(SEEDS, bases, others, strict=True):
@@ -141,25 +142,25 @@ def corrections(runs: Runs, bases: Sequence[Case], others: Sequence[Case], corre
     return corrected, made, total
 
 
-def study(runs: Runs) -> tuple[str, dict[str, Any]]:
+def study(runs: FedGIDRuns) -> tuple[str, dict[str, Any]]:
     """Runs everything and returns the Markdown page and its numbers."""
     correlations = runs.study.correlations
     first, strongest = correlations[0], correlations[-1]
     runs.run(
-        runs.case(v, first, lr, seed) for v in VARIANTS for lr in runs.study.rates for seed in runs.study.rate_seeds
+        runs.variant(v, first, lr, seed) for v in VARIANTS for lr in runs.study.rates for seed in runs.study.rate_seeds
     )
-    rates = {v: best_rate(runs, v, first) for v in VARIANTS}
-    runs.run(runs.case(v, c, rates[v], seed) for c in correlations for v in VARIANTS for seed in SEEDS)
+    rates = {v: runs.rate(v, first) for v in VARIANTS}
+    runs.run(runs.variant(v, c, rates[v], seed) for c in correlations for v in VARIANTS for seed in SEEDS)
     sweep = [("alpha", alpha) for alpha in ALPHAS] + [("lambda", lam) for lam in LAMBDAS]
-    swept = {(k, x): runs.case(FULL, strongest, rates[FULL], 0, **{k: x}) for k, x in sweep}
+    swept = {(k, x): runs.variant(FULL, strongest, rates[FULL], 0, **{k: x}) for k, x in sweep}
     runs.run(swept.values())
     knob, value = max(sweep, key=lambda entry: runs.metrics(swept[entry])["validation_accuracy"])
     tuned = f"FedGID, {knob} {value}"
-    runs.run(runs.case(FULL, c, rates[FULL], seed, **{knob: value}) for c in correlations for seed in SEEDS)
+    runs.run(runs.variant(FULL, c, rates[FULL], seed, **{knob: value}) for c in correlations for seed in SEEDS)
 
     def cases(variant: str, c: float) -> list[Case]:
         base, own = (FULL, {knob: value}) if variant == tuned else (variant, {})
-        return [runs.case(base, c, rates[base], seed, **own) for seed in SEEDS]
+        return [runs.variant(base, c, rates[base], seed, **own) for seed in SEEDS]
 
     page, numbers = ["The last row has the setting of the two sweeps below with the best validation accuracy.", ""], {}
     for c in correlations:
@@ -196,10 +197,10 @@ def study(runs: Runs) -> tuple[str, dict[str, Any]]:
     return "\n".join(page), numbers
 
 
-def full_set(runs: Runs, rates: Mapping[str, float], numbers: dict[str, Any]) -> list[str]:
+def full_set(runs: FedGIDRuns, rates: Mapping[str, float], numbers: dict[str, Any]) -> list[str]:
     """FedAvg and FedGID on all training samples, one seed."""
     first, settings = runs.study.correlations[0], dict(runs.study.full or {})
-    cases = {v: runs.case(v, first, rates[v], 0, settings) for v in ("FedAvg", FULL)}
+    cases = {v: runs.variant(v, first, rates[v], 0, settings) for v in ("FedAvg", FULL)}
     runs.run(cases.values())
     rows = []
     for v, case in cases.items():
@@ -212,32 +213,16 @@ def full_set(runs: Runs, rates: Mapping[str, float], numbers: dict[str, Any]) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.study_fedgid", description=__doc__.split("\n")[0])
-    parser.add_argument("study", choices=STUDIES, help="which data")
-    parser.add_argument("--data-root", help="folder of the MNIST files (colormnist)")
-    parser.add_argument("--out", type=Path, help="folder of the runs (default: runs/study-fedgid-<study>)")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
-    given = parser.parse_args()
-    if given.study == "colormnist" and not given.data_root:
-        parser.error("colormnist needs --data-root, the folder of the four MNIST files")
-    root = str(Path(given.data_root).resolve()) if given.data_root else None
+    files = {"colormnist": "the four MNIST files"}
+    given = command_line("study_fedgid", (__doc__ or "").split("\n")[0], STUDIES, files)
     chosen = STUDIES[given.study]
-    runs = Runs(chosen, root, given.out or Path("runs") / f"study-fedgid-{given.study}", given.workers)
+    runs = FedGIDRuns(chosen, given.out, given.workers, {"data_root": given.data_root} if given.data_root else {})
     page, numbers = study(runs)
-    versions = next(iter(runs.summaries.values()))["versions"]
     settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in chosen.settings.items())
-    head = f"""# FedGID on {chosen.name}
-
-Made by `python -m benchmarks.study_fedgid {given.study}`: {settings}; the rest as
+    about = f"""Made by `python -m benchmarks.study_fedgid {given.study}`: {settings}; the rest as
 `python -m fedkern.run METHOD --data {chosen.name}` sets it.  Learning rates from {chosen.rates}, chosen by validation
-accuracy.  fedkern {versions["fedkern"]}, torch {versions["torch"]}, {platform.machine()}, one thread per run.
-
-"""
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"fedgid_{given.study}.md").write_text(head + page)
-    numbers["versions"] = versions
-    (RESULTS / f"fedgid_{given.study}.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    print(page)
+accuracy."""
+    publish(f"fedgid_{given.study}", f"FedGID on {chosen.name}", about, page, numbers, runs.versions())
 
 
 if __name__ == "__main__":
