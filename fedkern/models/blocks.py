@@ -1,0 +1,179 @@
+"""Networks cut into blocks that are trained, sent and fused one after another (FuseFL, arXiv 2410.20380)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedkern.errors import UserError
+from fedkern.models.resnet import ResNet
+from fedkern.models.staged import StagedNetwork
+from fedkern.models.vgg import VGG
+
+CUTS: dict[tuple[type[nn.Module], int], dict[int, tuple[int, ...]]] = {
+    # (class, layers): number of blocks: the layers behind which the network is cut (method notes 4.2).
+    (ResNet, 9): {2: (4,), 3: (0, 4), 4: (0, 4, 6), 8: (0, 1, 2, 3, 5, 7, 8)},  # ResNet-18
+    (ResNet, 5): {2: (2,), 3: (0, 2), 4: (0, 2, 3)},  # ResNet-10: at the same stages, so that both can be fused
+    (VGG, 5): {2: (1,), 3: (1, 2), 4: (0, 1, 2), 5: (0, 1, 2, 3)},  # between the stages of a VGG-16
+}
+"""Where published networks are cut; others, and other numbers of blocks, into parts of equally many layers."""
+
+
+class BlockNetwork(nn.Module):
+    """Blocks one after another and a linear classifier on what the last one gives.
+
+    Args:
+        blocks: K >= 1 modules; each takes what the one before gives: a map ``[B, C, H, W]``, tokens ``[B, N, C]`` or
+            features ``[B, d]``, the first one images, and the last one gives features ``[B, d]``.
+        head: the classifier.
+        out_channels: C (or d) of every block's result, checked by :meth:`interfaces`; None to take what comes.
+    """
+
+    head: nn.Linear
+
+    def __init__(
+        self, blocks: Sequence[nn.Module], head: nn.Linear, *, out_channels: Sequence[int] | None = None
+    ) -> None:
+        super().__init__()
+        if not blocks:
+            raise ValueError("blocks must hold at least one module, not none")
+        if out_channels is not None and len(out_channels) != len(blocks):
+            raise ValueError(f"out_channels must hold {len(blocks)} numbers, one per block, not {len(out_channels)}")
+        self.blocks = nn.ModuleList(blocks)
+        self.head = head
+        self.out_channels = None if out_channels is None else tuple(out_channels)
+
+    def features(self, x: Tensor) -> Tensor:
+        """The last block's result ``[B, d]`` on images ``[B, C, H, W]``."""
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[B, classes]`` of images ``[B, C, H, W]``."""
+        return self.head(self.features(x))
+
+    @torch.no_grad()
+    def interfaces(self, image_shape: Sequence[int]) -> list[tuple[int, ...]]:
+        """Shape of every block's result for one image of ``image_shape`` (C, H, W); nothing is computed.
+
+        Raises:
+            UserError: a block cannot take what the one before gives, does not give its ``out_channels``, or the
+                classifier does not fit the last one.
+        """
+        x = torch.empty(2, *image_shape, device="meta")
+        shapes: list[tuple[int, ...]] = []
+        for i, block in enumerate(self.blocks, start=1):
+            given = f"what block {i - 1} gives" if i > 1 else "the images"
+            try:
+                y = copy.deepcopy(block).to("meta").eval()(x)
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                reason = str(error).strip().split("\n")[0]
+                raise UserError(
+                    f"Block {i} cannot take {given}, of shape {list(x.shape[1:])}{_wanted(block)}: {reason}."
+                ) from None
+            if not isinstance(y, Tensor) or y.dim() not in (2, 3, 4):
+                raise UserError(f"Block {i} must give features [B, d], tokens [B, N, C] or a map [B, C, H, W].")
+            shape = tuple(y.shape[1:])
+            if self.out_channels is not None and channels(shape) != self.out_channels[i - 1]:
+                raise UserError(
+                    f"Block {i} gives {channels(shape)} channels, but out_channels says {self.out_channels[i - 1]}."
+                )
+            shapes.append(shape)
+            x = y
+        if shapes[-1] != (self.head.in_features,):
+            raise UserError(
+                f"The last block gives {list(shapes[-1])}, but the classifier takes features [{self.head.in_features}]."
+            )
+        return shapes
+
+
+def _wanted(block: nn.Module) -> str:
+    for layer in block.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            count = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
+            return f", as its first layer takes {count} channels"
+    return ""
+
+
+def channels(shape: Sequence[int]) -> int:
+    """The channels of a block's result: last axis of features and tokens, first of a map."""
+    return shape[0] if len(shape) == 3 else shape[-1]
+
+
+def check_alike(interfaces: Sequence[Sequence[tuple[int, ...]]]) -> None:
+    """Raises UserError where the clients' networks, of any depth, cannot be fused level by level."""
+    for k, own in enumerate(interfaces):
+        for level, (shape, first) in enumerate(zip(own, interfaces[0], strict=True), start=1):
+            if shape != first:
+                raise UserError(
+                    f"Block {level} of client {k} gives {list(shape)} and that of client 0 {list(first)}: networks can "
+                    "only be fused where their blocks give the same shape."
+                )
+
+
+def layers(model: StagedNetwork) -> list[nn.Module]:
+    """The smallest parts of a network that cutting keeps whole, in order, the average pooling left out.
+
+    Every composite part of a stage (a residual block, a transformer layer) is one, and so is every run of plain layers
+    (a stem, a stage of a VGG).
+    """
+    parts: list[nn.Module] = []
+    for name in model.stage_names[:-1]:
+        stage = getattr(model, name)
+        run: list[nn.Module] = []
+        for child in stage.children() if isinstance(stage, nn.Sequential) else [stage]:
+            if any(True for _ in child.children()):
+                if run:
+                    parts.append(nn.Sequential(*run))
+                    run = []
+                parts.append(child)
+            else:
+                run.append(child)
+        if run:
+            parts.append(nn.Sequential(*run))
+    return parts
+
+
+def cut_points(model: StagedNetwork, blocks: int) -> tuple[int, ...]:
+    """The layers behind which ``model`` is cut into this many blocks; the pooling counts as the last layer.
+
+    Raises:
+        UserError: there are not so many layers.
+    """
+    count = len(layers(model))
+    if not 1 <= blocks <= count + 1:
+        raise UserError(f"This network has {count} layers and a pooling and can be cut into 1 to {count + 1} blocks, "
+                        f"not {blocks}.")  # fmt: skip
+    published = CUTS.get((type(model), count), {}).get(blocks)
+    if published is not None:
+        return published
+    if blocks == count + 1:
+        return tuple(range(count))
+    return tuple(int(part[-1]) for part in np.array_split(np.arange(count), blocks)[:-1])
+
+
+def cut(model: StagedNetwork, blocks: int | Sequence[int]) -> BlockNetwork:
+    """Cuts a network into blocks, which share its parameters.
+
+    Args:
+        model: the network; its average pooling is the end of the last block.
+        blocks: how many (:func:`cut_points` says where), or the layers behind which to cut, ascending.
+
+    Raises:
+        UserError: the network has not so many layers, or the layers are not ascending.
+    """
+    parts = [*layers(model), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())]
+    points = cut_points(model, blocks) if isinstance(blocks, int) else tuple(blocks)
+    ends = [*(point + 1 for point in points), len(parts)]
+    if any(a >= b for a, b in zip([0, *ends], ends, strict=False)):
+        raise UserError(
+            f"A network of {len(parts) - 1} layers and a pooling can be cut behind layers 0 to {len(parts) - 2}, in "
+            f"ascending order, not behind {', '.join(map(str, points))}."
+        )
+    starts = [0, *ends[:-1]]
+    return BlockNetwork([nn.Sequential(*parts[a:b]) for a, b in zip(starts, ends, strict=True)], model.head)
