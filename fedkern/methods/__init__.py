@@ -24,6 +24,7 @@ from fedkern.methods.fedavg import FedAvg
 from fedkern.methods.feddyn import FedDyn
 from fedkern.methods.fedgid import FedGID
 from fedkern.methods.fedntd import FedNTD
+from fedkern.methods.fedproto import FedProto
 from fedkern.methods.fedprox import FedProx
 from fedkern.methods.moon import Moon
 from fedkern.methods.scaffold import Scaffold
@@ -37,6 +38,7 @@ __all__ = [
     "FedDyn",
     "FedGID",
     "FedNTD",
+    "FedProto",
     "FedProx",
     "Federation",
     "LocalTraining",

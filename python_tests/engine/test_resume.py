@@ -87,6 +87,7 @@ def test_killed_at_a_hook(settings, hook, count, make_data, make_config, tmp_pat
 
 METHODS = {  # those that keep something of their own from round to round, and the settings that make them
     "feddyn": {},
+    "fedproto": {"options": {"networks": "personal"}},
     "moon": {"local_epochs": 2},
     "scaffold": {"options": {"control": "I"}},
 }
