@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -55,6 +55,23 @@ class Split:
             None if self.ids is None else tuple(self.ids[i] for i in indices.tolist()),
             None if self.sizes is None else self.sizes[indices],
         )
+
+
+def joined(splits: Sequence[Split]) -> Split:
+    """Splits one after another as one; what one of them does not know (masks, ids, sizes), the whole does not."""
+
+    def together(parts: list[Tensor | None]) -> Tensor | None:
+        known = [part for part in parts if part is not None]
+        return torch.cat(known) if len(known) == len(parts) else None
+
+    ids = [name for split in splits for name in split.ids or ()]
+    return Split(
+        torch.cat([split.images for split in splits]),
+        torch.cat([split.labels for split in splits]),
+        together([split.masks for split in splits]),
+        tuple(ids) if all(split.ids is not None for split in splits) else None,
+        together([split.sizes for split in splits]),
+    )
 
 
 @dataclass(frozen=True)
@@ -158,6 +175,10 @@ class FederatedData:
     def client_sizes(self) -> tuple[int, ...]:
         """Number of training samples of every client."""
         return tuple(len(client) for client in self.clients)
+
+    def pooled(self) -> FederatedData:
+        """The same with one client that holds everybody's data; the statistics stay those of the partition."""
+        return replace(self, clients=(joined(self.clients),))
 
 
 def fixed_rows(order: Sequence[int], *counts: int) -> list[Tensor]:

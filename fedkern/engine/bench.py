@@ -24,12 +24,7 @@ class Bench:
     def __init__(self, config: RunConfig, data: Any) -> None:
         self.config, self.data = config, data
         self.device = torch.device(config.device)
-        self.federation = Federation(
-            rounds=config.rounds,
-            samples=data.client_sizes,
-            classes=len(data.classes),
-            local_epochs=config.local_epochs,
-        )
+        self.federation = self._federation()
         splits = [*data.clients, *data.tests.values(), *([data.public] if data.public is not None else [])]
         images = [split.images for split in splits]
         self.cache = 4 * sum(image.numel() for image in images) <= CACHE_BYTES
@@ -39,6 +34,21 @@ class Bench:
         self._frozen_key: tuple[Any, ...] = ()
         self._initial_buffers: Message | None = None
         self._public: Samples | None = None
+        self.uploaded: list[Message] = []  # every client's raw data, where they are put together
+
+    def _federation(self) -> Federation:
+        return Federation(
+            rounds=self.config.rounds,
+            samples=self.data.client_sizes,
+            classes=len(self.data.classes),
+            local_epochs=self.config.local_epochs,
+        )
+
+    def pool(self) -> None:
+        """Puts the data of all clients together, for a method that is not federated."""
+        self.uploaded = [{"images": split.images, "labels": split.labels} for split in self.data.clients]
+        self.data = self.data.pooled()
+        self.federation = self._federation()
 
     def build(self, *, model: str | None = None, width: int | None = None, classes: int | None = None) -> nn.Module:
         """A freshly initialised network from the run's own stream, always the same; on the CPU."""

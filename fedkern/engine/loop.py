@@ -33,6 +33,8 @@ class Run:
     def __init__(self, config: RunConfig, bench: Bench, out: Path, listener: Listener) -> None:
         self.config, self.bench, self.out, self.listener = config, bench, out, listener
         kind = registry.get(config.method)
+        if kind.pooled:
+            bench.pool()
         self.method = kind(kind.Options.parse(config.options, method=config.method))
         self.ledger = Ledger(config.clients)
         self.checkpoints = Checkpoints(out)
@@ -62,7 +64,7 @@ class Run:
         Raises:
             UserError: data or network do not fit the method.
         """
-        for k in range(self.config.clients):
+        for k in range(self.bench.federation.clients):
             self.method.check(Client(self.bench, k, {}))
         self.method.start(self.server)
         self._plan = [entry for entry in self.method.rounds(self.bench.federation) if not entry.one_off]
@@ -74,8 +76,11 @@ class Run:
         entry = self.checkpoints.open()
         if entry is None:
             self.metrics.truncate(0)
+            for k, raw in enumerate(self.bench.uploaded):
+                self.ledger.book(k, "up", raw, one_off=True)
         else:
             self._restore(entry, fingerprint_now)
+        self.bench.uploaded.clear()
         self.sets = test_sets(self.bench)
         self._announce()
         for number, entry_round in enumerate(self.method.rounds(self.bench.federation)):
@@ -114,7 +119,7 @@ class Run:
     def _play(self, entry: Round, number: int) -> None:
         start = time.perf_counter()
         index = -1 - number if entry.one_off else self.done
-        everyone = list(range(self.config.clients))
+        everyone = list(range(self.bench.federation.clients))
         participants = everyone if entry.participants == "all" else sample_clients(self.config, index)
         shown = index if entry.one_off else index + 1
         self.listener.on_round_start(shown, entry.name, participants)
@@ -126,7 +131,7 @@ class Run:
             self._last_exchange = exchange_name == entry.exchanges[-1]
             begun = time.perf_counter()
             outgoing = self.method.send(self.server, step)
-            exchange = Exchange(self, step, participants, entry.one_off)
+            exchange = Exchange(self, step, participants, entry)
             uploads = exchange.uploads(outgoing)
             self.method.server_update(self.server, step, uploads)
             for _ in uploads:  # a server that stops reading still lets every client work

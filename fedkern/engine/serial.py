@@ -17,7 +17,7 @@ from fedkern.engine.config import RunConfig
 from fedkern.engine.local import Context, Diverged, Schedule, train
 from fedkern.engine.network import Trainable
 from fedkern.engine.samples import Bank, Samples
-from fedkern.methods.base import Batch, Message, Objective, Step, Upload
+from fedkern.methods.base import Batch, Message, Objective, Round, Step, Upload
 from fedkern.streams import stream
 
 
@@ -197,9 +197,9 @@ def round_half_up(value: float) -> int:
 class Exchange:
     """One exchange of a round: sends, lets the clients work one after another, yields their uploads."""
 
-    def __init__(self, engine: Any, step: Step, participants: list[int], one_off: bool) -> None:
+    def __init__(self, engine: Any, step: Step, participants: list[int], entry: Round) -> None:
         self.engine, self.step = engine, step
-        self.participants, self.one_off = participants, one_off
+        self.participants, self.entry = participants, entry
         self.seconds = 0.0
 
     def uploads(self, outgoing: Any) -> Iterator[Upload]:
@@ -208,7 +208,7 @@ class Exchange:
         for k in self.participants:
             message = message_for(outgoing, k)
             start = time.perf_counter()
-            engine.ledger.book(k, "down", message, one_off=self.one_off)
+            self._book(k, "down", message)
             client = engine.client(k)
             before = engine.client_fingerprint(client)
             client.report = {}
@@ -218,7 +218,7 @@ class Exchange:
                 engine.dropped(problem)
                 self.seconds += time.perf_counter() - start
                 continue
-            engine.ledger.book(k, "up", answer, one_off=self.one_off)
+            self._book(k, "up", answer)
             info: dict[str, Any] = {"samples": client.samples, **client.report}
             sent, got = message.get("parameters"), answer.get("parameters")
             if isinstance(sent, Tensor) and isinstance(got, Tensor) and sent.shape == got.shape:
@@ -229,6 +229,10 @@ class Exchange:
             handover = [Upload(k, client.samples, answer)]
             del answer, got, client
             yield handover.pop()
+
+    def _book(self, client: int, direction: str, message: Message) -> None:
+        if self.entry.booked:
+            self.engine.ledger.book(client, direction, message, one_off=self.entry.one_off)
 
 
 def message_for(outgoing: Any, client: int) -> Message:

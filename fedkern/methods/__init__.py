@@ -20,12 +20,14 @@ from fedkern.methods.base import (
     option,
     register,
 )
+from fedkern.methods.centralised import Centralised
 from fedkern.methods.fedavg import FedAvg
 from fedkern.methods.feddyn import FedDyn
 from fedkern.methods.fedgid import FedGID
 from fedkern.methods.fedntd import FedNTD
 from fedkern.methods.fedproto import FedProto
 from fedkern.methods.fedprox import FedProx
+from fedkern.methods.local import Local
 from fedkern.methods.moon import Moon
 from fedkern.methods.scaffold import Scaffold
 
@@ -33,6 +35,7 @@ __all__ = [
     "METHODS",
     "Backgrounds",
     "Batch",
+    "Centralised",
     "Client",
     "FedAvg",
     "FedDyn",
@@ -41,6 +44,7 @@ __all__ = [
     "FedProto",
     "FedProx",
     "Federation",
+    "Local",
     "LocalTraining",
     "Message",
     "Method",

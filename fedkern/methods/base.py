@@ -35,9 +35,13 @@ from fedkern.methods.protocol import (
 )
 from fedkern.methods.registry import METHODS, get, register
 
+VECTORS = ("parameters", "buffers", "integers")
+"""A network as flat vectors in a message or state: fp32 [P], fp32 [Q], int64 [R]; the last two where they travel."""
+
 __all__ = [
     "METHODS",
     "OUTSIDE",
+    "VECTORS",
     "Backgrounds",
     "Batch",
     "Client",
@@ -65,11 +69,15 @@ class Method:
 
     A one-shot method (``one_shot = True``) has a plan of its own: the user gives no number of rounds, and
     ``federation.local_epochs`` is a client's whole budget, to be divided over the plan.
+
+    A pooled method (``pooled = True``) is no federated one: the data of all clients are put together, booked as one
+    upload of every client's raw images and labels, and a single client holds them.
     """
 
     name: ClassVar[str] = ""
     description: ClassVar[str] = ""
     one_shot: ClassVar[bool] = False
+    pooled: ClassVar[bool] = False
 
     @dataclass(frozen=True)
     class Options(BaseOptions):
@@ -172,6 +180,3 @@ class LocalTraining(Objective, Method):
 
     def model(self, server: Server) -> nn.Module:
         return server.network({name: server.state[name] for name in VECTORS if name in server.state})
-
-
-VECTORS = ("parameters", "buffers", "integers")

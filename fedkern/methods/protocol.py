@@ -25,12 +25,14 @@ class Round:
         participants: ``"sampled"`` (the engine's ``sample_fraction``) or ``"all"``.
         one_off: a set-up round before training: its bytes are booked as one-off and it does not count as one of the
             run's communication rounds.
+        booked: False where what moves is the experimenter's bookkeeping rather than the method's communication.
     """
 
     name: str = "train"
     exchanges: tuple[str, ...] = ("update",)
     participants: Literal["sampled", "all"] = "sampled"
     one_off: bool = False
+    booked: bool = True
 
 
 @dataclass(frozen=True)

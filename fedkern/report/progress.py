@@ -25,9 +25,12 @@ def headline(run: RunInfo) -> list[str]:
         for name, size in run.test_sets.items()
         if name != "validation"
     ]
+    who = f"{clients} client{'s' * (clients != 1)}"
+    if clients != config.clients:
+        who = f"the data of {config.clients} clients in one place"
     held = run.test_sets.get("validation", 0)
     lines = [
-        f"{config.method} on {config.data}: {clients} clients, {samples:,} training, "
+        f"{config.method} on {config.data}: {who}, {samples:,} training, "
         f"{f'{held:,} validation, ' if held else ''}{', '.join(tests)} images",
         f"{config.model} with {run.parameters:,} parameters on {config.device}, {config.threads} "
         f"thread{'s' * (config.threads != 1)}; run folder {run.out}",

@@ -8,4 +8,4 @@ _spec = importlib.util.spec_from_file_location("engine_conftest", _path)
 _engine = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_engine)
 
-make_data, make_config = _engine.make_data, _engine.make_config
+make_data, make_public, make_config = _engine.make_data, _engine.make_public, _engine.make_config

@@ -1,0 +1,91 @@
+"""Training alone: what every client reaches without the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, log_softmax
+
+from fedkern.methods.base import (
+    Batch,
+    ClientId,
+    Federation,
+    Message,
+    Method,
+    Objective,
+    Received,
+    Round,
+    Server,
+    Step,
+    Upload,
+    register,
+)
+from fedkern.methods.protocol import Client
+from fedkern.models import Ensemble
+
+
+@register("local")
+class Local(Objective, Method):
+    """Not federated: every client trains its own network alone; the figures are means over the clients' networks.
+
+    A client trains as long as FedAvg's clients do, the same rounds of the same local epochs, from the same initial
+    network and with the same batches, and keeps what it has: with one client the two are the same.  All clients take
+    part in every round.  Nothing travels, so no byte is booked; what the server holds is there to be evaluated and
+    saved, as an ensemble whose members are the clients' networks.
+    """
+
+    def rounds(self, federation: Federation) -> Iterator[Round]:
+        for _ in range(federation.rounds):
+            yield Round(participants="all", booked=False)
+
+    def send(self, server: Server, step: Step) -> Message | dict[ClientId, Message]:
+        return {k: {"network": server.state.get(str(k))} for k in range(server.federation.clients)}
+
+    def client_update(self, client: Client, step: Step, message: Message) -> Message:
+        network = client.network()
+        if message["network"] is not None:
+            network.load_state_dict(message["network"])
+        client.fit(self, step, network)
+        return {"network": network.state_dict()}
+
+    def loss(self, model: Any, batch: Batch, received: Received) -> Tensor:
+        return cross_entropy(model(batch.images), batch.labels)
+
+    def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
+        for upload in uploads:
+            server.state[str(upload.client_id)] = upload.message["network"]
+
+    def model(self, server: Server) -> Ensemble:
+        members = [server.build() for _ in range(server.federation.clients)]
+        for k, member in enumerate(members):
+            if str(k) in server.state:  # a client that diverged at once has the initial network
+                member.load_state_dict(server.state[str(k)])
+        return Ensemble(members)
+
+    @torch.no_grad()
+    def evaluate(self, model: Any, data: Any) -> dict[str, float]:
+        """The usual figures of every client's own network on the whole test set, averaged over clients.
+
+        ``lowest_accuracy`` and ``highest_accuracy`` are those of the worst and the best client.
+        """
+        clients = len(model.members)
+        correct, loss, confidence = (torch.zeros(clients, dtype=torch.float64) for _ in range(3))
+        total = 0
+        for images, labels in data.batches():
+            logits = model.logits(images).double()
+            truth = log_softmax(logits, 2).gather(2, labels.expand(clients, -1)[..., None])[..., 0]
+            correct += (logits.argmax(2) == labels).sum(1).cpu()
+            loss -= truth.sum(1).cpu()
+            confidence += truth.exp().sum(1).cpu()
+            total += labels.numel()
+        accuracy = correct / total
+        return {
+            "accuracy": float(accuracy.mean()),
+            "lowest_accuracy": float(accuracy.min()),
+            "highest_accuracy": float(accuracy.max()),
+            "loss": float(loss.mean()) / total,
+            "confidence": float(confidence.mean()) / total,
+        }
