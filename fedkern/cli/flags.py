@@ -28,11 +28,29 @@ COMMANDS = {
 GROUPS: dict[str, tuple[str, ...]] = {
     "data": ("data", "data_root", "train_samples", "public_samples", "partition", "correlation", "augment"),
     "federation": ("clients", "sample_fraction", "rounds", "buffers", "on_nan"),
-    "local training": ("local_epochs", "batch_size", "lr", "lr_decay", "momentum", "weight_decay", "clip_norm"),
+    "local training": (
+        "local_epochs",
+        "batch_size",
+        "lr",
+        "lr_decay",
+        "lr_steps",
+        "lr_step_factor",
+        "momentum",
+        "weight_decay",
+        "clip_norm",
+    ),
     "model": ("model", "width"),
     "run": (),
 }
-METAVARS = {"data_root": "DIR", "partition": "SPEC", "clients": "N", "rounds": "R", "local_epochs": "E", "seed": "S"}
+METAVARS = {
+    "data_root": "DIR",
+    "partition": "SPEC",
+    "clients": "N",
+    "rounds": "R",
+    "local_epochs": "E",
+    "seed": "S",
+    "lr_steps": "E,...",
+}
 
 # Options of the data sets that have a flag of their own; the others are reached by --data-option.
 DATA_FLAGS: dict[str, DataOption] = {**COMMON_OPTIONS, "protocol": DATASETS["nico"].options["protocol"]}
@@ -367,7 +385,15 @@ def command_line(method: str, config: RunConfig) -> str:
             continue
         if f.name == "rounds" and (_one_shot(method) or _one_shot(config.method)):
             continue  # a plan's own, never asked for
-        if f.name in ("lr", "lr_decay", "momentum", "weight_decay", "clip_norm") and value == getattr(own, f.name):
+        if f.name in (
+            "lr",
+            "lr_decay",
+            "lr_steps",
+            "lr_step_factor",
+            "momentum",
+            "weight_decay",
+            "clip_norm",
+        ) and value == getattr(own, f.name):
             continue
         if value != getattr(target, f.name):
             words += [flag(f.name), quote(value)]

@@ -49,6 +49,12 @@ class RunConfig:
     batch_size: int = option(COMMON["batch_size"], "samples per mini-batch", low=1)
     lr: float = option(COMMON["lr"], "learning rate of the clients' SGD", above=0)
     lr_decay: float = option(1.0, "factor on the learning rate after every round", above=0, high=1)
+    lr_steps: str | None = option(
+        None,
+        "epochs of the whole run (round x local epochs + epoch) at which the learning rate drops: 200,400",
+        type=str,
+    )
+    lr_step_factor: float = option(0.1, "factor on the learning rate at each of the lr-steps", above=0, high=1)
     momentum: float = option(COMMON["momentum"], "momentum of the clients' SGD", low=0, high=1)
     weight_decay: float = option(COMMON["weight_decay"], "weight decay of the clients' SGD", low=0)
     clip_norm: float = option(0.0, "largest gradient norm of a step; 0 clips nothing", low=0)
@@ -85,8 +91,21 @@ class RunConfig:
             raise UserError("--device cuda needs a CUDA GPU and PyTorch sees none; use --device cpu.")
         if self.threads == 0:
             object.__setattr__(self, "threads", torch.get_num_threads())
+        if self.lr_steps is not None:
+            object.__setattr__(self, "lr_steps", ",".join(str(epoch) for epoch in self.lr_epochs))
         if self.momentum >= 1:
             raise UserError("--momentum must be below 1; at 1 the velocity never decays.")
+
+    @property
+    def lr_epochs(self) -> tuple[int, ...]:
+        """``lr_steps`` as numbers."""
+        words = [word.strip() for word in (self.lr_steps or "").split(",")] if self.lr_steps is not None else []
+        epochs = [int(word) if word.isdecimal() else 0 for word in words]
+        if any(epoch < 1 for epoch in epochs) or sorted(set(epochs)) != epochs:
+            raise UserError(
+                f'--lr-steps must be epochs of at least 1 in rising order, such as 200,400, not "{self.lr_steps}".'
+            )
+        return tuple(epochs)
 
     @classmethod
     def knobs(cls) -> tuple[Knob, ...]:

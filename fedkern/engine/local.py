@@ -27,7 +27,13 @@ class Diverged(ArithmeticError):
 
 @dataclass(frozen=True)
 class Schedule:
-    """The optimiser's settings of one exchange."""
+    """The optimiser's settings of one exchange.
+
+    Attributes:
+        lr: learning rate, before any of the steps.
+        steps: epochs of the whole run, counted from 0, from which on the rate is ``factor`` times what it was.
+        first: the run's epoch that this exchange begins with.
+    """
 
     lr: float
     momentum: float
@@ -35,6 +41,13 @@ class Schedule:
     clip_norm: float
     epochs: int
     batch_size: int
+    steps: tuple[int, ...] = ()
+    factor: float = 0.1
+    first: int = 0
+
+    def lr_at(self, epoch: int) -> float:
+        """The learning rate of the exchange's ``epoch``, from 0."""
+        return self.lr * self.factor ** sum(step <= self.first + epoch for step in self.steps)
 
 
 @dataclass
@@ -64,7 +77,7 @@ class Context:
         return self.frozen()
 
 
-def sgd(network: Network | Trainable, velocity: Tensor | None, schedule: Schedule) -> Tensor | None:
+def sgd(network: Network | Trainable, velocity: Tensor | None, schedule: Schedule, lr: float) -> Tensor | None:
     """One step of SGD with momentum on flat vectors, as ``torch.optim.SGD`` does it; returns the velocity."""
     theta, gradient = network.parameters, network.gradients
     if schedule.weight_decay:
@@ -75,7 +88,7 @@ def sgd(network: Network | Trainable, velocity: Tensor | None, schedule: Schedul
         else:
             velocity.mul_(schedule.momentum).add_(gradient)
         gradient = velocity
-    theta.add_(gradient, alpha=-schedule.lr)
+    theta.add_(gradient, alpha=-lr)
     return velocity
 
 
@@ -110,6 +123,7 @@ def train(
     for epoch in range(schedule.epochs):
         rows: list[Tensor] = []
         names: list[tuple[str, ...]] = []
+        lr = schedule.lr_at(epoch)
         for indices in batch_plan(len(data), schedule.batch_size, orders):
             batch = _batch(data, indices, step, epoch, augmentation)
             batch.drawn = method.draw(client, batch, draws)
@@ -122,7 +136,7 @@ def train(
             squared = torch.dot(gradients, gradients)
             if schedule.clip_norm:
                 gradients.mul_(schedule.clip_norm / squared.sqrt().clamp_min(schedule.clip_norm))
-            velocity = sgd(network, velocity, schedule)
+            velocity = sgd(network, velocity, schedule, lr)
             rows.append(torch.stack([loss.detach(), squared, *observed.values()]))
             names.append(tuple(observed))
         done = _digest(client.id, step, rows, names, done, totals, seen)

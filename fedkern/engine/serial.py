@@ -117,6 +117,9 @@ class Client(_Place):
             clip_norm=config.clip_norm,
             epochs=epochs,
             batch_size=config.batch_size,
+            steps=config.lr_epochs,
+            factor=config.lr_step_factor,
+            first=max(step.round, 0) * epochs,
         )
 
     def batches(

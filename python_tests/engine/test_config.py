@@ -7,7 +7,7 @@ import pytest
 
 from fedkern.data import DATASETS
 from fedkern.engine import RunConfig, toml
-from fedkern.engine.defaults import DATA, METHOD, defaults
+from fedkern.engine.defaults import DATA, METHOD, METHOD_ON, defaults
 from fedkern.errors import UserError
 from fedkern.methods import METHODS
 
@@ -23,8 +23,30 @@ def test_defaults_are_valid_settings_and_survive_toml(method, data):
 
 def test_defaults_name_only_what_exists():
     assert set(DATA) <= set(DATASETS)
-    assert {method for method, _ in METHOD} <= set(METHODS)
-    assert {data for _, data in METHOD} <= set(DATASETS)
+    assert {*METHOD, *(method for method, _ in METHOD_ON)} <= set(METHODS)
+    assert {data for _, data in METHOD_ON} <= set(DATASETS)
+
+
+def test_a_method_may_have_its_own_data_and_settings(monkeypatch):
+    monkeypatch.setitem(METHOD, "fedgid", {"data": "digits", "lr": 0.2, "options": {"alpha": 0.7}})
+    monkeypatch.setitem(METHOD_ON, ("fedgid", "mnist"), {"rounds": 9, "options": {"lambda": 0.2}})
+    config = RunConfig.make("fedgid")
+    assert (config.data, config.lr, config.options["alpha"]) == ("digits", 0.2, 0.7)
+    config = RunConfig.make("fedgid", data="mnist", lr=0.3)
+    assert (config.rounds, config.lr, config.options["alpha"], config.options["lambda"]) == (9, 0.3, 0.7, 0.2)
+    assert RunConfig.make("fedavg").data == "colordigits"
+
+
+@pytest.mark.parametrize("steps", ["", "0", "4,2", "2,2", "1.5", "-3", "2,,3"])
+def test_bad_lr_steps(steps):
+    with pytest.raises(UserError, match="--lr-steps must be epochs of at least 1 in rising order"):
+        RunConfig.make("fedavg", lr_steps=steps)
+
+
+def test_lr_steps_are_numbers():
+    config = RunConfig.make("fedavg", lr_steps="20, 40")
+    assert (config.lr_steps, config.lr_epochs) == ("20,40", (20, 40))
+    assert RunConfig.from_toml(config.to_toml()) == config
 
 
 def test_what_is_given_wins_over_the_defaults_of_method_and_data():

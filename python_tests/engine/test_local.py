@@ -58,6 +58,30 @@ def test_equals_plain_sgd(model, momentum, weight_decay, clip_norm, make_data, m
     assert torch.equal(answer["integers"], expected["integers"])
 
 
+def test_the_rate_drops_at_epochs_of_the_whole_run(make_data, make_config):
+    settings = {"local_epochs": 2, "batch_size": 8, "lr": 0.01}
+    data = make_data()
+
+    def trained(round, **more):
+        bench = Bench(make_config(**settings, **more), data)
+        step = Step(round, "train", "update")
+        answer = Client(bench, 0, {}).train(FedAvg(), step, bench.initial())
+        network = Client(bench, 0, {}).network()
+        Client(bench, 0, {}).fit(FedAvg(), step, network)
+        assert torch.equal(Network(network, bench.device).read()["parameters"], answer["parameters"])
+        return answer["parameters"]
+
+    steps = {"lr_steps": "3,6", "lr_step_factor": 0.5}
+    assert torch.equal(trained(0, **steps), trained(0))  # epochs 0 and 1
+    # Round 1 is epochs 2 and 3: half the rate from its second epoch on, as a drop at its epoch 1 alone.
+    assert not torch.equal(trained(1, **steps), trained(1))
+    assert torch.equal(trained(1, **steps), trained(1, lr_steps="3", lr_step_factor=0.5))
+    assert torch.equal(trained(3, **steps), trained(3, lr_steps="1,2", lr_step_factor=0.5))  # epochs 6 and 7
+    quarter = Bench(make_config(**{**settings, "lr": 0.0025}), data)
+    same = Client(quarter, 0, {}).train(FedAvg(), Step(3, "train", "update"), quarter.initial())
+    torch.testing.assert_close(trained(3, **steps), same["parameters"])
+
+
 def test_gradients_are_channels_last_views_of_one_vector(make_data, make_config):
     bench, message, _, _ = one_client(make_config(), make_data())
     network = bench.network("local")
