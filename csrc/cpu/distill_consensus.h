@@ -15,7 +15,7 @@ class ConsensusLosses : public Lines<T, LanesAreRows> {
   using Base::call_, Base::e, Base::factor_, Base::fetch_with_exponentials, Base::finish, Base::K_, Base::log1p;
   using Base::kAnchor, Base::kDot, Base::kDrift, Base::kInverse, Base::kLogSum, Base::kLoss, Base::kMaximum;
   using Base::kMixture, Base::kOut, Base::kShare, Base::kSum, Base::kTiny, Base::kTogether, Base::kU, Base::lanes;
-  using Base::mix, Base::set, Base::share, Base::single, Base::stat, Base::store, Base::tiles_, Base::total;
+  using Base::mean_of, Base::mix, Base::packs, Base::set, Base::share, Base::single, Base::stat, Base::stats, Base::store, Base::tiles_, Base::total;
   using Base::vectors_, Base::x;
 
   // Losses (in units of T^2) below this are computed again relative to an anchor row.
@@ -48,7 +48,7 @@ class ConsensusLosses : public Lines<T, LanesAreRows> {
   // --- Jensen-Shannon
 
   void jensen_shannon(Sums& sums) {
-    this->find_statistics(0, K_, V::set(1), false);
+    this->find_statistics(0, K_, false);
     V loss = divergences<false>();
     const bool near = (loss < V::set(kNear)).any();
     if (near) loss = divergences<true>();
@@ -138,17 +138,15 @@ class ConsensusLosses : public Lines<T, LanesAreRows> {
           sum[i] = sum[i] - select(p == zero, p, p * u);
         }
       }
-    for (int i = 0; i < N; ++i) {
-      set(kLoss, k + i, stat(kLoss, k + i) + total(sum[i]));
-      if (Near) set(kDrift, k + i, stat(kDrift, k + i) + total(drift[i]));
-    }
+    this->template add_totals<N>(kLoss, k, sum);
+    if (Near) this->template add_totals<N>(kDrift, k, drift);
   }
 
   // KL(p || mixture) of every teacher as kLoss; returns their weighted sum.
   template <bool Near>
   V divergences() {
-    const V zero = V::set(0);
     if constexpr (Near) {
+      const V zero = V::set(0);
       anchor_maximum_ = stat(kMaximum, 0), anchor_log_sum_ = stat(kLogSum, 0);
       for (std::int64_t k = K_ - 1; k >= 0; --k) {
         const Mask<T> counts = stat(kShare, k) > zero;
@@ -158,19 +156,15 @@ class ConsensusLosses : public Lines<T, LanesAreRows> {
     }
     this->clear(kLoss), this->clear(kDrift);
     for (std::int64_t tile = 0; tile < tiles_; ++tile) {
-      fetch_with_exponentials(tile, V::set(1));
+      fetch_with_exponentials(tile);
       find_log_mixture<Near>();
       std::int64_t k = 0;
       if (!Near)
         for (; k + kTogether <= K_; k += kTogether) add_divergences<Near, kTogether>(k);
       for (; k < K_; ++k) add_divergences<Near, 1>(k);
     }
-    V loss = zero;
-    for (std::int64_t k = 0; k < K_; ++k) {
-      set(kLoss, k, corrected(stat(kLoss, k), stat(kDrift, k)));
-      loss = loss + select(stat(kShare, k) == zero, zero, stat(kShare, k) * stat(kLoss, k));
-    }
-    return loss;
+    for (std::int64_t i = 0; i < packs(K_); ++i) stats(kLoss).set(i, corrected(stats(kLoss)[i], stats(kDrift)[i]));
+    return mean_of(kLoss);
   }
 
   // -w p (u + KL)
@@ -179,7 +173,7 @@ class ConsensusLosses : public Lines<T, LanesAreRows> {
     const V zero = V::set(0);
     for (std::int64_t tile = 0; tile < tiles_; ++tile) {
       if (tiles_ > 1) {
-        fetch_with_exponentials(tile, V::set(1));
+        fetch_with_exponentials(tile);
         find_log_mixture<Near>();
       }
       const Line l = single(kU), out = single(kOut);
@@ -204,10 +198,10 @@ class ConsensusLosses : public Lines<T, LanesAreRows> {
     const bool gradients = call_.teachers_grad.data || call_.weights_grad.data;
     // kLoss: sum p (max - x), the entropy less log Z, both >= 0; kDot: the cross entropy to the mixture.
     this->clear(kLoss), this->clear(kDot);
-    this->template find_statistics<true>(0, K_, one, false);
+    this->template find_statistics<true>(0, K_, false);
     V mixed = zero;
     for (std::int64_t tile = 0; tile < tiles_; ++tile) {
-      fetch_with_exponentials(tile, one);
+      fetch_with_exponentials(tile);
       find_log_mixture<false>();
       const Line m = single(kMixture), l = single(kU);
       V sum = zero;
@@ -218,14 +212,11 @@ class ConsensusLosses : public Lines<T, LanesAreRows> {
       for (; k + kTogether <= K_; k += kTogether) add_cross<kTogether>(k);
       for (; k < K_; ++k) add_cross<1>(k);
     }
-    V mean = zero;
-    for (std::int64_t k = 0; k < K_; ++k) {
-      set(kLoss, k, fma(stat(kLoss, k), stat(kInverse, k), stat(kLogSum, k)));
-      mean = mean + select(stat(kShare, k) == zero, zero, stat(kShare, k) * stat(kLoss, k));
-    }
+    for (std::int64_t i = 0; i < packs(K_); ++i)
+      stats(kLoss).set(i, fma(stats(kLoss)[i], stats(kInverse)[i], stats(kLogSum)[i]));
     // A mixture that rounding lifts above 1 would make this negative.
     finish(0, max(zero, mixed), sums);
-    finish(1, mean, sums);
+    finish(1, mean_of(kLoss), sums);
     if (call_.teachers_grad.data) consensus_gradients();
     if (call_.weights_grad.data) {
       for (std::int64_t k = 0; k < K_; ++k)
@@ -244,7 +235,8 @@ class ConsensusLosses : public Lines<T, LanesAreRows> {
     for (int i = 0; i < N; ++i) power[i] = e(k + i), cross[i] = V::set(0);
     for (std::int64_t v = 0; v < count; ++v)
       for (int i = 0; i < N; ++i) cross[i] = fma(power[i][v], l[v], cross[i]);
-    for (int i = 0; i < N; ++i) set(kDot, k + i, stat(kDot, k + i) - total(cross[i]) * stat(kInverse, k + i));
+    for (int i = 0; i < N; ++i) cross[i] = cross[i] * (V::set(0) - stat(kInverse, k + i));
+    this->template add_totals<N>(kDot, k, cross);
   }
 
   // w p (g (-log mixture - cross entropy) + h (-log p - entropy))
@@ -252,7 +244,7 @@ class ConsensusLosses : public Lines<T, LanesAreRows> {
     const V zero = V::set(0);
     for (std::int64_t tile = 0; tile < tiles_; ++tile) {
       if (tiles_ > 1) {
-        fetch_with_exponentials(tile, V::set(1));
+        fetch_with_exponentials(tile);
         find_log_mixture<false>();
       }
       const Line l = single(kU), out = single(kOut);

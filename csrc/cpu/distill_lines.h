@@ -14,14 +14,18 @@ class Lines : public Storage<T, LanesAreRows> {
   using typename Base::V;
   using Base::call_, Base::capacity_, Base::clear, Base::e, Base::first_, Base::inner_stride, Base::K_, Base::kAnchor;
   using Base::kDenominator, Base::kDot, Base::kInverse, Base::kLogSum, Base::kLoss, Base::kMaximum, Base::kMixture;
-  using Base::kShare, Base::kStep, Base::kSum, Base::kWeight, Base::lanes, Base::load, Base::most, Base::offset;
-  using Base::rows_, Base::row_, Base::set, Base::share, Base::single, Base::stat, Base::tiles_, Base::total;
+  using Base::kPeak, Base::kScaled, Base::kShare, Base::kStep, Base::kSum, Base::kTogether, Base::kWeight, Base::lanes, Base::load, Base::most, Base::offset;
+  using Base::packs, Base::rows_, Base::row_, Base::set, Base::share, Base::single, Base::stat, Base::stats, Base::tiles_,
+      Base::total;
   using Base::vectors_, Base::x;
 
  public:
-  explicit Lines(const EnsembleCall& call) : Base(call), scale_(V::set(static_cast<T>(call.scale))) {
+  explicit Lines(const EnsembleCall& call)
+      : Base(call),
+        scale_(V::set(static_cast<T>(call.scale))),
+        power_(call.limit || call.kind >= EnsembleKind::js ? 1.0 : call.temperature) {
     end_ = K_ + (call.student.data != nullptr);
-    weights_fixed_ = !call.by_class;
+    weights_fixed_ = true;
     for (int d = 0; d < call.row_dims && call.weights.data; ++d) weights_fixed_ &= call.weights.row_stride[d] == 0;
   }
 
@@ -38,6 +42,10 @@ class Lines : public Storage<T, LanesAreRows> {
         alignas(64) T values[lanes];
         const RowValues& g = call_.grad_output[i];
         const std::int64_t at = offset(g), stride = inner_stride(g);
+        if (stride == 0) {
+          factor_[i] = V::set(static_cast<T>(call_.scale * load_scalar(g.dtype, g.data, at)));
+          continue;
+        }
         for (int r = 0; r < lanes; ++r)
           values[r] = static_cast<T>(call_.scale * load_scalar(g.dtype, g.data, at + (r < rows ? r : 0) * stride));
         factor_[i] = V::load(values);
@@ -125,10 +133,11 @@ class Lines : public Storage<T, LanesAreRows> {
     loss.store(values);
     const RowValues& out = call_.row_loss[which];
     const std::int64_t at = out.data ? offset(out) : 0, stride = inner_stride(out);
-    for (int r = 0; r < rows_; ++r) {
-      if (out.data) store_scalar(out.dtype, out.data, at + r * stride, values[r]);
-      sums.value[which] += values[r];
-    }
+    if (out.data)
+      for (int r = 0; r < rows_; ++r) store_scalar(out.dtype, out.data, at + r * stride, values[r]);
+    double part[4] = {0, 0, 0, 0};  // four sums at once hide the latency of one
+    for (int r = 0; r < rows_; ++r) part[r % 4] += values[r];
+    sums.value[which] += (part[0] + part[1]) + (part[2] + part[3]);
   }
 
   // The gradient of weights of whole rows: kDot - sum of share * kDot over the teachers, times `factor` over the weight.
@@ -156,30 +165,38 @@ class Lines : public Storage<T, LanesAreRows> {
     const std::int64_t all = (call_.classes + kStep - 1) / kStep;
     first_ = tile * capacity_ * kStep;
     vectors_ = all - tile * capacity_ < capacity_ ? all - tile * capacity_ : capacity_;
-    for (std::int64_t k = 0; k < K_; ++k) load(call_.teachers, k * call_.teachers.stack_stride, x(k), kNone<T>);
-    if (call_.student.data) load(call_.student, 0, x(K_), kNone<T>);
+    if (call_.student.data) this->load_lines(call_.student, 0, K_, 1);
+    if (passing_ && !any_zero_ && this->in_place(call_.teachers)) return mix_passing_logits();
+    kept_ = !(unkept_ && !any_zero_ && this->in_place(call_.teachers));
+    this->load_lines(call_.teachers, call_.teachers.stack_stride, 0, K_, kept_);
     if (call_.by_class) {
-      find_class_shares();
+      // Of a single tile they stay where they are.
+      if (!(weights_fixed_ && shares_known_ && tiles_ == 1)) find_class_shares();
+      shares_known_ = true;
     } else if (any_zero_) {  // who is not asked may hold anything
       for (std::int64_t k = 0; k < K_; ++k) {
         const Mask<T> skipped = stat(kShare, k) == V::set(0);
-        if (skipped.any())
-          for (std::int64_t v = 0; v < vectors_; ++v) x(k).set(v, select(skipped, V::set(0), x(k)[v]));
+        if (!skipped.any()) continue;
+        for (std::int64_t v = 0; v < vectors_; ++v) x(k).set(v, select(skipped, V::set(0), x(k)[v]));
+        this->find_peak(k);
       }
     }
     if (mixes_logits_) mix_logits();
   }
 
-  // --- softmax
+  // Takes the teachers' lines in after all.
+  void keep_lines() {
+    if (!kept_) this->load_lines(call_.teachers, call_.teachers.stack_stride, 0, K_);
+    kept_ = true;
+  }
 
-  // Lines worked on at a time: short ones alone would wait for their reductions.
-  static constexpr int kTogether = 4;
+  // --- softmax
 
   // Maximum, 1 / sum and log of the sum of exponentials of lines [begin, end), and the exponentials of the last tile.
   // Without `logs` the teachers' logs are left to find_logs(). With Depth, kLoss grows by the sum of e^-d d, d >= 0 the
   // exponents' distance from the maximum.
   template <bool Depth = false>
-  void find_statistics(std::int64_t begin, std::int64_t end, V inverse_temperature, bool as_is, bool logs = true) {
+  void find_statistics(std::int64_t begin, std::int64_t end, bool as_is, bool logs = true) {
     for (std::int64_t k = begin; k < end; ++k) {
       set(kMaximum, k, V::set(as_is && k < K_ ? T(0) : kNone<T>));
       set(kInverse, k, V::set(0));
@@ -187,11 +204,24 @@ class Lines : public Storage<T, LanesAreRows> {
     for (std::int64_t tile = 0; tile < tiles_; ++tile) {
       fetch(tile);
       std::int64_t k = begin;
-      if (!as_is)
-        for (; k + kTogether <= end; k += kTogether) add_lines<kTogether, Depth>(tile, k, inverse_temperature, true);
-      for (; k < end; ++k) add_lines<1, Depth>(tile, k, inverse_temperature, !(as_is && k < K_));
+      if (!as_is && begin == 0)
+        for (; k + kTogether <= K_; k += kTogether) add_lines<kTogether, Depth>(tile, k, true);
+      for (; k < end; ++k) add_lines<1, Depth>(tile, k, !(as_is && k < K_));
     }
-    for (std::int64_t k = begin; k < end; ++k) {
+    std::int64_t k = begin;
+    if (begin == 0 && !as_is) {  // by the vector
+      const Line sums = stats(kSum), inverses = stats(kInverse), log_sums = stats(kLogSum);
+      for (std::int64_t i = 0; i < packs(K_); ++i) {
+        const V sum = inverses[i];
+        if (logs) log_sums.set(i, log(sum));
+        inverses.set(i, V::set(1) / sum);
+        sums.set(i, sum);
+      }
+      // The last vector may have taken in the student, whose turn comes now.
+      if (end > K_) set(kInverse, K_, !LanesAreRows && K_ % lanes ? stat(kSum, K_) : stat(kInverse, K_));
+      k = K_;
+    }
+    for (; k < end; ++k) {
       const V sum = stat(kInverse, k);
       const bool keep = as_is && k < K_;
       if (logs || k >= K_) set(kLogSum, k, keep ? V::set(0) : log(sum));
@@ -201,7 +231,11 @@ class Lines : public Storage<T, LanesAreRows> {
   }
 
   void find_logs() const {
-    for (std::int64_t k = 0; k < K_; ++k) set(kLogSum, k, call_.as_is ? V::set(0) : log(stat(kSum, k)));
+    const V zero = V::set(0);
+    const V own = stat(kLogSum, K_);
+    for (std::int64_t i = 0; i < packs(K_); ++i)
+      stats(kLogSum).set(i, call_.as_is ? zero : log(stats(kSum)[i]));
+    set(kLogSum, K_, own);
   }
 
   // What exponents are taken from: the maximum, or 0 where all classes so far are masked.
@@ -209,109 +243,128 @@ class Lines : public Storage<T, LanesAreRows> {
 
   // Adds the current tile to the maxima and sums (so far as kInverse) of lines k to k + N - 1, with their exponentials.
   template <int N, bool Depth>
-  FEDKERN_INLINE void add_lines(std::int64_t tile, std::int64_t k, V inverse_temperature, bool with_maximum) const {
+  FEDKERN_INLINE void add_lines(std::int64_t tile, std::int64_t k, bool with_maximum) const {
     V peak[N], sum[N], depth[N];
     for (int i = 0; i < N; ++i) peak[i] = stat(kMaximum, k + i);
     if (with_maximum) {
-      Line from[N];
-      for (int i = 0; i < N; ++i) from[i] = x(k + i);
-      const std::int64_t count = vectors_;
-      V most_here[N];
-      for (int i = 0; i < N; ++i) most_here[i] = from[i][0];
-      for (std::int64_t v = 1; v < count; ++v)
-        for (int i = 0; i < N; ++i) most_here[i] = max(most_here[i], from[i][v]);
       for (int i = 0; i < N; ++i) {
         const V before = peak[i];
-        peak[i] = max(before, most(most_here[i]));
+        peak[i] = max(before, stat(kPeak, k + i));
         set(kMaximum, k + i, peak[i]);
         if (tile > 0) {
-          const V shift = max(V::set(exp_lowest<T>), (before - origin(peak[i])) * inverse_temperature);
-          const V ratio = exp_clamped(shift), so_far = stat(kInverse, k + i);
+          const V shift = max(V::set(exp_lowest<T>), before - origin(peak[i]));
+          const V ratio = power_(shift), so_far = stat(kInverse, k + i);
           if (Depth) set(kLoss, k + i, ratio * (stat(kLoss, k + i) - so_far * shift));
           set(kInverse, k + i, ratio * so_far);
         }
       }
     }
-    exponentiate<N, Depth>(k, inverse_temperature, peak, sum, depth);
-    for (int i = 0; i < N; ++i) set(kInverse, k + i, stat(kInverse, k + i) + total(sum[i]));
-    if (Depth)
-      for (int i = 0; i < N; ++i) set(kLoss, k + i, stat(kLoss, k + i) - total(depth[i]));
+    exponentiate<N, Depth>(k, peak, sum, depth);
+    this->template add_totals<N>(kInverse, k, sum);
+    if (Depth) {
+      for (int i = 0; i < N; ++i) depth[i] = V::set(0) - depth[i];
+      this->template add_totals<N>(kLoss, k, depth);
+    }
   }
 
-  // Exponentials of N lines of the current tile, relative to their `peak`; their sums, with Depth also weighted by
-  // their exponents.
+  // Exponentials of N lines of the current tile, relative to their `peak`; their sums, with Depth (at T = 1) also
+  // weighted by their exponents.
   template <int N, bool Depth>
-  FEDKERN_INLINE void exponentiate(std::int64_t k, V inverse_temperature, const V* peak, V* sum, V* depth) const {
+  FEDKERN_INLINE void exponentiate(std::int64_t k, const V (&peak)[N], V (&sum)[N], V (&depth)[N]) const {
     Line from[N], to[N];
     V start[N];
+    const bool elsewhere = !kept_ && k < K_;
     for (int i = 0; i < N; ++i) {
-      from[i] = x(k + i), to[i] = e(k + i);
+      from[i] = elsewhere ? Line{const_cast<T*>(this->source_) + (k + i) * this->source_apart_} : x(k + i), to[i] = e(k + i);
       start[i] = origin(peak[i]), sum[i] = depth[i] = V::set(0);
     }
-    const std::int64_t count = vectors_;
-    if (N == 1 && call_.as_is) {
+    const ScaledExp<T> power = power_;
+    const auto add = [&](int i, std::int64_t v, V logits) {
+      const V over = logits - start[i], value = power(over);
+      to[i].set(v, value);
+      sum[i] = sum[i] + value;
+      // A masked class has no depth.
+      if (Depth) depth[i] = fma(value, max(V::set(exp_lowest<T>), over), depth[i]);
+    };
+    const std::ptrdiff_t left = elsewhere ? this->classes_here() % lanes : 0;
+    const std::int64_t count = left ? vectors_ - 1 : vectors_;
+    if (N == 1 && call_.as_is) {  // T = 1
       for (std::int64_t v = 0; v < count; ++v) {
-        const V value = exp((from[0][v] - start[0]) * inverse_temperature);
+        const V value = exp(from[0][v] - start[0]);
         to[0].set(v, value);
         sum[0] = sum[0] + value;
       }
     } else {
       for (std::int64_t v = 0; v < count; ++v)
-        for (int i = 0; i < N; ++i) {
-          const V exponent = max(V::set(exp_lowest<T>), (from[i][v] - start[i]) * inverse_temperature);
-          const V value = exp_clamped(exponent);
-          to[i].set(v, value);
-          sum[i] = sum[i] + value;
-          if (Depth) depth[i] = fma(value, exponent, depth[i]);
-        }
+        for (int i = 0; i < N; ++i) add(i, v, from[i][v]);
+      if (left)
+        for (int i = 0; i < N; ++i) add(i, count, V::load_partial(from[i].data + count * lanes, left, kNone<T>));
     }
   }
 
   template <int N>
-  FEDKERN_INLINE void exponentiate(std::int64_t k, V inverse_temperature) const {
+  FEDKERN_INLINE void exponentiate(std::int64_t k) const {
     V peak[N], sum[N], depth[N];
     for (int i = 0; i < N; ++i) peak[i] = stat(kMaximum, k + i);
-    exponentiate<N, false>(k, inverse_temperature, peak, sum, depth);
+    exponentiate<N, false>(k, peak, sum, depth);
   }
 
   // Makes a tile and its exponentials present.
-  void fetch_with_exponentials(std::int64_t tile, V inverse_temperature) {
+  void fetch_with_exponentials(std::int64_t tile) {
     if (tile == loaded_) return;
     fetch(tile);
     std::int64_t k = mixes_logits_ ? K_ : 0;
     if (!call_.as_is)
-      for (; k + kTogether <= end_; k += kTogether) exponentiate<kTogether>(k, inverse_temperature);
-    for (; k < end_; ++k) exponentiate<1>(k, inverse_temperature);
+      for (; k + kTogether <= K_; k += kTogether) exponentiate<kTogether>(k);
+    for (; k < end_; ++k) exponentiate<1>(k);
   }
 
   // The mixture of probabilities, sum of share * p.
   void mix() const {
     const Line out = single(kMixture);
     if (call_.by_class) {
-      for (std::int64_t v = 0; v < vectors_; ++v) out.set(v, V::set(0));
-      for (std::int64_t k = 0; k < K_; ++k) {
-        const V inverse = stat(kInverse, k);
-        for (std::int64_t v = 0; v < vectors_; ++v) {
-          const V w = share(k)[v];
-          out.set(v, out[v] + select(w == V::set(0), w, w * (e(k)[v] * inverse)));
+      return mix_each<true>(out);
+    }
+    for (std::int64_t i = 0; i < packs(K_); ++i) stats(kScaled).set(i, stats(kShare)[i] * stats(kInverse)[i]);
+    mix_each<false>(out);
+  }
+  template <bool ByClass>
+  void mix_each(Line out) const {
+    in_groups(vectors_, [&](auto size, std::int64_t v) {
+      constexpr int N = decltype(size)::value;
+      const std::int64_t apart = capacity_ * lanes;
+      const T* from = e(0).data + v * lanes;
+      V sum[N];
+      for (V& x : sum) x = V::set(0);
+      for (std::int64_t k = 0; k < K_; ++k, from += apart) {
+        const V scale = stat(ByClass ? kInverse : kScaled, k);
+        for (int i = 0; i < N; ++i) {
+          if constexpr (ByClass) {
+            const V w = share(k)[v + i];
+            sum[i] = select(w == V::set(0), sum[i], fma(w, V::load(from + i * lanes) * scale, sum[i]));
+          } else {
+            sum[i] = fma(scale, V::load(from + i * lanes), sum[i]);
+          }
         }
       }
-      return;
-    }
-    for (std::int64_t k = 0; k < K_; ++k) set(kWeight, k + 1, stat(kShare, k) * stat(kInverse, k));
+      for (int i = 0; i < N; ++i) out.set(v + i, sum[i]);
+    });
+  }
+
+  // f(size, v) for `count` vectors from v = 0 on, at most 8 at once: several sums hide the latency of one.
+  template <int N>
+  struct Size {
+    static constexpr int value = N;
+  };
+  template <typename F>
+  static FEDKERN_INLINE void in_groups(std::int64_t count, F f) {
     std::int64_t v = 0;
-    for (; v + 4 <= vectors_; v += 4) {  // four sums at once hide the latency of one
-      V sum[4] = {V::set(0), V::set(0), V::set(0), V::set(0)};
-      for (std::int64_t k = 0; k < K_; ++k) {
-        const V w = stat(kWeight, k + 1);
-        for (int i = 0; i < 4; ++i) sum[i] = fma(w, e(k)[v + i], sum[i]);
-      }
-      for (int i = 0; i < 4; ++i) out.set(v + i, sum[i]);
-    }
-    for (; v < vectors_; ++v) {
-      V sum = V::set(0);
-      for (std::int64_t k = 0; k < K_; ++k) sum = fma(stat(kWeight, k + 1), e(k)[v], sum);
-      out.set(v, sum);
+    for (; v + 8 <= count; v += 8) f(Size<8>{}, v);
+    if (count - v >= 4) f(Size<4>{}, v), v += 4;
+    switch (count - v) {
+      case 3: return f(Size<3>{}, v);
+      case 2: return f(Size<2>{}, v);
+      case 1: return f(Size<1>{}, v);
     }
   }
 
@@ -342,6 +395,44 @@ class Lines : public Storage<T, LanesAreRows> {
       rest.set(v, sum + (base[v] - origin(student[v])));
       base.set(v, base[v] + sum);
     }
+    this->find_peak(K_ + 1);
+  }
+  // The same where all teachers count and none of them is needed again: straight from memory.
+  void mix_passing_logits() const {
+    const Stack& source = call_.teachers;
+    const std::int64_t step = LanesAreRows ? source.class_stride : lanes, apart = source.stack_stride;
+    const std::int64_t ahead = LanesAreRows ? lanes : source.row_stride[call_.row_dims - 1];
+    const T* const start = static_cast<const T*>(source.data) + offset(source) + first_ * source.class_stride;
+    const Line rest = single(kAnchor), student = x(K_), mixture = x(K_ + 1);
+    const std::int64_t whole = LanesAreRows ? vectors_ : this->classes_here() / lanes;
+    const auto add = [&](std::int64_t v, V base, V sum) {
+      rest.set(v, sum + (base - origin(student[v])));
+      mixture.set(v, base + sum);
+    };
+    in_groups(whole, [&](auto size, std::int64_t v) {
+      constexpr int N = decltype(size)::value;
+      const T* from = start + v * step;
+      V base[N], sum[N];
+      for (int i = 0; i < N; ++i) base[i] = origin(V::load(from + i * step)), sum[i] = V::set(0);
+      for (std::int64_t k = 0; k < K_; ++k, from += apart) {
+        const V w = stat(kShare, k);
+        for (int i = 0; i < N; ++i) {
+          __builtin_prefetch(from + i * step + ahead);
+          sum[i] = fma(w, V::load(from + i * step) - base[i], sum[i]);
+        }
+      }
+      for (int i = 0; i < N; ++i) add(v + i, base[i], sum[i]);
+    });
+    if (whole < vectors_) {
+      const std::ptrdiff_t left = this->classes_here() - whole * lanes;
+      const T* from = start + whole * lanes;
+      const V base = origin(V::load_partial(from, left, kNone<T>));
+      V sum = V::set(0);
+      for (std::int64_t k = 0; k < K_; ++k, from += apart)
+        sum = fma(stat(kShare, k), V::load_partial(from, left, kNone<T>) - base, sum);
+      add(whole, base, sum);
+    }
+    this->find_peak(K_ + 1);
   }
   // A line's logits - the student's.
   FEDKERN_INLINE V over_student(std::int64_t k, std::int64_t v) const {
@@ -358,10 +449,13 @@ class Lines : public Storage<T, LanesAreRows> {
   static constexpr T kTiny = sizeof(T) == 8 ? T(2.2250738585072014e-308) : T(1.17549435e-38);
 
   const V scale_;
+  const ScaledExp<T> power_;
   V factor_[2];
   std::int64_t loaded_;
   std::int64_t end_;  // of the lines that have exponentials
   bool mixes_logits_ = false, centered_ = false;
+  bool unkept_ = false, kept_ = true;  // of the teachers only exponentials are needed; whether their lines are there
+  bool passing_ = false;  // mixed logits are all that is needed of the teachers
   bool weights_fixed_, shares_known_ = false, any_zero_ = false;
 };
 

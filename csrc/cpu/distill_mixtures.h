@@ -25,6 +25,8 @@ class EnsembleLosses : public LimitLosses<T, LanesAreRows> {
         inverse_(V::set(static_cast<T>(call.limit ? 1.0 : 1.0 / call.temperature))) {
     this->mixes_logits_ = call.kind == EnsembleKind::logits || (call.limit && call.kind == EnsembleKind::probs);
     if (this->mixes_logits_) this->end_ = K_ + 2;
+    this->unkept_ = !LanesAreRows && tiles_ == 1 && call.kind == EnsembleKind::probs && !call.limit && !call.as_is;
+    this->passing_ = this->mixes_logits_ && !call.by_class && !call.weights_grad.data;
   }
 
   // Does `rows` rows from `row` on along the innermost dimension; adds their losses.
@@ -55,11 +57,12 @@ class EnsembleLosses : public LimitLosses<T, LanesAreRows> {
   // --- a mixture of probabilities
 
   void probabilities(Sums& sums) {
-    this->find_statistics(0, K_ + 1, inverse_, call_.as_is, false);
+    this->find_statistics(0, K_ + 1, call_.as_is, false);
     V loss = divergence<false>();
     const bool near = (loss < V::set(kNear)).any();
     if (near) {
       this->find_logs();
+      this->keep_lines();
       loss = divergence<true>();
     }
     finish(0, loss * temperature_ * temperature_, sums);
@@ -99,7 +102,7 @@ class EnsembleLosses : public LimitLosses<T, LanesAreRows> {
     if (!call_.by_class && !call_.as_is) return;
     V sum = V::set(0);
     for (std::int64_t tile = 0; tile < tiles_; ++tile) {
-      fetch_with_exponentials(tile, inverse_);
+      fetch_with_exponentials(tile);
       find_mixture<Near>();
       V part = V::set(0);
       for (std::int64_t v = 0; v < vectors_; ++v) part = part + single(Near ? kAnchor : kMixture)[v];
@@ -116,7 +119,7 @@ class EnsembleLosses : public LimitLosses<T, LanesAreRows> {
     const V inverse = V::set(1) / normaliser_;
     V loss = V::set(0), drift = V::set(0);
     for (std::int64_t tile = 0; tile < tiles_; ++tile) {
-      fetch_with_exponentials(tile, inverse_);
+      fetch_with_exponentials(tile);
       if (!found) find_mixture<Near>();
       const Mask<T> inside = this->inside_last();
       const Line m = single(kMixture), u = single(kU), out = single(kOut);
@@ -140,7 +143,8 @@ class EnsembleLosses : public LimitLosses<T, LanesAreRows> {
   }
 
   // Infinite where the student masks a class that some teacher does not, even if its probability underflows.
-  V forbidden() const {
+  V forbidden() {
+    this->keep_lines();
     const V none = V::set(kNone<T>), zero = V::set(0);
     V result = zero;
     for (std::int64_t k = 0; k < K_; ++k)
@@ -161,7 +165,7 @@ class EnsembleLosses : public LimitLosses<T, LanesAreRows> {
     // Two rounds: the sums, then the gradients. The kU of a single tile is found once.
     for (int round = sums ? 0 : 1; round < 2; ++round)
       for (std::int64_t tile = 0; tile < tiles_; ++tile) {
-        fetch_with_exponentials(tile, inverse_);
+        fetch_with_exponentials(tile);
         if (tiles_ > 1) find_mixture<Near>();
         const Line g = single(kU);
         if (tiles_ > 1 || round == (sums ? 0 : 1))
@@ -213,10 +217,10 @@ class EnsembleLosses : public LimitLosses<T, LanesAreRows> {
 
   void logits(Sums& sums) {
     const std::int64_t z = K_ + 1;
-    this->find_statistics(K_, K_ + 2, inverse_, false);
+    this->find_statistics(K_, K_ + 2, false);
     V loss = V::set(0), drift = V::set(0);
     for (std::int64_t tile = 0; tile < tiles_; ++tile) {
-      fetch_with_exponentials(tile, inverse_);
+      fetch_with_exponentials(tile);
       const Line out = single(kOut);
       V sum = V::set(0), rest = V::set(0);
       for (std::int64_t v = 0; v < vectors_; ++v) {
@@ -235,7 +239,7 @@ class EnsembleLosses : public LimitLosses<T, LanesAreRows> {
     this->clear(kDot);
     const V inverse = stat(kInverse, z), zero = V::set(0);
     for (std::int64_t tile = 0; tile < tiles_; ++tile) {
-      fetch_with_exponentials(tile, inverse_);
+      fetch_with_exponentials(tile);
       const Line g = single(kU);
       for (std::int64_t v = 0; v < vectors_; ++v) {
         const V p = e(z)[v] * inverse;
@@ -257,14 +261,14 @@ class EnsembleLosses : public LimitLosses<T, LanesAreRows> {
 
   void mean(Sums& sums) {
     const V zero = V::set(0);
-    this->find_statistics(0, K_ + 1, inverse_, call_.as_is);
+    this->find_statistics(0, K_ + 1, call_.as_is);
     this->clear(kLoss), this->clear(kDrift);
     // The sum of log-probabilities taken as they are need not be 1.
     V excess = zero;
     if (call_.as_is)
       for (std::int64_t k = 0; k < K_; ++k) excess = excess + stat(kShare, k) * (stat(kSum, k) - V::set(1));
     for (std::int64_t tile = 0; tile < tiles_; ++tile) {
-      fetch_with_exponentials(tile, inverse_);
+      fetch_with_exponentials(tile);
       const Line out = single(kOut);
       for (std::int64_t v = 0; v < vectors_; ++v) out.set(v, excess * student_probability(v));
       for (std::int64_t k = 0; k < K_; ++k) {
@@ -291,7 +295,7 @@ class EnsembleLosses : public LimitLosses<T, LanesAreRows> {
     }
     finish(0, loss * temperature_ * temperature_, sums);
     for (std::int64_t tile = 0; tile < tiles_ && call_.teachers_grad.data; ++tile) {
-      fetch_with_exponentials(tile, inverse_);
+      fetch_with_exponentials(tile);
       const Line out = single(kOut);
       for (std::int64_t k = 0; k < K_; ++k) {
         const V kl = call_.as_is ? zero : stat(kLoss, k), w = (zero - stat(kShare, k)) * factor_[0] * stat(kInverse, k);

@@ -3,7 +3,7 @@
 // A block is one row with its classes across the lanes, or one row per lane (short rows, and rows whose classes lie
 // apart). Either way a "line" is one input's run of vectors, copied into the workspace with full vectors only: lanes past
 // the last class hold -inf, which no sum notices; lanes past the last row hold a copy of the first row. A statistic of a
-// line is a vector too, equal in all lanes where they are classes.
+// line is a vector too where lanes are rows, else one number, spread over all lanes where it meets a line.
 #pragma once
 
 #include <cstdlib>
@@ -43,6 +43,8 @@ class Storage {
   using V = Vec<T>;
   static constexpr int lanes = V::lanes;
   static constexpr std::int64_t kStep = LanesAreRows ? 1 : lanes;  // classes of a vector
+  // Lines worked on at a time: short ones alone would wait for their reductions.
+  static constexpr int kTogether = 4;
 
   // A line in the workspace.
   struct Line {
@@ -61,7 +63,8 @@ class Storage {
     fit = fit < 1 ? 1 : fit;
     tiles_ = (vectors + fit - 1) / fit;
     capacity_ = (vectors + tiles_ - 1) / tiles_;
-    const std::int64_t total = capacity_ * (heaps * K_ + kSingles) + (K_ + 2) * kStats;
+    const std::int64_t held = LanesAreRows ? K_ + 2 : (K_ + 2 + lanes - 1) / lanes;
+    const std::int64_t total = capacity_ * (heaps * K_ + kSingles) + held * kStats;
     T* next = static_cast<T*>(workspace.get(static_cast<std::size_t>(total) * sizeof(V)));
     const auto take = [&](std::int64_t count) {
       T* const here = next;
@@ -70,7 +73,8 @@ class Storage {
     };
     x_ = take(K_ * capacity_), e_ = take(K_ * capacity_), w_ = call.by_class ? take(K_ * capacity_) : nullptr;
     for (Line& line : single_) line.data = take(capacity_);
-    for (Line& stat : stat_) stat.data = take(K_ + 2);
+    for (Line& stat : stat_) stat.data = take(held);
+    for (std::int64_t i = 0; i < held; ++i) stat_[kShare].set(i, V::set(0));  // what is past the teachers counts nothing
   }
 
   // Chooses the rows that share all but the innermost index.
@@ -84,7 +88,7 @@ class Storage {
  protected:
   // Lines: those of the teachers are 0 .. K-1, the student's is K, a mixture of logits K + 1. The rest goes by name.
   enum Single { kStudentX, kMixture, kStudentE, kMixtureE, kU, kAnchor, kOut, kDenominator, kSingles };
-  enum Stat { kMaximum, kInverse, kLogSum, kSum, kShare, kWeight, kDot, kDrift, kLoss, kStats };
+  enum Stat { kPeak, kMaximum, kInverse, kLogSum, kSum, kShare, kScaled, kWeight, kDot, kDrift, kLoss, kStats };
   Line single(Single name) const { return single_[name]; }
   FEDKERN_INLINE Line x(std::int64_t k) const {
     return {k < K_ ? x_ + k * capacity_ * lanes : single_[kStudentX + (k - K_)].data};
@@ -93,10 +97,54 @@ class Storage {
     return {k < K_ ? e_ + k * capacity_ * lanes : single_[kStudentE + (k - K_)].data};
   }
   Line share(std::int64_t k) const { return {w_ + k * capacity_ * lanes}; }
-  FEDKERN_INLINE V stat(Stat name, std::int64_t k) const { return stat_[name][k]; }
-  FEDKERN_INLINE void set(Stat name, std::int64_t k, V value) const { stat_[name].set(k, value); }
+  FEDKERN_INLINE V stat(Stat name, std::int64_t k) const {
+    return LanesAreRows ? stat_[name][k] : V::set(stat_[name].data[k]);
+  }
+  FEDKERN_INLINE void set(Stat name, std::int64_t k, V value) const {
+    if constexpr (LanesAreRows)
+      stat_[name].set(k, value);
+    else
+      stat_[name].data[k] = first(value);
+  }
+  // Adds the sums of vectors of lines k to k + N - 1 to their statistic; equal lines have equal sums whatever N.
+  template <int N>
+  FEDKERN_INLINE void add_totals(Stat name, std::int64_t k, const V (&sums)[N]) const {
+    if constexpr (LanesAreRows) {
+      for (int i = 0; i < N; ++i) set(name, k + i, stat(name, k + i) + sums[i]);
+    } else {
+      static_assert(N == 1 || N == kTogether);
+      T totals[kTogether];
+      if constexpr (N == 1)
+        reduce_add({sums[0], sums[0], sums[0], sums[0]}, totals);
+      else
+        reduce_add(sums, totals);
+      for (int i = 0; i < N; ++i) stat_[name].data[k + i] += totals[i];
+    }
+  }
+  template <int N>
+  FEDKERN_INLINE void set_peaks(std::int64_t k, const V (&peaks)[N]) const {
+    if constexpr (LanesAreRows || N != kTogether)
+      for (int i = 0; i < N; ++i) set(kPeak, k + i, most(peaks[i]));
+    else
+      reduce_max(peaks, stat_[kPeak].data + k);
+  }
+  // All lines' numbers by the vector: one of each line, or one line to a lane.
+  static FEDKERN_INLINE std::int64_t packs(std::int64_t count) {
+    return LanesAreRows ? count : (count + lanes - 1) / lanes;
+  }
+  FEDKERN_INLINE Line stats(Stat name) const { return stat_[name]; }
   void clear(Stat name) const {
-    for (std::int64_t k = 0; k < K_ + 2; ++k) set(name, k, V::set(0));
+    for (std::int64_t i = 0; i < packs(K_ + 2); ++i) stats(name).set(i, V::set(0));
+  }
+  // Sum over the teachers of share * `name`; one of share 0 counts nothing.
+  V mean_of(Stat name) const {
+    const V zero = V::set(0);
+    V sum = zero;
+    for (std::int64_t i = 0; i < packs(K_); ++i) {
+      const V w = stats(kShare)[i];
+      sum = sum + select(w == zero, zero, w * stats(name)[i]);
+    }
+    return total(sum);
   }
 
   // From the vectors of a line to its statistic.
@@ -130,6 +178,11 @@ class Storage {
     return V::load(index) < V::set(static_cast<T>(classes_here() - (vectors_ - 1) * lanes));
   }
 
+  // Rows whose vectors lie in memory as they are worked on.
+  FEDKERN_INLINE bool in_place(const Logits& t) const {
+    return t.dtype == kDType<T> && (LanesAreRows ? inner_stride(t) == 1 && rows_ == lanes : t.class_stride == 1);
+  }
+
   void load(const Logits& source, std::int64_t shift, Line out, T fill) const {
     const std::int64_t at = shift + offset(source) + first_ * source.class_stride;
     const std::int64_t classes = classes_here(), stride = source.class_stride;
@@ -139,12 +192,7 @@ class Storage {
       with_type<T>(source, at, [&](const auto* p) {
         std::int64_t c = 0;
         if (stride == 1) {
-          // Many teachers are too many streams for the hardware to follow: the next row is asked for here.
-          const std::int64_t ahead = source.row_stride[call_.row_dims - 1];
-          for (; c + lanes <= classes; c += lanes) {
-            __builtin_prefetch(p + c + ahead);
-            V::load(p + c).store(out.data + c);
-          }
+          for (; c + lanes <= classes; c += lanes) V::load(p + c).store(out.data + c);
           if (c < classes) V::load_partial(p + c, classes - c, fill).store(out.data + c);
         } else {
           for (; c < classes; ++c) out.data[c] = static_cast<T>(widen(p[c * stride]));
@@ -154,10 +202,70 @@ class Storage {
     }
   }
 
+  // Loads the lines of `count` inputs from line k on; kPeak becomes their maxima. Where they are not to be kept that is
+  // all, and source_ tells where they are.
+  void load_lines(const Logits& source, std::int64_t apart, std::int64_t k, std::int64_t count, bool keep = true) {
+    if (in_place(source)) {
+      const T* p = static_cast<const T*>(source.data) + offset(source) + first_ * source.class_stride;
+      const std::int64_t end = k + count;
+      if (!keep) {
+        source_ = p, source_apart_ = apart;
+        for (; k + kTogether <= end; k += kTogether, p += kTogether * apart) read_lines<kTogether, false>(p, source, apart, k);
+        for (; k < end; ++k, p += apart) read_lines<1, false>(p, source, apart, k);
+      } else {
+        for (; k + kTogether <= end; k += kTogether, p += kTogether * apart) read_lines<kTogether, true>(p, source, apart, k);
+        for (; k < end; ++k, p += apart) read_lines<1, true>(p, source, apart, k);
+      }
+      return;
+    }
+    for (std::int64_t i = 0; i < count; ++i) {
+      load(source, i * apart, x(k + i), kNone<T>);
+      find_peak(k + i);
+    }
+  }
+  template <int N, bool Keep>
+  FEDKERN_INLINE void read_lines(const T* p, const Logits& source, std::int64_t apart, std::int64_t k) const {
+    Line out[N];
+    V peak[N];
+    for (int i = 0; i < N; ++i) out[i] = x(k + i), peak[i] = V::set(kNone<T>);
+    // Many teachers are too many streams for the hardware to follow: the next rows are asked for here.
+    const std::int64_t ahead = LanesAreRows ? lanes : source.row_stride[call_.row_dims - 1];
+    const std::int64_t step = LanesAreRows ? source.class_stride : lanes, count = vectors_;
+    const std::int64_t whole = LanesAreRows ? count : classes_here() / lanes;
+    for (std::int64_t v = 0; v < whole; ++v)
+      for (int i = 0; i < N; ++i) {
+        const T* const from = p + i * apart + v * step;
+        __builtin_prefetch(from + ahead);
+        const V value = V::load(from);
+        if (Keep) out[i].set(v, value);
+        peak[i] = max(peak[i], value);
+      }
+    if (whole < count) {
+      const std::ptrdiff_t left = classes_here() - whole * lanes;
+      for (int i = 0; i < N; ++i) {
+        const V value = V::load_partial(p + i * apart + whole * lanes, left, kNone<T>);
+        if (Keep) out[i].set(whole, value);
+        peak[i] = max(peak[i], value);
+      }
+    }
+    set_peaks<N>(k, peak);
+  }
+  void find_peak(std::int64_t k) const {
+    const Line from = x(k);
+    V peak = from[0];
+    for (std::int64_t v = 1; v < vectors_; ++v) peak = max(peak, from[v]);
+    set(kPeak, k, most(peak));
+  }
+
   void store(const Logits& target, std::int64_t shift, Line in) const {
     const std::int64_t at = shift + offset(target) + first_ * target.class_stride;
     const std::int64_t classes = classes_here(), stride = target.class_stride;
-    if constexpr (LanesAreRows) {
+    if (in_place(target)) {
+      T* const p = static_cast<T*>(target.data) + at;
+      const std::int64_t step = LanesAreRows ? stride : lanes, whole = LanesAreRows ? vectors_ : classes / lanes;
+      for (std::int64_t v = 0; v < whole; ++v) in[v].store(p + v * step);
+      if (whole < vectors_) in[whole].store_partial(p + whole * lanes, classes - whole * lanes);
+    } else if constexpr (LanesAreRows) {
       unpack<T, true>(target, at, {classes, rows_, inner_stride(target), 0}, in.data);
     } else {
       with_type<T>(target, at, [&](auto* p) {
@@ -177,6 +285,8 @@ class Storage {
   std::int64_t tiles_, capacity_, first_ = 0, vectors_ = 0;
   std::int64_t row_ = 0, index_[kMaxRowDims] = {};
   int rows_ = 0;
+  const T* source_ = nullptr;
+  std::int64_t source_apart_ = 0;
 
  private:
   T *x_, *e_, *w_;

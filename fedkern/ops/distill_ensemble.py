@@ -84,12 +84,15 @@ def ensemble_kl(
     if code is None:
         code = check_reduction(reduction)
     how = _mixture(mix, mode)
+    short = False
     if weights is not None:
-        weights = spread_weights(weights, teachers, usual)
-        tensors = (student, teachers, weights)
+        short = usual and weights.dim() == 1 and weights.shape[0] == teachers.shape[0] and not weights.requires_grad
+        if not short:
+            weights = spread_weights(weights, teachers)
+            tensors = (student, teachers, weights)
     if class_mask is not None:
         check_mask(class_mask, teachers)
-    if how == MEAN and (class_mask is not None or (weights is not None and weights.shape[2] != 1)):
+    if how == MEAN and (class_mask is not None or (weights is not None and not short and weights.shape[2] != 1)):
         raise ValueError('mode="mean_of_kl" takes weights per teacher, [K] or [K, B], and no class_mask')
     log_probs = bool(log_probs)
 
@@ -99,6 +102,8 @@ def ensemble_kl(
         kernel = select("ensemble_kl", *tensors)
     else:
         return ENSEMBLE(student, teachers, weights, class_mask, temperature, how, log_probs, code)
+    if short and (kernel is None or not kernel.short_weights):
+        weights = spread_weights(weights, teachers)
     if kernel is None:
         return ensemble_reference(student, teachers, weights, class_mask, temperature, how, log_probs, code)
     settings = ensemble_settings(temperature, how, log_probs, code)
@@ -159,6 +164,8 @@ class _Ensemble(torch.autograd.Function):
         kernel, settings = ctx.how
         needs = ctx.needs_input_grad[1:4]
         if not readable(grad):
+            if tensors[2] is not None and tensors[2].dim() == 1:
+                tensors = (*tensors[:2], spread_weights(tensors[2], tensors[1]), tensors[3])
             how = (settings.temperature, settings.mix, settings.log_probs, settings.reduction)
             return (None, *reference_gradients(ensemble_reference, (grad,), tensors, how, needs, graph=True), None)
         if taken:

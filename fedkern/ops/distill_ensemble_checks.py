@@ -51,12 +51,7 @@ def _check_kind(weights: Any, stack: Tensor) -> Tensor:
     return weights
 
 
-def _spread(weights: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Weights ``[K]`` of :func:`~fedkern.ops.distill_kernels.ordinary` tensors in one step: at 64 rows two show."""
-    return weights.as_strided(shape, (weights.stride(0), *[0] * (len(shape) - 1)))
-
-
-def spread_weights(weights: Any, teachers: Tensor, ordinary: bool = False) -> Tensor:
+def spread_weights(weights: Any, teachers: Tensor) -> Tensor:
     """Returns ``weights`` as ``[K, B, 1, *positions]``, or ``[K, B, C, *positions]`` where they differ by class."""
     weights = _check_kind(weights, teachers)
     count, batch, classes, *positions = teachers.shape
@@ -82,8 +77,6 @@ def spread_weights(weights: Any, teachers: Tensor, ordinary: bool = False) -> Te
             "weights must have shape [K], [K, B], [K, C], [K, B, C], [K, B, 1], [K, 1, C] or one that broadcasts to "
             f"the teachers' {list(teachers.shape)}, but has {list(shape)}"
         )
-    if dims == 1 and ordinary and not weights.requires_grad:
-        return _spread(weights, (count, batch, 1, *positions))
     full = (*full, *[1] * (teachers.dim() - len(full)))
     return weights.reshape(full).expand(count, batch, full[2], *positions)
 
@@ -98,8 +91,8 @@ def spread_row_weights(weights: Any, logits: Tensor, ordinary: bool = False) -> 
         raise ValueError(
             f"weights must have shape {list(rows[:1])}, {list(rows[:2])}{more}, but has {list(weights.shape)}"
         )
-    if dims == 1 and ordinary and not weights.requires_grad:
-        return _spread(weights, rows)
+    if dims == 1 and ordinary and not weights.requires_grad:  # in one step: at 64 rows two show
+        return weights.as_strided(rows, (weights.stride(0), *[0] * (len(rows) - 1)))
     return weights.reshape(*weights.shape, *[1] * (len(rows) - dims)).expand(rows)
 
 

@@ -59,9 +59,13 @@ class DistillKernel(Protocol):
     backward pass; otherwise it calls ``..._backward``, which recomputes from the logits and takes ``grad`` as a tensor
     of the result's shape, any strides. On CUDA the kernel reads ``grad`` through its device pointer: no method there
     may look at a value of a tensor on the host.
+
+    weights: where :attr:`short_weights` is true, those of ensemble_kl may also come as ``[K]``, unless they want a
+    gradient.
     """
 
     fused: bool
+    short_weights: bool
 
     def scaled(self, gradients: tuple[Tensor | None, ...], grad: Tensor) -> tuple[Tensor | None, ...] | None:
         """``gradients`` (for a grad_output of 1) times the scalar ``grad``, themselves where that is 1.
@@ -171,6 +175,7 @@ class Recomputes:
     """
 
     fused = False
+    short_weights = False
 
     def scaled(self, gradients: tuple[Tensor | None, ...], grad: Tensor) -> tuple[Tensor | None, ...] | None:
         return None
@@ -213,20 +218,18 @@ def ordinary(tensors: tuple[Tensor, ...]) -> bool:
     """
     if _is_compiling() or _functorch_active() or _dispatch_modes() or _function_modes():
         return False
-    device = None
+    on_cpu = True
     for x in tensors:
         kind = type(x)
         if kind is not Tensor and kind is not Parameter:
             return False
         if x.dtype not in DTYPES or x.layout is not _STRIDED or x.is_neg():
             return False
-        if not x.is_cpu and not x.is_cuda:
-            return False
-        if device is None:
-            device = x.device
-        elif x.device != device:
-            return False
-    return True
+        on_cpu = on_cpu and x.is_cpu
+    if on_cpu:
+        return True
+    device = tensors[0].device
+    return tensors[0].is_cuda and all(x.device == device for x in tensors)
 
 
 def plain(tensors: tuple[Tensor, ...]) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedkern.ops._memory import HUGE, fresh
 from fedkern.ops.backend import DTYPES, Kernel, cpu_core, register, register_triton
-from fedkern.ops.distill_arguments import CONSENSUS, ENTROPY, JS, KL, LIMIT, STACK, argument, weight_gradient
+from fedkern.ops.distill_arguments import CONSENSUS, ENTROPY, JS, KL, LIMIT, argument, weight_gradient
 from fedkern.ops.distill_common import BATCHMEAN, NONE, mean_scale, row_shape
 from fedkern.ops.distill_kernels import ALL_DTYPES, Divergence, Ensemble
 from fedkern.ops.distill_reference import compute_dtype, result_dtype
@@ -35,6 +35,8 @@ class CpuDistill:
 
     # A row's gradient costs little while the row is in the cache, and grad_output can be looked at.
     fused = True
+    # A stride of 0 is all that rows add to them.
+    short_weights = True
 
     def __init__(self, core: Any) -> None:
         self.core = core
@@ -185,23 +187,28 @@ class CpuDistill:
         to_teachers: Tensor | None = None,
     ) -> Tensor:
         dtype = result_dtype(student, None, teachers)
-        result = _empty_result(student, dtype, settings.reduction)
-        self._run_ensemble(
+        temperature, reduction = settings.temperature, settings.reduction
+        result = _empty_result(student, dtype, reduction)
+        self._distill_ensemble(
             settings.mix,
-            settings,
-            class_mask is not None or (weights is not None and weights.shape[2] > 1),
-            dtype,
+            temperature == math.inf,
+            settings.log_probs and temperature == 1.0,
+            class_mask is not None or (weights is not None and _by_class(weights)),
+            1 if dtype is torch.float64 else 0,
+            teachers.shape,
+            temperature,
+            None if reduction == BATCHMEAN else 1.0,
+            _threads(),
             (student.data_ptr(), DTYPES[student.dtype], student.stride()),
-            teachers,
-            None if weights is None else _weights_argument(weights),
-            class_mask,
+            (teachers.data_ptr(), DTYPES[teachers.dtype], teachers.stride()),
+            None if weights is None else _weights_argument(weights, teachers),
+            None if class_mask is None else (class_mask.data_ptr(), class_mask.stride()),
             None if to_student is None else (to_student.data_ptr(), DTYPES[to_student.dtype], to_student.stride()),
             None if to_teachers is None else argument(to_teachers),
             None,
             None,
             None,
-            (result.data_ptr(), DTYPES[dtype], result.stride()),
-            None,
+            (reduction == NONE, (result.data_ptr(), DTYPES[dtype], result.stride()), None),
         )
         return result
 
@@ -216,31 +223,36 @@ class CpuDistill:
         needs: Sequence[bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         dtype = result_dtype(student, None, teachers)
+        temperature, reduction = settings.temperature, settings.reduction
+        by_class = class_mask is not None or (weights is not None and _by_class(weights))
         grad = grad.resolve_neg()  # bound to a name: its pointer must outlive this line
         to_student = self.empty_gradient(student) if needs[0] else None
         to_teachers = self.empty_gradient(teachers) if needs[1] else None
         to_weights = None
         if needs[2] and weights is not None:
             # By class also where the mask alone makes it so: the kernel then looks at every class.
-            by_class = class_mask is not None or weights.shape[2] > 1
             shape = (*weights.shape[:2], teachers.shape[2], *weights.shape[3:]) if by_class else weights.shape
             to_weights = torch.empty(shape, dtype=compute_dtype(dtype))
-        self._run_ensemble(
+        self._distill_ensemble(
             settings.mix,
-            settings,
-            class_mask is not None or (weights is not None and weights.shape[2] > 1),
-            dtype,
+            temperature == math.inf,
+            settings.log_probs and temperature == 1.0,
+            by_class,
+            1 if dtype is torch.float64 else 0,
+            teachers.shape,
+            temperature,
+            None if reduction == BATCHMEAN else 1.0,
+            _threads(),
             argument(student),
-            teachers,
-            None if weights is None else _weights_argument(weights),
-            class_mask,
+            argument(teachers),
+            None if weights is None else _weights_argument(weights, teachers),
+            None if class_mask is None else (class_mask.data_ptr(), class_mask.stride()),
             argument(to_student),
             argument(to_teachers),
             argument(to_weights),
             argument(grad),
             None,
-            None,
-            None,
+            (False, None, None),
         )
         if to_weights is not None and weights is not None:
             if to_weights.shape != weights.shape:
@@ -252,7 +264,7 @@ class CpuDistill:
         self, logits: Tensor, weights: Tensor | None, reduction: int, to_logits: Tensor | None = None
     ) -> Tensor:
         result = _empty_stack_result(logits, reduction)
-        self._run_stack(JS, logits, weights, reduction, to_logits, None, (), result, None)
+        self._run_stack(JS, logits, weights, reduction, to_logits, None, (), argument(result), None)
         return result
 
     def js_backward(
@@ -262,7 +274,7 @@ class CpuDistill:
 
     def consensus_forward(self, logits: Tensor, weights: Tensor | None, reduction: int) -> tuple[Tensor, Tensor]:
         first, second = _empty_stack_result(logits, reduction), _empty_stack_result(logits, reduction)
-        self._run_stack(CONSENSUS, logits, weights, reduction, None, None, (), first, second)
+        self._run_stack(CONSENSUS, logits, weights, reduction, None, None, (), argument(first), argument(second))
         return first, second
 
     def consensus_backward(
@@ -302,16 +314,21 @@ class CpuDistill:
         to_logits: Tensor | None,
         to_weights: Tensor | None,
         grads: tuple[Tensor, ...],
-        first: Tensor | None,
-        second: Tensor | None,
+        first: Any,
+        second: Any,
     ) -> None:
-        self._run_ensemble(
+        self._distill_ensemble(
             kind,
-            STACK[reduction],
             False,
-            logits.dtype,
+            False,
+            False,
+            1 if logits.dtype is torch.float64 else 0,
+            logits.shape,
+            1.0,
+            None if reduction == BATCHMEAN else 1.0,
+            _threads(),
             None,
-            logits,
+            (logits.data_ptr(), DTYPES[logits.dtype], logits.stride()),
             None if weights is None else _row_weights_argument(weights),
             None,
             None,
@@ -319,49 +336,7 @@ class CpuDistill:
             None if to_weights is None else _row_weights_argument(to_weights),
             argument(grads[0]) if grads else None,
             argument(grads[1]) if len(grads) > 1 else None,
-            None if first is None else argument(first),
-            None if second is None else argument(second),
-        )
-
-    def _run_ensemble(
-        self,
-        kind: int,
-        settings: Ensemble,
-        by_class: bool,
-        dtype: torch.dtype,
-        student: Any,
-        teachers: Tensor,
-        weights: Any,
-        class_mask: Tensor | None,
-        to_student: Any,
-        to_teachers: Any,
-        to_weights: Any,
-        grad: Any,
-        other_grad: Any,
-        result: Any,
-        other_result: Any,
-    ) -> None:
-        temperature, reduction = settings.temperature, settings.reduction
-        self._distill_ensemble(
-            kind,
-            temperature == math.inf,
-            settings.log_probs and temperature == 1.0,
-            by_class,
-            1 if dtype is torch.float64 else 0,
-            teachers.shape,
-            temperature,
-            None if reduction == BATCHMEAN else 1.0,
-            _threads(),
-            student,
-            (teachers.data_ptr(), DTYPES[teachers.dtype], teachers.stride()),
-            weights,
-            None if class_mask is None else (class_mask.data_ptr(), class_mask.stride()),
-            to_student,
-            to_teachers,
-            to_weights,
-            grad,
-            other_grad,
-            (reduction == NONE, result, other_result),
+            (reduction == NONE, first, second),
         )
 
 
@@ -372,10 +347,16 @@ def _empty_stack_result(logits: Tensor, reduction: int) -> Tensor:
     return torch.empty(logits.shape[1:2] + logits.shape[3:], dtype=dtype)
 
 
-def _weights_argument(weights: Tensor) -> tuple[int, int, tuple[int, ...]]:
+def _by_class(weights: Tensor) -> bool:
+    return weights.dim() > 1 and weights.shape[2] > 1
+
+
+def _weights_argument(weights: Tensor, teachers: Tensor) -> tuple[int, int, tuple[int, ...]]:
     """With a class stride of 0 where all classes share a weight, whatever the stride of that axis says."""
     strides = weights.stride()
-    if weights.shape[2] == 1:
+    if len(strides) == 1:
+        strides = strides + (0,) * (teachers.dim() - 1)
+    elif weights.shape[2] == 1:
         strides = (*strides[:2], 0, *strides[3:])
     return weights.data_ptr(), DTYPES[weights.dtype], strides
 

@@ -126,3 +126,19 @@ struct Mask;
 #else
 #include "fedkern/simd_portable.h"
 #endif
+
+namespace fedkern::FEDKERN_ISA {
+namespace {
+
+// Where there is no shorter way.
+template <typename T>
+FEDKERN_INLINE void reduce_add(const Vec<T> (&a)[4], T* out) {
+  for (int i = 0; i < 4; ++i) out[i] = reduce_add(a[i]);
+}
+template <typename T>
+FEDKERN_INLINE void reduce_max(const Vec<T> (&a)[4], T* out) {
+  for (int i = 0; i < 4; ++i) out[i] = reduce_max(a[i]);
+}
+
+}  // namespace
+}  // namespace fedkern::FEDKERN_ISA

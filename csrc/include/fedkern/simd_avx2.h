@@ -100,7 +100,9 @@ FEDKERN_INLINE Vec<float> min(Vec<float> a, Vec<float> b) { return {_mm256_min_p
 FEDKERN_INLINE Vec<float> abs(Vec<float> a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 FEDKERN_INLINE Vec<float> sqrt(Vec<float> a) { return {_mm256_sqrt_ps(a.v)}; }
 FEDKERN_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+FEDKERN_INLINE Vec<float> fms(Vec<float> a, Vec<float> b, Vec<float> c) { return {_mm256_fmsub_ps(a.v, b.v, c.v)}; }
 FEDKERN_INLINE Vec<float> select(Mask<float> m, Vec<float> yes, Vec<float> no) { return {_mm256_blendv_ps(no.v, yes.v, m.bits)}; }
+FEDKERN_INLINE float first(Vec<float> a) { return _mm256_cvtss_f32(a.v); }
 FEDKERN_INLINE float reduce_add(Vec<float> a) {
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));
@@ -129,6 +131,20 @@ FEDKERN_INLINE Vec<float> split_power(Vec<float> a, Vec<float>& n) {
   const __m256i power = _mm256_srai_epi32(offset, 23);
   n.v = _mm256_cvtepi32_ps(power);
   return {_mm256_castsi256_ps(_mm256_sub_epi32(_mm256_castps_si256(a.v), _mm256_slli_epi32(power, 23)))};
+}
+
+// Those of four vectors, in fewer steps.
+FEDKERN_INLINE void reduce_add(const Vec<float> (&a)[4], float* out) {
+  const __m256 p = _mm256_add_ps(_mm256_unpacklo_ps(a[0].v, a[1].v), _mm256_unpackhi_ps(a[0].v, a[1].v));
+  const __m256 q = _mm256_add_ps(_mm256_unpacklo_ps(a[2].v, a[3].v), _mm256_unpackhi_ps(a[2].v, a[3].v));
+  const __m256 all = _mm256_add_ps(_mm256_shuffle_ps(p, q, 0x44), _mm256_shuffle_ps(p, q, 0xee));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+}
+FEDKERN_INLINE void reduce_max(const Vec<float> (&a)[4], float* out) {
+  const __m256 p = _mm256_max_ps(_mm256_unpacklo_ps(a[0].v, a[1].v), _mm256_unpackhi_ps(a[0].v, a[1].v));
+  const __m256 q = _mm256_max_ps(_mm256_unpacklo_ps(a[2].v, a[3].v), _mm256_unpackhi_ps(a[2].v, a[3].v));
+  const __m256 all = _mm256_max_ps(_mm256_shuffle_ps(p, q, 0x44), _mm256_shuffle_ps(p, q, 0xee));
+  _mm_storeu_ps(out, _mm_max_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
 }
 
 template <>
@@ -194,6 +210,7 @@ FEDKERN_INLINE Vec<double> abs(Vec<double> a) { return {_mm256_andnot_pd(_mm256_
 FEDKERN_INLINE Vec<double> sqrt(Vec<double> a) { return {_mm256_sqrt_pd(a.v)}; }
 FEDKERN_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
 FEDKERN_INLINE Vec<double> select(Mask<double> m, Vec<double> yes, Vec<double> no) { return {_mm256_blendv_pd(no.v, yes.v, m.bits)}; }
+FEDKERN_INLINE double first(Vec<double> a) { return _mm256_cvtsd_f64(a.v); }
 FEDKERN_INLINE double reduce_add(Vec<double> a) {
   const __m128d x = _mm_add_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
   return _mm_cvtsd_f64(_mm_add_sd(x, _mm_unpackhi_pd(x, x)));

@@ -58,7 +58,52 @@ FEDKERN_INLINE Vec<T> exp(Vec<T> x) {
   return exp_clamped(min(Vec<T>::set(exp_highest<T>), max(Vec<T>::set(exp_lowest<T>), x)));
 }
 
-// The same for x <= 0 (or NaN).
+// exp(x / temperature) for x <= 0 (or NaN).
+// Lanes: float, double.
+// Error: at most 2 ULP and 2^-24 |x / temperature|, the rounding of 1 / temperature.
+template <typename T>
+class ScaledExp {
+  using V = Vec<T>;
+
+ public:
+  explicit ScaledExp(double temperature) : inverse_(V::set(static_cast<T>(1.0 / temperature))) {}
+  FEDKERN_INLINE V operator()(V x) const { return exp_of_nonpositive(x * inverse_); }
+
+ private:
+  V inverse_;
+};
+// In float the temperature goes into the base: 2^(x rate) = 2^n 2^r, the part of rate that float cannot hold added to r.
+template <>
+class ScaledExp<float> {
+  using V = Vec<float>;
+
+ public:
+  explicit ScaledExp(double temperature) {
+    const double rate = 1.4426950408889634 / temperature, held = static_cast<float>(rate);
+    const double lowest = static_cast<double>(exp_lowest<float>) * temperature;
+    rate_ = V::set(static_cast<float>(held));
+    rest_ = V::set(static_cast<float>(rate - held));
+    lowest_ = V::set(static_cast<float>(lowest < -3e38 ? -3e38 : lowest));
+  }
+  FEDKERN_INLINE V operator()(V x) const {
+    x = max(lowest_, x);
+    V n = round(x * rate_);
+    const V r = fma(x, rest_, fms(x, rate_, n));
+    const V power = polynomial(r, 0x1.41fbb8p-13f, 0x1.5f3e54p-10f, 0x1.3b2d4cp-7f, 0x1.c6aee8p-5f, 0x1.ebfbdcp-3f,
+                               0x1.62e430p-1f, 1.0f);
+#if defined(FEDKERN_ISA_avx512)
+    return scale_by_power(power, n);
+#else
+    const Mask<float> vanishes = x == lowest_;  // as in scale_exp
+    return select(vanishes, V::set(0), scale_by_power(power, select(vanishes, V::set(0), n)));
+#endif
+  }
+
+ private:
+  V rate_, rest_, lowest_;
+};
+
+// exp(x) for x <= 0 (or NaN).
 template <typename T>
 FEDKERN_INLINE Vec<T> exp_of_nonpositive(Vec<T> x) {
   return exp_clamped(max(Vec<T>::set(exp_lowest<T>), x));

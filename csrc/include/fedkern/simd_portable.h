@@ -96,6 +96,14 @@ FEDKERN_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
   return {a.v * b.v + c.v};
 }
 template <typename T>
+FEDKERN_INLINE Vec<T> fms(Vec<T> a, Vec<T> b, Vec<T> c) {
+  return {a.v * b.v - c.v};
+}
+template <typename T>
+FEDKERN_INLINE T first(Vec<T> a) {
+  return a.v[0];
+}
+template <typename T>
 FEDKERN_INLINE T reduce_add(Vec<T> a) {
   T sum = a.v[0];
   for (int i = 1; i < Vec<T>::lanes; ++i) sum += a.v[i];
