@@ -1,0 +1,226 @@
+"""Fused levels: the blocks of all clients side by side behind adaptors (FuseFL, arXiv 2410.20380, section 4.3).
+
+Level l maps the M results X of level l - 1 to ``{b_j(a_j(X)) for every client j}``; level 1 has no adaptors, every
+block sees the image.  The results travel *joined*: side by side on the channels, ``[B, M * C, H, W]`` for maps,
+``[B, N, M * C]`` for tokens, ``[B, M * d]`` for features.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from fedkern.models.blocks import channels
+from fedkern.ops import FusedBlocks, fuse_concat, fuse_mean
+
+AdaptorKind = Literal["cnn1x1", "avg", "sum"]
+FinalFuse = Literal["mean", "sum"]
+State = Mapping[str, Tensor]
+
+
+class Pool(nn.Module):
+    """The adaptor without parameters: the mean (or the sum) of the joined results of ``branches`` blocks."""
+
+    def __init__(self, branches: int, *, total: bool = False) -> None:
+        super().__init__()
+        self.branches, self.total = branches, total
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, M * C, H, W]`` (or tokens, features) to ``[B, C, H, W]``."""
+        if x.dim() == 3:
+            mean = x.unflatten(2, (self.branches, -1)).mean(2)
+        else:
+            mean = fuse_mean(x.tensor_split(self.branches, dim=1))
+        return mean * self.branches if self.total else mean
+
+    def extra_repr(self) -> str:
+        return f"{self.branches}, total={self.total}"
+
+
+def make_adaptor(
+    kind: AdaptorKind, shape: Sequence[int], branches: int, *, generator: torch.Generator | None = None
+) -> nn.Module:
+    """The adaptor between a level of ``branches`` blocks, each giving ``shape``, and a block that takes ``shape``.
+
+    ``"cnn1x1"`` is a 1x1 convolution with bias, for tokens and features a linear layer over their channels, of
+    M c^2 + c parameters; ``"avg"`` and ``"sum"`` have none.
+
+    Args:
+        kind: which.
+        shape: of one block's result: (C, H, W), (N, C) or (d,).
+        branches: M.
+        generator: draws random initial values, uniform in ±1 / sqrt(M c); None makes it the exact mean,
+            ``[I ... I] / M``.
+    """
+    if kind != "cnn1x1":
+        return Pool(branches, total=kind == "sum")
+    width = channels(shape)
+    made = (
+        nn.utils.skip_init(nn.Conv2d, branches * width, width, 1)
+        if len(shape) == 3
+        else nn.utils.skip_init(nn.Linear, branches * width, width)
+    )
+    weight, bias = cast(Tensor, made.weight), cast(Tensor, made.bias)
+    with torch.no_grad():
+        if generator is None:
+            weight.copy_(torch.eye(width).repeat(1, branches).div_(branches).reshape(weight.shape))
+            bias.zero_()
+        else:
+            bound = (branches * width) ** -0.5
+            weight.uniform_(-bound, bound, generator=generator)
+            bias.uniform_(-bound, bound, generator=generator)
+    return made
+
+
+class Branch(NamedTuple):
+    """One client's part of a level.
+
+    Attributes:
+        block: a module of the block's structure; its values do not matter.
+        adaptor: one of the adaptor's structure; None at level 1.
+        states: the state dicts of both, ``"block"`` and, where there is one with parameters, ``"adaptor"``.
+    """
+
+    block: nn.Module
+    adaptor: nn.Module | None
+    states: Mapping[str, State]
+
+
+class FusedLevel(nn.Module):
+    """The frozen (adaptor, block) pairs of all clients at one level, as one module on joined results.
+
+    Equal blocks run in one pass through ``FusedBlocks``, adaptors included and batch norms folded; blocks of different
+    depth, and blocks with layers that FusedBlocks does not know (a transformer's), one after another.
+    """
+
+    def __init__(self, branches: Sequence[Branch]) -> None:
+        super().__init__()
+        self.count = len(branches)
+        self._buffer_names = [[name for name, _ in branch.block.named_buffers()] for branch in branches]
+        first = branches[0].adaptor
+        # The mean is the same for every block: it is taken once, in front of all.
+        self.shared: nn.Module = first if isinstance(first, Pool) else nn.Identity()
+        fused = self._fuse(branches)
+        self.fused = fused
+        self.branches = nn.ModuleList(self._loaded(branch) for branch in branches) if fused is None else None
+        self.requires_grad_(False)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Joined results of the level before (images at level 1) to this level's."""
+        x = self.shared(x)
+        if self.fused is not None:
+            return self.fused(x)
+        results = [branch(x) for branch in cast(nn.ModuleList, self.branches)]
+        return torch.cat(results, dim=2) if results[0].dim() == 3 else fuse_concat(results)
+
+    def statistics(self) -> list[dict[str, Tensor]]:
+        """Every block's buffers (running statistics and counts) as they are now, copied to the CPU."""
+        states: Sequence[State] = (
+            self.fused.state_dicts()
+            if self.fused is not None
+            else [branch.state_dict() for branch in cast(nn.ModuleList, self.branches)]
+        )
+        return [
+            {name: state[f"block.{name}"].detach().cpu().clone() for name in names}
+            for state, names in zip(states, self._buffer_names, strict=True)
+        ]
+
+    def _fuse(self, branches: Sequence[Branch]) -> FusedBlocks | None:
+        templates: list[nn.Module] = [_sequence(branch) for branch in branches]
+        try:
+            fused = FusedBlocks(templates)
+        except (TypeError, ValueError):
+            return None
+        fused.load_state_dicts([_flat(branch, template) for branch, template in zip(branches, templates, strict=True)])
+        return fused
+
+    def _loaded(self, branch: Branch) -> nn.Module:
+        sequence = copy.deepcopy(_sequence(branch))
+        sequence.load_state_dict(_flat(branch, sequence))
+        return sequence
+
+
+def _sequence(branch: Branch) -> nn.Sequential:
+    sequence = nn.Sequential()
+    if branch.adaptor is not None and not isinstance(branch.adaptor, Pool):
+        sequence.add_module("adaptor", branch.adaptor)
+    sequence.add_module("block", branch.block)
+    return sequence
+
+
+def _flat(branch: Branch, like: nn.Module) -> dict[str, Tensor]:
+    given = {f"{part}.{key}": value for part, state in branch.states.items() for key, value in state.items()}
+    return {key: given[key] for key in like.state_dict()}
+
+
+class FusedNetwork(nn.Module):
+    """Fused levels one after another, the fusion of the last one's features, and a classifier.
+
+    It always stays in eval mode and without gradients; :meth:`normalise_by_batch` is the exception that FuseFL's
+    released code makes.
+
+    Args:
+        levels: at least one.
+        head: the classifier on the fused features; None for levels whose successors are still to be trained.
+        final: how the last level's features are fused, by their ``"mean"`` or their ``"sum"`` (the released code).
+        plain_head: the classifier before calibration, kept for comparison.
+    """
+
+    def __init__(
+        self,
+        levels: Sequence[FusedLevel],
+        head: nn.Linear | None = None,
+        *,
+        final: FinalFuse = "mean",
+        plain_head: nn.Linear | None = None,
+    ) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(levels)
+        self.final = final
+        self.head, self.plain_head = head, plain_head
+        self.requires_grad_(False)
+        super().train(False)
+
+    def train(self, mode: bool = True) -> FusedNetwork:
+        """Stays as it is: its levels are frozen."""
+        return self
+
+    def normalise_by_batch(self) -> None:
+        """Lets batch norms take the batch's own statistics (and count them in their running ones) from now on."""
+        super().train(True)
+
+    def joined(self, x: Tensor) -> Tensor:
+        """The last level's results on images ``[B, C, H, W]``, side by side."""
+        for level in self.levels:
+            x = level(x)
+        return x
+
+    def fuse(self, joined: Tensor) -> Tensor:
+        """The features ``[B, d]`` that the classifier reads, from the last level's ``[B, M * d]``."""
+        parts = joined.unflatten(1, (cast(FusedLevel, self.levels[-1]).count, -1))
+        return parts.mean(1) if self.final == "mean" else parts.sum(1)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Fused features ``[B, d]`` of images ``[B, C, H, W]``."""
+        return self.fuse(self.joined(x))
+
+    def level_features(self, x: Tensor) -> list[Tensor]:
+        """Every level's features, averaged over positions and clients, ``[B, c_l]``: what a linear probe reads."""
+        result = []
+        for level in self.levels:
+            x = level(x)
+            count = cast(FusedLevel, level).count
+            pooled = x.flatten(2).mean(2) if x.dim() == 4 else x.mean(1) if x.dim() == 3 else x
+            result.append(pooled.unflatten(1, (count, -1)).mean(1))
+        return result
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[B, classes]`` of images ``[B, C, H, W]``."""
+        if self.head is None:
+            raise ValueError("this network has levels to come and no classifier yet")
+        return self.head(self.features(x))
