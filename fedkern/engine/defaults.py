@@ -36,6 +36,7 @@ set's own (``fedkern.data.DATASETS``)."""
 METHOD: Mapping[str, Mapping[str, Any]] = {
     # method: settings on every data set, its default data set included; "options" holds method options by published
     # name.
+    "fusefl": {"data": "digits", "model": "resnet8", "local_epochs": 20},
 }
 """What differs from the data set's settings for a method; FedAvg and FedProx use the data set's own, so comparisons
 are fair."""

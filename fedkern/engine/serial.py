@@ -17,6 +17,7 @@ from fedkern.engine.config import RunConfig
 from fedkern.engine.local import Context, Diverged, Schedule, train
 from fedkern.engine.network import Trainable
 from fedkern.engine.samples import Bank, Samples
+from fedkern.errors import UserError
 from fedkern.methods.base import Batch, Message, Objective, Round, Step, Upload
 from fedkern.streams import stream
 
@@ -182,6 +183,11 @@ class Server(_Place):
 
     def accumulator(self, size: int) -> Any:
         return ops.Accumulator(size)
+
+    def refuse(self, client: int, reason: str) -> None:
+        if self._bench.config.on_nan == "stop":
+            raise UserError(f"{reason}; leave such uploads out with --on-nan skip.")
+        self.warn(f"refused-upload-{client}", f"{reason}; it was left out.")
 
 
 def sample_clients(config: RunConfig, round: int) -> list[int]:

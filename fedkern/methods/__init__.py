@@ -27,6 +27,7 @@ from fedkern.methods.fedgid import FedGID
 from fedkern.methods.fedntd import FedNTD
 from fedkern.methods.fedproto import FedProto
 from fedkern.methods.fedprox import FedProx
+from fedkern.methods.fusefl import FuseFL
 from fedkern.methods.local import Local
 from fedkern.methods.moon import Moon
 from fedkern.methods.scaffold import Scaffold
@@ -44,6 +45,7 @@ __all__ = [
     "FedProto",
     "FedProx",
     "Federation",
+    "FuseFL",
     "Local",
     "LocalTraining",
     "Message",

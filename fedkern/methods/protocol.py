@@ -351,3 +351,15 @@ class Server(Place, Protocol):
     def accumulator(self, size: int) -> Any:
         """A streaming weighted mean over vectors of ``size`` elements."""
         ...
+
+    def refuse(self, client: ClientId, reason: str) -> None:
+        """Says that a client's upload cannot be used: ends the run, or is a warning with ``--on-nan skip``.
+
+        Args:
+            client: whose upload.
+            reason: the beginning of a sentence that names client, upload and fault.
+
+        Raises:
+            UserError: the run is not to go on without it.
+        """
+        ...

@@ -95,16 +95,20 @@ class FusedLevel(nn.Module):
 
     Equal blocks run in one pass through ``FusedBlocks``, adaptors included and batch norms folded; blocks of different
     depth, and blocks with layers that FusedBlocks does not know (a transformer's), one after another.
+
+    Args:
+        branches: one per client, in their order.
+        tokens: whether the level takes or gives tokens ``[B, N, C]``, which FusedBlocks does not.
     """
 
-    def __init__(self, branches: Sequence[Branch]) -> None:
+    def __init__(self, branches: Sequence[Branch], *, tokens: bool = False) -> None:
         super().__init__()
         self.count = len(branches)
         self._buffer_names = [[name for name, _ in branch.block.named_buffers()] for branch in branches]
         first = branches[0].adaptor
         # The mean is the same for every block: it is taken once, in front of all.
         self.shared: nn.Module = first if isinstance(first, Pool) else nn.Identity()
-        fused = self._fuse(branches)
+        fused = None if tokens else self._fuse(branches)
         self.fused = fused
         self.branches = nn.ModuleList(self._loaded(branch) for branch in branches) if fused is None else None
         self.requires_grad_(False)

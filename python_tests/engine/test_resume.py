@@ -133,6 +133,7 @@ def test_killed_again_and_again(make_data, make_config, tmp_path, reference):
 SETTINGS = {
     "fedgid": {"options": {"background_pool": "shared"}},
     "fedproto": {"options": {"networks": "personal"}},
+    "fusefl": {"local_epochs": 4, "options": {"blocks": 3, "frozen_bn": "code"}},
     "moon": {"local_epochs": 2},
     "scaffold": {"options": {"control": "I"}},
 }

@@ -108,8 +108,8 @@ def test_tokens_are_fused_over_their_channels():
         adaptor = make_adaptor(kind, (3, 5), 2, generator=random)
         states = {"adaptor": adaptor.state_dict()} if kind == "cnn1x1" else {}
         levels = [
-            FusedLevel([Branch(b, None, {"block": b.state_dict()}) for b in first]),
-            FusedLevel([Branch(b, adaptor, {"block": b.state_dict(), **states}) for b in second]),
+            FusedLevel([Branch(b, None, {"block": b.state_dict()}) for b in first], tokens=True),
+            FusedLevel([Branch(b, adaptor, {"block": b.state_dict(), **states}) for b in second], tokens=True),
         ]
         x = torch.randn(4, 3, 4, 4)
         tokens = [b(x) for b in first]

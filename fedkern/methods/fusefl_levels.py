@@ -1,0 +1,172 @@
+"""FuseFL's parts that know nothing of rounds: what a client trains, what an upload must be, widths and sizes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fedkern.errors import UserError
+from fedkern.methods.base import Batch
+from fedkern.models.fused import FusedNetwork
+
+CACHE_BYTES = 1 << 30  # frozen features of a client beyond this are computed per batch
+
+
+class LocalPart(nn.Module):
+    """What a client trains at a level: its adaptor, its blocks from this level on, its classifier.
+
+    The frozen levels before are asked for :meth:`inputs` and are no part of the module, so nothing trains them, puts
+    them in train mode or looks for gradients in them.
+
+    Args:
+        frozen: the fused levels before; None at level 1.
+        adaptor: None at level 1.
+        blocks: this level's block and the later ones.
+        head: the classifier.
+        samples: the client's training samples n.
+        batchwise: whether frozen features depend on the batch (batch norms take its statistics).
+    """
+
+    def __init__(
+        self,
+        frozen: FusedNetwork | None,
+        adaptor: nn.Module | None,
+        blocks: Sequence[nn.Module],
+        head: nn.Linear,
+        samples: int,
+        batchwise: bool = False,
+    ) -> None:
+        super().__init__()
+        self.adaptor = adaptor if adaptor is not None else nn.Identity()
+        self.blocks = nn.ModuleList(blocks)
+        self.head = head
+        self._frozen = (frozen,)  # a tuple hides it from nn.Module
+        self._samples, self._batchwise = samples, batchwise
+        self._rows: Tensor | None = None
+        self._known = torch.zeros(samples, dtype=torch.bool)
+
+    def inputs(self, batch: Batch) -> Tensor:
+        """The frozen levels' joined results on a batch, without autograd; images at level 1.
+
+        Where images are not augmented each sample's are computed once and kept, channels-last, up to ``CACHE_BYTES``.
+        """
+        (frozen,) = self._frozen
+        if frozen is None:
+            return batch.images
+        if self._batchwise or batch.augmented:
+            with torch.no_grad():
+                return frozen.joined(batch.images)
+        indices = torch.from_numpy(batch.indices)
+        if self._rows is not None and bool(self._known[indices].all()):
+            kept = self._rows.index_select(0, indices.to(self._rows.device))
+            return kept.movedim(-1, 1) if kept.dim() == 4 else kept
+        with torch.no_grad():
+            joined = frozen.joined(batch.images)
+            rows = joined.movedim(1, -1) if joined.dim() == 4 else joined
+            if self._rows is None and self._samples * rows[0].numel() * rows.element_size() <= CACHE_BYTES:
+                self._rows = rows.new_empty((self._samples, *rows.shape[1:]))
+            if self._rows is not None:
+                self._rows[indices.to(rows.device)] = rows
+                self._known[indices] = True
+        return joined
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[B, classes]`` from :meth:`inputs`."""
+        x = self.adaptor(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def base_width(network: nn.Module) -> int:
+    """Channels of a network's first stage: what its first convolution gives."""
+    return next(layer.out_channels for layer in network.modules() if isinstance(layer, nn.Conv2d))
+
+
+def scaled_width(option: str, network: nn.Module, clients: int) -> int:
+    """The clients' width: a number as given, or for ``"auto"`` the network's over the root of the clients, rounded.
+
+    M branches of width w' hold about M (w' / w)^2 times the parameters of one network of width w (section 4.6), so the
+    fused model is then about as large as one ordinary model, adaptors aside.
+
+    Raises:
+        UserError: neither ``"auto"`` nor a number from 1.
+    """
+    if option == "auto":
+        return max(1, round(base_width(network) / math.sqrt(clients)))
+    if not option.isdecimal() or int(option) < 1:
+        raise UserError(f'Method option "width" must be auto or a number from 1, not "{option}".')
+    return int(option)
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """A module's state dict as it travels: contiguous copies on the CPU."""
+    return {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in module.state_dict().items()
+    }
+
+
+def size(message: Any) -> int:
+    """Bytes of all tensors in a message."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in flat(message).values())
+
+
+def flat(message: Any, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of nested dicts under dotted names."""
+    if isinstance(message, Tensor):
+        return {prefix: message}
+    found: dict[str, Tensor] = {}
+    if isinstance(message, Mapping):
+        for name, value in message.items():
+            found.update(flat(value, f"{prefix}.{name}" if prefix else str(name)))
+    return found
+
+
+def why_refused(message: Any, expected: Mapping[str, Any]) -> str:
+    """Why an upload cannot be used, as the end of a sentence about it; empty when it can.
+
+    Args:
+        message: what came.
+        expected: nested dicts with a tensor of the right shape and dtype wherever there must be one.
+    """
+    came, wanted = flat(message), flat(expected)
+    odd = sorted(came.keys() ^ wanted.keys())
+    if odd:
+        return f"{'lacks' if odd[0] in wanted else 'should not hold'} {odd[0]}"
+    for name, tensor in came.items():
+        like = wanted[name]
+        if tensor.shape != like.shape or tensor.dtype != like.dtype:
+            return (
+                f"has {name} of shape {list(tensor.shape)} and {tensor.dtype} where shape {list(like.shape)} and "
+                f"{like.dtype} are expected"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            return f"holds NaN or infinite values in {name}"
+    return ""
+
+
+def mean_head(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The uniform average of the clients' classifiers."""
+    return {
+        name: torch.stack([state[name].double() for state in states]).mean(0).float() for name in ("weight", "bias")
+    }
+
+
+class BothHeads(nn.Module):
+    """A calibrated network that also remembers what its classifier before calibration predicts."""
+
+    def __init__(self, model: FusedNetwork) -> None:
+        super().__init__()
+        self.model = model
+        self.predicted: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.model.features(x)
+        plain, head = (cast(nn.Module, layer) for layer in (self.model.plain_head, self.model.head))
+        self.predicted.append(plain(features).argmax(1))
+        return head(features)
