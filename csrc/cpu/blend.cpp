@@ -106,21 +106,47 @@ double dot(const T* grad, const T* x, const T* y, std::int64_t n) {
   return sum;
 }
 
+// Samples whose gradients are summed at once.
+constexpr std::int64_t kUsers = 8;
+
+// sum (+)= rest[0] * grad[0] + rest[1] * grad[1] + ... in fp64, one after another.
+template <typename T>
+void add_users(const T* const* grad, const double* rest, std::int64_t users, std::int64_t n, bool first, double* __restrict sum) {
+  using V = Vec<double>;
+  constexpr int kWide = 4;
+  std::int64_t i = 0;
+  for (; i + kWide * V::lanes <= n; i += kWide * V::lanes) {
+    V total[kWide];
+    for (int v = 0; v < kWide; ++v) total[v] = first ? V::set(0) : V::load(sum + i + v * V::lanes);
+    for (std::int64_t k = 0; k < users; ++k) {
+      const V by = V::set(rest[k]);
+      for (int v = 0; v < kWide; ++v) total[v] = total[v] + by * V::load(grad[k] + i + v * V::lanes);
+    }
+    for (int v = 0; v < kWide; ++v) total[v].store(sum + i + v * V::lanes);
+  }
+  for (; i < n; ++i) {
+    double total = first ? 0 : sum[i];
+    for (std::int64_t k = 0; k < users; ++k) total += rest[k] * static_cast<double>(widen(grad[k][i]));
+    sum[i] = total;
+  }
+}
+
 template <typename T>
 void backward(const BlendBackward& a) {
   using C = computed_t<T>;
   const std::int64_t chunks = blend_chunks(a.size);
 
-  // What belongs to sample b alone.
-  auto own = [&](std::int64_t b, std::int64_t chunk, std::int64_t column, std::int64_t n, double alpha) {
-    const T* grad = at<T>(a.grad, b, column);
+  // What belongs to sample b alone: its foreground's gradient, and its part of alpha's.
+  auto scaled = [&](std::int64_t b, std::int64_t column, std::int64_t n, double alpha) {
     const C weight = static_cast<C>(alpha);
     if (a.grad_foreground.data)
-      map(grad, static_cast<const T*>(nullptr), at<T>(a.grad_foreground, b, column), n, a.stream,
+      map(at<T>(a.grad, b, column), static_cast<const T*>(nullptr), at<T>(a.grad_foreground, b, column), n, a.stream,
           [=](C g, C) { return weight * g; });
+  };
+  auto product = [&](std::int64_t b, std::int64_t chunk, std::int64_t column, std::int64_t n) {
     if (a.grad_alpha)
-      a.partial[b * chunks + chunk] =
-          dot(grad, at<T>(a.foreground, b, column), at<T>(a.background, a.index ? a.index[b] : b, column), n);
+      a.partial[b * chunks + chunk] = dot(at<T>(a.grad, b, column), at<T>(a.foreground, b, column),
+                                          at<T>(a.background, a.index ? a.index[b] : b, column), n);
   };
 
   const std::int64_t passes = 1 + (a.grad_foreground.data != nullptr) + (a.grad_background.data != nullptr) + 2 * (a.grad_alpha != nullptr);
@@ -128,7 +154,9 @@ void backward(const BlendBackward& a) {
   if (!a.grad_background.data) {
     for_chunks(a.rows, a.size, a.threads, estimate, [&](std::int64_t b, std::int64_t chunk) {
       const std::int64_t column = chunk * kBlendChunk;
-      own(b, chunk, column, std::min(kBlendChunk, a.size - column), alpha_at(a.alpha, b));
+      const std::int64_t n = std::min(kBlendChunk, a.size - column);
+      scaled(b, column, n, alpha_at(a.alpha, b));
+      product(b, chunk, column, n);
       if (a.stream) finish_streams();
     });
   } else {
@@ -145,23 +173,36 @@ void backward(const BlendBackward& a) {
         const std::int64_t b = a.order ? a.order[begin] : row;
         const double alpha = alpha_at(a.alpha, b);
         const C rest = static_cast<C>(1.0 - alpha);
-        own(b, chunk, column, n, alpha);
+        scaled(b, column, n, alpha);
+        product(b, chunk, column, n);
         map(at<T>(a.grad, b, column), static_cast<const T*>(nullptr), out, n, a.stream,
             [=](C g, C) { return rest * g; });
       } else {
-        for (std::int64_t k = begin; k < end; ++k) own(a.order[k], chunk, column, n, alpha_at(a.alpha, a.order[k]));
-        double sum[kTile], grad[kTile];
-        T rounded[kTile];
+        // Sample by sample: results that are written past the cache in turns of a few lines take several times as long.
+        for (std::int64_t k = begin; k < end; ++k) {
+          scaled(a.order[k], column, n, alpha_at(a.alpha, a.order[k]));
+          product(a.order[k], chunk, column, n);
+        }
+        alignas(64) T rounded[kStreamTile];
+        double sum[kTile];
+        std::int64_t waiting = 0;
         for (std::int64_t i = 0; i < n; i += kTile) {
           const std::int64_t m = std::min(kTile, n - i);
-          std::fill_n(sum, m, 0.0);
-          for (std::int64_t k = begin; k < end; ++k) {
-            const double rest = 1.0 - alpha_at(a.alpha, a.order[k]);
-            widen_tile(at<T>(a.grad, a.order[k], column + i), m, grad);
-            for (std::int64_t j = 0; j < m; ++j) sum[j] += rest * grad[j];
+          for (std::int64_t k = begin; k < end; k += kUsers) {
+            const T* grad[kUsers];
+            double rest[kUsers];
+            const std::int64_t users = std::min(kUsers, end - k);
+            for (std::int64_t u = 0; u < users; ++u) {
+              grad[u] = at<T>(a.grad, a.order[k + u], column + i);
+              rest[u] = 1.0 - alpha_at(a.alpha, a.order[k + u]);
+            }
+            add_users(grad, rest, users, m, k == begin, sum);
           }
-          narrow_tile(sum, m, rounded);
-          put(rounded, m, out + i, a.stream);
+          narrow_tile(sum, m, a.stream ? rounded + waiting : out + i);
+          if (a.stream && ((waiting += m) == kStreamTile || i + m == n)) {
+            stream_row(rounded, waiting, out + i + m - waiting);
+            waiting = 0;
+          }
         }
       }
       if (a.stream) finish_streams();
