@@ -30,16 +30,21 @@ class ReleaseGil {
 // Elements below which a call is shorter than handing the interpreter over and back.
 inline constexpr std::int64_t kReleaseGilElements = 1 << 16;
 
-// Whether so many elements do not fit into the last-level cache: results of such calls are written past it.
-inline bool past_cache(std::int64_t elements, int dtype) {
-  static const std::int64_t cache = [] {
+// Size of the last-level cache; tests set it to reach both kinds of writing with small results.
+inline std::int64_t& cache_bytes() {
+  static std::int64_t cache = [] {
 #ifdef _SC_LEVEL3_CACHE_SIZE
     const long bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
     if (bytes > 0) return static_cast<std::int64_t>(bytes);
 #endif
     return std::int64_t{32} << 20;
   }();
-  return elements * static_cast<std::int64_t>(item_size(static_cast<DType>(dtype))) > cache;
+  return cache;
+}
+
+// Whether so many elements do not fit into the last-level cache: results of such calls are written past it.
+inline bool past_cache(std::int64_t elements, int dtype) {
+  return elements * static_cast<std::int64_t>(item_size(static_cast<DType>(dtype))) > cache_bytes();
 }
 
 }  // namespace fedkern

@@ -47,6 +47,8 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("isa", [] { return kNames[static_cast<int>(active_isa())]; });
   module.def("available_isas", available);
   module.def("set_isa", choose);
+  module.def("cache_bytes", [] { return cache_bytes(); });
+  module.def("set_cache_bytes", [](std::int64_t bytes) { cache_bytes() = bytes; });
   bind_blend(module);
   bind_distill(module);
   bind_distill_ensemble(module);

@@ -1,7 +1,9 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -39,13 +41,31 @@ void check_alpha(const Alpha& alpha, std::int64_t rows) {
   }
 }
 
+// One weight per sample, fp64 or fp32, as the kernels take them: doubles.
+class Weights {
+ public:
+  Weights(std::uintptr_t alpha, int dtype, std::int64_t stride, std::int64_t rows, double value)
+      : alpha_{pointer<const double>(alpha), stride, value} {
+    if (!alpha || static_cast<DType>(dtype) == DType::f64) return;
+    wide_.resize(rows);
+    for (std::int64_t b = 0; b < rows; ++b) wide_[b] = pointer<const float>(alpha)[b * stride];
+    alpha_.data = wide_.data();
+    alpha_.stride = 1;
+  }
+  const Alpha& alpha() const { return alpha_; }
+
+ private:
+  std::vector<double> wide_;
+  Alpha alpha_;
+};
+
 void forward(int dtype, std::int64_t rows, std::int64_t background_rows, std::int64_t size, std::uintptr_t foreground,
              std::int64_t foreground_stride, std::uintptr_t background, std::int64_t background_stride, std::uintptr_t index,
-             std::uintptr_t alpha, std::int64_t alpha_stride, double alpha_value, std::uintptr_t out, int threads) {
+             std::uintptr_t alpha, int alpha_dtype, std::int64_t alpha_stride, double alpha_value, std::uintptr_t out, int threads) {
+  const Weights weights(alpha, alpha_dtype, alpha_stride, rows, alpha_value);
   const BlendForward call{static_cast<DType>(dtype), rows, size, {pointer<void>(foreground), foreground_stride},
                           {pointer<void>(background), background_stride}, {pointer<void>(out), size},
-                          pointer<const std::int64_t>(index), {pointer<const double>(alpha), alpha_stride, alpha_value}, threads,
-                          past_cache(3 * rows * size, dtype)};
+                          pointer<const std::int64_t>(index), weights.alpha(), threads, past_cache(3 * rows * size, dtype)};
   check_index(call.index, rows, background_rows);
   check_alpha(call.alpha, rows);
   ReleaseGil release(rows * size >= kReleaseGilElements);
@@ -54,11 +74,12 @@ void forward(int dtype, std::int64_t rows, std::int64_t background_rows, std::in
 
 void backward(int dtype, std::int64_t rows, std::int64_t background_rows, std::int64_t size, std::uintptr_t grad, std::int64_t grad_stride,
               std::uintptr_t foreground, std::int64_t foreground_stride, std::uintptr_t background, std::int64_t background_stride,
-              std::uintptr_t index, std::uintptr_t alpha, std::int64_t alpha_stride, double alpha_value,
+              std::uintptr_t index, std::uintptr_t alpha, int alpha_dtype, std::int64_t alpha_stride, double alpha_value,
               std::uintptr_t grad_foreground, std::uintptr_t grad_background, std::uintptr_t grad_alpha, int threads) {
+  const Weights weights(alpha, alpha_dtype, alpha_stride, rows, alpha_value);
   BlendBackward call{static_cast<DType>(dtype), rows, background_rows, size, {pointer<void>(grad), grad_stride},
                      {pointer<void>(foreground), foreground_stride}, {pointer<void>(background), background_stride},
-                     pointer<const std::int64_t>(index), {pointer<const double>(alpha), alpha_stride, alpha_value},
+                     pointer<const std::int64_t>(index), weights.alpha(),
                      {pointer<void>(grad_foreground), size}, {pointer<void>(grad_background), size}, pointer<double>(grad_alpha),
                      nullptr, nullptr, nullptr, threads, past_cache(3 * rows * size, dtype)};
   check_index(call.index, rows, background_rows);
@@ -75,6 +96,30 @@ void backward(int dtype, std::int64_t rows, std::int64_t background_rows, std::i
     call.partial = partial.data();
   }
   blend_kernels().backward(call);
+}
+
+// erase_boxes and keep_boxes of contiguous images in one call; boxes are fp64 or fp32.
+void fill_boxes(std::int64_t item, std::int64_t batch, std::int64_t channels, std::int64_t height, std::int64_t width, std::int64_t boxes,
+                std::uintptr_t images, std::uintptr_t box, int box_dtype, std::uintptr_t fill, int replaced, std::uintptr_t out,
+                int threads) {
+  const std::int64_t corners = batch * boxes * 4, pixels = height * width;
+  std::vector<double> wide(corners);
+  if (static_cast<DType>(box_dtype) == DType::f64)
+    std::copy_n(pointer<const double>(box), corners, wide.begin());
+  else
+    std::copy_n(pointer<const float>(box), corners, wide.begin());
+  for (std::int64_t i = 0; i < corners; ++i)
+    if (wide[i] != wide[i])
+      throw py::value_error("boxes must not hold NaN; box " + std::to_string(i / 4 % boxes) + " of image " +
+                            std::to_string(i / 4 / boxes) + " does");
+  const std::unique_ptr<std::uint8_t[]> mask(new std::uint8_t[batch * pixels]);
+  const BoxMask inside{batch, boxes, height, width, wide.data(), mask.get(), threads};
+  const BoxFill call{item, batch, channels, pixels, channels * pixels, pixels, 1, channels * pixels, pixels, 1,
+                     pointer<const void>(images), mask.get(), static_cast<std::uint8_t>(replaced), pointer<const void>(fill), 0,
+                     pointer<void>(out), threads};
+  ReleaseGil release(batch * channels * pixels >= kReleaseGilElements);
+  blend_kernels().box_mask(inside);
+  blend_kernels().box_fill(call);
 }
 
 void box_mask(std::int64_t batch, std::int64_t boxes, std::int64_t height, std::int64_t width, std::uintptr_t box, std::uintptr_t mask,
@@ -111,6 +156,7 @@ void bind_blend(py::module_& module) {
   module.def("blend_backward", backward);
   module.def("box_mask", box_mask);
   module.def("box_fill", box_fill);
+  module.def("fill_boxes", fill_boxes);
   module.def("advise_huge_pages", advise_huge_pages);
 }
 

@@ -2,6 +2,8 @@
 #include <memory>
 #include <vector>
 
+#include <pybind11/stl.h>
+
 #include "bindings.h"
 #include "fedkern/fuse.h"
 
@@ -68,8 +70,9 @@ std::int64_t channels_of(const std::vector<FuseMap>& maps) {
 }
 
 void forward(int dtype, std::int64_t batch, std::int64_t positions, bool interleaved, bool relu, bool mean, const py::list& features,
-             const py::tuple& out, std::uintptr_t scale, std::uintptr_t shift, bool stream, int threads) {
+             const py::tuple& out, std::uintptr_t scale, std::uintptr_t shift, int threads) {
   const std::vector<FuseMap> maps = maps_of(features), result{map_of(out)};
+  const bool stream = past_cache(batch * positions * result[0].channels, dtype);
   FuseForward a{{static_cast<DType>(dtype), static_cast<std::int64_t>(maps.size()), batch, positions, interleaved, relu, mean,
                  nullptr, nullptr, stream, threads},
                 maps.data(), result[0]};
@@ -82,8 +85,9 @@ void forward(int dtype, std::int64_t batch, std::int64_t positions, bool interle
 
 void backward(int dtype, std::int64_t batch, std::int64_t positions, bool interleaved, bool relu, bool mean, const py::tuple& grad,
               const py::object& features, const py::object& out, const py::list& grad_features, std::uintptr_t scale,
-              std::uintptr_t shift, std::uintptr_t grad_scale, std::uintptr_t grad_shift, bool stream, int threads) {
+              std::uintptr_t shift, std::uintptr_t grad_scale, std::uintptr_t grad_shift, int threads) {
   const std::vector<FuseMap> targets = maps_of(grad_features), arriving{map_of(grad)};
+  const bool stream = past_cache(batch * positions * channels_of(targets), dtype);
   const std::vector<FuseMap> maps = features.is_none() ? std::vector<FuseMap>{} : maps_of(features.cast<py::list>());
   const std::vector<FuseMap> result{out.is_none() ? FuseMap{} : map_of(out)};
   FuseBackward a{{static_cast<DType>(dtype), static_cast<std::int64_t>(targets.size()), batch, positions, interleaved, relu, mean,
@@ -104,6 +108,49 @@ void backward(int dtype, std::int64_t batch, std::int64_t positions, bool interl
     partial.reset(new double[2 * fuse_blocks(a.call) * channels]);
     a.partial = partial.get();
   }
+  fuse_kernels().backward(a);
+}
+
+// Maps of one shape, all contiguous or (`interleaved`) all channels-last, and results alike: one dense layout for all.
+FuseMap dense(std::uintptr_t address, std::int64_t channels, std::int64_t positions, bool interleaved) {
+  return {pointer<void>(address), channels, channels * positions, interleaved ? 1 : positions, interleaved ? channels : 1};
+}
+
+FuseCall call_of(int dtype, std::int64_t maps, std::int64_t batch, std::int64_t positions, std::int64_t channels, bool interleaved,
+                 bool relu, bool mean, int threads) {
+  return {static_cast<DType>(dtype), maps, batch, positions, interleaved, relu, mean, nullptr, nullptr,
+          past_cache(batch * positions * channels, dtype), threads};
+}
+
+void forward_alike(int dtype, std::int64_t batch, std::int64_t positions, std::int64_t channels, bool interleaved, bool relu, bool mean,
+                   const std::vector<std::uintptr_t>& features, std::uintptr_t out, std::uintptr_t scale, std::uintptr_t shift,
+                   int threads) {
+  const std::int64_t count = static_cast<std::int64_t>(features.size()), all = count * channels;
+  std::vector<FuseMap> maps;
+  for (const std::uintptr_t x : features) maps.push_back(dense(x, channels, positions, interleaved));
+  const std::vector<FuseMap> result{dense(out, mean ? channels : all, positions, interleaved)};
+  FuseForward a{call_of(dtype, count, batch, positions, result[0].channels, interleaved, relu, mean, threads), maps.data(), result[0]};
+  const Both both(a.call, scale, shift, all);
+  join_samples(a.call, maps, result);
+  ReleaseGil release(batch * positions * all >= kReleaseGilElements);
+  fuse_kernels().forward(a);
+}
+
+// For what needs neither the maps nor sums: the result, or its absence, says where gradient passes.
+void backward_alike(int dtype, std::int64_t batch, std::int64_t positions, std::int64_t channels, bool interleaved, bool relu, bool mean,
+                    std::uintptr_t grad, std::uintptr_t out, const std::vector<std::uintptr_t>& grad_features, std::uintptr_t scale,
+                    int threads) {
+  const std::int64_t count = static_cast<std::int64_t>(grad_features.size()), all = count * channels;
+  const std::int64_t wide = mean ? channels : all;
+  std::vector<FuseMap> targets;
+  for (const std::uintptr_t x : grad_features) targets.push_back(dense(x, channels, positions, interleaved));
+  const std::vector<FuseMap> arriving{dense(grad, wide, positions, interleaved)};
+  const std::vector<FuseMap> result{out ? dense(out, wide, positions, interleaved) : FuseMap{}};
+  FuseBackward a{call_of(dtype, count, batch, positions, all, interleaved, relu, mean, threads),
+                 arriving[0], nullptr, result[0], targets.data(), nullptr, nullptr, nullptr};
+  const Both both(a.call, scale, 0, all);
+  join_samples(a.call, arriving, result, targets);
+  ReleaseGil release(batch * positions * all >= kReleaseGilElements);
   fuse_kernels().backward(a);
 }
 
@@ -132,6 +179,8 @@ void conv(std::int64_t batch, std::int64_t branches, const py::tuple& in_shape, 
 void bind_fuse(py::module_& module) {
   module.def("fuse_forward", forward);
   module.def("fuse_backward", backward);
+  module.def("fuse_forward_alike", forward_alike);
+  module.def("fuse_backward_alike", backward_alike);
   module.def("fuse_conv", conv);
   module.def("fuse_conv_block", [] { return fuse_kernels().conv_block; });
 }

@@ -35,7 +35,13 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 # The oldest Triton in whose language the kernels are written.
 TRITON = (3, 6)
 
+# Looked up once: on small tensors the tests around a kernel take longer than the kernel.
+_is_compiling = torch.compiler.is_compiling
+_functorch_active = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
 _legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+_grad_enabled = torch.is_grad_enabled
 
 
 class Unavailable(Exception):
@@ -261,14 +267,20 @@ def use_isa(name: str) -> Iterator[None]:
         core.set_isa(before)
 
 
+def intercepted() -> bool:
+    """True where a compiler, a torch.func transform or a mode sees calls before a kernel does."""
+    return bool(_is_compiling() or _functorch_active() or _dispatch_modes() or _function_modes())
+
+
+def readable(grad: Tensor) -> bool:
+    """True where a backward pass may hand ``grad`` to a kernel: it is neither recorded nor mapped over."""
+    # The last is what is_grads_batched=True hands to a backward pass.
+    return type(grad) is Tensor and not _grad_enabled() and not intercepted() and not _legacy_batched(grad)
+
+
 def eager(*tensors: Tensor) -> bool:
     """True when the pointers of ``tensors`` may be used: ordinary tensors, no transform or compiler in between."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-    ):
+    if intercepted():
         return False
     return all(
         # The second kind is what is_grads_batched=True hands to a backward pass.

@@ -52,9 +52,15 @@ def blend(
     """
     kernel = _usual(foreground, background, alpha, index)
     if kernel is not None:
-        if torch.is_grad_enabled() and (foreground.requires_grad or background.requires_grad):
-            return _Blend.apply(kernel, foreground, background, None, alpha, index)
-        return kernel.forward(foreground, background, None, alpha, index)
+        if type(alpha) is float:
+            if torch.is_grad_enabled() and (foreground.requires_grad or background.requires_grad):
+                return _Blend.apply(kernel, foreground, background, None, alpha, index)
+            return kernel.forward(foreground, background, None, alpha, index)
+        if torch.is_grad_enabled() and (
+            foreground.requires_grad or background.requires_grad or alpha.requires_grad  # type: ignore[union-attr]
+        ):
+            return _Blend.apply(kernel, foreground, background, alpha, 0.5, index)
+        return kernel.forward(foreground, background, alpha, 0.5, index)
     _check(foreground, background, alpha, index)
     weights: Tensor | None = None
     value = 0.5
@@ -79,7 +85,7 @@ def blend(
 
 def _usual(foreground: Tensor, background: Tensor, alpha: float | Tensor, index: Tensor | None) -> Any | None:
     """The CPU kernel for what calls mostly are, found in few steps; None says nothing yet."""
-    if type(alpha) is not float or _is_compiling() or _functorch_active() or _dispatch_modes() or _function_modes():
+    if backend.intercepted():
         return None
     kind, other = type(foreground), type(background)
     if (kind is not Tensor and kind is not Parameter) or (other is not Tensor and other is not Parameter):
@@ -95,7 +101,18 @@ def _usual(foreground: Tensor, background: Tensor, alpha: float | Tensor, index:
         or foreground.is_neg()
         or background.is_neg()
         or not shape
-        or not 0 <= alpha <= 1
+    ):
+        return None
+    if type(alpha) is float:
+        if not 0 <= alpha <= 1:
+            return None
+    elif (
+        (type(alpha) is not Tensor and type(alpha) is not Parameter)
+        or alpha.dtype not in _DTYPES
+        or not alpha.is_cpu
+        or alpha.layout is not _STRIDED
+        or alpha.is_neg()
+        or alpha.shape != shape[:1]
     ):
         return None
     if index is None:
@@ -113,11 +130,6 @@ def _usual(foreground: Tensor, background: Tensor, alpha: float | Tensor, index:
     return None if found is None or found[1] is not _DTYPES else found[0]
 
 
-# Looked up once: for feature vectors the tests around the kernel take longer than the kernel.
-_is_compiling = torch.compiler.is_compiling
-_functorch_active = torch._C._are_functorch_transforms_active
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
 _STRIDED, _INT64 = torch.strided, torch.int64
 _DTYPES = frozenset(FLOATS)
 _KEY = ("blend", "cpu")
@@ -193,7 +205,7 @@ class _Blend(torch.autograd.Function):
         index, foreground, background, alpha = saved if len(saved) > 1 else (saved[0], None, None, None)
         needs = ctx.needs_input_grad[1:4]
         kernel, value, background_rows, strides = ctx.settings
-        if torch.is_grad_enabled() or not backend.eager(grad) or grad.is_neg():
+        if not backend.readable(grad) or grad.is_neg():
             # Recorded (create_graph=True) or batched (is_grads_batched=True): through the operator with its own rules.
             gradients = BLEND_BACKWARD(grad, foreground, background, alpha, value, index, background_rows, *needs)
             return (None, *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None)

@@ -160,11 +160,11 @@ class CpuBlend(Launcher):
     ) -> Tensor:
         count = foreground.numel()
         if (
-            alpha is not None
-            or not count
+            not count
             or not foreground.is_contiguous()
             or not background.is_contiguous()
             or (index is not None and not index.is_contiguous())
+            or (alpha is not None and alpha.dtype not in _WIDE)
         ):
             return super().forward(foreground, background, alpha, value, index)
         out = _empty_like(foreground)
@@ -182,8 +182,7 @@ class CpuBlend(Launcher):
             background.data_ptr(),
             size,
             0 if index is None else index.data_ptr(),
-            0,
-            0,
+            *(_NO_WEIGHTS if alpha is None else (alpha.data_ptr(), DTYPES[alpha.dtype], alpha.stride(0))),
             value,
             out.data_ptr(),
             _threads(),
@@ -203,23 +202,24 @@ class CpuBlend(Launcher):
         strides: tuple[int, ...] | None = None,
     ) -> Gradients:
         count = grad.numel()
-        usual = alpha is None and count and grad.stride() == strides and grad.is_contiguous()
-        if not usual or (index is not None and not index.is_contiguous()):
+        if (
+            not count
+            or grad.stride() != strides
+            or not grad.is_contiguous()
+            or (index is not None and not index.is_contiguous())
+            or (alpha is not None and (needs[2] or alpha.dtype not in _WIDE))
+        ):
             rest = (foreground, background, alpha, value, index, background_rows, needs, strides)
             return super().backward(grad, *rest)
         own = _empty_like(grad) if needs[0] else None
+        rows = len(grad)
         other = None
         if needs[1]:
-            other = (
-                _empty_like(grad)
-                if len(grad) == background_rows
-                else grad.new_empty((background_rows, *grad.shape[1:]))
-            )
+            other = _empty_like(grad) if rows == background_rows else grad.new_empty((background_rows, *grad.shape[1:]))
         if count >= _LARGE:
             for gradient in (own, other):
                 if gradient is not None:
                     fresh(self.core, gradient)
-        rows = len(grad)
         size = count // rows
         self.core.blend_backward(
             DTYPES[grad.dtype],
@@ -233,8 +233,7 @@ class CpuBlend(Launcher):
             0,
             0,
             0 if index is None else index.data_ptr(),
-            0,
-            0,
+            *(_NO_WEIGHTS if alpha is None else (alpha.data_ptr(), DTYPES[alpha.dtype], alpha.stride(0))),
             value,
             0 if own is None else own.data_ptr(),
             0 if other is None else other.data_ptr(),
@@ -246,13 +245,18 @@ class CpuBlend(Launcher):
     def _fresh(self, tensor: Tensor) -> Tensor:
         return fresh(self.core, tensor)
 
+    # As the core on a GPU takes them, but for the dtype of alpha, which _small has made float64.
     def _forward(self, *arguments: Any) -> None:
-        self.core.blend_forward(*arguments[:-1], torch.get_num_threads())
+        self.core.blend_forward(*arguments[:10], _FLOAT64, *arguments[10:-1], torch.get_num_threads())
 
     def _backward(self, *arguments: Any) -> None:
-        self.core.blend_backward(*arguments[:-2], torch.get_num_threads())
+        self.core.blend_backward(*arguments[:12], _FLOAT64, *arguments[12:-2], torch.get_num_threads())
 
 
+# Dtypes in which the CPU core reads alpha.
+_WIDE = (torch.float32, torch.float64)
+_FLOAT64 = DTYPES[torch.float64]
+_NO_WEIGHTS = (0, _FLOAT64, 0)
 _LARGE = HUGE // 8  # elements; fresh() looks at the bytes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -74,6 +75,9 @@ def keep_boxes(
 def _boxes(
     images: Tensor, boxes: Tensor | Sequence[Tensor], fill: float | Sequence[float] | Tensor, keep: bool
 ) -> Tensor:
+    kernel = _usual(images, boxes, fill)
+    if kernel is not None:
+        return kernel.fill_contiguous(images, boxes, _constant(fill, images.dtype, images.shape[1]), keep)  # type: ignore[arg-type]
     _check_images(images)
     padded = _padded(boxes, images)
     fills = _fills(fill, images)
@@ -82,6 +86,42 @@ def _boxes(
     if torch.is_grad_enabled() and images.requires_grad:
         return _FillBoxes.apply(images, padded, fills, keep)
     return _implementation(images, padded, fills, keep)
+
+
+def _usual(images: Tensor, boxes: Any, fill: Any) -> CpuBoxes | None:
+    """The CPU kernel for what calls mostly are, found in few steps; None says nothing yet."""
+    if type(fill) is not float or not backend.eager(images, boxes):
+        return None
+    if (
+        not images.is_cpu
+        or not boxes.is_cpu
+        or images.dtype not in backend.DTYPES
+        or (boxes.dtype is not torch.float32 and boxes.dtype is not torch.float64)
+        or images.layout is not torch.strided
+        or boxes.layout is not torch.strided
+        or images.dim() != 4
+        or not images.is_contiguous()
+        or not boxes.is_contiguous()
+        or images.is_neg()
+        or boxes.is_neg()
+        or (images.requires_grad and torch.is_grad_enabled())
+    ):
+        return None
+    shape = boxes.shape
+    if len(shape) != 3 or shape[0] != images.shape[0] or shape[2] != 4:
+        return None
+    found = backend._chosen.get(_KEY)
+    return found[0] if found is not None and isinstance(found[0], CpuBoxes) else None
+
+
+@functools.lru_cache(maxsize=64)
+def _filled(fill: float, sign: float, dtype: torch.dtype, channels: int) -> Tensor:
+    return torch.full((channels,), fill, dtype=dtype)
+
+
+def _constant(fill: float, dtype: torch.dtype, channels: int) -> Tensor:
+    """The fill as ``[C]``, made once: as an argument of a cache 0.0 and -0.0 are one, but for their sign."""
+    return _filled(fill, math.copysign(1.0, fill), dtype, channels)
 
 
 def _check_images(images: Tensor) -> None:
@@ -243,6 +283,7 @@ _DTYPES = frozenset(
         *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool),
     }
 )
+_KEY = ("boxes", "cpu")
 backend.register("boxes", "cpu", backend.Kernel(lambda: CpuBoxes(backend.cpu_core()), _DTYPES, frozenset({"cpu"})))
 cuda.register("boxes", CudaBoxes, _DTYPES)
 backend.register_triton("boxes", "boxes", "TritonBoxes", _DTYPES)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._memory import fresh
+from fedkern.ops.backend import DTYPES
 
 
 class BoxesKernel(Protocol):
@@ -30,6 +31,30 @@ class CpuBoxes:
 
     def __init__(self, core: Any) -> None:
         self.core = core
+
+    def fill_contiguous(self, images: Tensor, boxes: Tensor, fill: Tensor, keep: bool) -> Tensor:
+        """:meth:`fill` of contiguous images in one call of the core, which also looks for NaN.
+
+        ``boxes`` are contiguous fp32 or fp64, ``fill`` is ``[C]`` and contiguous.
+        """
+        out = torch.empty_like(images)
+        batch, channels, height, width = images.shape
+        self.core.fill_boxes(
+            images.element_size(),
+            batch,
+            channels,
+            height,
+            width,
+            boxes.shape[1],
+            images.data_ptr(),
+            boxes.data_ptr(),
+            DTYPES[boxes.dtype],
+            fill.data_ptr(),
+            0 if keep else 1,
+            fresh(self.core, out).data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out
 
     def fill(self, images: Tensor, boxes: Tensor, fill: Tensor, keep: bool, out: Tensor) -> None:
         if not pixels_in_step(images) or not pixels_in_step(out):

@@ -191,24 +191,7 @@ ALL_DTYPES = frozenset(DTYPES)
 
 _STRIDED = torch.strided
 
-# Looked up once: at 64 rows the tests around a loss take longer than the loss.
-_is_compiling = torch.compiler.is_compiling
-_functorch_active = torch._C._are_functorch_transforms_active
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
-_grad_enabled = torch.is_grad_enabled
-
-
-def readable(grad: Tensor) -> bool:
-    """True where a backward pass may hand ``grad`` to a kernel: it is neither recorded nor mapped over."""
-    return (
-        type(grad) is Tensor
-        and not _grad_enabled()
-        and not (_is_compiling() or _functorch_active() or _dispatch_modes() or _function_modes())
-        # What is_grads_batched=True hands to a backward pass.
-        and not _legacy_batched(grad)
-    )
+readable = backend.readable
 
 
 def ordinary(tensors: tuple[Tensor, ...]) -> bool:
@@ -216,7 +199,7 @@ def ordinary(tensors: tuple[Tensor, ...]) -> bool:
 
     False says nothing yet: they may be wrong, or right but for another path.
     """
-    if _is_compiling() or _functorch_active() or _dispatch_modes() or _function_modes():
+    if backend.intercepted():
         return False
     on_cpu = True
     for x in tensors:
@@ -234,7 +217,7 @@ def ordinary(tensors: tuple[Tensor, ...]) -> bool:
 
 def plain(tensors: tuple[Tensor, ...]) -> bool:
     """:func:`ordinary`, and logits of one shape: the common case, in few steps."""
-    if _is_compiling() or _functorch_active() or _dispatch_modes() or _function_modes():
+    if backend.intercepted():
         return False
     shape = None
     for x in tensors:

@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fedkern.ops import backend
 from fedkern.ops.cuda import core as cuda
 from fedkern.ops.cuda.fuse import CudaFuse
-from fedkern.ops.fuse_kernels import FuseNeeds, order_of
+from fedkern.ops.fuse_kernels import FuseNeeds, compute_dtype, order_of
 from fedkern.ops.fuse_launch import CpuFuse
 from fedkern.ops.fuse_library import FUSE
 from fedkern.ops.fuse_reference import fuse_backward_reference, fuse_concat_reference, fuse_mean_reference
@@ -55,6 +56,9 @@ def fuse_concat(
         TypeError, ValueError: an argument's type, dtype, device or shape is wrong.
         RuntimeError: a forced backend cannot serve the call.
     """
+    found = _usual(features, scale, shift, activation, mean=False)
+    if found is not None:
+        return _fuse_alike(*found, features, scale, shift, activation is not None, mean=False)
     _check(features, scale, shift, activation, mean=False)
     return _fuse(features, scale, shift, activation is not None, mean=False)
 
@@ -79,8 +83,80 @@ def fuse_mean(
 
     Gradients, transforms and errors are those of :func:`fuse_concat`.
     """
+    found = _usual(features, scale, shift, activation, mean=True)
+    if found is not None:
+        return _fuse_alike(*found, features, scale, shift, activation is not None, mean=True)
     _check(features, scale, shift, activation, mean=True)
     return _fuse(features, scale, shift, activation is not None, mean=True)
+
+
+def _fuse_alike(
+    kernel: CpuFuse,
+    last: bool,
+    features: Sequence[Tensor],
+    scale: Tensor | None,
+    shift: Tensor | None,
+    relu: bool,
+    mean: bool,
+) -> Tensor:
+    if torch.is_grad_enabled():
+        summed = (scale is not None and scale.requires_grad) or (shift is not None and shift.requires_grad)
+        if summed or (relu and mean):
+            return _fuse(features, scale, shift, relu, mean)
+        for x in features:
+            if x.requires_grad:
+                return _FuseAlike.apply(kernel, scale, shift, relu, mean, last, *features)
+    return kernel.forward_alike(features, scale, shift, relu, mean, last)
+
+
+def _usual(
+    features: Sequence[Tensor], scale: Tensor | None, shift: Tensor | None, activation: Activation, mean: bool
+) -> tuple[CpuFuse, bool] | None:
+    """The CPU kernel and whether maps are channels-last, for what calls mostly are; None says nothing yet."""
+    if type(features) not in (list, tuple) or not features or activation not in (None, "relu") or backend.intercepted():
+        return None
+    first = features[0]
+    if not isinstance(first, Tensor) or first.dtype not in _DTYPES:
+        return None
+    shape, dtype, last = first.shape, first.dtype, False
+    if len(shape) < 2 or not first.numel():
+        return None
+    if not first.is_contiguous():
+        if len(shape) != 4 or not first.is_contiguous(memory_format=_CHANNELS_LAST):
+            return None
+        last = True
+    for x in features:
+        if not _readable(x, dtype) or x.shape != shape:
+            return None
+        if not (x.is_contiguous(memory_format=_CHANNELS_LAST) if last else x.is_contiguous()):
+            return None
+    if scale is not None or shift is not None:
+        wanted = compute_dtype(dtype)
+        size = (shape[1] * len(features),)
+        for vector in (scale, shift):
+            if vector is not None and not (
+                _readable(vector, wanted) and vector.shape == size and vector.is_contiguous()
+            ):
+                return None
+    found = backend._chosen.get(("fuse_mean" if mean else "fuse_concat", "cpu"))
+    return (found[0], last) if found is not None and type(found[0]) is CpuFuse else None
+
+
+def _readable(x: Tensor, dtype: torch.dtype) -> bool:
+    kind = type(x)
+    return (
+        (kind is Tensor or kind is Parameter)
+        and x.dtype is dtype
+        and x.is_cpu
+        and x.layout is _STRIDED
+        and not x.is_neg()
+        and not _legacy_batched(x)
+    )
+
+
+_STRIDED, _CHANNELS_LAST = torch.strided, torch.channels_last
+_DTYPES = frozenset(FLOATS)
+_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def _fuse(features: Sequence[Tensor], scale: Tensor | None, shift: Tensor | None, relu: bool, mean: bool) -> Tensor:
@@ -202,6 +278,46 @@ class _Fuse(torch.autograd.Function):
         else:
             maps, to_scale, to_shift = kernel.backward(*arguments, ctx.channels_last)
         return (to_scale, to_shift, None, None, *maps)
+
+
+class _FuseAlike(torch.autograd.Function):
+    """:class:`_Fuse` for what :func:`_usual` has found, where scale and shift are constants."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernel: CpuFuse,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        relu: bool,
+        mean: bool,
+        last: bool,
+        *features: Tensor,
+    ) -> Tensor:
+        out = kernel.forward_alike(features, scale, shift, relu, mean, last)
+        if relu or scale is not None:
+            ctx.save_for_backward(scale, out if relu else None)
+        ctx.settings = (kernel, relu, mean, last, features[0].shape[1])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        kernel, relu, mean, last, channels = ctx.settings
+        scale, out = ctx.saved_tensors or (None, None)
+        needs = ctx.needs_input_grad[6:]
+        dense = grad.is_contiguous(memory_format=_CHANNELS_LAST) if last else grad.is_contiguous()
+        if dense and not grad.is_neg() and backend.readable(grad):
+            return (*_NONE, *kernel.backward_alike(grad, out, scale, mean, needs, last))
+        rest = (relu, mean, [channels] * len(needs), FuseNeeds(needs, False, False))
+        if grad.is_neg() or not backend.readable(grad):
+            maps, _, _ = fuse_backward_reference(grad, None, out, scale, None, *rest)
+        else:
+            maps, _, _ = kernel.backward(grad, None, out, scale, None, *rest, last)
+        return (*_NONE, *maps)
+
+
+_NONE = (None,) * 6
 
 
 # 4. The same operator for torch.compile and opcheck: fuse_library.

@@ -22,10 +22,6 @@ from fedkern.ops.fuse_kernels import (
     wants_channels_last,
 )
 
-# Results above this many bytes do not fit into the last-level cache with what was read for them: the smallest size at
-# which writing past the caches measured faster (32 MB of L3).
-STREAM_BYTES = 32 << 20
-
 Map = tuple[int, int, int, int, int]
 
 
@@ -67,10 +63,76 @@ class CpuFuse:
             _map(out, interleaved),
             0 if factor is None else factor.data_ptr(),
             0 if summand is None else summand.data_ptr(),
-            bytes_ > STREAM_BYTES,
             torch.get_num_threads(),
         )
         return out
+
+    def forward_alike(
+        self, features: Sequence[Tensor], scale: Tensor | None, shift: Tensor | None, relu: bool, mean: bool, last: bool
+    ) -> Tensor:
+        """:meth:`forward` of maps of one shape that all are contiguous or (``last``) channels-last, in few steps.
+
+        Scale and shift are contiguous and of the dtype that is computed in.
+        """
+        first, count = features[0], len(features)
+        batch, channels, *positions = first.shape
+        size = math.prod(positions)
+        if mean:
+            out = torch.empty_like(first)
+        elif last:
+            out = empty_map((batch, channels * count, *positions), True, first)
+        else:
+            out = first.new_empty((batch, channels * count, *positions))
+        if batch * channels * size >= _LARGE:
+            fresh(self.core, out)
+        self.core.fuse_forward_alike(
+            DTYPES[first.dtype],
+            batch,
+            size,
+            channels,
+            last or size == 1,
+            relu,
+            mean,
+            [x.data_ptr() for x in features],
+            out.data_ptr(),
+            0 if scale is None else scale.data_ptr(),
+            0 if shift is None else shift.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out
+
+    def backward_alike(
+        self, grad: Tensor, out: Tensor | None, scale: Tensor | None, mean: bool, needs: Sequence[bool], last: bool
+    ) -> list[Tensor | None]:
+        """Gradients of the maps of :meth:`forward_alike` where no sums are wanted; ``grad`` is laid out alike."""
+        batch, channels, *positions = grad.shape
+        size = math.prod(positions)
+        if not mean:
+            channels //= len(needs)
+        shape = (batch, channels, *positions)
+        if last:
+            targets = [empty_map(shape, True, grad) if need else None for need in needs]
+        else:
+            targets = [grad.new_empty(shape) if need else None for need in needs]
+        if batch * channels * size >= _LARGE:
+            for target in targets:
+                if target is not None:
+                    fresh(self.core, target)
+        self.core.fuse_backward_alike(
+            DTYPES[grad.dtype],
+            batch,
+            size,
+            channels,
+            last or size == 1,
+            out is not None,
+            mean,
+            grad.data_ptr(),
+            0 if out is None else out.data_ptr(),
+            [0 if target is None else target.data_ptr() for target in targets],
+            0 if scale is None else scale.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return targets
 
     def backward(
         self,
@@ -116,12 +178,14 @@ class CpuFuse:
             0 if summand is None else summand.data_ptr(),
             0 if by_scale is None else by_scale.data_ptr(),
             0 if by_shift is None else by_shift.data_ptr(),
-            batch * size * sum(channels) * grad.itemsize > STREAM_BYTES,
             torch.get_num_threads(),
         )
         to_scale = None if by_scale is None or scale is None else by_scale.to(scale.dtype)
         to_shift = None if by_shift is None or shift is None else by_shift.to(shift.dtype)
         return FuseGradients(targets, to_scale, to_shift)
+
+
+_LARGE = HUGE // 8  # elements; fresh() looks at the bytes
 
 
 def _vector(vector: Tensor | None, like: Tensor) -> Tensor | None:

@@ -215,10 +215,10 @@ def test_every_offset_over_sentinels(isa: str, dtype: torch.dtype) -> None:
             a, b, c = (t[i : i + count] for t in (x, y, g))
             core.blend_forward(
                 *(code, rows, rows, size, a.data_ptr(), size, b.data_ptr(), size),
-                *(index.data_ptr(), 0, 0, 0.3, out[41 - i :].data_ptr(), 1),
+                *(index.data_ptr(), 0, 1, 0, 0.3, out[41 - i :].data_ptr(), 1),
             )
             core.blend_backward(
-                *(code, rows, rows, size, c.data_ptr(), size, 0, 0, 0, 0, index.data_ptr(), 0, 0, 0.3),
+                *(code, rows, rows, size, c.data_ptr(), size, 0, 0, 0, 0, index.data_ptr(), 0, 1, 0, 0.3),
                 *(own[41 - i :].data_ptr(), other[41 - i :].data_ptr(), 0, 1),
             )
             exact = 0.3 * a.double().view(rows, size) + 0.7 * b.double().view(rows, size)[index]

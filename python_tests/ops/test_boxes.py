@@ -199,6 +199,14 @@ def test_every_offset_over_sentinels(isa: str) -> None:
                 assert bool((sentinel[41 - i + height * width :] == value).all())
 
 
+def test_fill_keeps_the_sign_of_zero() -> None:
+    images, boxes = torch.ones(1, 2, 3, 3), torch.tensor([[[0.0, 0.0, 2.0, 2.0]]])
+    for fill in (0.0, -0.0, 0.0):
+        inside = erase_boxes(images, boxes, fill)[:, :, :2, :2]
+        assert not inside.any()
+        assert bool((inside.signbit() == (math.copysign(1, fill) < 0)).all())
+
+
 def test_same_bits_for_one_and_two_threads() -> None:
     images = torch.randn(32, 3, 224, 224)
     boxes = make_boxes(32, 224, 224, seed=4)

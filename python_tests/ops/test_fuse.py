@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -167,10 +167,20 @@ def test_mean_of_relus_is_not_the_relu_of_the_mean(backend: str) -> None:
     assert fuse_mean([x, x, x]).tolist() == x.tolist()
 
 
-def test_streamed_results_are_the_same(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Results too large for the cache are written past it, in whole lines wherever the run begins."""
-    from fedkern.ops import fuse_launch
+@pytest.fixture
+def cache_bytes() -> Iterator[Callable[[int], None]]:
+    """Sets what the core takes for the size of the last-level cache."""
+    from fedkern.ops.backend import cpu_core
 
+    core = cpu_core()
+    before = core.cache_bytes()
+    yield core.set_cache_bytes
+    core.set_cache_bytes(before)
+
+
+@needs_core
+def test_streamed_results_are_the_same(backend: str, cache_bytes: Callable[[int], None]) -> None:
+    """Results too large for the cache are written past it, in whole lines wherever the run begins."""
     for layout, dtype, width in itertools.product(
         (torch.contiguous_format, torch.channels_last), (torch.float32, torch.bfloat16), (13, 16)
     ):
@@ -179,7 +189,7 @@ def test_streamed_results_are_the_same(backend: str, monkeypatch: pytest.MonkeyP
         scale = torch.randn(3 * width)
         results = []
         for limit in (1 << 40, -1):
-            monkeypatch.setattr(fuse_launch, "STREAM_BYTES", limit)
+            cache_bytes(limit)
             for function, _ in FUNCTIONS.values():
                 out = function(features, scale, scale, "relu")
                 results.append([out, *torch.autograd.grad(out, features, torch.ones_like(out).cumsum(1))])
@@ -189,8 +199,7 @@ def test_streamed_results_are_the_same(backend: str, monkeypatch: pytest.MonkeyP
 
 @needs_core
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nothing_outside_is_written(dtype: torch.dtype) -> None:
-    from fedkern.ops import fuse_launch
+def test_nothing_outside_is_written(dtype: torch.dtype, cache_bytes: Callable[[int], None]) -> None:
     from fedkern.ops.backend import DTYPES as CODES
     from fedkern.ops.backend import cpu_core
 
@@ -203,19 +212,19 @@ def test_nothing_outside_is_written(dtype: torch.dtype) -> None:
         buffer = torch.full((total + 70,), 777.0, dtype=dtype)
         target = buffer[offset:]
         outer = (1, 2 * count) if interleaved else (size, 1)
+        cache_bytes(-1 if stream else 1 << 40)
         with using(name):
             core.fuse_forward(
                 *(CODES[dtype], batch, size, interleaved, True, False),
                 [(x.data_ptr(), count, count * size, *strides) for x in maps],
                 (target.data_ptr(), 2 * count, 2 * count * size, *outer),
-                *(0, 0, stream, 1),
+                *(0, 0, 1),
             )
         views = [x.as_strided((batch, count, size), (count * size, *strides)) for x in maps]
         got = target.as_strided((batch, 2 * count, size), (2 * count * size, *outer), target.storage_offset())
         assert torch.equal(got, torch.cat(views, 1).relu())
         assert bool((buffer[:offset] == 777).all())
         assert bool((buffer[offset + total :] == 777).all())
-    assert fuse_launch.STREAM_BYTES > 0
 
 
 @needs_core
