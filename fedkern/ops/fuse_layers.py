@@ -83,6 +83,11 @@ class FusedConv(FusedLayer):
         )
 
     @property
+    def result_rows(self) -> int:
+        """Channels of all branches' results."""
+        return cast(Tensor, self.weight).shape[0]
+
+    @property
     def widest(self) -> int:
         """Positions that the kernel reaches beyond one output, or its padding, the larger."""
         return max((int(self.kernel[1]) - 1) * self.dilation[1], *(int(p) for p in cast(Any, self.padding)))

@@ -18,6 +18,11 @@ from fedkern.ops.fuse_trace import Step
 # What the direct way keeps of the widest map: fits into a core's second-level cache together with what is read for it.
 CHUNK_BYTES = 1 << 21
 
+# Results above this come page by page from the system every time (glibc's malloc keeps no larger block), which costs a
+# 1x1 convolution a third of its time: they are allocated in huge pages and filled some samples at a time.
+FRESH_BYTES = 32 << 20
+PIECE_BYTES = 8 << 20
+
 
 class Fold(NamedTuple):
     """A convolution with what follows it; other steps are kept as they are.
@@ -157,10 +162,29 @@ class FoldedBlocks:
             for fold in self.folds
             if fold.step.kind == "conv"
         }
+        # Batch norms without running statistics look at the whole batch.
+        self.by_sample = all(_folds(layer) for layer in layers.values() if isinstance(layer, FusedBatchNorm))
 
     def grouped(self, x: Tensor, shared: bool) -> Tensor:
         """All branches at once, channels-last."""
         x = channels_last(x)
+        core = fuse_conv.core_for(x) if self.by_sample and x.dim() == 4 else None
+        widest = max([held.conv.result_rows for held in self.weights.values()], default=0)
+        sample = widest * x.shape[2] * x.shape[3] * x.itemsize if core is not None else 0
+        if x.shape[0] * sample <= FRESH_BYTES:
+            return self._grouped(x, shared)
+        step = max(1, PIECE_BYTES // sample)
+        out: Tensor | None = None
+        for begin in range(0, x.shape[0], step):
+            piece = self._grouped(x[begin : begin + step], shared)
+            if out is None:
+                shape = (x.shape[0], *piece.shape[1:])
+                out = fresh(core, fuse_kernels.empty_map(shape, piece.dim() == 4, piece))
+            out[begin : begin + step] = piece
+        assert out is not None
+        return out
+
+    def _grouped(self, x: Tensor, shared: bool) -> Tensor:
         values: dict[int, tuple[Tensor, bool]] = {0: (x, shared)}
         for fold in self.folds:
             step = fold.step
@@ -195,9 +219,13 @@ class FoldedBlocks:
 
     def fits(self, x: Tensor) -> bool:
         """Whether :meth:`direct` covers all convolutions on a map as wide as ``x``."""
-        return x.dim() == 4 and all(
-            fuse_conv.fits(held.conv) and x.shape[3] + 2 * held.conv.widest < fuse_conv.MAX_COLUMNS
-            for held in self.weights.values()
+        return (
+            x.dim() == 4
+            and self.by_sample
+            and all(
+                fuse_conv.fits(held.conv) and x.shape[3] + 2 * held.conv.widest < fuse_conv.MAX_COLUMNS
+                for held in self.weights.values()
+            )
         )
 
     def direct(self, core: Any, x: Tensor, shared: bool) -> Tensor:

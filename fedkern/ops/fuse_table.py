@@ -49,7 +49,7 @@ ROWS: tuple[Row, ...] = (
     Row("pointwise", 5, 64, 16, False, "direct"),
     Row("pointwise", 5, 64, 16, True, "grouped"),
     Row("pointwise", 5, 64, 32, False, "direct"),
-    Row("pointwise", 5, 64, 32, True, "separate"),
+    Row("pointwise", 5, 64, 32, True, "grouped"),
     Row("pointwise", 10, 14, 16, False, "direct"),
     Row("pointwise", 10, 14, 16, True, "grouped"),
     Row("pointwise", 10, 14, 32, False, "direct"),

@@ -303,6 +303,32 @@ def test_direct_way_in_chunks_and_threads(monkeypatch: pytest.MonkeyPatch) -> No
         torch.testing.assert_close(whole, torch.cat([block(x) for block in blocks], 1), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_large_results_in_pieces(monkeypatch: pytest.MonkeyPatch, lowering: str) -> None:
+    """What looks at one sample at a time may be computed so; batch norms without running statistics may not."""
+    from fedkern.ops import fuse_lowering
+
+    for layers in (
+        [nn.Conv2d(6, 5, 1), nn.ReLU()],
+        [nn.Conv2d(6, 5, 3, 2), nn.BatchNorm2d(5, track_running_stats=False)],
+        [nn.Conv2d(6, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()],
+    ):
+        blocks = [nn.Sequential(*copy.deepcopy(layers)).eval() for _ in range(3)]
+        for block in blocks:
+            nn.init.normal_(block[0].weight)
+        fused = FusedBlocks(blocks, lowering=lowering)
+        x = torch.randn(7, 6, 8, 8)
+        with torch.no_grad(), monkeypatch.context() as patch:
+            wanted = torch.cat([block(x) for block in blocks], 1)
+            whole = fused(x)
+            patch.setattr(fuse_lowering, "FRESH_BYTES", 1000)
+            patch.setattr(fuse_lowering, "PIECE_BYTES", 2 * 15 * 64 * 4)
+            patch.setattr(fuse_lowering, "CHUNK_BYTES", 2 * 15 * 64 * 4)
+            pieces = fused(x)
+            assert pieces.stride() == whole.stride()
+            torch.testing.assert_close(pieces, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_table_names_lowerings_and_serves_every_setting() -> None:
     from fedkern.ops.fuse_table import ROWS, choose
 
