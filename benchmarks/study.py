@@ -141,9 +141,9 @@ def best_rate(scores: Mapping[float, Sequence[float]]) -> float:
     return max(sorted(scores), key=lambda rate: mean(scores[rate]))
 
 
-def transfer_seconds(ledger: Mapping[str, Any], megabits: float) -> float:
-    """Seconds that the busiest client's bytes, both ways and one-off ones included, need on its own link (Mbit/s)."""
-    return max(sum(client.values()) for client in ledger["clients"].values()) * 8 / (megabits * 1e6)
+def transfer_seconds(size: float, megabits: float) -> float:
+    """Seconds that ``size`` bytes need at so many Mbit/s."""
+    return size * 8 / (megabits * 1e6)
 
 
 def publish(
@@ -158,15 +158,16 @@ def publish(
 
 
 def command_line(
-    module: str, description: str, studies: Mapping[str, Any], files: Mapping[str, str]
+    module: str, description: str, studies: Mapping[str, Any], files: Mapping[str, str], sections: Iterable[str] = ()
 ) -> argparse.Namespace:
-    """What the user asked for: ``study``, ``data_root`` (absolute or None), ``out``, ``workers``.
+    """What the user asked for: ``study``, ``only`` (sections), ``data_root`` (absolute or None), ``out``, ``workers``.
 
     Args:
         module: the study's module, for example ``"study_fusefl"``.
         description: one line.
         studies: the studies by name.
         files: what ``--data-root`` must hold, for the studies that need it.
+        sections: parts of a study that can be run alone.
     """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{module}", description=description)
     parser.add_argument("study", choices=studies, help="which data")
@@ -174,6 +175,8 @@ def command_line(
     parser.add_argument("--data-root", help=f"folder of the data files ({needs})")
     parser.add_argument("--out", type=Path, help=f"folder of the runs (default: runs/{module.replace('_', '-')}-STUDY)")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
+    if sections := tuple(sections):
+        parser.add_argument("--only", nargs="+", choices=sections, default=sections, help="sections (default: all)")
     given = parser.parse_args()
     if given.study in files and not given.data_root:
         parser.error(f"{given.study} needs --data-root, the folder of {files[given.study]}")

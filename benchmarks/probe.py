@@ -1,0 +1,74 @@
+"""Linear probes: how much of the class a logistic regression reads from every level of a finished run's model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedkern import engine, models
+from fedkern.data import normalise
+from fedkern.engine.run import load_data
+from fedkern.models.blocks import cut
+
+Levels = Callable[[Tensor], list[Tensor]]
+
+
+def probe(folder: Path, blocks: int, *, batch: int = 500) -> list[float]:
+    """The test accuracy of a logistic regression on each level's features.
+
+    Features are averaged over positions and, where there are several clients' networks, over these; the regression sees
+    all clients' training images, standardised features, no augmentation.
+
+    Args:
+        folder: a finished run.
+        blocks: levels to cut an ordinary network (or every member of an ensemble) into.
+    """
+    from sklearn.linear_model import LogisticRegression  # slow to import
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    config = engine.RunConfig.load(folder)
+    network, about = engine.read_model(folder)
+    data = load_data(config)
+    levels = level_features(network, blocks)
+
+    def features(images: Tensor) -> list[np.ndarray]:
+        found: list[list[Tensor]] = []
+        with torch.no_grad():
+            for part in images.split(batch):
+                found.append(levels(normalise(part, about["mean"], about["std"], channels_last=True)))
+        return [torch.cat(level).numpy() for level in zip(*found, strict=True)]
+
+    test = data.tests[""]
+    train_labels = torch.cat([client.labels for client in data.clients]).numpy()
+    train = features(torch.cat([client.images for client in data.clients]))
+    accuracies = []
+    for own, other in zip(train, features(test.images), strict=True):
+        regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+        accuracies.append(float(regression.fit(own, train_labels).score(other, test.labels.numpy())))
+    return accuracies
+
+
+def level_features(network: Any, blocks: int) -> Levels:
+    """A function from images to every level's features ``[B, c_l]``."""
+    if hasattr(network, "level_features"):  # FuseFL's
+        return network.level_features  # type: ignore[no-any-return]
+    members = network.members if isinstance(network, models.Ensemble) else [network]
+    parts = [cut(member, blocks) for member in members]
+
+    def levels(x: Tensor) -> list[Tensor]:
+        each = []
+        for part in parts:
+            h, own = x, []
+            for block in part.blocks:
+                h = block(h)
+                own.append(h.flatten(2).mean(2) if h.dim() == 4 else h)
+            each.append(own)
+        return [torch.stack(level).mean(0) for level in zip(*each, strict=True)]
+
+    return levels

@@ -1,0 +1,359 @@
+"""The evidence for FuseFL: does progressive fusion beat its baselines, and what does each of its parts do.
+
+    python -m benchmarks.study_fusefl digits                      # embedded data
+    python -m benchmarks.study_fusefl cifar10 --data-root DIR     # the official binary files
+
+``--only SECTION ...`` runs some of the sections: ``table`` (all baselines, three heterogeneities, three seeds),
+``blocks`` (K, adaptors), ``clients`` (M), ``datafree``, ``parts`` (every decision alone), ``cue`` (spurious shapes).
+Each goes on where it was interrupted and writes ``benchmarks/results/fusefl_<study>_<section>.md`` and ``.json``.
+
+All one-shot methods train equally long on the same split.  Calibration is a part of FuseFL and not of its baselines, so
+there are two columns: as published, and with every method's classifier calibrated alike.  The learning rate of a method
+in a column comes from the same grid, by the accuracy of that column on the validation split at the middle heterogeneity
+(seed 0) alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.probe import probe
+from benchmarks.study import Case, Runs, best_rate, command_line, publish, spread, table, transfer_seconds
+
+SEEDS = (0, 1, 2)
+Column = str
+PUBLISHED, CALIBRATED = "as published", "all calibrated"
+ONE_SHOT: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "one-shot FedAvg": ("oneshot-fedavg", {"calibrate": True}),
+    "ensemble": ("ensemble", {"calibrate": True}),
+    "FuseFL": ("fusefl", {}),
+}
+REFERENCE = "FedAvg, many rounds"
+LINKS = (10, 1000)  # Mbit/s
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is held fixed.
+
+    Attributes:
+        settings: of every run; ``local_epochs`` is a one-shot client's whole budget.
+        rounds: those of multi-round FedAvg, over which the same budget is spread.
+        rates: learning rates to choose from.
+        deep: model and width for the section ``blocks``, which needs a network of eight blocks.
+        many: numbers of clients of the section ``clients``.
+    """
+
+    settings: Mapping[str, Any]
+    rounds: int
+    rates: tuple[float, ...]
+    alphas: tuple[float, ...] = (0.1, 0.3, 0.5)
+    deep: tuple[str, int] = ("resnet18", 16)
+    many: tuple[int, ...] = (10, 20, 50)
+
+
+_COMMON = {
+    "clients": 5, "model": "resnet8", "width": 16, "batch_size": 32, "momentum": 0.9, "weight_decay": 0,
+    "grad_cam": 0,
+}  # fmt: skip
+STUDIES = {
+    "digits": Study({"data": "digits", **_COMMON, "public_samples": 200, "local_epochs": 16}, 8, (0.01, 0.03, 0.1)),
+    "cifar10": Study(
+        {
+            "data": "cifar10", **_COMMON, "train_samples": 5000, "public_samples": 1000, "test_samples": 2000,
+            "validation_samples": 1000, "local_epochs": 16,
+        },
+        8,
+        (0.01, 0.03, 0.1),
+    ),
+}  # fmt: skip
+
+
+class FuseFLRuns(Runs):
+    """Names the cases of the study, and reads its two columns from their records."""
+
+    def __init__(self, study: Study, folder: Path, workers: int, settings: Mapping[str, Any]) -> None:
+        super().__init__(folder, workers, settings)
+        self.study = study
+
+    def one_shot(self, name: str, alpha: float, lr: float, seed: int, *words: str, **changes: Any) -> Case:
+        """A one-shot run: ``changes`` are method options, or settings that the study fixes otherwise."""
+        method, own = ONE_SHOT[name]
+        return self.run_of(method, alpha, lr, seed, own, *words, **changes)
+
+    def run_of(
+        self, method: str, alpha: float, lr: float, seed: int, options: Mapping[str, Any], *words: str, **changes: Any
+    ) -> Case:
+        settings = {**self.study.settings, "partition": f"dirichlet:{alpha}", "lr": lr, "seed": seed}
+        settings.update({key: value for key, value in changes.items() if key in SETTINGS})
+        options = {**options, **{key: value for key, value in changes.items() if key not in SETTINGS}}
+        said = [*words, *(f"{key}={value}" for key, value in changes.items())]
+        return self.case(method, settings, options, *said, f"a{alpha}", f"lr{lr}", f"s{seed}")
+
+    def reference(self, alpha: float, lr: float, seed: int, **changes: Any) -> Case:
+        """Multi-round FedAvg with the same budget."""
+        epochs = self.study.settings["local_epochs"] // self.study.rounds
+        settings = {"rounds": self.study.rounds, "local_epochs": epochs, "eval_every": 1000, **changes}
+        return self.run_of("fedavg", alpha, lr, seed, {}, **settings)
+
+    def record(self, case: Case, column: Column) -> dict[str, Any]:
+        """The figures of a column: FuseFL's last ones in both; others' before and after their calibration."""
+        records = [record for record in self.rounds(case) if "validation_accuracy" in record]
+        if column == PUBLISHED and not case.name.startswith("fusefl"):
+            records = [record for record in records if record["name"] != "calibrate"]
+        return records[-1]
+
+    def uncalibrated(self, case: Case) -> float:
+        """The accuracy before calibration."""
+        accuracies = [r["accuracy"] for r in self.rounds(case) if r["name"] != "calibrate" and "accuracy" in r]
+        return float(accuracies[-1])
+
+    def rates(self) -> dict[tuple[str, Column], float]:
+        """Runs the grid and chooses every method's learning rate in every column."""
+        alpha = self.study.alphas[len(self.study.alphas) // 2]
+        cases = {(name, lr): self.one_shot(name, alpha, lr, 0) for name in ONE_SHOT for lr in self.study.rates}
+        cases |= {(REFERENCE, lr): self.reference(alpha, lr, 0) for lr in self.study.rates}
+        self.run(cases.values())
+        return {
+            (name, column): best_rate(
+                {lr: [self.record(cases[name, lr], column)["validation_accuracy"]] for lr in self.study.rates}
+            )
+            for name in (*ONE_SHOT, REFERENCE)
+            for column in (PUBLISHED, CALIBRATED)
+        }
+
+    def megabytes(self, case: Case, column: Column) -> tuple[float, float]:
+        """What a client sends and receives on average until the column's figure stands."""
+        record, clients = self.record(case, column), self.summaries[case.name]["clients"]
+        return record["bytes_up"] / clients / 1e6, record["bytes_down"] / clients / 1e6
+
+
+# What `changes` of a run may name beside method options.
+SETTINGS = {
+    "clients", "model", "width", "local_epochs", "rounds", "cue_clients", "public_samples", "train_samples",
+    "eval_every",
+}  # fmt: skip
+
+Section = tuple[str, dict[str, Any]]
+
+
+def main_table(runs: FuseFLRuns) -> Section:
+    """All baselines at every heterogeneity: both columns, bytes, memory, and probes of every level."""
+    rates = runs.rates()
+
+    def case(name: str, alpha: float, seed: int, column: Column) -> Case:
+        lr = rates[name, column]
+        return runs.reference(alpha, lr, seed) if name == REFERENCE else runs.one_shot(name, alpha, lr, seed)
+
+    names, columns = (*ONE_SHOT, REFERENCE), (PUBLISHED, CALIBRATED)
+    runs.run(case(n, a, s, c) for a in runs.study.alphas for n in names for s in SEEDS for c in columns)
+    page, numbers = "", {}
+    for alpha in runs.study.alphas:
+        rows = []
+        for name in names:
+            row = [name]
+            for column in columns:
+                found = [runs.record(case(name, alpha, seed, column), column) for seed in SEEDS]
+                numbers[f"{name}, alpha {alpha}, {column}"] = {"lr": rates[name, column], "runs": found}
+                missing = column == CALIBRATED and name == REFERENCE
+                row += ["", ""] if missing else [str(rates[name, column]), spread([r["accuracy"] for r in found])]
+            rows.append([*row, *_before_and_vote(runs, name, [case(name, alpha, s, CALIBRATED) for s in SEEDS])])
+        header = ["method", "lr", PUBLISHED, "lr", CALIBRATED, "before calibration", "vote"]
+        page += f"## Dirichlet {alpha}: accuracy, mean ± standard deviation over {len(SEEDS)} seeds, in %\n\n"
+        page += table(header, rows) + "\n\n"
+    page += _cost(runs, {name: case(name, runs.study.alphas[0], 0, PUBLISHED) for name in names})
+    page += "\n## Linear probe of every level (K = 2), Dirichlet "
+    page += f"{runs.study.alphas[0]}, seed 0, accuracy in %\n\nFeatures averaged over positions and clients; logistic "
+    page += "regression on all training images.\n\n"
+    rows = []
+    for name in names:
+        found = probe(runs.folder / case(name, runs.study.alphas[0], 0, PUBLISHED).name, blocks=2)
+        numbers[f"{name}, probes"] = found
+        rows.append([name, *(f"{100 * value:.1f}" for value in found)])
+    return page + table(["method", "level 1", "level 2"], rows) + "\n", numbers
+
+
+def _before_and_vote(runs: FuseFLRuns, name: str, cases: list[Case]) -> list[str]:
+    if name == REFERENCE:
+        return ["", ""]
+    plain = spread([runs.uncalibrated(case) for case in cases])
+    votes = [runs.record(case, PUBLISHED).get("vote_accuracy") for case in cases]
+    return [plain, spread([vote for vote in votes if vote is not None]) if votes[0] is not None else ""]
+
+
+def _cost(runs: FuseFLRuns, cases: Mapping[str, Case]) -> str:
+    """Bytes, their transfer times and memory of each case, calibrated and not."""
+    rows = []
+    for name, case in cases.items():
+        for column in (PUBLISHED, CALIBRATED):
+            if column == CALIBRATED and case.name.startswith(("fusefl", "fedavg")):
+                continue
+            up, down = runs.megabytes(case, column)
+            seconds = [f"{transfer_seconds((up + down) * 1e6, link):.2f}" for link in LINKS]
+            ratio = runs.metrics(case).get("memory_ratio")
+            memory = "1.00" if ratio is None else f"{ratio:.2f}"
+            train = f"{runs.summaries[case.name]['seconds']:.0f}"
+            rows.append([f"{name}, {column}", f"{up:.3f}", f"{down:.3f}", *seconds, memory, train])
+    header = ["method", "MB up", "MB down", *(f"s at {link} Mbit/s" for link in LINKS), "memory", "run, s"]
+    title = "## Cost: bytes of a client, their transfer, memory of the model beside one of the same width\n\n"
+    return f"{title}{table(header, rows)}\n"
+
+
+def _rows(runs: FuseFLRuns, cases: Mapping[str, Case], numbers: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for name, case in cases.items():
+        last = runs.record(case, CALIBRATED)
+        up, down = runs.megabytes(case, CALIBRATED)
+        memory = runs.metrics(case).get("memory_ratio", 1.0)
+        numbers[name] = {**last, "memory_ratio": memory}
+        figures = [f"{100 * runs.uncalibrated(case):.1f}", f"{100 * last['accuracy']:.1f}"]
+        rows.append([name, *figures, f"{up:.3f}", f"{down:.3f}", f"{memory:.2f}"])
+    return rows
+
+
+HEADER = ["run", "before calibration, %", "calibrated, %", "MB up", "MB down", "memory"]
+
+
+def blocks(runs: FuseFLRuns) -> Section:
+    """K = 2, 4, 8 with concatenation (cnn1x1) and averaging adaptors, on a deeper network."""
+    lr, alpha = runs.rates()["FuseFL", CALIBRATED], runs.study.alphas[0]
+    (model, width), numbers = runs.study.deep, {}
+    deep = {"model": model, "width": width}
+    cases = {
+        f"K = {k}, {adaptor}": runs.one_shot("FuseFL", alpha, lr, 0, **deep, blocks=k, adaptor=adaptor)
+        for k in (2, 4, 8)
+        for adaptor in ("cnn1x1", "avg")
+    }
+    baselines = {
+        name: runs.one_shot(name, alpha, runs.rates()[name, CALIBRATED], 0, **deep)
+        for name in ("one-shot FedAvg", "ensemble")
+    }
+    runs.run([*cases.values(), *baselines.values()])
+    title = f"## {model} of width {width} (FuseFL: over the root of the clients), Dirichlet {alpha}, seed 0\n\n"
+    return title + table(HEADER, _rows(runs, {**cases, **baselines}, numbers)) + "\n", numbers
+
+
+def clients(runs: FuseFLRuns) -> Section:
+    """More clients on the same samples."""
+    rates, alpha, numbers = runs.rates(), runs.study.alphas[0], {}
+    cases = {
+        f"{name}, M = {m}": runs.one_shot(name, alpha, rates[name, CALIBRATED], 0, clients=m)
+        for m in runs.study.many
+        for name in ONE_SHOT
+    }
+    runs.run(cases.values())
+    title = f"## More clients, Dirichlet {alpha}, seed 0\n\n"
+    return title + table(HEADER, _rows(runs, cases, numbers)) + "\n", numbers
+
+
+def datafree(runs: FuseFLRuns) -> Section:
+    """Distillation of the ensemble: FedDF on public and on generated images, DENSE."""
+    rates, alpha, numbers = runs.rates(), runs.study.alphas[0], {}
+    lr = rates["ensemble", PUBLISHED]
+    small = {"calibrate": True, "ngf": 16, "generator_steps": 10, "synthesis_batch": 128}
+    cases = {
+        "FedDF, public images": runs.run_of("feddf", alpha, lr, 0, {"calibrate": True}),
+        "FedDF, generator": runs.run_of("feddf", alpha, lr, 0, {**small, "source": "generator"}, "generator"),
+        "DENSE": runs.run_of("dense", alpha, lr, 0, {**small, "distill_epochs": 20}),
+    }
+    runs.run(cases.values())
+    also = {name: runs.one_shot(name, alpha, rates[name, CALIBRATED], 0) for name in ONE_SHOT}
+    runs.run(also.values())
+    title = f"## Distillation of the ensemble, Dirichlet {alpha}, seed 0\n\nThe clients' networks have the ensemble's "
+    title += f"learning rate ({lr}).  Generators: ngf 16, 10 steps for each of 20 batches of 128 images.\n\n"
+    return title + table(HEADER, _rows(runs, {**cases, **also}, numbers)) + "\n", numbers
+
+
+PARTS: Mapping[str, Mapping[str, Any]] = {
+    "FuseFL": {},
+    "adaptor averages": {"adaptor": "avg"},
+    "adaptor sums": {"adaptor": "sum"},
+    "adaptor starts at random": {"adaptor_init": "random"},
+    "features are summed at the end": {"final_fuse": "sum"},
+    "frozen batch norm by the batch": {"frozen_bn": "batch"},
+    "frozen batch norm as in the code": {"frozen_bn": "code"},
+    "calibration as in the code": {"ccvr_compat": True},
+    "diagonal covariances": {"covariance": "diagonal"},
+    "not narrower": {"width": None},
+    "three blocks": {"blocks": 3},
+}
+
+
+def parts(runs: FuseFLRuns) -> Section:
+    """Every decision changed alone."""
+    lr, alpha, numbers = runs.rates()["FuseFL", CALIBRATED], runs.study.alphas[0], {}
+    cases = {}
+    for name, changes in PARTS.items():
+        options = dict(changes)
+        if "width" in options:  # the method's option, not the setting of the same name
+            options["width"] = runs.study.settings["width"]
+            cases[name] = runs.run_of("fusefl", alpha, lr, 0, options, "wide")
+        else:
+            cases[name] = runs.one_shot("FuseFL", alpha, lr, 0, **options)
+    runs.run(cases.values())
+    title = f"## Every part of FuseFL changed alone, Dirichlet {alpha}, seed 0, learning rate {lr}\n\n"
+    return title + table(HEADER, _rows(runs, cases, numbers)) + "\n", numbers
+
+
+def cue(runs: FuseFLRuns) -> Section:
+    """On two of the clients a shape tells the class: what becomes of the accuracy where it does not."""
+    rates, alpha, numbers = runs.rates(), runs.study.alphas[-1], {}
+
+    def case(name: str, seed: int) -> Case:
+        lr = rates[name, PUBLISHED if name == REFERENCE else CALIBRATED]
+        return runs.reference(alpha, lr, seed, cue_clients=2) if name == REFERENCE else runs.one_shot(
+            name, alpha, lr, seed, cue_clients=2
+        )  # fmt: skip
+
+    names = (*ONE_SHOT, REFERENCE)
+    runs.run(case(name, seed) for name in names for seed in SEEDS)
+    rows = []
+    for name in names:
+        columns = (PUBLISHED,) if name in ("FuseFL", REFERENCE) else (PUBLISHED, CALIBRATED)
+        for column in columns:
+            found = [runs.record(case(name, seed), column) for seed in SEEDS]
+            numbers[f"{name}, {column}"] = found
+            drops = [r["cue_tied_accuracy"] - r["cue_random_accuracy"] for r in found]
+            kinds = ("accuracy", "cue_tied_accuracy", "cue_random_accuracy")
+            rows.append([f"{name}, {column}", *(spread([r[kind] for r in found]) for kind in kinds), spread(drops)])
+    header = ["method", "no shape", "shape of the class", "random shape", "drop"]
+    title = f"## Spurious cue on 2 clients, Dirichlet {alpha}, {len(SEEDS)} seeds: accuracy in %\n\n"
+    return title + table(header, rows) + "\n", numbers
+
+
+SECTIONS: Mapping[str, Callable[[FuseFLRuns], Section]] = {
+    "table": main_table,
+    "blocks": blocks,
+    "clients": clients,
+    "datafree": datafree,
+    "parts": parts,
+    "cue": cue,
+}
+
+
+def main() -> None:
+    files = {"cifar10": "CIFAR-10's official binary files"}
+    given = command_line("study_fusefl", (__doc__ or "").split("\n")[0], STUDIES, files, SECTIONS)
+    study = STUDIES[given.study]
+    runs = FuseFLRuns(study, given.out, given.workers, {"data_root": given.data_root} if given.data_root else {})
+    settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in study.settings.items())
+    for section in given.only:
+        page, numbers = SECTIONS[section](runs)
+        about = f"""Made by `python -m benchmarks.study_fusefl {given.study} --only {section}`: {settings}; K = 2 and
+FuseFL's width over the root of the clients unless it says otherwise; multi-round FedAvg spends the same epochs in
+{study.rounds} rounds.  Learning rates from {study.rates}, chosen per column by validation accuracy."""
+        publish(
+            f"fusefl_{given.study}_{section}",
+            f"FuseFL on {given.study}: {section}",
+            about,
+            page,
+            numbers,
+            runs.versions(),
+        )
+
+
+if __name__ == "__main__":
+    main()
