@@ -1,0 +1,240 @@
+"""The evidence for Fed-LPFM: does a frozen teacher help where clients see few classes, and what does it depend on.
+
+    python -m benchmarks.study_fedlpfm digits                      # embedded data
+    python -m benchmarks.study_fedlpfm cifar10 --data-root DIR     # the official binary files
+
+``--only SECTION ...`` runs some of the sections: ``table`` (FedAvg, FedProx, FML, Fed-LPFM under class split and
+Dirichlet 0.1, three seeds), ``partitions`` (IID to Dirichlet 0.01), ``loss`` (lambda, divergences), ``teachers``
+(tuned, several, random ones).  Each goes on where it was interrupted and writes
+``benchmarks/results/fedlpfm_<study>_<section>.md`` and ``.json``.
+
+Nothing is downloaded: the teacher is a larger network that fedkern itself trains on public images, which no client
+holds.  Its accuracy stands beside every table, and so does that of the proxy trained on the public images alone: what
+Fed-LPFM has above that comes from the clients.  The learning rate of a method under a partition comes from the same
+grid, by the accuracy on the validation split (seed 0) alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.study import Case, Runs, best_rate, command_line, publish, spread, table
+
+SEEDS = (0, 1, 2)
+METHODS = {"FedAvg": "fedavg", "FedProx": "fedprox", "FML": "fml", "Fed-LPFM": "fedlpfm"}
+FULL = "Fed-LPFM"
+BOUNDS = {"local training only": "local", "centralised": "centralised"}
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is held fixed.
+
+    Attributes:
+        settings: of every run.
+        split: the class split.
+        teachers: backbones of the teacher, the first one alone unless a section says otherwise.
+        pretrain_epochs: epochs of their training on the public images.
+        rates: learning rates to choose from.
+    """
+
+    settings: Mapping[str, Any]
+    split: str
+    teachers: tuple[str, ...]
+    pretrain_epochs: int
+    rates: tuple[float, ...]
+
+    @property
+    def partitions(self) -> dict[str, str]:
+        """Those of the main table."""
+        return {f"class split ({self.split.partition(':')[2]} a client)": self.split, "Dirichlet 0.1": "dirichlet:0.1"}
+
+    def options(self, **changes: Any) -> dict[str, Any]:
+        """Fed-LPFM's options."""
+        own = {"teacher": f"pretrained:{self.teachers[0]}", "pretrain_epochs": self.pretrain_epochs}
+        return {**own, **changes}
+
+
+_COMMON = {
+    "clients": 5, "model": "cnn", "batch_size": 32, "momentum": 0.9, "weight_decay": 5e-4, "local_epochs": 1,
+    "eval_every": 1000, "checkpoint_every": 10, "grad_cam": 0,
+}  # fmt: skip
+STUDIES = {
+    "digits": Study(
+        {"data": "digits", **_COMMON, "width": 8, "rounds": 20, "public_samples": 300},
+        "classes:2", ("resnet8/16", "cnn/32", "resnet8/24"), 20, (0.01, 0.03, 0.1),
+    ),
+    "cifar10": Study(
+        {
+            "data": "cifar10", **_COMMON, "width": 16, "rounds": 20, "train_samples": 5000, "public_samples": 5000,
+            "test_samples": 2000, "validation_samples": 1000,
+        },
+        "classes:2", ("resnet8/32", "cnn/48", "resnet8/24"), 20, (0.01, 0.03, 0.1),
+    ),
+}  # fmt: skip
+
+
+class LPFMRuns(Runs):
+    """Names the cases of the study."""
+
+    def __init__(self, study: Study, folder: Path, workers: int, settings: Mapping[str, Any]) -> None:
+        super().__init__(folder, workers, settings)
+        self.study = study
+
+    def of(self, method: str, partition: str, lr: float, seed: int, **options: Any) -> Case:
+        """A run; ``options`` are the changes to Fed-LPFM's."""
+        settings = {**self.study.settings, "partition": partition, "lr": lr, "seed": seed}
+        own = self.study.options(**options) if method == "fedlpfm" else options
+        words = [f"{key}={value}" for key, value in options.items()]
+        return self.case(method, settings, own, *words, partition, f"lr{lr}", f"s{seed}")
+
+    def rates(self, partition: str) -> dict[str, float]:
+        """Runs the grid and chooses every method's learning rate under a partition."""
+        rates = self.study.rates
+        cases = {(name, lr): self.of(method, partition, lr, 0) for name, method in METHODS.items() for lr in rates}
+        self.run([cases[FULL, rates[0]]])  # alone, because two at once would both train the teacher
+        self.run(cases.values())
+        return {
+            name: best_rate({lr: [self.metrics(cases[name, lr])["validation_accuracy"]] for lr in rates})
+            for name in METHODS
+        }
+
+
+Section = tuple[str, dict[str, Any]]
+
+
+def main_table(runs: LPFMRuns) -> Section:
+    """All methods under class split and Dirichlet 0.1, between local training and centralised training."""
+    page, numbers = "", {}
+    for title, partition in runs.study.partitions.items():
+        rates = runs.rates(partition)
+        cases = {name: [runs.of(METHODS[name], partition, rates[name], seed) for seed in SEEDS] for name in METHODS}
+        bounds = {name: runs.of(method, partition, rates["FedAvg"], 0) for name, method in BOUNDS.items()}
+        runs.run([case for several in cases.values() for case in several] + list(bounds.values()))
+        rows = []
+        for name, several in cases.items():
+            found = [runs.metrics(case) for case in several]
+            numbers[f"{name}, {title}"] = {"lr": rates[name], "runs": found}
+            sent = runs.summaries[several[0].name]["bytes"]["clients"]["0"]
+            seconds = f"{runs.summaries[several[0].name]['seconds']:.0f}"
+            rows.append([name, str(rates[name]), spread([m["accuracy"] for m in found]), _megabytes(sent), seconds])
+        for name, case in bounds.items():
+            m = numbers[f"{name}, {title}"] = runs.metrics(case)
+            sent = runs.summaries[case.name]["bytes"]["clients"]["0"]
+            rows.append([f"{name} (seed 0)", str(rates["FedAvg"]), f"{100 * m['accuracy']:.1f}", _megabytes(sent), ""])
+        header = ["method", "lr", "accuracy", "MB up, down of a client", "run, s"]
+        page += f"## {title}: mean ± standard deviation over {len(SEEDS)} seeds, in %\n\n{table(header, rows)}\n\n"
+        page += _teacher(runs.metrics(cases[FULL][0]))
+    return page + _costs(runs.metrics(cases[FULL][0])), numbers
+
+
+def _megabytes(sent: Mapping[str, int]) -> str:
+    return f"{sent['up'] / 1e6:.2f}, {sent['down'] / 1e6:.2f}"
+
+
+def _teacher(m: Mapping[str, float]) -> str:
+    alone = f"; the proxy trained on them alone {100 * m['public_proxy_accuracy']:.1f} %"
+    return f"The teacher, trained on the public images: {100 * m['teacher_accuracy']:.1f} %{alone}.\n\n"
+
+
+def _costs(m: Mapping[str, float]) -> str:
+    columns = ("parameters", "inference_mflops", "training_mflops", "inference_mbytes", "training_mbytes")
+    rows = [
+        [who, *(f"{m[f'{who}_{column}']:.2f}" if f"{who}_{column}" in m else "" for column in columns)]
+        for who in ("proxy", "teacher")
+    ]
+    header = ["network", "parameters", "MFLOP an image", "in training", "MB", "in training"]
+    return f"## Cost of training and of inference\n\n{table(header, rows)}\n"
+
+
+def partitions(runs: LPFMRuns) -> Section:
+    """From IID to Dirichlet 0.01, one seed, with the learning rates of Dirichlet 0.1."""
+    rates, numbers = runs.rates("dirichlet:0.1"), {}
+    kinds = {"IID": "iid", "1.0": "dirichlet:1.0", "0.1": "dirichlet:0.1", "0.01": "dirichlet:0.01"}
+    cases = {(name, k): runs.of(METHODS[name], kinds[k], rates[name], 0) for name in METHODS for k in kinds}
+    runs.run(cases.values())
+    rows = []
+    for name in METHODS:
+        found = [runs.metrics(cases[name, k])["accuracy"] for k in kinds]
+        numbers[name] = dict(zip(kinds, found, strict=True))
+        rows.append([name, *(f"{100 * value:.1f}" for value in found)])
+    header = ["method", *(k if k == "IID" else f"Dirichlet {k}" for k in kinds)]
+    return f"## Other partitions, seed 0, accuracy in %\n\n{table(header, rows)}\n", numbers
+
+
+def _changes(runs: LPFMRuns, title: str, changes: Mapping[str, Mapping[str, Any]], first: str) -> Section:
+    """Fed-LPFM with changed options under both partitions of the main table, one seed; ``first`` needs all teachers."""
+    found: dict[str, dict[str, Any]] = {name: {} for name in changes}
+    for partition in runs.study.partitions.values():
+        lr = runs.rates(partition)[FULL]
+        cases = {name: runs.of("fedlpfm", partition, lr, 0, **options) for name, options in changes.items()}
+        runs.run([cases[first]])  # alone, because two at once would both train its teachers
+        runs.run(cases.values())
+        for name, case in cases.items():
+            found[name][partition] = runs.metrics(case)
+    rows = []
+    for name, by_partition in found.items():
+        accuracies = [f"{100 * m['accuracy']:.1f}" for m in by_partition.values()]
+        teacher = next(iter(by_partition.values())).get("teacher_accuracy")
+        rows.append([name, *accuracies, "" if teacher is None else f"{100 * teacher:.1f}"])
+    header = [FULL, *runs.study.partitions, "teacher"]
+    return f"## {title}, seed 0, accuracy in %\n\n{table(header, rows)}\n", found
+
+
+def loss(runs: LPFMRuns) -> Section:
+    """Lambda, the form of the loss, and the divergence."""
+    changes: dict[str, dict[str, Any]] = {"lambda 0.5": {}}
+    changes |= {f"lambda {value}": {"lambda": value} for value in (0.1, 0.3, 0.7, 0.9, 1.0)}
+    changes |= {
+        "additive": {"mixing": "additive"},
+        "MSE": {"divergence": "mse"},
+        "Jensen-Shannon": {"divergence": "js"},
+        "temperature 4": {"temperature": 4.0},
+        "teacher sees the augmented view": {"teacher_view": "same"},
+    }
+    return _changes(runs, "The loss", changes, "lambda 0.5")
+
+
+def teachers(runs: LPFMRuns) -> Section:
+    """Tuned teachers, several teachers, other teachers at other clients."""
+    several = {"teacher": ",".join(f"pretrained:{name}" for name in runs.study.teachers)}
+    changes: dict[str, dict[str, Any]] = {
+        "as it is": {},
+        "linear probe on the client's samples": {"teacher_tuning": "probe"},
+        "fine-tuned on the client's samples": {"teacher_tuning": "finetune"},
+        "two teachers": {**several, "teachers": 2},
+        "three teachers": {**several, "teachers": 3},
+        "one of three, drawn per client": {**several, "backbone": "random"},
+        "one of three, drawn in every round": {**several, "backbone": "random-each-round"},
+    }
+    return _changes(runs, f"Teachers ({', '.join(runs.study.teachers)})", changes, "three teachers")
+
+
+SECTIONS: Mapping[str, Callable[[LPFMRuns], Section]] = {
+    "table": main_table,
+    "partitions": partitions,
+    "loss": loss,
+    "teachers": teachers,
+}
+
+
+def main() -> None:
+    files = {"cifar10": "CIFAR-10's official binary files"}
+    given = command_line("study_fedlpfm", (__doc__ or "").split("\n")[0], STUDIES, files, SECTIONS)
+    study = STUDIES[given.study]
+    runs = LPFMRuns(study, given.out, given.workers, {"data_root": given.data_root} if given.data_root else {})
+    settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in study.settings.items())
+    for section in given.only:
+        page, numbers = SECTIONS[section](runs)
+        about = f"""Made by `python -m benchmarks.study_fedlpfm {given.study} --only {section}`: {settings}.  Teacher:
+{study.teachers[0]} (model/width), {study.pretrain_epochs} epochs on the public images.  Learning rates from
+{study.rates}, chosen per partition by validation accuracy."""
+        title = f"Fed-LPFM on {given.study}: {section}"
+        publish(f"fedlpfm_{given.study}_{section}", title, about, page, numbers, runs.versions())
+
+
+if __name__ == "__main__":
+    main()
