@@ -36,6 +36,7 @@ set's own (``fedkern.data.DATASETS``)."""
 METHOD: Mapping[str, Mapping[str, Any]] = {
     # method: settings on every data set, its default data set included; "options" holds method options by published
     # name.
+    "fedlpfm": {"data": "digits", "public_samples": 300},
     "fusefl": {"data": "digits", "model": "resnet8", "local_epochs": 20},
 }
 """What differs from the data set's settings for a method; FedAvg and FedProx use the data set's own, so comparisons
@@ -43,6 +44,7 @@ are fair."""
 
 METHOD_ON: Mapping[tuple[str, str], Mapping[str, Any]] = {
     # (method, data set): settings, over those of METHOD.
+    ("fedlpfm", "digits"): {"partition": "classes:2", "local_epochs": 1},
 }
 """What differs from both for a method on one data set."""
 

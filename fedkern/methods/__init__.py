@@ -24,15 +24,18 @@ from fedkern.methods.centralised import Centralised
 from fedkern.methods.fedavg import FedAvg
 from fedkern.methods.feddyn import FedDyn
 from fedkern.methods.fedgid import FedGID
+from fedkern.methods.fedlpfm import FedLPFM
 from fedkern.methods.fedntd import FedNTD
 from fedkern.methods.fedproto import FedProto
 from fedkern.methods.fedprox import FedProx
+from fedkern.methods.fml import FML
 from fedkern.methods.fusefl import FuseFL
 from fedkern.methods.local import Local
 from fedkern.methods.moon import Moon
 from fedkern.methods.scaffold import Scaffold
 
 __all__ = [
+    "FML",
     "METHODS",
     "Backgrounds",
     "Batch",
@@ -41,6 +44,7 @@ __all__ = [
     "FedAvg",
     "FedDyn",
     "FedGID",
+    "FedLPFM",
     "FedNTD",
     "FedProto",
     "FedProx",

@@ -1,0 +1,339 @@
+"""Fed-LPFM (arXiv 2311.08479): private foundation models teach the lightweight network that the clients share.
+
+Every client owns a frozen teacher (CLIP zero-shot in the paper), which is never sent; only the proxy z is trained,
+communicated and used:
+
+    L = (1 - lambda) CE(z, y) + lambda T^2 KL(softmax(t / T) || softmax(z / T))        ("convex"; batch mean)
+    L = CE(z, y) + lambda T^2 KL(...)                                                  ("additive")
+
+over all classes, also those that a client never sees: there the gain under class splits comes from.  The teacher's
+logits t are those of the images before augmentation, computed once and kept in the client's state.  A round costs the
+bytes of FedAvg on the proxy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, linear, log_softmax
+from torch.utils.flop_counter import FlopCounterMode
+
+from fedkern import ops
+from fedkern.errors import UserError
+from fedkern.methods.base import (
+    Batch,
+    Client,
+    LocalTraining,
+    Message,
+    Observed,
+    Received,
+    Server,
+    Step,
+    option,
+    register,
+)
+from fedkern.models import teachers
+from fedkern.models.cost import cost
+from fedkern.models.prompts import DEFAULT
+from fedkern.models.teacher import NetworkTeacher, Teacher
+from fedkern.models.teacher_cache import LogitsCache, StoredLogits
+from fedkern.models.teacher_training import FINETUNE_LR, PROBE_LR, Recipe, finetune, pretrained, probe
+
+ONCE = Step(-1, "", "update")  # the step of what a client draws once in a run
+
+
+@register("fedlpfm")
+class FedLPFM(LocalTraining):
+    """Frozen foundation models teach the lightweight network that clients train and share (arXiv 2311.08479)."""
+
+    @dataclass(frozen=True)
+    class Options(LocalTraining.Options):
+        teacher: str = option(
+            "pretrained",
+            "frozen teachers, separated by commas: pretrained[:MODEL/WIDTH], clip:PATH_OR_NAME, logits:FILE, "
+            "python:MODULE:NAME",
+        )
+        lam: float = option(0.5, "weight of the distillation loss; 0 is FedAvg", low=0, name="lambda")
+        temperature: float = option(1.0, "temperature of the distillation loss", above=0)
+        mixing: str = option("convex", "(1 - lambda) CE + lambda KL, or CE + lambda KL", choices=("convex", "additive"))
+        divergence: str = option(
+            "kl", "KL(teacher || proxy), half the variance of the logits' difference (its limit at high temperature), "
+            "or Jensen-Shannon", choices=("kl", "mse", "js"),
+        )  # fmt: skip
+        prompts: str = option(DEFAULT, "CLIP's prompts: a template, a file of templates, or JSON by class")
+        teachers: int = option(1, "teachers per client; the mean of their probabilities teaches", low=1)
+        backbone: str = option(
+            "consistent", "which of the teachers a client has: the first ones, or drawn once or in every round",
+            choices=("consistent", "random", "random-each-round"),
+        )  # fmt: skip
+        teacher_view: str = option(
+            "cached", "the teacher sees images before augmentation, once, or the same as the proxy, in every step",
+            choices=("cached", "same"),
+        )  # fmt: skip
+        teacher_tuning: str = option(
+            "zero-shot", "the teacher as it is, or its head or all of it trained on the client's own samples first",
+            choices=("zero-shot", "probe", "finetune"),
+        )  # fmt: skip
+        tuning_epochs: int = option(10, "epochs of that training", low=1)
+        tuning_lr: float = option(0.0, "its learning rate (AdamW); 0: 1e-3 for a probe, 1e-5 for all of it", low=0)
+        pretrain_epochs: int = option(30, "epochs of the embedded teacher on the public images", low=1)
+        public_proxy: bool = option(True, "report what the proxy itself learns from those images alone")
+        teacher_cache: str = option("", "folder for teachers' weights and logits instead of the user's cache folder")
+
+    def __init__(self, options: Any = None) -> None:
+        super().__init__(options)
+        o = self.options
+        if o.mixing == "convex" and o.lam > 1:
+            raise UserError(
+                f'Method option "lambda" must be at most 1 with mixing=convex, not {o.lam:g}: take mixing=additive.'
+            )
+        if o.teacher_view == "same" and o.teacher_tuning == "finetune":
+            raise UserError("A fine-tuned teacher is kept as its logits alone: take teacher_view=cached.")
+        self._specs: list[teachers.Spec] = []
+        self._made: dict[int, Teacher] = {}
+        self._setting: teachers.Setting | None = None
+        self._cache: LogitsCache | None = None
+        self._proxy: Teacher | None = None
+        self._known: dict[int, tuple[Any, dict[str, float]]] = {}
+
+    # -- the loss --------------------------------------------------------------------------------------------------
+
+    def loss(self, model: Any, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        o = self.options
+        logits = model(batch.images)
+        em = cross_entropy(logits, batch.labels)
+        if not o.lam:
+            return em
+        kd = self.divergence(logits, batch.drawn["teacher"])
+        share = 1 - o.lam if o.mixing == "convex" else 1.0
+        total = share * em + o.lam * kd if share else o.lam * kd
+        return total, {"loss_em": em.detach(), "loss_kd": kd.detach()}
+
+    def divergence(self, logits: Tensor, teacher: Tensor) -> Tensor:
+        """The distillation loss of proxy logits [B, C] against one teacher's [B, C] or several teachers' [K, B, C]."""
+        o = self.options
+        temperature = float(o.temperature)
+        if o.divergence == "kl":
+            if teacher.dim() == 3:
+                return ops.ensemble_kl(logits, teacher, None, temperature)
+            return ops.kl_div(logits, teacher, temperature)
+        if o.divergence == "mse":
+            return ops.kl_div(logits, teacher, math.inf)
+        return temperature**2 * ops.js_div(torch.stack([logits, teacher]) / temperature)
+
+    # -- the client ------------------------------------------------------------------------------------------------
+
+    def client_update(self, client: Client, step: Step, message: Message) -> Message:
+        if self.options.lam:
+            self._install(client, client.network)
+            chosen = self.backbones(client, step)
+            client.scratch["chosen"] = chosen
+            if self.options.teacher_view == "cached":
+                stacked = torch.stack([self._own_logits(client, index) for index in chosen])
+                client.scratch["teacher"] = self._mixture(stacked).to(client.device)
+                found = stacked.softmax(2).mean(0).argmax(1)
+                client.report["teacher_right"] = float((found == client.labels).float().mean())
+        return super().client_update(client, step, message)
+
+    def draw(self, client: Client, batch: Batch, rng: np.random.Generator) -> dict[str, Any]:
+        """The teacher's logits of the batch's samples."""
+        if not self.options.lam:
+            return {}
+        if self.options.teacher_view == "same":
+            return {"teacher": self._mixture(torch.stack([self._live(client, i, batch) for i in self._chosen(client)]))}
+        known: Tensor = client.scratch["teacher"]
+        return {"teacher": known.index_select(known.dim() - 2, torch.from_numpy(batch.indices).to(known.device))}
+
+    def backbones(self, client: Client, step: Step) -> list[int]:
+        """Which of the teachers a client has in this round, by position."""
+        o = self.options
+        if o.backbone == "consistent":
+            return list(range(o.teachers))
+        when = ONCE if o.backbone == "random" else Step(step.round, "", "update")
+        drawn = client.rng("backbone", when).choice(len(self._specs), size=o.teachers, replace=False)
+        return sorted(int(index) for index in drawn)
+
+    def _chosen(self, client: Client) -> list[int]:
+        chosen: list[int] = client.scratch["chosen"]
+        return chosen
+
+    def _mixture(self, logits: Tensor) -> Tensor:
+        """[K, B, C] as the divergence wants it: one teacher's [B, C], or for all but KL the mixture's logits."""
+        if len(logits) == 1:
+            return logits[0]
+        if self.options.divergence == "kl":
+            return logits
+        temperature = self.options.temperature
+        return temperature * (torch.logsumexp(log_softmax(logits / temperature, 2), 0) - math.log(len(logits)))
+
+    def _own_logits(self, client: Client, index: int) -> Tensor:
+        """A teacher's logits [n, C] of the client's samples in stored order; computed once in a run."""
+        known: dict[int, Tensor] = client.state.setdefault("teacher_logits", {})
+        if index not in known:
+            known[index] = self._compute(client, index)
+        return known[index]
+
+    def _compute(self, client: Client, index: int) -> Tensor:
+        o, teacher = self.options, self._teacher(index)
+        images = (batch.images for batch in client.batches())
+        if o.teacher_tuning == "zero-shot":
+            assert self._cache is not None
+            return self._cache.logits(teacher, images, client.samples)
+        rng = client.rng(f"teacher-{o.teacher_tuning}/{index}", ONCE)
+        if o.teacher_tuning == "finetune":
+            lr = o.tuning_lr or FINETUNE_LR
+            return finetune(teacher, list(images), client.labels, rng, epochs=o.tuning_epochs, lr=lr)
+        lr = o.tuning_lr or PROBE_LR
+        head, logits = probe(teacher, images, client.labels, rng, epochs=o.tuning_epochs, lr=lr)
+        heads = client.state.setdefault("teacher_heads", {})
+        heads[index] = {"weight": head.weight.detach().cpu(), "bias": head.bias.detach().cpu()}
+        return logits
+
+    def _live(self, client: Client, index: int, batch: Batch) -> Tensor:
+        """A teacher's logits of a batch as the proxy sees it."""
+        teacher = self._teacher(index)
+        if self.options.teacher_tuning == "zero-shot":
+            return teacher.logits(batch.images).to(batch.images.device)
+        if index not in client.state.get("teacher_heads", {}):
+            self._own_logits(client, index)
+        head = {name: value.to(teacher.device) for name, value in client.state["teacher_heads"][index].items()}
+        return linear(teacher.features(batch.images), head["weight"], head["bias"]).to(batch.images.device)
+
+    # -- teachers --------------------------------------------------------------------------------------------------
+
+    def _install(self, place: Client | Server, build: Callable[..., Any]) -> None:
+        """Fixes what teachers are made for; the teachers themselves are made when they are first asked."""
+        if self._setting is not None:
+            return
+        o = self.options
+        self._cache = LogitsCache(o.teacher_cache or None, place.mean, place.std)
+        self._specs = teachers.expand(teachers.parse(o.teacher), build)
+        if o.teachers > len(self._specs):
+            raise UserError(
+                f"{o.teachers} teachers per client need as many backbones, but teacher={o.teacher} names "
+                f"{len(self._specs)}: name them all, separated by commas."
+            )
+        self._setting = teachers.Setting(
+            classes=place.classes,
+            mean=place.mean,
+            std=place.std,
+            device=place.device,
+            build=build,
+            public=place.public,
+            prompts=o.prompts,
+            recipe=Recipe(epochs=o.pretrain_epochs),
+            seed=0,
+        )
+
+    def _teacher(self, index: int) -> Teacher:
+        if index not in self._made:
+            assert self._setting is not None
+            assert self._cache is not None
+            self._made[index] = teachers.make(self._specs[index], self._setting, self._cache)
+        return self._made[index]
+
+    def _used(self) -> range:
+        """Positions of the teachers that some client may have."""
+        return range(self.options.teachers if self.options.backbone == "consistent" else len(self._specs))
+
+    # -- the server ------------------------------------------------------------------------------------------------
+
+    def start(self, server: Server) -> None:
+        super().start(server)
+        if not self.options.lam:
+            return
+        self._install(server, server.build)
+        images = torch.zeros(2, *server.image_shape, device=server.device)
+        costs = cost(server.build(), images)
+        server.report["proxy_parameters"] = costs.parameters
+        server.report["proxy_inference_mflops"] = costs.inference_flops / 1e6
+        server.report["proxy_training_mflops"] = costs.training_flops / 1e6
+        server.report["proxy_inference_mbytes"] = costs.inference_bytes / 1e6
+        server.report["proxy_training_mbytes"] = costs.training_bytes / 1e6
+        for index in self._used():
+            teacher = self._teacher(index)
+            if isinstance(teacher, StoredLogits):
+                continue
+            teacher.logits(images)  # wrong classes, a missing package, NaN: before anything is written
+            mflops, parameters = teacher_mflops(teacher, images), float(teacher.parameters)
+            if index == 0 or mflops > server.report["teacher_inference_mflops"]:
+                server.report["teacher_inference_mflops"], server.report["teacher_parameters"] = mflops, parameters
+        if self.options.public_proxy and server.public is not None:
+            assert self._setting is not None
+            assert self._cache is not None
+            network = server.build()
+            pretrained(
+                network, server.public, self._cache, name="proxy", recipe=self._setting.recipe, seed=self._setting.seed
+            )
+            self._proxy = NetworkTeacher(network, "proxy", server.device)
+
+    def evaluate(self, model: nn.Module, data: Any) -> dict[str, float]:
+        """Also ``teacher_accuracy`` and, where there are public images, ``public_proxy_accuracy``.
+
+        The first is the accuracy of the teachers that every client has, or, where clients draw theirs, the mean over
+        the teachers; the second that of the proxy trained on the public images alone, as the embedded teacher is.
+        """
+        figures = super().evaluate(model, data)
+        if self.options.lam and self._setting is not None:
+            if id(data) not in self._known:
+                self._known[id(data)] = (data, self._teacher_figures(data))  # holding data keeps its identity taken
+            figures.update(self._known[id(data)][1])
+        return figures
+
+    def _teacher_figures(self, data: Any) -> dict[str, float]:
+        assert self._cache is not None
+        batches = list(data.batches())
+        labels = torch.cat([own.cpu() for _, own in batches])
+
+        def answers(teacher: Teacher) -> Tensor:
+            assert self._cache is not None
+            return self._cache.logits(teacher, (images for images, _ in batches), len(labels))
+
+        def accuracy(probabilities: Tensor) -> float:
+            return float((probabilities.argmax(1) == labels).double().mean())
+
+        used = [self._teacher(index) for index in self._used()]
+        figures: dict[str, float] = {}
+        if not any(isinstance(teacher, StoredLogits) for teacher in used):  # those need not know the test images
+            each = [answers(teacher).double().softmax(1) for teacher in used]
+            if self.options.backbone == "consistent":
+                figures["teacher_accuracy"] = accuracy(torch.stack(each).mean(0))
+            else:
+                figures["teacher_accuracy"] = sum(accuracy(one) for one in each) / len(each)
+        if self._proxy is not None:
+            figures["public_proxy_accuracy"] = accuracy(answers(self._proxy))
+        return figures
+
+    def diagnose(self, observed: Mapping[str, Observed]) -> dict[str, str]:
+        """Names the teachers: what they are, and that they were installed, not sent."""
+        found = dict(super().diagnose(observed))
+        if not self._made:
+            return found
+        used = [self._made[index] for index in sorted(self._made)]
+        size = sum(teacher.parameters for teacher in used) * 4 / 1e6
+        names = "; ".join(teacher.name for teacher in used)
+        found["teacher"] = (
+            f"Taught by {names} ({self.options.teacher_tuning}), installed once at the clients ({size:.1f} MB) and not "
+            "in the byte ledger."
+        )
+        right = observed.get("teacher_right")
+        chance = 1.5 / len(self._setting.classes) if self._setting is not None else 0.0
+        if right is not None and right.mean < chance:
+            found["teacher-at-chance"] = (
+                f"The teacher is right about {right.mean:.2f} of the clients' own samples, near chance: look at the "
+                "prompts and the class names, or lower lambda."
+            )
+        return found
+
+
+def teacher_mflops(teacher: Teacher, images: Tensor) -> float:
+    """Millions of operations of a teacher's answer to one image."""
+    with FlopCounterMode(display=False) as counter:
+        teacher.logits(images)
+    return counter.get_total_flops() / len(images) / 1e6

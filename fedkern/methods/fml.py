@@ -1,0 +1,79 @@
+"""FML, federated mutual learning (Shen et al., arXiv 2006.16765): private models learn with a shared one.
+
+A client's private model h, which never leaves it, and the proxy z train on the same batches, each from the labels and
+from what the other says (equations 3 and 4; each with the other side detached):
+
+    L_h = alpha CE(h, y) + (1 - alpha) KL(softmax(z) || softmax(h))
+    L_z = beta  CE(z, y) + (1 - beta)  KL(softmax(h) || softmax(z))
+
+Only the proxy is sent and averaged, so a round costs the bytes of FedAvg.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fedkern import ops
+from fedkern.errors import UserError
+from fedkern.methods.base import Batch, Client, LocalTraining, Message, Received, Step, option, register
+
+
+class Pair(nn.Module):
+    """The private model beside the proxy."""
+
+    def __init__(self, private: nn.Module, proxy: nn.Module) -> None:
+        super().__init__()
+        self.private, self.proxy = private, proxy
+
+
+@register("fml")
+class FML(LocalTraining):
+    """Federated mutual learning: private models and a shared one teach each other (arXiv 2006.16765)."""
+
+    @dataclass(frozen=True)
+    class Options(LocalTraining.Options):
+        alpha: float = option(0.5, "weight of the labels in the private model's loss", low=0, high=1)
+        beta: float = option(0.5, "weight of the labels in the proxy's loss", low=0, high=1)
+        temperature: float = option(1.0, "temperature of both distillation losses", above=0)
+        private: str = option("", "the private model, MODEL or MODEL/WIDTH; empty for the proxy's own architecture")
+
+    def loss(self, model: Any, batch: Batch, received: Received) -> tuple[Tensor, dict[str, Tensor]]:
+        o = self.options
+        h, z = model.private(batch.images), model.proxy(batch.images)
+        own, shared = cross_entropy(h, batch.labels), cross_entropy(z, batch.labels)
+        temperature = float(o.temperature)
+        to_private, to_proxy = (
+            ops.kl_div(h, z.detach(), temperature), ops.kl_div(z, h.detach(), temperature)
+        )  # fmt: skip
+        loss_h = o.alpha * own + (1 - o.alpha) * to_private
+        loss_z = o.beta * shared + (1 - o.beta) * to_proxy
+        return loss_h + loss_z, {"loss_private": loss_h.detach(), "loss_proxy": loss_z.detach()}
+
+    def client_update(self, client: Client, step: Step, message: Message) -> Message:
+        pair = Pair(self._private(client), client.network())
+        proxy = ops.FlatParameters(pair.proxy)
+        proxy.load_parameters(message["parameters"])
+        # Running statistics that do not travel (--buffers) stay fresh: a network in train mode does not read them.
+        if "buffers" in message:
+            proxy.load_buffers(message["buffers"])
+        if "integers" in message:
+            proxy.load_integers(message["integers"])
+        client.fit(self, step, pair)
+        client.state["private"] = {name: value.detach().cpu() for name, value in pair.private.state_dict().items()}
+        proxy.flatten()  # the training loop has moved the parameters
+        trained = {"parameters": proxy.parameters, "buffers": proxy.buffers, "integers": proxy.integers}
+        return {name: trained[name].detach().cpu().clone() for name in message if name in trained}
+
+    def _private(self, client: Client) -> nn.Module:
+        """The client's private model as it left the last round, or a fresh one."""
+        name, _, width = self.options.private.partition("/")
+        if width and not width.isdigit():
+            raise UserError(f'Method option "private" must be MODEL or MODEL/WIDTH, not "{self.options.private}".')
+        network: nn.Module = client.network(model=name or None, width=int(width) if width else None)
+        if "private" in client.state:
+            network.load_state_dict(client.state["private"])
+        return network

@@ -1,0 +1,180 @@
+"""CLIP as a zero-shot teacher through transformers (Radford et al., arXiv 2103.00020)."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedkern.errors import UserError
+from fedkern.models.prompts import DEFAULT, read_prompts
+from fedkern.models.teacher import Identity, Teacher
+from fedkern.models.teacher_cache import to_pixels
+
+SIDE = 224
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+class ClipTeacher(Teacher):
+    """A frozen CLIP whose classes are prompts: logits ``s cos(v, u_c)``, s its own logit scale.
+
+    ``v`` is the image feature, ``u_c`` the mean of the normalised text features of the class's prompts, normalised
+    again (prompt ensembling).
+
+    Args:
+        model: local folder (config.json, model.safetensors, tokenizer files, preprocessor_config.json) or a model name
+            that transformers can resolve.
+        classes: class names.
+        mean, std: what the images that it is asked about are normalised with.
+        prompts: see :func:`fedkern.models.prompts.read_prompts`.
+        device: where it runs.
+
+    Raises:
+        UserError: transformers is not installed, the folder holds no CLIP, or prompts that do not fit the classes.
+    """
+
+    batch = 64
+
+    def __init__(
+        self,
+        model: str | Path,
+        classes: Sequence[str],
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        prompts: str = DEFAULT,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(f"clip:{model}", len(classes), device, None)
+        self.model_name = str(model)
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.prompts = read_prompts(prompts or DEFAULT, classes)
+        self._folder = Path(model).expanduser()
+        if not self._folder.is_dir() and (self._folder.is_absolute() or self.model_name.startswith((".", "~"))):
+            raise UserError(f"the CLIP folder {self._folder} does not exist.")
+
+    @property
+    def identity(self) -> Identity:
+        """Model, its content (of a local folder) and prompts: what the logits depend on."""
+        identity = {"model": self.model_name, "prompts": json.dumps(self.prompts)}
+        if self._folder.is_dir():
+            identity["content"] = self._content
+        return identity
+
+    def load(self) -> tuple[nn.Module, nn.Linear]:
+        try:
+            from transformers import AutoTokenizer, CLIPModel
+            from transformers.utils import cached_file
+        except ImportError as error:
+            raise UserError(
+                f"the teacher {self.name} needs transformers: install it with pip install 'fedkern[foundation]'"
+            ) from error
+        local = self._folder.is_dir()
+        where = str(self._folder) if local else self.model_name
+        try:
+            network = CLIPModel.from_pretrained(where, local_files_only=local, use_safetensors=True)
+            tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=local)
+            found = cached_file(
+                where, "preprocessor_config.json", local_files_only=local, _raise_exceptions_for_missing_entries=False
+            )
+            settings = json.loads(Path(found).read_text()) if found else {}
+        except Exception as error:  # transformers raises many kinds for a wrong folder or name
+            first = str(error).strip().split("\n", 1)[0]
+            raise UserError(f"cannot load a CLIP from {where}: {first}") from error
+        network = network.float().eval().to(self.device)
+        weight = text_features(network, tokenizer, self.prompts, self.device) * network.logit_scale.detach().exp()
+        head = nn.Linear(weight.shape[1], weight.shape[0], device=self.device)
+        with torch.no_grad():
+            head.weight.copy_(weight)
+            head.bias.zero_()
+        return ImageEncoder(network, self.mean, self.std, settings), head
+
+    @functools.cached_property
+    def _content(self) -> str:
+        """Hash of the folder's weights and settings, so that a folder with new weights gets a new cache."""
+        digest = hashlib.blake2b(digest_size=16)
+        for path in sorted(self._folder.iterdir()):
+            if path.suffix in (".json", ".safetensors", ".txt") and path.is_file():
+                with path.open("rb") as file:
+                    digest.update(path.name.encode())
+                    digest.update(hashlib.file_digest(file, "blake2b").digest())
+        return digest.hexdigest()
+
+
+class ImageEncoder(nn.Module):
+    """CLIP's image side with its preprocessing: normalised images of the data to unit features ``[B, d]``."""
+
+    def __init__(
+        self, network: Any, mean: Sequence[float], std: Sequence[float], settings: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__()
+        settings = settings or {}
+        self.vision, self.projection = network.vision_model, network.visual_projection
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.resize = _side(settings.get("size"), SIDE) if settings.get("do_resize", True) else 0
+        self.crop = _side(settings.get("crop_size"), SIDE) if settings.get("do_center_crop", True) else 0
+        self.own_mean = tuple(settings.get("image_mean", MEAN))
+        self.own_std = tuple(settings.get("image_std", STD))
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """CLIP's input fp32 ``[B, 3, h, w]``: bicubic to the shortest side, centre crop, its own scale.
+
+        As Pillow does it, which CLIP was trained with: the cubic filter of a = -1/2 (torch's with antialias), first
+        along the rows, then along the columns, and whole bytes.
+        """
+        pixels = to_bytes(to_pixels(images, self.mean, self.std))
+        pixels = pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels
+        if self.resize:
+            height, width = pixels.shape[-2:]
+            tall, wide = (int(self.resize * side / min(height, width)) for side in (height, width))
+            for size in ((height, wide), (tall, wide)):  # Pillow rounds after either direction
+                if size != tuple(pixels.shape[-2:]):
+                    pixels = functional.interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False)
+                    pixels = to_bytes(pixels)
+        if self.crop:
+            height, width = pixels.shape[-2:]
+            top, left = (height - self.crop) // 2, (width - self.crop) // 2
+            if top < 0 or left < 0:
+                raise UserError(f"CLIP crops {self.crop} pixels out of images that are {height} by {width}.")
+            pixels = pixels[..., top : top + self.crop, left : left + self.crop]
+        mean, std = (torch.tensor(x, device=pixels.device).view(1, 3, 1, 1) for x in (self.own_mean, self.own_std))
+        return (pixels - mean) / std
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Unit vectors fp32 ``[B, d]``."""
+        pooled = self.vision(pixel_values=self.prepare(images)).pooler_output
+        return functional.normalize(self.projection(pooled), dim=1)
+
+
+@torch.no_grad()
+def text_features(network: Any, tokenizer: Any, prompts: Sequence[Sequence[str]], device: torch.device) -> Tensor:
+    """One unit vector per class fp32 ``[classes, d]``: the normalised mean of its prompts' normalised features."""
+    longest = int(network.config.text_config.max_position_embeddings)
+    rows = []
+    for own in prompts:
+        encoded = tokenizer(list(own), padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        output = network.text_model(
+            input_ids=encoded["input_ids"].to(device), attention_mask=encoded["attention_mask"].to(device)
+        )
+        features = functional.normalize(network.text_projection(output.pooler_output), dim=1)
+        rows.append(functional.normalize(features.mean(dim=0), dim=0))
+    return torch.stack(rows)
+
+
+def to_bytes(pixels: Tensor) -> Tensor:
+    """Rounds values in [0, 1] to multiples of 1/255."""
+    return pixels.mul(255).round().clamp(0, 255).div(255)
+
+
+def _side(size: Any, default: int) -> int:
+    """The side in pixels of what preprocessor_config.json says: a number, shortest_edge, or height and width."""
+    if isinstance(size, Mapping):
+        size = size.get("shortest_edge", size.get("height"))
+    return default if size is None else int(size)

@@ -1,0 +1,83 @@
+"""What a network costs: parameters, floating-point operations and memory, in inference and in training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Per image; a multiplication and an addition are two operations, and only matrix products and convolutions count.
+
+    Attributes:
+        parameters: number of parameters.
+        inference_flops: of a forward pass.
+        training_flops: of a forward and a backward pass.
+        inference_bytes: parameters and buffers, and the largest input and output of a layer.
+        training_bytes: parameters, buffers, gradients, momentum, and what the backward pass of one image needs.
+    """
+
+    parameters: int
+    inference_flops: int
+    training_flops: int
+    inference_bytes: int
+    training_bytes: int
+
+
+def cost(module: nn.Module, images: Tensor) -> Cost:
+    """Counts what ``module`` costs per image of ``images`` ``[B, C, H, W]`` (B >= 2: batch norm trains on them).
+
+    The module must be the caller's own: running statistics move.
+    """
+    count = len(images)
+    weights = sum(p.numel() * p.element_size() for p in module.parameters())
+    buffers = sum(b.numel() * b.element_size() for b in module.buffers())
+    with torch.no_grad(), _Layers(module.eval()) as layers, FlopCounterMode(display=False) as forward:
+        module(images)
+    saved: dict[int, int] = {}
+    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    module.train().requires_grad_(True)
+    with FlopCounterMode(display=False) as both, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        module(images).sum().backward()
+    for parameter in module.parameters():
+        parameter.grad = None
+    return Cost(
+        parameters=sum(p.numel() for p in module.parameters()),
+        inference_flops=forward.get_total_flops() // count,
+        training_flops=both.get_total_flops() // count,
+        inference_bytes=weights + buffers + layers.largest // count,
+        training_bytes=3 * weights + buffers + sum(saved.values()) // count,
+    )
+
+
+class _Layers:
+    """Remembers the largest input plus output of a layer while a module runs."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.largest = 0
+        self._leaves = [layer for layer in module.modules() if not any(True for _ in layer.children())]
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> _Layers:
+        self._handles = [layer.register_forward_hook(self._look) for layer in self._leaves]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _look(self, layer: nn.Module, inputs: Any, output: Any) -> None:
+        tensors = [x for x in (*inputs, output) if isinstance(x, Tensor)]
+        self.largest = max(self.largest, sum(x.numel() * x.element_size() for x in tensors))

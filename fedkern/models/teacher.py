@@ -1,0 +1,186 @@
+"""Frozen teachers: any classifier that gives logits, and a network of ours that does."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedkern.errors import UserError
+from fedkern.models.staged import StagedNetwork
+
+Identity = Mapping[str, str | int | float]
+
+
+class Teacher:
+    """A frozen classifier: a trunk that gives features, and a linear head on them.
+
+    Trunk and head are made when they are first needed (:meth:`load`), so that a teacher whose answers are all known
+    already costs nothing.
+
+    Attributes:
+        name: what the user reads.
+        classes: number of classes C of the data.
+        device: where it runs.
+        identity: all that decides the logits of an image, which names their cache; None where nobody can tell (then
+            nothing is kept on disk).
+        batch: images per pass.
+    """
+
+    batch = 256
+
+    def __init__(self, name: str, classes: int, device: torch.device | str, identity: Identity | None) -> None:
+        self.name, self.classes, self.device = name, classes, torch.device(device)
+        self._identity = identity
+        self._parts: tuple[nn.Module, nn.Linear] | None = None
+
+    @property
+    def identity(self) -> Identity | None:
+        return self._identity
+
+    def load(self) -> tuple[nn.Module, nn.Linear]:
+        """Makes the trunk (normalised images ``[B, C, H, W]`` to features ``[B, d]``) and the head.
+
+        Raises:
+            UserError: what the user named cannot be loaded, or has no features of its own.
+        """
+        raise NotImplementedError
+
+    @property
+    def parts(self) -> tuple[nn.Module, nn.Linear]:
+        """Trunk and head, frozen and in eval mode."""
+        if self._parts is None:
+            trunk, head = self.load()
+            trunk.to(self.device).eval().requires_grad_(False)
+            head.to(self.device).requires_grad_(False)
+            if head.out_features != self.classes:
+                raise wrong_classes(self.name, head.out_features, self.classes)
+            self._parts = trunk, head
+        return self._parts
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return sum(p.numel() for part in self.parts for p in part.parameters())
+
+    def copy(self) -> tuple[nn.Module, nn.Linear]:
+        """Trunk and head of the caller's own, trainable."""
+        trunk, head = copy.deepcopy(self.parts)
+        return trunk.requires_grad_(True), head.requires_grad_(True)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """The trunk's features fp32 ``[B, d]`` of normalised images ``[B, C, H, W]``.
+
+        Raises:
+            UserError: the teacher has none.
+        """
+        trunk, _ = self.parts
+        features: Tensor = trunk(images.to(self.device))
+        return features.float()
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """Logits fp32 ``[B, classes]`` of normalised images ``[B, C, H, W]``.
+
+        Raises:
+            UserError: they are not that, or not finite.
+        """
+        head = self.parts[1]
+        return self.checked(head(self.features(images)), len(images))
+
+    def checked(self, logits: Any, count: int) -> Tensor:
+        """``logits`` as fp32 ``[count, classes]``, or the sentence that says what is wrong with them."""
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != count:
+            given = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise UserError(f"the teacher {self.name} must give logits [{count}, {self.classes}], but gave {given}.")
+        if logits.shape[1] != self.classes:
+            raise wrong_classes(self.name, logits.shape[1], self.classes)
+        if not bool(torch.isfinite(logits).all()):
+            raise UserError(f"the teacher {self.name} gave logits that are NaN or infinite: look at its weights.")
+        return logits.float()
+
+
+def wrong_classes(name: str, given: int, expected: int) -> UserError:
+    """The sentence for a teacher of other classes than the data's."""
+    return UserError(
+        f"the teacher {name} knows {given} classes and the data have {expected}: take a teacher for these data."
+    )
+
+
+class CallableTeacher(Teacher):
+    """Any frozen callable: normalised images fp32 ``[B, C, H, W]`` to logits ``[B, classes]``.
+
+    Args:
+        function: called without gradients; a module is put in eval mode, moved to ``device`` and frozen.
+        identity: see :class:`Teacher`; without it the logits are not cached on disk.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Tensor], Tensor],
+        classes: int,
+        *,
+        name: str = "callable",
+        device: torch.device | str = "cpu",
+        identity: Identity | None = None,
+    ) -> None:
+        super().__init__(name, classes, device, identity)
+        if not callable(function):
+            raise UserError(f"the teacher {name} is a {type(function).__name__}, expected something to call on images.")
+        if isinstance(function, nn.Module):
+            function.to(self.device).eval().requires_grad_(False)
+        self.function = function
+
+    def load(self) -> tuple[nn.Module, nn.Linear]:
+        if isinstance(self.function, StagedNetwork):
+            return Features(self.function), self.function.head
+        raise UserError(
+            f"the teacher {self.name} gives logits alone, and tuning needs features: take teacher_tuning=zero-shot, or "
+            "a network of fedkern or CLIP."
+        )
+
+    @property
+    def parameters(self) -> int:
+        module = self.function
+        return sum(p.numel() for p in module.parameters()) if isinstance(module, nn.Module) else 0
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        return self.checked(self.function(images.to(self.device)), len(images))
+
+
+class NetworkTeacher(Teacher):
+    """A trained :class:`StagedNetwork`; its logits are keyed by the contents of its weights."""
+
+    def __init__(self, network: StagedNetwork, name: str, device: torch.device | str = "cpu") -> None:
+        super().__init__(name, network.head.out_features, device, {"model": name, "weights": content(network)})
+        self.network = network
+
+    def load(self) -> tuple[nn.Module, nn.Linear]:
+        return Features(self.network), self.network.head
+
+
+class Features(nn.Module):
+    """The pooled features of a staged network as a module of their own."""
+
+    def __init__(self, network: StagedNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``[B, C, H, W]`` to ``[B, d]``."""
+        return self.network.features(images)
+
+
+def content(module: nn.Module) -> str:
+    """Hash of a module's state, whatever its device and memory format."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in module.state_dict().items():
+        digest.update(f"{name}{list(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

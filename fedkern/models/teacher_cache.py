@@ -1,0 +1,237 @@
+"""Teacher logits on disk: a foundation model sees every image of a data set only once."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedkern.errors import UserError
+from fedkern.models.teacher import Identity, Teacher, wrong_classes
+
+KEY = 16  # bytes of an image's name
+SAVE_EVERY = 4096  # images between two writes
+
+
+class LogitsCache:
+    """The logits of teachers by image content, one file per teacher, so that they serve any partition and seed.
+
+    Args:
+        folder: where the files are (default: ``fedkern/teachers`` in the user's cache folder).  A default folder that
+            cannot be written is done without; one that was named is an error.
+        mean, std: per channel, what the images are normalised with; a logit belongs to the image before that.
+        notice: told how far a long computation has come, and of a damaged file.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path | None,
+        mean: Sequence[float],
+        std: Sequence[float],
+        notice: Callable[[str], None] | None = None,
+    ) -> None:
+        self.named = folder is not None
+        self.folder = default_cache() if folder is None else Path(folder).expanduser()
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.notice = notice
+
+    def path(self, identity: Identity) -> Path:
+        """The file of a teacher."""
+        return self.folder / file_name("logits", identity)
+
+    def logits(self, teacher: Teacher, batches: Iterable[Tensor], total: int | None = None) -> Tensor:
+        """The teacher's logits fp32 ``[n, classes]`` (CPU) of all images, asked for only where the file lacks them.
+
+        Args:
+            teacher: one without an identity is asked for every image.
+            batches: normalised images ``[B, C, H, W]`` each.
+            total: number of images, for the notices.
+
+        Raises:
+            UserError: what the teacher raises, or a named folder that cannot be written.
+        """
+        identity = teacher.identity
+        if identity is None:
+            found = [teacher.logits(part).cpu() for images in batches for part in images.split(teacher.batch)]
+            return torch.cat(found) if found else torch.empty(0, teacher.classes)
+        known = self.read(identity, teacher.classes)
+        new: dict[bytes, Tensor] = {}
+        keys: list[bytes] = []
+        written = 0
+        try:
+            for images in batches:
+                own = image_keys(images, self.mean, self.std)
+                keys += own
+                missing = [row for row, key in enumerate(own) if key not in known and key not in new]
+                for start in range(0, len(missing), teacher.batch):
+                    rows = missing[start : start + teacher.batch]
+                    answers = teacher.logits(images[torch.tensor(rows, device=images.device)]).cpu()
+                    new.update(zip((own[row] for row in rows), answers, strict=True))
+                    if len(new) - written >= SAVE_EVERY:
+                        self.write(identity, new)
+                        written = len(new)
+                        if self.notice is not None:
+                            of = "" if total is None else f" of {total:,}"
+                            self.notice(f"asking the teacher {teacher.name}: {len(keys):,}{of} images")
+        finally:  # an interrupted computation keeps what it has
+            if len(new) > written:
+                self.write(identity, new)
+        known.update(new)
+        return torch.stack([known[key] for key in keys]) if keys else torch.empty(0, teacher.classes)
+
+    def read(self, identity: Identity, classes: int) -> dict[bytes, Tensor]:
+        """What the file of a teacher holds; nothing where there is none or it is damaged (it is then made anew)."""
+        path = self.path(identity)
+        if not path.exists():
+            return {}
+        try:
+            return read_logits(path, classes)
+        except (OSError, ValueError, UserError) as error:
+            if self.notice is not None:
+                self.notice(f"the cached teacher logits {path} are damaged and made anew ({error})")
+            return {}
+
+    def write(self, identity: Identity, new: Mapping[bytes, Tensor]) -> None:
+        """Adds logits to the file of a teacher; it is read again first, another run may have added some."""
+        classes = next(iter(new.values())).numel()
+        merged = {**self.read(identity, classes), **new}
+        tensors = {
+            "keys": torch.from_numpy(np.frombuffer(b"".join(merged), dtype=np.uint8).reshape(-1, KEY).copy()),
+            "logits": torch.stack(list(merged.values())),
+        }
+        write_file(self.path(identity), tensors, identity, required=self.named)
+
+
+class StoredLogits(Teacher):
+    """A teacher that is known by its logits alone: a file as the cache writes it, made on another machine perhaps.
+
+    Args:
+        path: safetensors file with ``keys`` uint8 [n, 16] (:func:`image_keys`) and ``logits`` [n, classes].
+        mean, std: what the images it is asked about are normalised with.
+
+    Raises:
+        UserError: no such file, damaged, or of another number of classes.
+    """
+
+    def __init__(self, path: str | Path, classes: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.path = Path(path).expanduser()
+        super().__init__(f"logits:{path}", classes, "cpu", None)
+        self.mean, self.std = tuple(mean), tuple(std)
+        try:
+            self.known = read_logits(self.path, classes)
+        except FileNotFoundError:
+            raise UserError(f"the file of teacher logits {self.path} does not exist.") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"the file of teacher logits {self.path} is damaged: {error}.") from None
+
+    @property
+    def parameters(self) -> int:
+        return 0
+
+    def load(self) -> tuple[torch.nn.Module, torch.nn.Linear]:
+        raise UserError(f"the teacher {self.name} is a file of logits and cannot be tuned: teacher_tuning=zero-shot.")
+
+    def logits(self, images: Tensor) -> Tensor:
+        keys = image_keys(images, self.mean, self.std)
+        absent = sum(key not in self.known for key in keys)
+        if absent:
+            raise UserError(
+                f"{self.path} lacks the logits of {absent} of {len(keys)} images: make it from these data, and take "
+                "teacher_view=cached (an augmented image is another one)."
+            )
+        return self.checked(torch.stack([self.known[key] for key in keys]), len(keys)).to(images.device)
+
+
+def image_keys(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> list[bytes]:
+    """A hash of the bytes of every image, undoing the normalisation of ``[B, C, H, W]``."""
+    pixels = to_pixels(images, mean, std).mul_(255).round_().clamp_(0, 255).to(torch.uint8).cpu()
+    shape = str(tuple(pixels.shape[1:])).encode()
+    rows = pixels.contiguous().flatten(1).numpy()
+    return [hashlib.blake2b(shape + row.tobytes(), digest_size=KEY).digest() for row in rows]
+
+
+def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Normalised images as fp32 in [0, 1] (up to rounding), a copy."""
+    scale = torch.tensor(std, dtype=torch.float32, device=images.device).view(1, -1, 1, 1)
+    return images.float() * scale + torch.tensor(mean, dtype=torch.float32, device=images.device).view(1, -1, 1, 1)
+
+
+def read_logits(path: Path, classes: int) -> dict[bytes, Tensor]:
+    """Image key to logits fp32 ``[classes]``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a file of logits.
+        UserError: of another number of classes.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            keys, logits = (file.get_tensor(name) if name in names else None for name in ("keys", "logits"))
+    except SafetensorError as error:
+        raise ValueError(str(error)) from None
+    if keys is None or logits is None or keys.dim() != 2 or keys.shape[1] != KEY or keys.dtype != torch.uint8:
+        raise ValueError("it does not hold keys and logits")
+    if logits.dim() != 2 or len(logits) != len(keys) or not bool(torch.isfinite(logits).all()):
+        raise ValueError("its logits are not finite rows, one for each key")
+    if logits.shape[1] != classes:
+        raise wrong_classes(f"logits:{path}", logits.shape[1], classes)
+    return dict(zip((row.tobytes() for row in keys.numpy()), logits.float(), strict=True))
+
+
+def file_name(kind: str, identity: Identity) -> str:
+    """A readable, unique name: the last part of the model's name, and a hash of everything."""
+    text = json.dumps(dict(identity), sort_keys=True)
+    model = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(str(identity.get("model", "teacher"))).name).strip("-")
+    return f"{kind}-{model[:60]}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.safetensors"
+
+
+def write_file(path: Path, tensors: Mapping[str, Tensor], identity: Identity, *, required: bool) -> None:
+    """Writes a cache file completely or not at all.
+
+    Raises:
+        UserError: it cannot be written and is ``required``.
+    """
+    temporary = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+        os.close(handle)
+        save_file(dict(tensors), temporary, metadata={"fedkern": json.dumps(dict(identity), sort_keys=True)})
+        with Path(temporary).open("rb") as file:
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except (OSError, SafetensorError) as error:
+        if temporary:
+            with contextlib.suppress(OSError):
+                Path(temporary).unlink()
+        if required:
+            raise UserError(
+                f"cannot write the teacher cache {path}: {getattr(error, 'strerror', None) or error}; name another "
+                "folder with the method option teacher_cache."
+            ) from None
+
+
+def read_file(path: Path) -> dict[str, Tensor] | None:
+    """The tensors of a cache file, or None where there is none or it is damaged."""
+    try:
+        return dict(load_file(path))
+    except (OSError, SafetensorError, ValueError):
+        return None
+
+
+def default_cache() -> Path:
+    """``$XDG_CACHE_HOME/fedkern/teachers``, by default below ``~/.cache``."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "fedkern" / "teachers"

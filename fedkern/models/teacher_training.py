@@ -1,0 +1,189 @@
+"""Training of teachers: before a run on public images, and on a client's own (linear probe, fine-tuning)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fedkern.errors import UserError
+from fedkern.models.staged import StagedNetwork
+from fedkern.models.teacher import Identity, Teacher, content
+from fedkern.models.teacher_cache import LogitsCache, file_name, image_keys, read_file, write_file
+
+PROBE_LR, FINETUNE_LR = 1e-3, 1e-5
+
+
+class Labelled(Protocol):
+    """Labelled images: ``labels`` int64 [n] (CPU), and normalised images by index, augmented with an ``rng``."""
+
+    labels: Tensor
+
+    def __len__(self) -> int: ...
+
+    def take(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """SGD with momentum and weight decay, the learning rate falling to 0 as half a cosine."""
+
+    epochs: int = 30
+    batch_size: int = 32
+    lr: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+
+
+def pretrain(network: nn.Module, data: Labelled, recipe: Recipe, seed: int) -> None:
+    """Trains ``network`` in place on all of ``data``, augmented as the data set is, and leaves it in eval mode.
+
+    Raises:
+        UserError: fewer than two images, or the weights became NaN or infinite.
+    """
+    if len(data) < 2:
+        raise UserError(f"a teacher cannot be trained on {len(data)} public images: raise --public-samples.")
+    device = next(network.parameters()).device
+    labels = data.labels.to(device)
+    rng = np.random.default_rng(seed)
+    optimiser = torch.optim.SGD(
+        network.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True
+    )
+    batches = max(1, len(data) // recipe.batch_size)  # what is left over joins them: batch norm needs no batch of one
+    network.train()
+    for number in range(recipe.epochs * batches):
+        if number % batches == 0:
+            parts = np.array_split(rng.permutation(len(data)), batches)
+        for group in optimiser.param_groups:
+            group["lr"] = recipe.lr * (1 + math.cos(math.pi * number / (recipe.epochs * batches))) / 2
+        index = parts[number % batches]
+        loss = cross_entropy(network(data.take(index, rng)), labels[torch.from_numpy(index).to(device)])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    optimiser.zero_grad()
+    network.eval()
+    if not all(bool(torch.isfinite(p).all()) for p in network.parameters()):
+        raise UserError("the teacher's training on the public images diverged: take another teacher, or more images.")
+
+
+def pretrained(
+    network: StagedNetwork,
+    data: Labelled,
+    cache: LogitsCache,
+    *,
+    name: str,
+    recipe: Recipe,
+    seed: int,
+) -> None:
+    """Gives ``network`` the weights that :func:`pretrain` makes, from the cache where they were made before.
+
+    The weights are keyed by all that decides their bits: network, images, labels, recipe, seed, and what computes.
+    """
+    device = next(network.parameters()).device
+    identity: Identity = {
+        "model": name,
+        "data": _digest(data, cache.mean, cache.std),
+        "seed": seed,
+        **asdict(recipe),
+        "initial": content(network),
+        "torch": str(torch.__version__),
+        "device": device.type,
+        "threads": torch.get_num_threads() if device.type == "cpu" else 0,
+    }
+    path = cache.folder / file_name("weights", identity)
+    stored = read_file(path)
+    if stored is not None and _fits(network, stored):
+        network.load_state_dict(stored)
+        network.eval()
+        return
+    if path.exists() and cache.notice is not None:
+        cache.notice(f"the cached teacher {path} is damaged and trained anew")
+    if cache.notice is not None:
+        cache.notice(f"training the teacher {name} on {len(data):,} public images")
+    pretrain(network, data, recipe, seed)
+    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in network.state_dict().items()}
+    write_file(path, tensors, identity, required=cache.named)
+
+
+def probe(
+    teacher: Teacher, batches: Iterable[Tensor], labels: Tensor, rng: np.random.Generator, *, epochs: int, lr: float
+) -> tuple[nn.Linear, Tensor]:
+    """Trains the teacher's head on its features of a client's images; the zero-shot head is where it starts.
+
+    Args:
+        batches: normalised images ``[B, C, H, W]``, together as many as ``labels`` (int64 [n], CPU).
+        rng: draws the order of the samples.
+        epochs: passes of AdamW with learning rate ``lr`` and batches of at most 128.
+
+    Returns:
+        The head, and its logits fp32 ``[n, classes]`` (CPU).
+    """
+    features = torch.cat([teacher.features(part) for images in batches for part in images.split(teacher.batch)])
+    _, head = teacher.copy()
+    targets = labels.to(features.device)
+    with torch.enable_grad():
+        _fit(head, lambda index: (head(features[index]), targets[index]), len(labels), rng, epochs, lr)
+    with torch.no_grad():
+        return head.requires_grad_(False), teacher.checked(head(features), len(labels)).cpu()
+
+
+def finetune(
+    teacher: Teacher, batches: Sequence[Tensor], labels: Tensor, rng: np.random.Generator, *, epochs: int, lr: float
+) -> Tensor:
+    """Trains a copy of the whole teacher on a client's images and returns its logits fp32 ``[n, classes]`` (CPU).
+
+    The copy stays in eval mode: batch norm keeps the statistics of its own training, and nothing is dropped.
+    Arguments as for :func:`probe`.
+    """
+    trunk, head = teacher.copy()
+    images = torch.cat(list(batches)).to(teacher.device)
+    targets = labels.to(teacher.device)
+    both = nn.ModuleList([trunk, head])
+    with torch.enable_grad():
+        _fit(both, lambda index: (head(trunk(images[index])), targets[index]), len(labels), rng, epochs, lr)
+    with torch.no_grad():
+        logits = torch.cat([head(trunk(part)) for part in images.split(teacher.batch)])
+    return teacher.checked(logits, len(labels)).cpu()
+
+
+def _fit(
+    module: nn.Module,
+    step: Callable[[Tensor], tuple[Tensor, Tensor]],
+    samples: int,
+    rng: np.random.Generator,
+    epochs: int,
+    lr: float,
+) -> None:
+    """AdamW over random batches of at most 128; ``step(index)`` gives logits and labels."""
+    optimiser = torch.optim.AdamW(module.parameters(), lr=lr)
+    for _ in range(epochs):
+        order = rng.permutation(samples)
+        for start in range(0, samples, 128):
+            logits, labels = step(torch.from_numpy(order[start : start + 128]))
+            optimiser.zero_grad()
+            cross_entropy(logits, labels).backward()
+            optimiser.step()
+
+
+def _digest(data: Labelled, mean: Sequence[float], std: Sequence[float]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(data.labels.numpy().tobytes())
+    for start in range(0, len(data), 500):
+        for key in image_keys(data.take(np.arange(start, min(start + 500, len(data)))), mean, std):
+            digest.update(key)
+    return digest.hexdigest()
+
+
+def _fits(network: nn.Module, stored: Mapping[str, Tensor]) -> bool:
+    own = network.state_dict()
+    return own.keys() == stored.keys() and all(
+        own[key].shape == stored[key].shape and bool(torch.isfinite(stored[key]).all()) for key in own
+    )

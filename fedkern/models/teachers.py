@@ -1,0 +1,158 @@
+"""Teachers by name: what ``teacher=...`` means, and how each is made."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedkern.errors import UserError, nearest
+from fedkern.models.clip import ClipTeacher
+from fedkern.models.registry import MODELS
+from fedkern.models.staged import StagedNetwork
+from fedkern.models.teacher import CallableTeacher, NetworkTeacher, Teacher
+from fedkern.models.teacher_cache import LogitsCache, StoredLogits
+from fedkern.models.teacher_training import Labelled, Recipe, pretrained
+
+KINDS = ("pretrained", "clip", "logits", "python")
+# What the embedded default picks from, by size with ten classes: the smallest that are larger than the proxy.
+LARGER = (("resnet8", 32), ("cnn", 64), ("resnet8", 64), ("resnet18", 32), ("resnet18", 64), ("resnet18", 96))
+CHOICES = 3
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One teacher as the user names it: ``kind:what``."""
+
+    kind: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.what}" if self.what else self.kind
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What teachers are made for.
+
+    Attributes:
+        classes: class names of the data.
+        mean, std: what images are normalised with.
+        device: where teachers run.
+        build: makes a freshly initialised network: ``build(model=, width=)``.
+        public: what the embedded teacher learns from.
+        prompts, recipe, seed: of the zero-shot and of the embedded teacher.
+    """
+
+    classes: Sequence[str]
+    mean: Sequence[float]
+    std: Sequence[float]
+    device: torch.device
+    build: Callable[..., Any]
+    public: Labelled | None
+    prompts: str
+    recipe: Recipe
+    seed: int
+
+
+def parse(text: str) -> list[Spec]:
+    """The teachers in a comma-separated list.
+
+    Raises:
+        UserError: an unknown kind, or one that does not say what.
+    """
+    specs = []
+    for word in text.split(","):
+        kind, _, what = word.strip().partition(":")
+        if kind not in KINDS:
+            raise UserError(
+                f'unknown teacher "{word.strip()}": expected pretrained, pretrained:MODEL/WIDTH, clip:PATH_OR_NAME, '
+                f"logits:FILE or python:MODULE:NAME.{nearest(kind, KINDS)}"
+            )
+        if kind != "pretrained" and not what:
+            raise UserError(f"the teacher {kind} needs a name after the colon, for example {_EXAMPLES[kind]}.")
+        specs.append(Spec(kind, what))
+    return specs
+
+
+_EXAMPLES = {"clip": "clip:openai/clip-vit-base-patch32", "logits": "logits:FILE", "python": "python:MODULE:NAME"}
+
+
+def expand(specs: Sequence[Spec], build: Callable[..., Any]) -> list[Spec]:
+    """The list with ``pretrained`` replaced by up to three networks that are larger than the run's own."""
+    result: list[Spec] = []
+    for spec in specs:
+        if spec.kind != "pretrained" or spec.what:
+            result.append(spec)
+            continue
+        own = size(build())
+        larger: list[Spec] = []
+        for model, width in LARGER:
+            if len(larger) < CHOICES and size(build(model=model, width=width)) > own:
+                larger.append(Spec("pretrained", f"{model}/{width}"))
+        if not larger:
+            model, width = LARGER[-1]
+            raise UserError(
+                f"no embedded teacher is larger than the run's own network ({own:,} parameters): name one, for example "
+                f"teacher=pretrained:{model}/{2 * width}."
+            )
+        result += larger
+    return result
+
+
+def make(spec: Spec, setting: Setting, cache: LogitsCache) -> Teacher:
+    """Makes a teacher; an embedded one is trained, or read from the cache.
+
+    Raises:
+        UserError: it cannot be made from what the user said.
+    """
+    if spec.kind == "clip":
+        return ClipTeacher(
+            spec.what, setting.classes, mean=setting.mean, std=setting.std, prompts=setting.prompts,
+            device=setting.device,
+        )  # fmt: skip
+    if spec.kind == "logits":
+        return StoredLogits(spec.what, len(setting.classes), setting.mean, setting.std)
+    if spec.kind == "python":
+        return _imported(spec, setting)
+    model, _, width = spec.what.partition("/")
+    if model not in MODELS or (width and not (width.isdigit() and int(width) > 0)):
+        raise UserError(
+            f'the teacher "{spec}" must be pretrained:MODEL or pretrained:MODEL/WIDTH with one of {", ".join(MODELS)}.'
+            f"{nearest(model, MODELS)}"
+        )
+    if setting.public is None:
+        raise UserError(
+            "the embedded teacher learns from public images and there are none: give --public-samples N, or another "
+            "teacher such as --method-option teacher=clip:PATH_OR_NAME."
+        )
+    network: StagedNetwork = setting.build(model=model, width=int(width) if width else None)
+    shown = f"{model} of width {int(width) if width else MODELS[model].width}"
+    pretrained(network, setting.public, cache, name=shown, recipe=setting.recipe, seed=setting.seed)
+    return NetworkTeacher(network, f"{shown}, pre-trained by fedkern on {len(setting.public):,} public images",
+                          setting.device)  # fmt: skip
+
+
+def _imported(spec: Spec, setting: Setting) -> Teacher:
+    """The callable (or :class:`Teacher`) ``MODULE:NAME``; its attribute ``identity``, if any, lets logits be cached."""
+    module, _, name = spec.what.rpartition(":")
+    try:
+        found: Any = getattr(importlib.import_module(module), name) if module else None
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"the teacher {spec} cannot be imported: {error}.") from None
+    if found is None:
+        raise UserError(f"the teacher {spec} must have the form python:MODULE:NAME.")
+    if isinstance(found, Teacher):
+        return found
+    return CallableTeacher(
+        found, len(setting.classes), name=str(spec), device=setting.device, identity=getattr(found, "identity", None)
+    )
+
+
+def size(network: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(p.numel() for p in network.parameters())

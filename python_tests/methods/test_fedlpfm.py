@@ -1,0 +1,361 @@
+"""Fed-LPFM's and FML's losses against their equations, and the invariants of the method notes' section 7."""
+
+import dataclasses
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy, kl_div, log_softmax, one_hot, softmax
+
+from fedkern import models
+from fedkern.engine import Listener, RunConfig, run
+from fedkern.engine.bench import Bench
+from fedkern.engine.ledger import message_bytes
+from fedkern.engine.records import read_metrics
+from fedkern.engine.serial import Client, Server
+from fedkern.errors import UserError
+from fedkern.methods import FML, Batch, FedLPFM, Step
+from fedkern.methods.fml import Pair
+from fedkern.models.teacher import CallableTeacher
+
+STEP = Step(0, "train", "update")
+SMALL = {"teacher": "pretrained:cnn/3", "pretrain_epochs": 2}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def data(make_data, make_public):
+    return make_public(make_data(), samples=12)
+
+
+def make(lam=0.5, **options):
+    return FedLPFM(FedLPFM.Options.parse({"lambda": lam, **options}))
+
+
+class Fixed(torch.nn.Module):
+    """A proxy that gives the logits it was made with."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = torch.nn.Parameter(logits.clone())
+
+    def forward(self, images):
+        return self.logits
+
+
+def scene(teachers=1, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    proxy = Fixed(2 * torch.randn(7, 5, generator=g, dtype=torch.float64))
+    teacher = 3 * torch.randn(teachers, 7, 5, generator=g, dtype=torch.float64)
+    labels = torch.randint(0, 5, (7,), generator=g)
+    return proxy, teacher, Batch(torch.zeros(7, 1, 8, 8), labels, np.arange(7), STEP)
+
+
+def loss_of(method, proxy, teacher, batch):
+    batch.drawn = {"teacher": method._mixture(teacher)}
+    return method.loss(proxy, batch, None)
+
+
+@pytest.mark.parametrize("teachers", [1, 3])
+@pytest.mark.parametrize("mixing", ["convex", "additive"])
+@pytest.mark.parametrize(("lam", "temperature"), [(0.5, 1.0), (0.3, 4.0), (1.0, 2.0)])
+def test_loss_and_gradient_are_the_equations(teachers, mixing, lam, temperature):
+    proxy, teacher, batch = scene(teachers)
+    method = make(lam, temperature=temperature, mixing=mixing, teachers=teachers)
+    total, seen = loss_of(method, proxy, teacher, batch)
+    total.backward()
+    z, own = proxy.logits.detach(), (1 - lam if mixing == "convex" else 1.0)
+    p = softmax(teacher / temperature, 2).mean(0)
+    divergence = kl_div(log_softmax(z / temperature, 1), p, reduction="batchmean")
+    expected = own * cross_entropy(z, batch.labels) + lam * temperature**2 * divergence
+    torch.testing.assert_close(total.detach(), expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(seen["loss_kd"], temperature**2 * divergence, rtol=1e-6, atol=1e-9)
+    # (1 - lambda)(softmax z - onehot) + lambda T (softmax(z / T) - p_T), all over B
+    target = one_hot(batch.labels, 5).double()
+    gradient = own * (softmax(z, 1) - target) + lam * temperature * (softmax(z / temperature, 1) - p)
+    torch.testing.assert_close(proxy.logits.grad, gradient / 7, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("divergence", ["kl", "mse", "js"])
+@pytest.mark.parametrize("teachers", [1, 2])
+def test_nothing_is_left_to_learn_from_equal_logits(divergence, teachers):
+    proxy, _, _ = scene()
+    method = make(divergence=divergence, temperature=2.0, teachers=teachers)
+    same = proxy.logits.detach().expand(teachers, -1, -1)
+    value = method.divergence(proxy.logits, method._mixture(same))
+    value.backward()
+    assert 0 <= value.item() < 1e-12
+    assert proxy.logits.grad.abs().max() < 1e-9
+
+
+def test_other_divergences():
+    proxy, teacher, _ = scene(2)
+    z, t = proxy.logits.detach(), 3.0
+    p = softmax(teacher / t, 2).mean(0)
+    method = make(divergence="mse", temperature=t, teachers=2)
+    difference = t * p.log() - z
+    torch.testing.assert_close(
+        method.divergence(z, method._mixture(teacher)), difference.var(1, unbiased=False).mean() / 2, rtol=1e-6, atol=0
+    )
+    method, q = make(divergence="js", temperature=t, teachers=2), softmax(z / t, 1)
+    m = (p + q) / 2
+    expected = t**2 * ((p * (p / m).log()).sum(1) + (q * (q / m).log()).sum(1)).mean() / 2
+    torch.testing.assert_close(method.divergence(z, method._mixture(teacher)), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("mixing", ["convex", "additive"])
+def test_lambda_0_is_fedavg_bit_for_bit(mixing, make_data, make_config, tmp_path):
+    data = make_data()  # no public images: no teacher is asked for
+    run(make_config("fedavg"), out=tmp_path / "a", data=data)
+    run(make_config("fedlpfm", options={"lambda": 0, "mixing": mixing}), out=tmp_path / "b", data=data)
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not (tmp_path / "cache").exists()
+
+
+def small(make_config, **settings):
+    options = {**SMALL, **settings.pop("options", {})}
+    return make_config("fedlpfm", options=options, **settings)
+
+
+def test_a_run_costs_the_bytes_of_fedavg_and_names_its_teacher(data, make_config, tmp_path):
+    plain = run(make_config("fedavg"), out=tmp_path / "a", data=data)
+    summary = run(small(make_config), out=tmp_path / "b", data=data)
+    assert summary["bytes"] == plain["bytes"]
+    told = summary["diagnostics"]["teacher"]
+    assert "cnn of width 3, pre-trained by fedkern on 12 public images (zero-shot)" in told
+    assert "not in the byte ledger" in told
+    metrics = summary["metrics"]
+    for name in ("id_teacher_accuracy", "ood_public_proxy_accuracy", "teacher_inference_mflops"):
+        assert name in metrics
+    assert metrics["proxy_training_mflops"] > 2 * metrics["proxy_inference_mflops"] > 0
+    for record in read_metrics(tmp_path / "b"):
+        assert all(0 <= entry["teacher_right"] <= 1 and entry["loss_kd"] > 0 for entry in record["clients"].values())
+    assert json.loads((tmp_path / "b" / "summary.json").read_text())["metrics"] == metrics
+
+
+def test_teachers_own_accuracy_is_reported(data, make_config, tmp_path):
+    """The cached teacher, asked by hand."""
+    summary = run(small(make_config), out=tmp_path / "run", data=data)
+    bench = Bench(small(make_config), data)
+    method = FedLPFM(FedLPFM.Options.parse({**SMALL, "lambda": 0.5}))
+    method.start(Server(bench))
+    images = (data.tests["ood"].images / 255 - torch.tensor(data.mean).view(1, 3, 1, 1)) / torch.tensor(data.std).view(
+        1, 3, 1, 1
+    )
+    right = (method._teacher(0).logits(images).argmax(1) == data.tests["ood"].labels).double().mean()
+    assert summary["metrics"]["ood_teacher_accuracy"] == pytest.approx(float(right))
+
+
+def started(data, config):
+    method, bench = FedLPFM(FedLPFM.Options.parse(config.options)), Bench(config, data)
+    server = Server(bench)
+    method.start(server)
+    return method, bench, server
+
+
+def batch_of(bench, client, rows):
+    data = bench.client_data(client)
+    return Batch(data.pixels.take(rows), data.labels[rows], rows, STEP)
+
+
+@pytest.mark.parametrize("tuning", ["zero-shot", "probe"])
+def test_cached_and_live_teachers_agree_without_augmentation(tuning, data, make_config):
+    rows, drawn = np.array([5, 0, 12, 7]), {}
+    for view in ("cached", "same"):
+        options = {"teacher_view": view, "teacher_tuning": tuning, "tuning_lr": 0.05}
+        method, bench, server = started(data, small(make_config, options=options))
+        client = Client(bench, 1, {})
+        method.client_update(client, STEP, method.send(server, STEP))
+        drawn[view] = method.draw(client, batch_of(bench, 1, rows), np.random.default_rng(0))["teacher"]
+    torch.testing.assert_close(drawn["cached"], drawn["same"], rtol=1e-4, atol=1e-4)
+    assert drawn["same"].shape == (4, 3)
+
+
+def test_the_cached_view_is_the_image_before_augmentation(data, make_config):
+    method, bench, server = started(data, small(make_config, augment="crop"))
+    client = Client(bench, 0, {})
+    method.client_update(client, STEP, method.send(server, STEP))
+    plain = torch.cat([batch.images for batch in client.batches()])
+    torch.testing.assert_close(
+        client.state["teacher_logits"][0], method._teacher(0).logits(plain), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_the_teacher_neither_changes_nor_travels(data, make_config):
+    method, bench, server = started(data, small(make_config))
+    before = {name: value.clone() for name, value in method._teacher(0).network.state_dict().items()}
+    client, message = Client(bench, 0, {}), method.send(server, STEP)
+    upload = method.client_update(client, STEP, message)
+    assert set(upload) == set(message)
+    proxy = bench.network("server")
+    assert message_bytes(upload) == 4 * (proxy.parameters.numel() + proxy.buffers.numel()) + 8 * 3
+    for name, value in method._teacher(0).network.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert all(p.grad is None for p in method._teacher(0).network.parameters())
+
+
+def test_backbones(data, make_config):
+    specs = {"teacher": "pretrained:cnn/3,pretrained:cnn/2,pretrained:cnn/4", "teachers": 2}
+    drawn = {}
+    for backbone in ("consistent", "random", "random-each-round"):
+        method, bench, _ = started(data, small(make_config, options={**specs, "backbone": backbone}))
+        drawn[backbone] = [
+            [tuple(method.backbones(Client(bench, k % 3, {}), Step(r, "train", "update"))) for r in range(8)]
+            for k in range(3)
+        ]
+    assert {pair for rounds in drawn["consistent"] for pair in rounds} == {(0, 1)}
+    assert all(len(set(rounds)) == 1 for rounds in drawn["random"])
+    assert all(len(set(rounds)) > 1 for rounds in drawn["random-each-round"])
+    assert {pair for rounds in drawn["random-each-round"] for pair in rounds} == {(0, 1), (0, 2), (1, 2)}
+
+
+class Cut(Listener):
+    def __init__(self, left):
+        self.left = left
+
+    def on_client(self, *_):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+
+def outcome(out):
+    summary = json.loads((out / "summary.json").read_text())
+    drop = ("seconds", "round_seconds", "phases")
+    records = [{k: v for k, v in record.items() if k not in drop} for record in read_metrics(out)]
+    return (out / "model.safetensors").read_bytes(), records, {k: v for k, v in summary.items() if k not in drop}
+
+
+@pytest.mark.parametrize("tuning", ["zero-shot", "probe", "finetune"])
+def test_resumed_it_ends_alike_even_when_the_cache_is_gone(tuning, data, make_config, tmp_path):
+    options = {
+        "teacher": "pretrained:cnn/3,pretrained:cnn/2", "backbone": "random-each-round", "teacher_tuning": tuning,
+        "tuning_epochs": 2,
+    }  # fmt: skip
+    config = small(make_config, options=options, rounds=3)
+    run(config, out=tmp_path / "whole", data=data)
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(KeyboardInterrupt):
+        run(config, out=tmp_path / "cut", data=data, listener=Cut(4))
+    shutil.rmtree(tmp_path / "cache")
+    run(RunConfig.load(tmp_path / "cut"), out=tmp_path / "cut", data=data, resume=True)
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+
+
+def test_what_the_teacher_knows_reaches_classes_that_a_client_lacks(make_data, make_public, make_config, tmp_path):
+    """One class per client: only the teacher's probabilities tell the other classes apart."""
+    data = make_public(make_data((30, 30, 30)), samples=60)
+    alone = []
+    for k, split in enumerate(make_data((90, 90, 90)).clients):
+        alone.append(split.subset(torch.nonzero(split.labels == k)[:, 0][:20]))
+    data = dataclasses.replace(data, clients=tuple(alone))
+    settings = {"rounds": 6, "lr": 0.02, "width": 4, "local_epochs": 2}
+    accuracy = {}
+    for lam in (0, 0.9):
+        options = {"lambda": lam, "temperature": 4.0, "teacher": "pretrained:cnn/8", "pretrain_epochs": 20}
+        summary = run(make_config("fedlpfm", options=options, **settings), out=tmp_path / str(lam), data=data)
+        accuracy[lam] = summary["metrics"]["id_accuracy"]
+    assert summary["metrics"]["id_teacher_accuracy"] == 1
+    assert accuracy[0.9] > accuracy[0] + 0.15
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"lambda": 1.5}, r'"lambda" must be at most 1 with mixing=convex, not 1\.5'),
+        ({"teacher_view": "same", "teacher_tuning": "finetune"}, "kept as its logits alone: take teacher_view=cached"),
+        ({"teachers": 2}, "2 teachers per client need as many backbones, but teacher=pretrained:cnn/3 names 1"),
+        ({"teacher": "klip:x"}, 'unknown teacher "klip:x"'),
+        ({"teacher": "clip:/nowhere/at/all"}, "the CLIP folder /nowhere/at/all does not exist"),
+        ({"teacher": "logits:/nowhere"}, "the file of teacher logits /nowhere does not exist"),
+    ],
+)
+def test_mistakes_end_before_anything_is_written(options, sentence, data, make_config, tmp_path):
+    with pytest.raises(UserError, match=sentence):
+        run(small(make_config, options=options), out=tmp_path / "run", data=data)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_embedded_teacher_needs_public_images(make_data, make_config, tmp_path):
+    with pytest.raises(UserError, match="give --public-samples N"):
+        run(small(make_config), out=tmp_path / "run", data=make_data())
+
+
+def test_a_teacher_of_other_classes(data, make_config, monkeypatch):
+    config = small(make_config)
+    monkeypatch.setattr(
+        "fedkern.models.teachers.make",
+        lambda *_: CallableTeacher(lambda x: torch.zeros(len(x), 7), 3, name="imagenet"),
+    )
+    with pytest.raises(UserError, match="the teacher imagenet knows 7 classes and the data have 3"):
+        started(data, config)
+
+
+# -- FML -------------------------------------------------------------------------------------------------------------
+
+
+def test_fml_is_its_equations_with_the_other_side_detached():
+    proxy, teacher, batch = scene(1)
+    pair, t = Pair(Fixed(teacher[0]), proxy), 2.0
+    method = FML(FML.Options(alpha=0.7, beta=0.4, temperature=t))
+    total, _ = method.loss(pair, batch, None)
+    total.backward()
+    h, z, target = pair.private.logits.detach(), proxy.logits.detach(), one_hot(batch.labels, 5).double()
+
+    def gradient(own, other, weight):
+        distilled = t * (softmax(own / t, 1) - softmax(other / t, 1))
+        return (weight * (softmax(own, 1) - target) + (1 - weight) * distilled) / 7
+
+    torch.testing.assert_close(pair.private.logits.grad, gradient(h, z, 0.7), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(proxy.logits.grad, gradient(z, h, 0.4), rtol=1e-6, atol=1e-9)
+
+
+def test_fml_sends_the_proxy_alone_and_keeps_private_models(make_data, make_config, tmp_path):
+    data = make_data()
+    plain = run(make_config("fedavg"), out=tmp_path / "a", data=data)
+    summary = run(make_config("fml", options={"private": "cnn/3"}), out=tmp_path / "b", data=data)
+    assert summary["bytes"] == plain["bytes"]
+    states = [Client(Bench(make_config("fml"), data), k, {}) for k in range(2)]
+    method, server = FML(), Server(Bench(make_config("fml"), data))
+    method.start(server)
+    for client in states:
+        method.client_update(client, STEP, method.send(server, STEP))
+    first, second = (client.state["private"]["head.weight"] for client in states)
+    assert not torch.equal(first, second)
+    before = first.clone()
+    method.client_update(states[0], Step(1, "train", "update"), method.send(server, STEP))
+    assert not torch.equal(states[0].state["private"]["head.weight"], before)
+
+
+@pytest.mark.parametrize("buffers", ["average", "local"])
+def test_fml_without_mutual_terms_is_fedavg(buffers, make_data, make_config, tmp_path):
+    """With alpha = beta = 1 nothing passes between the two, and the proxy is trained as FedAvg's network."""
+    data = make_data()
+    run(make_config("fedavg", buffers=buffers), out=tmp_path / "a", data=data)
+    run(make_config("fml", options={"alpha": 1, "beta": 1}, buffers=buffers), out=tmp_path / "b", data=data)
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6)
+
+
+def test_fml_private_models_of_another_kind(make_data, make_config, tmp_path):
+    with pytest.raises(UserError, match='there is no model "cn", choose one of'):
+        run(make_config("fml", options={"private": "cn"}), out=tmp_path / "a", data=make_data())
+    with pytest.raises(UserError, match='must be MODEL or MODEL/WIDTH, not "cnn/x"'):
+        run(make_config("fml", options={"private": "cnn/x"}), out=tmp_path / "b", data=make_data())
+
+
+def test_the_parsed_names_are_the_published_ones():
+    knobs = {knob.name for knob in FedLPFM.Options.knobs()}
+    assert {"teacher", "lambda", "temperature", "prompts"} <= knobs
+    assert math.isclose(FedLPFM.Options().lam, 0.5)
+    assert models.MODELS["mobilenetv2"].width == 32

@@ -1,0 +1,232 @@
+"""CLIP through transformers, on a tiny randomly initialised model that the test saves itself."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional
+
+from fedkern.errors import UserError
+from fedkern.models import clip
+from fedkern.models.clip import ClipTeacher
+from fedkern.models.prompts import DEFAULT, read_prompts
+from fedkern.models.teacher_cache import LogitsCache
+
+CLASSES = ("cat", "big_dog", "ship")
+SCALE = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}
+SIDE = 40  # of the tiny network's images, in place of 224
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete model folder: weights, configuration, tokenizer, preprocessing."""
+    transformers = pytest.importorskip("transformers", reason="needs the extra [foundation]")
+    path = tmp_path_factory.mktemp("tiny-clip")
+    letters = [chr(c) for c in range(ord("!"), ord("~") + 1)]
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (path / "merges.txt").write_text("#version: 0.2\n")
+    transformers.CLIPTokenizer.from_pretrained(path).save_pretrained(path)
+    end = len(words) - 1
+    ids = {"bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(
+        text_config={**small, **ids, "vocab_size": len(words), "max_position_embeddings": 64},
+        vision_config={**small, "image_size": SIDE, "patch_size": 20},
+        projection_dim=8,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.CLIPModel(config)
+        for parameter in model.parameters():  # the library's initial weights are so small that all images look alike
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(path)
+    (path / "preprocessor_config.json").write_text(
+        json.dumps(
+            {
+                "size": {"shortest_edge": SIDE}, "crop_size": SIDE, "do_resize": True, "do_center_crop": True,
+                "image_mean": list(clip.MEAN), "image_std": list(clip.STD),
+            }
+        )
+    )  # fmt: skip
+    return path
+
+
+def make(folder: Path, **options: Any) -> ClipTeacher:
+    return ClipTeacher(folder, CLASSES, **{**SCALE, **options})
+
+
+def pictures(count: int = 5, height: int = 32, width: int = 32, channels: int = 3) -> torch.Tensor:
+    rng = np.random.default_rng(7)
+    return torch.from_numpy(rng.integers(0, 256, (count, channels, height, width)).astype(np.uint8))
+
+
+def normalised(pixels: torch.Tensor) -> torch.Tensor:
+    mean, std = (torch.tensor(SCALE[name][: pixels.shape[1]]).view(1, -1, 1, 1) for name in ("mean", "std"))
+    return (pixels / 255 - mean) / std
+
+
+def theirs(folder: Path, prompts: list[str], pixel_values: torch.Tensor) -> torch.Tensor:
+    """transformers' own logits_per_image."""
+    transformers = pytest.importorskip("transformers", reason="needs the extra [foundation]")
+    model = transformers.CLIPModel.from_pretrained(folder).eval()
+    encoded = transformers.AutoTokenizer.from_pretrained(folder)(prompts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        return model(pixel_values=pixel_values, **encoded).logits_per_image
+
+
+def pillow(pixels: torch.Tensor) -> torch.Tensor:
+    """CLIP's preprocessing as it was trained with: Pillow's bicubic filter on bytes, centre crop, scale."""
+    rows = []
+    for one in pixels.expand(-1, 3, -1, -1):
+        image = Image.fromarray(one.permute(1, 2, 0).numpy())
+        short = min(image.size)
+        size = (int(SIDE * image.width / short), int(SIDE * image.height / short))
+        image = image.resize(size, Image.Resampling.BICUBIC)
+        left, top = (image.width - SIDE) // 2, (image.height - SIDE) // 2
+        cut = np.asarray(image.crop((left, top, left + SIDE, top + SIDE)))
+        rows.append(torch.from_numpy(cut.copy()).permute(2, 0, 1))
+    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (clip.MEAN, clip.STD))
+    return (torch.stack(rows) / 255 - mean) / std
+
+
+def test_logits_are_those_of_transformers(folder: Path) -> None:
+    teacher, images = make(folder), pictures()
+    made = teacher.logits(normalised(images))
+    prompts = ["a photo of a cat.", "a photo of a big dog.", "a photo of a ship."]
+    expected = theirs(folder, prompts, teacher.parts[0].prepare(normalised(images)))
+    assert float(expected.std()) > 0.1
+    torch.testing.assert_close(made, expected, rtol=0, atol=1e-5)
+    # End to end with the preprocessing of Pillow: at most one byte in 255 apart here and there.
+    torch.testing.assert_close(made, theirs(folder, prompts, pillow(images)), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize(("height", "width", "channels"), [(32, 32, 3), (50, 30, 3), (28, 28, 1), (40, 40, 3)])
+def test_preprocessing_is_pillows(folder: Path, height: int, width: int, channels: int) -> None:
+    images = pictures(3, height, width, channels)
+    scale = {name: SCALE[name][:channels] for name in SCALE}
+    made = ClipTeacher(folder, CLASSES, **scale).parts[0].prepare(normalised(images))
+    assert made.shape == (3, 3, SIDE, SIDE)
+    byte = max(1 / (255 * std) for std in clip.STD)
+    apart = (made - pillow(images)).abs()
+    assert apart.max() < 2.1 * byte
+    assert (apart > 0.1 * byte).float().mean() < 0.02
+
+
+def test_without_a_preprocessing_file_it_is_clips_own(folder: Path) -> None:
+    encoder = clip.ImageEncoder(_network(folder), **SCALE)
+    assert encoder.prepare(normalised(pictures(1))).shape == (1, 3, 224, 224)
+    assert (encoder.own_mean, encoder.own_std) == (clip.MEAN, clip.STD)
+
+
+def _network(folder: Path) -> Any:
+    transformers = pytest.importorskip("transformers", reason="needs the extra [foundation]")
+    return transformers.CLIPModel.from_pretrained(folder)
+
+
+def test_templates_are_averaged_as_unit_vectors(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "templates.txt").write_text("# two views\na photo of a {class}.\n\na drawing of the {}.\n")
+    images = normalised(pictures())
+    teacher = make(folder, prompts=str(tmp_path / "templates.txt"))
+    assert teacher.prompts[1] == ["a photo of a big dog.", "a drawing of the big dog."]
+    features = [make(folder, prompts=template).parts[1].weight for template in ("a photo of a {class}.",
+                                                                               "a drawing of the {}.")]  # fmt: skip
+    scale = features[0].norm(dim=1, keepdim=True)
+    expected = functional.normalize(features[0] + features[1], dim=1) * scale
+    torch.testing.assert_close(teacher.parts[1].weight, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(teacher.logits(images), make(folder).logits(images), atol=1e-3)
+
+
+def test_prompts_name_the_cache(folder: Path, tmp_path: Path) -> None:
+    cache = LogitsCache(tmp_path, **SCALE)
+    assert cache.path(make(folder).identity) == cache.path(make(folder, prompts=DEFAULT).identity)
+    assert cache.path(make(folder).identity) != cache.path(make(folder, prompts="a {class}").identity)
+    copy = tmp_path / folder.name
+    copy.mkdir()
+    for path in folder.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    before = make(copy).identity
+    (copy / "model.safetensors").write_bytes(weights)
+    assert make(copy).identity != before
+
+
+def test_a_loaded_folder_is_not_needed_for_cached_images(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, images = LogitsCache(tmp_path, **SCALE), normalised(pictures())
+    first = cache.logits(make(folder), [images[:2], images[2:]])
+
+    def refuse(self: Any) -> Any:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(ClipTeacher, "load", refuse)
+    assert torch.equal(cache.logits(make(folder), [images]), first)
+    with pytest.raises(AssertionError, match="loaded"):
+        cache.logits(make(folder), [images + 1])
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ({"cat": "a cat", "ship": "a ship"}, r'has no prompts for the class "big_dog"\.$'),
+        ({"cat": "a", "big_dogs": ["b"], "ship": "c"}, r'no prompts for the class "big_dog"\. Did you mean "big_dogs"'),
+        ({"cat": "a", "big_dog": "b", "ship": "c", "cow": "d"}, r'for the class "cow", which the data do not have'),
+        ({"cat": "a", "big_dog": [], "ship": "c"}, r'the prompts of "big_dog" in .* must be a text or a list of texts'),
+        (["a"], "must map every class to its prompts, but holds a list"),
+    ],
+)
+def test_prompts_by_class(tmp_path: Path, content: Any, sentence: str) -> None:
+    path = tmp_path / "prompts.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=sentence):
+        read_prompts(str(path), CLASSES)
+    path.write_text(json.dumps({"cat": "a cat", "big_dog": ["a dog", "a hound"], "ship": "x"}))
+    assert read_prompts(str(path), CLASSES) == [["a cat"], ["a dog", "a hound"], ["x"]]
+
+
+def test_templates_that_do_not_fit(tmp_path: Path) -> None:
+    path = tmp_path / "templates.txt"
+    for text, sentence in (
+        ("a photo", 'the template "a photo" in .* has no {class}'),
+        ("# nothing\n", "is empty: write one template"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=sentence):
+            read_prompts(str(path), CLASSES)
+    with pytest.raises(UserError, match=r"nowhere.txt cannot be read \(No such file"):
+        read_prompts(str(tmp_path / "nowhere.txt"), CLASSES)
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(UserError, match="is not JSON"):
+        read_prompts(str(tmp_path / "broken.json"), CLASSES)
+
+
+def test_folders_that_hold_no_clip(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="needs the extra [foundation]")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=f"cannot load a CLIP from {tmp_path}"):
+        make(tmp_path).logits(torch.zeros(1, 3, 32, 32))
+    with pytest.raises(UserError, match=r"the CLIP folder .*nowhere does not exist"):
+        make(tmp_path / "nowhere")
+
+
+def test_without_transformers_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def refuse(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.split(".")[0] == "transformers":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(UserError, match=r"needs transformers: install it with pip install 'fedkern\[foundation\]'"):
+        make(folder).logits(torch.zeros(1, 3, 32, 32))

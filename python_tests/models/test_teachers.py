@@ -1,0 +1,323 @@
+"""Teachers, their cached logits, their training, and how they are named."""
+
+from __future__ import annotations
+
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from fedkern import models
+from fedkern.errors import UserError
+from fedkern.models import teachers
+from fedkern.models.cost import cost
+from fedkern.models.teacher import CallableTeacher, NetworkTeacher
+from fedkern.models.teacher_cache import LogitsCache, StoredLogits, image_keys, read_file
+from fedkern.models.teacher_training import Recipe, finetune, pretrain, pretrained, probe
+
+MEAN, STD = (0.4,), (0.3,)
+CLASSES = ("a", "b", "c")
+
+
+def build(model: str | None = None, width: int | None = None) -> Any:
+    return models.build(model or "cnn", classes=3, channels=1, image_size=8, seed=0, width=width or 2)
+
+
+def bytes_of(count: int, seed: int = 0) -> torch.Tensor:
+    rng = np.random.default_rng(seed)
+    return torch.from_numpy(rng.integers(0, 256, (count, 1, 8, 8)).astype(np.uint8))
+
+
+def normalised(pixels: torch.Tensor) -> torch.Tensor:
+    return (pixels / 255 - MEAN[0]) / STD[0]
+
+
+class Public:
+    """Three classes by brightness."""
+
+    def __init__(self, count: int = 30) -> None:
+        self.labels = torch.arange(count) % 3
+        noise = torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+        self.images = normalised((self.labels[:, None, None, None] * 90 + 20 + 5 * noise).clamp(0, 255).to(torch.uint8))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> torch.Tensor:
+        return self.images[torch.from_numpy(indices)]
+
+
+class Counting(CallableTeacher):
+    """Remembers how many images it saw."""
+
+    def __init__(self, **options: Any) -> None:
+        self.seen = 0
+        super().__init__(self.answer, 3, **options)
+
+    def answer(self, images: torch.Tensor) -> torch.Tensor:
+        self.seen += len(images)
+        return images.flatten(1)[:, :3] * 2
+
+
+def counting(version: int = 1) -> Counting:
+    return Counting(name="counting", identity={"model": "counting", "version": version})
+
+
+def test_an_image_is_asked_about_once(tmp_path: Path) -> None:
+    images = normalised(bytes_of(12))
+    teacher, cache = counting(), LogitsCache(tmp_path, MEAN, STD)
+    first = cache.logits(teacher, images[:10].split(4))
+    assert (first.shape, teacher.seen) == ((10, 3), 10)
+    assert torch.equal(first, teacher.answer(images[:10]))
+    # Another order, another batch size, and two new ones: only those are computed.
+    order = torch.tensor([11, 3, 0, 10, 3])
+    again = counting()
+    assert torch.equal(cache.logits(again, [images[order]]), images[order].flatten(1)[:, :3] * 2)
+    assert again.seen == 2
+    other = counting(version=2)
+    cache.logits(other, [images])
+    assert other.seen == 12
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_keys_are_the_images_before_normalisation() -> None:
+    pixels = bytes_of(40)
+    keys = image_keys(normalised(pixels), MEAN, STD)
+    assert len(set(keys)) == 40
+    other = image_keys((pixels / 255 - 0.1) / 0.7, (0.1,), (0.7,))
+    assert keys == other == image_keys(normalised(pixels).to(memory_format=torch.channels_last), MEAN, STD)
+    changed = pixels.clone()
+    changed[7, 0, 3, 3] ^= 1
+    assert [a == b for a, b in zip(keys, image_keys(normalised(changed), MEAN, STD), strict=True)].count(False) == 1
+
+
+@pytest.mark.parametrize("damage", ["empty", "noise", "shape", "nan", "classes"])
+def test_a_damaged_file_is_made_anew(tmp_path: Path, damage: str) -> None:
+    images = normalised(bytes_of(5))
+    said: list[str] = []
+    cache, teacher = LogitsCache(tmp_path, MEAN, STD, said.append), counting()
+    expected = cache.logits(teacher, [images])
+    path = cache.path(teacher.identity or {})
+    keys, logits = read_file(path)["keys"], read_file(path)["logits"]  # type: ignore[index]
+    if damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "noise":
+        path.write_bytes(bytes(range(256)) * 3)
+    elif damage == "shape":
+        save_file({"keys": keys, "logits": logits[:-1].clone()}, path)
+    elif damage == "nan":
+        save_file({"keys": keys, "logits": logits * float("nan")}, path)
+    else:
+        save_file({"keys": keys, "logits": logits[:, :2].clone()}, path)
+    teacher.seen = 0
+    assert torch.equal(cache.logits(teacher, [images]), expected)
+    assert teacher.seen == 5
+    assert any("damaged" in text for text in said)
+    assert torch.equal(cache.logits(counting(), [images]), expected)
+
+
+def test_an_interrupted_computation_keeps_what_it_has(tmp_path: Path) -> None:
+    images, cache = normalised(bytes_of(9)), LogitsCache(tmp_path, MEAN, STD)
+
+    def batches() -> Any:
+        yield images[:6]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cache.logits(counting(), batches())
+    teacher = counting()
+    cache.logits(teacher, [images])
+    assert teacher.seen == 3
+
+
+def test_a_callable_without_identity_is_asked_every_time(tmp_path: Path) -> None:
+    images, teacher = normalised(bytes_of(4)), Counting(name="anonymous")
+    cache = LogitsCache(tmp_path, MEAN, STD)
+    assert torch.equal(cache.logits(teacher, [images]), cache.logits(teacher, [images]))
+    assert teacher.seen == 8
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        UserError, match=r"cannot write the teacher cache .*; name another folder with .* teacher_cache"
+    ):
+        LogitsCache(tmp_path / "file" / "below", MEAN, STD).logits(counting(), [normalised(bytes_of(2))])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # the default folder is done without
+    assert LogitsCache(None, MEAN, STD).logits(counting(), [normalised(bytes_of(2))]).shape == (2, 3)
+
+
+def test_a_file_of_logits_is_a_teacher(tmp_path: Path) -> None:
+    images, cache = normalised(bytes_of(6)), LogitsCache(tmp_path, MEAN, STD)
+    expected = cache.logits(counting(), [images])
+    path = cache.path(counting().identity or {})
+    stored = StoredLogits(path, 3, MEAN, STD)
+    assert torch.equal(stored.logits(images[[4, 1]]), expected[[4, 1]])
+    with pytest.raises(UserError, match="lacks the logits of 2 of 3 images"):
+        stored.logits(torch.cat([images[:1], normalised(bytes_of(2, seed=9))]))
+    with pytest.raises(UserError, match="knows 3 classes and the data have 4"):
+        StoredLogits(path, 4, MEAN, STD)
+    with pytest.raises(UserError, match=r"nowhere does not exist"):
+        StoredLogits(tmp_path / "nowhere", 3, MEAN, STD)
+    with pytest.raises(UserError, match="cannot be tuned"):
+        _ = stored.parts
+    path.write_bytes(b"x")
+    with pytest.raises(UserError, match="is damaged"):
+        StoredLogits(path, 3, MEAN, STD)
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        (lambda x: torch.zeros(len(x), 4), "knows 4 classes and the data have 3"),
+        (lambda x: torch.zeros(3), r"must give logits \[2, 3\], but gave \[3\]"),
+        (lambda x: [1, 2, 3], r"but gave list"),
+        (lambda x: torch.full((len(x), 3), float("inf")), "NaN or infinite"),
+    ],
+)
+def test_answers_that_are_no_logits(answer: Any, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        CallableTeacher(answer, 3).logits(torch.zeros(2, 1, 8, 8))
+
+
+def test_a_network_is_a_frozen_teacher() -> None:
+    network = build()
+    teacher = NetworkTeacher(network, "mine")
+    images = normalised(bytes_of(5)).requires_grad_()
+    assert torch.equal(teacher.logits(images), network.eval()(images).detach())
+    assert not teacher.logits(images).requires_grad
+    assert not any(p.requires_grad for p in network.parameters())
+    with torch.no_grad():
+        network.head.weight[0, 0] += 1
+    assert NetworkTeacher(network, "mine").identity != teacher.identity
+
+
+def test_pre_training_learns_and_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    public, cache = Public(), LogitsCache(tmp_path, MEAN, STD)
+    recipe = Recipe(epochs=8, batch_size=8)
+    state = torch.get_rng_state()
+
+    def make(data: Public = public, width: int = 4) -> Any:
+        network = build(width=width)
+        pretrained(network, data, cache, name=f"cnn of width {width}", recipe=recipe, seed=0)
+        return network
+
+    first = make()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not first.training
+    with torch.no_grad():
+        assert (first(public.images).argmax(1) == public.labels).float().mean() > 0.9
+    trained: list[int] = []
+    real = pretrain
+    monkeypatch.setattr("fedkern.models.teacher_training.pretrain", lambda *args: (trained.append(1), real(*args)))
+    for (name, a), b in zip(first.state_dict().items(), make().state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert not trained
+    make(Public(27))
+    make(width=2)
+    assert len(trained) == 2
+    for path in tmp_path.iterdir():  # a damaged file is trained anew, to the same bits
+        path.write_bytes(path.read_bytes()[:100])
+    assert torch.equal(make().head.weight, first.head.weight)
+    assert len(trained) == 3
+
+
+def test_too_few_public_images(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be trained on 1 public images: raise --public-samples"):
+        pretrain(build(), Public(1), Recipe(), 0)
+
+
+@pytest.mark.parametrize("kind", ["probe", "finetune"])
+def test_tuning_starts_from_the_zero_shot_teacher_and_leaves_it_alone(kind: str) -> None:
+    public = Public()
+    teacher = NetworkTeacher(build(width=4), "mine")
+    before = {name: value.clone() for name, value in teacher.network.state_dict().items()}
+
+    def tune(epochs: int, lr: float) -> torch.Tensor:
+        rng = np.random.default_rng(0)
+        if kind == "probe":
+            head, logits = probe(teacher, public.images.split(7), public.labels, rng, epochs=epochs, lr=lr)
+            torch.testing.assert_close(head(teacher.features(public.images)), logits)
+            return logits
+        return finetune(teacher, public.images.split(7), public.labels, rng, epochs=epochs, lr=lr)
+
+    torch.testing.assert_close(tune(1, 1e-12), teacher.logits(public.images), rtol=1e-4, atol=1e-5)
+    loss = nn.functional.cross_entropy
+    assert loss(tune(60, 0.02), public.labels) < 0.6 * loss(teacher.logits(public.images), public.labels)
+    assert torch.equal(tune(3, 0.02), tune(3, 0.02))
+    for name, value in teacher.network.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_callable_has_nothing_to_tune() -> None:
+    with pytest.raises(UserError, match="gives logits alone, and tuning needs features"):
+        counting().features(torch.zeros(1, 1, 8, 8))
+    assert CallableTeacher(build(), 3).features(torch.zeros(2, 1, 8, 8)).shape == (2, 8)
+
+
+def setting(**given: Any) -> teachers.Setting:
+    plain = {
+        "classes": CLASSES, "mean": MEAN, "std": STD, "device": torch.device("cpu"), "build": build,
+        "public": Public(), "prompts": "", "recipe": Recipe(epochs=1), "seed": 0,
+    }  # fmt: skip
+    return teachers.Setting(**{**plain, **given})
+
+
+def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = LogitsCache(tmp_path, MEAN, STD)
+    larger = teachers.expand(teachers.parse("pretrained, pretrained:cnn/3"), build)
+    assert [str(spec) for spec in larger] == [
+        "pretrained:resnet8/32", "pretrained:cnn/64", "pretrained:resnet8/64", "pretrained:cnn/3"
+    ]  # fmt: skip
+    made = teachers.make(larger[-1], setting(), cache)
+    assert made.name == "cnn of width 3, pre-trained by fedkern on 30 public images"
+    assert made.logits(torch.zeros(2, 1, 8, 8)).shape == (2, 3)
+    module = types.ModuleType("teachers_of_a_test")
+    module.bright = lambda images: images.mean((2, 3)).expand(-1, 3)  # type: ignore[attr-defined]
+    module.mine = counting()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "teachers_of_a_test", module)
+    (spec,) = teachers.parse("python:teachers_of_a_test:bright")
+    assert teachers.make(spec, setting(), cache).logits(torch.ones(2, 1, 8, 8)).tolist() == [[1.0] * 3] * 2
+    assert teachers.make(teachers.parse("python:teachers_of_a_test:mine")[0], setting(), cache) is module.mine
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("pretraind", r'unknown teacher "pretraind": .* Did you mean "pretrained"'),
+        ("clip", "needs a name after the colon, for example clip:openai"),
+        ("pretrained:resnet", r'must be pretrained:MODEL .* Did you mean "resnet'),
+        ("pretrained:cnn/x", "must be pretrained:MODEL or pretrained:MODEL/WIDTH"),
+        ("python:nowhere_at_all:f", "cannot be imported"),
+        ("python:math:nothing", "cannot be imported"),
+        ("python:math", "must have the form python:MODULE:NAME"),
+        ("python:math:pi", "is a float, expected something to call"),
+    ],
+)
+def test_names_that_mean_nothing(tmp_path: Path, text: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        teachers.make(teachers.parse(text)[0], setting(), LogitsCache(tmp_path, MEAN, STD))
+
+
+def test_no_public_images(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there are none: give --public-samples N, or another teacher"):
+        teachers.make(teachers.Spec("pretrained", "cnn"), setting(public=None), LogitsCache(tmp_path, MEAN, STD))
+
+
+def test_cost_of_a_network() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(256, 3))
+    made = cost(network, torch.zeros(2, 1, 8, 8))
+    assert made.parameters == 36 + 768 + 3
+    assert made.inference_flops == 2 * (36 * 64 + 768)
+    # The backward pass costs the weights' gradients, and the inputs' but for the first layer.
+    assert made.training_flops == made.inference_flops * 2 + 2 * 768
+    assert made.inference_bytes == 4 * made.parameters + 4 * 2 * 256
+    assert made.training_bytes == 12 * made.parameters + 4 * (64 + 256)
+    assert all(p.grad is None for p in network.parameters())
