@@ -90,7 +90,6 @@ def test_weighted_mean(benchmark: Any, count: int, size: int, floors: dict[str, 
         "apex": apex_mean(vectors, weights, other),
     }
     bytes_ = (count + 1) * size * 4
-    note = "a fifth of it is the call: ten vectors and weights checked in Python" if size < 1_000_000 else ""
     case = f"M={count} P={size:,} into out="
     compare(
         benchmark,
@@ -100,7 +99,6 @@ def test_weighted_mean(benchmark: Any, count: int, size: int, floors: dict[str, 
         model_bytes=bytes_,
         copy=True,
         floors=floors if threads == 1 else {},
-        note=note,
         threads=threads,
     )
 
@@ -116,13 +114,7 @@ def test_weighted_mean_of_a_large_model(benchmark: Any, size: int) -> None:
     floors = {"add_": 2.0, "_foreach_add_": 2.0}
     bytes_ = 6 * size * 4
     case = f"M=5 P={size:,} into out="
-    note = (
-        "the physical addresses that the buffers happen to get decide how well vectors can be read side by side: the "
-        "same size may take twice as long in another process"
-    )
-    compare(
-        benchmark, "aggregate", case, runs, model_bytes=bytes_, copy=True, floors=floors, threads=1, pairs=15, note=note
-    )
+    compare(benchmark, "aggregate", case, runs, model_bytes=bytes_, copy=True, floors=floors, threads=1, pairs=15)
 
 
 def test_fresh_result(benchmark: Any) -> None:

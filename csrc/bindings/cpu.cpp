@@ -15,6 +15,7 @@ void bind_aggregate_distance(py::module_&);
 void bind_aggregate_server(py::module_&);
 void bind_aggregate_privacy(py::module_&);
 void bind_fuse(py::module_&);
+void bind_tensors(py::module_&);
 
 namespace {
 
@@ -58,6 +59,7 @@ PYBIND11_MODULE(_cpu, module) {
   bind_aggregate_server(module);
   bind_aggregate_privacy(module);
   bind_fuse(module);
+  bind_tensors(module);
 }
 
 }  // namespace fedkern

@@ -9,11 +9,12 @@
 namespace fedkern {
 namespace {
 
+// strides: in elements; none where all are one.
 void weighted_mean(int dtype, int out_dtype, std::int64_t size, const std::vector<std::uintptr_t>& data,
                    const std::vector<std::int64_t>& strides, const std::vector<double>& weights, double total, std::uintptr_t out, int threads) {
-  if (data.size() != strides.size() || data.size() != weights.size()) throw std::invalid_argument("vectors, strides and weights differ in number");
+  if ((!strides.empty() && data.size() != strides.size()) || data.size() != weights.size()) throw std::invalid_argument("vectors, strides and weights differ in number");
   std::vector<Vector> vectors(data.size());
-  for (std::size_t m = 0; m < data.size(); ++m) vectors[m] = {pointer<const void>(data[m]), strides[m]};
+  for (std::size_t m = 0; m < data.size(); ++m) vectors[m] = {pointer<const void>(data[m]), strides.empty() ? 1 : strides[m]};
   const WeightedMean call{static_cast<DType>(dtype), static_cast<DType>(out_dtype), static_cast<std::int64_t>(data.size()), size, vectors.data(),
                           weights.data(), total, pointer<void>(out), past_cache(size, out_dtype), threads};
   ReleaseGil release(size * call.count >= kReleaseGilElements);

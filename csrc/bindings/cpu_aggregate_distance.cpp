@@ -1,6 +1,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "bindings.h"
@@ -22,8 +23,8 @@ std::int64_t chunk_size(std::int64_t size, std::int64_t sums) {
   return std::max<std::int64_t>(16384, (even + 4095) / 4096 * 4096);
 }
 
-// out: [count, count], zeros.
-void squared_distances(int dtype, std::int64_t size, const std::vector<std::uintptr_t>& data, std::uintptr_t out, int threads) {
+// out: [count, count]; root: of distances, not of their squares.
+void squared_distances(int dtype, std::int64_t size, const std::vector<std::uintptr_t>& data, bool root, std::uintptr_t out, int threads) {
   const std::vector<const void*> vectors = pointers(data);
   const auto count = static_cast<std::int64_t>(data.size());
   const std::int64_t pairs = count * count, chunk = chunk_size(size, pairs), chunks = (size + chunk - 1) / chunk;
@@ -31,10 +32,15 @@ void squared_distances(int dtype, std::int64_t size, const std::vector<std::uint
   std::vector<double> partial(static_cast<std::size_t>(chunks * pairs), 0.0);
   aggregate_distance_kernels().pairs({static_cast<DType>(dtype), count, size, vectors.data(), chunk, partial.data(), threads});
   auto* sums = pointer<double>(out);
+  std::fill_n(sums, pairs, 0.0);
   for (std::int64_t c = 0; c < chunks; ++c)
     for (std::int64_t i = 0; i < pairs; ++i) sums[i] += partial[static_cast<std::size_t>(c * pairs + i)];
   for (std::int64_t i = 0; i < count; ++i)
-    for (std::int64_t k = 0; k < i; ++k) sums[k * count + i] = sums[i * count + k];
+    for (std::int64_t k = 0; k < i; ++k) {
+      double& sum = sums[i * count + k];
+      if (root) sum = std::sqrt(sum);
+      sums[k * count + i] = sum;
+    }
 }
 
 // point: [size] or 0; out: [count], zeros.

@@ -2,6 +2,7 @@
 
 #include "aggregate_scratch.h"
 #include "aggregate_store.h"
+#include "aggregate_streams.h"
 #include "fedkern/parallel.h"
 #include "fedkern/tiles.h"
 
@@ -24,29 +25,49 @@ struct Sums {
   V square;                    // of the mean
 };
 
+// squares += (x - global)^2, and `held` += weight * (x - global), for kStep elements of one client.
+template <typename T>
+FEDKERN_INLINE void add_delta(const T* x, const double* global, double weight, V* held, double* squares) {
+  const V w = V::set(weight);
+  V sums[2] = {V::load(squares), V::set(0)};
+  for (int u = 0; u < kMeans; ++u) {
+    const V delta = V::load(x + u * V::lanes) - V::load(global + u * V::lanes);
+    held[u] = fma(w, delta, held[u]);
+    sums[u % 2] = fma(delta, delta, sums[u % 2]);
+  }
+  (sums[0] + sums[1]).store(squares);
+}
+
+// The same for a weight of zero, which must not spread NaN. It is rare: a call keeps it out of the unrolled loop.
+template <typename T>
+__attribute__((noinline)) void add_square(const T* x, const double* global, double* squares) {
+  V sum = V::load(squares);
+  for (int u = 0; u < kMeans; ++u) {
+    const V delta = V::load(x + u * V::lanes) - V::load(global + u * V::lanes);
+    sum = fma(delta, delta, sum);
+  }
+  sum.store(squares);
+}
+
 // mean[0 ... kStep) of the clients' deltas, and their sums.
 template <typename T>
 FEDKERN_INLINE void mean_delta(const ServerStep& a, const Divisor& divisor, std::int64_t at, const double* global, double* mean, Sums& sums) {
   V held[kMeans];
   for (V& value : held) value = V::set(0);
-  for (std::int64_t m = 0; m < a.count; ++m) {
-    const T* x = static_cast<const T*>(a.vectors[m]) + at;
-    prefetch_ahead<kStep * static_cast<std::int64_t>(sizeof(T))>(x);
-    const V weight = V::set(a.weights[m]);
-    V squares[2] = {V::load(sums.squares + m * V::lanes), V::set(0)};
-    if (a.weights[m] != 0) {
-      for (int u = 0; u < kMeans; ++u) {
-        const V delta = V::load(x + u * V::lanes) - V::load(global + u * V::lanes);
-        held[u] = fma(weight, delta, held[u]);
-        squares[u % 2] = fma(delta, delta, squares[u % 2]);
-      }
-    } else {
-      for (int u = 0; u < kMeans; ++u) {
-        const V delta = V::load(x + u * V::lanes) - V::load(global + u * V::lanes);
-        squares[u % 2] = fma(delta, delta, squares[u % 2]);
-      }
+  for (std::int64_t first = 0; first < a.count; first += kStreams) {
+#pragma GCC unroll 10
+    for (int k = 0; k < kStreams; ++k) {
+      const std::int64_t m = first + k;
+      if (m >= a.count) break;
+      const T* x = static_cast<const T*>(a.vectors[m]) + at;
+#if defined(__GNUC__)
+      asm("" : "+r"(x));
+#endif
+      if (__builtin_expect(a.weights[m] != 0, 1))
+        add_delta(x, global, a.weights[m], held, sums.squares + m * V::lanes);
+      else
+        add_square(x, global, sums.squares + m * V::lanes);
     }
-    (squares[0] + squares[1]).store(sums.squares + m * V::lanes);
   }
   for (int u = 0; u < kMeans; ++u) {
     held[u] = divisor.apply(held[u]);
@@ -142,6 +163,7 @@ template <typename T, typename S>
 void server_step(const ServerStep& a) {
   const Divisor divisor(a.total, true), none(1.0, false);
   const Update<S> body = update_of<S>(a.rule);
+  const bool stream = can_stream(a.out, a.stream);
   auto chunks = [&](std::int64_t begin, std::int64_t end) {
     const Scratch<double> memory(2 * a.count * V::lanes);
     std::fill_n(memory.get(), 2 * a.count * V::lanes, 0.0);
@@ -158,8 +180,9 @@ void server_step(const ServerStep& a) {
         mean_delta_tail<T>(a, divisor, at, n, global, mean, sums);
         update_tail<S>(a, body, n, global, mean, first, second, model);
       }
-      with_type(a.out_dtype, [&](auto out) { write_mean(model, n, none, static_cast<decltype(out)*>(a.out) + at, false); });
+      with_type(a.out_dtype, [&](auto out) { write_mean(model, n, none, static_cast<decltype(out)*>(a.out) + at, stream); });
     }
+    if (stream) finish_stores();
     double* partial = a.partial + begin / a.chunk * (2 * a.count + 1);
     for (std::int64_t m = 0; m < a.count; ++m) {
       partial[m] = reduce_add(V::load(sums.squares + m * V::lanes));

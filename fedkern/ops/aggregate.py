@@ -20,6 +20,7 @@ from fedkern.ops.aggregate_checks import (
     rows_or_stack,
 )
 from fedkern.ops.aggregate_cpu import CpuAggregate
+from fedkern.ops.aggregate_cpu import rows as direct_rows
 from fedkern.ops.aggregate_kernels import AggregateKernel
 from fedkern.ops.aggregate_plain import PLAIN
 from fedkern.ops.cuda import core as cuda
@@ -58,6 +59,11 @@ def weighted_mean(
             is negative or not finite, or their sum is zero; on CUDA weights of sum zero give NaN.
         RuntimeError: a forced backend cannot serve the call.
     """
+    if not isinstance(weights, Tensor):
+        quick = direct_rows(vectors)
+        mean = None if quick is None else quick.kernel.mean_of_rows(quick, weights, out)
+        if mean is not None:
+            return mean
     first, count = check_vectors(vectors)
     if isinstance(weights, Tensor):
         check_weights_tensor(weights, count, first.device)

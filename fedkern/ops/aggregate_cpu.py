@@ -2,16 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fedkern.ops import backend
 from fedkern.ops._memory import fresh
-from fedkern.ops.aggregate_checks import Vectors, deliver, direct_target
+from fedkern.ops.aggregate_checks import Vectors, check_weights, deliver, direct_target, written
 from fedkern.ops.aggregate_kernels import ServerRule, Weights
 from fedkern.ops.aggregate_plain import PlainAggregate
+from fedkern.ops.aggregate_pointers import addresses, numbers, unit_addresses
+
+# Elements of a vector that stays in the core's caches between being measured and being scaled (csrc/bindings).
+SHORT = 16384
+
+
+class Rows(NamedTuple):
+    """Vectors that kernels may read as they are: unit strides, no gradient wanted, nothing between call and kernel.
+
+    Attributes:
+        kernel: the CPU kernels, which serve here.
+        dtype: of all vectors.
+        size: P.
+        pointers: where each vector begins.
+    """
+
+    kernel: CpuAggregate
+    dtype: torch.dtype
+    size: int
+    pointers: list[int]
+
+
+def rows(vectors: Vectors) -> Rows | None:
+    """Whether an ordinary call on ordinary vectors can go straight to the CPU kernels; None: by the general way.
+
+    Everything that the checks, :func:`fedkern.ops.backend.eager` and :func:`fedkern.ops.backend.select` ask of the
+    vectors is asked in one call into the core, for half of a call's time with ten vectors is these questions.
+    """
+    if not backend.eager():
+        return None
+    kernel = backend._chosen.get(_KEY, _NONE)[0]
+    if type(kernel) is not CpuAggregate:
+        return None
+    found = kernel.core.plain_vectors(vectors, _TENSORS, torch.is_grad_enabled())
+    if found is None or found[0] not in backend.DTYPES:
+        return None
+    return Rows(kernel, *found)
+
+
+_KEY = ("aggregate", "cpu")
+_NONE = (None, frozenset[torch.dtype]())
+_TENSORS = (Tensor, torch.nn.Parameter)
 
 
 class CpuAggregate(PlainAggregate):
@@ -31,18 +75,56 @@ class CpuAggregate(PlainAggregate):
         target = direct_target(out, size, dtype, pointers, strides, dtype.itemsize)
         if target is None:
             target = fresh(self.core, torch.empty(size, dtype=dtype))
+        self._weighted_mean(dtype, size, pointers, strides, values, total, target.dtype, target.data_ptr())
+        return target if out is None else deliver(target, out)
+
+    def mean_of_rows(self, given: Rows, weights: Sequence[float], out: Tensor | None) -> Tensor | None:
+        """:meth:`weighted_mean`; None where ``out`` is not one that the kernel may write to right away."""
+        _, dtype, size, pointers = given
+        values, total = check_weights(weights, len(pointers))
+        if out is None:
+            target = fresh(self.core, torch.empty(size, dtype=dtype))
+            target_dtype, place = dtype, target.data_ptr()
+        else:
+            found = self.core.plain_vectors((out,), _TENSORS, torch.is_grad_enabled())
+            if found is None or found[1] != size or found[0] not in backend.DTYPES:
+                return None
+            target, target_dtype, place = out, found[0], found[2][0]
+            if not self.core.apart(
+                place, size * target_dtype.itemsize, pointers, size * dtype.itemsize, target_dtype is dtype
+            ):
+                return None
+        if 0.0 in values:
+            pointers = [pointer for pointer, value in zip(pointers, values, strict=True) if value]
+            values = [value for value in values if value]
+        self._weighted_mean(dtype, size, pointers, [], values, total, target_dtype, place)
+        if out is not None:
+            written(out)
+        return target
+
+    def _weighted_mean(
+        self,
+        dtype: torch.dtype,
+        size: int,
+        pointers: list[int],
+        strides: list[int],
+        values: list[float],
+        total: float,
+        target_dtype: torch.dtype,
+        target: int,
+    ) -> None:
+        """``strides`` is empty where all are one."""
         self.core.weighted_mean(
             backend.DTYPES[dtype],
-            backend.DTYPES[target.dtype],
+            backend.DTYPES[target_dtype],
             size,
             pointers,
             strides,
             values,
             total,
-            target.data_ptr(),
+            target,
             torch.get_num_threads(),
         )
-        return target if out is None else deliver(target, out)
 
     def accumulate(self, total: Tensor, vector: Tensor, weight: float) -> None:
         self.core.accumulator_add(
@@ -102,30 +184,90 @@ class CpuAggregate(PlainAggregate):
         second: Tensor | None,
         out: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        values, total = numbers(weights)
         pointers, kept = unit_addresses(vectors)
         old = global_.contiguous()
-        dtype, size = old.dtype, len(old)
-        target = self._target(dtype if out is None else out, size)
-        norms, cosines = (torch.empty(len(values), dtype=torch.float64) for _ in range(2))
+        target = self._target(old.dtype if out is None else out, len(old))
+        given = Rows(self, old.dtype, len(old), pointers)
+        states = [0 if state is None else state.data_ptr() for state in (first, second)]
+        state_dtype = torch.float32 if first is None else first.dtype
+        result = self._server_step(given, old.data_ptr(), *numbers(weights), rule, state_dtype, states, target)
+        del kept
+        return result
+
+    def server_step_of_rows(
+        self,
+        given: Rows,
+        global_: Tensor,
+        weights: Sequence[float],
+        rule: ServerRule,
+        first: Tensor | None,
+        second: Tensor | None,
+        out: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """:meth:`server_step`; None where an argument is wrong or does not suit the kernel as it is."""
+        grad, (_, dtype, size, pointers) = torch.is_grad_enabled(), given
+        old = self.core.plain_vectors((global_,), _TENSORS, grad)
+        if old is None or old[0] is not dtype or old[1] != size:
+            return None
+        # "mean" has no state, "momentum" the first alone.
+        states = [state for state in (first, second) if state is not None]
+        state_dtype, places = torch.float32, []
+        if len(states) != min(rule.rule, 2) or (states and first is None):
+            return None
+        if states:
+            found = self.core.plain_vectors(states, _TENSORS, grad)
+            if found is None or found[1] != size or found[0] not in (torch.float32, torch.float64):
+                return None
+            state_dtype, _, places = found
+        values, total = check_weights(weights, len(pointers))
+        if out is None:
+            target = self._target(dtype, size)
+        else:
+            spot = self.core.plain_vectors((out,), _TENSORS, grad)
+            if spot is None or spot[1] != size or spot[0] not in backend.DTYPES:
+                return None
+            bytes_, each = size * spot[0].itemsize, size * dtype.itemsize
+            apart = self.core.apart
+            if not (
+                apart(spot[2][0], bytes_, old[2], each, spot[0] is dtype)
+                and apart(spot[2][0], bytes_, pointers, each, False)
+                and apart(spot[2][0], bytes_, places, size * state_dtype.itemsize, False)
+            ):
+                return None
+            target = out
+        result = self._server_step(given, old[2][0], values, total, rule, state_dtype, [*places, 0, 0][:2], target)
+        written(first, second, out)
+        return result
+
+    def _server_step(
+        self,
+        given: Rows,
+        old: int,
+        values: list[float],
+        total: float,
+        rule: ServerRule,
+        state_dtype: torch.dtype,
+        states: list[int],
+        target: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        count = len(values)
+        norms, cosines = torch.empty(count, dtype=torch.float64), torch.empty(count, dtype=torch.float64)
         self.core.server_step(
-            backend.DTYPES[dtype],
-            backend.DTYPES[torch.float32 if first is None else first.dtype],
+            backend.DTYPES[given.dtype],
+            backend.DTYPES[state_dtype],
             backend.DTYPES[target.dtype],
-            size,
-            old.data_ptr(),
-            pointers,
+            given.size,
+            old,
+            given.pointers,
             values,
             total,
             *rule,
-            0 if first is None else first.data_ptr(),
-            0 if second is None else second.data_ptr(),
+            *states,
             target.data_ptr(),
             norms.data_ptr(),
             cosines.data_ptr(),
             torch.get_num_threads(),
         )
-        del kept
         return target, norms, cosines
 
     def sorted_mean(self, vectors: Vectors, low: int, high: int, weights: Weights | None) -> Tensor:
@@ -137,21 +279,42 @@ class CpuAggregate(PlainAggregate):
 
     def _sorted_mean(self, vectors: Vectors, low: int, high: int, weights: list[float], half: float) -> Tensor:
         pointers, kept = unit_addresses(vectors)
-        dtype, size = vectors[0].dtype, vectors[0].shape[0]
+        found = Rows(self, vectors[0].dtype, vectors[0].shape[0], pointers)
+        result = self.sorted_mean_of_rows(found, low, high, weights, half)
+        del kept
+        return result
+
+    def sorted_mean_of_rows(
+        self, given: Rows, low: int, high: int, weights: Sequence[float] = (), half: float = 0.0
+    ) -> Tensor:
+        """:meth:`sorted_mean`, or with ``half`` of the weights' sum :meth:`weighted_median`."""
+        _, dtype, size, pointers = given
         target = self._target(dtype, size)
         self.core.sorted_mean(
             backend.DTYPES[dtype], size, pointers, low, high, weights, half, target.data_ptr(), torch.get_num_threads()
         )
-        del kept
         return target
 
     def squared_distances(self, vectors: Vectors) -> Tensor:
         pointers, kept = unit_addresses(vectors)
-        result = torch.zeros(len(pointers), len(pointers), dtype=torch.float64)
-        self.core.squared_distances(
-            backend.DTYPES[vectors[0].dtype], vectors[0].shape[0], pointers, result.data_ptr(), torch.get_num_threads()
-        )
+        result = self.distances_of_rows(Rows(self, vectors[0].dtype, vectors[0].shape[0], pointers), root=False)
         del kept
+        return result
+
+    def distances(self, vectors: Vectors) -> Tensor:
+        pointers, kept = unit_addresses(vectors)
+        result = self.distances_of_rows(Rows(self, vectors[0].dtype, vectors[0].shape[0], pointers), root=True)
+        del kept
+        return result
+
+    def distances_of_rows(self, given: Rows, *, root: bool) -> Tensor:
+        """:meth:`squared_distances`, or with ``root`` the distances themselves."""
+        _, dtype, size, pointers = given
+        count = len(pointers)
+        result = torch.empty(count, count, dtype=torch.float64)
+        self.core.squared_distances(
+            backend.DTYPES[dtype], size, pointers, root, result.data_ptr(), torch.get_num_threads()
+        )
         return result
 
     def squared_distances_to(self, vectors: Vectors, point: Tensor) -> Tensor:
@@ -174,6 +337,32 @@ class CpuAggregate(PlainAggregate):
         del kept
         return result
 
+    def clip_and_noise(self, vectors: Vectors, max_norm: float, deviation: float, seed: int, offset: int) -> Tensor:
+        dtype, size = vectors[0].dtype, vectors[0].shape[0]
+        if size > SHORT:
+            return super().clip_and_noise(vectors, max_norm, deviation, seed, offset)
+        pointers, kept = unit_addresses(vectors)
+        result = self.clip_of_rows(Rows(self, dtype, size, pointers), max_norm, deviation, seed, offset)
+        del kept
+        return result
+
+    def clip_of_rows(self, given: Rows, max_norm: float, deviation: float, seed: int, offset: int) -> Tensor:
+        """Short vectors, at most :data:`SHORT` elements, clipped and noise added, each as soon as it is measured."""
+        _, dtype, size, pointers = given
+        result = fresh(self.core, torch.empty(len(pointers), size, dtype=dtype))
+        self.core.clip_short(
+            backend.DTYPES[dtype],
+            size,
+            pointers,
+            max_norm,
+            deviation,
+            seed,
+            offset,
+            result.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return result
+
     def scale_and_noise(self, vectors: Vectors, factors: Tensor, deviation: float, seed: int, offset: int) -> Tensor:
         pointers, kept = unit_addresses(vectors)
         dtype, size = vectors[0].dtype, vectors[0].shape[0]
@@ -194,32 +383,3 @@ class CpuAggregate(PlainAggregate):
 
     def _target(self, out: Tensor | torch.dtype, size: int) -> Tensor:
         return out if isinstance(out, Tensor) else fresh(self.core, torch.empty(size, dtype=out))
-
-
-def numbers(weights: Weights) -> tuple[list[float], float]:
-    """The weights, and their running sum (not sum(), which compensates since Python 3.12)."""
-    values = weights.tolist() if isinstance(weights, Tensor) else list(weights)
-    total = 0.0
-    for value in values:
-        total += value
-    return values, total
-
-
-def addresses(vectors: Vectors) -> tuple[list[int], list[int]]:
-    """Where each vector begins, and its stride in elements."""
-    if not isinstance(vectors, Tensor):
-        return [row.data_ptr() for row in vectors], [row.stride(0) for row in vectors]
-    step = vectors.stride(0) * vectors.element_size()
-    first = vectors.data_ptr()
-    count = vectors.shape[0]
-    return [first + m * step for m in range(count)], [vectors.stride(1)] * count
-
-
-def unit_addresses(vectors: Vectors) -> tuple[list[int], Vectors]:
-    """Where each vector begins, copied first where its stride is not one; and what must be kept alive meanwhile."""
-    size = vectors[0].shape[0]
-    if isinstance(vectors, Tensor):
-        kept = vectors if size <= 1 or vectors.stride(1) == 1 else vectors.contiguous()
-        return addresses(kept)[0], kept
-    rows = [row if size <= 1 or row.stride(0) == 1 else row.contiguous() for row in vectors]
-    return [row.data_ptr() for row in rows], rows

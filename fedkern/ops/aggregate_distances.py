@@ -23,6 +23,7 @@ from fedkern.ops.aggregate_checks import (
     no_vmap,
     rows_of,
 )
+from fedkern.ops.aggregate_cpu import rows
 from fedkern.ops.aggregate_plain import PLAIN
 from fedkern.ops.aggregate_robust_reference import geometric_median_reference, krum_scores_reference
 
@@ -53,6 +54,9 @@ def pairwise_distances(vectors: Vectors) -> Tensor:
         TypeError, ValueError: vectors are of the wrong type, dtype, device or shape, or a gradient was asked for.
         RuntimeError: a forced backend cannot serve the call.
     """
+    given = rows(vectors)
+    if given is not None:
+        return given.kernel.distances_of_rows(given, root=True)
     first, count = check_vectors(vectors)
     check_call("pairwise_distances", vectors, None, first, count)
     return _pairwise(vectors) if eager(vectors) else _pairwise_operator(rows_of(vectors))
@@ -131,7 +135,7 @@ def geometric_median(
 
 
 def _pairwise(vectors: Vectors) -> Tensor:
-    return select(vectors).squared_distances(vectors).sqrt_()
+    return select(vectors).distances(vectors)
 
 
 def _krum(vectors: Vectors, byzantine: int, keep: int) -> Tensor:

@@ -100,12 +100,20 @@ class AggregateKernel(Protocol):
         """fp64 ``[M, M]``: sums of squared differences, taken before squaring; exactly symmetric, diagonal 0."""
         ...
 
+    def distances(self, vectors: Vectors) -> Tensor:
+        """The square roots of :meth:`squared_distances`."""
+        ...
+
     def squared_distances_to(self, vectors: Vectors, point: Tensor) -> Tensor:
         """fp64 ``[M]``: the squared distances to ``point``, fp64 ``[P]`` of unit stride."""
         ...
 
     def squared_norms(self, vectors: Vectors) -> Tensor:
         """fp64 ``[M]``."""
+        ...
+
+    def clip_and_noise(self, vectors: Vectors, max_norm: float, deviation: float, seed: int, offset: int) -> Tensor:
+        """:meth:`scale_and_noise` with the factors ``min(1, max_norm / |x_m|)``."""
         ...
 
     def scale_and_noise(self, vectors: Vectors, factors: Tensor, deviation: float, seed: int, offset: int) -> Tensor:

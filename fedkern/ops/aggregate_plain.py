@@ -62,11 +62,18 @@ class PlainAggregate:
     def squared_distances(self, vectors: Vectors) -> Tensor:
         return robust.squared_distances_reference(vectors)
 
+    def distances(self, vectors: Vectors) -> Tensor:
+        return self.squared_distances(vectors).sqrt_()
+
     def squared_distances_to(self, vectors: Vectors, point: Tensor) -> Tensor:
         return robust.squared_distances_to_reference(vectors, point)
 
     def squared_norms(self, vectors: Vectors) -> Tensor:
         return robust.squared_norms_reference(vectors)
+
+    def clip_and_noise(self, vectors: Vectors, max_norm: float, deviation: float, seed: int, offset: int) -> Tensor:
+        factors = (max_norm / self.squared_norms(vectors).sqrt_()).clamp_max_(1.0)
+        return self.scale_and_noise(vectors, factors, deviation, seed, offset)
 
     def scale_and_noise(self, vectors: Vectors, factors: Tensor, deviation: float, seed: int, offset: int) -> Tensor:
         return torch.stack(list(robust.scale_and_noise_reference(vectors, factors, deviation, seed, offset)))

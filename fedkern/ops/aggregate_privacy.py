@@ -19,6 +19,7 @@ from fedkern.ops.aggregate_checks import (
     rows_of,
     rows_or_stack,
 )
+from fedkern.ops.aggregate_cpu import SHORT, rows
 
 # 1. What they compute: aggregate_robust_reference, aggregate_philox.
 
@@ -88,6 +89,10 @@ def _call(name: str, vectors: Vectors, max_norm: float, deviation: float, seed: 
     single = isinstance(vectors, Tensor) and vectors.dim() == 1
     if isinstance(vectors, Tensor) and vectors.dim() not in (1, 2) and vectors.dtype in FLOATS:
         raise ValueError(f"vectors must have shape [P] or [M, P], or be a list of [P], not {list(vectors.shape)}")
+    quick = rows((vectors,) if single else vectors)  # type: ignore[arg-type]
+    if quick is not None and quick.size <= SHORT:
+        result = quick.kernel.clip_of_rows(quick, max_norm, deviation, seed, offset)
+        return result[0] if single else result if isinstance(vectors, Tensor) else list(result.unbind(0))
     given: Vectors = vectors[None] if single else vectors  # type: ignore[call-overload]
     if isinstance(given, Tensor) and not given.shape[0] and given.dtype in FLOATS:
         return given.clone()
@@ -101,9 +106,7 @@ def _call(name: str, vectors: Vectors, max_norm: float, deviation: float, seed: 
 
 
 def _compute(vectors: Vectors, max_norm: float, deviation: float, seed: int, offset: int) -> Tensor:
-    kernel = select(vectors)
-    factors = (max_norm / kernel.squared_norms(vectors).sqrt_()).clamp_max_(1.0)
-    return kernel.scale_and_noise(vectors, factors, deviation, seed, offset)
+    return select(vectors).clip_and_noise(vectors, max_norm, deviation, seed, offset)
 
 
 def _signed(value: int) -> int:

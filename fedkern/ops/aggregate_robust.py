@@ -20,6 +20,7 @@ from fedkern.ops.aggregate_checks import (
     no_vmap,
     rows_of,
 )
+from fedkern.ops.aggregate_cpu import rows
 
 # 1. What they compute: aggregate_robust_reference.
 
@@ -51,10 +52,12 @@ def trimmed_mean(vectors: Vectors, trim: int, weights: Tensor | Sequence[float] 
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
         RuntimeError: a forced backend cannot serve the call.
     """
+    given = rows(vectors) if weights is None else None
+    if given is not None and trim:
+        _check_trim(trim, len(given.pointers))
+        return given.kernel.sorted_mean_of_rows(given, trim, len(given.pointers) - trim)
     first, count = check_vectors(vectors)
-    check_count(trim, "trim", 0)
-    if 2 * trim >= count:
-        raise ValueError(f"trim must be less than half of the number of vectors, {count}, not {trim}")
+    _check_trim(trim, count)
     check_call("trimmed_mean", vectors, weights, first, count)
     if trim == 0:
         return weighted_mean(vectors, [1.0] * count if weights is None else weights)
@@ -83,6 +86,10 @@ def median(vectors: Vectors, weights: Tensor | Sequence[float] | None = None) ->
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
         RuntimeError: a forced backend cannot serve the call.
     """
+    given = rows(vectors) if weights is None else None
+    if given is not None:
+        count = len(given.pointers)
+        return given.kernel.sorted_mean_of_rows(given, (count - 1) // 2, count // 2 + 1)
     first, count = check_vectors(vectors)
     check_call("median", vectors, weights, first, count)
     if weights is None:
@@ -90,6 +97,12 @@ def median(vectors: Vectors, weights: Tensor | Sequence[float] | None = None) ->
     if not eager(vectors, weights):
         return _weighted_median_operator(rows_of(vectors), as_tensor(weights, first, count))
     return select(vectors).weighted_median(vectors, kernel_weights(weights, count))
+
+
+def _check_trim(trim: int, count: int) -> None:
+    check_count(trim, "trim", 0)
+    if 2 * trim >= count:
+        raise ValueError(f"trim must be less than half of the number of vectors, {count}, not {trim}")
 
 
 def _sorted_mean(

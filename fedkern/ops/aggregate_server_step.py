@@ -27,6 +27,7 @@ from fedkern.ops.aggregate_checks import (
     rows_or_stack,
     written,
 )
+from fedkern.ops.aggregate_cpu import rows
 from fedkern.ops.aggregate_kernels import RULES, ServerRule
 
 # Flower's: FedAvg, FedAvgM, FedAdam, FedYogi, FedAdagrad.
@@ -106,6 +107,13 @@ def server_step(
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
         RuntimeError: a forced backend cannot serve the call.
     """
+    if not isinstance(weights, Tensor):
+        quick = rows(vectors)
+        if quick is not None:
+            settings = _settings(rule, learning_rate, beta1, beta2, tau)
+            step = quick.kernel.server_step_of_rows(quick, global_, weights, settings, first, second, out)
+            if step is not None:
+                return ServerStep(*step)
     one, count = check_vectors(vectors)
     size = one.shape[-1]
     check_vector(global_, "global_", size)
@@ -132,6 +140,8 @@ def _settings(rule: str, *numbers: float | None) -> ServerRule:
     if rule not in DEFAULTS:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, not {rule!r}")
     default = DEFAULTS[rule]
+    if all(number is None for number in numbers):
+        return default
     given = [usual if number is None else number for number, usual in zip(numbers, default[1:], strict=True)]
     for number, name in zip(given, ("learning_rate", "beta1", "beta2", "tau"), strict=True):
         check_number(number, name, 0.0, 1.0 if name.startswith("beta") else float("inf"))

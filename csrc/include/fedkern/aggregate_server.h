@@ -22,6 +22,7 @@ struct ServerStep {
   double learning_rate, beta1, beta2, tau;
   void *first, *second;  // [P] of state_dtype, updated; null where the rule has none
   void* out;             // [P]; may be `global`
+  bool stream;           // write `out` past the caches
   std::int64_t chunk;    // elements per row of `partial`
   double* partial;       // [chunks, 2 count + 1]: |delta_m|^2, <delta_m, mean>, |mean|^2
   int threads;
