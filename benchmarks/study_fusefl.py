@@ -4,8 +4,9 @@
     python -m benchmarks.study_fusefl cifar10 --data-root DIR     # the official binary files
 
 ``--only SECTION ...`` runs some of the sections: ``table`` (all baselines, three heterogeneities, three seeds),
-``blocks`` (K, adaptors), ``clients`` (M), ``datafree``, ``parts`` (every decision alone), ``cue`` (spurious shapes).
-Each goes on where it was interrupted and writes ``benchmarks/results/fusefl_<study>_<section>.md`` and ``.json``.
+``blocks`` (K, adaptors), ``clients`` (M), ``datafree``, ``width``, ``parts`` (every decision alone), ``cue``
+(spurious shapes).  Each goes on where it was interrupted and writes
+``benchmarks/results/fusefl_<study>_<section>.md`` and ``.json``.
 
 All one-shot methods train equally long on the same split.  Calibration is a part of FuseFL and not of its baselines, so
 there are two columns: as published, and with every method's classifier calibrated alike.  The learning rate of a method
@@ -22,6 +23,7 @@ from typing import Any
 
 from benchmarks.probe import probe
 from benchmarks.study import Case, Runs, best_rate, command_line, publish, spread, table, transfer_seconds
+from fedkern import engine
 
 SEEDS = (0, 1, 2)
 Column = str
@@ -60,11 +62,11 @@ _COMMON = {
     "grad_cam": 0,
 }  # fmt: skip
 STUDIES = {
-    "digits": Study({"data": "digits", **_COMMON, "public_samples": 200, "local_epochs": 16}, 8, (0.01, 0.03, 0.1)),
+    "digits": Study({"data": "digits", **_COMMON, "public_samples": 200, "local_epochs": 24}, 8, (0.01, 0.03, 0.1)),
     "cifar10": Study(
         {
             "data": "cifar10", **_COMMON, "train_samples": 5000, "public_samples": 1000, "test_samples": 2000,
-            "validation_samples": 1000, "local_epochs": 16,
+            "validation_samples": 1000, "local_epochs": 24,
         },
         8,
         (0.01, 0.03, 0.1),
@@ -83,6 +85,10 @@ class FuseFLRuns(Runs):
         """A one-shot run: ``changes`` are method options, or settings that the study fixes otherwise."""
         method, own = ONE_SHOT[name]
         return self.run_of(method, alpha, lr, seed, own, *words, **changes)
+
+    def wide(self, alpha: float, lr: float, seed: int) -> Case:
+        """FuseFL whose clients are as wide as the baselines' (the method's option, not the setting of that name)."""
+        return self.run_of("fusefl", alpha, lr, seed, {"width": self.study.settings["width"]}, "wide")
 
     def run_of(
         self, method: str, alpha: float, lr: float, seed: int, options: Mapping[str, Any], *words: str, **changes: Any
@@ -237,15 +243,15 @@ def blocks(runs: FuseFLRuns) -> Section:
 
 
 def clients(runs: FuseFLRuns) -> Section:
-    """More clients on the same samples."""
+    """More clients on the same samples; the features of 50 networks side by side want diagonal covariances."""
     rates, alpha, numbers = runs.rates(), runs.study.alphas[0], {}
     cases = {
-        f"{name}, M = {m}": runs.one_shot(name, alpha, rates[name, CALIBRATED], 0, clients=m)
+        f"{name}, M = {m}": runs.one_shot(name, alpha, rates[name, CALIBRATED], 0, clients=m, covariance="diagonal")
         for m in runs.study.many
         for name in ONE_SHOT
     }
     runs.run(cases.values())
-    title = f"## More clients, Dirichlet {alpha}, seed 0\n\n"
+    title = f"## More clients, Dirichlet {alpha}, seed 0, calibration with diagonal covariances\n\n"
     return title + table(HEADER, _rows(runs, cases, numbers)) + "\n", numbers
 
 
@@ -267,6 +273,39 @@ def datafree(runs: FuseFLRuns) -> Section:
     return title + table(HEADER, _rows(runs, {**cases, **also}, numbers)) + "\n", numbers
 
 
+def width(runs: FuseFLRuns) -> Section:
+    """Is it the fusion or the width: every method at its own and at the other's width."""
+    rates, alpha, numbers = runs.rates(), runs.study.alphas[0], {}
+    wide = runs.study.settings["width"]
+    narrow = round(wide / runs.study.settings["clients"] ** 0.5)
+
+    def case(name: str, channels: int, seed: int) -> Case:
+        lr = rates[name, CALIBRATED]
+        if name == "FuseFL":
+            return runs.wide(alpha, lr, seed) if channels == wide else runs.one_shot(name, alpha, lr, seed)
+        return runs.one_shot(name, alpha, lr, seed, **({} if channels == wide else {"width": channels}))
+
+    runs.run(case(name, channels, seed) for name in ONE_SHOT for channels in (narrow, wide) for seed in SEEDS)
+    rows = []
+    for name in ONE_SHOT:
+        for channels in (narrow, wide):
+            cases = [case(name, channels, seed) for seed in SEEDS]
+            found = [runs.record(one, CALIBRATED)["accuracy"] for one in cases]
+            before = [runs.uncalibrated(one) for one in cases]
+            up, down = runs.megabytes(cases[0], CALIBRATED)
+            parameters = _parameters(runs.folder / cases[0].name)
+            numbers[f"{name}, width {channels}"] = {"calibrated": found, "before": before, "parameters": parameters}
+            row = [name, str(channels), spread(before), spread(found), f"{up:.3f}", f"{down:.3f}", f"{parameters:,}"]
+            rows.append(row)
+    header = ["method", "width", "before calibration, %", "calibrated, %", "MB up", "MB down", "parameters"]
+    title = f"## Width, Dirichlet {alpha}, {len(SEEDS)} seeds\n\n"
+    return title + table(header, rows) + "\n", numbers
+
+
+def _parameters(folder: Path) -> int:
+    return sum(p.numel() for p in engine.read_model(folder)[0].parameters())
+
+
 PARTS: Mapping[str, Mapping[str, Any]] = {
     "FuseFL": {},
     "adaptor averages": {"adaptor": "avg"},
@@ -277,7 +316,6 @@ PARTS: Mapping[str, Mapping[str, Any]] = {
     "frozen batch norm as in the code": {"frozen_bn": "code"},
     "calibration as in the code": {"ccvr_compat": True},
     "diagonal covariances": {"covariance": "diagonal"},
-    "not narrower": {"width": None},
     "three blocks": {"blocks": 3},
 }
 
@@ -285,14 +323,8 @@ PARTS: Mapping[str, Mapping[str, Any]] = {
 def parts(runs: FuseFLRuns) -> Section:
     """Every decision changed alone."""
     lr, alpha, numbers = runs.rates()["FuseFL", CALIBRATED], runs.study.alphas[0], {}
-    cases = {}
-    for name, changes in PARTS.items():
-        options = dict(changes)
-        if "width" in options:  # the method's option, not the setting of the same name
-            options["width"] = runs.study.settings["width"]
-            cases[name] = runs.run_of("fusefl", alpha, lr, 0, options, "wide")
-        else:
-            cases[name] = runs.one_shot("FuseFL", alpha, lr, 0, **options)
+    cases = {name: runs.one_shot("FuseFL", alpha, lr, 0, **changes) for name, changes in PARTS.items()}
+    cases["not narrower"] = runs.wide(alpha, lr, 0)
     runs.run(cases.values())
     title = f"## Every part of FuseFL changed alone, Dirichlet {alpha}, seed 0, learning rate {lr}\n\n"
     return title + table(HEADER, _rows(runs, cases, numbers)) + "\n", numbers
@@ -329,6 +361,7 @@ SECTIONS: Mapping[str, Callable[[FuseFLRuns], Section]] = {
     "blocks": blocks,
     "clients": clients,
     "datafree": datafree,
+    "width": width,
     "parts": parts,
     "cue": cue,
 }
