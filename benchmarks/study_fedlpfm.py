@@ -69,7 +69,7 @@ STUDIES = {
     ),
     "cifar10": Study(
         {
-            "data": "cifar10", **_COMMON, "width": 16, "rounds": 20, "train_samples": 5000, "public_samples": 5000,
+            "data": "cifar10", **_COMMON, "width": 16, "rounds": 30, "train_samples": 5000, "public_samples": 5000,
             "test_samples": 2000, "validation_samples": 1000,
         },
         "classes:2", ("resnet8/32", "cnn/48", "resnet8/24"), 20, (0.01, 0.03, 0.1),
