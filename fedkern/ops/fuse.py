@@ -126,9 +126,17 @@ def _usual(
             return None
         last = True
     for x in features:
-        if not _readable(x, dtype) or x.shape != shape:
-            return None
-        if not (x.is_contiguous(memory_format=_CHANNELS_LAST) if last else x.is_contiguous()):
+        kind = type(x)
+        if (
+            (kind is not Tensor and kind is not Parameter)
+            or x.dtype is not dtype
+            or not x.is_cpu
+            or x.layout is not _STRIDED
+            or x.is_neg()
+            or _legacy_batched(x)
+            or x.shape != shape
+            or not (x.is_contiguous(memory_format=_CHANNELS_LAST) if last else x.is_contiguous())
+        ):
             return None
     if scale is not None or shift is not None:
         wanted = compute_dtype(dtype)
@@ -306,11 +314,11 @@ class _FuseAlike(torch.autograd.Function):
         kernel, relu, mean, last, channels = ctx.settings
         scale, out = ctx.saved_tensors or (None, None)
         needs = ctx.needs_input_grad[6:]
-        dense = grad.is_contiguous(memory_format=_CHANNELS_LAST) if last else grad.is_contiguous()
-        if dense and not grad.is_neg() and backend.readable(grad):
+        readable = backend.readable(grad) and not grad.is_neg()
+        if readable and (grad.is_contiguous(memory_format=_CHANNELS_LAST) if last else grad.is_contiguous()):
             return (*_NONE, *kernel.backward_alike(grad, out, scale, mean, needs, last))
         rest = (relu, mean, [channels] * len(needs), FuseNeeds(needs, False, False))
-        if grad.is_neg() or not backend.readable(grad):
+        if not readable:
             maps, _, _ = fuse_backward_reference(grad, None, out, scale, None, *rest)
         else:
             maps, _, _ = kernel.backward(grad, None, out, scale, None, *rest, last)

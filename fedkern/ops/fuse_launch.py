@@ -75,15 +75,16 @@ class CpuFuse:
         Scale and shift are contiguous and of the dtype that is computed in.
         """
         first, count = features[0], len(features)
-        batch, channels, *positions = first.shape
-        size = math.prod(positions)
+        shape = first.shape
+        batch, channels = shape[0], shape[1]
+        size = first.numel() // (batch * channels)
         if mean:
             out = torch.empty_like(first)
         elif last:
-            out = empty_map((batch, channels * count, *positions), True, first)
+            out = empty_map((batch, channels * count, *shape[2:]), True, first)
         else:
-            out = first.new_empty((batch, channels * count, *positions))
-        if batch * channels * size >= _LARGE:
+            out = first.new_empty((batch, channels * count, *shape[2:]))
+        if batch * channels * size * count >= _LARGE:
             fresh(self.core, out)
         self.core.fuse_forward_alike(
             DTYPES[first.dtype],
@@ -106,7 +107,7 @@ class CpuFuse:
     ) -> list[Tensor | None]:
         """Gradients of the maps of :meth:`forward_alike` where no sums are wanted; ``grad`` is laid out alike."""
         batch, channels, *positions = grad.shape
-        size = math.prod(positions)
+        size = grad.numel() // (batch * channels)
         if not mean:
             channels //= len(needs)
         shape = (batch, channels, *positions)
