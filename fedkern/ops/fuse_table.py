@@ -93,6 +93,7 @@ ROWS: tuple[Row, ...] = (
     Row("spatial", 20, 29, 16, False, "direct"),
     Row("spatial", 20, 29, 32, False, "direct"),
     Row("spatial", 20, 64, 16, False, "separate"),
+    Row("spatial", 20, 64, 32, False, "separate"),
 )
 
 
