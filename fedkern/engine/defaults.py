@@ -33,11 +33,23 @@ DATA: Mapping[str, Mapping[str, Any]] = {
 """What differs from the common settings on a data set; clients, partition and correlation not named here are the data
 set's own (``fedkern.data.DATASETS``)."""
 
+ONE_SHOT: Mapping[str, Any] = {"data": "digits", "model": "resnet8", "local_epochs": 20}
+"""What FuseFL and its baselines have in common: a client's whole budget is the same."""
+
+DATA_FREE: Mapping[str, Any] = {"ngf": 16, "distill_epochs": 30, "generator_steps": 10, "synthesis_batch": 64}
+"""Method options of a generator for small grey images, in a minute."""
+
 METHOD: Mapping[str, Mapping[str, Any]] = {
     # method: settings on every data set, its default data set included; "options" holds method options by published
     # name.
     "fedlpfm": {"data": "digits", "public_samples": 300},
-    "fusefl": {"data": "digits", "model": "resnet8", "local_epochs": 20},
+    "fusefl": ONE_SHOT,
+    "oneshot-fedavg": ONE_SHOT,
+    "ccvr": ONE_SHOT,
+    "ensemble": ONE_SHOT,
+    "feddf": {**ONE_SHOT, "public_samples": 1000},
+    "dense": ONE_SHOT,
+    "coboosting": ONE_SHOT,
 }
 """What differs from the data set's settings for a method; FedAvg and FedProx use the data set's own, so comparisons
 are fair."""
@@ -45,6 +57,9 @@ are fair."""
 METHOD_ON: Mapping[tuple[str, str], Mapping[str, Any]] = {
     # (method, data set): settings, over those of METHOD.
     ("fedlpfm", "digits"): {"partition": "classes:2", "local_epochs": 1},
+    ("feddf", "digits"): {"public_samples": 200},
+    ("dense", "digits"): {"options": DATA_FREE},
+    ("coboosting", "digits"): {"options": DATA_FREE},
 }
 """What differs from both for a method on one data set."""
 

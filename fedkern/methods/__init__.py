@@ -20,8 +20,13 @@ from fedkern.methods.base import (
     option,
     register,
 )
+from fedkern.methods.ccvr import CCVR
 from fedkern.methods.centralised import Centralised
+from fedkern.methods.coboosting import CoBoosting
+from fedkern.methods.dense import DENSE
+from fedkern.methods.ensemble import Ensemble
 from fedkern.methods.fedavg import FedAvg
+from fedkern.methods.feddf import FedDF
 from fedkern.methods.feddyn import FedDyn
 from fedkern.methods.fedgid import FedGID
 from fedkern.methods.fedlpfm import FedLPFM
@@ -32,16 +37,22 @@ from fedkern.methods.fml import FML
 from fedkern.methods.fusefl import FuseFL
 from fedkern.methods.local import Local
 from fedkern.methods.moon import Moon
+from fedkern.methods.oneshot import OneShotFedAvg
 from fedkern.methods.scaffold import Scaffold
 
 __all__ = [
+    "CCVR",
+    "DENSE",
     "FML",
     "METHODS",
     "Backgrounds",
     "Batch",
     "Centralised",
     "Client",
+    "CoBoosting",
+    "Ensemble",
     "FedAvg",
+    "FedDF",
     "FedDyn",
     "FedGID",
     "FedLPFM",
@@ -56,6 +67,7 @@ __all__ = [
     "Method",
     "Moon",
     "Objective",
+    "OneShotFedAvg",
     "Received",
     "Round",
     "Samples",

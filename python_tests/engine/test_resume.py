@@ -130,7 +130,15 @@ def test_killed_again_and_again(make_data, make_config, tmp_path, reference):
 
 
 # Settings that make a method small enough for this test, or show more of what it keeps from round to round.
+CALIBRATED = {"calibrate": True, "virtual_features": 20, "calibration_epochs": 1}
+DISTILLED = {"distill_batch": 4, "distill_epochs": 2, **CALIBRATED}
+GENERATED = {"nz": 4, "ngf": 2, "generator_steps": 2, "synthesis_batch": 8, **DISTILLED}
 SETTINGS = {
+    "ccvr": {"options": CALIBRATED},
+    "coboosting": {"options": GENERATED},
+    "dense": {"options": GENERATED},
+    "ensemble": {"options": {"models": "cnn:2,resnet8:2", **CALIBRATED}},
+    "feddf": {"options": DISTILLED},
     "fedgid": {"options": {"background_pool": "shared"}},
     "fedproto": {"options": {"networks": "personal"}},
     "fusefl": {"local_epochs": 4, "options": {"blocks": 3, "frozen_bn": "code"}},

@@ -1,0 +1,155 @@
+"""The ensemble of the clients' networks: what one-shot methods want to reach with one network (or must beat).
+
+Every client trains the whole local budget once and uploads its network; the server keeps them all.  The prediction is
+the mean of the members' logits; the majority vote and the mean of the probabilities are reported beside it.  With
+``calibrate`` one classifier on the features of all members replaces the mean of their logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedkern import models
+from fedkern.methods.base import Client, Message, Server, Step, Upload, option, register
+from fedkern.methods.evaluate import classification
+from fedkern.methods.oneshot import OneShot, exhaust
+from fedkern.methods.oneshot_members import Members, parse_models, train_member
+
+
+@register("ensemble")
+class Ensemble(OneShot):
+    """All clients' networks, each trained once, with the mean of their logits (and a vote beside it)."""
+
+    @dataclass(frozen=True)
+    class Options(OneShot.Options):
+        """Knobs of the ensemble."""
+
+        weighting: str = option(
+            "uniform", "weight of a member in the mean: its number of samples, or the same for all",
+            choices=("samples", "uniform"),
+        )  # fmt: skip
+        models: str = option(
+            "", "networks of the clients in turn, as name[:width] between commas; empty: --model for all"
+        )
+        pool: str = option(
+            "concat",
+            "what is calibrated: the members' features side by side, or their mean",
+            choices=("concat", "mean"),
+        )
+
+    needs_statistics = True
+
+    def __init__(self, options: Any = None) -> None:
+        super().__init__(options)
+        self.architectures = parse_models(self.options.models)
+
+    def start(self, server: Server) -> None:
+        super().start(server)
+        self.members(server).check()
+
+    def members(self, server: Server) -> Members:
+        """The uploaded networks."""
+        return Members(server, self.architectures)
+
+    # -- training: nothing is averaged -----------------------------------------------------------------------------
+
+    def send(self, server: Server, step: Step) -> Message | dict[int, Message]:
+        if step.exchange == "update" and self.options.models:
+            return {}  # each starts from fresh weights of its own architecture
+        return super().send(server, step)
+
+    def client_update(self, client: Client, step: Step, message: Message) -> Message:
+        if step.exchange == "update":
+            return train_member(self, client, step, message, self.architectures)
+        return super().client_update(client, step, message)
+
+    def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
+        if step.exchange != "update":
+            super().server_update(server, step, uploads)
+            return
+        exhaust(self.members(server).collect(step, uploads))
+        ensemble = self.model(server)
+        size = sum(t.numel() * t.element_size() for t in ensemble.members.state_dict().values())
+        one = sum(t.numel() * t.element_size() for t in server.build().state_dict().values())
+        server.report["members"] = float(len(ensemble.members))
+        server.report["memory_ratio"] = size / one
+
+    def model(self, server: Server) -> models.Ensemble:
+        members, state = self.members(server), server.state
+        if "members" not in state:  # nobody has trained yet
+            return models.Ensemble([server.build()])
+        weights = None
+        if self.options.weighting == "samples":
+            weights = [float(state["members"][k]["samples"]) for k in members.clients()]
+        ensemble = models.Ensemble(members.modules(), weights, pool=self.options.pool)
+        if "head" in state:
+            ensemble.replace_head(state["head"]["weight"], state["head"]["bias"])
+        return ensemble
+
+    # -- calibration: one classifier on the features of all members ------------------------------------------------
+
+    def publish(self, server: Server) -> Message:
+        return {"members": self.members(server).messages()}
+
+    def published(self, client: Client, message: Message) -> models.Ensemble:
+        members = Members(client, self.architectures)
+        return models.Ensemble(members.modules(message["members"]), pool=self.options.pool)
+
+    def head(self, server: Server) -> nn.Linear:
+        return self.model(server).joint_head()
+
+    def replace_head(self, server: Server, head: nn.Linear) -> None:
+        server.state["head"] = {"weight": head.weight.detach().cpu(), "bias": head.bias.detach().cpu()}
+
+    # -- figures ---------------------------------------------------------------------------------------------------
+
+    def evaluate(self, model: nn.Module, data: Any) -> dict[str, float]:
+        """Adds ``vote_accuracy`` and ``probability_accuracy`` to the figures of the mean of the logits."""
+        if not isinstance(model, models.Ensemble):
+            return super().evaluate(model, data)
+        ballot = _Ballot(model, data)
+        figures = classification(ballot, ballot)  # type: ignore[arg-type]
+        return {**figures, **ballot.figures()}
+
+
+def vote(logits: Tensor) -> Tensor:
+    """The majority's class, int64 [B], of logits [M, B, C]; the mean probability decides between equal counts."""
+    p = F.softmax(logits.double(), 2)
+    counts = F.one_hot(logits.argmax(2), logits.shape[2]).sum(0)
+    return (counts + p.mean(0) / 2).argmax(1)
+
+
+class _Ballot:
+    """An ensemble and its test set in one: passes both through and counts what votes and probabilities would say."""
+
+    def __init__(self, ensemble: models.Ensemble, data: Any) -> None:
+        self._ensemble, self._data = ensemble, data
+        self._total = 0
+        self._right = torch.zeros(2, dtype=torch.int64)
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in self._data.batches():
+            self._labels = labels
+            yield images, labels
+
+    def record(self, predictions: Tensor) -> None:
+        record = getattr(self._data, "record", None)
+        if record is not None:
+            record(predictions)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        each, logits = self._ensemble.parts(images)
+        guesses = torch.stack([vote(logits), F.softmax(logits.double(), 2).mean(0).argmax(1)])
+        self._right += (guesses == self._labels).sum(1).cpu()
+        self._total += len(images)
+        return self._ensemble.answer(each, logits)
+
+    def figures(self) -> dict[str, float]:
+        right = (self._right.double() / self._total).tolist()
+        return dict(zip(("vote_accuracy", "probability_accuracy"), right, strict=True))

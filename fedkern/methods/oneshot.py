@@ -1,0 +1,115 @@
+"""One-shot FedAvg: every client trains its whole budget once and the server averages; the frame of one-shot methods.
+
+``--local-epochs`` is a client's whole budget, so that all one-shot methods train equally long.  With ``calibrate`` a
+second round replaces the classifier: clients send class statistics of the features of what the first round made, and
+the server trains the classifier on features drawn from them (CCVR, arXiv 2106.05001).  It is the same for every method,
+so that a comparison is about what is calibrated.  The records of the rounds before it hold the figures without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedkern.errors import UserError
+from fedkern.methods.base import VECTORS, Client, Federation, Message, Round, Server, Step, Upload, option, register
+from fedkern.methods.calibration import CalibrationOptions, ClassStatistics, calibrate, collect
+from fedkern.methods.fedavg import FedAvg
+from fedkern.methods.oneshot_members import finite, flatten, load, vectors
+
+
+class OneShot(FedAvg):
+    """Methods whose clients train once: a plan of one round, and one more with ``calibrate``."""
+
+    @dataclass(frozen=True)
+    class Options(CalibrationOptions, FedAvg.Options):
+        """Knobs of every one-shot method."""
+
+        calibrate: bool = option(False, "train the classifier anew on features drawn from class statistics (CCVR)")
+
+    one_shot = True
+    needs_statistics = False
+    """Whether networks are used apart from their training, so that batch norm needs running statistics."""
+
+    def start(self, server: Server) -> None:
+        super().start(server)
+        needed = (self.needs_statistics or self.options.calibrate) and "buffers" not in server.state
+        if needed and any(buffer.is_floating_point() for buffer in server.build().buffers()):
+            raise UserError(
+                f"{self.name} needs the running statistics of the clients' networks: use --buffers average, not local "
+                "or drop."
+            )
+
+    def rounds(self, federation: Federation) -> Iterator[Round]:
+        yield Round("train", participants="all")
+        if self.options.calibrate:
+            yield Round("calibrate", exchanges=("statistics",), participants="all")
+
+    def send(self, server: Server, step: Step) -> Message | dict[int, Message]:
+        return self.publish(server) if step.exchange == "statistics" else super().send(server, step)
+
+    def client_update(self, client: Client, step: Step, message: Message) -> Message:
+        if step.exchange == "statistics":
+            network = self.published(client, message)
+            return collect(network.features, client.batches(), len(client.classes), self.options)
+        return super().client_update(client, step, message)
+
+    def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
+        if step.exchange == "statistics":
+            self._calibrate(server, step, uploads)
+        else:
+            super().server_update(server, step, finite(server, uploads))
+
+    def _calibrate(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
+        o, head = self.options, self.head(server)
+        pooled = ClassStatistics(
+            len(server.classes), head.in_features, diagonal=o.covariance == "diagonal", compat=o.ccvr_compat
+        )
+        for upload in uploads:
+            try:
+                pooled.merge(upload.message)
+            except ValueError as error:
+                k = upload.client_id
+                server.refuse(k, f"The class statistics of client {k} cannot be used: {error}")
+        if not int(pooled.counts.sum()):
+            raise UserError("The class statistics of every client were refused: run without calibrate.")
+        self.replace_head(server, calibrate(head, pooled, server.rng("calibration", step), o))
+
+    # -- what is calibrated: the averaged network, unless a method says otherwise ----------------------------------
+
+    def publish(self, server: Server) -> Message:
+        """What a client needs to compute the features whose statistics it sends."""
+        return {name: server.state[name] for name in VECTORS if name in server.state}
+
+    def published(self, client: Client, message: Message) -> Any:
+        """The network with these ``features``, in eval mode, on the client's device."""
+        return load(flatten(client.network()), message).eval()
+
+    def head(self, server: Server) -> nn.Linear:
+        """The classifier to calibrate."""
+        network: Any = load(flatten(server.build()), server.state)
+        return network.head
+
+    @torch.no_grad()
+    def replace_head(self, server: Server, head: nn.Linear) -> None:
+        """Puts the calibrated classifier into the server's state."""
+        flat = flatten(server.build())
+        network: Any = load(flat, server.state)
+        network.head.weight.copy_(head.weight)
+        network.head.bias.copy_(head.bias)
+        server.state.update(vectors(flat))
+
+
+@register("oneshot-fedavg")
+class OneShotFedAvg(OneShot):
+    """FedAvg with a single round: the whole local budget, then one weighted average (arXiv 1602.05629)."""
+
+
+def exhaust(uploads: Iterable[Upload]) -> None:
+    """Lets every client do its part of an exchange whose uploads nobody looks at."""
+    for _ in uploads:
+        pass

@@ -1,0 +1,181 @@
+"""Images from an ensemble alone: a generator trained against frozen teachers (DENSE, arXiv 2112.12371, section 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, softmax
+
+from fedkern import ops
+from fedkern.errors import UserError
+from fedkern.models.ensemble import Ensemble
+from fedkern.models.generator import Generator
+
+
+class BatchNormStatistics:
+    """How far a batch's statistics are from the running ones at every batch norm of frozen networks.
+
+    ``sum over layers of ||mean(x) - running_mean||_2 + ||var(x) - running_var||_2``, averaged over the networks
+    (DeepInversion, arXiv 1912.08795; DENSE's L_BN).  Reads the layers' inputs by hooks, from entering to leaving.
+    """
+
+    def __init__(self, networks: Iterable[nn.Module]) -> None:
+        self._networks = list(networks)
+        self._terms: list[Tensor] = []
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Self:
+        for network in self._networks:
+            for layer in network.modules():
+                if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None:
+                    self._handles.append(layer.register_forward_pre_hook(self._look))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._terms.clear()
+
+    def _look(self, layer: Any, given: tuple[Tensor, ...]) -> None:
+        var, mean = torch.var_mean(given[0], dim=(0, 2, 3), correction=0)
+        self._terms.append(torch.linalg.vector_norm(mean - layer.running_mean))
+        self._terms.append(torch.linalg.vector_norm(var - layer.running_var))
+
+    def take(self) -> Tensor | float:
+        """The distance over all forward passes since the last call; 0 where there is no batch norm."""
+        terms, self._terms = self._terms, []
+        return torch.stack(terms).sum() / len(self._networks) if terms else 0.0
+
+
+@dataclass(frozen=True)
+class Synthesis:
+    """How a batch of images is made.
+
+    Attributes:
+        steps: steps of the generator per batch.
+        size: images per batch.
+        lr: Adam's learning rate, for the generator and for the noise, which is learned with it.
+        cross_entropy: weight of the ensemble's cross-entropy to the random labels.
+        batch_norm: weight of :class:`BatchNormStatistics`.
+        adversarial: weight of ``-KL(ensemble || student)``.
+        boundary: count only images on which ensemble and student disagree in that term (DENSE's decision boundary).
+        temperature: of that term.
+        hardness: exponent s of the weight (1 - p_y)^s on an image's cross-entropy (Co-Boosting's hard samples).
+        restart: draw new weights for the generator before every batch.
+    """
+
+    steps: int
+    size: int
+    lr: float
+    cross_entropy: float = 1.0
+    batch_norm: float = 1.0
+    adversarial: float = 1.0
+    boundary: bool = True
+    temperature: float = 1.0
+    hardness: float = 0.0
+    restart: bool = True
+
+
+def hard_cross_entropy(logits: Tensor, labels: Tensor, hardness: float) -> Tensor:
+    """Mean of ``(1 - p_y)^s CE``, the weight without gradient (Co-Boosting, arXiv 2402.15070, section 4.1)."""
+    if hardness == 0:
+        return cross_entropy(logits, labels)
+    p = softmax(logits.detach(), 1).gather(1, labels[:, None]).squeeze(1)
+    return ((1 - p).pow(hardness) * cross_entropy(logits, labels, reduction="none")).mean()
+
+
+def divergence(student: Tensor, teachers: Tensor, weights: Tensor, how: Synthesis) -> Tensor:
+    """The term a generator maximises: mean over images of ``KL(ensemble || student)``.
+
+    With ``how.boundary`` only images count on which the two predict different classes (DENSE, equation 5).
+
+    Args:
+        student: logits [B, C]; gradients reach it and the teachers.
+        teachers: logits [K, B, C].
+        weights: [K], their weights in the mean of the logits.
+    """
+    rows = ops.ensemble_kl(student, teachers, weights, how.temperature, mix="logits", reduction="none")
+    if how.boundary:
+        mixed = torch.einsum("k,kbc->bc", weights, teachers.detach())
+        rows = rows * (mixed.argmax(1) != student.detach().argmax(1))
+    return rows.mean()
+
+
+def synthesise(
+    generator: Generator,
+    teachers: Ensemble,
+    student: nn.Module | None,
+    how: Synthesis,
+    draw: torch.Generator,
+    classes: int,
+) -> tuple[Tensor, Tensor]:
+    """Trains the generator (and its noise) and returns the images of the step with the lowest loss.
+
+    Teachers and student are in eval mode, and nothing of theirs changes.
+
+    Args:
+        generator: on the teachers' device.
+        teachers: the frozen ensemble.
+        student: what the images should be hard for; None leaves that term out.
+        how: the settings.
+        draw: CPU generator of noise, labels and new weights.
+        classes: number of classes.
+
+    Returns:
+        normalised images fp32 [size, C, H, W] and the labels int64 [size] they were made for.
+
+    Raises:
+        UserError: no step had a finite loss.
+    """
+    device = teachers.weights.device
+    if how.restart:
+        generator.reset(draw)
+    generator.train()
+    z = torch.randn(how.size, generator.nz, generator=draw).to(device).requires_grad_()
+    labels = torch.randint(classes, (how.size,), generator=draw).to(device)
+    optimiser = torch.optim.Adam([*generator.parameters(), z], how.lr, betas=(0.5, 0.999))
+    adversarial = how.adversarial if student is not None else 0.0
+    best: Tensor | None = None
+    lowest = torch.full((), torch.inf, device=device)
+    with frozen(student), BatchNormStatistics(teachers.members if how.batch_norm else ()) as statistics:
+        for _ in range(how.steps):
+            images = generator(z)
+            logits = teachers.logits(images)
+            loss = how.cross_entropy * hard_cross_entropy(teachers.mix(logits), labels, how.hardness)
+            loss = loss + how.batch_norm * statistics.take()
+            if adversarial and student is not None:
+                loss = loss - adversarial * divergence(student(images), logits, teachers.weights, how)
+            better = (loss < lowest).detach()  # stays on the device: no step waits for its loss
+            lowest = torch.where(better, loss.detach(), lowest)
+            best = images.detach() if best is None else torch.where(better, images.detach(), best)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+    if best is None or not bool(torch.isfinite(lowest)):
+        raise UserError("The generator diverged: lower the method option generator_lr.")
+    return best, labels
+
+
+class frozen:
+    """A network in eval mode without gradients to its parameters; as it was afterwards."""
+
+    def __init__(self, network: nn.Module | None) -> None:
+        self._network = network
+
+    def __enter__(self) -> None:
+        if self._network is not None:
+            self._training = self._network.training
+            self._needed = [p.requires_grad for p in self._network.parameters()]
+            self._network.eval().requires_grad_(False)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._network is not None:
+            self._network.train(self._training)
+            for parameter, needed in zip(self._network.parameters(), self._needed, strict=True):
+                parameter.requires_grad_(needed)
