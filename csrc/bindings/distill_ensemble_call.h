@@ -22,7 +22,7 @@ inline void merge_row_dims(EnsembleCall& call) {
     if (tensor.data) strides[tensors++] = tensor.row_stride;
   };
   add(call.teachers), add(call.student), add(call.weights);
-  add(call.teachers_grad), add(call.student_grad), add(call.weights_grad);
+  add(call.teachers_grad), add(call.student_grad), add(call.weights_grad), add(call.kept);
   for (int i = 0; i < 2; ++i) add(call.grad_output[i]), add(call.row_loss[i]);
   merge_row_dims(call.row_dims, call.row_size, strides, tensors);
 }
@@ -63,10 +63,11 @@ inline EnsembleCall parse_ensemble(PyObject* const* item, std::int64_t& rows) {
   call.weights_grad = parse_stack(*item++);
   call.grad_output[0] = parse_rows(*item++);
   call.grad_output[1] = parse_rows(*item++);
-  // Results: rows or totals, as `by_row` says.
+  // Results: rows or totals, as `by_row` says. What consensus keeps follows where it does.
   const RowValues first = parse_rows(PyTuple_GET_ITEM(*item, 1)), second = parse_rows(PyTuple_GET_ITEM(*item, 2));
   const bool by_row = PyTuple_GET_ITEM(*item, 0) == Py_True;
   for (int i = 0; i < 2; ++i) (by_row ? call.row_loss : call.total)[i] = i == 0 ? first : second;
+  if (PyTuple_GET_SIZE(*item) > 3) call.kept = parse_logits(PyTuple_GET_ITEM(*item, 3));
   if (PyErr_Occurred()) throw py::error_already_set();
   if (rows == 0) {  // empty tensors have no address to tell absent ones from
     call.row_dims = 1;

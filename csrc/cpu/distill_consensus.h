@@ -15,7 +15,8 @@ class ConsensusLosses : public Lines<T, LanesAreRows> {
   using Base::call_, Base::e, Base::factor_, Base::fetch_with_exponentials, Base::finish, Base::K_, Base::log1p;
   using Base::kAnchor, Base::kDot, Base::kDrift, Base::kInverse, Base::kLogSum, Base::kLoss, Base::kMaximum;
   using Base::kMixture, Base::kOut, Base::kShare, Base::kSum, Base::kTiny, Base::kTogether, Base::kU, Base::lanes;
-  using Base::mean_of, Base::mix, Base::packs, Base::set, Base::share, Base::single, Base::stat, Base::stats, Base::store, Base::tiles_, Base::total;
+  using Base::mean_of, Base::mix, Base::packs, Base::set, Base::share, Base::single,
+      Base::stat, Base::stats, Base::store, Base::tiles_, Base::total;
   using Base::vectors_, Base::x;
 
   // Losses (in units of T^2) below this are computed again relative to an anchor row.
@@ -195,7 +196,9 @@ class ConsensusLosses : public Lines<T, LanesAreRows> {
 
   void consensus(Sums& sums) {
     const V zero = V::set(0), one = V::set(1);
-    const bool gradients = call_.teachers_grad.data || call_.weights_grad.data;
+    const bool kept = call_.kept.data != nullptr;
+    if (kept && call_.teachers_grad.data) return resume_consensus();
+    const bool gradients = call_.teachers_grad.data || call_.weights_grad.data || kept;
     // kLoss: sum p (max - x), the entropy less log Z, both >= 0; kDot: the cross entropy to the mixture.
     this->clear(kLoss), this->clear(kDot);
     this->template find_statistics<true>(0, K_, false);
@@ -207,13 +210,19 @@ class ConsensusLosses : public Lines<T, LanesAreRows> {
       V sum = zero;
       for (std::int64_t v = 0; v < vectors_; ++v) sum = sum - m[v] * l[v];
       mixed = mixed + total(sum);
+      if (kept) store(call_.kept, 4 * K_ * call_.kept.class_stride, l);
       if (!gradients) continue;
       std::int64_t k = 0;
       for (; k + kTogether <= K_; k += kTogether) add_cross<kTogether>(k);
       for (; k < K_; ++k) add_cross<1>(k);
     }
-    for (std::int64_t i = 0; i < packs(K_); ++i)
-      stats(kLoss).set(i, fma(stats(kLoss)[i], stats(kInverse)[i], stats(kLogSum)[i]));
+    for (std::int64_t i = 0; i < packs(K_); ++i) {
+      const V log_sum = stats(kLogSum)[i], entropy = fma(stats(kLoss)[i], stats(kInverse)[i], log_sum);
+      stats(kLoss).set(i, entropy);
+      stats(kDrift).set(i, entropy - log_sum);
+    }
+    if (kept)
+      for (int place = 0; place < 4; ++place) this->keep(place, kKept[place]);
     // A mixture that rounding lifts above 1 would make this negative.
     finish(0, max(zero, mixed), sums);
     finish(1, mean_of(kLoss), sums);
@@ -222,6 +231,41 @@ class ConsensusLosses : public Lines<T, LanesAreRows> {
       for (std::int64_t k = 0; k < K_; ++k)
         set(kDot, k, factor_[0] * stat(kDot, k) + factor_[1] * stat(kLoss, k));
       this->store_weight_gradients(one);
+    }
+  }
+
+  static constexpr typename Base::Stat kKept[4] = {kMaximum, kInverse, kDot, kDrift};
+
+  // The backward pass, from what the forward pass kept.
+  void resume_consensus() {
+    for (int place = 0; place < 4; ++place) this->take_back(place, kKept[place]);
+    const bool direct = tiles_ == 1 && !this->any_zero_ && this->in_place(call_.teachers) && this->in_place(call_.teachers_grad);
+    if (!direct) return consensus_gradients();
+    this->set_tile(0);
+    const std::int64_t step = LanesAreRows ? call_.teachers.class_stride : lanes;
+    const std::int64_t out_step = LanesAreRows ? call_.teachers_grad.class_stride : lanes;
+    const std::int64_t whole = LanesAreRows ? vectors_ : this->classes_here() / lanes;
+    const std::ptrdiff_t left = LanesAreRows ? 0 : this->classes_here() % lanes;
+    const std::int64_t ahead = LanesAreRows ? lanes : call_.teachers.row_stride[call_.row_dims - 1];
+    const T* from = static_cast<const T*>(call_.teachers.data) + this->offset(call_.teachers);
+    T* out = static_cast<T*>(call_.teachers_grad.data) + this->offset(call_.teachers_grad);
+    const Line l = single(kU);
+    this->load(call_.kept, 4 * K_ * call_.kept.class_stride, l, T(0));
+    const ScaledExp<T> power_of = this->power_;
+    const V zero = V::set(0);
+    for (std::int64_t k = 0; k < K_; ++k) {
+      const Slope slope = slope_of(k);
+      const V start = this->origin(stat(kMaximum, k));
+      for (std::int64_t v = 0; v < whole; ++v) {
+        __builtin_prefetch(from + v * step + ahead);
+        const V over = V::load(from + v * step) - start, power = power_of(over);
+        select(power == zero, zero, power * slope(l[v], over)).store(out + v * out_step);
+      }
+      if (left) {
+        const V over = V::load_partial(from + whole * lanes, left, kNone<T>) - start, power = power_of(over);
+        select(power == zero, zero, power * slope(l[whole], over)).store_partial(out + whole * lanes, left);
+      }
+      from += call_.teachers.stack_stride, out += call_.teachers_grad.stack_stride;
     }
   }
 
@@ -239,25 +283,34 @@ class ConsensusLosses : public Lines<T, LanesAreRows> {
     this->template add_totals<N>(kDot, k, cross);
   }
 
+  // The gradient over the exponential, from the log of the mixture and the logit - its line's maximum.
+  struct Slope {
+    V g, h, fixed;  // both factors times -w / Z, and what does not depend on the class
+    FEDKERN_INLINE V operator()(V log_mixture, V over) const { return fma(g, log_mixture, fma(h, over, fixed)); }
+  };
+  FEDKERN_INLINE Slope slope_of(std::int64_t k) const {
+    const V w = V::set(0) - stat(kShare, k) * stat(kInverse, k), g = w * factor_[0], h = w * factor_[1];
+    return {g, h, fma(g, stat(kDot, k), h * stat(kDrift, k))};
+  }
+
   // w p (g (-log mixture - cross entropy) + h (-log p - entropy))
   void consensus_gradients() {
     const V zero = V::set(0);
     for (std::int64_t tile = 0; tile < tiles_; ++tile) {
-      if (tiles_ > 1) {
+      if (tiles_ > 1 || call_.kept.data) {
         fetch_with_exponentials(tile);
-        find_log_mixture<false>();
+        if (!call_.kept.data) find_log_mixture<false>();
       }
       const Line l = single(kU), out = single(kOut);
       const std::int64_t count = vectors_;
+      if (call_.kept.data) this->load(call_.kept, 4 * K_ * call_.kept.class_stride, l, T(0));
       for (std::int64_t k = 0; k < K_; ++k) {
-        // Both factors times -w / Z, and what does not depend on the class.
-        const V w = zero - stat(kShare, k) * stat(kInverse, k), g = w * factor_[0], h = w * factor_[1];
-        const V fixed = fma(g, stat(kDot, k), h * (stat(kLoss, k) - stat(kLogSum, k)));
+        const Slope slope = slope_of(k);
         const V peak = stat(kMaximum, k);
         const Line from = x(k), powers = e(k);
         for (std::int64_t v = 0; v < count; ++v) {
-          const V power = powers[v], value = fma(g, l[v], fma(h, from[v] - peak, fixed));
-          out.set(v, select(power == zero, zero, power * value));
+          const V power = powers[v];
+          out.set(v, select(power == zero, zero, power * slope(l[v], from[v] - peak)));
         }
         store(call_.teachers_grad, k * call_.teachers_grad.stack_stride, out);
       }

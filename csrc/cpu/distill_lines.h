@@ -1,177 +1,48 @@
-// What K teachers' rows are made into: shares, softmax statistics, mixtures; and what leaves them, one number per row.
+// What K teachers' rows are made into: softmax statistics, mixtures.
 #pragma once
 
-#include "distill_storage.h"
+#include "distill_shares.h"
 
 namespace fedkern::FEDKERN_ISA {
 namespace {
 
 template <typename T, bool LanesAreRows>
-class Lines : public Storage<T, LanesAreRows> {
+class Lines : public Shares<T, LanesAreRows> {
  protected:
-  using Base = Storage<T, LanesAreRows>;
+  using Base = Shares<T, LanesAreRows>;
   using typename Base::Line;
   using typename Base::V;
-  using Base::call_, Base::capacity_, Base::clear, Base::e, Base::first_, Base::inner_stride, Base::K_, Base::kAnchor;
-  using Base::kDenominator, Base::kDot, Base::kInverse, Base::kLogSum, Base::kLoss, Base::kMaximum, Base::kMixture;
-  using Base::kPeak, Base::kScaled, Base::kShare, Base::kStep, Base::kSum, Base::kTogether, Base::kWeight, Base::lanes, Base::load, Base::most, Base::offset;
-  using Base::packs, Base::rows_, Base::row_, Base::set, Base::share, Base::single, Base::stat, Base::stats, Base::tiles_,
-      Base::total;
-  using Base::vectors_, Base::x;
+  using Base::any_zero_, Base::call_, Base::capacity_, Base::clear, Base::e, Base::factor_, Base::first_, Base::K_;
+  using Base::kAnchor, Base::kInverse, Base::kLogSum, Base::kLoss, Base::kMaximum, Base::kMixture, Base::kPeak;
+  using Base::kScaled, Base::kShare, Base::kStep, Base::kSum, Base::kTogether, Base::lanes, Base::load, Base::loaded_;
+  using Base::most, Base::offset, Base::packs, Base::set, Base::share, Base::shares_known_, Base::single, Base::stat;
+  using Base::stats, Base::tiles_, Base::total, Base::vectors_, Base::weights_fixed_, Base::x;
 
  public:
   explicit Lines(const EnsembleCall& call)
-      : Base(call),
-        scale_(V::set(static_cast<T>(call.scale))),
-        power_(call.limit || call.kind >= EnsembleKind::js ? 1.0 : call.temperature) {
+      : Base(call), power_(call.limit || call.kind >= EnsembleKind::js ? 1.0 : call.temperature) {
     end_ = K_ + (call.student.data != nullptr);
-    weights_fixed_ = true;
-    for (int d = 0; d < call.row_dims && call.weights.data; ++d) weights_fixed_ &= call.weights.row_stride[d] == 0;
   }
 
  protected:
-  // --- what is one number per row
-
-  void begin(std::int64_t row, int rows) {
-    row_ = row;
-    rows_ = rows;
-    loaded_ = -1;
-    for (int i = 0; i < 2; ++i) factor_[i] = scale_;
-    for (int i = 0; i < 2; ++i)
-      if (call_.grad_output[i].data) {
-        alignas(64) T values[lanes];
-        const RowValues& g = call_.grad_output[i];
-        const std::int64_t at = offset(g), stride = inner_stride(g);
-        if (stride == 0) {
-          factor_[i] = V::set(static_cast<T>(call_.scale * load_scalar(g.dtype, g.data, at)));
-          continue;
-        }
-        for (int r = 0; r < lanes; ++r)
-          values[r] = static_cast<T>(call_.scale * load_scalar(g.dtype, g.data, at + (r < rows ? r : 0) * stride));
-        factor_[i] = V::load(values);
-      }
-    if (!call_.by_class && !(weights_fixed_ && shares_known_)) find_shares();
-  }
-
-  // Weights of whole rows, normalised: kShare; what they were divided by: kWeight of line 0.
-  void find_shares() {
-    shares_known_ = true;
-    any_zero_ = false;
-    const V equal = V::set(static_cast<T>(1.0 / static_cast<double>(K_)));
-    const Stack& given = call_.weights;
-    if (!given.data) {
-      for (std::int64_t k = 0; k < K_; ++k) set(kShare, k, equal);
-      return;
-    }
-    V sum = V::set(0);
-    const std::int64_t base = offset(given), stride = inner_stride(given);
-    for (std::int64_t k = 0; k < K_; ++k) {
-      const std::int64_t at = base + k * given.stack_stride;
-      V w = V::set(static_cast<T>(load_scalar(given.dtype, given.data, at)));
-      if (stride != 0) {
-        alignas(64) T values[lanes];
-        for (int r = 0; r < lanes; ++r)
-          values[r] = static_cast<T>(load_scalar(given.dtype, given.data, at + (r < rows_ ? r : 0) * stride));
-        w = V::load(values);
-      }
-      set(kShare, k, w);
-      sum = sum + w;
-    }
-    const Mask<T> none = sum == V::set(0);
-    set(kWeight, 0, sum);
-    for (std::int64_t k = 0; k < K_; ++k) {
-      const V w = select(none, equal, stat(kShare, k) / sum);
-      any_zero_ |= (w == V::set(0)).any();
-      set(kShare, k, w);
-    }
-  }
-
-  // Weights of every class in the current tile, normalised.
-  void find_class_shares() {
-    const V zero = V::set(0), equal = V::set(static_cast<T>(1.0 / static_cast<double>(K_)));
-    const Line sums = single(kDenominator);
-    for (std::int64_t v = 0; v < vectors_; ++v) sums.set(v, zero);
-    for (std::int64_t k = 0; k < K_; ++k) {
-      const Line out = share(k);
-      if (call_.weights.data)
-        load(call_.weights, k * call_.weights.stack_stride, out, T(0));
-      else
-        for (std::int64_t v = 0; v < vectors_; ++v) out.set(v, V::set(1));
-      for (std::int64_t v = 0; v < vectors_; ++v) {
-        V w = out[v];
-        if (call_.mask) {
-          w = select(known(k, v), w, zero);
-          out.set(v, w);
-        }
-        sums.set(v, sums[v] + w);
-      }
-    }
-    for (std::int64_t k = 0; k < K_; ++k) {
-      const Line out = share(k);
-      for (std::int64_t v = 0; v < vectors_; ++v) {
-        const V sum = sums[v];
-        out.set(v, select(sum == zero, equal, out[v] / sum));
-      }
-    }
-  }
-  // The classes of a vector that the mask leaves teacher k.
-  Mask<T> known(std::int64_t k, std::int64_t v) const {
-    const std::int64_t c = first_ + v * kStep, stride = call_.mask_stride[1];
-    const unsigned char* const mask = call_.mask + k * call_.mask_stride[0] + c * stride;
-    if constexpr (LanesAreRows) return V::set(static_cast<T>(*mask)) > V::set(0);
-    alignas(64) T values[lanes] = {};
-    if (stride == 1 && c + lanes <= call_.classes)
-      for (int i = 0; i < lanes; ++i) values[i] = static_cast<T>(mask[i]);
-    else
-      for (int i = 0; i < lanes && c + i < call_.classes; ++i) values[i] = static_cast<T>(mask[i * stride]);
-    return V::load(values) > V::set(0);
-  }
-
-  // Writes the results of the block's rows and adds their sum.
-  void finish(int which, V loss, Sums& sums) const {
-    alignas(64) T values[lanes];
-    loss.store(values);
-    const RowValues& out = call_.row_loss[which];
-    const std::int64_t at = out.data ? offset(out) : 0, stride = inner_stride(out);
-    if (out.data)
-      for (int r = 0; r < rows_; ++r) store_scalar(out.dtype, out.data, at + r * stride, values[r]);
-    double part[4] = {0, 0, 0, 0};  // four sums at once hide the latency of one
-    for (int r = 0; r < rows_; ++r) part[r % 4] += values[r];
-    sums.value[which] += (part[0] + part[1]) + (part[2] + part[3]);
-  }
-
-  // The gradient of weights of whole rows: kDot - sum of share * kDot over the teachers, times `factor` over the weight.
-  // A weight of 0 gets none.
-  void store_weight_gradients(V factor) const {
-    const Stack& out = call_.weights_grad;
-    const V zero = V::set(0), sum = stat(kWeight, 0);
-    const Mask<T> none = sum == zero;
-    V mean = zero;
-    for (std::int64_t k = 0; k < K_; ++k)
-      mean = mean + select(stat(kShare, k) == zero, zero, stat(kShare, k) * stat(kDot, k));
-    const std::int64_t base = offset(out), stride = inner_stride(out);
-    for (std::int64_t k = 0; k < K_; ++k) {
-      const Mask<T> nothing = none | (stat(kShare, k) == zero);
-      alignas(64) T values[lanes];
-      select(nothing, zero, (stat(kDot, k) - mean) * factor / sum).store(values);
-      for (int r = 0; r < rows_; ++r) static_cast<T*>(out.data)[base + k * out.stack_stride + r * stride] = values[r];
-    }
+  void set_tile(std::int64_t tile) {
+    const std::int64_t all = (call_.classes + kStep - 1) / kStep;
+    first_ = tile * capacity_ * kStep;
+    vectors_ = all - tile * capacity_ < capacity_ ? all - tile * capacity_ : capacity_;
   }
 
   // Takes the lines of a tile in: all teachers, and the student where there is one. What is there already stays.
   void fetch(std::int64_t tile) {
     if (tile == loaded_) return;
     loaded_ = tile;
-    const std::int64_t all = (call_.classes + kStep - 1) / kStep;
-    first_ = tile * capacity_ * kStep;
-    vectors_ = all - tile * capacity_ < capacity_ ? all - tile * capacity_ : capacity_;
+    set_tile(tile);
     if (call_.student.data) this->load_lines(call_.student, 0, K_, 1);
     if (passing_ && !any_zero_ && this->in_place(call_.teachers)) return mix_passing_logits();
     kept_ = !(unkept_ && !any_zero_ && this->in_place(call_.teachers));
     this->load_lines(call_.teachers, call_.teachers.stack_stride, 0, K_, kept_);
     if (call_.by_class) {
       // Of a single tile they stay where they are.
-      if (!(weights_fixed_ && shares_known_ && tiles_ == 1)) find_class_shares();
+      if (!(weights_fixed_ && shares_known_ && tiles_ == 1)) this->find_class_shares();
       shares_known_ = true;
     } else if (any_zero_) {  // who is not asked may hold anything
       for (std::int64_t k = 0; k < K_; ++k) {
@@ -448,15 +319,11 @@ class Lines : public Storage<T, LanesAreRows> {
   // The smallest normal number: what log takes, and what a mixture that underflows counts as.
   static constexpr T kTiny = sizeof(T) == 8 ? T(2.2250738585072014e-308) : T(1.17549435e-38);
 
-  const V scale_;
   const ScaledExp<T> power_;
-  V factor_[2];
-  std::int64_t loaded_;
   std::int64_t end_;  // of the lines that have exponentials
   bool mixes_logits_ = false, centered_ = false;
   bool unkept_ = false, kept_ = true;  // of the teachers only exponentials are needed; whether their lines are there
   bool passing_ = false;  // mixed logits are all that is needed of the teachers
-  bool weights_fixed_, shares_known_ = false, any_zero_ = false;
 };
 
 }  // namespace

@@ -280,6 +280,29 @@ class Storage {
     }
   }
 
+  // --- numbers of all teachers in the memory between a forward and a backward call: the place-th K of a row's
+
+  void keep(int place, Stat name) const {
+    const Logits& kept = call_.kept;
+    const std::int64_t at = offset(kept) + place * K_ * kept.class_stride;
+    if constexpr (LanesAreRows) {
+      unpack<T, true>(kept, at, {K_, rows_, inner_stride(kept), 0}, stats(name).data);
+    } else {
+      T* const p = static_cast<T*>(kept.data) + at;
+      for (std::int64_t k = 0; k < K_; ++k) p[k * kept.class_stride] = stats(name).data[k];
+    }
+  }
+  void take_back(int place, Stat name) const {
+    const Logits& kept = call_.kept;
+    const std::int64_t at = offset(kept) + place * K_ * kept.class_stride;
+    if constexpr (LanesAreRows) {
+      pack<T, true>(kept, at, {K_, rows_, inner_stride(kept), 0}, stats(name).data);
+    } else {
+      const T* const p = static_cast<const T*>(kept.data) + at;
+      for (std::int64_t k = 0; k < K_; ++k) stats(name).data[k] = p[k * kept.class_stride];
+    }
+  }
+
   const EnsembleCall& call_;
   const std::int64_t K_;
   std::int64_t tiles_, capacity_, first_ = 0, vectors_ = 0;

@@ -119,21 +119,23 @@ class _JensenShannon(torch.autograd.Function):
 
 
 class _Consensus(torch.autograd.Function):
-    """The eager path. The two grad_outputs are known only in the backward pass, which starts from the logits."""
+    """The eager path. The two grad_outputs are known only in the backward pass."""
 
     @staticmethod
     def forward(
         ctx: Any, how: tuple[DistillKernel, int], logits: Tensor, weights: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         ctx.how = kernel, reduction = how
-        ctx.save_for_backward(logits, weights)
-        return kernel.consensus_forward(logits, weights, reduction)
+        kept = None if ctx.needs_input_grad[2] else kernel.consensus_kept(logits)
+        ctx.save_for_backward(logits, weights, kept)
+        return kernel.consensus_forward(logits, weights, reduction, kept)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         kernel, reduction = ctx.how
         needs = ctx.needs_input_grad[1:]
+        logits, weights, kept = ctx.saved_tensors
         if not (readable(grads[0]) and readable(grads[1])):
-            saved = ctx.saved_tensors
+            saved = (logits, weights)
             return (None, *reference_gradients(consensus_reference, grads, saved, (reduction,), needs, graph=True))
-        return (None, *kernel.consensus_backward(*grads, *ctx.saved_tensors, reduction, needs))
+        return (None, *kernel.consensus_backward(*grads, logits, weights, reduction, needs, kept))

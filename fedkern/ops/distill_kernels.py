@@ -152,7 +152,12 @@ class DistillKernel(Protocol):
     ) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of logits and weights."""
 
-    def consensus_forward(self, logits: Tensor, weights: Tensor | None, reduction: int) -> tuple[Tensor, Tensor]:
+    def consensus_kept(self, logits: Tensor) -> Tensor | None:
+        """Uninitialised memory for what consensus_forward may leave to consensus_backward; None: it leaves nothing."""
+
+    def consensus_forward(
+        self, logits: Tensor, weights: Tensor | None, reduction: int, kept: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """consensus: (entropy of the mixture, weighted mean of the entropies)."""
 
     def consensus_backward(
@@ -163,6 +168,7 @@ class DistillKernel(Protocol):
         weights: Tensor | None,
         reduction: int,
         needs: Sequence[bool],
+        kept: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of logits and weights."""
 
@@ -182,6 +188,9 @@ class Recomputes:
 
     def empty_gradient(self, x: Tensor) -> Tensor:
         return torch.empty_like(x)
+
+    def consensus_kept(self, logits: Tensor) -> Tensor | None:
+        return None
 
 
 # --- the short way

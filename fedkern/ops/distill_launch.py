@@ -272,9 +272,21 @@ class CpuDistill:
     ) -> tuple[Tensor | None, Tensor | None]:
         return self._stack_backward(JS, (grad,), logits, weights, reduction, needs)
 
-    def consensus_forward(self, logits: Tensor, weights: Tensor | None, reduction: int) -> tuple[Tensor, Tensor]:
+    def consensus_kept(self, logits: Tensor) -> Tensor | None:
+        # Four numbers for each of the K, then the log of the mixture. Rows side by side where the core takes them so.
+        count, batch, classes, *positions = logits.shape
+        numbers, dtype = 4 * count + classes, compute_dtype(logits.dtype)
+        if 2 * numbers > count * classes:  # as much to read as the logits
+            return None
+        if classes >= 24 and not positions:
+            return torch.empty((batch, numbers), dtype=dtype)
+        return torch.empty((numbers, batch, *positions), dtype=dtype).transpose(0, 1)
+
+    def consensus_forward(
+        self, logits: Tensor, weights: Tensor | None, reduction: int, kept: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         first, second = _empty_stack_result(logits, reduction), _empty_stack_result(logits, reduction)
-        self._run_stack(CONSENSUS, logits, weights, reduction, None, None, (), argument(first), argument(second))
+        self._run_stack(CONSENSUS, logits, weights, reduction, None, None, (), argument(first), argument(second), kept)
         return first, second
 
     def consensus_backward(
@@ -285,8 +297,9 @@ class CpuDistill:
         weights: Tensor | None,
         reduction: int,
         needs: Sequence[bool],
+        kept: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        return self._stack_backward(CONSENSUS, (grad_mixture, grad_mean), logits, weights, reduction, needs)
+        return self._stack_backward(CONSENSUS, (grad_mixture, grad_mean), logits, weights, reduction, needs, kept)
 
     def _stack_backward(
         self,
@@ -296,13 +309,14 @@ class CpuDistill:
         weights: Tensor | None,
         reduction: int,
         needs: Sequence[bool],
+        kept: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         to_logits = self.empty_gradient(logits) if needs[0] else None
         to_weights = None
         if needs[1] and weights is not None:
             to_weights = torch.empty(weights.shape, dtype=compute_dtype(logits.dtype))
         grads = tuple([grad.resolve_neg() for grad in grads])
-        self._run_stack(kind, logits, weights, reduction, to_logits, to_weights, grads, None, None)
+        self._run_stack(kind, logits, weights, reduction, to_logits, to_weights, grads, None, None, kept)
         return to_logits, to_weights if weights is None or to_weights is None else to_weights.to(weights.dtype)
 
     def _run_stack(
@@ -316,6 +330,7 @@ class CpuDistill:
         grads: tuple[Tensor, ...],
         first: Any,
         second: Any,
+        kept: Tensor | None = None,
     ) -> None:
         self._distill_ensemble(
             kind,
@@ -336,7 +351,7 @@ class CpuDistill:
             None if to_weights is None else _row_weights_argument(to_weights),
             argument(grads[0]) if grads else None,
             argument(grads[1]) if len(grads) > 1 else None,
-            (reduction == NONE, first, second),
+            (reduction == NONE, first, second, None if kept is None else argument(kept)),
         )
 
 

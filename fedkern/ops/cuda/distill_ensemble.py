@@ -100,7 +100,9 @@ class CudaEnsembles:
     ) -> tuple[Tensor | None, Tensor | None]:
         return self._stack_backward(JS, (grad,), logits, weights, reduction, needs)
 
-    def consensus_forward(self, logits: Tensor, weights: Tensor | None, reduction: int) -> tuple[Tensor, Tensor]:
+    def consensus_forward(
+        self, logits: Tensor, weights: Tensor | None, reduction: int, kept: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         first, second = (_result(logits[0], logits.dtype, reduction) for _ in range(2))
         self._stack(CONSENSUS, logits, weights, reduction, (None, None, None), results=(first, second))
         return first, second
@@ -113,6 +115,7 @@ class CudaEnsembles:
         weights: Tensor | None,
         reduction: int,
         needs: Sequence[bool],
+        kept: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         return self._stack_backward(CONSENSUS, (grad_mixture, grad_mean), logits, weights, reduction, needs)
 

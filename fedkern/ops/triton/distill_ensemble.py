@@ -84,7 +84,9 @@ class Mixtures:
     ) -> tuple[Tensor | None, Tensor | None]:
         return _stack_backward((grad, None), logits, weights, reduction, needs, False)
 
-    def consensus_forward(self, logits: Tensor, weights: Tensor | None, reduction: int) -> tuple[Tensor, Tensor]:
+    def consensus_forward(
+        self, logits: Tensor, weights: Tensor | None, reduction: int, kept: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         first, second = (_empty(logits[0], logits.dtype, reduction) for _ in range(2))
         _stack(None, None, None, logits, weights, reduction, (None, None, None), (first, second), consensus=True)
         return first, second
@@ -97,6 +99,7 @@ class Mixtures:
         weights: Tensor | None,
         reduction: int,
         needs: Sequence[bool],
+        kept: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         return _stack_backward((grad_mixture, grad_mean), logits, weights, reduction, needs, True)
 
