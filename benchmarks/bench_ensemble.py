@@ -113,7 +113,7 @@ def test_ensemble_kl(benchmark: Any, mix: str, shape: tuple[int, int, int], to_t
         copy=True,
         floors=None if to_teachers or mix != "probs" else FLOORS,
         threads=1,
-        note="9,000 vectors of exponentials at 1.6 ns and an empty autograd.Function at 18 to 28 µs leave little under 50"
+        note="9,000 vectors of exponentials at 1.6 ns and an empty Function at 18 to 28 µs leave little under 50"
         if shape == (20, 64, 100) and mix == "probs" and not to_teachers
         else "",
     )
