@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fedkern.data.listing import interleaved
 from fedkern.data.types import Source, fixed_rows, memory_pool
-from fedkern.streams import stream
 
 SIZE = 32
 TRAIN, VALIDATION = 1_200, 247  # the other 350 are the test set
@@ -30,7 +30,7 @@ def read_digits() -> tuple[Tensor, Tensor]:
 def open_digits() -> Source:
     """The digits with their fixed split: 1,200 to train, 247 to validate, 350 to test, the same for every seed."""
     images, labels = read_digits()
-    train, validation, test = fixed_rows(_interleaved(labels.numpy()), TRAIN, VALIDATION)
+    train, validation, test = fixed_rows(interleaved(labels.numpy(), "split/digits"), TRAIN, VALIDATION)
     return Source(
         classes=tuple(str(digit) for digit in range(10)),
         train=memory_pool(images, labels, "digits", train),
@@ -40,13 +40,3 @@ def open_digits() -> Source:
         std=(0.3490,),
         augment="none",
     )
-
-
-def _interleaved(labels: np.ndarray) -> list[int]:
-    """A fixed random order in which the classes alternate, so that every stretch of it has about equal class shares."""
-    order = stream(0, "split/digits").permutation(len(labels))
-    position = np.empty(len(labels))
-    for label in np.unique(labels):
-        rows = order[labels[order] == label]
-        position[rows] = (np.arange(len(rows)) + 0.5) / len(rows)
-    return [int(row) for row in np.argsort(position, kind="stable")]

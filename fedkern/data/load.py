@@ -85,6 +85,7 @@ def load(
     ink = own_options.pop("ink", "")
     source = info.open(root, **own_options)
     _check_attribute(name, info, source, spec, clients)
+    _check_segmentation(name, source, spec, common)
     kept, public_rows = _training_rows(name, source.train, train_samples, public_samples, seed)
     labels = source.train.labels[kept].numpy()
     groups = None if source.train.groups is None else source.train.groups[kept].numpy()
@@ -220,6 +221,19 @@ def _check_attribute(name: str, info: DatasetInfo, source: Source, spec: Partiti
             f'data set "{name}" assigns its contexts to {source.groups} clients, not {clients}; take --clients '
             f"{source.groups} or another partition"
         )
+
+
+def _check_segmentation(name: str, source: Source, spec: PartitionSpec, common: Mapping[str, Any]) -> None:
+    if source.train.targets is None:
+        return
+    if spec.name not in ("iid", "attribute"):
+        raise UserError(
+            f'data set "{name}" has a class for every pixel and none for an image, so "{spec.text}" cannot share it '
+            "out; take iid, or attribute with a column client"
+        )
+    for option in ("cue_clients", "boxes", "detector"):
+        if common[option]:
+            raise UserError(f'option {option} is for classification, and data set "{name}" is for segmentation')
 
 
 def _training_rows(name: str, pool: Pool, count: int | None, public: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -7,26 +7,20 @@ So inside one client every class has a background of its own.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 
 from fedkern.data.files import need_root
+from fedkern.data.images import IMAGENET_MEAN, IMAGENET_STD, list_images, read_images, subfolders
 from fedkern.data.types import Pool, Source
 from fedkern.errors import UserError
 from fedkern.streams import stream
 
 CLIENTS = 7
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp"})
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_SUBFOLDERS = ("nico", "NICO")
+_FOLDERS = ("nico", "NICO")
 
 
 @dataclass(frozen=True)
@@ -101,67 +95,32 @@ def open_nico(
 
 def scan(folder: Path) -> tuple[tuple[str, ...], list[Record]]:
     """Lists the classes (sorted) and every image file of a tree, in sorted order."""
-    classes = _subfolders(folder)
+    classes = subfolders(folder)
     if len(classes) < 2:
         raise UserError(
             f'data set "nico": expected folders class/context/image under {folder}, found {len(classes)} classes'
         )
     records: list[Record] = []
     for label, name in enumerate(classes):
-        contexts = _subfolders(folder / name)
+        contexts = subfolders(folder / name)
         if len(contexts) <= CLIENTS:
             raise UserError(
                 f'data set "nico": class folder {folder / name} has {len(contexts)} contexts, expected at least '
                 f"{CLIENTS + 1} (seven for the clients, the rest for the out-of-distribution test)"
             )
         for position, context in enumerate(contexts):
-            found = sorted(
-                path
-                for path in (folder / name / context).iterdir()
-                if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-            )
+            found = list_images(folder / name / context)
             if not found:
                 raise UserError(f'data set "nico": the context folder {folder / name / context} holds no image')
             records += [Record(path, label, position, len(contexts)) for path in found]
     return tuple(classes), records
 
 
-def read_images(paths: Sequence[Path], size: int) -> tuple[Tensor, Tensor]:
-    """Decodes and resizes images, several at a time.
-
-    Returns:
-        uint8 ``[n, 3, size, size]`` and int64 ``[n, 2]``, width and height on disk.
-
-    Raises:
-        UserError: an image that cannot be decoded.
-    """
-    images = np.empty((len(paths), 3, size, size), dtype=np.uint8)
-    sizes = np.empty((len(paths), 2), dtype=np.int64)
-
-    def read(row: int) -> None:
-        try:
-            with Image.open(paths[row]) as image:
-                sizes[row] = image.size
-                # A JPEG is decoded at a fraction of its size where that still leaves twice the pixels needed.
-                image.draft("RGB", (2 * size, 2 * size))
-                small = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
-            images[row] = np.asarray(small).transpose(2, 0, 1)
-        except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(
-                f'data set "nico": cannot read the image {paths[row]} ({error}); replace or remove it'
-            ) from error
-
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as workers:
-        for _ in workers.map(read, range(len(paths))):
-            pass
-    return torch.from_numpy(images), torch.from_numpy(sizes)
-
-
 def _pool(records: list[Record], groups: np.ndarray, folder: Path, size: int) -> Pool:
     return Pool(
         labels=torch.tensor([record.label for record in records], dtype=torch.int64),
         ids=tuple(record.path.relative_to(folder).as_posix() for record in records),
-        read=lambda rows: read_images([records[i].path for i in rows.tolist()], size),
+        read=lambda rows: read_images([records[i].path for i in rows.tolist()], size, "nico"),
         groups=torch.from_numpy(groups),
     )
 
@@ -169,18 +128,14 @@ def _pool(records: list[Record], groups: np.ndarray, folder: Path, size: int) ->
 def _tree(root: str | Path | None, part: str) -> Path:
     """The folder whose subfolders are the classes."""
     base = need_root(root, "nico", "class/context/image.jpg")
-    for candidate in (*(base / name for name in _SUBFOLDERS), base):
+    for candidate in (*(base / name for name in _FOLDERS), base):
         if not candidate.is_dir():
             continue
         if not part:
             return candidate
-        for name in _subfolders(candidate):
+        for name in subfolders(candidate):
             if name.lower() in (part.lower(), f"nico-{part}".lower(), f"nico_{part}".lower()):
                 return candidate / name
     if part:
         raise UserError(f'data set "nico": no folder "{part}" under {base} (option part)')
     raise UserError(f'data set "nico": {base} holds no class folders')
-
-
-def _subfolders(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))

@@ -10,8 +10,13 @@ from typing import Any
 from fedkern.data.cifar import open_cifar10, open_cifar100
 from fedkern.data.coloured import PALETTES
 from fedkern.data.digits import open_digits
+from fedkern.data.folder import open_folder
 from fedkern.data.idx import open_idx
 from fedkern.data.nico import open_nico
+from fedkern.data.segmentation import open_segmentation
+from fedkern.data.svhn import open_svhn
+from fedkern.data.table import open_csv
+from fedkern.data.tinyimagenet import open_tinyimagenet
 from fedkern.data.types import Source
 from fedkern.errors import UserError, nearest
 
@@ -136,6 +141,16 @@ def _coloured_options(ink: str) -> dict[str, DataOption]:
     }
 
 
+# Of the sets that users bring themselves.
+_READING = {
+    "size": DataOption(64, "side in pixels to which images are resized", low=8),
+    "colour": DataOption("rgb", "three channels, or one", choices=("rgb", "grey")),
+    "test_share": DataOption(0.2, "share held out as test set where there is none", low=0.01, high=0.9),
+    "validation_share": DataOption(
+        0.1, "share of the training images held out as validation set where there is none", low=0.01, high=0.9
+    ),
+}
+
 DATASETS: dict[str, DatasetInfo] = {
     "colordigits": DatasetInfo(
         "embedded digits on backgrounds coloured by class and client; out-of-distribution test with random colours",
@@ -168,6 +183,27 @@ DATASETS: dict[str, DatasetInfo] = {
         "CIFAR-100, 60,000 colour images of 100 classes (official binary files)",
         open_cifar100, 10, "dirichlet:0.5", (3, 32),
         options={"labels": DataOption("fine", "100 fine classes or 20 coarse ones", choices=("fine", "coarse"))},
+    ),
+    "svhn": DatasetInfo(
+        "SVHN, 99,289 photographed house numbers (official MATLAB files)", open_svhn, 10, "dirichlet:0.5", (3, 32),
+        options={"extra": DataOption("no", "531,131 easier training images more", choices=("no", "yes"))},
+    ),
+    "tinyimagenet": DatasetInfo(
+        "Tiny-ImageNet, 110,000 photographs of 200 classes, 64 pixels (official folders)",
+        open_tinyimagenet, 10, "dirichlet:0.5", (3, 64),
+    ),
+    "folder": DatasetInfo(
+        "your own images, sorted into folders: train/CLASS and test/CLASS, or CLASS alone",
+        open_folder, 5, "dirichlet:0.5", (3, 64), options=_READING,
+    ),
+    "csv": DatasetInfo(
+        "your own images, listed in a CSV file with the columns path,label[,split][,client]",
+        open_csv, 5, "dirichlet:0.5", (3, 64), options=_READING,
+    ),
+    "segmentation": DatasetInfo(
+        "your own images with masks: folders images and masks, or a CSV file with image,mask[,split][,client]",
+        open_segmentation, 5, "iid", (3, 64),
+        options={**_READING, "names": DataOption("", "classes separated by |, background first (default: numbers)")},
     ),
     "nico": DatasetInfo(
         "NICO, class/context folders of photographs; clients hold their own contexts, unseen contexts test",

@@ -115,11 +115,16 @@ def _nico(images: Tensor, rng: np.random.Generator, fill: float | Sequence[float
     return rotate(crop(images, rng, flip=True, fill=fill), rng, fill=fill)
 
 
+def _flip_rotate(images: Tensor, rng: np.random.Generator, fill: float | Sequence[float]) -> Tensor:
+    return rotate(crop(images, rng, padding=0, flip=True, fill=fill), rng, degrees=20.0, fill=fill)
+
+
 AUGMENTATIONS: dict[str, Callable[[Tensor, np.random.Generator, float | Sequence[float]], Tensor]] = {
     "none": _none,
     "crop": _crop,
     "crop-flip": _crop_flip,
     "nico": _nico,
+    "flip-rotate": _flip_rotate,
 }
 
 
@@ -127,7 +132,8 @@ def augment(images: Tensor, kind: str, rng: np.random.Generator, *, fill: float 
     """Augments a batch.
 
     ``none``; ``crop``: random crop with padding 4; ``crop-flip``: that and a horizontal flip of half of the images;
-    ``nico``: that and a rotation of up to 15 degrees (the NICO setting of FedGID's authors, method notes 1.6).
+    ``nico``: that and a rotation of up to 15 degrees (the NICO setting of FedGID's authors, method notes 1.6);
+    ``flip-rotate``: flip and a rotation of up to 20 degrees (FuseFL's setting for Tiny-ImageNet, method notes 4.8).
 
     Args:
         images: ``[B, C, H, W]``, normalised floats (then the default ``fill`` 0 is the mean colour) or uint8.

@@ -17,7 +17,7 @@ class Split:
 
     Attributes:
         images: uint8 ``[n, C, H, W]``.
-        labels: int64 ``[n]``.
+        labels: int64 ``[n]``, the class of every image, or, for segmentation, int64 ``[n, H, W]``, that of every pixel.
         masks: bool ``[n, H, W]``, True on the object, or None when nothing is known.  A row without any True means that
             nothing was detected in that image; it stays out of the background bank.
         ids: name of every image in its source (``"train/17"``, ``"dog/on snow/12.jpg"``), what a boxes file refers to.
@@ -34,8 +34,11 @@ class Split:
         if self.images.dtype != torch.uint8 or self.images.dim() != 4:
             raise ValueError(f"images: expected uint8 [n, C, H, W], got {_describe(self.images)}")
         n, _, height, width = self.images.shape
-        if self.labels.dtype != torch.int64 or tuple(self.labels.shape) != (n,):
-            raise ValueError(f"labels: expected int64 [{n}], got {_describe(self.labels)}")
+        if self.labels.dtype != torch.int64 or tuple(self.labels.shape) not in ((n,), (n, height, width)):
+            raise ValueError(
+                f"labels: expected int64 [{n}], or [{n}, {height}, {width}] for segmentation, got "
+                f"{_describe(self.labels)}"
+            )
         if self.masks is not None and (self.masks.dtype != torch.bool or tuple(self.masks.shape) != (n, height, width)):
             raise ValueError(f"masks: expected bool [{n}, {height}, {width}], got {_describe(self.masks)}")
         if self.ids is not None and len(self.ids) != n:
@@ -79,16 +82,18 @@ class Pool:
     """Labelled images that may still be on disk; only the rows that are asked for are read.
 
     Attributes:
-        labels: int64 ``[n]``.
+        labels: int64 ``[n]``; of a segmentation set the largest object class, what a partition may look at.
         ids: name of every image.
         read: maps int64 ``[m]`` rows to uint8 ``[m, C, H, W]`` images and, where they were resized, `Split.sizes`.
         groups: int64 ``[n]``, the client that the data set itself assigns to each image (a set of contexts), or None.
+        targets: maps int64 ``[m]`` rows to the class of every pixel, int64 ``[m, H, W]`` (segmentation), or None.
     """
 
     labels: Tensor
     ids: tuple[str, ...]
     read: Callable[[Tensor], tuple[Tensor, Tensor | None]]
     groups: Tensor | None = None
+    targets: Callable[[Tensor], Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -96,7 +101,8 @@ class Pool:
     def take(self, rows: Tensor) -> Split:
         """Reads ``rows`` (int64 ``[m]``) into memory."""
         images, sizes = self.read(rows)
-        return Split(images, self.labels[rows], ids=tuple(self.ids[i] for i in rows.tolist()), sizes=sizes)
+        labels = self.labels[rows] if self.targets is None else self.targets(rows)
+        return Split(images, labels, ids=tuple(self.ids[i] for i in rows.tolist()), sizes=sizes)
 
 
 def memory_pool(images: Tensor, labels: Tensor, prefix: str, rows: Tensor | None = None) -> Pool:
@@ -170,6 +176,11 @@ class FederatedData:
         """Channels, height and width of every image."""
         channels, height, width = self.validation.images.shape[1:]
         return channels, height, width
+
+    @property
+    def task(self) -> str:
+        """``"classification"`` (a class for every image) or ``"segmentation"`` (a class for every pixel)."""
+        return "segmentation" if self.validation.labels.dim() == 3 else "classification"
 
     @property
     def client_sizes(self) -> tuple[int, ...]:

@@ -25,6 +25,11 @@ DATA: Mapping[str, Mapping[str, Any]] = {
     "colorfashion": {"rounds": 12, "batch_size": 64},
     "cifar10": {"rounds": 100, "batch_size": 64, "model": "resnet8", "weight_decay": 5e-4},
     "cifar100": {"rounds": 100, "batch_size": 64, "model": "resnet18", "weight_decay": 5e-4},
+    "svhn": {"rounds": 100, "batch_size": 64, "model": "resnet8"},
+    "tinyimagenet": {"rounds": 100, "batch_size": 64, "model": "resnet18", "weight_decay": 5e-4},
+    "folder": {"model": "resnet8"},
+    "csv": {"model": "resnet8"},
+    "segmentation": {"model": "resnet8"},
     "nico": {
         "rounds": 50, "local_epochs": 10, "batch_size": 64, "lr": 0.01, "weight_decay": 1e-5, "model": "resnet18",
         "grad_cam": 100,

@@ -22,6 +22,7 @@ from fedkern.engine.events import Listener, Terminated
 from fedkern.engine.loop import Run
 from fedkern.engine.network import cpu_threads
 from fedkern.errors import UserError
+from fedkern.methods import registry
 
 
 def run(
@@ -137,6 +138,13 @@ def _effective(config: RunConfig, data: Any) -> RunConfig:
 
 
 def _check(config: RunConfig, data: Any) -> None:
+    tasks = registry.get(config.method).tasks
+    if data.task not in tasks:
+        raise UserError(
+            f'{config.method} is for {" and ".join(tasks)}, but the data set "{config.data}" is for {data.task}.'
+        )
+    if data.task == "segmentation" and config.augment != "none":
+        raise UserError("--augment changes images alone, and segmentation needs their masks to follow: leave it out.")
     for k, split in enumerate(data.clients):
         if len(split) == 0:
             raise UserError(

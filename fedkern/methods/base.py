@@ -78,6 +78,8 @@ class Method:
     description: ClassVar[str] = ""
     one_shot: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
+    tasks: ClassVar[tuple[str, ...]] = ("classification",)
+    """What it can learn: ``"classification"``, ``"segmentation"``."""
 
     @dataclass(frozen=True)
     class Options(BaseOptions):

@@ -1,0 +1,83 @@
+"""Any image classification set in folders: ``train/<class>/*`` and ``test/<class>/*``, or ``<class>/*`` alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from fedkern.data.files import need_root
+from fedkern.data.images import list_images, subfolders
+from fedkern.data.listing import SPLITS, Listing, Reading, to_source
+from fedkern.data.types import Source
+from fedkern.errors import UserError
+
+
+def open_folder(
+    root: str | Path | None,
+    size: int = 64,
+    colour: str = "rgb",
+    test_share: float = 0.2,
+    validation_share: float = 0.1,
+) -> Source:
+    """Reads a tree of class folders; images are decoded when a split needs them.
+
+    Args:
+        root: holds ``train`` and ``test`` (or ``val``; with both, ``val`` is the validation set), each with a folder
+            for every class, or the class folders themselves, from which a fixed split is then drawn.
+        size: side in pixels to which every image is resized.
+        colour: ``"rgb"`` or ``"grey"``.
+        test_share, validation_share: what is held out where there is no such folder.
+
+    Raises:
+        UserError: no such tree, fewer than two classes, a class without images, or a test class unknown in training.
+    """
+    base = need_root(root, "folder", "train/CLASS/image.png")
+    splits = split_folders(base, "folder")
+    classes = subfolders(base / splits.get("train", ""))
+    if len(classes) < 2:
+        raise UserError(
+            f'data set "folder": expected train/CLASS/image.png or CLASS/image.png under {base}, found {len(classes)} '
+            "class folders"
+        )
+    paths: list[Path] = []
+    labels: list[int] = []
+    belongs: list[str] = []
+    for split, name in splits.items() if splits else [("", "")]:
+        for own in subfolders(base / name):
+            if own not in classes:
+                raise UserError(
+                    f'data set "folder": {base / name / own} is a class that {base / "train"} does not have'
+                )
+            found = list_images(base / name / own)
+            if not found and split in ("", "train"):
+                raise UserError(f'data set "folder": the class folder {base / name / own} holds no image')
+            paths += found
+            labels += [classes.index(own)] * len(found)
+            belongs += [split] * len(found)
+    ids = tuple(path.relative_to(base).as_posix() for path in paths)
+    listing = Listing(paths, ids, np.array(labels, dtype=np.int64), belongs, [""] * len(paths))
+    return to_source("folder", listing, tuple(classes), Reading(size, colour, test_share, validation_share))
+
+
+def split_folders(base: Path, data: str) -> dict[str, str]:
+    """Split to the name of its folder; empty where ``base`` has no ``train`` folder.
+
+    Raises:
+        UserError: a ``train`` folder without a test folder, or two folders for one split.
+    """
+    found: dict[str, str] = {}
+    names = subfolders(base)
+    if "train" not in names:
+        return found
+    for name in names:
+        split = SPLITS.get(name.lower())
+        if split in found:
+            raise UserError(f'data set "{data}": {base} has two folders for one split, {found[split]} and {name}')
+        if split is not None:
+            found[split] = name
+    if "test" not in found:
+        if "validation" not in found:
+            raise UserError(f'data set "{data}": {base} has a folder train, but no folder test or val')
+        found["test"] = found.pop("validation")
+    return found

@@ -1,0 +1,126 @@
+"""Image and mask files: which ones a folder holds, and decoding them at one size, several at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from fedkern.errors import UserError
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+_UNREADABLE = (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError)
+
+
+def subfolders(folder: Path) -> list[str]:
+    """Names of the folders in ``folder``, sorted, without hidden ones."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def list_images(folder: Path) -> list[Path]:
+    """The image files directly in ``folder``, sorted, without hidden ones."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+    )
+
+
+def read_images(paths: Sequence[Path], size: int, data: str, *, grey: bool = False) -> tuple[Tensor, Tensor]:
+    """Decodes images and resizes them (whole, without cropping) to ``size`` x ``size`` pixels.
+
+    Args:
+        paths: the files.
+        size: side in pixels.
+        data: the data set's name, for messages.
+        grey: one channel instead of three.
+
+    Returns:
+        uint8 ``[n, 3 or 1, size, size]`` and int64 ``[n, 2]``, width and height on disk.
+
+    Raises:
+        UserError: an image that cannot be decoded.
+    """
+    mode = "L" if grey else "RGB"
+    images = np.empty((len(paths), 1 if grey else 3, size, size), dtype=np.uint8)
+    sizes = np.empty((len(paths), 2), dtype=np.int64)
+
+    def read(row: int) -> None:
+        try:
+            with Image.open(paths[row]) as image:
+                sizes[row] = image.size
+                # A JPEG is decoded at a fraction of its size where that still leaves twice the pixels needed.
+                image.draft(mode, (2 * size, 2 * size))
+                small = image.convert(mode).resize((size, size), Image.Resampling.BICUBIC)
+            images[row] = np.atleast_3d(np.asarray(small)).transpose(2, 0, 1)
+        except _UNREADABLE as error:
+            raise unreadable(data, "image", paths[row], error) from error
+
+    each(read, len(paths))
+    return torch.from_numpy(images), torch.from_numpy(sizes)
+
+
+def read_masks(images: Sequence[Path], masks: Sequence[Path], size: int, data: str) -> npt.NDArray[np.uint8]:
+    """Decodes masks, resized to ``size`` x ``size`` pixels by the nearest pixel.
+
+    Args:
+        images: the files they belong to, which must be as large.
+        masks: images of one channel (grey, palette or black-and-white) that hold class numbers.
+        size: side in pixels.
+        data: the data set's name, for messages.
+
+    Returns:
+        uint8 ``[n, size, size]``, the values as stored.
+
+    Raises:
+        UserError: a mask that cannot be decoded, has several channels, a value above 255 or another size than its
+            image.
+    """
+    out = np.empty((len(masks), size, size), dtype=np.uint8)
+
+    def read(row: int) -> None:
+        path = masks[row]
+        try:
+            with Image.open(images[row]) as image, Image.open(path) as mask:
+                if mask.mode not in ("1", "L", "P", "I", "I;16"):
+                    raise UserError(
+                        f'data set "{data}": the mask {path} has colours (mode {mask.mode}), expected one channel of '
+                        "class numbers, or of 0 and 255"
+                    )
+                if mask.size != image.size:
+                    raise UserError(
+                        f'data set "{data}": the mask {path} has {mask.width}x{mask.height} pixels, its image '
+                        f"{images[row]} {image.width}x{image.height}"
+                    )
+                values = np.asarray(mask.resize((size, size), Image.Resampling.NEAREST))
+        except _UNREADABLE as error:
+            raise unreadable(data, "mask or its image", path, error) from error
+        if values.size and values.max() > 255:
+            raise UserError(
+                f'data set "{data}": the mask {path} holds {values.max()}, expected class numbers below 256'
+            )
+        out[row] = values
+
+    each(read, len(masks))
+    return out
+
+
+def unreadable(data: str, what: str, path: Path, error: Exception) -> UserError:
+    """The sentence about a file that cannot be decoded."""
+    return UserError(f'data set "{data}": cannot read the {what} {path} ({error}); replace or remove it')
+
+
+def each(work: Callable[[int], None], count: int) -> None:
+    """Calls ``work`` with 0 to ``count`` - 1, several at a time; decoding leaves the interpreter alone."""
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as workers:
+        for _ in workers.map(work, range(count)):
+            pass

@@ -1,0 +1,137 @@
+"""From a list of files with labels to a data set: what the folder, CSV and segmentation readers share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fedkern.data.images import IMAGENET_MEAN, IMAGENET_STD, read_images
+from fedkern.data.types import Pool, Source, fixed_rows
+from fedkern.errors import UserError
+from fedkern.streams import stream
+
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test",
+          "val": "validation", "valid": "validation", "validation": "validation"}  # fmt: skip
+GREY_MEAN, GREY_STD = (0.449,), (0.226,)  # ImageNet's, averaged over its channels
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files become images.
+
+    Attributes:
+        size: side in pixels.
+        colour: ``"rgb"`` or ``"grey"``.
+        test_share: share of the images held out as test set where the files have no split of their own.
+        validation_share: share of the training images held out as validation set where there is none.
+    """
+
+    size: int
+    colour: str
+    test_share: float
+    validation_share: float
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Files of a data set, one entry of every attribute for each image.
+
+    Attributes:
+        paths: the image files.
+        ids: their names.
+        labels: int64 ``[n]``.
+        splits: ``"train"``, ``"validation"`` or ``"test"``, or ``""`` everywhere: then a fixed split is drawn.
+        clients: who holds the image, ``""`` everywhere when nothing is said.
+        masks: uint8 ``[n, H, W]``, the class of every pixel, for segmentation.
+    """
+
+    paths: Sequence[Path]
+    ids: tuple[str, ...]
+    labels: npt.NDArray[np.int64]
+    splits: Sequence[str]
+    clients: Sequence[str]
+    masks: npt.NDArray[np.uint8] | None = None
+
+
+def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Reading) -> Source:
+    """Makes the pools of a listed data set.
+
+    Raises:
+        UserError: an empty training or test set, too few images to hold some out, or clients named for some training
+            images only.
+    """
+    rows = _rows(data, listing, reading)
+    named = [listing.clients[row] for row in rows["train"].tolist()]
+    names = sorted(set(named))
+    if "" in names and len(names) > 1:
+        raise UserError(f'data set "{data}": some training images name a client and others do not; name all or none')
+    groups = None
+    if names != [""]:
+        groups = torch.full((len(listing.paths),), -1, dtype=torch.int64)
+        groups[rows["train"]] = torch.tensor([names.index(name) for name in named], dtype=torch.int64)
+    grey = reading.colour == "grey"
+
+    def pool(chosen: Tensor) -> Pool:
+        paths = [listing.paths[row] for row in chosen.tolist()]
+        masks = listing.masks
+        return Pool(
+            labels=torch.from_numpy(listing.labels)[chosen],
+            ids=tuple(listing.ids[row] for row in chosen.tolist()),
+            read=lambda wanted: read_images([paths[i] for i in wanted.tolist()], reading.size, data, grey=grey),
+            groups=None if groups is None else groups[chosen],
+            targets=None if masks is None else lambda wanted: torch.from_numpy(masks[chosen[wanted].numpy()]).long(),
+        )
+
+    return Source(
+        classes=classes,
+        train=pool(rows["train"]),
+        validation=pool(rows["validation"]),
+        tests={"": pool(rows["test"])},
+        mean=GREY_MEAN if grey else IMAGENET_MEAN,
+        std=GREY_STD if grey else IMAGENET_STD,
+        augment="none",
+        groups=None if groups is None else len(names),
+    )
+
+
+def interleaved(labels: npt.NDArray[np.int64], purpose: str) -> list[int]:
+    """A fixed random order in which the classes alternate, so that every stretch of it has about equal class shares."""
+    order = stream(0, purpose).permutation(len(labels))
+    position = np.empty(len(labels))
+    for label in np.unique(labels):
+        rows = order[labels[order] == label]
+        position[rows] = (np.arange(len(rows)) + 0.5) / len(rows)
+    return [int(row) for row in np.argsort(position, kind="stable")]
+
+
+def _rows(data: str, listing: Listing, reading: Reading) -> dict[str, Tensor]:
+    """The rows of every split, sorted; class shares are kept by what is held out."""
+    splits = np.array(listing.splits)
+    rows = {name: np.flatnonzero(splits == name) for name in ("train", "validation", "test")}
+    if not any(listing.splits):
+        rows["test"], rows["train"] = _held_out(data, np.arange(len(splits)), listing, reading.test_share, "test")
+    for name in ("train", "test"):
+        if len(rows[name]) == 0:
+            raise UserError(f'data set "{data}": no image belongs to the {name} split')
+    if len(rows["validation"]) == 0:
+        rows["validation"], rows["train"] = _held_out(
+            data, rows["train"], listing, reading.validation_share, "validation"
+        )
+    return {name: torch.from_numpy(found.astype(np.int64)) for name, found in rows.items()}
+
+
+def _held_out(
+    data: str, rows: npt.NDArray[np.int64], listing: Listing, share: float, purpose: str
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    count = max(1, round(share * len(rows)))
+    if count >= len(rows):
+        raise UserError(f'data set "{data}": {len(rows)} images are too few to hold some out as {purpose} set')
+    order = interleaved(listing.labels[rows], f"split/{data}/{purpose}")
+    held, kept = fixed_rows(order, count)
+    return rows[held.numpy()], rows[kept.numpy()]

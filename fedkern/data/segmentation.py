@@ -1,0 +1,104 @@
+"""Any segmentation set: images with masks, in folders or listed in a CSV file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from fedkern.data.folder import split_folders
+from fedkern.data.images import list_images, read_masks
+from fedkern.data.listing import Listing, Reading, to_source
+from fedkern.data.table import find_table, read_table
+from fedkern.data.types import Source
+from fedkern.errors import UserError
+
+
+def open_segmentation(
+    root: str | Path | None,
+    size: int = 64,
+    colour: str = "rgb",
+    names: str = "",
+    test_share: float = 0.2,
+    validation_share: float = 0.1,
+) -> Source:
+    """Reads images and their masks; masks are decoded at once, images when a split needs them.
+
+    Args:
+        root: a CSV file (or a folder with one) with the columns ``image``, ``mask`` and, where wanted, ``split`` and
+            ``client``; or a folder with ``images`` and ``masks`` whose files have the same names, or with such a pair
+            under ``train`` and ``test`` (and ``val``).
+        size: side in pixels to which images and, by the nearest pixel, masks are resized.
+        colour: ``"rgb"`` or ``"grey"``.
+        names: the classes, separated by ``|``, the background first; by default they are numbered.
+        test_share, validation_share: what is held out where there is no such split.
+
+    A mask holds class numbers, 0 for the background, or 0 and 255 (two classes).
+
+    Raises:
+        UserError: anything wrong with a file, a missing partner, or a class number beyond ``names``.
+    """
+    columns = ("image", "mask")
+    path = find_table(root, "segmentation", columns)
+    if path is not None:
+        table = read_table(path, "segmentation", columns)
+        images, masks = (table.files(column, "segmentation") for column in columns)
+        ids, splits, clients = tuple(table.column("image")), table.splits("segmentation"), table.column("client")
+    else:
+        base = Path(str(root)).expanduser()
+        images, masks, splits = _pairs(base)
+        ids, clients = tuple(one.relative_to(base).as_posix() for one in images), [""] * len(images)
+    values = read_masks(images, masks, size, "segmentation")
+    classes = _classes(values, masks, names)
+    listing = Listing(images, ids, _largest(values, len(classes)), splits, clients, values)
+    return to_source("segmentation", listing, classes, Reading(size, colour, test_share, validation_share))
+
+
+def _pairs(base: Path) -> tuple[list[Path], list[Path], list[str]]:
+    """Images, their masks and their splits."""
+    images: list[Path] = []
+    masks: list[Path] = []
+    belongs: list[str] = []
+    splits = split_folders(base, "segmentation")
+    for split, name in splits.items() if splits else [("", "")]:
+        pair = base / name / "images", base / name / "masks"
+        for folder in pair:
+            if not folder.is_dir():
+                raise UserError(
+                    f'data set "segmentation": {base / name} has no folder {folder.name} (expected images and masks, '
+                    "or a CSV file with the columns image,mask)"
+                )
+        partners = {path.stem: path for path in list_images(pair[1])}
+        for image in list_images(pair[0]):
+            if image.stem not in partners:
+                raise UserError(f'data set "segmentation": the image {image} has no mask of its name in {pair[1]}')
+            images.append(image)
+            masks.append(partners[image.stem])
+            belongs.append(split)
+    if not images:
+        raise UserError(f'data set "segmentation": no image found in {base / "images"}')
+    return images, masks, belongs
+
+
+def _classes(values: npt.NDArray[np.uint8], masks: list[Path], names: str) -> tuple[str, ...]:
+    """The class names; turns 0 and 255 into 0 and 1, in place."""
+    present = np.flatnonzero(np.bincount(values.reshape(-1), minlength=256))
+    if 255 in present and set(present.tolist()) <= {0, 255}:
+        values[values == 255] = 1
+        present = np.minimum(present, 1)
+    given = [name.strip() for name in names.split("|")] if names else []
+    if len(set(given)) != len(given) or (given and (len(given) < 2 or "" in given)):
+        raise UserError(f'data set "segmentation": names must be two or more different classes, not "{names}"')
+    count = len(given) or max(2, int(present.max()) + 1)
+    if present.max() >= count or (not given and 255 in present):
+        row = int(np.flatnonzero((values == present.max()).reshape(len(values), -1).any(1))[0])
+        limit = f"0 to {count - 1}" if given else "class numbers from 0, or 0 and 255 alone"
+        raise UserError(f'data set "segmentation": the mask {masks[row]} holds {present.max()}, expected {limit}')
+    return tuple(given or (str(number) for number in range(count)))
+
+
+def _largest(values: npt.NDArray[np.uint8], classes: int) -> npt.NDArray[np.int64]:
+    """For every image the class with most pixels, the background only where nothing else is."""
+    counts = np.stack([(values == label).sum((1, 2)) for label in range(classes)], 1)
+    return np.where(counts[:, 1:].any(1), counts[:, 1:].argmax(1) + 1, 0).astype(np.int64)

@@ -1,0 +1,83 @@
+"""SVHN (Netzer et al., 2011): the official cropped digits, 32x32 pixels in MATLAB files."""
+
+from __future__ import annotations
+
+import io
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedkern.data.files import find_folder, read_bytes
+from fedkern.data.listing import interleaved
+from fedkern.data.types import Source, fixed_rows, memory_pool
+from fedkern.errors import UserError
+
+VALIDATION_SHARE = 10
+SIDE = 32
+
+
+def read_mat(folder: Path, name: str) -> tuple[Tensor, Tensor]:
+    """Reads one file: ``X`` uint8 ``[32, 32, 3, n]`` and ``y`` ``[n, 1]`` with 1 to 9, and 10 for the digit 0.
+
+    Returns:
+        images uint8 ``[n, 3, 32, 32]`` and labels int64 ``[n]``, 0 to 9.
+
+    Raises:
+        UserError: a missing, damaged or other file.
+    """
+    from scipy.io import loadmat  # slow to import, so only when needed
+    from scipy.io.matlab import MatReadError
+
+    raw, path = read_bytes(folder, name, "svhn")
+    try:
+        content = loadmat(io.BytesIO(raw), variable_names=("X", "y"))
+        pixels, labels = np.asarray(content["X"]), np.asarray(content["y"]).reshape(-1)
+    except (
+        MatReadError,
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        OSError,
+        NotImplementedError,
+        zlib.error,
+    ) as error:
+        raise UserError(
+            f'data set "svhn": {path} is damaged or not the official MATLAB file with X and y ({error}); fetch it again'
+        ) from None
+    if pixels.dtype != np.uint8 or pixels.shape != (SIDE, SIDE, 3, len(labels)) or len(labels) == 0:
+        raise UserError(
+            f'data set "svhn": {path} holds X of {pixels.dtype} {list(pixels.shape)} and {len(labels)} labels, '
+            f"expected uint8 [{SIDE}, {SIDE}, 3, n] and n labels"
+        )
+    if labels.min() < 0 or labels.max() > 10:
+        raise UserError(f'data set "svhn": {path} holds the label {labels.max()}, expected 1 to 10')
+    images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(3, 2, 0, 1)))
+    return images, torch.from_numpy(labels.astype(np.int64) % 10)
+
+
+def open_svhn(root: str | Path | None, extra: str = "no") -> Source:
+    """Reads SVHN from ``root``, ``root/svhn`` or ``root/SVHN``.
+
+    Args:
+        extra: ``"yes"`` adds the 531,131 easier training images of extra_32x32.mat.
+    """
+    names = ["train_32x32.mat", *(["extra_32x32.mat"] if extra == "yes" else [])]
+    folder = find_folder(root, "svhn", ("svhn", "SVHN"), [*names, "test_32x32.mat"])
+    parts = [read_mat(folder, name) for name in names]
+    train = torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
+    test = read_mat(folder, "test_32x32.mat")
+    n = len(train[1])
+    kept, held_out = fixed_rows(interleaved(train[1].numpy(), "split/svhn"), n - max(1, n // VALIDATION_SHARE))
+    return Source(
+        classes=tuple(str(digit) for digit in range(10)),
+        train=memory_pool(*train, "train", kept),
+        validation=memory_pool(*train, "train", held_out),
+        tests={"": memory_pool(*test, "test")},
+        mean=(0.4377, 0.4438, 0.4728),
+        std=(0.1980, 0.2010, 0.1970),
+        augment="none",  # a flipped or shifted house number is another one
+    )

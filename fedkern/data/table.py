@@ -1,0 +1,163 @@
+"""Any image classification set listed in a CSV file, and the reading of such files."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fedkern.data.listing import SPLITS, Listing, Reading, to_source
+from fedkern.data.types import Source
+from fedkern.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Table:
+    """A CSV file: its rows by column name, stripped; ``lines`` are their numbers in the file."""
+
+    path: Path
+    rows: Sequence[dict[str, str]]
+    lines: Sequence[int]
+
+    def column(self, name: str) -> list[str]:
+        """The values of a column, ``""`` where there is none."""
+        return [row.get(name, "") for row in self.rows]
+
+    def files(self, name: str, data: str) -> list[Path]:
+        """The column's files, relative to the CSV file's folder or absolute.
+
+        Raises:
+            UserError: a file that is missing; the line is named.
+        """
+        paths = [self.path.parent / value for value in self.column(name)]
+        for path, line in zip(paths, self.lines, strict=True):
+            if not path.is_file():
+                raise UserError(f'data set "{data}": the file {path} of {self.path}, line {line}, is missing')
+        return paths
+
+    def splits(self, data: str) -> list[str]:
+        """The column ``split`` in our words; ``""`` everywhere where there is none.
+
+        Raises:
+            UserError: a value that is none of train, validation (val), test.
+        """
+        values = [value.lower() for value in self.column("split")]
+        if not any(values):
+            return values
+        for value, line in zip(values, self.lines, strict=True):
+            if value not in SPLITS:
+                raise UserError(
+                    f'data set "{data}": {self.path}, line {line}, has the split "{value}", expected train, validation '
+                    "or test"
+                )
+        return [SPLITS[value] for value in values]
+
+
+def find_table(root: str | Path | None, data: str, columns: tuple[str, ...]) -> Path | None:
+    """The CSV file that ``root`` is, or the only one in the folder ``root``; None where a folder holds none.
+
+    Raises:
+        UserError: no root, nothing there, or several CSV files.
+    """
+    wanted = ",".join(columns)
+    if root is None:
+        raise UserError(
+            f'data set "{data}" is read from a CSV file with the columns {wanted}: name it with --data-root'
+        )
+    path = Path(root).expanduser()
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f'data set "{data}": the data root {path} is neither a CSV file nor a folder')
+    found = sorted(one for one in path.iterdir() if one.suffix.lower() == ".csv" and one.is_file())
+    if len(found) > 1:
+        names = ", ".join(one.name for one in found[:4])
+        raise UserError(f'data set "{data}": {path} holds several CSV files ({names}): name one with --data-root')
+    return found[0] if found else None
+
+
+def read_table(path: Path, data: str, columns: tuple[str, ...]) -> Table:
+    """Reads a CSV file with a header (separated by comma, semicolon or tab).
+
+    Args:
+        path: the file.
+        data: the data set's name, for messages.
+        columns: those that it must have, filled in every row.
+
+    Raises:
+        UserError: unreadable, a missing column, an empty value, or no row.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f'data set "{data}": cannot read {path}: {reason}') from None
+    header = text.partition("\n")[0]
+    separator = max(",;\t", key=header.count)
+    try:
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+        names = [(name or "").strip().lower() for name in reader.fieldnames or ()]
+        rows, lines = [], []
+        for values in reader:
+            rows.append(dict(zip(names, [str(value or "").strip() for value in values.values()], strict=False)))
+            lines.append(reader.line_num)
+    except csv.Error as error:
+        raise UserError(f'data set "{data}": {path} is not a CSV file: {error}') from None
+    for column in columns:
+        if column not in names:
+            hint = nearest(column, names)
+            raise UserError(
+                f'data set "{data}": {path} has no column "{column}", expected {", ".join(columns)} and optionally '
+                f"split and client.{hint}"
+            )
+        for row, line in zip(rows, lines, strict=True):
+            if not row.get(column):
+                raise UserError(f'data set "{data}": {path}, line {line}, has no {column}')
+    if not rows:
+        raise UserError(f'data set "{data}": {path} lists no image')
+    return Table(path, rows, lines)
+
+
+def open_csv(
+    root: str | Path | None,
+    size: int = 64,
+    colour: str = "rgb",
+    test_share: float = 0.2,
+    validation_share: float = 0.1,
+) -> Source:
+    """Reads a CSV file with the columns ``path``, ``label`` and, where wanted, ``split`` and ``client``.
+
+    Args:
+        root: the CSV file, or a folder with that one CSV file; paths in it are relative to its folder.
+        size: side in pixels to which every image is resized.
+        colour: ``"rgb"`` or ``"grey"``.
+        test_share, validation_share: what is held out where no row belongs to such a split.
+
+    ``split`` is train, validation (val) or test.  ``client`` names who holds a training image, for
+    ``--partition attribute``.  Classes are sorted, as numbers where all of them are.
+
+    Raises:
+        UserError: anything wrong with the file or an image it names.
+    """
+    path = find_table(root, "csv", ("path", "label"))
+    if path is None:
+        raise UserError(f'data set "csv": {root} holds no CSV file')
+    table = read_table(path, "csv", ("path", "label"))
+    names = table.column("label")
+    numbers = all(name.isdecimal() for name in names)
+    classes = sorted(set(names), key=(lambda name: (int(name), name)) if numbers else None)
+    if len(classes) < 2:
+        raise UserError(f'data set "csv": {path} has the single label "{classes[0]}", expected two or more')
+    label_of = {name: label for label, name in enumerate(classes)}
+    listing = Listing(
+        paths=table.files("path", "csv"),
+        ids=tuple(table.column("path")),
+        labels=np.array([label_of[name] for name in names], dtype=np.int64),
+        splits=table.splits("csv"),
+        clients=table.column("client"),
+    )
+    return to_source("csv", listing, tuple(classes), Reading(size, colour, test_share, validation_share))

@@ -1,0 +1,93 @@
+"""Tiny-ImageNet: the official folders, 200 classes of 500 training images of 64x64 pixels."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from fedkern.data.files import need_root
+from fedkern.data.images import list_images
+from fedkern.data.listing import Listing, Reading, to_source
+from fedkern.data.types import Source
+from fedkern.errors import UserError
+
+SIDE = 64
+READING = Reading(size=SIDE, colour="rgb", test_share=0.0, validation_share=0.1)
+_FOLDERS = ("tiny-imagenet-200", "tinyimagenet", "tiny-imagenet")
+
+
+def open_tinyimagenet(root: str | Path | None) -> Source:
+    """Reads Tiny-ImageNet from ``root`` or ``root/tiny-imagenet-200``; images are decoded when a split needs them.
+
+    The official validation images are the test set (the official test set has no labels); a tenth of the training
+    images is the validation set.
+
+    Raises:
+        UserError: a missing folder or file, or an annotation that names an unknown class or a missing image.
+    """
+    folder = _tree(root)
+    wnids = _lines(folder / "wnids.txt")
+    if len(wnids) < 2 or len(set(wnids)) != len(wnids):
+        raise UserError(f'data set "tinyimagenet": {folder / "wnids.txt"} does not list two or more different classes')
+    label_of = {wnid: label for label, wnid in enumerate(wnids)}
+    paths: list[Path] = []
+    labels: list[int] = []
+    for wnid, label in label_of.items():
+        own = folder / "train" / wnid / "images"
+        found = list_images(own) if own.is_dir() else []
+        if not found:
+            raise UserError(f'data set "tinyimagenet": the class folder {own} is missing or holds no image')
+        paths += found
+        labels += [label] * len(found)
+    trained = len(paths)
+    annotations = folder / "val" / "val_annotations.txt"
+    for number, line in enumerate(_lines(annotations), start=1):
+        name, _, rest = line.partition("\t")
+        wnid = rest.partition("\t")[0]
+        path = folder / "val" / "images" / name
+        if wnid not in label_of:
+            raise UserError(f'data set "tinyimagenet": {annotations}, line {number}, names no class of wnids.txt')
+        if not path.is_file():
+            raise UserError(f'data set "tinyimagenet": the image {path} of {annotations}, line {number}, is missing')
+        paths.append(path)
+        labels.append(label_of[wnid])
+    listing = Listing(
+        paths=paths,
+        ids=tuple(path.relative_to(folder).as_posix() for path in paths),
+        labels=np.array(labels, dtype=np.int64),
+        splits=["train"] * trained + ["test"] * (len(paths) - trained),
+        clients=[""] * len(paths),
+    )
+    source = to_source("tinyimagenet", listing, _names(folder, wnids), READING)
+    return dataclasses.replace(
+        source, mean=(0.4802, 0.4481, 0.3975), std=(0.2770, 0.2691, 0.2821), augment="flip-rotate"
+    )
+
+
+def _names(folder: Path, wnids: list[str]) -> tuple[str, ...]:
+    """The first word of each class in words.txt, with its id where two classes share it."""
+    words = dict(line.split("\t", 1) for line in _lines(folder / "words.txt") if "\t" in line)
+    names = [words.get(wnid, wnid).split(",")[0].strip() for wnid in wnids]
+    return tuple(f"{name} ({wnid})" if names.count(name) > 1 else name for name, wnid in zip(names, wnids, strict=True))
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f'data set "tinyimagenet": cannot read {path}: {reason}') from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _tree(root: str | Path | None) -> Path:
+    base = need_root(root, "tinyimagenet", "tiny-imagenet-200/wnids.txt")
+    for candidate in (*(base / name for name in _FOLDERS), base):
+        if (candidate / "wnids.txt").is_file():
+            return candidate
+    raise UserError(
+        f'data set "tinyimagenet": no wnids.txt found under {base} (looked in '
+        f"{', '.join(['DIR', *(f'DIR/{name}' for name in _FOLDERS)])})"
+    )

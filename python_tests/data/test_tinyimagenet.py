@@ -1,0 +1,74 @@
+"""Tiny-ImageNet's folders: content, and what is said where they are incomplete."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fedkern.data import load
+from fedkern.errors import UserError
+
+WNIDS = ("n02", "n01", "n03")
+WORDS = {"n01": "crane, a bird", "n02": "crane", "n03": "desk, table", "n99": "unused"}
+
+
+def picture(path, label, number):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    colour = (60 * label, 20 * number % 256, 10)
+    Image.new("L" if number == 1 else "RGB", (64, 64), 60 * label if number == 1 else colour).save(path, quality=95)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    folder = tmp_path / "tiny-imagenet-200"
+    for label, wnid in enumerate(WNIDS):
+        for i in range(10):
+            picture(folder / "train" / wnid / "images" / f"{wnid}_{i}.JPEG", label, i)
+        (folder / "train" / wnid / f"{wnid}_boxes.txt").write_text("x\t0\t0\t9\t9\n")
+    lines = []
+    for i in range(6):
+        picture(folder / "val" / "images" / f"val_{i}.JPEG", i % 3, i)
+        lines.append(f"val_{i}.JPEG\t{WNIDS[i % 3]}\t0\t0\t61\t61\n")
+    (folder / "val" / "val_annotations.txt").write_text("".join(lines))
+    (folder / "wnids.txt").write_text("\n".join(WNIDS) + "\n")
+    (folder / "words.txt").write_text("".join(f"{wnid}\t{words}\n" for wnid, words in WORDS.items()))
+    return folder
+
+
+@pytest.mark.parametrize("above", [False, True])
+def test_content(tree, above):
+    data = load("tinyimagenet", root=tree.parent if above else tree, clients=3, partition="iid")
+    assert data.classes == ("crane (n02)", "crane (n01)", "desk")
+    assert data.image_shape == (3, 64, 64)
+    assert data.tests[""].labels.tolist() == [0, 1, 2, 0, 1, 2]
+    assert sorted(data.validation.labels.tolist()) == [0, 1, 2]
+    assert sum(data.client_sizes) == 27
+    names = [name for split in (*data.clients, data.validation) for name in split.ids]
+    assert len(set(names)) == 30
+    for split in (*data.clients, data.tests[""]):
+        red = split.images[:, 0].float().mean((1, 2))  # tells the label, up to JPEG
+        assert np.allclose(red, 60 * split.labels, atol=4)
+
+
+def test_what_is_missing_is_named(tree):
+    (tree / "val" / "images" / "val_3.JPEG").unlink()
+    with pytest.raises(UserError, match=r"val_3\.JPEG of .*val_annotations\.txt, line 4, is missing"):
+        load("tinyimagenet", root=tree)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: (t / "words.txt").unlink(), r"cannot read .*words\.txt"),
+        (lambda t: (t / "wnids.txt").unlink(), r"no wnids\.txt found under"),
+        (lambda t: (t / "wnids.txt").write_text("n01\nn01\n"), "two or more different classes"),
+        (lambda t: (t / "wnids.txt").write_text("n01\nn02\nn03\nn07\n"), "n07/images is missing or holds no image"),
+        (lambda t: (t / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn55\n"), "line 1, names no class"),
+        (lambda t: (t / "train" / "n01" / "images" / "n01_2.JPEG").write_text("no"), r"cannot read the image .*n01_2"),
+        (lambda t: (t / "words.txt").write_bytes(b"\xff\xfe\x00"), "not UTF-8"),
+    ],
+)
+def test_incomplete_folders_are_one_sentence(tree, change, words):
+    change(tree)
+    with pytest.raises(UserError, match=words) as caught:
+        load("tinyimagenet", root=tree, clients=2, partition="iid")
+    assert "\n" not in str(caught.value)
