@@ -227,7 +227,9 @@ class FuseFL(Objective, Method):
             accepted[upload.client_id] = message
         if not accepted:
             raise UserError(f"No client's block of level {level} could be used: lower --lr, or set --clip-norm.")
-        state["levels"][level] = accepted
+        # In client order, so that the order of arrival changes nothing.
+        state["levels"][level] = dict(sorted(accepted.items()))
+        state["heads"] = dict(sorted(state["heads"].items()))
         self._book(server, step, "up", sizes)
         if level == self._levels():
             whole, fused = server.build(), self.model(server)
@@ -312,15 +314,12 @@ class FuseFL(Objective, Method):
         """Levels 1, 2, ... as they are given, frozen."""
         made: list[FusedLevel] = []
         for level, pairs in sorted(levels.items()):
-            branches = []
-            for j, pair in pairs.items():
-                adaptor = None
-                if level > 1:
-                    shape = networks.shapes(j)[level - 2]
-                    adaptor = make_adaptor(self.options.adaptor, shape, len(levels[level - 1])).to(place.device)
-                branches.append(Branch(networks.of(j).blocks[level - 1], adaptor, pair))
-            around = networks.shapes(next(iter(pairs)))[max(0, level - 2) : level]
-            made.append(FusedLevel(branches, tokens=any(len(shape) == 2 for shape in around)))
+            shapes = networks.shapes(next(iter(pairs)))[max(0, level - 2) : level]
+            adaptor = None
+            if level > 1:
+                adaptor = make_adaptor(self.options.adaptor, shapes[0], len(levels[level - 1])).to(place.device)
+            branches = [Branch(networks.of(j).blocks[level - 1], adaptor, pair) for j, pair in pairs.items()]
+            made.append(FusedLevel(branches, tokens=any(len(shape) == 2 for shape in shapes)))
         return FusedNetwork(made, final=self.options.final_fuse)
 
 

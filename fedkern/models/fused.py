@@ -135,7 +135,9 @@ class FusedLevel(nn.Module):
         ]
 
     def _fuse(self, branches: Sequence[Branch]) -> FusedBlocks | None:
-        templates: list[nn.Module] = [_sequence(branch) for branch in branches]
+        # One module for all branches that share a template, so that it is looked at once.
+        made: dict[int, nn.Module] = {}
+        templates = [made.setdefault(id(branch.block), _sequence(branch)) for branch in branches]
         try:
             fused = FusedBlocks(templates)
         except (TypeError, ValueError):

@@ -183,6 +183,8 @@ def check_alike(blocks: list[nn.Module]) -> tuple[Step, ...]:
     own = dict(blocks[0].named_modules())
     keys = [k for k, _ in (*blocks[0].named_parameters(), *blocks[0].named_buffers())]
     for m, block in enumerate(blocks[1:], start=1):
+        if block is blocks[0]:
+            continue
         if trace(block, f"blocks[{m}]") != steps:
             raise ValueError(f"blocks[{m}] must have the steps of blocks[0], but {block} has others")
         theirs = dict(block.named_modules())
