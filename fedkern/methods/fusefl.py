@@ -245,7 +245,10 @@ class FuseFL(Objective, Method):
             adaptor = make_adaptor(self.options.adaptor, shape, len(levels[level - 1]))
             expected["adaptor"] = adaptor.state_dict()
             if self.options.frozen_bn == "code":
-                expected["statistics"] = _statistics(self._fused(server, networks, levels), levels)
+                expected["statistics"] = {
+                    i: {j: dict(networks.of(j).blocks[i - 1].named_buffers()) for j in pairs}
+                    for i, pairs in levels.items()
+                }
         if level == self._levels():
             expected["head"] = network.head.state_dict()
         return expected
@@ -263,6 +266,10 @@ class FuseFL(Objective, Method):
                 pooled.merge(upload.message)
             except ValueError as error:
                 server.refuse(upload.client_id, f"Client {upload.client_id}'s calibration upload is unusable: {error}")
+        if not int(pooled.counts.sum()):
+            raise UserError(
+                "No client's class statistics could be used: leave it out with --method-option calibrate=false."
+            )
         self._book(server, step, "up", sizes)
         trained = calibrate(head, pooled, server.rng("calibration", step), self.options)
         server.state["head"] = tensors_of(trained)

@@ -334,7 +334,15 @@ def test_nobody_left_is_an_error(make_data, make_config, tmp_path, monkeypatch):
 
     monkeypatch.setitem(METHODS, "fusefl", Everybody)
     with pytest.raises(UserError, match="No client's block of level 1 could be used"):
-        run(config_of(make_config, on_nan="skip"), out=tmp_path, data=make_data())
+        run(config_of(make_config, on_nan="skip"), out=tmp_path / "blocks", data=make_data())
+
+
+def test_no_statistics_left_is_an_error(make_data, make_config):
+    play = Play(config_of(make_config, {"width": "2"}, on_nan="skip"), make_data())
+    play.round(0, "level1")
+    play.round(1, "level2")
+    with pytest.raises(UserError, match="No client's class statistics could be used"):
+        play.method.server_update(play.server, Step(2, "calibrate", "update"), iter([Upload(0, 20, {})]))
 
 
 def test_a_backdoored_block_is_one_branch_and_touches_no_other(make_data, make_config):
