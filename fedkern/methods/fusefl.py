@@ -84,8 +84,12 @@ class FuseFL(Objective, Method):
         widths = [scaled_width(self.options.width, server.build(model=name), clients) for name in kinds]
         networks = _Networks(self, server, widths)
         used = range(min(clients, len(kinds)))
-        if len({len(networks.of(j).blocks) for j in used}) > 1:
-            raise UserError("The clients' networks must all be cut into the same number of blocks.")
+        for j in used:
+            if len(networks.of(j).blocks) != self._levels():
+                raise UserError(
+                    f"Client {j}'s network has {len(networks.of(j).blocks)} blocks, but the method option blocks says "
+                    f"{self._levels()}."
+                )
         check_alike([networks.shapes(j) for j in used])
         if server.federation.local_epochs < self._levels():
             raise UserError(

@@ -413,6 +413,8 @@ def test_blocks_of_the_users_own(make_data, make_config, tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "fusefl", Own)
     run(config_of(make_config), out=tmp_path / "good", data=make_data())
     assert [level.count for level in read_model(tmp_path / "good")[0].levels] == [3, 3]
+    with pytest.raises(UserError, match="network has 2 blocks, but the method option blocks says 3"):
+        run(config_of(make_config, {"blocks": 3}), out=tmp_path / "more", data=make_data())
     monkeypatch.setattr(Own, "gap", 5)
     with pytest.raises(UserError, match=r"Block 2 cannot take what block 1 gives, .* its first layer takes 5 channels"):
         run(config_of(make_config), out=tmp_path / "bad", data=make_data())
