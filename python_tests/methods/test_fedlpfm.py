@@ -347,6 +347,15 @@ def test_fml_without_mutual_terms_is_fedavg(buffers, make_data, make_config, tmp
         torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6)
 
 
+def test_fml_resumed_ends_alike(make_data, make_config, tmp_path):
+    data, config = make_data(), make_config("fml", rounds=3)
+    run(config, out=tmp_path / "whole", data=data)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, out=tmp_path / "cut", data=data, listener=Cut(4))
+    run(RunConfig.load(tmp_path / "cut"), out=tmp_path / "cut", data=data, resume=True)
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+
+
 def test_fml_private_models_of_another_kind(make_data, make_config, tmp_path):
     with pytest.raises(UserError, match='there is no model "cn", choose one of'):
         run(make_config("fml", options={"private": "cn"}), out=tmp_path / "a", data=make_data())

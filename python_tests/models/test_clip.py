@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from fedkern.engine import run
 from fedkern.errors import UserError
 from fedkern.models import clip
 from fedkern.models.clip import ClipTeacher
@@ -230,3 +231,41 @@ def test_without_transformers_the_extra_is_named(folder: Path, monkeypatch: pyte
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(UserError, match=r"needs transformers: install it with pip install 'fedkern\[foundation\]'"):
         make(folder).logits(torch.zeros(1, 3, 32, 32))
+
+
+def test_a_whole_run_with_clip(
+    folder: Path, make_data: Any, make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fed-LPFM end to end: CLIP sees every image once, whatever the seed, and nothing of it is booked."""
+    passed: list[int] = []
+    forward = clip.ImageEncoder.forward
+
+    def count(self: Any, images: torch.Tensor) -> torch.Tensor:
+        passed.append(len(images))
+        return forward(self, images)
+
+    monkeypatch.setattr(clip.ImageEncoder, "forward", count)
+    data = make_data()
+    options = {"teacher": f"clip:{folder}", "prompts": "a photo of {class}", "teacher_cache": str(tmp_path / "cache")}
+
+    def go(name: str, **settings: Any) -> Any:
+        config = make_config("fedlpfm", options={**options, **settings.pop("options", {})}, **settings)
+        return run(config, out=tmp_path / name, data=data)
+
+    summary = go("a")
+    looked_at = sum(passed)
+    splits = [*data.clients, *data.tests.values(), data.validation]
+    assert looked_at == sum(map(len, splits)) + 2 * 2  # two blank images to check and to count operations, twice
+    assert f"Taught by clip:{folder} (zero-shot), installed once" in summary["diagnostics"]["teacher"]
+    assert summary["bytes"] == run(make_config("fedavg"), out=tmp_path / "b", data=data)["bytes"]
+    teacher = ClipTeacher(folder, data.classes, mean=data.mean, std=data.std, prompts="a photo of {class}")
+    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (data.mean, data.std))
+    test = data.tests["id"]
+    right = (teacher.logits((test.images / 255 - mean) / std).argmax(1) == test.labels).double().mean()
+    assert summary["metrics"]["id_teacher_accuracy"] == pytest.approx(float(right))
+    passed.clear()
+    go("c", seed=1)
+    assert sum(passed) == 4
+    for tuning in ("probe", "finetune"):
+        tuned = go(tuning, options={"teacher_tuning": tuning, "tuning_epochs": 2})
+        assert f"({tuning})" in tuned["diagnostics"]["teacher"]
