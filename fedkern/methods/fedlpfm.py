@@ -82,7 +82,7 @@ class FedLPFM(LocalTraining):
         )  # fmt: skip
         tuning_epochs: int = option(10, "epochs of that training", low=1)
         tuning_lr: float = option(0.0, "its learning rate (AdamW); 0: 1e-3 for a probe, 1e-5 for all of it", low=0)
-        pretrain_epochs: int = option(30, "epochs of the embedded teacher on the public images", low=1)
+        pretrain_epochs: int = option(20, "epochs of the embedded teacher on the public images", low=1)
         public_proxy: bool = option(True, "report what the proxy itself learns from those images alone")
         teacher_cache: str = option("", "folder for teachers' weights and logits instead of the user's cache folder")
 
@@ -288,12 +288,11 @@ class FedLPFM(LocalTraining):
 
     def _teacher_figures(self, data: Any) -> dict[str, float]:
         assert self._cache is not None
-        batches = list(data.batches())
-        labels = torch.cat([own.cpu() for _, own in batches])
+        labels = torch.cat([own.cpu() for _, own in data.batches()])
 
         def answers(teacher: Teacher) -> Tensor:
             assert self._cache is not None
-            return self._cache.logits(teacher, (images for images, _ in batches), len(labels))
+            return self._cache.logits(teacher, (images for images, _ in data.batches()), len(labels))
 
         def accuracy(probabilities: Tensor) -> float:
             return float((probabilities.argmax(1) == labels).double().mean())

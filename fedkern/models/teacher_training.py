@@ -35,7 +35,7 @@ class Labelled(Protocol):
 class Recipe:
     """SGD with momentum and weight decay, the learning rate falling to 0 as half a cosine."""
 
-    epochs: int = 30
+    epochs: int = 20
     batch_size: int = 32
     lr: float = 0.05
     momentum: float = 0.9
