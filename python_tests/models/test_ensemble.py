@@ -26,7 +26,7 @@ def images(batch=5):
     return torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(9))
 
 
-@pytest.mark.parametrize("names", [["resnet8"] * 3, ["cnn"] * 2, ["cnn"], ["cnn", "resnet8", "cnn"]])
+@pytest.mark.parametrize("names", [["resnet8"] * 3, ["cnn"] * 2, ["mlp"] * 2, ["cnn"], ["cnn", "resnet8"]])
 def test_says_what_each_member_says(names):
     members = networks(*names)
     x = images()
