@@ -1,0 +1,70 @@
+"""Every run that a study asks for is a command line that the program takes, and every table can be written."""
+
+from collections import defaultdict
+
+import pytest
+
+from benchmarks import study, study_fedlpfm, study_fusefl
+from fedkern.cli import flags
+
+FIGURES = (
+    "accuracy", "validation_accuracy", "vote_accuracy", "cue_tied_accuracy", "cue_random_accuracy", "bytes_up",
+    "bytes_down",
+)  # fmt: skip
+
+
+class Metrics(defaultdict):
+    """Any figure there may be."""
+
+    def get(self, name, default=None):
+        return self[name]
+
+
+def dry(kind, asked):
+    class Dry(kind):
+        def run(self, cases):
+            for case in cases:
+                assert asked.setdefault(case.name, case) == case
+                ledger = {"clients": {"0": {"up": 8, "down": 8}}}
+                self.summaries[case.name] = {"clients": 5, "seconds": 1.0, "bytes": ledger}
+
+        def metrics(self, case):
+            assert case.name in self.summaries
+            return Metrics(lambda: 0.5)
+
+        def rounds(self, case):
+            assert case.name in self.summaries
+            return [{"name": name, **dict.fromkeys(FIGURES, 0.5)} for name in ("train", "calibrate")]
+
+    return Dry
+
+
+@pytest.mark.parametrize(
+    ("module", "kind"), [(study_fusefl, study_fusefl.FuseFLRuns), (study_fedlpfm, study_fedlpfm.LPFMRuns)]
+)
+@pytest.mark.parametrize("name", ["digits", "cifar10"])
+def test_every_case_is_a_command_line(module, kind, name, monkeypatch, tmp_path):
+    monkeypatch.setattr(study_fusefl, "probe", lambda folder, blocks: [0.1, 0.2])
+    monkeypatch.setattr(study_fusefl, "_parameters", lambda folder: 1)
+    asked = {}
+    settings = {"data_root": str(tmp_path)} if name == "cifar10" else {}
+    runs = dry(kind, asked)(module.STUDIES[name], tmp_path, 2, settings)
+    for section in module.SECTIONS.values():
+        page, numbers = section(runs)
+        assert page.startswith("## ")
+        assert numbers
+    shapes = {}  # one of every method and set of flags is enough
+    for case in asked.values():
+        words = tuple(word for word in case.arguments if word.startswith("--") or "=" in word)
+        shapes.setdefault((case.arguments[0], words), case)
+    for case in shapes.values():
+        flags.effective(flags.parse([*case.arguments, "--out", str(tmp_path / "run")]))
+
+
+def test_best_rate_is_the_lower_one_on_a_tie():
+    assert study.best_rate({0.1: [0.5, 0.7], 0.01: [0.6, 0.6], 0.05: [0.1, 0.9]}) == 0.01
+    assert study.best_rate({0.1: [0.5], 0.01: [0.4]}) == 0.1
+
+
+def test_transfer_seconds():
+    assert study.transfer_seconds(1.25e6, 10) == pytest.approx(1.0)
