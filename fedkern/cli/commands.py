@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedkern.cli.flags import PROGRAM, Request, absolute, command_line, effective, named_options, quote
+from fedkern.cli.flags import PROGRAM, Request, absolute, effective, named_options, quote
+from fedkern.cli.repeat import command_line
 from fedkern.engine import Listener, RunConfig, RunInfo, Terminated
 from fedkern.engine.records import plain
 from fedkern.errors import UserError

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -160,7 +159,7 @@ def _parser(method: str | None, data: str) -> _Parser:
         group = parser.add_argument_group(title)
         rest = [name for name in knobs if name not in placed] if title == "run" else []
         for name in [*(name for name in names if name in knobs), *rest]:
-            if name == "rounds" and _one_shot(method):
+            if name == "rounds" and one_shot(method):
                 # Read all the same, so that giving it is answered by a sentence of its own.
                 group.add_argument(flag(name), dest=name, help=argparse.SUPPRESS)
                 continue
@@ -198,7 +197,8 @@ def _parser(method: str | None, data: str) -> _Parser:
     return parser
 
 
-def _one_shot(method: str | None) -> bool:
+def one_shot(method: str | None) -> bool:
+    """Whether a method has a plan of its own instead of ``--rounds``."""
     return method in METHODS and METHODS[method].one_shot
 
 
@@ -339,7 +339,7 @@ def effective(request: Request) -> RunConfig:
     if method not in METHODS:
         raise UserError(f'Unknown method "{method}" in {request.config}.{nearest(str(method), METHODS)}')
     from_file = dict(table.pop("options", {}))
-    if _one_shot(method):
+    if one_shot(method):
         table.pop("rounds", None)  # the file may be that of such a run, or of a method with rounds
     if table.pop("method", method) != method:
         from_file = {}  # the file of another method's run: its settings count, its method options do not apply
@@ -370,38 +370,6 @@ def named_options(method: str, given: Sequence[str] | Mapping[str, Any]) -> dict
     words = given if isinstance(given, Mapping) else [word.partition("=")[0] for word in given]
     plain = {str(word).strip().replace("-", "_") for word in words}
     return {knob.name: getattr(parsed, knob.field) for knob in kind.knobs() if {knob.name, knob.field} & plain}
-
-
-def command_line(method: str, config: RunConfig) -> str:
-    """The shortest command that runs ``method`` with the data, split, budget and seed of ``config``.
-
-    Settings of the optimiser are only repeated where the user had changed them: each method otherwise has its own.
-    """
-    own, target = RunConfig.make(config.method, data=config.data), RunConfig.make(method, data=config.data)
-    words = [PROGRAM, method]
-    for f in dataclasses.fields(RunConfig):
-        value = getattr(config, f.name)
-        if f.name in ("method", "options", "data_options") or value is None:
-            continue
-        if f.name == "rounds" and (_one_shot(method) or _one_shot(config.method)):
-            continue  # a plan's own, never asked for
-        if f.name in (
-            "lr",
-            "lr_decay",
-            "lr_steps",
-            "lr_step_factor",
-            "momentum",
-            "weight_decay",
-            "clip_norm",
-        ) and value == getattr(own, f.name):
-            continue
-        if value != getattr(target, f.name):
-            words += [flag(f.name), quote(value)]
-    if config.data != RunConfig.make(method).data:
-        words[2:2] = ["--data", quote(config.data)]
-    for name, value in config.data_options.items():
-        words += [flag(name), quote(value)] if name in DATA_FLAGS else ["--data-option", quote(f"{name}={value}")]
-    return " ".join(words)
 
 
 def quote(value: Any) -> str:

@@ -11,7 +11,7 @@ import shlex
 import pytest
 import torch
 
-from fedkern.cli import flags
+from fedkern.cli import flags, repeat
 from fedkern.engine import RunConfig
 from fedkern.methods import METHODS
 
@@ -182,7 +182,7 @@ def test_flags_override_the_config_file_which_overrides_the_defaults(tmp_path):
 @pytest.mark.parametrize(("given", "repeated"), [([], False), (["--lr", "0.3"], True)])
 def test_the_optimiser_of_a_method_is_its_own_unless_the_user_chose_it(monkeypatch, given, repeated):
     monkeypatch.setattr("fedkern.engine.defaults.METHOD", {("fedgid", "colordigits"): {"lr": 0.02}})
-    command = flags.command_line("fedavg", flags.effective(flags.parse(["fedgid", *given])))
+    command = repeat.command_line("fedavg", flags.effective(flags.parse(["fedgid", *given])))
     assert ("--lr 0.3" in command) == repeated
     assert ("--lr" in command) == repeated
 
@@ -212,7 +212,7 @@ def test_data_options_have_flags():
 )
 def test_the_command_for_comparison_has_the_same_split_and_budget(argv):
     config = flags.effective(flags.parse(argv))
-    command = flags.command_line("fedavg", config)
+    command = repeat.command_line("fedavg", config)
     words = shlex.split(command)
     assert words[:4] == ["python", "-m", "fedkern.run", "fedavg"]
     other = flags.effective(flags.parse(words[3:]))

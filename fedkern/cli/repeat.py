@@ -1,0 +1,40 @@
+"""The command that repeats a run with another method."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from fedkern.cli.flags import DATA_FLAGS, PROGRAM, flag, one_shot, quote
+from fedkern.engine import RunConfig
+
+
+def command_line(method: str, config: RunConfig) -> str:
+    """The shortest command that runs ``method`` with the data, split, budget and seed of ``config``.
+
+    Settings of the optimiser are only repeated where the user had changed them: each method otherwise has its own.
+    """
+    own, target = RunConfig.make(config.method, data=config.data), RunConfig.make(method, data=config.data)
+    words = [PROGRAM, method]
+    for f in dataclasses.fields(RunConfig):
+        value = getattr(config, f.name)
+        if f.name in ("method", "options", "data_options") or value is None:
+            continue
+        if f.name == "rounds" and (one_shot(method) or one_shot(config.method)):
+            continue  # a plan's own, never asked for
+        if f.name in (
+            "lr",
+            "lr_decay",
+            "lr_steps",
+            "lr_step_factor",
+            "momentum",
+            "weight_decay",
+            "clip_norm",
+        ) and value == getattr(own, f.name):
+            continue
+        if value != getattr(target, f.name):
+            words += [flag(f.name), quote(value)]
+    if config.data != RunConfig.make(method).data:
+        words[2:2] = ["--data", quote(config.data)]
+    for name, value in config.data_options.items():
+        words += [flag(name), quote(value)] if name in DATA_FLAGS else ["--data-option", quote(f"{name}={value}")]
+    return " ".join(words)
