@@ -62,7 +62,12 @@ _COMMON = {
     "grad_cam": 0,
 }  # fmt: skip
 STUDIES = {
-    "digits": Study({"data": "digits", **_COMMON, "public_samples": 200, "local_epochs": 24}, 8, (0.01, 0.03, 0.1), many=(10, 20)),
+    "digits": Study(
+        {"data": "digits", **_COMMON, "public_samples": 200, "local_epochs": 24},
+        8,
+        (0.01, 0.03, 0.1),
+        many=(10, 20),
+    ),
     "cifar10": Study(
         {
             "data": "cifar10", **_COMMON, "train_samples": 5000, "public_samples": 1000, "test_samples": 2000,
