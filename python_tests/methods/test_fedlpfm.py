@@ -23,6 +23,7 @@ from fedkern.methods.fml import Pair
 from fedkern.models.teacher import CallableTeacher
 
 STEP = Step(0, "train", "update")
+EQUAL = {"momentum": 0.9}  # the methods' own defaults differ
 SMALL = {"teacher": "pretrained:cnn/3", "pretrain_epochs": 2}
 
 
@@ -114,8 +115,8 @@ def test_other_divergences():
 @pytest.mark.parametrize("mixing", ["convex", "additive"])
 def test_lambda_0_is_fedavg_bit_for_bit(mixing, make_data, make_config, tmp_path):
     data = make_data()  # no public images: no teacher is asked for
-    run(make_config("fedavg"), out=tmp_path / "a", data=data)
-    run(make_config("fedlpfm", options={"lambda": 0, "mixing": mixing}), out=tmp_path / "b", data=data)
+    run(make_config("fedavg", **EQUAL), out=tmp_path / "a", data=data)
+    run(make_config("fedlpfm", options={"lambda": 0, "mixing": mixing}, **EQUAL), out=tmp_path / "b", data=data)
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not (tmp_path / "cache").exists()
@@ -258,7 +259,7 @@ def test_what_the_teacher_knows_reaches_classes_that_a_client_lacks(make_data, m
     for k, split in enumerate(make_data((90, 90, 90)).clients):
         alone.append(split.subset(torch.nonzero(split.labels == k)[:, 0][:20]))
     data = dataclasses.replace(data, clients=tuple(alone))
-    settings = {"rounds": 6, "lr": 0.02, "width": 4, "local_epochs": 2}
+    settings = {"rounds": 6, "lr": 0.02, "width": 4, "local_epochs": 2, **EQUAL}
     accuracy = {}
     for lam in (0, 0.9):
         options = {"lambda": lam, "temperature": 4.0, "teacher": "pretrained:cnn/8", "pretrain_epochs": 20}
@@ -340,8 +341,8 @@ def test_fml_sends_the_proxy_alone_and_keeps_private_models(make_data, make_conf
 def test_fml_without_mutual_terms_is_fedavg(buffers, make_data, make_config, tmp_path):
     """With alpha = beta = 1 nothing passes between the two, and the proxy is trained as FedAvg's network."""
     data = make_data()
-    run(make_config("fedavg", buffers=buffers), out=tmp_path / "a", data=data)
-    run(make_config("fml", options={"alpha": 1, "beta": 1}, buffers=buffers), out=tmp_path / "b", data=data)
+    run(make_config("fedavg", buffers=buffers, **EQUAL), out=tmp_path / "a", data=data)
+    run(make_config("fml", options={"alpha": 1, "beta": 1}, buffers=buffers, **EQUAL), out=tmp_path / "b", data=data)
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6)
