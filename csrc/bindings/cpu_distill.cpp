@@ -19,6 +19,10 @@ void bind_distill(py::module_& module) {
   module.def("exp", [](int dtype, std::int64_t count, std::uintptr_t in, std::uintptr_t out) {
     distill_kernels().exp(static_cast<DType>(dtype), count, pointer<const void>(in), pointer<void>(out));
   });
+  module.def("scaled_exp", [](int dtype, std::int64_t count, std::uintptr_t in, std::uintptr_t out, double temperature) {
+    distill_kernels().scaled_exp(static_cast<DType>(dtype), count, pointer<const void>(in), pointer<void>(out),
+                                 temperature);
+  });
 }
 
 }  // namespace fedkern

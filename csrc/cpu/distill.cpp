@@ -26,12 +26,26 @@ void exp_as(std::int64_t count, const void* in, void* out) {
   }
 }
 
+template <typename T>
+void scaled_exp_as(std::int64_t count, const void* in, void* out, double temperature) {
+  const ScaledExp<T> power(temperature);
+  for (std::int64_t i = 0; i < count; i += Vec<T>::lanes) {
+    const std::ptrdiff_t n = count - i < Vec<T>::lanes ? count - i : Vec<T>::lanes;
+    power(Vec<T>::load_partial(static_cast<const T*>(in) + i, n)).store_partial(static_cast<T*>(out) + i, n);
+  }
+}
+
 void exp_of(DType dtype, std::int64_t count, const void* in, void* out) {
   dtype == DType::f64 ? exp_as<double>(count, in, out) : exp_as<float>(count, in, out);
 }
 
+void scaled_exp_of(DType dtype, std::int64_t count, const void* in, void* out, double temperature) {
+  dtype == DType::f64 ? scaled_exp_as<double>(count, in, out, temperature)
+                      : scaled_exp_as<float>(count, in, out, temperature);
+}
+
 }  // namespace
 
-const DistillTable distill_table = {run, exp_of};
+const DistillTable distill_table = {run, exp_of, scaled_exp_of};
 
 }  // namespace fedkern::FEDKERN_ISA

@@ -239,8 +239,8 @@ class ConsensusLosses : public Lines<T, LanesAreRows> {
   // The backward pass, from what the forward pass kept.
   void resume_consensus() {
     for (int place = 0; place < 4; ++place) this->take_back(place, kKept[place]);
-    const bool direct = tiles_ == 1 && !this->any_zero_ && this->in_place(call_.teachers) && this->in_place(call_.teachers_grad);
-    if (!direct) return consensus_gradients();
+    const bool in_place = this->in_place(call_.teachers) && this->in_place(call_.teachers_grad);
+    if (tiles_ > 1 || this->any_zero_ || !in_place) return consensus_gradients();
     this->set_tile(0);
     const std::int64_t step = LanesAreRows ? call_.teachers.class_stride : lanes;
     const std::int64_t out_step = LanesAreRows ? call_.teachers_grad.class_stride : lanes;

@@ -2,6 +2,12 @@
 // vector loads, through a small buffer otherwise.
 #pragma once
 
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
+
+#include <type_traits>
+
 #include "fedkern/distill.h"
 #include "fedkern/simd_math.h"
 
@@ -40,6 +46,32 @@ FEDKERN_INLINE void with_type(const Logits& logits, std::int64_t offset, F f) {
   }
 }
 
+// out[c * out_stride + r] = in[r * in_stride + c] for r < rows and c < columns, four by four in registers where there
+// are so many. The last fours overlap the ones before.
+inline void transpose(const float* in, std::int64_t in_stride, float* out, std::int64_t out_stride, std::int64_t rows,
+                      std::int64_t columns) {
+#if defined(__SSE__)
+  if (rows >= 4 && columns >= 4) {
+    for (std::int64_t i = 0; i < rows; i += 4) {
+      const std::int64_t r = i + 4 <= rows ? i : rows - 4;
+      for (std::int64_t j = 0; j < columns; j += 4) {
+        const std::int64_t c = j + 4 <= columns ? j : columns - 4;
+        const float* const from = in + r * in_stride + c;
+        float* const to = out + c * out_stride + r;
+        __m128 x0 = _mm_loadu_ps(from), x1 = _mm_loadu_ps(from + in_stride);
+        __m128 x2 = _mm_loadu_ps(from + 2 * in_stride), x3 = _mm_loadu_ps(from + 3 * in_stride);
+        _MM_TRANSPOSE4_PS(x0, x1, x2, x3);
+        _mm_storeu_ps(to, x0), _mm_storeu_ps(to + out_stride, x1);
+        _mm_storeu_ps(to + 2 * out_stride, x2), _mm_storeu_ps(to + 3 * out_stride, x3);
+      }
+    }
+    return;
+  }
+#endif
+  for (std::int64_t r = 0; r < rows; ++r)
+    for (std::int64_t c = 0; c < columns; ++c) out[c * out_stride + r] = in[r * in_stride + c];
+}
+
 // Copies a window into `out`: [rows][buffer_line], or [classes][lanes] with copies of the first row for missing ones.
 template <typename T, bool LanesAreRows>
 __attribute__((noinline)) void pack(const Logits& logits, std::int64_t offset, const Window& w, T* out) {
@@ -59,6 +91,9 @@ __attribute__((noinline)) void pack(const Logits& logits, std::int64_t offset, c
       if (w.inner_stride == 1 && w.rows == lanes) {
         for (std::int64_t c = 0; c < w.classes; ++c) Vec<T>::load(p + c * stride).store(out + c * lanes);
         return;
+      }
+      if constexpr (std::is_same_v<decltype(p), const float*> && sizeof(T) == 4) {
+        if (stride == 1 && w.rows == lanes) return transpose(p, w.inner_stride, out, lanes, lanes, w.classes);
       }
       for (int r = 0; r < lanes; ++r) {
         const auto* row = p + (r < w.rows ? r : 0) * w.inner_stride;
@@ -87,6 +122,9 @@ __attribute__((noinline)) void unpack(const Logits& logits, std::int64_t offset,
       if (w.inner_stride == 1 && w.rows == lanes) {
         for (std::int64_t c = 0; c < w.classes; ++c) Vec<T>::load(in + c * lanes).store(p + c * stride);
         return;
+      }
+      if constexpr (std::is_same_v<decltype(p), float*> && sizeof(T) == 4) {
+        if (stride == 1) return transpose(in, lanes, p, w.inner_stride, w.classes, w.rows);
       }
       for (int r = 0; r < w.rows; ++r) {
         auto* row = p + r * w.inner_stride;

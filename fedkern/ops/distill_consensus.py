@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.ops.backend import eager, select
+from fedkern.ops.backend import DTYPES, eager, select
 from fedkern.ops.distill_common import NONE, REDUCTIONS, check_reduction
 from fedkern.ops.distill_ensemble_checks import check_stack, spread_row_weights
 from fedkern.ops.distill_ensemble_library import CONSENSUS, JS
@@ -118,6 +118,21 @@ class _JensenShannon(torch.autograd.Function):
         return (None, *kernel.js_backward(grad, saved[0], saved[1], reduction, needs))
 
 
+# Grad_outputs of scalars that nothing depends on: autograd's own take a microsecond each.
+_ZEROS = {dtype: torch.zeros((), dtype=dtype) for dtype in DTYPES}
+
+
+def _both(first: Tensor | None, second: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """A zero in place of the grad_output that is absent; None where both are."""
+    if first is not None and second is not None:
+        return first, second
+    given = second if first is None else first
+    if given is None:
+        return None
+    zero = _ZEROS[given.dtype] if given.dim() == 0 and given.is_cpu and readable(given) else torch.zeros_like(given)
+    return (zero, given) if first is None else (given, zero)
+
+
 class _Consensus(torch.autograd.Function):
     """The eager path. The two grad_outputs are known only in the backward pass."""
 
@@ -126,12 +141,16 @@ class _Consensus(torch.autograd.Function):
         ctx: Any, how: tuple[DistillKernel, int], logits: Tensor, weights: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         ctx.how = kernel, reduction = how
+        ctx.set_materialize_grads(False)
         kept = None if ctx.needs_input_grad[2] else kernel.consensus_kept(logits)
         ctx.save_for_backward(logits, weights, kept)
         return kernel.consensus_forward(logits, weights, reduction, kept)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, to_mixture: Tensor | None, to_mean: Tensor | None) -> tuple[Tensor | None, ...]:
+        grads = _both(to_mixture, to_mean)
+        if grads is None:
+            return None, None, None
         kernel, reduction = ctx.how
         needs = ctx.needs_input_grad[1:]
         logits, weights, kept = ctx.saved_tensors

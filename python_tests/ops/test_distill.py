@@ -298,3 +298,30 @@ def test_exp_within_two_ulp(name: str) -> None:
         out = torch.empty_like(y)
         cpu_core().exp(1, y.numel(), y.data_ptr(), out.data_ptr())
         assert ((out - y.exp()).abs() / operator_cases.ulp(y.exp(), torch.float64)).max() <= 3
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 0.3, 1.0, 2.0, 3.7, 1e4])
+@pytest.mark.parametrize("name", KERNELS)
+def test_exp_over_a_temperature_within_its_bound(name: str, temperature: float) -> None:
+    """Two ulp and the rounding of 1 / temperature: every 9973rd float from -0 to -inf and NaN, then doubles."""
+    from fedkern.ops.backend import cpu_core
+
+    with using(name):
+        bits = torch.cat([torch.arange(2**31, 2**32, 9973, dtype=torch.int64), torch.tensor([0xFF800000])])
+        x = (bits - 2**32).to(torch.int32).view(torch.float32)
+        for part in (x, torch.linspace(-110, 0, 100_001) * temperature):
+            out = torch.empty_like(part)
+            cpu_core().scaled_exp(0, part.numel(), part.data_ptr(), out.data_ptr(), temperature)
+            exponent = part.double() / temperature
+            exact = exponent.exp()
+            bound = 2 * operator_cases.ulp(exact, torch.float32) + 2.0**-24 * exponent.abs() * exact
+            usual = exponent.isfinite()
+            assert ((out.double() - exact).abs() <= bound)[usual].all()
+            assert (out[part == -math.inf] == 0).all()
+            assert torch.equal(out.isnan(), part.isnan())
+        y = torch.linspace(-745, 0, 100_001, dtype=torch.float64)
+        scaled, out = y * temperature, torch.empty_like(y)
+        cpu_core().scaled_exp(1, y.numel(), scaled.data_ptr(), out.data_ptr(), temperature)
+        exact = (scaled / temperature).exp()
+        bound = 3 * operator_cases.ulp(exact, torch.float64) + 2.0**-52 * y.abs() * exact
+        assert ((out - exact).abs() <= bound).all()

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from ensemble_cases import COMMON, agreement, compare, logits, make_inputs
-from operator_cases import BACKENDS, KERNELS, backends, describe, pairwise
+from operator_cases import BACKENDS, KERNELS, backends, describe, pairwise, using
 from torch import Tensor
 
 from fedkern import ops
 from fedkern.ops.distill_ensemble_reference import consensus_reference, js_reference
+from fedkern.ops.distill_kernels import kernel_for
 
 AXES: dict[str, Any] = {
     **COMMON,
@@ -160,6 +161,60 @@ def test_gradcheck(backend: str, reduction: str) -> None:
             assert torch.autograd.gradcheck(loss, (stack, weights), fast_mode=backend == "triton")
             if backend in ("reference", *KERNELS[-1:]):  # second derivatives are the reference's on every ISA level
                 assert torch.autograd.gradgradcheck(loss, (stack, weights), fast_mode=True)
+
+
+KEPT = [  # shape, and whether samples come before teachers in memory
+    ((20, 33, 100), False),
+    ((20, 33, 100), True),
+    ((20, 33, 10), False),  # a row per lane
+    ((12, 40, 30), False),
+    ((9, 5, 40, 3, 7), False),
+    ((40, 3, 700), False),  # longer than the workspace
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", KERNELS)
+def test_gradients_from_what_consensus_kept(name: str, dtype: torch.dtype) -> None:
+    """Masked classes and teachers of weight 0 that hold NaN; the same bits on one thread and on two."""
+    relative, absolute = {torch.float64: (1e-10, 1e-12), torch.float32: (1e-5, 2e-6)}.get(dtype, (1e-2, 1e-3))
+    for number, (shape, samples_first) in enumerate(KEPT):
+        for reduction in ("none", "batchmean"):
+            x = 1.5 * logits(*shape, seed=number, dtype=dtype)
+            weights = torch.rand(shape[0], generator=torch.Generator().manual_seed(number)) + 0.1
+            x[1, 0, 2] = -math.inf
+            absent = (number + (reduction == "none")) % 2 == 0
+            if absent:
+                weights[2], x[2] = 0, math.nan
+            if samples_first:
+                x = x.transpose(0, 1).contiguous().transpose(0, 1)
+
+            def gradient(x: Tensor, w: Tensor = weights, how: str = reduction) -> Tensor:
+                mixture, mean = ops.consensus(x, w, reduction=how)
+                loss = (0.7 * mixture - 0.3 * mean).sum()
+                (once,) = torch.autograd.grad(loss, x, retain_graph=True)
+                assert torch.equal(once, torch.autograd.grad(loss, x)[0])
+                return once
+
+            x.requires_grad_()
+            threads = torch.get_num_threads()
+            try:
+                with using(name):
+                    kernel = kernel_for("consensus", (x,))
+                    assert kernel is not None
+                    assert kernel.consensus_kept(x) is not None
+                    torch.set_num_threads(1)
+                    got = gradient(x)
+                    torch.set_num_threads(2)
+                    assert torch.equal(gradient(x), got)
+            finally:
+                torch.set_num_threads(threads)
+            with using("reference"):
+                expected = gradient(x.detach().double().requires_grad_(), weights.double())
+            if absent:
+                assert not got[2].any()
+                got, expected = (torch.cat([g[:2], g[3:]]) for g in (got, expected))
+            torch.testing.assert_close(got.double(), expected, rtol=relative, atol=absolute)
 
 
 def test_retained_graphs_and_batched_gradients() -> None:

@@ -62,7 +62,9 @@ struct DistillCall {
 
 struct DistillTable {
   void (*run)(const DistillCall&);
-  void (*exp)(DType, std::int64_t count, const void* in, void* out);  // f32 or f64: the exponential the kernels use
+  // f32 or f64: the exponentials the kernels use; the second of x / temperature for x <= 0.
+  void (*exp)(DType, std::int64_t count, const void* in, void* out);
+  void (*scaled_exp)(DType, std::int64_t count, const void* in, void* out, double temperature);
 };
 
 FEDKERN_DECLARE_TABLE(DistillTable, distill)
