@@ -43,6 +43,7 @@ from fedkern.methods.base import (
     option,
     register,
 )
+from fedkern.methods.frozen import remembered
 from fedkern.models import resolve_stage
 
 CHUNK = 256  # images per pass of the frozen encoder over a bank
@@ -153,7 +154,7 @@ class FedGID(LocalTraining):
             seen["loss_gi"] = gi.detach()
 
         if weight:
-            anchor = self._anchor(batch, received)
+            anchor = remembered("anchor", batch, received, lambda: self._anchor(batch, received))
             u, v = (features, mixed) if o.distill_on == "features" else (logits, mixed_logits)
             if intervenes:
                 direction = "student" if o.kl_direction == "local_global" else "teacher"
@@ -189,21 +190,10 @@ class FedGID(LocalTraining):
                 return maps, torch.from_numpy(index).to(maps.device)
         return received.model.stages(bank.take(index), upto=stage), None
 
-    @torch.no_grad()
     def _anchor(self, batch: Batch, received: Received) -> Tensor:
-        """E_G of the samples themselves: features, or F_G's logits; kept over the epochs where images do not change."""
-        rows = torch.from_numpy(batch.indices)
-        cache = received.scratch.get("anchor")
-        if cache is not None and batch.epoch > 0:
-            return cache[rows.to(cache.device)]
-        anchor = received.model.features(batch.images)
-        if self.options.distill_on == "logits":
-            anchor = received.model.head(anchor)
-        if received.epochs > 1 and not batch.augmented and batch.epoch == 0:
-            if cache is None:
-                cache = received.scratch["anchor"] = anchor.new_empty(received.samples, anchor.shape[1])
-            cache[rows.to(cache.device)] = anchor
-        return anchor
+        """E_G of the samples themselves: features, or F_G's logits."""
+        features: Tensor = received.model.features(batch.images)
+        return received.model.head(features) if self.options.distill_on == "logits" else features
 
     # -- backgrounds -----------------------------------------------------------------------------------------------
 
