@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,8 +21,9 @@ class Bench:
     One network trains, one is the frozen global copy, one is the server's; each is made on first use and reused.
     """
 
-    def __init__(self, config: RunConfig, data: Any) -> None:
+    def __init__(self, config: RunConfig, data: Any, notice: Callable[[str], None] | None = None) -> None:
         self.config, self.data = config, data
+        self._notice = notice
         self.device = torch.device(config.device)
         self.federation = self._federation()
         splits = [*data.clients, *data.tests.values(), *([data.public] if data.public is not None else [])]
@@ -124,3 +125,7 @@ class Bench:
 
     def warn(self, name: str, text: str) -> None:
         self.warnings.setdefault(name, text)
+
+    def notice(self, text: str) -> None:
+        if self._notice is not None:
+            self._notice(text)

@@ -47,7 +47,7 @@ class Listener:
         """Data and model are ready."""
 
     def on_notice(self, text: str) -> None:
-        """How far something long has come before the first round (a detector looking for objects)."""
+        """How far something long has come (a detector looking for objects, a teacher that is trained or asked)."""
 
     def on_round_start(self, round: int, name: str, participants: Sequence[int]) -> None:
         """A round begins; ``round`` is negative for one-off set-up rounds."""

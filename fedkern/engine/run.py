@@ -62,7 +62,7 @@ def run(
         if resume:
             _compare(config, stored, out)
         _check(config, data)
-        runner = Run(config, Bench(config, data), out, listener)
+        runner = Run(config, Bench(config, data, listener.on_notice), out, listener)
         runner.prepare()
         try:
             out.mkdir(parents=True, exist_ok=True)

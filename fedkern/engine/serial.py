@@ -42,6 +42,9 @@ class _Place:
     def warn(self, name: str, text: str) -> None:
         self._bench.warn(name, text)
 
+    def notice(self, text: str) -> None:
+        self._bench.notice(text)
+
 
 class Client(_Place):
     """A client of the serial engine (see :class:`fedkern.methods.base.Client`)."""

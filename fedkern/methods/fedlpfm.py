@@ -212,7 +212,7 @@ class FedLPFM(LocalTraining):
         if self._setting is not None:
             return
         o = self.options
-        self._cache = LogitsCache(o.teacher_cache or None, place.mean, place.std)
+        self._cache = LogitsCache(o.teacher_cache or None, place.mean, place.std, place.notice)
         self._specs = teachers.expand(teachers.parse(o.teacher), build)
         if o.teachers > len(self._specs):
             raise UserError(

@@ -224,6 +224,10 @@ class Place(Protocol):
         """Adds a named diagnostic to the run's summary."""
         ...
 
+    def notice(self, text: str) -> None:
+        """Tells whoever watches the run, at once, how far something long has come; kept nowhere."""
+        ...
+
 
 class Client(Place, Protocol):
     """A client as its method sees it.

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from fedkern.models.teacher import Identity, Teacher, wrong_classes
 
 KEY = 16  # bytes of an image's name
 SAVE_EVERY = 4096  # images between two writes
+TELL_EVERY = 5.0  # seconds between two notices
 
 
 class LogitsCache:
@@ -68,7 +70,7 @@ class LogitsCache:
         known = self.read(identity, teacher.classes)
         new: dict[bytes, Tensor] = {}
         keys: list[bytes] = []
-        written = 0
+        written, told = 0, time.monotonic()
         try:
             for images in batches:
                 own = image_keys(images, self.mean, self.std)
@@ -81,9 +83,11 @@ class LogitsCache:
                     if len(new) - written >= SAVE_EVERY:
                         self.write(identity, new)
                         written = len(new)
-                        if self.notice is not None:
-                            of = "" if total is None else f" of {total:,}"
-                            self.notice(f"asking the teacher {teacher.name}: {len(keys):,}{of} images")
+                    if self.notice is not None and time.monotonic() - told >= TELL_EVERY:
+                        told = time.monotonic()
+                        done = len(keys) - len(missing) + start + len(rows)
+                        of = "" if total is None else f" of {total:,}"
+                        self.notice(f"asking the teacher {teacher.name}: {done:,}{of} images")
         finally:  # an interrupted computation keeps what it has
             if len(new) > written:
                 self.write(identity, new)

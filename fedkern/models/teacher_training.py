@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
@@ -16,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from fedkern.errors import UserError
 from fedkern.models.staged import StagedNetwork
 from fedkern.models.teacher import Identity, Teacher, content
-from fedkern.models.teacher_cache import LogitsCache, file_name, image_keys, read_file, write_file
+from fedkern.models.teacher_cache import TELL_EVERY, LogitsCache, file_name, image_keys, read_file, write_file
 
 PROBE_LR, FINETUNE_LR = 1e-3, 1e-5
 
@@ -42,8 +43,12 @@ class Recipe:
     weight_decay: float = 5e-4
 
 
-def pretrain(network: nn.Module, data: Labelled, recipe: Recipe, seed: int) -> None:
+def pretrain(
+    network: nn.Module, data: Labelled, recipe: Recipe, seed: int, progress: Callable[[int], None] | None = None
+) -> None:
     """Trains ``network`` in place on all of ``data``, augmented as the data set is, and leaves it in eval mode.
+
+    ``progress`` is called with the number of every epoch, from 0, when it begins.
 
     Raises:
         UserError: fewer than two images, or the weights became NaN or infinite.
@@ -61,6 +66,8 @@ def pretrain(network: nn.Module, data: Labelled, recipe: Recipe, seed: int) -> N
     for number in range(recipe.epochs * batches):
         if number % batches == 0:
             parts = np.array_split(rng.permutation(len(data)), batches)
+            if progress is not None:
+                progress(number // batches)
         for group in optimiser.param_groups:
             group["lr"] = recipe.lr * (1 + math.cos(math.pi * number / (recipe.epochs * batches))) / 2
         index = parts[number % batches]
@@ -85,12 +92,13 @@ def pretrained(
 ) -> None:
     """Gives ``network`` the weights that :func:`pretrain` makes, from the cache where they were made before.
 
-    The weights are keyed by all that decides their bits: network, images, labels, recipe, seed, and what computes.
+    The weights are keyed by all that decides their bits: network, images, labels, augmentation, recipe, seed, and what
+    computes.
     """
     device = next(network.parameters()).device
     identity: Identity = {
         "model": name,
-        "data": _digest(data, cache.mean, cache.std),
+        "data": _digest(data, cache.mean, cache.std, seed),
         "seed": seed,
         **asdict(recipe),
         "initial": content(network),
@@ -106,9 +114,15 @@ def pretrained(
         return
     if path.exists() and cache.notice is not None:
         cache.notice(f"the cached teacher {path} is damaged and trained anew")
-    if cache.notice is not None:
-        cache.notice(f"training the teacher {name} on {len(data):,} public images")
-    pretrain(network, data, recipe, seed)
+    told = -math.inf
+
+    def progress(epoch: int) -> None:
+        nonlocal told
+        if cache.notice is not None and time.monotonic() - told >= TELL_EVERY:
+            told = time.monotonic()
+            cache.notice(f"training {name} on {len(data):,} public images: epoch {epoch + 1} of {recipe.epochs}")
+
+    pretrain(network, data, recipe, seed, progress)
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in network.state_dict().items()}
     write_file(path, tensors, identity, required=cache.named)
 
@@ -173,11 +187,15 @@ def _fit(
             optimiser.step()
 
 
-def _digest(data: Labelled, mean: Sequence[float], std: Sequence[float]) -> str:
+def _digest(data: Labelled, mean: Sequence[float], std: Sequence[float], seed: int) -> str:
+    """Hash of the labels, of all images as they are, and of a few as training augments them."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(data.labels.numpy().tobytes())
     for start in range(0, len(data), 500):
         for key in image_keys(data.take(np.arange(start, min(start + 500, len(data)))), mean, std):
+            digest.update(key)
+    if len(data):
+        for key in image_keys(data.take(np.arange(min(8, len(data))), np.random.default_rng(seed)), mean, std):
             digest.update(key)
     return digest.hexdigest()
 

@@ -142,8 +142,8 @@ def _imported(spec: Spec, setting: Setting) -> Teacher:
     module, _, name = spec.what.rpartition(":")
     try:
         found: Any = getattr(importlib.import_module(module), name) if module else None
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"the teacher {spec} cannot be imported: {error}.") from None
+    except Exception as error:  # a module may raise anything while it is imported
+        raise UserError(f"the teacher {spec} cannot be imported: {type(error).__name__}: {error}.") from None
     if found is None:
         raise UserError(f"the teacher {spec} must have the form python:MODULE:NAME.")
     if isinstance(found, Teacher):

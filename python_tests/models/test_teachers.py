@@ -229,6 +229,34 @@ def test_pre_training_learns_and_is_cached(tmp_path: Path, monkeypatch: pytest.M
     assert len(trained) == 3
 
 
+def test_other_augmentation_is_another_training(tmp_path: Path) -> None:
+    class Flipped(Public):
+        def take(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> torch.Tensor:
+            return super().take(indices) if rng is None else super().take(indices).flip(3)
+
+    cache, found = LogitsCache(tmp_path, MEAN, STD), []
+    for data in (Public(), Flipped()):
+        network = build()
+        pretrained(network, data, cache, name="cnn", recipe=Recipe(epochs=1, batch_size=8), seed=0)
+        found.append(network.head.weight)
+    assert not torch.equal(*found)
+
+
+def test_long_work_is_told_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    cache, recipe = LogitsCache(tmp_path, MEAN, STD, said.append), Recipe(epochs=3, batch_size=8)
+    images = normalised(bytes_of(600))
+    for seconds, epochs, asked in ((3600.0, [1], []), (0.0, [1, 2, 3], [256, 400, 600])):
+        for module in ("teacher_cache", "teacher_training"):
+            monkeypatch.setattr(f"fedkern.models.{module}.TELL_EVERY", seconds)
+        said.clear()
+        pretrained(build(), Public(), cache, name="cnn", recipe=recipe, seed=int(seconds))
+        assert said == [f"training cnn on 30 public images: epoch {epoch} of 3" for epoch in epochs]
+        said.clear()
+        cache.logits(counting(version=int(seconds)), images.split(400), 600)
+        assert said == [f"asking the teacher counting: {done} of 600 images" for done in asked]
+
+
 def test_too_few_public_images(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be trained on 1 public images: raise --public-samples"):
         pretrain(build(), Public(1), Recipe(), 0)
@@ -297,6 +325,7 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("pretrained:cnn/x", "must be pretrained:MODEL or pretrained:MODEL/WIDTH"),
         ("python:nowhere_at_all:f", "cannot be imported"),
         ("python:math:nothing", "cannot be imported"),
+        ("python:.math:floor", "cannot be imported: TypeError"),
         ("python:math", "must have the form python:MODULE:NAME"),
         ("python:math:pi", "is a float, expected something to call"),
     ],
