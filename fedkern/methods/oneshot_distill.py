@@ -34,7 +34,7 @@ class Distilled(OneShot):
             "", "networks of the clients in turn, as name[:width] between commas; empty: --model for all"
         )
         student_init: str = option(
-            "average", "what the student starts from: the average of the clients, or fresh weights",
+            "average", "what the student starts from: the average of the clients that have its network, or fresh weights",
             choices=("average", "fresh"),
         )  # fmt: skip
         temperature: float = option(1.0, "temperature of the distillation", above=0)
@@ -111,7 +111,8 @@ class Distilled(OneShot):
             sizes = {name: server.state[name].shape for name in VECTORS if name in server.state}
             sound = self.members(server).collect(step, uploads)
             own = (u for u in sound if {n: u.message[n].shape for n in VECTORS if n in u.message} == sizes)
-            super().server_update(server, step, own)  # the average of those that have the student's architecture
+            # The average of those that have the student's architecture, sound already; of none it stays fresh.
+            super(OneShot, self).server_update(server, step, own)
         elif step.exchange == "distil":
             exhaust(uploads)
             flat = flatten(server.build())

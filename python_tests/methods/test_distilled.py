@@ -94,6 +94,25 @@ def test_networks_may_differ(method, make_data, make_config, tmp_path):
     assert first["id_loss"] != second["id_loss"]
 
 
+def test_no_client_may_have_the_students_architecture(data, make_config, tmp_path):
+    """There is nothing to average then: the student starts from the run's fresh network."""
+    starts = []
+    real = Distilled.follow
+
+    def follow(self, student, *given):
+        starts.append([p.detach().clone() for p in student.parameters()])
+        return real(self, student, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Distilled, "follow", follow)
+        options = {**OPTIONS["feddf"], "models": "resnet8:2"}
+        run(make_config("feddf", model="cnn", rounds=None, options=options), out=tmp_path, data=data)
+    initial = models.build("cnn", classes=3, channels=3, image_size=8, seed=0, width=2).parameters()
+    assert all(torch.equal(a, b) for a, b in zip(starts[0], initial, strict=True))
+    first, second = read_metrics(tmp_path)
+    assert first["id_loss"] != second["id_loss"]
+
+
 def test_a_fresh_student_forgets_the_average(data, make_config, tmp_path):
     seen = {}
     real = Distilled.follow
