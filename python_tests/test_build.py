@@ -102,6 +102,16 @@ def test_everything_works_without_core_and_triton() -> None:
     assert "fedkern._cpu" in result.stdout  # and why it does not serve
 
 
+def test_triton_and_transformers_are_imported_by_those_who_need_them() -> None:
+    """Importing them takes seconds, and Triton looks for its interpreter's switch when it is imported."""
+    result = run_python(
+        "import sys, fedkern.run, fedkern.methods\n"
+        "fedkern.run.main(['list'])\n"
+        "sys.exit(', '.join({'triton', 'transformers'} & set(sys.modules)) or 0)"
+    )
+    assert result.returncode == 0, result.stderr
+
+
 def test_forced_backend_that_is_missing_is_an_error() -> None:
     with backend.use_backend("cuda"), pytest.raises(RuntimeError, match=r"cuda.*forced"):
         ops.entropy(torch.zeros(2, 3))

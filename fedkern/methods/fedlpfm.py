@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, log_softmax
-from torch.utils.flop_counter import FlopCounterMode
 
 from fedkern import ops
 from fedkern.errors import UserError
@@ -39,7 +38,7 @@ from fedkern.methods.base import (
     register,
 )
 from fedkern.models import teachers
-from fedkern.models.cost import cost
+from fedkern.models.cost import cost, count_flops
 from fedkern.models.prompts import DEFAULT
 from fedkern.models.teacher import NetworkTeacher, Teacher
 from fedkern.models.teacher_cache import LogitsCache, StoredLogits
@@ -333,6 +332,6 @@ class FedLPFM(LocalTraining):
 
 def teacher_mflops(teacher: Teacher, images: Tensor) -> float:
     """Millions of operations of a teacher's answer to one image."""
-    with FlopCounterMode(display=False) as counter:
+    with count_flops() as counter:
         teacher.logits(images)
     return counter.get_total_flops() / len(images) / 1e6

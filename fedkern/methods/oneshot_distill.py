@@ -34,7 +34,7 @@ class Distilled(OneShot):
             "", "networks of the clients in turn, as name[:width] between commas; empty: --model for all"
         )
         student_init: str = option(
-            "average", "what the student starts from: the average of the clients that have its network, or fresh weights",
+            "average", "what the student starts from: the average of the clients with its network, or fresh weights",
             choices=("average", "fresh"),
         )  # fmt: skip
         temperature: float = option(1.0, "temperature of the distillation", above=0)

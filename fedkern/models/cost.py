@@ -7,7 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+
+
+def count_flops() -> Any:
+    """A context that counts operations (:class:`torch.utils.flop_counter.FlopCounterMode`), printing nothing."""
+    from torch.utils.flop_counter import FlopCounterMode  # it imports Triton, which most runs can do without
+
+    return FlopCounterMode(display=False)
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ def cost(module: nn.Module, images: Tensor) -> Cost:
     count = len(images)
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
     buffers = sum(b.numel() * b.element_size() for b in module.buffers())
-    with torch.no_grad(), _Layers(module.eval()) as layers, FlopCounterMode(display=False) as forward:
+    with torch.no_grad(), _Layers(module.eval()) as layers, count_flops() as forward:
         module(images)
     saved: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in module.parameters()}
@@ -49,7 +55,7 @@ def cost(module: nn.Module, images: Tensor) -> Cost:
         return tensor
 
     module.train().requires_grad_(True)
-    with FlopCounterMode(display=False) as both, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with count_flops() as both, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         module(images).sum().backward()
     for parameter in module.parameters():
         parameter.grad = None
