@@ -37,7 +37,7 @@ def parse_models(text: str) -> Architectures:
                 f'Method option "models": there is no model "{name}", choose of {", ".join(models.MODELS)}.'
                 f"{nearest(name, models.MODELS)}"
             )
-        if colon and not (width.isdigit() and int(width) > 0):
+        if colon and not (width.isdecimal() and int(width) > 0):
             raise UserError(f'Method option "models": the width of {name} must be a positive number, not "{width}".')
         result.append((name, int(width) if colon else models.MODELS[name].width))
     return tuple(result)

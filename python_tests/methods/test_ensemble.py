@@ -170,6 +170,7 @@ def test_an_unsound_member_is_left_out_and_named(how, why, make_data, make_confi
         ("cnn,resnet9", 'there is no model "resnet9".*Did you mean "resnet8"'),
         ("cnn:wide", 'width of cnn must be a positive number, not "wide"'),
         ("cnn:0", "width of cnn must be a positive number"),
+        ("cnn:²", 'width of cnn must be a positive number, not "²"'),
         ("cnn,", 'there is no model ""'),
     ],
 )
