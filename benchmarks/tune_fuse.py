@@ -13,52 +13,113 @@ import argparse
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fedkern.models.resnet import BasicBlock
 from fedkern.ops import FusedBlocks, fuse_table
+from fedkern.ops.fuse_lowering import halved
 from fedkern.ops.fuse_table import LOWERINGS, Row
 
 BATCH = 64
+COLOURS = 3
+LAYERS = 3  # of a chain: what blocks do at their ends shall not count for much
 TABLE = Path(fuse_table.__file__)
-MOST = 640 * 32**2  # elements of a sample that adaptors read: memory, and minutes
-BRANCHES, WIDTHS, SIZES = (5, 10, 20), (14, 20, 29, 64), (16, 32)
+BRANCHES, WIDTHS, SIZES = (5, 10), (14, 16, 20, 29, 32, 40, 64, 128), (32, 16, 8, 4, 2)
+# Of one layer's multiplications for a batch: memory, and minutes.  Beyond them costs change no more.
+LEAST, MOST = 1 << 22, 3 << 30
+KINDS = ("spatial", "stem", "pointwise", "halve", "pool", "recorded")
+POOLS = ("halve", "pool")
 
 
-def settings() -> Iterator[tuple[str, int, int, int, bool]]:
-    """(kind, M, width, size, channels-last input)."""
-    for m in BRANCHES:
-        for width in WIDTHS:
-            for size in SIZES:
-                yield "spatial", m, width, size, False
-                for last in (False, True):
-                    if m * width * size**2 <= MOST:
-                        yield "pointwise", m, width, size, last
-    for m in (5, 10):
-        for width in (20, 64):
-            yield "recorded", m, width, 16, False
+class Setting(NamedTuple):
+    """What a row is measured for; the fields are the row's."""
+
+    kind: str
+    branches: int
+    width: int
+    size: int
+    channels_last: bool
+
+    @property
+    def amount(self) -> float:
+        """Multiplications (of a pool: values read) of a layer."""
+        m, width = self.branches, self.width
+        times = {"halve": 1, "pool": 1, "pointwise": m * width, "stem": 9 * COLOURS}.get(self.kind, 9 * width)
+        return float(BATCH * m * width * self.size**2 * times)
 
 
-def runs(kind: str, m: int, width: int, size: int, last: bool) -> dict[str, Callable[[], object]]:
-    channels = m * width if kind == "pointwise" else width
-    blocks = [nn.Conv2d(channels, width, 1) if kind == "pointwise" else BasicBlock(width, width) for _ in range(m)]
+def settings() -> Iterator[Setting]:
+    for kind in KINDS:
+        for m in BRANCHES:
+            for width in WIDTHS:
+                for size in SIZES:
+                    for last in (False, True) if kind == "pointwise" else (False,):
+                        made = Setting(kind, m, width, size, last)
+                        if kind in POOLS and (m > BRANCHES[0] or width not in (16, 64) or size < 4):
+                            continue
+                        if (kind == "stem" and size < 8) or (kind == "pointwise" and width == 16):
+                            continue
+                        if kind == "recorded" and (width not in (16, 20, 64, 128) or size > 16):
+                            continue
+                        if (made.amount >= LEAST or kind in (*POOLS, "stem")) and made.amount <= MOST:
+                            yield made
+
+
+def runs(setting: Setting) -> tuple[dict[str, Callable[[], object]], float]:
+    """The lowerings by name, and how many of the setting's multiplications one run does."""
+    kind, m, width, size, last = setting
+    recorded = kind == "recorded"
+
+    def block() -> nn.Module:
+        if kind == "pointwise":
+            return nn.Conv2d(m * width, width, 1)
+        if kind == "stem":
+            return nn.Conv2d(COLOURS, width, 3, padding=1)
+        if kind in POOLS:
+            return nn.MaxPool2d(2) if kind == "halve" else nn.MaxPool2d(3, stride=2, padding=1)
+        layers: list[nn.Module] = []
+        for _ in range(LAYERS):
+            layers += [nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        return nn.Sequential(*layers)
+
+    blocks = [block().train(recorded) for _ in range(m)]
+    channels = {"spatial": width, "recorded": width, "stem": COLOURS}.get(kind, m * width)
     x = torch.randn(BATCH, channels, size, size)
-    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    wide = x.contiguous(memory_format=torch.channels_last)
+    if kind in POOLS:
+        # Alone it would be timed with copies that no chain has: as it is met in each way.
+        own, pool = x[:, :width], blocks[0]
+        own = own.contiguous(memory_format=torch.channels_last)
+        return {
+            "grouped": lambda: pool(wide),
+            "separate": lambda: [pool(own) for _ in range(m)],
+            "direct": lambda: halved(x) if kind == "halve" else pool(x),
+        }, setting.amount
     ways: dict[str, Callable[[], object]] = {}
     for lowering in LOWERINGS:
-        if kind == "recorded" and lowering == "direct":
+        if recorded and lowering == "direct":
             continue
-        fused = FusedBlocks(blocks, lowering=lowering).train(kind == "recorded")
-        ways[lowering] = _step(fused, x) if kind == "recorded" else _forward(fused, x)
-    return ways
+        fused = FusedBlocks(blocks, lowering=lowering)
+        ways[lowering] = _step(fused, x) if recorded else _forward(fused, wide if last else x)
+    if kind == "stem":
+        # Each branch's map gone before the next, as in a chain, and without the concatenation behind it.
+        folded = FusedBlocks(blocks)._folded
+        for held in folded.weights.values():
+            held.refresh()
+        ways["separate"] = _plain(lambda: [folded._branch(branch, wide).numel() for branch in range(m)])
+    return ways, setting.amount * (LAYERS if kind in ("spatial", "recorded") else 1)
 
 
 def _forward(fused: nn.Module, x: Tensor) -> Callable[[], object]:
-    def run() -> None:
+    return _plain(lambda: fused(x))
+
+
+def _plain(compute: Callable[[], object]) -> Callable[[], object]:
+    def run() -> object:
         with torch.no_grad():
-            fused(x)
+            return compute()
 
     return run
 
@@ -81,24 +142,30 @@ def measure(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="replace the table's rows")
-    parser.add_argument("--only", choices=("spatial", "pointwise", "recorded"), help="measure rows of one kind")
+    parser.add_argument("--write", action="store_true", help="replace the table's rows of the kinds measured")
+    parser.add_argument("--only", choices=KINDS, action="append", help="measure rows of this kind, given once or more")
+    parser.add_argument("--branches", type=int, choices=BRANCHES, help="measure and replace rows of so many branches")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    rows = [row for row in fuse_table.ROWS if options.only and row.kind != options.only]
-    for kind, m, width, size, last in settings():
-        if options.only in (None, kind):
-            times = measure(runs(kind, m, width, size, last), options.repeats)
-            rows.append(Row(kind, m, width, size, last, min(times, key=lambda name: times[name])))
-            told = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in times.items())
-            print(f"{kind} M={m} width={width} {size}x{size} channels_last={last}: {told}", flush=True)
+    kinds = options.only or KINDS
+    asked = [s for s in settings() if s.kind in kinds and options.branches in (None, s.branches)]
+    measured = {(s.kind, s.branches) for s in asked}
+    rows = [row for row in fuse_table.ROWS if (row.kind, row.branches) not in measured]
+    for setting in asked:
+        ways, amount = runs(setting)
+        costs = {name: 1e12 * seconds / amount for name, seconds in measure(ways, options.repeats).items()}
+        rounded = [round(costs[name], 2) if name in costs else None for name in LOWERINGS]
+        rows.append(Row(*setting, *rounded))  # type: ignore[arg-type]
+        print(rows[-1], flush=True)
     if options.write:
         text = TABLE.read_text()
         head, begin, rest = text.partition("ROWS: tuple[Row, ...] = (\n")
         _, end, tail = rest.partition("\n)\n")
-        lines = "\n".join(f"    Row({', '.join(repr(value) for value in row)})," for row in sorted(rows))
+        lines = "\n".join(
+            f"    Row({', '.join(repr(value) for value in row)})," for row in sorted(rows, key=lambda row: row[:5])
+        )
         TABLE.write_text(head + begin + lines.replace("'", '"') + end + tail)
         print(f"wrote {TABLE}")
 

@@ -158,10 +158,8 @@ class Ensemble(nn.Module):
         if sum(p.numel() * p.element_size() for p in self.parameters()) > FUSE_BYTES:
             return None
         bodies = [nn.Sequential(*(getattr(m, name) for name in m.stage_names[:-1])).eval() for m in members]
-        # The table FusedBlocks chooses by is of convolutions; where maxima lie between them, branch after branch wins.
-        pooled = any(isinstance(layer, nn.MaxPool2d) for layer in members[0].modules())
         try:
-            body = FusedBlocks(bodies, lowering="separate" if pooled else None)
+            body = FusedBlocks(bodies)
         except (TypeError, ValueError):
             return None  # a layer that FusedBlocks does not know, or members of different shapes
         weight = torch.stack([m.head.weight.detach().T for m in members])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Literal, cast
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from fedkern.ops import backend
 from fedkern.ops.fuse_conv import core_for
-from fedkern.ops.fuse_layers import FusedConv, FusedLayer, fuse_layers
+from fedkern.ops.fuse_layers import FusedLayer, fuse_layers
 from fedkern.ops.fuse_lowering import FoldedBlocks, channels_last, concatenate, repeated, run_step, run_step_of
 from fedkern.ops.fuse_table import LOWERINGS, choose
 from fedkern.ops.fuse_trace import check_alike
@@ -88,10 +87,8 @@ class FusedBlocks(nn.Module):
         self.training = any(layer.training for layer in self._layers.values()) or (
             not self._layers and members[0].training
         )
-        convs = [layer for layer in self._layers.values() if isinstance(layer, FusedConv)]
-        self._width = convs[-1].part("weight", 0).shape[0] if convs else 0
-        self._kind = "spatial" if any(math.prod(conv.kernel) > 1 for conv in convs) else "pointwise"
         self._folded = FoldedBlocks(self._steps, self._layers, self.count)
+        self._chosen: dict[tuple[Any, ...], str] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns ``[B, M * C', ...]``; ``x`` is ``[B, C, ...]`` (``[B, M * C, ...]`` with ``shared=False``)."""
@@ -105,23 +102,29 @@ class FusedBlocks(nn.Module):
             # A compiler or a transform looks on: plain operations, which it fuses or maps itself.
             return self._separate(x) if self.lowering == "separate" else self._grouped(x)
         folded = self.fold and not self.training and not (torch.is_grad_enabled() and self._recorded(x))
-        way: str = self.lowering or self._choose(x, folded)
+        core = core_for(x) if folded and self.lowering in (None, "direct") and self._folded.fits(x) else None
+        way: str = self.lowering or self._choose(x, folded, core is not None)
         if not folded:
             return self._separate(x) if way == "separate" else self._grouped(x)
         with torch.no_grad():
             if way == "direct":
-                core = core_for(x) if self._folded.fits(x) else None
                 if core is not None:
                     return self._folded.direct(core, x, self.shared)
-                way = "grouped" if self._kind == "pointwise" else "separate"
+                way = self._choose(x, folded, False)
             if way == "grouped":
                 return self._folded.grouped(x, self.shared)
             return concatenate(self._folded.separate(x, self.shared))
 
-    def _choose(self, x: Tensor, folded: bool) -> str:
-        height, row = x.shape[2:] if x.dim() == 4 else (1, 1)
-        last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-        return choose(self._kind if folded else "recorded", self.count, self._width, height, row, last, x.device.type)
+    def _choose(self, x: Tensor, folded: bool, direct: bool) -> str:
+        if x.dim() != 4:
+            return "grouped"
+        last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+        key = (x.shape[1:], last, x.device.type, folded, direct)
+        way = self._chosen.get(key)
+        if way is None:
+            works = self._folded.works(x.shape, self.shared, not folded)
+            way = self._chosen[key] = choose(works, self.count, last, x.device.type, direct)
+        return way
 
     def maps(self, fused: Tensor) -> list[Tensor]:
         """The M blocks' maps in a result of :meth:`forward`, as views."""

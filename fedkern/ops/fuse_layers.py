@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fedkern.ops.fuse_table import IMAGE, VECTOR, Work
 
 
 class FusedLayer(nn.Module):
@@ -103,11 +106,27 @@ class FusedConv(FusedLayer):
         return (x.shape[0], weight.shape[0], *size)
 
     def run(self, x: Tensor, shared: bool) -> Tensor:
-        weight = cast(Tensor, self.weight)
+        return self._run(x, shared, cast(Tensor, self.weight), self.bias)
+
+    def _run(self, x: Tensor, shared: bool, weight: Tensor, bias: Tensor | None) -> Tensor:
         if shared and self.groups > 1:
             x, shared = x.repeat(1, self.branches, 1, 1), False
         groups = self.groups if shared else self.groups * self.branches
-        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, groups)
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, groups)
+
+    def work(self, x: Tensor, shared: bool) -> tuple[Tensor, Work]:
+        """The result and the cost of a meta tensor of one sample."""
+        weight = cast(Tensor, self.weight).detach().to("meta")
+        y = self._run(x, shared, weight, None)
+        written, positions = weight.shape[0] / self.branches, y.shape[2] * y.shape[3]
+        amount = weight.numel() / self.branches * positions
+        read = weight.shape[1] * self.groups
+        kind, width, whole = "pointwise", float(written), written % VECTOR == 0
+        if math.prod(self.kernel) > 1:
+            kind = "stem" if shared and read <= IMAGE else "spatial"
+        if kind == "spatial":
+            width, whole = math.sqrt(read * written), whole and read % VECTOR == 0
+        return y, Work(kind, width, whole, math.sqrt(positions), amount)
 
     def run_one(self, x: Tensor, m: int) -> Tensor:
         weight, bias = self.part("weight", m), self.maybe("bias", m)

@@ -329,19 +329,6 @@ def test_large_results_in_pieces(monkeypatch: pytest.MonkeyPatch, lowering: str)
             torch.testing.assert_close(pieces, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_table_names_lowerings_and_serves_every_setting() -> None:
-    from fedkern.ops.fuse_table import ROWS, choose
-
-    assert {row.lowering for row in ROWS} <= set(LOWERINGS)
-    for kind, count, last, device in itertools.product(
-        ("spatial", "pointwise", "recorded"), (1, 50), (True, False), ("cpu", "cuda")
-    ):
-        assert choose(kind, count, 0, 1, 1, last, device) in LOWERINGS
-    for row in ROWS:
-        again = choose(row.kind, row.branches, row.width, row.size, row.size, row.channels_last, "cpu")
-        assert again == row.lowering
-
-
 class Branching(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x if x.sum() > 0 else -x
