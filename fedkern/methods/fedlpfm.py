@@ -128,6 +128,16 @@ class FedLPFM(LocalTraining):
 
     # -- the client ------------------------------------------------------------------------------------------------
 
+    def check(self, client: Client) -> None:
+        """Raises UserError where a file of logits lacks some of the client's images."""
+        if not self.options.lam or self.options.teacher_view == "same":
+            return
+        self._install(client, client.network)
+        for index in self._used():
+            if self._specs[index].kind == "logits" and self.options.teacher_tuning == "zero-shot":
+                for batch in client.batches():
+                    self._teacher(index).logits(batch.images)
+
     def client_update(self, client: Client, step: Step, message: Message) -> Message:
         if self.options.lam:
             self._install(client, client.network)
@@ -257,6 +267,8 @@ class FedLPFM(LocalTraining):
         server.report["proxy_training_mbytes"] = costs.training_bytes / 1e6
         for index in self._used():
             teacher = self._teacher(index)
+            if self.options.teacher_tuning != "zero-shot":
+                _ = teacher.parts  # or the sentence that it has none to tune
             if isinstance(teacher, StoredLogits):
                 continue
             teacher.logits(images)  # wrong classes, a missing package, NaN: before anything is written

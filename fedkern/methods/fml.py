@@ -11,6 +11,7 @@ Only the proxy is sent and averaged, so a round costs the bytes of FedAvg.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from fedkern import ops
 from fedkern.errors import UserError
-from fedkern.methods.base import Batch, Client, LocalTraining, Message, Received, Step, option, register
+from fedkern.methods.base import Batch, Client, LocalTraining, Message, Received, Server, Step, option, register
 
 
 class Pair(nn.Module):
@@ -68,12 +69,20 @@ class FML(LocalTraining):
         trained = {"parameters": proxy.parameters, "buffers": proxy.buffers, "integers": proxy.integers}
         return {name: trained[name].detach().cpu().clone() for name in message if name in trained}
 
+    def start(self, server: Server) -> None:
+        super().start(server)
+        self._fresh(server.build)  # an unknown private model ends the run before it starts
+
     def _private(self, client: Client) -> nn.Module:
         """The client's private model as it left the last round, or a fresh one."""
+        network = self._fresh(client.network)
+        if "private" in client.state:
+            network.load_state_dict(client.state["private"])
+        return network
+
+    def _fresh(self, build: Callable[..., Any]) -> nn.Module:
         name, _, width = self.options.private.partition("/")
         if width and not width.isdigit():
             raise UserError(f'Method option "private" must be MODEL or MODEL/WIDTH, not "{self.options.private}".')
-        network: nn.Module = client.network(model=name or None, width=int(width) if width else None)
-        if "private" in client.state:
-            network.load_state_dict(client.state["private"])
+        network: nn.Module = build(model=name or None, width=int(width) if width else None)
         return network

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,10 @@ class ClipTeacher(Teacher):
                 f"the teacher {self.name} needs transformers: install it with pip install 'fedkern[foundation]'"
             ) from error
         local = self._folder.is_dir()
+        # What fails is said once, below, and not in the hub client's words for every attempt as well.
+        chatter = logging.getLogger("huggingface_hub")
+        before = chatter.level
+        chatter.setLevel(logging.CRITICAL)
         where = str(self._folder) if local else self.model_name
         try:
             network = CLIPModel.from_pretrained(where, local_files_only=local, use_safetensors=True)
@@ -88,6 +93,8 @@ class ClipTeacher(Teacher):
         except Exception as error:  # transformers raises many kinds for a wrong folder or name
             first = str(error).strip().split("\n", 1)[0]
             raise UserError(f"cannot load a CLIP from {where}: {first}") from error
+        finally:
+            chatter.setLevel(before)
         network = network.float().eval().to(self.device)
         weight = text_features(network, tokenizer, self.prompts, self.device) * network.logit_scale.detach().exp()
         head = nn.Linear(weight.shape[1], weight.shape[0], device=self.device)

@@ -151,7 +151,14 @@ class CallableTeacher(Teacher):
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
-        return self.checked(self.function(images.to(self.device)), len(images))
+        try:
+            answer = self.function(images.to(self.device))
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # the user's own code may raise anything
+            what = f"{type(error).__name__}: {error}"
+            raise UserError(f"the teacher {self.name} failed on images {list(images.shape)} ({what}).") from error
+        return self.checked(answer, len(images))
 
 
 class NetworkTeacher(Teacher):

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, one_hot, softmax
 
 from fedkern import models
@@ -296,6 +296,18 @@ def test_mistakes_end_before_anything_is_written(options, sentence, data, make_c
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [({}, "lacks the logits of"), ({"teacher_tuning": "probe"}, "is a file of logits and cannot be tuned")],
+)
+def test_a_file_of_other_images_ends_before_anything_is_written(options, sentence, data, make_config, tmp_path):
+    path = tmp_path / "other.safetensors"
+    save_file({"keys": torch.zeros(1, 16, dtype=torch.uint8), "logits": torch.zeros(1, 3)}, path)
+    with pytest.raises(UserError, match=sentence):
+        run(small(make_config, options={"teacher": f"logits:{path}", **options}), out=tmp_path / "run", data=data)
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_embedded_teacher_needs_public_images(make_data, make_config, tmp_path):
     with pytest.raises(UserError, match="give --public-samples N"):
         run(small(make_config), out=tmp_path / "run", data=make_data())
@@ -372,6 +384,7 @@ def test_fml_private_models_of_another_kind(make_data, make_config, tmp_path):
         run(make_config("fml", options={"private": "cn"}), out=tmp_path / "a", data=make_data())
     with pytest.raises(UserError, match='must be MODEL or MODEL/WIDTH, not "cnn/x"'):
         run(make_config("fml", options={"private": "cnn/x"}), out=tmp_path / "b", data=make_data())
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_parsed_names_are_the_published_ones():

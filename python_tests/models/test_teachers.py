@@ -180,6 +180,7 @@ def test_a_file_of_logits_is_a_teacher(tmp_path: Path) -> None:
         (lambda x: torch.zeros(3), r"must give logits \[2, 3\], but gave \[3\]"),
         (lambda x: [1, 2, 3], r"but gave list"),
         (lambda x: torch.full((len(x), 3), float("inf")), "NaN or infinite"),
+        (lambda x: x[:, 5], r"failed on images \[2, 1, 8, 8\] \(IndexError: index 5"),
     ],
 )
 def test_answers_that_are_no_logits(answer: Any, sentence: str) -> None:
