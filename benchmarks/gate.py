@@ -21,7 +21,10 @@ from typing import Any
 FLOORS = Path(__file__).parent / "floors.toml"
 FACTOR = 0.85
 NOISY = 0.3  # scatter (interquartile range over median) above which times tell nothing
-MEDIUM_SECONDS = 3e-3  # the short gate's second row of an operator takes at most this long, all contestants together
+SHORT_SECONDS = 20e-3  # the short gate's rows take at most this long, all contestants together: beyond it, how much
+# memory the machine has at hand decides
+MEDIUM_SECONDS = 3e-3  # the same of an operator's second row
+SHORT_SLACK = 0.8  # on the short gate's floors: it runs where others compute
 SLOW = ("compile",)  # contestants that the short gate leaves out: seconds of compilation for milliseconds of running
 
 
@@ -75,7 +78,7 @@ def make_floors(recorded: Iterable[tuple[dict[str, Any], Sequence[Any]]]) -> Flo
     """Floors under the recorded rows, given as (machine, comparisons) per results file.
 
     Rows measured beside a spinning process, and contestants whose times scattered, get none.  The short gate takes of
-    every operator the quickest row on one thread and the longest that is still short.
+    every operator the quickest row on one thread, if that is short, and the longest that is.
     """
     floors = Floors()
     for machine, rows in recorded:
@@ -100,7 +103,7 @@ def _short(rows: Sequence[Any]) -> list[Any]:
     def cost(row: Any) -> float:
         return sum(seconds for name, seconds in row.seconds.items() if name not in SLOW)
 
-    single = sorted((row for row in rows if row.threads == 1), key=cost)
+    single = sorted((row for row in rows if row.threads == 1 and cost(row) <= SHORT_SECONDS), key=cost)
     return single[:1] + [row for row in single[1:] if cost(row) <= MEDIUM_SECONDS][-1:]
 
 
@@ -160,18 +163,21 @@ def upper_median(ratios: Sequence[float], certainty: float = 0.95) -> float:
     return bound
 
 
-def judge(floor: Floor, ratios: dict[str, list[float]], scatter: dict[str, float], ours: str) -> Verdict:
-    """Compares measured pairs with their floors.
+def judge(
+    floor: Floor, ratios: dict[str, list[float]], scatter: dict[str, float], ours: str, slack: float = 1.0
+) -> Verdict:
+    """Compares measured pairs with their floors, times ``slack``.
 
     Args:
         ratios: other's time over our time, pair by pair, by contestant.
         scatter: interquartile range over median of each contestant's times, ours included.
     """
     low, noisy = [], []
-    for name, lowest in floor.against.items():
+    for name, recorded in floor.against.items():
+        lowest = slack * recorded
         if name not in ratios or upper_median(ratios[name]) >= lowest:
             continue
-        seen = f"{statistics.median(ratios[name]):.2f}× {name}, below {lowest:g}×"
+        seen = f"{statistics.median(ratios[name]):.2f}× {name}, below {lowest:.3g}×"
         worst = max((scatter[one], one) for one in (name, ours))
         if worst[0] > NOISY:
             noisy.append(f"{seen}, but the times of {worst[1]} scatter by {100 * worst[0]:.0f} %")
