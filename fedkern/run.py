@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except RuntimeError as error:
+        if "DefaultCPUAllocator: can't allocate memory" in str(error):
+            return _say("the machine has not enough memory; use a smaller --batch-size, --model or --width")
         if type(error).__name__ != "OutOfMemoryError":
             raise
         return _say("the GPU has not enough memory; use a smaller --batch-size or --model, or --device cpu")

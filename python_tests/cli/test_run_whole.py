@@ -169,6 +169,14 @@ def test_ctrl_c_then_resume_gives_the_uninterrupted_run(result, tmp_path):
     assert all(torch.equal(stopped[name], whole[name]) for name in whole)
 
 
+def test_too_little_memory_is_one_sentence(fails, monkeypatch):
+    def greedy():
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    monkeypatch.setattr("fedkern.cli.commands.check_backend", greedy)
+    assert "the machine has not enough memory; use a smaller --batch-size" in fails("fedavg", *TINY, "--out", "out")
+
+
 def test_a_full_disk_is_one_sentence(fails, result, monkeypatch, tmp_path):
     write_bytes = Path.write_bytes
     written = 0
