@@ -1,11 +1,17 @@
 """Every run that a study asks for is a command line that the program takes, and every table can be written."""
 
+import sys
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 
-from benchmarks import study, study_fedlpfm, study_fusefl
 from fedkern.cli import flags
+
+# Last, so that the package stays the installed one: the studies are modules of the checkout, where pytest does not look.
+sys.path.append(str(Path(__file__).parents[2]))
+
+from benchmarks import study, study_fedlpfm, study_fusefl  # noqa: E402
 
 FIGURES = (
     "accuracy", "validation_accuracy", "vote_accuracy", "cue_tied_accuracy", "cue_random_accuracy", "bytes_up",
