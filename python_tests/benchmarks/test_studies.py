@@ -8,10 +8,10 @@ import pytest
 
 from fedkern.cli import flags
 
-# Last, so that the package stays the installed one: the studies are modules of the checkout, where pytest does not look.
+# Last, so that the package stays the installed one; the studies are modules of the checkout.
 sys.path.append(str(Path(__file__).parents[2]))
 
-from benchmarks import study, study_fedlpfm, study_fusefl  # noqa: E402
+from benchmarks import study, study_fedlpfm, study_fusefl
 
 FIGURES = (
     "accuracy", "validation_accuracy", "vote_accuracy", "cue_tied_accuracy", "cue_random_accuracy", "bytes_up",
