@@ -174,7 +174,7 @@ def blocks_case(benchmark: Any, group: str, case: str, blocks: list[nn.Module], 
             return module(x)
 
     runs = {"fedkern": ours, **separate(blocks, x)}
-    note = f"lowering {module._choose(x, True)}"
+    note = f"lowering {module._choose(x, folded=True, direct=True)}"
     compare(benchmark, group, case, runs, floors={"modules": floor}, pairs=7, threads=1, note=note)
 
 
