@@ -21,7 +21,7 @@ from typing import Any
 FLOORS = Path(__file__).parent / "floors.toml"
 FACTOR = 0.85
 NOISY = 0.3  # scatter (interquartile range over median) above which times tell nothing
-SHORT_SECONDS = 20e-3  # the short gate's rows take at most this long, all contestants together: beyond it, how much
+SHORT_SECONDS = 5e-3  # the short gate's rows take at most this long, all contestants together: beyond it, how much
 # memory the machine has at hand decides
 MEDIUM_SECONDS = 3e-3  # the same of an operator's second row
 SHORT_SLACK = 0.8  # on the short gate's floors: it runs where others compute
