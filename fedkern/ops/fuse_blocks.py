@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedkern.ops import backend
 from fedkern.ops.fuse_conv import core_for
-from fedkern.ops.fuse_layers import FusedLayer, fuse_layers
+from fedkern.ops.fuse_layers import FusedConv, FusedLayer, FusedLinear, fuse_layers
 from fedkern.ops.fuse_lowering import FoldedBlocks, channels_last, concatenate, repeated, run_step, run_step_of
 from fedkern.ops.fuse_table import LOWERINGS, choose
 from fedkern.ops.fuse_trace import check_alike
@@ -87,6 +87,8 @@ class FusedBlocks(nn.Module):
         self.training = any(layer.training for layer in self._layers.values()) or (
             not self._layers and members[0].training
         )
+        # These compute the same in either mode, so that blocks of nothing else are folded while "training" too.
+        self._modeless = all(isinstance(layer, (FusedConv, FusedLinear)) for layer in self._layers.values())
         self._folded = FoldedBlocks(self._steps, self._layers, self.count)
         self._chosen: dict[tuple[Any, ...], str] = {}
 
@@ -101,7 +103,8 @@ class FusedBlocks(nn.Module):
         if not backend.eager(x):
             # A compiler or a transform looks on: plain operations, which it fuses or maps itself.
             return self._separate(x) if self.lowering == "separate" else self._grouped(x)
-        folded = self.fold and not self.training and not (torch.is_grad_enabled() and self._recorded(x))
+        training = self.training and not self._modeless
+        folded = self.fold and not training and not (torch.is_grad_enabled() and self._recorded(x))
         core = core_for(x) if folded and self.lowering in (None, "direct") and self._folded.fits(x) else None
         way: str = self.lowering or self._choose(x, folded, core is not None)
         if not folded:

@@ -77,3 +77,22 @@ def test_prepared_weights_follow_changes_and_copies(lowering: str) -> None:
         blocks[1][0].weight.mul_(2)
     fused.load_state_dicts([block.state_dict() for block in blocks])
     check(fused)
+
+
+@torch.no_grad()
+def test_convolutions_alone_are_folded_in_either_mode() -> None:
+    blocks = [nn.Conv2d(6, 3, 1) for _ in range(2)]
+    module = FusedBlocks(blocks)
+    assert module.training
+    x = torch.randn(2, 6, 5, 5)
+    seen = []
+    inner = module._folded.grouped
+    module.lowering = "grouped"
+    module._folded.grouped = lambda *args: seen.append(True) or inner(*args)  # type: ignore[method-assign]
+    y = module(x)
+    assert seen
+    assert torch.equal(y, module.eval()(x))
+    with_norms = FusedBlocks([nn.Sequential(nn.Conv2d(6, 3, 1), nn.BatchNorm2d(3)) for _ in range(2)])
+    with_norms._folded = None  # type: ignore[assignment]
+    with_norms.lowering = "grouped"
+    torch.testing.assert_close(with_norms(x).mean((0, 2, 3)), torch.zeros(6), atol=1e-5, rtol=0)
