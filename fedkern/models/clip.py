@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedkern.errors import UserError
+from fedkern.models.pretrained import content_hash
 from fedkern.models.prompts import DEFAULT, read_prompts
 from fedkern.models.teacher import Identity, Teacher
 from fedkern.models.teacher_cache import to_pixels
@@ -105,14 +105,7 @@ class ClipTeacher(Teacher):
 
     @functools.cached_property
     def _content(self) -> str:
-        """Hash of the folder's weights and settings, so that a folder with new weights gets a new cache."""
-        digest = hashlib.blake2b(digest_size=16)
-        for path in sorted(self._folder.iterdir()):
-            if path.suffix in (".json", ".safetensors", ".txt") and path.is_file():
-                with path.open("rb") as file:
-                    digest.update(path.name.encode())
-                    digest.update(hashlib.file_digest(file, "blake2b").digest())
-        return digest.hexdigest()
+        return content_hash(self._folder)
 
 
 class ImageEncoder(nn.Module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedkern.errors import UserError
+from fedkern.models.pretrained import content_hash
 
 BOX_THRESHOLD, TEXT_THRESHOLD = 0.35, 0.25
 
@@ -142,11 +142,4 @@ class GroundingDino:
 
     @functools.cached_property
     def _content(self) -> str:
-        """Hash of the folder's weights and settings, so that a folder with new weights gets a new cache."""
-        digest = hashlib.blake2b(digest_size=16)
-        for path in sorted(self._folder.iterdir()):
-            if path.suffix in (".json", ".safetensors", ".txt") and path.is_file():
-                with path.open("rb") as file:
-                    digest.update(path.name.encode())
-                    digest.update(hashlib.file_digest(file, "blake2b").digest())
-        return digest.hexdigest()
+        return content_hash(self._folder)
