@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor, nn
 
-from fedkern.models.mobilenet import FEATURES, WIDTH, conv_norm, divisible
+from fedkern.models.mobilenet import FEATURES, WIDTH, InvertedResidual, conv_norm, divisible
 from fedkern.models.resnet import Stem
 from fedkern.models.staged import StagedNetwork
 
@@ -35,25 +37,12 @@ class SqueezeExcitation(nn.Module):
         return x * gate
 
 
-class MBConv(nn.Module):
+def mbconv(channels_in: int, channels_out: int, *, size: int, stride: int, expansion: int) -> InvertedResidual:
     """An inverted residual with squeeze and excitation, a quarter of the input's channels being squeezed into."""
-
-    def __init__(self, channels_in: int, channels_out: int, *, size: int, stride: int, expansion: int) -> None:
-        super().__init__()
-        hidden = channels_in * expansion
-        layers: list[nn.Module] = []
-        if expansion != 1:
-            layers += conv_norm(channels_in, hidden, 1, activation=nn.SiLU())
-        layers += conv_norm(hidden, hidden, size, stride=stride, groups=hidden, activation=nn.SiLU())
-        layers.append(SqueezeExcitation(hidden, max(1, channels_in // 4)))
-        layers += conv_norm(hidden, channels_out, 1, activation=None)
-        self.layers = nn.Sequential(*layers)
-        self.residual = stride == 1 and channels_in == channels_out
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps ``[B, channels_in, H, W]`` to ``[B, channels_out, H / stride, W / stride]``."""
-        y: Tensor = self.layers(x)
-        return x + y if self.residual else y
+    gate = partial(SqueezeExcitation, squeezed=max(1, channels_in // 4))
+    return InvertedResidual(
+        channels_in, channels_out, stride=stride, expansion=expansion, size=size, activation=nn.SiLU, gate=gate
+    )
 
 
 class EfficientNetB0(StagedNetwork):
@@ -80,7 +69,7 @@ class EfficientNetB0(StagedNetwork):
                 layers += conv_norm(channels, current, 3, stride=1 if stem == "cifar" else 2, activation=nn.SiLU())
             for j in range(count):
                 wide = divisible(after * scale)
-                layers.append(MBConv(current, wide, size=size, stride=stride if j == 0 else 1, expansion=expansion))
+                layers.append(mbconv(current, wide, size=size, stride=stride if j == 0 else 1, expansion=expansion))
                 current = wide
             if i == len(STAGES) - 1:
                 layers += conv_norm(current, features, 1, activation=nn.SiLU())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from fedkern.models.resnet import Stem
@@ -31,15 +33,36 @@ def conv_norm(
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, 3x3 depthwise convolution, linear 1x1 projection, beside a shortcut where the shape stays."""
+    """1x1 expansion, depthwise convolution, linear 1x1 projection, beside a shortcut where the shape stays.
 
-    def __init__(self, channels_in: int, channels_out: int, *, stride: int, expansion: int) -> None:
+    Args:
+        channels_in, channels_out: of the block.
+        stride: of the depthwise convolution.
+        expansion: expanded channels over ``channels_in``; 1 leaves the expansion out.
+        size: of the depthwise convolution's kernel.
+        activation: makes what follows the expansion and the depthwise convolution.
+        gate: makes what the expanded channels go through before the projection; None for nothing.
+    """
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        *,
+        stride: int,
+        expansion: int,
+        size: int = 3,
+        activation: Callable[[], nn.Module] = nn.ReLU6,
+        gate: Callable[[int], nn.Module] | None = None,
+    ) -> None:
         super().__init__()
         hidden = channels_in * expansion
         layers: list[nn.Module] = []
         if expansion != 1:
-            layers += conv_norm(channels_in, hidden, 1, activation=nn.ReLU6())
-        layers += conv_norm(hidden, hidden, 3, stride=stride, groups=hidden, activation=nn.ReLU6())
+            layers += conv_norm(channels_in, hidden, 1, activation=activation())
+        layers += conv_norm(hidden, hidden, size, stride=stride, groups=hidden, activation=activation())
+        if gate is not None:
+            layers.append(gate(hidden))
         layers += conv_norm(hidden, channels_out, 1, activation=None)
         self.layers = nn.Sequential(*layers)
         self.residual = stride == 1 and channels_in == channels_out
