@@ -6,7 +6,7 @@ virtual features from one Gaussian per class and trains the classifier, and noth
     client:   statistics = ClassStatistics(classes, width)
               statistics.add(features, labels)                         # batch by batch
               return statistics.message()
-    server:   pooled.merge(upload.message) for every upload
+    server:   pooled = pool(uploads, head, options, refuse)
               head = calibrate(head, pooled, server.rng("calibration", step), options)
 """
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fedkern.methods.base import Batch, Message
+from fedkern.methods.base import Batch, ClientId, Message, Upload
 from fedkern.methods.options import Options, option
 
 JITTER = 1e-4  # added to every variance, so that directions without spread have a little
@@ -188,6 +188,23 @@ def collect(
     if statistics is None:
         raise ValueError("batches must hold at least one batch, not none")
     return statistics.message()
+
+
+def pool(
+    uploads: Iterable[Upload],
+    head: nn.Linear,
+    options: CalibrationOptions,
+    refuse: Callable[[ClientId, ValueError], None],
+) -> ClassStatistics:
+    """The clients' statistics of what ``head`` reads, pooled; ``refuse`` hears of uploads that cannot be used."""
+    diagonal = options.covariance == "diagonal"
+    pooled = ClassStatistics(head.out_features, head.in_features, diagonal=diagonal, compat=options.ccvr_compat)
+    for upload in uploads:
+        try:
+            pooled.merge(upload.message)
+        except ValueError as error:
+            refuse(upload.client_id, error)
+    return pooled
 
 
 def shrunk(statistics: ClassStatistics) -> Tensor:

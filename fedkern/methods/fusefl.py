@@ -40,7 +40,7 @@ from fedkern.methods.base import (
     option,
     register,
 )
-from fedkern.methods.calibration import CalibrationOptions, ClassStatistics, calibrate, collect
+from fedkern.methods.calibration import CalibrationOptions, calibrate, collect, pool
 from fedkern.methods.fusefl_levels import BothHeads, LocalPart, mean_head, scaled_width, size, tensors_of, why_refused
 from fedkern.models.blocks import BlockNetwork, check_alike, cut
 from fedkern.models.fused import Branch, FusedLevel, FusedNetwork, make_adaptor
@@ -96,6 +96,7 @@ class FuseFL(Objective, Method):
                 f"{server.federation.local_epochs} local epochs cannot be divided over {self._levels()} levels: raise "
                 f"--local-epochs to {self._levels()} or more, or lower the method option blocks."
             )
+        server.report["model_bytes"] = size(server.build().state_dict())
         server.state.update({"widths": widths, "levels": {}, "heads": {}, "seen": {}, "bytes": {}})
 
     def rounds(self, federation: Federation) -> Iterator[Round]:
@@ -259,17 +260,17 @@ class FuseFL(Objective, Method):
 
     def _calibrate(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
         head = self._head(server, mean_head(list(server.state["heads"].values())))
-        diagonal = self.options.covariance == "diagonal"
-        pooled = ClassStatistics(
-            head.out_features, head.in_features, diagonal=diagonal, compat=self.options.ccvr_compat
-        )
         sizes: list[int] = []
-        for upload in uploads:
-            sizes.append(size(upload.message))
-            try:
-                pooled.merge(upload.message)
-            except ValueError as error:
-                server.refuse(upload.client_id, f"Client {upload.client_id}'s calibration upload is unusable: {error}")
+
+        def measured() -> Iterator[Upload]:
+            for upload in uploads:
+                sizes.append(size(upload.message))
+                yield upload
+
+        def refuse(k: ClientId, error: ValueError) -> None:
+            server.refuse(k, f"Client {k}'s calibration upload is unusable: {error}")
+
+        pooled = pool(measured(), head, self.options, refuse)
         if not int(pooled.counts.sum()):
             raise UserError(
                 "No client's class statistics could be used: leave it out with --method-option calibrate=false."
@@ -282,7 +283,6 @@ class FuseFL(Objective, Method):
         """Reports the mean bytes per client of this level and of all so far, beside those of one ordinary model."""
         booked, report = server.state["bytes"], server.report
         booked[f"{step.name}_{direction}"] = sum(sizes) / max(1, len(sizes))
-        report["model_bytes"] = size(server.build().state_dict())
         for name, value in booked.items():
             report[f"{name}_bytes"] = value
         for way in ("up", "down"):

@@ -16,8 +16,20 @@ import torch
 from torch import nn
 
 from fedkern.errors import UserError
-from fedkern.methods.base import VECTORS, Client, Federation, Message, Round, Server, Step, Upload, option, register
-from fedkern.methods.calibration import CalibrationOptions, ClassStatistics, calibrate, collect
+from fedkern.methods.base import (
+    VECTORS,
+    Client,
+    ClientId,
+    Federation,
+    Message,
+    Round,
+    Server,
+    Step,
+    Upload,
+    option,
+    register,
+)
+from fedkern.methods.calibration import CalibrationOptions, calibrate, collect, pool
 from fedkern.methods.fedavg import FedAvg
 from fedkern.methods.oneshot_members import finite, flatten, load, vectors
 
@@ -66,15 +78,11 @@ class OneShot(FedAvg):
 
     def _calibrate(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
         o, head = self.options, self.head(server)
-        pooled = ClassStatistics(
-            len(server.classes), head.in_features, diagonal=o.covariance == "diagonal", compat=o.ccvr_compat
-        )
-        for upload in uploads:
-            try:
-                pooled.merge(upload.message)
-            except ValueError as error:
-                k = upload.client_id
-                server.refuse(k, f"The class statistics of client {k} cannot be used: {error}")
+
+        def refuse(k: ClientId, error: ValueError) -> None:
+            server.refuse(k, f"The class statistics of client {k} cannot be used: {error}")
+
+        pooled = pool(uploads, head, o, refuse)
         if not int(pooled.counts.sum()):
             raise UserError("The class statistics of every client were refused: run without calibrate.")
         self.replace_head(server, calibrate(head, pooled, server.rng("calibration", step), o))
