@@ -23,21 +23,12 @@ COMMANDS = {
     "doctor": "show versions, processor, GPU, and which backend serves which operator",
 }
 
+OPTIMISER = ("lr", "lr_decay", "lr_steps", "lr_step_factor", "momentum", "weight_decay", "clip_norm")
 # Where a flag stands in the help; a setting that is not named here goes under the last heading.
 GROUPS: dict[str, tuple[str, ...]] = {
     "data": ("data", "data_root", "train_samples", "public_samples", "partition", "correlation", "augment"),
     "federation": ("clients", "sample_fraction", "rounds", "buffers", "on_nan"),
-    "local training": (
-        "local_epochs",
-        "batch_size",
-        "lr",
-        "lr_decay",
-        "lr_steps",
-        "lr_step_factor",
-        "momentum",
-        "weight_decay",
-        "clip_norm",
-    ),
+    "local training": ("local_epochs", "batch_size", *OPTIMISER),
     "model": ("model", "width"),
     "run": (),
 }

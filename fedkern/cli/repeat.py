@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from fedkern.cli.flags import DATA_FLAGS, PROGRAM, flag, one_shot, quote
+from fedkern.cli.flags import DATA_FLAGS, OPTIMISER, PROGRAM, flag, one_shot, quote
 from fedkern.engine import RunConfig
 
 
@@ -21,15 +21,7 @@ def command_line(method: str, config: RunConfig) -> str:
             continue
         if f.name == "rounds" and (one_shot(method) or one_shot(config.method)):
             continue  # a plan's own, never asked for
-        if f.name in (
-            "lr",
-            "lr_decay",
-            "lr_steps",
-            "lr_step_factor",
-            "momentum",
-            "weight_decay",
-            "clip_norm",
-        ) and value == getattr(own, f.name):
+        if f.name in OPTIMISER and value == getattr(own, f.name):
             continue
         if value != getattr(target, f.name):
             words += [flag(f.name), quote(value)]
