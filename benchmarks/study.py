@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -183,6 +183,38 @@ def command_line(
     given.data_root = str(Path(given.data_root).resolve()) if given.data_root else None
     given.out = given.out or Path("runs") / f"{module.replace('_', '-')}-{given.study}"
     return given
+
+
+def run_sections(
+    name: str,
+    title: str,
+    description: str,
+    studies: Mapping[str, Any],
+    sections: Mapping[str, Callable[[Any], tuple[str, dict[str, Any]]]],
+    make: Callable[[Any, Path, int, Mapping[str, Any]], Runs],
+    about: Callable[[Any], str],
+) -> None:
+    """The command of a study in sections: runs those that were asked for and publishes each on a page of its own.
+
+    Args:
+        name: the study's module is ``study_<name>`` and its results are ``<name>_<study>_<section>``.
+        title: the method, as pages name it.
+        description: the module's docstring.
+        studies: the studies by name, each with ``settings``.
+        sections: what makes a page and its numbers from the finished runs, by name.
+        make: makes the runs from the study, folder, workers and settings.
+        about: what follows the settings on a page, its punctuation included.
+    """
+    module, files = f"study_{name}", {"cifar10": "CIFAR-10's official binary files"}
+    given = command_line(module, description.split("\n")[0], studies, files, sections)
+    study = studies[given.study]
+    runs = make(study, given.out, given.workers, {"data_root": given.data_root} if given.data_root else {})
+    settings = ", ".join(f"{knob.replace('_', ' ')} {value}" for knob, value in study.settings.items())
+    for section in given.only:
+        page, numbers = sections[section](runs)
+        made = f"Made by `python -m benchmarks.{module} {given.study} --only {section}`: {settings}{about(study)}"
+        heading = f"{title} on {given.study}: {section}"
+        publish(f"{name}_{given.study}_{section}", heading, made, page, numbers, runs.versions())
 
 
 def _launch(run_folder: Path, case: Case) -> subprocess.Popen[str]:

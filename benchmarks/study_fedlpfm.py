@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study import Case, Runs, best_rate, command_line, publish, spread, table
+from benchmarks.study import Case, Runs, best_rate, run_sections, spread, table
 
 SEEDS = (0, 1, 2)
 METHODS = {"FedAvg": "fedavg", "FedProx": "fedprox", "FML": "fml", "Fed-LPFM": "fedlpfm"}
@@ -221,20 +221,11 @@ SECTIONS: Mapping[str, Callable[[LPFMRuns], Section]] = {
 }
 
 
-def main() -> None:
-    files = {"cifar10": "CIFAR-10's official binary files"}
-    given = command_line("study_fedlpfm", (__doc__ or "").split("\n")[0], STUDIES, files, SECTIONS)
-    study = STUDIES[given.study]
-    runs = LPFMRuns(study, given.out, given.workers, {"data_root": given.data_root} if given.data_root else {})
-    settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in study.settings.items())
-    for section in given.only:
-        page, numbers = SECTIONS[section](runs)
-        about = f"""Made by `python -m benchmarks.study_fedlpfm {given.study} --only {section}`: {settings}.  Teacher:
+def about(study: Study) -> str:
+    return f""".  Teacher:
 {study.teachers[0]} (model/width), {study.pretrain_epochs} epochs on the public images.  Learning rates from
 {study.rates}, chosen per partition by validation accuracy."""
-        title = f"Fed-LPFM on {given.study}: {section}"
-        publish(f"fedlpfm_{given.study}_{section}", title, about, page, numbers, runs.versions())
 
 
 if __name__ == "__main__":
-    main()
+    run_sections("fedlpfm", "Fed-LPFM", __doc__ or "", STUDIES, SECTIONS, LPFMRuns, about)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.probe import probe
-from benchmarks.study import Case, Runs, best_rate, command_line, publish, spread, table, transfer_seconds
+from benchmarks.study import Case, Runs, best_rate, run_sections, spread, table, transfer_seconds
 from fedkern import engine
 
 SEEDS = (0, 1, 2)
@@ -372,26 +372,11 @@ SECTIONS: Mapping[str, Callable[[FuseFLRuns], Section]] = {
 }
 
 
-def main() -> None:
-    files = {"cifar10": "CIFAR-10's official binary files"}
-    given = command_line("study_fusefl", (__doc__ or "").split("\n")[0], STUDIES, files, SECTIONS)
-    study = STUDIES[given.study]
-    runs = FuseFLRuns(study, given.out, given.workers, {"data_root": given.data_root} if given.data_root else {})
-    settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in study.settings.items())
-    for section in given.only:
-        page, numbers = SECTIONS[section](runs)
-        about = f"""Made by `python -m benchmarks.study_fusefl {given.study} --only {section}`: {settings}; K = 2 and
+def about(study: Study) -> str:
+    return f"""; K = 2 and
 FuseFL's width over the root of the clients unless it says otherwise; multi-round FedAvg spends the same epochs in
 {study.rounds} rounds.  Learning rates from {study.rates}, chosen per column by validation accuracy."""
-        publish(
-            f"fusefl_{given.study}_{section}",
-            f"FuseFL on {given.study}: {section}",
-            about,
-            page,
-            numbers,
-            runs.versions(),
-        )
 
 
 if __name__ == "__main__":
-    main()
+    run_sections("fusefl", "FuseFL", __doc__ or "", STUDIES, SECTIONS, FuseFLRuns, about)
