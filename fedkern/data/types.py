@@ -22,6 +22,8 @@ class Split:
             nothing was detected in that image; it stays out of the background bank.
         ids: name of every image in its source (``"train/17"``, ``"dog/on snow/12.jpg"``), what a boxes file refers to.
         sizes: int64 ``[n, 2]``, width and height of every image as stored on disk, where loading resized it.
+        texts: the caption or report of every image; an image with several has a row for each, under one name in
+            ``ids``.
     """
 
     images: Tensor
@@ -29,6 +31,7 @@ class Split:
     masks: Tensor | None = None
     ids: tuple[str, ...] | None = None
     sizes: Tensor | None = None
+    texts: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.dim() != 4:
@@ -43,6 +46,8 @@ class Split:
             raise ValueError(f"masks: expected bool [{n}, {height}, {width}], got {_describe(self.masks)}")
         if self.ids is not None and len(self.ids) != n:
             raise ValueError(f"ids: expected {n} names, got {len(self.ids)}")
+        if self.texts is not None and len(self.texts) != n:
+            raise ValueError(f"texts: expected {n}, one for every image, got {len(self.texts)}")
         if self.sizes is not None and tuple(self.sizes.shape) != (n, 2):
             raise ValueError(f"sizes: expected [{n}, 2], got {_describe(self.sizes)}")
 
@@ -57,23 +62,26 @@ class Split:
             None if self.masks is None else self.masks[indices],
             None if self.ids is None else tuple(self.ids[i] for i in indices.tolist()),
             None if self.sizes is None else self.sizes[indices],
+            None if self.texts is None else tuple(self.texts[i] for i in indices.tolist()),
         )
 
 
 def joined(splits: Sequence[Split]) -> Split:
-    """Splits one after another as one; what one of them does not know (masks, ids, sizes), the whole does not."""
+    """Splits one after another as one; what one of them does not know (masks, texts ...), the whole does not."""
 
     def together(parts: list[Tensor | None]) -> Tensor | None:
         known = [part for part in parts if part is not None]
         return torch.cat(known) if len(known) == len(parts) else None
 
     ids = [name for split in splits for name in split.ids or ()]
+    texts = [text for split in splits for text in split.texts or ()]
     return Split(
         torch.cat([split.images for split in splits]),
         torch.cat([split.labels for split in splits]),
         together([split.masks for split in splits]),
         tuple(ids) if all(split.ids is not None for split in splits) else None,
         together([split.sizes for split in splits]),
+        tuple(texts) if all(split.texts is not None for split in splits) else None,
     )
 
 
@@ -87,6 +95,7 @@ class Pool:
         read: maps int64 ``[m]`` rows to uint8 ``[m, C, H, W]`` images and, where they were resized, `Split.sizes`.
         groups: int64 ``[n]``, the client that the data set itself assigns to each image (a set of contexts), or None.
         targets: maps int64 ``[m]`` rows to the class of every pixel, int64 ``[m, H, W]`` (segmentation), or None.
+        texts: the caption or report of every image, or None.
     """
 
     labels: Tensor
@@ -94,6 +103,7 @@ class Pool:
     read: Callable[[Tensor], tuple[Tensor, Tensor | None]]
     groups: Tensor | None = None
     targets: Callable[[Tensor], Tensor] | None = None
+    texts: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -102,7 +112,9 @@ class Pool:
         """Reads ``rows`` (int64 ``[m]``) into memory."""
         images, sizes = self.read(rows)
         labels = self.labels[rows] if self.targets is None else self.targets(rows)
-        return Split(images, labels, ids=tuple(self.ids[i] for i in rows.tolist()), sizes=sizes)
+        chosen = rows.tolist()
+        texts = None if self.texts is None else tuple(self.texts[i] for i in chosen)
+        return Split(images, labels, ids=tuple(self.ids[i] for i in chosen), sizes=sizes, texts=texts)
 
 
 def memory_pool(images: Tensor, labels: Tensor, prefix: str, rows: Tensor | None = None) -> Pool:
@@ -179,7 +191,10 @@ class FederatedData:
 
     @property
     def task(self) -> str:
-        """``"classification"`` (a class for every image) or ``"segmentation"`` (a class for every pixel)."""
+        """``"retrieval"`` (a text for every image), ``"segmentation"`` (a class for every pixel) or, with a class for
+        every image alone, ``"classification"``."""
+        if self.validation.texts is not None:
+            return "retrieval"
         return "segmentation" if self.validation.labels.dim() == 3 else "classification"
 
     @property

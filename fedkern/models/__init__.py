@@ -10,13 +10,17 @@ from fedkern.models.mobilenet import MobileNetV2
 from fedkern.models.registry import MODELS, ModelEntry, build, initialise
 from fedkern.models.resnet import BasicBlock, ResNet
 from fedkern.models.staged import StagedNetwork, resolve_stage
+from fedkern.models.towers import IMAGE_ENCODERS, TEXT_ENCODERS, PairNetwork, build_pair
 from fedkern.models.vgg import VGG
 from fedkern.models.vit import ViT
+from fedkern.models.vocabulary import Tokens, Vocabulary, learn_vocabulary
 
 __all__ = [
     "CNN",
+    "IMAGE_ENCODERS",
     "MLP",
     "MODELS",
+    "TEXT_ENCODERS",
     "VGG",
     "BasicBlock",
     "EfficientNetB0",
@@ -24,13 +28,18 @@ __all__ = [
     "Generator",
     "MobileNetV2",
     "ModelEntry",
+    "PairNetwork",
     "ResNet",
     "StagedNetwork",
+    "Tokens",
     "ViT",
+    "Vocabulary",
     "build",
+    "build_pair",
     "grad_cam",
     "gradcam_stage",
     "initialise",
+    "learn_vocabulary",
     "mass_inside",
     "object_share",
     "resolve_stage",

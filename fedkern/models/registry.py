@@ -144,7 +144,7 @@ def initialise(module: nn.Module, generator: torch.Generator) -> None:
             nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
             if layer.bias is not None:
                 nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
-        elif isinstance(layer, (nn.BatchNorm2d, nn.LayerNorm)):
+        elif isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)):
             layer.reset_parameters()
         elif callable(getattr(layer, "initialise", None)):
             layer.initialise(generator)

@@ -1,0 +1,174 @@
+"""Pairs of an image and a text encoder with alignment layers and projection heads (FedDRA, arXiv 2404.03854)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedkern.errors import UserError, nearest
+from fedkern.models.attention import TransformerLayer
+from fedkern.models.encoders import LONGEST, WIDTH, ConvTokens, PatchTokens, TextTransformer
+from fedkern.models.registry import initialise
+from fedkern.models.vocabulary import Kind, Tokens, Vocabulary
+from fedkern.streams import stream
+
+EMBEDDING = 128
+IMAGE_ENCODERS = {
+    "conv": "convolutions with group norm, 8x8 tokens",
+    "vit": "vision transformer of four layers",
+}
+TEXT_ENCODERS = {
+    "words": "transformer of two layers over the words of the training texts",
+    "wordpieces": "the same over word pieces",
+}
+PARTS = ("image_encoder", "text_encoder", "image_align", "text_align", "image_head", "text_head")
+"""The submodules of a :class:`PairNetwork`; the first two are frozen in FedDRA's first stage."""
+
+
+class PairNetwork(nn.Module):
+    """Images and texts as unit vectors in one space (method notes 3.2).
+
+    On either side: an encoder gives tokens, one transformer layer goes over all of them, and a head takes the first:
+    ``Linear d -> h, BN, ReLU, Linear h -> 128, BN without affine``, then L2 normalisation.
+
+    Args:
+        image_encoder: images ``[B, C, H, W]`` to tokens ``[B, 1 + N, d]``; has ``width`` and ``grid``.
+        text_encoder: :class:`Tokens` ``[B, L]`` to ``[B, L, d']``; has ``width`` and ``tokenize``.
+        about: what :func:`build_pair` makes the same network from again, as JSON takes it.
+        hidden: h of the heads, default ``8 d / 3`` (2,048 for 768).
+    """
+
+    def __init__(
+        self,
+        image_encoder: nn.Module,
+        text_encoder: nn.Module,
+        *,
+        about: Mapping[str, Any] | None = None,
+        hidden: int | None = None,
+    ) -> None:
+        super().__init__()
+        widths = [int(cast(Any, encoder).width) for encoder in (image_encoder, text_encoder)]
+        self.image_encoder, self.text_encoder = image_encoder, text_encoder
+        self.image_align = TransformerLayer(widths[0])
+        self.text_align = TransformerLayer(widths[1], norm_first=False)
+        self.image_head, self.text_head = (_head(width, hidden or 8 * width // 3) for width in widths)
+        self.about = dict(about or {})
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the image's tokens behind the first one."""
+        return cast(Any, self.image_encoder).grid
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        """Token numbers and mask ``[B, L]`` of texts, on the CPU."""
+        return cast(Any, self.text_encoder).tokenize(texts)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Normalised images fp32 ``[B, C, H, W]`` to the encoder's tokens ``[B, 1 + N, d]``."""
+        return self.image_encoder(images)
+
+    def encode_text(self, tokens: Tokens) -> Tensor:
+        """Tokens ``[B, L]`` to the encoder's vectors ``[B, L, d]``."""
+        return self.text_encoder(tokens)
+
+    def project_image(self, sequence: Tensor) -> Tensor:
+        """What :meth:`encode_image` gave to unit vectors ``[B, 128]``."""
+        return functional.normalize(self.image_head(self.image_align(sequence)[:, 0]), dim=1)
+
+    def project_text(self, sequence: Tensor, mask: Tensor) -> Tensor:
+        """What :meth:`encode_text` gave, with the tokens' mask bool ``[B, L]``, to unit vectors ``[B, 128]``."""
+        return functional.normalize(self.text_head(self.text_align(sequence, mask)[:, 0]), dim=1)
+
+    def image_embedding(self, images: Tensor) -> Tensor:
+        """Normalised images fp32 ``[B, C, H, W]`` to unit vectors ``[B, 128]``."""
+        return self.project_image(self.encode_image(images))
+
+    def text_embedding(self, tokens: Tokens) -> Tensor:
+        """Tokens ``[B, L]`` to unit vectors ``[B, 128]``."""
+        return self.project_text(self.encode_text(tokens), tokens.mask)
+
+    def forward(self, images: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """The unit vectors ``[B, 128]`` of images and of their texts."""
+        return self.image_embedding(images), self.text_embedding(tokens)
+
+
+def _head(width: int, hidden: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(width, hidden),
+        nn.BatchNorm1d(hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, EMBEDDING),
+        nn.BatchNorm1d(EMBEDDING, affine=False),
+    )
+
+
+def build_pair(
+    image_encoder: str = "conv",
+    text_encoder: str = "words",
+    *,
+    channels: int,
+    image_size: Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    vocabulary: Sequence[str] | None = None,
+    width: int | None = None,
+    longest: int = LONGEST,
+    seed: int = 0,
+) -> PairNetwork:
+    """Builds a pair with float32 parameters on the CPU; the global random generators are neither read nor moved.
+
+    ``build_pair(**network.about)`` gives the same modules, for a state dict to be loaded into.
+
+    Args:
+        image_encoder: a name of ``IMAGE_ENCODERS``.
+        text_encoder: a name of ``TEXT_ENCODERS``.
+        channels: image channels.
+        image_size: height and width of the images in pixels.
+        mean, std: what the images are normalised with, per channel.
+        vocabulary: tokens of the built-in text encoders, ``learn_vocabulary(texts, kind).tokens``.
+        width: channels of a token of the built-in encoders, a multiple of 4; default 96.
+        longest: tokens of a text; longer ones are cut.
+        seed: the run's root seed; every part draws its weights from a stream of its own.
+
+    Raises:
+        UserError: an unknown encoder, or images too small for it.
+    """
+    width = WIDTH if width is None else width
+    if width < 4 or width % 4:
+        raise UserError(f"the width of an image-text pair must be a multiple of 4, got {width}.")
+    if image_encoder not in IMAGE_ENCODERS:
+        raise UserError(
+            f'there is no image encoder "{image_encoder}", choose one of {", ".join(IMAGE_ENCODERS)}.'
+            f"{nearest(image_encoder, IMAGE_ENCODERS)}"
+        )
+    if text_encoder not in TEXT_ENCODERS:
+        raise UserError(
+            f'there is no text encoder "{text_encoder}", choose one of {", ".join(TEXT_ENCODERS)}.'
+            f"{nearest(text_encoder, TEXT_ENCODERS)}"
+        )
+    if min(image_size) < 16:
+        raise UserError(f"the image encoder {image_encoder} needs images of at least 16 pixels, got {min(image_size)}.")
+    if vocabulary is None:
+        raise ValueError(f"vocabulary: expected the tokens that {text_encoder} knows, given none")
+    about = {
+        "image_encoder": image_encoder, "text_encoder": text_encoder, "channels": channels,
+        "image_size": list(image_size), "mean": list(mean), "std": list(std), "vocabulary": list(vocabulary),
+        "width": width, "longest": longest,
+    }  # fmt: skip
+    # On the meta device the layers' own initialisation touches no memory and no generator.
+    with torch.device("meta"):
+        kind = ConvTokens if image_encoder == "conv" else PatchTokens
+        network = PairNetwork(
+            kind(channels=channels, width=width, image_size=image_size),
+            TextTransformer(Vocabulary(vocabulary, cast(Kind, text_encoder)), width=width, longest=longest),
+            about=about,
+        )
+    network.to_empty(device="cpu")
+    for name in PARTS:
+        word = int(stream(seed, f"model/{name}", round=-1).integers(2**63))
+        initialise(getattr(network, name), torch.Generator().manual_seed(word))
+    return network

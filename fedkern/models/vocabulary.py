@@ -1,0 +1,159 @@
+"""Words and word pieces: from training texts to a vocabulary, and from texts to token numbers."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+PAD, UNKNOWN, CLS = 0, 1, 2
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]")
+INSIDE = "##"  # begins a piece that continues a word (Devlin et al., arXiv 1810.04805)
+Kind = Literal["words", "wordpieces"]
+
+
+class Tokens(NamedTuple):
+    """Texts as a network takes them.
+
+    Attributes:
+        ids: int64 ``[B, L]``; the first token stands for the whole text.
+        mask: bool ``[B, L]``, True on tokens and False on the padding behind them.
+    """
+
+    ids: Tensor
+    mask: Tensor
+
+    def take(self, rows: Tensor) -> Tokens:
+        """The texts at ``rows`` (int64 ``[m]``), padded no further than the longest of them needs."""
+        mask = self.mask[rows]
+        length = max(1, int(mask.sum(1).max())) if len(mask) else 1
+        return Tokens(self.ids[rows, :length], mask[:, :length])
+
+    def to(self, device: torch.device | str) -> Tokens:
+        """The same on a device."""
+        return Tokens(self.ids.to(device), self.mask.to(device))
+
+
+def split_words(text: str) -> list[str]:
+    r"""The lower-cased ``\w+`` words of a text."""
+    return re.findall(r"\w+", text.lower())
+
+
+class Vocabulary:
+    """Token numbers of words, or of word pieces by greedy longest match from the left.
+
+    Args:
+        tokens: without the special ones; entry i has the number ``len(SPECIAL) + i``.
+        kind: ``"words"``: a word that is not among the tokens is unknown; ``"wordpieces"``: it is cut into pieces, the
+            later ones written with ``##`` in front.
+    """
+
+    def __init__(self, tokens: Sequence[str], kind: Kind = "words") -> None:
+        self.tokens, self.kind = tuple(tokens), kind
+        self._numbers = {token: len(SPECIAL) + i for i, token in enumerate(self.tokens)}
+        self._cut: dict[str, list[int]] = {}
+
+    def __len__(self) -> int:
+        return len(SPECIAL) + len(self.tokens)
+
+    def _word(self, word: str) -> list[int]:
+        if word in self._numbers:
+            return [self._numbers[word]]
+        if self.kind == "words":
+            return [UNKNOWN]
+        if word not in self._cut:
+            self._cut[word] = self._pieces(word)
+        return self._cut[word]
+
+    def _pieces(self, word: str) -> list[int]:
+        found, start = [], 0
+        while start < len(word):
+            prefix = INSIDE if start else ""
+            ends = range(len(word), start, -1)
+            end = next((end for end in ends if prefix + word[start:end] in self._numbers), None)
+            if end is None:
+                return [UNKNOWN]
+            found.append(self._numbers[prefix + word[start:end]])
+            start = end
+        return found
+
+    def encode(self, text: str) -> list[int]:
+        """The token numbers of a text, without ``[CLS]``."""
+        return [number for word in split_words(text) for number in self._word(word)]
+
+    def tokenize(self, texts: Sequence[str], longest: int) -> Tokens:
+        """``[CLS]`` and then each text's tokens, together at most ``longest``, padded to the longest text."""
+        rows = [[CLS, *self.encode(text)[: longest - 1]] for text in texts]
+        length = max((len(row) for row in rows), default=1)
+        ids = torch.tensor([row + [PAD] * (length - len(row)) for row in rows], dtype=torch.int64).view(-1, length)
+        return Tokens(ids, ids != PAD)
+
+
+def learn_vocabulary(texts: Iterable[str], kind: Kind = "words", size: int = 8_000) -> Vocabulary:
+    """Builds a vocabulary of at most ``size`` tokens beside the special ones; the order of ``texts`` does not matter.
+
+    Words: the most frequent ones, ties in alphabetical order.  Word pieces: all characters, as the beginning and as the
+    continuation of a word, then pairs of neighbouring pieces merged by frequency (byte-pair encoding, arXiv 1508.07909)
+    until the vocabulary is full or no pair occurs twice.
+
+    It discloses which words occur in the clients' texts, once.
+    """
+    counts = Counter(word for text in texts for word in split_words(text))
+    if kind == "words":
+        return Vocabulary(sorted(counts, key=lambda word: (-counts[word], word))[:size], kind)
+    return Vocabulary(_merged(counts, size), kind)
+
+
+def _merged(counts: Counter[str], size: int) -> list[str]:
+    """The pieces, characters first, then merges in the order in which they were made."""
+    words = {word: [word[0], *(INSIDE + letter for letter in word[1:])] for word in sorted(counts)}
+    letters = Counter[str]()
+    for word, pieces in words.items():
+        for piece in pieces:
+            letters[piece] += counts[word]
+    known = sorted(letters, key=lambda piece: (-letters[piece], piece))[:size]
+    pairs: Counter[tuple[str, str]] = Counter()
+    where: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
+
+    def book(word: str, sign: int) -> None:
+        pieces = words[word]
+        for pair in pairwise(pieces):
+            pairs[pair] += sign * counts[word]
+            if sign > 0:
+                where[pair].add(word)
+
+    for word in words:
+        book(word, 1)
+    seen = set(known)
+    while len(known) < size and pairs:
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        if pairs[best] < 2:
+            break
+        merged = best[0] + best[1].removeprefix(INSIDE)
+        for word in where.pop(best):
+            book(word, -1)
+            words[word] = _merge(words[word], best, merged)
+            book(word, 1)
+        del pairs[best]
+        if merged not in seen:  # two ways of cutting can give one piece
+            seen.add(merged)
+            known.append(merged)
+    return known
+
+
+def _merge(pieces: list[str], pair: tuple[str, str], merged: str) -> list[str]:
+    out: list[str] = []
+    i = 0
+    while i < len(pieces):
+        if tuple(pieces[i : i + 2]) == pair:
+            out.append(merged)
+            i += 2
+        else:
+            out.append(pieces[i])
+            i += 1
+    return out
