@@ -9,6 +9,7 @@ from fedkern.ops.aggregate_server_step import ServerStep, server_step
 from fedkern.ops.backend import use_backend, use_isa
 from fedkern.ops.blend import blend
 from fedkern.ops.boxes import erase_boxes, keep_boxes
+from fedkern.ops.contrast import contrastive
 from fedkern.ops.distill import consensus, dual_kl, ensemble_kl, entropy, js_div, kl_div
 from fedkern.ops.flat import FlatParameters
 from fedkern.ops.fuse import fuse_concat, fuse_mean
@@ -23,6 +24,7 @@ __all__ = [
     "clip_and_noise",
     "clip_by_norm",
     "consensus",
+    "contrastive",
     "dual_kl",
     "ensemble_kl",
     "entropy",

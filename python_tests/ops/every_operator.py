@@ -136,6 +136,15 @@ OPERATORS = [
     ),
     Operator("js_div", ops.js_div, ((3, *_LOGITS), (3,)), ((3, *_MANY), (3,)), positive=(1,)),
     Operator("consensus", ops.consensus, ((3, 4, 7, 3), (3, 4)), ((3, 64, 21, 400), (3, 64)), positive=(1,)),
+    Operator("contrastive", ops.contrastive, ((6, 5),) * 2, ((700, 64),) * 2, compiled=False),
+    Operator(
+        "contrastive temperature",
+        lambda x, y, t: ops.contrastive(x, y, t[0]),
+        ((6, 5), (6, 5), (1,)),
+        ((700, 64), (700, 64), (1,)),
+        positive=(2,),
+        compiled=False,
+    ),
     Operator("weighted_mean", ops.weighted_mean, (_VECTORS, (5,)), (_UPLOADS, (5,)), positive=(1,)),
     Operator(
         "weighted_mean list",

@@ -1,0 +1,53 @@
+"""What contrastive takes: the checks of its arguments, each with a sentence."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from fedkern.ops.backend import DTYPES, eager
+
+
+def check_pair(x: Any, y: Any) -> None:
+    """Raises TypeError or ValueError unless both are embeddings ``[B, D]`` of one shape on one device."""
+    for name, tensor in (("x", x), ("y", y)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor of embeddings, but got {type(tensor).__name__}")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name} must have dtype float32, float64, bfloat16 or float16, but has {tensor.dtype}")
+        if tensor.dim() != 2:
+            raise ValueError(f"{name} must have shape [B, D], one embedding per row, but has {list(tensor.shape)}")
+    if x.shape != y.shape:
+        raise ValueError(f"y must have the shape {list(x.shape)} of x, row for row, but has {list(y.shape)}")
+    if x.device != y.device:
+        raise ValueError(f"y must be on {x.device} like x, but is on {y.device}")
+
+
+def check_temperature(temperature: Any, x: Tensor) -> float | Tensor:
+    """Returns ``temperature`` as a float, or as it is where it is a tensor."""
+    if isinstance(temperature, Tensor):
+        if temperature.dtype not in DTYPES:
+            raise TypeError(
+                f"temperature must have dtype float32, float64, bfloat16 or float16, but has {temperature.dtype}"
+            )
+        if temperature.dim() != 0:
+            raise ValueError(
+                f"temperature must be a number or a tensor without dimensions, but has shape {list(temperature.shape)}"
+            )
+        if temperature.device != x.device:
+            raise ValueError(f"temperature must be on {x.device} like x, but is on {temperature.device}")
+        # On a GPU looking would wait for it; there a temperature that is not above 0 gives what arithmetic says.
+        if temperature.is_cpu and eager(temperature):
+            _check_value(temperature.item())
+        return temperature
+    if isinstance(temperature, (str, bool)) or not hasattr(temperature, "__float__"):
+        raise TypeError(f"temperature must be a number or a tensor, but got {type(temperature).__name__}")
+    return _check_value(float(temperature))
+
+
+def _check_value(value: float) -> float:
+    if not 0 < value < math.inf:
+        raise ValueError(f"temperature must be finite and above 0, but is {value:g}")
+    return value

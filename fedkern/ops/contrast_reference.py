@@ -1,0 +1,60 @@
+"""What contrastive computes, in plain PyTorch: the specification, the tests' oracle and the fallback."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+
+def contrastive_reference(x: Tensor, y: Tensor, temperature: float | Tensor = 0.07) -> Tensor:
+    """The specification of :func:`fedkern.ops.contrastive`."""
+    logits, _ = _similarities(x, y, temperature)
+    own = logits.log_softmax(1).diagonal() + logits.log_softmax(0).diagonal()
+    return (-own.sum() / max(len(x), 1)).to(torch.promote_types(x.dtype, y.dtype))
+
+
+def log_sums_reference(x: Tensor, y: Tensor, temperature: float | Tensor) -> Tensor:
+    """``[2, B]``: the logarithms of the sums of exponentials of the similarities' rows, and of their columns."""
+    logits, _ = _similarities(x, y, temperature)
+    return torch.stack([logits.logsumexp(1), logits.logsumexp(0)]) if len(x) else logits.new_zeros(2, 0)
+
+
+def gradients_reference(
+    grad: Tensor, x: Tensor, y: Tensor, temperature: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, y and the temperature written out, for where autograd does not reach.
+
+    With ``S = x yᵀ / T`` and ``G = (softmax of rows + softmax of columns - 2 I) / B``: ``G y / T``, ``Gᵀ x / T`` and
+    ``-Σ G S / T``.
+    """
+    logits, temperature = _similarities(x, y, temperature)
+    both = logits.softmax(1) + logits.softmax(0)
+    both.diagonal().sub_(2)
+    both *= grad / max(len(x), 1)
+    to_temperature = -(both * logits).sum() / temperature
+    with _full_precision(x):
+        both /= temperature
+        to_x, to_y = both @ y.to(both.dtype), both.T @ x.to(both.dtype)
+    return to_x.to(x.dtype), to_y.to(y.dtype), to_temperature
+
+
+def _similarities(x: Tensor, y: Tensor, temperature: float | Tensor) -> tuple[Tensor, float | Tensor]:
+    """``x yᵀ / temperature`` and the temperature in the dtype that is computed in."""
+    compute = compute_dtype(torch.promote_types(x.dtype, y.dtype))
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(compute)
+    with _full_precision(x):
+        return x.to(compute) @ y.to(compute).T / temperature, temperature
+
+
+def _full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Autocast off, which would round the products."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for the rest."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
