@@ -81,8 +81,13 @@ def load(
     clients = info.clients if clients is None else clients
     spec = parse_partition(info.partition if partition is None else partition)
     correlation = _check_correlation(name, info, correlation)
+    if info.make is not None:
+        _check_made(name, common, public_samples)
+        sizes = {key: common[key] for key in ("test_samples", "validation_samples")}
+        return info.make(clients, spec, seed, samples=train_samples, **sizes, **own_options)
     boxed = own_options.pop("mask", "exact") == "box"  # coloured sets only; what follows goes to the reader
     ink = own_options.pop("ink", "")
+    assert info.open is not None
     source = info.open(root, **own_options)
     _check_attribute(name, info, source, spec, clients)
     _check_segmentation(name, source, spec, common)
@@ -221,6 +226,14 @@ def _check_attribute(name: str, info: DatasetInfo, source: Source, spec: Partiti
             f'data set "{name}" assigns its contexts to {source.groups} clients, not {clients}; take --clients '
             f"{source.groups} or another partition"
         )
+
+
+def _check_made(name: str, common: Mapping[str, Any], public_samples: int) -> None:
+    if public_samples:
+        raise UserError(f'data set "{name}" is made for its clients and has no public samples to give')
+    for option in ("cue_clients", "boxes", "detector"):
+        if common[option]:
+            raise UserError(f'option {option} is for classification, and data set "{name}" is for retrieval')
 
 
 def _check_segmentation(name: str, source: Source, spec: PartitionSpec, common: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedkern.data.captions import make_captions
 from fedkern.data.cifar import open_cifar10, open_cifar100
 from fedkern.data.coloured import PALETTES
 from fedkern.data.digits import open_digits
@@ -17,7 +18,7 @@ from fedkern.data.segmentation import open_segmentation
 from fedkern.data.svhn import open_svhn
 from fedkern.data.table import open_csv
 from fedkern.data.tinyimagenet import open_tinyimagenet
-from fedkern.data.types import Source
+from fedkern.data.types import FederatedData, Source
 from fedkern.errors import UserError, nearest
 
 Root = str | Path | None
@@ -71,23 +72,26 @@ class DatasetInfo:
 
     Attributes:
         description: one line.
-        open: reads the fixed pools: ``open(root, **options)``.
+        open: reads the fixed pools: ``open(root, **options)``; None for a set that has none.
         clients: default number of clients.
         partition: default partition specification.
         correlation: default tie between colour and class, None for a set that is not coloured.
         needs_root: whether files under ``--data-root`` are read.
         image: default (channels, side in pixels).
         options: accepted options, beside `COMMON_OPTIONS`.
+        make: of a set whose samples are made for their clients: ``make(clients, spec, seed, samples=, test_samples=,
+            validation_samples=, **options)``.
     """
 
     description: str
-    open: Callable[..., Source]
+    open: Callable[..., Source] | None
     clients: int
     partition: str
     image: tuple[int, int]
     correlation: float | None = None
     needs_root: bool = True
     options: Mapping[str, DataOption] = field(default_factory=dict)
+    make: Callable[..., FederatedData] | None = None
 
     @property
     def coloured(self) -> bool:
@@ -170,6 +174,14 @@ DATASETS: dict[str, DatasetInfo] = {
     "digits": DatasetInfo(
         "scikit-learn's 1,797 handwritten digits enlarged to 32x32; needs no file",
         _embedded, 5, "dirichlet:0.5", (1, 32), needs_root=False,
+    ),
+    "captions": DatasetInfo(
+        "embedded digits on textured canvases with captions; clients differ in look and words, one is a small minority",
+        None, 5, "attribute", (3, 32), needs_root=False, make=make_captions,
+        options={
+            "minority": DataOption(0.05, "the last client's share of the canvases; 0 for no minority", low=0, high=0.5),
+            "held_out": DataOption(1, "clients that do not train; their canvases are the test set unseen", low=0),
+        },
     ),
     "mnist": DatasetInfo("MNIST, 70,000 handwritten digits (IDX files)", _mnist, 10, "dirichlet:0.5", (1, 28)),
     "fashionmnist": DatasetInfo(

@@ -1,0 +1,259 @@
+"""The embedded image-text set: canvases of one to three real digits with compositional captions.
+
+Clients differ in background, in vocabulary (synonyms and word order) and in the mixture of digits and colours.  One
+client is a small minority: few canvases, concepts that the others rarely show, and words that they do not use.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedkern.data.canvas import INK, OTHER, SIDE, SUBJECT, TEXTURES, Ground, Placed, draw, random_ground
+from fedkern.data.digits import TRAIN, VALIDATION, read_digits
+from fedkern.data.listing import interleaved
+from fedkern.data.partition import PartitionSpec
+from fedkern.data.partition import partition as share_out
+from fedkern.data.statistics import PartitionStatistics
+from fedkern.data.types import FederatedData, Split, fixed_rows
+from fedkern.errors import UserError
+from fedkern.streams import stream
+
+CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+# The first two words of every concept are the majority's, the third is the minority's.
+WORDS: dict[str, tuple[str, str, str]] = {
+    "zero": ("zero", "0", "null"), "one": ("one", "1", "single"), "two": ("two", "2", "pair"),
+    "three": ("three", "3", "trio"), "four": ("four", "4", "quartet"), "five": ("five", "5", "quintet"),
+    "six": ("six", "6", "sextet"), "seven": ("seven", "7", "septet"), "eight": ("eight", "8", "octet"),
+    "nine": ("nine", "9", "nonet"),
+    "red": ("red", "scarlet", "crimson"), "green": ("green", "emerald", "lime"), "blue": ("blue", "azure", "cobalt"),
+    "yellow": ("yellow", "golden", "amber"), "purple": ("purple", "violet", "magenta"),
+    "white": ("white", "pale", "ivory"),
+    "above": ("above", "over", "atop"), "below": ("below", "under", "beneath"),
+    "left": ("left of", "to the left of", "westward of"), "right": ("right of", "to the right of", "eastward of"),
+    "place 0": ("in the top left", "at the upper left", "in the north west"),
+    "place 1": ("in the top right", "at the upper right", "in the north east"),
+    "place 2": ("in the bottom left", "at the lower left", "in the south west"),
+    "place 3": ("in the bottom right", "at the lower right", "in the south east"),
+    "thing": ("a {colour} {digit}", "one {colour} {digit}", "the {digit} in {colour}"),
+    "opening": ("", "a picture of", "this shows"),
+}  # fmt: skip
+SAMPLES, TEST, VALIDATE = 3_000, 500, 300
+SCALE = (0.24, 0.22, 0.24), (0.25, 0.24, 0.25)  # mean and standard deviation of the channels over many seeds
+RARE = 0.15  # how often majority clients show a concept of the minority's, relative to others
+
+Digits = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a client's canvases look and how it speaks of them.
+
+    Attributes:
+        ground: texture and colours behind the digits.
+        words: the one of its synonyms for every concept of `WORDS`.
+        digits, inks, counts: probabilities of the subject's class, of every ink, and of one, two and three digits.
+    """
+
+    ground: Ground
+    words: dict[str, str]
+    digits: npt.NDArray[np.float64]
+    inks: npt.NDArray[np.float64]
+    counts: npt.NDArray[np.float64]
+
+
+def make_captions(
+    clients: int,
+    spec: PartitionSpec,
+    seed: int,
+    *,
+    samples: int | None = None,
+    test_samples: int = 0,
+    validation_samples: int = 0,
+    minority: float = 0.05,
+    held_out: int = 1,
+) -> FederatedData:
+    """Draws the canvases of every client, of the validation set and of the tests.
+
+    The label of a canvas is the class of its subject: the digit that the caption begins with, drawn larger than others.
+    Training, validation and test canvases show different handwritten digits.
+
+    Args:
+        clients: number of clients; with ``attribute`` the last one is the minority.
+        spec: ``attribute``: clients differ in everything; ``iid``: every client shows all styles alike;
+            ``dirichlet`` and ``classes``: subjects by the partition, in every client's own style.
+        seed: the run's root seed; nothing of a client but its number of canvases depends on the number of clients.
+        samples: canvases of all clients together.
+        test_samples, validation_samples: canvases of every test set and of the validation set, 0 for the default.
+        minority: the minority's share of the canvases.
+        held_out: clients that do not train; their canvases are the test set ``unseen``.
+
+    Returns:
+        Tests ``""``: as many canvases of every training client's distribution; ``minority``: of the last client's
+        (with ``attribute``); ``unseen``: of the held-out clients' (own backgrounds and mixtures, words that some
+        training client uses).
+
+    Raises:
+        UserError: too few samples, or a partition that cannot be met.
+    """
+    samples = SAMPLES if samples is None else samples
+    small = spec.name == "attribute" and clients > 1 and minority > 0
+    styles = [_style(seed, k, rare=small and k == clients - 1, avoid=small) for k in range(clients)]
+    sizes, subjects = _subjects(spec, clients, samples, seed, styles, minority if small else 0.0)
+    _, labels = read_digits()
+    pools = [rows.numpy() for rows in fixed_rows(interleaved(labels.numpy(), "split/digits"), TRAIN, VALIDATION)]
+
+    def canvases(purpose: str, k: int, chosen: list[Style], count: int, subjects: Digits | None = None) -> Split:
+        # The digits of the test canvases are those of the digits' test set, and so on.
+        pool = pools[{"train": 0, "validation": 1}.get(purpose, 2)]
+        return _canvases(chosen, count, subjects, pool, labels.numpy(), stream(seed, f"captions/{purpose}", client=k),
+                         f"{purpose}/{k}")  # fmt: skip
+
+    shown = styles if spec.name == "iid" else None
+    splits = tuple(canvases("train", k, shown or [styles[k]], sizes[k], subjects[k]) for k in range(clients))
+    tests = {"": canvases("test", -1, styles, test_samples or TEST)}
+    if small:
+        tests["minority"] = canvases("minority", -1, styles[-1:], test_samples or TEST)
+    if held_out:
+        unseen = [_unseen(seed, k, styles) for k in range(held_out)]
+        tests["unseen"] = canvases("unseen", -1, unseen, test_samples or TEST)
+    validation = canvases("validation", -1, styles, validation_samples or VALIDATE)
+    names = [image for split in (*splits, validation, *tests.values()) for image in split.ids or ()]
+    return FederatedData(
+        name="captions",
+        classes=CLASSES,
+        clients=splits,
+        validation=validation,
+        tests=tests,
+        mean=SCALE[0],
+        std=SCALE[1],
+        augment="none",
+        statistics=PartitionStatistics.of([split.labels.numpy() for split in splits], CLASSES, spec.text),
+        exact_masks=True,
+        image_ids=frozenset(names),
+    )
+
+
+def _mixture(size: int, rng: np.random.Generator, liked: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    shares = rng.dirichlet(np.full(size, 2.0)) * liked
+    return shares / shares.sum()
+
+
+def _rare_concepts(seed: int) -> tuple[Digits, Digits]:
+    """The three digits and two inks that are the minority's."""
+    rng = stream(seed, "captions/minority")
+    return rng.permutation(len(CLASSES))[:3], rng.permutation(len(INK))[:2]
+
+
+def _style(seed: int, client: int, *, rare: bool, avoid: bool) -> Style:
+    """A client's style; ``rare``: the minority's; ``avoid``: there is a minority, whose concepts others rarely show."""
+    rng = stream(seed, "captions/style", client=client)
+    first = int(stream(seed, "captions/texture").integers(len(TEXTURES)))
+    ground = random_ground(TEXTURES[(first + client) % len(TEXTURES)], rng)
+    liked = np.ones(len(CLASSES)), np.ones(len(INK))
+    for weights, own in zip(liked, _rare_concepts(seed), strict=True):
+        if avoid:
+            weights[own] = RARE
+        if rare:
+            weights[:] = 0.02
+            weights[own] = 1.0
+    digits, inks = (_mixture(len(weights), rng, weights) for weights in liked)
+    counts = _mixture(3, rng, np.ones(3))
+    words = {concept: choices[2 if rare else int(rng.integers(2))] for concept, choices in WORDS.items()}
+    return Style(ground, words, digits, inks, counts)
+
+
+def _unseen(seed: int, number: int, styles: list[Style]) -> Style:
+    """A held-out client: a background and mixtures of its own, every word one that a training client uses."""
+    rng = stream(seed, "captions/unseen", client=number)
+    ground = random_ground(TEXTURES[int(rng.integers(len(TEXTURES)))], rng)
+    words = {concept: styles[int(rng.integers(len(styles)))].words[concept] for concept in WORDS}
+    sizes = len(CLASSES), len(INK), 3
+    return Style(ground, words, *(_mixture(size, rng, np.ones(size)) for size in sizes))
+
+
+def _subjects(
+    spec: PartitionSpec, clients: int, samples: int, seed: int, styles: list[Style], minority: float
+) -> tuple[list[int], list[Digits | None]]:
+    """How many canvases every client has, and their subjects where the partition decides on them."""
+    if spec.name in ("dirichlet", "classes"):
+        labels = np.arange(samples) % len(CLASSES)
+        parts = share_out(spec, labels, clients, seed, class_count=len(CLASSES))
+        return [len(part) for part in parts], [labels[part] for part in parts]
+    few = max(1, round(minority * samples)) if minority else 0
+    others = clients - bool(few)
+    sizes = [len(part) for part in np.array_split(np.arange(samples - few), others)] + [few] * bool(few)
+    if min(sizes) < 1:
+        raise UserError(
+            f'data set "captions": {clients} clients are more than {samples} canvases can serve; take fewer clients or '
+            "more --train-samples"
+        )
+    return sizes, [None] * clients
+
+
+def _canvases(
+    styles: list[Style],
+    count: int,
+    subjects: Digits | None,
+    pool: Digits,
+    labels: Digits,
+    rng: np.random.Generator,
+    prefix: str,
+) -> Split:
+    """``count`` canvases, the styles in turn; of digits in the rows ``pool`` of the digits' set, whose classes are
+    ``labels``."""
+    by_class = [pool[labels[pool] == label] for label in range(len(CLASSES))]
+    images = np.empty((count, 3, SIDE, SIDE), dtype=np.uint8)
+    masks = np.empty((count, SIDE, SIDE), dtype=np.bool_)
+    shown = np.empty(count, dtype=np.int64)
+    texts = []
+    for i in range(count):
+        style = styles[i % len(styles)]
+        number = 1 + int(rng.choice(3, p=style.counts))
+        classes = rng.choice(len(CLASSES), size=number, p=style.digits)
+        if subjects is not None:
+            classes[0] = subjects[i]
+        inks = [tuple(INK)[ink] for ink in rng.choice(len(INK), size=number, p=style.inks)]
+        cells = rng.permutation(4)[:number]
+        placed = [
+            Placed(int(rng.choice(by_class[label])), ink, int(cell), OTHER if j else SUBJECT)
+            for j, (label, ink, cell) in enumerate(zip(classes, inks, cells, strict=True))
+        ]
+        images[i], masks[i] = draw(style.ground, placed, rng)
+        shown[i] = classes[0]
+        texts.append(_caption(style.words, classes, inks, cells))
+    return Split(
+        torch.from_numpy(images),
+        torch.from_numpy(shown),
+        torch.from_numpy(masks),
+        tuple(f"{prefix}/{i}".replace("/-1/", "/") for i in range(count)),
+        texts=tuple(texts),
+    )
+
+
+def _caption(words: dict[str, str], classes: Digits, inks: list[str], cells: Any) -> str:
+    """``a red three above a blue seven and left of a green one``."""
+    things = [
+        words["thing"].format(colour=words[ink], digit=words[CLASSES[label]])
+        for label, ink in zip(classes, inks, strict=True)
+    ]
+    (row, column), subject = divmod(int(cells[0]), 2), things[0]
+    place = words[f"place {int(cells[0])}"]
+    if len(things) == 1:
+        return f"{words['opening']} {subject} {place}".strip()
+    said = []
+    diagonal = False
+    for thing, cell in zip(things[1:], cells[1:], strict=True):
+        down, right = divmod(int(cell), 2)
+        if column == right:
+            said.append(f"{words['above' if row < down else 'below']} {thing}")
+        elif row == down:
+            said.append(f"{words['left' if column < right else 'right']} {thing}")
+        else:  # neither above nor beside: both are said to be in their corners
+            diagonal = True
+            said.append(f"with {thing} {words[f'place {int(cell)}']}")
+    return f"{words['opening']} {subject} {place + ' ' if diagonal else ''}{' and '.join(said)}".strip()
