@@ -5,6 +5,7 @@ from fedkern.engine.events import Listener, RunInfo, Terminated
 from fedkern.engine.records import read_metrics, read_summary
 from fedkern.engine.run import load_data, run
 from fedkern.engine.saved import read_model
+from fedkern.engine.shown import read as read_shown
 
 __all__ = [
     "Listener",
@@ -14,6 +15,7 @@ __all__ = [
     "load_data",
     "read_metrics",
     "read_model",
+    "read_shown",
     "read_summary",
     "run",
 ]

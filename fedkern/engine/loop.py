@@ -18,9 +18,11 @@ from fedkern.engine.evaluate import evaluate, gradcam, test_sets
 from fedkern.engine.events import Listener, RunInfo
 from fedkern.engine.ledger import Ledger
 from fedkern.engine.local import Diverged
+from fedkern.engine.privacy import privacy_figures
 from fedkern.engine.samples import TestSet
 from fedkern.engine.saved import write_model
 from fedkern.engine.serial import Client, Exchange, Server, sample_clients
+from fedkern.engine.shown import Gallery, Shown
 from fedkern.engine.state import fingerprint
 from fedkern.errors import UserError
 from fedkern.methods import registry
@@ -68,6 +70,7 @@ class Run:
             self.method.check(Client(self.bench, k, {}))
         self.method.start(self.server)
         self._plan = [entry for entry in self.method.rounds(self.bench.federation) if not entry.one_off]
+        self.gallery = Gallery(self.out, len(self._plan))
 
     # -- the whole run ---------------------------------------------------------------------------------------------
 
@@ -124,6 +127,7 @@ class Run:
         shown = index if entry.one_off else index + 1
         self.listener.on_round_start(shown, entry.name, participants)
         self._round = {"clients": {}, "dropped": set(), "shown": shown}
+        self.server.showing = not entry.one_off and self.gallery.wants(shown)
         phases = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0}
         sent = self.ledger.total_up, self.ledger.total_down
         for exchange_name in entry.exchanges:
@@ -143,6 +147,9 @@ class Run:
                 raise UserError(f"Every client of round {index + 1} diverged: lower --lr, or set --clip-norm.")
         self._clients.clear()
         self.server.scratch.clear()
+        for name, (value, axes) in self.server.shown.items():
+            self.gallery.add(Shown(name, shown, value, axes))
+        self.server.shown.clear()
         self._evaluated = False
         if entry.one_off:
             return
@@ -243,6 +250,7 @@ class Run:
     def _commit(self, data: int) -> None:
         begun = time.perf_counter()
         info = self._info(data)
+        self.gallery.write()
         self.checkpoints.commit(round=self.done, plan=self.planned, server=self.server.state, info=info)
         self._add_phases({"checkpoint": time.perf_counter() - begun})
 
@@ -278,6 +286,7 @@ class Run:
             )
         self.server.state = self.checkpoints.server_state()
         self.done, self.planned = entry["round"], entry["plan"]
+        self.gallery.restore(self.done)
         self.ledger = Ledger(self.config.clients, **info["ledger"])
         self.observed = diagnostics.Observations(info["observed"])
         self.bench.warnings = dict(info["warnings"])
@@ -304,6 +313,8 @@ class Run:
         if not self._evaluated:  # resumed after the last round
             self._evaluate(network)
         metrics = {**self.latest, **self._gradcam(network), **self.server.report}
+        private = privacy_figures(self.method, self.server, self.checkpoints.client_state, self.config.clients)
+        metrics.update({name: private[name] for name in ("epsilon", "delta") if name in private})
         flat = self.bench.is_flat(network)
         warn = self.bench.warn
         for found in (
@@ -333,6 +344,8 @@ class Run:
             "diagnostics": self.bench.warnings,
             "versions": records.versions(),
         }
+        if private:
+            summary["privacy"] = private
         records.write_summary(self.out, summary)
         self.checkpoints.amend(self._info(data, finished=True))
         self.listener.on_end(summary)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from fedkern.engine.config import RunConfig
 from fedkern.engine.local import Context, Diverged, Schedule, train
 from fedkern.engine.network import Trainable
 from fedkern.engine.samples import Bank, Samples
+from fedkern.engine.shown import prepared
 from fedkern.errors import UserError
 from fedkern.methods.base import Batch, Message, Objective, Round, Step, Upload
 from fedkern.streams import stream
@@ -165,6 +166,8 @@ class Server(_Place):
         super().__init__(bench)
         self.federation = bench.federation
         self.state: dict[str, Any] = {} if state is None else state
+        self.showing = False  # whether what is shown in this round is kept
+        self.shown: dict[str, tuple[Tensor, tuple[str, str]]] = {}
 
     def build(self, *, model: str | None = None, width: int | None = None, classes: int | None = None) -> Any:
         return self._bench.place(self._bench.build(model=model, width=width, classes=classes))
@@ -186,6 +189,10 @@ class Server(_Place):
 
     def accumulator(self, size: int) -> Any:
         return ops.Accumulator(size)
+
+    def show(self, name: str, value: Tensor | Callable[[], Tensor], axes: tuple[str, str] = ("", "")) -> None:
+        if self.showing:
+            self.shown[name] = prepared(name, value if isinstance(value, Tensor) else value()), axes
 
     def refuse(self, client: int, reason: str) -> None:
         if self._bench.config.on_nan == "stop":

@@ -34,6 +34,7 @@ from fedkern.methods.protocol import (
     Upload,
 )
 from fedkern.methods.registry import METHODS, get, register
+from fedkern.privacy import Guarantee
 
 VECTORS = ("parameters", "buffers", "integers")
 """A network as flat vectors in a message or state: fp32 [P], fp32 [Q], int64 [R]; the last two where they travel."""
@@ -132,6 +133,10 @@ class Method:
     def diagnose(self, observed: Mapping[str, Observed]) -> dict[str, str]:
         """Named one-sentence warnings from the run's observations (what ``loss`` returned beside the loss)."""
         return {}
+
+    def guarantee(self, server: Server) -> Guarantee | None:
+        """What its differential privacy covers, at the end of the run; None where the options ask for none."""
+        return None
 
 
 class LocalTraining(Objective, Method):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -234,7 +234,8 @@ class Client(Place, Protocol):
 
     Attributes:
         labels: int64 [n], on the CPU.
-        state: outlives the round; tensors, numbers, strings and dicts of such, read back on the CPU.
+        state: outlives the round; tensors, numbers, strings and dicts of such, read back on the CPU.  A private method
+            keeps the ``state`` of the client's :class:`fedkern.privacy.Accountant` under ``fedkern.privacy.LEDGER``.
         scratch: lives between the exchanges of a round and may vanish.
         report: named figures of the client in the round's record.
     """
@@ -354,6 +355,20 @@ class Server(Place, Protocol):
 
     def accumulator(self, size: int) -> Any:
         """A streaming weighted mean over vectors of ``size`` elements."""
+        ...
+
+    def show(self, name: str, value: Tensor | Callable[[], Tensor], axes: tuple[str, str] = ("", "")) -> None:
+        """Offers something to look at; of a few rounds of the run it is kept and becomes ``<name>.png``.
+
+        Args:
+            name: lower-case letters, digits and underscores; shown again in the same round it replaces the earlier one.
+            value: images in [0, 1], fp ``[n, C, H, W]``, or a table, fp ``[rows, columns]``; or what makes them, called
+                only in a round that is kept.
+            axes: what the rows and the columns of a table are, for example ``("client", "class")``.
+
+        Raises:
+            ValueError: another shape, or a name that does not make a file's.
+        """
         ...
 
     def refuse(self, client: ClientId, reason: str) -> None:

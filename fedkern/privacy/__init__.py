@@ -6,5 +6,6 @@ Accounting needs the packages of the extra ``privacy``; the attack needs nothing
 from __future__ import annotations
 
 from fedkern.privacy.accounting import Accountant, Figure, least_noise, need_accounting
+from fedkern.privacy.guarantee import LEDGER, Guarantee
 
-__all__ = ["Accountant", "Figure", "least_noise", "need_accounting"]
+__all__ = ["LEDGER", "Accountant", "Figure", "Guarantee", "least_noise", "need_accounting"]

@@ -1,0 +1,107 @@
+"""What a method shows of itself: images and tables of a few rounds, kept in the run folder for the report."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedkern.engine import state
+from fedkern.errors import UserError
+
+FILE = "shown.safetensors"
+ROUNDS = 8  # at most so many rounds of a run are shown, whatever its length
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One thing shown in one round.
+
+    Attributes:
+        name: what it is, the stem of its picture's file.
+        round: how many communication rounds were done then.
+        value: uint8 ``[n, C, H, W]`` (images) or fp32 ``[rows, columns]`` (a table).
+        axes: what a table's rows and columns are, for example ``("client", "class")``.
+    """
+
+    name: str
+    round: int
+    value: Tensor
+    axes: tuple[str, str]
+
+
+def prepared(name: str, value: Tensor) -> Tensor:
+    """A copy of ``value`` on the CPU as it is kept: images in [0, 1] as uint8, tables as fp32.
+
+    Raises:
+        ValueError: it is neither ``[n, C, H, W]`` nor ``[rows, columns]``, or the name is not of lower-case letters,
+            digits and underscores.
+    """
+    if not _NAME.fullmatch(name):
+        raise ValueError(f'show: expected a name of lower-case letters, digits and underscores, given "{name}"')
+    value = value.detach().float().cpu()
+    if value.dim() == 2:
+        return value.clone(memory_format=torch.contiguous_format)
+    if value.dim() == 4:
+        # Of channels that are no colours (four sequences of magnetic resonance) the first is seen.
+        value = value if value.shape[1] in (1, 3) else value[:, :1]
+        return (value.nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8).contiguous()
+    raise ValueError(f"show: expected {name} to be images [n, C, H, W] or a table, given {list(value.shape)}")
+
+
+class Gallery:
+    """Everything a run has shown so far.
+
+    Which rounds are kept depends on the plan alone, so a resumed run shows what an uninterrupted one does.
+
+    Args:
+        out: the run folder.
+        rounds: communication rounds of the plan.
+    """
+
+    def __init__(self, out: Path, rounds: int) -> None:
+        self.path = out / FILE
+        self._wanted = {1, *(-(-rounds * j // ROUNDS) for j in range(1, ROUNDS + 1))}
+        self._entries: list[Shown] = []
+        self._changed = False
+
+    def wants(self, round: int) -> bool:
+        """Whether what is shown in this round, from 1, is kept."""
+        return round in self._wanted
+
+    def add(self, shown: Shown) -> None:
+        """Takes in what was shown in a round that is wanted."""
+        self._entries.append(shown)
+        self._changed = True
+
+    def restore(self, round: int) -> None:
+        """Reads the file again and forgets what came after ``round``."""
+        self._entries = [entry for entry in read(self.path.parent) if entry.round <= round]
+
+    def write(self) -> None:
+        """Writes the file, completely or not at all, where there is something new."""
+        if not self._changed:
+            return
+        rows = [[entry.name, entry.round, entry.value, list(entry.axes)] for entry in self._entries]
+        state.save(self.path, {"shown": rows})
+        self._changed = False
+
+
+def read(out: Path | str) -> list[Shown]:
+    """What a run has shown, in the order of its rounds; empty where it showed nothing.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = Path(out) / FILE
+    if not path.exists():
+        return []
+    try:
+        rows = state.load(path)["shown"]
+        return [Shown(str(name), int(round), value, (axes[0], axes[1])) for name, round, value, axes in rows]
+    except (ValueError, KeyError, TypeError, IndexError):
+        raise UserError(f"{path} is damaged: delete it, only pictures are lost.") from None

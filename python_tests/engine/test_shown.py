@@ -1,0 +1,138 @@
+"""What a method shows and what it says of its privacy: kept in the run folder, the same after a kill and a resume."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from fedkern.engine import Listener, RunConfig, read_shown, run, shown
+from fedkern.engine.shown import Gallery, Shown, prepared
+from fedkern.errors import UserError
+from fedkern.methods import METHODS, register
+from fedkern.methods.fedavg import FedAvg
+from fedkern.privacy import LEDGER, Accountant, Guarantee
+
+
+class Telling(FedAvg):
+    """FedAvg that shows its step's number and releases something."""
+
+    made = 0
+
+    def client_update(self, client, step, message):
+        accountant = Accountant(client.state.get(LEDGER))
+        accountant.gaussian("noise", 10.0 + client.id)
+        client.state[LEDGER] = accountant.state
+        return super().client_update(client, step, message)
+
+    def server_update(self, server, step, uploads):
+        super().server_update(server, step, uploads)
+
+        def images():
+            type(self).made += 1
+            return torch.full((2, 3, 4, 4), (step.round + 1) / 100)
+
+        server.show("generated", images)
+        server.show("weights", torch.arange(6.0).view(3, 2) + step.round, axes=("client", "class"))
+
+    def guarantee(self, server):
+        return Guarantee(1e-5, covers=("the noise",), leaves=("the parameters", "the labels"))
+
+
+@pytest.fixture
+def telling():
+    register("telling")(Telling)
+    Telling.made = 0
+    yield Telling
+    METHODS.pop("telling")
+
+
+class Stop(BaseException):
+    pass
+
+
+class Cut(Listener):
+    def __init__(self, rounds):
+        self.left = rounds
+
+    def on_round(self, record):
+        self.left -= 1
+        if self.left < 0:
+            raise Stop
+
+
+def test_a_few_rounds_are_kept_and_a_resumed_run_keeps_the_same(telling, make_data, make_config, tmp_path):
+    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install 'fedkern[privacy]')")
+    data, config = make_data(), make_config("telling", rounds=12, checkpoint_every=3, eval_every=12)
+    summary = run(config, out=tmp_path / "whole", data=data)
+    entries = read_shown(tmp_path / "whole")
+    images = [entry for entry in entries if entry.name == "generated"]
+    rounds = [entry.round for entry in images]
+    assert rounds[0] == 1
+    assert rounds[-1] == 12
+    assert 2 <= len(rounds) <= shown.ROUNDS + 1
+    assert telling.made == len(rounds)  # nothing is made that nobody keeps
+    for entry in images:
+        assert entry.value.dtype == torch.uint8
+        assert torch.equal(entry.value, torch.full((2, 3, 4, 4), round(255 * entry.round / 100), dtype=torch.uint8))
+    tables = [entry for entry in entries if entry.name == "weights"]
+    assert [entry.round for entry in tables] == rounds
+    assert torch.equal(tables[-1].value, torch.arange(6.0).view(3, 2) + 11)
+    assert tables[-1].axes == ("client", "class")
+
+    for cut in (0, 7):
+        out = tmp_path / f"cut{cut}"
+        with pytest.raises(Stop):
+            run(config, out=out, data=data, listener=Cut(cut))
+        again = run(RunConfig.load(out), out=out, resume=True, data=data)
+        assert (out / shown.FILE).read_bytes() == (tmp_path / "whole" / shown.FILE).read_bytes()
+        assert again["privacy"] == summary["privacy"]
+
+    private = json.loads((tmp_path / "whole" / "summary.json").read_text())["privacy"]
+    expected = Accountant()
+    expected.gaussian("noise", 10.0, steps=12)
+    assert private["epsilon"] == pytest.approx(expected.epsilon(1e-5), rel=1e-12)  # client 0 has the least noise
+    assert summary["metrics"]["epsilon"] == private["epsilon"] == private["channels"]["noise"]
+    assert summary["metrics"]["delta"] == 1e-5
+    assert private["clients"]["2"]["epsilon"] < private["clients"]["1"]["epsilon"] < private["epsilon"]
+    assert private["statement"].endswith("covers the noise, but not the parameters and the labels.")
+
+
+def test_who_shows_nothing_leaves_no_file(make_data, make_config, tmp_path):
+    summary = run(make_config("fedavg", rounds=1), out=tmp_path / "run", data=make_data())
+    assert not (tmp_path / "run" / shown.FILE).exists()
+    assert read_shown(tmp_path / "run") == []
+    assert "privacy" not in summary
+    assert "epsilon" not in summary["metrics"]
+
+
+def test_every_round_of_a_short_run_is_wanted(tmp_path):
+    assert [r for r in range(1, 6) if Gallery(tmp_path, 5).wants(r)] == [1, 2, 3, 4, 5]
+    assert not Gallery(tmp_path, 5).wants(-1)
+    many = [r for r in range(1, 1001) if Gallery(tmp_path, 1000).wants(r)]
+    assert many == [1, 125, 250, 375, 500, 625, 750, 875, 1000]
+
+
+def test_what_cannot_be_shown():
+    for name, value in (("Bad name", torch.zeros(2, 2)), ("../up", torch.zeros(2, 2)), ("cube", torch.zeros(2, 2, 2))):
+        with pytest.raises(ValueError, match="show: expected"):
+            prepared(name, value)
+    assert prepared("mri", torch.rand(2, 4, 3, 3)).shape == (2, 1, 3, 3)
+    found = prepared("odd", torch.tensor([[-1.0, 2.0, math.nan, 0.5]]).view(1, 1, 2, 2))
+    assert found.flatten().tolist() == [0, 255, 0, 128]
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    gallery = Gallery(tmp_path, 1)
+    gallery.add(Shown("a", 1, torch.zeros(1, 1), ("", "")))
+    gallery.write()
+    assert len(read_shown(tmp_path)) == 1
+    (tmp_path / shown.FILE).write_bytes(b"not safetensors")
+    with pytest.raises(UserError, match=r"shown\.safetensors is damaged: delete it"):
+        read_shown(tmp_path)
+
+
+def test_no_noise_is_said_in_words():
+    text = Guarantee(1e-5, covers=("a", "b", "c")).statement(math.inf)
+    assert text.startswith("No finite epsilon at delta 1e-05")
+    assert text.endswith("covers a, b and c.")

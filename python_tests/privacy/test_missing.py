@@ -1,0 +1,16 @@
+"""A missing package ends in one sentence that names the extra."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from fedkern.errors import UserError
+from fedkern.privacy import need_accounting
+
+
+def test_dp_accounting(monkeypatch):
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    with pytest.raises(UserError, match=r"pip install 'fedkern\[privacy\]'"):
+        need_accounting()
