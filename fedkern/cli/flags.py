@@ -23,13 +23,13 @@ COMMANDS = {
     "doctor": "show versions, processor, GPU, and which backend serves which operator",
 }
 
-OPTIMISER = ("lr", "lr_decay", "lr_steps", "lr_step_factor", "momentum", "weight_decay", "clip_norm")
+OPTIMISER = ("optimizer", "lr", "lr_decay", "lr_steps", "lr_step_factor", "momentum", "weight_decay", "clip_norm")
 # Where a flag stands in the help; a setting that is not named here goes under the last heading.
 GROUPS: dict[str, tuple[str, ...]] = {
     "data": ("data", "data_root", "train_samples", "public_samples", "partition", "correlation", "augment"),
-    "federation": ("clients", "sample_fraction", "rounds", "buffers", "on_nan"),
-    "local training": ("local_epochs", "batch_size", *OPTIMISER),
-    "model": ("model", "width"),
+    "federation": ("clients", "held_out_client", "client_test", "sample_fraction", "rounds", "buffers", "on_nan"),
+    "local training": ("local_epochs", "local_steps", "batch_size", *OPTIMISER),
+    "model": ("model", "width", "image_encoder", "text_encoder"),
     "run": (),
 }
 METAVARS = {
@@ -38,6 +38,8 @@ METAVARS = {
     "clients": "N",
     "rounds": "R",
     "local_epochs": "E",
+    "local_steps": "S",
+    "held_out_client": "K",
     "seed": "S",
     "lr_steps": "E,...",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from fedkern.engine.config import RunConfig
 from fedkern.engine.network import Network, place
 from fedkern.engine.samples import CACHE_BYTES, ClientData, Pixels, Samples
 from fedkern.methods.base import Federation, Message
+from fedkern.models.vocabulary import split_words
 
 
 class Bench:
@@ -21,7 +23,13 @@ class Bench:
     One network trains, one is the frozen global copy, one is the server's; each is made on first use and reused.
     """
 
-    def __init__(self, config: RunConfig, data: Any, notice: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        data: Any,
+        notice: Callable[[str], None] | None = None,
+        pair: dict[str, Any] | None = None,
+    ) -> None:
         self.config, self.data = config, data
         self._notice = notice
         self.device = torch.device(config.device)
@@ -35,6 +43,8 @@ class Bench:
         self._frozen_key: tuple[Any, ...] = ()
         self._initial_buffers: Message | None = None
         self._public: Samples | None = None
+        self._tokeniser: Any = None
+        self._pair = pair
         self.uploaded: list[Message] = []  # every client's raw data, where they are put together
 
     def _federation(self) -> Federation:
@@ -47,13 +57,17 @@ class Bench:
 
     def pool(self) -> None:
         """Puts the data of all clients together, for a method that is not federated."""
-        self.uploaded = [{"images": split.images, "labels": split.labels} for split in self.data.clients]
+        self.uploaded = [
+            {"images": split.images, "labels": split.labels, "texts": split.texts} for split in self.data.clients
+        ]
         self.data = self.data.pooled()
         self.federation = self._federation()
 
     def build(self, *, model: str | None = None, width: int | None = None, classes: int | None = None) -> nn.Module:
         """A freshly initialised network from the run's own stream, always the same; on the CPU."""
         channels, *sides = self.data.image_shape
+        if model is None and self.data.task == "retrieval":
+            return models.build_pair(**self.pair, seed=self.config.seed)
         own = model is None or model == self.config.model
         return models.build(
             self.config.model if model is None else model,
@@ -63,6 +77,51 @@ class Bench:
             seed=self.config.seed,
             width=self.config.width if width is None and own else width,
         )
+
+    @property
+    def model_name(self) -> str:
+        """What the run trains: the network's name, or those of its two encoders."""
+        config = self.config
+        pair = self.data.task == "retrieval"
+        return f"{config.image_encoder}+{config.text_encoder}" if pair else config.model
+
+    @property
+    def pair(self) -> dict[str, Any]:
+        """What ``build_pair`` makes the network of image-text data from; a vocabulary is learnt from clients' texts."""
+        if self._pair is None:
+            data, config = self.data, self.config
+            channels, *size = data.image_shape
+            words = config.text_encoder in models.TEXT_ENCODERS
+            self._pair = {
+                "image_encoder": config.image_encoder,
+                "text_encoder": config.text_encoder,
+                "channels": channels,
+                "image_size": size,
+                "mean": list(data.mean),
+                "std": list(data.std),
+                "vocabulary": list(self._vocabulary(config.text_encoder)) if words else None,
+                "width": config.width,
+            }
+        return self._pair
+
+    def _vocabulary(self, kind: Any) -> tuple[str, ...]:
+        texts = (text for split in self.data.clients for text in split.texts or ())
+        return models.learn_vocabulary(texts, kind).tokens
+
+    def words(self) -> tuple[list[Message], Message] | None:
+        """What the shared vocabulary costs: every client's words and how often it has them, and the vocabulary."""
+        if self.data.task != "retrieval" or self.pair["vocabulary"] is None:
+            return None
+        counts = [Counter(word for text in split.texts for word in split_words(text)) for split in self.data.clients]
+        return [{"words": list(c), "counts": list(c.values())} for c in counts], {"words": self.pair["vocabulary"]}
+
+    def tokens(self, split: Any) -> Any:
+        """The tokens of a split's texts, where there are texts; on the run's device."""
+        if getattr(split, "texts", None) is None:
+            return None
+        if self._tokeniser is None:
+            self._tokeniser = self.network("server").module.tokenize
+        return self._tokeniser(split.texts).to(self.device)
 
     def place(self, module: nn.Module) -> nn.Module:
         """Moves a module to the run's device."""
@@ -75,7 +134,7 @@ class Bench:
         if self._public is None and data.public is not None:
             augment = self.config.augment or data.augment
             pixels = Pixels(data.public.images, data.mean, data.std, self.device, cache=self.cache, augment=augment)
-            self._public = Samples(pixels, data.public.labels, self.device)
+            self._public = Samples(pixels, data.public.labels, self.device, self.tokens(data.public))
         return self._public
 
     def network(self, name: str) -> Network:
@@ -105,7 +164,8 @@ class Bench:
         if client not in self._clients:
             data = self.data
             augment = self.config.augment or data.augment
-            made = ClientData(data.clients[client], data.mean, data.std, self.device, augment, self.cache)
+            split = data.clients[client]
+            made = ClientData(split, data.mean, data.std, self.device, augment, self.cache, self.tokens(split))
             if not self.cache:
                 self._clients.clear()  # one client's images at a time
             self._clients[client] = made

@@ -21,6 +21,7 @@ from fedkern.errors import UserError, nearest
 from fedkern.methods import registry
 from fedkern.methods.options import Knob, knobs, option
 from fedkern.models import MODELS
+from fedkern.models.towers import IMAGE_ENCODERS, TEXT_ENCODERS
 
 NAME = "config.toml"
 
@@ -43,11 +44,23 @@ class RunConfig:
     correlation: float | None = option(
         None, "how strongly the background colour tells the class", low=0, high=1, type=float
     )
+    held_out_client: int | None = option(
+        None, "client that never trains; its data become the test set unseen", low=0, type=int
+    )
+    client_test: float = option(
+        COMMON["client_test"], "share of every client's samples set aside as its own test set", low=0, high=0.9
+    )
     sample_fraction: float = option(1.0, "share of the clients that takes part in a round", above=0, high=1)
     rounds: int = option(COMMON["rounds"], "communication rounds", low=1)
     local_epochs: int = option(COMMON["local_epochs"], "epochs a client trains per round", low=1)
+    local_steps: int | None = option(
+        None, "optimiser steps a client trains per round, instead of local epochs", low=1, type=int
+    )
     batch_size: int = option(COMMON["batch_size"], "samples per mini-batch", low=1)
-    lr: float = option(COMMON["lr"], "learning rate of the clients' SGD", above=0)
+    optimizer: str = option(
+        COMMON["optimizer"], "optimiser of the clients, new in every exchange", choices=("sgd", "adamw")
+    )
+    lr: float = option(COMMON["lr"], "learning rate of the clients' optimiser", above=0)
     lr_decay: float = option(1.0, "factor on the learning rate after every round", above=0, high=1)
     lr_steps: str | None = option(
         None,
@@ -56,10 +69,18 @@ class RunConfig:
     )
     lr_step_factor: float = option(0.1, "factor on the learning rate at each of the lr-steps", above=0, high=1)
     momentum: float = option(COMMON["momentum"], "momentum of the clients' SGD", low=0, high=1)
-    weight_decay: float = option(COMMON["weight_decay"], "weight decay of the clients' SGD", low=0)
+    weight_decay: float = option(COMMON["weight_decay"], "weight decay of the clients' optimiser", low=0)
     clip_norm: float = option(0.0, "largest gradient norm of a step; 0 clips nothing", low=0)
     model: str = option(COMMON["model"], "network: " + ", ".join(MODELS))
-    width: int | None = option(None, "channels of the network's first stage", low=1, type=int)
+    width: int | None = option(
+        None, "channels of the network's first stage, or of a token of the built-in encoders", low=1, type=int
+    )
+    image_encoder: str = option(
+        COMMON["image_encoder"], "image-text data: " + ", ".join(IMAGE_ENCODERS) + ", or a transformers model's folder"
+    )
+    text_encoder: str = option(
+        COMMON["text_encoder"], "image-text data: " + ", ".join(TEXT_ENCODERS) + ", or a transformers model's folder"
+    )
     augment: str | None = option(
         None, "augmentation of training images instead of the data set's", choices=tuple(AUGMENTATIONS), type=str
     )
@@ -95,6 +116,11 @@ class RunConfig:
             object.__setattr__(self, "lr_steps", ",".join(str(epoch) for epoch in self.lr_epochs))
         if self.momentum >= 1:
             raise UserError("--momentum must be below 1; at 1 the velocity never decays.")
+
+    @property
+    def trained_clients(self) -> int:
+        """The clients that take part in the training."""
+        return self.clients - (self.held_out_client is not None)
 
     @property
     def lr_epochs(self) -> tuple[int, ...]:
@@ -142,6 +168,10 @@ class RunConfig:
             raise UserError(
                 f"--rounds is not for {method}, a one-shot method whose plan has the rounds it needs: give a client's "
                 "whole budget with --local-epochs."
+            )
+        if kind.one_shot and "local_steps" in given:
+            raise UserError(
+                f"--local-steps is not for {method}, a one-shot method: give its budget with --local-epochs."
             )
         base = {**defaults(method, str(given.get("data", default_data(method)))), **given}
         if kind.one_shot:

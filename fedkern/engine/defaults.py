@@ -13,9 +13,13 @@ COMMON: Mapping[str, Any] = {
     "rounds": 20,
     "local_epochs": 2,
     "batch_size": 32,
+    "optimizer": "sgd",
     "lr": 0.05,
     "momentum": 0.9,
     "weight_decay": 0.0,
+    "image_encoder": "conv",
+    "text_encoder": "words",
+    "client_test": 0.0,
 }
 
 DATA: Mapping[str, Mapping[str, Any]] = {

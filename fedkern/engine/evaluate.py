@@ -10,6 +10,8 @@ from fedkern import models
 from fedkern.engine.samples import TestSet
 from fedkern.methods.base import Method
 
+CLIENT_FIGURES = ("accuracy", "i2t_r1", "i2t_r5", "t2i_r1", "t2i_r5")
+
 
 def test_sets(bench: Any) -> dict[str, TestSet]:
     """The test sets by metric prefix (``""``, ``"id_"``, ``"ood_"``), and ``"validation_"``."""
@@ -17,7 +19,35 @@ def test_sets(bench: Any) -> dict[str, TestSet]:
     splits = {f"{name}_" if name else "": split for name, split in data.tests.items()}
     if len(data.validation):
         splits["validation_"] = data.validation
-    return {prefix: TestSet(split, data.mean, data.std, bench.device, bench.cache) for prefix, split in splits.items()}
+    return {prefix: _test_set(bench, split) for prefix, split in splits.items()}
+
+
+def client_sets(bench: Any) -> list[TestSet]:
+    """Every client's own test set, where clients have one."""
+    return [_test_set(bench, split) for split in bench.data.client_tests]
+
+
+def _test_set(bench: Any, split: Any) -> TestSet:
+    tokens = bench.tokens(split)
+    return TestSet(split, bench.data.mean, bench.data.std, bench.device, bench.cache, tokens=tokens)
+
+
+def evaluate_clients(method: Method, network: nn.Module, sets: list[TestSet]) -> dict[str, float]:
+    """The method's figures on every client's own test set, as ``mean_client_...`` and ``worst_client_...``.
+
+    ``loss``, and the figures that are fractions; the worst client is the one with the largest loss, or the smallest
+    fraction.
+    """
+    if not sets:
+        return {}
+    each = [method.evaluate_own(network, data, k) for k, data in enumerate(sets)]
+    metrics: dict[str, float] = {}
+    for name in each[0]:
+        if name == "loss" or name in CLIENT_FIGURES:
+            values = [float(own[name]) for own in each]
+            metrics[f"mean_client_{name}"] = sum(values) / len(values)
+            metrics[f"worst_client_{name}"] = max(values) if name == "loss" else min(values)
+    return metrics
 
 
 def evaluate(method: Method, network: nn.Module, sets: dict[str, TestSet]) -> dict[str, float]:

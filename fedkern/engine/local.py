@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedkern.engine.network import Network, Trainable
+from fedkern.engine.network import Network, Part, Trainable
 from fedkern.engine.samples import ClientData, batch_plan
-from fedkern.methods.base import Batch, Message, Objective, Step
+from fedkern.methods.base import Message, Objective, Step
 
 if TYPE_CHECKING:
     from fedkern.engine.serial import Client
@@ -33,6 +34,8 @@ class Schedule:
         lr: learning rate, before any of the steps.
         steps: epochs of the whole run, counted from 0, from which on the rate is ``factor`` times what it was.
         first: the run's epoch that this exchange begins with.
+        limit: optimiser steps of the exchange, whatever the epochs they take; None is all of ``epochs``.
+        optimizer: ``"sgd"``, or ``"adamw"`` with betas of 0.9 and 0.999, which begins anew in every exchange.
     """
 
     lr: float
@@ -44,6 +47,8 @@ class Schedule:
     steps: tuple[int, ...] = ()
     factor: float = 0.1
     first: int = 0
+    limit: int | None = None
+    optimizer: str = "sgd"
 
     def lr_at(self, epoch: int) -> float:
         """The learning rate of the exchange's ``epoch``, from 0."""
@@ -77,7 +82,7 @@ class Context:
         return self.frozen()
 
 
-def sgd(network: Network | Trainable, velocity: Tensor | None, schedule: Schedule, lr: float) -> Tensor | None:
+def sgd(network: Network | Part | Trainable, velocity: Tensor | None, schedule: Schedule, lr: float) -> Tensor | None:
     """One step of SGD with momentum on flat vectors, as ``torch.optim.SGD`` does it; returns the velocity."""
     theta, gradient = network.parameters, network.gradients
     if schedule.weight_decay:
@@ -92,16 +97,54 @@ def sgd(network: Network | Trainable, velocity: Tensor | None, schedule: Schedul
     return velocity
 
 
+def stepper(network: Network | Part | Trainable, schedule: Schedule) -> Callable[[float], None]:
+    """What applies the gradients of one batch: a function of the learning rate."""
+    if schedule.optimizer == "adamw":
+        vector = network.parameters.detach()  # one tensor over the same memory, so that one kernel does it all
+        vector.grad = network.gradients
+        adam = torch.optim.AdamW([vector], lr=schedule.lr, weight_decay=schedule.weight_decay, fused=True)
+
+        def apply(lr: float) -> None:
+            adam.param_groups[0]["lr"] = lr
+            adam.step()
+
+        return apply
+    velocity: Tensor | None = None
+
+    def descend(lr: float) -> None:
+        nonlocal velocity
+        velocity = sgd(network, velocity, schedule, lr)
+
+    return descend
+
+
+def epochs(count: int, schedule: Schedule, rng: np.random.Generator) -> Iterator[list[np.ndarray]]:
+    """The batches of every epoch of an exchange, the last epoch cut where the limit of steps is reached."""
+    if schedule.limit is None:
+        for _ in range(schedule.epochs):
+            yield batch_plan(count, schedule.batch_size, rng)
+        return
+    left = schedule.limit
+    while left > 0:
+        plan = batch_plan(count, schedule.batch_size, rng)[:left]
+        left -= len(plan)
+        yield plan
+
+
 def train(
     client: Client,
     method: Objective,
     step: Step,
-    network: Network | Trainable,
+    network: Network | Part | Trainable,
     data: ClientData,
     received: Context,
     schedule: Schedule,
+    rows: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Trains ``network`` (a :class:`Network` already holding the received vectors) on the client's data.
+
+    Args:
+        rows: int64, the samples to train on; None for all.
 
     Returns:
         The means over all batches of ``loss`` and of whatever the method observed.
@@ -115,17 +158,18 @@ def train(
     orders = client.rng("batches", step)
     draws = client.rng("background", step)
     augmentation = client.rng("augmentation", step) if data.augment != "none" else None
-    velocity: Tensor | None = None
+    apply = stepper(network, schedule)
     totals: dict[str, float] = {}
     seen: dict[str, int] = {}
     done = 0
     adjusts = type(method).adjust_gradient is not Objective.adjust_gradient
-    for epoch in range(schedule.epochs):
-        rows: list[Tensor] = []
+    for epoch, plan in enumerate(epochs(len(data) if rows is None else len(rows), schedule, orders)):
+        observations: list[Tensor] = []
         names: list[tuple[str, ...]] = []
         lr = schedule.lr_at(epoch)
-        for indices in batch_plan(len(data), schedule.batch_size, orders):
-            batch = _batch(data, indices, step, epoch, augmentation)
+        for chosen in plan:
+            indices = chosen if rows is None else rows[chosen]
+            batch = data.batch(indices, step, epoch, augmentation)
             batch.drawn = method.draw(client, batch, draws)
             result = method.loss(network.module, batch, received)
             loss, observed = result if isinstance(result, tuple) else (result, {})
@@ -136,25 +180,13 @@ def train(
             squared = torch.dot(gradients, gradients)
             if schedule.clip_norm:
                 gradients.mul_(schedule.clip_norm / squared.sqrt().clamp_min(schedule.clip_norm))
-            velocity = sgd(network, velocity, schedule, lr)
-            rows.append(torch.stack([loss.detach(), squared, *observed.values()]))
+            apply(lr)
+            observations.append(torch.stack([loss.detach(), squared, *observed.values()]))
             names.append(tuple(observed))
-        done = _digest(client.id, step, rows, names, done, totals, seen)
+        done = _digest(client.id, step, observations, names, done, totals, seen)
     if not network.finite():
         raise Diverged(client.id, step.round, done, "the parameters are not finite")
     return {name: totals[name] / seen[name] for name in totals}
-
-
-def _batch(data: ClientData, indices: np.ndarray, step: Step, epoch: int, rng: np.random.Generator | None) -> Batch:
-    index = torch.from_numpy(indices).to(data.labels.device)
-    return Batch(
-        images=data.pixels.take(indices, rng),
-        labels=data.labels[index],
-        indices=indices,
-        step=step,
-        epoch=epoch,
-        augmented=rng is not None,
-    )
 
 
 def _digest(

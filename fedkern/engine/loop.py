@@ -14,7 +14,7 @@ from fedkern.engine import diagnostics, records
 from fedkern.engine.bench import Bench
 from fedkern.engine.checkpoint import Checkpoints
 from fedkern.engine.config import RunConfig
-from fedkern.engine.evaluate import evaluate, gradcam, test_sets
+from fedkern.engine.evaluate import client_sets, evaluate, evaluate_clients, gradcam, test_sets
 from fedkern.engine.events import Listener, RunInfo
 from fedkern.engine.ledger import Ledger
 from fedkern.engine.local import Diverged
@@ -38,7 +38,7 @@ class Run:
         if kind.pooled:
             bench.pool()
         self.method = kind(kind.Options.parse(config.options, method=config.method))
-        self.ledger = Ledger(config.clients)
+        self.ledger = Ledger(config.trained_clients)
         self.checkpoints = Checkpoints(out)
         self.metrics = records.Metrics(out)
         self.observed = diagnostics.Observations()
@@ -51,6 +51,7 @@ class Run:
         self.phases: dict[str, float] = {}
         self.dropped_since: list[dict[str, Any]] = []  # the last evaluated round
         self.sets: dict[str, TestSet] = {}
+        self.client_sets: list[TestSet] = []
         self._clients: dict[int, Client] = {}
         self._plan: list[Round] = []  # the communication rounds
         self._evaluated = False  # self.latest is of the present state
@@ -79,12 +80,11 @@ class Run:
         entry = self.checkpoints.open()
         if entry is None:
             self.metrics.truncate(0)
-            for k, raw in enumerate(self.bench.uploaded):
-                self.ledger.book(k, "up", raw, one_off=True)
+            self._book_beforehand()
         else:
             self._restore(entry, fingerprint_now)
         self.bench.uploaded.clear()
-        self.sets = test_sets(self.bench)
+        self.sets, self.client_sets = test_sets(self.bench), client_sets(self.bench)
         self._announce()
         for number, entry_round in enumerate(self.method.rounds(self.bench.federation)):
             if number < self.planned:
@@ -94,6 +94,16 @@ class Run:
             if entry_round.one_off or self.done % self.config.checkpoint_every == 0 or self.done == self._rounds:
                 self._commit(fingerprint_now)
         return self._finish(fingerprint_now)
+
+    def _book_beforehand(self) -> None:
+        """What travels before any round: raw data that are put together, and the words of a shared vocabulary."""
+        for k, raw in enumerate(self.bench.uploaded):
+            self.ledger.book(k, "up", raw, one_off=True)
+        words = self.bench.words() if any(entry.booked for entry in self._plan) else None
+        if words is not None:
+            for k, own in enumerate(words[0]):
+                self.ledger.book(k, "up", own, one_off=True)
+                self.ledger.book(k, "down", words[1], one_off=True)
 
     @property
     def _rounds(self) -> int:
@@ -206,7 +216,8 @@ class Run:
         return network
 
     def _evaluate(self, network: nn.Module) -> None:
-        self.latest = evaluate(self.method, network, self.sets)
+        own = evaluate_clients(self.method, network, self.client_sets)
+        self.latest = {**evaluate(self.method, network, self.sets), **own}
         self._evaluated = True
 
     def _add_report(self, record: dict[str, Any]) -> None:
@@ -287,7 +298,7 @@ class Run:
         self.server.state = self.checkpoints.server_state()
         self.done, self.planned = entry["round"], entry["plan"]
         self.gallery.restore(self.done)
-        self.ledger = Ledger(self.config.clients, **info["ledger"])
+        self.ledger = Ledger(self.config.trained_clients, **info["ledger"])
         self.observed = diagnostics.Observations(info["observed"])
         self.bench.warnings = dict(info["warnings"])
         self._told = set(self.bench.warnings)
@@ -333,7 +344,7 @@ class Run:
         summary: dict[str, Any] = {
             "method": self.config.method,
             "data": self.config.data,
-            "model": self.config.model,
+            "model": self.bench.model_name,
             "seed": self.config.seed,
             "rounds": self.done,
             "clients": self.config.clients,
@@ -360,7 +371,7 @@ class Run:
         data = self.bench.data
         channels, height, width = data.image_shape
         about = {
-            "model": self.config.model,
+            "model": self.bench.model_name,
             "width": self.config.width,
             "classes": list(data.classes),
             "channels": channels,
@@ -370,6 +381,8 @@ class Run:
             "method": self.config.method,
             "rounds": self.done,
         }
+        if data.task == "retrieval":
+            about["pair"] = self.bench.pair
         # What only the method can build again is told from a network of the run by this key.
         return about if flat else {**about, "samples": list(data.client_sizes)}
 
@@ -381,11 +394,13 @@ class Run:
 
 
 def data_fingerprint(data: Any) -> int:
-    """CRC-32 over all images and labels of a federation: a resumed run must see the same ones."""
+    """CRC-32 over all images, labels and texts of a federation: a resumed run must see the same ones."""
     value = 0
     public = () if data.public is None else (data.public,)
-    for split in (*data.clients, data.validation, *data.tests.values(), *public):
+    for split in (*data.clients, data.validation, *data.tests.values(), *public, *data.client_tests):
         for tensor in (split.images, split.labels, split.masks):
             if tensor is not None:
                 value = zlib.crc32(tensor.contiguous().numpy().reshape(-1).view("uint8").data, value)
+        if split.texts is not None:
+            value = zlib.crc32("\0".join(split.texts).encode(), value)
     return value

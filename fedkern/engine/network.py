@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -84,6 +84,69 @@ class Network:
     def freeze(self) -> None:
         """Gradients reach neither the parameters nor, through them, anything else."""
         self.module.requires_grad_(False)
+
+
+class Part:
+    """Submodules of a network that are neighbours in its vectors, as something to train; the others stay as they are.
+
+    Whoever computes the loss keeps gradients from the others; they are in eval mode.
+
+    Attributes:
+        module: the whole network.
+        parameters: fp32 [P'], a view of the part's parameters.
+        gradients: fp32 [P'], a view of their gradients.
+
+    Raises:
+        ValueError: the network has no such submodules, or others lie between them.
+    """
+
+    def __init__(self, network: Network, names: Sequence[str]) -> None:
+        self.module, self.names, self._network = network.module, tuple(names), network
+        known = dict(network.module.named_children())
+        if missing := [name for name in names if name not in known]:
+            raise ValueError(f"parts: expected names of {', '.join(known)}, given {', '.join(missing)}")
+        module = network.module
+        floating = [(name, x) for name, x in module.named_buffers() if x.is_floating_point()]
+        integer = [(name, x) for name, x in module.named_buffers() if not x.is_floating_point()]
+        self._parameters, self._buffers, self._integers = (
+            _stretch(tensors, self.names) for tensors in (list(module.named_parameters()), floating, integer)
+        )
+        self.parameters = network.parameters[self._parameters]
+        self.gradients = network.gradients[self._parameters]
+
+    def train_mode(self) -> None:
+        """Puts the part in train mode and everything else in eval mode."""
+        self._network.train_mode()
+        for name, child in self.module.named_children():
+            if name not in self.names:
+                child.eval()
+
+    def finite(self) -> bool:
+        """Whether the part's parameters and buffers are finite numbers."""
+        buffers = self._network.buffers[self._buffers]
+        return bool(torch.isfinite(self.parameters).all()) and bool(torch.isfinite(buffers).all())
+
+    def read(self) -> dict[str, Tensor]:
+        """As :meth:`Network.read`, of the part alone."""
+        whole = self._network.read()
+        slices = {"parameters": self._parameters, "buffers": self._buffers, "integers": self._integers}
+        result = {name: whole[name][where].clone() for name, where in slices.items() if name in whole}
+        return {name: vector for name, vector in result.items() if vector.numel()}
+
+
+def _stretch(tensors: list[tuple[str, Tensor]], names: tuple[str, ...]) -> slice:
+    """Where the tensors of submodules stand in the vector of all."""
+    start = stop = offset = 0
+    for name, tensor in tensors:
+        inside = name.partition(".")[0] in names
+        if inside and stop and stop != offset:
+            raise ValueError(f"parts: expected neighbours in the network's vectors, given {', '.join(names)}")
+        if inside and not stop:
+            start = offset
+        offset += tensor.numel()
+        if inside:
+            stop = offset
+    return slice(start, stop)
 
 
 class Trainable:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fedkern.data import DETECTION_OPTIONS, FederatedData, load
+from fedkern.data.set_aside import set_aside
 from fedkern.engine import atomic, records, saved
 from fedkern.engine import config as settings
 from fedkern.engine.bench import Bench
@@ -59,6 +60,7 @@ def run(
     with cpu_threads(config.threads), _terminable(), _reproducible():
         data = load_data(config, notice=listener.on_notice) if data is None else data
         config = _effective(config, data)
+        data = set_aside(data, held_out=config.held_out_client, share=config.client_test, seed=config.seed)
         if resume:
             _compare(config, stored, out)
         _check(config, data)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedkern.data import transforms
-from fedkern.methods.base import Batch
+from fedkern.methods.base import OUTSIDE, Batch, Step
 
 CACHE_BYTES = 1 << 30
 """Normalised images of a whole run are kept in memory up to this size; beyond, every batch is normalised anew."""
@@ -66,12 +66,18 @@ class Pixels:
         return images
 
 
+def take_tokens(tokens: Any, rows: np.ndarray) -> Any:
+    """The texts at ``rows`` (int64), where there are texts."""
+    return None if tokens is None else tokens.take(torch.from_numpy(np.ascontiguousarray(rows)).to(tokens.ids.device))
+
+
 class Samples:
     """Labelled images in stored order (see :class:`fedkern.methods.base.Samples`)."""
 
-    def __init__(self, pixels: Pixels, labels: Tensor, device: torch.device) -> None:
+    def __init__(self, pixels: Pixels, labels: Tensor, device: torch.device, tokens: Any = None) -> None:
         self.pixels = pixels
         self.labels = labels
+        self.tokens = tokens
         self._there = labels.to(device)
 
     def __len__(self) -> int:
@@ -93,6 +99,7 @@ class Samples:
                 labels=self._there[start : start + size],
                 indices=rows,
                 augmented=augments,
+                tokens=take_tokens(self.tokens, rows),
             )
 
 
@@ -122,6 +129,7 @@ class ClientData:
         device: torch.device,
         augment: str,
         cache: bool,
+        tokens: Any = None,
     ) -> None:
         self.split, self.mean, self.std, self.device, self.augment, self.cache = (
             split,
@@ -133,11 +141,27 @@ class ClientData:
         )
         self.pixels = Pixels(split.images, mean, std, device, cache=cache, augment=augment)
         self.labels: Tensor = split.labels.to(device)
-        self.samples = Samples(self.pixels, split.labels, device)
+        self.tokens = tokens
+        self.samples = Samples(self.pixels, split.labels, device, tokens)
         self._banks: dict[str, Bank] = {}
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def batch(
+        self, indices: np.ndarray, step: Step = OUTSIDE, epoch: int = 0, rng: np.random.Generator | None = None
+    ) -> Batch:
+        """The samples at ``indices`` (int64); augmented when there is an ``rng``."""
+        index = torch.from_numpy(np.ascontiguousarray(indices)).to(self.labels.device)
+        return Batch(
+            images=self.pixels.take(indices, rng),
+            labels=self.labels[index],
+            indices=indices,
+            step=step,
+            epoch=epoch,
+            augmented=rng is not None,
+            tokens=take_tokens(self.tokens, indices),
+        )
 
     def background_images(self) -> dict[str, Tensor]:
         """Images with a detected object, those pixels black: uint8 images, bool masks, int64 labels.
@@ -186,8 +210,11 @@ class TestSet:
         device: torch.device,
         cache: bool,
         batch: int = 500,
+        tokens: Any = None,
     ) -> None:
         self.split = split
+        self.tokens = tokens
+        self.task = "classification" if tokens is None else "retrieval"
         self.pixels = Pixels(split.images, mean, std, device, cache=cache)
         self.labels: Tensor = split.labels.to(device)
         self.batch = batch
@@ -200,6 +227,11 @@ class TestSet:
         for start in range(0, len(self), self.batch):
             stop = min(start + self.batch, len(self))
             yield self.pixels.take(np.arange(start, stop)), self.labels[start:stop]
+
+    def captioned(self) -> Iterator[tuple[Tensor, Any]]:
+        """The images and the tokens of their texts, in batches of which none is a single pair (where there are two)."""
+        for rows in np.array_split(np.arange(len(self)), -(-len(self) // self.batch)):
+            yield self.pixels.take(rows), take_tokens(self.tokens, rows)
 
     def masked_batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The first ``count`` images with their masks bool [B, H, W]."""

@@ -38,6 +38,7 @@ class Outline:
     clients: tuple[()] = ()
     tests: Mapping[str, Any] = field(default_factory=dict)
     public: None = None
+    task: str = "classification"
 
 
 def write_model(out: Path, module: nn.Module, about: Mapping[str, Any]) -> None:
@@ -55,7 +56,8 @@ def read_model(out: Path | str) -> tuple[nn.Module, dict[str, Any]]:
     again from the checkpoint of the run folder, and then takes the tensors of model.safetensors.
 
     The second value has ``classes``, ``channels``, ``image_size``, ``mean`` and ``std`` (of images in [0, 1]),
-    ``model``, ``width``, ``method`` and ``rounds``.
+    ``model``, ``width``, ``method`` and ``rounds``; of image-text data also ``pair``, what
+    ``build_pair`` made the network from.
 
     Raises:
         UserError: the folder has no finished run, or its file is damaged or of another network.
@@ -74,12 +76,15 @@ def read_model(out: Path | str) -> tuple[nn.Module, dict[str, Any]]:
     try:
         network.load_state_dict(tensors)
     except RuntimeError:
-        kind = f"module of {about['method']}" if "samples" in about else about["model"]
+        name = "pair of encoders" if "pair" in about else about["model"]
+        kind = f"module of {about['method']}" if "samples" in about else name
         raise UserError(f"{path} does not hold the parameters of a {kind}.") from None
     return network.eval(), about
 
 
 def _plain(about: Mapping[str, Any]) -> nn.Module:
+    if "pair" in about:
+        return models.build_pair(**about["pair"])
     return models.build(
         about["model"],
         classes=len(about["classes"]),
@@ -102,11 +107,13 @@ def _rebuilt(out: Path, about: Mapping[str, Any]) -> nn.Module:
         mean=tuple(about["mean"]),
         std=tuple(about["std"]),
         client_sizes=tuple(about["samples"]),
+        task="retrieval" if "pair" in about else "classification",
     )
     state = Checkpoints(out).last_server_state()
     if state is None:
         raise UserError(f"{out} has no checkpoint left, without which the module of {config.method} cannot be rebuilt.")
-    module = method.model(Server(Bench(config, outline), state))
+    bench = Bench(config, outline, pair=about.get("pair"))
+    module = method.model(Server(bench, state))
     if module is None:
         raise UserError(f"{out} holds the checkpoint of a run that is not finished.")
     return module

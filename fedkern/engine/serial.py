@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from fedkern import ops
 from fedkern.engine.bench import Bench
 from fedkern.engine.config import RunConfig
 from fedkern.engine.local import Context, Diverged, Schedule, train
-from fedkern.engine.network import Trainable
+from fedkern.engine.network import Part, Trainable
 from fedkern.engine.samples import Bank, Samples
 from fedkern.engine.shown import prepared
 from fedkern.errors import UserError
@@ -29,6 +29,7 @@ class _Place:
     def __init__(self, bench: Bench) -> None:
         self._bench = bench
         self.device = bench.device
+        self.task: str = bench.data.task
         self.classes: tuple[str, ...] = bench.data.classes
         self.image_shape: tuple[int, int, int] = bench.data.image_shape
         self.mean: tuple[float, ...] = bench.data.mean
@@ -64,23 +65,47 @@ class Client(_Place):
     def network(self, *, model: str | None = None, width: int | None = None, classes: int | None = None) -> Any:
         return self._bench.place(self._bench.build(model=model, width=width, classes=classes))
 
-    def train(self, method: Objective, step: Step, message: Message) -> Message:
+    def train(
+        self,
+        method: Objective,
+        step: Step,
+        message: Message,
+        *,
+        parts: Sequence[str] | None = None,
+        steps: int | None = None,
+        rows: np.ndarray | None = None,
+        anchor: Message | None = None,
+    ) -> Message:
         bench, config = self._bench, self._bench.config
         network = bench.network("local")
         own = None
         if config.buffers != "average":
-            own = self.state.get("buffers_local") if config.buffers == "local" else None
+            own = self._own_buffers()
             network.write(own or bench.initial_buffers())
         network.write(message)
-        received = self._received(step, message, config.local_epochs, own)
-        schedule = self._schedule(step, config.local_epochs)
-        self.report.update(train(self, method, step, network, bench.client_data(self.id), received, schedule))
-        result = {name: value.cpu() for name, value in network.read().items()}
+        limit = config.local_steps if steps is None else steps
+        epochs = self._epochs(limit, self.samples if rows is None else len(rows))
+        received = self._received(step, message, epochs, own, anchor)
+        schedule = self._schedule(step, epochs, limit)
+        trained = network if parts is None else Part(network, parts)
+        data = bench.client_data(self.id)
+        self.report.update(train(self, method, step, trained, data, received, schedule, rows))
+        result = {name: value.cpu() for name, value in trained.read().items()}
         if config.buffers == "average":
             return result
         if config.buffers == "local":
-            self.state["buffers_local"] = {name: value for name, value in result.items() if name != "parameters"}
+            whole = result if parts is None else {name: value.cpu() for name, value in network.read().items()}
+            self.state["buffers_local"] = {name: value for name, value in whole.items() if name != "parameters"}
         return {"parameters": result["parameters"]}
+
+    def _own_buffers(self) -> Message | None:
+        return self.state.get("buffers_local") if self._bench.config.buffers == "local" else None
+
+    def frozen(self, message: Message) -> Any:
+        return self._bench.frozen(message, self._own_buffers())
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        return self._bench.client_data(self.id).batch(indices)
 
     def fit(
         self,
@@ -91,10 +116,11 @@ class Client(_Place):
         message: Message | None = None,
         epochs: int | None = None,
     ) -> dict[str, float]:
-        epochs = self._bench.config.local_epochs if epochs is None else epochs
+        limit = self._bench.config.local_steps if epochs is None else None
+        epochs = self._epochs(limit, self.samples) if epochs is None else epochs
         trainable = Trainable(module)
         received = self._received(step, {} if message is None else message, epochs, None)
-        data, schedule = self._bench.client_data(self.id), self._schedule(step, epochs)
+        data, schedule = self._bench.client_data(self.id), self._schedule(step, epochs, limit)
         try:
             figures = train(self, method, step, trainable, data, received, schedule)
         finally:
@@ -102,7 +128,9 @@ class Client(_Place):
         self.report.update(figures)
         return figures
 
-    def _received(self, step: Step, message: Message, epochs: int, buffers: Message | None) -> Context:
+    def _received(
+        self, step: Step, message: Message, epochs: int, buffers: Message | None, anchor: Message | None = None
+    ) -> Context:
         flat = message.get("parameters")
         return Context(
             message=message,
@@ -110,10 +138,15 @@ class Client(_Place):
             samples=self.samples,
             epochs=epochs,
             flat=flat.to(self.device) if isinstance(flat, Tensor) else None,
-            frozen=lambda: self._bench.frozen(message, buffers),
+            frozen=lambda: self._bench.frozen(message if anchor is None else anchor, buffers),
         )
 
-    def _schedule(self, step: Step, epochs: int) -> Schedule:
+    def _epochs(self, limit: int | None, samples: int) -> int:
+        """The epochs that the run's local budget, or so many steps, begins."""
+        config = self._bench.config
+        return config.local_epochs if limit is None else math.ceil(limit / max(1, samples // config.batch_size))
+
+    def _schedule(self, step: Step, epochs: int, limit: int | None) -> Schedule:
         config = self._bench.config
         return Schedule(
             lr=config.lr * config.lr_decay ** max(step.round, 0),
@@ -125,6 +158,8 @@ class Client(_Place):
             steps=config.lr_epochs,
             factor=config.lr_step_factor,
             first=max(step.round, 0) * epochs,
+            limit=limit,
+            optimizer=config.optimizer,
         )
 
     def batches(
@@ -202,10 +237,10 @@ class Server(_Place):
 
 def sample_clients(config: RunConfig, round: int) -> list[int]:
     """The clients of a round in ascending order, drawn from the round's own stream."""
-    count = max(1, round_half_up(config.sample_fraction * config.clients))
-    if count >= config.clients:
-        return list(range(config.clients))
-    chosen = stream(config.seed, "sampling", round=round).choice(config.clients, size=count, replace=False)
+    count = max(1, round_half_up(config.sample_fraction * config.trained_clients))
+    if count >= config.trained_clients:
+        return list(range(config.trained_clients))
+    chosen = stream(config.seed, "sampling", round=round).choice(config.trained_clients, size=count, replace=False)
     return sorted(int(k) for k in chosen)
 
 

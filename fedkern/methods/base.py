@@ -80,7 +80,7 @@ class Method:
     one_shot: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
     tasks: ClassVar[tuple[str, ...]] = ("classification",)
-    """What it can learn: ``"classification"``, ``"segmentation"``."""
+    """What it can learn: ``"classification"``, ``"segmentation"``, ``"retrieval"`` (image-text pairs)."""
 
     @dataclass(frozen=True)
     class Options(BaseOptions):
@@ -124,11 +124,15 @@ class Method:
         """Figures of ``model`` on a test set; ``data.batches()`` yields (images fp32, labels int64) in order.
 
         Returns ``accuracy`` and ``confidence`` (mean probability of the true class), fractions in [0, 1], and ``loss``
-        (mean cross-entropy in nats).
+        (mean cross-entropy in nats); of image-text pairs the figures of `fedkern.methods.pairs`, ``i2t_r1`` first.
         """
-        from fedkern.methods.evaluate import classification
+        from fedkern.methods.evaluate import figures
 
-        return classification(model, data)
+        return figures(model, data)
+
+    def evaluate_own(self, model: nn.Module, data: Any, client: ClientId) -> dict[str, float]:
+        """The same on the client's own test set: of the network that this client would use."""
+        return self.evaluate(model, data)
 
     def diagnose(self, observed: Mapping[str, Observed]) -> dict[str, str]:
         """Named one-sentence warnings from the run's observations (what ``loss`` returned beside the loss)."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from fedkern.methods.base import (
     VECTORS,
@@ -22,6 +21,7 @@ from fedkern.methods.base import (
     Upload,
     register,
 )
+from fedkern.methods.pairs import supervised_loss
 from fedkern.methods.protocol import Client
 
 
@@ -35,6 +35,7 @@ class Centralised(Objective, Method):
     """
 
     pooled = True
+    tasks: ClassVar[tuple[str, ...]] = ("classification", "retrieval")
 
     def start(self, server: Server) -> None:
         server.state.update(server.initial())
@@ -50,7 +51,7 @@ class Centralised(Objective, Method):
         return client.train(self, step, message)
 
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor:
-        return cross_entropy(model(batch.images), batch.labels)
+        return supervised_loss(model, batch)
 
     def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
         for upload in uploads:

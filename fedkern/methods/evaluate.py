@@ -1,4 +1,4 @@
-"""Figures of a classifier on a test set."""
+"""Figures of a network on a test set, by task."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from fedkern.methods.pairs import pair_figures
+
+
+def figures(model: nn.Module, data: Any) -> dict[str, float]:
+    """The figures of the task that ``data.task`` names: `classification` (the default), or ``"retrieval"``."""
+    return pair_figures(model, data) if getattr(data, "task", "") == "retrieval" else classification(model, data)
 
 
 @torch.no_grad()

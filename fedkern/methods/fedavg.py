@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from fedkern.methods.base import Batch, LocalTraining, Received, register
+from fedkern.methods.pairs import supervised_loss
 
 
 @register("fedavg")
 class FedAvg(LocalTraining):
     """Local SGD on the cross-entropy and a weighted average of the parameters (arXiv 1602.05629)."""
 
+    tasks: ClassVar[tuple[str, ...]] = ("classification", "retrieval")
+
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor:
-        return cross_entropy(model(batch.images), batch.labels)
+        return supervised_loss(model, batch)

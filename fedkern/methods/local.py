@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy, log_softmax
+from torch import Tensor, nn
+from torch.nn.functional import log_softmax
 
 from fedkern.methods.base import (
     Batch,
@@ -23,6 +23,7 @@ from fedkern.methods.base import (
     Upload,
     register,
 )
+from fedkern.methods.pairs import pair_figures, supervised_loss
 from fedkern.methods.protocol import Client
 from fedkern.models import Ensemble
 
@@ -36,6 +37,8 @@ class Local(Objective, Method):
     part in every round.  Nothing travels, so no byte is booked; what the server holds is there to be evaluated and
     saved, as an ensemble whose members are the clients' networks.
     """
+
+    tasks: ClassVar[tuple[str, ...]] = ("classification", "retrieval")
 
     def rounds(self, federation: Federation) -> Iterator[Round]:
         for _ in range(federation.rounds):
@@ -52,40 +55,66 @@ class Local(Objective, Method):
         return {"network": network.state_dict()}
 
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor:
-        return cross_entropy(model(batch.images), batch.labels)
+        return supervised_loss(model, batch)
 
     def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
         for upload in uploads:
             server.state[str(upload.client_id)] = upload.message["network"]
 
-    def model(self, server: Server) -> Ensemble:
+    def model(self, server: Server) -> Ensemble | Pairs:
         members = [server.build() for _ in range(server.federation.clients)]
         for k, member in enumerate(members):
             if str(k) in server.state:  # a client that diverged at once has the initial network
                 member.load_state_dict(server.state[str(k)])
-        return Ensemble(members)
+        return Ensemble(members) if hasattr(members[0], "head") else Pairs(members)
 
-    @torch.no_grad()
     def evaluate(self, model: Any, data: Any) -> dict[str, float]:
         """The usual figures of every client's own network on the whole test set, averaged over clients.
 
-        ``lowest_accuracy`` and ``highest_accuracy`` are those of the worst and the best client.
+        ``lowest_accuracy`` and ``highest_accuracy`` (``lowest_i2t_r1`` and so on) are those of the worst and the best
+        client.
         """
-        clients = len(model.members)
-        correct, loss, confidence = (torch.zeros(clients, dtype=torch.float64) for _ in range(3))
-        total = 0
-        for images, labels in data.batches():
-            logits = model.logits(images).double()
-            truth = log_softmax(logits, 2).gather(2, labels.expand(clients, -1)[..., None])[..., 0]
-            correct += (logits.argmax(2) == labels).sum(1).cpu()
-            loss -= truth.sum(1).cpu()
-            confidence += truth.exp().sum(1).cpu()
-            total += labels.numel()
-        accuracy = correct / total
-        return {
-            "accuracy": float(accuracy.mean()),
-            "lowest_accuracy": float(accuracy.min()),
-            "highest_accuracy": float(accuracy.max()),
-            "loss": float(loss.mean()) / total,
-            "confidence": float(confidence.mean()) / total,
-        }
+        if getattr(data, "task", "") == "retrieval":
+            return _averaged([pair_figures(member, data) for member in model.members], "i2t_r1")
+        return _classified(model, data)
+
+    def evaluate_own(self, model: Any, data: Any, client: ClientId) -> dict[str, float]:
+        return super().evaluate(model.members[client], data)
+
+
+class Pairs(nn.Module):
+    """The clients' pairs of encoders side by side, frozen; there is no one answer of all of them."""
+
+    def __init__(self, members: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self.requires_grad_(False)
+
+
+def _averaged(figures: list[dict[str, float]], main: str) -> dict[str, float]:
+    """The means of figures over clients, and the range of the main one."""
+    mean = {name: sum(each[name] for each in figures) / len(figures) for name in figures[0]}
+    ends = [each[main] for each in figures]
+    return {**mean, f"lowest_{main}": min(ends), f"highest_{main}": max(ends)}
+
+
+@torch.no_grad()
+def _classified(model: Ensemble, data: Any) -> dict[str, float]:
+    clients = len(model.members)
+    correct, loss, confidence = (torch.zeros(clients, dtype=torch.float64) for _ in range(3))
+    total = 0
+    for images, labels in data.batches():
+        logits = model.logits(images).double()
+        truth = log_softmax(logits, 2).gather(2, labels.expand(clients, -1)[..., None])[..., 0]
+        correct += (logits.argmax(2) == labels).sum(1).cpu()
+        loss -= truth.sum(1).cpu()
+        confidence += truth.exp().sum(1).cpu()
+        total += labels.numel()
+    accuracy = correct / total
+    return {
+        "accuracy": float(accuracy.mean()),
+        "lowest_accuracy": float(accuracy.min()),
+        "highest_accuracy": float(accuracy.max()),
+        "loss": float(loss.mean()) / total,
+        "confidence": float(confidence.mean()) / total,
+    }

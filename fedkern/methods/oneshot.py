@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -44,6 +44,7 @@ class OneShot(FedAvg):
         calibrate: bool = option(False, "train the classifier anew on features drawn from class statistics (CCVR)")
 
     one_shot = True
+    tasks: ClassVar[tuple[str, ...]] = ("classification",)
     needs_statistics = False
     """Whether networks are used apart from their training, so that batch norm needs running statistics."""
 

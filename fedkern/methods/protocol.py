@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -118,6 +118,7 @@ class Batch:
         epoch: local epoch within the round, from 0.
         augmented: whether the images were augmented, so that the same index gives different images.
         drawn: what the method's ``draw`` returned for this batch.
+        tokens: the images' texts as the network takes them (``fedkern.models.vocabulary.Tokens``), or None.
     """
 
     images: Tensor
@@ -127,6 +128,7 @@ class Batch:
     epoch: int = 0
     augmented: bool = False
     drawn: dict[str, Any] = field(default_factory=dict)
+    tokens: Any = None
 
 
 class Samples(Protocol):
@@ -201,6 +203,7 @@ class Place(Protocol):
 
     Attributes:
         device: where networks live and batches arrive.
+        task: ``"classification"``, ``"segmentation"`` or ``"retrieval"`` (image-text pairs).
         classes: the class names, in label order.
         image_shape: channels, height and width of every image.
         mean, std: per channel, of images in [0, 1]; a normalised image is ``(image - mean) / std``.
@@ -208,6 +211,7 @@ class Place(Protocol):
     """
 
     device: torch.device
+    task: str
     classes: tuple[str, ...]
     image_shape: tuple[int, int, int]
     mean: tuple[float, ...]
@@ -267,12 +271,37 @@ class Client(Place, Protocol):
         """
         ...
 
-    def train(self, method: Objective, step: Step, message: Message) -> Message:
-        """The engine's training loop: local epochs of SGD on ``method.loss`` from the received parameters.
+    def train(
+        self,
+        method: Objective,
+        step: Step,
+        message: Message,
+        *,
+        parts: Sequence[str] | None = None,
+        steps: int | None = None,
+        rows: np.ndarray | None = None,
+        anchor: Message | None = None,
+    ) -> Message:
+        """The engine's training loop: local epochs on ``method.loss`` from the received parameters.
+
+        Args:
+            parts: names of the network's submodules to train, neighbours in its vectors; the others stay as they are,
+                in eval mode, and ``method.loss`` keeps gradients from them.
+            steps: optimiser steps instead of the run's local budget.
+            rows: int64, the samples to train on; None for all.
+            anchor: the vectors of ``received.model``, where it is not the network that training starts from.
 
         Returns ``{"parameters": fp32 [P], ...}`` with ``"buffers"`` fp32 [Q] and ``"integers"`` int64 [R] where the
-        buffer policy lets them travel.
+        buffer policy lets them travel; of the ``parts`` alone where they are named.
         """
+        ...
+
+    def frozen(self, message: Message) -> Any:
+        """The network with the vectors of a message: frozen, in eval mode; overwritten by the next one received."""
+        ...
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        """The client's own samples at ``indices`` (int64), not augmented."""
         ...
 
     def fit(

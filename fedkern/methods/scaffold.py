@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fedkern import ops
+from fedkern.errors import UserError
 from fedkern.methods.base import VECTORS, Client, Message, Received, Server, Step, Upload, option, register
 from fedkern.methods.fedavg import FedAvg
 
@@ -40,6 +41,13 @@ class Scaffold(FedAvg):
             choices=("I", "II"),
         )  # fmt: skip
         server_lr: float = option(1.0, "step size of the server", above=0)
+
+    def check(self, client: Client) -> None:
+        if self.options.control == "I" and client.task == "retrieval":
+            raise UserError(
+                "The method option control=I is not for image-text data, whose loss is one of batches and not of "
+                "samples: use control=II."
+            )
 
     def start(self, server: Server) -> None:
         super().start(server)

@@ -46,6 +46,47 @@ def make_data():
     return federation
 
 
+WORDS = ("red", "green", "blue", "dark", "bright", "small", "large", "round", "flat", "left", "right", "odd")
+
+
+def pairs(samples, seed, concepts=CLASSES):
+    """Images of a coloured square each, and texts that say which and where."""
+    rng = np.random.default_rng(seed)
+    labels = torch.from_numpy(rng.integers(0, concepts, samples))
+    images = torch.from_numpy(rng.integers(0, 60, (samples, 3, PAIR_SIDE, PAIR_SIDE)).astype(np.uint8))
+    texts = []
+    for i, label in enumerate(labels.tolist()):
+        x, y = rng.integers(0, PAIR_SIDE - 5, 2)
+        images[i, label % 3, y : y + 6, x : x + 6] = 120 + 20 * int(rng.integers(0, 6))
+        side = WORDS[9 if x < PAIR_SIDE / 2 - 3 else 10]
+        texts.append(f"a {WORDS[label % 3]} square, {side} {WORDS[3 + y % 2]} {WORDS[5 + label % 7]}")
+    return Split(images, labels, texts=tuple(texts))
+
+
+PAIR_SIDE = 16
+
+
+def pair_federation(sizes=(20, 13, 9), *, seed=0):
+    clients = tuple(pairs(n, seed + 10 + k) for k, n in enumerate(sizes))
+    classes = tuple("abc")
+    return FederatedData(
+        name="tiny-pairs",
+        classes=classes,
+        clients=clients,
+        validation=pairs(8, seed + 3),
+        tests={"": pairs(16, seed + 1)},
+        mean=(0.2, 0.2, 0.2),
+        std=(0.2, 0.2, 0.2),
+        augment="none",
+        statistics=PartitionStatistics.of([c.labels.numpy() for c in clients], classes, "iid"),
+    )
+
+
+@pytest.fixture
+def make_pairs():
+    return pair_federation
+
+
 @pytest.fixture
 def make_public():
     def make(data, samples=6, seed=5):

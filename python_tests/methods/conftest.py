@@ -9,3 +9,4 @@ _engine = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_engine)
 
 make_data, make_public, make_config = _engine.make_data, _engine.make_public, _engine.make_config
+make_pairs = _engine.make_pairs

@@ -1,0 +1,58 @@
+"""What clients keep from the training: a test set of every client's own, and one client as a whole."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from fedkern.data.types import FederatedData, Split
+from fedkern.errors import UserError
+from fedkern.streams import stream
+
+UNSEEN = "unseen"
+"""Name of the test set that a client left out of the training makes."""
+
+
+def set_aside(data: FederatedData, *, held_out: int | None, share: float, seed: int) -> FederatedData:
+    """The federation without one client, and with a test set of every other client's own.
+
+    Args:
+        data: all clients.
+        held_out: the client that never trains: all its samples become the test set ``"unseen"``, and the clients behind
+            it move up by one number.
+        share: of every other client's samples, in [0, 1): its own test set, at least two samples; 0 for none.
+        seed: the run's root seed; which samples of a client they are depends on no other client.
+
+    Raises:
+        UserError: there is no such client, none other is left, or a client has too few samples.
+    """
+    numbers = list(range(len(data.clients)))
+    tests = dict(data.tests)
+    if held_out is not None:
+        if held_out not in numbers or len(numbers) < 2:
+            last = f"0 to {len(numbers) - 1}" if len(numbers) > 1 else "and a single one cannot be"
+            raise UserError(f"--held-out-client must be one of the clients, {last}, not {held_out}.")
+        numbers.remove(held_out)
+        tests[UNSEEN] = data.clients[held_out]
+    clients, own = [], []
+    for k in numbers:
+        kept, test = _divided(data.clients[k], k, share, seed)
+        clients.append(kept)
+        own += [test] if test is not None else []
+    return replace(data, clients=tuple(clients), tests=tests, client_tests=tuple(own))
+
+
+def _divided(split: Split, client: int, share: float, seed: int) -> tuple[Split, Split | None]:
+    if not share:
+        return split, None
+    count = max(2, round(share * len(split)))
+    if len(split) < count + 2:
+        raise UserError(
+            f"Client {client} has {len(split)} samples, too few for a test set of its own: use fewer clients, more "
+            "samples, or --client-test 0."
+        )
+    order = stream(seed, "client-test", client=client).permutation(len(split))
+    test, kept = (torch.from_numpy(np.sort(rows)) for rows in (order[:count], order[count:]))
+    return split.subset(kept), split.subset(test)
