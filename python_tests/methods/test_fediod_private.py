@@ -1,0 +1,223 @@
+"""FedIOD's privacy: clipped norms, scale of the noise, disjoint shards, resumed noise, off = identity."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from fedkern.errors import UserError
+from fedkern.methods import fediod_private as privacy
+from fedkern.methods.base import Federation, Step, option
+from fedkern.privacy import LEDGER, Accountant
+from fedkern.streams import stream
+
+STEP = Step(0, "round", "gradients")
+needs_accounting = pytest.mark.skipif(
+    find_spec("dp_accounting") is None,
+    reason="dp-accounting is not installed (pip install 'fedkern[privacy]')",
+)
+
+
+@dataclass(frozen=True)
+class Options(privacy.PrivacyOptions):
+    """With the knobs of FedIOD that privacy looks at."""
+
+    batch: int = option(8, "")
+    iterations: int = option(5, "")
+    class_weights: str = option("counts", "")
+    disc_weight: bool = option(True, "")
+
+
+class Client:
+    """A client with a stream and a state, as the engine's."""
+
+    def __init__(self, id=0, samples=50, state=None, seed=0):
+        self.id, self.samples, self.state, self._seed = id, samples, state or {}, seed
+
+    def rng(self, purpose, step):
+        return stream(self._seed, f"{purpose}/{step.exchange}", round=step.round, client=self.id)
+
+
+def told(options, sigma=None, **settings):
+    client = Client(**settings)
+    privacy.agree(client, {"privacy": {"sigma_d": options.sigma_d if sigma is None else sigma}})
+    return client
+
+
+def gradients(rows=8, seed=0, scale=1.0):
+    g = torch.Generator().manual_seed(seed)
+    return tuple(scale * torch.randn(rows, 3, 16, 16, generator=g) for _ in range(2))
+
+
+def test_off_is_the_identity():
+    options, client = Options(), Client()
+    u_d, u_t = gradients()
+    scores, histogram = torch.rand(8), torch.tensor([3.0, 4.0])
+    out = privacy.sanitise(client, STEP, u_d, u_t, options)
+    assert out[0] is u_d
+    assert out[1] is u_t
+    assert privacy.release_scores(client, STEP, scores, options) is scores
+    assert privacy.release_histogram(client, STEP, histogram, options) is histogram
+    assert [part.tolist() for part in privacy.shards(client, options)] == [list(range(50))]
+    assert privacy.serving(client, STEP, options) == 0
+    assert not privacy.private(options)
+    assert privacy.guarantee(options) is None
+    server = SimpleNamespace(state={}, federation=Federation(3, (50, 50), 10))
+    privacy.prepare(server, options)
+    privacy.agree(client, {"privacy": privacy.terms(server)})
+    assert server.state == client.state == {}
+
+
+def test_rows_are_clipped_before_the_noise_and_each_channel_by_its_own_norm():
+    """Two data sets, the same noise: what differs is at most twice the clipping norm in every row."""
+    options = Options(sigma_d=1.5, sigma_t=0.5, clip_d=2.0, clip_t=0.25)
+    large, small = gradients(scale=10.0), gradients(scale=1e-3, seed=1)
+    zeros = privacy.sanitise(told(options), STEP, *(torch.zeros_like(u) for u in large), options)
+    for given, expect_clipped in ((large, True), (small, False)):
+        out = privacy.sanitise(told(options), STEP, *given, options)
+        for u, noisy, noise, bound in zip(given, out, zeros, (2.0, 0.25), strict=True):
+            signal = (noisy - noise).flatten(1)
+            norms = signal.norm(dim=1)
+            assert (norms <= bound * (1 + 1e-4)).all()
+            if expect_clipped:
+                assert torch.allclose(norms, torch.full_like(norms, bound), rtol=1e-4)
+                assert torch.allclose(signal / bound, u.flatten(1) / u.flatten(1).norm(dim=1, keepdim=True), atol=1e-5)
+            else:
+                assert torch.allclose(signal, u.flatten(1), atol=1e-5)
+
+
+def test_the_noise_has_the_scale_of_sigma_times_the_norm():
+    options = Options(sigma_d=1.5, sigma_t=0.5, clip_d=2.0, clip_t=0.25)
+    zero = torch.zeros(32, 3, 16, 16)
+    u_d, u_t = privacy.sanitise(told(options), STEP, zero, zero, options)
+    count = zero.numel()
+    for u, deviation in ((u_d, 3.0), (u_t, 0.125)):
+        assert float(u.std()) == pytest.approx(deviation, rel=5 / math.sqrt(2 * count))
+        assert abs(float(u.mean())) < 5 * deviation / math.sqrt(count)
+    correlation = torch.corrcoef(torch.stack([u_d.flatten(), u_t.flatten()]))[0, 1]
+    assert abs(float(correlation)) < 5 / math.sqrt(count)  # two channels, two streams
+
+
+def test_no_noise_is_used_twice_and_a_resumed_client_goes_on_with_the_same():
+    options = Options(sigma_d=1.0, sigma_t=1.0)
+    zero = torch.zeros(2, 1, 4, 4)
+    whole = told(options)
+    outs = [torch.stack(privacy.sanitise(whole, STEP, zero, zero, options)) for _ in range(4)]  # the very same step
+    flat = torch.stack(outs).flatten(1)
+    assert torch.unique(flat).numel() == flat.numel()
+    cut = told(options)
+    for _ in range(2):
+        privacy.sanitise(cut, STEP, zero, zero, options)
+    resumed = Client(state=json.loads(json.dumps(cut.state)))
+    again = [torch.stack(privacy.sanitise(resumed, STEP, zero, zero, options)) for _ in range(2)]
+    assert torch.equal(torch.stack(again), torch.stack(outs[2:]))
+    assert resumed.state == whole.state
+    other = privacy.sanitise(told(options, id=1), STEP, zero, zero, options)[0]
+    assert not torch.equal(other, outs[0][0])
+
+
+def test_every_release_is_booked():
+    options = Options(sigma_d=40.0, sigma_t=900.0, shards=10, histogram_noise=5.0)
+    client = told(options)
+    for _ in range(3):
+        privacy.sanitise(client, STEP, *gradients(rows=4), options)
+    privacy.release_histogram(client, STEP, torch.tensor([20.0, 30.0]), options)
+    expected = Accountant()
+    expected.gaussian("discriminator", 40 / (2 * math.sqrt(4)), shards=10, steps=3)
+    expected.gaussian("teacher", 900 / (2 * math.sqrt(4)), steps=3)
+    expected.gaussian("histogram", 5 / math.sqrt(2))
+    assert client.state[LEDGER] == expected.state
+
+
+def test_shards_are_disjoint_and_whole_and_fixed():
+    options = Options(sigma_d=1.0, shards=7)
+    client = Client(samples=50)
+    parts = privacy.shards(client, options)
+    assert len(parts) == 7
+    assert {len(part) for part in parts} == {7, 8}
+    assert sorted(np.concatenate(parts).tolist()) == list(range(50))
+    again = privacy.shards(Client(samples=50), options)
+    assert all(np.array_equal(a, b) for a, b in zip(parts, again, strict=True))
+    assert not np.array_equal(parts[0], privacy.shards(Client(id=1, samples=50), options)[0])
+    served = [privacy.serving(client, Step(r, "round", "x"), options) for r in range(700)]
+    counts = np.bincount(served, minlength=7)
+    assert len(counts) == 7
+    assert (abs(counts - 100) < 5 * math.sqrt(100)).all()
+    with pytest.raises(UserError, match="client 3 has 6 samples"):
+        privacy.shards(Client(id=3, samples=6), options)
+
+
+def test_class_counts_are_noised_in_records_also_where_a_record_is_many_pixels():
+    options = Options(histogram_noise=2.0)
+    counts = torch.full((5000,), 1000.0)
+    noisy = privacy.release_histogram(Client(samples=5_000_000), STEP, counts, options)
+    assert float((noisy - counts).std()) == pytest.approx(2.0, rel=0.05)
+    pixels = privacy.release_histogram(Client(samples=50_000), STEP, counts, options)  # 100 pixels each
+    assert float((pixels - counts).std()) == pytest.approx(200.0, rel=0.05)
+    assert float(privacy.release_histogram(Client(samples=1), STEP, torch.zeros(500) + 1e-9, options).min()) >= 0
+
+
+def test_the_confidence_is_withheld_or_listed():
+    scores = torch.rand(8)
+    assert torch.equal(privacy.release_scores(Client(), STEP, scores, Options(sigma_d=1.0)), torch.ones(8))
+    telling = Options(sigma_d=1.0, scores="release")
+    assert privacy.release_scores(Client(), STEP, scores, telling) is scores
+    confidence = "the discriminators' confidence in every image"
+    assert confidence in privacy.guarantee(telling).leaves
+    assert confidence not in privacy.guarantee(Options(sigma_d=1.0)).leaves
+
+
+def test_what_is_covered_is_said():
+    plain = privacy.guarantee(Options(sigma_d=40.0, shards=50))
+    assert plain.delta == 1e-5
+    assert plain.covers == ("the generator's gradients through the discriminators",)
+    assert "the teachers' answers, from which the student learns" in plain.leaves
+    assert "the clients' class counts" in plain.leaves
+    whole = privacy.guarantee(Options(epsilon=5.0, teacher_dp=True, class_weights="uniform"))
+    assert "so the released generator and student" in whole.covers
+    assert whole.leaves == ("the losses and accuracies that the run's records tell of a client",)
+
+
+@needs_accounting
+@pytest.mark.parametrize("teacher", [False, True])
+def test_a_target_is_met_by_what_the_clients_then_release(teacher):
+    options = Options(epsilon=4.0, shards=20, batch=4, iterations=3, histogram_noise=20.0, teacher_dp=teacher)
+    server = SimpleNamespace(state={}, federation=Federation(2, (50, 50), 10))
+    privacy.prepare(server, options)
+    client = Client()
+    privacy.agree(client, {"privacy": privacy.terms(server)})
+    privacy.release_histogram(client, STEP, torch.tensor([20.0, 30.0]), options)
+    for _ in range(6):
+        privacy.sanitise(client, STEP, *gradients(rows=4), options)
+    accountant = Accountant(client.state[LEDGER])
+    part = (2.0, options.delta / 2) if teacher else (4.0, options.delta)
+    assert 0.99 * part[0] < accountant.epsilon(part[1]) <= part[0]
+
+
+@needs_accounting
+def test_steps_are_counted_from_the_largest_client_where_none_are_given():
+    assert privacy.planned_steps(Federation(7, (10, 33), 10), Options(iterations=0)) == 7 * 5
+    assert privacy.planned_steps(Federation(7, (10, 33), 10), Options()) == 7 * 5
+    assert privacy.planned_steps(Federation(2, (10, 33), 10), Options(iterations=9)) == 18
+
+
+def test_what_does_not_go_together():
+    for settings, words in (
+        ({"epsilon": 1.0, "sigma_d": 1.0}, "exclude each other"),
+        ({"teacher_dp": True, "sigma_t": 1.0}, "sigma_t"),
+        ({"shards": 5}, "shards"),
+        ({"epsilon": 0.0}, "epsilon"),
+        ({"delta": 0.0}, "delta"),
+        ({"sigma_d": -1.0}, "sigma_d"),
+    ):
+        with pytest.raises(UserError, match=words):
+            Options(**settings)
+    with pytest.raises(ValueError, match="client 0 to have been told the noise"):
+        privacy.sanitise(Client(), STEP, *gradients(), Options(sigma_d=1.0))
