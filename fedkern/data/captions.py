@@ -39,7 +39,7 @@ WORDS: dict[str, tuple[str, str, str]] = {
     "place 1": ("in the top right", "at the upper right", "in the north east"),
     "place 2": ("in the bottom left", "at the lower left", "in the south west"),
     "place 3": ("in the bottom right", "at the lower right", "in the south east"),
-    "thing": ("a {colour} {digit}", "one {colour} {digit}", "the {digit} in {colour}"),
+    "thing": ("a {colour} {digit}", "some {colour} {digit}", "the {digit} in {colour}"),
     "opening": ("", "a picture of", "this shows"),
 }  # fmt: skip
 SAMPLES, TEST, VALIDATE = 3_000, 500, 300
@@ -65,6 +65,12 @@ class Style:
     inks: npt.NDArray[np.float64]
     counts: npt.NDArray[np.float64]
 
+    def shows(self, concept: str) -> bool:
+        """Whether the concept is one of the client's, not a rare exception."""
+        kinds = (CLASSES, self.digits), (tuple(INK), self.inks)
+        chance = next((shares[names.index(concept)] for names, shares in kinds if concept in names), 1.0)
+        return bool(chance > 0.5 / len(CLASSES))
+
 
 def make_captions(
     clients: int,
@@ -85,7 +91,7 @@ def make_captions(
     Args:
         clients: number of clients; with ``attribute`` the last one is the minority.
         spec: ``attribute``: clients differ in everything; ``iid``: every client shows all styles alike;
-            ``dirichlet`` and ``classes``: subjects by the partition, in every client's own style.
+            ``stratified``, ``dirichlet`` and ``classes``: subjects by the partition, in every client's own style.
         seed: the run's root seed; nothing of a client but its number of canvases depends on the number of clients.
         samples: canvases of all clients together.
         test_samples, validation_samples: canvases of every test set and of the validation set, 0 for the default.
@@ -171,7 +177,10 @@ def _unseen(seed: int, number: int, styles: list[Style]) -> Style:
     """A held-out client: a background and mixtures of its own, every word one that a training client uses."""
     rng = stream(seed, "captions/unseen", client=number)
     ground = random_ground(TEXTURES[int(rng.integers(len(TEXTURES)))], rng)
-    words = {concept: styles[int(rng.integers(len(styles)))].words[concept] for concept in WORDS}
+    words = {}
+    for concept in WORDS:
+        users = [style for style in styles if style.shows(concept)] or styles
+        words[concept] = users[int(rng.integers(len(users)))].words[concept]
     sizes = len(CLASSES), len(INK), 3
     return Style(ground, words, *(_mixture(size, rng, np.ones(size)) for size in sizes))
 
@@ -180,7 +189,7 @@ def _subjects(
     spec: PartitionSpec, clients: int, samples: int, seed: int, styles: list[Style], minority: float
 ) -> tuple[list[int], list[Digits | None]]:
     """How many canvases every client has, and their subjects where the partition decides on them."""
-    if spec.name in ("dirichlet", "classes"):
+    if spec.name not in ("iid", "attribute"):
         labels = np.arange(samples) % len(CLASSES)
         parts = share_out(spec, labels, clients, seed, class_count=len(CLASSES))
         return [len(part) for part in parts], [labels[part] for part in parts]

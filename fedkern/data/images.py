@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from fedkern.errors import UserError
@@ -35,7 +35,9 @@ def list_images(folder: Path) -> list[Path]:
     )
 
 
-def read_images(paths: Sequence[Path], size: int, data: str, *, grey: bool = False) -> tuple[Tensor, Tensor]:
+def read_images(
+    paths: Sequence[Path], size: int, data: str, *, grey: bool = False, pad: bool = False
+) -> tuple[Tensor, Tensor]:
     """Decodes images and resizes them (whole, without cropping) to ``size`` x ``size`` pixels.
 
     Args:
@@ -43,6 +45,7 @@ def read_images(paths: Sequence[Path], size: int, data: str, *, grey: bool = Fal
         size: side in pixels.
         data: the data set's name, for messages.
         grey: one channel instead of three.
+        pad: keep the proportions, with black bars on both sides of what is not square.
 
     Returns:
         uint8 ``[n, 3 or 1, size, size]`` and int64 ``[n, 2]``, width and height on disk.
@@ -60,7 +63,12 @@ def read_images(paths: Sequence[Path], size: int, data: str, *, grey: bool = Fal
                 sizes[row] = image.size
                 # A JPEG is decoded at a fraction of its size where that still leaves twice the pixels needed.
                 image.draft(mode, (2 * size, 2 * size))
-                small = image.convert(mode).resize((size, size), Image.Resampling.BICUBIC)
+                whole = image.convert(mode)
+                small = (
+                    ImageOps.pad(whole, (size, size), Image.Resampling.BICUBIC)
+                    if pad
+                    else whole.resize((size, size), Image.Resampling.BICUBIC)
+                )
             images[row] = np.atleast_3d(np.asarray(small)).transpose(2, 0, 1)
         except _UNREADABLE as error:
             raise unreadable(data, "image", paths[row], error) from error

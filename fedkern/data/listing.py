@@ -30,12 +30,14 @@ class Reading:
         colour: ``"rgb"`` or ``"grey"``.
         test_share: share of the images held out as test set where the files have no split of their own.
         validation_share: share of the training images held out as validation set where there is none.
+        pad: keep the proportions of images that are not square.
     """
 
     size: int
     colour: str
     test_share: float
     validation_share: float
+    pad: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Listing:
         splits: ``"train"``, ``"validation"`` or ``"test"``, or ``""`` everywhere: then a fixed split is drawn.
         clients: who holds the image, ``""`` everywhere when nothing is said.
         masks: uint8 ``[n, H, W]``, the class of every pixel, for segmentation.
+        texts: what is said about every image; one with several texts has an entry for each, under one name in ``ids``.
     """
 
     paths: Sequence[Path]
@@ -57,6 +60,7 @@ class Listing:
     splits: Sequence[str]
     clients: Sequence[str]
     masks: npt.NDArray[np.uint8] | None = None
+    texts: Sequence[str] | None = None
 
 
 def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Reading) -> Source:
@@ -79,13 +83,16 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
 
     def pool(chosen: Tensor) -> Pool:
         paths = [listing.paths[row] for row in chosen.tolist()]
-        masks = listing.masks
+        masks, texts = listing.masks, listing.texts
         return Pool(
             labels=torch.from_numpy(listing.labels)[chosen],
             ids=tuple(listing.ids[row] for row in chosen.tolist()),
-            read=lambda wanted: read_images([paths[i] for i in wanted.tolist()], reading.size, data, grey=grey),
+            read=lambda wanted: read_images(
+                [paths[i] for i in wanted.tolist()], reading.size, data, grey=grey, pad=reading.pad
+            ),
             groups=None if groups is None else groups[chosen],
             targets=None if masks is None else lambda wanted: torch.from_numpy(masks[chosen[wanted].numpy()]).long(),
+            texts=None if texts is None else tuple(texts[row] for row in chosen.tolist()),
         )
 
     return Source(
@@ -129,9 +136,16 @@ def _rows(data: str, listing: Listing, reading: Reading) -> dict[str, Tensor]:
 def _held_out(
     data: str, rows: npt.NDArray[np.int64], listing: Listing, share: float, purpose: str
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    count = max(1, round(share * len(rows)))
-    if count >= len(rows):
-        raise UserError(f'data set "{data}": {len(rows)} images are too few to hold some out as {purpose} set')
-    order = interleaved(listing.labels[rows], f"split/{data}/{purpose}")
-    held, kept = fixed_rows(order, count)
-    return rows[held.numpy()], rows[kept.numpy()]
+    names: dict[str, list[int]] = {}  # an image with several texts stays on one side
+    for row in rows.tolist():
+        names.setdefault(listing.ids[row], []).append(row)
+    images = list(names.values())
+    count = max(1, round(share * len(images)))
+    if count >= len(images):
+        raise UserError(f'data set "{data}": {len(images)} images are too few to hold some out as {purpose} set')
+    order = interleaved(listing.labels[[own[0] for own in images]], f"split/{data}/{purpose}")
+    held, kept = (
+        np.array(sorted(row for i in part.tolist() for row in images[i]), dtype=np.int64)
+        for part in fixed_rows(order, count)
+    )
+    return held, kept

@@ -32,6 +32,7 @@ class PartitionerInfo:
 
 PARTITIONERS: dict[str, PartitionerInfo] = {
     "iid": PartitionerInfo("iid", "equal random shares: every client sees the same distribution"),
+    "stratified": PartitionerInfo("stratified", "equal shares of every class"),
     "dirichlet": PartitionerInfo(
         "dirichlet:ALPHA[:min=N][:fill][:plain]",
         "label skew by a Dirichlet(ALPHA) draw per class; small ALPHA, strong skew",
@@ -67,7 +68,7 @@ class PartitionSpec:
 
 
 def parse_partition(text: str) -> PartitionSpec:
-    """Reads ``iid``, ``dirichlet:ALPHA[:min=N][:fill][:plain]``, ``classes:S`` or ``attribute``.
+    """Reads ``iid``, ``stratified``, ``dirichlet:ALPHA[:min=N][:fill][:plain]``, ``classes:S`` or ``attribute``.
 
     Raises:
         UserError: unknown name (with the nearest one), missing, malformed or superfluous value.
@@ -77,7 +78,7 @@ def parse_partition(text: str) -> PartitionSpec:
         known = ", ".join(info.usage.split("[")[0] for info in PARTITIONERS.values())
         raise UserError(f'unknown partition "{text}": expected one of {known}.{nearest(name, PARTITIONERS)}')
     usage = PARTITIONERS[name].usage
-    if name in ("iid", "attribute"):
+    if name in ("iid", "stratified", "attribute"):
         if values:
             raise UserError(f'partition "{text}": {name} takes no value, write {usage}')
         return PartitionSpec(text, name)
@@ -149,6 +150,8 @@ def partition(
         parts = [np.flatnonzero(groups == k) for k in range(clients)]
     elif spec.name in ("iid", "attribute"):
         parts = np.array_split(rng.permutation(n), clients)
+    elif spec.name == "stratified":
+        parts = _stratified(labels, clients, class_count, rng)
     elif spec.name == "classes":
         parts = _by_classes(spec, labels, clients, class_count, rng)
     else:
@@ -188,6 +191,12 @@ def partition_like(
         for part, piece in zip(parts, np.split(rows, cuts), strict=True):
             part.append(piece)
     return [np.sort(np.concatenate(part)).astype(np.int64) for part in parts]
+
+
+def _stratified(labels: Rows, clients: int, classes: int, rng: np.random.Generator) -> list[Rows]:
+    """Deals the classes out one after another, so that neither a class nor the whole differs by more than one."""
+    dealt = np.concatenate([rng.permutation(np.flatnonzero(labels == label)) for label in range(classes)])
+    return [dealt[k::clients] for k in range(clients)]
 
 
 def _by_classes(spec: PartitionSpec, labels: Rows, clients: int, classes: int, rng: np.random.Generator) -> list[Rows]:

@@ -14,6 +14,8 @@ from fedkern.data.digits import open_digits
 from fedkern.data.folder import open_folder
 from fedkern.data.idx import open_idx
 from fedkern.data.nico import open_nico
+from fedkern.data.pairs import open_pairs
+from fedkern.data.reports import open_reports
 from fedkern.data.segmentation import open_segmentation
 from fedkern.data.svhn import open_svhn
 from fedkern.data.table import open_csv
@@ -216,6 +218,25 @@ DATASETS: dict[str, DatasetInfo] = {
         "your own images with masks: folders images and masks, or a CSV file with image,mask[,split][,client]",
         open_segmentation, 5, "iid", (3, 64),
         options={**_READING, "names": DataOption("", "classes separated by |, background first (default: numbers)")},
+    ),
+    "pairs": DatasetInfo(
+        "your own images with captions: image.jpg and image.txt, or a CSV file image,text[,label][,split][,client]",
+        open_pairs, 5, "iid", (3, 64),
+        options={**_READING, "longest": DataOption(112, "words kept of a text", low=1)},
+    ),
+    "reports": DatasetInfo(
+        "radiographs with reports as in MIMIC-CXR: a CSV file with image,report[,label][,view][,site][,split]",
+        open_reports, 5, "dirichlet:0.5", (1, 64),
+        options={
+            **_READING,
+            "colour": DataOption("grey", "three channels, or one", choices=("rgb", "grey")),
+            "views": DataOption(
+                "known", "PA and AP alone, these and rows that name no view, or all",
+                choices=("frontal", "known", "all"),
+            ),
+            "longest": DataOption(112, "tokens kept of a report", low=1),
+            "shortest": DataOption(3, "rows with fewer tokens are left out", low=1),
+        },
     ),
     "nico": DatasetInfo(
         "NICO, class/context folders of photographs; clients hold their own contexts, unseen contexts test",

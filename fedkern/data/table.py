@@ -27,6 +27,10 @@ class Table:
         """The values of a column, ``""`` where there is none."""
         return [row.get(name, "") for row in self.rows]
 
+    def only(self, rows: Sequence[int]) -> Table:
+        """Some of its rows."""
+        return Table(self.path, [self.rows[row] for row in rows], [self.lines[row] for row in rows])
+
     def files(self, name: str, data: str) -> list[Path]:
         """The column's files, relative to the CSV file's folder or absolute.
 

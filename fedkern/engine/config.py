@@ -38,7 +38,7 @@ class RunConfig:
         0, "training samples that no client gets and everybody may see, drawn before the partition", low=0
     )
     partition: str | None = option(
-        None, "how samples are split over clients: iid, dirichlet:ALPHA, classes:S, attribute", type=str
+        None, "how samples are split over clients: iid, stratified, dirichlet:ALPHA, classes:S, attribute", type=str
     )
     clients: int = option(DATASETS[COMMON["data"]].clients, "number of clients", low=1)
     correlation: float | None = option(

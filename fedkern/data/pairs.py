@@ -1,0 +1,94 @@
+"""Any images with captions: a text file beside every image, or a CSV file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from fedkern.data.folder import split_folders
+from fedkern.data.images import list_images, subfolders
+from fedkern.data.listing import Listing, Reading, to_source
+from fedkern.data.table import find_table, read_table
+from fedkern.data.types import Source
+from fedkern.errors import UserError
+
+ANY = "any"
+
+
+def open_pairs(
+    root: str | Path | None,
+    size: int = 64,
+    colour: str = "rgb",
+    longest: int = 112,
+    test_share: float = 0.2,
+    validation_share: float = 0.1,
+) -> Source:
+    """Reads images and their texts; images are decoded when a split needs them.
+
+    Args:
+        root: a CSV file (or a folder with one) with the columns ``image``, ``text`` and, where wanted, ``label``,
+            ``split`` and ``client``, an image with several captions in as many rows; or a folder in which every image
+            has a text of its name, ``cat.jpg`` and ``cat.txt``, directly or under ``train`` and ``test`` (and ``val``),
+            and there, where wanted, in a folder for each label.
+        size: side in pixels to which every image is resized, with black bars where it is not square.
+        colour: ``"rgb"`` or ``"grey"``.
+        longest: words kept of a text.
+        test_share, validation_share: what is held out where there is no such split.
+
+    Raises:
+        UserError: anything wrong with a file, an image without a text, or an empty text.
+    """
+    columns = ("image", "text")
+    path = find_table(root, "pairs", columns)
+    if path is not None:
+        table = read_table(path, "pairs", columns)
+        images, names, texts = table.files("image", "pairs"), table.column("image"), table.column("text")
+        named, splits, clients = table.column("label"), table.splits("pairs"), table.column("client")
+    else:
+        base = Path(str(root)).expanduser()
+        images, named, splits = _found(base)
+        names, clients = [one.relative_to(base).as_posix() for one in images], [""] * len(images)
+        texts = [_read(image) for image in images]
+    labels = [label or ANY for label in named]
+    classes = tuple(sorted(set(labels)))
+    listing = Listing(
+        paths=images,
+        ids=tuple(names),
+        labels=np.array([classes.index(label) for label in labels], dtype=np.int64),
+        splits=splits,
+        clients=clients,
+        texts=[" ".join(text.split()[:longest]) for text in texts],
+    )
+    return to_source("pairs", listing, classes, Reading(size, colour, test_share, validation_share, pad=True))
+
+
+def _found(base: Path) -> tuple[list[Path], list[str], list[str]]:
+    """Images, their labels (``""`` without label folders) and their splits."""
+    images: list[Path] = []
+    labels: list[str] = []
+    belongs: list[str] = []
+    splits = split_folders(base, "pairs")
+    for split, name in splits.items() if splits else [("", "")]:
+        for label in ("", *subfolders(base / name)):
+            found = list_images(base / name / label)
+            images += found
+            labels += [label] * len(found)
+            belongs += [split] * len(found)
+    if not images:
+        raise UserError(f'data set "pairs": no image found in {base} (expected image.jpg with image.txt beside it)')
+    return images, labels, belongs
+
+
+def _read(image: Path) -> str:
+    path = image.with_suffix(".txt")
+    try:
+        text = path.read_text(encoding="utf-8-sig").strip()
+    except FileNotFoundError:
+        raise UserError(f'data set "pairs": the image {image} has no text {path.name} beside it') from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f'data set "pairs": cannot read {path}: {reason}') from None
+    if not text:
+        raise UserError(f'data set "pairs": the text {path} is empty')
+    return text

@@ -1,0 +1,140 @@
+"""Radiographs with their reports, listed in a CSV file as MIMIC-CXR's tables are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fedkern.data.listing import Listing, Reading, to_source
+from fedkern.data.table import Table, find_table, read_table
+from fedkern.data.texts import clean, impression_and_findings, length
+from fedkern.data.types import Source
+from fedkern.errors import UserError
+
+IMAGE = ("image", "path", "image_path", "filename", "file")
+REPORT = ("report", "text", "caption", "note")
+SECTION = ("impression", "findings")
+LABEL = ("label", "finding", "diagnosis")
+VIEW = ("view", "viewposition", "view_position")
+CLIENT = ("client", "site", "hospital", "institution")
+# The columns of the CheXpert labeler, which MIMIC-CXR comes with: 1 positive, 0 negative, -1 uncertain, or empty.
+CHEXPERT = (
+    "atelectasis", "cardiomegaly", "consolidation", "edema", "enlarged cardiomediastinum", "fracture", "lung lesion",
+    "lung opacity", "no finding", "pleural effusion", "pleural other", "pneumonia", "pneumothorax", "support devices",
+)  # fmt: skip
+FRONTAL = ("pa", "ap")
+UNLABELLED = "unlabelled"
+
+
+def open_reports(
+    root: str | Path | None,
+    size: int = 64,
+    colour: str = "grey",
+    views: str = "known",
+    longest: int = 112,
+    shortest: int = 3,
+    test_share: float = 0.2,
+    validation_share: float = 0.1,
+) -> Source:
+    """Reads a CSV file of radiographs and reports.
+
+    Columns (upper or lower case): ``image`` (or path, filename), relative to the file's folder; the report as
+    ``impression`` and ``findings``, or as ``report`` (or text, note), of which those two sections are taken where it
+    has them; optionally ``label`` (or finding), or CheXpert's fourteen columns, of which the first positive one is the
+    label; ``view`` (or ViewPosition); ``client`` (or site, hospital) for ``--partition attribute``; and ``split``.
+
+    Reports become lower-cased tokens (:func:`fedkern.data.texts.clean`).
+
+    Args:
+        root: the CSV file, or a folder with that one CSV file.
+        size: side in pixels to which every image is resized, with black bars where it is not square.
+        colour: ``"rgb"`` or ``"grey"``.
+        views: ``"frontal"``: only rows whose view is PA or AP; ``"known"``: these and rows that name no view;
+            ``"all"``.
+        longest: tokens kept of a report.
+        shortest: rows whose report has fewer tokens are left out.
+        test_share, validation_share: what is held out where no row belongs to such a split.
+
+    Raises:
+        UserError: anything wrong with the file or an image it names, or no row left.
+    """
+    path = find_table(root, "reports", ("image", "report"))
+    if path is None:
+        raise UserError(f'data set "reports": {root} holds no CSV file')
+    table = read_table(path, "reports", ())
+    image = _column(table, IMAGE)
+    reports = _reports(table)
+    if image is None or reports is None:
+        missing = "image" if image is None else "report (or impression and findings)"
+        raise UserError(f'data set "reports": {path} has no column "{missing}"; it has {", ".join(table.rows[0])}')
+    if shortest > longest:
+        raise UserError(f'data set "reports": shortest is {shortest}, more than longest, {longest}')
+    texts = [clean(report, longest) for report in reports]
+    long_enough = [length(text) >= shortest for text in texts]
+    seen = _seen(table, views)
+    rows = [row for row in range(len(texts)) if long_enough[row] and seen[row]]
+    if not rows:
+        raise UserError(
+            f'data set "reports": none of the {len(texts)} rows of {path} is left: {sum(seen)} have a view that counts '
+            f"(views={views}) and {sum(long_enough)} a report of at least {shortest} tokens"
+        )
+    table = table.only(rows)
+    labels = _labels(table)
+    classes = tuple(sorted(set(labels)))
+    client = _column(table, CLIENT)
+    listing = Listing(
+        paths=table.files(image, "reports"),
+        ids=tuple(table.column(image)),
+        labels=np.array([classes.index(label) for label in labels], dtype=np.int64),
+        splits=table.splits("reports"),
+        clients=[""] * len(rows) if client is None else table.column(client),
+        texts=[texts[row] for row in rows],
+    )
+    return to_source("reports", listing, classes, Reading(size, colour, test_share, validation_share, pad=True))
+
+
+def _column(table: Table, names: Sequence[str]) -> str | None:
+    """The first of the names that is a column."""
+    return next((name for name in names if name in table.rows[0]), None)
+
+
+def _reports(table: Table) -> list[str] | None:
+    present = [name for name in SECTION if name in table.rows[0]]
+    parts = [table.column(name) for name in present]
+    joined = [" ".join(part for part in row if part) for row in zip(*parts, strict=True)] if parts else None
+    whole = _column(table, REPORT)
+    if whole is None:
+        return joined
+    texts = [impression_and_findings(report) for report in table.column(whole)]
+    return texts if joined is None else [own or text for own, text in zip(joined, texts, strict=True)]
+
+
+def _seen(table: Table, views: str) -> list[bool]:
+    column = _column(table, VIEW)
+    if views == "all" or (column is None and views == "known"):
+        return [True] * len(table.rows)
+    if column is None:
+        raise UserError(
+            f'data set "reports": {table.path} has no column "view" to tell frontal images by; take views=all'
+        )
+    named = [view.lower().replace("-", " ").split() for view in table.column(column)]
+    return [words[0] in FRONTAL if words else views == "known" for words in named]
+
+
+def _labels(table: Table) -> list[str]:
+    column = _column(table, LABEL)
+    if column is not None:
+        return [label or UNLABELLED for label in table.column(column)]
+    findings = [name for name in table.rows[0] if name in CHEXPERT]
+    if not findings:
+        return [UNLABELLED] * len(table.rows)
+    return [next((name for name in findings if _positive(row[name])), "no finding") for row in table.rows]
+
+
+def _positive(value: str) -> bool:
+    try:
+        return float(value) == 1
+    except ValueError:
+        return False

@@ -1,0 +1,191 @@
+"""Images with captions and radiographs with reports, as users bring them."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fedkern.data import load
+from fedkern.data.partition import partition
+from fedkern.data.texts import clean, impression_and_findings
+from fedkern.errors import UserError
+
+REPORT = """EXAMINATION:  CHEST (PA AND LAT)
+
+INDICATION:  ___ year old woman with cough.
+
+FINDINGS:
+1. The lungs are clear.
+2. No effusion of 2.5 cm.
+
+IMPRESSION:  No acute process."""
+
+
+def picture(path, value, size=(12, 12)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value, value, value)).save(path)
+
+
+def every_split(data):
+    return [*data.clients, data.validation, *data.tests.values()]
+
+
+def opened(name, root, clients=2, partition="iid", **options):
+    return load(name, root=root, clients=clients, partition=partition, options={"size": 16, **options})
+
+
+# reports
+
+
+def write_reports(root, rows=30, header="image,report,label,view,site", line=None):
+    root.mkdir(exist_ok=True)
+    views = ("PA", "AP erect", "LATERAL", "")
+    lines = [header]
+    for i in range(rows):
+        picture(root / f"{i}.png", 5 * i)
+        values = {"i": i, "view": views[i % 4], "site": "AB"[i % 2], "label": ("effusion", "")[i % 2]}
+        lines.append((line or '{i}.png,"Report number {i} is here.",{label},{view},{site}').format(**values))
+    (root / "reports.csv").write_text("\n".join(lines))
+    return root
+
+
+def test_a_report_is_its_impression_and_findings():
+    assert clean(impression_and_findings(REPORT), 100) == ("no acute process the lungs are clear no effusion of 2 5 cm")
+    assert clean(impression_and_findings(" ".join(REPORT.split())), 100) == clean(impression_and_findings(REPORT), 100)
+    assert impression_and_findings("Heart is large: borderline.") == "Heart is large: borderline."
+    assert clean("The (right) LUNG, 3 mm.", 3) == "the right lung"
+
+
+def test_reports(tmp_path):
+    data = opened("reports", write_reports(tmp_path))
+    assert data.task == "retrieval"
+    assert data.image_shape == (1, 16, 16)
+    assert data.classes == ("effusion", "unlabelled")
+    found = {}
+    for split in every_split(data):
+        for image, label, name, text in zip(split.images, split.labels, split.ids, split.texts, strict=True):
+            number = int(name.removesuffix(".png"))
+            found[number] = None
+            assert text == f"report number {number} is here"
+            assert int(image.max()) == 5 * number
+            assert int(label) == number % 2
+    assert sorted(found) == [i for i in range(30) if i % 4 != 2]  # the lateral ones are left out
+
+
+@pytest.mark.parametrize(("views", "kept"), [("frontal", 16), ("known", 23), ("all", 30)])
+def test_views(tmp_path, views, kept):
+    data = opened("reports", write_reports(tmp_path), views=views)
+    assert sum(len(split) for split in every_split(data)) == kept
+
+
+def test_length_of_reports(tmp_path):
+    root = write_reports(tmp_path, header="path,text", line='{i}.png,"{label} Seen: a b c"')
+    data = opened("reports", root, shortest=5, longest=5)
+    assert {text for split in every_split(data) for text in split.texts} == {"effusion seen a b c"}
+    assert sum(len(split) for split in every_split(data)) == 15
+
+
+def test_the_sites_are_the_clients(tmp_path):
+    data = opened("reports", write_reports(tmp_path), partition="attribute")
+    for k, split in enumerate(data.clients):
+        assert {int(name.removesuffix(".png")) % 2 for name in split.ids} == {k}
+
+
+def test_tables_of_mimic(tmp_path):
+    header = "ViewPosition,Filename,Impression,Findings,Atelectasis,No Finding,Edema"
+    line = "PA,{i}.png,Stable.,Line in place; {label}.,-1.0,,1.0"
+    data = opened("reports", write_reports(tmp_path, header=header, line=line))
+    assert data.classes == ("edema",)
+    assert set(data.clients[0].texts) == {"stable line in place effusion", "stable line in place"}
+    line = line.replace("1.0,,1.0", "0,1.0,1.0")
+    assert opened("reports", write_reports(tmp_path, header=header, line=line)).classes == ("no finding",)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "words"),
+    [
+        ({"header": "picture,report"}, {}, 'no column "image"; it has picture, report'),
+        ({"header": "image,words"}, {}, r'no column "report \(or impression and findings\)"'),
+        ({}, {"shortest": 9}, r"none of the 30 rows .*0 a report of at least 9 tokens"),
+        ({}, {"shortest": 9, "longest": 5}, "shortest is 9, more than longest, 5"),
+        ({"header": "image,report", "line": "{i}.png,one two three"}, {"views": "frontal"}, 'no column "view"'),
+        ({"line": "{i}.jpg,one two three,x,PA,A"}, {}, r"0\.jpg of .*line 2, is missing"),
+        ({"rows": 2}, {}, "too few to hold some out"),
+    ],
+)
+def test_wrong_tables_of_reports(tmp_path, change, options, words):
+    with pytest.raises(UserError, match=words):
+        opened("reports", write_reports(tmp_path, **change), **options)
+
+
+def test_proportions_are_kept(tmp_path):
+    for i in range(8):
+        picture(tmp_path / f"{i}.png", 200, size=(40, 20))
+        (tmp_path / f"{i}.txt").write_text(f"number {i}")
+    image = opened("pairs", tmp_path).clients[0].images[0, 0]
+    assert int(image[:4].max()) == int(image[12:].max()) == 0
+    assert int(image[4:12].min()) == 200
+
+
+# images with a text beside them
+
+
+@pytest.mark.parametrize("splits", [("",), ("train", "test"), ("train", "val", "test")])
+@pytest.mark.parametrize("labels", [("",), ("cat", "dog")])
+def test_folders_of_pairs(tmp_path, splits, labels):
+    for split in splits:
+        for label in labels:
+            for i in range(10):
+                path = tmp_path / split / label / f"{i}.png"
+                picture(path, i)
+                path.with_suffix(".txt").write_text(f" {split} {label}\n {i} ")
+    data = opened("pairs", tmp_path)
+    assert data.classes == (("any",) if labels == ("",) else labels)
+    texts = []
+    for split in every_split(data):
+        for name, text, image in zip(split.ids, split.texts, split.images, strict=True):
+            assert text.split() == [*name.split("/")[:-1], str(int(image.max()))]
+            texts.append(name)
+    assert len(set(texts)) == len(texts) == 10 * len(splits) * len(labels)
+
+
+def test_an_image_with_several_captions_stays_in_one_split(tmp_path):
+    lines = ["image,text,label"]
+    for i in range(20):
+        picture(tmp_path / f"{i}.png", i)
+        lines += [f"{i}.png,caption {i} {c},{'ab'[i % 2]}" for c in range(3)]
+    (tmp_path / "captions.csv").write_text("\n".join(lines))
+    data = opened("pairs", tmp_path)
+    held = [set(data.tests[""].ids), set(data.validation.ids), set(data.clients[0].ids) | set(data.clients[1].ids)]
+    assert sum(map(len, held)) == len(set.union(*held)) == 20
+    assert len(data.tests[""]) == 3 * len(held[0]) == 12
+    assert len(set(data.tests[""].texts)) == 12
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: (t / "3.txt").unlink(), r"3\.png has no text 3\.txt beside it"),
+        (lambda t: (t / "3.txt").write_text(" \n"), r"3\.txt is empty"),
+        (lambda t: (t / "3.txt").write_bytes(b"\xff\xfe\xff"), "not UTF-8"),
+        (lambda t: [one.unlink() for one in t.glob("*.png")], "no image found"),
+        (lambda t: (t / "a.csv").write_text("image,words\n1.png,x"), 'no column "text"'),
+    ],
+)
+def test_wrong_pairs(tmp_path, change, words):
+    for i in range(6):
+        picture(tmp_path / f"{i}.png", i)
+        (tmp_path / f"{i}.txt").write_text("words")
+    change(tmp_path)
+    with pytest.raises(UserError, match=words):
+        opened("pairs", tmp_path)
+
+
+def test_stratified_shares_are_equal():
+    labels = np.repeat([0, 1, 2], [50, 7, 23])
+    parts = partition("stratified", labels, 4, 0)
+    assert torch.equal(torch.tensor(sorted(np.concatenate(parts))), torch.arange(80))
+    counts = np.stack([np.bincount(labels[part], minlength=3) for part in parts])
+    assert (counts.max(0) - counts.min(0) <= 1).all()
+    assert {len(part) for part in parts} == {20}
+    assert not np.array_equal(parts[0], partition("stratified", labels, 4, 1)[0])
