@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkern import models
-from fedkern.methods.base import Client, Message, Server, Step, Upload, option, register
+from fedkern.methods.base import VECTORS, Client, ClientId, Message, Server, Step, Upload, option, register
 from fedkern.methods.evaluate import classification
 from fedkern.methods.oneshot import OneShot, exhaust
 from fedkern.methods.oneshot_members import Members, parse_models, train_member
@@ -66,7 +66,10 @@ class Ensemble(OneShot):
 
     def client_update(self, client: Client, step: Step, message: Message) -> Message:
         if step.exchange == "update":
-            return train_member(self, client, step, message, self.architectures)
+            trained = train_member(self, client, step, message, self.architectures)
+            if self.options.calibrate:
+                client.state["own"] = {name: trained[name] for name in VECTORS if name in trained}
+            return trained
         return super().client_update(client, step, message)
 
     def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
@@ -94,12 +97,21 @@ class Ensemble(OneShot):
 
     # -- calibration: one classifier on the features of all members ------------------------------------------------
 
-    def publish(self, server: Server) -> Message:
-        return {"members": self.members(server).messages()}
+    def publish(self, server: Server) -> dict[ClientId, Message]:
+        """To every client the others' networks; its own it has, and is told where that one was refused."""
+        members = self.members(server).messages()
+        messages: dict[ClientId, Message] = {}
+        for k in range(server.federation.clients):
+            messages[k] = {"members": {j: member for j, member in members.items() if j != k}}
+            if k not in members:
+                messages[k]["left_out"] = True
+        return messages
 
     def published(self, client: Client, message: Message) -> models.Ensemble:
-        members = Members(client, self.architectures)
-        return models.Ensemble(members.modules(message["members"]), pool=self.options.pool)
+        members = dict(message["members"])
+        if "left_out" not in message:
+            members[client.id] = client.state["own"]
+        return models.Ensemble(Members(client, self.architectures).modules(members), pool=self.options.pool)
 
     def head(self, server: Server) -> nn.Linear:
         return self.model(server).joint_head()

@@ -90,8 +90,8 @@ class OneShot(FedAvg):
 
     # -- what is calibrated: the averaged network, unless a method says otherwise ----------------------------------
 
-    def publish(self, server: Server) -> Message:
-        """What a client needs to compute the features whose statistics it sends."""
+    def publish(self, server: Server) -> Message | dict[ClientId, Message]:
+        """What the clients need to compute the features whose statistics they send; one message for all, or each."""
         return {name: server.state[name] for name in VECTORS if name in server.state}
 
     def published(self, client: Client, message: Message) -> Any:

@@ -98,6 +98,21 @@ def test_calibrated_on_all_features(make_data, make_config, tmp_path):
         assert after["id_accuracy"] == pytest.approx((network(images).argmax(1) == labels).float().mean().item())
 
 
+def test_bytes_of_calibration(make_data, make_config, tmp_path, monkeypatch):
+    """Everybody gets all members but its own; one whose own was refused is told so."""
+    data, options = make_data(), {"calibrate": True, **FAST}
+    config = make_config("ensemble", model="cnn", rounds=None, options=options)
+    run(config, out=tmp_path / "all", data=data)
+    one, two = read_metrics(tmp_path / "all")
+    network = one["bytes_up"] / 3
+    assert two["bytes_down"] - one["bytes_down"] == 3 * 2 * network
+    monkeypatch.setattr(Ensemble, "client_update", poison(not_a_number))
+    run(config.replace(on_nan="skip"), out=tmp_path / "two", data=data)
+    one, two = read_metrics(tmp_path / "two")
+    assert two["bytes_down"] - one["bytes_down"] == (1 + 2 + 1) * network + 8
+    assert read_model(tmp_path / "two")[0].head.in_features == 16
+
+
 def test_networks_may_differ(make_data, make_config, tmp_path):
     data = make_data()
     options = {"models": "cnn:2, resnet8:3", "calibrate": True, **FAST}
@@ -122,7 +137,7 @@ def poison(how):
 
     def client_update(self, client, step, message):
         answer = real(self, client, step, message)
-        if client.id == 1:
+        if client.id == 1 and step.exchange == "update":
             how(answer)
         return answer
 
