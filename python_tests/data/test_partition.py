@@ -191,7 +191,8 @@ def test_zero_clients() -> None:
 
 
 def test_every_registered_partitioner_can_be_parsed() -> None:
-    examples = {"iid": "iid", "dirichlet": "dirichlet:0.5", "classes": "classes:2", "attribute": "attribute"}
+    examples = {"dirichlet": "dirichlet:0.5", "classes": "classes:2"}
+    examples |= {name: name for name in ("iid", "stratified", "attribute")}
     assert set(examples) == set(PARTITIONERS)
     for name, text in examples.items():
         assert parse_partition(text).name == name
