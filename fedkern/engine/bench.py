@@ -63,18 +63,21 @@ class Bench:
         self.data = self.data.pooled()
         self.federation = self._federation()
 
-    def build(self, *, model: str | None = None, width: int | None = None, classes: int | None = None) -> nn.Module:
-        """A freshly initialised network from the run's own stream, always the same; on the CPU."""
+    def build(
+        self, *, model: str | None = None, width: int | None = None, classes: int | None = None, seed: int | None = None
+    ) -> nn.Module:
+        """A freshly initialised network, from the run's own stream (always the same) or another seed; on the CPU."""
+        seed = self.config.seed if seed is None else seed
         channels, *sides = self.data.image_shape
         if model is None and self.data.task == "retrieval":
-            return models.build_pair(**self.pair, seed=self.config.seed)
+            return models.build_pair(**self.pair, seed=seed)
         own = model is None or model == self.config.model
         return models.build(
             self.config.model if model is None else model,
             classes=self.federation.classes if classes is None else classes,
             channels=channels,
             image_size=min(sides),
-            seed=self.config.seed,
+            seed=seed,
             width=self.config.width if width is None and own else width,
         )
 

@@ -22,6 +22,8 @@ from fedkern.errors import UserError
 from fedkern.methods.base import Batch, Message, Objective, Round, Step, Upload
 from fedkern.streams import stream
 
+BEFORE = Step(-1, "", "update")  # of what a client draws once in a run
+
 
 class _Place:
     """What both sides see of the bench (see :class:`fedkern.methods.protocol.Place`)."""
@@ -62,8 +64,16 @@ class Client(_Place):
     def objects_known(self) -> bool:
         return self._bench.data.clients[self.id].masks is not None
 
-    def network(self, *, model: str | None = None, width: int | None = None, classes: int | None = None) -> Any:
-        return self._bench.place(self._bench.build(model=model, width=width, classes=classes))
+    def network(
+        self,
+        *,
+        model: str | None = None,
+        width: int | None = None,
+        classes: int | None = None,
+        stream: str | None = None,
+    ) -> Any:
+        seed = None if stream is None else int(self.rng(f"model/{stream}", BEFORE).integers(2**63))
+        return self._bench.place(self._bench.build(model=model, width=width, classes=classes, seed=seed))
 
     def train(
         self,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -75,7 +76,8 @@ class FML(LocalTraining):
 
     def _private(self, client: Client) -> nn.Module:
         """The client's private model as it left the last round, or a fresh one."""
-        network = self._fresh(client.network)
+        # Of its own beginning: two equal networks that see the same batches would have nothing to tell each other.
+        network = self._fresh(partial(client.network, stream="private"))
         if "private" in client.state:
             network.load_state_dict(client.state["private"])
         return network

@@ -256,15 +256,24 @@ class Client(Place, Protocol):
         """Whether anything is known about what is object and what is background in the client's images."""
         ...
 
-    def network(self, *, model: str | None = None, width: int | None = None, classes: int | None = None) -> Any:
+    def network(
+        self,
+        *,
+        model: str | None = None,
+        width: int | None = None,
+        classes: int | None = None,
+        stream: str | None = None,
+    ) -> Any:
         """A freshly initialised network of its own, in train mode, channels-last, on ``device``.
 
-        It comes from the run's own stream, so it is the same at every client and at every call.
+        It comes from the run's own stream, so it is the same at every client and at every call; with ``stream`` from
+        the client's own one of that name, so it is the same at every call of this client alone.
 
         Args:
             model: another architecture than the run's, by name.
             width: channels of the first stage; the run's, or another architecture's own.
             classes: number of outputs.
+            stream: what the initial weights are drawn for, where they shall be the client's own.
 
         Raises:
             UserError: there is no such network.

@@ -359,6 +359,19 @@ def test_fml_sends_the_proxy_alone_and_keeps_private_models(make_data, make_conf
     assert not torch.equal(states[0].state["private"]["head.weight"], before)
 
 
+def test_fml_private_models_begin_apart(make_data, make_config):
+    """From the shared one and from each other, and the same at every call."""
+    bench = Bench(make_config("fml"), make_data())
+    clients = [Client(bench, k, {}) for k in range(2)]
+    shared = clients[0].network().state_dict()
+    first, second, again = (FML()._private(clients[k]).state_dict() for k in (0, 1, 0))
+    weights = [name for name in shared if name.endswith("weight") and shared[name].dim() > 1]
+    assert not any(torch.equal(first[name], shared[name]) for name in weights)
+    assert not any(torch.equal(first[name], second[name]) for name in weights)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert all(torch.equal(shared[name], value) for name, value in clients[1].network().state_dict().items())
+
+
 @pytest.mark.parametrize("buffers", ["average", "local"])
 def test_fml_without_mutual_terms_is_fedavg(buffers, make_data, make_config, tmp_path):
     """With alpha = beta = 1 nothing passes between the two, and the proxy is trained as FedAvg's network."""
