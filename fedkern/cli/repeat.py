@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
-from fedkern.cli.flags import DATA_FLAGS, OPTIMISER, PROGRAM, flag, one_shot, quote
+from fedkern.cli.flags import DATA_FLAGS, PROGRAM, flag, one_shot, quote
 from fedkern.engine import RunConfig
 
 
 def command_line(method: str, config: RunConfig) -> str:
-    """The shortest command that runs ``method`` with the data, split, budget and seed of ``config``.
+    """The shortest command that runs ``method`` with the settings of ``config``: data, split, budget, optimiser, seed.
 
-    Settings of the optimiser are only repeated where the user had changed them: each method otherwise has its own.
+    Method options that the user had changed are repeated where ``method`` has them too.
     """
     own, target = RunConfig.make(config.method, data=config.data), RunConfig.make(method, data=config.data)
     words = [PROGRAM, method]
@@ -21,12 +21,14 @@ def command_line(method: str, config: RunConfig) -> str:
             continue
         if f.name == "rounds" and (one_shot(method) or one_shot(config.method)):
             continue  # a plan's own, never asked for
-        if f.name in OPTIMISER and value == getattr(own, f.name):
-            continue
         if value != getattr(target, f.name):
             words += [flag(f.name), quote(value)]
     if config.data != RunConfig.make(method).data:
         words[2:2] = ["--data", quote(config.data)]
     for name, value in config.data_options.items():
         words += [flag(name), quote(value)] if name in DATA_FLAGS else ["--data-option", quote(f"{name}={value}")]
+    for name, value in config.options.items():
+        if value != own.options[name] and value != target.options.get(name, value):
+            text = str(value).lower() if isinstance(value, bool) else str(value)
+            words += ["--method-option", quote(f"{name}={text}")]
     return " ".join(words)

@@ -179,12 +179,22 @@ def test_flags_override_the_config_file_which_overrides_the_defaults(tmp_path):
     assert (other.method, other.rounds, other.lr) == ("fedavg", 7, 0.2)
 
 
-@pytest.mark.parametrize(("given", "repeated"), [([], False), (["--lr", "0.3"], True)])
-def test_the_optimiser_of_a_method_is_its_own_unless_the_user_chose_it(monkeypatch, given, repeated):
-    monkeypatch.setattr("fedkern.engine.defaults.METHOD", {("fedgid", "colordigits"): {"lr": 0.02}})
-    command = repeat.command_line("fedavg", flags.effective(flags.parse(["fedgid", *given])))
-    assert ("--lr 0.3" in command) == repeated
-    assert ("--lr" in command) == repeated
+@pytest.mark.parametrize(
+    ("argv", "repeated"),
+    [
+        # Fed-LPFM's and FML's own on the digits
+        (["fedlpfm"], ["--data digits", "--partition classes:2", "--rounds 40", "--local-epochs 1", "--momentum 0.0"]),
+        (["fml", "--lr", "0.3"], ["--lr 0.3", "--momentum 0.0"]),
+        (["fusefl", "--method-option", "calibration_epochs=2"], ["--method-option calibration_epochs=2"]),
+        (["fedprox", "--method-option", "weighting=uniform"], ["--method-option weighting=uniform"]),
+    ],
+)
+def test_the_command_for_comparison_repeats_what_differs_from_its_own_defaults(argv, repeated):
+    config = flags.effective(flags.parse(argv))
+    baseline = "oneshot-fedavg" if argv[0] == "fusefl" else "fedavg"
+    command = repeat.command_line(baseline, config)
+    assert all(f" {words}" in command for words in repeated)
+    assert "calibrate=" not in command  # a part of FuseFL, not of what it is compared with
 
 
 def test_paths_are_stored_absolute(tmp_path):
@@ -217,9 +227,6 @@ def test_the_command_for_comparison_has_the_same_split_and_budget(argv):
     assert words[:4] == ["python", "-m", "fedkern.run", "fedavg"]
     other = flags.effective(flags.parse(words[3:]))
     assert other.method == "fedavg"
-    own = RunConfig.make(config.method, data=config.data)
     for field in dataclasses.fields(RunConfig):
-        same = getattr(config, field.name) == getattr(own, field.name)
-        if field.name in ("method", "options") or (field.name in ("lr", "weight_decay", "momentum") and same):
-            continue
-        assert getattr(other, field.name) == getattr(config, field.name), field.name
+        if field.name not in ("method", "options"):
+            assert getattr(other, field.name) == getattr(config, field.name), field.name
