@@ -20,6 +20,7 @@ from fedkern.engine.samples import Bank, Samples
 from fedkern.engine.shown import prepared
 from fedkern.errors import UserError
 from fedkern.methods.base import Batch, Message, Objective, Round, Step, Upload
+from fedkern.privacy import DPSGD
 from fedkern.streams import stream
 
 BEFORE = Step(-1, "", "update")  # of what a client draws once in a run
@@ -135,6 +136,26 @@ class Client(_Place):
             figures = train(self, method, step, trainable, data, received, schedule)
         finally:
             trainable.release()
+        self.report.update(figures)
+        return figures
+
+    def fit_privately(
+        self,
+        method: Objective,
+        step: Step,
+        module: nn.Module,
+        spending: DPSGD,
+        *,
+        rows: np.ndarray | None = None,
+        epochs: int | None = None,
+    ) -> dict[str, float]:
+        from fedkern.engine.private import train_privately
+
+        limit = self._bench.config.local_steps if epochs is None else None
+        epochs = self._epochs(limit, self.samples if rows is None else len(rows)) if epochs is None else epochs
+        received, schedule = self._received(step, {}, epochs, None), self._schedule(step, epochs, limit)
+        data = self._bench.client_data(self.id)
+        figures = train_privately(self, method, step, module, data, received, schedule, spending, rows)
         self.report.update(figures)
         return figures
 

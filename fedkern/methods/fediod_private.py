@@ -26,7 +26,8 @@ from fedkern.errors import UserError
 from fedkern.methods.base import OUTSIDE, Client, Federation, Objective, Server, Step, option
 from fedkern.methods.options import Options
 from fedkern.ops import clip_and_noise
-from fedkern.privacy import LEDGER, Accountant, Guarantee, least_noise, need_accounting
+from fedkern.privacy import DPSGD, LEDGER, Accountant, Guarantee, least_noise, need_accounting
+from fedkern.privacy.dpsgd import check_network
 
 TERMS = "privacy_terms"
 """Where a client keeps the noise that was agreed on before the first step."""
@@ -243,15 +244,36 @@ def _book(client: Client, channel: str, noise: float, shards: int = 1) -> None:
 # -- the teacher -----------------------------------------------------------------------------------------------------
 
 
+def check_teacher(module: nn.Module, name: str, options: Any) -> None:
+    """Raises UserError where a client's teacher, called ``name``, cannot be trained privately and should be."""
+    if options.teacher_dp:
+        check_network(module, name)
+
+
 def train_teacher(
     method: Objective, client: Client, step: Step, module: nn.Module, rows: np.ndarray, options: Any
 ) -> bool:
-    """Trains the client's teacher with differential privacy on the samples at ``rows``, in place.
+    """Trains the client's teacher with DP-SGD on the samples at ``rows``, in place.
 
     Returns:
         False where it is to be trained as usual.
     """
-    return False
+    if not options.teacher_dp:
+        return False
+
+    def noise(rate: float, steps: int) -> float:
+        if options.epsilon is None:
+            return float(options.teacher_sigma)
+
+        def account(sigma: float) -> Accountant:
+            accountant = Accountant()
+            accountant.dp_sgd(TEACHER, sigma, rate=rate, steps=steps)
+            return accountant
+
+        return least_noise(account, options.teacher_share * options.epsilon, options.delta / 2)
+
+    client.fit_privately(method, step, module, DPSGD(options.teacher_clip, noise, TEACHER), rows=rows)
+    return True
 
 
 # -- what is said of it ------------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedkern.privacy import DPSGD
+
 ClientId = int
 Message = dict[str, Any]
 """Named tensors, numbers, and dicts of such; its tensors are what the byte ledger counts."""
@@ -339,6 +341,23 @@ class Client(Place, Protocol):
         Raises:
             ValueError: no parameter of ``module`` requires a gradient.
             Diverged: a loss, gradient or parameter became NaN or infinite (the engine handles it: ``--on-nan``).
+        """
+        ...
+
+    def fit_privately(
+        self,
+        method: Objective,
+        step: Step,
+        module: nn.Module,
+        spending: DPSGD,
+        *,
+        rows: np.ndarray | None = None,
+        epochs: int | None = None,
+    ) -> dict[str, float]:
+        """As :meth:`fit`, by DP-SGD, on the samples at ``rows``; books the release in the client's ledger.
+
+        Raises:
+            UserError: the network has batch norm or other layers without per-sample gradients, or opacus is missing.
         """
         ...
 

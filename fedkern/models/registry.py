@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -74,6 +74,27 @@ def _vit(*, classes: int, channels: int, width: int, stem: Stem, image_size: int
     return ViT(classes=classes, channels=channels, width=width, image_size=image_size)
 
 
+def group_norm(make: Callable[..., StagedNetwork]) -> Callable[..., StagedNetwork]:
+    """The same network with group norm (Wu and He, arXiv 1803.08494) in place of batch norm.
+
+    Its samples do not look at each other, which per-sample gradients need.  A group has at least four channels, and
+    there are at most 32 of them.
+    """
+
+    def made(**settings: Any) -> StagedNetwork:
+        network = make(**settings)
+        for module in list(network.modules()):
+            for name, layer in list(module.named_children()):
+                if isinstance(layer, nn.BatchNorm2d):
+                    channels = layer.num_features
+                    most = min(32, max(1, channels // 4))
+                    groups = max(n for n in range(1, most + 1) if channels % n == 0)
+                    setattr(module, name, nn.GroupNorm(groups, channels))
+        return network
+
+    return made
+
+
 MODELS: dict[str, ModelEntry] = {
     entry.name: entry
     for entry in (
@@ -107,6 +128,9 @@ MODELS: dict[str, ModelEntry] = {
             8,
             _resnet10,
         ),
+        ModelEntry("cnn-gn", "cnn with group norm, for DP-SGD", 32, 8, group_norm(_cnn)),
+        ModelEntry("resnet8-gn", "resnet8 with group norm, for DP-SGD", 16, 4, group_norm(_resnet8)),
+        ModelEntry("resnet18-gn", "resnet18 with group norm, for DP-SGD", 64, 8, group_norm(_resnet18)),
         ModelEntry("vgg16", "VGG-16 with batch norm and one linear layer, 14.7 million parameters", 64, 16, _vgg16),
         ModelEntry(
             "mlp", "three hidden layers of 256 units with batch norm, for small images", 256, 1, _mlp, sized=True

@@ -6,6 +6,7 @@ Accounting needs the packages of the extra ``privacy``; the attack needs nothing
 from __future__ import annotations
 
 from fedkern.privacy.accounting import Accountant, Figure, least_noise, need_accounting
+from fedkern.privacy.dpsgd import DPSGD
 from fedkern.privacy.guarantee import LEDGER, Guarantee
 
-__all__ = ["LEDGER", "Accountant", "Figure", "Guarantee", "least_noise", "need_accounting"]
+__all__ = ["DPSGD", "LEDGER", "Accountant", "Figure", "Guarantee", "least_noise", "need_accounting"]

@@ -8,9 +8,16 @@ import pytest
 
 from fedkern.errors import UserError
 from fedkern.privacy import need_accounting
+from fedkern.privacy.dpsgd import need_opacus
 
 
 def test_dp_accounting(monkeypatch):
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
     with pytest.raises(UserError, match=r"pip install 'fedkern\[privacy\]'"):
         need_accounting()
+
+
+def test_opacus(monkeypatch):
+    monkeypatch.setitem(sys.modules, "opacus", None)
+    with pytest.raises(UserError, match=r"pip install 'fedkern\[privacy\]'"):
+        need_opacus()

@@ -1,0 +1,81 @@
+"""The local training loop with differential privacy: Poisson-sampled batches, per-sample gradients, noise."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedkern.engine.local import Context, Diverged, Schedule
+from fedkern.engine.samples import ClientData
+from fedkern.errors import UserError
+from fedkern.methods.base import Objective, Step
+from fedkern.privacy import DPSGD, LEDGER, Accountant
+from fedkern.privacy.dpsgd import check_network, empty_batch, private_steps
+
+if TYPE_CHECKING:
+    from fedkern.engine.serial import Client
+
+
+def train_privately(
+    client: Client,
+    method: Objective,
+    step: Step,
+    module: nn.Module,
+    data: ClientData,
+    received: Context,
+    schedule: Schedule,
+    spending: DPSGD,
+    rows: np.ndarray | None,
+) -> dict[str, float]:
+    """Trains ``module`` in place on the client's samples at ``rows`` and books the release in the client's ledger.
+
+    Every step draws each sample with the same probability, batch size over samples, on its own; there are as many steps
+    as usual.  ``method.loss`` must be a mean over samples that do not depend on each other.
+
+    Raises:
+        UserError: the network has no per-sample gradients, or opacus is not installed.
+        Diverged: the loss or a parameter became NaN or infinite.
+    """
+    if schedule.optimizer != "sgd":
+        raise UserError(f"DP-SGD trains with --optimizer sgd, not {schedule.optimizer}.")
+    check_network(module, "this one")
+    rows = np.arange(len(data)) if rows is None else rows
+    each = math.ceil(len(rows) / schedule.batch_size)
+    steps = each * schedule.epochs if schedule.limit is None else schedule.limit
+    rate = min(1.0, schedule.batch_size / len(rows))
+    noise = spending.noise(rate, steps)
+    draws = client.rng("batches", step)
+    augmentation = client.rng("augmentation", step) if data.augment != "none" else None
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay)
+    module.train()
+    total, batches = 0.0, 0
+    seed = int(client.rng("dp-sgd", step).integers(1 << 63))
+    expected = rate * len(rows)
+    with private_steps(
+        module, optimizer, max_norm=spending.max_norm, noise=noise, batch=expected, seed=seed
+    ) as private:
+        for done in range(steps):
+            optimizer.param_groups[0]["lr"] = schedule.lr_at(done // each)
+            drawn = rows[draws.random(len(rows)) < rate]
+            private.zero_grad()
+            if len(drawn):
+                result = method.loss(module, data.batch(drawn, step, done // each, augmentation), received)
+                loss = result[0] if isinstance(result, tuple) else result
+                loss.backward()
+                total, batches = total + float(loss.detach()), batches + 1
+                if not math.isfinite(total):
+                    raise Diverged(client.id, step.round, done + 1, f"the loss is {float(loss.detach())}")
+            else:
+                empty_batch(module)
+            private.step()
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in trained):
+        raise Diverged(client.id, step.round, steps, "the parameters are not finite")
+    accountant = Accountant(client.state.get(LEDGER))
+    accountant.dp_sgd(spending.channel, noise, rate=rate, steps=steps)
+    client.state[LEDGER] = accountant.state
+    return {"loss": total / max(batches, 1), "noise": noise}

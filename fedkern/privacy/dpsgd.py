@@ -1,0 +1,110 @@
+"""DP-SGD (Abadi et al., arXiv 1607.00133) on opacus: what it asks of a network, and its steps."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fedkern.errors import UserError
+
+
+@dataclass(frozen=True)
+class DPSGD:
+    """How a network is trained with differential privacy.
+
+    Attributes:
+        max_norm: largest Euclidean norm of a sample's gradient.
+        noise: standard deviation of the noise on their sum over ``max_norm``, from the probability of a sample to be in
+            a batch and the number of steps.
+        channel: what the client's ledger calls it.
+    """
+
+    max_norm: float
+    noise: Callable[[float, int], float]
+    channel: str
+
+
+def need_opacus() -> Any:
+    """The package ``opacus``.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import opacus
+        import opacus.optimizers
+    except ImportError:
+        raise UserError("Training with DP-SGD needs opacus: pip install 'fedkern[privacy]'.") from None
+    return opacus
+
+
+def check_network(module: nn.Module, name: str) -> None:
+    """Raises UserError where a network has no per-sample gradients: ``name`` is what the user calls it."""
+    opacus = need_opacus()
+    if any(isinstance(layer, _BatchNorm) for layer in module.modules()):
+        raise UserError(
+            f"DP-SGD needs samples that do not look at each other, but {name} has batch norm: choose a network with "
+            "group norm, such as cnn-gn, resnet8-gn or resnet18-gn."
+        )
+    try:
+        opacus.GradSampleModule.validate(module, strict=True)
+    except NotImplementedError:
+        raise UserError(
+            f"DP-SGD cannot take the gradient of each sample in {name}, whose layers keep statistics: choose a network "
+            "with group norm, such as cnn-gn, resnet8-gn or resnet18-gn."
+        ) from None
+
+
+@contextmanager
+def private_steps(
+    module: nn.Module, optimizer: torch.optim.Optimizer, *, max_norm: float, noise: float, batch: float, seed: int
+) -> Iterator[Any]:
+    """opacus's optimiser around ``optimizer``: after a backward pass of a batch's mean loss, ``step()`` is private.
+
+    Args:
+        module: trained through its hooks, which are taken off at the end.
+        max_norm: largest norm of a sample's gradient.
+        noise: standard deviation of the noise on the sum over ``max_norm``.
+        batch: expected number of samples in a Poisson-sampled batch, by which the sum is divided.
+        seed: of the noise; 63 bits.
+    """
+    opacus = need_opacus()
+    device = next(module.parameters()).device
+    # opacus unfolds a convolution's input by strides that it takes for contiguous ones: in channels-last the gradients
+    # would silently be wrong.
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.modules.conv._ConvNd)]
+    handles = [layer.register_forward_pre_hook(_contiguous) for layer in layers]
+    hooked = opacus.GradSampleModule(module, loss_reduction="mean")
+    try:
+        with warnings.catch_warnings():
+            # Of a first layer: images need no gradient.
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            yield opacus.optimizers.DPOptimizer(
+                optimizer,
+                noise_multiplier=noise,
+                max_grad_norm=max_norm,
+                expected_batch_size=batch,
+                generator=torch.Generator(device).manual_seed(seed),
+            )
+    finally:
+        hooked.to_standard_module()
+        for handle in handles:
+            handle.remove()
+
+
+def _contiguous(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(x.contiguous() for x in inputs)
+
+
+def empty_batch(module: nn.Module) -> None:
+    """Stands for the backward pass of a batch into which no sample was drawn: its step is noise alone."""
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))  # type: ignore[attr-defined]

@@ -1,0 +1,152 @@
+"""Training with DP-SGD: against plain gradients, clipped, noised, booked, the same after a resume."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fedkern import models
+from fedkern.engine.local import Schedule
+from fedkern.engine.private import train_privately
+from fedkern.engine.samples import ClientData
+from fedkern.errors import UserError
+from fedkern.methods.base import Objective, Step
+from fedkern.privacy import DPSGD, LEDGER
+from fedkern.privacy.dpsgd import check_network
+from fedkern.streams import stream
+
+pytest.importorskip("opacus", reason="opacus is not installed (pip install 'fedkern[privacy]')")
+STEP = Step(0, "teachers", "teachers")
+
+
+class Supervised(Objective):
+    def loss(self, model, batch, received):
+        return F.cross_entropy(model(batch.images), batch.labels)
+
+
+@pytest.fixture
+def data(make_data):
+    split = make_data((12,)).clients[0]
+    return ClientData(split, (0.5,) * 3, (0.2,) * 3, torch.device("cpu"), "none", True)
+
+
+def client(seed=0):
+    return SimpleNamespace(
+        id=0, state={}, report={},
+        rng=lambda purpose, step: stream(seed, f"{purpose}/{step.exchange}", round=step.round, client=0),
+    )  # fmt: skip
+
+
+def network():
+    return models.build("cnn-gn", classes=3, channels=3, image_size=8, width=4, seed=0)
+
+
+def train(module, data, *, noise=0.0, max_norm=1e6, batch_size=12, epochs=1, rows=None, who=None, momentum=0.0, lr=0.1):
+    who = client() if who is None else who
+    schedule = Schedule(
+        lr=lr, momentum=momentum, weight_decay=0.01, clip_norm=0.0, epochs=epochs, batch_size=batch_size
+    )
+    spending = DPSGD(max_norm, lambda rate, steps: noise, "teacher")
+    figures = train_privately(who, Supervised(), STEP, module, data, None, schedule, spending, rows)
+    return who, figures
+
+
+def vector(module):
+    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+
+
+def test_without_noise_and_clipping_it_is_plain_gradient_descent(data):
+    """Every sample is in every batch here, so the steps are those of the whole data."""
+    module, plain = network(), network()
+    train(module, data, epochs=3, momentum=0.9)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    batch = data.batch(np.arange(12))
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(plain(batch.images), batch.labels).backward()
+        optimizer.step()
+    assert torch.allclose(vector(module), vector(plain), atol=1e-5)
+    assert not any(hasattr(parameter, "grad_sample") for parameter in module.parameters())
+    assert not any(m._forward_hooks or m._backward_hooks for m in module.modules())
+
+
+def test_a_samples_gradient_is_clipped(data):
+    """One sample in the data or not: the step differs by at most lr C / batch size, and by exactly that here."""
+    one, two = network(), network()
+    start = vector(one)
+    rows = np.arange(4)
+    train(one, data, max_norm=1e-3, batch_size=4, rows=rows, lr=1.0)
+    step = (vector(one) - start * (1 - 0.01)).norm()
+    assert 0 < float(step) <= 1e-3 * (1 + 1e-3)
+    train(two, data, max_norm=1e-3, batch_size=1, rows=rows[:1], lr=1.0)
+    alone = (vector(two) - start * (1 - 0.01)).norm()
+    assert float(alone) == pytest.approx(1e-3, rel=0.02)
+
+
+def test_the_noise_has_its_scale_and_its_own_stream(data):
+    start, before = vector(network()), torch.random.get_rng_state()
+    first, second, other = network(), network(), network()
+    who, _ = train(first, data, noise=500.0, max_norm=0.01, batch_size=4, lr=1.0)  # 3 steps of 4 of 12 samples
+    train(second, data, noise=500.0, max_norm=0.01, batch_size=4, lr=1.0)
+    train(other, data, noise=500.0, max_norm=0.01, batch_size=4, lr=1.0, who=client(seed=1))
+    moved = vector(first) - start
+    deviation = 500 * 0.01 / 4 * math.sqrt(3)
+    assert float(moved.std()) == pytest.approx(deviation, rel=0.1)
+    assert torch.equal(vector(first), vector(second))
+    assert not torch.equal(vector(first), vector(other))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert who.state[LEDGER] == {"teacher": [["dp-sgd", 500.0, 4 / 12, 3]]}
+
+
+def test_a_batch_without_samples_is_a_step_of_noise(data):
+    module, empty = network(), network()
+
+    class Nobody:
+        def random(self, count):
+            return np.ones(count)
+
+        def integers(self, high):
+            return 7
+
+    who = client()
+    who.rng = lambda purpose, step: Nobody()
+    train(module, data, noise=1.0, max_norm=0.01, batch_size=4, who=who)
+    assert not torch.equal(vector(module), vector(empty))
+    assert torch.isfinite(vector(module)).all()
+
+
+def test_only_the_rows_that_are_given_are_drawn(data):
+    seen = []
+
+    class Watching(Supervised):
+        def loss(self, model, batch, received):
+            seen.extend(batch.indices.tolist())
+            return super().loss(model, batch, received)
+
+    schedule = Schedule(lr=0.1, momentum=0.0, weight_decay=0.0, clip_norm=0.0, epochs=20, batch_size=2)
+    rows = np.array([3, 5, 8])
+    spending = DPSGD(1.0, lambda rate, steps: 1.0, "teacher")
+    who = client()
+    train_privately(who, Watching(), STEP, network(), data, None, schedule, spending, rows)
+    assert set(seen) == {3, 5, 8}
+    assert len(seen) == pytest.approx(40 * 2, abs=25)  # 40 steps of 2 of 3 samples in the mean
+    assert who.state[LEDGER]["teacher"] == [["dp-sgd", 1.0, 2 / 3, 40]]
+
+
+def test_a_network_with_batch_norm_is_refused_in_one_sentence(data):
+    with pytest.raises(UserError, match="resnet8 has batch norm: choose a network with group norm"):
+        check_network(models.build("resnet8", classes=3, channels=3, image_size=8, seed=0), "resnet8")
+    with pytest.raises(UserError, match="whose layers keep statistics"):
+        check_network(Buffered(), "mine")
+    check_network(network(), "cnn-gn")
+
+
+class Buffered(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.register_buffer("mean", torch.zeros(1))
