@@ -10,6 +10,7 @@ from typing import IO
 
 from safetensors import SafetensorError
 
+from fedkern import files
 from fedkern.errors import UserError
 
 try:
@@ -27,18 +28,9 @@ def write(path: Path, fill: Callable[[Path], object]) -> None:
     Raises:
         UserError: the disk is full or the folder cannot be written; ``path`` is then as it was before.
     """
-    temporary = path.with_name(path.name + TEMPORARY)
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # what the user's umask allows; safetensors makes its files private
-        fill(temporary)
-        temporary.chmod(mode)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
+        files.replace(path, fill, path.with_name(path.name + TEMPORARY))
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise unwritable(path, error) from None
 
 
@@ -54,17 +46,6 @@ def unwritable(path: Path, error: Exception) -> UserError:
     if getattr(error, "errno", None) in FULL or any(f"(os error {number})" in reason for number in FULL):
         return UserError(f"{path} cannot be written, the disk is full: free some space, then go on with --resume.")
     return UserError(f"{path} cannot be written ({reason}): choose another folder with --out.")
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames inside ``folder`` durable."""
-    if os.name != "posix":
-        return  # folders cannot be opened there
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class FolderLock:

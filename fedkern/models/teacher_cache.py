@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import re
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fedkern import files
 from fedkern.errors import UserError
 from fedkern.models.teacher import Identity, Teacher, wrong_classes
 
@@ -107,14 +106,15 @@ class LogitsCache:
             return {}
 
     def write(self, identity: Identity, new: Mapping[bytes, Tensor]) -> None:
-        """Adds logits to the file of a teacher; it is read again first, another run may have added some."""
+        """Adds logits to the file of a teacher, beside those that another run may be adding at the same time."""
         classes = next(iter(new.values())).numel()
-        merged = {**self.read(identity, classes), **new}
-        tensors = {
-            "keys": torch.from_numpy(np.frombuffer(b"".join(merged), dtype=np.uint8).reshape(-1, KEY).copy()),
-            "logits": torch.stack(list(merged.values())),
-        }
-        write_file(self.path(identity), tensors, identity, required=self.named)
+
+        def merged() -> dict[str, Tensor]:
+            rows = {**self.read(identity, classes), **new}
+            keys = np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(-1, KEY)
+            return {"keys": torch.from_numpy(keys.copy()), "logits": torch.stack(list(rows.values()))}
+
+        write_file(self.path(identity), merged, identity, required=self.named)
 
 
 class StoredLogits(Teacher):
@@ -201,25 +201,29 @@ def file_name(kind: str, identity: Identity) -> str:
     return f"{kind}-{model[:60]}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.safetensors"
 
 
-def write_file(path: Path, tensors: Mapping[str, Tensor], identity: Identity, *, required: bool) -> None:
+def write_file(path: Path, tensors: Callable[[], Mapping[str, Tensor]], identity: Identity, *, required: bool) -> None:
     """Writes a cache file completely or not at all.
+
+    Args:
+        path: the file; its folder is made.
+        tensors: what it shall hold, asked for while no other process writes in this folder.
+        identity: stands in its metadata.
+        required: whether it matters that it cannot be written.
 
     Raises:
         UserError: it cannot be written and is ``required``.
     """
-    temporary = ""
+    metadata = {"fedkern": json.dumps(dict(identity), sort_keys=True)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        os.close(handle)
-        save_file(dict(tensors), temporary, metadata={"fedkern": json.dumps(dict(identity), sort_keys=True)})
-        with Path(temporary).open("rb") as file:
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
+        with files.one_writer(path.parent / ".lock"):
+            whole = dict(tensors())
+            files.replace(
+                path,
+                lambda temporary: save_file(whole, temporary, metadata=metadata),
+                path.with_name(f".{path.name}-{os.getpid()}"),
+            )
     except (OSError, SafetensorError) as error:
-        if temporary:
-            with contextlib.suppress(OSError):
-                Path(temporary).unlink()
         if required:
             raise UserError(
                 f"cannot write the teacher cache {path}: {getattr(error, 'strerror', None) or error}; name another "

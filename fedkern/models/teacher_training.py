@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from fedkern import __version__
 from fedkern.errors import UserError
 from fedkern.models.staged import StagedNetwork
 from fedkern.models.teacher import Identity, Teacher, content
@@ -93,7 +94,7 @@ def pretrained(
     """Gives ``network`` the weights that :func:`pretrain` makes, from the cache where they were made before.
 
     The weights are keyed by all that decides their bits: network, images, labels, augmentation, recipe, seed, and what
-    computes.
+    computes, fedkern's own version included.
     """
     device = next(network.parameters()).device
     identity: Identity = {
@@ -102,6 +103,7 @@ def pretrained(
         "seed": seed,
         **asdict(recipe),
         "initial": content(network),
+        "fedkern": __version__,
         "torch": str(torch.__version__),
         "device": device.type,
         "threads": torch.get_num_threads() if device.type == "cpu" else 0,
@@ -124,7 +126,7 @@ def pretrained(
 
     pretrain(network, data, recipe, seed, progress)
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in network.state_dict().items()}
-    write_file(path, tensors, identity, required=cache.named)
+    write_file(path, lambda: tensors, identity, required=cache.named)
 
 
 def probe(

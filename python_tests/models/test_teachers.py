@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +85,29 @@ def test_an_image_is_asked_about_once(tmp_path: Path) -> None:
     other = counting(version=2)
     cache.logits(other, [images])
     assert other.seen == 12
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert {path.name for path in tmp_path.iterdir() if path.name.startswith(".")} == {".lock"}
+
+
+def test_writers_at_the_same_time_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = LogitsCache.read
+
+    def slow(self: LogitsCache, *arguments: Any) -> dict[bytes, torch.Tensor]:
+        found = read(self, *arguments)
+        time.sleep(0.01)
+        return found
+
+    monkeypatch.setattr(LogitsCache, "read", slow)
+    images, cache = normalised(bytes_of(8)), LogitsCache(tmp_path, MEAN, STD)
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda k: cache.logits(counting(), [images[k : k + 1]]), range(8)))
+    assert len(cache.read(counting().identity or {}, 3)) == 8
+
+
+def test_cache_files_have_the_mode_of_the_users_umask(tmp_path: Path) -> None:
+    cache = LogitsCache(tmp_path, MEAN, STD)
+    cache.logits(counting(), [normalised(bytes_of(2))])
+    (tmp_path / "other").touch()
+    assert cache.path(counting().identity or {}).stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_keys_are_the_images_before_normalisation() -> None:

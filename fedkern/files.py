@@ -1,0 +1,64 @@
+"""Files that are either complete or absent, and one writer at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: nothing keeps two writers apart there
+    fcntl = None  # type: ignore[assignment]
+
+
+def replace(path: Path, fill: Callable[[Path], object], temporary: Path) -> None:
+    """Lets ``fill`` write ``temporary``, flushes it to the disk and renames it to ``path``.
+
+    The file gets the mode that the user's umask allows, also from libraries that make theirs private.
+
+    Raises:
+        OSError, or what ``fill`` raises: ``path`` is then as it was before.
+    """
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        fill(temporary)
+        temporary.chmod(mode)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames inside ``folder`` durable."""
+    if os.name != "posix":
+        return  # folders cannot be opened there
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def one_writer(lock: Path) -> Iterator[None]:
+    """Waits until no other process is inside with the same ``lock``, a file that is made and stays.
+
+    The system lets go of it when the process ends, however it ends.  Where the file system knows no locks, nothing
+    waits.
+
+    Raises:
+        OSError: the file cannot be made.
+    """
+    with lock.open("a") as file:
+        if fcntl is not None:
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
