@@ -150,11 +150,12 @@ def _pictures(out: Path, data: Any) -> list[Path]:
     Raises:
         UserError: one cannot be drawn or written; the run itself is complete by then.
     """
-    from fedkern.report.pictures import PICTURES, write_pictures
+    from fedkern.report.pictures import OF_TASK, PICTURES, write_pictures
 
-    there = [out / name for name in PICTURES.values() if (out / name).exists()]
-    if data is None and len(there) == len(PICTURES):
-        return there
+    for names in OF_TASK.values():
+        there = [out / PICTURES[name] for name in names]
+        if data is None and all(path.exists() for path in there):
+            return there
     try:
         return write_pictures(out, data=data)
     except UserError as error:

@@ -7,14 +7,15 @@ from fedkern.data.load import load
 from fedkern.data.partition import PARTITIONERS, PartitionerInfo, parse_partition, partition, partition_like
 from fedkern.data.registry import COMMON_OPTIONS, DATASETS, DETECTION_OPTIONS, DataOption, DatasetInfo, lookup
 from fedkern.data.statistics import PartitionStatistics
-from fedkern.data.transforms import AUGMENTATIONS, augment, normalise
-from fedkern.data.types import FederatedData, Split
+from fedkern.data.transforms import AUGMENTATIONS, augment, augment_pairs, normalise
+from fedkern.data.types import IGNORE, FederatedData, Split
 
 __all__ = [
     "AUGMENTATIONS",
     "COMMON_OPTIONS",
     "DATASETS",
     "DETECTION_OPTIONS",
+    "IGNORE",
     "PARTITIONERS",
     "BoxesFile",
     "DataOption",
@@ -29,6 +30,7 @@ __all__ = [
     "PartitionerInfo",
     "Split",
     "augment",
+    "augment_pairs",
     "extract_background",
     "load",
     "lookup",

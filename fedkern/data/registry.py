@@ -83,6 +83,7 @@ class DatasetInfo:
         options: accepted options, beside `COMMON_OPTIONS`.
         make: of a set whose samples are made for their clients: ``make(clients, spec, seed, samples=, test_samples=,
             validation_samples=, **options)``.
+        task: ``"classification"`` or ``"segmentation"``.
     """
 
     description: str
@@ -94,6 +95,7 @@ class DatasetInfo:
     needs_root: bool = True
     options: Mapping[str, DataOption] = field(default_factory=dict)
     make: Callable[..., FederatedData] | None = None
+    task: str = "classification"
 
     @property
     def coloured(self) -> bool:
@@ -218,6 +220,7 @@ DATASETS: dict[str, DatasetInfo] = {
         "your own images with masks: folders images and masks, or a CSV file with image,mask[,split][,client]",
         open_segmentation, 5, "iid", (3, 64),
         options={**_READING, "names": DataOption("", "classes separated by |, background first (default: numbers)")},
+        task="segmentation",
     ),
     "pairs": DatasetInfo(
         "your own images with captions: image.jpg and image.txt, or a CSV file image,text[,label][,split][,client]",

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fedkern.data.types import IGNORE
 from fedkern.errors import UserError, nearest
 
 PADDING = 4
@@ -74,10 +76,18 @@ def crop(
 
 
 def rotate(
-    images: Tensor, rng: np.random.Generator, *, degrees: float = ROTATION, fill: float | Sequence[float] = 0.0
+    images: Tensor,
+    rng: np.random.Generator,
+    *,
+    degrees: float = ROTATION,
+    fill: float | Sequence[float] = 0.0,
+    nearest: int = 0,
 ) -> Tensor:
-    """Turns every image about its centre by an angle uniform in [-degrees, degrees], bilinear; corners get ``fill``."""
-    batch, _, height, width = images.shape
+    """Turns every image about its centre by an angle uniform in [-degrees, degrees], bilinear; corners get ``fill``.
+
+    The last ``nearest`` channels take the nearest pixel's value instead.
+    """
+    batch, channels, height, width = images.shape
     if batch == 0:
         return images.clone()
     angle = torch.from_numpy(rng.uniform(-degrees, degrees, size=batch) * (math.pi / 180)).float()
@@ -87,44 +97,74 @@ def rotate(
     grid = functional.affine_grid(turn.to(images.device), list(images.shape), align_corners=False)
     base = torch.as_tensor(fill, dtype=torch.float32, device=images.device).view(-1, 1, 1)
     values = images.float() if not images.is_floating_point() else images
-    turned = functional.grid_sample(
-        values - base.to(values.dtype),
-        grid.to(values.dtype),
-        mode="bilinear",
-        padding_mode="zeros",
-        align_corners=False,
-    ).add_(base.to(values.dtype))
+    values = values - base.to(values.dtype)
+    smooth = channels - nearest
+    parts = [
+        functional.grid_sample(part, grid.to(values.dtype), mode=mode, padding_mode="zeros", align_corners=False)
+        for part, mode in ((values[:, :smooth], "bilinear"), (values[:, smooth:], "nearest"))
+        if part.shape[1]
+    ]
+    turned = (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).add_(base.to(values.dtype))
     if not images.is_floating_point():
         turned = turned.round_().clamp_(0, 255).to(images.dtype)
     return turned.contiguous(memory_format=torch.channels_last) if _is_channels_last(images) else turned.contiguous()
 
 
-def _none(images: Tensor, rng: np.random.Generator, fill: float | Sequence[float]) -> Tensor:
-    return images
+def dihedral(images: Tensor, rng: np.random.Generator) -> Tensor:
+    """Flips and quarter turns every image at random: one of the 8 symmetries of a square, or of 4 where H != W.
+
+    Draws, for ``B`` images each: horizontal flips, vertical flips and (square images) transpositions.
+    """
+    batch, _, height, width = images.shape
+    rows, columns = torch.arange(height).expand(batch, -1), torch.arange(width).expand(batch, -1)
+    across, down = (torch.from_numpy(rng.random(batch) < 0.5)[:, None] for _ in range(2))
+    columns = torch.where(across, columns.flip(1), columns)[:, None, :].expand(-1, height, -1)
+    rows = torch.where(down, rows.flip(1), rows)[:, :, None].expand(-1, -1, width)
+    if height == width:
+        turned = torch.from_numpy(rng.random(batch) < 0.5)[:, None, None]
+        rows, columns = (
+            torch.where(turned, rows.transpose(1, 2), rows),
+            torch.where(turned, columns.transpose(1, 2), columns),
+        )
+    keeps_channels_last = _is_channels_last(images)
+    index = torch.arange(batch)[:, None, None], rows, columns
+    cut = images.permute(0, 2, 3, 1)[tuple(part.to(images.device) for part in index)].permute(0, 3, 1, 2)
+    return cut if keeps_channels_last else cut.contiguous()
 
 
-def _crop(images: Tensor, rng: np.random.Generator, fill: float | Sequence[float]) -> Tensor:
-    return crop(images, rng, fill=fill)
+@dataclass(frozen=True)
+class Augmentation:
+    """What happens to a training image, in this order.
+
+    Attributes:
+        padding: border added before a window of the original size is cut, or None for no crop and no flip.
+        flip: mirror half of the images, left to right.
+        degrees: largest angle of a turn.
+        symmetries: flip and turn by right angles.
+    """
+
+    padding: int | None = None
+    flip: bool = False
+    degrees: float = 0.0
+    symmetries: bool = False
+
+    def __call__(
+        self, images: Tensor, rng: np.random.Generator, fill: float | Sequence[float], nearest: int = 0
+    ) -> Tensor:
+        if self.padding is not None:
+            images = crop(images, rng, padding=self.padding, flip=self.flip, fill=fill)
+        if self.degrees:
+            images = rotate(images, rng, degrees=self.degrees, fill=fill, nearest=nearest)
+        return dihedral(images, rng) if self.symmetries else images
 
 
-def _crop_flip(images: Tensor, rng: np.random.Generator, fill: float | Sequence[float]) -> Tensor:
-    return crop(images, rng, flip=True, fill=fill)
-
-
-def _nico(images: Tensor, rng: np.random.Generator, fill: float | Sequence[float]) -> Tensor:
-    return rotate(crop(images, rng, flip=True, fill=fill), rng, fill=fill)
-
-
-def _flip_rotate(images: Tensor, rng: np.random.Generator, fill: float | Sequence[float]) -> Tensor:
-    return rotate(crop(images, rng, padding=0, flip=True, fill=fill), rng, degrees=20.0, fill=fill)
-
-
-AUGMENTATIONS: dict[str, Callable[[Tensor, np.random.Generator, float | Sequence[float]], Tensor]] = {
-    "none": _none,
-    "crop": _crop,
-    "crop-flip": _crop_flip,
-    "nico": _nico,
-    "flip-rotate": _flip_rotate,
+AUGMENTATIONS: dict[str, Augmentation] = {
+    "none": Augmentation(),
+    "crop": Augmentation(padding=PADDING),
+    "crop-flip": Augmentation(padding=PADDING, flip=True),
+    "nico": Augmentation(padding=PADDING, flip=True, degrees=ROTATION),
+    "flip-rotate": Augmentation(padding=0, flip=True, degrees=20.0),
+    "dihedral": Augmentation(symmetries=True),
 }
 
 
@@ -133,7 +173,8 @@ def augment(images: Tensor, kind: str, rng: np.random.Generator, *, fill: float 
 
     ``none``; ``crop``: random crop with padding 4; ``crop-flip``: that and a horizontal flip of half of the images;
     ``nico``: that and a rotation of up to 15 degrees (the NICO setting of FedGID's authors, method notes 1.6);
-    ``flip-rotate``: flip and a rotation of up to 20 degrees (FuseFL's setting for Tiny-ImageNet, method notes 4.8).
+    ``flip-rotate``: flip and a rotation of up to 20 degrees (FuseFL's setting for Tiny-ImageNet, method notes 4.8);
+    ``dihedral``: flips and quarter turns, for images without an up and a down, such as microscopy's.
 
     Args:
         images: ``[B, C, H, W]``, normalised floats (then the default ``fill`` 0 is the mean colour) or uint8.
@@ -147,11 +188,54 @@ def augment(images: Tensor, kind: str, rng: np.random.Generator, *, fill: float 
     Raises:
         UserError: unknown kind, with the nearest known one.
     """
+    return _find(kind)(images, rng, fill)
+
+
+def augment_pairs(
+    images: Tensor, labels: Tensor, kind: str, rng: np.random.Generator, *, fill: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Augments images and the classes of their pixels together: same draws, same geometry.
+
+    Labels take the nearest pixel's class; what lies outside the original image is `IGNORE`.
+
+    Args:
+        images: normalised floats ``[B, C, H, W]``; what happens to them is what `augment` does.
+        labels: int64 ``[B, H, W]``.
+        kind, rng, fill: as for `augment`.
+
+    Returns:
+        Images and labels of the same shapes, dtypes and memory formats.
+
+    Raises:
+        UserError: unknown kind.
+        ValueError: shapes or dtypes that do not fit.
+    """
+    augmentation = _find(kind)
+    if labels.dtype != torch.int64 or labels.shape != (len(images), *images.shape[2:]) or images.dtype == torch.uint8:
+        raise ValueError(
+            f"labels: expected int64 {[len(images), *images.shape[2:]]} beside floating images, got {labels.dtype} "
+            f"{list(labels.shape)} beside {images.dtype}"
+        )
+    if augmentation == AUGMENTATIONS["none"]:
+        return images, labels
+    # Class numbers travel as a last channel; they are small enough to be exact in any floating type.
+    keeps_channels_last = _is_channels_last(images)
+    both = torch.cat([images, labels[:, None].to(images.dtype)], 1)
+    if keeps_channels_last:
+        both = both.contiguous(memory_format=torch.channels_last)
+    both = augmentation(both, rng, [*[fill] * images.shape[1], float(IGNORE)], nearest=1)
+    moved = both[:, :-1].contiguous(
+        memory_format=torch.channels_last if keeps_channels_last else torch.contiguous_format
+    )
+    return moved, both[:, -1].round().long()
+
+
+def _find(kind: str) -> Augmentation:
     if kind not in AUGMENTATIONS:
         raise UserError(
             f'unknown augmentation "{kind}": expected one of {", ".join(AUGMENTATIONS)}.{nearest(kind, AUGMENTATIONS)}'
         )
-    return AUGMENTATIONS[kind](images, rng, fill)
+    return AUGMENTATIONS[kind]
 
 
 def _is_channels_last(images: Tensor) -> bool:

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from fedkern.data.statistics import PartitionStatistics
 
+IGNORE = -100
+"""The class of a pixel about which nothing is known: no loss and no figure counts it (PyTorch's ``ignore_index``)."""
+
 
 @dataclass(frozen=True)
 class Split:
@@ -17,13 +20,16 @@ class Split:
 
     Attributes:
         images: uint8 ``[n, C, H, W]``.
-        labels: int64 ``[n]``, the class of every image, or, for segmentation, int64 ``[n, H, W]``, that of every pixel.
+        labels: int64 ``[n]``, the class of every image, or, for segmentation, int64 ``[n, H, W]``, that of every pixel
+            (`IGNORE` where it is unknown).
         masks: bool ``[n, H, W]``, True on the object, or None when nothing is known.  A row without any True means that
             nothing was detected in that image; it stays out of the background bank.
         ids: name of every image in its source (``"train/17"``, ``"dog/on snow/12.jpg"``), what a boxes file refers to.
         sizes: int64 ``[n, 2]``, width and height of every image as stored on disk, where loading resized it.
         texts: the caption or report of every image; an image with several has a row for each, under one name in
             ``ids``.
+        cases: int64 ``[n]``, what an image is a part of, where that is more than one image: the slices of a volume, the
+            tiles of a picture.  Figures are means over cases.
     """
 
     images: Tensor
@@ -32,6 +38,7 @@ class Split:
     ids: tuple[str, ...] | None = None
     sizes: Tensor | None = None
     texts: tuple[str, ...] | None = None
+    cases: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.dim() != 4:
@@ -50,6 +57,8 @@ class Split:
             raise ValueError(f"texts: expected {n}, one for every image, got {len(self.texts)}")
         if self.sizes is not None and tuple(self.sizes.shape) != (n, 2):
             raise ValueError(f"sizes: expected [{n}, 2], got {_describe(self.sizes)}")
+        if self.cases is not None and tuple(self.cases.shape) != (n,):
+            raise ValueError(f"cases: expected [{n}], got {_describe(self.cases)}")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -63,6 +72,7 @@ class Split:
             None if self.ids is None else tuple(self.ids[i] for i in indices.tolist()),
             None if self.sizes is None else self.sizes[indices],
             None if self.texts is None else tuple(self.texts[i] for i in indices.tolist()),
+            None if self.cases is None else self.cases[indices],
         )
 
 
@@ -82,6 +92,7 @@ def joined(splits: Sequence[Split]) -> Split:
         tuple(ids) if all(split.ids is not None for split in splits) else None,
         together([split.sizes for split in splits]),
         tuple(texts) if all(split.texts is not None for split in splits) else None,
+        together([split.cases for split in splits]),
     )
 
 
@@ -96,6 +107,7 @@ class Pool:
         groups: int64 ``[n]``, the client that the data set itself assigns to each image (a set of contexts), or None.
         targets: maps int64 ``[m]`` rows to the class of every pixel, int64 ``[m, H, W]`` (segmentation), or None.
         texts: the caption or report of every image, or None.
+        cases: int64 ``[n]``, as in `Split`; a case is never divided between clients.
     """
 
     labels: Tensor
@@ -104,6 +116,7 @@ class Pool:
     groups: Tensor | None = None
     targets: Callable[[Tensor], Tensor] | None = None
     texts: tuple[str, ...] | None = None
+    cases: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -114,7 +127,8 @@ class Pool:
         labels = self.labels[rows] if self.targets is None else self.targets(rows)
         chosen = rows.tolist()
         texts = None if self.texts is None else tuple(self.texts[i] for i in chosen)
-        return Split(images, labels, ids=tuple(self.ids[i] for i in chosen), sizes=sizes, texts=texts)
+        cases = None if self.cases is None else self.cases[rows]
+        return Split(images, labels, ids=tuple(self.ids[i] for i in chosen), sizes=sizes, texts=texts, cases=cases)
 
 
 def memory_pool(images: Tensor, labels: Tensor, prefix: str, rows: Tensor | None = None) -> Pool:

@@ -33,7 +33,7 @@ DATA: Mapping[str, Mapping[str, Any]] = {
     "tinyimagenet": {"rounds": 100, "batch_size": 64, "model": "resnet18", "weight_decay": 5e-4},
     "folder": {"model": "resnet8"},
     "csv": {"model": "resnet8"},
-    "segmentation": {"model": "resnet8"},
+    "segmentation": {"model": "unet"},
     "nico": {
         "rounds": 50, "local_epochs": 10, "batch_size": 64, "lr": 0.01, "weight_decay": 1e-5, "model": "resnet18",
         "grad_cam": 100,
@@ -100,4 +100,6 @@ def defaults(method: str, data: str) -> dict[str, Any]:
     both = METHOD.get(method, {}), METHOD_ON.get((method, data), {})
     options = {name: value for table in both for name, value in table.get("options", {}).items()}
     result = {**COMMON, **own, **DATA.get(data, {}), **both[0], **both[1], "data": data}
+    if info.task == "segmentation":  # whatever network the method's other data sets have
+        result["model"] = {**DATA.get(data, {}), **both[1]}.get("model", "unet")
     return {**result, "options": options} if options else result

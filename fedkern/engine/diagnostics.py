@@ -10,9 +10,11 @@ import torch
 
 from fedkern.engine.samples import TestSet
 from fedkern.methods.base import Observed
+from fedkern.methods.evaluate import MAIN_FIGURES
 
 DRIFT_FACTOR = 5.0
 FALL = 0.1
+NOTHING = 0.05
 
 
 class Observations:
@@ -42,7 +44,7 @@ def collapsed_classes(sets: Mapping[str, TestSet], classes: Sequence[str]) -> di
     for prefix, data in sets.items():
         if data.predictions is None or prefix == "validation_":
             continue
-        present = set(torch.unique(data.labels).tolist())
+        present = {label for label in torch.unique(data.labels).tolist() if label >= 0}
         missing = sorted(present - set(torch.unique(data.predictions).tolist()))
         if missing:
             names = ", ".join(f'"{classes[c]}"' for c in missing[:5]) + (" ..." if len(missing) > 5 else "")
@@ -71,19 +73,26 @@ def outlying_drift(clients: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 
 def poor_metrics(metrics: Mapping[str, float], best: Mapping[str, float], classes: int) -> dict[str, str]:
-    """Accuracy at chance, or far below its own best on the validation set."""
+    """Accuracy at chance or Dice near nothing, or far below its own best on the validation set."""
     found: dict[str, str] = {}
     for name, value in metrics.items():
+        if name.endswith("dice") and name != "validation_dice" and value < NOTHING:
+            found.setdefault(
+                "chance-level",
+                f"{name} is {value:.3f}, so hardly anything but background is found: train longer, or change the "
+                "learning rate.",
+            )
         if name.endswith("accuracy") and name != "validation_accuracy" and value < 1.5 / classes:
             found.setdefault(
                 "chance-level",
                 f"{name} is {value:.3f}, near chance ({1 / classes:.3f}): train longer, or change the learning rate.",
             )
-    now, top = metrics.get("validation_accuracy"), best.get("validation_accuracy")
-    if now is not None and top is not None and top - now > FALL:
-        found["falling-accuracy"] = (
-            f"Validation accuracy fell from {top:.3f} to {now:.3f}: lower the learning rate or stop earlier."
-        )
+    for name in MAIN_FIGURES:
+        now, top = metrics.get(f"validation_{name}"), best.get(f"validation_{name}")
+        if now is not None and top is not None and top - now > FALL:
+            found[f"falling-{name}"] = (
+                f"Validation {name} fell from {top:.3f} to {now:.3f}: lower the learning rate or stop earlier."
+            )
     return found
 
 

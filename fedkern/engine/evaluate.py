@@ -10,7 +10,7 @@ from fedkern import models
 from fedkern.engine.samples import TestSet
 from fedkern.methods.base import Method
 
-CLIENT_FIGURES = ("accuracy", "i2t_r1", "i2t_r5", "t2i_r1", "t2i_r5")
+CLIENT_FIGURES = ("accuracy", "dice", "i2t_r1", "i2t_r5", "t2i_r1", "t2i_r5")
 
 
 def test_sets(bench: Any) -> dict[str, TestSet]:

@@ -27,6 +27,7 @@ from fedkern.engine.state import fingerprint
 from fedkern.errors import UserError
 from fedkern.methods import registry
 from fedkern.methods.base import Round, Step
+from fedkern.methods.evaluate import is_main
 
 
 class Run:
@@ -190,7 +191,7 @@ class Run:
                 self._evaluate(network)
                 record.update(self.latest)
                 for name, value in self.latest.items():
-                    if name.endswith("accuracy"):
+                    if is_main(name):
                         self.best[name] = max(value, self.best.get(name, 0.0))
             phases["evaluate"] = time.perf_counter() - begun
         self._add_report(record)
@@ -373,6 +374,7 @@ class Run:
         about = {
             "model": self.bench.model_name,
             "width": self.config.width,
+            "task": data.task,
             "classes": list(data.classes),
             "channels": channels,
             "image_size": [height, width],

@@ -24,6 +24,7 @@ from fedkern.engine.loop import Run
 from fedkern.engine.network import cpu_threads
 from fedkern.errors import UserError
 from fedkern.methods import registry
+from fedkern.models import MODELS
 
 
 def run(
@@ -145,8 +146,12 @@ def _check(config: RunConfig, data: Any) -> None:
         raise UserError(
             f'{config.method} is for {" and ".join(tasks)}, but the data set "{config.data}" is for {data.task}.'
         )
-    if data.task == "segmentation" and config.augment != "none":
-        raise UserError("--augment changes images alone, and segmentation needs their masks to follow: leave it out.")
+    fitting = [name for name, entry in MODELS.items() if entry.task == data.task]
+    if fitting and config.model in MODELS and config.model not in fitting:
+        raise UserError(
+            f'The network {config.model} is for {MODELS[config.model].task}, but the data set "{config.data}" is for '
+            f"{data.task}: choose one of {', '.join(fitting)} with --model."
+        )
     for k, split in enumerate(data.clients):
         if len(split) == 0:
             raise UserError(

@@ -12,6 +12,9 @@ from torch import Tensor
 from fedkern.data import transforms
 from fedkern.methods.base import OUTSIDE, Batch, Step
 
+SEGMENTED_PIXELS = 1 << 19
+"""Pixels that a segmentation network is shown at a time in an evaluation."""
+
 CACHE_BYTES = 1 << 30
 """Normalised images of a whole run are kept in memory up to this size; beyond, every batch is normalised anew."""
 
@@ -78,13 +81,21 @@ class Samples:
         self.pixels = pixels
         self.labels = labels
         self.tokens = tokens
-        self._there = labels.to(device)
+        self.there = labels.to(device)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> Tensor:
         return self.pixels.take(indices, rng)
+
+    def pairs(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Images and labels at ``indices``, augmented when ``rng`` is given: together, where pixels have labels."""
+        index = torch.from_numpy(np.ascontiguousarray(indices)).to(self.there.device)
+        labels = self.there[index]
+        if rng is None or labels.dim() == 1:
+            return self.pixels.take(indices, rng), labels
+        return transforms.augment_pairs(self.pixels.take(indices), labels, self.pixels.augment, rng)
 
     def batches(
         self, size: int = 500, *, augment: bool = False, rng: np.random.Generator | None = None
@@ -94,12 +105,9 @@ class Samples:
         augments = augment and self.pixels.augment != "none"
         for start in range(0, len(self), size):
             rows = np.arange(start, min(start + size, len(self)))
+            images, labels = self.pairs(rows, rng if augments else None)
             yield Batch(
-                images=self.pixels.take(rows, rng if augments else None),
-                labels=self._there[start : start + size],
-                indices=rows,
-                augmented=augments,
-                tokens=take_tokens(self.tokens, rows),
+                images=images, labels=labels, indices=rows, augmented=augments, tokens=take_tokens(self.tokens, rows)
             )
 
 
@@ -140,22 +148,22 @@ class ClientData:
             cache,
         )
         self.pixels = Pixels(split.images, mean, std, device, cache=cache, augment=augment)
-        self.labels: Tensor = split.labels.to(device)
         self.tokens = tokens
         self.samples = Samples(self.pixels, split.labels, device, tokens)
+        self.labels: Tensor = self.samples.there
         self._banks: dict[str, Bank] = {}
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.samples)
 
     def batch(
         self, indices: np.ndarray, step: Step = OUTSIDE, epoch: int = 0, rng: np.random.Generator | None = None
     ) -> Batch:
         """The samples at ``indices`` (int64); augmented when there is an ``rng``."""
-        index = torch.from_numpy(np.ascontiguousarray(indices)).to(self.labels.device)
+        images, labels = self.samples.pairs(indices, rng)
         return Batch(
-            images=self.pixels.take(indices, rng),
-            labels=self.labels[index],
+            images=images,
+            labels=labels,
             indices=indices,
             step=step,
             epoch=epoch,
@@ -214,10 +222,13 @@ class TestSet:
     ) -> None:
         self.split = split
         self.tokens = tokens
-        self.task = "classification" if tokens is None else "retrieval"
         self.pixels = Pixels(split.images, mean, std, device, cache=cache)
         self.labels: Tensor = split.labels.to(device)
-        self.batch = batch
+        segmented = self.labels.dim() == 3
+        self.task = "retrieval" if tokens is not None else "segmentation" if segmented else "classification"
+        self.cases: Tensor | None = split.cases
+        # The maps of a segmentation network are as large as its images all the way.
+        self.batch = min(batch, max(1, SEGMENTED_PIXELS // split.images[0, 0].numel())) if segmented else batch
         self.predictions: Tensor | None = None
 
     def __len__(self) -> int:

@@ -107,7 +107,7 @@ def _rebuilt(out: Path, about: Mapping[str, Any]) -> nn.Module:
         mean=tuple(about["mean"]),
         std=tuple(about["std"]),
         client_sizes=tuple(about["samples"]),
-        task="retrieval" if "pair" in about else "classification",
+        task="retrieval" if "pair" in about else about.get("task", "classification"),
     )
     state = Checkpoints(out).last_server_state()
     if state is None:

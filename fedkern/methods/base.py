@@ -124,7 +124,8 @@ class Method:
         """Figures of ``model`` on a test set; ``data.batches()`` yields (images fp32, labels int64) in order.
 
         Returns ``accuracy`` and ``confidence`` (mean probability of the true class), fractions in [0, 1], and ``loss``
-        (mean cross-entropy in nats); of image-text pairs the figures of `fedkern.methods.pairs`, ``i2t_r1`` first.
+        (mean cross-entropy in nats); of image-text pairs the figures of `fedkern.methods.pairs`, ``i2t_r1`` first; of a
+        segmentation those of `fedkern.methods.segmentation`, ``dice`` first.
         """
         from fedkern.methods.evaluate import figures
 

@@ -17,6 +17,8 @@ from fedkern.methods.oneshot import OneShotFedAvg
 class CCVR(OneShotFedAvg):
     """One-shot FedAvg with its classifier calibrated on virtual features (CCVR, arXiv 2106.05001)."""
 
+    tasks = ("classification",)
+
     @dataclass(frozen=True)
     class Options(OneShotFedAvg.Options):
         """Those of one-shot FedAvg, calibrated by default."""

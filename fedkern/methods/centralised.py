@@ -35,7 +35,7 @@ class Centralised(Objective, Method):
     """
 
     pooled = True
-    tasks: ClassVar[tuple[str, ...]] = ("classification", "retrieval")
+    tasks: ClassVar[tuple[str, ...]] = ("classification", "segmentation", "retrieval")
 
     def start(self, server: Server) -> None:
         server.state.update(server.initial())

@@ -30,6 +30,8 @@ from fedkern.models.ensemble import Ensemble
 class DENSE(DataFree):
     """One-shot, data-free: a generator trained against the clients' ensemble, then distillation (arXiv 2112.12371)."""
 
+    tasks = ("classification",)
+
     @dataclass(frozen=True)
     class Options(DataFree.Options):
         """Knobs of the alternation; the released code's: 200 epochs, SGD 0.005, T 20, weights 1, a fresh student."""
@@ -64,7 +66,7 @@ class DENSE(DataFree):
         o, classes = self.options, server.federation.classes
         draw = torch_stream(server, "generator", step)
         generator = self.generator(server, draw)
-        pool = Pool(teachers, o.distill_epochs * o.synthesis_batch, server.image_shape, classes)
+        pool = Pool(teachers, o.distill_epochs * o.synthesis_batch, server.image_shape)
         optimiser, schedule = self.optimiser(student)
         for epoch in range(o.distill_epochs):
             pool.add(*synthesise(generator, teachers, student, self.how(), draw, classes))

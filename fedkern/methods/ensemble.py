@@ -122,8 +122,8 @@ class Ensemble(OneShot):
     # -- figures ---------------------------------------------------------------------------------------------------
 
     def evaluate(self, model: nn.Module, data: Any) -> dict[str, float]:
-        """Adds ``vote_accuracy`` and ``probability_accuracy`` to the figures of the mean of the logits."""
-        if not isinstance(model, models.Ensemble):
+        """Adds ``vote_accuracy`` and ``probability_accuracy``, of images, to the figures of the mean of the logits."""
+        if not isinstance(model, models.Ensemble) or getattr(data, "task", "") == "segmentation":
             return super().evaluate(model, data)
         ballot = _Ballot(model, data)
         figures = classification(ballot, ballot)  # type: ignore[arg-type]

@@ -9,11 +9,21 @@ import torch.nn.functional as F
 from torch import nn
 
 from fedkern.methods.pairs import pair_figures
+from fedkern.methods.segmentation import segmentation
+
+MAIN_FIGURES = ("accuracy", "dice", "i2t_r1")
+"""What a run is judged by, whatever its task: its metrics hold one of these."""
+
+
+def is_main(name: str) -> bool:
+    """Whether a metric is a main figure, of any test set (``ood_accuracy``) or kind (``vote_accuracy``)."""
+    return name.endswith(MAIN_FIGURES)
 
 
 def figures(model: nn.Module, data: Any) -> dict[str, float]:
-    """The figures of the task that ``data.task`` names: `classification` (the default), or ``"retrieval"``."""
-    return pair_figures(model, data) if getattr(data, "task", "") == "retrieval" else classification(model, data)
+    """The figures of the task that ``data.task`` names: `classification` (the default), `segmentation`, retrieval."""
+    of_task = {"retrieval": pair_figures, "segmentation": segmentation}
+    return of_task.get(getattr(data, "task", ""), classification)(model, data)
 
 
 @torch.no_grad()

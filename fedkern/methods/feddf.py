@@ -47,6 +47,8 @@ class FedDF(DataFree):
                 "feddf distils on public images and this run sets none aside: give --public-samples N, or take a "
                 "generator's images with --method-option source=generator."
             )
+        if self.options.source == "generator" and server.task == "segmentation":
+            raise UserError("source=generator makes images of one class each: segmentation needs --public-samples N.")
         super().start(server)
 
     def distil(self, server: Server, step: Step, teachers: Ensemble, student: nn.Module) -> None:
@@ -65,11 +67,12 @@ class FedDF(DataFree):
     def _pool(self, server: Server, step: Step, teachers: Ensemble) -> Pool:
         o, classes = self.options, server.federation.classes
         if o.source == "public" and server.public is not None:
-            pool = Pool(teachers, len(server.public), server.image_shape, classes)
-            for batch in server.public.batches(500):
+            pool = Pool(teachers, len(server.public), server.image_shape)
+            # A segmentation network's answers are as large as its images.
+            for batch in server.public.batches(500 if server.task == "classification" else 16):
                 pool.add(batch.images)
             return pool
-        pool = Pool(teachers, o.synthetic, server.image_shape, classes)
+        pool = Pool(teachers, o.synthetic, server.image_shape)
         draw = torch_stream(server, "generator", step)
         generator = self.generator(server, draw)
         while len(pool) < o.synthetic:

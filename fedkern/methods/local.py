@@ -25,6 +25,7 @@ from fedkern.methods.base import (
 )
 from fedkern.methods.pairs import pair_figures, supervised_loss
 from fedkern.methods.protocol import Client
+from fedkern.methods.segmentation import segmentation
 from fedkern.models import Ensemble
 
 
@@ -38,7 +39,7 @@ class Local(Objective, Method):
     saved, as an ensemble whose members are the clients' networks.
     """
 
-    tasks: ClassVar[tuple[str, ...]] = ("classification", "retrieval")
+    tasks: ClassVar[tuple[str, ...]] = ("classification", "segmentation", "retrieval")
 
     def rounds(self, federation: Federation) -> Iterator[Round]:
         for _ in range(federation.rounds):
@@ -76,6 +77,8 @@ class Local(Objective, Method):
         """
         if getattr(data, "task", "") == "retrieval":
             return _averaged([pair_figures(member, data) for member in model.members], "i2t_r1")
+        if getattr(data, "task", "") == "segmentation":
+            return _averaged([segmentation(member, data) for member in model.members], "dice")
         return _classified(model, data)
 
     def evaluate_own(self, model: Any, data: Any, client: ClientId) -> dict[str, float]:
@@ -93,7 +96,8 @@ class Pairs(nn.Module):
 
 def _averaged(figures: list[dict[str, float]], main: str) -> dict[str, float]:
     """The means of figures over clients, and the range of the main one."""
-    mean = {name: sum(each[name] for each in figures) / len(figures) for name in figures[0]}
+    shared = [name for name in figures[0] if all(name in each for each in figures)]
+    mean = {name: sum(each[name] for each in figures) / len(figures) for name in shared}
     ends = [each[main] for each in figures]
     return {**mean, f"lowest_{main}": min(ends), f"highest_{main}": max(ends)}
 

@@ -44,12 +44,17 @@ class OneShot(FedAvg):
         calibrate: bool = option(False, "train the classifier anew on features drawn from class statistics (CCVR)")
 
     one_shot = True
-    tasks: ClassVar[tuple[str, ...]] = ("classification",)
+    tasks: ClassVar[tuple[str, ...]] = ("classification", "segmentation")
     needs_statistics = False
     """Whether networks are used apart from their training, so that batch norm needs running statistics."""
 
     def start(self, server: Server) -> None:
         super().start(server)
+        if self.options.calibrate and server.task != "classification":
+            raise UserError(
+                f"calibrate draws a classifier's features of whole images, and this run is for {server.task}: leave it "
+                "out."
+            )
         needed = (self.needs_statistics or self.options.calibrate) and "buffers" not in server.state
         if needed and any(buffer.is_floating_point() for buffer in server.build().buffers()):
             raise UserError(

@@ -173,16 +173,15 @@ class Pool:
         teachers: the members.
         capacity: images it will hold.
         shape: (channels, height, width).
-        classes: number of classes.
     """
 
-    def __init__(self, teachers: Ensemble, capacity: int, shape: tuple[int, int, int], classes: int) -> None:
+    def __init__(self, teachers: Ensemble, capacity: int, shape: tuple[int, int, int]) -> None:
         channels, height, width = shape
         device = teachers.weights.device
         self._teachers = teachers
         # One row per image in NHWC, so that picking rows keeps channels-last and copies whole images.
         self._rows = torch.empty(capacity, height, width, channels, device=device)
-        self._said = torch.empty(len(teachers.members), capacity, classes, device=device)
+        self._said = torch.empty(0, device=device)  # [K, capacity, C], or with positions
         self._labels = torch.zeros(capacity, dtype=torch.int64, device=device)
         self._count = 0
 
@@ -194,13 +193,16 @@ class Pool:
         """Takes in normalised images fp32 [n, C, H, W] and, where they were made for classes, those int64 [n]."""
         begin, end = self._count, self._count + len(images)
         self._rows[begin:end] = images.permute(0, 2, 3, 1)
-        self._said[:, begin:end] = self._teachers.logits(images)
+        said = self._teachers.logits(images)
+        if not begin:
+            self._said = said.new_empty(len(said), len(self._rows), *said.shape[2:])
+        self._said[:, begin:end] = said
         if labels is not None:
             self._labels[begin:end] = labels
         self._count = end
 
     def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B, C, H, W] and the members' logits [K, B, C] of int64 [B] positions (on the CPU)."""
+        """Images [B, C, H, W] and the members' logits [K, B, C], or [K, B, C, H, W], of int64 [B] rows (on the CPU)."""
         index = index.to(self._rows.device)
         return self._rows.index_select(0, index).permute(0, 3, 1, 2), self._said.index_select(1, index)
 

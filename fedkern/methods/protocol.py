@@ -114,7 +114,7 @@ class Batch:
 
     Attributes:
         images: fp32 [B, C, H, W], augmented and normalised, on the client's device.
-        labels: int64 [B].
+        labels: int64 [B], or [B, H, W] for segmentation (negative: unknown).
         indices: int64 [B], the samples' positions in the client's split (NumPy).
         step: the round and exchange it is trained in.
         epoch: local epoch within the round, from 0.
@@ -137,7 +137,7 @@ class Samples(Protocol):
     """Labelled images that a method looks at in order: a client's own, or the public split.
 
     Attributes:
-        labels: int64 [n], on the CPU.
+        labels: int64 [n], or [n, H, W] for segmentation, on the CPU.
     """
 
     labels: Tensor
@@ -155,7 +155,10 @@ class Samples(Protocol):
         ...
 
     def take(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> Tensor:
-        """The images at ``indices``, fp32 [B, C, H, W], normalised; augmented when ``rng`` is given."""
+        """The images at ``indices``, fp32 [B, C, H, W], normalised; augmented when ``rng`` is given.
+
+        Labels of pixels, which augmentation moves too, come with `batches` alone.
+        """
         ...
 
 
@@ -239,7 +242,7 @@ class Client(Place, Protocol):
     """A client as its method sees it.
 
     Attributes:
-        labels: int64 [n], on the CPU.
+        labels: int64 [n], or [n, H, W] for segmentation, on the CPU.
         state: outlives the round; tensors, numbers, strings and dicts of such, read back on the CPU.  A private method
             keeps the ``state`` of the client's :class:`fedkern.privacy.Accountant` under ``fedkern.privacy.LEDGER``.
         scratch: lives between the exchanges of a round and may vanish.

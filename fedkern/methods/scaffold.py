@@ -78,8 +78,8 @@ class Scaffold(FedAvg):
         flat.load_parameters(message["parameters"])
         total = flat.gradients()
         for batch in client.batches():
-            loss = cross_entropy(network(batch.images), batch.labels, reduction="sum")
-            (loss / client.samples).backward()
+            share = len(batch.images) / client.samples
+            (share * cross_entropy(network(batch.images), batch.labels)).backward()
         return total
 
     def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:

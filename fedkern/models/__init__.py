@@ -1,4 +1,4 @@
-"""Networks with named stages, their registry, ensembles, generators of images, and Grad-CAM."""
+"""Networks with named stages, U-Nets, their registry, ensembles, generators of images, and Grad-CAM."""
 
 from fedkern.models.cnn import CNN
 from fedkern.models.efficientnet import EfficientNetB0
@@ -11,6 +11,7 @@ from fedkern.models.registry import MODELS, ModelEntry, build, initialise
 from fedkern.models.resnet import BasicBlock, ResNet
 from fedkern.models.staged import StagedNetwork, resolve_stage
 from fedkern.models.towers import IMAGE_ENCODERS, TEXT_ENCODERS, PairNetwork, build_pair
+from fedkern.models.unet import UNet
 from fedkern.models.vgg import VGG
 from fedkern.models.vit import ViT
 from fedkern.models.vocabulary import Tokens, Vocabulary, learn_vocabulary
@@ -32,6 +33,7 @@ __all__ = [
     "ResNet",
     "StagedNetwork",
     "Tokens",
+    "UNet",
     "ViT",
     "Vocabulary",
     "build",

@@ -81,7 +81,7 @@ class Ensemble(nn.Module):
     # -- what the members say --------------------------------------------------------------------------------------
 
     def parts(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The members' features, M times ``[B, d_m]``, and logits ``[M, B, C]``."""
+        """The members' features, M times ``[B, d_m]``, and logits ``[M, B, C]``; both with positions of a U-Net."""
         if not (torch.is_grad_enabled() and x.requires_grad):
             fused = self._fuse()
             if fused is not None:
@@ -107,8 +107,8 @@ class Ensemble(nn.Module):
         return torch.cat(each, 1) if self.pool == "concat" else torch.stack(each).mean(0)
 
     def mix(self, logits: Tensor) -> Tensor:
-        """The weighted mean ``[B, C]`` of logits ``[M, B, C]``."""
-        return torch.einsum("m,mbc->bc", self.weights, logits)
+        """The weighted mean ``[B, C]`` of logits ``[M, B, C]``, or ``[B, C, *positions]`` of those with positions."""
+        return torch.einsum("m,mbc...->bc...", self.weights, logits)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[B, C]``: the weighted mean of the members', or the head's."""

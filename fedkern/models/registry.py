@@ -17,6 +17,7 @@ from fedkern.models.mlp import MLP
 from fedkern.models.mobilenet import MobileNetV2
 from fedkern.models.resnet import ResNet, Stem
 from fedkern.models.staged import StagedNetwork
+from fedkern.models.unet import UNet
 from fedkern.models.vgg import VGG
 from fedkern.models.vit import ViT
 from fedkern.streams import stream
@@ -36,14 +37,16 @@ class ModelEntry:
         smallest: smallest image side in pixels that leaves every stage at least one position.
         make: builds the module: ``make(classes=, channels=, width=, stem=)``.
         sized: whether ``make`` also takes ``image_size=``, the images' smaller side.
+        task: what it gives a class to: ``"classification"``, images, or ``"segmentation"``, pixels.
     """
 
     name: str
     description: str
     width: int
     smallest: int
-    make: Callable[..., StagedNetwork]
+    make: Callable[..., StagedNetwork | UNet]
     sized: bool = False
+    task: str = "classification"
 
 
 def _cnn(*, classes: int, channels: int, width: int, stem: Stem) -> StagedNetwork:
@@ -95,6 +98,14 @@ def group_norm(make: Callable[..., StagedNetwork]) -> Callable[..., StagedNetwor
     return made
 
 
+def _unet(*, classes: int, channels: int, width: int, stem: Stem) -> UNet:
+    return UNet(classes=classes, channels=channels, width=width, depth=4)
+
+
+def _unet_small(*, classes: int, channels: int, width: int, stem: Stem) -> UNet:
+    return UNet(classes=classes, channels=channels, width=width, depth=3)
+
+
 MODELS: dict[str, ModelEntry] = {
     entry.name: entry
     for entry in (
@@ -143,6 +154,22 @@ MODELS: dict[str, ModelEntry] = {
             _vit,
             sized=True,
         ),
+        ModelEntry(
+            "unet",
+            "U-Net of depth 4 with batch norm for segmentation, 1.9 million parameters",
+            16,
+            16,
+            _unet,
+            task="segmentation",
+        ),
+        ModelEntry(
+            "unet-small",
+            "U-Net of depth 3 and width 8 for segmentation, 121 thousand parameters",
+            8,
+            8,
+            _unet_small,
+            task="segmentation",
+        ),
     )
 }
 
@@ -158,7 +185,9 @@ def initialise(module: nn.Module, generator: torch.Generator) -> None:
         TypeError: ``module`` has a parameter or buffer in a layer of another kind, which would stay uninitialised.
     """
     for name, layer in module.named_modules():
-        if isinstance(layer, nn.Conv2d):
+        if callable(getattr(layer, "initialise", None)):
+            layer.initialise(generator)
+        elif isinstance(layer, nn.Conv2d):
             fan_out = layer.weight.numel() // layer.in_channels
             nn.init.normal_(layer.weight, std=math.sqrt(2) / math.sqrt(fan_out), generator=generator)
             if layer.bias is not None:
@@ -170,8 +199,6 @@ def initialise(module: nn.Module, generator: torch.Generator) -> None:
                 nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
         elif isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)):
             layer.reset_parameters()
-        elif callable(getattr(layer, "initialise", None)):
-            layer.initialise(generator)
         elif any(True for _ in layer.parameters(recurse=False)) or any(True for _ in layer.buffers(recurse=False)):
             raise TypeError(f"no initial value is known for {type(layer).__name__} at {name or 'the root'!r}")
 
@@ -185,8 +212,10 @@ def build(
     seed: int | torch.Generator,
     width: int | None = None,
     stem: Literal["auto", "cifar", "imagenet"] = "auto",
-) -> StagedNetwork:
+) -> Any:
     """Builds a network with float32 parameters on the CPU; the global random generators are neither read nor moved.
+
+    It is a :class:`StagedNetwork`, or a :class:`UNet` where ``MODELS[name].task`` is ``"segmentation"``.
 
     Args:
         name: a name of ``MODELS``.

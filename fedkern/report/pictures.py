@@ -10,7 +10,8 @@ import torch
 from fedkern.engine import RunConfig, load_data, read_metrics, read_model
 
 EXAMPLES = 8
-PICTURES = {"accuracy": "accuracy.png", "partition": "partition.png", "gradcam": "gradcam.png"}
+PICTURES = {"accuracy": "accuracy.png", "dice": "dice.png", "partition": "partition.png", "gradcam": "gradcam.png"}
+OF_TASK = {"classification": ("accuracy", "partition", "gradcam"), "segmentation": ("dice", "partition")}
 
 
 def write_pictures(run_dir: Path, *, data: Any = None, model: torch.nn.Module | None = None) -> list[Path]:
@@ -22,7 +23,8 @@ def write_pictures(run_dir: Path, *, data: Any = None, model: torch.nn.Module | 
         model: the global model; None loads ``model.safetensors``.
 
     Returns:
-        What was written: ``accuracy.png``, ``partition.png``, and ``gradcam.png`` where the network has stages.
+        What was written: ``accuracy.png`` (``dice.png`` of a segmentation), ``partition.png``,
+        and ``gradcam.png`` where the network has stages.
 
     Raises:
         UserError: a file of the run is missing or damaged.
@@ -35,7 +37,7 @@ def write_pictures(run_dir: Path, *, data: Any = None, model: torch.nn.Module | 
     data = load_data(config, masks=False) if data is None else data
     name = f"{config.method} on {config.data}"
     written = []
-    target = run_dir / PICTURES["accuracy"]
+    target = run_dir / PICTURES["dice" if data.task == "segmentation" else "accuracy"]
     if plots.accuracy_curves(read_metrics(run_dir), target, title=f"{name}, seed {config.seed}"):
         written.append(target)
     target = run_dir / PICTURES["partition"]

@@ -1,4 +1,4 @@
-"""Accuracy curves and the partition, as PNG files.
+"""Accuracy (or Dice) curves and the partition, as PNG files.
 
 Figures are drawn on matplotlib's object interface: no global state, no display, safe in threads.  Colours are those of
 Okabe and Ito, which people with every kind of colour vision can tell apart.
@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fedkern.engine import atomic
+from fedkern.methods.evaluate import MAIN_FIGURES
 from fedkern.report.tables import split_metric
 
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
@@ -47,10 +48,10 @@ def _whole() -> MaxNLocator:
 
 
 def accuracy_curves(records: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> bool:
-    """Draws every accuracy of ``metrics.jsonl`` over the communication rounds.
+    """Draws every accuracy of ``metrics.jsonl``, or every Dice of a segmentation, over the communication rounds.
 
     Args:
-        records: its lines; those without an accuracy are skipped.
+        records: its lines; those without one are skipped.
         path: the PNG.
         title: what ran.
 
@@ -58,10 +59,12 @@ def accuracy_curves(records: Sequence[Mapping[str, Any]], path: Path, *, title: 
         False when there was nothing to draw, and then no file is written.
     """
     curves: dict[str, tuple[list[int], list[float]]] = {}
+    main = "accuracy"
     for record in records:
         for name, value in record.items():
             test_set, figure_name = split_metric(name)
-            if figure_name == "accuracy" and isinstance(value, (int, float)):
+            if figure_name in MAIN_FIGURES and isinstance(value, (int, float)):
+                main = figure_name
                 rounds, values = curves.setdefault(test_set, ([], []))
                 rounds.append(int(record["round"]))
                 values.append(100 * float(value))
@@ -88,7 +91,7 @@ def accuracy_curves(records: Sequence[Mapping[str, Any]], path: Path, *, title: 
             color=colour, fontsize=12, fontweight="bold", va="center", annotation_clip=False,
         )  # fmt: skip
     axes.set_xlabel("communication round", fontsize=12)
-    axes.set_ylabel("accuracy (%)", fontsize=12)
+    axes.set_ylabel(f"{'Dice' if main == 'dice' else main} (%)", fontsize=12)
     axes.set_title(title, fontsize=13, loc="left")
     axes.set_ylim(0, 102)
     axes.set_xlim(min(min(rounds) for rounds, _ in curves.values()) - 0.5, last + 0.5)

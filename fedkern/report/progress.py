@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from fedkern.engine.events import Listener, RunInfo
+from fedkern.methods.evaluate import MAIN_FIGURES
 from fedkern.report.tables import human_bytes, human_metric, human_time, partition_table, split_metric
 
 PIPE_WIDTH = 120
@@ -40,13 +41,13 @@ def headline(run: RunInfo) -> list[str]:
     return lines
 
 
-def accuracies(record: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """The accuracies of a record that belong to test sets, ``("ID", 0.93), ("OOD", 0.71)``."""
+def main_figures(record: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """The accuracies (or Dice) of a record that belong to test sets, ``("ID", 0.93), ("OOD", 0.71)``."""
     found = []
     for name, value in record.items():
         test_set, figure = split_metric(name)
-        if figure == "accuracy" and test_set != "validation" and isinstance(value, (int, float)):
-            found.append((test_set.upper() or "accuracy", float(value)))
+        if figure in MAIN_FIGURES and test_set != "validation" and isinstance(value, (int, float)):
+            found.append((test_set.upper() or figure, float(value)))
     return found
 
 
@@ -54,7 +55,7 @@ def line(record: Mapping[str, Any], remaining: float | None) -> str:
     """One line for a finished round."""
     width = len(str(record["rounds"]))
     parts = [f"round {record['round']:>{width}}/{record['rounds']}{named(record.get('name', ''))}"]
-    parts += [f"{name} {human_metric('accuracy', value)}" for name, value in accuracies(record)]
+    parts += [f"{name} {human_metric('accuracy', value)}" for name, value in main_figures(record)]
     if isinstance(record.get("loss"), (int, float)):
         parts.append(f"loss {record['loss']:.3f}")
     parts.append(f"up {human_bytes(record['bytes_up'])} down {human_bytes(record['bytes_down'])}")
@@ -113,7 +114,7 @@ class Lines(Warnings):
 
     def on_round(self, record: Mapping[str, Any]) -> None:
         remaining = self.clock.remaining(record["round"], record["rounds"])
-        if accuracies(record) or record["round"] == record["rounds"] or named(record.get("name", "")):
+        if main_figures(record) or record["round"] == record["rounds"] or named(record.get("name", "")):
             self.console.print(line(record, remaining), highlight=False, markup=False, soft_wrap=True)
 
 
@@ -169,7 +170,7 @@ class Live(Lines):
         self.done = record["round"]
         if self.task is None:
             return
-        shown = accuracies(record)
+        shown = main_figures(record)
         fields: dict[str, Any] = {
             "traffic": f"up {human_bytes(record['bytes_up'])} down {human_bytes(record['bytes_down'])}",
             "left": f"{human_time(remaining)} left",

@@ -9,10 +9,13 @@ from rich import box
 from rich.table import Table
 
 # Metrics that are fractions and read best in per cent.
-_FRACTIONS = ("accuracy", "confidence", "gradcam_in_object", "object_area", "dice")
-_ORDER = ("accuracy", "confidence", "gradcam_in_object", "loss")
+_FRACTIONS = ("accuracy", "confidence", "gradcam_in_object", "object_area", "dice", "iou")
+_ORDER = ("accuracy", "dice", "iou", "hd95", "confidence", "gradcam_in_object", "loss")
 _NAMES = {
     "accuracy": "accuracy",
+    "dice": "Dice, mean of the classes",
+    "iou": "intersection over union",
+    "hd95": "Hausdorff distance (95 %) in pixels",
     "confidence": "confidence in the true class",
     "gradcam_in_object": "Grad-CAM mass inside the object",
     "object_area": "area of the object",
@@ -57,7 +60,8 @@ def split_metric(name: str) -> tuple[str, str]:
 def human_metric(name: str, value: float) -> str:
     """Fractions in per cent with one decimal, everything else with three significant digits."""
     _, figure = split_metric(name)
-    return f"{100 * value:.1f} %" if figure.endswith(_FRACTIONS) else f"{value:.3g}"
+    fraction = figure.endswith(_FRACTIONS) or figure.startswith("dice_")
+    return f"{100 * value:.1f} %" if fraction else f"{value:.3g}"
 
 
 def _rank(name: str) -> tuple[int, int, str]:
@@ -67,7 +71,7 @@ def _rank(name: str) -> tuple[int, int, str]:
 
 
 def ordered(metrics: Mapping[str, Any]) -> list[str]:
-    """Names of the numbers among ``metrics``: accuracies first, in-distribution before out-of-distribution."""
+    """Names of the numbers among ``metrics``: main figures first, in-distribution before out-of-distribution."""
     return sorted((name for name, value in metrics.items() if isinstance(value, (int, float))), key=_rank)
 
 

@@ -290,9 +290,37 @@ def test_a_class_beyond_the_names(tmp_path):
         opened("segmentation", tmp_path, names="background|tumour")
 
 
-def test_a_classifier_refuses_them(tmp_path):
+@pytest.mark.parametrize(
+    ("method", "settings", "words"),
+    [
+        ("fedgid", {}, r"fedgid is for classification, but .* is for segmentation"),
+        ("fedavg", {"model": "cnn"}, r"network cnn is for classification, .* choose one of unet, unet-small with"),
+        ("oneshot-fedavg", {"options": {"calibrate": True}}, "calibrate draws .* this run is for segmentation"),
+        ("feddf", {"options": {"source": "generator"}}, "segmentation needs --public-samples"),
+    ],
+)
+def test_what_needs_whole_images_refuses_them(tmp_path, method, settings, words):
     write_pairs(tmp_path)
-    config = RunConfig.make("fedavg", data="segmentation", data_root=str(tmp_path), clients=2, threads=1)
-    with pytest.raises(UserError, match=r"fedavg is for classification, but .* is for segmentation"):
+    plain = {"data": "segmentation", "data_root": str(tmp_path), "clients": 2, "threads": 1, "public_samples": 0}
+    config = RunConfig.make(method, **plain, data_options={"size": 16}, **settings)
+    with pytest.raises(UserError, match=words):
         run(config, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_on_ones_own_masks(tmp_path):
+    write_pairs(tmp_path / "data", images=14)
+    settings = {
+        "data_options": {"size": 16},
+        "model": "unet-small",
+        "width": 2,
+        "rounds": 1,
+        "clients": 2,
+        "threads": 1,
+    }
+    config = RunConfig.make(
+        "fedavg", data="segmentation", data_root=str(tmp_path / "data"), augment="crop-flip", **settings
+    )
+    metrics = run(config, out=tmp_path / "run")["metrics"]
+    assert {"dice", "iou", "hd95", "loss"} <= set(metrics)
+    assert "accuracy" not in metrics

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedkern.data import AUGMENTATIONS, augment, normalise
-from fedkern.data.transforms import crop, rotate
+from fedkern.data import AUGMENTATIONS, IGNORE, augment, augment_pairs, normalise
+from fedkern.data.transforms import crop, dihedral, rotate
 from fedkern.errors import UserError
 
 
@@ -64,7 +64,7 @@ def test_outside_is_exactly_zero_after_normalisation(kind: str) -> None:
     assert made.shape == batch.shape
     if kind == "none":
         assert made is batch
-    else:
+    elif kind != "dihedral":
         assert (made == 0).any()
     if kind in ("crop", "crop-flip"):
         # Every pixel is the fill or a pixel of its own image.
@@ -129,6 +129,46 @@ def test_layout_is_kept_and_empty_batches_pass(kind: str, channels_last: bool) -
     made = augment(images().contiguous(memory_format=layout), kind, np.random.default_rng(0))
     assert made.is_contiguous(memory_format=layout)
     assert augment(images(batch=0), kind, np.random.default_rng(0)).shape == (0, 3, 9, 13)
+
+
+@pytest.mark.parametrize("kind", AUGMENTATIONS)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_masks_follow_their_images(kind: str, channels_last: bool) -> None:
+    """An image that shows its own class numbers still does afterwards; the image is what it is without labels."""
+    rng = np.random.default_rng(3)
+    labels = torch.from_numpy(rng.integers(1, 5, (6, 12, 12))).repeat_interleave(2, 1).repeat_interleave(2, 2)
+    batch = labels[:, None].float().repeat(1, 2, 1, 1)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    batch = batch.contiguous(memory_format=layout)
+    made, moved = augment_pairs(batch, labels, kind, np.random.default_rng(1))
+    assert torch.equal(made, augment(batch, kind, np.random.default_rng(1)))
+    assert made.is_contiguous(memory_format=layout)
+    assert moved.dtype == torch.int64
+    if kind in ("nico", "flip-rotate"):  # bilinear beside nearest: alike but at borders
+        inside = moved != IGNORE
+        assert ((made[:, 0] - moved).abs()[inside] < 0.51).double().mean() > 0.75
+        assert set(moved.unique().tolist()) <= {IGNORE, 1, 2, 3, 4}
+    else:
+        assert torch.equal(made[:, 0], moved.masked_fill(moved == IGNORE, 0).float())
+        assert bool((moved == IGNORE).any()) == (kind in ("crop", "crop-flip"))
+
+
+def test_pairs_must_fit() -> None:
+    with pytest.raises(ValueError, match=r"labels: expected int64 \[7, 9, 13\] .* got torch.int64 \[7, 13, 9\]"):
+        augment_pairs(images(), torch.zeros(7, 13, 9, dtype=torch.int64), "crop", np.random.default_rng(0))
+
+
+def test_the_symmetries_of_a_square() -> None:
+    square = torch.arange(9.0).view(1, 1, 3, 3)
+    turned = [torch.rot90(one, k, (2, 3)) for one in (square, square.flip(3)) for k in range(4)]
+    made = dihedral(square.expand(400, -1, -1, -1), np.random.default_rng(0))
+    counts = torch.tensor([int((made == one).all((1, 2, 3)).sum()) for one in turned])
+    assert counts.sum() == 400
+    assert counts.min() > 25
+    oblong = images(batch=40)
+    kept = dihedral(oblong, np.random.default_rng(0))
+    choices = torch.stack([oblong, oblong.flip(2), oblong.flip(3), oblong.flip((2, 3))])
+    assert (choices == kept).flatten(2).all(2).sum(0).eq(1).all()
 
 
 def test_unknown_augmentation() -> None:

@@ -143,7 +143,7 @@ def test_coboosting_reports_weights_of_sum_one(make_data, make_config, tmp_path)
 def test_pool_asks_every_image_once():
     members = [models.build("cnn", classes=4, channels=3, image_size=8, seed=k, width=2) for k in range(2)]
     teachers = models.Ensemble(members)
-    pool = Pool(teachers, 7, (3, 8, 8), 4)
+    pool = Pool(teachers, 7, (3, 8, 8))
     images = torch.randn(7, 3, 8, 8)
     pool.add(images[:3])
     pool.add(images[3:], torch.tensor([3, 2, 1, 0]))

@@ -1,0 +1,165 @@
+"""Figures of a segmentation: Dice, intersection over union, Hausdorff distance.
+
+Class 0 is the background and no part of any mean.  What is unknown (`fedkern.data.IGNORE`, any negative label) counts
+nowhere.
+
+Dice follows MONAI's ``DiceMetric`` with its defaults: 2 |P ∩ T| / (|P| + |T|) of every case and class, taken where the
+truth T holds the class (a class that the truth of a case lacks is not defined there, whatever is predicted), then the
+mean over cases, then over classes.  A case is an image or, where images are slices of a volume or tiles of a picture,
+all of them together (`fedkern.data.Split.cases`).
+
+The intersection over union is that of PASCAL VOC: |P ∩ T| / |P ∪ T| over all pixels of the test set at once, where also
+what is predicted in images without the class counts, then the mean over classes.
+
+The Hausdorff distance is the 95th percentile of the distances from the outline of one mask to that of the other, the
+larger one of both directions, in pixels of an image.  Where a class is not found at all it is the image's diagonal, as
+BraTS books a missed tumour.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Mask = npt.NDArray[np.bool_]
+
+
+@torch.no_grad()
+def segmentation(model: nn.Module, data: Any) -> dict[str, float]:
+    """Figures of a network with logits [B, C, H, W].
+
+    Args:
+        model: in eval mode.
+        data: ``data.batches()`` yields (images fp32 [B, C, H, W], labels int64 [B, H, W]).  ``data.cases`` int64 [n],
+            where it exists and is not None, says which images belong together.  ``data.record``, where it exists,
+            receives the predicted classes [n, H, W] in order.
+
+    Returns:
+        ``dice``, ``iou`` (fractions), ``hd95`` (pixels), ``loss`` (nats per pixel) and, where there is more than one
+        foreground class, ``dice_1`` and so on by class number.  A class that no truth holds has no figure; if there is
+        none at all, ``dice`` is 0 and ``hd95`` is left out.
+    """
+    loss, known = 0.0, 0
+    counts: list[Tensor] = []  # of every image: pixels in both, predicted, true, by class
+    distances: list[float] = []
+    predictions: list[Tensor] = []
+    for images, labels in data.batches():
+        logits = model(images)
+        here = labels >= 0
+        truth = labels.clamp_min(0)
+        loss -= float(F.log_softmax(logits, 1).gather(1, truth[:, None])[:, 0][here].double().sum())
+        known += int(here.sum())
+        predicted = logits.argmax(1)
+        counts.append(overlaps(predicted, labels, logits.shape[1]))
+        distances += _distances(predicted.cpu().numpy(), labels.cpu().numpy())
+        predictions.append(predicted.to(torch.uint8 if logits.shape[1] <= 256 else torch.int64))
+    if known == 0:
+        raise ValueError("data: expected at least one labelled pixel, given none")
+    record = getattr(data, "record", None)
+    if record is not None:
+        record(torch.cat(predictions))
+    cases = getattr(data, "cases", None)
+    per_image = torch.cat(counts)
+    by_class = dice(per_image if cases is None else _together(per_image, cases))[1:]
+    both, said, true = per_image.sum(0).double().unbind(0)
+    union = (said + true - both)[1:]
+    figures = {
+        "dice": _mean(by_class),
+        "iou": _mean(torch.where(union > 0, both[1:] / union, math.nan)),
+        "loss": loss / known,
+    }
+    if distances:
+        figures["hd95"] = float(np.mean(distances))
+    if len(by_class) > 1:
+        figures |= {f"dice_{c}": value for c, value in enumerate(by_class.tolist(), 1) if not math.isnan(value)}
+    return figures
+
+
+def overlaps(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
+    """Pixels of every image and class that are in both, predicted, and true: int64 [B, 3, C] on the CPU.
+
+    Args:
+        predicted: int64 [B, *positions].
+        truth: int64 of the same shape; pixels of negative class are left out of all three.
+        classes: C.
+    """
+    rows = torch.arange(len(truth), device=truth.device).repeat_interleave(truth[0].numel() if len(truth) else 0)
+    guess, label = predicted.reshape(-1), truth.reshape(-1)
+    known = label >= 0
+    rows, guess, label = rows[known], guess[known], label[known]
+
+    def count(rows: Tensor, of: Tensor) -> Tensor:
+        return torch.bincount(rows * classes + of, minlength=len(truth) * classes).view(len(truth), classes).cpu()
+
+    right = guess == label
+    return torch.stack([count(rows[right], label[right]), count(rows, guess), count(rows, label)], 1)
+
+
+def dice(counts: Tensor) -> Tensor:
+    """The mean over cases of 2 |P ∩ T| / (|P| + |T|) for every class, fp64 [C]; NaN for a class that no truth holds.
+
+    Args:
+        counts: int64 [n, 3, C], what :func:`overlaps` gives.
+    """
+    both, said, true = counts.double().unbind(1)
+    return torch.where(true > 0, 2 * both / (said + true), math.nan).nanmean(0)
+
+
+def hausdorff95(predicted: Mask, truth: Mask, spacing: Sequence[float] | None = None) -> float:
+    """The 95th percentile of the surface distances between two masks of any dimension, the larger of both directions.
+
+    A mask's surface are its positions with a neighbour (along an axis) outside of it or of the image.
+
+    Args:
+        predicted, truth: bool, same shape.
+        spacing: distance of neighbouring positions along every axis (default 1: pixels).
+
+    Returns:
+        The distance in units of ``spacing``; 0 where both are empty, the diagonal of the image where one of them is.
+
+    Raises:
+        ValueError: shapes that differ.
+    """
+    from scipy import ndimage
+
+    if predicted.shape != truth.shape:
+        raise ValueError(f"truth: expected shape {list(predicted.shape)}, got {list(truth.shape)}")
+    steps = [1.0] * truth.ndim if spacing is None else [float(step) for step in spacing]
+    if not predicted.any() or not truth.any():
+        full = math.hypot(*(step * side for step, side in zip(steps, truth.shape, strict=True)))
+        return 0.0 if predicted.any() == truth.any() else full
+    # All that matters lies within the box around both.
+    boxes = ndimage.find_objects((predicted | truth).astype(np.int8))
+    predicted, truth = np.pad(predicted[boxes[0]], 1), np.pad(truth[boxes[0]], 1)
+    outlines = [mask & ~ndimage.binary_erosion(mask) for mask in (predicted, truth)]
+    far = [ndimage.distance_transform_edt(~outline, sampling=steps) for outline in outlines]
+    return float(max(np.percentile(far[1][outlines[0]], 95), np.percentile(far[0][outlines[1]], 95)))
+
+
+def _distances(predicted: npt.NDArray[np.int64], truth: npt.NDArray[np.int64]) -> list[float]:
+    """The Hausdorff distances of every image and foreground class that its truth holds."""
+    found = []
+    for guess, label in zip(predicted, truth, strict=True):
+        known = label >= 0
+        for c in np.unique(label[label > 0]):
+            found.append(hausdorff95((guess == c) & known, label == c))
+    return found
+
+
+def _together(counts: Tensor, cases: Tensor) -> Tensor:
+    """The counts [n, 3, C] of images as those of the cases they belong to."""
+    names, case = torch.unique(cases.cpu(), return_inverse=True)
+    return counts.new_zeros(len(names), *counts.shape[1:]).index_add_(0, case, counts)
+
+
+def _mean(values: Tensor) -> float:
+    """The mean without NaN, 0 where there is nothing else."""
+    mean = float(values.nanmean())
+    return 0.0 if math.isnan(mean) else mean

@@ -1,0 +1,98 @@
+"""U-Net (Ronneberger et al., 2015, arXiv 1505.04597) with batch norm, for a class at every pixel."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PixelHead(nn.Conv2d):
+    """The linear classifier of every pixel: a 1x1 convolution, named as a linear layer's sides are.
+
+    Attributes:
+        in_features, out_features: channels of the map, number of classes.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, 1)
+        self.in_features, self.out_features = in_features, out_features
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Starts as a linear layer does, uniform in ±1 / sqrt(fan_in), so that no class begins far ahead."""
+        bound = 1 / math.sqrt(self.in_features)
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound, generator=generator)
+
+
+class UpConvolution(nn.ConvTranspose2d):
+    """The 2x2 transposed convolution of stride 2 that doubles the size: every output pixel sees one input pixel."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__(channels_in, channels_out, 2, stride=2)
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Normal with variance 1 / channels_in: the size of what goes in is the size of what comes out."""
+        nn.init.normal_(self.weight, std=1 / math.sqrt(self.in_channels), generator=generator)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+def double(channels_in: int, channels_out: int) -> nn.Sequential:
+    """Two 3x3 convolutions with batch norm, which leave the size as it is."""
+    layers: list[nn.Module] = []
+    for entering in (channels_in, channels_out):
+        layers += [
+            nn.Conv2d(entering, channels_out, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels_out),
+            nn.ReLU(),
+        ]
+    return nn.Sequential(*layers)
+
+
+class UNet(nn.Module):
+    """A contracting and an expanding path with a shortcut at every size.
+
+    The convolutions are padded, unlike the paper's, so that the logits have the size of the image.  Images of any size
+    are accepted: their right and bottom edges are continued up to a multiple of ``2 ** depth`` and cut off again.
+
+    Attributes:
+        width: channels of :meth:`features`, that is of the first size.
+        head: the classifier of every pixel, [B, width, H, W] -> [B, classes, H, W].
+
+    Args:
+        classes: number of classes, the background included.
+        channels: image channels.
+        width: channels of the first size; they double where the size halves.  The paper's network has 64.
+        depth: how often the size halves; the paper's network has 4.
+    """
+
+    def __init__(self, *, classes: int, channels: int = 3, width: int = 64, depth: int = 4) -> None:
+        super().__init__()
+        widths = [width * 2**i for i in range(depth + 1)]
+        self.down = nn.ModuleList(double(a, b) for a, b in zip([channels, *widths[:-1]], widths, strict=True))
+        self.up = nn.ModuleList(UpConvolution(2 * w, w) for w in reversed(widths[:-1]))
+        self.join = nn.ModuleList(double(2 * w, w) for w in reversed(widths[:-1]))
+        self.head = PixelHead(width, classes)
+        self.width, self.depth = width, depth
+
+    def features(self, x: Tensor) -> Tensor:
+        """Maps images ``[B, C, H, W]`` to the features of every pixel, ``[B, width, H, W]``."""
+        height, width = x.shape[2:]
+        step = 2**self.depth
+        if height % step or width % step:
+            x = F.pad(x, (0, -width % step, 0, -height % step), mode="replicate")
+        skipped: list[Tensor] = []
+        for i, block in enumerate(self.down):
+            x = block(F.max_pool2d(x, 2) if i else x)
+            skipped.append(x)
+        for up, join, shortcut in zip(self.up, self.join, reversed(skipped[:-1]), strict=True):
+            x = join(torch.cat([shortcut, up(x)], 1))
+        return x[:, :, :height, :width]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the logits ``[B, classes, H, W]`` of images ``[B, C, H, W]``."""
+        logits: Tensor = self.head(self.features(x))
+        return logits
