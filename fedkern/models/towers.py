@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedkern.errors import UserError, nearest
+from fedkern.models import pretrained_pair
 from fedkern.models.attention import TransformerLayer
 from fedkern.models.encoders import LONGEST, WIDTH, ConvTokens, PatchTokens, TextTransformer
 from fedkern.models.registry import initialise
@@ -124,8 +126,8 @@ def build_pair(
     ``build_pair(**network.about)`` gives the same modules, for a state dict to be loaded into.
 
     Args:
-        image_encoder: a name of ``IMAGE_ENCODERS``.
-        text_encoder: a name of ``TEXT_ENCODERS``.
+        image_encoder: a name of ``IMAGE_ENCODERS``, or a local folder that transformers can read.
+        text_encoder: a name of ``TEXT_ENCODERS``, or such a folder.
         channels: image channels.
         image_size: height and width of the images in pixels.
         mean, std: what the images are normalised with, per channel.
@@ -135,40 +137,50 @@ def build_pair(
         seed: the run's root seed; every part draws its weights from a stream of its own.
 
     Raises:
-        UserError: an unknown encoder, or images too small for it.
+        UserError: an unknown encoder, a folder that cannot be used, or images too small.
     """
+    named = image_encoder in IMAGE_ENCODERS, text_encoder in TEXT_ENCODERS
+    _known(image_encoder, "image", IMAGE_ENCODERS)
+    _known(text_encoder, "text", TEXT_ENCODERS)
     width = WIDTH if width is None else width
     if width < 4 or width % 4:
         raise UserError(f"the width of an image-text pair must be a multiple of 4, got {width}.")
-    if image_encoder not in IMAGE_ENCODERS:
-        raise UserError(
-            f'there is no image encoder "{image_encoder}", choose one of {", ".join(IMAGE_ENCODERS)}.'
-            f"{nearest(image_encoder, IMAGE_ENCODERS)}"
-        )
-    if text_encoder not in TEXT_ENCODERS:
-        raise UserError(
-            f'there is no text encoder "{text_encoder}", choose one of {", ".join(TEXT_ENCODERS)}.'
-            f"{nearest(text_encoder, TEXT_ENCODERS)}"
-        )
-    if min(image_size) < 16:
+    if named[0] and min(image_size) < 16:
         raise UserError(f"the image encoder {image_encoder} needs images of at least 16 pixels, got {min(image_size)}.")
-    if vocabulary is None:
+    if named[1] and vocabulary is None:
         raise ValueError(f"vocabulary: expected the tokens that {text_encoder} knows, given none")
+    picture: dict[str, Any] = {"channels": channels, "image_size": tuple(image_size)}
     about = {
         "image_encoder": image_encoder, "text_encoder": text_encoder, "channels": channels,
-        "image_size": list(image_size), "mean": list(mean), "std": list(std), "vocabulary": list(vocabulary),
-        "width": width, "longest": longest,
+        "image_size": list(image_size), "mean": list(mean), "std": list(std),
+        "vocabulary": list(vocabulary or ()) if named[1] else None, "width": width, "longest": longest,
     }  # fmt: skip
+    images: nn.Module
+    texts: nn.Module
+    if not named[0]:
+        images = pretrained_pair.image_encoder(image_encoder, **picture, mean=mean, std=std)
+    if not named[1]:
+        texts = pretrained_pair.text_encoder(text_encoder, longest=longest)
     # On the meta device the layers' own initialisation touches no memory and no generator.
     with torch.device("meta"):
-        kind = ConvTokens if image_encoder == "conv" else PatchTokens
-        network = PairNetwork(
-            kind(channels=channels, width=width, image_size=image_size),
-            TextTransformer(Vocabulary(vocabulary, cast(Kind, text_encoder)), width=width, longest=longest),
-            about=about,
-        )
-    network.to_empty(device="cpu")
-    for name in PARTS:
-        word = int(stream(seed, f"model/{name}", round=-1).integers(2**63))
-        initialise(getattr(network, name), torch.Generator().manual_seed(word))
+        if named[0]:
+            images = {"conv": ConvTokens, "vit": PatchTokens}[image_encoder](**picture, width=width)
+        if named[1]:
+            known = Vocabulary(vocabulary or (), cast(Kind, text_encoder))
+            texts = TextTransformer(known, width=width, longest=longest)
+        network = PairNetwork(images, texts, about=about)
+    for name, builtin in zip(PARTS, (*named, True, True, True, True), strict=True):
+        if builtin:
+            part = getattr(network, name).to_empty(device="cpu")
+            word = int(stream(seed, f"model/{name}", round=-1).integers(2**63))
+            initialise(part, torch.Generator().manual_seed(word))
     return network
+
+
+def _known(name: str, kind: str, names: Mapping[str, str]) -> None:
+    """Raises UserError for a name that is neither built in nor looks like a folder."""
+    looks_like_path = Path(name).expanduser().is_dir() or name.startswith((".", "~")) or "/" in name
+    if name not in names and not looks_like_path:
+        raise UserError(
+            f'there is no {kind} encoder "{name}": give {", ".join(names)} or a local folder.{nearest(name, names)}'
+        )

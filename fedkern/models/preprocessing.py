@@ -1,0 +1,95 @@
+"""What a pretrained image network expects, from its preprocessor_config.json, without torchvision."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fedkern.errors import UserError
+from fedkern.models.teacher_cache import to_pixels
+
+BILINEAR, BICUBIC = 2, 3  # Pillow's numbers, as the files have them
+
+
+class Preprocessing:
+    """Normalised images of the data to what a network takes: resized, cropped, in its own scale.
+
+    As Pillow does it: along one direction and then along the other, whole bytes after each, and antialiased.
+
+    Args:
+        settings: what preprocessor_config.json holds.
+        mean, std: what the data's images are normalised with.
+        side: the network's image side, where the settings name no size.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], mean: Sequence[float], std: Sequence[float], side: int) -> None:
+        self.mean, self.std = tuple(mean), tuple(std)
+        resizes, crops = settings.get("do_resize", True), settings.get("do_center_crop", False)
+        self.size = _size(settings.get("size", side)) if resizes else None
+        self.crop = _size(settings.get("crop_size", side), square=True) if crops else None
+        self.mode = "bilinear" if int(settings.get("resample", BILINEAR)) == BILINEAR else "bicubic"
+        scales = settings.get("do_normalize", True)
+        self.own_mean = tuple(settings.get("image_mean", (0.5, 0.5, 0.5))) if scales else (0.0, 0.0, 0.0)
+        self.own_std = tuple(settings.get("image_std", (0.5, 0.5, 0.5))) if scales else (1.0, 1.0, 1.0)
+
+    @classmethod
+    def read(cls, folder: Path, mean: Sequence[float], std: Sequence[float], side: int) -> Preprocessing:
+        """From ``folder/preprocessor_config.json``; without one images become ``side`` pixels wide, within [-1, 1].
+
+        Raises:
+            UserError: the file is not JSON.
+        """
+        path = folder / "preprocessor_config.json"
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            return cls(settings, mean, std, side)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is damaged: {error}.") from None
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images fp32 ``[B, 1 or 3, H, W]`` to fp32 ``[B, 3, h, w]``."""
+        # Whole bytes as floats: sums that end in one half are then exact, and rounded up as Pillow does.
+        pixels = _rounded(to_pixels(images, self.mean, self.std) * 255)
+        pixels = pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels
+        height, width = pixels.shape[-2:]
+        if self.size is not None:
+            tall, wide = self.size if len(self.size) == 2 else _proportional(self.size[0], height, width)
+            for size in ((height, wide), (tall, wide)):  # Pillow rounds after either direction
+                if size != tuple(pixels.shape[-2:]):
+                    pixels = functional.interpolate(pixels, size, mode=self.mode, antialias=True, align_corners=False)
+                    pixels = _rounded(pixels)
+        if self.crop is not None:
+            height, width = pixels.shape[-2:]
+            top, left = (height - self.crop[0]) // 2, (width - self.crop[1]) // 2
+            if top < 0 or left < 0:
+                raise UserError(
+                    f"the image encoder crops {self.crop[0]} by {self.crop[1]} pixels out of images that are {height} "
+                    f"by {width}."
+                )
+            pixels = pixels[..., top : top + self.crop[0], left : left + self.crop[1]]
+        mean, std = (torch.tensor(x, device=pixels.device).view(1, 3, 1, 1) for x in (self.own_mean, self.own_std))
+        return (pixels / 255 - mean) / std
+
+
+def _rounded(values: Tensor) -> Tensor:
+    return values.add(0.5).floor_().clamp_(0, 255)
+
+
+def _size(size: Any, *, square: bool = False) -> tuple[int, ...]:
+    """(shortest side,) or (height, width)."""
+    if isinstance(size, Mapping):
+        if "height" in size:
+            return int(size["height"]), int(size["width"])
+        size = size["shortest_edge"]
+    return (int(size), int(size)) if square else (int(size),)
+
+
+def _proportional(shortest: int, height: int, width: int) -> tuple[int, int]:
+    return tuple(int(shortest * side / min(height, width)) for side in (height, width))  # type: ignore[return-value]

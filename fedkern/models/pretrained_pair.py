@@ -1,0 +1,247 @@
+"""Image and text encoders from transformers, read from local folders."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedkern.errors import UserError
+from fedkern.models.encoders import ImageEncoder
+from fedkern.models.preprocessing import Preprocessing
+from fedkern.models.vocabulary import Tokens
+
+
+class PretrainedImage(ImageEncoder):
+    """An image network of transformers (ViT, DeiT, DINOv2, CLIP's image side, Swin, ResNet ...) as tokens.
+
+    Its class token stands in front, or, where it has none, the mean of its patch tokens.
+
+    Args:
+        network: the base model, without a head.
+        preprocessing: from the data's images to the network's.
+    """
+
+    def __init__(self, network: Any, preprocessing: Preprocessing, image_size: Sequence[int], channels: int) -> None:
+        super().__init__()
+        self.network, self.preprocessing = network, preprocessing
+        device = next(network.parameters()).device
+        with torch.no_grad():
+            example = self._run(torch.zeros(1, channels, *image_size, device=device))
+        self.width = int(example[0].shape[2])
+        self.grid = example[1]
+
+    def _run(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        pixels = self.preprocessing(images)
+        out = self.network(pixel_values=pixels).last_hidden_state
+        if out.dim() == 4:  # a convolutional network's map
+            tokens, grid, special = out.flatten(2).transpose(1, 2), (out.shape[2], out.shape[3]), 0
+        else:
+            tokens = out
+            grid, special = self._layout(out.shape[1], pixels.shape[2], pixels.shape[3])
+        patches = tokens[:, special:]
+        first = tokens[:, :1] if special else patches.mean(1, keepdim=True)
+        return torch.cat([first, patches], 1), grid
+
+    def _layout(self, count: int, height: int, width: int) -> tuple[tuple[int, int], int]:
+        """Rows and columns of the patches among ``count`` tokens, and how many tokens stand in front of them."""
+        patch = getattr(self.network.config, "patch_size", None)
+        sides = (patch, patch) if isinstance(patch, int) else patch
+        has_front = any(name.endswith(("cls_token", "class_embedding")) for name, _ in self.network.named_parameters())
+        if sides and has_front:
+            grid = height // sides[0], width // sides[1]
+            return grid, count - grid[0] * grid[1]
+        rows = max(1, round(math.sqrt(count * height / width)))
+        while count % rows:  # patches were merged (Swin): the shape nearest to the image's
+            rows -= 1
+        return (rows, count // rows), 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The data's images fp32 ``[B, C, H, W]`` to tokens ``[B, 1 + N, d]``."""
+        return self._run(images)[0]
+
+
+class PretrainedText(nn.Module):
+    """A text network of transformers (BERT and its kin, sentence embedders, CLIP's text side ...) as tokens.
+
+    The first token stands for the text: ``[CLS]``, or the mean of all where the network was trained so (what a
+    sentence-embedding checkpoint says in 1_Pooling/config.json) or has no such token.
+
+    Args:
+        network: the base model, without a head.
+        tokenizer: its tokenizer.
+        longest: tokens of a text; longer ones are cut.
+        pooled: put the mean in front.
+    """
+
+    def __init__(self, network: Any, tokenizer: Any, longest: int, *, pooled: bool) -> None:
+        super().__init__()
+        self.network, self.tokenizer, self.pooled = network, tokenizer, pooled
+        self.width = int(network.config.hidden_size)
+        self.longest = longest
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        """Token numbers and mask ``[B, L]`` of texts, on the CPU."""
+        if not texts:
+            return Tokens(torch.empty(0, 1, dtype=torch.int64), torch.empty(0, 1, dtype=torch.bool))
+        longest = self.longest - self.pooled
+        made = self.tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        ids, mask = made["input_ids"], made["attention_mask"].bool()
+        if self.pooled:  # room for the mean
+            ids = torch.cat([ids[:, :1], ids], 1)
+            mask = torch.cat([torch.ones_like(mask[:, :1]), mask], 1)
+        return Tokens(ids, mask)
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        """Tokens ``[B, L]`` to vectors ``[B, L, d]``."""
+        ids, mask = (tokens.ids[:, 1:], tokens.mask[:, 1:]) if self.pooled else tokens
+        out = self.network(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        if not self.pooled:
+            return out
+        share = mask[..., None].to(out.dtype)
+        mean = (out * share).sum(1, keepdim=True) / share.sum(1, keepdim=True).clamp(min=1)
+        return torch.cat([mean, out], 1)
+
+
+def image_encoder(
+    folder: str | Path, *, channels: int, image_size: Sequence[int], mean: Sequence[float], std: Sequence[float]
+) -> PretrainedImage:
+    """Reads an image network from a local folder (config.json, model.safetensors, preprocessor_config.json).
+
+    Raises:
+        UserError: transformers is not installed, or the folder holds no such network.
+    """
+    path = _existing(folder, "image")
+    network = _network(path, "image", "vision_model")
+    side = getattr(network.config, "image_size", 224)
+    preprocessing = Preprocessing.read(path, mean, std, side if isinstance(side, int) else int(side[0]))
+    try:
+        return PretrainedImage(network, preprocessing, image_size, channels)
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise _unusable(path, "image", error) from None
+
+
+def text_encoder(folder: str | Path, *, longest: int) -> PretrainedText:
+    """Reads a text network and its tokenizer from a local folder.
+
+    Raises:
+        UserError: transformers is not installed, or the folder holds no such network or no tokenizer.
+    """
+    path = _existing(folder, "text")
+    network = _network(path, "text", "text_model")
+    transformers = _transformers(path, "text")
+    try:
+        with _quiet(transformers):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:  # transformers raises many kinds for a wrong folder
+        raise UserError(f"cannot load a tokenizer from {path}: {_first_line(error)}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    positions = getattr(network.config, "max_position_embeddings", longest)
+    if getattr(network.config, "model_type", "") in ("roberta", "xlm-roberta", "camembert", "mpnet"):
+        positions -= 2  # they count from behind the padding's number
+    pooled = _mean_pooled(path)
+    if pooled is None:
+        pooled = tokenizer.cls_token is None
+    longest = min(longest, positions + pooled)
+    try:
+        return PretrainedText(network, tokenizer, longest, pooled=pooled)
+    except AttributeError as error:
+        raise _unusable(path, "text", error) from None
+
+
+def _existing(folder: str | Path, kind: str) -> Path:
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise UserError(f"the folder {path} of the {kind} encoder does not exist.")
+    return path
+
+
+def _transformers(path: Path, kind: str) -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError(
+            f"the {kind} encoder {path} needs transformers: install it with pip install 'fedkern[foundation]'"
+        ) from error
+    return transformers
+
+
+def _network(path: Path, kind: str, part: str) -> nn.Module:
+    """The base model in a folder without pooler and dropout, in float32; of a model of both kinds its ``part``.
+
+    Dropout would draw from a global generator, and a resumed run would not repeat it.
+    """
+    transformers = _transformers(path, kind)
+    try:
+        with _quiet(transformers):
+            config = transformers.AutoConfig.from_pretrained(str(path), local_files_only=True)
+            for own in (config, getattr(config, "vision_config", None), getattr(config, "text_config", None)):
+                _without_dropout(own)
+            network = transformers.AutoModel.from_pretrained(
+                str(path), config=config, local_files_only=True, use_safetensors=True, dtype=torch.float32
+            )
+    except Exception as error:  # transformers raises many kinds for a wrong folder
+        raise UserError(f"cannot load the {kind} encoder from {path}: {_first_line(error)}") from error
+    if getattr(network.config, "is_encoder_decoder", False):
+        network = network.get_encoder()
+    network = getattr(network, part, network)
+    if isinstance(getattr(network, "pooler", None), nn.Module):
+        network.pooler = nn.Identity()  # its output is not used, so it would never learn
+    return network.float()
+
+
+def _without_dropout(config: Any) -> None:
+    for name, value in vars(config).items() if config is not None else ():
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
+
+
+def _mean_pooled(path: Path) -> bool | None:
+    """Whether a sentence-embedding folder says that the mean of all tokens stands for a text; None where it is silent.
+
+    Raises:
+        UserError: the file is not JSON.
+    """
+    file = path / "1_Pooling" / "config.json"
+    if not file.is_file():
+        return None
+    try:
+        return bool(json.loads(file.read_text(encoding="utf-8")).get("pooling_mode_mean_tokens", False))
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{file} is damaged: {error}.") from None
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """transformers and the hub's client say nothing: what fails is said once, by us."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    chatter = transformers.utils.logging
+    shown = chatter.is_progress_bar_enabled()
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    chatter.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if shown:
+            chatter.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0]
+
+
+def _unusable(path: Path, kind: str, error: Exception) -> UserError:
+    return UserError(f"the network in {path} cannot be used as {kind} encoder: {_first_line(error)}")

@@ -1,0 +1,281 @@
+"""Encoders through transformers, on tiny randomly initialised networks that the tests save themselves."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fedkern.errors import UserError
+from fedkern.models import PairNetwork, build_pair, pretrained_pair
+from fedkern.models.preprocessing import Preprocessing
+
+transformers = pytest.importorskip("transformers", reason="needs the extra [foundation]")
+
+SCALE = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}
+SIDE = 16
+TEXTS = ["a red three", "one blue seven above it", "three"]
+SMALL = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "three", "one", "blue", "seven", "above", "it"]
+PICTURES = {
+    "do_resize": True, "size": {"height": SIDE, "width": SIDE}, "resample": 2, "do_rescale": True,
+    "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_center_crop": False,
+}  # fmt: skip
+
+
+def save(path: Path, config: Any, **settings: Any) -> Path:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = transformers.AutoModel.from_config(config)
+        for parameter in network.parameters():  # the library's initial weights make all inputs look alike
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.3)
+    network.save_pretrained(path)
+    (path / "preprocessor_config.json").write_text(json.dumps({**PICTURES, **settings}))
+    return path
+
+
+def save_words(path: Path) -> None:
+    (path / "vocab.txt").write_text("\n".join(WORDS))
+    transformers.BertTokenizer(str(path / "vocab.txt")).save_pretrained(path)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    base = tmp_path_factory.mktemp("networks")
+    pictures = {"image_size": SIDE, "patch_size": 8, "num_channels": 3}
+    made = {
+        "vit": save(base / "vit", transformers.ViTConfig(**SMALL, **pictures)),
+        "deit": save(base / "deit", transformers.DeiTConfig(**SMALL, **pictures)),
+        "dinov2": save(base / "dinov2", transformers.Dinov2Config(**SMALL, **pictures)),
+        "resnet": save(
+            base / "resnet",
+            transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic"),
+        ),
+        "swin": save(
+            base / "swin",
+            transformers.SwinConfig(image_size=SIDE, patch_size=2, embed_dim=4, depths=[1, 1], num_heads=[1, 2],
+                                    window_size=2),
+        ),
+        "clip": save(
+            base / "clip",
+            transformers.CLIPConfig(
+                text_config={**SMALL, "vocab_size": len(WORDS), "max_position_embeddings": 12, "bos_token_id": 2,
+                             "eos_token_id": 3, "pad_token_id": 0},
+                vision_config={**SMALL, **pictures}, projection_dim=4,
+            ),
+        ),
+        "bert": save(base / "bert", transformers.BertConfig(**{**SMALL, "hidden_size": 12}, vocab_size=len(WORDS))),
+        "sentences": save(base / "sentences", transformers.BertConfig(**SMALL, vocab_size=len(WORDS))),
+    }  # fmt: skip
+    for name in ("bert", "sentences", "clip"):
+        save_words(made[name])
+    (made["sentences"] / "1_Pooling").mkdir()
+    (made["sentences"] / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    return made
+
+
+def pair(folders: dict[str, Path], image: str, text: str, **options: Any) -> PairNetwork:
+    names = [str(folders.get(name, name)) for name in (image, text)]
+    settings = {"channels": 3, "image_size": (12, 12), **SCALE, "longest": 10, **options}
+    return build_pair(*names, **settings)
+
+
+def pictures(count: int = 3, height: int = 12, width: int = 12, channels: int = 3) -> torch.Tensor:
+    rng = np.random.default_rng(7)
+    return torch.from_numpy(rng.integers(0, 256, (count, channels, height, width)).astype(np.uint8))
+
+
+def normalised(pixels: torch.Tensor) -> torch.Tensor:
+    mean, std = (torch.tensor(SCALE[name][: pixels.shape[1]]).view(1, -1, 1, 1) for name in ("mean", "std"))
+    return (pixels / 255 - mean) / std
+
+
+GRIDS = {"vit": (2, 2), "deit": (2, 2), "dinov2": (2, 2), "clip": (2, 2), "resnet": (2, 2), "swin": (4, 4)}
+
+
+@pytest.mark.parametrize("image", GRIDS)
+def test_image_networks_become_tokens(folders: dict[str, Path], image: str) -> None:
+    made = pair(folders, image, "bert")
+    images = normalised(pictures())
+    made.eval()
+    sequence = made.encode_image(images)
+    assert made.grid == GRIDS[image]
+    assert sequence.shape == (3, 1 + made.grid[0] * made.grid[1], 8)
+    network = transformers.AutoModel.from_pretrained(folders[image]).eval()
+    network = getattr(network, "vision_model", network)
+    with torch.no_grad():
+        theirs = network(pixel_values=made.image_encoder.preprocessing(images)).last_hidden_state
+    if image == "resnet":
+        theirs = theirs.flatten(2).transpose(1, 2)
+    patches = theirs[:, -made.grid[0] * made.grid[1] :]
+    torch.testing.assert_close(sequence[:, 1:], patches)
+    first = patches.mean(1) if image in ("resnet", "swin") else theirs[:, 0]
+    torch.testing.assert_close(sequence[:, 0], first)
+    assert not torch.allclose(sequence[0, 0], sequence[1, 0], atol=1e-3)
+
+
+def test_texts_are_those_of_transformers(folders: dict[str, Path]) -> None:
+    made = pair(folders, "vit", "bert").eval()
+    tokens = made.tokenize(TEXTS)
+    assert tokens.ids[:, 0].tolist() == [WORDS.index("[CLS]")] * 3
+    assert tokens.mask.sum(1).tolist() == [5, 7, 3]
+    network = transformers.AutoModel.from_pretrained(folders["bert"]).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folders["bert"])
+    with torch.no_grad():
+        theirs = network(**tokenizer(TEXTS, padding=True, return_tensors="pt")).last_hidden_state
+        own = made.encode_text(tokens)
+    torch.testing.assert_close(own, theirs)
+    assert pair(folders, "vit", "bert", longest=4).tokenize(TEXTS).ids.shape == (3, 4)
+    assert made.tokenize([]).ids.shape[0] == 0
+
+
+@pytest.mark.parametrize("text", ["sentences", "clip"])
+def test_the_mean_of_the_tokens_stands_in_front(folders: dict[str, Path], text: str, monkeypatch) -> None:
+    if text == "clip":  # its tokenizer has no token for the whole text
+        real = transformers.AutoTokenizer.from_pretrained
+
+        def without(*args: Any, **options: Any) -> Any:
+            tokenizer = real(*args, **options)
+            tokenizer.cls_token = None
+            return tokenizer
+
+        monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", without)
+    made = pair(folders, "vit", text).eval()
+    tokens = made.tokenize(TEXTS)
+    out = made.encode_text(tokens)
+    assert out.shape[:2] == tokens.ids.shape
+    for row, mask in zip(out, tokens.mask, strict=True):
+        torch.testing.assert_close(row[0], row[1:][mask[1:]].mean(0))
+    alone = made.encode_text(made.tokenize(TEXTS[2:]))
+    torch.testing.assert_close(alone[0, 0], out[2, 0])
+
+
+def test_the_pair_trains_everything_but_what_is_not_used(folders: dict[str, Path]) -> None:
+    made = pair(folders, "vit", "bert").train()
+    images, tokens = normalised(pictures()), made.tokenize(TEXTS)
+    one, other = made(images, tokens), made(images, tokens)
+    assert torch.equal(one[0], other[0])  # no dropout, which would draw from a global generator
+    assert torch.equal(one[1], other[1])
+    (one[0] * torch.randn(3, 128) + one[1] * torch.randn(3, 128)).sum().backward()
+    assert [name for name, p in made.named_parameters() if p.grad is None] == []
+    assert (made.image_align.norm1.weight.numel(), made.text_align.norm1.weight.numel()) == (8, 12)
+    again = build_pair(**json.loads(json.dumps(made.about)))
+    again.load_state_dict(made.state_dict())
+
+
+def test_a_pretrained_side_beside_a_built_in_one(folders: dict[str, Path]) -> None:
+    made = pair(folders, "vit", "words", vocabulary=("a", "red"), width=16)
+    x, y = made(normalised(pictures()), made.tokenize(TEXTS))
+    assert x.shape == y.shape
+    made = pair(folders, "conv", "bert", image_size=(16, 16), width=16)
+    x, y = made(normalised(pictures(3, 16, 16)), made.tokenize(TEXTS))
+    assert x.shape == y.shape
+
+
+def test_published_setting_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        vit = transformers.AutoModel.from_config(transformers.ViTConfig())
+        bert = transformers.AutoModel.from_config(transformers.BertConfig(vocab_size=28_996))
+        vit.pooler = bert.pooler = torch.nn.Identity()
+        images = pretrained_pair.PretrainedImage(vit, Preprocessing({}, **SCALE, side=224), (32, 32), 3)
+        texts = pretrained_pair.PretrainedText(bert, None, 112, pooled=False)
+        made = PairNetwork(images, texts)
+    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in made.named_children()}
+    assert sizes["image_encoder"] == 85_798_656
+    assert sizes["text_encoder"] == 107_719_680
+    assert round(sum(sizes.values()) / 1e6, 1) == 211.4
+    assert made.grid == (14, 14)
+
+
+@pytest.mark.parametrize(
+    ("settings", "height", "width"),
+    [
+        (PICTURES, 12, 12),
+        (PICTURES, 40, 25),
+        ({**PICTURES, "resample": 3}, 12, 30),
+        ({**PICTURES, "size": {"shortest_edge": 20}, "do_center_crop": True, "crop_size": 16}, 30, 45),
+        ({**PICTURES, "size": 20, "do_center_crop": True, "crop_size": {"height": 18, "width": 16}}, 20, 20),
+        ({"do_resize": False, "do_normalize": False}, 12, 12),
+    ],
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_preprocessing_is_pillows(settings: dict[str, Any], height: int, width: int, channels: int) -> None:
+    images = pictures(2, height, width, channels)
+    scale = {name: SCALE[name][:channels] for name in SCALE}
+    made = Preprocessing(settings, **scale, side=SIDE)(normalised(images))
+    expected = []
+    for one in images.expand(-1, 3, -1, -1):
+        image = Image.fromarray(one.permute(1, 2, 0).numpy())
+        size = settings.get("size")
+        if size is not None:
+            shortest = size if isinstance(size, int) else size.get("shortest_edge")
+            short = min(image.size)
+            target = (SIDE, SIDE) if shortest is None else [int(shortest * side / short) for side in image.size]
+            image = image.resize(tuple(target), Image.Resampling(settings["resample"]))
+        if settings.get("do_center_crop"):
+            crop = settings["crop_size"]
+            tall, wide = (crop, crop) if isinstance(crop, int) else (crop["height"], crop["width"])
+            left, top = (image.width - wide) // 2, (image.height - tall) // 2
+            image = image.crop((left, top, left + wide, top + tall))
+        expected.append(torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 255)
+    expected = torch.stack(expected)
+    byte = 1 / 255
+    if settings.get("do_normalize"):
+        expected, byte = (expected - 0.5) / 0.5, 2 * byte
+    assert made.shape == expected.shape
+    apart = (made - expected).abs()
+    assert apart.max() < 2.1 * byte
+    # Which direction Pillow resizes first, where the proportions change, depends on its version.
+    stretched = settings.get("size") == PICTURES["size"] and height != width
+    assert (apart > 0.1 * byte).float().mean() < (0.3 if stretched else 0.03)
+
+
+@pytest.mark.parametrize(
+    ("image", "text", "words"),
+    [
+        ("./nowhere", "bert", "folder nowhere of the image encoder does not exist"),
+        ("vit", "some/where", "folder some/where of the text encoder does not exist"),
+        ("empty", "bert", "cannot load the image encoder from .*empty"),
+        ("vit", "empty", "cannot load the text encoder from .*empty"),
+        ("bert", "bert", "cannot be used as image encoder"),
+        ("resnet", "vit", "cannot load a tokenizer|cannot be used as text encoder"),
+        ("vit", "broken", "1_Pooling.*config.json is damaged"),
+        ("shredded", "bert", "preprocessor_config.json is damaged"),
+    ],
+)
+def test_wrong_folders(folders: dict[str, Path], tmp_path: Path, image: str, text: str, words: str) -> None:
+    import shutil
+
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(folders["sentences"], tmp_path / "broken")
+    (tmp_path / "broken" / "1_Pooling" / "config.json").write_text("[")
+    shutil.copytree(folders["vit"], tmp_path / "shredded")
+    (tmp_path / "shredded" / "preprocessor_config.json").write_text("{")
+    here = {**folders, **{name: tmp_path / name for name in ("empty", "broken", "shredded")}}
+    with pytest.raises(UserError, match=words):
+        pair(here, image, text)
+
+
+def test_it_is_silent(folders: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    pair(folders, "vit", "bert")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_without_transformers(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def missing(name: str, *args: Any, **options: Any) -> Any:
+        if name.split(".")[0] == "transformers":
+            raise ImportError(name)
+        return real(name, *args, **options)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(UserError, match=r"needs transformers: install it with pip install 'fedkern\[foundation\]'"):
+        pair(folders, "vit", "bert")

@@ -1,0 +1,234 @@
+"""Image-text pairs: vocabularies, the small encoders, alignment layers and heads."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from fedkern import ops
+from fedkern.errors import UserError
+from fedkern.models import PairNetwork, Tokens, Vocabulary, build_pair, learn_vocabulary
+from fedkern.models.attention import TransformerLayer, head_count
+from fedkern.models.encoders import ImageEncoder
+from fedkern.models.towers import IMAGE_ENCODERS, PARTS, TEXT_ENCODERS
+from fedkern.models.vocabulary import CLS, PAD, SPECIAL, UNKNOWN
+
+TEXTS = ("a red three above a blue seven", "A blue seven, left of a green one!", "a red three")
+PICTURE = {"channels": 3, "image_size": (16, 16), "mean": (0.5,) * 3, "std": (0.2,) * 3}
+
+
+def make(image: str = "conv", text: str = "words", **options: object) -> PairNetwork:
+    settings = {**PICTURE, "width": 16, "longest": 12, "vocabulary": learn_vocabulary(TEXTS, text).tokens, **options}
+    return build_pair(image, text, **settings)
+
+
+# vocabularies
+
+
+def test_words_by_frequency() -> None:
+    made = learn_vocabulary(TEXTS)
+    assert made.tokens == ("a", "blue", "red", "seven", "three", "above", "green", "left", "of", "one")
+    assert learn_vocabulary(reversed(TEXTS)).tokens == made.tokens
+    assert learn_vocabulary(TEXTS, size=3).tokens == ("a", "blue", "red")
+    assert made.encode("A RED, cow") == [len(SPECIAL), len(SPECIAL) + 2, UNKNOWN]
+
+
+def test_word_pieces_cut_what_they_do_not_know() -> None:
+    texts = ["low low low lower lower newest newest newest widest"] * 2
+    made = learn_vocabulary(texts, "wordpieces", size=30)
+    assert made.tokens == learn_vocabulary([" ".join(reversed(texts[0].split()))] * 2, "wordpieces", size=30).tokens
+    assert "low" in made.tokens
+
+    def pieces(text: str) -> list[str]:
+        return [(*SPECIAL, *made.tokens)[number] for number in made.encode(text)]
+
+    assert pieces("low") == ["low"]
+    slowest = pieces("slow")
+    assert slowest == ["[UNK]"]  # no word begins with s
+    assert "".join(piece.removeprefix("##") for piece in pieces("lowest")) == "lowest"
+    assert 1 < len(pieces("lowest")) < 6
+    assert pieces("wow") == ["w", "##o", "##w"] or "".join(p.removeprefix("##") for p in pieces("wow")) == "wow"
+    assert len(learn_vocabulary(texts, "wordpieces", size=12).tokens) == 12
+
+
+def test_merging_by_counting_anew_gives_the_same_pieces() -> None:
+    texts = ["banana bandana ban nan banban an"] * 3
+    words = {word: [word[0], *("##" + c for c in word[1:])] for word in texts[0].split()}
+    known = {piece for own in words.values() for piece in own}
+    while True:
+        counts: dict[tuple[str, str], int] = {}
+        for own in words.values():
+            for pair in pairwise(own):
+                counts[pair] = counts.get(pair, 0) + 3
+        if not counts:
+            break
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merged = best[0] + best[1][2:]
+        known.add(merged)
+        for word, own in words.items():
+            out: list[str] = []
+            for piece in own:
+                if out and not out[-1].endswith("\0") and (out[-1], piece) == best:
+                    out[-1] = merged + "\0"  # a merged piece is not merged again in this pass
+                else:
+                    out.append(piece)
+            words[word] = [piece.removesuffix("\0") for piece in out]
+    assert set(learn_vocabulary(texts, "wordpieces").tokens) == known
+
+
+def test_texts_are_padded_and_cut() -> None:
+    made = learn_vocabulary(TEXTS).tokenize(TEXTS, 6)
+    assert made.ids.shape == made.mask.shape == (3, 6)
+    assert made.ids[:, 0].tolist() == [CLS] * 3
+    assert made.mask.sum(1).tolist() == [6, 6, 4]
+    assert (made.ids[~made.mask] == PAD).all()
+    short = made.take(torch.tensor([2, 2]))
+    assert short.ids.shape == (2, 4)
+    assert learn_vocabulary(TEXTS).tokenize(["", "a"], 6).mask.tolist() == [[True, False], [True, True]]
+    assert learn_vocabulary(TEXTS).tokenize([], 6).ids.shape[0] == 0
+
+
+# layers
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_a_layer_is_torchs(norm_first: bool) -> None:
+    layer = TransformerLayer(16, heads=4, feedforward=24, norm_first=norm_first)
+    theirs = nn.TransformerEncoderLayer(
+        16, 4, 24, dropout=0.0, activation="gelu", batch_first=True, norm_first=norm_first
+    )
+    own, state = layer.state_dict(), theirs.state_dict()
+    names = {"self_attn.in_proj_": "qkv.", "self_attn.out_proj.": "project.", "linear1.": "widen.",
+             "linear2.": "narrow.", "norm1.": "norm1.", "norm2.": "norm2."}  # fmt: skip
+    for name in state:
+        prefix = next(p for p in names if name.startswith(p))
+        state[name] = own[name.replace(prefix, names[prefix])]
+    theirs.load_state_dict(state)
+    tokens = torch.randn(3, 5, 16)
+    mask = torch.arange(5) < torch.tensor([[5], [3], [1]])
+    expected = theirs(tokens, src_key_padding_mask=~mask)
+    torch.testing.assert_close(layer(tokens, mask)[mask], expected[mask], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer(tokens), theirs(tokens), rtol=1e-5, atol=1e-5)
+
+
+def test_sizes_of_the_published_setting() -> None:
+    class Encoder(ImageEncoder):
+        width, grid = 768, (14, 14)
+
+    with torch.device("meta"):
+        pair = PairNetwork(Encoder(), Encoder())
+    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in pair.named_children()}
+    assert tuple(sizes) == PARTS
+    assert sizes["image_align"] == sizes["text_align"] == 7_087_872
+    assert sizes["image_head"] == sizes["text_head"] == 1_841_280
+    assert sum(sizes.values()) == 17_858_304
+    assert [head_count(width) for width in (768, 192, 96, 16, 70)] == [12, 3, 1, 1, 1]
+
+
+# pairs
+
+
+@pytest.mark.parametrize("image", IMAGE_ENCODERS)
+@pytest.mark.parametrize("text", TEXT_ENCODERS)
+def test_unit_vectors_with_gradients_everywhere(image: str, text: str) -> None:
+    pair = make(image, text)
+    images, tokens = torch.randn(3, 3, 16, 16), pair.tokenize(TEXTS)
+    sequence, words = pair.encode_image(images), pair.encode_text(tokens)
+    assert sequence.shape == (3, 1 + pair.grid[0] * pair.grid[1], 16)
+    assert words.shape == (*tokens.ids.shape, 16)
+    x, y = pair(images, tokens)
+    assert x.shape == y.shape == (3, 128)
+    torch.testing.assert_close(torch.cat([x, y]).norm(dim=1), torch.ones(6))
+    (x * torch.randn_like(x) + y * torch.randn_like(y)).sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in pair.parameters())
+    silent = {name for name, p in pair.named_parameters() if not p.grad.any()}
+    # Batch norm takes the mean away, and attention does not see a constant of the keys.
+    assert {name.split(".")[0] for name in silent} <= {"image_head", "text_head"}
+
+
+def test_built_in_pairs_are_small() -> None:
+    vocabulary = [f"word{i}" for i in range(70)]
+    sizes = [
+        sum(
+            p.numel()
+            for p in build_pair(name, **{**PICTURE, "image_size": (32, 32)}, vocabulary=vocabulary).parameters()
+        )
+        for name in IMAGE_ENCODERS
+    ]
+    assert sizes == [640_952, 1_040_384]
+
+
+@pytest.mark.parametrize(
+    ("size", "grid"), [((16, 16), (4, 4)), ((32, 32), (8, 8)), ((64, 64), (8, 8)), ((33, 50), (4, 6))]
+)
+def test_tokens_of_every_image_size(size: tuple[int, int], grid: tuple[int, int]) -> None:
+    pair = make(image_size=size)
+    assert pair.grid == grid
+    assert pair.encode_image(torch.randn(2, 3, *size)).shape == (2, 1 + grid[0] * grid[1], 16)
+
+
+def test_padding_changes_nothing() -> None:
+    pair = make().eval()
+    tokens = pair.tokenize(TEXTS)
+    longer = Tokens(*(nn.functional.pad(part, (0, 3)) for part in tokens))
+    torch.testing.assert_close(pair.text_embedding(longer), pair.text_embedding(tokens))
+    alone = pair.tokenize(TEXTS[2:])
+    torch.testing.assert_close(pair.text_embedding(alone)[0], pair.text_embedding(tokens)[2], rtol=1e-5, atol=1e-6)
+    noisy = Tokens(torch.where(tokens.mask, tokens.ids, 5), tokens.mask)
+    torch.testing.assert_close(pair.text_embedding(noisy), pair.text_embedding(tokens))
+
+
+def test_it_comes_back_from_its_description() -> None:
+    pair = make("vit", "wordpieces", seed=3).eval()
+    again = build_pair(**json.loads(json.dumps(pair.about))).eval()
+    again.load_state_dict(pair.state_dict())
+    images, tokens = torch.randn(2, 3, 16, 16), pair.tokenize(TEXTS[:2])
+    assert torch.equal(again.tokenize(TEXTS[:2]).ids, tokens.ids)
+    for one, other in zip(pair(images, tokens), again(images, tokens), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_weights_come_from_the_seed_and_no_part_disturbs_another() -> None:
+    before = torch.random.get_rng_state()
+    one, other, third = make(seed=1), make(seed=1), make("vit", seed=1)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    for name in PARTS[1:]:
+        parts = zip(getattr(one, name).parameters(), getattr(third, name).parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in parts)
+    assert not torch.equal(next(make(seed=2).parameters()), next(one.parameters()))
+
+
+def test_it_flattens_and_compiles_like_any_module() -> None:
+    pair = make()
+    images, tokens = torch.randn(4, 3, 16, 16), pair.tokenize([*TEXTS, TEXTS[0]])
+    expected = [part.detach().clone() for part in pair(images, tokens)]
+    flat = ops.FlatParameters(pair)
+    assert flat.parameters.numel() == sum(p.numel() for p in pair.parameters())
+    for one, other in zip(pair(images, tokens), expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"image": "konv"}, 'no image encoder "konv": give conv, vit or a local folder. Did you mean "conv"?'),
+        ({"text": "word"}, 'no text encoder "word": give words, wordpieces or a local folder. Did you mean "words"?'),
+        ({"image_size": (8, 8)}, "needs images of at least 16 pixels, got 8"),
+        ({"width": 18}, "must be a multiple of 4, got 18"),
+    ],
+)
+def test_mistakes(options: dict, words: str) -> None:
+    with pytest.raises(UserError) as error:
+        make(**{"vocabulary": ("a",), **options})
+    assert words in str(error.value)
+
+
+def test_a_built_in_text_encoder_needs_words() -> None:
+    with pytest.raises(ValueError, match="vocabulary: expected"):
+        make(vocabulary=None)
+    assert len(Vocabulary(())) == len(SPECIAL)
