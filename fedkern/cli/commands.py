@@ -247,4 +247,20 @@ def doctor(request: Request) -> int:
     return 0
 
 
-COMMANDS = {"run": run, "resume": run, "list": list_all, "doctor": doctor}
+def attack(request: Request) -> int:
+    """Attacks the model of a finished run, prints how well that went and keeps it in the run folder."""
+    from fedkern import engine
+
+    assert request.folder is not None
+    found = engine.attack(request.folder, data_root=absolute(request.settings).get("data_root"))
+    if request.json:
+        print(json.dumps(found, indent=2, allow_nan=False))
+        return 0
+    from fedkern.report.progress import terminal
+    from fedkern.report.tables import attack_table
+
+    terminal().print(attack_table(found, str(request.folder)))
+    return 0
+
+
+COMMANDS = {"run": run, "resume": run, "attack": attack, "list": list_all, "doctor": doctor}

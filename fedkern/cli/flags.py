@@ -19,11 +19,15 @@ from fedkern.methods.options import Knob
 
 PROGRAM = "python -m fedkern.run"
 COMMANDS = {
+    "attack": "how well a finished run's model tells who was in its training data",
     "list": "show the methods, data sets, models and partitioners",
     "doctor": "show versions, processor, GPU, and which backend serves which operator",
 }
 
 OPTIMISER = ("optimizer", "lr", "lr_decay", "lr_steps", "lr_step_factor", "momentum", "weight_decay", "clip_norm")
+FOLDER_COMMANDS = ("attack",)
+"""Those that are about a finished run, whose folder follows."""
+
 # Where a flag stands in the help; a setting that is not named here goes under the last heading.
 GROUPS: dict[str, tuple[str, ...]] = {
     "data": ("data", "data_root", "train_samples", "public_samples", "partition", "correlation", "augment"),
@@ -53,6 +57,7 @@ DESCRIPTION = f"""\
 {PROGRAM} METHOD [flags]              train and evaluate a federated method
 {PROGRAM} METHOD --help               the same help with the method's own options
 {PROGRAM} --resume DIR                continue an interrupted run
+{PROGRAM} attack DIR                  {COMMANDS["attack"]}
 {PROGRAM} list                        {COMMANDS["list"]}
 {PROGRAM} doctor                      {COMMANDS["doctor"]}
 """
@@ -63,7 +68,7 @@ class Request:
     """What the command line asks for.
 
     Attributes:
-        command: ``"run"``, ``"resume"``, ``"list"``, ``"doctor"`` or ``"help"``.
+        command: ``"run"``, ``"resume"``, ``"attack"``, ``"list"``, ``"doctor"`` or ``"help"``.
         method: the method, where one is named.
         settings: ``RunConfig`` fields that were given as flags, converted.
         options: ``key=value`` method options.
@@ -71,6 +76,7 @@ class Request:
         config: the ``--config`` file.
         out: the run folder, where one is named.
         resume: the folder to continue.
+        folder: the run folder of a command about a finished run.
     """
 
     command: str
@@ -81,6 +87,7 @@ class Request:
     config: Path | None = None
     out: Path | None = None
     resume: Path | None = None
+    folder: Path | None = None
     quiet: bool = False
     json: bool = False
     help: str = ""
@@ -253,6 +260,7 @@ def parse(argv: Sequence[str]) -> Request:
     named = next((word for word in argv if word in METHODS), None)
     parser = _parser(named, _named_data(argv, named))
     values, rest = parser.parse_known_args(list(argv))
+    folder = rest.pop(0) if values.method in FOLDER_COMMANDS and rest and not rest[0].startswith("-") else None
     # Unknown flags first: the value of one is otherwise taken for the method.
     for word in [*(word for word in rest if word.startswith("-")), *rest]:
         raise _unknown(word, parser, named)
@@ -287,6 +295,7 @@ def parse(argv: Sequence[str]) -> Request:
         config=Path(values.config) if values.config else None,
         out=Path(values.out) if values.out else None,
         resume=Path(values.resume) if values.resume else None,
+        folder=None if folder is None else Path(folder),
         quiet=values.quiet,
         json=values.json,
     )
@@ -295,16 +304,20 @@ def parse(argv: Sequence[str]) -> Request:
 
 
 def _check(request: Request) -> None:
+    if request.command in FOLDER_COMMANDS and request.folder is None:
+        raise UserError(f"{PROGRAM} {request.command} needs the folder of a finished run.")
     if request.command in COMMANDS:
+        allowed = {"data_root"} if request.command in FOLDER_COMMANDS else set()
         if (
-            request.settings
+            set(request.settings) - allowed
             or request.options
             or request.data_options
             or request.resume
             or request.config
             or request.out
         ):
-            raise UserError(f"{PROGRAM} {request.command} takes no other flags.")
+            also = ", --data-root" if allowed else ""
+            raise UserError(f"{PROGRAM} {request.command} takes no other flags than --json{also}.")
     elif request.command == "resume":
         if request.config or (request.out and request.out.resolve() != (request.resume or Path()).resolve()):
             raise UserError("--resume continues with the stored settings: leave out --config and --out.")

@@ -1,5 +1,6 @@
 """Where a method runs: the round loop, local training, checkpoints, records."""
 
+from fedkern.engine.attacking import attack
 from fedkern.engine.config import RunConfig
 from fedkern.engine.events import Listener, RunInfo, Terminated
 from fedkern.engine.records import read_metrics, read_summary
@@ -12,6 +13,7 @@ __all__ = [
     "RunConfig",
     "RunInfo",
     "Terminated",
+    "attack",
     "load_data",
     "read_metrics",
     "read_model",

@@ -8,5 +8,16 @@ from __future__ import annotations
 from fedkern.privacy.accounting import Accountant, Figure, least_noise, need_accounting
 from fedkern.privacy.dpsgd import DPSGD
 from fedkern.privacy.guarantee import LEDGER, Guarantee
+from fedkern.privacy.membership import Attack, membership_attack
 
-__all__ = ["DPSGD", "LEDGER", "Accountant", "Figure", "Guarantee", "least_noise", "need_accounting"]
+__all__ = [
+    "DPSGD",
+    "LEDGER",
+    "Accountant",
+    "Attack",
+    "Figure",
+    "Guarantee",
+    "least_noise",
+    "membership_attack",
+    "need_accounting",
+]

@@ -134,3 +134,33 @@ def partition_table(statistics: Any, limit: int = 12) -> Table:
     table.add_section()
     table.add_row(*rows[-1][:columns])
     return table
+
+
+def attack_table(found: Mapping[str, Any], name: str) -> Table:
+    """What the membership attack found.
+
+    Args:
+        found: what attack.json holds.
+        name: what was attacked.
+    """
+    table = Table(
+        title=f"membership attack on {name}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_header=False,
+        pad_edge=False,
+    )
+    table.add_column("")
+    table.add_column("", justify="right", style="bold")
+    interval = f"{found['low']:.3f} to {found['high']:.3f}"
+    rows = {
+        "area under the ROC curve (0.5: members cannot be told)": f"{found['auc']:.3f}",
+        "its 95 % interval": interval,
+        "members found at 1 % false positives": f"{100 * found['tpr']:.1f} %",
+        "mean loss of the members": f"{found['member_loss']:.3g}",
+        "mean loss of others": f"{found['other_loss']:.3g}",
+        "members, others": f"{found['members']}, {found['others']}",
+    }
+    for text, value in rows.items():
+        table.add_row(text, value)
+    return table
