@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedkern.data import lookup
+from fedkern.models.encoders import WIDTH
 
 COMMON: Mapping[str, Any] = {
     "data": "colordigits",
@@ -34,6 +35,9 @@ DATA: Mapping[str, Mapping[str, Any]] = {
     "folder": {"model": "resnet8"},
     "csv": {"model": "resnet8"},
     "segmentation": {"model": "unet"},
+    "captions": {"width": WIDTH},
+    "pairs": {"width": WIDTH},
+    "reports": {"width": WIDTH},
     "nico": {
         "rounds": 50, "local_epochs": 10, "batch_size": 64, "lr": 0.01, "weight_decay": 1e-5, "model": "resnet18",
         "grad_cam": 100,
