@@ -88,6 +88,10 @@ class RunConfig:
         "average", "what becomes of batch norm's running statistics", choices=("average", "local", "drop")
     )
     on_nan: str = option("stop", "what a diverging client (NaN or Inf) does to the run", choices=("stop", "skip"))
+    teachers: str | None = option(
+        None, "networks that the clients bring instead of training: a run folder, or one with client-0.safetensors, "
+        "client-1.safetensors, ...", type=str,
+    )  # fmt: skip
     eval_every: int = option(1, "evaluate every so many rounds, and always after the last", low=1)
     checkpoint_every: int = option(1, "write a checkpoint every so many rounds", low=1)
     grad_cam: int = option(200, "test images for the Grad-CAM share inside the object; 0 for none", low=0)
@@ -195,7 +199,8 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values; settings that are ``None`` are left out."""
         table = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        table["options"], table["data_options"] = dict(self.options), dict(self.data_options)
+        table["options"] = {name: value for name, value in self.options.items() if value is not None}
+        table["data_options"] = dict(self.data_options)
         return {name: value for name, value in table.items() if value is not None}
 
     def to_toml(self) -> str:

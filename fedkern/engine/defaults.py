@@ -66,6 +66,7 @@ METHOD: Mapping[str, Mapping[str, Any]] = {
     "feddf": {**ONE_SHOT, "public_samples": 1000},
     "dense": ONE_SHOT,
     "coboosting": ONE_SHOT,
+    "fediod": ONE_SHOT,
 }
 """What differs from the data set's settings for a method; FedAvg and FedProx use the data set's own, so comparisons
 are fair."""
@@ -82,6 +83,7 @@ METHOD_ON: Mapping[tuple[str, str], Mapping[str, Any]] = {
         "options": {"lambda": 0.9, "temperature": 4.0},
     },
     ("feddf", "digits"): {"public_samples": 200},
+    ("fediod", "digits"): {"partition": "dirichlet:0.1", "rounds": 20, "options": {"ngf": 16, "ndf": 16}},
     ("dense", "digits"): {"options": DATA_FREE},
     ("coboosting", "digits"): {"options": DATA_FREE},
 }

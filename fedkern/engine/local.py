@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,7 @@ class Schedule:
         first: the run's epoch that this exchange begins with.
         limit: optimiser steps of the exchange, whatever the epochs they take; None is all of ``epochs``.
         optimizer: ``"sgd"``, or ``"adamw"`` with betas of 0.9 and 0.999, which begins anew in every exchange.
+        end: what the rate of the last epoch comes down to along half a cosine, before any of the steps; None: none.
     """
 
     lr: float
@@ -49,10 +51,14 @@ class Schedule:
     first: int = 0
     limit: int | None = None
     optimizer: str = "sgd"
+    end: float | None = None
 
     def lr_at(self, epoch: int) -> float:
         """The learning rate of the exchange's ``epoch``, from 0."""
-        return self.lr * self.factor ** sum(step <= self.first + epoch for step in self.steps)
+        lr = self.lr
+        if self.end is not None and self.epochs > 1:
+            lr = self.end + (lr - self.end) * (1 + math.cos(math.pi * epoch / (self.epochs - 1))) / 2
+        return lr * self.factor ** sum(step <= self.first + epoch for step in self.steps)
 
 
 @dataclass
@@ -140,11 +146,13 @@ def train(
     received: Context,
     schedule: Schedule,
     rows: np.ndarray | None = None,
+    after_epoch: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
     """Trains ``network`` (a :class:`Network` already holding the received vectors) on the client's data.
 
     Args:
         rows: int64, the samples to train on; None for all.
+        after_epoch: called with the number of every epoch done; the next one begins in train mode again.
 
     Returns:
         The means over all batches of ``loss`` and of whatever the method observed.
@@ -184,6 +192,9 @@ def train(
             observations.append(torch.stack([loss.detach(), squared, *observed.values()]))
             names.append(tuple(observed))
         done = _digest(client.id, step, observations, names, done, totals, seen)
+        if after_epoch is not None:
+            after_epoch(epoch)
+            network.train_mode()
     if not network.finite():
         raise Diverged(client.id, step.round, done, "the parameters are not finite")
     return {name: totals[name] / seen[name] for name in totals}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ class Run:
         self.sets: dict[str, TestSet] = {}
         self.client_sets: list[TestSet] = []
         self._clients: dict[int, Client] = {}
+        self._before: dict[int, Any] = {}  # fingerprints of their states as they are on disk
         self._plan: list[Round] = []  # the communication rounds
         self._evaluated = False  # self.latest is of the present state
         self._last_exchange = True
@@ -134,10 +136,13 @@ class Run:
         start = time.perf_counter()
         index = -1 - number if entry.one_off else self.done
         everyone = list(range(self.bench.federation.clients))
-        participants = everyone if entry.participants == "all" else sample_clients(self.config, index)
+        if isinstance(entry.participants, tuple):
+            participants = list(entry.participants)
+        else:
+            participants = everyone if entry.participants == "all" else sample_clients(self.config, index)
         shown = index if entry.one_off else index + 1
         self.listener.on_round_start(shown, entry.name, participants)
-        self._round = {"clients": {}, "dropped": set(), "shown": shown}
+        self._round = {"clients": {}, "dropped": set(), "shown": shown, "late": entry.states == "round"}
         self.server.showing = not entry.one_off and self.gallery.wants(shown)
         phases = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0}
         sent = self.ledger.total_up, self.ledger.total_down
@@ -156,7 +161,11 @@ class Run:
             participants = [k for k in participants if k not in self._round["dropped"]]
             if not participants:
                 raise UserError(f"Every client of round {index + 1} diverged: lower --lr, or set --clip-norm.")
+        if entry.states == "round":
+            for client in self._clients.values():
+                self._write_state(client)
         self._clients.clear()
+        self._before.clear()
         self.server.scratch.clear()
         for name, (value, axes) in self.server.shown.items():
             self.gallery.add(Shown(name, shown, value, axes))
@@ -232,16 +241,21 @@ class Run:
     def client(self, k: int) -> Client:
         if k not in self._clients:
             self._clients[k] = Client(self.bench, k, self.checkpoints.client_state(k))
+            self._before[k] = fingerprint(self._clients[k].state)
         return self._clients[k]
 
-    def client_fingerprint(self, client: Client) -> Any:
-        return fingerprint(client.state)
-
-    def client_done(self, client: Client, before: Any, info: dict[str, Any], seconds: float) -> None:
-        if fingerprint(client.state) != before:
+    def _write_state(self, client: Client) -> None:
+        now = fingerprint(client.state)
+        if now != self._before[client.id]:
             self.checkpoints.write_client(client.id, self.planned + 1, client.state)
+            self._before[client.id] = now
+
+    def client_done(self, client: Client, info: dict[str, Any], seconds: float) -> None:
+        late = self._round["late"]
+        if not late:
+            self._write_state(client)
         self.observed.add(info)
-        if self._last_exchange:
+        if self._last_exchange and not late:
             self._clients.pop(client.id, None)  # its state is on disk; scratch need not outlive the round
         self._round["clients"].setdefault(str(client.id), {}).update(info)
         self.listener.on_client(self._round["shown"], client.id, {**info, "seconds": seconds})
@@ -251,7 +265,9 @@ class Run:
         where = f"Client {problem.client} diverged in round {problem.round + 1}, batch {problem.batch}: {problem.what}"
         if self.config.on_nan == "stop":
             raise UserError(f"{where}; lower --lr, set --clip-norm, or leave such clients out with --on-nan skip.")
-        self._clients.pop(problem.client, None)
+        client = self._clients.pop(problem.client, None)
+        if client is not None and self._round["late"]:
+            self._write_state(client)
         self._round["dropped"].add(problem.client)
         entry = {"round": problem.round + 1, "client": problem.client, "batch": problem.batch, "reason": problem.what}
         self.dropped_since = [*self.dropped_since, entry]
@@ -325,6 +341,7 @@ class Run:
         if not self._evaluated:  # resumed after the last round
             self._evaluate(network)
         metrics = {**self.latest, **self._gradcam(network), **self.server.report}
+        metrics.update(self._appraised())
         private = privacy_figures(self.method, self.server, self.checkpoints.client_state, self.config.clients)
         metrics.update({name: private[name] for name in ("epsilon", "delta") if name in private})
         flat = self.bench.is_flat(network)
@@ -363,6 +380,11 @@ class Run:
         self.listener.on_end(summary)
         return summary
 
+    def _appraised(self) -> dict[str, float]:
+        """What the method says of everybody."""
+        figures = self.method.appraise(self.server, Everybody(self.bench, self.checkpoints), self.sets)
+        return {name: float(value) for name, value in figures.items()}
+
     def _gradcam(self, network: Any) -> dict[str, float]:
         # Grad-CAM looks at single images in eval mode, which a network without running statistics does not have.
         count = self.config.grad_cam if self.config.buffers == "average" else 0
@@ -393,6 +415,27 @@ class Run:
             if name not in self._told:
                 self._told.add(name)
                 self.listener.on_warning(name, text)
+
+
+class Everybody(Mapping[int, Client]):
+    """All clients as their states are on disk; each is read when it is first asked for."""
+
+    def __init__(self, bench: Bench, checkpoints: Checkpoints) -> None:
+        self._bench, self._checkpoints = bench, checkpoints
+        self._known: dict[int, Client] = {}
+
+    def __len__(self) -> int:
+        return self._bench.federation.clients
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(len(self)))
+
+    def __getitem__(self, k: int) -> Client:
+        if not 0 <= k < len(self):
+            raise KeyError(k)
+        if k not in self._known:
+            self._known[k] = Client(self._bench, k, self._checkpoints.client_state(k))
+        return self._known[k]
 
 
 def data_fingerprint(data: Any) -> int:

@@ -152,6 +152,9 @@ def _check(config: RunConfig, data: Any) -> None:
             f'The network {config.model} is for {MODELS[config.model].task}, but the data set "{config.data}" is for '
             f"{data.task}: choose one of {', '.join(fitting)} with --model."
         )
+    if config.teachers is not None and not registry.get(config.method).takes_teachers:
+        able = ", ".join(sorted(name for name, kind in registry.METHODS.items() if kind.takes_teachers))
+        raise UserError(f"--teachers is not for {config.method}, whose clients train round by round; it is for {able}.")
     for k, split in enumerate(data.clients):
         if len(split) == 0:
             raise UserError(

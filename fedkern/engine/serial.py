@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,9 @@ from fedkern.engine.local import Context, Diverged, Schedule, train
 from fedkern.engine.network import Part, Trainable
 from fedkern.engine.samples import Bank, Samples
 from fedkern.engine.shown import prepared
+from fedkern.engine.teachers import load_teacher
 from fedkern.errors import UserError
-from fedkern.methods.base import Batch, Message, Objective, Round, Step, Upload
+from fedkern.methods.base import Batch, Message, Method, Objective, Round, Step, Upload
 from fedkern.privacy import DPSGD
 from fedkern.streams import stream
 
@@ -89,6 +91,8 @@ class Client(_Place):
     ) -> Message:
         bench, config = self._bench, self._bench.config
         network = bench.network("local")
+        if parts is None and self.brought(network.module):
+            return {name: value.cpu() for name, value in network.read().items()}
         own = None
         if config.buffers != "average":
             own = self._own_buffers()
@@ -115,8 +119,15 @@ class Client(_Place):
     def frozen(self, message: Message) -> Any:
         return self._bench.frozen(message, self._own_buffers())
 
-    def batch(self, indices: np.ndarray) -> Batch:
-        return self._bench.client_data(self.id).batch(indices)
+    def batch(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> Batch:
+        return self._bench.client_data(self.id).batch(indices, rng=rng)
+
+    def brought(self, module: nn.Module) -> bool:
+        folder = self._bench.config.teachers
+        if folder is None:
+            return False
+        load_teacher(folder, self.id, module)
+        return True
 
     def fit(
         self,
@@ -126,14 +137,19 @@ class Client(_Place):
         *,
         message: Message | None = None,
         epochs: int | None = None,
+        rows: np.ndarray | None = None,
+        lr_end: float | None = None,
+        after_epoch: Callable[[int], None] | None = None,
     ) -> dict[str, float]:
+        if self.brought(module):
+            return {}
         limit = self._bench.config.local_steps if epochs is None else None
-        epochs = self._epochs(limit, self.samples) if epochs is None else epochs
+        epochs = self._epochs(limit, self.samples if rows is None else len(rows)) if epochs is None else epochs
         trainable = Trainable(module)
         received = self._received(step, {} if message is None else message, epochs, None)
-        data, schedule = self._bench.client_data(self.id), self._schedule(step, epochs, limit)
+        data, schedule = self._bench.client_data(self.id), replace(self._schedule(step, epochs, limit), end=lr_end)
         try:
-            figures = train(self, method, step, trainable, data, received, schedule)
+            figures = train(self, method, step, trainable, data, received, schedule, rows, after_epoch)
         finally:
             trainable.release()
         self.report.update(figures)
@@ -288,42 +304,73 @@ class Exchange:
         self.seconds = 0.0
 
     def uploads(self, outgoing: Any) -> Iterator[Upload]:
-        """Runs the clients lazily: the next one starts when the server is done with the last one's upload."""
+        """Runs the clients lazily: the next one starts when the server is done with the last one's upload.
+
+        A method that asks all clients of a process at once has them all run first.
+        """
         engine, step = self.engine, self.step
-        for k in self.participants:
-            message = message_for(outgoing, k)
+        selective = engine.method.selective
+        messages = {k: message_for(outgoing, k, selective) for k in self.participants}
+        sent = {k: message for k, message in messages.items() if message is not None}
+        together = self._together(sent)
+        for k, message in sent.items():
             start = time.perf_counter()
-            self._book(k, "down", message)
             client = engine.client(k)
-            before = engine.client_fingerprint(client)
-            client.report = {}
-            try:
-                answer = engine.method.client_update(client, step, message)
-            except Diverged as problem:
-                engine.dropped(problem)
-                self.seconds += time.perf_counter() - start
-                continue
+            if together is None:
+                self._book(k, "down", message)
+                client.report = {}
+                try:
+                    answer = engine.method.client_update(client, step, message)
+                except Diverged as problem:
+                    engine.dropped(problem)
+                    self.seconds += time.perf_counter() - start
+                    continue
+            else:
+                answer = together.pop(k)
             self._book(k, "up", answer)
             info: dict[str, Any] = {"samples": client.samples, **client.report}
-            sent, got = message.get("parameters"), answer.get("parameters")
-            if isinstance(sent, Tensor) and isinstance(got, Tensor) and sent.shape == got.shape:
-                info["drift"] = float(torch.linalg.vector_norm(got - sent))
-            engine.client_done(client, before, info, time.perf_counter() - start)
+            given, got = message.get("parameters"), answer.get("parameters")
+            if isinstance(given, Tensor) and isinstance(got, Tensor) and given.shape == got.shape:
+                info["drift"] = float(torch.linalg.vector_norm(got - given))
+            engine.client_done(client, info, time.perf_counter() - start)
             self.seconds += time.perf_counter() - start
             # Handed over for good: while the next client trains, only the server may still hold this upload.
             handover = [Upload(k, client.samples, answer)]
-            del answer, got, client
+            del answer, given, got, client
             yield handover.pop()
+
+    def _together(self, messages: dict[int, Message]) -> dict[int, Message] | None:
+        """What a cohort answers at once; None where its clients are asked one after another."""
+        engine, kind = self.engine, type(self.engine.method)
+        if kind.cohort_update is Method.cohort_update or not messages:
+            return None
+        start = time.perf_counter()
+        clients = {k: engine.client(k) for k in self.participants}
+        for client in clients.values():
+            client.report = {}
+        answers = engine.method.cohort_update(clients, self.step, messages)
+        if answers is None:
+            return None
+        for k, message in messages.items():
+            self._book(k, "down", message)
+        self.seconds += time.perf_counter() - start
+        return dict(answers)
 
     def _book(self, client: int, direction: str, message: Message) -> None:
         if self.entry.booked:
             self.engine.ledger.book(client, direction, message, one_off=self.entry.one_off)
 
 
-def message_for(outgoing: Any, client: int) -> Message:
-    """The client's message out of what ``send`` returned: one for all, or a dict by client id."""
+def message_for(outgoing: Any, client: int, selective: bool = False) -> Message | None:
+    """The client's message out of what ``send`` returned: one for all, or a dict by client id.
+
+    Args:
+        selective: whether ``send`` may leave the client out, or return None for everybody; then None comes back.
+    """
+    if outgoing is None and selective:
+        return None
     if outgoing and all(isinstance(key, int) for key in outgoing):
-        if client not in outgoing:
+        if client not in outgoing and not selective:
             raise ValueError(f"send: expected a message for client {client}, which takes part; given none")
-        return outgoing[client]
+        return outgoing.get(client)
     return outgoing

@@ -29,6 +29,7 @@ from fedkern.methods.fedavg import FedAvg
 from fedkern.methods.feddf import FedDF
 from fedkern.methods.feddyn import FedDyn
 from fedkern.methods.fedgid import FedGID
+from fedkern.methods.fediod import FedIOD
 from fedkern.methods.fedlpfm import FedLPFM
 from fedkern.methods.fedntd import FedNTD
 from fedkern.methods.fedproto import FedProto
@@ -55,6 +56,7 @@ __all__ = [
     "FedDF",
     "FedDyn",
     "FedGID",
+    "FedIOD",
     "FedLPFM",
     "FedNTD",
     "FedProto",

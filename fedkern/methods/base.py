@@ -82,6 +82,11 @@ class Method:
     tasks: ClassVar[tuple[str, ...]] = ("classification",)
     """What it can learn: ``"classification"``, ``"segmentation"``, ``"retrieval"`` (image-text pairs)."""
 
+    selective: ClassVar[bool] = False
+    """Whether ``send`` may leave out clients (a dict without them), or send nobody anything (None)."""
+    takes_teachers: ClassVar[bool] = False
+    """Whether the clients may bring trained networks (``--teachers``) in the place of their local training."""
+
     @dataclass(frozen=True)
     class Options(BaseOptions):
         """The method's knobs."""
@@ -100,13 +105,24 @@ class Method:
         for _ in range(federation.rounds):
             yield Round()
 
-    def send(self, server: Server, step: Step) -> Message | dict[ClientId, Message]:
+    def send(self, server: Server, step: Step) -> Message | dict[ClientId, Message] | None:
         """One message for all participants, or one for each (a dict whose keys are client ids)."""
         raise NotImplementedError
 
     def client_update(self, client: Client, step: Step, message: Message) -> Message:
         """What a client makes of a message, from its own data and state."""
         raise NotImplementedError
+
+    def cohort_update(
+        self, clients: Mapping[ClientId, Client], step: Step, messages: Mapping[ClientId, Message]
+    ) -> Mapping[ClientId, Message] | None:
+        """What clients of one process make of their messages at once; None: ask them one after another.
+
+        Args:
+            clients: all that take part in the round.
+            messages: of those that are sent one; every one of them is answered.
+        """
+        return None
 
     def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
         """What the server makes of the uploads; they arrive one by one and need not be kept."""
@@ -134,6 +150,16 @@ class Method:
     def evaluate_own(self, model: nn.Module, data: Any, client: ClientId) -> dict[str, float]:
         """The same on the client's own test set: of the network that this client would use."""
         return self.evaluate(model, data)
+
+    def appraise(self, server: Server, clients: Mapping[ClientId, Client], sets: Mapping[str, Any]) -> dict[str, float]:
+        """Figures for the run's summary that only the experimenter can see, who looks at every client.
+
+        Asked once at the end; nothing of it is booked.
+
+        Args:
+            sets: the test sets (see :meth:`evaluate`) by the prefix that their figures' names begin with.
+        """
+        return {}
 
     def diagnose(self, observed: Mapping[str, Observed]) -> dict[str, str]:
         """Named one-sentence warnings from the run's observations (what ``loss`` returned beside the loss)."""

@@ -45,6 +45,7 @@ class OneShot(FedAvg):
 
     one_shot = True
     tasks: ClassVar[tuple[str, ...]] = ("classification", "segmentation")
+    takes_teachers = True
     needs_statistics = False
     """Whether networks are used apart from their training, so that batch norm needs running statistics."""
 

@@ -24,17 +24,20 @@ class Round:
     Attributes:
         name: for records and displays, for example ``"train"``, ``"level 2"`` or ``"calibrate"``.
         exchanges: names of the server -> clients -> server exchanges of the round, in order.
-        participants: ``"sampled"`` (the engine's ``sample_fraction``) or ``"all"``.
+        participants: ``"sampled"`` (the engine's ``sample_fraction``), ``"all"``, or the ids of those that take part.
         one_off: a set-up round before training: its bytes are booked as one-off and it does not count as one of the
             run's communication rounds.
         booked: False where what moves is the experimenter's bookkeeping rather than the method's communication.
+        states: when the clients' states are written: after every ``"exchange"``, or, in a round of many exchanges, once
+            at the end of the ``"round"``.
     """
 
     name: str = "train"
     exchanges: tuple[str, ...] = ("update",)
-    participants: Literal["sampled", "all"] = "sampled"
+    participants: Literal["sampled", "all"] | tuple[ClientId, ...] = "sampled"
     one_off: bool = False
     booked: bool = True
+    states: Literal["exchange", "round"] = "exchange"
 
 
 @dataclass(frozen=True)
@@ -314,8 +317,8 @@ class Client(Place, Protocol):
         """The network with the vectors of a message: frozen, in eval mode; overwritten by the next one received."""
         ...
 
-    def batch(self, indices: np.ndarray) -> Batch:
-        """The client's own samples at ``indices`` (int64), not augmented."""
+    def batch(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> Batch:
+        """The client's own samples at ``indices`` (int64); augmented when ``rng`` is given."""
         ...
 
     def fit(
@@ -326,6 +329,9 @@ class Client(Place, Protocol):
         *,
         message: Message | None = None,
         epochs: int | None = None,
+        rows: np.ndarray | None = None,
+        lr_end: float | None = None,
+        after_epoch: Callable[[int], None] | None = None,
     ) -> dict[str, float]:
         """The same loop on any module, in place: SGD on those of its parameters that require gradients.
 
@@ -337,6 +343,9 @@ class Client(Place, Protocol):
             module: on ``device``.
             message: what ``received.message`` is.
             epochs: passes over the client's data (default: the run's ``local_epochs``).
+            rows: int64, the samples to train on; None for all.
+            lr_end: learning rate that the last epoch comes down to along half a cosine; None: none.
+            after_epoch: called with the number of every epoch done, from 0; it may leave the module in eval mode.
 
         Returns:
             The means over all batches of ``loss`` and of whatever the method observed; they also go to the record.
@@ -361,6 +370,14 @@ class Client(Place, Protocol):
 
         Raises:
             UserError: the network has batch norm or other layers without per-sample gradients, or opacus is missing.
+        """
+        ...
+
+    def brought(self, module: nn.Module) -> bool:
+        """Loads the weights that this client brings (``--teachers``) into ``module``; False where it brings none.
+
+        Raises:
+            UserError: they are missing, damaged or of another architecture.
         """
         ...
 

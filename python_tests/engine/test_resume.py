@@ -140,6 +140,7 @@ SETTINGS = {
     "ensemble": {"options": {"models": "cnn:2,resnet8:2", **CALIBRATED}},
     "feddf": {"options": DISTILLED},
     "fedgid": {"options": {"background_pool": "shared"}},
+    "fediod": {"options": {"nz": 4, "ngf": 2, "ndf": 2, "batch": 8, "student_steps": 2, "ema": 0.9, "absent": 0.3}},
     "fedproto": {"options": {"networks": "personal"}},
     "fusefl": {"local_epochs": 4, "options": {"blocks": 3, "frozen_bn": "code"}},
     "moon": {"local_epochs": 2},

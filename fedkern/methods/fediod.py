@@ -1,0 +1,292 @@
+"""FedIOD: one generator against many private discriminators (arXiv 2312.14478, AAAI-24; methods notes section 2).
+
+Every client trains a teacher of its own, of any architecture.  Then a generator G on the server learns images that look
+real to every client's discriminator (realism), that the teachers are sure of (clarity) and that they tell apart
+(diversity), and a student learns what the weighted ensemble of the teachers says of them.  An iteration of a round has
+three exchanges:
+
+    images      down: x = G(z)              up: logits t_k(x), confidence r_k(x); before that a step of D_k on x
+    gradients   down: dL_G/dt_k             up: the gradient with respect to x, through D_k and T_k
+    distil      down: the student's images  up: logits, confidences
+
+Teachers and discriminators never leave their clients.  The ensemble is, class by class, the mean of the logits with
+weights w_kc r_k(x) (2.3).  ``mode=public`` has neither generator nor discriminators: the teachers answer once on public
+images and the student learns from that.
+
+Bytes per client and iteration, fp32: (1 + student_steps) batches of images and a batch of logits' gradients down, as
+many batches of logits and confidences and one batch of images (their gradients) up.  The method saves privacy, not
+bytes (2.8).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fedkern.errors import UserError
+from fedkern.methods import fediod_private as private
+from fedkern.methods.base import (
+    Batch,
+    Client,
+    ClientId,
+    Federation,
+    Message,
+    Method,
+    Objective,
+    Received,
+    Round,
+    Server,
+    Step,
+    Upload,
+    register,
+)
+from fedkern.methods.fediod_client import Answers
+from fedkern.methods.fediod_figures import appraise
+from fedkern.methods.fediod_options import IODOptions, settle
+from fedkern.methods.fediod_server import Workshop, cosine, make_generator
+from fedkern.methods.fediod_teachers import histogram, make_teacher, teacher
+from fedkern.methods.oneshot_distill import torch_stream
+from fedkern.methods.oneshot_members import flatten, parse_models, vectors
+from fedkern.models.bank import Bank
+from fedkern.privacy import Guarantee
+
+START = Step(-1, "", "update")
+
+
+@register("fediod")
+class FedIOD(Objective, Method):
+    """A student distilled from private teachers on the images of one generator (FedIOD, arXiv 2312.14478)."""
+
+    @dataclass(frozen=True)
+    class Options(IODOptions):
+        """Knobs of FedIOD."""
+
+    tasks = ("classification", "segmentation")
+    selective = True
+    takes_teachers = True
+
+    def __init__(self, options: Any = None) -> None:
+        super().__init__(options)
+        self.settings = settle(self.options)
+        self.architectures = parse_models(self.options.models)
+        self._teachers: dict[ClientId, nn.Module] = {}  # frozen, so that they are built once in a run
+        self._banks: dict[tuple[ClientId, ...], Bank] = {}
+        self._generates = self.options.mode == "generator"
+
+    # -- the plan --------------------------------------------------------------------------------------------------
+
+    def iterations(self, federation: Federation) -> int:
+        """Iterations of a round."""
+        return self.options.iterations or max(-(-samples // self.options.batch) for samples in federation.samples)
+
+    def rounds(self, federation: Federation) -> Iterator[Round]:
+        for k in range(federation.clients):
+            yield Round(f"teacher {k}", exchanges=("teacher",), participants=(k,), one_off=True)
+        if not self._generates:
+            yield Round("answers", exchanges=("answers",), participants="all", one_off=True)
+        each = ("images", "gradients", "distil") if self._generates else ("distil",)
+        names = tuple(f"{name} {i}" for i in range(self.iterations(federation)) for name in each)
+        for _ in range(federation.rounds):
+            yield Round("distil", exchanges=names, states="round")
+
+    def start(self, server: Server) -> None:
+        s = self.settings
+        if not self._generates and server.public is None:
+            raise UserError(
+                "fediod with mode=public learns on public images and this run sets none aside: give --public-samples N."
+            )
+        if self._generates and not (s.w_real or s.w_clear or s.w_diverse or s.w_adv or s.w_balance):
+            raise UserError("Every weight of fediod's generator is 0: give one of w_real, w_clear, w_diverse.")
+        flat = flatten(server.build())
+        if flat.buffers.numel() and "buffers" not in server.initial():
+            raise UserError("fediod needs the running statistics of its student: use --buffers average.")
+        for entry in self.architectures:
+            server.build(model=entry and entry[0], width=entry and entry[1])
+        server.state.update(student=vectors(flat), iteration=0, classes={})
+        if self._generates:
+            draw = torch_stream(server, "generator", START)
+            server.state["generator"] = vectors(flatten(make_generator(server, s, draw)))
+        private.prepare(server, s)
+
+    # -- the server ------------------------------------------------------------------------------------------------
+
+    def _workshop(self, server: Server) -> Workshop:
+        if "workshop" not in server.scratch:
+            total = server.federation.rounds * self.iterations(server.federation)
+            server.scratch["workshop"] = Workshop(server, self.settings, total)
+        return server.scratch["workshop"]
+
+    def send(self, server: Server, step: Step) -> Message | dict[ClientId, Message] | None:
+        kind, _ = parts(step)
+        if kind == "teacher":
+            terms = private.terms(server)
+            return {"privacy": terms} if terms else {}
+        if kind == "answers":
+            return {}
+        shop = self._workshop(server)
+        if not self._generates:
+            return {k: {} for k in server.state["classes"]}
+        if kind == "gradients":
+            return server.scratch.pop("criticism", None)
+        draw = torch_stream(server, "noise", step)
+        present = self._present(server, step)
+        images = shop.generate(draw) if kind == "images" else shop.examples(draw)
+        server.scratch["images"] = images
+        message: Message = {"images": images}
+        if kind == "images":
+            message["critic_lr"] = cosine(self.settings.critic_lr, 0.0, shop.progress)
+        return dict.fromkeys(present, message) or None
+
+    def _present(self, server: Server, step: Step) -> list[ClientId]:
+        """The clients with a teacher that do not miss this iteration."""
+        clients = sorted(server.state["classes"])
+        if not self.options.absent:
+            return clients
+        iteration = Step(step.round, step.name, f"iteration {parts(step)[1]}")
+        there = server.rng("absent", iteration).random(server.federation.clients) >= self.options.absent
+        return [k for k in clients if there[k]]
+
+    def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
+        kind, i = parts(step)
+        if kind == "teacher":
+            for upload in uploads:
+                server.state["classes"][upload.client_id] = upload.message.get("classes", torch.ones(1))
+            return
+        if kind == "answers":
+            server.state["answers"] = {upload.client_id: upload.message["logits"].cpu() for upload in uploads}
+            return
+        # Uploads are asked for before the workshop is: there is no message without a client.
+        answers = {upload.client_id: upload.message for upload in uploads}
+        shop, scratch = self._workshop(server), server.scratch
+        if kind == "images":
+            images = scratch.pop("images")
+            if answers:
+                scratch["criticism"] = shop.criticise(images, answers)
+        elif kind == "gradients":
+            shop.improve([message["gradients"] for message in answers.values() if "gradients" in message])
+        else:
+            self._teach(server, shop, step, answers)
+            shop.iteration += 1
+            if i + 1 == self.iterations(server.federation):
+                shop.keep()
+
+    def _teach(self, server: Server, shop: Workshop, step: Step, answers: Mapping[ClientId, Message]) -> None:
+        size = self.options.batch
+        if self._generates:
+            images = server.scratch.pop("images")
+            if answers:
+                shop.teach(images, shop.gather(answers), size)
+            return
+        assert server.public is not None  # asked for in start
+        order = server.rng("public", step).permutation(len(server.public))
+        rows = torch.from_numpy(order[: size * self.options.student_steps])
+        if not answers or len(rows) < 2:
+            return
+        said = server.state["answers"]
+        ensemble = shop.gather({k: {"logits": said[k][rows]} for k in answers if k in said})
+        shop.teach(server.public.take(rows.numpy()), ensemble, size)
+
+    # -- the clients -----------------------------------------------------------------------------------------------
+
+    def client_update(self, client: Client, step: Step, message: Message) -> Message:
+        return self._update({client.id: client}, step, {client.id: message})[client.id]
+
+    def cohort_update(
+        self, clients: Mapping[ClientId, Client], step: Step, messages: Mapping[ClientId, Message]
+    ) -> Mapping[ClientId, Message] | None:
+        kind, _ = parts(step)
+        if not (self.options.batched and self._generates) or kind not in ("images", "gradients", "distil"):
+            return None
+        if not private.private(self.settings):
+            return self._update(clients, step, messages)
+        if kind != "distil":
+            return None  # every client's gradients are wanted on their own: one after another
+        chosen = {k: clients[k] for k in messages}
+        bank, found = self.bank(chosen), {}
+        first = self._answers(dict(list(chosen.items())[:1]))
+        with torch.no_grad():
+            logits = bank.logits(first.normalised(next(iter(messages.values()))["images"]))
+        for i, (k, client) in enumerate(chosen.items()):
+            found.update(self._answers({k: client}).distil(step, {k: messages[k]}, logits[i : i + 1]))
+        return found
+
+    def _update(
+        self, clients: Mapping[ClientId, Client], step: Step, messages: Mapping[ClientId, Message]
+    ) -> Mapping[ClientId, Message]:
+        kind, i = parts(step)
+        if kind == "teacher":
+            return {k: self._train(client, messages[k]) for k, client in clients.items()}
+        if kind == "answers":
+            return {k: self._answer(client) for k, client in clients.items()}
+        if not self._generates:
+            return {k: {} for k in messages}
+        answers = self._answers(clients)
+        if kind == "images":
+            return answers.images(step, i, messages)
+        if kind == "gradients":
+            return answers.gradients(step, messages)
+        return answers.distil(step, messages)
+
+    def _train(self, client: Client, message: Message) -> Message:
+        private.agree(client, message)
+        make_teacher(self, client, self.architectures, self.settings)
+        counts = private.release_histogram(client, START, histogram(client), self.settings)
+        how = self.options.class_weights
+        return {} if how == "uniform" else {"classes": counts if how == "counts" else counts > 0}
+
+    @torch.no_grad()
+    def _answer(self, client: Client) -> Message:
+        assert client.public is not None  # asked for in start
+        bank = self.bank({client.id: client})
+        return {"logits": torch.cat([bank.logits(batch.images)[0] for batch in client.public.batches(64)])}
+
+    def bank(self, clients: Mapping[ClientId, Client]) -> Bank:
+        """The teachers of these clients, in their order."""
+        ids = tuple(clients)
+        if ids not in self._banks:
+            for k in ids:
+                if k not in self._teachers:
+                    self._teachers[k] = teacher(clients[k], self.architectures)
+            for known in [known for known in self._banks if len(known) > 1 < len(ids)]:
+                del self._banks[known]  # of another cohort: one is enough
+            self._banks[ids] = Bank([self._teachers[k] for k in ids])
+        return self._banks[ids]
+
+    def _answers(self, clients: Mapping[ClientId, Client]) -> Answers:
+        first = next(iter(clients.values()))
+        answers = first.scratch.get("answers")
+        if answers is None:
+            answers = Answers(list(clients.values()), self.bank(clients), self.settings)
+            for client in clients.values():
+                client.scratch["answers"] = answers
+        return answers
+
+    def loss(self, model: Any, batch: Batch, received: Received) -> Tensor:
+        """What a teacher learns with."""
+        return cross_entropy(model(batch.images), batch.labels)
+
+    def disclosed(self, server: Server, ids: Sequence[ClientId]) -> Tensor:
+        """What the clients have told of their classes, fp32 ``[K, C]``; ``[K, 1]`` where that is nothing."""
+        return torch.stack([server.state["classes"][k].float() for k in ids])
+
+    # -- what comes of it ------------------------------------------------------------------------------------------
+
+    def model(self, server: Server) -> nn.Module:
+        return server.network(server.state["student"])
+
+    def guarantee(self, server: Server) -> Guarantee | None:
+        return private.guarantee(self.settings)
+
+    def appraise(self, server: Server, clients: Mapping[ClientId, Client], sets: Mapping[str, Any]) -> dict[str, float]:
+        return appraise(self, server, clients, sets)
+
+
+def parts(step: Step) -> tuple[str, int]:
+    """Kind and iteration of an exchange."""
+    kind, _, number = step.exchange.partition(" ")
+    return kind, int(number or 0)

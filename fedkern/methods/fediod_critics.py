@@ -1,0 +1,156 @@
+"""The clients' discriminators: trained where they are, never sent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedkern.methods import fediod_private as private
+from fedkern.methods.base import Client, Step
+from fedkern.methods.fediod_losses import against, confidence
+from fedkern.models.discriminator import PatchDiscriminators
+
+START = Step(-1, "", "update")
+
+
+class Critics:
+    """The discriminators of some clients side by side: of one that answers alone, or of a whole cohort.
+
+    What a client keeps is ``client.state["critics"]``: by shard, its parameters, Adam's moments and its steps, as views
+    of the live tensors, so that nothing is copied while a round lasts.
+
+    Args:
+        clients: whose.
+        options: the method's.
+    """
+
+    def __init__(self, clients: Sequence[Client], options: Any) -> None:
+        o, first = options, clients[0]
+        self._clients, self._options = list(clients), o
+        self._shards = [private.shards(client, o) for client in clients]
+        self._served = [0] * len(clients)
+        self._steps = [0] * len(clients)
+        channels = first.image_shape[0]
+        module = PatchDiscriminators([self._draw(client, 0) for client in clients], channels=channels, ndf=o.ndf)
+        self.module = module.to(first.device)
+        self._parts = module.parts()
+        tensors = [part[name] for part in self._parts for name in part]
+        self._adam = torch.optim.Adam(tensors, o.critic_lr, betas=(0.5, 0.999), foreach=False, fused=True)
+        for slot in range(len(clients)):
+            self._load(slot, 0)
+
+    def _draw(self, client: Client, shard: int) -> torch.Generator:
+        seed = int(client.rng(f"critic/{shard}", START).integers(2**63))
+        return torch.Generator().manual_seed(seed)
+
+    # -- shards: one discriminator of a client at a time is in its slot -------------------------------------------
+
+    def serve(self, step: Step) -> None:
+        """Puts the discriminators in place that serve this exchange."""
+        for slot, client in enumerate(self._clients):
+            shard = private.serving(client, step, self._options) if len(self._shards[slot]) > 1 else 0
+            if shard != self._served[slot]:
+                self._point(slot)
+                kept = client.state["critics"][self._served[slot]]  # its place is needed for another one
+                kept["weights"] = {name: tensor.clone() for name, tensor in kept["weights"].items()}
+                self._served[slot] = shard
+                self._load(slot, shard)
+
+    @torch.no_grad()
+    def _load(self, slot: int, shard: int) -> None:
+        client, part = self._clients[slot], self._parts[slot]
+        kept = client.state.setdefault("critics", {}).get(shard)
+        if kept is None:
+            drawn = [self._draw(client, shard)]
+            fresh = PatchDiscriminators(drawn, channels=self.module.channels, ndf=self.module.ndf).parts()[0]
+            kept = {"weights": fresh, "mean": {}, "square": {}, "steps": 0}
+        state = self._adam.state
+        for name, tensor in part.items():
+            tensor.copy_(kept["weights"][name])
+            device = tensor.device
+            zeros = torch.zeros_like(tensor)
+            state[tensor] = {
+                "step": torch.full((), float(kept["steps"]), device=device if device.type == "cuda" else "cpu"),
+                "exp_avg": kept["mean"][name].to(device, copy=True) if kept["mean"] else zeros,
+                "exp_avg_sq": kept["square"][name].to(device, copy=True) if kept["square"] else zeros.clone(),
+            }
+        self._steps[slot] = kept["steps"]
+        self._point(slot)
+
+    def _point(self, slot: int) -> None:
+        """Lets the client's state be views of what is live."""
+        part, state = self._parts[slot], self._adam.state
+        self._clients[slot].state["critics"][self._served[slot]] = {
+            "weights": dict(part),
+            "mean": {name: state[tensor]["exp_avg"] for name, tensor in part.items()},
+            "square": {name: state[tensor]["exp_avg_sq"] for name, tensor in part.items()},
+            "steps": self._steps[slot],
+        }
+
+    # -- training and answers --------------------------------------------------------------------------------------
+
+    def real(self, slot: int, step: Step, iteration: int) -> Tensor | None:
+        """The client's real images of an iteration, ``[batch, C, H, W]``; None when its samples are used up.
+
+        In a round a client goes once through its samples in random order; a last batch is filled up from the start.
+        """
+        client, size = self._clients[slot], self._options.batch
+        batches = -(-client.samples // size)
+        if iteration >= batches:
+            return None
+        shards = self._shards[slot]
+        augmentation = client.rng("real-augmentation", step)
+        if len(shards) > 1:
+            rows = shards[self._served[slot]]
+            chosen = np.resize(client.rng("real", step).permutation(rows), size)
+        else:
+            order = client.scratch.get("order")
+            if order is None:
+                whole = Step(step.round, step.name, "update")
+                order = client.scratch["order"] = client.rng("real", whole).permutation(client.samples)
+            chosen = np.resize(order, batches * size)[iteration * size : (iteration + 1) * size]
+        return client.batch(chosen, augmentation).images
+
+    def train(self, fake: Tensor, real: dict[int, Tensor], lr: float) -> Tensor | None:
+        """One step of those discriminators that have real images, by slot; fake images ``[B, C, H, W]`` are shared.
+
+        Returns:
+            Their losses ``[K]``, 0 for the others; None where nobody trains.
+        """
+        if not real:
+            return None
+        module, o = self.module, self._options
+        none = next(iter(real.values()))
+        stack = torch.stack([real.get(slot, none) for slot in range(len(self._clients))])
+        module.requires_grad_(True)
+        with torch.enable_grad():
+            both = against(module(fake), False, o.bce).mean(1) + against(module(stack), True, o.bce).mean(1)
+            active = torch.zeros(len(self._clients), device=both.device)
+            active[list(real)] = 0.5
+            losses = both * active
+            named = dict(module.named_parameters())
+            gradients = torch.autograd.grad(losses.sum(), list(named.values()))
+        module.requires_grad_(False)
+        cut = {
+            name: gradient.contiguous().tensor_split(module.count)
+            for name, gradient in zip(named, gradients, strict=True)
+        }
+        for slot, part in enumerate(self._parts):
+            for name, tensor in part.items():
+                tensor.grad = cut[name][slot] if slot in real else None
+        self._adam.param_groups[0]["lr"] = lr
+        self._adam.step()
+        self._adam.zero_grad(set_to_none=True)
+        for slot in real:
+            self._steps[slot] += 1
+            self._clients[slot].state["critics"][self._served[slot]]["steps"] = self._steps[slot]
+        return losses.detach()
+
+    def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Realism losses and confidences, both ``[K, B]``, of images ``[B, C, H, W]``; gradients reach the images."""
+        patches = self.module(images)
+        return against(patches, True, self._options.bce), confidence(patches)

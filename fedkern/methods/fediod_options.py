@@ -1,0 +1,116 @@
+"""FedIOD's knobs, and what the presets ``paper`` and ``code`` make of those that are left open."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedkern.errors import UserError
+from fedkern.methods.base import Method, option
+from fedkern.methods.fediod_private import PrivacyOptions
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "paper": {
+        "w_real": 1.0, "w_clear": 1.0, "w_diverse": 1.0, "w_adv": 0.0, "w_balance": 0.0, "js_sign": -1,
+        "diversity": "jsd", "disc_weight": True, "bce": "mean",
+    },
+    "code": {
+        "w_real": 1.0, "w_clear": 1.0, "w_diverse": 5.0, "w_adv": 0.2, "w_balance": 10.0, "js_sign": 1,
+        "diversity": "reverse_kl", "disc_weight": False, "bce": "sum",
+    },
+}  # fmt: skip
+"""What a preset says of the options that the user leaves open (methods notes 2.5, 2.6, 2.9)."""
+
+
+@dataclass(frozen=True)
+class IODOptions(PrivacyOptions, Method.Options):
+    """Knobs of FedIOD; the published ones: nz 100, ngf 64, ndf 128, batch 64, 5 student steps."""
+
+    preset: str = option(
+        "paper", "what the options left open follow: the paper, or the released code's CIFAR-10 script",
+        choices=("paper", "code"),
+    )  # fmt: skip
+    mode: str = option(
+        "generator", "what the student learns on: a generator's images, or public ones (nothing but outputs travels)",
+        choices=("generator", "public"),
+    )  # fmt: skip
+    models: str = option("", "networks of the clients in turn, as name[:width] between commas; empty: --model for all")
+    holdout: float = option(0.1, "share of a client's samples that its teacher never trains on", low=0, high=0.9)
+    select: str = option(
+        "last", "the teacher that is kept: that of the last epoch, or the best on the client's own hold-out",
+        choices=("last", "best"),
+    )  # fmt: skip
+    teacher_lr_end: float | None = option(
+        None, "learning rate that a teacher's cosine ends at; open: it stays constant", low=0, type=float
+    )
+    iterations: int = option(0, "iterations of a round; 0: as many as the largest client has batches", low=0)
+    batch: int = option(64, "generated images per step, and real ones per step of a discriminator", low=2)
+    student_steps: int = option(5, "steps of the student per iteration, each on fresh images", low=1)
+    nz: int = option(100, "dimensions of the generator's noise", low=1)
+    ngf: int = option(64, "unit of the generator's channels: 4, 2 and 1 times this", low=1)
+    ndf: int = option(128, "channels of a discriminator's first map", low=1)
+    generator_lr: float = option(1e-4, "learning rate of the generator (Adam, cosine to 0)", above=0)
+    critic_lr: float = option(1e-4, "learning rate of the discriminators (Adam, cosine to 0)", above=0)
+    student_lr: float = option(5e-3, "learning rate of the student (SGD, cosine)", above=0)
+    student_lr_end: float = option(1e-5, "what it ends at", low=0)
+    student_momentum: float = option(0.9, "momentum of the student", low=0, high=0.999)
+    student_decay: float = option(3e-5, "weight decay of the student", low=0)
+    ema: float = option(0.0, "decay of an average of the generator that makes the student's images; 0: none", low=0,
+                        high=0.99999)  # fmt: skip
+    w_real: float | None = option(None, "weight of the realism", low=0, type=float)
+    w_clear: float | None = option(None, "weight of the clarity, the mean entropy of the teachers", low=0, type=float)
+    w_diverse: float | None = option(None, "weight of the diversity", low=0, type=float)
+    w_adv: float | None = option(None, "weight of the adversarial term: images that are hard for the student", low=0,
+                                 type=float)  # fmt: skip
+    w_balance: float | None = option(None, "weight of the balance of the classes over a batch", low=0, type=float)
+    diversity: str | None = option(
+        None, "what the teachers differ by: jsd (of the clients), reverse_kl (the code's), mutual_information (of image"
+        " and class), none", choices=("jsd", "reverse_kl", "mutual_information", "none"), type=str,
+    )  # fmt: skip
+    js_sign: int | None = option(None, "-1: the generator maximises the diversity (paper), 1: it minimises it (code)",
+                                 choices=(-1, 1), type=int)  # fmt: skip
+    class_weights: str = option(
+        "counts", "weight of a client for a class: its share of the class's samples, the same for all that know the "
+        "class, or the same for all (nothing is disclosed)", choices=("counts", "known", "uniform"),
+    )  # fmt: skip
+    disc_weight: bool | None = option(None, "whether a client's weight follows its discriminator's confidence",
+                                      type=bool)  # fmt: skip
+    mix: str = option("logits", "what of the teachers is averaged", choices=("logits", "probs"))
+    kd: str = option(
+        "logit_var", "the student's loss: half the variance of the logit difference (the limit of high temperature), "
+        "the divergence at a temperature, or the mean absolute difference", choices=("logit_var", "kl", "l1"),
+    )  # fmt: skip
+    temperature: float = option(4.0, "temperature with kd=kl", above=0)
+    bce: str | None = option(None, "a discriminator's loss: its mean over patches, or their sum per image",
+                             choices=("mean", "sum"), type=str)  # fmt: skip
+    pixels: str = option("float32", "how images travel; uint8 takes a quarter of the bytes",
+                         choices=("float32", "uint8"))  # fmt: skip
+    absent: float = option(0.0, "share of the iterations that a client misses, drawn at random", low=0, high=0.99)
+    batched: bool = option(True, "in one process, ask the clients' networks together instead of one after another")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.select == "best" and self.holdout == 0:
+            raise UserError(
+                'Method option "select" = best needs a hold-out: give holdout above 0, or keep the last epoch.'
+            )
+
+
+def settle(options: IODOptions) -> Any:
+    """The options with those left open as the preset has them, for reading (attribute by attribute)."""
+    values = {knob.field: getattr(options, knob.field) for knob in options.knobs()}
+    preset = PRESETS[options.preset]
+    return Settings(
+        {name: preset[name] if value is None and name in preset else value for name, value in values.items()}
+    )
+
+
+class Settings:
+    """Read-only attributes."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.__dict__.update(values)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"{name} is fixed")

@@ -1,0 +1,98 @@
+"""Stage 1 of FedIOD: every client trains a network of its own, which never leaves it (methods notes 2.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedkern.methods import fediod_private as private
+from fedkern.methods.base import Client, Step
+from fedkern.methods.oneshot_members import Architectures, flatten, load, vectors
+
+TRAIN = Step(0, "train", "update")
+"""The step whose streams a teacher is trained with: that of the one-shot methods, so that without a hold-out the
+teachers are theirs, bit for bit."""
+
+
+class Held:
+    """Some of a client's samples, as a test set."""
+
+    def __init__(self, client: Client, rows: np.ndarray) -> None:
+        self._client, self._rows = client, rows
+        self.task = client.task
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images, labels) in order, not augmented."""
+        for start in range(0, len(self), 500):
+            batch = self._client.batch(self._rows[start : start + 500])
+            yield batch.images, batch.labels
+
+
+def split(client: Client, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the samples that train the teacher, and of those held out; a client keeps at least one to train."""
+    order = client.rng("holdout", TRAIN).permutation(client.samples)
+    held = min(round(share * client.samples), client.samples - 1)
+    return np.sort(order[held:]), np.sort(order[:held])
+
+
+def main_figure(figures: dict[str, float]) -> float:
+    """The one figure that a comparison is about: ``accuracy``, or ``dice`` for segmentation."""
+    return figures["accuracy"] if "accuracy" in figures else figures["dice"]
+
+
+def make_teacher(method: Any, client: Client, architectures: Architectures, options: Any) -> None:
+    """Trains the client's teacher, or takes the one that it brings, and keeps it in ``client.state["teacher"]``.
+
+    The state has ``parameters``, ``buffers`` and ``integers``, and ``holdout``, the figure on the client's own
+    hold-out, where there is one.
+    """
+    module = build(client, architectures)
+    rows, held = split(client, options.holdout)
+    if not client.brought(module) and not private.train_teacher(method, client, TRAIN, module, rows, options):
+        _fit(method, client, module, rows, Held(client, held), options)
+    module.eval()
+    state = client.state["teacher"] = vectors(flatten(module))
+    if len(held):
+        with torch.no_grad():
+            state["holdout"] = main_figure(method.evaluate(module, Held(client, held)))
+
+
+def _fit(method: Any, client: Client, module: nn.Module, rows: np.ndarray, held: Held, options: Any) -> None:
+    """The engine's training, in place; ends with the weights of the best epoch where those are what is kept."""
+    best: list[Any] = [-1.0, None]
+
+    @torch.no_grad()
+    def look(epoch: int) -> None:
+        module.eval()
+        figure = main_figure(method.evaluate(module, held))
+        if figure > best[0]:
+            best[:] = figure, {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+    watch = look if options.select == "best" and len(held) else None
+    every = None if len(rows) == client.samples else rows
+    client.fit(method, TRAIN, module, rows=every, lr_end=options.teacher_lr_end, after_epoch=watch)
+    if best[1] is not None:
+        module.load_state_dict(best[1])
+
+
+def build(client: Client, architectures: Architectures) -> Any:
+    """A fresh network of the client's architecture, in train mode on its device."""
+    entry = architectures[client.id % len(architectures)]
+    return client.network() if entry is None else client.network(model=entry[0], width=entry[1])
+
+
+def teacher(client: Client, architectures: Architectures) -> nn.Module:
+    """The client's trained teacher, frozen, in eval mode."""
+    return load(flatten(build(client, architectures)), client.state["teacher"]).eval().requires_grad_(False)
+
+
+def histogram(client: Client) -> Tensor:
+    """Samples (pixels for segmentation) of every class, fp32 [C]."""
+    return torch.bincount(client.labels.flatten(), minlength=len(client.classes)).float()
