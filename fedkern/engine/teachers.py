@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ def load_teacher(folder: str, client: int, module: nn.Module) -> None:
             f"--teachers: {root} has neither client-{client}.safetensors (nor .pt, .pth) nor a run's network of client "
             f"{client}."
         )
-    flat = FlatParameters(place(module, next(module.parameters()).device))
+    # A copy is flattened: the module itself may be part of something that is flat already.
+    flat = FlatParameters(place(copy.deepcopy(module).cpu(), torch.device("cpu")))
     found = {name: vectors[name].numel() if name in vectors else 0 for name in VECTORS}
     wanted = {name: getattr(flat, name).numel() for name in VECTORS}
     if found != wanted:
@@ -55,6 +57,7 @@ def load_teacher(folder: str, client: int, module: nn.Module) -> None:
         flat.load_buffers(vectors["buffers"])
     if wanted["integers"]:
         flat.load_integers(vectors["integers"])
+    module.load_state_dict(flat.module.state_dict())
 
 
 def _read(path: Path) -> Mapping[str, Any]:
