@@ -174,8 +174,8 @@ def release_histogram(client: Client, step: Step, histogram: Tensor, options: An
 
     Replacing a record moves it from one class to another: a change of sqrt(2) records.
     """
-    if not options.histogram_noise:
-        return histogram
+    if not options.histogram_noise or options.class_weights == "uniform":
+        return histogram  # as it is, or not told at all
     record = float(histogram.sum()) / client.samples  # what a record counts for: 1, or its pixels
     noisy = _noise(client, HISTOGRAM, histogram[None].float(), None, options.histogram_noise * record)[0]
     _book(client, HISTOGRAM, options.histogram_noise / math.sqrt(2))

@@ -1,13 +1,14 @@
-"""The pictures of a run folder: accuracy curves, partition, Grad-CAM."""
+"""The pictures of a run folder: accuracy curves, partition, Grad-CAM, and what the method showed."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fedkern.engine import RunConfig, load_data, read_metrics, read_model
+from fedkern.engine import RunConfig, load_data, read_metrics, read_model, read_shown
 
 EXAMPLES = 8
 PICTURES = {"accuracy": "accuracy.png", "dice": "dice.png", "partition": "partition.png", "gradcam": "gradcam.png"}
@@ -23,8 +24,8 @@ def write_pictures(run_dir: Path, *, data: Any = None, model: torch.nn.Module | 
         model: the global model; None loads ``model.safetensors``.
 
     Returns:
-        What was written: ``accuracy.png`` (``dice.png`` of a segmentation), ``partition.png``,
-        and ``gradcam.png`` where the network has stages.
+        What was written: ``accuracy.png`` (``dice.png`` of a segmentation), ``partition.png``, a picture for every name
+        under which the method showed something (``generated.png``), and ``gradcam.png`` where the network has stages.
 
     Raises:
         UserError: a file of the run is missing or damaged.
@@ -43,6 +44,7 @@ def write_pictures(run_dir: Path, *, data: Any = None, model: torch.nn.Module | 
     target = run_dir / PICTURES["partition"]
     plots.partition_picture(data.statistics, target, title=f"{config.data}: {data.statistics.partition}")
     written.append(target)
+    written += _shown(run_dir, name, data.classes)
     model = read_model(run_dir)[0] if model is None else model
     if not isinstance(model, StagedNetwork):
         return written
@@ -57,5 +59,20 @@ def write_pictures(run_dir: Path, *, data: Any = None, model: torch.nn.Module | 
     if panels:
         target = run_dir / PICTURES["gradcam"]
         gradcam.draw(model, panels, target, classes=data.classes, title=f"Grad-CAM of the global model, {name}")
+        written.append(target)
+    return written
+
+
+def _shown(run_dir: Path, title: str, classes: Sequence[str]) -> list[Path]:
+    """What the method showed, by name."""
+    from fedkern.report import shown
+
+    entries: dict[str, list[Any]] = {}
+    for entry in read_shown(run_dir):
+        entries.setdefault(entry.name, []).append(entry)
+    written = []
+    for name, those in entries.items():
+        target = run_dir / f"{name if name not in PICTURES else name + '_shown'}.png"
+        shown.draw(those, target, title=f"{name.replace('_', ' ')}, {title}", classes=classes)
         written.append(target)
     return written

@@ -161,6 +161,11 @@ def test_class_counts_are_noised_in_records_also_where_a_record_is_many_pixels()
     assert float((noisy - counts).std()) == pytest.approx(2.0, rel=0.05)
     pixels = privacy.release_histogram(Client(samples=50_000), STEP, counts, options)  # 100 pixels each
     assert float((pixels - counts).std()) == pytest.approx(200.0, rel=0.05)
+    untold = Client()
+    assert (
+        privacy.release_histogram(untold, STEP, counts, Options(histogram_noise=2.0, class_weights="uniform")) is counts
+    )
+    assert untold.state == {}
     assert float(privacy.release_histogram(Client(samples=1), STEP, torch.zeros(500) + 1e-9, options).min()) >= 0
 
 

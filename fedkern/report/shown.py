@@ -1,0 +1,85 @@
+"""The pictures of what a method showed: images over training, tables as heat maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fedkern.engine.shown import Shown
+from fedkern.report.plots import new_figure, save
+
+TABLES = 4  # tables side by side, evenly over the run
+
+
+def draw(entries: Sequence[Shown], path: Path, *, title: str, classes: Sequence[str] = ()) -> None:
+    """Draws everything that was shown under one name.
+
+    Args:
+        entries: in the order of their rounds, all images or all tables.
+        path: the PNG.
+        title: what ran.
+        classes: class names, for an axis called ``"class"``.
+    """
+    if entries[0].value.dim() == 4:
+        images(entries, path, title=title)
+    else:
+        tables(entries, path, title=title, classes=classes)
+
+
+def images(entries: Sequence[Shown], path: Path, *, title: str) -> None:
+    """Draws a row of images for every round that was kept."""
+    columns = max(len(entry.value) for entry in entries)
+    figure = new_figure(max(0.8 * columns + 0.9, 5.0), 0.6 + 0.8 * len(entries))
+    grid = figure.subplots(len(entries), columns, squeeze=False)
+    for axes in grid.ravel():
+        axes.set_axis_off()
+    for row, entry in zip(grid, entries, strict=True):
+        for axes, image in zip(row, entry.value, strict=False):
+            picture = image.permute(1, 2, 0).numpy()
+            picture = np.repeat(picture, 3, axis=2) if picture.shape[2] == 1 else picture
+            axes.imshow(picture, interpolation="nearest")
+        text = f"round {entry.round}"
+        row[0].text(-0.15, 0.5, text, transform=row[0].transAxes, fontsize=9, ha="right", va="center")
+    figure.suptitle(title, fontsize=12, x=0.01, ha="left")
+    save(figure, path)
+
+
+def tables(entries: Sequence[Shown], path: Path, *, title: str, classes: Sequence[str] = ()) -> None:
+    """Draws tables of up to four rounds as heat maps on one scale."""
+    chosen = [entries[i] for i in sorted({round(i) for i in np.linspace(0, len(entries) - 1, TABLES)})]
+    values = [entry.value.numpy() for entry in chosen]
+    rows, columns = (max(value.shape[axis] for value in values) for axis in (0, 1))
+    finite = np.concatenate([value[np.isfinite(value)] for value in values] or [np.zeros(0)])
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    low = min(low, 0.0) if low < 0.5 * high else low  # from nothing on, unless all values are alike
+    numbers = rows <= 12 and columns <= 12
+    width, height = (0.5, 0.42) if numbers else (0.12, 0.12)
+    each = min(max(1.0 + width * columns, 2.4), 6.0)
+    figure = new_figure(max(each * len(chosen) + 0.9, 5.0), min(max(1.5 + height * rows, 2.6), 12.0))
+    grid = figure.subplots(1, len(chosen), squeeze=False)[0]
+    drawn = []
+    for axes, entry, value in zip(grid, chosen, values, strict=True):
+        image = axes.imshow(value, cmap="Blues", vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+        drawn.append(image)
+        if numbers:
+            for i, j in np.ndindex(value.shape):
+                dark = value[i, j] - low > 0.55 * (high - low)
+                text = f"{value[i, j]:.2f}".replace("0.", ".", 1)
+                axes.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if dark else "#222222")
+        axes.set_title(f"round {entry.round}", fontsize=10)
+        axes.tick_params(labelsize=9, length=0 if numbers else 3)
+        for name, count, place in zip(entry.axes, value.shape, (axes.set_yticks, axes.set_xticks), strict=True):
+            if count <= 20:
+                named = name == "class" and len(classes) == count
+                place(range(count), list(classes) if named else [str(i) for i in range(count)])
+        if any(len(name) > 3 for name in classes):
+            axes.tick_params(axis="x", labelrotation=40 if entry.axes[1] == "class" else 0)
+        axes.set_xlabel(chosen[0].axes[1], fontsize=10)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+    grid[0].set_ylabel(chosen[0].axes[0], fontsize=10)
+    figure.colorbar(drawn[-1], ax=list(grid), pad=0.01).ax.tick_params(labelsize=9)
+    figure.suptitle(title, fontsize=12, x=0.01, ha="left")
+    save(figure, path)
