@@ -16,33 +16,40 @@ from fedkern.errors import UserError
 
 
 class _Tee(Listener):
-    """Passes every event to the display, and keeps the data for the pictures."""
+    """Passes every event to the display and to whoever else listens, and keeps the data for the pictures."""
 
-    def __init__(self, display: Listener) -> None:
-        self.display = display
+    def __init__(self, *listeners: Listener) -> None:
+        self.listeners = listeners
         self.data: Any = None
 
     def on_start(self, run: RunInfo) -> None:
         self.data = run.data
-        self.display.on_start(run)
+        for each in self.listeners:
+            each.on_start(run)
 
     def on_notice(self, text: str) -> None:
-        self.display.on_notice(text)
+        for each in self.listeners:
+            each.on_notice(text)
 
     def on_round_start(self, round: int, name: str, participants: Sequence[int]) -> None:
-        self.display.on_round_start(round, name, participants)
+        for each in self.listeners:
+            each.on_round_start(round, name, participants)
 
     def on_client(self, round: int, client: int, info: Mapping[str, Any]) -> None:
-        self.display.on_client(round, client, info)
+        for each in self.listeners:
+            each.on_client(round, client, info)
 
     def on_round(self, record: Mapping[str, Any]) -> None:
-        self.display.on_round(record)
+        for each in self.listeners:
+            each.on_round(record)
 
     def on_warning(self, name: str, text: str) -> None:
-        self.display.on_warning(name, text)
+        for each in self.listeners:
+            each.on_warning(name, text)
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
-        self.display.on_end(summary)
+        for each in self.listeners:
+            each.on_end(summary)
 
 
 def check_backend() -> None:
@@ -96,8 +103,9 @@ def run(request: Request) -> int:
 
     from fedkern.report.progress import display
 
+    board = _board() if request.tensorboard else None
     shown = display(quiet=request.quiet, json=request.json)
-    tee = _Tee(shown)
+    tee = _Tee(shown) if board is None else _Tee(shown, board)
     try:
         summary = engine.run(config, out=out, resume=request.resume is not None, listener=tee)
         pictures = _pictures(out, tee.data)
@@ -111,10 +119,18 @@ def run(request: Request) -> int:
         return 143 if isinstance(stop, Terminated) else 130
     finally:
         shown.close()
+        if board is not None:
+            board.close()
     if tee.data is not None and config.augment == tee.data.augment:
         config = config.replace(augment=None)  # the data set's own, filled in when the run was stored
     _close(request, config, out, summary, pictures)
     return 0
+
+
+def _board() -> Any:
+    from fedkern.report.tensorboard import TensorBoard
+
+    return TensorBoard()
 
 
 _PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}

@@ -77,6 +77,7 @@ class Request:
         out: the run folder, where one is named.
         resume: the folder to continue.
         folder: the run folder of a command about a finished run.
+        tensorboard: whether event files are written beside metrics.jsonl.
     """
 
     command: str
@@ -88,6 +89,7 @@ class Request:
     out: Path | None = None
     resume: Path | None = None
     folder: Path | None = None
+    tensorboard: bool = False
     quiet: bool = False
     json: bool = False
     help: str = ""
@@ -191,6 +193,9 @@ def _parser(method: str | None, data: str) -> _Parser:
             group.add_argument("--config", metavar="FILE.toml", help="settings from a file; flags override it")
             group.add_argument("--out", metavar="DIR", help="run folder; default runs/<method>-<data>-<time>")
             group.add_argument("--resume", metavar="DIR", help="continue the run in this folder")
+            group.add_argument(
+                "--tensorboard", action="store_true", help="write every round's figures as TensorBoard event files too"
+            )
             group.add_argument("--quiet", action="store_true", help="no display; only the run folder at the end")
             group.add_argument("--json", action="store_true", help="print the summary, as JSON, and nothing else")
             group.add_argument("-h", "--help", action="store_true", help="show this help and exit")
@@ -296,6 +301,7 @@ def parse(argv: Sequence[str]) -> Request:
         out=Path(values.out) if values.out else None,
         resume=Path(values.resume) if values.resume else None,
         folder=None if folder is None else Path(folder),
+        tensorboard=values.tensorboard,
         quiet=values.quiet,
         json=values.json,
     )
@@ -315,6 +321,7 @@ def _check(request: Request) -> None:
             or request.resume
             or request.config
             or request.out
+            or request.tensorboard
         ):
             also = ", --data-root" if allowed else ""
             raise UserError(f"{PROGRAM} {request.command} takes no other flags than --json{also}.")

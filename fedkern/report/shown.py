@@ -57,10 +57,14 @@ def tables(entries: Sequence[Shown], path: Path, *, title: str, classes: Sequenc
     numbers = rows <= 12 and columns <= 12
     width, height = (0.5, 0.42) if numbers else (0.12, 0.12)
     each = min(max(1.0 + width * columns, 2.4), 6.0)
-    figure = new_figure(max(each * len(chosen) + 0.9, 5.0), min(max(1.5 + height * rows, 2.6), 12.0))
-    grid = figure.subplots(1, len(chosen), squeeze=False)[0]
+    across = min(2, len(chosen))
+    down = -(-len(chosen) // across)
+    figure = new_figure(max(each * across + 0.9, 5.0), min(max(1.3 + height * rows, 2.2), 10.0) * down + 0.3)
+    grid = figure.subplots(down, across, squeeze=False).ravel()
+    for axes in grid[len(chosen) :]:
+        axes.set_axis_off()
     drawn = []
-    for axes, entry, value in zip(grid, chosen, values, strict=True):
+    for axes, entry, value in zip(grid, chosen, values, strict=False):
         image = axes.imshow(value, cmap="Blues", vmin=low, vmax=high, aspect="auto", interpolation="nearest")
         drawn.append(image)
         if numbers:
@@ -79,7 +83,8 @@ def tables(entries: Sequence[Shown], path: Path, *, title: str, classes: Sequenc
         axes.set_xlabel(chosen[0].axes[1], fontsize=10)
         for spine in axes.spines.values():
             spine.set_visible(False)
-    grid[0].set_ylabel(chosen[0].axes[0], fontsize=10)
+    for axes in grid[::across]:
+        axes.set_ylabel(chosen[0].axes[0], fontsize=10)
     figure.colorbar(drawn[-1], ax=list(grid), pad=0.01).ax.tick_params(labelsize=9)
     figure.suptitle(title, fontsize=12, x=0.01, ha="left")
     save(figure, path)

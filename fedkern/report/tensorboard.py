@@ -1,0 +1,94 @@
+"""A run's losses and metrics as TensorBoard event files (``--tensorboard``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedkern.engine import Listener, RunInfo
+from fedkern.errors import UserError
+
+FOLDER = "tensorboard"
+_NOT_FIGURES = {"round", "rounds", "name", "evaluated", "clients", "dropped", "phases"}
+_BOOKKEEPING = {"seconds", "round_seconds", "bytes_up", "bytes_down", "round_bytes_up", "round_bytes_down"}
+_NOT_OF_CLIENTS = {"samples", "seconds"}
+
+
+def check() -> Any:
+    """``torch.utils.tensorboard``'s writer.
+
+    Raises:
+        UserError: the package tensorboard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs tensorboard: pip install 'fedkern[tensorboard]'.") from None
+    return SummaryWriter
+
+
+class TensorBoard(Listener):
+    """Writes every communication round's figures into ``<run folder>/tensorboard``.
+
+    Metrics and losses keep their names, with the test set before a slash (``id/accuracy``); what clients observed is
+    under ``clients/``, the mean over those of the round; times and bytes are under ``run/``.  The
+    summary's figures are under ``final/``.  Continuing a run hides what an interrupted one wrote after its last
+    checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self._make = check()
+        self._writer: Any = None
+
+    def on_start(self, run: RunInfo) -> None:
+        # Made anew in a fresh run folder; events of rounds that are played again are purged.
+        self._folder = Path(run.out) / FOLDER
+        try:
+            self._writer = self._make(str(self._folder), purge_step=run.first_round + 1 if run.first_round else None)
+        except OSError as error:
+            raise UserError(f"{self._folder} cannot be written: {error.strerror or error}.") from None
+
+    def on_round(self, record: Mapping[str, Any]) -> None:
+        if self._writer is None:
+            return
+        for tag, value in scalars(record).items():
+            self._writer.add_scalar(tag, value, int(record["round"]))
+        self._writer.flush()
+
+    def on_end(self, summary: Mapping[str, Any]) -> None:
+        if self._writer is not None:
+            for tag, value in scalars(summary["metrics"]).items():
+                self._writer.add_scalar(f"final/{tag}", value, int(summary["rounds"]))
+        self.close()
+
+    def close(self) -> None:
+        """Writes what is left; more than once does no harm."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a round's record by TensorBoard tag."""
+    from fedkern.report.tables import split_metric
+
+    result: dict[str, float] = {}
+    for name, value in record.items():
+        if name in _NOT_FIGURES or isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        test_set, figure = split_metric(name)
+        tag = f"run/{name}" if name in _BOOKKEEPING else f"{test_set}/{figure}" if test_set else name
+        result[tag] = float(value)
+    for name, mean in _means(list(record.get("clients", {}).values())).items():
+        result[f"clients/{name}"] = mean
+    return result
+
+
+def _means(clients: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    values: dict[str, list[float]] = {}
+    for info in clients:
+        for name, value in info.items():
+            if name not in _NOT_OF_CLIENTS and isinstance(value, (int, float)) and not isinstance(value, bool):
+                values.setdefault(name, []).append(float(value))
+    return {name: sum(each) / len(each) for name, each in values.items()}

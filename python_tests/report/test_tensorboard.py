@@ -1,0 +1,79 @@
+"""TensorBoard event files: what stands in them, for any method, also after a kill and a resume."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from fedkern.cli import commands, flags
+from fedkern.engine import Listener, read_metrics
+from fedkern.errors import UserError
+from fedkern.report.tensorboard import FOLDER, TensorBoard, scalars
+
+RECORD = {
+    "round": 3, "rounds": 9, "name": "train", "seconds": 2.0, "bytes_up": 7, "evaluated": True, "loss": 0.5,
+    "id_accuracy": 0.75, "validation_loss": 1.5, "epsilon": None, "phases": {"train": 1.0}, "dropped": [],
+    "clients": {"0": {"samples": 10, "loss": 0.25, "drift": 1.0}, "1": {"samples": 30, "loss": 0.75}},
+}  # fmt: skip
+
+
+def test_the_tags():
+    assert scalars(RECORD) == {
+        "loss": 0.5, "id/accuracy": 0.75, "validation/loss": 1.5, "run/seconds": 2.0, "run/bytes_up": 7.0,
+        "clients/loss": 0.5, "clients/drift": 1.0,
+    }  # fmt: skip
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match=r"pip install 'fedkern\[tensorboard\]'"):
+        TensorBoard()
+    with pytest.raises(UserError, match="tensorboard"):
+        commands.COMMANDS["run"](flags.parse(["fedavg", "--tensorboard"]))
+
+
+def read(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), purge_orphaned_data=True)
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+class Kill(BaseException):
+    pass
+
+
+class KillAt(Listener):
+    def __init__(self, round):
+        self.round = round
+
+    def on_round(self, record):
+        if record["round"] == self.round:
+            raise Kill
+
+
+WORDS = [
+    "fedavg", "--data", "digits", "--train-samples", "60", "--clients", "2", "--rounds", "4", "--local-epochs", "1",
+    "--width", "2", "--model", "cnn", "--grad-cam", "0", "--checkpoint-every", "2", "--quiet", "--tensorboard",
+]  # fmt: skip
+
+
+def test_every_round_of_a_run_stands_in_them(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed (pip install 'fedkern[tensorboard]')")
+    out = tmp_path / "run"
+    make = commands._Tee
+    monkeypatch.setattr(commands, "_Tee", lambda *listeners: make(*listeners, KillAt(3)))
+    with pytest.raises(Kill):  # round 3 is in the event files but in no checkpoint
+        commands.COMMANDS["run"](flags.parse([*WORDS, "--out", str(out)]))
+    monkeypatch.setattr(commands, "_Tee", make)
+    assert [step for step, _ in read(out / FOLDER)["loss"]] == [1, 2, 3]
+    assert commands.COMMANDS["resume"](flags.parse(["--resume", str(out), "--tensorboard", "--quiet"])) == 0
+    found = read(out / FOLDER)
+    assert [step for step, _ in found["loss"]] == [1, 2, 3, 4]
+    for tag in ("accuracy", "validation/accuracy", "loss", "clients/drift", "run/bytes_up", "final/accuracy"):
+        assert tag in found
+    for record, (step, value) in zip(read_metrics(out), found["accuracy"], strict=True):
+        assert (record["round"], record["accuracy"]) == (step, pytest.approx(value, rel=1e-6))
+    assert capsys.readouterr().out.strip() == str(out)
