@@ -7,6 +7,7 @@
 namespace fedkern {
 
 void bind_blend(py::module_&);
+void bind_contrast(py::module_&);
 void bind_distill(py::module_&);
 void bind_distill_ensemble(py::module_&);
 void bind_aggregate(py::module_&);
@@ -51,6 +52,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("cache_bytes", [] { return cache_bytes(); });
   module.def("set_cache_bytes", [](std::int64_t bytes) { cache_bytes() = bytes; });
   bind_blend(module);
+  bind_contrast(module);
   bind_distill(module);
   bind_distill_ensemble(module);
   bind_aggregate(module);

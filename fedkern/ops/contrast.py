@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from fedkern.ops import _library
+from fedkern.ops import contrast_launch as _cpu  # noqa: F401  registers the CPU kernels
 from fedkern.ops.backend import eager, intercepted, readable, select
 from fedkern.ops.contrast_checks import check_pair, check_temperature
-from fedkern.ops.contrast_kernels import ContrastKernel, Gradients
+from fedkern.ops.contrast_kernels import ContrastKernel
 from fedkern.ops.contrast_library import CONTRASTIVE
 from fedkern.ops.contrast_reference import contrastive_reference
 
@@ -82,7 +83,7 @@ class _Contrastive(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        tensors, gradients = saved[:-3], Gradients(*saved[-3:])
+        tensors, gradients = saved[:-3], saved[-3:]
         if not readable(grad):
 
             def reference(x: Tensor, y: Tensor, learnt: Tensor | None = None) -> Tensor:
@@ -90,8 +91,4 @@ class _Contrastive(torch.autograd.Function):
 
             needs = ctx.needs_input_grad[2:]
             return (None, None, *_library.differentiate_reference(reference, tensors, needs, grad))
-        scaled = (
-            None if gradient is None else ctx.kernel.scaled(gradient, grad, tensor)
-            for gradient, tensor in zip(gradients, tensors, strict=False)
-        )
-        return (None, None, *scaled)
+        return (None, None, *ctx.kernel.scaled(gradients[: len(tensors)], grad, tensors))

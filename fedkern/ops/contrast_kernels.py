@@ -32,13 +32,18 @@ class ContrastKernel(Protocol):
     ) -> tuple[Tensor, Gradients]:
         """The loss and its gradients with respect to x, y and the temperature where ``needs`` says so."""
 
-    def loss_and_log_sums(self, x: Tensor, y: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-        """The loss and the logarithms ``[2, B]`` of the sums of exponentials of rows and of columns."""
+    def loss_and_sums(self, x: Tensor, y: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, and what softmaxes are made of: tops and sums of rows, then of columns, ``[4, B]``.
+
+        A softmax is ``exp((x yᵀ - top) / temperature) / sum``; tops and sums have the computing dtype.
+        """
 
     def gradients(
-        self, x: Tensor, y: Tensor, temperature: float | Tensor, log_sums: Tensor, needs: Sequence[bool]
+        self, x: Tensor, y: Tensor, temperature: float | Tensor, sums: Tensor, needs: Sequence[bool]
     ) -> Gradients:
-        """The gradients, from what :meth:`loss_and_log_sums` gave."""
+        """The gradients, from what :meth:`loss_and_sums` gave."""
 
-    def scaled(self, gradient: Tensor, grad: Tensor, like: Tensor) -> Tensor:
-        """``gradient * grad`` in the dtype of ``like``; ``gradient`` itself stays as it is."""
+    def scaled(
+        self, gradients: Sequence[Tensor | None], grad: Tensor, inputs: Sequence[Tensor | None]
+    ) -> tuple[Tensor | None, ...]:
+        """``gradients`` times ``grad`` in the dtypes of ``inputs``, as many as those; what was given stays as it is."""

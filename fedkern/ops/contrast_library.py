@@ -14,7 +14,6 @@ from fedkern.ops.contrast_reference import (
     compute_dtype,
     contrastive_reference,
     gradients_reference,
-    log_sums_reference,
 )
 
 
@@ -26,17 +25,18 @@ def _run(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float) -> tup
     kernel = _kernel(x, y)
     given = temperature if learnt is None else learnt
     if kernel is None:
-        return contrastive_reference(x, y, given), log_sums_reference(x, y, given)
-    return kernel.loss_and_log_sums(x, y, given)
+        loss = contrastive_reference(x, y, given)
+        return loss, x.new_zeros((4, x.shape[0]), dtype=compute_dtype(loss.dtype))  # its gradients need none
+    return kernel.loss_and_sums(x, y, given)
 
 
 def _fake(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(x.dtype, y.dtype)
-    return x.new_empty((), dtype=dtype), x.new_empty((2, x.shape[0]), dtype=compute_dtype(dtype))
+    return x.new_empty((), dtype=dtype), x.new_empty((4, x.shape[0]), dtype=compute_dtype(dtype))
 
 
 def _run_backward(
-    grad: Tensor, x: Tensor, y: Tensor, learnt: Tensor | None, log_sums: Tensor, temperature: float, *needs: bool
+    grad: Tensor, x: Tensor, y: Tensor, learnt: Tensor | None, sums: Tensor, temperature: float, *needs: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernel = _kernel(x, y)
     inputs = (x, y, learnt)
@@ -44,9 +44,8 @@ def _run_backward(
     if kernel is None:
         raw = Gradients(*gradients_reference(grad, x, y, given))
     else:
-        raw = kernel.gradients(x, y, given, log_sums, needs)
-        pairs = zip(raw, inputs, strict=True)
-        raw = Gradients(*(g if g is None or t is None else kernel.scaled(g, grad, t) for g, t in pairs))
+        raw = kernel.gradients(x, y, given, sums, needs)
+        raw = Gradients(*kernel.scaled(raw, grad, inputs))
     a, b, c = (
         _nothing(x) if t is None or g is None or not need else _placed(g, t)
         for g, t, need in zip(raw, inputs, needs, strict=True)
@@ -61,7 +60,7 @@ def _placed(gradient: Tensor, like: Tensor) -> Tensor:
 
 
 def _fake_backward(
-    grad: Tensor, x: Tensor, y: Tensor, learnt: Tensor | None, log_sums: Tensor, temperature: float, *needs: bool
+    grad: Tensor, x: Tensor, y: Tensor, learnt: Tensor | None, sums: Tensor, temperature: float, *needs: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     a, b, c = (
         torch.empty_like(t) if need and t is not None else _nothing(x)
@@ -99,7 +98,7 @@ def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def _second(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-    """Derivative of the backward pass, through the reference, which takes the logarithms of sums anew."""
+    """Derivative of the backward pass, through the reference, which takes the sums anew."""
     saved = ctx.saved_tensors
     present = [i for i in range(4) if saved[i] is not None]
     chosen = [i for i in range(1, 4) if ctx.needs[i - 1] and saved[i] is not None]
@@ -158,7 +157,7 @@ CONTRASTIVE = _library.register(
 )
 CONTRASTIVE_BACKWARD = _library.register(
     "contrastive_backward",
-    "(Tensor grad, Tensor x, Tensor y, Tensor? learnt, Tensor log_sums, float temperature, bool need_x, bool need_y, "
+    "(Tensor grad, Tensor x, Tensor y, Tensor? learnt, Tensor sums, float temperature, bool need_x, bool need_y, "
     "bool need_temperature) -> (Tensor, Tensor, Tensor)",
     _run_backward,
     fake=_fake_backward,

@@ -15,12 +15,6 @@ def contrastive_reference(x: Tensor, y: Tensor, temperature: float | Tensor = 0.
     return (-own.sum() / max(len(x), 1)).to(torch.promote_types(x.dtype, y.dtype))
 
 
-def log_sums_reference(x: Tensor, y: Tensor, temperature: float | Tensor) -> Tensor:
-    """``[2, B]``: the logarithms of the sums of exponentials of the similarities' rows, and of their columns."""
-    logits, _ = _similarities(x, y, temperature)
-    return torch.stack([logits.logsumexp(1), logits.logsumexp(0)]) if len(x) else logits.new_zeros(2, 0)
-
-
 def gradients_reference(
     grad: Tensor, x: Tensor, y: Tensor, temperature: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,8 +10,9 @@ from which Triton does.  On the CPU there is nothing to choose: the CPU core ser
   behind the host, so this shows as long as the kernel is shorter than the launch.  At an H200's 4.8 TB/s 20 µs are
   96 MB of traffic, which is where the two meet when their kernels are equally good: :data:`LAUNCH_HIDDEN` is that, for
   an operator which reads its first tensor once and writes as much.
-* Below it CUDA is right for every operator.  Above it, where both only move memory (blend, boxes, the means, fuse),
-  neither can win by more than the last tenth of the bandwidth, and CUDA stays, since it compiles nothing at first use.
+* Below it CUDA is right for every operator.  Above it, where both only move memory (blend, boxes, the means, fuse, and
+  contrastive beside its products), neither can win by more than the last tenth of the bandwidth, and CUDA stays, since
+  it compiles nothing at first use.
 * The row losses are different: with tens of thousands of classes their work per byte (exponentials, two passes over a
   row whose second one finds it in the L2) depends on how rows are cut into tiles, which Triton picks per shape and a
   compiled core has to fix.  There Triton takes the large sizes.
@@ -37,6 +38,7 @@ CROSSOVER: dict[str, dict[int, int] | None] = {
     "ensemble_kl": None,
     "js_div": None,
     "consensus": None,
+    "contrastive": None,
     "fuse_concat": None,
     "fuse_mean": None,
 }
