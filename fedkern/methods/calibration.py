@@ -113,7 +113,8 @@ class ClassStatistics:
         """Takes a client's :meth:`message` in.
 
         Raises:
-            ValueError: a tensor is missing, of wrong shape, negative or not finite; nothing was taken in then.
+            ValueError: a tensor is missing, of wrong shape or not finite, or a count or squared deviation is negative;
+                nothing was taken in then.
         """
         counts, means, scatters = self._checked(message)
         for row, c in enumerate(torch.nonzero(counts).flatten().tolist()):
@@ -167,6 +168,12 @@ class ClassStatistics:
                 )
             if not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"{name} of the class statistics must be finite")
+        variances = scatters
+        if not self.diagonal:
+            i, j = torch.triu_indices(self.width, self.width)
+            variances = scatters[:, i == j]
+        if bool((variances < 0).any()):
+            raise ValueError("scatters of the class statistics must not be negative on the diagonal")
         return counts, means, scatters
 
 

@@ -129,14 +129,23 @@ class FedLPFM(LocalTraining):
     # -- the client ------------------------------------------------------------------------------------------------
 
     def check(self, client: Client) -> None:
-        """Raises UserError where a file of logits lacks some of the client's images."""
-        if not self.options.lam or self.options.teacher_view == "same":
+        """Raises UserError where a file of logits lacks some of the client's images, as its teacher would see them."""
+        if not self.options.lam:
             return
         self._install(client, client.network)
         for index in self._used():
             if self._specs[index].kind == "logits" and self.options.teacher_tuning == "zero-shot":
+                if self.options.teacher_view == "same" and self._augmented(client):
+                    raise UserError(
+                        f"The teacher {self._specs[index]} knows images as they are stored and these are augmented: "
+                        "take teacher_view=cached, or --augment none."
+                    )
                 for batch in client.batches():
                     self._teacher(index).logits(batch.images)
+
+    def _augmented(self, client: Client) -> bool:
+        """Whether the proxy trains on augmented images."""
+        return next(client.batches(1, augment=True, rng=client.rng("look", ONCE))).augmented
 
     def client_update(self, client: Client, step: Step, message: Message) -> Message:
         if self.options.lam:

@@ -71,7 +71,7 @@ class FuseFL(Objective, Method):
             choices=("owner", "batch", "code"),
         )
         width: str = option(
-            "auto", "channels of a client's first stage; auto: the model's over the root of the clients"
+            "auto", "channels of a client's first stage; auto: the (narrowest) model's over the root of the clients"
         )
         models: str = option("", "networks of the clients in turn, for example resnet18,resnet10; empty: the run's")
 
@@ -81,7 +81,9 @@ class FuseFL(Objective, Method):
 
     def start(self, server: Server) -> None:
         kinds, clients = self._models(), server.federation.clients
-        widths = [scaled_width(self.options.width, server.build(model=name), clients) for name in kinds]
+        # One width for all, or their blocks could not be fused: that of the narrowest.
+        width = min(scaled_width(self.options.width, server.build(model=name), clients) for name in kinds)
+        widths = [width] * len(kinds)
         networks = _Networks(self, server, widths)
         used = range(min(clients, len(kinds)))
         for j in used:

@@ -112,7 +112,8 @@ def check_alike(interfaces: Sequence[Sequence[tuple[int, ...]]]) -> None:
             if shape != first:
                 raise UserError(
                     f"Block {level} of client {k} gives {list(shape)} and that of client 0 {list(first)}: networks can "
-                    "only be fused where their blocks give the same shape."
+                    "only be fused where their blocks give the same shape, so cut them elsewhere (the method option "
+                    "cuts) or take networks of one kind, such as resnet18,resnet10."
                 )
 
 

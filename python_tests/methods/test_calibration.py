@@ -195,6 +195,13 @@ def test_bad_uploads_are_named_and_not_taken_in():
     ):
         with pytest.raises(ValueError, match=said):
             server.merge({**good, name: bad})
+    diagonal = ClassStatistics(CLASSES, WIDTH, diagonal=True)
+    diagonal.add(*clients[0])
+    for statistics, message, column in ((server, good, 5), (diagonal, diagonal.message(), 1)):
+        bad = message["scatters"].clone()
+        bad[1, column] = -0.5  # the second feature's squared deviations; off the diagonal it would be sound
+        with pytest.raises(ValueError, match=r"scatters .* must not be negative on the diagonal"):
+            ClassStatistics(CLASSES, WIDTH, diagonal=statistics.diagonal).merge({**message, "scatters": bad})
     assert server.counts.sum() == 0
     with pytest.raises(ValueError, match=r"labels must lie in \[0, 4\), not 4"):
         server.add(torch.zeros(1, WIDTH), torch.tensor([4]))

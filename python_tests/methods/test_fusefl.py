@@ -388,6 +388,8 @@ def test_a_client_that_diverges_at_one_level_takes_part_in_the_next(make_data, m
         ({}, {"cuts": "1,1"}, "not behind 1, 1"),
         ({}, {"width": "half"}, '"width" must be auto or a number from 1, not "half"'),
         ({}, {"models": "cnn,resnet8", "width": "2"}, r"Block 1 of client 1 gives .* and that of client 0"),
+        # As wide as each other (16 channels over the root of 3 clients), but not cut at the same places.
+        ({}, {"models": "resnet8,resnet10"}, r"gives \[18, .* of client 0 \[9, .* take networks of one kind"),
         ({}, {"models": "cnn,renset8"}, 'no model "renset8".*Did you mean'),
     ],
 )
