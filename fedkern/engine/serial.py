@@ -140,6 +140,7 @@ class Client(_Place):
         rows: np.ndarray | None = None,
         lr_end: float | None = None,
         after_epoch: Callable[[int], None] | None = None,
+        first: int | None = None,
     ) -> dict[str, float]:
         if self.brought(module):
             return {}
@@ -148,6 +149,8 @@ class Client(_Place):
         trainable = Trainable(module)
         received = self._received(step, {} if message is None else message, epochs, None)
         data, schedule = self._bench.client_data(self.id), replace(self._schedule(step, epochs, limit), end=lr_end)
+        if first is not None:
+            schedule = replace(schedule, first=first)
         try:
             figures = train(self, method, step, trainable, data, received, schedule, rows, after_epoch)
         finally:

@@ -149,7 +149,8 @@ class FuseFL(Objective, Method):
         for k in range(server.federation.clients):
             message: Message = {"widths": list(state["widths"])}
             if step.name != CALIBRATE:
-                message["epochs"] = self.epochs(level, server.federation.local_epochs)
+                each = [self.epochs(i, server.federation.local_epochs) for i in range(1, level + 1)]
+                message.update(epochs=each[-1], first=sum(each[:-1]))
             new = {i: state["levels"][i] for i in range(max(1, state["seen"].get(k, 0)), level)}
             message["others"] = {i: {j: pair for j, pair in pairs.items() if j != k} for i, pairs in new.items()}
             left_out = [i for i, pairs in new.items() if k not in pairs]
@@ -181,7 +182,7 @@ class FuseFL(Objective, Method):
         if frozen is not None and batchwise:
             frozen.normalise_by_batch()
         part = LocalPart(frozen, adaptor, list(network.blocks)[level - 1 :], network.head, client.samples, batchwise)
-        client.fit(self, step, part, epochs=message["epochs"])
+        client.fit(self, step, part, epochs=message["epochs"], first=message["first"])
 
         pair: Message = {"block": tensors_of(network.blocks[level - 1])}
         if adaptor is not None and any(True for _ in adaptor.parameters()):

@@ -332,6 +332,7 @@ class Client(Place, Protocol):
         rows: np.ndarray | None = None,
         lr_end: float | None = None,
         after_epoch: Callable[[int], None] | None = None,
+        first: int | None = None,
     ) -> dict[str, float]:
         """The same loop on any module, in place: SGD on those of its parameters that require gradients.
 
@@ -346,6 +347,7 @@ class Client(Place, Protocol):
             rows: int64, the samples to train on; None for all.
             lr_end: learning rate that the last epoch comes down to along half a cosine; None: none.
             after_epoch: called with the number of every epoch done, from 0; it may leave the module in eval mode.
+            first: epochs of the run before these, for ``--lr-steps`` (default: ``epochs`` in every round before).
 
         Returns:
             The means over all batches of ``loss`` and of whatever the method observed; they also go to the record.

@@ -1,0 +1,52 @@
+"""FuseFL by hand: its settings on a tiny federation, and a run whose messages can be looked at."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from fedkern.engine.bench import Bench
+from fedkern.engine.serial import Client, Server
+from fedkern.methods import FuseFL, Step, Upload
+from fedkern.methods.fusefl_levels import flat
+
+PLAIN = {"model": "cnn", "local_epochs": 3, "grad_cam": 0, "rounds": None}
+
+
+def config_of(make_config, options=None, **settings):
+    return make_config("fusefl", **{**PLAIN, **settings, "options": {"virtual_features": 20, **(options or {})}})
+
+
+class Play:
+    """A run by hand: the method, its server and clients, and what travelled."""
+
+    def __init__(self, config, data, order=None, backwards=False):
+        self.bench = Bench(config, data)
+        self.method = FuseFL(FuseFL.Options.parse(config.options))
+        self.server = Server(self.bench)
+        self.clients = {k: Client(self.bench, k, {}) for k in range(config.clients)}
+        self.order = list(order or self.clients)
+        self.backwards = backwards
+        self.down, self.up = [], []
+        self.method.start(self.server)
+
+    def round(self, number, name):
+        step = Step(number, name, "update")
+        sent = self.method.send(self.server, step)
+        answers = {k: self.method.client_update(self.clients[k], step, sent[k]) for k in self.order}
+        self.down.append(sent)
+        self.up.append({k: copy.deepcopy(answers[k]) for k in sorted(answers)})
+        order = sorted(answers, reverse=self.backwards)
+        uploads = (Upload(k, self.bench.federation.samples[k], answers[k]) for k in order)
+        self.method.server_update(self.server, step, uploads)
+
+    def go(self):
+        for number, entry in enumerate(self.method.rounds(self.bench.federation)):
+            self.round(number, entry.name)
+        return self
+
+
+def equal(a, b) -> bool:
+    a, b = flat(a), flat(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
