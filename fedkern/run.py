@@ -70,13 +70,13 @@ def _wait_without_spinning() -> None:
 
 def _dispatch(words: list[str]) -> int:
     # Imported here so that Ctrl-C during the second that torch takes to load ends in a line, not in a traceback.
-    from fedkern.cli import commands, flags
+    from fedkern.cli import commands, downstream, flags
     from fedkern.engine import Terminated
 
     def terminate(number: int, frame: Any) -> None:
         raise Terminated
 
-    request = flags.parse(words)
+    request = downstream.parse(words) or flags.parse(words)
     if request.command == "help":
         print(request.help)
         return OK

@@ -1,4 +1,4 @@
-"""What each command does: run, resume, list, doctor."""
+"""What each command does: run, resume, list, doctor, and those about a finished run."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedkern.cli import downstream
 from fedkern.cli.flags import PROGRAM, Request, absolute, effective, named_options, quote
 from fedkern.cli.repeat import command_line
+from fedkern.downstream.tasks import TASKS
 from fedkern.engine import Listener, RunConfig, RunInfo, Terminated
 from fedkern.engine.records import plain
 from fedkern.errors import UserError
@@ -279,4 +281,11 @@ def attack(request: Request) -> int:
     return 0
 
 
-COMMANDS = {"run": run, "resume": run, "attack": attack, "list": list_all, "doctor": doctor}
+COMMANDS = {
+    **dict.fromkeys(TASKS, downstream.run),
+    "run": run,
+    "resume": run,
+    "attack": attack,
+    "list": list_all,
+    "doctor": doctor,
+}

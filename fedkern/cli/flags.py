@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fedkern.data import COMMON_OPTIONS, DATASETS, DataOption
+from fedkern.downstream.tasks import TASKS
 from fedkern.engine import RunConfig
 from fedkern.engine.defaults import default_data, defaults
 from fedkern.errors import UserError, nearest
@@ -19,6 +20,7 @@ from fedkern.methods.options import Knob
 
 PROGRAM = "python -m fedkern.run"
 COMMANDS = {
+    **TASKS,
     "attack": "how well a finished run's model tells who was in its training data",
     "list": "show the methods, data sets, models and partitioners",
     "doctor": "show versions, processor, GPU, and which backend serves which operator",
@@ -58,6 +60,7 @@ DESCRIPTION = f"""\
 {PROGRAM} METHOD --help               the same help with the method's own options
 {PROGRAM} --resume DIR                continue an interrupted run
 {PROGRAM} attack DIR                  {COMMANDS["attack"]}
+{"".join(f"{PROGRAM} {name + ' DIR':<27} {text}" + chr(10) for name, text in TASKS.items())}\
 {PROGRAM} list                        {COMMANDS["list"]}
 {PROGRAM} doctor                      {COMMANDS["doctor"]}
 """
@@ -78,6 +81,7 @@ class Request:
         resume: the folder to continue.
         folder: the run folder of a command about a finished run.
         tensorboard: whether event files are written beside metrics.jsonl.
+        arguments: of a downstream task.
     """
 
     command: str
@@ -93,9 +97,12 @@ class Request:
     quiet: bool = False
     json: bool = False
     help: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong as a :class:`UserError`."""
+
     def error(self, message: str) -> NoReturn:
         raise UserError(message[:1].upper() + message[1:] + ".")
 
@@ -141,8 +148,8 @@ def _other_data_options() -> str:
     return "; ".join(f"{keys} ({name})" for name, keys in named.items() if keys)
 
 
-def _parser(method: str | None, data: str) -> _Parser:
-    parser = _Parser(
+def _parser(method: str | None, data: str) -> Parser:
+    parser = Parser(
         prog=PROGRAM,
         usage=argparse.SUPPRESS,
         description=DESCRIPTION,
@@ -225,7 +232,8 @@ def _method_options(method: str | None, data: str) -> str:
     return "\n".join(lines)
 
 
-def _pairs(words: Sequence[str], name: str) -> dict[str, str]:
+def key_values(words: Sequence[str], name: str) -> dict[str, str]:
+    """The words ``key=value`` of a repeatable flag; UserError for one of another form."""
     pairs: dict[str, str] = {}
     for word in words:
         key, equals, value = word.partition("=")
@@ -287,7 +295,7 @@ def parse(argv: Sequence[str]) -> Request:
     data_options: dict[str, Any] = {
         name: value for name in DATA_FLAGS if (value := getattr(values, f"data:{name}")) is not None
     }
-    for key, value in _pairs(values.data_option, "data_option").items():
+    for key, value in key_values(values.data_option, "data_option").items():
         if key in data_options:
             raise UserError(f'The data option "{key}" is given twice.')
         data_options[key] = value

@@ -42,6 +42,11 @@ WORDS: dict[str, tuple[str, str, str]] = {
     "thing": ("a {colour} {digit}", "some {colour} {digit}", "the {digit} in {colour}"),
     "opening": ("", "a picture of", "this shows"),
 }  # fmt: skip
+PROMPTS = {
+    name: tuple(f"a {ink} {word}" for ink in INK for word, place in zip(WORDS[name], WORDS["place 0"], strict=True))
+    for name in CLASSES
+}
+"""What zero-shot classification says of a digit: in every colour, by all of its words."""
 SAMPLES, TEST, VALIDATE = 3_000, 500, 300
 SCALE = (0.24, 0.22, 0.24), (0.25, 0.24, 0.25)  # mean and standard deviation of the channels over many seeds
 RARE = 0.15  # how often majority clients show a concept of the minority's, relative to others

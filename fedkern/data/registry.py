@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedkern.data.captions import make_captions
+from fedkern.data.captions import PROMPTS, make_captions
 from fedkern.data.cifar import open_cifar10, open_cifar100
 from fedkern.data.coloured import PALETTES
 from fedkern.data.digits import open_digits
@@ -81,6 +81,7 @@ class DatasetInfo:
         needs_root: whether files under ``--data-root`` are read.
         image: default (channels, side in pixels).
         options: accepted options, beside `COMMON_OPTIONS`.
+        prompts: what zero-shot classification says of a class: a template, or prompts for every class.
         make: of a set whose samples are made for their clients: ``make(clients, spec, seed, samples=, test_samples=,
             validation_samples=, **options)``.
         task: ``"classification"`` or ``"segmentation"``.
@@ -95,6 +96,7 @@ class DatasetInfo:
     needs_root: bool = True
     options: Mapping[str, DataOption] = field(default_factory=dict)
     make: Callable[..., FederatedData] | None = None
+    prompts: str | Mapping[str, tuple[str, ...]] = "a photo of a {class}."
     task: str = "classification"
 
     @property
@@ -181,7 +183,7 @@ DATASETS: dict[str, DatasetInfo] = {
     ),
     "captions": DatasetInfo(
         "embedded digits on textured canvases with captions; clients differ in look and words, one is a small minority",
-        None, 5, "attribute", (3, 32), needs_root=False, make=make_captions,
+        None, 5, "attribute", (3, 32), needs_root=False, make=make_captions, prompts=PROMPTS,
         options={
             "minority": DataOption(0.05, "the last client's share of the canvases; 0 for no minority", low=0, high=0.5),
             "held_out": DataOption(1, "clients that do not train; their canvases are the test set unseen", low=0),
@@ -229,7 +231,7 @@ DATASETS: dict[str, DatasetInfo] = {
     ),
     "reports": DatasetInfo(
         "radiographs with reports as in MIMIC-CXR: a CSV file with image,report[,label][,view][,site][,split]",
-        open_reports, 5, "dirichlet:0.5", (1, 64),
+        open_reports, 5, "dirichlet:0.5", (1, 64), prompts="{class}",
         options={
             **_READING,
             "colour": DataOption("grey", "three channels, or one", choices=("rgb", "grey")),

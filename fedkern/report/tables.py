@@ -164,3 +164,35 @@ def attack_table(found: Mapping[str, Any], name: str) -> Table:
     for text, value in rows.items():
         table.add_row(text, value)
     return table
+
+
+def downstream_table(result: Mapping[str, Any]) -> Table:
+    """The figures of a downstream task: a row for each test set.
+
+    Args:
+        result: ``command``, ``method``, ``data``, ``networks`` and ``rows``; fractions are shown in per cent.
+    """
+    many = result["networks"]
+    mean = f", mean over {many} networks" if many > 1 else ""
+    table = Table(
+        title=f"{result['command']}: {result['method']} on {result['data']}{mean}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    rows = result["rows"]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    for name in columns:
+        table.add_column(
+            {"set": "test set", "auc": "AUC"}.get(name, name), justify="left" if name == "set" else "right"
+        )
+    for row in rows:
+        table.add_row(*(_cell(name, row.get(name, "")) for name in columns))
+    return table
+
+
+def _cell(name: str, value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    fraction = name.startswith(("i2t_", "t2i_", "dice", "iou", "accuracy"))
+    return f"{100 * value:.1f} %" if fraction else f"{value:.3g}" if name != "auc" else f"{value:.3f}"

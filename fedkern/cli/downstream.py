@@ -1,0 +1,139 @@
+"""The commands that try a finished image-text run: ``python -m fedkern.run retrieval DIR`` and so on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fedkern.cli.flags import PROGRAM, Parser, Request, absolute, key_values
+from fedkern.downstream.tasks import FEATURES, TASKS
+from fedkern.errors import UserError, nearest
+
+FLAGS: dict[str, dict[str, tuple[str, str, str]]] = {
+    # command: flag: (default, what stands for its value, help)
+    "retrieval": {"ks": ("1,5,10", "K,...", "recall at these k")},
+    "zero-shot": {
+        "prompts": ("", "TEXT|FILE", "template such as 'a photo of a {class}.', or a file of templates, instead of the "
+                                     "data set's own"),
+    },
+    "probe": {
+        "shots": ("1,5,10,all", "N,...", "training images of every class"),
+        "features": (FEATURES[0], "|".join(FEATURES), "what the probe sees: the aligned first token, the mean patch "
+                                                      "token or the shared embedding"),
+        "draws": ("3", "N", "random choices of the shots, averaged"),
+        "seed": ("0", "S", "of these choices"),
+    },
+    "decode": {
+        "epochs": ("10", "E", "passes of the decoder over the training images"),
+        "samples": ("0", "N", "training images used, 0 for all"),
+        "seed": ("0", "S", "of the decoder's initial weights and its order"),
+    },
+}  # fmt: skip
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    parser = Parser(
+        prog=f"{PROGRAM} {command}",
+        description=f"{TASKS[command]}; the figures are also written into the run folder.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.add_argument("folder", nargs="?", metavar="DIR", help="folder of a finished run")
+    for name, (default, metavar, text) in FLAGS[command].items():
+        shown = f"{text}; default {default}" if default else text
+        parser.add_argument(f"--{name}", default=default, metavar=metavar, help=shown)
+    parser.add_argument("--data", metavar="NAME", help="another data set than the run's own")
+    parser.add_argument("--data-root", metavar="DIR", help="where the data files are")
+    parser.add_argument("--data-option", action="append", default=[], metavar="key=value",
+                        help="an option of that other data set; repeatable")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.add_argument("-h", "--help", action="store_true", help="show this help and exit")
+    return parser
+
+
+def parse(words: Sequence[str]) -> Request | None:
+    """Reads a downstream command; None where the words are of another one.
+
+    Raises:
+        UserError: an unknown flag, a value of the wrong kind, or no folder.
+    """
+    command = next((word for word in words if not word.startswith("-")), "")
+    if command not in TASKS:
+        return None
+    at = list(words).index(command)
+    parser = _parser(command)
+    found, rest = parser.parse_known_args([*words[:at], *words[at + 1 :]])
+    if rest:
+        known = [name for action in parser._actions for name in action.option_strings]
+        given = rest[0].partition("=")[0]
+        raise UserError(f'{PROGRAM} {command} does not take "{given}".{nearest(given, known)} See --help.')
+    values = vars(found)
+    if values.pop("help"):
+        return Request("help", help=parser.format_help())
+    if values["folder"] is None:
+        raise UserError(f"{PROGRAM} {command} needs the folder of a finished run.")
+    where = absolute({"data_root": values.pop("data_root")})
+    options = absolute(key_values(values.pop("data_option"), "data_option"))
+    return Request(
+        command,
+        folder=Path(values.pop("folder")),
+        json=values.pop("json"),
+        settings={"data": values.pop("data"), **where},
+        data_options=options,
+        arguments={name: _read(name, value) for name, value in values.items()},
+    )
+
+
+def _read(name: str, value: str) -> Any:
+    if name == "prompts":
+        return value
+    if name == "features":
+        if value not in FEATURES:
+            raise UserError(f"--features must be one of {', '.join(FEATURES)}, not {value}.")
+        return value
+    lowest = 0 if name in ("samples", "seed") else 1
+    if name in ("ks", "shots"):
+        words = [word.strip() for word in value.split(",")]
+        return tuple(0 if name == "shots" and word == "all" else _number(name, word, 1) for word in words)
+    return _number(name, value, lowest)
+
+
+def _number(name: str, word: str, lowest: int) -> int:
+    if not word.isdecimal() or int(word) < lowest:
+        raise UserError(f"--{name} takes whole numbers of at least {lowest}, not {word!r}.")
+    return int(word)
+
+
+def run(request: Request) -> int:
+    """Tries a finished run, prints the figures and keeps them in the run folder as ``COMMAND.json``."""
+    from fedkern.cli.commands import check_backend
+    from fedkern.downstream import Finished, decode, probe, retrieve, zero_shot
+    from fedkern.engine import atomic
+
+    check_backend()
+    assert request.folder is not None
+    finished = Finished.open(request.folder, data_options=request.data_options, **request.settings)
+    task: Any = {"retrieval": retrieve, "zero-shot": zero_shot, "probe": probe, "decode": decode}[request.command]
+    result = {
+        "command": request.command,
+        "run": str(request.folder),
+        "method": finished.config.method,
+        "data": finished.data.name,
+        "networks": len(finished.networks),
+        "settings": dict(request.arguments),
+        "rows": task(finished, **request.arguments),
+    }
+    text = json.dumps(result, indent=2, allow_nan=False)
+    atomic.write_bytes(request.folder / f"{request.command}.json", (text + "\n").encode())
+    if request.json:
+        print(text)
+        return 0
+    from fedkern.report.progress import terminal
+    from fedkern.report.tables import downstream_table
+
+    terminal().print(downstream_table(result))
+    return 0

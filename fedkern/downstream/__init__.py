@@ -1,0 +1,6 @@
+"""What a finished image-text run is good for: retrieval, zero-shot classification, probes, segmentation."""
+
+from fedkern.downstream.finished import Finished
+from fedkern.downstream.tasks import decode, probe, retrieve, zero_shot
+
+__all__ = ["Finished", "decode", "probe", "retrieve", "zero_shot"]

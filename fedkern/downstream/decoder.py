@@ -1,0 +1,98 @@
+"""Segmentation by a light decoder on frozen image tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedkern.data import IGNORE
+from fedkern.models import PairNetwork, initialise
+from fedkern.streams import stream
+
+
+class TokenDecoder(nn.Module):
+    """Logits of every pixel from the frozen encoder's patch tokens: two convolutions, each enlarged, and a linear one.
+
+    Args:
+        network: its image encoder is used and never trained.
+        classes: C.
+        image_size: height and width in pixels.
+        width: channels of the first convolution.
+    """
+
+    def __init__(self, network: PairNetwork, classes: int, image_size: Sequence[int], width: int = 48) -> None:
+        super().__init__()
+        self._encoder = [network]  # not a submodule: it is not trained, moved or saved with this one
+        self.size = tuple(image_size)
+        channels = network.image_align.norm1.weight.numel()
+        self.first = nn.Conv2d(channels, width, 3, padding=1)
+        self.second = nn.Conv2d(width, width // 2, 3, padding=1)
+        self.last = nn.Conv2d(width // 2, classes, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images ``[B, C, H, W]`` to logits ``[B, classes, H, W]``."""
+        network = self._encoder[0]
+        with torch.no_grad():
+            tokens = network.encode_image(images)[:, 1:]
+        x = tokens.transpose(1, 2).unflatten(2, network.grid)
+        half = [max(-(-side // 2), own) for side, own in zip(self.size, network.grid, strict=True)]
+        x = F.interpolate(F.relu(self.first(x)), half, mode="bilinear", align_corners=False)
+        x = F.interpolate(F.relu(self.second(x)), self.size, mode="bilinear", align_corners=False)
+        return self.last(x)
+
+
+def train_decoder(
+    network: PairNetwork,
+    images: Sequence[Tensor],
+    labels: Tensor,
+    classes: int,
+    *,
+    epochs: int,
+    seed: int,
+    batch: int = 32,
+    lr: float = 3e-3,
+) -> TokenDecoder:
+    """Trains a decoder with AdamW on the cross-entropy of pixels.
+
+    Args:
+        network: a pair in eval mode.
+        images: normalised images in consecutive parts.
+        labels: int64 ``[n, H, W]`` of all of them; negative ones are unknown.
+        classes: C.
+        epochs: passes over the images.
+        seed: draws the initial weights and the order.
+
+    Returns:
+        It in eval mode.
+    """
+    decoder = TokenDecoder(network, classes, labels.shape[1:])
+    initialise(decoder, torch.Generator().manual_seed(int(stream(seed, "decoder").integers(2**63))))
+    pixels = torch.cat(list(images))
+    decoder.to(pixels.device)
+    labels = labels.to(pixels.device).clamp_min(IGNORE)
+    optimiser = torch.optim.AdamW(decoder.parameters(), lr=lr, weight_decay=1e-4)
+    for epoch in range(epochs):
+        order = torch.from_numpy(stream(seed, "decoder/order", round=epoch).permutation(len(pixels)))
+        for rows in order.split(batch):
+            rows = rows.to(pixels.device)
+            loss = F.cross_entropy(decoder(pixels[rows]), labels[rows], ignore_index=IGNORE)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+    return decoder.eval()
+
+
+class Pixelwise:
+    """Images and the class of every pixel, as `fedkern.methods.segmentation` takes a test set."""
+
+    def __init__(self, images: Sequence[Tensor], labels: Tensor, cases: Tensor | None = None) -> None:
+        self._images, self._labels, self.cases = images, labels, cases
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        start = 0
+        for images in self._images:
+            yield images, self._labels[start : start + len(images)].to(images.device)
+            start += len(images)

@@ -1,0 +1,133 @@
+"""A finished image-text run: its networks, and the data that they are tried on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from fedkern.data import FederatedData, Split, load, normalise
+from fedkern.data.set_aside import set_aside
+from fedkern.data.types import joined
+from fedkern.engine.config import RunConfig
+from fedkern.engine.run import load_data
+from fedkern.engine.saved import read_model
+from fedkern.errors import UserError
+from fedkern.models import PairNetwork, Tokens
+
+SEEN = "seen"
+BATCH = 250
+
+
+class Finished:
+    """A finished run and the data of one of its downstream tasks.
+
+    Attributes:
+        out: the run folder.
+        config: the run's settings.
+        networks: the global pair of encoders, or every client's own where there is no global one; in eval mode.
+        data: the run's federated data, or another data set.
+        device: where the networks run.
+    """
+
+    def __init__(self, out: Path, config: RunConfig, module: nn.Module, about: Mapping[str, Any], data: Any) -> None:
+        self.out, self.config, self.data = out, config, data
+        members = [module] if isinstance(module, PairNetwork) else list(getattr(module, "members", ()))
+        if not members or not all(isinstance(member, PairNetwork) for member in members):
+            raise UserError(
+                f"{out} holds {about['model']}, trained by {config.method}: downstream tasks are for pairs of an image "
+                "and a text encoder."
+            )
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.networks: list[PairNetwork] = [member.to(self.device).eval() for member in members]
+        self._mean, self._std = about["mean"], about["std"]
+        expected = (about["channels"], *about["image_size"])
+        if tuple(data.image_shape) != expected:
+            shown = ["x".join(str(side) for side in shape) for shape in (data.image_shape, expected)]
+            raise UserError(
+                f'the images of "{data.name}" are {shown[0]} (channels, height, width), but the run in {out} saw '
+                f"{shown[1]}: match them with --data-option size=... and colour=..."
+            )
+
+    @classmethod
+    def open(
+        cls,
+        out: Path | str,
+        *,
+        data: str | None = None,
+        data_root: str | None = None,
+        data_options: Mapping[str, object] | None = None,
+    ) -> Self:
+        """Reads a run folder, and the run's own data or others.
+
+        Args:
+            out: the run folder.
+            data: another data set for the downstream task, all of whose training samples are then one pool.
+            data_root: where the files of the data are (for the run's own: now).
+            data_options: options of that other data set.
+
+        Raises:
+            UserError: no finished run of a pair of encoders, or anything wrong with the data.
+        """
+        module, about = read_model(out)
+        config = RunConfig.load(out, device="cpu")
+        if data is not None:
+            loaded = load(
+                data, root=data_root, clients=1, partition="iid", seed=config.seed, options=data_options or {}
+            )
+            return cls(Path(out), config, module, about, loaded)
+        if data_options:
+            raise UserError("--data-option is for another data set: name it with --data.")
+        own: FederatedData = load_data(
+            config if data_root is None else config.replace(data_root=data_root), masks=False
+        )
+        kept = set_aside(own, held_out=config.held_out_client, share=config.client_test, seed=config.seed)
+        return cls(Path(out), config, module, about, kept)
+
+    @property
+    def sets(self) -> dict[str, Split]:
+        """The test sets by name; the one of the training clients' distribution is ``"seen"``."""
+        return {name or SEEN: split for name, split in self.data.tests.items()}
+
+    def train(self) -> Split:
+        """All clients' training samples, for what is fitted on top of the frozen encoders."""
+        return joined(self.data.clients)
+
+    def images(self, split: Split) -> Iterator[Tensor]:
+        """The images of a split in batches, normalised as in the run's training: fp32, channels-last."""
+        for part in split.images.split(BATCH):
+            yield normalise(part.to(self.device), self._mean, self._std, channels_last=True)
+
+    @torch.no_grad()
+    def image_embeddings(self, network: PairNetwork, split: Split) -> Tensor:
+        """Unit vectors fp32 ``[n, 128]``."""
+        return torch.cat([network.image_embedding(images) for images in self.images(split)])
+
+    @torch.no_grad()
+    def text_embeddings(self, network: PairNetwork, texts: tuple[str, ...] | list[str]) -> Tensor:
+        """Unit vectors fp32 ``[n, 128]``."""
+        tokens = network.tokenize(texts)
+        parts = []
+        for rows in torch.arange(len(texts)).split(BATCH):
+            part: Tokens = tokens.take(rows).to(self.device)
+            parts.append(network.text_embedding(part))
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def features(self, network: PairNetwork, split: Split, kind: str) -> Tensor:
+        """What a probe sees of every image, fp32 ``[n, d]``.
+
+        ``"token"``: the first token behind the alignment layer; ``"mean"``: the mean of the encoder's patch tokens;
+        ``"embedding"``: the unit vector of the shared space.
+        """
+
+        def of(images: Tensor) -> Tensor:
+            sequence = network.encode_image(images)
+            if kind == "mean":
+                return sequence[:, 1:].mean(1)
+            return network.image_align(sequence)[:, 0] if kind == "token" else network.project_image(sequence)
+
+        return torch.cat([of(images) for images in self.images(split)])

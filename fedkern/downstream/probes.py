@@ -1,0 +1,105 @@
+"""Linear classifiers on frozen features, and their figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedkern.streams import stream
+
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
+"""Among which the validation set chooses; few-shot probes have no validation set and take `FEW_SHOT`."""
+FEW_SHOT = 1e-2
+
+
+class LinearProbe:
+    """Multinomial logistic regression on standardised features, fitted to the optimum by L-BFGS in float64.
+
+    Minimises the mean cross-entropy plus ``penalty / 2`` times the squared norm of the weights (not of the bias).
+
+    Args:
+        features: ``[n, d]``.
+        labels: int64 ``[n]`` in ``[0, classes)``; a class without samples gets a weight like any other.
+        classes: C.
+        penalty: above 0.
+    """
+
+    def __init__(self, features: Tensor, labels: Tensor, classes: int, penalty: float) -> None:
+        x = features.double()
+        self._mean = x.mean(0)
+        deviation = x.std(0, correction=0)
+        self._scale = torch.where(deviation > 1e-12, deviation, 1.0)
+        x = (x - self._mean) / self._scale
+        weight = torch.zeros(x.shape[1], classes, dtype=torch.float64, device=x.device, requires_grad=True)
+        bias = torch.zeros(classes, dtype=torch.float64, device=x.device, requires_grad=True)
+        optimiser = torch.optim.LBFGS(
+            [weight, bias], max_iter=200, tolerance_grad=1e-6, tolerance_change=1e-11, line_search_fn="strong_wolfe"
+        )
+
+        def closure() -> Tensor:
+            optimiser.zero_grad()
+            loss = F.cross_entropy(x @ weight + bias, labels) + 0.5 * penalty * weight.square().sum()
+            loss.backward()
+            return loss
+
+        with torch.enable_grad():
+            optimiser.step(closure)
+        self.weight, self.bias = weight.detach(), bias.detach()
+
+    def logits(self, features: Tensor) -> Tensor:
+        """fp64 ``[n, C]`` of features ``[n, d]``."""
+        return ((features.double() - self._mean) / self._scale) @ self.weight + self.bias
+
+
+def few_shot_rows(labels: Tensor, shots: int, seed: int, draw: int) -> Tensor:
+    """``shots`` random rows of every class (all where there are fewer), sorted, int64."""
+    rng = stream(seed, f"few-shot/{shots}", round=draw)
+    known = labels.cpu().numpy()
+    rows = [rng.permutation(np.flatnonzero(known == label))[:shots] for label in np.unique(known)]
+    return torch.from_numpy(np.sort(np.concatenate(rows)))
+
+
+def figures(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """``accuracy`` and ``auc`` of logits ``[n, C]``; without ``auc`` where all labels are the same."""
+    found = {"accuracy": float((logits.argmax(1) == labels).double().mean())}
+    area = macro_auc(F.softmax(logits.double(), 1), labels)
+    return found if math.isnan(area) else {**found, "auc": area}
+
+
+def macro_auc(scores: Tensor, labels: Tensor) -> float:
+    """The area under the ROC curve of every class against the others, averaged over the classes that occur.
+
+    Args:
+        scores: ``[n, C]``, larger where a class is more likely; ties count one half.
+        labels: int64 ``[n]``.
+
+    Returns:
+        NaN where fewer than two classes occur.
+    """
+    areas = []
+    for label in torch.unique(labels).tolist():
+        own = labels == label
+        positive, negative = int(own.sum()), int((~own).sum())
+        if not negative:
+            return math.nan
+        ranks = _mean_ranks(scores[:, label])
+        areas.append((float(ranks[own].sum()) - positive * (positive + 1) / 2) / (positive * negative))
+    return sum(areas) / len(areas) if areas else math.nan
+
+
+def _mean_ranks(values: Tensor) -> Tensor:
+    """Ranks from 1, equal values sharing the mean of theirs, fp64 ``[n]``."""
+    _, group, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    last = counts.cumsum(0)
+    return ((2 * last - counts + 1).double() / 2)[group]
+
+
+def averaged(many: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The means of figures, of those that all have."""
+    shared = [name for name in many[0] if all(name in one for one in many)]
+    return {name: sum(one[name] for one in many) / len(many) for name in shared}

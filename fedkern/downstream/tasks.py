@@ -1,0 +1,196 @@
+"""The downstream tasks of a finished run; each returns rows of figures by test set, averaged over its networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from fedkern.data import Split, lookup
+from fedkern.downstream import probes
+from fedkern.downstream.decoder import Pixelwise, train_decoder
+from fedkern.downstream.finished import Finished
+from fedkern.errors import UserError
+from fedkern.methods.pairs import TEMPERATURE
+from fedkern.methods.retrieval import Gallery, recalls
+from fedkern.methods.segmentation import segmentation
+from fedkern.models import PairNetwork
+from fedkern.models.prompts import read_prompts
+
+FEATURES = ("token", "mean", "embedding")
+Row = dict[str, Any]
+
+
+def retrieve(run: Finished, ks: Sequence[int] = (1, 5, 10)) -> list[Row]:
+    """Image-to-text and text-to-image recall at k on every test set, and on the clients' own where they have some.
+
+    Rows ``{"set", "i2t_r1", ..., "t2i_r1", ..., "gallery"}``; of the clients' own sets the mean and the worst.
+
+    Raises:
+        UserError: the data have no texts.
+    """
+    if run.data.task != "retrieval":
+        raise UserError(f'data set "{run.data.name}" has no texts to retrieve.')
+
+    def of(split: Split, networks: Sequence[PairNetwork]) -> Row:
+        assert split.texts is not None
+        gallery = Gallery.of(split.ids, split.texts)
+        found = []
+        for network in networks:
+            images = run.image_embeddings(network, split)[gallery.images.to(run.device)]
+            found.append(recalls(images, run.text_embeddings(network, split.texts), ks, pairs=gallery.pairs))
+        return {**probes.averaged(found), "gallery": len(split.texts)}
+
+    rows = [{"set": name, **of(split, run.networks)} for name, split in run.sets.items()]
+    own = run.data.client_tests
+    if own:
+        single = len(run.networks) == 1
+        each = [of(split, run.networks if single else run.networks[k : k + 1]) for k, split in enumerate(own)]
+        rows.append({"set": "clients, mean", **probes.averaged(each)})
+        rows.append({"set": "clients, worst", **{name: min(one[name] for one in each) for name in each[0]}})
+    return rows
+
+
+def zero_shot(run: Finished, prompts: str = "") -> list[Row]:
+    """Classification by the nearest prompt: rows ``{"set", "accuracy", "auc"}``.
+
+    Args:
+        run: the run; its data have labels.
+        prompts: see :func:`fedkern.models.prompts.read_prompts`; empty for the data set's own.
+
+    Raises:
+        UserError: fewer than two classes, or prompts that do not fit them.
+    """
+    classes = _classes(run)
+    own = lookup(run.data.name).prompts
+    if prompts or isinstance(own, str):
+        texts = read_prompts(prompts or str(own), classes)
+    else:
+        texts = [list(own[name]) for name in classes]
+
+    def fitted(network: PairNetwork) -> Callable[[Split], Tensor]:
+        weight = torch.stack([normalize(run.text_embeddings(network, words).mean(0), dim=0) for words in texts])
+        return lambda split: run.image_embeddings(network, split) @ weight.T / TEMPERATURE
+
+    return _classified(run, [fitted(network) for network in run.networks])
+
+
+def probe(
+    run: Finished, shots: Sequence[int] = (1, 5, 10, 0), *, features: str = "token", draws: int = 3, seed: int = 0
+) -> list[Row]:
+    """Logistic regression on frozen features of the clients' training images: rows ``{"set", "shots", ...}``.
+
+    Args:
+        run: the run; its data have labels.
+        shots: images of every class; 0 for all (a linear probe, whose penalty the validation set chooses).
+        features: what the probe sees, one of `FEATURES` (see :meth:`Finished.features`).
+        draws: random choices of the shots, whose figures are averaged.
+        seed: of these.
+
+    Raises:
+        UserError: fewer than two classes.
+    """
+    classes = _classes(run)
+    train, validation = run.train(), run.data.validation
+    rows: list[Row] = []
+    known = [(run.features(network, train, features), network) for network in run.networks]
+    labels = train.labels.to(run.device)
+    for count in shots:
+        fitted: list[Callable[[Split], Tensor]] = []
+        for seen, network in known:
+            if count:
+                chosen = [probes.few_shot_rows(train.labels, count, seed, draw).to(run.device) for draw in range(draws)]
+                made = [probes.LinearProbe(seen[own], labels[own], len(classes), probes.FEW_SHOT) for own in chosen]
+            else:
+                made = [_chosen(run, network, seen, labels, validation, len(classes), features)]
+            fitted += [_applied(run, network, one, features) for one in made]
+        rows += [{"set": row.pop("set"), "shots": count or "all", **row} for row in _classified(run, fitted)]
+    return rows
+
+
+def decode(run: Finished, *, epochs: int = 10, samples: int = 0, seed: int = 0) -> list[Row]:
+    """A light decoder on frozen image tokens, trained on the clients' masks: rows ``{"set", "dice", "iou", ...}``.
+
+    Args:
+        run: the run; its data have object masks, or a class for every pixel.
+        epochs: passes over the training images.
+        samples: training images used (a random choice), 0 for all.
+        seed: of the choice, the initial weights and the order.
+
+    Raises:
+        UserError: the data have no masks.
+    """
+    train = run.train()
+    _pixels(run, train)
+    if samples and samples < len(train):
+        order = probes.stream(seed, "decoder/samples").permutation(len(train))[:samples]
+        train = train.subset(torch.from_numpy(order).sort().values)
+    classes = len(run.data.classes) if train.labels.dim() == 3 else 2
+    tests = {name: split for name, split in run.sets.items() if train.labels.dim() == 3 or split.masks is not None}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in tests}
+    images = list(run.images(train))
+    for network in run.networks:
+        decoder = train_decoder(network, images, _pixels(run, train), classes, epochs=epochs, seed=seed)
+        for name, split in tests.items():
+            data = Pixelwise(list(run.images(split)), _pixels(run, split), split.cases)
+            found[name].append(segmentation(decoder, data))
+    return [{"set": name, **probes.averaged(each)} for name, each in found.items()]
+
+
+def _classes(run: Finished) -> tuple[str, ...]:
+    if len(run.data.classes) < 2:
+        raise UserError(f'data set "{run.data.name}" has a single label, and classification needs two or more.')
+    if run.data.validation.labels.dim() != 1:
+        raise UserError(f'data set "{run.data.name}" has a class for every pixel and none for an image.')
+    return tuple(run.data.classes)
+
+
+def _classified(run: Finished, classifiers: Sequence[Callable[[Split], Tensor]]) -> list[Row]:
+    """The figures of functions from images to logits, averaged, on every test set."""
+    rows = []
+    for name, split in run.sets.items():
+        found = [probes.figures(logits(split).cpu(), split.labels) for logits in classifiers]
+        rows.append({"set": name, **probes.averaged(found)})
+    return rows
+
+
+def _applied(
+    run: Finished, network: PairNetwork, fitted: probes.LinearProbe, features: str
+) -> Callable[[Split], Tensor]:
+    return lambda split: fitted.logits(run.features(network, split, features))
+
+
+def _chosen(
+    run: Finished,
+    network: PairNetwork,
+    seen: Tensor,
+    labels: Tensor,
+    validation: Split,
+    classes: int,
+    features: str,
+) -> probes.LinearProbe:
+    """The probe on all training images with the penalty that the validation set prefers."""
+    held = run.features(network, validation, features)
+    truth = validation.labels.to(run.device)
+    fitted = [probes.LinearProbe(seen, labels, classes, penalty) for penalty in probes.PENALTIES]
+    losses = [float(torch.nn.functional.cross_entropy(one.logits(held), truth)) for one in fitted]
+    return fitted[min(range(len(fitted)), key=losses.__getitem__)]
+
+
+def _pixels(run: Finished, split: Split) -> Tensor:
+    if split.labels.dim() == 3:
+        return split.labels
+    if split.masks is None:
+        raise UserError(f'data set "{run.data.name}" has no masks to learn a segmentation from.')
+    return split.masks.long()
+
+
+TASKS: Mapping[str, str] = {
+    "retrieval": "how often a finished run finds an image's text, and a text's image",
+    "zero-shot": "classify images by prompts with a finished run's encoders",
+    "probe": "classify images by few-shot or linear probes on a run's frozen encoder",
+    "decode": "segment images by a light decoder on a run's frozen image tokens",
+}

@@ -1,0 +1,205 @@
+"""Downstream tasks on a finished run: with a network whose answers are known, and from the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from fedkern.data import Split, load
+from fedkern.downstream import Finished, probe, retrieve, zero_shot
+from fedkern.engine import RunConfig, run
+from fedkern.errors import UserError
+from fedkern.methods.local import Pairs
+from fedkern.models import PairNetwork, Tokens, build_pair
+from fedkern.run import main
+
+CLASSES = ("ant", "bee", "cow")
+SMALL = {"test_samples": 12, "validation_samples": 6}
+
+
+class Oracle(PairNetwork):
+    """Knows the class that an image of one grey tone shows, and the one that a text names."""
+
+    wrong = False  # takes every class for the next one
+
+    def image_embedding(self, images: torch.Tensor) -> torch.Tensor:
+        tones = (images.mean((1, 2, 3)) * 0.5 + 0.5) * 255 / 100
+        return torch.eye(128)[(tones.round().long() + self.wrong) % 3]
+
+    def text_embedding(self, tokens: Tokens) -> torch.Tensor:
+        named = torch.stack([(tokens.ids == 3 + c).any(1) for c in range(3)], 1)
+        return torch.eye(128)[named.float().argmax(1)]
+
+
+def oracle(wrong: bool = False) -> Oracle:
+    pair = build_pair(channels=3, image_size=(16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, vocabulary=CLASSES, width=16)
+    known = Oracle(pair.image_encoder, pair.text_encoder)
+    known.wrong = wrong
+    return known
+
+
+def shown(labels: list[int]) -> Split:
+    images = torch.tensor(labels, dtype=torch.uint8)[:, None, None, None].mul(100).expand(-1, 3, 16, 16).contiguous()
+    texts = tuple(f"this is {CLASSES[label]} {i}" for i, label in enumerate(labels))
+    return Split(images, torch.tensor(labels), texts=texts, ids=tuple(f"{i}" for i in range(len(labels))))
+
+
+def finished(module: torch.nn.Module, **changes: Any) -> Finished:
+    about = {"model": "x", "channels": 3, "image_size": (16, 16), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    data = load("captions", train_samples=5, options=SMALL)
+    train = shown([0, 1, 2] * 6)
+    data = dataclasses.replace(
+        data, name="pairs", classes=CLASSES, clients=(train, train), validation=train,
+        tests={"": shown([0, 1, 2, 2]), "unseen": shown([1, 0])}, **changes,
+    )  # fmt: skip
+    return Finished(Path("there"), RunConfig.make("fedavg", data="captions"), module, about, data)
+
+
+def test_zero_shot_is_right_where_the_network_is() -> None:
+    assert zero_shot(finished(oracle()), "a {class}") == [
+        {"set": "seen", "accuracy": 1.0, "auc": 1.0},
+        {"set": "unseen", "accuracy": 1.0, "auc": 1.0},
+    ]
+    assert [row["accuracy"] for row in zero_shot(finished(oracle(wrong=True)), "{class}")] == [0.0, 0.0]
+    both = zero_shot(finished(Pairs([oracle(), oracle(wrong=True)])), "{class}")
+    assert [row["accuracy"] for row in both] == [0.5, 0.5]
+
+
+def test_retrieval_finds_what_belongs_together() -> None:
+    rows = retrieve(finished(oracle()), ks=(1, 2))
+    assert [row["set"] for row in rows] == ["seen", "unseen"]
+    # Two of the four images are cows, and their texts are level.
+    assert rows[0]["i2t_r1"] == rows[0]["t2i_r1"] == pytest.approx(0.75)
+    assert rows[0]["i2t_r2"] == rows[1]["i2t_r1"] == pytest.approx(1)
+    assert rows[0]["gallery"] == 4
+
+
+def test_retrieval_of_the_clients_own_sets() -> None:
+    own = {"client_tests": (shown([0, 1]), shown([2, 2]))}
+    rows = {row["set"]: row for row in retrieve(finished(oracle(), **own), ks=(1,))}
+    assert rows["clients, mean"]["i2t_r1"] == pytest.approx(0.75)
+    assert rows["clients, worst"]["i2t_r1"] == pytest.approx(0.5)
+    # Where every client has a network of its own it is tried on that client's set.
+    rows = {row["set"]: row for row in retrieve(finished(Pairs([oracle(), oracle(wrong=True)]), **own), ks=(1,))}
+    assert rows["clients, mean"]["i2t_r1"] == pytest.approx((1 + 0.5) / 2)
+
+
+@pytest.mark.parametrize("features", ["token", "mean", "embedding"])
+def test_probes_learn_what_features_tell(features: str) -> None:
+    rows = probe(finished(build_small()), (2, 0), features=features, draws=2)
+    assert [(row["set"], row["shots"]) for row in rows] == [
+        ("seen", 2), ("unseen", 2), ("seen", "all"), ("unseen", "all"),
+    ]  # fmt: skip
+    assert all(row["accuracy"] == row["auc"] == 1 for row in rows)
+
+
+def build_small() -> PairNetwork:
+    return build_pair(channels=3, image_size=(16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, vocabulary=CLASSES, width=16)
+
+
+# the command line
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "pairs"
+    config = RunConfig.make(
+        "fedavg", data="captions", train_samples=60, clients=2, rounds=1, local_epochs=1, width=16, client_test=0.2,
+        data_options={**SMALL, "minority": 0},
+    )  # fmt: skip
+    run(config, out=out)
+    return out
+
+
+def told(folder: Path, command: str, capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    assert main([command, str(folder), "--json", *words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads((folder / f"{command}.json").read_text())
+    return found
+
+
+def test_retrieval_repeats_what_the_run_found(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {row["set"]: row for row in told(folder, "retrieval", capsys)["rows"]}
+    metrics = json.loads((folder / "summary.json").read_text())["metrics"]
+    for name in ("i2t_r1", "i2t_r10", "t2i_r5", "gallery"):
+        assert rows["seen"][name] == pytest.approx(metrics[name])
+        assert rows["unseen"][name] == pytest.approx(metrics[f"unseen_{name}"])
+    assert rows["clients, worst"]["i2t_r5"] == pytest.approx(metrics["worst_client_i2t_r5"])
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["zero-shot"], {"accuracy", "auc"}),
+        (["zero-shot", "--prompts", "one {class}"], {"accuracy", "auc"}),
+        (["probe", "--shots", "1,all", "--features", "mean"], {"shots", "accuracy", "auc"}),
+        (["decode", "--epochs", "1", "--samples", "20"], {"dice", "iou", "loss", "hd95"}),
+    ],
+)
+def test_every_command(folder: Path, words: list[str], names: set[str], capsys: pytest.CaptureFixture[str]) -> None:
+    found = told(folder, words[0], capsys, *words[1:])
+    assert (found["method"], found["data"], found["networks"]) == ("fedavg", "captions", 1)
+    assert {row["set"] for row in found["rows"]} == {"seen", "unseen"}
+    assert all(set(row) == {"set"} | names for row in found["rows"])
+    assert main([words[0], str(folder), *words[1:]]) == 0
+    shown = capsys.readouterr().out
+    assert "unseen" in shown
+    assert "%" in shown
+
+
+def test_another_data_set(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, value in (("dark", 20), ("light", 230)):
+        for i in range(12):
+            path = tmp_path / "set" / name / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (20, 20), (value, value, i)).save(path)
+    words = ["--data", "folder", "--data-root", str(tmp_path / "set")]
+    right = [*words, "--data-option", "size=32"]
+    found = told(folder, "probe", capsys, *right, "--shots", "3")
+    assert found["data"] == "folder"
+    assert [row["accuracy"] for row in found["rows"]] == [1.0]
+    assert "match them with --data-option size=" in refused(capsys, "probe", str(folder), *words)
+    assert 'data set "folder" has no texts' in refused(capsys, "retrieval", str(folder), *right)
+    assert 'data set "folder" has no masks' in refused(capsys, "decode", str(folder), *right)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(list(words)) == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["probe"], "probe needs the folder of a finished run"),
+        (["probe", "RUN", "--shots", "0"], "--shots takes whole numbers of at least 1, not '0'"),
+        (["probe", "RUN", "--features", "tokens"], "--features must be one of token, mean, embedding, not tokens"),
+        (["retrieval", "RUN", "--k", "3"], 'does not take "--k". Did you mean "--ks"?'),
+        (["decode", "RUN", "--epochs", "many"], "--epochs takes whole numbers of at least 1"),
+        (["zero-shot", "RUN", "--prompts", "nowhere.txt"], "prompts file nowhere.txt cannot be read"),
+        (["zero-shot", "RUN", "--data-option", "size=3"], "--data-option is for another data set"),
+        (["zero-shot", "elsewhere"], "elsewhere has no model.safetensors"),
+        (["zero-shot", "PLAIN"], "downstream tasks are for pairs"),
+    ],
+)
+def test_mistakes(folder: Path, tmp_path: Path, words: list[str], sentence: str, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "PLAIN" in words:
+        small = {"train_samples": 40, "rounds": 1, "local_epochs": 1, "width": 4, "grad_cam": 0}
+        run(RunConfig.make("fedavg", data="digits", clients=2, **small), out=tmp_path / "plain")
+    where = {"RUN": str(folder), "PLAIN": str(tmp_path / "plain")}
+    assert sentence in refused(capsys, *(where.get(word, word) for word in words))
+
+
+def test_a_run_whose_network_is_damaged(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / "model.safetensors").write_bytes(b"no")
+    with pytest.raises(UserError, match="is damaged"):
+        Finished.open(tmp_path / "copy")
