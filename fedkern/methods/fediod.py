@@ -47,9 +47,11 @@ from fedkern.methods.base import (
 )
 from fedkern.methods.fediod_client import Answers
 from fedkern.methods.fediod_figures import appraise
+from fedkern.methods.fediod_losses import normalised
 from fedkern.methods.fediod_options import IODOptions, settle
-from fedkern.methods.fediod_server import Workshop, cosine, make_generator
-from fedkern.methods.fediod_teachers import histogram, make_teacher, teacher
+from fedkern.methods.fediod_pictures import show
+from fedkern.methods.fediod_server import Ensemble, Workshop, cosine, make_generator
+from fedkern.methods.fediod_teachers import build, histogram, make_teacher, teacher
 from fedkern.methods.oneshot_distill import torch_stream
 from fedkern.methods.oneshot_members import flatten, parse_models, vectors
 from fedkern.models.bank import Bank
@@ -93,6 +95,9 @@ class FedIOD(Objective, Method):
         names = tuple(f"{name} {i}" for i in range(self.iterations(federation)) for name in each)
         for _ in range(federation.rounds):
             yield Round("distil", exchanges=names, states="round")
+
+    def check(self, client: Client) -> None:
+        private.check(client, lambda: build(client, self.architectures), self.settings)
 
     def start(self, server: Server) -> None:
         s = self.settings
@@ -170,26 +175,34 @@ class FedIOD(Objective, Method):
         elif kind == "gradients":
             shop.improve([message["gradients"] for message in answers.values() if "gradients" in message])
         else:
-            self._teach(server, shop, step, answers)
+            ensemble = self._teach(server, shop, step, answers)
             shop.iteration += 1
             if i + 1 == self.iterations(server.federation):
                 shop.keep()
+                if ensemble is not None:
+                    weights = normalised(ensemble.weights, ensemble.mask)
+                    show(server, shop.maker, self.settings, ensemble.ids, ensemble.logits, weights)
 
-    def _teach(self, server: Server, shop: Workshop, step: Step, answers: Mapping[ClientId, Message]) -> None:
+    def _teach(
+        self, server: Server, shop: Workshop, step: Step, answers: Mapping[ClientId, Message]
+    ) -> Ensemble | None:
         size = self.options.batch
         if self._generates:
             images = server.scratch.pop("images")
-            if answers:
-                shop.teach(images, shop.gather(answers), size)
-            return
+            if not answers:
+                return None
+            ensemble = shop.gather(answers)
+            shop.teach(images, ensemble, size)
+            return ensemble
         assert server.public is not None  # asked for in start
         order = server.rng("public", step).permutation(len(server.public))
         rows = torch.from_numpy(order[: size * self.options.student_steps])
         if not answers or len(rows) < 2:
-            return
+            return None
         said = server.state["answers"]
         ensemble = shop.gather({k: {"logits": said[k][rows]} for k in answers if k in said})
         shop.teach(server.public.take(rows.numpy()), ensemble, size)
+        return ensemble
 
     # -- the clients -----------------------------------------------------------------------------------------------
 

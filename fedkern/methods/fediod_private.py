@@ -14,7 +14,7 @@ own secret: who knows the run's seed can subtract the noise.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,13 +74,23 @@ class PrivacyOptions(Options):
             raise UserError(
                 'Method option "teacher_dp" needs select = last: the choice of a best epoch is not covered by DP-SGD.'
             )
+        noised = self.sigma_d > 0 or self.sigma_t > 0 or (self.epsilon is not None and not self.teacher_dp)
+        if noised and not generates(self):
+            raise UserError(
+                'Method option "mode" = public sends no gradients to add noise to: only teacher_dp makes it private.'
+            )
         if self.shards > 1 and not private(self):
             raise UserError('Method option "shards" is for privacy: give epsilon or sigma_d with it.')
 
 
+def generates(options: Any) -> bool:
+    """Whether there is a generator, whose images the clients are asked for gradients of."""
+    return bool(getattr(options, "mode", "generator") == "generator")
+
+
 def private(options: Any) -> bool:
     """Whether :func:`sanitise` does anything, so that every client's rows are needed on their own."""
-    return options.epsilon is not None or options.sigma_d > 0 or options.sigma_t > 0
+    return generates(options) and (options.epsilon is not None or options.sigma_d > 0 or options.sigma_t > 0)
 
 
 def claims(options: Any) -> bool:
@@ -98,23 +108,41 @@ def prepare(server: Server, options: Any) -> None:
         return
     need_accounting()
     sigma = options.sigma_d
-    if options.epsilon is not None:
+    if options.epsilon is not None and _beside_teachers(options):
         steps = planned_steps(server.federation, options)
-        share = 1 - options.teacher_share if options.teacher_dp else 1.0
+        epsilon, delta = _part(options, 1 - options.teacher_share)
 
         def account(noise: float) -> Accountant:
             accountant = Accountant()
-            rows = options.batch
-            accountant.gaussian(DISCRIMINATOR, multiplier(noise, rows), shards=options.shards, steps=steps)
+            if generates(options):
+                each = multiplier(noise, options.batch)
+                accountant.gaussian(DISCRIMINATOR, each, shards=options.shards, steps=steps)
+            if options.sigma_t:
+                accountant.gaussian(TEACHER, multiplier(options.sigma_t, options.batch), steps=steps)
             if options.histogram_noise and options.class_weights != "uniform":
                 accountant.gaussian(HISTOGRAM, options.histogram_noise / math.sqrt(2))
-            if options.sigma_t:
-                accountant.gaussian(TEACHER, multiplier(options.sigma_t, rows), steps=steps)
             return accountant
 
-        # Beside DP-SGD, accounted on its own, each part has half of delta (see Accountant.epsilon).
-        sigma = least_noise(account, share * options.epsilon, options.delta / (2 if options.teacher_dp else 1))
+        sigma = least_noise(account, epsilon, delta)
     server.state["privacy"] = {"sigma_d": float(sigma)}
+    if not options.teacher_dp:
+        server.warn(
+            "teachers-uncovered",
+            "Epsilon covers what comes from the discriminators, not the teachers' answers, which the student learns "
+            "from: teacher_dp=true covers those too.",
+        )
+
+
+def _beside_teachers(options: Any) -> bool:
+    """Whether anything is released with noise beside what comes from private teachers."""
+    return generates(options) or (options.histogram_noise > 0 and options.class_weights != "uniform")
+
+
+def _part(options: Any, share: float) -> tuple[float, float]:
+    """Of the target: all of it, or a share of epsilon and half of delta beside another kind (Accountant.epsilon)."""
+    if options.teacher_dp and _beside_teachers(options):
+        return share * options.epsilon, options.delta / 2
+    return options.epsilon, options.delta
 
 
 def planned_steps(federation: Federation, options: Any) -> int:
@@ -188,7 +216,12 @@ def release_scores(client: Client, step: Step, scores: Tensor, options: Any) -> 
     Noise that covers B numbers at every step is tens of times larger than they are.  So a private client withholds
     them: all ones, and the ensemble's weights follow the class counts alone.
     """
-    return torch.ones_like(scores) if private(options) and options.scores == "withhold" else scores
+    return torch.ones_like(scores) if withholds(options) else scores
+
+
+def withholds(options: Any) -> bool:
+    """Whether the discriminators' confidence stays where it is."""
+    return private(options) and options.scores == "withhold"
 
 
 def sanitise(client: Client, step: Step, u_d: Tensor, u_t: Tensor, options: Any) -> tuple[Tensor, Tensor]:
@@ -244,10 +277,22 @@ def _book(client: Client, channel: str, noise: float, shards: int = 1) -> None:
 # -- the teacher -----------------------------------------------------------------------------------------------------
 
 
-def check_teacher(module: nn.Module, name: str, options: Any) -> None:
-    """Raises UserError where a client's teacher, called ``name``, cannot be trained privately and should be."""
-    if options.teacher_dp:
-        check_network(module, name)
+def check(client: Client, make: Callable[[], nn.Module], options: Any) -> None:
+    """Asked before anything is written; ``make`` gives the client's teacher, untrained.
+
+    Raises:
+        UserError: the teacher is to be private and cannot be: it has batch norm, or is brought along.
+    """
+    shards(client, options)
+    if not options.teacher_dp:
+        return
+    teacher = make()
+    if client.brought(teacher):
+        raise UserError(
+            'Method option "teacher_dp" trains the teachers privately and cannot vouch for those of --teachers: leave '
+            "one of them out."
+        )
+    check_network(teacher, f"the network of client {client.id}")
 
 
 def train_teacher(
@@ -270,7 +315,7 @@ def train_teacher(
             accountant.dp_sgd(TEACHER, sigma, rate=rate, steps=steps)
             return accountant
 
-        return least_noise(account, options.teacher_share * options.epsilon, options.delta / 2)
+        return least_noise(account, *_part(options, options.teacher_share))
 
     client.fit_privately(method, step, module, DPSGD(options.teacher_clip, noise, TEACHER), rows=rows)
     return True
@@ -289,14 +334,17 @@ def guarantee(options: Any) -> Guarantee | None:
     def place(text: str, covered: bool) -> None:
         (covers if covered else leaves).append(text)
 
-    place("the generator's gradients through the discriminators", options.epsilon is not None or options.sigma_d > 0)
-    place("those through the teachers", options.teacher_dp or options.sigma_t > 0)
-    place("the teachers' answers, from which the student learns", options.teacher_dp)
+    if generates(options):
+        place(
+            "the generator's gradients through the discriminators", options.epsilon is not None or options.sigma_d > 0
+        )
+        place("those through the teachers", options.teacher_dp or options.sigma_t > 0)
+    place("the teachers' answers that the student learns from", options.teacher_dp)
     if options.class_weights != "uniform":
         place("the clients' class counts", options.histogram_noise > 0)
-    if options.disc_weight is not False and not (private(options) and options.scores == "withhold"):
+    if generates(options) and options.disc_weight is not False and not withholds(options):
         leaves.append("the discriminators' confidence in every image")
     if covers and not leaves:
-        covers.append("so the released generator and student")
+        covers.append("so the released generator and student" if generates(options) else "so the released student")
     leaves.append("the losses and accuracies that the run's records tell of a client")
     return Guarantee(options.delta, tuple(covers), tuple(leaves))

@@ -139,11 +139,16 @@ class Workshop:
         self.x = x
         return sent
 
+    @property
+    def maker(self) -> Any:
+        """The generator that makes the student's images; None where there is none."""
+        return None if not self.generates else self.generator if self._average is None else self._average.module
+
     @torch.no_grad()
     def examples(self, draw: torch.Generator) -> Tensor:
         """The student's images of an iteration, all its steps' after each other, as they travel."""
         o = self.options
-        made = self.generator if self._average is None else self._average.module
+        made = self.maker
         zs = [torch.randn(o.batch, o.nz, generator=draw).to(self.server.device) for _ in range(o.student_steps)]
         return self._sent(torch.cat([made(z) for z in zs]))
 

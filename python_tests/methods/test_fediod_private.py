@@ -33,6 +33,7 @@ class Options(privacy.PrivacyOptions):
     iterations: int = option(5, "")
     class_weights: str = option("counts", "")
     disc_weight: bool = option(True, "")
+    mode: str = option("generator", "")
 
 
 class Client:
@@ -43,6 +44,13 @@ class Client:
 
     def rng(self, purpose, step):
         return stream(self._seed, f"{purpose}/{step.exchange}", round=step.round, client=self.id)
+
+
+def place(rounds):
+    """A server of two clients."""
+    said = {}
+    federation = Federation(rounds, (50, 50), 10)
+    return SimpleNamespace(state={}, federation=federation, warn=said.__setitem__, said=said)
 
 
 def told(options, sigma=None, **settings):
@@ -69,7 +77,7 @@ def test_off_is_the_identity():
     assert privacy.serving(client, STEP, options) == 0
     assert not privacy.private(options)
     assert privacy.guarantee(options) is None
-    server = SimpleNamespace(state={}, federation=Federation(3, (50, 50), 10))
+    server = place(3)
     privacy.prepare(server, options)
     privacy.agree(client, {"privacy": privacy.terms(server)})
     assert server.state == client.state == {}
@@ -183,7 +191,7 @@ def test_what_is_covered_is_said():
     plain = privacy.guarantee(Options(sigma_d=40.0, shards=50))
     assert plain.delta == 1e-5
     assert plain.covers == ("the generator's gradients through the discriminators",)
-    assert "the teachers' answers, from which the student learns" in plain.leaves
+    assert "the teachers' answers that the student learns from" in plain.leaves
     assert "the clients' class counts" in plain.leaves
     whole = privacy.guarantee(Options(epsilon=5.0, teacher_dp=True, class_weights="uniform"))
     assert "so the released generator and student" in whole.covers
@@ -194,16 +202,37 @@ def test_what_is_covered_is_said():
 @pytest.mark.parametrize("teacher", [False, True])
 def test_a_target_is_met_by_what_the_clients_then_release(teacher):
     options = Options(epsilon=4.0, shards=20, batch=4, iterations=3, histogram_noise=20.0, teacher_dp=teacher)
-    server = SimpleNamespace(state={}, federation=Federation(2, (50, 50), 10))
+    server = place(2)
     privacy.prepare(server, options)
     client = Client()
     privacy.agree(client, {"privacy": privacy.terms(server)})
     privacy.release_histogram(client, STEP, torch.tensor([20.0, 30.0]), options)
     for _ in range(6):
         privacy.sanitise(client, STEP, *gradients(rows=4), options)
+    assert ("teachers-uncovered" in server.said) != teacher
     accountant = Accountant(client.state[LEDGER])
     part = (2.0, options.delta / 2) if teacher else (4.0, options.delta)
     assert 0.99 * part[0] < accountant.epsilon(part[1]) <= part[0]
+
+
+@needs_accounting
+def test_public_images_leave_the_teachers_alone_to_be_covered():
+    options = Options(epsilon=4.0, teacher_dp=True, mode="public", class_weights="uniform")
+    assert not privacy.private(options)
+    spent = []
+
+    class Training(Client):
+        def fit_privately(self, method, step, module, spending, *, rows):
+            spent.append(spending.noise(0.1, 100))
+
+    assert privacy.train_teacher(None, Training(), STEP, None, np.arange(3), options)
+    accountant = Accountant()
+    accountant.dp_sgd("teacher", spent[0], rate=0.1, steps=100)
+    assert 0.99 * 4 < accountant.epsilon(options.delta) <= 4
+    said = privacy.guarantee(options)
+    assert said.covers == ("the teachers' answers that the student learns from", "so the released student")
+    with pytest.raises(UserError, match="mode"):
+        Options(epsilon=4.0, mode="public")
 
 
 @needs_accounting
@@ -211,6 +240,19 @@ def test_steps_are_counted_from_the_largest_client_where_none_are_given():
     assert privacy.planned_steps(Federation(7, (10, 33), 10), Options(iterations=0)) == 7 * 5
     assert privacy.planned_steps(Federation(7, (10, 33), 10), Options()) == 7 * 5
     assert privacy.planned_steps(Federation(2, (10, 33), 10), Options(iterations=9)) == 18
+
+
+def test_a_teacher_that_cannot_be_private_is_told_before_anything_is_written():
+    pytest.importorskip("opacus", reason="opacus is not installed (pip install 'fedkern[privacy]')")
+    options = Options(teacher_dp=True)
+    bringing, fresh = Client(), Client(id=2)
+    bringing.brought, fresh.brought = lambda module: True, lambda module: False
+    with pytest.raises(UserError, match="cannot vouch for those of --teachers"):
+        privacy.check(bringing, lambda: torch.nn.Linear(1, 1), options)
+    with pytest.raises(UserError, match="the network of client 2 has batch norm: choose a network with group norm"):
+        privacy.check(fresh, lambda: torch.nn.BatchNorm2d(3), options)
+    privacy.check(fresh, lambda: torch.nn.GroupNorm(1, 3), options)
+    privacy.check(bringing, lambda: torch.nn.BatchNorm2d(3), Options())
 
 
 def test_what_does_not_go_together():
