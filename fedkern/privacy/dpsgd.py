@@ -86,6 +86,8 @@ def private_steps(
         with warnings.catch_warnings():
             # Of a first layer: images need no gradient.
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            # Of channels-last weights, whose gradients are contiguous here.
+            warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout")
             yield opacus.optimizers.DPOptimizer(
                 optimizer,
                 noise_multiplier=noise,
