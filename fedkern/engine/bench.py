@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedkern import models
 from fedkern.engine.config import RunConfig
 from fedkern.engine.network import Network, place
-from fedkern.engine.samples import CACHE_BYTES, ClientData, Pixels, Samples
+from fedkern.engine.samples import CACHE_BYTES, ClientData, Pixels, Samples, TestSet
 from fedkern.methods.base import Federation, Message
 from fedkern.models.vocabulary import split_words
 
@@ -162,6 +162,12 @@ class Bench:
         if self._initial_buffers is None:
             self._initial_buffers = {name: value for name, value in self.initial().items() if name != "parameters"}
         return self._initial_buffers
+
+    def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The validation split in batches; none where it is empty."""
+        data = self.data
+        if len(data.validation):
+            yield from TestSet(data.validation, data.mean, data.std, self.device, cache=False).batches()
 
     def client_data(self, client: int) -> ClientData:
         if client not in self._clients:

@@ -217,6 +217,13 @@ class Client(_Place):
     ) -> Iterator[Batch]:
         return self._bench.client_data(self.id).samples.batches(size, augment=augment, rng=rng)
 
+    def validate(self, answer: Callable[[Tensor], Tensor]) -> float | None:
+        with torch.no_grad():
+            right = [
+                answer(images).argmax(1).to(labels.device) == labels for images, labels in self._bench.validation()
+            ]
+        return float(torch.cat(right).double().mean()) if right else None
+
     def backgrounds(self, fill: str = "mean") -> Bank:
         data = self._bench.client_data(self.id)
         bank = data.backgrounds(fill)

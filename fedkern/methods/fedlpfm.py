@@ -14,7 +14,7 @@ bytes of FedAvg on the proxy.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,12 +28,16 @@ from fedkern.errors import UserError
 from fedkern.methods.base import (
     Batch,
     Client,
+    ClientId,
+    Federation,
     LocalTraining,
     Message,
     Observed,
     Received,
+    Round,
     Server,
     Step,
+    Upload,
     option,
     register,
 )
@@ -44,6 +48,7 @@ from fedkern.models.teacher import NetworkTeacher, Teacher
 from fedkern.models.teacher_cache import LogitsCache, StoredLogits
 from fedkern.models.teacher_training import FINETUNE_LR, PROBE_LR, Recipe, finetune, pretrained, probe
 
+TUNE = "tune"
 ONCE = Step(-1, "", "update")  # the step of what a client draws once in a run
 
 
@@ -147,9 +152,34 @@ class FedLPFM(LocalTraining):
         """Whether the proxy trains on augmented images."""
         return next(client.batches(1, augment=True, rng=client.rng("look", ONCE))).augmented
 
+    def rounds(self, federation: Federation) -> Iterator[Round]:
+        """With tuned teachers a set-up round first; what it moves is the experimenter's figure of them."""
+        if self.options.lam and self.options.teacher_tuning != "zero-shot":
+            yield Round(TUNE, exchanges=(TUNE,), participants="all", one_off=True, booked=False)
+        yield from super().rounds(federation)
+
+    def send(self, server: Server, step: Step) -> Message | dict[ClientId, Message]:
+        return {} if step.exchange == TUNE else super().send(server, step)
+
+    def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
+        if step.exchange != TUNE:
+            super().server_update(server, step, uploads)
+        elif right := [upload.message["right"] for upload in uploads if "right" in upload.message]:
+            server.report["validation_tuned_teacher_accuracy"] = sum(right) / len(right)
+
+    def _tune(self, client: Client) -> Message:
+        """Tunes the teachers that the client may have; how often they are right on average, if that can be told."""
+        each_round = self.options.backbone == "random-each-round"
+        for index in self._used() if each_round else self.backbones(client, ONCE):
+            self._own_logits(client, index)
+        right = client.state.get("tuned_right", {}).values()
+        return {"right": sum(right) / len(right)} if right else {}
+
     def client_update(self, client: Client, step: Step, message: Message) -> Message:
         if self.options.lam:
             self._install(client, client.network)
+            if step.exchange == TUNE:
+                return self._tune(client)
             chosen = self.backbones(client, step)
             client.scratch["chosen"] = chosen
             if self.options.teacher_view == "cached":
@@ -204,13 +234,22 @@ class FedLPFM(LocalTraining):
             assert self._cache is not None
             return self._cache.logits(teacher, images, client.samples)
         rng = client.rng(f"teacher-{o.teacher_tuning}/{index}", ONCE)
+        tuned: Callable[[Tensor], Tensor]
         if o.teacher_tuning == "finetune":
             lr = o.tuning_lr or FINETUNE_LR
-            return finetune(teacher, list(images), client.labels, rng, epochs=o.tuning_epochs, lr=lr)
-        lr = o.tuning_lr or PROBE_LR
-        head, logits = probe(teacher, images, client.labels, rng, epochs=o.tuning_epochs, lr=lr)
-        heads = client.state.setdefault("teacher_heads", {})
-        heads[index] = {"weight": head.weight.detach().cpu(), "bias": head.bias.detach().cpu()}
+            tuned, logits = finetune(teacher, list(images), client.labels, rng, epochs=o.tuning_epochs, lr=lr)
+        else:
+            lr = o.tuning_lr or PROBE_LR
+            head, logits = probe(teacher, images, client.labels, rng, epochs=o.tuning_epochs, lr=lr)
+            heads = client.state.setdefault("teacher_heads", {})
+            heads[index] = {"weight": head.weight.detach().cpu(), "bias": head.bias.detach().cpu()}
+
+            def tuned(images: Tensor) -> Tensor:
+                return head(teacher.features(images))
+
+        right = client.validate(lambda images: tuned(images.to(teacher.device)))
+        if right is not None:
+            client.state.setdefault("tuned_right", {})[index] = right
         return logits
 
     def _live(self, client: Client, index: int, batch: Batch) -> Tensor:
@@ -298,6 +337,8 @@ class FedLPFM(LocalTraining):
 
         The first is the accuracy of the teachers that every client has, or, where clients draw theirs, the mean over
         the teachers; the second that of the proxy trained on the public images alone, as the embedded teacher is.
+        Tuned teachers are measured as they were before; ``validation_tuned_teacher_accuracy`` is what the clients'
+        own ones have on the validation split, on average over clients.
         """
         figures = super().evaluate(model, data)
         if self.options.lam and self._setting is not None:

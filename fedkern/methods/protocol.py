@@ -389,6 +389,13 @@ class Client(Place, Protocol):
         """The client's own samples, as :meth:`Samples.batches` gives them."""
         ...
 
+    def validate(self, answer: Callable[[Tensor], Tensor]) -> float | None:
+        """The share of the validation images that ``answer`` (images to logits [B, classes]) is right about.
+
+        For figures alone: a client of a real federation has no such images.  None where the data have none.
+        """
+        ...
+
     def backgrounds(self, fill: str = "mean") -> Backgrounds:
         """The client's own background bank; images without a detected object stay out of it."""
         ...

@@ -153,11 +153,14 @@ def probe(
 
 def finetune(
     teacher: Teacher, batches: Sequence[Tensor], labels: Tensor, rng: np.random.Generator, *, epochs: int, lr: float
-) -> Tensor:
-    """Trains a copy of the whole teacher on a client's images and returns its logits fp32 ``[n, classes]`` (CPU).
+) -> tuple[nn.Module, Tensor]:
+    """Trains a copy of the whole teacher on a client's images.
 
     The copy stays in eval mode: batch norm keeps the statistics of its own training, and nothing is dropped.
     Arguments as for :func:`probe`.
+
+    Returns:
+        The trained copy (images to logits), and its logits fp32 ``[n, classes]`` (CPU) of the client's images.
     """
     trunk, head = teacher.copy()
     images = torch.cat(list(batches)).to(teacher.device)
@@ -167,7 +170,7 @@ def finetune(
         _fit(both, lambda index: (head(trunk(images[index])), targets[index]), len(labels), rng, epochs, lr)
     with torch.no_grad():
         logits = torch.cat([head(trunk(part)) for part in images.split(teacher.batch)])
-    return teacher.checked(logits, len(labels)).cpu()
+    return nn.Sequential(trunk, head), teacher.checked(logits, len(labels)).cpu()
 
 
 def _fit(

@@ -2,25 +2,25 @@
 
 import dataclasses
 import json
-import math
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from interrupted import Cut, outcome
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, one_hot, softmax
 
-from fedkern import models
 from fedkern.engine import Listener, RunConfig, run
 from fedkern.engine.bench import Bench
 from fedkern.engine.ledger import message_bytes
 from fedkern.engine.records import read_metrics
 from fedkern.engine.serial import Client, Server
 from fedkern.errors import UserError
-from fedkern.methods import FML, Batch, FedLPFM, Step
-from fedkern.methods.fml import Pair
+from fedkern.methods import Batch, FedLPFM, Step
+from fedkern.methods.fedlpfm import ONCE
 from fedkern.models.teacher import CallableTeacher
+from fedkern.models.teacher_training import finetune, probe
 
 STEP = Step(0, "train", "update")
 EQUAL = {"momentum": 0.9}  # the methods' own defaults differ
@@ -166,6 +166,29 @@ def test_teachers_own_accuracy_is_reported(data, make_config, tmp_path):
     assert summary["metrics"]["ood_teacher_accuracy"] == pytest.approx(float(right))
 
 
+@pytest.mark.parametrize("tuning", ["probe", "finetune"])
+def test_tuned_teachers_are_measured_on_the_validation_split(tuning, data, make_config, tmp_path):
+    """The mean over clients, each tuned by hand here; and the figure of the teacher as it came stands beside it."""
+    options = {"teacher_tuning": tuning, "tuning_lr": 0.05, "tuning_epochs": 5}
+    config = small(make_config, options=options)
+    summary = run(config, out=tmp_path / "run", data=data)
+    method, bench, _ = started(data, config)
+    split, right = data.validation, []
+    mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (data.mean, data.std))
+    images = (split.images / 255 - mean) / std
+    for k in range(3):
+        client, teacher = Client(bench, k, {}), method._teacher(0)
+        rng, own = client.rng(f"teacher-{tuning}/0", ONCE), [batch.images for batch in client.batches()]
+        tune = probe if tuning == "probe" else finetune
+        tuned, _ = tune(teacher, own, client.labels, rng, epochs=5, lr=0.05)
+        logits = tuned(teacher.features(images)) if tuning == "probe" else tuned(images)
+        right.append(float((logits.argmax(1) == split.labels).double().mean()))
+    metrics = summary["metrics"]
+    assert metrics["validation_tuned_teacher_accuracy"] == pytest.approx(sum(right) / 3)
+    assert metrics["validation_tuned_teacher_accuracy"] != metrics["validation_teacher_accuracy"]
+    assert summary["bytes"]["one_off_up"] == 0  # a figure, which nobody sends
+
+
 def started(data, config):
     method, bench = FedLPFM(FedLPFM.Options.parse(config.options)), Bench(config, data)
     server = Server(bench)
@@ -227,23 +250,6 @@ def test_backbones(data, make_config):
     assert all(len(set(rounds)) == 1 for rounds in drawn["random"])
     assert all(len(set(rounds)) > 1 for rounds in drawn["random-each-round"])
     assert {pair for rounds in drawn["random-each-round"] for pair in rounds} == {(0, 1), (0, 2), (1, 2)}
-
-
-class Cut(Listener):
-    def __init__(self, left):
-        self.left = left
-
-    def on_client(self, *_):
-        self.left -= 1
-        if self.left < 0:
-            raise KeyboardInterrupt
-
-
-def outcome(out):
-    summary = json.loads((out / "summary.json").read_text())
-    drop = ("seconds", "round_seconds", "phases")
-    records = [{k: v for k, v in record.items() if k not in drop} for record in read_metrics(out)]
-    return (out / "model.safetensors").read_bytes(), records, {k: v for k, v in summary.items() if k not in drop}
 
 
 @pytest.mark.parametrize("tuning", ["zero-shot", "probe", "finetune"])
@@ -334,87 +340,3 @@ def test_a_teacher_of_other_classes(data, make_config, monkeypatch):
     )
     with pytest.raises(UserError, match="the teacher imagenet knows 7 classes and the data have 3"):
         started(data, config)
-
-
-# -- FML -------------------------------------------------------------------------------------------------------------
-
-
-def test_fml_is_its_equations_with_the_other_side_detached():
-    proxy, teacher, batch = scene(1)
-    pair, t = Pair(Fixed(teacher[0]), proxy), 2.0
-    method = FML(FML.Options(alpha=0.7, beta=0.4, temperature=t))
-    total, _ = method.loss(pair, batch, None)
-    total.backward()
-    h, z, target = pair.private.logits.detach(), proxy.logits.detach(), one_hot(batch.labels, 5).double()
-
-    def gradient(own, other, weight):
-        distilled = t * (softmax(own / t, 1) - softmax(other / t, 1))
-        return (weight * (softmax(own, 1) - target) + (1 - weight) * distilled) / 7
-
-    torch.testing.assert_close(pair.private.logits.grad, gradient(h, z, 0.7), rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(proxy.logits.grad, gradient(z, h, 0.4), rtol=1e-6, atol=1e-9)
-
-
-def test_fml_sends_the_proxy_alone_and_keeps_private_models(make_data, make_config, tmp_path):
-    data = make_data()
-    plain = run(make_config("fedavg"), out=tmp_path / "a", data=data)
-    summary = run(make_config("fml", options={"private": "cnn/3"}), out=tmp_path / "b", data=data)
-    assert summary["bytes"] == plain["bytes"]
-    states = [Client(Bench(make_config("fml"), data), k, {}) for k in range(2)]
-    method, server = FML(), Server(Bench(make_config("fml"), data))
-    method.start(server)
-    for client in states:
-        method.client_update(client, STEP, method.send(server, STEP))
-    first, second = (client.state["private"]["head.weight"] for client in states)
-    assert not torch.equal(first, second)
-    before = first.clone()
-    method.client_update(states[0], Step(1, "train", "update"), method.send(server, STEP))
-    assert not torch.equal(states[0].state["private"]["head.weight"], before)
-
-
-def test_fml_private_models_begin_apart(make_data, make_config):
-    """From the shared one and from each other, and the same at every call."""
-    bench = Bench(make_config("fml"), make_data())
-    clients = [Client(bench, k, {}) for k in range(2)]
-    shared = clients[0].network().state_dict()
-    first, second, again = (FML()._private(clients[k]).state_dict() for k in (0, 1, 0))
-    weights = [name for name in shared if name.endswith("weight") and shared[name].dim() > 1]
-    assert not any(torch.equal(first[name], shared[name]) for name in weights)
-    assert not any(torch.equal(first[name], second[name]) for name in weights)
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert all(torch.equal(shared[name], value) for name, value in clients[1].network().state_dict().items())
-
-
-@pytest.mark.parametrize("buffers", ["average", "local"])
-def test_fml_without_mutual_terms_is_fedavg(buffers, make_data, make_config, tmp_path):
-    """With alpha = beta = 1 nothing passes between the two, and the proxy is trained as FedAvg's network."""
-    data = make_data()
-    run(make_config("fedavg", buffers=buffers, **EQUAL), out=tmp_path / "a", data=data)
-    run(make_config("fml", options={"alpha": 1, "beta": 1}, buffers=buffers, **EQUAL), out=tmp_path / "b", data=data)
-    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6)
-
-
-def test_fml_resumed_ends_alike(make_data, make_config, tmp_path):
-    data, config = make_data(), make_config("fml", rounds=3)
-    run(config, out=tmp_path / "whole", data=data)
-    with pytest.raises(KeyboardInterrupt):
-        run(config, out=tmp_path / "cut", data=data, listener=Cut(4))
-    run(RunConfig.load(tmp_path / "cut"), out=tmp_path / "cut", data=data, resume=True)
-    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
-
-
-def test_fml_private_models_of_another_kind(make_data, make_config, tmp_path):
-    with pytest.raises(UserError, match='there is no model "cn", choose one of'):
-        run(make_config("fml", options={"private": "cn"}), out=tmp_path / "a", data=make_data())
-    with pytest.raises(UserError, match='must be MODEL or MODEL/WIDTH, not "cnn/x"'):
-        run(make_config("fml", options={"private": "cnn/x"}), out=tmp_path / "b", data=make_data())
-    assert not any(tmp_path.iterdir())
-
-
-def test_the_parsed_names_are_the_published_ones():
-    knobs = {knob.name for knob in FedLPFM.Options.knobs()}
-    assert {"teacher", "lambda", "temperature", "prompts"} <= knobs
-    assert math.isclose(FedLPFM.Options().lam, 0.5)
-    assert models.MODELS["mobilenetv2"].width == 32

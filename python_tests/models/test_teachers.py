@@ -299,7 +299,7 @@ def test_tuning_starts_from_the_zero_shot_teacher_and_leaves_it_alone(kind: str)
             head, logits = probe(teacher, public.images.split(7), public.labels, rng, epochs=epochs, lr=lr)
             torch.testing.assert_close(head(teacher.features(public.images)), logits)
             return logits
-        return finetune(teacher, public.images.split(7), public.labels, rng, epochs=epochs, lr=lr)
+        return finetune(teacher, public.images.split(7), public.labels, rng, epochs=epochs, lr=lr)[1]
 
     torch.testing.assert_close(tune(1, 1e-12), teacher.logits(public.images), rtol=1e-4, atol=1e-5)
     loss = nn.functional.cross_entropy
