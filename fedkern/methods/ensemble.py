@@ -20,6 +20,7 @@ from fedkern.methods.base import VECTORS, Client, ClientId, Message, Server, Ste
 from fedkern.methods.evaluate import classification
 from fedkern.methods.oneshot import OneShot, exhaust
 from fedkern.methods.oneshot_members import Members, parse_models, train_member
+from fedkern.models.cost import memory_ratio
 
 
 @register("ensemble")
@@ -78,10 +79,8 @@ class Ensemble(OneShot):
             return
         exhaust(self.members(server).collect(step, uploads))
         ensemble = self.model(server)
-        size = sum(t.numel() * t.element_size() for t in ensemble.members.state_dict().values())
-        one = sum(t.numel() * t.element_size() for t in server.build().state_dict().values())
         server.report["members"] = float(len(ensemble.members))
-        server.report["memory_ratio"] = size / one
+        server.report["memory_ratio"] = memory_ratio(ensemble, server.build())
 
     def model(self, server: Server) -> models.Ensemble:
         members, state = self.members(server), server.state

@@ -43,6 +43,7 @@ from fedkern.methods.base import (
 from fedkern.methods.calibration import CalibrationOptions, calibrate, collect, pool
 from fedkern.methods.fusefl_levels import BothHeads, LocalPart, mean_head, scaled_width, size, tensors_of, why_refused
 from fedkern.models.blocks import BlockNetwork, check_alike, cut
+from fedkern.models.cost import memory_ratio
 from fedkern.models.fused import Branch, FusedLevel, FusedNetwork, make_adaptor
 
 CALIBRATE = "calibrate"
@@ -240,10 +241,10 @@ class FuseFL(Objective, Method):
         state["heads"] = dict(sorted(state["heads"].items()))
         self._book(server, step, "up", sizes)
         if level == self._levels():
-            whole, fused = server.build(), self.model(server)
+            fused = self.model(server)
             assert fused is not None
             server.report["parameters"] = sum(p.numel() for p in fused.parameters())
-            server.report["memory_ratio"] = server.report["parameters"] / sum(p.numel() for p in whole.parameters())
+            server.report["memory_ratio"] = memory_ratio(fused, server.build())
 
     def _expected(self, server: Server, networks: _Networks, client: ClientId, level: int) -> dict[str, Any]:
         network, levels = networks.of(client), server.state["levels"]

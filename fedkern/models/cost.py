@@ -35,6 +35,19 @@ class Cost:
     training_bytes: int
 
 
+def stored_bytes(module: nn.Module) -> int:
+    """Bytes of all parameters and buffers."""
+    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+
+
+def memory_ratio(evaluated: nn.Module, ordinary: nn.Module) -> float:
+    """Memory of what a method evaluates over that of one ordinary network: parameters and buffers of both.
+
+    Measured before a calibration, which replaces what classifies by a classifier of (about) the same size.
+    """
+    return stored_bytes(evaluated) / stored_bytes(ordinary)
+
+
 def cost(module: nn.Module, images: Tensor) -> Cost:
     """Counts what ``module`` costs per image of ``images`` ``[B, C, H, W]`` (B >= 2: batch norm trains on them).
 
@@ -42,7 +55,7 @@ def cost(module: nn.Module, images: Tensor) -> Cost:
     """
     count = len(images)
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
-    buffers = sum(b.numel() * b.element_size() for b in module.buffers())
+    buffers = stored_bytes(module) - weights
     with torch.no_grad(), _Layers(module.eval()) as layers, count_flops() as forward:
         module(images)
     saved: dict[int, int] = {}

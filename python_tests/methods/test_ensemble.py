@@ -47,7 +47,8 @@ def test_members_figures_and_memory(make_data, make_config, tmp_path):
     assert figures["id_vote_accuracy"] == pytest.approx((vote(logits) == labels).float().mean().item())
     p = logits.softmax(2).mean(0)
     assert figures["id_probability_accuracy"] == pytest.approx((p.argmax(1) == labels).float().mean().item())
-    assert figures["memory_ratio"] == 3
+    one = sum(t.numel() * t.element_size() for t in network.members[0].state_dict().values())
+    assert figures["memory_ratio"] == (3 * one + 3 * 4) / one  # the members, and their weights in the mean
     assert figures["members"] == 3
     assert summary["bytes"]["up"] == summary["bytes"]["down"]  # one network each way for every client
 

@@ -110,7 +110,8 @@ def test_every_byte_is_accounted_for(make_data, make_config, tmp_path):
     fused.plain_head = None  # kept for comparison only
     assert found["parameters"] == sum(p.numel() for p in fused.parameters())
     whole = build("cnn", classes=3, channels=3, image_size=8, seed=0, width=2)
-    assert found["memory_ratio"] == found["parameters"] / sum(p.numel() for p in whole.parameters())
+    blocks = size(network.state_dict()) - head
+    assert found["memory_ratio"] == (3 * (blocks + sum(adaptors)) + head) / size(whole.state_dict())
     assert found["model_bytes"] == size(whole.state_dict())
 
 
