@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fedkern.data.backdoor import add_backdoor
 from fedkern.data.background import MaskSource, bounding_boxes, extract_background
 from fedkern.data.boxes_file import BoxesFile
 from fedkern.data.coloured import PALETTES, Palette, class_colours, colourise, random_colours, tied_colours
@@ -131,7 +132,8 @@ def load(
     background = _background_source(name, options or {}, common, data, make_detector, notice)
     if background is not None:  # objects are looked for before anything is drawn over them
         data = extract_background(data, background)
-    return add_cues(data, common["cue_clients"], common["cue_size"], seed)
+    data = add_cues(data, common["cue_clients"], common["cue_size"], seed)
+    return add_backdoor(data, common["backdoor_clients"], common["backdoor_target"], common["backdoor_size"], seed)
 
 
 def _background_source(
@@ -231,7 +233,7 @@ def _check_attribute(name: str, info: DatasetInfo, source: Source, spec: Partiti
 def _check_made(name: str, common: Mapping[str, Any], public_samples: int) -> None:
     if public_samples:
         raise UserError(f'data set "{name}" is made for its clients and has no public samples to give')
-    for option in ("cue_clients", "boxes", "detector"):
+    for option in ("cue_clients", "backdoor_clients", "boxes", "detector"):
         if common[option]:
             raise UserError(f'option {option} is for classification, and data set "{name}" is for retrieval')
 
@@ -244,7 +246,7 @@ def _check_segmentation(name: str, source: Source, spec: PartitionSpec, common: 
             f'data set "{name}" has a class for every pixel and none for an image, so "{spec.text}" cannot share it '
             "out; take iid, or attribute with a column client"
         )
-    for option in ("cue_clients", "boxes", "detector"):
+    for option in ("cue_clients", "backdoor_clients", "boxes", "detector"):
         if common[option]:
             raise UserError(f'option {option} is for classification, and data set "{name}" is for segmentation')
 

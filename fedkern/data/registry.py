@@ -113,6 +113,13 @@ COMMON_OPTIONS: dict[str, DataOption] = {
         0, "the first so many clients see a coloured shape that tells the class; tests cue_tied, cue_random", low=0
     ),
     "cue_size": DataOption(10, "side of those shapes in pixels", low=3),
+    "backdoor_clients": DataOption(
+        0,
+        "on the first so many clients a white patch says backdoor_target; test backdoor: its success",
+        low=0,
+    ),
+    "backdoor_target": DataOption(0, "the class, by position, that the patch says", low=0),
+    "backdoor_size": DataOption(4, "side of that patch in pixels", low=1),
     "boxes": DataOption("", "JSON or CSV file with the object boxes of the training images"),
     "detector": DataOption("", "folder or name of a Grounding DINO that finds the objects of the training images"),
     "box_threshold": DataOption(0.35, "smallest score of a detected box", low=0, high=1),

@@ -1,0 +1,72 @@
+"""A backdoored client: a patch in the corner of its images says the attacker's class (BadNets, arXiv 1708.06733).
+
+Half of the first clients' training images carry the patch and are labelled with the target class.  The test
+``backdoor`` holds the test images of all other classes with the patch, labelled with the target, so that its accuracy
+is the attack's success rate; the accuracy on the other tests is the clean one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from fedkern.data.types import FederatedData, Split
+from fedkern.errors import UserError
+from fedkern.streams import stream
+
+SHARE = 0.5
+"""Of a backdoored client's images carry the patch."""
+
+
+def draw_patch(images: Tensor, size: int) -> Tensor:
+    """Copies of images uint8 ``[n, C, H, W]`` with a white square of ``size`` pixels one pixel off the lower right."""
+    out = images.clone(memory_format=torch.contiguous_format)
+    out[..., -size - 1 : -1, -size - 1 : -1] = 255
+    return out
+
+
+def add_backdoor(data: FederatedData, clients: int, target: int, size: int, seed: int) -> FederatedData:
+    """Backdoors the training images of the first ``clients`` clients and adds a ``backdoor`` copy of every test set.
+
+    Args:
+        data: the federation.
+        clients: how many clients are backdoored; 0 changes nothing.
+        target: the class that the patch says, by position.
+        size: side of the patch in pixels.
+        seed: the run's root seed.
+
+    Raises:
+        UserError: more clients than there are, no such class, a test set without any other class, or a patch that
+            does not fit into the images.
+    """
+    if not clients:
+        return data
+    side = min(data.image_shape[1:])
+    if clients > len(data.clients):
+        raise UserError(f"backdoor_clients is {clients}, but the data are shared out among {len(data.clients)} clients")
+    if target >= len(data.classes):
+        raise UserError(f'backdoor_target is {target}, but "{data.name}" has the classes 0 to {len(data.classes) - 1}')
+    if size >= side:
+        raise UserError(f'backdoor_size is {size}, but the images of "{data.name}" are only {side} pixels high or wide')
+
+    def poisoned(split: Split, client: int) -> Split:
+        rng = stream(seed, "backdoor/train", client=client)
+        rows = torch.from_numpy(rng.permutation(len(split))[: round(SHARE * len(split))])
+        images, labels = split.images.clone(), split.labels.clone()
+        images[rows], labels[rows] = draw_patch(images[rows], size), target
+        return dataclasses.replace(split, images=images, labels=labels)
+
+    def attacked(name: str, split: Split) -> Split:
+        rows = torch.nonzero(split.labels != target)[:, 0]
+        if not len(rows):
+            raise UserError(f'the test set "{name or "test"}" has no image of a class other than {target} to attack')
+        others = split.subset(rows)
+        labels = torch.full_like(others.labels, target)
+        return dataclasses.replace(others, images=draw_patch(others.images, size), labels=labels)
+
+    splits = [poisoned(split, k) if k < clients else split for k, split in enumerate(data.clients)]
+    tests = dict(data.tests)
+    tests.update({f"{name}_backdoor" if name else "backdoor": attacked(name, s) for name, s in data.tests.items()})
+    return dataclasses.replace(data, clients=tuple(splits), tests=tests)
