@@ -9,8 +9,10 @@ from rich import box
 from rich.table import Table
 
 # Metrics that are fractions and read best in per cent.
-_FRACTIONS = ("accuracy", "confidence", "gradcam_in_object", "object_area", "dice", "iou")
-_ORDER = ("accuracy", "dice", "iou", "hd95", "confidence", "gradcam_in_object", "loss")
+_FRACTIONS = ("accuracy", "confidence", "gradcam_in_object", "object_area", "dice", "iou", "_r1", "_r5", "_r10")
+_RECALLS = {f"{way}_r{k}": f"{text}, recall at {k}"
+            for way, text in (("i2t", "image to text"), ("t2i", "text to image")) for k in (1, 5, 10)}  # fmt: skip
+_ORDER = ("accuracy", *_RECALLS, "dice", "iou", "hd95", "confidence", "gradcam_in_object", "loss")
 _NAMES = {
     "accuracy": "accuracy",
     "dice": "Dice, mean of the classes",
@@ -20,8 +22,15 @@ _NAMES = {
     "gradcam_in_object": "Grad-CAM mass inside the object",
     "object_area": "area of the object",
     "loss": "loss",
-}
-_TEST_SETS = {"id": "in distribution", "ood": "out of distribution", "validation": "validation"}
+    "gallery": "candidates in retrieval",
+    **_RECALLS,
+    **{f"{which}_client_{name}": f"{which} client: {text}"
+       for which in ("mean", "worst") for name, text in _RECALLS.items()},
+}  # fmt: skip
+_TEST_SETS = {
+    "id": "in distribution", "ood": "out of distribution", "validation": "validation", "minority": "minority",
+    "unseen": "unseen client",
+}  # fmt: skip
 
 
 def human_bytes(count: float) -> str:
@@ -95,7 +104,7 @@ def final_table(summary: Mapping[str, Any]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=columns != [""], pad_edge=False)
     table.add_column("")
     for test_set in columns:
-        table.add_column(_TEST_SETS.get(test_set, ""), justify="right", style="bold")
+        table.add_column(_TEST_SETS.get(test_set, "test"), justify="right", style="bold")
     for figure, row in figures.items():
         table.add_row(_NAMES.get(figure, figure.replace("_", " ")), *(row.get(test_set, "") for test_set in columns))
     table.add_section()

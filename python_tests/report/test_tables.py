@@ -86,6 +86,35 @@ def test_final_table_of_a_single_test_set():
     assert ["sent", "once,", "before", "training", "(up)", "5", "B"] in lines
 
 
+def test_final_table_of_retrieval():
+    figures = {"i2t_r1": 0.5, "t2i_r10": 0.75, "gallery": 40.0, "loss": 3.0}
+    summary = {
+        "method": "feddra", "data": "captions", "seed": 0, "rounds": 1, "seconds": 3.0,
+        "metrics": {**figures, **{f"unseen_{name}": value / 2 for name, value in figures.items()},
+                    "worst_client_i2t_r1": 0.25},
+        "bytes": {"up": 10, "down": 20},
+    }  # fmt: skip
+    lines = [" ".join(line.split()) for line in text(tables.final_table(summary)).splitlines()]
+    assert "test unseen client" in lines
+    assert lines.index("image to text, recall at 1 50.0 % 25.0 %") < lines.index("loss 3 1.5")
+    assert "text to image, recall at 10 75.0 % 37.5 %" in lines
+    assert "worst client: image to text, recall at 1 25.0 %" in lines
+    assert "candidates in retrieval 40 20" in lines
+
+
+def test_downstream_table():
+    rows = [
+        {"set": "seen", "shots": 5, "accuracy": 0.5, "auc": 0.75},
+        {"set": "unseen", "shots": "all", "accuracy": 1.0},
+    ]
+    result = {"command": "probe", "method": "local", "data": "captions", "networks": 5, "rows": rows}
+    lines = [" ".join(line.split()) for line in text(tables.downstream_table(result)).splitlines()]
+    assert lines[0] == "probe: local on captions, mean over 5 networks"
+    assert "test set shots accuracy AUC" in lines
+    assert "seen 5 50.0 % 0.750" in lines
+    assert "unseen all 100.0 %" in lines
+
+
 def test_partition_table_lists_a_few_clients_and_the_totals():
     counts = np.arange(60).reshape(20, 3)
     statistics = PartitionStatistics(counts, ("a", "b", "c"), "iid")
