@@ -183,12 +183,8 @@ def downstream_table(result: Mapping[str, Any]) -> Table:
     """
     many = result["networks"]
     mean = f", mean over {many} networks" if many > 1 else ""
-    table = Table(
-        title=f"{result['command']}: {result['method']} on {result['data']}{mean}",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-    )
+    title = f"{result['command']}: {result['method']} on {result['data']}{mean}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, min_width=len(title))
     rows = result["rows"]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     for name in columns:
