@@ -5,7 +5,7 @@
 
 ``--only SECTION ...`` runs some of the sections: ``table`` (all baselines, three heterogeneities, three seeds),
 ``blocks`` (K, adaptors), ``clients`` (M), ``datafree``, ``width``, ``parts`` (every decision alone), ``cue``
-(spurious shapes).  Each goes on where it was interrupted and writes
+(spurious shapes), ``backdoor`` (a backdoored client).  Each goes on where it was interrupted and writes
 ``benchmarks/results/fusefl_<study>_<section>.md`` and ``.json``.
 
 All one-shot methods train equally long on the same split.  Calibration is a part of FuseFL and not of its baselines, so
@@ -17,137 +17,25 @@ in a column comes from the same grid, by the accuracy of that column on the vali
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.fusefl_runs import (
+    CALIBRATED,
+    LINKS,
+    ONE_SHOT,
+    PUBLISHED,
+    REFERENCE,
+    SEEDS,
+    STUDIES,
+    Column,
+    FuseFLRuns,
+    Study,
+)
 from benchmarks.probe import probe
-from benchmarks.study import Case, Runs, best_rate, run_sections, spread, table, transfer_seconds
+from benchmarks.study import Case, run_sections, spread, table, transfer_seconds
 from fedkern import engine
-
-SEEDS = (0, 1, 2)
-Column = str
-PUBLISHED, CALIBRATED = "as published", "all calibrated"
-ONE_SHOT: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "one-shot FedAvg": ("oneshot-fedavg", {"calibrate": True}),
-    "ensemble": ("ensemble", {"calibrate": True}),
-    "FuseFL": ("fusefl", {}),
-}
-REFERENCE = "FedAvg, many rounds"
-LINKS = (10, 1000)  # Mbit/s
-
-
-@dataclass(frozen=True)
-class Study:
-    """What is held fixed.
-
-    Attributes:
-        settings: of every run; ``local_epochs`` is a one-shot client's whole budget.
-        rounds: those of multi-round FedAvg, over which the same budget is spread.
-        rates: learning rates to choose from.
-        deep: model and width for the section ``blocks``, which needs a network of eight blocks.
-        many: numbers of clients of the section ``clients``.
-    """
-
-    settings: Mapping[str, Any]
-    rounds: int
-    rates: tuple[float, ...]
-    alphas: tuple[float, ...] = (0.1, 0.3, 0.5)
-    deep: tuple[str, int] = ("resnet18", 16)
-    many: tuple[int, ...] = (10, 20, 50)
-
-
-_COMMON = {
-    "clients": 5, "model": "resnet8", "width": 16, "batch_size": 32, "momentum": 0.9, "weight_decay": 0,
-    "grad_cam": 0,
-}  # fmt: skip
-STUDIES = {
-    "digits": Study(
-        {"data": "digits", **_COMMON, "public_samples": 200, "local_epochs": 24},
-        8,
-        (0.01, 0.03, 0.1),
-        many=(10, 20),
-    ),
-    "cifar10": Study(
-        {
-            "data": "cifar10", **_COMMON, "train_samples": 5000, "public_samples": 1000, "test_samples": 2000,
-            "validation_samples": 1000, "local_epochs": 24,
-        },
-        8,
-        (0.01, 0.03, 0.1),
-    ),
-}  # fmt: skip
-
-
-class FuseFLRuns(Runs):
-    """Names the cases of the study, and reads its two columns from their records."""
-
-    def __init__(self, study: Study, folder: Path, workers: int, settings: Mapping[str, Any]) -> None:
-        super().__init__(folder, workers, settings)
-        self.study = study
-
-    def one_shot(self, name: str, alpha: float, lr: float, seed: int, *words: str, **changes: Any) -> Case:
-        """A one-shot run: ``changes`` are method options, or settings that the study fixes otherwise."""
-        method, own = ONE_SHOT[name]
-        return self.run_of(method, alpha, lr, seed, own, *words, **changes)
-
-    def wide(self, alpha: float, lr: float, seed: int) -> Case:
-        """FuseFL whose clients are as wide as the baselines' (the method's option, not the setting of that name)."""
-        return self.run_of("fusefl", alpha, lr, seed, {"width": self.study.settings["width"]}, "wide")
-
-    def run_of(
-        self, method: str, alpha: float, lr: float, seed: int, options: Mapping[str, Any], *words: str, **changes: Any
-    ) -> Case:
-        settings = {**self.study.settings, "partition": f"dirichlet:{alpha}", "lr": lr, "seed": seed}
-        settings.update({key: value for key, value in changes.items() if key in SETTINGS})
-        options = {**options, **{key: value for key, value in changes.items() if key not in SETTINGS}}
-        said = [*words, *(f"{key}={value}" for key, value in changes.items())]
-        return self.case(method, settings, options, *said, f"a{alpha}", f"lr{lr}", f"s{seed}")
-
-    def reference(self, alpha: float, lr: float, seed: int, **changes: Any) -> Case:
-        """Multi-round FedAvg with the same budget."""
-        epochs = self.study.settings["local_epochs"] // self.study.rounds
-        settings = {"rounds": self.study.rounds, "local_epochs": epochs, "eval_every": 1000, **changes}
-        return self.run_of("fedavg", alpha, lr, seed, {}, **settings)
-
-    def record(self, case: Case, column: Column) -> dict[str, Any]:
-        """The figures of a column: FuseFL's last ones in both; others' before and after their calibration."""
-        records = [record for record in self.rounds(case) if "validation_accuracy" in record]
-        if column == PUBLISHED and not case.name.startswith("fusefl"):
-            records = [record for record in records if record["name"] != "calibrate"]
-        return records[-1]
-
-    def uncalibrated(self, case: Case) -> float:
-        """The accuracy before calibration."""
-        accuracies = [r["accuracy"] for r in self.rounds(case) if r["name"] != "calibrate" and "accuracy" in r]
-        return float(accuracies[-1])
-
-    def rates(self) -> dict[tuple[str, Column], float]:
-        """Runs the grid and chooses every method's learning rate in every column."""
-        alpha = self.study.alphas[len(self.study.alphas) // 2]
-        cases = {(name, lr): self.one_shot(name, alpha, lr, 0) for name in ONE_SHOT for lr in self.study.rates}
-        cases |= {(REFERENCE, lr): self.reference(alpha, lr, 0) for lr in self.study.rates}
-        self.run(cases.values())
-        return {
-            (name, column): best_rate(
-                {lr: [self.record(cases[name, lr], column)["validation_accuracy"]] for lr in self.study.rates}
-            )
-            for name in (*ONE_SHOT, REFERENCE)
-            for column in (PUBLISHED, CALIBRATED)
-        }
-
-    def megabytes(self, case: Case, column: Column) -> tuple[float, float]:
-        """What a client sends and receives on average until the column's figure stands."""
-        record, clients = self.record(case, column), self.summaries[case.name]["clients"]
-        return record["bytes_up"] / clients / 1e6, record["bytes_down"] / clients / 1e6
-
-
-# What `changes` of a run may name beside method options.
-SETTINGS = {
-    "clients", "model", "width", "local_epochs", "rounds", "cue_clients", "public_samples", "train_samples",
-    "eval_every",
-}  # fmt: skip
 
 Section = tuple[str, dict[str, Any]]
 
@@ -376,6 +264,34 @@ def cue(runs: FuseFLRuns) -> Section:
     return title + table(header, rows) + "\n", numbers
 
 
+def backdoor(runs: FuseFLRuns) -> Section:
+    """One client's blocks are backdoored: how often its patch succeeds, and what is left of the clean accuracy."""
+    rates, alpha, numbers = runs.rates(), runs.study.alphas[-1], {}
+
+    def case(name: str, seed: int, column: Column, clients: int) -> Case:
+        changes = {"backdoor_clients": clients} if clients else {}
+        return runs.one_shot(name, alpha, rates[name, column], seed, **changes)
+
+    columns = {name: (PUBLISHED,) if name == "FuseFL" else (PUBLISHED, CALIBRATED) for name in ONE_SHOT}
+    wanted = [(name, column) for name, own in columns.items() for column in own]
+    runs.run(case(name, seed, column, bad) for name, column in wanted for seed in SEEDS for bad in (0, 1))
+    rows = []
+    for name, column in wanted:
+        clean, found = ([runs.record(case(name, s, column, bad), column) for s in SEEDS] for bad in (0, 1))
+        numbers[f"{name}, {column}"] = {"lr": rates[name, column], "clean": clean, "backdoored": found}
+        rows.append([
+            f"{name}, {column}", str(rates[name, column]), spread([r["accuracy"] for r in clean]),
+            spread([r["accuracy"] for r in found]), spread([r["backdoor_accuracy"] for r in found]),
+        ])  # fmt: skip
+    header = ["method", "lr", "accuracy, nobody backdoored", "accuracy", "attack succeeds"]
+    title = (
+        f"## One of the clients backdoored, Dirichlet {alpha}, {len(SEEDS)} seeds, in %\n\nHalf of client 0's images "
+    )
+    title += "carry a white patch of 4x4 pixels and the label of class 0.  The attack succeeds on a test image of any "
+    title += "other class when the patch makes it class 0.\n\n"
+    return title + table(header, rows) + "\n", numbers
+
+
 SECTIONS: Mapping[str, Callable[[FuseFLRuns], Section]] = {
     "table": main_table,
     "blocks": blocks,
@@ -384,6 +300,7 @@ SECTIONS: Mapping[str, Callable[[FuseFLRuns], Section]] = {
     "width": width,
     "parts": parts,
     "cue": cue,
+    "backdoor": backdoor,
 }
 
 
