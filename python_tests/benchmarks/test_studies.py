@@ -14,8 +14,8 @@ sys.path.append(str(Path(__file__).parents[2]))
 from benchmarks import study, study_fedlpfm, study_fusefl
 
 FIGURES = (
-    "accuracy", "validation_accuracy", "vote_accuracy", "cue_tied_accuracy", "cue_random_accuracy", "backdoor_accuracy", "bytes_up",
-    "bytes_down",
+    "accuracy", "validation_accuracy", "vote_accuracy", "cue_tied_accuracy", "cue_random_accuracy", "backdoor_accuracy",
+    "bytes_up", "bytes_down",
 )  # fmt: skip
 
 
