@@ -21,16 +21,16 @@ void begin(const ContrastStatistics& to, std::int64_t count) {
 }
 
 // How far a row's or column's own similarity lies below the logarithm of its sum: never negative.
-double loss_of(double top, double sum, double own, double scale) {
-  const double loss = (top - own) * scale + std::log(sum);
+double loss_of(double top, double sum, double own, double scale, bool bounded) {
+  const double loss = bounded ? std::log(sum / own) : (top - own) * scale + std::log(sum);
   return loss < 0 ? 0 : loss;
 }
 
-double total_loss(const ContrastStatistics& from, std::int64_t count, double scale) {
+double total_loss(const ContrastStatistics& from, std::int64_t count, double scale, bool bounded) {
   double total = 0;
   for (std::int64_t i = 0; i < count; ++i)
-    total += loss_of(from.row_top[i], from.row_sum[i], from.own[i], scale) +
-             loss_of(from.column_top[i], from.column_sum[i], from.own[i], scale);
+    total += loss_of(from.row_top[i], from.row_sum[i], from.own[i], scale, bounded) +
+             loss_of(from.column_top[i], from.column_sum[i], from.own[i], scale, bounded);
   return count ? total / static_cast<double>(count) : 0;
 }
 
@@ -64,7 +64,7 @@ double whole(int dtype, std::int64_t count, std::int64_t columns, std::uintptr_t
   const ContrastTile tile{type, count, count, pointer<void>(similarities), stride, 0, scale, bounded, threads};
   const auto& kernels = contrast_kernels();
   kernels.sums(tile, keep, at);
-  const double loss = total_loss(at, count, scale);
+  const double loss = total_loss(at, count, scale, bounded);
   void* const sums = rounded ? pointer<void>(rounded) : type == DType::f64 ? at.row_top : memory.data() + 5 * count;
   if (sums != at.row_top) round_sums(type, at, count, sums);
   if (factor != 0) kernels.gradient(tile, keep, factor, sums);
@@ -82,10 +82,10 @@ void sums(int dtype, std::int64_t rows, std::int64_t count, std::uintptr_t tile,
 }
 
 // After the last tile: writes the sums and returns the loss.
-double finish(int dtype, std::int64_t count, double scale, std::uintptr_t statistics, std::uintptr_t rounded) {
+double finish(int dtype, std::int64_t count, double scale, bool bounded, std::uintptr_t statistics, std::uintptr_t rounded) {
   const ContrastStatistics from = statistics_at(statistics, count);
   if (rounded) round_sums(static_cast<DType>(dtype), from, count, pointer<void>(rounded));
-  return total_loss(from, count, scale);
+  return total_loss(from, count, scale, bounded);
 }
 
 void gradient(int dtype, std::int64_t rows, std::int64_t count, std::uintptr_t tile, std::int64_t stride, std::int64_t first, double scale, bool bounded,

@@ -156,9 +156,13 @@ void sums_as(const ContrastTile& tile, bool keep, const ContrastStatistics& to) 
   const Scratch<T> memory(2 * chunks * tile.columns);
   T *column_tops = memory.get(), *column_sums = column_tops + chunks * tile.columns;
   double *row_top = to.row_top + tile.first, *row_sum = to.row_sum + tile.first, *own = to.own + tile.first;
+  const ScaledExp<T> power(1.0 / tile.scale);
   auto work = [&](std::int64_t begin, std::int64_t end) {
     T *top = column_tops + begin / kChunkRows * tile.columns, *sum = column_sums + begin / kChunkRows * tile.columns;
-    for (std::int64_t i = begin; i < end; ++i) own[i] = static_cast<double>(row_of<T>(tile, i)[tile.first + i]);
+    for (std::int64_t i = begin; i < end; ++i) {
+      const T s = row_of<T>(tile, i)[tile.first + i];
+      own[i] = static_cast<double>(tile.bounded ? first(power(Vec<T>::set(s))) : s);
+    }
     if (!tile.bounded) {
       tops(tile, begin, end, row_top, top);
       add_up<T, false, false>(tile, begin, end, row_top, row_sum, top, sum);

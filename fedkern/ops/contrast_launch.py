@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fedkern.ops.backend import DTYPES, Kernel, cpu_core, register
+from fedkern.ops.backend import DTYPES, Kernel, cpu_core, register, register_triton
 from fedkern.ops.contrast_kernels import Gradients
 from fedkern.ops.contrast_products import similarities, times, transposed_times
+from fedkern.ops.cuda import core as cuda
+from fedkern.ops.cuda.contrast import CudaContrast
 
 # Similarities up to this size are held within a call: reading them again costs less than multiplying again, until
 # fresh memory costs more than either (measured: at D = 128 both take the same, at D = 512 holding saves a fifth).
@@ -109,7 +111,7 @@ class CpuContrast:
             tile = similarities(a[first : first + rows], b)
             where = (rows, count, tile.data_ptr(), count, first)
             self.core.contrast_sums(code, *where, scale, bounded, statistics.data_ptr(), threads)
-        return _scalar(self.core.contrast_finish(code, count, scale, statistics.data_ptr(), sums), x, y)
+        return _scalar(self.core.contrast_finish(code, count, scale, bounded, statistics.data_ptr(), sums), x, y)
 
     def _bounded(self, batch: _Batch) -> bool:
         x, y, code, scale, _ = batch
@@ -178,3 +180,5 @@ def _tiles(x: Tensor) -> Iterator[tuple[int, int]]:
 
 
 register("contrastive", "cpu", Kernel(lambda: CpuContrast(cpu_core()), frozenset(DTYPES), frozenset({"cpu"})))
+cuda.register("contrastive", CudaContrast, frozenset(DTYPES))
+register_triton("contrastive", "contrast", "TritonContrast")

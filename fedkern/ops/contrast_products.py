@@ -1,4 +1,7 @@
-"""The matrix products of contrastive on the CPU, by the faster of torch's two libraries."""
+"""The matrix products of contrastive on the CPU, by the faster of torch's two libraries.
+
+Results go into given memory or come from an operator of oneDNN's own: autocast would round what ``mm`` alone returns.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ def similarities(x: Tensor, y: Tensor) -> Tensor:
     if _by_onednn(x, y.shape[0]):
         assert _linear is not None
         return _linear(x, y, None, "none", [], "")
-    return _mm(x, y.t())
+    return _mm(x, y.t(), out=x.new_empty(x.shape[0], y.shape[0]))
 
 
 def times(tile: Tensor, y: Tensor) -> Tensor:
@@ -30,7 +33,7 @@ def times(tile: Tensor, y: Tensor) -> Tensor:
     if _by_onednn(tile, y.shape[1]):
         assert _linear is not None
         return _linear(tile, y.t(), None, "none", [], "")
-    return _mm(tile, y)
+    return _mm(tile, y, out=y.new_empty(tile.shape[0], y.shape[1]))
 
 
 def transposed_times(tile: Tensor, x: Tensor) -> Tensor:
@@ -38,4 +41,4 @@ def transposed_times(tile: Tensor, x: Tensor) -> Tensor:
     if _by_onednn(tile, x.shape[1]):
         assert _linear is not None
         return _linear(x.t().contiguous(), tile.t(), None, "none", [], "").t()
-    return _mm(tile.t(), x)
+    return _mm(tile.t(), x, out=x.new_empty(tile.shape[1], x.shape[1]))

@@ -28,7 +28,7 @@ struct ContrastTile {
 // Arrays of one value per row (or column) of the whole S.
 struct ContrastStatistics {
   double *row_top, *row_sum, *column_top, *column_sum;
-  double* own;  // S's diagonal
+  double* own;  // S's diagonal; its exponentials where bounded, whose rounding then cancels against the sums'
 };
 
 struct ContrastTable {

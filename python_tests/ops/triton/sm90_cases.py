@@ -23,6 +23,7 @@ from fedkern.ops.fuse_kernels import FuseNeeds
 from fedkern.ops.triton.aggregate import TritonAggregate
 from fedkern.ops.triton.blend import TritonBlend
 from fedkern.ops.triton.boxes import TritonBoxes
+from fedkern.ops.triton.contrast import TritonContrast
 from fedkern.ops.triton.distill import TritonDistill
 from fedkern.ops.triton.fuse import TritonFuse
 
@@ -61,8 +62,10 @@ def cases(full: bool) -> Iterator[Case]:
 
     Otherwise some of them, spread over all, that compile in less than a minute.
     """
-    families = (blend_cases, boxes_cases, distill_cases, ensemble_cases, aggregate_cases, fuse_cases)
-    for family, step in zip(families, (2, 2, 3, 2, 1, 1), strict=True):
+    families = (
+        blend_cases, boxes_cases, contrast_cases, distill_cases, ensemble_cases, aggregate_cases, fuse_cases,
+    )  # fmt: skip
+    for family, step in zip(families, (2, 2, 1, 3, 2, 1, 1), strict=True):
         yield from itertools.islice(family(full), 0, None, 1 if full else step)
 
 
@@ -118,6 +121,18 @@ def boxes_cases(full: bool) -> Iterator[Case]:
                         f"boxes {dtype} {list(shape)} {layout}",
                         lambda a=images, b=boxes, f=fill, k=keep: kernel.fill(a, b, f, k, torch.empty_like(a)),
                     )
+
+
+def contrast_cases(full: bool) -> Iterator[Case]:
+    kernel = TritonContrast()
+    for dtype in (torch.float32, torch.float64):
+        for count in (1, 100, 256) if full else (256,):
+            x, sums = torch.empty(count, 8, dtype=dtype), torch.empty(4, count, dtype=dtype)
+            learnt = torch.ones((), dtype=dtype)
+            for temperature in (0.07, learnt) if full or dtype is torch.float32 else (0.07,):
+                label = f"contrast {dtype} {count} {'learnt' if temperature is learnt else ''}"
+                yield f"{label} loss", lambda: kernel.loss_and_sums(x, x, temperature)
+                yield f"{label} gradient", lambda: kernel.gradients(x, x, temperature, sums, (True, True, True))
 
 
 # Rows of each kind: in one tile and in several, whole and in pieces, in parts, and with the positions side by side.

@@ -1,0 +1,252 @@
+"""contrastive on every backend against the float64 reference, and what its callers rely on."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from contrast_cases import AXES, check, choose, embeddings
+from operator_cases import KERNELS, describe, pairwise, using
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from fedkern import ops
+from fedkern.ops import backend as backends
+from fedkern.ops.contrast_reference import contrastive_reference, gradients_reference
+
+
+def leaves(pairs: int, size: int, dtype: torch.dtype = torch.float32, length: float = 1.0) -> tuple[Tensor, Tensor]:
+    x, y = embeddings(pairs, size, length)
+    return x.to(dtype).requires_grad_(), y.to(dtype).requires_grad_()
+
+
+def test_the_reference_is_cross_entropy_both_ways() -> None:
+    x, y = leaves(7, 5, torch.float64)
+    similarities, own = x @ y.T / 0.3, torch.arange(7)
+    expected = cross_entropy(similarities, own) + cross_entropy(similarities.T, own)
+    torch.testing.assert_close(contrastive_reference(x, y, 0.3), expected)
+    learnt = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    wanted = torch.autograd.grad(contrastive_reference(x, y, learnt), (x, y, learnt))
+    torch.testing.assert_close(gradients_reference(torch.ones(()), x, y, learnt.detach()), wanted)
+
+
+@pytest.mark.parametrize("case", pairwise(AXES), ids=describe)
+def test_loss_and_gradients(backend: str, case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    check(case, torch.device("cpu"), monkeypatch)
+
+
+@pytest.mark.parametrize(("way", "temperature"), [("held", 0.07), ("tiles", 0.07), ("held", 0.004)])
+@pytest.mark.parametrize("name", KERNELS)
+def test_more_than_a_chunk(name: str, way: str, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several chunks of rows and strips of columns, softmaxes of one exponential and of two."""
+    case = {"pairs": 1061, "size": 9, "dtype": torch.float32, "temperature": temperature, "length": 1.0}
+    more = {"learnt": True, "layout": "contiguous", "needs": "both", "way": way, "grad": 1.0}
+    with using(name):
+        check(case | more, torch.device("cpu"), monkeypatch)
+
+
+def test_no_worse_than_eager() -> None:
+    """Errors against float64 of the loss and of the gradients, over a few batches: at most eager's."""
+    worst = {"ours": torch.zeros(3, dtype=torch.float64), "eager": torch.zeros(3, dtype=torch.float64)}
+    for seed in range(4):
+        exact = [t.requires_grad_() for t in embeddings(200, 64, 2.0, seed)]
+        given = [t.detach().float() for t in exact]
+        exact = [t.double().requires_grad_() for t in given]
+        loss = contrastive_reference(*exact, 0.05)
+        expected = (loss, *torch.autograd.grad(loss, exact))
+        for name, call in (("ours", ops.contrastive), ("eager", contrastive_reference)):
+            inputs = [t.clone().requires_grad_() for t in given]
+            value = call(*inputs, 0.05)
+            got = (value, *torch.autograd.grad(value, inputs))
+            errors = [(a.double() - b).square().mean() for a, b in zip(got, expected, strict=True)]
+            worst[name] += torch.stack(errors)
+    assert (worst["ours"] <= 1.1 * worst["eager"] + 1e-14).all(), worst
+
+
+@pytest.mark.parametrize("way", ["held", "tiles"])
+def test_extreme_similarities(backend: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose(way, monkeypatch)
+    x, y = leaves(40, 6, length=100.0)
+    loss = ops.contrastive(x * 3, y, 1.0)  # up to ±3e4
+    loss.backward()
+    exact = [t.detach().double().requires_grad_() for t in (x, y)]
+    expected = contrastive_reference(exact[0] * 3, exact[1], 1.0)
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-2)
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad.double(), exact[0].grad, rtol=1e-2, atol=1.0)
+    # One that overflows to -inf counts nothing.
+    a = torch.tensor([[1e20, 0.0], [0.0, 1.0]], requires_grad=True)
+    b = torch.tensor([[1e-20, 0.0], [-1e30, 1.0]], requires_grad=True)
+    got = torch.autograd.grad(ops.contrastive(a, b, 0.5), (a, b))
+    wanted = torch.autograd.grad(contrastive_reference(a, b, 0.5), (a, b))
+    torch.testing.assert_close(ops.contrastive(a, b, 0.5), contrastive_reference(a, b, 0.5))
+    torch.testing.assert_close(got, wanted)
+    # Nor is a NaN hidden.
+    for value in (math.nan, math.inf):
+        spoilt = x.detach().clone()
+        spoilt[3, 2] = value
+        assert ops.contrastive(spoilt, y.detach()).isnan()
+
+
+def test_empty_and_single_batches(backend: str) -> None:
+    for pairs in (0, 1):
+        x, y = leaves(pairs, 4)
+        learnt = torch.tensor(0.1, requires_grad=True)
+        loss = ops.contrastive(x, y, learnt)
+        assert loss.item() == 0
+        gradients = torch.autograd.grad(loss, (x, y, learnt))
+        assert all(g.shape == t.shape and not g.any() for g, t in zip(gradients, (x, y, learnt), strict=True))
+    nothing = torch.zeros(3, 0)
+    torch.testing.assert_close(ops.contrastive(nothing, nothing).item(), 2 * math.log(3))
+
+
+def test_well_separated_pairs_have_no_negative_loss(backend: str) -> None:
+    x = torch.eye(20) * 3
+    assert ops.contrastive(x, x, 0.1).item() >= 0
+    assert ops.contrastive(x, x, 0.01).item() == 0
+
+
+def test_retained_graphs_and_nothing_large_kept(backend: str) -> None:
+    x, y = leaves(70, 6)
+    loss = ops.contrastive(x, y)
+    kept = sum(t.numel() for t in loss.grad_fn.saved_tensors if t is not None) if backend != "reference" else 0
+    assert kept <= 4 * 70 * 6
+    first = torch.autograd.grad(loss, (x, y), torch.tensor(3.0), retain_graph=True)
+    ones = torch.autograd.grad(loss, (x, y), retain_graph=True)
+    for gradient in ones:
+        gradient.mul_(0)  # a caller's own
+    again = torch.autograd.grad(ops.contrastive(x, y) * 3, (x, y))
+    torch.testing.assert_close(first, again)
+
+
+def test_handed_over_gradients_may_be_changed() -> None:
+    """``.grad`` is scaled in place by clipping and by loss scalers."""
+    x, y = leaves(9, 4)
+    loss = ops.contrastive(x, y)
+    loss.backward(retain_graph=True)
+    assert x.grad is not None
+    expected = x.grad.clone()
+    x.grad.mul_(7)
+    x.grad = None
+    loss.backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_second_derivatives(backend: str) -> None:
+    x, y = leaves(5, 3, torch.float64)
+    learnt = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(ops.contrastive, (x, y, learnt), fast_mode=True)
+
+    def hessian(loss: Any) -> Tensor:
+        return torch.func.jacrev(torch.func.jacrev(lambda t: loss(x.detach(), y.detach(), t)))(learnt.detach())
+
+    torch.testing.assert_close(hessian(ops.contrastive), hessian(contrastive_reference))
+
+
+def test_a_loss_scale_lifts_float16_gradients(backend: str) -> None:
+    x, y = leaves(400 if backend != "triton" else 70, 4, torch.float16, 1e-3)
+    (ops.contrastive(x, y, 100.0) * 4096.0).backward()
+    exact = [t.detach().double().requires_grad_() for t in (x, y)]
+    (contrastive_reference(*exact, 100.0) * 4096.0).backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad.double(), exact[0].grad, rtol=2e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float16, torch.float64)], ids=str)
+def test_mixed_dtypes(backend: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    x, y = (t.detach().to(dtype).requires_grad_() for t, dtype in zip(leaves(9, 4), dtypes, strict=True))
+    learnt = torch.tensor(0.25, requires_grad=True)
+    loss = ops.contrastive(x, y, learnt)
+    assert loss.dtype is dtypes[1]
+    gradients = torch.autograd.grad(loss, (x, y, learnt))
+    expected = torch.autograd.grad(contrastive_reference(x.double(), y.double(), learnt.double()), (x, y, learnt))
+    torch.testing.assert_close(gradients, expected, rtol=1e-2, atol=1e-5)
+
+
+def test_autocast_changes_nothing(backend: str) -> None:
+    x, y = leaves(40, 16)
+    expected = torch.autograd.grad(ops.contrastive(x, y), (x, y))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = ops.contrastive(x, y)
+    assert loss.dtype is torch.float32
+    torch.testing.assert_close(torch.autograd.grad(loss, (x, y)), expected)
+
+
+@pytest.mark.parametrize("name", ["reference", *KERNELS[-1:]])
+def test_compiled_with_a_learnt_scale(name: str) -> None:
+    def loss(x: Tensor, y: Tensor, log_scale: Tensor) -> Tensor:
+        return ops.contrastive(x, y, (-log_scale).exp()) * 0.5
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    with using(name), torch._dynamo.config.patch(error_on_recompile=True):
+        for pairs in (8, 33):
+            inputs = (*leaves(pairs, 5), torch.tensor(2.0, requires_grad=True))
+            got = torch.autograd.grad(compiled(*inputs), inputs)
+            torch.testing.assert_close(got, torch.autograd.grad(loss(*inputs), inputs))
+
+
+def test_per_sample_gradients_under_vmap() -> None:
+    x, y = (torch.stack([t.detach(), 2 * t.detach(), t.detach().flip(0)], 1) for t in leaves(6, 4))
+    temperatures = torch.tensor([0.1, 0.2, 0.3])
+    gradient = torch.func.grad(ops.contrastive, argnums=(0, 2))
+    got = torch.vmap(gradient, in_dims=(1, None, 0))(x, y[:, 0], temperatures)
+    for i in range(3):
+        expected = gradient(x[:, i], y[:, 0], temperatures[i])
+        torch.testing.assert_close([g[i] for g in got], list(expected))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_core_gives_the_same_bits_for_any_thread_count(name: str) -> None:
+    x, y = (t.detach() for t in leaves(700, 8))
+    with using(name):
+        core, results = backends.cpu_core(), []
+        for threads in (1, 2, 5):
+            for scale in (14.0, 200.0):  # one exponential, two
+                tile, sums = x @ y.T, torch.empty(4, 700)
+                loss = core.contrast_whole(
+                    0, 700, 8, x.data_ptr(), y.data_ptr(), tile.data_ptr(), 700, scale, 1.0, sums.data_ptr(), threads
+                )
+                results.append((loss, tile, sums))
+        for loss, tile, sums in results[2:]:
+            same = [r for r in results[:2] if r[0] == loss]
+            assert same
+            assert torch.equal(tile, same[0][1])
+            assert torch.equal(sums, same[0][2])
+
+
+def test_same_bits_again(backend: str) -> None:
+    x, y = leaves(70, 6)
+    one, other = (torch.autograd.grad(ops.contrastive(x, y), (x, y)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+X = torch.zeros(3, 2)
+WRONG: list[tuple[tuple[Any, ...], type[Exception], str]] = [
+    (([1.0], X), TypeError, "x must be a tensor of embeddings, but got list"),
+    ((X, X.long()), TypeError, "y must have dtype float32, .* but has torch.int64"),
+    ((X[0], X), ValueError, r"x must have shape \[B, D\].* but has \[2\]"),
+    ((X, X[:2]), ValueError, r"y must have the shape \[3, 2\] of x, row for row, but has \[2, 2\]"),
+    ((X, X.to("meta")), ValueError, "y must be on cpu like x, but is on meta"),
+    ((X, X, 0), ValueError, "temperature must be finite and above 0, but is 0"),
+    ((X, X, -0.5), ValueError, "temperature must be finite and above 0, but is -0.5"),
+    ((X, X, math.inf), ValueError, "temperature must be finite and above 0, but is inf"),
+    ((X, X, math.nan), ValueError, "temperature must be finite and above 0, but is nan"),
+    ((X, X, "0.1"), TypeError, "temperature must be a number or a tensor, but got str"),
+    ((X, X, None), TypeError, "temperature must be a number or a tensor, but got NoneType"),
+    ((X, X, True), TypeError, "temperature must be a number or a tensor, but got bool"),
+    ((X, X, torch.ones(1)), ValueError, r"tensor without dimensions, but has shape \[1\]"),
+    ((X, X, torch.tensor(1)), TypeError, "temperature must have dtype float32, .* but has torch.int64"),
+    ((X, X, torch.tensor(-1.0)), ValueError, "temperature must be finite and above 0, but is -1"),
+    ((X, X, torch.tensor(1.0, device="meta")), ValueError, "temperature must be on cpu like x, but is on meta"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), WRONG, ids=[message[:40] for _, _, message in WRONG])
+def test_wrong_arguments(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ops.contrastive(*arguments)
