@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedkern.engine.network import Network, Part, Trainable
 from fedkern.engine.samples import ClientData, batch_plan
+from fedkern.errors import UserError
 from fedkern.methods.base import Message, Objective, Step
 
 if TYPE_CHECKING:
@@ -179,7 +180,12 @@ def train(
             indices = chosen if rows is None else rows[chosen]
             batch = data.batch(indices, step, epoch, augmentation)
             batch.drawn = method.draw(client, batch, draws)
-            result = method.loss(network.module, batch, received)
+            try:
+                result = method.loss(network.module, batch, received)
+            except ValueError as error:
+                if len(chosen) == 1 and "more than 1 value per channel" in str(error):
+                    raise UserError(_too_small(client)) from None
+                raise
             loss, observed = result if isinstance(result, tuple) else (result, {})
             gradients.zero_()
             loss.backward()
@@ -198,6 +204,14 @@ def train(
     if not network.finite():
         raise Diverged(client.id, step.round, done, "the parameters are not finite")
     return {name: totals[name] / seen[name] for name in totals}
+
+
+def _too_small(client: Client) -> str:
+    why = "has a single training sample" if client.samples == 1 else "trains on one sample at a time"
+    return (
+        f"Client {client.id} {why}, and batch norm cannot normalise a single value per channel: use larger batches, "
+        "fewer clients, another --partition, or a network with several positions where it normalises (--model cnn)."
+    )
 
 
 def _digest(

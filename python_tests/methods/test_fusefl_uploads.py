@@ -141,6 +141,19 @@ def test_mistakes_are_named_before_anything_is_written(settings, options, said, 
     assert not (tmp_path / "new").exists()
 
 
+def test_a_client_with_one_sample(make_data, make_config, tmp_path):
+    """Batch norm over many positions can do with it; over one position (an MLP's) it cannot, in one sentence."""
+    data, options = make_data(sizes=(1, 9, 8)), {"blocks": 2, "width": "2"}
+    summary = run(config_of(make_config, options, local_epochs=2), out=tmp_path / "cnn", data=data)
+    assert 0 <= summary["metrics"]["id_accuracy"] <= 1
+    assert [level.count for level in read_model(tmp_path / "cnn")[0].levels] == [3, 3]
+    with pytest.raises(UserError, match="Client 0 has a single training sample, and batch norm cannot normalise"):
+        run(config_of(make_config, options, model="mlp", local_epochs=2), out=tmp_path / "mlp", data=data)
+    config = config_of(make_config, options, model="mlp", local_epochs=2, batch_size=1)
+    with pytest.raises(UserError, match="Client 0 trains on one sample at a time, and batch norm"):
+        run(config, out=tmp_path / "batches", data=make_data())
+
+
 def test_blocks_of_the_users_own(make_data, make_config, tmp_path, monkeypatch):
     class Own(FuseFL):
         gap = 4
