@@ -26,23 +26,29 @@ def message_bytes(message: Any) -> int:
 
 @dataclass
 class Ledger:
-    """Bytes per client: ``up`` (client to server) and ``down`` in rounds, and both in one-off exchanges."""
+    """Bytes per client: ``up`` (client to server) and ``down`` in rounds, and both in one-off exchanges.
+
+    ``exchanges`` holds those of the rounds by the name of their exchange, all clients together.
+    """
 
     clients: int
     up: list[int] = field(default_factory=list)
     down: list[int] = field(default_factory=list)
     one_off_up: list[int] = field(default_factory=list)
     one_off_down: list[int] = field(default_factory=list)
+    exchanges: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("up", "down", "one_off_up", "one_off_down"):
             if not getattr(self, name):
                 setattr(self, name, [0] * self.clients)
 
-    def book(self, client: int, direction: str, message: Any, *, one_off: bool = False) -> int:
+    def book(self, client: int, direction: str, message: Any, *, one_off: bool = False, exchange: str = "") -> int:
         """Books a message from (``"up"``) or to (``"down"``) a client and returns its bytes."""
         size = message_bytes(message)
         getattr(self, ("one_off_" if one_off else "") + direction)[client] += size
+        if exchange and not one_off:
+            self.exchanges.setdefault(exchange, {"up": 0, "down": 0})[direction] += size
         return size
 
     @property
@@ -54,7 +60,10 @@ class Ledger:
         return sum(self.down)
 
     def summary(self) -> dict[str, Any]:
-        """``up`` and ``down`` of the rounds, ``one_off_up`` and ``one_off_down``, ``total`` of all, and ``clients``."""
+        """``up`` and ``down`` of the rounds, ``one_off_up`` and ``one_off_down``, ``total`` of all, and ``clients``.
+
+        With ``exchanges`` of several names, also ``up`` and ``down`` of each.
+        """
         one_off_up, one_off_down = sum(self.one_off_up), sum(self.one_off_down)
         return {
             "up": self.total_up,
@@ -62,6 +71,7 @@ class Ledger:
             "one_off_up": one_off_up,
             "one_off_down": one_off_down,
             "total": self.total_up + self.total_down + one_off_up + one_off_down,
+            **({"exchanges": self.exchanges} if len(self.exchanges) > 1 else {}),
             "clients": {
                 str(k): {
                     "up": self.up[k],
@@ -73,5 +83,11 @@ class Ledger:
             },
         }
 
-    def to_dict(self) -> dict[str, list[int]]:
-        return {"up": self.up, "down": self.down, "one_off_up": self.one_off_up, "one_off_down": self.one_off_down}
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "up": self.up,
+            "down": self.down,
+            "one_off_up": self.one_off_up,
+            "one_off_down": self.one_off_down,
+            "exchanges": self.exchanges,
+        }

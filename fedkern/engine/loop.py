@@ -157,6 +157,8 @@ class Run:
             for _ in uploads:  # a server that stops reading still lets every client work
                 pass
             phases["train"] += exchange.seconds
+            if len(entry.exchanges) > 1:
+                phases[f"train/{exchange_name}"] = exchange.seconds
             phases["aggregate"] += time.perf_counter() - begun - exchange.seconds
             participants = [k for k in participants if k not in self._round["dropped"]]
             if not participants:

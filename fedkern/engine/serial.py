@@ -368,7 +368,8 @@ class Exchange:
 
     def _book(self, client: int, direction: str, message: Message) -> None:
         if self.entry.booked:
-            self.engine.ledger.book(client, direction, message, one_off=self.entry.one_off)
+            one_off, exchange = self.entry.one_off, self.step.exchange
+            self.engine.ledger.book(client, direction, message, one_off=one_off, exchange=exchange)
 
 
 def message_for(outgoing: Any, client: int, selective: bool = False) -> Message | None:

@@ -1,5 +1,6 @@
 """Federated methods: one file each, written against the protocol of :mod:`fedkern.methods.base`."""
 
+from fedkern.methods.afl import AFL
 from fedkern.methods.base import (
     METHODS,
     Backgrounds,
@@ -27,6 +28,7 @@ from fedkern.methods.dense import DENSE
 from fedkern.methods.ensemble import Ensemble
 from fedkern.methods.fedavg import FedAvg
 from fedkern.methods.feddf import FedDF
+from fedkern.methods.feddra import FedDRA
 from fedkern.methods.feddyn import FedDyn
 from fedkern.methods.fedgid import FedGID
 from fedkern.methods.fediod import FedIOD
@@ -42,6 +44,7 @@ from fedkern.methods.oneshot import OneShotFedAvg
 from fedkern.methods.scaffold import Scaffold
 
 __all__ = [
+    "AFL",
     "CCVR",
     "DENSE",
     "FML",
@@ -54,6 +57,7 @@ __all__ = [
     "Ensemble",
     "FedAvg",
     "FedDF",
+    "FedDRA",
     "FedDyn",
     "FedGID",
     "FedIOD",

@@ -195,12 +195,19 @@ class LocalTraining(Objective, Method):
     def client_update(self, client: Client, step: Step, message: Message) -> Message:
         return client.train(self, step, message)
 
+    def weight(self, server: Server, upload: Upload) -> float:
+        """The weight of a client in the average; the weights of a round need not sum to one."""
+        return 1.0 if self.options.weighting == "uniform" else float(upload.samples)
+
     def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
-        uniform = self.options.weighting == "uniform"
+        server.state.update(self.average(server, uploads))
+
+    def average(self, server: Server, uploads: Iterable[Upload]) -> Message:
+        """The weighted means of the uploads' ``parameters`` and ``buffers``, and the largest of their ``integers``."""
         means: dict[str, Any] = {}
         integers: Tensor | None = None
         for upload in uploads:
-            weight = 1.0 if uniform else float(upload.samples)
+            weight = self.weight(server, upload)
             for name in ("parameters", "buffers"):
                 if name in upload.message:
                     if name not in means:
@@ -211,10 +218,8 @@ class LocalTraining(Objective, Method):
                 integers = own.clone() if integers is None else torch.maximum(integers, own)
                 del own
             del upload  # or it would live until the next one has arrived
-        for name, mean in means.items():
-            server.state[name] = mean.mean()
-        if integers is not None:
-            server.state["integers"] = integers
+        result = {name: mean.mean() for name, mean in means.items()}
+        return result if integers is None else {**result, "integers": integers}
 
     def model(self, server: Server) -> nn.Module:
         return server.network({name: server.state[name] for name in VECTORS if name in server.state})

@@ -1,0 +1,187 @@
+"""FedDRA (arXiv 2404.03854, TMLR): federated vision-language pre-training with distributionally robust client weights.
+
+A client's objective (method notes 3.3), S being the similarities of unit vectors over tau = 0.07 and z* the unit
+vectors of the frozen global model, the anchors:
+
+    L_k = lambda1 (CE(S, diag) + CE(S^T, diag)) + mu (MSE(z*_x, z_x) + MSE(z*_y, z_y))
+
+A round has three exchanges:
+
+- ``alignment``: encoders frozen; clients train the alignment layers and heads, and these alone travel back.
+- ``joint``: clients go on from their own alignment modules and train everything.  The anchors are made by the encoders
+  of the start of the round and the average of the first stage.
+- ``losses``: every client says how large the contrastive loss of the new model is on samples it never trains on, and
+  from that come the clients' weights in the next round's averages (`fedkern.methods.robust`).  The anchors are that
+  very model here, so that their term is zero.
+
+A client keeps the model that it got with ``losses`` and needs no other one in the next round: a round costs the
+alignment modules and the model once each way, and a few numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+from fedkern import ops
+from fedkern.methods.base import (
+    VECTORS,
+    Batch,
+    Client,
+    ClientId,
+    Federation,
+    Message,
+    Received,
+    Round,
+    Server,
+    Step,
+    Upload,
+    option,
+    register,
+)
+from fedkern.methods.frozen import remembered
+from fedkern.methods.pairs import TEMPERATURE
+from fedkern.methods.robust import Robust, vectors_of
+from fedkern.models.towers import PARTS
+
+ALIGNMENT = PARTS[2:]
+"""What the first stage trains: the last submodules, so that their vectors are the ends of the network's."""
+
+
+@register("feddra")
+class FedDRA(Robust):
+    """Trains image and text encoders in two stages, with anchors and robust client weights (arXiv 2404.03854)."""
+
+    tasks: ClassVar[tuple[str, ...]] = ("retrieval",)
+
+    @dataclass(frozen=True)
+    class Options(Robust.Options):
+        """Knobs of FedDRA; learning rate, batch size and the steps of the second stage are settings of the run."""
+
+        rho: float = option(1.0, "radius of the set of client weights: 0 is its centre, (N - 1) / 2 the simplex", low=0)
+        mu: float = option(1.0, "weight of the alignment to the anchors", low=0)
+        lambda1: float = option(1.0, "weight of the contrastive loss", low=0)
+        dro: bool = option(True, "weigh clients by their losses; off leaves the weights at their centre")
+        anchors: bool = option(True, "align embeddings with those of the frozen global model")
+        align_reduction: str = option(
+            "mean", "alignment loss: mean over samples and dimensions, or over samples alone (128 times as large)",
+            choices=("mean", "sum_dim"),
+        )  # fmt: skip
+        stages: str = option(
+            "two", "alignment modules first and then everything, or everything at once", choices=("two", "one")
+        )
+        stage_schedule: str = option(
+            "per_round", "both stages in every round, or rounds of the first and then rounds of the second",
+            choices=("per_round", "sequential"),
+        )  # fmt: skip
+        alignment_steps: int = option(20, "optimiser steps of the first stage", low=1)
+        alignment_rounds: int = option(
+            0, "rounds of the first stage with stage_schedule=sequential; 0 for a quarter of all", low=0
+        )
+
+    @property
+    def radius(self) -> float:
+        return float(self.options.rho)
+
+    @property
+    def paired(self) -> bool:
+        """Whether a round has both stages."""
+        return bool(self.options.stages == "two" and self.options.stage_schedule == "per_round")
+
+    def rounds(self, federation: Federation) -> Iterator[Round]:
+        o, count = self.options, federation.rounds
+        losses = ("losses",) if o.dro else ()
+        first = 0
+        if o.stages == "two" and not self.paired:
+            first = min(o.alignment_rounds or max(1, count // 4), count - 1)
+        for _ in range(first):
+            yield Round("alignment", ("alignment", *losses))
+        stages = ("alignment", "joint") if self.paired else ("joint",)
+        for _ in range(count - first):
+            yield Round("joint" if first else "train", (*stages, *losses))
+
+    # -- the server ------------------------------------------------------------------------------------------------
+
+    def send(self, server: Server, step: Step) -> Message | dict[ClientId, Message]:
+        if step.exchange == "losses":
+            return self.ask(server)
+        if self.paired and step.exchange == "joint":
+            part = {name: server.state[name][-size:] for name, size in server.state["part"].items()}
+            return {k: {**part, **own} for k, own in self.shares(server).items()}
+        return self.assign(server)
+
+    def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
+        if step.exchange == "losses":
+            self.learn(server, uploads)
+            return
+        mean = self.average(server, uploads)
+        if step.exchange == "alignment" and mean:
+            server.state["part"] = {name: vector.numel() for name, vector in mean.items()}
+            mean = spliced(server.state, mean)
+        server.state.update(mean)
+
+    # -- a client --------------------------------------------------------------------------------------------------
+
+    def client_update(self, client: Client, step: Step, message: Message) -> Message:
+        if step.exchange == "losses":
+            return self.own_loss(client, message)
+        client.report["weight"] = message["weight"]
+        rows = self.rows(client)[0]
+        if step.exchange == "alignment":
+            client.state["model"] = model = self.held(client, message)
+            steps = self.options.alignment_steps
+            result = client.train(self, step, {**message, **model}, parts=ALIGNMENT, steps=steps, rows=rows)
+            client.scratch["alignment"] = result
+            return result
+        if self.paired:
+            model, part = client.state["model"], vectors_of(message)
+            start, anchor = spliced(model, client.scratch.get("alignment", part)), spliced(model, part)
+        else:
+            model = start = anchor = self.held(client, message)
+        result = client.train(self, step, {**message, **start}, rows=rows, anchor=anchor)
+        client.report["drift"] = float(torch.linalg.vector_norm(result["parameters"] - model["parameters"]))
+        return result
+
+    def loss(self, model: Any, batch: Batch, received: Received) -> tuple[Tensor, dict[str, Tensor]]:
+        o = self.options
+        frozen = batch.step.exchange == "alignment"
+        with torch.set_grad_enabled(not frozen):
+            image, text = model.encode_image(batch.images), model.encode_text(batch.tokens)
+        mask = batch.tokens.mask
+        x, y = model.project_image(image), model.project_text(text, mask)
+        contrastive = ops.contrastive(x, y, TEMPERATURE)
+        loss, seen = o.lambda1 * contrastive, {"contrastive": contrastive.detach()}
+        if o.anchors:
+
+            def anchor(side: str) -> Tensor:
+                # In the first stage the local encoders are the global ones: what they say serves both branches.
+                glob = received.model
+                if side == "image":
+                    return glob.project_image(image if frozen else glob.encode_image(batch.images))
+                return glob.project_text(text if frozen else glob.encode_text(batch.tokens), mask)
+
+            apart = mse_loss(x, remembered("image", batch, received, lambda: anchor("image"))) + mse_loss(
+                y, remembered("text", batch, received, lambda: anchor("text"))
+            )
+            if o.align_reduction == "sum_dim":
+                apart = apart * x.shape[1]
+            loss, seen["anchor"] = loss + o.mu * apart, apart.detach()
+        return self.scaled(loss, received), seen
+
+    def judge(self, model: Any, batch: Any) -> Tensor:
+        x, y = model(batch.images, batch.tokens)
+        return self.options.lambda1 * ops.contrastive(x, y, TEMPERATURE)
+
+
+def spliced(model: Mapping[str, Any], part: Mapping[str, Tensor]) -> Message:
+    """The vectors of a network, their ends replaced by those of its last submodules."""
+    return {
+        name: torch.cat([model[name][: -len(part[name])], part[name]]) if name in part else model[name]
+        for name in VECTORS
+        if name in model
+    }
