@@ -48,6 +48,7 @@ PROMPTS = {
 }
 """What zero-shot classification says of a digit: in every colour, by all of its words."""
 SAMPLES, TEST, VALIDATE = 3_000, 500, 300
+CLIENT_TEST = 96  # canvases of every client's own test set: three batches of 32
 SCALE = (0.24, 0.22, 0.24), (0.25, 0.24, 0.25)  # mean and standard deviation of the channels over many seeds
 RARE = 0.15  # how often majority clients show a concept of the minority's, relative to others
 
@@ -106,7 +107,7 @@ def make_captions(
     Returns:
         Tests ``""``: as many canvases of every training client's distribution; ``minority``: of the last client's
         (with ``attribute``); ``unseen``: of the held-out clients' (own backgrounds and mixtures, words that some
-        training client uses).
+        training client uses).  With ``attribute`` and ``iid`` also every client's own test, `client_tests`.
 
     Raises:
         UserError: too few samples, or a partition that cannot be met.
@@ -133,7 +134,9 @@ def make_captions(
         unseen = [_unseen(seed, k, styles) for k in range(held_out)]
         tests["unseen"] = canvases("unseen", -1, unseen, test_samples or TEST)
     validation = canvases("validation", -1, styles, validation_samples or VALIDATE)
-    names = [image for split in (*splits, validation, *tests.values()) for image in split.ids or ()]
+    own = range(clients if spec.name in ("attribute", "iid") else 0)
+    client_tests = tuple(canvases("client-test", k, shown or [styles[k]], CLIENT_TEST, None) for k in own)
+    names = [name for split in (*splits, validation, *tests.values(), *client_tests) for name in split.ids or ()]
     return FederatedData(
         name="captions",
         classes=CLASSES,
@@ -146,6 +149,7 @@ def make_captions(
         statistics=PartitionStatistics.of([split.labels.numpy() for split in splits], CLASSES, spec.text),
         exact_masks=True,
         image_ids=frozenset(names),
+        client_tests=client_tests,
     )
 
 

@@ -11,7 +11,7 @@ from fedkern.data.types import FederatedData, Split
 from fedkern.errors import UserError
 from fedkern.streams import stream
 
-UNSEEN = "unseen"
+HELD_OUT = "held_out"
 """Name of the test set that a client left out of the training makes."""
 
 
@@ -20,9 +20,10 @@ def set_aside(data: FederatedData, *, held_out: int | None, share: float, seed: 
 
     Args:
         data: all clients.
-        held_out: the client that never trains: all its samples become the test set ``"unseen"``, and the clients behind
-            it move up by one number.
-        share: of every other client's samples, in [0, 1): its own test set, at least two samples; 0 for none.
+        held_out: the client that never trains: all its samples become the test set ``"held_out"``, and the clients
+            behind it move up by one number.
+        share: of every other client's samples, in [0, 1): its own test set, at least two samples, instead of one that
+            the data set gives it; 0 leaves those.
         seed: the run's root seed; which samples of a client they are depends on no other client.
 
     Raises:
@@ -35,18 +36,17 @@ def set_aside(data: FederatedData, *, held_out: int | None, share: float, seed: 
             last = f"0 to {len(numbers) - 1}" if len(numbers) > 1 else "and a single one cannot be"
             raise UserError(f"--held-out-client must be one of the clients, {last}, not {held_out}.")
         numbers.remove(held_out)
-        tests[UNSEEN] = data.clients[held_out]
-    clients, own = [], []
-    for k in numbers:
-        kept, test = _divided(data.clients[k], k, share, seed)
-        clients.append(kept)
-        own += [test] if test is not None else []
-    return replace(data, clients=tuple(clients), tests=tests, client_tests=tuple(own))
-
-
-def _divided(split: Split, client: int, share: float, seed: int) -> tuple[Split, Split | None]:
+        tests[HELD_OUT] = data.clients[held_out]
     if not share:
-        return split, None
+        own = tuple(data.client_tests[k] for k in numbers) if data.client_tests else ()
+        return replace(data, clients=tuple(data.clients[k] for k in numbers), tests=tests, client_tests=own)
+    parts = [_divided(data.clients[k], k, share, seed) for k in numbers]
+    return replace(
+        data, clients=tuple(kept for kept, _ in parts), tests=tests, client_tests=tuple(test for _, test in parts)
+    )
+
+
+def _divided(split: Split, client: int, share: float, seed: int) -> tuple[Split, Split]:
     count = max(2, round(share * len(split)))
     if len(split) < count + 2:
         raise UserError(

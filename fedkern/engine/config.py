@@ -45,11 +45,12 @@ class RunConfig:
         None, "how strongly the background colour tells the class", low=0, high=1, type=float
     )
     held_out_client: int | None = option(
-        None, "client that never trains; its data become the test set unseen", low=0, type=int
+        None, "client that never trains; its data become the test set held_out", low=0, type=int
     )
     client_test: float = option(
-        COMMON["client_test"], "share of every client's samples set aside as its own test set", low=0, high=0.9
-    )
+        COMMON["client_test"], "share of every client's samples set aside as its own test set; 0 leaves the data set's",
+        low=0, high=0.9,
+    )  # fmt: skip
     sample_fraction: float = option(1.0, "share of the clients that takes part in a round", above=0, high=1)
     rounds: int = option(COMMON["rounds"], "communication rounds", low=1)
     local_epochs: int = option(COMMON["local_epochs"], "epochs a client trains per round", low=1)

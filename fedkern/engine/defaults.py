@@ -23,6 +23,16 @@ COMMON: Mapping[str, Any] = {
     "client_test": 0.0,
 }
 
+PAIRS: Mapping[str, Any] = {
+    "width": WIDTH,
+    "rounds": 10,
+    "local_steps": 20,
+    "optimizer": "adamw",
+    "lr": 1e-3,
+    "weight_decay": 0.05,
+}
+"""Of image-text pairs: the published optimiser and weight decay, at a rate for encoders that begin from nothing."""
+
 DATA: Mapping[str, Mapping[str, Any]] = {
     "mnist": {"batch_size": 64},
     "fashionmnist": {"batch_size": 64},
@@ -35,9 +45,9 @@ DATA: Mapping[str, Mapping[str, Any]] = {
     "folder": {"model": "resnet8"},
     "csv": {"model": "resnet8"},
     "segmentation": {"model": "unet"},
-    "captions": {"width": WIDTH},
-    "pairs": {"width": WIDTH},
-    "reports": {"width": WIDTH},
+    "captions": PAIRS,
+    "pairs": {**PAIRS, "client_test": 0.2},
+    "reports": {**PAIRS, "client_test": 0.2},
     "nico": {
         "rounds": 50, "local_epochs": 10, "batch_size": 64, "lr": 0.01, "weight_decay": 1e-5, "model": "resnet18",
         "grad_cam": 100,
@@ -64,6 +74,7 @@ METHOD: Mapping[str, Mapping[str, Any]] = {
     "ccvr": ONE_SHOT,
     "ensemble": ONE_SHOT,
     "feddf": {**ONE_SHOT, "public_samples": 1000},
+    "feddra": {"data": "captions"},
     "dense": ONE_SHOT,
     "coboosting": ONE_SHOT,
     "fediod": ONE_SHOT,

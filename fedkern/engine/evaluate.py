@@ -9,8 +9,10 @@ from torch import nn
 from fedkern import models
 from fedkern.engine.samples import TestSet
 from fedkern.methods.base import Method
+from fedkern.methods.pairs import LOSS_BATCH
 
-CLIENT_FIGURES = ("accuracy", "dice", "i2t_r1", "i2t_r5", "t2i_r1", "t2i_r5")
+CLIENT_FIGURES = ("accuracy", "dice")
+RECALLS = ("i2t_r1", "i2t_r5", "t2i_r1", "t2i_r5")
 
 
 def test_sets(bench: Any) -> dict[str, TestSet]:
@@ -23,8 +25,11 @@ def test_sets(bench: Any) -> dict[str, TestSet]:
 
 
 def client_sets(bench: Any) -> list[TestSet]:
-    """Every client's own test set, where clients have one."""
-    return [_test_set(bench, split) for split in bench.data.client_tests]
+    """Every client's own test set, where clients have one; contrastive losses of all are of batches of one size."""
+    sets = [_test_set(bench, split) for split in bench.data.client_tests]
+    for data in sets:
+        data.loss_batch = min(LOSS_BATCH, *(len(other) for other in sets))
+    return sets
 
 
 def _test_set(bench: Any, split: Any) -> TestSet:
@@ -35,15 +40,16 @@ def _test_set(bench: Any, split: Any) -> TestSet:
 def evaluate_clients(method: Method, network: nn.Module, sets: list[TestSet]) -> dict[str, float]:
     """The method's figures on every client's own test set, as ``mean_client_...`` and ``worst_client_...``.
 
-    ``loss``, and the figures that are fractions; the worst client is the one with the largest loss, or the smallest
-    fraction.
+    ``loss``, and the main figures; recall only where all clients have equally many candidates.  The worst client is the
+    one with the largest loss, or the smallest figure.
     """
     if not sets:
         return {}
+    even = len({len(data) for data in sets}) == 1
     each = [method.evaluate_own(network, data, k) for k, data in enumerate(sets)]
     metrics: dict[str, float] = {}
     for name in each[0]:
-        if name == "loss" or name in CLIENT_FIGURES:
+        if name == "loss" or name in CLIENT_FIGURES or (even and name in RECALLS):
             values = [float(own[name]) for own in each]
             metrics[f"mean_client_{name}"] = sum(values) / len(values)
             metrics[f"worst_client_{name}"] = max(values) if name == "loss" else min(values)

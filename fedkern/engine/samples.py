@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedkern.data import transforms
 from fedkern.methods.base import OUTSIDE, Batch, Step
+from fedkern.methods.pairs import LOSS_BATCH
 
 SEGMENTED_PIXELS = 1 << 19
 """Pixels that a segmentation network is shown at a time in an evaluation."""
@@ -222,6 +223,7 @@ class TestSet:
     ) -> None:
         self.split = split
         self.tokens = tokens
+        self.loss_batch = LOSS_BATCH
         self.pixels = Pixels(split.images, mean, std, device, cache=cache)
         self.labels: Tensor = split.labels.to(device)
         segmented = self.labels.dim() == 3

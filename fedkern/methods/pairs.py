@@ -45,17 +45,19 @@ def pair_figures(model: Any, data: Any) -> dict[str, float]:
 
     Args:
         model: in eval mode.
-        data: ``data.captioned()`` yields (images, tokens) in order; ``data.split`` has their ``texts`` and ``ids``.
+        data: ``data.captioned()`` yields (images, tokens) in order; ``data.split`` has their ``texts`` and ``ids``;
+            ``data.loss_batch`` is the number of pairs that a loss is taken among.
 
     Returns:
         ``i2t_r1``, ``i2t_r5``, ``i2t_r10`` and ``t2i_...``, recall of the right text for an image and of the right
         image for a text, fractions; ``gallery``, how many texts there are to choose from; and ``loss``, the mean
-        contrastive loss among 32 pairs.
+        contrastive loss.
     """
     images, texts = embeddings(model, data)
     gallery = Gallery.of(data.split.ids, data.split.texts)
     found = recalls(images[gallery.images.to(images.device)], texts, RECALLS, pairs=gallery.pairs)
-    return {**found, "loss": contrastive_among(images, texts, LOSS_BATCH), "gallery": float(len(texts))}
+    loss = contrastive_among(images, texts, data.loss_batch)
+    return {**found, "loss": loss, "gallery": float(len(texts))}
 
 
 def contrastive_among(images: Tensor, texts: Tensor, size: int) -> float:

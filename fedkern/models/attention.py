@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -44,6 +45,28 @@ class TransformerLayer(nn.Module):
         seen = None if mask is None else mask[:, None, None, :]
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=seen)
         return self.project(attended.transpose(1, 2).flatten(2))
+
+    def first(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The first token ``[B, d]`` of what :meth:`forward` gives, without computing the others.
+
+        A single query needs neither keys nor values of the other tokens: with ``k = W x + b`` its scores are
+        ``(q W) x`` but for a constant that softmax does not see, and the mean of the values is ``W`` times the mean of
+        the tokens.  That takes ``2 h d`` multiplications for each token instead of ``12 d^2``.
+        """
+        x = self.norm1(tokens) if self.norm_first else tokens
+        query_weight, key_weight, value_weight = self.qkv.weight.unflatten(0, (3, self.heads, -1))
+        query_bias, _, value_bias = self.qkv.bias.unflatten(0, (3, self.heads, -1))
+        query = torch.einsum("bd,hed->bhe", x[:, 0], query_weight) + query_bias
+        scores = torch.einsum("bhe,hed->bhd", query, key_weight) @ x.transpose(1, 2) / query.shape[2] ** 0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None], -torch.inf)
+        mixed = scores.softmax(2) @ x
+        attended = torch.einsum("bhd,hed->bhe", mixed, value_weight) + value_bias
+        token = tokens[:, 0] + self.project(attended.flatten(1))
+        if self.norm_first:
+            return token + self._fed(self.norm2(token))
+        token = self.norm1(token)
+        return self.norm2(token + self._fed(token))
 
     def _fed(self, tokens: Tensor) -> Tensor:
         return self.narrow(F.gelu(self.widen(tokens)))

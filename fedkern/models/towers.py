@@ -79,11 +79,11 @@ class PairNetwork(nn.Module):
 
     def project_image(self, sequence: Tensor) -> Tensor:
         """What :meth:`encode_image` gave to unit vectors ``[B, 128]``."""
-        return functional.normalize(self.image_head(self.image_align(sequence)[:, 0]), dim=1)
+        return functional.normalize(self.image_head(self.image_align.first(sequence)), dim=1)
 
     def project_text(self, sequence: Tensor, mask: Tensor) -> Tensor:
         """What :meth:`encode_text` gave, with the tokens' mask bool ``[B, L]``, to unit vectors ``[B, 128]``."""
-        return functional.normalize(self.text_head(self.text_align(sequence, mask)[:, 0]), dim=1)
+        return functional.normalize(self.text_head(self.text_align.first(sequence, mask)), dim=1)
 
     def image_embedding(self, images: Tensor) -> Tensor:
         """Normalised images fp32 ``[B, C, H, W]`` to unit vectors ``[B, 128]``."""

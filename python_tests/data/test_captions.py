@@ -28,7 +28,7 @@ def data():
 
 
 def every_split(data):
-    return [*data.clients, data.validation, *data.tests.values()]
+    return [*data.clients, data.validation, *data.tests.values(), *data.client_tests]
 
 
 def test_a_federation_of_images_and_texts(data):

@@ -139,6 +139,7 @@ SETTINGS = {
     "dense": {"options": GENERATED},
     "ensemble": {"options": {"models": "cnn:2,resnet8:2", **CALIBRATED}},
     "feddf": {"options": DISTILLED},
+    "feddra": {"width": 4, "local_steps": 2, "optimizer": "adamw", "lr": 1e-3, "options": {"alignment_steps": 1}},
     "fedgid": {"options": {"background_pool": "shared"}},
     "fediod": {"options": {"nz": 4, "ngf": 2, "ndf": 2, "batch": 8, "student_steps": 2, "ema": 0.9, "absent": 0.3}},
     "fedproto": {"options": {"networks": "personal"}},
@@ -149,10 +150,11 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_every_method_resumes(method, make_data, make_public, make_config, tmp_path):
+def test_every_method_resumes(method, make_data, make_pairs, make_public, make_config, tmp_path):
     plan = {"rounds": None} if METHODS[method].one_shot else {"rounds": 3, "sample_fraction": 0.67}
     config = make_config(method, **{**plan, "grad_cam": 0, **SETTINGS.get(method, {})})
-    data = make_public(make_data(), samples=12)
+    pairs = "classification" not in METHODS[method].tasks
+    data = make_pairs() if pairs else make_public(make_data(), samples=12)
     run(config, out=tmp_path / "whole", data=data)
     cut = tmp_path / "cut"
     for attempt in range(20):

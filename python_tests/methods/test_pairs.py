@@ -24,7 +24,7 @@ TINY = {"width": 8, "batch_size": 6, "lr": 0.01}
 def test_a_baseline_trains_on_pairs(method, make_pairs, make_config, tmp_path):
     config = make_config(method, **TINY, client_test=0.3)
     metrics = run(config, out=tmp_path, data=make_pairs())["metrics"]
-    for name in ("i2t_r1", "i2t_r5", "t2i_r1", "t2i_r5", "worst_client_i2t_r1"):
+    for name in ("i2t_r1", "i2t_r5", "t2i_r1", "t2i_r5", "validation_i2t_r1"):
         assert 0 <= metrics[name] <= 1
     assert metrics["gallery"] == 16
     assert metrics["worst_client_loss"] >= metrics["mean_client_loss"] > 0
@@ -75,7 +75,7 @@ def test_set_aside_divides_every_client(make_pairs):
     divided = set_aside(data, held_out=1, share=0.25, seed=3)
     assert [len(c) for c in divided.clients] == [15, 7]
     assert [len(c) for c in divided.client_tests] == [5, 2]
-    assert torch.equal(divided.tests["unseen"].images, data.clients[1].images)
+    assert torch.equal(divided.tests["held_out"].images, data.clients[1].images)
     alone = set_aside(data, held_out=None, share=0.25, seed=3)
     assert torch.equal(alone.client_tests[2].images, divided.client_tests[1].images)  # whoever else is there
     together = torch.cat([alone.clients[0].images, alone.client_tests[0].images]).flatten(1).sum(1).sort().values
@@ -92,7 +92,7 @@ def test_set_aside_says_what_is_wrong(make_pairs):
 def test_a_held_out_client_is_reported_and_never_sent_anything(make_pairs, make_config, tmp_path):
     config = make_config(**TINY, held_out_client=2, client_test=0.2)
     summary = run(config, out=tmp_path, data=make_pairs())
-    assert 0 <= summary["metrics"]["unseen_i2t_r1"] <= 1
+    assert 0 <= summary["metrics"]["held_out_i2t_r1"] <= 1
     assert sorted(read_metrics(tmp_path)[0]["clients"]) == ["0", "1"]
     assert len(summary["bytes"]["clients"]) == 2
     assert run(RunConfig.load(tmp_path), out=tmp_path, resume=True, data=make_pairs()) == summary
