@@ -104,18 +104,32 @@ def sgd(network: Network | Part | Trainable, velocity: Tensor | None, schedule: 
     return velocity
 
 
+def adamw(
+    theta: Tensor, gradient: Tensor, weight_decay: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+) -> Callable[[float], None]:
+    """AdamW (arXiv 1711.05101) on flat vectors, as ``torch.optim.AdamW`` does it; a function of the learning rate.
+
+    Not that class itself, whose first instance imports torch's compiler: more than a second of a short run.
+    """
+    first, second = torch.zeros_like(gradient), torch.zeros_like(gradient)
+    steps = 0
+
+    def step(lr: float) -> None:
+        nonlocal steps
+        steps += 1
+        theta.mul_(1 - lr * weight_decay)
+        first.lerp_(gradient, 1 - betas[0])
+        second.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
+        scale = second.sqrt().div_((1 - betas[1] ** steps) ** 0.5).add_(eps)
+        theta.addcdiv_(first, scale, value=-lr / (1 - betas[0] ** steps))
+
+    return step
+
+
 def stepper(network: Network | Part | Trainable, schedule: Schedule) -> Callable[[float], None]:
     """What applies the gradients of one batch: a function of the learning rate."""
     if schedule.optimizer == "adamw":
-        vector = network.parameters.detach()  # one tensor over the same memory, so that one kernel does it all
-        vector.grad = network.gradients
-        adam = torch.optim.AdamW([vector], lr=schedule.lr, weight_decay=schedule.weight_decay, fused=True)
-
-        def apply(lr: float) -> None:
-            adam.param_groups[0]["lr"] = lr
-            adam.step()
-
-        return apply
+        return adamw(network.parameters, network.gradients, schedule.weight_decay)
     velocity: Tensor | None = None
 
     def descend(lr: float) -> None:

@@ -133,13 +133,13 @@ class FedDRA(Robust):
         client.report["weight"] = message["weight"]
         rows = self.rows(client)[0]
         if step.exchange == "alignment":
-            client.state["model"] = model = self.held(client, message)
+            client.scratch["model"] = model = self.held(client, message)
             steps = self.options.alignment_steps
             result = client.train(self, step, {**message, **model}, parts=ALIGNMENT, steps=steps, rows=rows)
             client.scratch["alignment"] = result
             return result
         if self.paired:
-            model, part = client.state["model"], vectors_of(message)
+            model, part = client.scratch.get("model") or client.state["model"], vectors_of(message)
             start, anchor = spliced(model, client.scratch.get("alignment", part)), spliced(model, part)
         else:
             model = start = anchor = self.held(client, message)
