@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import memory
 import pytest
 import torch
 from contrast_cases import AXES, check, choose, embeddings
@@ -120,6 +121,27 @@ def test_retained_graphs_and_nothing_large_kept(backend: str) -> None:
         gradient.mul_(0)  # a caller's own
     again = torch.autograd.grad(ops.contrastive(x, y) * 3, (x, y))
     torch.testing.assert_close(first, again)
+
+
+@pytest.mark.skipif(not KERNELS, reason="the compiled core is not built")
+def test_large_batches_take_no_memory_of_their_square() -> None:
+    pairs, temperature = 4096, 0.07
+    x, y = leaves(pairs, 8)
+
+    def step() -> None:
+        ops.contrastive(x, y, temperature).backward()
+
+    with using(KERNELS[-1]):
+        step()
+        peak = memory.peak_bytes(step, torch.device("cpu"))
+        loss = ops.contrastive(x.detach(), y.detach(), temperature)
+    assert peak is None or peak < 4 * pairs**2 // 2
+    rows, columns = torch.empty(0), torch.full((pairs,), -torch.inf)
+    for part in x.detach().chunk(8):
+        similarities = part @ y.detach().T / temperature
+        rows, columns = torch.cat([rows, similarities.logsumexp(1)]), columns.logaddexp(similarities.logsumexp(0))
+    own = (x.detach() * y.detach()).sum(1) / temperature
+    torch.testing.assert_close(loss, (rows + columns - 2 * own).mean(), rtol=1e-5, atol=1e-5)
 
 
 def test_handed_over_gradients_may_be_changed() -> None:

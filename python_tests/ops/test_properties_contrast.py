@@ -1,0 +1,86 @@
+"""What must hold of contrastive whatever the numbers are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from property_inputs import QUARTERS, examples, logits, orders
+from torch import Tensor
+
+from fedkern import ops
+from fedkern.ops.contrast_reference import contrastive_reference
+
+TEMPERATURES = st.sampled_from([0.01, 0.07, 1.0, 30.0])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def spread(x: Tensor, y: Tensor, temperature: float) -> float:
+    """At least the largest difference of logits."""
+    return max(1.0, 2 * float((x @ y.T).abs().max()) / temperature)
+
+
+def close(got: Tensor, expected: Tensor, scale: float) -> None:
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6 * scale)
+
+
+@examples
+@given(logits(2, QUARTERS), TEMPERATURES)
+def test_not_negative_and_at_most_the_spread(pair: list[Tensor], temperature: float) -> None:
+    loss = float(ops.contrastive(*pair, temperature))
+    assert 0 <= loss <= 2 * (math.log(len(pair[0])) + spread(*pair, temperature)) * (1 + 1e-5) + 1e-5
+
+
+@examples
+@given(logits(2, QUARTERS), TEMPERATURES)
+def test_symmetric_in_x_and_y(pair: list[Tensor], temperature: float) -> None:
+    x, y = pair
+    close(ops.contrastive(y, x, temperature), ops.contrastive(x, y, temperature), spread(x, y, temperature))
+
+
+@examples
+@given(logits(2, QUARTERS), TEMPERATURES, st.data())
+def test_does_not_see_the_order_of_pairs(pair: list[Tensor], temperature: float, data: st.DataObject) -> None:
+    x, y = pair
+    order = data.draw(orders(len(x)))
+    expected = ops.contrastive(x, y, temperature)
+    close(ops.contrastive(x[order], y[order], temperature), expected, spread(x, y, temperature))
+
+
+@examples
+@given(logits(1, QUARTERS), TEMPERATURES)
+def test_partners_that_nothing_tells_apart(one: list[Tensor], temperature: float) -> None:
+    """B equal rows: each finds its own by chance, whatever they hold."""
+    x = one[0]
+    loss = ops.contrastive(x, x[:1].expand_as(x), temperature)
+    assert float(loss) >= 2 * math.log(len(x)) * (1 - 1e-6) - 1e-6 * spread(x, x, temperature)
+    close(ops.contrastive(x[:1].expand_as(x), x[:1].expand_as(x), temperature), torch.tensor(2 * math.log(len(x))), 1.0)
+
+
+@examples
+@given(logits(2, QUARTERS), TEMPERATURES)
+def test_gradients_of_the_float64_reference(pair: list[Tensor], temperature: float) -> None:
+    """And what scaling x, scaling y and dividing by the temperature share."""
+    inputs = [*(t.requires_grad_() for t in pair), torch.tensor(temperature, requires_grad=True)]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    loss = ops.contrastive(*inputs)
+    expected = torch.autograd.grad(contrastive_reference(*exact), exact)
+    gradients = torch.autograd.grad(loss, inputs)
+    x, y, learnt = (t.detach() for t in inputs)
+    scale = spread(x, y, temperature)
+    size = max(1.0, float(x.abs().max()), float(y.abs().max())) / temperature * 2
+    for got, wanted in zip(gradients[:2], expected[:2], strict=True):
+        close(got.double(), wanted, scale * max(1.0, size))
+    products = [float((a * b).sum()) for a, b in zip((x, y, -learnt), gradients, strict=True)]
+    assert products == pytest.approx([products[0]] * 3, rel=1e-4, abs=1e-5 * scale**2)
