@@ -60,9 +60,14 @@ ONE_SHOT: Mapping[str, Any] = {"data": "digits", "model": "resnet8", "local_epoc
 """What FuseFL and its baselines have in common: a client's whole budget is the same."""
 
 DATA_FREE: Mapping[str, Any] = {
-    "ngf": 16, "distill_epochs": 15, "generator_steps": 10, "synthesis_batch": 64, "distill_batch": 32,
+    "ngf": 16, "distill_epochs": 15, "generator_steps": 10, "generator_lr": 0.01, "restart": False, "bn_weight": 1.0,
+    "synthesis_batch": 64, "distill_batch": 32, "temperature": 4.0, "distill_lr": 0.01,
 }  # fmt: skip
-"""Method options of a generator for small grey images, in a minute or two."""
+"""Method options of a generator for small grey images, in a minute or two.
+
+So few steps hardly move a generator that starts anew for every batch, and the published step size still less: it goes
+on from batch to batch, with a larger one.
+"""
 
 METHOD: Mapping[str, Mapping[str, Any]] = {
     # method: settings on every data set, its default data set included; "options" holds method options by published
