@@ -15,6 +15,7 @@ from torch import Tensor
 from fedkern.data.backdoor import add_backdoor
 from fedkern.data.background import MaskSource, bounding_boxes, extract_background
 from fedkern.data.boxes_file import BoxesFile
+from fedkern.data.cases import share_cases, training_cases
 from fedkern.data.coloured import PALETTES, Palette, class_colours, colourise, random_colours, tied_colours
 from fedkern.data.cue import add_cues
 from fedkern.data.detections import Detections, Detector
@@ -94,8 +95,7 @@ def load(
     _check_segmentation(name, source, spec, common)
     kept, public_rows = _training_rows(name, source.train, train_samples, public_samples, seed)
     labels = source.train.labels[kept].numpy()
-    groups = None if source.train.groups is None else source.train.groups[kept].numpy()
-    parts = share_out(spec, labels, clients, seed, class_count=len(source.classes), groups=groups)
+    parts = _shares(source, spec, kept, clients, seed)
     held = [kept[torch.from_numpy(part)] for part in parts]
     statistics = PartitionStatistics.of([labels[part] for part in parts], source.classes, spec.text)
     validation_rows = _validation_rows(source, len(kept), common["validation_samples"])
@@ -241,7 +241,7 @@ def _check_made(name: str, common: Mapping[str, Any], public_samples: int) -> No
 def _check_segmentation(name: str, source: Source, spec: PartitionSpec, common: Mapping[str, Any]) -> None:
     if source.train.targets is None:
         return
-    if spec.name not in ("iid", "attribute"):
+    if spec.name not in ("iid", "attribute") and len(source.classes) < 3:
         raise UserError(
             f'data set "{name}" has a class for every pixel and none for an image, so "{spec.text}" cannot share it '
             "out; take iid, or attribute with a column client"
@@ -251,8 +251,28 @@ def _check_segmentation(name: str, source: Source, spec: PartitionSpec, common: 
             raise UserError(f'option {option} is for classification, and data set "{name}" is for segmentation')
 
 
+def _shares(source: Source, spec: PartitionSpec, kept: Tensor, clients: int, seed: int) -> list[npt.NDArray[np.int64]]:
+    """Positions in ``kept`` of every client's rows; cases stay whole."""
+    pool, classes = source.train, len(source.classes)
+    labels = pool.labels[kept].numpy()
+    groups = None if pool.groups is None else pool.groups[kept].numpy()
+    # Where every image holds an object, the background is no class that a partition could give to anybody.
+    none = int(pool.targets is not None and labels.min(initial=1) > 0)
+
+    def share(labels: npt.NDArray[np.int64], first: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+        own = None if groups is None else groups[first]
+        return share_out(spec, labels - none, clients, seed, class_count=classes - none, groups=own)
+
+    if pool.cases is None:
+        return share(labels, np.arange(len(labels)))
+    return share_cases(pool.cases[kept].numpy(), labels, share)
+
+
 def _training_rows(name: str, pool: Pool, count: int | None, public: int, seed: int) -> tuple[Tensor, Tensor]:
     """The rows that the clients share out, and the public ones, both sorted."""
+    if pool.cases is not None:
+        mine, shown = training_cases(name, pool.cases.numpy(), count, public, seed)
+        return torch.from_numpy(mine), torch.from_numpy(shown)
     if public >= len(pool):
         raise UserError(
             f'data set "{name}" has {len(pool)} training samples, so it cannot give {public} public ones and train on '

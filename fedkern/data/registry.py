@@ -16,6 +16,7 @@ from fedkern.data.idx import open_idx
 from fedkern.data.nico import open_nico
 from fedkern.data.pairs import open_pairs
 from fedkern.data.reports import open_reports
+from fedkern.data.segdigits import open_segdigits
 from fedkern.data.segmentation import open_segmentation
 from fedkern.data.svhn import open_svhn
 from fedkern.data.table import open_csv
@@ -135,6 +136,10 @@ def _embedded(root: Root) -> Source:
     return open_digits()
 
 
+def _segdigits(root: Root) -> Source:
+    return open_segdigits()
+
+
 def _mnist(root: Root) -> Source:
     return open_idx("mnist", root)
 
@@ -195,6 +200,10 @@ DATASETS: dict[str, DatasetInfo] = {
             "minority": DataOption(0.05, "the last client's share of the canvases; 0 for no minority", low=0, high=0.5),
             "held_out": DataOption(1, "clients that do not train; their canvases are the test set unseen", low=0),
         },
+    ),
+    "segdigits": DatasetInfo(
+        "embedded digits on textured grounds; segmentation into background and ten digits; needs no file",
+        _segdigits, 5, "dirichlet:0.5", (3, 32), needs_root=False, task="segmentation",
     ),
     "mnist": DatasetInfo("MNIST, 70,000 handwritten digits (IDX files)", _mnist, 10, "dirichlet:0.5", (1, 28)),
     "fashionmnist": DatasetInfo(

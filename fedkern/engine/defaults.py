@@ -45,6 +45,7 @@ DATA: Mapping[str, Mapping[str, Any]] = {
     "folder": {"model": "resnet8"},
     "csv": {"model": "resnet8"},
     "segmentation": {"model": "unet"},
+    "segdigits": {"model": "unet-small", "rounds": 30, "batch_size": 16, "optimizer": "adamw", "lr": 0.003},
     "captions": PAIRS,
     "pairs": {**PAIRS, "client_test": 0.2},
     "reports": {**PAIRS, "client_test": 0.2},

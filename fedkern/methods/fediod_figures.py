@@ -24,6 +24,7 @@ class Panel:
     def __init__(self, ask: Callable[[Tensor], Tensor], data: Any) -> None:
         self._ask, self._data = ask, data
         self.task = data.task
+        self.cases = getattr(data, "cases", None)
         self._kept: list[Tensor] = []
         self._full = False
         self._now: Tensor | None = None

@@ -94,5 +94,5 @@ def teacher(client: Client, architectures: Architectures) -> nn.Module:
 
 
 def histogram(client: Client) -> Tensor:
-    """Samples (pixels for segmentation) of every class, fp32 [C]."""
-    return torch.bincount(client.labels.flatten(), minlength=len(client.classes)).float()
+    """Samples (labelled pixels for segmentation) of every class, fp32 [C]."""
+    return torch.bincount(client.labels[client.labels >= 0], minlength=len(client.classes)).float()

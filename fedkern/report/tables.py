@@ -73,10 +73,13 @@ def human_metric(name: str, value: float) -> str:
     return f"{100 * value:.1f} %" if fraction else f"{value:.3g}"
 
 
-def _rank(name: str) -> tuple[int, int, str]:
+def _rank(name: str) -> tuple[int, int, str, int]:
     test_set, figure = split_metric(name)
     sets = ["", *_TEST_SETS]
-    return (_ORDER.index(figure) if figure in _ORDER else len(_ORDER), sets.index(test_set), name)
+    # Numbered figures in order of their numbers.
+    stem, _, number = name.rpartition("_")
+    plain, place = (stem, int(number)) if number.isdecimal() else (name, 0)
+    return (_ORDER.index(figure) if figure in _ORDER else len(_ORDER), sets.index(test_set), plain, place)
 
 
 def ordered(metrics: Mapping[str, Any]) -> list[str]:

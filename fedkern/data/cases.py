@@ -1,0 +1,57 @@
+"""Images that belong together, slices of one patient or tiles of one picture: they are shared out as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from fedkern.errors import UserError
+from fedkern.streams import stream
+
+Rows = npt.NDArray[np.int64]
+
+
+def share_cases(cases: Rows, labels: Rows, share: Callable[[Rows, Rows], list[Rows]]) -> list[Rows]:
+    """Shares out rows by their cases.
+
+    Args:
+        cases: int64 ``[n]``, the case of every row.
+        labels: int64 ``[n]``; a case counts as the class that most of its rows have, among the objects (above 0) where
+            it has any.
+        share: shares out cases by their classes int64 ``[m]`` and the first row of each, int64 ``[m]``: a sorted array
+            of case positions for every client.
+
+    Returns:
+        A sorted array of rows for every client.
+    """
+    _, first, position = np.unique(cases, return_index=True, return_inverse=True)
+    counts = np.zeros((len(first), int(labels.max(initial=0)) + 1), dtype=np.int64)
+    np.add.at(counts, (position, labels), 1)
+    counts[:, 0] = counts[:, 1:].sum(1) == 0
+    return [np.flatnonzero(np.isin(position, part)) for part in share(counts.argmax(1), first)]
+
+
+def training_cases(name: str, cases: Rows, count: int | None, public: int, seed: int) -> tuple[Rows, Rows]:
+    """The rows that clients share out and the public ones, both sorted, which have no case in common.
+
+    Cases are taken whole, in random order; the last one of the clients is cut where ``count`` says so.
+
+    Raises:
+        UserError: there are too few rows.
+    """
+    names, position = np.unique(cases, return_inverse=True)
+    place = np.empty(len(names), dtype=np.int64)
+    place[stream(seed, "train-samples").permutation(len(names))] = np.arange(len(names))
+    order = np.argsort(place[position], kind="stable")
+    shown = order[len(order) - public :]
+    left = order[~np.isin(position[order], position[shown])]
+    if len(left) == 0 or (count is not None and count > len(left)):
+        wanted = f"give {count}" if count is not None else "train on the others"
+        beside = f" beside {public} public ones, whose {len(order) - len(left)} images of the same cases no client gets"
+        raise UserError(
+            f'data set "{name}" has {len(order)} training images of {len(names)} cases, so it cannot {wanted}'
+            f"{beside if public else ''}"
+        )
+    return np.sort(left[:count]), np.sort(shown)
