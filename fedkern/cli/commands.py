@@ -225,15 +225,17 @@ def _diagnostics(summary: Mapping[str, Any]) -> list[Any]:
 
 
 def catalogue() -> dict[str, dict[str, str]]:
-    """Names and one line each of the methods, data sets, models and partitioners."""
+    """Names and one line each of the methods, data sets, models, encoders and partitioners."""
     from fedkern.data import DATASETS, PARTITIONERS
     from fedkern.methods import METHODS
-    from fedkern.models import MODELS
+    from fedkern.models import IMAGE_ENCODERS, MODELS, TEXT_ENCODERS
 
     return {
         "methods": {name: METHODS[name].description for name in sorted(METHODS)},
         "data sets": {name: info.description for name, info in DATASETS.items()},
         "models": {name: entry.description for name, entry in MODELS.items()},
+        "image encoders": dict(IMAGE_ENCODERS) | {"DIR": "any image network of transformers in a local folder"},
+        "text encoders": dict(TEXT_ENCODERS) | {"DIR": "any text network of transformers in a local folder"},
         "partitioners": {info.usage: info.description for info in PARTITIONERS.values()},
     }
 

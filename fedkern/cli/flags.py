@@ -22,7 +22,7 @@ PROGRAM = "python -m fedkern.run"
 COMMANDS = {
     **TASKS,
     "attack": "how well a finished run's model tells who was in its training data",
-    "list": "show the methods, data sets, models and partitioners",
+    "list": "show the methods, data sets, models, encoders and partitioners",
     "doctor": "show versions, processor, GPU, and which backend serves which operator",
 }
 
@@ -372,12 +372,10 @@ def effective(request: Request) -> RunConfig:
 
 def absolute(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The same with absolute paths, so that a run can be resumed, and compared with, from any folder."""
-    return {
-        name: str(Path(str(value)).expanduser().absolute())
-        if value and name in ("data_root", "boxes", "detector_cache")
-        else value
-        for name, value in settings.items()
-    }
+    paths = {name: Path(str(value)).expanduser() for name, value in settings.items() if value}
+    named = [name for name in paths if name in ("data_root", "boxes", "detector_cache")]
+    named += [name for name in paths if name.endswith("_encoder") and paths[name].is_dir()]
+    return {name: str(paths[name].absolute()) if name in named else value for name, value in settings.items()}
 
 
 def named_options(method: str, given: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:

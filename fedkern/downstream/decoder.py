@@ -37,6 +37,7 @@ class TokenDecoder(nn.Module):
         network = self._encoder[0]
         with torch.no_grad():
             tokens = network.encode_image(images)[:, 1:]
+            tokens = F.layer_norm(tokens, tokens.shape[-1:])  # encoders differ in the scale of what they give
         x = tokens.transpose(1, 2).unflatten(2, network.grid)
         half = [max(-(-side // 2), own) for side, own in zip(self.size, network.grid, strict=True)]
         x = F.interpolate(F.relu(self.first(x)), half, mode="bilinear", align_corners=False)

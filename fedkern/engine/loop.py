@@ -72,6 +72,8 @@ class Run:
         """
         for k in range(self.bench.federation.clients):
             self.method.check(Client(self.bench, k, {}))
+        if self.bench.data.task == "retrieval":
+            self.bench.network("server")  # encoders may be folders that cannot be read
         self.method.start(self.server)
         self._plan = [entry for entry in self.method.rounds(self.bench.federation) if not entry.one_off]
         self.gallery = Gallery(self.out, len(self._plan))

@@ -37,3 +37,16 @@ def test_official_counts_and_statistics(name: str) -> None:
     for channel, (mean, std) in enumerate(zip(data.mean, data.std, strict=True)):
         assert float(images[:, channel].mean()) == pytest.approx(mean, abs=0.01)
         assert float(images[:, channel].std()) == pytest.approx(std, abs=0.01)
+
+
+def test_the_radiographs_come_with_their_reports() -> None:
+    try:
+        data = load("reports", root=f"{ROOT}/xray", clients=3, partition="stratified")
+    except UserError as error:
+        pytest.skip(str(error))
+    splits = [*data.clients, data.validation, *data.tests.values()]
+    texts = [text for split in splits for text in split.texts]
+    assert len(texts) >= 25
+    assert all(3 <= len(text.split()) <= 112 for text in texts)
+    assert data.image_shape == (1, 64, 64)
+    assert "COVID-19" in data.classes

@@ -12,9 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
+from fedkern.engine import RunConfig, read_model, run
 from fedkern.errors import UserError
 from fedkern.models import PairNetwork, build_pair, pretrained_pair
 from fedkern.models.preprocessing import Preprocessing
+from fedkern.run import main
 
 transformers = pytest.importorskip("transformers", reason="needs the extra [foundation]")
 
@@ -261,6 +263,28 @@ def test_wrong_folders(folders: dict[str, Path], tmp_path: Path, image: str, tex
     here = {**folders, **{name: tmp_path / name for name in ("empty", "broken", "shredded")}}
     with pytest.raises(UserError, match=words):
         pair(here, image, text)
+
+
+def test_a_run_and_its_model(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folders["vit"].parent)
+    words = ["fedavg", "--data", "captions", "--image-encoder", "vit", "--text-encoder", "bert", "--clients", "2",
+             "--train-samples", "24", "--rounds", "1", "--local-steps", "1", "--batch-size", "4", "--lr", "0.01",
+             "--data-option", "test_samples=6", "--data-option", "validation_samples=4",
+             "--data-option", "minority=0", "--quiet", "--out", str(tmp_path / "run")]  # fmt: skip
+    assert main(words) == 0
+    monkeypatch.chdir(tmp_path)
+    made, about = read_model(tmp_path / "run")
+    assert about["pair"]["image_encoder"] == str(folders["vit"])
+    assert not torch.equal(made.image_encoder.network.embeddings.cls_token,
+                           transformers.AutoModel.from_pretrained(folders["vit"]).embeddings.cls_token)  # fmt: skip
+    assert main(["retrieval", str(tmp_path / "run"), "--json"]) == 0
+
+
+@pytest.mark.parametrize("method", ["fedavg", "local"])
+def test_a_wrong_folder_ends_before_the_run_folder_is_made(tmp_path: Path, method: str) -> None:
+    with pytest.raises(UserError, match="the folder nowhere of the image encoder does not exist"):
+        run(RunConfig.make(method, data="captions", train_samples=20, image_encoder="./nowhere"), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_it_is_silent(folders: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
