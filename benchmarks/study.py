@@ -25,6 +25,12 @@ from typing import Any
 from fedkern.engine.records import read_metrics
 
 RESULTS = Path(__file__).parent / "results"
+FILES = {
+    "mnist": "the four IDX files",
+    "cifar10": "CIFAR-10's official binary files",
+    "membrane": "the folders image and label with 30 PNG files each",
+}
+"""What ``--data-root`` must hold, for the studies that need it."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +48,14 @@ def folder_name(words: Iterable[str]) -> str:
 
 
 def arguments(method: str, settings: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> tuple[str, ...]:
-    """The command line of a run from settings (``local_epochs=2`` -> ``--local-epochs 2``) and method options."""
+    """The command line of a run from settings (``local_epochs=2`` -> ``--local-epochs 2``) and method options.
+
+    A setting with a tuple of values is a flag that is given so many times.
+    """
     words = [method]
     for name, value in settings.items():
-        words += [f"--{name.replace('_', '-')}", str(value)]
+        for one in value if isinstance(value, tuple) else (value,):
+            words += [f"--{name.replace('_', '-')}", str(one)]
     for name, value in (options or {}).items():
         text = str(value).lower() if isinstance(value, bool) else str(value)
         words += ["--method-option", f"{name}={text}"]
@@ -205,7 +215,8 @@ def run_sections(
         make: makes the runs from the study, folder, workers and settings.
         about: what follows the settings on a page, its punctuation included.
     """
-    module, files = f"study_{name}", {"cifar10": "CIFAR-10's official binary files"}
+    module = f"study_{name}"
+    files = {study: what for study, what in FILES.items() if study in studies}
     given = command_line(module, description.split("\n")[0], studies, files, sections)
     study = studies[given.study]
     runs = make(study, given.out, given.workers, {"data_root": given.data_root} if given.data_root else {})
