@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from fedkern.errors import UserError
 from fedkern.methods import fediod_private as private
@@ -47,13 +46,14 @@ from fedkern.methods.base import (
 )
 from fedkern.methods.fediod_client import Answers
 from fedkern.methods.fediod_figures import appraise
-from fedkern.methods.fediod_losses import normalised
+from fedkern.methods.fediod_losses import normalised, spoken
 from fedkern.methods.fediod_options import IODOptions, settle
 from fedkern.methods.fediod_pictures import show
 from fedkern.methods.fediod_server import Ensemble, Workshop, cosine, make_generator
 from fedkern.methods.fediod_teachers import build, histogram, make_teacher, teacher
 from fedkern.methods.oneshot_distill import torch_stream
 from fedkern.methods.oneshot_members import flatten, parse_models, vectors
+from fedkern.methods.pairs import supervised_loss
 from fedkern.models.bank import Bank
 from fedkern.privacy import Guarantee
 
@@ -256,7 +256,8 @@ class FedIOD(Objective, Method):
     def _answer(self, client: Client) -> Message:
         assert client.public is not None  # asked for in start
         bank = self.bank({client.id: client})
-        return {"logits": torch.cat([bank.logits(batch.images)[0] for batch in client.public.batches(64)])}
+        said = (spoken(bank.logits(batch.images), self.settings.mix)[0] for batch in client.public.batches(64))
+        return {"logits": torch.cat(list(said))}
 
     def bank(self, clients: Mapping[ClientId, Client]) -> Bank:
         """The teachers of these clients, in their order."""
@@ -281,7 +282,7 @@ class FedIOD(Objective, Method):
 
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor:
         """What a teacher learns with."""
-        return cross_entropy(model(batch.images), batch.labels)
+        return supervised_loss(model, batch)
 
     def disclosed(self, server: Server, ids: Sequence[ClientId]) -> Tensor:
         """What the clients have told of their classes, fp32 ``[K, C]``; ``[K, 1]`` where that is nothing."""

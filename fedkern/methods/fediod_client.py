@@ -13,7 +13,7 @@ from fedkern.data.transforms import normalise
 from fedkern.methods import fediod_private as private
 from fedkern.methods.base import Client, ClientId, Message, Step
 from fedkern.methods.fediod_critics import Critics
-from fedkern.methods.fediod_losses import asks_teachers
+from fedkern.methods.fediod_losses import asks_teachers, spoken
 from fedkern.models.bank import Bank
 
 
@@ -60,7 +60,7 @@ class Answers:
             self._count(0, losses)
         with torch.enable_grad():
             images.requires_grad_(asks_teachers(self.options) or self.options.w_real > 0)
-            logits = self.bank.logits(images)
+            logits = spoken(self.bank.logits(images), self.options.mix)
             realism, scores = self.critics.look(images)
         self._count(1, realism.detach().mean(1))
         self._asked = Asked(images, logits, realism)
@@ -121,7 +121,8 @@ class Answers:
             size = self.options.batch  # batch norm's statistics are those of a step's images
             scores = torch.cat([self.critics.look(part)[1] for part in images.split(size)], 1)
         self._report()
-        return self._answers(step, messages, self.bank.logits(images) if logits is None else logits, scores)
+        logits = self.bank.logits(images) if logits is None else logits
+        return self._answers(step, messages, spoken(logits, self.options.mix), scores)
 
     # -- the rest --------------------------------------------------------------------------------------------------
 

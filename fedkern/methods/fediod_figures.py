@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedkern.methods.base import Client, ClientId, Server
 from fedkern.methods.fediod_critics import Critics
-from fedkern.methods.fediod_losses import importance, mixture
+from fedkern.methods.fediod_losses import importance, mixture, spoken
 from fedkern.methods.fediod_private import withholds
 from fedkern.methods.fediod_teachers import main_figure
 
@@ -81,7 +81,8 @@ def appraise(
 
 def _compared(method: Any, server: Server, own: Mapping[ClientId, Client], data: Any) -> dict[str, float]:
     o, device, ids = method.settings, server.device, list(own)
-    panel = Panel(method.bank(own).logits, data)
+    bank = method.bank(own)
+    panel = Panel(lambda images: spoken(bank.logits(images), o.mix), data)
 
     def figure(answer: Callable[[Tensor, Tensor], Tensor]) -> float:
         panel.answer = answer

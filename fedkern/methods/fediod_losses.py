@@ -18,6 +18,16 @@ from fedkern import ops
 CLAMP = (0.01, 0.99)  # of the probabilities in the released code's diversity
 
 
+def spoken(logits: Tensor, mix: str) -> Tensor:
+    """What a teacher says of images, logits ``[..., C, *positions]`` with the classes on axis 2.
+
+    A softmax does not see what is added to all of its logits, nor how sure a network is of classes that it has never
+    seen; a mean that takes every class from other teachers does.  So with ``mix="log_probs"`` teachers say
+    log-probabilities: the ensemble is then the logarithmic opinion pool, class by class.
+    """
+    return logits.log_softmax(2) if mix == "log_probs" else logits
+
+
 # -- weights (2.3) -------------------------------------------------------------------------------------------------
 
 
@@ -52,7 +62,7 @@ def mixture(logits: Tensor, weights: Tensor, mask: Tensor | None, mix: str = "lo
     """The ensemble's logits ``[B, C, *positions]``: the mean of the logits, or the log of that of the softmaxes."""
     share = normalised(weights, mask)
     share = share.reshape(*share.shape, *[1] * (logits.dim() - 3))
-    if mix == "logits":
+    if mix != "probs":
         return (share * logits).sum(0)
     return (share * logits.softmax(2)).sum(0).log().log_softmax(1)
 
@@ -79,7 +89,8 @@ def distillation(student: Tensor, logits: Tensor, weights: Tensor, mask: Tensor 
     if s.kd == "l1":
         return (student - mixture(logits, weights, mask, s.mix)).abs().mean()
     temperature = math.inf if s.kd == "logit_var" else s.temperature
-    return ops.ensemble_kl(student, logits, weights, temperature, mix=s.mix, class_mask=mask)
+    mix = "probs" if s.mix == "probs" else "logits"
+    return ops.ensemble_kl(student, logits, weights, temperature, mix=mix, class_mask=mask)
 
 
 def diversity(logits: Tensor, pi: Tensor, kind: str) -> Tensor:

@@ -13,11 +13,11 @@ from fedkern.methods.fediod_private import PrivacyOptions
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "paper": {
         "w_real": 1.0, "w_clear": 1.0, "w_diverse": 1.0, "w_adv": 0.0, "w_balance": 0.0, "js_sign": -1,
-        "diversity": "jsd", "disc_weight": True, "bce": "mean",
+        "diversity": "jsd", "disc_weight": True, "bce": "mean", "mix": "log_probs",
     },
     "code": {
         "w_real": 1.0, "w_clear": 1.0, "w_diverse": 5.0, "w_adv": 0.2, "w_balance": 10.0, "js_sign": 1,
-        "diversity": "reverse_kl", "disc_weight": False, "bce": "sum",
+        "diversity": "reverse_kl", "disc_weight": False, "bce": "sum", "mix": "logits",
     },
 }  # fmt: skip
 """What a preset says of the options that the user leaves open (methods notes 2.5, 2.6, 2.9)."""
@@ -76,7 +76,10 @@ class IODOptions(PrivacyOptions, Method.Options):
     )  # fmt: skip
     disc_weight: bool | None = option(None, "whether a client's weight follows its discriminator's confidence",
                                       type=bool)  # fmt: skip
-    mix: str = option("logits", "what of the teachers is averaged", choices=("logits", "probs"))
+    mix: str | None = option(
+        None, "what of the teachers is averaged: their logits as they are (the code's), as log-probabilities, or their "
+        "probabilities", choices=("log_probs", "logits", "probs"), type=str,
+    )  # fmt: skip
     kd: str = option(
         "logit_var", "the student's loss: half the variance of the logit difference (the limit of high temperature), "
         "the divergence at a temperature, or the mean absolute difference", choices=("logit_var", "kl", "l1"),

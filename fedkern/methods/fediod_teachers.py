@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fedkern.methods import fediod_private as private
 from fedkern.methods.base import Client, Step
+from fedkern.methods.evaluate import MAIN_FIGURES
 from fedkern.methods.oneshot_members import Architectures, flatten, load, vectors
 
 TRAIN = Step(0, "train", "update")
@@ -44,7 +45,7 @@ def split(client: Client, share: float) -> tuple[np.ndarray, np.ndarray]:
 
 def main_figure(figures: dict[str, float]) -> float:
     """The one figure that a comparison is about: ``accuracy``, or ``dice`` for segmentation."""
-    return figures["accuracy"] if "accuracy" in figures else figures["dice"]
+    return next(figures[name] for name in MAIN_FIGURES if name in figures)
 
 
 def make_teacher(method: Any, client: Client, architectures: Architectures, options: Any) -> None:

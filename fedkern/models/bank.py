@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -68,16 +68,18 @@ class Fused:
     """
 
     def __init__(self, networks: Sequence[StagedNetwork]) -> None:
-        names = networks[0].stage_names[:-1]
-        first = [getattr(networks[0], name) for name in names]
-        # Stages without parameters at the end (a pooling of its own) are the same for all and need no fusing.
-        plain = 0
-        while not any(True for _ in first[len(first) - 1 - plain].parameters()):
-            plain += 1
-        last = len(names) - plain
+        units = [list(_units(network)) for network in networks]
         self._count = len(networks)
-        self._rest = nn.Sequential(*first[last:]) if plain else None
-        self.body = FusedBlocks([nn.Sequential(*(getattr(n, name) for name in names[:last])) for n in networks])
+        self._rest: nn.Module | None = None
+        try:
+            self.body = FusedBlocks([nn.Sequential(*own) for own in units])
+        except TypeError:
+            # A layer without parameters at the end (a pooling of a network's own) is the same for all.
+            last = len(units[0])
+            while not any(True for _ in units[0][last - 1].parameters()):
+                last -= 1
+            self._rest = nn.Sequential(*units[0][last:])
+            self.body = FusedBlocks([nn.Sequential(*own[:last]) for own in units])
         self._weight = torch.stack([n.head.weight.detach().T for n in networks])
         self._bias = torch.stack([n.head.bias.detach() for n in networks])[:, None]
 
@@ -89,6 +91,13 @@ class Fused:
             maps = maps.flatten(1, 2)
         features = maps.mean(dim=(2, 3)).unflatten(1, (self._count, -1))
         return torch.baddbmm(self._bias, features.transpose(0, 1), self._weight)
+
+
+def _units(network: StagedNetwork) -> Iterator[nn.Module]:
+    """The modules that one after another make a network's last map."""
+    for name in network.stage_names[:-1]:
+        stage = getattr(network, name)
+        yield from stage if isinstance(stage, nn.Sequential) else (stage,)
 
 
 def group(networks: list[nn.Module]) -> Fused | Separate:

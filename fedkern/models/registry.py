@@ -16,6 +16,7 @@ from fedkern.models.efficientnet import EfficientNetB0
 from fedkern.models.mlp import MLP
 from fedkern.models.mobilenet import MobileNetV2
 from fedkern.models.resnet import ResNet, Stem
+from fedkern.models.resnet8t import ResNet8T
 from fedkern.models.staged import StagedNetwork
 from fedkern.models.unet import UNet
 from fedkern.models.vgg import VGG
@@ -55,6 +56,10 @@ def _cnn(*, classes: int, channels: int, width: int, stem: Stem) -> StagedNetwor
 
 def _resnet8(*, classes: int, channels: int, width: int, stem: Stem) -> StagedNetwork:
     return ResNet((1, 1, 1), classes=classes, channels=channels, width=width, stem=stem)
+
+
+def _resnet8t(*, classes: int, channels: int, width: int, stem: Stem) -> StagedNetwork:
+    return ResNet8T(classes=classes, channels=channels, width=width, stem=stem)
 
 
 def _resnet18(*, classes: int, channels: int, width: int, stem: Stem) -> StagedNetwork:
@@ -114,6 +119,13 @@ MODELS: dict[str, ModelEntry] = {
         ),
         ModelEntry(
             "resnet8", "ResNet of 3 basic blocks, 16, 32 and 64 channels, 78 thousand parameters", 16, 4, _resnet8
+        ),
+        ModelEntry(
+            "resnet8-t",
+            "FedIOD's ResNet-8: 128 to 512 channels, pooled to 2x2, 4.9 million parameters",
+            128,
+            8,
+            _resnet8t,
         ),
         ModelEntry(
             "resnet18",

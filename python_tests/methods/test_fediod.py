@@ -1,0 +1,396 @@
+"""FedIOD end to end: the plan of messages, who changes what, what travels, who may be absent, whose teachers."""
+
+import dataclasses
+import gc
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fedkern.data import Split
+from fedkern.engine import RunConfig, read_metrics, read_model, run
+from fedkern.engine.bench import Bench
+from fedkern.engine.serial import Client, Server
+from fedkern.errors import UserError
+from fedkern.methods import FedIOD, Upload
+from fedkern.methods.fediod_losses import against, teacher_terms
+from fedkern.methods.fediod_teachers import teacher
+
+TINY = {"nz": 4, "ngf": 2, "ndf": 2, "batch": 4, "student_steps": 2, "iterations": 3}
+EVERY_TERM = {"w_adv": 0.5, "w_balance": 0.7, "generator_lr": 0.01, "student_lr": 0.05}
+MIXED = "cnn:2,mlp:4,resnet8:2"
+
+
+class World:
+    """Server and clients of a federation, played step by step."""
+
+    def __init__(self, make_config, data, **options):
+        self.config = make_config("fediod", model="cnn", grad_cam=0, options={**TINY, **options})
+        self.bench = Bench(self.config, data)
+        self.method = FedIOD(FedIOD.Options.parse(self.config.options))
+        self.server = Server(self.bench)
+        self.clients = {k: Client(self.bench, k, {}) for k in range(len(data.clients))}
+        self.method.start(self.server)
+        for number, entry in enumerate(self.method.rounds(self.bench.federation)):
+            if entry.one_off:
+                self.play(entry, -1 - number)
+
+    def steps(self, entry, number):
+        from fedkern.methods import Step
+
+        return [Step(number, entry.name, exchange) for exchange in entry.exchanges]
+
+    def play(self, entry, number, lost=lambda step: ()):
+        ids = entry.participants if isinstance(entry.participants, tuple) else tuple(self.clients)
+        for step in self.steps(entry, number):
+            self.exchange(step, ids, lost(step))
+        for client in self.clients.values():
+            client.scratch.clear()
+        self.server.scratch.clear()
+
+    def exchange(self, step, ids=None, lost=()):
+        ids = tuple(self.clients) if ids is None else ids
+        outgoing = self.method.send(self.server, step)
+        if outgoing and all(isinstance(key, int) for key in outgoing):
+            messages = {k: outgoing[k] for k in ids if k in outgoing}
+        else:
+            messages = dict.fromkeys(ids, outgoing) if outgoing is not None else {}
+        chosen = {k: self.clients[k] for k in ids}
+        answers = self.method.cohort_update(chosen, step, messages) if messages else {}
+        if answers is None:
+            answers = {k: self.method.client_update(chosen[k], step, messages[k]) for k in messages}
+        uploads = [Upload(k, chosen[k].samples, answers[k]) for k in answers if k not in lost]
+        self.method.server_update(self.server, step, iter(uploads))
+        return messages, answers
+
+    def round(self):
+        return next(entry for entry in self.method.rounds(self.bench.federation) if not entry.one_off)
+
+
+@pytest.fixture
+def world(make_config, make_data):
+    return lambda data=None, **options: World(make_config, make_data() if data is None else data, **options)
+
+
+def frozen(tree):
+    return {
+        name: frozen(v) if isinstance(v, dict) else v.clone() if torch.is_tensor(v) else v for name, v in tree.items()
+    }
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+# -- one message after another, all clients at once, one graph ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("models", ["cnn:2", MIXED], ids=["alike", "three architectures"])
+def test_a_cohort_gives_the_numbers_of_messages(world, models):
+    worlds = [world(models=models, batched=batched, **EVERY_TERM) for batched in (True, False)]
+    for w in worlds:
+        w.play(w.round(), 0)
+    a, b = (w.server.state for w in worlds)
+    for part in ("student", "generator", "adam"):
+        for name in a[part]:
+            torch.testing.assert_close(a[part][name], b[part][name], rtol=1e-3, atol=2e-5)
+    for k in range(3):
+        ours, theirs = (w.clients[k].state["critics"][0] for w in worlds)
+        assert ours["steps"] == theirs["steps"]
+        for name in ours["weights"]:
+            torch.testing.assert_close(ours["weights"][name], theirs["weights"][name], rtol=1e-3, atol=2e-5)
+
+
+def test_messages_give_the_gradient_of_a_single_graph(world):
+    """L_G as one autograd graph from the noise through every discriminator, teacher and the student."""
+    w = world(models=MIXED, batched=False, **EVERY_TERM)
+    images, gradients = w.steps(w.round(), 0)[:2]
+    w.exchange(images)
+    shop, s = w.server.scratch["workshop"], w.method.settings
+    x, ensemble = shop.x, shop.server.scratch["criticism"]
+    assert set(ensemble) == {0, 1, 2}
+    critics = [w.clients[k].scratch["answers"].critics.module for k in range(3)]
+    shop.student.requires_grad_(True)
+    statistics = frozen(dict(shop.student.named_buffers()))
+    seen = x.contiguous(memory_format=torch.channels_last)
+    logits = torch.stack([teacher(w.clients[k], w.method.architectures)(seen) for k in range(3)]).log_softmax(2)
+    patches = torch.cat([critic(seen) for critic in critics])
+    samples = torch.tensor([float(c.samples) for c in w.clients.values()])
+    pi = samples / samples.sum()
+    weights = w.method.disclosed(w.server, [0, 1, 2])
+    weights = weights[:, None] * patches.sigmoid().mean((2, 3)).detach()[:, :, None]
+    total, _ = teacher_terms(logits, pi, s, shop.student(seen), weights, weights[:, 0] > 0)
+    total = total + s.w_real * (pi * against(patches, True, s.bce).mean(1)).sum()
+    expected = torch.autograd.grad(total, list(shop.generator.parameters()), retain_graph=True)
+    for name, buffer in shop.student.named_buffers():
+        buffer.copy_(statistics[name])
+    w.exchange(gradients)
+    got = [p.grad for p in shop.generator.parameters()]
+    scale = max(float(g.abs().max()) for g in expected)
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * scale)
+
+
+# -- who changes what --------------------------------------------------------------------------------------------------
+
+
+def test_an_exchange_changes_what_it_may(world):
+    """D by images alone, G by gradients alone, S by distillation alone; a teacher by nothing."""
+    w = world(**EVERY_TERM)
+    live = None
+    for step in w.steps(w.round(), 0)[:3]:
+        before = {k: frozen(c.state.get("critics", {})) for k, c in w.clients.items()}
+        teachers = {k: frozen(c.state["teacher"]) for k, c in w.clients.items()}
+        if live is not None:
+            g, s = live.generator, live.student
+            weights = [[p.detach().clone() for p in m.parameters()] for m in (g, s)]
+        w.exchange(step)
+        kind = step.exchange.split()[0]
+        for k, client in w.clients.items():
+            assert same(client.state["teacher"], teachers[k])
+            if kind != "images":
+                assert same(client.state["critics"], before[k])
+        if live is not None:
+            moved = [any(not torch.equal(p, q) for p, q in zip(m.parameters(), old, strict=True))
+                     for m, old in zip((g, s), weights, strict=True)]  # fmt: skip
+            assert moved == [kind == "gradients", kind == "distil"]
+        live = w.server.scratch["workshop"]
+    critic = w.clients[0].state["critics"][0]
+    assert critic["steps"] == 1
+    assert not same(critic["mean"]["second"], torch.zeros_like(critic["mean"]["second"]))
+
+
+def test_a_client_trains_its_discriminator_as_long_as_its_samples_last(world):
+    """Clients of 20, 13 and 9 samples have 5, 4 and 3 batches of four in a round; they teach on after that."""
+    w = world(iterations=6)
+    w.play(w.round(), 0)
+    assert [client.state["critics"][0]["steps"] for client in w.clients.values()] == [5, 4, 3]
+    assert w.method.iterations(w.bench.federation) == 6
+    assert FedIOD(FedIOD.Options(batch=4)).iterations(w.bench.federation) == 5
+
+
+def test_nobody_but_the_client_sees_its_networks(world):
+    w = world()
+    for step in w.steps(w.round(), 0)[:3]:
+        messages, answers = w.exchange(step)
+        down = {name for message in messages.values() for name in message}
+        up = {name for answer in answers.values() for name in answer}
+        assert (down, up) == {
+            "images": ({"images", "critic_lr"}, {"logits", "scores"}),
+            "gradients": ({"logits", "realism"}, {"gradients"}),
+            "distil": ({"images"}, {"logits", "scores"}),
+        }[step.exchange.split()[0]]
+    keys = set(w.server.state)
+    assert keys == {"student", "generator", "iteration", "classes"}
+
+
+# -- clients that are absent, know other classes or differ ------------------------------------------------------------
+
+
+def test_absent_clients_are_skipped_and_the_rest_reweighted(world):
+    w = world()
+    images, gradients, distil = w.steps(w.round(), 0)[:3]
+    w.exchange(images, lost=(1,))
+    messages = w.server.scratch["criticism"]
+    assert set(messages) == {0, 2}
+    assert messages[0]["realism"] == pytest.approx(20 / 29)
+    assert messages[2]["realism"] == pytest.approx(9 / 29)
+    w.exchange(gradients, lost=(2,))
+    w.exchange(distil, lost=(0, 1, 2))  # nobody is left: nothing is learnt, nothing fails
+    assert w.server.scratch["workshop"].iteration == 1
+
+
+def test_a_share_of_the_iterations_is_missed(world):
+    w = world(absent=0.5, iterations=4)
+    asked = [set(w.exchange(step)[0]) for step in w.steps(w.round(), 0)]
+    assert asked[0] == asked[1] == asked[2]
+    assert len({tuple(sorted(ids)) for ids in asked}) > 1
+    assert [c.state["critics"][0]["steps"] if "critics" in c.state else 0 for c in w.clients.values()] == [
+        sum(k in ids for ids in asked[::3][:batches]) for k, batches in enumerate((5, 4, 3))
+    ]
+    assert w.server.scratch["workshop"].iteration == 4
+
+
+def test_a_client_without_a_class_has_no_say_in_it(world, make_data):
+    data = make_data()
+    first = data.clients[0]
+    data = dataclasses.replace(data, clients=(Split(first.images, torch.zeros_like(first.labels)), *data.clients[1:]))
+    for how in ("counts", "known"):
+        w = world(data, class_weights=how)
+        disclosed = w.method.disclosed(w.server, [0, 1, 2])
+        assert disclosed.shape == (3, 3)
+        assert disclosed[0, 1:].tolist() == [0, 0]
+        w.exchange(w.steps(w.round(), 0)[0])
+        shop = w.server.scratch["workshop"]
+        logits = torch.randn(3, 4, 3)
+        answers = {k: {"logits": logits[k], "scores": torch.ones(4)} for k in range(3)}
+        known = shop.gather(answers)
+        assert known.mask.tolist()[0] == [True, False, False]
+    uniform = world(data, class_weights="uniform")
+    assert uniform.method.disclosed(uniform.server, [0, 1]).tolist() == [[1.0], [1.0]]
+
+
+def test_bytes_are_those_of_the_specification(make_data, make_config, tmp_path):
+    """2.8: six batches of images down, six of logits and confidences and one of gradients up, here with two steps."""
+    run(make_config("fediod", model="cnn", grad_cam=0, options=TINY), out=tmp_path, data=make_data())
+    booked = json.loads((tmp_path / "summary.json").read_text())["bytes"]
+    batch, classes, pixels, iterations = 4, 3, 3 * 8 * 8, 2 * 3
+    image, row = 4 * batch * pixels, 4 * batch * classes
+    for entry in booked["clients"].values():
+        assert entry["down"] == iterations * (3 * image + row + 8 + 8)  # gradients of the logits; two numbers
+        assert entry["up"] == iterations * (3 * (row + 4 * batch) + image)
+        assert entry["one_off_up"] == 4 * classes
+
+
+def test_images_of_a_byte_per_channel(make_data, make_config, tmp_path):
+    for pixels in ("float32", "uint8"):
+        run(make_config("fediod", model="cnn", grad_cam=0, rounds=1, options={**TINY, "pixels": pixels, **EVERY_TERM}),
+            out=tmp_path / pixels, data=make_data())  # fmt: skip
+    fine, coarse = (json.loads((tmp_path / p / "summary.json").read_text()) for p in ("float32", "uint8"))
+    saved = fine["bytes"]["down"] - coarse["bytes"]["down"]
+    assert saved == 3 * 3 * 3 * 3 * 4 * 3 * 8 * 8  # clients, iterations, batches, bytes, images
+    assert abs(fine["metrics"]["clarity"] - coarse["metrics"]["clarity"]) < 0.05
+
+
+def test_memory_does_not_grow_with_the_iterations(world):
+    w = world(iterations=8, **EVERY_TERM)
+    counts = []
+    for i, step in enumerate(w.steps(w.round(), 0)):
+        w.exchange(step)
+        if i in (8, 20):  # the end of an iteration
+            gc.collect()
+            counts.append(sum(1 for thing in gc.get_objects() if torch.Tensor in type(thing).__mro__))
+    assert counts[0] == counts[1]
+
+
+# -- teachers ----------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_hold_out_the_teachers_are_those_of_the_ensemble(make_data, make_config, tmp_path):
+    data = make_data()
+    settings = {"grad_cam": 0, "model": "cnn", "local_epochs": 2}
+    options = {**TINY, "holdout": 0.0, "iterations": 1}
+    run(make_config("fediod", rounds=1, options=options, **settings), out=tmp_path / "own", data=data)
+    run(make_config("ensemble", rounds=None, **settings), out=tmp_path / "members", data=data)
+    members, _ = read_model(tmp_path / "members")
+    run(make_config("ensemble", rounds=None, teachers=str(tmp_path / "own"), **settings), out=tmp_path / "x", data=data)
+    brought, _ = read_model(tmp_path / "x")
+    for name, value in members.state_dict().items():
+        assert torch.equal(value, brought.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("method", ["oneshot-fedavg", "dense", "fediod"])
+def test_teachers_of_an_earlier_run_or_of_ones_own(method, make_data, make_config, tmp_path):
+    """What comes of the teachers of a run is what comes of the same networks as files."""
+    data, generated = make_data(), {"nz": 4, "ngf": 2}
+    options = {
+        "dense": {**generated, "generator_steps": 1, "synthesis_batch": 4, "distill_epochs": 1},
+        "fediod": {**TINY, "iterations": 1},
+    }
+    run(make_config("ensemble", model="cnn", rounds=None), out=tmp_path / "run", data=data)
+    (tmp_path / "own").mkdir()
+    for k, member in enumerate(read_model(tmp_path / "run")[0].members):
+        if k == 1:
+            torch.save(member.state_dict(), tmp_path / "own" / "client-1.pt")
+        else:
+            save_file(
+                {n: v.contiguous() for n, v in member.state_dict().items()},
+                tmp_path / "own" / f"client-{k}.safetensors",
+            )
+    results = []
+    for folder in ("run", "own"):
+        config = make_config(method, model="cnn", rounds=1 if method == "fediod" else None, grad_cam=0,
+                             teachers=str(tmp_path / folder), options=options.get(method, {}))  # fmt: skip
+        run(config, out=tmp_path / f"with-{folder}", data=data)
+        results.append(read_model(tmp_path / f"with-{folder}")[0].state_dict())
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    assert RunConfig.load(tmp_path / "with-own").teachers == str(tmp_path / "own")
+
+
+def test_mistakes_with_teachers_end_in_a_sentence(make_data, make_config, tmp_path):
+    data = make_data()
+
+    def attempt(method="fediod", **settings):
+        run(make_config(method, teachers=str(tmp_path), **settings), out=tmp_path / "out", data=data)
+
+    with pytest.raises(UserError, match="--teachers is not for fedavg"):
+        attempt("fedavg")
+    with pytest.raises(UserError, match=r"has neither client-0\.safetensors"):
+        attempt(options=TINY)
+    for content, words in ((b"no", "damaged"), (None, "not a CNN as client 0 has it")):
+        path = tmp_path / "client-0.safetensors"
+        if content is None:
+            save_file({"weight": torch.zeros(2)}, path)
+        else:
+            path.write_bytes(content)
+        with pytest.raises(UserError, match=words):
+            run(
+                make_config("fediod", model="cnn", teachers=str(tmp_path), options=TINY),
+                out=tmp_path / words[:3],
+                data=data,
+            )
+
+
+def test_the_best_epoch_on_the_hold_out_is_kept(world, monkeypatch):
+    seen = []
+    real = FedIOD.evaluate
+
+    def evaluate(self, model, data):
+        figures = real(self, model, data)
+        seen.append({n: v.clone() for n, v in model.state_dict().items()})
+        return {**figures, "accuracy": [0.1, 0.9, 0.3][(len(seen) - 1) % 4 % 3]}  # the fourth is that of what is kept
+
+    monkeypatch.setattr(FedIOD, "evaluate", evaluate)
+    w = world(select="best", holdout=0.3)
+    assert len(seen) == 2 * 3  # one epoch and the kept one, for every client
+    assert w.clients[0].state["teacher"]["holdout"] == 0.9
+
+
+def test_a_cosine_of_the_teachers_rate():
+    from fedkern.engine.local import Schedule
+
+    schedule = Schedule(lr=1.0, momentum=0, weight_decay=0, clip_norm=0, epochs=5, batch_size=1, end=0.2)
+    assert [round(schedule.lr_at(epoch), 6) for epoch in (0, 2, 4)] == [1.0, 0.6, 0.2]
+
+
+# -- the whole ---------------------------------------------------------------------------------------------------------
+
+
+def test_three_architectures_in_one_federation(make_data, make_config, tmp_path):
+    config = make_config("fediod", model="cnn", grad_cam=0, options={**TINY, "models": MIXED, "ema": 0.5})
+    metrics = run(config, out=tmp_path, data=make_data())["metrics"]
+    for name in ("best_teacher", "mean_teacher", "ensemble_uniform", "ensemble_weighted", "accuracy"):
+        assert 0 <= metrics[f"id_{name}"] <= 1
+    assert metrics["id_mean_teacher"] <= metrics["id_best_teacher"]
+    assert 0 <= metrics["holdout"] <= 1
+    last = read_metrics(tmp_path)[-1]
+    assert set(last["clients"]["0"]) >= {"critic_loss", "realism", "holdout"}
+    network, about = read_model(tmp_path)
+    assert (about["model"], type(network).__name__) == ("cnn", "CNN")
+
+
+def test_outputs_alone(make_data, make_public, make_config, tmp_path):
+    """Public images, no generator: the teachers answer once, of whatever architecture."""
+    options = {"mode": "public", "models": MIXED, "batch": 4, "student_steps": 2, "iterations": 2}
+    data = make_public(make_data(), samples=10)
+    summary = run(
+        make_config("fediod", model="cnn", grad_cam=0, public_samples=10, options=options), out=tmp_path, data=data
+    )
+    booked = summary["bytes"]
+    assert (booked["up"], booked["down"]) == (0, 0)
+    assert booked["one_off_up"] == 3 * (4 * 3 + 4 * 10 * 3)
+    assert "id_ensemble_weighted" in summary["metrics"]
+    assert "critic_loss" not in read_metrics(tmp_path)[-1]["clients"]["0"]
+    with pytest.raises(UserError, match="--public-samples"):
+        run(make_config("fediod", model="cnn", options=options), out=tmp_path / "none", data=make_data())
+
+
+def test_what_cannot_be_is_said_before_anything_is_written(make_data, make_config, tmp_path):
+    nothing = {"w_real": 0, "w_clear": 0, "w_diverse": 0}
+    for settings, words in (({"options": nothing}, "Every weight"), ({"buffers": "drop"}, "running statistics")):
+        with pytest.raises(UserError, match=words):
+            run(make_config("fediod", **settings), out=tmp_path / "run", data=make_data())
+    assert not (tmp_path / "run").exists()
