@@ -219,13 +219,14 @@ class FedIOD(Objective, Method):
             return self._update(clients, step, messages)
         if kind != "distil":
             return None  # every client's gradients are wanted on their own: one after another
-        chosen = {k: clients[k] for k in messages}
-        bank, found = self.bank(chosen), {}
-        first = self._answers(dict(list(chosen.items())[:1]))
+        alone = {k: self._answers({k: clients[k]}) for k in messages}
+        first = next(iter(messages))
         with torch.no_grad():
-            logits = bank.logits(first.normalised(next(iter(messages.values()))["images"]))
-        for i, (k, client) in enumerate(chosen.items()):
-            found.update(self._answers({k: client}).distil(step, {k: messages[k]}, logits[i : i + 1]))
+            logits = self.bank(clients).logits(alone[first].normalised(messages[first]["images"]))
+        found: dict[ClientId, Message] = {}
+        for i, k in enumerate(clients):
+            if k in messages:
+                found.update(alone[k].distil(step, {k: messages[k]}, logits[i : i + 1]))
         return found
 
     def _update(
