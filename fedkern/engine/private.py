@@ -11,7 +11,6 @@ from torch import nn
 
 from fedkern.engine.local import Context, Diverged, Schedule
 from fedkern.engine.samples import ClientData
-from fedkern.errors import UserError
 from fedkern.methods.base import Objective, Step
 from fedkern.privacy import DPSGD, LEDGER, Accountant
 from fedkern.privacy.dpsgd import check_network, empty_batch, private_steps
@@ -40,8 +39,6 @@ def train_privately(
         UserError: the network has no per-sample gradients, or opacus is not installed.
         Diverged: the loss or a parameter became NaN or infinite.
     """
-    if schedule.optimizer != "sgd":
-        raise UserError(f"DP-SGD trains with --optimizer sgd, not {schedule.optimizer}.")
     check_network(module, "this one")
     rows = np.arange(len(data)) if rows is None else rows
     each = math.ceil(len(rows) / schedule.batch_size)
@@ -51,7 +48,13 @@ def train_privately(
     draws = client.rng("batches", step)
     augmentation = client.rng("augmentation", step) if data.augment != "none" else None
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay)
+    optimizer: torch.optim.Optimizer
+    if schedule.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(trained, lr=schedule.lr, weight_decay=schedule.weight_decay)
+    else:
+        optimizer = torch.optim.SGD(
+            trained, lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay
+        )
     module.train()
     total, batches = 0.0, 0
     seed = int(client.rng("dp-sgd", step).integers(1 << 63))

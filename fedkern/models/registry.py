@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -25,6 +25,9 @@ from fedkern.streams import stream
 
 # Up to this size the ImageNet stem (which divides the size by 4) would leave the last stage a map of one or two pixels.
 CIFAR_STEM_UP_TO = 64
+
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -82,14 +85,14 @@ def _vit(*, classes: int, channels: int, width: int, stem: Stem, image_size: int
     return ViT(classes=classes, channels=channels, width=width, image_size=image_size)
 
 
-def group_norm(make: Callable[..., StagedNetwork]) -> Callable[..., StagedNetwork]:
+def group_norm(make: Callable[..., Network]) -> Callable[..., Network]:
     """The same network with group norm (Wu and He, arXiv 1803.08494) in place of batch norm.
 
     Its samples do not look at each other, which per-sample gradients need.  A group has at least four channels, and
     there are at most 32 of them.
     """
 
-    def made(**settings: Any) -> StagedNetwork:
+    def made(**settings: Any) -> Network:
         network = make(**settings)
         for module in list(network.modules()):
             for name, layer in list(module.named_children()):
@@ -180,6 +183,14 @@ MODELS: dict[str, ModelEntry] = {
             8,
             8,
             _unet_small,
+            task="segmentation",
+        ),
+        ModelEntry(
+            "unet-small-gn",
+            "unet-small with group norm, for DP-SGD",
+            8,
+            8,
+            group_norm(_unet_small),
             task="segmentation",
         ),
     )

@@ -14,6 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkern.errors import UserError
 
+WAY_OUT = "such as cnn-gn, resnet8-gn or resnet18-gn (unet-small-gn for segmentation)"
+
 
 @dataclass(frozen=True)
 class DPSGD:
@@ -50,15 +52,15 @@ def check_network(module: nn.Module, name: str) -> None:
     opacus = need_opacus()
     if any(isinstance(layer, _BatchNorm) for layer in module.modules()):
         raise UserError(
-            f"DP-SGD needs samples that do not look at each other, but {name} has batch norm: choose a network with "
-            "group norm, such as cnn-gn, resnet8-gn or resnet18-gn."
+            f"DP-SGD needs samples that do not look at each other, but {name} has batch norm: choose one with group "
+            f"norm, {WAY_OUT}."
         )
     try:
         opacus.GradSampleModule.validate(module, strict=True)
     except NotImplementedError:
         raise UserError(
-            f"DP-SGD cannot take the gradient of each sample in {name}, whose layers keep statistics: choose a network "
-            "with group norm, such as cnn-gn, resnet8-gn or resnet18-gn."
+            f"DP-SGD cannot take the gradient of each sample in {name}, whose layers keep statistics: choose one with "
+            f"group norm, {WAY_OUT}."
         ) from None
 
 

@@ -15,7 +15,19 @@ from rich.table import Table
 
 from fedkern.report.tables import human_bytes
 
-PACKAGES = ("fedkern", "torch", "triton", "numpy", "nvidia-ml-py", "safetensors", "transformers", "flwr", "opacus")
+PACKAGES = (
+    "fedkern",
+    "torch",
+    "triton",
+    "numpy",
+    "nvidia-ml-py",
+    "safetensors",
+    "transformers",
+    "flwr",
+    "opacus",
+    "dp-accounting",
+    "tensorboard",
+)
 
 
 def versions() -> dict[str, str]:

@@ -294,7 +294,11 @@ def test_a_class_beyond_the_names(tmp_path):
     ("method", "settings", "words"),
     [
         ("fedgid", {}, r"fedgid is for classification, but .* is for segmentation"),
-        ("fedavg", {"model": "cnn"}, r"network cnn is for classification, .* choose one of unet, unet-small with"),
+        (
+            "fedavg",
+            {"model": "cnn"},
+            r"network cnn is for classification, .* choose one of unet, unet-small, .* with",
+        ),
         ("oneshot-fedavg", {"options": {"calibrate": True}}, "calibrate draws .* this run is for segmentation"),
         ("feddf", {"options": {"source": "generator"}}, "segmentation needs --public-samples"),
     ],

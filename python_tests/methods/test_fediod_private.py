@@ -250,7 +250,7 @@ def test_a_teacher_that_cannot_be_private_is_told_before_anything_is_written():
     bringing.brought, fresh.brought = lambda module: True, lambda module: False
     with pytest.raises(UserError, match="cannot vouch for those of --teachers"):
         privacy.check(bringing, lambda: torch.nn.Linear(1, 1), options)
-    with pytest.raises(UserError, match="the network of client 2 has batch norm: choose a network with group norm"):
+    with pytest.raises(UserError, match="the network of client 2 has batch norm: choose one with group norm"):
         privacy.check(fresh, lambda: torch.nn.BatchNorm2d(3), options)
     privacy.check(fresh, lambda: torch.nn.GroupNorm(1, 3), options)
     privacy.check(bringing, lambda: torch.nn.BatchNorm2d(3), Options())
