@@ -100,7 +100,8 @@ def make_captions(
             ``stratified``, ``dirichlet`` and ``classes``: subjects by the partition, in every client's own style.
         seed: the run's root seed; nothing of a client but its number of canvases depends on the number of clients.
         samples: canvases of all clients together.
-        test_samples, validation_samples: canvases of every test set and of the validation set, 0 for the default.
+        test_samples, validation_samples: canvases of every test set and of the validation set, 0 for the default; a
+            client's own test set has no more than the others.
         minority: the minority's share of the canvases.
         held_out: clients that do not train; their canvases are the test set ``unseen``.
 
@@ -135,7 +136,8 @@ def make_captions(
         tests["unseen"] = canvases("unseen", -1, unseen, test_samples or TEST)
     validation = canvases("validation", -1, styles, validation_samples or VALIDATE)
     own = range(clients if spec.name in ("attribute", "iid") else 0)
-    client_tests = tuple(canvases("client-test", k, shown or [styles[k]], CLIENT_TEST, None) for k in own)
+    few = min(CLIENT_TEST, test_samples or CLIENT_TEST)
+    client_tests = tuple(canvases("client-test", k, shown or [styles[k]], few) for k in own)
     names = [name for split in (*splits, validation, *tests.values(), *client_tests) for name in split.ids or ()]
     return FederatedData(
         name="captions",

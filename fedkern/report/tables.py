@@ -29,7 +29,7 @@ _NAMES = {
 }  # fmt: skip
 _TEST_SETS = {
     "id": "in distribution", "ood": "out of distribution", "validation": "validation", "minority": "minority",
-    "unseen": "unseen client",
+    "unseen": "unseen client", "held_out": "held-out client",
 }  # fmt: skip
 
 

@@ -57,7 +57,7 @@ def finished(module: torch.nn.Module, **changes: Any) -> Finished:
     train = shown([0, 1, 2] * 6)
     data = dataclasses.replace(
         data, name="pairs", classes=CLASSES, clients=(train, train), validation=train,
-        tests={"": shown([0, 1, 2, 2]), "unseen": shown([1, 0])}, **changes,
+        tests={"": shown([0, 1, 2, 2]), "unseen": shown([1, 0])}, **{"client_tests": (), **changes},
     )  # fmt: skip
     return Finished(Path("there"), RunConfig.make("fedavg", data="captions"), module, about, data)
 
