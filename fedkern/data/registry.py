@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedkern.data.brats import open_brats
 from fedkern.data.captions import PROMPTS, make_captions
 from fedkern.data.cifar import open_cifar10, open_cifar100
 from fedkern.data.coloured import PALETTES
@@ -257,6 +258,26 @@ DATASETS: dict[str, DatasetInfo] = {
             ),
             "longest": DataOption(112, "tokens kept of a report", low=1),
             "shortest": DataOption(3, "rows with fewer tokens are left out", low=1),
+        },
+    ),
+    "brats": DatasetInfo(
+        "tumour segmentation in NIfTI volumes, a folder for every case as in BraTS; clients hold whole cases",
+        open_brats, 10, "iid", (4, 128), task="segmentation",
+        options={
+            "size": DataOption(128, "side in pixels to which slices are resized", low=8),
+            "modalities": DataOption("t1,t1ce,t2,flair", "the channels, as the names of their files end"),
+            "target": DataOption("seg", "how the names of the files of classes end"),
+            "labels": DataOption("whole", "whole (one object), parts (BraTS's three), or stored values such as 1|2|4"),
+            "slices": DataOption(
+                "object", "axial slices that hold an object, any tissue, or all", choices=("object", "tissue", "all")
+            ),
+            "every": DataOption(1, "keep one slice in so many", low=1),
+            "test_share": DataOption(
+                0.2, "share of the cases held out as test set where there is none", low=0.01, high=0.9
+            ),
+            "validation_share": DataOption(
+                0.1, "share of the training cases held out as validation set where there is none", low=0.01, high=0.9
+            ),
         },
     ),
     "nico": DatasetInfo(

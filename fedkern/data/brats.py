@@ -1,0 +1,342 @@
+"""Volumes in NIfTI files, a folder for every case, cut into axial slices: BraTS and what is laid out like it.
+
+A case folder holds a file for every modality and one with the class of every voxel, such as ``NAME_t1.nii.gz``,
+``NAME_flair.nii.gz`` and ``NAME_seg.nii.gz``.  Volumes are turned to the closest canonical orientation (right,
+anterior, superior) first, so that slices are axial however they were stored.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedkern.data.files import need_root
+from fedkern.data.images import each, subfolders
+from fedkern.data.listing import SPLITS, interleaved
+from fedkern.data.types import Pool, Source, fixed_rows
+from fedkern.errors import UserError
+
+PARTS = {"necrotic core": (1,), "oedema": (2,), "enhancing tumour": (4, 3)}
+"""The classes of BraTS by the values that its releases have stored them as."""
+
+PERCENTILES = 0.5, 99.5  # of a volume's voxels that are not 0; what lies outside is clipped
+MEAN, STD = 0.3, 0.25  # a brain's share of a slice is small, and so is that of bright tissue
+
+
+@dataclass(frozen=True)
+class Case:
+    """One folder: the files of its modalities, in order, and that of its classes."""
+
+    name: str
+    split: str
+    site: str
+    volumes: tuple[Path, ...]
+    mask: Path
+
+
+def open_brats(
+    root: str | Path | None,
+    size: int = 128,
+    modalities: str = "t1,t1ce,t2,flair",
+    target: str = "seg",
+    labels: str = "whole",
+    slices: str = "object",
+    every: int = 1,
+    test_share: float = 0.2,
+    validation_share: float = 0.1,
+) -> Source:
+    """Finds the cases and reads their masks; volumes are read when a split needs them.
+
+    Cases are held out, and shared out among clients, as a whole.  Where they lie in several folders (HGG and LGG, or
+    one folder for every hospital), these are the clients of the partition ``attribute``.
+
+    Args:
+        root: holds the case folders, at any depth; ``train``, ``val`` and ``test`` at the top are the splits.
+        size: side in pixels of the slices, which are padded to squares before they are resized.
+        modalities: the channels, as file names end before ``.nii`` or ``.nii.gz``.
+        target: how the name of the file of classes ends.
+        labels: ``whole`` (anything above 0 is the object), ``parts`` (the three of BraTS), or the values that are
+            classes, such as ``1|2|5``; others are then part of the background.
+        slices: those with an ``object``, those with any ``tissue``, or ``all``.
+        every: keep one slice in so many.
+        test_share, validation_share: share of the cases held out where there is no such folder.
+
+    Intensities are mapped to bytes volume by volume, from the 0.5th to the 99.5th percentile of the voxels that are not
+    0, which stay 0.
+
+    Raises:
+        UserError: nibabel is missing, there is no case, a file is missing or damaged or of another shape, or no slice.
+    """
+    _nibabel()
+    base = need_root(root, "brats", "CASE/CASE_flair.nii.gz")
+    channels = tuple(name.strip() for name in modalities.split(",") if name.strip())
+    if not channels or len(set(channels)) < len(channels):
+        raise UserError(f'data set "brats": modalities must be different names between commas, not "{modalities}"')
+    cases = find_cases(base, channels, target)
+    values = read_labels(labels)
+    found: list[npt.NDArray[np.uint8]] = [np.empty(0, np.uint8)] * len(cases)
+
+    def read(i: int) -> None:
+        found[i] = classes_of(cases[i].mask, list(values.values()))
+
+    each(read, len(cases))
+    rows = [
+        (i, z)
+        for i, case in enumerate(cases)
+        for z in kept_slices(case, found[i], slices, every)
+    ]  # fmt: skip
+    if not rows:
+        raise UserError(f'data set "brats": no slice under {base} holds any class; take slices=all or other labels')
+    where = np.array(rows, dtype=np.int64)
+    targets = torch.stack([square(torch.from_numpy(found[i][z].copy()), size, smooth=False) for i, z in rows])
+    shapes = [own.shape for own in found]
+    pools = _pools(cases, shapes, where, targets, (test_share, validation_share))
+    sites = sorted({case.site for case in cases})
+    return Source(
+        classes=("background", *values),
+        train=pools["train"],
+        validation=pools["validation"],
+        tests={"": pools["test"]},
+        mean=(MEAN,) * len(channels),
+        std=(STD,) * len(channels),
+        augment="none",
+        groups=len(sites) if len(sites) > 1 else None,
+    )
+
+
+def find_cases(base: Path, modalities: Sequence[str], mask: str) -> list[Case]:
+    """The case folders under ``base``, by name: all folders with a file of one of the names.
+
+    Raises:
+        UserError: there is none, or one of the files of a case is missing.
+    """
+    cases: list[Case] = []
+
+    def look(folder: Path) -> None:
+        files = {name: ending(folder, name) for name in (*modalities, mask)}
+        if any(files.values()):
+            missing = [name for name, path in files.items() if path is None]
+            if missing:
+                raise UserError(
+                    f'data set "brats": the case {folder} has no file *{missing[0]}.nii or *{missing[0]}.nii.gz'
+                )
+            above = folder.relative_to(base).parts[:-1]
+            split = SPLITS.get(above[0].lower(), "") if above else ""
+            site = "/".join(above[1:] if split else above)
+            paths = [path for path in files.values() if path is not None]
+            name = folder.relative_to(base).as_posix()
+            cases.append(Case(name, split, site, tuple(paths[:-1]), paths[-1]))
+            return
+        for name in subfolders(folder):
+            look(folder / name)
+
+    look(base)
+    if not cases:
+        raise UserError(
+            f'data set "brats": found no folder with files *{mask}.nii.gz under {base}; name their endings with '
+            "--data-option modalities=... and target=..."
+        )
+    return cases
+
+
+def ending(folder: Path, name: str) -> Path | None:
+    """The NIfTI file of a folder that is called ``name``, or whose name ends in ``_name`` or ``-name``."""
+    for path in sorted(folder.iterdir()):
+        for suffix in (".nii.gz", ".nii"):
+            if path.name.endswith(suffix) and path.is_file():
+                stem = path.name.removesuffix(suffix)
+                if stem == name or stem.endswith(("_" + name, "-" + name)):
+                    return path
+    return None
+
+
+def read_labels(text: str) -> dict[str, tuple[int, ...]]:
+    """The classes after the background and the stored values of each; no values stand for all above 0."""
+    if text == "whole":
+        return {"object": ()}
+    if text == "parts":
+        return dict(PARTS)
+    words = [word.strip() for word in text.split("|")]
+    if not all(word.isdecimal() and int(word) > 0 for word in words) or len(set(words)) < len(words):
+        raise UserError(
+            f'data set "brats": labels must be whole, parts, or different values between |, such as 1|2|4, not "{text}"'
+        )
+    return {word: (int(word),) for word in words}
+
+
+def volume(path: Path) -> npt.NDArray[np.float32]:
+    """A file's values fp32 ``[Z, Y, X]``: axial slices from below, each with the front on top.
+
+    Raises:
+        UserError: it cannot be read, has not three dimensions, or holds what is no finite number.
+    """
+    nib = _nibabel()
+    try:
+        image = nib.as_closest_canonical(nib.load(path))
+        values = np.asarray(image.dataobj, dtype=np.float32)
+    except (OSError, EOFError, ValueError, TypeError, zlib.error, nib.filebasedimages.ImageFileError) as error:
+        raise UserError(f'data set "brats": cannot read the volume {path} ({error}); replace or remove it') from error
+    values = values.reshape(values.shape[:3]) if values.ndim > 3 and set(values.shape[3:]) == {1} else values
+    if values.ndim != 3:
+        raise UserError(f'data set "brats": the volume {path} has {values.ndim} dimensions, expected three')
+    if not np.isfinite(values).all():
+        raise UserError(f'data set "brats": the volume {path} holds values that are no finite numbers')
+    return np.ascontiguousarray(values.transpose(2, 1, 0)[:, ::-1])
+
+
+def classes_of(path: Path, values: Sequence[tuple[int, ...]]) -> npt.NDArray[np.uint8]:
+    """The class of every voxel, uint8 ``[Z, Y, X]``."""
+    stored = volume(path)
+    if (stored != np.rint(stored)).any() or stored.min() < 0:
+        raise UserError(f'data set "brats": the mask {path} holds values that are no class numbers')
+    made = np.zeros(stored.shape, dtype=np.uint8)
+    for number, own in enumerate(values, 1):
+        made[np.isin(stored, own) if own else stored > 0] = number
+    return made
+
+
+def kept_slices(case: Case, classes: npt.NDArray[np.uint8], slices: str, every: int) -> list[int]:
+    """The slices of a case that become images."""
+    if slices == "all":
+        there = np.ones(len(classes), dtype=bool)
+    elif slices == "tissue":
+        there = np.asarray((volume(case.volumes[0]) != 0).any((1, 2)))
+        if len(there) != len(classes):
+            raise _unequal(case.volumes[0], case.mask)
+    else:
+        there = np.asarray(classes.any((1, 2)))
+    return [int(z) for z in np.flatnonzero(there)[::every]]
+
+
+def to_bytes(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """Intensities of a volume between two percentiles of what is not 0 as 1 to 255; 0 stays 0."""
+    tissue = values != 0
+    if not tissue.any():
+        return np.zeros(values.shape, dtype=np.uint8)
+    low, high = np.percentile(values[tissue], PERCENTILES)
+    scaled = 1 + np.rint(254 * np.clip((values - low) / max(high - low, 1e-12), 0, 1))
+    return np.where(tissue, scaled, 0).astype(np.uint8)
+
+
+def square(image: Tensor, size: int, *, smooth: bool) -> Tensor:
+    """``[..., H, W]`` bytes padded by 0 to a square and resized to ``size``: smoothly, or to the nearest pixel."""
+    height, width = image.shape[-2:]
+    side = max(height, width)
+    top, left = (side - height) // 2, (side - width) // 2
+    padded = F.pad(image, (left, side - width - left, top, side - height - top))
+    if side == size:
+        return padded
+    flat = padded.reshape(1, -1, side, side).float()
+    if smooth:
+        made = F.interpolate(flat, (size, size), mode="bilinear", antialias=True, align_corners=False)
+    else:
+        made = F.interpolate(flat, (size, size), mode="nearest-exact")
+    return made.round_().clamp_(0, 255).to(torch.uint8).reshape(*image.shape[:-2], size, size)
+
+
+def _pools(
+    cases: Sequence[Case],
+    shapes: Sequence[tuple[int, ...]],
+    where: npt.NDArray[np.int64],
+    targets: Tensor,
+    shares: tuple[float, float],
+) -> dict[str, Pool]:
+    counts = torch.stack([(targets == c).sum((1, 2)) for c in range(int(targets.max()) + 1)], 1)
+    largest = torch.where(counts[:, 1:].any(1), counts[:, 1:].argmax(1) + 1, 0) if counts.shape[1] > 1 else counts[:, 0]
+    sites = sorted({case.site for case in cases})
+    site = torch.tensor([sites.index(case.site) for case in cases])
+
+    def pool(chosen: npt.NDArray[np.int64]) -> Pool:
+        rows = torch.from_numpy(np.flatnonzero(np.isin(where[:, 0], chosen)))
+        own = where[rows.numpy()]
+
+        def read(wanted: Tensor) -> tuple[Tensor, None]:
+            return _slices(cases, shapes, own[wanted.numpy()], targets.shape[-1]), None
+
+        def classes(wanted: Tensor) -> Tensor:
+            return targets[rows[wanted]].long()
+
+        return Pool(
+            labels=largest[rows],
+            ids=tuple(f"{cases[i].name}/{z}" for i, z in own.tolist()),
+            read=read,
+            groups=site[own[:, 0]] if len(sites) > 1 else None,
+            targets=classes,
+            cases=torch.from_numpy(own[:, 0].copy()),
+        )
+
+    return {name: pool(chosen) for name, chosen in _split(cases, np.unique(where[:, 0]), shares).items()}
+
+
+def _split(
+    cases: Sequence[Case], present: npt.NDArray[np.int64], shares: tuple[float, float]
+) -> dict[str, npt.NDArray[np.int64]]:
+    """The cases of every split; those that hold something out do so by case."""
+    split = np.array([cases[i].split for i in present])
+    made = {name: present[split == name] for name in ("train", "validation", "test")}
+    if not any(split):
+        made["test"], made["train"] = _held_out(present, shares[0], "test")
+    elif len(made["test"]) == 0:
+        made["test"], made["validation"] = made["validation"], made["test"]
+    for name in ("train", "test"):
+        if len(made[name]) == 0:
+            raise UserError(f'data set "brats": no case belongs to the {name} split')
+    if len(made["validation"]) == 0:
+        made["validation"], made["train"] = _held_out(made["train"], shares[1], "validation")
+    return made
+
+
+def _held_out(
+    cases: npt.NDArray[np.int64], share: float, purpose: str
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    count = max(1, round(share * len(cases)))
+    if count >= len(cases):
+        raise UserError(f'data set "brats": {len(cases)} cases are too few to hold some out as {purpose} set')
+    order = interleaved(np.zeros(len(cases), dtype=np.int64), f"split/brats/{purpose}")
+    held, kept = fixed_rows(order, count)
+    return cases[held.numpy()], cases[kept.numpy()]
+
+
+def _slices(
+    cases: Sequence[Case], shapes: Sequence[tuple[int, ...]], wanted: npt.NDArray[np.int64], size: int
+) -> Tensor:
+    """Slices uint8 ``[m, C, size, size]`` of ``wanted`` (case, z) pairs; every volume is read once."""
+    images = torch.empty(len(wanted), len(cases[0].volumes), size, size, dtype=torch.uint8)
+    present = np.unique(wanted[:, 0])
+
+    def read(number: int) -> None:
+        case = cases[present[number]]
+        rows = np.flatnonzero(wanted[:, 0] == present[number])
+        planes = wanted[rows, 1]
+        for channel, path in enumerate(case.volumes):
+            values = volume(path)
+            if values.shape != shapes[present[number]]:
+                raise _unequal(path, case.mask)
+            own = torch.from_numpy(to_bytes(values)[planes])
+            images[torch.from_numpy(rows), channel] = square(own, size, smooth=True)
+
+    each(read, len(present))
+    return images
+
+
+def _unequal(path: Path, mask: Path) -> UserError:
+    return UserError(f'data set "brats": the volume {path} has another shape than its mask {mask}')
+
+
+def _nibabel() -> Any:
+    try:
+        import nibabel
+    except ImportError:
+        raise UserError(
+            'data set "brats" reads NIfTI files with nibabel, which is not installed: pip install "fedkern[medical]"'
+        ) from None
+    return nibabel

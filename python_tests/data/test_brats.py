@@ -1,0 +1,202 @@
+"""NIfTI volumes: slices, classes, intensities, whole cases; every mistake is one sentence."""
+
+import numpy as np
+import pytest
+import torch
+
+from fedkern.data import load
+from fedkern.data.brats import square, to_bytes, volume
+from fedkern.engine import RunConfig, run
+from fedkern.errors import UserError
+
+nibabel = pytest.importorskip("nibabel", reason="writes volumes with nibabel (the extra medical)")
+
+SHAPE = (12, 10, 6)  # x, y, z
+
+
+def save(path, values, affine=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(values, np.eye(4) if affine is None else affine), path)
+
+
+def write_case(folder, number, modalities=("t1", "flair"), affine=None, separator="_", shape=SHAPE):
+    """A head of value 100 and more, with a tumour of three parts in slices 2 to 4, whose place tells the case."""
+    rng = np.random.default_rng(number)
+    head = np.zeros(shape, np.float32)
+    head[1:11, 1:9] = 100 + 20 * rng.random((10, 8, shape[2]))
+    head[:, :, 0] = 0
+    classes = np.zeros(shape, np.uint8)
+    x = 2 + number % 5
+    classes[x : x + 3, 3:6, 2:5] = 2
+    classes[x, 3:5, 2:4] = 1
+    classes[x + 2, 5, 3] = 4
+    for i, name in enumerate(modalities):
+        own = head + 50 * (i + 1) * (classes > 0)
+        save(folder / f"{folder.name}{separator}{name}.nii.gz", own, affine)
+    save(folder / f"{folder.name}{separator}seg.nii.gz", classes, affine)
+    return head, classes
+
+
+def write_cases(root, count=10, **settings):
+    return [write_case(root / f"case{i}", i, **settings) for i in range(count)]
+
+
+def opened(root, clients=2, partition="iid", **options):
+    plain = {"modalities": "t1,flair", "size": 12}
+    return load("brats", root=root, clients=clients, partition=partition, options={**plain, **options})
+
+
+def every_split(data):
+    return [*data.clients, data.validation, *data.tests.values()]
+
+
+def cases_of(split):
+    return {name.rpartition("/")[0] for name in split.ids}
+
+
+def test_slices_of_whole_cases(tmp_path):
+    written = write_cases(tmp_path)
+    data = opened(tmp_path, clients=3)
+    assert data.task == "segmentation"
+    assert data.classes == ("background", "object")
+    assert data.image_shape == (2, 12, 12)
+    held = [cases_of(split) for split in every_split(data)]
+    assert sum(len(names) for names in held) == len(set.union(*held)) == 10
+    assert [len(names) for names in held[-2:]] == [1, 2]
+    for split in every_split(data):
+        assert len(split) == 3 * len(cases_of(split))
+        assert len(split.cases.unique()) == len(cases_of(split))
+        for name, image, labels in zip(split.ids, split.images, split.labels, strict=True):
+            folder, _, z = name.rpartition("/")
+            head, classes = written[int(folder[4:])]
+            plane = classes[:, ::-1, int(z)].T > 0  # the front on top
+            assert torch.equal(labels, square(torch.from_numpy(plane.astype(np.uint8)), 12, smooth=False).long())
+            assert int(labels.sum()) == 9
+            for i in range(2):
+                values = head + 50 * (i + 1) * (classes > 0)
+                expected = to_bytes(values.transpose(2, 1, 0)[:, ::-1])[int(z)]
+                assert torch.equal(image[i], square(torch.from_numpy(expected.copy()), 12, smooth=True))
+            assert image[1][labels > 0].float().mean() > image[1][(labels == 0) & (image[1] > 0)].float().mean() + 50
+
+
+@pytest.mark.parametrize(("labels", "classes", "sizes"), [
+    ("parts", ("necrotic core", "oedema", "enhancing tumour"), [4, 22, 1]), ("2|4", ("2", "4"), [22, 1]),
+])  # fmt: skip
+def test_parts_of_a_tumour(tmp_path, labels, classes, sizes):
+    write_cases(tmp_path)
+    data = opened(tmp_path, labels=labels)
+    assert data.classes == ("background", *classes)
+    one = next(split for split in every_split(data) if len(split) == 3)
+    assert torch.bincount(one.labels.flatten(), minlength=len(classes) + 1)[1:].tolist() == sizes
+
+
+@pytest.mark.parametrize(
+    ("slices", "every", "count"), [("all", 1, 6), ("tissue", 1, 5), ("tissue", 2, 3), ("object", 2, 2)]
+)
+def test_which_slices(tmp_path, slices, every, count):
+    write_cases(tmp_path)
+    data = opened(tmp_path, slices=slices, every=every)
+    assert all(len(split) == count * len(cases_of(split)) for split in every_split(data))
+
+
+def test_slices_are_axial_however_they_are_stored(tmp_path):
+    head, _ = write_case(tmp_path / "a", 1)
+    permuted = np.zeros((4, 4))
+    permuted[0, 2], permuted[1, 0], permuted[2, 1], permuted[3, 3] = -1, 1, 1, 1  # axes y, z, x with x to the left
+    permuted[0, 3] = SHAPE[0] - 1
+    save(tmp_path / "other.nii", head.transpose(1, 2, 0)[:, :, ::-1], permuted)
+    save(tmp_path / "same.nii", head[..., None])
+    expected = head.transpose(2, 1, 0)[:, ::-1]
+    assert np.array_equal(volume(tmp_path / "same.nii"), expected)
+    assert np.array_equal(volume(tmp_path / "other.nii"), expected)
+
+
+def test_intensities_are_those_of_the_volume():
+    rng = np.random.default_rng(0)
+    values = np.where(rng.random((4, 20, 20)) < 0.5, 0, 300 + 40 * rng.standard_normal((4, 20, 20))).astype(np.float32)
+    made = to_bytes(values)
+    assert ((made == 0) == (values == 0)).all()
+    assert made.max() == 255
+    assert made[values > 0].min() == 1
+    assert np.array_equal(made, to_bytes(3 * values))  # scanners differ in scale
+    assert 100 < made[values > 0].mean() < 156
+    assert not to_bytes(np.zeros((2, 3, 3), np.float32)).any()
+    assert to_bytes(np.full((1, 2, 2), 7, np.float32)).max() <= 255
+
+
+def test_sites_are_clients(tmp_path):
+    for i in range(12):
+        write_case(tmp_path / ("HGG" if i < 7 else "LGG") / f"case{i}", i)
+    data = opened(tmp_path, partition="attribute")
+    assert [{name.split("/")[0] for name in client.ids} for client in data.clients] == [{"HGG"}, {"LGG"}]
+
+
+def test_split_folders(tmp_path):
+    for i in range(9):
+        write_case(tmp_path / ("val" if i < 3 else "train") / f"case{i}", i, separator="-")
+    data = opened(tmp_path)
+    assert cases_of(data.tests[""]) == {"val/case0", "val/case1", "val/case2"}
+    assert all(name.startswith("train/") for split in (*data.clients, data.validation) for name in split.ids)
+
+
+def test_public_cases_are_nobodys(tmp_path):
+    write_cases(tmp_path)
+    data = load("brats", root=tmp_path, clients=2, public_samples=4, options={"modalities": "t1", "size": 12})
+    assert len(data.public) == 4
+    assert not cases_of(data.public) & set.union(*(cases_of(client) for client in data.clients))
+
+
+def test_dice_is_that_of_a_case(tmp_path):
+    write_cases(tmp_path / "data", 8)
+    settings = {"model": "unet-small", "width": 2, "rounds": 1, "local_epochs": 1, "clients": 2, "threads": 1}
+    options = {"modalities": "t1,flair", "size": 16}
+    config = RunConfig.make("fedavg", data="brats", data_root=str(tmp_path / "data"), data_options=options, **settings)
+    assert {"dice", "hd95"} <= set(run(config, out=tmp_path / "run")["metrics"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: (c / "case3_flair.nii.gz").unlink(), r"case .*case3 has no file \*flair\.nii"),
+        (lambda c: (c / "case3_seg.nii.gz").unlink(), r"case3 has no file \*seg\.nii"),
+        (lambda c: (c / "case3_t1.nii.gz").write_bytes(b"no volume"), r"cannot read the volume .*case3_t1"),
+        (lambda c: cut(c / "case3_seg.nii.gz"), r"cannot read the volume .*case3_seg"),
+        (lambda c: save(c / "case3_t1.nii.gz", np.ones((4, 4, 6), np.float32)), r"case3_t1\S+ has another shape than"),
+        (lambda c: save(c / "case3_t1.nii.gz", np.ones((4, 4), np.float32)), "has 2 dimensions, expected three"),
+        (lambda c: save(c / "case3_t1.nii.gz", np.full(SHAPE, np.nan, np.float32)), "are no finite numbers"),
+        (lambda c: save(c / "case3_seg.nii.gz", np.full(SHAPE, 0.5, np.float32)), "are no class numbers"),
+    ],
+)
+def test_a_bad_file_is_one_sentence(tmp_path, change, words):
+    write_cases(tmp_path)
+    change(tmp_path / "case3")
+    with pytest.raises(UserError, match=words) as caught:
+        opened(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:60])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"modalities": "t1,t1"}, "different names"),
+        ({"labels": "1|x"}, "labels must be whole, parts, or"),
+        ({"labels": "7"}, "no slice under .* holds any class"),
+        ({"modalities": "pet", "mask": "roi"}, r"no folder with files \*roi"),
+        ({"modalities": "pet"}, r"has no file \*pet"),
+        ({"test_share": 0.9}, "too few"),
+    ],
+)
+def test_options_that_do_not_fit(tmp_path, options, words):
+    write_cases(tmp_path, 3)
+    with pytest.raises(UserError, match=words):
+        opened(tmp_path, **options)
+
+
+def test_without_nibabel(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "nibabel", None)
+    with pytest.raises(UserError, match=r'pip install "fedkern\[medical\]"'):
+        opened(tmp_path)
