@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fedkern.errors import UserError
+from fedkern.errors import UserError, nearest
 from fedkern.methods.base import (
     Batch,
     Client,
@@ -42,6 +42,7 @@ from fedkern.methods.base import (
 )
 from fedkern.methods.calibration import CalibrationOptions, calibrate, collect, pool
 from fedkern.methods.fusefl_levels import BothHeads, LocalPart, mean_head, scaled_width, size, tensors_of, why_refused
+from fedkern.models import MODELS
 from fedkern.models.blocks import BlockNetwork, check_alike, cut
 from fedkern.models.cost import memory_ratio
 from fedkern.models.fused import Branch, FusedLevel, FusedNetwork, make_adaptor
@@ -96,8 +97,8 @@ class FuseFL(Objective, Method):
         check_alike([networks.shapes(j) for j in used])
         if server.federation.local_epochs < self._levels():
             raise UserError(
-                f"{server.federation.local_epochs} local epochs cannot be divided over {self._levels()} levels: raise "
-                f"--local-epochs to {self._levels()} or more, or lower the method option blocks."
+                f"--local-epochs {server.federation.local_epochs} cannot be divided over {self._levels()} levels: "
+                f"raise it to {self._levels()} or more, or lower the method option blocks."
             )
         server.report["model_bytes"] = size(server.build().state_dict())
         server.state.update({"widths": widths, "levels": {}, "heads": {}, "seen": {}, "bytes": {}})
@@ -124,8 +125,17 @@ class FuseFL(Objective, Method):
             raise UserError(f'Method option "cuts" must be numbers with commas between, not "{given}".') from None
 
     def _models(self) -> list[str | None]:
-        names = self.options.models
-        return [name.strip() for name in names.split(",")] if names else [None]
+        """The clients' networks in turn; None is the run's own."""
+        if not self.options.models:
+            return [None]
+        names = [name.strip() for name in self.options.models.split(",")]
+        for name in names:
+            if name not in MODELS:
+                raise UserError(
+                    f'Method option "models": there is no model "{name}", choose of {", ".join(MODELS)} and give a '
+                    f"width by the method option width.{nearest(name, MODELS)}"
+                )
+        return list(names)
 
     def network(self, place: Client | Server, client: ClientId, widths: list[int]) -> BlockNetwork:
         """Client ``client``'s network in blocks, freshly initialised; the same wherever it is asked for.
