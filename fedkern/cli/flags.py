@@ -33,7 +33,16 @@ FOLDER_COMMANDS = ("attack",)
 # Where a flag stands in the help; a setting that is not named here goes under the last heading.
 GROUPS: dict[str, tuple[str, ...]] = {
     "data": ("data", "data_root", "train_samples", "public_samples", "partition", "correlation", "augment"),
-    "federation": ("clients", "held_out_client", "client_test", "sample_fraction", "rounds", "buffers", "on_nan"),
+    "federation": (
+        "clients",
+        "held_out_client",
+        "client_test",
+        "sample_fraction",
+        "rounds",
+        "buffers",
+        "fix_statistics",
+        "on_nan",
+    ),
     "local training": ("local_epochs", "local_steps", "batch_size", *OPTIMISER),
     "model": ("model", "width", "image_encoder", "text_encoder"),
     "run": (),

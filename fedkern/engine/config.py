@@ -88,6 +88,10 @@ class RunConfig:
     buffers: str = option(
         "average", "what becomes of batch norm's running statistics", choices=("average", "local", "drop")
     )
+    fix_statistics: int | None = option(
+        None, "rounds after which batch norm trains with the received running statistics, which stay (FixBN)", low=0,
+        type=int,
+    )  # fmt: skip
     on_nan: str = option("stop", "what a diverging client (NaN or Inf) does to the run", choices=("stop", "skip"))
     teachers: str | None = option(
         None, "networks that the clients bring instead of training: a run folder, or one with client-0.safetensors, "

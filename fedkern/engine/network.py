@@ -21,6 +21,7 @@ class Network:
         parameters: fp32 [P], a view of all parameters.
         buffers: fp32 [Q], a view of all floating buffers (running statistics).
         statistics: False when the buffers hold nothing meaningful, so that eval mode must use the batch's statistics.
+        fixed: True where batch norm trains with the statistics in the buffers and leaves them as they are.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
@@ -31,6 +32,7 @@ class Network:
         self.buffers: Tensor = self._flat.buffers
         self._gradients: Tensor | None = None
         self.statistics = True
+        self.fixed = False
 
     @property
     def gradients(self) -> Tensor:
@@ -75,11 +77,12 @@ class Network:
                 layer.training = not self.statistics
 
     def train_mode(self) -> None:
-        """Puts the module in train mode."""
+        """Puts the module in train mode; batch norm not, where its statistics are fixed."""
         self.module.train()
         for layer in self.module.modules():
             if isinstance(layer, _BatchNorm):
                 layer.track_running_stats = True
+                layer.training = not self.fixed
 
     def freeze(self) -> None:
         """Gradients reach neither the parameters nor, through them, anything else."""

@@ -102,6 +102,7 @@ class Client(_Place):
         epochs = self._epochs(limit, self.samples if rows is None else len(rows))
         received = self._received(step, message, epochs, own, anchor)
         schedule = self._schedule(step, epochs, limit)
+        network.fixed = config.fix_statistics is not None and step.round >= config.fix_statistics
         trained = network if parts is None else Part(network, parts)
         data = bench.client_data(self.id)
         self.report.update(train(self, method, step, trained, data, received, schedule, rows))

@@ -11,7 +11,13 @@ import torch
 from fedkern.engine import RunConfig, load_data, read_metrics, read_model, read_shown
 
 EXAMPLES = 8
-PICTURES = {"accuracy": "accuracy.png", "dice": "dice.png", "partition": "partition.png", "gradcam": "gradcam.png"}
+PICTURES = {
+    "accuracy": "accuracy.png",
+    "dice": "dice.png",
+    "partition": "partition.png",
+    "gradcam": "gradcam.png",
+    "weights": "weights.png",
+}
 OF_TASK = {"classification": ("accuracy", "partition", "gradcam"), "segmentation": ("dice", "partition")}
 
 
@@ -24,8 +30,9 @@ def write_pictures(run_dir: Path, *, data: Any = None, model: torch.nn.Module | 
         model: the global model; None loads ``model.safetensors``.
 
     Returns:
-        What was written: ``accuracy.png`` (``dice.png`` of a segmentation), ``partition.png``, a picture for every name
-        under which the method showed something (``generated.png``), and ``gradcam.png`` where the network has stages.
+        What was written: ``accuracy.png`` (``dice.png`` of a segmentation), ``partition.png``, ``weights.png`` of a method
+        with client weights, a picture for every name under which the method showed something (``generated.png``), and
+        ``gradcam.png`` where the network has stages.
 
     Raises:
         UserError: a file of the run is missing or damaged.
@@ -33,6 +40,7 @@ def write_pictures(run_dir: Path, *, data: Any = None, model: torch.nn.Module | 
     from fedkern.data import normalise
     from fedkern.models import StagedNetwork
     from fedkern.report import gradcam, plots
+    from fedkern.report.weights import weights_picture
 
     config = RunConfig.load(run_dir)
     data = load_data(config, masks=False) if data is None else data
@@ -44,6 +52,9 @@ def write_pictures(run_dir: Path, *, data: Any = None, model: torch.nn.Module | 
     target = run_dir / PICTURES["partition"]
     plots.partition_picture(data.statistics, target, title=f"{config.data}: {data.statistics.partition}")
     written.append(target)
+    target = run_dir / PICTURES["weights"]
+    if weights_picture(read_metrics(run_dir), target, title=f"Clients of {name}, seed {config.seed}"):
+        written.append(target)
     written += _shown(run_dir, name, data.classes)
     model = read_model(run_dir)[0] if model is None else model
     if not isinstance(model, StagedNetwork):

@@ -187,3 +187,16 @@ def test_one_shot_methods_have_no_steps():
 def test_data_without_texts_stay_as_they_were(make_data):
     data = make_data()
     assert dataclasses.replace(set_aside(data, held_out=None, share=0, seed=0), client_tests=()) == data
+
+
+def test_fixed_statistics_are_trained_with_and_stay(make_pairs, make_config, tmp_path):
+    results = {}
+    for fixed in (None, 1):
+        bench = Bench(make_config(**TINY, local_steps=2, fix_statistics=fixed), make_pairs())
+        message = bench.initial()
+        for r in range(2):
+            result = Client(bench, 0, {}).train(FedAvg(), Step(r, "train", "update"), message)
+            results[fixed, r] = result
+            assert torch.equal(result["buffers"], message["buffers"]) == (fixed is not None and r >= fixed)
+    assert torch.equal(results[None, 0]["parameters"], results[1, 0]["parameters"])
+    assert not torch.equal(results[None, 1]["parameters"], results[1, 1]["parameters"])

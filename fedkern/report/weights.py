@@ -1,0 +1,69 @@
+"""The picture of a robust run: every client's weight, and its loss on its own samples, over the rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.ticker import MaxNLocator
+
+from fedkern.report.plots import BLUE, GREEN, GREY, ORANGE, PINK, new_figure, save
+
+COLOURS = (BLUE, ORANGE, GREEN, PINK, "#E69F00", "#56B4E9", "#F0E442", "#000000")
+NAMED = len(COLOURS)
+"""Up to so many clients have a colour of their own; of more, the one with the largest weight at the end has."""
+PANELS = {"weight": "client weight", "own_loss": "loss on held-out samples"}
+
+
+def weights_picture(records: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> bool:
+    """Draws the client weights of each round above the losses that they follow.
+
+    Args:
+        records: the lines of ``metrics.jsonl``; ``clients`` of each holds ``weight`` and ``own_loss`` of those that
+            took part.
+        path: the PNG.
+        title: what ran.
+
+    Returns:
+        False when there was nothing to draw, and then no file is written.
+    """
+    curves: dict[str, dict[str, tuple[list[int], list[float]]]] = {name: {} for name in PANELS}
+    for record in records:
+        for client, info in record.get("clients", {}).items():
+            for name, panel in curves.items():
+                if isinstance(info.get(name), (int, float)):
+                    rounds, values = panel.setdefault(client, ([], []))
+                    rounds.append(int(record["round"]))
+                    values.append(float(info[name]))
+    shown = {name: panel for name, panel in curves.items() if panel}
+    if "weight" not in shown:
+        return False
+    clients = sorted(shown["weight"], key=int)
+    heaviest = max(clients, key=lambda client: shown["weight"][client][1][-1])
+    figure = new_figure(7.2, 2.4 + 2.2 * len(shown))
+    panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (name, panel) in zip(panels, shown.items(), strict=True):
+        for i, client in enumerate(clients):
+            if client not in panel:
+                continue
+            named = len(clients) <= NAMED or client == heaviest
+            colour = (COLOURS[i] if len(clients) <= NAMED else ORANGE) if named else GREY
+            label = f"client {client}" if named else None
+            width, alpha = (2.0, 1.0) if named else (0.7, 0.4)
+            axes.plot(
+                *panel[client], color=colour, lw=width, alpha=alpha, label=label, marker="o" if named else "", ms=4
+            )
+        if name == "weight":
+            axes.axhline(1 / len(clients), color=GREY, lw=1, ls=":")
+        axes.set_ylabel(PANELS[name], fontsize=12)
+        axes.set_ylim(bottom=0)
+        axes.tick_params(labelsize=11)
+        axes.grid(True, color="#dddddd", lw=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_title(title, fontsize=13, loc="left")
+    panels[0].legend(fontsize=10, frameon=False, ncols=min(4, max(1, len(clients))), loc="best")
+    panels[-1].set_xlabel("communication round", fontsize=12)
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    save(figure, path)
+    return True
