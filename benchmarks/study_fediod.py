@@ -11,70 +11,20 @@ interrupted and writes ``benchmarks/results/fediod_<study>_<section>.md`` and ``
 the same for segmentation.
 
 The clients' networks are trained once for every split (``ensemble``) and brought to every other method
-(``--teachers``), so that all distil or average the same ones.  Learning rates come from a grid for each method, by the
-validation accuracy at seed 0 alone: those of the clients' training at every heterogeneity, those of the server's
-students at the first one.
+(``--teachers``), so that all distil or average the same ones.  Settings are chosen by the validation accuracy at seed 0
+alone: the learning rate of the clients' training at every heterogeneity, and those of the server, of which every method
+that distils has four to choose from, at the first one.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from benchmarks.study import Case, Runs, best_rate, run_sections, spread, table
-from fedkern import engine
+from benchmarks.fediod_runs import AVERAGE, IOD, REFERENCE, IODRuns, Study
+from benchmarks.study import Case, run_sections, spread, table
 
 SEEDS = (0, 1, 2)
-IOD, REFERENCE, AVERAGE = "FedIOD", "FedAvg, many rounds", "one-shot FedAvg"
-STUDENTS: Mapping[str, tuple[str, str, tuple[float, ...]]] = {
-    # name: method, its option that is the student's learning rate, the grid
-    IOD: ("fediod", "student_lr", (0.005, 0.02, 0.05)),
-    "FedDF, public images": ("feddf", "distill_lr", (3e-4, 1e-3, 3e-3)),
-    "DENSE": ("dense", "distill_lr", (0.005, 0.02, 0.05)),
-    "Co-Boosting": ("coboosting", "distill_lr", (0.005, 0.02, 0.05)),
-}
-
-
-@dataclass(frozen=True)
-class Study:
-    """What is held fixed.
-
-    Attributes:
-        settings: of every run; ``local_epochs`` is the clients' whole training.
-        rounds, iterations: FedIOD's plan.
-        reference_rounds: those of multi-round FedAvg, over which the same epochs are spread.
-        rates: learning rates of the clients to choose from.
-        iod: FedIOD's other method options.
-        free: those of the data-free baselines, which make as many images.
-        many: numbers of clients of the section ``clients``.
-        private: settings of the section ``privacy`` that differ.
-        shards: of the section ``privacy``.
-        students: which of the methods that distil are compared.
-        figure: what is compared, ``accuracy`` or ``dice``.
-        alphas: heterogeneities: Dirichlet parameters, or the names of partitions.
-    """
-
-    settings: Mapping[str, Any]
-    rounds: int
-    iterations: int
-    reference_rounds: int
-    rates: tuple[float, ...] = (0.01, 0.03, 0.1)
-    alphas: tuple[Any, ...] = (0.1, 1.0)
-    iod: Mapping[str, Any] = field(default_factory=dict)
-    free: Mapping[str, Any] = field(default_factory=dict)
-    many: tuple[int, ...] = (2, 5, 10, 20)
-    private: Mapping[str, Any] = field(default_factory=dict)
-    shards: int = 20
-    students: tuple[str, ...] = tuple(STUDENTS)
-    figure: str = "accuracy"
-
-    def partition(self, alpha: Any) -> str:
-        """The ``--partition`` of a heterogeneity."""
-        return alpha if isinstance(alpha, str) else f"dirichlet:{alpha}"
-
 
 _COMMON = {"clients": 5, "batch_size": 32, "momentum": 0.9, "weight_decay": 3e-4, "grad_cam": 0}
 _SMALL = {"ngf": 16, "ndf": 16, "student_steps": 3}
@@ -82,14 +32,14 @@ _FREE = {"ngf": 16, "generator_steps": 10, "synthesis_batch": 128, "distill_epoc
 STUDIES = {
     "digits": Study(
         {"data": "digits", **_COMMON, "model": "resnet8", "width": 8, "public_samples": 200, "local_epochs": 20},
-        10, 40, 10, iod=_SMALL, free=_FREE, many=(2, 5, 10), private={"model": "resnet8-gn"}, shards=5,
+        10, 80, 10, iod=_SMALL, free=_FREE, many=(2, 5, 10), private={"model": "resnet8-gn"}, shards=5,
     ),
     "mnist": Study(
         {
             "data": "mnist", **_COMMON, "train_samples": 10000, "public_samples": 1000, "test_samples": 5000,
             "validation_samples": 1000, "model": "resnet8", "width": 8, "local_epochs": 10,
         },
-        10, 60, 10, iod=_SMALL, free=_FREE, private={"model": "resnet8-gn"},
+        10, 120, 10, iod=_SMALL, free=_FREE, private={"model": "resnet8-gn"},
     ),
     "cifar10": Study(
         {
@@ -101,118 +51,6 @@ STUDIES = {
 }  # fmt: skip
 
 Section = tuple[str, dict[str, Any]]
-
-
-class IODRuns(Runs):
-    """Names the cases of the study and brings the same teachers to all of them."""
-
-    def __init__(self, study: Study, folder: Path, workers: int, settings: Mapping[str, Any]) -> None:
-        super().__init__(folder, workers, settings)
-        self.study = study
-        self._rates: dict[Any, float] = {}
-
-    # -- cases -----------------------------------------------------------------------------------------------------
-
-    def teachers(self, alpha: Any, lr: float, seed: int, **changes: Any) -> Case:
-        """The clients' training: the members of the ensemble."""
-        settings = {**self.study.settings, "partition": self.study.partition(alpha), "lr": lr, "seed": seed, **changes}
-        return self.case("ensemble", settings, {}, *_said(changes), f"a{alpha}", f"lr{lr}", f"s{seed}")
-
-    def reference(self, alpha: Any, lr: float, seed: int) -> Case:
-        """Multi-round FedAvg with the same epochs."""
-        rounds = self.study.reference_rounds
-        settings = {
-            **self.study.settings, "partition": self.study.partition(alpha), "lr": lr, "seed": seed, "rounds": rounds,
-            "local_epochs": max(1, self.study.settings["local_epochs"] // rounds),
-        }  # fmt: skip
-        return self.case("fedavg", settings, {}, f"a{alpha}", f"lr{lr}", f"s{seed}")
-
-    def brought(
-        self, method: str, teachers: Case, alpha: Any, seed: int, options: Mapping[str, Any], *words: str,
-        own: bool = False, **changes: Any,
-    ) -> Case:  # fmt: skip
-        """A run of ``method`` on finished teachers, or, with ``own``, on teachers that it trains as they were."""
-        lr = float(teachers.arguments[teachers.arguments.index("--lr") + 1])
-        settings = {**self.study.settings, "partition": self.study.partition(alpha), "lr": lr, "seed": seed, **changes}
-        if not own:
-            settings["teachers"] = str((self.folder / teachers.name).resolve())
-        if method == "fediod":
-            settings["rounds"] = self.study.rounds
-        return self.case(method, settings, options, *words, *_said(changes), f"a{alpha}", f"lr{lr}", f"s{seed}")
-
-    def iod(self, teachers: Case, alpha: Any, seed: int, *, own: bool = False, **changes: Any) -> Case:
-        """FedIOD; ``changes`` are method options, or settings that the study fixes otherwise."""
-        chosen = {key: value for key, value in changes.items() if key in SETTINGS}
-        given = {key: value for key, value in changes.items() if key not in SETTINGS}
-        options = {"iterations": self.study.iterations, "holdout": 0, **self.study.iod, **given}
-        if "student_lr" not in options:
-            options["student_lr"] = self.rate(IOD)
-        return self.brought("fediod", teachers, alpha, seed, options, *_said(given), own=own, **chosen)
-
-    def student(self, name: str, teachers: Case, alpha: Any, seed: int, rate: float) -> Case:
-        """A method that distils the teachers into a student with this learning rate."""
-        method, knob, _ = STUDENTS[name]
-        if method == "fediod":
-            return self.iod(teachers, alpha, seed, student_lr=rate)
-        options = {} if method == "feddf" else dict(self.study.free)
-        return self.brought(method, teachers, alpha, seed, {**options, knob: rate}, f"rate{rate}")
-
-    # -- learning rates --------------------------------------------------------------------------------------------
-
-    def choose(self) -> None:
-        """Runs the grids and chooses every learning rate."""
-        study = self.study
-        grid = [(alpha, lr) for alpha in study.alphas for lr in study.rates]
-        self.run([*(self.teachers(a, lr, 0) for a, lr in grid), *(self.reference(a, lr, 0) for a, lr in grid)])
-        for alpha in study.alphas:
-            for name, make in (("teachers", self.teachers), (REFERENCE, self.reference)):
-                scores = {lr: [self.metrics(make(alpha, lr, 0))[self.validated]] for lr in study.rates}
-                self._rates[name, alpha] = best_rate(scores)
-        alpha = study.alphas[0]
-        teachers = self.teachers(alpha, self._rates["teachers", alpha], 0)
-        cases = {(n, r): self.student(n, teachers, alpha, 0, r) for n in study.students for r in STUDENTS[n][2]}
-        self.run([teachers])
-        self.run(cases.values())
-        for name in study.students:
-            found = {rate: [self.metrics(cases[name, rate])[self.validated]] for rate in STUDENTS[name][2]}
-            self._rates[name] = best_rate(found)
-
-    @property
-    def validated(self) -> str:
-        """The figure that chooses."""
-        return f"validation_{self.study.figure}"
-
-    def rate(self, name: str, alpha: Any | None = None) -> float:
-        """The learning rate chosen for the clients (at ``alpha``) or for a student."""
-        key = name if alpha is None else (name, alpha)
-        if key not in self._rates:
-            self.choose()
-        return self._rates[key]
-
-    def trained(self, alpha: Any, seed: int, **changes: Any) -> Case:
-        """The teachers at the learning rate chosen, which the caller runs."""
-        return self.teachers(alpha, self.rate("teachers", alpha), seed, **changes)
-
-    def attack(self, case: Case) -> dict[str, Any]:
-        """The membership attack on a finished run, made once."""
-        path = self.folder / case.name / "attack.json"
-        if not path.exists():
-            engine.attack(self.folder / case.name)
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
-
-    def megabytes(self, case: Case) -> tuple[float, float]:
-        """What a client sends and receives on average in the whole run."""
-        sent, clients = self.summaries[case.name]["bytes"], self.summaries[case.name]["clients"]
-        return sent["up"] / clients / 1e6, sent["down"] / clients / 1e6
-
-
-SETTINGS = {"clients", "model", "width"}
-"""What `changes` of FedIOD may name beside method options."""
-
-
-def _said(changes: Mapping[str, Any]) -> list[str]:
-    return [f"{key}={value}" for key, value in changes.items()]
 
 
 # -- sections ------------------------------------------------------------------------------------------------------
@@ -230,7 +68,7 @@ def main_table(runs: IODRuns) -> Section:
     cases: dict[tuple[str, Any, int], Case] = {}
     for (alpha, seed), own in teachers.items():
         for name in study.students:
-            cases[name, alpha, seed] = runs.student(name, own, alpha, seed, runs.rate(name))
+            cases[name, alpha, seed] = runs.student(name, own, alpha, seed)
         cases[AVERAGE, alpha, seed] = runs.brought("oneshot-fedavg", own, alpha, seed, {})
         cases[REFERENCE, alpha, seed] = runs.reference(alpha, runs.rate(REFERENCE, alpha), seed)
     runs.run(cases.values())
@@ -239,14 +77,19 @@ def main_table(runs: IODRuns) -> Section:
         found = {name: [runs.metrics(cases[name, alpha, s])[study.figure] for s in SEEDS] for name in _names(cases)}
         for name, figure in FROM_IOD.items():
             found[name] = [runs.metrics(cases[IOD, alpha, s])[figure] for s in SEEDS]
-        rates = {name: runs.rate(name) for name in study.students} | {REFERENCE: runs.rate(REFERENCE, alpha)}
-        rows = [[name, str(rates.get(name, "")), spread(found[name])] for name in _order(found)]
+        rates = {name: _shown(runs.chosen(name)) for name in study.students}
+        rates[REFERENCE] = _shown({"lr": runs.rate(REFERENCE, alpha)})
+        rows = [[name, rates.get(name, ""), spread(found[name])] for name in _order(found)]
         lr = runs.rate("teachers", alpha)
         title = f"## {study.partition(alpha)}: {study.figure} in %, mean ± standard deviation over {len(SEEDS)} seeds; "
-        page += f"{title}teachers' learning rate {lr}\n\n{table(['', 'learning rate', study.figure], rows)}\n\n"
+        page += f"{title}teachers' learning rate {lr}\n\n{table(['', 'settings chosen', study.figure], rows)}\n\n"
         numbers[study.partition(alpha)] = {study.figure: found, "rates": rates, "teachers": lr}
     page += "The best teacher is chosen by these very figures, which nobody in the federation could do.\n"
     return page, numbers
+
+
+def _shown(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in settings.items())
 
 
 def _names(cases: Mapping[tuple[str, Any, int], Case]) -> list[str]:
@@ -267,11 +110,12 @@ TERMS: Mapping[str, Mapping[str, Any]] = {
     "diversity: mutual information": {"diversity": "mutual_information"},
     "with the adversarial term": {"w_adv": 0.2},
     "with the balance term": {"w_balance": 1.0},
+    "without the balance term": {"w_balance": 0.0},
     "uniform class weights": {"class_weights": "uniform"},
     "without discriminators' weights": {"disc_weight": False},
     "without importance weights": {"class_weights": "uniform", "disc_weight": False},
     "average of the generator": {"ema": 0.99},
-    "the code's preset": {"preset": "code"},
+    "the code's preset": {"preset": "code", "w_balance": 10.0},
     "outputs on public images": {"mode": "public"},
 }
 
@@ -281,7 +125,7 @@ def terms(runs: IODRuns) -> Section:
     alpha, numbers = runs.study.alphas[0], {}
     teachers = runs.trained(alpha, 0)
     runs.run([teachers])
-    cases = {name: runs.iod(teachers, alpha, 0, student_lr=runs.rate(IOD), **own) for name, own in TERMS.items()}
+    cases = {name: runs.iod(teachers, alpha, 0, **own) for name, own in TERMS.items()}
     runs.run(cases.values())
     rows = []
     for name, case in cases.items():
@@ -297,8 +141,7 @@ def clients(runs: IODRuns) -> Section:
     alpha, numbers = runs.study.alphas[0], {}
     teachers = {count: runs.trained(alpha, 0, clients=count) for count in runs.study.many}
     runs.run(teachers.values())
-    rate = runs.rate(IOD)
-    cases = {count: runs.iod(own, alpha, 0, student_lr=rate, clients=count) for count, own in teachers.items()}
+    cases = {count: runs.iod(own, alpha, 0, clients=count) for count, own in teachers.items()}
     runs.run(cases.values())
     rows, way = [], []
     points: list[int] = []
@@ -336,9 +179,7 @@ def privacy(runs: IODRuns) -> Section:
         for target in TARGETS:
             noise = {} if target is None else {"epsilon": target, "shards": study.shards, **own}
             trains = target is not None and "teacher_dp" in own
-            cases[kind, target] = runs.iod(
-                teachers, alpha, 0, own=trains, student_lr=runs.rate(IOD), **study.private, **quiet, **noise
-            )
+            cases[kind, target] = runs.iod(teachers, alpha, 0, own=trains, **study.private, **quiet, **noise)
     runs.run(cases.values())
     rows = []
     for (kind, target), case in cases.items():
@@ -372,11 +213,10 @@ def bytes_(runs: IODRuns) -> Section:
     runs.choose()
     teachers = runs.trained(alpha, 0)
     runs.run([teachers])
-    rate = runs.rate(IOD)
     cases = {
-        "FedIOD, fp32 images": runs.iod(teachers, alpha, 0, student_lr=rate),
-        "FedIOD, uint8 images": runs.iod(teachers, alpha, 0, student_lr=rate, pixels="uint8"),
-        "outputs on public images": runs.iod(teachers, alpha, 0, student_lr=rate, mode="public"),
+        "FedIOD, fp32 images": runs.iod(teachers, alpha, 0),
+        "FedIOD, uint8 images": runs.iod(teachers, alpha, 0, pixels="uint8"),
+        "outputs on public images": runs.iod(teachers, alpha, 0, mode="public"),
         AVERAGE: runs.brought("oneshot-fedavg", teachers, alpha, 0, {}),
         REFERENCE: runs.reference(alpha, runs.rate(REFERENCE, alpha), 0),
     }
@@ -407,7 +247,7 @@ def about(study: Study) -> str:
     return f"""; FedIOD: {study.rounds} rounds of
 {study.iterations} iterations, {", ".join(f"{name} {value}" for name, value in study.iod.items())}; data-free baselines:
 {", ".join(f"{name} {value}" for name, value in study.free.items())}; multi-round FedAvg spends the teachers' epochs in
-{study.reference_rounds} rounds.  Learning rates by validation accuracy at seed 0."""
+{study.reference_rounds} rounds.  Settings by validation at seed 0."""
 
 
 if __name__ == "__main__":

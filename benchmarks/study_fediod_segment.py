@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from benchmarks.fediod_runs import IOD, IODRuns, Study
 from benchmarks.study import run_sections
-from benchmarks.study_fediod import IOD, IODRuns, Section, Study, about, main_table
+from benchmarks.study_fediod import Section, about, main_table
 
 SLICES, CLIENTS, SIDE = 30, 5, 128
 VALIDATION, TEST = range(20, 24), range(24, 30)

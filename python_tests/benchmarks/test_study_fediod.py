@@ -13,7 +13,7 @@ from fedkern.data import load
 
 sys.path.append(str(Path(__file__).parents[2]))
 
-from benchmarks import study_fediod, study_fediod_segment
+from benchmarks import fediod_runs, study_fediod, study_fediod_segment
 
 
 class Figures(defaultdict):
@@ -67,11 +67,11 @@ def check(module, kind, name, tmp_path):
 
 @pytest.mark.parametrize("name", ["digits", "mnist"])
 def test_every_case_is_a_command_line(name, tmp_path):
-    check(study_fediod, study_fediod.IODRuns, name, tmp_path)
+    check(study_fediod, fediod_runs.IODRuns, name, tmp_path)
 
 
 def test_segmentation(tmp_path):
-    check(study_fediod_segment, study_fediod.IODRuns, "membrane", tmp_path)
+    check(study_fediod_segment, fediod_runs.IODRuns, "membrane", tmp_path)
 
 
 def test_slices_become_tiles(tmp_path, monkeypatch):
