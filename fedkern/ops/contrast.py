@@ -16,7 +16,7 @@ from fedkern.ops import contrast_launch as _cpu  # noqa: F401  registers the CPU
 from fedkern.ops.backend import eager, intercepted, readable, select
 from fedkern.ops.contrast_checks import check_pair, check_temperature
 from fedkern.ops.contrast_kernels import ContrastKernel
-from fedkern.ops.contrast_library import CONTRASTIVE
+from fedkern.ops.contrast_library import CONTRASTIVE, CONTRASTIVE_TRAINING
 from fedkern.ops.contrast_reference import contrastive_reference
 
 # the public function: checks and choice of path
@@ -53,13 +53,22 @@ def contrastive(x: Tensor, y: Tensor, temperature: float | Tensor = 0.07) -> Ten
     learnt = temperature if isinstance(temperature, Tensor) else None
     tensors = (x, y) if learnt is None else (x, y, learnt)
     if intercepted() or not eager(*tensors):
-        return CONTRASTIVE(x, y, learnt, 0.0 if learnt is not None else temperature)[0]
+        return _watched(x, y, learnt, temperature)
     kernel = select("contrastive", *tensors)
     if kernel is None:
         return contrastive_reference(x, y, temperature)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return _Contrastive.apply(kernel, None if learnt is not None else temperature, *tensors)
     return kernel.loss(x, y, temperature)
+
+
+def _watched(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float | Tensor) -> Tensor:
+    """Through torch.library; by the operator that takes gradients at once, but under torch.func."""
+    value = temperature if learnt is None else 0.0
+    needs = [tensor is not None and tensor.requires_grad for tensor in (x, y, learnt)]
+    if torch._C._are_functorch_transforms_active() or not (torch.is_grad_enabled() and any(needs)):
+        return CONTRASTIVE(x, y, learnt, value)[0]
+    return CONTRASTIVE_TRAINING(x, y, learnt, value, *needs)[0]
 
 
 # forward and backward

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -123,6 +124,58 @@ def _second(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
     return (*results, *[None] * 5)
 
 
+# Where only a compiler or a mode looks on, gradients are taken on the way forward as in eager calls.
+
+
+def _run_training(
+    x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float, *needs: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kernel = _kernel(x, y)
+    given = temperature if learnt is None else learnt
+    if kernel is None:
+        loss = contrastive_reference(x, y, given)
+        gradients = Gradients(*gradients_reference(torch.ones_like(loss), x, y, given))
+    else:
+        loss, gradients = kernel.loss_and_gradients(x, y, given, needs)
+    compute = compute_dtype(loss.dtype)
+    a, b, c = (
+        _nothing(x) if g is None or not need else g.to(compute).contiguous()
+        for g, need in zip(gradients, needs, strict=True)
+    )
+    return loss, a, b, c
+
+
+def _fake_training(
+    x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float, *needs: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    a, b, c = (
+        x.new_empty(shape, dtype=compute_dtype(dtype)) if need else _nothing(x)
+        for shape, need in zip((x.shape, x.shape, ()), needs, strict=True)
+    )
+    return x.new_empty((), dtype=dtype), a, b, c
+
+
+def _setup_training(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.temperature, *ctx.needs = inputs[3:]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*inputs[:3], *output[1:])
+
+
+def _backward_training(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    inputs, gradients = saved[:3], saved[3:]
+    results: Sequence[Tensor | None]
+    if torch.is_grad_enabled():  # to be differentiated again
+        results = _library.differentiate_reference(_reference(ctx.temperature), inputs, ctx.needs, grad)
+    else:
+        results = [
+            (g * grad).to(t.dtype) if need and t is not None else None
+            for g, t, need in zip(gradients, inputs, ctx.needs, strict=True)
+        ]
+    return (*results, *[None] * 4)
+
+
 def _each(info: Any, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]) -> list[list[Any]]:
     """The arguments of every mapped call: similarities are within one, so calls do not fold into a larger one."""
     return [
@@ -164,4 +217,13 @@ CONTRASTIVE_BACKWARD = _library.register(
     setup_context=_setup_second,
     backward=_second,
     vmap=_vmap_backward,
+)
+CONTRASTIVE_TRAINING = _library.register(
+    "contrastive_training",
+    "(Tensor x, Tensor y, Tensor? learnt, float temperature, bool need_x, bool need_y, bool need_temperature) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _run_training,
+    fake=_fake_training,
+    setup_context=_setup_training,
+    backward=_backward_training,
 )

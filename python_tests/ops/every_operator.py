@@ -18,7 +18,7 @@ NO_OPERATORS = {"Accumulator", "FlatParameters", "FusedBlocks", "ServerStep", "u
 
 
 # Operators of torch.library that no public function calls with ordinary arguments.
-INDIRECT: set[str] = set()
+INDIRECT: set[str] = {"fedkern::contrastive", "fedkern::contrastive_backward"}  # under torch.func
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from contrast_cases import AXES, check, choose, embeddings
 from operator_cases import KERNELS, describe, pairwise, using
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedkern import ops
 from fedkern.ops import backend as backends
@@ -210,6 +211,38 @@ def test_compiled_with_a_learnt_scale(name: str) -> None:
             inputs = (*leaves(pairs, 5), torch.tensor(2.0, requires_grad=True))
             got = torch.autograd.grad(compiled(*inputs), inputs)
             torch.testing.assert_close(got, torch.autograd.grad(loss(*inputs), inputs))
+
+
+@pytest.mark.parametrize("name", ["reference", *KERNELS[-1:]])
+def test_opcheck_of_what_torch_func_calls(name: str) -> None:
+    x, y = leaves(5, 3)
+    learnt = torch.tensor(0.3, requires_grad=True)
+    library = torch.ops.fedkern
+    with using(name):
+        _, sums = library.contrastive(x.detach(), y.detach(), learnt.detach(), 0.0)
+        backward = (torch.tensor(1.5), x, y, learnt, sums, 0.0, True, False, True)
+        for operator, arguments in (
+            (library.contrastive.default, (x, y, None, 0.1)),
+            (library.contrastive.default, (x, y, learnt, 0.0)),
+            (library.contrastive_training.default, (x, y, learnt, 0.0, True, True, True)),
+        ):
+            torch.library.opcheck(operator, arguments)
+        utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(library.contrastive_backward.default, backward, test_utils=utilities)
+
+
+class Watching(TorchDispatchMode):
+    """A mode that changes nothing."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+def test_second_derivatives_in_a_dispatch_mode() -> None:
+    """There the eager path's gradients come from an operator of their own."""
+    x, y = leaves(5, 3, torch.float64)
+    with Watching():
+        assert torch.autograd.gradgradcheck(ops.contrastive, (x, y), fast_mode=True)
 
 
 def test_per_sample_gradients_under_vmap() -> None:
