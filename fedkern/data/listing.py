@@ -50,7 +50,7 @@ class Listing:
         labels: int64 ``[n]``.
         splits: ``"train"``, ``"validation"`` or ``"test"``, or ``""`` everywhere: then a fixed split is drawn.
         clients: who holds the image, ``""`` everywhere when nothing is said.
-        masks: uint8 ``[n, H, W]``, the class of every pixel, for segmentation.
+        masks: whole numbers ``[n, H, W]``, the class of every pixel (or `IGNORE`), for segmentation.
         texts: what is said about every image; one with several texts has an entry for each, under one name in ``ids``.
     """
 
@@ -59,7 +59,7 @@ class Listing:
     labels: npt.NDArray[np.int64]
     splits: Sequence[str]
     clients: Sequence[str]
-    masks: npt.NDArray[np.uint8] | None = None
+    masks: npt.NDArray[np.uint8] | npt.NDArray[np.int16] | None = None
     texts: Sequence[str] | None = None
 
 

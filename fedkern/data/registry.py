@@ -238,7 +238,12 @@ DATASETS: dict[str, DatasetInfo] = {
     "segmentation": DatasetInfo(
         "your own images with masks: folders images and masks, or a CSV file with image,mask[,split][,client]",
         open_segmentation, 5, "iid", (3, 64),
-        options={**_READING, "names": DataOption("", "classes separated by |, background first (default: numbers)")},
+        options={
+            **_READING,
+            "names": DataOption("", "classes separated by |, background first (default: numbers)"),
+            "tile": DataOption(0, "side of the tiles that images are cut into after resizing, 0 for none", low=0),
+            "ignore": DataOption(-1, "value in the masks where the class is not known, -1 for none", low=-1, high=255),
+        },
         task="segmentation",
     ),
     "pairs": DatasetInfo(

@@ -11,8 +11,12 @@ from fedkern.data.folder import split_folders
 from fedkern.data.images import list_images, read_masks
 from fedkern.data.listing import Listing, Reading, to_source
 from fedkern.data.table import find_table, read_table
-from fedkern.data.types import Source
+from fedkern.data.tiles import in_tiles
+from fedkern.data.types import IGNORE, Source
 from fedkern.errors import UserError
+
+PAIRS = ("images", "masks"), ("image", "label")
+"""What the two folders are called."""
 
 
 def open_segmentation(
@@ -20,6 +24,8 @@ def open_segmentation(
     size: int = 64,
     colour: str = "rgb",
     names: str = "",
+    tile: int = 0,
+    ignore: int = -1,
     test_share: float = 0.2,
     validation_share: float = 0.1,
 ) -> Source:
@@ -27,11 +33,14 @@ def open_segmentation(
 
     Args:
         root: a CSV file (or a folder with one) with the columns ``image``, ``mask`` and, where wanted, ``split`` and
-            ``client``; or a folder with ``images`` and ``masks`` whose files have the same names, or with such a pair
-            under ``train`` and ``test`` (and ``val``).
+            ``client``; or a folder with ``images`` and ``masks`` (or ``image`` and ``label``, as in public microscopy
+            sets) whose files have the same names, or with such a pair under ``train`` and ``test`` (and ``val``).
         size: side in pixels to which images and, by the nearest pixel, masks are resized.
         colour: ``"rgb"`` or ``"grey"``.
         names: the classes, separated by ``|``, the background first; by default they are numbered.
+        tile: side of the tiles that images are cut into after resizing, 0 for none; ``size`` is a multiple of it.  The
+            tiles of an image are one case: they are held out, given to a client and scored together.
+        ignore: the mask's value where nothing is known (often 255), -1 for none.
         test_share, validation_share: what is held out where there is no such split.
 
     A mask holds class numbers, 0 for the background, or 0 and 255 (two classes).
@@ -49,10 +58,19 @@ def open_segmentation(
         base = Path(str(root)).expanduser()
         images, masks, splits = _pairs(base)
         ids, clients = tuple(one.relative_to(base).as_posix() for one in images), [""] * len(images)
+    if tile and (size % tile or tile > size):
+        raise UserError(f'data set "segmentation": size must be a multiple of tile, {size} is none of {tile}')
     values = read_masks(images, masks, size, "segmentation")
+    unknown = values == ignore
+    values[unknown] = 0
     classes = _classes(values, masks, names)
-    listing = Listing(images, ids, _largest(values, len(classes)), splits, clients, values)
-    return to_source("segmentation", listing, classes, Reading(size, colour, test_share, validation_share))
+    for row in np.flatnonzero(unknown.all((1, 2))):
+        raise UserError(f'data set "segmentation": the mask {masks[row]} holds nothing but {ignore}, which is ignored')
+    held = values.astype(np.int16)
+    held[unknown] = IGNORE
+    listing = Listing(images, ids, _largest(values, len(classes)), splits, clients, held)
+    source = to_source("segmentation", listing, classes, Reading(size, colour, test_share, validation_share))
+    return in_tiles(source, tile) if tile else source
 
 
 def _pairs(base: Path) -> tuple[list[Path], list[Path], list[str]]:
@@ -62,7 +80,8 @@ def _pairs(base: Path) -> tuple[list[Path], list[Path], list[str]]:
     belongs: list[str] = []
     splits = split_folders(base, "segmentation")
     for split, name in splits.items() if splits else [("", "")]:
-        pair = base / name / "images", base / name / "masks"
+        own = PAIRS[1] if (base / name / PAIRS[1][0]).is_dir() else PAIRS[0]
+        pair = base / name / own[0], base / name / own[1]
         for folder in pair:
             if not folder.is_dir():
                 raise UserError(
@@ -77,7 +96,7 @@ def _pairs(base: Path) -> tuple[list[Path], list[Path], list[str]]:
             masks.append(partners[image.stem])
             belongs.append(split)
     if not images:
-        raise UserError(f'data set "segmentation": no image found in {base / "images"}')
+        raise UserError(f'data set "segmentation": no image found in {base / own[0]}')
     return images, masks, belongs
 
 

@@ -185,7 +185,7 @@ def cut(path):
         ({"modalities": "t1,t1"}, "different names"),
         ({"labels": "1|x"}, "labels must be whole, parts, or"),
         ({"labels": "7"}, "no slice under .* holds any class"),
-        ({"modalities": "pet", "mask": "roi"}, r"no folder with files \*roi"),
+        ({"modalities": "pet", "target": "roi"}, r"no folder with files \*roi"),
         ({"modalities": "pet"}, r"has no file \*pet"),
         ({"test_share": 0.9}, "too few"),
     ],

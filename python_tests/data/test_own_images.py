@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fedkern.data import load
+from fedkern.data import IGNORE, load
 from fedkern.engine import RunConfig, run
 from fedkern.errors import UserError
 
@@ -282,6 +282,43 @@ def test_what_segmentation_cannot_do_is_one_sentence(tmp_path, settings, words):
     write_pairs(tmp_path, images=20)
     with pytest.raises(UserError, match=words):
         opened("segmentation", tmp_path, **settings)
+
+
+def test_tiles_stay_with_their_image(tmp_path):
+    write_pairs(tmp_path, images=12, size=(32, 32))
+    (tmp_path / "images").rename(tmp_path / "image")
+    (tmp_path / "masks").rename(tmp_path / "label")
+    whole, data = (opened("segmentation", tmp_path, size=32, tile=tile) for tile in (0, 8))
+    assert data.image_shape == (3, 8, 8)
+    held = [{name.partition("#")[0] for name in split.ids} for split in every_split(data)]
+    assert held == [set(split.ids) for split in every_split(whole)]
+    for split, pictures in zip(every_split(data), every_split(whole), strict=True):
+        assert len(split) == 16 * len(pictures)
+        assert torch.equal(split.cases, split.cases[::16].repeat_interleave(16))
+        for i, name in enumerate(split.ids):
+            stem, _, number = name.partition("#")
+            row, (y, x) = pictures.ids.index(stem), divmod(int(number), 4)
+            window = (slice(8 * y, 8 * y + 8), slice(8 * x, 8 * x + 8))
+            assert torch.equal(split.images[i], pictures.images[row][:, *window])
+            assert torch.equal(split.labels[i], pictures.labels[row][window])
+    with pytest.raises(UserError, match="size must be a multiple of tile, 32 is none of 12"):
+        opened("segmentation", tmp_path, size=32, tile=12)
+
+
+def test_what_is_not_known_is_ignored(tmp_path):
+    write_pairs(tmp_path, (0, 1, 2), size=(16, 16))
+    margin = np.asarray(Image.open(tmp_path / "masks" / "3.png")).copy()
+    margin[:, 0] = 255
+    mask(tmp_path / "masks" / "3.png", margin)
+    data = opened("segmentation", tmp_path, size=16, ignore=255)
+    assert data.classes == ("0", "1", "2")
+    for split in every_split(data):
+        for name, labels in zip(split.ids, split.labels, strict=True):
+            assert bool((labels[:, 0] == IGNORE).all()) == (name == "images/3.png")
+            assert not (labels[:, 1:] == IGNORE).any()
+    mask(tmp_path / "masks" / "3.png", np.full((16, 16), 255))
+    with pytest.raises(UserError, match=r"masks/3\.png holds nothing but 255"):
+        opened("segmentation", tmp_path, size=16, ignore=255)
 
 
 def test_a_class_beyond_the_names(tmp_path):

@@ -1,0 +1,58 @@
+"""Large pictures with a class for every pixel, cut into square tiles."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from fedkern.data.types import Pool, Source
+
+
+def in_tiles(source: Source, tile: int) -> Source:
+    """The same data set with all its images cut into tiles, see :func:`tiled`."""
+    return dataclasses.replace(
+        source,
+        train=tiled(source.train, tile),
+        validation=tiled(source.validation, tile),
+        tests={name: tiled(pool, tile) for name, pool in source.tests.items()},
+    )
+
+
+def tiled(pool: Pool, tile: int) -> Pool:
+    """The images of a segmentation pool cut into tiles, row by row; those of an image are one case.
+
+    An image is read once for all of its tiles that are asked for together.
+
+    Args:
+        pool: images whose height and width are multiples of ``tile``.
+        tile: side in pixels.
+    """
+    if pool.targets is None:
+        raise ValueError("pool: expected the class of every pixel, given that of images")
+    whole = torch.arange(len(pool))
+    classes = cut(pool.targets(whole)[:, None], tile)[:, 0]
+    each = len(classes) // max(len(pool), 1)
+    image = whole.repeat_interleave(each)
+    counts = torch.stack([(classes == c).sum((1, 2)) for c in range(1, max(int(classes.max()), 1) + 1)], 1)
+
+    def read(wanted: Tensor) -> tuple[Tensor, None]:
+        needed, position = image[wanted].unique(return_inverse=True)
+        return cut(pool.read(needed)[0], tile)[position * each + wanted % each], None
+
+    return Pool(
+        labels=torch.where(counts.any(1), counts.argmax(1) + 1, 0),
+        ids=tuple(f"{name}#{number}" for name in pool.ids for number in range(each)),
+        read=read,
+        groups=None if pool.groups is None else pool.groups.repeat_interleave(each),
+        targets=lambda wanted: classes[wanted],
+        cases=image,
+    )
+
+
+def cut(images: Tensor, tile: int) -> Tensor:
+    """``[n, C, H, W]`` as its tiles ``[n * (H / tile) * (W / tile), C, tile, tile]``, image by image, row by row."""
+    n, channels, height, width = images.shape
+    parts = images.reshape(n, channels, height // tile, tile, width // tile, tile)
+    return parts.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, tile, tile)
