@@ -101,6 +101,11 @@ METHOD_ON: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("feddra", "captions"): {"options": {"rho": 0.2, "alignment_steps": 10}},
     ("feddf", "digits"): {"public_samples": 200},
     ("fediod", "digits"): {"partition": "dirichlet:0.1", "rounds": 20, "options": {"ngf": 16, "ndf": 16}},
+    ("fediod", "segdigits"): {
+        "partition": "dirichlet:0.3",
+        "rounds": 10,
+        "options": {"ngf": 16, "ndf": 16, "batch": 16, "iterations": 12, "student_lr": 0.02},
+    },
     ("dense", "digits"): {"options": DATA_FREE},
     ("coboosting", "digits"): {"options": DATA_FREE},
 }

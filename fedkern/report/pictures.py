@@ -30,9 +30,9 @@ def write_pictures(run_dir: Path, *, data: Any = None, model: torch.nn.Module | 
         model: the global model; None loads ``model.safetensors``.
 
     Returns:
-        What was written: ``accuracy.png`` (``dice.png`` of a segmentation), ``partition.png``, ``weights.png`` of a method
-        with client weights, a picture for every name under which the method showed something (``generated.png``), and
-        ``gradcam.png`` where the network has stages.
+        What was written: ``accuracy.png`` (``dice.png`` of a segmentation), ``partition.png``, ``weights.png`` of a
+        method with client weights, a picture for every name under which the method showed something
+        (``generated.png``), and ``gradcam.png`` where the network has stages.
 
     Raises:
         UserError: a file of the run is missing or damaged.
