@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from fedkern.models.staged import StagedNetwork
 from fedkern.ops import FusedBlocks
+
+VECTOR = 16
+"""Channels that a vector of the widest instructions holds in fp32."""
+
+CHUNK = 64
+"""Images that go through the networks at a time on the CPU where no gradient is kept: their maps stay in the cache."""
 
 FUSE_BYTES = 256 << 20
 """Networks beyond this size together run one after another: a copy of them would cost more than it gains."""
@@ -20,8 +28,8 @@ FUSE_BYTES = 256 << 20
 class Bank:
     """K frozen networks over the same images, of any architectures; logits ``[K, B, C, *positions]``.
 
-    Batch norms are folded into the convolutions before them.  Networks of one architecture run as one
-    (:class:`fedkern.ops.FusedBlocks`) as far as their layers allow, others one after another.
+    Batch norms are folded into the convolutions before them, and ReLUs and sums written in place.  Networks of one
+    architecture run as one (:class:`fedkern.ops.FusedBlocks`) where that is faster, others one after another.
 
     Args:
         networks: in eval mode on one device; they are copied and not changed.
@@ -49,15 +57,24 @@ class Bank:
         return torch.stack(rows)
 
 
+def pieces(images: Tensor) -> Sequence[Tensor]:
+    """The images in the portions in which networks see them (:data:`CHUNK`)."""
+    whole = len(images) <= CHUNK or not images.is_cpu or (torch.is_grad_enabled() and images.requires_grad)
+    return (images,) if whole else images.split(CHUNK)
+
+
 class Separate:
     """Networks of one architecture, one after another."""
 
     def __init__(self, networks: Sequence[nn.Module]) -> None:
-        self._networks = list(networks)
+        self._networks = [overwriting(network) for network in networks]
 
     def logits(self, images: Tensor) -> Tensor:
         """``[M, B, C, *positions]``."""
-        return torch.stack([network(images) for network in self._networks])
+        parts = pieces(images)
+        if len(parts) == 1:
+            return torch.stack([network(images) for network in self._networks])
+        return torch.stack([torch.cat([network(part) for part in parts]) for network in self._networks])
 
 
 class Fused:
@@ -85,6 +102,10 @@ class Fused:
 
     def logits(self, images: Tensor) -> Tensor:
         """``[M, B, C]``."""
+        parts = pieces(images)
+        return self._logits(images) if len(parts) == 1 else torch.cat([self._logits(part) for part in parts], 1)
+
+    def _logits(self, images: Tensor) -> Tensor:
         maps = self.body(images)
         if self._rest is not None:
             maps = self._rest(maps.unflatten(1, (self._count, -1)).flatten(0, 1)).unflatten(0, (-1, self._count))
@@ -101,12 +122,16 @@ def _units(network: StagedNetwork) -> Iterator[nn.Module]:
 
 
 def group(networks: list[nn.Module]) -> Fused | Separate:
-    """Networks of one architecture together, in the form that computes them fastest."""
+    """Networks of one architecture together, in the form that computes them fastest.
+
+    On the CPU that is one after another where convolutions fill the vectors they are computed in: every map is then
+    still in the cache when the next layer reads it.
+    """
     first = networks[0]
     size = sum(p.numel() * p.element_size() for network in networks for p in network.parameters())
-    if len(networks) == 1 or size > FUSE_BYTES or type(first).forward is not StagedNetwork.forward:
-        return Separate(networks)
-    if type(first)._run is not StagedNetwork._run:  # type: ignore[attr-defined]
+    narrow = any(isinstance(layer, nn.Conv2d) and layer.out_channels < VECTOR for layer in first.modules())
+    one_by_one = len(networks) == 1 or size > FUSE_BYTES or (next(first.parameters()).is_cpu and not narrow)
+    if one_by_one or type(first).forward is not StagedNetwork.forward:
         return Separate(networks)
     try:
         return Fused(networks)  # type: ignore[arg-type]
@@ -139,4 +164,44 @@ def folded(network: nn.Module) -> nn.Module:
         if alone and type(convolution) is nn.Conv2d and norm.running_mean is not None:
             made.set_submodule(str(before.target), fuse_conv_bn_eval(convolution, norm))
             made.set_submodule(node.target, nn.Identity())
-    return made.requires_grad_(False)
+    return made.eval().requires_grad_(False)
+
+
+def overwriting(network: nn.Module) -> nn.Module:
+    """The same frozen network with its ReLUs and sums written over what they read, where nothing else reads that.
+
+    A fresh map costs the system's pages and the cache its content.  Gradients for the input stay right: a convolution
+    does not keep its result, and a ReLU keeps its own.  Networks that torch.fx cannot trace come back as they are.
+    """
+    try:
+        graph = fx.symbolic_trace(network)
+    except Exception:  # whatever a network's own code raises when its input is a proxy
+        return network
+    modules = dict(graph.named_modules())
+
+    def fresh(value: Any) -> bool:
+        """Whether a value is a convolution's or a sum's result that one node reads."""
+        if not isinstance(value, fx.Node) or len(value.users) != 1:
+            return False
+        if value.op == "call_module":
+            layer = modules[str(value.target)]
+            # What was a batch norm hands on the map it is given, which nobody else may then read.
+            return type(layer) is nn.Conv2d or (type(layer) is nn.Identity and fresh(value.args[0]))
+        return value.op == "call_method" and value.target == "add_"
+
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and node.target in (operator.add, torch.add) and not node.kwargs:
+            a, b = node.args
+            if fresh(b) and not fresh(a):
+                a, b = b, a
+            if fresh(a) and isinstance(b, fx.Node) and a is not b:
+                node.op, node.target, node.args = "call_method", "add_", (a, b)
+    for node in graph.graph.nodes:
+        relu = node.op == "call_function" and node.target in (F.relu, torch.relu)
+        if node.op == "call_module" and type(modules[str(node.target)]) is nn.ReLU:
+            relu = True
+        if relu and fresh(node.args[0]):
+            node.op, node.target, node.args, node.kwargs = "call_method", "relu_", (node.args[0],), {}
+    graph.graph.lint()
+    graph.recompile()
+    return graph
