@@ -40,8 +40,8 @@ def contrastive(x: Tensor, y: Tensor, temperature: float | Tensor = 0.07) -> Ten
         float32 (float64 where x or y is float64) and rounded once; autocast changes nothing here.
 
     The B×B similarities are held only within a call, in tiles where the batch is large: nothing of their size waits for
-    the backward pass, whose gradients are taken on the way forward. Reading them twice (retain_graph) and
-    differentiating them again work as usual.
+    the backward pass, whose gradients are taken on the way forward. Graphs that are retained or differentiated again
+    work as usual. On a GPU torch multiplies, in TF32 where ``torch.set_float32_matmul_precision`` allows it.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
