@@ -31,8 +31,9 @@ class Held:
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(images, labels) in order, not augmented."""
-        for start in range(0, len(self), 500):
-            batch = self._client.batch(self._rows[start : start + 500])
+        size = 500 if self.task == "classification" else 16  # a segmentation network's answers are whole images
+        for start in range(0, len(self), size):
+            batch = self._client.batch(self._rows[start : start + size])
             yield batch.images, batch.labels
 
 
