@@ -28,7 +28,7 @@ def show(server: Server, generator: Any, options: Any, ids: list[int], logits: T
     if generator is not None:
         server.show("generated", lambda: _images(server, generator, options))
     server.show(
-        "weights", lambda: _rows(weights.mean(1), ids, everyone), axes=("client", "class")
+        "teacher_weights", lambda: _rows(weights.mean(1), ids, everyone), axes=("client", "class")
     )  # fmt: skip
     server.show(
         "agreement", lambda: _rows(_rows(agreement(logits), ids, everyone).T, ids, everyone), axes=("client", "client")

@@ -49,7 +49,7 @@ def test_a_killed_run_releases_the_same(options, make_data, make_config, tmp_pat
     assert set(private["channels"]) == {"histogram", "discriminator", *(["teacher"] if "teacher_dp" in options else [])}
     assert ("so the released generator and student" in private["statement"]) == ("teacher_dp" in options)
     assert ("teachers-uncovered" in summary["diagnostics"]) == ("teacher_dp" not in options)
-    assert {entry.name for entry in read_shown(tmp_path / "whole")} == {"generated", "weights", "agreement"}
+    assert {entry.name for entry in read_shown(tmp_path / "whole")} == {"generated", "teacher_weights", "agreement"}
 
 
 def test_the_pictures_are_what_they_say(make_data, make_config, tmp_path):
@@ -59,7 +59,7 @@ def test_the_pictures_are_what_they_say(make_data, make_config, tmp_path):
     entries = {entry.name: entry.value for entry in read_shown(tmp_path / "run")}
     assert entries["generated"].shape == (4, 3, 8, 8)
     counts = data.statistics.counts
-    assert entries["weights"].numpy() == pytest.approx(counts / counts.sum(0), rel=1e-5)
+    assert entries["teacher_weights"].numpy() == pytest.approx(counts / counts.sum(0), rel=1e-5)
     agreement = entries["agreement"]
     assert agreement.shape == (3, 3)
     assert (agreement.diagonal() == 1).all()

@@ -29,14 +29,14 @@ def test_the_run_folder_gets_a_picture_for_every_name(tmp_path):
     red[:, 0] = 255
     for round in (1, 2):
         gallery.add(Shown("generated", round, red, ("", "")))
-        gallery.add(Shown("weights", round, torch.rand(2, 10), ("client", "class")))
+        gallery.add(Shown("teacher_weights", round, torch.rand(2, 10), ("client", "class")))
         gallery.add(Shown("accuracy", round, torch.rand(2, 2), ("client", "client")))
     gallery.write()
     written = [path.name for path in pictures.write_pictures(tmp_path, data=data, model=torch.nn.Identity())]
-    assert written == ["accuracy.png", "partition.png", "generated.png", "weights.png", "accuracy_shown.png"]
+    assert written == ["accuracy.png", "partition.png", "generated.png", "teacher_weights.png", "accuracy_shown.png"]
     pixels = opened(tmp_path / "generated.png").reshape(-1, 3)
     assert (pixels == (255, 0, 0)).all(1).sum() > 6 * 50 * 50  # three red images in each of two rows
-    assert opened(tmp_path / "weights.png").std() > 10
+    assert opened(tmp_path / "teacher_weights.png").std() > 10
 
 
 @pytest.mark.parametrize(("rows", "columns", "rounds"), [(1, 1, 1), (5, 10, 9), (20, 100, 1)])
