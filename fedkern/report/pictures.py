@@ -17,8 +17,12 @@ PICTURES = {
     "partition": "partition.png",
     "gradcam": "gradcam.png",
     "weights": "weights.png",
+    "segmentation": "segmentation.png",
 }
-OF_TASK = {"classification": ("accuracy", "partition", "gradcam"), "segmentation": ("dice", "partition")}
+OF_TASK = {
+    "classification": ("accuracy", "partition", "gradcam"),
+    "segmentation": ("dice", "partition", "segmentation"),
+}
 
 
 def write_pictures(run_dir: Path, *, data: Any = None, model: torch.nn.Module | None = None) -> list[Path]:
@@ -32,14 +36,14 @@ def write_pictures(run_dir: Path, *, data: Any = None, model: torch.nn.Module | 
     Returns:
         What was written: ``accuracy.png`` (``dice.png`` of a segmentation), ``partition.png``, ``weights.png`` of a
         method with client weights, a picture for every name under which the method showed something
-        (``generated.png``), and ``gradcam.png`` where the network has stages.
+        (``generated.png``), and ``gradcam.png`` where the network has stages (``segmentation.png`` of a segmentation).
 
     Raises:
         UserError: a file of the run is missing or damaged.
     """
     from fedkern.data import normalise
     from fedkern.models import StagedNetwork
-    from fedkern.report import gradcam, plots
+    from fedkern.report import gradcam, plots, segmentation
     from fedkern.report.weights import weights_picture
 
     config = RunConfig.load(run_dir)
@@ -57,6 +61,13 @@ def write_pictures(run_dir: Path, *, data: Any = None, model: torch.nn.Module | 
         written.append(target)
     written += _shown(run_dir, name, data.classes)
     model = read_model(run_dir)[0] if model is None else model
+    if data.task == "segmentation":
+        split = next(iter(data.tests.values()))
+        split = split.subset(segmentation.examples(split.labels, EXAMPLES))
+        target = run_dir / PICTURES["segmentation"]
+        inputs = normalise(split.images, data.mean, data.std)
+        segmentation.draw(model, split, inputs, target, classes=data.classes, title=f"Segmentation of {name}")
+        return [*written, target]
     if not isinstance(model, StagedNetwork):
         return written
     panels = {}

@@ -14,7 +14,7 @@ from fedkern import models
 from fedkern.data import PartitionStatistics, load
 from fedkern.engine import RunConfig, saved
 from fedkern.errors import UserError
-from fedkern.report import gradcam, pictures, plots
+from fedkern.report import gradcam, pictures, plots, segmentation
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +31,11 @@ def make_run(folder: Path, data) -> Path:
     return folder
 
 
-def save_model(model, folder: Path) -> None:
+def save_model(model, folder: Path, name: str = "cnn") -> None:
     about = {
-        "model": "cnn",
+        "model": name,
         "width": None,
-        "classes": [str(c) for c in range(10)],
+        "classes": [str(c) for c in range(model.head.out_features)],
         "channels": next(model.parameters()).shape[1],
         "image_size": [32, 32],
     }
@@ -70,6 +70,21 @@ def test_grey_images_without_masks(tmp_path):
     panel = (data.tests[""].images[:3], torch.zeros(3, 1, 32, 32), data.tests[""].labels[:3], None)
     gradcam.draw(model, {"": panel}, tmp_path / "gradcam.png", classes=data.classes, title="t")
     assert opened(tmp_path / "gradcam.png").std() > 10
+
+
+def test_a_segmentation_is_laid_over_its_images(tmp_path):
+    settings = {"data": "segdigits", "clients": 2, "train_samples": 20, "data_options": {"test_samples": 12}}
+    config = RunConfig.make("fedavg", partition="iid", **settings)
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    (tmp_path / "metrics.jsonl").write_text('{"round": 1, "dice": 0.25}\n{"round": 2, "dice": 0.5}\n')
+    save_model(models.build("unet-small", classes=11, channels=3, image_size=32, seed=0), tmp_path, "unet-small")
+    names = ["dice.png", "partition.png", "segmentation.png"]
+    assert [path.name for path in pictures.write_pictures(tmp_path)] == names
+    assert all(opened(tmp_path / name).std() > 10 for name in names)
+    colours = np.array([[1.0, 0, 0], [0, 1.0, 0]])
+    laid = segmentation.over(np.full((1, 4, 3), 0.5), np.array([[0, 1, 2, -100]]), colours)
+    np.testing.assert_allclose(laid[0], [[0.5] * 3, [0.8, 0.2, 0.2], [0.2, 0.8, 0.2], [0.25] * 3])
+    assert segmentation.shown(torch.zeros(4, 5, 6, dtype=torch.uint8)).shape == (5, 6, 3)
 
 
 def test_rounds_and_samples_are_counted_in_whole_numbers(tmp_path, monkeypatch):
