@@ -6,7 +6,8 @@ functions come here under ``torch.compile``, functorch transforms, dispatch mode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -68,6 +69,21 @@ def register(
     return call
 
 
+@contextmanager
+def recording() -> Iterator[None]:
+    """Records a graph even within an operator's implementation.
+
+    The dispatcher has left autograd behind when it calls one, and ``torch.enable_grad`` alone does not bring it back:
+    a backward operator that differentiates the reference would find no graph under ``torch.compile``.
+    """
+    keys = torch._C.DispatchKey
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    for key in (keys.AutogradCPU, keys.AutogradCUDA, keys.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
+
+
 def differentiate_reference(
     reference: Callable[..., Tensor], inputs: Sequence[Tensor | None], needs: Sequence[bool], grad: Tensor
 ) -> tuple[Tensor | None, ...]:
@@ -82,7 +98,7 @@ def differentiate_reference(
         needs: which of them want a gradient.
         grad: gradient of the result.
     """
-    with torch.enable_grad():
+    with recording():
         result = reference(*inputs)
         wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need and tensor is not None]
         gradients = iter(torch.autograd.grad(result, wanted, grad, create_graph=True, allow_unused=True))

@@ -215,7 +215,7 @@ def reference_gradients(
             x = inputs[i]
             if x is not None:
                 inputs[i] = x.detach().requires_grad_(bool(need))
-    with torch.enable_grad():
+    with _library.recording():
         results = loss_reference(*inputs, *settings)
         results = (results,) if isinstance(results, Tensor) else results
         wanted = [x for x, need in zip(inputs, needs, strict=False) if need and x is not None]

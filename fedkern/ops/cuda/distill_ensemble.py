@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedkern.ops import _library
 from fedkern.ops.backend import DTYPES
 from fedkern.ops.cuda.core import queue
 from fedkern.ops.distill_arguments import CONSENSUS, JS, STACK, argument
@@ -208,7 +209,7 @@ def _plain_gradients(
     settings: Ensemble, tensors: tuple[Tensor | None, ...], grad: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     leaves = [x if x is None else x.detach().requires_grad_(need) for x, need in zip(tensors[:3], needs, strict=True)]
-    with torch.enable_grad():
+    with _library.recording():
         result = _plain(settings)(*leaves, tensors[3])
         wanted = [x for x, need in zip(leaves, needs, strict=True) if need and x is not None]
         found = iter(torch.autograd.grad(result, wanted, grad, allow_unused=True))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedkern.ops import _library
 from fedkern.ops.distill_common import BATCHMEAN, LOGITS, MEAN, NONE, row_count, row_shape
 from fedkern.ops.distill_ensemble_reference import ensemble_reference
 from fedkern.ops.distill_kernels import Ensemble
@@ -273,7 +274,7 @@ def _reference_gradients(
         None if x is None else x.detach().requires_grad_(need)
         for x, need in zip((student, teachers, weights), needs, strict=True)
     ]
-    with torch.enable_grad():
+    with _library.recording():
         loss = _reference(leaves[0], leaves[1], leaves[2], class_mask, settings)  # type: ignore[arg-type]
         wanted = [x for x in leaves if x is not None and x.requires_grad]
         found = iter(torch.autograd.grad(loss, wanted, grad, allow_unused=True, materialize_grads=True))
