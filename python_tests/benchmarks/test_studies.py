@@ -11,7 +11,7 @@ from fedkern.cli import flags
 # Last, so that the package stays the installed one; the studies are modules of the checkout.
 sys.path.append(str(Path(__file__).parents[2]))
 
-from benchmarks import study, study_fedlpfm, study_fusefl
+from benchmarks import study, study_feddra, study_fedlpfm, study_fusefl
 
 FIGURES = (
     "accuracy", "validation_accuracy", "vote_accuracy", "cue_tied_accuracy", "cue_random_accuracy", "backdoor_accuracy",
@@ -64,6 +64,18 @@ def test_every_case_is_a_command_line(module, kind, name, monkeypatch, tmp_path)
         words = tuple(word for word in case.arguments if word.startswith("--") or "=" in word)
         shapes.setdefault((case.arguments[0], words), case)
     for case in shapes.values():
+        flags.effective(flags.parse([*case.arguments, "--out", str(tmp_path / "run")]))
+
+
+@pytest.mark.parametrize("name", study_feddra.STUDIES)
+def test_every_case_of_feddra_is_a_command_line(name, tmp_path):
+    asked = {}
+    runs = dry(study_feddra.DRARuns, asked)(study_feddra.STUDIES[name], tmp_path, 2, {})
+    for section in study_feddra.SECTIONS.values():
+        page, numbers = section(runs)
+        assert page.startswith("## ")
+        assert numbers
+    for case in asked.values():
         flags.effective(flags.parse([*case.arguments, "--out", str(tmp_path / "run")]))
 
 
