@@ -315,6 +315,10 @@ class _FuseAlike(torch.autograd.Function):
         scale, out = ctx.saved_tensors or (None, None)
         needs = ctx.needs_input_grad[6:]
         readable = backend.readable(grad) and not grad.is_neg()
+        if last and readable and out is None and scale is None and not mean:
+            # Nothing is computed, and pieces of a channels-last row are too short to copy: torch.cat's own gradient.
+            parts = grad.split(channels, 1)
+            return (*_NONE, *[part if need else None for part, need in zip(parts, needs, strict=True)])
         if readable and (grad.is_contiguous(memory_format=_CHANNELS_LAST) if last else grad.is_contiguous()):
             return (*_NONE, *kernel.backward_alike(grad, out, scale, mean, needs, last))
         rest = (relu, mean, [channels] * len(needs), FuseNeeds(needs, False, False))

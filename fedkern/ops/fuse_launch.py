@@ -110,12 +110,15 @@ class CpuFuse:
         size = grad.numel() // (batch * channels)
         if not mean:
             channels //= len(needs)
-        shape = (batch, channels, *positions)
-        if last:
+        shape, count = (batch, channels, *positions), batch * channels * size
+        targets: list[Tensor | None]
+        if count < _LARGE <= count * len(needs):
+            targets = self._pieces(grad, shape, needs, last)
+        elif last:
             targets = [empty_map(shape, True, grad) if need else None for need in needs]
         else:
             targets = [grad.new_empty(shape) if need else None for need in needs]
-        if batch * channels * size >= _LARGE:
+        if count >= _LARGE:
             for target in targets:
                 if target is not None:
                     fresh(self.core, target)
@@ -134,6 +137,14 @@ class CpuFuse:
             torch.get_num_threads(),
         )
         return targets
+
+    def _pieces(self, like: Tensor, shape: tuple[int, ...], needs: Sequence[bool], last: bool) -> list[Tensor | None]:
+        """Maps of ``shape`` side by side in one piece of memory: many small ones would each fault on every page."""
+        batch, channels, *positions = shape
+        order = (batch, *positions, channels) if last else shape
+        whole = fresh(self.core, like.new_empty((sum(needs), *order)))
+        pieces = iter((whole.movedim(-1, 2) if last else whole).unbind())
+        return [next(pieces) if need else None for need in needs]
 
     def backward(
         self,
