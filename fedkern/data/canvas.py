@@ -44,9 +44,20 @@ class Placed:
 
 
 @functools.cache
+def _digits() -> tuple[Bytes, npt.NDArray[np.int64]]:
+    images, labels = read_digits()
+    return images[:, 0].numpy(), labels.numpy()
+
+
+def digit_labels() -> npt.NDArray[np.int64]:
+    """The classes of all digits, int64 ``[1797]``."""
+    return _digits()[1].copy()
+
+
+@functools.cache
 def _glyphs(side: int) -> Bytes:
     """All digits as opacities, uint8 ``[1797, side, side]``; Pillow's integer filter, so the same everywhere."""
-    images = read_digits()[0][:, 0].numpy()
+    images = _digits()[0]
     box = Image.Resampling.BICUBIC
     return np.stack([np.asarray(Image.fromarray(image).resize((side, side), box)) for image in images])
 

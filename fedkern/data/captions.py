@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedkern.data.canvas import INK, OTHER, SIDE, SUBJECT, TEXTURES, Ground, Placed, draw, random_ground
-from fedkern.data.digits import TRAIN, VALIDATION, read_digits
+from fedkern.data.canvas import INK, OTHER, SIDE, SUBJECT, TEXTURES, Ground, Placed, digit_labels, draw, random_ground
+from fedkern.data.digits import TRAIN, VALIDATION
 from fedkern.data.listing import interleaved
 from fedkern.data.partition import PartitionSpec
 from fedkern.data.partition import partition as share_out
@@ -117,13 +117,13 @@ def make_captions(
     small = spec.name == "attribute" and clients > 1 and minority > 0
     styles = [_style(seed, k, rare=small and k == clients - 1, avoid=small) for k in range(clients)]
     sizes, subjects = _subjects(spec, clients, samples, seed, styles, minority if small else 0.0)
-    _, labels = read_digits()
-    pools = [rows.numpy() for rows in fixed_rows(interleaved(labels.numpy(), "split/digits"), TRAIN, VALIDATION)]
+    labels = digit_labels()
+    pools = [rows.numpy() for rows in fixed_rows(interleaved(labels, "split/digits"), TRAIN, VALIDATION)]
 
     def canvases(purpose: str, k: int, chosen: list[Style], count: int, subjects: Digits | None = None) -> Split:
         # The digits of the test canvases are those of the digits' test set, and so on.
         pool = pools[{"train": 0, "validation": 1}.get(purpose, 2)]
-        return _canvases(chosen, count, subjects, pool, labels.numpy(), stream(seed, f"captions/{purpose}", client=k),
+        return _canvases(chosen, count, subjects, pool, labels, stream(seed, f"captions/{purpose}", client=k),
                          f"{purpose}/{k}")  # fmt: skip
 
     shown = styles if spec.name == "iid" else None

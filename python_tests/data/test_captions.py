@@ -158,7 +158,7 @@ def test_other_partitions(spec):
 
 
 def test_many_clients():
-    data = captions(clients=120, train_samples=600)
+    data = captions(clients=120, train_samples=600, options={"test_samples": 2})
     assert len(data.clients) == 120
     assert min(data.client_sizes) >= 4
 
