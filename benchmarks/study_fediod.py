@@ -228,7 +228,7 @@ def bytes_(runs: IODRuns) -> Section:
         each = 1e3 * (up + down) / (runs.study.rounds * runs.study.iterations) if name.startswith("FedIOD") else None
         numbers[name] = {"megabytes_up": up, "megabytes_down": down, "accuracy": accuracy}
         iteration = "" if each is None else f"{each:.1f}"
-        rows.append([name, f"{up:.2f}", f"{down:.2f}", iteration, f"{100 * accuracy:.1f}"])
+        rows.append([name, f"{up:.3f}", f"{down:.3f}", iteration, f"{100 * accuracy:.1f}"])
     header = ["", "MB up per client", "MB down", "kB per iteration", "accuracy, %"]
     title = f"## Bytes, Dirichlet {alpha}, seed 0\n\nFedIOD saves privacy, not bytes.\n\n"
     return title + table(header, rows) + "\n", numbers
