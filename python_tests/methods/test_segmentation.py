@@ -184,7 +184,7 @@ def federation(sizes=(12, 9, 7), public=0):
 
 def settings(method="fedavg", **given):
     plain = {"data": "segmentation", "model": "unet-small", "width": 2, "rounds": 1, "local_epochs": 1, "clients": 3}
-    plain |= {"batch_size": 4, "threads": 1}
+    plain |= {"batch_size": 4, "optimizer": "sgd", "lr": 0.05, "threads": 1}
     if METHODS[method].one_shot:
         del plain["rounds"]
     return RunConfig.make(method, **{**plain, **given})
