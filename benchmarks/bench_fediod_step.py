@@ -33,7 +33,7 @@ from fedkern.methods.fediod_options import settle
 from fedkern.methods.oneshot_members import flatten, vectors
 from fedkern.models.discriminator import PatchDiscriminators
 
-CLIENTS, BATCH, CLASSES, SIDE, STEPS, WIDTH = 20, 64, 10, 32, 5, 16
+CLIENTS, BATCH, CLASSES, SIDE, STEPS = 20, 64, 10, 32, 5
 OPTIONS: dict[str, Any] = {"batch": BATCH, "student_steps": STEPS, "ngf": 16, "ndf": 16, "class_weights": "counts"}
 LAST = torch.channels_last
 
@@ -60,10 +60,10 @@ def federation() -> FederatedData:
     )
 
 
-def teachers() -> list[Any]:
+def teachers(model: str, width: int) -> list[Any]:
     made = []
     for k in range(CLIENTS):
-        network = models.build("resnet8", classes=CLASSES, channels=3, image_size=SIDE, seed=k, width=WIDTH)
+        network = models.build(model, classes=CLASSES, channels=3, image_size=SIDE, seed=k, width=width)
         for layer in network.modules():
             if isinstance(layer, nn.BatchNorm2d):
                 generator = torch.Generator(device="cpu").manual_seed(k)
@@ -73,10 +73,10 @@ def teachers() -> list[Any]:
     return made
 
 
-def ours(networks: list[Any], data: FederatedData) -> Callable[[], Any]:
+def ours(networks: list[Any], data: FederatedData, model: str, width: int) -> Callable[[], Any]:
     """An iteration as the engine plays it."""
     config = RunConfig.make(
-        "fediod", data="cifar10", clients=CLIENTS, model="resnet8", width=WIDTH, augment="none", threads=1,
+        "fediod", data="cifar10", clients=CLIENTS, model=model, width=width, augment="none", threads=1,
         device=device().type, options=OPTIONS,
     )  # fmt: skip
     bench = Bench(config, data)
@@ -97,7 +97,7 @@ def ours(networks: list[Any], data: FederatedData) -> Callable[[], Any]:
     return iteration
 
 
-def plain(networks: list[Any], data: FederatedData, layout: torch.memory_format) -> Callable[[], Any]:
+def plain(networks: list[Any], data: FederatedData, student: Any, layout: torch.memory_format) -> Callable[[], Any]:
     """The same as one writes it from the paper."""
     where, generator = device(), torch.Generator(device="cpu").manual_seed(0)
     place = {"device": where, "memory_format": layout}
@@ -105,7 +105,7 @@ def plain(networks: list[Any], data: FederatedData, layout: torch.memory_format)
     critics = nn.ModuleList(PatchDiscriminators([generator], ndf=OPTIONS["ndf"]) for _ in range(CLIENTS)).to(where)
     made = models.Generator(nz=100, ngf=OPTIONS["ngf"], widths=(4, 2, 1), image_size=SIDE, generator=generator)
     made.to(**place)
-    student = models.build("resnet8", classes=CLASSES, channels=3, image_size=SIDE, seed=99, width=WIDTH).to(**place)
+    student = copy.deepcopy(student).train().requires_grad_(True).to(**place)
     to_g, to_d = (torch.optim.Adam(m.parameters(), 1e-4, betas=(0.5, 0.999)) for m in (made, critics))
     to_s = torch.optim.SGD(student.parameters(), 5e-3, 0.9, weight_decay=3e-5)
     real = torch.stack([(c.images.float().to(where) / 255 - 0.5) / 0.25 for c in data.clients])
@@ -165,17 +165,17 @@ def eager_student(student: Tensor, logits: Tensor, by_class: Tensor, scores: Ten
     return (target - student).var(1, correction=0).mean() / 2
 
 
-@pytest.mark.parametrize("part", ["iteration"])
-def test_step(benchmark: Any, part: str) -> None:
-    networks, data = teachers(), federation()
+@pytest.mark.parametrize(("model", "width"), [("resnet8", 16), ("cnn", 32)])
+def test_step(benchmark: Any, model: str, width: int) -> None:
+    networks, data = teachers(model, width), federation()
     compare(
         benchmark,
         "fediod_step",
-        f"{part}, K={CLIENTS} ResNet-8 of width {WIDTH}, B={BATCH}, {SIDE} pixels, {STEPS} student steps",
+        f"iteration, K={CLIENTS} {model} of width {width}, B={BATCH}, {SIDE} pixels, {STEPS} student steps",
         {
-            "fedkern": ours(networks, data),
-            "plain loop": plain(networks, data, torch.contiguous_format),
-            "channels-last loop": plain(networks, data, LAST),
+            "fedkern": ours(networks, data, model, width),
+            "plain loop": plain(networks, data, networks[0], torch.contiguous_format),
+            "channels-last loop": plain(networks, data, networks[0], LAST),
         },
         floors={"plain loop": 1.5},
         gpu_floors={"plain loop": 3.0},

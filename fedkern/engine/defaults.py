@@ -66,6 +66,13 @@ So few steps hardly move a generator that starts anew for every batch, and the p
 on from batch to batch, with a larger one.
 """
 
+FEDIOD: Mapping[str, Any] = {
+    "iterations": 5, "batch": 32, "student_steps": 3, "ngf": 16, "ndf": 16, "generator_lr": 2e-3, "critic_lr": 2e-3,
+    "student_lr": 0.05, "w_real": 8.0, "w_balance": 2.0,
+}  # fmt: skip
+"""FedIOD's options for small grey images in two minutes; chosen by the validation set.  With so few iterations its
+images are recognisable, and of all classes, only where realism and balance weigh more than the paper has it."""
+
 METHOD: Mapping[str, Mapping[str, Any]] = {
     # method: settings on every data set, its default data set included; "options" holds method options by published
     # name.
@@ -98,7 +105,7 @@ METHOD_ON: Mapping[tuple[str, str], Mapping[str, Any]] = {
     # A twentieth of the samples at a weight of 0.77, which the published radius allows, would cost all others dearly.
     ("feddra", "captions"): {"options": {"rho": 0.1, "alignment_steps": 10}},
     ("feddf", "digits"): {"public_samples": 200},
-    ("fediod", "digits"): {"partition": "dirichlet:0.1", "rounds": 20, "options": {"ngf": 16, "ndf": 16}},
+    ("fediod", "digits"): {"partition": "dirichlet:0.1", "rounds": 80, "options": FEDIOD},
     ("fediod", "segdigits"): {
         "partition": "dirichlet:0.3",
         "rounds": 10,
