@@ -119,13 +119,12 @@ def main_table(runs: LPFMRuns) -> Section:
             found = [runs.metrics(case) for case in several]
             numbers[f"{name}, {title}"] = {"lr": rates[name], "runs": found}
             sent = runs.summaries[several[0].name]["bytes"]["clients"]["0"]
-            seconds = f"{runs.summaries[several[0].name]['seconds']:.0f}"
-            rows.append([name, str(rates[name]), spread([m["accuracy"] for m in found]), _megabytes(sent), seconds])
+            rows.append([name, str(rates[name]), spread([m["accuracy"] for m in found]), _megabytes(sent)])
         for name, case in bounds.items():
             m = numbers[f"{name}, {title}"] = runs.metrics(case)
             sent = runs.summaries[case.name]["bytes"]["clients"]["0"]
-            rows.append([f"{name} (seed 0)", str(rates["FedAvg"]), f"{100 * m['accuracy']:.1f}", _megabytes(sent), ""])
-        header = ["method", "lr", "accuracy", "MB up, down of a client", "run, s"]
+            rows.append([f"{name} (seed 0)", str(rates["FedAvg"]), f"{100 * m['accuracy']:.1f}", _megabytes(sent)])
+        header = ["method", "lr", "accuracy", "MB up, down of a client"]
         page += f"## {title}: mean ± standard deviation over {len(SEEDS)} seeds, in %\n\n{table(header, rows)}\n\n"
         page += _teacher(runs.metrics(cases[FULL][0]))
     return page + _costs(runs.metrics(cases[FULL][0])), numbers

@@ -95,9 +95,8 @@ def _cost(runs: FuseFLRuns, cases: Mapping[str, Case]) -> str:
             seconds = [f"{transfer_seconds((up + down) * 1e6, link):.2f}" for link in LINKS]
             ratio = runs.metrics(case).get("memory_ratio")
             memory = "1.00" if ratio is None else f"{ratio:.2f}"
-            train = f"{runs.summaries[case.name]['seconds']:.0f}"
-            rows.append([f"{name}, {column}", f"{up:.3f}", f"{down:.3f}", *seconds, memory, train])
-    header = ["method", "MB up", "MB down", *(f"s at {link} Mbit/s" for link in LINKS), "memory", "run, s"]
+            rows.append([f"{name}, {column}", f"{up:.3f}", f"{down:.3f}", *seconds, memory])
+    header = ["method", "MB up", "MB down", *(f"s at {link} Mbit/s" for link in LINKS), "memory"]
     title = "## Cost: bytes of a client, their transfer, memory of the model beside one of the same width\n\n"
     return f"{title}{table(header, rows)}\n"
 
