@@ -17,7 +17,7 @@ from fedkern.methods import FedIOD, Upload
 from fedkern.methods.fediod_losses import against, teacher_terms
 from fedkern.methods.fediod_teachers import teacher
 
-TINY = {"nz": 4, "ngf": 2, "ndf": 2, "batch": 4, "student_steps": 2, "iterations": 3}
+TINY = {"nz": 4, "ngf": 2, "ndf": 2, "batch": 4, "student_steps": 2, "iterations": 3, "w_real": 1.0, "w_balance": 0.0}
 EVERY_TERM = {"w_adv": 0.5, "w_balance": 0.7, "generator_lr": 0.01, "student_lr": 0.05}
 MIXED = "cnn:2,mlp:4,resnet8:2"
 
@@ -389,7 +389,7 @@ def test_outputs_alone(make_data, make_public, make_config, tmp_path):
 
 
 def test_what_cannot_be_is_said_before_anything_is_written(make_data, make_config, tmp_path):
-    nothing = {"w_real": 0, "w_clear": 0, "w_diverse": 0}
+    nothing = {"w_real": 0, "w_clear": 0, "w_diverse": 0, "w_balance": 0}
     for settings, words in (({"options": nothing}, "Every weight"), ({"buffers": "drop"}, "running statistics")):
         with pytest.raises(UserError, match=words):
             run(make_config("fediod", **settings), out=tmp_path / "run", data=make_data())
