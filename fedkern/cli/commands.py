@@ -203,8 +203,11 @@ def _close(request: Request, config: RunConfig, out: Path, summary: Mapping[str,
         console.print(f"pictures:   {', '.join(path.name for path in pictures)}", **_PLAIN)
     baseline = _baseline(config.method)
     if config.method != baseline:
+        from fedkern.methods import METHODS
+
         name = METHOD_NAMES.get(baseline, baseline)
-        console.print(f"{name} on the same split: {command_line(baseline, config)}", **_PLAIN)
+        same = config if METHODS[baseline].takes_teachers else config.replace(teachers=None)
+        console.print(f"{name} on the same split: {command_line(baseline, same)}", **_PLAIN)
 
 
 METHOD_NAMES = {"fedavg": "FedAvg", "oneshot-fedavg": "one-shot FedAvg"}

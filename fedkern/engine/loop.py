@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-import zlib
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +15,12 @@ from fedkern.engine.checkpoint import Checkpoints
 from fedkern.engine.config import RunConfig
 from fedkern.engine.evaluate import client_sets, evaluate, evaluate_clients, gradcam, test_sets
 from fedkern.engine.events import Listener, RunInfo
+from fedkern.engine.everybody import Everybody, data_fingerprint
 from fedkern.engine.ledger import Ledger
 from fedkern.engine.local import Diverged
 from fedkern.engine.privacy import privacy_figures
 from fedkern.engine.samples import TestSet
-from fedkern.engine.saved import write_model
+from fedkern.engine.saved import about_network, write_model
 from fedkern.engine.serial import Client, Exchange, Server, sample_clients
 from fedkern.engine.shown import Gallery, Shown
 from fedkern.engine.state import fingerprint
@@ -362,7 +361,7 @@ class Run:
             for name, text in found.items():
                 warn(name, text)
         self._tell_warnings()
-        write_model(self.out, network, self._about(flat))
+        write_model(self.out, network, about_network(self.bench, self.config, self.done, flat))
         summary: dict[str, Any] = {
             "method": self.config.method,
             "data": self.config.data,
@@ -394,62 +393,8 @@ class Run:
         count = self.config.grad_cam if self.config.buffers == "average" else 0
         return gradcam(network, self.sets, count)
 
-    def _about(self, flat: bool) -> dict[str, Any]:
-        data = self.bench.data
-        channels, height, width = data.image_shape
-        about = {
-            "model": self.bench.model_name,
-            "width": self.config.width,
-            "task": data.task,
-            "classes": list(data.classes),
-            "channels": channels,
-            "image_size": [height, width],
-            "mean": list(data.mean),
-            "std": list(data.std),
-            "method": self.config.method,
-            "rounds": self.done,
-        }
-        if data.task == "retrieval":
-            about["pair"] = self.bench.pair
-        # What only the method can build again is told from a network of the run by this key.
-        return about if flat else {**about, "samples": list(data.client_sizes)}
-
     def _tell_warnings(self) -> None:
         for name, text in self.bench.warnings.items():
             if name not in self._told:
                 self._told.add(name)
                 self.listener.on_warning(name, text)
-
-
-class Everybody(Mapping[int, Client]):
-    """All clients as their states are on disk; each is read when it is first asked for."""
-
-    def __init__(self, bench: Bench, checkpoints: Checkpoints) -> None:
-        self._bench, self._checkpoints = bench, checkpoints
-        self._known: dict[int, Client] = {}
-
-    def __len__(self) -> int:
-        return self._bench.federation.clients
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(len(self)))
-
-    def __getitem__(self, k: int) -> Client:
-        if not 0 <= k < len(self):
-            raise KeyError(k)
-        if k not in self._known:
-            self._known[k] = Client(self._bench, k, self._checkpoints.client_state(k))
-        return self._known[k]
-
-
-def data_fingerprint(data: Any) -> int:
-    """CRC-32 over all images, labels and texts of a federation: a resumed run must see the same ones."""
-    value = 0
-    public = () if data.public is None else (data.public,)
-    for split in (*data.clients, data.validation, *data.tests.values(), *public, *data.client_tests):
-        for tensor in (split.images, split.labels, split.masks):
-            if tensor is not None:
-                value = zlib.crc32(tensor.contiguous().numpy().reshape(-1).view("uint8").data, value)
-        if split.texts is not None:
-            value = zlib.crc32("\0".join(split.texts).encode(), value)
-    return value

@@ -41,6 +41,28 @@ class Outline:
     task: str = "classification"
 
 
+def about_network(bench: Bench, config: RunConfig, rounds: int, flat: bool) -> dict[str, Any]:
+    """What model.safetensors says of itself; ``flat``: whether it is a network of the run, which its name describes."""
+    data = bench.data
+    channels, height, width = data.image_shape
+    about = {
+        "model": bench.model_name,
+        "width": config.width,
+        "task": data.task,
+        "classes": list(data.classes),
+        "channels": channels,
+        "image_size": [height, width],
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "method": config.method,
+        "rounds": rounds,
+    }
+    if data.task == "retrieval":
+        about["pair"] = bench.pair
+    # What only the method can build again is told from a network of the run by this key.
+    return about if flat else {**about, "samples": list(data.client_sizes)}
+
+
 def write_model(out: Path, module: nn.Module, about: Mapping[str, Any]) -> None:
     """Writes model.safetensors: contiguous tensors by state-dict key, and ``about`` as JSON in the metadata."""
     # One metadata key only: with several, their order in the file would be left to chance.
