@@ -344,7 +344,7 @@ class Run:
         if not self._evaluated:  # resumed after the last round
             self._evaluate(network)
         metrics = {**self.latest, **self._gradcam(network), **self.server.report}
-        metrics.update(self._appraised())
+        metrics.update(self.method.appraise(self.server, Everybody(self.bench, self.checkpoints), self.sets))
         private = privacy_figures(self.method, self.server, self.checkpoints.client_state, self.config.clients)
         metrics.update({name: private[name] for name in ("epsilon", "delta") if name in private})
         flat = self.bench.is_flat(network)
@@ -382,11 +382,6 @@ class Run:
         self.checkpoints.amend(self._info(data, finished=True))
         self.listener.on_end(summary)
         return summary
-
-    def _appraised(self) -> dict[str, float]:
-        """What the method says of everybody."""
-        figures = self.method.appraise(self.server, Everybody(self.bench, self.checkpoints), self.sets)
-        return {name: float(value) for name, value in figures.items()}
 
     def _gradcam(self, network: Any) -> dict[str, float]:
         # Grad-CAM looks at single images in eval mode, which a network without running statistics does not have.
