@@ -29,7 +29,7 @@ BEFORE = Step(-1, "", "update")  # of what a client draws once in a run
 
 
 class _Place:
-    """What both sides see of the bench (see :class:`fedkern.methods.protocol.Place`)."""
+    """What both sides see of the bench (see :class:`fedkern.methods.sides.Place`)."""
 
     def __init__(self, bench: Bench) -> None:
         self._bench = bench

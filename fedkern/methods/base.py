@@ -20,20 +20,18 @@ from fedkern.methods.protocol import (
     OUTSIDE,
     Backgrounds,
     Batch,
-    Client,
     ClientId,
     Federation,
     Message,
-    Objective,
     Observed,
     Received,
     Round,
     Samples,
-    Server,
     Step,
     Upload,
 )
 from fedkern.methods.registry import METHODS, get, register
+from fedkern.methods.sides import Client, Objective, Server
 from fedkern.privacy import Guarantee
 
 VECTORS = ("parameters", "buffers", "integers")

@@ -22,7 +22,7 @@ from fedkern.methods.base import (
     register,
 )
 from fedkern.methods.pairs import supervised_loss
-from fedkern.methods.protocol import Client
+from fedkern.methods.sides import Client
 
 
 @register("centralised")

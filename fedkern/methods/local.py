@@ -24,8 +24,8 @@ from fedkern.methods.base import (
     register,
 )
 from fedkern.methods.pairs import pair_figures, supervised_loss
-from fedkern.methods.protocol import Client
 from fedkern.methods.segmentation import segmentation
+from fedkern.methods.sides import Client
 from fedkern.models import Ensemble
 
 
