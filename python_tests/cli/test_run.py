@@ -183,7 +183,10 @@ def test_flags_override_the_config_file_which_overrides_the_defaults(tmp_path):
     ("argv", "repeated"),
     [
         # Fed-LPFM's and FML's own on the digits
-        (["fedlpfm"], ["--data digits", "--partition classes:2", "--rounds 40", "--local-epochs 1", "--lr 0.1 --momentum 0.0"]),
+        (
+            ["fedlpfm"],
+            ["--data digits", "--partition classes:2", "--rounds 40", "--local-epochs 1", "--lr 0.1 --momentum 0.0"],
+        ),
         (["fml", "--lr", "0.3"], ["--lr 0.3", "--momentum 0.0"]),
         (["fusefl", "--method-option", "calibration_epochs=2"], ["--method-option calibration_epochs=2"]),
         (["fedprox", "--method-option", "weighting=uniform"], ["--method-option weighting=uniform"]),
