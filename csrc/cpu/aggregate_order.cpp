@@ -4,6 +4,7 @@
 
 #include "aggregate_scratch.h"
 #include "aggregate_store.h"
+#include "aggregate_streams.h"
 #include "fedkern/parallel.h"
 #include "fedkern/tiles.h"
 
@@ -33,23 +34,28 @@ void load_tile(const SortedMean& a, std::int64_t begin, std::int64_t n, Tile<C>&
   const V infinity = V::set(std::numeric_limits<C>::infinity());
   V nans[kWide];
   for (V& v : nans) v = V::set(0);
-  for (std::int64_t m = 0; m < a.count; ++m) {
-    const T* x = static_cast<const T*>(a.vectors[m]) + begin;
-    prefetch_ahead<kWidth<C> * static_cast<std::int64_t>(sizeof(T))>(x);
-    T last[kWidth<C>];
-    if (n < kWidth<C>) {
-      for (std::int64_t j = 0; j < kWidth<C>; ++j) last[j] = x[j < n ? j : 0];
-      x = last;
-    }
-    C* row = tile.values + m * kWidth<C>;
-    for (int u = 0; u < kWide; ++u) {
-      const V value = V::load(x + u * V::lanes);
-      const auto number = value == value;
-      nans[u] = nans[u] + select(number, V::set(0), V::set(1));
-      select(number, value, infinity).store(row + u * V::lanes);
-      if constexpr (weighted) {
-        const V place = V::set(static_cast<C>(m));
-        select(number, place, place + V::set(static_cast<C>(a.count))).store(tile.origin + m * kWidth<C> + u * V::lanes);
+  for (std::int64_t first = 0; first < a.count; first += kStreams) {
+#pragma GCC unroll 10
+    for (int k = 0; k < kStreams; ++k) {
+      const std::int64_t m = first + k;
+      if (m >= a.count) break;
+      const T* x = static_cast<const T*>(a.vectors[m]) + begin;
+      prefetch_ahead<kWidth<C> * static_cast<std::int64_t>(sizeof(T))>(x);
+      T last[kWidth<C>];
+      if (n < kWidth<C>) {
+        for (std::int64_t j = 0; j < kWidth<C>; ++j) last[j] = x[j < n ? j : 0];
+        x = last;
+      }
+      C* row = tile.values + m * kWidth<C>;
+      for (int u = 0; u < kWide; ++u) {
+        const V value = V::load(x + u * V::lanes);
+        const auto number = value == value;
+        nans[u] = nans[u] + select(number, V::set(0), V::set(1));
+        select(number, value, infinity).store(row + u * V::lanes);
+        if constexpr (weighted) {
+          const V place = V::set(static_cast<C>(m));
+          select(number, place, place + V::set(static_cast<C>(a.count))).store(tile.origin + m * kWidth<C> + u * V::lanes);
+        }
       }
     }
   }

@@ -1,9 +1,9 @@
 // One block of rows: how its logits are reached, where its gradients go, and the softmax statistics every loss needs.
 //
-// Long rows have their classes across the lanes (several rows per block, so that one row's sums across lanes overlap with
-// the next row's arithmetic); short rows, and rows whose classes lie apart in memory, have one row per lane. Both run the
-// same code: a "line" is a run of vectors with common statistics, which is one row in the first case and all rows of the
-// block in the second.
+// Long rows have their classes across the lanes (several rows per block, so that one row's sums across lanes overlap
+// with the next row's arithmetic); short rows, and rows whose classes lie apart in memory, have one row per lane. Both
+// run the same code: a "line" is a run of vectors with common statistics, which is one row in the first case and all
+// rows of the block in the second.
 #pragma once
 
 #include "distill_memory.h"
@@ -235,7 +235,8 @@ class Block {
   void flush(int k, const View<T>& out) {
     if (any_zero_) clear_skipped(out);
     const Logits& x = gradient(k);
-    if (out.data == gradient_buffer_) unpack<T, LanesAreRows>(x, position(x, gradient_base_[k]), window(x), gradient_buffer_);
+    if (out.data == gradient_buffer_)
+      unpack<T, LanesAreRows>(x, position(x, gradient_base_[k]), window(x), gradient_buffer_);
   }
   // Rows of weight 0 were computed along with the others, from whatever they hold.
   void clear_skipped(const View<T>& out) const {

@@ -49,7 +49,7 @@ class ConsensusLosses : public Lines<T, LanesAreRows> {
   // --- Jensen-Shannon
 
   void jensen_shannon(Sums& sums) {
-    this->find_statistics(0, K_, false);
+    this->find_statistics(0, K_, false, true);
     V loss = divergences<false>();
     const bool near = (loss < V::set(kNear)).any();
     if (near) loss = divergences<true>();
@@ -199,9 +199,12 @@ class ConsensusLosses : public Lines<T, LanesAreRows> {
     const bool kept = call_.kept.data != nullptr;
     if (kept && call_.teachers_grad.data) return resume_consensus();
     const bool gradients = call_.teachers_grad.data || call_.weights_grad.data || kept;
+    // Gradients of logits take no entropies: those of a backward pass alone need no log Z.
+    bool entropies = call_.weights_grad.data != nullptr;
+    for (int i = 0; i < 2; ++i) entropies = entropies || call_.row_loss[i].data || call_.total[i].data;
     // kLoss: sum p (max - x), the entropy less log Z, both >= 0; kDot: the cross entropy to the mixture.
     this->clear(kLoss), this->clear(kDot);
-    this->template find_statistics<true>(0, K_, false);
+    this->template find_statistics<true>(0, K_, false, entropies);
     V mixed = zero;
     for (std::int64_t tile = 0; tile < tiles_; ++tile) {
       fetch_with_exponentials(tile);
@@ -217,15 +220,14 @@ class ConsensusLosses : public Lines<T, LanesAreRows> {
       for (; k < K_; ++k) add_cross<1>(k);
     }
     for (std::int64_t i = 0; i < packs(K_); ++i) {
-      const V log_sum = stats(kLogSum)[i], entropy = fma(stats(kLoss)[i], stats(kInverse)[i], log_sum);
-      stats(kLoss).set(i, entropy);
-      stats(kDrift).set(i, entropy - log_sum);
+      const V depth = stats(kLoss)[i] * stats(kInverse)[i];
+      stats(kDrift).set(i, depth);
+      if (entropies) stats(kLoss).set(i, depth + stats(kLogSum)[i]);
     }
     if (kept)
       for (int place = 0; place < 4; ++place) this->keep(place, kKept[place]);
     // A mixture that rounding lifts above 1 would make this negative.
-    finish(0, max(zero, mixed), sums);
-    finish(1, mean_of(kLoss), sums);
+    if (entropies) finish(0, max(zero, mixed), sums), finish(1, mean_of(kLoss), sums);
     if (call_.teachers_grad.data) consensus_gradients();
     if (call_.weights_grad.data) {
       for (std::int64_t k = 0; k < K_; ++k)

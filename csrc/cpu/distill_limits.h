@@ -14,7 +14,8 @@ class LimitLosses : public ConsensusLosses<T, LanesAreRows> {
   using typename Base::V;
   using Base::call_, Base::factor_, Base::fetch, Base::finish, Base::K_, Base::kDenominator, Base::kDot, Base::kDrift;
   using Base::kInverse, Base::kLogSum, Base::kLoss, Base::kMaximum, Base::kOut, Base::kShare, Base::kSum, Base::kU;
-  using Base::set, Base::share, Base::single, Base::stat, Base::store, Base::tiles_, Base::total, Base::vectors_, Base::x;
+  using Base::set, Base::share, Base::single, Base::stat, Base::store, Base::tiles_, Base::total, Base::vectors_;
+  using Base::x;
 
   // A weight of 0 gets no gradient, nor do weights that sum to 0.
   void store_class_weights(std::int64_t k, Line out) {
@@ -26,8 +27,8 @@ class LimitLosses : public ConsensusLosses<T, LanesAreRows> {
     store(call_.weights_grad, k * call_.weights_grad.stack_stride, out);
   }
 
-  // From the gradient of the mixed logits (kU) to those of teachers and weights in the current tile. Where teachers were
-  // centered, kDrift is what that takes from every class.
+  // From the gradient of the mixed logits (kU) to those of teachers and weights in the current tile. Where teachers
+  // were centered, kDrift is what that takes from every class.
   void spread_logit_gradient() {
     const V zero = V::set(0);
     const Line g = single(kU), out = single(kOut);

@@ -12,7 +12,8 @@ class Lines : public Shares<T, LanesAreRows> {
   using Base = Shares<T, LanesAreRows>;
   using typename Base::Line;
   using typename Base::V;
-  using Base::any_zero_, Base::call_, Base::capacity_, Base::clear, Base::e, Base::factor_, Base::first_, Base::K_;
+  using Base::any_zero_, Base::call_, Base::capacity_, Base::clear, Base::e, Base::each_pack, Base::factor_;
+  using Base::fill, Base::first_, Base::K_;
   using Base::kAnchor, Base::kInverse, Base::kLogSum, Base::kLoss, Base::kMaximum, Base::kMixture, Base::kPeak;
   using Base::kScaled, Base::kShare, Base::kStep, Base::kSum, Base::kTogether, Base::lanes, Base::load, Base::loaded_;
   using Base::most, Base::offset, Base::packs, Base::set, Base::share, Base::shares_known_, Base::single, Base::stat;
@@ -31,15 +32,18 @@ class Lines : public Shares<T, LanesAreRows> {
     vectors_ = all - tile * capacity_ < capacity_ ? all - tile * capacity_ : capacity_;
   }
 
-  // Takes the lines of a tile in: all teachers, and the student where there is one. What is there already stays.
-  void fetch(std::int64_t tile) {
+  // Takes the lines of a tile in: all teachers, and the student where there is one. What is there already stays. Who
+  // goes through the teachers in order anyway may leave them waiting until then.
+  void fetch(std::int64_t tile, bool may_wait = false) {
     if (tile == loaded_) return;
     loaded_ = tile;
     set_tile(tile);
     if (call_.student.data) this->load_lines(call_.student, 0, K_, 1);
     if (passing_ && !any_zero_ && this->in_place(call_.teachers)) return mix_passing_logits();
-    kept_ = !(unkept_ && !any_zero_ && this->in_place(call_.teachers));
-    this->load_lines(call_.teachers, call_.teachers.stack_stride, 0, K_, kept_);
+    waiting_ = may_wait && !any_zero_ && !mixes_logits_ && this->in_place(call_.teachers);
+    if (waiting_) teachers_ = this->start_of(call_.teachers);
+    kept_ = !(waiting_ && unkept_);
+    if (!waiting_) this->load_lines(call_.teachers, call_.teachers.stack_stride, 0, K_);
     if (call_.by_class) {
       // Of a single tile they stay where they are.
       if (!(weights_fixed_ && shares_known_ && tiles_ == 1)) this->find_class_shares();
@@ -55,6 +59,12 @@ class Lines : public Shares<T, LanesAreRows> {
     if (mixes_logits_) mix_logits();
   }
 
+  // Takes in the next few teachers from k on, where they wait.
+  FEDKERN_INLINE void read_waiting(std::int64_t k) const {
+    if (!waiting_ || k >= K_) return;
+    kept_ ? this->template read_teachers<true>(teachers_, k) : this->template read_teachers<false>(teachers_, k);
+  }
+
   // Takes the teachers' lines in after all.
   void keep_lines() {
     if (!kept_) this->load_lines(call_.teachers, call_.teachers.stack_stride, 0, K_);
@@ -63,75 +73,62 @@ class Lines : public Shares<T, LanesAreRows> {
 
   // --- softmax
 
-  // Maximum, 1 / sum and log of the sum of exponentials of lines [begin, end), and the exponentials of the last tile.
-  // Without `logs` the teachers' logs are left to find_logs(). With Depth, kLoss grows by the sum of e^-d d, d >= 0 the
-  // exponents' distance from the maximum.
+  // Maximum, sum of exponentials, its inverse and log of lines [begin, end), and the exponentials of the last tile.
+  // Without `logs` these are left to find_logs(). With Depth, kLoss grows by the sum of e^-d d, d >= 0 the exponents'
+  // distance from the maximum.
   template <bool Depth = false>
-  void find_statistics(std::int64_t begin, std::int64_t end, bool as_is, bool logs = true) {
-    for (std::int64_t k = begin; k < end; ++k) {
-      set(kMaximum, k, V::set(as_is && k < K_ ? T(0) : kNone<T>));
-      set(kInverse, k, V::set(0));
-    }
+  void find_statistics(std::int64_t begin, std::int64_t end, bool as_is, bool logs) {
+    const bool in_order = begin == 0 && !as_is;
+    fill(kMaximum, begin, end, V::set(kNone<T>));
+    fill(kSum, begin, end, V::set(0));
+    if (as_is) fill(kMaximum, begin, K_, V::set(0)), set(kMaximum, K_, V::set(kNone<T>));
     for (std::int64_t tile = 0; tile < tiles_; ++tile) {
-      fetch(tile);
+      fetch(tile, in_order);
+      // First those that are alone: the teachers hide their latencies.
+      for (std::int64_t k = begin < K_ ? K_ : begin; k < end; ++k) add_lines<1, Depth>(tile, k, true);
+      // A group's exponentials keep the arithmetic busy while the next one is read.
       std::int64_t k = begin;
-      if (!as_is && begin == 0)
-        for (; k + kTogether <= K_; k += kTogether) add_lines<kTogether, Depth>(tile, k, true);
-      for (; k < end; ++k) add_lines<1, Depth>(tile, k, !(as_is && k < K_));
+      read_waiting(k);
+      if (in_order)
+        for (; k + kTogether <= K_; k += kTogether) {
+          read_waiting(k + kTogether);
+          add_lines<kTogether, Depth>(tile, k, true);
+        }
+      for (; k < K_; ++k) add_lines<1, Depth>(tile, k, !as_is);
     }
-    std::int64_t k = begin;
-    if (begin == 0 && !as_is) {  // by the vector
-      const Line sums = stats(kSum), inverses = stats(kInverse), log_sums = stats(kLogSum);
-      for (std::int64_t i = 0; i < packs(K_); ++i) {
-        const V sum = inverses[i];
-        if (logs) log_sums.set(i, log(sum));
-        inverses.set(i, V::set(1) / sum);
-        sums.set(i, sum);
-      }
-      // The last vector may have taken in the student, whose turn comes now.
-      if (end > K_) set(kInverse, K_, !LanesAreRows && K_ % lanes ? stat(kSum, K_) : stat(kInverse, K_));
-      k = K_;
-    }
-    for (; k < end; ++k) {
-      const V sum = stat(kInverse, k);
-      const bool keep = as_is && k < K_;
-      if (logs || k >= K_) set(kLogSum, k, keep ? V::set(0) : log(sum));
-      set(kInverse, k, keep ? V::set(1) : V::set(1) / sum);
-      set(kSum, k, sum);
-    }
+    each_pack(begin, end, [&](std::int64_t i) { stats(kInverse).set(i, V::set(1) / stats(kSum)[i]); });
+    if (as_is) fill(kInverse, begin, K_, V::set(1)), set(kInverse, K_, V::set(1) / stat(kSum, K_));
+    if (logs) find_logs(begin, end, as_is);
   }
 
-  void find_logs() const {
-    const V zero = V::set(0);
-    const V own = stat(kLogSum, K_);
-    for (std::int64_t i = 0; i < packs(K_); ++i)
-      stats(kLogSum).set(i, call_.as_is ? zero : log(stats(kSum)[i]));
-    set(kLogSum, K_, own);
+  void find_logs(std::int64_t begin, std::int64_t end, bool as_is) const {
+    each_pack(begin, end, [&](std::int64_t i) { stats(kLogSum).set(i, log(stats(kSum)[i])); });
+    if (as_is) fill(kLogSum, begin, K_, V::set(0)), set(kLogSum, K_, log(stat(kSum, K_)));
   }
 
   // What exponents are taken from: the maximum, or 0 where all classes so far are masked.
   static FEDKERN_INLINE V origin(V peak) { return select(peak == V::set(kNone<T>), V::set(0), peak); }
 
-  // Adds the current tile to the maxima and sums (so far as kInverse) of lines k to k + N - 1, with their exponentials.
+  // Adds the current tile to the maxima and sums of lines k to k + N - 1, with their exponentials.
   template <int N, bool Depth>
   FEDKERN_INLINE void add_lines(std::int64_t tile, std::int64_t k, bool with_maximum) const {
     V peak[N], sum[N], depth[N];
     for (int i = 0; i < N; ++i) peak[i] = stat(kMaximum, k + i);
     if (with_maximum) {
       for (int i = 0; i < N; ++i) {
-        const V before = peak[i];
-        peak[i] = max(before, stat(kPeak, k + i));
+        const V before = peak[i], here = stat(kPeak, k + i);
+        peak[i] = tile == 0 ? here : max(before, here);
         set(kMaximum, k + i, peak[i]);
         if (tile > 0) {
           const V shift = max(V::set(exp_lowest<T>), before - origin(peak[i]));
-          const V ratio = power_(shift), so_far = stat(kInverse, k + i);
+          const V ratio = power_(shift), so_far = stat(kSum, k + i);
           if (Depth) set(kLoss, k + i, ratio * (stat(kLoss, k + i) - so_far * shift));
-          set(kInverse, k + i, ratio * so_far);
+          set(kSum, k + i, ratio * so_far);
         }
       }
     }
     exponentiate<N, Depth>(k, peak, sum, depth);
-    this->template add_totals<N>(kInverse, k, sum);
+    this->template add_totals<N>(kSum, k, sum);
     if (Depth) {
       for (int i = 0; i < N; ++i) depth[i] = V::set(0) - depth[i];
       this->template add_totals<N>(kLoss, k, depth);
@@ -145,8 +142,11 @@ class Lines : public Shares<T, LanesAreRows> {
     Line from[N], to[N];
     V start[N];
     const bool elsewhere = !kept_ && k < K_;
+    // Many teachers are too many streams for the hardware to follow: the next row is asked for here.
+    const std::int64_t ahead = elsewhere ? call_.teachers.row_stride[call_.row_dims - 1] : 0;
     for (int i = 0; i < N; ++i) {
-      from[i] = elsewhere ? Line{const_cast<T*>(this->source_) + (k + i) * this->source_apart_} : x(k + i), to[i] = e(k + i);
+      from[i] = elsewhere ? Line{const_cast<T*>(teachers_) + (k + i) * call_.teachers.stack_stride} : x(k + i);
+      to[i] = e(k + i);
       start[i] = origin(peak[i]), sum[i] = depth[i] = V::set(0);
     }
     const ScaledExp<T> power = power_;
@@ -167,7 +167,10 @@ class Lines : public Shares<T, LanesAreRows> {
       }
     } else {
       for (std::int64_t v = 0; v < count; ++v)
-        for (int i = 0; i < N; ++i) add(i, v, from[i][v]);
+        for (int i = 0; i < N; ++i) {
+          __builtin_prefetch(from[i].data + v * lanes + ahead);
+          add(i, v, from[i][v]);
+        }
       if (left)
         for (int i = 0; i < N; ++i) add(i, count, V::load_partial(from[i].data + count * lanes, left, kNone<T>));
     }
@@ -239,7 +242,7 @@ class Lines : public Shares<T, LanesAreRows> {
     }
   }
 
-  // The mixture of logits as line K + 1; -inf where a teacher that counts has that. Sums are taken relative to the first
+  // The mixture of logits as line K + 1; -inf where a teacher that counts has that. Sums are relative to the first
   // teacher that counts, so that equal teachers are mixed without rounding whatever the student is, and kAnchor is the
   // mixture - the student, which keeps its digits where all of them are near.
   void mix_logits() const {
@@ -323,6 +326,8 @@ class Lines : public Shares<T, LanesAreRows> {
   std::int64_t end_;  // of the lines that have exponentials
   bool mixes_logits_ = false, centered_ = false;
   bool unkept_ = false, kept_ = true;  // of the teachers only exponentials are needed; whether their lines are there
+  bool waiting_ = false;  // the current tile's teachers are read where their exponentials are taken
+  const T* teachers_ = nullptr;  // and lie here
   bool passing_ = false;  // mixed logits are all that is needed of the teachers
 };
 

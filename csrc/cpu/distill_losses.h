@@ -60,7 +60,8 @@ class Losses : public Block<T, LanesAreRows> {
 
   FEDKERN_INLINE Term term(const Pair& pair, const Line& s, auto part, int line, std::int64_t c) {
     const V x = load(pair.p, part, line, c), y = load(pair.q, part, line, c);
-    const V p = V::load(exponential(pair.p, line, c)) * s.inverse_p, q = V::load(exponential(pair.q, line, c)) * s.inverse_q;
+    const V p = V::load(exponential(pair.p, line, c)) * s.inverse_p;
+    const V q = V::load(exponential(pair.q, line, c)) * s.inverse_q;
     // A class masked in P contributes Q alone; its u may be NaN, so a number that takes the direct form stands for it.
     const Mask<T> present = x > V::set(-kInfinity<T>);
     const V u = select(present, fma((y - x) - s.shift, inverse_, V::set(0) - s.log_ratio), V::set(2));

@@ -13,10 +13,11 @@ class EnsembleLosses : public LimitLosses<T, LanesAreRows> {
   using typename Base::Term;
   using typename Base::V;
   using Base::call_, Base::corrected, Base::e, Base::factor_, Base::fetch, Base::fetch_with_exponentials, Base::finish;
-  using Base::K_, Base::kAnchor, Base::kDenominator, Base::kDot, Base::kDrift, Base::kInverse, Base::kLogSum, Base::kLoss;
+  using Base::K_, Base::kAnchor, Base::kDenominator, Base::kDot, Base::kDrift, Base::kInverse, Base::kLogSum;
+  using Base::kLoss;
   using Base::kMaximum, Base::kMixture, Base::kNear, Base::kOut, Base::kShare, Base::kSum, Base::kTiny, Base::kU;
-  using Base::log1p, Base::mix, Base::set, Base::share, Base::single, Base::small_exp_minus_one, Base::stat, Base::store;
-  using Base::term, Base::tiles_, Base::total, Base::vectors_, Base::x;
+  using Base::log1p, Base::mix, Base::set, Base::share, Base::single, Base::small_exp_minus_one, Base::stat;
+  using Base::store, Base::term, Base::tiles_, Base::total, Base::vectors_, Base::x;
 
  public:
   explicit EnsembleLosses(const EnsembleCall& call)
@@ -52,16 +53,18 @@ class EnsembleLosses : public LimitLosses<T, LanesAreRows> {
     const V shift = stat(kMaximum, k) - stat(kMaximum, K_);
     return fma(shift - this->over_student(k, v), inverse_, stat(kLogSum, k) - stat(kLogSum, K_));
   }
-  FEDKERN_INLINE V student_probability(std::int64_t v) const { return e(K_)[v] * stat(kInverse, K_); }
+  // From the sum itself: it is there before the teachers' inverses, which come by the vector.
+  FEDKERN_INLINE V student_probability(std::int64_t v) const { return e(K_)[v] * student_inverse_; }
 
   // --- a mixture of probabilities
 
   void probabilities(Sums& sums) {
     this->find_statistics(0, K_ + 1, call_.as_is, false);
+    student_inverse_ = V::set(1) / stat(kSum, K_);
     V loss = divergence<false>();
     const bool near = (loss < V::set(kNear)).any();
     if (near) {
-      this->find_logs();
+      this->find_logs(0, K_ + 1, call_.as_is);
       this->keep_lines();
       loss = divergence<true>();
     }
@@ -75,10 +78,10 @@ class EnsembleLosses : public LimitLosses<T, LanesAreRows> {
   void find_mixture() {
     mix();
     const Line m = single(kMixture), u = single(kU), rest = single(kAnchor);
-    const V shift = stat(kMaximum, K_), log_sum = stat(kLogSum, K_);
+    const V shift = stat(kMaximum, K_), total = stat(kSum, K_);
     for (std::int64_t v = 0; v < vectors_; ++v) {
       const V student = x(K_)[v];
-      V value = fma(student - shift, inverse_, V::set(0) - log_sum) - log(max(V::set(kTiny), m[v]));
+      V value = fma(student - shift, inverse_, V::set(0) - log(max(V::set(kTiny), m[v]) * total));
       if constexpr (Near) {
         const V zero = V::set(0), q = student_probability(v);
         V r = zero;
@@ -217,7 +220,8 @@ class EnsembleLosses : public LimitLosses<T, LanesAreRows> {
 
   void logits(Sums& sums) {
     const std::int64_t z = K_ + 1;
-    this->find_statistics(K_, K_ + 2, false);
+    this->find_statistics(K_, K_ + 2, false, true);
+    student_inverse_ = V::set(1) / stat(kSum, K_);
     V loss = V::set(0), drift = V::set(0);
     for (std::int64_t tile = 0; tile < tiles_; ++tile) {
       fetch_with_exponentials(tile);
@@ -261,7 +265,8 @@ class EnsembleLosses : public LimitLosses<T, LanesAreRows> {
 
   void mean(Sums& sums) {
     const V zero = V::set(0);
-    this->find_statistics(0, K_ + 1, call_.as_is);
+    this->find_statistics(0, K_ + 1, call_.as_is, true);
+    student_inverse_ = V::set(1) / stat(kSum, K_);
     this->clear(kLoss), this->clear(kDrift);
     // The sum of log-probabilities taken as they are need not be 1.
     V excess = zero;
@@ -310,7 +315,7 @@ class EnsembleLosses : public LimitLosses<T, LanesAreRows> {
   }
 
   const V temperature_, inverse_;
-  V normaliser_ = V::set(1), log_normaliser_ = V::set(0);
+  V normaliser_ = V::set(1), log_normaliser_ = V::set(0), student_inverse_ = V::set(1);
 };
 
 }  // namespace

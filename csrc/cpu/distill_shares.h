@@ -131,8 +131,8 @@ class Shares : public Storage<T, LanesAreRows> {
     sums.value[which] += (part[0] + part[1]) + (part[2] + part[3]);
   }
 
-  // The gradient of weights of whole rows: kDot - sum of share * kDot over the teachers, times `factor` over the weight.
-  // A weight of 0 gets none.
+  // The gradient of weights of whole rows: kDot - sum of share * kDot over the teachers, times `factor` over the
+  // weight. A weight of 0 gets none.
   void store_weight_gradients(V factor) const {
     const Stack& out = call_.weights_grad;
     const V zero = V::set(0), sum = stat(kWeight, 0);

@@ -1,9 +1,10 @@
 // The memory of a block of rows of K teachers and a student: lines of vectors, statistics, loading and storing.
 //
 // A block is one row with its classes across the lanes, or one row per lane (short rows, and rows whose classes lie
-// apart). Either way a "line" is one input's run of vectors, copied into the workspace with full vectors only: lanes past
-// the last class hold -inf, which no sum notices; lanes past the last row hold a copy of the first row. A statistic of a
-// line is a vector too where lanes are rows, else one number, spread over all lanes where it meets a line.
+// apart). Either way a "line" is one input's run of vectors, copied into the workspace with full vectors only: lanes
+// past the last class hold -inf, which no sum notices; lanes past the last row hold a copy of the first row. A
+// statistic of a line is a vector too where lanes are rows, else one number, spread over all lanes where it meets a
+// line.
 #pragma once
 
 #include <cstdlib>
@@ -74,7 +75,8 @@ class Storage {
     x_ = take(K_ * capacity_), e_ = take(K_ * capacity_), w_ = call.by_class ? take(K_ * capacity_) : nullptr;
     for (Line& line : single_) line.data = take(capacity_);
     for (Line& stat : stat_) stat.data = take(held);
-    for (std::int64_t i = 0; i < held; ++i) stat_[kShare].set(i, V::set(0));  // what is past the teachers counts nothing
+    // What is past the teachers counts nothing.
+    for (std::int64_t i = 0; i < held; ++i) stat_[kShare].set(i, V::set(0));
   }
 
   // Chooses the rows that share all but the innermost index.
@@ -113,12 +115,13 @@ class Storage {
       for (int i = 0; i < N; ++i) set(name, k + i, stat(name, k + i) + sums[i]);
     } else {
       static_assert(N == 1 || N == kTogether);
-      T totals[kTogether];
-      if constexpr (N == 1)
-        reduce_add({sums[0], sums[0], sums[0], sums[0]}, totals);
-      else
-        reduce_add(sums, totals);
-      for (int i = 0; i < N; ++i) stat_[name].data[k + i] += totals[i];
+      if constexpr (N == 1) {
+        T totals[kTogether] = {};
+        add_reduced({sums[0], sums[0], sums[0], sums[0]}, totals);
+        stat_[name].data[k] += totals[0];
+      } else {
+        add_reduced(sums, stat_[name].data + k);
+      }
     }
   }
   template <int N>
@@ -133,9 +136,15 @@ class Storage {
     return LanesAreRows ? count : (count + lanes - 1) / lanes;
   }
   FEDKERN_INLINE Line stats(Stat name) const { return stat_[name]; }
-  void clear(Stat name) const {
-    for (std::int64_t i = 0; i < packs(K_ + 2); ++i) stats(name).set(i, V::set(0));
+  // f(pack) for those that hold the numbers of lines [begin, end), and of others in between.
+  template <typename F>
+  static FEDKERN_INLINE void each_pack(std::int64_t begin, std::int64_t end, F f) {
+    for (std::int64_t i = LanesAreRows ? begin : begin / lanes; i < packs(end); ++i) f(i);
   }
+  void fill(Stat name, std::int64_t begin, std::int64_t end, V value) const {
+    each_pack(begin, end, [&](std::int64_t i) { stats(name).set(i, value); });
+  }
+  void clear(Stat name) const { fill(name, 0, K_ + 2, V::set(0)); }
   // Sum over the teachers of share * `name`; one of share 0 counts nothing.
   V mean_of(Stat name) const {
     const V zero = V::set(0);
@@ -202,26 +211,33 @@ class Storage {
     }
   }
 
-  // Loads the lines of `count` inputs from line k on; kPeak becomes their maxima. Where they are not to be kept that is
-  // all, and source_ tells where they are.
-  void load_lines(const Logits& source, std::int64_t apart, std::int64_t k, std::int64_t count, bool keep = true) {
+  const T* start_of(const Logits& source) const {
+    return static_cast<const T*>(source.data) + offset(source) + first_ * source.class_stride;
+  }
+
+  // Loads the lines of `count` inputs from line k on; kPeak becomes their maxima.
+  void load_lines(const Logits& source, std::int64_t apart, std::int64_t k, std::int64_t count) {
     if (in_place(source)) {
-      const T* p = static_cast<const T*>(source.data) + offset(source) + first_ * source.class_stride;
+      const T* p = start_of(source);
       const std::int64_t end = k + count;
-      if (!keep) {
-        source_ = p, source_apart_ = apart;
-        for (; k + kTogether <= end; k += kTogether, p += kTogether * apart) read_lines<kTogether, false>(p, source, apart, k);
-        for (; k < end; ++k, p += apart) read_lines<1, false>(p, source, apart, k);
-      } else {
-        for (; k + kTogether <= end; k += kTogether, p += kTogether * apart) read_lines<kTogether, true>(p, source, apart, k);
-        for (; k < end; ++k, p += apart) read_lines<1, true>(p, source, apart, k);
-      }
+      for (; k + kTogether <= end; k += kTogether, p += kTogether * apart)
+        read_lines<kTogether, true>(p, source, apart, k);
+      for (; k < end; ++k, p += apart) read_lines<1, true>(p, source, apart, k);
       return;
     }
     for (std::int64_t i = 0; i < count; ++i) {
       load(source, i * apart, x(k + i), kNone<T>);
       find_peak(k + i);
     }
+  }
+  // The same of the next few teachers, or what is left of them, where they are in place. Without Keep their lines stay
+  // where they are.
+  template <bool Keep>
+  void read_teachers(const T* p, std::int64_t k) const {
+    const std::int64_t apart = call_.teachers.stack_stride;
+    p += k * apart;
+    if (k + kTogether <= K_) return read_lines<kTogether, Keep>(p, call_.teachers, apart, k);
+    for (; k < K_; ++k, p += apart) read_lines<1, Keep>(p, call_.teachers, apart, k);
   }
   template <int N, bool Keep>
   FEDKERN_INLINE void read_lines(const T* p, const Logits& source, std::int64_t apart, std::int64_t k) const {
@@ -235,9 +251,11 @@ class Storage {
     for (std::int64_t v = 0; v < whole; ++v)
       for (int i = 0; i < N; ++i) {
         const T* const from = p + i * apart + v * step;
-        __builtin_prefetch(from + ahead);
         const V value = V::load(from);
-        if (Keep) out[i].set(v, value);
+        if (Keep) {
+          __builtin_prefetch(from + ahead);
+          out[i].set(v, value);
+        }
         peak[i] = max(peak[i], value);
       }
     if (whole < count) {
@@ -308,8 +326,6 @@ class Storage {
   std::int64_t tiles_, capacity_, first_ = 0, vectors_ = 0;
   std::int64_t row_ = 0, index_[kMaxRowDims] = {};
   int rows_ = 0;
-  const T* source_ = nullptr;
-  std::int64_t source_apart_ = 0;
 
  private:
   T *x_, *e_, *w_;

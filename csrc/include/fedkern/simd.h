@@ -132,8 +132,8 @@ namespace {
 
 // Where there is no shorter way.
 template <typename T>
-FEDKERN_INLINE void reduce_add(const Vec<T> (&a)[4], T* out) {
-  for (int i = 0; i < 4; ++i) out[i] = reduce_add(a[i]);
+FEDKERN_INLINE void add_reduced(const Vec<T> (&a)[4], T* out) {
+  for (int i = 0; i < 4; ++i) out[i] += reduce_add(a[i]);
 }
 template <typename T>
 FEDKERN_INLINE void reduce_max(const Vec<T> (&a)[4], T* out) {

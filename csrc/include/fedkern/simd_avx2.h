@@ -9,7 +9,9 @@ struct Mask<float> {
   __m256 bits;
   friend FEDKERN_INLINE Mask operator&(Mask a, Mask b) { return {_mm256_and_ps(a.bits, b.bits)}; }
   friend FEDKERN_INLINE Mask operator|(Mask a, Mask b) { return {_mm256_or_ps(a.bits, b.bits)}; }
-  friend FEDKERN_INLINE Mask operator!(Mask a) { return {_mm256_xor_ps(a.bits, _mm256_castsi256_ps(_mm256_set1_epi32(-1)))}; }
+  friend FEDKERN_INLINE Mask operator!(Mask a) {
+    return {_mm256_xor_ps(a.bits, _mm256_castsi256_ps(_mm256_set1_epi32(-1)))};
+  }
   FEDKERN_INLINE bool any() const { return _mm256_movemask_ps(bits) != 0; }
 };
 template <>
@@ -17,7 +19,9 @@ struct Mask<double> {
   __m256d bits;
   friend FEDKERN_INLINE Mask operator&(Mask a, Mask b) { return {_mm256_and_pd(a.bits, b.bits)}; }
   friend FEDKERN_INLINE Mask operator|(Mask a, Mask b) { return {_mm256_or_pd(a.bits, b.bits)}; }
-  friend FEDKERN_INLINE Mask operator!(Mask a) { return {_mm256_xor_pd(a.bits, _mm256_castsi256_pd(_mm256_set1_epi32(-1)))}; }
+  friend FEDKERN_INLINE Mask operator!(Mask a) {
+    return {_mm256_xor_pd(a.bits, _mm256_castsi256_pd(_mm256_set1_epi32(-1)))};
+  }
   FEDKERN_INLINE bool any() const { return _mm256_movemask_pd(bits) != 0; }
 };
 
@@ -47,7 +51,9 @@ struct Vec<float> {
     const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16))};
   }
-  static FEDKERN_INLINE Vec load(const f16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+  static FEDKERN_INLINE Vec load(const f16* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+  }
   static FEDKERN_INLINE Vec load_partial(const float* p, std::ptrdiff_t n, float fill = 0) {
     const __m256i mask = first_lanes_ps(n);
     return {_mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(p, mask), _mm256_castsi256_ps(mask))};
@@ -101,7 +107,9 @@ FEDKERN_INLINE Vec<float> abs(Vec<float> a) { return {_mm256_andnot_ps(_mm256_se
 FEDKERN_INLINE Vec<float> sqrt(Vec<float> a) { return {_mm256_sqrt_ps(a.v)}; }
 FEDKERN_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 FEDKERN_INLINE Vec<float> fms(Vec<float> a, Vec<float> b, Vec<float> c) { return {_mm256_fmsub_ps(a.v, b.v, c.v)}; }
-FEDKERN_INLINE Vec<float> select(Mask<float> m, Vec<float> yes, Vec<float> no) { return {_mm256_blendv_ps(no.v, yes.v, m.bits)}; }
+FEDKERN_INLINE Vec<float> select(Mask<float> m, Vec<float> yes, Vec<float> no) {
+  return {_mm256_blendv_ps(no.v, yes.v, m.bits)};
+}
 FEDKERN_INLINE float first(Vec<float> a) { return _mm256_cvtss_f32(a.v); }
 FEDKERN_INLINE float reduce_add(Vec<float> a) {
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
@@ -118,7 +126,9 @@ FEDKERN_INLINE float reduce_min(Vec<float> a) {
   x = _mm_min_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_min_ss(x, _mm_shuffle_ps(x, x, 1)));
 }
-FEDKERN_INLINE Vec<float> round(Vec<float> a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+FEDKERN_INLINE Vec<float> round(Vec<float> a) {
+  return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
 // In two factors, so that results down to the smallest subnormal come out right; |n| < 252.
 FEDKERN_INLINE Vec<float> scale_by_power(Vec<float> a, Vec<float> n) {
   const __m256i whole = _mm256_cvtps_epi32(n.v), half = _mm256_srai_epi32(whole, 1), bias = _mm256_set1_epi32(127);
@@ -133,12 +143,13 @@ FEDKERN_INLINE Vec<float> split_power(Vec<float> a, Vec<float>& n) {
   return {_mm256_castsi256_ps(_mm256_sub_epi32(_mm256_castps_si256(a.v), _mm256_slli_epi32(power, 23)))};
 }
 
-// Those of four vectors, in fewer steps.
-FEDKERN_INLINE void reduce_add(const Vec<float> (&a)[4], float* out) {
+// Those of four vectors, in fewer steps: the sums are added to `out`.
+FEDKERN_INLINE void add_reduced(const Vec<float> (&a)[4], float* out) {
   const __m256 p = _mm256_add_ps(_mm256_unpacklo_ps(a[0].v, a[1].v), _mm256_unpackhi_ps(a[0].v, a[1].v));
   const __m256 q = _mm256_add_ps(_mm256_unpacklo_ps(a[2].v, a[3].v), _mm256_unpackhi_ps(a[2].v, a[3].v));
   const __m256 all = _mm256_add_ps(_mm256_shuffle_ps(p, q, 0x44), _mm256_shuffle_ps(p, q, 0xee));
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+  const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+  _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), sums));
 }
 FEDKERN_INLINE void reduce_max(const Vec<float> (&a)[4], float* out) {
   const __m256 p = _mm256_max_ps(_mm256_unpacklo_ps(a[0].v, a[1].v), _mm256_unpackhi_ps(a[0].v, a[1].v));
@@ -209,7 +220,9 @@ FEDKERN_INLINE Vec<double> min(Vec<double> a, Vec<double> b) { return {_mm256_mi
 FEDKERN_INLINE Vec<double> abs(Vec<double> a) { return {_mm256_andnot_pd(_mm256_set1_pd(-0.0), a.v)}; }
 FEDKERN_INLINE Vec<double> sqrt(Vec<double> a) { return {_mm256_sqrt_pd(a.v)}; }
 FEDKERN_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
-FEDKERN_INLINE Vec<double> select(Mask<double> m, Vec<double> yes, Vec<double> no) { return {_mm256_blendv_pd(no.v, yes.v, m.bits)}; }
+FEDKERN_INLINE Vec<double> select(Mask<double> m, Vec<double> yes, Vec<double> no) {
+  return {_mm256_blendv_pd(no.v, yes.v, m.bits)};
+}
 FEDKERN_INLINE double first(Vec<double> a) { return _mm256_cvtsd_f64(a.v); }
 FEDKERN_INLINE double reduce_add(Vec<double> a) {
   const __m128d x = _mm_add_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
@@ -223,7 +236,9 @@ FEDKERN_INLINE double reduce_min(Vec<double> a) {
   const __m128d x = _mm_min_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
   return _mm_cvtsd_f64(_mm_min_sd(x, _mm_unpackhi_pd(x, x)));
 }
-FEDKERN_INLINE Vec<double> round(Vec<double> a) { return {_mm256_round_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+FEDKERN_INLINE Vec<double> round(Vec<double> a) {
+  return {_mm256_round_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
 FEDKERN_INLINE Vec<double> scale_by_power(Vec<double> a, Vec<double> n) {
   const __m128i whole = _mm256_cvtpd_epi32(n.v), half = _mm_srai_epi32(whole, 1), bias = _mm_set1_epi32(1023);
   const __m256i x = _mm256_slli_epi64(_mm256_cvtepi32_epi64(_mm_add_epi32(half, bias)), 52);

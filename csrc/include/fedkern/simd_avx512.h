@@ -41,7 +41,9 @@ struct Vec<float> {
 
   static FEDKERN_INLINE Vec set(float x) { return {_mm512_set1_ps(x)}; }
   static FEDKERN_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
-  static FEDKERN_INLINE Vec load(const bf16* p) { return {widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+  static FEDKERN_INLINE Vec load(const bf16* p) {
+    return {widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+  }
   static FEDKERN_INLINE Vec load(const f16* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
   }
@@ -49,7 +51,8 @@ struct Vec<float> {
     return {_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first_lanes(n), p)};
   }
   static FEDKERN_INLINE Vec load_partial(const bf16* p, std::ptrdiff_t n, float fill = 0) {
-    return {_mm512_mask_mov_ps(_mm512_set1_ps(fill), first_lanes(n), widen_bf16(_mm256_maskz_loadu_epi16(first_lanes(n), p)))};
+    return {_mm512_mask_mov_ps(_mm512_set1_ps(fill), first_lanes(n),
+                               widen_bf16(_mm256_maskz_loadu_epi16(first_lanes(n), p)))};
   }
   static FEDKERN_INLINE Vec load_partial(const f16* p, std::ptrdiff_t n, float fill = 0) {
     return {_mm512_mask_mov_ps(_mm512_set1_ps(fill), first_lanes(n),
@@ -58,10 +61,13 @@ struct Vec<float> {
   FEDKERN_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
   FEDKERN_INLINE void store(bf16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(v)); }
   FEDKERN_INLINE void store(f16* p) const {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
   FEDKERN_INLINE void store_partial(float* p, std::ptrdiff_t n) const { _mm512_mask_storeu_ps(p, first_lanes(n), v); }
-  FEDKERN_INLINE void store_partial(bf16* p, std::ptrdiff_t n) const { _mm256_mask_storeu_epi16(p, first_lanes(n), narrow_bf16(v)); }
+  FEDKERN_INLINE void store_partial(bf16* p, std::ptrdiff_t n) const {
+    _mm256_mask_storeu_epi16(p, first_lanes(n), narrow_bf16(v));
+  }
   FEDKERN_INLINE void store_partial(f16* p, std::ptrdiff_t n) const {
     _mm256_mask_storeu_epi16(p, first_lanes(n), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
@@ -81,12 +87,16 @@ FEDKERN_INLINE Vec<float> abs(Vec<float> a) { return {_mm512_abs_ps(a.v)}; }
 FEDKERN_INLINE Vec<float> sqrt(Vec<float> a) { return {_mm512_sqrt_ps(a.v)}; }
 FEDKERN_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 FEDKERN_INLINE Vec<float> fms(Vec<float> a, Vec<float> b, Vec<float> c) { return {_mm512_fmsub_ps(a.v, b.v, c.v)}; }
-FEDKERN_INLINE Vec<float> select(Mask<float> m, Vec<float> yes, Vec<float> no) { return {_mm512_mask_mov_ps(no.v, m.bits, yes.v)}; }
+FEDKERN_INLINE Vec<float> select(Mask<float> m, Vec<float> yes, Vec<float> no) {
+  return {_mm512_mask_mov_ps(no.v, m.bits, yes.v)};
+}
 FEDKERN_INLINE float first(Vec<float> a) { return _mm512_cvtss_f32(a.v); }
 FEDKERN_INLINE float reduce_add(Vec<float> a) { return _mm512_reduce_add_ps(a.v); }
 FEDKERN_INLINE float reduce_max(Vec<float> a) { return _mm512_reduce_max_ps(a.v); }
 FEDKERN_INLINE float reduce_min(Vec<float> a) { return _mm512_reduce_min_ps(a.v); }
-FEDKERN_INLINE Vec<float> round(Vec<float> a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+FEDKERN_INLINE Vec<float> round(Vec<float> a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
 FEDKERN_INLINE Vec<float> scale_by_power(Vec<float> a, Vec<float> n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 FEDKERN_INLINE Vec<float> split_power(Vec<float> a, Vec<float>& n) {
   const __m512i offset = _mm512_sub_epi32(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x3f3504f3));
@@ -95,13 +105,14 @@ FEDKERN_INLINE Vec<float> split_power(Vec<float> a, Vec<float>& n) {
   return {_mm512_castsi512_ps(_mm512_sub_epi32(_mm512_castps_si512(a.v), _mm512_slli_epi32(power, 23)))};
 }
 
-// Those of four vectors, in fewer steps.
-FEDKERN_INLINE void reduce_add(const Vec<float> (&a)[4], float* out) {
+// Those of four vectors, in fewer steps: the sums are added to `out`.
+FEDKERN_INLINE void add_reduced(const Vec<float> (&a)[4], float* out) {
   const __m512 p = _mm512_add_ps(_mm512_unpacklo_ps(a[0].v, a[1].v), _mm512_unpackhi_ps(a[0].v, a[1].v));
   const __m512 q = _mm512_add_ps(_mm512_unpacklo_ps(a[2].v, a[3].v), _mm512_unpackhi_ps(a[2].v, a[3].v));
   const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(p, q, 0x44), _mm512_shuffle_ps(p, q, 0xee));
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+  const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), sums));
 }
 FEDKERN_INLINE void reduce_max(const Vec<float> (&a)[4], float* out) {
   const __m512 p = _mm512_max_ps(_mm512_unpacklo_ps(a[0].v, a[1].v), _mm512_unpackhi_ps(a[0].v, a[1].v));
@@ -110,6 +121,24 @@ FEDKERN_INLINE void reduce_max(const Vec<float> (&a)[4], float* out) {
   const __m256 half = _mm256_max_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
   _mm_storeu_ps(out, _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
 }
+
+// 2^(i / 32), i the low five bits of every lane.
+struct Powers32 {
+  __m512 low, high;
+
+  Powers32() {
+    alignas(64) static constexpr float values[32] = {
+        0x1p+0f, 0x1.059b0ep+0f, 0x1.0b5586p+0f, 0x1.11301ep+0f, 0x1.172b84p+0f, 0x1.1d4874p+0f, 0x1.2387a6p+0f,
+        0x1.29e9ep+0f, 0x1.306fep+0f, 0x1.371a74p+0f, 0x1.3dea64p+0f, 0x1.44e086p+0f, 0x1.4bfdaep+0f, 0x1.5342b6p+0f,
+        0x1.5ab07ep+0f, 0x1.6247ecp+0f, 0x1.6a09e6p+0f, 0x1.71f75ep+0f, 0x1.7a1148p+0f, 0x1.82589ap+0f, 0x1.8ace54p+0f,
+        0x1.93737cp+0f, 0x1.9c4918p+0f, 0x1.a5503cp+0f, 0x1.ae89fap+0f, 0x1.b7f77p+0f, 0x1.c199bep+0f, 0x1.cb720ep+0f,
+        0x1.d5818ep+0f, 0x1.dfc974p+0f, 0x1.ea4afap+0f, 0x1.f50766p+0f};
+    low = _mm512_load_ps(values), high = _mm512_load_ps(values + 16);
+  }
+  FEDKERN_INLINE Vec<float> at(Vec<float> bits) const {
+    return {_mm512_permutex2var_ps(low, _mm512_castps_si512(bits.v), high)};
+  }
+};
 
 template <>
 struct Vec<double> {
@@ -165,12 +194,16 @@ FEDKERN_INLINE Vec<double> min(Vec<double> a, Vec<double> b) { return {_mm512_mi
 FEDKERN_INLINE Vec<double> abs(Vec<double> a) { return {_mm512_abs_pd(a.v)}; }
 FEDKERN_INLINE Vec<double> sqrt(Vec<double> a) { return {_mm512_sqrt_pd(a.v)}; }
 FEDKERN_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
-FEDKERN_INLINE Vec<double> select(Mask<double> m, Vec<double> yes, Vec<double> no) { return {_mm512_mask_mov_pd(no.v, m.bits, yes.v)}; }
+FEDKERN_INLINE Vec<double> select(Mask<double> m, Vec<double> yes, Vec<double> no) {
+  return {_mm512_mask_mov_pd(no.v, m.bits, yes.v)};
+}
 FEDKERN_INLINE double first(Vec<double> a) { return _mm512_cvtsd_f64(a.v); }
 FEDKERN_INLINE double reduce_add(Vec<double> a) { return _mm512_reduce_add_pd(a.v); }
 FEDKERN_INLINE double reduce_max(Vec<double> a) { return _mm512_reduce_max_pd(a.v); }
 FEDKERN_INLINE double reduce_min(Vec<double> a) { return _mm512_reduce_min_pd(a.v); }
-FEDKERN_INLINE Vec<double> round(Vec<double> a) { return {_mm512_roundscale_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+FEDKERN_INLINE Vec<double> round(Vec<double> a) {
+  return {_mm512_roundscale_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
 FEDKERN_INLINE Vec<double> scale_by_power(Vec<double> a, Vec<double> n) { return {_mm512_scalef_pd(a.v, n.v)}; }
 
 }  // namespace

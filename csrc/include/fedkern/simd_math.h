@@ -43,8 +43,8 @@ FEDKERN_INLINE Vec<double> exp_clamped(Vec<double> x) {
   using V = Vec<double>;
   const V n = round(x * V::set(0x1.71547652b82fep+0));
   const V r = fma(n, V::set(-0x1.cf79abc9e3b3ap-40), fma(n, V::set(-0x1.62e42fefap-1), x));
-  const V tail = polynomial(r, 1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320,
-                            1.0 / 5040, 1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5);
+  const V tail = polynomial(r, 1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880,
+                            1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5);
   return scale_exp(fma(r * r, tail, r) + V::set(1.0), n, x);
 }
 
@@ -72,7 +72,8 @@ class ScaledExp {
  private:
   V inverse_;
 };
-// In float the temperature goes into the base: 2^(x rate) = 2^n 2^r, the part of rate that float cannot hold added to r.
+// In float the temperature goes into the base: 2^(x rate) = 2^n 2^r, what float cannot hold of the rate added to r.
+// Where 32 powers of two fit two registers n is a multiple of 1/32, which leaves r to two coefficients.
 template <>
 class ScaledExp<float> {
   using V = Vec<float>;
@@ -85,21 +86,30 @@ class ScaledExp<float> {
     rest_ = V::set(static_cast<float>(rate - held));
     lowest_ = V::set(static_cast<float>(lowest < -3e38 ? -3e38 : lowest));
   }
+#if defined(FEDKERN_ISA_avx512)
+  FEDKERN_INLINE V operator()(V x) const {
+    x = max(lowest_, x);
+    // The sum's last bit is 1/32: its low bits are n modulo 1, and n is what the sum holds more than the constant.
+    const V magic = V::set(0x1.8p18f), sum = fma(x, rate_, magic), n = sum - magic;
+    const V r = fma(x, rest_, fms(x, rate_, n)), power = powers_.at(sum);
+    return scale_by_power(fma(power * r, polynomial(r, 0x1.ebfbecp-3f, 0x1.62e584p-1f), power), n);
+  }
+#else
   FEDKERN_INLINE V operator()(V x) const {
     x = max(lowest_, x);
     V n = round(x * rate_);
     const V r = fma(x, rest_, fms(x, rate_, n));
     const V power = polynomial(r, 0x1.41fbb8p-13f, 0x1.5f3e54p-10f, 0x1.3b2d4cp-7f, 0x1.c6aee8p-5f, 0x1.ebfbdcp-3f,
                                0x1.62e430p-1f, 1.0f);
-#if defined(FEDKERN_ISA_avx512)
-    return scale_by_power(power, n);
-#else
     const Mask<float> vanishes = x == lowest_;  // as in scale_exp
     return select(vanishes, V::set(0), scale_by_power(power, select(vanishes, V::set(0), n)));
-#endif
   }
+#endif
 
  private:
+#if defined(FEDKERN_ISA_avx512)
+  Powers32 powers_;
+#endif
   V rate_, rest_, lowest_;
 };
 
@@ -116,8 +126,8 @@ FEDKERN_INLINE Vec<float> log(Vec<float> x) {
   using V = Vec<float>;
   V n;
   const V f = split_power(x, n) - V::set(1.0f), square = f * f;
-  const V tail = polynomial(f, 7.0376836292e-2f, -1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f,
-                            -1.6668057665e-1f, 2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f);
+  const V tail = polynomial(f, 7.0376836292e-2f, -1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f,
+                            1.4249322787e-1f, -1.6668057665e-1f, 2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f);
   V low = fma(n, V::set(-2.12194440e-4f), f * square * tail);
   low = fma(square, V::set(-0.5f), low);
   return select(x == x, fma(n, V::set(0.693359375f), f + low), x);
@@ -141,8 +151,8 @@ FEDKERN_INLINE Vec<float> exp_remainder(Vec<float> x) {
                     0.04166651517152786f, 0.16666695475578308f, 0.5f);
 }
 FEDKERN_INLINE Vec<double> exp_remainder(Vec<double> x) {
-  return polynomial(x, 1.0 / 1307674368000, 1.0 / 87178291200, 1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800,
-                    1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5);
+  return polynomial(x, 1.0 / 1307674368000, 1.0 / 87178291200, 1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800,
+                    1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5);
 }
 
 }  // namespace
