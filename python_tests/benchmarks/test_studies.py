@@ -1,17 +1,11 @@
 """Every run that a study asks for is a command line that the program takes, and every table can be written."""
 
-import sys
 from collections import defaultdict
-from pathlib import Path
 
 import pytest
 
-from fedkern.cli import flags
-
-# Last, so that the package stays the installed one; the studies are modules of the checkout.
-sys.path.append(str(Path(__file__).parents[2]))
-
 from benchmarks import study, study_feddra, study_fedlpfm, study_fusefl
+from fedkern.cli import flags
 
 FIGURES = (
     "accuracy", "validation_accuracy", "vote_accuracy", "cue_tied_accuracy", "cue_random_accuracy", "backdoor_accuracy",

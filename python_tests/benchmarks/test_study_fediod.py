@@ -1,6 +1,5 @@
 """Every run that FedIOD's studies ask for is a command line that the program takes, and every table can be written."""
 
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -8,12 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks import fediod_runs, study_fediod, study_fediod_segment
 from fedkern.cli import flags
 from fedkern.data import load
-
-sys.path.append(str(Path(__file__).parents[2]))
-
-from benchmarks import fediod_runs, study_fediod, study_fediod_segment
 
 
 class Figures(defaultdict):
