@@ -34,7 +34,10 @@ class DENSE(DataFree):
 
     @dataclass(frozen=True)
     class Options(DataFree.Options):
-        """Knobs of the alternation; the released code's: 200 epochs, SGD 0.005, T 20, weights 1, a fresh student."""
+        """Knobs of the alternation; the released code's: 200 epochs, SGD 0.005, T 20, weights 1.
+
+        Its student starts fresh (``student_init``); here the average is the default, as for every distilled student.
+        """
 
         distill_epochs: int = option(200, "times that images are made and the student is trained on all of them", low=1)
         distill_lr: float = option(0.005, "learning rate of the student's SGD", above=0)

@@ -62,7 +62,9 @@ def weights_picture(records: Sequence[Mapping[str, Any]], path: Path, *, title: 
         axes.grid(True, color="#dddddd", lw=0.7)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_title(title, fontsize=13, loc="left")
-    panels[0].legend(fontsize=10, frameon=False, ncols=min(4, max(1, len(clients))), loc="best")
+    # Beside the curves, which no corner is free of.
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=10, frameon=False, ncols=min(5, len(handles)), loc="outside lower center")
     panels[-1].set_xlabel("communication round", fontsize=12)
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     save(figure, path)
