@@ -85,7 +85,10 @@ def recording() -> Iterator[None]:
 
 
 def differentiate_reference(
-    reference: Callable[..., Tensor], inputs: Sequence[Tensor | None], needs: Sequence[bool], grad: Tensor
+    reference: Callable[..., Any],
+    inputs: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    grad: Tensor | Sequence[Tensor],
 ) -> tuple[Tensor | None, ...]:
     """Returns the reference's gradients with a graph of their own: the way a second derivative is taken.
 
@@ -93,10 +96,10 @@ def differentiate_reference(
     is taken through the plain PyTorch reference instead.
 
     Args:
-        reference: function of ``inputs``.
+        reference: function of ``inputs``, a tensor or several.
         inputs: the saved inputs, with the graph they came with; None where an argument was not given.
         needs: which of them want a gradient.
-        grad: gradient of the result.
+        grad: gradient of the result, or of each.
     """
     with recording():
         result = reference(*inputs)

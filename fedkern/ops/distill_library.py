@@ -209,18 +209,12 @@ def reference_gradients(
     graph: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """The reference's gradients of the first ``len(needs)`` tensors, with a graph of their own if asked for."""
-    inputs = list(tensors)
+    inputs, others = list(tensors[: len(needs)]), tensors[len(needs) :]
     if not graph:
-        for i, need in enumerate(needs):
-            x = inputs[i]
-            if x is not None:
-                inputs[i] = x.detach().requires_grad_(bool(need))
-    with _library.recording():
-        results = loss_reference(*inputs, *settings)
-        results = (results,) if isinstance(results, Tensor) else results
-        wanted = [x for x, need in zip(inputs, needs, strict=False) if need and x is not None]
-        given = iter(torch.autograd.grad(results, wanted, grads, create_graph=True, allow_unused=True))
-    each = [next(given) if need and x is not None else None for x, need in zip(inputs, needs, strict=False)]
+        inputs = [
+            x if x is None else x.detach().requires_grad_(bool(need)) for x, need in zip(inputs, needs, strict=True)
+        ]
+    each = _library.differentiate_reference(lambda *xs: loss_reference(*xs, *others, *settings), inputs, needs, grads)
     return tuple(x if x is None or graph else x.detach() for x in each)
 
 

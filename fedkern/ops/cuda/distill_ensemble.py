@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.ops import _library
 from fedkern.ops.backend import DTYPES
 from fedkern.ops.cuda.core import queue
 from fedkern.ops.distill_arguments import CONSENSUS, JS, STACK, argument
 from fedkern.ops.distill_common import BATCHMEAN, NONE, PROBS, row_shape
 from fedkern.ops.distill_ensemble_reference import ensemble_reference
 from fedkern.ops.distill_kernels import Ensemble
+from fedkern.ops.distill_library import reference_gradients
 from fedkern.ops.distill_reference import compute_dtype, result_dtype
 
 # Rows that may be worked on at a time: what they keep per teacher stays in the caches.
@@ -208,14 +208,7 @@ def _plain(settings: Ensemble) -> Callable[..., Tensor]:
 def _plain_gradients(
     settings: Ensemble, tensors: tuple[Tensor | None, ...], grad: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    leaves = [x if x is None else x.detach().requires_grad_(need) for x, need in zip(tensors[:3], needs, strict=True)]
-    with _library.recording():
-        result = _plain(settings)(*leaves, tensors[3])
-        wanted = [x for x, need in zip(leaves, needs, strict=True) if need and x is not None]
-        found = iter(torch.autograd.grad(result, wanted, grad, allow_unused=True))
-    first, second, third = (
-        next(found) if need and x is not None else None for x, need in zip(leaves, needs, strict=True)
-    )
+    first, second, third = reference_gradients(_plain(settings), (grad,), tensors, (), needs)
     return first, second, third
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.ops import _library
 from fedkern.ops.distill_common import BATCHMEAN, LOGITS, MEAN, NONE, row_count, row_shape
 from fedkern.ops.distill_ensemble_reference import ensemble_reference
 from fedkern.ops.distill_kernels import Ensemble
+from fedkern.ops.distill_library import reference_gradients
 from fedkern.ops.distill_reference import compute_dtype, result_dtype
 from fedkern.ops.triton.distill_members import stack_kernel
 from fedkern.ops.triton.distill_mixture import members_kernel, mixture_kernel
@@ -270,15 +270,8 @@ def _reference_gradients(
     grad: Tensor, student: Tensor, teachers: Tensor, weights: Any, class_mask: Any, settings: Ensemble,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    leaves = [
-        None if x is None else x.detach().requires_grad_(need)
-        for x, need in zip((student, teachers, weights), needs, strict=True)
-    ]
-    with _library.recording():
-        loss = _reference(leaves[0], leaves[1], leaves[2], class_mask, settings)  # type: ignore[arg-type]
-        wanted = [x for x in leaves if x is not None and x.requires_grad]
-        found = iter(torch.autograd.grad(loss, wanted, grad, allow_unused=True, materialize_grads=True))
-    one, two, three = (next(found) if x is not None and x.requires_grad else None for x in leaves)
+    tensors = (student, teachers, weights, class_mask)
+    one, two, three = reference_gradients(_reference, (grad,), tensors, (settings,), needs)
     return one, two, three
 
 
