@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from interrupted import Cut, outcome
+from proxies import STEP, scene
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, one_hot, softmax
 
@@ -22,7 +23,6 @@ from fedkern.methods.fedlpfm import ONCE
 from fedkern.models.teacher import CallableTeacher
 from fedkern.models.teacher_training import finetune, probe
 
-STEP = Step(0, "train", "update")
 EQUAL = {"lr": 0.05, "momentum": 0.9}  # the methods' own defaults differ
 SMALL = {"teacher": "pretrained:cnn/3", "pretrain_epochs": 2}
 
@@ -39,25 +39,6 @@ def data(make_data, make_public):
 
 def make(lam=0.5, **options):
     return FedLPFM(FedLPFM.Options.parse({"lambda": lam, **options}))
-
-
-class Fixed(torch.nn.Module):
-    """A proxy that gives the logits it was made with."""
-
-    def __init__(self, logits):
-        super().__init__()
-        self.logits = torch.nn.Parameter(logits.clone())
-
-    def forward(self, images):
-        return self.logits
-
-
-def scene(teachers=1, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    proxy = Fixed(2 * torch.randn(7, 5, generator=g, dtype=torch.float64))
-    teacher = 3 * torch.randn(teachers, 7, 5, generator=g, dtype=torch.float64)
-    labels = torch.randint(0, 5, (7,), generator=g)
-    return proxy, teacher, Batch(torch.zeros(7, 1, 8, 8), labels, np.arange(7), STEP)
 
 
 def loss_of(method, proxy, teacher, batch):

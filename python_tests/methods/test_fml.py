@@ -2,10 +2,10 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from interrupted import Cut, outcome
+from proxies import STEP, Fixed, scene
 from safetensors.torch import load_file
 from torch.nn.functional import one_hot, softmax
 
@@ -14,30 +14,10 @@ from fedkern.engine import RunConfig, run
 from fedkern.engine.bench import Bench
 from fedkern.engine.serial import Client, Server
 from fedkern.errors import UserError
-from fedkern.methods import FML, Batch, FedLPFM, Step
+from fedkern.methods import FML, FedLPFM, Step
 from fedkern.methods.fml import Pair
 
-STEP = Step(0, "train", "update")
 EQUAL = {"momentum": 0.9}  # the methods' own defaults differ
-
-
-class Fixed(torch.nn.Module):
-    """A proxy that gives the logits it was made with."""
-
-    def __init__(self, logits):
-        super().__init__()
-        self.logits = torch.nn.Parameter(logits.clone())
-
-    def forward(self, images):
-        return self.logits
-
-
-def scene(teachers=1, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    proxy = Fixed(2 * torch.randn(7, 5, generator=g, dtype=torch.float64))
-    teacher = 3 * torch.randn(teachers, 7, 5, generator=g, dtype=torch.float64)
-    labels = torch.randint(0, 5, (7,), generator=g)
-    return proxy, teacher, Batch(torch.zeros(7, 1, 8, 8), labels, np.arange(7), STEP)
 
 
 def test_fml_is_its_equations_with_the_other_side_detached():
