@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +16,7 @@ from torch import Tensor
 from fedkern.data.background import rasterise
 from fedkern.data.types import Split
 from fedkern.errors import UserError
+from fedkern.files import one_writer, replace
 
 BATCH = 8
 SAVE_EVERY = 16  # batches between two writes of the cache
@@ -113,21 +112,16 @@ class Detections:
         return boxes
 
     def _write(self, new: Mapping[str, list[list[float]]]) -> None:
-        # Read again first: another run may have added images meanwhile.
-        content = {"detector": self.identity, "boxes": {**self._read(), **new}}
-        temporary = ""
+        def fill(temporary: Path) -> None:
+            temporary.write_text(json.dumps(content), encoding="utf-8")
+
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=f".{self.path.name}-")
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).replace(self.path)
+            with one_writer(self.folder / ".lock"):
+                # Read again first: another run may have added images meanwhile.
+                content = {"detector": self.identity, "boxes": {**self._read(), **new}}
+                replace(self.path, fill, self.path.with_name(f".{self.path.name}.partial"))
         except OSError as error:
-            if temporary:
-                with contextlib.suppress(OSError):
-                    Path(temporary).unlink()
             raise UserError(
                 f"cannot write the detection cache {self.path}: {error.strerror or error}; name another folder with "
                 "the data option detector_cache"

@@ -220,13 +220,13 @@ def _check_attribute(name: str, info: DatasetInfo, source: Source, spec: Partiti
         return
     if source.groups is None and not info.coloured:
         raise UserError(
-            f'data set "{name}" has no attribute (contexts or colours) to partition by; take iid, dirichlet:ALPHA or '
-            "classes:S"
+            f'data set "{name}" has no attribute (contexts, sites or colours) to partition by; take iid, '
+            "dirichlet:ALPHA or classes:S"
         )
     if source.groups is not None and clients != source.groups:
         raise UserError(
-            f'data set "{name}" assigns its contexts to {source.groups} clients, not {clients}; take --clients '
-            f"{source.groups} or another partition"
+            f'data set "{name}" assigns its {source.groups} contexts or sites to a client each, not to {clients}; take '
+            f"--clients {source.groups} or another partition"
         )
 
 

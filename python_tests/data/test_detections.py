@@ -1,6 +1,7 @@
 """The detection cache: each image is seen once, whatever the partition; damage and full disks are said clearly."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -112,7 +113,8 @@ def test_an_interrupted_detection_keeps_what_it_has(tmp_path: Path) -> None:
     Detections(rest, tmp_path).boxes(split, classes)
     assert stopped.count > 0
     assert stopped.count + rest.count == 100
-    assert [path.name for path in tmp_path.iterdir()] == [Detections(rest, tmp_path).path.name]  # no temporary left
+    left = {path.name for path in tmp_path.iterdir()} - {".lock"}
+    assert left == {Detections(rest, tmp_path).path.name}  # no temporary
 
 
 def test_two_runs_add_to_one_cache(tmp_path: Path) -> None:
@@ -129,6 +131,32 @@ def test_two_runs_add_to_one_cache(tmp_path: Path) -> None:
             return super().detect(images, name)
 
     Detections(Slow(), tmp_path).boxes(one, classes)
+    last = Corner()
+    Detections(last, tmp_path).boxes(split, classes)
+    assert last.count == 0
+
+
+def test_a_run_that_writes_while_another_does_waits(tmp_path: Path) -> None:
+    split = load("digits", clients=1, partition="iid", train_samples=40).clients[0]
+    classes = tuple("0123456789")
+    one, two = split.subset(torch.arange(20)), split.subset(torch.arange(20, 40))
+    other = threading.Thread(target=lambda: Detections(Corner(), tmp_path).boxes(two, classes))
+
+    class Writing(Detections):
+        """The other run comes between this one's last look at the file and its replacement."""
+
+        reads = 0
+
+        def _read(self) -> dict[str, list[list[float]]]:
+            found = super()._read()
+            self.reads += 1
+            if self.reads == 2:
+                other.start()
+                other.join(0.3)
+            return found
+
+    Writing(Corner(), tmp_path).boxes(one, classes)
+    other.join()
     last = Corner()
     Detections(last, tmp_path).boxes(split, classes)
     assert last.count == 0
