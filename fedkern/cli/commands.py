@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fedkern.cli import downstream
-from fedkern.cli.flags import PROGRAM, Request, absolute, effective, named_options, quote
+from fedkern.cli.flags import PROGRAM, quote
 from fedkern.cli.repeat import command_line
+from fedkern.cli.request import Request, absolute, effective, named_options
 from fedkern.downstream.tasks import TASKS
 from fedkern.engine import Listener, RunConfig, RunInfo, Terminated
 from fedkern.engine.records import plain
@@ -60,11 +61,11 @@ def check_backend() -> None:
     Raises:
         UserError: one names something that does not exist or cannot be used on this machine.
     """
-    from fedkern.ops import backend
+    from fedkern.ops import backend, loading
 
     try:
         backend.cpu_core()
-    except backend.Unavailable:
+    except loading.Unavailable:
         pass  # the reference serves; doctor says why
     except ValueError as error:
         raise UserError(f"{error}.") from None

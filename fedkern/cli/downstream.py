@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedkern.cli.flags import PROGRAM, Parser, Request, absolute, key_values
+from fedkern.cli.flags import PROGRAM, Parser, key_values
+from fedkern.cli.request import Request, absolute
 from fedkern.downstream.tasks import FEATURES, TASKS
 from fedkern.errors import UserError, nearest
 

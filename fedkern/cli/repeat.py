@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from fedkern.cli.flags import DATA_FLAGS, PROGRAM, flag, one_shot, quote
+from fedkern.cli.flags import DATA_FLAGS, PROGRAM, flag, quote
+from fedkern.cli.request import one_shot
 from fedkern.engine import RunConfig
 
 

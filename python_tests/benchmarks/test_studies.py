@@ -5,7 +5,7 @@ from collections import defaultdict
 import pytest
 
 from benchmarks import study, study_feddra, study_fedlpfm, study_fusefl
-from fedkern.cli import flags
+from fedkern.cli import flags, request
 
 FIGURES = (
     "accuracy", "validation_accuracy", "vote_accuracy", "cue_tied_accuracy", "cue_random_accuracy", "backdoor_accuracy",
@@ -58,7 +58,7 @@ def test_every_case_is_a_command_line(module, kind, name, monkeypatch, tmp_path)
         words = tuple(word for word in case.arguments if word.startswith("--") or "=" in word)
         shapes.setdefault((case.arguments[0], words), case)
     for case in shapes.values():
-        flags.effective(flags.parse([*case.arguments, "--out", str(tmp_path / "run")]))
+        request.effective(flags.parse([*case.arguments, "--out", str(tmp_path / "run")]))
 
 
 @pytest.mark.parametrize("name", study_feddra.STUDIES)
@@ -70,7 +70,7 @@ def test_every_case_of_feddra_is_a_command_line(name, tmp_path):
         assert page.startswith("## ")
         assert numbers
     for case in asked.values():
-        flags.effective(flags.parse([*case.arguments, "--out", str(tmp_path / "run")]))
+        request.effective(flags.parse([*case.arguments, "--out", str(tmp_path / "run")]))
 
 
 def test_best_rate_is_the_lower_one_on_a_tie():

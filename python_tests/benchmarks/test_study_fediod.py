@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import fediod_runs, study_fediod, study_fediod_segment
-from fedkern.cli import flags
+from fedkern.cli import flags, request
 from fedkern.data import load
 
 
@@ -58,7 +58,7 @@ def check(module, kind, name, tmp_path):
         names = frozenset(w.partition("=")[0] for w in case.arguments if w.startswith("--") or "=" in w)
         shapes.setdefault((case.arguments[0], names), case)
     for case in shapes.values():
-        flags.effective(flags.parse([*case.arguments, "--out", str(tmp_path / "run")]))
+        request.effective(flags.parse([*case.arguments, "--out", str(tmp_path / "run")]))
 
 
 @pytest.mark.parametrize("name", ["digits", "mnist"])

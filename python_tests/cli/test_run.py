@@ -11,7 +11,7 @@ import shlex
 import pytest
 import torch
 
-from fedkern.cli import flags, repeat
+from fedkern.cli import flags, repeat, request
 from fedkern.engine import RunConfig
 from fedkern.methods import METHODS
 
@@ -170,12 +170,12 @@ def test_a_backend_that_does_not_exist(fails, monkeypatch, name, value):
 def test_flags_override_the_config_file_which_overrides_the_defaults(tmp_path):
     path = tmp_path / "settings.toml"
     path.write_text('method = "fedgid"\nrounds = 7\nlr = 0.2\n[options]\nalpha = 0.9\ngd_ramp = 3\n')
-    config = flags.effective(flags.parse(["--config", str(path), "--lr", "0.3", "--method-option", "alpha=0.8"]))
+    config = request.effective(flags.parse(["--config", str(path), "--lr", "0.3", "--method-option", "alpha=0.8"]))
     assert (config.method, config.rounds, config.lr) == ("fedgid", 7, 0.3)
     assert (config.options["alpha"], config.options["gd_ramp"]) == (0.8, 3)
     assert config.batch_size == RunConfig.make("fedgid").batch_size
     # Another method keeps the settings; the options were not meant for it.
-    other = flags.effective(flags.parse(["fedavg", "--config", str(path)]))
+    other = request.effective(flags.parse(["fedavg", "--config", str(path)]))
     assert (other.method, other.rounds, other.lr) == ("fedavg", 7, 0.2)
 
 
@@ -193,7 +193,7 @@ def test_flags_override_the_config_file_which_overrides_the_defaults(tmp_path):
     ],
 )
 def test_the_command_for_comparison_repeats_what_differs_from_its_own_defaults(argv, repeated):
-    config = flags.effective(flags.parse(argv))
+    config = request.effective(flags.parse(argv))
     baseline = "oneshot-fedavg" if argv[0] == "fusefl" else "fedavg"
     command = repeat.command_line(baseline, config)
     assert all(f" {words}" in command for words in repeated)
@@ -202,7 +202,7 @@ def test_the_command_for_comparison_repeats_what_differs_from_its_own_defaults(a
 
 def test_paths_are_stored_absolute(tmp_path):
     argv = ["fedavg", "--data", "mnist", "--data-root", "here", "--boxes", "b.csv", "--detector-cache", "~/c"]
-    config = flags.effective(flags.parse(argv))
+    config = request.effective(flags.parse(argv))
     assert config.data_root == str(tmp_path / "here")
     assert config.data_options["boxes"] == str(tmp_path / "b.csv")
     assert not config.data_options["detector_cache"].startswith("~")
@@ -224,11 +224,11 @@ def test_data_options_have_flags():
     ],
 )
 def test_the_command_for_comparison_has_the_same_split_and_budget(argv):
-    config = flags.effective(flags.parse(argv))
+    config = request.effective(flags.parse(argv))
     command = repeat.command_line("fedavg", config)
     words = shlex.split(command)
     assert words[:4] == ["python", "-m", "fedkern.run", "fedavg"]
-    other = flags.effective(flags.parse(words[3:]))
+    other = request.effective(flags.parse(words[3:]))
     assert other.method == "fedavg"
     for field in dataclasses.fields(RunConfig):
         if field.name not in ("method", "options"):

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedkern.cli import flags
+from fedkern.cli import flags, request
 from fedkern.report import plots, progress
 from fedkern.run import main
 
@@ -51,7 +51,7 @@ def test_a_run_leaves_its_folder_and_says_how_it_ended(finished):
     assert f"{100 * summary['metrics']['ood_accuracy']:.1f} %" in out
     assert f"run folder: {folder}" in out
     (command,) = re.findall(r"python -m fedkern\.run fedavg .*", out)
-    other = flags.effective(flags.parse(shlex.split(command)[3:]))
+    other = request.effective(flags.parse(shlex.split(command)[3:]))
     assert (other.train_samples, other.clients, other.width, other.rounds) == (60, 2, 4, 2)
     assert "round 1/2" in err
     assert "\x1b" not in out + err  # no colours into a pipe

@@ -1,0 +1,102 @@
+"""What a command line asks for, and the settings of the run that it means."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedkern.engine import RunConfig
+from fedkern.errors import UserError, nearest
+from fedkern.methods import METHODS
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for.
+
+    Attributes:
+        command: ``"run"``, ``"resume"``, ``"attack"``, ``"list"``, ``"doctor"`` or ``"help"``.
+        method: the method, where one is named.
+        settings: ``RunConfig`` fields that were given as flags, converted.
+        options: ``key=value`` method options.
+        data_options: options of the data set.
+        config: the ``--config`` file.
+        out: the run folder, where one is named.
+        resume: the folder to continue.
+        folder: the run folder of a command about a finished run.
+        tensorboard: whether event files are written beside metrics.jsonl.
+        arguments: of a downstream task.
+    """
+
+    command: str
+    method: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    options: tuple[str, ...] = ()
+    data_options: Mapping[str, Any] = field(default_factory=dict)
+    config: Path | None = None
+    out: Path | None = None
+    resume: Path | None = None
+    folder: Path | None = None
+    tensorboard: bool = False
+    quiet: bool = False
+    json: bool = False
+    help: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+def one_shot(method: str | None) -> bool:
+    """Whether a method has a plan of its own instead of ``--rounds``."""
+    return method in METHODS and METHODS[method].one_shot
+
+
+def effective(request: Request) -> RunConfig:
+    """Makes the settings of a new run: defaults, then the ``--config`` file, then the flags.
+
+    Raises:
+        UserError: the file is missing or no TOML, or a setting is unknown or out of range.
+    """
+    table: dict[str, Any] = {}
+    if request.config is not None:
+        try:
+            text = request.config.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise UserError(f"The config file {request.config} cannot be read: {reason}.") from None
+        table = RunConfig.table(text, source=str(request.config))
+    method = request.method or table.get("method")
+    if method is None:
+        raise UserError(f"Which method? Name it as METHOD or as method in {request.config}.")
+    if method not in METHODS:
+        raise UserError(f'Unknown method "{method}" in {request.config}.{nearest(str(method), METHODS)}')
+    from_file = dict(table.pop("options", {}))
+    if one_shot(method):
+        table.pop("rounds", None)  # the file may be that of such a run, or of a method with rounds
+    if table.pop("method", method) != method:
+        from_file = {}  # the file of another method's run: its settings count, its method options do not apply
+    options = {**named_options(method, from_file), **named_options(method, request.options)}
+    data_options = {**table.pop("data_options", {}), **request.data_options}
+    settings = {**table, **request.settings}
+    return RunConfig.make(method, options=options, data_options=absolute(data_options), **absolute(settings))
+
+
+def absolute(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with absolute paths, so that a run can be resumed, and compared with, from any folder."""
+    paths = {name: Path(str(value)).expanduser() for name, value in settings.items() if value}
+    named = [name for name in paths if name in ("data_root", "boxes", "detector_cache")]
+    named += [name for name in paths if name.endswith("_encoder") and paths[name].is_dir()]
+    return {name: str(paths[name].absolute()) if name in named else value for name, value in settings.items()}
+
+
+def named_options(method: str, given: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """The given method options alone, without the defaults, by published name and checked.
+
+    Raises:
+        UserError: an unknown option or a value out of range.
+    """
+    kind = METHODS[method].Options
+    parsed = kind.parse(given, method=method)
+    words = given if isinstance(given, Mapping) else [word.partition("=")[0] for word in given]
+    plain = {str(word).strip().replace("-", "_") for word in words}
+    return {knob.name: getattr(parsed, knob.field) for knob in kind.knobs() if {knob.name, knob.field} & plain}
