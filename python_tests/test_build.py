@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fedkern import ops
-from fedkern.ops import backend
+from fedkern.ops import backend, loading
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,14 +26,14 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 
 def core(name: str) -> Path:
     try:
-        return Path(backend.load_core(name).__file__ or "")
-    except backend.Unavailable as error:
+        return Path(loading.load_core(name).__file__ or "")
+    except loading.Unavailable as error:
         pytest.skip(str(error))
 
 
 def test_core_is_built_from_these_sources() -> None:
     module = backend.cpu_core()
-    assert module.source_hash() == backend.source_hash(ROOT / "csrc")
+    assert module.source_hash() == loading.source_hash(ROOT / "csrc")
 
 
 @pytest.mark.parametrize("name", ["_cpu", "_cuda"])
@@ -49,8 +49,8 @@ def test_core_links_no_torch_and_no_openmp_runtime(name: str) -> None:
 def test_cuda_core_is_built_where_nvcc_is() -> None:
     if shutil.which("nvcc") is None or os.environ.get("FEDKERN_CUDA") == "0":
         pytest.skip("no nvcc on PATH, or FEDKERN_CUDA=0")
-    module = backend.load_core("_cuda")
-    assert module.source_hash() == backend.source_hash(ROOT / "csrc")
+    module = loading.load_core("_cuda")
+    assert module.source_hash() == loading.source_hash(ROOT / "csrc")
 
 
 @pytest.mark.parametrize("level", backend.ISAS)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fedkern.ops import backend
+from fedkern.ops import loading
 
 # What a kernel may use so that two blocks of 256 threads, or three of 128, fit a multiprocessor's 65,536.
 REGISTERS = 128
@@ -42,8 +42,8 @@ def cuobjdump() -> str:
 @functools.cache
 def dump(*options: str) -> str:
     try:
-        core = backend.load_core("_cuda").__file__
-    except backend.Unavailable as error:
+        core = loading.load_core("_cuda").__file__
+    except loading.Unavailable as error:
         pytest.skip(str(error))
     assert core is not None
     return subprocess.run([cuobjdump(), *options, core], capture_output=True, text=True, check=True).stdout

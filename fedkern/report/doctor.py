@@ -26,6 +26,7 @@ PACKAGES = (
     "flwr",
     "opacus",
     "dp-accounting",
+    "nibabel",
     "tensorboard",
 )
 
@@ -45,7 +46,7 @@ def versions() -> dict[str, str]:
 
 def processor() -> dict[str, Any]:
     """The CPU: ``name``, ``cores``, the core's ISA levels ``available``, ``active``, ``forced``, or its ``problem``."""
-    from fedkern.ops import backend
+    from fedkern.ops import backend, loading
 
     found: dict[str, Any] = {"name": _cpu_name(), "cores": os.cpu_count()}
     forced = os.environ.get("FEDKERN_CPU_ISA")
@@ -54,7 +55,7 @@ def processor() -> dict[str, Any]:
         core = backend.cpu_core()
         found["available"] = list(core.available_isas())
         found["active"] = core.isa()
-    except (backend.Unavailable, ValueError) as error:
+    except (loading.Unavailable, ValueError) as error:
         found["problem"] = str(error)
     return found
 

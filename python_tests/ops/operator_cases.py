@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.ops import backend
+from fedkern.ops import backend, loading
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CLASSES = (1, 2, 3, 7, 8, 10, 100, 101, 127, 128, 129, 200, 1000, 1271, 3200)
@@ -24,7 +24,7 @@ OFFSETS = range(41)
 def _isas() -> list[str]:
     try:
         return list(backend.cpu_core().available_isas())
-    except backend.Unavailable:
+    except loading.Unavailable:
         return []
 
 
@@ -36,10 +36,10 @@ def _triton() -> list[str]:
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
     try:
-        backend.load_triton("launch")
-    except backend.Unavailable:
+        loading.load_triton("launch")
+    except loading.Unavailable:
         return []
-    return ["triton"] if backend.interpreted() else []
+    return ["triton"] if loading.interpreted() else []
 
 
 KERNELS = [f"cpu-{isa}" for isa in _isas()]

@@ -10,7 +10,7 @@ import types
 import pytest
 from rich.console import Console
 
-from fedkern.ops import backend
+from fedkern.ops import backend, loading
 from fedkern.report import doctor
 
 
@@ -36,9 +36,10 @@ def test_it_names_versions_processor_threads_and_operators():
 
 def test_a_missing_core_is_explained(monkeypatch):
     def missing(name: str):
-        raise backend.Unavailable(f"fedkern.{name} was not built (No module named 'fedkern.{name}')")
+        raise loading.Unavailable(f"fedkern.{name} was not built (No module named 'fedkern.{name}')")
 
     monkeypatch.setattr(backend, "load_core", missing)
+    monkeypatch.setattr(loading, "load_core", missing)
     monkeypatch.setattr(backend, "_loaded", {})
     text = shown()
     assert "CPU core" in text

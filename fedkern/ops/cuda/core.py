@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import _C, Tensor
 
-from fedkern.ops import backend
+from fedkern.ops import backend, loading
 
 # Without the Python objects of torch.cuda around it: the same number at a tenth of the time.
 _raw_stream: Callable[[int], int] | None = getattr(_C, "_cuda_getCurrentRawStream", None)
@@ -20,9 +20,9 @@ def load() -> ModuleType:
     Raises:
         Unavailable: it was not built, does not load, or torch is a build without CUDA.
     """
-    core = backend.load_core("_cuda")
+    core = loading.load_core("_cuda")
     if _raw_stream is None:
-        raise backend.Unavailable("fedkern._cuda is built, but torch is a build without CUDA")
+        raise loading.Unavailable("fedkern._cuda is built, but torch is a build without CUDA")
     return core
 
 

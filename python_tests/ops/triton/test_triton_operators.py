@@ -17,13 +17,13 @@ from operator_cases import BACKENDS, using
 from operator_runs import LOOKS, capture, compare, gradients, run
 
 from fedkern import ops
-from fedkern.ops import backend
+from fedkern.ops import loading
 
 
 @pytest.fixture
 def gpu() -> Iterator[torch.device]:
     """A GPU, with the Triton backend forced."""
-    if not torch.cuda.is_available() or backend.interpreted():
+    if not torch.cuda.is_available() or loading.interpreted():
         pytest.skip("no CUDA device" if not torch.cuda.is_available() else "TRITON_INTERPRET is set")
     with ops.use_backend("triton"):
         yield torch.device("cuda")

@@ -1,0 +1,105 @@
+"""Finds and imports what was compiled: the CPU and CUDA cores, and the Triton kernels."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+# The oldest Triton in whose language the kernels are written.
+TRITON = (3, 6)
+
+
+class Unavailable(Exception):
+    """A backend cannot be used here; the message says why in a clause that fits behind ``because``."""
+
+
+def load_core(name: str) -> ModuleType:
+    """Imports ``fedkern._cpu`` or ``fedkern._cuda``; :class:`Unavailable` keeps the loader's own message.
+
+    In a source tree that shadows an installed fedkern (``pip install .``, then ``python -m fedkern.run`` beside it) the
+    installed core serves, if it was built from the same ``csrc/``.
+    """
+    try:
+        return importlib.import_module(f"fedkern.{name}")
+    except ModuleNotFoundError:
+        core = _installed_core(name)
+        if core is None:
+            raise Unavailable(f"fedkern.{name} was not built") from None
+        return core
+    except ImportError as error:
+        raise Unavailable(f"fedkern.{name} does not load ({error})") from error
+
+
+def load_triton(family: str) -> ModuleType:
+    """Imports ``fedkern.ops.triton.<family>``; :class:`Unavailable` where Triton is missing or too old."""
+    try:
+        import triton
+    except ModuleNotFoundError:
+        raise Unavailable("triton is not installed (pip install 'fedkern[triton]')") from None
+    except ImportError as error:
+        raise Unavailable(f"triton does not load ({error})") from error
+    if not hasattr(triton, "jit"):  # a folder of that name
+        raise Unavailable("triton is not installed (pip install 'fedkern[triton]')")
+    found = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if found < TRITON:
+        wanted = ".".join(str(part) for part in TRITON)
+        raise Unavailable(f"triton {triton.__version__} is installed, and fedkern needs {wanted} or newer")
+    if found == (3, 6) and interpreted():
+        import numpy
+
+        try:
+            int(numpy.zeros(1))
+        except TypeError:
+            raise Unavailable(f"the interpreter of triton 3.6 does not run with numpy {numpy.__version__}") from None
+    try:
+        return importlib.import_module(f"fedkern.ops.triton.{family}")
+    except ImportError as error:
+        raise Unavailable(f"fedkern.ops.triton.{family} does not load ({error})") from error
+
+
+def interpreted() -> bool:
+    """True where Triton's kernels run in its interpreter, on CPU tensors (``TRITON_INTERPRET=1``)."""
+    loaded = sys.modules.get("fedkern.ops.triton")
+    if loaded is not None:
+        return bool(loaded.INTERPRETED)
+    return os.environ.get("TRITON_INTERPRET", "").lower() in {"1", "true", "yes", "on", "y"}
+
+
+def _installed_core(name: str) -> ModuleType | None:
+    import fedkern
+
+    here = Path(fedkern.__file__).resolve().parent
+    for entry in sys.path:
+        folder = (Path(entry) / "fedkern").resolve()
+        if folder == here or not any(folder.glob(f"{name}.*.so")):
+            continue
+        fedkern.__path__.append(str(folder))
+        try:
+            core = importlib.import_module(f"fedkern.{name}")
+        except ImportError as error:
+            raise Unavailable(f"fedkern.{name} of the installed fedkern does not load ({error})") from error
+        finally:
+            fedkern.__path__.remove(str(folder))
+        if core.source_hash() != source_hash(here.parent / "csrc"):
+            raise Unavailable(
+                f"this source tree was changed after fedkern.{name} was installed in {folder}: run pip install . again"
+            )
+        return core
+    return None
+
+
+def source_hash(folder: Path) -> str:
+    """Returns the ``source_hash()`` of a core built from ``folder`` (csrc/), or "" without that folder."""
+    if not folder.is_dir():
+        return ""
+    names = sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.suffix in {".cpp", ".h", ".cu", ".cuh"}
+    )
+    lines = [f"{name} {hashlib.sha256((folder / name).read_bytes()).hexdigest()}\n" for name in names]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
