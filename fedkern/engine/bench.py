@@ -187,7 +187,7 @@ class Bench:
         key = (message["parameters"], *(buffers or {}).values(), *message.values())
         if len(key) != len(self._frozen_key) or any(a is not b for a, b in zip(key, self._frozen_key, strict=True)):
             network.write({**message, **(buffers or {})})
-            network.statistics = self.config.buffers == "average" or bool(buffers)
+            network.statistics = self.config.statistics or bool(buffers)
             network.eval_mode()
             self._frozen_key = key
         return network.module

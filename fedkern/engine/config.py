@@ -86,8 +86,9 @@ class RunConfig:
         None, "augmentation of training images instead of the data set's", choices=tuple(AUGMENTATIONS), type=str
     )
     buffers: str = option(
-        "average", "what becomes of batch norm's running statistics", choices=("average", "local", "drop")
-    )
+        "average", "what becomes of batch norm's running statistics; pool (image-text data): those of the new global "
+        "network over all clients' samples", choices=("average", "local", "drop", "pool"),
+    )  # fmt: skip
     fix_statistics: int | None = option(
         None, "rounds after which batch norm trains with the received running statistics, which stay (FixBN)", low=0,
         type=int,
@@ -130,6 +131,11 @@ class RunConfig:
     def trained_clients(self) -> int:
         """The clients that take part in the training."""
         return self.clients - (self.held_out_client is not None)
+
+    @property
+    def statistics(self) -> bool:
+        """Whether the global network has running statistics."""
+        return self.buffers in ("average", "pool")
 
     @property
     def lr_epochs(self) -> tuple[int, ...]:

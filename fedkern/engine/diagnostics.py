@@ -98,7 +98,7 @@ def poor_metrics(metrics: Mapping[str, float], best: Mapping[str, float], classe
 
 def missing_statistics(buffers: str, has_buffers: bool) -> dict[str, str]:
     """A saved network without running statistics."""
-    if buffers == "average" or not has_buffers:
+    if buffers in ("average", "pool") or not has_buffers:
         return {}
     return {
         "no-running-statistics": f"With --buffers {buffers} the global model has no batch norm statistics: it was "

@@ -28,6 +28,7 @@ from fedkern.errors import UserError
 from fedkern.methods import registry
 from fedkern.methods.base import Round, Step
 from fedkern.methods.evaluate import is_main
+from fedkern.methods.pooling import Pooling
 
 
 class Run:
@@ -39,6 +40,7 @@ class Run:
         if kind.pooled:
             bench.pool()
         self.method = kind(kind.Options.parse(config.options, method=config.method))
+        self._pooling = Pooling(self.method, on=config.buffers == "pool")
         self.ledger = Ledger(config.trained_clients)
         self.checkpoints = Checkpoints(out)
         self.metrics = records.Metrics(out)
@@ -72,7 +74,8 @@ class Run:
         for k in range(self.bench.federation.clients):
             self.method.check(Client(self.bench, k, {}))
         if self.bench.data.task == "retrieval":
-            self.bench.network("server")  # encoders may be folders that cannot be read
+            network = self.bench.network("server")  # encoders may be folders that cannot be read
+            self._pooling.check(network.module)
         self.method.start(self.server)
         self._plan = [entry for entry in self.method.rounds(self.bench.federation) if not entry.one_off]
         self.gallery = Gallery(self.out, len(self._plan))
@@ -147,18 +150,20 @@ class Run:
         self.server.showing = not entry.one_off and self.gallery.wants(shown)
         phases = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0}
         sent = self.ledger.total_up, self.ledger.total_down
-        for exchange_name in entry.exchanges:
+        due = (self.done + 1) % self.config.eval_every == 0 or self.done + 1 == self._rounds
+        exchanges = self._pooling.exchanges(entry, due)
+        for exchange_name, asker in exchanges:
             step = Step(index, entry.name, exchange_name)
-            self._last_exchange = exchange_name == entry.exchanges[-1]
+            self._last_exchange = exchange_name == exchanges[-1][0]
             begun = time.perf_counter()
-            outgoing = self.method.send(self.server, step)
-            exchange = Exchange(self, step, participants, entry)
+            outgoing = asker.send(self.server, step)
+            exchange = Exchange(self, asker, step, participants, entry)
             uploads = exchange.uploads(outgoing)
-            self.method.server_update(self.server, step, uploads)
+            asker.server_update(self.server, step, uploads)
             for _ in uploads:  # a server that stops reading still lets every client work
                 pass
             phases["train"] += exchange.seconds
-            if len(entry.exchanges) > 1:
+            if len(exchanges) > 1:
                 phases[f"train/{exchange_name}"] = exchange.seconds
             phases["aggregate"] += time.perf_counter() - begun - exchange.seconds
             participants = [k for k in participants if k not in self._round["dropped"]]
@@ -177,10 +182,9 @@ class Run:
         if entry.one_off:
             return
         self.done += 1
-        self._record(entry, start, sent, phases)
+        self._record(entry, start, sent, phases, due)
 
-    def _record(self, entry: Round, start: float, sent: tuple[int, int], phases: dict[str, float]) -> None:
-        due = self.done % self.config.eval_every == 0 or self.done == self._rounds
+    def _record(self, entry: Round, start: float, sent: tuple[int, int], phases: dict[str, float], due: bool) -> None:
         kept = due or self.method.one_shot  # whose rounds are few and each a part of the result
         losses = [info["loss"] for info in self._round["clients"].values() if "loss" in info]
         record: dict[str, Any] = {
@@ -385,7 +389,7 @@ class Run:
 
     def _gradcam(self, network: Any) -> dict[str, float]:
         # Grad-CAM looks at single images in eval mode, which a network without running statistics does not have.
-        count = self.config.grad_cam if self.config.buffers == "average" else 0
+        count = self.config.grad_cam if self.config.statistics else 0
         return gradcam(network, self.sets, count)
 
     def _tell_warnings(self) -> None:

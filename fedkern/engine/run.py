@@ -152,6 +152,8 @@ def _check(config: RunConfig, data: Any) -> None:
             f'The network {config.model} is for {MODELS[config.model].task}, but the data set "{config.data}" is for '
             f"{data.task}: choose one of {', '.join(fitting)} with --model."
         )
+    if config.buffers == "pool" and data.task != "retrieval":
+        raise UserError("--buffers pool is for image-text data, whose networks have batch norm in their heads alone.")
     if config.teachers is not None and not registry.get(config.method).takes_teachers:
         able = ", ".join(sorted(name for name, kind in registry.METHODS.items() if kind.takes_teachers))
         raise UserError(f"--teachers is not for {config.method}, whose clients train round by round; it is for {able}.")

@@ -271,12 +271,12 @@ class Server(_Place):
 
     def initial(self) -> Message:
         vectors = self._bench.initial()
-        return vectors if self._bench.config.buffers == "average" else {"parameters": vectors["parameters"]}
+        return vectors if self._bench.config.statistics else {"parameters": vectors["parameters"]}
 
     def network(self, message: Message) -> nn.Module:
         network = self._bench.network("server")
         network.write(message)
-        network.statistics = self._bench.config.buffers == "average"
+        network.statistics = self._bench.config.statistics
         network.eval_mode()
         return network.module
 
@@ -309,8 +309,8 @@ def round_half_up(value: float) -> int:
 class Exchange:
     """One exchange of a round: sends, lets the clients work one after another, yields their uploads."""
 
-    def __init__(self, engine: Any, step: Step, participants: list[int], entry: Round) -> None:
-        self.engine, self.step = engine, step
+    def __init__(self, engine: Any, method: Any, step: Step, participants: list[int], entry: Round) -> None:
+        self.engine, self.method, self.step = engine, method, step
         self.participants, self.entry = participants, entry
         self.seconds = 0.0
 
@@ -320,7 +320,7 @@ class Exchange:
         A method that asks all clients of a process at once has them all run first.
         """
         engine, step = self.engine, self.step
-        selective = engine.method.selective
+        selective = getattr(self.method, "selective", False)
         messages = {k: message_for(outgoing, k, selective) for k in self.participants}
         sent = {k: message for k, message in messages.items() if message is not None}
         together = self._together(sent)
@@ -331,7 +331,7 @@ class Exchange:
                 self._book(k, "down", message)
                 client.report = {}
                 try:
-                    answer = engine.method.client_update(client, step, message)
+                    answer = self.method.client_update(client, step, message)
                 except Diverged as problem:
                     engine.dropped(problem)
                     self.seconds += time.perf_counter() - start
@@ -352,14 +352,14 @@ class Exchange:
 
     def _together(self, messages: dict[int, Message]) -> dict[int, Message] | None:
         """What a cohort answers at once; None where its clients are asked one after another."""
-        engine, kind = self.engine, type(self.engine.method)
-        if kind.cohort_update is Method.cohort_update or not messages:
+        engine, kind = self.engine, type(self.method)
+        if getattr(kind, "cohort_update", Method.cohort_update) is Method.cohort_update or not messages:
             return None
         start = time.perf_counter()
         clients = {k: engine.client(k) for k in self.participants}
         for client in clients.values():
             client.report = {}
-        answers = engine.method.cohort_update(clients, self.step, messages)
+        answers = self.method.cohort_update(clients, self.step, messages)
         if answers is None:
             return None
         for k, message in messages.items():

@@ -50,6 +50,9 @@ class AFL(Robust):
         for _ in range(federation.rounds):
             yield Round(exchanges=("update", "losses"))
 
+    def statistics_at(self, entry: Round) -> int | None:
+        return entry.exchanges.index("losses")
+
     def send(self, server: Server, step: Step) -> Message | dict[ClientId, Message]:
         return self.ask(server) if step.exchange == "losses" else self.assign(server)
 

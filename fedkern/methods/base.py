@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -82,6 +83,8 @@ class Method:
 
     selective: ClassVar[bool] = False
     """Whether ``send`` may leave out clients (a dict without them), or send nobody anything (None)."""
+    pools_statistics: ClassVar[bool] = False
+    """Whether ``server.state`` is a network as flat vectors whose statistics `fedkern.methods.pooling` can estimate."""
     takes_teachers: ClassVar[bool] = False
     """Whether the clients may bring trained networks (``--teachers``) in the place of their local training."""
 
@@ -134,6 +137,22 @@ class Method:
         """
         raise NotImplementedError
 
+    def vectors(self, server: Server) -> Message:
+        """The network that is evaluated as flat vectors, where there is one network."""
+        return {name: server.state[name] for name in VECTORS if name in server.state}
+
+    def weight(self, server: Server, upload: Upload) -> float:
+        """The weight of a client in the averages of a round, which need not sum to one."""
+        return 1.0
+
+    def statistics_at(self, entry: Round) -> int | None:
+        """Before which exchange of a round the network's statistics are needed; None: only where it is evaluated."""
+        return None
+
+    def statistics_rows(self, client: Client) -> np.ndarray:
+        """The samples that they are taken over, int64."""
+        return np.arange(client.samples)
+
     def evaluate(self, model: nn.Module, data: Any) -> dict[str, float]:
         """Figures of ``model`` on a test set; ``data.batches()`` yields (images fp32, labels int64) in order.
 
@@ -184,6 +203,8 @@ class LocalTraining(Objective, Method):
             choices=("samples", "uniform"),
         )  # fmt: skip
 
+    pools_statistics = True
+
     def start(self, server: Server) -> None:
         server.state.update(server.initial())
 
@@ -194,7 +215,6 @@ class LocalTraining(Objective, Method):
         return client.train(self, step, message)
 
     def weight(self, server: Server, upload: Upload) -> float:
-        """The weight of a client in the average; the weights of a round need not sum to one."""
         return 1.0 if self.options.weighting == "uniform" else float(upload.samples)
 
     def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
@@ -220,4 +240,4 @@ class LocalTraining(Objective, Method):
         return result if integers is None else {**result, "integers": integers}
 
     def model(self, server: Server) -> nn.Module:
-        return server.network({name: server.state[name] for name in VECTORS if name in server.state})
+        return server.network(self.vectors(server))

@@ -35,6 +35,7 @@ class Centralised(Objective, Method):
     """
 
     pooled = True
+    pools_statistics = True
     tasks: ClassVar[tuple[str, ...]] = ("classification", "segmentation", "retrieval")
 
     def start(self, server: Server) -> None:

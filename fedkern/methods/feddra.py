@@ -105,6 +105,11 @@ class FedDRA(Robust):
         for _ in range(count - first):
             yield Round("joint" if first else "train", (*stages, *losses))
 
+    def statistics_at(self, entry: Round) -> int | None:
+        if self.options.dro:
+            return entry.exchanges.index("losses")
+        return len(entry.exchanges) if self.options.anchors else None
+
     # -- the server ------------------------------------------------------------------------------------------------
 
     def send(self, server: Server, step: Step) -> Message | dict[ClientId, Message]:

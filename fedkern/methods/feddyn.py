@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedkern.methods.base import VECTORS, Client, ClientId, Message, Received, Server, Step, Upload, option, register
 from fedkern.methods.fedavg import FedAvg
@@ -83,8 +83,6 @@ class FedDyn(FedAvg):
             server.state["shift"] = server.state["shift"] + share * (average - before)
             server.state["parameters"] = average + server.state["shift"]
 
-    def model(self, server: Server) -> nn.Module:
-        if self.options.evaluate == "server":
-            return super().model(server)
-        vectors = {name: server.state[name] for name in VECTORS if name in server.state}
-        return server.network({**vectors, "parameters": server.state["average"]})
+    def vectors(self, server: Server) -> Message:
+        vectors = super().vectors(server)
+        return vectors if self.options.evaluate == "server" else {**vectors, "parameters": server.state["average"]}

@@ -121,6 +121,8 @@ class Robust(LocalTraining):
         """The message of the exchange ``losses``: the model, and how many samples a loss is taken among."""
         least = min(self.judged(n) for n in server.federation.samples)
         vectors = vectors_of(server.state)
+        if "asked" in server.scratch:  # for the statistics that it has now, clients have got the rest of it
+            vectors = {"buffers": vectors["buffers"]}
         return {**vectors, "batch": min(self.options.loss_batch, least)}
 
     def average(self, server: Server, uploads: Iterable[Upload]) -> Message:
@@ -176,14 +178,18 @@ class Robust(LocalTraining):
         kept = order if self.options.loss_split == "train" else order[count:]
         return np.sort(kept), order[:count]
 
+    def statistics_rows(self, client: Client) -> np.ndarray:
+        return self.rows(client)[0]
+
     def held(self, client: Client, message: Message) -> Message:
         """The vectors of the global model: of the message, or of the last one that the client was asked about."""
         return vectors_of(message) or client.state["model"]
 
     def own_loss(self, client: Client, message: Message) -> Message:
         """The mean loss of the received model, in eval mode, over whole batches of the client's held-out samples."""
-        client.state["model"] = vectors_of(message)
-        network = client.frozen(message)
+        model = {**vectors_of(client.scratch.get("asked", {})), **vectors_of(message)}
+        client.state["model"] = model
+        network = client.frozen(model)
         batches = batches_of(self.rows(client)[1], int(message["batch"]))
         with torch.no_grad():
             losses = [float(self.judge(network, client.batch(rows))) for rows in batches]

@@ -77,7 +77,7 @@ def test_methods_share_the_settings_of_a_data_set():
         ({"lr": math.inf}, "--lr must be finite"),
         ({"augment": "crop-flop"}, '--augment must be one of none, crop.*Did you mean "crop-flip"'),
         ({"momentum": 1}, "--momentum must be below 1"),
-        ({"buffers": "avg"}, '--buffers must be one of average, local, drop, not "avg"'),
+        ({"buffers": "avg"}, '--buffers must be one of average, local, drop, pool, not "avg"'),
         ({"device": "gpu"}, "--device must be one of auto, cpu, cuda"),
         ({"lernrate": 1}, 'Unknown setting "lernrate"'),
         ({"data": "colourdigits"}, '"colourdigits".*Did you mean "colordigits"'),
