@@ -45,8 +45,10 @@ class Figure:
 FIGURES = (
     Figure("R@1 image to text", "retrieval", "i2t_r1"),
     Figure("R@5 image to text", "retrieval", "i2t_r5"),
+    Figure("R@10 image to text", "retrieval", "i2t_r10"),
     Figure("R@1 text to image", "retrieval", "t2i_r1"),
     Figure("R@5 text to image", "retrieval", "t2i_r5"),
+    Figure("R@10 text to image", "retrieval", "t2i_r10"),
     Figure("zero-shot accuracy", "zero-shot", "accuracy"),
     Figure("5-shot accuracy", "probe", "accuracy", 5),
     Figure("linear probe accuracy", "probe", "accuracy", "all"),

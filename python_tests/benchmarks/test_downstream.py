@@ -13,7 +13,9 @@ from benchmarks import downstream
 from fedkern.engine import RunConfig
 
 ROWS = {
-    "retrieval": [{"i2t_r1": 0.5, "i2t_r5": 0.75, "t2i_r1": 0.25, "t2i_r5": 0.5, "gallery": 9}],
+    "retrieval": [
+        {"i2t_r1": 0.5, "i2t_r5": 0.75, "i2t_r10": 0.8, "t2i_r1": 0.25, "t2i_r5": 0.5, "t2i_r10": 0.9, "gallery": 9}
+    ],
     "zero-shot": [{"accuracy": 0.4, "auc": 0.6}],
     "probe": [{"shots": 5, "accuracy": 0.6, "auc": 0.7}, {"shots": "all", "accuracy": 0.8, "auc": 0.9}],
     "decode": [{"dice": 0.7, "iou": 0.5, "loss": 0.1}],

@@ -395,8 +395,8 @@ def test_weights_approach_those_of_the_worst_mixture(rho):
     method = Quadratic(AFL.Options(eta=0.02))
     method.rho = rho
     server = types.SimpleNamespace(
-        state={}, scratch={}, report={}, federation=Federation(800, (5,) * 4, 2), initial=lambda: {"parameters": torch.zeros(2)},
-        accumulator=ops.Accumulator,
+        state={}, scratch={}, report={}, federation=Federation(800, (5,) * 4, 2), accumulator=ops.Accumulator,
+        initial=lambda: {"parameters": torch.zeros(2)},
     )  # fmt: skip
     clients = [types.SimpleNamespace(id=k, samples=5, state={}, report={}) for k in range(4)]
     method.start(server)
