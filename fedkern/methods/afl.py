@@ -9,27 +9,15 @@ rho = infinity with one stage and no anchors.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from fedkern.methods.base import (
-    Batch,
-    Client,
-    ClientId,
-    Federation,
-    Message,
-    Received,
-    Round,
-    Server,
-    Step,
-    Upload,
-    register,
-)
+from fedkern.methods.base import Batch, Federation, Received, Round, register
 from fedkern.methods.pairs import supervised_loss
-from fedkern.methods.robust import Robust
+from fedkern.methods.robust import LOSSES, Robust
 
 
 @register("afl")
@@ -48,25 +36,7 @@ class AFL(Robust):
 
     def rounds(self, federation: Federation) -> Iterator[Round]:
         for _ in range(federation.rounds):
-            yield Round(exchanges=("update", "losses"))
-
-    def statistics_at(self, entry: Round) -> int | None:
-        return entry.exchanges.index("losses")
-
-    def send(self, server: Server, step: Step) -> Message | dict[ClientId, Message]:
-        return self.ask(server) if step.exchange == "losses" else self.assign(server)
-
-    def client_update(self, client: Client, step: Step, message: Message) -> Message:
-        if step.exchange == "losses":
-            return self.own_loss(client, message)
-        client.report["weight"] = message["weight"]
-        return client.train(self, step, {**message, **self.held(client, message)}, rows=self.rows(client)[0])
+            yield Round(exchanges=("update", LOSSES))
 
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor:
         return self.scaled(supervised_loss(model, batch), received)
-
-    def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
-        if step.exchange == "losses":
-            self.learn(server, uploads)
-        else:
-            super().server_update(server, step, uploads)

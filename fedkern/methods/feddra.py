@@ -46,7 +46,7 @@ from fedkern.methods.base import (
 )
 from fedkern.methods.frozen import remembered
 from fedkern.methods.pairs import TEMPERATURE
-from fedkern.methods.robust import Robust, vectors_of
+from fedkern.methods.robust import LOSSES, Robust, vectors_of
 from fedkern.models.towers import PARTS
 
 ALIGNMENT = PARTS[2:]
@@ -95,7 +95,7 @@ class FedDRA(Robust):
 
     def rounds(self, federation: Federation) -> Iterator[Round]:
         o, count = self.options, federation.rounds
-        losses = ("losses",) if o.dro else ()
+        losses = (LOSSES,) if o.dro else ()
         first = 0
         if o.stages == "two" and not self.paired:
             first = min(o.alignment_rounds or max(1, count // 4), count - 1)
@@ -106,23 +106,20 @@ class FedDRA(Robust):
             yield Round("joint" if first else "train", (*stages, *losses))
 
     def statistics_at(self, entry: Round) -> int | None:
-        if self.options.dro:
-            return entry.exchanges.index("losses")
-        return len(entry.exchanges) if self.options.anchors else None
+        at = super().statistics_at(entry)
+        return len(entry.exchanges) if at is None and self.options.anchors else at
 
     # -- the server ------------------------------------------------------------------------------------------------
 
     def send(self, server: Server, step: Step) -> Message | dict[ClientId, Message]:
-        if step.exchange == "losses":
-            return self.ask(server)
         if self.paired and step.exchange == "joint":
             part = {name: server.state[name][-size:] for name, size in server.state["part"].items()}
             return {k: {**part, **own} for k, own in self.shares(server).items()}
-        return self.assign(server)
+        return super().send(server, step)
 
     def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
-        if step.exchange == "losses":
-            self.learn(server, uploads)
+        if step.exchange == LOSSES:
+            super().server_update(server, step, uploads)
             return
         mean = self.average(server, uploads)
         if step.exchange == "alignment" and mean:
@@ -133,8 +130,8 @@ class FedDRA(Robust):
     # -- a client --------------------------------------------------------------------------------------------------
 
     def client_update(self, client: Client, step: Step, message: Message) -> Message:
-        if step.exchange == "losses":
-            return self.own_loss(client, message)
+        if step.exchange == LOSSES:
+            return super().client_update(client, step, message)
         client.report["weight"] = message["weight"]
         rows = self.rows(client)[0]
         if step.exchange == "alignment":

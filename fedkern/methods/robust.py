@@ -30,19 +30,23 @@ from fedkern.methods.base import (
     LocalTraining,
     Message,
     Received,
+    Round,
     Server,
+    Step,
     Upload,
     option,
 )
 from fedkern.methods.pairs import batches_of, supervised_loss
 from fedkern.methods.robust_weights import Weights, distance, exponentiated_step, project
 
+LOSSES = "losses"
+"""The exchange in which the server learns the clients' losses."""
 LEAST = 1e-12
 """Relative weight in the average of a client whose weight is zero: a round of such clients alone still has a mean."""
 
 
 class Robust(LocalTraining):
-    """Methods whose server weighs clients by their losses; ``losses`` is the exchange in which it learns them."""
+    """Methods whose server weighs clients by their losses, which it learns in the exchange `LOSSES`."""
 
     @dataclass(frozen=True)
     class Options(LocalTraining.Options):
@@ -71,6 +75,26 @@ class Robust(LocalTraining):
     def radius(self) -> float:
         """The radius rho of the set of client weights."""
         raise NotImplementedError
+
+    # -- the exchanges: one to train, and that of the losses -------------------------------------------------------
+
+    def send(self, server: Server, step: Step) -> Message | dict[ClientId, Message]:
+        return self.ask(server) if step.exchange == LOSSES else self.assign(server)
+
+    def client_update(self, client: Client, step: Step, message: Message) -> Message:
+        if step.exchange == LOSSES:
+            return self.own_loss(client, message)
+        client.report["weight"] = message["weight"]
+        return client.train(self, step, {**message, **self.held(client, message)}, rows=self.rows(client)[0])
+
+    def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
+        if step.exchange == LOSSES:
+            self.learn(server, uploads)
+        else:
+            super().server_update(server, step, uploads)
+
+    def statistics_at(self, entry: Round) -> int | None:
+        return entry.exchanges.index(LOSSES) if LOSSES in entry.exchanges else None
 
     # -- the weights -----------------------------------------------------------------------------------------------
 

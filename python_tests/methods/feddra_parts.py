@@ -1,0 +1,35 @@
+"""FedDRA's two sides without the engine's loop."""
+
+from fedkern.engine.bench import Bench
+from fedkern.engine.serial import Client, Server
+from fedkern.methods import FedDRA, Step, Upload
+from fedkern.models.towers import PARTS
+
+ALIGN, JOINT, LOSSES = (Step(0, "train", name) for name in ("alignment", "joint", "losses"))
+SETTINGS = {"width": 4, "batch_size": 6, "local_steps": 2, "optimizer": "adamw", "lr": 0.003}
+
+
+class Parts:
+    """The engine's pieces without its loop."""
+
+    def __init__(self, data, config, **options):
+        self.bench = Bench(config.replace(options=options), data)
+        self.method = FedDRA(FedDRA.Options.parse(options))
+        self.server = Server(self.bench)
+        self.method.start(self.server)
+        self.clients = [Client(self.bench, k, {}) for k in range(len(data.clients))]
+
+    def exchange(self, step, chosen=None):
+        sent = self.method.send(self.server, step)
+        uploads = []
+        for client in self.clients if chosen is None else [self.clients[k] for k in chosen]:
+            message = sent.get(client.id, sent)
+            uploads.append(Upload(client.id, client.samples, self.method.client_update(client, step, message)))
+        self.method.server_update(self.server, step, iter(uploads))
+        return sent, uploads
+
+    def sizes(self):
+        """Parameters of the encoders and of the rest."""
+        network = self.bench.build()
+        count = [sum(p.numel() for p in getattr(network, name).parameters()) for name in PARTS]
+        return sum(count[:2]), sum(count[2:])
