@@ -16,6 +16,10 @@ A round has three exchanges:
 
 A client keeps the model that it got with ``losses`` and needs no other one in the next round: a round costs the
 alignment modules and the model once each way, and a few numbers.
+
+With ``--buffers pool``, the default on image-text data, clients get the new model one exchange earlier, to estimate
+batch norm's statistics under it (`fedkern.methods.pooling`), and with ``losses`` those alone.  ``--buffers average`` is
+the published form: the weights then follow losses that are mostly those of wrong statistics.
 """
 
 from __future__ import annotations

@@ -11,6 +11,10 @@ evaluated far from anything they were trained at.  So clients are asked again, a
 Then mean and variance are those of the mixture of the clients' samples, exactly, with the weights of the average.  No
 client's own running statistics travel.  It is the same for every method, and nothing of the training changes, which
 sees the statistics of its batches alone.
+
+It costs a download of the network and a few numbers, in the rounds after which the network is evaluated
+(``--eval-every``); methods whose clients judge it (`Method.statistics_at`) need it in every round, and pay nothing
+more, for clients keep the network that they were asked about.
 """
 
 from __future__ import annotations
