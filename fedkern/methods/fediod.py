@@ -46,7 +46,7 @@ from fedkern.methods.base import (
 )
 from fedkern.methods.fediod_client import Answers
 from fedkern.methods.fediod_figures import appraise
-from fedkern.methods.fediod_losses import normalised, spoken
+from fedkern.methods.fediod_losses import spoken
 from fedkern.methods.fediod_options import IODOptions, settle
 from fedkern.methods.fediod_pictures import show
 from fedkern.methods.fediod_server import Ensemble, Workshop, cosine, make_generator
@@ -107,6 +107,12 @@ class FedIOD(Objective, Method):
             )
         if self._generates and not (s.w_real or s.w_clear or s.w_diverse or s.w_adv or s.w_balance):
             raise UserError("Every weight of fediod's generator is 0: give one of w_real, w_clear, w_diverse.")
+        least = 2**s.critic_layers
+        if self._generates and min(server.image_shape[1:]) < least:
+            raise UserError(
+                f"The discriminators with critic_layers={s.critic_layers} need images of at least {least} x {least} "
+                "pixels: give fewer, or 0 for as many as fit."
+            )
         flat = flatten(server.build())
         if flat.buffers.numel() and "buffers" not in server.initial():
             raise UserError("fediod needs the running statistics of its student: use --buffers average.")
@@ -138,6 +144,8 @@ class FedIOD(Objective, Method):
             return {k: {} for k in server.state["classes"]}
         if kind == "gradients":
             return server.scratch.pop("criticism", None)
+        if kind == "distil" and not shop.teaches:
+            return None
         draw = torch_stream(server, "noise", step)
         present = self._present(server, step)
         images = shop.generate(draw) if kind == "images" else shop.examples(draw)
@@ -179,16 +187,14 @@ class FedIOD(Objective, Method):
             shop.iteration += 1
             if i + 1 == self.iterations(server.federation):
                 shop.keep()
-                if ensemble is not None:
-                    weights = normalised(ensemble.weights, ensemble.mask)
-                    show(server, shop.maker, self.settings, ensemble.ids, ensemble.logits, weights)
+                show(server, shop.maker, self.settings, ensemble)
 
     def _teach(
         self, server: Server, shop: Workshop, step: Step, answers: Mapping[ClientId, Message]
     ) -> Ensemble | None:
         size = self.options.batch
         if self._generates:
-            images = server.scratch.pop("images")
+            images = server.scratch.pop("images", None)  # none before the student's first iteration
             if not answers:
                 return None
             ensemble = shop.gather(answers)

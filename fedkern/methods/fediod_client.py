@@ -78,6 +78,7 @@ class Answers:
         asked, self._asked = self._asked, None
         if asked is None:
             return {k: {} for k in messages}
+        self._report()
         if private.private(self.options):
             return {k: self._own(step, asked, k, message) for k, message in messages.items()}
         outputs: list[Tensor] = []
@@ -120,7 +121,6 @@ class Answers:
             self.critics.serve(step)
             size = self.options.batch  # batch norm's statistics are those of a step's images
             scores = torch.cat([self.critics.look(part)[1] for part in images.split(size)], 1)
-        self._report()
         logits = self.bank.logits(images) if logits is None else logits
         return self._answers(step, messages, spoken(logits, self.options.mix), scores)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedkern.methods import fediod_private as private
 from fedkern.methods.base import Client, Step
 from fedkern.methods.fediod_losses import against, confidence
-from fedkern.models.discriminator import PatchDiscriminators
+from fedkern.models.discriminator import PatchDiscriminators, whole_image
 
 START = Step(-1, "", "update")
 
@@ -34,8 +34,10 @@ class Critics:
         self._shards = [private.shards(client, o) for client in clients]
         self._served = [0] * len(clients)
         self._steps = [0] * len(clients)
-        channels = first.image_shape[0]
-        module = PatchDiscriminators([self._draw(client, 0) for client in clients], channels=channels, ndf=o.ndf)
+        channels, height, width = first.image_shape
+        drawn = [self._draw(client, 0) for client in clients]
+        layers = o.critic_layers or whole_image(height, width)
+        module = PatchDiscriminators(drawn, channels=channels, ndf=o.ndf, layers=layers)
         self.module = module.to(first.device)
         self._parts = module.parts()
         tensors = [part[name] for part in self._parts for name in part]
@@ -66,7 +68,8 @@ class Critics:
         kept = client.state.setdefault("critics", {}).get(shard)
         if kept is None:
             drawn = [self._draw(client, shard)]
-            fresh = PatchDiscriminators(drawn, channels=self.module.channels, ndf=self.module.ndf).parts()[0]
+            own = self.module
+            fresh = PatchDiscriminators(drawn, channels=own.channels, ndf=own.ndf, layers=own.layers).parts()[0]
             kept = {"weights": fresh, "mean": {}, "square": {}, "steps": 0}
         state = self._adam.state
         for name, tensor in part.items():

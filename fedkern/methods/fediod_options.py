@@ -46,10 +46,20 @@ class IODOptions(PrivacyOptions, Method.Options):
     )
     iterations: int = option(0, "iterations of a round; 0: as many as the largest client has batches", low=0)
     batch: int = option(64, "generated images per step, and real ones per step of a discriminator", low=2)
+    warmup: float = option(
+        0.0, "share of the iterations in which generator and discriminators learn alone, before the student's first",
+        low=0, high=0.99,
+    )  # fmt: skip
     student_steps: int = option(5, "steps of the student per iteration, each on fresh images", low=1)
     nz: int = option(100, "dimensions of the generator's noise", low=1)
     ngf: int = option(64, "unit of the generator's channels: 4, 2 and 1 times this", low=1)
     ndf: int = option(128, "channels of a discriminator's first map", low=1)
+    critic_layers: int = option(
+        2,
+        "a discriminator's convolutions of stride 2: 2 judge 10 x 10 pixels at once, 3 22 x 22, 4 46 x 46; 0: as"
+        " many as judge a whole image",
+        choices=(0, 2, 3, 4, 5, 6, 7, 8),
+    )
     generator_lr: float = option(1e-4, "learning rate of the generator (Adam, cosine to 0)", above=0)
     critic_lr: float = option(1e-4, "learning rate of the discriminators (Adam, cosine to 0)", above=0)
     student_lr: float = option(5e-3, "learning rate of the student (SGD, cosine)", above=0)

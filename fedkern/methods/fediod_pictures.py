@@ -9,27 +9,29 @@ import torch
 from torch import Tensor
 
 from fedkern.methods.base import Server, Step
+from fedkern.methods.fediod_losses import normalised
+from fedkern.methods.fediod_server import Ensemble
 
 SHOWN = 8
 """Images in a row."""
 
 
-def show(server: Server, generator: Any, options: Any, ids: list[int], logits: Tensor, weights: Tensor) -> None:
+def show(server: Server, generator: Any, options: Any, ensemble: Ensemble | None) -> None:
     """Offers the three pictures of the last iteration of a round.
 
     Args:
         generator: the one that makes the student's images, in train mode; None without one.
         options: the method's, settled.
-        ids: the clients that answered, K of them.
-        logits: what their teachers said of the student's images ``[K, B, C, *positions]``.
-        weights: of the teachers ``[K, 1 or B, C]``, of sum 1 over the clients.
+        ensemble: the clients that answered, and what their teachers said of the student's images; None where nobody
+            was asked, which leaves the images alone.
     """
     everyone = server.federation.clients
     if generator is not None:
         server.show("generated", lambda: _images(server, generator, options))
-    server.show(
-        "teacher_weights", lambda: _rows(weights.mean(1), ids, everyone), axes=("client", "class")
-    )  # fmt: skip
+    if ensemble is None:
+        return
+    ids, logits, weights = ensemble.ids, ensemble.logits, normalised(ensemble.weights, ensemble.mask)
+    server.show("teacher_weights", lambda: _rows(weights.mean(1), ids, everyone), axes=("client", "class"))
     server.show(
         "agreement", lambda: _rows(_rows(agreement(logits), ids, everyone).T, ids, everyone), axes=("client", "client")
     )

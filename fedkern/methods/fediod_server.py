@@ -94,6 +94,7 @@ class Workshop:
         if "student_velocity" in state:
             self._sgd.state[vector]["momentum_buffer"] = state["student_velocity"].to(vector.device, copy=True)
         self.generates = options.mode == "generator"
+        self.first = int(options.warmup * total) if self.generates else 0  # iteration of the student
         self.running = Means()
         self.x: Tensor | None = None  # the generator's graph, until the gradients are back
         self.to_x: Tensor | None = None  # the part of its gradient that needs no client
@@ -128,6 +129,11 @@ class Workshop:
     def progress(self) -> float:
         """How much of the run is done, in [0, 1)."""
         return self.iteration / self.total
+
+    @property
+    def teaches(self) -> bool:
+        """Whether the student learns in this iteration already."""
+        return self.iteration >= self.first
 
     def generate(self, draw: torch.Generator) -> Tensor:
         """Images for the discriminators and the generator, as they travel; the graph stays here."""
@@ -237,7 +243,8 @@ class Workshop:
 
     def teach(self, images: Tensor, ensemble: Ensemble, size: int) -> None:
         """Steps of the student on images that travelled, ``size`` at a time, towards the ensemble (2.5 d)."""
-        lr = cosine(self.options.student_lr, self.options.student_lr_end, self.progress)
+        progress = (self.iteration - self.first) / (self.total - self.first)
+        lr = cosine(self.options.student_lr, self.options.student_lr_end, progress)
         self._sgd.param_groups[0]["lr"] = lr
         every = ensemble.weights.shape[1] > 1
         target = mixture(ensemble.logits, ensemble.weights, ensemble.mask).argmax(1)

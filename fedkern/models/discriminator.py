@@ -16,6 +16,9 @@ class PatchDiscriminators(nn.Module):
     and LeakyReLU, and a 1x1 convolution to one logit: 0.53 million parameters at 3 channels and ``ndf`` 128.  Batch
     norm uses the statistics of the batch it sees, always; there are no running ones.
 
+    Such a logit sees 10 x 10 pixels.  Every further layer is like the second, to twice the channels (at most
+    ``8 ndf``), and lets a logit see 22, 46 ... pixels a side; see :func:`whole_image`.
+
     Discriminator k is rows ``k * n`` to ``(k + 1) * n`` of every parameter's first axis; see :meth:`parts`.
 
     Args:
@@ -23,30 +26,28 @@ class PatchDiscriminators(nn.Module):
             scales N(1, 0.02); the global generator is neither read nor moved.
         channels: image channels.
         ndf: channels of the first map.
+        layers: convolutions of stride 2; images must have at least ``2 ** layers`` pixels a side.
 
     Raises:
-        ValueError: no generator, or a size that is not positive.
+        ValueError: no generator, a size that is not positive, or less than two layers.
     """
 
-    def __init__(self, generators: Sequence[torch.Generator], *, channels: int = 3, ndf: int = 128) -> None:
+    def __init__(
+        self, generators: Sequence[torch.Generator], *, channels: int = 3, ndf: int = 128, layers: int = 2
+    ) -> None:
         super().__init__()
         if not generators:
             raise ValueError("generators must hold at least one generator, not none")
-        for name, value in (("channels", channels), ("ndf", ndf)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
-        self.count, self.channels, self.ndf = len(generators), channels, ndf
-        wide = 2 * ndf
-        drawn = [draw_parts(generator, channels, ndf) for generator in generators]
+        for name, value, least in (("channels", channels, 1), ("ndf", ndf, 1), ("layers", layers, 2)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, not {value}")
+        self.count, self.channels, self.ndf, self.layers = len(generators), channels, ndf, layers
+        drawn = [draw_parts(generator, channels, ndf, layers) for generator in generators]
         for name in drawn[0]:
             setattr(self, name, nn.Parameter(torch.cat([part[name] for part in drawn])))
-        self._wide = wide
 
     first: nn.Parameter
     first_bias: nn.Parameter
-    second: nn.Parameter
-    scale: nn.Parameter
-    shift: nn.Parameter
     last: nn.Parameter
     last_bias: nn.Parameter
 
@@ -66,8 +67,11 @@ class PatchDiscriminators(nn.Module):
             x = torch.cat([F.conv2d(*one, stride=2, padding=1) for one in self._own(images)], 1)
         else:
             x = F.conv2d(images, self.first, self.first_bias, stride=2, padding=1)
-        x = F.conv2d(F.leaky_relu(x, 0.2), self.second, stride=2, padding=1, groups=count)
-        x = F.leaky_relu(F.batch_norm(x, None, None, self.scale, self.shift, training=True), 0.2)
+        x = F.leaky_relu(x, 0.2)
+        for number in range(2, self.layers + 1):
+            weight, scale, shift = (getattr(self, f"{name}{number}") for name in ("conv", "scale", "shift"))
+            x = F.conv2d(x, weight, stride=2, padding=1, groups=count)
+            x = F.leaky_relu(F.batch_norm(x, None, None, scale, shift, training=True), 0.2)
         return F.conv2d(x, self.last, self.last_bias, groups=count).transpose(0, 1)
 
     def _own(self, images: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -76,19 +80,30 @@ class PatchDiscriminators(nn.Module):
         return list(zip(images.unbind(0), weights, biases, strict=True))
 
 
-def draw_parts(generator: torch.Generator, channels: int, ndf: int) -> dict[str, Tensor]:
+def seen(layers: int) -> int:
+    """Pixels a side that a logit sees after so many layers."""
+    return 3 * 2**layers - 2
+
+
+def whole_image(height: int, width: int) -> int:
+    """The least number of layers after which a logit sees a whole image, at least 2."""
+    layers = 2
+    while seen(layers) < max(height, width) and 2 ** (layers + 1) <= min(height, width):
+        layers += 1
+    return layers
+
+
+def draw_parts(generator: torch.Generator, channels: int, ndf: int, layers: int) -> dict[str, Tensor]:
     """Initial weights of one discriminator, by parameter name."""
 
     def normal(*shape: int, mean: float = 0.0) -> Tensor:
         return torch.empty(shape).normal_(mean, 0.02, generator=generator)
 
-    wide = 2 * ndf
-    return {
-        "first": normal(ndf, channels, 4, 4),
-        "first_bias": torch.zeros(ndf),
-        "second": normal(wide, ndf, 4, 4),
-        "scale": normal(wide, mean=1.0),
-        "shift": torch.zeros(wide),
-        "last": normal(1, wide, 1, 1),
-        "last_bias": torch.zeros(1),
-    }
+    parts = {"first": normal(ndf, channels, 4, 4), "first_bias": torch.zeros(ndf)}
+    wide = ndf
+    for number in range(2, layers + 1):
+        narrow, wide = wide, min(2 * wide, 8 * ndf)
+        parts[f"conv{number}"] = normal(wide, narrow, 4, 4)
+        parts[f"scale{number}"] = normal(wide, mean=1.0)
+        parts[f"shift{number}"] = torch.zeros(wide)
+    return {**parts, "last": normal(1, wide, 1, 1), "last_bias": torch.zeros(1)}

@@ -18,7 +18,7 @@ from fedkern.methods.fediod_losses import against, teacher_terms
 from fedkern.methods.fediod_teachers import teacher
 
 TINY = {"nz": 4, "ngf": 2, "ndf": 2, "batch": 4, "student_steps": 2, "iterations": 3, "w_real": 1.0, "w_balance": 0.0}
-EVERY_TERM = {"w_adv": 0.5, "w_balance": 0.7, "generator_lr": 0.01, "student_lr": 0.05}
+EVERY_TERM = {"w_adv": 0.5, "w_balance": 0.7, "generator_lr": 0.01, "student_lr": 0.05, "critic_layers": 3}
 MIXED = "cnn:2,mlp:4,resnet8:2"
 
 
@@ -160,7 +160,7 @@ def test_an_exchange_changes_what_it_may(world):
         live = w.server.scratch["workshop"]
     critic = w.clients[0].state["critics"][0]
     assert critic["steps"] == 1
-    assert not same(critic["mean"]["second"], torch.zeros_like(critic["mean"]["second"]))
+    assert not same(critic["mean"]["conv2"], torch.zeros_like(critic["mean"]["conv2"]))
 
 
 def test_a_client_trains_its_discriminator_as_long_as_its_samples_last(world):
@@ -253,6 +253,30 @@ def test_images_of_a_byte_per_channel(make_data, make_config, tmp_path):
     saved = fine["bytes"]["down"] - coarse["bytes"]["down"]
     assert saved == 3 * 3 * 3 * 3 * 4 * 3 * 8 * 8  # clients, iterations, batches, bytes, images
     assert abs(fine["metrics"]["clarity"] - coarse["metrics"]["clarity"]) < 0.05
+
+
+def test_the_student_begins_after_the_warm_up(world):
+    """Until then nobody is asked for it, and its learning rate falls over its own iterations."""
+    w = world(warmup=0.5, iterations=4)  # two rounds: eight iterations
+    w.server.showing, rates = True, []
+    for number in range(2):
+        for step in w.steps(w.round(), number):
+            before = frozen(w.server.state["student"])
+            messages, _ = w.exchange(step)
+            kind, i = step.exchange.split()
+            assert bool(messages) == (kind != "distil" or number == 1)
+            if kind == "distil":
+                shop = w.server.scratch["workshop"]
+                rates.append(shop._sgd.param_groups[0]["lr"])
+                assert shop.iteration == 4 * number + int(i) + 1
+        assert same(before, w.server.state["student"]) == (number == 0)
+        assert set(w.server.shown) == {"generated"} | ({"teacher_weights", "agreement"} if number else set())
+        assert {"critic_loss", "realism"} <= set(w.clients[0].report)
+        for side in (w.server, *w.clients.values()):
+            side.scratch.clear()
+        w.server.shown.clear()
+    start, end = w.method.options.student_lr, w.method.options.student_lr_end
+    assert rates[4:] == pytest.approx([end + (start - end) * c for c in (1, 0.853553, 0.5, 0.146447)], rel=1e-4)
 
 
 def test_memory_does_not_grow_with_the_iterations(world):
@@ -390,7 +414,10 @@ def test_outputs_alone(make_data, make_public, make_config, tmp_path):
 
 def test_what_cannot_be_is_said_before_anything_is_written(make_data, make_config, tmp_path):
     nothing = {"w_real": 0, "w_clear": 0, "w_diverse": 0, "w_balance": 0}
-    for settings, words in (({"options": nothing}, "Every weight"), ({"buffers": "drop"}, "running statistics")):
+    for settings, words in (
+        ({"options": nothing}, "Every weight"), ({"buffers": "drop"}, "running statistics"),
+        ({"options": {"critic_layers": 4}}, "at least 16 x 16 pixels"),
+    ):  # fmt: skip
         with pytest.raises(UserError, match=words):
             run(make_config("fediod", **settings), out=tmp_path / "run", data=make_data())
     assert not (tmp_path / "run").exists()

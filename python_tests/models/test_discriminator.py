@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedkern import models
-from fedkern.models.discriminator import PatchDiscriminators
+from fedkern.models.discriminator import PatchDiscriminators, seen, whole_image
 
 
 def draws(*seeds):
@@ -19,10 +19,11 @@ def test_published_sizes():
     assert one(torch.randn(2, 3, 32, 32)).shape == (1, 2, 8, 8)
 
 
+@pytest.mark.parametrize("layers", [2, 3])
 @pytest.mark.parametrize("own", [False, True], ids=["shared images", "own images"])
-def test_side_by_side_is_one_by_one(own):
-    together = PatchDiscriminators(draws(1, 2, 3), channels=1, ndf=3).double()
-    alone = [PatchDiscriminators(draws(seed), channels=1, ndf=3).double() for seed in (1, 2, 3)]
+def test_side_by_side_is_one_by_one(own, layers):
+    together = PatchDiscriminators(draws(1, 2, 3), channels=1, ndf=3, layers=layers).double()
+    alone = [PatchDiscriminators(draws(seed), channels=1, ndf=3, layers=layers).double() for seed in (1, 2, 3)]
     images = torch.randn(*((3,) if own else ()), 4, 1, 12, 16, dtype=torch.float64, generator=draws(9)[0])
     images.requires_grad_()
     patches = together(images)
@@ -36,15 +37,41 @@ def test_side_by_side_is_one_by_one(own):
             assert torch.equal(part, getattr(one, name))
 
 
+@pytest.mark.parametrize("layers", [2, 3])
+def test_what_a_logit_sees(layers):
+    """The pixels that move the middle logit, where batch norm does not look at the whole image."""
+    module = PatchDiscriminators(draws(1), channels=1, ndf=2, layers=layers).double()
+    for number in range(2, layers + 1):
+        module.get_parameter(f"conv{number}").data.abs_()  # nothing cancels
+    image = torch.rand(1, 1, 64, 64, dtype=torch.float64, generator=draws(2)[0]).requires_grad_()
+    original, torch.nn.functional.batch_norm = torch.nn.functional.batch_norm, lambda x, *_, **__: x
+    try:
+        patches = module(image)
+    finally:
+        torch.nn.functional.batch_norm = original
+    middle = patches.shape[-1] // 2
+    (reached,) = torch.autograd.grad(patches[0, 0, middle, middle], image)
+    assert int(reached.abs().sum(2).gt(0).sum()) == seen(layers)
+
+
+def test_layers_that_see_a_whole_image():
+    assert [whole_image(side, side) for side in (4, 8, 10, 11, 22, 28, 32, 46, 47)] == [2, 2, 2, 3, 3, 4, 4, 4, 5]
+    assert whole_image(8, 64) == 3  # a further one would leave less than a pixel of the height
+    module = PatchDiscriminators(draws(0), channels=1, ndf=2, layers=5)
+    assert module(torch.randn(2, 1, 32, 32)).shape == (1, 2, 1, 1)
+    assert [getattr(module, f"conv{i}").shape[0] for i in range(2, 6)] == [4, 8, 16, 16]
+
+
 def test_parts_are_views_that_training_changes():
     module = PatchDiscriminators(draws(1, 2), channels=1, ndf=2)
-    module.parts()[1]["second"].zero_()
-    assert module.second[:4].any()
-    assert not module.second[4:].any()
+    module.parts()[1]["conv2"].zero_()
+    assert module.conv2[:4].any()
+    assert not module.conv2[4:].any()
 
 
 @pytest.mark.parametrize(("generators", "sizes", "words"), [
     ([], {}, "at least one generator"), (draws(0), {"ndf": 0}, "ndf must be at least 1"),
+    (draws(0), {"layers": 1}, "layers must be at least 2"),
 ])  # fmt: skip
 def test_errors(generators, sizes, words):
     with pytest.raises(ValueError, match=words):
