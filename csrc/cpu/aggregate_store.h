@@ -17,9 +17,9 @@ inline double seconds(double bytes) { return bytes * 0.6e-10; }
 // them all, by a factor of three, as the physical addresses have it; asked for, the lines come in either case. Never a
 // fault, also past the end.
 inline constexpr std::int64_t kAhead = 2048;
-template <std::int64_t bytes>
+template <std::int64_t bytes, int level = 3>  // 3: into L1, 2: into L2
 FEDKERN_INLINE void prefetch_ahead(const void* from) {
-  for (std::int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(from) + kAhead + line, 0, 3);
+  for (std::int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(from) + kAhead + line, 0, level);
 }
 
 // Division by the weights' sum. fp64 results are divided; shorter types hide the reciprocal's last bit.

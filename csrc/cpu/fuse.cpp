@@ -60,6 +60,11 @@ class Writer {
   alignas(64) T tile_[kStreamTile];
 };
 
+template <typename T>
+FEDKERN_INLINE void prefetch_row(const T* row, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; i += 64 / static_cast<std::int64_t>(sizeof(T))) __builtin_prefetch(row + i);
+}
+
 template <typename Body>
 FEDKERN_INLINE void for_runs(std::int64_t n, Body&& body) {
   for (std::int64_t i = 0; i < n; i += kRun) body(i, std::min(kRun, n - i));
@@ -190,10 +195,15 @@ void mean(const FuseForward& a) {
   }
 }
 
-// Gradients of one run of n elements: masked, scaled into `out` (may be null), handed to `sum(g, x, n)` tile by tile.
+// Gradients of one run of n elements: masked, scaled into `out` (may be null) and, where `summed`, handed to `sum(g, i, n)`
+// tile by tile.
 template <typename C, typename T, typename Affine, typename Scale, typename Sum>
 FEDKERN_INLINE void backward_run(const T* grad, const T* y, const Affine& affine, C count, std::int64_t n, T* out,
-                                 const Scale& scale, const Sum& sum) {
+                                 const Scale& scale, bool summed, const Sum& sum) {
+  if (!summed) {
+    if (out) passing_scaled_row(grad, y, n, affine(0), count, scale(0), out);
+    return;
+  }
   alignas(64) C passed[kTile];
   for (std::int64_t i = 0; i < n; i += kTile) {
     const std::int64_t m = std::min(kTile, n - i);
@@ -252,14 +262,14 @@ void backward(const FuseBackward& a) {
           for_runs(call.positions, [&](std::int64_t i, std::int64_t n) {
             const ScaleOne<C> scale{Vec<C>::set(affine ? by.scale[k] : C{1}), affine};
             auto add = [&](const C* g, std::int64_t j, std::int64_t width) {
-              if (summed) run.add(g, x ? x + i + j : nullptr, width);
+              run.add(g, x ? x + i + j : nullptr, width);
             };
             T* out = target.data ? writer.room(n) : nullptr;
             auto same_scale = [&](std::int64_t) { return scale; };
             if (by_out)
-              backward_run<C>(grad + i, y + i, [](std::int64_t) { return Unchanged<C>{}; }, count, n, out, same_scale, add);
+              backward_run<C>(grad + i, y + i, [](std::int64_t) { return Unchanged<C>{}; }, count, n, out, same_scale, summed, add);
             else
-              backward_run<C>(grad + i, y ? y + i : nullptr, [&](std::int64_t) { return by.one(k); }, count, n, out, same_scale, add);
+              backward_run<C>(grad + i, y ? y + i : nullptr, [&](std::int64_t) { return by.one(k); }, count, n, out, same_scale, summed, add);
           });
           if (summed) to_g[k] += RunSum::total(run.g), to_g[all + k] += RunSum::total(run.gx);
         });
@@ -268,27 +278,31 @@ void backward(const FuseBackward& a) {
     for_interleaved(call, estimate, [&](std::int64_t block, std::int64_t b, std::int64_t begin, std::int64_t end) {
       double* to_g = a.partial + block * 2 * all;
       if (summed) std::fill_n(to_g, 2 * all, 0.0);
-      for (std::int64_t first = begin; first < end; first += kSlice)
+      for (std::int64_t first = begin; first < end; first += kSlice) {
         for (std::int64_t m = 0, k = 0; m < call.maps; k += a.grad_features[m++].channels) {
           const FuseMap& target = a.grad_features[m];
           Writer<T> writer(target.data ? at<T>(target, b, 0, first) : nullptr, call.stream);
           for (std::int64_t p = first; p < std::min(end, first + kSlice); ++p) {
             const T* grad = at<T>(a.grad, b, call.mean ? 0 : k, p);
             const T *y = masked_by(m, 0, k, b, p), *x = input(m, 0, b, p);
+            // Maps take a few lines here and there of every position: what the prefetcher in hardware does not follow.
+            prefetch_row(grad + kSlice * a.grad.position_stride, target.channels);
+            if (by_out) prefetch_row(y + kSlice * a.out.position_stride, target.channels);
             for_runs(target.channels, [&](std::int64_t i, std::int64_t n) {
               auto add = [&](const C* g, std::int64_t j, std::int64_t width) {
-                if (summed) add_each(g, x ? x + i + j : nullptr, width, to_g + k + i + j, to_g + all + k + i + j);
+                add_each(g, x ? x + i + j : nullptr, width, to_g + k + i + j, to_g + all + k + i + j);
               };
               auto scale = [&](std::int64_t j) { return ScaleEach<C>{affine ? by.scale + k + i + j : nullptr}; };
               T* out = target.data ? writer.room(n) : nullptr;
               if (by_out)
-                backward_run<C>(grad + i, y + i, [](std::int64_t) { return Unchanged<C>{}; }, count, n, out, scale, add);
+                backward_run<C>(grad + i, y + i, [](std::int64_t) { return Unchanged<C>{}; }, count, n, out, scale, summed, add);
               else
                 backward_run<C>(grad + i, y ? y + i : nullptr, [&](std::int64_t j) { return by.each(k + i + j); }, count, n, out,
-                                scale, add);
+                                scale, summed, add);
             });
           }
         }
+      }
     });
   }
 

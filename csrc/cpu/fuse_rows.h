@@ -100,6 +100,27 @@ FEDKERN_INLINE void passing_row(const T* grad, const T* y, std::int64_t n, const
   }
 }
 
+// Both of these at once, where nobody else asks for what passes: out = passing * scale, for any n.
+template <typename C, typename T, typename Affine, typename Scale>
+FEDKERN_INLINE void passing_scaled_row(const T* grad, const T* y, std::int64_t n, const Affine& affine, C count, const Scale& scale,
+                                       T* out) {
+  constexpr int lanes = Vec<C>::lanes;
+  const Vec<C> divisor = Vec<C>::set(count);
+  std::int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    Vec<C> g = Vec<C>::load(grad + i);
+    if (count != 1) g = g / divisor;
+    if (y) g = passing(g, affine(Vec<C>::load(y + i), i));
+    scale(g, i).store(out + i);
+  }
+  if (i < n) {
+    Vec<C> g = Vec<C>::load_partial(grad + i, n - i);
+    if (count != 1) g = g / divisor;
+    if (y) g = passing(g, affine(Vec<C>::load_partial(y + i, n - i), i, n - i));
+    scale(g, i, n - i).store_partial(out + i, n - i);
+  }
+}
+
 // out = g * scale
 template <typename C, typename T, typename Scale>
 FEDKERN_INLINE void scaled_row(const C* g, std::int64_t n, const Scale& scale, T* out) {
