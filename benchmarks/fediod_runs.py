@@ -16,11 +16,7 @@ STUDENTS: Mapping[str, tuple[str, tuple[Mapping[str, Any], ...]]] = {
     # name: method, the settings of its server to choose from
     IOD: (
         "fediod",
-        tuple(
-            {"student_lr": student, "generator_lr": generator, "critic_lr": generator, "w_balance": balance}
-            for student, generator in ((0.02, 1e-3), (0.05, 2e-3))
-            for balance in (0.0, 1.0)
-        ),
+        tuple({"critic_lr": rate, "disc_weight": weight} for rate in (4e-4, 7e-4) for weight in (False, True)),
     ),
     "FedDF, public images": ("feddf", tuple({"distill_lr": rate} for rate in (3e-4, 1e-3, 3e-3, 1e-2))),
     "DENSE": ("dense", tuple({"distill_lr": rate} for rate in (0.005, 0.01, 0.02, 0.05))),
@@ -38,6 +34,7 @@ class Study:
         reference_rounds: those of multi-round FedAvg, over which the same epochs are spread.
         rates: learning rates of the clients to choose from.
         iod: FedIOD's other method options.
+        choices: those of FedIOD to choose from, where they are not those of ``STUDENTS``.
         free: those of the data-free baselines, which make as many images.
         many: numbers of clients of the section ``clients``.
         private: settings of the section ``privacy`` that differ.
@@ -54,6 +51,7 @@ class Study:
     rates: tuple[float, ...] = (0.01, 0.03, 0.1)
     alphas: tuple[Any, ...] = (0.1, 1.0)
     iod: Mapping[str, Any] = field(default_factory=dict)
+    choices: tuple[Mapping[str, Any], ...] = ()
     free: Mapping[str, Any] = field(default_factory=dict)
     many: tuple[int, ...] = (2, 5, 10, 20)
     private: Mapping[str, Any] = field(default_factory=dict)
@@ -140,6 +138,8 @@ class IODRuns(Runs):
         teachers = self.teachers(alpha, self._rates["teachers", alpha], 0)
         self.run([teachers])
         grids = {name: STUDENTS[name][1] for name in study.students}
+        if study.choices:
+            grids[IOD] = study.choices
         cases = {name: [self.student(name, teachers, alpha, 0, one) for one in grid] for name, grid in grids.items()}
         self.run(case for each in cases.values() for case in each)
         for name, grid in grids.items():

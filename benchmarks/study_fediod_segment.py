@@ -30,8 +30,12 @@ STUDIES = {
             "model": "unet", "width": 8, "local_epochs": 30, "public_samples": 32,
             "data_option": ("size=64", "colour=grey", "names=cell|membrane"),
         },
-        10, 30, 10, alphas=("attribute",), figure="dice", students=(IOD, "FedDF, public images"),
-        iod={"ngf": 16, "ndf": 16, "student_steps": 3, "batch": 16},
+        15, 20, 10, alphas=("attribute",), figure="dice", students=(IOD, "FedDF, public images"),
+        iod={
+            "ngf": 16, "ndf": 16, "student_steps": 3, "batch": 16, "generator_lr": 2e-3, "critic_lr": 7e-4,
+            "student_lr": 0.05, "warmup": 0.5, "w_real": 8.0,
+        },
+        choices=tuple({"critic_layers": layers, "w_balance": balance} for layers in (2, 4) for balance in (0.0, 1.0)),
     )
 }  # fmt: skip
 

@@ -188,7 +188,10 @@ class RunConfig:
             raise UserError(
                 f"--local-steps is not for {method}, a one-shot method: give its budget with --local-epochs."
             )
-        base = {**defaults(method, str(given.get("data", default_data(method)))), **given}
+        usual = defaults(method, str(given.get("data", default_data(method))))
+        base = {**usual, **given}
+        if "width" not in given and base["model"] != usual["model"]:
+            base.pop("width", None)  # the usual one is that of the usual network
         if kind.one_shot:
             base["rounds"] = 1
         default_options = kind.Options.parse(base.pop("options", {}), method=method).to_dict()

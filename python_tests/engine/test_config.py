@@ -10,6 +10,7 @@ from fedkern.engine import RunConfig, toml
 from fedkern.engine.defaults import DATA, METHOD, METHOD_ON, defaults
 from fedkern.errors import UserError
 from fedkern.methods import METHODS
+from fedkern.models import MODELS
 
 
 @pytest.mark.parametrize("data", sorted(DATASETS))
@@ -55,6 +56,14 @@ def test_what_is_given_wins_over_the_defaults_of_method_and_data():
     assert (chosen["lambda"], chosen["alpha"]) == (0.77, 0.9)
     own = defaults("fedgid", "colordigits").get("options", {})
     assert {**RunConfig.make("fedgid").options, **own} == dict(RunConfig.make("fedgid").options)
+
+
+def test_a_default_width_is_that_of_the_default_network():
+    usual = RunConfig.make("fediod")
+    assert usual.width != MODELS[usual.model].width
+    assert RunConfig.make("fediod", model=usual.model).width == usual.width
+    assert RunConfig.make("fediod", model="cnn").width == MODELS["cnn"].width
+    assert RunConfig.make("fediod", model="cnn", width=3).width == 3
 
 
 def test_plain_defaults_are_those_of_the_default_data_set():
