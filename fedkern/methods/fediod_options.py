@@ -62,9 +62,14 @@ class IODOptions(PrivacyOptions, Method.Options):
     )
     generator_lr: float = option(1e-4, "learning rate of the generator (Adam, cosine to 0)", above=0)
     critic_lr: float = option(1e-4, "learning rate of the discriminators (Adam, cosine to 0)", above=0)
-    student_lr: float = option(5e-3, "learning rate of the student (SGD, cosine)", above=0)
+    student_optimizer: str = option(
+        "sgd",
+        "optimiser of the student; a segmentation network learns much faster with adamw",
+        choices=("sgd", "adamw"),
+    )
+    student_lr: float = option(5e-3, "learning rate of the student (cosine)", above=0)
     student_lr_end: float = option(1e-5, "what it ends at", low=0)
-    student_momentum: float = option(0.9, "momentum of the student", low=0, high=0.999)
+    student_momentum: float = option(0.9, "momentum of the student's SGD", low=0, high=0.999)
     student_decay: float = option(3e-5, "weight decay of the student", low=0)
     ema: float = option(0.0, "decay of an average of the generator that makes the student's images; 0: none", low=0,
                         high=0.99999)  # fmt: skip

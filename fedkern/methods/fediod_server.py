@@ -33,6 +33,20 @@ def make_generator(server: Server, options: Any, draw: torch.Generator) -> Gener
     return made.to(server.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
+def moments(optimizer: torch.optim.Optimizer, vector: Tensor) -> dict[str, Tensor]:
+    """What an optimiser remembers of its one tensor, on the CPU."""
+    kept = optimizer.state.get(vector, {})
+    return {name: value.detach().cpu().clone() for name, value in kept.items() if value is not None}
+
+
+def restore(optimizer: torch.optim.Optimizer, vector: Tensor, kept: Mapping[str, Tensor] | None) -> None:
+    """Lets an optimiser remember what :func:`moments` gave; nothing for None."""
+    device = vector.device
+    for name, value in (kept or {}).items():  # a fused Adam wants its steps beside its moments
+        place = torch.device("cpu") if name == "step" and device.type != "cuda" else device
+        optimizer.state[vector][name] = value.to(place, copy=True)
+
+
 class Means:
     """Means of named figures over as many values as each was given, without waiting for the device."""
 
@@ -87,12 +101,14 @@ class Workshop:
         self.student = load(self._student, state["student"]).requires_grad_(True).train()
         vector = self._student.parameters.detach()  # one tensor over the same memory, so that one kernel does it all
         vector.grad = self._to_student = self._student.gradients()
-        self._sgd = torch.optim.SGD(
-            [vector], options.student_lr, options.student_momentum, weight_decay=options.student_decay
-        )
+        lr, decay = options.student_lr, options.student_decay
+        self._optimizer: torch.optim.Optimizer
+        if options.student_optimizer == "sgd":
+            self._optimizer = torch.optim.SGD([vector], lr, options.student_momentum, weight_decay=decay)
+        else:
+            self._optimizer = torch.optim.AdamW([vector], lr, weight_decay=decay, fused=True)
         self._student_vector = vector
-        if "student_velocity" in state:
-            self._sgd.state[vector]["momentum_buffer"] = state["student_velocity"].to(vector.device, copy=True)
+        restore(self._optimizer, vector, state.get("student_moments"))
         self.generates = options.mode == "generator"
         self.first = int(options.warmup * total) if self.generates else 0  # iteration of the student
         self.running = Means()
@@ -109,14 +125,7 @@ class Workshop:
         vector = self._flat.parameters.detach()
         vector.grad = self._to_generator = self._flat.gradients()
         self._adam = torch.optim.Adam([vector], o.generator_lr, betas=(0.5, 0.999), fused=True)
-        if "adam" in state:
-            kept = state["adam"]
-            device = vector.device
-            self._adam.state[vector] = {
-                "step": kept["step"].to(device if device.type == "cuda" else "cpu", copy=True),
-                "exp_avg": kept["exp_avg"].to(device, copy=True),
-                "exp_avg_sq": kept["exp_avg_sq"].to(device, copy=True),
-            }
+        restore(self._adam, vector, state.get("adam"))
         self._generator_vector = vector
         self._average: Any = None
         if o.ema:
@@ -245,7 +254,7 @@ class Workshop:
         """Steps of the student on images that travelled, ``size`` at a time, towards the ensemble (2.5 d)."""
         progress = (self.iteration - self.first) / (self.total - self.first)
         lr = cosine(self.options.student_lr, self.options.student_lr_end, progress)
-        self._sgd.param_groups[0]["lr"] = lr
+        self._optimizer.param_groups[0]["lr"] = lr
         every = ensemble.weights.shape[1] > 1
         target = mixture(ensemble.logits, ensemble.weights, ensemble.mask).argmax(1)
         guesses: list[Tensor] = []
@@ -259,7 +268,7 @@ class Workshop:
                 loss = distillation(said, logits, weights, ensemble.mask, self.options)
             self._to_student.zero_()
             loss.backward()
-            self._sgd.step()
+            self._optimizer.step()
             self._student.mark_changed()
             self.running.add(student_loss=loss)
             guesses.append(said.detach().argmax(1))
@@ -279,16 +288,14 @@ class Workshop:
         state = self.server.state
         state["iteration"] = self.iteration
         state["student"] = vectors(self._student)
-        momentum = self._sgd.state[self._student_vector].get("momentum_buffer")
-        if momentum is not None:
-            state["student_velocity"] = momentum.detach().cpu().clone()
+        if learnt := moments(self._optimizer, self._student_vector):
+            state["student_moments"] = learnt
         found = [("student", "student_lr", self._student)]
         if self.generates:
             found.append(("generator", "generator_lr", self._flat))
             state["generator"] = vectors(self._flat)
-            moments = self._adam.state.get(self._generator_vector)
-            if moments:
-                state["adam"] = {name: value.detach().cpu().clone() for name, value in moments.items()}
+            if learnt := moments(self._adam, self._generator_vector):
+                state["adam"] = learnt
             if self._average is not None:
                 state["average"] = vectors(self._average)
         for name, rate, flat in found:

@@ -1,0 +1,82 @@
+"""Teachers of FedIOD: those of an earlier run, of one's own, and how they are trained."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fedkern.engine import RunConfig, read_model, run
+from fedkern.errors import UserError
+
+TINY = {"nz": 4, "ngf": 2, "ndf": 2, "batch": 4, "student_steps": 2, "iterations": 3, "w_real": 1.0, "w_balance": 0.0}
+
+
+def test_without_a_hold_out_the_teachers_are_those_of_the_ensemble(make_data, make_config, tmp_path):
+    data = make_data()
+    settings = {"grad_cam": 0, "model": "cnn", "local_epochs": 2}
+    options = {**TINY, "holdout": 0.0, "iterations": 1}
+    run(make_config("fediod", rounds=1, options=options, **settings), out=tmp_path / "own", data=data)
+    run(make_config("ensemble", rounds=None, **settings), out=tmp_path / "members", data=data)
+    members, _ = read_model(tmp_path / "members")
+    run(make_config("ensemble", rounds=None, teachers=str(tmp_path / "own"), **settings), out=tmp_path / "x", data=data)
+    brought, _ = read_model(tmp_path / "x")
+    for name, value in members.state_dict().items():
+        assert torch.equal(value, brought.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("method", ["oneshot-fedavg", "dense", "fediod"])
+def test_teachers_of_an_earlier_run_or_of_ones_own(method, make_data, make_config, tmp_path):
+    """What comes of the teachers of a run is what comes of the same networks as files."""
+    data, generated = make_data(), {"nz": 4, "ngf": 2}
+    options = {
+        "dense": {**generated, "generator_steps": 1, "synthesis_batch": 4, "distill_epochs": 1},
+        "fediod": {**TINY, "iterations": 1},
+    }
+    run(make_config("ensemble", model="cnn", rounds=None), out=tmp_path / "run", data=data)
+    (tmp_path / "own").mkdir()
+    for k, member in enumerate(read_model(tmp_path / "run")[0].members):
+        if k == 1:
+            torch.save(member.state_dict(), tmp_path / "own" / "client-1.pt")
+        else:
+            save_file(
+                {n: v.contiguous() for n, v in member.state_dict().items()},
+                tmp_path / "own" / f"client-{k}.safetensors",
+            )
+    results = []
+    for folder in ("run", "own"):
+        config = make_config(method, model="cnn", rounds=1 if method == "fediod" else None, grad_cam=0,
+                             teachers=str(tmp_path / folder), options=options.get(method, {}))  # fmt: skip
+        run(config, out=tmp_path / f"with-{folder}", data=data)
+        results.append(read_model(tmp_path / f"with-{folder}")[0].state_dict())
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    assert RunConfig.load(tmp_path / "with-own").teachers == str(tmp_path / "own")
+
+
+def test_mistakes_with_teachers_end_in_a_sentence(make_data, make_config, tmp_path):
+    data = make_data()
+
+    def attempt(method="fediod", **settings):
+        run(make_config(method, teachers=str(tmp_path), **settings), out=tmp_path / "out", data=data)
+
+    with pytest.raises(UserError, match="--teachers is not for fedavg"):
+        attempt("fedavg")
+    with pytest.raises(UserError, match=r"has neither client-0\.safetensors"):
+        attempt(options=TINY)
+    for content, words in ((b"no", "damaged"), (None, "not a CNN as client 0 has it")):
+        path = tmp_path / "client-0.safetensors"
+        if content is None:
+            save_file({"weight": torch.zeros(2)}, path)
+        else:
+            path.write_bytes(content)
+        with pytest.raises(UserError, match=words):
+            run(
+                make_config("fediod", model="cnn", teachers=str(tmp_path), options=TINY),
+                out=tmp_path / words[:3],
+                data=data,
+            )
+
+
+def test_a_cosine_of_the_teachers_rate():
+    from fedkern.engine.local import Schedule
+
+    schedule = Schedule(lr=1.0, momentum=0, weight_decay=0, clip_norm=0, epochs=5, batch_size=1, end=0.2)
+    assert [round(schedule.lr_at(epoch), 6) for epoch in (0, 2, 4)] == [1.0, 0.6, 0.2]
