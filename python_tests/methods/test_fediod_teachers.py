@@ -7,7 +7,10 @@ from safetensors.torch import save_file
 from fedkern.engine import RunConfig, read_model, run
 from fedkern.errors import UserError
 
-TINY = {"nz": 4, "ngf": 2, "ndf": 2, "batch": 4, "student_steps": 2, "iterations": 3, "w_real": 1.0, "w_balance": 0.0}
+TINY = {
+    "nz": 4, "ngf": 2, "ndf": 2, "batch": 4, "student_steps": 2, "iterations": 3, "w_real": 1.0, "w_balance": 0.0,
+    "disc_weight": True, "warmup": 0.0,
+}  # fmt: skip
 
 
 def test_without_a_hold_out_the_teachers_are_those_of_the_ensemble(make_data, make_config, tmp_path):
