@@ -105,7 +105,7 @@ def _fuse_alike(
             return _fuse(features, scale, shift, relu, mean)
         for x in features:
             if x.requires_grad:
-                return _FuseAlike.apply(kernel, scale, shift, relu, mean, last, *features)
+                return _FuseAlike.apply((kernel, scale, shift, relu, mean, last), *features)
     return kernel.forward_alike(features, scale, shift, relu, mean, last)
 
 
@@ -291,45 +291,38 @@ class _Fuse(torch.autograd.Function):
 class _FuseAlike(torch.autograd.Function):
     """:class:`_Fuse` for what :func:`_usual` has found, where scale and shift are constants."""
 
+    # Every argument of its own costs autograd as much as a check: what has no gradient comes in one.
     @staticmethod
     def forward(
-        ctx: Any,
-        kernel: CpuFuse,
-        scale: Tensor | None,
-        shift: Tensor | None,
-        relu: bool,
-        mean: bool,
-        last: bool,
-        *features: Tensor,
+        ctx: Any, how: tuple[CpuFuse, Tensor | None, Tensor | None, bool, bool, bool], *features: Tensor
     ) -> Tensor:
+        kernel, scale, shift, relu, mean, last = how
         out = kernel.forward_alike(features, scale, shift, relu, mean, last)
-        if relu or scale is not None:
+        kept = relu or scale is not None
+        if kept:
             ctx.save_for_backward(scale, out if relu else None)
-        ctx.settings = (kernel, relu, mean, last, features[0].shape[1])
+        ctx.settings = (kernel, relu, mean, last, features[0].shape[1], kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        kernel, relu, mean, last, channels = ctx.settings
-        scale, out = ctx.saved_tensors or (None, None)
-        needs = ctx.needs_input_grad[6:]
+        kernel, relu, mean, last, channels, kept = ctx.settings
+        scale, out = ctx.saved_tensors if kept else (None, None)
+        needs = ctx.needs_input_grad[1:]
         readable = backend.readable(grad) and not grad.is_neg()
         if last and readable and out is None and scale is None and not mean:
             # Nothing is computed, and pieces of a channels-last row are too short to copy: torch.cat's own gradient.
             parts = grad.split(channels, 1)
-            return (*_NONE, *[part if need else None for part, need in zip(parts, needs, strict=True)])
+            return (None, *[part if need else None for part, need in zip(parts, needs, strict=True)])
         if readable and (grad.is_contiguous(memory_format=_CHANNELS_LAST) if last else grad.is_contiguous()):
-            return (*_NONE, *kernel.backward_alike(grad, out, scale, mean, needs, last))
+            return (None, *kernel.backward_alike(grad, out, scale, mean, needs, last))
         rest = (relu, mean, [channels] * len(needs), FuseNeeds(needs, False, False))
         if not readable:
             maps, _, _ = fuse_backward_reference(grad, None, out, scale, None, *rest)
         else:
             maps, _, _ = kernel.backward(grad, None, out, scale, None, *rest, last)
-        return (*_NONE, *maps)
-
-
-_NONE = (None,) * 6
+        return (None, *maps)
 
 
 # 4. The same operator for torch.compile and opcheck: fuse_library.

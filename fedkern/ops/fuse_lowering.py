@@ -18,6 +18,11 @@ from fedkern.ops.fuse_onednn import Prepared, convolve
 from fedkern.ops.fuse_table import VECTOR, Work
 from fedkern.ops.fuse_trace import Step
 
+# From this many multiplications per value on, faults of small pages are a tenth of a convolution's time or less, and
+# huge pages can cost more than they save: a virtual machine's host takes free ones back, and to get them again takes
+# up to half of that time.
+MANY_PRODUCTS = 512
+
 # What the direct way keeps of the widest map: fits into a core's second-level cache together with what is read for it.
 CHUNK_BYTES = 1 << 21
 
@@ -261,7 +266,9 @@ class FoldedBlocks:
             shape = held.conv.result_shape(y, held.weight)
             if fold.value == last:
                 if out is None:
-                    out = fresh(core, x.new_empty((x.shape[0], *shape[1:])))
+                    out = x.new_empty((x.shape[0], *shape[1:]))
+                    if held.weight[0].numel() < MANY_PRODUCTS:
+                        fresh(core, out)
                 result = out[begin:end]
             else:
                 result = y.new_empty(shape)
