@@ -113,7 +113,7 @@ METHOD_ON: Mapping[tuple[str, str], Mapping[str, Any]] = {
     # A twentieth of the samples at a weight of 0.77, which the published radius allows, would cost all others dearly.
     ("feddra", "captions"): {"options": {"rho": 0.1, "alignment_steps": 10}},
     ("feddf", "digits"): {"public_samples": 200},
-    ("fediod", "digits"): {"partition": "dirichlet:0.1", "rounds": 30, "width": 8, "options": FEDIOD},
+    ("fediod", "digits"): {"partition": "dirichlet:0.1", "rounds": 30, "options": FEDIOD},
     ("fediod", "segdigits"): {
         "partition": "dirichlet:0.3",
         "rounds": 20,
