@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Literal
 
 import torch.nn.functional as F
@@ -23,14 +24,25 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels_out)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or channels_in != channels_out:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(channels_in, channels_out, 1, stride=stride, bias=False), nn.BatchNorm2d(channels_out)
-            )
+            self.shortcut = _shortcut(channels_in, channels_out, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``[B, channels_in, H, W]`` to ``[B, channels_out, H / stride, W / stride]``."""
         y = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+def _shortcut(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
+    """A 1x1 convolution with batch norm, called ``"0"`` and ``"1"``."""
+    layers: dict[str, nn.Module] = {}
+    if stride != 1 and channels_in < 16:
+        # torch's gradient of a strided 1x1 convolution writes past its memory on the CPU for so few channels in
+        # channels-last, an odd batch and several threads (seen in 2.13).  Picking the pixels first is the same.
+        layers["pixels"] = nn.AvgPool2d(1, stride)
+        stride = 1
+    layers["0"] = nn.Conv2d(channels_in, channels_out, 1, stride=stride, bias=False)
+    layers["1"] = nn.BatchNorm2d(channels_out)
+    return nn.Sequential(OrderedDict(layers))
 
 
 def _stem(kind: Stem, channels: int, width: int) -> list[nn.Module]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
+from torch import nn
 
 from fedkern import models
 from fedkern.errors import UserError
+from fedkern.models.resnet import BasicBlock
 
 NAMES = tuple(name for name, entry in models.MODELS.items() if entry.task == "classification")
 
@@ -208,3 +212,23 @@ def test_the_smallest_image_passes(name):
     model = make(name, image_size=entry.smallest)
     positions = () if entry.task == "classification" else (entry.smallest,) * 2
     assert model(torch.randn(2, 3, entry.smallest, entry.smallest)).shape == (2, 10, *positions)
+
+
+def test_narrow_shortcut_is_the_strided_convolution():
+    block, x = BasicBlock(7, 14, stride=2).eval(), torch.randn(3, 7, 9, 8)
+    plain = nn.Sequential(nn.Conv2d(7, 14, 1, stride=2, bias=False), nn.BatchNorm2d(14))
+    assert list(block.shortcut.state_dict()) == list(plain.state_dict())
+    weight, norm = block.shortcut.get_parameter("0.weight"), block.shortcut.get_submodule("1")
+    assert torch.allclose(block.shortcut(x), norm(nn.functional.conv2d(x, weight, stride=2)), atol=1e-6)
+
+
+def test_narrow_residual_networks_train_on_two_threads():
+    # In a process of its own: what is tested for ends a process.
+    code = (
+        "import torch; from fedkern.models.resnet import BasicBlock; torch.set_num_threads(2)\n"
+        "block = BasicBlock(8, 16, stride=2).to(memory_format=torch.channels_last)\n"
+        "for batch in (1, 3, 5, 13, 31) * 4:\n"
+        "    x = torch.randn(batch, 8, 32, 32).contiguous(memory_format=torch.channels_last)\n"
+        "    block(x).sum().backward()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
