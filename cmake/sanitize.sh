@@ -27,7 +27,8 @@ rm -f "$site"/fedkern/*.so
   cmake --build --preset sanitize -j "${JOBS:-$(nproc)}" | tail -3
 )
 core=$(echo "$site"/fedkern/_cpu.*.so)
-nm -D "$core" | grep -q __asan_report || { echo "$core is not instrumented" >&2; exit 1; }
+# Not grep -q: it ends before nm has written everything, which pipefail takes for a failure.
+nm -D "$core" | grep __asan_report >/dev/null || { echo "$core is not instrumented" >&2; exit 1; }
 
 if [ $# -eq 0 ]; then
   # Not what compiles with torch.compile or Triton, forks, or maps gigabytes: the kernels are the same ones.
@@ -43,4 +44,4 @@ from fedkern.ops import backend
 path = backend.cpu_core().__file__
 sys.exit(path != sys.argv[1] and f"tests would run {path}")' "$core"
 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" \
-  "$python" -P -m pytest -q -p no:cacheprovider "$@"
+  "$python" -P -m pytest -q -p no:cacheprovider --capture=sys "$@"  # a report goes to the process's own stderr

@@ -19,6 +19,7 @@ inline std::int64_t first_pixel(double edge, std::int64_t limit) {
 }
 
 void box_mask(const BoxMask& a) {
+  if (a.height * a.width == 0) return;  // torch gives no memory to a mask without pixels
   auto samples = [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t b = begin; b < end; ++b) {
       std::uint8_t* mask = a.mask + b * a.height * a.width;
@@ -52,6 +53,7 @@ inline void for_runs(const std::uint8_t* mask, std::int64_t pixels, std::uint8_t
 
 template <typename T>
 void box_fill(const BoxFill& a) {
+  if (a.pixels == 0) return;
   // One unit is what lies together in memory, a channel's plane or a channels-last sample: copied, then filled in cache.
   auto planes = [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t unit = begin; unit < end; ++unit) {
