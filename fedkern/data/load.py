@@ -225,7 +225,7 @@ def _check_attribute(name: str, info: DatasetInfo, source: Source, spec: Partiti
         )
     if source.groups is not None and clients != source.groups:
         raise UserError(
-            f'data set "{name}" assigns its {source.groups} contexts or sites to a client each, not to {clients}; take '
+            f'data set "{name}" assigns its contexts or sites to {source.groups} clients, not {clients}; take '
             f"--clients {source.groups} or another partition"
         )
 

@@ -101,7 +101,7 @@ def test_other_partitions_mix_the_training_contexts(tmp_path: Path, write_nico) 
 
 def test_another_number_of_clients(tmp_path: Path, write_nico) -> None:
     write_nico(tmp_path)
-    with pytest.raises(UserError, match="assigns its 7 contexts or sites to a client each, not to 5"):
+    with pytest.raises(UserError, match="assigns its contexts or sites to 7 clients, not 5"):
         load("nico", root=tmp_path, clients=5, options={"size": 8})
 
 
