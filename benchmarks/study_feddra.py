@@ -34,6 +34,8 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "SCAFFOLD": ("scaffold", {"weighting": "uniform"}),
     "agnostic FL": ("afl", {}),
     FULL: ("feddra", {}),
+    f"{FULL}, stages in sequence": ("feddra", {"stage_schedule": "sequential"}),
+    f"{FULL}, in sequence, weights off": ("feddra", {"stage_schedule": "sequential", "dro": False}),
     "local only": ("local", {}),
     "centralised": ("centralised", {}),
 }
@@ -113,7 +115,7 @@ class DRARuns(Runs):
         if method == "centralised":  # as many steps as all clients together
             settings["local_steps"] *= settings["clients"]
         every = {**(self.study.options if method == "feddra" else {}), **own, **options}
-        differing = {**{key: value for key, value in own.items() if key == "weighting"}, **(changed or {}), **options}
+        differing = {**own, **(changed or {}), **options}
         words = [f"{key}={value}" for key, value in differing.items()]
         return self.case(method, settings, every, *words, f"lr{lr}", f"s{seed}")
 
