@@ -135,7 +135,9 @@ def test_ensembles_do_not_see_the_order(many: tuple[Tensor, Tensor], data: st.Da
     student, order = given[0].flip(1), data.draw(orders(len(weights)))
     for mix in ("probs", "logits"):
         got = ops.ensemble_kl(student, given[order], weights[order], mix=mix, reduction="none")
-        close(got, ops.ensemble_kl(student, given, weights, mix=mix, reduction="none"), spread(given))
+        # fp32 keeps a mean of logits of size L to L times its precision, and probabilities move by as much.
+        condition = max(1.0, spread(given) / 128) if mix == "logits" else 1.0
+        close(got, ops.ensemble_kl(student, given, weights, mix=mix, reduction="none"), spread(given) * condition)
 
 
 # --- blend and fuse
