@@ -20,7 +20,7 @@ _collected: set[str] = set()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fedkern benchmarks")
-    group.addoption("--record", action="store_true", help="write benchmarks/results/<operator>.json")
+    group.addoption("--record", action="store_true", help="write benchmarks/results/<operator>-<processor>.json")
     group.addoption("--results", type=Path, default=records.RESULTS, help="another folder for --record")
     group.addoption("--gate", action="store_true", help="fail where a speed-up is below benchmarks/floors.toml")
     group.addoption(

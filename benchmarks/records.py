@@ -1,14 +1,17 @@
-"""What a benchmark leaves behind: one :class:`Comparison` per row, one JSON file per operator and kind of device."""
+"""What a benchmark leaves behind: a :class:`Comparison` per row, a JSON file per operator, device and processor."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+# What a processor's name says beside maker and model: marks, the clock, and words that most names have.
+NOISE = re.compile(r"\((?:r|tm|c)\)|@.*|\b(?:[0-9]+-core|processor|cpu)\b")
 
 
 @dataclass
@@ -102,14 +105,15 @@ class Comparison:
 
 @dataclass
 class Recorded:
-    """One results file: where it was measured, and its rows."""
+    """One results file: where it was measured, its rows, and its name without suffix, which its plot has too."""
 
     machine: dict[str, Any]
     rows: list[Comparison]
+    name: str
 
 
 def read_results(folder: Path = RESULTS) -> dict[str, list[Recorded]]:
-    """The recorded operators by name, each with one entry per kind of device; other JSON files are left alone."""
+    """The recorded operators by name, each with an entry per machine, CPUs first; other JSON files are left alone."""
     found: dict[str, list[Recorded]] = {}
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text())
@@ -117,8 +121,8 @@ def read_results(folder: Path = RESULTS) -> dict[str, list[Recorded]]:
             continue
         rows = [Comparison.from_record(record) for record in content["results"] if "speedup" in record]
         if rows:
-            found.setdefault(rows[0].group, []).append(Recorded(content["machine"], rows))
-    return found
+            found.setdefault(rows[0].group, []).append(Recorded(content["machine"], rows, path.stem))
+    return {group: sorted(files, key=lambda one: one.rows[0].device) for group, files in found.items()}
 
 
 def write_results(
@@ -128,10 +132,10 @@ def write_results(
     *,
     collected: Iterable[str] = (),
 ) -> list[Path]:
-    """Writes ``<group>.json`` (``<group>-cuda.json`` for a GPU's rows).
+    """Writes ``<group>-<processor>.json`` (``<group>-cuda-<gpu>.json`` for a GPU's rows), see :func:`slug`.
 
-    Rows of the same machine that this run did not measure stay where their test still exists, so that a run of a few
-    tests adds to a file and a case that was renamed leaves no ghost behind.
+    Other processors' files are left alone.  Rows of the same machine that this run did not measure stay where their
+    test still exists, so that a run of a few tests adds to a file and a case that was renamed leaves no ghost behind.
 
     Args:
         collected: every test that pytest found, those not selected included.
@@ -148,7 +152,7 @@ def write_results(
         groups.setdefault((row.group, row.device), []).append(row)
     paths = []
     for (group, device), rows in sorted(groups.items()):
-        path = folder / (f"{group}.json" if device == "cpu" else f"{group}-{device}.json")
+        path = _path(folder, group if device == "cpu" else f"{group}-{device}", machine)
         content = {
             "machine": machine,
             "results": [row.record() for row in [*filter(exists, _kept(path, machine, rows)), *rows]],
@@ -158,6 +162,25 @@ def write_results(
         partial.replace(path)
         paths.append(path)
     return paths
+
+
+def processor(machine: dict[str, Any]) -> str:
+    """The name of what computed: of a GPU's rows the GPU."""
+    return str(machine.get("gpu") or machine.get("cpu") or "unknown")
+
+
+def slug(machine: dict[str, Any]) -> str:
+    """The processor in a file's name: "Intel(R) Xeon(R) CPU @ 2.20GHz" is "intel-xeon"."""
+    return re.sub(r"[^a-z0-9]+", "-", NOISE.sub(" ", processor(machine).lower())).strip("-") or "unknown"
+
+
+def _path(folder: Path, start: str, machine: dict[str, Any]) -> Path:
+    """This processor's file; a number tells processors apart whose slugs are the same."""
+    path, number = folder / f"{start}-{slug(machine)}.json", 1
+    while path.exists() and processor(json.loads(path.read_text()).get("machine", {})) != processor(machine):
+        number += 1
+        path = folder / f"{start}-{slug(machine)}-{number}.json"
+    return path
 
 
 def _kept(path: Path, machine: dict[str, Any], rows: Sequence[Comparison]) -> list[Comparison]:

@@ -1,6 +1,6 @@
 """Turns benchmarks/results/*.json into tables, plots and floors.
 
-python -m benchmarks.report             # results/README.md, one plot per operator, the tables of docs/ops.md
+python -m benchmarks.report             # results/README.md, a plot per operator and machine, the tables of docs/ops.md
 python -m benchmarks.report --check     # exit code 1 if README.md or docs/ops.md are not what the results say
 python -m benchmarks.report --floors    # floors.toml from the recorded ratios
 """
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import gate
-from benchmarks.records import RESULTS, Comparison, Recorded, read_results
+from benchmarks.records import RESULTS, Comparison, Recorded, processor, read_results
 
 DOCS = Path(__file__).parent.parent / "docs" / "ops.md"
 TITLE = "README.md"
@@ -138,7 +138,8 @@ def page(results: dict[str, list[Recorded]]) -> str:
     lines = [
         "# Measured",
         "",
-        "Written by `python -m benchmarks.report` from the JSON files here, which `pytest benchmarks --record` writes.",
+        "Written by `python -m benchmarks.report` from the JSON files here, which `pytest benchmarks --record` writes:",
+        "one per operator and processor, so that recording on one kind of machine leaves the others' results alone.",
         "",
         "Contestants take turns in one process; a speed-up is the median over pairs of their time over ours, bold if",
         'below 1. "Of a copy" sets our time against copying as many bytes as the operator must move. "Peak memory" is',
@@ -147,10 +148,9 @@ def page(results: dict[str, list[Recorded]]) -> str:
     ]
     for group, files in results.items():
         for recorded in files:
-            rows = recorded.rows
-            lines += ["", f"## {group}" + ("" if rows[0].device == "cpu" else f" on {rows[0].device}"), ""]
-            lines += [machine_line(recorded), "", f"![{group}]({plot_name(rows)})"]
-            for family in families(rows):
+            lines += ["", f"## {group} on {processor(recorded.machine)}", ""]
+            lines += [machine_line(recorded), "", f"![{group}]({recorded.name}.png)"]
+            for family in families(recorded.rows):
                 lines += ["", *table(family)]
     return "\n".join(lines) + "\n"
 
@@ -168,11 +168,6 @@ def fill(text: str, results: dict[str, list[Recorded]]) -> str:
         return match[1] + "\n" + "\n".join(lines or ["Not recorded yet.", ""]) + "\n" + match[3]
 
     return SECTION.sub(section, text)
-
-
-def plot_name(rows: Sequence[Comparison]) -> str:
-    """The picture of an operator."""
-    return f"{rows[0].group}.png" if rows[0].device == "cpu" else f"{rows[0].group}-{rows[0].device}.png"
 
 
 def plot(recorded: Recorded, path: Path) -> None:
@@ -252,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for files in results.values():
         for recorded in files:
             if any(not row.loaded for row in recorded.rows):
-                plot(recorded, options.results / plot_name(recorded.rows))
+                plot(recorded, options.results / f"{recorded.name}.png")
     print(
         f"wrote {options.results / TITLE}, {sum(map(len, results.values()))} plots"
         + (f", the tables of {options.docs}" if options.docs in texts else "")

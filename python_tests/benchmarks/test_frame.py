@@ -103,8 +103,9 @@ def test_report_makes_table_and_plot(folder: Path) -> None:
     assert "1.00 ms | 2.00× (promised 3×) | 4.00×" in row
     assert "* Liger-Kernel is not in the table: Liger-Kernel needs a GPU" in page
     assert "* medium (1 thread): told" in page
-    assert "![toy](toy.png)" in page
-    assert (results / "toy.png").read_bytes().startswith(b"\x89PNG")
+    (recorded,) = results.glob("toy-*.json")
+    assert f"![toy]({recorded.stem}.png)" in page
+    assert recorded.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     docs = (folder / "docs" / "ops.md").read_text()
     assert docs.startswith("before\n<!-- measured: toy, nothing -->\n")
     assert docs.endswith("<!-- end -->\nafter\n")

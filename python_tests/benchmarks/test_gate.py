@@ -1,4 +1,4 @@
-"""What a measurement says about a floor, and which floors recorded results give."""
+"""What a measurement says about a floor, which floors recorded results give, and what recording again keeps."""
 
 from __future__ import annotations
 
@@ -98,10 +98,10 @@ def test_recording_a_few_tests_adds_to_the_file(tmp_path: Path) -> None:
     (recorded,) = read_results(tmp_path)["toy"]
     assert [row.case for row in recorded.rows] == ["other", "foreign", "[64, 20]"]
     assert recorded.rows[2] == renamed
-    write_results([renamed], {**MACHINE, "cpu": "B"}, tmp_path, collected=collected)
+    write_results([renamed], {**MACHINE, "torch": "2.14.0"}, tmp_path, collected=collected)
     (recorded,) = read_results(tmp_path)["toy"]
-    assert [row.case for row in recorded.rows] == ["[64, 20]"], "rows of another machine must not stay"
-    assert path.name == "toy.json"
-    (path,) = write_results([replace(ROW, device="cuda")], MACHINE, tmp_path)
-    assert path.name == "toy-cuda.json"
-    assert len(read_results(tmp_path)["toy"]) == 2
+    assert [row.case for row in recorded.rows] == ["[64, 20]"], "rows of other versions must not stay"
+    assert path.name == "toy-a.json"
+    (path,) = write_results([replace(ROW, device="cuda")], {**MACHINE, "gpu": "NVIDIA H200"}, tmp_path)
+    assert path.name == "toy-cuda-nvidia-h200.json"
+    assert [recorded.name for recorded in read_results(tmp_path)["toy"]] == ["toy-a", "toy-cuda-nvidia-h200"]
