@@ -54,7 +54,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     here = [item for item in items if HERE in item.path.parents]
     _collected.update(_name(item) for item in here)
     if harness.SETTINGS.short and harness.SETTINGS.floors is not None:
-        wanted = harness.SETTINGS.floors.short_tests(harness.SETTINGS.device)
+        floors = harness.SETTINGS.floors
+        wanted = floors.short_tests(harness.SETTINGS.device, harness.names_here(floors))
         left = [item for item in here if _name(item) not in wanted]
         if left:
             config.hook.pytest_deselected(items=left)

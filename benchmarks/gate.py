@@ -1,9 +1,9 @@
 """Floors under recorded speed-ups, and what a new measurement says about them.
 
-``floors.toml`` holds, for every recorded row, :data:`FACTOR` times the observed ratio; ``python -m benchmarks.report
---floors`` writes it.  A run with ``--gate`` fails below a floor, unless the measurement cannot tell: the machine is
-another, or a contestant's own times scatter too much.  A ratio counts as below only if the median of its pairs is so
-with some certainty, not if a few pairs are.
+``floors.toml`` holds, for every recorded row of every machine, :data:`FACTOR` times the observed ratio; ``python -m
+benchmarks.report --floors`` writes it.  A run with ``--gate`` fails below a floor, unless the measurement cannot tell:
+the row's floors are of other machines, or a contestant's own times scatter too much.  A ratio counts as below only if
+the median of its pairs is so with some certainty, not if a few pairs are.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import math
 import os
 import statistics
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 FLOORS = Path(__file__).parent / "floors.toml"
+MOVES = ("cpu", "cores", "isa", "gpu", "torch")  # what of a machine moves ratios
 FACTOR = 0.85
 NOISY = 0.3  # scatter (interquartile range over median) above which times tell nothing
 SHORT_SECONDS = 5e-3  # the short gate's rows take at most this long, all contestants together: beyond it, how much
@@ -30,14 +31,16 @@ SLOW = ("compile",)  # contestants that the short gate leaves out: seconds of co
 
 @dataclass(frozen=True)
 class Floor:
-    """The floors of one row.
+    """The floors of one row on one machine.
 
     Attributes:
+        machine: the name in floors.toml of where they were observed.
         against: lowest allowed ratio, by contestant.
         test: pytest node that measures it, relative to benchmarks/.
         short: whether the short gate includes it.
     """
 
+    machine: str
     group: str
     case: str
     device: str
@@ -54,16 +57,36 @@ class Floor:
 
 @dataclass
 class Floors:
-    """All of floors.toml: the floors, and per group and device the machine on which they were observed."""
+    """All of floors.toml: the floors, and by name the machines on which they were observed."""
 
     rows: list[Floor] = field(default_factory=list)
-    machines: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+    machines: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def of(self, key: tuple[str, str, str, int, bool]) -> Floor | None:
-        return next((row for row in self.rows if row.key == key), None)
+    def of(self, key: tuple[str, str, str, int, bool], here: Collection[str]) -> Floor | None:
+        """The row's floor on this machine, whose names are ``here``."""
+        return next((row for row in self.rows if row.key == key and row.machine in here), None)
 
-    def short_tests(self, device: str) -> set[str]:
-        return {row.test for row in self.rows if row.short and row.device == device}
+    def machines_of(self, key: tuple[str, str, str, int, bool]) -> list[str]:
+        """The names of the machines on which the row has a floor."""
+        return [row.machine for row in self.rows if row.key == key]
+
+    def short_tests(self, device: str, here: Collection[str]) -> set[str]:
+        """The short gate's tests on this machine, whose names are ``here``.
+
+        Of an operator without floors of this machine they are the other machines': skipping them tells so.
+        """
+        rows = [row for row in self.rows if row.device == device]
+        held = {row.group for row in rows if row.machine in here}
+        return {row.test for row in rows if row.short and (row.machine in here or row.group not in held)}
+
+    def add_machine(self, slug: str, machine: dict[str, Any]) -> str:
+        """The machine's name: its slug, with a number where a machine that differs has that."""
+        facts = {fact: machine[fact] for fact in MOVES if fact in machine}
+        name, number = slug, 1
+        while self.machines.setdefault(name, facts) != facts:
+            number += 1
+            name = f"{slug}-{number}"
+        return name
 
 
 @dataclass(frozen=True)
@@ -74,28 +97,28 @@ class Verdict:
     reason: str = ""
 
 
-def make_floors(recorded: Iterable[tuple[dict[str, Any], Sequence[Any]]]) -> Floors:
-    """Floors under the recorded rows, given as (machine, comparisons) per results file.
+def make_floors(recorded: Iterable[tuple[str, dict[str, Any], Sequence[Any]]]) -> Floors:
+    """Floors under the recorded rows, given as (slug, machine, comparisons) per results file.
 
     Rows measured beside a spinning process, and contestants whose times scattered, get none.  The short gate takes of
-    every operator the quickest row on one thread, if that is short, and the longest that is.
+    every operator, on every machine, the quickest row on one thread, if that is short, and the longest that is.
     """
     floors = Floors()
-    for machine, rows in recorded:
+    for slug, machine, rows in recorded:
         kept = []
         for row in rows:
             steady = {n: r for n, r in row.speedup.items() if max(row.scatter[n], row.scatter[row.ours]) <= NOISY}
             if not row.loaded and steady and row.test:
                 kept.append((row, {name: round(FACTOR * ratio, 3) for name, ratio in steady.items()}))
+        if not kept:
+            continue
+        name = floors.add_machine(slug, machine)
         chosen = _short([row for row, against in kept if set(against) - set(SLOW)])
         for row, against in kept:
             short = any(row is one for one in chosen)
             floors.rows.append(
-                Floor(row.group, row.case, row.device, row.threads, row.loaded, row.test, short, against)
+                Floor(name, row.group, row.case, row.device, row.threads, row.loaded, row.test, short, against)
             )
-        if kept:
-            first = kept[0][0]
-            floors.machines[first.group, first.device] = dict(machine)
     return floors
 
 
@@ -113,13 +136,12 @@ def write_floors(floors: Floors, path: Path = FLOORS) -> None:
         f"# Lowest allowed speed-ups, {FACTOR:g} of the recorded: written by python -m benchmarks.report --floors.",
         "# The speed-ups that the project promises are in the bench files.",
     ]
-    for (group, device), machine in floors.machines.items():
-        names = [name for name in ("cpu", "cores", "isa", "gpu", "torch") if name in machine]
-        lines += ["", "[[machine]]", f"group = {_text(group)}", f"device = {_text(device)}"]
-        lines += [f"{name} = {_text(machine[name])}" for name in names]
+    for name, machine in floors.machines.items():
+        lines += ["", "[[machine]]", f"name = {_text(name)}"]
+        lines += [f"{fact} = {_text(value)}" for fact, value in machine.items()]
     for row in floors.rows:
         lines += ["", "[[floor]]"]
-        for name in ("group", "case", "device", "threads", "loaded", "test", "short"):
+        for name in ("machine", "group", "case", "device", "threads", "loaded", "test", "short"):
             lines.append(f"{name} = {_text(getattr(row, name))}")
         against = ", ".join(f"{_text(name)} = {ratio:g}" for name, ratio in row.against.items())
         lines.append(f"against = {{ {against} }}")
@@ -138,7 +160,7 @@ def read_floors(path: Path = FLOORS) -> Floors:
     if not path.exists():
         return Floors()
     content = tomllib.loads(path.read_text())
-    machines = {(entry.pop("group"), entry.pop("device")): entry for entry in content.get("machine", [])}
+    machines = {entry.pop("name"): entry for entry in content.get("machine", [])}
     return Floors([Floor(**row) for row in content.get("floor", [])], machines)
 
 

@@ -185,15 +185,20 @@ def _floor(key: tuple[str, str, str, int, bool]) -> gate.Floor | None:
     """The row's floor under ``--gate``; skips the test where there is none to hold it against."""
     if SETTINGS.floors is None:
         return None
-    floor = SETTINGS.floors.of(key)
+    floor = SETTINGS.floors.of(key, names_here(SETTINGS.floors))
     if floor is None:
-        pytest.skip("floors.toml has no floor for this row")
-    difference = machine_difference(SETTINGS.floors.machines.get((key[0], key[2]), {}), machine())
-    if difference:
-        pytest.skip(difference)
+        others = {name: SETTINGS.floors.machines.get(name, {}) for name in SETTINGS.floors.machines_of(key)}
+        differences = [f"{name}: {machine_difference(info, machine())}" for name, info in others.items()]
+        pytest.skip("; ".join(differences) or "floors.toml has no floor for this row")
     if floor.threads > gate.usable_cpus():
         pytest.skip(f"recorded with {floor.threads} threads, but this process may use {gate.usable_cpus()}")
     return floor
+
+
+def names_here(floors: gate.Floors) -> set[str]:
+    """The machines of floors.toml whose ratios hold on this one."""
+    here = machine()
+    return {name for name, info in floors.machines.items() if not machine_difference(info, here)}
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import gate
-from benchmarks.records import RESULTS, Comparison, Recorded, processor, read_results
+from benchmarks.records import RESULTS, Comparison, Recorded, processor, read_results, slug
 
 DOCS = Path(__file__).parent.parent / "docs" / "ops.md"
 TITLE = "README.md"
@@ -229,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if options.floors:
         every = [recorded for files in results.values() for recorded in files]
-        floors = gate.make_floors((recorded.machine, recorded.rows) for recorded in every)
+        floors = gate.make_floors((slug(recorded.machine), recorded.machine, recorded.rows) for recorded in every)
         gate.write_floors(floors, options.floors)
         short = sum(row.short for row in floors.rows)
         print(f"wrote {options.floors}: {len(floors.rows)} rows, {short} of them in the short gate")

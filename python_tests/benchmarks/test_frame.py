@@ -124,18 +124,20 @@ def test_gate_fails_on_a_doctored_floor_and_skips_what_it_cannot_tell(folder: Pa
     text = (folder / "benchmarks" / "floors.toml").read_text()
     assert '"eager" = 1.7, "compile" = 3.4' in text
     head, rows = text.split("[[floor]]", 1)
-    machines = head.split("[[machine]]")
-    doctored = "[[machine]]".join(
-        part.replace("cores = ", "cores = 1") if '"elsewhere"' in part else part for part in machines
-    )
+    comment, machine = head.split("[[machine]]")
+    here = machine.partition('name = "')[2].partition('"')[0]
+    other = machine.replace(f'name = "{here}"', 'name = "other"').replace("cores = ", "cores = 1")
+    doctored = f"{comment}[[machine]]{machine}[[machine]]{other}"
     entries = rows.split("[[floor]]")
-    doctored += "".join(
-        "[[floor]]" + (entry.replace("1.7", "2.1") if '"large"' in entry else entry) for entry in entries
-    )
+    for entry in entries:
+        others = entry.replace(f'machine = "{here}"', 'machine = "other"')
+        changed = others if '"elsewhere"' in entry else entry
+        doctored += "[[floor]]" + (changed.replace("1.7", "2.1") if '"large"' in entry else changed)
+        # Floors of another machine, which nothing reaches, beside those of this one: they must not count.
+        if '"small"' in entry:
+            doctored += "[[floor]]" + others.replace("1.7", "99")
     # The record of the noise has no floor, as it should: here it gets one that its median does not reach.
     assert '"noise"' not in doctored
-    machine = next(part for part in machines if '"toy"' in part)
-    doctored = "[[machine]]" + machine.replace('"toy"', '"noise"') + doctored
     small = next(entry for entry in entries if '"small"' in entry)
     noise = small.replace('"toy"', '"noise"').replace('"small"', '"any"').replace("1.7", "50")
     doctored += "\n[[floor]]" + noise
@@ -146,7 +148,7 @@ def test_gate_fails_on_a_doctored_floor_and_skips_what_it_cannot_tell(folder: Pa
     assert "2 passed, 4 skipped" in out.replace("1 failed, ", ""), out
     assert "toy large (1 thread): 2.00× eager, below 2.1×" in out
     assert "the times of eager scatter by" in out
-    assert "recorded with cores 1" in out
+    assert "other: recorded with cores 1" in out
     assert "recorded with 99 threads, but this process may use" in out
     assert "floors.toml has no floor for this row" in out
 
@@ -159,6 +161,16 @@ def test_short_gate_takes_one_small_and_one_medium_row_without_compilation(folde
     assert "toy medium" in table
     assert "toy large" not in table
     assert "compile" not in table
+
+
+def test_short_gate_on_a_machine_without_floors_skips_and_names_the_others(folder: Path) -> None:
+    text = (folder / "benchmarks" / "floors.toml").read_text()
+    (folder / "elsewhere.toml").write_text(text.replace("cores = ", "cores = 1"))
+    gated = run(folder, "-m", "pytest", "benchmarks", "--gate-short", "--floors", "elsewhere.toml")
+    assert gated.returncode == 0, gated.stdout
+    assert "passed" not in gated.stdout
+    name = text.partition('name = "')[2].partition('"')[0]
+    assert f"{name}: recorded with cores 1" in gated.stdout
 
 
 def test_gate_without_floors_is_an_error(folder: Path) -> None:

@@ -23,7 +23,7 @@ ROW = Comparison(
     scatter={"fedkern": 0.1, "eager": 0.1, "compile": 0.1},
     test="bench_toy.py::test_toy[small]",
 )
-FLOOR = gate.Floor("toy", "[64, 10]", "cpu", 1, False, ROW.test, True, {"eager": 1.7})
+FLOOR = gate.Floor("a", "toy", "[64, 10]", "cpu", 1, False, ROW.test, True, {"eager": 1.7})
 STEADY = {"fedkern": 0.1, "eager": 0.1}
 
 
@@ -64,20 +64,20 @@ def test_floors_of_results_survive_the_file(tmp_path: Path) -> None:
     loaded = replace(ROW, loaded=True, test="t::loaded")
     noisy = replace(ROW, case="noisy", test="t::noisy", scatter={"fedkern": 0.1, "eager": 0.9, "compile": 0.1})
     several = replace(ROW, case="two", threads=2, test="t::two")
-    floors = gate.make_floors([(MACHINE, [ROW, slow, medium, loaded, noisy, several])])
+    floors = gate.make_floors([("a", MACHINE, [ROW, slow, medium, loaded, noisy, several])])
     path = tmp_path / "floors.toml"
     gate.write_floors(floors, path)
     again = gate.read_floors(path)
     assert again.rows == floors.rows
-    assert again.machines == {("toy", "cpu"): {k: MACHINE[k] for k in ("cpu", "cores", "isa", "torch")}}
+    assert again.machines == {"a": {k: MACHINE[k] for k in ("cpu", "cores", "isa", "torch")}}
     assert {row.case for row in again.rows} == {"[64, 10]", 'a "slow" one', "medium", "noisy", "two"}
-    found = again.of(ROW.key)
+    found = again.of(ROW.key, {"a"})
     assert found is not None
     assert found.against == {"eager": 1.7, "compile": 2.55}
-    assert again.of(noisy.key).against == {"compile": 2.55}  # type: ignore[union-attr]
-    assert again.of(loaded.key) is None
-    assert again.short_tests("cpu") == {ROW.test, "t::medium"}
-    assert again.short_tests("cuda") == set()
+    assert again.of(noisy.key, {"a"}).against == {"compile": 2.55}  # type: ignore[union-attr]
+    assert again.of(loaded.key, {"a"}) is None
+    assert again.short_tests("cpu", {"a"}) == {ROW.test, "t::medium"}
+    assert again.short_tests("cuda", {"a"}) == set()
     assert gate.read_floors(tmp_path / "missing.toml").rows == []
 
 

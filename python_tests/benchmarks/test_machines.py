@@ -1,4 +1,4 @@
-"""Results of several machines, side by side."""
+"""Results and floors of several machines, side by side."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report
+from benchmarks import gate, report
 from benchmarks.records import Comparison, read_results, slug, write_results
 
 AMD = {"cpu": "AMD EPYC", "cores": 2, "isa": "avx512", "torch": "2.13.0+cpu", "time": "2026-01-01"}
@@ -28,6 +28,13 @@ ROW = Comparison(
 SLOWER = replace(ROW, speedup={"eager": 1.2})
 OTHER = replace(ROW, case="large", test="bench_toy.py::test_toy[large]")
 DOCS = "<!-- measured: toy -->\n<!-- end -->\n"
+
+
+def floors_of(folder: Path) -> gate.Floors:
+    """What ``--floors`` makes of a folder of results, read from the file."""
+    path = folder / "floors.toml"
+    assert report.main(["--results", str(folder), "--floors", str(path)]) == 0
+    return gate.read_floors(path)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +69,49 @@ def test_processors_of_the_same_slug_keep_a_file_each(tmp_path: Path) -> None:
     clocked = {**INTEL, "cpu": "Intel(R) Xeon(R) CPU @ 2.20GHz"}
     names = [write_results([ROW], machine, tmp_path)[0].name for machine in (INTEL, clocked, INTEL, clocked)]
     assert names == ["toy-intel-xeon.json", "toy-intel-xeon-2.json"] * 2
+
+
+def test_each_machine_has_floors_of_its_own(tmp_path: Path) -> None:
+    write_results([ROW, OTHER], AMD, tmp_path)
+    write_results([SLOWER, replace(ROW, group="more", test="t::more")], INTEL, tmp_path)
+    floors = floors_of(tmp_path)
+    assert {name: facts["cpu"] for name, facts in floors.machines.items()} == {
+        "amd-epyc": AMD["cpu"],
+        "intel-xeon": INTEL["cpu"],
+    }
+    for name, lowest in (("amd-epyc", 1.7), ("intel-xeon", 1.02)):
+        found = floors.of(ROW.key, {name})
+        assert found is not None
+        assert found.against == {"eager": lowest}
+    assert floors.of(OTHER.key, {"intel-xeon"}) is None
+    assert floors.of(ROW.key, {"another"}) is None
+    assert floors.machines_of(ROW.key) == ["amd-epyc", "intel-xeon"]
+    assert floors.machines_of(OTHER.key) == ["amd-epyc"]
+
+
+def test_the_short_gate_takes_this_machines_tests_and_others_only_to_skip_them(tmp_path: Path) -> None:
+    write_results([ROW, OTHER], AMD, tmp_path)
+    write_results([SLOWER, replace(ROW, group="more", test="t::more")], INTEL, tmp_path)
+    floors = floors_of(tmp_path)
+    assert floors.short_tests("cpu", {"intel-xeon"}) == {ROW.test, "t::more"}
+    assert floors.short_tests("cpu", {"amd-epyc"}) == {ROW.test, OTHER.test, "t::more"}
+    assert floors.short_tests("cpu", set()) == {ROW.test, OTHER.test, "t::more"}
+
+
+def test_groups_of_one_processor_may_differ_in_versions(tmp_path: Path) -> None:
+    write_results([ROW], AMD, tmp_path)
+    write_results([replace(ROW, group="more")], {**AMD, "torch": "2.14.0"}, tmp_path)
+    write_results([replace(ROW, group="most")], {**AMD, "time": "2026-01-03"}, tmp_path)
+    floors = floors_of(tmp_path)
+    assert {name: facts["torch"] for name, facts in floors.machines.items()} == {
+        "amd-epyc": "2.14.0",
+        "amd-epyc-2": "2.13.0+cpu",
+    }
+    assert [(row.group, row.machine) for row in floors.rows] == [
+        ("more", "amd-epyc"),
+        ("most", "amd-epyc-2"),
+        ("toy", "amd-epyc-2"),
+    ]
 
 
 def test_the_pages_show_machine_after_machine(tmp_path: Path) -> None:
