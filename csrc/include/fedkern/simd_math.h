@@ -20,24 +20,22 @@ inline constexpr T exp_lowest = sizeof(T) == 4 ? T(-104) : T(-746);
 template <typename T>
 inline constexpr T exp_highest = sizeof(T) == 4 ? T(89) : T(710);
 
-// a * 2^n for x in [exp_lowest, exp_highest] and n = round(x / ln 2).
+// a * 2^n where x is above the bound (or NaN), else 0: products that underflow cost a hundred cycles, and masked classes
+// are many, so they skip the multiplication.
+#if !defined(FEDKERN_ISA_avx512)
 template <typename T>
-FEDKERN_INLINE Vec<T> scale_exp(Vec<T> a, Vec<T> n, [[maybe_unused]] Vec<T> x) {
-#if defined(FEDKERN_ISA_avx512)
-  return scale_by_power(a, n);
-#else
-  // Products that underflow cost a hundred cycles, and masked classes are many: they skip the multiplication.
-  const Mask<T> vanishes = x == Vec<T>::set(exp_lowest<T>);
+FEDKERN_INLINE Vec<T> scale_above(Vec<T> bound, Vec<T> x, Vec<T> a, Vec<T> n) {
+  const Mask<T> vanishes = x == bound;  // x was clamped
   return select(vanishes, Vec<T>::set(0), scale_by_power(a, select(vanishes, Vec<T>::set(0), n)));
-#endif
 }
+#endif
 
 FEDKERN_INLINE Vec<float> exp_clamped(Vec<float> x) {
   using V = Vec<float>;
   const V n = round(x * V::set(0x1.715476p+0f));
   const V r = fma(n, V::set(-0x1.7f7d1cp-20f), fma(n, V::set(-0x1.62e4p-1f), x));
   const V tail = polynomial(r, 0x1.6a2430p-10f, 0x1.1239e4p-7f, 0x1.5558f2p-5f, 0x1.555492p-3f, 0x1.fffffcp-2f);
-  return scale_exp(fma(r * r, tail, r) + V::set(1.0f), n, x);
+  return scale_above(V::set(exp_lowest<float>), x, fma(r * r, tail, r) + V::set(1.0f), n);
 }
 FEDKERN_INLINE Vec<double> exp_clamped(Vec<double> x) {
   using V = Vec<double>;
@@ -45,7 +43,7 @@ FEDKERN_INLINE Vec<double> exp_clamped(Vec<double> x) {
   const V r = fma(n, V::set(-0x1.cf79abc9e3b3ap-40), fma(n, V::set(-0x1.62e42fefap-1), x));
   const V tail = polynomial(r, 1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880,
                             1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5);
-  return scale_exp(fma(r * r, tail, r) + V::set(1.0), n, x);
+  return scale_above(V::set(exp_lowest<double>), x, fma(r * r, tail, r) + V::set(1.0), n);
 }
 
 // Lanes: float, double.
@@ -88,11 +86,10 @@ class ScaledExp<float> {
   }
 #if defined(FEDKERN_ISA_avx512)
   FEDKERN_INLINE V operator()(V x) const {
-    x = max(lowest_, x);
     // The sum's last bit is 1/32: its low bits are n modulo 1, and n is what the sum holds more than the constant.
     const V magic = V::set(0x1.8p18f), sum = fma(x, rate_, magic), n = sum - magic;
     const V r = fma(x, rest_, fms(x, rate_, n)), power = powers_.at(sum);
-    return scale_by_power(fma(power * r, polynomial(r, 0x1.ebfbecp-3f, 0x1.62e584p-1f), power), n);
+    return scale_above(lowest_, x, fma(power * r, polynomial(r, 0x1.ebfbecp-3f, 0x1.62e584p-1f), power), n);
   }
 #else
   FEDKERN_INLINE V operator()(V x) const {
@@ -101,8 +98,7 @@ class ScaledExp<float> {
     const V r = fma(x, rest_, fms(x, rate_, n));
     const V power = polynomial(r, 0x1.41fbb8p-13f, 0x1.5f3e54p-10f, 0x1.3b2d4cp-7f, 0x1.c6aee8p-5f, 0x1.ebfbdcp-3f,
                                0x1.62e430p-1f, 1.0f);
-    const Mask<float> vanishes = x == lowest_;  // as in scale_exp
-    return select(vanishes, V::set(0), scale_by_power(power, select(vanishes, V::set(0), n)));
+    return scale_above(lowest_, x, power, n);
   }
 #endif
 
