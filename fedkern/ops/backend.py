@@ -35,6 +35,8 @@ _functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+# Of a tensor that outlived its torch.func transform: autograd and the dispatcher unwrap it, its pointer is an error.
+outlived = torch._C._functorch.is_dead_tensor_wrapper  # type: ignore[attr-defined]
 _grad_enabled = torch.is_grad_enabled
 
 
@@ -186,7 +188,9 @@ def eager(*tensors: Tensor) -> bool:
         return False
     return all(
         # The second kind is what is_grads_batched=True hands to a backward pass.
-        (type(tensor) is Tensor or type(tensor) is torch.nn.Parameter) and not _legacy_batched(tensor)
+        (type(tensor) is Tensor or type(tensor) is torch.nn.Parameter)
+        and not _legacy_batched(tensor)
+        and not outlived(tensor)
         for tensor in tensors
     )
 

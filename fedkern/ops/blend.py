@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fedkern.ops import backend
+from fedkern.ops._function import EagerFunction
 from fedkern.ops.blend_launch import CpuBlend
 from fedkern.ops.blend_library import BLEND, BLEND_BACKWARD
 from fedkern.ops.blend_reference import blend_reference, check_values
@@ -54,12 +55,12 @@ def blend(
     if kernel is not None:
         if type(alpha) is float:
             if torch.is_grad_enabled() and (foreground.requires_grad or background.requires_grad):
-                return _Blend.apply(kernel, foreground, background, None, alpha, index)
+                return _Blend.call(kernel, foreground, background, None, alpha, index)
             return kernel.forward(foreground, background, None, alpha, index)
         if torch.is_grad_enabled() and (
             foreground.requires_grad or background.requires_grad or alpha.requires_grad  # type: ignore[union-attr]
         ):
-            return _Blend.apply(kernel, foreground, background, alpha, 0.5, index)
+            return _Blend.call(kernel, foreground, background, alpha, 0.5, index)
         return kernel.forward(foreground, background, alpha, 0.5, index)
     _check(foreground, background, alpha, index)
     weights: Tensor | None = None
@@ -79,7 +80,7 @@ def blend(
     if torch.is_grad_enabled() and (
         foreground.requires_grad or background.requires_grad or (weights is not None and weights.requires_grad)
     ):
-        return _Blend.apply(kernel, foreground, background, weights, value, index)
+        return _Blend.call(kernel, foreground, background, weights, value, index)
     return kernel.forward(foreground, background, weights, value, index)
 
 
@@ -100,6 +101,8 @@ def _usual(foreground: Tensor, background: Tensor, alpha: float | Tensor, index:
         or background.layout is not _STRIDED
         or foreground.is_neg()
         or background.is_neg()
+        or backend.outlived(foreground)
+        or backend.outlived(background)
         or not shape
     ):
         return None
@@ -112,6 +115,7 @@ def _usual(foreground: Tensor, background: Tensor, alpha: float | Tensor, index:
         or not alpha.is_cpu
         or alpha.layout is not _STRIDED
         or alpha.is_neg()
+        or backend.outlived(alpha)
         or alpha.shape != shape[:1]
     ):
         return None
@@ -177,7 +181,7 @@ def _check(foreground: Tensor, background: Tensor, alpha: float | Tensor, index:
 # 3. Eager autograd.
 
 
-class _Blend(torch.autograd.Function):
+class _Blend(EagerFunction):
     @staticmethod
     def forward(
         ctx: Any,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedkern.ops import _library
 from fedkern.ops import contrast_launch as _cpu  # noqa: F401  registers the CPU kernels
+from fedkern.ops._function import EagerFunction
 from fedkern.ops.backend import eager, intercepted, readable, select
 from fedkern.ops.contrast_checks import check_pair, check_temperature
 from fedkern.ops.contrast_kernels import ContrastKernel
@@ -58,7 +59,7 @@ def contrastive(x: Tensor, y: Tensor, temperature: float | Tensor = 0.07) -> Ten
     if kernel is None:
         return contrastive_reference(x, y, temperature)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return _Contrastive.apply(kernel, None if learnt is not None else temperature, *tensors)
+        return _Contrastive.call(kernel, None if learnt is not None else temperature, *tensors)
     return kernel.loss(x, y, temperature)
 
 
@@ -74,7 +75,7 @@ def _watched(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float | T
 # forward and backward
 
 
-class _Contrastive(torch.autograd.Function):
+class _Contrastive(EagerFunction):
     """The eager path: the loss is a scalar, so its gradients for a grad_output of 1 are taken on the way forward.
 
     Tensors arrive and leave as (x, y, [temperature]).

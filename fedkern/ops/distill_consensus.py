@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedkern.ops._function import EagerFunction
 from fedkern.ops.backend import DTYPES, eager, select
 from fedkern.ops.distill_common import NONE, REDUCTIONS, check_reduction
 from fedkern.ops.distill_ensemble_checks import check_stack, spread_row_weights
@@ -52,7 +53,7 @@ def js_div(logits: Tensor, weights: Tensor | None = None, *, reduction: str = "b
     if kernel is None:
         return js_reference(logits, weights, code)
     if torch.is_grad_enabled() and (logits.requires_grad or (weights is not None and weights.requires_grad)):
-        return _JensenShannon.apply((kernel, code), logits, weights)
+        return _JensenShannon.call((kernel, code), logits, weights)
     return kernel.js_forward(logits, weights, code)
 
 
@@ -74,7 +75,7 @@ def consensus(logits: Tensor, weights: Tensor | None = None, *, reduction: str =
     if kernel is None:
         return consensus_reference(logits, weights, code)
     if torch.is_grad_enabled() and (logits.requires_grad or (weights is not None and weights.requires_grad)):
-        return _Consensus.apply((kernel, code), logits, weights)
+        return _Consensus.call((kernel, code), logits, weights)
     return kernel.consensus_forward(logits, weights, code)
 
 
@@ -91,7 +92,7 @@ def _check(logits: Tensor, weights: Tensor | None, reduction: str) -> tuple[bool
 # forward and backward, each one call into the kernel
 
 
-class _JensenShannon(torch.autograd.Function):
+class _JensenShannon(EagerFunction):
     """The eager path; like kl_div's, it takes the gradient on the way forward where it can."""
 
     @staticmethod
@@ -122,18 +123,12 @@ class _JensenShannon(torch.autograd.Function):
 _ZEROS = {dtype: torch.zeros((), dtype=dtype) for dtype in DTYPES}
 
 
-def _both(first: Tensor | None, second: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """A zero in place of the grad_output that is absent; None where both are."""
-    if first is not None and second is not None:
-        return first, second
-    given = second if first is None else first
-    if given is None:
-        return None
-    zero = _ZEROS[given.dtype] if given.dim() == 0 and given.is_cpu and readable(given) else torch.zeros_like(given)
-    return (zero, given) if first is None else (given, zero)
+def _zero(given: Tensor, plain: bool) -> Tensor:
+    """A zero in place of the grad_output that is absent beside ``given``, :func:`readable` where ``plain``."""
+    return _ZEROS[given.dtype] if plain and given.dim() == 0 and given.is_cpu else torch.zeros_like(given)
 
 
-class _Consensus(torch.autograd.Function):
+class _Consensus(EagerFunction):
     """The eager path. The two grad_outputs are known only in the backward pass."""
 
     @staticmethod
@@ -148,13 +143,21 @@ class _Consensus(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, to_mixture: Tensor | None, to_mean: Tensor | None) -> tuple[Tensor | None, ...]:
-        grads = _both(to_mixture, to_mean)
-        if grads is None:
-            return None, None, None
+        if to_mixture is None:
+            if to_mean is None:
+                return None, None, None
+            plain = readable(to_mean)
+            to_mixture = _zero(to_mean, plain)
+        elif to_mean is None:
+            plain = readable(to_mixture)
+            to_mean = _zero(to_mixture, plain)
+        else:
+            plain = readable(to_mixture) and readable(to_mean)
         kernel, reduction = ctx.how
         needs = ctx.needs_input_grad[1:]
         logits, weights, kept = ctx.saved_tensors
-        if not (readable(grads[0]) and readable(grads[1])):
+        grads = (to_mixture, to_mean)
+        if not plain:
             saved = (logits, weights)
             return (None, *reference_gradients(consensus_reference, grads, saved, (reduction,), needs, graph=True))
         return (None, *kernel.consensus_backward(*grads, logits, weights, reduction, needs, kept))

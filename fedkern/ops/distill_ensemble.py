@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedkern.ops._function import EagerFunction
 from fedkern.ops.backend import eager, select
 from fedkern.ops.distill_common import (
     LOGITS,
@@ -110,7 +111,7 @@ def ensemble_kl(
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor.requires_grad:
-                return _Ensemble.apply((kernel, settings), student, teachers, weights, class_mask)
+                return _Ensemble.call((kernel, settings), student, teachers, weights, class_mask)
     return kernel.ensemble_forward(student, teachers, weights, class_mask, settings)
 
 
@@ -132,7 +133,7 @@ def _mixture(mix: Any, mode: Any) -> int:
 # forward and backward, each one call into the kernel
 
 
-class _Ensemble(torch.autograd.Function):
+class _Ensemble(EagerFunction):
     """The eager path; like kl_div's, it takes the gradients on the way forward where it can.
 
     Gradients of weights are left to the backward pass.

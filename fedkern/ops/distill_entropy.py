@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops import _library
+from fedkern.ops._function import EagerFunction
 from fedkern.ops.backend import eager, select
 from fedkern.ops.distill_common import (
     NONE,
@@ -56,14 +57,14 @@ def entropy(logits: Tensor, *, reduction: str = "batchmean") -> Tensor:
     if kernel is None:
         return entropy_rows_reference(logits, code)
     if logits.requires_grad and torch.is_grad_enabled():
-        return _Entropy.apply(logits, code, kernel)
+        return _Entropy.call(logits, code, kernel)
     return kernel.entropy_forward(logits, code)
 
 
 # forward and backward, each one call into the kernel
 
 
-class _Entropy(torch.autograd.Function):
+class _Entropy(EagerFunction):
     """The eager path; like kl_div's, it takes the gradient on the way forward where it can."""
 
     @staticmethod

@@ -200,7 +200,7 @@ ALL_DTYPES = frozenset(DTYPES)
 
 _STRIDED = torch.strided
 
-readable = backend.readable
+readable, _outlived = backend.readable, backend.outlived
 
 
 def ordinary(tensors: tuple[Tensor, ...]) -> bool:
@@ -215,7 +215,7 @@ def ordinary(tensors: tuple[Tensor, ...]) -> bool:
         kind = type(x)
         if kind is not Tensor and kind is not Parameter:
             return False
-        if x.dtype not in DTYPES or x.layout is not _STRIDED or x.is_neg():
+        if x.dtype not in DTYPES or x.layout is not _STRIDED or x.is_neg() or _outlived(x):
             return False
         on_cpu = on_cpu and x.is_cpu
     if on_cpu:
@@ -237,7 +237,7 @@ def plain(tensors: tuple[Tensor, ...]) -> bool:
             shape = x.shape
         elif x.shape != shape:
             return False
-        usual = x.dtype in DTYPES and x.is_cpu and x.layout is _STRIDED and not x.is_neg()
+        usual = x.dtype in DTYPES and x.is_cpu and x.layout is _STRIDED and not x.is_neg() and not _outlived(x)
         if not usual and not ordinary(tensors):
             return False
     return shape is not None and 2 <= len(shape) <= MAX_DIMS and shape[1] != 0

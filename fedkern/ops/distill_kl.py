@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops import _library
+from fedkern.ops._function import EagerFunction
 from fedkern.ops.backend import eager, select
 from fedkern.ops.distill_common import (
     NONE,
@@ -127,14 +128,14 @@ def _dispatch(
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor.requires_grad:
-                return _Divergence.apply((kernel, settings, other is not None), *tensors)
+                return _Divergence.call((kernel, settings, other is not None), *tensors)
     return kernel.divergence_forward(student, other, teacher, weight, settings)
 
 
 # forward and backward, each one call into the kernel
 
 
-class _Divergence(torch.autograd.Function):
+class _Divergence(EagerFunction):
     """The eager path: where the kernel likes (``fused``), the gradient for a grad_output of 1 falls out of the forward
     pass, while the row is cached. "none", whose grad_output is rarely 1, computes it in the backward pass.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fedkern.ops import backend
+from fedkern.ops._function import EagerFunction
 from fedkern.ops.cuda import core as cuda
 from fedkern.ops.cuda.fuse import CudaFuse
 from fedkern.ops.fuse_kernels import FuseNeeds, compute_dtype, order_of
@@ -105,7 +106,7 @@ def _fuse_alike(
             return _fuse(features, scale, shift, relu, mean)
         for x in features:
             if x.requires_grad:
-                return _FuseAlike.apply((kernel, scale, shift, relu, mean, last), *features)
+                return _FuseAlike.call((kernel, scale, shift, relu, mean, last), *features)
     return kernel.forward_alike(features, scale, shift, relu, mean, last)
 
 
@@ -134,6 +135,7 @@ def _usual(
             or x.layout is not _STRIDED
             or x.is_neg()
             or _legacy_batched(x)
+            or backend.outlived(x)
             or x.shape != shape
             or not (x.is_contiguous(memory_format=_CHANNELS_LAST) if last else x.is_contiguous())
         ):
@@ -159,6 +161,7 @@ def _readable(x: Tensor, dtype: torch.dtype) -> bool:
         and x.layout is _STRIDED
         and not x.is_neg()
         and not _legacy_batched(x)
+        and not backend.outlived(x)
     )
 
 
@@ -190,7 +193,7 @@ def _fuse(features: Sequence[Tensor], scale: Tensor | None, shift: Tensor | None
     if kernel is None:
         return reference(features, scale, shift, relu)
     if torch.is_grad_enabled() and True in [tensor.requires_grad for tensor in given]:
-        return _Fuse.apply(scale, shift, relu, mean, *features)
+        return _Fuse.call(scale, shift, relu, mean, *features)
     return kernel.forward(features, scale, shift, relu, mean)
 
 
@@ -253,7 +256,7 @@ def _alike(features: Sequence[Tensor]) -> bool:
 # 3. Eager autograd.
 
 
-class _Fuse(torch.autograd.Function):
+class _Fuse(EagerFunction):
     @staticmethod
     def forward(
         ctx: Any, scale: Tensor | None, shift: Tensor | None, relu: bool, mean: bool, *features: Tensor
@@ -288,7 +291,7 @@ class _Fuse(torch.autograd.Function):
         return (to_scale, to_shift, None, None, *maps)
 
 
-class _FuseAlike(torch.autograd.Function):
+class _FuseAlike(EagerFunction):
     """:class:`_Fuse` for what :func:`_usual` has found, where scale and shift are constants."""
 
     # Every argument of its own costs autograd as much as a check: what has no gradient comes in one.

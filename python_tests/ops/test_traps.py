@@ -49,6 +49,23 @@ def test_negated_views(operator: Operator) -> None:
 
 
 @each_operator
+def test_tensors_that_outlived_a_transform(operator: Operator) -> None:
+    """What torch.func.grad's function has kept is still a wrapper, whose own pointer is an error."""
+    inputs = operator.inputs()
+    kept: list[Tensor] = []
+    sources = [x.clone().requires_grad_(operator.gradient) for x in inputs]
+    for x in sources:
+        torch.func.grad(lambda inner: (kept.append(inner), inner.sum())[1])(x)
+    if not operator.gradient:
+        kept = [x.detach() for x in kept]
+    expected, got = operator.results(*sources), operator.results(*kept)
+    close(got, expected)
+    if operator.gradient:
+        grads = [torch.autograd.grad(sum(x.sum() for x in each), sources) for each in (expected, got)]
+        close(grads[1], grads[0])
+
+
+@each_operator
 def test_strides_of_any_kind(operator: Operator) -> None:
     """Transposed, with gaps, and with stride 0."""
     inputs = operator.inputs()
