@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fedkern.engine.config import RunConfig
 from fedkern.engine.samples import TestSet
 from fedkern.methods.base import Observed
 from fedkern.methods.evaluate import MAIN_FIGURES
@@ -96,11 +97,11 @@ def poor_metrics(metrics: Mapping[str, float], best: Mapping[str, float], classe
     return found
 
 
-def missing_statistics(buffers: str, has_buffers: bool) -> dict[str, str]:
+def missing_statistics(config: RunConfig, has_buffers: bool) -> dict[str, str]:
     """A saved network without running statistics."""
-    if buffers in ("average", "pool") or not has_buffers:
+    if config.statistics or not has_buffers:
         return {}
     return {
-        "no-running-statistics": f"With --buffers {buffers} the global model has no batch norm statistics: it was "
-        "evaluated with those of each test batch, and model.safetensors holds the initial ones."
+        "no-running-statistics": f"With --buffers {config.buffers} the global model has no batch norm statistics: it "
+        "was evaluated with those of each test batch, and model.safetensors holds the initial ones."
     }

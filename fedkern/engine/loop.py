@@ -357,9 +357,7 @@ class Run:
             diagnostics.collapsed_classes(self.sets, self.bench.data.classes),
             diagnostics.outlying_drift(self.last_clients),
             diagnostics.poor_metrics(metrics, self.best, self.bench.federation.classes),
-            diagnostics.missing_statistics(
-                self.config.buffers, flat and self.bench.network("server").buffers.numel() > 0
-            ),
+            diagnostics.missing_statistics(self.config, flat and self.bench.network("server").buffers.numel() > 0),
             self.method.diagnose(self.observed.summary()),
         ):
             for name, text in found.items():
