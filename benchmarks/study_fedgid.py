@@ -3,7 +3,9 @@
     python -m benchmarks.study_fedgid digits                      # embedded data, half an hour on two cores
     python -m benchmarks.study_fedgid colormnist --data-root DIR  # about an hour on two cores
 
-Both go on where they were interrupted and write ``benchmarks/results/fedgid_<data>.md`` and ``.json``.
+``--only SECTION ...`` runs some of the sections: ``parts`` (what each part of FedGID does, and its settings; written to
+``benchmarks/results/fedgid_<data>.md`` and ``.json``) and ``baselines`` (beside methods for other kinds of skew;
+``fedgid_<data>_baselines``).  Each goes on where it was interrupted.
 
 Every variant has the same data, model, rounds and epochs.  Its learning rate comes from the same grid, by the accuracy
 on the in-distribution validation split alone (at the lower correlation); the out-of-distribution test chooses nothing.
@@ -11,7 +13,7 @@ on the in-distribution validation split alone (at the lower correlation); the ou
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,20 +35,24 @@ from fedkern import data as datasets
 from fedkern import engine
 
 SEEDS = (0, 1, 2)
-VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+FULL = "FedGID (+GI map +GD)"
+PARTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "FedAvg": ("fedavg", {}),
     "FedProx": ("fedprox", {}),
+    "+GD": ("fedgid", {"intervention": False}),
+    "+GI feature": ("fedgid", {"distillation": False, "mix_stage": "feature"}),
+    "+GI map": ("fedgid", {"distillation": False}),
+    FULL: ("fedgid", {}),
+}
+VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    **PARTS,
     "MOON": ("moon", {}),
     "SCAFFOLD": ("scaffold", {}),
     "FedDyn": ("feddyn", {}),
     "FedProto": ("fedproto", {}),
     "FedNTD": ("fedntd", {}),
-    "+GD": ("fedgid", {"intervention": False}),
-    "+GI feature": ("fedgid", {"distillation": False, "mix_stage": "feature"}),
-    "+GI map": ("fedgid", {"distillation": False}),
-    "FedGID (+GI map +GD)": ("fedgid", {}),
 }
-FULL = "FedGID (+GI map +GD)"
+BASELINES = ("FedAvg", "FedProx", "MOON", "SCAFFOLD", "FedDyn", "FedProto", "FedNTD", FULL)
 ALPHAS = (0.3, 0.45, 0.6, 0.8)
 LAMBDAS = (0.3, 1.0, 3.0)
 
@@ -104,14 +110,20 @@ class FedGIDRuns(Runs):
         words += [f"c{correlation}", f"lr{lr}", f"s{seed}", *(["full"] if settings else [])]
         return Case(folder_name(words), arguments(method, {**fixed, **every}, {**own, **options}))
 
-    def rate(self, variant: str, correlation: float) -> float:
-        """The variant's learning rate, by validation accuracy."""
-
-        def score(lr: float) -> list[float]:
-            cases = [self.variant(variant, correlation, lr, seed) for seed in self.study.rate_seeds]
-            return [self.metrics(case)["validation_accuracy"] for case in cases]
-
-        return best_rate({lr: score(lr) for lr in self.study.rates})
+    def rates(self, variants: Iterable[str]) -> dict[str, float]:
+        """Runs the grid and chooses every variant's learning rate, by validation accuracy."""
+        cases = {
+            (v, lr): [self.variant(v, self.study.correlations[0], lr, seed) for seed in self.study.rate_seeds]
+            for v in variants
+            for lr in self.study.rates
+        }
+        self.run(case for several in cases.values() for case in several)
+        return {
+            v: best_rate(
+                {lr: [self.metrics(case)["validation_accuracy"] for case in cases[v, lr]] for lr in self.study.rates}
+            )
+            for v in variants
+        }
 
 
 def predictions(runs: FedGIDRuns, case: Case, seed: int, correlation: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,15 +154,40 @@ def corrections(
     return corrected, made, total
 
 
-def study(runs: FedGIDRuns) -> tuple[str, dict[str, Any]]:
-    """Runs everything and returns the Markdown page and its numbers."""
-    correlations = runs.study.correlations
-    first, strongest = correlations[0], correlations[-1]
-    runs.run(
-        runs.variant(v, first, lr, seed) for v in VARIANTS for lr in runs.study.rates for seed in runs.study.rate_seeds
-    )
-    rates = {v: runs.rate(v, first) for v in VARIANTS}
-    runs.run(runs.variant(v, c, rates[v], seed) for c in correlations for v in VARIANTS for seed in SEEDS)
+Section = tuple[str, dict[str, Any]]
+
+
+def _compared(
+    runs: FedGIDRuns, c: float, rows: Mapping[str, tuple[float, Sequence[Case]]], numbers: dict[str, Any]
+) -> list[str]:
+    """The lines of a table of finished runs: learning rate and a case per seed by name."""
+    lines = []
+    for name, (lr, cases) in rows.items():
+        found = [runs.metrics(case) for case in cases]
+        numbers[f"{name}, correlation {c}"] = {"lr": lr, "runs": found}
+        columns = ("ood_accuracy", "id_accuracy", "ood_gradcam_in_object", "ood_confidence")
+        lines.append([name, str(lr), *(spread([m[column] for m in found]) for column in columns)])
+    header = ["variant", "lr", "OOD accuracy", "ID accuracy", "Grad-CAM in object, OOD", "confidence, OOD"]
+    title = f"## Correlation {c}: mean ± standard deviation over {len(SEEDS)} seeds, in %"
+    return [title, "", table(header, lines), ""]
+
+
+def baselines(runs: FedGIDRuns) -> Section:
+    """FedGID beside every baseline."""
+    correlations, rates = runs.study.correlations, runs.rates(BASELINES)
+    cases = {(v, c): [runs.variant(v, c, rates[v], seed) for seed in SEEDS] for c in correlations for v in BASELINES}
+    runs.run(case for several in cases.values() for case in several)
+    page, numbers = [], {}
+    for c in correlations:
+        page += _compared(runs, c, {v: (rates[v], cases[v, c]) for v in BASELINES}, numbers)
+    return "\n".join(page), numbers
+
+
+def parts(runs: FedGIDRuns) -> Section:
+    """What each part does, and at what settings."""
+    correlations, rates = runs.study.correlations, runs.rates(PARTS)
+    strongest = correlations[-1]
+    runs.run(runs.variant(v, c, rates[v], seed) for c in correlations for v in PARTS for seed in SEEDS)
     sweep = [("alpha", alpha) for alpha in ALPHAS] + [("lambda", lam) for lam in LAMBDAS]
     swept = {(k, x): runs.variant(FULL, strongest, rates[FULL], 0, **{k: x}) for k, x in sweep}
     runs.run(swept.values())
@@ -164,20 +201,8 @@ def study(runs: FedGIDRuns) -> tuple[str, dict[str, Any]]:
 
     page, numbers = ["The last row has the setting of the two sweeps below with the best validation accuracy.", ""], {}
     for c in correlations:
-        rows = []
-        for v in (*VARIANTS, tuned):
-            found = [runs.metrics(case) for case in cases(v, c)]
-            lr = rates[FULL if v == tuned else v]
-            numbers[f"{v}, correlation {c}"] = {"lr": lr, "runs": found}
-            columns = ("ood_accuracy", "id_accuracy", "ood_gradcam_in_object", "ood_confidence")
-            rows.append([v, str(lr), *(spread([m[name] for m in found]) for name in columns)])
-        header = ["variant", "lr", "OOD accuracy", "ID accuracy", "Grad-CAM in object, OOD", "confidence, OOD"]
-        page += [
-            f"## Correlation {c}: mean ± standard deviation over {len(SEEDS)} seeds, in %",
-            "",
-            table(header, rows),
-            "",
-        ]
+        shown = {v: (rates[FULL if v == tuned else v], cases(v, c)) for v in (*PARTS, tuned)}
+        page += _compared(runs, c, shown, numbers)
         for v in ("+GI map", FULL, tuned):
             corrected, made, total = corrections(runs, cases("FedAvg", c), cases(v, c), c)
             numbers[f"{v} against FedAvg, correlation {c}"] = {"corrected": corrected, "made": made, "images": total}
@@ -212,17 +237,22 @@ def full_set(runs: FedGIDRuns, rates: Mapping[str, float], numbers: dict[str, An
     return [title, "", table(["variant", "OOD accuracy", "ID accuracy", "Grad-CAM in object, OOD"], rows), ""]
 
 
+SECTIONS: Mapping[str, Callable[[FedGIDRuns], Section]] = {"parts": parts, "baselines": baselines}
+
+
 def main() -> None:
     files = {"colormnist": "the four MNIST files"}
-    given = command_line("study_fedgid", (__doc__ or "").split("\n")[0], STUDIES, files)
+    given = command_line("study_fedgid", (__doc__ or "").split("\n")[0], STUDIES, files, SECTIONS)
     chosen = STUDIES[given.study]
     runs = FedGIDRuns(chosen, given.out, given.workers, {"data_root": given.data_root} if given.data_root else {})
-    page, numbers = study(runs)
     settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in chosen.settings.items())
-    about = f"""Made by `python -m benchmarks.study_fedgid {given.study}`: {settings}; the rest as
+    for section in given.only:
+        page, numbers = SECTIONS[section](runs)
+        about = f"""Made by `python -m benchmarks.study_fedgid {given.study} --only {section}`: {settings}; the rest as
 `python -m fedkern.run METHOD --data {chosen.name}` sets it.  Learning rates from {chosen.rates}, chosen by validation
 accuracy."""
-    publish(f"fedgid_{given.study}", f"FedGID on {chosen.name}", about, page, numbers, runs.versions())
+        name = f"fedgid_{given.study}" + ("" if section == "parts" else f"_{section}")
+        publish(name, f"FedGID on {chosen.name}", about, page, numbers, runs.versions())
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from collections import defaultdict
 
 import pytest
 
-from benchmarks import study, study_feddra, study_fedlpfm, study_fusefl
+from benchmarks import study, study_feddra, study_fedgid, study_fedlpfm, study_fusefl
 from fedkern.cli import flags, request
 
 FIGURES = (
@@ -58,6 +58,19 @@ def test_every_case_is_a_command_line(module, kind, name, monkeypatch, tmp_path)
         words = tuple(word for word in case.arguments if word.startswith("--") or "=" in word)
         shapes.setdefault((case.arguments[0], words), case)
     for case in shapes.values():
+        request.effective(flags.parse([*case.arguments, "--out", str(tmp_path / "run")]))
+
+
+@pytest.mark.parametrize("name", study_fedgid.STUDIES)
+def test_every_case_of_fedgid_is_a_command_line(name, monkeypatch, tmp_path):
+    monkeypatch.setattr(study_fedgid, "corrections", lambda *_: (1, 2, 3))
+    asked = {}
+    settings = {"data_root": str(tmp_path)} if name == "colormnist" else {}
+    runs = dry(study_fedgid.FedGIDRuns, asked)(study_fedgid.STUDIES[name], tmp_path, 2, settings)
+    rows = {section: make(runs)[0] for section, make in study_fedgid.SECTIONS.items()}
+    assert all(f"| {name} |" in rows["baselines"] for name in study_fedgid.BASELINES)
+    assert all(f"| {name} |" in rows["parts"] for name in study_fedgid.PARTS)
+    for case in asked.values():
         request.effective(flags.parse([*case.arguments, "--out", str(tmp_path / "run")]))
 
 
