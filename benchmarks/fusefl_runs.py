@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study import Case, Runs, best_rate
+from benchmarks.study import Case, Runs, best_rate, stored_rates
 
 SEEDS = (0, 1, 2)
 Column = str
@@ -106,8 +106,13 @@ class FuseFLRuns(Runs):
         accuracies = [r["accuracy"] for r in self.rounds(case) if r["name"] != "calibrate" and "accuracy" in r]
         return float(accuracies[-1])
 
-    def rates(self) -> dict[tuple[str, Column], float]:
-        """Runs the grid and chooses every method's learning rate in every column."""
+    def rates(self, anew: bool = False) -> dict[tuple[str, Column], float]:
+        """Every method's learning rate in every column: the main table's, or, for that, from a grid that is run."""
+        names = [(name, column) for name in (*ONE_SHOT, REFERENCE) for column in (PUBLISHED, CALIBRATED)]
+        study = self.study
+        stored = {} if anew else stored_rates(f"fusefl_{study.settings['data']}_table", study.settings)
+        if stored:
+            return {(name, column): stored[f"{name}, alpha {study.alphas[0]}, {column}"] for name, column in names}
         alpha = self.study.alphas[len(self.study.alphas) // 2]
         cases = {(name, lr): self.one_shot(name, alpha, lr, 0) for name in ONE_SHOT for lr in self.study.rates}
         cases |= {(REFERENCE, lr): self.reference(alpha, lr, 0) for lr in self.study.rates}
@@ -116,8 +121,7 @@ class FuseFLRuns(Runs):
             (name, column): best_rate(
                 {lr: [self.record(cases[name, lr], column)["validation_accuracy"]] for lr in self.study.rates}
             )
-            for name in (*ONE_SHOT, REFERENCE)
-            for column in (PUBLISHED, CALIBRATED)
+            for name, column in names
         }
 
     def megabytes(self, case: Case, column: Column) -> tuple[float, float]:

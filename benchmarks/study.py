@@ -151,6 +151,15 @@ def best_rate(scores: Mapping[float, Sequence[float]]) -> float:
     return max(sorted(scores), key=lambda rate: mean(scores[rate]))
 
 
+def stored_rates(results: str, settings: Mapping[str, Any]) -> dict[str, float]:
+    """The learning rates by row of a finished section, ``results/<results>.json``; empty where settings differ."""
+    path = RESULTS / f"{results}.json"
+    content = json.loads(path.read_text()) if path.exists() else {}
+    if content.get("settings") != json.loads(json.dumps(dict(settings))):
+        return {}
+    return {name: row["lr"] for name, row in content.items() if isinstance(row, dict) and "lr" in row}
+
+
 def transfer_seconds(size: float, megabits: float) -> float:
     """Seconds that ``size`` bytes need at so many Mbit/s."""
     return size * 8 / (megabits * 1e6)
@@ -223,6 +232,7 @@ def run_sections(
     settings = ", ".join(f"{knob.replace('_', ' ')} {value}" for knob, value in study.settings.items())
     for section in given.only:
         page, numbers = sections[section](runs)
+        numbers = {**numbers, "settings": dict(study.settings)}
         made = f"Made by `python -m benchmarks.{module} {given.study} --only {section}`: {settings}{about(study)}"
         heading = f"{title} on {given.study}: {section}"
         publish(f"{name}_{given.study}_{section}", heading, made, page, numbers, runs.versions())

@@ -11,7 +11,8 @@ Dirichlet 0.1, three seeds), ``partitions`` (IID to Dirichlet 0.01), ``loss`` (l
 Nothing is downloaded: the teacher is a larger network that fedkern itself trains on public images, which no client
 holds.  Its accuracy stands beside every table, and so does that of the proxy trained on the public images alone: what
 Fed-LPFM has above that comes from the clients.  The learning rate of a method under a partition comes from the same
-grid, by the accuracy on the validation split (seed 0) alone.
+grid, by the accuracy on the validation split (seed 0) alone; ``table`` runs it, the other sections take the rates from
+its results where these are there.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study import Case, Runs, best_rate, run_sections, spread, table
+from benchmarks.study import Case, Runs, best_rate, run_sections, spread, stored_rates, table
 
 SEEDS = (0, 1, 2)
 METHODS = {"FedAvg": "fedavg", "FedProx": "fedprox", "FML": "fml", "Fed-LPFM": "fedlpfm"}
@@ -91,9 +92,13 @@ class LPFMRuns(Runs):
         words = [f"{key}={value}" for key, value in options.items()]
         return self.case(method, settings, own, *words, partition, f"lr{lr}", f"s{seed}")
 
-    def rates(self, partition: str) -> dict[str, float]:
-        """Runs the grid and chooses every method's learning rate under a partition."""
-        rates = self.study.rates
+    def rates(self, partition: str, anew: bool = False) -> dict[str, float]:
+        """Every method's learning rate under a partition: the main table's, or, for that, from a grid that is run."""
+        study, rates = self.study, self.study.rates
+        stored = {} if anew else stored_rates(f"fedlpfm_{study.settings['data']}_table", study.settings)
+        title = next(title for title, one in study.partitions.items() if one == partition)
+        if stored:
+            return {name: stored[f"{name}, {title}"] for name in METHODS}
         cases = {(name, lr): self.of(method, partition, lr, 0) for name, method in METHODS.items() for lr in rates}
         self.run([cases[FULL, rates[0]]])  # alone, because two at once would both train the teacher
         self.run(cases.values())
@@ -110,7 +115,7 @@ def main_table(runs: LPFMRuns) -> Section:
     """All methods under class split and Dirichlet 0.1, between local training and centralised training."""
     page, numbers = "", {}
     for title, partition in runs.study.partitions.items():
-        rates = runs.rates(partition)
+        rates = runs.rates(partition, anew=True)
         cases = {name: [runs.of(METHODS[name], partition, rates[name], seed) for seed in SEEDS] for name in METHODS}
         bounds = {name: runs.of(method, partition, rates["FedAvg"], 0) for name, method in BOUNDS.items()}
         runs.run([case for several in cases.values() for case in several] + list(bounds.values()))

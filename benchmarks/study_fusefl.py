@@ -11,7 +11,7 @@
 All one-shot methods train equally long on the same split.  Calibration is a part of FuseFL and not of its baselines, so
 there are two columns: as published, and with every method's classifier calibrated alike.  The learning rate of a method
 in a column comes from the same grid, by the accuracy of that column on the validation split at the middle heterogeneity
-(seed 0) alone.
+(seed 0) alone; ``table`` runs that grid, the other sections take the rates from its results where these are there.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Section = tuple[str, dict[str, Any]]
 
 def main_table(runs: FuseFLRuns) -> Section:
     """All baselines at every heterogeneity: both columns, bytes, memory, and probes of every level."""
-    rates = runs.rates()
+    rates = runs.rates(anew=True)
 
     def case(name: str, alpha: float, seed: int, column: Column) -> Case:
         lr = rates[name, column]
