@@ -1,6 +1,6 @@
-// What an operator asks of every one of its vectors, asked in one call: in Python these questions take longer than a small
-// kernel. Nothing of torch is needed but the attributes that a tensor shows to Python.
-#include "bindings.h"
+// What an operator asks of every one of its tensors, asked in one call: in Python these questions take longer than a small
+// kernel. Nothing of torch is needed but the attributes that a tensor shows to Python, and what exchange.h says.
+#include "exchange.h"
 
 namespace fedkern {
 namespace {
@@ -8,14 +8,9 @@ namespace {
 // Names of attributes and methods, made once and never freed.
 struct Names {
   PyObject* dtype = PyUnicode_InternFromString("dtype");
-  PyObject* is_cpu = PyUnicode_InternFromString("is_cpu");
   PyObject* is_neg = PyUnicode_InternFromString("is_neg");
   PyObject* requires_grad = PyUnicode_InternFromString("requires_grad");
-  PyObject* shape = PyUnicode_InternFromString("shape");
-  PyObject* numel = PyUnicode_InternFromString("numel");
   PyObject* itemsize = PyUnicode_InternFromString("itemsize");
-  PyObject* stride = PyUnicode_InternFromString("stride");
-  PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
 };
 
 const Names& names() {
@@ -35,7 +30,7 @@ struct Plain {
   std::uintptr_t data = 0;
 };
 
-bool is_tensor(PyObject* object, PyObject* types) {
+bool is_one_of(PyObject* object, PyObject* types) {
   for (Py_ssize_t t = 0; t < PyTuple_GET_SIZE(types); ++t)
     if (reinterpret_cast<PyObject*>(Py_TYPE(object)) == PyTuple_GET_ITEM(types, t)) return true;
   return false;
@@ -44,27 +39,15 @@ bool is_tensor(PyObject* object, PyObject* types) {
 // Whether a kernel may read `tensor`, a [size] or (matrix) [rows, size], through its address: exactly of one of `types`, on the
 // CPU, strided, its last stride one, no negated view, not batched (those have no address), and asking for no gradient.
 bool plain(PyObject* tensor, PyObject* types, bool grad, bool matrix, Plain& found) {
-  if (!is_tensor(tensor, types) || attribute(tensor, names().is_cpu).ptr() != Py_True) return false;
+  TensorView seen;
+  if (!is_one_of(tensor, types) || !view(tensor, seen) || !seen.on_cpu() || seen.dims != (matrix ? 2 : 1)) return false;
+  if (seen.strides[seen.dims - 1] != 1 || (!seen.data && !seen.empty())) return false;
   if (result(tensor, names().is_neg).ptr() != Py_False) return false;
   if (grad && attribute(tensor, names().requires_grad).ptr() != Py_False) return false;
-  const py::object stride = result(tensor, names().stride);
-  const Py_ssize_t dims = matrix ? 2 : 1;
-  if (!stride || !PyTuple_Check(stride.ptr()) || PyTuple_GET_SIZE(stride.ptr()) != dims) return false;
-  if (PyLong_AsSsize_t(PyTuple_GET_ITEM(stride.ptr(), dims - 1)) != 1) return false;
-  const py::object data = result(tensor, names().data_ptr);
-  if (!data) return false;
   found.dtype = attribute(tensor, names().dtype);
-  found.data = PyLong_AsSize_t(data.ptr());
-  if (matrix) {
-    const py::object shape = attribute(tensor, names().shape);
-    if (!shape || PyTuple_GET_SIZE(shape.ptr()) != 2) return false;
-    found.rows = PyLong_AsSsize_t(PyTuple_GET_ITEM(shape.ptr(), 0)), found.size = PyLong_AsSsize_t(PyTuple_GET_ITEM(shape.ptr(), 1));
-    found.step = PyLong_AsSsize_t(PyTuple_GET_ITEM(stride.ptr(), 0));
-  } else {
-    const py::object size = result(tensor, names().numel);
-    if (!size) return false;
-    found.size = PyLong_AsSsize_t(size.ptr());
-  }
+  found.data = reinterpret_cast<std::uintptr_t>(seen.data);
+  found.size = seen.shape[seen.dims - 1];
+  if (matrix) found.rows = seen.shape[0], found.step = seen.strides[0];
   return found.dtype && !PyErr_Occurred();
 }
 
@@ -76,7 +59,7 @@ py::object no() {
 // (dtype, size, addresses) of one matrix, or of a list or tuple of vectors of one dtype and size, that are all plain; else None.
 py::object plain_vectors(py::handle vectors, py::handle types, bool grad) {
   Plain first;
-  if (is_tensor(vectors.ptr(), types.ptr())) {
+  if (is_one_of(vectors.ptr(), types.ptr())) {
     if (!plain(vectors.ptr(), types.ptr(), grad, true, first) || !first.rows) return no();
     const py::object item = attribute(first.dtype.ptr(), names().itemsize);
     const std::size_t step = item ? static_cast<std::size_t>(first.step) * PyLong_AsSize_t(item.ptr()) : 0;
@@ -108,9 +91,90 @@ bool apart(std::uintptr_t target, std::size_t bytes, const py::list& addresses, 
   return true;
 }
 
+// Whether a kernel may read `tensor` through its address: on the CPU, floating, no negated view, and with memory of its own,
+// which neither batched ones have nor those that outlived a transform.
+bool readable(PyObject* tensor, TensorView& found) {
+  DType dtype;
+  if (!is_tensor(tensor)) return false;
+  if (!view(tensor, found)) return PyErr_Clear(), false;
+  if (!found.on_cpu() || !found.floating(dtype) || (!found.data && !found.empty())) return false;
+  return result(tensor, names().is_neg).ptr() == Py_False;
+}
+
+// Whether kernels may read all of them.
+bool all_readable(const py::tuple& tensors) {
+  TensorView view;
+  for (const py::handle& tensor : tensors)
+    if (!readable(tensor.ptr(), view)) return false;
+  return true;
+}
+
+// The same, and they are logits of one shape: [B, C, *positions] of at most `most` dimensions, C > 0.
+bool readable_logits(const py::tuple& tensors, int most) {
+  TensorView first, one;
+  bool begun = false;
+  for (const py::handle& tensor : tensors) {
+    if (!readable(tensor.ptr(), one)) return false;
+    if (!begun) {
+      if (one.dims < 2 || one.dims > most || !one.shape[1]) return false;
+      first = one, begun = true;
+    } else if (!one.same_shape(first)) {
+      return false;
+    }
+  }
+  return begun;
+}
+
+// Whether blend's kernel may read what it is given, and all of it fits together.
+bool blend_fits(py::handle foreground, py::handle background, py::handle alpha, py::handle index) {
+  TensorView front, back, weights, chosen;
+  if (!readable(foreground.ptr(), front) || !readable(background.ptr(), back) || !front.dims) return false;
+  if (front.code != back.code || front.bits != back.bits) return false;
+  if (PyFloat_CheckExact(alpha.ptr())) {
+    const double value = PyFloat_AS_DOUBLE(alpha.ptr());
+    if (!(value >= 0 && value <= 1)) return false;
+  } else if (!readable(alpha.ptr(), weights) || weights.dims != 1 || weights.shape[0] != front.shape[0]) {
+    return false;
+  }
+  if (index.is_none()) return back.same_shape(front);
+  if (!is_tensor(index.ptr())) return false;
+  if (!view(index.ptr(), chosen)) return PyErr_Clear(), false;
+  const bool counts = chosen.on_cpu() && chosen.code == 0 && chosen.bits == 64 && chosen.dims == 1;
+  return counts && chosen.shape[0] == front.shape[0] && back.same_shape(front, 1);
+}
+
+// How the fuse kernels may read maps of one dtype and shape, with scale and shift [maps * channels] of the dtype computed in:
+// 1 contiguous, 2 channels-last, 0 not so.
+int fuse_fits(py::handle features, py::handle scale, py::handle shift) {
+  if (!PyList_CheckExact(features.ptr()) && !PyTuple_CheckExact(features.ptr())) return 0;
+  const Py_ssize_t count = PySequence_Fast_GET_SIZE(features.ptr());
+  TensorView first, one;
+  int layout = 0;
+  for (Py_ssize_t m = 0; m < count; ++m) {
+    if (!readable(PySequence_Fast_GET_ITEM(features.ptr(), m), one)) return 0;
+    if (m == 0) {
+      if (one.dims < 2 || one.empty()) return 0;
+      first = one, layout = one.contiguous() ? 1 : one.channels_last() ? 2 : 0;
+    }
+    if (one.code != first.code || one.bits != first.bits || !one.same_shape(first)) return 0;
+    if (!(layout == 1 ? one.contiguous() : layout == 2 && one.channels_last())) return 0;
+  }
+  for (const py::handle vector : {scale, shift}) {
+    if (vector.is_none() || !count) continue;
+    if (!readable(vector.ptr(), one) || one.code != 2 || one.bits != (first.bits == 64 ? 64 : 32)) return 0;
+    if (one.dims != 1 || one.shape[0] != first.shape[1] * count || !one.contiguous()) return 0;
+  }
+  return layout;
+}
+
 }  // namespace
 
 void bind_tensors(py::module_& module) {
+  module.def("take_tensors", take_tensors);
+  module.def("all_readable", all_readable);
+  module.def("readable_logits", readable_logits);
+  module.def("blend_fits", blend_fits);
+  module.def("fuse_fits", fuse_fits);
   module.def("plain_vectors", plain_vectors);
   module.def("apart", apart);
 }

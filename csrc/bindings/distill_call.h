@@ -24,16 +24,13 @@ inline DistillCall parse_distill(PyObject* const* item, std::int64_t& elements) 
   DistillCall call;
   call.kind = static_cast<DistillKind>(integer(*item++));
   call.compute = static_cast<DType>(integer(*item++));
-  PyObject* const shape = *item++;
-  const int dims = static_cast<int>(PyTuple_GET_SIZE(shape));
-  if (dims - 1 > kMaxRowDims) throw py::value_error("too many dimensions");
-  call.row_dims = dims - 1;
+  call.row_dims = -1;
   elements = 1;
-  for (int d = 0; d < dims; ++d) {
-    const std::int64_t size = integer(PyTuple_GET_ITEM(shape, d));
+  each_size(*item++, [&](int d, std::int64_t size) {
+    if (++call.row_dims > kMaxRowDims) throw py::value_error("too many dimensions");
     (d == 1 ? call.classes : call.row_size[d == 0 ? 0 : d - 1]) = size;
     elements *= size;
-  }
+  });
   call.temperature = PyFloat_AsDouble(*item++);
   call.reverse = *item++ == Py_True;
   call.scale = parse_scale(*item++, elements / call.classes);

@@ -15,6 +15,25 @@ inline Stack parse_stack(PyObject* object) {
   return result;
 }
 
+// Checked weights of teachers with `row_dims` row dimensions: a tensor [K], [K, *rows], or [K, B, C or 1, *positions].
+inline Stack parse_weights(PyObject* object, int row_dims) {
+  if (object == Py_None || PyTuple_Check(object)) return parse_stack(object);
+  const TensorView tensor = checked_view(object);
+  Stack result;
+  result.data = tensor.data;
+  if (!tensor.floating(result.dtype)) throw py::type_error("fedkern's kernels take floating tensors");
+  result.stack_stride = tensor.strides[0];
+  const bool by_class = tensor.dims == row_dims + 2;
+  std::int64_t* rows = result.row_stride;
+  for (int d = 1; d < tensor.dims; ++d) {
+    if (!by_class || d != 2)
+      *rows++ = tensor.strides[d];
+    else if (tensor.shape[2] != 1)  // a weight that all classes share has no stride, whatever that axis says
+      result.class_stride = tensor.strides[2];
+  }
+  return result;
+}
+
 inline void merge_row_dims(EnsembleCall& call) {
   std::int64_t* strides[12];
   int tensors = 0;
@@ -35,23 +54,20 @@ inline EnsembleCall parse_ensemble(PyObject* const* item, std::int64_t& rows) {
   call.as_is = *item++ == Py_True;
   call.by_class = *item++ == Py_True;
   call.compute = static_cast<DType>(integer(*item++));
-  PyObject* const shape = *item++;  // of the teachers
-  const int dims = static_cast<int>(PyTuple_GET_SIZE(shape));
-  if (dims - 2 > kMaxRowDims) throw py::value_error("too many dimensions");
-  call.row_dims = dims - 2;
+  call.row_dims = -2;
   rows = 1;
-  for (int d = 0; d < dims; ++d) {
-    const std::int64_t size = integer(PyTuple_GET_ITEM(shape, d));
+  each_size(*item++, [&](int d, std::int64_t size) {  // of the teachers
+    if (++call.row_dims > kMaxRowDims) throw py::value_error("too many dimensions");
     if (d == 0) call.count = size;
     if (d == 2) call.classes = size;
     if (d == 1 || d > 2) call.row_size[d == 1 ? 0 : d - 2] = size, rows *= size;
-  }
+  });
   call.temperature = PyFloat_AsDouble(*item++);
   call.scale = parse_scale(*item++, rows);
   call.threads = static_cast<int>(integer(*item++));
   call.student = parse_logits(*item++);
   call.teachers = parse_stack(*item++);
-  call.weights = parse_stack(*item++);
+  call.weights = parse_weights(*item++, call.row_dims);
   PyObject* const mask = *item++;  // (data_ptr, strides) of a bool tensor [K, C], or None
   call.mask = nullptr;
   if (mask != Py_None) {
@@ -60,7 +76,7 @@ inline EnsembleCall parse_ensemble(PyObject* const* item, std::int64_t& rows) {
   }
   call.student_grad = parse_logits(*item++);
   call.teachers_grad = parse_stack(*item++);
-  call.weights_grad = parse_stack(*item++);
+  call.weights_grad = parse_weights(*item++, call.row_dims);
   call.grad_output[0] = parse_rows(*item++);
   call.grad_output[1] = parse_rows(*item++);
   // Results: rows or totals, as `by_row` says. What consensus keeps follows where it does.

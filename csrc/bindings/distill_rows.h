@@ -1,35 +1,52 @@
-// From Python's (pointer, dtype, strides) to rows, for the distill cores: bare tuples instead of named arguments, since at
-// 64 rows the call itself is what takes the time.
+// From Python's tensors, or (pointer, dtype, strides), to rows, for the distill cores: bare tuples instead of named
+// arguments, since at 64 rows the call itself is what takes the time.
 #pragma once
 
 #include <algorithm>
 #include <cstdlib>
 
-#include "bindings.h"
+#include "exchange.h"
 #include "fedkern/distill.h"
 
 namespace fedkern {
 
 inline std::int64_t integer(PyObject* object) { return PyLong_AsLongLong(object); }
 
-// (data_ptr, dtype, strides), or None. The first stride belongs to `leading` where that is given, the class stride is the
+// A checked tensor, (data_ptr, dtype, strides), or None. The first stride belongs to `leading` where that is given, the class stride is the
 // second of the rest where `classes` is given; what remains are the rows'.
 inline void parse_strided(PyObject* object, void*& data, DType& dtype, std::int64_t* leading, std::int64_t* classes,
                           std::int64_t* rows) {
   if (object == Py_None) return;
-  data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(object, 0));
-  dtype = static_cast<DType>(integer(PyTuple_GET_ITEM(object, 1)));
-  PyObject* const strides = PyTuple_GET_ITEM(object, 2);
-  const int dims = static_cast<int>(PyTuple_GET_SIZE(strides)), first = leading ? 1 : 0;
-  for (int d = 0; d < dims; ++d) {
-    const std::int64_t stride = integer(PyTuple_GET_ITEM(strides, d));
+  const auto place = [&](int d, std::int64_t stride) {
     if (leading && d == 0)
       *leading = stride;
-    else if (classes && d == first + 1)
+    else if (classes && d == (leading ? 2 : 1))
       *classes = stride;
     else
       *rows++ = stride;
+  };
+  if (!PyTuple_Check(object)) {
+    const TensorView tensor = checked_view(object);
+    data = tensor.data;
+    if (!tensor.floating(dtype)) throw py::type_error("fedkern's kernels take floating tensors");
+    for (int d = 0; d < tensor.dims; ++d) place(d, tensor.strides[d]);
+    return;
   }
+  data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(object, 0));
+  dtype = static_cast<DType>(integer(PyTuple_GET_ITEM(object, 1)));
+  PyObject* const strides = PyTuple_GET_ITEM(object, 2);
+  for (int d = 0; d < PyTuple_GET_SIZE(strides); ++d) place(d, integer(PyTuple_GET_ITEM(strides, d)));
+}
+
+// The sizes of a shape, or of a checked tensor, one by one.
+template <typename F>
+void each_size(PyObject* object, F f) {
+  if (!PyTuple_Check(object)) {
+    const TensorView tensor = checked_view(object);
+    for (int d = 0; d < tensor.dims; ++d) f(d, tensor.shape[d]);
+    return;
+  }
+  for (int d = 0; d < PyTuple_GET_SIZE(object); ++d) f(d, integer(PyTuple_GET_ITEM(object, d)));
 }
 
 // With the class stride second.

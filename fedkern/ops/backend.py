@@ -99,16 +99,31 @@ def _serves(backend: str, kernel: Kernel, device: str) -> bool:
     return device in kernel.devices
 
 
+def _unknown(*_: Any) -> bool:
+    return False
+
+
+# Whether the CPU core may read tensors through their addresses, asked in one call; False says nothing yet. Functions of
+# the core once it is loaded, described in csrc/bindings/cpu_tensors.cpp.
+all_readable: Callable[[tuple[Tensor, ...]], bool] = _unknown
+readable_logits: Callable[[tuple[Tensor, ...], int], bool] = _unknown
+
+
 def cpu_core() -> ModuleType:
     """Returns ``fedkern._cpu``, its ISA level set from ``FEDKERN_CPU_ISA``.
 
     Raises:
-        Unavailable: the core was not built or does not load.
+        Unavailable: the core was not built or does not load, or torch is too old for it.
         ValueError: ``FEDKERN_CPU_ISA`` names a level that this CPU or this build lacks.
     """
-    global _isa_applied
+    global _isa_applied, all_readable, readable_logits
     core = load_core("_cpu")
     if not _isa_applied:
+        table = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+        if table is None:
+            raise Unavailable(f"torch {torch.__version__} shows no tensors to C extensions, as 2.11 and newer do")
+        core.take_tensors(table, Tensor, torch.nn.Parameter)
+        all_readable, readable_logits = core.all_readable, core.readable_logits
         level = os.environ.get("FEDKERN_CPU_ISA", "")
         if level:
             try:

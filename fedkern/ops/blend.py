@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from fedkern.ops import backend
 from fedkern.ops._function import EagerFunction
@@ -86,55 +85,13 @@ def blend(
 
 def _usual(foreground: Tensor, background: Tensor, alpha: float | Tensor, index: Tensor | None) -> Any | None:
     """The CPU kernel for what calls mostly are, found in few steps; None says nothing yet."""
-    if backend.intercepted():
-        return None
-    kind, other = type(foreground), type(background)
-    if (kind is not Tensor and kind is not Parameter) or (other is not Tensor and other is not Parameter):
-        return None
-    dtype, shape = foreground.dtype, foreground.shape
-    if (
-        dtype not in _DTYPES
-        or background.dtype is not dtype
-        or not foreground.is_cpu
-        or not background.is_cpu
-        or foreground.layout is not _STRIDED
-        or background.layout is not _STRIDED
-        or foreground.is_neg()
-        or background.is_neg()
-        or backend.outlived(foreground)
-        or backend.outlived(background)
-        or not shape
-    ):
-        return None
-    if type(alpha) is float:
-        if not 0 <= alpha <= 1:
-            return None
-    elif (
-        (type(alpha) is not Tensor and type(alpha) is not Parameter)
-        or alpha.dtype not in _DTYPES
-        or not alpha.is_cpu
-        or alpha.layout is not _STRIDED
-        or alpha.is_neg()
-        or backend.outlived(alpha)
-        or alpha.shape != shape[:1]
-    ):
-        return None
-    if index is None:
-        if background.shape != shape:
-            return None
-    elif (
-        type(index) is not Tensor
-        or index.dtype is not _INT64
-        or not index.is_cpu
-        or index.shape != shape[:1]
-        or (background.shape != shape and background.shape[1:] != shape[1:])
-    ):
-        return None
     found = backend._chosen.get(_KEY)
-    return None if found is None or found[1] is not _DTYPES else found[0]
+    if found is None or found[1] is not _DTYPES or backend.intercepted():
+        return None
+    kernel = found[0]
+    return kernel if kernel.fits(foreground, background, alpha, index) else None
 
 
-_STRIDED, _INT64 = torch.strided, torch.int64
 _DTYPES = frozenset(FLOATS)
 _KEY = ("blend", "cpu")
 

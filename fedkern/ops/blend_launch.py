@@ -155,6 +155,10 @@ class Launcher:
 class CpuBlend(Launcher):
     """The CPU core.  Feature vectors take longer to reach it than to blend, so for the usual ones the way is short."""
 
+    def __init__(self, core: Any) -> None:
+        super().__init__(core)
+        self.fits = core.blend_fits
+
     def forward(
         self, foreground: Tensor, background: Tensor, alpha: Tensor | None, value: float, index: Tensor | None
     ) -> Tensor:

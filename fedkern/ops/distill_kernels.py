@@ -210,6 +210,8 @@ def ordinary(tensors: tuple[Tensor, ...]) -> bool:
     """
     if backend.intercepted():
         return False
+    if backend.all_readable(tensors):
+        return True
     on_cpu = True
     for x in tensors:
         kind = type(x)
@@ -228,6 +230,8 @@ def plain(tensors: tuple[Tensor, ...]) -> bool:
     """:func:`ordinary`, and logits of one shape: the common case, in few steps."""
     if backend.intercepted():
         return False
+    if backend.readable_logits(tensors, MAX_DIMS):
+        return True
     shape = None
     for x in tensors:
         kind = type(x)

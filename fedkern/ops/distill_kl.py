@@ -147,19 +147,24 @@ class _Divergence(EagerFunction):
         ctx.how = how
         kernel, settings, dual = how
         recompute = settings.reduction == NONE or not kernel.fused
-        if len(tensors) == 2 and not recompute:
+        needs = ctx.needs_input_grad[1:]
+        if not recompute and len(tensors) == (3 if dual else 2):
             # The general case below, spelt out: at 64 rows its lists and loops show.
-            student, teacher = tensors
-            _, to_student, to_teacher = ctx.needs_input_grad
-            to_student = kernel.empty_gradient(student) if to_student else None
-            to_teacher = kernel.empty_gradient(teacher) if to_teacher else None
-            ctx.save_for_backward(student, teacher, to_student, to_teacher)
-            return kernel.divergence_forward(student, None, teacher, None, settings, to_student, None, to_teacher)
+            student, teacher = tensors[0], tensors[-1]
+            to_student = kernel.empty_gradient(student) if needs[0] else None
+            to_teacher = kernel.empty_gradient(teacher) if needs[-1] else None
+            other = to_other = None
+            if dual:
+                other = tensors[1]
+                to_other = kernel.empty_gradient(other) if needs[1] else None
+                ctx.save_for_backward(student, other, teacher, to_student, to_other, to_teacher)
+            else:
+                ctx.save_for_backward(student, teacher, to_student, to_teacher)
+            return kernel.divergence_forward(student, other, teacher, None, settings, to_student, to_other, to_teacher)
         student, other, teacher, weight = _spread(tensors, dual)
         if recompute:
             ctx.save_for_backward(*tensors)
             return kernel.divergence_forward(student, other, teacher, weight, settings)
-        needs = ctx.needs_input_grad[1:]
         logits = 3 if dual else 2
         gradients = [
             kernel.empty_gradient(x) if need else None for x, need in zip(tensors[:logits], needs, strict=False)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedkern.ops._memory import HUGE, fresh
 from fedkern.ops.backend import DTYPES, Kernel, cpu_core, register, register_triton
-from fedkern.ops.distill_arguments import CONSENSUS, ENTROPY, JS, KL, LIMIT, argument, weight_gradient
+from fedkern.ops.distill_arguments import CONSENSUS, ENTROPY, JS, KL, LIMIT, weight_gradient
 from fedkern.ops.distill_common import BATCHMEAN, NONE, mean_scale, row_shape
 from fedkern.ops.distill_kernels import ALL_DTYPES, Divergence, Ensemble
 from fedkern.ops.distill_reference import compute_dtype, result_dtype
@@ -71,26 +71,25 @@ class CpuDistill:
         reduction = settings.reduction
         dtype = result_dtype(student, other, teacher)
         result = _empty_result(student, dtype, reduction)
-        out = (result.data_ptr(), DTYPES[dtype], result.stride() if reduction == NONE else ())
         self._distill(
             LIMIT if settings.temperature == math.inf else KL,
             1 if dtype is torch.float64 else 0,
-            student.shape,
+            student,
             settings.temperature,
             settings.reverse,
             None if reduction == BATCHMEAN else 1.0,
             _threads(),
             1 if other is None else 2,
-            (teacher.data_ptr(), DTYPES[teacher.dtype], teacher.stride()),
-            (student.data_ptr(), DTYPES[student.dtype], student.stride()),
-            None if other is None else argument(other),
-            None if to_teacher is None else argument(to_teacher),
-            None if to_student is None else (to_student.data_ptr(), DTYPES[to_student.dtype], to_student.stride()),
-            None if to_other is None else argument(to_other),
-            None if weight is None else argument(weight),
+            teacher,
+            student,
+            other,
+            to_teacher,
+            to_student,
+            to_other,
+            weight,
             None,
-            out if reduction == NONE else None,
-            (argument(raw_loss), None if reduction == NONE else out),
+            result if reduction == NONE else None,
+            (raw_loss, None if reduction == NONE else result),
         )
         return result
 
@@ -114,22 +113,22 @@ class CpuDistill:
         self._distill(
             LIMIT if settings.temperature == math.inf else KL,
             DTYPES[compute],
-            student.shape,
+            student,
             settings.temperature,
             settings.reverse,
             None if settings.reduction == BATCHMEAN else 1.0,
             _threads(),
             1 if other is None else 2,
-            argument(teacher),
-            argument(student),
-            argument(other),
-            argument(to_teacher),
-            argument(to_student),
-            argument(to_other),
-            argument(weight),
-            argument(grad),
+            teacher,
+            student,
+            other,
+            to_teacher,
+            to_student,
+            to_other,
+            weight,
+            grad,
             None,
-            (argument(raw), None),
+            (raw, None),
         )
         return (
             to_student,
@@ -140,14 +139,13 @@ class CpuDistill:
 
     def entropy_forward(self, logits: Tensor, reduction: int, to_logits: Tensor | None = None) -> Tensor:
         result = _empty_result(logits, logits.dtype, reduction)
-        out = argument(result)
-        self._entropy(logits, reduction, to_logits, None, *((out, None) if reduction == NONE else (None, out)))
+        self._entropy(logits, reduction, to_logits, None, *((result, None) if reduction == NONE else (None, result)))
         return result
 
     def entropy_backward(self, grad: Tensor, logits: Tensor, reduction: int) -> Tensor:
         gradient = self.empty_gradient(logits)
         grad = grad.resolve_neg()
-        self._entropy(logits, reduction, gradient, argument(grad), None, None)
+        self._entropy(logits, reduction, gradient, grad, None, None)
         return gradient
 
     def _entropy(
@@ -156,16 +154,16 @@ class CpuDistill:
         self._distill(
             ENTROPY,
             1 if logits.dtype is torch.float64 else 0,
-            logits.shape,
+            logits,
             1.0,
             False,
             None if reduction == BATCHMEAN else 1.0,
             _threads(),
             0,
-            argument(logits),
+            logits,
             None,
             None,
-            argument(gradient),
+            gradient,
             None,
             None,
             None,
@@ -195,20 +193,20 @@ class CpuDistill:
             settings.log_probs and temperature == 1.0,
             class_mask is not None or (weights is not None and _by_class(weights)),
             1 if dtype is torch.float64 else 0,
-            teachers.shape,
+            teachers,
             temperature,
             None if reduction == BATCHMEAN else 1.0,
             _threads(),
-            (student.data_ptr(), DTYPES[student.dtype], student.stride()),
-            (teachers.data_ptr(), DTYPES[teachers.dtype], teachers.stride()),
-            None if weights is None else _weights_argument(weights, teachers),
+            student,
+            teachers,
+            weights,
             None if class_mask is None else (class_mask.data_ptr(), class_mask.stride()),
-            None if to_student is None else (to_student.data_ptr(), DTYPES[to_student.dtype], to_student.stride()),
-            None if to_teachers is None else argument(to_teachers),
+            to_student,
+            to_teachers,
             None,
             None,
             None,
-            (reduction == NONE, (result.data_ptr(), DTYPES[dtype], result.stride()), None),
+            (reduction == NONE, result, None),
         )
         return result
 
@@ -239,18 +237,18 @@ class CpuDistill:
             settings.log_probs and temperature == 1.0,
             by_class,
             1 if dtype is torch.float64 else 0,
-            teachers.shape,
+            teachers,
             temperature,
             None if reduction == BATCHMEAN else 1.0,
             _threads(),
-            argument(student),
-            argument(teachers),
-            None if weights is None else _weights_argument(weights, teachers),
+            student,
+            teachers,
+            weights,
             None if class_mask is None else (class_mask.data_ptr(), class_mask.stride()),
-            argument(to_student),
-            argument(to_teachers),
-            argument(to_weights),
-            argument(grad),
+            to_student,
+            to_teachers,
+            to_weights,
+            grad,
             None,
             (False, None, None),
         )
@@ -264,7 +262,7 @@ class CpuDistill:
         self, logits: Tensor, weights: Tensor | None, reduction: int, to_logits: Tensor | None = None
     ) -> Tensor:
         result = _empty_stack_result(logits, reduction)
-        self._run_stack(JS, logits, weights, reduction, to_logits, None, (), argument(result), None)
+        self._run_stack(JS, logits, weights, reduction, to_logits, None, (), result, None)
         return result
 
     def js_backward(
@@ -286,7 +284,7 @@ class CpuDistill:
         self, logits: Tensor, weights: Tensor | None, reduction: int, kept: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         first, second = _empty_stack_result(logits, reduction), _empty_stack_result(logits, reduction)
-        self._run_stack(CONSENSUS, logits, weights, reduction, None, None, (), argument(first), argument(second), kept)
+        self._run_stack(CONSENSUS, logits, weights, reduction, None, None, (), first, second, kept)
         return first, second
 
     def consensus_backward(
@@ -338,20 +336,20 @@ class CpuDistill:
             False,
             False,
             1 if logits.dtype is torch.float64 else 0,
-            logits.shape,
+            logits,
             1.0,
             None if reduction == BATCHMEAN else 1.0,
             _threads(),
             None,
-            (logits.data_ptr(), DTYPES[logits.dtype], logits.stride()),
-            None if weights is None else _row_weights_argument(weights),
+            logits,
+            weights,
             None,
             None,
-            None if to_logits is None else argument(to_logits),
-            None if to_weights is None else _row_weights_argument(to_weights),
-            argument(grads[0]) if grads else None,
-            argument(grads[1]) if len(grads) > 1 else None,
-            (reduction == NONE, first, second, None if kept is None else argument(kept)),
+            to_logits,
+            to_weights,
+            grads[0] if grads else None,
+            grads[1] if len(grads) > 1 else None,
+            (reduction == NONE, first, second, kept),
         )
 
 
@@ -364,22 +362,6 @@ def _empty_stack_result(logits: Tensor, reduction: int) -> Tensor:
 
 def _by_class(weights: Tensor) -> bool:
     return weights.dim() > 1 and weights.shape[2] > 1
-
-
-def _weights_argument(weights: Tensor, teachers: Tensor) -> tuple[int, int, tuple[int, ...]]:
-    """With a class stride of 0 where all classes share a weight, whatever the stride of that axis says."""
-    strides = weights.stride()
-    if len(strides) == 1:
-        strides = strides + (0,) * (teachers.dim() - 1)
-    elif weights.shape[2] == 1:
-        strides = (*strides[:2], 0, *strides[3:])
-    return weights.data_ptr(), DTYPES[weights.dtype], strides
-
-
-def _row_weights_argument(weights: Tensor) -> tuple[int, int, tuple[int, ...]]:
-    """With the class axis that weights of whole rows lack."""
-    strides = weights.stride()
-    return weights.data_ptr(), DTYPES[weights.dtype], (*strides[:2], 0, *strides[2:])
 
 
 for _name in ("kl_div", "dual_kl", "entropy", "ensemble_kl", "js_div", "consensus"):

@@ -7,13 +7,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from fedkern.ops import backend
 from fedkern.ops._function import EagerFunction
 from fedkern.ops.cuda import core as cuda
 from fedkern.ops.cuda.fuse import CudaFuse
-from fedkern.ops.fuse_kernels import FuseNeeds, compute_dtype, order_of
+from fedkern.ops.fuse_kernels import FuseNeeds, order_of
 from fedkern.ops.fuse_launch import CpuFuse
 from fedkern.ops.fuse_library import FUSE
 from fedkern.ops.fuse_reference import fuse_backward_reference, fuse_concat_reference, fuse_mean_reference
@@ -114,60 +113,14 @@ def _usual(
     features: Sequence[Tensor], scale: Tensor | None, shift: Tensor | None, activation: Activation, mean: bool
 ) -> tuple[CpuFuse, bool] | None:
     """The CPU kernel and whether maps are channels-last, for what calls mostly are; None says nothing yet."""
-    if type(features) not in (list, tuple) or not features or activation not in (None, "relu") or backend.intercepted():
-        return None
-    first = features[0]
-    if not isinstance(first, Tensor) or first.dtype not in _DTYPES:
-        return None
-    shape, dtype, last = first.shape, first.dtype, False
-    if len(shape) < 2 or not first.numel():
-        return None
-    if not first.is_contiguous():
-        if len(shape) != 4 or not first.is_contiguous(memory_format=_CHANNELS_LAST):
-            return None
-        last = True
-    for x in features:
-        kind = type(x)
-        if (
-            (kind is not Tensor and kind is not Parameter)
-            or x.dtype is not dtype
-            or not x.is_cpu
-            or x.layout is not _STRIDED
-            or x.is_neg()
-            or _legacy_batched(x)
-            or backend.outlived(x)
-            or x.shape != shape
-            or not (x.is_contiguous(memory_format=_CHANNELS_LAST) if last else x.is_contiguous())
-        ):
-            return None
-    if scale is not None or shift is not None:
-        wanted = compute_dtype(dtype)
-        size = (shape[1] * len(features),)
-        for vector in (scale, shift):
-            if vector is not None and not (
-                _readable(vector, wanted) and vector.shape == size and vector.is_contiguous()
-            ):
-                return None
     found = backend._chosen.get(("fuse_mean" if mean else "fuse_concat", "cpu"))
-    return (found[0], last) if found is not None and type(found[0]) is CpuFuse else None
+    if found is None or type(found[0]) is not CpuFuse or activation not in (None, "relu") or backend.intercepted():
+        return None
+    layout = found[0].fits(features, scale, shift)
+    return (found[0], layout == 2) if layout else None
 
 
-def _readable(x: Tensor, dtype: torch.dtype) -> bool:
-    kind = type(x)
-    return (
-        (kind is Tensor or kind is Parameter)
-        and x.dtype is dtype
-        and x.is_cpu
-        and x.layout is _STRIDED
-        and not x.is_neg()
-        and not _legacy_batched(x)
-        and not backend.outlived(x)
-    )
-
-
-_STRIDED, _CHANNELS_LAST = torch.strided, torch.channels_last
-_DTYPES = frozenset(FLOATS)
-_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+_CHANNELS_LAST = torch.channels_last
 
 
 def _fuse(features: Sequence[Tensor], scale: Tensor | None, shift: Tensor | None, relu: bool, mean: bool) -> Tensor:

@@ -30,6 +30,7 @@ class CpuFuse:
 
     def __init__(self, core: ModuleType) -> None:
         self.core = core
+        self.fits = core.fuse_fits
 
     def forward(
         self, features: Sequence[Tensor], scale: Tensor | None, shift: Tensor | None, relu: bool, mean: bool

@@ -1,0 +1,141 @@
+"""What the CPU core says of tensors that it reads through torch's exchange table, against what torch says."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+from fedkern import ops
+from fedkern.ops import backend
+
+FLOATS = tuple(backend.DTYPES)
+
+
+class Subclass(Tensor):
+    """A tensor whose class may do anything."""
+
+
+@pytest.fixture
+def core():
+    try:
+        return backend.cpu_core()
+    except backend.Unavailable as error:
+        pytest.skip(str(error))
+
+
+def outlived() -> Tensor:
+    kept: list[Tensor] = []
+    torch.func.grad(lambda x: (kept.append(x), x.sum())[1])(torch.ones(3, 4))
+    return kept[0]
+
+
+def fake() -> Tensor:
+    with FakeTensorMode():
+        return torch.ones(3, 4)
+
+
+def sparse() -> Tensor:
+    return torch.eye(3).to_sparse()
+
+
+def compressed() -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls this layout a prototype
+        return torch.eye(3).to_sparse_csr()
+
+
+UNREADABLE: dict[str, Callable[[], object]] = {
+    "a negated view": lambda: torch._neg_view(torch.ones(3, 4)),
+    "integers": lambda: torch.ones(3, 4, dtype=torch.int64),
+    "truth values": lambda: torch.ones(3, 4, dtype=torch.bool),
+    "complex numbers": lambda: torch.ones(3, 4, dtype=torch.complex64),
+    "eight bits": lambda: torch.ones(3, 4).to(torch.float8_e4m3fn),
+    "sparse": sparse,
+    "compressed": compressed,
+    "on no device": lambda: torch.ones(3, 4, device="meta"),
+    "without memory": lambda: torch._efficientzerotensor((3, 4)),
+    "outlived its transform": outlived,
+    "fake": fake,
+    "a subclass": lambda: torch.ones(3, 4).as_subclass(Subclass),
+    "no tensor": lambda: [[1.0, 2.0]],
+    "nothing": lambda: None,
+}
+
+
+@pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in UNREADABLE.items()])
+def test_what_has_no_address_of_its_own_is_not_readable(core, make):
+    good, bad = torch.ones(3, 4), make()
+    assert not core.all_readable((good, bad))
+    assert not core.readable_logits((bad, good), 9)
+    assert not core.blend_fits(good, bad, 0.5, None)
+    assert not core.fuse_fits([good, bad], None, None)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_floats_and_parameters_of_any_strides_are_readable(core, dtype):
+    x = torch.ones(3, 4, dtype=dtype)
+    assert core.all_readable((x, x.t(), x[:, :1].expand(3, 4), nn.Parameter(x), x[:0], x.requires_grad_()))
+
+
+def test_logits_have_one_shape_and_classes(core):
+    x = torch.ones(3, 4)
+    assert core.readable_logits((x, x.half(), x.clone()), 9)
+    assert core.readable_logits((x[:0],), 9)
+    others = [(x, x[:2]), (x, x[None]), (x[:, :0],), (x[0],), (torch.ones(1, 2, *[1] * 8),), ()]
+    assert not any(core.readable_logits(tensors, 9) for tensors in others)
+
+
+def test_blend_knows_what_fits(core):
+    maps, index = torch.ones(3, 4, 2), torch.tensor([0, 0, 1])
+    for fits in [(maps, maps, 0.5, None), (maps, maps[:2], 1.0, index), (maps, maps, torch.ones(3).half(), None)]:
+        assert core.blend_fits(*fits)
+    for wrong in [
+        (maps, maps[:2], 0.5, None), (maps, maps.double(), 0.5, None), (maps, maps, 1.5, None), (maps, maps, 1, None),
+        (maps, maps, float("nan"), None), (maps, maps, torch.ones(2), None), (maps, maps, 0.5, index.int()),
+        (maps, maps, 0.5, index[:2]), (maps, maps[:, :3], 0.5, index), (maps[0, 0, 0], maps[0, 0, 0], 0.5, None),
+    ]:  # fmt: skip
+        assert not core.blend_fits(*wrong), wrong
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 3), (2, 3, 4), (2, 3, 4, 5), (1, 3, 1, 1), (2, 1, 4, 4), (1, 1, 1, 1), (2, 3, 1, 5)]
+)
+def test_layouts_are_those_that_torch_names(core, shape):
+    dense = torch.ones(shape)
+    variants = [dense, dense.transpose(0, 1).contiguous().transpose(0, 1), torch.ones(*shape, 2)[..., 0]]
+    if len(shape) == 4:
+        variants.append(dense.contiguous(memory_format=torch.channels_last))
+    for one, other in itertools.product(variants, repeat=2):
+        last = len(shape) == 4 and all(x.is_contiguous(memory_format=torch.channels_last) for x in (one, other))
+        expected = 1 if one.is_contiguous() and other.is_contiguous() else 2 if last and not one.is_contiguous() else 0
+        assert core.fuse_fits([one, other], None, None) == expected
+
+
+def test_fuse_takes_vectors_of_the_dtype_that_it_computes_in(core):
+    maps = [torch.ones(2, 3, 4, 4)] * 2
+    scale = torch.ones(6)
+    assert core.fuse_fits(maps, scale, None) == 1
+    assert core.fuse_fits([x.half() for x in maps], scale, scale) == 1
+    assert core.fuse_fits([x.double() for x in maps], scale.double(), None) == 1
+    for wrong in (scale.double(), scale.half(), scale[:5], torch.ones(12)[::2], torch.ones(1, 6), "scale"):
+        assert core.fuse_fits(maps, None, wrong) == 0
+    assert core.fuse_fits([], None, None) == 0
+    assert core.fuse_fits(maps[0], None, None) == 0
+    assert core.fuse_fits([torch.ones(0, 3)], None, None) == 0
+
+
+def test_subclasses_take_the_long_way_to_the_same_result():
+    x, y = torch.randn(6, 5), torch.randn(6, 5)
+    expected = ops.kl_div(x, y, 2.0)
+    assert torch.equal(ops.kl_div(x.as_subclass(Subclass), y, 2.0).as_subclass(Tensor), expected)
+
+
+def test_another_table_is_refused(core):
+    with pytest.raises(ValueError, match="PyCapsule"):
+        core.take_tensors(object(), Tensor, nn.Parameter)
