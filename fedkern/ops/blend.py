@@ -86,7 +86,7 @@ def blend(
 def _usual(foreground: Tensor, background: Tensor, alpha: float | Tensor, index: Tensor | None) -> Any | None:
     """The CPU kernel for what calls mostly are, found in few steps; None says nothing yet."""
     found = backend._chosen.get(_KEY)
-    if found is None or found[1] is not _DTYPES or backend.intercepted():
+    if found is None or type(found[0]) is not CpuBlend or backend.intercepted():
         return None
     kernel = found[0]
     return kernel if kernel.fits(foreground, background, alpha, index) else None
