@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "bindings.h"
+#include "exchange.h"
 #include "fedkern/blend.h"
 
 namespace fedkern {
@@ -98,6 +98,46 @@ void backward(int dtype, std::int64_t rows, std::int64_t background_rows, std::i
   blend_kernels().backward(call);
 }
 
+// What of checked tensors `forward` and `backward` take as numbers; nothing for None.
+struct Part {
+  std::uintptr_t data = 0;
+  int dtype = 1;
+  std::int64_t rows = 0, size = 0, stride = 0;  // of a sample; from one to the next
+  bool dense = true;
+
+  explicit Part(py::handle given) {
+    if (given.is_none()) return;
+    const TensorView tensor = checked_view(given.ptr());
+    DType kind = DType::f64;
+    tensor.floating(kind);
+    data = reinterpret_cast<std::uintptr_t>(tensor.data), dtype = static_cast<int>(kind), dense = tensor.contiguous();
+    rows = tensor.dims ? tensor.shape[0] : 0, stride = tensor.dims ? tensor.strides[0] : 0, size = 1;
+    for (int d = 1; d < tensor.dims; ++d) size *= tensor.shape[d];
+  }
+};
+
+// The same from tensors; false, and nothing done, where samples or an index are not side by side.
+bool forward_of(py::handle foreground, py::handle background, py::handle alpha, double value, py::handle index, py::handle out,
+                int threads) {
+  const Part front(foreground), back(background), weights(alpha), chosen(index), result(out);
+  if (!front.dense || !back.dense || !chosen.dense || !result.dense) return false;
+  forward(front.dtype, front.rows, back.rows, front.size, front.data, front.size, back.data, front.size, chosen.data, weights.data,
+          weights.dtype, weights.stride, value, result.data, threads);
+  return true;
+}
+
+// grad_foreground and grad_background may be None, as may what only grad_alpha needs.
+bool backward_of(py::handle grad, py::handle foreground, py::handle background, py::handle alpha, double value, py::handle index,
+                 std::int64_t background_rows, py::handle grad_foreground, py::handle grad_background, py::handle grad_alpha,
+                 int threads) {
+  const Part from(grad), front(foreground), back(background), weights(alpha), chosen(index);
+  if (!from.dense || !front.dense || !back.dense || !chosen.dense) return false;
+  const Part own(grad_foreground), other(grad_background), sums(grad_alpha);
+  backward(from.dtype, from.rows, background_rows, from.size, from.data, from.size, front.data, from.size, back.data, from.size,
+           chosen.data, weights.data, weights.dtype, weights.stride, value, own.data, other.data, sums.data, threads);
+  return true;
+}
+
 // erase_boxes and keep_boxes of contiguous images in one call; boxes are fp64 or fp32.
 void fill_boxes(std::int64_t item, std::int64_t batch, std::int64_t channels, std::int64_t height, std::int64_t width, std::int64_t boxes,
                 std::uintptr_t images, std::uintptr_t box, int box_dtype, std::uintptr_t fill, int replaced, std::uintptr_t out,
@@ -154,6 +194,8 @@ void advise_huge_pages(std::uintptr_t address, std::size_t bytes) {
 void bind_blend(py::module_& module) {
   module.def("blend_forward", forward);
   module.def("blend_backward", backward);
+  module.def("blend_forward_of", forward_of);
+  module.def("blend_backward_of", backward_of);
   module.def("box_mask", box_mask);
   module.def("box_fill", box_fill);
   module.def("fill_boxes", fill_boxes);

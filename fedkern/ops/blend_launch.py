@@ -158,40 +158,19 @@ class CpuBlend(Launcher):
     def __init__(self, core: Any) -> None:
         super().__init__(core)
         self.fits = core.blend_fits
+        self._forward_of, self._backward_of = core.blend_forward_of, core.blend_backward_of
 
     def forward(
         self, foreground: Tensor, background: Tensor, alpha: Tensor | None, value: float, index: Tensor | None
     ) -> Tensor:
-        count = foreground.numel()
-        if (
-            not count
-            or not foreground.is_contiguous()
-            or not background.is_contiguous()
-            or (index is not None and not index.is_contiguous())
-            or (alpha is not None and alpha.dtype not in _WIDE)
-        ):
-            return super().forward(foreground, background, alpha, value, index)
         out = _empty_like(foreground)
+        count = out.numel()
         if count >= _LARGE:
             fresh(self.core, out)
-        rows = len(out)
-        size = count // rows
-        self.core.blend_forward(
-            DTYPES[out.dtype],
-            rows,
-            len(background),
-            size,
-            foreground.data_ptr(),
-            size,
-            background.data_ptr(),
-            size,
-            0 if index is None else index.data_ptr(),
-            *(_NO_WEIGHTS if alpha is None else (alpha.data_ptr(), DTYPES[alpha.dtype], alpha.stride(0))),
-            value,
-            out.data_ptr(),
-            _threads(),
-        )
-        return out
+        weights = alpha if alpha is None or alpha.dtype in _WIDE else alpha.double()
+        if count and self._forward_of(foreground, background, weights, value, index, out, _threads()):
+            return out
+        return super().forward(foreground, background, alpha, value, index)
 
     def backward(
         self,
@@ -206,45 +185,30 @@ class CpuBlend(Launcher):
         strides: tuple[int, ...] | None = None,
     ) -> Gradients:
         count = grad.numel()
-        if (
-            not count
-            or grad.stride() != strides
-            or not grad.is_contiguous()
-            or (index is not None and not index.is_contiguous())
-            or (alpha is not None and (needs[2] or alpha.dtype not in _WIDE))
-        ):
+        if not count or grad.stride() != strides or not grad.is_contiguous():
             rest = (foreground, background, alpha, value, index, background_rows, needs, strides)
             return super().backward(grad, *rest)
         own = _empty_like(grad) if needs[0] else None
-        rows = len(grad)
-        other = None
+        other = per_sample = None
         if needs[1]:
-            other = _empty_like(grad) if rows == background_rows else grad.new_empty((background_rows, *grad.shape[1:]))
+            same = len(grad) == background_rows
+            other = _empty_like(grad) if same else grad.new_empty((background_rows, *grad.shape[1:]))
         if count >= _LARGE:
             for gradient in (own, other):
                 if gradient is not None:
                     fresh(self.core, gradient)
-        size = count // rows
-        self.core.blend_backward(
-            DTYPES[grad.dtype],
-            rows,
-            background_rows,
-            size,
-            grad.data_ptr(),
-            size,
-            0,
-            0,
-            0,
-            0,
-            0 if index is None else index.data_ptr(),
-            *(_NO_WEIGHTS if alpha is None else (alpha.data_ptr(), DTYPES[alpha.dtype], alpha.stride(0))),
-            value,
-            0 if own is None else own.data_ptr(),
-            0 if other is None else other.data_ptr(),
-            0,
-            _threads(),
-        )
-        return own, other, None
+        if needs[2]:
+            per_sample = torch.empty(len(grad), dtype=torch.float64)
+        weights = alpha if alpha is None or alpha.dtype in _WIDE else alpha.double()
+        maps = (foreground, background) if needs[2] else (None, None)
+        if not self._backward_of(
+            grad, *maps, weights, value, index, background_rows, own, other, per_sample, _threads()
+        ):
+            rest = (foreground, background, alpha, value, index, background_rows, needs, strides)
+            return super().backward(grad, *rest)
+        if per_sample is not None and alpha is not None:
+            per_sample = per_sample.to(alpha.dtype)
+        return own, other, per_sample
 
     def _fresh(self, tensor: Tensor) -> Tensor:
         return fresh(self.core, tensor)
@@ -260,7 +224,6 @@ class CpuBlend(Launcher):
 # Dtypes in which the CPU core reads alpha.
 _WIDE = (torch.float32, torch.float64)
 _FLOAT64 = DTYPES[torch.float64]
-_NO_WEIGHTS = (0, _FLOAT64, 0)
 _LARGE = HUGE // 8  # elements; fresh() looks at the bytes
 
 
