@@ -4,7 +4,7 @@
 
 #include <pybind11/stl.h>
 
-#include "bindings.h"
+#include "exchange.h"
 #include "fedkern/fuse.h"
 
 namespace fedkern {
@@ -111,46 +111,64 @@ void backward(int dtype, std::int64_t batch, std::int64_t positions, bool interl
   fuse_kernels().backward(a);
 }
 
-// Maps of one shape, all contiguous or (`interleaved`) all channels-last, and results alike: one dense layout for all.
-FuseMap dense(std::uintptr_t address, std::int64_t channels, std::int64_t positions, bool interleaved) {
-  return {pointer<void>(address), channels, channels * positions, interleaved ? 1 : positions, interleaved ? channels : 1};
+// Checked maps of one shape, all contiguous or (`last`) channels-last, and results alike: one dense layout for all.
+struct Alike {
+  DType dtype = DType::f32;
+  std::int64_t batch, positions = 1;
+  bool interleaved;
+
+  Alike(const TensorView& one, bool last) : batch(one.shape[0]) {
+    one.floating(dtype);
+    for (int d = 2; d < one.dims; ++d) positions *= one.shape[d];
+    interleaved = last || positions == 1;
+  }
+  FuseMap map(void* data, std::int64_t channels) const {
+    return {data, channels, channels * positions, interleaved ? 1 : positions, interleaved ? channels : 1};
+  }
+  FuseMap map(py::handle given, std::int64_t channels) const {
+    return given.is_none() ? FuseMap{} : map(checked_view(given.ptr()).data, channels);
+  }
+  FuseCall call(std::int64_t maps, std::int64_t channels, bool relu, bool mean, int threads) const {
+    return {dtype, maps, batch, positions, interleaved, relu, mean, nullptr, nullptr,
+            past_cache(batch * positions * channels, static_cast<int>(dtype)), threads};
+  }
+};
+
+std::uintptr_t address_of(py::handle given) {
+  return given.is_none() ? 0 : reinterpret_cast<std::uintptr_t>(checked_view(given.ptr()).data);
 }
 
-FuseCall call_of(int dtype, std::int64_t maps, std::int64_t batch, std::int64_t positions, std::int64_t channels, bool interleaved,
-                 bool relu, bool mean, int threads) {
-  return {static_cast<DType>(dtype), maps, batch, positions, interleaved, relu, mean, nullptr, nullptr,
-          past_cache(batch * positions * channels, dtype), threads};
-}
-
-void forward_alike(int dtype, std::int64_t batch, std::int64_t positions, std::int64_t channels, bool interleaved, bool relu, bool mean,
-                   const std::vector<std::uintptr_t>& features, std::uintptr_t out, std::uintptr_t scale, std::uintptr_t shift,
+void forward_alike(const py::sequence& features, py::handle out, py::handle scale, py::handle shift, bool last, bool relu, bool mean,
                    int threads) {
-  const std::int64_t count = static_cast<std::int64_t>(features.size()), all = count * channels;
-  std::vector<FuseMap> maps;
-  for (const std::uintptr_t x : features) maps.push_back(dense(x, channels, positions, interleaved));
-  const std::vector<FuseMap> result{dense(out, mean ? channels : all, positions, interleaved)};
-  FuseForward a{call_of(dtype, count, batch, positions, result[0].channels, interleaved, relu, mean, threads), maps.data(), result[0]};
-  const Both both(a.call, scale, shift, all);
+  const std::int64_t count = static_cast<std::int64_t>(features.size());
+  std::vector<FuseMap> maps, result;
+  TensorView one = checked_view(out.ptr());
+  const Alike alike(one, last);
+  const std::int64_t wide = one.shape[1], channels = mean ? wide : wide / count, all = count * channels;
+  result.push_back(alike.map(one.data, wide));
+  for (const py::handle x : features) maps.push_back(alike.map(x, channels));
+  FuseForward a{alike.call(count, wide, relu, mean, threads), maps.data(), result[0]};
+  const Both both(a.call, address_of(scale), address_of(shift), all);
   join_samples(a.call, maps, result);
-  ReleaseGil release(batch * positions * all >= kReleaseGilElements);
+  ReleaseGil release(alike.batch * alike.positions * all >= kReleaseGilElements);
   fuse_kernels().forward(a);
 }
 
-// For what needs neither the maps nor sums: the result, or its absence, says where gradient passes.
-void backward_alike(int dtype, std::int64_t batch, std::int64_t positions, std::int64_t channels, bool interleaved, bool relu, bool mean,
-                    std::uintptr_t grad, std::uintptr_t out, const std::vector<std::uintptr_t>& grad_features, std::uintptr_t scale,
+// For what needs neither the maps nor sums: the result, or None, says where gradient passes.
+void backward_alike(py::handle grad, py::handle out, const py::sequence& grad_features, py::handle scale, bool last, bool mean,
                     int threads) {
-  const std::int64_t count = static_cast<std::int64_t>(grad_features.size()), all = count * channels;
-  const std::int64_t wide = mean ? channels : all;
+  const std::int64_t count = static_cast<std::int64_t>(grad_features.size());
+  const TensorView one = checked_view(grad.ptr());
+  const Alike alike(one, last);
+  const std::int64_t wide = one.shape[1], channels = mean ? wide : wide / count, all = count * channels;
   std::vector<FuseMap> targets;
-  for (const std::uintptr_t x : grad_features) targets.push_back(dense(x, channels, positions, interleaved));
-  const std::vector<FuseMap> arriving{dense(grad, wide, positions, interleaved)};
-  const std::vector<FuseMap> result{out ? dense(out, wide, positions, interleaved) : FuseMap{}};
-  FuseBackward a{call_of(dtype, count, batch, positions, all, interleaved, relu, mean, threads),
+  for (const py::handle x : grad_features) targets.push_back(x.is_none() ? alike.map(static_cast<void*>(nullptr), channels) : alike.map(x, channels));
+  const std::vector<FuseMap> arriving{alike.map(one.data, wide)}, result{alike.map(out, wide)};
+  FuseBackward a{alike.call(count, all, !out.is_none(), mean, threads),
                  arriving[0], nullptr, result[0], targets.data(), nullptr, nullptr, nullptr};
-  const Both both(a.call, scale, 0, all);
+  const Both both(a.call, address_of(scale), 0, all);
   join_samples(a.call, arriving, result, targets);
-  ReleaseGil release(batch * positions * all >= kReleaseGilElements);
+  ReleaseGil release(alike.batch * alike.positions * all >= kReleaseGilElements);
   fuse_kernels().backward(a);
 }
 

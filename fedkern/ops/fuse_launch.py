@@ -31,6 +31,7 @@ class CpuFuse:
     def __init__(self, core: ModuleType) -> None:
         self.core = core
         self.fits = core.fuse_fits
+        self._forward_alike, self._backward_alike = core.fuse_forward_alike, core.fuse_backward_alike
 
     def forward(
         self, features: Sequence[Tensor], scale: Tensor | None, shift: Tensor | None, relu: bool, mean: bool
@@ -75,32 +76,16 @@ class CpuFuse:
 
         Scale and shift are contiguous and of the dtype that is computed in.
         """
-        first, count = features[0], len(features)
-        shape = first.shape
-        batch, channels = shape[0], shape[1]
-        size = first.numel() // (batch * channels)
+        first = features[0]
         if mean:
-            out = torch.empty_like(first)
-        elif last:
-            out = empty_map((batch, channels * count, *shape[2:]), True, first)
+            out = _empty_like(first)
         else:
-            out = first.new_empty((batch, channels * count, *shape[2:]))
-        if batch * channels * size * count >= _LARGE:
+            shape = first.shape
+            wide = (shape[0], shape[1] * len(features), *shape[2:])
+            out = empty_map(wide, True, first) if last else first.new_empty(wide)
+        if out.numel() >= _LARGE:
             fresh(self.core, out)
-        self.core.fuse_forward_alike(
-            DTYPES[first.dtype],
-            batch,
-            size,
-            channels,
-            last or size == 1,
-            relu,
-            mean,
-            [x.data_ptr() for x in features],
-            out.data_ptr(),
-            0 if scale is None else scale.data_ptr(),
-            0 if shift is None else shift.data_ptr(),
-            torch.get_num_threads(),
-        )
+        self._forward_alike(features, out, scale, shift, last, relu, mean, _threads())
         return out
 
     def backward_alike(
@@ -108,10 +93,11 @@ class CpuFuse:
     ) -> list[Tensor | None]:
         """Gradients of the maps of :meth:`forward_alike` where no sums are wanted; ``grad`` is laid out alike."""
         batch, channels, *positions = grad.shape
-        size = grad.numel() // (batch * channels)
+        count = grad.numel()
         if not mean:
             channels //= len(needs)
-        shape, count = (batch, channels, *positions), batch * channels * size
+            count //= len(needs)
+        shape = (batch, channels, *positions)
         targets: list[Tensor | None]
         if count < _LARGE <= count * len(needs):
             targets = self._pieces(grad, shape, needs, last)
@@ -125,20 +111,7 @@ class CpuFuse:
             for target in targets:
                 if target is not None:
                     fresh(self.core, target)
-        self.core.fuse_backward_alike(
-            DTYPES[grad.dtype],
-            batch,
-            size,
-            channels,
-            last or size == 1,
-            out is not None,
-            mean,
-            grad.data_ptr(),
-            0 if out is None else out.data_ptr(),
-            [0 if target is None else target.data_ptr() for target in targets],
-            0 if scale is None else scale.data_ptr(),
-            torch.get_num_threads(),
-        )
+        self._backward_alike(grad, out, targets, scale, last, mean, _threads())
         return targets
 
     def _pieces(self, like: Tensor, shape: tuple[int, ...], needs: Sequence[bool], last: bool) -> list[Tensor | None]:
@@ -200,7 +173,7 @@ class CpuFuse:
         return FuseGradients(targets, to_scale, to_shift)
 
 
-_empty_like = torch.empty_like
+_empty_like, _threads = torch.empty_like, torch.get_num_threads
 _LARGE = HUGE // 8  # elements; fresh() looks at the bytes
 
 
