@@ -1,4 +1,5 @@
-// What the binding files share. Pointers arrive as integers (tensor.data_ptr()), checked by fedkern.ops.
+// What the binding files share. Tensors arrive as they are (exchange.h) or as integers (tensor.data_ptr()), checked by
+// fedkern.ops.
 #pragma once
 
 #include <pybind11/pybind11.h>
