@@ -69,12 +69,14 @@ py::object plain_vectors(py::handle vectors, py::handle types, bool grad) {
     return item ? py::make_tuple(first.dtype, first.size, addresses) : no();
   }
   if (!PyList_CheckExact(vectors.ptr()) && !PyTuple_CheckExact(vectors.ptr())) return py::none();
-  const Py_ssize_t count = PySequence_Fast_GET_SIZE(vectors.ptr());
+  // A tuple of its own: what is asked of a tensor may let other threads change the list.
+  const py::tuple given = py::reinterpret_steal<py::tuple>(PySequence_Tuple(vectors.ptr()));
+  const Py_ssize_t count = PyTuple_GET_SIZE(given.ptr());
   if (!count) return py::none();
   py::list addresses(count);
   for (Py_ssize_t m = 0; m < count; ++m) {
     Plain one;
-    if (!plain(PySequence_Fast_GET_ITEM(vectors.ptr(), m), types.ptr(), grad, false, one)) return no();
+    if (!plain(PyTuple_GET_ITEM(given.ptr(), m), types.ptr(), grad, false, one)) return no();
     if (m == 0) first = one;
     if (one.dtype.ptr() != first.dtype.ptr() || one.size != first.size) return py::none();
     PyList_SET_ITEM(addresses.ptr(), m, PyLong_FromSize_t(one.data));
@@ -147,11 +149,12 @@ bool blend_fits(py::handle foreground, py::handle background, py::handle alpha, 
 // 1 contiguous, 2 channels-last, 0 not so.
 int fuse_fits(py::handle features, py::handle scale, py::handle shift) {
   if (!PyList_CheckExact(features.ptr()) && !PyTuple_CheckExact(features.ptr())) return 0;
-  const Py_ssize_t count = PySequence_Fast_GET_SIZE(features.ptr());
+  const py::tuple given = py::reinterpret_steal<py::tuple>(PySequence_Tuple(features.ptr()));  // as in plain_vectors
+  const Py_ssize_t count = PyTuple_GET_SIZE(given.ptr());
   TensorView first, one;
   int layout = 0;
   for (Py_ssize_t m = 0; m < count; ++m) {
-    if (!readable(PySequence_Fast_GET_ITEM(features.ptr(), m), one)) return 0;
+    if (!readable(PyTuple_GET_ITEM(given.ptr(), m), one)) return 0;
     if (m == 0) {
       if (one.dims < 2 || one.empty()) return 0;
       first = one, layout = one.contiguous() ? 1 : one.channels_last() ? 2 : 0;

@@ -96,6 +96,7 @@ inline TensorView checked_view(PyObject* object) {
   auto* const tensor = reinterpret_cast<PyTypeObject*>(exchange().tensor);
   if (!tensor || !PyObject_TypeCheck(object, tensor)) throw py::type_error("fedkern._cpu takes tensors; call it through fedkern.ops");
   if (!view(object, result)) throw py::error_already_set();
+  if (!result.data && !result.empty()) throw py::type_error("fedkern._cpu takes tensors that have memory");
   return result;
 }
 

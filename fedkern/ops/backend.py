@@ -194,7 +194,9 @@ def intercepted() -> bool:
 def readable(grad: Tensor) -> bool:
     """True where a backward pass may hand ``grad`` to a kernel: it is neither recorded nor mapped over."""
     # The last is what is_grads_batched=True hands to a backward pass.
-    return type(grad) is Tensor and not _grad_enabled() and not intercepted() and not _legacy_batched(grad)
+    if type(grad) is not Tensor or _grad_enabled() or intercepted():
+        return False
+    return not _legacy_batched(grad) and not outlived(grad)
 
 
 def eager(*tensors: Tensor) -> bool:

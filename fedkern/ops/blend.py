@@ -73,6 +73,8 @@ def blend(
     if not backend.eager(*given):
         return BLEND(foreground, background, weights, value, index)
     kernel = backend.select("blend", foreground, background)
+    if weights is not None:
+        weights = weights.resolve_neg()  # kernels read their memory
     if kernel is None:
         check_values(weights, index, background.shape[0])
         return blend_reference(foreground, background, value if weights is None else weights, index)
@@ -85,8 +87,10 @@ def blend(
 
 def _usual(foreground: Tensor, background: Tensor, alpha: float | Tensor, index: Tensor | None) -> Any | None:
     """The CPU kernel for what calls mostly are, found in few steps; None says nothing yet."""
+    if backend.intercepted():  # first of all: a compiler would guard on what is looked up behind it
+        return None
     found = backend._chosen.get(_KEY)
-    if found is None or type(found[0]) is not CpuBlend or backend.intercepted():
+    if found is None or type(found[0]) is not CpuBlend:
         return None
     kernel = found[0]
     return kernel if kernel.fits(foreground, background, alpha, index) else None

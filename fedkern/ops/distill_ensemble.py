@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._function import EagerFunction
-from fedkern.ops.backend import eager, select
+from fedkern.ops.backend import eager, outlived, select
 from fedkern.ops.distill_common import (
     LOGITS,
     MEAN,
@@ -76,6 +76,8 @@ def ensemble_kl(
     """
     tensors = (student, teachers) if weights is None else (student, teachers, weights)
     usual = ordinary(tensors) and 3 <= teachers.dim() <= 10
+    if isinstance(class_mask, Tensor) and outlived(class_mask):
+        usual = False
     if not usual or teachers.shape[1:] != student.shape or 0 in (teachers.shape[0], teachers.shape[2]):
         check_stack("teachers", teachers)
         check_student(student, teachers)

@@ -145,6 +145,11 @@ class CpuFuse:
         ]
         by_scale = grad.new_empty(sum(channels), dtype=torch.float64) if needs.scale else None
         by_shift = grad.new_empty(sum(channels), dtype=torch.float64) if needs.shift else None
+        if not grad.numel():  # empty maps have no address to tell absent ones from
+            for sums in (by_scale, by_shift):
+                if sums is not None:
+                    sums.zero_()
+            return _gradients(targets, by_scale, by_shift, scale, shift)
         _alive, maps = (None, None) if features is None else _maps(features, interleaved)
         grad, result = _laid_out(grad, interleaved), None if out is None else _laid_out(out, interleaved)
         factor, summand = _vector(scale, grad), _vector(shift, grad)
@@ -168,17 +173,29 @@ class CpuFuse:
             0 if by_shift is None else by_shift.data_ptr(),
             torch.get_num_threads(),
         )
-        to_scale = None if by_scale is None or scale is None else by_scale.to(scale.dtype)
-        to_shift = None if by_shift is None or shift is None else by_shift.to(shift.dtype)
-        return FuseGradients(targets, to_scale, to_shift)
+        return _gradients(targets, by_scale, by_shift, scale, shift)
 
 
 _empty_like, _threads = torch.empty_like, torch.get_num_threads
 _LARGE = HUGE // 8  # elements; fresh() looks at the bytes
 
 
+def _gradients(
+    targets: list[Tensor | None],
+    by_scale: Tensor | None,
+    by_shift: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> FuseGradients:
+    """The sums in the dtypes of what they belong to."""
+    to_scale = None if by_scale is None or scale is None else by_scale.to(scale.dtype)
+    to_shift = None if by_shift is None or shift is None else by_shift.to(shift.dtype)
+    return FuseGradients(targets, to_scale, to_shift)
+
+
 def _vector(vector: Tensor | None, like: Tensor) -> Tensor | None:
     """``scale`` or ``shift`` as the core takes it."""
+    vector = None if vector is None else vector.resolve_neg()
     if vector is None or (vector.dtype is compute_dtype(like.dtype) and vector.is_contiguous()):
         return vector
     return vector.to(compute_dtype(like.dtype)).contiguous()

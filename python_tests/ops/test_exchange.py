@@ -139,3 +139,50 @@ def test_subclasses_take_the_long_way_to_the_same_result():
 def test_another_table_is_refused(core):
     with pytest.raises(ValueError, match="PyCapsule"):
         core.take_tensors(object(), Tensor, nn.Parameter)
+
+
+def test_a_tensor_without_memory_is_an_error():
+    nothing = torch._efficientzerotensor((4, 5))
+    with pytest.raises(TypeError, match="have memory"):
+        ops.kl_div(nothing, torch.ones(4, 5))
+
+
+def test_a_mask_that_outlived_its_transform():
+    kept: list[Tensor] = []
+    torch.func.grad(lambda z: (kept.append((z > 0).expand(3, 5)), z.sum())[1])(torch.ones(5))
+    student, teachers = torch.randn(4, 5, requires_grad=True), torch.randn(3, 4, 5)
+    expected = ops.ensemble_kl(student, teachers, class_mask=torch.ones(3, 5, dtype=torch.bool))
+    assert torch.equal(ops.ensemble_kl(student, teachers, class_mask=kept[0]), expected)
+    assert torch.equal(ops.ensemble_kl(student, teachers, torch.ones(3), class_mask=kept[0]), expected)
+
+
+def test_negated_vectors_beside_maps():
+    maps, weights = torch.randn(4, 3), torch.rand(4)
+    assert torch.equal(ops.blend(maps, -maps, torch._neg_view(-weights)), ops.blend(maps, -maps, weights))
+    scale = torch.randn(6)
+    assert torch.equal(ops.fuse_concat([maps, maps], torch._neg_view(-scale)), ops.fuse_concat([maps, maps], scale))
+
+
+def test_gradients_of_maps_without_positions():
+    maps, scale = torch.randn(2, 3, 0, requires_grad=True), torch.ones(6, requires_grad=True)
+    for vector in (None, scale):
+        total = ops.fuse_concat([maps, maps], vector, None, "relu").sum()
+        wanted = (maps,) if vector is None else (maps, scale)
+        assert all(not grad.any() for grad in torch.autograd.grad(total, wanted))
+
+
+def test_a_grad_output_that_outlived_its_transform():
+    x, y = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4)
+    (grad,) = torch.autograd.grad(ops.blend(x, y, 0.25), x, outlived())
+    assert torch.equal(grad, torch.full((3, 4), 0.25))
+
+
+@pytest.mark.parametrize("call", [lambda a: ops.fuse_concat([a, a]), lambda a: ops.blend(a, a)], ids=["fuse", "blend"])
+def test_compiled_calls_are_compiled_once(call):
+    torch._dynamo.reset()
+    backend._forget()  # as in a fresh process
+    compiled = torch.compile(call, backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            compiled(torch.ones(2, 3))
+    torch._dynamo.reset()
