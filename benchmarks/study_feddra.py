@@ -19,11 +19,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.study import Case, Runs, best_rate, run_sections, spread, table
+from benchmarks.study import Case, Runs, best_rate, run_sections, spread, stored_rates, table
 
 FULL, BASELINE = "FedDRA", "FedAvg, uniform"
 METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -34,8 +35,8 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "SCAFFOLD": ("scaffold", {"weighting": "uniform"}),
     "agnostic FL": ("afl", {}),
     FULL: ("feddra", {}),
-    f"{FULL}, stages in sequence": ("feddra", {"stage_schedule": "sequential"}),
-    f"{FULL}, in sequence, weights off": ("feddra", {"stage_schedule": "sequential", "dro": False}),
+    f"{FULL}, weights off": ("feddra", {"dro": False}),
+    f"{FULL}, both stages in every round": ("feddra", {"stage_schedule": "per_round"}),
     "local only": ("local", {}),
     "centralised": ("centralised", {}),
 }
@@ -46,7 +47,8 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "two stages only": {"dro": False, "anchors": False},
     "none of the three": {"stages": "one", "dro": False, "anchors": False},
     "one stage": {"stages": "one"},
-    "stages one after another": {"stage_schedule": "sequential"},
+    "both stages in every round": {"stage_schedule": "per_round"},
+    "both stages in every round, two steps of the first": {"stage_schedule": "per_round", "alignment_steps": 2},
     "weights on losses": {"dro_apply": "loss"},
     "weights as in the released code": {"dro_apply": "loss_code"},
     "losses on training samples": {"loss_split": "train"},
@@ -89,14 +91,14 @@ _COMMON = {
 STUDIES = {
     "captions": Study(
         {**_COMMON, "width": 32, "rounds": 15, "local_steps": 20, "checkpoint_every": 15},
-        {"rho": 0.1, "alignment_steps": 10},
+        {"rho": 0.1, "alignment_steps": 10, "stage_schedule": "sequential"},
     ),
     "tiny": Study(
         {
             **_COMMON, "width": 16, "rounds": 2, "local_steps": 2, "train_samples": 300,
             "test_samples": 64, "validation_samples": 64,
         },
-        {"rho": 0.2, "alignment_steps": 1}, (0,), (0,), (1e-3,), (0.2,), (1.0,),
+        {"rho": 0.2, "alignment_steps": 1, "stage_schedule": "sequential"}, (0,), (0,), (1e-3,), (0.2,), (1.0,),
     ),
 }  # fmt: skip
 
@@ -119,8 +121,11 @@ class DRARuns(Runs):
         words = [f"{key}={value}" for key, value in differing.items()]
         return self.case(method, settings, every, *words, f"lr{lr}", f"s{seed}")
 
-    def rate(self) -> float:
-        """Runs the grid on the baseline and chooses the learning rate of every method."""
+    def rate(self, anew: bool = False) -> float:
+        """The learning rate of every method: the main table's, or, for that, the baseline's from a grid that is run."""
+        stored = {} if anew else stored_rates(f"feddra_{self.study.settings['data']}_table", self.study.settings)
+        if BASELINE in stored:
+            return stored[BASELINE]
         cases = {lr: self.of(BASELINE, lr, self.study.seeds[0]) for lr in self.study.rates}
         self.run(cases.values())
         return best_rate({lr: [self.figure(case, VALIDATION)] for lr, case in cases.items()})
@@ -137,36 +142,37 @@ Section = tuple[str, dict[str, Any]]
 def _compared(
     runs: DRARuns,
     title: str,
-    rows: Mapping[str, Callable[[int], Case]],
+    lr: float,
+    rows: Mapping[str, Callable[[float, int], Case]],
     seeds: tuple[int, ...],
     more: Mapping[str, tuple[str, ...]],
 ) -> Section:
     """A table of the figures of several kinds of runs over the seeds; ``more`` are columns beside the usual ones."""
     figures = {**FIGURES, **more}
-    cases = {name: [make(seed) for seed in seeds] for name, make in rows.items()}
+    cases = {name: [make(lr, seed) for seed in seeds] for name, make in rows.items()}
     runs.run(case for row in cases.values() for case in row)
-    numbers = {
+    found = {
         name: {figure: [runs.figure(case, names) for case in row] for figure, names in figures.items()}
         for name, row in cases.items()
     }
     lines = [
         [name, *(spread(values, *((1.0, 2) if "loss" in figure else ())) for figure, values in row.items())]
-        for name, row in numbers.items()
+        for name, row in found.items()
     ]
     one = "" if len(seeds) > 1 else f"  Seed {seeds[0]} alone."
-    told = f"Learning rate {runs.rate():g}.  Recall in per cent; losses in nats, less is better.{one}"
+    numbers = {name: {"lr": lr, **row} for name, row in found.items()}
+    told = f"Learning rate {lr:g}.  Recall in per cent; losses in nats, less is better.{one}"
     return f"## {title}\n\n{table(['', *figures], lines)}\n\n{told}\n", numbers
 
 
 def main_table(runs: DRARuns) -> Section:
     """FedDRA and every baseline."""
     rows = {name: _row(runs, name) for name in METHODS}
-    return _compared(runs, "Every method", rows, runs.study.seeds, {})
+    return _compared(runs, "Every method", runs.rate(anew=True), rows, runs.study.seeds, {})
 
 
-def _row(runs: DRARuns, name: str, **given: Any) -> Callable[[int], Case]:
-    lr = runs.rate()
-    return lambda seed: runs.of(name, lr, seed, **given)
+def _row(runs: DRARuns, name: str, **given: Any) -> Callable[[float, int], Case]:
+    return partial(runs.of, name, **given)
 
 
 def held_out(runs: DRARuns) -> Section:
@@ -176,13 +182,13 @@ def held_out(runs: DRARuns) -> Section:
         for name in (BASELINE, FULL):
             rows[f"{name} without {which}"] = _row(runs, name, changed={"held_out_client": client})
     more = {"held out R@1": ("held_out_i2t_r1", "held_out_t2i_r1")}
-    return _compared(runs, "A client held out", rows, runs.study.seeds, more)
+    return _compared(runs, "A client held out", runs.rate(), rows, runs.study.seeds, more)
 
 
 def ablations(runs: DRARuns) -> Section:
     """What each part of FedDRA does."""
     rows = {name: _row(runs, FULL, **options) for name, options in ABLATIONS.items()}
-    return _compared(runs, "Ablations", rows, runs.study.few, {})
+    return _compared(runs, "Ablations", runs.rate(), rows, runs.study.few, {})
 
 
 def statistics(runs: DRARuns) -> Section:
@@ -206,14 +212,14 @@ def statistics(runs: DRARuns) -> Section:
         for way, changed in ways.items()
         for weights in (True, False)
     }
-    return _compared(runs, "Batch norm", rows, runs.study.few, {})
+    return _compared(runs, "Batch norm", runs.rate(), rows, runs.study.few, {})
 
 
 def sweeps(runs: DRARuns) -> Section:
     """The radius of the set of weights, and the weight of the anchors."""
     rows = {f"rho {rho:g}": _row(runs, FULL, rho=rho) for rho in runs.study.rhos}
     rows |= {f"mu {mu:g}": _row(runs, FULL, mu=mu) for mu in runs.study.mus}
-    return _compared(runs, "rho and mu", rows, runs.study.few, {})
+    return _compared(runs, "rho and mu", runs.rate(), rows, runs.study.few, {})
 
 
 SECTIONS: Mapping[str, Callable[[DRARuns], Section]] = {
