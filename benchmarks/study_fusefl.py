@@ -4,8 +4,9 @@
     python -m benchmarks.study_fusefl cifar10 --data-root DIR     # the official binary files
 
 ``--only SECTION ...`` runs some of the sections: ``table`` (all baselines, three heterogeneities, three seeds),
-``blocks`` (K, adaptors), ``clients`` (M), ``datafree``, ``width``, ``parts`` (every decision alone), ``cue``
-(spurious shapes), ``backdoor`` (a backdoored client).  Each goes on where it was interrupted and writes
+``blocks`` (K, adaptors), ``clients`` (M), ``datafree``, ``width``, ``parts`` (every decision alone), ``alike`` (FuseFL
+and the ensemble under the same classifiers), ``cue`` (spurious shapes), ``backdoor`` (a backdoored client).  Each goes
+on where it was interrupted and writes
 ``benchmarks/results/fusefl_<study>_<section>.md`` and ``.json``.
 
 All one-shot methods train equally long on the same split.  Calibration is a part of FuseFL and not of its baselines, so
@@ -21,12 +22,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.fusefl_alike import alike
 from benchmarks.fusefl_runs import (
     CALIBRATED,
     LINKS,
     ONE_SHOT,
     PUBLISHED,
     REFERENCE,
+    SAID,
     SEEDS,
     STUDIES,
     Column,
@@ -60,8 +63,8 @@ def main_table(runs: FuseFLRuns) -> Section:
                 numbers[f"{name}, alpha {alpha}, {column}"] = {"lr": rates[name, column], "runs": found}
                 missing = column == CALIBRATED and name == REFERENCE
                 row += ["", ""] if missing else [str(rates[name, column]), spread([r["accuracy"] for r in found])]
-            rows.append([*row, *_before_and_vote(runs, name, [case(name, alpha, s, CALIBRATED) for s in SEEDS])])
-        header = ["method", "lr", PUBLISHED, "lr", CALIBRATED, "before calibration", "vote"]
+            rows.append([*row, *_otherwise(runs, name, [case(name, alpha, s, CALIBRATED) for s in SEEDS])])
+        header = ["method", "lr", PUBLISHED, "lr", CALIBRATED, "before calibration", *VOTES]
         page += f"## Dirichlet {alpha}: accuracy, mean ± standard deviation over {len(SEEDS)} seeds, in %\n\n"
         page += table(header, rows) + "\n\n"
     page += _cost(runs, {name: case(name, runs.study.alphas[0], 0, PUBLISHED) for name in names})
@@ -76,26 +79,37 @@ def main_table(runs: FuseFLRuns) -> Section:
     return page + table(["method", "level 1", "level 2"], rows) + "\n", numbers
 
 
-def _before_and_vote(runs: FuseFLRuns, name: str, cases: list[Case]) -> list[str]:
-    if name == REFERENCE:
-        return ["", ""]
-    plain = spread([runs.uncalibrated(case) for case in cases])
-    votes = [runs.record(case, PUBLISHED).get("vote_accuracy") for case in cases]
-    return [plain, spread([vote for vote in votes if vote is not None]) if votes[0] is not None else ""]
+VOTES: Mapping[str, str] = {"vote": "vote_accuracy", "mean probability": "probability_accuracy"}
+"""Other ways in which an ensemble answers, and their figures."""
+
+
+def _otherwise(runs: FuseFLRuns, name: str, cases: list[Case]) -> list[str]:
+    """What was before calibration, and an ensemble's vote and mean probability."""
+    cells = ["" if name == REFERENCE else spread([runs.uncalibrated(case) for case in cases])]
+    for figure in VOTES.values():
+        found = [runs.record(case, PUBLISHED).get(figure) for case in cases]
+        cells.append(spread([value for value in found if value is not None]) if found[0] is not None else "")
+    return cells
 
 
 def _cost(runs: FuseFLRuns, cases: Mapping[str, Case]) -> str:
     """Bytes, their transfer times and memory of each case, calibrated and not."""
     rows = []
+
+    def row(title: str, case: Case, up: float, down: float) -> None:
+        seconds = [f"{transfer_seconds((up + down) * 1e6, link):.2f}" for link in LINKS]
+        ratio = runs.metrics(case).get("memory_ratio")
+        memory = "1.00" if ratio is None else f"{ratio:.2f}"
+        rows.append([title, f"{up:.3f}", f"{down:.3f}", *seconds, memory])
+
     for name, case in cases.items():
-        for column in (PUBLISHED, CALIBRATED):
-            if column == CALIBRATED and case.name.startswith(("fusefl", "fedavg")):
-                continue
-            up, down = runs.megabytes(case, column)
-            seconds = [f"{transfer_seconds((up + down) * 1e6, link):.2f}" for link in LINKS]
-            ratio = runs.metrics(case).get("memory_ratio")
-            memory = "1.00" if ratio is None else f"{ratio:.2f}"
-            rows.append([f"{name}, {column}", f"{up:.3f}", f"{down:.3f}", *seconds, memory])
+        if case.name.startswith("fusefl"):  # its calibration is a part of it
+            found = runs.record(case, CALIBRATED)
+            row(f"{name}, not calibrated", case, found["levels_up_bytes"] / 1e6, found["levels_down_bytes"] / 1e6)
+            row(f"{name}, calibrated", case, *runs.megabytes(case, CALIBRATED))
+            continue
+        for column in (PUBLISHED,) if name == REFERENCE else (PUBLISHED, CALIBRATED):
+            row(f"{name}, {column}", case, *runs.megabytes(case, column))
     header = ["method", "MB up", "MB down", *(f"s at {link} Mbit/s" for link in LINKS), "memory"]
     title = "## Cost: bytes of a client, their transfer, memory of the model beside one of the same width\n\n"
     return f"{title}{table(header, rows)}\n"
@@ -298,6 +312,7 @@ SECTIONS: Mapping[str, Callable[[FuseFLRuns], Section]] = {
     "datafree": datafree,
     "width": width,
     "parts": parts,
+    "alike": alike,
     "cue": cue,
     "backdoor": backdoor,
 }
@@ -307,7 +322,8 @@ def about(study: Study) -> str:
     return f"""; K = 2 and
 FuseFL's width over the root of the clients unless it says otherwise; multi-round FedAvg spends the same epochs in
 {study.rounds} rounds.  Learning rates from {study.rates}, chosen per column by validation accuracy;
-figures "before calibration" are those of the calibrated runs, at their learning rates."""
+figures "before calibration" are those of the calibrated runs, at their learning rates.
+{SAID[study.settings["data"]]}"""
 
 
 if __name__ == "__main__":

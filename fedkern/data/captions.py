@@ -108,7 +108,7 @@ def make_captions(
     Returns:
         Tests ``""``: as many canvases of every training client's distribution; ``minority``: of the last client's
         (with ``attribute``); ``unseen``: of the held-out clients' (own backgrounds and mixtures, words that some
-        training client uses).  With ``attribute`` and ``iid`` also every client's own test, `client_tests`.
+        training client uses).  Also every client's own test, `client_tests`: its style, and subjects as it trains on.
 
     Raises:
         UserError: too few samples, or a partition that cannot be met.
@@ -135,9 +135,10 @@ def make_captions(
         unseen = [_unseen(seed, k, styles) for k in range(held_out)]
         tests["unseen"] = canvases("unseen", -1, unseen, test_samples or TEST)
     validation = canvases("validation", -1, styles, validation_samples or VALIDATE)
-    own = range(clients if spec.name in ("attribute", "iid") else 0)
     few = min(CLIENT_TEST, test_samples or CLIENT_TEST)
-    client_tests = tuple(canvases("client-test", k, shown or [styles[k]], few) for k in own)
+    client_tests = tuple(
+        canvases("client-test", k, shown or [styles[k]], few, _alike(subjects[k], few, seed, k)) for k in range(clients)
+    )
     names = [name for split in (*splits, validation, *tests.values(), *client_tests) for name in split.ids or ()]
     return FederatedData(
         name="captions",
@@ -213,6 +214,13 @@ def _subjects(
             "more --train-samples"
         )
     return sizes, [None] * clients
+
+
+def _alike(subjects: Digits | None, count: int, seed: int, client: int) -> Digits | None:
+    """``count`` subjects with the frequencies of a client's own; None where its style decides on them."""
+    if subjects is None:
+        return None
+    return stream(seed, "captions/client-test/subjects", client=client).choice(subjects, size=count)
 
 
 def _canvases(

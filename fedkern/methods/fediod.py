@@ -241,6 +241,9 @@ class FedIOD(Objective, Method):
         kind, i = parts(step)
         if kind == "teacher":
             return {k: self._train(client, messages[k]) for k, client in clients.items()}
+        for k in messages:
+            if "holdout" in clients[k].state["teacher"]:
+                clients[k].report["holdout"] = clients[k].state["teacher"]["holdout"]
         if kind == "answers":
             return {k: self._answer(client) for k, client in clients.items()}
         if not self._generates:

@@ -156,5 +156,3 @@ class Answers:
             for name, row, count in zip(("critic_loss", "realism"), rows, self._counts, strict=True):
                 if count:
                     client.report[name] = row[slot] / count
-            if "holdout" in client.state["teacher"]:
-                client.report["holdout"] = client.state["teacher"]["holdout"]

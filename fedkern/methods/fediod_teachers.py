@@ -53,15 +53,17 @@ def make_teacher(method: Any, client: Client, architectures: Architectures, opti
     """Trains the client's teacher, or takes the one that it brings, and keeps it in ``client.state["teacher"]``.
 
     The state has ``parameters``, ``buffers`` and ``integers``, and ``holdout``, the figure on the client's own
-    hold-out, where there is one.
+    hold-out, where there is one.  A teacher that is brought may have trained on any of the client's samples, so it has
+    no such figure.
     """
     module = build(client, architectures)
     rows, held = split(client, options.holdout)
-    if not client.brought(module) and not private.train_teacher(method, client, TRAIN, module, rows, options):
+    brought = client.brought(module)
+    if not brought and not private.train_teacher(method, client, TRAIN, module, rows, options):
         _fit(method, client, module, rows, Held(client, held), options)
     module.eval()
     state = client.state["teacher"] = vectors(flatten(module))
-    if len(held):
+    if len(held) and not brought:
         with torch.no_grad():
             state["holdout"] = main_figure(method.evaluate(module, Held(client, held)))
 

@@ -6,7 +6,7 @@ Networks are cut into K blocks.  At level l = 1 ... K every client m trains
 
 on the cross-entropy of the logits and sends (adaptor, block l).  The server hands the M pairs to everybody: run in
 parallel they are fused level l.  In the end the last level's M features are fused, the classifiers averaged, and the
-average is calibrated on class statistics of the fused features (:mod:`fedkern.methods.calibration`).  All uploads of a
+average is calibrated on class statistics of what it reads (:mod:`fedkern.methods.calibration`).  All uploads of a
 client together are about one model.
 
 A client's whole budget (``local_epochs``) is divided over the levels; what is left over goes to the first levels, one
@@ -41,7 +41,16 @@ from fedkern.methods.base import (
     register,
 )
 from fedkern.methods.calibration import CalibrationOptions, calibrate, collect, pool
-from fedkern.methods.fusefl_levels import BothHeads, LocalPart, mean_head, scaled_width, size, tensors_of, why_refused
+from fedkern.methods.fusefl_levels import (
+    BothHeads,
+    LocalPart,
+    joined_head,
+    mean_head,
+    scaled_width,
+    size,
+    tensors_of,
+    why_refused,
+)
 from fedkern.models import MODELS
 from fedkern.models.blocks import BlockNetwork, check_alike, cut
 from fedkern.models.cost import memory_ratio
@@ -65,8 +74,9 @@ class FuseFL(Objective, Method):
         adaptor: str = option("cnn1x1", "what fuses a level for the next block", choices=("cnn1x1", "avg", "sum"))
         adaptor_init: str = option("average", "start of a cnn1x1 adaptor", choices=("average", "random"))
         final_fuse: str = option(
-            "mean", "fusion of the last level's features; sum: released code", choices=("mean", "sum")
-        )
+            "mean", "fusion of the last level's features; sum: released code; concat: none, for a wider classifier",
+            choices=("mean", "sum", "concat"),
+        )  # fmt: skip
         frozen_bn: str = option(
             "owner",
             "statistics of frozen batch norms in training: their owner's, the batch's, or the released code's",
@@ -273,7 +283,7 @@ class FuseFL(Objective, Method):
         return expected
 
     def _calibrate(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
-        head = self._head(server, mean_head(list(server.state["heads"].values())))
+        head = self._head(server, self._plain_head(server))
         sizes: list[int] = []
 
         def measured() -> Iterator[Upload]:
@@ -311,7 +321,7 @@ class FuseFL(Objective, Method):
         state = server.state
         if len(state["levels"]) < self._levels():
             return None
-        plain = self._head(server, mean_head(list(state["heads"].values())))
+        plain = self._head(server, self._plain_head(server))
         head = self._head(server, state["head"]) if "head" in state else None
         levels = _with_statistics(state["levels"], state.get("statistics", {}))
         fused = self._fused(server, _Networks(self, server, state["widths"]), levels)
@@ -328,6 +338,11 @@ class FuseFL(Objective, Method):
         predicted = torch.cat(both.predicted)
         labels = torch.cat([labels for _, labels in data.batches()])
         return {**figures, "uncalibrated_accuracy": float((predicted == labels).double().mean())}
+
+    def _plain_head(self, server: Server) -> dict[str, Tensor]:
+        """The clients' classifiers as one, before calibration."""
+        heads = list(server.state["heads"].values())
+        return joined_head(heads) if self.options.final_fuse == "concat" else mean_head(heads)
 
     def _head(self, server: Server, state: Mapping[str, Tensor]) -> nn.Linear:
         classes, width = state["weight"].shape

@@ -29,7 +29,7 @@ def exponentiated_step(weights: Weights, losses: Weights, eta: float) -> Weights
     Args:
         weights: float64 [N], on the simplex.
         losses: float64 [N]; a client whose loss is not known (NaN) keeps its weight, and the step moves weight among
-            the others alone.
+            the others alone.  Where all known losses are equal nothing moves, weights of zero included.
         eta: step size, at least 0.
 
     Returns:
@@ -37,7 +37,7 @@ def exponentiated_step(weights: Weights, losses: Weights, eta: float) -> Weights
     """
     known = ~np.isnan(losses)
     result = weights.copy()
-    if known.any():
+    if known.any() and np.ptp(losses[known]) > 0:
         held = float(weights[known].sum())
         shift = eta * (losses[known] - losses[known].max())
         grown = np.maximum(weights[known], FLOOR / len(weights)) * np.exp(shift)

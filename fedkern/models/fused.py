@@ -18,7 +18,7 @@ from fedkern.models.blocks import channels
 from fedkern.ops import FusedBlocks, fuse_concat, fuse_mean
 
 AdaptorKind = Literal["cnn1x1", "avg", "sum"]
-FinalFuse = Literal["mean", "sum"]
+FinalFuse = Literal["mean", "sum", "concat"]
 State = Mapping[str, Tensor]
 
 
@@ -173,7 +173,8 @@ class FusedNetwork(nn.Module):
     Args:
         levels: at least one.
         head: the classifier on the fused features; None for levels whose successors are still to be trained.
-        final: how the last level's features are fused, by their ``"mean"`` or their ``"sum"`` (the released code).
+        final: how the last level's features are fused: by their ``"mean"``, their ``"sum"`` (the released code), or not
+            at all, side by side (``"concat"``), for a classifier of M times the width.
         plain_head: the classifier before calibration, kept for comparison.
     """
 
@@ -207,12 +208,14 @@ class FusedNetwork(nn.Module):
         return x
 
     def fuse(self, joined: Tensor) -> Tensor:
-        """The features ``[B, d]`` that the classifier reads, from the last level's ``[B, M * d]``."""
+        """The features that the classifier reads, ``[B, d]`` (``[B, M * d]`` with ``"concat"``), of ``[B, M * d]``."""
+        if self.final == "concat":
+            return joined
         parts = joined.unflatten(1, (cast(FusedLevel, self.levels[-1]).count, -1))
         return parts.mean(1) if self.final == "mean" else parts.sum(1)
 
     def features(self, x: Tensor) -> Tensor:
-        """Fused features ``[B, d]`` of images ``[B, C, H, W]``."""
+        """What the classifier reads (:meth:`fuse`) of images ``[B, C, H, W]``."""
         return self.fuse(self.joined(x))
 
     def level_features(self, x: Tensor) -> list[Tensor]:

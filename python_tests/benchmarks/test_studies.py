@@ -4,12 +4,12 @@ from collections import defaultdict
 
 import pytest
 
-from benchmarks import study, study_feddra, study_fedgid, study_fedlpfm, study_fusefl
+from benchmarks import fusefl_alike, study, study_feddra, study_fedgid, study_fedlpfm, study_fusefl
 from fedkern.cli import flags, request
 
 FIGURES = (
     "accuracy", "validation_accuracy", "vote_accuracy", "cue_tied_accuracy", "cue_random_accuracy", "backdoor_accuracy",
-    "bytes_up", "bytes_down",
+    "probability_accuracy", "bytes_up", "bytes_down", "levels_up_bytes", "levels_down_bytes",
 )  # fmt: skip
 
 
@@ -46,6 +46,8 @@ def dry(kind, asked):
 def test_every_case_is_a_command_line(module, kind, name, monkeypatch, tmp_path):
     monkeypatch.setattr(study_fusefl, "probe", lambda folder, blocks: [0.1, 0.2])
     monkeypatch.setattr(study_fusefl, "_parameters", lambda folder: 1)
+    found = {"accuracy": 0.5}
+    monkeypatch.setattr(fusefl_alike, "recalibrate", lambda folder, wanted: {one.name: found for one in wanted})
     asked = {}
     settings = {"data_root": str(tmp_path)} if name == "cifar10" else {}
     runs = dry(kind, asked)(module.STUDIES[name], tmp_path, 2, settings)

@@ -15,6 +15,7 @@ from fedkern.errors import UserError
 from fedkern.methods import FedIOD, Upload
 from fedkern.methods.fediod_losses import against, teacher_terms
 from fedkern.methods.fediod_teachers import teacher
+from fedkern.models.bank import Bank
 
 TINY = {
     "nz": 4, "ngf": 2, "ndf": 2, "batch": 4, "student_steps": 2, "iterations": 3, "w_real": 1.0, "w_balance": 0.0,
@@ -142,6 +143,8 @@ def test_messages_give_the_gradient_of_a_single_graph(world):
 def test_an_exchange_changes_what_it_may(world):
     """D by images alone, G by gradients alone, S by distillation alone; a teacher by nothing."""
     w = world(**EVERY_TERM)
+    probe = torch.randn(3, *w.bench.data.image_shape)
+    said = Bank([teacher(client, w.method.architectures) for client in w.clients.values()]).logits(probe)
     live = None
     for step in w.steps(w.round(), 0)[:3]:
         before = {k: frozen(c.state.get("critics", {})) for k, c in w.clients.items()}
@@ -155,6 +158,7 @@ def test_an_exchange_changes_what_it_may(world):
             assert same(client.state["teacher"], teachers[k])
             if kind != "images":
                 assert same(client.state["critics"], before[k])
+        assert torch.equal(w.method.bank(w.clients).logits(probe), said)  # the copies that run
         if live is not None:
             moved = [any(not torch.equal(p, q) for p, q in zip(m.parameters(), old, strict=True))
                      for m, old in zip((g, s), weights, strict=True)]  # fmt: skip
@@ -353,7 +357,9 @@ def test_outputs_alone(make_data, make_public, make_config, tmp_path):
     assert (booked["up"], booked["down"]) == (0, 0)
     assert booked["one_off_up"] == 3 * (4 * 3 + 4 * 10 * 3)
     assert "id_ensemble_weighted" in summary["metrics"]
-    assert "critic_loss" not in read_metrics(tmp_path)[-1]["clients"]["0"]
+    own = read_metrics(tmp_path)[-1]["clients"]
+    assert "critic_loss" not in own["0"]
+    assert summary["metrics"]["holdout"] == pytest.approx(sum(c["holdout"] for c in own.values()) / len(own))
     with pytest.raises(UserError, match="--public-samples"):
         run(make_config("fediod", model="cnn", options=options), out=tmp_path / "none", data=make_data())
 

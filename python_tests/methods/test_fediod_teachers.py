@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fedkern.engine import RunConfig, read_model, run
+from fedkern.engine import RunConfig, read_metrics, read_model, run
 from fedkern.errors import UserError
 
 TINY = {
@@ -45,11 +45,17 @@ def test_teachers_of_an_earlier_run_or_of_ones_own(method, make_data, make_confi
                 tmp_path / "own" / f"client-{k}.safetensors",
             )
     results = []
+
+    # A teacher that is brought may have trained on what would be held out here.
+    def unseen(folder):
+        return [c for record in read_metrics(folder) for c in record.get("clients", {}).values() if "holdout" in c]
+
     for folder in ("run", "own"):
         config = make_config(method, model="cnn", rounds=1 if method == "fediod" else None, grad_cam=0,
                              teachers=str(tmp_path / folder), options=options.get(method, {}))  # fmt: skip
         run(config, out=tmp_path / f"with-{folder}", data=data)
         results.append(read_model(tmp_path / f"with-{folder}")[0].state_dict())
+        assert not unseen(tmp_path / f"with-{folder}")
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
     assert RunConfig.load(tmp_path / "with-own").teachers == str(tmp_path / "own")
 

@@ -19,18 +19,21 @@ from fedkern.models.blocks import cut
 # -- invariants ----------------------------------------------------------------------------------------------------
 
 
-def test_one_block_is_the_ensemble_of_locally_trained_networks(make_data, make_config, tmp_path):
+@pytest.mark.parametrize("final", ["mean", "concat"])
+def test_one_block_is_the_ensemble_of_locally_trained_networks(final, make_data, make_config, tmp_path):
     data = make_data()
-    config = config_of(make_config, {"blocks": 1, "calibrate": False, "width": "2"})
+    config = config_of(make_config, {"blocks": 1, "calibrate": False, "width": "2", "final_fuse": final})
     run(config, out=tmp_path / "fused", data=data)
     alone = make_config("local", **{**PLAIN, "rounds": 1}, width=2)
     run(alone, out=tmp_path / "local", data=data)
     fused, members = read_model(tmp_path / "fused")[0], read_model(tmp_path / "local")[0].members
     x = torch.randn(5, 3, 8, 8)
-    ensemble = Ensemble(list(members), pool="mean")
+    ensemble = Ensemble(list(members), pool=final)
     torch.testing.assert_close(fused.features(x), ensemble.features(x), rtol=1e-5, atol=1e-6)
     head = ensemble.joint_head()
     torch.testing.assert_close(fused(x), head(ensemble.features(x)), rtol=1e-5, atol=1e-6)
+    if final == "concat":
+        torch.testing.assert_close(fused(x), ensemble(x), rtol=1e-5, atol=1e-6)  # the mean of the members' logits
 
 
 def test_frozen_levels_keep_their_bits(make_data, make_config):
@@ -166,6 +169,7 @@ def test_the_base_width_is_read_from_the_network(name):
         ({"model": "resnet8"}, {"cuts": "0,2", "adaptor": "sum", "covariance": "diagonal"}),
         ({"model": "vit-tiny", "width": 4, "local_epochs": 2}, {"blocks": 2, "adaptor_init": "random"}),
         ({"model": "mlp", "width": 6}, {"blocks": 3, "ccvr_compat": True}),
+        ({"model": "resnet8"}, {"blocks": 2, "final_fuse": "concat"}),
         ({"model": "cnn"}, {"models": "resnet18,resnet10", "blocks": 2, "width": "1", "frozen_bn": "batch"}),
     ],
 )

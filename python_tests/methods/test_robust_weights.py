@@ -103,8 +103,8 @@ def test_small_radii_stay_in_the_ball():
 def test_ten_thousand_clients_take_milliseconds():
     rng = np.random.default_rng(0)
     v, c = rng.dirichlet(np.full(10_000, 0.3)), rng.dirichlet(np.full(10_000, 5.0))
-    for centre, limit in ((None, 0.2), (c, 2.0)):  # on a busy machine; 1 ms and 20 ms on an idle one
-        best = min(_seconds(lambda centre=centre: project(v, 0.05, centre)) for _ in range(3))
+    for centre, limit in ((None, 0.02), (c, 0.2)):  # the best of some on a busy machine; 1 ms and 20 ms on an idle one
+        best = min(_seconds(lambda centre=centre: project(v, 0.05, centre)) for _ in range(10))
         assert best < limit
     assert spread(project(v, 0.05, c), c) == pytest.approx(1.1, abs=1e-9)
 
@@ -138,6 +138,8 @@ def test_wrong_arguments_are_named(point, rho, centre, words):
 def test_equal_losses_leave_the_weights_alone_and_a_larger_one_raises_its_own():
     w = np.array([0.5, 0.3, 0.2])
     assert np.allclose(exponentiated_step(w, np.full(3, 7.0), 0.5), w, atol=1e-15)
+    corner = np.array([0.0, 0.6, 0.4])  # at zero a client starts from a floor, but not where nothing is to be gained
+    assert np.array_equal(exponentiated_step(corner, np.full(3, 7.0), 0.5), corner)
     v = exponentiated_step(w, np.array([1.0, 1.0, 3.0]), 0.5)
     assert v[2] > w[2]
     assert v[0] / v[1] == pytest.approx(w[0] / w[1])

@@ -1,0 +1,133 @@
+"""Calibrates finished runs again, so that networks are compared under one classifier: whose features, and how long.
+
+FuseFL's classifier reads the mean of its branches' features, an ensemble's all members' features side by side, M times
+as many.  What calibration makes of either depends on that, and on how far its few steps come: features of a mean are
+smaller.  Here every network of several branches gets both kinds of classifier at several learning rates.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from fedkern import engine
+from fedkern.data import normalise
+from fedkern.engine.run import load_data
+from fedkern.methods.calibration import CalibrationOptions, ClassStatistics, calibrate
+from fedkern.models import Ensemble
+from fedkern.models.fused import FusedLevel, FusedNetwork
+from fedkern.streams import stream
+
+Pool = Literal["mean", "concat"]
+FILE = "recalibrated.json"
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A kind of calibration.
+
+    Attributes:
+        pool: whether the classifier reads the mean of the branches' features or all of them side by side.
+        lr: its learning rate.
+        covariance: class covariances ``"full"`` or ``"diagonal"``.
+    """
+
+    pool: Pool
+    lr: float
+    covariance: str = "full"
+
+    @property
+    def name(self) -> str:
+        return f"{self.pool}, lr {self.lr:g}, {self.covariance}"
+
+
+def recalibrate(folder: Path, wanted: Iterable[Classifier], *, batch: int = 500) -> dict[str, dict[str, float]]:
+    """Accuracies on the test and the validation set by the name of the classifier.
+
+    Every classifier starts from the one before calibration: the mean of the clients' logits.  Features of the clients'
+    training images are not augmented.  What is done is kept in the run folder.
+
+    Args:
+        folder: a finished run of ``fusefl`` or ``ensemble`` on images.
+        wanted: what to calibrate.
+        batch: images at a time.
+
+    Returns:
+        ``{"accuracy": ..., "validation_accuracy": ...}`` by :attr:`Classifier.name`.
+    """
+    path = folder / FILE
+    done: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
+    missing = [one for one in wanted if one.name not in done]
+    if missing:
+        config = engine.RunConfig.load(folder)
+        network, about = engine.read_model(folder)
+        data = load_data(config)
+        branches = _branches(network)
+
+        @torch.no_grad()
+        def features(images: Tensor) -> Tensor:  # [B, M, d]
+            parts = (normalise(p, about["mean"], about["std"], channels_last=True) for p in images.split(batch))
+            return torch.cat([branches(part) for part in parts])
+
+        clients = [(features(split.images), split.labels) for split in data.clients]
+        sets = {"accuracy": data.tests[""], "validation_accuracy": data.validation}
+        tests = {name: (features(split.images), split.labels) for name, split in sets.items()}
+        for one in missing:
+            head = _calibrated(one, _plain_head(network, one.pool), clients, config.seed)
+            with torch.no_grad():
+                done[one.name] = {
+                    name: float((head(_pooled(x, one.pool)).argmax(1) == y).double().mean())
+                    for name, (x, y) in tests.items()
+                }
+        temporary = path.with_suffix(".part")
+        temporary.write_text(json.dumps(done, indent=1) + "\n")
+        temporary.replace(path)
+    return {one.name: done[one.name] for one in wanted}
+
+
+def _calibrated(one: Classifier, head: nn.Linear, clients: list[tuple[Tensor, Tensor]], seed: int) -> nn.Linear:
+    statistics = ClassStatistics(head.out_features, head.in_features, diagonal=one.covariance == "diagonal")
+    for x, labels in clients:
+        statistics.add(_pooled(x, one.pool), labels)
+    options = CalibrationOptions(calibration_lr=one.lr, covariance=one.covariance)
+    return calibrate(head, statistics, stream(seed, "recalibration"), options)
+
+
+def _pooled(features: Tensor, pool: Pool) -> Tensor:
+    return features.mean(1) if pool == "mean" else features.flatten(1)
+
+
+def _branches(network: Any) -> Callable[[Tensor], Tensor]:
+    """A function from images to the branches' last features ``[B, M, d]``."""
+    if isinstance(network, FusedNetwork):
+        return lambda x: network.joined(x).unflatten(1, (_count(network), -1))
+    if isinstance(network, Ensemble):
+        return lambda x: torch.stack(network.parts(x)[0], 1)
+    raise TypeError(f"recalibrate serves fused networks and ensembles, not {type(network).__name__}")
+
+
+def _plain_head(network: Any, pool: Pool) -> nn.Linear:
+    """The classifier before calibration for features pooled so."""
+    if isinstance(network, Ensemble):
+        network.pool = pool
+        return network.joint_head()
+    if network.final != "mean":
+        raise ValueError(f"recalibrate starts from the classifier of mean features, not of their {network.final}")
+    head: Any = network.plain_head if network.plain_head is not None else network.head
+    count = _count(network)
+    if pool == "mean":
+        return head
+    joined = nn.utils.skip_init(nn.Linear, count * head.in_features, head.out_features)
+    state: Mapping[str, Tensor] = {"weight": head.weight.repeat(1, count) / count, "bias": head.bias}
+    joined.load_state_dict(state)
+    return joined
+
+
+def _count(network: FusedNetwork) -> int:
+    return cast(FusedLevel, network.levels[-1]).count
