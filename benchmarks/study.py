@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from fedkern.engine.records import read_metrics
+from fedkern.engine.records import read_metrics, versions
 
 RESULTS = Path(__file__).parent / "results"
 FILES = {
@@ -141,9 +141,9 @@ class Runs:
         return read_metrics(self.folder / case.name)
 
     def versions(self) -> dict[str, str]:
-        """Of fedkern and torch, from any of the runs."""
-        versions: dict[str, str] = next(iter(self.summaries.values()))["versions"]
-        return versions
+        """Of fedkern and torch, from any of the runs; this process's where nothing was run."""
+        found: dict[str, str] = next(iter(self.summaries.values()), {}).get("versions") or versions()
+        return found
 
 
 def best_rate(scores: Mapping[float, Sequence[float]]) -> float:

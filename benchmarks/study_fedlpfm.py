@@ -5,7 +5,8 @@
 
 ``--only SECTION ...`` runs some of the sections: ``table`` (FedAvg, FedProx, FML, Fed-LPFM under class split and
 Dirichlet 0.1, three seeds), ``partitions`` (IID to Dirichlet 0.01), ``loss`` (lambda, divergences), ``teachers``
-(tuned, several, random ones).  Each goes on where it was interrupted and writes
+(tuned, several, random ones), ``edges`` (learning rates beyond the grid) and ``costs``.  Each goes on where it was
+interrupted and writes
 ``benchmarks/results/fedlpfm_<study>_<section>.md`` and ``.json``.
 
 Nothing is downloaded: the teacher is a larger network that fedkern itself trains on public images, which no client
@@ -22,7 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.study import Case, Runs, best_rate, run_sections, spread, stored_rates, table
+from fedkern import models
+from fedkern.models.cost import Cost, cost
 
 SEEDS = (0, 1, 2)
 METHODS = {"FedAvg": "fedavg", "FedProx": "fedprox", "FML": "fml", "Fed-LPFM": "fedlpfm"}
@@ -132,7 +137,7 @@ def main_table(runs: LPFMRuns) -> Section:
         header = ["method", "lr", "accuracy", "MB up, down of a client"]
         page += f"## {title}: mean ± standard deviation over {len(SEEDS)} seeds, in %\n\n{table(header, rows)}\n\n"
         page += _teacher(runs.metrics(cases[FULL][0]))
-    return page + _costs(runs.metrics(cases[FULL][0])), numbers
+    return page, numbers
 
 
 def _megabytes(sent: Mapping[str, int]) -> str:
@@ -144,14 +149,69 @@ def _teacher(m: Mapping[str, float]) -> str:
     return f"The teacher, trained on the public images: {100 * m['teacher_accuracy']:.1f} %{alone}.\n\n"
 
 
-def _costs(m: Mapping[str, float]) -> str:
-    columns = ("parameters", "inference_mflops", "training_mflops", "inference_mbytes", "training_mbytes")
-    rows = [
-        [who, *(f"{m[f'{who}_{column}']:.2f}" if f"{who}_{column}" in m else "" for column in columns)]
-        for who in ("proxy", "teacher")
-    ]
-    header = ["network", "parameters", "MFLOP an image", "in training", "MB", "in training"]
-    return f"## Cost of training and of inference\n\n{table(header, rows)}\n"
+def edges(runs: LPFMRuns) -> Section:
+    """One learning rate further where the main table's is the grid's edge, and the bounds at rates of their own."""
+    page, numbers, grid = "", {}, runs.study.rates
+    for title, partition in runs.study.partitions.items():
+        tried = {name: [rate, *_beyond(rate, grid)] for name, rate in runs.rates(partition).items()}
+        tried = {name: rates for name, rates in tried.items() if len(rates) > 1}
+        tried |= {name: list(grid) for name in BOUNDS}
+        methods = METHODS | BOUNDS
+        cases = {(n, lr): runs.of(methods[n], partition, lr, 0) for n, rates in tried.items() for lr in rates}
+        runs.run(cases.values())
+        rows = []
+        for name, rates in tried.items():
+            found = {lr: runs.metrics(cases[name, lr]) for lr in rates}
+            best = best_rate({lr: [m["validation_accuracy"]] for lr, m in found.items()})
+            numbers[f"{name}, {title}"] = {"best": best, **{str(lr): m for lr, m in found.items()}}
+            shown = [
+                f"{lr:g}: {100 * m['validation_accuracy']:.1f}, {100 * m['accuracy']:.1f}" for lr, m in found.items()
+            ]
+            rows.append([name, "; ".join(shown), f"{best:g}"])
+        header = ["", "learning rate: validation, test accuracy in %", "best by validation"]
+        page += f"## {title}, seed 0\n\n{table(header, rows)}\n\n"
+    return page, numbers
+
+
+def _beyond(rate: float, grid: tuple[float, ...]) -> list[float]:
+    """The next rate outwards of an edge of the grid, a third or three times as large."""
+    return [round(rate * factor, 6) for edge, factor in ((min(grid), 1 / 3), (max(grid), 3)) if rate == edge]
+
+
+def costs(runs: LPFMRuns) -> Section:
+    """What an image costs in training and in inference, and what the networks need in memory; nothing is run."""
+    study, side = runs.study, {"digits": 8, "cifar10": 32}[runs.study.settings["data"]]
+    channels = 1 if study.settings["data"] == "digits" else 3
+    images = torch.zeros(2, channels, side, side)
+
+    def network(name: str, width: int) -> Cost:
+        return cost(models.build(name, classes=10, channels=channels, image_size=side, seed=0, width=width), images)
+
+    teacher, _, wide = study.teachers[0].partition("/")
+    proxy, large = network(study.settings["model"], study.settings["width"]), network(teacher, int(wide))
+    passes = study.settings["rounds"] * study.settings["local_epochs"]
+    answer = large.inference_flops
+    rows = {
+        "inference: the proxy, whatever trained it": (proxy.inference_flops, proxy.inference_bytes),
+        "inference: the teacher": (answer, large.inference_bytes),
+        "training: FedAvg, FedProx": (proxy.training_flops, proxy.training_bytes),
+        "training: FML, two networks": (2 * proxy.training_flops, 2 * proxy.training_bytes),
+        f"training: Fed-LPFM, logits once for {passes} epochs": (
+            proxy.training_flops + answer / passes, proxy.training_bytes + 10 * 4,
+        ),
+        "training: Fed-LPFM, teacher sees the augmented view": (
+            proxy.training_flops + answer, proxy.training_bytes + large.inference_bytes,
+        ),
+        "training: the teacher, on the public images": (large.training_flops, large.training_bytes),
+    }  # fmt: skip
+    numbers: dict[str, Any] = {name: {"flops": flops, "bytes": size} for name, (flops, size) in rows.items()}
+    numbers |= {"proxy": proxy.parameters, "teacher": large.parameters}
+    text = [[name, f"{flops / 1e6:.2f}", f"{size / 1e6:.2f}"] for name, (flops, size) in rows.items()]
+    title = f"## An image's cost\n\nThe proxy ({study.settings['model']}, width {study.settings['width']}) has "
+    title += f"{proxy.parameters:,} parameters, the teacher ({study.teachers[0]}) {large.parameters:,} "
+    title += "and is never sent.  Memory: parameters, buffers and the largest layer's maps; in "
+    title += "training also gradients, momentum and what the backward pass of an image needs.\n\n"
+    return title + table(["", "MFLOP an image", "MB"], text) + "\n", numbers
 
 
 def partitions(runs: LPFMRuns) -> Section:
@@ -225,6 +285,8 @@ SECTIONS: Mapping[str, Callable[[LPFMRuns], Section]] = {
     "partitions": partitions,
     "loss": loss,
     "teachers": teachers,
+    "edges": edges,
+    "costs": costs,
 }
 
 
