@@ -43,7 +43,6 @@ def contestants(
 
         return step
 
-    torch._dynamo.reset()
     return {"fedkern": make(fedkern), "eager": make(eager), "compile": make(torch.compile(eager))}
 
 

@@ -60,7 +60,6 @@ def contestants(
     theirs: Callable[..., Tensor],
     make: Callable[[Callable[..., Tensor]], Callable[[], Any]],
 ) -> dict[str, Callable[[], Any]]:
-    torch._dynamo.reset()
     return {"fedkern": make(ours), "eager": make(theirs), "compile": make(torch.compile(theirs))}
 
 

@@ -16,6 +16,7 @@ import importlib.metadata
 import os
 import platform
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -104,6 +105,9 @@ def compare(
     runs = {name: run for name, run in contestants.items() if not isinstance(run, Absent)}
     if SETTINGS.short:
         runs = {name: run for name, run in runs.items() if name not in gate.SLOW}
+    if "torch._dynamo" in sys.modules:
+        # Past its limit of shapes per function torch.compile runs it eagerly, and says so to nobody here.
+        torch._dynamo.reset()
     torch.set_num_threads(used)
     try:
         with _plain_defaults(), timing.load() if loaded else contextlib.nullcontext():

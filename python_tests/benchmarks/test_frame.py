@@ -89,6 +89,40 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+COMPILED = '''
+"""Twelve shapes of one function, more than torch.compile compiles before it gives up in silence."""
+import harness
+import pytest
+import torch
+
+BUILT = []
+
+
+def counting(graph, inputs):
+    BUILT.append(inputs)
+    return graph.forward
+
+
+def double(x):
+    return x * 2
+
+
+@pytest.mark.parametrize("rows", range(1, 13))
+def test_shape(benchmark, rows):
+    compiled, x, before = torch.compile(double, backend=counting, dynamic=False), torch.ones(rows), len(BUILT)
+    contestants = {"fedkern": lambda: x * 2, "compile": lambda: compiled(x)}
+    harness.compare(benchmark, "compiled", str(rows), contestants, threads=1, pairs=3)
+    assert len(BUILT) > before
+'''
+
+
+def test_every_shape_is_compiled(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "frame")
+    (tmp_path / "frame" / "benchmarks" / "bench_toy.py").write_text(COMPILED)
+    made = run(tmp_path / "frame", "-m", "pytest", "benchmarks", "-q")
+    assert "12 passed" in made.stdout, made.stdout + made.stderr
+
+
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     command = [sys.executable, *arguments]

@@ -50,6 +50,14 @@ def test_a_federation_of_images_and_texts(data):
     assert captions(train_samples=200, seed=1).clients[0].texts != data.clients[0].texts
 
 
+def test_every_partition_has_tests_of_its_clients():
+    """With subjects as the client trains on, so that its own loss is one of its distribution."""
+    data = captions(train_samples=200, partition="classes:2", options={"test_samples": 60})
+    assert [len(split) for split in data.client_tests] == [60] * 5
+    for own, test in zip(data.clients, data.client_tests, strict=True):
+        assert set(test.labels.tolist()) == set(own.labels.tolist())
+
+
 def test_a_caption_begins_with_the_label_and_names_what_is_shown(data):
     concept = {word: key for key, choices in WORDS.items() for word in choices if key in (*CLASSES, *INK)}
     for split in every_split(data):

@@ -8,6 +8,7 @@ from PIL import Image
 from fedkern.data import load
 from fedkern.data.partition import partition
 from fedkern.data.texts import clean, impression_and_findings
+from fedkern.engine import RunConfig, run
 from fedkern.errors import UserError
 
 REPORT = """EXAMINATION:  CHEST (PA AND LAT)
@@ -147,6 +148,19 @@ def test_folders_of_pairs(tmp_path, splits, labels):
             assert text.split() == [*name.split("/")[:-1], str(int(image.max()))]
             texts.append(name)
     assert len(set(texts)) == len(texts) == 10 * len(splits) * len(labels)
+
+
+@pytest.mark.parametrize("partition", ["attribute", "stratified"])
+def test_feddra_learns_from_reports(tmp_path, partition):
+    """The real path: a CSV file of radiographs and reports, hospitals as clients or labels shared out."""
+    root = write_reports(tmp_path / "set", rows=60)
+    config = RunConfig.make("feddra", data="reports", data_root=str(root), partition=partition, clients=2, rounds=1,
+                            local_steps=2, batch_size=4, width=8, client_test=0.2, options={"alignment_steps": 1},
+                            data_options={"size": 16})  # fmt: skip
+    metrics = run(config, out=tmp_path / "run")["metrics"]
+    assert metrics["gallery"] > 5
+    assert 0 <= metrics["i2t_r1"] <= 1
+    assert metrics["mean_client_loss"] <= metrics["worst_client_loss"]
 
 
 def test_an_image_with_several_captions_stays_in_one_split(tmp_path):

@@ -265,10 +265,19 @@ def test_wrong_folders(folders: dict[str, Path], tmp_path: Path, image: str, tex
         pair(here, image, text)
 
 
-def test_a_run_and_its_model(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("fedavg", []),
+        ("feddra", ["--method-option", "alignment_steps=1", "--method-option", "stage_schedule=per_round"]),
+    ],
+)
+def test_a_run_and_its_model(
+    method: str, more: list[str], folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(folders["vit"].parent)
-    words = ["fedavg", "--data", "captions", "--image-encoder", "vit", "--text-encoder", "bert", "--clients", "2",
-             "--train-samples", "24", "--rounds", "1", "--local-steps", "1", "--batch-size", "4", "--lr", "0.01",
+    words = [method, *more, "--buffers", "pool", "--data", "captions",
+             "--image-encoder", "vit", "--text-encoder", "bert", "--clients", "2", "--train-samples", "24", "--rounds", "1", "--local-steps", "1", "--batch-size", "4", "--lr", "0.01",
              "--data-option", "test_samples=6", "--data-option", "validation_samples=4",
              "--data-option", "minority=0", "--quiet", "--out", str(tmp_path / "run")]  # fmt: skip
     assert main(words) == 0

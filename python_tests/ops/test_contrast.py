@@ -125,8 +125,9 @@ def test_retained_graphs_and_nothing_large_kept(backend: str) -> None:
 
 
 @pytest.mark.skipif(not KERNELS, reason="the compiled core is not built")
-def test_large_batches_take_no_memory_of_their_square() -> None:
-    pairs, temperature = 4096, 0.07
+@pytest.mark.parametrize("pairs", [4096, 8192])
+def test_large_batches_take_no_memory_of_their_square(pairs: int) -> None:
+    temperature = 0.07
     x, y = leaves(pairs, 8)
 
     def step() -> None:
