@@ -23,6 +23,7 @@ from fedkern.ops.aggregate_cpu import CpuAggregate
 from fedkern.ops.aggregate_cpu import rows as direct_rows
 from fedkern.ops.aggregate_kernels import AggregateKernel
 from fedkern.ops.aggregate_plain import PLAIN
+from fedkern.ops.aggregate_reference import weighted_mean_reference
 from fedkern.ops.cuda import core as cuda
 from fedkern.ops.cuda.aggregate import CudaAggregate
 
@@ -186,6 +187,7 @@ _weighted_mean = _library.register(
     setup_context=_setup_context,
     backward=_backward,
     vmap=_vmap,
+    followed=weighted_mean_reference,
 )
 
 

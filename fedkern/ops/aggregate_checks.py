@@ -120,7 +120,8 @@ def check_call(
 
 def refuse_gradient(name: str, *given: object) -> None:
     """Raises ValueError where one of ``given`` asks for a gradient, through the operator ``name`` that has none."""
-    if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in given):
+    recorded = torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in given)
+    if recorded or backend.tangents(given):
         raise ValueError(f"{name} has no gradient; call it under torch.no_grad(), or detach its arguments")
 
 

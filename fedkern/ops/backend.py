@@ -38,6 +38,7 @@ _legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 # Of a tensor that outlived its torch.func transform: autograd and the dispatcher unwrap it, its pointer is an error.
 outlived = torch._C._functorch.is_dead_tensor_wrapper  # type: ignore[attr-defined]
 _grad_enabled = torch.is_grad_enabled
+_forward_ad = torch.autograd.forward_ad
 
 
 @dataclass(frozen=True)
@@ -187,8 +188,25 @@ def use_isa(name: str) -> Iterator[None]:
 
 
 def intercepted() -> bool:
-    """True where a compiler, a torch.func transform or a mode sees calls before a kernel does."""
-    return bool(_is_compiling() or _functorch_active() or _dispatch_modes() or _function_modes())
+    """True where a compiler, a torch.func transform, forward-mode AD or a mode sees calls before a kernel does."""
+    return bool(
+        _is_compiling()
+        or _functorch_active()
+        or _dispatch_modes()
+        or _function_modes()
+        or _forward_ad._current_level >= 0
+    )
+
+
+def tangents(values: Iterable[Any]) -> bool:
+    """True where forward-mode AD follows one of ``values``, tensors or sequences of them."""
+    if _forward_ad._current_level < 0:
+        return False
+    return any(
+        tangents(value) if isinstance(value, (list, tuple)) else _forward_ad.unpack_dual(value).tangent is not None
+        for value in values
+        if isinstance(value, (Tensor, list, tuple))
+    )
 
 
 def readable(grad: Tensor) -> bool:

@@ -12,6 +12,7 @@ import torch
 from every_operator import NO_OPERATORS, OPERATORS, UPLOAD_WEIGHTS, Operator, each_operator
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedkern import ops
@@ -46,6 +47,31 @@ def test_negated_views(operator: Operator) -> None:
     views = [torch._neg_view(-x) for x in inputs]
     assert all(view.is_neg() for view in views)
     close(operator.results(*views), operator.results(*inputs))
+
+
+@each_operator
+def test_forward_mode_is_followed_or_refused(operator: Operator) -> None:
+    """A kernel would drop the tangents without a word: the reference's operations have them, kernels say no."""
+    inputs = operator.inputs(torch.float64)
+    directions = [torch.randn_like(x) for x in inputs]
+    with forward_ad.dual_level():
+        close(operator.results(*inputs), operator.results(*(x.clone() for x in inputs)))  # nothing to follow
+        duals = [forward_ad.make_dual(x, v) for x, v in zip(operator.fresh(inputs), directions, strict=True)]
+        if not operator.gradient:
+            with pytest.raises(ValueError, match="has no gradient"):
+                operator.call(*duals)
+            return
+        with ops.use_backend(None), pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            operator.call(*duals)
+        with ops.use_backend("reference"):
+            results = operator.results(*duals)
+        tangents = [forward_ad.unpack_dual(result).tangent for result in results]
+    leaves = [x.requires_grad_() for x in inputs]
+    for i, tangent in enumerate(tangents):
+        result = operator.results(*leaves)[i]
+        grads = torch.autograd.grad(result.sum(), leaves, allow_unused=True)
+        expected = sum((g * v).sum() for g, v in zip(grads, directions, strict=True) if g is not None)
+        torch.testing.assert_close(tangent.sum(), expected, rtol=1e-8, atol=1e-10)
 
 
 @each_operator
