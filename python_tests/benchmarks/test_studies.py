@@ -39,6 +39,12 @@ def dry(kind, asked):
     return Dry
 
 
+def taken(cases, tmp_path):
+    """Every case is a command line that the program takes."""
+    for case in cases:
+        request.effective(flags.parse([*case.arguments, "--out", str(tmp_path / "run")]))
+
+
 @pytest.mark.parametrize(
     ("module", "kind"), [(study_fusefl, study_fusefl.FuseFLRuns), (study_fedlpfm, study_fedlpfm.LPFMRuns)]
 )
@@ -59,8 +65,7 @@ def test_every_case_is_a_command_line(module, kind, name, monkeypatch, tmp_path)
     for case in asked.values():
         words = tuple(word for word in case.arguments if word.startswith("--") or "=" in word)
         shapes.setdefault((case.arguments[0], words), case)
-    for case in shapes.values():
-        request.effective(flags.parse([*case.arguments, "--out", str(tmp_path / "run")]))
+    taken(shapes.values(), tmp_path)
 
 
 @pytest.mark.parametrize("name", study_fedgid.STUDIES)
@@ -72,8 +77,7 @@ def test_every_case_of_fedgid_is_a_command_line(name, monkeypatch, tmp_path):
     rows = {section: make(runs)[0] for section, make in study_fedgid.SECTIONS.items()}
     assert all(f"| {name} |" in rows["baselines"] for name in study_fedgid.BASELINES)
     assert all(f"| {name} |" in rows["parts"] for name in study_fedgid.PARTS)
-    for case in asked.values():
-        request.effective(flags.parse([*case.arguments, "--out", str(tmp_path / "run")]))
+    taken(asked.values(), tmp_path)
 
 
 @pytest.mark.parametrize("name", study_feddra.STUDIES)
@@ -84,8 +88,7 @@ def test_every_case_of_feddra_is_a_command_line(name, tmp_path):
         page, numbers = section(runs)
         assert page.startswith("## ")
         assert numbers
-    for case in asked.values():
-        request.effective(flags.parse([*case.arguments, "--out", str(tmp_path / "run")]))
+    taken(asked.values(), tmp_path)
 
 
 def test_best_rate_is_the_lower_one_on_a_tie():
