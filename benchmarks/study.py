@@ -151,6 +151,11 @@ def best_rate(scores: Mapping[float, Sequence[float]]) -> float:
     return max(sorted(scores), key=lambda rate: mean(scores[rate]))
 
 
+def beyond(rate: float, grid: Sequence[float]) -> list[float]:
+    """The next learning rate outwards where ``rate`` is an edge of the grid: a third, or three times as large."""
+    return [round(rate * factor, 6) for edge, factor in ((min(grid), 1 / 3), (max(grid), 3)) if rate == edge]
+
+
 def stored_rates(results: str, settings: Mapping[str, Any]) -> dict[str, float]:
     """The learning rates by row of a finished section, ``results/<results>.json``; empty where settings differ."""
     path = RESULTS / f"{results}.json"

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.study import Case, Runs, best_rate, run_sections, spread, stored_rates, table
+from benchmarks.study import Case, Runs, best_rate, beyond, run_sections, spread, stored_rates, table
 from fedkern import models
 from fedkern.models.cost import Cost, cost
 
@@ -153,7 +153,7 @@ def edges(runs: LPFMRuns) -> Section:
     """One learning rate further where the main table's is the grid's edge, and the bounds at rates of their own."""
     page, numbers, grid = "", {}, runs.study.rates
     for title, partition in runs.study.partitions.items():
-        tried = {name: [rate, *_beyond(rate, grid)] for name, rate in runs.rates(partition).items()}
+        tried = {name: [rate, *beyond(rate, grid)] for name, rate in runs.rates(partition).items()}
         tried = {name: rates for name, rates in tried.items() if len(rates) > 1}
         tried |= {name: list(grid) for name in BOUNDS}
         methods = METHODS | BOUNDS
@@ -171,11 +171,6 @@ def edges(runs: LPFMRuns) -> Section:
         header = ["", "learning rate: validation, test accuracy in %", "best by validation"]
         page += f"## {title}, seed 0\n\n{table(header, rows)}\n\n"
     return page, numbers
-
-
-def _beyond(rate: float, grid: tuple[float, ...]) -> list[float]:
-    """The next rate outwards of an edge of the grid, a third or three times as large."""
-    return [round(rate * factor, 6) for edge, factor in ((min(grid), 1 / 3), (max(grid), 3)) if rate == edge]
 
 
 def costs(runs: LPFMRuns) -> Section:

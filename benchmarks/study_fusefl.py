@@ -5,8 +5,8 @@
 
 ``--only SECTION ...`` runs some of the sections: ``table`` (all baselines, three heterogeneities, three seeds),
 ``blocks`` (K, adaptors), ``clients`` (M), ``datafree``, ``width``, ``parts`` (every decision alone), ``alike`` (FuseFL
-and the ensemble under the same classifiers), ``cue`` (spurious shapes), ``backdoor`` (a backdoored client).  Each goes
-on where it was interrupted and writes
+and the ensemble under the same classifiers), ``code`` (as in the released code), ``edges`` (learning rates beyond the
+grid), ``cue`` (spurious shapes), ``backdoor`` (a backdoored client).  Each goes on where it was interrupted and writes
 ``benchmarks/results/fusefl_<study>_<section>.md`` and ``.json``.
 
 All one-shot methods train equally long on the same split.  Calibration is a part of FuseFL and not of its baselines, so
@@ -37,7 +37,7 @@ from benchmarks.fusefl_runs import (
     Study,
 )
 from benchmarks.probe import probe
-from benchmarks.study import Case, run_sections, spread, table, transfer_seconds
+from benchmarks.study import Case, best_rate, beyond, run_sections, spread, table, transfer_seconds
 from fedkern import engine
 
 Section = tuple[str, dict[str, Any]]
@@ -252,6 +252,48 @@ def parts(runs: FuseFLRuns) -> Section:
     return title + table(HEADER, _rows(runs, cases, numbers)) + "\n", numbers
 
 
+AS_RELEASED: Mapping[str, Any] = {
+    "final_fuse": "sum", "adaptor_init": "random", "frozen_bn": "code", "ccvr_compat": True,
+}  # fmt: skip
+
+
+def code(runs: FuseFLRuns) -> Section:
+    """All that the released code does otherwise, together."""
+    lr, numbers, rows = runs.rates()["FuseFL", CALIBRATED], {}, []
+    kinds: Mapping[str, Mapping[str, Any]] = {"FuseFL": {}, "as in the released code": AS_RELEASED}
+    cases = {
+        (name, alpha): [runs.one_shot("FuseFL", alpha, lr, seed, **changes) for seed in SEEDS]
+        for name, changes in kinds.items()
+        for alpha in runs.study.alphas
+    }
+    runs.run(case for several in cases.values() for case in several)
+    for name in kinds:
+        found = [[runs.record(c, CALIBRATED)["accuracy"] for c in cases[name, alpha]] for alpha in runs.study.alphas]
+        numbers[name] = dict(zip(map(str, runs.study.alphas), found, strict=True))
+        rows.append([name, *map(spread, found)])
+    title = f"## As in the released code: accuracy over {len(SEEDS)} seeds, in %, learning rate {lr}\n\n"
+    title += f"{', '.join(f'{key} {value}' for key, value in AS_RELEASED.items())}.\n\n"
+    return title + table(["", *(f"Dirichlet {alpha}" for alpha in runs.study.alphas)], rows) + "\n", numbers
+
+
+def edges(runs: FuseFLRuns) -> Section:
+    """One learning rate further where the main table's is the edge of its grid."""
+    rates, grid, numbers, rows = runs.rates(), runs.study.rates, {}, []
+    alpha = runs.study.alphas[len(runs.study.alphas) // 2]
+    tried = {(name, column): [rates[name, column], *beyond(rates[name, column], grid)] for name, column in rates}
+    tried = {key: lrs for key, lrs in tried.items() if len(lrs) > 1 and key[0] != REFERENCE}
+    cases = {(name, lr): runs.one_shot(name, alpha, lr, 0) for (name, _), lrs in tried.items() for lr in lrs}
+    runs.run(cases.values())
+    for (name, column), lrs in tried.items():
+        found = {lr: runs.record(cases[name, lr], column) for lr in lrs}
+        best = best_rate({lr: [r["validation_accuracy"]] for lr, r in found.items()})
+        numbers[f"{name}, {column}"] = {"best": best, **{str(lr): r for lr, r in found.items()}}
+        shown = [f"{lr:g}: {100 * r['validation_accuracy']:.1f}, {100 * r['accuracy']:.1f}" for lr, r in found.items()]
+        rows.append([f"{name}, {column}", "; ".join(shown), f"{best:g}"])
+    header = ["", "learning rate: validation, test accuracy in %", "best by validation"]
+    return f"## Dirichlet {alpha}, seed 0\n\n{table(header, rows)}\n", numbers
+
+
 def cue(runs: FuseFLRuns) -> Section:
     """On two of the clients a shape tells the class: what becomes of the accuracy where it does not."""
     rates, alpha, numbers = runs.rates(), runs.study.alphas[-1], {}
@@ -313,6 +355,8 @@ SECTIONS: Mapping[str, Callable[[FuseFLRuns], Section]] = {
     "width": width,
     "parts": parts,
     "alike": alike,
+    "code": code,
+    "edges": edges,
     "cue": cue,
     "backdoor": backdoor,
 }
