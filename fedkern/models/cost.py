@@ -43,6 +43,7 @@ def stored_bytes(module: nn.Module) -> int:
 def memory_ratio(evaluated: nn.Module, ordinary: nn.Module) -> float:
     """Memory of what a method evaluates over that of one ordinary network: parameters and buffers of both.
 
+    What runs them faster (:class:`fedkern.ops.FusedBlocks` keeps folded copies) is not counted.
     Measured before a calibration, which replaces what classifies by a classifier of (about) the same size.
     """
     return stored_bytes(evaluated) / stored_bytes(ordinary)

@@ -45,6 +45,9 @@ class FusedBlocks(nn.Module):
     contiguous from ``"direct"``.  Works under torch.compile and torch.func transforms as plain grouped (or separate)
     operations, nothing folded; torch.func refuses to update running statistics that it does not map over.
 
+    Folded, it holds beside its parameters their folded copies, and these again as convolutions read them (per shape of
+    the maps, four shapes at most): about three times the parameters' bytes where maps have one shape.
+
     FuseFL's level l >= 2, ``X -> {b_j(a_j(X))}``, is one ``FusedBlocks([nn.Sequential(a, b) for a, b in pairs])`` on
     ``X [B, M * c, H, W]``: its adaptors become one 1x1 convolution, its blocks run on their own channels of the result.
 

@@ -15,6 +15,7 @@ from fedkern.methods import FuseFL, Step
 from fedkern.methods.fusefl_levels import LocalPart, base_width, flat, scaled_width, size
 from fedkern.models import Ensemble, build
 from fedkern.models.blocks import cut
+from fedkern.models.cost import stored_bytes
 
 # -- invariants ----------------------------------------------------------------------------------------------------
 
@@ -250,3 +251,6 @@ def test_fifty_clients(make_data, make_config, tmp_path):
     own = sum(p.numel() for block in network.blocks for p in block.parameters())
     head = sum(p.numel() for p in network.head.parameters())
     assert summary["metrics"]["parameters"] == 50 * (own + 50 * 4 * 4 + 4) + head
+    ordinary = stored_bytes(build("cnn", classes=3, channels=3, image_size=8, seed=0, width=16))
+    on_disk = (tmp_path / "model.safetensors").stat().st_size
+    assert on_disk == pytest.approx(summary["metrics"]["memory_ratio"] * ordinary, rel=0.03)
