@@ -53,6 +53,8 @@ def alike(runs: FuseFLRuns) -> tuple[str, dict[str, Any]]:
                 row.append(f"{100 * accuracy:.1f}")
         rows.append(row)
     header = ["", *(f"{name}, {POOLS[c.pool]}, {c.lr:g}" for c in _classifiers("full") for name in BOTH)]
+    page += "Local learning rates are the main table's, chosen with FuseFL's classifier on the mean, the ensemble's "
+    page += "on all.\n\n"
     page += f"## More clients, deeper, longer: Dirichlet {alphas[0]}, seed 0, in %\n\nWith more clients covariances "
     page += f"are diagonal.  Longer: {LONGER} times the epochs.\n\n{table(header, rows)}\n"
     return page, numbers

@@ -8,7 +8,8 @@ smaller.  Here every network of several branches gets both kinds of classifier a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -18,14 +19,20 @@ from torch import Tensor, nn
 
 from fedkern import engine
 from fedkern.data import normalise
+from fedkern.engine.checkpoint import Checkpoints
 from fedkern.engine.run import load_data
 from fedkern.methods.calibration import CalibrationOptions, ClassStatistics, calibrate
+from fedkern.methods.fusefl_levels import joined_head, mean_head
 from fedkern.models import Ensemble
 from fedkern.models.fused import FusedLevel, FusedNetwork
 from fedkern.streams import stream
 
 Pool = Literal["mean", "concat"]
 FILE = "recalibrated.json"
+MADE_WITH = {
+    "version": 2, **{key: getattr(CalibrationOptions(), key) for key in ("calibration_epochs", "virtual_features")},
+}  # fmt: skip
+"""What the numbers kept in a run folder must have been made with; raise the version when what is done changes."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +57,9 @@ class Classifier:
 def recalibrate(folder: Path, wanted: Iterable[Classifier], *, batch: int = 500) -> dict[str, dict[str, float]]:
     """Accuracies on the test and the validation set by the name of the classifier.
 
-    Every classifier starts from the one before calibration: the mean of the clients' logits.  Features of the clients'
-    training images are not augmented.  What is done is kept in the run folder.
+    Every classifier starts from the one before calibration: of features side by side the mean of the clients' logits,
+    of their mean the mean of the clients' classifiers.  Features of the clients' training images are not augmented.
+    What is done is kept in the run folder.
 
     Args:
         folder: a finished run of ``fusefl`` or ``ensemble`` on images.
@@ -61,8 +69,9 @@ def recalibrate(folder: Path, wanted: Iterable[Classifier], *, batch: int = 500)
     Returns:
         ``{"accuracy": ..., "validation_accuracy": ...}`` by :attr:`Classifier.name`.
     """
-    path = folder / FILE
-    done: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
+    path, wanted = folder / FILE, list(wanted)
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    done: dict[str, dict[str, float]] = kept["found"] if kept.get("made_with") == MADE_WITH else {}
     missing = [one for one in wanted if one.name not in done]
     if missing:
         config = engine.RunConfig.load(folder)
@@ -79,14 +88,14 @@ def recalibrate(folder: Path, wanted: Iterable[Classifier], *, batch: int = 500)
         sets = {"accuracy": data.tests[""], "validation_accuracy": data.validation}
         tests = {name: (features(split.images), split.labels) for name, split in sets.items()}
         for one in missing:
-            head = _calibrated(one, _plain_head(network, one.pool), clients, config.seed)
+            head = _calibrated(one, _plain_head(network, folder, one.pool), clients, config.seed)
             with torch.no_grad():
                 done[one.name] = {
                     name: float((head(_pooled(x, one.pool)).argmax(1) == y).double().mean())
                     for name, (x, y) in tests.items()
                 }
-        temporary = path.with_suffix(".part")
-        temporary.write_text(json.dumps(done, indent=1) + "\n")
+        temporary = path.with_suffix(f".{os.getpid()}.part")
+        temporary.write_text(json.dumps({"made_with": MADE_WITH, "found": done}, indent=1) + "\n")
         temporary.replace(path)
     return {one.name: done[one.name] for one in wanted}
 
@@ -112,21 +121,19 @@ def _branches(network: Any) -> Callable[[Tensor], Tensor]:
     raise TypeError(f"recalibrate serves fused networks and ensembles, not {type(network).__name__}")
 
 
-def _plain_head(network: Any, pool: Pool) -> nn.Linear:
+def _plain_head(network: Any, folder: Path, pool: Pool) -> nn.Linear:
     """The classifier before calibration for features pooled so."""
     if isinstance(network, Ensemble):
         network.pool = pool
         return network.joint_head()
-    if network.final != "mean":
-        raise ValueError(f"recalibrate starts from the classifier of mean features, not of their {network.final}")
-    head: Any = network.plain_head if network.plain_head is not None else network.head
-    count = _count(network)
-    if pool == "mean":
-        return head
-    joined = nn.utils.skip_init(nn.Linear, count * head.in_features, head.out_features)
-    state: Mapping[str, Tensor] = {"weight": head.weight.repeat(1, count) / count, "bias": head.bias}
-    joined.load_state_dict(state)
-    return joined
+    state = Checkpoints(folder).last_server_state()
+    if state is None:
+        raise ValueError(f"{folder} has no checkpoint left, which the clients' classifiers are in")
+    heads = list(state["heads"].values())
+    given = joined_head(heads) if pool == "concat" else mean_head(heads)
+    head = nn.utils.skip_init(nn.Linear, *given["weight"].T.shape)
+    head.load_state_dict(given)
+    return head
 
 
 def _count(network: FusedNetwork) -> int:

@@ -27,7 +27,7 @@ def register(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
     vmap: Callable[..., Any] | None = None,
-    followed: Callable[..., Any] | None = None,
+    reference: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Defines ``torch.ops.fedkern.<name>`` and returns the function to call it with.
 
@@ -39,8 +39,8 @@ def register(
         setup_context, backward: the gradient, as ``torch.library.register_autograd`` takes it.
         vmap: the batching rule, as ``torch.library.register_vmap`` takes it.  It and ``backward`` call operators
             through what this function returned for them, since further transforms may be active around them.
-        followed: what forward-mode AD follows where the reference is forced; ``implementation`` unless that takes
-            numbers out of tensors.
+        reference: the same in torch's own operations, which forward-mode AD follows: an operator would drop its
+            tangents without a word.
 
     Returns:
         The operator; under torch.func transforms an ``autograd.Function`` around it, because torch.library's own
@@ -56,20 +56,8 @@ def register(
     if vmap is not None:
         torch.library.register_vmap(qualified, vmap, lib=LIBRARY)
     operator = getattr(torch.ops.fedkern, name)
-    plain = followed or implementation
-
-    def forward_mode(arguments: tuple[Any, ...]) -> bool:
-        """Whether the reference's own operations are to be followed; its tangents would be lost in an operator."""
-        if torch.compiler.is_compiling() or not backend.tangents(arguments):
-            return False
-        if backend.forced_backend() == "reference":
-            return True
-        raise NotImplementedError(
-            f"the kernels of {qualified} have no forward-mode derivative (jvp); use_backend('reference') has one"
-        )
-
     if backward is None or setup_context is None:
-        return lambda *arguments: (plain if forward_mode(arguments) else operator)(*arguments)
+        return operator
     members: dict[str, Any] = {
         "forward": staticmethod(lambda *arguments: operator(*arguments)),
         "setup_context": staticmethod(setup_context),
@@ -80,8 +68,8 @@ def register(
     function: Any = type(name, (torch.autograd.Function,), members)
 
     def call(*arguments: Any) -> Any:
-        if forward_mode(arguments):
-            return plain(*arguments)
+        if reference is not None and backend.forward_mode(name):
+            return reference(*arguments)
         transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
         return function.apply(*arguments) if transformed else operator(*arguments)
 

@@ -187,7 +187,7 @@ _weighted_mean = _library.register(
     setup_context=_setup_context,
     backward=_backward,
     vmap=_vmap,
-    followed=weighted_mean_reference,
+    reference=weighted_mean_reference,
 )
 
 

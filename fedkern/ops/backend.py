@@ -198,15 +198,34 @@ def intercepted() -> bool:
     )
 
 
-def tangents(values: Iterable[Any]) -> bool:
-    """True where forward-mode AD follows one of ``values``, tensors or sequences of them."""
+def forward_mode(operator: str) -> bool:
+    """True inside forward-mode AD (``torch.func.jvp``, ``forward_ad.dual_level``): the reference serves, for all.
+
+    Raises:
+        RuntimeError: another backend was forced.
+    """
     if _forward_ad._current_level < 0:
         return False
-    return any(
-        tangents(value) if isinstance(value, (list, tuple)) else _forward_ad.unpack_dual(value).tangent is not None
-        for value in values
-        if isinstance(value, (Tensor, list, tuple))
-    )
+    if not _is_compiling() and forced_backend() not in (None, "reference"):
+        raise RuntimeError(
+            f"backend {forced_backend()!r} was forced, but {operator} runs through the reference under forward-mode "
+            "AD; allow it with use_backend(None) or by unsetting FEDKERN_BACKEND"
+        )
+    return True
+
+
+def tangents(values: Iterable[Any]) -> bool:
+    """True where forward-mode AD follows one of the tensors among ``values``."""
+    if _forward_ad._current_level < 0 or _is_compiling():
+        return False
+    functorch = torch._C._functorch
+    for value in values:
+        if isinstance(value, Tensor):
+            while functorch.is_batchedtensor(value):  # has no rule for being asked
+                value = functorch.get_unwrapped(value)
+            if _forward_ad.unpack_dual(value).tangent is not None:
+                return True
+    return False
 
 
 def readable(grad: Tensor) -> bool:

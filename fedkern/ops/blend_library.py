@@ -168,6 +168,9 @@ BLEND = _library.register(
     setup_context=_setup_context,
     backward=_backward,
     vmap=_vmap,
+    reference=lambda foreground, background, alpha, value, index: blend_reference(
+        foreground, background, value if alpha is None else alpha, index
+    ),
 )
 BLEND_BACKWARD = _library.register(
     "blend_backward",

@@ -272,6 +272,7 @@ _fill_boxes = _library.register(
     setup_context=_setup_context,
     backward=_backward,
     vmap=_vmap,
+    reference=fill_boxes_reference,
 )
 
 

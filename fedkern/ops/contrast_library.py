@@ -31,6 +31,11 @@ def _run(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float) -> tup
     return kernel.loss_and_sums(x, y, given)
 
 
+def _loss_alone(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float, *needs: bool) -> tuple[Tensor]:
+    """The loss alone of what :func:`_run` and :func:`_run_training` give."""
+    return (contrastive_reference(x, y, temperature if learnt is None else learnt),)
+
+
 def _fake(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(x.dtype, y.dtype)
     return x.new_empty((), dtype=dtype), x.new_empty((4, x.shape[0]), dtype=compute_dtype(dtype))
@@ -207,6 +212,7 @@ CONTRASTIVE = _library.register(
     setup_context=_setup_context,
     backward=_backward,
     vmap=_vmap,
+    reference=_loss_alone,
 )
 CONTRASTIVE_BACKWARD = _library.register(
     "contrastive_backward",
@@ -226,4 +232,5 @@ CONTRASTIVE_TRAINING = _library.register(
     fake=_fake_training,
     setup_context=_setup_training,
     backward=_backward_training,
+    reference=_loss_alone,
 )

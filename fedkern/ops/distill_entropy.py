@@ -162,6 +162,7 @@ ENTROPY = _library.register(
     setup_context=_setup_context,
     backward=_backward,
     vmap=_vmap,
+    reference=entropy_rows_reference,
 )
 ENTROPY_BACKWARD = _library.register(
     "entropy_backward",

@@ -156,6 +156,7 @@ DIVERGENCE = _library.register(
     setup_context=_setup_context,
     backward=_backward,
     vmap=_vmap,
+    reference=divergence_reference,
 )
 DIVERGENCE_BACKWARD = _library.register(
     "divergence_backward",

@@ -170,6 +170,7 @@ def define(loss: Loss) -> Callable[..., Any]:
         setup_context=setup,
         backward=backward,
         vmap=vmap,
+        reference=loss.reference,
     )
     gradients_of = _library.register(
         f"{loss.name}_backward",

@@ -13,14 +13,17 @@ from fedkern.ops.fuse_kernels import FuseNeeds, empty_map, fused_channels, order
 from fedkern.ops.fuse_reference import fuse_backward_reference, fuse_concat_reference, fuse_mean_reference
 
 
+def _reference(features: list[Tensor], scale: Tensor | None, shift: Tensor | None, relu: bool, mean: bool) -> Tensor:
+    return (fuse_mean_reference if mean else fuse_concat_reference)(features, scale, shift, relu)
+
+
 def _implementation(
     features: list[Tensor], scale: Tensor | None, shift: Tensor | None, relu: bool, mean: bool
 ) -> Tensor:
     kernel = backend.select("fuse_mean" if mean else "fuse_concat", *features)
     if kernel is not None:
         return kernel.forward(features, scale, shift, relu, mean)
-    reference = fuse_mean_reference if mean else fuse_concat_reference
-    return _fake(features, scale, shift, relu, mean).copy_(reference(features, scale, shift, relu))
+    return _fake(features, scale, shift, relu, mean).copy_(_reference(features, scale, shift, relu, mean))
 
 
 def _fake(features: list[Tensor], scale: Tensor | None, shift: Tensor | None, relu: bool, mean: bool) -> Tensor:
@@ -140,6 +143,7 @@ FUSE: Callable[..., Any] = _library.register(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    reference=_reference,
 )
 FUSE_BACKWARD: Callable[..., Any] = _library.register(
     "fuse_backward",

@@ -55,7 +55,7 @@ def test_teachers_of_an_earlier_run_or_of_ones_own(method, make_data, make_confi
                              teachers=str(tmp_path / folder), options=options.get(method, {}))  # fmt: skip
         run(config, out=tmp_path / f"with-{folder}", data=data)
         results.append(read_model(tmp_path / f"with-{folder}")[0].state_dict())
-        assert not unseen(tmp_path / f"with-{folder}")
+        assert method != "fediod" or not unseen(tmp_path / f"with-{folder}")
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
     assert RunConfig.load(tmp_path / "with-own").teachers == str(tmp_path / "own")
 

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedkern import ops
+from fedkern.ops import backend
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +28,14 @@ def _one_thread() -> Iterator[None]:
 
 
 EVERY = {operator.name: operator for operator in OPERATORS}
+
+
+def compiled() -> bool:
+    try:
+        backend.cpu_core()
+    except backend.Unavailable:
+        return False
+    return True
 
 
 def close(got: Any, expected: Any) -> None:
@@ -51,27 +60,37 @@ def test_negated_views(operator: Operator) -> None:
 
 @each_operator
 def test_forward_mode_is_followed_or_refused(operator: Operator) -> None:
-    """A kernel would drop the tangents without a word: the reference's operations have them, kernels say no."""
+    """A kernel would drop the tangents without a word: the references have them, operators without gradient refuse."""
     inputs = operator.inputs(torch.float64)
-    directions = [torch.randn_like(x) for x in inputs]
+    expected = operator.results(*inputs)
+    directions = tuple(torch.randn_like(x) for x in inputs)
     with forward_ad.dual_level():
-        close(operator.results(*inputs), operator.results(*(x.clone() for x in inputs)))  # nothing to follow
+        close(operator.results(*inputs), expected)  # nothing to follow
         duals = [forward_ad.make_dual(x, v) for x, v in zip(operator.fresh(inputs), directions, strict=True)]
         if not operator.gradient:
             with pytest.raises(ValueError, match="has no gradient"):
                 operator.call(*duals)
             return
-        with ops.use_backend(None), pytest.raises(NotImplementedError, match="no forward-mode derivative"):
-            operator.call(*duals)
-        with ops.use_backend("reference"):
-            results = operator.results(*duals)
-        tangents = [forward_ad.unpack_dual(result).tangent for result in results]
-    leaves = [x.requires_grad_() for x in inputs]
-    for i, tangent in enumerate(tangents):
-        result = operator.results(*leaves)[i]
-        grads = torch.autograd.grad(result.sum(), leaves, allow_unused=True)
-        expected = sum((g * v).sum() for g, v in zip(grads, directions, strict=True) if g is not None)
-        torch.testing.assert_close(tangent.sum(), expected, rtol=1e-8, atol=1e-10)
+        results = operator.results(*duals)
+        tangents = tuple(forward_ad.unpack_dual(result).tangent for result in results)
+        close(results, expected)
+        if compiled():
+            with ops.use_backend("cpu"), pytest.raises(RuntimeError, match="through the reference under forward-mode"):
+                operator.call(*duals)
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    for tangent, result in zip(tangents, operator.results(*leaves), strict=True):
+        grads = torch.autograd.grad(result.sum(), leaves, allow_unused=True, retain_graph=True)
+        along = sum((g * v).sum() for g, v in zip(grads, directions, strict=True) if g is not None)
+        torch.testing.assert_close(tangent.sum(), along, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(torch.func.jvp(operator.results, tuple(inputs), directions)[1], tangents)
+    if operator.name.split()[0] in ("fuse_concat", "fuse_mean", "weighted_mean"):
+        return  # lists under vmap and compile are other tests' subject
+    some = [torch.stack([v, -v]) for v in directions]
+    mapped = torch.func.vmap(lambda *v: torch.func.jvp(operator.results, tuple(inputs), v)[1])(*some)
+    torch.testing.assert_close([m[0] for m in mapped], list(tangents))
+    traced = torch.compile(lambda *x: torch.func.jvp(operator.results, x[: len(inputs)], x[len(inputs) :])[1],
+                           backend="eager")  # fmt: skip
+    torch.testing.assert_close(traced(*inputs, *directions), tangents)
 
 
 @each_operator
