@@ -22,7 +22,7 @@ from fedkern.data import normalise
 from fedkern.engine.checkpoint import Checkpoints
 from fedkern.engine.run import load_data
 from fedkern.methods.calibration import CalibrationOptions, ClassStatistics, calibrate
-from fedkern.methods.fusefl_levels import joined_head, mean_head
+from fedkern.methods.fusefl_levels import linear_of, plain_head
 from fedkern.models import Ensemble
 from fedkern.models.fused import FusedLevel, FusedNetwork
 from fedkern.streams import stream
@@ -87,8 +87,14 @@ def recalibrate(folder: Path, wanted: Iterable[Classifier], *, batch: int = 500)
         clients = [(features(split.images), split.labels) for split in data.clients]
         sets = {"accuracy": data.tests[""], "validation_accuracy": data.validation}
         tests = {name: (features(split.images), split.labels) for name, split in sets.items()}
+        # Learning rates share what they start from and what they see.
+        heads = {pool: _plain_head(network, folder, pool) for pool in {one.pool for one in missing}}
+        kinds = {(one.pool, one.covariance): one for one in missing}
+        seen = {kind: _statistics(one, heads[one.pool], clients) for kind, one in kinds.items()}
         for one in missing:
-            head = _calibrated(one, _plain_head(network, folder, one.pool), clients, config.seed)
+            options = CalibrationOptions(calibration_lr=one.lr, covariance=one.covariance)
+            draw = stream(config.seed, "recalibration")
+            head = calibrate(heads[one.pool], seen[one.pool, one.covariance], draw, options)
             with torch.no_grad():
                 done[one.name] = {
                     name: float((head(_pooled(x, one.pool)).argmax(1) == y).double().mean())
@@ -100,12 +106,11 @@ def recalibrate(folder: Path, wanted: Iterable[Classifier], *, batch: int = 500)
     return {one.name: done[one.name] for one in wanted}
 
 
-def _calibrated(one: Classifier, head: nn.Linear, clients: list[tuple[Tensor, Tensor]], seed: int) -> nn.Linear:
+def _statistics(one: Classifier, head: nn.Linear, clients: list[tuple[Tensor, Tensor]]) -> ClassStatistics:
     statistics = ClassStatistics(head.out_features, head.in_features, diagonal=one.covariance == "diagonal")
     for x, labels in clients:
         statistics.add(_pooled(x, one.pool), labels)
-    options = CalibrationOptions(calibration_lr=one.lr, covariance=one.covariance)
-    return calibrate(head, statistics, stream(seed, "recalibration"), options)
+    return statistics
 
 
 def _pooled(features: Tensor, pool: Pool) -> Tensor:
@@ -129,11 +134,7 @@ def _plain_head(network: Any, folder: Path, pool: Pool) -> nn.Linear:
     state = Checkpoints(folder).last_server_state()
     if state is None:
         raise ValueError(f"{folder} has no checkpoint left, which the clients' classifiers are in")
-    heads = list(state["heads"].values())
-    given = joined_head(heads) if pool == "concat" else mean_head(heads)
-    head = nn.utils.skip_init(nn.Linear, *given["weight"].T.shape)
-    head.load_state_dict(given)
-    return head
+    return linear_of(plain_head(list(state["heads"].values()), pool))
 
 
 def _count(network: FusedNetwork) -> int:

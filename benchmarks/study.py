@@ -156,6 +156,16 @@ def beyond(rate: float, grid: Sequence[float]) -> list[float]:
     return [round(rate * factor, 6) for edge, factor in ((min(grid), 1 / 3), (max(grid), 3)) if rate == edge]
 
 
+RATES_HEADER = ("", "learning rate: validation, test accuracy in %", "best by validation")
+
+
+def tried_rates(name: str, found: Mapping[float, Mapping[str, Any]]) -> tuple[list[str], dict[str, Any]]:
+    """A line under :data:`RATES_HEADER`, and its numbers, of figures by learning rate."""
+    best = best_rate({lr: [figures["validation_accuracy"]] for lr, figures in found.items()})
+    shown = (f"{lr:g}: {100 * m['validation_accuracy']:.1f}, {100 * m['accuracy']:.1f}" for lr, m in found.items())
+    return [name, "; ".join(shown), f"{best:g}"], {"best": best, **{str(lr): m for lr, m in found.items()}}
+
+
 def stored_rates(results: str, settings: Mapping[str, Any]) -> dict[str, float]:
     """The learning rates by row of a finished section, ``results/<results>.json``; empty where settings differ."""
     path = RESULTS / f"{results}.json"

@@ -25,7 +25,18 @@ from typing import Any
 
 import torch
 
-from benchmarks.study import Case, Runs, best_rate, beyond, run_sections, spread, stored_rates, table
+from benchmarks.study import (
+    RATES_HEADER,
+    Case,
+    Runs,
+    best_rate,
+    beyond,
+    run_sections,
+    spread,
+    stored_rates,
+    table,
+    tried_rates,
+)
 from fedkern import models
 from fedkern.models.cost import Cost, cost
 
@@ -162,15 +173,9 @@ def edges(runs: LPFMRuns) -> Section:
         runs.run(cases.values())
         rows = []
         for name, rates in tried.items():
-            found = {lr: runs.metrics(cases[name, lr]) for lr in rates}
-            best = best_rate({lr: [m["validation_accuracy"]] for lr, m in found.items()})
-            numbers[f"{name}, {title}"] = {"best": best, **{str(lr): m for lr, m in found.items()}}
-            shown = [
-                f"{lr:g}: {100 * m['validation_accuracy']:.1f}, {100 * m['accuracy']:.1f}" for lr, m in found.items()
-            ]
-            rows.append([name, "; ".join(shown), f"{best:g}"])
-        header = ["", "learning rate: validation, test accuracy in %", "best by validation"]
-        page += f"## {title}, seed 0\n\n{table(header, rows)}\n\n"
+            row, numbers[f"{name}, {title}"] = tried_rates(name, {lr: runs.metrics(cases[name, lr]) for lr in rates})
+            rows.append(row)
+        page += f"## {title}, seed 0\n\n{table(RATES_HEADER, rows)}\n\n"
     return page, numbers
 
 

@@ -37,7 +37,7 @@ from benchmarks.fusefl_runs import (
     Study,
 )
 from benchmarks.probe import probe
-from benchmarks.study import Case, best_rate, beyond, run_sections, spread, table, transfer_seconds
+from benchmarks.study import RATES_HEADER, Case, beyond, run_sections, spread, table, transfer_seconds, tried_rates
 from fedkern import engine
 
 Section = tuple[str, dict[str, Any]]
@@ -286,12 +286,9 @@ def edges(runs: FuseFLRuns) -> Section:
     runs.run(cases.values())
     for (name, column), lrs in tried.items():
         found = {lr: runs.record(cases[name, lr], column) for lr in lrs}
-        best = best_rate({lr: [r["validation_accuracy"]] for lr, r in found.items()})
-        numbers[f"{name}, {column}"] = {"best": best, **{str(lr): r for lr, r in found.items()}}
-        shown = [f"{lr:g}: {100 * r['validation_accuracy']:.1f}, {100 * r['accuracy']:.1f}" for lr, r in found.items()]
-        rows.append([f"{name}, {column}", "; ".join(shown), f"{best:g}"])
-    header = ["", "learning rate: validation, test accuracy in %", "best by validation"]
-    return f"## Dirichlet {alpha}, seed 0\n\n{table(header, rows)}\n", numbers
+        row, numbers[f"{name}, {column}"] = tried_rates(f"{name}, {column}", found)
+        rows.append(row)
+    return f"## Dirichlet {alpha}, seed 0\n\n{table(RATES_HEADER, rows)}\n", numbers
 
 
 def cue(runs: FuseFLRuns) -> Section:

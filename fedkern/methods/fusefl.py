@@ -44,8 +44,8 @@ from fedkern.methods.calibration import CalibrationOptions, calibrate, collect, 
 from fedkern.methods.fusefl_levels import (
     BothHeads,
     LocalPart,
-    joined_head,
-    mean_head,
+    linear_of,
+    plain_head,
     scaled_width,
     size,
     tensors_of,
@@ -283,7 +283,7 @@ class FuseFL(Objective, Method):
         return expected
 
     def _calibrate(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
-        head = self._head(server, self._plain_head(server))
+        head = self._plain_head(server)
         sizes: list[int] = []
 
         def measured() -> Iterator[Upload]:
@@ -321,8 +321,8 @@ class FuseFL(Objective, Method):
         state = server.state
         if len(state["levels"]) < self._levels():
             return None
-        plain = self._head(server, self._plain_head(server))
-        head = self._head(server, state["head"]) if "head" in state else None
+        plain = self._plain_head(server)
+        head = linear_of(state["head"], server.device) if "head" in state else None
         levels = _with_statistics(state["levels"], state.get("statistics", {}))
         fused = self._fused(server, _Networks(self, server, state["widths"]), levels)
         made: list[Any] = list(fused.levels)
@@ -339,16 +339,8 @@ class FuseFL(Objective, Method):
         labels = torch.cat([labels for _, labels in data.batches()])
         return {**figures, "uncalibrated_accuracy": float((predicted == labels).double().mean())}
 
-    def _plain_head(self, server: Server) -> dict[str, Tensor]:
-        """The clients' classifiers as one, before calibration."""
-        heads = list(server.state["heads"].values())
-        return joined_head(heads) if self.options.final_fuse == "concat" else mean_head(heads)
-
-    def _head(self, server: Server, state: Mapping[str, Tensor]) -> nn.Linear:
-        classes, width = state["weight"].shape
-        head = nn.utils.skip_init(nn.Linear, width, classes, device=server.device)
-        head.load_state_dict(state)
-        return head
+    def _plain_head(self, server: Server) -> nn.Linear:
+        return linear_of(plain_head(list(server.state["heads"].values()), self.options.final_fuse), server.device)
 
     def _fused(self, place: Client | Server, networks: _Networks, levels: Levels) -> FusedNetwork:
         """Levels 1, 2, ... as they are given, frozen."""

@@ -163,6 +163,19 @@ def joined_head(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {"weight": weight, "bias": mean_head(states)["bias"]}
 
 
+def plain_head(states: Sequence[Mapping[str, Tensor]], final: str) -> dict[str, Tensor]:
+    """The clients' classifiers as one, before calibration, for features that are fused by ``final``."""
+    return joined_head(states) if final == "concat" else mean_head(states)
+
+
+def linear_of(state: Mapping[str, Tensor], device: torch.device | str = "cpu") -> nn.Linear:
+    """The classifier with these weights."""
+    classes, width = state["weight"].shape
+    head = nn.utils.skip_init(nn.Linear, width, classes, device=device)
+    head.load_state_dict(state)
+    return head
+
+
 class BothHeads(nn.Module):
     """A calibrated network that also remembers what its classifier before calibration predicts."""
 

@@ -206,12 +206,19 @@ def forward_mode(operator: str) -> bool:
     """
     if _forward_ad._current_level < 0:
         return False
-    if not _is_compiling() and forced_backend() not in (None, "reference"):
-        raise RuntimeError(
-            f"backend {forced_backend()!r} was forced, but {operator} runs through the reference under forward-mode "
-            "AD; allow it with use_backend(None) or by unsetting FEDKERN_BACKEND"
-        )
+    if not _is_compiling():
+        only_reference(operator, "forward-mode AD")
     return True
+
+
+def only_reference(operator: str, where: str) -> None:
+    """Raises RuntimeError where another backend than the reference, which alone serves ``where``, was forced."""
+    forced = forced_backend()
+    if forced not in (None, "reference"):
+        raise RuntimeError(
+            f"backend {forced!r} was forced, but {operator} runs through the reference under {where}; allow it with "
+            "use_backend(None) or by unsetting FEDKERN_BACKEND"
+        )
 
 
 def tangents(values: Iterable[Any]) -> bool:

@@ -136,12 +136,7 @@ def _fuse(features: Sequence[Tensor], scale: Tensor | None, shift: Tensor | None
     if not backend.eager(*given):
         if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
             # A list of mapped tensors has no batching rule of its own; the reference's operations do.
-            forced = backend.forced_backend()
-            if forced not in (None, "reference"):
-                raise RuntimeError(
-                    f"backend {forced!r} was forced, but {operator} runs through the reference under torch.func "
-                    "transforms; allow it with use_backend(None) or by unsetting FEDKERN_BACKEND"
-                )
+            backend.only_reference(operator, "torch.func transforms")
             return reference(features, scale, shift, relu)
         return FUSE(list(features), scale, shift, relu, mean)
     kernel = backend.select(operator, *features)
