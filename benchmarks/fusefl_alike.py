@@ -1,7 +1,8 @@
-"""FuseFL and the ensemble under one classifier: what is the fusion's doing, and what the calibration's.
+"""Every method under one classifier: what is the fusion's doing, and what the calibration's.
 
 The main table calibrates each method as its own option does: FuseFL's classifier reads the mean of its branches'
-features, the ensemble's all members' side by side.  Here both get both, at two learning rates of the calibration.
+features, the ensemble's all members' side by side.  Here both get both, at two learning rates of the calibration, and
+averaged networks, of one round and of many, the same on their only features.
 """
 
 from __future__ import annotations
@@ -9,35 +10,43 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.fusefl_runs import CALIBRATED, SEEDS, FuseFLRuns
+from benchmarks.fusefl_runs import CALIBRATED, PUBLISHED, REFERENCE, SEEDS, FuseFLRuns
 from benchmarks.recalibrate import Classifier, Pool, recalibrate
 from benchmarks.study import Case, spread, table
 
 RATES = (0.01, 0.1)
 """Learning rates of the calibration: FuseFL's own, and one that its few passes get further with."""
-POOLS: Mapping[Pool, str] = {"mean": "their mean", "concat": "all side by side"}
+POOLS: Mapping[Pool, str] = {"mean": "the branches' mean", "concat": "all side by side"}
 BOTH = ("FuseFL", "ensemble")
+AVERAGED = "one-shot FedAvg"
 LONGER = 3
 
 
 def alike(runs: FuseFLRuns) -> tuple[str, dict[str, Any]]:
-    """Both under the same classifiers: at every heterogeneity, with more clients, deeper, trained longer."""
+    """All under the same classifiers at every heterogeneity; the two with more clients, deeper, trained longer."""
     rates, alphas, numbers = runs.rates(), runs.study.alphas, {}
-    main = {
-        (name, alpha): [runs.one_shot(name, alpha, rates[name, CALIBRATED], seed) for seed in SEEDS]
-        for name in BOTH
-        for alpha in alphas
-    }
+
+    def case(name: str, alpha: float, seed: int) -> Case:
+        if name == REFERENCE:
+            return runs.reference(alpha, rates[name, PUBLISHED], seed)
+        made = runs.plain if name == AVERAGED else runs.one_shot  # an averaged network keeps its last classifier only
+        return made(name, alpha, rates[name, CALIBRATED], seed)
+
+    names = (*BOTH, AVERAGED, REFERENCE)
+    main = {(name, alpha): [case(name, alpha, seed) for seed in SEEDS] for name in names for alpha in alphas}
     others = _others(runs)
     runs.run([*(case for row in main.values() for case in row), *(case for row in others.values() for case in row)])
 
     rows = []
-    for name in BOTH:
+    for name in names:
         for one in _classifiers("full"):
+            if name not in BOTH and one.pool != "concat":
+                continue  # of one branch both are the same
             found = [_accuracies(runs, main[name, alpha], one) for alpha in alphas]
             for alpha, accuracies in zip(alphas, found, strict=True):
                 numbers[f"{name}, {one.name}, alpha {alpha}"] = accuracies
-            rows.append([name, POOLS[one.pool], f"{one.lr:g}", *(spread(accuracies) for accuracies in found)])
+            reads = POOLS[one.pool] if name in BOTH else "one network's features"
+            rows.append([name, reads, f"{one.lr:g}", *(spread(accuracies) for accuracies in found)])
     header = ["method", "the classifier reads", "its lr", *(f"Dirichlet {alpha}" for alpha in alphas)]
     page = f"## Calibrated alike: accuracy, mean ± standard deviation over {len(SEEDS)} seeds, in %\n\n"
     page += table(header, rows) + "\n\n"
@@ -53,8 +62,8 @@ def alike(runs: FuseFLRuns) -> tuple[str, dict[str, Any]]:
                 row.append(f"{100 * accuracy:.1f}")
         rows.append(row)
     header = ["", *(f"{name}, {POOLS[c.pool]}, {c.lr:g}" for c in _classifiers("full") for name in BOTH)]
-    page += "Local learning rates are the main table's, chosen with FuseFL's classifier on the mean, the ensemble's "
-    page += "on all.\n\n"
+    page += "Local learning rates are the main table's: chosen with FuseFL's classifier on the mean, the ensemble's on "
+    page += f"all; for {REFERENCE}, not calibrated.\n\n"
     page += f"## More clients, deeper, longer: Dirichlet {alphas[0]}, seed 0, in %\n\nWith more clients covariances "
     page += f"are diagonal.  Longer: {LONGER} times the epochs.\n\n{table(header, rows)}\n"
     return page, numbers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ ONE_SHOT: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "FuseFL": ("fusefl", {}),
 }
 REFERENCE = "FedAvg, many rounds"
+GENERATOR: Mapping[str, Any] = {"ngf": 16, "generator_lr": 0.01, "generator_steps": 30, "synthesis_batch": 128}
+"""What makes generators affordable: the published step size moves one that starts anew for every batch too little."""
 LINKS = (10, 1000)  # Mbit/s
 SAID = {
     "digits": "Not augmented.",
@@ -80,6 +83,10 @@ class FuseFLRuns(Runs):
         method, own = ONE_SHOT[name]
         return self.run_of(method, alpha, lr, seed, own, *words, **changes)
 
+    def plain(self, name: str, alpha: float, lr: float, seed: int) -> Case:
+        """A one-shot run with the method's own options alone: a baseline that is not calibrated."""
+        return self.run_of(ONE_SHOT[name][0], alpha, lr, seed, {}, "plain")
+
     def wide(self, alpha: float, lr: float, seed: int) -> Case:
         """FuseFL whose clients are as wide as the baselines' (the method's option, not the setting of that name)."""
         return self.run_of("fusefl", alpha, lr, seed, {"width": self.study.settings["width"]}, "wide")
@@ -98,6 +105,23 @@ class FuseFLRuns(Runs):
         epochs = self.study.settings["local_epochs"] // self.study.rounds
         settings = {"rounds": self.study.rounds, "local_epochs": epochs, "eval_every": 1000, **changes}
         return self.run_of("fedavg", alpha, lr, seed, {}, **settings)
+
+    def distilled(self, alpha: float, lr: float, seed: int, **changes: Any) -> dict[str, Case]:
+        """What is distilled from an ensemble that learnt at ``lr``, calibrated too."""
+        generated = {"calibrate": True, **GENERATOR}
+        return {
+            "FedDF, public images": self.run_of("feddf", alpha, lr, seed, {"calibrate": True}, **changes),
+            "FedDF, generator": self.run_of(
+                "feddf", alpha, lr, seed, {**generated, "source": "generator"}, "generator", **changes
+            ),
+            "DENSE": self.run_of("dense", alpha, lr, seed, {**generated, "distill_epochs": 20}, **changes),
+        }
+
+    def spoiled(self, name: str, kind: str, step: str, alpha: float, lr: float, seed: int) -> Case:
+        """A one-shot run whose client 0 uploads what cannot be used (``benchmarks.spoiled``), which is left out."""
+        case = self.one_shot(name, alpha, lr, seed, kind, step)
+        said = (*case.arguments, "--on-nan", "skip")
+        return dataclasses.replace(case, arguments=said, program=("benchmarks.spoiled", kind, step))
 
     def record(self, case: Case, column: Column) -> dict[str, Any]:
         """The figures of a column: FuseFL's last ones in both; others' before and after their calibration."""

@@ -2,14 +2,15 @@
 
 FuseFL's classifier reads the mean of its branches' features, an ensemble's all members' features side by side, M times
 as many.  What calibration makes of either depends on that, and on how far its few steps come: features of a mean are
-smaller.  Here every network of several branches gets both kinds of classifier at several learning rates.
+smaller.  Here every network gets both kinds of classifier at several learning rates; an ordinary one has one branch,
+whose features are the same in both.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -62,12 +63,17 @@ def recalibrate(folder: Path, wanted: Iterable[Classifier], *, batch: int = 500)
     What is done is kept in the run folder.
 
     Args:
-        folder: a finished run of ``fusefl`` or ``ensemble`` on images.
+        folder: a finished run on images: of ``fusefl`` or ``ensemble``, calibrated or not, or of a method whose model
+            is an ordinary network, not calibrated (its classifier is what calibration starts from).
         wanted: what to calibrate.
         batch: images at a time.
 
     Returns:
         ``{"accuracy": ..., "validation_accuracy": ...}`` by :attr:`Classifier.name`.
+
+    Raises:
+        TypeError: a network without ``features`` and ``head``.
+        ValueError: an ordinary network that is calibrated already, or a run of ``fusefl`` without its checkpoint.
     """
     path, wanted = folder / FILE, list(wanted)
     kept = json.loads(path.read_text()) if path.exists() else {}
@@ -78,6 +84,7 @@ def recalibrate(folder: Path, wanted: Iterable[Classifier], *, batch: int = 500)
         network, about = engine.read_model(folder)
         data = load_data(config)
         branches = _branches(network)
+        _refuse_calibrated(network, config.options, folder)
 
         @torch.no_grad()
         def features(images: Tensor) -> Tensor:  # [B, M, d]
@@ -123,7 +130,14 @@ def _branches(network: Any) -> Callable[[Tensor], Tensor]:
         return lambda x: network.joined(x).unflatten(1, (_count(network), -1))
     if isinstance(network, Ensemble):
         return lambda x: torch.stack(network.parts(x)[0], 1)
-    raise TypeError(f"recalibrate serves fused networks and ensembles, not {type(network).__name__}")
+    if hasattr(network, "features") and isinstance(getattr(network, "head", None), nn.Linear):
+        return lambda x: network.features(x).unsqueeze(1)
+    raise TypeError(f"recalibrate serves networks with features and a linear head, not {type(network).__name__}")
+
+
+def _refuse_calibrated(network: Any, options: Mapping[str, Any], folder: Path) -> None:
+    if not isinstance(network, FusedNetwork | Ensemble) and options.get("calibrate"):
+        raise ValueError(f"{folder} has only its calibrated classifier left: run it with calibrate=false")
 
 
 def _plain_head(network: Any, folder: Path, pool: Pool) -> nn.Linear:
@@ -131,6 +145,8 @@ def _plain_head(network: Any, folder: Path, pool: Pool) -> nn.Linear:
     if isinstance(network, Ensemble):
         network.pool = pool
         return network.joint_head()
+    if not isinstance(network, FusedNetwork):
+        return cast(nn.Linear, network.head)
     state = Checkpoints(folder).last_server_state()
     if state is None:
         raise ValueError(f"{folder} has no checkpoint left, which the clients' classifiers are in")

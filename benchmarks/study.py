@@ -35,10 +35,14 @@ FILES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One run: the folder's name, and the arguments of ``python -m fedkern.run`` behind ``--out``."""
+    """One run: the folder's name, and the arguments of ``python -m fedkern.run`` behind ``--out``.
+
+    ``program`` is what stands in its place: a module that takes the same arguments, and its own before them.
+    """
 
     name: str
     arguments: tuple[str, ...]
+    program: tuple[str, ...] = ("fedkern.run",)
 
 
 def folder_name(words: Iterable[str]) -> str:
@@ -265,7 +269,7 @@ def run_sections(
 
 
 def _launch(run_folder: Path, case: Case) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "fedkern.run"]
+    command = [sys.executable, "-m", *case.program]
     if (run_folder / "config.toml").exists():
         command += ["--resume", str(run_folder), "--quiet"]
     else:

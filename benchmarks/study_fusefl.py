@@ -6,8 +6,8 @@
 ``--only SECTION ...`` runs some of the sections: ``table`` (all baselines, three heterogeneities, three seeds),
 ``blocks`` (K, adaptors), ``clients`` (M), ``datafree``, ``width``, ``parts`` (every decision alone), ``alike`` (FuseFL
 and the ensemble under the same classifiers), ``code`` (as in the released code), ``edges`` (learning rates beyond the
-grid), ``cue`` (spurious shapes), ``backdoor`` (a backdoored client).  Each goes on where it was interrupted and writes
-``benchmarks/results/fusefl_<study>_<section>.md`` and ``.json``.
+grid), ``cue`` (spurious shapes), ``backdoor`` (a backdoored client), ``refused`` (a client whose upload cannot be
+used).  Each goes on where it was interrupted and writes ``benchmarks/results/fusefl_<study>_<section>.md``, ``.json``.
 
 All one-shot methods train equally long on the same split.  Calibration is a part of FuseFL and not of its baselines, so
 there are two columns: as published, and with every method's classifier calibrated alike.  The learning rate of a method
@@ -18,13 +18,14 @@ in a column comes from the same grid, by the accuracy of that column on the vali
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.fusefl_alike import alike
+from benchmarks.fusefl_misled import backdoor, cue, refused
 from benchmarks.fusefl_runs import (
     CALIBRATED,
+    GENERATOR,
     LINKS,
     ONE_SHOT,
     PUBLISHED,
@@ -127,9 +128,6 @@ def _rows(runs: FuseFLRuns, cases: Mapping[str, Case], numbers: dict[str, Any]) 
     return rows
 
 
-# What makes the generators affordable: the published step size moves one that starts anew for every batch too little.
-GENERATOR: Mapping[str, Any] = {"ngf": 16, "generator_lr": 0.01, "generator_steps": 30, "synthesis_batch": 128}
-
 HEADER = ["run", "before calibration, %", "calibrated, %", "MB up", "MB down", "memory"]
 
 
@@ -169,12 +167,7 @@ def datafree(runs: FuseFLRuns) -> Section:
     """Distillation of the ensemble, FedDF on public and on generated images and DENSE, beside what is distilled."""
     rates, alpha, numbers = runs.rates(), runs.study.alphas[0], {}
     lr = rates["ensemble", PUBLISHED]
-    generated = {"calibrate": True, **GENERATOR}
-    distilled = {
-        "FedDF, public images": runs.run_of("feddf", alpha, lr, 0, {"calibrate": True}),
-        "FedDF, generator": runs.run_of("feddf", alpha, lr, 0, {**generated, "source": "generator"}, "generator"),
-        "DENSE": runs.run_of("dense", alpha, lr, 0, {**generated, "distill_epochs": 20}),
-    }
+    distilled = runs.distilled(alpha, lr, 0)
     columns = (PUBLISHED, CALIBRATED)
     cases = {(name, column): case for name, case in distilled.items() for column in columns}
     cases |= {(n, column): runs.one_shot(n, alpha, rates[n, column], 0) for n in ONE_SHOT for column in columns}
@@ -291,59 +284,6 @@ def edges(runs: FuseFLRuns) -> Section:
     return f"## Dirichlet {alpha}, seed 0\n\n{table(RATES_HEADER, rows)}\n", numbers
 
 
-def cue(runs: FuseFLRuns) -> Section:
-    """On two of the clients a shape tells the class: what becomes of the accuracy where it does not."""
-    rates, alpha, numbers = runs.rates(), runs.study.alphas[-1], {}
-    both = (PUBLISHED, CALIBRATED)
-    columns = {name: both if name in ("one-shot FedAvg", "ensemble") else both[:1] for name in (*ONE_SHOT, REFERENCE)}
-
-    def case(name: str, seed: int, column: Column) -> Case:
-        run = runs.reference if name == REFERENCE else partial(runs.one_shot, name)
-        return run(alpha, rates[name, column], seed, cue_clients=2)
-
-    runs.run(case(name, seed, column) for name, own in columns.items() for column in own for seed in SEEDS)
-    rows = []
-    for name, own in columns.items():
-        for column in own:
-            found = [runs.record(case(name, seed, column), column) for seed in SEEDS]
-            numbers[f"{name}, {column}"] = {"lr": rates[name, column], "runs": found}
-            drops = [r["cue_tied_accuracy"] - r["cue_random_accuracy"] for r in found]
-            kinds = ("accuracy", "cue_tied_accuracy", "cue_random_accuracy")
-            figures = [*(spread([r[kind] for r in found]) for kind in kinds), spread(drops)]
-            rows.append([f"{name}, {column}", str(rates[name, column]), *figures])
-    header = ["method", "lr", "no shape", "shape of the class", "random shape", "drop"]
-    title = f"## Spurious cue on 2 clients, Dirichlet {alpha}, {len(SEEDS)} seeds: accuracy in %\n\n"
-    return title + table(header, rows) + "\n", numbers
-
-
-def backdoor(runs: FuseFLRuns) -> Section:
-    """One client's blocks are backdoored: how often its patch succeeds, and what is left of the clean accuracy."""
-    rates, alpha, numbers = runs.rates(), runs.study.alphas[-1], {}
-
-    def case(name: str, seed: int, column: Column, clients: int) -> Case:
-        changes = {"backdoor_clients": clients} if clients else {}
-        return runs.one_shot(name, alpha, rates[name, column], seed, **changes)
-
-    columns = {name: (PUBLISHED,) if name == "FuseFL" else (PUBLISHED, CALIBRATED) for name in ONE_SHOT}
-    wanted = [(name, column) for name, own in columns.items() for column in own]
-    runs.run(case(name, seed, column, bad) for name, column in wanted for seed in SEEDS for bad in (0, 1))
-    rows = []
-    for name, column in wanted:
-        clean, found = ([runs.record(case(name, s, column, bad), column) for s in SEEDS] for bad in (0, 1))
-        numbers[f"{name}, {column}"] = {"lr": rates[name, column], "clean": clean, "backdoored": found}
-        rows.append([
-            f"{name}, {column}", str(rates[name, column]), spread([r["accuracy"] for r in clean]),
-            spread([r["accuracy"] for r in found]), spread([r["backdoor_accuracy"] for r in found]),
-        ])  # fmt: skip
-    header = ["method", "lr", "accuracy, nobody backdoored", "accuracy", "attack succeeds"]
-    title = (
-        f"## One of the clients backdoored, Dirichlet {alpha}, {len(SEEDS)} seeds, in %\n\nHalf of client 0's images "
-    )
-    title += "carry a white patch of 4x4 pixels and the label of class 0.  The attack succeeds on a test image of any "
-    title += "other class when the patch makes it class 0.\n\n"
-    return title + table(header, rows) + "\n", numbers
-
-
 SECTIONS: Mapping[str, Callable[[FuseFLRuns], Section]] = {
     "table": main_table,
     "blocks": blocks,
@@ -356,6 +296,7 @@ SECTIONS: Mapping[str, Callable[[FuseFLRuns], Section]] = {
     "edges": edges,
     "cue": cue,
     "backdoor": backdoor,
+    "refused": refused,
 }
 
 

@@ -35,7 +35,21 @@ def test_it_starts_from_the_classifier_before_and_gets_somewhere(method, tmp_pat
     assert recalibrate(tmp_path, iter(kinds[:1])) == {kinds[0].name: found[kinds[0].name]}  # kept, not made again
 
 
-def test_networks_it_does_not_know(tmp_path):
-    run(RunConfig.make("oneshot-fedavg", **TINY), out=tmp_path)
-    with pytest.raises(TypeError, match="fused networks and ensembles"):
+def test_an_ordinary_network_is_one_branch(tmp_path):
+    metrics = run(RunConfig.make("oneshot-fedavg", **TINY), out=tmp_path)["metrics"]
+    kinds = [Classifier(pool, lr, "diagonal") for pool in ("mean", "concat") for lr in (STILL, 0.1)]
+    found = recalibrate(tmp_path, kinds)
+    for pool in ("mean", "concat"):
+        assert found[f"{pool}, lr 1e-12, diagonal"]["accuracy"] == pytest.approx(metrics["accuracy"], abs=1e-9)
+    assert found[kinds[1].name] == found[kinds[3].name]
+    assert found[kinds[1].name]["accuracy"] > metrics["accuracy"]
+
+
+def test_networks_that_cannot_be_calibrated_anew(tmp_path):
+    run(RunConfig.make("oneshot-fedavg", options={"calibrate": True, "virtual_features": 50}, **TINY), out=tmp_path)
+    with pytest.raises(ValueError, match=r"only its calibrated classifier left: run it with calibrate=false"):
         recalibrate(tmp_path, [Classifier("mean", 0.1)])
+    run(RunConfig.make("fedavg", **{**TINY, "data": "segdigits", "model": "unet", "partition": "iid"}, rounds=1),
+        out=tmp_path / "unet")  # fmt: skip
+    with pytest.raises(TypeError, match="features and a linear head, not UNet"):
+        recalibrate(tmp_path / "unet", [Classifier("mean", 0.1)])

@@ -4,7 +4,7 @@ from collections import defaultdict
 
 import pytest
 
-from benchmarks import fusefl_alike, study, study_feddra, study_fedgid, study_fedlpfm, study_fusefl
+from benchmarks import fusefl_alike, fusefl_misled, study, study_feddra, study_fedgid, study_fedlpfm, study_fusefl
 from fedkern.cli import flags, request
 
 FIGURES = (
@@ -26,7 +26,8 @@ def dry(kind, asked):
             for case in cases:
                 assert asked.setdefault(case.name, case) == case
                 ledger = {"clients": {"0": {"up": 8, "down": 8}}}
-                self.summaries[case.name] = {"clients": 5, "seconds": 1.0, "bytes": ledger}
+                said = {"refused-upload-0": "It was left out."}
+                self.summaries[case.name] = {"clients": 5, "seconds": 1.0, "bytes": ledger, "diagnostics": said}
 
         def metrics(self, case):
             assert case.name in self.summaries
@@ -52,6 +53,7 @@ def taken(cases, tmp_path):
 def test_every_case_is_a_command_line(module, kind, name, monkeypatch, tmp_path):
     monkeypatch.setattr(study_fusefl, "probe", lambda folder, blocks: [0.1, 0.2])
     monkeypatch.setattr(study_fusefl, "_parameters", lambda folder: 1)
+    monkeypatch.setattr(fusefl_misled, "patched", lambda folder, calibrated: 0.1 if calibrated else None)
     found = {"accuracy": 0.5}
     monkeypatch.setattr(fusefl_alike, "recalibrate", lambda folder, wanted: {one.name: found for one in wanted})
     asked = {}
