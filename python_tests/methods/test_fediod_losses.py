@@ -141,6 +141,22 @@ def test_discriminators_loss_and_confidence():
     torch.testing.assert_close(losses.confidence(patches)[1], patches[1].sigmoid().mean((1, 2)))
 
 
+@pytest.mark.parametrize("preset", ["paper", "code"])
+@pytest.mark.parametrize("diversity", ["jsd", "reverse_kl", "mutual_information"])
+def test_gradients_of_teachers_that_rule_classes_out(preset, diversity, logits):
+    """Probabilities that are 0 in single precision: a teacher that is sure never saw the class."""
+    sure = logits.float()
+    sure[1, :, 2] -= 200
+    sure.requires_grad_()
+    assert (sure.softmax(2).movedim(2, -1).flatten(1, -2).mean(1) == 0).any()
+    s = settings(preset=preset, diversity=diversity, w_balance=1.0)
+    student = logits[0].float()
+    total, terms = losses.teacher_terms(sure, PI.float(), s, student, PI.float()[:, None, None], None)
+    assert all(bool(term.isfinite()) for term in terms.values())
+    (gradient,) = torch.autograd.grad(total, sure)
+    assert bool(gradient.isfinite().all())
+
+
 def test_presets_settle_what_is_left_open():
     paper, code = settings(), settings(preset="code", w_adv=0.5)
     assert (paper.w_adv, paper.w_balance, paper.js_sign, paper.disc_weight, paper.bce) == (0, 0, -1, True, "mean")
