@@ -83,10 +83,6 @@ class FuseFLRuns(Runs):
         method, own = ONE_SHOT[name]
         return self.run_of(method, alpha, lr, seed, own, *words, **changes)
 
-    def plain(self, name: str, alpha: float, lr: float, seed: int) -> Case:
-        """A one-shot run with the method's own options alone: a baseline that is not calibrated."""
-        return self.run_of(ONE_SHOT[name][0], alpha, lr, seed, {}, "plain")
-
     def wide(self, alpha: float, lr: float, seed: int) -> Case:
         """FuseFL whose clients are as wide as the baselines' (the method's option, not the setting of that name)."""
         return self.run_of("fusefl", alpha, lr, seed, {"width": self.study.settings["width"]}, "wide")
