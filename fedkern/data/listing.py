@@ -31,6 +31,7 @@ class Reading:
         test_share: share of the images held out as test set where the files have no split of their own.
         validation_share: share of the training images held out as validation set where there is none.
         pad: keep the proportions of images that are not square.
+        crop: side of the window of an image that a network sees, at most ``size``; 0 for the whole image.
     """
 
     size: int
@@ -38,6 +39,7 @@ class Reading:
     test_share: float
     validation_share: float
     pad: bool = False
+    crop: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,11 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
     """Makes the pools of a listed data set.
 
     Raises:
-        UserError: an empty training or test set, too few images to hold some out, or clients named for some training
-            images only.
+        UserError: an empty training or test set, too few images to hold some out, clients named for some training
+            images only, or a window that is larger than the images.
     """
+    if reading.crop > reading.size:
+        raise UserError(f'data set "{data}": crop is {reading.crop}, more than size, {reading.size}')
     rows = _rows(data, listing, reading)
     named = [listing.clients[row] for row in rows["train"].tolist()]
     names = sorted(set(named))
@@ -102,8 +106,9 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
         tests={"": pool(rows["test"])},
         mean=GREY_MEAN if grey else IMAGENET_MEAN,
         std=GREY_STD if grey else IMAGENET_STD,
-        augment="none",
+        augment="window" if 0 < reading.crop < reading.size else "none",
         groups=None if groups is None else len(names),
+        crop=reading.crop,
     )
 
 

@@ -23,6 +23,7 @@ from fedkern.data.partition import PartitionSpec, parse_partition, partition_lik
 from fedkern.data.partition import partition as share_out
 from fedkern.data.registry import DATASETS, DETECTION_OPTIONS, DatasetInfo, lookup, read_options
 from fedkern.data.statistics import PartitionStatistics
+from fedkern.data.transforms import central
 from fedkern.data.types import FederatedData, Pool, Source, Split
 from fedkern.errors import UserError
 from fedkern.streams import stream
@@ -109,9 +110,9 @@ def load(
         mean, std = ((value,) * 3 for value in _COLOURED_SCALE[name, ink])
     else:
         splits = tuple(source.train.take(rows) for rows in held)
-        public = source.train.take(public_rows)
-        validation = source.validation.take(validation_rows)
-        tests = {key: pool.take(test_rows[key]) for key, pool in source.tests.items()}
+        public = _seen(source, source.train.take(public_rows))
+        validation = _seen(source, source.validation.take(validation_rows))
+        tests = {key: _seen(source, pool.take(test_rows[key])) for key, pool in source.tests.items()}
     pools = (source.train, source.validation, *source.tests.values())
     if boxed:
         splits = tuple(dataclasses.replace(split, masks=bounding_boxes(split.masks)) for split in splits)
@@ -134,6 +135,11 @@ def load(
         data = extract_background(data, background)
     data = add_cues(data, common["cue_clients"], common["cue_size"], seed)
     return add_backdoor(data, common["backdoor_clients"], common["backdoor_target"], common["backdoor_size"], seed)
+
+
+def _seen(source: Source, split: Split) -> Split:
+    """What networks see of images that nobody augments."""
+    return central(split, (source.crop, source.crop)) if source.crop else split
 
 
 def _background_source(

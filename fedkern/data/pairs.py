@@ -23,6 +23,7 @@ def open_pairs(
     longest: int = 112,
     test_share: float = 0.2,
     validation_share: float = 0.1,
+    crop: int = 0,
 ) -> Source:
     """Reads images and their texts; images are decoded when a split needs them.
 
@@ -35,6 +36,7 @@ def open_pairs(
         colour: ``"rgb"`` or ``"grey"``.
         longest: words kept of a text.
         test_share, validation_share: what is held out where there is no such split.
+        crop: side of the window that networks see: anywhere in training images, central in others; 0: whole images.
 
     Raises:
         UserError: anything wrong with a file, an image without a text, or an empty text.
@@ -60,7 +62,9 @@ def open_pairs(
         clients=clients,
         texts=[" ".join(text.split()[:longest]) for text in texts],
     )
-    return to_source("pairs", listing, classes, Reading(size, colour, test_share, validation_share, pad=True))
+    return to_source(
+        "pairs", listing, classes, Reading(size, colour, test_share, validation_share, pad=True, crop=crop)
+    )
 
 
 def _found(base: Path) -> tuple[list[Path], list[str], list[str]]:

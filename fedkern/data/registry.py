@@ -174,6 +174,10 @@ _READING = {
     ),
 }
 
+_CROP = DataOption(
+    0, "side of the window that networks see, anywhere in training images, central in others; 0: whole images", low=0
+)
+
 DATASETS: dict[str, DatasetInfo] = {
     "colordigits": DatasetInfo(
         "embedded digits on backgrounds coloured by class and client; out-of-distribution test with random colours",
@@ -249,13 +253,14 @@ DATASETS: dict[str, DatasetInfo] = {
     "pairs": DatasetInfo(
         "your own images with captions: image.jpg and image.txt, or a CSV file image,text[,label][,split][,client]",
         open_pairs, 5, "iid", (3, 64),
-        options={**_READING, "longest": DataOption(112, "words kept of a text", low=1)},
+        options={**_READING, "crop": _CROP, "longest": DataOption(112, "words kept of a text", low=1)},
     ),
     "reports": DatasetInfo(
         "radiographs with reports as in MIMIC-CXR: a CSV file with image,report[,label][,view][,site][,split]",
         open_reports, 5, "dirichlet:0.5", (1, 64), prompts="{class}",
         options={
             **_READING,
+            "crop": _CROP,
             "colour": DataOption("grey", "three channels, or one", choices=("rgb", "grey")),
             "views": DataOption(
                 "known", "PA and AP alone, these and rows that name no view, or all",

@@ -37,6 +37,7 @@ def open_reports(
     shortest: int = 3,
     test_share: float = 0.2,
     validation_share: float = 0.1,
+    crop: int = 0,
 ) -> Source:
     """Reads a CSV file of radiographs and reports.
 
@@ -56,6 +57,8 @@ def open_reports(
         longest: tokens kept of a report.
         shortest: rows whose report has fewer tokens are left out.
         test_share, validation_share: what is held out where no row belongs to such a split.
+        crop: side of the window that networks see: anywhere in training images, central in others; 0: whole images.
+            The published setting is 224 of 256 pixels (FedDRA, method notes 3.8).
 
     Raises:
         UserError: anything wrong with the file or an image it names, or no row left.
@@ -92,7 +95,9 @@ def open_reports(
         clients=[""] * len(rows) if client is None else table.column(client),
         texts=[texts[row] for row in rows],
     )
-    return to_source("reports", listing, classes, Reading(size, colour, test_share, validation_share, pad=True))
+    return to_source(
+        "reports", listing, classes, Reading(size, colour, test_share, validation_share, pad=True, crop=crop)
+    )
 
 
 def _column(table: Table, names: Sequence[str]) -> str | None:

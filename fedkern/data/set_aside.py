@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from fedkern.data.transforms import central
 from fedkern.data.types import FederatedData, Split
 from fedkern.errors import UserError
 from fedkern.streams import stream
@@ -36,14 +37,13 @@ def set_aside(data: FederatedData, *, held_out: int | None, share: float, seed: 
             last = f"0 to {len(numbers) - 1}" if len(numbers) > 1 else "and a single one cannot be"
             raise UserError(f"--held-out-client must be one of the clients, {last}, not {held_out}.")
         numbers.remove(held_out)
-        tests[HELD_OUT] = data.clients[held_out]
+        tests[HELD_OUT] = central(data.clients[held_out], data.image_shape[1:])
     if not share:
         own = tuple(data.client_tests[k] for k in numbers) if data.client_tests else ()
         return replace(data, clients=tuple(data.clients[k] for k in numbers), tests=tests, client_tests=own)
     parts = [_divided(data.clients[k], k, share, seed) for k in numbers]
-    return replace(
-        data, clients=tuple(kept for kept, _ in parts), tests=tests, client_tests=tuple(test for _, test in parts)
-    )
+    own = tuple(central(test, data.image_shape[1:]) for _, test in parts)
+    return replace(data, clients=tuple(kept for kept, _ in parts), tests=tests, client_tests=own)
 
 
 def _divided(split: Split, client: int, share: float, seed: int) -> tuple[Split, Split]:

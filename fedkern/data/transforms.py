@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedkern.data.types import IGNORE
+from fedkern.data.types import IGNORE, Split
 from fedkern.errors import UserError, nearest
 
 PADDING = 4
@@ -73,6 +74,40 @@ def crop(
     index = torch.arange(batch)[:, None, None], rows[:, :, None], columns[:, None, :]
     cut = padded[tuple(part.to(images.device) for part in index)].permute(0, 3, 1, 2)
     return cut if keeps_channels_last else cut.contiguous()
+
+
+def window(images: Tensor, sides: tuple[int, int], rng: np.random.Generator | None = None) -> Tensor:
+    """Cuts a window out of every image, its place drawn uniformly; the central one without a generator.
+
+    Args:
+        images: ``[B, C, H, W]``, any dtype; the memory format is kept.
+        sides: the window's height and width, at most those of the images; equal ones give ``images`` itself.
+        rng: draws ``B`` row offsets, then ``B`` column offsets.
+
+    Raises:
+        ValueError: a window that is larger than the images.
+    """
+    batch, _, height, width = images.shape
+    room = height - sides[0], width - sides[1]
+    if min(room) < 0:
+        raise ValueError(f"sides: expected at most {height} x {width}, got {sides[0]} x {sides[1]}")
+    if max(room) == 0:
+        return images
+    if rng is None:
+        top, left = room[0] // 2, room[1] // 2
+        cut = images[..., top : top + sides[0], left : left + sides[1]]
+        return cut.contiguous(memory_format=_format(images))
+    starts = [torch.from_numpy(rng.integers(0, free + 1, size=batch)) for free in room]
+    rows, columns = (start[:, None] + torch.arange(side) for start, side in zip(starts, sides, strict=True))
+    index = torch.arange(batch)[:, None, None], rows[:, :, None], columns[:, None, :]
+    cut = images.permute(0, 2, 3, 1)[tuple(part.to(images.device) for part in index)].permute(0, 3, 1, 2)
+    return cut.contiguous(memory_format=_format(images))
+
+
+def central(split: Split, sides: tuple[int, int]) -> Split:
+    """The same samples with the central window of ``sides`` of every image; itself where that is all of it."""
+    images = window(split.images, sides)
+    return split if images is split.images else dataclasses.replace(split, images=images)
 
 
 def rotate(
@@ -160,6 +195,7 @@ class Augmentation:
 
 AUGMENTATIONS: dict[str, Augmentation] = {
     "none": Augmentation(),
+    "window": Augmentation(),
     "crop": Augmentation(padding=PADDING),
     "crop-flip": Augmentation(padding=PADDING, flip=True),
     "nico": Augmentation(padding=PADDING, flip=True, degrees=ROTATION),
@@ -174,7 +210,9 @@ def augment(images: Tensor, kind: str, rng: np.random.Generator, *, fill: float 
     ``none``; ``crop``: random crop with padding 4; ``crop-flip``: that and a horizontal flip of half of the images;
     ``nico``: that and a rotation of up to 15 degrees (the NICO setting of FedGID's authors, method notes 1.6);
     ``flip-rotate``: flip and a rotation of up to 20 degrees (FuseFL's setting for Tiny-ImageNet, method notes 4.8);
-    ``dihedral``: flips and quarter turns, for images without an up and a down, such as microscopy's.
+    ``dihedral``: flips and quarter turns, for images without an up and a down, such as microscopy's;
+    ``window``: nothing more than the place of the window in data that are read with the option ``crop``, where every
+    kind but ``none`` draws it (`window`).
 
     Args:
         images: ``[B, C, H, W]``, normalised floats (then the default ``fill`` 0 is the mean colour) or uint8.
@@ -236,6 +274,10 @@ def _find(kind: str) -> Augmentation:
             f'unknown augmentation "{kind}": expected one of {", ".join(AUGMENTATIONS)}.{nearest(kind, AUGMENTATIONS)}'
         )
     return AUGMENTATIONS[kind]
+
+
+def _format(images: Tensor) -> torch.memory_format:
+    return torch.channels_last if _is_channels_last(images) else torch.contiguous_format
 
 
 def _is_channels_last(images: Tensor) -> bool:

@@ -153,6 +153,7 @@ class Source:
         mean, std: per channel, of images in [0, 1].
         augment: what training batches go through, see `fedkern.data.transforms`.
         groups: number of clients that the data set's own attributes define, or None.
+        crop: side of the window of an image that networks see; 0 for the whole image.
     """
 
     classes: tuple[str, ...]
@@ -163,6 +164,7 @@ class Source:
     std: tuple[float, ...]
     augment: str
     groups: int | None = None
+    crop: int = 0
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ class FederatedData:
     Attributes:
         name: the data set's name in `fedkern.data.DATASETS`.
         classes: class names, in label order.
-        clients: one training split per client.
+        clients: one training split per client.  Its images may be larger than `image_shape`: a network sees a window.
         validation: same distribution as the clients' data, never trained on: the only set that may choose anything.
         tests: ``{"": split}`` for one test set (metric ``accuracy``), or ``{"id": ..., "ood": ...}`` (``id_accuracy``,
             ``ood_accuracy``).
@@ -201,7 +203,7 @@ class FederatedData:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of every image."""
+        """Channels, height and width of what a network sees."""
         channels, height, width = self.validation.images.shape[1:]
         return channels, height, width
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fedkern.data import FederatedData, Split, load, normalise
 from fedkern.data.set_aside import set_aside
+from fedkern.data.transforms import central
 from fedkern.data.types import joined
 from fedkern.engine.config import RunConfig
 from fedkern.engine.run import load_data
@@ -93,8 +94,8 @@ class Finished:
         return {name or SEEN: split for name, split in self.data.tests.items()}
 
     def train(self) -> Split:
-        """All clients' training samples, for what is fitted on top of the frozen encoders."""
-        return joined(self.data.clients)
+        """All clients' training samples as a network sees them, for what is fitted on top of the frozen encoders."""
+        return central(joined(self.data.clients), self.data.image_shape[1:])
 
     def images(self, split: Split) -> Iterator[Tensor]:
         """The images of a split in batches, normalised as in the run's training: fp32, channels-last."""

@@ -174,7 +174,8 @@ class Bench:
             data = self.data
             augment = self.config.augment or data.augment
             split = data.clients[client]
-            made = ClientData(split, data.mean, data.std, self.device, augment, self.cache, self.tokens(split))
+            tokens, sides = self.tokens(split), data.image_shape[1:]
+            made = ClientData(split, data.mean, data.std, self.device, augment, self.cache, tokens, sides)
             if not self.cache:
                 self._clients.clear()  # one client's images at a time
             self._clients[client] = made

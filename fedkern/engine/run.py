@@ -152,6 +152,11 @@ def _check(config: RunConfig, data: Any) -> None:
             f'The network {config.model} is for {MODELS[config.model].task}, but the data set "{config.data}" is for '
             f"{data.task}: choose one of {', '.join(fitting)} with --model."
         )
+    if config.augment == "window" and all(s.images.shape[2:] == data.image_shape[1:] for s in data.clients):
+        raise UserError(
+            "--augment window draws the place of a window that is smaller than the images: give one with --data-option "
+            "crop=N, which image-text data have, or take another augmentation."
+        )
     if config.buffers == "pool" and data.task != "retrieval":
         raise UserError("--buffers pool is for image-text data, whose networks have batch norm in their heads alone.")
     if config.teachers is not None and not registry.get(config.method).takes_teachers:

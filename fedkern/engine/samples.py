@@ -23,7 +23,9 @@ CACHE_BYTES = 1 << 30
 class Pixels:
     """uint8 images [n, C, H, W] that become normalised fp32 batches, channels-last.
 
-    ``erased`` bool [n, H, W], where given, marks pixels that become ``fill`` (normalised, one value per channel).
+    ``sides`` [2], where given, are those of the window that a network sees: anywhere in an image where it is augmented,
+    else central.  ``erased`` bool [n, H, W], where given, marks pixels that become ``fill`` (normalised, one value per
+    channel).
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Pixels:
         augment: str = "none",
         erased: Tensor | None = None,
         fill: Tensor | None = None,
+        sides: tuple[int, int] | None = None,
     ) -> None:
         # One row per image in NHWC, so that picking rows keeps channels-last and copies whole images.
         self._rows = images.permute(0, 2, 3, 1).contiguous().to(device)
@@ -45,6 +48,7 @@ class Pixels:
         self._fill = torch.zeros(len(mean), device=device) if fill is None else fill.to(device)
         self.augment = augment
         self._cache = cache
+        self._sides = sides or (int(images.shape[2]), int(images.shape[3]))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -64,10 +68,10 @@ class Pixels:
             erased = None if erased is None else erased[index]
         if rows.dtype == torch.uint8:
             rows = self._normalise(rows, erased)
-        images = rows.permute(0, 3, 1, 2)
-        if rng is not None and self.augment != "none":
-            images = transforms.augment(images, self.augment, rng)
-        return images
+        if self.augment == "none":
+            rng = None
+        images = transforms.window(rows.permute(0, 3, 1, 2), self._sides, rng)
+        return images if rng is None else transforms.augment(images, self.augment, rng)
 
 
 def take_tokens(tokens: Any, rows: np.ndarray) -> Any:
@@ -139,6 +143,7 @@ class ClientData:
         augment: str,
         cache: bool,
         tokens: Any = None,
+        sides: tuple[int, int] | None = None,
     ) -> None:
         self.split, self.mean, self.std, self.device, self.augment, self.cache = (
             split,
@@ -148,7 +153,7 @@ class ClientData:
             augment,
             cache,
         )
-        self.pixels = Pixels(split.images, mean, std, device, cache=cache, augment=augment)
+        self.pixels = Pixels(split.images, mean, std, device, cache=cache, augment=augment, sides=sides)
         self.tokens = tokens
         self.samples = Samples(self.pixels, split.labels, device, tokens)
         self.labels: Tensor = self.samples.there

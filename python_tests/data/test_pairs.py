@@ -7,8 +7,10 @@ from PIL import Image
 
 from fedkern.data import load
 from fedkern.data.partition import partition
+from fedkern.data.set_aside import set_aside
 from fedkern.data.texts import clean, impression_and_findings
 from fedkern.engine import RunConfig, run
+from fedkern.engine.bench import Bench
 from fedkern.errors import UserError
 
 REPORT = """EXAMINATION:  CHEST (PA AND LAT)
@@ -128,6 +130,44 @@ def test_proportions_are_kept(tmp_path):
     assert int(image[4:12].min()) == 200
 
 
+@pytest.mark.parametrize("name", ["pairs", "reports"])
+def test_a_window_of_every_image(name, tmp_path):
+    """Stored whole for training; everything else, held-out clients and clients' own tests too, has the centre."""
+    lines = ["image,text,report,client,site"]
+    ramp = np.broadcast_to(np.arange(24, dtype=np.uint8)[None, :], (24, 24))  # a pixel's value is its column
+    for i in range(40):
+        Image.fromarray(ramp).save(tmp_path / f"{i}.png")
+        lines.append(f"{i}.png,text number {i},text number {i},{'ABC'[i % 3]},{'ABC'[i % 3]}")
+    (tmp_path / "set.csv").write_text("\n".join(lines))
+    options = {"size": 24, "crop": 16, "colour": "grey"}
+    data = load(name, root=tmp_path, clients=3, partition="attribute", options=options)
+    assert data.augment == "window"
+    assert data.image_shape == (1, 16, 16)
+    assert all(split.images.shape[2:] == (24, 24) for split in data.clients)
+    apart = set_aside(data, held_out=1, share=0.25, seed=0)
+    for split in (data.validation, *data.tests.values(), apart.tests["held_out"], *apart.client_tests):
+        assert split.images.shape[2:] == (16, 16)
+        assert split.images[:, 0].eq(torch.arange(4, 20)).all()
+    bench = Bench(RunConfig.make("feddra", data=name, data_root=str(tmp_path), clients=3, partition="attribute",
+                                 data_options=options, width=8, model="conv"), data, pair=None)  # fmt: skip
+    own = bench.client_data(0)
+    rows = np.arange(len(own))
+    columns = (own.samples.take(rows) * data.std[0] + data.mean[0]).mul(255).round()[:, 0, 0, 0]
+    assert columns.eq(4).all()
+    drawn = own.samples.take(np.zeros(500, dtype=np.int64), np.random.default_rng(0))
+    assert drawn.shape[2:] == (16, 16)
+    assert set((drawn * data.std[0] + data.mean[0]).mul(255).round()[:, 0, 0, 0].tolist()) == set(range(9))
+
+
+def test_a_window_is_no_larger_than_the_image(tmp_path):
+    with pytest.raises(UserError, match='data set "reports": crop is 32, more than size, 16'):
+        opened("reports", write_reports(tmp_path), crop=32)
+    config = RunConfig.make("feddra", data="captions", augment="window", rounds=1)
+    with pytest.raises(UserError, match=r"--augment window draws the place of a window .* crop=N"):
+        run(config, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 # images with a text beside them
 
 
@@ -156,7 +196,7 @@ def test_feddra_learns_from_reports(tmp_path, partition):
     root = write_reports(tmp_path / "set", rows=60)
     config = RunConfig.make("feddra", data="reports", data_root=str(root), partition=partition, clients=2, rounds=1,
                             local_steps=2, batch_size=4, width=8, client_test=0.2, options={"alignment_steps": 1},
-                            data_options={"size": 16})  # fmt: skip
+                            data_options={"size": 18, "crop": 16})  # fmt: skip
     metrics = run(config, out=tmp_path / "run")["metrics"]
     assert metrics["gallery"] > 5
     assert 0 <= metrics["i2t_r1"] <= 1

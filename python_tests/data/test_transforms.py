@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from fedkern.data import AUGMENTATIONS, IGNORE, augment, augment_pairs, normalise
-from fedkern.data.transforms import crop, dihedral, rotate
+from fedkern.data.transforms import crop, dihedral, rotate, window
 from fedkern.errors import UserError
+
+STILL = ("none", "window")  # what leaves images alone that are no larger than what a network sees
 
 
 def images(
@@ -57,12 +59,38 @@ def test_crop_covers_all_offsets_and_half_of_the_images_flip() -> None:
     assert 0.46 < flipped.double().mean() < 0.54
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_window(dtype: torch.dtype, channels_last: bool) -> None:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    batch = images(height=9, width=13, dtype=dtype).contiguous(memory_format=layout)
+    made = window(batch, (6, 13), np.random.default_rng(1))
+    tops = np.random.default_rng(1).integers(0, 4, size=len(batch))
+    assert torch.equal(made, torch.stack([one[:, top : top + 6] for one, top in zip(batch, tops, strict=True)]))
+    assert torch.equal(window(batch, (6, 8)), batch[:, :, 1:7, 2:10])
+    for cut in (made, window(batch, (6, 8))):
+        assert cut.dtype == dtype
+        assert cut.is_contiguous(memory_format=layout)
+    assert window(batch, (9, 13), np.random.default_rng(1)) is batch
+    assert window(batch[:0], (6, 8), np.random.default_rng(1)).shape == (0, 3, 6, 8)
+    with pytest.raises(ValueError, match="sides: expected at most 9 x 13, got 10 x 8"):
+        window(batch, (10, 8))
+
+
+def test_a_window_is_anywhere() -> None:
+    batch = torch.arange(30.0).view(1, 1, 5, 6).expand(2_000, -1, -1, -1)
+    corners = window(batch, (3, 5), np.random.default_rng(0))[:, 0, 0, 0]
+    found, counts = corners.unique(return_counts=True)
+    assert found.tolist() == [0, 1, 6, 7, 12, 13]
+    assert counts.min() > 270
+
+
 @pytest.mark.parametrize("kind", AUGMENTATIONS)
 def test_outside_is_exactly_zero_after_normalisation(kind: str) -> None:
     batch = images(batch=64, dtype=torch.float32)  # no zero inside
     made = augment(batch, kind, np.random.default_rng(0))
     assert made.shape == batch.shape
-    if kind == "none":
+    if kind in STILL:
         assert made is batch
     elif kind != "dihedral":
         assert (made == 0).any()
@@ -119,7 +147,7 @@ def test_the_generator_decides_everything(kind: str, dtype: torch.dtype) -> None
     first, again, other = (augment(batch, kind, np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert torch.equal(batch, before)
-    assert kind == "none" or not torch.equal(first, other)
+    assert kind in STILL or not torch.equal(first, other)
 
 
 @pytest.mark.parametrize("kind", AUGMENTATIONS)
