@@ -100,6 +100,7 @@ class IODRuns(Runs):
             settings["teachers"] = str((self.folder / teachers.name).resolve())
         if method == "fediod":
             settings["rounds"] = self.study.rounds
+            settings["eval_every"] = max(1, self.study.rounds // 5)  # as often as the way there is shown
         return self.case(method, settings, options, *words, *_said(changes), f"a{alpha}", f"lr{lr}", f"s{seed}")
 
     def iod(
