@@ -195,12 +195,12 @@ class Augmentation:
 
 AUGMENTATIONS: dict[str, Augmentation] = {
     "none": Augmentation(),
-    "window": Augmentation(),
     "crop": Augmentation(padding=PADDING),
     "crop-flip": Augmentation(padding=PADDING, flip=True),
     "nico": Augmentation(padding=PADDING, flip=True, degrees=ROTATION),
     "flip-rotate": Augmentation(padding=0, flip=True, degrees=20.0),
     "dihedral": Augmentation(symmetries=True),
+    "window": Augmentation(),
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -109,10 +108,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for knob in self.knobs():
-            value = knob.convert(getattr(self, knob.field))
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"{knob.label} must be finite, not {value}.")
-            object.__setattr__(self, knob.field, value)
+            object.__setattr__(self, knob.field, knob.convert(getattr(self, knob.field)))
         parsed = registry.get(self.method).Options.parse(self.options, method=self.method)
         object.__setattr__(self, "options", parsed.to_dict())
         object.__setattr__(self, "data_options", dict(self.data_options))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,7 @@ class Run:
                 phases[f"train/{exchange_name}"] = exchange.seconds
             phases["aggregate"] += time.perf_counter() - begun - exchange.seconds
             participants = [k for k in participants if k not in self._round["dropped"]]
-            if not participants:
+            if not participants and not entry.one_off:
                 raise UserError(f"Every client of round {index + 1} diverged: lower --lr, or set --clip-norm.")
         if entry.states == "round":
             for client in self._clients.values():
@@ -241,7 +242,8 @@ class Run:
         for name, value in self.server.report.items():
             if name in record:
                 raise ValueError(f'server.report: expected names of its own, given "{name}", which the engine writes')
-            record[name] = self.server.report[name] = float(value)
+            # What was not finite came back from the disk as None.
+            record[name] = self.server.report[name] = math.nan if value is None else float(value)
 
     # -- called by the exchange ------------------------------------------------------------------------------------
 

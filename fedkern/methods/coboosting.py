@@ -39,7 +39,7 @@ class CoBoosting(DENSE):
 
         distill_lr: float = option(0.01, "learning rate of the student's SGD (cosine to 0)", above=0)
         distill_decay: float = option(1e-4, "weight decay of the student's SGD", low=0)
-        temperature: float = option(4.0, "temperature of the distillation", above=0)
+        temperature: float = option(4.0, "temperature of the distillation", above=0, infinite=True)
         distill_batch: int = option(128, "images per step of the distillation", low=2)
         bn_weight: float = option(0.0, "weight of the distance to the members' batch norm statistics", low=0)
         hardness: float = option(1.0, "exponent of (1 - p_y) in the weight of an image's cross-entropy", low=0)

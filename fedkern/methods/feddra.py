@@ -67,7 +67,9 @@ class FedDRA(Robust):
     class Options(Robust.Options):
         """Knobs of FedDRA; learning rate, batch size and the steps of the second stage are settings of the run."""
 
-        rho: float = option(1.0, "radius of the set of client weights: 0 is its centre, (N - 1) / 2 the simplex", low=0)
+        rho: float = option(
+            1.0, "radius of the set of client weights: 0 is its centre, (N - 1) / 2 the simplex", low=0, infinite=True
+        )
         mu: float = option(1.0, "weight of the alignment to the anchors", low=0)
         lambda1: float = option(1.0, "weight of the contrastive loss", low=0)
         dro: bool = option(True, "weigh clients by their losses; off leaves the weights at their centre")

@@ -63,7 +63,7 @@ class FedGID(LocalTraining):
         distillation: bool = option(True, "pull features towards the global encoder's (+GD)")
         alpha: float = option(0.6, "weight of a sample's own features in the mixture", low=0, high=1)
         lam: float = option(1.0, "weight of the distillation loss", low=0, name="lambda")
-        temperature: float = option(1.0, "temperature of the distillation loss", above=0)
+        temperature: float = option(1.0, "temperature of the distillation loss", above=0, infinite=True)
         mix_stage: str = option("map", "where features and backgrounds meet; map: the last map but one", choices=STAGES)
         kl_direction: str = option(
             "local_global", "KL(local || global) or KL(global || local)", choices=("local_global", "global_local")

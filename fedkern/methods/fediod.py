@@ -46,7 +46,7 @@ from fedkern.methods.base import (
 )
 from fedkern.methods.fediod_client import Answers
 from fedkern.methods.fediod_figures import appraise
-from fedkern.methods.fediod_losses import spoken
+from fedkern.methods.fediod_losses import asks_teachers, spoken
 from fedkern.methods.fediod_options import IODOptions, settle
 from fedkern.methods.fediod_pictures import show
 from fedkern.methods.fediod_server import Ensemble, Workshop, cosine, make_generator
@@ -105,7 +105,7 @@ class FedIOD(Objective, Method):
             raise UserError(
                 "fediod with mode=public learns on public images and this run sets none aside: give --public-samples N."
             )
-        if self._generates and not (s.w_real or s.w_clear or s.w_diverse or s.w_adv or s.w_balance):
+        if self._generates and not (s.w_real or asks_teachers(s)):
             raise UserError("Every weight of fediod's generator is 0: give one of w_real, w_clear, w_diverse.")
         least = 2**s.critic_layers
         if self._generates and min(server.image_shape[1:]) < least:
@@ -137,11 +137,14 @@ class FedIOD(Objective, Method):
         if kind == "teacher":
             terms = private.terms(server)
             return {"privacy": terms} if terms else {}
+        known = sorted(server.state["classes"])
+        if not known:
+            raise UserError("The teacher of every client diverged: lower --lr, or set --clip-norm.")
         if kind == "answers":
-            return {}
+            return {k: {} for k in known}
         shop = self._workshop(server)
         if not self._generates:
-            return {k: {} for k in server.state["classes"]}
+            return {k: {} for k in known}
         if kind == "gradients":
             return server.scratch.pop("criticism", None)
         if kind == "distil" and not shop.teaches:
@@ -221,6 +224,7 @@ class FedIOD(Objective, Method):
         kind, _ = parts(step)
         if not (self.options.batched and self._generates) or kind not in ("images", "gradients", "distil"):
             return None
+        clients = {k: client for k, client in clients.items() if "teacher" in client.state}  # others diverged
         if not private.private(self.settings):
             return self._update(clients, step, messages)
         if kind != "distil":

@@ -47,7 +47,11 @@ def importance(by_class: Tensor, scores: Tensor | None) -> Tensor:
     Returns:
         ``w_kc r_k(x)`` ``[K, B, C]``, or ``w_kc`` ``[K, 1, C]``.
     """
-    return by_class[:, None] if scores is None else by_class[:, None] * scores.detach()[:, :, None]
+    if scores is None:
+        return by_class[:, None]
+    # Where all are so sure that an image is made up that nothing is left of their scores, the classes still count.
+    least = torch.finfo(scores.dtype).tiny ** 0.5
+    return by_class[:, None] * scores.detach().clamp_min(least)[:, :, None]
 
 
 def normalised(weights: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -64,7 +68,10 @@ def mixture(logits: Tensor, weights: Tensor, mask: Tensor | None, mix: str = "lo
     share = share.reshape(*share.shape, *[1] * (logits.dim() - 3))
     if mix != "probs":
         return (share * logits).sum(0)
-    return (share * logits.softmax(2)).sum(0).log().log_softmax(1)
+    # Within logarithms, so that a class which all are sure against has a finite one, and a gradient.
+    tiny = torch.finfo(share.dtype).tiny
+    terms = logits.log_softmax(2) + share.clamp_min(tiny).log().masked_fill(share == 0, -math.inf)
+    return terms.logsumexp(0).log_softmax(1)
 
 
 # -- discriminators (2.5 b, c) -------------------------------------------------------------------------------------

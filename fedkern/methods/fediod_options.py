@@ -99,7 +99,7 @@ class IODOptions(PrivacyOptions, Method.Options):
         "logit_var", "the student's loss: half the variance of the logit difference (the limit of high temperature), "
         "the divergence at a temperature, or the mean absolute difference", choices=("logit_var", "kl", "l1"),
     )  # fmt: skip
-    temperature: float = option(4.0, "temperature with kd=kl", above=0)
+    temperature: float = option(4.0, "temperature with kd=kl", above=0, infinite=True)
     bce: str | None = option(None, "a discriminator's loss: its mean over patches, or their sum per image",
                              choices=("mean", "sum"), type=str)  # fmt: skip
     pixels: str = option("float32", "how images travel; uint8 takes a quarter of the bytes",

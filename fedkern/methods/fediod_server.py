@@ -256,7 +256,7 @@ class Workshop:
         lr = cosine(self.options.student_lr, self.options.student_lr_end, progress)
         self._optimizer.param_groups[0]["lr"] = lr
         every = ensemble.weights.shape[1] > 1
-        target = mixture(ensemble.logits, ensemble.weights, ensemble.mask).argmax(1)
+        target = mixture(ensemble.logits, ensemble.weights, ensemble.mask, self.options.mix).argmax(1)
         guesses: list[Tensor] = []
         for start in range(0, len(images), size):
             rows = slice(start, start + size)

@@ -64,7 +64,7 @@ class FedLPFM(LocalTraining):
             "python:MODULE:NAME",
         )
         lam: float = option(0.5, "weight of the distillation loss; 0 is FedAvg", low=0, name="lambda")
-        temperature: float = option(1.0, "temperature of the distillation loss", above=0)
+        temperature: float = option(1.0, "temperature of the distillation loss", above=0, infinite=True)
         mixing: str = option("convex", "(1 - lambda) CE + lambda KL, or CE + lambda KL", choices=("convex", "additive"))
         divergence: str = option(
             "kl", "KL(teacher || proxy), half the variance of the logits' difference (its limit at high temperature), "

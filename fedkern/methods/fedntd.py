@@ -30,12 +30,12 @@ class FedNTD(LocalTraining):
     @dataclass(frozen=True)
     class Options(LocalTraining.Options):
         beta: float = option(1.0, "weight of the not-true distillation", low=0)
-        temperature: float = option(1.0, "temperature of the not-true distillation", above=0)
+        temperature: float = option(1.0, "temperature of the not-true distillation", above=0, infinite=True)
 
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        if not self.options.beta:
-            return cross_entropy(model(batch.images), batch.labels)
         logits = model(batch.images)
+        if not self.options.beta or logits.shape[1] == 1:  # of one class none is not true
+            return cross_entropy(logits, batch.labels)
         teacher = remembered("logits", batch, received, lambda: received.model(batch.images))
         em = cross_entropy(logits, batch.labels)
         ntd = ops.kl_div(

@@ -40,7 +40,7 @@ class FML(LocalTraining):
     class Options(LocalTraining.Options):
         alpha: float = option(0.5, "weight of the labels in the private model's loss", low=0, high=1)
         beta: float = option(0.5, "weight of the labels in the proxy's loss", low=0, high=1)
-        temperature: float = option(1.0, "temperature of both distillation losses", above=0)
+        temperature: float = option(1.0, "temperature of both distillation losses", above=0, infinite=True)
         private: str = option("", "the private model, MODEL or MODEL/WIDTH; empty for the proxy's own architecture")
 
     def loss(self, model: Any, batch: Batch, received: Received) -> tuple[Tensor, dict[str, Tensor]]:

@@ -31,7 +31,7 @@ class Moon(LocalTraining):
     @dataclass(frozen=True)
     class Options(LocalTraining.Options):
         mu: float = option(1.0, "weight of the model-contrastive loss", low=0)
-        temperature: float = option(0.5, "temperature of the model-contrastive loss", above=0)
+        temperature: float = option(0.5, "temperature of the model-contrastive loss", above=0, infinite=True)
 
     def client_update(self, client: Client, step: Step, message: Message) -> Message:
         if not self.options.mu:

@@ -14,7 +14,7 @@ from fedkern import ops
 from fedkern.methods.base import VECTORS, Client, Federation, Message, Round, Server, Step, Upload, option
 from fedkern.methods.oneshot import OneShot, exhaust
 from fedkern.methods.oneshot_members import Members, flatten, load, parse_models, train_member, vectors
-from fedkern.methods.oneshot_synthesis import Synthesis
+from fedkern.methods.oneshot_synthesis import Synthesis, refuse_diverged
 from fedkern.models.ensemble import Ensemble
 from fedkern.models.generator import Generator
 
@@ -37,7 +37,7 @@ class Distilled(OneShot):
             "average", "what the student starts from: the average of the clients with its network, or fresh weights",
             choices=("average", "fresh"),
         )  # fmt: skip
-        temperature: float = option(1.0, "temperature of the distillation", above=0)
+        temperature: float = option(1.0, "temperature of the distillation", above=0, infinite=True)
         distill_batch: int = option(128, "images per step of the distillation", low=2)
 
     needs_statistics = True
@@ -121,6 +121,7 @@ class Distilled(OneShot):
                 load(flat, server.state)
             student.requires_grad_(True).train()
             self.distil(server, step, self.members(server).ensemble(), student)
+            refuse_diverged(student)
             server.state.update(vectors(flat))
             del server.state["members"]  # nothing after this needs them
         else:

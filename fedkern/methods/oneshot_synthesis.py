@@ -131,8 +131,10 @@ def synthesise(
         normalised images fp32 [size, C, H, W] and the labels int64 [size] they were made for.
 
     Raises:
-        UserError: no step had a finite loss.
+        UserError: no step had a finite loss, or the student has diverged.
     """
+    if student is not None:
+        refuse_diverged(student)
     device = teachers.weights.device
     if how.restart:
         generator.reset(draw)
@@ -160,6 +162,15 @@ def synthesise(
     if best is None or not bool(torch.isfinite(lowest)):
         raise UserError("The generator diverged: lower the method option generator_lr.")
     return best, labels
+
+
+def refuse_diverged(student: nn.Module) -> None:
+    """
+    Raises:
+        UserError: a parameter or a running statistic of a network that is distilled is not finite.
+    """
+    if not all(bool(torch.isfinite(x).all()) for x in (*student.parameters(), *student.buffers())):
+        raise UserError("The student diverged: lower the method option distill_lr.")
 
 
 class frozen:

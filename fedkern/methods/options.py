@@ -26,6 +26,7 @@ def option(
     choices: tuple[Value, ...] | None = None,
     name: str | None = None,
     type: type | None = None,
+    infinite: bool = False,
 ) -> Any:
     """Declares one knob as a dataclass field; its type is the default's.
 
@@ -37,9 +38,13 @@ def option(
         choices: the only values allowed.
         name: the published name where Python forbids it as a field name (``lambda`` for the field ``lam``).
         type: the type of an option whose default is ``None`` (left open, and ``None`` stays allowed).
+        infinite: whether infinity is a value of a number.
     """
     kind = builtins.type(default) if type is None else type
-    metadata = {"help": help, "low": low, "high": high, "above": above, "choices": choices, "name": name, "type": kind}
+    metadata = {
+        "help": help, "low": low, "high": high, "above": above, "choices": choices, "name": name, "type": kind,
+        "infinite": infinite,
+    }  # fmt: skip
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -56,6 +61,7 @@ class Knob:
     high: float | None = None
     above: float | None = None
     choices: tuple[Value, ...] | None = None
+    infinite: bool = False
     label: str = ""
 
     @property
@@ -102,6 +108,8 @@ class Knob:
             or (self.high is not None and value > self.high)
             or (self.above is not None and value <= self.above)
         )
+        if math.isinf(value) and not self.infinite:
+            raise UserError(f"{self.label} must be finite, not {value:g}.")
         if bad:
             raise UserError(f"{self.label} must be {self.range or 'a number'}, not {value:g}.")
 

@@ -79,11 +79,11 @@ class PairNetwork(nn.Module):
 
     def project_image(self, sequence: Tensor) -> Tensor:
         """What :meth:`encode_image` gave to unit vectors ``[B, 128]``."""
-        return functional.normalize(self.image_head(self.image_align.first(sequence)), dim=1)
+        return _unit(self.image_head(self.image_align.first(sequence)))
 
     def project_text(self, sequence: Tensor, mask: Tensor) -> Tensor:
         """What :meth:`encode_text` gave, with the tokens' mask bool ``[B, L]``, to unit vectors ``[B, 128]``."""
-        return functional.normalize(self.text_head(self.text_align.first(sequence, mask)), dim=1)
+        return _unit(self.text_head(self.text_align.first(sequence, mask)))
 
     def image_embedding(self, images: Tensor) -> Tensor:
         """Normalised images fp32 ``[B, C, H, W]`` to unit vectors ``[B, 128]``."""
@@ -96,6 +96,15 @@ class PairNetwork(nn.Module):
     def forward(self, images: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """The unit vectors ``[B, 128]`` of images and of their texts."""
         return self.image_embedding(images), self.text_embedding(tokens)
+
+
+def _unit(projected: Tensor) -> Tensor:
+    """Rows ``[B, 128]`` at length 1.
+
+    Behind the last batch norm a row is about 11 long.  In a batch of equal images or equal texts all that is left of it
+    is rounding, which must not become a direction: its gradient would be ten orders of magnitude too large.
+    """
+    return functional.normalize(projected, dim=1, eps=0.1)
 
 
 def _head(width: int, hidden: int) -> nn.Sequential:

@@ -160,11 +160,11 @@ def least_noise(account: Callable[[float], Accountant], epsilon: float, delta: f
         epsilon, delta: the target; the figure for the number returned is never above it.
 
     Raises:
-        ValueError: ``epsilon`` is not above 0, or ``delta`` not in (0, 1).
+        ValueError: ``epsilon`` is not finite and above 0, or ``delta`` not in (0, 1).
         UserError: no noise reaches the target, or dp-accounting is not installed.
     """
-    if not epsilon > 0:
-        raise ValueError(f"epsilon must be above 0, not {epsilon}")
+    if not 0 < epsilon < math.inf:
+        raise ValueError(f"epsilon must be finite and above 0, not {epsilon}")
 
     from scipy.optimize import brentq  # half a second to load
 

@@ -72,6 +72,13 @@ def test_feddf_follows_the_ensemble(data, make_config, tmp_path):
     assert losses[1] < 0.3 * losses[0]
 
 
+def test_a_student_that_diverges_ends_the_run(data, make_config, tmp_path):
+    options = {**OPTIONS["feddf"], "distill_lr": 1e30, "distill_epochs": 3}
+    with pytest.raises(UserError, match="The student diverged: lower the method option distill_lr"):
+        run(make_config("feddf", model="cnn", rounds=None, options=options), out=tmp_path, data=data)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
 def test_feddf_needs_public_images_or_a_generator(make_data, make_config, tmp_path):
     with pytest.raises(UserError, match=r"give --public-samples N, or .* source=generator"):
         run(make_config("feddf", model="cnn", rounds=None, options=OPTIONS["feddf"]), out=tmp_path, data=make_data())

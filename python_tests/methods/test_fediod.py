@@ -10,6 +10,7 @@ import torch
 from fedkern.data import Split
 from fedkern.engine import read_metrics, read_model, run
 from fedkern.engine.bench import Bench
+from fedkern.engine.local import Diverged
 from fedkern.engine.serial import Client, Server
 from fedkern.errors import UserError
 from fedkern.methods import FedIOD, Upload
@@ -207,6 +208,27 @@ def test_absent_clients_are_skipped_and_the_rest_reweighted(world):
     w.exchange(gradients, lost=(2,))
     w.exchange(distil, lost=(0, 1, 2))  # nobody is left: nothing is learnt, nothing fails
     assert w.server.scratch["workshop"].iteration == 1
+
+
+@pytest.mark.parametrize("mode", ["generator", "public"])
+def test_a_teacher_that_diverges_is_left_out(mode, make_data, make_public, make_config, monkeypatch, tmp_path):
+    fit = Client.fit
+
+    def diverging(self, method, step, *rest, **named):
+        if self.id in lost:
+            raise Diverged(self.id, step.round, 1, "the loss is nan")
+        return fit(self, method, step, *rest, **named)
+
+    monkeypatch.setattr(Client, "fit", diverging)
+    data = make_public(make_data())
+    config = make_config("fediod", model="cnn", rounds=2, on_nan="skip", options={**TINY, "mode": mode})
+    lost = (1,)
+    summary = run(config, out=tmp_path / "run", data=data)
+    assert "Client 1 diverged" in summary["diagnostics"]["diverging-client"]
+    assert summary["metrics"]["id_mean_teacher"] > 0
+    lost = (0, 1, 2)
+    with pytest.raises(UserError, match="The teacher of every client diverged: lower --lr"):
+        run(config, out=tmp_path / "none", data=data)
 
 
 def test_a_share_of_the_iterations_is_missed(world):

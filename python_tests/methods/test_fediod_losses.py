@@ -157,6 +157,33 @@ def test_gradients_of_teachers_that_rule_classes_out(preset, diversity, logits):
     assert bool(gradient.isfinite().all())
 
 
+@pytest.mark.parametrize("kd", ["l1", "kl", "logit_var"])
+@pytest.mark.parametrize("mix", ["probs", "log_probs", "logits"])
+def test_distilling_teachers_that_rule_classes_out(kd, mix, logits):
+    sure = logits.float()
+    sure[:, :, 2] -= 200
+    sure = losses.spoken(sure, mix).requires_grad_()
+    student = logits[0].float().requires_grad_()
+    s = settings(kd=kd, mix=mix)
+    loss = losses.distillation(student, sure, torch.rand(K, B, C), None, s)
+    assert bool(loss.isfinite())
+    assert all(bool(g.isfinite().all()) for g in torch.autograd.grad(loss, (student, sure)))
+
+
+def test_a_mixture_of_probabilities_where_all_are_sure_against_their_class():
+    """Two teachers, each asked for the class that it rules out: equally likely, not NaN."""
+    said = torch.tensor([[[-130.0, 130]], [[130, -130]]])
+    mixed = losses.mixture(said, torch.eye(2)[:, None], torch.eye(2) > 0, "probs")
+    assert torch.equal(mixed, torch.full((1, 2), 0.5).log())
+
+
+def test_scores_of_nothing_leave_the_classes_their_weights():
+    """Discriminators that are sure an image is made up do not hand its classes to clients that never saw them."""
+    by_class = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    weights = losses.importance(by_class, torch.zeros(2, 1))
+    assert torch.equal(losses.normalised(weights)[:, 0], by_class)
+
+
 def test_presets_settle_what_is_left_open():
     paper, code = settings(), settings(preset="code", w_adv=0.5)
     assert (paper.w_adv, paper.w_balance, paper.js_sign, paper.disc_weight, paper.bce) == (0, 0, -1, True, "mean")

@@ -155,6 +155,14 @@ def test_a_diverging_generator_is_named(teachers):
         synthesise(generator(), teachers, None, how(), draw(), 3)
 
 
+def test_a_student_that_has_diverged_is_named(teachers):
+    student = networks(1)[0]
+    with torch.no_grad():
+        student.head.bias.fill_(float("inf"))
+    with pytest.raises(UserError, match="The student diverged: lower the method option distill_lr"):
+        synthesise(generator(), teachers, student, how(), draw(), 3)
+
+
 def test_frozen_gives_back_what_it_found():
     network = networks(1)[0].train()
     network.head.weight.requires_grad_(False)

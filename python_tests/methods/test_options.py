@@ -16,12 +16,20 @@ class Example(Options):
     count: int = option(3, "a number", low=1)
     flag: bool = option(True, "a switch")
     kind: str = option("mean", "a word", choices=("mean", "zero"))
-    temperature: float = option(1.0, "a temperature", above=0)
+    temperature: float = option(1.0, "a temperature", above=0, infinite=True)
+    step: float = option(0.5, "a step size", low=0)
 
 
 def test_defaults():
     assert Example.parse([]) == Example()
-    assert Example().to_dict() == {"lambda": 1.0, "count": 3, "flag": True, "kind": "mean", "temperature": 1.0}
+    assert Example().to_dict() == {
+        "lambda": 1.0,
+        "count": 3,
+        "flag": True,
+        "kind": "mean",
+        "temperature": 1.0,
+        "step": 0.5,
+    }
 
 
 @pytest.mark.parametrize("word", ["lambda=0.5", "lam=0.5", " lambda = 0.5 "])
@@ -59,6 +67,7 @@ def test_values_get_their_types(word, field, value):
         ("flag=perhaps", "must be true or false"),
         ("kind=zer", r'one of mean, zero, not "zer".*Did you mean "zero"'),
         ("temperature=0", "above 0"),
+        ("step=inf", '"step" must be finite, not inf'),
         ("lamda=1", r'Unknown method option "lamda" of this method.*Did you mean "lambda"'),
         ("lambda", "must have the form key=value"),
     ],
