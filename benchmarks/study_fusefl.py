@@ -9,6 +9,8 @@ and the ensemble under the same classifiers), ``code`` (as in the released code)
 grid), ``cue`` (spurious shapes), ``backdoor`` (a backdoored client), ``refused`` (a client whose upload cannot be
 used).  Each goes on where it was interrupted and writes ``benchmarks/results/fusefl_<study>_<section>.md``, ``.json``.
 
+Most sections take an hour or less on two cores; ``clients`` and ``blocks`` take two.
+
 All one-shot methods train equally long on the same split.  Calibration is a part of FuseFL and not of its baselines, so
 there are two columns: as published, and with every method's classifier calibrated alike.  The learning rate of a method
 in a column comes from the same grid, by the accuracy of that column on the validation split at the middle heterogeneity
@@ -98,10 +100,8 @@ def _cost(runs: FuseFLRuns, cases: Mapping[str, Case]) -> str:
     rows = []
 
     def row(title: str, case: Case, up: float, down: float) -> None:
-        seconds = [f"{transfer_seconds((up + down) * 1e6, link):.2f}" for link in LINKS]
         ratio = runs.metrics(case).get("memory_ratio")
-        memory = "1.00" if ratio is None else f"{ratio:.2f}"
-        rows.append([title, f"{up:.3f}", f"{down:.3f}", *seconds, memory])
+        rows.append([title, *_transfer(up, down), "1.00" if ratio is None else f"{ratio:.2f}"])
 
     for name, case in cases.items():
         if case.name.startswith("fusefl"):  # its calibration is a part of it
@@ -111,24 +111,31 @@ def _cost(runs: FuseFLRuns, cases: Mapping[str, Case]) -> str:
             continue
         for column in (PUBLISHED,) if name == REFERENCE else (PUBLISHED, CALIBRATED):
             row(f"{name}, {column}", case, *runs.megabytes(case, column))
-    header = ["method", "MB up", "MB down", *(f"s at {link} Mbit/s" for link in LINKS), "memory"]
+    header = ["method", *TRANSFER, "memory"]
     title = "## Cost: bytes of a client, their transfer, memory of the model beside one of the same width\n\n"
     return f"{title}{table(header, rows)}\n"
+
+
+TRANSFER = ("MB up", "MB down", *(f"s at {link} Mbit/s" for link in LINKS))
+
+
+def _transfer(up: float, down: float) -> list[str]:
+    """The cells under :data:`TRANSFER` of so many megabytes."""
+    return [f"{up:.3f}", f"{down:.3f}", *(f"{transfer_seconds((up + down) * 1e6, link):.2f}" for link in LINKS)]
 
 
 def _rows(runs: FuseFLRuns, cases: Mapping[str, Case], numbers: dict[str, Any]) -> list[list[str]]:
     rows = []
     for name, case in cases.items():
         last = runs.record(case, CALIBRATED)
-        up, down = runs.megabytes(case, CALIBRATED)
         memory = runs.metrics(case).get("memory_ratio", 1.0)
         numbers[name] = {**last, "memory_ratio": memory}
         figures = [f"{100 * runs.uncalibrated(case):.1f}", f"{100 * last['accuracy']:.1f}"]
-        rows.append([name, *figures, f"{up:.3f}", f"{down:.3f}", f"{memory:.2f}"])
+        rows.append([name, *figures, *_transfer(*runs.megabytes(case, CALIBRATED)), f"{memory:.2f}"])
     return rows
 
 
-HEADER = ["run", "before calibration, %", "calibrated, %", "MB up", "MB down", "memory"]
+HEADER = ["run", "before calibration, %", "calibrated, %", *TRANSFER, "memory"]
 
 
 def blocks(runs: FuseFLRuns) -> Section:
@@ -180,12 +187,18 @@ def datafree(runs: FuseFLRuns) -> Section:
             used = lr if name in distilled else rates[name, column]
             numbers[f"{name}, {column}"] = {"lr": used, **found}
             row += [str(used), f"{100 * found['accuracy']:.1f}"]
-        rows.append(row)
+        levels = numbers[f"{name}, probes"] = probe(runs.folder / cases[name, PUBLISHED].name, blocks=2)
+        row += _transfer(*runs.megabytes(cases[name, PUBLISHED], PUBLISHED))
+        rows.append([*row, *(f"{100 * value:.1f}" for value in levels)])
     title = f"## Distillation of the ensemble, Dirichlet {alpha}, seed 0, accuracy in %\n\nWhat is distilled is the "
     title += f"as-published ensemble, so its learning rate ({lr}) is that of the distilled networks in both columns; "
     title += f"they are not averaged over seeds.  Generators: {', '.join(f'{k} {v}' for k, v in GENERATOR.items())}; "
-    title += "20 batches of images for DENSE, 2,048 images for FedDF.\n\n"
-    return title + table(["method", "lr", PUBLISHED, "lr", CALIBRATED], rows) + "\n", numbers
+    title += (
+        "20 batches of images for DENSE, 2,048 images for FedDF.  Transfer and linear probes of both levels are those "
+    )
+    title += "of the as-published column.\n\n"
+    header = ["method", "lr", PUBLISHED, "lr", CALIBRATED, *TRANSFER, "probe, level 1", "level 2"]
+    return title + table(header, rows) + "\n", numbers
 
 
 def width(runs: FuseFLRuns) -> Section:
