@@ -99,6 +99,11 @@ class FedLPFM(LocalTraining):
             )
         if o.teacher_view == "same" and o.teacher_tuning == "finetune":
             raise UserError("A fine-tuned teacher is kept as its logits alone: take teacher_view=cached.")
+        if o.prompts != DEFAULT and all(spec.kind != "clip" for spec in teachers.parse(o.teacher)):
+            raise UserError(
+                f'Method option "prompts" is for CLIP, and the teacher is {o.teacher}: leave it out, or take '
+                "teacher=clip:FOLDER."
+            )
         self._specs: list[teachers.Spec] = []
         self._made: dict[int, Teacher] = {}
         self._setting: teachers.Setting | None = None

@@ -72,10 +72,10 @@ class BlockNetwork(nn.Module):
             try:
                 y = copy.deepcopy(block).to("meta").eval()(x)
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
-                reason = str(error).strip().split("\n")[0]
-                raise UserError(
-                    f"Block {i} cannot take {given}, of shape {list(x.shape[1:])}{_wanted(block)}: {reason}."
-                ) from None
+                wanted = _wanted(block, channels(tuple(x.shape[1:]))) or ": " + str(error).strip().split("\n")[
+                    0
+                ].rstrip(".")
+                raise UserError(f"Block {i} cannot take {given}, of shape {list(x.shape[1:])}{wanted}.") from None
             if not isinstance(y, Tensor) or y.dim() not in (2, 3, 4):
                 raise UserError(f"Block {i} must give features [B, d], tokens [B, N, C] or a map [B, C, H, W].")
             shape = tuple(y.shape[1:])
@@ -92,11 +92,12 @@ class BlockNetwork(nn.Module):
         return shapes
 
 
-def _wanted(block: nn.Module) -> str:
+def _wanted(block: nn.Module, given: int) -> str:
+    """What the block's first layer wants where that is not the channels given; else nothing."""
     for layer in block.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             count = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
-            return f", as its first layer takes {count} channels"
+            return f", as its first layer takes {count} channels" if count != given else ""
     return ""
 
 
@@ -148,8 +149,10 @@ def cut_points(model: StagedNetwork, blocks: int) -> tuple[int, ...]:
     """
     count = len(layers(model))
     if not 1 <= blocks <= count + 1:
-        raise UserError(f"This network has {count} layers and a pooling and can be cut into 1 to {count + 1} blocks, "
-                        f"not {blocks}.")  # fmt: skip
+        raise UserError(
+            f"{type(model).__name__} here has {count} layers and a pooling and can be cut into 1 to {count + 1} "
+            f"blocks, not {blocks}: take fewer with the method option blocks, or a deeper --model."
+        )
     published = CUTS.get((type(model), count), {}).get(blocks)
     if published is not None:
         return published

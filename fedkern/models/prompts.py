@@ -61,11 +61,12 @@ def _by_class(path: Path, text: str, classes: Sequence[str]) -> list[list[str]]:
     missing = [name for name in classes if name not in table]
     if missing:
         hint = nearest(missing[0], [name for name in table if name not in classes])
-        raise UserError(f"the prompts file {path} has no prompts for the class{_names(missing)}.{hint}")
+        raise UserError(f"the prompts file {path} has no prompts for the class{_names(missing)}: add them.{hint}")
     extra = [name for name in table if name not in classes]
     if extra:
         raise UserError(
-            f"the prompts file {path} has prompts for the class{_names(extra)}, which the data do not have."
+            f"the prompts file {path} has prompts for the class{_names(extra)}, which the data do not have: take them "
+            "out."
         )
     result = []
     for name in classes:
@@ -78,7 +79,9 @@ def _by_class(path: Path, text: str, classes: Sequence[str]) -> list[list[str]]:
 
 
 def _names(names: Sequence[str]) -> str:
-    shown = ", ".join(f'"{name}"' for name in names[:3]) + (" ..." if len(names) > 3 else "")
+    shown = ", ".join(f'"{name}"' for name in names[:3])
+    if len(names) > 3:
+        shown += f" and {len(names) - 3} more"
     return f"{'es' if len(names) > 1 else ''} {shown}"
 
 

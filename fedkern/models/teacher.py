@@ -131,7 +131,9 @@ class CallableTeacher(Teacher):
     ) -> None:
         super().__init__(name, classes, device, identity)
         if not callable(function):
-            raise UserError(f"the teacher {name} is a {type(function).__name__}, expected something to call on images.")
+            raise UserError(
+                f"the teacher {name} is of type {type(function).__name__}: name a function or module that takes images."
+            )
         if isinstance(function, nn.Module):
             function.to(self.device).eval().requires_grad_(False)
         self.function = function

@@ -88,7 +88,7 @@ def test_a_list_of_the_users_own():
 def test_mistakes_are_named():
     head = nn.Linear(4, 2)
     pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    with pytest.raises(UserError, match=r"Block 2 cannot take what .* \[4, 8, 8\], as .* 5 channels:"):
+    with pytest.raises(UserError, match=r"Block 2 cannot take what .* \[4, 8, 8\], as .* 5 channels\."):
         BlockNetwork([nn.Conv2d(3, 4, 1), nn.Conv2d(5, 4, 1), pool], head).interfaces((3, 8, 8))
     with pytest.raises(UserError, match=r"Block 1 cannot take the images, of shape \[1, 8, 8\]"):
         BlockNetwork([nn.Conv2d(3, 4, 1), pool], head).interfaces((1, 8, 8))

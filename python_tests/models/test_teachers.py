@@ -352,7 +352,7 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("python:math:nothing", "cannot be imported"),
         ("python:.math:floor", "cannot be imported: TypeError"),
         ("python:math", "must have the form python:MODULE:NAME"),
-        ("python:math:pi", "is a float, expected something to call"),
+        ("python:math:pi", "is of type float: name a function or module that takes images"),
     ],
 )
 def test_names_that_mean_nothing(tmp_path: Path, text: str, sentence: str) -> None:
