@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from fedkern import models
 from fedkern.engine.samples import TestSet
+from fedkern.errors import UserError
 from fedkern.methods.base import Method
 from fedkern.methods.pairs import LOSS_BATCH
 
@@ -42,11 +45,17 @@ def evaluate_clients(method: Method, network: nn.Module, sets: list[TestSet]) ->
 
     ``loss``, and the main figures; recall only where all clients have equally many candidates.  The worst client is the
     one with the largest loss, or the smallest figure.
+
+    Raises:
+        UserError: a set is a single image, which the network cannot normalise.
     """
     if not sets:
         return {}
     even = len({len(data) for data in sets}) == 1
-    each = [method.evaluate_own(network, data, k) for k, data in enumerate(sets)]
+    each: list[dict[str, float]] = []
+    for k, data in enumerate(sets):
+        with _explained(f"The test set of client {k}", data):
+            each.append(method.evaluate_own(network, data, k))
     metrics: dict[str, float] = {}
     for name in each[0]:
         if name == "loss" or name in CLIENT_FIGURES or (even and name in RECALLS):
@@ -57,12 +66,33 @@ def evaluate_clients(method: Method, network: nn.Module, sets: list[TestSet]) ->
 
 
 def evaluate(method: Method, network: nn.Module, sets: dict[str, TestSet]) -> dict[str, float]:
-    """The method's figures on every set, names prefixed: ``id_accuracy``, ``ood_loss``, ``validation_accuracy`` ..."""
+    """The method's figures on every set, names prefixed: ``id_accuracy``, ``ood_loss``, ``validation_accuracy`` ...
+
+    Raises:
+        UserError: a set is a single image, which the network cannot normalise.
+    """
     metrics: dict[str, float] = {}
     for prefix, data in sets.items():
-        for name, value in method.evaluate(network, data).items():
-            metrics[prefix + name] = float(value)
+        name = prefix.removesuffix("_")
+        what = "The validation set" if name == "validation" else f'The test set "{name}"' if name else "The test set"
+        with _explained(what, data):
+            found = method.evaluate(network, data)
+        metrics.update({prefix + name: float(value) for name, value in found.items()})
     return metrics
+
+
+@contextmanager
+def _explained(what: str, data: TestSet) -> Iterator[None]:
+    """Says in a sentence that the single image of a set cannot be normalised with statistics of its own."""
+    try:
+        yield
+    except ValueError as error:
+        if len(data) == 1 and "more than 1 value per channel" in str(error):
+            raise UserError(
+                f"{what} has a single image, and batch norm without running statistics cannot normalise a single value "
+                "per channel: give it at least 2, or keep running statistics with --buffers average."
+            ) from None
+        raise
 
 
 def gradcam(network: nn.Module, sets: dict[str, TestSet], count: int) -> dict[str, float]:

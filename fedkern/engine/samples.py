@@ -11,10 +11,11 @@ from torch import Tensor
 
 from fedkern.data import transforms
 from fedkern.methods.base import OUTSIDE, Batch, Step
+from fedkern.methods.cuts import cuts
 from fedkern.methods.pairs import LOSS_BATCH
 
 SEGMENTED_PIXELS = 1 << 19
-"""Pixels that a segmentation network is shown at a time in an evaluation."""
+"""Pixels that a segmentation network is shown at a time in an evaluation, or an image more (see ``cuts``)."""
 
 CACHE_BYTES = 1 << 30
 """Normalised images of a whole run are kept in memory up to this size; beyond, every batch is normalised anew."""
@@ -108,8 +109,8 @@ class Samples:
         if augment and rng is None:
             raise ValueError("rng: expected a generator to augment with, given none")
         augments = augment and self.pixels.augment != "none"
-        for start in range(0, len(self), size):
-            rows = np.arange(start, min(start + size, len(self)))
+        for part in cuts(len(self), size):
+            rows = np.arange(part.start, part.stop)
             images, labels = self.pairs(rows, rng if augments else None)
             yield Batch(
                 images=images, labels=labels, indices=rows, augmented=augments, tokens=take_tokens(self.tokens, rows)
@@ -242,9 +243,9 @@ class TestSet:
         return len(self.labels)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(0, len(self), self.batch):
-            stop = min(start + self.batch, len(self))
-            yield self.pixels.take(np.arange(start, stop)), self.labels[start:stop]
+        """The images and their labels in order, in batches of which none is a single image (see ``cuts``)."""
+        for part in cuts(len(self), self.batch):
+            yield self.pixels.take(np.arange(part.start, part.stop)), self.labels[part]
 
     def captioned(self) -> Iterator[tuple[Tensor, Any]]:
         """The images and the tokens of their texts, in batches of which none is a single pair (where there are two)."""
@@ -262,13 +263,9 @@ class TestSet:
 
 
 def batch_plan(samples: int, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """One epoch: a random order cut into batches of ``batch_size``, the last one smaller.
+    """One epoch: a random order cut into batches of ``batch_size`` as ``cuts`` does, the last one smaller.
 
-    A last batch of a single sample joins the one before it: batch norm cannot normalise a single value per channel.  A
-    client smaller than the batch size has one smaller batch.
+    A client smaller than the batch size has one smaller batch.
     """
     order = rng.permutation(samples)
-    starts = list(range(0, samples, batch_size))
-    if len(starts) > 1 and samples - starts[-1] == 1 and batch_size > 1:
-        starts.pop()
-    return [order[a:b] for a, b in zip(starts, [*starts[1:], samples], strict=True)]
+    return [order[part] for part in cuts(samples, batch_size)]

@@ -147,7 +147,11 @@ class Samples(Protocol):
     def batches(
         self, size: int = 500, *, augment: bool = False, rng: np.random.Generator | None = None
     ) -> Iterator[Batch]:
-        """All of them in stored order, at most ``size`` at a time, normalised; augmented only when asked.
+        """All of them in stored order, ``size`` at a time, normalised; augmented only when asked.
+
+        The last batch is smaller, but never a single sample: that one joins the batch before it, which then has
+        ``size + 1``, because a network in train mode cannot normalise a single value per channel.  Only a single sample
+        in all, or ``size`` 1, gives batches of one.
 
         Raises:
             ValueError: ``augment`` without the ``rng`` that it draws from.
