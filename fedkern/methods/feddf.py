@@ -42,10 +42,11 @@ class FedDF(DataFree):
         synthetic: int = option(2048, "images that the generator makes", low=2)
 
     def start(self, server: Server) -> None:
-        if self.options.source == "public" and server.public is None:
+        public = 0 if server.public is None else len(server.public)
+        if self.options.source == "public" and public < 2:
             raise UserError(
-                "feddf distils on public images and this run sets none aside: give --public-samples N, or take a "
-                "generator's images with --method-option source=generator."
+                f"feddf distils on at least 2 public images and this run sets {public or 'none'} aside: give "
+                "--public-samples N, or take a generator's images with --method-option source=generator."
             )
         if self.options.source == "generator" and server.task == "segmentation":
             raise UserError("source=generator makes images of one class each: segmentation needs --public-samples N.")

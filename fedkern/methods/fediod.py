@@ -101,9 +101,11 @@ class FedIOD(Objective, Method):
 
     def start(self, server: Server) -> None:
         s = self.settings
-        if not self._generates and server.public is None:
+        public = 0 if server.public is None else len(server.public)
+        if not self._generates and public < 2:
             raise UserError(
-                "fediod with mode=public learns on public images and this run sets none aside: give --public-samples N."
+                "fediod with mode=public learns on at least 2 public images and this run sets "
+                f"{public or 'none'} aside: give --public-samples N."
             )
         if self._generates and not (s.w_real or asks_teachers(s)):
             raise UserError("Every weight of fediod's generator is 0: give one of w_real, w_clear, w_diverse.")
@@ -206,7 +208,7 @@ class FedIOD(Objective, Method):
         assert server.public is not None  # asked for in start
         order = server.rng("public", step).permutation(len(server.public))
         rows = torch.from_numpy(order[: size * self.options.student_steps])
-        if not answers or len(rows) < 2:
+        if not answers:
             return None
         said = server.state["answers"]
         ensemble = shop.gather({k: {"logits": said[k][rows]} for k in answers if k in said})

@@ -119,8 +119,7 @@ class Answers:
         scores: Tensor | None = None
         if self.options.disc_weight:
             self.critics.serve(step)
-            size = self.options.batch  # batch norm's statistics are those of a step's images
-            scores = torch.cat([self.critics.look(part)[1] for part in images.split(size)], 1)
+            scores = self.critics.judge(images)
         logits = self.bank.logits(images) if logits is None else logits
         return self._answers(step, messages, spoken(logits, self.options.mix), scores)
 

@@ -153,6 +153,21 @@ class Critics:
             self._clients[slot].state["critics"][self._served[slot]]["steps"] = self._steps[slot]
         return losses.detach()
 
+    def judge(self, images: Tensor) -> Tensor | None:
+        """Confidences ``[K, n]`` of any number of images, in equal parts of about the batch of a step.
+
+        Batch norm's statistics are those of a part, so none is small beside the others, and none a single image where
+        there are two.
+
+        Returns:
+            None for a single image of whose last map one position is left: that has no statistics.
+        """
+        count, layers = len(images), self.module.layers
+        if count * (images.shape[2] >> layers) * (images.shape[3] >> layers) == 1:
+            return None
+        parts = max(1, min(-(-count // self._options.batch), count // 2))
+        return torch.cat([self.look(part)[1] for part in images.tensor_split(parts)], 1)
+
     def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Realism losses and confidences, both ``[K, B]``, of images ``[B, C, H, W]``; gradients reach the images."""
         patches = self.module(images)

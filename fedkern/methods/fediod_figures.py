@@ -64,7 +64,9 @@ def appraise(
 
     Each is the accuracy, or the Dice for segmentation.  The best teacher is chosen by these very figures, which nobody
     in the federation could do; the weighted ensemble has the weights that the student learnt with, and the uniform one
-    those of the mean of all logits.  ``holdout`` is the teachers' mean figure on their clients' own hold-outs.
+    those of the mean of all logits.  A test set of a single image of which the discriminators' last map leaves one
+    position cannot be judged by them, and its weights are those of the classes alone.  ``holdout`` is the teachers'
+    mean figure on their clients' own hold-outs.
     """
     ids = [k for k in sorted(server.state["classes"]) if "teacher" in clients[k].state]
     own = {k: clients[k] for k in ids}
@@ -95,9 +97,7 @@ def _compared(method: Any, server: Server, own: Mapping[ClientId, Client], data:
     critics = Critics(list(own.values()), o) if o.disc_weight and o.mode == "generator" and not withholds(o) else None
 
     def weighted(images: Tensor, logits: Tensor) -> Tensor:
-        scores = None
-        if critics is not None:
-            scores = torch.cat([critics.look(part)[1] for part in images.split(o.batch)], 1)
+        scores = None if critics is None else critics.judge(images)
         return mixture(logits, importance(disclosed, scores), mask, o.mix)
 
     return {

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedkern.errors import UserError
 from fedkern.methods.base import Message, Server
+from fedkern.methods.cuts import cuts
 from fedkern.methods.fediod_losses import distillation, importance, mixture, teacher_terms
 from fedkern.methods.oneshot_members import flatten, load, vectors
 from fedkern.models.generator import Generator
@@ -251,15 +252,17 @@ class Workshop:
     # -- the student's steps ---------------------------------------------------------------------------------------
 
     def teach(self, images: Tensor, ensemble: Ensemble, size: int) -> None:
-        """Steps of the student on images that travelled, ``size`` at a time, towards the ensemble (2.5 d)."""
+        """Steps of the student on images that travelled, ``size`` at a time, towards the ensemble (2.5 d).
+
+        Public images may leave a smaller last step, of two at least where ``images`` has two (see ``cuts``).
+        """
         progress = (self.iteration - self.first) / (self.total - self.first)
         lr = cosine(self.options.student_lr, self.options.student_lr_end, progress)
         self._optimizer.param_groups[0]["lr"] = lr
         every = ensemble.weights.shape[1] > 1
         target = mixture(ensemble.logits, ensemble.weights, ensemble.mask, self.options.mix).argmax(1)
         guesses: list[Tensor] = []
-        for start in range(0, len(images), size):
-            rows = slice(start, start + size)
+        for rows in cuts(len(images), size):
             x = self.seen(images[rows])
             weights = ensemble.weights[:, rows] if every else ensemble.weights
             logits = ensemble.logits[:, rows]

@@ -218,7 +218,7 @@ class Pool:
         Batch norm cannot normalise a single value per channel.
         """
         for batch in torch.randperm(len(self), generator=draw).split(size):
-            if len(batch) > 1 or len(self) == 1:
+            if len(batch) > 1:
                 yield batch
 
 
