@@ -278,7 +278,7 @@ def attack(request: Request) -> int:
     assert request.folder is not None
     found = engine.attack(request.folder, data_root=absolute(request.settings).get("data_root"))
     if request.json:
-        print(json.dumps(found, indent=2, allow_nan=False))
+        print(json.dumps(plain(found), indent=2, allow_nan=False))
         return 0
     from fedkern.report.progress import terminal
     from fedkern.report.tables import attack_table

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fedkern.data import FederatedData, normalise
 from fedkern.engine import atomic
 from fedkern.engine.config import RunConfig
+from fedkern.engine.records import plain
 from fedkern.engine.run import load_data
 from fedkern.engine.saved import read_model
 from fedkern.errors import UserError
@@ -34,10 +35,12 @@ def attack(out: Path | str, *, data: FederatedData | None = None, data_root: str
 
     Returns:
         ``auc``, ``low``, ``high``, ``tpr``, ``members``, ``others`` (see :class:`fedkern.privacy.Attack`),
-        ``member_loss`` and ``other_loss`` (means, in nats), and ``clients``, the area for each client's members alone.
+        ``member_loss`` and ``other_loss`` (means, in nats; infinite ones are null in the file), ``clients``, the area
+        for each client's members alone, and, where images without a known pixel were left out, ``left_out``: how many.
 
     Raises:
-        UserError: the run is not finished or damaged, its data are gone, or its task has no labels to lose on.
+        UserError: the run is not finished or damaged, its data are gone, its task has no labels to lose on, there are
+            fewer than two members or others, or the model's losses are not numbers.
     """
     out = Path(out)
     config = RunConfig.load(out, **({} if data_root is None else {"data_root": data_root}))
@@ -48,24 +51,53 @@ def attack(out: Path | str, *, data: FederatedData | None = None, data_root: str
     test = data.tests["id" if "id" in data.tests else next(iter(data.tests))]
     others = losses(model, test, data)
     members = [losses(model, split, data) for split in data.clients]
-    found = membership_attack(torch.cat(members), others)
+    every = torch.cat(members)
+    _check(every, others, out)
+    found = membership_attack(every, others)
     result = {
         **found.to_dict(),
-        "member_loss": float(torch.cat(members).mean()),
+        "member_loss": float(every.mean()),
         "other_loss": float(others.mean()),
         "clients": [membership_attack(own, others).auc if len(own) > 1 else None for own in members],
     }
-    text = json.dumps(result, indent=2, allow_nan=False)
+    left_out = sum(len(split) for split in (test, *data.clients)) - len(every) - len(others)
+    if left_out:
+        result["left_out"] = left_out
+    text = json.dumps(plain(result), indent=2, allow_nan=False)
     atomic.write_bytes(out / FILE, (text + "\n").encode())
     return result
 
 
 @torch.no_grad()
 def losses(model: nn.Module, split: Any, data: FederatedData, batch: int = 500) -> Tensor:
-    """The cross-entropy of every image of a split, fp64 [n], the mean over pixels for segmentation."""
+    """The cross-entropy of every image of a split, fp64 [n]; for segmentation the mean over its known pixels.
+
+    Images without a known pixel have no loss and are left out: n is then less than the split's length.
+    """
     values = []
     for images, labels in zip(split.images.split(batch), split.labels.split(batch), strict=True):
         logits = model(normalise(images, data.mean, data.std)).double()
-        loss = F.cross_entropy(logits, labels, reduction="none")
-        values.append(loss.flatten(1).mean(1) if loss.dim() > 1 else loss)
+        if labels.dim() == 1:
+            values.append(F.cross_entropy(logits, labels, reduction="none"))
+            continue
+        known = (labels >= 0).flatten(1)
+        loss = F.cross_entropy(logits, labels.clamp_min(0), reduction="none").flatten(1)
+        pixels = known.sum(1)
+        mean = torch.where(known, loss, 0.0).sum(1) / pixels
+        values.append(mean[pixels > 0])
     return torch.cat(values)
+
+
+def _check(members: Tensor, others: Tensor, out: Path) -> None:
+    """Raises UserError where there is nothing to compare."""
+    for values, what in ((members, "training samples"), (others, "test images")):
+        if len(values) < 2:
+            raise UserError(
+                f"The membership attack compares at least two training samples with two test images, and {out} has "
+                f"{len(values)} {what} with known answers: attack a run on more data."
+            )
+        if bool(values.isnan().any()):
+            raise UserError(
+                f"The model of {out} has losses that are not numbers (NaN) on {int(values.isnan().sum())} of its "
+                f"{len(values)} {what}, which no attack can compare: train it again with a lower learning rate."
+            )

@@ -16,6 +16,9 @@ from fedkern.methods.evaluate import MAIN_FIGURES
 DRIFT_FACTOR = 5.0
 FALL = 0.1
 NOTHING = 0.05
+CHANCE_FACTOR, CHANCE_MARGIN = 1.5, 0.05
+"""An accuracy is near chance where it is below so many times chance and less than so much above it: half as much again
+as chance says little of 10 classes, but may be good for two."""
 
 
 class Observations:
@@ -76,6 +79,8 @@ def outlying_drift(clients: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 def poor_metrics(metrics: Mapping[str, float], best: Mapping[str, float], classes: int) -> dict[str, str]:
     """Accuracy at chance or Dice near nothing, or far below its own best on the validation set."""
     found: dict[str, str] = {}
+    chance = 1 / classes
+    near = min(CHANCE_FACTOR / classes, chance + CHANCE_MARGIN) if classes > 1 else 0.0  # one class is always right
     for name, value in metrics.items():
         if name.endswith("dice") and name != "validation_dice" and value < NOTHING:
             found.setdefault(
@@ -83,10 +88,10 @@ def poor_metrics(metrics: Mapping[str, float], best: Mapping[str, float], classe
                 f"{name} is {value:.3f}, so hardly anything but background is found: train longer, or change the "
                 "learning rate.",
             )
-        if name.endswith("accuracy") and name != "validation_accuracy" and value < 1.5 / classes:
+        if name.endswith("accuracy") and name != "validation_accuracy" and value < near:
             found.setdefault(
                 "chance-level",
-                f"{name} is {value:.3f}, near chance ({1 / classes:.3f}): train longer, or change the learning rate.",
+                f"{name} is {value:.3f}, near chance ({chance:.3f}): train longer, or change the learning rate.",
             )
     for name in MAIN_FIGURES:
         now, top = metrics.get(f"validation_{name}"), best.get(f"validation_{name}")

@@ -152,7 +152,7 @@ def attack_table(found: Mapping[str, Any], name: str) -> Table:
     """What the membership attack found.
 
     Args:
-        found: what attack.json holds.
+        found: what `fedkern.engine.attack` gives.
         name: what was attacked.
     """
     table = Table(
@@ -173,6 +173,8 @@ def attack_table(found: Mapping[str, Any], name: str) -> Table:
         "mean loss of others": f"{found['other_loss']:.3g}",
         "members, others": f"{found['members']}, {found['others']}",
     }
+    if found.get("left_out"):
+        rows["images left out, without a known pixel"] = str(found["left_out"])
     for text, value in rows.items():
         table.add_row(text, value)
     return table

@@ -64,6 +64,15 @@ def test_poor_metrics(metrics, names):
     assert set(diagnostics.poor_metrics(metrics, {"validation_accuracy": 0.9}, 10)) == names
 
 
+@pytest.mark.parametrize(
+    ("accuracy", "classes", "near"),
+    [(1.0, 1, False), (0.74, 2, False), (0.54, 2, True), (0.5, 2, True), (0.149, 10, True), (0.15, 10, False),
+     (0.0149, 100, True), (0.02, 100, False)],
+)  # fmt: skip
+def test_what_is_near_chance(accuracy, classes, near):
+    assert ("chance-level" in diagnostics.poor_metrics({"accuracy": accuracy}, {}, classes)) == near
+
+
 def test_observations_keep_count_mean_and_range_through_json():
     import json
 

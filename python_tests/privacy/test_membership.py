@@ -141,6 +141,89 @@ def test_pixels_count_as_one_record(data):
     assert torch.allclose(found, torch.full((300,), (right + wrong) / 2, dtype=torch.float64))
 
 
+class Sure(torch.nn.Module):
+    """Answers class 0 everywhere, with so much confidence."""
+
+    def __init__(self, confidence):
+        super().__init__()
+        self.confidence = confidence
+
+    def forward(self, x):
+        logits = torch.zeros(len(x), 4, 8, 8)
+        logits[:, 0] = self.confidence
+        return logits
+
+
+def segmented(data, seed, n):
+    """A split with labels of pixels: half an image of class 1, the rest of class 0."""
+    labels = torch.zeros(n, 8, 8, dtype=torch.int64)
+    labels[:, 4:] = 1
+    return dataclasses.replace(noise(n, seed), labels=labels)
+
+
+def test_unknown_pixels_count_nowhere(data):
+    half = segmented(data, 4, 6)
+    half.labels[:3, 4:] = -100  # what is wrong is unknown here
+    half.labels[5] = -100
+    found = attacking.losses(Sure(2.0), half, data)
+    right, wrong = -math.log(math.exp(2) / (math.exp(2) + 3)), math.log(math.exp(2) + 3)
+    expected = torch.tensor([right] * 3 + [(right + wrong) / 2] * 2, dtype=torch.float64)
+    assert torch.allclose(found, expected)
+
+
+def test_images_without_a_known_pixel_are_left_out_and_told(tmp_path, data, monkeypatch, capsys):
+    clients = tuple(segmented(data, k, 5) for k in range(2))
+    clients[1].labels[:2] = -100
+    whole = dataclasses.replace(
+        data, clients=clients, validation=segmented(data, 2, 3), tests={"": segmented(data, 3, 6)}
+    )
+    folder = release(tmp_path / "run", data, 0)
+    monkeypatch.setattr(attacking, "read_model", lambda out: (Sure(1.0), {}))
+    found = engine.attack(folder, data=whole)
+    assert (found["members"], found["others"], found["left_out"]) == (8, 6, 2)
+    assert json.loads((folder / "attack.json").read_text()) == found
+    monkeypatch.setattr(attacking, "load_data", lambda config, masks: whole)
+    assert commands.COMMANDS["attack"](flags.parse(["attack", str(folder)])) == 0
+    assert "images left out, without a known pixel" in capsys.readouterr().out
+    complete = dataclasses.replace(whole, clients=(clients[0],))
+    assert "left_out" not in engine.attack(folder, data=complete)
+
+
+def test_an_infinite_loss_is_null_in_the_file_and_one_that_is_no_number_a_sentence(tmp_path, data, monkeypatch, capsys):
+    folder = release(tmp_path / "run", data, 0)
+
+    class Certain(torch.nn.Module):
+        said = math.inf
+
+        def forward(self, x):
+            logits = torch.zeros(len(x), 4)
+            logits[:, 1:] = -self.said
+            return logits
+
+    monkeypatch.setattr(attacking, "read_model", lambda out: (Certain(), {}))
+    monkeypatch.setattr(attacking, "load_data", lambda config, masks: data)
+    found = engine.attack(folder, data=data)
+    assert found["member_loss"] == math.inf
+    stored = json.loads((folder / "attack.json").read_text())
+    assert stored["member_loss"] is None
+    assert stored["auc"] == found["auc"]
+    assert commands.COMMANDS["attack"](flags.parse(["attack", str(folder), "--json"])) == 0
+    assert json.loads(capsys.readouterr().out)["other_loss"] is None
+    assert commands.COMMANDS["attack"](flags.parse(["attack", str(folder)])) == 0
+    monkeypatch.setattr(Certain, "said", math.nan)
+    with pytest.raises(UserError, match=r"The model of .*run has losses that are not numbers .*lower learning rate"):
+        engine.attack(folder, data=data)
+
+
+def test_a_single_image_is_too_few_to_compare(tmp_path, data):
+    folder = release(tmp_path / "run", data, 0)
+    one = dataclasses.replace(data, tests={"": noise(1, 9)})
+    with pytest.raises(UserError, match=r"run has 1 test images with known answers: attack a run on more data"):
+        engine.attack(folder, data=one)
+    with pytest.raises(UserError, match=r"run has 1 training samples with known answers"):
+        engine.attack(folder, data=dataclasses.replace(data, clients=(noise(1, 9),)))
+
+
 def test_the_command(tmp_path, data, monkeypatch, capsys):
     folder = release(tmp_path / "run", data, 40)
     monkeypatch.setattr(attacking, "load_data", lambda config, masks: data)
