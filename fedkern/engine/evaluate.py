@@ -27,6 +27,25 @@ def test_sets(bench: Any) -> dict[str, TestSet]:
     return {prefix: _test_set(bench, split) for prefix, split in splits.items()}
 
 
+def check_sets(data: Any) -> None:
+    """Raises UserError where no figure could be had of a set that a run is evaluated on.
+
+    That is a segmentation set of which no pixel's class is known; asked before the training, which would be lost.
+    """
+    if data.task != "segmentation":
+        return
+    sets = {f"The test set{f' {name}' if name else ''}": split for name, split in data.tests.items()}
+    sets["The validation set"] = data.validation
+    for what, split in sets.items():
+        if len(split) and not bool((split.labels >= 0).any()):
+            raise UserError(f"{what} has no pixel whose class is known: give it other images, or more of them.")
+    for k, split in enumerate(data.client_tests):
+        if not bool((split.labels >= 0).any()):
+            raise UserError(
+                f"Client {k}'s own test set has no pixel whose class is known: use a larger --client-test, or 0."
+            )
+
+
 def client_sets(bench: Any) -> list[TestSet]:
     """Every client's own test set, where clients have one; contrastive losses of all are of batches of one size."""
     sets = [_test_set(bench, split) for split in bench.data.client_tests]

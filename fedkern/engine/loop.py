@@ -14,7 +14,7 @@ from fedkern.engine import diagnostics, records
 from fedkern.engine.bench import Bench
 from fedkern.engine.checkpoint import Checkpoints
 from fedkern.engine.config import RunConfig
-from fedkern.engine.evaluate import client_sets, evaluate, evaluate_clients, gradcam, test_sets
+from fedkern.engine.evaluate import check_sets, client_sets, evaluate, evaluate_clients, gradcam, test_sets
 from fedkern.engine.events import Listener, RunInfo
 from fedkern.engine.everybody import Everybody, data_fingerprint
 from fedkern.engine.ledger import Ledger
@@ -72,6 +72,7 @@ class Run:
         Raises:
             UserError: data or network do not fit the method.
         """
+        check_sets(self.bench.data)
         for k in range(self.bench.federation.clients):
             self.method.check(Client(self.bench, k, {}))
         if self.bench.data.task == "retrieval":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,7 +34,9 @@ def train_privately(
     """Trains ``module`` in place on the client's samples at ``rows`` and books the release in the client's ledger.
 
     Every step draws each sample with the same probability, batch size over samples, on its own; there are as many steps
-    as usual.  ``method.loss`` must be a mean over samples that do not depend on each other.
+    as usual.  ``method.loss`` must be a mean over samples that do not depend on each other.  Its batches say so
+    (``apart``), because the usual loss of a segmentation, the mean over all known pixels of a batch, makes a sample's
+    gradient larger where less is known of the others.
 
     Raises:
         UserError: the network has no per-sample gradients, or opacus is not installed.
@@ -67,7 +70,8 @@ def train_privately(
             drawn = rows[draws.random(len(rows)) < rate]
             private.zero_grad()
             if len(drawn):
-                result = method.loss(module, data.batch(drawn, step, done // each, augmentation), received)
+                batch = replace(data.batch(drawn, step, done // each, augmentation), apart=True)
+                result = method.loss(module, batch, received)
                 loss = result[0] if isinstance(result, tuple) else result
                 loss.backward()
                 total, batches = total + float(loss.detach()), batches + 1

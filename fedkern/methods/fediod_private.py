@@ -55,8 +55,9 @@ class PrivacyOptions(Options):
         "or the confidence itself, which epsilon then does not cover", choices=("withhold", "release"),
     )  # fmt: skip
     histogram_noise: float = option(
-        0.0, "standard deviation of the noise on a client's class counts, in records; 0: told as they are", low=0
-    )
+        0.0, "standard deviation of the noise on a client's class counts, in records (for segmentation, all pixels of "
+        "an image); 0: told as they are", low=0,
+    )  # fmt: skip
     teacher_dp: bool = option(False, "train the teachers with DP-SGD, so that all that comes from them is covered")
     teacher_clip: float = option(1.0, "largest norm of a sample's gradient in DP-SGD", above=0)
     teacher_sigma: float = option(1.0, "noise of DP-SGD over teacher_clip, where epsilon is not given", low=0)
@@ -200,11 +201,14 @@ def serving(client: Client, step: Step, options: Any) -> int:
 def release_histogram(client: Client, step: Step, histogram: Tensor, options: Any) -> Tensor:
     """The client's class counts fp32 [C] (samples, or pixels for segmentation) as they go to the server, once.
 
-    Replacing a record moves it from one class to another: a change of sqrt(2) records.
+    The noise is in records: a record counts once, and an image with a class for every pixel as often as it has pixels,
+    N, known or not, because how many are known is private itself.  Replacing a record takes counts c >= 0 with a sum of
+    at most N away and adds others, c', so the counts change by ||c' - c|| <= sqrt(||c||^2 + ||c'||^2) <= sqrt(2) N in
+    the Euclidean norm: sqrt(2) records, which is reached where all N move from one class to another.
     """
     if not options.histogram_noise or options.class_weights == "uniform":
         return histogram  # as it is, or not told at all
-    record = float(histogram.sum()) / client.samples  # what a record counts for: 1, or its pixels
+    record = math.prod(client.labels.shape[1:])  # what a record may count for: 1, or all of its pixels
     noisy = _noise(client, HISTOGRAM, histogram[None].float(), None, options.histogram_noise * record)[0]
     _book(client, HISTOGRAM, options.histogram_noise / math.sqrt(2))
     return noisy.clamp_min(0)

@@ -29,6 +29,11 @@ class Held:
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def scored(self) -> bool:
+        """Whether there is a figure to be had: a sample or, for segmentation, a pixel whose class is known."""
+        return bool((self._client.labels[torch.from_numpy(self._rows)] >= 0).any())
+
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(images, labels) in order, not augmented."""
         size = 500 if self.task == "classification" else 16  # a segmentation network's answers are whole images
@@ -53,19 +58,20 @@ def make_teacher(method: Any, client: Client, architectures: Architectures, opti
     """Trains the client's teacher, or takes the one that it brings, and keeps it in ``client.state["teacher"]``.
 
     The state has ``parameters``, ``buffers`` and ``integers``, and ``holdout``, the figure on the client's own
-    hold-out, where there is one.  A teacher that is brought may have trained on any of the client's samples, so it has
-    no such figure.
+    hold-out, where there is one and something is known of it.  A teacher that is brought may have trained on any of the
+    client's samples, so it has no such figure.
     """
     module = build(client, architectures)
-    rows, held = split(client, options.holdout)
+    rows, out = split(client, options.holdout)
+    held = Held(client, out)
     brought = client.brought(module)
     if not brought and not private.train_teacher(method, client, TRAIN, module, rows, options):
-        _fit(method, client, module, rows, Held(client, held), options)
+        _fit(method, client, module, rows, held, options)
     module.eval()
     state = client.state["teacher"] = vectors(flatten(module))
-    if len(held) and not brought:
+    if held.scored and not brought:
         with torch.no_grad():
-            state["holdout"] = main_figure(method.evaluate(module, Held(client, held)))
+            state["holdout"] = main_figure(method.evaluate(module, held))
 
 
 def _fit(method: Any, client: Client, module: nn.Module, rows: np.ndarray, held: Held, options: Any) -> None:
@@ -79,7 +85,7 @@ def _fit(method: Any, client: Client, module: nn.Module, rows: np.ndarray, held:
         if figure > best[0]:
             best[:] = figure, {name: value.detach().clone() for name, value in module.state_dict().items()}
 
-    watch = look if options.select == "best" and len(held) else None
+    watch = look if options.select == "best" and held.scored else None
     every = None if len(rows) == client.samples else rows
     client.fit(method, TRAIN, module, rows=every, lr_end=options.teacher_lr_end, after_epoch=watch)
     if best[1] is not None:

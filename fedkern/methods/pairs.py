@@ -1,4 +1,4 @@
-"""Image-text data: the loss that every method trains a pair of encoders with, and the figures of one on a test set."""
+"""The loss of a batch with known answers, image-text pairs among them, and the figures of a pair of encoders."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fedkern import ops
+from fedkern.data.types import IGNORE
 from fedkern.methods.retrieval import Gallery, recalls
 
 TEMPERATURE = 0.07
@@ -23,12 +24,41 @@ LOSS_BATCH = 32
 def supervised_loss(model: Any, batch: Any) -> Tensor:
     """The loss of a batch with known answers, a scalar: cross-entropy on labels, contrastive loss on image-text pairs.
 
-    The contrastive loss is the sum of both directions, image to text and text to image (method notes 3.3).
+    Of a segmentation it is the mean over the known pixels of the batch, 0 where there is none.  The contrastive loss is
+    the sum of both directions, image to text and text to image (method notes 3.3).
+
+    Raises:
+        ValueError: a batch of pairs whose samples are to be apart (``batch.apart``), which compares them.
     """
     if batch.tokens is None:
-        return cross_entropy(model(batch.images), batch.labels)
+        logits = model(batch.images)
+        if batch.labels.dim() == 1:
+            return cross_entropy(logits, batch.labels)
+        return pixelwise_loss(logits, batch.labels, apart=batch.apart)
+    if batch.apart:
+        raise ValueError(
+            "batch: expected labelled images where samples are apart, given pairs, whose loss compares them"
+        )
     x, y = model(batch.images, batch.tokens)
     return ops.contrastive(x, y, TEMPERATURE)
+
+
+def pixelwise_loss(logits: Tensor, labels: Tensor, *, apart: bool = False) -> Tensor:
+    """The cross-entropy of the pixels whose class is known, a scalar in nats.
+
+    Args:
+        logits: fp [B, C, H, W].
+        labels: int64 [B, H, W], negative where unknown.
+        apart: the mean over samples of each one's own mean (0 without a known pixel), so that its gradient does not
+            depend on how much is known of the others; else every known pixel of the batch counts alike.
+    """
+    known = labels >= 0
+    labels = labels.masked_fill(~known, IGNORE)
+    if apart:
+        losses = cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE).flatten(1)  # 0 where unknown
+        return (losses.sum(1) / known.flatten(1).sum(1).clamp_min(1)).mean()
+    # Not the mean of cross_entropy, which is NaN where nothing is known; elsewhere these are its bits.
+    return cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE) / known.sum().clamp_min(1)
 
 
 @torch.no_grad()

@@ -121,6 +121,8 @@ class Batch:
         augmented: whether the images were augmented, so that the same index gives different images.
         drawn: what the method's ``draw`` returned for this batch.
         tokens: the images' texts as the network takes them (``fedkern.models.vocabulary.Tokens``), or None.
+        apart: whether the loss must be the mean over samples of losses that each has by itself, as DP-SGD needs it; a
+            mean over all known pixels of the batch is not.
     """
 
     images: Tensor
@@ -131,6 +133,7 @@ class Batch:
     augmented: bool = False
     drawn: dict[str, Any] = field(default_factory=dict)
     tokens: Any = None
+    apart: bool = False
 
 
 class Samples(Protocol):

@@ -201,6 +201,8 @@ class Client(Place, Protocol):
     ) -> dict[str, float]:
         """As :meth:`fit`, by DP-SGD, on the samples at ``rows``; books the release in the client's ledger.
 
+        ``method.loss`` gets batches that are ``apart``, and must be a mean over samples of each one's own loss.
+
         Raises:
             UserError: the network has batch norm or other layers without per-sample gradients, or opacus is missing.
         """

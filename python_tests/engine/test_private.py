@@ -1,5 +1,6 @@
 """Training with DP-SGD: against plain gradients, clipped, noised, booked, the same after a resume."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -10,14 +11,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from fedkern import models
-from fedkern.data import Split
+from fedkern.data import IGNORE, Split
 from fedkern.engine.local import Schedule
 from fedkern.engine.private import train_privately
 from fedkern.engine.samples import ClientData
 from fedkern.errors import UserError
+from fedkern.methods import METHODS
 from fedkern.methods.base import Objective, Step
 from fedkern.privacy import DPSGD, LEDGER
-from fedkern.privacy.dpsgd import check_network
+from fedkern.privacy.dpsgd import check_network, private_steps
 from fedkern.streams import stream
 
 pytest.importorskip("opacus", reason="opacus is not installed (pip install 'fedkern[privacy]')")
@@ -177,3 +179,59 @@ class Buffered(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(1))
         self.register_buffer("mean", torch.zeros(1))
+
+
+def partly_known():
+    """Three images of 8 x 8 pixels: all known, a quarter known, nothing known."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (3, 3, 8, 8), generator=generator).to(torch.uint8)
+    labels = torch.randint(0, 3, (3, 8, 8), generator=generator)
+    labels[1, 2:] = IGNORE
+    labels[2] = IGNORE
+    return ClientData(Split(images, labels), (0.5,) * 3, (0.2,) * 3, torch.device("cpu"), "none", True)
+
+
+class Methods(Objective):
+    """With the loss that the methods have."""
+
+    def loss(self, model, batch, received):
+        return METHODS["fediod"].loss(None, model, batch, received)
+
+
+def test_a_samples_gradient_does_not_depend_on_what_is_known_of_the_others():
+    """Unknown pixels of the neighbours, which are private, would make a sample count for more than its clipping."""
+    data, found = partly_known(), {}
+    for rows in ((0, 1, 2), (0, 2), (0,), (1,), (2,)):
+        torch.manual_seed(0)
+        module = nn.Conv2d(3, 3, 1)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        with private_steps(module, optimizer, max_norm=1.0, noise=0.0, batch=3.0, seed=0):
+            batch = dataclasses.replace(data.batch(np.array(rows)), apart=True)
+            Methods().loss(module, batch, None).backward()
+            for row, gradient in zip(rows, module.weight.grad_sample, strict=True):
+                found.setdefault(row, []).append(gradient.clone())
+    for gradients in found.values():
+        assert len(gradients) > 1
+        assert all(torch.allclose(gradient, gradients[0], atol=1e-6) for gradient in gradients)
+    assert float(found[1][0].norm()) > 0
+    assert not found[2][0].any()
+
+
+def test_private_training_takes_every_images_own_mean():
+    data, schedule = (
+        partly_known(),
+        Schedule(lr=0.1, momentum=0.0, weight_decay=0.0, clip_norm=0.0, epochs=2, batch_size=3),
+    )
+    module, plain = (
+        models.build("unet-small-gn", classes=3, channels=3, image_size=8, width=4, seed=0) for _ in range(2)
+    )
+    spending = DPSGD(1e6, lambda rate, steps: 0.0, "teacher")
+    train_privately(client(), Methods(), STEP, module, data, None, schedule, spending, None)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    batch = data.batch(np.arange(3))
+    for _ in range(2):
+        optimizer.zero_grad()
+        each = [F.cross_entropy(plain(batch.images[k : k + 1]), batch.labels[k : k + 1]) for k in (0, 1)]
+        (sum(each) / 3).backward()
+        optimizer.step()
+    assert torch.allclose(vector(module), vector(plain), atol=1e-5)

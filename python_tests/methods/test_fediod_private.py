@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedkern.data import IGNORE
 from fedkern.errors import UserError
 from fedkern.methods import fediod_private as privacy
 from fedkern.methods.base import Federation, Step, option
@@ -39,8 +40,9 @@ class Options(privacy.PrivacyOptions):
 class Client:
     """A client with a stream and a state, as the engine's."""
 
-    def __init__(self, id=0, samples=50, state=None, seed=0):
+    def __init__(self, id=0, samples=50, state=None, seed=0, sides=()):
         self.id, self.samples, self.state, self._seed = id, samples, state or {}, seed
+        self.labels = torch.zeros(1, dtype=torch.int64).expand(samples, *sides)
 
     def rng(self, purpose, step):
         return stream(self._seed, f"{purpose}/{step.exchange}", round=step.round, client=self.id)
@@ -167,14 +169,30 @@ def test_class_counts_are_noised_in_records_also_where_a_record_is_many_pixels()
     counts = torch.full((5000,), 1000.0)
     noisy = privacy.release_histogram(Client(samples=5_000_000), STEP, counts, options)
     assert float((noisy - counts).std()) == pytest.approx(2.0, rel=0.05)
-    pixels = privacy.release_histogram(Client(samples=50_000), STEP, counts, options)  # 100 pixels each
-    assert float((pixels - counts).std()) == pytest.approx(200.0, rel=0.05)
+    told = privacy.release_histogram(Client(samples=50_000, sides=(5, 20)), STEP, counts, options)  # 100 pixels each
+    assert float((told - counts).std()) == pytest.approx(200.0, rel=0.05)
     untold = Client()
     assert (
         privacy.release_histogram(untold, STEP, counts, Options(histogram_noise=2.0, class_weights="uniform")) is counts
     )
     assert untold.state == {}
     assert float(privacy.release_histogram(Client(samples=1), STEP, torch.zeros(500) + 1e-9, options).min()) >= 0
+
+
+def test_the_noise_on_the_counts_covers_a_record_of_which_everything_is_known():
+    """However little is known of a client's images, another image may replace one: sqrt(2) times all its pixels."""
+    options, sides = Options(histogram_noise=2.0), (4, 5)
+    labels = torch.full((3, *sides), IGNORE)
+    labels[0], labels[1, 0, 0] = 0, 1
+    other = labels.clone()
+    other[0] = 1
+    before, after = (torch.bincount(each[each >= 0], minlength=2).float() for each in (labels, other))
+    assert float((after - before).norm()) == pytest.approx(math.sqrt(2) * 20)
+    few = torch.full((5000,), 1000.0)  # far away from 0; known is a tenth of all pixels
+    client = Client(samples=2_500_000, sides=sides)
+    noise = float((privacy.release_histogram(client, STEP, few, options) - few).std())
+    booked = client.state[LEDGER]["histogram"][0][1]
+    assert noise == pytest.approx(booked * math.sqrt(2) * 20, rel=0.05)
 
 
 def test_the_confidence_is_withheld_or_listed():

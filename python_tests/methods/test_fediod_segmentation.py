@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from fedkern.data import IGNORE
-from fedkern.engine import run
+from fedkern.engine import read_metrics, run
+from fedkern.engine.bench import Bench
+from fedkern.engine.serial import Client
 from fedkern.methods.fediod_losses import (
     class_weights,
     distillation,
@@ -21,7 +23,7 @@ from fedkern.methods.fediod_losses import (
     teacher_terms,
 )
 from fedkern.methods.fediod_options import IODOptions, settle
-from fedkern.methods.fediod_teachers import histogram
+from fedkern.methods.fediod_teachers import histogram, split
 
 _spec = importlib.util.spec_from_file_location("segmented", Path(__file__).with_name("test_segmentation.py"))
 segmented = importlib.util.module_from_spec(_spec)
@@ -126,3 +128,17 @@ def test_one_client_alone_is_its_own_ensemble(tmp_path):
     metrics = run(config, out=tmp_path, data=segmented.federation((12,)))["metrics"]
     each = {metrics[name] for name in ("best_teacher", "mean_teacher", "ensemble_uniform", "ensemble_weighted")}
     assert len(each) == 1
+
+
+@pytest.mark.parametrize("select", ["last", "best"])
+def test_a_hold_out_of_which_nothing_is_known_has_no_figure(tmp_path, select):
+    """A tenth of nine images is one, which may be unknown as a whole."""
+    config = segmented.settings("fediod", options={**OPTIONS, "select": select}, rounds=1)
+    data = segmented.federation((12, 9, 7))
+    held = split(Client(Bench(config, data), 1, {}), 0.1)[1]
+    assert len(held) == 1
+    data.clients[1].labels[held] = IGNORE
+    metrics = run(config, out=tmp_path, data=data)["metrics"]
+    assert 0 <= metrics["holdout"] <= 1  # the mean over those that have one
+    told = [k for record in read_metrics(tmp_path) for k, c in record["clients"].items() if "holdout" in c]
+    assert set(told) == {"0", "2"}

@@ -51,6 +51,8 @@ def test_the_loss_is_the_contrastive_one_of_the_batch(make_pairs, make_config):
     truth = torch.arange(6)
     expected = sum(torch.nn.functional.cross_entropy(s, truth) for s in (x @ y.T / 0.07, y @ x.T / 0.07))
     assert torch.allclose(supervised_loss(network, batch), expected, rtol=1e-5)
+    with pytest.raises(ValueError, match="samples are apart"):
+        supervised_loss(network, dataclasses.replace(batch, apart=True))
 
 
 def test_test_loss_is_of_batches_of_one_size():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -13,9 +14,11 @@ from torch.nn.functional import cross_entropy, one_hot
 from fedkern.data import IGNORE, FederatedData, PartitionStatistics, Split
 from fedkern.engine import RunConfig, read_model, run
 from fedkern.engine.samples import ClientData
+from fedkern.errors import UserError
 from fedkern.methods import METHODS
 from fedkern.methods.base import Batch
 from fedkern.methods.evaluate import figures
+from fedkern.methods.pairs import pixelwise_loss
 from fedkern.methods.segmentation import dice, hausdorff95, overlaps, segmentation
 
 METHODS_HERE = sorted(name for name, kind in METHODS.items() if "segmentation" in kind.tasks)
@@ -227,6 +230,53 @@ def test_unlabelled_pixels_are_not_learnt():
     loss.backward()
     assert not logits.grad[:, :, :5].any()
     assert logits.grad[:, :, 5:].all()
+
+
+def test_a_batch_of_which_nothing_is_known_moves_nothing():
+    logits = torch.randn(2, 3, 16, 16, requires_grad=True)
+    batch = Batch(torch.zeros(2, 1, 16, 16), torch.full((2, 16, 16), IGNORE), np.arange(2))
+    for apart in (False, True):
+        loss = METHODS["fedavg"]().loss(lambda images: logits, dataclasses.replace(batch, apart=apart), None)
+        loss.backward()
+        assert float(loss.detach()) == 0
+        assert not logits.grad.any()
+
+
+def test_the_usual_loss_has_the_bits_of_cross_entropy():
+    labels = split(4, 0).labels
+    for unknown in (0, 5):
+        labels[:, :unknown] = IGNORE
+        one, two = (torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)) for _ in range(2))
+        losses = pixelwise_loss(one.requires_grad_(), labels), cross_entropy(two.requires_grad_(), labels)
+        for loss in losses:
+            loss.backward()
+        assert torch.equal(*losses)
+        assert torch.equal(one.grad, two.grad)
+
+
+def unknown(split):
+    return dataclasses.replace(split, labels=torch.full_like(split.labels, IGNORE))
+
+
+def test_a_client_of_which_nothing_is_known_does_not_diverge(tmp_path):
+    data = federation()
+    data = dataclasses.replace(data, clients=(*data.clients[:2], unknown(data.clients[2])))
+    metrics = run(settings(rounds=2), out=tmp_path, data=data)["metrics"]
+    assert math.isfinite(metrics["loss"])
+
+
+def test_a_set_without_a_known_pixel_is_told_before_the_training(tmp_path):
+    data = federation()
+    own = (split(3, 20), unknown(split(3, 21)), split(3, 22))
+    for changed, words in (
+        ({"tests": {"": unknown(data.tests[""])}}, "The test set has no pixel whose class is known"),
+        ({"tests": {"id": data.tests[""], "ood": unknown(split(2, 5))}}, "The test set ood has no pixel"),
+        ({"validation": unknown(data.validation)}, "The validation set has no pixel"),
+        ({"client_tests": own}, "Client 1's own test set has no pixel.*--client-test"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run(settings(), out=tmp_path / "run", data=dataclasses.replace(data, **changed))
+        assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
 def test_training_moves_masks_with_their_images():
