@@ -25,6 +25,8 @@ from typing import Any
 from fedkern.engine.records import read_metrics, versions
 
 RESULTS = Path(__file__).parent / "results"
+JPEG = "The images went through JPEG once: compare within a table, not with published figures"
+"""What pages on the CIFAR-10 at hand say."""
 FILES = {
     "mnist": "the four IDX files",
     "cifar10": "CIFAR-10's official binary files",

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from benchmarks.study import (
+    JPEG,
     RATES_HEADER,
     Case,
     Runs,
@@ -99,7 +100,7 @@ STUDIES = {
 }  # fmt: skip
 
 
-SAID = {"cifar10": "  The images went through JPEG once: compare within a table, not with published figures."}
+SAID = {"cifar10": f"  {JPEG}."}
 """What else a page should say, by data set."""
 
 

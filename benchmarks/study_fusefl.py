@@ -4,8 +4,8 @@
     python -m benchmarks.study_fusefl cifar10 --data-root DIR     # the official binary files
 
 ``--only SECTION ...`` runs some of the sections: ``table`` (all baselines, three heterogeneities, three seeds),
-``blocks`` (K, adaptors), ``clients`` (M), ``datafree``, ``width``, ``parts`` (every decision alone), ``alike`` (FuseFL
-and the ensemble under the same classifiers), ``code`` (as in the released code), ``edges`` (learning rates beyond the
+``blocks`` (K, adaptors), ``clients`` (M), ``datafree``, ``width``, ``parts`` (every decision alone), ``alike`` (all
+under the same classifiers), ``code`` (as in the released code), ``edges`` (learning rates beyond the
 grid), ``cue`` (spurious shapes), ``backdoor`` (a backdoored client), ``refused`` (a client whose upload cannot be
 used).  Each goes on where it was interrupted and writes ``benchmarks/results/fusefl_<study>_<section>.md``, ``.json``.
 

@@ -148,7 +148,7 @@ class Run:
             participants = everyone if entry.participants == "all" else sample_clients(self.config, index)
         shown = index if entry.one_off else index + 1
         self.listener.on_round_start(shown, entry.name, participants)
-        self._round = {"clients": {}, "dropped": set(), "shown": shown, "late": entry.states == "round"}
+        self._round = {"clients": {}, "dropped": set(), "shown": shown, "late": entry.states == "round", "entry": entry}
         self.server.showing = not entry.one_off and self.gallery.wants(shown)
         phases = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0}
         sent = self.ledger.total_up, self.ledger.total_down
@@ -272,16 +272,20 @@ class Run:
 
     def dropped(self, problem: Diverged) -> None:
         """A client diverged: stops the run or leaves the client out of the rest of the round."""
-        where = f"Client {problem.client} diverged in round {problem.round + 1}, batch {problem.batch}: {problem.what}"
+        entry: Round = self._round["entry"]
+        when = f'before the first round ("{entry.name}")' if entry.one_off else f"in round {problem.round + 1}"
+        where = f"Client {problem.client} diverged {when}, batch {problem.batch}: {problem.what}"
         if self.config.on_nan == "stop":
             raise UserError(f"{where}; lower --lr, set --clip-norm, or leave such clients out with --on-nan skip.")
         client = self._clients.pop(problem.client, None)
         if client is not None and self._round["late"]:
             self._write_state(client)
         self._round["dropped"].add(problem.client)
-        entry = {"round": problem.round + 1, "client": problem.client, "batch": problem.batch, "reason": problem.what}
-        self.dropped_since = [*self.dropped_since, entry]
-        self.bench.warn("diverging-client", f"{where}; it was left out of that round.")
+        at = 0 if entry.one_off else problem.round + 1
+        told = {"round": at, "client": problem.client, "batch": problem.batch, "reason": problem.what}
+        self.dropped_since = [*self.dropped_since, told]
+        left = "what it would have made is missing from the run" if entry.one_off else "it was left out of that round"
+        self.bench.warn("diverging-client", f"{where}; {left}.")
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 

@@ -254,9 +254,8 @@ class TestSet:
 
     def masked_batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The first ``count`` images with their masks bool [B, H, W]."""
-        for start in range(0, min(count, len(self)), self.batch):
-            stop = min(start + self.batch, count, len(self))
-            yield self.pixels.take(np.arange(start, stop)), self.split.masks[start:stop]
+        for part in cuts(min(count, len(self)), self.batch):
+            yield self.pixels.take(np.arange(part.start, part.stop)), self.split.masks[part]
 
     def record(self, predictions: Tensor) -> None:
         self.predictions = predictions.cpu()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedkern.methods import fediod_private as private
 from fedkern.methods.base import Client, Step
+from fedkern.methods.cuts import cuts
 from fedkern.methods.fediod_losses import against, confidence
 from fedkern.models.discriminator import PatchDiscriminators, whole_image
 
@@ -154,10 +155,9 @@ class Critics:
         return losses.detach()
 
     def judge(self, images: Tensor) -> Tensor | None:
-        """Confidences ``[K, n]`` of any number of images, in equal parts of about the batch of a step.
+        """Confidences ``[K, n]`` of any number of images, in parts of the batch of a step (see ``cuts``).
 
-        Batch norm's statistics are those of a part, so none is small beside the others, and none a single image where
-        there are two.
+        Batch norm's statistics are those of a part.
 
         Returns:
             None for a single image of whose last map one position is left: that has no statistics.
@@ -165,8 +165,7 @@ class Critics:
         count, layers = len(images), self.module.layers
         if count * (images.shape[2] >> layers) * (images.shape[3] >> layers) == 1:
             return None
-        parts = max(1, min(-(-count // self._options.batch), count // 2))
-        return torch.cat([self.look(part)[1] for part in images.tensor_split(parts)], 1)
+        return torch.cat([self.look(images[part])[1] for part in cuts(count, self._options.batch)], 1)
 
     def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Realism losses and confidences, both ``[K, B]``, of images ``[B, C, H, W]``; gradients reach the images."""

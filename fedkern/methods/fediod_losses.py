@@ -122,9 +122,7 @@ def information(logits: Tensor, pi: Tensor) -> Tensor:
 def balance(logits: Tensor, pi: Tensor) -> Tensor:
     """``sum_k pi_k sum_c pbar_kc log2 pbar_kc``, minus the entropy in bits of a batch's mean prediction."""
     p = logits.softmax(2).movedim(2, -1).flatten(1, -2).mean(1)
-    p = p.clamp_min(
-        torch.finfo(p.dtype).tiny
-    )  # the entropy's slope at a class that a sure teacher rules out is infinite
+    p = p.clamp_min(torch.finfo(p.dtype).tiny)  # at 0, a class that a sure teacher rules out, the slope is infinite
     return (pi * torch.special.entr(p).sum(1)).sum() / (-math.log(2) * pi.sum())
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fedkern.methods import fediod_private as private
 from fedkern.methods.base import Client, Step
+from fedkern.methods.cuts import cuts
 from fedkern.methods.evaluate import MAIN_FIGURES
 from fedkern.methods.oneshot_members import Architectures, flatten, load, vectors
 
@@ -37,8 +38,8 @@ class Held:
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(images, labels) in order, not augmented."""
         size = 500 if self.task == "classification" else 16  # a segmentation network's answers are whole images
-        for start in range(0, len(self), size):
-            batch = self._client.batch(self._rows[start : start + size])
+        for part in cuts(len(self), size):
+            batch = self._client.batch(self._rows[part])
             yield batch.images, batch.labels
 
 

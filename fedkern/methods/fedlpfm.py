@@ -99,6 +99,8 @@ class FedLPFM(LocalTraining):
             )
         if o.teacher_view == "same" and o.teacher_tuning == "finetune":
             raise UserError("A fine-tuned teacher is kept as its logits alone: take teacher_view=cached.")
+        if math.isinf(o.temperature) and o.divergence != "kl":
+            raise UserError('Method option "temperature" may be inf with divergence=kl alone.')
         if o.prompts != DEFAULT and all(spec.kind != "clip" for spec in teachers.parse(o.teacher)):
             raise UserError(
                 f'Method option "prompts" is for CLIP, and the teacher is {o.teacher}: leave it out, or take '

@@ -44,7 +44,7 @@ class Place(Protocol):
         device: where networks live and batches arrive.
         task: ``"classification"``, ``"segmentation"`` or ``"retrieval"`` (image-text pairs).
         classes: the class names, in label order.
-        image_shape: channels, height and width of every image.
+        image_shape: channels, height and width of what a network sees.
         mean, std: per channel, of images in [0, 1]; a normalised image is ``(image - mean) / std``.
         public: labelled images that everybody may see and no client holds (``--public-samples``), or None.
     """

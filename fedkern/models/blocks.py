@@ -72,9 +72,8 @@ class BlockNetwork(nn.Module):
             try:
                 y = copy.deepcopy(block).to("meta").eval()(x)
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
-                wanted = _wanted(block, channels(tuple(x.shape[1:]))) or ": " + str(error).strip().split("\n")[
-                    0
-                ].rstrip(".")
+                reason = str(error).strip().split("\n")[0].rstrip(".")
+                wanted = _wanted(block, tuple(x.shape[1:])) or f": {reason}"
                 raise UserError(f"Block {i} cannot take {given}, of shape {list(x.shape[1:])}{wanted}.") from None
             if not isinstance(y, Tensor) or y.dim() not in (2, 3, 4):
                 raise UserError(f"Block {i} must give features [B, d], tokens [B, N, C] or a map [B, C, H, W].")
@@ -92,12 +91,13 @@ class BlockNetwork(nn.Module):
         return shapes
 
 
-def _wanted(block: nn.Module, given: int) -> str:
-    """What the block's first layer wants where that is not the channels given; else nothing."""
-    for layer in block.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            count = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
-            return f", as its first layer takes {count} channels" if count != given else ""
+def _wanted(block: nn.Module, given: tuple[int, ...]) -> str:
+    """What the block's first layer wants where that is not what is given and says it all; else nothing."""
+    first = next(module for module in block.modules() if not any(True for _ in module.children()))
+    if isinstance(first, nn.Conv2d) and len(given) == 3 and first.in_channels != given[0]:
+        return f", as its first layer takes {first.in_channels} channels"
+    if isinstance(first, nn.Linear) and first.in_features != given[-1]:
+        return f", as its first layer takes {first.in_features} features"
     return ""
 
 

@@ -92,7 +92,7 @@ class ClipTeacher(Teacher):
             settings = json.loads(Path(found).read_text()) if found else {}
         except Exception as error:  # transformers raises many kinds for a wrong folder or name
             first = str(error).strip().split("\n", 1)[0]
-            way = "" if local else f" (a folder that was downloaded before is given as clip:FOLDER; {where} is none)"
+            way = "" if local else " (not a folder here; one that was downloaded before is given as clip:FOLDER)"
             raise UserError(f"cannot load a CLIP from {where}{way}: {first}") from error
         finally:
             chatter.setLevel(before)

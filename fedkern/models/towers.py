@@ -98,13 +98,17 @@ class PairNetwork(nn.Module):
         return self.image_embedding(images), self.text_embedding(tokens)
 
 
-def _unit(projected: Tensor) -> Tensor:
-    """Rows ``[B, 128]`` at length 1.
+SHORTEST = 0.1
+"""A row that is shorter has no direction: behind the last batch norm one is about 11 long."""
 
-    Behind the last batch norm a row is about 11 long.  In a batch of equal images or equal texts all that is left of it
-    is rounding, which must not become a direction: its gradient would be ten orders of magnitude too large.
+
+def _unit(projected: Tensor) -> Tensor:
+    """Rows ``[B, 128]`` at length 1; those shorter than :data:`SHORTEST` keep less.
+
+    In a batch of equal images or equal texts all that batch norm leaves of a row is rounding, which must not become a
+    direction: its gradient would be ten orders of magnitude too large.
     """
-    return functional.normalize(projected, dim=1, eps=0.1)
+    return functional.normalize(projected, dim=1, eps=SHORTEST)
 
 
 def _head(width: int, hidden: int) -> nn.Sequential:

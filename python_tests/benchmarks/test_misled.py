@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from benchmarks import fusefl_misled, spoiled
 from benchmarks.study import Case, arguments, run
 from fedkern.engine import RunConfig
 from fedkern.engine import run as run_one
-from fedkern.methods import METHODS
 
 TINY = {
     "data": "digits", "clients": 3, "train_samples": 150, "model": "cnn",
@@ -48,10 +48,23 @@ def test_what_is_spoiled():
     assert message["a"]["w"].shape == (3, 2)
 
 
-def test_spoiling_keeps_the_registry_s_names(monkeypatch):
-    monkeypatch.setattr(spoiled, "METHODS", dict(METHODS))
+def test_only_one_client_and_round_are_spoiled(monkeypatch):
+    class Echo:
+        """Uploads what it is sent."""
+
+        name = "echo"
+
+        def client_update(self, client, step, message):
+            return message
+
+    monkeypatch.setattr(spoiled, "METHODS", {"echo": Echo})
     spoiled.spoil("nan", "train")
-    assert {name: method.name for name, method in spoiled.METHODS.items()} == {name: name for name in METHODS}
+    method = spoiled.METHODS["echo"]()
+    assert method.name == "echo"
+    message = {"w": torch.ones(2)}
+    for client, step in ((1, "train"), (0, "calibrate")):
+        assert method.client_update(SimpleNamespace(id=client), SimpleNamespace(name=step), message) is message
+    assert method.client_update(SimpleNamespace(id=0), SimpleNamespace(name="train"), message)["w"].isnan().all()
 
 
 def test_a_wrong_kind_is_a_usage_error():

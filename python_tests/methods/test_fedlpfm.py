@@ -273,6 +273,7 @@ def test_what_the_teacher_knows_reaches_classes_that_a_client_lacks(make_data, m
         ({"teacher_view": "same", "teacher_tuning": "finetune"}, "kept as its logits alone: take teacher_view=cached"),
         ({"teachers": 2}, "2 teachers per client need as many backbones, but teacher=pretrained:cnn/3 names 1"),
         ({"teacher": "klip:x"}, 'unknown teacher "klip:x"'),
+        ({"temperature": "inf", "divergence": "js"}, r'"temperature" may be inf with divergence=kl alone'),
         (
             {"prompts": "a {class}"},
             r'"prompts" is for CLIP, and the teacher is pretrained:cnn/3: leave it out, or take',

@@ -68,8 +68,10 @@ def test_whole_batches_are_judged_each_by_its_own_statistics(batch, steps, criti
     assert torch.equal(made.judge(x), torch.cat([made.look(part)[1] for part in x.split(batch)], 1))
 
 
-@pytest.mark.parametrize(("batch", "count", "parts"), [(4, 2, [2]), (4, 5, [3, 2]), (4, 9, [3, 3, 3]), (2, 3, [3])])
-def test_other_numbers_are_judged_in_equal_parts(batch, count, parts, critics):
+@pytest.mark.parametrize(
+    ("batch", "count", "parts"), [(4, 2, [2]), (4, 5, [5]), (4, 6, [4, 2]), (4, 9, [4, 5]), (2, 3, [3])]
+)
+def test_other_numbers_are_judged_without_a_rest_of_one(batch, count, parts, critics):
     made, x = critics(batch=batch), images(count)
     assert torch.equal(made.judge(x), torch.cat([made.look(part)[1] for part in x.split(parts)], 1))
 

@@ -92,6 +92,9 @@ def test_mistakes_are_named():
         BlockNetwork([nn.Conv2d(3, 4, 1), nn.Conv2d(5, 4, 1), pool], head).interfaces((3, 8, 8))
     with pytest.raises(UserError, match=r"Block 1 cannot take the images, of shape \[1, 8, 8\]"):
         BlockNetwork([nn.Conv2d(3, 4, 1), pool], head).interfaces((1, 8, 8))
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(256, 4))  # what is wrong shows behind the first layer
+    with pytest.raises(UserError, match=r"Block 1 cannot take the images, of shape \[3, 8, 8\]: .*192"):
+        BlockNetwork([flat], head).interfaces((3, 8, 8))
     with pytest.raises(UserError, match=r"Block 1 gives 4 channels, but out_channels says 6"):
         BlockNetwork([nn.Conv2d(3, 4, 1), pool], head, out_channels=[6, 4]).interfaces((3, 8, 8))
     with pytest.raises(UserError, match=r"last block gives \[4, 8, 8\], but the classifier takes features \[4\]"):
