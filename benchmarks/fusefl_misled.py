@@ -46,10 +46,8 @@ def cue(runs: FuseFLRuns) -> Section:
         figures = [*(spread([r[kind] for r in found]) for kind in kinds), spread(drops)]
         rows.append([f"{name}, {column}", str(rate), *figures])
     header = ["method", "lr", "no shape", "shape of the class", "random shape", "drop"]
-    title = (
-        f"## Spurious cue on 2 clients, Dirichlet {alpha}, {len(SEEDS)} seeds: accuracy in %\n\nOne seed for what is "
-    )
-    title += "distilled, whose learning rate is that of the networks distilled.\n\n"
+    title = f"## Spurious cue on 2 clients, Dirichlet {alpha}, {len(SEEDS)} seeds: accuracy in %\n\n"
+    title += "One seed for what is distilled, whose learning rate is that of the networks distilled.\n\n"
     return title + table(header, rows) + "\n", numbers
 
 
@@ -78,10 +76,9 @@ def backdoor(runs: FuseFLRuns) -> Section:
         ])  # fmt: skip
     header = ["method", "lr", "accuracy, nobody backdoored", "patch makes class 0", "accuracy", "attack succeeds"]
     title = f"## One of the clients backdoored, Dirichlet {alpha}, {len(SEEDS)} seeds, in %\n\n"
-    title += (
-        "Half of client 0's images carry a white patch of 4x4 pixels and the label of class 0.  The attack succeeds "
-    )
-    title += "on a test image of any other class when the patch makes it class 0; the column before it is the same for "
+    title += "Half of client 0's images carry a white patch of 4x4 pixels and the label of class 0.  "
+    title += "The attack succeeds on a test image of any other class when the patch makes it class 0; "
+    title += "the column before it is the same for "
     title += "models of clients nobody of whom is backdoored.\n\n"
     return title + table(header, rows) + "\n", numbers
 

@@ -193,10 +193,8 @@ def datafree(runs: FuseFLRuns) -> Section:
     title = f"## Distillation of the ensemble, Dirichlet {alpha}, seed 0, accuracy in %\n\nWhat is distilled is the "
     title += f"as-published ensemble, so its learning rate ({lr}) is that of the distilled networks in both columns; "
     title += f"they are not averaged over seeds.  Generators: {', '.join(f'{k} {v}' for k, v in GENERATOR.items())}; "
-    title += (
-        "20 batches of images for DENSE, 2,048 images for FedDF.  Transfer and linear probes of both levels are those "
-    )
-    title += "of the as-published column.\n\n"
+    title += "20 batches of images for DENSE, 2,048 images for FedDF.  "
+    title += "Transfer and linear probes of both levels are those of the as-published column.\n\n"
     header = ["method", "lr", PUBLISHED, "lr", CALIBRATED, *TRANSFER, "probe, level 1", "level 2"]
     return title + table(header, rows) + "\n", numbers
 

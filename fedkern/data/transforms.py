@@ -66,14 +66,11 @@ def crop(
     if flip:
         coins = torch.from_numpy(rng.random(batch) < 0.5)
         columns = torch.where(coins[:, None], columns.flip(1), columns)
-    keeps_channels_last = _is_channels_last(images)
     padded = images.new_empty((batch, height + 2 * padding, width + 2 * padding, channels))
     padded[:] = torch.as_tensor(fill, dtype=images.dtype, device=images.device)
     padded[:, padding : padding + height, padding : padding + width] = images.permute(0, 2, 3, 1)
-    # One gather of whole pixels does crop and flip; its result is laid out as [B, H, W, C].
-    index = torch.arange(batch)[:, None, None], rows[:, :, None], columns[:, None, :]
-    cut = padded[tuple(part.to(images.device) for part in index)].permute(0, 3, 1, 2)
-    return cut if keeps_channels_last else cut.contiguous()
+    # One gather of whole pixels does crop and flip.
+    return _gather(padded, rows[:, :, None], columns[:, None, :]).contiguous(memory_format=_format(images))
 
 
 def window(images: Tensor, sides: tuple[int, int], rng: np.random.Generator | None = None) -> Tensor:
@@ -99,8 +96,7 @@ def window(images: Tensor, sides: tuple[int, int], rng: np.random.Generator | No
         return cut.contiguous(memory_format=_format(images))
     starts = [torch.from_numpy(rng.integers(0, free + 1, size=batch)) for free in room]
     rows, columns = (start[:, None] + torch.arange(side) for start, side in zip(starts, sides, strict=True))
-    index = torch.arange(batch)[:, None, None], rows[:, :, None], columns[:, None, :]
-    cut = images.permute(0, 2, 3, 1)[tuple(part.to(images.device) for part in index)].permute(0, 3, 1, 2)
+    cut = _gather(images.permute(0, 2, 3, 1), rows[:, :, None], columns[:, None, :])
     return cut.contiguous(memory_format=_format(images))
 
 
@@ -161,10 +157,7 @@ def dihedral(images: Tensor, rng: np.random.Generator) -> Tensor:
             torch.where(turned, rows.transpose(1, 2), rows),
             torch.where(turned, columns.transpose(1, 2), columns),
         )
-    keeps_channels_last = _is_channels_last(images)
-    index = torch.arange(batch)[:, None, None], rows, columns
-    cut = images.permute(0, 2, 3, 1)[tuple(part.to(images.device) for part in index)].permute(0, 3, 1, 2)
-    return cut if keeps_channels_last else cut.contiguous()
+    return _gather(images.permute(0, 2, 3, 1), rows, columns).contiguous(memory_format=_format(images))
 
 
 @dataclass(frozen=True)
@@ -274,6 +267,12 @@ def _find(kind: str) -> Augmentation:
             f'unknown augmentation "{kind}": expected one of {", ".join(AUGMENTATIONS)}.{nearest(kind, AUGMENTATIONS)}'
         )
     return AUGMENTATIONS[kind]
+
+
+def _gather(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Pixels ``[B, H, W, C]`` at rows and columns that broadcast to ``[B, h, w]``: ``[B, C, h, w]``, channels-last."""
+    index = torch.arange(len(pixels))[:, None, None], rows, columns
+    return pixels[tuple(part.to(pixels.device) for part in index)].permute(0, 3, 1, 2)
 
 
 def _format(images: Tensor) -> torch.memory_format:
