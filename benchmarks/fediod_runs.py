@@ -16,9 +16,12 @@ STUDENTS: Mapping[str, tuple[str, tuple[Mapping[str, Any], ...]]] = {
     # name: method, the settings of its server to choose from
     IOD: (
         "fediod",
-        tuple({"critic_lr": rate, "disc_weight": weight} for rate in (4e-4, 7e-4) for weight in (False, True)),
+        (
+            *({"critic_lr": rate, "disc_weight": False} for rate in (2e-4, 4e-4, 7e-4)),
+            {"critic_lr": 4e-4, "disc_weight": True},
+        ),
     ),
-    "FedDF, public images": ("feddf", tuple({"distill_lr": rate} for rate in (3e-4, 1e-3, 3e-3, 1e-2))),
+    "FedDF, public images": ("feddf", tuple({"distill_lr": rate} for rate in (1e-3, 3e-3, 1e-2, 3e-2))),
     "DENSE": ("dense", tuple({"distill_lr": rate} for rate in (0.005, 0.01, 0.02, 0.05))),
     "Co-Boosting": ("coboosting", tuple({"distill_lr": rate} for rate in (0.005, 0.01, 0.02, 0.05))),
 }
@@ -48,7 +51,7 @@ class Study:
     rounds: int
     iterations: int
     reference_rounds: int
-    rates: tuple[float, ...] = (0.01, 0.03, 0.1)
+    rates: tuple[float, ...] = (0.03, 0.1, 0.3)
     alphas: tuple[Any, ...] = (0.1, 1.0)
     iod: Mapping[str, Any] = field(default_factory=dict)
     choices: tuple[Mapping[str, Any], ...] = ()
