@@ -17,6 +17,7 @@ from fedkern.engine.config import RunConfig
 from fedkern.engine.run import load_data
 from fedkern.engine.saved import read_model
 from fedkern.errors import UserError
+from fedkern.methods.cuts import cuts
 from fedkern.models import PairNetwork, Tokens
 
 SEEN = "seen"
@@ -99,8 +100,8 @@ class Finished:
 
     def images(self, split: Split) -> Iterator[Tensor]:
         """The images of a split in batches, normalised as in the run's training: fp32, channels-last."""
-        for part in split.images.split(BATCH):
-            yield normalise(part.to(self.device), self._mean, self._std, channels_last=True)
+        for rows in cuts(len(split), BATCH):
+            yield normalise(split.images[rows].to(self.device), self._mean, self._std, channels_last=True)
 
     @torch.no_grad()
     def image_embeddings(self, network: PairNetwork, split: Split) -> Tensor:
@@ -112,7 +113,8 @@ class Finished:
         """Unit vectors fp32 ``[n, 128]``."""
         tokens = network.tokenize(texts)
         parts = []
-        for rows in torch.arange(len(texts)).split(BATCH):
+        every = torch.arange(len(texts))
+        for rows in (every[cut] for cut in cuts(len(texts), BATCH)):
             part: Tokens = tokens.take(rows).to(self.device)
             parts.append(network.text_embedding(part))
         return torch.cat(parts)

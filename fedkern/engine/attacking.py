@@ -17,6 +17,7 @@ from fedkern.engine.records import plain
 from fedkern.engine.run import load_data
 from fedkern.engine.saved import read_model
 from fedkern.errors import UserError
+from fedkern.methods.cuts import cuts
 from fedkern.privacy import membership_attack
 
 FILE = "attack.json"
@@ -75,7 +76,8 @@ def losses(model: nn.Module, split: Any, data: FederatedData, batch: int = 500) 
     Images without a known pixel have no loss and are left out: n is then less than the split's length.
     """
     values = []
-    for images, labels in zip(split.images.split(batch), split.labels.split(batch), strict=True):
+    for rows in cuts(len(split), batch):
+        images, labels = split.images[rows], split.labels[rows]
         logits = model(normalise(images, data.mean, data.std)).double()
         if labels.dim() == 1:
             values.append(F.cross_entropy(logits, labels, reduction="none"))

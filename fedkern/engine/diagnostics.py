@@ -102,11 +102,11 @@ def poor_metrics(metrics: Mapping[str, float], best: Mapping[str, float], classe
     return found
 
 
-def missing_statistics(config: RunConfig, has_buffers: bool) -> dict[str, str]:
+def missing_statistics(config: RunConfig, missing: bool) -> dict[str, str]:
     """A saved network without running statistics."""
-    if config.statistics or not has_buffers:
+    if not missing:
         return {}
     return {
         "no-running-statistics": f"With --buffers {config.buffers} the global model has no batch norm statistics: it "
-        "was evaluated with those of each test batch, and model.safetensors holds the initial ones."
+        "was evaluated with those of each test batch, and so is what model.safetensors holds."
     }

@@ -21,7 +21,7 @@ from fedkern.engine.ledger import Ledger
 from fedkern.engine.local import Diverged
 from fedkern.engine.privacy import privacy_figures
 from fedkern.engine.samples import TestSet
-from fedkern.engine.saved import about_network, write_model
+from fedkern.engine.saved import about_network, lacks_statistics, write_model
 from fedkern.engine.serial import Client, Exchange, Server, sample_clients
 from fedkern.engine.shown import Gallery, Shown
 from fedkern.engine.state import fingerprint
@@ -364,7 +364,7 @@ class Run:
             diagnostics.collapsed_classes(self.sets, self.bench.data.classes),
             diagnostics.outlying_drift(self.last_clients),
             diagnostics.poor_metrics(metrics, self.best, self.bench.federation.classes),
-            diagnostics.missing_statistics(self.config, flat and self.bench.network("server").buffers.numel() > 0),
+            diagnostics.missing_statistics(self.config, flat and lacks_statistics(self.bench, self.config)),
             self.method.diagnose(self.observed.summary()),
         ):
             for name, text in found.items():

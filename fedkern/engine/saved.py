@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkern import models
 from fedkern.engine import atomic
@@ -24,6 +25,7 @@ from fedkern.errors import UserError
 from fedkern.methods import registry
 
 MODEL = "model.safetensors"
+RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass(frozen=True)
@@ -59,15 +61,29 @@ def about_network(bench: Bench, config: RunConfig, rounds: int, flat: bool) -> d
     }
     if data.task == "retrieval":
         about["pair"] = bench.pair
+    if flat and lacks_statistics(bench, config):
+        about["statistics"] = "batch"
     # What only the method can build again is told from a network of the run by this key.
     return about if flat else {**about, "samples": list(data.client_sizes)}
 
 
+def lacks_statistics(bench: Bench, config: RunConfig) -> bool:
+    """Whether the network of the run has batch norm whose running statistics nobody took (``--buffers``)."""
+    return not config.statistics and bench.network("server").buffers.numel() > 0
+
+
 def write_model(out: Path, module: nn.Module, about: Mapping[str, Any]) -> None:
-    """Writes model.safetensors: contiguous tensors by state-dict key, and ``about`` as JSON in the metadata."""
+    """Writes model.safetensors: contiguous tensors by state-dict key, and ``about`` as JSON in the metadata.
+
+    Where ``about["statistics"]`` is ``"batch"`` batch norm's running statistics are left out.
+    """
     # One metadata key only: with several, their order in the file would be left to chance.
     metadata = {"fedkern": json.dumps(about, sort_keys=True)}
     tensors = state_dict(module)
+    if about.get("statistics") == "batch":
+        for name, _ in _norms(module):
+            for buffer in RUNNING:
+                tensors.pop(f"{name}.{buffer}" if name else buffer, None)
     atomic.write(out / MODEL, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
@@ -75,7 +91,8 @@ def read_model(out: Path | str) -> tuple[nn.Module, dict[str, Any]]:
     """What a finished run evaluated last, in eval mode on the CPU, and what is known about it.
 
     A network of the run is built from its name alone.  Anything else (fused clients, an ensemble) the method builds
-    again from the checkpoint of the run folder, and then takes the tensors of model.safetensors.
+    again from the checkpoint of the run folder, and then takes the tensors of model.safetensors.  A network that was
+    evaluated without running statistics (``--buffers drop`` or ``local``) has none: its batch norm uses each batch's.
 
     The second value has ``classes``, ``channels``, ``image_size``, ``mean`` and ``std`` (of images in [0, 1]),
     ``model``, ``width``, ``method`` and ``rounds``; of image-text data also ``pair``, what
@@ -95,6 +112,8 @@ def read_model(out: Path | str) -> tuple[nn.Module, dict[str, Any]]:
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}.") from None
     network = _rebuilt(Path(out), about) if "samples" in about else _plain(about)
+    if about.get("statistics") == "batch":
+        _forget_statistics(network)
     try:
         network.load_state_dict(tensors)
     except RuntimeError:
@@ -102,6 +121,17 @@ def read_model(out: Path | str) -> tuple[nn.Module, dict[str, Any]]:
         kind = f"module of {about['method']}" if "samples" in about else name
         raise UserError(f"{path} does not hold the parameters of a {kind}.") from None
     return network.eval(), about
+
+
+def _norms(module: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
+    return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, _BatchNorm))
+
+
+def _forget_statistics(module: nn.Module) -> None:
+    for _, layer in _norms(module):
+        layer.track_running_stats = False
+        for buffer in RUNNING:
+            setattr(layer, buffer, None)
 
 
 def _plain(about: Mapping[str, Any]) -> nn.Module:

@@ -68,7 +68,8 @@ def write_pictures(run_dir: Path, *, data: Any = None, model: torch.nn.Module | 
         inputs = normalise(split.images, data.mean, data.std)
         segmentation.draw(model, split, inputs, target, classes=data.classes, title=f"Segmentation of {name}")
         return [*written, target]
-    if not isinstance(model, StagedNetwork):
+    # Grad-CAM looks at single images, of which a network without running statistics makes something else.
+    if not isinstance(model, StagedNetwork) or not config.statistics:
         return written
     panels = {}
     for key, split in data.tests.items():

@@ -6,10 +6,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from fedkern import data as fedkern_data
-from fedkern.engine import Listener, run
+from fedkern.data import normalise
+from fedkern.engine import Listener, read_model, run
 from fedkern.engine.local import Diverged
 from fedkern.engine.network import Network
 from fedkern.engine.records import read_metrics
@@ -225,6 +227,12 @@ def test_buffer_policies(policy, method, make_data, make_config, tmp_path):
     assert summary["bytes"]["up"] == 3 * 3 * size
     assert ("no-running-statistics" in summary["diagnostics"]) == (policy != "average")
     assert summary["metrics"]["id_accuracy"] > 0.4  # the batch's own statistics make the network work
+    saved, _ = read_model(tmp_path)
+    images = normalise(data.tests["id"].images, data.mean, data.std)
+    right = (saved(images).argmax(1) == data.tests["id"].labels).double().mean()
+    assert float(right) == pytest.approx(summary["metrics"]["id_accuracy"], abs=1e-9)
+    kept = load_file(tmp_path / "model.safetensors")
+    assert any("running" in name for name in kept) == (policy == "average")
 
 
 @pytest.mark.parametrize("policy", ["average", "local", "drop"])
