@@ -5,9 +5,9 @@
 
 ``--only SECTION ...`` runs some of the sections: ``table`` (FedDRA and every baseline), ``held_out`` (a client that no
 method trains on), ``ablations`` (robust weights only, anchors only, one stage, where the weights act), ``statistics``
-(those of batch norm, with and without robust weights) and ``sweeps`` (rho and mu).  Each goes on where it
-was interrupted, takes about an hour or less on two cores, and writes ``benchmarks/results/feddra_<study>_<section>.md``
-and ``.json``.
+(those of batch norm, with and without robust weights), ``sweeps`` (rho and mu) and ``alternating`` (what both stages in
+every round cost, and why).  Each goes on where it was interrupted, takes about an hour or less on two cores, and
+writes ``benchmarks/results/feddra_<study>_<section>.md`` and ``.json``.
 
 The last client of the captions is a small minority with words, colours and digits of its own.  Figures: recall at 1,
 mean of both directions, among 500 pairs of all clients' distributions, of the minority's, and of a client that nobody
@@ -52,6 +52,16 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "weights on losses": {"dro_apply": "loss"},
     "weights as in the released code": {"dro_apply": "loss_code"},
     "losses on training samples": {"loss_split": "train"},
+}
+ALTERNATING: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
+    # name: settings changed, options
+    "one stage": ({}, {"stages": "one"}),
+    "one stage, as many steps as both": ({"local_steps": 30}, {"stages": "one"}),
+    "both stages in every round": ({}, {"stage_schedule": "per_round"}),
+    "the same, the second from the average of the first": (
+        {},
+        {"stage_schedule": "per_round", "joint_start": "average"},
+    ),
 }
 FIGURES = {
     "R@1": ("i2t_r1", "t2i_r1"),
@@ -145,10 +155,9 @@ def _compared(
     lr: float,
     rows: Mapping[str, Callable[[float, int], Case]],
     seeds: tuple[int, ...],
-    more: Mapping[str, tuple[str, ...]],
+    figures: Mapping[str, tuple[str, ...]] = FIGURES,
 ) -> Section:
-    """A table of the figures of several kinds of runs over the seeds; ``more`` are columns beside the usual ones."""
-    figures = {**FIGURES, **more}
+    """A table of the figures of several kinds of runs over the seeds."""
     cases = {name: [make(lr, seed) for seed in seeds] for name, make in rows.items()}
     runs.run(case for row in cases.values() for case in row)
     found = {
@@ -168,7 +177,7 @@ def _compared(
 def main_table(runs: DRARuns) -> Section:
     """FedDRA and every baseline."""
     rows = {name: _row(runs, name) for name in METHODS}
-    return _compared(runs, "Every method", runs.rate(anew=True), rows, runs.study.seeds, {})
+    return _compared(runs, "Every method", runs.rate(anew=True), rows, runs.study.seeds)
 
 
 def _row(runs: DRARuns, name: str, **given: Any) -> Callable[[float, int], Case]:
@@ -181,14 +190,14 @@ def held_out(runs: DRARuns) -> Section:
     for client, which in ((1, "client 1"), (runs.study.settings["clients"] - 1, "the minority")):
         for name in (BASELINE, FULL):
             rows[f"{name} without {which}"] = _row(runs, name, changed={"held_out_client": client})
-    more = {"held out R@1": ("held_out_i2t_r1", "held_out_t2i_r1")}
+    more = {**FIGURES, "held out R@1": ("held_out_i2t_r1", "held_out_t2i_r1")}
     return _compared(runs, "A client held out", runs.rate(), rows, runs.study.seeds, more)
 
 
 def ablations(runs: DRARuns) -> Section:
     """What each part of FedDRA does."""
     rows = {name: _row(runs, FULL, **options) for name, options in ABLATIONS.items()}
-    return _compared(runs, "Ablations", runs.rate(), rows, runs.study.few, {})
+    return _compared(runs, "Ablations", runs.rate(), rows, runs.study.few)
 
 
 def statistics(runs: DRARuns) -> Section:
@@ -212,18 +221,33 @@ def statistics(runs: DRARuns) -> Section:
         for way, changed in ways.items()
         for weights in (True, False)
     }
-    return _compared(runs, "Batch norm", runs.rate(), rows, runs.study.few, {})
+    return _compared(runs, "Batch norm", runs.rate(), rows, runs.study.few)
 
 
 def sweeps(runs: DRARuns) -> Section:
     """The radius of the set of weights, and the weight of the anchors."""
     rows = {f"rho {rho:g}": _row(runs, FULL, rho=rho) for rho in runs.study.rhos}
     rows |= {f"mu {mu:g}": _row(runs, FULL, mu=mu) for mu in runs.study.mus}
-    return _compared(runs, "rho and mu", runs.rate(), rows, runs.study.few, {})
+    return _compared(runs, "rho and mu", runs.rate(), rows, runs.study.few)
+
+
+def alternating(runs: DRARuns) -> Section:
+    """Why both stages in every round cost recall: clients that differ, more steps, or the modules they start from.
+
+    Robust weights are off.  Where every client has the same distribution drift between them has no cause but chance.
+    """
+    rows = {
+        f"{name}, {which}": _row(runs, FULL, changed={**changed, **partition}, dro=False, **options)
+        for which, partition in (("clients that differ", {}), ("clients alike", {"partition": "iid"}))
+        for name, (changed, options) in ALTERNATING.items()
+    }
+    figures = {name: names for name, names in FIGURES.items() if name != "minority R@1"}  # alike: none
+    return _compared(runs, "Both stages in every round", runs.rate(), rows, runs.study.seeds, figures)
 
 
 SECTIONS: Mapping[str, Callable[[DRARuns], Section]] = {
     "table": main_table,
+    "alternating": alternating,
     "held_out": held_out,
     "ablations": ablations,
     "statistics": statistics,

@@ -8,8 +8,8 @@ vectors of the frozen global model, the anchors:
 A round has three exchanges:
 
 - ``alignment``: encoders frozen; clients train the alignment layers and heads, and these alone travel back.
-- ``joint``: clients go on from their own alignment modules and train everything.  The anchors are made by the encoders
-  of the start of the round and the average of the first stage.
+- ``joint``: clients go on from their own alignment modules, or with ``joint_start=average`` from the average, and
+  train everything.  The anchors are made by the encoders of the start of the round and the average of the first stage.
 - ``losses``: every client says how large the contrastive loss of the new model is on samples it never trains on, and
   from that come the clients' weights in the next round's averages (`fedkern.methods.robust`).  The anchors are that
   very model here, so that their term is zero.
@@ -85,6 +85,10 @@ class FedDRA(Robust):
             "per_round", "both stages in every round, or rounds of the first and then rounds of the second",
             choices=("per_round", "sequential"),
         )  # fmt: skip
+        joint_start: str = option(
+            "own", "both stages in every round: the second starts from the client's own first one or the average",
+            choices=("own", "average"),
+        )  # fmt: skip
         alignment_steps: int = option(20, "optimiser steps of the first stage", low=1)
         alignment_rounds: int = option(
             0, "rounds of the first stage with stage_schedule=sequential; 0 for a quarter of all", low=0
@@ -148,7 +152,8 @@ class FedDRA(Robust):
             return result
         if self.paired:
             model, part = client.scratch.get("model") or client.state["model"], vectors_of(message)
-            start, anchor = spliced(model, client.scratch.get("alignment", part)), spliced(model, part)
+            own = client.scratch.get("alignment", part) if self.options.joint_start == "own" else part
+            start, anchor = spliced(model, own), spliced(model, part)
         else:
             model = start = anchor = self.held(client, message)
         result = client.train(self, step, {**message, **start}, rows=rows, anchor=anchor)

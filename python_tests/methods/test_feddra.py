@@ -38,10 +38,11 @@ def test_the_first_stage_leaves_encoders_as_they_are(parts):
     assert local.module.image_head.training
 
 
-def test_clients_go_on_from_their_own_alignment_and_anchor_on_the_average(parts, monkeypatch):
-    p = parts()
+@pytest.mark.parametrize("start_from", ["own", "average"])
+def test_what_clients_go_on_from_and_that_they_anchor_on_the_average(start_from, parts, monkeypatch):
+    p = parts(joint_start=start_from)
     _, first = p.exchange(ALIGN)
-    seen = []
+    seen, own = [], start_from == "own"
     real = Client.train
 
     def train(client, method, step, message, **settings):
@@ -53,10 +54,10 @@ def test_clients_go_on_from_their_own_alignment_and_anchor_on_the_average(parts,
     average = p.server.state["parameters"].clone()
     p.exchange(JOINT)
     for (start, anchor), upload in zip(seen, first, strict=True):
-        assert torch.equal(start[encoders:], upload.message["parameters"])
+        assert torch.equal(start[encoders:], upload.message["parameters"] if own else average[encoders:])
         assert torch.equal(start[:encoders], average[:encoders])
         assert torch.equal(anchor, average)
-    assert not torch.equal(seen[0][0], seen[1][0])
+    assert torch.equal(seen[0][0], seen[1][0]) != own
 
 
 def test_spliced_replaces_the_ends():
