@@ -52,9 +52,10 @@ STUDIES = {
     "cifar10": Study(
         {
             "data": "cifar10", **_COMMON, "train_samples": 10000, "public_samples": 1000, "test_samples": 2000,
-            "validation_samples": 1000, "model": "resnet8", "width": 16, "local_epochs": 20,
+            "validation_samples": 1000, "model": "resnet8", "width": 8, "local_epochs": 10,
         },
-        20, 30, 10, iod=_SMALL, free=_FREE, private={"model": "resnet8-gn"},
+        20, 30, 10, iod=_SMALL, free={**_FREE, "synthesis_batch": 64, "distill_batch": 32},
+        private={"model": "resnet8-gn"},
     ),
 }  # fmt: skip
 
