@@ -16,6 +16,10 @@ from fedkern.ops.aggregate_kernels import ServerRule, Weights
 from fedkern.ops.aggregate_plain import PlainAggregate
 from fedkern.ops.aggregate_pointers import addresses, numbers, unit_addresses
 
+# Copied by empty_like, which takes two thirds of the time of empty(count, dtype=...): one for every number of clients.
+_NUMBERS: dict[int, Tensor] = {}
+_empty_like = torch.empty_like
+
 # Elements of a vector that stays in the core's caches between being measured and being scaled (csrc/bindings).
 SHORT = 16384
 
@@ -221,7 +225,7 @@ class CpuAggregate(PlainAggregate):
             state_dtype, _, places = found
         values, total = check_weights(weights, len(pointers))
         if out is None:
-            target = self._target(dtype, size)
+            target = fresh(self.core, _empty_like(global_))
         else:
             spot = self.core.plain_vectors((out,), _TENSORS, grad)
             if spot is None or spot[1] != size or spot[0] not in backend.DTYPES:
@@ -236,7 +240,8 @@ class CpuAggregate(PlainAggregate):
                 return None
             target = out
         result = self._server_step(given, old[2][0], values, total, rule, state_dtype, [*places, 0, 0][:2], target)
-        written(first, second, out)
+        if states or out is not None:
+            written(first, second, out)
         return result
 
     def _server_step(
@@ -251,7 +256,9 @@ class CpuAggregate(PlainAggregate):
         target: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         count = len(values)
-        norms, cosines = torch.empty(count, dtype=torch.float64), torch.empty(count, dtype=torch.float64)
+        if count not in _NUMBERS:
+            _NUMBERS[count] = torch.empty(count, dtype=torch.float64, device="cpu")
+        norms, cosines = _empty_like(_NUMBERS[count]), _empty_like(_NUMBERS[count])
         self.core.server_step(
             backend.DTYPES[given.dtype],
             backend.DTYPES[state_dtype],
