@@ -265,7 +265,7 @@ SECTIONS: Mapping[str, Callable[[IODRuns], Section]] = {
 
 
 PUBLISHED = {
-    "cifar10": f"  {JPEG} (CIFAR-10 at full size: 82.78 %).",
+    "cifar10": f"  {JPEG} (CIFAR-10 at full size: 82.78 %, CIFAR-100: 45.36 %).",
     "segmentation": "  Published, on BraTS: Dice 75.38 %.",
 }
 

@@ -195,6 +195,7 @@ class RunConfig:
         explicit = kind.Options.parse(chosen, method=method).to_dict()
         names = _given_names(kind, chosen)
         merged = {name: explicit[name] if name in names else default_options[name] for name in explicit}
+        merged = kind.Options.settled(merged, names)
         typed = [pair for part in read_options(str(base["data"]), data_options or {}) for pair in part.items()]
         merged_data = {key: value for key, value in typed if key in (data_options or {})}
         config = {**base, "method": method, "options": merged, "data_options": merged_data}

@@ -41,7 +41,7 @@ class Answers:
         self.critics = Critics(clients, options)
         self._asked: Asked | None = None
         self._seen = torch.zeros(2, len(self.clients), device=self.clients[0].device)  # critic losses, realism
-        self._counts = [0, 0]
+        self._counts = [[0] * len(self.clients) for _ in range(2)]
 
     # -- the three exchanges ---------------------------------------------------------------------------------------
 
@@ -53,16 +53,15 @@ class Answers:
         images = self.normalised(message["images"])
         self.critics.serve(step)
         drawn = {slot: self.critics.real(slot, step, iteration) for slot in present}
-        losses = self.critics.train(
-            images, {slot: real for slot, real in drawn.items() if real is not None}, message["critic_lr"]
-        )
+        trained = {slot: real for slot, real in drawn.items() if real is not None}
+        losses = self.critics.train(images, trained, message["critic_lr"])
         if losses is not None:
-            self._count(0, losses)
+            self._count(0, losses, list(trained))
         with torch.enable_grad():
             images.requires_grad_(asks_teachers(self.options) or self.options.w_real > 0)
             logits = spoken(self.bank.logits(images), self.options.mix)
             realism, scores = self.critics.look(images)
-        self._count(1, realism.detach().mean(1))
+        self._count(1, realism.detach().mean(1), present)
         self._asked = Asked(images, logits, realism)
         return self._answers(step, messages, logits.detach(), scores.detach())
 
@@ -144,14 +143,19 @@ class Answers:
             images = normalise(images, client.mean, client.std)
         return images.detach().to(client.device, memory_format=torch.channels_last, copy=True)
 
-    def _count(self, row: int, values: Tensor) -> None:
-        self._seen[row] += values
-        self._counts[row] += 1
+    def _count(self, row: int, values: Tensor, slots: Sequence[int]) -> None:
+        """Adds a figure ``[K]`` of the clients in ``slots``; what it says of the others means nothing."""
+        if len(slots) == len(self.clients):
+            self._seen[row] += values
+        else:
+            self._seen[row, slots] += values[slots]
+        for slot in slots:
+            self._counts[row][slot] += 1
 
     def _report(self) -> None:
         """The round's means so far in the clients' reports."""
         rows = self._seen.tolist()
         for slot, client in enumerate(self.clients):
-            for name, row, count in zip(("critic_loss", "realism"), rows, self._counts, strict=True):
-                if count:
-                    client.report[name] = row[slot] / count
+            for name, row, counts in zip(("critic_loss", "realism"), rows, self._counts, strict=True):
+                if counts[slot]:
+                    client.report[name] = row[slot] / counts[slot]

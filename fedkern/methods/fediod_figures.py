@@ -62,11 +62,11 @@ def appraise(
 ) -> dict[str, float]:
     """``best_teacher``, ``mean_teacher``, ``ensemble_uniform`` and ``ensemble_weighted`` on every test set.
 
-    Each is the accuracy, or the Dice for segmentation.  The best teacher is chosen by these very figures, which nobody
+    Each is the accuracy, or the Dice for segmentation. The best teacher is chosen by these very figures, which nobody
     in the federation could do; the weighted ensemble has the weights that the student learnt with, and the uniform one
-    those of the mean of all logits.  A test set of a single image of which the discriminators' last map leaves one
-    position cannot be judged by them, and its weights are those of the classes alone.  ``holdout`` is the teachers'
-    mean figure on their clients' own hold-outs.
+    those of the mean of all logits (of all probabilities with ``mix=probs``). A test set of a single image of which the
+    discriminators' last map leaves one position cannot be judged by them, and its weights are those of the classes
+    alone. ``holdout`` is the teachers' mean figure on their clients' own hold-outs.
     """
     ids = [k for k in sorted(server.state["classes"]) if "teacher" in clients[k].state]
     own = {k: clients[k] for k in ids}

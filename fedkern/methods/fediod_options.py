@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +113,16 @@ class IODOptions(PrivacyOptions, Method.Options):
             raise UserError(
                 'Method option "select" = best needs a hold-out: give holdout above 0, or keep the last epoch.'
             )
+
+    @classmethod
+    def settled(cls, values: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
+        """A preset that the user names overrules the data set's defaults; what nobody has chosen is the preset's."""
+        named = "preset" in given
+        preset = PRESETS[str(values["preset"])]
+        return {
+            name: preset[name] if name in preset and name not in given and (named or value is None) else value
+            for name, value in values.items()
+        }
 
 
 def settle(options: IODOptions) -> Any:

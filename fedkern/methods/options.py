@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
@@ -189,6 +189,17 @@ class Options:
                 raise UserError(f'Method option "{knob.name}" is given twice.')
             values[knob.field] = knob.convert(value)
         return cls(**values)
+
+    @classmethod
+    def settled(cls, values: Mapping[str, Value], given: Collection[str]) -> dict[str, Value]:
+        """What a run takes of all options, by published name: here the values as they are.
+
+        Args:
+            values: every option: the user's, or else the data set's default.
+            given: the options that the user named.  One that decides on others (a preset) overrules the data set's
+                defaults of these, not what the user said of them.
+        """
+        return dict(values)
 
     def to_dict(self) -> dict[str, Value]:
         """Published name to value, every option included."""

@@ -108,6 +108,15 @@ def test_a_cohort_gives_the_numbers_of_messages(world, models):
             torch.testing.assert_close(ours["weights"][name], theirs["weights"][name], rtol=1e-3, atol=2e-5)
 
 
+def test_reports_are_means_over_what_a_client_took_part_in(world):
+    worlds = [world(batched=batched, iterations=6, absent=0.3) for batched in (True, False)]
+    for w in worlds:
+        w.play(w.round(), 0)
+    for name in ("critic_loss", "realism"):
+        ours, theirs = ([w.clients[k].report[name] for k in range(3)] for w in worlds)
+        assert ours == pytest.approx(theirs, rel=1e-3)
+
+
 def test_messages_give_the_gradient_of_a_single_graph(world):
     """L_G as one autograd graph from the noise through every discriminator, teacher and the student."""
     w = world(models=MIXED, batched=False, **EVERY_TERM)

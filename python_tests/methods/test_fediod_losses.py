@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from fedkern import ops
+from fedkern.engine import RunConfig
 from fedkern.errors import UserError
 from fedkern.methods import FedIOD
 from fedkern.methods import fediod_losses as losses
-from fedkern.methods.fediod_options import settle
+from fedkern.methods.fediod_options import PRESETS, settle
 
 K, B, C = 3, 5, 4
 
@@ -190,6 +191,24 @@ def test_presets_settle_what_is_left_open():
     assert (code.w_adv, code.w_balance, code.w_diverse, code.js_sign, code.bce) == (0.5, 10, 5, 1, "sum")
     assert not code.disc_weight
     assert paper.kd == code.kd == "logit_var"
+
+
+@pytest.mark.parametrize("data", ["digits", "segdigits"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_that_is_named_overrules_the_defaults_of_a_data_set(preset, data):
+    options = RunConfig.make("fediod", data=data, options={"preset": preset}).options
+    assert {name: options[name] for name in PRESETS[preset]} == PRESETS[preset]
+    usual = RunConfig.make("fediod", data=data).options
+    rest = set(options) - set(PRESETS[preset]) - {"preset"}
+    assert {name: options[name] for name in rest} == {name: usual[name] for name in rest}
+    own = RunConfig.make("fediod", data=data, options=[f"preset={preset}", "w_real=3"]).options
+    assert own == {**options, "w_real": 3.0}
+
+
+def test_the_config_says_what_the_preset_settles(tmp_path):
+    config = RunConfig.make("fediod", data="digits")
+    assert (config.options["w_real"], config.options["w_clear"], config.options["mix"]) == (8.0, 1.0, "log_probs")
+    assert RunConfig.from_toml(config.to_toml()) == config
 
 
 @pytest.mark.parametrize(("options", "words"), [
