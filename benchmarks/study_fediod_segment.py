@@ -30,7 +30,8 @@ STUDIES = {
             "model": "unet", "width": 8, "local_epochs": 30, "public_samples": 32,
             "data_option": ("size=64", "colour=grey", "names=cell|membrane"),
         },
-        15, 20, 10, alphas=("attribute",), figure="dice", students=(IOD, "FedDF, public images"),
+        75, 4, 10,  # a client has four batches of tiles, and its discriminator learns from each once in a round
+        alphas=("attribute",), figure="dice", students=(IOD, "FedDF, public images"),
         iod={
             "ngf": 16, "ndf": 16, "student_steps": 4, "batch": 16, "generator_lr": 2e-3, "critic_lr": 1e-3,
             "student_optimizer": "adamw", "student_lr": 3e-3, "warmup": 0.25, "w_real": 8.0,
