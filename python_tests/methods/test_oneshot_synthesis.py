@@ -12,6 +12,7 @@ from fedkern.methods.coboosting import move_weights
 from fedkern.methods.oneshot_synthesis import (
     BatchNormStatistics,
     Synthesis,
+    _Moments,
     divergence,
     frozen,
     hard_cross_entropy,
@@ -43,6 +44,14 @@ def generator(seed=0):
 
 def how(**settings):
     return Synthesis(**{"steps": 4, "size": 12, "lr": 1e-2, **settings})
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_moments_are_torchs_in_both_passes(layout):
+    x = torch.randn(3, 4, 5, 6, dtype=torch.float64, generator=draw()).to(memory_format=layout)
+    variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+    torch.testing.assert_close(_Moments.apply(x), (mean, variance))
+    assert torch.autograd.gradcheck(_Moments.apply, x.requires_grad_())
 
 
 def test_distance_to_running_statistics(teachers):
