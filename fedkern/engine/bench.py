@@ -13,8 +13,28 @@ from fedkern import models
 from fedkern.engine.config import RunConfig
 from fedkern.engine.network import Network, place
 from fedkern.engine.samples import CACHE_BYTES, ClientData, Pixels, Samples, TestSet
+from fedkern.errors import UserError
 from fedkern.methods.base import Federation, Message
 from fedkern.models.vocabulary import split_words
+
+
+def check_task(model: str, task: str, data: str, where: str) -> None:
+    """Raises where a network of fedkern's gives classes to other things than the data do: images, or pixels.
+
+    Args:
+        model: its name; one that is none of ours passes.
+        task: what the data are for.
+        data: their name, and ``where`` another network is to be named: for the sentence.
+
+    Raises:
+        UserError: it does; the sentence lists those that fit.
+    """
+    fitting = [name for name, entry in models.MODELS.items() if entry.task == task]
+    if fitting and model in models.MODELS and model not in fitting:
+        raise UserError(
+            f'The network {model} is for {models.MODELS[model].task}, but the data set "{data}" is for {task}: choose '
+            f"one of {', '.join(fitting)} {where}."
+        )
 
 
 class Bench:
@@ -66,11 +86,17 @@ class Bench:
     def build(
         self, *, model: str | None = None, width: int | None = None, classes: int | None = None, seed: int | None = None
     ) -> nn.Module:
-        """A freshly initialised network, from the run's own stream (always the same) or another seed; on the CPU."""
+        """A freshly initialised network, from the run's own stream (always the same) or another seed; on the CPU.
+
+        Raises:
+            UserError: there is no network ``model``, or it is for other data.
+        """
         seed = self.config.seed if seed is None else seed
         channels, *sides = self.data.image_shape
         if model is None and self.data.task == "retrieval":
             return models.build_pair(**self.pair, seed=seed)
+        if model is not None:  # the run's own has been looked at before
+            check_task(model, self.data.task, self.config.data, "in the method option that names it")
         own = model is None or model == self.config.model
         return models.build(
             self.config.model if model is None else model,

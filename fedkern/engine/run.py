@@ -16,7 +16,7 @@ from fedkern.data import DETECTION_OPTIONS, FederatedData, load
 from fedkern.data.set_aside import set_aside
 from fedkern.engine import atomic, records, saved
 from fedkern.engine import config as settings
-from fedkern.engine.bench import Bench
+from fedkern.engine.bench import Bench, check_task
 from fedkern.engine.checkpoint import Checkpoints
 from fedkern.engine.config import RunConfig
 from fedkern.engine.events import Listener, Terminated
@@ -24,7 +24,6 @@ from fedkern.engine.loop import Run
 from fedkern.engine.network import cpu_threads
 from fedkern.errors import UserError
 from fedkern.methods import registry
-from fedkern.models import MODELS
 
 
 def run(
@@ -146,12 +145,7 @@ def _check(config: RunConfig, data: Any) -> None:
         raise UserError(
             f'{config.method} is for {" and ".join(tasks)}, but the data set "{config.data}" is for {data.task}.'
         )
-    fitting = [name for name, entry in MODELS.items() if entry.task == data.task]
-    if fitting and config.model in MODELS and config.model not in fitting:
-        raise UserError(
-            f'The network {config.model} is for {MODELS[config.model].task}, but the data set "{config.data}" is for '
-            f"{data.task}: choose one of {', '.join(fitting)} with --model."
-        )
+    check_task(config.model, data.task, config.data, "with --model")
     if config.augment == "window" and all(s.images.shape[2:] == data.image_shape[1:] for s in data.clients):
         raise UserError(
             "--augment window draws the place of a window that is smaller than the images: give one with --data-option "

@@ -1,5 +1,6 @@
 """The ensemble of the clients' networks: members, votes, calibration, and who is refused."""
 
+import dataclasses
 import re
 
 import pytest
@@ -194,3 +195,31 @@ def test_bad_lists_of_models(text, words, make_data, make_config, tmp_path):
     with pytest.raises(UserError, match=words):
         run(make_config("ensemble", model="cnn", rounds=None, options={"models": text}), out=tmp_path, data=make_data())
     assert not (tmp_path / "config.toml").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("ensemble", {"models": "cnn,unet"}), ("dense", {"models": "unet"}), ("fediod", {"models": "cnn,unet"}),
+        ("fediod", {"models": "cnn,cnn,cnn,unet"}), ("fusefl", {"models": "cnn,unet"}), ("fml", {"private": "unet/2"}),
+    ],
+)  # fmt: skip
+def test_every_network_is_for_the_datas_task(method, options, make_data, make_config, tmp_path):
+    rounds = 1 if method in ("fediod", "fml") else None
+    with pytest.raises(UserError, match=r"The network unet is for segmentation, but .* choose one of cnn, "):
+        run(make_config(method, model="cnn", rounds=rounds, options=options), out=tmp_path / "x", data=make_data())
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("method", ["ensemble", "feddf", "fediod"])
+def test_and_so_is_every_one_of_a_segmentation(method, make_data, make_config, tmp_path):
+    data = make_data()
+    maps = tuple(dataclasses.replace(s, labels=torch.zeros(len(s), 8, 8, dtype=torch.int64)) for s in data.clients)
+    tests = {name: dataclasses.replace(s, labels=torch.zeros(len(s), 8, 8, dtype=torch.int64))
+             for name, s in data.tests.items()}  # fmt: skip
+    data = dataclasses.replace(data, clients=maps, tests=tests, validation=tests["id"], public=tests["ood"])
+    config = make_config(method, model="unet-small", rounds=1 if method == "fediod" else None,
+                         options={"models": "unet-small:2,cnn"})  # fmt: skip
+    with pytest.raises(UserError, match=r"The network cnn is for classification, but .* choose one of unet"):
+        run(config, out=tmp_path / "x", data=data)
+    assert not (tmp_path / "x").exists()
