@@ -84,7 +84,7 @@ class Checkpoints:
             raise UserError(f"{path} is damaged ({error}): the run cannot be resumed, start it again.") from None
 
     def _intact(self, entry: dict[str, Any]) -> bool:
-        return all(_crc(self.folder / name) == value for name, value in entry["files"].items())
+        return all(checksum(self.folder / name) == value for name, value in entry["files"].items())
 
     def server_state(self) -> dict[str, Any]:
         """The server's state of the newest entry."""
@@ -131,7 +131,7 @@ class Checkpoints:
     def _write(self, name: str, content: dict[str, Any]) -> str:
         path = self.folder / name
         state.save(path, content)
-        crc = _crc(path)
+        crc = checksum(path)
         if crc is None:
             raise UserError(f"{path} vanished while it was written.")
         self._sums[name] = crc
@@ -148,7 +148,8 @@ class Checkpoints:
         self._sums = {name: value for name, value in self._sums.items() if name in wanted}
 
 
-def _crc(path: Path) -> int | None:
+def checksum(path: Path) -> int | None:
+    """CRC-32 of a file's content; None where it cannot be read."""
     try:
         value = 0
         with path.open("rb") as file:

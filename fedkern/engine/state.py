@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +40,29 @@ def load(path: Path) -> dict[Any, Any]:
     Raises:
         ValueError: the file is missing, damaged or not one of ours.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            tree = json.loads((file.metadata() or {})[TREE])
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is missing or damaged: {error}") from None
-    result = _unpack(tree, tensors)
+    result = part(path)
     if not isinstance(result, dict):
         raise ValueError(f"{path} does not hold a dict")
     return result
+
+
+def part(path: Path, *keys: str | int) -> Any:
+    """What stands under ``keys``, one in another, in the dict that :func:`save` wrote; None where nothing does.
+
+    Nothing else is read, so that one of many networks takes the memory of one.
+
+    Raises:
+        ValueError: the file is missing, damaged or not one of ours.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tree = json.loads((file.metadata() or {})[TREE])
+            for key in keys:
+                entries = tree.get("dict", []) if isinstance(tree, dict) else []
+                tree = next((entry for name, entry in entries if name == key), None)
+            return _unpack(tree, file.get_tensor)
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is missing or damaged: {error}") from None
 
 
 def _pack(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
@@ -79,19 +93,19 @@ def _pack(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
     raise TypeError(f"{where}: expected tensors, numbers, texts, lists or dicts, given {type(value).__name__}")
 
 
-def _unpack(tree: Any, tensors: dict[str, Tensor]) -> Any:
+def _unpack(tree: Any, tensor: Callable[[str], Tensor]) -> Any:
     if not isinstance(tree, dict):
         return tree
     ((kind, value),) = tree.items()
     if kind == "tensor":
-        return tensors[value]
+        return tensor(value)
     if kind == "array":
-        return tensors[value].numpy()
+        return tensor(value).numpy()
     if kind == "float":
         return float(value)
     if kind == "dict":
-        return {key: _unpack(entry, tensors) for key, entry in value}
-    entries = [_unpack(entry, tensors) for entry in value]
+        return {key: _unpack(entry, tensor) for key, entry in value}
+    entries = [_unpack(entry, tensor) for entry in value]
     return entries if kind == "list" else tuple(entries)
 
 
