@@ -13,6 +13,7 @@ from fedkern import models
 from fedkern.engine.config import RunConfig
 from fedkern.engine.network import Network, place
 from fedkern.engine.samples import CACHE_BYTES, ClientData, Pixels, Samples, TestSet
+from fedkern.engine.teachers import Teachers
 from fedkern.errors import UserError
 from fedkern.methods.base import Federation, Message
 from fedkern.models.vocabulary import split_words
@@ -65,6 +66,7 @@ class Bench:
         self._public: Samples | None = None
         self._tokeniser: Any = None
         self._pair = pair
+        self.teachers = None if config.teachers is None else Teachers(config.teachers)
         self.uploaded: list[Message] = []  # every client's raw data, where they are put together
 
     def _federation(self) -> Federation:

@@ -9,6 +9,7 @@ from typing import Any
 from fedkern.engine.bench import Bench
 from fedkern.engine.checkpoint import Checkpoints
 from fedkern.engine.serial import Client
+from fedkern.methods.base import Method
 
 
 class Everybody(Mapping[int, Client]):
@@ -30,6 +31,31 @@ class Everybody(Mapping[int, Client]):
         if k not in self._known:
             self._known[k] = Client(self._bench, k, self._checkpoints.client_state(k))
         return self._known[k]
+
+
+def check_teachers(method: Method, bench: Bench) -> None:
+    """Loads every client's ``--teachers`` once, one after another, and keeps none of them.
+
+    Asked before anything is written: found in the middle of a run, a wrong folder would leave a run folder that only
+    goes on with the wrong folder.
+
+    Raises:
+        UserError: one is missing, damaged, not finite or of another architecture.
+    """
+    networks: dict[tuple[Any, ...], Any] = {}
+    for k in range(bench.federation.clients if bench.teachers is not None else 0):
+        client, own = Client(bench, k, {}), method.architecture(k)
+        key = tuple(sorted(own.items()))
+        if key not in networks:  # loading overwrites everything, so one of a kind does for all
+            networks[key] = client.network(**own)
+        client.brought(networks[key])
+
+
+def compare_teachers(bench: Bench, fingerprint: int) -> None:
+    """Warns where ``--teachers`` is a run on other data than those of this ``fingerprint``."""
+    other = None if bench.teachers is None else bench.teachers.other_data(bench.config.to_dict(), fingerprint)
+    if other is not None:
+        bench.warn("teachers-of-other-data", other)
 
 
 def data_fingerprint(data: Any) -> int:

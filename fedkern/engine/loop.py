@@ -16,7 +16,7 @@ from fedkern.engine.checkpoint import Checkpoints
 from fedkern.engine.config import RunConfig
 from fedkern.engine.evaluate import check_sets, client_sets, evaluate, evaluate_clients, gradcam, test_sets
 from fedkern.engine.events import Listener, RunInfo
-from fedkern.engine.everybody import Everybody, data_fingerprint
+from fedkern.engine.everybody import Everybody, check_teachers, compare_teachers, data_fingerprint
 from fedkern.engine.ledger import Ledger
 from fedkern.engine.local import Diverged
 from fedkern.engine.privacy import privacy_figures
@@ -79,6 +79,8 @@ class Run:
             network = self.bench.network("server")  # encoders may be folders that cannot be read
             self._pooling.check(network.module)
         self.method.start(self.server)
+        if self.checkpoints.peek() is None:  # a run that goes on has most of them already
+            check_teachers(self.method, self.bench)
         self._plan = [entry for entry in self.method.rounds(self.bench.federation) if not entry.one_off]
         self.gallery = Gallery(self.out, len(self._plan))
 
@@ -90,6 +92,7 @@ class Run:
         if entry is None:
             self.metrics.truncate(0)
             self._book_beforehand()
+            compare_teachers(self.bench, fingerprint_now)
         else:
             self._restore(entry, fingerprint_now)
         self.bench.uploaded.clear()

@@ -19,7 +19,6 @@ from fedkern.engine.local import Context, Diverged, Schedule, train
 from fedkern.engine.network import Part, Trainable
 from fedkern.engine.samples import Bank, Samples
 from fedkern.engine.shown import prepared
-from fedkern.engine.teachers import load_teacher
 from fedkern.errors import UserError
 from fedkern.methods.base import Batch, Message, Method, Objective, Round, Step, Upload
 from fedkern.privacy import DPSGD
@@ -124,10 +123,9 @@ class Client(_Place):
         return self._bench.client_data(self.id).batch(indices, rng=rng)
 
     def brought(self, module: nn.Module) -> bool:
-        folder = self._bench.config.teachers
-        if folder is None:
+        if self._bench.teachers is None:
             return False
-        load_teacher(folder, self.id, module)
+        self._bench.teachers.load(self.id, module)
         return True
 
     def fit(

@@ -95,6 +95,10 @@ class Method:
     def __init__(self, options: Any = None) -> None:
         self.options: Any = self.Options() if options is None else options
 
+    def architecture(self, client: ClientId) -> dict[str, Any]:
+        """What ``Client.network`` needs beside the run's settings for the network that a client trains, or brings."""
+        return {}
+
     def check(self, client: Client) -> None:
         """Raises UserError where a client's data lack what the method needs; asked before anything is written."""
 

@@ -19,7 +19,7 @@ from fedkern import models
 from fedkern.methods.base import VECTORS, Client, ClientId, Message, Server, Step, Upload, option, register
 from fedkern.methods.evaluate import classification
 from fedkern.methods.oneshot import OneShot, exhaust
-from fedkern.methods.oneshot_members import Members, parse_models, train_member
+from fedkern.methods.oneshot_members import Members, architecture, parse_models, train_member
 from fedkern.models.cost import memory_ratio
 
 
@@ -49,6 +49,9 @@ class Ensemble(OneShot):
     def __init__(self, options: Any = None) -> None:
         super().__init__(options)
         self.architectures = parse_models(self.options.models)
+
+    def architecture(self, client: ClientId) -> dict[str, Any]:
+        return architecture(self.architectures, client)
 
     def start(self, server: Server) -> None:
         super().start(server)

@@ -52,7 +52,7 @@ from fedkern.methods.fediod_pictures import show
 from fedkern.methods.fediod_server import Ensemble, Workshop, cosine, make_generator
 from fedkern.methods.fediod_teachers import build, histogram, make_teacher, teacher
 from fedkern.methods.oneshot_distill import torch_stream
-from fedkern.methods.oneshot_members import flatten, parse_models, vectors
+from fedkern.methods.oneshot_members import architecture, flatten, parse_models, vectors
 from fedkern.methods.pairs import supervised_loss
 from fedkern.models.bank import Bank
 from fedkern.privacy import Guarantee
@@ -95,6 +95,9 @@ class FedIOD(Objective, Method):
         names = tuple(f"{name} {i}" for i in range(self.iterations(federation)) for name in each)
         for _ in range(federation.rounds):
             yield Round("distil", exchanges=names, states="round")
+
+    def architecture(self, client: ClientId) -> dict[str, Any]:
+        return architecture(self.architectures, client)
 
     def check(self, client: Client) -> None:
         private.check(client, lambda: build(client, self.architectures), self.settings)

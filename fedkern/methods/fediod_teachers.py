@@ -13,7 +13,7 @@ from fedkern.methods import fediod_private as private
 from fedkern.methods.base import Client, Step
 from fedkern.methods.cuts import cuts
 from fedkern.methods.evaluate import MAIN_FIGURES
-from fedkern.methods.oneshot_members import Architectures, flatten, load, vectors
+from fedkern.methods.oneshot_members import Architectures, architecture, flatten, load, vectors
 
 TRAIN = Step(0, "train", "update")
 """The step whose streams a teacher is trained with: that of the one-shot methods, so that without a hold-out the
@@ -95,8 +95,7 @@ def _fit(method: Any, client: Client, module: nn.Module, rows: np.ndarray, held:
 
 def build(client: Client, architectures: Architectures) -> Any:
     """A fresh network of the client's architecture, in train mode on its device."""
-    entry = architectures[client.id % len(architectures)]
-    return client.network() if entry is None else client.network(model=entry[0], width=entry[1])
+    return client.network(**architecture(architectures, client.id))
 
 
 def teacher(client: Client, architectures: Architectures) -> nn.Module:

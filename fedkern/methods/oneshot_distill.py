@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fedkern import ops
-from fedkern.methods.base import VECTORS, Client, Federation, Message, Round, Server, Step, Upload, option
+from fedkern.methods.base import VECTORS, Client, ClientId, Federation, Message, Round, Server, Step, Upload, option
 from fedkern.methods.oneshot import OneShot, exhaust
-from fedkern.methods.oneshot_members import Members, flatten, load, parse_models, train_member, vectors
+from fedkern.methods.oneshot_members import Members, architecture, flatten, load, parse_models, train_member, vectors
 from fedkern.methods.oneshot_synthesis import Synthesis, refuse_diverged
 from fedkern.models.ensemble import Ensemble
 from fedkern.models.generator import Generator
@@ -83,6 +83,9 @@ class Distilled(OneShot):
         return running.means()
 
     # -- the plan --------------------------------------------------------------------------------------------------
+
+    def architecture(self, client: ClientId) -> dict[str, Any]:
+        return architecture(self.architectures, client)
 
     def start(self, server: Server) -> None:
         super().start(server)

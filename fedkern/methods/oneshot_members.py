@@ -43,6 +43,12 @@ def parse_models(text: str) -> Architectures:
     return tuple(result)
 
 
+def architecture(architectures: Architectures, client: int) -> dict[str, Any]:
+    """What ``build`` and ``network`` need beside the run's own settings for a client's network."""
+    entry = architectures[client % len(architectures)]
+    return {} if entry is None else {"model": entry[0], "width": entry[1]}
+
+
 def flatten(module: nn.Module) -> FlatParameters:
     """The module as flat vectors, laid out as the engine lays out networks (convolutions channels-last)."""
     if any(p.dim() == 4 for p in module.parameters()):
@@ -115,10 +121,10 @@ def train_member(
     architectures: Architectures,
 ) -> Message:
     """A client's whole local training, of the run's network or of the client's own architecture."""
-    entry = architectures[client.id % len(architectures)]
-    if entry is None:
+    own = architecture(architectures, client.id)
+    if not own:
         return client.train(method, step, message)
-    module = client.network(model=entry[0], width=entry[1])
+    module = client.network(**own)
     client.fit(method, step, module)
     return vectors(flatten(module))
 
@@ -135,14 +141,9 @@ class Members:
         self.server, self.architectures = place, architectures
         self._build = place.build if hasattr(place, "build") else place.network
 
-    def architecture(self, client: int) -> dict[str, Any]:
-        """What ``build`` needs beside the run's own settings for this client's network."""
-        entry = self.architectures[client % len(self.architectures)]
-        return {} if entry is None else {"model": entry[0], "width": entry[1]}
-
     def build(self, client: int) -> nn.Module:
         """A fresh network of the client's architecture."""
-        return self._build(**self.architecture(client))
+        return self._build(**architecture(self.architectures, client))
 
     def check(self) -> None:
         """Builds every architecture once.

@@ -212,7 +212,7 @@ class Client(Place, Protocol):
         """Loads the weights that this client brings (``--teachers``) into ``module``; False where it brings none.
 
         Raises:
-            UserError: they are missing, damaged or of another architecture.
+            UserError: they are missing, damaged, not finite or of another architecture.
         """
         ...
 
