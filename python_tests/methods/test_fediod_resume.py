@@ -1,0 +1,78 @@
+"""FedIOD killed in the middle of its second stage and resumed: bit for bit an uninterrupted run."""
+
+import json
+import shutil
+
+import pytest
+
+from fedkern.engine import Listener, RunConfig, read_metrics, run
+
+OPTIONS = {
+    "nz": 4, "ngf": 2, "ndf": 2, "batch": 4, "student_steps": 2, "iterations": 4, "w_real": 1.0, "w_balance": 0.5,
+    "disc_weight": True, "models": "cnn:2,mlp:4,resnet8:2", "warmup": 0.4, "absent": 0.3, "ema": 0.5,
+}  # fmt: skip
+ROUNDS = 3
+TIMES = ("seconds", "round_seconds", "phases")
+
+
+def outcome(out):
+    """Everything but the times."""
+    metrics = [{k: v for k, v in record.items() if k not in TIMES} for record in read_metrics(out)]
+    summary = {k: v for k, v in json.loads((out / "summary.json").read_text()).items() if k not in TIMES}
+    return (out / "model.safetensors").read_bytes(), metrics, summary
+
+
+class Kill(BaseException):
+    pass
+
+
+class KillIn(Listener):
+    """Kills the run in a round of stage 2, when its clients have answered so many times in it."""
+
+    def __init__(self, round, answers):
+        self.round, self.left = round, answers
+
+    def on_client(self, round, client, info):
+        if round == self.round:
+            self.left -= 1
+            if self.left < 0:
+                raise Kill
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    known = {}
+
+    def get(config, data):
+        if "outcome" not in known:
+            out = tmp_path_factory.mktemp("whole")
+            run(config, out=out, data=data)
+            known["outcome"] = outcome(out)
+        return known["outcome"]
+
+    return get
+
+
+@pytest.mark.parametrize(("round", "answers"), [(1, 4), (2, 0), (2, 9), (3, 13)])
+def test_killed_in_the_second_stage(round, answers, make_data, make_config, tmp_path, reference):
+    """Of three architectures, with a warm-up that ends in the second round, absent clients and an averaged student."""
+    data, config = make_data(), make_config("fediod", model="cnn", rounds=ROUNDS, grad_cam=0, options=OPTIONS)
+    expected = reference(config, data)
+    with pytest.raises(Kill):
+        run(config, out=tmp_path, data=data, listener=KillIn(round, answers))
+    assert len(read_metrics(tmp_path)) == round - 1
+    run(RunConfig.load(tmp_path), out=tmp_path, resume=True, data=data)
+    assert outcome(tmp_path) == expected
+    assert read_metrics(tmp_path)[-1]["round"] == ROUNDS
+
+
+def test_teachers_that_were_brought_are_not_asked_for_again(make_data, make_config, tmp_path):
+    data, models = make_data(), {"models": OPTIONS["models"]}
+    run(make_config("ensemble", model="cnn", rounds=None, grad_cam=0, options=models), out=tmp_path / "own", data=data)
+    config = make_config("fediod", model="cnn", rounds=2, grad_cam=0, options=OPTIONS, teachers=str(tmp_path / "own"))
+    run(config, out=tmp_path / "whole", data=data)
+    with pytest.raises(Kill):
+        run(config, out=tmp_path / "run", data=data, listener=KillIn(2, 5))
+    shutil.rmtree(tmp_path / "own")
+    run(config, out=tmp_path / "run", data=data, resume=True)
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
