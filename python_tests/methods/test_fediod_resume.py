@@ -9,7 +9,7 @@ from fedkern.engine import Listener, RunConfig, read_metrics, run
 
 OPTIONS = {
     "nz": 4, "ngf": 2, "ndf": 2, "batch": 4, "student_steps": 2, "iterations": 4, "w_real": 1.0, "w_balance": 0.5,
-    "disc_weight": True, "models": "cnn:2,mlp:4,resnet8:2", "warmup": 0.4, "absent": 0.3, "ema": 0.5,
+    "disc_weight": True, "models": "cnn:2,mlp:4,resnet8:2", "warmup": 0.5, "absent": 0.3, "ema": 0.5,
 }  # fmt: skip
 ROUNDS = 3
 TIMES = ("seconds", "round_seconds", "phases")
@@ -55,7 +55,7 @@ def reference(tmp_path_factory):
 
 @pytest.mark.parametrize(("round", "answers"), [(1, 4), (2, 0), (2, 9), (3, 13)])
 def test_killed_in_the_second_stage(round, answers, make_data, make_config, tmp_path, reference):
-    """Of three architectures, with a warm-up that ends in the second round, absent clients and an averaged student."""
+    """Of three architectures; the warm-up ends within the second round, clients are absent, the student is averaged."""
     data, config = make_data(), make_config("fediod", model="cnn", rounds=ROUNDS, grad_cam=0, options=OPTIONS)
     expected = reference(config, data)
     with pytest.raises(Kill):
