@@ -84,7 +84,7 @@ def effective(request: Request) -> RunConfig:
 def absolute(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The same with absolute paths, so that a run can be resumed, and compared with, from any folder."""
     paths = {name: Path(str(value)).expanduser() for name, value in settings.items() if value}
-    named = [name for name in paths if name in ("data_root", "boxes", "detector_cache")]
+    named = [name for name in paths if name in ("data_root", "boxes", "detector_cache", "teachers")]
     named += [name for name in paths if name.endswith("_encoder") and paths[name].is_dir()]
     return {name: str(paths[name].absolute()) if name in named else value for name, value in settings.items()}
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from fedkern import models
-from fedkern.engine import everybody, read_model, run, state
+from fedkern.engine import RunConfig, everybody, read_model, run, state
 from fedkern.engine.bench import Bench
 from fedkern.engine.checkpoint import Checkpoints
 from fedkern.engine.everybody import data_fingerprint
@@ -257,3 +257,12 @@ def test_a_part_of_a_state(tmp_path, monkeypatch):
     monkeypatch.setattr(state, "safe_open", Watched)
     state.part(tmp_path / "x", "members", 2)
     assert len(read) == 1
+
+
+def test_a_relative_folder_is_stored_as_an_absolute_one(tmp_path, monkeypatch):
+    """A run may be resumed from anywhere."""
+    monkeypatch.chdir(tmp_path)
+    for method, folder in (("ensemble", None), ("ccvr", "own")):
+        words = [method, *WORDS, "--out", "own" if folder is None else "out"]
+        assert main([*words, *(["--teachers", folder] if folder else [])]) == 0
+    assert RunConfig.load(tmp_path / "out").teachers == str(tmp_path / "own")
