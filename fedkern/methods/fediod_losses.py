@@ -31,12 +31,6 @@ def spoken(logits: Tensor, mix: str) -> Tensor:
 # -- weights (2.3) -------------------------------------------------------------------------------------------------
 
 
-def class_weights(histograms: Tensor) -> Tensor:
-    """``w_kc = n_kc / sum_j n_jc`` of class counts ``[K, C]``; 1/K for a class that nobody has."""
-    total = histograms.sum(0)
-    return torch.where(total > 0, histograms / total.clamp_min(torch.finfo(total.dtype).tiny), 1 / len(histograms))
-
-
 def importance(by_class: Tensor, scores: Tensor | None) -> Tensor:
     """Weights of the teachers for :func:`fedkern.ops.ensemble_kl`, which normalises them over the clients.
 
