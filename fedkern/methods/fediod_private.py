@@ -231,6 +231,8 @@ def withholds(options: Any) -> bool:
 def sanitise(client: Client, step: Step, u_d: Tensor, u_t: Tensor, options: Any) -> tuple[Tensor, Tensor]:
     """The two gradients of a generator step as they go to the server.
 
+    A row that is not finite goes as noise around 0: had it made the answer NaN, that would tell of the data.
+
     Args:
         u_d: fp32 [B, C, H, W], row b the gradient of the realism of image b alone (no client weight, no 1 / B) with
             respect to the image, through the private discriminator.
@@ -267,7 +269,8 @@ def _noise(client: Client, channel: str, rows: Tensor, bound: float | None, nois
     if bound is None:
         result = flat + clip_and_noise(torch.zeros_like(flat), 1.0, noise, seed, start)
     else:
-        result = clip_and_noise(flat, bound, noise, seed, start)
+        finite = torch.isfinite(flat).all(1, keepdim=True)
+        result = clip_and_noise(flat.masked_fill(~finite, 0.0), bound, noise, seed, start)
     places[channel] = start + flat.numel()  # a place is never used twice
     return result.reshape(rows.shape)
 

@@ -115,6 +115,23 @@ def test_the_noise_has_the_scale_of_sigma_times_the_norm():
     assert abs(float(correlation)) < 5 / math.sqrt(count)  # two channels, two streams
 
 
+def test_a_row_that_is_not_finite_is_released_as_noise():
+    """NaN would tell that a network, and so its data, gave it; the other rows go as they would without it."""
+    options = Options(sigma_d=1.5, sigma_t=0.5, clip_d=2.0, clip_t=0.25)
+    sound = gradients()
+    zeroed = tuple(u.clone() for u in sound)
+    broken = tuple(u.clone() for u in sound)
+    for u, z in zip(broken, zeroed, strict=True):
+        u[1, 0, 3, 4], u[4, 2] = float("nan"), float("inf")
+        u[6] *= 1e30  # finite, while its square is not
+        z[[1, 4]] = 0
+    released = privacy.sanitise(told(options), STEP, *broken, options)
+    expected = privacy.sanitise(told(options), STEP, *zeroed, options)
+    for got, wanted in zip(released, expected, strict=True):
+        assert bool(got.isfinite().all())
+        torch.testing.assert_close(got, wanted)
+
+
 def test_no_noise_is_used_twice_and_a_resumed_client_goes_on_with_the_same():
     options = Options(sigma_d=1.0, sigma_t=1.0)
     zero = torch.zeros(2, 1, 4, 4)
