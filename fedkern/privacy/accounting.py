@@ -84,7 +84,8 @@ class Accountant:
             channel: the name it is reported by.
             noise: standard deviation of the noise over the sensitivity, the largest Euclidean change of the whole
                 release when one record is replaced; 0 protects nothing.
-            shards: of a client's data, of which one, drawn at random for each step, serves the release.
+            shards: of a client's data, of which one serves the release, drawn at random for each step and in secret:
+                nothing that is released, then or later, may depend on the draw but this release.
             steps: how many such releases.
 
         Raises:

@@ -23,15 +23,21 @@ class Guarantee:
     leaves: tuple[str, ...] = ()
 
     def statement(self, epsilon: float) -> str:
-        """One plain sentence: for whom the figure holds, what it covers and what not."""
-        given = f"Epsilon {epsilon:.3g}" if math.isfinite(epsilon) else "No finite epsilon"
-        covers = f"covers {_listed(self.covers)}" if self.covers else "covers nothing"
-        leaves = f", but not {_listed(self.leaves)}" if self.leaves else ""
+        """One plain sentence: for whom and on what condition the figure holds, what it covers and what not.
+
+        All noise of a run follows from its seed.
+        """
+        finite = math.isfinite(epsilon)
+        given = f"Epsilon {epsilon:.3g}" if finite else "No finite epsilon"
+        secret = " and the seed in config.toml stays secret" if finite else ""
+        covers = f"covers {listed(self.covers)}" if self.covers else "covers nothing"
+        leaves = f", but not {listed(self.leaves)}" if self.leaves else ""
         return (
-            f"{given} at delta {self.delta:g}, the largest of any client when one of its records is replaced, "
+            f"{given} at delta {self.delta:g}, the largest of any client when one of its records is replaced{secret}, "
             f"{covers}{leaves}."
         )
 
 
-def _listed(parts: tuple[str, ...]) -> str:
+def listed(parts: tuple[str, ...]) -> str:
+    """Parts of a sentence, at least one, with commas and "and" between them."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

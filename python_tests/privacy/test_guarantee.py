@@ -1,0 +1,14 @@
+"""The sentence about a run's epsilon."""
+
+from __future__ import annotations
+
+from fedkern.privacy import Guarantee
+
+
+def test_a_finite_figure_is_said_to_rest_on_the_seed():
+    said = Guarantee(1e-5, ("the noise",), ("the labels",))
+    assert said.statement(8.0) == (
+        "Epsilon 8 at delta 1e-05, the largest of any client when one of its records is replaced and the seed in "
+        "config.toml stays secret, covers the noise, but not the labels."
+    )
+    assert "seed" not in said.statement(float("inf"))
