@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from fedkern.errors import UserError
 from fedkern.methods import fediod_private as private
+from fedkern.methods import fediod_promise as promise
 from fedkern.methods.base import (
     Batch,
     Client,
@@ -226,11 +227,11 @@ class FedIOD(Objective, Method):
     def cohort_update(
         self, clients: Mapping[ClientId, Client], step: Step, messages: Mapping[ClientId, Message]
     ) -> Mapping[ClientId, Message] | None:
-        kind, _ = parts(step)
+        kind, number = parts(step)
         if not (self.options.batched and self._generates) or kind not in ("images", "gradients", "distil"):
             return None
         clients = {k: client for k, client in clients.items() if "teacher" in client.state}  # others diverged
-        if not private.private(self.settings):
+        if not promise.private(self.settings):
             return self._update(clients, step, messages)
         if kind != "distil":
             return None  # every client's gradients are wanted on their own: one after another
@@ -241,7 +242,7 @@ class FedIOD(Objective, Method):
         found: dict[ClientId, Message] = {}
         for i, k in enumerate(clients):
             if k in messages:
-                found.update(alone[k].distil(step, {k: messages[k]}, logits[i : i + 1]))
+                found.update(alone[k].distil(step, number, {k: messages[k]}, logits[i : i + 1]))
         return found
 
     def _update(
@@ -262,7 +263,7 @@ class FedIOD(Objective, Method):
             return answers.images(step, i, messages)
         if kind == "gradients":
             return answers.gradients(step, messages)
-        return answers.distil(step, messages)
+        return answers.distil(step, i, messages)
 
     def _train(self, client: Client, message: Message) -> Message:
         private.agree(client, message)
@@ -313,7 +314,7 @@ class FedIOD(Objective, Method):
         return server.network(server.state["student"])
 
     def guarantee(self, server: Server) -> Guarantee | None:
-        return private.guarantee(self.settings)
+        return promise.guarantee(self.settings)
 
     def appraise(self, server: Server, clients: Mapping[ClientId, Client], sets: Mapping[str, Any]) -> dict[str, float]:
         return appraise(self, server, clients, sets)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedkern.data.transforms import normalise
 from fedkern.methods import fediod_private as private
+from fedkern.methods import fediod_promise as promise
 from fedkern.methods.base import Client, ClientId, Message, Step
 from fedkern.methods.fediod_critics import Critics
 from fedkern.methods.fediod_losses import asks_teachers, spoken
@@ -21,6 +22,7 @@ from fedkern.models.bank import Bank
 class Asked:
     """What stays of an exchange of images until the gradients of their logits come back."""
 
+    iteration: int  # of the round
     images: Tensor  # a leaf
     logits: Tensor  # [K, B, C, *positions]
     realism: Tensor  # [K, B]
@@ -46,31 +48,39 @@ class Answers:
     # -- the three exchanges ---------------------------------------------------------------------------------------
 
     def images(self, step: Step, iteration: int, messages: Mapping[ClientId, Message]) -> dict[ClientId, Message]:
-        """Trains the discriminators on the images, then answers with logits and confidences (2.5 b, c)."""
+        """Trains the discriminators on the images, then answers with logits and confidences (2.5 b, c).
+
+        Of a client with shards one discriminator trains, which everybody may know, and one serves, which nobody may:
+        see `fedkern.methods.fediod_private`.
+        """
         self._asked = None
         present = [self.slots[k] for k in messages]
         message = next(iter(messages.values()))
         images = self.normalised(message["images"])
-        self.critics.serve(step)
+        self._bring_training(step, iteration)
         drawn = {slot: self.critics.real(slot, step, iteration) for slot in present}
         trained = {slot: real for slot, real in drawn.items() if real is not None}
         losses = self.critics.train(images, trained, message["critic_lr"])
         if losses is not None:
             self._count(0, losses, list(trained))
+        told: Tensor | None = None
+        if promise.tells_scores(self.options) and self.options.shards > 1:
+            told = self._look(images)  # before the one that serves comes: its confidence would tell which it is
+        self.critics.bring(lambda client: private.serving(client, step, self.options))
         with torch.enable_grad():
             images.requires_grad_(asks_teachers(self.options) or self.options.w_real > 0)
             logits = spoken(self.bank.logits(images), self.options.mix)
             realism, scores = self.critics.look(images)
         self._count(1, realism.detach().mean(1), present)
-        self._asked = Asked(images, logits, realism)
-        return self._answers(step, messages, logits.detach(), scores.detach())
+        self._asked = Asked(iteration, images, logits, realism)
+        return self._answers(messages, logits.detach(), scores.detach() if told is None else told)
 
     def gradients(self, step: Step, messages: Mapping[ClientId, Message]) -> dict[ClientId, Message]:
         """The gradients with respect to the images: through the discriminator, and of the logits through the teacher.
 
-        Both are left as one image's own (times B), as :func:`fedkern.methods.fediod_private.sanitise` describes.  A
-        cohort without privacy adds up its clients' gradients on the way: the first one's message holds the sum and the
-        others' zeros, which the server's sum cannot tell from the rest.
+        Both are times B, and the server divides their sum by it.  A cohort without privacy adds up its clients'
+        gradients on the way: the first one's message holds the sum and the others' zeros, which the server's sum cannot
+        tell from the rest.
 
         A client that has lost what it kept of the images answers with nothing, as if it were absent.
         """
@@ -78,36 +88,65 @@ class Answers:
         if asked is None:
             return {k: {} for k in messages}
         self._report()
-        if private.private(self.options):
+        if promise.private(self.options):
             return {k: self._own(step, asked, k, message) for k, message in messages.items()}
+        self._measure(step, asked, messages)
         outputs: list[Tensor] = []
         given: list[Tensor] = []
-        for name, tensor in (("realism", asked.realism), ("logits", asked.logits)):
-            if any(name in message for message in messages.values()):
-                whole = torch.zeros_like(tensor)
-                for k, message in messages.items():
-                    whole[self.slots[k]] = message[name]
-                outputs.append(tensor)
-                given.append(whole)
+        if self.options.w_real:
+            outputs.append(asked.realism)
+            given.append(torch.zeros_like(asked.realism))
+            for k, message in messages.items():
+                given[-1][self.slots[k]] = self.options.w_real * message["share"]
+        if any("logits" in message for message in messages.values()):
+            outputs.append(asked.logits)
+            given.append(torch.zeros_like(asked.logits))
+            for k, message in messages.items():
+                given[-1][self.slots[k]] = message["logits"]
         (total,) = torch.autograd.grad(outputs, asked.images, given)
         zero = total.new_zeros(()).expand(total.shape)
         return {k: {"gradients": zero if i else total} for i, k in enumerate(messages)}
 
-    def _own(self, step: Step, asked: Asked, k: ClientId, message: Message) -> Message:
-        slot = self.slots[k]
-        images = asked.images
-        u_d = u_t = torch.zeros_like(images)
-        if "realism" in message:
+    def _rows(self, asked: Asked, k: ClientId, message: Message) -> tuple[Tensor | None, Tensor | None]:
+        """A client's two gradients ``[B, C, H, W]`` as :func:`fedkern.methods.fediod_private.sanitise` wants them."""
+        slot, images = self.slots[k], asked.images
+        u_d: Tensor | None = None
+        u_t: Tensor | None = None
+        if self.options.w_real:
             (u_d,) = torch.autograd.grad(asked.realism[slot].sum(), images, retain_graph=True)
         if "logits" in message:
-            given = message["logits"].to(images.device)
+            given = message["logits"].to(images.device) / message["share"]
             (u_t,) = torch.autograd.grad(asked.logits[slot], images, given, retain_graph=True)
-        u_d, u_t = private.sanitise(self.clients[slot], step, u_d, u_t, self.options)
-        return {"gradients": message.get("realism", 0.0) * u_d + u_t}
+        return u_d, u_t
+
+    def _own(self, step: Step, asked: Asked, k: ClientId, message: Message) -> Message:
+        client = self.clients[self.slots[k]]
+        u_d, u_t = private.sanitise(client, step, *self._rows(asked, k, message), self.options)
+        total = torch.zeros_like(asked.images)
+        if u_d is not None:
+            total += self.options.w_real * u_d
+        if u_t is not None:
+            total += u_t
+        return {"gradients": message["share"] * total}
+
+    def _measure(self, step: Step, asked: Asked, messages: Mapping[ClientId, Message]) -> None:
+        """Reports the median norms of a client's rows, which a private run would clip; the clients take turns.
+
+        One client of those that are asked together, and once a round: apart from the others' its gradients cost as much
+        as everybody's in one sum.
+        """
+        client = self.clients[step.round % len(self.clients)]
+        last = private.trainings(client, self.options) - 1
+        if promise.claims(self.options) or client.id not in messages or asked.iteration != last:
+            return  # of a run that promises privacy these figures would be a release
+        rows = self._rows(asked, client.id, messages[client.id])
+        for name, own in zip(("norm_d", "norm_t"), rows, strict=True):
+            if own is not None:
+                client.report[name] = float(own.flatten(1).norm(dim=1).median())
 
     @torch.no_grad()
     def distil(
-        self, step: Step, messages: Mapping[ClientId, Message], logits: Tensor | None = None
+        self, step: Step, iteration: int, messages: Mapping[ClientId, Message], logits: Tensor | None = None
     ) -> dict[ClientId, Message]:
         """What teachers and discriminators say of the images that the student learns from.
 
@@ -116,24 +155,30 @@ class Answers:
         """
         images = self.normalised(next(iter(messages.values()))["images"])
         scores: Tensor | None = None
-        if self.options.disc_weight:
-            self.critics.serve(step)
+        if promise.tells_scores(self.options):
+            self._bring_training(step, iteration)
             scores = self.critics.judge(images)
         logits = self.bank.logits(images) if logits is None else logits
-        return self._answers(step, messages, spoken(logits, self.options.mix), scores)
+        return self._answers(messages, spoken(logits, self.options.mix), scores)
 
     # -- the rest --------------------------------------------------------------------------------------------------
 
+    def _bring_training(self, step: Step, iteration: int) -> None:
+        self.critics.bring(lambda client: private.training(client, step.round, iteration, self.options))
+
+    @torch.no_grad()
+    def _look(self, images: Tensor) -> Tensor:
+        return self.critics.look(images)[1]
+
     def _answers(
-        self, step: Step, messages: Mapping[ClientId, Message], logits: Tensor, scores: Tensor | None
+        self, messages: Mapping[ClientId, Message], logits: Tensor, scores: Tensor | None
     ) -> dict[ClientId, Message]:
         answers: dict[ClientId, Message] = {}
         for k in messages:
             slot = self.slots[k]
             answers[k] = {"logits": logits[slot]}
-            if scores is not None and self.options.disc_weight:
-                client = self.clients[slot]
-                answers[k]["scores"] = private.release_scores(client, step, scores[slot], self.options)
+            if scores is not None and promise.tells_scores(self.options):
+                answers[k]["scores"] = scores[slot]
         return answers
 
     def normalised(self, images: Tensor) -> Tensor:

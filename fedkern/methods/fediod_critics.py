@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ class Critics:
         o, first = options, clients[0]
         self._clients, self._options = list(clients), o
         self._shards = [private.shards(client, o) for client in clients]
-        self._served = [0] * len(clients)
+        self._here = [0] * len(clients)
         self._steps = [0] * len(clients)
         channels, height, width = first.image_shape
         drawn = [self._draw(client, 0) for client in clients]
@@ -52,15 +52,15 @@ class Critics:
 
     # -- shards: one discriminator of a client at a time is in its slot -------------------------------------------
 
-    def serve(self, step: Step) -> None:
-        """Puts the discriminators in place that serve this exchange."""
+    def bring(self, choice: Callable[[Client], int]) -> None:
+        """Puts the discriminator of the shard that ``choice`` names of every client in its place."""
         for slot, client in enumerate(self._clients):
-            shard = private.serving(client, step, self._options) if len(self._shards[slot]) > 1 else 0
-            if shard != self._served[slot]:
+            shard = choice(client) if len(self._shards[slot]) > 1 else 0
+            if shard != self._here[slot]:
                 self._point(slot)
-                kept = client.state["critics"][self._served[slot]]  # its place is needed for another one
+                kept = client.state["critics"][self._here[slot]]  # its place is needed for another one
                 kept["weights"] = {name: tensor.clone() for name, tensor in kept["weights"].items()}
-                self._served[slot] = shard
+                self._here[slot] = shard
                 self._load(slot, shard)
 
     @torch.no_grad()
@@ -88,7 +88,7 @@ class Critics:
     def _point(self, slot: int) -> None:
         """Lets the client's state be views of what is live."""
         part, state = self._parts[slot], self._adam.state
-        self._clients[slot].state["critics"][self._served[slot]] = {
+        self._clients[slot].state["critics"][self._here[slot]] = {
             "weights": dict(part),
             "mean": {name: state[tensor]["exp_avg"] for name, tensor in part.items()},
             "square": {name: state[tensor]["exp_avg_sq"] for name, tensor in part.items()},
@@ -101,15 +101,16 @@ class Critics:
         """The client's real images of an iteration, ``[batch, C, H, W]``; None when its samples are used up.
 
         In a round a client goes once through its samples in random order; a last batch is filled up from the start.
+        With shards they are drawn from that whose discriminator is in place.
         """
         client, size = self._clients[slot], self._options.batch
-        batches = -(-client.samples // size)
+        batches = private.batches(client, self._options)
         if iteration >= batches:
             return None
         shards = self._shards[slot]
         augmentation = client.rng("real-augmentation", step)
         if len(shards) > 1:
-            rows = shards[self._served[slot]]
+            rows = shards[self._here[slot]]
             chosen = np.resize(client.rng("real", step).permutation(rows), size)
         else:
             order = client.scratch.get("order")
@@ -151,7 +152,7 @@ class Critics:
         self._adam.zero_grad(set_to_none=True)
         for slot in real:
             self._steps[slot] += 1
-            self._clients[slot].state["critics"][self._served[slot]]["steps"] = self._steps[slot]
+            self._clients[slot].state["critics"][self._here[slot]]["steps"] = self._steps[slot]
         return losses.detach()
 
     def judge(self, images: Tensor) -> Tensor | None:

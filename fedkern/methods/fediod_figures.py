@@ -11,7 +11,7 @@ from torch import Tensor
 from fedkern.methods.base import Client, ClientId, Server
 from fedkern.methods.fediod_critics import Critics
 from fedkern.methods.fediod_losses import importance, mixture, spoken
-from fedkern.methods.fediod_private import withholds
+from fedkern.methods.fediod_promise import tells_scores
 from fedkern.methods.fediod_teachers import main_figure
 
 KEEP_BYTES = 1 << 30
@@ -94,7 +94,7 @@ def _compared(method: Any, server: Server, own: Mapping[ClientId, Client], data:
     disclosed = method.disclosed(server, ids).to(device)
     mask = None if o.class_weights == "uniform" else disclosed > 0
     same = torch.ones(len(ids), 1, 1, device=device)
-    critics = Critics(list(own.values()), o) if o.disc_weight and o.mode == "generator" and not withholds(o) else None
+    critics = Critics(list(own.values()), o) if tells_scores(o) else None
 
     def weighted(images: Tensor, logits: Tensor) -> Tensor:
         scores = None if critics is None else critics.judge(images)

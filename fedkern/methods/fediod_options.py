@@ -8,7 +8,7 @@ from typing import Any
 
 from fedkern.errors import UserError
 from fedkern.methods.base import Method, option
-from fedkern.methods.fediod_private import PrivacyOptions
+from fedkern.methods.fediod_promise import PrivacyOptions
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "paper": {

@@ -7,15 +7,22 @@ A client's gradient for the generator comes through two networks, which differ i
 it has one for each of m disjoint shards of its data, one random shard serving a step; and its *teacher*, trained on all
 of them.  Both gradients are clipped and noised row by row (one row is one generated image).  When a record is replaced
 every row of a batch of B may change by twice the clipping norm C, so noise of sigma C in every entry is a Gaussian
-mechanism with sigma / (2 sqrt(B)) times its sensitivity.  The guarantee rests on the client's random stream staying its
-own secret: who knows the run's seed can subtract the noise.
+mechanism with sigma / (2 sqrt(B)) times its sensitivity.
+
+A step is that mechanism on a shard drawn without replacement only if nothing else depends on the draw, whatever the
+steps before released.  So *which discriminator trains* follows a schedule that everybody may know, round robin over
+the shards, and *which one serves* is drawn in secret for every step, independently: the discriminators are then
+functions of their own shards and of the images, none of them of what served before.  A confidence that is told is that
+of the shard whose turn it is to train, or it would tell which one serves.
+
+The guarantee rests on the client's random stream staying its own secret: all noise and the secret draws follow from the
+run's root seed, which its config.toml holds, and who knows that can subtract the noise.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,90 +30,37 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.errors import UserError
-from fedkern.methods.base import OUTSIDE, Client, Federation, Objective, Server, Step, option
-from fedkern.methods.options import Options
+from fedkern.methods.base import OUTSIDE, Client, Federation, Objective, Server, Step
+from fedkern.methods.fediod_losses import asks_teachers
+from fedkern.methods.fediod_promise import asks_discriminators, claims, clip_d, guarantee, private, tells_counts
 from fedkern.ops import clip_and_noise
-from fedkern.privacy import DPSGD, LEDGER, Accountant, Guarantee, least_noise, need_accounting
+from fedkern.privacy import DPSGD, LEDGER, Accountant, least_noise, need_accounting
 from fedkern.privacy.dpsgd import check_network
+from fedkern.privacy.guarantee import listed
 
 TERMS = "privacy_terms"
 """Where a client keeps the noise that was agreed on before the first step."""
 DISCRIMINATOR, TEACHER, HISTOGRAM = "discriminator", "teacher", "histogram"
 
 
-@dataclass(frozen=True)
-class PrivacyOptions(Options):
-    """Knobs of FedIOD's differential privacy."""
-
-    epsilon: float | None = option(
-        None, "target of the whole run: the noise that is left open (sigma_d; with teacher_dp the teacher's too) is "
-        "solved for", above=0, type=float,
-    )  # fmt: skip
-    delta: float = option(1e-5, "the delta at which epsilon is met or told", above=0, high=0.5)
-    shards: int = option(1, "disjoint parts of a client's data with a discriminator each; one serves each step", low=1)
-    clip_d: float = option(1.0, "largest norm of an image's gradient through the discriminator", above=0)
-    clip_t: float = option(1.0, "largest norm of an image's gradient through the teacher", above=0)
-    sigma_d: float = option(
-        0.0, "noise on the former over clip_d; 0: neither clipped nor noised, but for epsilon", low=0
-    )
-    sigma_t: float = option(0.0, "noise on the latter over clip_t; 0: neither clipped nor noised", low=0)
-    scores: str = option(
-        "withhold", "what a private client tells of its discriminator's confidence, which no noise can cover: nothing, "
-        "or the confidence itself, which epsilon then does not cover", choices=("withhold", "release"),
-    )  # fmt: skip
-    histogram_noise: float = option(
-        0.0, "standard deviation of the noise on a client's class counts, in records (for segmentation, all pixels of "
-        "an image); 0: told as they are", low=0,
-    )  # fmt: skip
-    teacher_dp: bool = option(False, "train the teachers with DP-SGD, so that all that comes from them is covered")
-    teacher_clip: float = option(1.0, "largest norm of a sample's gradient in DP-SGD", above=0)
-    teacher_sigma: float = option(1.0, "noise of DP-SGD over teacher_clip, where epsilon is not given", low=0)
-    teacher_share: float = option(0.5, "share of epsilon that is the teacher's with teacher_dp", low=0.01, high=0.99)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.epsilon is not None and self.sigma_d:
-            raise UserError('Method options "epsilon" and "sigma_d" exclude each other: one follows from the other.')
-        if self.teacher_dp and self.sigma_t:
-            raise UserError(
-                'Method option "sigma_t" adds nothing with teacher_dp: what comes from a private teacher is covered.'
-            )
-        if self.teacher_dp and getattr(self, "select", "last") != "last":
-            raise UserError(
-                'Method option "teacher_dp" needs select = last: the choice of a best epoch is not covered by DP-SGD.'
-            )
-        noised = self.sigma_d > 0 or self.sigma_t > 0 or (self.epsilon is not None and not self.teacher_dp)
-        if noised and not generates(self):
-            raise UserError(
-                'Method option "mode" = public sends no gradients to add noise to: only teacher_dp makes it private.'
-            )
-        if self.shards > 1 and not private(self):
-            raise UserError('Method option "shards" is for privacy: give epsilon or sigma_d with it.')
-
-
-def generates(options: Any) -> bool:
-    """Whether there is a generator, whose images the clients are asked for gradients of."""
-    return bool(getattr(options, "mode", "generator") == "generator")
-
-
-def private(options: Any) -> bool:
-    """Whether :func:`sanitise` does anything, so that every client's rows are needed on their own."""
-    return generates(options) and (options.epsilon is not None or options.sigma_d > 0 or options.sigma_t > 0)
-
-
-def claims(options: Any) -> bool:
-    """Whether the run tells an epsilon."""
-    return private(options) or options.teacher_dp or options.histogram_noise > 0
-
-
 def prepare(server: Server, options: Any) -> None:
     """Settles the noise before anything is written (``Method.start``), in ``server.state["privacy"]``.
 
     Raises:
-        UserError: dp-accounting is not installed, or no noise meets the target.
+        UserError: dp-accounting is not installed, no noise meets the target, or there is nothing to add it to.
     """
     if not claims(options):
         return
+    if not options.w_real and (options.sigma_d or (options.epsilon is not None and not options.teacher_dp)):
+        name = "sigma_d" if options.sigma_d else "epsilon"
+        raise UserError(
+            f'Method option "{name}" is for the gradients through the discriminators, and with w_real=0 there are none.'
+        )
+    if options.sigma_t and not asks_teachers(options):
+        raise UserError(
+            'Method option "sigma_t" is for the gradients through the teachers, and without w_clear, w_diverse, w_adv '
+            "and w_balance there are none."
+        )
     need_accounting()
     sigma = options.sigma_d
     if options.epsilon is not None and _beside_teachers(options):
@@ -115,28 +69,29 @@ def prepare(server: Server, options: Any) -> None:
 
         def account(noise: float) -> Accountant:
             accountant = Accountant()
-            if generates(options):
+            if asks_discriminators(options):
                 each = multiplier(noise, options.batch)
                 accountant.gaussian(DISCRIMINATOR, each, shards=options.shards, steps=steps)
             if options.sigma_t:
                 accountant.gaussian(TEACHER, multiplier(options.sigma_t, options.batch), steps=steps)
-            if options.histogram_noise and options.class_weights != "uniform":
+            if options.histogram_noise and tells_counts(options):
                 accountant.gaussian(HISTOGRAM, options.histogram_noise / math.sqrt(2))
             return accountant
 
         sigma = least_noise(account, epsilon, delta)
     server.state["privacy"] = {"sigma_d": float(sigma)}
-    if not options.teacher_dp:
+    said = guarantee(options)
+    if said is not None and not options.teacher_dp:
         server.warn(
             "teachers-uncovered",
-            "Epsilon covers what comes from the discriminators, not the teachers' answers, which the student learns "
-            "from: teacher_dp=true covers those too.",
+            f"Epsilon covers {listed(said.covers)}, not the teachers' answers, which the student learns from: "
+            "teacher_dp=true covers those too.",
         )
 
 
 def _beside_teachers(options: Any) -> bool:
     """Whether anything is released with noise beside what comes from private teachers."""
-    return generates(options) or (options.histogram_noise > 0 and options.class_weights != "uniform")
+    return asks_discriminators(options) or (options.histogram_noise > 0 and tells_counts(options))
 
 
 def _part(options: Any, share: float) -> tuple[float, float]:
@@ -190,8 +145,24 @@ def shards(client: Client, options: Any) -> Sequence[np.ndarray]:
     return [np.sort(part) for part in np.array_split(order, options.shards)]
 
 
+def batches(client: Client, options: Any) -> int:
+    """Batches that a client's samples fill, which is how often it can train a discriminator in a round."""
+    return math.ceil(client.samples / options.batch)
+
+
+def trainings(client: Client, options: Any) -> int:
+    """Iterations of a round in which the client trains a discriminator, the first ones."""
+    own = batches(client, options)
+    return min(options.iterations or own, own)
+
+
+def training(client: Client, round: int, iteration: int, options: Any) -> int:
+    """Which shard's discriminator trains: round robin over the client's trainings of the run, a public schedule."""
+    return (round * trainings(client, options) + iteration) % options.shards
+
+
 def serving(client: Client, step: Step, options: Any) -> int:
-    """Which shard's discriminator trains and answers in the exchange of ``step``, drawn from the client's stream."""
+    """Which shard's discriminator gives the gradients of ``step``, drawn from the client's stream and from no other."""
     return 0 if options.shards == 1 else int(client.rng("serving", step).integers(options.shards))
 
 
@@ -206,7 +177,7 @@ def release_histogram(client: Client, step: Step, histogram: Tensor, options: An
     at most N away and adds others, c', so the counts change by ||c' - c|| <= sqrt(||c||^2 + ||c'||^2) <= sqrt(2) N in
     the Euclidean norm: sqrt(2) records, which is reached where all N move from one class to another.
     """
-    if not options.histogram_noise or options.class_weights == "uniform":
+    if not options.histogram_noise or not tells_counts(options):
         return histogram  # as it is, or not told at all
     record = math.prod(client.labels.shape[1:])  # what a record may count for: 1, or all of its pixels
     noisy = _noise(client, HISTOGRAM, histogram[None].float(), None, options.histogram_noise * record)[0]
@@ -214,34 +185,23 @@ def release_histogram(client: Client, step: Step, histogram: Tensor, options: An
     return noisy.clamp_min(0)
 
 
-def release_scores(client: Client, step: Step, scores: Tensor, options: Any) -> Tensor:
-    """The discriminator's mean confidence in every image, fp32 [B] in (0, 1), as it goes to the server.
-
-    Noise that covers B numbers at every step is tens of times larger than they are.  So a private client withholds
-    them: all ones, and the ensemble's weights follow the class counts alone.
-    """
-    return torch.ones_like(scores) if withholds(options) else scores
-
-
-def withholds(options: Any) -> bool:
-    """Whether the discriminators' confidence stays where it is."""
-    return private(options) and options.scores == "withhold"
-
-
-def sanitise(client: Client, step: Step, u_d: Tensor, u_t: Tensor, options: Any) -> tuple[Tensor, Tensor]:
+def sanitise(
+    client: Client, step: Step, u_d: Tensor | None, u_t: Tensor | None, options: Any
+) -> tuple[Tensor | None, Tensor | None]:
     """The two gradients of a generator step as they go to the server.
 
     A row that is not finite goes as noise around 0: had it made the answer NaN, that would tell of the data.
 
     Args:
-        u_d: fp32 [B, C, H, W], row b the gradient of the realism of image b alone (no client weight, no 1 / B) with
-            respect to the image, through the private discriminator.
-        u_t: fp32 [B, C, H, W], the gradient through the teacher of the terms that use its logits, times B, so that a
-            row's size does not depend on the batch.
+        u_d: fp32 [B, C, H, W], row b the gradient of the batch's realism with respect to image b, through the private
+            discriminator; None where the generator's loss has no realism.
+        u_t: fp32 [B, C, H, W], the gradient through the teacher of the terms that use its logits; None where the loss
+            has no such terms.  Neither has the 1 / B of a mean over images nor the weight pi_k of the client, both of
+            which are public and come after the noise, so that a row's size depends neither on the batch nor on the
+            number of clients.
 
     Returns:
-        Both, clipped and noised row by row where their noise is not 0; the server adds ``realism weight * u_d + u_t``
-        over the clients.
+        Both, clipped and noised row by row where their noise is not 0; the client sends ``pi_k (w_real u_d + u_t)``.
 
     Raises:
         ValueError: the client was not told the noise.
@@ -251,10 +211,10 @@ def sanitise(client: Client, step: Step, u_d: Tensor, u_t: Tensor, options: Any)
     if TERMS not in client.state:
         raise ValueError(f"sanitise: expected client {client.id} to have been told the noise, given no terms")
     sigma = client.state[TERMS]["sigma_d"]
-    if sigma:
-        u_d = _noise(client, DISCRIMINATOR, u_d, options.clip_d, sigma)
+    if sigma and u_d is not None:
+        u_d = _noise(client, DISCRIMINATOR, u_d, clip_d(options), sigma)
         _book(client, DISCRIMINATOR, multiplier(sigma, len(u_d)), options.shards)
-    if options.sigma_t:
+    if options.sigma_t and u_t is not None:
         u_t = _noise(client, TEACHER, u_t, options.clip_t, options.sigma_t)
         _book(client, TEACHER, multiplier(options.sigma_t, len(u_t)))
     return u_d, u_t
@@ -326,32 +286,3 @@ def train_teacher(
 
     client.fit_privately(method, step, module, DPSGD(options.teacher_clip, noise, TEACHER), rows=rows)
     return True
-
-
-# -- what is said of it ------------------------------------------------------------------------------------------------
-
-
-def guarantee(options: Any) -> Guarantee | None:
-    """What epsilon covers and what not; None where nothing is private."""
-    if not claims(options):
-        return None
-    covers: list[str] = []
-    leaves: list[str] = []
-
-    def place(text: str, covered: bool) -> None:
-        (covers if covered else leaves).append(text)
-
-    if generates(options):
-        place(
-            "the generator's gradients through the discriminators", options.epsilon is not None or options.sigma_d > 0
-        )
-        place("those through the teachers", options.teacher_dp or options.sigma_t > 0)
-    place("the teachers' answers that the student learns from", options.teacher_dp)
-    if options.class_weights != "uniform":
-        place("the clients' class counts", options.histogram_noise > 0)
-    if generates(options) and options.disc_weight is not False and not withholds(options):
-        leaves.append("the discriminators' confidence in every image")
-    if covers and not leaves:
-        covers.append("so the released generator and student" if generates(options) else "so the released student")
-    leaves.append("the losses and accuracies that the run's records tell of a client")
-    return Guarantee(options.delta, tuple(covers), tuple(leaves))

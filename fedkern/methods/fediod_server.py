@@ -15,6 +15,7 @@ from fedkern.errors import UserError
 from fedkern.methods.base import Message, Server
 from fedkern.methods.cuts import cuts
 from fedkern.methods.fediod_losses import distillation, importance, mixture, teacher_terms
+from fedkern.methods.fediod_promise import tells_scores
 from fedkern.methods.oneshot_members import flatten, load, vectors
 from fedkern.models.generator import Generator
 
@@ -193,13 +194,18 @@ class Workshop:
         samples = torch.tensor([float(self.server.federation.samples[k]) for k in ids], device=device)
         disclosed = torch.stack([state["classes"][k].float() for k in ids]).to(device)
         scores = None
-        if self.options.disc_weight and self.generates:
+        if tells_scores(self.options):
             scores = torch.stack([answers[k]["scores"].to(device) for k in ids])
         mask = None if self.options.class_weights == "uniform" else disclosed > 0
         return Ensemble(ids, logits, samples / samples.sum(), importance(disclosed, scores), mask)
 
     def criticise(self, sent: Tensor, answers: Mapping[int, Message]) -> dict[int, Message]:
-        """The generator's losses of what the clients said; what each of them is to send the gradients of (2.5 c)."""
+        """The generator's losses of what the clients said; what each of them is to send the gradients of (2.5 c).
+
+        Returns:
+            To every client its weight ``share`` (pi_k, as is public), and the gradient with respect to its logits times
+            B, ``[B, C, *positions]``, where the losses use them.
+        """
         o, ensemble = self.options, self.gather(answers)
         logits = ensemble.logits.detach().requires_grad_()
         x = self.seen(sent).detach().requires_grad_(o.w_adv > 0)
@@ -218,11 +224,9 @@ class Workshop:
         batch = len(x)
         shares = ensemble.pi.tolist()
         for i, k in enumerate(ensemble.ids):
-            messages[k] = {}
+            messages[k] = {"share": shares[i]}
             if gradient is not None:
                 messages[k]["logits"] = gradient[i] * batch
-            if o.w_real:
-                messages[k]["realism"] = o.w_real * shares[i]
         return messages
 
     def improve(self, gradients: list[Tensor]) -> None:

@@ -196,7 +196,7 @@ def test_nobody_but_the_client_sees_its_networks(world):
         up = {name for answer in answers.values() for name in answer}
         assert (down, up) == {
             "images": ({"images", "critic_lr"}, {"logits", "scores"}),
-            "gradients": ({"logits", "realism"}, {"gradients"}),
+            "gradients": ({"logits", "share"}, {"gradients"}),
             "distil": ({"images"}, {"logits", "scores"}),
         }[step.exchange.split()[0]]
     keys = set(w.server.state)
@@ -212,8 +212,8 @@ def test_absent_clients_are_skipped_and_the_rest_reweighted(world):
     w.exchange(images, lost=(1,))
     messages = w.server.scratch["criticism"]
     assert set(messages) == {0, 2}
-    assert messages[0]["realism"] == pytest.approx(20 / 29)
-    assert messages[2]["realism"] == pytest.approx(9 / 29)
+    assert messages[0]["share"] == pytest.approx(20 / 29)
+    assert messages[2]["share"] == pytest.approx(9 / 29)
     w.exchange(gradients, lost=(2,))
     w.exchange(distil, lost=(0, 1, 2))  # nobody is left: nothing is learnt, nothing fails
     assert w.server.scratch["workshop"].iteration == 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -15,7 +14,9 @@ import torch
 from fedkern.data import IGNORE
 from fedkern.errors import UserError
 from fedkern.methods import fediod_private as privacy
-from fedkern.methods.base import Federation, Step, option
+from fedkern.methods import fediod_promise as promise
+from fedkern.methods.base import Federation, Step
+from fedkern.methods.fediod_options import IODOptions, settle
 from fedkern.privacy import LEDGER, Accountant
 from fedkern.streams import stream
 
@@ -26,15 +27,9 @@ needs_accounting = pytest.mark.skipif(
 )
 
 
-@dataclass(frozen=True)
-class Options(privacy.PrivacyOptions):
-    """With the knobs of FedIOD that privacy looks at."""
-
-    batch: int = option(8, "")
-    iterations: int = option(5, "")
-    class_weights: str = option("counts", "")
-    disc_weight: bool = option(True, "")
-    mode: str = option("generator", "")
+def Options(**settings):
+    """FedIOD's, settled, with small steps."""
+    return settle(IODOptions(**{"batch": 8, "iterations": 5, **settings}))
 
 
 class Client:
@@ -69,16 +64,16 @@ def gradients(rows=8, seed=0, scale=1.0):
 def test_off_is_the_identity():
     options, client = Options(), Client()
     u_d, u_t = gradients()
-    scores, histogram = torch.rand(8), torch.tensor([3.0, 4.0])
+    histogram = torch.tensor([3.0, 4.0])
     out = privacy.sanitise(client, STEP, u_d, u_t, options)
     assert out[0] is u_d
     assert out[1] is u_t
-    assert privacy.release_scores(client, STEP, scores, options) is scores
     assert privacy.release_histogram(client, STEP, histogram, options) is histogram
     assert [part.tolist() for part in privacy.shards(client, options)] == [list(range(50))]
     assert privacy.serving(client, STEP, options) == 0
-    assert not privacy.private(options)
-    assert privacy.guarantee(options) is None
+    assert promise.tells_scores(options)
+    assert not promise.private(options)
+    assert promise.guarantee(options) is None
     server = place(3)
     privacy.prepare(server, options)
     privacy.agree(client, {"privacy": privacy.terms(server)})
@@ -173,12 +168,33 @@ def test_shards_are_disjoint_and_whole_and_fixed():
     again = privacy.shards(Client(samples=50), options)
     assert all(np.array_equal(a, b) for a, b in zip(parts, again, strict=True))
     assert not np.array_equal(parts[0], privacy.shards(Client(id=1, samples=50), options)[0])
-    served = [privacy.serving(client, Step(r, "round", "x"), options) for r in range(700)]
-    counts = np.bincount(served, minlength=7)
-    assert len(counts) == 7
-    assert (abs(counts - 100) < 5 * math.sqrt(100)).all()
     with pytest.raises(UserError, match="client 3 has 6 samples"):
         privacy.shards(Client(id=3, samples=6), options)
+
+
+def test_who_serves_is_drawn_evenly_and_independently_of_who_trains():
+    """Of seven shards each serves a seventh of the steps, and as often in those in which one of them trains."""
+    options, client = Options(sigma_d=1.0, shards=7, iterations=0), Client(samples=50)
+    assert privacy.trainings(client, options) == 7  # batches of eight
+    table = np.zeros((7, 7))
+    for r in range(1000):
+        for i in range(7):
+            step = Step(r, "round", f"images {i}")
+            table[privacy.training(client, r, i, options), privacy.serving(client, step, options)] += 1
+    assert (table.sum(1) == 1000).all()
+    assert (abs(table - 1000 / 7) < 5 * math.sqrt(1000 / 7)).all()
+
+
+@pytest.mark.parametrize(("samples", "iterations", "each"), [(50, 0, 7), (50, 3, 3), (9, 5, 2)])
+def test_shards_take_turns_in_training_whatever_the_seed(samples, iterations, each):
+    """A client trains while its samples last; over the rounds the turns go on where they stopped."""
+    options = Options(sigma_d=1.0, shards=5, iterations=iterations)
+    turns = []
+    for seed in (0, 1):
+        client = Client(samples=samples, seed=seed)
+        assert privacy.trainings(client, options) == each
+        turns.append([privacy.training(client, r, i, options) for r in range(10) for i in range(each)])
+    assert turns[0] == turns[1] == [n % 5 for n in range(10 * each)]
 
 
 def test_class_counts_are_noised_in_records_also_where_a_record_is_many_pixels():
@@ -212,27 +228,6 @@ def test_the_noise_on_the_counts_covers_a_record_of_which_everything_is_known():
     assert noise == pytest.approx(booked * math.sqrt(2) * 20, rel=0.05)
 
 
-def test_the_confidence_is_withheld_or_listed():
-    scores = torch.rand(8)
-    assert torch.equal(privacy.release_scores(Client(), STEP, scores, Options(sigma_d=1.0)), torch.ones(8))
-    telling = Options(sigma_d=1.0, scores="release")
-    assert privacy.release_scores(Client(), STEP, scores, telling) is scores
-    confidence = "the discriminators' confidence in every image"
-    assert confidence in privacy.guarantee(telling).leaves
-    assert confidence not in privacy.guarantee(Options(sigma_d=1.0)).leaves
-
-
-def test_what_is_covered_is_said():
-    plain = privacy.guarantee(Options(sigma_d=40.0, shards=50))
-    assert plain.delta == 1e-5
-    assert plain.covers == ("the generator's gradients through the discriminators",)
-    assert "the teachers' answers that the student learns from" in plain.leaves
-    assert "the clients' class counts" in plain.leaves
-    whole = privacy.guarantee(Options(epsilon=5.0, teacher_dp=True, class_weights="uniform"))
-    assert "so the released generator and student" in whole.covers
-    assert whole.leaves == ("the losses and accuracies that the run's records tell of a client",)
-
-
 @needs_accounting
 @pytest.mark.parametrize("teacher", [False, True])
 def test_a_target_is_met_by_what_the_clients_then_release(teacher):
@@ -254,7 +249,7 @@ def test_a_target_is_met_by_what_the_clients_then_release(teacher):
 @needs_accounting
 def test_public_images_leave_the_teachers_alone_to_be_covered():
     options = Options(epsilon=4.0, teacher_dp=True, mode="public", class_weights="uniform")
-    assert not privacy.private(options)
+    assert not promise.private(options)
     spent = []
 
     class Training(Client):
@@ -265,7 +260,7 @@ def test_public_images_leave_the_teachers_alone_to_be_covered():
     accountant = Accountant()
     accountant.dp_sgd("teacher", spent[0], rate=0.1, steps=100)
     assert 0.99 * 4 < accountant.epsilon(options.delta) <= 4
-    said = privacy.guarantee(options)
+    said = promise.guarantee(options)
     assert said.covers == ("the teachers' answers that the student learns from", "so the released student")
     with pytest.raises(UserError, match="mode"):
         Options(epsilon=4.0, mode="public")
@@ -299,8 +294,23 @@ def test_what_does_not_go_together():
         ({"epsilon": 0.0}, "epsilon"),
         ({"delta": 0.0}, "delta"),
         ({"sigma_d": -1.0}, "sigma_d"),
+        ({"clip_d": 0.0}, "clip_d"),
     ):
         with pytest.raises(UserError, match=words):
             Options(**settings)
     with pytest.raises(ValueError, match="client 0 to have been told the noise"):
         privacy.sanitise(Client(), STEP, *gradients(), Options(sigma_d=1.0))
+
+
+def test_noise_for_gradients_that_the_loss_does_not_have_is_refused():
+    teachers = {"w_clear": 0.0, "w_diverse": 0.0}
+    for settings, words in (
+        ({"epsilon": 1.0, "w_real": 0.0}, '"epsilon" is for the gradients through the discriminators'),
+        ({"sigma_d": 1.0, "w_real": 0.0}, '"sigma_d" is for the gradients through the discriminators'),
+        ({"sigma_t": 1.0, **teachers}, '"sigma_t" is for the gradients through the teachers'),
+    ):
+        with pytest.raises(UserError, match=words):
+            privacy.prepare(place(2), Options(**settings))
+    one = told(Options(sigma_d=1.0, sigma_t=1.0))
+    assert privacy.sanitise(one, STEP, None, None, Options(sigma_d=1.0, sigma_t=1.0)) == (None, None)
+    assert LEDGER not in one.state

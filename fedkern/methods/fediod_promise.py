@@ -1,0 +1,167 @@
+"""What FedIOD is asked to keep private, and what that comes to: options, and what is said of them (notes 2.7).
+
+Nothing here sees data; the mechanisms are in `fedkern.methods.fediod_private`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fedkern.errors import UserError
+from fedkern.methods.base import option
+from fedkern.methods.fediod_losses import asks_teachers
+from fedkern.methods.options import Options
+from fedkern.privacy import Guarantee
+from fedkern.privacy.guarantee import listed
+
+
+@dataclass(frozen=True)
+class PrivacyOptions(Options):
+    """Knobs of FedIOD's differential privacy."""
+
+    epsilon: float | None = option(
+        None, "target of the whole run: the noise that is left open (sigma_d; with teacher_dp the teacher's too) is "
+        "solved for", above=0, type=float,
+    )  # fmt: skip
+    delta: float = option(1e-5, "the delta at which epsilon is met or told", above=0, high=0.5)
+    shards: int = option(
+        1, "disjoint parts of a client's data with a discriminator each; one, drawn in secret, serves each step", low=1
+    )
+    clip_d: float | None = option(
+        None, "largest norm of an image's gradient through the discriminator, without the client's weight and w_real; "
+        "best near the median, which a run without privacy tells of a client as norm_d (measure it on data of the same "
+        "kind that anybody may see); open: 0.03 with bce=mean, 0.3 with bce=sum", above=0, type=float,
+    )  # fmt: skip
+    clip_t: float = option(
+        0.2, "largest norm of an image's gradient through the teacher, without the client's weight; the median is told "
+        "as norm_t", above=0,
+    )  # fmt: skip
+    sigma_d: float = option(
+        0.0, "noise on the former over clip_d; 0: neither clipped nor noised, but for epsilon", low=0
+    )
+    sigma_t: float = option(0.0, "noise on the latter over clip_t; 0: neither clipped nor noised", low=0)
+    scores: str = option(
+        "withhold", "what a private client tells of its discriminator's confidence, which no noise can cover: nothing, "
+        "or the confidence itself, which epsilon then does not cover", choices=("withhold", "release"),
+    )  # fmt: skip
+    histogram_noise: float = option(
+        0.0, "standard deviation of the noise on a client's class counts, in records (for segmentation, all pixels of "
+        "an image); 0: told as they are", low=0,
+    )  # fmt: skip
+    teacher_dp: bool = option(False, "train the teachers with DP-SGD, so that all that comes from them is covered")
+    teacher_clip: float = option(1.0, "largest norm of a sample's gradient in DP-SGD", above=0)
+    teacher_sigma: float = option(1.0, "noise of DP-SGD over teacher_clip, where epsilon is not given", low=0)
+    teacher_share: float = option(0.5, "share of epsilon that is the teacher's with teacher_dp", low=0.01, high=0.99)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.epsilon is not None and self.sigma_d:
+            raise UserError('Method options "epsilon" and "sigma_d" exclude each other: one follows from the other.')
+        if self.teacher_dp and self.sigma_t:
+            raise UserError(
+                'Method option "sigma_t" adds nothing with teacher_dp: what comes from a private teacher is covered.'
+            )
+        if self.teacher_dp and getattr(self, "select", "last") != "last":
+            raise UserError(
+                'Method option "teacher_dp" needs select = last: the choice of a best epoch is not covered by DP-SGD.'
+            )
+        noised = self.sigma_d > 0 or self.sigma_t > 0 or (self.epsilon is not None and not self.teacher_dp)
+        if noised and not generates(self):
+            raise UserError(
+                'Method option "mode" = public sends no gradients to add noise to: only teacher_dp makes it private.'
+            )
+        if self.shards > 1 and not private(self):
+            raise UserError('Method option "shards" is for privacy: give epsilon or sigma_d with it.')
+
+
+CLIP_D = {"mean": 0.03, "sum": 0.3}
+"""What ``clip_d`` is by ``bce`` where it is left open."""
+
+
+def clip_d(options: Any) -> float:
+    """Largest norm of a row through the discriminator: as given, or about the median of such rows."""
+    return CLIP_D[options.bce] if options.clip_d is None else float(options.clip_d)
+
+
+def generates(options: Any) -> bool:
+    """Whether there is a generator, whose images the clients are asked for gradients of."""
+    return bool(getattr(options, "mode", "generator") == "generator")
+
+
+def private(options: Any) -> bool:
+    """Whether the clients' gradients are clipped and noised, so that every client's are needed on their own."""
+    return generates(options) and (options.epsilon is not None or options.sigma_d > 0 or options.sigma_t > 0)
+
+
+def tells_counts(options: Any) -> bool:
+    """Whether a client says how often it has the classes, or which."""
+    return bool(options.class_weights != "uniform")
+
+
+def tells_scores(options: Any) -> bool:
+    """Whether the discriminators' mean confidence in every image, in (0, 1), goes to the server.
+
+    Noise that covers B numbers at every step is tens of times larger than they are.  So a private client withholds
+    them, and the ensemble's weights follow the classes alone.
+    """
+    withheld = private(options) and options.scores == "withhold"
+    return generates(options) and bool(options.disc_weight) and not withheld
+
+
+def asks_discriminators(options: Any) -> bool:
+    """Whether the generator's loss uses the discriminators at all."""
+    return generates(options) and options.w_real > 0
+
+
+def claims(options: Any) -> bool:
+    """Whether the run tells an epsilon."""
+    return private(options) or options.teacher_dp or (options.histogram_noise > 0 and tells_counts(options))
+
+
+def guarantee(options: Any) -> Guarantee | None:
+    """What epsilon covers and what not, of all that the run releases; None where nothing is private.
+
+    With ``teacher_dp`` all that is made of the teachers is covered.  Without it ``sigma_t`` covers no more than what
+    a client answers through its own teacher: that teacher's logits, to which no noise is added, also change what the
+    others are asked the gradients of.
+    """
+    if not claims(options):
+        return None
+    covers: list[str] = []
+    leaves: list[str] = []
+
+    def place(text: str, covered: bool) -> None:
+        (covers if covered else leaves).append(text)
+
+    if asks_discriminators(options):
+        place(
+            "the generator's gradients through the discriminators", options.epsilon is not None or options.sigma_d > 0
+        )
+    asked = generates(options) and asks_teachers(options)
+    if asked and options.sigma_t:
+        covers.append("a client's own gradients for the generator through its teacher")
+    elif asked:
+        place("the generator's gradients through the teachers", options.teacher_dp)
+    place(_answers(options), options.teacher_dp)
+    if tells_counts(options):
+        what = "the clients' class counts" if options.class_weights == "counts" else "which classes a client has"
+        place(what, options.histogram_noise > 0)
+    if tells_scores(options):
+        leaves.append("the discriminators' confidence in every image")
+    if covers and not leaves:
+        covers.append("so the released generator and student" if generates(options) else "so the released student")
+    leaves.append("the losses and accuracies that the run's records tell of a client")
+    return Guarantee(options.delta, tuple(covers), tuple(leaves))
+
+
+def _answers(options: Any) -> str:
+    """The teachers' logits and, where they are not covered, where else they show."""
+    reached = ["the student"]
+    if generates(options) and (options.w_adv or (options.w_diverse and options.diversity != "none")):
+        reached.append("other clients' gradients")  # by the mixture, of which every teacher's gradient depends
+    if generates(options) and options.w_adv:
+        reached.append("the adversarial term's gradient for the generator")
+    if options.teacher_dp or len(reached) == 1:
+        return "the teachers' answers that the student learns from"
+    return f"the teachers' answers (which change {listed(tuple(reached))})"
