@@ -29,12 +29,13 @@ class PrivacyOptions(Options):
         1, "disjoint parts of a client's data with a discriminator each; one, drawn in secret, serves each step", low=1
     )
     clip_d: float | None = option(
-        None, "largest norm of an image's gradient through the discriminator, without the client's weight and w_real; "
-        "best near the median, which a run without privacy tells of a client as norm_d (measure it on data of the same "
-        "kind that anybody may see); open: 0.03 with bce=mean, 0.3 with bce=sum", above=0, type=float,
+        None, "largest norm of an image's gradient through the discriminator, before the client's weight and w_real; "
+        "best near the median, which a run without privacy, on data of the kind that anybody may see, tells of its "
+        "clients as norm_d (with m shards, each of which trains a m-th as often, that of the first m-th of the run); "
+        "open: 0.03 with bce=mean, 0.3 with bce=sum", above=0, type=float,
     )  # fmt: skip
     clip_t: float = option(
-        0.2, "largest norm of an image's gradient through the teacher, without the client's weight; the median is told "
+        0.5, "largest norm of an image's gradient through the teacher, before the client's weight; the median is told "
         "as norm_t", above=0,
     )  # fmt: skip
     sigma_d: float = option(
@@ -76,7 +77,21 @@ class PrivacyOptions(Options):
 
 
 CLIP_D = {"mean": 0.03, "sum": 0.3}
-"""What ``clip_d`` is by ``bce`` where it is left open."""
+"""What ``clip_d`` is by ``bce`` where it is left open: about the median norm of a row through the discriminator.
+
+Measured on embedded digits (32 x 32; five clients, Dirichlet 0.1, 32 images a step), in the first third and the last of
+80 iterations; a discriminator has 4 patches there, or 64 with critic_layers=2:
+
+    bce=mean   4 patches 0.028 to 0.058, 64 patches 0.008 to 0.020
+    bce=sum    4 patches 0.11 to 0.17,   64 patches 0.36 to 0.79
+    batch=8 0.026 to 0.067, ten clients 0.032 to 0.028, Dirichlet 1 0.028 to 0.046 (mean, 4 patches)
+
+The norm grows with what a discriminator has learnt: over the 300 iterations of the default run from 0.05 to 1.1, while
+in one with epsilon=10, shards=20 and Dirichlet 1, where each trains 15 times, it stays at 0.034 to 0.020, and with
+shards=5 at 0.057 to 0.038.  Through the teacher the medians over 80 iterations are 0.16 and 0.64 (bce=mean, sum;
+4 patches), 0.03 and 0.64 (64 patches), 0.05 (batch=8), 0.20 (ten clients) and 0.65 (Dirichlet 1); over the default run
+0.65, and in those with shards 0.53 and 0.47.
+"""
 
 
 def clip_d(options: Any) -> float:
