@@ -14,7 +14,9 @@ def command_line(method: str, config: RunConfig) -> str:
 
     Method options that the user had changed are repeated where ``method`` has them too.
     """
-    own, target = RunConfig.make(config.method, data=config.data), RunConfig.make(method, data=config.data)
+    preset = {"preset": config.options["preset"]} if "preset" in config.options else {}  # settles others with it
+    own = RunConfig.make(config.method, data=config.data, options=preset)
+    target = RunConfig.make(method, data=config.data)
     words = [PROGRAM, method]
     for f in dataclasses.fields(RunConfig):
         value = getattr(config, f.name)
@@ -29,7 +31,7 @@ def command_line(method: str, config: RunConfig) -> str:
     for name, value in config.data_options.items():
         words += [flag(name), quote(value)] if name in DATA_FLAGS else ["--data-option", quote(f"{name}={value}")]
     for name, value in config.options.items():
-        if value != own.options[name] and value != target.options.get(name, value):
+        if (name in preset or value != own.options[name]) and value != target.options.get(name, value):
             text = str(value).lower() if isinstance(value, bool) else str(value)
             words += ["--method-option", quote(f"{name}={text}")]
     return " ".join(words)

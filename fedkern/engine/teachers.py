@@ -39,6 +39,7 @@ class Teachers:
     def __init__(self, folder: str) -> None:
         self.root = Path(folder).expanduser()
         self._sound: set[str] = set()  # files of the run whose checksums are right
+        self._asked_run = False  # whether a network came from a run and not from a file of its own
 
     def load(self, client: int, module: nn.Module) -> None:
         """Loads a client's trained weights into ``module``, in place.
@@ -69,7 +70,7 @@ class Teachers:
             config: this run's settings, as the manifest of a checkpoint has them.
             fingerprint: of its data, see :func:`fedkern.engine.everybody.data_fingerprint`.
         """
-        info = {} if self._entry is None else self._entry["info"]
+        info = self._entry["info"] if self._asked_run and self._entry is not None else {}
         if info.get("data", fingerprint) == fingerprint:
             return None
         theirs = info.get("config", {})
@@ -96,6 +97,7 @@ class Teachers:
             raise UserError(f"--teachers: {error}") from None
 
     def _load_of_run(self, client: int, module: nn.Module) -> None:
+        self._asked_run = True
         vectors = self._of_run(client)
         if vectors is None:
             raise UserError(

@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from fedkern import ops
+from fedkern.errors import UserError
 from fedkern.methods.base import (
     VECTORS,
     Batch,
@@ -93,6 +94,14 @@ class FedDRA(Robust):
         alignment_rounds: int = option(
             0, "rounds of the first stage with stage_schedule=sequential; 0 for a quarter of all", low=0
         )
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if self.joint_start == "average" and (self.stages, self.stage_schedule) != ("two", "per_round"):
+                raise UserError(
+                    'Method option "joint_start" = average is for both stages in every round: give stages=two and '
+                    "stage_schedule=per_round too."
+                )
 
     @property
     def radius(self) -> float:

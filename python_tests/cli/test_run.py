@@ -213,6 +213,13 @@ def test_data_options_have_flags():
     assert request.data_options == {"protocol": "L7", "part": "Animal"}
 
 
+def test_the_command_for_comparison_names_a_preset_and_not_what_it_settles():
+    config = request.effective(flags.parse(["fediod", "--method-option", "preset=code", "--method-option", "w_real=3"]))
+    words = shlex.split(repeat.command_line("fediod", config))
+    assert [word for word in words if "=" in word] == ["preset=code", "w_real=3.0"]
+    assert request.effective(flags.parse(words[3:])).options == config.options
+
+
 @pytest.mark.parametrize(
     "argv",
     [

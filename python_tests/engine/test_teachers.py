@@ -160,6 +160,12 @@ def test_a_run_folder_that_is_damaged_or_of_another_network(attempt, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_files_of_ones_own_do_not_depend_on_a_run_beside_them(given, attempt):
+    (given / "checkpoints").mkdir()
+    (given / "checkpoints" / "manifest.json").write_text("{")
+    assert "teachers-of-other-data" not in attempt()["diagnostics"]
+
+
 def test_a_run_without_networks_of_its_clients(make_config, data, attempt, tmp_path):
     run(make_config("fedavg", model="cnn", rounds=1, grad_cam=0), out=tmp_path / "given", data=data)
     with pytest.raises(UserError, match="nor a run's network of client 0"):

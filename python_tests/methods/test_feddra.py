@@ -60,6 +60,12 @@ def test_what_clients_go_on_from_and_that_they_anchor_on_the_average(start_from,
     assert torch.equal(seen[0][0], seen[1][0]) != own
 
 
+@pytest.mark.parametrize("other", [{"stages": "one"}, {"stage_schedule": "sequential"}])
+def test_a_start_that_would_do_nothing_is_refused(other):
+    with pytest.raises(UserError, match="stage_schedule=per_round"):
+        FedDRA.Options(joint_start="average", **other)
+
+
 def test_spliced_replaces_the_ends():
     whole = {"parameters": torch.arange(5.0), "buffers": torch.arange(3.0)}
     assert spliced(whole, {"parameters": torch.tensor([9.0, 8.0])})["parameters"].tolist() == [0, 1, 2, 9, 8]
