@@ -169,10 +169,10 @@ def _pictures(out: Path, data: Any) -> list[Path]:
     Raises:
         UserError: one cannot be drawn or written; the run itself is complete by then.
     """
-    from fedkern.report.pictures import OF_TASK, PICTURES, write_pictures
+    from fedkern.report.pictures import OF_TASK, expected, write_pictures
 
-    for names in OF_TASK.values():
-        there = [out / PICTURES[name] for name in names]
+    for task in OF_TASK:
+        there = expected(out, task)
         if data is None and all(path.exists() for path in there):
             return there
     try:

@@ -28,6 +28,7 @@ class RunInfo:
         test_sets: their names ("" for a single one) and sizes.
         data: the federated data, for pictures and tables of its partition.
         rounds: names of the communication rounds planned, in order.
+        private: the method promises an epsilon, so that nothing of the clients' data should be shown.
     """
 
     config: RunConfig
@@ -38,6 +39,7 @@ class RunInfo:
     test_sets: Mapping[str, int]
     data: Any = None
     rounds: tuple[str, ...] = ()
+    private: bool = False
 
 
 class Listener:

@@ -136,6 +136,7 @@ class Run:
                 rounds=tuple(entry.name for entry in self._plan),
                 test_sets={prefix.rstrip("_"): len(data) for prefix, data in self.sets.items()},
                 data=self.bench.data,
+                private=self.method.guarantee(self.server) is not None,
             )
         )
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fedkern.engine import RunConfig, load_data, read_metrics, read_model, read_shown
+from fedkern.engine.records import read_summary
 
 EXAMPLES = 8
 PICTURES = {
@@ -37,6 +38,7 @@ def write_pictures(run_dir: Path, *, data: Any = None, model: torch.nn.Module | 
         What was written: ``accuracy.png`` (``dice.png`` of a segmentation), ``partition.png``, ``weights.png`` of a
         method with client weights, a picture for every name under which the method showed something
         (``generated.png``), and ``gradcam.png`` where the network has stages (``segmentation.png`` of a segmentation).
+        A run that promises an epsilon has no ``partition.png``, which holds exact counts, and loses an older one.
 
     Raises:
         UserError: a file of the run is missing or damaged.
@@ -54,8 +56,11 @@ def write_pictures(run_dir: Path, *, data: Any = None, model: torch.nn.Module | 
     if plots.accuracy_curves(read_metrics(run_dir), target, title=f"{name}, seed {config.seed}"):
         written.append(target)
     target = run_dir / PICTURES["partition"]
-    plots.partition_picture(data.statistics, target, title=f"{config.data}: {data.statistics.partition}")
-    written.append(target)
+    if promises(run_dir):
+        target.unlink(missing_ok=True)
+    else:
+        plots.partition_picture(data.statistics, target, title=f"{config.data}: {data.statistics.partition}")
+        written.append(target)
     target = run_dir / PICTURES["weights"]
     if weights_picture(read_metrics(run_dir), target, title=f"Clients of {name}, seed {config.seed}"):
         written.append(target)
@@ -84,6 +89,16 @@ def write_pictures(run_dir: Path, *, data: Any = None, model: torch.nn.Module | 
         gradcam.draw(model, panels, target, classes=data.classes, title=f"Grad-CAM of the global model, {name}")
         written.append(target)
     return written
+
+
+def promises(run_dir: Path) -> bool:
+    """Whether a finished run promises an epsilon."""
+    return "privacy" in (read_summary(run_dir) or {})
+
+
+def expected(run_dir: Path, task: str) -> list[Path]:
+    """The pictures that every finished run of a task has."""
+    return [run_dir / PICTURES[name] for name in OF_TASK[task] if not (name == "partition" and promises(run_dir))]
 
 
 def _shown(run_dir: Path, title: str, classes: Sequence[str]) -> list[Path]:

@@ -15,6 +15,10 @@ from fedkern.methods.evaluate import MAIN_FIGURES
 from fedkern.report.tables import human_bytes, human_metric, human_time, partition_table, split_metric
 
 PIPE_WIDTH = 120
+UNSHOWN = (
+    "Neither the clients' class counts nor partition.png are shown: the run promises an epsilon, which covers them no "
+    "further than the method's own noise."
+)
 
 
 def headline(run: RunInfo) -> list[str]:
@@ -105,7 +109,9 @@ class Lines(Warnings):
     def on_start(self, run: RunInfo) -> None:
         for text in headline(run):
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-        if run.data is not None:
+        if run.private:
+            self.console.print(UNSHOWN, highlight=False, markup=False, soft_wrap=True)
+        elif run.data is not None:
             self.console.print(partition_table(run.data.statistics))
         self.clock = _Clock()
 

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from fedkern.cli import flags, request
+from fedkern.data import load
 from fedkern.report import plots, progress
 from fedkern.run import main
 
@@ -58,6 +59,28 @@ def test_a_run_leaves_its_folder_and_says_how_it_ended(finished):
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [record["round"] for record in records] == [1, 2]
     assert {"seconds", "bytes_up", "bytes_down", "id_accuracy", "ood_accuracy"} <= set(records[0])
+
+
+def test_a_run_that_promises_an_epsilon_tells_no_class_counts(result, tmp_path):
+    """The same run without privacy shows every client's row of them, in the output and in a picture."""
+    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install 'fedkern[privacy]')")
+    options = ["iterations=1", "batch=4", "nz=4", "ngf=2", "ndf=2", "student_steps=1", "class_weights=uniform"]
+    argv = ["fediod", *SMALL, "--rounds", "1", "--grad-cam", "0"]
+    partition = request.effective(flags.parse(argv)).partition
+    data = load("colordigits", clients=2, seed=0, train_samples=60, partition=partition)
+    rows = [re.compile(r"\D+".join(map(str, row))) for row in data.statistics.counts]
+    for name, more in (("open", []), ("private", ["sigma_d=1"])):
+        own = [word for option in (*options, *more) for word in ("--method-option", option)]
+        out, err = result(*argv, *own, "--out", str(tmp_path / name))
+        for row in rows:
+            assert bool(row.search(out + err)) == (name == "open")
+        assert (progress.UNSHOWN in err) == (name == "private")
+        assert (tmp_path / name / "partition.png").exists() == (name == "open")
+        assert ("partition.png" in out) == (name == "open")
+        drawn = (tmp_path / name / "accuracy.png").stat().st_mtime_ns
+        result("--resume", str(tmp_path / name))  # finished: its pictures are those that are there
+        assert (tmp_path / name / "accuracy.png").stat().st_mtime_ns == drawn
+        assert not (tmp_path / "private" / "partition.png").exists()
 
 
 def test_json_is_alone_on_standard_output(result, tmp_path):

@@ -58,6 +58,16 @@ def test_a_run_gets_its_three_pictures(tmp_path, data):
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".tmp"]
 
 
+def test_a_run_that_promises_an_epsilon_has_no_counts(tmp_path, data):
+    folder = make_run(tmp_path, data)
+    (folder / "partition.png").write_bytes(b"older")
+    (folder / "summary.json").write_text('{"privacy": {"epsilon": 1.0}}')
+    written = pictures.write_pictures(folder, data=data)
+    assert [path.name for path in written] == ["accuracy.png", "gradcam.png"]
+    assert not (folder / "partition.png").exists()
+    assert pictures.expected(folder, "classification") == written
+
+
 def test_grey_images_without_masks(tmp_path):
     data = load("digits", clients=2, seed=0, train_samples=60)
     config = RunConfig.make("fedavg", data="digits", clients=2, train_samples=60)

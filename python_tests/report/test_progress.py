@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from pathlib import Path
 
@@ -75,6 +76,15 @@ def test_rounds_that_were_not_evaluated_give_no_line():
     assert out.file.getvalue() == ""
     listener.on_round(record(2, accuracy=0.25))
     assert "accuracy 25.0 %" in out.file.getvalue()
+
+
+def test_class_counts_are_shown_but_for_a_run_that_promises_an_epsilon():
+    for private in (False, True):
+        out = console(False)
+        progress.Lines(out).on_start(dataclasses.replace(info(), private=private))
+        shown = out.file.getvalue()
+        assert ("dog" in shown) != private
+        assert (progress.UNSHOWN in shown) == private
 
 
 @pytest.mark.parametrize("json", [False, True])
