@@ -63,17 +63,18 @@ class Answers:
         losses = self.critics.train(images, trained, message["critic_lr"])
         if losses is not None:
             self._count(0, losses, list(trained))
-        told: Tensor | None = None
-        if promise.tells_scores(self.options) and self.options.shards > 1:
-            told = self._look(images)  # before the one that serves comes: its confidence would tell which it is
+        seen: tuple[Tensor, Tensor] | None = None
+        if self.options.shards > 1:
+            seen = self._look(images)  # before the one that serves comes: what is told of it would tell which it is
         self.critics.bring(lambda client: private.serving(client, step, self.options))
         with torch.enable_grad():
             images.requires_grad_(asks_teachers(self.options) or self.options.w_real > 0)
             logits = spoken(self.bank.logits(images), self.options.mix)
             realism, scores = self.critics.look(images)
-        self._count(1, realism.detach().mean(1), present)
+        told = (realism, scores) if seen is None else seen
+        self._count(1, told[0].detach().mean(1), present)
         self._asked = Asked(iteration, images, logits, realism)
-        return self._answers(messages, logits.detach(), scores.detach() if told is None else told)
+        return self._answers(messages, logits.detach(), told[1].detach())
 
     def gradients(self, step: Step, messages: Mapping[ClientId, Message]) -> dict[ClientId, Message]:
         """The gradients with respect to the images: through the discriminator, and of the logits through the teacher.
@@ -89,7 +90,7 @@ class Answers:
             return {k: {} for k in messages}
         self._report()
         if promise.private(self.options):
-            return {k: self._own(step, asked, k, message) for k, message in messages.items()}
+            return {k: self._own(asked, k, message) for k, message in messages.items()}
         self._measure(step, asked, messages)
         outputs: list[Tensor] = []
         given: list[Tensor] = []

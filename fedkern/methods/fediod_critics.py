@@ -43,44 +43,50 @@ class Critics:
         self._parts = module.parts()
         tensors = [part[name] for part in self._parts for name in part]
         self._adam = torch.optim.Adam(tensors, o.critic_lr, betas=(0.5, 0.999), foreach=False, fused=True)
-        for slot in range(len(clients)):
+        for slot, client in enumerate(clients):
+            kept = client.state.setdefault("critics", {})
+            for shard in range(len(self._shards[slot])):  # all of them now: what there is must not tell who served
+                if shard not in kept:
+                    kept[shard] = self._fresh(client, shard)
             self._load(slot, 0)
 
     def _draw(self, client: Client, shard: int) -> torch.Generator:
         seed = int(client.rng(f"critic/{shard}", START).integers(2**63))
         return torch.Generator().manual_seed(seed)
 
+    def _fresh(self, client: Client, shard: int) -> dict[str, Any]:
+        """What is kept of a discriminator that has not trained."""
+        own, drawn = self.module, [self._draw(client, shard)]
+        weights = PatchDiscriminators(drawn, channels=own.channels, ndf=own.ndf, layers=own.layers).parts()[0]
+        mean, square = ({name: torch.zeros_like(tensor) for name, tensor in weights.items()} for _ in range(2))
+        return {"weights": weights, "mean": mean, "square": square, "steps": 0}
+
     # -- shards: one discriminator of a client at a time is in its slot -------------------------------------------
 
     def bring(self, choice: Callable[[Client], int]) -> None:
-        """Puts the discriminator of the shard that ``choice`` names of every client in its place."""
+        """Puts the discriminator of the shard that ``choice`` names of every client in its place.
+
+        One that is there already goes out and comes in like another, so that the time does not tell.
+        """
         for slot, client in enumerate(self._clients):
-            shard = choice(client) if len(self._shards[slot]) > 1 else 0
-            if shard != self._here[slot]:
+            if len(self._shards[slot]) > 1:
                 self._point(slot)
                 kept = client.state["critics"][self._here[slot]]  # its place is needed for another one
                 kept["weights"] = {name: tensor.clone() for name, tensor in kept["weights"].items()}
-                self._here[slot] = shard
-                self._load(slot, shard)
+                self._here[slot] = choice(client)
+                self._load(slot, self._here[slot])
 
     @torch.no_grad()
     def _load(self, slot: int, shard: int) -> None:
         client, part = self._clients[slot], self._parts[slot]
-        kept = client.state.setdefault("critics", {}).get(shard)
-        if kept is None:
-            drawn = [self._draw(client, shard)]
-            own = self.module
-            fresh = PatchDiscriminators(drawn, channels=own.channels, ndf=own.ndf, layers=own.layers).parts()[0]
-            kept = {"weights": fresh, "mean": {}, "square": {}, "steps": 0}
-        state = self._adam.state
+        kept, state = client.state["critics"][shard], self._adam.state
         for name, tensor in part.items():
             tensor.copy_(kept["weights"][name])
             device = tensor.device
-            zeros = torch.zeros_like(tensor)
             state[tensor] = {
                 "step": torch.full((), float(kept["steps"]), device=device if device.type == "cuda" else "cpu"),
-                "exp_avg": kept["mean"][name].to(device, copy=True) if kept["mean"] else zeros,
-                "exp_avg_sq": kept["square"][name].to(device, copy=True) if kept["square"] else zeros.clone(),
+                "exp_avg": kept["mean"][name].to(device, copy=True),
+                "exp_avg_sq": kept["square"][name].to(device, copy=True),
             }
         self._steps[slot] = kept["steps"]
         self._point(slot)

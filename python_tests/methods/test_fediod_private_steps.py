@@ -124,15 +124,43 @@ def test_a_discriminator_does_not_remember_who_served(world, monkeypatch):
             if step.exchange.startswith("images"):  # without the others the generator stays as it is
                 w.exchange(step)
         states.append(whole.frozen(w.clients[0].state["critics"]))
-    trained = [{shard: kept for shard, kept in state.items() if kept["steps"]} for state in states]
-    assert set(trained[0]) == {0, 1, 2}
-    assert whole.same(trained[0], trained[1])
+    assert [list(state) for state in states] == [[0, 1, 2]] * 2  # in this order, too
+    assert all(kept["steps"] for kept in states[0].values())
+    assert whole.same(*states)
+
+
+@needs_accounting
+def test_a_discriminator_that_has_not_trained_does_not_tell_whether_it_served(world, monkeypatch):
+    states = []
+    for serves in (0, 2):
+        monkeypatch.setattr(privacy, "serving", lambda *a, shard=serves: shard)
+        w = world(iterations=1, batched=False, **SHARDED)
+        w.exchange(w.steps(w.round(), 0)[0])
+        states.append(whole.frozen(w.clients[0].state["critics"]))
+        assert [kept["steps"] for kept in states[-1].values()] == [1, 0, 0]
+    assert list(states[0]) == list(states[1])
+    assert whole.same(*states)
+
+
+@needs_accounting
+@pytest.mark.parametrize("scores", ["withhold", "release"])
+def test_what_is_reported_does_not_tell_who_serves(world, monkeypatch, scores):
+    """The realism in the records is that of the shard whose turn it is to train."""
+    told = []
+    for serves in (0, 1, 2):
+        monkeypatch.setattr(privacy, "serving", lambda *a, shard=serves: shard)
+        w = world(iterations=2, scores=scores, **SHARDED)
+        for step in w.steps(w.round(), 0)[:2]:  # the gradients' answers report
+            w.exchange(step)
+        told.append([dict(w.clients[k].report) for k in range(3)])
+    assert {"critic_loss", "realism"} <= set(told[0][0])
+    assert told[0] == told[1] == told[2]
 
 
 @needs_accounting
 def test_the_gradient_comes_through_the_shard_that_serves(world, monkeypatch):
     given = []
-    monkeypatch.setattr(privacy, "sanitise", lambda client, step, *rows: given.append(rows[0]) or rows[:2])
+    monkeypatch.setattr(privacy, "sanitise", lambda client, *rows: given.append(rows[0]) or rows[:2])
     monkeypatch.setattr(privacy, "serving", lambda *a: 2)
     w = world(iterations=1, **SHARDED)
     images, gradients = w.steps(w.round(), 0)[:2]
