@@ -268,7 +268,7 @@ class FedIOD(Objective, Method):
     def _train(self, client: Client, message: Message) -> Message:
         private.agree(client, message)
         make_teacher(self, client, self.architectures, self.settings)
-        counts = private.release_histogram(client, START, histogram(client), self.settings)
+        counts = private.release_histogram(client, histogram(client), self.settings)
         how = self.options.class_weights
         return {} if how == "uniform" else {"classes": counts if how == "counts" else counts > 0}
 

@@ -120,9 +120,9 @@ class Answers:
             (u_t,) = torch.autograd.grad(asked.logits[slot], images, given, retain_graph=True)
         return u_d, u_t
 
-    def _own(self, step: Step, asked: Asked, k: ClientId, message: Message) -> Message:
+    def _own(self, asked: Asked, k: ClientId, message: Message) -> Message:
         client = self.clients[self.slots[k]]
-        u_d, u_t = private.sanitise(client, step, *self._rows(asked, k, message), self.options)
+        u_d, u_t = private.sanitise(client, *self._rows(asked, k, message), self.options)
         total = torch.zeros_like(asked.images)
         if u_d is not None:
             total += self.options.w_real * u_d
@@ -168,8 +168,8 @@ class Answers:
         self.critics.bring(lambda client: private.training(client, step.round, iteration, self.options))
 
     @torch.no_grad()
-    def _look(self, images: Tensor) -> Tensor:
-        return self.critics.look(images)[1]
+    def _look(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.critics.look(images)
 
     def _answers(
         self, messages: Mapping[ClientId, Message], logits: Tensor, scores: Tensor | None

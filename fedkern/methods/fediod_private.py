@@ -12,16 +12,18 @@ mechanism with sigma / (2 sqrt(B)) times its sensitivity.
 A step is that mechanism on a shard drawn without replacement only if nothing else depends on the draw, whatever the
 steps before released.  So *which discriminator trains* follows a schedule that everybody may know, round robin over
 the shards, and *which one serves* is drawn in secret for every step, independently: the discriminators are then
-functions of their own shards and of the images, none of them of what served before.  A confidence that is told is that
-of the shard whose turn it is to train, or it would tell which one serves.
+functions of their own shards and of the images, none of them of what served before.  A confidence or realism that is
+told is that of the shard whose turn it is to train, or it would tell which one serves.
 
-The guarantee rests on the client's random stream staying its own secret: all noise and the secret draws follow from the
-run's root seed, which its config.toml holds, and who knows that can subtract the noise.
+Noise and secret draws follow from bits that a client draws anew and that stay in its own state (:func:`secret`): the
+run's root seed stands in config.toml, and who knows what the noise follows from can subtract it.  With ``noise=seed``
+they follow from that seed nevertheless, which makes a run repeatable and the guarantee conditional on the seed.
 """
 
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -40,6 +42,8 @@ from fedkern.privacy.guarantee import listed
 
 TERMS = "privacy_terms"
 """Where a client keeps the noise that was agreed on before the first step."""
+SECRET, BITS = "privacy_secret", 128
+"""Where a client keeps the bits that its noise follows from, and how many they are."""
 DISCRIMINATOR, TEACHER, HISTOGRAM = "discriminator", "teacher", "histogram"
 
 
@@ -126,6 +130,25 @@ def agree(client: Client, message: Mapping[str, Any]) -> None:
         client.state[TERMS] = {name: float(value) for name, value in message["privacy"].items()}
 
 
+def secret(client: Client, options: Any) -> str:
+    """What is mixed into the streams that nobody else may know: hexadecimal digits, or "" where the seed is to do.
+
+    Drawn at the first call and kept in the client's state, so that a resumed run goes on with the same; it belongs in
+    no message, report or error.
+    """
+    if options.noise == "seed" or not claims(options):
+        return ""
+    if SECRET not in client.state:
+        client.state[SECRET] = f"{secrets.randbits(BITS):032x}"
+    return str(client.state[SECRET])
+
+
+def hidden(client: Client, purpose: str, step: Step, options: Any) -> np.random.Generator:
+    """``client.rng`` of a purpose that nobody else may foresee."""
+    bits = secret(client, options)
+    return client.rng(f"{purpose}/{bits}" if bits else purpose, step)
+
+
 def shards(client: Client, options: Any) -> Sequence[np.ndarray]:
     """The client's samples cut into disjoint parts with one discriminator each: positions int64 in its split.
 
@@ -162,14 +185,14 @@ def training(client: Client, round: int, iteration: int, options: Any) -> int:
 
 
 def serving(client: Client, step: Step, options: Any) -> int:
-    """Which shard's discriminator gives the gradients of ``step``, drawn from the client's stream and from no other."""
-    return 0 if options.shards == 1 else int(client.rng("serving", step).integers(options.shards))
+    """Which shard's discriminator gives the gradients of ``step``, drawn in secret and from a stream of its own."""
+    return 0 if options.shards == 1 else int(hidden(client, "serving", step, options).integers(options.shards))
 
 
 # -- what leaves the client ----------------------------------------------------------------------------------------
 
 
-def release_histogram(client: Client, step: Step, histogram: Tensor, options: Any) -> Tensor:
+def release_histogram(client: Client, histogram: Tensor, options: Any) -> Tensor:
     """The client's class counts fp32 [C] (samples, or pixels for segmentation) as they go to the server, once.
 
     The noise is in records: a record counts once, and an image with a class for every pixel as often as it has pixels,
@@ -180,13 +203,13 @@ def release_histogram(client: Client, step: Step, histogram: Tensor, options: An
     if not options.histogram_noise or not tells_counts(options):
         return histogram  # as it is, or not told at all
     record = math.prod(client.labels.shape[1:])  # what a record may count for: 1, or all of its pixels
-    noisy = _noise(client, HISTOGRAM, histogram[None].float(), None, options.histogram_noise * record)[0]
+    noisy = _noise(client, HISTOGRAM, histogram[None].float(), None, options.histogram_noise * record, options)[0]
     _book(client, HISTOGRAM, options.histogram_noise / math.sqrt(2))
     return noisy.clamp_min(0)
 
 
 def sanitise(
-    client: Client, step: Step, u_d: Tensor | None, u_t: Tensor | None, options: Any
+    client: Client, u_d: Tensor | None, u_t: Tensor | None, options: Any
 ) -> tuple[Tensor | None, Tensor | None]:
     """The two gradients of a generator step as they go to the server.
 
@@ -212,18 +235,18 @@ def sanitise(
         raise ValueError(f"sanitise: expected client {client.id} to have been told the noise, given no terms")
     sigma = client.state[TERMS]["sigma_d"]
     if sigma and u_d is not None:
-        u_d = _noise(client, DISCRIMINATOR, u_d, clip_d(options), sigma)
+        u_d = _noise(client, DISCRIMINATOR, u_d, clip_d(options), sigma, options)
         _book(client, DISCRIMINATOR, multiplier(sigma, len(u_d)), options.shards)
     if options.sigma_t and u_t is not None:
-        u_t = _noise(client, TEACHER, u_t, options.clip_t, options.sigma_t)
+        u_t = _noise(client, TEACHER, u_t, options.clip_t, options.sigma_t, options)
         _book(client, TEACHER, multiplier(options.sigma_t, len(u_t)))
     return u_d, u_t
 
 
-def _noise(client: Client, channel: str, rows: Tensor, bound: float | None, noise: float) -> Tensor:
+def _noise(client: Client, channel: str, rows: Tensor, bound: float | None, noise: float, options: Any) -> Tensor:
     """Rows clipped to ``bound`` (None: as they are) and noised from the place of the stream reached so far."""
     places = client.state.setdefault("privacy_places", {})
-    seed = int(client.rng(f"privacy/{channel}", OUTSIDE).integers(1 << 64, dtype=np.uint64))
+    seed = int(hidden(client, f"privacy/{channel}", OUTSIDE, options).integers(1 << 64, dtype=np.uint64))
     flat = rows.detach().reshape(len(rows), -1).contiguous()
     start = int(places.get(channel, 0))
     if bound is None:
@@ -284,5 +307,6 @@ def train_teacher(
 
         return least_noise(account, *_part(options, options.teacher_share))
 
-    client.fit_privately(method, step, module, DPSGD(options.teacher_clip, noise, TEACHER), rows=rows)
+    spending = DPSGD(options.teacher_clip, noise, TEACHER, secret(client, options))
+    client.fit_privately(method, step, module, spending, rows=rows)
     return True

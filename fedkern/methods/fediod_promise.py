@@ -53,6 +53,11 @@ class PrivacyOptions(Options):
     teacher_dp: bool = option(False, "train the teachers with DP-SGD, so that all that comes from them is covered")
     teacher_clip: float = option(1.0, "largest norm of a sample's gradient in DP-SGD", above=0)
     teacher_sigma: float = option(1.0, "noise of DP-SGD over teacher_clip, where epsilon is not given", low=0)
+    noise: str = option(
+        "secret", "what noise and secret draws follow from: 128 bits that every client draws anew and keeps to itself, "
+        "or the run's seed, so that a run can be repeated and epsilon holds only while the seed is secret",
+        choices=("secret", "seed"),
+    )  # fmt: skip
     teacher_share: float = option(0.5, "share of epsilon that is the teacher's with teacher_dp", low=0.01, high=0.99)
 
     def __post_init__(self) -> None:
@@ -72,8 +77,11 @@ class PrivacyOptions(Options):
             raise UserError(
                 'Method option "mode" = public sends no gradients to add noise to: only teacher_dp makes it private.'
             )
-        if self.shards > 1 and not private(self):
-            raise UserError('Method option "shards" is for privacy: give epsilon or sigma_d with it.')
+        if self.shards > 1 and not (private(self) and (self.epsilon is not None or self.sigma_d)):
+            raise UserError(
+                'Method option "shards" is for the gradients through the discriminators: give epsilon or sigma_d with '
+                "it."
+            )
 
 
 CLIP_D = {"mean": 0.03, "sum": 0.3}
@@ -167,7 +175,14 @@ def guarantee(options: Any) -> Guarantee | None:
     if covers and not leaves:
         covers.append("so the released generator and student" if generates(options) else "so the released student")
     leaves.append("the losses and accuracies that the run's records tell of a client")
-    return Guarantee(options.delta, tuple(covers), tuple(leaves))
+    return Guarantee(options.delta, tuple(covers), tuple(leaves), _while(options))
+
+
+def _while(options: Any) -> tuple[str, ...]:
+    """What must stay secret for epsilon to hold, beside the clients' data."""
+    if options.noise == "seed":
+        return "checkpoints/ (the clients' networks as they are) stays with the clients", "the run's seed stays secret"
+    return ("checkpoints/ (the clients' networks as they are, and their secret bits) stays with the clients",)
 
 
 def _answers(options: Any) -> str:

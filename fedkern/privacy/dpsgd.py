@@ -5,9 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -26,11 +27,13 @@ class DPSGD:
         noise: standard deviation of the noise on their sum over ``max_norm``, from the probability of a sample to be in
             a batch and the number of steps.
         channel: what the client's ledger calls it.
+        secret: mixed into the streams of sampling and noise; empty: they follow from the run's seed.
     """
 
     max_norm: float
     noise: Callable[[float, int], float]
     channel: str
+    secret: str = field(default="", repr=False)
 
 
 def need_opacus() -> Any:
@@ -66,7 +69,13 @@ def check_network(module: nn.Module, name: str) -> None:
 
 @contextmanager
 def private_steps(
-    module: nn.Module, optimizer: torch.optim.Optimizer, *, max_norm: float, noise: float, batch: float, seed: int
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    max_norm: float,
+    noise: float,
+    batch: float,
+    generator: torch.Generator,
 ) -> Iterator[Any]:
     """opacus's optimiser around ``optimizer``: after a backward pass of a batch's mean loss, ``step()`` is private.
 
@@ -75,10 +84,9 @@ def private_steps(
         max_norm: largest norm of a sample's gradient.
         noise: standard deviation of the noise on the sum over ``max_norm``.
         batch: expected number of samples in a Poisson-sampled batch, by which the sum is divided.
-        seed: of the noise; 63 bits.
+        generator: of the noise, on the module's device.
     """
     opacus = need_opacus()
-    device = next(module.parameters()).device
     # opacus unfolds a convolution's input by strides that it takes for contiguous ones: in channels-last the gradients
     # would silently be wrong.
     layers = [layer for layer in module.modules() if isinstance(layer, nn.modules.conv._ConvNd)]
@@ -95,12 +103,28 @@ def private_steps(
                 noise_multiplier=noise,
                 max_grad_norm=max_norm,
                 expected_batch_size=batch,
-                generator=torch.Generator(device).manual_seed(seed),
+                generator=generator,
             )
     finally:
         hooked.to_standard_module()
         for handle in handles:
             handle.remove()
+
+
+def generator_of(stream: np.random.Generator, device: torch.device, *, whole: bool) -> torch.Generator:
+    """A generator of torch's on ``device`` that follows from a stream.
+
+    Args:
+        whole: on the CPU all of its 624 words are the stream's: of a seed torch takes 32 bits there, which can be
+            tried out one by one.
+    """
+    generator = torch.Generator(device).manual_seed(int(stream.integers(1 << 63)))
+    if whole and device.type == "cpu":
+        state = generator.get_state()
+        # Seed (8 bytes), counters (16), then the words of the Mersenne twister, each in 8 bytes.
+        state.numpy()[24 : 24 + 8 * 624].view(np.uint64)[:] = stream.integers(1 << 32, size=624, dtype=np.uint64)
+        generator.set_state(state)
+    return generator
 
 
 def _contiguous(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

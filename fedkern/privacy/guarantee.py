@@ -8,6 +8,9 @@ from dataclasses import dataclass
 LEDGER = "privacy"
 """Where in a client's state the engine looks for what it has released (an ``Accountant``'s ``state``)."""
 
+PUBLIC = "what the server receives, model.safetensors, the records and the pictures"
+"""What may leave the clients, so what a figure is about: checkpoints/ holds all the rest of a run."""
+
 
 @dataclass(frozen=True)
 class Guarantee:
@@ -16,24 +19,23 @@ class Guarantee:
     Attributes:
         delta: the probability at which epsilon is told.
         covers, leaves: what the figure covers and what it does not, each a few words that continue a sentence.
+        conditions: what the figure holds on, at least one clause that continues "while".
     """
 
     delta: float
     covers: tuple[str, ...]
     leaves: tuple[str, ...] = ()
+    conditions: tuple[str, ...] = ("the run's seed stays secret",)
 
     def statement(self, epsilon: float) -> str:
-        """One plain sentence: for whom and on what condition the figure holds, what it covers and what not.
-
-        All noise of a run follows from its seed.
-        """
+        """One plain sentence: for whom, of which files and on what condition the figure holds, and what it covers."""
         finite = math.isfinite(epsilon)
         given = f"Epsilon {epsilon:.3g}" if finite else "No finite epsilon"
-        secret = " and the seed in config.toml stays secret" if finite else ""
+        holds = f", is of {PUBLIC} while {listed(self.conditions)}; it" if finite else ","
         covers = f"covers {listed(self.covers)}" if self.covers else "covers nothing"
         leaves = f", but not {listed(self.leaves)}" if self.leaves else ""
         return (
-            f"{given} at delta {self.delta:g}, the largest of any client when one of its records is replaced{secret}, "
+            f"{given} at delta {self.delta:g}, the largest of any client when one of its records is replaced{holds} "
             f"{covers}{leaves}."
         )
 

@@ -19,7 +19,7 @@ from fedkern.errors import UserError
 from fedkern.methods import METHODS
 from fedkern.methods.base import Objective, Step
 from fedkern.privacy import DPSGD, LEDGER
-from fedkern.privacy.dpsgd import check_network, private_steps
+from fedkern.privacy.dpsgd import check_network, generator_of, private_steps
 from fedkern.streams import stream
 
 pytest.importorskip("opacus", reason="opacus is not installed (pip install 'fedkern[privacy]')")
@@ -48,12 +48,25 @@ def network():
     return models.build("cnn-gn", classes=3, channels=3, image_size=8, width=4, seed=0)
 
 
-def train(module, data, *, noise=0.0, max_norm=1e6, batch_size=12, epochs=1, rows=None, who=None, momentum=0.0, lr=0.1):
+def train(
+    module,
+    data,
+    *,
+    noise=0.0,
+    max_norm=1e6,
+    batch_size=12,
+    epochs=1,
+    rows=None,
+    who=None,
+    momentum=0.0,
+    lr=0.1,
+    secret="",
+):
     who = client() if who is None else who
     schedule = Schedule(
         lr=lr, momentum=momentum, weight_decay=0.01, clip_norm=0.0, epochs=epochs, batch_size=batch_size
     )
-    spending = DPSGD(max_norm, lambda rate, steps: noise, "teacher")
+    spending = DPSGD(max_norm, lambda rate, steps: noise, "teacher", secret)
     figures = train_privately(who, Supervised(), STEP, module, data, None, schedule, spending, rows)
     return who, figures
 
@@ -131,6 +144,32 @@ def test_the_noise_has_its_scale_and_its_own_stream(data):
     assert who.state[LEDGER] == {"teacher": [["dp-sgd", 500.0, 4 / 12, 3]]}
 
 
+def test_sampling_and_noise_follow_from_a_secret_too(data):
+    found = {}
+    for noise in (0.0, 500.0):  # samples alone; next to nothing but noise
+        for name, secret in (("seed", ""), ("one", "a"), ("again", "a"), ("other", "b")):
+            module = network()
+            train(module, data, noise=noise, max_norm=0.01, batch_size=4, lr=1.0, secret=secret)
+            found[noise, name] = vector(module)
+        assert torch.equal(found[noise, "one"], found[noise, "again"])
+        for pair in (("seed", "one"), ("one", "other")):
+            assert not torch.equal(*(found[noise, name] for name in pair))
+
+
+def test_the_noise_of_a_secret_has_more_than_the_32_bits_of_a_seed():
+    """Streams that start with the same seed and differ after it."""
+    rest = []
+    for word in (1, 2):
+        numbers = iter([7, np.full(624, word, dtype=np.uint64)])
+        source = SimpleNamespace(integers=lambda *a, numbers=numbers, **k: next(numbers))
+        rest.append(torch.randn(1000, generator=generator_of(source, torch.device("cpu"), whole=True)))
+    assert not torch.equal(*rest)
+    drawn = torch.randn(100_000, generator=generator_of(stream(0, "a"), torch.device("cpu"), whole=True))
+    assert float(drawn.std()) == pytest.approx(1.0, rel=0.02)
+    seeded = generator_of(stream(0, "a"), torch.device("cpu"), whole=False)
+    assert seeded.initial_seed() == int(stream(0, "a").integers(1 << 63))
+
+
 def test_a_batch_without_samples_is_a_step_of_noise(data):
     module, empty = network(), network()
 
@@ -205,7 +244,7 @@ def test_a_samples_gradient_does_not_depend_on_what_is_known_of_the_others():
         torch.manual_seed(0)
         module = nn.Conv2d(3, 3, 1)
         optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-        with private_steps(module, optimizer, max_norm=1.0, noise=0.0, batch=3.0, seed=0):
+        with private_steps(module, optimizer, max_norm=1.0, noise=0.0, batch=3.0, generator=torch.Generator()):
             batch = dataclasses.replace(data.batch(np.array(rows)), apart=True)
             Methods().loss(module, batch, None).backward()
             for row, gradient in zip(rows, module.weight.grad_sample, strict=True):

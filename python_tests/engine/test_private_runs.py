@@ -3,12 +3,16 @@
 import json
 
 import pytest
+import torch
 
 from fedkern.engine import Listener, RunConfig, read_shown, run, shown
+from fedkern.engine.checkpoint import Checkpoints
+from fedkern.methods import fediod_private
 
 pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install 'fedkern[privacy]')")
 
 SMALL = {"iterations": 2, "batch": 4, "ngf": 2, "ndf": 2, "nz": 4, "student_steps": 1, "histogram_noise": 5.0}
+SEEDED = {"noise": "seed"}
 NOISED = {**SMALL, "sigma_d": 9.0, "shards": 3}
 WHOLE = {**SMALL, "epsilon": 8.0, "teacher_dp": True}
 
@@ -26,18 +30,37 @@ class KillAfter(Listener):
             raise Kill
 
 
+@pytest.fixture
+def bits(monkeypatch):
+    """Secret bits that can be foreseen: 1, 2, 3 and so on since the last call of what this gives."""
+    drawn = []
+
+    def randbits(count):
+        drawn.append(count)
+        return len(drawn)
+
+    monkeypatch.setattr(fediod_private.secrets, "randbits", randbits)
+    return drawn
+
+
+@pytest.mark.parametrize("noise", ["secret", "seed"])
 @pytest.mark.parametrize("options", [NOISED, WHOLE], ids=["noised", "private teachers"])
-def test_a_killed_run_releases_the_same(options, make_data, make_config, tmp_path):
+def test_a_killed_run_releases_the_same(options, noise, bits, make_data, make_config, tmp_path):
+    options = {**options, "noise": noise}
     if "teacher_dp" in options:
         pytest.importorskip("opacus", reason="opacus is not installed (pip install 'fedkern[privacy]')")
     data = make_data(two_tests=False)
     config = make_config("fediod", model="cnn-gn", width=4, rounds=3, options=options, grad_cam=0)
     summary = run(config, out=tmp_path / "whole", data=data)
+    assert bits == ([128] * 3 if noise == "secret" else [])  # once a client
+    bits.clear()
     with pytest.raises(Kill):
         run(config, out=tmp_path / "cut", data=data, listener=KillAfter(3))
+    bits[:] = [0] * 100  # drawn again, they would be others
     again = run(RunConfig.load(tmp_path / "cut"), out=tmp_path / "cut", resume=True, data=data)
     for name in ("model.safetensors", shown.FILE):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert len(bits) == 100
     assert again["privacy"] == summary["privacy"]
     assert again["metrics"] == summary["metrics"]
 
@@ -50,6 +73,51 @@ def test_a_killed_run_releases_the_same(options, make_data, make_config, tmp_pat
     assert ("so the released generator and student" in private["statement"]) == ("teacher_dp" in options)
     assert ("teachers-uncovered" in summary["diagnostics"]) == ("teacher_dp" not in options)
     assert {entry.name for entry in read_shown(tmp_path / "whole")} == {"generated", "teacher_weights", "agreement"}
+
+
+@pytest.mark.parametrize("options", [NOISED, WHOLE], ids=["noised", "private teachers"])
+def test_the_seed_does_not_tell_the_noise(options, make_data, make_config, tmp_path):
+    """Two runs of one seed; and what their noise follows from stands in the clients' states alone."""
+    if "teacher_dp" in options:
+        pytest.importorskip("opacus", reason="opacus is not installed (pip install 'fedkern[privacy]')")
+    data = make_data(two_tests=False)
+    config = make_config("fediod", model="cnn-gn", width=4, rounds=1, options=options, grad_cam=0)
+    found = []
+    for name in ("one", "other"):
+        out = tmp_path / name
+        run(config, out=out, data=data)
+        checkpoints = Checkpoints(out)
+        checkpoints.open()
+        secret = [checkpoints.client_state(k)["privacy_secret"] for k in range(3)]
+        found.append((secret, checkpoints.server_state(), [checkpoints.client_state(k) for k in range(3)]))
+        files = [path for path in out.rglob("*") if path.is_file() and not path.name.startswith("client-")]
+        assert {"config.toml", "metrics.jsonl", "summary.json", "manifest.json", "model.safetensors"} <= {
+            path.name for path in files
+        }
+        for path in files:
+            content = path.read_bytes()
+            for bits in secret:
+                assert bits.encode() not in content, path
+                assert bytes.fromhex(bits) not in content, path
+                assert str(int(bits, 16)).encode() not in content, path
+    one, other = found
+    assert len({*one[0], *other[0]}) == 6
+    for k in range(3):
+        assert not torch.equal(one[1]["classes"][k], other[1]["classes"][k])
+        teachers = [each[2][k]["teacher"]["parameters"] for each in found]
+        assert torch.equal(*teachers) == ("teacher_dp" not in options)
+    assert not torch.equal(*(each[1]["generator"]["parameters"] for each in found))
+    said = json.loads((tmp_path / "one" / "summary.json").read_text())["privacy"]["statement"]
+    assert "and their secret bits) stays with the clients; it covers" in said
+    assert "seed" not in said
+
+
+def test_with_the_seed_a_run_can_be_repeated_and_says_what_that_costs(make_data, make_config, tmp_path):
+    config = make_config("fediod", rounds=1, options={**NOISED, **SEEDED}, grad_cam=0)
+    for name in ("one", "other"):
+        summary = run(config, out=tmp_path / name, data=make_data(two_tests=False))
+    assert len({(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "other")}) == 1
+    assert " stays with the clients and the run's seed stays secret; it covers" in summary["privacy"]["statement"]
 
 
 def test_the_pictures_are_what_they_say(make_data, make_config, tmp_path):

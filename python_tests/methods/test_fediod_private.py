@@ -28,8 +28,8 @@ needs_accounting = pytest.mark.skipif(
 
 
 def Options(**settings):
-    """FedIOD's, settled, with small steps."""
-    return settle(IODOptions(**{"batch": 8, "iterations": 5, **settings}))
+    """FedIOD's, settled, with small steps and noise that can be repeated."""
+    return settle(IODOptions(**{"batch": 8, "iterations": 5, "noise": "seed", **settings}))
 
 
 class Client:
@@ -65,10 +65,10 @@ def test_off_is_the_identity():
     options, client = Options(), Client()
     u_d, u_t = gradients()
     histogram = torch.tensor([3.0, 4.0])
-    out = privacy.sanitise(client, STEP, u_d, u_t, options)
+    out = privacy.sanitise(client, u_d, u_t, options)
     assert out[0] is u_d
     assert out[1] is u_t
-    assert privacy.release_histogram(client, STEP, histogram, options) is histogram
+    assert privacy.release_histogram(client, histogram, options) is histogram
     assert [part.tolist() for part in privacy.shards(client, options)] == [list(range(50))]
     assert privacy.serving(client, STEP, options) == 0
     assert promise.tells_scores(options)
@@ -84,9 +84,9 @@ def test_rows_are_clipped_before_the_noise_and_each_channel_by_its_own_norm():
     """Two data sets, the same noise: what differs is at most twice the clipping norm in every row."""
     options = Options(sigma_d=1.5, sigma_t=0.5, clip_d=2.0, clip_t=0.25)
     large, small = gradients(scale=10.0), gradients(scale=1e-3, seed=1)
-    zeros = privacy.sanitise(told(options), STEP, *(torch.zeros_like(u) for u in large), options)
+    zeros = privacy.sanitise(told(options), *(torch.zeros_like(u) for u in large), options)
     for given, expect_clipped in ((large, True), (small, False)):
-        out = privacy.sanitise(told(options), STEP, *given, options)
+        out = privacy.sanitise(told(options), *given, options)
         for u, noisy, noise, bound in zip(given, out, zeros, (2.0, 0.25), strict=True):
             signal = (noisy - noise).flatten(1)
             norms = signal.norm(dim=1)
@@ -101,7 +101,7 @@ def test_rows_are_clipped_before_the_noise_and_each_channel_by_its_own_norm():
 def test_the_noise_has_the_scale_of_sigma_times_the_norm():
     options = Options(sigma_d=1.5, sigma_t=0.5, clip_d=2.0, clip_t=0.25)
     zero = torch.zeros(32, 3, 16, 16)
-    u_d, u_t = privacy.sanitise(told(options), STEP, zero, zero, options)
+    u_d, u_t = privacy.sanitise(told(options), zero, zero, options)
     count = zero.numel()
     for u, deviation in ((u_d, 3.0), (u_t, 0.125)):
         assert float(u.std()) == pytest.approx(deviation, rel=5 / math.sqrt(2 * count))
@@ -120,8 +120,8 @@ def test_a_row_that_is_not_finite_is_released_as_noise():
         u[1, 0, 3, 4], u[4, 2] = float("nan"), float("inf")
         u[6] *= 1e30  # finite, while its square is not
         z[[1, 4]] = 0
-    released = privacy.sanitise(told(options), STEP, *broken, options)
-    expected = privacy.sanitise(told(options), STEP, *zeroed, options)
+    released = privacy.sanitise(told(options), *broken, options)
+    expected = privacy.sanitise(told(options), *zeroed, options)
     for got, wanted in zip(released, expected, strict=True):
         assert bool(got.isfinite().all())
         torch.testing.assert_close(got, wanted)
@@ -131,26 +131,69 @@ def test_no_noise_is_used_twice_and_a_resumed_client_goes_on_with_the_same():
     options = Options(sigma_d=1.0, sigma_t=1.0)
     zero = torch.zeros(2, 1, 4, 4)
     whole = told(options)
-    outs = [torch.stack(privacy.sanitise(whole, STEP, zero, zero, options)) for _ in range(4)]  # the very same step
+    outs = [torch.stack(privacy.sanitise(whole, zero, zero, options)) for _ in range(4)]  # the very same step
     flat = torch.stack(outs).flatten(1)
     assert torch.unique(flat).numel() == flat.numel()
     cut = told(options)
     for _ in range(2):
-        privacy.sanitise(cut, STEP, zero, zero, options)
+        privacy.sanitise(cut, zero, zero, options)
     resumed = Client(state=json.loads(json.dumps(cut.state)))
-    again = [torch.stack(privacy.sanitise(resumed, STEP, zero, zero, options)) for _ in range(2)]
+    again = [torch.stack(privacy.sanitise(resumed, zero, zero, options)) for _ in range(2)]
     assert torch.equal(torch.stack(again), torch.stack(outs[2:]))
     assert resumed.state == whole.state
-    other = privacy.sanitise(told(options, id=1), STEP, zero, zero, options)[0]
+    other = privacy.sanitise(told(options, id=1), zero, zero, options)[0]
     assert not torch.equal(other, outs[0][0])
+
+
+def test_noise_and_draws_follow_from_bits_that_a_client_draws_once(monkeypatch):
+    """Two clients of the same seed and id: nothing secret is the same, and all of it is again from the same bits."""
+    options = Options(sigma_d=1.0, sigma_t=1.0, shards=5, histogram_noise=2.0, noise="secret")
+
+    def released(client):
+        drawn = [privacy.serving(client, Step(r, "round", "images 0"), options) for r in range(40)]
+        counts = privacy.release_histogram(client, torch.full((50,), 100.0), options)
+        return [*privacy.sanitise(client, *gradients(), options), counts, torch.tensor(drawn)]
+
+    one, other = told(options), told(options)
+    first, second = released(one), released(other)
+    assert len(one.state[privacy.SECRET]) == 32
+    assert one.state[privacy.SECRET] != other.state[privacy.SECRET]
+    assert not any(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    again = told(options, state={privacy.SECRET: one.state[privacy.SECRET]})
+    monkeypatch.setattr(privacy.secrets, "randbits", None)  # nothing is drawn a second time
+    assert all(torch.equal(a, b) for a, b in zip(first, released(again), strict=True))
+
+
+def test_the_bits_reach_private_training_and_stay_out_of_what_is_printed():
+    seen = []
+
+    class Training(Client):
+        def fit_privately(self, method, step, module, spending, *, rows):
+            seen.append(spending)
+
+    for noise in ("secret", "seed"):
+        client = Training()
+        privacy.train_teacher(None, client, STEP, None, np.arange(3), Options(teacher_dp=True, noise=noise))
+        assert seen[-1].secret == client.state.get(privacy.SECRET, "")
+    assert seen[0].secret
+    assert seen[0].secret not in repr(seen[0])
+
+
+def test_nobody_draws_bits_where_nothing_is_private():
+    options, client = Options(noise="secret"), Client()
+    privacy.sanitise(client, *gradients(), options)
+    privacy.release_histogram(client, torch.ones(2), options)
+    privacy.serving(client, STEP, options)
+    assert privacy.secret(client, options) == ""
+    assert client.state == {}
 
 
 def test_every_release_is_booked():
     options = Options(sigma_d=40.0, sigma_t=900.0, shards=10, histogram_noise=5.0)
     client = told(options)
     for _ in range(3):
-        privacy.sanitise(client, STEP, *gradients(rows=4), options)
-    privacy.release_histogram(client, STEP, torch.tensor([20.0, 30.0]), options)
+        privacy.sanitise(client, *gradients(rows=4), options)
+    privacy.release_histogram(client, torch.tensor([20.0, 30.0]), options)
     expected = Accountant()
     expected.gaussian("discriminator", 40 / (2 * math.sqrt(4)), shards=10, steps=3)
     expected.gaussian("teacher", 900 / (2 * math.sqrt(4)), steps=3)
@@ -200,16 +243,14 @@ def test_shards_take_turns_in_training_whatever_the_seed(samples, iterations, ea
 def test_class_counts_are_noised_in_records_also_where_a_record_is_many_pixels():
     options = Options(histogram_noise=2.0)
     counts = torch.full((5000,), 1000.0)
-    noisy = privacy.release_histogram(Client(samples=5_000_000), STEP, counts, options)
+    noisy = privacy.release_histogram(Client(samples=5_000_000), counts, options)
     assert float((noisy - counts).std()) == pytest.approx(2.0, rel=0.05)
-    told = privacy.release_histogram(Client(samples=50_000, sides=(5, 20)), STEP, counts, options)  # 100 pixels each
+    told = privacy.release_histogram(Client(samples=50_000, sides=(5, 20)), counts, options)  # 100 pixels each
     assert float((told - counts).std()) == pytest.approx(200.0, rel=0.05)
     untold = Client()
-    assert (
-        privacy.release_histogram(untold, STEP, counts, Options(histogram_noise=2.0, class_weights="uniform")) is counts
-    )
+    assert privacy.release_histogram(untold, counts, Options(histogram_noise=2.0, class_weights="uniform")) is counts
     assert untold.state == {}
-    assert float(privacy.release_histogram(Client(samples=1), STEP, torch.zeros(500) + 1e-9, options).min()) >= 0
+    assert float(privacy.release_histogram(Client(samples=1), torch.zeros(500) + 1e-9, options).min()) >= 0
 
 
 def test_the_noise_on_the_counts_covers_a_record_of_which_everything_is_known():
@@ -223,7 +264,7 @@ def test_the_noise_on_the_counts_covers_a_record_of_which_everything_is_known():
     assert float((after - before).norm()) == pytest.approx(math.sqrt(2) * 20)
     few = torch.full((5000,), 1000.0)  # far away from 0; known is a tenth of all pixels
     client = Client(samples=2_500_000, sides=sides)
-    noise = float((privacy.release_histogram(client, STEP, few, options) - few).std())
+    noise = float((privacy.release_histogram(client, few, options) - few).std())
     booked = client.state[LEDGER]["histogram"][0][1]
     assert noise == pytest.approx(booked * math.sqrt(2) * 20, rel=0.05)
 
@@ -237,9 +278,9 @@ def test_a_target_is_met_by_what_the_clients_then_release(teacher):
     privacy.prepare(server, options)
     client = Client()
     privacy.agree(client, {"privacy": privacy.terms(server)})
-    privacy.release_histogram(client, STEP, torch.tensor([20.0, 30.0]), options)
+    privacy.release_histogram(client, torch.tensor([20.0, 30.0]), options)
     for _ in range(6):
-        privacy.sanitise(client, STEP, *gradients(rows=4), options)
+        privacy.sanitise(client, *gradients(rows=4), options)
     assert ("teachers-uncovered" in server.said) != teacher
     accountant = Accountant(client.state[LEDGER])
     part = (2.0, options.delta / 2) if teacher else (4.0, options.delta)
@@ -291,6 +332,7 @@ def test_what_does_not_go_together():
         ({"epsilon": 1.0, "sigma_d": 1.0}, "exclude each other"),
         ({"teacher_dp": True, "sigma_t": 1.0}, "sigma_t"),
         ({"shards": 5}, "shards"),
+        ({"shards": 5, "sigma_t": 1.0}, "shards"),
         ({"epsilon": 0.0}, "epsilon"),
         ({"delta": 0.0}, "delta"),
         ({"sigma_d": -1.0}, "sigma_d"),
@@ -299,7 +341,7 @@ def test_what_does_not_go_together():
         with pytest.raises(UserError, match=words):
             Options(**settings)
     with pytest.raises(ValueError, match="client 0 to have been told the noise"):
-        privacy.sanitise(Client(), STEP, *gradients(), Options(sigma_d=1.0))
+        privacy.sanitise(Client(), *gradients(), Options(sigma_d=1.0))
 
 
 def test_noise_for_gradients_that_the_loss_does_not_have_is_refused():
@@ -312,5 +354,5 @@ def test_noise_for_gradients_that_the_loss_does_not_have_is_refused():
         with pytest.raises(UserError, match=words):
             privacy.prepare(place(2), Options(**settings))
     one = told(Options(sigma_d=1.0, sigma_t=1.0))
-    assert privacy.sanitise(one, STEP, None, None, Options(sigma_d=1.0, sigma_t=1.0)) == (None, None)
+    assert privacy.sanitise(one, None, None, Options(sigma_d=1.0, sigma_t=1.0)) == (None, None)
     assert LEDGER not in one.state

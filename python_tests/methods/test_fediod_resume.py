@@ -11,6 +11,9 @@ OPTIONS = {
     "nz": 4, "ngf": 2, "ndf": 2, "batch": 4, "student_steps": 2, "iterations": 4, "w_real": 1.0, "w_balance": 0.5,
     "disc_weight": True, "models": "cnn:2,mlp:4,resnet8:2", "warmup": 0.5, "absent": 0.3, "ema": 0.5,
 }  # fmt: skip
+PRIVATE = {
+    "sigma_d": 5.0, "sigma_t": 5.0, "shards": 3, "scores": "release", "histogram_noise": 2.0, "noise": "seed",
+}  # fmt: skip
 ROUNDS = 3
 TIMES = ("seconds", "round_seconds", "phases")
 
@@ -43,21 +46,25 @@ class KillIn(Listener):
 def reference(tmp_path_factory):
     known = {}
 
-    def get(config, data):
-        if "outcome" not in known:
+    def get(name, config, data):
+        if name not in known:
             out = tmp_path_factory.mktemp("whole")
             run(config, out=out, data=data)
-            known["outcome"] = outcome(out)
-        return known["outcome"]
+            known[name] = outcome(out)
+        return known[name]
 
     return get
 
 
+@pytest.mark.parametrize("name", ["open", "private"])
 @pytest.mark.parametrize(("round", "answers"), [(1, 4), (2, 0), (2, 9), (3, 13)])
-def test_killed_in_the_second_stage(round, answers, make_data, make_config, tmp_path, reference):
+def test_killed_in_the_second_stage(round, answers, name, make_data, make_config, tmp_path, reference):
     """Of three architectures; the warm-up ends within the second round, clients are absent, the student is averaged."""
-    data, config = make_data(), make_config("fediod", model="cnn", rounds=ROUNDS, grad_cam=0, options=OPTIONS)
-    expected = reference(config, data)
+    if name == "private":
+        pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install 'fedkern[privacy]')")
+    options = OPTIONS if name == "open" else {**OPTIONS, **PRIVATE}
+    data, config = make_data(), make_config("fediod", model="cnn", rounds=ROUNDS, grad_cam=0, options=options)
+    expected = reference(name, config, data)
     with pytest.raises(Kill):
         run(config, out=tmp_path, data=data, listener=KillIn(round, answers))
     assert len(read_metrics(tmp_path)) == round - 1
