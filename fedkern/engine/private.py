@@ -14,7 +14,7 @@ from fedkern.engine.local import Context, Diverged, Schedule
 from fedkern.engine.samples import ClientData
 from fedkern.methods.base import Objective, Step
 from fedkern.privacy import DPSGD, LEDGER, Accountant
-from fedkern.privacy.dpsgd import check_network, empty_batch, generator_of, private_steps
+from fedkern.privacy.dpsgd import check_network, empty_batch, generator_of, keep_finite, private_steps
 
 if TYPE_CHECKING:
     from fedkern.engine.serial import Client
@@ -40,7 +40,8 @@ def train_privately(
 
     Raises:
         UserError: the network has no per-sample gradients, or opacus is not installed.
-        Diverged: the loss or a parameter became NaN or infinite.
+        Diverged: a parameter is NaN or infinite at the end.  A loss on the way is no reason: that it was, and in which
+            batch, would tell of the samples, while the parameters are private.
     """
     check_network(module, "this one")
     rows = np.arange(len(data)) if rows is None else rows
@@ -75,9 +76,10 @@ def train_privately(
                 result = method.loss(module, batch, received)
                 loss = result[0] if isinstance(result, tuple) else result
                 loss.backward()
-                total, batches = total + float(loss.detach()), batches + 1
-                if not math.isfinite(total):
-                    raise Diverged(client.id, step.round, done + 1, f"the loss is {float(loss.detach())}")
+                keep_finite(module)
+                value = float(loss.detach())
+                if math.isfinite(value):
+                    total, batches = total + value, batches + 1
             else:
                 empty_batch(module)
             private.step()

@@ -131,6 +131,18 @@ def _contiguous(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[tor
     return tuple(x.contiguous() for x in inputs)
 
 
+def keep_finite(module: nn.Module) -> None:
+    """Takes samples whose gradients are not all finite out of a batch, after its backward pass.
+
+    Clipping bounds no NaN: one such sample would make the parameters NaN, which tells that it is there.
+    """
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    finite = torch.stack([torch.isfinite(p.grad_sample.flatten(1)).all(1) for p in trained]).all(0)  # type: ignore[attr-defined]
+    if not bool(finite.all()):
+        for parameter in trained:
+            parameter.grad_sample[~finite] = 0  # type: ignore[attr-defined]
+
+
 def empty_batch(module: nn.Module) -> None:
     """Stands for the backward pass of a batch into which no sample was drawn: its step is noise alone."""
     for parameter in module.parameters():

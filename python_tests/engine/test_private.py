@@ -12,7 +12,7 @@ from torch import nn
 
 from fedkern import models
 from fedkern.data import IGNORE, Split
-from fedkern.engine.local import Schedule
+from fedkern.engine.local import Diverged, Schedule
 from fedkern.engine.private import train_privately
 from fedkern.engine.samples import ClientData
 from fedkern.errors import UserError
@@ -168,6 +168,32 @@ def test_the_noise_of_a_secret_has_more_than_the_32_bits_of_a_seed():
     assert float(drawn.std()) == pytest.approx(1.0, rel=0.02)
     seeded = generator_of(stream(0, "a"), torch.device("cpu"), whole=False)
     assert seeded.initial_seed() == int(stream(0, "a").integers(1 << 63))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_sample_that_is_not_finite_counts_for_nothing_and_stops_nothing(data, value):
+    """It neither ends the training nor makes the parameters NaN, both of which would tell that it is there."""
+
+    class Broken(Supervised):
+        def loss(self, model, batch, received):
+            losses = F.cross_entropy(model(batch.images), batch.labels, reduction="none")
+            return (losses * torch.where(torch.from_numpy(batch.indices == 2), value, 1.0)).mean()
+
+    schedule = Schedule(lr=0.1, momentum=0.0, weight_decay=0.0, clip_norm=0.0, epochs=1, batch_size=3)
+    spending = DPSGD(1e6, lambda rate, steps: 0.0, "teacher")
+    broken, without = network(), network()
+    figures = train_privately(client(), Broken(), STEP, broken, data, None, schedule, spending, np.arange(3))
+    assert math.isfinite(figures["loss"])
+    batch = data.batch(np.arange(2))
+    optimizer = torch.optim.SGD(without.parameters(), lr=0.1)
+    (F.cross_entropy(without(batch.images), batch.labels) * 2 / 3).backward()
+    optimizer.step()
+    assert torch.allclose(vector(broken), vector(without), atol=1e-6)
+
+
+def test_parameters_that_are_not_finite_are_told_at_the_end(data):
+    with pytest.raises(Diverged, match="the parameters are not finite"):
+        train(network(), data, noise=1.0, lr=1e38)
 
 
 def test_a_batch_without_samples_is_a_step_of_noise(data):
