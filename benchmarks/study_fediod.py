@@ -98,7 +98,11 @@ def main_table(runs: IODRuns) -> Section:
 
 
 def _shown(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in settings.items())
+    words = {True: "on", False: "off"}
+    return ", ".join(
+        f"{name.replace('_', ' ')} {words[value] if isinstance(value, bool) else f'{value:g}'}"
+        for name, value in settings.items()
+    )
 
 
 def _names(cases: Mapping[tuple[str, Any, int], Case]) -> list[str]:
