@@ -26,10 +26,11 @@ class Generator(nn.Module):
         image_size: side in pixels, or (height, width), at least 4.
         widths: channels of the maps in units of ``ngf``; images above 32 pixels repeat the first for more doublings.
         mean, std: per channel, of images in [0, 1]; what comes out is normalised by them.  By default it is not.
+        pixel_mean: per channel, about which the pixels of new weights lie; by default 0.5.
         generator: draws the initial weights; the global generator is neither read nor moved.
 
     Raises:
-        ValueError: a size is not positive, or ``mean`` or ``std`` has another number of channels.
+        ValueError: a size is not positive, or ``mean``, ``std`` or ``pixel_mean`` has another number of channels.
     """
 
     mean: Tensor
@@ -45,6 +46,7 @@ class Generator(nn.Module):
         widths: Sequence[int] = (2, 2, 1),
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        pixel_mean: Sequence[float] | None = None,
         generator: torch.Generator,
     ) -> None:
         super().__init__()
@@ -56,7 +58,7 @@ class Generator(nn.Module):
                 raise ValueError(f"{name} must be at least {least}, not {value}")
         if len(widths) < 2 or min(widths) < 1:
             raise ValueError(f"widths must hold at least two positive numbers, not {tuple(widths)}")
-        for name, given in (("mean", mean), ("std", std)):
+        for name, given in (("mean", mean), ("std", std), ("pixel_mean", pixel_mean)):
             if given is not None and len(given) != channels:
                 raise ValueError(f"{name} must hold {channels} numbers, one per channel, not {len(given)}")
         doublings = len(widths) - 1
@@ -64,6 +66,7 @@ class Generator(nn.Module):
             doublings += 1
         sizes = [ngf * w for w in (*[widths[0]] * (doublings + 1 - len(widths)), *widths)]
         self.nz = nz
+        self.pixel_mean = tuple(pixel_mean or [0.5] * channels)
         self.image_size = (height, width)
         self.base = (sizes[0], -(-height // (1 << doublings)), -(-width // (1 << doublings)))
         with torch.device("meta"):  # the layers' own initialisation would draw from the global generator
@@ -85,7 +88,10 @@ class Generator(nn.Module):
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
-        """Draws new weights: N(0, 0.02) for convolutions and the linear map, N(1, 0.02) for batch norm's scales."""
+        """Draws new weights: N(0, 0.02) for convolutions and the linear map, N(1, 0.02) for batch norm's scales.
+
+        The last bias puts the pixels about ``pixel_mean``.
+        """
         for layer in self.modules():
             if isinstance(layer, nn.BatchNorm2d):
                 layer.reset_running_stats()
@@ -95,6 +101,10 @@ class Generator(nn.Module):
                 layer.weight.copy_(drawn)
                 if layer.bias is not None:
                     layer.bias.zero_()
+        last = self.body[-1]
+        assert isinstance(last, nn.Conv2d)
+        assert last.bias is not None
+        last.bias.copy_(torch.logit(torch.tensor(self.pixel_mean), eps=0.01))  # a bias of 0 or 1 would stay there
 
     def pixels(self, z: Tensor) -> Tensor:
         """Images in [0, 1], fp32 ``[B, C, H, W]``, of noise ``[B, nz]``."""

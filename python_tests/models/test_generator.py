@@ -1,5 +1,7 @@
 """The generator: sizes, parameters, range, and where its randomness comes from."""
 
+import math
+
 import pytest
 import torch
 
@@ -44,6 +46,18 @@ def test_normalised_by_the_datas_statistics():
     assert torch.equal(own.pixels(z), plain(z))
 
 
+def test_pixels_of_new_weights_lie_about_the_given_mean():
+    made = Generator(ngf=8, nz=16, channels=2, image_size=12, pixel_mean=(0.1, 0.9), generator=draw())
+    for seed in range(2):
+        with torch.no_grad():
+            mean = made.pixels(torch.randn(32, 16, generator=draw(seed))).mean((0, 2, 3))
+        torch.testing.assert_close(mean, torch.tensor([0.1, 0.9]), rtol=0, atol=0.02)
+        made.reset(draw(seed))
+    assert Generator(nz=4, ngf=2, channels=1, generator=draw()).body[-1].bias.item() == 0
+    black = Generator(nz=4, ngf=2, channels=1, pixel_mean=(0.0,), generator=draw())
+    assert black.body[-1].bias.item() == pytest.approx(math.log(0.01 / 0.99))
+
+
 def test_weights_come_from_the_given_generator_alone():
     before = torch.random.get_rng_state()
     a, b = Generator(nz=4, ngf=2, generator=draw(1)), Generator(nz=4, ngf=2, generator=draw(2))
@@ -61,6 +75,7 @@ def test_weights_come_from_the_given_generator_alone():
         ({"image_size": 3}, "image_size must be at least 4, not 3"),
         ({"widths": (2,)}, "widths must hold at least two"),
         ({"mean": (0.5,)}, "mean must hold 3 numbers, one per channel, not 1"),
+        ({"pixel_mean": (0.5,)}, "pixel_mean must hold 3 numbers, one per channel, not 1"),
     ],
 )
 def test_bad_sizes_are_named(bad, words):
