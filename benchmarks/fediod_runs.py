@@ -16,10 +16,7 @@ STUDENTS: Mapping[str, tuple[str, tuple[Mapping[str, Any], ...]]] = {
     # name: method, the settings of its server to choose from
     IOD: (
         "fediod",
-        (
-            *({"critic_lr": rate, "disc_weight": False} for rate in (2e-4, 4e-4, 7e-4)),
-            {"critic_lr": 4e-4, "disc_weight": True},
-        ),
+        tuple({"critic_lr": rate, "disc_weight": on} for rate in (2e-4, 4e-4) for on in (False, True)),
     ),
     "FedDF, public images": ("feddf", tuple({"distill_lr": rate} for rate in (1e-3, 3e-3, 1e-2, 3e-2))),
     "DENSE": ("dense", tuple({"distill_lr": rate} for rate in (0.005, 0.01, 0.02, 0.05))),

@@ -27,8 +27,10 @@ from benchmarks.study import JPEG, Case, run_sections, spread, table
 SEEDS = (0, 1, 2)
 
 _COMMON = {"clients": 5, "batch_size": 32, "momentum": 0.9, "weight_decay": 3e-4, "grad_cam": 0}
+# With the generator at 2e-3 its sigmoid may saturate for good where the discriminators win (MNIST, Dirichlet 0.1, seed
+# 2: white images from round 15 of 40 on, a student at chance); at 1e-3 with twice the rounds the same run gives 77 %.
 _SMALL = {
-    "batch": 32, "ngf": 16, "ndf": 16, "student_steps": 3, "generator_lr": 2e-3, "student_lr": 0.05, "warmup": 0.5,
+    "batch": 32, "ngf": 16, "ndf": 16, "student_steps": 3, "generator_lr": 1e-3, "student_lr": 0.05, "warmup": 0.5,
     "critic_layers": 0, "w_real": 8.0, "w_balance": 2.0,
 }  # fmt: skip
 # A generator drawn anew for every batch, as published, makes noise in 10 steps (MNIST: students of 15 to 18 %, of 69 %
@@ -40,21 +42,22 @@ _FREE = {
 STUDIES = {
     "digits": Study(
         {"data": "digits", **_COMMON, "model": "resnet8", "width": 8, "public_samples": 200, "local_epochs": 20},
-        30, 10, 10, iod=_SMALL, free=_FREE, many=(2, 5, 10), private={"model": "resnet8-gn"}, shards=5,
+        30, 10, 10, iod={**_SMALL, "generator_lr": 2e-3}, free=_FREE, many=(2, 5, 10),
+        private={"model": "resnet8-gn"}, shards=5,
     ),
     "mnist": Study(
         {
             "data": "mnist", **_COMMON, "train_samples": 10000, "public_samples": 1000, "test_samples": 5000,
             "validation_samples": 1000, "model": "resnet8", "width": 8, "local_epochs": 10,
         },
-        20, 30, 10, iod=_SMALL, free=_FREE, private={"model": "resnet8-gn"},
+        40, 30, 10, iod=_SMALL, free=_FREE, private={"model": "resnet8-gn"},
     ),
     "cifar10": Study(
         {
             "data": "cifar10", **_COMMON, "train_samples": 10000, "public_samples": 1000, "test_samples": 2000,
             "validation_samples": 1000, "model": "resnet8", "width": 8, "local_epochs": 10,
         },
-        20, 30, 10, iod=_SMALL, free={**_FREE, "synthesis_batch": 64, "distill_batch": 32},
+        40, 30, 10, iod=_SMALL, free={**_FREE, "synthesis_batch": 64, "distill_batch": 32},
         private={"model": "resnet8-gn"},
     ),
 }  # fmt: skip
