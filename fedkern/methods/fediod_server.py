@@ -19,6 +19,10 @@ from fedkern.methods.fediod_promise import tells_scores
 from fedkern.methods.oneshot_members import flatten, load, vectors
 from fedkern.models.generator import Generator
 
+ALIKE = 0.01
+"""Below this mean deviation of a pixel over the images of a batch (normalised, where real images have about 1) a
+generator makes one image, and its saturated sigmoid lets no gradient through that would change it."""
+
 
 def cosine(start: float, end: float, progress: float) -> float:
     """A learning rate that falls from ``start`` to ``end`` along half a cosine while ``progress`` goes from 0 to 1."""
@@ -155,6 +159,7 @@ class Workshop:
         z = torch.randn(self.options.batch, self.options.nz, generator=draw).to(self.server.device)
         with torch.enable_grad():
             x = self.generator(z)
+        self.running.add(image_spread=x.detach().std(0).mean())
         sent = self._sent(x.detach())
         # The gradient is that at the images that were seen, and goes to the generator as if they had been its own.
         self.x = x
@@ -293,6 +298,9 @@ class Workshop:
     def keep(self) -> None:
         """Writes everything back into the server's state and the round's means into its report.
 
+        Warns of a generator whose images hardly differ when half of the run is over (those of new weights do not
+        either).
+
         Raises:
             UserError: something is no longer finite.
         """
@@ -312,4 +320,12 @@ class Workshop:
         for name, rate, flat in found:
             if not bool(torch.isfinite(flat.parameters).all()):
                 raise UserError(f"The {name} diverged in iteration {self.iteration}: lower the method option {rate}.")
-        self.server.report.update(self.running.read())
+        figures = self.running.read()
+        self.server.report.update(figures)
+        if self.progress >= 0.5 and (spread := figures.get("image_spread", 1.0)) < ALIKE:
+            self.server.warn(
+                "generator-collapsed",
+                f"The generator's images hardly differ from one another (deviation {spread:.2g} of a pixel, of real "
+                f"images about 1, after {self.iteration} iterations), and the student learns nothing from them: lower "
+                "the method options generator_lr or critic_lr, or raise w_balance.",
+            )

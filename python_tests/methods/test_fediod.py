@@ -15,7 +15,9 @@ from fedkern.engine.serial import Client, Server
 from fedkern.errors import UserError
 from fedkern.methods import FedIOD, Upload
 from fedkern.methods.fediod_losses import against, teacher_terms
+from fedkern.methods.fediod_server import ALIKE, make_generator
 from fedkern.methods.fediod_teachers import teacher
+from fedkern.methods.oneshot_members import flatten, load, vectors
 from fedkern.models.bank import Bank
 
 TINY = {
@@ -334,6 +336,22 @@ def test_a_round_goes_on_where_the_one_before_ended(world, optimizer, kept):
     states = [w.server.state for w in worlds]
     assert set(states[0]["student_moments"]) == kept
     assert same(states[0], states[1])
+
+
+@pytest.mark.parametrize("bias", [0.0, 50.0, -50.0])
+def test_a_saturated_generator_is_told_of(world, bias):
+    """All white or all black: the sigmoid lets no gradient through, and the run would end at chance without a word."""
+    w = world()
+    flat = flatten(make_generator(w.server, w.method.settings, torch.Generator()))
+    module = load(flat, w.server.state["generator"])
+    module.body[-1].bias.data.fill_(bias)
+    w.server.state["generator"] = vectors(flat)
+    rounds = w.bench.federation.rounds
+    for number in range(rounds):
+        assert "generator-collapsed" not in w.bench.warnings or number >= rounds / 2
+        w.play(w.round(), number)
+    assert ("generator-collapsed" in w.bench.warnings) == (bias != 0)
+    assert (w.server.report["image_spread"] < ALIKE) == (bias != 0)
 
 
 def test_memory_does_not_grow_with_the_iterations(world):
