@@ -1,9 +1,8 @@
 """The engine under a one-shot method with modules of its own: fit, public data, reports, any module saved and read."""
 
-import json
-
 import pytest
 import torch
+from interrupted import Kill, KillAt, outcome
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -88,36 +87,6 @@ def data(make_data, make_public):
     return make_public(make_data())
 
 
-def outcome(out):
-    times = ("seconds", "round_seconds", "phases")
-    metrics = [{k: v for k, v in record.items() if k not in times} for record in read_metrics(out)]
-    summary = {k: v for k, v in json.loads((out / "summary.json").read_text()).items() if k not in times}
-    return (out / "model.safetensors").read_bytes(), metrics, summary
-
-
-class Stop(BaseException):
-    pass
-
-
-class Cut(Listener):
-    def __init__(self, hook, left):
-        self.hook, self.left = hook, left
-
-    def _count(self, hook):
-        self.left -= hook == self.hook
-        if self.left < 0:
-            raise Stop
-
-    def on_client(self, *_):
-        self._count("client")
-
-    def on_round(self, _):
-        self._count("round")
-
-    def on_end(self, _):
-        self._count("end")
-
-
 def make(make_config, **settings):
     return make_config("stack", rounds=None, **settings)
 
@@ -166,15 +135,15 @@ def test_a_module_of_the_method_is_saved_and_read_back(stack, data, make_config,
 def test_killed_and_resumed_it_ends_alike(hook, count, stack, data, make_config, tmp_path):
     config = make(make_config)
     run(config, out=tmp_path / "whole", data=data)
-    with pytest.raises(Stop):
-        run(config, out=tmp_path / "cut", data=data, listener=Cut(hook, count))
+    with pytest.raises(Kill):
+        run(config, out=tmp_path / "cut", data=data, listener=KillAt(hook, count))
     run(RunConfig.load(tmp_path / "cut"), out=tmp_path / "cut", data=data, resume=True)
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
 
 def test_other_public_data_are_other_data(stack, make_data, make_public, make_config, tmp_path):
-    with pytest.raises(Stop):
-        run(make(make_config), out=tmp_path, data=make_public(make_data()), listener=Cut("client", 4))
+    with pytest.raises(Kill):
+        run(make(make_config), out=tmp_path, data=make_public(make_data()), listener=KillAt("client", 4))
     with pytest.raises(UserError, match="data are not those"):
         run(make(make_config), out=tmp_path, data=make_public(make_data(), seed=9), resume=True)
 

@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
+from interrupted import Kill, KillAt
 
-from fedkern.engine import Listener, RunConfig, read_shown, run, shown
+from fedkern.engine import RunConfig, read_shown, run, shown
 from fedkern.engine.checkpoint import Checkpoints
 from fedkern.methods import fediod_private
 
@@ -15,19 +16,6 @@ SMALL = {"iterations": 2, "batch": 4, "ngf": 2, "ndf": 2, "nz": 4, "student_step
 SEEDED = {"noise": "seed"}
 NOISED = {**SMALL, "sigma_d": 9.0, "shards": 3}
 WHOLE = {**SMALL, "epsilon": 8.0, "teacher_dp": True}
-
-
-class Kill(BaseException):
-    pass
-
-
-class KillAfter(Listener):
-    def __init__(self, round):
-        self.round = round
-
-    def on_round_start(self, round, name, participants):
-        if round == self.round:
-            raise Kill
 
 
 @pytest.fixture
@@ -55,7 +43,7 @@ def test_a_killed_run_releases_the_same(options, noise, bits, make_data, make_co
     assert bits == ([128] * 3 if noise == "secret" else [])  # once a client
     bits.clear()
     with pytest.raises(Kill):
-        run(config, out=tmp_path / "cut", data=data, listener=KillAfter(3))
+        run(config, out=tmp_path / "cut", data=data, listener=KillAt("round-start", round=3))
     bits[:] = [0] * 100  # drawn again, they would be others
     again = run(RunConfig.load(tmp_path / "cut"), out=tmp_path / "cut", resume=True, data=data)
     for name in ("model.safetensors", shown.FILE):

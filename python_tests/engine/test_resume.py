@@ -10,49 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from interrupted import Kill, KillAt, outcome
 
 from fedkern.engine import Listener, RunConfig, Terminated, atomic, read_model, run
 from fedkern.engine.checkpoint import Checkpoints
-from fedkern.engine.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods import METHODS
-
-TIMES = ("seconds", "round_seconds", "phases")
-
-
-def outcome(out):
-    """Everything that must be the same bit for bit: the model, the metrics and the summary but for the times."""
-    metrics = [{k: v for k, v in record.items() if k not in TIMES} for record in read_metrics(out)]
-    summary = {k: v for k, v in json.loads((out / "summary.json").read_text()).items() if k not in TIMES}
-    return (out / "model.safetensors").read_bytes(), metrics, summary
-
-
-class Kill(BaseException):
-    """Stands for kill -9: nothing of ours may catch it."""
-
-
-class KillAt(Listener):
-    def __init__(self, hook, count):
-        self.hook, self.count = hook, count
-
-    def _maybe(self, hook):
-        if hook == self.hook:
-            self.count -= 1
-            if self.count < 0:
-                raise Kill
-
-    def on_round_start(self, *_):
-        self._maybe("round-start")
-
-    def on_client(self, *_):
-        self._maybe("client")
-
-    def on_round(self, _):
-        self._maybe("round")
-
-    def on_end(self, _):
-        self._maybe("end")
-
 
 STATEFUL = {"buffers": "local", "sample_fraction": 0.6, "options": {"background_pool": "shared"}, "rounds": 4}
 PLAIN = {"rounds": 4}

@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
+from interrupted import Kill, KillAt
 
-from fedkern.engine import Listener, RunConfig, read_shown, run, shown
+from fedkern.engine import RunConfig, read_shown, run, shown
 from fedkern.engine.shown import Gallery, Shown, prepared
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, register
@@ -47,20 +48,6 @@ def telling():
     METHODS.pop("telling")
 
 
-class Stop(BaseException):
-    pass
-
-
-class Cut(Listener):
-    def __init__(self, rounds):
-        self.left = rounds
-
-    def on_round(self, record):
-        self.left -= 1
-        if self.left < 0:
-            raise Stop
-
-
 def test_a_few_rounds_are_kept_and_a_resumed_run_keeps_the_same(telling, make_data, make_config, tmp_path):
     pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install 'fedkern[privacy]')")
     data, config = make_data(), make_config("telling", rounds=12, checkpoint_every=3, eval_every=12)
@@ -82,8 +69,8 @@ def test_a_few_rounds_are_kept_and_a_resumed_run_keeps_the_same(telling, make_da
 
     for cut in (0, 7):
         out = tmp_path / f"cut{cut}"
-        with pytest.raises(Stop):
-            run(config, out=out, data=data, listener=Cut(cut))
+        with pytest.raises(Kill):
+            run(config, out=out, data=data, listener=KillAt("round", cut))
         again = run(RunConfig.load(out), out=out, resume=True, data=data)
         assert (out / shown.FILE).read_bytes() == (tmp_path / "whole" / shown.FILE).read_bytes()
         assert again["privacy"] == summary["privacy"]

@@ -1,11 +1,11 @@
 """FedIOD killed in the middle of its second stage and resumed: bit for bit an uninterrupted run."""
 
-import json
 import shutil
 
 import pytest
+from interrupted import Kill, KillAt, outcome
 
-from fedkern.engine import Listener, RunConfig, read_metrics, run
+from fedkern.engine import RunConfig, read_metrics, run
 
 OPTIONS = {
     "nz": 4, "ngf": 2, "ndf": 2, "batch": 4, "student_steps": 2, "iterations": 4, "w_real": 1.0, "w_balance": 0.5,
@@ -15,31 +15,6 @@ PRIVATE = {
     "sigma_d": 5.0, "sigma_t": 5.0, "shards": 3, "scores": "release", "histogram_noise": 2.0, "noise": "seed",
 }  # fmt: skip
 ROUNDS = 3
-TIMES = ("seconds", "round_seconds", "phases")
-
-
-def outcome(out):
-    """Everything but the times."""
-    metrics = [{k: v for k, v in record.items() if k not in TIMES} for record in read_metrics(out)]
-    summary = {k: v for k, v in json.loads((out / "summary.json").read_text()).items() if k not in TIMES}
-    return (out / "model.safetensors").read_bytes(), metrics, summary
-
-
-class Kill(BaseException):
-    pass
-
-
-class KillIn(Listener):
-    """Kills the run in a round of stage 2, when its clients have answered so many times in it."""
-
-    def __init__(self, round, answers):
-        self.round, self.left = round, answers
-
-    def on_client(self, round, client, info):
-        if round == self.round:
-            self.left -= 1
-            if self.left < 0:
-                raise Kill
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +41,7 @@ def test_killed_in_the_second_stage(round, answers, name, make_data, make_config
     data, config = make_data(), make_config("fediod", model="cnn", rounds=ROUNDS, grad_cam=0, options=options)
     expected = reference(name, config, data)
     with pytest.raises(Kill):
-        run(config, out=tmp_path, data=data, listener=KillIn(round, answers))
+        run(config, out=tmp_path, data=data, listener=KillAt("client", answers, round))
     assert len(read_metrics(tmp_path)) == round - 1
     run(RunConfig.load(tmp_path), out=tmp_path, resume=True, data=data)
     assert outcome(tmp_path) == expected
@@ -79,7 +54,7 @@ def test_teachers_that_were_brought_are_not_asked_for_again(make_data, make_conf
     config = make_config("fediod", model="cnn", rounds=2, grad_cam=0, options=OPTIONS, teachers=str(tmp_path / "own"))
     run(config, out=tmp_path / "whole", data=data)
     with pytest.raises(Kill):
-        run(config, out=tmp_path / "run", data=data, listener=KillIn(2, 5))
+        run(config, out=tmp_path / "run", data=data, listener=KillAt("client", 5, round=2))
     shutil.rmtree(tmp_path / "own")
     run(config, out=tmp_path / "run", data=data, resume=True)
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")

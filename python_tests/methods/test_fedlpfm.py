@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from interrupted import Cut, outcome
+from interrupted import Kill, KillAt, outcome
 from proxies import STEP, scene
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, one_hot, softmax
@@ -242,8 +242,8 @@ def test_resumed_it_ends_alike_even_when_the_cache_is_gone(tuning, data, make_co
     config = small(make_config, options=options, rounds=3)
     run(config, out=tmp_path / "whole", data=data)
     shutil.rmtree(tmp_path / "cache")
-    with pytest.raises(KeyboardInterrupt):
-        run(config, out=tmp_path / "cut", data=data, listener=Cut(4))
+    with pytest.raises(Kill):
+        run(config, out=tmp_path / "cut", data=data, listener=KillAt("client", 4))
     shutil.rmtree(tmp_path / "cache")
     run(RunConfig.load(tmp_path / "cut"), out=tmp_path / "cut", data=data, resume=True)
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from interrupted import Cut, outcome
+from interrupted import Kill, KillAt, outcome
 from proxies import STEP, Fixed, scene
 from safetensors.torch import load_file
 from torch.nn.functional import one_hot, softmax
@@ -80,8 +80,8 @@ def test_fml_without_mutual_terms_is_fedavg(buffers, make_data, make_config, tmp
 def test_fml_resumed_ends_alike(make_data, make_config, tmp_path):
     data, config = make_data(), make_config("fml", rounds=3)
     run(config, out=tmp_path / "whole", data=data)
-    with pytest.raises(KeyboardInterrupt):
-        run(config, out=tmp_path / "cut", data=data, listener=Cut(4))
+    with pytest.raises(Kill):
+        run(config, out=tmp_path / "cut", data=data, listener=KillAt("client", 4))
     run(RunConfig.load(tmp_path / "cut"), out=tmp_path / "cut", data=data, resume=True)
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 

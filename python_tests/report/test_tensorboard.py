@@ -6,9 +6,10 @@ import json
 import sys
 
 import pytest
+from interrupted import Kill, KillAt
 
 from fedkern.cli import commands, flags
-from fedkern.engine import Listener, read_metrics
+from fedkern.engine import read_metrics
 from fedkern.errors import UserError
 from fedkern.report.tensorboard import FOLDER, TensorBoard, scalars
 
@@ -42,19 +43,6 @@ def read(folder):
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-class Kill(BaseException):
-    pass
-
-
-class KillAt(Listener):
-    def __init__(self, round):
-        self.round = round
-
-    def on_round(self, record):
-        if record["round"] == self.round:
-            raise Kill
-
-
 WORDS = [
     "fedavg", "--data", "digits", "--train-samples", "60", "--clients", "2", "--rounds", "4", "--local-epochs", "1",
     "--width", "2", "--model", "cnn", "--grad-cam", "0", "--checkpoint-every", "2", "--quiet", "--tensorboard",
@@ -65,7 +53,7 @@ def test_every_round_of_a_run_stands_in_them(tmp_path, monkeypatch, capsys):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed (pip install 'fedkern[tensorboard]')")
     out = tmp_path / "run"
     make = commands._Tee
-    monkeypatch.setattr(commands, "_Tee", lambda *listeners: make(*listeners, KillAt(3)))
+    monkeypatch.setattr(commands, "_Tee", lambda *listeners: make(*listeners, KillAt("round", round=3)))
     with pytest.raises(Kill):  # round 3 is in the event files but in no checkpoint
         commands.COMMANDS["run"](flags.parse([*WORDS, "--out", str(out)]))
     monkeypatch.setattr(commands, "_Tee", make)

@@ -1,0 +1,44 @@
+"""Runs that are killed on the way, and what must be the same when they are resumed."""
+
+import json
+
+from fedkern.engine import Listener
+from fedkern.engine.records import read_metrics
+
+TIMES = ("seconds", "round_seconds", "phases")
+
+
+def outcome(out):
+    """Everything that must be the same bit for bit: the model, the metrics and the summary but for the times."""
+    metrics = [{k: v for k, v in record.items() if k not in TIMES} for record in read_metrics(out)]
+    summary = {k: v for k, v in json.loads((out / "summary.json").read_text()).items() if k not in TIMES}
+    return (out / "model.safetensors").read_bytes(), metrics, summary
+
+
+class Kill(BaseException):
+    """Stands for kill -9: nothing of ours may catch it."""
+
+
+class KillAt(Listener):
+    """Kills a run that comes to a hook once more than ``count`` times, in all or within one round."""
+
+    def __init__(self, hook, count=0, round=None):
+        self.hook, self.count, self.round = hook, count, round
+
+    def _maybe(self, hook, round=None):
+        if hook == self.hook and self.round in (None, round):
+            self.count -= 1
+            if self.count < 0:
+                raise Kill
+
+    def on_round_start(self, round, *_):
+        self._maybe("round-start", round)
+
+    def on_client(self, round, *_):
+        self._maybe("client", round)
+
+    def on_round(self, record):
+        self._maybe("round", record["round"])
+
+    def on_end(self, _):
+        self._maybe("end")
