@@ -91,6 +91,20 @@ def same(a, b):
     return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
+def cleared_and_live(world, rounds, **options):
+    """Two worlds after some rounds: one that begins each with the states alone, one whose server keeps what is live."""
+    cleared, live = (world(**options) for _ in range(2))
+    for number in range(rounds):
+        cleared.play(cleared.round(), number)
+        for client in cleared.clients.values():  # as read from the disk
+            client.state["critics"] = frozen(client.state["critics"])
+        for step in live.steps(live.round(), number):
+            live.exchange(step)
+        for client in live.clients.values():
+            client.scratch.clear()
+    return cleared, live
+
+
 # -- one message after another, all clients at once, one graph ---------------------------------------------------------
 
 
@@ -324,15 +338,7 @@ def test_the_student_begins_after_the_warm_up(world):
 )
 def test_a_round_goes_on_where_the_one_before_ended(world, optimizer, kept):
     """What a round leaves in the state is all that the next one needs, bit for bit."""
-    worlds = [world(student_optimizer=optimizer, ema=0.5, **EVERY_TERM) for _ in range(2)]
-    for live, w in enumerate(worlds):
-        for number in range(2):
-            for step in w.steps(w.round(), number):
-                w.exchange(step)
-            for side in w.clients.values():
-                side.scratch.clear()
-            if not live:
-                w.server.scratch.clear()
+    worlds = cleared_and_live(world, 2, student_optimizer=optimizer, ema=0.5, **EVERY_TERM)
     states = [w.server.state for w in worlds]
     assert set(states[0]["student_moments"]) == kept
     assert same(states[0], states[1])

@@ -94,6 +94,19 @@ def steps_by_shard(w, client):
     return {shard: kept["steps"] for shard, kept in w.clients[client].state["critics"].items()}
 
 
+def kept_whoever_serves(world, monkeypatch, iterations):
+    """What client 0 keeps of its discriminators after a round, where the first and where the last shard served."""
+    states = []
+    for serves in (0, 2):
+        monkeypatch.setattr(privacy, "serving", lambda *a, shard=serves: shard)
+        w = world(iterations=iterations, batched=False, **SHARDED)
+        for step in w.steps(w.round(), 0):
+            if step.exchange.startswith("images"):  # without the others the generator stays as it is
+                w.exchange(step)
+        states.append(whole.frozen(w.clients[0].state["critics"]))
+    return states
+
+
 @needs_accounting
 @pytest.mark.parametrize("serves", [None, 0, 2], ids=["drawn", "the first", "the last"])
 def test_shards_train_in_turn_whichever_serves(world, monkeypatch, serves):
@@ -116,14 +129,7 @@ def test_shards_train_in_turn_whichever_serves(world, monkeypatch, serves):
 @needs_accounting
 def test_a_discriminator_does_not_remember_who_served(world, monkeypatch):
     """With the same images the states after training are the same, bit for bit, whichever shards served."""
-    states = []
-    for serves in (0, 2):
-        monkeypatch.setattr(privacy, "serving", lambda *a, shard=serves: shard)
-        w = world(iterations=4, batched=False, **SHARDED)
-        for step in w.steps(w.round(), 0):
-            if step.exchange.startswith("images"):  # without the others the generator stays as it is
-                w.exchange(step)
-        states.append(whole.frozen(w.clients[0].state["critics"]))
+    states = kept_whoever_serves(world, monkeypatch, iterations=4)
     assert [list(state) for state in states] == [[0, 1, 2]] * 2  # in this order, too
     assert all(kept["steps"] for kept in states[0].values())
     assert whole.same(*states)
@@ -131,13 +137,8 @@ def test_a_discriminator_does_not_remember_who_served(world, monkeypatch):
 
 @needs_accounting
 def test_a_discriminator_that_has_not_trained_does_not_tell_whether_it_served(world, monkeypatch):
-    states = []
-    for serves in (0, 2):
-        monkeypatch.setattr(privacy, "serving", lambda *a, shard=serves: shard)
-        w = world(iterations=1, batched=False, **SHARDED)
-        w.exchange(w.steps(w.round(), 0)[0])
-        states.append(whole.frozen(w.clients[0].state["critics"]))
-        assert [kept["steps"] for kept in states[-1].values()] == [1, 0, 0]
+    states = kept_whoever_serves(world, monkeypatch, iterations=1)
+    assert [[kept["steps"] for kept in state.values()] for state in states] == [[1, 0, 0]] * 2
     assert list(states[0]) == list(states[1])
     assert whole.same(*states)
 
@@ -207,17 +208,7 @@ def test_a_cohort_with_shards_gives_the_numbers_of_messages(world):
 @needs_accounting
 def test_a_round_with_shards_goes_on_where_the_one_before_ended(world):
     """Rounds of two iterations and three shards: whose turn it is follows from the iteration, not from what is live."""
-    worlds = [world(iterations=2, **SHARDED) for _ in range(2)]
-    for live, w in enumerate(worlds):
-        for number in range(3):
-            for step in w.steps(w.round(), number):
-                w.exchange(step)
-            for side in w.clients.values():
-                side.scratch.clear()
-            if not live:
-                w.server.scratch.clear()
-                for client in w.clients.values():  # as read from the disk
-                    client.state["critics"] = whole.frozen(client.state["critics"])
+    worlds = whole.cleared_and_live(world, 3, iterations=2, **SHARDED)
     assert whole.same(worlds[0].server.state, worlds[1].server.state)
     for k in range(3):
         assert whole.same(worlds[0].clients[k].state, worlds[1].clients[k].state)
