@@ -169,12 +169,11 @@ def _pictures(out: Path, data: Any) -> list[Path]:
     Raises:
         UserError: one cannot be drawn or written; the run itself is complete by then.
     """
-    from fedkern.report.pictures import OF_TASK, expected, write_pictures
+    from fedkern.report.pictures import drawn, write_pictures
 
-    for task in OF_TASK:
-        there = expected(out, task)
-        if data is None and all(path.exists() for path in there):
-            return there
+    there = drawn(out) if data is None else []
+    if there:
+        return there
     try:
         return write_pictures(out, data=data)
     except UserError as error:

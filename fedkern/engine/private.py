@@ -14,7 +14,7 @@ from fedkern.engine.local import Context, Diverged, Schedule
 from fedkern.engine.samples import ClientData
 from fedkern.methods.base import Objective, Step
 from fedkern.privacy import DPSGD, LEDGER, Accountant
-from fedkern.privacy.dpsgd import check_network, empty_batch, generator_of, keep_finite, private_steps
+from fedkern.privacy.dpsgd import check_network, empty_batch, generator_of, keep_finite, private_steps, stream_name
 
 if TYPE_CHECKING:
     from fedkern.engine.serial import Client
@@ -49,8 +49,8 @@ def train_privately(
     steps = each * schedule.epochs if schedule.limit is None else schedule.limit
     rate = min(1.0, schedule.batch_size / len(rows))
     noise = spending.noise(rate, steps)
-    hidden = f"/{spending.secret}" if spending.secret else ""
-    draws = client.rng(f"batches{hidden}", step)
+    secret = spending.secret
+    draws = client.rng(stream_name("batches", secret), step)
     augmentation = client.rng("augmentation", step) if data.augment != "none" else None
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer: torch.optim.Optimizer
@@ -62,7 +62,8 @@ def train_privately(
         )
     module.train()
     total, batches = 0.0, 0
-    generator = generator_of(client.rng(f"dp-sgd{hidden}", step), next(module.parameters()).device, whole=bool(hidden))
+    device = next(module.parameters()).device
+    generator = generator_of(client.rng(stream_name("dp-sgd", secret), step), device, whole=bool(secret))
     expected = rate * len(rows)
     with private_steps(
         module, optimizer, max_norm=spending.max_norm, noise=noise, batch=expected, generator=generator

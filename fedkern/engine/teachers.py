@@ -18,10 +18,10 @@ from fedkern.engine import state
 from fedkern.engine.checkpoint import FOLDER, Checkpoints, checksum
 from fedkern.engine.network import place
 from fedkern.errors import UserError
+from fedkern.methods.base import VECTORS
 from fedkern.ops import FlatParameters
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
-VECTORS = ("parameters", "buffers", "integers")
 OF_DATA = (
     "data", "data_options", "partition", "correlation", "clients", "train_samples", "public_samples",
     "held_out_client", "client_test", "seed",

@@ -19,12 +19,12 @@ from fedkern import models
 from fedkern.methods.base import VECTORS, Client, ClientId, Message, Server, Step, Upload, option, register
 from fedkern.methods.evaluate import classification
 from fedkern.methods.oneshot import OneShot, exhaust
-from fedkern.methods.oneshot_members import Members, architecture, parse_models, train_member
+from fedkern.methods.oneshot_members import Members, OwnNetworks, train_member
 from fedkern.models.cost import memory_ratio
 
 
 @register("ensemble")
-class Ensemble(OneShot):
+class Ensemble(OwnNetworks, OneShot):
     """All clients' networks, each trained once, with the mean of their logits (and a vote beside it)."""
 
     @dataclass(frozen=True)
@@ -45,13 +45,6 @@ class Ensemble(OneShot):
         )
 
     needs_statistics = True
-
-    def __init__(self, options: Any = None) -> None:
-        super().__init__(options)
-        self.architectures = parse_models(self.options.models)
-
-    def architecture(self, client: ClientId) -> dict[str, Any]:
-        return architecture(self.architectures, client)
 
     def start(self, server: Server) -> None:
         super().start(server)

@@ -36,7 +36,6 @@ from fedkern.methods.base import (
     ClientId,
     Federation,
     Message,
-    Method,
     Objective,
     Received,
     Round,
@@ -53,7 +52,7 @@ from fedkern.methods.fediod_pictures import show
 from fedkern.methods.fediod_server import Ensemble, Workshop, cosine, make_generator
 from fedkern.methods.fediod_teachers import build, histogram, make_teacher, teacher
 from fedkern.methods.oneshot_distill import torch_stream
-from fedkern.methods.oneshot_members import architecture, flatten, parse_models, vectors
+from fedkern.methods.oneshot_members import OwnNetworks, flatten, vectors
 from fedkern.methods.pairs import supervised_loss
 from fedkern.models.bank import Bank
 from fedkern.privacy import Guarantee
@@ -62,7 +61,7 @@ START = Step(-1, "", "update")
 
 
 @register("fediod")
-class FedIOD(Objective, Method):
+class FedIOD(Objective, OwnNetworks):
     """A student distilled from private teachers on the images of one generator (FedIOD, arXiv 2312.14478)."""
 
     @dataclass(frozen=True)
@@ -76,7 +75,6 @@ class FedIOD(Objective, Method):
     def __init__(self, options: Any = None) -> None:
         super().__init__(options)
         self.settings = settle(self.options)
-        self.architectures = parse_models(self.options.models)
         self._teachers: dict[ClientId, nn.Module] = {}  # frozen, so that they are built once in a run
         self._banks: dict[tuple[ClientId, ...], Bank] = {}
         self._generates = self.options.mode == "generator"
@@ -85,7 +83,7 @@ class FedIOD(Objective, Method):
 
     def iterations(self, federation: Federation) -> int:
         """Iterations of a round."""
-        return self.options.iterations or max(-(-samples // self.options.batch) for samples in federation.samples)
+        return private.iterations(federation, self.settings)
 
     def rounds(self, federation: Federation) -> Iterator[Round]:
         for k in range(federation.clients):
@@ -96,9 +94,6 @@ class FedIOD(Objective, Method):
         names = tuple(f"{name} {i}" for i in range(self.iterations(federation)) for name in each)
         for _ in range(federation.rounds):
             yield Round("distil", exchanges=names, states="round")
-
-    def architecture(self, client: ClientId) -> dict[str, Any]:
-        return architecture(self.architectures, client)
 
     def check(self, client: Client) -> None:
         private.check(client, lambda: build(client, self.architectures), self.settings)

@@ -37,7 +37,7 @@ from fedkern.methods.fediod_losses import asks_teachers
 from fedkern.methods.fediod_promise import asks_discriminators, claims, clip_d, guarantee, private, tells_counts
 from fedkern.ops import clip_and_noise
 from fedkern.privacy import DPSGD, LEDGER, Accountant, least_noise, need_accounting
-from fedkern.privacy.dpsgd import check_network
+from fedkern.privacy.dpsgd import check_network, stream_name
 from fedkern.privacy.guarantee import listed
 
 TERMS = "privacy_terms"
@@ -107,8 +107,12 @@ def _part(options: Any, share: float) -> tuple[float, float]:
 
 def planned_steps(federation: Federation, options: Any) -> int:
     """Generator steps of the whole run, each of which asks every client for its gradient once."""
-    batches = options.iterations or math.ceil(max(federation.samples) / options.batch)
-    return federation.rounds * batches
+    return federation.rounds * iterations(federation, options)
+
+
+def iterations(federation: Federation, options: Any) -> int:
+    """Iterations of a round."""
+    return options.iterations or batches(max(federation.samples), options)
 
 
 def multiplier(sigma: float, rows: int) -> float:
@@ -145,8 +149,7 @@ def secret(client: Client, options: Any) -> str:
 
 def hidden(client: Client, purpose: str, step: Step, options: Any) -> np.random.Generator:
     """``client.rng`` of a purpose that nobody else may foresee."""
-    bits = secret(client, options)
-    return client.rng(f"{purpose}/{bits}" if bits else purpose, step)
+    return client.rng(stream_name(purpose, secret(client, options)), step)
 
 
 def shards(client: Client, options: Any) -> Sequence[np.ndarray]:
@@ -168,14 +171,14 @@ def shards(client: Client, options: Any) -> Sequence[np.ndarray]:
     return [np.sort(part) for part in np.array_split(order, options.shards)]
 
 
-def batches(client: Client, options: Any) -> int:
+def batches(samples: int, options: Any) -> int:
     """Batches that a client's samples fill, which is how often it can train a discriminator in a round."""
-    return math.ceil(client.samples / options.batch)
+    return math.ceil(samples / options.batch)
 
 
 def trainings(client: Client, options: Any) -> int:
     """Iterations of a round in which the client trains a discriminator, the first ones."""
-    own = batches(client, options)
+    own = batches(client.samples, options)
     return min(options.iterations or own, own)
 
 

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from fedkern import ops
-from fedkern.methods.base import VECTORS, Client, ClientId, Federation, Message, Round, Server, Step, Upload, option
+from fedkern.methods.base import VECTORS, Client, Federation, Message, Round, Server, Step, Upload, option
 from fedkern.methods.oneshot import OneShot, exhaust
-from fedkern.methods.oneshot_members import Members, architecture, flatten, load, parse_models, train_member, vectors
+from fedkern.methods.oneshot_members import Members, OwnNetworks, flatten, load, train_member, vectors
 from fedkern.methods.oneshot_synthesis import Synthesis, refuse_diverged
 from fedkern.models.ensemble import Ensemble
 from fedkern.models.generator import Generator
 
 
-class Distilled(OneShot):
+class Distilled(OwnNetworks, OneShot):
     """Clients train once; the server averages them and distils their ensemble into one network.
 
     The plan has a round that trains (after it the model is the average: one-shot FedAvg), one that distils, in which
@@ -41,10 +41,6 @@ class Distilled(OneShot):
         distill_batch: int = option(128, "images per step of the distillation", low=2)
 
     needs_statistics = True
-
-    def __init__(self, options: Any = None) -> None:
-        super().__init__(options)
-        self.architectures = parse_models(self.options.models)
 
     def members(self, server: Server) -> Members:
         """The uploaded networks."""
@@ -83,9 +79,6 @@ class Distilled(OneShot):
         return running.means()
 
     # -- the plan --------------------------------------------------------------------------------------------------
-
-    def architecture(self, client: ClientId) -> dict[str, Any]:
-        return architecture(self.architectures, client)
 
     def start(self, server: Server) -> None:
         super().start(server)

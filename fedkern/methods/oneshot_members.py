@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedkern import models
 from fedkern.errors import UserError, nearest
-from fedkern.methods.base import VECTORS, Client, LocalTraining, Message, Server, Step, Upload
+from fedkern.methods.base import VECTORS, Client, ClientId, LocalTraining, Message, Method, Server, Step, Upload
 from fedkern.models.ensemble import Ensemble
 from fedkern.ops import FlatParameters
 
@@ -47,6 +47,17 @@ def architecture(architectures: Architectures, client: int) -> dict[str, Any]:
     """What ``build`` and ``network`` need beside the run's own settings for a client's network."""
     entry = architectures[client % len(architectures)]
     return {} if entry is None else {"model": entry[0], "width": entry[1]}
+
+
+class OwnNetworks(Method):
+    """Methods whose clients may have networks of their own, which the option ``models`` names."""
+
+    def __init__(self, options: Any = None) -> None:
+        super().__init__(options)
+        self.architectures = parse_models(self.options.models)
+
+    def architecture(self, client: ClientId) -> dict[str, Any]:
+        return architecture(self.architectures, client)
 
 
 def flatten(module: nn.Module) -> FlatParameters:

@@ -111,6 +111,11 @@ def private_steps(
             handle.remove()
 
 
+def stream_name(purpose: str, secret: str) -> str:
+    """The name of a random stream that nobody foresees without the secret; an empty one leaves it at ``purpose``."""
+    return f"{purpose}/{secret}" if secret else purpose
+
+
 def generator_of(stream: np.random.Generator, device: torch.device, *, whole: bool) -> torch.Generator:
     """A generator of torch's on ``device`` that follows from a stream.
 

@@ -96,9 +96,14 @@ def promises(run_dir: Path) -> bool:
     return "privacy" in (read_summary(run_dir) or {})
 
 
-def expected(run_dir: Path, task: str) -> list[Path]:
-    """The pictures that every finished run of a task has."""
-    return [run_dir / PICTURES[name] for name in OF_TASK[task] if not (name == "partition" and promises(run_dir))]
+def drawn(run_dir: Path) -> list[Path]:
+    """The pictures of a folder that has all those that every finished run of its task has; else none."""
+    left_out = "partition" if promises(run_dir) else None
+    for names in OF_TASK.values():
+        there = [run_dir / PICTURES[name] for name in names if name != left_out]
+        if all(path.exists() for path in there):
+            return there
+    return []
 
 
 def _shown(run_dir: Path, title: str, classes: Sequence[str]) -> list[Path]:

@@ -65,7 +65,7 @@ def test_a_run_that_promises_an_epsilon_has_no_counts(tmp_path, data):
     written = pictures.write_pictures(folder, data=data)
     assert [path.name for path in written] == ["accuracy.png", "gradcam.png"]
     assert not (folder / "partition.png").exists()
-    assert pictures.expected(folder, "classification") == written
+    assert pictures.drawn(folder) == written
 
 
 def test_grey_images_without_masks(tmp_path):
