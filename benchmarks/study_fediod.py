@@ -279,10 +279,14 @@ PUBLISHED = {
 
 
 def about(study: Study) -> str:
-    return f"""; FedIOD: {study.rounds} rounds of
-{study.iterations} iterations, {", ".join(f"{name} {value}" for name, value in study.iod.items())}; data-free baselines:
-{", ".join(f"{name} {value}" for name, value in study.free.items())}; multi-round FedAvg spends the teachers' epochs in
-{study.reference_rounds} rounds.  Settings by validation at seed 0.{PUBLISHED.get(study.settings["data"], "")}"""
+    free = f" data-free baselines: {_listed(study.free)};" if study.free else ""
+    return f"""; FedIOD: {study.rounds} rounds of {study.iterations} iterations, {_listed(study.iod)};{free} multi-round
+FedAvg spends the teachers' epochs in {study.reference_rounds} rounds.  Settings by validation at
+seed 0.{PUBLISHED.get(study.settings["data"], "")}"""
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
 if __name__ == "__main__":
