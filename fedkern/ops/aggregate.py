@@ -141,7 +141,8 @@ def _outer(shares: Tensor, grad: Tensor) -> Tensor:
 def _by_weights(grad: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
     """The weights' gradient: <grad, row - mean> over the sum of the weights."""
     values, wide = weights.to(rows.device, torch.float64), rows.to(torch.float64)
-    mean = (values @ wide) / values.sum()
+    # A vector of weight 0 is no part of the mean, whatever it holds (the kernels do not read it either).
+    mean = (values @ torch.where(values[:, None] == 0, 0.0, wide)) / values.sum()
     return ((wide - mean) @ grad.to(torch.float64) / values.sum()).to(weights.device, weights.dtype)
 
 

@@ -130,7 +130,11 @@ class Accumulator:
         if dtype not in FLOATS:
             raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, not {dtype}")
         kernel = select([torch.empty(0, dtype=dtype, device=self.device)])
-        target = direct_target(out, self.size, dtype, (), (), 0)
+        target: Tensor | None = None
+        if backend.eager(self._sum, *(() if out is None else (out,))):
+            target = direct_target(out, self.size, dtype, (), (), 0)
+        else:  # a fake result, or a fresh one on another default device, has no memory to write to
+            kernel = PLAIN
         into = target if target is not None else dtype if out is None else out.dtype
         if self.exact:
             result = kernel.exact_mean(self._digits, self._top, self.weight, into)

@@ -87,6 +87,8 @@ def check_weights(weights: Tensor | Iterable[float], count: int) -> tuple[list[f
     Raises:
         ValueError: there are not ``count``, one is negative or not finite, or they sum to zero or infinity.
     """
+    if isinstance(weights, str) or not hasattr(weights, "__iter__"):
+        raise TypeError(f"weights must be numbers or a tensor, not {type(weights).__name__}")
     given = weights.tolist() if isinstance(weights, Tensor) else list(weights)
     if len(given) != count:
         raise ValueError(f"weights must have one value for each of the {count} vectors, not {len(given)}")
@@ -170,8 +172,10 @@ def check_number(value: float, name: str, low: float, high: float = math.inf, *,
 
 def check_count(value: int, name: str, low: int, high: int | None = None) -> int:
     """Returns a whole number of [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be a whole number, not {type(value).__name__}")
+    if not isinstance(value, int):
+        value = value.__index__()  # one of numpy's
     if value < low or (high is not None and value > high):
         bound = f"at least {low}" if high is None else f"between {low} and {high}"
         raise ValueError(f"{name} must be {bound}, not {value}")

@@ -135,6 +135,8 @@ def _check(foreground: Tensor, background: Tensor, alpha: float | Tensor, index:
             raise ValueError(f"alpha must have shape [{rows}] or [], not {list(alpha.shape)}")
         if alpha.device != foreground.device:
             raise ValueError(f"alpha must be on foreground's device {foreground.device}, not {alpha.device}")
+    elif isinstance(alpha, (str, bool)) or not hasattr(alpha, "__float__"):
+        raise TypeError(f"alpha must be a number or a tensor, not {type(alpha).__name__}")
     elif not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1], not {alpha}")
 

@@ -102,8 +102,8 @@ class Launcher:
         """The gradients that ``needs`` (foreground, background, alpha) asks for, laid out as the result was."""
         shape = grad.shape
         rows = shape[0]
-        if strides is None:
-            strides = output_strides(shape, grad.stride())
+        # A result of one sample has whatever stride its foreground had; a background's rows follow each other.
+        strides = output_strides(shape, grad.stride() if strides is None else strides)
         grad = in_layout(grad, strides)
         own: Tensor | None = None
         other: Tensor | None = None

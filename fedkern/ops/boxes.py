@@ -140,6 +140,8 @@ def _padded(boxes: Tensor | Sequence[Tensor], images: Tensor) -> Tensor:
         if boxes.dim() != 3 or boxes.shape[0] != batch or boxes.shape[2] != 4:
             raise ValueError(f"boxes must have shape [{batch}, n, 4], not {list(boxes.shape)}")
         padded = boxes
+    elif isinstance(boxes, str) or not isinstance(boxes, Sequence):
+        raise TypeError(f"boxes must be a tensor or a list of tensors, not {type(boxes).__name__}")
     else:
         rows = list(boxes)
         if len(rows) != batch:
@@ -173,21 +175,32 @@ def _fills(fill: float | Sequence[float] | Tensor, images: Tensor) -> Tensor:
             raise ValueError(f"fill must be a number or have shape [{channels}], not {list(fill.shape)}")
         if fill.device != images.device and fill.dim():
             raise ValueError(f"fill must be on the images' device {images.device}, not {fill.device}")
+        if fill.is_cpu and backend.eager(fill):  # on a GPU looking would wait for it
+            _check_values(fill.flatten().tolist(), images.dtype)
         return fill.to(images).expand(channels)[None]
-    values = list(fill) if isinstance(fill, Sequence) else [fill]
+    values = list(fill) if isinstance(fill, Sequence) and not isinstance(fill, str) else [fill]
+    for value in values:
+        if isinstance(value, str) or not hasattr(value, "__float__"):
+            raise TypeError(f"fill must be a number, one per channel, or a tensor, not {type(value).__name__}")
     if len(values) not in (1, channels):
         raise ValueError(f"fill must be a number or have {channels} values, not {len(values)}")
-    if not images.is_floating_point():
-        info = torch.iinfo(images.dtype) if images.dtype != torch.bool else None
-        low, high = (0, 1) if info is None else (info.min, info.max)
-        for value in values:
-            if not low <= value <= high or value != math.floor(value):
-                raise ValueError(f"fill must be a value of the images' dtype {images.dtype}, not {value}")
+    _check_values(values, images.dtype)
     if images.is_cuda:
         # Filled in there: a copy from here would wait for the device.
         made = [torch.full((), value, dtype=images.dtype, device=images.device) for value in values]
         return torch.stack(made).expand(channels)[None]
     return torch.tensor(values, dtype=images.dtype, device=images.device).expand(channels)[None]
+
+
+def _check_values(values: Sequence[float], dtype: torch.dtype) -> None:
+    """Raises ValueError where whole numbers cannot hold one of the values."""
+    if dtype.is_floating_point:
+        return
+    info = torch.iinfo(dtype) if dtype != torch.bool else None
+    low, high = (0, 1) if info is None else (info.min, info.max)
+    for value in values:
+        if not low <= value <= high or value != math.floor(value):
+            raise ValueError(f"fill must be a value of the images' dtype {dtype}, not {value}")
 
 
 # 3. Eager autograd.

@@ -66,7 +66,7 @@ def check_weight(weight: Any, logits: Tensor, dtype: torch.dtype) -> Tensor:
 
 def check_temperature(temperature: Any) -> float:
     """Returns ``temperature`` as a float above 0, infinity included."""
-    if isinstance(temperature, (Tensor, str, bool)):
+    if isinstance(temperature, (Tensor, str, bool)) or not hasattr(temperature, "__float__"):
         raise TypeError(f"temperature must be a number, but got {type(temperature).__name__}")
     value = float(temperature)
     if not value > 0:

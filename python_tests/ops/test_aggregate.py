@@ -189,6 +189,18 @@ def large() -> list[Tensor]:
     return [weighted_mean(vectors, weights), weighted_mean(vectors[:3], weights[:3]), plain.mean(), exact.mean()]
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+def test_weights_learn_beside_a_vector_of_weight_zero_that_is_not_finite(name: str) -> None:
+    """It is no part of the mean; only its own weight's gradient is not finite."""
+    vectors = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]), torch.full((2,), math.nan)]
+    weights = torch.tensor([1.0, 1.0, 0.0], requires_grad=True)
+    with using(name):
+        weighted_mean(vectors, weights).sum().backward()
+    assert weights.grad is not None
+    assert weights.grad[:2].tolist() == [-1, 1]
+    assert weights.grad[2].isnan()
+
+
 def test_same_bits_for_every_run_thread_count_and_isa() -> None:
     before = torch.get_num_threads()
     try:
@@ -227,6 +239,8 @@ WRONG = [
     (([V[0], torch.ones(4, 1)], [1, 1]), {}, ValueError, r"vectors\[1\] must have shape \[P\], not \[4, 1\]"),
     (([V[0], [1.0]], [1, 1]), {}, TypeError, r"vectors\[1\] must be a tensor, not list"),
     ((V, [1]), {}, ValueError, "weights must have one value for each of the 2 vectors, not 1"),
+    ((V, None), {}, TypeError, "weights must be numbers or a tensor, not NoneType"),
+    ((V, "12"), {}, TypeError, "weights must be numbers or a tensor, not str"),
     ((V, torch.ones(3)), {}, ValueError, r"weights must have shape \[2\], not \[3\]"),
     ((V, [1, -1]), {}, ValueError, r"weights\[1\] must be finite and not negative, not -1"),
     ((V, [1, math.nan]), {}, ValueError, r"weights\[1\] must be finite and not negative, not nan"),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from operator_cases import BACKENDS, using
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fedkern.ops import Accumulator
 
@@ -114,6 +115,23 @@ def test_state_continues_bit_for_bit(exact: bool) -> None:
         one.mean()
     one.add(vectors[0], 2.0)
     assert torch.equal(one.mean(), vectors[0])
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_means_where_memory_is_not_what_it_seems(exact: bool) -> None:
+    """Kernels write through pointers: not under another default device, a transform, or to a fake tensor."""
+    accumulator = Accumulator(3, exact=exact)
+    accumulator.add(torch.tensor([1.0, 2.0, 3.0]))
+    with torch.device("meta"):
+        assert accumulator.mean().tolist() == [1, 2, 3]
+    value, tangent = torch.func.jvp(lambda x: accumulator.mean() * x, (torch.ones(3),), (torch.ones(3),))
+    assert value.tolist() == tangent.tolist() == [1, 2, 3]
+    with FakeTensorMode() as mode:
+        fake = torch.empty(3)
+    with pytest.raises(AssertionError, match="FakeTensor"):  # torch's own words for a real sum and a fake result
+        accumulator.mean(out=fake)
+    with mode, pytest.raises(AssertionError, match="FakeTensor"):
+        accumulator.mean()
 
 
 def test_wrong_arguments_of_the_accumulator() -> None:

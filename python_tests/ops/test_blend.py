@@ -174,6 +174,32 @@ def test_layouts(name: str, dtype: torch.dtype, one: str, two: str) -> None:
         assert b.grad.is_contiguous(memory_format=torch.channels_last)
 
 
+ONE_SAMPLE = {
+    "contiguous": lambda: torch.randn(1, 3, 4, 5),
+    "sliced": lambda: torch.randn(1, 3, 4, 9)[..., 2:7],
+    "sliced_rows": lambda: torch.randn(1, 70)[:, 5:65].view(1, 3, 4, 5),
+    "batch_last": lambda: torch.randn(3, 4, 5, 1).permute(3, 0, 1, 2),
+    "channels_last": lambda: torch.randn(1, 3, 4, 5).to(memory_format=torch.channels_last),
+}
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("layout", ONE_SAMPLE)
+@pytest.mark.parametrize("sums", [True, False], ids=["of a sum", "of maps"])
+def test_one_sample_against_many_backgrounds(name: str, layout: str, sums: bool) -> None:
+    """The batch axis of a single sample has any stride: its result's, by which the background's gradient was made."""
+    foreground, background = ONE_SAMPLE[layout](), torch.randn(6, 3, 4, 5, requires_grad=True)
+    grad = torch.ones(()).expand(1, 3, 4, 5) if sums else torch.randn(1, 3, 4, 5)
+    with using(name):
+        out = blend(foreground.requires_grad_(), background, 0.25, index=torch.tensor([4]))
+        by_foreground, by_background = torch.autograd.grad(out, (foreground, background), grad)
+    expected = torch.zeros(6, 3, 4, 5)
+    expected[4] = 0.75 * grad[0]
+    torch.testing.assert_close(by_background, expected)
+    torch.testing.assert_close(by_foreground, 0.25 * grad)
+    assert by_background.untyped_storage().nbytes() >= expected.numel() * 4
+
+
 @needs_core
 @pytest.mark.parametrize("isa", [name for name in KERNELS if name.startswith("cpu")])
 @pytest.mark.parametrize(("dtype", "index_kind"), [(torch.float32, "repeated"), (torch.bfloat16, "many")])
@@ -256,6 +282,8 @@ WRONG = [
     ((X, X), {"index": torch.tensor([0, 3, 1])}, ValueError, r"index must be in \[0, 3\).*index\[1\] is 3"),
     ((X, X), {"index": torch.tensor([0, 1, -1])}, ValueError, r"index\[2\] is -1"),
     ((X, X, 1.5), {}, ValueError, r"alpha must be in \[0, 1\], not 1.5"),
+    ((X, X, "x"), {}, TypeError, "alpha must be a number or a tensor, not str"),
+    ((X, X, None), {}, TypeError, "alpha must be a number or a tensor, not NoneType"),
     ((X, X, float("nan")), {}, ValueError, r"alpha must be in \[0, 1\], not nan"),
     ((X, X, torch.zeros(2)), {}, ValueError, r"alpha must have shape \[3\] or \[\], not \[2\]"),
     ((X, X, torch.zeros(3, dtype=torch.int64)), {}, TypeError, "alpha must be float32.*not torch.int64"),

@@ -239,6 +239,10 @@ WRONG = [
     ((X, B, torch.zeros(3, requires_grad=True)), ValueError, "fill is a constant and takes no gradient"),
     ((X.byte(), B, 256), ValueError, "fill must be a value of the images' dtype torch.uint8, not 256"),
     ((X.byte(), B, 0.5), ValueError, "fill must be a value of the images' dtype torch.uint8, not 0.5"),
+    ((X.byte(), B, torch.tensor(300.0)), ValueError, "fill must be a value of the images' dtype torch.uint8, not 300"),
+    ((X, B, None), TypeError, "fill must be a number, one per channel, or a tensor, not NoneType"),
+    ((X, B, "ab"), TypeError, "fill must be a number, one per channel, or a tensor, not str"),
+    ((X, None), TypeError, "boxes must be a tensor or a list of tensors, not NoneType"),
 ]
 
 

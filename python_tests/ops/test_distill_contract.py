@@ -315,6 +315,8 @@ def test_wrong_arguments() -> None:
         (r"temperature must be above 0.*is 0", ValueError, {"temperature": 0}),
         (r"temperature must be above 0.*is -1", ValueError, {"temperature": -1.0}),
         (r"temperature must be above 0.*nan", ValueError, {"temperature": math.nan}),
+        (r"temperature must be a number.*NoneType", TypeError, {"temperature": None}),
+        (r"temperature must be a number.*list", TypeError, {"temperature": [1.0]}),
         (r"temperature must be a number.*Tensor", TypeError, {"temperature": torch.tensor(1.0)}),
         (r'reduction must be "none", "sum" or "batchmean", but is \'mean\'', ValueError, {"reduction": "mean"}),
         (r"weight must have shape \[4\].*\[3\]", ValueError, {"weight": torch.ones(3)}),

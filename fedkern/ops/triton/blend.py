@@ -238,8 +238,7 @@ class TritonBlend:
     ) -> Gradients:
         """The gradients that ``needs`` (foreground, background, alpha) asks for, laid out as the result was."""
         shape, device = grad.shape, grad.device
-        if strides is None:
-            strides = output_strides(shape, grad.stride())
+        strides = output_strides(shape, grad.stride() if strides is None else strides)
         grad = in_layout(grad, strides)
         index = None if index is None else index.contiguous()
         own = torch.empty_strided(shape, strides, dtype=grad.dtype, device=device) if needs[0] else None
