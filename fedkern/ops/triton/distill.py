@@ -23,11 +23,13 @@ from fedkern.ops.triton.rows import (
     Rows,
     Steps,
     finish,
+    hand_over,
     readable,
     row_steps_of,
     share,
     statistics_kernel,
     steps_of,
+    writable,
 )
 
 
@@ -90,7 +92,8 @@ class TritonDistill(Recomputes, Mixtures):
     ) -> Tensor | None:
         dtype, reduction = result_dtype(student, other, teacher), settings.reduction
         compute, device = compute_dtype(dtype), student.device
-        to_student, to_other, to_teacher = gradients
+        wanted, (to_student, to_other, to_teacher) = gradients, (writable(x) for x in gradients)
+        gradients = (to_student, to_other, to_teacher)
         rows = row_count(student)
         result = None
         if forward:
@@ -150,6 +153,7 @@ class TritonDistill(Recomputes, Mixtures):
             run(gradients, losses, raw, total)
             if total is not None and result is not None and total is not result:
                 finish(total, result, count)
+            hand_over(gradients, wanted)
             return result
 
         # Rows in parts: statistics first, then the rows' losses where they are asked for or a gradient needs them.
@@ -177,6 +181,7 @@ class TritonDistill(Recomputes, Mixtures):
                     finish(losses.to(torch.float64), result, count)
         if any(x is not None for x in gradients):
             run(gradients, None, None, None, parts, values)
+            hand_over(gradients, wanted)
         return result
 
     def _row_values(self, student: Tensor, teacher: Tensor, settings: Divergence) -> Tensor:
@@ -206,6 +211,7 @@ class TritonDistill(Recomputes, Mixtures):
             if result is not None:
                 result.zero_()
             return
+        wanted, gradient = gradient, writable(gradient)
         logits, grad = readable(logits, gradient), _readable_rows(grad)
         by_row = row_steps_of(grad) if reduction == NONE else Steps(0, 0, 0)
         assert by_row is not None
@@ -232,6 +238,7 @@ class TritonDistill(Recomputes, Mixtures):
             run(gradient, result if reduction == NONE else None, total)
             if total is not None and result is not None and total is not result:
                 finish(total, result, count)
+            hand_over((gradient,), (wanted,))
             return
         parts = _statistics([logits], [steps], plan, 1.0, compute)
         losses = torch.empty(rows, plan.splits, dtype=compute, device=device)
@@ -244,6 +251,7 @@ class TritonDistill(Recomputes, Mixtures):
                 finish(losses.to(torch.float64), result, count)
         if gradient is not None:
             run(gradient, None, None, parts, values)
+            hand_over((gradient,), (wanted,))
 
 
 def _empty_result(logits: Tensor, dtype: torch.dtype, reduction: int) -> Tensor:

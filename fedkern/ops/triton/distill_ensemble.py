@@ -17,7 +17,19 @@ from fedkern.ops.distill_reference import compute_dtype, result_dtype
 from fedkern.ops.triton.distill_members import stack_kernel
 from fedkern.ops.triton.distill_mixture import members_kernel, mixture_kernel
 from fedkern.ops.triton.launch import double_bits, launch
-from fedkern.ops.triton.rows import COMPUTE, SERIES, Rows, Steps, finish, row_steps_of, share, steps_of
+from fedkern.ops.triton.rows import (
+    COMPUTE,
+    SERIES,
+    Rows,
+    Steps,
+    finish,
+    hand_over,
+    readable,
+    row_steps_of,
+    share,
+    steps_of,
+    writable,
+)
 
 _NONE = Steps(0, 0, 0)
 
@@ -146,9 +158,11 @@ def _ensemble(
         return
     dtype = result_dtype(student, None, teachers)
     compute = compute_dtype(dtype)
-    to_student, to_teachers, to_weights = gradients
-    student, teachers = _readable(student, to_student, 1), _readable(teachers, to_teachers, 2)
-    weights, grad = _readable(weights, None, 2), _readable_rows(grad)
+    wanted, (to_student, to_teachers, to_weights) = gradients, gradients
+    to_student, to_teachers = writable(to_student), writable(to_teachers, 2)
+    gradients = (to_student, to_teachers, to_weights)
+    student, teachers = readable(student, to_student), readable(teachers, to_teachers, 2)
+    weights, grad = None if weights is None else readable(weights, None, 2), _readable_rows(grad)
     plan, steps = share(
         student,
         [
@@ -180,6 +194,7 @@ def _ensemble(
     )  # fmt: skip
     if total is not None and result is not None and total is not result:
         finish(total, result, rows if reduction == BATCHMEAN else 1)
+    hand_over(gradients, wanted)
 
 
 def _stack(
@@ -202,8 +217,10 @@ def _stack(
         return
     dtype = logits.dtype if student is None else result_dtype(student, None, logits)
     compute, device = compute_dtype(dtype), logits.device
-    to_student, to_logits, to_weights = gradients
-    logits, student = _readable(logits, to_logits, 2), _readable(student, to_student, 1)
+    wanted, (to_student, to_logits, to_weights) = gradients, gradients
+    to_student, to_logits = writable(to_student), writable(to_logits, 2)
+    gradients = (to_student, to_logits, to_weights)
+    logits, student = readable(logits, to_logits, 2), None if student is None else readable(student, to_student)
     weights, grad, more_grad = _readable_members(weights), _readable_rows(grad), _readable_rows(more_grad)
     each = reduction == NONE
     plan, steps = share(
@@ -237,6 +254,7 @@ def _stack(
     for total, result in zip(totals, results, strict=True):
         if total is not None and result is not None and total is not result:
             finish(total, result, rows if reduction == BATCHMEAN else 1)
+    hand_over(gradients, wanted)
 
 
 def _members(
@@ -289,14 +307,6 @@ def _clear(*tensors: Tensor | None) -> None:
     for x in tensors:
         if x is not None:
             x.zero_()
-
-
-def _readable(x: Any, like: Tensor | None, axis: int) -> Any:
-    if x is None:
-        return None
-    if like is not None and x.stride() != like.stride():
-        return torch.empty_like(like, dtype=x.dtype).copy_(x)
-    return x if steps_of(x, axis) is not None else x.contiguous()
 
 
 def _readable_rows(x: Tensor | None) -> Tensor | None:

@@ -201,11 +201,28 @@ def row_steps_of(x: Tensor | None) -> Steps | None:
     return Steps(0, 0, 0) if x is None else steps_of(x.unsqueeze(1))
 
 
-def readable(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """``x``, copied where one stride does not lead through its positions or a gradient ``like`` it has other ones."""
-    if like is not None and x.stride() != like.stride():
-        return torch.empty_like(like, dtype=x.dtype).copy_(x)
-    return x if x.dim() == 2 or steps_of(x) is not None else x.contiguous()
+def readable(x: Tensor, gradient: Tensor | None = None, axis: int = 1) -> Tensor:
+    """``x`` as one stride leads through its positions, and with the strides of its :func:`writable` ``gradient``."""
+    if gradient is not None and x.stride() != gradient.stride():
+        return torch.empty_like(gradient, dtype=x.dtype).copy_(x)
+    return x if x.dim() == axis + 1 or steps_of(x, axis) is not None else x.contiguous()
+
+
+def writable(gradient: Tensor | None, axis: int = 1) -> Tensor | None:
+    """Where a kernel writes ``gradient``: itself, or memory of its own where no one stride leads through its positions.
+
+    A kernel writes gradients at the places where it reads the logits; :func:`hand_over` copies them where they belong.
+    """
+    if gradient is None or gradient.dim() == axis + 1 or steps_of(gradient, axis) is not None:
+        return gradient
+    return torch.empty_like(gradient, memory_format=torch.contiguous_format)
+
+
+def hand_over(written: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> None:
+    """Copies what was not written into ``gradients`` themselves."""
+    for one, other in zip(written, gradients, strict=True):
+        if one is not None and other is not None and one is not other:
+            other.copy_(one)
 
 
 def share(

@@ -67,6 +67,17 @@ def test_entropy_of_rows_in_parts(reduction: str) -> None:
         compare(ops.entropy(x, reduction=reduction), [x], entropy_reference(exact, reduction=reduction), [exact])
 
 
+@pytest.mark.usefixtures("_parts")
+def test_rows_in_parts_of_maps_without_one_stride() -> None:
+    tensors = [torch.randn(2, 150, 3, 5).mT.contiguous().mT.requires_grad_() for _ in range(3)]
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    with using("triton"):
+        one, two, teacher = exact
+        wanted = kl_div_reference(one, teacher, other=two, reverse=True)
+        compare(ops.dual_kl(*tensors, direction="student"), tensors, wanted, exact)
+        compare(ops.entropy(tensors[0]), tensors[:1], entropy_reference(exact[0]), exact[:1])
+
+
 ENSEMBLES = pairwise(
     {
         "mix": (PROBS, LOGITS, MEAN),
