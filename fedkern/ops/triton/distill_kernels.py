@@ -154,7 +154,7 @@ def divergence_kernel(
             tl.store(raw + row * splits + split, tl.where(kept, loss, 0.0), mask=valid)
         loss = tl.where(kept, loss * by_row, 0.0)
         if losses is not None:
-            tl.store(losses + row * splits + split, loss.to(losses.dtype.element_ty), mask=valid)
+            tl.store(losses + row * splits + split, narrow(loss, losses), mask=valid)
         if total is not None:
             sum_ = tl.sum(loss.to(tl.float64), axis=0)
             if MEAN:
@@ -182,7 +182,7 @@ def divergence_kernel(
             if to_student is not None:
                 place = at_student[:, None] + (column * student_column)[None, :]
                 value = tl.where(kept_, factor * by_student, 0.0)
-                tl.store(to_student + place, value.to(to_student.dtype.element_ty), mask=mask)
+                tl.store(to_student + place, narrow(value, to_student), mask=mask)
             if other is not None:
                 if not WHOLE:
                     z = load_tile(other, at_other, other_column, column, mask, classes, COMPUTE)
@@ -196,8 +196,8 @@ def divergence_kernel(
                 if to_other is not None:
                     place = at_other[:, None] + (column * other_column)[None, :]
                     value = tl.where(kept_, factor * by_other, 0.0)
-                    tl.store(to_other + place, value.to(to_other.dtype.element_ty), mask=mask)
+                    tl.store(to_other + place, narrow(value, to_other), mask=mask)
             if to_teacher is not None:
                 place = at_teacher[:, None] + (column * teacher_column)[None, :]
                 value = tl.where(kept_, factor * by_teacher, 0.0)
-                tl.store(to_teacher + place, value.to(to_teacher.dtype.element_ty), mask=mask)
+                tl.store(to_teacher + place, narrow(value, to_teacher), mask=mask)

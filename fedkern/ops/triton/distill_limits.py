@@ -50,7 +50,7 @@ def entropy_kernel(
             term = tl.exp(log_p) * tl.where(log_p == float("-inf"), 0.0, log_p)
             value -= tl.sum(tl.where((column < last)[None, :], term, 0.0), axis=1)
         if losses is not None:
-            tl.store(losses + row * splits + split, value.to(losses.dtype.element_ty), mask=valid)
+            tl.store(losses + row * splits + split, narrow(value, losses), mask=valid)
         if total is not None:
             whole = tl.sum(tl.where(valid, value, 0.0).to(tl.float64), axis=0)
             if MEAN:
@@ -69,7 +69,7 @@ def entropy_kernel(
             log_p = (x - top[:, None]) - log_total[:, None]
             by_x = tl.where(log_p == float("-inf"), 0.0, -tl.exp(log_p) * (log_p + value[:, None]))
             place = offset[:, None] + (column * class_stride)[None, :]
-            tl.store(to_logits + place, (factor[:, None] * by_x).to(to_logits.dtype.element_ty), mask=mask)
+            tl.store(to_logits + place, narrow(factor[:, None] * by_x, to_logits), mask=mask)
 
 
 @triton.jit
@@ -156,7 +156,7 @@ def limit_kernel(
             tl.store(raw + row, tl.where(kept, loss, 0.0), mask=valid)
         loss = tl.where(kept, loss * by_row, 0.0)
         if losses is not None:
-            tl.store(losses + row, loss.to(losses.dtype.element_ty), mask=valid)
+            tl.store(losses + row, narrow(loss, losses), mask=valid)
         if total is not None:
             sum_ = tl.sum(loss.to(tl.float64), axis=0)
             if MEAN:
@@ -177,7 +177,7 @@ def limit_kernel(
             by_teacher = tl.where(real & kept_, factor * ((d - one[:, None]) / one_number[:, None]), 0.0)
             if to_student is not None:
                 place = at_student[:, None] + (column * student_column)[None, :]
-                tl.store(to_student + place, (-by_teacher).to(to_student.dtype.element_ty), mask=mask)
+                tl.store(to_student + place, narrow(-by_teacher, to_student), mask=mask)
             if other is not None:
                 d, real = _difference(
                     teacher, other, at_teacher, at_other, teacher_column, other_column, column, mask, classes, COMPUTE
@@ -186,7 +186,7 @@ def limit_kernel(
                 by_teacher += more
                 if to_other is not None:
                     place = at_other[:, None] + (column * other_column)[None, :]
-                    tl.store(to_other + place, (-more).to(to_other.dtype.element_ty), mask=mask)
+                    tl.store(to_other + place, narrow(-more, to_other), mask=mask)
             if to_teacher is not None:
                 place = at_teacher[:, None] + (column * teacher_column)[None, :]
-                tl.store(to_teacher + place, by_teacher.to(to_teacher.dtype.element_ty), mask=mask)
+                tl.store(to_teacher + place, narrow(by_teacher, to_teacher), mask=mask)

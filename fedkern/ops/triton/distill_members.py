@@ -150,9 +150,9 @@ def stack_kernel(
         limit = bound.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
         first_value = tl.where(first_value > limit, limit, first_value)
     if losses is not None:
-        tl.store(losses + row, first_value.to(losses.dtype.element_ty), mask=valid)
+        tl.store(losses + row, narrow(first_value, losses), mask=valid)
     if more_losses is not None:
-        tl.store(more_losses + row, second_value.to(more_losses.dtype.element_ty), mask=valid)
+        tl.store(more_losses + row, narrow(second_value, more_losses), mask=valid)
     if total is not None:
         sum_ = tl.sum(tl.where(valid, first_value, 0.0).to(tl.float64), axis=0)
         if MEAN:
@@ -185,7 +185,7 @@ def stack_kernel(
                 )  # fmt: skip
                 sum_ += tl.where(share == 0, 0.0, share * by_other)
             place = at_student[:, None] + (column * student_column)[None, :]
-            tl.store(to_student + place, ((t * factor)[:, None] * sum_).to(to_student.dtype.element_ty), mask=mask)
+            tl.store(to_student + place, narrow((t * factor)[:, None] * sum_, to_student), mask=mask)
 
     if to_teachers is not None or to_weights is not None:
         for k_ in range(count):
@@ -229,7 +229,7 @@ def stack_kernel(
                             by_x = factor[:, None] * _by_p(p, u, own)
                         by_x = tl.where((share == 0)[:, None], 0.0, by_share * by_x)
                         place = (at_teacher + k * teacher_stride)[:, None] + (column * teacher_column)[None, :]
-                        tl.store(to_teachers + place, by_x.to(to_teachers.dtype.element_ty), mask=mask)
+                        tl.store(to_teachers + place, narrow(by_x, to_teachers), mask=mask)
             if to_weights is not None:
                 if CONSENSUS:
                     by_weight = factor * (cross - mixed_value) + more_factor * (own - value)

@@ -212,7 +212,7 @@ def mixture_kernel(
         terms, _, _, _ = _divergence(mixed, near, log_ratio, p_top, p_log, gap, y, q_top, q_log, scale, TERMS, TINY)
         value += tl.sum(tl.where((column < classes)[None, :], terms, 0.0), axis=1)
     if losses is not None:
-        tl.store(losses + row, (t * t * value).to(losses.dtype.element_ty), mask=valid)
+        tl.store(losses + row, narrow(t * t * value, losses), mask=valid)
     if total is not None:
         sum_ = tl.sum(tl.where(valid, t * t * value, 0.0).to(tl.float64), axis=0)
         if MEAN:
@@ -239,7 +239,7 @@ def mixture_kernel(
                 )
                 place = at_student[:, None] + (column * student_column)[None, :]
                 by_y = (t * factor)[:, None] * by_y
-                tl.store(to_student + place, by_y.to(to_student.dtype.element_ty), mask=mask)
+                tl.store(to_student + place, narrow(by_y, to_student), mask=mask)
         if to_teachers is not None or to_weights is not None:
             for k_ in range(count):
                 k = tl.cast(k_, tl.int64)
@@ -296,7 +296,7 @@ def mixture_kernel(
                                     own = (own - p_k * inner_sum[:, None]) * scale
                                 own = tl.where((used > 0)[:, None] & (x != float("-inf")), own, 0.0)
                                 place = (at_teacher + k * teacher_stride)[:, None] + (column * teacher_column)[None, :]
-                                tl.store(to_teachers + place, own.to(to_teachers.dtype.element_ty), mask=mask)
+                                tl.store(to_teachers + place, narrow(own, to_teachers), mask=mask)
                             if to_weights is not None and BY_CLASS:
                                 place = (at_by + k * by_stride)[:, None] + (column * by_column)[None, :]
                                 each = (by_share - back) / tl.where(present, sum_of_weights, 1.0)
