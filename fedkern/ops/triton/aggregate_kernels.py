@@ -14,7 +14,7 @@ from fedkern.ops.triton.rows import narrow
 
 @triton.jit
 def _double(bits):
-    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+    return tl.cast(bits, tl.int64).to(tl.float64, bitcast=True)
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def starts_of(offsets, row_stride, member, COUNT: tl.constexpr):
     start = member.to(tl.int64) * row_stride
     if COUNT > 0:
         for k in tl.static_range(COUNT):
-            start = tl.where(member == k, offsets[k].to(tl.int64), start)
+            start = tl.where(member == k, tl.cast(offsets[k], tl.int64), start)
     return start
 
 

@@ -54,7 +54,8 @@ def fill_kernel(
     program = tl.program_id(0)
     image = (program // tiles).to(tl.int64)
     pixel = (program % tiles).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
-    valid = pixel < height.to(tl.int64) * width
+    # cast(), not to(): where a size is 1, Triton hands kernels the number itself
+    valid = pixel < tl.cast(height, tl.int64) * width
     i, j = pixel // width, pixel % width
     y, x = i.to(COMPARE) + 0.5, j.to(COMPARE) + 0.5
     inside = pixel < 0

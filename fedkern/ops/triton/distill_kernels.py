@@ -94,7 +94,7 @@ def divergence_kernel(
             z_top, z_log = softmax_of(z, scale)
     elif tops is not None:
         x_top, x_log = gather(tops, totals, row, valid, splits, scale, SPLITS)
-        part = all_rows.to(tl.int64) * splits
+        part = tl.cast(all_rows, tl.int64) * splits
         y_top, y_log = gather(tops + part, totals + part, row, valid, splits, scale, SPLITS)
         if other is not None:
             z_top, z_log = gather(tops + 2 * part, totals + 2 * part, row, valid, splits, scale, SPLITS)

@@ -145,7 +145,7 @@ def sums_kernel(
     start = starts_of(starts, 0, m, COUNT)
     to_scale = tl.zeros([CHANNELS, PLACES], tl.float64)
     to_shift = tl.zeros([CHANNELS, PLACES], tl.float64)
-    size = batch.to(tl.int64) * positions
+    size = tl.cast(batch, tl.int64) * positions
     in_grad = own if MEAN else channel
     for begin in range(split * span, tl.minimum((split + 1) * span, size), PLACES):
         q = (begin + tl.arange(0, PLACES))[None, :]

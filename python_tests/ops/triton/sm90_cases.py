@@ -63,9 +63,10 @@ def cases(full: bool) -> Iterator[Case]:
     Otherwise some of them, spread over all, that compile in less than a minute.
     """
     families = (
-        blend_cases, boxes_cases, contrast_cases, distill_cases, ensemble_cases, aggregate_cases, fuse_cases,
+        blend_cases, boxes_cases, contrast_cases, distill_cases, ensemble_cases, aggregate_cases, fuse_cases, size_one,
+
     )  # fmt: skip
-    for family, step in zip(families, (2, 2, 1, 3, 2, 1, 1), strict=True):
+    for family, step in zip(families, (2, 2, 1, 3, 2, 1, 1, 1), strict=True):
         yield from itertools.islice(family(full), 0, None, 1 if full else step)
 
 
@@ -289,3 +290,44 @@ def fuse_cases(full: bool) -> Iterator[Case]:
                         )
                     if full:
                         yield f"{label} forward alone", lambda: kernel.forward(maps, None, None, False, mean)
+
+
+def size_one(full: bool) -> Iterator[Case]:
+    """Triton hands kernels an argument that is 1 as a Python number, which has no ``.to()``."""
+    boxes, distill, aggregate, fuse = TritonBoxes(), TritonDistill(), TritonAggregate(), TritonFuse()
+    for shape in ((2, 3, 1, 8), (2, 3, 8, 1), (1, 1, 8, 8), (1, 1, 1, 1))[: 4 if full else 1]:
+        images = torch.empty(shape)
+        corners, fill = torch.zeros(shape[0], 1, 4), torch.zeros(1, shape[1])
+        yield f"boxes {list(shape)}", lambda: boxes.fill(images, corners, fill, False, torch.empty_like(images))
+    for shape in ((1, 100_000), (1, 1), (3, 1), (1, 3, 1, 1))[: 4 if full else 1]:
+        x, one = torch.empty(shape), torch.empty(())
+        settings = Divergence(2.0, False, BATCHMEAN)
+        yield f"distill {list(shape)}", lambda: distill.divergence_forward(x, None, x, None, settings)
+        needs = (True, False, True, False)
+        yield f"distill {list(shape)}", lambda: distill.divergence_backward(one, x, None, x, None, settings, needs)
+    rows = list(torch.empty(20, 1))
+    weights = [1.0] * len(rows)
+    factors = torch.empty(len(rows), dtype=torch.float64)
+    settings_ = ServerRule(0, 1.0, 0.9, 0.99, 1e-3)
+    yield "aggregate [1] weighted_mean", lambda: aggregate.weighted_mean(rows, weights, None)
+    yield (
+        "aggregate [1] server_step",
+        lambda: aggregate.server_step(rows[0], rows, weights, settings_, None, None, None),
+    )
+    yield "aggregate [1] median", lambda: aggregate.weighted_median(rows, weights)
+    yield "aggregate [1] pairs", lambda: aggregate.squared_distances(rows)
+    yield "aggregate [1] norms", lambda: aggregate.squared_norms(rows)
+    yield "aggregate [1] noise", lambda: aggregate.scale_and_noise(rows, factors, 0.1, 1, 0)
+    beside = list(torch.empty(101).as_strided((2, 100), (1, 1)))
+    yield "aggregate beside weighted_median", lambda: aggregate.weighted_median(beside, [1.0, 2.0])
+    for count, shape in ((2, (3, 1, 4, 4)), (1, (1, 3, 4, 4)), (2, (1, 1, 1, 1)))[: 3 if full else 2]:
+        maps, vector = [torch.empty(shape) for _ in range(count)], torch.empty(count * shape[1])
+        grad = torch.empty((shape[0], shape[1] * count, *shape[2:]))
+        for vectors in (False, True):
+            wanted = FuseNeeds((not vectors,) * count, vectors, vectors)
+            yield (
+                f"fuse {count} {list(shape)}",
+                lambda: fuse.backward(grad, maps, None, vector, vector, True, False, [shape[1]] * count, wanted, False),
+            )
+        for mean in (False, True):
+            yield f"fuse {count} {list(shape)}", lambda: fuse.forward(maps, vector, vector, True, mean)
