@@ -12,7 +12,7 @@ from fedkern.ops.aggregate_checks import Vectors, deliver, direct_target
 from fedkern.ops.aggregate_kernels import ServerRule, Weights
 from fedkern.ops.aggregate_plain import PlainAggregate
 from fedkern.ops.aggregate_robust_reference import HALF
-from fedkern.ops.triton.aggregate_kernels import add_kernel, divide_kernel, mean_kernel, step_kernel
+from fedkern.ops.triton.aggregate_kernels import add_kernel, divide_kernel, encoded, mean_kernel, step_kernel
 from fedkern.ops.triton.aggregate_order import distances_kernel, noise_kernel, pairs_kernel, rank_kernel
 from fedkern.ops.triton.launch import cdiv, double_bits, launch, power_of_two, processors
 
@@ -24,9 +24,6 @@ UNROLLED = 16
 MEMBERS = 64
 # server_step needs all in one launch: so many parameters fit.
 MOST = 128
-
-# Minus zero: its bits do not fit 32, so that a weight's type does not depend on its value.
-_NOTHING = -(1 << 63)
 
 
 class TritonAggregate(PlainAggregate):
@@ -213,11 +210,11 @@ def _filled(rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _parameters(weights: Weights) -> Tensor | tuple[int, ...]:
-    """Weights as kernel parameters: the tensor on the device, or the bits of numbers, filled up likewise."""
+    """Weights as kernel parameters: the tensor on the device, or the codes of numbers, filled up likewise."""
     if isinstance(weights, Tensor):
         return weights
-    bits = [double_bits(weight) if weight else _NOTHING for weight in weights]
-    return (*bits, *[_NOTHING] * (power_of_two(len(bits)) - len(bits)))
+    codes = [encoded(weight) for weight in weights]
+    return (*codes, *[encoded(0.0)] * (power_of_two(len(codes)) - len(codes)))
 
 
 def _bits(shares: Tensor | tuple[int, ...]) -> int:

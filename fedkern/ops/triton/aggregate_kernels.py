@@ -1,7 +1,7 @@
 """The means in Triton: the weighted one, the running one, and server_step; their launcher is in aggregate.py.
 
-Vectors are a tuple of pointers, of weights given as the bits of doubles (both kernel parameters: nothing is copied to
-the device), or one pointer to a stack with weights in memory.  Sums are taken in fp64, vectors in ascending order.
+Vectors are a tuple of pointers, of weights given as :func:`encoded` doubles (both kernel parameters: nothing is copied
+to the device), or one pointer to a stack with weights in memory.  Sums are taken in fp64, vectors in ascending order.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fedkern.ops.triton.launch import double_bits
 from fedkern.ops.triton.rows import narrow
 
 
@@ -21,6 +22,17 @@ def _double(bits):
 def _wide(x):
     """A load as fp64; 16-bit types by way of fp32."""
     return x if x.dtype == tl.float64 else x.to(tl.float32).to(tl.float64)
+
+
+# Triton makes another kernel for a number of a tuple that is 1, divisible by 16, or fits 32 bits. Codes of weights do
+# neither: they are odd, and large unless a weight is near 1.1e-308.
+MARK = tl.constexpr(1 << 52)
+
+
+def encoded(weight: float) -> int:
+    """All bits of a double that is not negative, moved up by one, as a number that no kernel is specialised on."""
+    code = (double_bits(abs(weight)) << 1 | 1) ^ MARK.value
+    return code - (1 << 64) if code >> 63 else code
 
 
 @triton.jit
@@ -37,9 +49,10 @@ def starts_of(offsets, row_stride, member, COUNT: tl.constexpr):
 def weights_of(weights, member, count, BITS: tl.constexpr):
     """The weights of ``member [MEMBERS]``, 0 past the last, from kernel parameters or from memory."""
     if BITS > 0:
-        share = tl.zeros_like(member).to(tl.float64)
+        code = tl.zeros_like(member).to(tl.int64) + (MARK + 1)
         for k in tl.static_range(BITS):
-            share = tl.where(member == k, _double(weights[k]), share)
+            code = tl.where(member == k, tl.cast(weights[k], tl.int64), code)
+        share = (((code ^ MARK) >> 1) & 0x7FFFFFFFFFFFFFFF).to(tl.float64, bitcast=True)
     else:
         share = tl.load(weights + member, mask=member < count, other=0).to(tl.float64)
     return share

@@ -64,9 +64,9 @@ def cases(full: bool) -> Iterator[Case]:
     """
     families = (
         blend_cases, boxes_cases, contrast_cases, distill_cases, ensemble_cases, aggregate_cases, fuse_cases, size_one,
-
+        weights_cases,
     )  # fmt: skip
-    for family, step in zip(families, (2, 2, 1, 3, 2, 1, 1, 1), strict=True):
+    for family, step in zip(families, (2, 2, 1, 3, 2, 1, 1, 1, 1), strict=True):
         yield from itertools.islice(family(full), 0, None, 1 if full else step)
 
 
@@ -331,3 +331,13 @@ def size_one(full: bool) -> Iterator[Case]:
             )
         for mean in (False, True):
             yield f"fuse {count} {list(shape)}", lambda: fuse.forward(maps, vector, vector, True, mean)
+
+
+def weights_cases(full: bool) -> Iterator[Case]:
+    """A round's weights are data: other ones must not need another kernel."""
+    kernel, rows = TritonAggregate(), list(torch.empty(8, 4096))
+    rule = ServerRule(0, 1.0, 0.9, 0.99, 1e-3)
+    for weights in ([1.0] * 8, [0.1, 1 / 3, 0.0, 2.0, 64.0, 5e-324, 1e300, 7 / 9], [20.5, *range(10, 17)]):
+        yield "weights weighted_mean", lambda: kernel.weighted_mean(rows, weights, None)
+        yield "weights median", lambda: kernel.weighted_median(rows, weights)
+        yield "weights server_step", lambda: kernel.server_step(rows[0], rows, weights, rule, None, None, None)

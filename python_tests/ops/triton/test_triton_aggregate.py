@@ -7,6 +7,7 @@ vectors than a launch takes.
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ if "triton" not in BACKENDS:
 
 from fedkern.ops.triton import aggregate as triton_aggregate
 from fedkern.ops.triton.aggregate import TritonAggregate
+from fedkern.ops.triton.aggregate_kernels import encoded
 
 KERNEL = TritonAggregate()
 COUNTS = (1, 2, 3, 8, 11)
@@ -57,6 +59,21 @@ def same(got: Tensor, expected: Tensor, relative: float = 1e-6) -> None:
     elif got.dtype is torch.float64:
         relative *= 1e-6
     torch.testing.assert_close(got, expected, rtol=relative, atol=relative, equal_nan=True)
+
+
+def test_weights_keep_all_bits() -> None:
+    """On their way through codes that are odd and need 64 bits, for which one kernel stands."""
+    tiny, least = 5e-324, sys.float_info.min
+    weights = [0.0, 1.0, 2.0, 64.0, 0.1, 1 / 3, tiny, 3 * tiny, least / 2, least, math.pi * 1e300, sys.float_info.max]
+    for weight in weights:
+        code = encoded(weight)
+        assert code % 2
+        assert -(1 << 63) <= code < 1 << 63
+        assert weight == least / 2 or not -(1 << 31) <= code < 1 << 31
+        vectors = torch.tensor([[weight], [0.0]], dtype=torch.float64)
+        # (w w + 1 * 0) / (w + 1), with the same roundings
+        got = KERNEL.weighted_mean(list(vectors), [weight, 1.0], None)
+        assert torch.equal(got, (vectors[0] * weight) / (weight + 1))
 
 
 @pytest.mark.parametrize("device_weights", [False, True])

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,11 @@ def test_no_kernel_spills() -> None:
 @pytest.mark.slow
 def test_no_kernel_spills_in_any_dtype_and_size_class() -> None:
     check(compile_all("--full"))
+
+
+def test_other_weights_need_no_other_kernel() -> None:
+    compiled = Counter(line["kernel"] for line in compile_all("--family", "weights"))
+    assert compiled == {"mean_kernel": 1, "rank_kernel": 1, "step_kernel": 1}
 
 
 def test_a_spill_would_be_seen() -> None:
