@@ -14,6 +14,7 @@ from fedkern.ops import backend
 from fedkern.ops.fuse_conv import core_for
 from fedkern.ops.fuse_layers import FusedConv, FusedLayer, FusedLinear, fuse_layers
 from fedkern.ops.fuse_lowering import FoldedBlocks, channels_last, concatenate, repeated, run_step, run_step_of
+from fedkern.ops.fuse_shapes import axes_named, axes_of, survey
 from fedkern.ops.fuse_table import LOWERINGS, choose
 from fedkern.ops.fuse_trace import check_alike
 
@@ -52,9 +53,12 @@ class FusedBlocks(nn.Module):
     ``X [B, M * c, H, W]``: its adaptors become one 1x1 convolution, its blocks run on their own channels of the result.
 
     Raises:
-        TypeError: a block holds a layer or does something that is not supported; the message names it.
+        TypeError: a block holds a layer or does something that is not supported; the message names it.  (forward) ``x``
+            is no tensor.
         ValueError: no blocks, or blocks of different structure or shapes.
-        RuntimeError: (forward) under torch.compile in training mode, batch norms with ``momentum=None``.
+        ValueError: (forward) ``x`` has another number of axes or channels than the blocks read, or is too small.
+        RuntimeError: (forward) ``x`` has another dtype or device than the weights: what the blocks raise; or batch
+            norms with ``momentum=None`` under torch.compile in training mode.
     """
 
     def __init__(
@@ -93,28 +97,36 @@ class FusedBlocks(nn.Module):
         # These compute the same in either mode, so that blocks of nothing else are folded while "training" too.
         self._modeless = all(isinstance(layer, (FusedConv, FusedLinear)) for layer in self._layers.values())
         self._folded = FoldedBlocks(self._steps, self._layers, self.count)
+        self._axes = axes_of(self._steps, self._layers)
         self._chosen: dict[tuple[Any, ...], str] = {}
+        self._surveyed: dict[torch.Size, bool] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns ``[B, M * C', ...]``; ``x`` is ``[B, C, ...]`` (``[B, M * C, ...]`` with ``shared=False``)."""
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor, not {type(x).__name__}")
         if x.dim() < 2 or (not self.shared and x.shape[1] % self.count):
-            raise ValueError(
-                f"x must have shape [B, {'C' if self.shared else f'{self.count} * C'}, ...], not {list(x.shape)}"
-            )
+            raise ValueError(f"x must have shape {axes_named(None, self.count, self.shared)}, not {list(x.shape)}")
+        if self._axes is not None and x.dim() not in self._axes:
+            wanted = axes_named(self._axes, self.count, self.shared)
+            raise ValueError(f"x must have shape {wanted}, not {list(x.shape)}")
         if not backend.eager(x):
             # A compiler or a transform looks on: plain operations, which it fuses or maps itself.
             return self._separate(x) if self.lowering == "separate" else self._grouped(x)
+        sizes = x.shape[1:]
+        direct = self._surveyed.get(sizes)
+        if direct is None:
+            direct = self._surveyed[sizes] = survey(self._steps, self._layers, self.count, x.shape, self.shared)
         training = self.training and not self._modeless
         folded = self.fold and not training and not (torch.is_grad_enabled() and self._recorded(x))
-        core = core_for(x) if folded and self.lowering in (None, "direct") and self._folded.fits(x) else None
+        direct = direct and folded and self.lowering in (None, "direct") and self._folded.by_sample
+        core = core_for(x) if direct else None
         way: str = self.lowering or self._choose(x, folded, core is not None)
         if not folded:
             return self._separate(x) if way == "separate" else self._grouped(x)
         with torch.no_grad():
             if way == "direct":
-                if core is not None:
+                if core is not None and self._folded.plain():
                     return self._folded.direct(core, x, self.shared)
                 way = self._choose(x, folded, False)
             if way == "grouped":

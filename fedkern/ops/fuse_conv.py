@@ -12,7 +12,7 @@ from fedkern.ops import backend
 from fedkern.ops.fuse_launch import CpuFuse
 from fedkern.ops.fuse_layers import FusedConv
 
-# csrc/cpu/fuse_conv.h: positions of a band of rows; wider maps take another way.
+# csrc/include/fedkern/fuse.h, kFuseConvColumns: a row of the map with its border; wider ones take another way.
 MAX_COLUMNS = 256
 
 
@@ -24,14 +24,18 @@ def core_for(x: Tensor) -> Any | None:
     return kernel.core if isinstance(kernel, CpuFuse) else None
 
 
-def fits(conv: FusedConv) -> bool:
-    """Whether the algorithm covers this convolution: one group, one stride and dilation, padding in numbers."""
+def fits(conv: FusedConv, columns: int) -> bool:
+    """Whether the algorithm covers this convolution where its result is ``columns`` wide.
+
+    It covers one group, one stride and dilation, padding in numbers.
+    """
     return (
         conv.groups == 1
-        and conv.part("weight", 0).numel() > 0
+        and math.prod(conv.shape) > 0
         and not isinstance(conv.padding, str)
         and conv.stride[0] == conv.stride[1]
         and conv.dilation[0] == conv.dilation[1]
+        and columns + (int(conv.kernel[1]) - 1) * conv.dilation[1] // conv.stride[1] <= MAX_COLUMNS
     )
 
 
@@ -62,7 +66,11 @@ class Weights(Protocol):
 def convolve(
     core: Any, held: Weights, x: Tensor, shared: bool, other: Tensor | None, other_shared: bool, relu: bool, out: Tensor
 ) -> None:
-    """``out = relu(conv(x) + bias + other)`` for all branches; ``x`` and ``out`` are contiguous within a sample."""
+    """``out = relu(conv(x) + bias + other)`` for all branches.
+
+    The core is given addresses: ``x`` and ``out`` are fp32 on the CPU and contiguous within a sample, ``x`` has the
+    channels that the weights read (:func:`fedkern.ops.fuse_shapes.survey`), and ``held`` is plain.
+    """
     conv, branches = held.conv, held.conv.branches
     packed, block = held.packed(core.fuse_conv_block())
     channels, height, width = x.shape[1:]
@@ -71,8 +79,9 @@ def convolve(
     late = None
     if other is not None:
         other = other.contiguous()
-        if other.shape[1:] != (rows if other_shared else rows * branches, *out.shape[2:]):
-            late, other = other, None  # broadcast over positions: rare, so left to torch
+        alike = other.shape[1:] == (rows if other_shared else rows * branches, *out.shape[2:])
+        if not alike or other.dtype is not torch.float32:
+            late, other = other, None  # broadcast over positions, or from autocast: rare, so left to torch
     addend = (0, 0, 0) if other is None else (other.data_ptr(), other.stride(0), 0 if other_shared else rows * size)
     core.fuse_conv(
         x.shape[0],

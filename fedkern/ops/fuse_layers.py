@@ -18,8 +18,12 @@ class FusedLayer(nn.Module):
 
     Attributes:
         branches: M.
+        axes: how many axes its input may have; None: any number from 2 on.
+        reads: channels (of a linear layer features) that a branch reads; None: any.
     """
 
+    axes: tuple[int, ...] | None = None
+    reads: int | None = None
     weight: Tensor | None
     bias: Tensor | None
     running_mean: Tensor | None
@@ -84,16 +88,13 @@ class FusedConv(FusedLayer):
             first.dilation,
             first.groups,
         )
+        self.axes, self.reads = (4,), first.in_channels
+        self.shape = (first.out_channels * self.branches, first.in_channels // first.groups, *first.kernel_size)
 
     @property
     def result_rows(self) -> int:
         """Channels of all branches' results."""
         return cast(Tensor, self.weight).shape[0]
-
-    @property
-    def widest(self) -> int:
-        """Positions that the kernel reaches beyond one output, or its padding, the larger."""
-        return max((int(self.kernel[1]) - 1) * self.dilation[1], *(int(p) for p in cast(Any, self.padding)))
 
     def result_shape(self, x: Tensor, weight: Tensor) -> tuple[int, ...]:
         """Shape of a convolution of ``x`` with ``weight``; not for padding given by name."""
@@ -104,6 +105,15 @@ class FusedConv(FusedLayer):
             )
         ]
         return (x.shape[0], weight.shape[0], *size)
+
+    def shape_after(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of one branch's result from that of its input; sizes below 1 where the input is too small."""
+        size = []
+        for axis, n in enumerate(shape[2:]):
+            reach = self.dilation[axis] * (int(self.kernel[axis]) - 1)
+            pad = {"same": reach, "valid": 0}[self.padding] if isinstance(self.padding, str) else 2 * self.padding[axis]
+            size.append((n + int(pad) - reach - 1) // self.stride[axis] + 1)
+        return (shape[0], self.shape[0] // self.branches, *size)
 
     def run(self, x: Tensor, shared: bool) -> Tensor:
         return self._run(x, shared, cast(Tensor, self.weight), self.bias)
@@ -136,6 +146,10 @@ class FusedConv(FusedLayer):
 class FusedLinear(FusedLayer):
     """One matrix product on a shared input ``[B, features]``, a batched one on M inputs."""
 
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        super().__init__(layers)
+        self.reads, self.writes = layers[0].in_features, layers[0].out_features
+
     def run(self, x: Tensor, shared: bool) -> Tensor:
         weight = cast(Tensor, self.weight)
         if shared:
@@ -151,9 +165,10 @@ class FusedLinear(FusedLayer):
 class FusedBatchNorm(FusedLayer):
     """Batch norm knows channels only by themselves, so M of them are one."""
 
-    def __init__(self, layers: Sequence[nn.BatchNorm2d]) -> None:
+    def __init__(self, layers: Sequence[nn.BatchNorm1d | nn.BatchNorm2d]) -> None:
         super().__init__(layers)
         first = layers[0]
+        self.axes, self.reads = (4,) if isinstance(first, nn.BatchNorm2d) else (2, 3), first.num_features
         self.eps, self.momentum, self.track = first.eps, first.momentum, first.track_running_stats
 
     def _count(self, branches: Sequence[int]) -> list[float]:
@@ -216,6 +231,7 @@ class FusedGroupNorm(FusedLayer):
     def __init__(self, layers: Sequence[nn.GroupNorm]) -> None:
         super().__init__(layers)
         self.groups, self.eps = layers[0].num_groups, layers[0].eps
+        self.reads = layers[0].num_channels
 
     def run(self, x: Tensor, shared: bool) -> Tensor:
         if shared:

@@ -110,9 +110,17 @@ class Folded:
             scale, shift = (t.detach() for t in norm.affine())
             weight = weight * scale.to(weight.dtype).reshape(-1, 1, 1, 1)
             bias = shift if bias is None else bias * scale + shift
-        self.weight = weight.contiguous(memory_format=torch.channels_last)
-        self.bias = None if bias is None else bias.to(weight.dtype).contiguous()
         rows = weight.shape[0] // conv.branches
+        if weight.shape != conv.shape or (bias is not None and bias.shape != weight.shape[:1]):
+            # The core would be given addresses of fewer values than it reads.
+            shapes = f"{list(weight.shape)}" if bias is None else f"{list(weight.shape)} and {list(bias.shape)}"
+            raise ValueError(
+                f"folded, a convolution must have weights {list(conv.shape)} and a bias each, not {shapes}"
+            )
+        self.weight = weight.contiguous(memory_format=torch.channels_last)
+        self.bias = None if bias is None else bias.to(weight.dtype).contiguous().resolve_neg()
+        tensors = (self.weight,) if self.bias is None else (self.weight, self.bias)
+        self.plain = all(t.dtype is torch.float32 and t.device.type == "cpu" for t in tensors)
         self._packed = None
         self.prepared = Prepared()
         self.weights = [w.contiguous(memory_format=torch.channels_last) for w in self.weight.split(rows)]
@@ -223,22 +231,18 @@ class FoldedBlocks:
             values[fold.value] = (y, one)
         return found
 
-    def fits(self, x: Tensor) -> bool:
-        """Whether :meth:`direct` covers all convolutions on a map as wide as ``x``."""
-        return (
-            x.dim() == 4
-            and self.by_sample
-            and all(
-                fuse_conv.fits(held.conv) and x.shape[3] + 2 * held.conv.widest < fuse_conv.MAX_COLUMNS
-                for held in self.weights.values()
-            )
-        )
-
-    def direct(self, core: Any, x: Tensor, shared: bool) -> Tensor:
-        """All branches at once by the compiled core, contiguous, a few samples at a time so that maps stay in cache."""
-        x = x.contiguous()
+    def plain(self) -> bool:
+        """Makes changed weights anew; whether all are fp32 on the CPU, as :meth:`direct` needs them."""
         for held in self.weights.values():
             held.refresh()
+        return all(held.plain for held in self.weights.values())
+
+    def direct(self, core: Any, x: Tensor, shared: bool) -> Tensor:
+        """All branches at once by the compiled core, contiguous, a few samples at a time so that maps stay in cache.
+
+        After :meth:`plain`, for ``x`` of a shape that :func:`fedkern.ops.fuse_shapes.survey` allows.
+        """
+        x = x.contiguous()
         widest = max([held.weight.shape[0] for held in self.weights.values()], default=1)
         samples = max(1, CHUNK_BYTES // max(1, widest * x.shape[2] * x.shape[3] * x.itemsize))
         out: Tensor | None = None
@@ -271,9 +275,10 @@ class FoldedBlocks:
                         fresh(core, out)
                 result = out[begin:end]
             else:
-                result = y.new_empty(shape)
+                result = x.new_empty(shape)
             other, other_one = given[1] if len(given) > 1 else (None, False)
-            fuse_conv.convolve(core, held, y.contiguous(), one, other, other_one, fold.relu, result)
+            # Float where autocast made something else of it.
+            fuse_conv.convolve(core, held, y.float().contiguous(), one, other, other_one, fold.relu, result)
             values[fold.value] = (result, False)
         if self.folds[-1].step.kind != "conv":
             y, one = values[last]

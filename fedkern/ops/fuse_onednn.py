@@ -66,13 +66,16 @@ def convolve(
     They are one oneDNN primitive where that serves, whose weights ``prepared`` keeps.
     """
     plain = x.device.type == "cpu" and x.dtype is torch.float32 and not torch.is_grad_enabled() and x.numel() > 0
-    if _ONEDNN and plain and weight.numel() > 0 and not isinstance(conv.padding, str):
+    # Weights of another dtype or device are conv2d's to refuse, in words, or autocast's to cast.
+    alike = weight.dtype is torch.float32 and weight.device.type == "cpu"
+    if _ONEDNN and plain and alike and weight.numel() > 0 and not isinstance(conv.padding, str):
         how: tuple[Any, ...] = (list(conv.padding), list(conv.stride), list(conv.dilation), groups)
         fused = torch.ops.mkldnn._convolution_pointwise
         if other is None:
             weight = prepared.get(weight, m, how, x)
             return fused(x, weight, bias, *how, "relu" if relu else "none", [], "")
-        if other.is_contiguous(memory_format=torch.channels_last) and other.shape == conv.result_shape(x, weight):
+        last = other.is_contiguous(memory_format=torch.channels_last) and other.dtype is torch.float32
+        if last and other.shape == conv.result_shape(x, weight):
             weight = prepared.get(weight, m, how, x)
             return fused.binary(x, other, weight, bias, *how, "add", None, "relu" if relu else None, [], None)
     y = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, groups)

@@ -1,0 +1,180 @@
+"""FusedBlocks where something does not fit: errors that say so, and never a read beyond what the core was given."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from test_fuse_blocks import make
+from torch import Tensor, nn
+
+from fedkern.ops import FusedBlocks
+from fedkern.ops.fuse_conv import MAX_COLUMNS
+from fedkern.ops.fuse_table import LOWERINGS
+
+WAYS = [None, *LOWERINGS]
+
+
+def joined(blocks: list[nn.Module], x: Tensor) -> Tensor:
+    return torch.cat([block(x) for block in blocks], 1)
+
+
+@pytest.mark.parametrize("lowering", WAYS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["residual", "adaptor", "perceptron"])
+@torch.no_grad()
+def test_weights_of_another_dtype(lowering: str | None, dtype: torch.dtype, name: str) -> None:
+    """The core reads fp32: weights of another dtype, from the start or later, are torch's to compute or refuse."""
+    blocks = [block.eval() for block in make(name)]
+    x = torch.randn(2, 6, 8, 8)
+    later = FusedBlocks(blocks, lowering=lowering)  # type: ignore[arg-type]
+    wanted = later(x)
+    blocks = [copy.deepcopy(block).to(dtype) for block in blocks]
+    for fused in (FusedBlocks(blocks, lowering=lowering), later.to(dtype)):  # type: ignore[arg-type]
+        with pytest.raises(RuntimeError, match="same"):
+            fused(x)
+        with pytest.raises(RuntimeError, match="same"):
+            blocks[0](x)
+        loose = 0.1 if dtype is torch.bfloat16 else 1e-4
+        torch.testing.assert_close(fused(x.to(dtype)).float(), wanted, rtol=loose, atol=loose)
+    torch.testing.assert_close(later.float()(x), wanted, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("lowering", WAYS)
+@torch.no_grad()
+def test_one_tensor_of_another_dtype(lowering: str | None) -> None:
+    """Each tensor that is folded counts, not the first: a bias alone, and a batch norm's, which folding casts."""
+    blocks = [nn.Sequential(nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)).eval() for _ in range(3)]
+    x = torch.randn(2, 6, 8, 8)
+    fused = FusedBlocks(blocks, lowering=lowering)  # type: ignore[arg-type]
+    wanted = fused(x)
+    fused.get_submodule("branches.1").double()
+    torch.testing.assert_close(fused(x), wanted)
+    fused.get_submodule("branches.2").double()
+    with pytest.raises(RuntimeError, match="same"):
+        fused(x)
+
+
+@pytest.mark.parametrize("lowering", WAYS)
+@torch.no_grad()
+def test_autocast_casts_weights(lowering: str | None) -> None:
+    blocks = [block.eval() for block in make("residual")]
+    x = torch.randn(2, 6, 8, 8)
+    wanted = joined(blocks, x)
+    for weights in (torch.float32, torch.bfloat16):
+        fused = FusedBlocks([block.to(weights) for block in blocks], lowering=lowering)  # type: ignore[arg-type]
+        for given in (x, x.bfloat16()):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                torch.testing.assert_close(fused(given).float(), wanted, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("lowering", WAYS)
+@torch.no_grad()
+def test_parameters_of_another_shape(lowering: str | None) -> None:
+    fused = FusedBlocks([nn.Conv2d(3, 4, 3).eval() for _ in range(2)], lowering=lowering)  # type: ignore[arg-type]
+    weight, bias = fused.branches.layer.weight, fused.branches.layer.bias
+    x = torch.randn(2, 3, 8, 8)
+    for tensor, changed in ((bias, bias[:1].clone()), (weight, weight[:, :, :2].clone())):
+        before, tensor.data = tensor.data, changed
+        with pytest.raises(ValueError, match=r"must have weights \[8, 3, 3, 3\] and a bias each, not \["):
+            fused(x)
+        tensor.data = before
+        fused(x)
+
+
+class Joined(nn.Module):
+    """A sum of two maps of which one is pooled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.pool = nn.Conv2d(3, 3, 1), nn.MaxPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + self.pool(x)
+
+
+def late(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), *layers)
+
+
+SHAPES = [
+    (nn.Conv2d(3, 8, 3), (2, 5, 8, 8), r"x must have 3 channels, which each block reads, not 5: its shape is \[2, 5,"),
+    (nn.Conv2d(3, 8, 3), (2, 2, 8, 8), r"x must have 3 channels, which each block reads, not 2"),
+    (nn.Conv2d(4, 8, 3, groups=2), (2, 40000, 8, 8), r"x must have 4 channels, which each block reads, not 40000"),
+    (late(), (2, 40000, 8, 8), r'x must have 3 channels, which layer "0" of each block reads, not 40000'),
+    (nn.Conv2d(3, 8, 3), (3, 8, 8), r"x must have shape \[B, C, H, W\], not \[3, 8, 8\]"),
+    (nn.MaxPool2d(2), (3, 8, 8), r"x must have shape \[B, C, H, W\], not \[3, 8, 8\]"),
+    (nn.BatchNorm1d(3), (2, 3, 8, 8), r"x must have shape \[B, C\] or \[B, C, L\], not \[2, 3, 8, 8\]"),
+    (nn.BatchNorm2d(3), (2, 4, 8, 8), r"x must have 3 channels, which each block reads, not 4"),
+    (nn.GroupNorm(1, 3, affine=False), (2, 4, 8), r"x must have 3 channels, which each block reads, not 4"),
+    (nn.Linear(3, 4), (2, 4), r"x must have 3 channels, which each block reads, not 4"),
+    (
+        nn.Conv2d(3, 8, 5),
+        (2, 3, 4, 9),
+        r"\[2, 3, 4, 9\] is too small: each block convolves with 5 x 5 .* maps of 4 x 9",
+    ),
+    (late(nn.Conv2d(8, 4, 3, 2, dilation=2, padding=1)), (1, 3, 9, 2), r'\[1, 3, 9, 2\] is too small: layer "2" of'),
+    (late(nn.MaxPool2d(4)), (2, 3, 2, 2), r'x of shape \[2, 3, 2, 2\] does not fit layer "2" of each block: '),
+    (Joined(), (2, 3, 8, 8), r"\[2, 3, 8, 8\] does not fit: the blocks add maps of \[3, 8, 8\] and \[3, 4, 4\]"),
+    (
+        late(nn.Flatten(), nn.Linear(8 * 16, 2)),
+        (2, 3, 5, 4),
+        r'x of shape \[2, 3, 5, 4\] does not fit: layer "3" of each block reads 128 features and is given 160',
+    ),
+]
+
+
+@pytest.mark.parametrize("lowering", WAYS)
+@pytest.mark.parametrize(("block", "shape", "message"), SHAPES)
+def test_wrong_shapes(lowering: str | None, block: nn.Module, shape: tuple[int, ...], message: str) -> None:
+    fused = FusedBlocks([block] * 3, lowering=lowering)  # type: ignore[arg-type]
+    for module in (fused, fused.eval()):
+        with torch.no_grad():
+            for _ in range(2):
+                with pytest.raises(ValueError, match=message):
+                    module(torch.randn(shape))
+        with pytest.raises(ValueError, match=message):
+            module(torch.randn(shape))
+
+
+def test_wrong_shapes_where_each_branch_has_an_input() -> None:
+    fused = FusedBlocks([nn.Conv2d(3, 8, 3)] * 4, shared=False)
+    with pytest.raises(ValueError, match=r"x must have 4 \* 3 channels, which each block reads, not 20: its"):
+        fused(torch.randn(2, 20, 8, 8))
+    with pytest.raises(ValueError, match=r"x must have shape \[B, 4 \* C, H, W\], not \[12, 8, 8\]"):
+        fused(torch.randn(12, 8, 8))
+
+
+def test_wrong_number_of_axes_under_compile() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(FusedBlocks([nn.Conv2d(3, 8, 3)] * 2), backend="eager")
+    with pytest.raises(Exception, match=r"x must have shape \[B, C, H, W\], not \[3, 8, 8\]"):
+        compiled(torch.randn(3, 8, 8))
+    torch._dynamo.reset()
+
+
+def test_layers_that_want_other_axes_than_they_get() -> None:
+    with pytest.raises(TypeError, match="does not support blocks whose layers want maps of different numbers of axes"):
+        FusedBlocks([nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm1d(4))])
+
+
+@pytest.mark.parametrize(
+    "make_block",
+    [
+        lambda: nn.Conv2d(2, 2, 3, padding=1),
+        lambda: nn.Conv2d(2, 3, 5, 2, 3),
+        lambda: nn.Conv2d(2, 3, (1, 3), padding="same"),
+        lambda: nn.Sequential(*(nn.Conv2d(2, 2, 3, padding=9) for _ in range(3))),
+        lambda: nn.Sequential(nn.Conv2d(2, 2, 1, padding=9), nn.MaxPool2d(2), nn.Conv2d(2, 2, 1)),
+    ],
+)
+@pytest.mark.parametrize("lowering", [None, "direct"])
+@torch.no_grad()
+def test_maps_as_wide_as_the_core_takes_and_wider(make_block: object, lowering: str | None) -> None:
+    """Maps that grow on the way, or are too wide from the start, take another way."""
+    blocks = [make_block().eval() for _ in range(5)]  # type: ignore[operator]
+    fused = FusedBlocks(blocks, lowering=lowering)  # type: ignore[arg-type]
+    for width in (MAX_COLUMNS // 2, *range(MAX_COLUMNS - 20, MAX_COLUMNS + 3), 2 * MAX_COLUMNS + 1):
+        x = torch.randn(1, 2, 4, width)
+        torch.testing.assert_close(fused(x), joined(blocks, x), rtol=1e-4, atol=1e-5)
