@@ -36,7 +36,9 @@ class FusedBlocks(nn.Module):
         shared: whether all blocks read the same input ``[B, C, ...]``; else block m reads channels ``m * C`` to
             ``(m + 1) * C`` of ``[B, M * C, ...]``, as after another FusedBlocks.
         fold: in evaluation mode and without autograd, fold batch norms into the convolutions before them (frozen
-            levels); the folded weights follow every change of the parameters.
+            levels).  The folded weights follow what torch counts as a change of a parameter or buffer: in-place
+            operations, optimizers, loaded state dicts, another tensor in its place.  Torch does not see writes through
+            ``p.data``, NumPy or an address: call :meth:`refold` after them.
         lowering: how it is computed: ``"grouped"`` (one convolution for all branches), ``"separate"`` (branch after
             branch) or ``"direct"`` (folded fp32 on the CPU: all branches by the core's own convolution, which wastes no
             lanes on few channels); None picks the fastest from the measured table ``fuse_table``.  Where ``"direct"``
@@ -51,6 +53,8 @@ class FusedBlocks(nn.Module):
 
     FuseFL's level l >= 2, ``X -> {b_j(a_j(X))}``, is one ``FusedBlocks([nn.Sequential(a, b) for a, b in pairs])`` on
     ``X [B, M * c, H, W]``: its adaptors become one 1x1 convolution, its blocks run on their own channels of the result.
+
+    Built under ``torch.inference_mode()``, its parameters are ordinary ones nevertheless, which can be trained later.
 
     Raises:
         TypeError: a block holds a layer or does something that is not supported; the message names it.  (forward) ``x``
@@ -72,11 +76,27 @@ class FusedBlocks(nn.Module):
             raise ValueError(f"lowering must be None or one of {', '.join(LOWERINGS)}, not {lowering!r}")
         self._steps = check_alike(members)
         self.count, self.shared, self.fold, self.lowering = len(members), shared, fold, lowering
-        # Not registered: its parameters are no parameters of this module.
-        self._template = [copy.deepcopy(members[0]).to("meta")]
         self._keys = list(members[0].state_dict())
-        root = nn.Module()
         self._layers: dict[str, nn.Module] = {}
+        # Tensors made in inference mode would count no changes, which folding follows.
+        with torch.inference_mode(False):
+            # Not registered: its parameters are no parameters of this module.
+            self._template = [copy.deepcopy(members[0]).to("meta")]
+            self.branches = self._joined(members)
+        # Every layer keeps its own mode, as in the blocks: a slice of a frozen Sequential calls itself training.
+        self.training = any(layer.training for layer in self._layers.values()) or (
+            not self._layers and members[0].training
+        )
+        # These compute the same in either mode, so that blocks of nothing else are folded while "training" too.
+        self._modeless = all(isinstance(layer, (FusedConv, FusedLinear)) for layer in self._layers.values())
+        self._folded = FoldedBlocks(self._steps, self._layers, self.count)
+        self._axes = axes_of(self._steps, self._layers)
+        self._chosen: dict[tuple[Any, ...], str] = {}
+        self._surveyed: dict[torch.Size, bool] = {}
+
+    def _joined(self, members: Sequence[nn.Module]) -> nn.Module:
+        """The layers of all blocks, under the names that they have in one; makes ``_layers``."""
+        root = nn.Module()
         named = [dict(block.named_modules()) for block in members]
         for step in self._steps:
             name = step.module
@@ -89,17 +109,7 @@ class FusedBlocks(nn.Module):
                     cast(Any, layer).inplace = False  # a shared value is still needed
             self._layers[name] = layer
             _place(root, name, layer)
-        self.branches = root
-        # Every layer keeps its own mode, as in the blocks: a slice of a frozen Sequential calls itself training.
-        self.training = any(layer.training for layer in self._layers.values()) or (
-            not self._layers and members[0].training
-        )
-        # These compute the same in either mode, so that blocks of nothing else are folded while "training" too.
-        self._modeless = all(isinstance(layer, (FusedConv, FusedLinear)) for layer in self._layers.values())
-        self._folded = FoldedBlocks(self._steps, self._layers, self.count)
-        self._axes = axes_of(self._steps, self._layers)
-        self._chosen: dict[tuple[Any, ...], str] = {}
-        self._surveyed: dict[torch.Size, bool] = {}
+        return root
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns ``[B, M * C', ...]``; ``x`` is ``[B, C, ...]`` (``[B, M * C, ...]`` with ``shared=False``)."""
@@ -143,6 +153,10 @@ class FusedBlocks(nn.Module):
             works = self._folded.works(x.shape, self.shared, not folded)
             way = self._chosen[key] = choose(works, self.count, last, x.device.type, direct)
         return way
+
+    def refold(self) -> None:
+        """Has the next folded call fold the weights anew, after a change that torch did not count (see ``fold``)."""
+        self._folded.forget()
 
     def maps(self, fused: Tensor) -> list[Tensor]:
         """The M blocks' maps in a result of :meth:`forward`, as views."""

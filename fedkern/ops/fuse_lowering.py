@@ -101,7 +101,12 @@ class Folded:
         sources = [conv.weight, conv.bias]
         if norm is not None:
             sources += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
-        key = tuple((t.data_ptr(), t._version, t.dtype) for t in sources if isinstance(t, Tensor))
+        key: tuple[Any, ...]
+        try:
+            key = tuple((t.data_ptr(), t._version, t.dtype) for t in sources if isinstance(t, Tensor))
+        except RuntimeError:
+            # Inference tensors count no changes: nothing tells whether there was one, so that every call folds anew.
+            key = (object(),)
         if key == self._key:
             return
         weight = cast(Tensor, conv.weight).detach()
@@ -129,6 +134,10 @@ class Folded:
         self._sources = [t.detach() for t in sources if isinstance(t, Tensor)]
         self._key = key
 
+    def forget(self) -> None:
+        """Has the next :meth:`refresh` make the weights anew."""
+        self._key = (None,)
+
     def packed(self, largest: int) -> tuple[Tensor, int]:
         """The weights for the direct algorithm with blocks of at most ``largest`` channels."""
         if self._packed is None or self._largest != largest:
@@ -149,6 +158,11 @@ class FoldedBlocks:
         }
         # Batch norms without running statistics look at the whole batch.
         self.by_sample = all(_folds(layer) for layer in layers.values() if isinstance(layer, FusedBatchNorm))
+
+    def forget(self) -> None:
+        """Has the next call fold all weights anew."""
+        for held in self.weights.values():
+            held.forget()
 
     def grouped(self, x: Tensor, shared: bool) -> Tensor:
         """All branches at once, channels-last."""

@@ -178,3 +178,59 @@ def test_maps_as_wide_as_the_core_takes_and_wider(make_block: object, lowering: 
     for width in (MAX_COLUMNS // 2, *range(MAX_COLUMNS - 20, MAX_COLUMNS + 3), 2 * MAX_COLUMNS + 1):
         x = torch.randn(1, 2, 4, width)
         torch.testing.assert_close(fused(x), joined(blocks, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("lowering", WAYS)
+@torch.no_grad()
+def test_changes_that_torch_does_not_count(lowering: str | None) -> None:
+    fused = FusedBlocks([block.eval() for block in make("residual")], lowering=lowering)  # type: ignore[arg-type]
+    x = torch.randn(2, 6, 8, 8)
+    for change in (
+        lambda: fused.branches.conv1.weight.data.mul_(2),
+        lambda: fused.branches.bn2.weight.data.neg_(),
+        lambda: fused.branches.bn1.running_mean.numpy().__iadd__(1),
+    ):
+        before = fused(x)
+        change()
+        fused.refold()
+        wanted = joined(fused.split(), x)
+        assert not torch.allclose(before, wanted, atol=1e-3)
+        torch.testing.assert_close(fused(x), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("lowering", WAYS)
+@pytest.mark.parametrize("name", ["residual", "adaptor", "perceptron", "identity"])
+def test_built_in_inference_mode(lowering: str | None, name: str) -> None:
+    x = torch.randn(2, 6, 8, 8)
+    with torch.inference_mode():
+        blocks = [block.eval() for block in make(name)]
+        fused = FusedBlocks(blocks, lowering=lowering)  # type: ignore[arg-type]
+        wanted = joined(blocks, x)
+        torch.testing.assert_close(fused(x), wanted, rtol=1e-4, atol=1e-5)
+        for parameter in fused.parameters():
+            parameter.mul_(1.5)
+        wanted = joined(fused.split(), x)
+        torch.testing.assert_close(fused(x), wanted, rtol=1e-4, atol=1e-5)
+        wanted = wanted.clone()
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(copy.deepcopy(fused)(x), wanted, rtol=1e-4, atol=1e-5)
+    if list(fused.parameters()):
+        out = fused.train()(x)
+        out.square().mean().backward()
+        assert all(p.grad is not None for p in fused.parameters())
+
+
+@pytest.mark.parametrize("lowering", WAYS)
+@torch.inference_mode()
+def test_parameters_that_count_no_changes(lowering: str | None) -> None:
+    """Inference tensors put in place of the parameters are folded in every call."""
+    fused = FusedBlocks([block.eval() for block in make("residual")], lowering=lowering)  # type: ignore[arg-type]
+    x = torch.randn(2, 6, 8, 8)
+    fused.load_state_dict({key: value.clone() for key, value in fused.state_dict().items()}, assign=True)
+    assert fused.branches.conv1.weight.is_inference()
+    before = fused(x)
+    fused.branches.conv1.weight.mul_(2)
+    wanted = joined(fused.split(), x)
+    assert not torch.allclose(before, wanted, atol=1e-3)
+    torch.testing.assert_close(fused(x), wanted, rtol=1e-4, atol=1e-5)
