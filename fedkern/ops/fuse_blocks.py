@@ -26,7 +26,7 @@ class FusedBlocks(nn.Module):
 
     The first convolutions, which read the same input, are concatenated into one; later ones are grouped; batch norms
     are concatenated.  M 1x1 convolutions (FuseFL's adaptors) become one 1x1 convolution.  Works on whatever block
-    torch.fx can take apart into Conv2d, Linear (on ``[B, features]``), BatchNorm, GroupNorm, activations, pooling,
+    torch.fx can take apart into Conv2d, Linear (over the last axis), BatchNorm, GroupNorm, activations, pooling,
     Flatten, Identity and sums: residual blocks, VGG stages, stems, sequences of them.
 
     Args:

@@ -144,7 +144,7 @@ class FusedConv(FusedLayer):
 
 
 class FusedLinear(FusedLayer):
-    """One matrix product on a shared input ``[B, features]``, a batched one on M inputs."""
+    """One matrix product on a shared input ``[B, features]`` (or ``[B, C, ..., features]``), a batched one on M."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         super().__init__(layers)
@@ -153,10 +153,14 @@ class FusedLinear(FusedLayer):
     def run(self, x: Tensor, shared: bool) -> Tensor:
         weight = cast(Tensor, self.weight)
         if shared:
-            return F.linear(x, weight, self.bias)
+            out = F.linear(x, weight, self.bias)
+            # Of more axes than two the last is the features, and the branches stand side by side on axis 1.
+            return out if x.dim() == 2 else out.unflatten(-1, (self.branches, -1)).movedim(-2, 1).flatten(1, 2)
         rows = x.unflatten(1, (self.branches, -1)).movedim(1, 0)
-        out = torch.bmm(rows, weight.unflatten(0, (self.branches, -1)).transpose(1, 2)).movedim(0, 1).flatten(1)
-        return out if self.bias is None else out + self.bias
+        each = torch.bmm(rows.flatten(1, -2), weight.unflatten(0, (self.branches, -1)).transpose(1, 2))
+        if self.bias is not None:
+            each = each + self.bias.unflatten(0, (self.branches, 1, -1))
+        return each.unflatten(1, rows.shape[1:-1]).movedim(0, 1).flatten(1, 2)
 
     def run_one(self, x: Tensor, m: int) -> Tensor:
         return F.linear(x, self.part("weight", m), self.maybe("bias", m))

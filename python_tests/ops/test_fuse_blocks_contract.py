@@ -234,3 +234,44 @@ def test_parameters_that_count_no_changes(lowering: str | None) -> None:
     wanted = joined(fused.split(), x)
     assert not torch.allclose(before, wanted, atol=1e-3)
     torch.testing.assert_close(fused(x), wanted, rtol=1e-4, atol=1e-5)
+
+
+def perceptrons(kind: str) -> list[nn.Module]:
+    def one() -> nn.Module:
+        hidden = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5, bias=False))
+        if kind == "flat":
+            return nn.Sequential(hidden, nn.Flatten(), nn.LazyLinear(2))
+        return nn.Linear(4, 5) if kind == "linear" else hidden
+
+    return [one() for _ in range(3)]
+
+
+@pytest.mark.parametrize("lowering", WAYS)
+@pytest.mark.parametrize("kind", ["linear", "hidden", "flat"])
+@pytest.mark.parametrize("shape", [(2, 3, 4), (2, 6, 7, 4), (0, 3, 4), (5, 1, 4)])
+@pytest.mark.parametrize("shared", [True, False])
+def test_linear_layers_over_the_last_axis(
+    lowering: str | None, kind: str, shape: tuple[int, ...], shared: bool
+) -> None:
+    blocks = perceptrons(kind)
+    for block in blocks:
+        block(torch.randn(1, *shape[1:]))  # gives lazy layers their shape
+    fused = FusedBlocks(blocks, lowering=lowering, shared=shared)  # type: ignore[arg-type]
+    each = [torch.randn(shape)] * 3 if shared else [torch.randn(shape) for _ in range(3)]
+    x = each[0] if shared else torch.cat(each, 1)
+    wanted = torch.cat([block(part) for block, part in zip(blocks, each, strict=True)], 1)
+    for folded in (False, True):
+        with torch.set_grad_enabled(not folded):
+            torch.testing.assert_close(fused(x), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.func.vmap(fused)(x[None])[0], wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("lowering", WAYS)
+@torch.no_grad()
+def test_linear_layers_between_convolutions(lowering: str | None) -> None:
+    blocks = [nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(8, 6), nn.Conv2d(4, 2, 3)) for _ in range(3)]
+    fused = FusedBlocks(blocks, lowering=lowering)  # type: ignore[arg-type]
+    x = torch.randn(2, 3, 5, 8)
+    torch.testing.assert_close(fused(x), joined(blocks, x), rtol=1e-4, atol=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(fused(x).float(), joined(blocks, x).float(), rtol=0.1, atol=0.1)
