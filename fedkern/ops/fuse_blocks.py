@@ -32,7 +32,8 @@ class FusedBlocks(nn.Module):
     Args:
         blocks: M >= 1 modules of the same structure, shapes, dtypes and devices.  Their parameters and buffers are
             copied, one client's after the other's along axis 0, under the names they have in one block, behind
-            ``"branches."``; every layer's training mode and ``requires_grad`` are taken over.
+            ``"branches."``; every layer's training mode and every parameter's ``requires_grad``, which must be the same
+            in all blocks, are taken over.
         shared: whether all blocks read the same input ``[B, C, ...]``; else block m reads channels ``m * C`` to
             ``(m + 1) * C`` of ``[B, M * C, ...]``, as after another FusedBlocks.
         fold: in evaluation mode and without autograd, fold batch norms into the convolutions before them (frozen
@@ -59,7 +60,7 @@ class FusedBlocks(nn.Module):
     Raises:
         TypeError: a block holds a layer or does something that is not supported; the message names it.  (forward) ``x``
             is no tensor.
-        ValueError: no blocks, or blocks of different structure or shapes.
+        ValueError: no blocks, or blocks of different structure, shapes, training modes or ``requires_grad``.
         ValueError: (forward) ``x`` has another number of axes or channels than the blocks read, or is too small.
         RuntimeError: (forward) ``x`` has another dtype or device than the weights: what the blocks raise; or batch
             norms with ``momentum=None`` under torch.compile in training mode.

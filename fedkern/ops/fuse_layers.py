@@ -38,7 +38,7 @@ class FusedLayer(nn.Module):
         for name, tensor in first.named_parameters(recurse=False):
             parts = [layer.get_parameter(name) for layer in layers]
             joined = join([p.detach() for p in parts], tensor)
-            self.register_parameter(name, nn.Parameter(joined, requires_grad=any(p.requires_grad for p in parts)))
+            self.register_parameter(name, nn.Parameter(joined, requires_grad=tensor.requires_grad))
         for name, buffer in first.named_buffers(recurse=False):
             self.register_buffer(name, join([layer.get_buffer(name) for layer in layers], buffer))
         for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):

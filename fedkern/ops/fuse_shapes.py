@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fedkern.ops import fuse_conv
+from fedkern.ops.fuse_layers import FusedLayer
 from fedkern.ops.fuse_trace import Step
 
 # Pools take three axes as one image without a batch: the batch would be its channels, and the branches its rows.
@@ -36,7 +37,7 @@ def _runs_on(axes: int, steps: Sequence[Step], layers: Mapping[str, Any]) -> boo
     for step in steps:
         given = {values[value] for value in step.inputs}
         layer = layers.get(step.module)
-        taken = (4,) if isinstance(layer, POOLS) else getattr(layer, "axes", None)
+        taken = (4,) if isinstance(layer, POOLS) else layer.axes if isinstance(layer, FusedLayer) else None
         if len(given) > 1 or (taken is not None and not given <= set(taken)):
             return False
         values.append(2 if step.kind == "flatten" else given.pop())
@@ -72,7 +73,7 @@ def survey(steps: Sequence[Step], layers: Mapping[str, Any], count: int, shape: 
         layer: Any = layers.get(step.module)
         where = f'layer "{step.module}" of each block' if step.module else "each block"
         features = len(x) - 1 if step.kind == "linear" else 1
-        wanted = getattr(layer, "reads", None)
+        wanted = layer.reads if isinstance(layer, FusedLayer) else None
         if wanted is not None and x[features] != wanted:
             if own and features == 1:
                 asked = f"{wanted}" if shared else f"{count} * {wanted}"

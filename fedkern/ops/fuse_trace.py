@@ -171,12 +171,29 @@ def signature(module: nn.Module) -> tuple[Any, ...]:
     return (type(module).__name__, *values, *tensors)
 
 
+def _check_state(layer: nn.Module, first: nn.Module, name: str, m: int) -> None:
+    """Raises ValueError where one fused layer could not be in the state of both."""
+    mine, other = (f"blocks[{i}].{name}" if name else f"blocks[{i}]" for i in (m, 0))
+    if layer.training != first.training:
+        modes = ("evaluation", "training")
+        raise ValueError(
+            f"{mine} must be in {modes[first.training]} mode, as {other} is, not in {modes[layer.training]} mode: "
+            "call train() or eval() on all blocks"
+        )
+    for key, parameter in first.named_parameters(recurse=False):
+        if layer.get_parameter(key).requires_grad != parameter.requires_grad:
+            raise ValueError(
+                f"{mine}.{key} must have requires_grad={parameter.requires_grad}, as {other}.{key} has: one tensor "
+                "holds them all, freeze it in all blocks or in none"
+            )
+
+
 def check_alike(blocks: list[nn.Module]) -> tuple[Step, ...]:
     """Returns the steps that all blocks share.
 
     Raises:
         TypeError: a block cannot be taken apart.
-        ValueError: a block differs from the first in its steps or in a layer.
+        ValueError: a block differs from the first in its steps, in a layer, or in what is trained.
     """
     steps = trace(blocks[0], "blocks[0]")
     names = list(dict.fromkeys(step.module for step in steps))
@@ -196,6 +213,10 @@ def check_alike(blocks: list[nn.Module]) -> tuple[Step, ...]:
                 )
         if not names[0] and signature(block) != signature(blocks[0]):
             raise ValueError(f"blocks[{m}] must be like blocks[0], {blocks[0]}, not {block}")
+        for name in names:
+            # A function's step has no module of its own, only a block that is one layer has the name "".
+            if name or len(steps) == 1:
+                _check_state(theirs[name], own[name], name, m)
     for key in keys:
         if key.rpartition(".")[0] not in names:
             raise TypeError(f"FusedBlocks does not support blocks[0].{key}: no supported layer uses it")

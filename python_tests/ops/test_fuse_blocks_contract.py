@@ -275,3 +275,38 @@ def test_linear_layers_between_convolutions(lowering: str | None) -> None:
     torch.testing.assert_close(fused(x), joined(blocks, x), rtol=1e-4, atol=1e-5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(fused(x).float(), joined(blocks, x).float(), rtol=0.1, atol=0.1)
+
+
+def test_one_mode_and_one_set_of_trained_parameters() -> None:
+    """What is one tensor or one layer in the end must be in one state in all blocks."""
+    for name in ("residual", "VGG"):
+        for change, message in (
+            (
+                lambda b: b.eval(),
+                r"blocks\[2\]\.\S+ must be in training mode, as blocks\[0\]\.\S+ is, not in evaluation",
+            ),
+            (
+                lambda b: b.requires_grad_(False),
+                r"blocks\[2\]\.\S+\.weight must have requires_grad=True, as blocks\[0\]",
+            ),
+            (
+                lambda b: list(b.parameters())[-1].requires_grad_(False),
+                r"blocks\[2\]\.\S+\.bias must have requires_grad",
+            ),
+        ):
+            blocks = make(name)
+            change(blocks[2])
+            with pytest.raises(ValueError, match=message):
+                FusedBlocks(blocks)
+            for block in blocks[:2]:
+                change(block)
+            fused = FusedBlocks(blocks)
+            for module, block in zip(fused.split(), blocks, strict=True):
+                assert [p.requires_grad for p in module.parameters()] == [p.requires_grad for p in block.parameters()]
+                assert module.training == block.training
+    norms: list[nn.Module] = [nn.BatchNorm2d(3).eval(), nn.BatchNorm2d(3)]
+    with pytest.raises(
+        ValueError, match=r"blocks\[1\] must be in evaluation mode, as blocks\[0\] is, not in training mode"
+    ):
+        FusedBlocks(norms)
+    FusedBlocks([norm.eval() for norm in norms])
