@@ -42,7 +42,10 @@ def check_student(student: Any, teachers: Tensor) -> None:
 def _check_kind(weights: Any, stack: Tensor) -> Tensor:
     if not isinstance(weights, Tensor):
         raise TypeError(f"weights must be a tensor, but got {type(weights).__name__}")
-    if weights.dtype is torch.bool:
+    if weights.dtype is torch.bool or (
+        weights.dtype in (torch.bfloat16, torch.float16) and (weights.dim() < stack.dim() or 1 in weights.shape)
+    ):
+        # What rows share sums up their gradients: not from values that were rounded to 16 bits each.
         weights = weights.to(torch.float32)
     if weights.dtype not in DTYPES:
         raise TypeError(f"weights must have dtype bool, float32, float64, bfloat16 or float16, but has {weights.dtype}")
