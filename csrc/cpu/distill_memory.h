@@ -6,6 +6,7 @@
 #include <xmmintrin.h>
 #endif
 
+#include <cstdlib>
 #include <type_traits>
 
 #include "fedkern/distill.h"
@@ -33,7 +34,8 @@ struct Window {
   std::int64_t buffer_line;   // between the rows in the buffer, where lanes are classes
 };
 
-// Calls f with a pointer of the right type to the window's first element. f64 tensors are computed in f64 alone.
+// Calls f with a pointer of the right type to the window's first element. f64 logits are computed in f64 alone, and
+// weights have a way of their own: an f64 tensor that comes here with T = float would be left unread.
 template <typename T, typename F>
 FEDKERN_INLINE void with_type(const Logits& logits, std::int64_t offset, F f) {
   switch (logits.dtype) {
@@ -41,7 +43,10 @@ FEDKERN_INLINE void with_type(const Logits& logits, std::int64_t offset, F f) {
     case DType::bf16: f(static_cast<bf16*>(logits.data) + offset); break;
     case DType::f16: f(static_cast<f16*>(logits.data) + offset); break;
     case DType::f64:
-      if constexpr (sizeof(T) == 8) f(static_cast<double*>(logits.data) + offset);
+      if constexpr (sizeof(T) == 8)
+        f(static_cast<double*>(logits.data) + offset);
+      else
+        std::abort();
       break;
   }
 }

@@ -195,6 +195,7 @@ class Storage {
   void load(const Logits& source, std::int64_t shift, Line out, T fill) const {
     const std::int64_t at = shift + offset(source) + first_ * source.class_stride;
     const std::int64_t classes = classes_here(), stride = source.class_stride;
+    if (sizeof(T) == 4 && source.dtype == DType::f64) return load_narrowed(source, at, out, fill);
     if constexpr (LanesAreRows) {
       pack<T, true>(source, at, {classes, rows_, inner_stride(source), 0}, out.data);
     } else {
@@ -208,6 +209,16 @@ class Storage {
           for (; c % lanes; ++c) out.data[c] = fill;
         }
       });
+    }
+  }
+
+  // Weights may be f64 whatever is computed: rounded one by one, which is rare.
+  __attribute__((noinline)) void load_narrowed(const Logits& source, std::int64_t at, Line out, T fill) const {
+    const std::int64_t classes = classes_here();
+    for (std::int64_t i = 0; i < vectors_ * lanes; ++i) {
+      const std::int64_t c = LanesAreRows ? i / lanes : i, r = LanesAreRows && i % lanes < rows_ ? i % lanes : 0;
+      const std::int64_t from = at + c * source.class_stride + r * inner_stride(source);
+      out.data[i] = c < classes ? static_cast<T>(load_scalar(source.dtype, source.data, from)) : fill;
     }
   }
 

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from operator_cases import assert_close, using
+from operator_cases import assert_close, pairwise, using
 from torch import Tensor
 
 from fedkern import ops
 from fedkern.ops.distill_common import LOGITS, MEAN, PROBS, REDUCTIONS
 from fedkern.ops.distill_ensemble_checks import spread_row_weights, spread_weights
 from fedkern.ops.distill_ensemble_reference import consensus_reference, ensemble_reference, js_reference
+from fedkern.ops.distill_reference import compute_dtype
 
 FACTOR = 3.0  # every loss is multiplied before backward: a dropped grad_output shows
 LARGEST = 40_000  # elements of a case
@@ -29,6 +30,7 @@ COMMON: dict[str, Any] = {
     "near": (None, 1e-2, 1e-3, 0.0),
     "zeros": (False, True),
     "special": (None, "extreme", "masked"),
+    "weights_dtype": (None, torch.float64, torch.float32, torch.bfloat16),  # None: that of the arithmetic
 }
 
 
@@ -89,7 +91,7 @@ def make_inputs(case: dict[str, Any], seed: int) -> tuple[Tensor, Tensor, Tensor
     weights = torch.rand(shapes[name], generator=generator) + 0.1
     if case["zeros"]:
         weights[torch.rand(weights.shape, generator=generator) < 0.4] = 0
-    return student, teachers, weights.double() if case["dtype"] is torch.float64 else weights
+    return student, teachers, weights.to(case.get("weights_dtype") or compute_dtype(case["dtype"]))
 
 
 def differentiate(
@@ -137,11 +139,14 @@ def compare(
             assert (ours is None) == (theirs is None)
             if ours is None or theirs is None or x is None:
                 continue
+            assert ours.dtype == x.dtype, f"{name}: gradient {i} in another dtype"
             if i == 2:
                 # Differences of losses, summed over all rows and classes that share a weight; at T = infinity those
                 # are squares of logits.
                 shared = factor * max(rows * case["classes"] // max(x[0].numel(), 1), 1)
                 loss_scale = spread**2 if math.isinf(temperature) else scale * max(temperature, 1)
+                if case["dtype"] is not torch.float64 and ours.dtype is torch.float64:
+                    ours = ours.float()  # computed as the losses are
                 assert_close(f"{name} weights' gradient", ours, theirs, absolute=1e-6 * wide * loss_scale * shared)
                 continue
             if case["layout"] in ("stacked", "positions", "channels_last"):
@@ -195,3 +200,47 @@ def agreement(case: dict[str, Any]) -> tuple[Callable[..., Tensor], Callable[...
         return torch.stack(consensus_reference(stack, spread, REDUCTIONS[reduction]))
 
     return compute, reference
+
+
+# --- cases that every backend compares alone
+
+PLAIN: dict[str, Any] = {
+    "dtype": torch.float32,
+    "layout": "stacked",
+    "reduction": "none",
+    "mix": "probs",
+    "log_probs": False,
+    "temperature": 1.0,
+}
+
+
+CPU = torch.device("cpu")
+
+
+def compare_on(
+    device: torch.device, name: str, case: dict[str, Any], mask: Tensor | None, tensors: list[Tensor | None]
+) -> None:
+    """All gradients of a case on a backend."""
+    moved = [x if x is None else x.to(device) for x in tensors]
+    needs = (True, True, tensors[2] is not None)
+    compare(case, [name], *ensemble(case, mask if mask is None else mask.to(device)), moved, needs)
+
+
+def compare_dtypes_of_weights(name: str, device: torch.device = CPU) -> None:
+    """Weights of any dtype against logits of any other, in every shape, with a mask and without."""
+    axes: dict[str, Any] = {
+        "shape": ("K", "KB1", "K1C", "KBC"),
+        "masked": (False, True),
+        "size": ((20, 5), (3, 40)),
+        "dtype": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+        "weights_dtype": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
+        "mix": ("probs", "logits"),
+    }
+    for case in pairwise(axes, seed=1):
+        rows, classes = case["size"]
+        more = {"teachers": 3, "rows": rows, "classes": classes, "near": None, "special": None, "zeros": False}
+        case = {**PLAIN, **case, **more, "weights": case["shape"]}
+        mask = None
+        if case["masked"]:
+            mask = torch.rand(3, classes, generator=torch.Generator().manual_seed(rows)) < 0.6
+        compare_on(device, name, case, mask, list(make_inputs(case, seed=4)))

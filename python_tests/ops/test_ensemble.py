@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from ensemble_cases import COMMON, compare, ensemble, logits, make_inputs
+from ensemble_cases import (
+    COMMON,
+    compare,
+    compare_dtypes_of_weights,
+    ensemble,
+    logits,
+    make_inputs,
+)
 from operator_cases import BACKENDS, KERNELS, backends, describe, pairwise, using
 
 from fedkern import ops
@@ -90,6 +97,10 @@ def test_rows_longer_than_the_workspace(
     tensors = make_inputs(case, seed=1)
     compute, reference = ensemble(case, None)
     compare(case, [name], compute, reference, list(tensors), (True, True, True))
+
+
+def test_weights_of_other_dtypes_than_the_logits(backend: str) -> None:
+    compare_dtypes_of_weights(backend)
 
 
 @pytest.mark.parametrize("scale", [1e-2, 1e-3])

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from ensemble_cases import compare_dtypes_of_weights
 from operator_cases import DTYPES, assert_close, describe, pairwise
 from torch import Tensor
 
@@ -179,3 +180,7 @@ def test_nearly_equal_distributions_keep_their_digits(device: torch.device, scal
     assert ((loss - expected).abs() / expected).max() < 2e-5
     equal = teachers[:1].expand(5, -1, -1).to(device)
     assert ops.js_div(equal, reduction="none").abs().max() < 1e-12
+
+
+def test_weights_of_other_dtypes_than_the_logits(device: torch.device) -> None:
+    compare_dtypes_of_weights("cuda", device)
