@@ -202,8 +202,9 @@ def agreement(case: dict[str, Any]) -> tuple[Callable[..., Tensor], Callable[...
     return compute, reference
 
 
-# --- cases that every backend compares alone
+# --- little mass: masks and weights by class that take from teachers what they are sure of
 
+DIFFERENCES = (10.0, 18.0, 30.0, 88.0, 200.0, 1e4)
 PLAIN: dict[str, Any] = {
     "dtype": torch.float32,
     "layout": "stacked",
@@ -224,6 +225,33 @@ def compare_on(
     moved = [x if x is None else x.to(device) for x in tensors]
     needs = (True, True, tensors[2] is not None)
     compare(case, [name], *ensemble(case, mask if mask is None else mask.to(device)), moved, needs)
+
+
+def compare_little_mass(
+    name: str, difference: float, classes: int, rows: int, device: torch.device = CPU, **more: Any
+) -> None:
+    """Two teachers, each sure of the half of the classes that it is masked from: what is left is far below 1."""
+    case = {**PLAIN, "classes": classes, **more}
+    first = torch.arange(classes) < classes // 2
+    mask = torch.stack((~first, first))
+    sure = difference * torch.stack((first, ~first)).unsqueeze(1).expand(2, rows, classes)
+    for noise in (0.0, 1e-3, 1.0):  # without any the mixture is the student
+        student = noise * logits(rows, classes)
+        teachers = sure + noise * logits(2, rows, classes, seed=1)
+        teachers[:, ::3] *= 0.1  # so that not all rows of a block are alike
+        if case["log_probs"]:
+            teachers = teachers - difference
+        for weights in (None, torch.tensor((0.3, 0.9)), torch.rand(2, 1, classes) + 0.1):
+            compare_on(device, name, case, mask, [student.to(case["dtype"]), teachers.to(case["dtype"]), weights])
+
+
+def compare_random_masks(name: str, scale: float, rows: int, device: torch.device = CPU) -> None:
+    """Confident teachers under any mask: some rows keep little, in blocks with rows that keep much."""
+    for count, classes in ((2, 10), (3, 10), (3, 40)):
+        student, teachers = scale / 2 * logits(rows, classes), scale / 2 * logits(count, rows, classes, seed=1)
+        mask = torch.rand(count, classes, generator=torch.Generator().manual_seed(2)) < 0.4
+        case = {**PLAIN, "classes": classes}
+        compare_on(device, name, case, mask, [student, teachers, None])
 
 
 def compare_dtypes_of_weights(name: str, device: torch.device = CPU) -> None:

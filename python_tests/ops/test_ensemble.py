@@ -9,8 +9,11 @@ import pytest
 import torch
 from ensemble_cases import (
     COMMON,
+    DIFFERENCES,
     compare,
     compare_dtypes_of_weights,
+    compare_little_mass,
+    compare_random_masks,
     ensemble,
     logits,
     make_inputs,
@@ -101,6 +104,29 @@ def test_rows_longer_than_the_workspace(
 
 def test_weights_of_other_dtypes_than_the_logits(backend: str) -> None:
     compare_dtypes_of_weights(backend)
+
+
+@pytest.mark.parametrize("difference", DIFFERENCES)
+@pytest.mark.parametrize("classes", [2, 40])
+def test_masks_that_leave_little_mass(backend: str, classes: int, difference: float) -> None:
+    compare_little_mass(backend, difference, classes, rows=5 if backend == "triton" else 21)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"dtype": torch.float64}, {"log_probs": True}, {"temperature": 2.0}, {"classes": 33_001, "rows": 2}],
+    ids=str,
+)
+def test_little_mass_in_other_ways(backend: str, more: dict[str, Any]) -> None:
+    if backend == "triton" and "classes" in more:
+        pytest.skip("too long for the interpreter")
+    for difference in (30.0, 200.0, 1e4):
+        compare_little_mass(backend, difference, **{"classes": 6, "rows": 5, **more})
+
+
+@pytest.mark.parametrize("scale", [10.0, 20.0])
+def test_masks_on_teachers_who_are_sure(backend: str, scale: float) -> None:
+    compare_random_masks(backend, scale, rows=50 if backend == "triton" else 5000)
 
 
 @pytest.mark.parametrize("scale", [1e-2, 1e-3])

@@ -10,6 +10,7 @@
 //           of weight 0 is not looked at, and its weight gets no gradient.
 // Formulas  u = log Q - log P; KL = sum P (e^u - 1 - u). Where divergences are small, probabilities are taken relative
 //           to an anchor row a: log(P / a) = log1p(sum w (e^v - 1)), v = log p - log a from differences of logits.
+//           Where masks or weights by class leave a mixture of probabilities little mass, all are taken over that mass.
 // Limit     T = infinity: half the variance over classes of mixture - student, classes finite in all that contribute.
 // Memory    the mixture lives in L1; teachers are read once where a row of all of them fits the workspace.
 // The rest  layouts, precision and order are those of distill.h.
