@@ -3,7 +3,7 @@
 // the digits of the divergence: such rows are done again in fp64.
 #pragma once
 
-#include "distill_math.cuh"
+#include "distill_mixture.cuh"
 #include "distill_rows.cuh"
 #include "fedkern/distill_ensemble_cuda.h"
 
@@ -39,69 +39,13 @@ struct EnsemblePlace {
   }
 };
 
-// KL's terms where u = log Q - log P is known; elsewhere than where P is `present` Q alone counts.
-template <typename C>
-struct MixtureTerm {
-  C value, difference;
-
-  __device__ __forceinline__ MixtureTerm(C p, C q, C u, bool present) {
-    u = present ? u : C(2);
-    const bool small = fabs(u) < small_exponent<C>();
-    const C remainder = u * u * exp_remainder(u), floor = present ? (p > C(1e-37) ? p : C(1e-37)) : C(0);
-    difference = q - p;
-    value = small ? p * remainder : fma(-floor, u, difference);
-    difference = small ? p * (u + remainder) : difference;
-  }
-};
-
-// What a slot keeps per teacher: names are followed by all teachers' numbers.
-enum SlotNumber { kShare, kMaximum, kInverse, kLogSum, kDot };  // kDot: once per warp that works on the row
-
-// A weight before it is normalised.
-__device__ __forceinline__ double weight_of(const EnsembleCall& a, std::int64_t at, int k, std::int64_t c) {
-  if (a.mask && !a.mask[k * a.mask_stride[0] + c * a.mask_stride[1]]) return 0;
-  if (!a.weights.data) return 1;
-  return load_value<double>(a.weights.data, a.weights.dtype, at + k * a.weights.stack_stride + c * a.weights.class_stride);
-}
-
-// The inner loops are functions that are called: they are needed in many places, and are most of the code.
-static __device__ __noinline__ double weight_sum(const EnsembleCall& a, std::int64_t at, std::int64_t c) {
-  double sum = 0;
-#pragma unroll 1
-  for (int k = 0; k < static_cast<int>(a.count); ++k) sum += weight_of(a, at, k, c);
-  return sum;
-}
-
-// The teachers' mixture at a class.
-template <typename C>
-struct Mixture {
-  C value;     // sum of share times p
-  bool alive;  // some teacher that counts does not mask the class
-};
-
-template <typename C>
-__device__ __noinline__ Mixture<C> mixture(const EnsembleCall& a, std::int64_t teachers, std::int64_t weights, const double* slot, std::int64_t step,
-                                           std::int64_t c, double sum) {
-  const int K = static_cast<int>(a.count);
-  const C inverse_t = static_cast<C>(a.kind == EnsembleKind::probs ? 1 / a.temperature : 1.0);
-  Mixture<C> m{C(0), false};
-#pragma unroll 2
-  for (int k = 0; k < K; ++k) {
-    const auto number = [&](int name) { return static_cast<C>(slot[(static_cast<std::int64_t>(name) * K + k) * step]); };
-    const C x = load_value<C>(a.teachers.data, a.teachers.dtype, teachers + k * a.teachers.stack_stride + c * a.teachers.class_stride);
-    const C w = !a.by_class ? number(kShare) : static_cast<C>(sum == 0 ? 1.0 / K : weight_of(a, weights, k, c) / sum);
-    const C p = exponential((x - number(kMaximum)) * inverse_t) * number(kInverse);
-    m.value += w == C(0) ? C(0) : w * p;
-    m.alive = m.alive || (w > C(0) && x > -infinity<C>());
-  }
-  return m;
-}
-
 template <typename C, int Lanes>
 class EnsembleRow {
   using G = Group<Lanes>;
   // Sums over classes are taken by warps, and kept by each of a block's.
   static constexpr int kParts = Lanes == kBlock ? kWarps : 1;
+  // The mixture's mass that probabilities can be divided by, and their products with gradients taken.
+  static constexpr double kFaint = sizeof(C) == 8 ? 1e-200 : 1e-20;
   static_assert(kDot + kWarps <= kEnsembleNumbers);
 
  public:
@@ -115,9 +59,9 @@ class EnsembleRow {
     find_softmaxes();
     if (probs_) find_student();
     if (probs_ && (a_.by_class || a_.as_is)) {  // the mixture does not sum to 1
-      double sum = 0;
-      for (std::int64_t c = G::lane(); c < a_.classes; c += Lanes) sum += static_cast<double>(mix(c, sum_at(c)).value);
-      sum = G::sum(sum);
+      double sum = mass();
+      // Masks and weights by class may leave so little that probabilities underflow, log-probabilities hold so much.
+      if (!(sum > kFaint && sum < 1 / kFaint)) find_lift(), sum = mass();
       normaliser_ = static_cast<C>(1 / sum), log_normaliser_ = logarithm(static_cast<C>(sum));
     }
     factors_[0] = at_.outer[0] * a_.scale * temperature_, factors_[1] = at_.outer[1] * a_.scale;
@@ -246,9 +190,28 @@ class EnsembleRow {
   }
 
   __device__ __forceinline__ Mixture<C> mix(std::int64_t c, double sum) const {
-    return mixture<C>(a_, at_.teachers, at_.weights, slot_, step_, c, sum);
+    return mixture<C>(a_, at_.teachers, at_.weights, slot_, step_, c, sum, lift_);
   }
-  __device__ __forceinline__ static C log_of(C m) { return logarithm(m > C(1e-37) || m != m ? m : C(1e-37)); }
+  __device__ double mass() const {
+    double sum = 0;
+    for (std::int64_t c = G::lane(); c < a_.classes; c += Lanes) sum += static_cast<double>(mix(c, sum_at(c)).value);
+    return G::sum(sum);
+  }
+  // lift_: the logarithm of the largest p that counts; 0 where none does.
+  __device__ __forceinline__ void find_lift() {
+    C most = -infinity<C>();
+    for (std::int64_t c = G::lane(); c < a_.classes; c += Lanes) {
+      const C value = largest_logarithm<C>(a_, at_.teachers, at_.weights, slot_, step_, c, sum_at(c));
+      most = value > most ? value : most;
+    }
+    lift_ = Softmax<C>::reference(G::maximum(most));
+  }
+  // A p that counts, over e^lift as the mixture is.
+  __device__ __forceinline__ C lifted(int k, C x) const { return lift_ == C(0) ? power(k, x) : exponential(log_power(k, x) - lift_); }
+  __device__ __forceinline__ static C log_of(C m) {
+    constexpr C tiny = static_cast<C>(sizeof(C) == 8 ? 1e-300 : 1e-37);  // normal numbers
+    return logarithm(m > tiny || m != m ? m : tiny);
+  }
 
   // With kDot the derivative toward each share: those of the weights, w_k / sum w.
   __device__ void weight_gradients(double factor) {
@@ -329,7 +292,7 @@ class EnsembleRow {
       const double sum = sum_at(c);
       const C center = toward_mixture(c, mix(c, sum).value);
       for (int k = 0; k < K_; ++k) {
-        const C inner = skipped(k) ? C(0) : weighted(k, c, sum, center), p = inner == C(0) ? C(0) : power(k, teacher(k, c));
+        const C inner = skipped(k) ? C(0) : weighted(k, c, sum, center), p = inner == C(0) ? C(0) : lifted(k, teacher(k, c));
         add_dot(k, mine && p != C(0) ? static_cast<double>(p * inner) : 0.0);
       }
     });
@@ -347,6 +310,15 @@ class EnsembleRow {
     return w == C(0) ? C(0) : w * center;
   }
 
+  // The gradient toward a teacher's class of probability p, `own` = w g of it: p (w g - sum p w g), where
+  // log-probabilities are given p w g. A teacher that nowhere counts may hold anything.
+  __device__ __forceinline__ C toward_teacher(int k, C x, C p, C own) const {
+    const C dot = a_.as_is ? C(0) : number(kDot, k), inner = own - dot;
+    if (lift_ == C(0)) return inner == C(0) ? C(0) : p * inner;
+    // Where the teacher counts nothing its p may be as much above the mixture as numbers go: dot takes it plain.
+    return (own == C(0) ? own : lifted(k, x) * own) - (dot == C(0) ? dot : p * dot);
+  }
+
   __device__ __forceinline__ void write_gradients() const {
     for (std::int64_t c = G::lane(); c < a_.classes; c += Lanes) {
       const double sum = sum_at(c);
@@ -355,18 +327,19 @@ class EnsembleRow {
         const C x = teacher(k, c), p = skipped(k) ? C(0) : power(k, x), outer = a_.by_class ? C(1) : number(kShare, k);
         if (a_.teachers_grad.data) {
           C value;
-          if (probs_) {  // p (w g - sum p w g), where log-probabilities are given p w g; a teacher that nowhere counts may hold anything
-            const C inner = weighted(k, c, sum, center) - (a_.as_is ? C(0) : number(kDot, k));
-            value = inner == C(0) ? C(0) : p * inner * static_cast<C>(factors_[0]);
+          if (probs_) {
+            value = toward_teacher(k, x, p, weighted(k, c, sum, center)) * static_cast<C>(factors_[0]);
           } else if (js_) {  // -p (log mixture - log p + KL)
             value = -p * (center - log_power(k, x) + number(kDot, k)) * static_cast<C>(factors_[0]);
           } else {  // p (g (-log mixture - cross entropy) + h (-log p - entropy))
             value = p * (center - static_cast<C>(factors_[1]) * log_power(k, x) - number(kDot, k));
           }
-          to_teacher(k, c, p == C(0) || outer == C(0) ? C(0) : outer * value);
+          const bool gone = p == C(0) && lift_ == C(0);  // lifted, what counts may underflow and yet be the mixture
+          to_teacher(k, c, gone || outer == C(0) ? C(0) : outer * value);
         }
         if (a_.weights_grad.data && a_.by_class) {
-          const double toward = factors_[0] * temperature_ * static_cast<double>(center) * (static_cast<double>(p) - static_cast<double>(m));
+          const double difference = static_cast<double>(lift_ == C(0) ? p : lifted(k, x)) - static_cast<double>(m);
+          const double toward = factors_[0] * temperature_ * static_cast<double>(center) * difference;
           to_weight(k, c, sum == 0 || weight(k, c) == 0 ? 0.0 : toward / sum);
         }
       }
@@ -383,6 +356,7 @@ class EnsembleRow {
   const double temperature_;
   const C inverse_t_;
   double factors_[2] = {}, total_ = 0, kl_ = 0;
+  C lift_ = 0;  // not 0 where the mixture's probabilities would underflow or overflow: the logarithm they are over
   C normaliser_ = 1, log_normaliser_ = 0;  // of the mixture: one over its sum, the sum's logarithm
   Softmax<C> student_;
   C student_inverse_ = 0, student_log_sum_ = 0;

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from ensemble_cases import compare_dtypes_of_weights
+from ensemble_cases import DIFFERENCES, compare_dtypes_of_weights, compare_little_mass, compare_random_masks
 from operator_cases import DTYPES, assert_close, describe, pairwise
 from torch import Tensor
 
@@ -184,3 +184,21 @@ def test_nearly_equal_distributions_keep_their_digits(device: torch.device, scal
 
 def test_weights_of_other_dtypes_than_the_logits(device: torch.device) -> None:
     compare_dtypes_of_weights("cuda", device)
+
+
+@pytest.mark.parametrize("difference", [*DIFFERENCES, 1e3])
+@pytest.mark.parametrize("classes", [2, 40, 1030])
+def test_masks_that_leave_little_mass(device: torch.device, classes: int, difference: float) -> None:
+    """By a thread, a warp, a block; 1e3 is too much for fp64 as well."""
+    compare_little_mass("cuda", difference, classes, rows=5, device=device)
+
+
+@pytest.mark.parametrize("more", [{"dtype": torch.float64}, {"log_probs": True}, {"temperature": 2.0}], ids=str)
+def test_little_mass_in_other_ways(device: torch.device, more: dict[str, Any]) -> None:
+    for difference in (30.0, 200.0, 1e4):
+        compare_little_mass("cuda", difference, classes=6, rows=5, device=device, **more)
+
+
+@pytest.mark.parametrize("scale", [10.0, 20.0])
+def test_masks_on_teachers_who_are_sure(device: torch.device, scale: float) -> None:
+    compare_random_masks("cuda", scale, rows=100, device=device)
