@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from operator_cases import assert_close, pairwise, using
+from operator_cases import assert_close, pairwise, thinned, using
 from torch import Tensor
 
 from fedkern import ops
@@ -235,14 +236,14 @@ def compare_little_mass(
     first = torch.arange(classes) < classes // 2
     mask = torch.stack((~first, first))
     sure = difference * torch.stack((first, ~first)).unsqueeze(1).expand(2, rows, classes)
-    for noise in (0.0, 1e-3, 1.0):  # without any the mixture is the student
+    shares = (None, torch.tensor((0.3, 0.9)), torch.rand(2, 1, classes) + 0.1)
+    for noise, number in thinned(list(itertools.product((0.0, 1e-3, 1.0), range(3)))):  # 0: equal rows
         student = noise * logits(rows, classes)
         teachers = sure + noise * logits(2, rows, classes, seed=1)
         teachers[:, ::3] *= 0.1  # so that not all rows of a block are alike
         if case["log_probs"]:
             teachers = teachers - difference
-        for weights in (None, torch.tensor((0.3, 0.9)), torch.rand(2, 1, classes) + 0.1):
-            compare_on(device, name, case, mask, [student.to(case["dtype"]), teachers.to(case["dtype"]), weights])
+        compare_on(device, name, case, mask, [student.to(case["dtype"]), teachers.to(case["dtype"]), shares[number]])
 
 
 def compare_random_masks(name: str, scale: float, rows: int, device: torch.device = CPU) -> None:
