@@ -39,7 +39,8 @@ class FusedBlocks(nn.Module):
         fold: in evaluation mode and without autograd, fold batch norms into the convolutions before them (frozen
             levels).  The folded weights follow what torch counts as a change of a parameter or buffer: in-place
             operations, optimizers, loaded state dicts, another tensor in its place.  Torch does not see writes through
-            ``p.data``, NumPy or an address: call :meth:`refold` after them.
+            ``p.data``, NumPy or an address: call :meth:`refold` after them, and after the step of a ``fused=True``
+            optimizer where a folded call lies between it and the recorded one (without, it is followed).
         lowering: how it is computed: ``"grouped"`` (one convolution for all branches), ``"separate"`` (branch after
             branch) or ``"direct"`` (folded fp32 on the CPU: all branches by the core's own convolution, which wastes no
             lanes on few channels); None picks the fastest from the measured table ``fuse_table``.  Where ``"direct"``
@@ -134,6 +135,9 @@ class FusedBlocks(nn.Module):
         core = core_for(x) if direct else None
         way: str = self.lowering or self._choose(x, folded, core is not None)
         if not folded:
+            if self.fold and torch.is_grad_enabled() and (training or self._trained()):
+                # What may come next is the step of a fused optimizer, which torch does not count as a change.
+                self._folded.forget()
             return self._separate(x) if way == "separate" else self._grouped(x)
         with torch.no_grad():
             if way == "direct":
@@ -164,7 +168,10 @@ class FusedBlocks(nn.Module):
         return list(fused.tensor_split(self.count, dim=1))
 
     def _recorded(self, x: Tensor) -> bool:
-        return x.requires_grad or any(p.requires_grad for p in self.parameters())
+        return x.requires_grad or self._trained()
+
+    def _trained(self) -> bool:
+        return any(p.requires_grad for p in self.parameters())
 
     def _grouped(self, x: Tensor) -> Tensor:
         values = [(channels_last(x), self.shared)]

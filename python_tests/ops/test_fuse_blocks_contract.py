@@ -310,3 +310,24 @@ def test_one_mode_and_one_set_of_trained_parameters() -> None:
     ):
         FusedBlocks(norms)
     FusedBlocks([norm.eval() for norm in norms])
+
+
+@pytest.mark.parametrize("lowering", WAYS)
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}])
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD])
+@pytest.mark.parametrize("name", ["residual", "adaptor"])
+def test_optimizers_are_followed(lowering: str | None, options: dict[str, bool], kind: type, name: str) -> None:
+    """A fused optimizer's steps count as no changes: what may be trained is folded anew after a recorded call."""
+    fused = FusedBlocks([block.eval() for block in make(name)], lowering=lowering)  # type: ignore[arg-type]
+    optimizer = kind(fused.parameters(), lr=0.1, **options)
+    x = torch.randn(2, 6, 8, 8)
+    for _ in range(2):
+        with torch.no_grad():
+            before = fused(x)
+        optimizer.zero_grad()
+        fused(x).square().mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            wanted = joined(fused.split(), x)
+            assert (before - wanted).abs().max() > 1e-2
+            torch.testing.assert_close(fused(x), wanted, rtol=1e-4, atol=1e-4)
