@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -172,10 +173,10 @@ def check_number(value: float, name: str, low: float, high: float = math.inf, *,
 
 def check_count(value: int, name: str, low: int, high: int | None = None) -> int:
     """Returns a whole number of [low, high]."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if isinstance(value, np.integer):
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be a whole number, not {type(value).__name__}")
-    if not isinstance(value, int):
-        value = value.__index__()  # one of numpy's
     if value < low or (high is not None and value > high):
         bound = f"at least {low}" if high is None else f"between {low} and {high}"
         raise ValueError(f"{name} must be {bound}, not {value}")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from operator_cases import BACKENDS, using
@@ -232,3 +233,7 @@ def test_inputs_are_left_alone(name: str) -> None:
             pytest.skip(str(error))
     assert torch.equal(vectors, before)
     assert vectors._version == 0
+
+
+def test_whole_numbers_may_be_numpys() -> None:
+    assert torch.equal(trimmed_mean(V, np.int64(1)), trimmed_mean(V, 1))  # type: ignore[arg-type]
