@@ -177,9 +177,10 @@ class IODRuns(Runs):
         return found
 
     def megabytes(self, case: Case) -> tuple[float, float]:
-        """What a client sends and receives on average in the whole run."""
+        """What a client sends and receives on average in the whole run, what is sent once (class counts) included."""
         sent, clients = self.summaries[case.name]["bytes"], self.summaries[case.name]["clients"]
-        return sent["up"] / clients / 1e6, sent["down"] / clients / 1e6
+        up, down = ((sent[way] + sent[f"one_off_{way}"]) / clients / 1e6 for way in ("up", "down"))
+        return up, down
 
 
 SETTINGS = {"clients", "model", "width"}

@@ -167,9 +167,11 @@ def terms(runs: IODRuns) -> Section:
 def clients(runs: IODRuns) -> Section:
     """More clients on the same samples: the end, and the way there."""
     alpha, numbers = runs.study.alphas[0], {}
-    teachers = {count: runs.trained(alpha, 0, clients=count) for count in runs.study.many}
+    usual = runs.study.settings["clients"]
+    changes = {count: {"clients": count} if count != usual else {} for count in runs.study.many}
+    teachers = {count: runs.trained(alpha, 0, **own) for count, own in changes.items()}
     runs.run(teachers.values())
-    cases = {count: runs.iod(own, alpha, 0, clients=count) for count, own in teachers.items()}
+    cases = {count: runs.iod(own, alpha, 0, **changes[count]) for count, own in teachers.items()}
     runs.run(cases.values())
     rows, way = [], []
     points: list[int] = []
