@@ -16,6 +16,8 @@ from torch import Tensor
 from fedkern.errors import UserError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
+BITS = 8, 12, 16
+"""What a grey value that is stored in more than eight bits may hold; medical exports put 12 bits into 16."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 _UNREADABLE = (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError)
@@ -40,6 +42,9 @@ def read_images(
 ) -> tuple[Tensor, Tensor]:
     """Decodes images and resizes them (whole, without cropping) to ``size`` x ``size`` pixels.
 
+    Grey values of more than eight bits are scaled to 0-255 from the smallest of the ranges `BITS` that holds the
+    image's largest value; fractions are taken as 0 to 1.
+
     Args:
         paths: the files.
         size: side in pixels.
@@ -51,7 +56,7 @@ def read_images(
         uint8 ``[n, 3 or 1, size, size]`` and int64 ``[n, 2]``, width and height on disk.
 
     Raises:
-        UserError: an image that cannot be decoded.
+        UserError: an image that cannot be decoded, or whose grey values have no range that is known.
     """
     mode = "L" if grey else "RGB"
     images = np.empty((len(paths), 1 if grey else 3, size, size), dtype=np.uint8)
@@ -63,7 +68,7 @@ def read_images(
                 sizes[row] = image.size
                 # A JPEG is decoded at a fraction of its size where that still leaves twice the pixels needed.
                 image.draft(mode, (2 * size, 2 * size))
-                whole = image.convert(mode)
+                whole = _eight_bits(image, paths[row], data).convert(mode)
                 small = (
                     ImageOps.pad(whole, (size, size), Image.Resampling.BICUBIC)
                     if pad
@@ -120,6 +125,23 @@ def read_masks(images: Sequence[Path], masks: Sequence[Path], size: int, data: s
 
     each(read, len(masks))
     return out
+
+
+def _eight_bits(image: Image.Image, path: Path, data: str) -> Image.Image:
+    """The image, its grey values in 0-255: Pillow's conversion would cut off whatever is above."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)
+    low, high = float(values.min()), float(values.max())
+    tops = [1] if image.mode == "F" else [2**bits - 1 for bits in BITS]
+    top = next((top for top in tops if low >= 0 and high <= top), None)
+    if top is None:
+        expected = "fractions from 0 to 1" if image.mode == "F" else "whole numbers from 0 to 65535"
+        raise UserError(
+            f'data set "{data}": the image {path} holds grey values from {low:g} to {high:g}, expected {expected}; '
+            "choose the range that shows what matters and save it with 8 or 16 bits"
+        )
+    return Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
 
 
 def unreadable(data: str, what: str, path: Path, error: Exception) -> UserError:
