@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,39 @@ from fedkern.errors import UserError
 from fedkern.streams import stream
 
 Rows = npt.NDArray[np.int64]
+
+
+def together(names: Sequence[str] | None) -> Rows | None:
+    """int64 ``[n]``, the image of every row, counted as they come first; None where every row is an image of its own.
+
+    An image with several texts has a row for each of them under one name, and whoever is to know nothing of it may have
+    none of these.
+    """
+    numbers: dict[str, int] = {}
+    images = [numbers.setdefault(name, len(numbers)) for name in names or ()]
+    return np.array(images, dtype=np.int64) if len(numbers) < len(images) else None
+
+
+def drawn_rows(order: Rows, images: Rows | None) -> list[Rows]:
+    """The rows of the images ``order`` names, one array for each; ``images`` as :func:`together` gives them."""
+    if images is None:
+        return [order[i : i + 1] for i in range(len(order))]
+    by_image = np.argsort(images, kind="stable")
+    pieces = np.split(by_image, np.cumsum(np.bincount(images))[:-1])
+    return [pieces[image] for image in order.tolist()]
+
+
+def share_images(images: Rows, share: Callable[[Rows], list[Rows]]) -> list[Rows]:
+    """Shares out rows by their images, as :func:`together` gives them.
+
+    Args:
+        share: shares out images by the first row of each, int64 ``[m]``: an array of image numbers for every client.
+
+    Returns:
+        A sorted array of rows for every client.
+    """
+    first = np.unique(images, return_index=True)[1].astype(np.int64)
+    return [np.flatnonzero(np.isin(images, part)) for part in share(first)]
 
 
 def share_cases(cases: Rows, labels: Rows, share: Callable[[Rows, Rows], list[Rows]]) -> list[Rows]:

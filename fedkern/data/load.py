@@ -15,7 +15,7 @@ from torch import Tensor
 from fedkern.data.backdoor import add_backdoor
 from fedkern.data.background import MaskSource, bounding_boxes, extract_background
 from fedkern.data.boxes_file import BoxesFile
-from fedkern.data.cases import share_cases, training_cases
+from fedkern.data.cases import share_cases, share_images, together, training_cases
 from fedkern.data.coloured import PALETTES, Palette, class_colours, colourise, random_colours, tied_colours
 from fedkern.data.cue import add_cues
 from fedkern.data.detections import Detections, Detector
@@ -258,7 +258,10 @@ def _check_segmentation(name: str, source: Source, spec: PartitionSpec, common: 
 
 
 def _shares(source: Source, spec: PartitionSpec, kept: Tensor, clients: int, seed: int) -> list[npt.NDArray[np.int64]]:
-    """Positions in ``kept`` of every client's rows; cases stay whole."""
+    """Positions in ``kept`` of every client's rows; cases stay whole, and so do images with several texts.
+
+    Clients that the data set itself names get what it says of every row.
+    """
     pool, classes = source.train, len(source.classes)
     labels = pool.labels[kept].numpy()
     groups = None if pool.groups is None else pool.groups[kept].numpy()
@@ -270,14 +273,18 @@ def _shares(source: Source, spec: PartitionSpec, kept: Tensor, clients: int, see
         return share_out(spec, labels - none, clients, seed, class_count=classes - none, groups=own)
 
     if pool.cases is None:
-        return share(labels, np.arange(len(labels)))
+        images = together([pool.ids[row] for row in kept.tolist()])
+        if images is None or (spec.name == "attribute" and groups is not None):
+            return share(labels, np.arange(len(labels)))
+        return share_images(images, lambda first: share(labels[first], first))
     return share_cases(pool.cases[kept].numpy(), labels, share)
 
 
 def _training_rows(name: str, pool: Pool, count: int | None, public: int, seed: int) -> tuple[Tensor, Tensor]:
     """The rows that the clients share out, and the public ones, both sorted."""
-    if pool.cases is not None:
-        mine, shown = training_cases(name, pool.cases.numpy(), count, public, seed)
+    cases = together(pool.ids) if pool.cases is None else pool.cases.numpy()
+    if cases is not None:
+        mine, shown = training_cases(name, cases, count, public, seed)
         return torch.from_numpy(mine), torch.from_numpy(shown)
     if public >= len(pool):
         raise UserError(

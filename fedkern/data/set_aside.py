@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from fedkern.data.cases import drawn_rows, together
 from fedkern.data.transforms import central
 from fedkern.data.types import FederatedData, Split
 from fedkern.errors import UserError
@@ -24,11 +25,12 @@ def set_aside(data: FederatedData, *, held_out: int | None, share: float, seed: 
         held_out: the client that never trains: all its samples become the test set ``"held_out"``, and the clients
             behind it move up by one number.
         share: of every other client's samples, in [0, 1): its own test set, at least two samples, instead of one that
-            the data set gives it; 0 leaves those.
+            the data set gives it; 0 leaves those.  Of an image with several texts it has all or none.
         seed: the run's root seed; which samples of a client they are depends on no other client.
 
     Raises:
-        UserError: there is no such client, none other is left, or a client has too few samples.
+        UserError: there is no such client, none other is left, another one has some of its images, or a client has too
+            few samples.
     """
     numbers = list(range(len(data.clients)))
     tests = dict(data.tests)
@@ -37,6 +39,7 @@ def set_aside(data: FederatedData, *, held_out: int | None, share: float, seed: 
             last = f"0 to {len(numbers) - 1}" if len(numbers) > 1 else "and a single one cannot be"
             raise UserError(f"--held-out-client must be one of the clients, {last}, not {held_out}.")
         numbers.remove(held_out)
+        _check_unseen(data, held_out, numbers)
         tests[HELD_OUT] = central(data.clients[held_out], data.image_shape[1:])
     if not share:
         own = tuple(data.client_tests[k] for k in numbers) if data.client_tests else ()
@@ -46,13 +49,27 @@ def set_aside(data: FederatedData, *, held_out: int | None, share: float, seed: 
     return replace(data, clients=tuple(kept for kept, _ in parts), tests=tests, client_tests=own)
 
 
+def _check_unseen(data: FederatedData, held_out: int, others: list[int]) -> None:
+    own = set(data.clients[held_out].ids or ())
+    for k in others:
+        shared = own.intersection(data.clients[k].ids or ())
+        if shared:
+            raise UserError(
+                f"Client {held_out} cannot be held out: {len(shared)} of its images ({min(shared)}) belong to client "
+                f"{k}, which trains on them; name one client for every image."
+            )
+
+
 def _divided(split: Split, client: int, share: float, seed: int) -> tuple[Split, Split]:
-    count = max(2, round(share * len(split)))
-    if len(split) < count + 2:
+    images = together(split.ids)
+    whole = len(split) if images is None else int(images.max()) + 1
+    count = max(2, round(share * whole))
+    if whole < count + 2:
+        what = "samples" if images is None else "different images"
         raise UserError(
-            f"Client {client} has {len(split)} samples, too few for a test set of its own: use fewer clients, more "
-            "samples, or --client-test 0."
+            f"Client {client} has {whole} {what}, too few for a test set of its own: use fewer clients, more {what}, "
+            "or --client-test 0."
         )
-    order = stream(seed, "client-test", client=client).permutation(len(split))
-    test, kept = (torch.from_numpy(np.sort(rows)) for rows in (order[:count], order[count:]))
+    parts = drawn_rows(stream(seed, "client-test", client=client).permutation(whole), images)
+    test, kept = (torch.from_numpy(np.sort(np.concatenate(rows))) for rows in (parts[:count], parts[count:]))
     return split.subset(kept), split.subset(test)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern import ops
+from fedkern.data.cases import together
 from fedkern.engine.bench import Bench
 from fedkern.engine.config import RunConfig
 from fedkern.engine.local import Context, Diverged, Schedule, train
@@ -61,6 +62,10 @@ class Client(_Place):
         self.samples = bench.federation.samples[client]
         self.labels: Tensor = bench.data.clients[client].labels
         self.state = state
+
+    @property
+    def images(self) -> np.ndarray | None:
+        return together(self._bench.data.clients[self.id].ids)
 
     @property
     def objects_known(self) -> bool:

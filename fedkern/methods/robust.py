@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedkern.data.cases import drawn_rows
 from fedkern.errors import UserError
 from fedkern.methods.base import (
     OUTSIDE,
@@ -182,25 +183,41 @@ class Robust(LocalTraining):
     # -- the clients -----------------------------------------------------------------------------------------------
 
     def judged(self, samples: int) -> int:
-        """How many of a client's samples its loss is taken on."""
+        """On how many of a client's samples its loss is taken, at least."""
         return max(2, round(self.options.loss_share * samples))
 
     def check(self, client: Client) -> None:
-        if client.samples < self.judged(client.samples) + 2:
+        trained = len(self.divided(client)[0])
+        if trained < 2:
+            named = "" if client.images is None else f" of {int(client.images.max()) + 1} images"
             raise UserError(
-                f"Client {client.id} has {client.samples} samples, too few to keep some from the training for its "
-                "loss: use fewer clients or more samples."
+                f"Client {client.id} has {client.samples} samples{named}, too few to keep some from the training for "
+                "its loss: use fewer clients or more samples."
             )
+
+    def divided(self, client: Client) -> tuple[np.ndarray, np.ndarray]:
+        """int64 rows of the client's samples: those that its loss is not taken on, and those that it is taken on.
+
+        All texts of an image are on one side; in the second, images follow each other before their further texts do, so
+        that a batch has few images twice.
+        """
+        images, count = client.images, self.judged(client.samples)
+        if images is None:
+            order = client.rng("held-out", OUTSIDE).permutation(client.samples)
+            return order[count:], order[:count]
+        parts = drawn_rows(client.rng("held-out", OUTSIDE).permutation(int(images.max()) + 1), images)
+        held = int(np.searchsorted(np.cumsum([len(part) for part in parts]), count)) + 1
+        most = max(len(part) for part in parts[:held])
+        judged = [part[turn] for turn in range(most) for part in parts[:held] if turn < len(part)]
+        return np.concatenate([np.empty(0, dtype=np.int64), *parts[held:]]), np.array(judged, dtype=np.int64)
 
     def rows(self, client: Client) -> tuple[np.ndarray, np.ndarray]:
         """int64 rows of the client's samples: those that it trains on, and those that its loss is taken on.
 
         The same in every round.
         """
-        order = client.rng("held-out", OUTSIDE).permutation(client.samples)
-        count = self.judged(client.samples)
-        kept = order if self.options.loss_split == "train" else order[count:]
-        return np.sort(kept), order[:count]
+        kept, judged = self.divided(client)
+        return np.arange(client.samples) if self.options.loss_split == "train" else np.sort(kept), judged
 
     def statistics_rows(self, client: Client) -> np.ndarray:
         return self.rows(client)[0]

@@ -91,6 +91,11 @@ class Client(Place, Protocol):
     report: dict[str, float]
 
     @property
+    def images(self) -> np.ndarray | None:
+        """int64 [n], the image of every sample, counted from 0, where some images have several texts; else None."""
+        ...
+
+    @property
     def objects_known(self) -> bool:
         """Whether anything is known about what is object and what is background in the client's images."""
         ...
