@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,9 @@ import numpy as np
 from fedkern.data.listing import SPLITS, Listing, Reading, to_source
 from fedkern.data.types import Source
 from fedkern.errors import UserError, nearest
+
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+_QUOTED = re.compile(r'"[^"]*"')
 
 
 @dataclass(frozen=True)
@@ -93,22 +97,16 @@ def read_table(path: Path, data: str, columns: tuple[str, ...]) -> Table:
         columns: those that it must have, filled in every row.
 
     Raises:
-        UserError: unreadable, a missing column, an empty value, or no row.
+        UserError: unreadable, a missing column or one that is there twice, an empty value, a row of more values than
+            there are columns, or no row.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UserError(f'data set "{data}": cannot read {path}: {reason}') from None
-    header = text.partition("\n")[0]
-    separator = max(",;\t", key=header.count)
     try:
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-        names = [(name or "").strip().lower() for name in reader.fieldnames or ()]
-        rows, lines = [], []
-        for values in reader:
-            rows.append(dict(zip(names, [str(value or "").strip() for value in values.values()], strict=False)))
-            lines.append(reader.line_num)
+        names, rows, lines = _parsed(text, path, data)
     except csv.Error as error:
         raise UserError(f'data set "{data}": {path} is not a CSV file: {error}') from None
     for column in columns:
@@ -124,6 +122,30 @@ def read_table(path: Path, data: str, columns: tuple[str, ...]) -> Table:
     if not rows:
         raise UserError(f'data set "{data}": {path} lists no image')
     return Table(path, rows, lines)
+
+
+def _parsed(text: str, path: Path, data: str) -> tuple[list[str], list[dict[str, str]], list[int]]:
+    """The names of the columns, the rows and their lines."""
+    header = _QUOTED.sub("", text.lstrip("\r\n").partition("\n")[0])
+    separator = max(SEPARATORS, key=header.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    filled = ([value.strip() for value in values] for values in reader if values)
+    names = [name.lower() for name in next(filled, [])]
+    for name in names:
+        if name and names.count(name) > 1:
+            raise UserError(f'data set "{data}": {path} has {names.count(name)} columns "{name}", expected one')
+    rows: list[dict[str, str]] = []
+    lines: list[int] = []
+    for values in filled:
+        if any(values[len(names) :]):
+            raise UserError(
+                f'data set "{data}": {path}, line {reader.line_num}, has {len(values)} values for {len(names)} '
+                f"columns; quote texts that hold {SEPARATORS[separator]}"
+            )
+        values += [""] * (len(names) - len(values))
+        rows.append({name: value for name, value in zip(names, values, strict=False) if name})
+        lines.append(reader.line_num)
+    return names, rows, lines
 
 
 def open_csv(

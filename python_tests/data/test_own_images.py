@@ -145,6 +145,13 @@ def test_csv_without_split(tmp_path):
         ("path,label,split", ["files/0.png,a,train", "files/1.png,b,train"], "no image belongs to the test split"),
         ("path,label,split", ["files/0.png,a,train", "files/1.png,b,test"], "1 images are too few to hold some out"),
         ("path,label", ['"files/0.png,a'], "is not a CSV file"),
+        ("path,note,label,Note", ["files/0.png,,a,"], 'has 2 columns "note", expected one'),
+        ("path,label", ["files/0.png,a", "files/1.png,b, c"], "line 3, has 3 values for 2 columns; quote .* commas"),
+        (
+            "path;label",
+            ["files/0.png;a;c", "files/1.png;b"],
+            "line 2, has 3 values .*; quote texts that hold semicolons",
+        ),
     ],
 )
 def test_bad_csv_files_are_one_sentence(tmp_path, header, lines, words):
@@ -152,6 +159,24 @@ def test_bad_csv_files_are_one_sentence(tmp_path, header, lines, words):
     with pytest.raises(UserError, match=words) as caught:
         opened("csv", path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("header", "line"),
+    [
+        ("path,,label,", "files/{i}.png,no,{label},no"),  # a table's own numbering has no name
+        ("path,label", "files/{i}.png,{label},,"),
+        ("path,label,note", "files/{i}.png,{label}"),
+        ('"path";"label";"a, b, c, d";e', '"files/{i}.png";{label};"x, y";z'),
+        ("\n\npath\tlabel", "files/{i}.png\t{label}\n"),
+    ],
+)
+def test_columns_are_found_by_their_place(tmp_path, header, line):
+    path = write_csv(tmp_path, [line.format(i=i, label="xyz"[i % 3]) for i in range(24)], header)
+    data = opened("csv", path)
+    assert data.classes == ("x", "y", "z")
+    for split in every_split(data):
+        assert split.labels.tolist() == [int(name[6:-4]) % 3 for name in split.ids]
 
 
 def test_clients_for_some_images_only(tmp_path):

@@ -107,8 +107,8 @@ def test_tables_of_mimic(tmp_path):
 @pytest.mark.parametrize(
     ("change", "options", "words"),
     [
-        ({"header": "picture,report"}, {}, 'no column "image"; it has picture, report'),
-        ({"header": "image,words"}, {}, r'no column "report \(or impression and findings\)"'),
+        ({"header": "picture,report", "line": "{i}.png,a b c"}, {}, 'no column "image"; it has picture, report'),
+        ({"header": "image,words", "line": "{i}.png,a b c"}, {}, r'no column "report \(or impression and findings\)"'),
         ({}, {"shortest": 9}, r"none of the 30 rows .*0 a report of at least 9 tokens"),
         ({}, {"shortest": 9, "longest": 5}, "shortest is 9, more than longest, 5"),
         ({"header": "image,report", "line": "{i}.png,one two three"}, {"views": "frontal"}, 'no column "view"'),
