@@ -5,22 +5,51 @@ from __future__ import annotations
 import re
 
 SECTIONS = ("impression", "findings")
-# "Findings:" at the beginning of a line, "FINDINGS:" anywhere (some tables have lost the line breaks); reports have
-# other sections between and after those that are wanted.
-_HEADER = re.compile(r"(?m)(?:^[ \t]*([A-Z][A-Za-z /,&()-]{2,60})|\b([A-Z][A-Z /&()-]{3,60})):")
+# Sections beside those two.  Any other word before a colon ("Lungs:", "LINES AND TUBES:") is part of the text.
+OTHERS = (
+    "addendum", "attending", "clinical data", "clinical details", "clinical history", "clinical impression",
+    "clinical indication", "clinical information", "comment", "comments", "comparison", "comparison exam",
+    "comparison film", "comparisons", "conclusion", "conclusions", "dictated by", "dose", "electronically signed by",
+    "exam", "exam type", "examination", "history", "indication", "indications", "interpreted by", "medical condition",
+    "notification", "notifications", "patient history", "prior studies", "procedure", "provisional findings impression",
+    "reason for exam", "reason for examination", "reason for study", "reason for this examination", "recommendation",
+    "recommendations", "recommendation(s)", "reference exam", "referring physician", "reviewed by", "signed by",
+    "study", "technique", "transcribed by", "type of exam", "type of examination", "wet read",
+)  # fmt: skip
+_NAME = "|".join(
+    [r"(?:(?:additional|final|limited|other|preliminary)[ \t]+)?(?:impressions?|findings?)"]
+    + [re.escape(name) for name in sorted(OTHERS, key=len, reverse=True)]
+)
+_BETWEEN = r"[ \t]*(?:\band\b|\bor\b|[&/,+])[ \t]*"
+# "FINDINGS AND IMPRESSION:", "Findings (chest):"; some tables have lost the line breaks, so it may stand anywhere.
+_HEADER = re.compile(rf"(?i)(?<![a-z0-9])((?:{_NAME})(?:{_BETWEEN}(?:{_NAME}))*)(?:[ \t]*\([^()\n]{{1,40}}\))?[ \t]*:")
+_ENDS = "\n.;:!?)*_"  # of a line or sentence
 _NUMBERED = re.compile(r"(?:^|(?<=\s))\d+[.)](?=\s)")
 _BLANKED = re.compile(r"_{2,}")  # what MIMIC's de-identification leaves
 
 
 def sections(report: str) -> dict[str, str]:
-    """The sections of a report by their header in lower case; empty where it has none like ``FINDINGS:``."""
-    headers = list(_HEADER.finditer(report))
+    """The sections of a report by name; what is headed as impression and findings together is the impression.
+
+    A header is a name of `SECTIONS` or `OTHERS` before a colon, in capitals or with a capital letter anywhere, all in
+    small letters where a line or sentence begins.
+    """
+    headers = [
+        header
+        for header in _HEADER.finditer(report)
+        if header.group(1)[0].isupper() or report[: header.start()].rstrip(" \t")[-1:] in _ENDS
+    ]
     bounds = [header.start() for header in headers] + [len(report)]
     found: dict[str, str] = {}
     for header, end in zip(headers, bounds[1:], strict=True):
-        name = (header.group(1) or header.group(2)).strip().lower()
+        name = _section(header.group(1).lower())
         found[name] = f"{found.get(name, '')} {report[header.end() : end]}".strip()
     return found
+
+
+def _section(header: str) -> str:
+    named = {part.split()[-1].removesuffix("s") for part in re.split(_BETWEEN, header) if part not in OTHERS}
+    return next((name for name in SECTIONS if name.removesuffix("s") in named), header)
 
 
 def impression_and_findings(report: str) -> str:

@@ -59,6 +59,35 @@ def test_a_report_is_its_impression_and_findings():
     assert clean("The (right) LUNG, 3 mm.", 3) == "the right lung"
 
 
+@pytest.mark.parametrize(
+    ("report", "expected"),
+    [
+        ("FINDINGS:\nLungs: Clear.\nHeart: Normal.\n\nIMPRESSION: No acute process.",
+         "no acute process lungs clear heart normal"),
+        ("FINDINGS: LINES AND TUBES: PICC in place. LUNGS: Clear. IMPRESSION: No change.",
+         "no change lines and tubes picc in place lungs clear"),
+        ("Indication: cough. Findings: Lungs are clear. Impression: Normal.", "normal lungs are clear"),
+        ("Indication: cough Findings: Lungs are clear Impression: Normal", "normal lungs are clear"),
+        ("indication: cough. findings: lungs are clear. impression: normal.", "normal lungs are clear"),
+        ("INDICATION: cough. FINDINGS AND IMPRESSION: Lungs are clear.", "lungs are clear"),
+        ("INDICATION: cough. FINDINGS/IMPRESSION: Lungs: clear. RECOMMENDATION(S): CT", "lungs clear"),
+        ("Impression & Findings (chest) : Clear.\nNOTIFICATION: by phone", "clear"),
+        ("CLINICAL IMPRESSION: pneumonia. FINAL FINDINGS: Clear. IMPRESSION (PRELIMINARY): Normal.", "normal clear"),
+        ("FINDINGS: no change in comparison: none. No acute findings: stable. COMPARISON: May.",
+         "no change in comparison none no acute findings stable"),
+        ("FINDINGS: Clear at 3:30 PM: none. ADDENDUM: later. ADDITIONAL FINDINGS: Rib.", "clear at 3 30 pm none rib"),
+        ("FINDING: Clear.\nIMPRESSIONS:\n1. Normal.\n2. Old.", "normal old clear"),
+        ("FINDINGS:\n\nIMPRESSION: Normal.", "normal"),
+        ("FINDINGS: Clear. ___ IMPRESSION: ___ Normal.", "normal clear"),
+        ("Chest: clear. Comparison: none.", "chest clear comparison none"),
+    ],
+)  # fmt: skip
+def test_the_sections_of_a_report(report, expected):
+    assert clean(impression_and_findings(report), 100) == expected
+    if "\n1." not in report:
+        assert clean(impression_and_findings(" ".join(report.split())), 100) == expected
+
+
 def test_reports(tmp_path):
     data = opened("reports", write_reports(tmp_path))
     assert data.task == "retrieval"
