@@ -16,6 +16,8 @@ from fedkern.data.types import Source
 from fedkern.errors import UserError, nearest
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+SHOWN = 200
+"""Characters of a value in a message: a text in the place of a file name may be a whole report."""
 _QUOTED = re.compile(r'"[^"]*"')
 
 
@@ -41,10 +43,12 @@ class Table:
         Raises:
             UserError: a file that is missing; the line is named.
         """
-        paths = [self.path.parent / value for value in self.column(name)]
-        for path, line in zip(paths, self.lines, strict=True):
-            if not path.is_file():
-                raise UserError(f'data set "{data}": the file {path} of {self.path}, line {line}, is missing')
+        values = self.column(name)
+        paths = [self.path.parent / value for value in values]
+        for path, value, line in zip(paths, values, self.lines, strict=True):
+            if not _is_file(path):
+                shown = path if len(value) <= SHOWN else self.path.parent / f"{' '.join(value[:SHOWN].split())}..."
+                raise UserError(f'data set "{data}": the file {shown} of {self.path}, line {line}, is missing')
         return paths
 
     def splits(self, data: str) -> list[str]:
@@ -63,6 +67,13 @@ class Table:
                     "or test"
                 )
         return [SPLITS[value] for value in values]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # no file can have so long a name
+        return False
 
 
 def find_table(root: str | Path | None, data: str, columns: tuple[str, ...]) -> Path | None:

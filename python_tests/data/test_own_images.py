@@ -179,6 +179,17 @@ def test_columns_are_found_by_their_place(tmp_path, header, line):
         assert split.labels.tolist() == [int(name[6:-4]) % 3 for name in split.ids]
 
 
+def test_a_text_in_the_place_of_a_file_is_not_repeated_as_a_whole(tmp_path):
+    text = "no focal\nconsolidation " * 50
+    path = write_csv(tmp_path, ["files/0.png,a", f'"{text}",b'])
+    with pytest.raises(
+        UserError, match=r"no focal consolidation .*\.\.\. of .*data\.csv, line 53, is missing"
+    ) as caught:
+        opened("csv", path)
+    assert len(str(caught.value)) < 400 + len(str(tmp_path)) * 2
+    assert "\n" not in str(caught.value)
+
+
 def test_clients_for_some_images_only(tmp_path):
     path = write_csv(
         tmp_path, [f"files/{i}.png,{i % 2},{'a' if i < 20 else ''}" for i in range(24)], "path,label,client"
