@@ -21,6 +21,7 @@ import csv
 import json
 import math
 from collections.abc import Collection, Sequence
+from os.path import normpath
 from pathlib import Path
 
 import torch
@@ -55,7 +56,9 @@ class BoxesFile:
             reason = getattr(error, "strerror", None) or "not UTF-8 text"
             raise UserError(f"boxes file {self.path}: cannot be read ({reason})") from error
         self.fractions = False
-        self.boxes = self._read_json(text) if suffix == ".json" else self._read_csv(text)
+        self.boxes: dict[str, list[Box]] = {}
+        for name, boxes in (self._read_json(text) if suffix == ".json" else self._read_csv(text)).items():
+            self.boxes.setdefault(normpath(name) if normpath(name) in known else name, []).extend(boxes)
         for name in self.boxes:
             if name not in known:
                 raise UserError(

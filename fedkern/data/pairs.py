@@ -45,18 +45,18 @@ def open_pairs(
     path = find_table(root, "pairs", columns)
     if path is not None:
         table = read_table(path, "pairs", columns)
-        images, names, texts = table.files("image", "pairs"), table.column("image"), table.column("text")
+        images, names, texts = table.files("image", "pairs"), table.names("image"), table.column("text")
         named, splits, clients = table.column("label"), table.splits("pairs"), table.column("client")
     else:
         base = Path(str(root)).expanduser()
         images, named, splits = _found(base)
-        names, clients = [one.relative_to(base).as_posix() for one in images], [""] * len(images)
+        names, clients = tuple(one.relative_to(base).as_posix() for one in images), [""] * len(images)
         texts = [_read(image) for image in images]
     labels = [label or ANY for label in named]
     classes = tuple(sorted(set(labels)))
     listing = Listing(
         paths=images,
-        ids=tuple(names),
+        ids=names,
         labels=np.array([classes.index(label) for label in labels], dtype=np.int64),
         splits=splits,
         clients=clients,

@@ -89,7 +89,7 @@ def open_reports(
     client = _column(table, CLIENT)
     listing = Listing(
         paths=table.files(image, "reports"),
-        ids=tuple(table.column(image)),
+        ids=table.names(image),
         labels=np.array([classes.index(label) for label in labels], dtype=np.int64),
         splits=table.splits("reports"),
         clients=[""] * len(rows) if client is None else table.column(client),

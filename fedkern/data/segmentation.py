@@ -53,7 +53,7 @@ def open_segmentation(
     if path is not None:
         table = read_table(path, "segmentation", columns)
         images, masks = (table.files(column, "segmentation") for column in columns)
-        ids, splits, clients = tuple(table.column("image")), table.splits("segmentation"), table.column("client")
+        ids, splits, clients = table.names("image"), table.splits("segmentation"), table.column("client")
     else:
         base = Path(str(root)).expanduser()
         images, masks, splits = _pairs(base)

@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import normpath
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,10 @@ class Table:
                 shown = path if len(value) <= SHOWN else self.path.parent / f"{' '.join(value[:SHOWN].split())}..."
                 raise UserError(f'data set "{data}": the file {shown} of {self.path}, line {line}, is missing')
         return paths
+
+    def names(self, name: str) -> tuple[str, ...]:
+        """What the column's files are called in the data set: ``./a.png`` and ``a.png`` are one image."""
+        return tuple(normpath(value) for value in self.column(name))
 
     def splits(self, data: str) -> list[str]:
         """The column ``split`` in our words; ``""`` everywhere where there is none.
@@ -192,7 +197,7 @@ def open_csv(
     label_of = {name: label for label, name in enumerate(classes)}
     listing = Listing(
         paths=table.files("path", "csv"),
-        ids=tuple(table.column("path")),
+        ids=table.names("path"),
         labels=np.array([label_of[name] for name in names], dtype=np.int64),
         splits=table.splits("csv"),
         clients=table.column("client"),

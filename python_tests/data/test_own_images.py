@@ -1,5 +1,7 @@
 """Sets that users bring: folders of classes, CSV files, images with masks."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -177,6 +179,15 @@ def test_columns_are_found_by_their_place(tmp_path, header, line):
     assert data.classes == ("x", "y", "z")
     for split in every_split(data):
         assert split.labels.tolist() == [int(name[6:-4]) % 3 for name in split.ids]
+
+
+def test_boxes_of_images_that_are_written_otherwise(tmp_path):
+    path = write_csv(tmp_path, [f"./files/{i}.png,{'xyz'[i % 3]}" for i in range(24)])
+    boxes = tmp_path / "boxes.json"
+    named = {f"{'./' if i % 2 else ''}files/{i}.png": [[0, 0, 6, 5]] for i in range(24)}
+    boxes.write_text(json.dumps({"boxes": named}))
+    for split in opened("csv", path, boxes=str(boxes)).clients:
+        assert split.masks[:, :8, :8].all()
 
 
 def test_a_text_in_the_place_of_a_file_is_not_repeated_as_a_whole(tmp_path):

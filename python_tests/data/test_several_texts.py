@@ -51,6 +51,16 @@ def test_a_client_has_all_texts_of_its_images(tmp_path, spec):
             assert text.split()[1] == name.removesuffix(".png") == str(int(image.max()))
 
 
+def test_an_image_is_one_however_it_is_written(tmp_path):
+    path = write(tmp_path)
+    lines = path.read_text().splitlines()
+    lines[41:81] = [f"./{line}" for line in lines[41:81]]
+    path.write_text("\n".join(lines))
+    data = opened(path)
+    assert_apart(*data.clients, data.validation, data.tests[""])
+    assert len(data.image_ids) == 40
+
+
 @pytest.mark.parametrize("share", [0.0, 0.2])
 def test_what_is_set_aside_is_not_trained_on(tmp_path, share):
     data = opened(write(tmp_path))
