@@ -140,12 +140,18 @@ def read_table(path: Path, data: str, columns: tuple[str, ...]) -> Table:
     return Table(path, rows, lines)
 
 
+def _cell(value: str) -> str:
+    """A cell stripped; what pandas writes of one that is missing is empty."""
+    value = value.strip()
+    return "" if value in ("nan", "NaN") else value
+
+
 def _parsed(text: str, path: Path, data: str) -> tuple[list[str], list[dict[str, str]], list[int]]:
     """The names of the columns, the rows and their lines."""
     header = _QUOTED.sub("", text.lstrip("\r\n").partition("\n")[0])
     separator = max(SEPARATORS, key=header.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    filled = ([value.strip() for value in values] for values in reader if values)
+    filled = ([_cell(value) for value in values] for values in reader if values)
     names = [name.lower() for name in next(filled, [])]
     for name in names:
         if name and names.count(name) > 1:

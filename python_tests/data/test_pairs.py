@@ -129,6 +129,10 @@ def test_tables_of_mimic(tmp_path):
     data = opened("reports", write_reports(tmp_path, header=header, line=line))
     assert data.classes == ("edema",)
     assert set(data.clients[0].texts) == {"stable line in place effusion", "stable line in place"}
+    missing = line.replace("Stable.", "nan").replace("1.0,,1.0", "NaN,nan,1.0")
+    again = opened("reports", write_reports(tmp_path, header=header, line=missing), shortest=1)
+    assert again.classes == ("edema",)
+    assert set(again.clients[0].texts) == {"line in place effusion", "line in place"}
     line = line.replace("1.0,,1.0", "0,1.0,1.0")
     assert opened("reports", write_reports(tmp_path, header=header, line=line)).classes == ("no finding",)
 
