@@ -186,17 +186,36 @@ def _network(path: Path, kind: str, part: str) -> nn.Module:
             config = transformers.AutoConfig.from_pretrained(str(path), local_files_only=True)
             for own in (config, getattr(config, "vision_config", None), getattr(config, "text_config", None)):
                 _without_dropout(own)
-            network = transformers.AutoModel.from_pretrained(
-                str(path), config=config, local_files_only=True, use_safetensors=True, dtype=torch.float32
-            )
+            network, told = transformers.AutoModel.from_pretrained(
+                str(path), config=config, local_files_only=True, use_safetensors=True, dtype=torch.float32,
+                output_loading_info=True,
+            )  # fmt: skip
     except Exception as error:  # transformers raises many kinds for a wrong folder
         raise UserError(f"cannot load the {kind} encoder from {path}: {_first_line(error)}") from error
+    whole = network
     if getattr(network.config, "is_encoder_decoder", False):
         network = network.get_encoder()
     network = getattr(network, part, network)
     if isinstance(getattr(network, "pooler", None), nn.Module):
         network.pooler = nn.Identity()  # its output is not used, so it would never learn
+    _check_complete(path, kind, whole, network, set(told["missing_keys"]))
     return network.float()
+
+
+def _check_complete(path: Path, kind: str, whole: nn.Module, used: nn.Module, missing: set[str]) -> None:
+    """Raises UserError where the folder lacks tensors of ``used``: transformers draws them anew, each time others."""
+    needed = {id(tensor) for tensor in used.state_dict(keep_vars=True).values() if tensor.is_floating_point()}
+    state = whole.state_dict(keep_vars=True)
+    lacking = [
+        name for name in state if name in missing and id(state[name]) in needed and not name.endswith("mask_token")
+    ]
+    if lacking:
+        raise UserError(
+            f"the {kind} encoder {path} lacks {len(lacking)} of the {len(needed)} tensors of the "
+            f"{getattr(whole.config, 'model_type', 'network')} that its config.json describes, such as "
+            f"{', '.join(lacking[:3])}: copy the folder's weights anew, all of them, or give it the config.json that "
+            "they were saved with."
+        )
 
 
 def _without_dropout(config: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from fedkern.engine import RunConfig, read_model, run
 from fedkern.errors import UserError
@@ -253,8 +255,6 @@ def test_preprocessing_is_pillows(settings: dict[str, Any], height: int, width: 
     ],
 )
 def test_wrong_folders(folders: dict[str, Path], tmp_path: Path, image: str, text: str, words: str) -> None:
-    import shutil
-
     (tmp_path / "empty").mkdir()
     shutil.copytree(folders["sentences"], tmp_path / "broken")
     (tmp_path / "broken" / "1_Pooling" / "config.json").write_text("[")
@@ -263,6 +263,44 @@ def test_wrong_folders(folders: dict[str, Path], tmp_path: Path, image: str, tex
     here = {**folders, **{name: tmp_path / name for name in ("empty", "broken", "shredded")}}
     with pytest.raises(UserError, match=words):
         pair(here, image, text)
+
+
+def rewrite(folder: Path, base: Path, drop: str) -> Path:
+    """A copy of a folder without the tensors whose names hold ``drop``."""
+    copied = base / f"{folder.name}-less"
+    shutil.copytree(folder, copied)
+    tensors = {name: x for name, x in load_file(copied / "model.safetensors").items() if drop not in name}
+    save_file(tensors, copied / "model.safetensors", metadata={"format": "pt"})
+    return copied
+
+
+@pytest.mark.parametrize(
+    ("text", "drop", "words"),
+    [
+        ("bert", "layer.1.", r"text encoder .*bert-less lacks 16 of the 37 .* of the bert .*encoder\.layer\.1\."),
+        ("clip", "text_model.embeddings", r"such as text_model\.embeddings"),
+    ],
+)
+def test_missing_weights_are_refused(
+    folders: dict[str, Path], tmp_path: Path, text: str, drop: str, words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        pair(folders, "vit", str(rewrite(folders[text], tmp_path, drop)))
+
+
+@pytest.mark.parametrize(
+    ("image", "text", "drop"),
+    [("vit", "bert", "pooler"), ("vit", "clip", "vision_model"), ("clip", "bert", "text_model"),
+     ("dinov2", "bert", "mask_token"), ("resnet", "bert", "num_batches_tracked")],
+)  # fmt: skip
+def test_missing_weights_that_nobody_uses_are_none(
+    folders: dict[str, Path], tmp_path: Path, image: str, text: str, drop: str
+) -> None:
+    changed = text if drop in ("pooler", "vision_model") else image
+    here = {**folders, changed: rewrite(folders[changed], tmp_path, drop)}
+    for own, other in zip(*(pair(x, image, text).state_dict().items() for x in (folders, here)), strict=True):
+        if "image_encoder" in own[0] or "text_encoder" in own[0]:
+            assert torch.equal(own[1], other[1]) or drop in own[0]
 
 
 @pytest.mark.parametrize(
