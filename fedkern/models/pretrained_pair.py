@@ -142,6 +142,7 @@ def text_encoder(folder: str | Path, *, longest: int) -> PretrainedText:
             tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # transformers raises many kinds for a wrong folder
         raise UserError(f"cannot load a tokenizer from {path}: {_first_line(error)}") from error
+    _check_words(path, tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
@@ -156,6 +157,18 @@ def text_encoder(folder: str | Path, *, longest: int) -> PretrainedText:
         return PretrainedText(network, tokenizer, longest, pooled=pooled)
     except AttributeError as error:
         raise _unusable(path, "text", error) from None
+
+
+def _check_words(path: Path, tokenizer: Any) -> None:
+    """Raises UserError where the tokenizer was made of nothing: transformers makes one of special tokens alone."""
+    reads = bool(getattr(tokenizer, "vocab_files_names", None))  # not so where bytes are the words (ByT5)
+    kept = any(any(path.glob(pattern)) for pattern in ("tokenizer.json", "vocab.*", "*.model"))
+    if (reads and not kept) or len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+        raise UserError(
+            f"the text encoder {path} has no words: copy its tokenizer's files (tokenizer.json, vocab.txt, vocab.json "
+            "with merges.txt, or the one that ends in .model) beside its weights, or save it there with "
+            "save_pretrained."
+        )
 
 
 def _existing(folder: str | Path, kind: str) -> Path:

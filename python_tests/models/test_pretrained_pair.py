@@ -303,6 +303,18 @@ def test_missing_weights_that_nobody_uses_are_none(
             assert torch.equal(own[1], other[1]) or drop in own[0]
 
 
+@pytest.mark.parametrize("files", ["none", "no words"])
+def test_a_tokenizer_without_words_is_refused(folders: dict[str, Path], tmp_path: Path, files: str) -> None:
+    text = tmp_path / "text"
+    shutil.copytree(folders["bert"], text)
+    for path in (text / "vocab.txt", text / "tokenizer.json", text / "tokenizer_config.json"):
+        path.unlink(missing_ok=True)
+    if files == "no words":
+        (text / "vocab.txt").write_text("\n".join(WORDS[:5]))
+    with pytest.raises(UserError, match=r"text encoder .*text has no words: copy its tokenizer's files"):
+        pair(folders, "vit", str(text))
+
+
 @pytest.mark.parametrize(
     ("method", "more"),
     [
