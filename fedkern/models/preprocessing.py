@@ -43,12 +43,14 @@ class Preprocessing:
         """From ``folder/preprocessor_config.json``; without one images become ``side`` pixels wide, within [-1, 1].
 
         Raises:
-            UserError: the file is not JSON.
+            UserError: the file is not JSON, or asks for what is not done here.
         """
         path = folder / "preprocessor_config.json"
         try:
             settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
             return cls(settings, mean, std, side)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is damaged: {error}.") from None
 
@@ -85,9 +87,15 @@ def _rounded(values: Tensor) -> Tensor:
 def _size(size: Any, *, square: bool = False) -> tuple[int, ...]:
     """(shortest side,) or (height, width)."""
     if isinstance(size, Mapping):
-        if "height" in size:
-            return int(size["height"]), int(size["width"])
-        size = size["shortest_edge"]
+        given = {name: value for name, value in size.items() if value is not None}
+        if set(given) == {"height", "width"}:
+            return int(given["height"]), int(given["width"])
+        if set(given) != {"shortest_edge"}:
+            raise UserError(
+                f"sizes by {' and '.join(given) or 'nothing'} are not done here: give height and width, or the "
+                "shortest_edge alone."
+            )
+        size = given["shortest_edge"]
     return (int(size), int(size)) if square else (int(size),)
 
 

@@ -242,6 +242,22 @@ def test_preprocessing_is_pillows(settings: dict[str, Any], height: int, width: 
 
 
 @pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"size": {"longest_edge": 20}}, "sizes by longest_edge are not done here: give height and width"),
+        ({"size": {"shortest_edge": 16, "longest_edge": 20}}, "sizes by shortest_edge and longest_edge are not done"),
+        ({"size": {"height": 20}}, "sizes by height are not done here"),
+        ({"size": {}}, "sizes by nothing are not done here"),
+        ({"do_center_crop": True, "crop_size": {"longest_edge": 20}}, "sizes by longest_edge are not done here"),
+    ],
+)
+def test_preprocessing_that_is_not_done_here_is_refused(tmp_path: Path, settings: dict[str, Any], words: str) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=f"preprocessor_config.json: {words}"):
+        Preprocessing.read(tmp_path, **SCALE, side=SIDE)
+
+
+@pytest.mark.parametrize(
     ("image", "text", "words"),
     [
         ("./nowhere", "bert", "folder nowhere of the image encoder does not exist"),
