@@ -142,7 +142,7 @@ def text_encoder(folder: str | Path, *, longest: int) -> PretrainedText:
             tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # transformers raises many kinds for a wrong folder
         raise UserError(f"cannot load a tokenizer from {path}: {_first_line(error)}") from error
-    _check_words(path, tokenizer)
+    _check_words(path, tokenizer, network)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
@@ -159,8 +159,11 @@ def text_encoder(folder: str | Path, *, longest: int) -> PretrainedText:
         raise _unusable(path, "text", error) from None
 
 
-def _check_words(path: Path, tokenizer: Any) -> None:
-    """Raises UserError where the tokenizer was made of nothing: transformers makes one of special tokens alone."""
+def _check_words(path: Path, tokenizer: Any, network: Any) -> None:
+    """Raises UserError where the tokenizer has no words, or more of them than the network has vectors for.
+
+    Of a folder without its files transformers makes one of special tokens alone.
+    """
     reads = bool(getattr(tokenizer, "vocab_files_names", None))  # not so where bytes are the words (ByT5)
     kept = any(any(path.glob(pattern)) for pattern in ("tokenizer.json", "vocab.*", "*.model"))
     if (reads and not kept) or len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
@@ -168,6 +171,16 @@ def _check_words(path: Path, tokenizer: Any) -> None:
             f"the text encoder {path} has no words: copy its tokenizer's files (tokenizer.json, vocab.txt, vocab.json "
             "with merges.txt, or the one that ends in .model) beside its weights, or save it there with "
             "save_pretrained."
+        )
+    try:
+        rows = getattr(network.get_input_embeddings(), "num_embeddings", None)
+    except (NotImplementedError, AttributeError):  # it has no such table (CANINE), or is no network of transformers
+        rows = None
+    if rows is not None and len(tokenizer) > rows:
+        raise UserError(
+            f"the tokenizer of the text encoder {path} knows {len(tokenizer):,} words and its network {rows:,}: they "
+            "do not belong together; copy both from one place, or give the network the rest with "
+            "resize_token_embeddings(len(tokenizer)) and save it again."
         )
 
 

@@ -331,6 +331,17 @@ def test_a_tokenizer_without_words_is_refused(folders: dict[str, Path], tmp_path
         pair(folders, "vit", str(text))
 
 
+@pytest.mark.parametrize("text", ["bert", "clip"])
+def test_a_tokenizer_of_another_network_is_refused(folders: dict[str, Path], tmp_path: Path, text: str) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(folders[text], other)
+    for name in ("vocab.txt", "tokenizer.json"):
+        (other / name).unlink(missing_ok=True)
+    (other / "vocab.txt").write_text("\n".join([*WORDS, "below"]))
+    with pytest.raises(UserError, match=r"text encoder .*other knows 14 words and its network 13: they do not belong"):
+        pair(folders, "vit", str(other))
+
+
 @pytest.mark.parametrize(
     ("method", "more"),
     [
