@@ -14,7 +14,9 @@ from torch.nn import functional
 from fedkern.errors import UserError
 from fedkern.models.teacher_cache import to_pixels
 
-BILINEAR, BICUBIC = 2, 3  # Pillow's numbers, as the files have them
+NEAREST, LANCZOS, BILINEAR, BICUBIC = 0, 1, 2, 3  # Pillow's numbers, as the files have them
+MODES = {NEAREST: "nearest", LANCZOS: "lanczos", BILINEAR: "bilinear", BICUBIC: "bicubic"}
+WHOLE = 384  # from this side on ConvNeXt takes the whole image
 
 
 class Preprocessing:
@@ -30,13 +32,34 @@ class Preprocessing:
 
     def __init__(self, settings: Mapping[str, Any], mean: Sequence[float], std: Sequence[float], side: int) -> None:
         self.mean, self.std = tuple(mean), tuple(std)
+        kind = str(settings.get("image_processor_type") or settings.get("feature_extractor_type") or "")
+        if kind.startswith(("PoolFormer", "Levit")) or (settings.get("do_pad") and settings.get("pad_size")):
+            raise UserError(f"what {kind or 'its do_pad'} makes of images is not done here: use another network.")
         resizes, crops = settings.get("do_resize", True), settings.get("do_center_crop", False)
         self.size = _size(settings.get("size", side)) if resizes else None
         self.crop = _size(settings.get("crop_size", side), square=True) if crops else None
-        self.mode = "bilinear" if int(settings.get("resample", BILINEAR)) == BILINEAR else "bicubic"
-        scales = settings.get("do_normalize", True)
+        share = settings.get("crop_pct") or (224 / 256 if kind.startswith("ConvNext") else None)
+        if share and self.size and len(self.size) == 1:
+            square = (self.size[0], self.size[0])
+            whole = self.size[0] >= WHOLE
+            self.size, self.crop = (square, self.crop) if whole else ((int(self.size[0] / share),), self.crop or square)
+        resample = settings.get("resample")
+        resample = BILINEAR if resample is None else int(resample)
+        if resample not in MODES:
+            raise UserError(f"resample {resample} is not done here: give one of {', '.join(map(str, MODES))}.")
+        self.mode = MODES[resample]
+        factor = float(settings.get("rescale_factor", 1 / 255)) if settings.get("do_rescale", True) else 1.0
+        if not factor > 0:
+            raise ValueError(f"rescale_factor is {factor}")
+        self.unit = 1 / factor  # of the network's scale, in bytes
+        self.offset = 1.0 if settings.get("rescale_offset") else 0.0
+        self.flips = bool(settings.get("do_flip_channel_order", False))
+        scales = settings.get("do_normalize", not kind.startswith("MobileViT"))
+        own_std = tuple(settings.get("image_std", (0.5, 0.5, 0.5)))
         self.own_mean = tuple(settings.get("image_mean", (0.5, 0.5, 0.5))) if scales else (0.0, 0.0, 0.0)
-        self.own_std = tuple(settings.get("image_std", (0.5, 0.5, 0.5))) if scales else (1.0, 1.0, 1.0)
+        self.own_std = own_std if scales else (1.0, 1.0, 1.0)
+        if settings.get("include_top"):  # EfficientNet divides once more
+            self.own_std = tuple(x * y for x, y in zip(self.own_std, own_std, strict=True))
 
     @classmethod
     def read(cls, folder: Path, mean: Sequence[float], std: Sequence[float], side: int) -> Preprocessing:
@@ -65,8 +88,7 @@ class Preprocessing:
             tall, wide = self.size if len(self.size) == 2 else _proportional(self.size[0], height, width)
             for size in ((height, wide), (tall, wide)):  # Pillow rounds after either direction
                 if size != tuple(pixels.shape[-2:]):
-                    pixels = functional.interpolate(pixels, size, mode=self.mode, antialias=True, align_corners=False)
-                    pixels = _rounded(pixels)
+                    pixels = _rounded(_resized(pixels, size, self.mode))
         if self.crop is not None:
             height, width = pixels.shape[-2:]
             top, left = (height - self.crop[0]) // 2, (width - self.crop[1]) // 2
@@ -76,12 +98,44 @@ class Preprocessing:
                     f"by {width}."
                 )
             pixels = pixels[..., top : top + self.crop[0], left : left + self.crop[1]]
+        if self.flips:
+            pixels = pixels.flip(1)
         mean, std = (torch.tensor(x, device=pixels.device).view(1, 3, 1, 1) for x in (self.own_mean, self.own_std))
-        return (pixels / 255 - mean) / std
+        pixels = pixels / self.unit
+        return ((pixels - self.offset if self.offset else pixels) - mean) / std
 
 
 def _rounded(values: Tensor) -> Tensor:
     return values.add(0.5).floor_().clamp_(0, 255)
+
+
+def _resized(pixels: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+    if mode == "nearest":
+        rows, columns = (_nearest(*pair).to(pixels.device) for pair in zip(pixels.shape[-2:], size, strict=True))
+        return pixels[..., rows[:, None], columns]
+    if mode == "lanczos":
+        down, across = (_lanczos(*pair).to(pixels) for pair in zip(pixels.shape[-2:], size, strict=True))
+        return down @ pixels @ across.T
+    return functional.interpolate(pixels, size, mode=mode, antialias=True, align_corners=False)
+
+
+def _nearest(before: int, after: int) -> Tensor:
+    """Which pixels Pillow takes ``[after]``: it adds up its steps, and what it rounds of them tells at ties."""
+    steps = torch.full((after,), before / after, dtype=torch.float64)
+    steps[0] /= 2
+    return steps.cumsum(0).long()
+
+
+def _lanczos(before: int, after: int) -> Tensor:
+    """Weights ``[after, before]`` of Pillow's windowed sinc, three of its zeros wide on either side."""
+    if before == after:
+        return torch.eye(before, dtype=torch.float64)
+    scale = before / after
+    wide = max(scale, 1.0)
+    centres = (torch.arange(after, dtype=torch.float64)[:, None] + 0.5) * scale
+    at = (torch.arange(before, dtype=torch.float64) + 0.5 - centres) / wide
+    weights = torch.where(at.abs() < 3, torch.sinc(at) * torch.sinc(at / 3), 0.0)
+    return weights / weights.sum(1, keepdim=True)
 
 
 def _size(size: Any, *, square: bool = False) -> tuple[int, ...]:
