@@ -143,7 +143,7 @@ class Runs:
         return metrics
 
     def rounds(self, case: Case) -> list[dict[str, Any]]:
-        """The records of its evaluated rounds."""
+        """The records of its rounds, with figures where they were evaluated."""
         return read_metrics(self.folder / case.name)
 
     def versions(self) -> dict[str, str]:

@@ -64,7 +64,7 @@ class Listener:
         all its resumptions), ``name`` (the round's in the plan), ``bytes_up``, ``bytes_down`` (so far),
         ``round_bytes_up``, ``round_bytes_down`` (of this round), ``loss`` (mean training loss of the round), ``phases``
         (seconds of this round by phase), what the server reported and, where the round was evaluated, the metrics by
-        name; with ``evaluated`` telling which rounds stand in metrics.jsonl.
+        name; with ``evaluated`` telling whether it was.
         """
 
     def on_warning(self, name: str, text: str) -> None:

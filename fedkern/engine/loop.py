@@ -53,7 +53,7 @@ class Run:
         self.latest: dict[str, float] = {}
         self.last_clients: dict[str, Any] = {}
         self.phases: dict[str, float] = {}
-        self.dropped_since: list[dict[str, Any]] = []  # the last evaluated round
+        self.dropped_since: list[dict[str, Any]] = []  # the last recorded round
         self.sets: dict[str, TestSet] = {}
         self.client_sets: list[TestSet] = []
         self._clients: dict[int, Client] = {}
@@ -191,7 +191,6 @@ class Run:
         self._record(entry, start, sent, phases, due)
 
     def _record(self, entry: Round, start: float, sent: tuple[int, int], phases: dict[str, float], due: bool) -> None:
-        kept = due or self.method.one_shot  # whose rounds are few and each a part of the result
         losses = [info["loss"] for info in self._round["clients"].values() if "loss" in info]
         record: dict[str, Any] = {
             "round": self.done,
@@ -202,7 +201,7 @@ class Run:
             "bytes_down": self.ledger.total_down,
             "round_bytes_up": self.ledger.total_up - sent[0],
             "round_bytes_down": self.ledger.total_down - sent[1],
-            "evaluated": kept,
+            "evaluated": due,
         }
         if losses:
             record["loss"] = sum(losses) / len(losses)
@@ -224,9 +223,8 @@ class Run:
         self._add_phases(phases)
         record["round_seconds"] = time.perf_counter() - start
         record["seconds"] = self.seconds()
-        if kept:
-            self.metrics.append({name: value for name, value in record.items() if name not in ("rounds", "evaluated")})
-            self.dropped_since = []
+        self.metrics.append({name: value for name, value in record.items() if name not in ("rounds", "evaluated")})
+        self.dropped_since = []
         self.last_clients = self._round["clients"]
         self._tell_warnings()
         self.listener.on_round(record)

@@ -33,7 +33,7 @@ def plain(value: Any) -> Any:
 
 
 class Metrics:
-    """metrics.jsonl: one JSON object per evaluated round, appended and flushed."""
+    """metrics.jsonl: one JSON object per round, evaluated or not, appended and flushed."""
 
     def __init__(self, out: Path) -> None:
         self.path = out / METRICS
@@ -62,7 +62,9 @@ class Metrics:
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """The records of a run folder, one of each evaluated round; a last line cut off by a crash is left out.
+    """The records of a run folder, one of each round, with metrics where it was evaluated.
+
+    A last line cut off by a crash is left out.
 
     Raises:
         UserError: the folder has no such file, or a line before the last is not JSON.

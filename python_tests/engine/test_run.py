@@ -138,7 +138,10 @@ def test_client_sampling(make_data, make_config, tmp_path):
 
 def test_evaluation_every_few_rounds_and_after_the_last(make_data, make_config, tmp_path):
     run(make_config(rounds=5, eval_every=2), out=tmp_path / "run", data=make_data())
-    assert [r["round"] for r in read_metrics(tmp_path / "run")] == [2, 4, 5]
+    records = read_metrics(tmp_path / "run")
+    assert [r["round"] for r in records] == [1, 2, 3, 4, 5]  # every one with what its clients did
+    assert [r["round"] for r in records if any(name.endswith("accuracy") for name in r)] == [2, 4, 5]
+    assert all(set(r["clients"]) == {"0", "1", "2"} and r["loss"] > 0 for r in records)
 
 
 def test_adding_a_client_changes_no_other_clients_draws(make_data, make_config, tmp_path, monkeypatch):

@@ -180,8 +180,11 @@ def test_bytes_of_a_round_are_those_of_the_notes(parts):
     assert [booked(step) for step in (ALIGN, JOINT, LOSSES)] == [(8, part), (part + 8, model), (model + 8, 8)]
 
 
-def test_a_run_logs_weights_and_losses_and_keeps_them(make_pairs, make_config, tmp_path):
-    config = make_config("feddra", **SETTINGS, rounds=2, client_test=0.2, options={"alignment_steps": 1})
+@pytest.mark.parametrize("eval_every", [1, 2])
+def test_a_run_logs_weights_and_losses_and_keeps_them(eval_every, make_pairs, make_config, tmp_path):
+    config = make_config(
+        "feddra", **SETTINGS, rounds=2, client_test=0.2, eval_every=eval_every, options={"alignment_steps": 1}
+    )
     summary = run(config, out=tmp_path, data=make_pairs())
     records = read_metrics(tmp_path)
     stored = Checkpoints(tmp_path).last_server_state()["weights"]

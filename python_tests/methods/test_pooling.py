@@ -131,7 +131,7 @@ def test_a_run_books_the_exchanges_and_sends_no_statistics_of_its_own(make_pairs
     parameters = 4 * sum(p.numel() for p in Bench(config, make_pairs()).build().parameters())
     assert exchanges["update"]["up"] == 3 * 3 * parameters
     assert 2 * 3 * parameters < exchanges["statistics"]["down"] < 2 * 3 * parameters * 1.2  # of rounds 2 and 3
-    assert [record["round"] for record in read_metrics(tmp_path)] == [2, 3]
+    assert [record["round"] for record in read_metrics(tmp_path) if "i2t_r1" in record] == [2, 3]
     assert "no-running-statistics" not in summary["diagnostics"]
 
 
