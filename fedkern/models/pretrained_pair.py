@@ -113,7 +113,9 @@ class PretrainedText(nn.Module):
 def image_encoder(
     folder: str | Path, *, channels: int, image_size: Sequence[int], mean: Sequence[float], std: Sequence[float]
 ) -> PretrainedImage:
-    """Reads an image network from a local folder (config.json, model.safetensors, preprocessor_config.json).
+    """Reads an image network from a local folder (config.json, weights, preprocessor_config.json).
+
+    The weights are model.safetensors or, where there is none, pytorch_model.bin, of which tensors alone are read.
 
     Raises:
         UserError: transformers is not installed, or the folder holds no such network.
@@ -129,7 +131,7 @@ def image_encoder(
 
 
 def text_encoder(folder: str | Path, *, longest: int) -> PretrainedText:
-    """Reads a text network and its tokenizer from a local folder.
+    """Reads a text network and its tokenizer from a local folder, as :func:`image_encoder` does.
 
     Raises:
         UserError: transformers is not installed, or the folder holds no such network or no tokenizer.
@@ -213,7 +215,7 @@ def _network(path: Path, kind: str, part: str) -> nn.Module:
             for own in (config, getattr(config, "vision_config", None), getattr(config, "text_config", None)):
                 _without_dropout(own)
             network, told = transformers.AutoModel.from_pretrained(
-                str(path), config=config, local_files_only=True, use_safetensors=True, dtype=torch.float32,
+                str(path), config=config, local_files_only=True, weights_only=True, dtype=torch.float32,
                 output_loading_info=True,
             )  # fmt: skip
     except Exception as error:  # transformers raises many kinds for a wrong folder

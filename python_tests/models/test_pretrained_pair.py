@@ -356,6 +356,21 @@ def test_missing_weights_that_nobody_uses_are_none(
             assert torch.equal(own[1], other[1]) or drop in own[0]
 
 
+def test_a_folder_with_a_pickle_alone(folders: dict[str, Path], tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    shutil.copytree(folders["bert"], text)
+    weights = load_file(text / "model.safetensors")
+    (text / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"cannot load the text encoder from .*text: .*model\.safetensors"):
+        pair(folders, "vit", str(text))
+    torch.save(weights, text / "pytorch_model.bin")
+    made, expected = (pair(folders, "vit", name).text_encoder.state_dict() for name in (str(text), "bert"))
+    assert all(torch.equal(made[name], expected[name]) for name in expected)
+    torch.save({**weights, "more": Path("code")}, text / "pytorch_model.bin")  # unpickling it would run a class
+    with pytest.raises(UserError, match="cannot load the text encoder from"):
+        pair(folders, "vit", str(text))
+
+
 @pytest.mark.parametrize("files", ["none", "no words"])
 def test_a_tokenizer_without_words_is_refused(folders: dict[str, Path], tmp_path: Path, files: str) -> None:
     text = tmp_path / "text"
