@@ -12,6 +12,9 @@ from fedkern.cli import flags, request
 from fedkern.data import load
 
 
+BYTES = {"up": 10, "down": 10, "one_off_up": 1, "one_off_down": 0}
+
+
 class Figures(defaultdict):
     """Any figure there may be."""
 
@@ -29,7 +32,7 @@ def dry(kind, asked, finished):
                     assert Path(case.arguments[case.arguments.index("--teachers") + 1]).name in finished
             for case in cases:
                 finished.add(case.name)
-                self.summaries[case.name] = {"clients": 5, "seconds": 1.0, "bytes": {"up": 10, "down": 10}}
+                self.summaries[case.name] = {"clients": 5, "seconds": 1.0, "bytes": BYTES}
 
         def metrics(self, case):
             assert case.name in finished
