@@ -11,7 +11,6 @@ from benchmarks import fediod_runs, study_fediod, study_fediod_segment
 from fedkern.cli import flags, request
 from fedkern.data import load
 
-
 BYTES = {"up": 10, "down": 10, "one_off_up": 1, "one_off_down": 0}
 
 
