@@ -6,103 +6,26 @@ import json
 
 import pytest
 import torch
+from fediod_play import EVERY_TERM, TINY, World, cleared_and_live, frozen, same
 
 from fedkern.data import Split
 from fedkern.engine import read_metrics, read_model, run
-from fedkern.engine.bench import Bench
 from fedkern.engine.local import Diverged
-from fedkern.engine.serial import Client, Server
+from fedkern.engine.serial import Client
 from fedkern.errors import UserError
-from fedkern.methods import FedIOD, Upload
+from fedkern.methods import FedIOD
 from fedkern.methods.fediod_losses import against, teacher_terms
 from fedkern.methods.fediod_server import ALIKE, make_generator
 from fedkern.methods.fediod_teachers import teacher
 from fedkern.methods.oneshot_members import flatten, load, vectors
 from fedkern.models.bank import Bank
 
-TINY = {
-    "nz": 4, "ngf": 2, "ndf": 2, "batch": 4, "student_steps": 2, "iterations": 3, "w_real": 1.0, "w_balance": 0.0,
-    "disc_weight": True, "warmup": 0.0,
-}  # fmt: skip
-EVERY_TERM = {"w_adv": 0.5, "w_balance": 0.7, "generator_lr": 0.01, "student_lr": 0.05, "critic_layers": 3}
 MIXED = "cnn:2,mlp:4,resnet8:2"
-
-
-class World:
-    """Server and clients of a federation, played step by step."""
-
-    def __init__(self, make_config, data, **options):
-        self.config = make_config("fediod", model="cnn", grad_cam=0, options={**TINY, **options})
-        self.bench = Bench(self.config, data)
-        self.method = FedIOD(FedIOD.Options.parse(self.config.options))
-        self.server = Server(self.bench)
-        self.clients = {k: Client(self.bench, k, {}) for k in range(len(data.clients))}
-        self.method.start(self.server)
-        for number, entry in enumerate(self.method.rounds(self.bench.federation)):
-            if entry.one_off:
-                self.play(entry, -1 - number)
-
-    def steps(self, entry, number):
-        from fedkern.methods import Step
-
-        return [Step(number, entry.name, exchange) for exchange in entry.exchanges]
-
-    def play(self, entry, number, lost=lambda step: ()):
-        ids = entry.participants if isinstance(entry.participants, tuple) else tuple(self.clients)
-        for step in self.steps(entry, number):
-            self.exchange(step, ids, lost(step))
-        for client in self.clients.values():
-            client.scratch.clear()
-        self.server.scratch.clear()
-
-    def exchange(self, step, ids=None, lost=()):
-        ids = tuple(self.clients) if ids is None else ids
-        outgoing = self.method.send(self.server, step)
-        if outgoing and all(isinstance(key, int) for key in outgoing):
-            messages = {k: outgoing[k] for k in ids if k in outgoing}
-        else:
-            messages = dict.fromkeys(ids, outgoing) if outgoing is not None else {}
-        chosen = {k: self.clients[k] for k in ids}
-        answers = self.method.cohort_update(chosen, step, messages) if messages else {}
-        if answers is None:
-            answers = {k: self.method.client_update(chosen[k], step, messages[k]) for k in messages}
-        uploads = [Upload(k, chosen[k].samples, answers[k]) for k in answers if k not in lost]
-        self.method.server_update(self.server, step, iter(uploads))
-        return messages, answers
-
-    def round(self):
-        return next(entry for entry in self.method.rounds(self.bench.federation) if not entry.one_off)
 
 
 @pytest.fixture
 def world(make_config, make_data):
     return lambda data=None, **options: World(make_config, make_data() if data is None else data, **options)
-
-
-def frozen(tree):
-    return {
-        name: frozen(v) if isinstance(v, dict) else v.clone() if torch.is_tensor(v) else v for name, v in tree.items()
-    }
-
-
-def same(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
-    return torch.equal(a, b) if torch.is_tensor(a) else a == b
-
-
-def cleared_and_live(world, rounds, **options):
-    """Two worlds after some rounds: one that begins each with the states alone, one whose server keeps what is live."""
-    cleared, live = (world(**options) for _ in range(2))
-    for number in range(rounds):
-        cleared.play(cleared.round(), number)
-        for client in cleared.clients.values():  # as read from the disk
-            client.state["critics"] = frozen(client.state["critics"])
-        for step in live.steps(live.round(), number):
-            live.exchange(step)
-        for client in live.clients.values():
-            client.scratch.clear()
-    return cleared, live
 
 
 # -- one message after another, all clients at once, one graph ---------------------------------------------------------

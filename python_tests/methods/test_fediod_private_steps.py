@@ -5,20 +5,16 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
+from fediod_play import TINY, World, cleared_and_live, frozen, same
 
 from fedkern.engine import read_metrics, run
 from fedkern.methods import fediod_private as privacy
 from fedkern.methods.fediod_critics import Critics
 from fedkern.methods.fediod_losses import against
 from fedkern.methods.fediod_teachers import teacher
-
-_spec = importlib.util.spec_from_file_location("fediod_world", Path(__file__).with_name("test_fediod.py"))
-whole = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(whole)
 
 needs_accounting = pytest.mark.skipif(
     importlib.util.find_spec("dp_accounting") is None,
@@ -29,7 +25,7 @@ SHARDED = {"sigma_d": 5.0, "shards": 3, "noise": "seed"}
 
 @pytest.fixture
 def world(make_config, make_data):
-    return lambda **options: whole.World(make_config, make_data(), **options)
+    return lambda **options: World(make_config, make_data(), **options)
 
 
 def norms(rows):
@@ -76,7 +72,7 @@ def test_the_rows_that_are_clipped_are_those_whose_norms_are_told(world, monkeyp
 
 @needs_accounting
 def test_the_records_tell_the_norms_of_runs_without_privacy_alone(make_config, make_data, tmp_path):
-    options = {**whole.TINY, "batched": True}
+    options = {**TINY, "batched": True}
     for name, extra in (("open", {}), ("private", SHARDED)):
         config = make_config("fediod", model="cnn", rounds=2, grad_cam=0, options={**options, **extra})
         run(config, out=tmp_path / name, data=make_data())
@@ -103,7 +99,7 @@ def kept_whoever_serves(world, monkeypatch, iterations):
         for step in w.steps(w.round(), 0):
             if step.exchange.startswith("images"):  # without the others the generator stays as it is
                 w.exchange(step)
-        states.append(whole.frozen(w.clients[0].state["critics"]))
+        states.append(frozen(w.clients[0].state["critics"]))
     return states
 
 
@@ -132,7 +128,7 @@ def test_a_discriminator_does_not_remember_who_served(world, monkeypatch):
     states = kept_whoever_serves(world, monkeypatch, iterations=4)
     assert [list(state) for state in states] == [[0, 1, 2]] * 2  # in this order, too
     assert all(kept["steps"] for kept in states[0].values())
-    assert whole.same(*states)
+    assert same(*states)
 
 
 @needs_accounting
@@ -140,7 +136,7 @@ def test_a_discriminator_that_has_not_trained_does_not_tell_whether_it_served(wo
     states = kept_whoever_serves(world, monkeypatch, iterations=1)
     assert [[kept["steps"] for kept in state.values()] for state in states] == [[1, 0, 0]] * 2
     assert list(states[0]) == list(states[1])
-    assert whole.same(*states)
+    assert same(*states)
 
 
 @needs_accounting
@@ -208,10 +204,10 @@ def test_a_cohort_with_shards_gives_the_numbers_of_messages(world):
 @needs_accounting
 def test_a_round_with_shards_goes_on_where_the_one_before_ended(world):
     """Rounds of two iterations and three shards: whose turn it is follows from the iteration, not from what is live."""
-    worlds = whole.cleared_and_live(world, 3, iterations=2, **SHARDED)
-    assert whole.same(worlds[0].server.state, worlds[1].server.state)
+    worlds = cleared_and_live(world, 3, iterations=2, **SHARDED)
+    assert same(worlds[0].server.state, worlds[1].server.state)
     for k in range(3):
-        assert whole.same(worlds[0].clients[k].state, worlds[1].clients[k].state)
+        assert same(worlds[0].clients[k].state, worlds[1].clients[k].state)
 
 
 @needs_accounting
