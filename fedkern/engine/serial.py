@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -63,7 +64,7 @@ class Client(_Place):
         self.labels: Tensor = bench.data.clients[client].labels
         self.state = state
 
-    @property
+    @functools.cached_property
     def images(self) -> np.ndarray | None:
         return together(self._bench.data.clients[self.id].ids)
 
