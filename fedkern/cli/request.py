@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkern.engine import RunConfig
+from fedkern.engine.config import check_networks
 from fedkern.errors import UserError, nearest
 from fedkern.methods import METHODS
 
@@ -78,7 +79,9 @@ def effective(request: Request) -> RunConfig:
     options = {**named_options(method, from_file), **named_options(method, request.options)}
     data_options = {**table.pop("data_options", {}), **request.data_options}
     settings = {**table, **request.settings}
-    return RunConfig.make(method, options=options, data_options=absolute(data_options), **absolute(settings))
+    config = RunConfig.make(method, options=options, data_options=absolute(data_options), **absolute(settings))
+    check_networks(request.settings, config.data)  # a flag that says the default is as void; a file lists everything
+    return config
 
 
 def absolute(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -86,7 +86,7 @@ class DatasetInfo:
         prompts: what zero-shot classification says of a class: a template, or prompts for every class.
         make: of a set whose samples are made for their clients: ``make(clients, spec, seed, samples=, test_samples=,
             validation_samples=, **options)``.
-        task: ``"classification"`` or ``"segmentation"``.
+        task: ``"classification"``, ``"segmentation"`` or ``"retrieval"`` (image-text pairs).
     """
 
     description: str
@@ -201,6 +201,7 @@ DATASETS: dict[str, DatasetInfo] = {
     "captions": DatasetInfo(
         "embedded digits on textured canvases with captions; clients differ in look and words, one is a small minority",
         None, 5, "attribute", (3, 32), needs_root=False, make=make_captions, prompts=PROMPTS,
+        task="retrieval",
         options={
             "minority": DataOption(0.05, "the last client's share of the canvases; 0 for no minority", low=0, high=0.5),
             "held_out": DataOption(1, "clients that do not train; their canvases are the test set unseen", low=0),
@@ -252,12 +253,12 @@ DATASETS: dict[str, DatasetInfo] = {
     ),
     "pairs": DatasetInfo(
         "your own images with captions: image.jpg and image.txt, or a CSV file image,text[,label][,split][,client]",
-        open_pairs, 5, "iid", (3, 64),
+        open_pairs, 5, "iid", (3, 64), task="retrieval",
         options={**_READING, "crop": _CROP, "longest": DataOption(112, "words kept of a text", low=1)},
     ),
     "reports": DatasetInfo(
         "radiographs with reports as in MIMIC-CXR: a CSV file with image,report[,label][,view][,site][,split]",
-        open_reports, 5, "dirichlet:0.5", (1, 64), prompts="{class}",
+        open_reports, 5, "dirichlet:0.5", (1, 64), prompts="{class}", task="retrieval",
         options={
             **_READING,
             "crop": _CROP,

@@ -186,6 +186,7 @@ class RunConfig:
             )
         usual = defaults(method, str(given.get("data", default_data(method))))
         base = {**usual, **given}
+        check_networks({name: value for name, value in base.items() if value != usual.get(name)}, str(base["data"]))
         if "width" not in given and base["model"] != usual["model"]:
             base.pop("width", None)  # the usual one is that of the usual network
         if kind.one_shot:
@@ -282,6 +283,25 @@ class RunConfig:
             for name in names
             if mine.get(name) != theirs.get(name)
         ]
+
+
+def check_networks(given: Mapping[str, Any], data: str) -> None:
+    """Raises UserError where ``given`` settings choose a network that runs on the data set do not have.
+
+    Such a setting would change nothing, and whoever gave it would take the result for that network's.
+    """
+    pairs = [name for name, info in DATASETS.items() if info.task == "retrieval"]
+    if data in pairs and "model" in given:
+        raise UserError(
+            f'--model {given["model"]} has no effect on the data set "{data}", whose network is a pair of encoders: '
+            "leave model out and choose them with --image-encoder and --text-encoder."
+        )
+    for name in ("image_encoder", "text_encoder"):
+        if data not in pairs and name in given:
+            raise UserError(
+                f"--{name.replace('_', '-')} {given[name]} is for image-text data ({', '.join(pairs)}), and the data "
+                f'set "{data}" has no texts: leave {name} out and choose the network with --model.'
+            )
 
 
 def _given_names(kind: Any, chosen: Mapping[str, Any] | list[str]) -> set[str]:

@@ -29,6 +29,7 @@ class RunInfo:
         data: the federated data, for pictures and tables of its partition.
         rounds: names of the communication rounds planned, in order.
         private: the method promises an epsilon, so that nothing of the clients' data should be shown.
+        model: the network's name, or those of its two encoders; empty for that of the settings.
     """
 
     config: RunConfig
@@ -40,6 +41,7 @@ class RunInfo:
     data: Any = None
     rounds: tuple[str, ...] = ()
     private: bool = False
+    model: str = ""
 
 
 class Listener:

@@ -137,6 +137,7 @@ class Run:
                 test_sets={prefix.rstrip("_"): len(data) for prefix, data in self.sets.items()},
                 data=self.bench.data,
                 private=self.method.guarantee(self.server) is not None,
+                model=self.bench.model_name,
             )
         )
 

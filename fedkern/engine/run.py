@@ -156,11 +156,29 @@ def _check(config: RunConfig, data: Any) -> None:
     if config.teachers is not None and not registry.get(config.method).takes_teachers:
         able = ", ".join(sorted(name for name, kind in registry.METHODS.items() if kind.takes_teachers))
         raise UserError(f"--teachers is not for {config.method}, whose clients train round by round; it is for {able}.")
+    _check_pairs(config, data)
     for k, split in enumerate(data.clients):
         if len(split) == 0:
             raise UserError(
                 f"Client {k} has no training samples: use fewer clients, more samples, or another --partition than "
                 f'"{config.partition}".'
+            )
+
+
+def _check_pairs(config: RunConfig, data: Any) -> None:
+    """Raises UserError where a pair of encoders would train on a single pair, which its heads' batch norm cannot."""
+    if data.task != "retrieval":
+        return
+    if config.batch_size < 2:
+        raise UserError(
+            "--batch-size 1 is too small for image-text data, where every pair is told from the others of its batch: "
+            "give 2 or more."
+        )
+    for k, split in enumerate(data.clients):
+        if len(split) == 1 and not registry.get(config.method).pooled:
+            raise UserError(
+                f"Client {k} has a single image-text pair, and every pair is told from the others of its batch: use "
+                "fewer clients, more samples, or another --partition."
             )
 
 

@@ -37,7 +37,7 @@ def headline(run: RunInfo) -> list[str]:
     lines = [
         f"{config.method} on {config.data}: {who}, {samples:,} training, "
         f"{f'{held:,} validation, ' if held else ''}{', '.join(tests)} images",
-        f"{config.model} with {run.parameters:,} parameters on {config.device}, {config.threads} "
+        f"{run.model or config.model} with {run.parameters:,} parameters on {config.device}, {config.threads} "
         f"thread{'s' * (config.threads != 1)}; run folder {run.out}",
     ]
     if run.first_round:

@@ -1,0 +1,54 @@
+"""What the command line says of settings that do not fit image-text data, before anything is on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedkern.engine import RunConfig
+
+TINY = ("--train-samples", "60", "--clients", "2", "--rounds", "1", "--width", "4", "--local-steps", "1",
+        "--data-option", "test_samples=10", "--data-option", "validation_samples=10")  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["feddra", "centralised"])
+def test_a_batch_of_a_single_pair(method, fails):
+    sentence = fails(method, "--data", "captions", *TINY, "--batch-size", "1", "--out", "run")
+    assert "--batch-size 1 is too small for image-text data" in sentence
+    assert "--model" not in sentence
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("model", ["resnet8", "cnn"])  # the second is the default where there is a choice
+def test_a_network_that_image_text_data_do_not_have(model, fails):
+    sentence = fails("feddra", *TINY, "--model", model, "--out", "run")
+    assert f'--model {model} has no effect on the data set "captions"' in sentence
+    assert "--image-encoder and --text-encoder" in sentence
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--image-encoder", "vit"), ("--text-encoder", "words")])
+def test_encoders_of_data_without_texts(flag, value, fails):
+    sentence = fails("fedavg", "--data", "digits", flag, value, "--out", "run")
+    assert f"{flag} {value} is for image-text data (captions, pairs, reports)" in sentence
+    assert "--model" in sentence
+    assert not Path("run").exists()
+
+
+def test_a_file_of_all_settings_is_still_read(result, fails):
+    """It names a model too, as config.toml of every run does."""
+    few = {"test_samples": 10, "validation_samples": 10}
+    settings = {"train_samples": 60, "clients": 2, "rounds": 1, "width": 4, "local_steps": 1}
+    text = RunConfig.make("fedavg", data="captions", **settings, data_options=few).to_toml()
+    assert 'model = "cnn"' in text
+    Path("all.toml").write_text(text)
+    result("fedavg", "--config", "all.toml", "--out", "run", "--quiet")
+    Path("other.toml").write_text(text.replace('model = "cnn"', 'model = "mlp"'))
+    assert "--model mlp has no effect" in fails("fedavg", "--config", "other.toml", "--out", "again")
+
+
+def test_the_first_lines_name_the_encoders(result):
+    shown = "".join(result("fedavg", "--data", "captions", *TINY, "--image-encoder", "vit", "--out", "run"))
+    assert "vit+words with" in shown
+    assert "cnn with" not in shown
