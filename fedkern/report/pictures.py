@@ -62,7 +62,9 @@ def write_pictures(run_dir: Path, *, data: Any = None, model: torch.nn.Module | 
         plots.partition_picture(data.statistics, target, title=f"{config.data}: {data.statistics.partition}")
         written.append(target)
     target = run_dir / PICTURES["weights"]
-    if weights_picture(read_metrics(run_dir), target, title=f"Clients of {name}, seed {config.seed}"):
+    by_samples = config.options.get("weighting") == "samples"
+    title = f"Clients of {name}, seed {config.seed}"
+    if weights_picture(read_metrics(run_dir), target, title=title, by_samples=by_samples):
         written.append(target)
     written += _shown(run_dir, name, data.classes)
     model = read_model(run_dir)[0] if model is None else model

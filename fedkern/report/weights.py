@@ -16,14 +16,15 @@ NAMED = len(COLOURS)
 PANELS = {"weight": "client weight", "own_loss": "loss on held-out samples"}
 
 
-def weights_picture(records: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> bool:
-    """Draws the client weights of each round above the losses that they follow.
+def weights_picture(records: Sequence[Mapping[str, Any]], path: Path, *, title: str, by_samples: bool = False) -> bool:
+    """Draws the client weights of each round above the losses that they follow, and dotted where they began.
 
     Args:
-        records: the lines of ``metrics.jsonl``; ``clients`` of each holds ``weight`` and ``own_loss`` of those that
-            took part.
+        records: the lines of ``metrics.jsonl``; ``clients`` of each holds ``weight``, ``own_loss`` and ``samples`` of
+            those that took part.
         path: the PNG.
         title: what ran.
+        by_samples: whether the weights began as the shares of the samples, each client's another, and not all equal.
 
     Returns:
         False when there was nothing to draw, and then no file is written.
@@ -41,6 +42,7 @@ def weights_picture(records: Sequence[Mapping[str, Any]], path: Path, *, title: 
         return False
     clients = sorted(shown["weight"], key=int)
     heaviest = max(clients, key=lambda client: shown["weight"][client][1][-1])
+    centres = _shares(records) if by_samples else {}
     figure = new_figure(7.2, 2.4 + 2.2 * len(shown))
     panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (name, panel) in zip(panels, shown.items(), strict=True):
@@ -54,7 +56,9 @@ def weights_picture(records: Sequence[Mapping[str, Any]], path: Path, *, title: 
             axes.plot(
                 *panel[client], color=colour, lw=width, alpha=alpha, label=label, marker="o" if named else "", ms=4
             )
-        if name == "weight":
+            if name == "weight" and by_samples and named:
+                axes.axhline(centres[client], color=colour, lw=1, ls=":")
+        if name == "weight" and not by_samples:
             axes.axhline(1 / len(clients), color=GREY, lw=1, ls=":")
         axes.set_ylabel(PANELS[name], fontsize=12)
         axes.set_ylim(bottom=0)
@@ -69,3 +73,14 @@ def weights_picture(records: Sequence[Mapping[str, Any]], path: Path, *, title: 
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     save(figure, path)
     return True
+
+
+def _shares(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Every client's share of the samples, also those of clients that never took part counted.
+
+    Weights that begin as these shares are still these shares in the first record, which tells the sum of all samples.
+    """
+    known = [{k: info for k, info in r.get("clients", {}).items() if "weight" in info} for r in records]
+    first = next(clients for clients in known if clients)
+    total = sum(info["samples"] for info in first.values()) / sum(info["weight"] for info in first.values())
+    return {client: info["samples"] / total for clients in known for client, info in clients.items()}

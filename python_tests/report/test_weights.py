@@ -2,8 +2,11 @@
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
+from fedkern.engine import RunConfig, read_metrics, run
+from fedkern.report.pictures import write_pictures
 from fedkern.report.weights import weights_picture
 
 
@@ -24,6 +27,35 @@ def test_weights_and_losses_are_drawn(clients, tmp_path):
     blue, orange = ((np.abs(pixels - np.array(rgb)).sum(1) < 30).sum() for rgb in ((0, 114, 178), (213, 94, 0)))
     assert orange > 100
     assert (blue > 100) == (clients == 3)
+
+
+def centre_lines(monkeypatch):
+    """Heights of the dotted lines that are drawn."""
+    found = []
+    drawn = Axes.axhline
+    monkeypatch.setattr(Axes, "axhline", lambda self, y, **style: found.append(y) or drawn(self, y, **style))
+    return found
+
+
+def test_the_line_of_equal_weights(tmp_path, monkeypatch):
+    found = centre_lines(monkeypatch)
+    assert weights_picture(list(records(4)), tmp_path / "weights.png", title="t")
+    assert found == [0.25]
+
+
+@pytest.mark.parametrize("settings", [{}, {"sample_fraction": 0.67}])
+def test_the_lines_of_weights_by_samples(settings, tmp_path, monkeypatch):
+    """They are where the weights of a real run begin, also where a client takes no part in the first round."""
+    found = centre_lines(monkeypatch)
+    small = {"train_samples": 90, "rounds": 3, "local_epochs": 1, "width": 2, "grad_cam": 0, **settings}
+    options = {"weighting": "samples"}
+    run(RunConfig.make("afl", data="digits", clients=3, **small, options=options), out=tmp_path)
+    write_pictures(tmp_path)
+    seen = {}
+    for record in read_metrics(tmp_path):
+        seen |= {client: info["samples"] for client, info in record["clients"].items()}
+    assert found == [pytest.approx(seen[client] / 90) for client in sorted(seen)]
+    assert len(set(found)) == 3
 
 
 def test_other_methods_have_no_such_picture(tmp_path):
