@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +26,14 @@ CHEXPERT = (
     "lung opacity", "no finding", "pleural effusion", "pleural other", "pneumonia", "pneumothorax", "support devices",
 )  # fmt: skip
 FRONTAL = ("pa", "ap")
+# What may stand beside those two without making another picture of it.  Not so MIMIC-CXR's "AP AXIAL" (lordotic), "AP
+# LLD" and its kin (lying on one side), nor anything else that is not known here.
+POSTURES = {
+    "bedside", "chest", "erect", "frontal", "mobile", "portable", "projection", "semi", "semierect", "semiupright",
+    "single", "sitting", "standing", "supine", "upright", "view",
+}  # fmt: skip
 UNLABELLED = "unlabelled"
+_WORD = re.compile("[a-z0-9]+")
 
 
 def open_reports(
@@ -52,7 +60,8 @@ def open_reports(
         root: the CSV file, or a folder with that one CSV file.
         size: side in pixels to which every image is resized, with black bars where it is not square.
         colour: ``"rgb"`` or ``"grey"``.
-        views: ``"frontal"``: only rows whose view is PA or AP; ``"known"``: these and rows that name no view;
+        views: ``"frontal"``: only rows whose view is PA or AP, alone or with the patient's posture ("AP portable"), but
+            not lying on one side or axial ("AP LLD", "AP AXIAL"); ``"known"``: these and rows that name no view;
             ``"all"``.
         longest: tokens kept of a report.
         shortest: rows whose report has fewer tokens are left out.
@@ -124,8 +133,12 @@ def _seen(table: Table, views: str) -> list[bool]:
         raise UserError(
             f'data set "reports": {table.path} has no column "view" to tell frontal images by; take views=all'
         )
-    named = [view.lower().replace("-", " ").split() for view in table.column(column)]
-    return [words[0] in FRONTAL if words else views == "known" for words in named]
+    named = [_WORD.findall(view.lower()) for view in table.column(column)]
+    return [_frontal(words) if words else views == "known" for words in named]
+
+
+def _frontal(words: Sequence[str]) -> bool:
+    return words[0] in FRONTAL and POSTURES.union(FRONTAL).issuperset(words)
 
 
 def _labels(table: Table) -> list[str]:

@@ -22,7 +22,10 @@ _NAME = "|".join(
 )
 _BETWEEN = r"[ \t]*(?:\band\b|\bor\b|[&/,+])[ \t]*"
 # "FINDINGS AND IMPRESSION:", "Findings (chest):"; some tables have lost the line breaks, so it may stand anywhere.
-_HEADER = re.compile(rf"(?i)(?<![a-z0-9])((?:{_NAME})(?:{_BETWEEN}(?:{_NAME}))*)(?:[ \t]*\([^()\n]{{1,40}}\))?[ \t]*:")
+_HEADER = re.compile(
+    rf"(?im)(?<![a-z0-9])((?:{_NAME})(?:{_BETWEEN}(?:{_NAME}))*)(?:[ \t]*\([^()\n]{{1,40}}\))?"
+    r"(?:[ \t]*(:)|[ \t*_]*\r?$)"
+)
 _ENDS = "\n.;:!?)*_"  # of a line or sentence
 _NUMBERED = re.compile(r"(?:^|(?<=\s))\d+[.)](?=\s)")
 _BLANKED = re.compile(r"_{2,}")  # what MIMIC's de-identification leaves
@@ -31,20 +34,23 @@ _BLANKED = re.compile(r"_{2,}")  # what MIMIC's de-identification leaves
 def sections(report: str) -> dict[str, str]:
     """The sections of a report by name; what is headed as impression and findings together is the impression.
 
-    A header is a name of `SECTIONS` or `OTHERS` before a colon, in capitals or with a capital letter anywhere, all in
-    small letters where a line or sentence begins.
+    A header is a name of `SECTIONS` or `OTHERS`: before a colon, in capitals or with a capital letter anywhere, all in
+    small letters where a line or sentence begins; without a colon with a capital letter and a line to itself.
     """
-    headers = [
-        header
-        for header in _HEADER.finditer(report)
-        if header.group(1)[0].isupper() or report[: header.start()].rstrip(" \t")[-1:] in _ENDS
-    ]
+    headers = [header for header in _HEADER.finditer(report) if _heads(header)]
     bounds = [header.start() for header in headers] + [len(report)]
     found: dict[str, str] = {}
     for header, end in zip(headers, bounds[1:], strict=True):
         name = _section(header.group(1).lower())
         found[name] = f"{found.get(name, '')} {report[header.end() : end]}".strip()
     return found
+
+
+def _heads(header: re.Match[str]) -> bool:
+    before, capital = header.string[: header.start()].rstrip(" \t"), header.group(1)[0].isupper()
+    if header.group(2):
+        return capital or before[-1:] in _ENDS
+    return capital and before.rstrip(" \t*_#")[-1:] in "\n"
 
 
 def _section(header: str) -> str:

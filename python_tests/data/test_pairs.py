@@ -88,6 +88,22 @@ def test_the_sections_of_a_report(report, expected):
         assert clean(impression_and_findings(" ".join(report.split())), 100) == expected
 
 
+@pytest.mark.parametrize(
+    ("report", "expected"),
+    [
+        ("HISTORY\nCough.\nFINDINGS\nLungs are clear.\n\nIMPRESSION\nNormal.\n", "normal lungs are clear"),
+        ("Technique\r\nPortable.\r\nFindings\r\nClear.\r\nImpression: Normal.", "normal clear"),
+        ("  FINDINGS AND IMPRESSION (CHEST) \nClear.\nRECOMMENDATION\nCT.", "clear"),
+        ("**INDICATION**\nCough.\n**IMPRESSION**\nNormal.", "normal"),
+        ("IMPRESSION\nNo acute\nfindings\nin the chest.", "no acute findings in the chest"),  # a wrapped line
+        ("Clear. IMPRESSION\nNormal.", "clear impression normal"),  # no line to itself
+        ("Lungs\nare clear.\nNo findings", "lungs are clear no findings"),
+    ],
+)
+def test_a_header_without_a_colon_has_a_line_to_itself(report, expected):
+    assert clean(impression_and_findings(report), 100) == expected
+
+
 def test_reports(tmp_path):
     data = opened("reports", write_reports(tmp_path))
     assert data.task == "retrieval"
@@ -108,6 +124,25 @@ def test_reports(tmp_path):
 def test_views(tmp_path, views, kept):
     data = opened("reports", write_reports(tmp_path), views=views)
     assert sum(len(split) for split in every_split(data)) == kept
+
+
+# The vocabulary of MIMIC-CXR's ViewPosition, and how other hospitals write frontal views.
+OTHER_VIEWS = (
+    "LATERAL", "LL", "AP LLD", "AP RLD", "PA LLD", "PA RLD", "AP AXIAL", "XTABLE LATERAL", "SWIMMERS", "LPO", "RPO",
+    "LAO", "RAO", "AP/LATERAL", "AP LATERAL DECUBITUS",
+)  # fmt: skip
+FRONTAL_VIEWS = "AP", "PA", "ap", "Pa view", "AP/PA", "AP PORTABLE", "AP-erect", "AP (semi-erect)", "PA_upright"
+
+
+def test_which_views_are_frontal(tmp_path):
+    views = (*OTHER_VIEWS, *FRONTAL_VIEWS)
+    lines = ["image,report,ViewPosition"]
+    for i, view in enumerate(views):
+        picture(tmp_path / f"{i}.png", i)
+        lines.append(f"{i}.png,The heart is normal.,{view}")
+    (tmp_path / "reports.csv").write_text("\n".join(lines))
+    names = [name for split in every_split(opened("reports", tmp_path)) for name in split.ids]
+    assert sorted(int(name[:-4]) for name in names) == list(range(len(OTHER_VIEWS), len(views)))
 
 
 def test_length_of_reports(tmp_path):
