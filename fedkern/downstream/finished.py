@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from fedkern.data import FederatedData, Split, load, normalise
+from fedkern.data import DATASETS, FederatedData, Split, load, normalise
 from fedkern.data.set_aside import set_aside
 from fedkern.data.transforms import central
 from fedkern.data.types import joined
@@ -51,7 +51,7 @@ class Finished:
             shown = ["x".join(str(side) for side in shape) for shape in (data.image_shape, expected)]
             raise UserError(
                 f'the images of "{data.name}" are {shown[0]} (channels, height, width), but the run in {out} saw '
-                f"{shown[1]}: match them with --data-option size=... and colour=..."
+                f"{shown[1]}: {_way_out(data.name, tuple(data.image_shape), expected)}."
             )
 
     @classmethod
@@ -134,3 +134,16 @@ class Finished:
             return network.image_align.first(sequence) if kind == "token" else network.project_image(sequence)
 
         return torch.cat([of(images) for images in self.images(split)])
+
+
+def _way_out(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    """How images of a data set become ``expected``: by the options that it has, or not at all."""
+    options = DATASETS[name].options if name in DATASETS else {}
+    wanted = {}
+    if shape[1:] != expected[1:]:
+        wanted["size"] = str(expected[1]) if expected[1] == expected[2] else None
+    if shape[0] != expected[0]:
+        wanted["colour"] = {1: "grey", 3: "rgb"}.get(expected[0])
+    if any(option not in options or value is None for option, value in wanted.items()):
+        return "it has no option for such images; name a data set that has with --data"
+    return "match them with " + " ".join(f"--data-option {option}={value}" for option, value in wanted.items())

@@ -254,13 +254,12 @@ class RunConfig:
         """The settings of a run folder, some of them ``replaced``.
 
         Raises:
-            UserError: the folder holds no run, or its ``config.toml`` is damaged.
+            UserError: there is no such folder, it holds no run, or its ``config.toml`` is damaged.
         """
+        check_run_folder(folder)
         path = Path(folder) / NAME
         try:
             text = path.read_text(encoding="utf-8")
-        except (FileNotFoundError, NotADirectoryError):
-            raise UserError(f"{folder} is not a run folder: it has no {NAME}.") from None
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} cannot be read: {error}.") from None
         return cls(**{**cls.table(text, source=str(path)), **replaced})
@@ -283,6 +282,14 @@ class RunConfig:
             for name in names
             if mine.get(name) != theirs.get(name)
         ]
+
+
+def check_run_folder(folder: str | os.PathLike[str]) -> None:
+    """Raises UserError where there is no such folder, or no run in it."""
+    if not Path(folder).exists():
+        raise UserError(f"The run folder {folder} does not exist: name one that a run was written to with --out.")
+    if not (Path(folder) / NAME).exists():
+        raise UserError(f"{folder} is not a run folder: it has no {NAME}.")
 
 
 def check_networks(given: Mapping[str, Any], data: str) -> None:

@@ -18,7 +18,7 @@ from fedkern import models
 from fedkern.engine import atomic
 from fedkern.engine.bench import Bench
 from fedkern.engine.checkpoint import Checkpoints
-from fedkern.engine.config import RunConfig
+from fedkern.engine.config import RunConfig, check_run_folder
 from fedkern.engine.network import state_dict
 from fedkern.engine.serial import Server
 from fedkern.errors import UserError
@@ -99,14 +99,15 @@ def read_model(out: Path | str) -> tuple[nn.Module, dict[str, Any]]:
     ``build_pair`` made the network from.
 
     Raises:
-        UserError: the folder has no finished run, or its file is damaged or of another network.
+        UserError: there is no such folder, it has no finished run, or its file is damaged or of another network.
     """
     path = Path(out) / MODEL
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})["fedkern"])
         tensors = load_file(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
+        check_run_folder(out)
         way_out = f"its run is not finished, continue it with --resume {shlex.quote(str(out))}"
         raise UserError(f"{out} has no {MODEL}: {way_out}.") from None
     except (OSError, SafetensorError, KeyError, ValueError) as error:

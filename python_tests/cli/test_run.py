@@ -116,7 +116,7 @@ def test_doctor(result):
         (["fedavg", "--data", "mnist"], ["--data-root"]),
         (["fedavg", "--data", "mnist", "--data-root", "nowhere"], ["nowhere"]),
         (["fedgid", "--config", "none.toml"], ["none.toml"]),
-        (["--resume", "nowhere"], ["nowhere", "config.toml"]),
+        (["--resume", "nowhere"], ["nowhere does not exist", "--out"]),
         (["--resume", "nowhere", "--out", "there"], ["--out"]),
         (["list", "--rounds", "3"], ["list"]),
     ],

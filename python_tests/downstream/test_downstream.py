@@ -14,6 +14,7 @@ from PIL import Image
 
 from fedkern.data import Split, load
 from fedkern.downstream import Finished, probe, retrieve, zero_shot
+from fedkern.downstream.tasks import TASKS
 from fedkern.engine import RunConfig, run
 from fedkern.errors import UserError
 from fedkern.methods.local import Pairs
@@ -165,7 +166,9 @@ def test_another_data_set(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
     found = told(folder, "probe", capsys, *right, "--shots", "3")
     assert found["data"] == "folder"
     assert [row["accuracy"] for row in found["rows"]] == [1.0]
-    assert "match them with --data-option size=" in refused(capsys, "probe", str(folder), *words)
+    assert refused(capsys, "probe", str(folder), *words).endswith("match them with --data-option size=32.\n")
+    grey = refused(capsys, "probe", str(folder), *words, "--data-option", "colour=grey")
+    assert grey.endswith("match them with --data-option size=32 --data-option colour=rgb.\n")
     assert 'data set "folder" has no texts' in refused(capsys, "retrieval", str(folder), *right)
     assert 'data set "folder" has no masks' in refused(capsys, "decode", str(folder), *right)
 
@@ -185,7 +188,12 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (["decode", "RUN", "--epochs", "many"], "--epochs takes whole numbers of at least 1"),
         (["zero-shot", "RUN", "--prompts", "nowhere.txt"], "prompts file nowhere.txt cannot be read"),
         (["zero-shot", "RUN", "--data-option", "size=3"], "--data-option is for another data set"),
-        (["zero-shot", "elsewhere"], "elsewhere has no model.safetensors"),
+        *((([command, "elsewhere"]), "The run folder elsewhere does not exist") for command in TASKS),
+        (["attack", "elsewhere"], "The run folder elsewhere does not exist"),
+        (["probe", "."], ". is not a run folder: it has no config.toml"),
+        (["decode", "RUN", "--data", "digits"], "(channels, height, width), but the run in"),
+        (["decode", "RUN", "--data", "digits"], "it has no option for such images; name a data set that has with"),
+        (["zero-shot", "UNFINISHED"], "has no model.safetensors: its run is not finished"),
         (["zero-shot", "PLAIN"], "downstream tasks are for pairs"),
     ],
 )
@@ -194,7 +202,10 @@ def test_mistakes(folder: Path, tmp_path: Path, words: list[str], sentence: str,
     if "PLAIN" in words:
         small = {"train_samples": 40, "rounds": 1, "local_epochs": 1, "width": 4, "grad_cam": 0}
         run(RunConfig.make("fedavg", data="digits", clients=2, **small), out=tmp_path / "plain")
-    where = {"RUN": str(folder), "PLAIN": str(tmp_path / "plain")}
+    if "UNFINISHED" in words:
+        (tmp_path / "begun").mkdir()
+        shutil.copy(folder / "config.toml", tmp_path / "begun")
+    where = {"RUN": str(folder), "PLAIN": str(tmp_path / "plain"), "UNFINISHED": str(tmp_path / "begun")}
     assert sentence in refused(capsys, *(where.get(word, word) for word in words))
 
 
