@@ -9,7 +9,8 @@ A round has three exchanges:
 
 - ``alignment``: encoders frozen; clients train the alignment layers and heads, and these alone travel back.
 - ``joint``: clients go on from their own alignment modules, or with ``joint_start=average`` from the average, and
-  train everything.  The anchors are made by the encoders of the start of the round and the average of the first stage.
+  train everything.  The anchors are made by the encoders of the start of the round and the average of the first stage;
+  without anchors and with ``joint_start=own`` nobody needs that average, and the first stage's results stay at home.
 - ``losses``: every client says how large the contrastive loss of the new model is on samples it never trains on, and
   from that come the clients' weights in the next round's averages (`fedkern.methods.robust`).  The anchors are that
   very model here, so that their term is zero.
@@ -112,6 +113,11 @@ class FedDRA(Robust):
         """Whether a round has both stages."""
         return bool(self.options.stages == "two" and self.options.stage_schedule == "per_round")
 
+    @property
+    def averaged(self) -> bool:
+        """Whether the average of the first stage is of use: the second overwrites it where both are in one round."""
+        return bool(not self.paired or self.options.anchors or self.options.joint_start == "average")
+
     def rounds(self, federation: Federation) -> Iterator[Round]:
         o, count = self.options, federation.rounds
         losses = (LOSSES,) if o.dro else ()
@@ -132,7 +138,8 @@ class FedDRA(Robust):
 
     def send(self, server: Server, step: Step) -> Message | dict[ClientId, Message]:
         if self.paired and step.exchange == "joint":
-            part = {name: server.state[name][-size:] for name, size in server.state["part"].items()}
+            sizes = server.state["part"] if self.averaged else {}
+            part = {name: server.state[name][-size:] for name, size in sizes.items()}
             return {k: {**part, **own} for k, own in self.shares(server).items()}
         return super().send(server, step)
 
@@ -158,7 +165,7 @@ class FedDRA(Robust):
             steps = self.options.alignment_steps
             result = client.train(self, step, {**message, **model}, parts=ALIGNMENT, steps=steps, rows=rows)
             client.scratch["alignment"] = result
-            return result
+            return result if self.averaged else {}
         if self.paired:
             model, part = client.scratch.get("model") or client.state["model"], vectors_of(message)
             own = client.scratch.get("alignment", part) if self.options.joint_start == "own" else part

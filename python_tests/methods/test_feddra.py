@@ -180,6 +180,40 @@ def test_bytes_of_a_round_are_those_of_the_notes(parts):
     assert [booked(step) for step in (ALIGN, JOINT, LOSSES)] == [(8, part), (part + 8, model), (model + 8, 8)]
 
 
+def test_an_average_that_nobody_uses_does_not_travel(parts, monkeypatch):
+    """Without anchors, clients that go on from their own alignment modules train as if they had got their average."""
+
+    def played():
+        p = parts(anchors=False)
+        travelled = []
+        for step in (ALIGN, JOINT, LOSSES) * 2:
+            sent, uploads = p.exchange(step)
+            travelled.append((message_bytes(sent.get(0, sent)), message_bytes(uploads[0].message)))
+        return p.server.state, travelled
+
+    state, travelled = played()
+    assert [up for _, up in travelled[0::3]] == [0, 0]
+    assert [down for down, _ in travelled[1::3]] == [8, 8]  # the client's weight alone
+    monkeypatch.setattr(FedDRA, "averaged", True)
+    before, other = played()
+    assert other[0][1] == other[1][0] - 8 > 1000
+    assert [row[1] for row in other[1::3]] == [row[1] for row in travelled[1::3]]
+    assert all(torch.equal(state[name], before[name]) for name in ("parameters", "weights"))
+
+
+@pytest.mark.parametrize(
+    ("options", "averaged"),
+    [
+        ({"anchors": False}, False),
+        ({"anchors": False, "joint_start": "average"}, True),
+        ({"anchors": False, "stage_schedule": "sequential"}, True),
+        ({}, True),
+    ],
+)
+def test_when_the_average_of_the_first_stage_is_of_use(options, averaged):
+    assert FedDRA(FedDRA.Options.parse(options)).averaged == averaged
+
+
 @pytest.mark.parametrize("eval_every", [1, 2])
 def test_a_run_logs_weights_and_losses_and_keeps_them(eval_every, make_pairs, make_config, tmp_path):
     config = make_config(
@@ -205,6 +239,7 @@ def test_a_run_logs_weights_and_losses_and_keeps_them(eval_every, make_pairs, ma
     "options",
     [
         {"stages": "one", "anchors": False, "dro": False},
+        {"anchors": False},
         {"stage_schedule": "sequential", "dro_apply": "loss"},
         {"weighting": "samples", "align_reduction": "sum_dim", "loss_split": "train", "rho": 0.0},
     ],
