@@ -11,8 +11,8 @@ CSV, with a header line; further columns are ignored, and an image without a row
 
 ``image`` is the image's name in the data set: the path below the data folder for folders of images, ``train/ROW`` for
 the files of MNIST and CIFAR (``ROW`` counts from 0 through all training files), ``digits/ROW`` for the embedded digits.
-Coordinates are pixels of the image as stored on disk, x to the right and y down, or with ``"units": "fraction"`` (JSON)
-shares of its width and height.
+Coordinates are pixels of the image in its file, turned as its EXIF orientation says: x to the right and y down, or with
+``"units": "fraction"`` (JSON) shares of its width and height.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from fedkern.errors import UserError
@@ -18,6 +18,15 @@ from fedkern.errors import UserError
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
 BITS = 8, 12, 16
 """What a grey value that is stored in more than eight bits may hold; medical exports put 12 bits into 16."""
+MIRRORS = Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM
+TURNS = {
+    **dict(zip((2, 3, 4), MIRRORS, strict=True)),
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image upright, by its EXIF orientation; the first three keep width and height."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 _UNREADABLE = (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError)
@@ -42,6 +51,9 @@ def read_images(
 ) -> tuple[Tensor, Tensor]:
     """Decodes images and resizes them (whole, without cropping) to ``size`` x ``size`` pixels.
 
+    They are seen as a viewer shows them: turned or mirrored as their EXIF orientation says, and on a white page where
+    they have an alpha channel or a transparent colour.
+
     Grey values of more than eight bits are scaled to 0-255 from the smallest of the ranges `BITS` that holds the
     image's largest value; fractions are taken as 0 to 1.
 
@@ -53,7 +65,7 @@ def read_images(
         pad: keep the proportions, with black bars on both sides of what is not square.
 
     Returns:
-        uint8 ``[n, 3 or 1, size, size]`` and int64 ``[n, 2]``, width and height on disk.
+        uint8 ``[n, 3 or 1, size, size]`` and int64 ``[n, 2]``, width and height before resizing.
 
     Raises:
         UserError: an image that cannot be decoded, or whose grey values have no range that is known.
@@ -65,10 +77,10 @@ def read_images(
     def read(row: int) -> None:
         try:
             with Image.open(paths[row]) as image:
-                sizes[row] = image.size
+                sizes[row] = upright_size(image)
                 # A JPEG is decoded at a fraction of its size where that still leaves twice the pixels needed.
                 image.draft(mode, (2 * size, 2 * size))
-                whole = _eight_bits(image, paths[row], data).convert(mode)
+                whole = _on_white(_eight_bits(upright(image), paths[row], data)).convert(mode)
                 small = (
                     ImageOps.pad(whole, (size, size), Image.Resampling.BICUBIC)
                     if pad
@@ -84,6 +96,8 @@ def read_images(
 
 def read_masks(images: Sequence[Path], masks: Sequence[Path], size: int, data: str) -> npt.NDArray[np.uint8]:
     """Decodes masks, resized to ``size`` x ``size`` pixels by the nearest pixel.
+
+    A mask is of its image as `read_images` sees it, and is itself turned as its own EXIF orientation says.
 
     Args:
         images: the files they belong to, which must be as large.
@@ -109,12 +123,14 @@ def read_masks(images: Sequence[Path], masks: Sequence[Path], size: int, data: s
                         f'data set "{data}": the mask {path} has colours (mode {mask.mode}), expected one channel of '
                         "class numbers, or of 0 and 255"
                     )
-                if mask.size != image.size:
+                turned, (width, height) = upright(mask), upright_size(image)
+                if turned.size != (width, height):
+                    seen = ", as its EXIF orientation turns it" if image.size != (width, height) else ""
                     raise UserError(
-                        f'data set "{data}": the mask {path} has {mask.width}x{mask.height} pixels, its image '
-                        f"{images[row]} {image.width}x{image.height}"
+                        f'data set "{data}": the mask {path} has {turned.width}x{turned.height} pixels, its image '
+                        f"{images[row]} {width}x{height}{seen}"
                     )
-                values = np.asarray(mask.resize((size, size), Image.Resampling.NEAREST))
+                values = np.asarray(turned.resize((size, size), Image.Resampling.NEAREST))
         except _UNREADABLE as error:
             raise unreadable(data, "mask or its image", path, error) from error
         if values.size and values.max() > 255:
@@ -125,6 +141,41 @@ def read_masks(images: Sequence[Path], masks: Sequence[Path], size: int, data: s
 
     each(read, len(masks))
     return out
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes the image upright, by its EXIF orientation; None where it is, or nothing is said."""
+    if image.format in ("PNG", "TIFF"):
+        image.load()  # Pillow reads what stands behind a PNG's pixels with them, and turns a TIFF itself
+    try:
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # Pillow raises many kinds for damaged EXIF data, which say nothing then
+        return None
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of the image as :func:`upright` makes it."""
+    turn = _turn(image)
+    return image.size if turn in (None, *MIRRORS) else (image.height, image.width)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned and mirrored as its EXIF orientation says; itself where that says nothing.
+
+    Not by ``exif_transpose``, which writes the EXIF data anew and fails where they are damaged.
+    """
+    turn = _turn(image)
+    return image if turn is None else image.transpose(turn)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """The image on a white page where something shows through it: Pillow's conversion would show what is hidden."""
+    if not image.has_transparency_data:
+        return image
+    colours = image.convert("RGBA")
+    if colours.getchannel("A").getextrema() == (255, 255):
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours)
 
 
 def _eight_bits(image: Image.Image, path: Path, data: str) -> Image.Image:

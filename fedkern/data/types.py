@@ -25,7 +25,8 @@ class Split:
         masks: bool ``[n, H, W]``, True on the object, or None when nothing is known.  A row without any True means that
             nothing was detected in that image; it stays out of the background bank.
         ids: name of every image in its source (``"train/17"``, ``"dog/on snow/12.jpg"``), what a boxes file refers to.
-        sizes: int64 ``[n, 2]``, width and height of every image as stored on disk, where loading resized it.
+        sizes: int64 ``[n, 2]``, width and height of every image before loading resized it, turned as its EXIF
+            orientation says.
         texts: the caption or report of every image; an image with several has a row for each, under one name in
             ``ids``.
         cases: int64 ``[n]``, what an image is a part of, where that is more than one image: the slices of a volume, the
