@@ -1,4 +1,4 @@
-"""Images that belong together, slices of one patient or tiles of one picture: they are shared out as one."""
+"""Images that belong together, of one patient, volume or picture: they are shared out and held out as one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from fedkern.errors import UserError
 from fedkern.streams import stream
@@ -22,6 +23,18 @@ def together(names: Sequence[str] | None) -> Rows | None:
     numbers: dict[str, int] = {}
     images = [numbers.setdefault(name, len(numbers)) for name in names or ()]
     return np.array(images, dtype=np.int64) if len(numbers) < len(images) else None
+
+
+def wholes(names: Sequence[str] | None, cases: Tensor | None, patients: Tensor | None) -> Rows | None:
+    """int64 ``[n]``, counted from 0: the patient, case or image of every row, the first of these that is known.
+
+    Whoever is to know nothing of a row may have no other one of the same number; None where every row stands alone.
+    """
+    known = cases if patients is None else patients
+    if known is None:
+        return together(names)
+    position = np.unique(known.numpy(), return_inverse=True)[1].astype(np.int64)
+    return position if position.max(initial=-1) + 1 < len(position) else None
 
 
 def drawn_rows(order: Rows, images: Rows | None) -> list[Rows]:

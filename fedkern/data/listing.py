@@ -54,6 +54,8 @@ class Listing:
         clients: who holds the image, ``""`` everywhere when nothing is said.
         masks: whole numbers ``[n, H, W]``, the class of every pixel (or `IGNORE`), for segmentation.
         texts: what is said about every image; one with several texts has an entry for each, under one name in ``ids``.
+        patients: whose image it is, ``""`` where that is not said; a fixed split has all images of a patient on one
+            side.
     """
 
     paths: Sequence[Path]
@@ -63,6 +65,7 @@ class Listing:
     clients: Sequence[str]
     masks: npt.NDArray[np.uint8] | npt.NDArray[np.int16] | None = None
     texts: Sequence[str] | None = None
+    patients: Sequence[str] | None = None
 
 
 def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Reading) -> Source:
@@ -70,11 +73,12 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
 
     Raises:
         UserError: an empty training or test set, too few images to hold some out, clients named for some training
-            images only, or a window that is larger than the images.
+            images only, an image of two patients, or a window that is larger than the images.
     """
     if reading.crop > reading.size:
         raise UserError(f'data set "{data}": crop is {reading.crop}, more than size, {reading.size}')
-    rows = _rows(data, listing, reading)
+    units = _units(data, listing)
+    rows = _rows(data, listing, reading, units)
     named = [listing.clients[row] for row in rows["train"].tolist()]
     names = sorted(set(named))
     if "" in names and len(names) > 1:
@@ -83,6 +87,7 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
     if names != [""]:
         groups = torch.full((len(listing.paths),), -1, dtype=torch.int64)
         groups[rows["train"]] = torch.tensor([names.index(name) for name in named], dtype=torch.int64)
+    people = None if listing.patients is None else torch.from_numpy(units)
     grey = reading.colour == "grey"
 
     def pool(chosen: Tensor) -> Pool:
@@ -97,6 +102,7 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
             groups=None if groups is None else groups[chosen],
             targets=None if masks is None else lambda wanted: torch.from_numpy(masks[chosen[wanted].numpy()]).long(),
             texts=None if texts is None else tuple(texts[row] for row in chosen.tolist()),
+            patients=None if people is None else people[chosen],
         )
 
     return Source(
@@ -122,35 +128,56 @@ def interleaved(labels: npt.NDArray[np.int64], purpose: str) -> list[int]:
     return [int(row) for row in np.argsort(position, kind="stable")]
 
 
-def _rows(data: str, listing: Listing, reading: Reading) -> dict[str, Tensor]:
+def _units(data: str, listing: Listing) -> npt.NDArray[np.int64]:
+    """int64 ``[n]``, what stays on one side: the images of a patient; the texts of an image of nobody named."""
+    owners: dict[str, str] = {}
+    for name, patient in zip(listing.ids, listing.patients or (), strict=False):
+        if owners.get(name) and patient and owners[name] != patient:
+            raise UserError(
+                f'data set "{data}": the image {name} belongs to two patients, {owners[name]} and {patient}; name one'
+            )
+        owners[name] = patient or owners.get(name, "")
+    numbers: dict[tuple[bool, str], int] = {}
+    keys = ((True, owners[name]) if owners.get(name) else (False, name) for name in listing.ids)
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
+
+
+def _rows(data: str, listing: Listing, reading: Reading, units: npt.NDArray[np.int64]) -> dict[str, Tensor]:
     """The rows of every split, sorted; class shares are kept by what is held out."""
     splits = np.array(listing.splits)
     rows = {name: np.flatnonzero(splits == name) for name in ("train", "validation", "test")}
     if not any(listing.splits):
-        rows["test"], rows["train"] = _held_out(data, np.arange(len(splits)), listing, reading.test_share, "test")
+        everything = np.arange(len(splits))
+        rows["test"], rows["train"] = _held_out(data, everything, listing, units, reading.test_share, "test")
     for name in ("train", "test"):
         if len(rows[name]) == 0:
             raise UserError(f'data set "{data}": no image belongs to the {name} split')
     if len(rows["validation"]) == 0:
         rows["validation"], rows["train"] = _held_out(
-            data, rows["train"], listing, reading.validation_share, "validation"
+            data, rows["train"], listing, units, reading.validation_share, "validation"
         )
     return {name: torch.from_numpy(found.astype(np.int64)) for name, found in rows.items()}
 
 
 def _held_out(
-    data: str, rows: npt.NDArray[np.int64], listing: Listing, share: float, purpose: str
+    data: str,
+    rows: npt.NDArray[np.int64],
+    listing: Listing,
+    units: npt.NDArray[np.int64],
+    share: float,
+    purpose: str,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    names: dict[str, list[int]] = {}  # an image with several texts stays on one side
+    by_unit: dict[int, list[int]] = {}
     for row in rows.tolist():
-        names.setdefault(listing.ids[row], []).append(row)
-    images = list(names.values())
-    count = max(1, round(share * len(images)))
-    if count >= len(images):
-        raise UserError(f'data set "{data}": {len(images)} images are too few to hold some out as {purpose} set')
-    order = interleaved(listing.labels[[own[0] for own in images]], f"split/{data}/{purpose}")
+        by_unit.setdefault(int(units[row]), []).append(row)
+    wholes = list(by_unit.values())
+    count = max(1, round(share * len(wholes)))
+    if count >= len(wholes):
+        what = "images" if listing.patients is None else "patients"
+        raise UserError(f'data set "{data}": {len(wholes)} {what} are too few to hold some out as {purpose} set')
+    order = interleaved(listing.labels[[own[0] for own in wholes]], f"split/{data}/{purpose}")
     held, kept = (
-        np.array(sorted(row for i in part.tolist() for row in images[i]), dtype=np.int64)
+        np.array(sorted(row for i in part.tolist() for row in wholes[i]), dtype=np.int64)
         for part in fixed_rows(order, count)
     )
     return held, kept

@@ -15,7 +15,7 @@ from torch import Tensor
 from fedkern.data.backdoor import add_backdoor
 from fedkern.data.background import MaskSource, bounding_boxes, extract_background
 from fedkern.data.boxes_file import BoxesFile
-from fedkern.data.cases import share_cases, share_images, together, training_cases
+from fedkern.data.cases import share_cases, share_images, training_cases, wholes
 from fedkern.data.coloured import PALETTES, Palette, class_colours, colourise, random_colours, tied_colours
 from fedkern.data.cue import add_cues
 from fedkern.data.detections import Detections, Detector
@@ -258,7 +258,7 @@ def _check_segmentation(name: str, source: Source, spec: PartitionSpec, common: 
 
 
 def _shares(source: Source, spec: PartitionSpec, kept: Tensor, clients: int, seed: int) -> list[npt.NDArray[np.int64]]:
-    """Positions in ``kept`` of every client's rows; cases stay whole, and so do images with several texts.
+    """Positions in ``kept`` of every client's rows; patients, cases and images with several texts stay whole.
 
     Clients that the data set itself names get what it says of every row.
     """
@@ -272,17 +272,22 @@ def _shares(source: Source, spec: PartitionSpec, kept: Tensor, clients: int, see
         own = None if groups is None else groups[first]
         return share_out(spec, labels - none, clients, seed, class_count=classes - none, groups=own)
 
+    named = spec.name == "attribute" and groups is not None
+    patients = None if pool.patients is None or named else pool.patients[kept]
     if pool.cases is None:
-        images = together([pool.ids[row] for row in kept.tolist()])
-        if images is None or (spec.name == "attribute" and groups is not None):
+        units = wholes([pool.ids[row] for row in kept.tolist()], None, patients)
+        if units is None or named:
             return share(labels, np.arange(len(labels)))
-        return share_images(images, lambda first: share(labels[first], first))
-    return share_cases(pool.cases[kept].numpy(), labels, share)
+        return share_images(units, lambda first: share(labels[first], first))
+    return share_cases((pool.cases[kept] if patients is None else patients).numpy(), labels, share)
 
 
 def _training_rows(name: str, pool: Pool, count: int | None, public: int, seed: int) -> tuple[Tensor, Tensor]:
     """The rows that the clients share out, and the public ones, both sorted."""
-    cases = together(pool.ids) if pool.cases is None else pool.cases.numpy()
+    if pool.cases is not None and pool.patients is None:
+        cases: npt.NDArray[np.int64] | None = pool.cases.numpy()
+    else:
+        cases = wholes(pool.ids, None, pool.patients)
     if cases is not None:
         mine, shown = training_cases(name, cases, count, public, seed)
         return torch.from_numpy(mine), torch.from_numpy(shown)

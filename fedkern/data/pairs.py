@@ -29,9 +29,10 @@ def open_pairs(
 
     Args:
         root: a CSV file (or a folder with one) with the columns ``image``, ``text`` and, where wanted, ``label``,
-            ``split`` and ``client``, an image with several captions in as many rows; or a folder in which every image
-            has a text of its name, ``cat.jpg`` and ``cat.txt``, directly or under ``train`` and ``test`` (and ``val``),
-            and there, where wanted, in a folder for each label.
+            ``split``, ``client`` and ``patient_id`` (whose images are held out together and go to one client), an image
+            with several captions in as many rows; or a folder in which every image has a text of its name, ``cat.jpg``
+            and ``cat.txt``, directly or under ``train`` and ``test`` (and ``val``), and there, where wanted, in a
+            folder for each label.
         size: side in pixels to which every image is resized, with black bars where it is not square.
         colour: ``"rgb"`` or ``"grey"``.
         longest: words kept of a text.
@@ -47,10 +48,12 @@ def open_pairs(
         table = read_table(path, "pairs", columns)
         images, names, texts = table.files("image", "pairs"), table.names("image"), table.column("text")
         named, splits, clients = table.column("label"), table.splits("pairs"), table.column("client")
+        patients = table.patients()
     else:
         base = Path(str(root)).expanduser()
         images, named, splits = _found(base)
         names, clients = tuple(one.relative_to(base).as_posix() for one in images), [""] * len(images)
+        patients = None
         texts = [_read(image) for image in images]
     labels = [label or ANY for label in named]
     classes = tuple(sorted(set(labels)))
@@ -61,6 +64,7 @@ def open_pairs(
         splits=splits,
         clients=clients,
         texts=[" ".join(text.split()[:longest]) for text in texts],
+        patients=patients,
     )
     return to_source(
         "pairs", listing, classes, Reading(size, colour, test_share, validation_share, pad=True, crop=crop)

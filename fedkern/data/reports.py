@@ -52,7 +52,8 @@ def open_reports(
     Columns (upper or lower case): ``image`` (or path, filename), relative to the file's folder; the report as
     ``impression`` and ``findings``, or as ``report`` (or text, note), of which those two sections are taken where it
     has them; optionally ``label`` (or finding), or CheXpert's fourteen columns, of which the first positive one is the
-    label; ``view`` (or ViewPosition); ``client`` (or site, hospital) for ``--partition attribute``; and ``split``.
+    label; ``view`` (or ViewPosition); ``client`` (or site, hospital) for ``--partition attribute``; ``subject_id`` (or
+    another of `fedkern.data.table.PATIENT`), whose images are held out together and go to one client; and ``split``.
 
     Reports become lower-cased tokens (:func:`fedkern.data.texts.clean`).
 
@@ -103,6 +104,7 @@ def open_reports(
         splits=table.splits("reports"),
         clients=[""] * len(rows) if client is None else table.column(client),
         texts=[texts[row] for row in rows],
+        patients=table.patients(),
     )
     return to_source(
         "reports", listing, classes, Reading(size, colour, test_share, validation_share, pad=True, crop=crop)

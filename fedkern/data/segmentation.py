@@ -32,9 +32,10 @@ def open_segmentation(
     """Reads images and their masks; masks are decoded at once, images when a split needs them.
 
     Args:
-        root: a CSV file (or a folder with one) with the columns ``image``, ``mask`` and, where wanted, ``split`` and
-            ``client``; or a folder with ``images`` and ``masks`` (or ``image`` and ``label``, as in public microscopy
-            sets) whose files have the same names, or with such a pair under ``train`` and ``test`` (and ``val``).
+        root: a CSV file (or a folder with one) with the columns ``image``, ``mask`` and, where wanted, ``split``,
+            ``client`` and ``patient_id`` (whose images are held out together and go to one client); or a folder with
+            ``images`` and ``masks`` (or ``image`` and ``label``, as in public microscopy sets) whose files have the
+            same names, or with such a pair under ``train`` and ``test`` (and ``val``).
         size: side in pixels to which images and, by the nearest pixel, masks are resized.
         colour: ``"rgb"`` or ``"grey"``.
         names: the classes, separated by ``|``, the background first; by default they are numbered.
@@ -54,10 +55,12 @@ def open_segmentation(
         table = read_table(path, "segmentation", columns)
         images, masks = (table.files(column, "segmentation") for column in columns)
         ids, splits, clients = table.names("image"), table.splits("segmentation"), table.column("client")
+        patients = table.patients()
     else:
         base = Path(str(root)).expanduser()
         images, masks, splits = _pairs(base)
         ids, clients = tuple(one.relative_to(base).as_posix() for one in images), [""] * len(images)
+        patients = None
     if tile and (size % tile or tile > size):
         raise UserError(f'data set "segmentation": size must be a multiple of tile, {size} is none of {tile}')
     values = read_masks(images, masks, size, "segmentation")
@@ -68,7 +71,7 @@ def open_segmentation(
         raise UserError(f'data set "segmentation": the mask {masks[row]} holds nothing but {ignore}, which is ignored')
     held = values.astype(np.int16)
     held[unknown] = IGNORE
-    listing = Listing(images, ids, _largest(values, len(classes)), splits, clients, held)
+    listing = Listing(images, ids, _largest(values, len(classes)), splits, clients, held, patients=patients)
     source = to_source("segmentation", listing, classes, Reading(size, colour, test_share, validation_share))
     return in_tiles(source, tile) if tile else source
 

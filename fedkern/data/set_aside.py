@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from fedkern.data.cases import drawn_rows, together
+from fedkern.data.cases import drawn_rows, wholes
 from fedkern.data.transforms import central
 from fedkern.data.types import FederatedData, Split
 from fedkern.errors import UserError
@@ -25,7 +25,8 @@ def set_aside(data: FederatedData, *, held_out: int | None, share: float, seed: 
         held_out: the client that never trains: all its samples become the test set ``"held_out"``, and the clients
             behind it move up by one number.
         share: of every other client's samples, in [0, 1): its own test set, at least two samples, instead of one that
-            the data set gives it; 0 leaves those.  Of an image with several texts it has all or none.
+            the data set gives it; 0 leaves those.  Of a patient, a case and an image with several texts it has all or
+            none.
         seed: the run's root seed; which samples of a client they are depends on no other client.
 
     Raises:
@@ -61,15 +62,16 @@ def _check_unseen(data: FederatedData, held_out: int, others: list[int]) -> None
 
 
 def _divided(split: Split, client: int, share: float, seed: int) -> tuple[Split, Split]:
-    images = together(split.ids)
-    whole = len(split) if images is None else int(images.max()) + 1
+    units = wholes(split.ids, split.cases, split.patients)
+    whole = len(split) if units is None else int(units.max()) + 1
     count = max(2, round(share * whole))
     if whole < count + 2:
-        what = "samples" if images is None else "different images"
+        named = "patients" if split.patients is not None else "different images" if split.cases is None else "cases"
+        what = "samples" if units is None else named
         raise UserError(
             f"Client {client} has {whole} {what}, too few for a test set of its own: use fewer clients, more {what}, "
             "or --client-test 0."
         )
-    parts = drawn_rows(stream(seed, "client-test", client=client).permutation(whole), images)
+    parts = drawn_rows(stream(seed, "client-test", client=client).permutation(whole), units)
     test, kept = (torch.from_numpy(np.sort(np.concatenate(rows))) for rows in (parts[:count], parts[count:]))
     return split.subset(kept), split.subset(test)

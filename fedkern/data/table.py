@@ -17,6 +17,8 @@ from fedkern.data.types import Source
 from fedkern.errors import UserError, nearest
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+PATIENT = ("subject_id", "patient_id", "patient id", "patientid", "patient")
+"""Columns that tell whose image it is, as MIMIC-CXR's, NIH's ChestX-ray14's and others' tables call them."""
 SHOWN = 200
 """Characters of a value in a message: a text in the place of a file name may be a whole report."""
 _QUOTED = re.compile(r'"[^"]*"')
@@ -55,6 +57,11 @@ class Table:
     def names(self, name: str) -> tuple[str, ...]:
         """What the column's files are called in the data set: ``./a.png`` and ``a.png`` are one image."""
         return tuple(normpath(value) for value in self.column(name))
+
+    def patients(self) -> list[str] | None:
+        """Whose image a row is, by the first column that says so; None where there is none."""
+        column = next((name for name in PATIENT if any(self.column(name))), None)
+        return None if column is None else self.column(column)
 
     def splits(self, data: str) -> list[str]:
         """The column ``split`` in our words; ``""`` everywhere where there is none.
@@ -130,7 +137,7 @@ def read_table(path: Path, data: str, columns: tuple[str, ...]) -> Table:
             hint = nearest(column, names)
             raise UserError(
                 f'data set "{data}": {path} has no column "{column}", expected {", ".join(columns)} and optionally '
-                f"split and client.{hint}"
+                f"split, client and patient_id.{hint}"
             )
         for row, line in zip(rows, lines, strict=True):
             if not row.get(column):
@@ -186,7 +193,8 @@ def open_csv(
         test_share, validation_share: what is held out where no row belongs to such a split.
 
     ``split`` is train, validation (val) or test.  ``client`` names who holds a training image, for
-    ``--partition attribute``.  Classes are sorted, as numbers where all of them are.
+    ``--partition attribute``.  Of ``patient_id`` (or another of `PATIENT`) all images are held out together and go to
+    one client, unless ``client`` says otherwise.  Classes are sorted, as numbers where all of them are.
 
     Raises:
         UserError: anything wrong with the file or an image it names.
@@ -207,5 +215,6 @@ def open_csv(
         labels=np.array([label_of[name] for name in names], dtype=np.int64),
         splits=table.splits("csv"),
         clients=table.column("client"),
+        patients=table.patients(),
     )
     return to_source("csv", listing, tuple(classes), Reading(size, colour, test_share, validation_share))

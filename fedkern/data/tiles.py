@@ -48,6 +48,7 @@ def tiled(pool: Pool, tile: int) -> Pool:
         groups=None if pool.groups is None else pool.groups.repeat_interleave(each),
         targets=lambda wanted: classes[wanted],
         cases=image,
+        patients=None if pool.patients is None else pool.patients.repeat_interleave(each),
     )
 
 

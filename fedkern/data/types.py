@@ -31,6 +31,8 @@ class Split:
             ``ids``.
         cases: int64 ``[n]``, what an image is a part of, where that is more than one image: the slices of a volume, the
             tiles of a picture.  Figures are means over cases.
+        patients: int64 ``[n]``, whose image it is, where the data name patients (an image of nobody named is somebody's
+            of its own).  What is held out of a split has all images of a patient, or none.
     """
 
     images: Tensor
@@ -40,6 +42,7 @@ class Split:
     sizes: Tensor | None = None
     texts: tuple[str, ...] | None = None
     cases: Tensor | None = None
+    patients: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.dim() != 4:
@@ -58,8 +61,9 @@ class Split:
             raise ValueError(f"texts: expected {n}, one for every image, got {len(self.texts)}")
         if self.sizes is not None and tuple(self.sizes.shape) != (n, 2):
             raise ValueError(f"sizes: expected [{n}, 2], got {_describe(self.sizes)}")
-        if self.cases is not None and tuple(self.cases.shape) != (n,):
-            raise ValueError(f"cases: expected [{n}], got {_describe(self.cases)}")
+        for name, numbers in (("cases", self.cases), ("patients", self.patients)):
+            if numbers is not None and tuple(numbers.shape) != (n,):
+                raise ValueError(f"{name}: expected [{n}], got {_describe(numbers)}")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -74,6 +78,7 @@ class Split:
             None if self.sizes is None else self.sizes[indices],
             None if self.texts is None else tuple(self.texts[i] for i in indices.tolist()),
             None if self.cases is None else self.cases[indices],
+            None if self.patients is None else self.patients[indices],
         )
 
 
@@ -94,6 +99,7 @@ def joined(splits: Sequence[Split]) -> Split:
         together([split.sizes for split in splits]),
         tuple(texts) if all(split.texts is not None for split in splits) else None,
         together([split.cases for split in splits]),
+        together([split.patients for split in splits]),
     )
 
 
@@ -108,7 +114,8 @@ class Pool:
         groups: int64 ``[n]``, the client that the data set itself assigns to each image (a set of contexts), or None.
         targets: maps int64 ``[m]`` rows to the class of every pixel, int64 ``[m, H, W]`` (segmentation), or None.
         texts: the caption or report of every image, or None.
-        cases: int64 ``[n]``, as in `Split`; a case is never divided between clients.
+        cases, patients: int64 ``[n]``, as in `Split`; never divided between clients, but where the data themselves name
+            the clients.
     """
 
     labels: Tensor
@@ -118,6 +125,7 @@ class Pool:
     targets: Callable[[Tensor], Tensor] | None = None
     texts: tuple[str, ...] | None = None
     cases: Tensor | None = None
+    patients: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -128,8 +136,9 @@ class Pool:
         labels = self.labels[rows] if self.targets is None else self.targets(rows)
         chosen = rows.tolist()
         texts = None if self.texts is None else tuple(self.texts[i] for i in chosen)
-        cases = None if self.cases is None else self.cases[rows]
-        return Split(images, labels, ids=tuple(self.ids[i] for i in chosen), sizes=sizes, texts=texts, cases=cases)
+        cases, patients = (None if x is None else x[rows] for x in (self.cases, self.patients))
+        ids = tuple(self.ids[i] for i in chosen)
+        return Split(images, labels, ids=ids, sizes=sizes, texts=texts, cases=cases, patients=patients)
 
 
 def memory_pool(images: Tensor, labels: Tensor, prefix: str, rows: Tensor | None = None) -> Pool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern import ops
-from fedkern.data.cases import together
+from fedkern.data.cases import wholes
 from fedkern.engine.bench import Bench
 from fedkern.engine.config import RunConfig
 from fedkern.engine.local import Context, Diverged, Schedule, train
@@ -65,8 +65,9 @@ class Client(_Place):
         self.state = state
 
     @functools.cached_property
-    def images(self) -> np.ndarray | None:
-        return together(self._bench.data.clients[self.id].ids)
+    def wholes(self) -> np.ndarray | None:
+        split = self._bench.data.clients[self.id]
+        return wholes(split.ids, split.cases, split.patients)
 
     @property
     def objects_known(self) -> bool:

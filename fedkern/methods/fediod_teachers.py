@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedkern.data.cases import drawn_rows
 from fedkern.methods import fediod_private as private
 from fedkern.methods.base import Client, Step
 from fedkern.methods.cuts import cuts
@@ -44,9 +45,17 @@ class Held:
 
 
 def split(client: Client, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the samples that train the teacher, and of those held out; a client keeps at least one to train."""
-    order = client.rng("holdout", TRAIN).permutation(client.samples)
-    held = min(round(share * client.samples), client.samples - 1)
+    """Positions of the samples that train the teacher, and of those held out; a client keeps at least one to train.
+
+    A patient, or a case, is on one side: whole ones are held out, of no more samples than the share says but of one.
+    """
+    units, held = client.wholes, min(round(share * client.samples), client.samples - 1)
+    order = client.rng("holdout", TRAIN).permutation(client.samples if units is None else int(units.max()) + 1)
+    if units is not None:
+        parts = drawn_rows(order, units)
+        whole = int(np.searchsorted(np.cumsum([len(part) for part in parts]), held, side="right"))
+        whole = min(max(whole, int(held > 0)), len(parts) - 1)
+        order, held = np.concatenate(parts), sum(len(part) for part in parts[:whole])
     return np.sort(order[held:]), np.sort(order[:held])
 
 

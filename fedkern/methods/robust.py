@@ -189,7 +189,7 @@ class Robust(LocalTraining):
     def check(self, client: Client) -> None:
         trained = len(self.divided(client)[0])
         if trained < 2:
-            named = "" if client.images is None else f" of {int(client.images.max()) + 1} images"
+            named = "" if client.wholes is None else f" of {int(client.wholes.max()) + 1} images or patients"
             raise UserError(
                 f"Client {client.id} has {client.samples} samples{named}, too few to keep some from the training for "
                 "its loss: use fewer clients or more samples."
@@ -198,14 +198,14 @@ class Robust(LocalTraining):
     def divided(self, client: Client) -> tuple[np.ndarray, np.ndarray]:
         """int64 rows of the client's samples: those that its loss is not taken on, and those that it is taken on.
 
-        All texts of an image are on one side; in the second, images follow each other before their further texts do, so
-        that a batch has few images twice.
+        All samples of a patient and all texts of an image are on one side; in the second, patients and images follow
+        each other before their further samples do, so that a batch has few of them twice.
         """
-        images, count = client.images, self.judged(client.samples)
-        if images is None:
+        units, count = client.wholes, self.judged(client.samples)
+        if units is None:
             order = client.rng("held-out", OUTSIDE).permutation(client.samples)
             return order[count:], order[:count]
-        parts = drawn_rows(client.rng("held-out", OUTSIDE).permutation(int(images.max()) + 1), images)
+        parts = drawn_rows(client.rng("held-out", OUTSIDE).permutation(int(units.max()) + 1), units)
         held = int(np.searchsorted(np.cumsum([len(part) for part in parts]), count)) + 1
         most = max(len(part) for part in parts[:held])
         judged = [part[turn] for turn in range(most) for part in parts[:held] if turn < len(part)]

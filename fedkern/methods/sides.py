@@ -91,8 +91,11 @@ class Client(Place, Protocol):
     report: dict[str, float]
 
     @property
-    def images(self) -> np.ndarray | None:
-        """int64 [n], the image of every sample, counted from 0, where some images have several texts; else None."""
+    def wholes(self) -> np.ndarray | None:
+        """int64 [n], counted from 0, the patient, case or image of every sample, where some have several; else None.
+
+        What a client holds out for itself has all samples of one, or none.
+        """
         ...
 
     @property

@@ -6,6 +6,7 @@ import torch
 
 from fedkern.data import load
 from fedkern.data.brats import square, to_bytes, volume
+from fedkern.data.set_aside import set_aside
 from fedkern.engine import RunConfig, run
 from fedkern.errors import UserError
 
@@ -137,6 +138,15 @@ def test_split_folders(tmp_path):
     data = opened(tmp_path)
     assert cases_of(data.tests[""]) == {"val/case0", "val/case1", "val/case2"}
     assert all(name.startswith("train/") for split in (*data.clients, data.validation) for name in split.ids)
+
+
+def test_a_clients_own_test_set_has_whole_cases(tmp_path):
+    write_cases(tmp_path, 30)
+    data = opened(tmp_path)
+    apart = set_aside(data, held_out=None, share=0.3, seed=0)
+    held = [cases_of(split) for split in (*apart.clients, *apart.client_tests)]
+    assert sum(map(len, held)) == len(set.union(*held)) == sum(len(cases_of(split)) for split in data.clients)
+    assert [len(test) for test in held[2:]] == [round(0.3 * len(cases_of(split))) for split in data.clients]
 
 
 def test_public_cases_are_nobodys(tmp_path):

@@ -116,7 +116,7 @@ def test_losses_are_taken_on_images_that_are_not_trained_on(tmp_path, loss_share
 def test_too_few_images_are_named(tmp_path):
     data = opened(write(tmp_path, images=6, texts=20), clients=4)
     method, clients = robust(data)
-    with pytest.raises(UserError, match="Client 0 has 20 samples of 1 images, too few to keep some"):
+    with pytest.raises(UserError, match="Client 0 has 20 samples of 1 images or patients, too few to keep some"):
         method.check(clients[0])
     with pytest.raises(UserError, match="Client 0 has 1 different images, too few for a test set"):
         set_aside(data, held_out=None, share=0.2, seed=0)
@@ -146,7 +146,7 @@ def test_distinct_images_are_drawn_as_ever(tmp_path, spec, seed):
     assert some.public.ids == tuple(whole.ids[row] for row in np.sort(public))
     method, clients = robust(data)
     for client, split in zip(clients, data.clients, strict=True):
-        assert client.images is None
+        assert client.wholes is None
         order = client.rng("held-out", OUTSIDE).permutation(len(split))
         kept, judged = method.rows(client)
         count = max(2, round(0.1 * len(split)))

@@ -1,0 +1,158 @@
+"""Images of one patient: nothing that is held out shows somebody whom anybody trains on."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fedkern.data import load
+from fedkern.data.set_aside import set_aside
+from fedkern.engine import RunConfig
+from fedkern.engine.bench import Bench
+from fedkern.engine.serial import Client
+from fedkern.errors import UserError
+from fedkern.methods import FedDRA, fediod_teachers
+
+PARTITIONS = ["iid", "stratified", "dirichlet:0.5:min=2", "classes:1"]
+EACH = 5  # images of a patient
+
+
+def write(root, column="subject_id", patients=30, owner=lambda i: i % 30, header="", cell=lambda i: ""):
+    """Images of every patient far from each other in the file."""
+    lines = [f"path,image,mask,text,report,label,{column}{header}"]
+    for i in range(patients * EACH):
+        Image.new("L", (8, 8), i).save(root / f"{i}.png")
+        Image.fromarray(np.eye(8, dtype=np.uint8)).save(root / f"m{i}.png")
+        lines.append(f"{i}.png,{i}.png,m{i}.png,text {i} here,report {i} here,{'xyz'[i % 3]},{owner(i)}{cell(i)}")
+    path = root / "images.csv"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def opened(name, path, **settings):
+    options = {"size": 8, "colour": "grey", **settings.pop("options", {})}
+    return load(name, root=path, **{"clients": 3, "partition": "iid", "options": options, **settings})
+
+
+def people(split):
+    """Whom the images of a split show, by their names."""
+    return {int(name.split("#")[0].removesuffix(".png")) % 30 for name in split.ids}
+
+
+def assert_apart(*splits):
+    found = [people(split) for split in splits]
+    assert all(found)
+    assert sum(map(len, found)) == len(set.union(*found))
+
+
+@pytest.mark.parametrize("name", ["csv", "pairs", "reports", "segmentation"])
+def test_a_patient_is_in_one_split_and_at_one_client(name, tmp_path):
+    data = opened(name, write(tmp_path))
+    splits = [*data.clients, data.validation, data.tests[""]]
+    assert_apart(*splits)
+    assert sum(map(len, splits)) == 30 * EACH
+    assert len(data.tests[""]) == 6 * EACH  # a fifth of the patients
+    apart = set_aside(data, held_out=0, share=0.2, seed=0)
+    assert_apart(*apart.clients, *apart.client_tests, apart.tests["held_out"], apart.validation, apart.tests[""])
+
+
+@pytest.mark.parametrize("spec", PARTITIONS)
+def test_every_partition_leaves_patients_whole(spec, tmp_path):
+    data = opened("reports", write(tmp_path), partition=spec, train_samples=80, public_samples=11)
+    assert_apart(*data.clients, data.public)
+    assert sum(data.client_sizes) == 80
+
+
+def test_tiles_of_a_patient(tmp_path):
+    data = opened("segmentation", write(tmp_path), options={"tile": 4})
+    assert len(data.tests[""]) == 6 * EACH * 4
+    apart = set_aside(data, held_out=None, share=0.2, seed=0)
+    assert_apart(*apart.clients, *apart.client_tests)
+    assert len(apart.clients[0].cases.unique()) == len({name.split("#")[0] for name in apart.clients[0].ids})
+
+
+@pytest.mark.parametrize("column", ["subject_id", "Patient ID", "patient_id", "PatientID", "patient"])
+def test_what_the_column_is_called(column, tmp_path):
+    data = opened("csv", write(tmp_path, column))
+    assert_apart(*data.clients, data.validation, data.tests[""])
+
+
+@pytest.mark.parametrize("column", ["subject", "other"])
+def test_other_columns_say_nothing_of_patients(column, tmp_path):
+    """What an image is about is a subject too."""
+    data = opened("csv", write(tmp_path, column))
+    assert data.clients[0].patients is None
+    assert len(data.tests[""]) == 30
+    assert people(data.tests[""]) & people(data.clients[0])
+
+
+def test_images_of_nobody_named_are_apart(tmp_path):
+    data = opened("csv", write(tmp_path, owner=lambda i: "" if i % 30 > 9 else i % 30))
+    named = [{person for person in people(split) if person < 10} for split in (*data.clients, data.tests[""])]
+    assert sum(map(len, named)) == len(set.union(*named))
+    assert len(people(data.tests[""]) & people(data.clients[0])) > 3
+
+
+def test_a_column_without_names_changes_nothing(tmp_path):
+    empty = opened("csv", write(tmp_path, owner=lambda i: ""), seed=3)
+    none = opened("csv", write(tmp_path, "other", owner=lambda i: ""), seed=3)
+    alone = opened("csv", write(tmp_path, owner=lambda i: i), seed=3)  # a patient for every image
+    for data in (empty, alone):
+        assert [split.ids for split in data.clients] == [split.ids for split in none.clients]
+        assert data.tests[""].ids == none.tests[""].ids
+
+
+def test_the_tables_own_clients_and_splits_are_kept(tmp_path):
+    """A patient who was at two hospitals is at both."""
+
+    def where(i):
+        return f",{'AB'[i // 75]},{'test' if i % 10 == 9 else 'train'}"
+
+    path = write(tmp_path, header=",client,split", cell=where)
+    data = opened("reports", path, clients=2, partition="attribute")
+    assert set(data.tests[""].ids) == {f"{i}.png" for i in range(150) if i % 10 == 9}
+    for split, own in zip(data.clients, (range(75), range(75, 150)), strict=True):
+        assert {int(name.removesuffix(".png")) for name in split.ids} <= set(own)
+    assert not people(data.validation) & set.union(*(people(split) for split in data.clients))
+
+
+def test_an_image_of_two_patients(tmp_path):
+    path = write(tmp_path)
+    path.write_text(path.read_text() + "\n3.png,3.png,m3.png,more,more words here,x,17")
+    with pytest.raises(UserError, match=r"the image 3\.png belongs to two patients, 3 and 17; name one"):
+        opened("pairs", path)
+
+
+def test_too_few_patients_are_named(tmp_path):
+    with pytest.raises(UserError, match="1 patients are too few to hold some out as test set"):
+        opened("csv", write(tmp_path, owner=lambda i: 7))
+    few = opened("csv", write(tmp_path, owner=lambda i: i % 6), clients=2)
+    with pytest.raises(UserError, match=r"Client 0 has \d patients, too few for a test set of its own"):
+        set_aside(few, held_out=None, share=0.2, seed=0)
+
+
+@pytest.mark.parametrize(("patients", "share", "held"), [(30, 0.2, 1), (30, 0.05, 1), (30, 0, 0), (1, 0.5, 0)])
+def test_fediods_teachers_are_judged_on_patients_that_they_do_not_know(patients, share, held, tmp_path):
+    data = opened("csv", write(tmp_path))
+    own = data.clients[0]
+    own = own.subset(torch.nonzero(own.patients == own.patients[0])[:, 0]) if patients == 1 else own
+    bench = Bench(RunConfig.make("fediod", data="csv", clients=1), replace(data, clients=(own,)), pair=None)
+    trained, out = (own.subset(torch.from_numpy(rows)) for rows in fediod_teachers.split(Client(bench, 0, {}), share))
+    assert len(trained) + len(out) == len(own)
+    assert not people(trained) & people(out)
+    assert len(people(out)) >= held
+    assert len(out) <= max(held * EACH, share * len(own))
+
+
+@pytest.mark.parametrize("loss_share", [0.1, 0.4])
+def test_losses_are_taken_on_patients_that_are_not_trained_on(loss_share, tmp_path):
+    data = opened("reports", write(tmp_path))
+    options = {"loss_share": loss_share}
+    bench = Bench(RunConfig.make("feddra", data="reports", clients=3, width=4, options=options), data, pair=None)
+    method = FedDRA(FedDRA.Options.parse(options))
+    for k, split in enumerate(data.clients):
+        kept, judged = method.rows(Client(bench, k, {}))
+        assert np.array_equal(np.sort(np.concatenate([kept, judged])), np.arange(len(split)))
+        assert_apart(split.subset(torch.from_numpy(kept)), split.subset(torch.from_numpy(judged)))
