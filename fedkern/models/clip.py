@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedkern.errors import UserError
-from fedkern.models.pretrained import content_hash
+from fedkern.models.pretrained import check_complete, content_hash, weights
 from fedkern.models.prompts import DEFAULT, read_prompts
 from fedkern.models.teacher import Identity, Teacher
 from fedkern.models.teacher_cache import to_pixels
@@ -30,8 +30,8 @@ class ClipTeacher(Teacher):
     again (prompt ensembling).
 
     Args:
-        model: local folder (config.json, model.safetensors, tokenizer files, preprocessor_config.json) or a model name
-            that transformers can resolve.
+        model: local folder (config.json, model.safetensors or pytorch_model.bin, of which tensors alone are read,
+            tokenizer files, preprocessor_config.json) or a model name that transformers can resolve, with safetensors.
         classes: class names.
         mean, std: what the images that it is asked about are normalised with.
         prompts: see :func:`fedkern.models.prompts.read_prompts`.
@@ -83,8 +83,9 @@ class ClipTeacher(Teacher):
         before = chatter.level
         chatter.setLevel(logging.CRITICAL)
         where = str(self._folder) if local else self.model_name
+        kind: Any = CLIPModel  # its types do not know that it may return a pair
         try:
-            network = CLIPModel.from_pretrained(where, local_files_only=local, use_safetensors=True)
+            network, told = kind.from_pretrained(where, output_loading_info=True, **weights(local=local))
             tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=local)
             found = cached_file(
                 where, "preprocessor_config.json", local_files_only=local, _raise_exceptions_for_missing_entries=False
@@ -96,6 +97,8 @@ class ClipTeacher(Teacher):
             raise UserError(f"cannot load a CLIP from {where}{way}: {first}") from error
         finally:
             chatter.setLevel(before)
+        if local:
+            check_complete(f"CLIP {where}", network, network, told["missing_keys"])
         network = network.float().eval().to(self.device)
         weight = text_features(network, tokenizer, self.prompts, self.device) * network.logit_scale.detach().exp()
         head = nn.Linear(weight.shape[1], weight.shape[0], device=self.device)

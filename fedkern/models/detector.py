@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedkern.errors import UserError
-from fedkern.models.pretrained import content_hash
+from fedkern.models.pretrained import content_hash, weights
 
 BOX_THRESHOLD, TEXT_THRESHOLD = 0.35, 0.25
 
@@ -22,8 +22,8 @@ class GroundingDino:
     """A frozen Grounding DINO, prompted with ``"<class>."``; loaded when the first image is to be seen.
 
     Args:
-        model: local folder (config.json, model.safetensors, tokenizer files, preprocessor_config.json) or a model name
-            that transformers can resolve.
+        model: local folder (config.json, model.safetensors or pytorch_model.bin, of which tensors alone are read,
+            tokenizer files, preprocessor_config.json) or a model name that transformers can resolve, with safetensors.
         box_threshold: smallest score of a box (its best token).
         text_threshold: a box is kept only if a token of the class name itself scores more than this.
         device: where it runs.
@@ -127,9 +127,7 @@ class GroundingDino:
         where = str(self._folder) if self._folder.is_dir() else self.model_name
         local = self._folder.is_dir()
         try:
-            network = GroundingDinoForObjectDetection.from_pretrained(
-                where, local_files_only=local, use_safetensors=True
-            )
+            network = GroundingDinoForObjectDetection.from_pretrained(where, **weights(local=local))
             tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=local)
             settings = cached_file(
                 where, "preprocessor_config.json", local_files_only=local, _raise_exceptions_for_missing_entries=False

@@ -1,17 +1,78 @@
-"""Local folders of pre-trained networks, as transformers writes them."""
+"""Local folders of pre-trained networks, as transformers writes them: what is read of them, and how."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fedkern.errors import UserError
+
+
+def weights(*, local: bool) -> dict[str, Any]:
+    """What ``from_pretrained`` is told of a network's weights.
+
+    They are model.safetensors or, in a ``local`` folder that has none, pytorch_model.bin, of which tensors alone are
+    read.
+    """
+    return {"local_files_only": local, "use_safetensors": None if local else True, "weights_only": True}
 
 
 def content_hash(folder: Path) -> str:
     """Hash of a folder's weights and settings, so that a folder with new weights gets a new cache."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    # Where there is the one, nobody reads the other.
+    safe = any(path.suffix == ".safetensors" for path in files)
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".json", ".safetensors", ".txt") and path.is_file():
+    for path in files:
+        pickled = not safe and path.suffix == ".bin" and path.name.startswith("pytorch_model")
+        if path.suffix in (".json", ".safetensors", ".txt") or pickled:
             with path.open("rb") as file:
                 digest.update(path.name.encode())
                 digest.update(hashlib.file_digest(file, "blake2b").digest())
     return digest.hexdigest()
+
+
+def check_complete(name: str, whole: nn.Module, used: nn.Module, missing: Collection[str]) -> None:
+    """Raises UserError where the folder lacks tensors of ``used``: transformers draws them anew, each time others.
+
+    Args:
+        name: kind and folder, for the sentence.
+        whole: the network that was read.
+        used: it or a part of it.
+        missing: the names in ``whole`` of what the folder does not have, ``missing_keys`` of the loading's report.
+    """
+    needed = {id(tensor) for tensor in used.state_dict(keep_vars=True).values() if tensor.is_floating_point()}
+    state = whole.state_dict(keep_vars=True)
+    lacking = [key for key in state if key in missing and id(state[key]) in needed and not key.endswith("mask_token")]
+    if lacking:
+        raise UserError(
+            f"the {name} lacks {len(lacking)} of the {len(needed)} tensors of the "
+            f"{getattr(whole.config, 'model_type', 'network')} that its config.json describes, such as "
+            f"{', '.join(lacking[:3])}: copy the folder's weights anew, all of them, or give it the config.json that "
+            "they were saved with."
+        )
+
+
+@contextmanager
+def quiet(transformers: Any) -> Iterator[None]:
+    """transformers and the hub's client say nothing: what fails is said once, by us."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    chatter = transformers.utils.logging
+    shown = chatter.is_progress_bar_enabled()
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    chatter.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if shown:
+            chatter.enable_progress_bar()

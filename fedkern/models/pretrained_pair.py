@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from fedkern.errors import UserError
 from fedkern.models.encoders import ImageEncoder
 from fedkern.models.preprocessing import Preprocessing
+from fedkern.models.pretrained import check_complete, quiet, weights
 from fedkern.models.vocabulary import Tokens
 
 
@@ -140,7 +139,7 @@ def text_encoder(folder: str | Path, *, longest: int) -> PretrainedText:
     network = _network(path, "text", "text_model")
     transformers = _transformers(path, "text")
     try:
-        with _quiet(transformers):
+        with quiet(transformers):
             tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # transformers raises many kinds for a wrong folder
         raise UserError(f"cannot load a tokenizer from {path}: {_first_line(error)}") from error
@@ -210,14 +209,13 @@ def _network(path: Path, kind: str, part: str) -> nn.Module:
     """
     transformers = _transformers(path, kind)
     try:
-        with _quiet(transformers):
+        with quiet(transformers):
             config = transformers.AutoConfig.from_pretrained(str(path), local_files_only=True)
             for own in (config, getattr(config, "vision_config", None), getattr(config, "text_config", None)):
                 _without_dropout(own)
             network, told = transformers.AutoModel.from_pretrained(
-                str(path), config=config, local_files_only=True, weights_only=True, dtype=torch.float32,
-                output_loading_info=True,
-            )  # fmt: skip
+                str(path), config=config, dtype=torch.float32, output_loading_info=True, **weights(local=True)
+            )
     except Exception as error:  # transformers raises many kinds for a wrong folder
         raise UserError(f"cannot load the {kind} encoder from {path}: {_first_line(error)}") from error
     whole = network
@@ -226,24 +224,8 @@ def _network(path: Path, kind: str, part: str) -> nn.Module:
     network = getattr(network, part, network)
     if isinstance(getattr(network, "pooler", None), nn.Module):
         network.pooler = nn.Identity()  # its output is not used, so it would never learn
-    _check_complete(path, kind, whole, network, set(told["missing_keys"]))
+    check_complete(f"{kind} encoder {path}", whole, network, told["missing_keys"])
     return network.float()
-
-
-def _check_complete(path: Path, kind: str, whole: nn.Module, used: nn.Module, missing: set[str]) -> None:
-    """Raises UserError where the folder lacks tensors of ``used``: transformers draws them anew, each time others."""
-    needed = {id(tensor) for tensor in used.state_dict(keep_vars=True).values() if tensor.is_floating_point()}
-    state = whole.state_dict(keep_vars=True)
-    lacking = [
-        name for name in state if name in missing and id(state[name]) in needed and not name.endswith("mask_token")
-    ]
-    if lacking:
-        raise UserError(
-            f"the {kind} encoder {path} lacks {len(lacking)} of the {len(needed)} tensors of the "
-            f"{getattr(whole.config, 'model_type', 'network')} that its config.json describes, such as "
-            f"{', '.join(lacking[:3])}: copy the folder's weights anew, all of them, or give it the config.json that "
-            "they were saved with."
-        )
 
 
 def _without_dropout(config: Any) -> None:
@@ -265,25 +247,6 @@ def _mean_pooled(path: Path) -> bool | None:
         return bool(json.loads(file.read_text(encoding="utf-8")).get("pooling_mode_mean_tokens", False))
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{file} is damaged: {error}.") from None
-
-
-@contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """transformers and the hub's client say nothing: what fails is said once, by us."""
-    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
-    levels = [logger.level for logger in loggers]
-    chatter = transformers.utils.logging
-    shown = chatter.is_progress_bar_enabled()
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    chatter.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if shown:
-            chatter.enable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:

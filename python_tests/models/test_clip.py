@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch.nn import functional
 
 from fedkern.engine import run
@@ -221,6 +223,44 @@ def test_folders_that_hold_no_clip(tmp_path: Path) -> None:
         make(tmp_path).logits(torch.zeros(1, 3, 32, 32))
     with pytest.raises(UserError, match=r"the CLIP folder .*nowhere does not exist"):
         make(tmp_path / "nowhere")
+
+
+def pickled(folder: Path, base: Path, drop: str = "-", **more: Any) -> Path:
+    """A copy of a folder whose weights are pytorch_model.bin, without those whose names hold ``drop``."""
+    copied = base / "pickled"
+    shutil.copytree(folder, copied)
+    tensors = {name: x for name, x in load_file(copied / "model.safetensors").items() if drop not in name}
+    (copied / "model.safetensors").unlink()
+    torch.save({**tensors, **more}, copied / "pytorch_model.bin")
+    return copied
+
+
+def test_a_folder_with_a_pickle_alone(folder: Path, tmp_path: Path) -> None:
+    images = normalised(pictures())
+    copied = pickled(folder, tmp_path)
+    assert torch.equal(make(copied).logits(images), make(folder).logits(images))
+    shutil.copy(folder / "model.safetensors", copied)
+    before = make(copied).identity["content"]
+    (copied / "pytorch_model.bin").write_bytes(b"what nobody reads")
+    assert make(copied).identity["content"] == before
+    assert torch.equal(make(copied).logits(images), make(folder).logits(images))
+
+
+def test_new_pickled_weights_get_a_new_cache(folder: Path, tmp_path: Path) -> None:
+    copied = pickled(folder, tmp_path)
+    before = make(copied).identity["content"]
+    torch.save({"other": torch.zeros(1)}, copied / "pytorch_model.bin")
+    assert make(copied).identity["content"] != before
+
+
+def test_a_pickle_of_more_than_tensors_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot load a CLIP from"):  # unpickling it would run a class
+        make(pickled(folder, tmp_path, more=Path("code"))).logits(torch.zeros(1, 3, 32, 32))
+
+
+def test_a_clip_without_some_of_its_weights_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the CLIP .*pickled lacks 1 of the \d+ tensors .*, such as visual_projection"):
+        make(pickled(folder, tmp_path, drop="visual_projection")).logits(torch.zeros(1, 3, 32, 32))
 
 
 def test_without_transformers_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

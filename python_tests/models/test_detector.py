@@ -2,11 +2,13 @@
 
 import builtins
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fedkern import ops
 from fedkern.data import Detections, FederatedData, Split, load, normalise
@@ -190,6 +192,23 @@ def test_new_weights_get_a_new_cache(folder: Path, tmp_path: Path) -> None:
     weights[-1] ^= 1
     (copy / "model.safetensors").write_bytes(weights)
     assert Detections(GroundingDino(copy), tmp_path / "cache").path != before
+
+
+def test_a_folder_with_a_pickle_alone(folder: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "pickled"
+    shutil.copytree(folder, copied)
+    weights = load_file(copied / "model.safetensors")
+    (copied / "model.safetensors").unlink()
+    torch.save(weights, copied / "pytorch_model.bin")
+    images = torch.arange(2 * 3 * 32 * 32).remainder(251).to(torch.uint8).view(2, 3, 32, 32)
+    found, expected = (GroundingDino(one, 0.0, 0.0).detect(images, "3") for one in (copied, folder))
+    assert any(len(boxes) for boxes in expected)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    before = GroundingDino(copied).identity
+    torch.save({**weights, "more": Path("code")}, copied / "pytorch_model.bin")  # unpickling it would run a class
+    assert GroundingDino(copied).identity != before
+    with pytest.raises(UserError, match="cannot load a Grounding DINO from"):
+        GroundingDino(copied).detect(images, "3")
 
 
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
