@@ -1,5 +1,6 @@
 // Which kernel runs a call on K teachers. Rows are walked in distill_walk.h; lines and statistics are in
-// distill_storage.h and distill_lines.h, the losses in distill_consensus.h, distill_limits.h and distill_mixtures.h.
+// distill_storage.h and distill_lines.h, the losses in distill_consensus.h, distill_limits.h,
+// distill_probabilities.h and distill_mixtures.h.
 #include "fedkern/distill_ensemble.h"
 
 #include "distill_mixtures.h"

@@ -104,6 +104,11 @@ class Shares : public Storage<T, LanesAreRows> {
         out.set(v, select(sum == zero, equal, out[v] / sum));
       }
     }
+    if (call_.kind != EnsembleKind::probs || call_.limit) return;
+    // Of probabilities behind the last class nobody has a share: who counts nowhere may hold NaN, also there.
+    const Mask<T> inside = this->inside_last();
+    const std::int64_t last = vectors_ - 1;
+    for (std::int64_t k = 0; k < K_; ++k) share(k).set(last, select(inside, share(k)[last], zero));
   }
   // The classes of a vector that the mask leaves teacher k.
   Mask<T> known(std::int64_t k, std::int64_t v) const {
