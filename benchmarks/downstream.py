@@ -26,6 +26,7 @@ from fedkern.engine.records import read_summary
 TASKS: Mapping[str, tuple[str, ...]] = {
     "retrieval": (),
     "zero-shot": (),
+    "zero-shot of colours": ("--data-option", "labels=colour"),
     "probe": ("--shots", "5,all"),
     "decode": ("--epochs", "5", "--samples", "1000"),
 }
@@ -50,6 +51,7 @@ FIGURES = (
     Figure("R@5 text to image", "retrieval", "t2i_r5"),
     Figure("R@10 text to image", "retrieval", "t2i_r10"),
     Figure("zero-shot accuracy", "zero-shot", "accuracy"),
+    Figure("zero-shot accuracy of colours", "zero-shot of colours", "accuracy"),
     Figure("5-shot accuracy", "probe", "accuracy", 5),
     Figure("linear probe accuracy", "probe", "accuracy", "all"),
     Figure("linear probe AUC", "probe", "auc", "all"),
@@ -74,11 +76,12 @@ def figures(folder: Path) -> dict[str, float]:
 
 
 def _result(folder: Path, task: str, words: Sequence[str]) -> Path:
-    path = folder / f"{task}.json"
-    request = downstream.parse([task, str(folder), *words])
-    settings = json.loads(json.dumps(dict(request.arguments))) if request is not None else {}
+    command = [task.partition(" ")[0], str(folder), *words]
+    request = downstream.parse(command)
+    assert request is not None
+    path, settings = folder / downstream.result_name(request), json.loads(json.dumps(dict(request.arguments)))
     if not path.exists() or json.loads(path.read_text())["settings"] != settings:
-        command = [sys.executable, "-m", "fedkern.run", task, str(folder), "--json", *words]
+        command = [sys.executable, "-m", "fedkern.run", *command, "--json"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit((done.stderr.strip().splitlines() or [f"{task} failed on {folder}"])[-1])
@@ -138,7 +141,7 @@ def main() -> None:
     assert summary is not None  # the tasks above have read the run
     about = (
         f"Frozen encoders of finished runs on {summary['data']}, mean and standard deviation over "
-        f"{seeds} seeds, in per cent. Chance: R@1 0.2, accuracy 10, AUC 50."
+        f"{seeds} seeds, in per cent. Chance: R@1 0.2, accuracy 10, of colours 17, AUC 50."
     )
     publish(given.out, "Downstream tasks", about, page(found), {"figures": found}, summary["versions"])
 

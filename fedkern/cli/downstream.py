@@ -50,7 +50,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument("--data", metavar="NAME", help="another data set than the run's own")
     parser.add_argument("--data-root", metavar="DIR", help="where the data files are")
     parser.add_argument("--data-option", action="append", default=[], metavar="key=value",
-                        help="an option of that other data set; repeatable")  # fmt: skip
+                        help="an option of that other data set, or labels=... of the run's; repeatable")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("-h", "--help", action="store_true", help="show this help and exit")
     return parser
@@ -109,8 +109,14 @@ def _number(name: str, word: str, lowest: int) -> int:
     return int(word)
 
 
+def result_name(request: Request) -> str:
+    """``COMMAND.json``, with the name of another data set or the labels that were asked for behind the command."""
+    data, labels = request.settings.get("data"), request.data_options.get("labels")
+    return "-".join(str(word) for word in (request.command, data, labels) if word) + ".json"
+
+
 def run(request: Request) -> int:
-    """Tries a finished run, prints the figures and keeps them in the run folder as ``COMMAND.json``."""
+    """Tries a finished run, prints the figures and keeps them in the run folder: see :func:`result_name`."""
     from fedkern.cli.commands import check_backend
     from fedkern.downstream import Finished, decode, probe, retrieve, zero_shot
     from fedkern.engine import atomic
@@ -124,12 +130,13 @@ def run(request: Request) -> int:
         "run": str(request.folder),
         "method": finished.config.method,
         "data": finished.data.name,
+        "data_options": dict(request.data_options),
         "networks": len(finished.networks),
         "settings": dict(request.arguments),
         "rows": task(finished, **request.arguments),
     }
     text = json.dumps(result, indent=2, allow_nan=False)
-    atomic.write_bytes(request.folder / f"{request.command}.json", (text + "\n").encode())
+    atomic.write_bytes(request.folder / result_name(request), (text + "\n").encode())
     if request.json:
         print(text)
         return 0

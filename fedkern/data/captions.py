@@ -45,8 +45,12 @@ WORDS: dict[str, tuple[str, str, str]] = {
 PROMPTS = {
     name: tuple(f"a {ink} {word}" for ink in INK for word, place in zip(WORDS[name], WORDS["place 0"], strict=True))
     for name in CLASSES
+} | {
+    ink: tuple(f"a {word} {WORDS[name][synonym]}" for name in CLASSES for synonym, word in enumerate(WORDS[ink]))
+    for ink in INK
 }
-"""What zero-shot classification says of a digit: in every colour, by all of its words."""
+"""What zero-shot classification says of a digit, in every colour, and of a colour, on every digit: by all words."""
+KINDS = {"digit": CLASSES, "colour": tuple(INK)}  # what a canvas may be labelled by: classes
 SAMPLES, TEST, VALIDATE = 3_000, 500, 300
 CLIENT_TEST = 96  # canvases of every client's own test set: three batches of 32
 SCALE = (0.24, 0.22, 0.24), (0.25, 0.24, 0.25)  # mean and standard deviation of the channels over many seeds
@@ -88,6 +92,7 @@ def make_captions(
     validation_samples: int = 0,
     minority: float = 0.05,
     held_out: int = 1,
+    labels: str = "digit",
 ) -> FederatedData:
     """Draws the canvases of every client, of the validation set and of the tests.
 
@@ -104,6 +109,7 @@ def make_captions(
             client's own test set has no more than the others.
         minority: the minority's share of the canvases.
         held_out: clients that do not train; their canvases are the test set ``unseen``.
+        labels: of the subject, its ``digit`` or its ``colour``; the canvases, and who has them, are the same.
 
     Returns:
         Tests ``""``: as many canvases of every training client's distribution; ``minority``: of the last client's
@@ -117,14 +123,14 @@ def make_captions(
     small = spec.name == "attribute" and clients > 1 and minority > 0
     styles = [_style(seed, k, rare=small and k == clients - 1, avoid=small) for k in range(clients)]
     sizes, subjects = _subjects(spec, clients, samples, seed, styles, minority if small else 0.0)
-    labels = digit_labels()
-    pools = [rows.numpy() for rows in fixed_rows(interleaved(labels, "split/digits"), TRAIN, VALIDATION)]
+    drawn = digit_labels()
+    pools = [rows.numpy() for rows in fixed_rows(interleaved(drawn, "split/digits"), TRAIN, VALIDATION)]
 
     def canvases(purpose: str, k: int, chosen: list[Style], count: int, subjects: Digits | None = None) -> Split:
         # The digits of the test canvases are those of the digits' test set, and so on.
         pool = pools[{"train": 0, "validation": 1}.get(purpose, 2)]
-        return _canvases(chosen, count, subjects, pool, labels, stream(seed, f"captions/{purpose}", client=k),
-                         f"{purpose}/{k}")  # fmt: skip
+        return _canvases(chosen, count, subjects, pool, drawn, stream(seed, f"captions/{purpose}", client=k),
+                         f"{purpose}/{k}", labels)  # fmt: skip
 
     shown = styles if spec.name == "iid" else None
     splits = tuple(canvases("train", k, shown or [styles[k]], sizes[k], subjects[k]) for k in range(clients))
@@ -142,14 +148,14 @@ def make_captions(
     names = [name for split in (*splits, validation, *tests.values(), *client_tests) for name in split.ids or ()]
     return FederatedData(
         name="captions",
-        classes=CLASSES,
+        classes=KINDS[labels],
         clients=splits,
         validation=validation,
         tests=tests,
         mean=SCALE[0],
         std=SCALE[1],
         augment="none",
-        statistics=PartitionStatistics.of([split.labels.numpy() for split in splits], CLASSES, spec.text),
+        statistics=PartitionStatistics.of([split.labels.numpy() for split in splits], KINDS[labels], spec.text),
         exact_masks=True,
         image_ids=frozenset(names),
         client_tests=client_tests,
@@ -231,9 +237,10 @@ def _canvases(
     labels: Digits,
     rng: np.random.Generator,
     prefix: str,
+    kind: str,
 ) -> Split:
-    """``count`` canvases, the styles in turn; of digits in the rows ``pool`` of the digits' set, whose classes are
-    ``labels``."""
+    """``count`` canvases, the styles in turn, labelled by one of `KINDS`; of digits in the rows ``pool`` of the digits'
+    set, whose classes are ``labels``."""
     by_class = [pool[labels[pool] == label] for label in range(len(CLASSES))]
     images = np.empty((count, 3, SIDE, SIDE), dtype=np.uint8)
     masks = np.empty((count, SIDE, SIDE), dtype=np.bool_)
@@ -252,7 +259,7 @@ def _canvases(
             for j, (label, ink, cell) in enumerate(zip(classes, inks, cells, strict=True))
         ]
         images[i], masks[i] = draw(style.ground, placed, rng)
-        shown[i] = classes[0]
+        shown[i] = classes[0] if kind == "digit" else tuple(INK).index(inks[0])
         texts.append(_caption(style.words, classes, inks, cells))
     return Split(
         torch.from_numpy(images),

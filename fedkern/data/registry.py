@@ -205,6 +205,9 @@ DATASETS: dict[str, DatasetInfo] = {
         options={
             "minority": DataOption(0.05, "the last client's share of the canvases; 0 for no minority", low=0, high=0.5),
             "held_out": DataOption(1, "clients that do not train; their canvases are the test set unseen", low=0),
+            "labels": DataOption(
+                "digit", "what zero-shot and probe tell of a canvas's subject", choices=("digit", "colour")
+            ),
         },
     ),
     "segdigits": DatasetInfo(

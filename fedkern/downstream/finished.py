@@ -69,7 +69,7 @@ class Finished:
             out: the run folder.
             data: another data set for the downstream task, all of whose training samples are then one pool.
             data_root: where the files of the data are (for the run's own: now).
-            data_options: options of that other data set.
+            data_options: options of that other data set; of the run's own, ``labels``, which changes no sample's place.
 
         Raises:
             UserError: no finished run of a pair of encoders, or anything wrong with the data.
@@ -81,11 +81,14 @@ class Finished:
                 data, root=data_root, clients=1, partition="iid", seed=config.seed, options=data_options or {}
             )
             return cls(Path(out), config, module, about, loaded)
-        if data_options:
-            raise UserError("--data-option is for another data set: name it with --data.")
-        own: FederatedData = load_data(
-            config if data_root is None else config.replace(data_root=data_root), masks=False
-        )
+        given = dict(data_options or {})
+        if set(given) - {"labels"}:
+            raise UserError(
+                "--data-option is for another data set, named with --data: of the run's own data only labels may "
+                "change."
+            )
+        config = config.replace(data_options={**config.data_options, **given}, data_root=data_root or config.data_root)
+        own: FederatedData = load_data(config, masks=False)
         kept = set_aside(own, held_out=config.held_out_client, share=config.client_test, seed=config.seed)
         return cls(Path(out), config, module, about, kept)
 

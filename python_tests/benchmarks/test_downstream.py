@@ -17,6 +17,7 @@ ROWS = {
         {"i2t_r1": 0.5, "i2t_r5": 0.75, "i2t_r10": 0.8, "t2i_r1": 0.25, "t2i_r5": 0.5, "t2i_r10": 0.9, "gallery": 9}
     ],
     "zero-shot": [{"accuracy": 0.4, "auc": 0.6}],
+    "zero-shot-colour": [{"accuracy": 0.45, "auc": 0.65}],
     "probe": [{"shots": 5, "accuracy": 0.6, "auc": 0.7}, {"shots": "all", "accuracy": 0.8, "auc": 0.9}],
     "decode": [{"dice": 0.7, "iou": 0.5, "loss": 0.1}],
 }
@@ -31,13 +32,14 @@ SETTINGS = {
 def finished(folder: Path, method: str = "fedavg", scale: float = 1.0, **options: Any) -> Path:
     folder.mkdir()
     (folder / "config.toml").write_text(RunConfig.make(method, data="captions", options=options).to_toml())
-    for task, rows in ROWS.items():
+    for name, rows in ROWS.items():
+        task = name.partition("-colour")[0]
         scaled = [{k: scale * v if isinstance(v, float) else v for k, v in row.items()} for row in rows]
         result = {
             "settings": SETTINGS[task],
-            "rows": [{"set": name, **row} for name in ("seen", "minority", "unseen") for row in scaled],
+            "rows": [{"set": which, **row} for which in ("seen", "minority", "unseen") for row in scaled],
         }
-        (folder / f"{task}.json").write_text(json.dumps(result))
+        (folder / f"{name}.json").write_text(json.dumps(result))
     return folder
 
 
@@ -53,6 +55,7 @@ def test_figures_of_a_run(tmp_path: Path) -> None:
     found = downstream.figures(finished(tmp_path / "a"))
     assert len(found) == 2 * len(downstream.FIGURES)
     assert found["seen: R@1 image to text"] == 0.5
+    assert (found["seen: zero-shot accuracy"], found["seen: zero-shot accuracy of colours"]) == (0.4, 0.45)
     assert found["unseen: 5-shot accuracy"] == 0.6
     assert found["seen: linear probe AUC"] == 0.9
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedkern.data import Split, load
+from fedkern.data import Split, load, lookup
 from fedkern.data.canvas import CELL, INK, SIDE, Ground, Placed, draw
 from fedkern.data.captions import CLASSES, WORDS, make_captions
 from fedkern.data.digits import read_digits
@@ -48,6 +48,20 @@ def test_a_federation_of_images_and_texts(data):
         assert torch.equal(one.images, other.images)
         assert one.texts == other.texts
     assert captions(train_samples=200, seed=1).clients[0].texts != data.clients[0].texts
+
+
+def test_labels_of_colours_are_those_of_the_captions(data):
+    """The same canvases, whose texts name the subject's colour first; its prompts use every client's words."""
+    colours = captions(train_samples=200, options={"labels": "colour"})
+    assert colours.classes == tuple(INK)
+    prompts = lookup("captions").prompts
+    for one, other in zip(every_split(data), every_split(colours), strict=True):
+        assert torch.equal(one.images, other.images)
+        assert one.texts == other.texts
+        for text, label in zip(other.texts, other.labels, strict=True):
+            places = {ink: min((text.find(w) for w in WORDS[ink] if w in text), default=len(text)) for ink in INK}
+            assert min(places, key=places.get) == colours.classes[label]
+    assert all({word for text in prompts[ink] for word in WORDS[ink] if word in text} == set(WORDS[ink]) for ink in INK)
 
 
 def test_every_partition_has_tests_of_its_clients():
@@ -132,9 +146,9 @@ def test_digits_of_the_tests_are_not_those_of_the_training(monkeypatch):
 
     rows = {}
 
-    def remember(styles, count, subjects, pool, labels, rng, prefix):
+    def remember(styles, count, subjects, pool, labels, rng, prefix, kind):
         rows[prefix.split("/")[0]] = set(pool.tolist())
-        return real(styles, 2, None, pool, labels, rng, prefix)
+        return real(styles, 2, None, pool, labels, rng, prefix, kind)
 
     real = module._canvases
     monkeypatch.setattr(module, "_canvases", remember)

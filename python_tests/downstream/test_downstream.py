@@ -122,7 +122,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def told(folder: Path, command: str, capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
     assert main([command, str(folder), "--json", *words]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found == json.loads((folder / f"{command}.json").read_text())
+    other = [words[words.index("--data") + 1]] if "--data" in words else []
+    labels = [word.partition("=")[2] for word in words if word.startswith("labels=")]
+    assert found == json.loads((folder / ("-".join([command, *other, *labels]) + ".json")).read_text())
     return found
 
 
@@ -173,6 +175,15 @@ def test_another_data_set(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert 'data set "folder" has no masks' in refused(capsys, "decode", str(folder), *right)
 
 
+def test_other_labels_of_the_same_canvases(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    digits = told(folder, "probe", capsys, "--shots", "all")
+    colours = told(folder, "probe", capsys, "--shots", "all", "--data-option", "labels=colour")
+    assert colours["data_options"] == {"labels": "colour"}
+    # Colours are easier to see than digits: networks that have hardly been trained show them.
+    assert all(c["accuracy"] > d["accuracy"] for c, d in zip(colours["rows"], digits["rows"], strict=True))
+    assert json.loads((folder / "probe.json").read_text()) == digits
+
+
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     assert main(list(words)) == 2
     return capsys.readouterr().err
@@ -187,7 +198,8 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (["retrieval", "RUN", "--k", "3"], 'does not take "--k". Did you mean "--ks"?'),
         (["decode", "RUN", "--epochs", "many"], "--epochs takes whole numbers of at least 1"),
         (["zero-shot", "RUN", "--prompts", "nowhere.txt"], "prompts file nowhere.txt cannot be read"),
-        (["zero-shot", "RUN", "--data-option", "size=3"], "--data-option is for another data set"),
+        (["zero-shot", "RUN", "--data-option", "size=3"], "of the run's own data only labels may change"),
+        (["zero-shot", "RUN", "--data-option", "labels=size"], "labels"),
         *((([command, "elsewhere"]), "The run folder elsewhere does not exist") for command in TASKS),
         (["attack", "elsewhere"], "The run folder elsewhere does not exist"),
         (["probe", "."], ". is not a run folder: it has no config.toml"),
