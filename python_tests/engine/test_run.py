@@ -288,6 +288,11 @@ def test_embedded_data_end_to_end(data, model, tmp_path):
 
 
 def test_a_missing_or_damaged_model_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="elsewhere does not exist"):
+        read_model(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"is not a run folder: it has no config\.toml"):
+        read_model(tmp_path)
+    (tmp_path / "config.toml").write_text(RunConfig.make("fedavg").to_toml())
     with pytest.raises(UserError, match="its run is not finished"):
         read_model(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
