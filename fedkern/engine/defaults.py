@@ -115,7 +115,7 @@ METHOD_ON: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("feddra", "captions"): {"options": {"rho": 0.1, "alignment_steps": 10, "stage_schedule": "sequential"}},
     ("feddf", "digits"): {"public_samples": 200},
     # Narrow networks, so that a generator this slow, which does not saturate, has the iterations that it needs.
-    ("fediod", "digits"): {"partition": "dirichlet:0.1", "rounds": 45, "width": 8, "options": FEDIOD},
+    ("fediod", "digits"): {"partition": "dirichlet:0.1", "rounds": 32, "width": 8, "options": FEDIOD},
     ("fediod", "segdigits"): {
         "partition": "dirichlet:0.3",
         "rounds": 20,
