@@ -14,49 +14,41 @@ from fedkern.streams import stream
 Rows = npt.NDArray[np.int64]
 
 
-def together(names: Sequence[str] | None) -> Rows | None:
-    """int64 ``[n]``, the image of every row, counted as they come first; None where every row is an image of its own.
-
-    An image with several texts has a row for each of them under one name, and whoever is to know nothing of it may have
-    none of these.
-    """
-    numbers: dict[str, int] = {}
-    images = [numbers.setdefault(name, len(numbers)) for name in names or ()]
-    return np.array(images, dtype=np.int64) if len(numbers) < len(images) else None
-
-
 def wholes(names: Sequence[str] | None, cases: Tensor | None, patients: Tensor | None) -> Rows | None:
     """int64 ``[n]``, counted from 0: the patient, case or image of every row, the first of these that is known.
 
-    Whoever is to know nothing of a row may have no other one of the same number; None where every row stands alone.
+    Whoever is to know nothing of a row may have no other one of the same number; None where every row stands alone.  An
+    image with several texts has a row for each of them under one name, numbered as they come first.
     """
     known = cases if patients is None else patients
     if known is None:
-        return together(names)
+        numbers: dict[str, int] = {}
+        images = [numbers.setdefault(name, len(numbers)) for name in names or ()]
+        return np.array(images, dtype=np.int64) if len(numbers) < len(images) else None
     position = np.unique(known.numpy(), return_inverse=True)[1].astype(np.int64)
     return position if position.max(initial=-1) + 1 < len(position) else None
 
 
-def drawn_rows(order: Rows, images: Rows | None) -> list[Rows]:
-    """The rows of the images ``order`` names, one array for each; ``images`` as :func:`together` gives them."""
-    if images is None:
-        return [order[i : i + 1] for i in range(len(order))]
-    by_image = np.argsort(images, kind="stable")
-    pieces = np.split(by_image, np.cumsum(np.bincount(images))[:-1])
-    return [pieces[image] for image in order.tolist()]
+def drawn_rows(rng: np.random.Generator, count: int, units: Rows | None) -> list[Rows]:
+    """The rows 0 to ``count`` in random order, an array for all of one unit; ``units`` as :func:`wholes` gives them."""
+    order = rng.permutation(count if units is None else int(units.max()) + 1)
+    if units is None:
+        return list(order[:, None])
+    pieces = np.split(np.argsort(units, kind="stable"), np.cumsum(np.bincount(units))[:-1])
+    return [pieces[unit] for unit in order.tolist()]
 
 
-def share_images(images: Rows, share: Callable[[Rows], list[Rows]]) -> list[Rows]:
-    """Shares out rows by their images, as :func:`together` gives them.
+def share_units(units: Rows, share: Callable[[Rows], list[Rows]]) -> list[Rows]:
+    """Shares out rows by what they are part of, as :func:`wholes` gives it.
 
     Args:
-        share: shares out images by the first row of each, int64 ``[m]``: an array of image numbers for every client.
+        share: shares out units by the first row of each, int64 ``[m]``: an array of unit numbers for every client.
 
     Returns:
         A sorted array of rows for every client.
     """
-    first = np.unique(images, return_index=True)[1].astype(np.int64)
-    return [np.flatnonzero(np.isin(images, part)) for part in share(first)]
+    first = np.unique(units, return_index=True)[1].astype(np.int64)
+    return [np.flatnonzero(np.isin(units, part)) for part in share(first)]
 
 
 def share_cases(cases: Rows, labels: Rows, share: Callable[[Rows, Rows], list[Rows]]) -> list[Rows]:

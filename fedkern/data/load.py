@@ -15,7 +15,7 @@ from torch import Tensor
 from fedkern.data.backdoor import add_backdoor
 from fedkern.data.background import MaskSource, bounding_boxes, extract_background
 from fedkern.data.boxes_file import BoxesFile
-from fedkern.data.cases import share_cases, share_images, training_cases, wholes
+from fedkern.data.cases import share_cases, share_units, training_cases, wholes
 from fedkern.data.coloured import PALETTES, Palette, class_colours, colourise, random_colours, tied_colours
 from fedkern.data.cue import add_cues
 from fedkern.data.detections import Detections, Detector
@@ -278,7 +278,7 @@ def _shares(source: Source, spec: PartitionSpec, kept: Tensor, clients: int, see
         units = wholes([pool.ids[row] for row in kept.tolist()], None, patients)
         if units is None or named:
             return share(labels, np.arange(len(labels)))
-        return share_images(units, lambda first: share(labels[first], first))
+        return share_units(units, lambda first: share(labels[first], first))
     return share_cases((pool.cases[kept] if patients is None else patients).numpy(), labels, share)
 
 

@@ -63,15 +63,14 @@ def _check_unseen(data: FederatedData, held_out: int, others: list[int]) -> None
 
 def _divided(split: Split, client: int, share: float, seed: int) -> tuple[Split, Split]:
     units = wholes(split.ids, split.cases, split.patients)
-    whole = len(split) if units is None else int(units.max()) + 1
-    count = max(2, round(share * whole))
-    if whole < count + 2:
+    parts = drawn_rows(stream(seed, "client-test", client=client), len(split), units)
+    count = max(2, round(share * len(parts)))
+    if len(parts) < count + 2:
         named = "patients" if split.patients is not None else "different images" if split.cases is None else "cases"
         what = "samples" if units is None else named
         raise UserError(
-            f"Client {client} has {whole} {what}, too few for a test set of its own: use fewer clients, more {what}, "
-            "or --client-test 0."
+            f"Client {client} has {len(parts)} {what}, too few for a test set of its own: use fewer clients, more "
+            f"{what}, or --client-test 0."
         )
-    parts = drawn_rows(stream(seed, "client-test", client=client).permutation(whole), units)
     test, kept = (torch.from_numpy(np.sort(np.concatenate(rows))) for rows in (parts[:count], parts[count:]))
     return split.subset(kept), split.subset(test)

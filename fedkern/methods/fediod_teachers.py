@@ -49,13 +49,11 @@ def split(client: Client, share: float) -> tuple[np.ndarray, np.ndarray]:
 
     A patient, or a case, is on one side: whole ones are held out, of no more samples than the share says but of one.
     """
-    units, held = client.wholes, min(round(share * client.samples), client.samples - 1)
-    order = client.rng("holdout", TRAIN).permutation(client.samples if units is None else int(units.max()) + 1)
-    if units is not None:
-        parts = drawn_rows(order, units)
-        whole = int(np.searchsorted(np.cumsum([len(part) for part in parts]), held, side="right"))
-        whole = min(max(whole, int(held > 0)), len(parts) - 1)
-        order, held = np.concatenate(parts), sum(len(part) for part in parts[:whole])
+    held = min(round(share * client.samples), client.samples - 1)
+    parts = drawn_rows(client.rng("holdout", TRAIN), client.samples, client.wholes)
+    whole = int(np.searchsorted(np.cumsum([len(part) for part in parts]), held, side="right"))
+    whole = min(max(whole, int(held > 0)), len(parts) - 1)
+    order, held = np.concatenate(parts), sum(len(part) for part in parts[:whole])
     return np.sort(order[held:]), np.sort(order[:held])
 
 

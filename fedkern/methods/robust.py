@@ -205,7 +205,7 @@ class Robust(LocalTraining):
         if units is None:
             order = client.rng("held-out", OUTSIDE).permutation(client.samples)
             return order[count:], order[:count]
-        parts = drawn_rows(client.rng("held-out", OUTSIDE).permutation(int(units.max()) + 1), units)
+        parts = drawn_rows(client.rng("held-out", OUTSIDE), client.samples, units)
         held = int(np.searchsorted(np.cumsum([len(part) for part in parts]), count)) + 1
         most = max(len(part) for part in parts[:held])
         judged = [part[turn] for turn in range(most) for part in parts[:held] if turn < len(part)]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pretrained_pictures import SCALE, normalised, pictures
 from safetensors.torch import load_file
 from torch.nn import functional
 
@@ -23,7 +24,6 @@ from fedkern.models.prompts import DEFAULT, read_prompts
 from fedkern.models.teacher_cache import LogitsCache
 
 CLASSES = ("cat", "big_dog", "ship")
-SCALE = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}
 SIDE = 40  # of the tiny network's images, in place of 224
 
 
@@ -67,16 +67,6 @@ def make(folder: Path, **options: Any) -> ClipTeacher:
     return ClipTeacher(folder, CLASSES, **{**SCALE, **options})
 
 
-def pictures(count: int = 5, height: int = 32, width: int = 32, channels: int = 3) -> torch.Tensor:
-    rng = np.random.default_rng(7)
-    return torch.from_numpy(rng.integers(0, 256, (count, channels, height, width)).astype(np.uint8))
-
-
-def normalised(pixels: torch.Tensor) -> torch.Tensor:
-    mean, std = (torch.tensor(SCALE[name][: pixels.shape[1]]).view(1, -1, 1, 1) for name in ("mean", "std"))
-    return (pixels / 255 - mean) / std
-
-
 def theirs(folder: Path, prompts: list[str], pixel_values: torch.Tensor) -> torch.Tensor:
     """transformers' own logits_per_image."""
     transformers = pytest.importorskip("transformers", reason="needs the extra [foundation]")
@@ -102,7 +92,7 @@ def pillow(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def test_logits_are_those_of_transformers(folder: Path) -> None:
-    teacher, images = make(folder), pictures()
+    teacher, images = make(folder), pictures(5, 32, 32)
     made = teacher.logits(normalised(images))
     prompts = ["a photo of a cat.", "a photo of a big dog.", "a photo of a ship."]
     expected = theirs(folder, prompts, teacher.parts[0].prepare(normalised(images)))
@@ -126,7 +116,7 @@ def test_preprocessing_is_pillows(folder: Path, height: int, width: int, channel
 
 def test_without_a_preprocessing_file_it_is_clips_own(folder: Path) -> None:
     encoder = clip.ImageEncoder(_network(folder), **SCALE)
-    assert encoder.prepare(normalised(pictures(1))).shape == (1, 3, 224, 224)
+    assert encoder.prepare(normalised(pictures(1, 32, 32))).shape == (1, 3, 224, 224)
     assert (encoder.own_mean, encoder.own_std) == (clip.MEAN, clip.STD)
 
 
@@ -137,7 +127,7 @@ def _network(folder: Path) -> Any:
 
 def test_templates_are_averaged_as_unit_vectors(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "templates.txt").write_text("# two views\na photo of a {class}.\n\na drawing of the {}.\n")
-    images = normalised(pictures())
+    images = normalised(pictures(5, 32, 32))
     teacher = make(folder, prompts=str(tmp_path / "templates.txt"))
     assert teacher.prompts[1] == ["a photo of a big dog.", "a drawing of the big dog."]
     features = [make(folder, prompts=template).parts[1].weight for template in ("a photo of a {class}.",
@@ -166,7 +156,7 @@ def test_prompts_name_the_cache(folder: Path, tmp_path: Path) -> None:
 def test_a_loaded_folder_is_not_needed_for_cached_images(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache, images = LogitsCache(tmp_path, **SCALE), normalised(pictures())
+    cache, images = LogitsCache(tmp_path, **SCALE), normalised(pictures(5, 32, 32))
     first = cache.logits(make(folder), [images[:2], images[2:]])
 
     def refuse(self: Any) -> Any:
@@ -236,7 +226,7 @@ def pickled(folder: Path, base: Path, drop: str = "-", **more: Any) -> Path:
 
 
 def test_a_folder_with_a_pickle_alone(folder: Path, tmp_path: Path) -> None:
-    images = normalised(pictures())
+    images = normalised(pictures(5, 32, 32))
     copied = pickled(folder, tmp_path)
     assert torch.equal(make(copied).logits(images), make(folder).logits(images))
     shutil.copy(folder / "model.safetensors", copied)
