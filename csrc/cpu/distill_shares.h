@@ -97,18 +97,16 @@ class Shares : public Storage<T, LanesAreRows> {
         sums.set(v, sums[v] + w);
       }
     }
+    // Of probabilities nobody has a share behind the last class: who counts nowhere may hold NaN, also there.
+    const bool probs = call_.kind == EnsembleKind::probs && !call_.limit;
+    const V last = probs ? select(this->inside_last(), equal, zero) : equal;
     for (std::int64_t k = 0; k < K_; ++k) {
       const Line out = share(k);
       for (std::int64_t v = 0; v < vectors_; ++v) {
         const V sum = sums[v];
-        out.set(v, select(sum == zero, equal, out[v] / sum));
+        out.set(v, select(sum == zero, v + 1 < vectors_ ? equal : last, out[v] / sum));
       }
     }
-    if (call_.kind != EnsembleKind::probs || call_.limit) return;
-    // Of probabilities behind the last class nobody has a share: who counts nowhere may hold NaN, also there.
-    const Mask<T> inside = this->inside_last();
-    const std::int64_t last = vectors_ - 1;
-    for (std::int64_t k = 0; k < K_; ++k) share(k).set(last, select(inside, share(k)[last], zero));
   }
   // The classes of a vector that the mask leaves teacher k.
   Mask<T> known(std::int64_t k, std::int64_t v) const {
