@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkern.data import FederatedData, normalise
+from fedkern.data.set_aside import set_aside
 from fedkern.engine import atomic
 from fedkern.engine.config import RunConfig
 from fedkern.engine.records import plain
@@ -26,6 +27,8 @@ FILE = "attack.json"
 def attack(out: Path | str, *, data: FederatedData | None = None, data_root: str | None = None) -> dict[str, Any]:
     """Attacks the model of a finished run: members are its clients' training samples, the others its test images.
 
+    What the run set aside (``--client-test``, ``--held-out-client``) is neither.  Samples that a method keeps from the
+    training for itself, such as agnostic FL's for its losses, count as members: the weights were made with them.
     The test set of the training distribution is taken (``id``, where there are several).  Where the clients' samples
     follow another distribution than the test set, the area is not 0.5 for that reason alone.
 
@@ -47,6 +50,7 @@ def attack(out: Path | str, *, data: FederatedData | None = None, data_root: str
     config = RunConfig.load(out, **({} if data_root is None else {"data_root": data_root}))
     model, _ = read_model(out)
     data = load_data(config, masks=False) if data is None else data
+    data = set_aside(data, held_out=config.held_out_client, share=config.client_test, seed=config.seed)
     if data.task not in ("classification", "segmentation"):
         raise UserError(f"The membership attack is for classification and segmentation, and {out} is for {data.task}.")
     test = data.tests["id" if "id" in data.tests else next(iter(data.tests))]

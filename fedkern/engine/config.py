@@ -64,7 +64,8 @@ class RunConfig:
     lr_decay: float = option(1.0, "factor on the learning rate after every round", above=0, high=1)
     lr_steps: str | None = option(
         None,
-        "epochs of the whole run (round x local epochs + epoch) at which the learning rate drops: 200,400",
+        "epochs of the whole run (round x local epochs + epoch), with --local-steps rounds, at which the learning rate "
+        "drops: 200,400",
         type=str,
     )
     lr_step_factor: float = option(0.1, "factor on the learning rate at each of the lr-steps", above=0, high=1)
@@ -120,6 +121,16 @@ class RunConfig:
             object.__setattr__(self, "threads", torch.get_num_threads())
         if self.lr_steps is not None:
             object.__setattr__(self, "lr_steps", ",".join(str(epoch) for epoch in self.lr_epochs))
+        if self.fix_statistics is not None and self.buffers == "drop":
+            raise UserError(
+                "--fix-statistics trains with received running statistics, of which --buffers drop leaves nobody any: "
+                "leave one of the two out."
+            )
+        kind = registry.get(self.method)
+        if self.fix_statistics is not None and (kind.one_shot or kind.takes_teachers):
+            raise UserError(
+                f"--fix-statistics is not for {self.method}, whose clients' networks are not trained round by round."
+            )
         if self.momentum >= 1:
             raise UserError("--momentum must be below 1; at 1 the velocity never decays.")
 

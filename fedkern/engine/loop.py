@@ -359,7 +359,7 @@ class Run:
             self._evaluate(network)
         metrics = {**self.latest, **self._gradcam(network), **self.server.report}
         metrics.update(self.method.appraise(self.server, Everybody(self.bench, self.checkpoints), self.sets))
-        private = privacy_figures(self.method, self.server, self.checkpoints.client_state, self.config.clients)
+        private = privacy_figures(self.method, self.server, self.checkpoints.client_state, self.config.trained_clients)
         metrics.update({name: private[name] for name in ("epsilon", "delta") if name in private})
         flat = self.bench.is_flat(network)
         warn = self.bench.warn

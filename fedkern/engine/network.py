@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkern import ops
+from fedkern.models.norms import fix_statistics
 
 
 class Network:
@@ -159,10 +160,12 @@ class Trainable:
         module: as it was given.
         parameters: fp32 [P], a view of the trained parameters.
         gradients: fp32 [P], a view of their gradients.
+        fixed: as of :class:`Network`.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
+        self.fixed = False
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         if not trained:
             raise ValueError("module: expected a parameter that requires gradients, given none")
@@ -172,8 +175,10 @@ class Trainable:
         self.gradients: Tensor = self._flat.gradients()
 
     def train_mode(self) -> None:
-        """Calls ``module.train()``."""
+        """Calls ``module.train()``; batch norm stays in eval mode where its statistics are fixed."""
         self.module.train()
+        if self.fixed:
+            fix_statistics(self.module)
 
     def finite(self) -> bool:
         """Whether the trained parameters and all floating buffers are finite numbers."""

@@ -23,6 +23,7 @@ from fedkern.engine.samples import Bank, Samples
 from fedkern.engine.shown import prepared
 from fedkern.errors import UserError
 from fedkern.methods.base import Batch, Message, Method, Objective, Round, Step, Upload
+from fedkern.methods.cuts import cuts
 from fedkern.privacy import DPSGD
 from fedkern.streams import stream
 
@@ -108,7 +109,7 @@ class Client(_Place):
         epochs = self._epochs(limit, self.samples if rows is None else len(rows))
         received = self._received(step, message, epochs, own, anchor)
         schedule = self._schedule(step, epochs, limit)
-        network.fixed = config.fix_statistics is not None and step.round >= config.fix_statistics
+        network.fixed = self.statistics_fixed(step)
         trained = network if parts is None else Part(network, parts)
         data = bench.client_data(self.id)
         self.report.update(train(self, method, step, trained, data, received, schedule, rows))
@@ -119,6 +120,10 @@ class Client(_Place):
             whole = result if parts is None else {name: value.cpu() for name, value in network.read().items()}
             self.state["buffers_local"] = {name: value for name, value in whole.items() if name != "parameters"}
         return {"parameters": result["parameters"]}
+
+    def statistics_fixed(self, step: Step) -> bool:
+        after = self._bench.config.fix_statistics
+        return after is not None and step.round >= after
 
     def _own_buffers(self) -> Message | None:
         return self.state.get("buffers_local") if self._bench.config.buffers == "local" else None
@@ -153,6 +158,7 @@ class Client(_Place):
         limit = self._bench.config.local_steps if epochs is None else None
         epochs = self._epochs(limit, self.samples if rows is None else len(rows)) if epochs is None else epochs
         trainable = Trainable(module)
+        trainable.fixed = self.statistics_fixed(step)
         received = self._received(step, {} if message is None else message, epochs, None)
         data, schedule = self._bench.client_data(self.id), replace(self._schedule(step, epochs, limit), end=lr_end)
         if first is not None:
@@ -200,20 +206,25 @@ class Client(_Place):
     def _epochs(self, limit: int | None, samples: int) -> int:
         """The epochs that the run's local budget, or so many steps, begins."""
         config = self._bench.config
-        return config.local_epochs if limit is None else math.ceil(limit / max(1, samples // config.batch_size))
+        return config.local_epochs if limit is None else math.ceil(limit / len(cuts(samples, config.batch_size)))
 
     def _schedule(self, step: Step, epochs: int, limit: int | None) -> Schedule:
-        config = self._bench.config
+        config, round = self._bench.config, max(step.round, 0)
+        lr, steps = config.lr * config.lr_decay**round, config.lr_epochs
+        if limit is not None:
+            # So many steps are another number of epochs for every client, whose rates would drop in other rounds.
+            begun = round if config.local_steps is not None else round * config.local_epochs
+            lr, steps = lr * config.lr_step_factor ** sum(drop <= begun for drop in steps), ()
         return Schedule(
-            lr=config.lr * config.lr_decay ** max(step.round, 0),
+            lr=lr,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
             clip_norm=config.clip_norm,
             epochs=epochs,
             batch_size=config.batch_size,
-            steps=config.lr_epochs,
+            steps=steps,
             factor=config.lr_step_factor,
-            first=max(step.round, 0) * epochs,
+            first=round * epochs,
             limit=limit,
             optimizer=config.optimizer,
         )

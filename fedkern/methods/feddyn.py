@@ -67,21 +67,24 @@ class FedDyn(FedAvg):
     def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
         before, present = server.state["parameters"], 0
 
-        def even() -> Iterable[Upload]:
+        def counted() -> Iterable[Upload]:
             nonlocal present
             for upload in uploads:
                 present += 1
-                handover = [Upload(upload.client_id, 1, upload.message)]
+                handover = [upload]
                 del upload  # or it would live until the next one has arrived
                 yield handover.pop()
 
-        super().server_update(server, step, even())
+        super().server_update(server, step, counted())
         if present:
             average = server.state["parameters"]
             share = present / server.federation.clients
             server.state["average"] = average
             server.state["shift"] = server.state["shift"] + share * (average - before)
             server.state["parameters"] = average + server.state["shift"]
+
+    def weight(self, server: Server, upload: Upload) -> float:
+        return 1.0  # the algorithm's average is uniform; ``weighting`` scales the clients' regularisers instead
 
     def vectors(self, server: Server) -> Message:
         vectors = super().vectors(server)

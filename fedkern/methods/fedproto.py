@@ -18,7 +18,7 @@ network can be compared with those of other methods.  ``predict=prototype`` answ
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +32,7 @@ from fedkern.methods.base import (
     VECTORS,
     Batch,
     Client,
+    ClientId,
     Federation,
     LocalTraining,
     Message,
@@ -159,13 +160,13 @@ class FedProto(LocalTraining):
             return Nearest(network, *table(server.state["prototypes"], server.federation.classes))
         if "networks" not in server.state:
             return None
-        members: list[nn.Module] = []
-        for state in server.state["networks"].values():
+        members: dict[int, nn.Module] = {}
+        for client, state in server.state["networks"].items():
             network = server.build()
             network.load_state_dict(state)
             if nearest:
-                network = Nearest(network, *table(server.state["prototypes"], server.federation.classes))
-            members.append(network)
+                network = Nearest(network.eval(), *table(server.state["prototypes"], server.federation.classes))
+            members[int(client)] = network
         return Personal(members)
 
     def evaluate(self, model: nn.Module, data: Any) -> dict[str, float]:
@@ -174,6 +175,13 @@ class FedProto(LocalTraining):
         unrecorded = SimpleNamespace(batches=data.batches)  # no single network has made the predictions
         figures = [super(FedProto, self).evaluate(member, unrecorded) for member in model.members]
         return {name: sum(one[name] for one in figures) / len(figures) for name in figures[0]}
+
+    def evaluate_own(self, model: nn.Module, data: Any, client: ClientId) -> dict[str, float]:
+        if isinstance(model, Personal) and client in model.clients:
+            model = model.members[model.clients.index(client)]
+        elif isinstance(model, Personal):
+            data = SimpleNamespace(batches=data.batches)  # a client that never took part: what the others say as one
+        return super().evaluate(model, data)
 
 
 class Nearest(nn.Module):
@@ -195,6 +203,11 @@ class Nearest(nn.Module):
         self.register_buffer("means", means.to(device))
         self.register_buffer("known", known.to(device))
 
+    def train(self, mode: bool = True) -> Nearest:
+        """Leaves the network in the mode it came in: without running statistics batch norm takes each batch's."""
+        self.training = mode
+        return self
+
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, C] of images."""
         distances = torch.cdist(self.network.features(images), self.means).square()
@@ -202,11 +215,16 @@ class Nearest(nn.Module):
 
 
 class Personal(nn.Module):
-    """The clients' own networks; as one, the mean of their logits."""
+    """The clients' own networks; as one, the mean of their logits.
 
-    def __init__(self, members: list[nn.Module]) -> None:
+    Args:
+        members: each client's, by its id.
+    """
+
+    def __init__(self, members: Mapping[ClientId, nn.Module]) -> None:
         super().__init__()
-        self.members = nn.ModuleList(members)
+        self.clients = tuple(members)
+        self.members = nn.ModuleList(members.values())
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, C] of images."""

@@ -187,7 +187,7 @@ class Robust(LocalTraining):
         return max(2, round(self.options.loss_share * samples))
 
     def check(self, client: Client) -> None:
-        trained = len(self.divided(client)[0])
+        trained = len(self.rows(client)[0])
         if trained < 2:
             named = "" if client.wholes is None else f" of {int(client.wholes.max()) + 1} images or patients"
             raise UserError(

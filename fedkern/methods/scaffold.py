@@ -22,12 +22,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from fedkern import ops
 from fedkern.errors import UserError
 from fedkern.methods.base import VECTORS, Client, Message, Received, Server, Step, Upload, option, register
 from fedkern.methods.fedavg import FedAvg
+from fedkern.methods.pairs import supervised_loss
+from fedkern.models.norms import fix_statistics
+
+# Images of one backward pass at the received model, and of one whose answers are as large as the images.
+GRADIENT_BATCH, PIXELWISE_BATCH = 64, 16
 
 
 @register("scaffold")
@@ -61,9 +65,11 @@ class Scaffold(FedAvg):
         path: dict[str, Any] = {"sum": torch.zeros_like(own, device=client.device), "steps": 0}
         correction = (message["control"] - own).to(client.device)
         result = super().client_update(client, step, {**message, "correction": correction, "path": path})
-        new = self.gradient(client, message) if self.options.control == "I" else path["sum"] / path["steps"]
-        client.state["control"] = new.cpu()
-        return {**result, "control": client.state["control"] - own}
+        new = self.gradient(client, step, message) if self.options.control == "I" else path["sum"] / path["steps"]
+        change = new.cpu() - own
+        if bool(torch.isfinite(change).all()):
+            client.state["control"] = new.cpu()
+        return {**result, "control": change}
 
     def adjust_gradient(self, parameters: Tensor, gradients: Tensor, received: Received) -> None:
         path = received.message["path"]
@@ -71,15 +77,20 @@ class Scaffold(FedAvg):
         path["steps"] += 1
         gradients.add_(received.message["correction"])
 
-    def gradient(self, client: Client, message: Message) -> Tensor:
+    def gradient(self, client: Client, step: Step, message: Message) -> Tensor:
         """The gradient of the mean loss over all of the client's samples at the received model, fp32 [P]."""
         network = client.network()
         flat = ops.FlatParameters(network)
         flat.load_parameters(message["parameters"])
+        if "buffers" in message:
+            flat.load_buffers(message["buffers"])
+        if client.statistics_fixed(step):
+            fix_statistics(network)
         total = flat.gradients()
-        for batch in client.batches():
-            share = len(batch.images) / client.samples
-            (share * cross_entropy(network(batch.images), batch.labels)).backward()
+        known = (client.labels >= 0).sum().clamp_min(1)  # samples, of a segmentation pixels
+        for batch in client.batches(GRADIENT_BATCH if client.labels.dim() == 1 else PIXELWISE_BATCH):
+            share = float((batch.labels >= 0).sum() / known)
+            (share * supervised_loss(network, batch)).backward()
         return total
 
     def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
@@ -91,8 +102,11 @@ class Scaffold(FedAvg):
         def controls() -> Iterator[Upload]:
             nonlocal present
             for upload in uploads:
-                change.add(upload.message["control"], shares[upload.client_id])
-                present += shares[upload.client_id]
+                if bool(torch.isfinite(upload.message["control"]).all()):
+                    change.add(upload.message["control"], shares[upload.client_id])
+                    present += shares[upload.client_id]
+                else:
+                    server.refuse(upload.client_id, f"The control variate of client {upload.client_id} is not finite")
                 handover = [upload]
                 del upload  # or it would live until the next one has arrived
                 yield handover.pop()

@@ -152,6 +152,10 @@ class Client(Place, Protocol):
         """
         ...
 
+    def statistics_fixed(self, step: Step) -> bool:
+        """Whether batch norm trains with the received statistics in this round (``--fix-statistics``)."""
+        ...
+
     def frozen(self, message: Message) -> Any:
         """The network with the vectors of a message: frozen, in eval mode; overwritten by the next one received."""
         ...

@@ -87,6 +87,7 @@ def test_methods_share_the_settings_of_a_data_set():
         ({"lr": math.inf}, "--lr must be finite"),
         ({"augment": "crop-flop"}, '--augment must be one of none, crop.*Did you mean "crop-flip"'),
         ({"momentum": 1}, "--momentum must be below 1"),
+        ({"fix_statistics": 3, "buffers": "drop"}, "--fix-statistics.*--buffers drop.*leave one of the two out"),
         ({"buffers": "avg"}, '--buffers must be one of average, local, drop, pool, not "avg"'),
         ({"device": "gpu"}, "--device must be one of auto, cpu, cuda"),
         ({"lernrate": 1}, 'Unknown setting "lernrate"'),
@@ -97,6 +98,12 @@ def test_methods_share_the_settings_of_a_data_set():
 def test_mistakes_are_one_sentence(settings, message):
     with pytest.raises(UserError, match=message):
         RunConfig.make("fedgid", **settings)
+
+
+@pytest.mark.parametrize("method", ["fediod", "ensemble", "fusefl"])
+def test_fixed_statistics_are_for_networks_trained_round_by_round(method):
+    with pytest.raises(UserError, match=f"--fix-statistics is not for {method}"):
+        RunConfig.make(method, fix_statistics=2)
 
 
 def test_differences_name_setting_old_and_new():

@@ -18,7 +18,7 @@ from fedkern.engine.records import read_metrics
 from fedkern.engine.samples import batch_plan
 from fedkern.engine.serial import Bench, Client, Server
 from fedkern.errors import UserError
-from fedkern.methods import METHODS, FedAvg, Step
+from fedkern.methods import FML, METHODS, FedAvg, Step
 
 STEP = Step(0, "train", "update")
 
@@ -79,6 +79,10 @@ def test_the_rate_drops_at_epochs_of_the_whole_run(make_data, make_config):
     assert not torch.equal(trained(1, **steps), trained(1))
     assert torch.equal(trained(1, **steps), trained(1, lr_steps="3", lr_step_factor=0.5))
     assert torch.equal(trained(3, **steps), trained(3, lr_steps="1,2", lr_step_factor=0.5))  # epochs 6 and 7
+    # So many steps are no number of epochs that all clients share: rounds count.
+    few = {**steps, "local_steps": 3}
+    assert torch.equal(trained(2, **few), trained(2, local_steps=3))
+    assert torch.equal(trained(3, **few), trained(3, local_steps=3, lr_steps="1", lr_step_factor=0.5))
     quarter = Bench(make_config(**{**settings, "lr": 0.0025}), data)
     same = Client(quarter, 0, {}).train(FedAvg(), Step(3, "train", "update"), quarter.initial())
     torch.testing.assert_close(trained(3, **steps), same["parameters"])
@@ -268,3 +272,24 @@ def test_augmentation_changes_batches_and_is_reproducible(make_data, make_config
         run(make_config("fedgid", augment=augment), out=tmp_path / name, data=data)
         results.append((tmp_path / name / "model.safetensors").read_bytes())
     assert results[0] != results[1] == results[2]
+
+
+@pytest.mark.parametrize("fixed", [None, 1])
+def test_training_alone_fixes_statistics_as_fedavg_does(fixed, make_data, make_config, tmp_path):
+    for method in ("fedavg", "local"):
+        config = make_config(method, model="resnet8", rounds=3, fix_statistics=fixed)
+        run(config, out=tmp_path / method, data=make_data((20,)))
+    alone, federated = (load_file(tmp_path / method / "model.safetensors") for method in ("local", "fedavg"))
+    assert all(torch.equal(alone[f"members.0.{name}"], value) for name, value in federated.items())
+
+
+def test_a_private_model_trains_with_fixed_statistics_too(make_data, make_config):
+    data, message = make_data(), None
+    for fixed in (None, 0):
+        bench = Bench(make_config("fml", model="resnet8", fix_statistics=fixed), data)
+        client, message = Client(bench, 0, {}), bench.initial()
+        answer = FML().client_update(client, Step(0, "train", "update"), message)
+        assert torch.equal(answer["buffers"], message["buffers"]) == (fixed is not None)
+        fresh = client.network().state_dict()
+        means = [name for name in fresh if name.endswith("running_mean")]
+        assert all(torch.equal(client.state["private"][n], fresh[n]) for n in means) == (fixed is not None)

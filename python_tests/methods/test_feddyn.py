@@ -99,3 +99,10 @@ def test_it_finds_the_minimum_that_fedavg_misses(weighting, partial):
     options = FedDyn.Options(alpha=0.5, weighting=weighting)
     assert distance(FedAvg(FedAvg.Options(weighting=weighting)), 60, weights) > 0.1
     assert distance(FedDyn(options), 300 if partial else 100, weights, partial) < 1e-2
+
+
+def test_statistics_are_weighted_as_the_models_are(make_pairs, make_config):
+    """``--buffers pool`` takes the weights of the average, which is uniform whatever ``weighting`` is."""
+    for weighting in ("samples", "uniform"):
+        method = FedDyn(FedDyn.Options(weighting=weighting))
+        assert method.weight(None, Upload(0, 30, {})) == method.weight(None, Upload(1, 10, {}))

@@ -1,6 +1,6 @@
 """FedProto's loss, prototypes and what travels, against its equations."""
 
-import types
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from fedkern import models
 from fedkern.data import normalise
+from fedkern.data.set_aside import set_aside
 from fedkern.engine import read_model, run
 from fedkern.engine.bench import Bench
 from fedkern.engine.checkpoint import Checkpoints
@@ -30,7 +31,7 @@ def test_loss_is_the_published_one(lam):
     local = network().double()
     images, labels = torch.randn(6, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 2, 1])
     sent = {"classes": torch.tensor([0, 2]), "means": torch.randn(2, local.width)}
-    received = types.SimpleNamespace(message={"prototypes": sent}, scratch={})
+    received = SimpleNamespace(message={"prototypes": sent}, scratch={})
     loss, seen = FedProto(FedProto.Options(lam=lam)).loss(local, Batch(images, labels, np.arange(6), STEP), received)
 
     features = local.features(images)
@@ -132,6 +133,26 @@ def test_personal_networks_stay_with_their_clients(make_data, make_config, tmp_p
     assert summary["metrics"]["ood_accuracy"] == pytest.approx(float(sum(right) / 3))
 
 
+def test_personal_networks_are_tested_on_their_clients_own_samples(make_data, make_config, tmp_path):
+    data = make_data((40, 26, 30))
+    config = make_config("fedproto", options={"networks": "personal"}, client_test=0.3, local_epochs=4)
+    metrics = run(config, out=tmp_path, data=data)["metrics"]
+    own = set_aside(data, held_out=None, share=0.3, seed=config.seed).client_tests
+    model, _ = read_model(tmp_path)
+    assert model.clients == (0, 1, 2)
+    with torch.no_grad():
+        right = [
+            float((member(normalise(s.images, data.mean, data.std)).argmax(1) == s.labels).double().mean())
+            for member, s in zip(model.members, own, strict=True)
+        ]
+    assert metrics["mean_client_accuracy"] == pytest.approx(sum(right) / 3)
+    assert metrics["worst_client_accuracy"] == pytest.approx(min(right))
+    stranger = Personal({7: model.members[0], 9: model.members[1]})
+    asked = SimpleNamespace(batches=lambda: iter([(normalise(own[2].images, data.mean, data.std), own[2].labels)]))
+    whole = FedProto().evaluate_own(stranger, asked, 2)
+    assert whole == super(FedProto, FedProto()).evaluate(stranger, asked)
+
+
 @pytest.mark.parametrize("networks", ["averaged", "personal"])
 @pytest.mark.parametrize("buffers", ["average", "drop"])
 def test_nearest_prototypes_are_evaluated_and_saved(networks, buffers, make_data, make_config, tmp_path):
@@ -142,3 +163,12 @@ def test_nearest_prototypes_are_evaluated_and_saved(networks, buffers, make_data
     first = model.members[0] if networks == "personal" else model
     assert isinstance(first, Nearest)
     assert first.known.all()
+    # Prototypes are of the features that training saw: without running statistics those of each batch's own.
+    norms = [layer for layer in first.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+    assert all(layer.training == (networks == "averaged" and buffers == "drop") for layer in norms)
+    images = normalise(make_data().tests["id"].images, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), channels_last=True)
+    with torch.no_grad():
+        answers = model(images).argmax(1)
+    if networks == "averaged":
+        right = float((answers == make_data().tests["id"].labels).double().mean())
+        assert summary["metrics"]["id_accuracy"] == pytest.approx(right)

@@ -103,6 +103,8 @@ def test_a_loss_that_is_no_number_is_refused(parts):
 def test_too_few_samples_are_named(make_pairs, make_config, tmp_path):
     with pytest.raises(UserError, match="Client 1 has 3 samples"):
         run(make_config("feddra", **SETTINGS, clients=2), out=tmp_path, data=make_pairs((9, 3)))
+    every = {**SETTINGS, "options": {**SETTINGS.get("options", {}), "loss_split": "train"}}
+    run(make_config("feddra", **every, clients=2), out=tmp_path, data=make_pairs((9, 3)))  # none is kept from it
 
 
 def test_agnostic_learning_leaves_the_published_ball(make_data, make_config, tmp_path):

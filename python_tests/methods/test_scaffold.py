@@ -11,6 +11,7 @@ from fedkern.engine import run
 from fedkern.engine.checkpoint import Checkpoints
 from fedkern.engine.network import Network
 from fedkern.engine.serial import Bench, Client
+from fedkern.errors import UserError
 from fedkern.methods import FedAvg, Scaffold, Step
 
 STEP = Step(0, "train", "update")
@@ -51,6 +52,38 @@ def test_option_one_is_the_gradient_at_the_received_model(make_data, make_config
     data = bench.client_data(0)
     cross_entropy(network.module(data.pixels.take(np.arange(len(data)))), data.labels).backward()
     torch.testing.assert_close(client.state["control"], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_option_one_follows_fixed_statistics(make_data, make_config):
+    message, _, _, client, bench = trained(make_data, make_config, "I", model="resnet8", fix_statistics=0)
+    network = Network(bench.build(), torch.device("cpu"))
+    network.write(message)
+    network.fixed = True
+    network.train_mode()
+    gradient = network.gradients
+    data = bench.client_data(0)
+    cross_entropy(network.module(data.pixels.take(np.arange(len(data)))), data.labels).backward()
+    torch.testing.assert_close(client.state["control"], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_a_variate_that_is_not_finite_is_refused_and_forgotten(make_data, make_config, tmp_path, monkeypatch):
+    honest = Scaffold.gradient
+
+    def gradient(self, client, step, message):
+        return honest(self, client, step, message) * (torch.nan if client.id == 1 else 1)
+
+    monkeypatch.setattr(Scaffold, "gradient", gradient)
+    settings = {"options": {"control": "I"}, "rounds": 3}
+    with pytest.raises(UserError, match=r"The control variate of client 1 is not finite.*--on-nan skip"):
+        run(make_config("scaffold", **settings), out=tmp_path / "stop", data=make_data())
+    summary = run(make_config("scaffold", on_nan="skip", **settings), out=tmp_path / "skip", data=make_data())
+    assert "refused-upload-1" in summary["diagnostics"]
+    state = Checkpoints(tmp_path / "skip")
+    state.open()
+    shares = np.array([20, 9]) / 42
+    expected = sum(s * state.client_state(k)["control"] for s, k in zip(shares, (0, 2), strict=True))
+    torch.testing.assert_close(state.server_state()["control"], expected, rtol=1e-4, atol=1e-6)
+    assert "control" not in state.client_state(1)
 
 
 def test_local_steps_are_corrected_by_both_variates(make_data, make_config):

@@ -13,9 +13,11 @@ from torch.nn.functional import cross_entropy, one_hot
 
 from fedkern.data import IGNORE, FederatedData, PartitionStatistics, Split
 from fedkern.engine import RunConfig, read_model, run
+from fedkern.engine.network import Network
 from fedkern.engine.samples import ClientData
+from fedkern.engine.serial import Bench, Client
 from fedkern.errors import UserError
-from fedkern.methods import METHODS
+from fedkern.methods import METHODS, Scaffold, Step
 from fedkern.methods.base import Batch
 from fedkern.methods.evaluate import figures
 from fedkern.methods.pairs import pixelwise_loss
@@ -291,3 +293,22 @@ def test_training_moves_masks_with_their_images():
     assert not torch.equal(classes, labels)
     for batch in data.samples.batches(4, augment=True, rng=np.random.default_rng(0)):
         assert torch.equal(batch.images[:, 0] > 0.5, batch.labels > 0)
+
+
+def test_scaffolds_gradient_at_the_received_model_counts_known_pixels():
+    data = federation((20, 9))  # 20 images are more than one backward pass takes
+    half = dataclasses.replace(data.clients[0], labels=data.clients[0].labels.clone())
+    half.labels[:3] = IGNORE
+    half.labels[5:, :8] = IGNORE
+    data = dataclasses.replace(data, clients=(half, data.clients[1]))
+    bench = Bench(settings("scaffold", clients=2, fix_statistics=0), data)  # or every part has its own statistics
+    message, client = bench.initial(), Client(bench, 0, {})
+    found = Scaffold(Scaffold.Options(control="I")).gradient(client, Step(0, "train", "update"), message)
+    network = Network(bench.build(), torch.device("cpu"))
+    network.write(message)
+    network.fixed = True
+    network.train_mode()
+    expected = network.gradients
+    pixels = bench.client_data(0)
+    pixelwise_loss(network.module(pixels.pixels.take(np.arange(20))), half.labels).backward()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)

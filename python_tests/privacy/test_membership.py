@@ -244,3 +244,16 @@ def test_the_command(tmp_path, data, monkeypatch, capsys):
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="its run is not finished"):
         commands.COMMANDS["attack"](flags.parse(["attack", str(folder)]))
+
+
+def test_what_a_run_set_aside_was_never_trained_on(tmp_path, data):
+    folder = release(tmp_path / "run", data, 3)
+    whole = engine.attack(folder, data=data)
+    assert whole["members"] == 100
+    config = RunConfig.load(folder)
+    (folder / "config.toml").write_text(config.replace(client_test=0.25).to_toml())
+    assert engine.attack(folder, data=data)["members"] == 75
+    (folder / "config.toml").write_text(config.replace(held_out_client=0).to_toml())
+    found = engine.attack(folder, data=data)
+    assert (found["members"], len(found["clients"])) == (60, 1)
+    assert found["clients"][0] == pytest.approx(whole["clients"][1])
