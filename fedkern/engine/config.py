@@ -195,6 +195,10 @@ class RunConfig:
             raise UserError(
                 f"--local-steps is not for {method}, a one-shot method: give its budget with --local-epochs."
             )
+        if kind.one_shot and given.get("sample_fraction", 1) != 1:
+            raise UserError(
+                f"--sample-fraction is not for {method}, a one-shot method, in which every client trains once."
+            )
         usual = defaults(method, str(given.get("data", default_data(method))))
         base = {**usual, **given}
         check_networks({name: value for name, value in base.items() if value != usual.get(name)}, str(base["data"]))

@@ -13,7 +13,9 @@ In the paper nothing but prototypes travels and every client keeps a network of 
 bytes of a round are C (d + 1) numbers and the class ids.  Such networks have no single accuracy; they are uploaded once
 after the last round (booked as one-off) and what is evaluated is the mean of their figures, so there is none before.
 By default (``networks=averaged``) the networks are averaged as in FedAvg and prototypes travel beside them, so that one
-network can be compared with those of other methods.  ``predict=prototype`` answers with the nearest prototype.
+network can be compared with those of other methods.  ``predict=prototype`` answers with the nearest prototype, of
+features that the clients took of their networks before these were averaged; where a test class has no prototype, its
+loss is infinite.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ class Local(Objective, Method):
 
     A client trains as long as FedAvg's clients do, the same rounds of the same local epochs, from the same initial
     network and with the same batches, and keeps what it has: with one client the two are the same.  All clients take
-    part in every round.  Nothing travels, so no byte is booked; what the server holds is there to be evaluated and
-    saved, as an ensemble whose members are the clients' networks.
+    part in every round, whatever ``--sample-fraction`` is.  Nothing travels, so no byte is booked; what the server
+    holds is there to be evaluated and saved, as an ensemble whose members are the clients' networks.
     """
 
     tasks: ClassVar[tuple[str, ...]] = ("classification", "segmentation", "retrieval")

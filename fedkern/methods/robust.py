@@ -7,8 +7,8 @@ server takes ``v_k = w_k exp(eta l_k)`` back to the set Q of mixtures around a c
 (`fedkern.methods.robust_weights`).  The weights act in the next round, by default as the weights of the average: local
 SGD on ``sum_k w_k L_k``.
 
-Absent clients keep their weight: the step moves weight among those that took part alone.  A client keeps the model that
-it was asked about and is sent no other one to train, so the losses cost a few numbers.
+The step moves weight among those that took part alone; the way back into Q, where it is needed, moves all.  A client
+keeps the model that it was asked about and is sent no other one to train, so the losses cost a few numbers.
 """
 
 from __future__ import annotations

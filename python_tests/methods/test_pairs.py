@@ -182,6 +182,8 @@ def test_only_chosen_rows_are_trained_on(make_data, make_config):
 
 
 def test_one_shot_methods_have_no_steps():
+    with pytest.raises(UserError, match="--sample-fraction is not for dense"):
+        RunConfig.make("dense", sample_fraction=0.5)
     with pytest.raises(UserError, match="--local-steps is not for dense"):
         RunConfig.make("dense", local_steps=3)
 
