@@ -131,6 +131,10 @@ class RunConfig:
             raise UserError(
                 f"--fix-statistics is not for {self.method}, whose clients' networks are not trained round by round."
             )
+        if kind.one_shot and self.sample_fraction != 1:
+            raise UserError(
+                f"--sample-fraction is not for {self.method}, a one-shot method, in which every client trains once."
+            )
         if self.momentum >= 1:
             raise UserError("--momentum must be below 1; at 1 the velocity never decays.")
 
@@ -194,10 +198,6 @@ class RunConfig:
         if kind.one_shot and "local_steps" in given:
             raise UserError(
                 f"--local-steps is not for {method}, a one-shot method: give its budget with --local-epochs."
-            )
-        if kind.one_shot and given.get("sample_fraction", 1) != 1:
-            raise UserError(
-                f"--sample-fraction is not for {method}, a one-shot method, in which every client trains once."
             )
         usual = defaults(method, str(given.get("data", default_data(method))))
         base = {**usual, **given}
