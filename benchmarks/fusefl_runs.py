@@ -135,7 +135,7 @@ class FuseFLRuns(Runs):
         """Every method's learning rate in every column: the main table's, or, for that, from a grid that is run."""
         names = [(name, column) for name in (*ONE_SHOT, REFERENCE) for column in (PUBLISHED, CALIBRATED)]
         study = self.study
-        stored = {} if anew else stored_rates(f"fusefl_{study.settings['data']}_table", study.settings)
+        stored = {} if anew else stored_rates(f"fusefl_{study.settings['data']}_table", study.settings, study.rates)
         if stored:
             return {(name, column): stored[f"{name}, alpha {study.alphas[0]}, {column}"] for name, column in names}
         alpha = self.study.alphas[len(self.study.alphas) // 2]

@@ -15,6 +15,7 @@ import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from fedkern.cli.flags import parse
+from fedkern.cli.request import effective
+from fedkern.engine import RunConfig
 from fedkern.engine.records import read_metrics, versions
 
 RESULTS = Path(__file__).parent / "results"
@@ -88,20 +92,22 @@ def run(cases: Iterable[Case], folder: Path, *, workers: int = 2) -> dict[str, d
         _refuse_other_settings(folder / case.name, case)
     waiting = [case for case in wanted.values() if not (folder / case.name / "summary.json").exists()]
     done, total, start = 0, len(waiting), time.monotonic()
-    running: dict[str, subprocess.Popen[str]] = {}
+    running: dict[str, subprocess.Popen[bytes]] = {}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated; the same command goes on from here"))
+    words = tempfile.TemporaryDirectory(prefix="study-")
+    said = Path(words.name)
     try:
         while waiting or running:
             while waiting and len(running) < workers:
                 case = waiting.pop(0)
-                running[case.name] = _launch(folder / case.name, case)
+                running[case.name] = _launch(folder / case.name, case, said)
             time.sleep(0.2)
             for name, process in list(running.items()):
                 if process.poll() is None:
                     continue
                 del running[name]
                 if process.returncode:
-                    message = (process.stderr.read() if process.stderr else "").strip().splitlines()
+                    message = said.joinpath(name).read_text(errors="replace").strip().splitlines()
                     sys.exit(f"{name} failed with exit code {process.returncode}: {message[-1] if message else ''}")
                 done += 1
                 left = (time.monotonic() - start) / done * (total - done)
@@ -111,6 +117,7 @@ def run(cases: Iterable[Case], folder: Path, *, workers: int = 2) -> dict[str, d
             process.terminate()
         for process in running.values():
             process.wait()
+        words.cleanup()
     return {name: json.loads((folder / name / "summary.json").read_text()) for name in wanted}
 
 
@@ -172,11 +179,16 @@ def tried_rates(name: str, found: Mapping[float, Mapping[str, Any]]) -> tuple[li
     return [name, "; ".join(shown), f"{best:g}"], {"best": best, **{str(lr): m for lr, m in found.items()}}
 
 
-def stored_rates(results: str, settings: Mapping[str, Any]) -> dict[str, float]:
-    """The learning rates by row of a finished section, ``results/<results>.json``; empty where settings differ."""
+def stored_rates(results: str, settings: Mapping[str, Any], rates: Sequence[float]) -> dict[str, float]:
+    """The learning rates by row of a finished section, ``results/<results>.json``.
+
+    Empty where settings differ, or the grid that they were chosen from (which earlier pages do not name).
+    """
     path = RESULTS / f"{results}.json"
     content = json.loads(path.read_text()) if path.exists() else {}
     if content.get("settings") != json.loads(json.dumps(dict(settings))):
+        return {}
+    if content.get("rates", list(rates)) != list(rates):
         return {}
     return {name: row["lr"] for name, row in content.items() if isinstance(row, dict) and "lr" in row}
 
@@ -265,12 +277,14 @@ def run_sections(
     for section in given.only:
         page, numbers = sections[section](runs)
         numbers = {**numbers, "settings": dict(study.settings)}
+        if rates := getattr(study, "rates", None):
+            numbers["rates"] = list(rates)
         made = f"Made by `python -m benchmarks.{module} {given.study} --only {section}`: {settings}{about(study)}"
         heading = f"{title} on {given.study}: {section}"
         publish(f"{name}_{given.study}_{section}", heading, made, page, numbers, runs.versions())
 
 
-def _launch(run_folder: Path, case: Case) -> subprocess.Popen[str]:
+def _launch(run_folder: Path, case: Case, said: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", *case.program]
     if (run_folder / "config.toml").exists():
         command += ["--resume", str(run_folder), "--quiet"]
@@ -278,7 +292,8 @@ def _launch(run_folder: Path, case: Case) -> subprocess.Popen[str]:
         _arguments_file(run_folder).write_text(json.dumps(case.arguments))
         command += [*case.arguments, "--out", str(run_folder), "--threads", "1", "--quiet"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+    with said.joinpath(case.name).open("wb") as errors:  # a pipe that nobody reads would fill up and stop the run
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=environment)
 
 
 def _arguments_file(run_folder: Path) -> Path:
@@ -289,6 +304,18 @@ def _refuse_other_settings(run_folder: Path, case: Case) -> None:
     stored = _arguments_file(run_folder)
     if run_folder.exists() and stored.exists() and tuple(json.loads(stored.read_text())) != case.arguments:
         sys.exit(f"{run_folder} was made with other settings; remove it, or give another --out")
+    if changed := _changed_defaults(run_folder, case):
+        sys.exit(f"{run_folder} was made with other defaults ({'; '.join(changed)}); remove it, or give another --out")
+
+
+def _changed_defaults(run_folder: Path, case: Case) -> list[str]:
+    """What the same command line would set otherwise than it did when the run was begun."""
+    if case.program != ("fedkern.run",) or not (run_folder / "config.toml").exists():
+        return []
+    stored = RunConfig.load(run_folder)
+    now = effective(parse([*case.arguments, "--threads", "1", "--device", stored.device]))
+    # What the data decide is filled in when a run begins.
+    return now.replace(clients=stored.clients, augment=now.augment or stored.augment).differences(stored)
 
 
 def spread(values: Sequence[float], scale: float = 100.0, digits: int = 1) -> str:

@@ -128,9 +128,13 @@ class DRARuns(Runs):
         words = [f"{key}={value}" for key, value in differing.items()]
         return self.case(method, settings, every, *words, f"lr{lr}", f"s{seed}")
 
+    def stored(self) -> dict[str, float]:
+        """The main table's learning rates, where it was made with the same settings."""
+        return stored_rates(f"feddra_{self.study.settings['data']}_table", self.study.settings, self.study.rates)
+
     def rate(self, anew: bool = False) -> float:
         """The learning rate of every method: the main table's, or, for that, the baseline's from a grid that is run."""
-        stored = {} if anew else stored_rates(f"feddra_{self.study.settings['data']}_table", self.study.settings)
+        stored = {} if anew else self.stored()
         if BASELINE in stored:
             return stored[BASELINE]
         cases = {lr: self.of(BASELINE, lr, self.study.seeds[0]) for lr in self.study.rates}

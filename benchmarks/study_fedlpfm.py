@@ -128,7 +128,7 @@ class LPFMRuns(Runs):
     def rates(self, partition: str, anew: bool = False) -> dict[str, float]:
         """Every method's learning rate under a partition: the main table's, or, for that, from a grid that is run."""
         study, rates = self.study, self.study.rates
-        stored = {} if anew else stored_rates(f"fedlpfm_{study.settings['data']}_table", study.settings)
+        stored = {} if anew else stored_rates(f"fedlpfm_{study.settings['data']}_table", study.settings, rates)
         title = next(title for title, one in study.partitions.items() if one == partition)
         if stored:
             return {name: stored[f"{name}, {title}"] for name in METHODS}

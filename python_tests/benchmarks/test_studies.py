@@ -1,11 +1,13 @@
 """Every run that a study asks for is a command line that the program takes, and every table can be written."""
 
+import json
 from collections import defaultdict
 
 import pytest
 
 from benchmarks import fusefl_alike, fusefl_misled, study, study_feddra, study_fedgid, study_fedlpfm, study_fusefl
 from fedkern.cli import flags, request
+from fedkern.engine import config
 
 FIGURES = (
     "accuracy", "validation_accuracy", "vote_accuracy", "cue_tied_accuracy", "cue_random_accuracy", "backdoor_accuracy",
@@ -117,3 +119,41 @@ def test_a_page_names_the_commit_that_it_was_made_at(found, monkeypatch, tmp_pat
     assert page.endswith("## Page\n")
     assert ("(page made at abc1234)" in page) == (found is not None)
     assert '"versions"' in (tmp_path / "results" / "some_table.json").read_text()
+
+
+def begun(folder, case):
+    """A run folder as a case leaves it behind, finished."""
+    run = folder / case.name
+    run.mkdir(parents=True)
+    (run / "config.toml").write_text(request.effective(flags.parse([*case.arguments, "--threads", "1"])).to_toml())
+    (run / "summary.json").write_text('{"metrics": {}}')
+    run.with_name(run.name + ".arguments.json").write_text(json.dumps(case.arguments))
+
+
+def test_a_folder_made_with_other_settings_or_defaults_is_refused(monkeypatch, tmp_path):
+    case = study.Case("one", study.arguments("fedprox", {"rounds": 2, "seed": 3}, {"mu": 0.1}))
+    begun(tmp_path, case)
+    assert study.run([case], tmp_path) == {"one": {"metrics": {}}}
+    other = study.Case("one", study.arguments("fedprox", {"rounds": 2, "seed": 4}, {"mu": 0.1}))
+    with pytest.raises(SystemExit, match="one was made with other settings"):
+        study.run([other], tmp_path)
+    usual = config.defaults
+    monkeypatch.setattr(config, "defaults", lambda method, data: {**usual(method, data), "lr": 0.0123})
+    with pytest.raises(SystemExit, match=r"one was made with other defaults \(lr: .* -> 0\.0123\)"):
+        study.run([case], tmp_path)
+
+
+def test_what_a_failing_run_says_last_is_repeated(tmp_path):
+    case = study.Case("bad", ("fedavg", "--data", "mnist", "--data-root", str(tmp_path / "missing")))
+    with pytest.raises(SystemExit, match=r"bad failed with exit code 2: error: .*missing"):
+        study.run([case], tmp_path / "runs", workers=1)
+
+
+def test_learning_rates_are_those_of_the_same_settings_and_grid(monkeypatch, tmp_path):
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    content = {"FedAvg": {"lr": 0.1}, "settings": {"rounds": 3}, "rates": [0.1, 0.3], "versions": {}}
+    (tmp_path / "table.json").write_text(json.dumps(content))
+    assert study.stored_rates("table", {"rounds": 3}, (0.1, 0.3)) == {"FedAvg": 0.1}
+    assert study.stored_rates("table", {"rounds": 3}, (0.1, 0.3, 0.9)) == {}
+    assert study.stored_rates("table", {"rounds": 4}, (0.1, 0.3)) == {}
+    assert study.stored_rates("none", {"rounds": 3}, (0.1, 0.3)) == {}
