@@ -20,12 +20,13 @@ _collected: set[str] = set()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fedkern benchmarks")
-    group.addoption("--record", action="store_true", help="write benchmarks/results/<operator>-<processor>.json")
+    group.addoption(
+        "--record", action="store_true", help="write benchmarks/results/<operator>-<processor>.json, row by row"
+    )
+    group.addoption("--anew", action="store_true", help="with --record: start the measured operators' files again")
     group.addoption("--results", type=Path, default=records.RESULTS, help="another folder for --record")
     group.addoption("--gate", action="store_true", help="fail where a speed-up is below benchmarks/floors.toml")
-    group.addoption(
-        "--gate-short", action="store_true", help="the same for one small and one medium row per operator, in a minute"
-    )
+    group.addoption("--gate-short", action="store_true", help="two short rows per operator, less strictly, in a minute")
     group.addoption("--floors", type=Path, default=gate.FLOORS, help="another floors.toml for --gate")
     group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the operators run")
 
@@ -35,6 +36,12 @@ def pytest_configure(config: pytest.Config) -> None:
     if harness.SETTINGS.device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch sees no CUDA device")
     harness.SETTINGS.short = config.getoption("--gate-short")
+    if config.getoption("--anew") and not config.getoption("--record"):
+        raise pytest.UsageError("--anew says what --record does with earlier rows; give both")
+    if config.getoption("--record"):
+        harness.SETTINGS.recorder = records.Recorder(
+            harness.machine, config.getoption("--results"), collected=_collected, anew=config.getoption("--anew")
+        )
     if config.getoption("--gate") or harness.SETTINGS.short:
         if config.getoption("--record"):
             raise pytest.UsageError("--record measures at length and without a gate; run it alone")
@@ -92,8 +99,6 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
         if broken and not row.loaded:
             line = f"below what is promised: {row.group} {row.case} ({row.where}): {', '.join(broken)}"
             terminalreporter.write_line(line)
-    if config.getoption("--record"):
-        folder = config.getoption("--results")
-        written = records.write_results(harness.COMPARISONS, harness.machine(), folder, collected=_collected)
-        for path in written:
+    if harness.SETTINGS.recorder:
+        for path in harness.SETTINGS.recorder.written:
             terminalreporter.write_line(f"wrote {path}")

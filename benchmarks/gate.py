@@ -1,9 +1,11 @@
 """Floors under recorded speed-ups, and what a new measurement says about them.
 
-``floors.toml`` holds, for every recorded row of every machine, :data:`FACTOR` times the observed ratio; ``python -m
-benchmarks.report --floors`` writes it.  A run with ``--gate`` fails below a floor, unless the measurement cannot tell:
-the row's floors are of other machines, or a contestant's own times scatter too much.  A ratio counts as below only if
-the median of its pairs is so with some certainty, not if a few pairs are.
+``floors.toml`` holds, for every recorded row that was measured without load and every contestant whose times and ours
+scattered by no more than :data:`NOISY`, :data:`FACTOR` times the observed ratio; ``python -m benchmarks.report
+--floors`` writes it.  A run with ``--gate`` fails where the median of the pairs' ratios lies below the floor with 95 %
+certainty, and does so in two measurements in a row.  ``--gate-short`` allows :data:`SHORT_SLACK` of the floor, 0.68 of
+what was recorded, and four measurements.  Where the row's floors are of other machines, or the times of a contestant
+that seems too fast or ours scatter by more than :data:`NOISY`, the measurement cannot tell: the test is skipped.
 """
 
 from __future__ import annotations
@@ -19,14 +21,27 @@ from pathlib import Path
 from typing import Any
 
 FLOORS = Path(__file__).parent / "floors.toml"
-MOVES = ("cpu", "cores", "isa", "gpu", "torch")  # what of a machine moves ratios
+# What of a machine moves ratios: records.IDENTITY and records.CHIP.
+MOVES = (
+    *("cpu", "cores", "isa", "gpu", "backend", "torch"),
+    *("family", "model", "stepping", "implementer", "part", "l2", "l3"),
+)
 FACTOR = 0.85
 NOISY = 0.3  # scatter (interquartile range over median) above which times tell nothing
-SHORT_SECONDS = 5e-3  # the short gate's rows take at most this long, all contestants together: beyond it, how much
-# memory the machine has at hand decides
+SHORT_SECONDS = 5e-3  # the short gate's rows take at most this long, one call of every contestant together: beyond it,
+# how much memory the machine has at hand decides
 MEDIUM_SECONDS = 3e-3  # the same of an operator's second row
 SHORT_SLACK = 0.8  # on the short gate's floors: it runs where others compute
-SLOW = ("compile",)  # contestants that the short gate leaves out: seconds of compilation for milliseconds of running
+
+
+def slow(contestant: str) -> bool:
+    """Whether the short gate leaves a contestant out: seconds of compilation for milliseconds of running."""
+    return contestant.startswith("compile")
+
+
+def noisy(row: Any, contestant: str) -> bool:
+    """Whether a row's times, the contestant's or ours, scatter so much that their ratio tells nothing."""
+    return max(row.scatter[contestant], row.scatter[row.ours]) > NOISY
 
 
 @dataclass(frozen=True)
@@ -63,8 +78,9 @@ class Floors:
     machines: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def of(self, key: tuple[str, str, str, int, bool], here: Collection[str]) -> Floor | None:
-        """The row's floor on this machine, whose names are ``here``."""
-        return next((row for row in self.rows if row.key == key and row.machine in here), None)
+        """The row's floor on this machine, whose names are ``here``; of several that of whom most is known."""
+        found = [row for row in self.rows if row.key == key and row.machine in here]
+        return max(found, key=lambda row: len(self.machines.get(row.machine, {})), default=None)
 
     def machines_of(self, key: tuple[str, str, str, int, bool]) -> list[str]:
         """The names of the machines on which the row has a floor."""
@@ -100,20 +116,21 @@ class Verdict:
 def make_floors(recorded: Iterable[tuple[str, dict[str, Any], Sequence[Any]]]) -> Floors:
     """Floors under the recorded rows, given as (slug, machine, comparisons) per results file.
 
-    Rows measured beside a spinning process, and contestants whose times scattered, get none.  The short gate takes of
-    every operator, on every machine, the quickest row on one thread, if that is short, and the longest that is.
+    Rows measured beside a spinning process, contestants whose times scattered and contestants shown beside get none.
+    The short gate takes of every operator, on every machine, the quickest row on one thread, if that is within
+    :data:`SHORT_SECONDS`, and the longest one within :data:`MEDIUM_SECONDS`.
     """
     floors = Floors()
     for slug, machine, rows in recorded:
         kept = []
         for row in rows:
-            steady = {n: r for n, r in row.speedup.items() if max(row.scatter[n], row.scatter[row.ours]) <= NOISY}
+            steady = {n: r for n, r in row.speedup.items() if not noisy(row, n) and n not in row.beside}
             if not row.loaded and steady and row.test:
                 kept.append((row, {name: round(FACTOR * ratio, 3) for name, ratio in steady.items()}))
         if not kept:
             continue
         name = floors.add_machine(slug, machine)
-        chosen = _short([row for row, against in kept if set(against) - set(SLOW)])
+        chosen = _short([row for row, against in kept if not all(map(slow, against))])
         for row, against in kept:
             short = any(row is one for one in chosen)
             floors.rows.append(
@@ -124,7 +141,7 @@ def make_floors(recorded: Iterable[tuple[str, dict[str, Any], Sequence[Any]]]) -
 
 def _short(rows: Sequence[Any]) -> list[Any]:
     def cost(row: Any) -> float:
-        return sum(seconds for name, seconds in row.seconds.items() if name not in SLOW)
+        return sum(seconds for name, seconds in row.seconds.items() if not slow(name))
 
     single = sorted((row for row in rows if row.threads == 1 and cost(row) <= SHORT_SECONDS), key=cost)
     return single[:1] + [row for row in single[1:] if cost(row) <= MEDIUM_SECONDS][-1:]

@@ -1,9 +1,12 @@
 """What every benchmark shares: interleaved contestants, medians of per-pair ratios, model bytes, a copy.
 
 A benchmark is a pytest function that calls :func:`compare` with its contestants.  Times on a shared machine drift by
-more than the differences looked for, so the contestants take turns within every pair, each starts a pair equally
-often, and a speed-up is the median of the pairs' ratios, never a ratio of two medians.  A copy of as many bytes as the
-operator must move runs among them: "% of copy" says how far a memory-bound kernel is from the machine's limit.
+more than the differences looked for, so the contestants take turns: a "pair" is one sample of each, the one that starts
+changes from pair to pair, and a speed-up is the median of the pairs' ratios (theirs over ours), never a ratio of two
+medians.  Where a benchmark asks for it, a copy of as many bytes as the operator must move runs among them: "% of copy"
+says how far a memory-bound kernel is from the machine's limit.  A gate (gate.py says when it fails) times one thread in
+the thread's own processor time, a recording in wall time; the short gate has no copy, no compiled contestants and no
+peak memory.
 
 The same files measure a GPU with ``--device cuda``: tensors that a benchmark makes without naming a device are made
 there.  While the contestants run that default is lifted (it would put a dispatch mode between them and their kernels).
@@ -12,30 +15,26 @@ there.  While the contestants run that default is lifted (it would put a dispatc
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
-import os
-import platform
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import gate
+import machines
 import memory
 import pytest
 import timing
 import torch
 from contestants import Absent
-from records import Comparison, machine_difference
+from records import Comparison, Recorder, machine_difference
 
-MAX_SECONDS = 20.0
+MAX_SECONDS = 20.0  # of a measurement, after which it ends once it has LEAST_PAIRS pairs
 SHORT_SECONDS = 1.0  # the same in the short gate
+LEAST_PAIRS = 15
 ATTEMPTS = 2  # measurements in a row that must lie below a floor
 SHORT_ATTEMPTS = 4  # the same in the short gate, which runs where others compute, for shorter
-LEAST_PAIRS = 15
 
 
 @dataclass
@@ -46,11 +45,13 @@ class Settings:
         device: where tensors are made.
         floors: what a measurement must not fall below, or None.
         short: measure only briefly, without the contestants that must be compiled first.
+        recorder: what takes the rows where they are recorded, or None.
     """
 
     device: str = "cpu"
     floors: gate.Floors | None = None
     short: bool = False
+    recorder: Recorder | None = None
 
 
 SETTINGS = Settings()
@@ -78,6 +79,7 @@ def compare(
     loaded: bool = False,
     over: str | None = None,
     at_most: float | None = None,
+    beside: Collection[str] = (),
     note: str = "",
 ) -> Comparison:
     """Times the contestants against each other and leaves the result in pytest-benchmark's record.
@@ -92,19 +94,24 @@ def compare(
         loaded: keep another process spinning meanwhile, as on a shared machine.
         over: record the overhead, our time over this contestant's (``""``: all of ours), as a median over pairs.
         at_most: the overhead in seconds that the project promises.
+        beside: contestants that are shown but get no floor, such as operators of ours: they may become faster.
 
     Under ``--gate`` the test fails where a ratio stays below its floor when measured again, and is skipped, with the
-    reason, where that cannot be told.
+    reason, where that cannot be told.  Under ``--record`` the row is written at once; the test fails before measuring
+    where its file must not take it.
     """
     where = device()
     if where.type != "cpu" and (loaded or (threads or 1) > 1):
         pytest.skip("threads and load are the CPU's")
+    refusal = SETTINGS.recorder.refusal(group, where.type) if SETTINGS.recorder else ""
+    if refusal:
+        pytest.fail(refusal, pytrace=False)
     before = torch.get_num_threads()
     used = (threads or before) if where.type == "cpu" else 1
     floor = _floor((group, case, where.type, used, loaded))
     runs = {name: run for name, run in contestants.items() if not isinstance(run, Absent)}
     if SETTINGS.short:
-        runs = {name: run for name, run in runs.items() if name not in gate.SLOW}
+        runs = {name: run for name, run in runs.items() if not gate.slow(name)}
     if "torch._dynamo" in sys.modules:
         # Past its limit of shapes per function torch.compile runs it eagerly, and says so to nobody here.
         torch._dynamo.reset()
@@ -123,6 +130,7 @@ def compare(
             peak = {} if SETTINGS.short else {name: memory.peak_bytes(run, where) for name, run in runs.items()}
     finally:
         torch.set_num_threads(before)
+    backend, core = machines.served_by(where.type)
     comparison = Comparison(
         group=group,
         case=case,
@@ -138,10 +146,16 @@ def compare(
         test=benchmark.fullname.rpartition("benchmarks/")[2],
         peak_bytes={name: rise for name, rise in peak.items() if rise is not None},
         missing={name: run.reason for name, run in contestants.items() if isinstance(run, Absent)},
+        beside=[name for name in contestants if name in beside],
+        time=machines.now(),
+        core=core,
+        backend=backend,
     )
     benchmark.group = group
     benchmark.extra_info.update(comparison.record())
     COMPARISONS.append(comparison)
+    if SETTINGS.recorder:
+        SETTINGS.recorder.add(comparison)
     if verdict.outcome == "fail":
         pytest.fail(f"{group} {case} ({comparison.where}): {verdict.reason}", pytrace=False)
     if verdict.outcome == "skip":
@@ -232,33 +246,8 @@ def _leave_record(benchmark: Any, run: Callable[[], Any], where: torch.device) -
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers depend on."""
-    cpu = platform.processor()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                cpu = line.partition(":")[2].strip()
-                break
-    info: dict[str, Any] = {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    try:
-        from fedkern.ops.backend import cpu_core
-
-        info["isa"] = cpu_core().isa()
-    except Exception as error:  # the table says so instead of failing
-        info["isa"] = f"no core: {error}"
-    if SETTINGS.device == "cuda":
-        info["gpu"] = torch.cuda.get_device_name()
-        info["cuda"] = torch.version.cuda
-    for package in ("triton", "liger_kernel", "numpy"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            info[package] = importlib.metadata.version(package)
-    return info
+    """What this run's numbers depend on."""
+    return machines.machine(SETTINGS.device)
 
 
 def table(comparisons: list[Comparison]) -> str:

@@ -1,15 +1,19 @@
-"""What a benchmark leaves behind: a :class:`Comparison` per row, a JSON file per operator, device and processor."""
+"""What a benchmark leaves behind: a :class:`Comparison` per row, a JSON file per operator, device and machine."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+# What of a machine moves ratios; gate.MOVES keeps the same facts for floors.
+IDENTITY = ("cpu", "cores", "isa", "gpu", "backend", "torch")
+# More of the same.  Files recorded before they were noted lack them, so a missing one is not known: no difference.
+CHIP = ("family", "model", "stepping", "implementer", "part", "l2", "l3")
 # What a processor's name says beside maker and model: marks, the clock, and words that most names have.
 NOISE = re.compile(r"\((?:r|tm|c)\)|@.*|\b(?:[0-9]+-core|processor|cpu)\b")
 
@@ -37,6 +41,11 @@ class Comparison:
         overhead: seconds that a call costs beside what it computes, where that was asked for.
         at_most: the overhead that the project promises.
         missing: contestants that cannot run here, with the reason.
+        beside: contestants that are shown but get no floor, for example operators of ours.
+        time: when it was measured, as an ISO date with time, or "" in rows recorded before this was noted.
+        core: ``source_hash()`` of the compiled core that served, or "" where none did or nobody noted it.
+        backend: what served: the backend that was forced, else the one that could, "cuda or triton" where both could
+            (see fedkern/ops/dispatch.py); "" in rows recorded before this was noted.
     """
 
     group: str
@@ -60,6 +69,10 @@ class Comparison:
     missing: dict[str, str] = field(default_factory=dict)
     overhead: float | None = None
     at_most: float | None = None
+    beside: list[str] = field(default_factory=list)
+    time: str = ""
+    core: str = ""
+    backend: str = ""
 
     @property
     def key(self) -> tuple[str, str, str, int, bool]:
@@ -125,20 +138,67 @@ def read_results(folder: Path = RESULTS) -> dict[str, list[Recorded]]:
     return {group: sorted(files, key=lambda one: one.rows[0].device) for group, files in found.items()}
 
 
+class Recorder:
+    """Writes results as they come, so that a run which is killed loses only the row it was at.
+
+    Args:
+        machine: asked for the machine when the first row is there.
+        collected: every test that pytest found, those not selected included.
+        anew: drop the rows that this run does not measure from the files of the operators that it does.
+    """
+
+    def __init__(
+        self,
+        machine: Callable[[], dict[str, Any]],
+        folder: Path = RESULTS,
+        *,
+        collected: Collection[str] = (),
+        anew: bool = False,
+    ) -> None:
+        self.folder, self.collected, self.anew = folder, collected, anew
+        self.rows: list[Comparison] = []
+        self.written: dict[Path, None] = {}
+        self._ask, self._machine = machine, {}
+
+    @property
+    def machine(self) -> dict[str, Any]:
+        """Where this run measures."""
+        self._machine = self._machine or self._ask()
+        return self._machine
+
+    def refusal(self, group: str, device: str) -> str:
+        """Why rows of this operator cannot be recorded, or ""."""
+        return "" if self.anew else _refusal(_path(self.folder, group, device, self.machine), self.machine)
+
+    def add(self, row: Comparison) -> None:
+        """Writes the file of the row's operator with all rows of this run."""
+        self.rows.append(row)
+        mates = [one for one in self.rows if (one.group, one.device) == (row.group, row.device)]
+        paths = write_results(mates, self.machine, self.folder, collected=self.collected, anew=self.anew)
+        self.written.update(dict.fromkeys(paths))
+
+
 def write_results(
     comparisons: Iterable[Comparison],
     machine: dict[str, Any],
     folder: Path = RESULTS,
     *,
     collected: Iterable[str] = (),
+    anew: bool = False,
 ) -> list[Path]:
     """Writes ``<group>-<processor>.json`` (``<group>-cuda-<gpu>.json`` for a GPU's rows), see :func:`slug`.
 
-    Other processors' files are left alone.  Rows of the same machine that this run did not measure stay where their
-    test still exists, so that a run of a few tests adds to a file and a case that was renamed leaves no ghost behind.
+    A forced backend follows the processor, and a number tells machines apart that share all this, for example two ISA
+    levels of one processor: their files are left alone.  Rows of the same machine that this run did not measure stay
+    where their test still exists, so that a run of a few tests adds to a file and a case that was renamed leaves no
+    ghost behind.
 
     Args:
         collected: every test that pytest found, those not selected included.
+        anew: leave nothing of the files' earlier rows.
+
+    Raises:
+        ValueError: the rows that would stay were recorded with another minor version of torch.
     """
     tests = set(collected)
     files = {test.partition("::")[0] for test in tests}
@@ -152,11 +212,11 @@ def write_results(
         groups.setdefault((row.group, row.device), []).append(row)
     paths = []
     for (group, device), rows in sorted(groups.items()):
-        path = _path(folder, group if device == "cpu" else f"{group}-{device}", machine)
-        content = {
-            "machine": machine,
-            "results": [row.record() for row in [*filter(exists, _kept(path, machine, rows)), *rows]],
-        }
+        path = _path(folder, group, device, machine)
+        if not anew and _refusal(path, machine):
+            raise ValueError(_refusal(path, machine))
+        kept = [] if anew else [row for row in _kept(path, rows) if exists(row)]
+        content = {"machine": machine, "results": [row.record() for row in [*kept, *rows]]}
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         partial.replace(path)
@@ -174,32 +234,46 @@ def slug(machine: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", NOISE.sub(" ", processor(machine).lower())).strip("-") or "unknown"
 
 
-def _path(folder: Path, start: str, machine: dict[str, Any]) -> Path:
-    """This processor's file; a number tells processors apart whose slugs are the same."""
-    path, number = folder / f"{start}-{slug(machine)}.json", 1
-    while path.exists() and processor(json.loads(path.read_text()).get("machine", {})) != processor(machine):
+def _path(folder: Path, group: str, device: str, machine: dict[str, Any]) -> Path:
+    """This machine's file, whatever its torch."""
+    parts = [group, *([] if device == "cpu" else [device]), slug(machine), machine.get("backend", "")]
+    start = "-".join(part for part in parts if part)
+    path, number = folder / f"{start}.json", 1
+    while path.exists() and machine_difference(_machine_of(path), machine, torch=False):
         number += 1
-        path = folder / f"{start}-{slug(machine)}-{number}.json"
+        path = folder / f"{start}-{number}.json"
     return path
 
 
-def _kept(path: Path, machine: dict[str, Any], rows: Sequence[Comparison]) -> list[Comparison]:
+def _machine_of(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()).get("machine", {})
+
+
+def _refusal(path: Path, machine: dict[str, Any]) -> str:
+    """Why rows measured here must not join this machine's file, or ""."""
+    difference = machine_difference(_machine_of(path), machine) if path.exists() else ""
+    return difference and f"{path.name}: {difference}; --anew starts the file again, without the rows it holds"
+
+
+def _kept(path: Path, rows: Sequence[Comparison]) -> list[Comparison]:
     if not path.exists():
         return []
-    before = json.loads(path.read_text())
-    if machine_difference(before.get("machine", {}), machine):
-        return []
     tests, keys = {row.test for row in rows}, {row.key for row in rows}
-    old = [Comparison.from_record(record) for record in before["results"]]
+    old = [Comparison.from_record(record) for record in json.loads(path.read_text())["results"]]
     return [row for row in old if row.test not in tests and row.key not in keys]
 
 
-def machine_difference(recorded: dict[str, Any], here: dict[str, Any]) -> str:
-    """Why ratios of one machine say nothing about the other, or ""; torch counts by its minor version."""
-    for name in ("cpu", "cores", "isa", "gpu", "torch"):
+def machine_difference(recorded: dict[str, Any], here: dict[str, Any], *, torch: bool = True) -> str:
+    """Why ratios of one machine say nothing about the other, or ""; ``torch`` counts by its minor version."""
+    known = [name for name in CHIP if name in recorded and name in here]
+    for name in (*IDENTITY, *known):
+        if name == "torch" and not torch:
+            continue
         old, new = (str(info.get(name, "")) for info in (recorded, here))
         if name == "torch":
             old, new = (".".join(version.split(".")[:2]) for version in (old, new))
         if old != new:
+            if name == "backend":
+                old, new = (f"{one} forced" if one else "free choice" for one in (old, new))
             return f"recorded with {name} {old or 'unknown'}, but here it is {new or 'unknown'}"
     return ""

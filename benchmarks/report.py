@@ -1,7 +1,8 @@
 """Turns benchmarks/results/*.json into tables, plots and floors.
 
 python -m benchmarks.report             # results/README.md, a plot per operator and machine, the tables of docs/ops.md
-python -m benchmarks.report --check     # exit code 1 if README.md or docs/ops.md are not what the results say
+python -m benchmarks.report --check     # exit code 1 if README.md or docs/ops.md are not what the results say, but for
+                                        # the marks of rows measured with another compiled core
 python -m benchmarks.report --floors    # floors.toml from the recorded ratios
 """
 
@@ -16,15 +17,23 @@ from pathlib import Path
 
 from benchmarks import gate
 from benchmarks.records import RESULTS, Comparison, Recorded, processor, read_results, slug
+from fedkern.ops.loading import source_hash
 
-DOCS = Path(__file__).parent.parent / "docs" / "ops.md"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs" / "ops.md"
+# Before a number, and behind a row's name, with what they say.
+SCATTERS, OUTDATED = "~", "†"
+MEANING = {
+    SCATTERS: f"`{SCATTERS}`: times scatter by more than {100 * gate.NOISY:.0f} % (interquartile range over median).",
+    OUTDATED: f"{OUTDATED}: measured with another compiled core than the present `csrc/`, or with one not noted.",
+}
 TITLE = "README.md"
 # A line "<!-- measured: kl_div, dual_kl -->", and everything up to the line "<!-- end -->", is written by this program.
 SECTION = re.compile(r"(<!-- measured: ([\w, ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def machine_line(recorded: Recorded) -> str:
-    """Where and when, with versions."""
+    """Where and when, with versions and the forced backend."""
     info = recorded.machine
     place = (
         f"{info['gpu']}, CUDA {info.get('cuda', '?')}" if info.get("gpu") else f"{info['cpu']}, {info['cores']} cores"
@@ -32,7 +41,34 @@ def machine_line(recorded: Recorded) -> str:
     versions = [
         f"{name} {info[name]}" for name in ("python", "torch", "triton", "liger_kernel", "numpy") if name in info
     ]
-    return f"{place}, {info['isa']}; {', '.join(versions)}; {str(info['time'])[:10]}"
+    forced = f", {info['backend']} forced" if info.get("backend") else ""
+    return f"{place}, {info['isa']}{forced}; {', '.join(versions)}; {dates(recorded)}"
+
+
+def dates(recorded: Recorded) -> str:
+    """The day or days of the rows; rows of earlier forms do not say theirs."""
+    days = sorted(row.time[:10] for row in recorded.rows)
+    if not days[0]:
+        return ("up to " if days[-1] else "") + (days[-1] or str(recorded.machine["time"])[:10])
+    return days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
+
+
+def outdated(row: Comparison, core: str) -> bool:
+    """Whether a row's time is not that of the compiled core whose source hash is ``core`` ("": nobody knows)."""
+    compiled = row.backend not in ("reference", "triton")
+    return bool(core) and compiled and row.core != core
+
+
+def case(row: Comparison, core: str) -> str:
+    """What was measured, with the mark of an outdated core."""
+    return row.case + (f" {OUTDATED}" if outdated(row, core) else "")
+
+
+def meanings(rows: Sequence[Comparison], core: str) -> list[str]:
+    """A line for every sign that the rows' tables have."""
+    signs = {SCATTERS} if any(gate.noisy(row, name) for row in rows for name in row.speedup) else set()
+    signs |= {OUTDATED} if any(outdated(row, core) for row in rows) else set()
+    return [line for sign, line in MEANING.items() if sign in signs]
 
 
 def contestants(rows: Sequence[Comparison]) -> list[str]:
@@ -75,14 +111,20 @@ def _digits(value: float) -> str:
 
 
 def ratio(row: Comparison, name: str) -> str:
-    """A speed-up; bold where we lose, with the promise where it is not kept."""
+    """A speed-up; bold where we lose, marked where times scatter, with the promise where it is not kept."""
     if name not in row.speedup:
         return "–"
     value = row.speedup[name]
     text = f"{value:.2f}×" if value < 10 else f"{value:.0f}×"
     text = f"**{text}**" if value < 1 else text
+    text = SCATTERS + text if gate.noisy(row, name) else text
     broken = row.broken_promises()
     return f"{text} (promised {broken[name]:g}×)" if name in broken and not row.loaded else text
+
+
+def our_time(row: Comparison) -> str:
+    """Our median time, marked where it scatters."""
+    return (SCATTERS if row.scatter[row.ours] > gate.NOISY else "") + duration(row.seconds[row.ours])
 
 
 def overhead(row: Comparison) -> str:
@@ -93,7 +135,7 @@ def overhead(row: Comparison) -> str:
     return f"**{text}** (promised {duration(row.at_most or 0.0)})" if row.too_much_overhead else text
 
 
-def table(rows: Sequence[Comparison]) -> list[str]:
+def table(rows: Sequence[Comparison], core: str) -> list[str]:
     """All that was measured of one operator, or of one family of its rows."""
     names = contestants(rows)
     walls = any(row.wall_seconds for row in rows)
@@ -103,7 +145,7 @@ def table(rows: Sequence[Comparison]) -> list[str]:
     heads += ["model bytes", "of a copy", "peak memory", "theirs"]
     lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * (len(heads) - 2)]
     for row in rows:
-        cells = [row.case, row.where, duration(row.seconds[row.ours])]
+        cells = [case(row, core), row.where, our_time(row)]
         if walls:
             cells.append(duration(row.wall_seconds[row.ours]) if row.ours in row.wall_seconds else "–")
         cells += [ratio(row, name) for name in names]
@@ -120,51 +162,67 @@ def table(rows: Sequence[Comparison]) -> list[str]:
     return [*lines, *([""] if notes or absent else []), *notes, *absent]
 
 
-def short_table(rows: Sequence[Comparison]) -> list[str]:
+def in_short(rows: Sequence[Comparison]) -> list[Comparison]:
     """What a reader wants first: one thread (or the GPU), nothing else running."""
-    rows = [row for row in rows if not row.loaded and (row.threads == 1 or row.device != "cpu")]
+    return [row for row in rows if not row.loaded and (row.threads == 1 or row.device != "cpu")]
+
+
+def short_table(rows: Sequence[Comparison], core: str) -> list[str]:
+    """The rows of :func:`in_short` without their memory."""
+    rows = in_short(rows)
     names = contestants(rows)
     lines = ["| size | time | " + " | ".join(against(names)) + " | of a copy |"]
     lines.append("|---|" + "---:|" * (len(names) + 2))
     for row in rows:
         copied = f"{100 * row.copy_fraction:.0f} %" if row.copy_fraction is not None else "–"
-        cells = [row.case, duration(row.seconds[row.ours]), *(ratio(row, name) for name in names), copied]
+        cells = [case(row, core), our_time(row), *(ratio(row, name) for name in names), copied]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
-def page(results: dict[str, list[Recorded]]) -> str:
-    """results/README.md."""
+def page(results: dict[str, list[Recorded]], core: str) -> str:
+    """results/README.md; ``core`` is the source hash of the present ``csrc/``, as in all tables."""
     lines = [
         "# Measured",
         "",
         "Written by `python -m benchmarks.report` from the JSON files here, which `pytest benchmarks --record` writes:",
-        "one per operator and processor, so that recording on one kind of machine leaves the others' results alone.",
+        "one per operator and machine (processor, cores, ISA level, forced backend), so that recording on one leaves",
+        "the others' results alone.",
         "",
         "Contestants take turns in one process; a speed-up is the median over pairs of their time over ours, bold if",
         'below 1. "Of a copy" sets our time against copying as many bytes as the operator must move. "Peak memory" is',
         'what a call takes at most beyond its inputs, gradients included, "theirs" in the order of the columns before.',
         '"Loaded" means that one other process was spinning.',
+        "",
+        *MEANING.values(),
     ]
     for group, files in results.items():
         for recorded in files:
             lines += ["", f"## {group} on {processor(recorded.machine)}", ""]
             lines += [machine_line(recorded), "", f"![{group}]({recorded.name}.png)"]
             for family in families(recorded.rows):
-                lines += ["", *table(family)]
+                lines += ["", *table(family, core)]
     return "\n".join(lines) + "\n"
 
 
-def fill(text: str, results: dict[str, list[Recorded]]) -> str:
+def unmarked(text: str) -> str:
+    """``text`` without the marks of outdated cores: a change of ``csrc/`` makes them due, and no table wrong."""
+    return text.replace(f"\n{MEANING[OUTDATED]}\n", "").replace(f" {OUTDATED}", "")
+
+
+def fill(text: str, results: dict[str, list[Recorded]], core: str) -> str:
     """``text`` with the sections between markers written anew, from those of their operators that are recorded."""
 
     def section(match: re.Match[str]) -> str:
         lines: list[str] = []
+        shown: list[Comparison] = []
         for group in (name.strip() for name in match[2].split(",")):
             for recorded in results.get(group, []):
                 lines += [f"`{group}` on {machine_line(recorded)}:", ""]
+                shown += in_short(recorded.rows)
                 for family in families(recorded.rows):
-                    lines += [*short_table(family), ""]
+                    lines += [*short_table(family, core), ""]
+        lines += [part for line in meanings(shown, core) for part in (line, "")]
         return match[1] + "\n" + "\n".join(lines or ["Not recorded yet.", ""]) + "\n" + match[3]
 
     return SECTION.sub(section, text)
@@ -183,19 +241,22 @@ def plot(recorded: Recorded, path: Path) -> None:
     figure, axes = pyplot.subplots(
         figsize=(9, 1.6 + 0.28 * len(rows) * max(len(names), 1) ** 0.7), layout="constrained"
     )
+    pale = []
     for k, name in enumerate(names):
-        places, values, low, high = [], [], [], []
+        places, values, low, high, told = [], [], [], [], []
         for position, row in enumerate(rows):
             if name in row.speedup:
                 places.append(position + (k - (len(names) - 1) / 2) * height)
                 values.append(row.speedup[name])
+                told.append(not gate.noisy(row, name))
                 quartiles = row.spread.get(name, [values[-1], values[-1]])
                 low.append(max(values[-1] - quartiles[0], 0))
                 high.append(max(quartiles[1] - values[-1], 0))
         # From 1, so that losses point to the left.
         widths = [value - 1 for value in values]
         bars = {"xerr": [low, high], "error_kw": {"elinewidth": 0.8, "ecolor": "0.3"}}
-        axes.barh(places, widths, 0.92 * height, left=1, label=name, **bars)
+        drawn = axes.barh(places, widths, 0.92 * height, left=1, label=name, **bars)
+        pale += [bar for bar, steady in zip(drawn, told, strict=True) if not steady]
     axes.axvline(1, color="0.2", linewidth=1)
     axes.set_xscale("log")
     ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200) if _within(t, rows)]
@@ -203,9 +264,11 @@ def plot(recorded: Recorded, path: Path) -> None:
     axes.minorticks_off()
     axes.set_yticks(range(len(rows)), [f"{row.case}, {row.where}" for row in rows], fontsize=8)
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xlabel("times as fast as (median over pairs, quartiles)")
+    axes.set_xlabel("times as fast as (median over pairs, quartiles" + ("; pale: times scatter)" if pale else ")"))
     axes.set_title(f"{rows[0].group}\n{machine_line(recorded)}", fontsize=9)
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+    for bar in pale:  # after the legend, which takes its colours from the first bars
+        bar.set_alpha(0.35)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
 
@@ -234,11 +297,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         short = sum(row.short for row in floors.rows)
         print(f"wrote {options.floors}: {len(floors.rows)} rows, {short} of them in the short gate")
         return 0
-    texts = {options.results / TITLE: page(results)}
+    core = source_hash(ROOT / "csrc")
+    texts = {options.results / TITLE: page(results, core)}
     if options.docs.exists():
-        texts[options.docs] = fill(options.docs.read_text(), results)
+        texts[options.docs] = fill(options.docs.read_text(), results, core)
     stale = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
     if options.check:
+        stale = [path for path in stale if not path.exists() or unmarked(path.read_text()) != unmarked(texts[path])]
         for path in stale:
             print(f"{path} is not what the results say: run python -m benchmarks.report", file=sys.stderr)
         return 1 if stale else 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -123,8 +125,8 @@ def test_every_shape_is_compiled(folder: Path, tmp_path: Path) -> None:
     assert "12 passed" in made.stdout, made.stdout + made.stderr
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+def run(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **variables}
     command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -211,3 +213,50 @@ def test_gate_without_floors_is_an_error(folder: Path) -> None:
     gated = run(folder, "-m", "pytest", "benchmarks", "--gate", "--floors", "nowhere.toml")
     assert gated.returncode == 4
     assert "nowhere.toml holds no floors" in gated.stderr
+
+
+KILLED = '''
+"""The second row never comes to an end."""
+import os
+import signal
+
+import harness
+
+
+def test_one(benchmark):
+    harness.compare(benchmark, "killed", "one", {"fedkern": lambda: 1.0, "eager": lambda: 2.0}, threads=1, pairs=3)
+
+
+def test_two(benchmark):
+    os.kill(os.getpid(), signal.SIGKILL)
+'''
+
+
+def test_a_killed_recording_leaves_what_it_had_and_a_forced_backend_is_noted(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "frame")
+    (tmp_path / "frame" / "benchmarks" / "bench_toy.py").write_text(KILLED)
+    killed = run(tmp_path / "frame", "-m", "pytest", "benchmarks", "--record", FEDKERN_BACKEND="reference")
+    assert killed.returncode == -signal.SIGKILL
+    (path,) = (tmp_path / "frame" / "benchmarks" / "results").glob("killed-*.json")
+    assert path.stem.endswith("-reference")
+    content = json.loads(path.read_text())
+    (row,) = content["results"]
+    assert (row["case"], row["backend"], row["core"]) == ("one", "reference", "")
+    assert row["time"] >= content["machine"]["time"]
+    assert content["machine"]["backend"] == "reference"
+
+
+def test_rows_of_another_torch_stop_a_recording_before_it_measures(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "frame")
+    for path in (tmp_path / "frame" / "benchmarks" / "results").glob("toy-*.json"):
+        path.write_text(path.read_text().replace('"torch": "', '"torch": "1.'))
+    command = ["-m", "pytest", "benchmarks", "--record", "-k", "small"]
+    refused = run(tmp_path / "frame", *command)
+    assert refused.returncode == 1
+    assert "recorded with torch 1.2" in refused.stdout
+    assert len(json.loads(path.read_text())["results"]) == 3
+    assert run(tmp_path / "frame", *command, "--anew").returncode == 0
+    assert [row["case"] for row in json.loads(path.read_text())["results"]] == ["small"]
+    alone = run(tmp_path / "frame", "-m", "pytest", "benchmarks", "--anew")
+    assert alone.returncode == 4
+    assert "--anew says what --record does" in alone.stderr

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import gate
 import pytest
+import records
 from records import Comparison, machine_difference, read_results, write_results
 
 MACHINE = {"cpu": "A", "cores": 2, "isa": "avx2", "torch": "2.13.0+cpu", "time": "2026-01-01"}
@@ -81,10 +82,30 @@ def test_floors_of_results_survive_the_file(tmp_path: Path) -> None:
     assert gate.read_floors(tmp_path / "missing.toml").rows == []
 
 
+def test_contestants_shown_beside_have_no_floor() -> None:
+    floors = gate.make_floors([("a", MACHINE, [replace(ROW, beside=["eager"])])])
+    assert [row.against for row in floors.rows] == [{"compile": 2.55}]
+    assert not gate.make_floors([("a", MACHINE, [replace(ROW, beside=["eager", "compile"])])]).rows
+
+
+def test_of_two_floors_the_one_of_the_better_known_machine_counts() -> None:
+    sure = replace(FLOOR, machine="sure", against={"eager": 1.2})
+    machines = {"a": {"cpu": "A"}, "sure": {"cpu": "A", "model": "1"}}
+    assert gate.Floors([FLOOR, sure], machines).of(FLOOR.key, {"a", "sure"}) == sure
+    assert gate.Floors([FLOOR, sure], machines).of(FLOOR.key, {"a"}) == FLOOR
+
+
 def test_machines_are_compared_by_what_moves_ratios() -> None:
     assert not machine_difference(MACHINE, {**MACHINE, "torch": "2.13.1", "time": "2027"})
     for name, other in (("cpu", "B"), ("cores", 64), ("isa", "avx512"), ("torch", "2.12.0"), ("gpu", "H200")):
         assert name in machine_difference(MACHINE, {**MACHINE, name: other})
+    assert set(gate.MOVES) == {*records.IDENTITY, *records.CHIP}
+    known = {**MACHINE, "model": "143", "l2": "2048K"}
+    assert not machine_difference(MACHINE, known), "what was not recorded is not known"
+    assert not machine_difference(known, MACHINE)
+    assert machine_difference(known, {**known, "model": "207"}) == "recorded with model 143, but here it is 207"
+    forced = machine_difference(MACHINE, {**MACHINE, "backend": "triton"})
+    assert forced == "recorded with backend free choice, but here it is triton forced"
 
 
 def test_recording_a_few_tests_adds_to_the_file(tmp_path: Path) -> None:
@@ -98,9 +119,6 @@ def test_recording_a_few_tests_adds_to_the_file(tmp_path: Path) -> None:
     (recorded,) = read_results(tmp_path)["toy"]
     assert [row.case for row in recorded.rows] == ["other", "foreign", "[64, 20]"]
     assert recorded.rows[2] == renamed
-    write_results([renamed], {**MACHINE, "torch": "2.14.0"}, tmp_path, collected=collected)
-    (recorded,) = read_results(tmp_path)["toy"]
-    assert [row.case for row in recorded.rows] == ["[64, 20]"], "rows of other versions must not stay"
     assert path.name == "toy-a.json"
     (path,) = write_results([replace(ROW, device="cuda")], {**MACHINE, "gpu": "NVIDIA H200"}, tmp_path)
     assert path.name == "toy-cuda-nvidia-h200.json"

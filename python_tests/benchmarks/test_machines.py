@@ -134,6 +134,6 @@ def test_the_pages_show_machine_after_machine(tmp_path: Path) -> None:
     assert "promised" not in amd
     first, second = docs.read_text().split("`toy` on ")[1:]
     assert first.startswith("AMD EPYC, 2 cores")
-    assert "| small | 100 µs | 2.00× | – |" in first
+    assert "| small † | 100 µs | 2.00× | – |" in first
     assert second.startswith("Intel(R) Xeon(R) Processor, 2 cores")
-    assert "| small | 100 µs | 1.20× (promised 1.5×) | – |" in second
+    assert "| small † | 100 µs | 1.20× (promised 1.5×) | – |" in second

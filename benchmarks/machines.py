@@ -1,0 +1,110 @@
+"""What measured: the processor down to its caches, versions, and which backend and compiled core served."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import os
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CPUINFO, CACHES = Path("/proc/cpuinfo"), Path("/sys/devices/system/cpu/cpu0/cache")
+# A virtual machine's processor often has a name that says no more than the maker: these tell its generation.
+FACTS = {
+    "cpu family": "family",
+    "model": "model",
+    "stepping": "stepping",
+    "CPU implementer": "implementer",
+    "CPU part": "part",
+}
+
+
+def now() -> str:
+    """The time as an ISO date, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the numbers depend on; a forced backend is part of it."""
+    info: dict[str, Any] = {
+        "time": now(),
+        "cpu": platform.processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **chip(),
+    }
+    try:
+        from fedkern.ops.backend import cpu_core
+
+        info["isa"] = cpu_core().isa()
+    except Exception as error:  # the table says so instead of failing
+        info["isa"] = f"no core: {error}"
+    if device == "cuda":
+        info["gpu"] = torch.cuda.get_device_name()
+        info["cuda"] = torch.version.cuda
+    forced = _forced()
+    if forced:
+        info["backend"] = forced
+    for package in ("triton", "liger_kernel", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            info[package] = importlib.metadata.version(package)
+    return info
+
+
+def chip(cpuinfo: Path = CPUINFO, caches: Path = CACHES) -> dict[str, str]:
+    """Name, family, model and stepping (on ARM implementer and part) and the sizes of L2 and L3, as far as known."""
+    info: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        for line in cpuinfo.read_text().partition("\n\n")[0].splitlines():
+            name, _, value = (part.strip() for part in line.partition(":"))
+            if name == "model name":
+                info["cpu"] = value
+            elif name in FACTS:
+                info[FACTS[name]] = value
+    with contextlib.suppress(OSError):
+        for index in sorted(caches.glob("index*")):
+            level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
+            if level in ("2", "3") and kind != "Instruction":
+                info[f"l{level}"] = size
+    return info
+
+
+def _forced() -> str | None:
+    from fedkern.ops.backend import forced_backend
+
+    return forced_backend()
+
+
+def served_by(device: str) -> tuple[str, str]:
+    """Which backend serves here, and the ``source_hash()`` of its compiled core ("" where it has none).
+
+    The backend is the forced one, else the one that can serve: "reference" where no compiled core does, "cuda or
+    triton" where size and operator decide.
+    """
+    forced = _forced()
+    if forced:
+        return forced, _core_of(forced) or ""
+    found = [name for name in (("cuda", "triton") if device == "cuda" else ("cpu",)) if _core_of(name) is not None]
+    return " or ".join(found) or "reference", (_core_of(found[0]) or "") if found else ""
+
+
+@functools.cache
+def _core_of(backend: str) -> str | None:
+    """The source hash of a backend's compiled core, "" where the backend has none, None where it cannot be used."""
+    from fedkern.ops.backend import cpu_core
+    from fedkern.ops.loading import Unavailable, load_core, load_triton
+
+    try:
+        if backend == "triton":
+            load_triton("blend")
+        if backend in ("cpu", "cuda"):
+            return (cpu_core() if backend == "cpu" else load_core("_cuda")).source_hash()
+    except Unavailable:
+        return None
+    return ""
