@@ -4,14 +4,16 @@
 
 Each setting is timed on one thread, the lowerings in turn, in seconds of the thread's own processor time (a busy
 machine takes turns away from all alike); the fastest of the repetitions counts.  About ten minutes; run it on the
-machine that the table is meant for.
+machine that the table is meant for.  With ``--write`` every row is written when it is measured, so that a run which is
+interrupted leaves a table of new and earlier rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +27,8 @@ from fedkern.ops.fuse_table import LOWERINGS, Row
 BATCH = 64
 COLOURS = 3
 LAYERS = 3  # of a chain: what blocks do at their ends shall not count for much
-TABLE = Path(fuse_table.__file__)
+TABLE = Path(fuse_table.__file__).resolve()
+CHECKOUT = Path(__file__).resolve().parent.parent
 BRANCHES, WIDTHS, SIZES = (5, 10), (14, 16, 20, 29, 32, 40, 64, 128), (32, 16, 8, 4, 2)
 # Of one layer's multiplications for a batch: memory, and minutes.  Beyond them costs change no more.
 LEAST, MOST = 1 << 22, 3 << 30
@@ -140,6 +143,28 @@ def measure(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, fl
     return best
 
 
+def foreign(table: Path, checkout: Path) -> str:
+    """Why ``--write`` must not change ``table``, or ""."""
+    if table == checkout / "fedkern" / "ops" / table.name:
+        return ""
+    return (
+        f"--write would change {table}, which is not in the checkout {checkout}: run it there with PYTHONPATH=., or "
+        "after pip install -e ."
+    )
+
+
+def write(rows: Iterable[Row], table: Path) -> None:
+    """Replaces the rows in the table's file, all or nothing."""
+    head, begin, rest = table.read_text().partition("ROWS: tuple[Row, ...] = (\n")
+    _, end, tail = rest.partition("\n)\n")
+    lines = "\n".join(
+        f"    Row({', '.join(repr(value) for value in row)})," for row in sorted(rows, key=lambda row: row[:5])
+    )
+    partial = table.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(head + begin + lines.replace("'", '"') + end + tail)
+    partial.replace(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="replace the table's rows of the kinds measured")
@@ -147,26 +172,26 @@ def main() -> None:
     parser.add_argument("--branches", type=int, choices=BRANCHES, help="measure and replace rows of so many branches")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
+    refusal = foreign(TABLE, CHECKOUT)
+    if options.write and refusal:
+        parser.error(refusal)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     kinds = options.only or KINDS
     asked = [s for s in settings() if s.kind in kinds and options.branches in (None, s.branches)]
-    measured = {(s.kind, s.branches) for s in asked}
-    rows = [row for row in fuse_table.ROWS if (row.kind, row.branches) not in measured]
+    rows = {row[:5]: row for row in fuse_table.ROWS}
     for setting in asked:
         ways, amount = runs(setting)
         costs = {name: 1e12 * seconds / amount for name, seconds in measure(ways, options.repeats).items()}
         rounded = [round(costs[name], 2) if name in costs else None for name in LOWERINGS]
-        rows.append(Row(*setting, *rounded))  # type: ignore[arg-type]
-        print(rows[-1], flush=True)
+        rows[tuple(setting)] = Row(*setting, *rounded)  # type: ignore[arg-type]
+        print(rows[tuple(setting)], flush=True)
+        if options.write:
+            write(rows.values(), TABLE)
     if options.write:
-        text = TABLE.read_text()
-        head, begin, rest = text.partition("ROWS: tuple[Row, ...] = (\n")
-        _, end, tail = rest.partition("\n)\n")
-        lines = "\n".join(
-            f"    Row({', '.join(repr(value) for value in row)})," for row in sorted(rows, key=lambda row: row[:5])
-        )
-        TABLE.write_text(head + begin + lines.replace("'", '"') + end + tail)
+        kinds_measured = {(s.kind, s.branches) for s in asked}
+        kept = [row for key, row in rows.items() if key in asked or (row.kind, row.branches) not in kinds_measured]
+        write(kept, TABLE)
         print(f"wrote {TABLE}")
 
 
