@@ -1,25 +1,23 @@
-"""weighted_mean and Accumulator against a loop of add_, _foreach_add_ and the per-array NumPy average that Flower does.
+"""weighted_mean and Accumulator against a loop of add_, _foreach_add_, torch.compile and Flower's NumPy averages.
 
 Model bytes: every vector read once, the result written once, (M + 1) * P * 4.  The contestants write into memory of
-their own that they reuse, except where a case says "fresh": there a new result is allocated, page faults included.
+their own that they reuse, but for "Flower, inplace=False", which has none.  Where a case says "fresh" all of them
+allocate a new result, page faults included.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from contestants import Absent, apex_mean
+from contestants import apex_mean
+from flower_means import LAYERS, fresh_mean, inplace_mean
 from harness import compare
 from torch import Tensor
 
 from fedkern import ops
-
-LAYERS = 62  # arrays per model, as in ResNet-18
 
 
 def add_loop(vectors: list[Tensor], weights: list[float], out: Tensor) -> Callable[[], Tensor]:
@@ -41,26 +39,26 @@ def foreach_add(vectors: list[Tensor], weights: list[float], out: Tensor) -> Cal
     clients = [list(vector.chunk(LAYERS)) for vector in vectors]
 
     def run() -> Tensor:
-        out.zero_()
-        for client, weight in zip(clients, weights, strict=True):
+        torch.mul(vectors[0], weights[0] / total, out=out)
+        for client, weight in zip(clients[1:], weights[1:], strict=True):
             torch._foreach_add_(layers, client, alpha=weight / total)
         return out
 
     return run
 
 
-def flower(vectors: list[Tensor], weights: list[float]) -> Callable[[], Any] | Absent:
-    """flwr.server.strategy.aggregate.aggregate: weight every array, add them up layer by layer, divide."""
-    if vectors[0].device.type != "cpu":
-        return Absent("NumPy computes on the CPU")
-    total = sum(weights)
-    clients = [np.array_split(vector.numpy(), LAYERS) for vector in vectors]
+def compiled(vectors: list[Tensor], weights: list[float], out: Tensor | None) -> Callable[[], Tensor]:
+    """One pass over the vectors, written into ``out`` or a new result."""
+    shares = [weight / sum(weights) for weight in weights]
 
-    def run() -> list[Any]:
-        weighted = [[layer * weight for layer in client] for client, weight in zip(clients, weights, strict=True)]
-        return [reduce(np.add, updates) / total for updates in zip(*weighted, strict=True)]
+    def mean(vectors: list[Tensor], out: Tensor | None) -> Tensor:
+        total = vectors[0] * shares[0]
+        for vector, share in zip(vectors[1:], shares[1:], strict=True):
+            total = total + vector * share
+        return total if out is None else out.copy_(total)
 
-    return run
+    function = torch.compile(mean, dynamic=False)
+    return lambda: function(vectors, out)
 
 
 def make(count: int, size: int) -> tuple[list[Tensor], list[float], Tensor, Tensor]:
@@ -86,7 +84,9 @@ def test_weighted_mean(benchmark: Any, count: int, size: int, floors: dict[str, 
         "fedkern": lambda: ops.weighted_mean(vectors, weights, out=out),
         "add_": add_loop(vectors, weights, other),
         "_foreach_add_": foreach_add(vectors, weights, other),
-        "Flower": flower(vectors, weights),
+        "compile": compiled(vectors, weights, other),
+        "Flower": inplace_mean(vectors, weights, other),
+        "Flower, inplace=False": fresh_mean(vectors, weights),
         "apex": apex_mean(vectors, weights, other),
     }
     bytes_ = (count + 1) * size * 4
@@ -110,6 +110,7 @@ def test_weighted_mean_of_a_large_model(benchmark: Any, size: int) -> None:
         "fedkern": lambda: ops.weighted_mean(vectors, weights, out=out),
         "add_": add_loop(vectors, weights, other),
         "_foreach_add_": foreach_add(vectors, weights, other),
+        "compile": compiled(vectors, weights, other),
     }
     floors = {"add_": 2.0, "_foreach_add_": 2.0}
     bytes_ = 6 * size * 4
@@ -130,7 +131,13 @@ def test_fresh_result(benchmark: Any) -> None:
             out.add_(vector, alpha=weight / total)
         return out
 
-    runs = {"fedkern": lambda: ops.weighted_mean(vectors, weights), "add_": add_, "Flower": flower(vectors, weights)}
+    runs = {
+        "fedkern": lambda: ops.weighted_mean(vectors, weights),
+        "add_": add_,
+        "compile": compiled(vectors, weights, None),
+        "Flower": inplace_mean(vectors, weights),
+        "Flower, inplace=False": fresh_mean(vectors, weights),
+    }
     compare(benchmark, "aggregate", "M=10 P=11,000,000 fresh", runs, model_bytes=11 * 44_000_000, copy=True, threads=1)
 
 
@@ -144,6 +151,7 @@ def test_sixteen_bits(benchmark: Any, dtype: torch.dtype) -> None:
     runs = {
         "fedkern": lambda: ops.weighted_mean(vectors, weights, out=out),
         "add_": add_loop(vectors, weights, other),
+        "compile": compiled(vectors, weights, other),
     }
     case = f"M=10 P=11,000,000 {str(dtype).removeprefix('torch.')}"
     compare(benchmark, "aggregate", case, runs, model_bytes=11 * 22_000_000, copy=True, threads=1)
@@ -154,9 +162,12 @@ def test_accumulator(benchmark: Any, exact: bool) -> None:
     size = 11_000_000
     vector, total = torch.randn(size), torch.zeros(size, dtype=torch.float64)
     accumulator = ops.Accumulator(size, exact=exact)
+    function = torch.compile(lambda total, vector: total.add_(vector, alpha=2.0), dynamic=False)
+    compiled_total = total.clone()
     runs = {
         "fedkern": lambda: accumulator.add(vector, 2.0),
         "add_ to float64": lambda: total.add_(vector, alpha=2.0),
+        "compile to float64": lambda: function(compiled_total, vector),
     }
     moved = (4 + 48 + 2 if exact else 4 + 16) * size
     case = f"add{' exact' if exact else ''} P={size:,}"

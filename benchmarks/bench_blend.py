@@ -1,4 +1,4 @@
-"""blend and erase_boxes against eager torch and torch.compile: forward and backward on leaf inputs.
+"""blend against eager torch and torch.compile: forward and backward on leaf inputs.
 
 Eager is the form people write, ``alpha * fg + (1 - alpha) * bg[index]``.  Model bytes of blend: two maps read and one
 written forward, one read and two written backward.  Every contestant allocates its results afresh, as in training.
@@ -110,20 +110,3 @@ def test_small_blend(benchmark: Any, shape: tuple[int, ...], dtype: torch.dtype)
         threads=1,
         note="an empty autograd.Function takes most of it",
     )
-
-
-def test_erase_boxes(benchmark: Any) -> None:
-    torch.manual_seed(0)
-    images = torch.rand(64, 3, 224, 224)
-    corners = torch.rand(64, 2, 2) * 120
-    boxes = torch.cat([corners, corners + 20 + torch.rand(64, 2, 2) * 80], 2)
-
-    def loop() -> Tensor:
-        out = images.clone()
-        for b, rows in enumerate(boxes.ceil().int().tolist()):
-            for x1, y1, x2, y2 in rows:
-                out[b, :, y1:y2, x1:x2] = 0
-        return out
-
-    runs = {"fedkern": lambda: ops.erase_boxes(images, boxes), "loop of slices": loop}
-    compare(benchmark, "boxes", "[64, 3, 224, 224]", runs, model_bytes=2 * images.nbytes, copy=True, threads=1)

@@ -87,6 +87,7 @@ def test_step(benchmark: Any, model: str, width: int, teachers: int) -> None:
         },
         floors={"FedAvg": 1 / AT_MOST},
         gpu_floors={"FedAvg": 1 / AT_MOST},
+        beside=("teacher in every step",),
         threads=1,
         note="two batches of 64 images of 32 pixels",
     )

@@ -6,7 +6,8 @@ gradients written).
 
 FusedBlocks runs against M calls of the separate modules on the same input in the layout they come in (contiguous), and
 against the same modules and input channels-last.  The modules return M maps, FusedBlocks their concatenation, which the
-next level's adaptors read: "and cat" adds that to the modules.
+next level's adaptors read: "and cat" adds that to the modules.  FusedBlocks folds frozen batch norms into convolutions:
+"folded" modules have that too, and compiled ones are folded, channels-last and called M times.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from contestants import folded
 from harness import compare
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from fedkern import ops
 from fedkern.models.resnet import BasicBlock
@@ -141,6 +144,9 @@ def settings() -> Iterator[Any]:
 def separate(blocks: list[nn.Module], x: Tensor) -> dict[str, Callable[[], Any]]:
     """M calls in both layouts, without and with the concatenation."""
     last = [copy.deepcopy(block).to(memory_format=torch.channels_last) for block in blocks]
+    norms = any(isinstance(layer, nn.BatchNorm2d) for layer in blocks[0].modules())
+    plain = [folded(block) for block in blocks]
+    plain_last = [copy.deepcopy(block).to(memory_format=torch.channels_last) for block in plain]
     x_last = x.contiguous(memory_format=torch.channels_last)
 
     def calls(modules: list[nn.Module], x: Tensor) -> Callable[[], Any]:
@@ -157,12 +163,24 @@ def separate(blocks: list[nn.Module], x: Tensor) -> dict[str, Callable[[], Any]]
 
         return run
 
-    return {
+    # Weights are arguments, so that one compiled block serves all of them.
+    compiled = torch.compile(lambda weights, x: functional_call(plain_last[0], weights, x), dynamic=False)
+    weights = [dict(block.named_parameters()) for block in plain_last]
+
+    def compiled_calls() -> list[Tensor]:
+        with torch.no_grad():
+            return [compiled(one, x_last) for one in weights]
+
+    found = {
         "modules": calls(blocks, x),
         "channels-last modules": calls(last, x_last),
         "modules and cat": joined(blocks, x),
         "channels-last modules and cat": joined(last, x_last),
+        "compile": compiled_calls,
     }
+    if norms:
+        found |= {"folded modules": calls(plain, x), "channels-last folded modules": calls(plain_last, x_last)}
+    return found
 
 
 def blocks_case(benchmark: Any, group: str, case: str, blocks: list[nn.Module], x: Tensor, floor: float) -> None:

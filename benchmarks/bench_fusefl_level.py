@@ -3,7 +3,7 @@
 The networks are ResNet-18 of width 20 = 64 / sqrt(10), cut in 2 and in 4 blocks; a level's input is what the level
 before gives, joined.  The modules are what a plain implementation runs: every client's adaptor and block on the same
 joined input, in eval mode without autograd, and the concatenation of their results, which the next adaptors read; in
-the layout that torch makes by default and, input and weights, channels-last.
+the layout that torch makes by default and, input and weights, channels-last, there also with folded batch norms.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from contestants import folded
 from harness import compare, device
 from torch import Tensor, nn
 
@@ -66,11 +67,14 @@ def test_frozen_level(benchmark: Any, blocks: int, number: int) -> None:
         with torch.no_grad():
             return fused(x)
 
-    torch.testing.assert_close(ours(), calls(modules, x)(), rtol=1e-3, atol=1e-3)
+    plain = [folded(module) for module in last]
+    for others in (modules, plain):
+        torch.testing.assert_close(ours(), calls(others, x)(), rtol=1e-3, atol=1e-3)
     runs: dict[str, Callable[[], Any]] = {
         "fedkern": ours,
         "modules": calls(modules, x),
         "channels-last modules": calls(last, x.contiguous(memory_format=LAST)),
+        "channels-last folded modules": calls(plain, x.contiguous(memory_format=LAST)),
     }
     case = f"level {number} of {blocks}, M={CLIENTS} ResNet-18 of width {WIDTH}, input {list(x.shape)}"
     compare(benchmark, "fusefl_level", case, runs, floors={"modules": 1.2}, pairs=5, threads=1)

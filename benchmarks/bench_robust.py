@@ -55,9 +55,11 @@ def flower_trimmed(vectors: Tensor, trim: int) -> Contestant:
 def test_median(benchmark: Any, count: int, size: int, threads: int) -> None:
     vectors = make(count, size)
     rows = list(vectors)
+    compiled = torch.compile(eager_median, dynamic=False)
     runs = {
         "fedkern": lambda: ops.median(rows),
         "torch": lambda: eager_median(vectors),
+        "compile": lambda: compiled(vectors),
         "Flower": in_numpy(vectors, lambda x: np.median(x, axis=0)),
     }
     compare(
@@ -123,19 +125,31 @@ def test_weighted(benchmark: Any, operator: str) -> None:
     compare(benchmark, operator, case, runs, model_bytes=(count + 1) * size * 4, copy=True, threads=1, pairs=15)
 
 
+def squared_distances(vectors: Tensor) -> Tensor:
+    """From the Gram matrix: one product; what near-equal vectors differ by is lost in rounding."""
+    products = vectors @ vectors.T
+    squares = products.diagonal()
+    return (squares[:, None] + squares - 2 * products).clamp_min(0)
+
+
+def gram_distances(vectors: Tensor) -> Tensor:
+    return squared_distances(vectors).sqrt()
+
+
 @pytest.mark.parametrize(("count", "size"), [(10, 1_000_000), (50, 1_000_000), (10, 10_000)])
 def test_pairwise_distances(benchmark: Any, count: int, size: int) -> None:
     vectors = make(count, size)
     rows = list(vectors)
-    exact = "donot_use_mm_for_euclid_dist"
+    compiled = torch.compile(gram_distances, dynamic=False)
     runs = {
         "fedkern": lambda: ops.pairwise_distances(rows),
-        "cdist": lambda: torch.cdist(vectors, vectors, compute_mode=exact),
-        "cdist by matrix product": lambda: torch.cdist(
-            vectors, vectors, compute_mode="use_mm_for_euclid_dist_if_necessary"
-        ),
+        "cdist": lambda: torch.cdist(vectors, vectors, compute_mode="donot_use_mm_for_euclid_dist"),
+        "cdist, matrix product": lambda: torch.cdist(vectors, vectors, compute_mode="use_mm_for_euclid_dist"),
+        "pdist": lambda: torch.pdist(vectors),
+        "Gram matrix": lambda: gram_distances(vectors),
+        "compile": lambda: compiled(vectors),
     }
-    note = "differences in fp64; cdist sums in fp32, and by a matrix product it loses near-equal vectors"
+    note = "differences in fp64; the others sum in fp32, and by a matrix product they lose near-equal vectors"
     case = f"M={count} P={size:,}"
     compare(
         benchmark,
@@ -162,9 +176,11 @@ def eager_geometric_median(vectors: Tensor, iterations: int) -> Tensor:
 def test_geometric_median(benchmark: Any, count: int, size: int) -> None:
     vectors = make(count, size)
     rows = list(vectors)
+    compiled = torch.compile(eager_geometric_median, dynamic=False)
     runs = {
         "fedkern": lambda: ops.geometric_median(rows, iterations=10, tolerance=0),
         "torch": lambda: eager_geometric_median(vectors, 10),
+        "compile": lambda: compiled(vectors, 10),
     }
     case = f"M={count} P={size:,} 10 iterations"
     bytes_ = (2 * count + 1) * size * 4
@@ -175,8 +191,9 @@ def test_krum(benchmark: Any) -> None:
     vectors = make(10, 1_000_000)
     rows = list(vectors)
 
-    def eager_krum() -> Tensor:
-        squared = torch.cdist(vectors, vectors).square().sort(1).values
+    def eager_krum(vectors: Tensor) -> Tensor:
+        """By the Gram matrix, the quickest way to distances in torch."""
+        squared = squared_distances(vectors).sort(1).values
         return vectors[squared[:, 1:8].sum(1).argmin()]
 
     def flower_krum(array: Any) -> Any:
@@ -184,7 +201,13 @@ def test_krum(benchmark: Any) -> None:
         squared = np.array([[np.linalg.norm(a - b) ** 2 for b in array] for a in array])
         return array[np.argmin(np.sort(squared, 1)[:, 1:8].sum(1))]
 
-    runs = {"fedkern": lambda: ops.krum(rows, 1), "torch": eager_krum, "Flower": in_numpy(vectors, flower_krum)}
+    compiled = torch.compile(eager_krum, dynamic=False)
+    runs = {
+        "fedkern": lambda: ops.krum(rows, 1),
+        "torch": lambda: eager_krum(vectors),
+        "compile": lambda: compiled(vectors),
+        "Flower": in_numpy(vectors, flower_krum),
+    }
     compare(benchmark, "krum", "M=10 P=1,000,000 f=1", runs, model_bytes=11 * 4_000_000, copy=True, threads=1, pairs=15)
 
 

@@ -1,94 +1,149 @@
-"""server_step against the same in foreach operations, torch.compile and NumPy as Flower does it.
+"""server_step against the same in eager operations, torch.compile, apex and NumPy as Flower does it.
 
 Everybody computes the new model, the states, every client's delta norm and its cosine to the mean delta; Flower's
-strategies have no norms and cosines, so neither has its row.  Model bytes: the uploads, the global model and the states
-read once, the model and the states written once.
+strategies have no norms and cosines, so neither has its row.  Everybody writes the model, the states and whatever lies
+between into memory that it holds: Flower's own FedAdam would allocate its arrays, here they are NumPy's out=.  Model
+bytes: the uploads, the global model and the states read once, the model and the states written once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from contestants import Absent, Contestant
+from contestants import Absent, Contestant, apex_adam
+from flower_means import inplace_mean, layers
 from harness import compare
 from torch import Tensor
 
 from fedkern import ops
-
-RATE, BETA1, BETA2, TAU = 0.1, 0.9, 0.99, 1e-9
+from fedkern.ops.aggregate_server_step import DEFAULTS
 
 
 class Case:
-    """The uploads and the server's state, once for every contestant."""
+    """The uploads, once for every contestant; each has a model and states of its own."""
 
-    def __init__(self, count: int, size: int) -> None:
+    def __init__(self, count: int, size: int, rule: str = "adam") -> None:
         torch.manual_seed(0)
         self.weights = [float(100 + 7 * m) for m in range(count)]
         self.shares = [weight / sum(self.weights) for weight in self.weights]
         self.global_ = torch.randn(size)
         self.vectors = [self.global_ + 0.01 * torch.randn(size) for _ in range(count)]
-        self.out = torch.empty(size)
-        self.states = [[torch.zeros(size), torch.zeros(size)] for _ in range(4)]
+        self.rule, self.settings = rule, DEFAULTS[rule]
 
-    def fedkern(self, rule: str) -> Callable[[], Any]:
-        names = {"mean": (), "momentum": ("first",)}.get(rule, ("first", "second"))
-        states = dict(zip(names, self.states[0], strict=False))
-        return lambda: ops.server_step(self.global_, self.vectors, self.weights, rule, **states, out=self.out)
+    def held(self, count: int) -> list[Tensor]:
+        """Memory of the model's size."""
+        return [torch.zeros_like(self.global_) for _ in range(count)]
 
-    def foreach(self) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        first, second = self.states[1]
-        deltas = torch._foreach_sub(self.vectors, [self.global_] * len(self.vectors))
-        norms = torch._foreach_norm(deltas)
-        mean = deltas[0] * self.shares[0]
+    def fedkern(self) -> Callable[[], Tensor]:
+        names = {"mean": (), "momentum": ("first",)}.get(self.rule, ("first", "second"))
+        states, (out,) = dict(zip(names, self.held(2), strict=False)), self.held(1)
+        return lambda: ops.server_step(self.global_, self.vectors, self.weights, self.rule, **states, out=out).model
+
+    def look(self, deltas: list[Tensor], mean: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Writes the deltas and their mean; returns norms and cosines."""
+        for vector, delta in zip(self.vectors, deltas, strict=True):
+            torch.sub(vector, self.global_, out=delta)  # one pass less than _foreach_copy_ and _foreach_sub_
+        norms = list(torch._foreach_norm(deltas))
+        torch.mul(deltas[0], self.shares[0], out=mean)
         for delta, share in zip(deltas[1:], self.shares[1:], strict=True):
             mean.add_(delta, alpha=share)
         length = mean.norm()
-        cosines = [torch.dot(delta, mean) / (norm * length) for delta, norm in zip(deltas, norms, strict=True)]
-        torch._foreach_mul_([first, second], [BETA1, BETA2])
-        first.add_(mean, alpha=1 - BETA1)
-        second.addcmul_(mean, mean, value=1 - BETA2)
-        return torch.addcdiv(self.global_, first, second.sqrt().add_(TAU), value=RATE), norms, cosines
+        return norms, [torch.dot(delta, mean) / (norm * length) for delta, norm in zip(deltas, norms, strict=True)]
 
-    def compiled(self) -> Callable[[], Any]:
-        shares = self.shares
+    def eager(self) -> Callable[[], Tensor]:
+        (_, rate, beta1, beta2, tau), rule = self.settings, self.rule
+        deltas = self.held(len(self.vectors))
+        mean, first, second, scratch, other, out = self.held(6)
 
-        def step(global_: Tensor, vectors: list[Tensor], first: Tensor, second: Tensor) -> Any:
+        def run() -> Tensor:
+            self.look(deltas, mean)
+            if rule == "mean":
+                return torch.add(self.global_, mean, alpha=rate, out=out)
+            if rule == "momentum":
+                return torch.add(self.global_, first.mul_(beta1).add_(mean), alpha=rate, out=out)
+            first.lerp_(mean, 1 - beta1)
+            if rule == "adam":
+                second.mul_(beta2).addcmul_(mean, mean, value=1 - beta2)
+            elif rule == "adagrad":
+                second.addcmul_(mean, mean)
+            else:
+                torch.mul(mean, mean, out=scratch)
+                torch.sub(second, scratch, out=other).sign_()
+                second.addcmul_(scratch, other, value=beta2 - 1)
+            torch.sqrt(second, out=scratch).add_(tau)
+            return torch.addcdiv(self.global_, first, scratch, value=rate, out=out)
+
+        return run
+
+    def compiled(self) -> Callable[[], Tensor]:
+        """Adam."""
+        shares, (_, rate, beta1, beta2, tau) = self.shares, self.settings
+        first, second, out = self.held(3)
+
+        def step(global_: Tensor, vectors: list[Tensor], first: Tensor, second: Tensor, out: Tensor) -> Any:
             deltas = [vector - global_ for vector in vectors]
             mean = deltas[0] * shares[0]
             for delta, share in zip(deltas[1:], shares[1:], strict=True):
                 mean = mean + delta * share
             length, norms = mean.norm(), [delta.norm() for delta in deltas]
             cosines = [(delta * mean).sum() / (norm * length) for delta, norm in zip(deltas, norms, strict=True)]
-            first.mul_(BETA1).add_(mean, alpha=1 - BETA1)
-            second.mul_(BETA2).addcmul_(mean, mean, value=1 - BETA2)
-            return global_ + RATE * first / (second.sqrt() + TAU), torch.stack(norms), torch.stack(cosines)
+            first.mul_(beta1).add_(mean, alpha=1 - beta1)
+            second.mul_(beta2).addcmul_(mean, mean, value=1 - beta2)
+            out.copy_(global_ + rate * first / (second.sqrt() + tau))
+            return torch.stack(norms), torch.stack(cosines)
 
-        compiled = torch.compile(step)
-        return lambda: compiled(self.global_, self.vectors, *self.states[2])
+        function = torch.compile(step, dynamic=False)
+
+        def run() -> Tensor:
+            function(self.global_, self.vectors, first, second, out)
+            return out
+
+        return run
+
+    def apex(self) -> Contestant:
+        """Adam: the deltas as in eager torch, then the update by apex's kernel, which changes parameters in place."""
+        _, rate, beta1, beta2, tau = self.settings
+        mean, gradient, first, second, out = self.held(5)
+        update = apex_adam(out, gradient, first, second, rate, (beta1, beta2), tau)
+        if isinstance(update, Absent):
+            return update
+        deltas = self.held(len(self.vectors))
+
+        def run() -> Tensor:
+            self.look(deltas, mean)
+            torch.neg(mean, out=gradient)
+            out.copy_(self.global_)
+            update()
+            return out
+
+        return run
 
     def flower(self) -> Contestant:
-        """flwr.server.strategy.FedAdam: the weighted average layer by layer, then array by array."""
-        if self.global_.device.type != "cpu":
-            return Absent("NumPy computes on the CPU")
-        layers = 62
-        clients = [np.array_split(vector.numpy(), layers) for vector in self.vectors]
-        old = np.array_split(self.global_.numpy(), layers)
-        states = [[np.array_split(state.numpy(), layers) for state in self.states[3]]]
+        """flwr.server.strategy.FedAdam without its bias correction: the in-place mean, then array by array."""
+        first, second, out = self.held(3)
+        average = inplace_mean(self.vectors, self.weights, out)
+        if isinstance(average, Absent):
+            return average
+        _, rate, beta1, beta2, tau = self.settings
+        arrays = [layers(x) for x in (self.global_, first, second)]
+        scratch = np.empty_like(arrays[0][0])
+        rooms = [scratch[: len(layer)] for layer in arrays[0]]
 
-        def run() -> Any:
-            total = sum(self.weights)
-            weighted = [[x * w for x in client] for client, w in zip(clients, self.weights, strict=True)]
-            means = [reduce(np.add, updates) / total for updates in zip(*weighted, strict=True)]
-            deltas = [x - y for x, y in zip(means, old, strict=True)]
-            first = [BETA1 * m + (1 - BETA1) * d for m, d in zip(states[0][0], deltas, strict=True)]
-            second = [BETA2 * v + (1 - BETA2) * d * d for v, d in zip(states[0][1], deltas, strict=True)]
-            states[0] = [first, second]
-            return [x + RATE * m / (np.sqrt(v) + TAU) for x, m, v in zip(old, first, second, strict=True)]
+        def run() -> Tensor:
+            for delta, old, m, v, room in zip(average(), *arrays, rooms, strict=True):
+                np.subtract(delta, old, out=delta)
+                np.multiply(m, beta1, out=m)
+                np.add(m, np.multiply(delta, 1 - beta1, out=room), out=m)
+                np.multiply(np.multiply(delta, delta, out=room), 1 - beta2, out=room)
+                np.add(np.multiply(v, beta2, out=v), room, out=v)
+                np.add(np.sqrt(v, out=room), tau, out=room)
+                np.multiply(np.divide(m, room, out=room), rate, out=room)
+                np.add(old, room, out=delta)
+            return out
 
         return run
 
@@ -98,12 +153,13 @@ class Case:
 def test_adam(benchmark: Any, count: int, size: int, threads: int) -> None:
     case = Case(count, size)
     runs: dict[str, Contestant] = {
-        "fedkern": case.fedkern("adam"),
-        "foreach": case.foreach,
-        "compile": case.compiled(),
+        "fedkern": case.fedkern(),
+        "eager": case.eager(),
+        "compile in place": case.compiled(),
         "Flower": case.flower(),
+        "apex": case.apex(),
     }
-    floors = {"foreach": 3.0, "compile": 1.3} if size == 11_000_000 and threads == 1 else {}
+    floors = {"eager": 3.0, "compile in place": 1.3} if size == 11_000_000 and threads == 1 else {}
     compare(
         benchmark,
         "server_step",
@@ -121,11 +177,13 @@ def test_adam(benchmark: Any, count: int, size: int, threads: int) -> None:
 def test_rules(benchmark: Any, rule: str) -> None:
     """What the other rules cost beside Adam, and the norms and cosines beside a bare mean."""
     count, size = 10, 1_000_000
-    case = Case(count, size)
+    case, adam = Case(count, size, rule), Case(count, size)
+    (out,) = case.held(1)
     runs = {
-        "fedkern": case.fedkern(rule),
-        "adam": case.fedkern("adam"),
-        "weighted_mean": lambda: ops.weighted_mean(case.vectors, case.weights, out=case.out),
+        "fedkern": case.fedkern(),
+        "eager": case.eager(),
+        "adam": adam.fedkern(),
+        "weighted_mean": lambda: ops.weighted_mean(case.vectors, case.weights, out=out),
     }
     states = {"mean": 0, "momentum": 2}.get(rule, 4)
     bytes_ = (count + 2 + states) * size * 4
@@ -137,4 +195,5 @@ def test_rules(benchmark: Any, rule: str) -> None:
         model_bytes=bytes_,
         copy=True,
         threads=1,
+        beside=("adam", "weighted_mean"),
     )

@@ -198,7 +198,8 @@ def page(results: dict[str, list[Recorded]], core: str) -> str:
     ]
     for group, files in results.items():
         for recorded in files:
-            lines += ["", f"## {group} on {processor(recorded.machine)}", ""]
+            forced = recorded.machine.get("backend")
+            lines += ["", f"## {group} on {processor(recorded.machine)}" + (f", {forced} forced" if forced else ""), ""]
             lines += [machine_line(recorded), "", f"![{group}]({recorded.name}.png)"]
             for family in families(recorded.rows):
                 lines += ["", *table(family, core)]

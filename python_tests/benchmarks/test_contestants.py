@@ -1,0 +1,112 @@
+"""Contestants compute what our operators do, call after call, and do not spoil what they are given."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import bench_aggregate
+import bench_boxes
+import bench_robust
+import bench_server_step
+import contestants
+import numpy as np
+import pytest
+import torch
+from flower_means import LAYERS, fresh_mean, inplace_mean, layers
+from torch import Tensor
+
+from fedkern import ops
+from fedkern.models.resnet import BasicBlock
+
+SIZE, COUNT = 3 * LAYERS + 7, 4  # layers of two lengths
+
+
+@pytest.fixture
+def uploads() -> tuple[list[Tensor], list[float]]:
+    torch.manual_seed(0)
+    return [torch.randn(SIZE) for _ in range(COUNT)], [1.0, 2.0, 3.0, 5.0]
+
+
+@pytest.mark.parametrize("kind", ["held", "new", "inplace=False"])
+def test_flowers_means(kind: str, uploads: tuple[list[Tensor], list[float]]) -> None:
+    vectors, weights = uploads
+    before, out = [x.clone() for x in vectors], torch.full((SIZE,), 9.0)
+    run: Any = fresh_mean(vectors, weights) if kind == "inplace=False" else None
+    run = run or inplace_mean(vectors, weights, out if kind == "held" else None)
+    expected = ops.weighted_mean(vectors, weights)
+    for _ in range(2):
+        found = run()
+        assert [len(layer) for layer in found] == [len(layer) for layer in layers(vectors[0])]
+        torch.testing.assert_close(torch.from_numpy(np.concatenate(found)), expected)
+    for old, new in zip(before, vectors, strict=True):
+        assert torch.equal(old, new)
+    if kind == "held":
+        torch.testing.assert_close(out, expected)
+    if kind == "new":
+        assert not any(np.shares_memory(one, other) for one, other in zip(run(), found, strict=True))
+
+
+@pytest.mark.parametrize("make", [bench_aggregate.add_loop, bench_aggregate.foreach_add])
+def test_means_into_held_memory(make: Any, uploads: tuple[list[Tensor], list[float]]) -> None:
+    vectors, weights = uploads
+    out = torch.full((SIZE,), 9.0)
+    run = make(vectors, weights, out)
+    for _ in range(2):
+        torch.testing.assert_close(run(), ops.weighted_mean(vectors, weights))
+    torch.testing.assert_close(out, ops.weighted_mean(vectors, weights))
+
+
+@pytest.mark.parametrize("rule", ["mean", "momentum", "adam", "yogi", "adagrad"])
+def test_server_steps(rule: str) -> None:
+    case = bench_server_step.Case(COUNT, SIZE, rule)
+    runs = {"fedkern": case.fedkern(), "eager": case.eager()}
+    if rule == "adam":
+        flower = case.flower()
+        assert not isinstance(flower, contestants.Absent)
+        runs["Flower"] = flower
+        absent = case.apex()
+        assert isinstance(absent, contestants.Absent)
+        assert "apex" in absent.reason
+    for _ in range(3):
+        expected, *others = (run().clone() for run in runs.values())
+        assert not torch.equal(expected, case.global_)
+        for found in others:
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_looks_at_the_deltas() -> None:
+    case = bench_server_step.Case(COUNT, SIZE)
+    norms, cosines = case.look(case.held(COUNT), case.held(1)[0])
+    step = ops.server_step(case.global_, case.vectors, case.weights)
+    torch.testing.assert_close(torch.stack(norms), step.norms.float())
+    torch.testing.assert_close(torch.stack(cosines), step.cosines.float())
+
+
+def test_distances_by_the_gram_matrix() -> None:
+    vectors = bench_robust.make(7, 100)
+    expected = ops.pairwise_distances(vectors).float()
+    torch.testing.assert_close(bench_robust.gram_distances(vectors), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_boxes(keep: bool) -> None:
+    images, boxes = bench_boxes.inputs((5, 3, 17, 17))
+    expected = ops.keep_boxes(images, boxes) if keep else ops.erase_boxes(images, boxes)
+    assert 0 < (expected == 0).sum() < expected.numel()
+    for found in (bench_boxes.loop(images, boxes, keep), bench_boxes.masked(images, boxes, keep)):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("block", [BasicBlock(4, 4), BasicBlock(4, 8, 2)])
+def test_folded_modules(block: BasicBlock) -> None:
+    for layer in block.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(layer.running_mean)  # type: ignore[arg-type]
+            torch.nn.init.uniform_(layer.running_var, 0.5, 2.0)  # type: ignore[arg-type]
+    block.eval()
+    before, made = copy.deepcopy(block.state_dict()), contestants.folded(block)
+    assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in made.modules())
+    x = torch.randn(2, 4, 6, 6)
+    torch.testing.assert_close(made(x), block(x), rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(value, before[key]) for key, value in block.state_dict().items())
