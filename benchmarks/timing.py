@@ -93,7 +93,7 @@ def clock(device: torch.device, *, one_thread: bool = False) -> Clock:
 def interleave(
     runs: dict[str, Run], pairs: int, clock: Clock, *, longest: float, least: int = 15
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Lets the contestants take turns, each first equally often; returns what ``sample`` and ``wall`` said of each.
+    """Lets the contestants take turns; the first changes from pair to pair.  Returns ``sample`` and ``wall`` of each.
 
     Args:
         pairs: how many samples of each.
