@@ -12,23 +12,69 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 
+WITHOUT = "FEDKERN_CPU=0 installs fedkern without the compiled core, plain PyTorch then serves"
+
+
+def switch(name: str) -> str:
+    """Returns the environment variable ``name``, one of auto (where it is unset), 0 and 1."""
+    value = os.environ.get(name) or "auto"
+    if value not in ("auto", "0", "1"):
+        sys.exit(f"fedkern: {name} is {value!r}; it takes auto, 0 or 1")
+    return value
+
+
+def core_wanted() -> bool:
+    """Says whether the compiled core is to be built; without it no compiler is needed."""
+    cpu, cuda = switch("FEDKERN_CPU"), switch("FEDKERN_CUDA")
+    if cpu == "1" or (cpu == "auto" and sys.platform == "linux"):
+        return True
+    if cuda == "1":
+        sys.exit("fedkern: FEDKERN_CUDA=1 needs the CPU core beside the CUDA core; set FEDKERN_CPU=1 too")
+    if cpu == "auto":
+        print(
+            f"fedkern: warning: the compiled core is made for Linux, so it is left out on {sys.platform} and plain "
+            "PyTorch serves (FEDKERN_CPU=1 tries to build it)",
+            file=sys.stderr,
+        )
+    return False
+
+
+def missing_tools() -> list[str]:
+    """Names what a build of the core needs and this environment lacks."""
+    compilers = [os.environ["CXX"].split()[0]] if os.environ.get("CXX", "").strip() else ["c++", "g++", "clang++"]
+    missing = [] if any(map(shutil.which, compilers)) else [f"a C++20 compiler ({' or '.join(compilers)})"]
+    missing += [f"{name} (pip install {name})" for name in ("cmake", "ninja") if not shutil.which(name)]
+    try:
+        import pybind11  # noqa: F401
+    except ImportError:
+        missing.append("pybind11 (pip install pybind11)")
+    return missing
+
 
 class CMakeBuild(build_ext):
     """One CMake build makes every extension; setuptools only says where the results go."""
 
     def run(self) -> None:
         target = ROOT if self.inplace else Path(self.build_lib).resolve()
-        self.cmake(target / "fedkern")
+        if core_wanted():
+            self.cmake(target / "fedkern")
+            return
+        # A core that an earlier build left in place would go on serving.
+        for path in map(Path, self.get_outputs()):
+            print(f"fedkern: {path} of an earlier build is removed", file=sys.stderr)
+            path.unlink()
 
     def cmake(self, destination: Path) -> None:
+        missing = missing_tools()
+        if missing:
+            sys.exit(f"fedkern: the compiled core cannot be built without {', '.join(missing)}; {WITHOUT}")
         import pybind11
 
+        cmake, ninja = str(shutil.which("cmake")), str(shutil.which("ninja"))
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
         destination.mkdir(parents=True, exist_ok=True)
-        cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
-        if not cmake or not ninja:
-            sys.exit("fedkern: cmake and ninja are needed to build the compiled core: pip install cmake ninja")
+        cuda = switch("FEDKERN_CUDA")
         configure = [
             cmake,
             # The cache of an earlier isolated build names a ninja that no longer exists.
@@ -38,12 +84,15 @@ class CMakeBuild(build_ext):
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DFEDKERN_CUDA={os.environ.get('FEDKERN_CUDA', 'auto')}",
+            f"-DFEDKERN_CUDA={cuda}",
             f"-DFEDKERN_OUTPUT_DIR={destination}",
         ]
         for command in (configure, [cmake, "--build", str(build)]):
             if subprocess.run(command).returncode:
-                sys.exit(f"fedkern: the compiled core could not be built; this command failed: {' '.join(command)}")
+                hint = WITHOUT if cuda == "0" else f"FEDKERN_CUDA=0 leaves out the CUDA core, {WITHOUT}"
+                sys.exit(
+                    f"fedkern: the compiled core could not be built; this command failed: {' '.join(command)}; {hint}"
+                )
 
     def get_outputs(self) -> list[str]:
         folder = ROOT if self.inplace else Path(self.build_lib)

@@ -1,0 +1,144 @@
+"""What setup.py and CMake do before anything is compiled: switches, missing tools, an nvcc that does not work."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The names of setup.py, with no switch set and nothing built."""
+    setuptools = pytest.importorskip("setuptools")
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    for name in ("FEDKERN_CPU", "FEDKERN_CUDA", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def refused(call: Any) -> str:
+    with pytest.raises(SystemExit) as caught:
+        call()
+    return str(caught.value.code)
+
+
+def test_the_core_is_wanted_on_linux_and_by_those_who_ask(script: Any, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert script["core_wanted"]()
+    monkeypatch.setenv("FEDKERN_CPU", "0")
+    assert not script["core_wanted"]()
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.delenv("FEDKERN_CPU")
+    assert not script["core_wanted"]()
+    assert "left out on darwin and plain PyTorch serves (FEDKERN_CPU=1" in capsys.readouterr().err
+    monkeypatch.setenv("FEDKERN_CPU", "1")
+    assert script["core_wanted"]()
+
+
+@pytest.mark.parametrize("name", ["FEDKERN_CPU", "FEDKERN_CUDA"])
+def test_unknown_values_are_named(script: Any, monkeypatch: Any, name: str) -> None:
+    monkeypatch.setenv(name, "yes")
+    assert refused(script["core_wanted"]) == f"fedkern: {name} is 'yes'; it takes auto, 0 or 1"
+
+
+def test_the_cuda_core_alone_cannot_be_had(script: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("FEDKERN_CPU", "0")
+    monkeypatch.setenv("FEDKERN_CUDA", "1")
+    assert "set FEDKERN_CPU=1 too" in refused(script["core_wanted"])
+
+
+def test_missing_tools_are_named(script: Any, monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    compiler, cmake, ninja, *_ = script["missing_tools"]()
+    assert compiler == "a C++20 compiler (c++ or g++ or clang++)"
+    assert (cmake, ninja) == ("cmake (pip install cmake)", "ninja (pip install ninja)")
+    monkeypatch.setenv("CXX", "ccache g++-14")
+    assert script["missing_tools"]()[0] == "a C++20 compiler (ccache)"
+
+
+def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs setup.py build with its output in ``folder``."""
+    folder.mkdir(exist_ok=True)
+    command = ["setup.py", "-q", "egg_info", "--egg-base", str(folder), "build", "--build-base", str(folder)]
+    kept = {name: value for name, value in os.environ.items() if name not in ("FEDKERN_CPU", "FEDKERN_CUDA", "CXX")}
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=kept | environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_a_build_without_compiler(tmp_path: Path) -> None:
+    """It says what is missing and how to do without; so told, it needs no tool at all."""
+    pytest.importorskip("setuptools", "77")  # older ones do not read this pyproject.toml
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    told = build(tmp_path / "failing", PATH=str(nothing), FEDKERN_CPU="1")
+    assert told.returncode
+    assert "cannot be built without a C++20 compiler" in told.stderr
+    assert "FEDKERN_CPU=0 installs fedkern without the compiled core" in told.stderr
+    done = build(tmp_path / "done", PATH=str(nothing), FEDKERN_CPU="0")
+    assert done.returncode == 0, done.stderr
+    (staged,) = (tmp_path / "done").glob("lib*/fedkern")
+    assert (staged / "ops" / "backend.py").exists()
+    assert not list(staged.glob("*.so"))
+
+
+def test_a_failing_build_names_the_ways_out(script: Any, monkeypatch: Any, tmp_path: Path) -> None:
+    core = script["CMakeBuild"].cmake.__globals__
+    monkeypatch.setitem(core, "missing_tools", list)
+    monkeypatch.setitem(core, "ROOT", tmp_path)
+    monkeypatch.setattr(subprocess, "run", lambda command: subprocess.CompletedProcess(command, 1))
+    pytest.importorskip("pybind11")
+    told = refused(lambda: script["CMakeBuild"].cmake(None, tmp_path / "fedkern"))
+    assert "FEDKERN_CUDA=0 leaves out the CUDA core, FEDKERN_CPU=0 installs fedkern without" in told
+    monkeypatch.setenv("FEDKERN_CUDA", "0")
+    told = refused(lambda: script["CMakeBuild"].cmake(None, tmp_path / "fedkern"))
+    assert "FEDKERN_CUDA=0 leaves" not in told
+
+
+def configure(folder: Path, nvcc: str, cuda: str) -> subprocess.CompletedProcess[str]:
+    """Configures the core with a script ``nvcc`` first on PATH."""
+    pybind11 = pytest.importorskip("pybind11")
+    if not (shutil.which("cmake") and shutil.which("ninja")):
+        pytest.skip("cmake or ninja is not installed")
+    script = folder / "bin" / "nvcc"
+    script.parent.mkdir()
+    script.write_text(f"#!/bin/sh\n{nvcc}\n")
+    script.chmod(0o755)
+    command = ["cmake", "-S", ROOT / "csrc", "-B", folder / "build", "-G", "Ninja", f"-DFEDKERN_CUDA={cuda}"]
+    command += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("CUDA")}
+    path = os.pathsep.join([str(script.parent), os.environ["PATH"]])
+    result = subprocess.run(command, env=kept | {"PATH": path}, capture_output=True, text=True, timeout=300)
+    result.stderr = " ".join(result.stderr.split())  # CMake breaks lines
+    return result
+
+
+def test_an_nvcc_that_does_not_run_leaves_the_cpu_core(tmp_path: Path) -> None:
+    told = configure(tmp_path, "echo libcudart is not there >&2; exit 1", "auto")
+    assert told.returncode == 0, told.stderr
+    assert "building for the CPU alone" in told.stderr
+    assert "it does not run (--version: 1) libcudart is not there" in told.stderr
+    assert "_cuda.dir" not in (tmp_path / "build" / "build.ninja").read_text()
+
+
+def test_an_nvcc_that_does_not_compile_leaves_the_cpu_core(tmp_path: Path) -> None:
+    told = configure(tmp_path, '[ "$1" = --version ]', "auto")
+    assert told.returncode == 0, told.stderr
+    assert "building for the CPU alone" in told.stderr
+    assert "CMake says: " in told.stderr
+
+
+def test_an_nvcc_that_was_insisted_on_is_an_error(tmp_path: Path) -> None:
+    told = configure(tmp_path, "exit 1", "1")
+    assert told.returncode
+    assert f"FEDKERN_CUDA=1, but {tmp_path / 'bin' / 'nvcc'} cannot build the CUDA core: it does not run" in told.stderr
