@@ -70,6 +70,9 @@ def test_kernels_are_compiled_for_every_gpu() -> None:
     newest = max(elf, key=lambda name: int(name.removeprefix("sm_")))
     assert {"sm_80", "sm_90"} <= elf
     assert ptx == {newest}, "PTX of the newest architecture lets later GPUs translate it"
+    core = loading.load_core("_cuda")
+    assert {f"sm_{number}" for number in core.architectures()} == elf
+    assert core.versions()[0] >= 12000
     per_architecture: dict[str, set[str]] = {}
     for architecture, kernel, _ in resources():
         per_architecture.setdefault(architecture, set()).add(re.sub(r"_GLOBAL__N__\w{8}_", "", kernel))

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fedkern.ops import dispatch
-from fedkern.ops.loading import Unavailable, interpreted, load_core, load_triton
+from fedkern.ops import devices, dispatch
+from fedkern.ops.loading import REBUILD, Unavailable, interpreted, load_core, load_triton
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 ISAS = ("portable", "avx2", "avx512")
@@ -114,7 +114,7 @@ def cpu_core() -> ModuleType:
     """Returns ``fedkern._cpu``, its ISA level set from ``FEDKERN_CPU_ISA``.
 
     Raises:
-        Unavailable: the core was not built or does not load, or torch is too old for it.
+        Unavailable: the core was not built, does not load or is outdated, or torch is too old for it.
         ValueError: ``FEDKERN_CPU_ISA`` names a level that this CPU or this build lacks.
     """
     global _isa_applied, all_readable, readable_logits
@@ -123,8 +123,11 @@ def cpu_core() -> ModuleType:
         table = getattr(Tensor, "__dlpack_c_exchange_api__", None)
         if table is None:
             raise Unavailable(f"torch {torch.__version__} shows no tensors to C extensions, as 2.11 and newer do")
-        core.take_tensors(table, Tensor, torch.nn.Parameter)
-        all_readable, readable_logits = core.all_readable, core.readable_logits
+        try:
+            core.take_tensors(table, Tensor, torch.nn.Parameter)
+            all_readable, readable_logits = core.all_readable, core.readable_logits
+        except AttributeError:
+            raise Unavailable(f"fedkern._cpu was built from older sources than these Python files: {REBUILD}") from None
         level = os.environ.get("FEDKERN_CPU_ISA", "")
         if level:
             try:
@@ -301,7 +304,7 @@ def _load(operator: str, backend: str) -> Any:
 def _candidates(device: str) -> tuple[str, ...]:
     """The backends to try, unforced, in order; the interpreter is for those who ask for it."""
     if device == "cuda":
-        return ("cuda",) if interpreted() else ("cuda", "triton")
+        return ("cuda",) if interpreted() or devices.only_forced("triton") else ("cuda", "triton")
     return ("cpu",) if device == "cpu" else ()
 
 
@@ -351,6 +354,8 @@ def _available(operator: str, device: str) -> list[tuple[str, tuple[Any, frozens
 def status() -> list[Row]:
     """Returns, for every operator and backend, whether it can serve here and why not."""
     rows = []
+    # Not forced_backend(): what a wrong FEDKERN_BACKEND names is nobody's business here.
+    forced = _forced or os.environ.get("FEDKERN_BACKEND")
     for operator in sorted(_kernels):
         rows.append(Row(operator, "reference", True, "plain PyTorch, any device"))
         for backend in BACKENDS[1:]:
@@ -360,7 +365,7 @@ def status() -> list[Row]:
                 continue
             try:
                 _load(operator, backend)
-            except (Unavailable, ValueError) as error:
+            except (Unavailable, ValueError, AttributeError) as error:  # the last from an outdated core
                 rows.append(Row(operator, backend, False, str(error)))
                 continue
             dtypes = ", ".join(sorted(str(d).removeprefix("torch.") for d in kernel.dtypes))
@@ -369,6 +374,9 @@ def status() -> list[Row]:
             elif "cpu" not in kernel.devices and not torch.cuda.is_available():
                 have = "installed" if backend == "triton" else "built"
                 rows.append(Row(operator, backend, False, f"{have}, but torch sees no CUDA device"))
+                continue
+            elif backend != forced and (reason := devices.only_forced(backend)):
+                rows.append(Row(operator, backend, False, reason))
                 continue
             rows.append(Row(operator, backend, True, dtypes))
     return rows

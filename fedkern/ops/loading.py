@@ -12,6 +12,9 @@ from types import ModuleType
 # The oldest Triton in whose language the kernels are written.
 TRITON = (3, 6)
 
+# What a message about an outdated core ends in.
+REBUILD = "run pip install . again (pip install -e . for an editable install)"
+
 
 class Unavailable(Exception):
     """A backend cannot be used here; the message says why in a clause that fits behind ``because``."""
@@ -85,11 +88,30 @@ def _installed_core(name: str) -> ModuleType | None:
         finally:
             fedkern.__path__.remove(str(folder))
         if core.source_hash() != source_hash(here.parent / "csrc"):
-            raise Unavailable(
-                f"this source tree was changed after fedkern.{name} was installed in {folder}: run pip install . again"
-            )
+            raise Unavailable(f"this source tree was changed after fedkern.{name} was installed in {folder}: {REBUILD}")
         return core
     return None
+
+
+def stale_cores() -> list[str]:
+    """Names the cores that were not built from the ``csrc/`` beside the package; none where there is no checkout.
+
+    Reads all of ``csrc/``, so nobody asks for it on import.
+    """
+    import fedkern
+
+    sources = Path(fedkern.__file__).resolve().parent.parent / "csrc"
+    if not (sources / "bindings" / "cpu.cpp").is_file():  # of a checkout, not of somebody else's
+        return []
+    expected, stale = source_hash(sources), []
+    for name in ("_cpu", "_cuda"):
+        try:
+            core = load_core(name)
+        except Unavailable:
+            continue
+        if core.source_hash() != expected:
+            stale.append(f"fedkern.{name}")
+    return stale
 
 
 def source_hash(folder: Path) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import _C, Tensor
 
-from fedkern.ops import backend, loading
+from fedkern.ops import backend, devices, loading
 
 # Without the Python objects of torch.cuda around it: the same number at a tenth of the time.
 _raw_stream: Callable[[int], int] | None = getattr(_C, "_cuda_getCurrentRawStream", None)
@@ -18,11 +18,12 @@ def load() -> ModuleType:
     """Returns ``fedkern._cuda``.
 
     Raises:
-        Unavailable: it was not built, does not load, or torch is a build without CUDA.
+        Unavailable: it was not built, does not load, torch is a build without CUDA, or a GPU or its driver is too old.
     """
     core = loading.load_core("_cuda")
     if _raw_stream is None:
         raise loading.Unavailable("fedkern._cuda is built, but torch is a build without CUDA")
+    devices.check_cuda(core)
     return core
 
 

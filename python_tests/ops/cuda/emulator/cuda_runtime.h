@@ -247,6 +247,10 @@ using cudaError_t = int;
 using cudaStream_t = void*;
 inline constexpr cudaError_t cudaSuccess = 0, cudaErrorInsufficientDriver = 35, cudaErrorNoDevice = 100, cudaErrorAssert = 710;
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+// What a core from nvcc 13.0 says, beside a driver for 13.0.
+#define __CUDA_ARCH_LIST__ 800, 900, 1000
+inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
+inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return emulator::failure.c_str(); }
