@@ -1,4 +1,4 @@
-"""What was built and installed: the core's dependencies, its choice of ISA, life without it, and the wheel."""
+"""What was built and installed: the core's dependencies, its choice of ISA, life without it, sdist and wheel."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
+import types
 import zipfile
 from pathlib import Path
 
@@ -46,9 +48,39 @@ def test_core_links_no_torch_and_no_openmp_runtime(name: str) -> None:
     assert needed <= allowed, f"{name} links {sorted(needed - allowed)}"
 
 
+def test_a_core_of_other_sources_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package in a checkout whose csrc/ moved on; without csrc/ beside the package there is nothing to compare."""
+    backend.cpu_core()
+    (tmp_path / "fedkern").mkdir()
+    monkeypatch.setattr("fedkern.__file__", str(tmp_path / "fedkern" / "__init__.py"))
+    assert loading.stale_cores() == []
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    assert loading.stale_cores() == []
+    with (tmp_path / "csrc" / "cpu" / "isa.cpp").open("a") as file:
+        file.write("// more\n")
+    assert "fedkern._cpu" in loading.stale_cores()
+
+
+def test_a_core_that_lacks_what_python_calls_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_isa_applied", False)
+    monkeypatch.setattr(backend, "load_core", lambda name: types.SimpleNamespace(take_tensors=lambda *_: None))
+    with pytest.raises(loading.Unavailable, match=r"older sources than these Python files: run pip install \."):
+        backend.cpu_core()
+
+
+def test_importing_hashes_no_sources() -> None:
+    result = run_python(
+        "from fedkern.ops import loading; loading.source_hash = None\n"
+        "import fedkern.run, torch; from fedkern import ops; ops.entropy(torch.zeros(2, 3))"
+    )
+    assert result.returncode == 0, result.stderr
+
+
 def test_cuda_core_is_built_where_nvcc_is() -> None:
     if shutil.which("nvcc") is None or os.environ.get("FEDKERN_CUDA") == "0":
         pytest.skip("no nvcc on PATH, or FEDKERN_CUDA=0")
+    if subprocess.run(["nvcc", "--version"], capture_output=True).returncode:
+        pytest.skip("nvcc does not run")
     module = loading.load_core("_cuda")
     assert module.source_hash() == loading.source_hash(ROOT / "csrc")
 
@@ -117,12 +149,36 @@ def test_forced_backend_that_is_missing_is_an_error() -> None:
         ops.entropy(torch.zeros(2, 3))
 
 
+def source_distribution(folder: Path) -> Path:
+    """Makes a source distribution of the checkout and returns the folder it unpacks to."""
+    pytest.importorskip("setuptools", "77")  # older ones do not read this pyproject.toml
+    command = ["setup.py", "-q", "egg_info", "--egg-base", folder, "sdist", "--formats=tar", "--dist-dir", folder]
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True, timeout=300)
+    (archive,) = folder.glob("fedkern-*.tar")
+    with tarfile.open(archive) as file:
+        file.extractall(folder, filter="data")
+    return archive.with_suffix("")
+
+
+def test_a_source_distribution_holds_all_that_a_build_needs(tmp_path: Path) -> None:
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    wanted = ["csrc", "cmake", "fedkern", "setup.py", "pyproject.toml", "LICENSE", "README.md"]
+    listing = subprocess.run(["git", "ls-files", "-z", *wanted], cwd=ROOT, capture_output=True, text=True)
+    if listing.returncode:
+        pytest.skip(f"git does not list the checkout: {listing.stderr.strip()}")
+    tracked = {name for name in listing.stdout.split("\0") if name}
+    assert {"csrc/CMakeLists.txt", "cmake/Cuda.cmake"} <= tracked
+    folder = source_distribution(tmp_path)
+    held = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert not {name for name in tracked if (ROOT / name).exists()} - held
+    assert not [name for name in held if name.endswith((".so", ".pyc", ".png"))]
+
+
 @pytest.mark.slow
-def test_wheel_twice_from_one_checkout(tmp_path: Path) -> None:
-    """A copy of the sources is built in isolation twice; the second wheel holds the core and nothing stale."""
-    checkout = tmp_path / "checkout"
-    ignore = shutil.ignore_patterns("build", "*.so", "__pycache__", ".git", "runs", ".venv*")
-    shutil.copytree(ROOT, checkout, ignore=ignore)
+def test_wheel_twice_from_one_source_distribution(tmp_path: Path) -> None:
+    """What an sdist holds is built in isolation twice; the second wheel holds the core and nothing stale."""
+    checkout = source_distribution(tmp_path)
     names = []
     for attempt in ("first", "second"):
         if attempt == "second":

@@ -55,7 +55,9 @@ def processor() -> dict[str, Any]:
         core = backend.cpu_core()
         found["available"] = list(core.available_isas())
         found["active"] = core.isa()
-    except (loading.Unavailable, ValueError) as error:
+    except loading.Unavailable as error:
+        found["problem"] = f"{error}; the reference serves, in plain PyTorch"
+    except ValueError as error:
         found["problem"] = str(error)
     return found
 
@@ -144,14 +146,18 @@ def collect() -> dict[str, Any]:
     """Everything that :func:`show` prints, as JSON-ready values."""
     import torch
 
+    from fedkern.ops import loading
+
     rows, forced, problem = operators()
     found, reason = gpus()
     return {
         "versions": versions(),
         "cpu": processor(),
+        "stale": loading.stale_cores(),
         "threads": threads(),
         "cuda": {
             "torch": torch.version.cuda,
+            "hip": torch.version.hip,
             "available": torch.cuda.is_available(),
             "gpus": found,
             "reason": reason,
@@ -183,6 +189,11 @@ def show(console: Console, report: dict[str, Any] | None = None) -> None:
     else:
         forced = " (forced by FEDKERN_CPU_ISA)" if cpu["forced"] else ""
         facts.add_row("CPU core", f"{cpu['active']}{forced}; this machine can run {', '.join(cpu['available'])}")
+    if report["stale"]:
+        from fedkern.ops import loading
+
+        names = " and ".join(report["stale"])
+        facts.add_row("outdated", f"{names}: not built from the csrc/ beside the package; {loading.REBUILD}")
     thread = report["threads"]
     limits = [f"{name}={thread[name] or 'unset'}" for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")]
     facts.add_row("threads", f"{thread['torch']} ({', '.join(limits)}, {thread['usable cores']} cores usable)")
@@ -192,8 +203,12 @@ def show(console: Console, report: dict[str, Any] | None = None) -> None:
         used = f"{human_bytes(gpu['used'])} of {human_bytes(gpu['memory'])} used"
         facts.add_row("GPU", f"{gpu['name']}, {used}{busy}, driver {gpu['driver']}")
     if not cuda["gpus"]:
-        facts.add_row("GPU", f"none ({cuda['reason']})")
+        facts.add_row("GPU", f"none of NVIDIA's ({cuda['reason']})" if cuda["hip"] else f"none ({cuda['reason']})")
     build = f"CUDA {cuda['torch']}" if cuda["torch"] else "no CUDA (a CPU build)"
+    if cuda["hip"]:
+        build = (
+            f"ROCm (HIP {cuda['hip']}), where no kernel was ever tried: the reference serves unless another is forced"
+        )
     facts.add_row("torch is built for", f"{build}; torch.cuda.is_available() is {cuda['available']}")
     if report["forced_backend"] or report["problem"]:
         facts.add_row("forced backend", report["forced_backend"] or f"none: {report['problem']}")

@@ -8,6 +8,7 @@ import sys
 import types
 
 import pytest
+import torch
 from rich.console import Console
 
 from fedkern.ops import backend, loading
@@ -44,9 +45,35 @@ def test_a_missing_core_is_explained(monkeypatch):
     text = shown()
     assert "CPU core" in text
     assert "fedkern._cpu was not built" in text
+    assert "the reference serves, in plain PyTorch" in text
     rows = [row for row in doctor.collect()["operators"] if row["backend"] == "cpu"]
     assert rows
     assert not any(row["serves"] for row in rows)
+
+
+def test_an_outdated_core_is_named(monkeypatch):
+    assert "outdated" not in shown()
+    monkeypatch.setattr(loading, "stale_cores", lambda: ["fedkern._cpu"])
+    (line,) = (line for line in shown().splitlines() if "outdated" in line)
+    assert "fedkern._cpu: not built from the csrc/ beside the package; run pip install . again" in line
+
+
+def test_an_outdated_core_that_lacks_functions_stops_no_doctor(monkeypatch):
+    def lacking():
+        raise AttributeError("module 'fedkern._cpu' has no attribute 'blend'")
+
+    kernel = backend.Kernel(lacking, frozenset(), frozenset({"cpu"}))
+    monkeypatch.setitem(backend._kernels["blend"], "cpu", kernel)
+    monkeypatch.setattr(backend, "_loaded", {})
+    assert "cpu does not serve blend: module 'fedkern._cpu' has no attribute 'blend'" in shown()
+
+
+def test_rocm_is_called_by_its_name(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4.1")
+    text = " ".join(shown().split())
+    assert "ROCm (HIP 6.4.1), where no kernel was ever tried: the reference serves unless another is forced" in text
+    assert "a CPU build" not in text
+    assert doctor.collect()["cuda"]["hip"] == "6.4.1"
 
 
 def test_a_forced_isa_that_does_not_exist_is_explained(monkeypatch):
