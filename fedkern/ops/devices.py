@@ -11,7 +11,7 @@ import torch
 
 from fedkern.ops.loading import REBUILD, Unavailable
 
-# Compute capability that Triton supports at least; on an older GPU its compiler refuses bfloat16, among other things.
+# The least compute capability that Triton says it supports.
 OLDEST_OF_TRITON = 80
 
 
