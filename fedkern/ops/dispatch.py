@@ -18,7 +18,8 @@ from which Triton does.  On the CPU there is nothing to choose: the CPU core ser
   compiled core has to fix.  There Triton takes the large sizes.
   Ensembles are not among them: Triton reads their teachers once more, for the sums of exponentials.
 
-Whoever has a GPU replaces these by measurement: ``python -m pytest benchmarks`` with ``FEDKERN_BACKEND`` set to each.
+Whoever has a GPU replaces these by measurement: ``python -m pytest benchmarks --record --device cuda`` with
+``FEDKERN_BACKEND`` set to each, which has files of its own then.
 """
 
 from __future__ import annotations
