@@ -23,8 +23,9 @@ def open_folder(
     """Reads a tree of class folders; images are decoded when a split needs them.
 
     Args:
-        root: holds ``train`` and ``test`` (or ``val``; with both, ``val`` is the validation set), each with a folder
-            for every class, or the class folders themselves, from which a fixed split is then drawn.
+        root: holds ``train`` and ``test`` (or ``val``; with both, ``val`` is the validation set; `SPLITS` has the other
+            names, in any case), each with a folder for every class, or the class folders themselves, from which a fixed
+            split is then drawn.
         size: side in pixels to which every image is resized.
         colour: ``"rgb"`` or ``"grey"``.
         test_share, validation_share: what is held out where there is no such folder.
@@ -47,7 +48,7 @@ def open_folder(
         for own in subfolders(base / name):
             if own not in classes:
                 raise UserError(
-                    f'data set "folder": {base / name / own} is a class that {base / "train"} does not have'
+                    f'data set "folder": {base / name / own} is a class that {base / splits["train"]} does not have'
                 )
             found = list_images(base / name / own)
             if not found and split in ("", "train"):
@@ -61,14 +62,14 @@ def open_folder(
 
 
 def split_folders(base: Path, data: str) -> dict[str, str]:
-    """Split to the name of its folder; empty where ``base`` has no ``train`` folder.
+    """Split to the name of its folder, one of `SPLITS` in any case; empty where ``base`` has none for training.
 
     Raises:
-        UserError: a ``train`` folder without a test folder, or two folders for one split.
+        UserError: a training folder without a test folder, or two folders for one split.
     """
     found: dict[str, str] = {}
     names = subfolders(base)
-    if "train" not in names:
+    if not any(SPLITS.get(name.lower()) == "train" for name in names):
         return found
     for name in names:
         split = SPLITS.get(name.lower())
@@ -78,6 +79,6 @@ def split_folders(base: Path, data: str) -> dict[str, str]:
             found[split] = name
     if "test" not in found:
         if "validation" not in found:
-            raise UserError(f'data set "{data}": {base} has a folder train, but no folder test or val')
+            raise UserError(f'data set "{data}": {base} has a folder {found["train"]}, but no folder test or val')
         found["test"] = found.pop("validation")
     return found

@@ -42,7 +42,10 @@ def write_folder(root, splits=("train", "test"), classes=("cat", "dog"), images=
                 picture(root / split / name / f"{i}.png", 100 * c + 10 * s + i)
 
 
-@pytest.mark.parametrize("splits", [("train", "test"), ("train", "val"), ("train", "valid", "test"), ("",)])
+LAYOUTS = [("train", "test"), ("train", "val"), ("train", "valid", "test"), ("Train", "Test"), ("training", "testing")]
+
+
+@pytest.mark.parametrize("splits", [*LAYOUTS, ("",)])
 def test_folders(tmp_path, splits):
     write_folder(tmp_path, splits, images=20)
     data = opened("folder", tmp_path)
@@ -64,6 +67,13 @@ def test_folders(tmp_path, splits):
         assert (len(data.tests[""]), len(data.validation)) == (8, 3)
         assert data.tests[""].labels.tolist().count(0) == 4
         assert opened("folder", tmp_path).tests[""].ids == data.tests[""].ids
+
+
+def test_a_class_that_only_the_test_set_has(tmp_path):
+    write_folder(tmp_path, ("Training", "Testing"))
+    picture(tmp_path / "Testing" / "fox" / "0.png", 1)
+    with pytest.raises(UserError, match=r"Testing/fox is a class that .*/Training does not have"):
+        opened("folder", tmp_path)
 
 
 def test_grey_images_and_another_size(tmp_path):
@@ -285,13 +295,14 @@ def test_segmentation_from_a_csv_file_by_client(tmp_path):
     assert len(data.tests[""]) == 3
 
 
-def test_segmentation_in_split_folders(tmp_path):
-    for split, count in (("train", 10), ("test", 4)):
+@pytest.mark.parametrize("splits", [("train", "test"), ("TRAIN", "TEST")])
+def test_segmentation_in_split_folders(tmp_path, splits):
+    for split, count in zip(splits, (10, 4), strict=True):
         write_pairs_into = tmp_path / split
         write_pairs_into.mkdir()
         write_pairs(write_pairs_into, images=count)
     data = opened("segmentation", tmp_path)
-    assert all(name.startswith("test/") for name in data.tests[""].ids)
+    assert all(name.startswith(f"{splits[1]}/") for name in data.tests[""].ids)
     assert sum(data.client_sizes) + len(data.validation) == 10
 
 

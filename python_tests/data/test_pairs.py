@@ -239,7 +239,7 @@ def test_a_window_is_no_larger_than_the_image(tmp_path):
 # images with a text beside them
 
 
-@pytest.mark.parametrize("splits", [("",), ("train", "test"), ("train", "val", "test")])
+@pytest.mark.parametrize("splits", [("",), ("train", "test"), ("train", "val", "test"), ("Training", "Test")])
 @pytest.mark.parametrize("labels", [("",), ("cat", "dog")])
 def test_folders_of_pairs(tmp_path, splits, labels):
     for split in splits:
@@ -256,6 +256,8 @@ def test_folders_of_pairs(tmp_path, splits, labels):
             assert text.split() == [*name.split("/")[:-1], str(int(image.max()))]
             texts.append(name)
     assert len(set(texts)) == len(texts) == 10 * len(splits) * len(labels)
+    held = {name.split("/")[0] for name in data.tests[""].ids}
+    assert splits == ("",) or held == {splits[-1]}
 
 
 @pytest.mark.parametrize("partition", ["attribute", "stratified"])
