@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from fedkern.engine import atomic
@@ -29,11 +30,13 @@ _STYLES = {
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a PNG completely or not at all.
+    """Writes a PNG completely or not at all; its texts as they are, since a class may have ``$`` in its name.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
     atomic.write(path, FigureCanvasAgg(figure).print_png)
 
 

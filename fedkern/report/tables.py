@@ -7,6 +7,7 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 # Metrics that are fractions and read best in per cent.
 _FRACTIONS = ("accuracy", "confidence", "gradcam_in_object", "object_area", "dice", "iou", "_r1", "_r5", "_r10")
@@ -31,6 +32,11 @@ _TEST_SETS = {
     "id": "in distribution", "ood": "out of distribution", "validation": "validation", "minority": "minority",
     "unseen": "unseen client", "held_out": "held-out client",
 }  # fmt: skip
+
+
+def plain(text: str, style: str = "") -> Text:
+    """Text as it is: in what users named, rich would read ``[red]`` as a colour and ``:dog:`` as an emoji."""
+    return Text(text, style=style)
 
 
 def human_bytes(count: float) -> str:
@@ -104,12 +110,20 @@ def final_table(summary: Mapping[str, Any]) -> Table:
             figures.setdefault(figure, {})[test_set] = human_metric(name, summary["metrics"][name])
     present = {test_set for row in figures.values() for test_set in row}
     columns = [test_set for test_set in ("", *_TEST_SETS) if test_set in present] or [""]
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=columns != [""], pad_edge=False)
+    table = Table(
+        title=plain(title, "table.title"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_header=columns != [""],
+        pad_edge=False,
+    )
     table.add_column("")
     for test_set in columns:
         table.add_column(_TEST_SETS.get(test_set, "test"), justify="right", style="bold")
     for figure, row in figures.items():
-        table.add_row(_NAMES.get(figure, figure.replace("_", " ")), *(row.get(test_set, "") for test_set in columns))
+        table.add_row(
+            plain(_NAMES.get(figure, figure.replace("_", " "))), *(row.get(test_set, "") for test_set in columns)
+        )
     table.add_section()
     sent = summary["bytes"]
     rows = {"sent to the server (up)": human_bytes(sent["up"]), "sent to the clients (down)": human_bytes(sent["down"])}
@@ -131,7 +145,7 @@ def partition_table(statistics: Any, limit: int = 12) -> Table:
         limit: clients to list.
     """
     table = Table(
-        title=f"training samples per client and class ({statistics.partition})",
+        title=plain(f"training samples per client and class ({statistics.partition})", "table.title"),
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -139,7 +153,7 @@ def partition_table(statistics: Any, limit: int = 12) -> Table:
     # More than a dozen classes do not fit a terminal.
     columns = 3 + (len(statistics.classes) if len(statistics.classes) <= 12 else 0)
     for name in statistics.header()[:columns]:
-        table.add_column(name, justify="right")
+        table.add_column(plain(name), justify="right")
     rows = statistics.rows(limit)
     for row in rows[:-1]:
         table.add_row(*row[:columns])
@@ -156,7 +170,7 @@ def attack_table(found: Mapping[str, Any], name: str) -> Table:
         name: what was attacked.
     """
     table = Table(
-        title=f"membership attack on {name}",
+        title=plain(f"membership attack on {name}", "table.title"),
         title_justify="left",
         box=box.SIMPLE_HEAD,
         show_header=False,
@@ -189,7 +203,13 @@ def downstream_table(result: Mapping[str, Any]) -> Table:
     many = result["networks"]
     mean = f", mean over {many} networks" if many > 1 else ""
     title = f"{result['command']}: {result['method']} on {result['data']}{mean}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, min_width=len(title))
+    table = Table(
+        title=plain(title, "table.title"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        min_width=len(title),
+    )
     rows = result["rows"]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     for name in columns:
@@ -197,7 +217,7 @@ def downstream_table(result: Mapping[str, Any]) -> Table:
             {"set": "test set", "auc": "AUC"}.get(name, name), justify="left" if name == "set" else "right"
         )
     for row in rows:
-        table.add_row(*(_cell(name, row.get(name, "")) for name in columns))
+        table.add_row(*(plain(_cell(name, row.get(name, ""))) for name in columns))
     return table
 
 

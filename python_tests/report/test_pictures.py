@@ -127,6 +127,18 @@ def test_any_partition_can_be_drawn(tmp_path, shape):
     assert opened(tmp_path / "p.png").std() > 10
 
 
+def test_names_with_dollars_are_no_formulas(tmp_path, data):
+    names = ("US$ a_{$", "b$", *(f"$c_{i}" for i in range(8)))
+    statistics = PartitionStatistics(np.eye(10, dtype=int), names, "iid")
+    plots.partition_picture(statistics, tmp_path / "p.png", title="$ a_{$")
+    split = data.tests["id"].subset(torch.arange(10))
+    model = models.build("cnn", classes=10, channels=3, image_size=32, seed=0)
+    panel = (split.images, torch.zeros(10, 3, 32, 32), split.labels, None)
+    gradcam.draw(model, {"id": panel}, tmp_path / "g.png", classes=names, title="$ a_{$")
+    for name in ("p.png", "g.png"):
+        assert opened(tmp_path / name).std() > 10
+
+
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     (tmp_path / "p.png").write_bytes(b"older")
 

@@ -123,3 +123,15 @@ def test_partition_table_lists_a_few_clients_and_the_totals():
     assert str(int(counts.sum())) in shown
     wide = PartitionStatistics(np.ones((2, 100), dtype=np.int64), tuple(f"class{i}" for i in range(100)), "iid")
     assert "class0" not in text(tables.partition_table(wide))
+
+
+def test_names_are_shown_as_they_are():
+    names = ("[red]", "x [/y]", ":dog:")
+    shown = text(tables.partition_table(PartitionStatistics(np.eye(3, dtype=int), names, "iid [/b]")))
+    for name in (*names, "(iid [/b])"):
+        assert name in shown
+    found = {"auc": 0.5, "low": 0.4, "high": 0.6, "tpr": 0.01, "member_loss": 1.0, "other_loss": 1.0}
+    assert "on runs/a[/b]" in text(tables.attack_table({**found, "members": 3, "others": 3}, "runs/a[/b]"))
+    rows = [{"set": "a [/b]", "auc": 0.5}]
+    result = {"command": "probe", "method": "m", "data": "d", "networks": 1, "rows": rows}
+    assert "a [/b]" in text(tables.downstream_table(result))
