@@ -7,7 +7,6 @@ anterior, superior) first, so that slices are axial however they were stored.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,7 +182,7 @@ def volume(path: Path) -> npt.NDArray[np.float32]:
     try:
         image = nib.as_closest_canonical(nib.load(path))
         values = np.asarray(image.dataobj, dtype=np.float32)
-    except (OSError, EOFError, ValueError, TypeError, zlib.error, nib.filebasedimages.ImageFileError) as error:
+    except Exception as error:  # nibabel and what it calls raise many kinds for a damaged file
         raise UserError(f'data set "brats": cannot read the volume {path} ({error}); replace or remove it') from error
     values = values.reshape(values.shape[:3]) if values.ndim > 3 and set(values.shape[3:]) == {1} else values
     if values.ndim != 3:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -29,22 +28,14 @@ def read_mat(folder: Path, name: str) -> tuple[Tensor, Tensor]:
         UserError: a missing, damaged or other file.
     """
     from scipy.io import loadmat  # slow to import, so only when needed
-    from scipy.io.matlab import MatReadError
 
     raw, path = read_bytes(folder, name, "svhn")
     try:
         content = loadmat(io.BytesIO(raw), variable_names=("X", "y"))
         pixels, labels = np.asarray(content["X"]), np.asarray(content["y"]).reshape(-1)
-    except (
-        MatReadError,
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        OSError,
-        NotImplementedError,
-        zlib.error,
-    ) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # scipy raises many kinds for a damaged file
         raise UserError(
             f'data set "svhn": {path} is damaged or not the official MATLAB file with X and y ({error}); fetch it again'
         ) from None

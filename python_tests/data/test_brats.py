@@ -1,5 +1,8 @@
 """NIfTI volumes: slices, classes, intensities, whole cases; every mistake is one sentence."""
 
+import gzip
+import struct
+
 import numpy as np
 import pytest
 import torch
@@ -171,6 +174,9 @@ def test_dice_is_that_of_a_case(tmp_path):
         (lambda c: (c / "case3_seg.nii.gz").unlink(), r"case3 has no file \*seg\.nii"),
         (lambda c: (c / "case3_t1.nii.gz").write_bytes(b"no volume"), r"cannot read the volume .*case3_t1"),
         (lambda c: cut(c / "case3_seg.nii.gz"), r"cannot read the volume .*case3_seg"),
+        (lambda c: header(c / "case3_t1.nii.gz", 70, "<h", 999), r"cannot read the volume .*case3_t1"),
+        (lambda c: header(c / "case3_t1.nii.gz", 108, "<f", 1e30), r"cannot read the volume .*case3_t1"),
+        (lambda c: header(c / "case3_t1.nii.gz", 280, "<f", np.nan), r"cannot read the volume .*case3_t1"),
         (lambda c: save(c / "case3_t1.nii.gz", np.ones((4, 4, 6), np.float32)), r"case3_t1\S+ has another shape than"),
         (lambda c: save(c / "case3_t1.nii.gz", np.ones((4, 4), np.float32)), "has 2 dimensions, expected three"),
         (lambda c: save(c / "case3_t1.nii.gz", np.full(SHAPE, np.nan, np.float32)), "are no finite numbers"),
@@ -187,6 +193,13 @@ def test_a_bad_file_is_one_sentence(tmp_path, change, words):
 
 def cut(path):
     path.write_bytes(path.read_bytes()[:60])
+
+
+def header(path, at, kind, value):
+    """Puts a value into the file's header: of the voxels' kind (70), their place (108) or the affine (280)."""
+    raw = bytearray(gzip.decompress(path.read_bytes()))
+    struct.pack_into(kind, raw, at, value)
+    path.write_bytes(gzip.compress(raw))
 
 
 @pytest.mark.parametrize(

@@ -58,9 +58,14 @@ def damage(path, kind):
         savemat(path, {"X": np.zeros((32, 32, 3, 4), np.uint8), "y": np.ones((5, 1))})
     elif kind == "label":
         savemat(path, {"X": np.zeros((32, 32, 3, 4), np.uint8), "y": np.full((4, 1), 11)})
+    elif kind == "class":
+        savemat(path, {"X": np.zeros((32, 32, 3, 4), np.uint8), "y": np.ones((4, 1))})
+        raw = bytearray(path.read_bytes())
+        raw[144] = 0  # what kind of an array X is: none that there is
+        path.write_bytes(raw)
 
 
-@pytest.mark.parametrize("kind", ["cut", "text", "empty", "names", "shape", "label"])
+@pytest.mark.parametrize("kind", ["cut", "text", "empty", "names", "shape", "label", "class"])
 def test_a_damaged_file_is_one_sentence(tmp_path, kind):
     write(tmp_path, "train_32x32.mat", 40, 0)
     write(tmp_path, "test_32x32.mat", 10, 1)
