@@ -11,6 +11,7 @@ from typing import Any
 
 OK, USAGE, INTERRUPTED, BROKEN_PIPE = 0, 2, 130, 141
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "Storage size calculation overflowed")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,8 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except MemoryError as error:
+        why = f" ({error})" if str(error) else ""
+        return _say(
+            f"the machine has not enough memory{why}; use fewer --train-samples, smaller images (--data-option size=N, "
+            "where the data set has it), or a smaller --batch-size, --model or --width"
+        )
     except RuntimeError as error:
-        if "DefaultCPUAllocator: can't allocate memory" in str(error):
+        if any(words in str(error) for words in _NO_MEMORY):
             return _say("the machine has not enough memory; use a smaller --batch-size, --model or --width")
         if type(error).__name__ != "OutOfMemoryError":
             raise

@@ -27,6 +27,11 @@ from fedkern.errors import UserError, nearest
 
 Root = str | Path | None
 
+MOST = 2**31 - 1
+"""Of a count: sizes beyond it overflow in torch and NumPy."""
+SIDE = 8192
+"""Of an image, in pixels: a thousand of that side take 200 GB."""
+
 
 @dataclass(frozen=True)
 class DataOption:
@@ -36,7 +41,7 @@ class DataOption:
         default: its value when not given; its type is the option's type.
         help: what it does, one line.
         choices: the only values allowed, if limited.
-        low, high: inclusive range of a number.
+        low, high: inclusive range of a number; a whole number without ``high`` is at most `MOST`.
     """
 
     default: str | int | float
@@ -61,8 +66,10 @@ class DataOption:
                 expected = ", ".join(self.choices)
                 raise UserError(f"{where}: expected one of {expected}, got {value!r}.{nearest(read, self.choices)}")
             return match.get(read.lower(), read)
-        if (self.low is not None and not read >= self.low) or (self.high is not None and not read <= self.high):
+        high = MOST if self.high is None and kind is int else self.high
+        if (self.low is not None and not read >= self.low) or (high is not None and not read <= high):
             limits = f"at least {self.low:g}" if self.high is None else f"from {self.low:g} to {self.high:g}"
+            limits += f" and at most {MOST}" if self.high is None and read > MOST else ""
             raise UserError(f"{where}: expected {_KINDS[kind]} {limits}, got {value!r}")
         return read
 
@@ -166,7 +173,7 @@ def _coloured_options(ink: str) -> dict[str, DataOption]:
 
 # Of the sets that users bring themselves.
 _READING = {
-    "size": DataOption(64, "side in pixels to which images are resized", low=8),
+    "size": DataOption(64, "side in pixels to which images are resized", low=8, high=SIDE),
     "colour": DataOption("rgb", "three channels, or one", choices=("rgb", "grey")),
     "test_share": DataOption(0.2, "share held out as test set where there is none", low=0.01, high=0.9),
     "validation_share": DataOption(
@@ -278,7 +285,7 @@ DATASETS: dict[str, DatasetInfo] = {
         "tumour segmentation in NIfTI volumes, a folder for every case as in BraTS; clients hold whole cases",
         open_brats, 10, "iid", (4, 128), task="segmentation",
         options={
-            "size": DataOption(128, "side in pixels to which slices are resized", low=8),
+            "size": DataOption(128, "side in pixels to which slices are resized", low=8, high=SIDE),
             "modalities": DataOption("t1,t1ce,t2,flair", "the channels, as the names of their files end"),
             "target": DataOption("seg", "how the names of the files of classes end"),
             "labels": DataOption("whole", "whole (one object), parts (BraTS's three), or stored values such as 1|2|4"),
@@ -299,7 +306,7 @@ DATASETS: dict[str, DatasetInfo] = {
         open_nico, 7, "attribute", (3, 224),
         options={
             "protocol": DataOption("F7", "first or last seven contexts of every class train", choices=("F7", "L7")),
-            "size": DataOption(224, "side in pixels to which images are resized", low=8),
+            "size": DataOption(224, "side in pixels to which images are resized", low=8, high=SIDE),
             "part": DataOption("", "subfolder to use, for example Animal or Vehicle"),
             "held_out": DataOption(
                 0.1, "share of the training contexts held out as in-distribution test, and again as validation",

@@ -13,6 +13,11 @@ from fedkern.errors import UserError, nearest
 
 Value = bool | int | float | str
 
+LARGEST = 1e30
+"""Of a number with a fraction: it has to fit fp32, also after a division by a bias correction."""
+MOST = 2**31 - 1
+"""Of a count: sizes beyond it overflow in torch and NumPy."""
+
 _WORDS = {"true": True, "on": True, "yes": True, "1": True, "false": False, "off": False, "no": False, "0": False}
 
 
@@ -33,7 +38,8 @@ def option(
     Args:
         default: the value used when nothing is said; ``bool``, ``int``, ``float`` or ``str``.
         help: one line for the user.
-        low, high: inclusive range of a number.
+        low, high: inclusive range of a number; without ``high``, `LARGEST` and, of whole numbers with a lower bound,
+            `MOST` end it.
         above: exclusive lower bound of a number.
         choices: the only values allowed.
         name: the published name where Python forbids it as a field name (``lambda`` for the field ``lam``).
@@ -102,16 +108,25 @@ class Knob:
             return
         if isinstance(value, (str, bool)):
             return
+        if isinstance(value, float) and math.isinf(value) and not self.infinite:
+            raise UserError(f"{self.label} must be finite, not {value:g}.")
+        shown = f"{value:g}" if isinstance(value, float) else str(value)  # no float holds a number of 400 digits
+        if self.high is None and (most := self._most(value)) is not None and value > most:
+            raise UserError(f"{self.label} must be at most {most}, not {shown}.")
         bad = (
-            math.isnan(value)
+            value != value
             or (self.low is not None and value < self.low)
             or (self.high is not None and value > self.high)
             or (self.above is not None and value <= self.above)
         )
-        if math.isinf(value) and not self.infinite:
-            raise UserError(f"{self.label} must be finite, not {value:g}.")
         if bad:
-            raise UserError(f"{self.label} must be {self.range or 'a number'}, not {value:g}.")
+            raise UserError(f"{self.label} must be {self.range or 'a number'}, not {shown}.")
+
+    def _most(self, value: int | float) -> int | float | None:
+        """What ends the range of a number where the option does not say it."""
+        if isinstance(value, float):
+            return LARGEST if math.isfinite(value) else None
+        return MOST if self.low is not None else None  # a seed, which counts nothing, may be any number
 
 
 def knobs(cls: Any, label: str) -> tuple[Knob, ...]:
@@ -135,7 +150,11 @@ def _convert(value: Any, kind: type) -> Value:
         if isinstance(value, float) and not value.is_integer():
             raise ValueError
         return int(value)
-    return float(value) if kind is float else str(value).strip()
+    if kind is float:
+        return float(value)
+    if isinstance(value, (list, tuple, Mapping)):
+        raise TypeError
+    return str(value).strip()
 
 
 def _false(value: Any) -> bool:

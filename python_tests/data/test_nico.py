@@ -141,7 +141,7 @@ def test_no_tree(tmp_path: Path) -> None:
         ({"protocol": "F8"}, "protocol.*expected one of F7, L7"),
         ({"protocoll": "F7"}, 'no option "protocoll".*Did you mean "protocol"'),
         ({"size": "large"}, "size.*expected a whole number"),
-        ({"size": 4}, "size.*at least 8"),
+        ({"size": 4}, "size.*from 8 to 8192"),
         ({"held_out": 0.5}, "held_out.*from 0 to 0.33"),
     ],
 )

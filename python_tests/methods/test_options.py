@@ -68,6 +68,11 @@ def test_values_get_their_types(word, field, value):
         ("kind=zer", r'one of mean, zero, not "zer".*Did you mean "zero"'),
         ("temperature=0", "above 0"),
         ("step=inf", '"step" must be finite, not inf'),
+        ("step=1e31", r'"step" must be at most 1e\+30, not 1e\+31'),
+        ("temperature=1e300", r'"temperature" must be at most 1e\+30, not 1e\+300'),
+        ("lambda=1e300", r"in \[0, 10\], not 1e\+300"),
+        ("count=2147483648", '"count" must be at most 2147483647, not 2147483648'),
+        ("count=" + "9" * 400, "at most 2147483647, not 999"),
         ("lamda=1", r'Unknown method option "lamda" of this method.*Did you mean "lambda"'),
         ("lambda", "must have the form key=value"),
     ],
@@ -75,6 +80,20 @@ def test_values_get_their_types(word, field, value):
 def test_mistakes_are_one_sentence(word, message):
     with pytest.raises(UserError, match=message):
         Example.parse([word])
+
+
+@pytest.mark.parametrize(("key", "value"), [("kind", ["mean"]), ("kind", {"a": 1}), ("step", [1]), ("flag", [True])])
+def test_lists_and_tables_of_a_config_file_are_no_values(key, value):
+    with pytest.raises(UserError, match=rf'"{key}" must be '):
+        Example.parse({key: value})
+
+
+def test_every_number_of_every_method_fits_the_networks():
+    for name, kind in METHODS.items():
+        for knob in kind.Options.knobs():
+            if knob.type is float:
+                with pytest.raises(UserError, match=rf'"{knob.name}" must be '):
+                    kind.Options.parse({knob.name: 1e300}, method=name)
 
 
 def test_given_twice():
