@@ -1,4 +1,4 @@
-"""Files that are either complete or absent, and one writer at a time."""
+"""Files that are either complete or absent, one writer at a time, and paths as users write them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,46 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from fedkern.errors import UserError
+
 try:
     import fcntl
 except ImportError:  # not a POSIX system: nothing keeps two writers apart there
     fcntl = None  # type: ignore[assignment]
+
+
+def expand(path: str | Path) -> Path:
+    """``path`` with the user's home folder in the place of a leading ``~``, and another user's in that of ``~name``.
+
+    Raises:
+        UserError: nobody of that name has a home folder on this machine.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        name = Path(path).parts[0]
+        raise UserError(
+            f"{path} begins with the home folder of {name[1:] or 'the user'}, which this machine does not know: write "
+            f"the whole path, or ./{name} where a file or folder has that name."
+        ) from None
+
+
+def absolute(path: str) -> str:
+    """The same path from the root on, so that it holds in any folder.
+
+    Raises:
+        UserError: see :func:`expand`.
+    """
+    return str(expand(path).absolute())
+
+
+def absolute_folder(name: str) -> str:
+    """What may be a folder or a name: :func:`absolute` where there is such a folder or it begins like a path.
+
+    Raises:
+        UserError: see :func:`expand`.
+    """
+    return absolute(name) if name.startswith((".", "~")) or Path(name).is_dir() else name
 
 
 def replace(path: Path, fill: Callable[[Path], object], temporary: Path) -> None:

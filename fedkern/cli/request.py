@@ -7,10 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedkern.data import COMMON_OPTIONS
 from fedkern.engine import RunConfig
 from fedkern.engine.config import check_networks
 from fedkern.errors import UserError, nearest
+from fedkern.files import expand
 from fedkern.methods import METHODS
+
+PATHS = {
+    **{knob.field: knob.path for knob in RunConfig.knobs() if knob.path is not None},
+    **{name: option.path for name, option in COMMON_OPTIONS.items() if option.path is not None},
+}
+"""What makes a setting, or an option of the data, absolute, by its name."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,29 @@ class Request:
     help: str = ""
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name in ("config", "out", "resume", "folder"):
+            if (path := getattr(self, name)) is not None:
+                _check_text(f"--{name}" if name != "folder" else "the run folder", str(path))
+                object.__setattr__(self, name, expand(path))
+        for table in (self.settings, self.data_options, self.arguments):
+            for name, value in table.items():
+                _check_text(f"--{name.replace('_', '-')}", value)
+        for word in self.options:
+            _check_text("--method-option", word)
+
+
+def _check_text(what: str, value: Any) -> None:
+    """Raises UserError for a word with bytes that are not UTF-8, which a run's files could not hold."""
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            shown = value.encode(errors="surrogateescape").decode(errors="backslashreplace")
+            raise UserError(
+                f'{what} "{shown}" has bytes that are not UTF-8: rename the file or folder, or take a link to it.'
+            ) from None
+
 
 def one_shot(method: str | None) -> bool:
     """Whether a method has a plan of its own instead of ``--rounds``."""
@@ -61,7 +92,7 @@ def effective(request: Request) -> RunConfig:
     table: dict[str, Any] = {}
     if request.config is not None:
         try:
-            text = request.config.read_text(encoding="utf-8")
+            text = request.config.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise UserError(f"The config file {request.config} cannot be read: {reason}.") from None
@@ -69,7 +100,7 @@ def effective(request: Request) -> RunConfig:
     method = request.method or table.get("method")
     if method is None:
         raise UserError(f"Which method? Name it as METHOD or as method in {request.config}.")
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise UserError(f'Unknown method "{method}" in {request.config}.{nearest(str(method), METHODS)}')
     from_file = dict(table.pop("options", {}))
     if one_shot(method):
@@ -85,21 +116,28 @@ def effective(request: Request) -> RunConfig:
 
 
 def absolute(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with absolute paths, so that a run can be resumed, and compared with, from any folder."""
-    paths = {name: Path(str(value)).expanduser() for name, value in settings.items() if value}
-    named = [name for name in paths if name in ("data_root", "boxes", "detector_cache", "teachers")]
-    named += [name for name in paths if name.endswith("_encoder") and paths[name].is_dir()]
-    return {name: str(paths[name].absolute()) if name in named else value for name, value in settings.items()}
+    """The same with absolute paths, so that a run can be resumed, and compared with, from any folder.
+
+    Raises:
+        UserError: a path begins with the home folder of somebody unknown.
+    """
+    return {
+        name: PATHS[name](value) if name in PATHS and isinstance(value, str) and value else value
+        for name, value in settings.items()
+    }
 
 
 def named_options(method: str, given: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
-    """The given method options alone, without the defaults, by published name and checked.
+    """The given method options alone, without the defaults, by published name, checked and with absolute paths.
 
     Raises:
-        UserError: an unknown option or a value out of range.
+        UserError: an unknown option, a value out of range, or a path in the home folder of somebody unknown.
     """
     kind = METHODS[method].Options
     parsed = kind.parse(given, method=method)
     words = given if isinstance(given, Mapping) else [word.partition("=")[0] for word in given]
     plain = {str(word).strip().replace("-", "_") for word in words}
-    return {knob.name: getattr(parsed, knob.field) for knob in kind.knobs() if {knob.name, knob.field} & plain}
+    named = [knob for knob in kind.knobs() if {knob.name, knob.field} & plain]
+    values = {knob.name: getattr(parsed, knob.field) for knob in named}
+    paths = {knob.name: knob.path for knob in named if knob.path is not None and values[knob.name]}
+    return {**values, **{name: make(str(values[name])) for name, make in paths.items()}}

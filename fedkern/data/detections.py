@@ -16,7 +16,7 @@ from torch import Tensor
 from fedkern.data.background import rasterise
 from fedkern.data.types import Split
 from fedkern.errors import UserError
-from fedkern.files import one_writer, replace
+from fedkern.files import expand, one_writer, replace
 
 BATCH = 8
 SAVE_EVERY = 16  # batches between two writes of the cache
@@ -50,7 +50,7 @@ class Detections:
         self, detector: Detector, cache: str | Path | None = None, notice: Callable[[str], None] | None = None
     ) -> None:
         self.detector = detector
-        self.folder = default_cache() if cache is None else Path(cache).expanduser()
+        self.folder = default_cache() if cache is None else expand(cache)
         self.notice = notice
         self.identity = dict(detector.identity)
         text = json.dumps(self.identity, sort_keys=True)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedkern.errors import UserError
+from fedkern.files import expand
 
 
 def find_folder(root: str | Path | None, data: str, subfolders: Sequence[str], files: Sequence[str]) -> Path:
@@ -34,7 +35,7 @@ def need_root(root: str | Path | None, data: str, example: str) -> Path:
         raise UserError(
             f'data set "{data}" is read from files such as {example}: name their folder with --data-root DIR'
         )
-    folder = Path(root).expanduser()
+    folder = expand(root)
     if not folder.is_dir():
         raise UserError(f'data set "{data}": the data root {folder} is not a folder')
     return folder

@@ -12,6 +12,7 @@ from fedkern.data.listing import Listing, Reading, to_source
 from fedkern.data.table import find_table, read_table
 from fedkern.data.types import Source
 from fedkern.errors import UserError
+from fedkern.files import expand
 
 ANY = "any"
 
@@ -50,7 +51,7 @@ def open_pairs(
         named, splits, clients = table.column("label"), table.splits("pairs"), table.column("client")
         patients = table.patients()
     else:
-        base = Path(str(root)).expanduser()
+        base = expand(str(root))
         images, named, splits = _found(base)
         names, clients = tuple(one.relative_to(base).as_posix() for one in images), [""] * len(images)
         patients = None

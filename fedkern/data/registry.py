@@ -24,6 +24,7 @@ from fedkern.data.table import open_csv
 from fedkern.data.tinyimagenet import open_tinyimagenet
 from fedkern.data.types import FederatedData, Source
 from fedkern.errors import UserError, nearest
+from fedkern.files import absolute, absolute_folder
 
 Root = str | Path | None
 
@@ -42,6 +43,7 @@ class DataOption:
         help: what it does, one line.
         choices: the only values allowed, if limited.
         low, high: inclusive range of a number; a whole number without ``high`` is at most `MOST`.
+        path: makes the value absolute where it is a path, or names one; a run is stored with what it returns.
     """
 
     default: str | int | float
@@ -49,6 +51,7 @@ class DataOption:
     choices: tuple[str, ...] = ()
     low: float | None = None
     high: float | None = None
+    path: Callable[[str], str] | None = None
 
     def read(self, data: str, key: str, value: object) -> str | int | float:
         """Converts and checks a value (from text or already typed)."""
@@ -129,11 +132,15 @@ COMMON_OPTIONS: dict[str, DataOption] = {
     ),
     "backdoor_target": DataOption(0, "the class, by position, that the patch says", low=0),
     "backdoor_size": DataOption(4, "side of that patch in pixels", low=1),
-    "boxes": DataOption("", "JSON or CSV file with the object boxes of the training images"),
-    "detector": DataOption("", "folder or name of a Grounding DINO that finds the objects of the training images"),
+    "boxes": DataOption("", "JSON or CSV file with the object boxes of the training images", path=absolute),
+    "detector": DataOption(
+        "", "folder or name of a Grounding DINO that finds the objects of the training images", path=absolute_folder
+    ),
     "box_threshold": DataOption(0.35, "smallest score of a detected box", low=0, high=1),
     "text_threshold": DataOption(0.25, "smallest score of the class name in a detected box", low=0, high=1),
-    "detector_cache": DataOption("", "folder for detected boxes (default: fedkern/detections in the user's cache)"),
+    "detector_cache": DataOption(
+        "", "folder for detected boxes (default: fedkern/detections in the user's cache)", path=absolute
+    ),
 }
 
 DETECTION_OPTIONS = ("boxes", "detector", "box_threshold", "text_threshold", "detector_cache")

@@ -15,6 +15,7 @@ import numpy as np
 from fedkern.data.listing import SPLITS, Listing, Reading, to_source
 from fedkern.data.types import Source
 from fedkern.errors import UserError, nearest
+from fedkern.files import expand
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 PATIENT = ("subject_id", "patient_id", "patient id", "patientid", "patient")
@@ -99,7 +100,7 @@ def find_table(root: str | Path | None, data: str, columns: tuple[str, ...]) -> 
         raise UserError(
             f'data set "{data}" is read from a CSV file with the columns {wanted}: name it with --data-root'
         )
-    path = Path(root).expanduser()
+    path = expand(root)
     if path.is_file():
         return path
     if not path.is_dir():

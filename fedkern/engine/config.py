@@ -17,6 +17,7 @@ from fedkern.data.registry import read_options
 from fedkern.engine import toml
 from fedkern.engine.defaults import COMMON, default_data, defaults
 from fedkern.errors import UserError, nearest
+from fedkern.files import absolute, absolute_folder
 from fedkern.methods import registry
 from fedkern.methods.options import Knob, knobs, option
 from fedkern.models import MODELS
@@ -25,13 +26,17 @@ from fedkern.models.towers import IMAGE_ENCODERS, TEXT_ENCODERS
 NAME = "config.toml"
 
 
+def _encoder(name: str) -> str:
+    return name if name in (*IMAGE_ENCODERS, *TEXT_ENCODERS) else absolute_folder(name)
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """The settings of one run.  Make it with :meth:`make`, which fills in the defaults, or :meth:`load`."""
 
     method: str = option("fedavg", "what clients and server do")
     data: str = option(COMMON["data"], "data set: " + ", ".join(DATASETS))
-    data_root: str | None = option(None, "folder that holds the data files", type=str)
+    data_root: str | None = option(None, "folder that holds the data files", type=str, path=absolute)
     train_samples: int | None = option(None, "use this many training samples instead of all", low=1, type=int)
     public_samples: int = option(
         0, "training samples that no client gets and everybody may see, drawn before the partition", low=0
@@ -74,13 +79,21 @@ class RunConfig:
     clip_norm: float = option(0.0, "largest gradient norm of a step; 0 clips nothing", low=0)
     model: str = option(COMMON["model"], "network: " + ", ".join(MODELS))
     width: int | None = option(
-        None, "channels of the network's first stage, or of a token of the built-in encoders", low=1, type=int
-    )
+        None,
+        "channels of the network's first stage, or of a token of the built-in encoders",
+        low=1,
+        high=65536,
+        type=int,
+    )  # fmt: skip
     image_encoder: str = option(
-        COMMON["image_encoder"], "image-text data: " + ", ".join(IMAGE_ENCODERS) + ", or a transformers model's folder"
+        COMMON["image_encoder"],
+        "image-text data: " + ", ".join(IMAGE_ENCODERS) + ", or a transformers model's folder",
+        path=_encoder,
     )
     text_encoder: str = option(
-        COMMON["text_encoder"], "image-text data: " + ", ".join(TEXT_ENCODERS) + ", or a transformers model's folder"
+        COMMON["text_encoder"],
+        "image-text data: " + ", ".join(TEXT_ENCODERS) + ", or a transformers model's folder",
+        path=_encoder,
     )
     augment: str | None = option(
         None, "augmentation of training images instead of the data set's", choices=tuple(AUGMENTATIONS), type=str
@@ -96,14 +109,14 @@ class RunConfig:
     on_nan: str = option("stop", "what a diverging client (NaN or Inf) does to the run", choices=("stop", "skip"))
     teachers: str | None = option(
         None, "networks that the clients bring instead of training: a run folder, or one with client-0.safetensors, "
-        "client-1.safetensors, ...", type=str,
+        "client-1.safetensors, ...", type=str, path=absolute,
     )  # fmt: skip
     eval_every: int = option(1, "evaluate every so many rounds, and always after the last", low=1)
     checkpoint_every: int = option(1, "write a checkpoint every so many rounds", low=1)
     grad_cam: int = option(200, "test images for the Grad-CAM share inside the object; 0 for none", low=0)
     seed: int = option(0, "root of all random streams")
     device: str = option("auto", "where it runs", choices=("auto", "cpu", "cuda"))
-    threads: int = option(0, "CPU threads; 0 for PyTorch's own choice", low=0)
+    threads: int = option(0, "CPU threads; 0 for PyTorch's own choice", low=0, high=1024)
     options: Mapping[str, Any] = field(default_factory=dict)
     data_options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -189,7 +202,12 @@ class RunConfig:
         for name in settings:
             if name not in known:
                 raise UserError(f'Unknown setting "{name}".{nearest(name, known)}')
-        given = {name: value for name, value in settings.items() if value is not None}
+        by_field = {knob.field: knob for knob in cls.knobs()}
+        given = {
+            name: by_field[name].convert(value) if name in by_field else value
+            for name, value in settings.items()
+            if value is not None
+        }
         if kind.one_shot and "rounds" in given:
             raise UserError(
                 f"--rounds is not for {method}, a one-shot method whose plan has the rounds it needs: give a client's "
@@ -252,13 +270,17 @@ class RunConfig:
         """
         try:
             table = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also of a number of thousands of digits
             raise UserError(f"{source} is not a valid TOML file: {error}.") from None
         known = {f.name for f in dataclasses.fields(cls)}
-        plain = {name.replace("-", "_"): value for name, value in table.items()}
-        for name in plain:
+        plain: dict[str, Any] = {}
+        for written, value in table.items():
+            name = written.replace("-", "_")
             if name not in known:
                 raise UserError(f'{source} has an unknown setting "{name}".{nearest(name, known)}')
+            if name in plain:
+                raise UserError(f'{source} has {name} twice, with "_" and with "-": leave one out.')
+            plain[name] = value
         for name in ("options", "data_options"):
             if not isinstance(plain.get(name, {}), Mapping):
                 raise UserError(f"{source}: [{name}] must be a table of key = value lines.")
@@ -274,7 +296,7 @@ class RunConfig:
         check_run_folder(folder)
         path = Path(folder) / NAME
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} cannot be read: {error}.") from None
         return cls(**{**cls.table(text, source=str(path)), **replaced})

@@ -18,6 +18,7 @@ from fedkern.engine import state
 from fedkern.engine.checkpoint import FOLDER, Checkpoints, checksum
 from fedkern.engine.network import place
 from fedkern.errors import UserError
+from fedkern.files import expand
 from fedkern.methods.base import VECTORS
 from fedkern.ops import FlatParameters
 
@@ -37,7 +38,7 @@ class Teachers:
     """
 
     def __init__(self, folder: str) -> None:
-        self.root = Path(folder).expanduser()
+        self.root = expand(folder)
         self._sound: set[str] = set()  # files of the run whose checksums are right
         self._asked_run = False  # whether a network came from a run and not from a file of its own
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, log_softmax
 
-from fedkern import ops
+from fedkern import files, ops
 from fedkern.errors import UserError
 from fedkern.methods.base import (
     Batch,
@@ -41,6 +41,7 @@ from fedkern.methods.base import (
     option,
     register,
 )
+from fedkern.models import prompts as templates
 from fedkern.models import teachers
 from fedkern.models.cost import cost, count_flops
 from fedkern.models.prompts import DEFAULT
@@ -62,6 +63,7 @@ class FedLPFM(LocalTraining):
             "pretrained",
             "frozen teachers, separated by commas: pretrained[:MODEL/WIDTH], clip:PATH_OR_NAME, logits:FILE, "
             "python:MODULE:NAME",
+            path=teachers.absolute,
         )
         lam: float = option(0.5, "weight of the distillation loss; 0 is FedAvg", low=0, name="lambda")
         temperature: float = option(1.0, "temperature of the distillation loss", above=0, infinite=True)
@@ -70,7 +72,9 @@ class FedLPFM(LocalTraining):
             "kl", "KL(teacher || proxy), half the variance of the logits' difference (its limit at high temperature), "
             "or Jensen-Shannon", choices=("kl", "mse", "js"),
         )  # fmt: skip
-        prompts: str = option(DEFAULT, "CLIP's prompts: a template, a file of templates, or JSON by class")
+        prompts: str = option(
+            DEFAULT, "CLIP's prompts: a template, a file of templates, or JSON by class", path=templates.absolute
+        )
         teachers: int = option(1, "teachers per client; the mean of their probabilities teaches", low=1)
         backbone: str = option(
             "consistent", "which of the teachers a client has: the first ones, or drawn once or in every round",
@@ -88,7 +92,9 @@ class FedLPFM(LocalTraining):
         tuning_lr: float = option(0.0, "its learning rate (AdamW); 0: 1e-3 for a probe, 1e-5 for all of it", low=0)
         pretrain_epochs: int = option(20, "epochs of the embedded teacher on the public images", low=1)
         public_proxy: bool = option(True, "report what the proxy itself learns from those images alone")
-        teacher_cache: str = option("", "folder for teachers' weights and logits instead of the user's cache folder")
+        teacher_cache: str = option(
+            "", "folder for teachers' weights and logits instead of the user's cache folder", path=files.absolute
+        )
 
     def __init__(self, options: Any = None) -> None:
         super().__init__(options)

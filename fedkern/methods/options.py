@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
@@ -32,6 +32,7 @@ def option(
     name: str | None = None,
     type: type | None = None,
     infinite: bool = False,
+    path: Callable[[str], str] | None = None,
 ) -> Any:
     """Declares one knob as a dataclass field; its type is the default's.
 
@@ -45,11 +46,12 @@ def option(
         name: the published name where Python forbids it as a field name (``lambda`` for the field ``lam``).
         type: the type of an option whose default is ``None`` (left open, and ``None`` stays allowed).
         infinite: whether infinity is a value of a number.
+        path: makes the value absolute where it is a path, or names one; a run is stored with what it returns.
     """
     kind = builtins.type(default) if type is None else type
     metadata = {
         "help": help, "low": low, "high": high, "above": above, "choices": choices, "name": name, "type": kind,
-        "infinite": infinite,
+        "infinite": infinite, "path": path,
     }  # fmt: skip
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -68,6 +70,7 @@ class Knob:
     above: float | None = None
     choices: tuple[Value, ...] | None = None
     infinite: bool = False
+    path: Callable[[str], str] | None = None
     label: str = ""
 
     @property

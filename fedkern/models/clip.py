@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedkern.errors import UserError
+from fedkern.files import expand
 from fedkern.models.pretrained import check_complete, content_hash, weights
 from fedkern.models.prompts import DEFAULT, read_prompts
 from fedkern.models.teacher import Identity, Teacher
@@ -57,7 +58,7 @@ class ClipTeacher(Teacher):
         self.model_name = str(model)
         self.mean, self.std = tuple(mean), tuple(std)
         self.prompts = read_prompts(prompts or DEFAULT, classes)
-        self._folder = Path(model).expanduser()
+        self._folder = expand(model)
         if not self._folder.is_dir() and (self._folder.is_absolute() or self.model_name.startswith((".", "~"))):
             raise UserError(f"the CLIP folder {self._folder} does not exist.")
 

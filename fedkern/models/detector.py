@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedkern.errors import UserError
+from fedkern.files import expand
 from fedkern.models.pretrained import content_hash, weights
 
 BOX_THRESHOLD, TEXT_THRESHOLD = 0.35, 0.25
@@ -45,7 +46,7 @@ class GroundingDino:
         self.model_name = str(model)
         self.box_threshold, self.text_threshold = float(box_threshold), float(text_threshold)
         self.device = torch.device(device)
-        self._folder = Path(model).expanduser()
+        self._folder = expand(model)
         if not self._folder.is_dir() and (self._folder.is_absolute() or self.model_name.startswith((".", "~"))):
             raise UserError(f"the detector folder {self._folder} does not exist")
         self._network: Any = None

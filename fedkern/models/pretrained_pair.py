@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.errors import UserError
+from fedkern.files import expand
 from fedkern.models.encoders import ImageEncoder
 from fedkern.models.preprocessing import Preprocessing
 from fedkern.models.pretrained import check_complete, quiet, weights
@@ -186,7 +187,7 @@ def _check_words(path: Path, tokenizer: Any, network: Any) -> None:
 
 
 def _existing(folder: str | Path, kind: str) -> Path:
-    path = Path(folder).expanduser()
+    path = expand(folder)
     if not path.is_dir():
         raise UserError(f"the folder {path} of the {kind} encoder does not exist.")
     return path

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedkern import files
 from fedkern.errors import UserError, nearest
 
 DEFAULT = "a photo of a {class}."
@@ -27,9 +28,9 @@ def read_prompts(prompts: str, classes: Sequence[str]) -> list[list[str]]:
     """
     if any(place in prompts for place in PLACES):
         return _fill([prompts], classes)
-    path = Path(prompts).expanduser()
+    path = files.expand(prompts)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
@@ -46,6 +47,15 @@ def read_prompts(prompts: str, classes: Sequence[str]) -> list[list[str]]:
     return _fill(templates, classes)
 
 
+def absolute(prompts: str) -> str:
+    """A file's path from the root on; a template as it is.
+
+    Raises:
+        UserError: see :func:`fedkern.files.expand`.
+    """
+    return prompts if any(place in prompts for place in PLACES) else files.absolute(prompts)
+
+
 def _fill(templates: Sequence[str], classes: Sequence[str]) -> list[list[str]]:
     names = [name.replace("_", " ").strip() for name in classes]
     return [[template.replace("{class}", name).replace("{}", name) for template in templates] for name in names]
@@ -54,7 +64,7 @@ def _fill(templates: Sequence[str], classes: Sequence[str]) -> list[list[str]]:
 def _by_class(path: Path, text: str, classes: Sequence[str]) -> list[list[str]]:
     try:
         table = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"the prompts file {path} is not JSON: {error}.") from None
     if not isinstance(table, dict):
         raise UserError(f"the prompts file {path} must map every class to its prompts, but holds {_kind(table)}.")

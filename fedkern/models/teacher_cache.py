@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedkern import files
 from fedkern.errors import UserError
+from fedkern.files import expand
 from fedkern.models.teacher import Identity, Teacher, wrong_classes
 
 KEY = 16  # bytes of an image's name
@@ -43,7 +44,7 @@ class LogitsCache:
         notice: Callable[[str], None] | None = None,
     ) -> None:
         self.named = folder is not None
-        self.folder = default_cache() if folder is None else Path(folder).expanduser()
+        self.folder = default_cache() if folder is None else expand(folder)
         self.mean, self.std = tuple(mean), tuple(std)
         self.notice = notice
 
@@ -129,7 +130,7 @@ class StoredLogits(Teacher):
     """
 
     def __init__(self, path: str | Path, classes: int, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.path = Path(path).expanduser()
+        self.path = expand(path)
         super().__init__(f"logits:{path}", classes, "cpu", None)
         self.mean, self.std = tuple(mean), tuple(std)
         try:

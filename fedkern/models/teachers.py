@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedkern import files
 from fedkern.errors import UserError, nearest
 from fedkern.models.clip import ClipTeacher
 from fedkern.models.registry import MODELS
@@ -77,6 +78,20 @@ def parse(text: str) -> list[Spec]:
             raise UserError(f"the teacher {kind} needs a name after the colon, for example {_EXAMPLES[kind]}.")
         specs.append(Spec(kind, what))
     return specs
+
+
+def absolute(text: str) -> str:
+    """The same list with absolute paths; names, and a path that would gain a comma, stay as they are.
+
+    Raises:
+        UserError: see :func:`parse` and :func:`fedkern.files.expand`.
+    """
+    words = []
+    for spec in parse(text):
+        make = {"clip": files.absolute_folder, "logits": files.absolute}.get(spec.kind, str)
+        made = make(spec.what)
+        words.append(str(spec if "," in made else Spec(spec.kind, made)))
+    return ",".join(words)
 
 
 _EXAMPLES = {"clip": "clip:openai/clip-vit-base-patch32", "logits": "logits:FILE", "python": "python:MODULE:NAME"}

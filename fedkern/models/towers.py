@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedkern.errors import UserError, nearest
+from fedkern.files import expand
 from fedkern.models import pretrained_pair
 from fedkern.models.attention import TransformerLayer
 from fedkern.models.encoders import LONGEST, WIDTH, ConvTokens, PatchTokens, TextTransformer
@@ -192,7 +192,7 @@ def build_pair(
 
 def _known(name: str, kind: str, names: Mapping[str, str]) -> None:
     """Raises UserError for a name that is neither built in nor looks like a folder."""
-    looks_like_path = Path(name).expanduser().is_dir() or name.startswith((".", "~")) or "/" in name
+    looks_like_path = expand(name).is_dir() or name.startswith((".", "~")) or "/" in name
     if name not in names and not looks_like_path:
         raise UserError(
             f'there is no {kind} encoder "{name}": give {", ".join(names)} or a local folder.{nearest(name, names)}'

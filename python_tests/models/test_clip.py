@@ -204,6 +204,18 @@ def test_templates_that_do_not_fit(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(UserError, match="is not JSON"):
         read_prompts(str(tmp_path / "broken.json"), CLASSES)
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="is not JSON"):
+        read_prompts(str(tmp_path / "deep.json"), CLASSES)
+    with pytest.raises(UserError, match=r"~nosuchuser/x begins with the home folder of nosuchuser"):
+        read_prompts("~nosuchuser/x", CLASSES)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_template(tmp_path: Path) -> None:
+    (tmp_path / "templates.txt").write_text("a {}\n", encoding="utf-8-sig")
+    assert read_prompts(str(tmp_path / "templates.txt"), CLASSES)[0] == ["a cat"]
+    (tmp_path / "prompts.json").write_text(json.dumps(dict.fromkeys(CLASSES, "x")), encoding="utf-8-sig")
+    assert read_prompts(str(tmp_path / "prompts.json"), CLASSES)[0] == ["x"]
 
 
 def test_folders_that_hold_no_clip(tmp_path: Path) -> None:
