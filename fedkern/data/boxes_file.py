@@ -30,6 +30,7 @@ from torch import Tensor
 from fedkern.data.background import rasterise
 from fedkern.data.types import Split
 from fedkern.errors import UserError, nearest
+from fedkern.files import expand
 
 Box = tuple[float, float, float, float]
 
@@ -46,7 +47,7 @@ class BoxesFile:
     """
 
     def __init__(self, path: str | Path, known: Collection[str]) -> None:
-        self.path = Path(path).expanduser()
+        self.path = expand(path)
         suffix = self.path.suffix.lower()
         if suffix not in (".json", ".csv"):
             raise UserError(f"boxes file {self.path}: expected a file ending in .json or .csv")
@@ -92,7 +93,7 @@ class BoxesFile:
     def _read_json(self, text: str) -> dict[str, list[Box]]:
         try:
             content = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"boxes file {self.path}: not valid JSON ({error})") from error
         table = content.get("boxes") if isinstance(content, dict) else None
         if not isinstance(table, dict):
@@ -109,7 +110,12 @@ class BoxesFile:
         return boxes
 
     def _read_csv(self, text: str) -> dict[str, list[Box]]:
-        reader = csv.DictReader(text.splitlines())
+        try:
+            return self._read_rows(csv.DictReader(text.splitlines()))
+        except csv.Error as error:
+            raise UserError(f"boxes file {self.path}: not a CSV file ({error})") from None
+
+    def _read_rows(self, reader: csv.DictReader[str]) -> dict[str, list[Box]]:
         columns = ("image", "x1", "y1", "x2", "y2")
         missing = [column for column in columns if column not in (reader.fieldnames or ())]
         if missing:
@@ -127,7 +133,7 @@ class BoxesFile:
             if not isinstance(values, list) or any(isinstance(value, bool) for value in values):
                 raise ValueError
             x1, y1, x2, y2 = (float(value) for value in values)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise UserError(f"boxes file {self.path}: {where}: expected four numbers x1, y1, x2, y2") from None
         if not all(math.isfinite(value) for value in (x1, y1, x2, y2)) or x2 <= x1 or y2 <= y1:
             raise UserError(

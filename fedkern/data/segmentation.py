@@ -14,6 +14,7 @@ from fedkern.data.table import find_table, read_table
 from fedkern.data.tiles import in_tiles
 from fedkern.data.types import IGNORE, Source
 from fedkern.errors import UserError
+from fedkern.files import expand
 
 PAIRS = ("images", "masks"), ("image", "label")
 """What the two folders are called."""
@@ -57,7 +58,7 @@ def open_segmentation(
         ids, splits, clients = table.names("image"), table.splits("segmentation"), table.column("client")
         patients = table.patients()
     else:
-        base = Path(str(root)).expanduser()
+        base = expand(str(root))
         images, masks, splits = _pairs(base)
         ids, clients = tuple(one.relative_to(base).as_posix() for one in images), [""] * len(images)
         patients = None
@@ -91,7 +92,10 @@ def _pairs(base: Path) -> tuple[list[Path], list[Path], list[str]]:
                     f'data set "segmentation": {base / name} has no folder {folder.name} (expected images and masks, '
                     "or a CSV file with the columns image,mask)"
                 )
-        partners = {path.stem: path for path in list_images(pair[1])}
+        partners: dict[str, Path] = {}
+        for mask in list_images(pair[1]):
+            if (other := partners.setdefault(mask.stem, mask)) is not mask:
+                raise UserError(f'data set "segmentation": {other} and {mask} are two masks of one name; remove one')
         for image in list_images(pair[0]):
             if image.stem not in partners:
                 raise UserError(f'data set "segmentation": the image {image} has no mask of its name in {pair[1]}')
