@@ -11,7 +11,7 @@ from fedkern.data import COMMON_OPTIONS
 from fedkern.engine import RunConfig
 from fedkern.engine.config import check_networks
 from fedkern.errors import UserError, nearest
-from fedkern.files import expand
+from fedkern.files import check_text, expand
 from fedkern.methods import METHODS
 
 PATHS = {
@@ -57,25 +57,13 @@ class Request:
     def __post_init__(self) -> None:
         for name in ("config", "out", "resume", "folder"):
             if (path := getattr(self, name)) is not None:
-                _check_text(f"--{name}" if name != "folder" else "the run folder", str(path))
+                check_text(str(path), f"--{name}" if name != "folder" else "the run folder")
                 object.__setattr__(self, name, expand(path))
         for table in (self.settings, self.data_options, self.arguments):
             for name, value in table.items():
-                _check_text(f"--{name.replace('_', '-')}", value)
+                check_text(value, f"--{name.replace('_', '-')}")
         for word in self.options:
-            _check_text("--method-option", word)
-
-
-def _check_text(what: str, value: Any) -> None:
-    """Raises UserError for a word with bytes that are not UTF-8, which a run's files could not hold."""
-    if isinstance(value, str) and not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            shown = value.encode(errors="surrogateescape").decode(errors="backslashreplace")
-            raise UserError(
-                f'{what} "{shown}" has bytes that are not UTF-8: rename the file or folder, or take a link to it.'
-            ) from None
+            check_text(word, "--method-option")
 
 
 def one_shot(method: str | None) -> bool:

@@ -14,6 +14,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from fedkern.errors import UserError
+from fedkern.files import check_text
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
 BITS = 8, 12, 16
@@ -33,17 +34,31 @@ _UNREADABLE = (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.D
 
 
 def subfolders(folder: Path) -> list[str]:
-    """Names of the folders in ``folder``, sorted, without hidden ones."""
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    """Names of the folders in ``folder``, sorted, without hidden ones.
+
+    Raises:
+        UserError: a name is not UTF-8.
+    """
+    found = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    for path in found:
+        check_text(str(path), "the folder")
+    return [path.name for path in found]
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The image files directly in ``folder``, sorted, without hidden ones."""
-    return sorted(
+    """The image files directly in ``folder``, sorted, without hidden ones.
+
+    Raises:
+        UserError: a name is not UTF-8.
+    """
+    found = sorted(
         path
         for path in folder.iterdir()
         if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
     )
+    for path in found:
+        check_text(str(path), "the image")
+    return found
 
 
 def read_images(

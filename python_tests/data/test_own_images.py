@@ -102,6 +102,17 @@ def test_bad_folders_are_one_sentence(tmp_path, change, words):
         opened("folder", tmp_path)
 
 
+@pytest.mark.parametrize(("name", "words"), [("x\udcff", r'the folder ".*x.xff"'), ("dog/x\udcff.png", "the image")])
+def test_names_that_are_not_utf8(tmp_path, name, words):
+    write_folder(tmp_path, ("",))
+    if name.endswith(".png"):
+        picture(tmp_path / name, 3)
+    else:
+        (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"{words}.* has bytes that are not UTF-8"):
+        opened("folder", tmp_path)
+
+
 def test_a_folder_without_classes(tmp_path):
     with pytest.raises(UserError, match="found 0 class folders"):
         opened("folder", tmp_path)
