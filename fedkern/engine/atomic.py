@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -19,6 +20,7 @@ except ImportError:  # not a POSIX system: runs work there, but nothing keeps tw
     fcntl = None  # type: ignore[assignment]
 
 TEMPORARY = ".part"
+LOCK = ".lock"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -26,7 +28,7 @@ def write(path: Path, fill: Callable[[Path], object]) -> None:
     """Lets ``fill`` write a temporary file beside ``path``, flushes it to the disk and renames it to ``path``.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written; ``path`` is then as it was before.
+        Unwritable: the disk is full or the folder cannot be written; ``path`` is then as it was before.
     """
     try:
         files.replace(path, fill, path.with_name(path.name + TEMPORARY))
@@ -39,20 +41,33 @@ def write_bytes(path: Path, content: bytes) -> None:
     write(path, lambda temporary: temporary.write_bytes(content))
 
 
-def unwritable(path: Path, error: Exception) -> UserError:
+class Unwritable(UserError):
+    """A file or folder that could not be written; whoever knows what was going on can name a better way out.
+
+    Attributes:
+        problem: the sentence without the way out.
+        full: whether it is the disk that is full.
+    """
+
+    def __init__(self, problem: str, *, full: bool) -> None:
+        super().__init__(f"{problem}: {'free some space' if full else 'put that right'}, then try again.")
+        self.problem, self.full = problem, full
+
+
+def unwritable(path: Path, error: Exception) -> Unwritable:
     """The sentence for a file or folder that could not be written."""
     reason = getattr(error, "strerror", None) or str(error)
     # safetensors tells the system's error in its text alone.
     if getattr(error, "errno", None) in FULL or any(f"(os error {number})" in reason for number in FULL):
-        return UserError(f"{path} cannot be written, the disk is full: free some space, then go on with --resume.")
-    return UserError(f"{path} cannot be written ({reason}): choose another folder with --out.")
+        return Unwritable(f"{path} cannot be written, the disk is full", full=True)
+    return Unwritable(f"{path} cannot be written ({reason})", full=False)
 
 
 class FolderLock:
     """Keeps a second process out of a run folder; the system drops it when the process ends, however it ends."""
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / ".lock"
+        self.path = folder / LOCK
         self._file: IO[str] | None = None
 
     def __enter__(self) -> FolderLock:
@@ -72,10 +87,15 @@ class FolderLock:
             ) from None
         except OSError:
             pass  # a file system without locks
-        file.seek(0)
-        file.truncate()
-        file.write(str(os.getpid()))
-        file.flush()
+        try:
+            file.seek(0)
+            file.truncate()
+            file.write(str(os.getpid()))
+            file.flush()
+        except OSError as error:
+            with suppress(OSError):
+                file.close()  # tries to write once more
+            raise unwritable(self.path, error) from None
         self._file = file
         return self
 

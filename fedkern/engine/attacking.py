@@ -14,14 +14,13 @@ from fedkern.data import FederatedData, normalise
 from fedkern.data.set_aside import set_aside
 from fedkern.engine import atomic
 from fedkern.engine.config import RunConfig
+from fedkern.engine.folder import ATTACK
 from fedkern.engine.records import plain
 from fedkern.engine.run import load_data
 from fedkern.engine.saved import read_model
 from fedkern.errors import UserError
 from fedkern.methods.cuts import cuts
 from fedkern.privacy import membership_attack
-
-FILE = "attack.json"
 
 
 def attack(out: Path | str, *, data: FederatedData | None = None, data_root: str | None = None) -> dict[str, Any]:
@@ -69,7 +68,7 @@ def attack(out: Path | str, *, data: FederatedData | None = None, data_root: str
     if left_out:
         result["left_out"] = left_out
     text = json.dumps(plain(result), indent=2, allow_nan=False)
-    atomic.write_bytes(out / FILE, (text + "\n").encode())
+    atomic.write_bytes(out / ATTACK, (text + "\n").encode())
     return result
 
 

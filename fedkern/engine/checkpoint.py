@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 FORMAT = 1
 KEEP = 2
+_OURS = re.compile(r"(server-\d{6}|client-\d{5}-\d{6})\.safetensors(\.part)?|manifest\.json\.part")
 
 
 class Checkpoints:
@@ -33,14 +35,17 @@ class Checkpoints:
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
-    def open(self) -> dict[str, Any] | None:
+    def open(self, *, fresh: bool = False) -> dict[str, Any] | None:
         """Returns the newest intact entry, or None where nothing was committed yet; forgets everything after it.
 
+        Args:
+            fresh: the run is new: there must be no folder, so that it goes on from nothing.
+
         Raises:
-            UserError: there is a manifest, but it or all of its checkpoints are damaged.
+            UserError: there is a manifest, but it or all of its checkpoints are damaged; the folder cannot be made.
         """
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=not fresh)
         except OSError as error:
             raise atomic.unwritable(self.folder, error) from None
         entries = self._read_manifest()
@@ -143,9 +148,16 @@ class Checkpoints:
         for entry in self.entries:
             wanted.update(entry["files"])
         for path in self.folder.iterdir():
-            if path.name not in wanted and path.suffix in (".safetensors", atomic.TEMPORARY):
+            if path.name not in wanted and _OURS.fullmatch(path.name):  # others' files are none of ours
                 path.unlink(missing_ok=True)
         self._sums = {name: value for name, value in self._sums.items() if name in wanted}
+
+    def discard(self) -> None:
+        """Deletes the files of a run of which nothing was committed, and the folder where nothing else is in it."""
+        if self.folder.is_dir():
+            self.entries, self.clients = [], {}
+            self._collect()
+            self.folder.rmdir()
 
 
 def checksum(path: Path) -> int | None:

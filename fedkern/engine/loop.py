@@ -35,8 +35,8 @@ from fedkern.methods.pooling import Pooling
 class Run:
     """The round loop of one run."""
 
-    def __init__(self, config: RunConfig, bench: Bench, out: Path, listener: Listener) -> None:
-        self.config, self.bench, self.out, self.listener = config, bench, out, listener
+    def __init__(self, config: RunConfig, bench: Bench, out: Path, listener: Listener, *, resume: bool) -> None:
+        self.config, self.bench, self.out, self.listener, self._resume = config, bench, out, listener, resume
         kind = registry.get(config.method)
         if kind.pooled:
             bench.pool()
@@ -79,7 +79,7 @@ class Run:
             network = self.bench.network("server")  # encoders may be folders that cannot be read
             self._pooling.check(network.module)
         self.method.start(self.server)
-        if self.checkpoints.peek() is None:  # a run that goes on has most of them already
+        if not self._resume or self.checkpoints.peek() is None:  # a run that goes on has most of them already
             check_teachers(self.method, self.bench)
         self._plan = [entry for entry in self.method.rounds(self.bench.federation) if not entry.one_off]
         self.gallery = Gallery(self.out, len(self._plan))
@@ -88,7 +88,7 @@ class Run:
 
     def go(self) -> dict[str, Any]:
         fingerprint_now = data_fingerprint(self.bench.data)
-        entry = self.checkpoints.open()
+        entry = self.checkpoints.open(fresh=not self._resume)
         if entry is None:
             self.metrics.truncate(0)
             self._book_beforehand()

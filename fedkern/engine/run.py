@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from fedkern.engine.bench import Bench, check_task
 from fedkern.engine.checkpoint import Checkpoints
 from fedkern.engine.config import RunConfig
 from fedkern.engine.events import Listener, Terminated
+from fedkern.engine.folder import check_vacant, writing
 from fedkern.engine.loop import Run
 from fedkern.engine.network import cpu_threads
 from fedkern.errors import UserError
@@ -37,13 +37,14 @@ def run(
 
     Args:
         config: every setting.
-        out: the run folder; it must not hold a run unless ``resume``.
+        out: the run folder; unless ``resume`` it must hold nothing that a run writes.
         resume: continue from the last checkpoint (round 0 where there is none); a finished run returns its summary.
         listener: told what happens.
         data: federated data in memory instead of ``fedkern.data.load``; ``config`` should describe it.
 
     Raises:
-        UserError: anything the user can put right; nothing half-written is left.
+        UserError: anything the user can put right; nothing half-written is left, and of a new run nothing at all
+            where no round was done.
         Terminated: SIGTERM arrived.  Like after Ctrl-C or ``kill -9``, the last checkpoint stands.
     """
     out = Path(out)
@@ -56,7 +57,7 @@ def run(
             listener.on_end(finished)
             return finished
     else:
-        _vacant(out)
+        check_vacant(out)
     with cpu_threads(config.threads), _terminable(), _reproducible():
         data = load_data(config, notice=listener.on_notice) if data is None else data
         config = _effective(config, data)
@@ -64,17 +65,10 @@ def run(
         if resume:
             _compare(config, stored, out)
         _check(config, data)
-        runner = Run(config, Bench(config, data, listener.on_notice), out, listener)
+        runner = Run(config, Bench(config, data, listener.on_notice), out, listener, resume=resume)
         runner.prepare()
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise atomic.unwritable(out, error) from None
-        with atomic.FolderLock(out):
-            for leftover in out.glob("*" + atomic.TEMPORARY):
-                leftover.unlink(missing_ok=True)
+        with writing(out, fresh=not resume):
             if not resume:
-                _vacant(out)
                 atomic.write_bytes(out / settings.NAME, config.to_toml().encode())
             return runner.go()
 
@@ -82,15 +76,6 @@ def run(
 def _compare(config: RunConfig, stored: RunConfig, out: Path) -> None:
     if changed := config.differences(stored):
         raise UserError(f"{out} was made with other settings ({'; '.join(changed)}): resume it with its own.")
-
-
-def _vacant(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file: choose another folder with --out.")
-    if (out / settings.NAME).exists():
-        raise UserError(
-            f"{out} already holds a run: continue it with --resume {shlex.quote(str(out))}, or choose another --out."
-        )
 
 
 def _finished(out: Path) -> dict[str, Any] | None:

@@ -248,7 +248,7 @@ def test_a_cut_off_last_line_is_no_record_and_damage_elsewhere_is_named(tmp_path
     [
         (OSError(errno.ENOSPC, "No space left on device"), "the disk is full: free some space"),
         (SafetensorError("I/O error: No space left on device (os error 28)"), "the disk is full: free some space"),
-        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied.: choose another folder with --out"),
+        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied.: put that right, then try again"),
     ],
     ids=["full", "full by safetensors", "forbidden"],
 )
