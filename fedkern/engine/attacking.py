@@ -23,7 +23,9 @@ from fedkern.methods.cuts import cuts
 from fedkern.privacy import membership_attack
 
 
-def attack(out: Path | str, *, data: FederatedData | None = None, data_root: str | None = None) -> dict[str, Any]:
+def attack(
+    out: Path | str, *, data: FederatedData | None = None, data_root: str | None = None, keep: bool = True
+) -> dict[str, Any]:
     """Attacks the model of a finished run: members are its clients' training samples, the others its test images.
 
     What the run set aside (``--client-test``, ``--held-out-client``) is neither.  Samples that a method keeps from the
@@ -32,9 +34,10 @@ def attack(out: Path | str, *, data: FederatedData | None = None, data_root: str
     follow another distribution than the test set, the area is not 0.5 for that reason alone.
 
     Args:
-        out: the run folder; the result is written there as attack.json.
+        out: the run folder.
         data: the federated data of the run in memory, instead of loading them.
         data_root: where the data files are now.
+        keep: write the result into the run folder: see :func:`write`.
 
     Returns:
         ``auc``, ``low``, ``high``, ``tpr``, ``members``, ``others`` (see :class:`fedkern.privacy.Attack`),
@@ -43,10 +46,10 @@ def attack(out: Path | str, *, data: FederatedData | None = None, data_root: str
 
     Raises:
         UserError: the run is not finished or damaged, its data are gone, its task has no labels to lose on, there are
-            fewer than two members or others, or the model's losses are not numbers.
+            fewer than two members or others, the model's losses are not numbers, or the result cannot be written.
     """
     out = Path(out)
-    config = RunConfig.load(out, **({} if data_root is None else {"data_root": data_root}))
+    config = RunConfig.load(out, device="cpu", **({} if data_root is None else {"data_root": data_root}))
     model, _ = read_model(out)
     data = load_data(config, masks=False) if data is None else data
     data = set_aside(data, held_out=config.held_out_client, share=config.client_test, seed=config.seed)
@@ -67,9 +70,15 @@ def attack(out: Path | str, *, data: FederatedData | None = None, data_root: str
     left_out = sum(len(split) for split in (test, *data.clients)) - len(every) - len(others)
     if left_out:
         result["left_out"] = left_out
-    text = json.dumps(plain(result), indent=2, allow_nan=False)
-    atomic.write_bytes(out / ATTACK, (text + "\n").encode())
+    if keep:
+        write(out, result)
     return result
+
+
+def write(out: Path | str, result: dict[str, Any]) -> None:
+    """Writes what :func:`attack` found to attack.json of the run folder, completely or not at all."""
+    text = json.dumps(plain(result), indent=2, allow_nan=False)
+    atomic.write_bytes(Path(out) / ATTACK, (text + "\n").encode())
 
 
 @torch.no_grad()

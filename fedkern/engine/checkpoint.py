@@ -15,6 +15,7 @@ FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 FORMAT = 1
 KEEP = 2
+_PARTS = {"round": int, "plan": int, "files": dict, "server": str, "clients": dict, "info": dict}
 _OURS = re.compile(r"(server-\d{6}|client-\d{5}-\d{6})\.safetensors(\.part)?|manifest\.json\.part")
 
 
@@ -22,9 +23,10 @@ class Checkpoints:
     """The checkpoint folder of a run.
 
     A checkpoint is an entry of the manifest: ``round`` (communication rounds done), ``plan`` (rounds of the method's
-    plan done, one-off ones included), ``files`` (name to CRC-32), ``server``, ``clients`` (id to file) and ``info``
-    (numbers the engine continues with).  Files carry the round in their name and are never rewritten; what no kept
-    entry names is deleted after the next commit.  Client states stay on disk and are read when their client takes part.
+    plan done, one-off ones included), ``files`` (name to CRC-32), ``server``, ``clients`` (id to file), ``info``
+    (numbers the engine continues with) and ``sum`` (CRC-32 of all these; the first versions had none).  Files carry
+    the round in their name and are never rewritten; what no kept entry names is deleted after the next commit.  Client
+    states stay on disk and are read when their client takes part.
     """
 
     def __init__(self, out: Path) -> None:
@@ -63,7 +65,7 @@ class Checkpoints:
         return entries[-1]
 
     def peek(self) -> dict[str, Any] | None:
-        """The newest entry as committed, without looking at its files; None where nothing was committed."""
+        """The newest undamaged entry, without looking at its files; None where nothing was committed."""
         entries = self._read_manifest()
         return entries[-1] if entries else None
 
@@ -84,9 +86,13 @@ class Checkpoints:
             manifest = json.loads(path.read_text(encoding="utf-8"))
             if manifest["format"] != FORMAT:
                 raise UserError(f"{path} has format {manifest['format']}, this version of fedkern reads {FORMAT}.")
-            return list(manifest["entries"])
+            entries = list(manifest["entries"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error}): the run cannot be resumed, start it again.") from None
+        sound = [entry for entry in entries if _sound(entry)]
+        if entries and not sound:
+            raise UserError(f"All entries of {path} are damaged: the run cannot be resumed, start it again.")
+        return sound
 
     def _intact(self, entry: dict[str, Any]) -> bool:
         return all(checksum(self.folder / name) == value for name, value in entry["files"].items())
@@ -129,6 +135,7 @@ class Checkpoints:
         self._write_manifest(entries)
 
     def _write_manifest(self, entries: list[dict[str, Any]]) -> None:
+        entries = [{**entry, "sum": _sum(entry)} for entry in entries]
         text = json.dumps({"format": FORMAT, "entries": entries}, indent=1)
         atomic.write_bytes(self.folder / MANIFEST, text.encode())
         self.entries = entries
@@ -158,6 +165,17 @@ class Checkpoints:
             self.entries, self.clients = [], {}
             self._collect()
             self.folder.rmdir()
+
+
+def _sum(entry: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps({k: v for k, v in entry.items() if k != "sum"}, sort_keys=True).encode())
+
+
+def _sound(entry: Any) -> bool:
+    """Whether an entry of a manifest is as it was written."""
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), kind) for key, kind in _PARTS.items()):
+        return False
+    return "sum" not in entry or entry["sum"] == _sum(entry)
 
 
 def checksum(path: Path) -> int | None:

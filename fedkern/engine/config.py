@@ -56,7 +56,7 @@ class RunConfig:
         low=0, high=0.9,
     )  # fmt: skip
     sample_fraction: float = option(1.0, "share of the clients that takes part in a round", above=0, high=1)
-    rounds: int = option(COMMON["rounds"], "communication rounds", low=1)
+    rounds: int = option(COMMON["rounds"], "communication rounds", low=1, high=100_000)
     local_epochs: int = option(COMMON["local_epochs"], "epochs a client trains per round", low=1)
     local_steps: int | None = option(
         None, "optimiser steps a client trains per round, instead of local epochs", low=1, type=int

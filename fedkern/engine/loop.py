@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from fedkern.engine import diagnostics, records
@@ -20,6 +19,7 @@ from fedkern.engine.everybody import Everybody, check_teachers, compare_teachers
 from fedkern.engine.ledger import Ledger
 from fedkern.engine.local import Diverged
 from fedkern.engine.privacy import privacy_figures
+from fedkern.engine.resuming import changes
 from fedkern.engine.samples import TestSet
 from fedkern.engine.saved import about_network, lacks_statistics, write_model
 from fedkern.engine.serial import Client, Exchange, Server, sample_clients
@@ -342,12 +342,8 @@ class Run:
         self.dropped_since = info["dropped"]
         self._elapsed = info["seconds"]
         self.metrics.truncate(info["metrics_bytes"])
-        if info["versions"]["torch"] != torch.__version__:
-            self.bench.warn(
-                "other-versions",
-                f"The run was started with PyTorch {info['versions']['torch']} and continued with {torch.__version__}: "
-                "its bits differ from an uninterrupted one.",
-            )
+        for name, text in changes(info, self.config).items():
+            self.bench.warn(name, text)
 
     # -- the end ---------------------------------------------------------------------------------------------------
 

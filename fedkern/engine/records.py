@@ -40,7 +40,17 @@ class Metrics:
         self.size = 0
 
     def truncate(self, size: int) -> None:
-        """Forgets what was written after a checkpoint at which the file had ``size`` bytes (0: the whole file)."""
+        """Forgets what was written after a checkpoint at which the file had ``size`` bytes (0: the whole file).
+
+        Raises:
+            UserError: the file is gone or shorter than that, or it cannot be written.
+        """
+        there = self.path.stat().st_size if self.path.exists() else 0
+        if there < size:
+            raise UserError(
+                f"{self.path} has lost rounds that the checkpoint has ({there:,} of {size:,} bytes are there): put the "
+                "file back, or start the run again with another --out."
+            )
         try:
             with self.path.open("ab") as file:
                 file.truncate(size)

@@ -22,6 +22,7 @@ from fedkern.engine.events import Listener, Terminated
 from fedkern.engine.folder import check_vacant, writing
 from fedkern.engine.loop import Run
 from fedkern.engine.network import cpu_threads
+from fedkern.engine.resuming import check_unedited
 from fedkern.errors import UserError
 from fedkern.methods import registry
 
@@ -36,7 +37,7 @@ def run(
     and a small network then trains several times slower than on one thread.
 
     Args:
-        config: every setting.
+        config: every setting.  A resumed run must have its own, but for the folder of the data and the device.
         out: the run folder; unless ``resume`` it must hold nothing that a run writes.
         resume: continue from the last checkpoint (round 0 where there is none); a finished run returns its summary.
         listener: told what happens.
@@ -50,9 +51,12 @@ def run(
     out = Path(out)
     listener = listener or Listener()
     if resume:
-        stored = RunConfig.load(out)
+        stored = RunConfig.load(out, device=config.device)  # that of the run need not be on this machine
         _compare(config if config.augment else config.replace(augment=stored.augment), stored, out)
-        finished = _finished(out)
+        entry = Checkpoints(out).peek()
+        if entry is not None:
+            check_unedited(stored, entry, out)
+        finished = _finished(entry, out)
         if finished is not None:
             listener.on_end(finished)
             return finished
@@ -78,10 +82,9 @@ def _compare(config: RunConfig, stored: RunConfig, out: Path) -> None:
         raise UserError(f"{out} was made with other settings ({'; '.join(changed)}): resume it with its own.")
 
 
-def _finished(out: Path) -> dict[str, Any] | None:
-    """The summary of a run that is finished and complete."""
-    entry = Checkpoints(out).peek()
-    if entry is None or not entry["info"]["finished"] or not (out / saved.MODEL).exists():
+def _finished(entry: dict[str, Any] | None, out: Path) -> dict[str, Any] | None:
+    """The summary of a run whose newest checkpoint is this one, where the run is finished and complete."""
+    if entry is None or not entry["info"]["finished"] or not saved.readable(out):
         return None
     return records.read_summary(out)
 

@@ -87,6 +87,15 @@ def write_model(out: Path, module: nn.Module, about: Mapping[str, Any]) -> None:
     atomic.write(out / MODEL, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
+def readable(out: Path | str) -> bool:
+    """Whether there is a model.safetensors that is one of ours and as long as it says itself."""
+    try:
+        with safe_open(Path(out) / MODEL, framework="pt") as file:
+            return isinstance(json.loads((file.metadata() or {})["fedkern"]), dict)
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return False
+
+
 def read_model(out: Path | str) -> tuple[nn.Module, dict[str, Any]]:
     """What a finished run evaluated last, in eval mode on the CPU, and what is known about it.
 
@@ -111,7 +120,7 @@ def read_model(out: Path | str) -> tuple[nn.Module, dict[str, Any]]:
         way_out = f"its run is not finished, continue it with --resume {shlex.quote(str(out))}"
         raise UserError(f"{out} has no {MODEL}: {way_out}.") from None
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {error}.") from None
+        raise UserError(f"{path} is damaged ({error}): {_again(out)}.") from None
     network = _rebuilt(Path(out), about) if "samples" in about else _plain(about)
     if about.get("statistics") == "batch":
         _forget_statistics(network)
@@ -120,8 +129,12 @@ def read_model(out: Path | str) -> tuple[nn.Module, dict[str, Any]]:
     except RuntimeError:
         name = "pair of encoders" if "pair" in about else about["model"]
         kind = f"module of {about['method']}" if "samples" in about else name
-        raise UserError(f"{path} does not hold the parameters of a {kind}.") from None
+        raise UserError(f"{path} does not hold the parameters of a {kind}: {_again(out)}.") from None
     return network.eval(), about
+
+
+def _again(out: Path | str) -> str:
+    return f"delete it, and --resume {shlex.quote(str(out))} makes it again"
 
 
 def _norms(module: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:

@@ -106,7 +106,7 @@ def test_doctor(result):
         (["fedavg", "--data-option", "test_samples=1" + "0" * 20], ["test_samples", "at most 2147483647"]),
         (["fedgid", "--lr"], ["--lr"]),
         (["fedgid", "--rounds", "many"], ["--rounds", "integer", '"many"']),
-        (["fedgid", "--rounds", "0"], ["--rounds", "at least 1"]),
+        (["fedgid", "--rounds", "0"], ["--rounds", "[1, 100000]"]),
         (["fedgid", "--sample-fraction", "1.5"], ["--sample-fraction"]),
         (["fedgid", "--correlation", "-0.1"], ["--correlation"]),
         (["fedgid", "--on-nan", "skipp"], ["--on-nan", 'Did you mean "skip"']),

@@ -81,7 +81,8 @@ def test_methods_share_the_settings_of_a_data_set():
     [
         ({"lr": 0}, r"--lr must be above 0, not 0"),
         ({"lr": "fast"}, '--lr must be a number, not "fast"'),
-        ({"rounds": 0}, "--rounds must be at least 1"),
+        ({"rounds": 0}, r"--rounds must be in \[1, 100000\]"),
+        ({"rounds": 10**9}, r"--rounds must be in \[1, 100000\]"),
         ({"sample_fraction": 1.5}, "--sample-fraction must be above 0 and at most 1"),
         ({"correlation": 2}, r"--correlation must be in \[0, 1\]"),
         ({"lr": math.inf}, "--lr must be finite"),
