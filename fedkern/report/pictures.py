@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fedkern.engine import RunConfig, load_data, read_metrics, read_model, read_shown
+from fedkern.data.set_aside import set_aside
+from fedkern.engine import RunConfig, atomic, load_data, read_metrics, read_model, read_shown
 from fedkern.engine.records import read_summary
 
 EXAMPLES = 8
@@ -20,19 +22,20 @@ PICTURES = {
     "weights": "weights.png",
     "segmentation": "segmentation.png",
 }
-OF_TASK = {
-    "classification": ("accuracy", "partition", "gradcam"),
-    "segmentation": ("dice", "partition", "segmentation"),
-}
+LIST = "pictures.json"
+"""Which pictures were drawn: what a run has depends on its task, its network and its method."""
 
 
-def write_pictures(run_dir: Path, *, data: Any = None, model: torch.nn.Module | None = None) -> list[Path]:
-    """Draws the pictures of a finished run into its folder, replacing older ones.
+def write_pictures(
+    run_dir: Path, *, data: Any = None, model: torch.nn.Module | None = None, data_root: str | None = None
+) -> list[Path]:
+    """Draws the pictures of a finished run into its folder, replacing older ones, and lists them in pictures.json.
 
     Args:
         run_dir: the run folder.
-        data: the ``FederatedData`` it ran on; None loads it again.
+        data: the ``FederatedData`` it ran on, without what was set aside; None loads it again.
         model: the global model; None loads ``model.safetensors``.
+        data_root: where the data files are now, for loading them.
 
     Returns:
         What was written: ``accuracy.png`` (``dice.png`` of a segmentation), ``partition.png``, ``weights.png`` of a
@@ -43,13 +46,22 @@ def write_pictures(run_dir: Path, *, data: Any = None, model: torch.nn.Module | 
     Raises:
         UserError: a file of the run is missing or damaged.
     """
+    written = _draw(run_dir, data, model, data_root)
+    listed = json.dumps({"pictures": [path.name for path in written]})
+    atomic.write_bytes(run_dir / LIST, (listed + "\n").encode())
+    return written
+
+
+def _draw(run_dir: Path, data: Any, model: torch.nn.Module | None, data_root: str | None) -> list[Path]:
     from fedkern.data import normalise
     from fedkern.models import StagedNetwork
     from fedkern.report import gradcam, plots, segmentation
     from fedkern.report.weights import weights_picture
 
-    config = RunConfig.load(run_dir)
-    data = load_data(config, masks=False) if data is None else data
+    config = RunConfig.load(run_dir, device="cpu", **({} if data_root is None else {"data_root": data_root}))
+    if data is None:
+        data = load_data(config, masks=False)
+        data = set_aside(data, held_out=config.held_out_client, share=config.client_test, seed=config.seed)
     name = f"{config.method} on {config.data}"
     written = []
     target = run_dir / PICTURES["dice" if data.task == "segmentation" else "accuracy"]
@@ -99,13 +111,13 @@ def promises(run_dir: Path) -> bool:
 
 
 def drawn(run_dir: Path) -> list[Path]:
-    """The pictures of a folder that has all those that every finished run of its task has; else none."""
-    left_out = "partition" if promises(run_dir) else None
-    for names in OF_TASK.values():
-        there = [run_dir / PICTURES[name] for name in names if name != left_out]
-        if all(path.exists() for path in there):
-            return there
-    return []
+    """The pictures that were drawn into a folder, where all of them are still there; else none."""
+    try:
+        names = json.loads((run_dir / LIST).read_text(encoding="utf-8"))["pictures"]
+        there = [run_dir / str(name) for name in names]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return there if all(path.exists() for path in there) else []
 
 
 def _shown(run_dir: Path, title: str, classes: Sequence[str]) -> list[Path]:

@@ -40,26 +40,35 @@ class TensorBoard(Listener):
     def __init__(self) -> None:
         self._make = check()
         self._writer: Any = None
+        self._run: RunInfo | None = None
 
     def on_start(self, run: RunInfo) -> None:
-        # Made anew in a fresh run folder; events of rounds that are played again are purged.
-        self._folder = Path(run.out) / FOLDER
-        try:
-            self._writer = self._make(str(self._folder), purge_step=run.first_round + 1 if run.first_round else None)
-        except OSError as error:
-            raise UserError(f"{self._folder} cannot be written: {error.strerror or error}.") from None
+        self._run = run
+
+    def _open(self, run: RunInfo) -> Any:
+        # Not before there is a figure: a run that comes to nothing leaves no folder.
+        if self._writer is None:
+            folder = Path(run.out) / FOLDER
+            try:
+                # Rounds that are played again are purged, those of a run without a checkpoint too.
+                self._writer = self._make(str(folder), purge_step=run.first_round + 1)
+            except OSError as error:
+                raise UserError(f"{folder} cannot be written: {error.strerror or error}.") from None
+        return self._writer
 
     def on_round(self, record: Mapping[str, Any]) -> None:
-        if self._writer is None:
+        if self._run is None:
             return
+        writer = self._open(self._run)
         for tag, value in scalars(record).items():
-            self._writer.add_scalar(tag, value, int(record["round"]))
-        self._writer.flush()
+            writer.add_scalar(tag, value, int(record["round"]))
+        writer.flush()
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
-        if self._writer is not None:
+        if self._run is not None:  # else the run was finished before
+            writer = self._open(self._run)
             for tag, value in scalars(summary["metrics"]).items():
-                self._writer.add_scalar(f"final/{tag}", value, int(summary["rounds"]))
+                writer.add_scalar(f"final/{tag}", value, int(summary["rounds"]))
         self.close()
 
     def close(self) -> None:

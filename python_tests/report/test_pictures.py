@@ -68,6 +68,44 @@ def test_a_run_that_promises_an_epsilon_has_no_counts(tmp_path, data):
     assert pictures.drawn(folder) == written
 
 
+def test_pictures_are_listed_and_missed(tmp_path, data):
+    """Without running statistics there is no gradcam.png, and none is waited for."""
+    folder = make_run(tmp_path, data)
+    assert pictures.drawn(folder) == []
+    config = RunConfig.load(folder)
+    (folder / "config.toml").write_text(config.replace(buffers="drop").to_toml())
+    written = pictures.write_pictures(folder, data=data)
+    assert [path.name for path in written] == ["accuracy.png", "partition.png"]
+    assert pictures.drawn(folder) == written
+    written[0].unlink()
+    assert pictures.drawn(folder) == []
+    for damaged in ("[", "[]", '{"pictures": null}'):
+        (folder / "pictures.json").write_text(damaged)
+        assert pictures.drawn(folder) == []
+
+
+def test_data_that_are_loaded_again_are_those_of_the_run(tmp_path, data, monkeypatch):
+    """From where they are now, on a machine without the GPU of the run, and without the client that was held out."""
+    folder = make_run(tmp_path, data)
+    config = RunConfig.load(folder).replace(held_out_client=1, data_root="/before")
+    text = config.to_toml().replace(f'device = "{config.device}"', 'device = "cuda"')
+    (folder / "config.toml").write_text(text)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    seen = {}
+
+    def loaded(config, masks):
+        seen["root"] = config.data_root
+        return data
+
+    def draw(model, panels, path, **_):
+        seen["panels"] = list(panels)
+
+    monkeypatch.setattr(pictures, "load_data", loaded)
+    monkeypatch.setattr(gradcam, "draw", draw)
+    pictures.write_pictures(folder, data_root="/now")
+    assert seen == {"root": "/now", "panels": ["id", "ood", "held_out"]}
+
+
 def test_grey_images_without_masks(tmp_path):
     data = load("digits", clients=2, seed=0, train_samples=60)
     config = RunConfig.make("fedavg", data="digits", clients=2, train_samples=60)

@@ -49,15 +49,16 @@ WORDS = [
 ]  # fmt: skip
 
 
-def test_every_round_of_a_run_stands_in_them(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("last", [1, 3], ids=["before the first checkpoint", "after it"])
+def test_every_round_of_a_run_stands_in_them(last, tmp_path, monkeypatch, capsys):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed (pip install 'fedkern[tensorboard]')")
     out = tmp_path / "run"
     make = commands._Tee
-    monkeypatch.setattr(commands, "_Tee", lambda *listeners: make(*listeners, KillAt("round", round=3)))
-    with pytest.raises(Kill):  # round 3 is in the event files but in no checkpoint
+    monkeypatch.setattr(commands, "_Tee", lambda *listeners: make(*listeners, KillAt("round", round=last)))
+    with pytest.raises(Kill):  # the last round is in the event files but in no checkpoint
         commands.COMMANDS["run"](flags.parse([*WORDS, "--out", str(out)]))
     monkeypatch.setattr(commands, "_Tee", make)
-    assert [step for step, _ in read(out / FOLDER)["loss"]] == [1, 2, 3]
+    assert [step for step, _ in read(out / FOLDER)["loss"]] == list(range(1, last + 1))
     assert commands.COMMANDS["resume"](flags.parse(["--resume", str(out), "--tensorboard", "--quiet"])) == 0
     found = read(out / FOLDER)
     assert [step for step, _ in found["loss"]] == [1, 2, 3, 4]
