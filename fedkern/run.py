@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno in _FULL:
             where = f" while writing {error.filename}" if error.filename else ""
-            return _say(f"the disk is full{where}; free some space, then continue with --resume and the run folder")
+            return _say(f"the disk is full{where}; free some space, then try again, or go on with --resume")
         if error.filename is None:
             raise
         return _say(f"{error.filename}: {error.strerror}")
@@ -83,6 +83,7 @@ def _dispatch(words: list[str]) -> int:
     def terminate(number: int, frame: Any) -> None:
         raise Terminated
 
+    flags.check_text(words)
     request = downstream.parse(words) or flags.parse(words)
     if request.command == "help":
         print(request.help)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ from fedkern.cli import downstream
 from fedkern.cli.flags import PROGRAM, quote
 from fedkern.cli.repeat import command_line
 from fedkern.cli.request import Request, absolute, effective, named_options
+from fedkern.data.registry import read_options
 from fedkern.downstream.tasks import TASKS
-from fedkern.engine import Listener, RunConfig, RunInfo, Terminated
+from fedkern.engine import Listener, RunConfig, RunInfo, Terminated, attacking
+from fedkern.engine.folder import check_free, check_vacant
 from fedkern.engine.records import plain
 from fedkern.errors import UserError
 
@@ -80,13 +84,44 @@ def check_backend() -> None:
             raise UserError(f"FEDKERN_BACKEND={forced} cannot be used: {reason}.")
 
 
-def _default_folder(config: RunConfig) -> Path:
+@contextmanager
+def _folder(request: Request, config: RunConfig) -> Iterator[Path]:
+    """The run folder; the default one is made at once, so that no other run takes it, and goes where it stays empty.
+
+    Raises:
+        UserError: it cannot be made, or holds what a new run would write over.
+    """
+    from fedkern.report.pictures import LIST, PICTURES
+
+    if request.resume is not None:
+        yield request.resume
+        return
+    if request.out is not None:
+        check_vacant(request.out)
+        check_free(request.out, (*PICTURES.values(), LIST))
+        yield request.out
+        return
+    parent = Path("runs")
+    made = not parent.exists()
     stem = f"{config.method}-{config.data}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder, number = Path("runs") / stem, 1
-    while folder.exists():
-        number += 1
-        folder = Path("runs") / f"{stem}-{number}"
-    return folder
+    names = (stem if number == 1 else f"{stem}-{number}" for number in itertools.count(1))
+    out = next(parent / name for name in names if _reserved(parent / name))
+    try:
+        yield out
+    finally:
+        for folder in (out, parent) if made else (out,):
+            with suppress(OSError):  # a run has begun there
+                folder.rmdir()
+
+
+def _reserved(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        if isinstance(error, FileExistsError) and folder.parent.is_dir():
+            return False
+        raise UserError(f"{folder} cannot be made ({error.strerror}): name another run folder with --out.") from None
+    return True
 
 
 def run(request: Request) -> int:
@@ -95,15 +130,14 @@ def run(request: Request) -> int:
     Returns:
         The exit code: 0, or 130 after Ctrl-C and 143 after SIGTERM.
     """
-    from fedkern import engine
-
     check_backend()
-    if request.resume is not None:
-        out, config = request.resume, _stored(request)
-    else:
-        config = effective(request)
-        out = request.out or _default_folder(config)
+    config = effective(request) if request.resume is None else _stored(request)
+    with _folder(request, config) as out:
+        return _run(request, config, out)
 
+
+def _run(request: Request, config: RunConfig, out: Path) -> int:
+    from fedkern import engine
     from fedkern.report.progress import display
 
     board = _board() if request.tensorboard else None
@@ -111,7 +145,7 @@ def run(request: Request) -> int:
     tee = _Tee(shown) if board is None else _Tee(shown, board)
     try:
         summary = engine.run(config, out=out, resume=request.resume is not None, listener=tee)
-        pictures = _pictures(out, tee.data)
+        pictures, undrawn = _pictures(out, tee.data, config.data_root)
     except KeyboardInterrupt as stop:
         shown.close()
         how = "terminated" if isinstance(stop, Terminated) else "interrupted"
@@ -127,6 +161,8 @@ def run(request: Request) -> int:
     if tee.data is not None and config.augment == tee.data.augment:
         config = config.replace(augment=None)  # the data set's own, filled in when the run was stored
     _close(request, config, out, summary, pictures)
+    if undrawn is not None:
+        raise undrawn
     return 0
 
 
@@ -140,20 +176,24 @@ _PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True
 
 
 def _stored(request: Request) -> RunConfig:
-    """The settings of the run to resume; flags that repeat them are welcome, others but --data-root are an error.
+    """The settings of the run to resume; flags that repeat them are welcome, and --data-root and --device may differ.
 
     Raises:
         UserError: the folder holds no run, or was made with other settings than the flags say.
     """
     assert request.resume is not None
-    stored = RunConfig.load(request.resume)
     wanted = absolute(request.settings)
+    stored = RunConfig.load(request.resume, **({"device": wanted["device"]} if "device" in wanted else {}))
     if request.method is not None and request.method != stored.method:
         wanted["method"], wanted["options"] = request.method, {}
     elif request.options:
         wanted["options"] = {**stored.options, **named_options(stored.method, request.options)}
     if request.data_options:
-        wanted["data_options"] = {**stored.data_options, **absolute(request.data_options)}
+        given = absolute(request.data_options)
+        read = read_options(str(wanted.get("data", stored.data)), given)
+        typed = {key: value for part in read for key, value in part.items() if key in given}
+        wanted["data_options"] = {**stored.data_options, **typed}
+    wanted.pop("device", None)
     differences = stored.replace(**wanted).differences(stored) if wanted else []
     if differences:
         raise UserError(
@@ -163,24 +203,24 @@ def _stored(request: Request) -> RunConfig:
     return stored.replace(data_root=wanted.get("data_root", stored.data_root))
 
 
-def _pictures(out: Path, data: Any) -> list[Path]:
+def _pictures(out: Path, data: Any, data_root: str | None) -> tuple[list[Path], UserError | None]:
     """Draws the pictures, or finds those of a run that was already finished.
 
-    Raises:
-        UserError: one cannot be drawn or written; the run itself is complete by then.
+    Returns:
+        The pictures, and what to say after the summary where one cannot be drawn or written.
     """
     from fedkern.report.pictures import drawn, write_pictures
 
     there = drawn(out) if data is None else []
     if there:
-        return there
+        return there, None
     try:
-        return write_pictures(out, data=data)
+        return write_pictures(out, data=data, data_root=data_root), None
     except UserError as error:
         reason = str(error).rstrip(".")
-        raise UserError(
+        return [], UserError(
             f"The run is complete, but not its pictures ({reason}): draw them with {PROGRAM} --resume {quote(out)}."
-        ) from None
+        )
 
 
 def _close(request: Request, config: RunConfig, out: Path, summary: Mapping[str, Any], pictures: list[Path]) -> None:
@@ -275,14 +315,15 @@ def attack(request: Request) -> int:
     from fedkern import engine
 
     assert request.folder is not None
-    found = engine.attack(request.folder, data_root=absolute(request.settings).get("data_root"))
+    found = engine.attack(request.folder, data_root=absolute(request.settings).get("data_root"), keep=False)
     if request.json:
         print(json.dumps(plain(found), indent=2, allow_nan=False))
-        return 0
-    from fedkern.report.progress import terminal
-    from fedkern.report.tables import attack_table
+    else:
+        from fedkern.report.progress import terminal
+        from fedkern.report.tables import attack_table
 
-    terminal().print(attack_table(found, str(request.folder)))
+        terminal().print(attack_table(found, str(request.folder)))
+    attacking.write(request.folder, found)  # last: what was found is not lost where the folder cannot be written
     return 0
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedkern.cli.flags import PROGRAM, Parser, key_values
+from fedkern.cli.flags import PROGRAM, Parser, check_filled, key_values
 from fedkern.cli.request import Request, absolute
 from fedkern.downstream.tasks import FEATURES, TASKS
 from fedkern.errors import UserError, nearest
@@ -62,10 +62,11 @@ def parse(words: Sequence[str]) -> Request | None:
     Raises:
         UserError: an unknown flag, a value of the wrong kind, or no folder.
     """
-    command = next((word for word in words if not word.startswith("-")), "")
+    # Only what may stand before it is passed over: behind another flag it is that flag's value, a folder perhaps.
+    at = next((i for i, word in enumerate(words) if word not in ("--json", "-h", "--help")), 0)
+    command = "".join(words[at : at + 1])
     if command not in TASKS:
         return None
-    at = list(words).index(command)
     parser = _parser(command)
     found, rest = parser.parse_known_args([*words[:at], *words[at + 1 :]])
     if rest:
@@ -73,9 +74,10 @@ def parse(words: Sequence[str]) -> Request | None:
         given = rest[0].partition("=")[0]
         raise UserError(f'{PROGRAM} {command} does not take "{given}".{nearest(given, known)} See --help.')
     values = vars(found)
+    check_filled({"data": found.data, "data_root": found.data_root})
     if values.pop("help"):
         return Request("help", help=parser.format_help())
-    if values["folder"] is None:
+    if not values["folder"]:
         raise UserError(f"{PROGRAM} {command} needs the folder of a finished run.")
     where = absolute({"data_root": values.pop("data_root")})
     options = absolute(key_values(values.pop("data_option"), "data_option"))
@@ -136,12 +138,13 @@ def run(request: Request) -> int:
         "rows": task(finished, **request.arguments),
     }
     text = json.dumps(result, indent=2, allow_nan=False)
-    atomic.write_bytes(request.folder / result_name(request), (text + "\n").encode())
     if request.json:
         print(text)
-        return 0
-    from fedkern.report.progress import terminal
-    from fedkern.report.tables import downstream_table
+    else:
+        from fedkern.report.progress import terminal
+        from fedkern.report.tables import downstream_table
 
-    terminal().print(downstream_table(result))
+        terminal().print(downstream_table(result))
+    # Last: what was found is not lost where the folder cannot be written.
+    atomic.write_bytes(request.folder / result_name(request), (text + "\n").encode())
     return 0

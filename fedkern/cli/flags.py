@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +26,8 @@ COMMANDS = {
     "doctor": "show versions, processor, GPU, and which backend serves which operator",
 }
 
+FOLDERS = ("config", "out", "resume", "data_root", "teachers")
+"""Flags that name a folder or a file, of which an empty name would be the current folder, or none."""
 OPTIMISER = ("optimizer", "lr", "lr_decay", "lr_steps", "lr_step_factor", "momentum", "weight_decay", "clip_norm")
 FOLDER_COMMANDS = ("attack",)
 """Those that are about a finished run, whose folder follows."""
@@ -202,6 +204,23 @@ def _method_options(method: str | None, data: str) -> str:
     return "\n".join(lines)
 
 
+def check_text(words: Sequence[str]) -> None:
+    """Raises UserError for a word that is not text: it could neither be stored in a run's settings nor printed."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            shown = word.encode(errors="surrogateescape").decode(errors="backslashreplace")
+            raise UserError(f"{shown} is not UTF-8 text: give the folder or file a name that is.") from None
+
+
+def check_filled(values: Mapping[str, Any]) -> None:
+    """Raises UserError for a flag whose value is empty, as that of an unset shell variable is."""
+    for name, value in values.items():
+        if value is not None and not value.strip():
+            raise UserError(f"{flag(name)} is given without a value: give it one, or leave the flag out.")
+
+
 def key_values(words: Sequence[str], name: str) -> dict[str, str]:
     """The words ``key=value`` of a repeatable flag; UserError for one of another form."""
     pairs: dict[str, str] = {}
@@ -244,10 +263,14 @@ def parse(argv: Sequence[str]) -> Request:
     parser = _parser(named, _named_data(argv, named))
     values, rest = parser.parse_known_args(list(argv))
     folder = rest.pop(0) if values.method in FOLDER_COMMANDS and rest and not rest[0].startswith("-") else None
+    task = next((word for word in (values.method, *rest) if word in TASKS), None)
+    if task is not None:  # one that comes first is read elsewhere
+        raise UserError(f"Name {task} first, then its folder and its flags: {PROGRAM} {task} DIR.")
     # Unknown flags first: the value of one is otherwise taken for the method.
     for word in [*(word for word in rest if word.startswith("-")), *rest]:
         raise _unknown(word, parser, named)
     method = values.method
+    check_filled({name: getattr(values, name) for name in FOLDERS})
     if values.help:
         return Request("help", method=method, help=parser.format_help())
     known = [*METHODS, *COMMANDS]
@@ -278,7 +301,7 @@ def parse(argv: Sequence[str]) -> Request:
         config=Path(values.config) if values.config else None,
         out=Path(values.out) if values.out else None,
         resume=Path(values.resume) if values.resume else None,
-        folder=None if folder is None else Path(folder),
+        folder=Path(folder) if folder else None,
         tensorboard=values.tensorboard,
         quiet=values.quiet,
         json=values.json,

@@ -1,0 +1,144 @@
+"""Run folders as the command line names them: taken, given back, empty, misnamed, finished, not writable."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from fedkern.cli import commands, downstream, flags, request
+from fedkern.engine import atomic
+from fedkern.errors import UserError
+from fedkern.run import main
+
+TINY = [
+    "--train-samples", "60", "--clients", "2", "--local-epochs", "1", "--threads", "1", "--width", "4", "--rounds", "1",
+    "--grad-cam", "0", "--data-option", "test_samples=20",
+]  # fmt: skip
+
+
+@pytest.fixture
+def finished(capsys, tmp_path):
+    assert main(["fedavg", *TINY, "--quiet", "--buffers", "drop", "--out", "probe"]) == 0
+    assert capsys.readouterr().out == "probe\n"
+    return tmp_path / "probe"
+
+
+def test_two_runs_of_one_second_take_two_folders(monkeypatch, tmp_path):
+    monkeypatch.setattr(commands.time, "strftime", lambda _: "20260101-000000")
+    asked = flags.parse(["fedavg"])
+    config = request.effective(asked)
+    with commands._folder(asked, config) as first, commands._folder(asked, config) as second:
+        assert (first.name, second.name) == (
+            "fedavg-colordigits-20260101-000000",
+            "fedavg-colordigits-20260101-000000-2",
+        )
+        assert first.is_dir()
+        assert second.is_dir()
+        (second / "config.toml").write_text("")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [second.name]  # the other stayed empty
+
+
+def test_a_default_folder_that_cannot_be_made(fails, tmp_path):
+    (tmp_path / "runs").symlink_to("nowhere")
+    assert "cannot be made (File exists): name another run folder with --out" in fails("fedavg", *TINY)
+    (tmp_path / "runs").unlink()
+    (tmp_path / "runs").write_text("")
+    assert "cannot be made (Not a directory): name another run folder with --out" in fails("fedavg", *TINY)
+
+
+def test_a_mistake_found_in_training_leaves_no_folder(fails, tmp_path):
+    words = ["fedavg", *TINY, "--train-samples", "2", "--model", "mlp"]
+    for more in ([], ["--out", "here"]):
+        assert "Client 0 has a single training sample" in fails(*words, *more)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_pictures_of_others_are_not_drawn_over(fails, tmp_path):
+    (tmp_path / "accuracy.png").write_bytes(b"mine")
+    assert "already holds accuracy.png, which a new run would write over" in fails("fedavg", *TINY, "--out", ".")
+    assert [path.name for path in tmp_path.iterdir()] == ["accuracy.png"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (["--resume", ""], "--resume is given without a value"),
+        (["fedavg", "--out="], "--out is given without a value"),
+        (["fedavg", "--config", " "], "--config is given without a value"),
+        (["fedavg", "--data", "digits", "--data-root", ""], "--data-root is given without a value"),
+        (["fedavg", "--teachers", ""], "--teachers is given without a value"),
+        (["attack", ""], "attack needs the folder of a finished run"),
+        (["probe", ""], "probe needs the folder of a finished run"),
+        (["probe", "x", "--data-root", ""], "--data-root is given without a value"),
+        (["fedavg", "--out", os.fsdecode(b"r\xe9sum")], r"r\xe9sum is not UTF-8 text"),
+        (["probe", os.fsdecode(b"\xff")], r"\xff is not UTF-8 text"),
+        (["--shots", "5", "probe", "x"], "Name probe first, then its folder and its flags"),
+    ],
+)  # fmt: skip
+def test_a_folder_that_is_not_named(fails, tmp_path, argv, part):
+    assert part in fails(*argv)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_called_like_a_command():
+    for words in (["--resume", "probe"], ["fedavg", "--out", "retrieval"], ["attack", "decode"]):
+        assert downstream.parse(words) is None
+    assert flags.parse(["--resume", "probe"]).resume == Path("probe")
+    asked = downstream.parse(["--json", "probe", "probe", "--shots", "all"])
+    assert (asked.command, asked.folder, asked.json) == ("probe", Path("probe"), True)
+
+
+def test_a_finished_run_without_gradcam_keeps_its_pictures(result, fails, finished, monkeypatch):
+    """Neither its data nor a minute of drawing are needed again, and flags that repeat its settings are welcome."""
+    names = json.loads((finished / "pictures.json").read_text())["pictures"]
+    assert names == ["accuracy.png", "partition.png"]
+    before = (finished / "accuracy.png").stat().st_mtime_ns
+
+    def gone(*_, **__):
+        raise UserError("The data are gone.")
+
+    monkeypatch.setattr("fedkern.report.pictures.load_data", gone)
+    out, _ = result("--resume", "probe", "--data-option", "test_samples=20", "--train-samples", "60")
+    assert "pictures:   accuracy.png, partition.png" in out
+    assert (finished / "accuracy.png").stat().st_mtime_ns == before
+    assert "data_options.test_samples: 20 -> 21" in fails("--resume", "probe", "--data-option", "test_samples=21")
+
+
+def test_the_summary_comes_before_what_is_wrong_with_the_pictures(capsys, finished, monkeypatch):
+    (finished / "accuracy.png").unlink()
+
+    def gone(config, **_):
+        raise UserError(f"There are no data in {config.data_root}.")
+
+    monkeypatch.setattr("fedkern.report.pictures.load_data", gone)
+    assert main(["--resume", "probe", "--json", "--data-root", "moved"]) == 2
+    out, err = capsys.readouterr()
+    assert json.loads(out)["rounds"] == 1
+    assert f"The run is complete, but not its pictures (There are no data in {Path('moved').absolute()})" in err
+    assert "--resume probe" in err
+
+
+def test_a_run_of_a_gpu_goes_on_with_device_cpu(result, fails, finished, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    path = finished / "config.toml"
+    path.write_text(path.read_text().replace('device = "cpu"', 'device = "cuda"'))
+    (finished / "accuracy.png").unlink()
+    assert "use --device cpu" in fails("--resume", "probe")
+    result("--resume", "probe", "--device", "cpu")
+    assert (finished / "accuracy.png").exists()
+
+
+def test_an_attack_is_told_before_it_cannot_be_written(capsys, finished, monkeypatch):
+    def refuse(path, content):
+        raise atomic.unwritable(path, PermissionError(errno.EACCES, "Permission denied"))
+
+    monkeypatch.setattr(atomic, "write_bytes", refuse)
+    assert main(["attack", "probe", "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert 0 <= json.loads(out)["auc"] <= 1
+    assert "attack.json cannot be written (Permission denied): put that right, then try again." in err
+    assert "--out" not in err
