@@ -79,11 +79,13 @@ def _dispatch(words: list[str]) -> int:
     # Imported here so that Ctrl-C during the second that torch takes to load ends in a line, not in a traceback.
     from fedkern.cli import commands, downstream, flags
     from fedkern.engine import Terminated
+    from fedkern.files import check_text
 
     def terminate(number: int, frame: Any) -> None:
         raise Terminated
 
-    flags.check_text(words)
+    for word in words:
+        check_text(word, "the argument")
     request = downstream.parse(words) or flags.parse(words)
     if request.command == "help":
         print(request.help)

@@ -204,16 +204,6 @@ def _method_options(method: str | None, data: str) -> str:
     return "\n".join(lines)
 
 
-def check_text(words: Sequence[str]) -> None:
-    """Raises UserError for a word that is not text: it could neither be stored in a run's settings nor printed."""
-    for word in words:
-        try:
-            word.encode()
-        except UnicodeEncodeError:
-            shown = word.encode(errors="surrogateescape").decode(errors="backslashreplace")
-            raise UserError(f"{shown} is not UTF-8 text: give the folder or file a name that is.") from None
-
-
 def check_filled(values: Mapping[str, Any]) -> None:
     """Raises UserError for a flag whose value is empty, as that of an unset shell variable is."""
     for name, value in values.items():

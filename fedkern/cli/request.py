@@ -11,7 +11,7 @@ from fedkern.data import COMMON_OPTIONS
 from fedkern.engine import RunConfig
 from fedkern.engine.config import check_networks
 from fedkern.errors import UserError, nearest
-from fedkern.files import check_text, expand
+from fedkern.files import expand
 from fedkern.methods import METHODS
 
 PATHS = {
@@ -57,13 +57,7 @@ class Request:
     def __post_init__(self) -> None:
         for name in ("config", "out", "resume", "folder"):
             if (path := getattr(self, name)) is not None:
-                check_text(str(path), f"--{name}" if name != "folder" else "the run folder")
                 object.__setattr__(self, name, expand(path))
-        for table in (self.settings, self.data_options, self.arguments):
-            for name, value in table.items():
-                check_text(value, f"--{name.replace('_', '-')}")
-        for word in self.options:
-            check_text(word, "--method-option")
 
 
 def one_shot(method: str | None) -> bool:

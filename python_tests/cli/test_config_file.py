@@ -50,7 +50,7 @@ def test_a_byte_order_mark_says_nothing(tmp_path):
         ('method = "fedavg"\ndata = ["digits"]', ["--data", "a word"]),
         ('method = "fedavg"\ndata_root = ["here"]', ["--data-root", "a word"]),
         ('method = "fedavg"\nlr = [0.1]', ["--lr", "a number"]),
-        ("method = 'fedavg'\nrounds = 1" + "0" * 400, ["--rounds", "at most 2147483647"]),
+        ("method = 'fedavg'\nlocal_epochs = 1" + "0" * 400, ["--local-epochs", "at most 2147483647"]),
         ("method = 'fedavg'\nlr_decay = 0.9\nlr-decay = 0.8", ["settings.toml", "lr_decay twice"]),
     ],
 )

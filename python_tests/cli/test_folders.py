@@ -74,8 +74,8 @@ def test_pictures_of_others_are_not_drawn_over(fails, tmp_path):
         (["attack", ""], "attack needs the folder of a finished run"),
         (["probe", ""], "probe needs the folder of a finished run"),
         (["probe", "x", "--data-root", ""], "--data-root is given without a value"),
-        (["fedavg", "--out", os.fsdecode(b"r\xe9sum")], r"r\xe9sum is not UTF-8 text"),
-        (["probe", os.fsdecode(b"\xff")], r"\xff is not UTF-8 text"),
+        (["fedavg", "--out", os.fsdecode(b"r\xe9sum")], r'the argument "r\xe9sum" has bytes that are not UTF-8'),
+        (["probe", os.fsdecode(b"\xff")], r'the argument "\xff" has bytes that are not UTF-8'),
         (["--shots", "5", "probe", "x"], "Name probe first, then its folder and its flags"),
     ],
 )  # fmt: skip
