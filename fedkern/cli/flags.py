@@ -212,13 +212,16 @@ def check_filled(values: Mapping[str, Any]) -> None:
 
 
 def key_values(words: Sequence[str], name: str) -> dict[str, str]:
-    """The words ``key=value`` of a repeatable flag; UserError for one of another form."""
+    """The words ``key=value`` of a repeatable flag; UserError for one of another form or given twice."""
     pairs: dict[str, str] = {}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or not key.strip():
             raise UserError(f'{flag(name)} needs the form key=value, got "{word}".')
-        pairs[key.strip().replace("-", "_")] = value.strip()
+        plain = key.strip().replace("-", "_")
+        if plain in pairs:
+            raise UserError(f'The {name.replace("_", " ")} "{plain}" is given twice.')
+        pairs[plain] = value.strip()
     return pairs
 
 

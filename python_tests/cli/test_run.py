@@ -118,6 +118,7 @@ def test_doctor(result):
         (["fedgid", "--method-option", "alpha"], ["key=value"]),
         (["fedgid", "--data", "colourdigits"], ['"colourdigits"', 'Did you mean "colordigits"']),
         (["fedgid", "--data-option", "sise=3"], ['"sise"']),
+        (["fedgid", *("--data-option", "test_samples=3"), *("--data-option", "test-samples=4")], ["given twice"]),
         (["fedgid", "--protocol", "F7"], ["protocol"]),
         (["fedgid", "--model", "resnet-18"], ['"resnet-18"', 'Did you mean "resnet18"']),
         (["fedgid", "--partition", "dirichelt:1"], ['"dirichelt:1"', 'Did you mean "dirichlet"']),
