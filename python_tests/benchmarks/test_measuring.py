@@ -101,7 +101,7 @@ def test_peak_memory_is_what_a_call_takes_beyond_its_inputs() -> None:
         rise = memory.peak_bytes(run, CPU)
         assert rise is not None
         assert least <= rise + (1 << 18)
-        assert rise <= most + (1 << 20)
+        assert rise <= most + (3 << 20)  # what else grows in a process meanwhile
 
 
 def test_contestants_that_cannot_run_say_why() -> None:
