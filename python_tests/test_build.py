@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fedkern
 from fedkern import ops
 from fedkern.ops import backend, loading
 
@@ -69,6 +70,9 @@ def test_a_core_that_lacks_what_python_calls_is_not_used(monkeypatch: pytest.Mon
 
 
 def test_importing_hashes_no_sources() -> None:
+    core("_cpu")
+    if not list(Path(fedkern.__file__).parent.glob("_cpu.*")):
+        pytest.skip("this checkout shadows an installed fedkern, whose core is compared with it on purpose")
     result = run_python(
         "from fedkern.ops import loading; loading.source_hash = None\n"
         "import fedkern.run, torch; from fedkern import ops; ops.entropy(torch.zeros(2, 3))"
@@ -156,7 +160,7 @@ def source_distribution(folder: Path) -> Path:
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True, timeout=300)
     (archive,) = folder.glob("fedkern-*.tar")
     with tarfile.open(archive) as file:
-        file.extractall(folder, filter="data")
+        file.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # since 3.11.4
     return archive.with_suffix("")
 
 

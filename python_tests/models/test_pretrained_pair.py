@@ -293,7 +293,7 @@ def test_a_run_and_its_model(
 ) -> None:
     monkeypatch.chdir(folders["vit"].parent)
     words = [method, *more, "--buffers", "pool", "--data", "captions",
-             "--image-encoder", "vit", "--text-encoder", "bert", "--clients", "2", "--train-samples",
+             "--image-encoder", "./vit", "--text-encoder", "bert", "--clients", "2", "--train-samples",
              "24", "--rounds", "1", "--local-steps", "1", "--batch-size", "4", "--lr", "0.01",
              "--data-option", "test_samples=6", "--data-option", "validation_samples=4",
              "--data-option", "minority=0", "--quiet", "--out", str(tmp_path / "run")]  # fmt: skip
