@@ -49,21 +49,20 @@ def absolute_folder(name: str) -> str:
     return absolute(name) if name.startswith((".", "~")) or Path(name).is_dir() else name
 
 
-def check_text(value: object, what: str) -> None:
+def check_text(text: str, what: str) -> None:
     """Raises UserError for a string with bytes that are not UTF-8, which a run's files could not hold.
 
     Args:
-        value: as the system gives it; what is no string passes.
+        text: as the system gives it.
         what: what it is, for the message.
     """
-    if isinstance(value, str) and not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            shown = value.encode(errors="surrogateescape").decode(errors="backslashreplace")
-            raise UserError(
-                f'{what} "{shown}" has bytes that are not UTF-8: rename the file or folder, or take a link to it.'
-            ) from None
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        shown = text.encode(errors="surrogateescape").decode(errors="backslashreplace")
+        raise UserError(
+            f'{what} "{shown}" has bytes that are not UTF-8: rename the file or folder, or take a link to it.'
+        ) from None
 
 
 def replace(path: Path, fill: Callable[[Path], object], temporary: Path) -> None:

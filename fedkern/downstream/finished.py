@@ -9,12 +9,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from fedkern.data import DATASETS, FederatedData, Split, load, normalise
-from fedkern.data.set_aside import set_aside
+from fedkern.data import DATASETS, Split, load, normalise
 from fedkern.data.transforms import central
 from fedkern.data.types import joined
 from fedkern.engine.config import RunConfig
-from fedkern.engine.run import load_data
+from fedkern.engine.run import kept_data, load_data
 from fedkern.engine.saved import read_model
 from fedkern.errors import UserError
 from fedkern.methods.cuts import cuts
@@ -88,9 +87,7 @@ class Finished:
                 "change."
             )
         config = config.replace(data_options={**config.data_options, **given}, data_root=data_root or config.data_root)
-        own: FederatedData = load_data(config, masks=False)
-        kept = set_aside(own, held_out=config.held_out_client, share=config.client_test, seed=config.seed)
-        return cls(Path(out), config, module, about, kept)
+        return cls(Path(out), config, module, about, kept_data(config, load_data(config, masks=False)))
 
     @property
     def sets(self) -> dict[str, Split]:

@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkern.data import FederatedData, normalise
-from fedkern.data.set_aside import set_aside
 from fedkern.engine import atomic
 from fedkern.engine.config import RunConfig
 from fedkern.engine.folder import ATTACK
 from fedkern.engine.records import plain
-from fedkern.engine.run import load_data
+from fedkern.engine.run import kept_data, load_data
 from fedkern.engine.saved import read_model
 from fedkern.errors import UserError
 from fedkern.methods.cuts import cuts
@@ -51,8 +50,7 @@ def attack(
     out = Path(out)
     config = RunConfig.load(out, device="cpu", **({} if data_root is None else {"data_root": data_root}))
     model, _ = read_model(out)
-    data = load_data(config, masks=False) if data is None else data
-    data = set_aside(data, held_out=config.held_out_client, share=config.client_test, seed=config.seed)
+    data = kept_data(config, load_data(config, masks=False) if data is None else data)
     if data.task not in ("classification", "segmentation"):
         raise UserError(f"The membership attack is for classification and segmentation, and {out} is for {data.task}.")
     test = data.tests["id" if "id" in data.tests else next(iter(data.tests))]

@@ -65,7 +65,7 @@ def run(
     with cpu_threads(config.threads), _terminable(), _reproducible():
         data = load_data(config, notice=listener.on_notice) if data is None else data
         config = _effective(config, data)
-        data = set_aside(data, held_out=config.held_out_client, share=config.client_test, seed=config.seed)
+        data = kept_data(config, data)
         if resume:
             _compare(config, stored, out)
         _check(config, data)
@@ -120,6 +120,11 @@ def load_data(config: RunConfig, *, masks: bool = True, notice: Callable[[str], 
         make_detector=detector,
         notice=notice,
     )
+
+
+def kept_data(config: RunConfig, data: FederatedData) -> FederatedData:
+    """The data without what the settings set aside (``--held-out-client``, ``--client-test``), as a run sees them."""
+    return set_aside(data, held_out=config.held_out_client, share=config.client_test, seed=config.seed)
 
 
 def _effective(config: RunConfig, data: Any) -> RunConfig:

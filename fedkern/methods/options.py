@@ -9,14 +9,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
+from fedkern.data.registry import MOST
 from fedkern.errors import UserError, nearest
 
 Value = bool | int | float | str
 
 LARGEST = 1e30
 """Of a number with a fraction: it has to fit fp32, also after a division by a bias correction."""
-MOST = 2**31 - 1
-"""Of a count: sizes beyond it overflow in torch and NumPy."""
 
 _WORDS = {"true": True, "on": True, "yes": True, "1": True, "false": False, "off": False, "no": False, "0": False}
 

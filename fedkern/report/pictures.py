@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from fedkern.data.set_aside import set_aside
 from fedkern.engine import RunConfig, atomic, load_data, read_metrics, read_model, read_shown
 from fedkern.engine.records import read_summary
+from fedkern.engine.run import kept_data
 
 EXAMPLES = 8
 PICTURES = {
@@ -59,9 +59,7 @@ def _draw(run_dir: Path, data: Any, model: torch.nn.Module | None, data_root: st
     from fedkern.report.weights import weights_picture
 
     config = RunConfig.load(run_dir, device="cpu", **({} if data_root is None else {"data_root": data_root}))
-    if data is None:
-        data = load_data(config, masks=False)
-        data = set_aside(data, held_out=config.held_out_client, share=config.client_test, seed=config.seed)
+    data = kept_data(config, load_data(config, masks=False)) if data is None else data
     name = f"{config.method} on {config.data}"
     written = []
     target = run_dir / PICTURES["dice" if data.task == "segmentation" else "accuracy"]
