@@ -22,8 +22,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs code on the package that this process imported, not on a checkout that is the working directory."""
+    found = os.pathsep.join(filter(None, (str(Path(fedkern.__file__).parent.parent), os.environ.get("PYTHONPATH"))))
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={**os.environ, **environment}
+        [sys.executable, "-P", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": found, **environment},
     )
 
 
