@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
+
+_graph_is_retained = torch._C._autograd._get_current_graph_task_keep_graph
+
+
+def handed_out(gradients: Sequence[Tensor | None], saved: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """``gradients`` as a backward pass may return them: no tensor that another pass over the graph reads again.
+
+    Whoever receives a gradient may change it in place. Called within a backward pass.
+    """
+    if not _graph_is_retained():
+        return gradients
+    return [x.clone() if x is not None and any(x is kept for kept in saved) else x for x in gradients]
 
 
 class EagerFunction(torch.autograd.Function):

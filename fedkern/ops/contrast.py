@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedkern.ops import _library
 from fedkern.ops import contrast_launch as _cpu  # noqa: F401  registers the CPU kernels
-from fedkern.ops._function import EagerFunction
+from fedkern.ops._function import EagerFunction, handed_out
 from fedkern.ops.backend import eager, intercepted, readable, select
 from fedkern.ops.contrast_checks import check_pair, check_temperature
 from fedkern.ops.contrast_kernels import ContrastKernel
@@ -101,4 +101,5 @@ class _Contrastive(EagerFunction):
 
             needs = ctx.needs_input_grad[2:]
             return (None, None, *_library.differentiate_reference(reference, tensors, needs, grad))
-        return (None, None, *ctx.kernel.scaled(gradients[: len(tensors)], grad, tensors))
+        scaled = ctx.kernel.scaled(gradients[: len(tensors)], grad, tensors)
+        return (None, None, *handed_out(scaled, gradients))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.ops._function import EagerFunction
+from fedkern.ops._function import EagerFunction, handed_out
 from fedkern.ops.backend import DTYPES, eager, select
 from fedkern.ops.distill_common import NONE, REDUCTIONS, check_reduction
 from fedkern.ops.distill_ensemble_checks import check_stack, spread_row_weights
@@ -115,7 +115,7 @@ class _JensenShannon(EagerFunction):
         if len(saved) > 2:
             scaled = kernel.scaled(saved[2:], grad)
             if scaled is not None:
-                return None, scaled[0], None
+                return None, handed_out(scaled, saved[2:])[0], None
         return (None, *kernel.js_backward(grad, saved[0], saved[1], reduction, needs))
 
 

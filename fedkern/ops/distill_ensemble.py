@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.ops._function import EagerFunction
+from fedkern.ops._function import EagerFunction, handed_out
 from fedkern.ops.backend import eager, outlived, select
 from fedkern.ops.distill_common import (
     LOGITS,
@@ -174,5 +174,5 @@ class _Ensemble(EagerFunction):
         if taken:
             scaled = kernel.scaled(taken, grad)
             if scaled is not None:
-                return (None, *scaled, None, None)
+                return (None, *handed_out(scaled, taken), None, None)
         return (None, *kernel.ensemble_backward(grad, *tensors, settings, needs), None)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops import _library
-from fedkern.ops._function import EagerFunction
+from fedkern.ops._function import EagerFunction, handed_out
 from fedkern.ops.backend import eager, select
 from fedkern.ops.distill_common import (
     NONE,
@@ -85,7 +85,7 @@ class _Entropy(EagerFunction):
         if gradient is not None:
             scaled = ctx.kernel.scaled((gradient,), grad)
             if scaled is not None:
-                return scaled[0], None, None
+                return handed_out(scaled, (gradient,))[0], None, None
         return ctx.kernel.entropy_backward(grad, logits, ctx.reduction), None, None
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops import _library
-from fedkern.ops._function import EagerFunction
+from fedkern.ops._function import EagerFunction, handed_out
 from fedkern.ops.backend import eager, select
 from fedkern.ops.distill_common import (
     NONE,
@@ -197,7 +197,7 @@ class _Divergence(EagerFunction):
         if count > logits and gradients[logits] is not None:
             scaled = gradients[logits] * mean_scale(saved[0], settings.reduction)
             gradients = (*gradients[:logits], scaled.to(saved[logits].dtype))
-        return (None, *gradients)
+        return (None, *handed_out(gradients, saved[count:]))
 
 
 def _spread(tensors: Sequence[Tensor], dual: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:

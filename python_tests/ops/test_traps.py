@@ -187,6 +187,23 @@ def test_inference_mode(operator: Operator) -> None:
 
 
 @each_operator
+def test_gradients_may_be_changed_while_their_graph_is_retained(operator: Operator) -> None:
+    """Also where the gradient was taken on the way forward and only waits to be asked for."""
+    if not operator.gradient:
+        return
+    inputs = [x.requires_grad_() for x in operator.inputs()]
+    results = operator.results(*inputs)
+    loss = results[0] if results[0].dim() == 0 else sum(x.sum() for x in results)
+    first = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
+    kept = [None if x is None else x.clone() for x in first]
+    for x in first:
+        if x is not None:
+            x.zero_()
+    for x, y in zip(torch.autograd.grad(loss, inputs, allow_unused=True), kept, strict=True):
+        assert (x is None and y is None) or torch.equal(x, y)
+
+
+@each_operator
 def test_inputs_are_left_alone(operator: Operator) -> None:
     """Neither their values nor their version counters change, in either direction."""
     inputs = [x.requires_grad_(operator.gradient) for x in operator.inputs()]
