@@ -99,28 +99,31 @@ def test_trimmed_mean(benchmark: Any, count: int, size: int) -> None:
     )
 
 
+def eager_weighted_median(vectors: Tensor, weights: Tensor) -> Tensor:
+    values, order = vectors.sort(0)
+    below = weights[order].cumsum(0)
+    return values.gather(0, (below < weights.sum() / 2).sum(0, keepdim=True))[0]
+
+
+def eager_weighted_trimmed(vectors: Tensor, weights: Tensor) -> Tensor:
+    values, order = vectors.sort(0)
+    shares = weights[order[2:-2]]
+    return (shares * values[2:-2]).sum(0) / shares.sum(0)
+
+
 @pytest.mark.parametrize("operator", ["median", "trimmed_mean"])
 def test_weighted(benchmark: Any, operator: str) -> None:
     count, size = 10, 1_000_000
     vectors = make(count, size)
     weights = torch.arange(1.0, count + 1)
-
-    def eager_weighted_median() -> Tensor:
-        values, order = vectors.sort(0)
-        below = weights[order].cumsum(0)
-        return values.gather(0, (below < weights.sum() / 2).sum(0, keepdim=True))[0]
-
-    def eager_weighted_trimmed() -> Tensor:
-        values, order = vectors.sort(0)
-        shares = weights[order[2:-2]]
-        return (shares * values[2:-2]).sum(0) / shares.sum(0)
-
     rows, list_ = list(vectors), weights.tolist()
-    runs = (
-        {"fedkern": lambda: ops.median(rows, list_), "torch": eager_weighted_median}
-        if operator == "median"
-        else {"fedkern": lambda: ops.trimmed_mean(rows, 2, list_), "torch": eager_weighted_trimmed}
-    )
+    eager = eager_weighted_median if operator == "median" else eager_weighted_trimmed
+    compiled = torch.compile(eager, dynamic=False)
+    runs = {
+        "fedkern": lambda: ops.median(rows, list_) if operator == "median" else ops.trimmed_mean(rows, 2, list_),
+        "torch": lambda: eager(vectors, weights),
+        "compile": lambda: compiled(vectors, weights),
+    }
     case = f"weighted M={count} P={size:,}" + (" trim=2" if operator == "trimmed_mean" else "")
     compare(benchmark, operator, case, runs, model_bytes=(count + 1) * size * 4, copy=True, threads=1, pairs=15)
 

@@ -67,6 +67,9 @@ FIGURES = {
     "mean loss": ("mean_client_loss",),
     "worst loss": ("worst_client_loss",),
 }
+LATE = {"drift in the last third": "drift", "training loss in the last third": "contrastive"}
+"""Figures of clients' records instead of the last model: the length of their updates and the contrastive loss of their
+own samples while they train."""
 VALIDATION = ("validation_i2t_r1", "validation_t2i_r1")
 
 
@@ -144,7 +147,12 @@ class DRARuns(Runs):
     def figure(self, case: Case, names: Iterable[str]) -> float:
         """The mean of some figures of a finished run."""
         metrics = self.metrics(case)
-        return mean(metrics[name] for name in names)
+        return mean(self.late(case, LATE[name]) if name in LATE else metrics[name] for name in names)
+
+    def late(self, case: Case, record: str) -> float:
+        """The mean of what clients recorded over the last third of the rounds."""
+        rounds = [entry["clients"] for entry in self.rounds(case)]
+        return mean(client[record] for clients in rounds[-max(1, len(rounds) // 3) :] for client in clients.values())
 
 
 Section = tuple[str, dict[str, Any]]
@@ -166,7 +174,7 @@ def _compared(
         for name, row in cases.items()
     }
     lines = [
-        [name, *(spread(values, *((1.0, 2) if "loss" in figure else ())) for figure, values in row.items())]
+        [name, *(spread(values, *(() if figure.endswith("R@1") else (1.0, 2))) for figure, values in row.items())]
         for name, row in found.items()
     ]
     one = "" if len(seeds) > 1 else f"  Seed {seeds[0]} alone."
@@ -233,20 +241,27 @@ def sweeps(runs: DRARuns) -> Section:
 
 
 def alternating(runs: DRARuns) -> Section:
-    """Why both stages in every round cost recall: clients that differ, more steps, or the modules they start from.
+    """What both stages in every round cost, and why: more steps, or modules that are every client's own.
 
-    Robust weights are off.  Where every client has the same distribution drift between them has no cause but chance.
+    A client's second stage goes on from what it made of the alignment modules in its first.  Where every client has the
+    same distribution, drift between them has no cause but chance.
     """
     study = runs.study
     longer = {"local_steps": study.settings["local_steps"] + study.options["alignment_steps"]}
+    which: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "robust weights on": ({}, {}),
+        "robust weights off": ({}, {"dro": False}),
+        "robust weights off, clients alike": ({"partition": "iid"}, {"dro": False}),
+    }
     rows = {
-        f"{name}, {which}": _row(
-            runs, FULL, changed={**(longer if name == LONGER else {}), **partition}, dro=False, **options
+        f"{name}, {where}": _row(
+            runs, FULL, changed={**(longer if name == LONGER else {}), **partition}, **weights, **options
         )
-        for which, partition in (("clients that differ", {}), ("clients alike", {"partition": "iid"}))
+        for where, (partition, weights) in which.items()
         for name, options in ALTERNATING.items()
     }
     figures = {name: names for name, names in FIGURES.items() if name != "minority R@1"}  # alike: none
+    figures |= {name: (name,) for name in LATE}
     return _compared(runs, "Both stages in every round", runs.rate(), rows, study.seeds, figures)
 
 

@@ -37,7 +37,8 @@ def dry(kind, asked):
 
         def rounds(self, case):
             assert case.name in self.summaries
-            return [{"name": name, **dict.fromkeys(FIGURES, 0.5)} for name in ("train", "calibrate")]
+            clients = {"clients": {"0": dict.fromkeys(study_feddra.LATE.values(), 0.5)}}
+            return [{"name": name, **clients, **dict.fromkeys(FIGURES, 0.5)} for name in ("train", "calibrate")]
 
     return Dry
 
@@ -93,6 +94,17 @@ def test_every_case_of_feddra_is_a_command_line(name, tmp_path):
         assert page.startswith("## ")
         assert numbers
     taken(asked.values(), tmp_path)
+
+
+def test_late_figures_are_of_the_last_third_of_the_rounds(tmp_path):
+    class Recorded(study_feddra.DRARuns):
+        def rounds(self, case):
+            return [
+                {"clients": {"0": {"drift": one}, "1": {"drift": 2.0 * one}}} for one in (9.0, 9.0, 9.0, 9.0, 2.0, 4.0)
+            ]
+
+    runs = Recorded(study_feddra.STUDIES["tiny"], tmp_path, 1, {})
+    assert runs.late(runs.of(study_feddra.FULL, 0.1, 0), "drift") == pytest.approx(4.5)
 
 
 def test_best_rate_is_the_lower_one_on_a_tie():
