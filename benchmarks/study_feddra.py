@@ -80,8 +80,7 @@ class Study:
     Attributes:
         settings: of every run.
         options: FedDRA's.
-        seeds: of the table and of the clients that are held out.
-        few: seeds of the other sections.
+        seeds: of every row.
         rates: learning rates to choose from.
         rhos, mus: of the sweeps.
     """
@@ -89,7 +88,6 @@ class Study:
     settings: Mapping[str, Any]
     options: Mapping[str, Any]
     seeds: tuple[int, ...] = (0, 1, 2)
-    few: tuple[int, ...] = (0,)
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     rhos: tuple[float, ...] = (0.0, 0.03, 0.3, 1.0, 2.0)
     mus: tuple[float, ...] = (0.0, 1.0, 16.0, 128.0)
@@ -108,7 +106,7 @@ STUDIES = {
             **_COMMON, "width": 16, "rounds": 2, "local_steps": 2, "train_samples": 300,
             "test_samples": 64, "validation_samples": 64,
         },
-        {"rho": 0.2, "alignment_steps": 1, "stage_schedule": "sequential"}, (0,), (0,), (1e-3,), (0.2,), (1.0,),
+        {"rho": 0.2, "alignment_steps": 1, "stage_schedule": "sequential"}, (0,), (1e-3,), (0.2,), (1.0,),
     ),
 }  # fmt: skip
 
@@ -206,7 +204,7 @@ def held_out(runs: DRARuns) -> Section:
 def ablations(runs: DRARuns) -> Section:
     """What each part of FedDRA does."""
     rows = {name: _row(runs, FULL, **options) for name, options in ABLATIONS.items()}
-    return _compared(runs, "Ablations", runs.rate(), rows, runs.study.few)
+    return _compared(runs, "Ablations", runs.rate(), rows, runs.study.seeds)
 
 
 def statistics(runs: DRARuns) -> Section:
@@ -230,14 +228,14 @@ def statistics(runs: DRARuns) -> Section:
         for way, changed in ways.items()
         for weights in (True, False)
     }
-    return _compared(runs, "Batch norm", runs.rate(), rows, runs.study.few)
+    return _compared(runs, "Batch norm", runs.rate(), rows, runs.study.seeds)
 
 
 def sweeps(runs: DRARuns) -> Section:
     """The radius of the set of weights, and the weight of the anchors."""
     rows = {f"rho {rho:g}": _row(runs, FULL, rho=rho) for rho in runs.study.rhos}
     rows |= {f"mu {mu:g}": _row(runs, FULL, mu=mu) for mu in runs.study.mus}
-    return _compared(runs, "rho and mu", runs.rate(), rows, runs.study.few)
+    return _compared(runs, "rho and mu", runs.rate(), rows, runs.study.seeds)
 
 
 def alternating(runs: DRARuns) -> Section:
@@ -279,8 +277,7 @@ def about(study: Study) -> str:
     options = ", ".join(f"{name} {value}" for name, value in study.options.items())
     return f""".
 FedDRA's options: {options}.  The learning rate is the best of {study.rates} for FedAvg by validation recall.
-Seeds {study.seeds}, of ablations, statistics and sweeps {study.few}.  Centralised training takes as many steps as all
-clients together."""
+Seeds {study.seeds}.  Centralised training takes as many steps as all clients together."""
 
 
 if __name__ == "__main__":
