@@ -111,7 +111,7 @@ METHOD_ON: Mapping[tuple[str, str], Mapping[str, Any]] = {
         "options": {"lambda": 0.9, "temperature": 4.0},  # the best of a few by validation accuracy, 3 seeds
     },
     # A twentieth of the samples at a weight of 0.77, which the published radius allows, would cost all others dearly.
-    # Stages that alternate cost recall here (12.9 % against 17.9 over three seeds).
+    # Stages that alternate cost loss here: 4.44 for the worst client against 3.45 over three seeds (docs/feddra.md).
     ("feddra", "captions"): {"options": {"rho": 0.1, "alignment_steps": 10, "stage_schedule": "sequential"}},
     ("feddf", "digits"): {"public_samples": 200},
     # Narrow networks, so that a generator this slow, which does not saturate, has the iterations that it needs.
