@@ -114,7 +114,7 @@ void weighted_mean(const WeightedMean& a) {
     if (stream) finish_stores();
   };
   const double bytes = static_cast<double>(a.count + 1) * static_cast<double>(a.size) * sizeof(T);
-  parallel_for(a.size, kChunk, a.threads, seconds(bytes), chunks);
+  parallel_for(a.size, vector_chunk(a.size), a.threads, seconds(bytes), chunks);
 }
 
 template <typename T>
@@ -126,7 +126,7 @@ void accumulator_add(const AccumulatorAdd& a) {
     else
       add_strided<T>(a.vector, a.weight, begin, end - begin, false, a.sum + begin);
   };
-  parallel_for(a.size, kChunk, a.threads, seconds(static_cast<double>(a.size) * (16 + sizeof(T))), chunks);
+  parallel_for(a.size, vector_chunk(a.size), a.threads, seconds(static_cast<double>(a.size) * (16 + sizeof(T))), chunks);
 }
 
 template <typename Out>
@@ -137,7 +137,7 @@ void accumulator_mean(const AccumulatorMean& a) {
     write_mean(a.sum + begin, end - begin, divisor, static_cast<Out*>(a.out) + begin, stream);
     if (stream) finish_stores();
   };
-  parallel_for(a.size, kChunk, a.threads, seconds(static_cast<double>(a.size) * (8 + sizeof(Out))), chunks);
+  parallel_for(a.size, vector_chunk(a.size), a.threads, seconds(static_cast<double>(a.size) * (8 + sizeof(Out))), chunks);
 }
 
 void weighted_mean_any(const WeightedMean& a) {

@@ -93,7 +93,7 @@ void exact_add(const ExactAdd& a) {
       deposit(a.state, i, n, product);
     }
   };
-  parallel_for(a.size, kChunk, a.threads, seconds(static_cast<double>(a.size) * 54), chunks);
+  parallel_for(a.size, vector_chunk(a.size), a.threads, seconds(static_cast<double>(a.size) * 54), chunks);
 }
 
 template <typename T>
@@ -119,7 +119,7 @@ void exact_mean(const ExactMean& a) {
     }
     if (stream) finish_stores();
   };
-  parallel_for(a.size, kChunk, a.threads, seconds(static_cast<double>(a.size) * 60), chunks);
+  parallel_for(a.size, vector_chunk(a.size), a.threads, seconds(static_cast<double>(a.size) * 60), chunks);
 }
 
 }  // namespace

@@ -7,7 +7,7 @@
 namespace fedkern::FEDKERN_ISA {
 namespace {
 
-// Elements of one unit of parallel work.
+// Elements that are read in one run.
 inline constexpr std::int64_t kChunk = 65536;
 
 // Seconds that moving `bytes` takes on one thread, roughly.
