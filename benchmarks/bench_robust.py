@@ -7,6 +7,7 @@ first) and written once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -117,10 +118,13 @@ def test_weighted(benchmark: Any, operator: str) -> None:
     vectors = make(count, size)
     weights = torch.arange(1.0, count + 1)
     rows, list_ = list(vectors), weights.tolist()
-    eager = eager_weighted_median if operator == "median" else eager_weighted_trimmed
+    if operator == "median":
+        eager, ours = eager_weighted_median, partial(ops.median, rows, list_)
+    else:
+        eager, ours = eager_weighted_trimmed, partial(ops.trimmed_mean, rows, 2, list_)
     compiled = torch.compile(eager, dynamic=False)
     runs = {
-        "fedkern": lambda: ops.median(rows, list_) if operator == "median" else ops.trimmed_mean(rows, 2, list_),
+        "fedkern": ours,
         "torch": lambda: eager(vectors, weights),
         "compile": lambda: compiled(vectors, weights),
     }

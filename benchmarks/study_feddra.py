@@ -161,10 +161,10 @@ def _compared(
     title: str,
     lr: float,
     rows: Mapping[str, Callable[[float, int], Case]],
-    seeds: tuple[int, ...],
     figures: Mapping[str, tuple[str, ...]] = FIGURES,
 ) -> Section:
     """A table of the figures of several kinds of runs over the seeds."""
+    seeds = runs.study.seeds
     cases = {name: [make(lr, seed) for seed in seeds] for name, make in rows.items()}
     runs.run(case for row in cases.values() for case in row)
     found = {
@@ -184,7 +184,7 @@ def _compared(
 def main_table(runs: DRARuns) -> Section:
     """FedDRA and every baseline."""
     rows = {name: _row(runs, name) for name in METHODS}
-    return _compared(runs, "Every method", runs.rate(anew=True), rows, runs.study.seeds)
+    return _compared(runs, "Every method", runs.rate(anew=True), rows)
 
 
 def _row(runs: DRARuns, name: str, **given: Any) -> Callable[[float, int], Case]:
@@ -198,13 +198,13 @@ def held_out(runs: DRARuns) -> Section:
         for name in (BASELINE, FULL):
             rows[f"{name} without {which}"] = _row(runs, name, changed={"held_out_client": client})
     more = {**FIGURES, "held out R@1": ("held_out_i2t_r1", "held_out_t2i_r1")}
-    return _compared(runs, "A client held out", runs.rate(), rows, runs.study.seeds, more)
+    return _compared(runs, "A client held out", runs.rate(), rows, more)
 
 
 def ablations(runs: DRARuns) -> Section:
     """What each part of FedDRA does."""
     rows = {name: _row(runs, FULL, **options) for name, options in ABLATIONS.items()}
-    return _compared(runs, "Ablations", runs.rate(), rows, runs.study.seeds)
+    return _compared(runs, "Ablations", runs.rate(), rows)
 
 
 def statistics(runs: DRARuns) -> Section:
@@ -228,14 +228,14 @@ def statistics(runs: DRARuns) -> Section:
         for way, changed in ways.items()
         for weights in (True, False)
     }
-    return _compared(runs, "Batch norm", runs.rate(), rows, runs.study.seeds)
+    return _compared(runs, "Batch norm", runs.rate(), rows)
 
 
 def sweeps(runs: DRARuns) -> Section:
     """The radius of the set of weights, and the weight of the anchors."""
     rows = {f"rho {rho:g}": _row(runs, FULL, rho=rho) for rho in runs.study.rhos}
     rows |= {f"mu {mu:g}": _row(runs, FULL, mu=mu) for mu in runs.study.mus}
-    return _compared(runs, "rho and mu", runs.rate(), rows, runs.study.seeds)
+    return _compared(runs, "rho and mu", runs.rate(), rows)
 
 
 def alternating(runs: DRARuns) -> Section:
@@ -260,7 +260,7 @@ def alternating(runs: DRARuns) -> Section:
     }
     figures = {name: names for name, names in FIGURES.items() if name != "minority R@1"}  # alike: none
     figures |= {name: (name,) for name in LATE}
-    return _compared(runs, "Both stages in every round", runs.rate(), rows, study.seeds, figures)
+    return _compared(runs, "Both stages in every round", runs.rate(), rows, figures)
 
 
 SECTIONS: Mapping[str, Callable[[DRARuns], Section]] = {
