@@ -1,6 +1,9 @@
 #include "fedkern/aggregate.h"
 
+#include <cmath>
+
 #include "aggregate_exact.h"
+#include "aggregate_lanes.h"
 #include "aggregate_store.h"
 #include "aggregate_streams.h"
 #include "fedkern/parallel.h"
@@ -11,8 +14,21 @@ namespace {
 
 // With more than kStreams vectors, the sums of a block wait in L2 while so many at a time are read in long runs.
 constexpr std::int64_t kBlock = 16384;
-// Vectors of sums held in registers at once: of fp32, four cache lines on AVX-512 and two on AVX2.
-constexpr int kHeld = 8;
+
+// Whether fp64 holds the product of every weight and any number of type T: numbers of samples and fp32 weights have few
+// digits. Then a fused multiply-add gives the bits of product and sum rounded one by one, in one instruction.
+template <typename T>
+bool exact_products(const double* weights, std::int64_t count) {
+  constexpr int digits = sizeof(T) == 8 ? 53 : sizeof(T) == 4 ? 24 : std::is_same_v<T, f16> ? 11 : 8;
+  if (digits == 53) return false;
+  for (std::int64_t m = 0; m < count; ++m) {
+    const auto bits = bit_cast<std::uint64_t>(weights[m]);
+    // Far enough from both ends of the range for every product to be neither infinite nor cut off below.
+    const bool inside = std::fabs(weights[m]) > 0x1p-800 && std::fabs(weights[m]) < 0x1p800;
+    if (!inside || bits & ((std::uint64_t{1} << digits) - 1)) return false;
+  }
+  return true;
+}
 
 // Keeps the compiler from loading a step's last lines first, which prefetchers do not take for an ascending stream.
 FEDKERN_INLINE void keep_order() {
@@ -32,9 +48,10 @@ struct Ends {
 };
 
 // (+)= weights[m] * x[m][j], m ascending, for `count` <= kStreams vectors of unit stride and begin <= j < begin + n.
-template <typename T, typename Out>
+template <bool fused, typename T, typename Out>
 void add_clients(const Vector* vectors, const double* weights, std::int64_t count, std::int64_t begin, std::int64_t n, const Ends<Out> ends) {
   using V = Vec<double>;
+  constexpr int kHeld = Lanes<T>::held;
   constexpr std::int64_t step = kHeld * V::lanes;
   const T* x[kStreams];
   double weight[kStreams];
@@ -43,6 +60,7 @@ void add_clients(const Vector* vectors, const double* weights, std::int64_t coun
   for (; j + step <= n; j += step) {
     V held[kHeld];
     for (int u = 0; u < kHeld; ++u) held[u] = ends.fresh ? V::set(0.0) : V::load(ends.sum + j + u * V::lanes);
+    Lanes<T>::from_order(held);
 #pragma GCC unroll 10
     for (int m = 0; m < kStreams; ++m) {
       if (m >= count) break;
@@ -54,11 +72,12 @@ void add_clients(const Vector* vectors, const double* weights, std::int64_t coun
       // A tenth faster from memory (Intel, Sapphire Rapids), however well the prefetchers in hardware follow.
       prefetch_ahead<step * static_cast<std::int64_t>(sizeof(T)), 2>(from);
       const V w = V::set(weight[m]);
-      for (int u = 0; u < kHeld; ++u) {
-        held[u] = held[u] + w * V::load(from + u * V::lanes);
+      Lanes<T>::each(from, [&](int u, V value) __attribute__((always_inline)) {
+        held[u] = fused ? fma(w, value, held[u]) : held[u] + w * value;
         keep_order();
-      }
+      });
     }
+    Lanes<T>::to_order(held);
     if (ends.out)
       write_held<kHeld>(held, ends.divisor, ends.out + j, ends.stream);
     else
@@ -88,6 +107,7 @@ void weighted_mean(const WeightedMean& a) {
   const std::int64_t block = together ? kChunk : kBlock;
   const Divisor divisor(a.total, std::is_same_v<Out, double>);
   const bool stream = can_stream(a.out, a.stream);
+  const auto add = exact_products<T>(a.weights, a.count) ? add_clients<sizeof(T) != 8, T, Out> : add_clients<false, T, Out>;
   auto chunks = [&](std::int64_t begin, std::int64_t end) {
     alignas(64) double sum[kBlock];
     for (std::int64_t i = begin; i < end; i += block) {
@@ -100,7 +120,7 @@ void weighted_mean(const WeightedMean& a) {
           if (++last == a.count) write_mean(sum, n, divisor, out, stream);
         } else {
           const Ends<Out> ends{m == 0, sum, last == a.count ? out : nullptr, divisor, stream};
-          add_clients<T>(a.vectors + m, a.weights + m, last - m, i, n, ends);
+          add(a.vectors + m, a.weights + m, last - m, i, n, ends);
         }
       }
     }
@@ -115,7 +135,7 @@ void accumulator_add(const AccumulatorAdd& a) {
   const Divisor divisor(1.0, true);
   auto chunks = [&](std::int64_t begin, std::int64_t end) {
     if (a.vector.stride == 1)
-      add_clients<T, double>(&a.vector, &a.weight, 1, begin, end - begin, {false, a.sum + begin, nullptr, divisor, false});
+      add_clients<false, T, double>(&a.vector, &a.weight, 1, begin, end - begin, {false, a.sum + begin, nullptr, divisor, false});
     else
       add_strided<T>(a.vector, a.weight, begin, end - begin, false, a.sum + begin);
   };

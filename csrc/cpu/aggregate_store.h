@@ -77,9 +77,8 @@ FEDKERN_INLINE void write_held(const Vec<double>* held, const Divisor& divisor, 
     else
       for (int u = 0; u < count; ++u) divisor.apply(held[u]).store(out + u * lanes);
   } else {
-    double mean[count * lanes];
-    for (int u = 0; u < count; ++u) divisor.apply(held[u]).store(mean + u * lanes);
-    narrow_tile(mean, count * lanes, out);
+    for (int u = 0; u < count; u += 2)
+      round_to_odd(divisor.apply(held[u]), divisor.apply(held[u + 1])).store(out + u * lanes);
   }
 }
 

@@ -201,6 +201,19 @@ def test_weights_learn_beside_a_vector_of_weight_zero_that_is_not_finite(name: s
     assert weights.grad[2].isnan()
 
 
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weights", [(2**29 - 1, 2**29 - 3), (2**30 - 1, 2**30 - 3), (1 / 3, math.nextafter(1 / 3, 1))])
+def test_products_and_sums_are_rounded_one_by_one(name: str, dtype: torch.dtype, weights: tuple[float, float]) -> None:
+    """Vectors that cancel show a fused product, but where fp64 holds it: fp32's 24 binary digits and 29 of a weight."""
+    vector = torch.randn(20_000).to(dtype)
+    vectors, shares = [vector, -vector, torch.randn(20_000).to(dtype)], [*weights, min(weights) / 2**20]
+    out = torch.empty(20_000, dtype=torch.float64)
+    with using(name):
+        weighted_mean(vectors, shares, out=out)
+    assert torch.equal(out, weighted_mean_reference([vector.double() for vector in vectors], shares))
+
+
 def test_same_bits_for_every_run_thread_count_and_isa() -> None:
     before = torch.get_num_threads()
     try:

@@ -3,6 +3,7 @@
 //   Vec<float>, Vec<double>   lanes; load, store, set, arithmetic, comparisons to Mask, select, fma, reductions
 //   bf16, f16                 16-bit storage types; Vec::load widens them, Vec::store rounds to nearest even
 //   *_partial(p, n)           the first n lanes (0 <= n <= lanes) without touching memory past them
+//   round_to_odd(low, high)   two vectors of doubles as one of floats that rounds once more to what the doubles would round to
 //   exp, log, ...             in simd_math.h
 //
 // Only for files compiled once per ISA level: everything lives in an anonymous namespace of that level, so that nothing
@@ -80,7 +81,7 @@ FEDKERN_INLINE void narrow(float x, f16& out) {
 FEDKERN_INLINE void narrow(float x, float& out) { out = x; }
 FEDKERN_INLINE void narrow(double x, double& out) { out = x; }
 FEDKERN_INLINE void narrow(double x, float& out) { out = static_cast<float>(x); }
-// Rounded to odd first, so that the second rounding sees on which side of a tie the value was.
+// Toward zero, the last bit set where digits were lost: the second rounding sees on which side of a tie the value was.
 FEDKERN_INLINE float round_to_odd(double x) {
   const float nearest = static_cast<float>(x);
   const double back = nearest;

@@ -223,6 +223,21 @@ FEDKERN_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { re
 FEDKERN_INLINE Vec<double> select(Mask<double> m, Vec<double> yes, Vec<double> no) {
   return {_mm256_blendv_pd(no.v, yes.v, m.bits)};
 }
+// The lower halves of the words of a mask of doubles.
+FEDKERN_INLINE __m128i narrow_mask(__m256d mask) {
+  const __m256 halves = _mm256_castpd_ps(mask);
+  return _mm_castps_si128(_mm_shuffle_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1), 0x88));
+}
+FEDKERN_INLINE __m128 round_to_odd(__m256d x) {
+  const __m128 nearest = _mm256_cvtpd_ps(x);
+  const __m256d back = _mm256_cvtps_pd(nearest), sign = _mm256_set1_pd(-0.0);
+  const __m128i away = narrow_mask(_mm256_cmp_pd(_mm256_andnot_pd(sign, back), _mm256_andnot_pd(sign, x), _CMP_GT_OQ));
+  const __m128i lost = narrow_mask(_mm256_cmp_pd(back, x, _CMP_NEQ_OQ));
+  return _mm_castsi128_ps(_mm_or_si128(_mm_add_epi32(_mm_castps_si128(nearest), away), _mm_srli_epi32(lost, 31)));
+}
+FEDKERN_INLINE Vec<float> round_to_odd(Vec<double> low, Vec<double> high) {
+  return {_mm256_set_m128(round_to_odd(high.v), round_to_odd(low.v))};
+}
 FEDKERN_INLINE double first(Vec<double> a) { return _mm256_cvtsd_f64(a.v); }
 FEDKERN_INLINE double reduce_add(Vec<double> a) {
   const __m128d x = _mm_add_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));

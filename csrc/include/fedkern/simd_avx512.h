@@ -201,6 +201,15 @@ FEDKERN_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { re
 FEDKERN_INLINE Vec<double> select(Mask<double> m, Vec<double> yes, Vec<double> no) {
   return {_mm512_mask_mov_pd(no.v, m.bits, yes.v)};
 }
+FEDKERN_INLINE __m256 round_to_odd(__m512d x) {
+  const __m256 cut = _mm512_cvt_roundpd_ps(x, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+  const __m256i bits = _mm256_castps_si256(cut);
+  const __mmask8 lost = _mm512_cmp_pd_mask(_mm512_cvtps_pd(cut), x, _CMP_NEQ_OQ);
+  return _mm256_castsi256_ps(_mm256_mask_or_epi32(bits, lost, bits, _mm256_set1_epi32(1)));
+}
+FEDKERN_INLINE Vec<float> round_to_odd(Vec<double> low, Vec<double> high) {
+  return {_mm512_insertf32x8(_mm512_castps256_ps512(round_to_odd(low.v)), round_to_odd(high.v), 1)};
+}
 FEDKERN_INLINE double first(Vec<double> a) { return _mm512_cvtsd_f64(a.v); }
 FEDKERN_INLINE double reduce_add(Vec<double> a) { return _mm512_reduce_add_pd(a.v); }
 FEDKERN_INLINE double reduce_max(Vec<double> a) { return _mm512_reduce_max_pd(a.v); }

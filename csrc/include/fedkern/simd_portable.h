@@ -99,6 +99,9 @@ template <typename T>
 FEDKERN_INLINE Vec<T> fms(Vec<T> a, Vec<T> b, Vec<T> c) {
   return {a.v * b.v - c.v};
 }
+FEDKERN_INLINE Vec<float> round_to_odd(Vec<double> low, Vec<double> high) {
+  return {Native<float>::type{round_to_odd(low.v[0]), round_to_odd(low.v[1]), round_to_odd(high.v[0]), round_to_odd(high.v[1])}};
+}
 template <typename T>
 FEDKERN_INLINE T first(Vec<T> a) {
   return a.v[0];

@@ -37,19 +37,11 @@ FEDKERN_INLINE void narrow_tile(const C* __restrict x, std::int64_t n, S* __rest
   if constexpr (sizeof(S) > 2) {
     for (std::int64_t i = 0; i < n; ++i) out[i] = static_cast<S>(x[i]);
   } else if constexpr (std::is_same_v<C, double>) {
-    // Rounded to odd first (toward zero, the last bit set where digits were lost), so that rounding again is exact.
-    float odd[kTile];
-    for (std::int64_t begin = 0; begin < n; begin += kTile) {
-      const std::int64_t m = std::min(kTile, n - begin);
-      for (std::int64_t i = 0; i < m; ++i) {
-        const double value = x[begin + i];
-        const float nearest = static_cast<float>(value);
-        const double back = nearest;
-        const std::uint32_t away = __builtin_fabs(back) > __builtin_fabs(value), inexact = back < value || back > value;
-        odd[i] = bit_cast<float>((bit_cast<std::uint32_t>(nearest) - away) | inexact);
-      }
-      narrow_tile(odd, m, out + begin);
-    }
+    constexpr int lanes = Vec<float>::lanes;
+    std::int64_t i = 0;
+    for (; i + lanes <= n; i += lanes)
+      round_to_odd(Vec<double>::load(x + i), Vec<double>::load(x + i + lanes / 2)).store(out + i);
+    for (; i < n; ++i) narrow(x[i], out[i]);
   } else {
     constexpr int lanes = Vec<float>::lanes;
     const std::int64_t whole = n / lanes * lanes;
