@@ -1,5 +1,7 @@
 // What an operator asks of every one of its tensors, asked in one call: in Python these questions take longer than a small
 // kernel. Nothing of torch is needed but the attributes that a tensor shows to Python, and what exchange.h says.
+#include <cmath>
+
 #include "exchange.h"
 
 namespace fedkern {
@@ -82,6 +84,25 @@ py::object plain_vectors(py::handle vectors, py::handle types, bool grad) {
     PyList_SET_ITEM(addresses.ptr(), m, PyLong_FromSize_t(one.data));
   }
   return py::make_tuple(first.dtype, first.size, addresses);
+}
+
+// (the weights as floats, their sum, added up in order) of a list or tuple of `count` floats and ints that are finite and not
+// negative and do not all vanish; else None.
+py::object plain_weights(py::handle weights, Py_ssize_t count) {
+  if (!PyList_CheckExact(weights.ptr()) && !PyTuple_CheckExact(weights.ptr())) return py::none();
+  const py::tuple given = py::reinterpret_steal<py::tuple>(PySequence_Tuple(weights.ptr()));
+  if (!given || PyTuple_GET_SIZE(given.ptr()) != count) return no();
+  py::list values(count);
+  double total = 0;
+  for (Py_ssize_t m = 0; m < count; ++m) {
+    PyObject* const item = PyTuple_GET_ITEM(given.ptr(), m);
+    if (!PyFloat_CheckExact(item) && !PyLong_CheckExact(item)) return py::none();
+    const double value = PyFloat_AsDouble(item);
+    if (!(value >= 0)) return no();  // an int too large gives -1 and an error
+    total += value;
+    PyList_SET_ITEM(values.ptr(), m, PyFloat_FromDouble(value));
+  }
+  return total > 0 && std::isfinite(total) ? py::object(py::make_tuple(values, total)) : no();
 }
 
 // Whether `bytes` at `target` share nothing with any of the vectors, each of `each` bytes, but the whole of one where `whole`.
@@ -179,6 +200,7 @@ void bind_tensors(py::module_& module) {
   module.def("blend_fits", blend_fits);
   module.def("fuse_fits", fuse_fits);
   module.def("plain_vectors", plain_vectors);
+  module.def("plain_weights", plain_weights);
   module.def("apart", apart);
 }
 

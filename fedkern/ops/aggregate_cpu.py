@@ -46,7 +46,7 @@ def rows(vectors: Vectors) -> Rows | None:
     Everything that the checks, :func:`fedkern.ops.backend.eager` and :func:`fedkern.ops.backend.select` ask of the
     vectors is asked in one call into the core, for half of a call's time with ten vectors is these questions.
     """
-    if not backend.eager():
+    if backend.intercepted():
         return None
     kernel = backend._chosen.get(_KEY, _NONE)[0]
     if type(kernel) is not CpuAggregate:
@@ -85,7 +85,7 @@ class CpuAggregate(PlainAggregate):
     def mean_of_rows(self, given: Rows, weights: Sequence[float], out: Tensor | None) -> Tensor | None:
         """:meth:`weighted_mean`; None where ``out`` is not one that the kernel may write to right away."""
         _, dtype, size, pointers = given
-        values, total = check_weights(weights, len(pointers))
+        values, total = self.core.plain_weights(weights, len(pointers)) or check_weights(weights, len(pointers))
         if out is None:
             target = fresh(self.core, torch.empty(size, dtype=dtype))
             target_dtype, place = dtype, target.data_ptr()
@@ -210,24 +210,25 @@ class CpuAggregate(PlainAggregate):
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """:meth:`server_step`; None where an argument is wrong or does not suit the kernel as it is."""
         grad, (_, dtype, size, pointers) = torch.is_grad_enabled(), given
-        old = self.core.plain_vectors((global_,), _TENSORS, grad)
+        plain = self.core.plain_vectors
+        old = plain((global_,), _TENSORS, grad)
         if old is None or old[0] is not dtype or old[1] != size:
             return None
         # "mean" has no state, "momentum" the first alone.
-        states = [state for state in (first, second) if state is not None]
-        state_dtype, places = torch.float32, []
-        if len(states) != min(rule.rule, 2) or (states and first is None):
+        if (first is None) is not (rule.rule == 0) or (second is None) is not (rule.rule < 2):
             return None
-        if states:
-            found = self.core.plain_vectors(states, _TENSORS, grad)
+        state_dtype: torch.dtype = torch.float32
+        places: list[int] = []
+        if first is not None:
+            found = plain((first,) if second is None else (first, second), _TENSORS, grad)
             if found is None or found[1] != size or found[0] not in (torch.float32, torch.float64):
                 return None
             state_dtype, _, places = found
-        values, total = check_weights(weights, len(pointers))
+        values, total = self.core.plain_weights(weights, len(pointers)) or check_weights(weights, len(pointers))
         if out is None:
             target = fresh(self.core, _empty_like(global_))
         else:
-            spot = self.core.plain_vectors((out,), _TENSORS, grad)
+            spot = plain((out,), _TENSORS, grad)
             if spot is None or spot[1] != size or spot[0] not in backend.DTYPES:
                 return None
             bytes_, each = size * spot[0].itemsize, size * dtype.itemsize
@@ -240,7 +241,7 @@ class CpuAggregate(PlainAggregate):
                 return None
             target = out
         result = self._server_step(given, old[2][0], values, total, rule, state_dtype, [*places, 0, 0][:2], target)
-        if states or out is not None:
+        if places or out is not None:
             written(first, second, out)
         return result
 

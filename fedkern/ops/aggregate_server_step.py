@@ -136,12 +136,15 @@ def server_step(
     return _compute(global_, vectors, weights, settings, first, second, out)
 
 
-def _settings(rule: str, *numbers: float | None) -> ServerRule:
+def _settings(
+    rule: str, learning_rate: float | None, beta1: float | None, beta2: float | None, tau: float | None
+) -> ServerRule:
     if rule not in DEFAULTS:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, not {rule!r}")
     default = DEFAULTS[rule]
-    if all(number is None for number in numbers):
+    if learning_rate is beta1 is beta2 is tau is None:
         return default
+    numbers = (learning_rate, beta1, beta2, tau)
     given = [usual if number is None else number for number, usual in zip(numbers, default[1:], strict=True)]
     for number, name in zip(given, ("learning_rate", "beta1", "beta2", "tau"), strict=True):
         check_number(number, name, 0.0, 1.0 if name.startswith("beta") else float("inf"))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import pytest
 import torch
 from aggregate_cases import CLIENTS, SIZES, WEIGHTS, close, exact_mean, make_weights
@@ -237,6 +238,14 @@ def test_results_beyond_the_cache_are_written_past_it_and_right() -> None:
     out = torch.empty(size + 16)
     for shift in (0, 1):
         assert torch.equal(weighted_mean([vector, vector], [1, 2], out=out[shift : shift + size]), vector)
+
+
+@pytest.mark.parametrize(
+    "weights", [(1, 2), [1, 2.0], (True, 2), [1 << 64, 1 << 65], np.array([1.0, 2.0]), [np.float64(1), np.int64(2)]]
+)
+def test_numbers_of_every_kind_are_weights(weights: Sequence[float]) -> None:
+    vectors = [torch.randn(40), torch.randn(40)]
+    assert torch.equal(weighted_mean(vectors, weights), weighted_mean(vectors, torch.tensor([1.0, 2.0])))
 
 
 V = [torch.ones(4), torch.ones(4)]
