@@ -10,8 +10,8 @@ namespace {
 
 using V = Vec<double>;
 
-// Elements of all vectors that are widened at once: eight vectors of them fill two thirds of L1.
-constexpr std::int64_t kSpan = 512;
+// Elements of all vectors that are widened at once: eight vectors of them fill half of L1.
+constexpr std::int64_t kSpan = 256;
 // Vectors of one side of a tile of pairs, whose sums are held in registers.
 #if defined(FEDKERN_ISA_avx512)
 constexpr int kSide = 4;
@@ -19,24 +19,46 @@ constexpr int kSide = 4;
 constexpr int kSide = 2;
 #endif
 
-// sums[i][k] += |a_i - b_k|^2 over kSpan elements.
-FEDKERN_INLINE void add_pairs(const double* const* a, const double* const* b, double (*sums)[kSide]) {
-  V held[kSide][kSide];
-  for (int i = 0; i < kSide; ++i)
-    for (int k = 0; k < kSide; ++k) held[i][k] = V::set(0);
+// sums[i * count + k] += |a_i - b_k|^2 over kSpan elements, i < rows and k < kSide, or k < i only where `own` (then b is a).
+template <int rows, bool own>
+FEDKERN_INLINE void add_pairs(const double* a, const double* b, double* sums, std::int64_t count) {
+  constexpr int columns = own ? rows : kSide;
+  V held[rows][columns];
+  for (int i = 0; i < rows; ++i)
+    for (int k = 0; k < (own ? i : columns); ++k) held[i][k] = V::set(0);
   for (std::int64_t j = 0; j < kSpan; j += V::lanes) {
-    V other[kSide];
-    for (int k = 0; k < kSide; ++k) other[k] = V::load(b[k] + j);
-    for (int i = 0; i < kSide; ++i) {
-      const V own = V::load(a[i] + j);
-      for (int k = 0; k < kSide; ++k) {
-        const V difference = own - other[k];
+    V other[columns];
+    for (int k = 0; k < columns; ++k) other[k] = V::load(b + k * kSpan + j);
+    for (int i = 0; i < rows; ++i) {
+      const V mine = own ? other[i] : V::load(a + i * kSpan + j);
+      for (int k = 0; k < (own ? i : columns); ++k) {
+        const V difference = mine - other[k];
         held[i][k] = fma(difference, difference, held[i][k]);
       }
     }
   }
-  for (int i = 0; i < kSide; ++i)
-    for (int k = 0; k < kSide; ++k) sums[i][k] = reduce_add(held[i][k]);
+  for (int i = 0; i < rows; ++i)
+    for (int k = 0; k < (own ? i : columns); ++k) sums[i * count + k] += reduce_add(held[i][k]);
+}
+
+// Vectors [i, i + rows) with all before them and with each other.
+template <int rows>
+void add_side(const double* wide, std::int64_t i, double* partial, std::int64_t count) {
+  const double* a = wide + i * kSpan;
+  double* sums = partial + i * count;
+  for (std::int64_t k = 0; k < i; k += kSide) add_pairs<rows, false>(a, wide + k * kSpan, sums + k, count);
+  if constexpr (rows > 1) add_pairs<rows, true>(a, a, sums + i, count);
+}
+
+// Those that are left when sides of kSide are done.
+template <int rows = kSide - 1>
+void add_rest(const double* wide, std::int64_t i, double* partial, std::int64_t count) {
+  if constexpr (rows > 0) {
+    if (count - i == rows)
+      add_side<rows>(wide, i, partial, count);
+    else
+      add_rest<rows - 1>(wide, i, partial, count);
+  }
 }
 
 template <typename T>
@@ -50,22 +72,15 @@ void pairs(const PairDistances& a) {
       const std::int64_t n = std::min(kSpan, end - at);
       for (std::int64_t m = 0; m < a.count; ++m) {
         double* row = wide + m * kSpan;
-        widen_tile(static_cast<const T*>(a.vectors[m]) + at, n, row);
+        const T* x = static_cast<const T*>(a.vectors[m]) + at;
+        // The next span: while this one's pairs are taken, memory has nothing else to do.
+        for (std::int64_t j = 0; j < kSpan; j += 64 / static_cast<std::int64_t>(sizeof(T))) __builtin_prefetch(x + kSpan + j, 0, 2);
+        widen_tile(x, n, row);
         for (std::int64_t j = n; j < kSpan; ++j) row[j] = 0;
       }
-      for (std::int64_t i = 0; i < a.count; i += kSide) {
-        for (std::int64_t k = 0; k <= i; k += kSide) {
-          const double *own[kSide], *other[kSide];
-          for (int u = 0; u < kSide; ++u) {
-            own[u] = wide + std::min(i + u, a.count - 1) * kSpan;
-            other[u] = wide + std::min(k + u, a.count - 1) * kSpan;
-          }
-          double sums[kSide][kSide];
-          add_pairs(own, other, sums);
-          for (int u = 0; u < kSide && i + u < a.count; ++u)
-            for (int v = 0; v < kSide && k + v < i + u; ++v) partial[(i + u) * a.count + k + v] += sums[u][v];
-        }
-      }
+      std::int64_t i = 0;
+      for (; i + kSide <= a.count; i += kSide) add_side<kSide>(wide, i, partial, a.count);
+      add_rest(wide, i, partial, a.count);
     }
   };
   const double each = static_cast<double>(a.count) * (static_cast<double>(a.count) * 0.6e-10 + 2e-10);
