@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from fedkern.ops import _library, backend
+from fedkern.ops._memory import placed
 from fedkern.ops.aggregate_checks import (
     FLOATS,
     Vectors,
+    as_tensor,
     check_out,
     check_vectors,
     check_weights,
@@ -75,7 +77,7 @@ def weighted_mean(
     if not backend.eager(*given, *(() if out is None else (out,))):
         stacked = vectors if isinstance(vectors, Tensor) else torch.stack(list(vectors))
         if not isinstance(weights, Tensor):
-            weights = torch.tensor(check_weights(weights, count)[0], dtype=torch.float64, device=first.device)
+            weights = placed(check_weights(weights, count)[0], first.device)
         result = _weighted_mean(stacked, weights)
         return result if out is None else out.copy_(result)
     if torch.is_grad_enabled():
@@ -85,7 +87,7 @@ def weighted_mean(
                 "out takes no part in differentiation; call weighted_mean under torch.no_grad(), or without out"
             )
         if wanted:
-            values = weights if isinstance(weights, Tensor) else torch.tensor(check_weights(weights, count)[0])
+            values = as_tensor(weights, first, count)
             return _WeightedMean.apply(values, isinstance(vectors, Tensor), *rows)
     return _compute(vectors, weights, out)
 

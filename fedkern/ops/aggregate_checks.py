@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops import backend
+from fedkern.ops._memory import placed
 
 FLOATS = tuple(backend.DTYPES)
 
@@ -147,7 +148,7 @@ def as_tensor(weights: Tensor | Sequence[float], first: Tensor, count: int) -> T
     """The weights as a tensor; numbers are checked and go to the device of ``first``."""
     if isinstance(weights, Tensor):
         return weights
-    return torch.tensor(check_weights(weights, count)[0], dtype=torch.float64, device=first.device)
+    return placed(check_weights(weights, count)[0], first.device)
 
 
 def no_vmap(name: str) -> Any:

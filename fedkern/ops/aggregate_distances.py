@@ -128,7 +128,10 @@ def geometric_median(
     check_number(tolerance, "tolerance", 0.0)
     check_number(smoothing, "smoothing", 0.0, above=True)
     check_call("geometric_median", vectors, weights, first, count)
-    given = as_tensor([1.0] * count if weights is None else weights, first, count)
+    if weights is None:  # made where they are needed: a copy from the host would wait, and end a graph's capture
+        given = torch.ones(count, dtype=torch.float64, device=first.device)
+    else:
+        given = as_tensor(weights, first, count)
     if not eager(vectors, weights):
         return _geometric_median_operator(rows_of(vectors), given, iterations, tolerance, smoothing)
     return _geometric_median(vectors, given, iterations, tolerance, smoothing)

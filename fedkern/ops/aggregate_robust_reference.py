@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fedkern.ops._memory import placed
 from fedkern.ops.aggregate_checks import Vectors
 from fedkern.ops.aggregate_kernels import RULES, ServerRule, Weights
 from fedkern.ops.aggregate_philox import normal
@@ -24,7 +25,9 @@ def stack(vectors: Vectors, piece: slice) -> Tensor:
 
 def as_weights(weights: Weights, like: Tensor) -> Tensor:
     """fp64 ``[M]`` on the device of ``like``."""
-    return torch.as_tensor(weights, dtype=torch.float64, device=like.device)
+    if isinstance(weights, Tensor):
+        return weights.to(like.device, torch.float64)
+    return placed(weights, like.device)
 
 
 def sorted_mean_reference(vectors: Vectors, low: int, high: int, weights: Weights | None) -> Tensor:

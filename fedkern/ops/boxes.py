@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops import _library, backend
+from fedkern.ops._memory import placed
 from fedkern.ops.blend_launch import output_strides
 from fedkern.ops.boxes_kernels import BoxesKernel, CpuBoxes
 from fedkern.ops.cuda import core as cuda
@@ -177,6 +178,8 @@ def _fills(fill: float | Sequence[float] | Tensor, images: Tensor) -> Tensor:
             raise ValueError(f"fill must be on the images' device {images.device}, not {fill.device}")
         if fill.is_cpu and backend.eager(fill):  # on a GPU looking would wait for it
             _check_values(fill.flatten().tolist(), images.dtype)
+            if not fill.dim():
+                return placed([fill.item()], images.device, images.dtype).expand(channels)[None]
         return fill.to(images).expand(channels)[None]
     values = list(fill) if isinstance(fill, Sequence) and not isinstance(fill, str) else [fill]
     for value in values:
@@ -185,11 +188,7 @@ def _fills(fill: float | Sequence[float] | Tensor, images: Tensor) -> Tensor:
     if len(values) not in (1, channels):
         raise ValueError(f"fill must be a number or have {channels} values, not {len(values)}")
     _check_values(values, images.dtype)
-    if images.is_cuda:
-        # Filled in there: a copy from here would wait for the device.
-        made = [torch.full((), value, dtype=images.dtype, device=images.device) for value in values]
-        return torch.stack(made).expand(channels)[None]
-    return torch.tensor(values, dtype=images.dtype, device=images.device).expand(channels)[None]
+    return placed(values, images.device, images.dtype).expand(channels)[None]
 
 
 def _check_values(values: Sequence[float], dtype: torch.dtype) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -255,7 +255,9 @@ def compare_random_masks(name: str, scale: float, rows: int, device: torch.devic
         compare_on(device, name, case, mask, [student, teachers, None])
 
 
-def compare_dtypes_of_weights(name: str, device: torch.device = CPU) -> None:
+def compare_dtypes_of_weights(
+    name: str, device: torch.device = CPU, mixes: Sequence[str] = ("probs", "logits")
+) -> None:
     """Weights of any dtype against logits of any other, in every shape, with a mask and without."""
     axes: dict[str, Any] = {
         "shape": ("K", "KB1", "K1C", "KBC"),
@@ -263,7 +265,7 @@ def compare_dtypes_of_weights(name: str, device: torch.device = CPU) -> None:
         "size": ((20, 5), (3, 40)),
         "dtype": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
         "weights_dtype": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
-        "mix": ("probs", "logits"),
+        "mix": mixes,
     }
     for case in pairwise(axes, seed=1):
         rows, classes = case["size"]

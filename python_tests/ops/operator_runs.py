@@ -11,9 +11,6 @@ from torch import Tensor
 
 from fedkern import ops
 
-# Iterations that end when they have converged must look.
-LOOKS = ("geometric_median",)
-
 
 def run(operator: Operator, inputs: Sequence[Tensor], gradient: bool) -> list[Tensor]:
     """Results, and with ``gradient`` the inputs' gradients, of a loss that weighs every element differently."""

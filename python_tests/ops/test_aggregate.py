@@ -248,6 +248,19 @@ def test_numbers_of_every_kind_are_weights(weights: Sequence[float]) -> None:
     assert torch.equal(weighted_mean(vectors, weights), weighted_mean(vectors, torch.tensor([1.0, 2.0])))
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("weights", [[0.7, 0.1], [2**24 + 1, 1], [1e39, 1e39], [1e-50, 1e-50]])
+def test_listed_weights_keep_their_digits_where_a_gradient_is_wanted(name: str, weights: list[float]) -> None:
+    vectors = [torch.zeros(3, dtype=torch.float64, requires_grad=True), torch.ones(3, dtype=torch.float64)]
+    with using(name):
+        mean = weighted_mean(vectors, weights)
+        mean.sum().backward()
+        with torch.no_grad():
+            assert torch.equal(mean, weighted_mean(vectors, weights))
+    share = weights[0] / sum(weights)
+    torch.testing.assert_close(vectors[0].grad, torch.full((3,), share, dtype=torch.float64), rtol=1e-15, atol=0)
+
+
 V = [torch.ones(4), torch.ones(4)]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedkern.ops import backend
 from fedkern.ops.aggregate_checks import Vectors, deliver, direct_target
 from fedkern.ops.aggregate_kernels import ServerRule, Weights
 from fedkern.ops.aggregate_plain import PlainAggregate
@@ -41,7 +42,7 @@ class CudaAggregate(PlainAggregate):
             target = torch.empty(size, dtype=dtype, device=first.device)
         sums = None
         if count > self.core.aggregate_table:
-            sums = torch.empty(size, dtype=torch.float64, device=first.device)
+            sums = torch.empty(max(size, 1), dtype=torch.float64, device=first.device)  # no address says: none
         given, kept_weights = _weights(weights)
         self.core.weighted_mean(
             uploads, given, 0, _address(sums), target.data_ptr(), DTYPES[target.dtype], queue(first)
@@ -100,6 +101,7 @@ class CudaAggregate(PlainAggregate):
     ) -> tuple[Tensor, Tensor, Tensor]:
         count = len(vectors)
         if count > self.core.aggregate_table:
+            backend.not_forced("server_step", "cuda", f"of {count} vectors")
             return super().server_step(global_, vectors, weights, rule, first, second, out)
         uploads, held = _uploads(vectors)
         given, kept_weights = _weights(weights)
@@ -135,6 +137,7 @@ class CudaAggregate(PlainAggregate):
     def squared_distances(self, vectors: Vectors) -> Tensor:
         count, first = len(vectors), vectors[0]
         if count > self.core.aggregate_sorted:
+            backend.not_forced("distances", "cuda", f"of {count} vectors")
             return super().squared_distances(vectors)
         uploads, held = _uploads(vectors)
         result = torch.empty(count, count, dtype=torch.float64, device=first.device)
@@ -159,9 +162,12 @@ class CudaAggregate(PlainAggregate):
         return result
 
     def _sorts(self, vectors: Vectors, weights: Weights | None) -> bool:
-        if len(vectors) > self.core.aggregate_sorted:
-            return False
-        return weights is None or vectors[0].dtype is not torch.float64
+        dtype, count = vectors[0].dtype, len(vectors)
+        if count <= self.core.aggregate_sorted and (weights is None or dtype is not torch.float64):
+            return True
+        weighted = "" if weights is None else "weighted "
+        backend.not_forced(f"a {weighted}trimmed mean or median", "cuda", f"of {count} vectors of {dtype}")
+        return False
 
     def _sorted(self, vectors: Vectors, weights: Weights | None, low: int, high: int, median: bool) -> Tensor:
         uploads, held = _uploads(vectors)

@@ -10,23 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedkern.ops import backend
 from fedkern.ops.backend import DTYPES
 from fedkern.ops.cuda.core import queue
 from fedkern.ops.distill_arguments import CONSENSUS, JS, STACK, argument
-from fedkern.ops.distill_common import BATCHMEAN, NONE, PROBS, row_shape
+from fedkern.ops.distill_common import BATCHMEAN, LOGITS, NONE, PROBS, row_shape
 from fedkern.ops.distill_ensemble_reference import ensemble_reference
 from fedkern.ops.distill_kernels import Ensemble
 from fedkern.ops.distill_library import reference_gradients
 from fedkern.ops.distill_reference import compute_dtype, result_dtype
 
-# Rows that may be worked on at a time: what they keep per teacher stays in the caches.
-_SLOTS = 1 << 15
+# Rows that may be worked on at a time, about as many as the largest GPUs have room for where a row is a thread's, a
+# warp's or a block's (csrc/cuda/distill_ensemble.cu): what they keep per teacher is memory of the call.
+_SLOTS = {1: 1 << 16, 32: 1 << 14, 256: 1 << 11}
+# Classes up to which a thread takes a row alone, and from which a block does.
+_FEW, _MANY = 4, 1024
 
 
 class CudaEnsembles:
     """The methods of :class:`fedkern.ops.distill_kernels.DistillKernel` that take K teachers.
 
-    Mixtures of logits, means of divergences and the limit of infinite temperature are left to plain PyTorch.
+    Mixtures of logits and means of divergences are left to Triton, the limit of infinite temperature to plain PyTorch.
     """
 
     def __init__(self, core: Any) -> None:
@@ -43,6 +47,9 @@ class CudaEnsembles:
         to_teachers: Tensor | None = None,
     ) -> Tensor:
         if not _served(settings):
+            other = _elsewhere(settings, teachers)
+            if other is not None:
+                return other.ensemble_forward(student, teachers, weights, class_mask, settings, to_student, to_teachers)
             result = _plain(settings)(student, teachers, weights, class_mask)
             if to_student is None and to_teachers is None:
                 return result
@@ -71,6 +78,9 @@ class CudaEnsembles:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         tensors = (student, teachers, weights, class_mask)
         if not _served(settings):
+            other = _elsewhere(settings, teachers)
+            if other is not None:
+                return other.ensemble_backward(grad, *tensors, settings, needs)
             return _plain_gradients(settings, tensors, grad, needs)
         dtype = result_dtype(student, None, teachers)
         to_student = torch.empty_like(student) if needs[0] else None
@@ -160,7 +170,7 @@ class CudaEnsembles:
     ) -> None:
         core, count = self._core, teachers.shape[0]
         rows = teachers.numel() // (count * teachers.shape[2])
-        slots = max(core.ensemble_slots, min(rows, _SLOTS))
+        slots = max(core.ensemble_slots, min(rows, _SLOTS[_lanes(teachers)]))
         size = core.ensemble_totals + slots * core.ensemble_numbers * count
         workspace = torch.empty(size, dtype=torch.float64, device=teachers.device)
         core.distill_ensemble(
@@ -193,6 +203,28 @@ class CudaEnsembles:
 
 def _served(settings: Ensemble) -> bool:
     return settings.mix == PROBS and settings.temperature != math.inf
+
+
+def _lanes(teachers: Tensor) -> int:
+    """How many threads share a row."""
+    classes = teachers.shape[2]
+    if classes <= _FEW or (classes < _MANY and teachers.stride(2) != 1):
+        return 1
+    return 32 if classes < _MANY else 256
+
+
+def _elsewhere(settings: Ensemble, teachers: Tensor) -> Any | None:
+    """Triton's kernels, where it is there and has one; None: plain PyTorch.
+
+    Raises:
+        RuntimeError: this backend was forced.
+    """
+    if settings.temperature == math.inf:
+        backend.not_forced("ensemble_kl", "cuda", "at infinite temperature")
+        return None
+    mixed = "mix='logits'" if settings.mix == LOGITS else "mode='mean_of_kl'"
+    backend.not_forced("ensemble_kl", "cuda", f"with {mixed}")
+    return backend.beside("ensemble_kl", "cuda", teachers.device.type)
 
 
 def _plain(settings: Ensemble) -> Callable[..., Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedkern.ops import backend
 from fedkern.ops.backend import DTYPES
 from fedkern.ops.cuda.core import queue
 from fedkern.ops.fuse_kernels import (
@@ -46,6 +47,7 @@ class CudaFuse:
         channels_last = wants_channels_last(features)
         out = empty_map((shape[0], fused_channels(channels, mean), *shape[2:]), channels_last, first)
         if mean and len(features) > self.core.fuse_maps:
+            backend.not_forced("fuse_mean", "cuda", f"of {len(features)} maps")
             return out.copy_(fuse_mean_reference(features, scale, shift, relu))
         held = [_placed(x) for x in features]
         factor, summand = _vector(scale, first), _vector(shift, first)
@@ -79,6 +81,7 @@ class CudaFuse:
             for count, need in zip(channels, needs.features, strict=True)
         ]
         if mean and len(channels) > self.core.fuse_maps:
+            backend.not_forced("fuse_mean", "cuda", f"of {len(channels)} maps")
             plain = fuse_backward_reference(grad, features, out, scale, shift, relu, mean, channels, needs)
             maps = [
                 to if to is None or given is None else to.copy_(given)
@@ -101,7 +104,10 @@ class CudaFuse:
             0 if summand is None else summand.data_ptr(),
             _ABSENT if result is None else _map(result),
             _map(given),
-            [_ABSENT if x is None else _map(x) for x in targets] if any(needs.features) else [],
+            # Those without elements have no address; the core looks for one that has.
+            [_ABSENT if x is None else _map(x) for x in targets]
+            if any(x is not None and x.numel() for x in targets)
+            else [],
             0 if by_scale is None else by_scale.data_ptr(),
             0 if by_shift is None else by_shift.data_ptr(),
             0 if partial is None else partial.data_ptr(),

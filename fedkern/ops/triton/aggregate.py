@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fedkern.ops import backend
 from fedkern.ops.aggregate_checks import Vectors, deliver, direct_target
 from fedkern.ops.aggregate_kernels import ServerRule, Weights
 from fedkern.ops.aggregate_plain import PlainAggregate
@@ -83,6 +84,7 @@ class TritonAggregate(PlainAggregate):
     ) -> tuple[Tensor, Tensor, Tensor]:
         size, device, count = len(global_), global_.device, len(vectors)
         if count > MOST:
+            backend.not_forced("server_step", "triton", f"of {count} vectors")
             return super().server_step(global_, vectors, weights, rule, first, second, out)
         target = torch.empty(size, dtype=global_.dtype, device=device) if out is None else out
         programs = cdiv(size, BLOCK)
@@ -103,11 +105,13 @@ class TritonAggregate(PlainAggregate):
 
     def sorted_mean(self, vectors: Vectors, low: int, high: int, weights: Weights | None) -> Tensor:
         if len(vectors) > MEMBERS:
+            backend.not_forced("a trimmed mean or median", "triton", f"of {len(vectors)} vectors")
             return super().sorted_mean(vectors, low, high, weights)
         return self._ranked(vectors, low, high, weights, False)
 
     def weighted_median(self, vectors: Vectors, weights: Weights) -> Tensor:
         if len(vectors) > MEMBERS:
+            backend.not_forced("a weighted median", "triton", f"of {len(vectors)} vectors")
             return super().weighted_median(vectors, weights)
         return self._ranked(vectors, 0, 0, weights, True)
 
@@ -128,6 +132,7 @@ class TritonAggregate(PlainAggregate):
 
     def squared_distances(self, vectors: Vectors) -> Tensor:
         if len(vectors) > MEMBERS:
+            backend.not_forced("distances", "triton", f"of {len(vectors)} vectors")
             return super().squared_distances(vectors)
         base, offsets, strides, kept = Table.of(vectors)
         size, count, members = vectors[0].shape[0], len(vectors), power_of_two(len(vectors))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedkern.ops import backend
 from fedkern.ops.distill_common import BATCHMEAN, LOGITS, MEAN, NONE, row_count, row_shape
 from fedkern.ops.distill_ensemble_reference import ensemble_reference
 from fedkern.ops.distill_kernels import Ensemble
@@ -274,7 +275,13 @@ def _members(
 
 def _is_rare(settings: Ensemble) -> bool:
     """What is left to plain PyTorch: the limit, and divergences of log-probabilities whose sum need not be 1."""
-    return math.isinf(settings.temperature) or (settings.log_probs and settings.mix == MEAN)
+    if math.isinf(settings.temperature):
+        backend.not_forced("ensemble_kl", "triton", "at infinite temperature")
+        return True
+    if settings.log_probs and settings.mix == MEAN:
+        backend.not_forced("ensemble_kl", "triton", "with mode='mean_of_kl' and log_probs")
+        return True
+    return False
 
 
 def _reference(student: Tensor, teachers: Tensor, weights: Any, class_mask: Any, settings: Ensemble) -> Tensor:

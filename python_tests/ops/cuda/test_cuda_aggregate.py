@@ -97,6 +97,10 @@ def test_against_plain(device: torch.device, number: int) -> None:
         served.sorted_mean(vectors, trim, count - trim, None),
         PLAIN.sorted_mean(wide, trim, count - trim, None),
     )
+    if case["dtype"] is torch.float64:
+        with pytest.raises(RuntimeError, match="no kernel for a weighted trimmed mean or median"):
+            served.sorted_mean(vectors, trim, count - trim, weights)
+        return
     got = served.sorted_mean(vectors, trim, count - trim, weights)
     close("weighted trimmed", got, PLAIN.sorted_mean(wide, trim, count - trim, numbers))
     close("weighted median", served.weighted_median(vectors, weights), PLAIN.weighted_median(wide, numbers))
@@ -203,3 +207,7 @@ def test_accumulators(device: torch.device, dtype: torch.dtype) -> None:
     for value in (torch.inf, -torch.inf, torch.nan, 1e-300):
         special.add(torch.tensor([value, torch.inf, 1.0, value], dtype=torch.float64, device=device), 1.0)
     assert special.mean().cpu().isnan().tolist() == [True, False, False, True]
+
+
+def test_no_elements_of_more_vectors_than_one_launch_takes(device: torch.device) -> None:
+    assert ops.weighted_mean(torch.empty(200, 0, device=device), [1.0] * 200).shape == (0,)

@@ -125,6 +125,7 @@ def test_boxes(device: torch.device, number: int) -> None:
         assert out.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.gpu
 def test_box_with_nan_is_empty(gpu: torch.device) -> None:
     images = torch.ones(1, 1, 4, 4, device=gpu)
     for side in range(4):

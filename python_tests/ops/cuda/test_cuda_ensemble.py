@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from ensemble_cases import DIFFERENCES, compare_dtypes_of_weights, compare_little_mass, compare_random_masks
-from operator_cases import DTYPES, assert_close, describe, pairwise
+from operator_cases import BACKENDS, DTYPES, assert_close, describe, pairwise, using
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.ops.distill_common import LOGITS, MEAN, PROBS, REDUCTIONS
+from fedkern.ops import backend
+from fedkern.ops.cuda.distill import CudaDistill
+from fedkern.ops.distill_common import PROBS, REDUCTIONS
 from fedkern.ops.distill_ensemble_reference import consensus_reference, ensemble_reference, js_reference
 
 AXES: dict[str, Any] = {
-    "operator": ("probs", "probs", "logits", "mean", "js", "consensus"),
+    "operator": ("probs", "js", "consensus"),
     "count": (1, 2, 5, 20),
     "classes": (1, 3, 10, 33, 100, 1030),
     "rows": (0, 1, 4, 9),
@@ -26,7 +29,7 @@ AXES: dict[str, Any] = {
     "special": (None, "extreme", "masked"),
     "reduction": ("none", "sum", "batchmean"),
     "needs": ("student", "all"),
-    "temperature": (1.0, 3.0, torch.inf),
+    "temperature": (1.0, 3.0),
     "log_probs": (False, True),
 }
 CASES = pairwise(AXES, seed=9)
@@ -64,10 +67,10 @@ def make(case: dict[str, Any], seed: int) -> tuple[Tensor, Tensor, Tensor | None
         teachers.masked_fill_(gone, -torch.inf)
         student[..., -1] = -torch.inf
         teachers[..., -1] = -torch.inf
-    if case["log_probs"] and case["operator"] in ("probs", "mean"):
+    if case["log_probs"] and case["operator"] == "probs":
         teachers = teachers.log_softmax(-1)
     weights = mask = None
-    by_class = case["operator"] in ("probs", "logits")
+    by_class = case["operator"] == "probs"
     kind = case["weights"] if by_class or case["weights"] not in ("class", "mask") else "row"
     if kind == "teacher":
         weights = torch.rand(count, generator=generator) + 0.2
@@ -95,13 +98,9 @@ def call(case: dict[str, Any], student: Tensor, teachers: Tensor, weights: Any, 
         return (ops.js_div(teachers, weights, reduction=reduction),)
     if case["operator"] == "consensus":
         return ops.consensus(teachers, weights, reduction=reduction)
-    mode = {"mix": "logits"} if case["operator"] == "logits" else {}
-    if case["operator"] == "mean":
-        mode = {"mode": "mean_of_kl"}
-    log_probs = case["log_probs"] and case["operator"] != "logits"
     if weights is not None and weights.dim() == teachers.dim() - 1 > 1:
         weights = weights.unsqueeze(2)  # [K, B] is undecidable where B = C
-    more: dict[str, Any] = {"class_mask": mask, "log_probs": log_probs, "reduction": reduction, **mode}
+    more: dict[str, Any] = {"class_mask": mask, "log_probs": case["log_probs"], "reduction": reduction}
     return (ops.ensemble_kl(student, teachers, weights, case["temperature"], **more),)
 
 
@@ -119,9 +118,8 @@ def call_reference(
         if case["operator"] == "js":
             return (js_reference(teachers, weights, reduction),)
         return consensus_reference(teachers, weights, reduction)
-    mix = {"probs": PROBS, "logits": LOGITS, "mean": MEAN}[case["operator"]]
-    log_probs = case["log_probs"] and case["operator"] != "logits"
-    return (ensemble_reference(student, teachers, weights, mask, case["temperature"], mix, log_probs, reduction),)
+    given = (student, teachers, weights, mask, case["temperature"])
+    return (ensemble_reference(*given, PROBS, case["log_probs"], reduction),)
 
 
 def differentiate(case: dict[str, Any], compute: Any, *given: Any) -> tuple[tuple[Tensor, ...], list[Tensor | None]]:
@@ -154,8 +152,7 @@ def test_against_float64(device: torch.device, number: int) -> None:
     rows = max(1, case["rows"])
     values = exact[1][exact[1].isfinite()] if exact[1] is not None else torch.zeros(1)
     spread = max(1.0, float(values.max() - values.min())) if values.numel() else 1.0
-    finite = case["temperature"] if case["temperature"] < torch.inf else 1.0
-    scale = 1e-6 * spread * finite**2
+    scale = 1e-6 * spread * case["temperature"] ** 2
     total = scale * (rows if case["reduction"] == "sum" else 1)
     for i, (ours, theirs) in enumerate(zip(results, expected, strict=True)):
         assert ours.dtype == case["dtype"]
@@ -183,7 +180,7 @@ def test_nearly_equal_distributions_keep_their_digits(device: torch.device, scal
 
 
 def test_weights_of_other_dtypes_than_the_logits(device: torch.device) -> None:
-    compare_dtypes_of_weights("cuda", device)
+    compare_dtypes_of_weights("cuda", device, mixes=("probs",))
 
 
 @pytest.mark.parametrize("difference", [*DIFFERENCES, 1e3])
@@ -202,3 +199,47 @@ def test_little_mass_in_other_ways(device: torch.device, more: dict[str, Any]) -
 @pytest.mark.parametrize("scale", [10.0, 20.0])
 def test_masks_on_teachers_who_are_sure(device: torch.device, scale: float) -> None:
     compare_random_masks("cuda", scale, rows=100, device=device)
+
+
+LACKING = [{"mix": "logits"}, {"mode": "mean_of_kl"}, {"temperature": torch.inf}]
+
+
+@pytest.mark.parametrize("settings", LACKING)
+def test_what_it_has_no_kernel_for_is_an_error_where_it_is_forced(
+    device: torch.device, settings: dict[str, Any]
+) -> None:
+    student, teachers = torch.randn(4, 6, device=device), torch.randn(3, 4, 6, device=device)
+    with pytest.raises(RuntimeError, match="backend 'cuda' was forced, but it has no kernel for ensemble_kl"):
+        ops.ensemble_kl(student, teachers, **settings)
+
+
+@pytest.mark.parametrize("settings", LACKING)
+@pytest.mark.parametrize("reduction", ["none", "batchmean"])
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's interpreter is not there")
+def test_what_it_has_no_kernel_for_goes_to_triton(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], reduction: str
+) -> None:
+    """But for the limit of infinite temperature, which is plain PyTorch."""
+    kernel = CudaDistill(SimpleNamespace(distill=None, distill_workspace=None))  # nothing may be asked of its core
+    beside: list[str] = []
+
+    def find(operator: str, *place: str) -> Any:
+        beside.append(operator)
+        return triton
+
+    with using("triton"):
+        triton = backend.select("ensemble_kl", torch.zeros(1))
+    monkeypatch.setattr(backend, "beside", find)
+    monkeypatch.setattr("fedkern.ops.distill_ensemble.kernel_for", lambda *_: kernel)
+    student = torch.randn(4, 6, requires_grad=True)
+    teachers = torch.randn(3, 4, 6, requires_grad=True)
+    given = {"reduction": reduction, **settings}
+    loss = ops.ensemble_kl(student, teachers, **given)
+    grads = torch.autograd.grad(loss.sum(), (student, teachers))
+    monkeypatch.undo()
+    with ops.use_backend("reference"):
+        expected = ops.ensemble_kl(student, teachers, **given)
+        wanted = torch.autograd.grad(expected.sum(), (student, teachers))
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(grads, wanted)
+    assert bool(beside) == ("temperature" not in settings)

@@ -60,6 +60,10 @@ def test_against_float64(device: torch.device, number: int) -> None:
     inputs = [*leaves, *vectors]
     exact = [None if x is None else x.detach().cpu().double().requires_grad_(x.requires_grad) for x in inputs]
     activation = "relu" if case["relu"] else None
+    if mean and count > 48:
+        with pytest.raises(RuntimeError, match="no kernel for fuse_mean of 50 maps"):
+            ops.fuse_mean(leaves, *vectors, activation)
+        return
     out = (ops.fuse_mean if mean else ops.fuse_concat)(leaves, *vectors, activation)
     reference = fuse_mean_reference if mean else fuse_concat_reference
     expected = reference(exact[:count], *exact[count:], case["relu"])
@@ -103,3 +107,10 @@ def test_nan_passes_relu(device: torch.device) -> None:
     assert out.isnan().flatten().tolist() == [True, False, False, False]
     assert x.grad is not None
     assert x.grad.flatten().tolist() == [1.0, 0.0, 0.0, 1.0]
+
+
+def test_a_map_without_channels_alone_wants_a_gradient(device: torch.device) -> None:
+    empty = torch.empty(2, 0, 4, 4, device=device, requires_grad=True)
+    ops.fuse_concat([empty, torch.randn(2, 8, 4, 4, device=device)]).sum().backward()
+    assert empty.grad is not None
+    assert empty.grad.shape == empty.shape

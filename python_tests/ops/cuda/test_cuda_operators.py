@@ -9,10 +9,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from every_operator import Operator, each_operator
-from operator_runs import LOOKS, capture, compare, gradients, run
+from every_operator import OPERATORS, Operator
+from operator_runs import capture, compare, gradients, run
 
 from fedkern import ops
+
+# Served by Triton: see test_cuda_ensemble.
+LACKING = ("ensemble_kl logits", "ensemble_kl mean_of_kl")
+SERVED = [operator for operator in OPERATORS if operator.name not in LACKING]
+each_operator = pytest.mark.parametrize("operator", SERVED, ids=[o.name.replace(" ", "-") for o in SERVED])
 
 
 @each_operator
@@ -32,8 +37,6 @@ def test_same_bits_again(device: torch.device, operator: Operator) -> None:
 @each_operator
 def test_operator_in_a_graph(gpu: torch.device, operator: Operator) -> None:
     """Captured once, replayed on other inputs: nothing is copied from the host, nothing waits."""
-    if operator.name in LOOKS:
-        pytest.skip("looks at what it has computed")
     for gradient in gradients(operator):
         static = [x.to(gpu) for x in operator.inputs(large=True)]
         graph, results = capture(lambda static=static, gradient=gradient: run(operator, static, gradient))
@@ -49,8 +52,6 @@ def test_operator_in_a_graph(gpu: torch.device, operator: Operator) -> None:
 @pytest.mark.gpu
 @each_operator
 def test_no_operator_waits_for_the_device(gpu: torch.device, operator: Operator) -> None:
-    if operator.name in LOOKS:
-        pytest.skip("looks at what it has computed")
     inputs = [x.to(gpu) for x in operator.inputs()]
     for gradient in gradients(operator):
         run(operator, inputs, gradient)
@@ -108,7 +109,7 @@ def test_more_elements_than_32_bits_count(gpu: torch.device) -> None:
     vectors[1, -1] = 3
     assert ops.median(vectors)[-1].item() == 2
     assert ops.pairwise_distances(vectors)[0, 1].item() == 2
-    noisy = ops.clip_and_noise(vectors, 1e9, 1e-3, seed=1)
+    noisy = ops.clip_and_noise(vectors, 1e9, 1e-12, seed=1)  # deviations of 1e-3
     assert noisy.shape == vectors.shape
     assert noisy[1, -1].item() == pytest.approx(3, abs=0.1)
     del noisy, vectors
