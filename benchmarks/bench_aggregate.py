@@ -15,6 +15,7 @@ import torch
 from contestants import apex_mean
 from flower_means import LAYERS, fresh_mean, inplace_mean
 from harness import compare
+from records import COPY
 from torch import Tensor
 
 from fedkern import ops
@@ -72,7 +73,7 @@ def make(count: int, size: int) -> tuple[list[Tensor], list[float], Tensor, Tens
 @pytest.mark.parametrize(
     ("count", "size", "floors"),
     [
-        (10, 11_000_000, {"add_": 1.5, "_foreach_add_": 1.5, "Flower": 3.0}),
+        (10, 11_000_000, {"add_": 1.5, "_foreach_add_": 1.5, "Flower": 3.0, COPY: 0.9}),
         (50, 1_000_000, {"add_": 1.0, "_foreach_add_": 1.0}),
         (20, 5_000_000, {}),
         (10, 100_000, {}),
@@ -111,8 +112,9 @@ def test_weighted_mean_of_a_large_model(benchmark: Any, size: int) -> None:
         "add_": add_loop(vectors, weights, other),
         "_foreach_add_": foreach_add(vectors, weights, other),
         "compile": compiled(vectors, weights, other),
+        "Flower": inplace_mean(vectors, weights, other),
     }
-    floors = {"add_": 2.0, "_foreach_add_": 2.0}
+    floors = {"add_": 2.0, "_foreach_add_": 2.0, "Flower": 3.0, COPY: 0.9}
     bytes_ = 6 * size * 4
     case = f"M=5 P={size:,} into out="
     note = "bound by memory: it moves its bytes as fast as a copy moves as many"

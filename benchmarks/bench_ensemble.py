@@ -20,6 +20,7 @@ from torch.nn.functional import kl_div, log_softmax, softmax
 from fedkern import ops
 
 FLOORS = {"eager": 4.0, "compile": 2.0}
+GPU_FLOORS = {"eager": 3.0, "compile": 1.3}
 SHAPES = [(20, 64, 10), (20, 256, 10), (20, 64, 100), (20, 256, 100)]
 MAPS = (5, 8, 4, 128, 128)
 TINY = 1e-30
@@ -125,6 +126,7 @@ def test_ensemble_kl(benchmark: Any, mix: str, shape: tuple[int, int, int], to_t
         model_bytes=4 * (2 * student.numel() + (2 if to_teachers else 1) * teachers.numel()),
         copy=True,
         floors=None if to_teachers or mix != "probs" else FLOORS,
+        gpu_floors=GPU_FLOORS,
         threads=1,
         note=NOTES["ensemble_kl"] if (shape, mix, to_teachers) == ((20, 64, 100), "probs", False) else "",
     )
@@ -174,6 +176,7 @@ def test_js_div(benchmark: Any, shape: tuple[int, ...], near: bool) -> None:
         model_bytes=2 * 4 * stack.numel(),
         copy=True,
         floors=None if near else FLOORS,
+        gpu_floors=GPU_FLOORS,
         threads=1,
     )
 
@@ -189,7 +192,7 @@ def test_js_div_of_two(benchmark: Any, shape: tuple[int, ...]) -> None:
         {**contest(ops.js_div, eager_js, [stack], torch.ones(2)), "Liger-Kernel": liger_jsd(stack)},
         model_bytes=2 * 4 * stack.numel(),
         copy=True,
-        gpu_floors={"eager": 4.0, "compile": 1.3, "Liger-Kernel": 1.0},
+        gpu_floors={**GPU_FLOORS, "eager": 4.0, "Liger-Kernel": 1.0},
         threads=1,
     )
 
@@ -205,6 +208,7 @@ def test_consensus(benchmark: Any, shape: tuple[int, ...]) -> None:
         model_bytes=2 * 4 * stack.numel(),
         copy=True,
         floors=FLOORS,
+        gpu_floors=GPU_FLOORS,
         threads=1,
         note=NOTES.get(shape, ""),
     )

@@ -17,6 +17,9 @@ CHIP = ("family", "model", "stepping", "implementer", "part", "l2", "l3")
 # What a processor's name says beside maker and model: marks, the clock, and words that most names have.
 NOISE = re.compile(r"\((?:r|tm|c)\)|@.*|\b(?:[0-9]+-core|processor|cpu)\b")
 
+# Stands among promises for copying as many bytes.
+COPY = "a copy"
+
 
 @dataclass
 class Comparison:
@@ -29,7 +32,7 @@ class Comparison:
         seconds: median time of one call, by contestant; on a GPU the time of its kernels.
         speedup: median over pairs of (other's time / our time), by contestant.
         scatter: interquartile range over median of each contestant's own times; a gate skips what scatters too much.
-        floors: speed-ups that the project promises, by contestant.
+        floors: speed-ups that the project promises, by contestant; of :data:`COPY` a share of its bytes/s.
         model_bytes: bytes the operator must move at least.
         copy_seconds: median time of copying ``model_bytes`` (half read, half written) in the same run, if asked for.
         note: what a reader must know, for example which path serves this size.
@@ -97,8 +100,9 @@ class Comparison:
         return f"{self.threads} thread{'s' if self.threads > 1 else ''}{', loaded' if self.loaded else ''}"
 
     def broken_promises(self) -> dict[str, float]:
-        """The promised speed-ups that were not reached."""
-        return {name: floor for name, floor in self.floors.items() if self.speedup.get(name, floor) < floor}
+        """The promised speed-ups, and share of a copy's bytes/s, that were not reached."""
+        reached = self.speedup if self.copy_fraction is None else {**self.speedup, COPY: self.copy_fraction}
+        return {name: floor for name, floor in self.floors.items() if reached.get(name, floor) < floor}
 
     @property
     def too_much_overhead(self) -> bool:

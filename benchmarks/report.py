@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import gate
-from benchmarks.records import RESULTS, Comparison, Recorded, processor, read_results, slug
+from benchmarks.records import COPY, RESULTS, Comparison, Recorded, processor, read_results, slug
 from fedkern.ops.loading import source_hash
 
 ROOT = Path(__file__).parent.parent
@@ -122,6 +122,16 @@ def ratio(row: Comparison, name: str) -> str:
     return f"{text} (promised {broken[name]:g}×)" if name in broken and not row.loaded else text
 
 
+def copied(row: Comparison) -> str:
+    """Our bytes/s over a copy's, with the promise where it is not kept."""
+    if row.copy_fraction is None:
+        return "–"
+    promise = row.broken_promises().get(COPY)
+    return f"{100 * row.copy_fraction:.0f} %" + (
+        f" (promised {100 * promise:.0f} %)" if promise and not row.loaded else ""
+    )
+
+
 def our_time(row: Comparison) -> str:
     """Our median time, marked where it scatters."""
     return (SCATTERS if row.scatter[row.ours] > gate.NOISY else "") + duration(row.seconds[row.ours])
@@ -151,7 +161,7 @@ def table(rows: Sequence[Comparison], core: str) -> list[str]:
         cells += [ratio(row, name) for name in names]
         cells += [overhead(row)] if overheads else []
         cells.append(f"{_digits(row.bandwidth)} GB/s" if row.model_bytes else "–")
-        cells.append(f"{100 * row.copy_fraction:.0f} %" if row.copy_fraction is not None else "–")
+        cells.append(copied(row))
         peak = row.peak_bytes
         cells.append(memory(peak[row.ours]) if row.ours in peak else "–")
         others = [memory(peak[name]) for name in names if name in peak]
@@ -171,11 +181,12 @@ def short_table(rows: Sequence[Comparison], core: str) -> list[str]:
     """The rows of :func:`in_short` without their memory."""
     rows = in_short(rows)
     names = contestants(rows)
-    lines = ["| size | time | " + " | ".join(against(names)) + " | of a copy |"]
+    overheads = any(row.overhead is not None for row in rows)
+    lines = ["| size | time | " + " | ".join(against(names)) + (" | overhead |" if overheads else " | of a copy |")]
     lines.append("|---|" + "---:|" * (len(names) + 2))
     for row in rows:
-        copied = f"{100 * row.copy_fraction:.0f} %" if row.copy_fraction is not None else "–"
-        cells = [case(row, core), our_time(row), *(ratio(row, name) for name in names), copied]
+        cells = [case(row, core), our_time(row), *(ratio(row, name) for name in names)]
+        cells.append(overhead(row) if overheads else copied(row))
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 

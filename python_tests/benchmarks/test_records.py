@@ -10,7 +10,7 @@ import machines
 import pytest
 
 from benchmarks import report
-from benchmarks.records import Comparison, Recorder, read_results, write_results
+from benchmarks.records import COPY, RESULTS, Comparison, Recorder, read_results, write_results
 
 AMD = {"cpu": "AMD EPYC", "cores": 2, "isa": "avx512", "torch": "2.13.0+cpu", "time": "2026-01-01"}
 ROW = Comparison(
@@ -187,3 +187,21 @@ def test_a_run_says_what_served(forced: str, monkeypatch: pytest.MonkeyPatch) ->
     else:
         assert backend in ("cpu", "reference")
         assert (len(core) == 16) == (backend == "cpu")
+
+
+def test_a_promised_share_of_a_copy_stands_beside_what_was_reached() -> None:
+    slow = replace(ROW, floors={COPY: 0.9}, model_bytes=1000, copy_seconds=0.7e-4)
+    assert slow.broken_promises() == {COPY: 0.9}
+    assert report.copied(slow) == "70 % (promised 90 %)"
+    fast = replace(slow, copy_seconds=0.95e-4)
+    assert not fast.broken_promises()
+    assert report.copied(fast) == "95 %"
+    assert not replace(ROW, floors={COPY: 0.9}).broken_promises(), "no copy was asked for"
+
+
+def test_the_pages_ask_for_groups_that_are_recorded() -> None:
+    recorded = read_results(RESULTS)
+    page = RESULTS.parents[1] / "docs" / "ops.md"
+    asked = {name.strip() for match in report.SECTION.finditer(page.read_text()) for name in match[2].split(",")}
+    assert asked
+    assert asked <= set(recorded)
