@@ -16,7 +16,7 @@ void weighted_mean(int dtype, int out_dtype, std::int64_t size, const std::vecto
   std::vector<Vector> vectors(data.size());
   for (std::size_t m = 0; m < data.size(); ++m) vectors[m] = {pointer<const void>(data[m]), strides.empty() ? 1 : strides[m]};
   const WeightedMean call{static_cast<DType>(dtype), static_cast<DType>(out_dtype), static_cast<std::int64_t>(data.size()), size, vectors.data(),
-                          weights.data(), total, pointer<void>(out), past_cache(size, out_dtype), threads};
+                          weights.data(), total, pointer<void>(out), aggregate_past_cache(size, out_dtype), threads};
   ReleaseGil release(size * call.count >= kReleaseGilElements);
   aggregate_kernels().weighted_mean(call);
 }
@@ -29,7 +29,7 @@ void accumulator_add(int dtype, std::int64_t size, std::uintptr_t data, std::int
 
 void accumulator_mean(int out_dtype, std::int64_t size, std::uintptr_t sum, double total, std::uintptr_t out, int threads) {
   const AccumulatorMean call{static_cast<DType>(out_dtype), size, pointer<const double>(sum), total, pointer<void>(out),
-                             past_cache(size, out_dtype), threads};
+                             aggregate_past_cache(size, out_dtype), threads};
   ReleaseGil release(size >= kReleaseGilElements);
   aggregate_kernels().accumulator_mean(call);
 }
@@ -48,7 +48,7 @@ void exact_add(int dtype, std::int64_t size, std::uintptr_t data, std::int64_t s
 }
 
 void exact_mean(int out_dtype, std::int64_t size, std::uintptr_t digits, std::uintptr_t top, double total, std::uintptr_t out, int threads) {
-  const ExactMean call{static_cast<DType>(out_dtype), size, state(digits, top, size), total, pointer<void>(out), past_cache(size, out_dtype), threads};
+  const ExactMean call{static_cast<DType>(out_dtype), size, state(digits, top, size), total, pointer<void>(out), aggregate_past_cache(size, out_dtype), threads};
   ReleaseGil release(size >= kReleaseGilElements);
   aggregate_kernels().exact_mean(call);
 }

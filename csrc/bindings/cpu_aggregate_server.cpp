@@ -23,7 +23,7 @@ void server_step(int dtype, int state_dtype, int out_dtype, std::int64_t size, s
   aggregate_server_kernels().server_step({static_cast<DType>(dtype), static_cast<DType>(state_dtype), static_cast<DType>(out_dtype), count, size,
                                           pointer<const void>(global), vectors.data(), weights.data(), total, static_cast<ServerRule>(rule),
                                           learning_rate, beta1, beta2, tau, pointer<void>(first), pointer<void>(second), pointer<void>(out),
-                                          past_cache(size, out_dtype), chunk, partial.data(), threads});
+                                          aggregate_past_cache(size, out_dtype), chunk, partial.data(), threads});
   for (std::int64_t c = 0; c < chunks; ++c)
     for (std::int64_t i = 0; i < row; ++i) sums[static_cast<std::size_t>(i)] += partial[static_cast<std::size_t>(c * row + i)];
   const double square = sums[static_cast<std::size_t>(2 * count)];

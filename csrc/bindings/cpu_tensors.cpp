@@ -134,7 +134,7 @@ bool all_readable(const py::tuple& tensors) {
 
 // The same, and they are logits of one shape: [B, C, *positions] of at most `most` dimensions, C > 0.
 bool readable_logits(const py::tuple& tensors, int most) {
-  TensorView first, one;
+  TensorView first{}, one{};
   bool begun = false;
   for (const py::handle& tensor : tensors) {
     if (!readable(tensor.ptr(), one)) return false;
@@ -172,7 +172,7 @@ int fuse_fits(py::handle features, py::handle scale, py::handle shift) {
   if (!PyList_CheckExact(features.ptr()) && !PyTuple_CheckExact(features.ptr())) return 0;
   const py::tuple given = py::reinterpret_steal<py::tuple>(PySequence_Tuple(features.ptr()));  // as in plain_vectors
   const Py_ssize_t count = PyTuple_GET_SIZE(given.ptr());
-  TensorView first, one;
+  TensorView first{}, one{};
   int layout = 0;
   for (Py_ssize_t m = 0; m < count; ++m) {
     if (!readable(PyTuple_GET_ITEM(given.ptr(), m), one)) return 0;
