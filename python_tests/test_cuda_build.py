@@ -18,11 +18,14 @@ REGISTERS = 128
 REGISTERS_128_THREADS = 168
 THREADS_128 = ("sorted_mean_kernel", "weighted_kernel")
 
-# Kernels that need memory of their own: part of the name, bytes of stack at most.
+# Kernels that need memory of their own: part of the name, and per architecture bytes of stack at most.
 STACKS = {
-    "step_kernel": 8,  # on sm_100, once per tile of 2,048 elements
-    "weighted_kernelILi32": 16,  # on sm_100
-    "ensemble_kernel": 176,  # with the fp64 repeat of a row, a function that is called; 80 on sm_90
+    "step_kernel": {"sm_100": 8},  # once per tile of 2,048 elements
+    "weighted_kernelILi32": {"sm_100": 16},
+    # What it keeps while the fp64 repeat of a row runs, a function that is called.
+    "ensemble_kernelILi1E": {"sm_80": 16, "sm_90": 32, "sm_100": 176},
+    "ensemble_kernelILi32E": {"sm_80": 8, "sm_90": 32, "sm_100": 104},
+    "ensemble_kernelILi256E": {"sm_80": 32, "sm_90": 80, "sm_100": 96},
 }
 
 
@@ -85,7 +88,10 @@ def test_no_kernel_spills() -> None:
     """Spilled registers, and arrays whose index is not known at compile time, are stack or local memory."""
     bad = []
     for architecture, kernel, used in resources():
-        allowed = next((size for name, size in STACKS.items() if name in kernel), 0)
+        sizes = next((sizes for name, sizes in STACKS.items() if name in kernel), {})
+        # On one that the table does not know: as on the worst that it does.
+        known = architecture in {"sm_80", "sm_90", "sm_100"}
+        allowed = sizes.get(architecture, 0) if known else max(sizes.values(), default=0)
         if used["STACK"] > allowed or used.get("LOCAL", 0):
             bad.append(f"{kernel} on {architecture}: {used['STACK']} bytes of stack, {used.get('LOCAL', 0)} local")
     assert resources()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from aggregate_cases import CLIENTS, SIZES, WEIGHTS, close, exact_mean, make_wei
 from operator_cases import BACKENDS, DTYPES, KERNELS, pairwise, thinned, using
 from torch import Tensor
 
-from fedkern.ops import Accumulator, weighted_mean
+from fedkern.ops import Accumulator, server_step, weighted_mean
 from fedkern.ops.aggregate_reference import weighted_mean_reference
 
 
@@ -232,12 +232,26 @@ def test_same_bits_for_every_run_thread_count_and_isa() -> None:
 
 
 @pytest.mark.skipif(not KERNELS, reason="the compiled core is not built")
-def test_results_beyond_the_cache_are_written_past_it_and_right() -> None:
-    size = 9_000_001  # 36 MB
-    vector = torch.randn(size)
-    out = torch.empty(size + 16)
-    for shift in (0, 1):
-        assert torch.equal(weighted_mean([vector, vector], [1, 2], out=out[shift : shift + size]), vector)
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_results_past_the_cache_are_the_same(name: str, dtype: torch.dtype, cache_bytes: Callable[[int], None]) -> None:
+    """Aligned and not: only whole lines can be written past it."""
+    size = 70_001
+    vectors, weights = [torch.randn(size).to(dtype) for _ in range(12)], [float(m + 1) for m in range(12)]
+    results = []
+    for limit in (1 << 40, -1):
+        cache_bytes(limit)
+        with using(name):
+            memory = torch.empty(size + 16, dtype=dtype)
+            out = [weighted_mean(vectors, weights, out=memory[shift : shift + size]).clone() for shift in (0, 1)]
+            for exact in (False, True):
+                running = Accumulator(size, exact=exact)
+                for vector, weight in zip(vectors, weights, strict=True):
+                    running.add(vector, weight)
+                out.append(running.mean())
+            out.append(server_step(vectors[0], vectors[1:], weights[1:]).model)
+        results.append(out)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize(

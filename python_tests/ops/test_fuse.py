@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -165,17 +165,6 @@ def test_mean_of_relus_is_not_the_relu_of_the_mean(backend: str) -> None:
     x = torch.tensor([[-2.0, 4.0]])
     assert fuse_mean([x, -x], activation="relu").tolist() == [[1.0, 2.0]]
     assert fuse_mean([x, x, x]).tolist() == x.tolist()
-
-
-@pytest.fixture
-def cache_bytes() -> Iterator[Callable[[int], None]]:
-    """Sets what the core takes for the size of the last-level cache."""
-    from fedkern.ops.backend import cpu_core
-
-    core = cpu_core()
-    before = core.cache_bytes()
-    yield core.set_cache_bytes
-    core.set_cache_bytes(before)
 
 
 @needs_core

@@ -107,7 +107,8 @@ class CudaAggregate(PlainAggregate):
         given, kept_weights = _weights(weights)
         model = global_.contiguous()
         target = torch.empty_like(model) if out is None else out
-        norms, cosines = torch.empty(2, count, dtype=torch.float64, device=model.device)
+        # Two tensors: an operator's results share no memory.
+        norms, cosines = (torch.empty(count, dtype=torch.float64, device=model.device) for _ in range(2))
         workspace = self._workspace(model)
         self.core.server_step(
             uploads,

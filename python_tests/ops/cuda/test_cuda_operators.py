@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from every_operator import OPERATORS, Operator
+from every_operator import LACKING_ON_CUDA, OPERATORS, Operator
 from operator_runs import capture, compare, gradients, run
 
 from fedkern import ops
 
-# Served by Triton: see test_cuda_ensemble.
-LACKING = ("ensemble_kl logits", "ensemble_kl mean_of_kl")
-SERVED = [operator for operator in OPERATORS if operator.name not in LACKING]
+SERVED = [operator for operator in OPERATORS if operator.name not in LACKING_ON_CUDA]
 each_operator = pytest.mark.parametrize("operator", SERVED, ids=[o.name.replace(" ", "-") for o in SERVED])
 
 
