@@ -240,12 +240,13 @@ def pickled(folder: Path, base: Path, drop: str = "-", **more: Any) -> Path:
 def test_a_folder_with_a_pickle_alone(folder: Path, tmp_path: Path) -> None:
     images = normalised(pictures(5, 32, 32))
     copied = pickled(folder, tmp_path)
-    assert torch.equal(make(copied).logits(images), make(folder).logits(images))
+    # Not to the bit: weights of the two formats lie at other alignments, which matrix products may sum differently for.
+    torch.testing.assert_close(make(copied).logits(images), make(folder).logits(images))
     shutil.copy(folder / "model.safetensors", copied)
     before = make(copied).identity["content"]
     (copied / "pytorch_model.bin").write_bytes(b"what nobody reads")
     assert make(copied).identity["content"] == before
-    assert torch.equal(make(copied).logits(images), make(folder).logits(images))
+    torch.testing.assert_close(make(copied).logits(images), make(folder).logits(images))
 
 
 def test_new_pickled_weights_get_a_new_cache(folder: Path, tmp_path: Path) -> None:
