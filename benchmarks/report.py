@@ -12,7 +12,7 @@ import argparse
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import gate
@@ -22,6 +22,8 @@ from fedkern.ops.loading import source_hash
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs" / "ops.md"
 # Before a number, and behind a row's name, with what they say.
+# Source hashes of "_cpu" and "_cuda" as the present csrc/ makes them ("": nobody knows).
+Cores = Mapping[str, str]
 SCATTERS, OUTDATED = "~", "†"
 MEANING = {
     SCATTERS: f"`{SCATTERS}`: times scatter by more than {100 * gate.NOISY:.0f} % (interquartile range over median).",
@@ -53,21 +55,22 @@ def dates(recorded: Recorded) -> str:
     return days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
 
 
-def outdated(row: Comparison, core: str) -> bool:
-    """Whether a row's time is not that of the compiled core whose source hash is ``core`` ("": nobody knows)."""
+def outdated(row: Comparison, cores: Cores) -> bool:
+    """Whether a row's time is not that of the present compiled core."""
     compiled = row.backend not in ("reference", "triton")
+    core = cores["_cuda" if "cuda" in row.backend else "_cpu"]
     return bool(core) and compiled and row.core != core
 
 
-def case(row: Comparison, core: str) -> str:
+def case(row: Comparison, cores: Cores) -> str:
     """What was measured, with the mark of an outdated core."""
-    return row.case + (f" {OUTDATED}" if outdated(row, core) else "")
+    return row.case + (f" {OUTDATED}" if outdated(row, cores) else "")
 
 
-def meanings(rows: Sequence[Comparison], core: str) -> list[str]:
+def meanings(rows: Sequence[Comparison], cores: Cores) -> list[str]:
     """A line for every sign that the rows' tables have."""
     signs = {SCATTERS} if any(gate.noisy(row, name) for row in rows for name in row.speedup) else set()
-    signs |= {OUTDATED} if any(outdated(row, core) for row in rows) else set()
+    signs |= {OUTDATED} if any(outdated(row, cores) for row in rows) else set()
     return [line for sign, line in MEANING.items() if sign in signs]
 
 
@@ -145,7 +148,7 @@ def overhead(row: Comparison) -> str:
     return f"**{text}** (promised {duration(row.at_most or 0.0)})" if row.too_much_overhead else text
 
 
-def table(rows: Sequence[Comparison], core: str) -> list[str]:
+def table(rows: Sequence[Comparison], cores: Cores) -> list[str]:
     """All that was measured of one operator, or of one family of its rows."""
     names = contestants(rows)
     walls = any(row.wall_seconds for row in rows)
@@ -155,7 +158,7 @@ def table(rows: Sequence[Comparison], core: str) -> list[str]:
     heads += ["model bytes", "of a copy", "peak memory", "theirs"]
     lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * (len(heads) - 2)]
     for row in rows:
-        cells = [case(row, core), row.where, our_time(row)]
+        cells = [case(row, cores), row.where, our_time(row)]
         if walls:
             cells.append(duration(row.wall_seconds[row.ours]) if row.ours in row.wall_seconds else "–")
         cells += [ratio(row, name) for name in names]
@@ -177,7 +180,7 @@ def in_short(rows: Sequence[Comparison]) -> list[Comparison]:
     return [row for row in rows if not row.loaded and (row.threads == 1 or row.device != "cpu")]
 
 
-def short_table(rows: Sequence[Comparison], core: str) -> list[str]:
+def short_table(rows: Sequence[Comparison], cores: Cores) -> list[str]:
     """The rows of :func:`in_short` without their memory."""
     rows = in_short(rows)
     names = contestants(rows)
@@ -185,14 +188,14 @@ def short_table(rows: Sequence[Comparison], core: str) -> list[str]:
     lines = ["| size | time | " + " | ".join(against(names)) + (" | overhead |" if overheads else " | of a copy |")]
     lines.append("|---|" + "---:|" * (len(names) + 2))
     for row in rows:
-        cells = [case(row, core), our_time(row), *(ratio(row, name) for name in names)]
+        cells = [case(row, cores), our_time(row), *(ratio(row, name) for name in names)]
         cells.append(overhead(row) if overheads else copied(row))
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
-def page(results: dict[str, list[Recorded]], core: str) -> str:
-    """results/README.md; ``core`` is the source hash of the present ``csrc/``, as in all tables."""
+def page(results: dict[str, list[Recorded]], cores: Cores) -> str:
+    """results/README.md; ``cores`` as in all tables."""
     lines = [
         "# Measured",
         "",
@@ -213,7 +216,7 @@ def page(results: dict[str, list[Recorded]], core: str) -> str:
             lines += ["", f"## {group} on {processor(recorded.machine)}" + (f", {forced} forced" if forced else ""), ""]
             lines += [machine_line(recorded), "", f"![{group}]({recorded.name}.png)"]
             for family in families(recorded.rows):
-                lines += ["", *table(family, core)]
+                lines += ["", *table(family, cores)]
     return "\n".join(lines) + "\n"
 
 
@@ -222,7 +225,7 @@ def unmarked(text: str) -> str:
     return text.replace(f"\n{MEANING[OUTDATED]}\n", "").replace(f" {OUTDATED}", "")
 
 
-def fill(text: str, results: dict[str, list[Recorded]], core: str) -> str:
+def fill(text: str, results: dict[str, list[Recorded]], cores: Cores) -> str:
     """``text`` with the sections between markers written anew, from those of their operators that are recorded."""
 
     def section(match: re.Match[str]) -> str:
@@ -233,8 +236,8 @@ def fill(text: str, results: dict[str, list[Recorded]], core: str) -> str:
                 lines += [f"`{group}` on {machine_line(recorded)}:", ""]
                 shown += in_short(recorded.rows)
                 for family in families(recorded.rows):
-                    lines += [*short_table(family, core), ""]
-        lines += [part for line in meanings(shown, core) for part in (line, "")]
+                    lines += [*short_table(family, cores), ""]
+        lines += [part for line in meanings(shown, cores) for part in (line, "")]
         return match[1] + "\n" + "\n".join(lines or ["Not recorded yet.", ""]) + "\n" + match[3]
 
     return SECTION.sub(section, text)
@@ -309,10 +312,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         short = sum(row.short for row in floors.rows)
         print(f"wrote {options.floors}: {len(floors.rows)} rows, {short} of them in the short gate")
         return 0
-    core = source_hash(ROOT / "csrc")
-    texts = {options.results / TITLE: page(results, core)}
+    cores = {core: source_hash(ROOT / "csrc", core) for core in ("_cpu", "_cuda")}
+    texts = {options.results / TITLE: page(results, cores)}
     if options.docs.exists():
-        texts[options.docs] = fill(options.docs.read_text(), results, core)
+        texts[options.docs] = fill(options.docs.read_text(), results, cores)
     stale = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
     if options.check:
         stale = [path for path in stale if not path.exists() or unmarked(path.read_text()) != unmarked(texts[path])]

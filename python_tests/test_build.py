@@ -42,7 +42,7 @@ def core(name: str) -> Path:
 
 def test_core_is_built_from_these_sources() -> None:
     module = backend.cpu_core()
-    assert module.source_hash() == loading.source_hash(ROOT / "csrc")
+    assert module.source_hash() == loading.source_hash(ROOT / "csrc", "_cpu")
 
 
 @pytest.mark.parametrize("name", ["_cpu", "_cuda"])
@@ -63,9 +63,10 @@ def test_a_core_of_other_sources_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     assert loading.stale_cores() == []
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     assert loading.stale_cores() == []
-    with (tmp_path / "csrc" / "cpu" / "isa.cpp").open("a") as file:
-        file.write("// more\n")
-    assert "fedkern._cpu" in loading.stale_cores()
+    for changed, stale in (("cuda/device.cu", False), ("include/fedkern/blend_cuda.h", False), ("cpu/isa.cpp", True)):
+        with (tmp_path / "csrc" / changed).open("a") as file:
+            file.write("// more\n")
+        assert ("fedkern._cpu" in loading.stale_cores()) == stale, f"{changed} was changed"
 
 
 def test_a_core_that_lacks_what_python_calls_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +93,7 @@ def test_cuda_core_is_built_where_nvcc_is() -> None:
     if subprocess.run(["nvcc", "--version"], capture_output=True).returncode:
         pytest.skip("nvcc does not run")
     module = loading.load_core("_cuda")
-    assert module.source_hash() == loading.source_hash(ROOT / "csrc")
+    assert module.source_hash() == loading.source_hash(ROOT / "csrc", "_cuda")
 
 
 @pytest.mark.parametrize("level", backend.ISAS)

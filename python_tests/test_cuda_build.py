@@ -23,9 +23,13 @@ STACKS = {
     "step_kernel": {"sm_100": 8},  # once per tile of 2,048 elements
     "weighted_kernelILi32": {"sm_100": 16},
     # What it keeps while the fp64 repeat of a row runs, a function that is called.
-    "ensemble_kernelILi1E": {"sm_80": 16, "sm_90": 32, "sm_100": 176},
-    "ensemble_kernelILi32E": {"sm_80": 8, "sm_90": 32, "sm_100": 104},
-    "ensemble_kernelILi256E": {"sm_80": 32, "sm_90": 80, "sm_100": 96},
+    "ProbabilityRowELi1E": {"sm_80": 16, "sm_90": 32, "sm_100": 176},
+    "ProbabilityRowELi32E": {"sm_80": 8, "sm_90": 32, "sm_100": 104},
+    "ProbabilityRowELi256E": {"sm_80": 32, "sm_90": 80, "sm_100": 96},
+    "LogitsRowELi1E": {"sm_100": 56},
+    "LogitsRowELi32E": {"sm_100": 16},
+    "LogitsRowELi256E": {"sm_100": 32},
+    "LimitRowELi1E": {"sm_100": 8},
 }
 
 

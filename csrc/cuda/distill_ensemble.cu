@@ -1,8 +1,11 @@
 // ensemble_kl, js_div and consensus on CUDA: a warp to a row, a block to a long one, a thread where positions lie side by side.
-// What happens within a row is in distill_ensemble.cuh.
+// What happens within a row is in distill_probabilities.cuh, distill_logits.cuh, distill_mean.cuh and distill_limits.cuh.
 #include <algorithm>
 
-#include "distill_ensemble.cuh"
+#include "distill_limits.cuh"
+#include "distill_logits.cuh"
+#include "distill_mean.cuh"
+#include "distill_probabilities.cuh"
 #include "launch.cuh"
 
 namespace fedkern::cuda {
@@ -16,22 +19,22 @@ struct RowLosses {
 };
 
 // A row in fp64: rare, and called, so that the registers it takes are not taken from the rest.
-template <int Lanes>
+template <template <typename, int> class Row, int Lanes>
 __device__ __noinline__ RowLosses run_wide(const EnsembleCall& a, std::int64_t row, double* slot, std::int64_t step) {
   const EnsemblePlace at(a, row);
   RowLosses result{};
-  EnsembleRow<double, Lanes>(a, at, slot, step).run(result.loss);
+  Row<double, Lanes>(a, at, slot, step).run(result.loss);
   return result;
 }
 
 // False where fp32 does not do.
-template <int Lanes>
+template <template <typename, int> class Row, int Lanes>
 __device__ __forceinline__ bool run_narrow(const EnsembleCall& a, std::int64_t row, double* slot, std::int64_t step, RowLosses& result) {
   const EnsemblePlace at(a, row);
-  return EnsembleRow<float, Lanes>(a, at, slot, step).run(result.loss);
+  return Row<float, Lanes>(a, at, slot, step).run(result.loss);
 }
 
-template <int Lanes>
+template <template <typename, int> class Row, int Lanes>
 __global__ void __launch_bounds__(kBlock, 2) ensemble_kernel(const __grid_constant__ EnsembleCall a, std::int64_t rows, double* totals, double* slots) {
   using G = Group<Lanes>;
   // Neighbouring threads' numbers lie side by side, neighbouring groups' one after another.
@@ -41,7 +44,9 @@ __global__ void __launch_bounds__(kBlock, 2) ensemble_kernel(const __grid_consta
   for (std::int64_t row = group; row < rows; row += groups) {
     const std::int64_t step = Lanes == 1 ? groups : 1;
     RowLosses result{};
-    if (a.compute == DType::f64 || !run_narrow<Lanes>(a, row, slot, step, result)) result = run_wide<Lanes>(a, row, slot, step);
+    bool done = false;
+    if constexpr (!Row<float, Lanes>::kExact) done = a.compute != DType::f64 && run_narrow<Row, Lanes>(a, row, slot, step, result);
+    if (!done) result = run_wide<Row, Lanes>(a, row, slot, step);
     if (G::lane()) continue;
     const EnsemblePlace at(a, row);
 #pragma unroll
@@ -55,12 +60,22 @@ __global__ void __launch_bounds__(kBlock, 2) ensemble_kernel(const __grid_consta
     if (a.total[r].data) leave_total(total[r], totals + r * kMostBlocks, a.total[r], a.scale);
 }
 
+template <int Lanes>
+auto kernel_of(const EnsembleCall& a) {
+  if (a.limit) return ensemble_kernel<LimitRow, Lanes>;
+  switch (a.kind) {
+    case EnsembleKind::logits: return ensemble_kernel<LogitsRow, Lanes>;
+    case EnsembleKind::mean: return ensemble_kernel<MeanRow, Lanes>;
+    default: return ensemble_kernel<ProbabilityRow, Lanes>;
+  }
+}
+
 void run(const EnsembleCall& a, std::int64_t rows, double* workspace, std::int64_t slots, const Queue& queue) {
   const bool outside = a.teachers.class_stride != 1 && a.classes > 1;
   const int lanes = a.classes <= 4 || (outside && a.classes < kBlockRow) ? 1 : a.classes < kBlockRow ? 32 : kBlock;
   const std::int64_t each = kBlock / lanes;
   const std::int64_t blocks = std::max<std::int64_t>(1, std::min({grid(rows, each, queue, 8), kMostBlocks, slots / each}));
-  const auto kernel = lanes == 1 ? ensemble_kernel<1> : lanes == 32 ? ensemble_kernel<32> : ensemble_kernel<kBlock>;
+  const auto kernel = lanes == 1 ? kernel_of<1>(a) : lanes == 32 ? kernel_of<32>(a) : kernel_of<kBlock>(a);
   launch("distill_ensemble", kernel, blocks, kBlock, queue, a, rows, workspace, workspace + kEnsembleTotals);
   if (blocks == 1) return;
   for (int r = 0; r < 2; ++r)

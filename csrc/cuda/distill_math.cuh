@@ -103,6 +103,9 @@ struct Pair {
         inverse_q(static_cast<C>(1 / q.sum)),
         shift(q.maximum - p.maximum),
         log_ratio(logarithm(static_cast<C>(q.sum / p.sum))) {}
+  // The same from what was kept of it.
+  __device__ Pair(C maximum_p, C maximum_q, C inverse_p, C inverse_q, C log_ratio)
+      : maximum_p(maximum_p), maximum_q(maximum_q), inverse_p(inverse_p), inverse_q(inverse_q), shift(maximum_q - maximum_p), log_ratio(log_ratio) {}
 };
 
 template <typename C>

@@ -71,8 +71,6 @@ _loaded: dict[tuple[str, str], Any] = {}
 _chosen: dict[tuple[str, str], tuple[Any, frozenset[torch.dtype]]] = {}
 # Where two backends can serve CUDA tensors: from this many bytes of the first tensor on, the other one.
 _large: dict[str, tuple[int, Any]] = {}
-# What beside() has found.
-_beside: dict[tuple[str, str, str], Any] = {}
 _forced: str | None = None
 
 
@@ -94,7 +92,6 @@ def register_triton(operator: str, family: str, name: str, dtypes: Iterable[torc
 def _forget() -> None:
     _chosen.clear()
     _large.clear()
-    _beside.clear()
 
 
 def _serves(backend: str, kernel: Kernel, device: str) -> bool:
@@ -234,15 +231,6 @@ def not_forced(operator: str, backend: str, what: str) -> None:
             f"backend {backend!r} was forced, but it has no kernel for {operator} {what}; allow another with "
             "use_backend(None) or by unsetting FEDKERN_BACKEND"
         )
-
-
-def beside(operator: str, backend: str, device: str) -> Any | None:
-    """What else than ``backend`` has kernels for ``operator`` on this kind of device; None: the reference alone."""
-    key = (operator, backend, device)
-    if key not in _beside:  # a package that is missing would be looked for at every call
-        others = (found[0] for name, found in _available(operator, device) if name != backend)
-        _beside[key] = next(others, None)
-    return _beside[key]
 
 
 def tangents(values: Iterable[Any]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -87,7 +88,7 @@ def _installed_core(name: str) -> ModuleType | None:
             raise Unavailable(f"fedkern.{name} of the installed fedkern does not load ({error})") from error
         finally:
             fedkern.__path__.remove(str(folder))
-        if core.source_hash() != source_hash(here.parent / "csrc"):
+        if core.source_hash() != source_hash(here.parent / "csrc", name):
             raise Unavailable(f"this source tree was changed after fedkern.{name} was installed in {folder}: {REBUILD}")
         return core
     return None
@@ -103,19 +104,19 @@ def stale_cores() -> list[str]:
     sources = Path(fedkern.__file__).resolve().parent.parent / "csrc"
     if not (sources / "bindings" / "cpu.cpp").is_file():  # of a checkout, not of somebody else's
         return []
-    expected, stale = source_hash(sources), []
+    stale = []
     for name in ("_cpu", "_cuda"):
         try:
             core = load_core(name)
         except Unavailable:
             continue
-        if core.source_hash() != expected:
+        if core.source_hash() != source_hash(sources, name):
             stale.append(f"fedkern.{name}")
     return stale
 
 
-def source_hash(folder: Path) -> str:
-    """Returns the ``source_hash()`` of a core built from ``folder`` (csrc/), or "" without that folder."""
+def source_hash(folder: Path, core: str) -> str:
+    """Returns the ``source_hash()`` of ``core`` (_cpu or _cuda) built from ``folder`` (csrc/), or "" without that."""
     if not folder.is_dir():
         return ""
     names = sorted(
@@ -123,5 +124,11 @@ def source_hash(folder: Path) -> str:
         for path in folder.rglob("*")
         if path.suffix in {".cpp", ".h", ".cu", ".cuh"}
     )
-    lines = [f"{name} {hashlib.sha256((folder / name).read_bytes()).hexdigest()}\n" for name in names]
+    # As in cmake/SourceHash.cmake: a core is no other for what only the other one is built from.
+    others = re.compile(r"^cuda/|^bindings/cuda|_cuda\.h$" if core == "_cpu" else r"^cpu/|^bindings/cpu")
+    lines = [
+        f"{name} {hashlib.sha256((folder / name).read_bytes()).hexdigest()}\n"
+        for name in names
+        if not others.search(name)
+    ]
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]

@@ -13,6 +13,7 @@ from benchmarks import report
 from benchmarks.records import COPY, RESULTS, Comparison, Recorder, read_results, write_results
 
 AMD = {"cpu": "AMD EPYC", "cores": 2, "isa": "avx512", "torch": "2.13.0+cpu", "time": "2026-01-01"}
+NOBODY_KNOWS = {"_cpu": "", "_cuda": ""}
 ROW = Comparison(
     group="toy",
     case="small",
@@ -90,11 +91,11 @@ def test_rows_of_earlier_forms_are_read() -> None:
 def test_noise_is_marked(tmp_path: Path) -> None:
     one = replace(ROW, speedup={"eager": 2.0, "torch": 0.9}, scatter={"fedkern": 0.1, "eager": 0.31, "torch": 0.3})
     own = replace(OTHER, scatter={"fedkern": 0.4, "eager": 0.1})
-    (row, noise) = report.table([one, own], "")[2:]
+    (row, noise) = report.table([one, own], NOBODY_KNOWS)[2:]
     assert row.startswith("| small | 1 thread | 100 µs | ~2.00× | **0.90×** |")
     assert noise.startswith("| large | 1 thread | ~100 µs | ~2.00× | – |")
-    assert report.meanings([one], "") == report.meanings([own], "") == [report.MEANING["~"]]
-    assert report.meanings([replace(one, scatter=dict.fromkeys(one.scatter, 0.3))], "") == []
+    assert report.meanings([one], NOBODY_KNOWS) == report.meanings([own], NOBODY_KNOWS) == [report.MEANING["~"]]
+    assert report.meanings([replace(one, scatter=dict.fromkeys(one.scatter, 0.3))], NOBODY_KNOWS) == []
     write_results([one, own], AMD, tmp_path)
     assert report.main(["--results", str(tmp_path), "--docs", str(tmp_path / "no.md")]) == 0
 
@@ -112,10 +113,17 @@ def test_noise_is_marked(tmp_path: Path) -> None:
 )
 def test_rows_of_another_core_are_marked(backend: str, core: str, marked: bool) -> None:
     row = replace(ROW, backend=backend, core=core)
-    lines = report.short_table([row], "new")
+    present = {"_cpu": "new", "_cuda": "new"}
+    lines = report.short_table([row], present)
     assert ("| small † |" in lines[2]) == marked
-    assert report.meanings([row], "new") == [report.MEANING["†"]] * marked
-    assert "†" not in "".join(report.short_table([row], "")), "without csrc/ nobody knows"
+    assert report.meanings([row], present) == [report.MEANING["†"]] * marked
+    assert "†" not in "".join(report.short_table([row], NOBODY_KNOWS)), "without csrc/ nobody knows"
+
+
+@pytest.mark.parametrize(("backend", "marked"), [("cpu", False), ("cuda", True), ("cuda or triton", True)])
+def test_a_change_of_the_cuda_core_alone_marks_no_row_of_the_cpu(backend: str, marked: bool) -> None:
+    row = replace(ROW, backend=backend, core="old")
+    assert report.outdated(row, {"_cpu": "old", "_cuda": "new"}) == marked
 
 
 def test_the_check_does_not_fail_when_the_core_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,15 +131,15 @@ def test_the_check_does_not_fail_when_the_core_changes(tmp_path: Path, monkeypat
     docs = tmp_path / "ops.md"
     docs.write_text("<!-- measured: toy -->\n<!-- end -->\n")
     command = ["--results", str(tmp_path), "--docs", str(docs)]
-    monkeypatch.setattr(report, "source_hash", lambda folder: "old")
+    monkeypatch.setattr(report, "source_hash", lambda folder, core: "old")
     assert report.main(command) == 0
     assert "| small |" in docs.read_text()
-    monkeypatch.setattr(report, "source_hash", lambda folder: "new")
+    monkeypatch.setattr(report, "source_hash", lambda folder, core: "new")
     assert report.main([*command, "--check"]) == 0
     assert report.main(command) == 0
     assert "| small † |" in docs.read_text()
     assert docs.read_text().endswith(f"\n\n{report.MEANING['†']}\n\n<!-- end -->\n")
-    monkeypatch.setattr(report, "source_hash", lambda folder: "old")
+    monkeypatch.setattr(report, "source_hash", lambda folder, core: "old")
     assert report.main([*command, "--check"]) == 0
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from operator_cases import DTYPES, assert_close
+from operator_cases import DTYPES, assert_close, moved
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -62,7 +62,7 @@ def check(case: dict[str, Any], device: torch.device, monkeypatch: pytest.Monkey
     learnt = case["learnt"] or needs == "temperature"
     # In half precision the temperature is what it rounds to.
     given: Any = torch.tensor(case["temperature"], dtype=dtype) if learnt else case["temperature"]
-    x, y = (t.to(device).requires_grad_(needs in (name, "both")) for t, name in ((x, "x"), (y, "y")))
+    x, y = (moved(t, device).requires_grad_(needs in (name, "both")) for t, name in ((x, "x"), (y, "y")))
     temperature = given.to(device).requires_grad_(needs in ("temperature", "both")) if learnt else given
     inputs = [x, y, *([temperature] if learnt else [])]
     exact = [t.detach().cpu().double().requires_grad_(t.requires_grad) for t in inputs]

@@ -229,7 +229,4 @@ OPERATORS = [
     ),
 ]
 
-# Served by Triton there: see test_cuda_ensemble.
-LACKING_ON_CUDA = ("ensemble_kl logits", "ensemble_kl mean_of_kl")
-
 each_operator = pytest.mark.parametrize("operator", OPERATORS, ids=[o.name.replace(" ", "-") for o in OPERATORS])

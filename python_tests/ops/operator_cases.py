@@ -87,6 +87,15 @@ def using(name: str) -> Iterator[None]:
         yield
 
 
+def moved(x: Tensor, device: torch.device) -> Tensor:
+    """``x`` on ``device`` with the strides and the alignment that it has here, which ``to`` would not keep."""
+    if device.type == "cpu" or 0 in x.shape or any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape, strict=True)):
+        return x.to(device)
+    size = x.storage_offset() + sum(s * (n - 1) for s, n in zip(x.stride(), x.shape, strict=True)) + 1
+    memory = torch.full((size,), 7, dtype=x.dtype, device=device)  # what lies between must not be read
+    return memory.as_strided(x.shape, x.stride(), x.storage_offset()).copy_(x)
+
+
 def pairwise(axes: dict[str, Sequence[Any]], seed: int = 0) -> list[dict[str, Any]]:
     """Cases in which every value of every two axes meets at least once, in fixed order; :func:`thinned` for Triton."""
     draw = random.Random(seed)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from operator_cases import BACKENDS, DTYPES, KERNELS, pairwise, using
+from operator_cases import BACKENDS, DTYPES, KERNELS, moved, pairwise, using
 from torch import Tensor
 
 from fedkern.ops import backend, blend, use_backend
@@ -321,7 +321,7 @@ def test_cuda(dtype: torch.dtype, size: int, alpha_kind: str) -> None:
         alpha = make_alpha(alpha_kind, rows, dtype, generator)
         x = torch.randn(rows * size + offset, generator=generator).to(dtype)[offset:].view(rows, size)
         y = torch.randn(background_rows, size, generator=generator).to(dtype)
-        leaves = [t.cuda().requires_grad_() for t in (x, y)]
+        leaves = [moved(t, torch.device("cuda")).requires_grad_() for t in (x, y)]
         exact = [t.double().requires_grad_() for t in (x, y)]
         if isinstance(alpha, Tensor):
             leaves.append(alpha.cuda().requires_grad_())

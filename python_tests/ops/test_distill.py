@@ -133,7 +133,7 @@ def differentiate(
         weight = weight.detach().requires_grad_(case["needs"] == "all")
         leaves.append(weight)
     loss = compute(case, leaves[: len(logits)], weight)
-    steps = torch.arange(loss.numel(), dtype=torch.float64).reshape(loss.shape) % 5 + 1
+    steps = torch.arange(loss.numel(), dtype=torch.float64, device=loss.device).reshape(loss.shape) % 5 + 1
     (loss * (FACTOR * steps).to(loss.dtype)).sum().backward()
     return loss.detach(), [x.grad for x in leaves]
 

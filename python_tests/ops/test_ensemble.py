@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from ensemble_cases import (
-    COMMON,
     DIFFERENCES,
+    ENSEMBLES,
     compare,
     compare_dtypes_of_weights,
     compare_little_mass,
@@ -17,51 +17,25 @@ from ensemble_cases import (
     ensemble,
     logits,
     make_inputs,
+    run_ensemble,
 )
-from operator_cases import BACKENDS, KERNELS, backends, describe, pairwise, using
+from operator_cases import BACKENDS, KERNELS, backends, describe, using
 
 from fedkern import ops
 from fedkern.ops.distill_ensemble_reference import ensemble_reference
 
-AXES: dict[str, Any] = {
-    **COMMON,
-    "temperature": (0.5, 1.0, 4.0, math.inf),
-    "mix": ("probs", "logits", "mean"),
-    "log_probs": (False, True),
-    "weights": (None, "K", "KB", "KB1", "KC", "K1C", "KBC", "full"),
-    "mask": (False, True),
-    "needs": ("student", "teachers", "all"),
-}
-CASES = pairwise(AXES, seed=3)
-NEEDS = {"student": (True, False, False), "teachers": (False, True, False), "all": (True, True, True)}
 
-
-def run(number: int, names: list[str]) -> None:
-    case = dict(CASES[number])
-    if case["mix"] == "mean":  # takes weights per teacher alone
-        case["mask"] = False
-        if case["weights"] in ("KC", "K1C", "KBC", "full"):
-            case["weights"] = "KB1"
-    student, teachers, weights = make_inputs(case, seed=number)
-    mask = None
-    if case["mask"]:
-        draw = torch.rand(case["teachers"], case["classes"], generator=torch.Generator().manual_seed(number))
-        mask = draw < 0.6
-    compute, reference = ensemble(case, mask)
-    compare(case, names, compute, reference, [student, teachers, weights], NEEDS[case["needs"]])
-
-
-@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: f"{n}-{describe(CASES[n])}")
+@pytest.mark.parametrize("number", range(len(ENSEMBLES)), ids=lambda n: f"{n}-{describe(ENSEMBLES[n])}")
 def test_against_float64(number: int) -> None:
-    case = CASES[number]
-    run(number, backends(number, case["teachers"] * case["rows"] * case["classes"]))
+    case = ENSEMBLES[number]
+    run_ensemble(number, backends(number, case["teachers"] * case["rows"] * case["classes"]))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's interpreter is not there")
-@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: f"{n}-{describe(CASES[n])}")
+@pytest.mark.parametrize("number", range(len(ENSEMBLES)), ids=lambda n: f"{n}-{describe(ENSEMBLES[n])}")
 def test_every_case_in_tritons_interpreter(number: int) -> None:
-    run(number, ["triton"])
+    run_ensemble(number, ["triton"])
 
 
 @pytest.mark.parametrize("name", KERNELS)

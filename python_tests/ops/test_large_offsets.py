@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from every_operator import Operator, each_operator
 from torch import Tensor
 
 from fedkern import ops
+from fedkern.ops.aggregate_philox import normal
 
 FAR = 2**31 + 64
 HALF = torch.bfloat16
@@ -99,6 +102,62 @@ def _kl_gradient() -> tuple[Tensor, Tensor]:
     return gradients[0], gradients[1]
 
 
+def ends(compute: Callable[[int], Sequence[Tensor]], many: int) -> tuple[Tensor, Tensor]:
+    """The last three rows (axis -2) of the gradients of ``many`` rows, all alike, and those of three rows alone."""
+    got, expected = (torch.stack([x[..., -3:, :].float() for x in compute(rows)]) for rows in (many, 3))
+    return got, expected
+
+
+def _dual_kl_gradients() -> tuple[Tensor, Tensor]:
+    def compute(rows: int) -> Sequence[Tensor]:
+        teacher = expanded(rows, 8)
+        students = [factor * teacher[:1] for factor in (-1, 2)]
+        students = [x.expand(rows, 8).requires_grad_() for x in students]
+        return torch.autograd.grad(ops.dual_kl(*students, teacher, reduction="sum"), students)
+
+    return ends(compute, 2**28 + 5)
+
+
+def _entropy_gradient() -> tuple[Tensor, Tensor]:
+    def compute(rows: int) -> Sequence[Tensor]:
+        logits = expanded(rows, 8).requires_grad_()
+        return torch.autograd.grad(ops.entropy(logits, reduction="sum"), logits)
+
+    return ends(compute, 2**28 + 5)
+
+
+def stack(rows: int) -> Tensor:
+    """Two teachers of ``rows`` rows, which are alike."""
+    return torch.stack((expanded(1, 8), expanded(1, 8).flip(1))).expand(2, rows, 8).requires_grad_()
+
+
+def _ensemble_gradients(**settings: Any) -> tuple[Tensor, Tensor]:
+    def compute(rows: int) -> Sequence[Tensor]:
+        student, teachers = (2 * expanded(1, 8)).expand(rows, 8).requires_grad_(), stack(rows)
+        loss = ops.ensemble_kl(student, teachers, reduction="sum", **settings)
+        to_student, to_teachers = torch.autograd.grad(loss, (student, teachers))
+        return [to_student, *to_teachers]
+
+    return ends(compute, 2**27 + 5)
+
+
+def _js_gradient() -> tuple[Tensor, Tensor]:
+    def compute(rows: int) -> Sequence[Tensor]:
+        teachers = stack(rows)
+        return torch.autograd.grad(ops.js_div(teachers, reduction="sum"), teachers)
+
+    return ends(compute, 2**27 + 5)
+
+
+def _consensus_gradient() -> tuple[Tensor, Tensor]:
+    def compute(rows: int) -> Sequence[Tensor]:
+        teachers = stack(rows)
+        first, second = ops.consensus(teachers, reduction="sum")
+        return torch.autograd.grad(first - 0.5 * second, teachers)
+
+    return ends(compute, 2**27 + 5)
+
+
 def _mean() -> tuple[Tensor, Tensor]:
     vectors = [torch.tensor([value], dtype=HALF).expand(FAR) for value in (1.0, 2.0, 6.0)]
     return ops.weighted_mean(vectors, [1.0, 1.0, 2.0])[-70:], torch.full((70,), 3.75, dtype=HALF)
@@ -109,10 +168,35 @@ def _median() -> tuple[Tensor, Tensor]:
     return ops.median(vectors)[-70:], torch.full((70,), 2.0, dtype=HALF)
 
 
+def _trimmed_mean() -> tuple[Tensor, Tensor]:
+    vectors = [torch.tensor([value], dtype=HALF).expand(FAR) for value in (1.0, 2.0, 4.0, 60.0)]
+    return ops.trimmed_mean(vectors, 1)[-70:], torch.full((70,), 3.0, dtype=HALF)
+
+
+def _server_step() -> tuple[Tensor, Tensor]:
+    vectors = [torch.tensor([value], dtype=HALF).expand(FAR) for value in (2.0, 4.0)]
+    step = ops.server_step(torch.ones(1, dtype=HALF).expand(FAR), vectors, [1.0, 1.0], learning_rate=0.5)
+    torch.testing.assert_close(step.norms, torch.tensor([1.0, 3.0], dtype=torch.float64) * FAR**0.5)
+    return step.model[-70:], torch.full((70,), 2.0, dtype=HALF)
+
+
+def _clip_and_noise() -> tuple[Tensor, Tensor]:
+    vector = torch.full((1,), 2.0, dtype=HALF).expand(FAR)
+    bound = float(FAR) ** 0.5
+    noisy = ops.clip_and_noise(vector, bound, 1 / bound, seed=5, offset=3)
+    return noisy[-70:], (1 + normal(70, 5, 3 + FAR - 70)).to(HALF)
+
+
 def _clip() -> tuple[Tensor, Tensor]:
     vector = torch.full((1,), 2.0, dtype=HALF).expand(FAR)
     clipped = ops.clip_by_norm(vector, float(FAR) ** 0.5)
     return clipped[-70:], torch.ones(70, dtype=HALF)
+
+
+def _fuse_mean() -> tuple[Tensor, Tensor]:
+    first = expanded(40, 3, 2**12, 2**12)
+    maps = [first, first[:1].flip(1).expand(first.shape)]
+    return ops.fuse_mean(maps, activation="relu")[-1], ops.fuse_mean([x[:1] for x in maps], activation="relu")[0]
 
 
 def _fuse() -> tuple[Tensor, Tensor]:
@@ -125,10 +209,22 @@ LARGE: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
     "boxes": _boxes,
     "kl_div": _kl,
     "kl_div gradient": _kl_gradient,
+    "dual_kl gradients": _dual_kl_gradients,
+    "entropy gradient": _entropy_gradient,
+    "ensemble_kl gradients": _ensemble_gradients,
+    "ensemble_kl logits gradients": partial(_ensemble_gradients, mix="logits"),
+    "ensemble_kl mean gradients": partial(_ensemble_gradients, mode="mean_of_kl"),
+    "ensemble_kl limit gradients": partial(_ensemble_gradients, temperature=torch.inf),
+    "js_div gradient": _js_gradient,
+    "consensus gradient": _consensus_gradient,
     "weighted_mean": _mean,
     "median": _median,
+    "trimmed_mean": _trimmed_mean,
+    "server_step": _server_step,
     "clip_by_norm": _clip,
+    "clip_and_noise": _clip_and_noise,
     "fuse_concat": _fuse,
+    "fuse_mean": _fuse_mean,
 }
 
 

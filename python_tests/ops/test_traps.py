@@ -358,8 +358,6 @@ def test_opcheck_of_every_library_operator(name: str) -> None:
 def check_library(name: str) -> None:
     checked = set()
     for operator in OPERATORS:
-        if name == "cuda" and operator.name in every_operator.LACKING_ON_CUDA:
-            continue
         dtype = torch.float32 if name == "cuda" else torch.float64  # its weighted sorts know no fp64
         inputs = [x.requires_grad_(operator.gradient) for x in operator.inputs(dtype)]
         with Calls() as calls:

@@ -1,5 +1,4 @@
-// Losses of K teachers against their mixture on CUDA (probs, js and consensus): the contract of distill_ensemble.h but for
-// T = infinity, on a device and a stream of the caller's.
+// Losses of K teachers on CUDA: the contract of distill_ensemble.h, on a device and a stream of the caller's.
 #pragma once
 
 #include "fedkern/distill_ensemble.h"

@@ -226,7 +226,7 @@ def _spans(uploads: tuple[Any, ...], item: int) -> tuple[list[int], list[int]]:
 def _weights(weights: Weights) -> tuple[_Weights, Tensor | None]:
     """Weights as the core takes them, and what must live until the launch."""
     if isinstance(weights, Tensor):
-        wide = weights.to(torch.float64).contiguous()
+        wide = weights.to(torch.float64).resolve_neg().contiguous()
         return ([], 0.0, wide.data_ptr()), wide
     total = 0.0
     for value in weights:

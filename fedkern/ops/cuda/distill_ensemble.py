@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedkern.ops import backend
 from fedkern.ops.backend import DTYPES
 from fedkern.ops.cuda.core import queue
 from fedkern.ops.distill_arguments import CONSENSUS, JS, STACK, argument
-from fedkern.ops.distill_common import BATCHMEAN, LOGITS, NONE, PROBS, row_shape
-from fedkern.ops.distill_ensemble_reference import ensemble_reference
+from fedkern.ops.distill_common import BATCHMEAN, NONE, row_shape
 from fedkern.ops.distill_kernels import Ensemble
-from fedkern.ops.distill_library import reference_gradients
 from fedkern.ops.distill_reference import compute_dtype, result_dtype
 
 # Rows that may be worked on at a time, about as many as the largest GPUs have room for where a row is a thread's, a
@@ -28,10 +24,7 @@ _FEW, _MANY = 4, 1024
 
 
 class CudaEnsembles:
-    """The methods of :class:`fedkern.ops.distill_kernels.DistillKernel` that take K teachers.
-
-    Mixtures of logits and means of divergences are left to Triton, the limit of infinite temperature to plain PyTorch.
-    """
+    """The methods of :class:`fedkern.ops.distill_kernels.DistillKernel` that take K teachers."""
 
     def __init__(self, core: Any) -> None:
         self._core = core
@@ -46,20 +39,6 @@ class CudaEnsembles:
         to_student: Tensor | None = None,
         to_teachers: Tensor | None = None,
     ) -> Tensor:
-        if not _served(settings):
-            other = _elsewhere(settings, teachers)
-            if other is not None:
-                return other.ensemble_forward(student, teachers, weights, class_mask, settings, to_student, to_teachers)
-            result = _plain(settings)(student, teachers, weights, class_mask)
-            if to_student is None and to_teachers is None:
-                return result
-            needs = (to_student is not None, to_teachers is not None, False)
-            one = torch.ones_like(result)
-            found = _plain_gradients(settings, (student, teachers, weights, class_mask), one, needs)
-            for to, gradient in zip((to_student, to_teachers), found, strict=False):
-                if to is not None and gradient is not None:
-                    to.copy_(gradient)
-            return result
         dtype = result_dtype(student, None, teachers)
         result = _result(student, dtype, settings.reduction)
         gradients = (argument(to_student), argument(to_teachers), None)
@@ -77,11 +56,6 @@ class CudaEnsembles:
         needs: Sequence[bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         tensors = (student, teachers, weights, class_mask)
-        if not _served(settings):
-            other = _elsewhere(settings, teachers)
-            if other is not None:
-                return other.ensemble_backward(grad, *tensors, settings, needs)
-            return _plain_gradients(settings, tensors, grad, needs)
         dtype = result_dtype(student, None, teachers)
         to_student = torch.empty_like(student) if needs[0] else None
         to_teachers = torch.empty_like(teachers) if needs[1] else None
@@ -175,7 +149,7 @@ class CudaEnsembles:
         workspace = torch.empty(size, dtype=torch.float64, device=teachers.device)
         core.distill_ensemble(
             kind,
-            False,
+            settings.temperature == math.inf,
             settings.log_probs and settings.temperature == 1.0,
             class_mask is not None or (weights is not None and weights.shape[2] > 1),
             1 if dtype is torch.float64 else 0,
@@ -201,47 +175,12 @@ class CudaEnsembles:
         )
 
 
-def _served(settings: Ensemble) -> bool:
-    return settings.mix == PROBS and settings.temperature != math.inf
-
-
 def _lanes(teachers: Tensor) -> int:
     """How many threads share a row."""
     classes = teachers.shape[2]
     if classes <= _FEW or (classes < _MANY and teachers.stride(2) != 1):
         return 1
     return 32 if classes < _MANY else 256
-
-
-def _elsewhere(settings: Ensemble, teachers: Tensor) -> Any | None:
-    """Triton's kernels, where it is there and has one; None: plain PyTorch.
-
-    Raises:
-        RuntimeError: this backend was forced.
-    """
-    if settings.temperature == math.inf:
-        backend.not_forced("ensemble_kl", "cuda", "at infinite temperature")
-        return None
-    mixed = "mix='logits'" if settings.mix == LOGITS else "mode='mean_of_kl'"
-    backend.not_forced("ensemble_kl", "cuda", f"with {mixed}")
-    return backend.beside("ensemble_kl", "cuda", teachers.device.type)
-
-
-def _plain(settings: Ensemble) -> Callable[..., Tensor]:
-    return functools.partial(
-        ensemble_reference,
-        temperature=settings.temperature,
-        mix=settings.mix,
-        log_probs=settings.log_probs,
-        reduction=settings.reduction,
-    )
-
-
-def _plain_gradients(
-    settings: Ensemble, tensors: tuple[Tensor | None, ...], grad: Tensor, needs: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    first, second, third = reference_gradients(_plain(settings), (grad,), tensors, (), needs)
-    return first, second, third
 
 
 def _result(rows_of: Tensor, dtype: torch.dtype, reduction: int) -> Tensor:

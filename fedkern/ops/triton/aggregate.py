@@ -13,7 +13,7 @@ from fedkern.ops.aggregate_checks import Vectors, deliver, direct_target
 from fedkern.ops.aggregate_kernels import ServerRule, Weights
 from fedkern.ops.aggregate_plain import PlainAggregate
 from fedkern.ops.aggregate_robust_reference import HALF
-from fedkern.ops.triton.aggregate_kernels import add_kernel, divide_kernel, encoded, mean_kernel, step_kernel
+from fedkern.ops.triton.aggregate_kernels import add_kernel, divide_kernel, encoded, mean_kernel, step_kernel, whole
 from fedkern.ops.triton.aggregate_order import distances_kernel, noise_kernel, pairs_kernel, rank_kernel
 from fedkern.ops.triton.launch import cdiv, double_bits, launch, power_of_two, processors
 
@@ -217,7 +217,7 @@ def _filled(rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
 def _parameters(weights: Weights) -> Tensor | tuple[int, ...]:
     """Weights as kernel parameters: the tensor on the device, or the codes of numbers, filled up likewise."""
     if isinstance(weights, Tensor):
-        return weights
+        return weights.resolve_neg().contiguous()  # kernels read them one after another
     codes = [encoded(weight) for weight in weights]
     return (*codes, *[encoded(0.0)] * (power_of_two(len(codes)) - len(codes)))
 
@@ -227,7 +227,7 @@ def _bits(shares: Tensor | tuple[int, ...]) -> int:
 
 
 class Table(NamedTuple):
-    """Vectors as kernel parameters: the first, how far the others are from it in elements, and the strides."""
+    """Vectors as kernel parameters: the first, how far the others are from it in elements (codes), and the strides."""
 
     base: Tensor
     offsets: tuple[int, ...]
@@ -242,7 +242,8 @@ class Table(NamedTuple):
         rows, stride = _same_stride(vectors)
         item, first = rows[0].element_size(), rows[0].data_ptr()
         offsets = [(row.data_ptr() - first) // item for row in rows]
-        return cls(rows[0], (*offsets, *[0] * (power_of_two(len(rows)) - len(rows))), (0, stride), rows)
+        offsets += [0] * (power_of_two(len(rows)) - len(rows))
+        return cls(rows[0], tuple(map(whole, offsets)), (0, stride), rows)
 
 
 def _spans(size: int, block: int, device: torch.device) -> tuple[int, int]:

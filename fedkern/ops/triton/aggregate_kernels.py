@@ -24,8 +24,8 @@ def _wide(x):
     return x if x.dtype == tl.float64 else x.to(tl.float32).to(tl.float64)
 
 
-# Triton makes another kernel for a number of a tuple that is 1, divisible by 16, or fits 32 bits. Codes of weights do
-# neither: they are odd, and large unless a weight is near 1.1e-308.
+# Triton makes another kernel for a number of a tuple that is 1, divisible by 16, or fits 32 bits. Codes do neither:
+# they are odd and large, but where a weight is near 1.1e-308 or a number 2^51.
 MARK = tl.constexpr(1 << 52)
 
 
@@ -35,13 +35,23 @@ def encoded(weight: float) -> int:
     return code - (1 << 64) if code >> 63 else code
 
 
+def whole(number: int) -> int:
+    """A whole number of at most 62 bits and a sign, likewise."""
+    return (number << 1 | 1) ^ MARK.value
+
+
+@triton.jit
+def _whole(code):
+    return (tl.cast(code, tl.int64) ^ MARK) >> 1
+
+
 @triton.jit
 def starts_of(offsets, row_stride, member, COUNT: tl.constexpr):
-    """Where each of ``member`` begins, in elements from the first vector."""
+    """Where each of ``member`` begins, in elements from the first vector; ``offsets`` are :func:`whole` numbers."""
     start = member.to(tl.int64) * row_stride
     if COUNT > 0:
         for k in tl.static_range(COUNT):
-            start = tl.where(member == k, tl.cast(offsets[k], tl.int64), start)
+            start = tl.where(member == k, _whole(offsets[k]), start)
     return start
 
 

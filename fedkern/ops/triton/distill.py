@@ -18,17 +18,21 @@ from fedkern.ops.triton.distill_kernels import divergence_kernel
 from fedkern.ops.triton.distill_limits import entropy_kernel, limit_kernel
 from fedkern.ops.triton.launch import double_bits, launch, power_of_two
 from fedkern.ops.triton.rows import (
+    ALL_ROWS,
     COMPUTE,
     SERIES,
     Rows,
     Steps,
+    empty_result,
     finish,
     hand_over,
+    known_steps,
     readable,
+    readable_rows,
     row_steps_of,
     share,
     statistics_kernel,
-    steps_of,
+    totals_of,
     writable,
 )
 
@@ -97,15 +101,15 @@ class TritonDistill(Recomputes, Mixtures):
         rows = row_count(student)
         result = None
         if forward:
-            result = _empty_result(student, dtype, reduction)
+            result = empty_result(student, dtype, reduction)
         if not rows:
             return result if result is None or reduction == NONE else result.zero_()
         student, teacher = readable(student, to_student), readable(teacher, to_teacher)
         other = None if other is None else readable(other, to_other)
-        weight, grad = _readable_rows(weight), _readable_rows(grad)
+        weight, grad = readable_rows(weight), readable_rows(grad)
         second = teacher if other is None else other
-        given = [_steps(x) for x in (teacher, student, second)]
-        by_row = [row_steps_of(weight), row_steps_of(grad) if reduction == NONE else Steps(0, 0, 0)]
+        given = [known_steps(x) for x in (teacher, student, second)]
+        by_row = [row_steps_of(weight), row_steps_of(grad) if reduction == NONE else ALL_ROWS]
         plan, steps = share(
             teacher, [*given, *(s for s in by_row if s is not None)], 2 if other is None else 3, compute
         )
@@ -149,7 +153,7 @@ class TritonDistill(Recomputes, Mixtures):
 
         if plan.splits == 1:
             losses = result if reduction == NONE else None
-            total = _total(result, reduction, plan)
+            total = totals_of(result, reduction, plan)
             run(gradients, losses, raw, total)
             if total is not None and result is not None and total is not result:
                 finish(total, result, count)
@@ -194,7 +198,7 @@ class TritonDistill(Recomputes, Mixtures):
         return raw.view(-1) / settings.temperature**2
 
     def entropy_forward(self, logits: Tensor, reduction: int, to_logits: Tensor | None = None) -> Tensor:
-        result = _empty_result(logits, logits.dtype, reduction)
+        result = empty_result(logits, logits.dtype, reduction)
         self._entropy(None, logits, reduction, to_logits, result)
         return result
 
@@ -212,10 +216,10 @@ class TritonDistill(Recomputes, Mixtures):
                 result.zero_()
             return
         wanted, gradient = gradient, writable(gradient)
-        logits, grad = readable(logits, gradient), _readable_rows(grad)
-        by_row = row_steps_of(grad) if reduction == NONE else Steps(0, 0, 0)
+        logits, grad = readable(logits, gradient), readable_rows(grad)
+        by_row = row_steps_of(grad) if reduction == NONE else ALL_ROWS
         assert by_row is not None
-        plan, (steps, g_steps) = share(logits, [_steps(logits), by_row], 1, compute)
+        plan, (steps, g_steps) = share(logits, [known_steps(logits), by_row], 1, compute)
         count = rows if reduction == BATCHMEAN else 1
 
         def run(
@@ -234,7 +238,7 @@ class TritonDistill(Recomputes, Mixtures):
             )  # fmt: skip
 
         if plan.splits == 1:
-            total = _total(result, reduction, plan)
+            total = totals_of(result, reduction, plan)
             run(gradient, result if reduction == NONE else None, total)
             if total is not None and result is not None and total is not result:
                 finish(total, result, count)
@@ -252,27 +256,6 @@ class TritonDistill(Recomputes, Mixtures):
         if gradient is not None:
             run(gradient, None, None, parts, values)
             hand_over((gradient,), (wanted,))
-
-
-def _empty_result(logits: Tensor, dtype: torch.dtype, reduction: int) -> Tensor:
-    return torch.empty(row_shape(logits) if reduction == NONE else (), dtype=dtype, device=logits.device)
-
-
-def _total(result: Tensor | None, reduction: int, plan: Rows) -> Tensor | None:
-    """Where the programs' sums go: straight into the result where there is only one program."""
-    if result is None or reduction == NONE:
-        return None
-    return result if plan.groups == 1 else torch.empty(plan.groups, dtype=torch.float64, device=result.device)
-
-
-def _steps(x: Tensor) -> Steps:
-    steps = steps_of(x)
-    assert steps is not None  # readable() has seen to it
-    return steps
-
-
-def _readable_rows(x: Tensor | None) -> Tensor | None:
-    return x if x is None or not x.dim() or row_steps_of(x) is not None else x.contiguous()
 
 
 def _statistics(

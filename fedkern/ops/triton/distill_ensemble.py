@@ -4,38 +4,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedkern.ops import backend
-from fedkern.ops.distill_common import BATCHMEAN, LOGITS, MEAN, NONE, row_count, row_shape
-from fedkern.ops.distill_ensemble_reference import ensemble_reference
+from fedkern.ops.distill_common import BATCHMEAN, LOGITS, MEAN, NONE, row_count
 from fedkern.ops.distill_kernels import Ensemble
-from fedkern.ops.distill_library import reference_gradients
 from fedkern.ops.distill_reference import compute_dtype, result_dtype
+from fedkern.ops.triton.distill_ensemble_limits import limit
 from fedkern.ops.triton.distill_members import stack_kernel
 from fedkern.ops.triton.distill_mixture import members_kernel, mixture_kernel
 from fedkern.ops.triton.launch import double_bits, launch
 from fedkern.ops.triton.rows import (
+    ALL_ROWS,
     COMPUTE,
     SERIES,
+    STACK_WARPS,
     Rows,
     Steps,
+    clear,
+    empty_result,
     finish,
     hand_over,
+    known_steps,
     readable,
+    readable_rows,
     row_steps_of,
     share,
     steps_of,
+    totals_of,
     writable,
 )
-
-_NONE = Steps(0, 0, 0)
-
-# Two elements of a tile to a thread: these kernels hold several tiles at once, and would spill with more.
-WARPS = 8
 
 
 class Mixtures:
@@ -52,9 +51,7 @@ class Mixtures:
         to_teachers: Tensor | None = None,
     ) -> Tensor:
         dtype = result_dtype(student, None, teachers)
-        if _is_rare(settings):
-            return _reference(student, teachers, weights, class_mask, settings)
-        result = _empty(student, dtype, settings.reduction)
+        result = empty_result(student, dtype, settings.reduction)
         _ensemble(None, student, teachers, weights, class_mask, settings, (to_student, to_teachers, None), result)
         return result
 
@@ -68,8 +65,6 @@ class Mixtures:
         settings: Ensemble,
         needs: Sequence[bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        if _is_rare(settings):
-            return _reference_gradients(grad, student, teachers, weights, class_mask, settings, needs)
         to_student = torch.empty_like(student) if needs[0] else None
         to_teachers = torch.empty_like(teachers) if needs[1] else None
         to_weights = None
@@ -89,7 +84,7 @@ class Mixtures:
     def js_forward(
         self, logits: Tensor, weights: Tensor | None, reduction: int, to_logits: Tensor | None = None
     ) -> Tensor:
-        result = _empty(logits[0], logits.dtype, reduction)
+        result = empty_result(logits[0], logits.dtype, reduction)
         _stack(None, None, None, logits, weights, reduction, (None, to_logits, None), (result, None))
         return result
 
@@ -101,7 +96,7 @@ class Mixtures:
     def consensus_forward(
         self, logits: Tensor, weights: Tensor | None, reduction: int, kept: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        first, second = (_empty(logits[0], logits.dtype, reduction) for _ in range(2))
+        first, second = (empty_result(logits[0], logits.dtype, reduction) for _ in range(2))
         _stack(None, None, None, logits, weights, reduction, (None, None, None), (first, second), consensus=True)
         return first, second
 
@@ -145,6 +140,9 @@ def _ensemble(
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
     result: Tensor | None,
 ) -> None:
+    if settings.temperature == math.inf:
+        limit(grad, student, teachers, weights, class_mask, settings, gradients, result)
+        return
     if settings.mix == MEAN:
         to_student, to_teachers, to_weights = gradients
         _stack(
@@ -155,7 +153,7 @@ def _ensemble(
         return
     rows, reduction = row_count(student), settings.reduction
     if not rows:
-        _clear(result, *gradients)
+        clear(result, *gradients)
         return
     dtype = result_dtype(student, None, teachers)
     compute = compute_dtype(dtype)
@@ -163,15 +161,15 @@ def _ensemble(
     to_student, to_teachers = writable(to_student), writable(to_teachers, 2)
     gradients = (to_student, to_teachers, to_weights)
     student, teachers = readable(student, to_student), readable(teachers, to_teachers, 2)
-    weights, grad = None if weights is None else readable(weights, None, 2), _readable_rows(grad)
+    weights, grad = None if weights is None else readable(weights, None, 2), readable_rows(grad)
     plan, steps = share(
         student,
         [
-            _steps(student, 1),
-            _steps(teachers, 2),
-            _steps(weights, 2),
-            row_steps_of(grad) or _NONE if reduction == NONE else _NONE,
-            _steps(to_weights, 2),
+            known_steps(student, 1),
+            known_steps(teachers, 2),
+            known_steps(weights, 2),
+            row_steps_of(grad) or ALL_ROWS if reduction == NONE else ALL_ROWS,
+            known_steps(to_weights, 2),
         ],
         4,
         compute,
@@ -180,7 +178,7 @@ def _ensemble(
     log_probs = settings.log_probs and settings.temperature == 1
     tops, logs = _members(teachers, t_steps, plan, settings.temperature, compute, log_probs or settings.mix == LOGITS)
     terms, tiny = SERIES[compute]
-    total = _total(result, reduction, plan)
+    total = totals_of(result, reduction, plan)
     launch(
         mixture_kernel, plan.groups, student.device, student, teachers, weights,
         None if class_mask is None else class_mask.view(torch.uint8), grad, tops, logs, *gradients,
@@ -191,7 +189,7 @@ def _ensemble(
         *((0, 0) if class_mask is None else class_mask.stride()), 0 if to_weights is None else to_weights.stride(0),
         COMPUTE=COMPUTE[compute], TERMS=terms, TINY=tiny, LOGITS=settings.mix == LOGITS, LOG_PROBS=log_probs,
         BY_CLASS=to_weights is not None and to_weights.shape[2] > 1, MEAN=total is not None and total.dim() == 0,
-        ROWS=plan.row_tile, COLUMNS=plan.column_tile, num_warps=WARPS,
+        ROWS=plan.row_tile, COLUMNS=plan.column_tile, num_warps=STACK_WARPS,
     )  # fmt: skip
     if total is not None and result is not None and total is not result:
         finish(total, result, rows if reduction == BATCHMEAN else 1)
@@ -214,7 +212,7 @@ def _stack(
 ) -> None:
     rows = row_count(logits[0])
     if not rows:
-        _clear(*results, *gradients)
+        clear(*results, *gradients)
         return
     dtype = logits.dtype if student is None else result_dtype(student, None, logits)
     compute, device = compute_dtype(dtype), logits.device
@@ -222,17 +220,17 @@ def _stack(
     to_student, to_logits = writable(to_student), writable(to_logits, 2)
     gradients = (to_student, to_logits, to_weights)
     logits, student = readable(logits, to_logits, 2), None if student is None else readable(student, to_student)
-    weights, grad, more_grad = _readable_members(weights), _readable_rows(grad), _readable_rows(more_grad)
+    weights, grad, more_grad = _readable_members(weights), readable_rows(grad), readable_rows(more_grad)
     each = reduction == NONE
     plan, steps = share(
         logits[0],
         [
-            _steps(logits, 2),
-            _steps(student, 1),
-            _NONE if weights is None else _steps(weights.unsqueeze(2), 2),
-            row_steps_of(grad) or _NONE if each else _NONE,
-            row_steps_of(more_grad) or _NONE if each else _NONE,
-            _NONE if to_weights is None else _steps(to_weights.unsqueeze(2), 2),
+            known_steps(logits, 2),
+            known_steps(student, 1),
+            known_steps(None if weights is None else weights.unsqueeze(2), 2),
+            row_steps_of(grad) or ALL_ROWS if each else ALL_ROWS,
+            row_steps_of(more_grad) or ALL_ROWS if each else ALL_ROWS,
+            known_steps(None if to_weights is None else to_weights.unsqueeze(2), 2),
         ],
         4,
         compute,
@@ -240,7 +238,7 @@ def _stack(
     t_steps, s_steps, w_steps, g_steps, m_steps, b_steps = steps
     tops, logs = _members(logits, t_steps, plan, temperature, compute, log_probs)
     terms, tiny = SERIES[compute]
-    totals = [_total(result, reduction, plan) for result in results]
+    totals = [totals_of(result, reduction, plan) for result in results]
     bound = math.log(len(logits)) if student is None and not consensus else math.inf
     launch(
         stack_kernel, plan.groups, device, student, logits, weights, grad, more_grad, tops, logs, *gradients,
@@ -250,7 +248,7 @@ def _stack(
         b_steps.outer, b_steps.row, logits.stride(0), 0 if weights is None else weights.stride(0),
         0 if to_weights is None else to_weights.stride(0), COMPUTE=COMPUTE[compute], TERMS=terms, TINY=tiny,
         CONSENSUS=consensus, LOG_PROBS=log_probs, MEAN=totals[0] is not None and totals[0].dim() == 0,
-        ROWS=plan.row_tile, COLUMNS=plan.column_tile, num_warps=WARPS,
+        ROWS=plan.row_tile, COLUMNS=plan.column_tile, num_warps=STACK_WARPS,
     )  # fmt: skip
     for total, result in zip(totals, results, strict=True):
         if total is not None and result is not None and total is not result:
@@ -268,65 +266,10 @@ def _members(
     launch(
         members_kernel, plan.groups * len(teachers), teachers.device, teachers, tops, logs, double_bits(temperature),
         plan.inner, plan.classes, plan.tiles, plan.groups, rows, teachers.stride(0), *steps,
-        COMPUTE=COMPUTE[compute], ROWS=plan.row_tile, COLUMNS=plan.column_tile, num_warps=WARPS,
+        COMPUTE=COMPUTE[compute], ROWS=plan.row_tile, COLUMNS=plan.column_tile, num_warps=STACK_WARPS,
     )  # fmt: skip
     return tops, logs
 
 
-def _is_rare(settings: Ensemble) -> bool:
-    """What is left to plain PyTorch: the limit, and divergences of log-probabilities whose sum need not be 1."""
-    if math.isinf(settings.temperature):
-        backend.not_forced("ensemble_kl", "triton", "at infinite temperature")
-        return True
-    if settings.log_probs and settings.mix == MEAN:
-        backend.not_forced("ensemble_kl", "triton", "with mode='mean_of_kl' and log_probs")
-        return True
-    return False
-
-
-def _reference(student: Tensor, teachers: Tensor, weights: Any, class_mask: Any, settings: Ensemble) -> Tensor:
-    return ensemble_reference(
-        student, teachers, weights, class_mask, settings.temperature, settings.mix, settings.log_probs,
-        settings.reduction,
-    )  # fmt: skip
-
-
-def _reference_gradients(
-    grad: Tensor, student: Tensor, teachers: Tensor, weights: Any, class_mask: Any, settings: Ensemble,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    tensors = (student, teachers, weights, class_mask)
-    one, two, three = reference_gradients(_reference, (grad,), tensors, (settings,), needs)
-    return one, two, three
-
-
-def _empty(logits: Tensor, dtype: torch.dtype, reduction: int) -> Tensor:
-    return torch.empty(row_shape(logits) if reduction == NONE else (), dtype=dtype, device=logits.device)
-
-
-def _total(result: Tensor | None, reduction: int, plan: Rows) -> Tensor | None:
-    if result is None or reduction == NONE:
-        return None
-    return result if plan.groups == 1 else torch.empty(plan.groups, dtype=torch.float64, device=result.device)
-
-
-def _clear(*tensors: Tensor | None) -> None:
-    for x in tensors:
-        if x is not None:
-            x.zero_()
-
-
-def _readable_rows(x: Tensor | None) -> Tensor | None:
-    return x if x is None or not x.dim() or row_steps_of(x) is not None else x.contiguous()
-
-
 def _readable_members(x: Tensor | None) -> Tensor | None:
     return x if x is None or steps_of(x.unsqueeze(2), 2) is not None else x.contiguous()
-
-
-def _steps(x: Tensor | None, axis: int) -> Steps:
-    if x is None:
-        return _NONE
-    steps = steps_of(x, axis)
-    assert steps is not None  # _readable() has seen to it
-    return steps

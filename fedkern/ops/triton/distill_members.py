@@ -165,6 +165,22 @@ def stack_kernel(
         tl.store(more_total + program, narrow(sum_, more_total))
 
     if to_student is not None:
+        # Log-probabilities are taken as they are: their sum need not be 1.
+        excess = tl.zeros([ROWS], COMPUTE)
+        if LOG_PROBS:
+            for k_ in range(count):
+                k = tl.cast(k_, tl.int64)
+                raw = _row_weight(weights, at_weight, k, weight_stride, valid, COMPUTE, ROWS)
+                share = share_of(raw, whole, count)
+                mass = tl.zeros([ROWS], COMPUTE) - 1.0
+                for begin in range(0, classes, COLUMNS):
+                    column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
+                    mask = valid[:, None] & (column < classes)[None, :]
+                    x = load_tile(
+                        teachers, at_teacher + k * teacher_stride, teacher_column, column, mask, classes, COMPUTE
+                    )
+                    mass += tl.sum(tl.exp(x), axis=1)
+                excess += tl.where(share == 0, 0.0, share * mass)
         for begin in range(0, classes, COLUMNS):
             column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
             mask = valid[:, None] & (column < classes)[None, :]
@@ -174,6 +190,8 @@ def stack_kernel(
                 weight_stride, COMPUTE, TERMS, LOG_PROBS, RELATIVE,
             )  # fmt: skip
             sum_ = tl.zeros([ROWS, COLUMNS], COMPUTE)
+            if LOG_PROBS:
+                sum_ += excess[:, None] * tl.exp((other - q_top[:, None]) * scale - q_log[:, None])
             for k_ in range(count):
                 k = tl.cast(k_, tl.int64)
                 raw = _row_weight(weights, at_weight, k, weight_stride, valid, COMPUTE, ROWS)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fedkern.ops.fuse_kernels import FuseGradients, FuseNeeds, empty_map, fused_channels, wants_channels_last
-from fedkern.ops.triton.aggregate_kernels import pick, starts_of
+from fedkern.ops.triton.aggregate_kernels import pick, starts_of, whole
 from fedkern.ops.triton.launch import cdiv, launch, power_of_two, processors
 from fedkern.ops.triton.rows import COMPUTE
 
@@ -249,7 +249,7 @@ class TritonFuse:
             places = _starts(given)
             launch(
                 back_kernel, cdiv(max(counts[m] for m in some) * outer * step, BLOCK) * len(some), device, grad,
-                None if read is None else read[0], out, (0,) * len(places) if read is None else _starts(read),
+                None if read is None else read[0], out, _filled([0] * len(places)) if read is None else _starts(read),
                 given[0], places, _filled([counts[m] for m in some]), _filled([firsts[m] for m in some]), *vectors,
                 len(some), outer, step, width, len(channels), COUNT=len(places), BLOCK=BLOCK,
                 WIDE=_index(max(counts) * step), **meta,
@@ -275,7 +275,7 @@ class TritonFuse:
                 channel_table = _filled(counts[some_maps])
                 launch(
                     sums_kernel, number * tiles * splits, device, grad, None if read is None else read[some_maps][0],
-                    out, (0,) * len(channel_table) if read is None else _starts(read[some_maps]), channel_table,
+                    out, _filled([0] * len(channel_table)) if read is None else _starts(read[some_maps]), channel_table,
                     _filled(firsts[some_maps]), *vectors, by_scale, by_shift, number, batch, math.prod(positions),
                     width, whole, tiles, splits, span, len(counts), LAST=channels_last, COUNT=len(channel_table),
                     CHANNELS=channel_tile, PLACES=place_tile, **meta,
@@ -321,7 +321,8 @@ def _groups(count: int) -> list[slice]:
 
 
 def _filled(values: Sequence[int]) -> tuple[int, ...]:
-    return (*values, *[0] * (power_of_two(len(values)) - len(values)))
+    """Whole numbers as kernel parameters, filled up to a power of two: fewer kernels to compile."""
+    return tuple(map(whole, (*values, *[0] * (power_of_two(len(values)) - len(values)))))
 
 
 def _starts(maps: Sequence[Tensor]) -> tuple[int, ...]:

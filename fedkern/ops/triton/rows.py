@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fedkern.ops.distill_common import NONE, row_shape
 from fedkern.ops.triton.launch import cdiv, launch, power_of_two, processors
 
 COMPUTE = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), tl.float32) | {torch.float64: tl.float64}
@@ -23,6 +24,8 @@ SERIES = {torch.float32: (9, 1.1754943508222875e-38), torch.float64: (15, 2.2250
 
 # Elements of one tensor's tile. With four warps a thread holds 16 of each, and no kernel here spills (sm_90).
 TILE = 2048
+# Of kernels with K teachers: two elements of a tile to a thread, since they hold several tiles at once and would spill.
+STACK_WARPS = 8
 # The longest row that is held whole: what is longer is read in pieces, twice, the second time mostly from the L2.
 WHOLE = 4096
 # Rows that stand side by side where classes do not: 128 bytes of fp32 at least.
@@ -181,6 +184,10 @@ class Rows(NamedTuple):
         return 8 if self.row_tile * self.column_tile > TILE else 4
 
 
+# Of one number for all rows.
+ALL_ROWS = Steps(0, 0, 0)
+
+
 def steps_of(x: Tensor, axis: int = 1) -> Steps | None:
     """Strides of ``[B, C, *positions]`` (``axis`` 1; ``[K, B, C, *positions]``: 2); None if positions have several."""
     shape, strides = x.shape, x.stride()
@@ -198,7 +205,7 @@ def steps_of(x: Tensor, axis: int = 1) -> Steps | None:
 
 def row_steps_of(x: Tensor | None) -> Steps | None:
     """Strides of ``[B, *positions]``."""
-    return Steps(0, 0, 0) if x is None else steps_of(x.unsqueeze(1))
+    return ALL_ROWS if x is None else steps_of(x.unsqueeze(1))
 
 
 def readable(x: Tensor, gradient: Tensor | None = None, axis: int = 1) -> Tensor:
@@ -206,6 +213,39 @@ def readable(x: Tensor, gradient: Tensor | None = None, axis: int = 1) -> Tensor
     if gradient is not None and x.stride() != gradient.stride():
         return torch.empty_like(gradient, dtype=x.dtype).copy_(x)
     return x if x.dim() == axis + 1 or steps_of(x, axis) is not None else x.contiguous()
+
+
+def readable_rows(x: Tensor | None) -> Tensor | None:
+    """Numbers by row ``[B, *positions]``, or one for all, as one stride leads through their positions."""
+    return x if x is None or not x.dim() or row_steps_of(x) is not None else x.contiguous()
+
+
+def known_steps(x: Tensor | None, axis: int = 1) -> Steps:
+    """:func:`steps_of` what :func:`readable` or :func:`readable_rows` gave; zeros of what is not there."""
+    if x is None:
+        return ALL_ROWS
+    steps = steps_of(x, axis)
+    assert steps is not None
+    return steps
+
+
+def empty_result(logits: Tensor, dtype: torch.dtype, reduction: int) -> Tensor:
+    """Memory for the losses of the rows of ``logits``, or for their sum."""
+    return torch.empty(row_shape(logits) if reduction == NONE else (), dtype=dtype, device=logits.device)
+
+
+def clear(*tensors: Tensor | None) -> None:
+    """Zeros where there are no rows to work on."""
+    for x in tensors:
+        if x is not None:
+            x.zero_()
+
+
+def totals_of(result: Tensor | None, reduction: int, plan: Rows) -> Tensor | None:
+    """Where the programs' sums go: straight into the result where there is only one program."""
+    if result is None or reduction == NONE:
+        return None
+    return result if plan.groups == 1 else torch.empty(plan.groups, dtype=torch.float64, device=result.device)
 
 
 def writable(gradient: Tensor | None, axis: int = 1) -> Tensor | None:

@@ -20,7 +20,7 @@ AXES: dict[str, Any] = {
     "size": (0, 1, 7, 64, 1000, 2051),
     "dtype": DTYPES,
     "layout": ("list", "stack", "transposed", "strided", "mixed", "offset"),
-    "weights": ("numbers", "zero", "device"),
+    "weights": ("numbers", "zero", "device", "strided"),
     "rule": range(len(RULES)),
     "special": (None, "nan", "equal"),
     "state": (torch.float32, torch.float64),
@@ -56,7 +56,12 @@ def make_weights(case: dict[str, Any], device: torch.device, seed: int) -> tuple
     weights = (torch.rand(case["count"], generator=torch.Generator().manual_seed(seed)) + 0.1).double()
     if case["weights"] == "zero" and case["count"] > 1:
         weights[case["count"] // 2] = 0
-    return weights.to(device) if case["weights"] == "device" else weights.tolist(), weights.tolist()
+    numbers = weights.tolist()
+    if case["weights"] == "device":
+        return weights.to(device), numbers
+    if case["weights"] == "strided":
+        return weights.to(device).repeat_interleave(3)[::3], numbers
+    return numbers, numbers
 
 
 def close(what: str, got: Tensor, expected: Tensor, **tolerances: float) -> None:

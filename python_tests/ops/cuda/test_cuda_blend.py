@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from operator_cases import DTYPES, assert_close, describe, pairwise
+from operator_cases import DTYPES, assert_close, describe, moved, pairwise
 from torch import Tensor
 
 from fedkern.ops import blend, erase_boxes, keep_boxes
@@ -118,7 +118,7 @@ def test_boxes(device: torch.device, number: int) -> None:
         corners[:, :, 2:] = corners[:, :, :2] + corners[:, :, 2:] / case["boxes"]
         corners[:, 0] = corners[:, 0].round() + 0.5  # edges on pixels' centres
     fill: Any = 1 if case["fill"] == "number" else [int(c % 2) for c in range(shape[1])]
-    out = (keep_boxes if case["keep"] else erase_boxes)(images.to(device), corners.to(device), fill)
+    out = (keep_boxes if case["keep"] else erase_boxes)(moved(images, device), corners.to(device), fill)
     values = torch.tensor([fill] if isinstance(fill, int) else fill).expand(shape[1])[None].to(dtype)
     assert torch.equal(out.cpu(), fill_boxes_reference(images, corners, values, case["keep"]))
     if case["layout"] == "channels_last":

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from operator_cases import DTYPES, assert_close, describe, pairwise
+from operator_cases import DTYPES, assert_close, describe, moved, pairwise
 from test_distill import FACTOR, LAYOUTS, OPERATORS, call, call_reference, differentiate, make_inputs, spread, strides
 from torch import Tensor
 
@@ -36,7 +36,7 @@ def compare(device: torch.device, case: dict[str, Any], logits: list[Tensor], we
     count = max(logits[0].numel() // logits[0].shape[1], 1)
     factor = {"none": 5 * FACTOR, "sum": FACTOR, "batchmean": FACTOR / count}[case["reduction"]]
     scale = spread(exact) * (case["temperature"] if case["temperature"] < math.inf else 1.0)
-    given = [x.to(device) for x in logits]
+    given = [moved(x, device) for x in logits]
     loss, got = differentiate(case, call, given, None if weight is None else weight.to(device))
     assert loss.dtype == case["dtype"]
     absolute = 1e-6 * scale * (count if case["reduction"] == "sum" else 1)

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import math
 from typing import Any
 
 import pytest
 import torch
-from ensemble_cases import DIFFERENCES, compare_dtypes_of_weights, compare_little_mass, compare_random_masks
-from operator_cases import BACKENDS, DTYPES, assert_close, describe, pairwise, using
+from ensemble_cases import (
+    DIFFERENCES,
+    ENSEMBLES,
+    compare_dtypes_of_weights,
+    compare_little_mass,
+    compare_random_masks,
+    run_ensemble,
+)
+from operator_cases import DTYPES, assert_close, describe, moved, pairwise
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.ops import backend
-from fedkern.ops.cuda.distill import CudaDistill
-from fedkern.ops.distill_common import PROBS, REDUCTIONS
+from fedkern.ops.distill_common import LOGITS, MEAN, PROBS, REDUCTIONS
 from fedkern.ops.distill_ensemble_reference import consensus_reference, ensemble_reference, js_reference
 
 AXES: dict[str, Any] = {
-    "operator": ("probs", "js", "consensus"),
+    "operator": ("probs", "logits", "mean", "js", "consensus"),
     "count": (1, 2, 5, 20),
     "classes": (1, 3, 10, 33, 100, 1030),
     "rows": (0, 1, 4, 9),
@@ -29,11 +34,17 @@ AXES: dict[str, Any] = {
     "special": (None, "extreme", "masked"),
     "reduction": ("none", "sum", "batchmean"),
     "needs": ("student", "all"),
-    "temperature": (1.0, 3.0),
+    "temperature": (1.0, 3.0, math.inf),
     "log_probs": (False, True),
 }
 CASES = pairwise(AXES, seed=9)
 FACTOR = 3.0
+# What mixes for a student: ensemble_kl's arguments, and the reference's.
+MIXES: dict[str, tuple[dict[str, str], int]] = {
+    "probs": ({"mix": "probs"}, PROBS),
+    "logits": ({"mix": "logits"}, LOGITS),
+    "mean": ({"mode": "mean_of_kl"}, MEAN),
+}
 
 
 def lay_out(values: Tensor, layout: str) -> Tensor:
@@ -67,10 +78,10 @@ def make(case: dict[str, Any], seed: int) -> tuple[Tensor, Tensor, Tensor | None
         teachers.masked_fill_(gone, -torch.inf)
         student[..., -1] = -torch.inf
         teachers[..., -1] = -torch.inf
-    if case["log_probs"] and case["operator"] == "probs":
+    if case["log_probs"] and case["operator"] in ("probs", "mean"):
         teachers = teachers.log_softmax(-1)
     weights = mask = None
-    by_class = case["operator"] == "probs"
+    by_class = case["operator"] in ("probs", "logits")
     kind = case["weights"] if by_class or case["weights"] not in ("class", "mask") else "row"
     if kind == "teacher":
         weights = torch.rand(count, generator=generator) + 0.2
@@ -100,7 +111,8 @@ def call(case: dict[str, Any], student: Tensor, teachers: Tensor, weights: Any, 
         return ops.consensus(teachers, weights, reduction=reduction)
     if weights is not None and weights.dim() == teachers.dim() - 1 > 1:
         weights = weights.unsqueeze(2)  # [K, B] is undecidable where B = C
-    more: dict[str, Any] = {"class_mask": mask, "log_probs": case["log_probs"], "reduction": reduction}
+    how, _ = MIXES[case["operator"]]
+    more: dict[str, Any] = {"class_mask": mask, "log_probs": case["log_probs"], "reduction": reduction, **how}
     return (ops.ensemble_kl(student, teachers, weights, case["temperature"], **more),)
 
 
@@ -118,8 +130,8 @@ def call_reference(
         if case["operator"] == "js":
             return (js_reference(teachers, weights, reduction),)
         return consensus_reference(teachers, weights, reduction)
-    given = (student, teachers, weights, mask, case["temperature"])
-    return (ensemble_reference(*given, PROBS, case["log_probs"], reduction),)
+    given = (student, teachers, weights, mask, case["temperature"], MIXES[case["operator"]][1])
+    return (ensemble_reference(*given, case["log_probs"], reduction),)
 
 
 def differentiate(case: dict[str, Any], compute: Any, *given: Any) -> tuple[tuple[Tensor, ...], list[Tensor | None]]:
@@ -148,11 +160,12 @@ def test_against_float64(device: torch.device, number: int) -> None:
     given = make(case, number)
     exact = [x if x is None or x.dtype is torch.bool else x.double() for x in given]
     expected, gradients = differentiate(case, call_reference, *exact)
-    results, got = differentiate(case, call, *(None if x is None else x.to(device) for x in given))
+    results, got = differentiate(case, call, *(None if x is None else moved(x, device) for x in given))
     rows = max(1, case["rows"])
     values = exact[1][exact[1].isfinite()] if exact[1] is not None else torch.zeros(1)
     spread = max(1.0, float(values.max() - values.min())) if values.numel() else 1.0
-    scale = 1e-6 * spread * case["temperature"] ** 2
+    # At T = infinity losses are squares of logits.
+    scale = 1e-6 * spread * (case["temperature"] ** 2 if math.isfinite(case["temperature"]) else spread)
     total = scale * (rows if case["reduction"] == "sum" else 1)
     for i, (ours, theirs) in enumerate(zip(results, expected, strict=True)):
         assert ours.dtype == case["dtype"]
@@ -164,6 +177,11 @@ def test_against_float64(device: torch.device, number: int) -> None:
             assert_close(f"gradient of {name}", ours.cpu(), theirs, absolute=scale * 5 * FACTOR * 4)
 
 
+@pytest.mark.parametrize("number", range(len(ENSEMBLES)), ids=lambda n: f"{n}-{describe(ENSEMBLES[n])}")
+def test_every_case_of_ensemble_kl(device: torch.device, number: int) -> None:
+    run_ensemble(number, ["cuda"], device)
+
+
 @pytest.mark.parametrize("scale", [1e-2, 1e-3])
 def test_nearly_equal_distributions_keep_their_digits(device: torch.device, scale: float) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -172,15 +190,17 @@ def test_nearly_equal_distributions_keep_their_digits(device: torch.device, scal
     loss = ops.js_div(teachers.to(device), reduction="none").cpu()
     expected = js_reference(teachers.double(), None, 0)
     assert ((loss - expected).abs() / expected).max() < 2e-5
-    loss = ops.ensemble_kl(student.to(device), teachers.to(device), None, reduction="none").cpu()
-    expected = ensemble_reference(student.double(), teachers.double(), None, None, 1.0, PROBS, False, 0)
-    assert ((loss - expected).abs() / expected).max() < 2e-5
+    for how, mix in MIXES.values():
+        more: dict[str, Any] = {"reduction": "none", **how}
+        loss = ops.ensemble_kl(student.to(device), teachers.to(device), None, **more).cpu()
+        expected = ensemble_reference(student.double(), teachers.double(), None, None, 1.0, mix, False, 0)
+        assert ((loss - expected).abs() / expected).max() < (2e-5 if mix == PROBS else 1e-6 / scale)
     equal = teachers[:1].expand(5, -1, -1).to(device)
     assert ops.js_div(equal, reduction="none").abs().max() < 1e-12
 
 
 def test_weights_of_other_dtypes_than_the_logits(device: torch.device) -> None:
-    compare_dtypes_of_weights("cuda", device, mixes=("probs",))
+    compare_dtypes_of_weights("cuda", device)
 
 
 @pytest.mark.parametrize("difference", [*DIFFERENCES, 1e3])
@@ -199,47 +219,3 @@ def test_little_mass_in_other_ways(device: torch.device, more: dict[str, Any]) -
 @pytest.mark.parametrize("scale", [10.0, 20.0])
 def test_masks_on_teachers_who_are_sure(device: torch.device, scale: float) -> None:
     compare_random_masks("cuda", scale, rows=100, device=device)
-
-
-LACKING = [{"mix": "logits"}, {"mode": "mean_of_kl"}, {"temperature": torch.inf}]
-
-
-@pytest.mark.parametrize("settings", LACKING)
-def test_what_it_has_no_kernel_for_is_an_error_where_it_is_forced(
-    device: torch.device, settings: dict[str, Any]
-) -> None:
-    student, teachers = torch.randn(4, 6, device=device), torch.randn(3, 4, 6, device=device)
-    with pytest.raises(RuntimeError, match="backend 'cuda' was forced, but it has no kernel for ensemble_kl"):
-        ops.ensemble_kl(student, teachers, **settings)
-
-
-@pytest.mark.parametrize("settings", LACKING)
-@pytest.mark.parametrize("reduction", ["none", "batchmean"])
-@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's interpreter is not there")
-def test_what_it_has_no_kernel_for_goes_to_triton(
-    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], reduction: str
-) -> None:
-    """But for the limit of infinite temperature, which is plain PyTorch."""
-    kernel = CudaDistill(SimpleNamespace(distill=None, distill_workspace=None))  # nothing may be asked of its core
-    beside: list[str] = []
-
-    def find(operator: str, *place: str) -> Any:
-        beside.append(operator)
-        return triton
-
-    with using("triton"):
-        triton = backend.select("ensemble_kl", torch.zeros(1))
-    monkeypatch.setattr(backend, "beside", find)
-    monkeypatch.setattr("fedkern.ops.distill_ensemble.kernel_for", lambda *_: kernel)
-    student = torch.randn(4, 6, requires_grad=True)
-    teachers = torch.randn(3, 4, 6, requires_grad=True)
-    given = {"reduction": reduction, **settings}
-    loss = ops.ensemble_kl(student, teachers, **given)
-    grads = torch.autograd.grad(loss.sum(), (student, teachers))
-    monkeypatch.undo()
-    with ops.use_backend("reference"):
-        expected = ops.ensemble_kl(student, teachers, **given)
-        wanted = torch.autograd.grad(expected.sum(), (student, teachers))
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(grads, wanted)
-    assert bool(beside) == ("temperature" not in settings)

@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from every_operator import LACKING_ON_CUDA, OPERATORS, Operator
+from every_operator import Operator, each_operator
 from operator_runs import capture, compare, gradients, run
 
 from fedkern import ops
-
-SERVED = [operator for operator in OPERATORS if operator.name not in LACKING_ON_CUDA]
-each_operator = pytest.mark.parametrize("operator", SERVED, ids=[o.name.replace(" ", "-") for o in SERVED])
 
 
 @each_operator

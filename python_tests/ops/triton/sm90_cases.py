@@ -205,6 +205,20 @@ def ensemble_cases(full: bool) -> Iterator[Case]:
                                 f"{label} mix {mix} backward",
                                 lambda: kernel.ensemble_backward(one, student, x, weights, known, settings, needs),
                             )
+            for mix, log_probs in ((LOGITS, False), (MEAN, False), (MEAN, True)):
+                rare = Ensemble(1.0 if log_probs else math.inf, mix, log_probs, BATCHMEAN)
+                name = f"{label} mix {mix} {'of log-probabilities' if log_probs else 'limit'}"
+                yield name, lambda: kernel.ensemble_forward(student, x, by_row, None, rare)
+                everything = (True, True, True)
+                yield (
+                    f"{name} backward",
+                    lambda: kernel.ensemble_backward(one, student, x, by_row, None, rare, everything),
+                )
+                if full and mix == LOGITS:
+                    yield (
+                        f"{name} by class backward",
+                        lambda: kernel.ensemble_backward(one, student, x, by_class, mask, rare, everything),
+                    )
             rows = by_row.squeeze(2)
             yield f"{label} js", lambda: kernel.js_forward(x, None, BATCHMEAN)
             yield f"{label} js backward", lambda: kernel.js_backward(one, x, None, BATCHMEAN, (True, False))
@@ -334,10 +348,16 @@ def size_one(full: bool) -> Iterator[Case]:
 
 
 def weights_cases(full: bool) -> Iterator[Case]:
-    """A round's weights are data: other ones must not need another kernel."""
-    kernel, rows = TritonAggregate(), list(torch.empty(8, 4096))
+    """A round's weights are data, and so is where its vectors lie: other ones must not need another kernel."""
+    kernel, memory = TritonAggregate(), torch.empty(8, 5000)
+    side_by_side, apart = list(memory.flatten()[: 8 * 4096].view(8, 4096)), [x[:4096] for x in memory]
     rule = ServerRule(0, 1.0, 0.9, 0.99, 1e-3)
-    for weights in ([1.0] * 8, [0.1, 1 / 3, 0.0, 2.0, 64.0, 5e-324, 1e300, 7 / 9], [20.5, *range(10, 17)]):
+    for rows, weights in (
+        (side_by_side, [1.0] * 8),
+        (apart, [0.1, 1 / 3, 0.0, 2.0, 64.0, 5e-324, 1e300, 7 / 9]),
+        (side_by_side[::-1], [20.5, *range(10, 17)]),
+        ([*apart[2:], apart[0], apart[0]], [2.0] * 8),
+    ):
         yield "weights weighted_mean", lambda: kernel.weighted_mean(rows, weights, None)
         yield "weights median", lambda: kernel.weighted_median(rows, weights)
         yield "weights server_step", lambda: kernel.server_step(rows[0], rows, weights, rule, None, None, None)

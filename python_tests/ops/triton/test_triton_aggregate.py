@@ -22,7 +22,7 @@ if "triton" not in BACKENDS:
 
 from fedkern.ops.triton import aggregate as triton_aggregate
 from fedkern.ops.triton.aggregate import TritonAggregate
-from fedkern.ops.triton.aggregate_kernels import encoded
+from fedkern.ops.triton.aggregate_kernels import MARK, encoded, whole
 
 KERNEL = TritonAggregate()
 COUNTS = (1, 2, 3, 8, 11)
@@ -74,6 +74,33 @@ def test_weights_keep_all_bits() -> None:
         # (w w + 1 * 0) / (w + 1), with the same roundings
         got = KERNEL.weighted_mean(list(vectors), [weight, 1.0], None)
         assert torch.equal(got, (vectors[0] * weight) / (weight + 1))
+
+
+@pytest.mark.parametrize("number", [0, 1, -1, 15, 16, -16, 2**31, -(2**31) - 1, 2**46, -(2**46)])
+def test_places_keep_all_bits(number: int) -> None:
+    code = whole(number)
+    assert code % 2
+    assert not -(1 << 31) <= code < 1 << 31
+    assert -(1 << 63) <= code < 1 << 63
+    assert (code ^ MARK.value) >> 1 == number
+
+
+@pytest.mark.parametrize("how", ["strided", "expanded", "negated"])
+def test_weights_in_memory_of_any_strides(how: str) -> None:
+    for count in (5, 70):  # in one launch, in two
+        vectors = torch.randn(count, 33)
+        values = torch.arange(1.0, count + 1)
+        weights = {
+            "strided": values.repeat_interleave(2)[::2],
+            "expanded": torch.full((1,), 3.0).expand(count),
+            "negated": torch.complex(values, -values).conj().imag,
+        }[how]
+        numbers = weights.tolist()
+        assert weights.is_neg() or not weights.is_contiguous()
+        got = KERNEL.weighted_mean(vectors, weights, None)
+        assert torch.equal(got, PLAIN.weighted_mean(vectors, numbers, None))
+        if count <= 64:
+            assert torch.equal(KERNEL.weighted_median(vectors, weights), PLAIN.weighted_median(vectors, numbers))
 
 
 @pytest.mark.parametrize("device_weights", [False, True])

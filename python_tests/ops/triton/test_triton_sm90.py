@@ -52,7 +52,7 @@ def test_no_kernel_spills_in_any_dtype_and_size_class() -> None:
     check(compile_all("--full"))
 
 
-def test_other_weights_need_no_other_kernel() -> None:
+def test_other_weights_and_places_need_no_other_kernel() -> None:
     compiled = Counter(line["kernel"] for line in compile_all("--family", "weights"))
     assert compiled == {"mean_kernel": 1, "rank_kernel": 1, "step_kernel": 1}
 

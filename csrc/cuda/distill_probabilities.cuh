@@ -1,160 +1,53 @@
-// A row of K teachers, for a group of threads: losses against their mixture, with the formulas of distill_ensemble.h. What is known per teacher waits in
-// global memory (a slot, in the caches), so that K is not limited. Where distributions nearly agree a mixture in fp32 loses
-// the digits of the divergence: such rows are done again in fp64.
+// Losses against the mixture of K teachers' probabilities (probs, js, consensus), with the formulas of distill_ensemble.h.
+// Where distributions nearly agree a mixture in fp32 loses the digits of the divergence: such rows are done again in fp64.
 #pragma once
 
-#include "distill_mixture.cuh"
-#include "distill_rows.cuh"
-#include "fedkern/distill_ensemble_cuda.h"
+#include "distill_teachers.cuh"
 
 namespace fedkern::cuda {
 
 // Divergences (in units of T^2) below this are done again in fp64.
 inline constexpr double kNear = 0.01;
 
-// Where a row lies, and what belongs to it.
-struct EnsemblePlace {
-  std::int64_t student = 0, teachers = 0, weights = 0, student_grad = 0, teachers_grad = 0, weights_grad = 0;
-  std::int64_t row_loss[2] = {};
-  double outer[2] = {1, 1};  // factors of the gradients
-
-  __device__ __forceinline__ EnsemblePlace(const EnsembleCall& a, std::int64_t row) {
-    std::int64_t outer_at[2] = {};
-#pragma unroll 1
-    for (int d = a.row_dims - 1; d >= 0; --d) {
-      const std::int64_t rest = d ? row / a.row_size[d] : 0, i = row - rest * a.row_size[d];
-      row = rest;
-      student += i * a.student.row_stride[d];
-      teachers += i * a.teachers.row_stride[d];
-      weights += i * a.weights.row_stride[d];
-      student_grad += i * a.student_grad.row_stride[d];
-      teachers_grad += i * a.teachers_grad.row_stride[d];
-      weights_grad += i * a.weights_grad.row_stride[d];
-#pragma unroll
-      for (int r = 0; r < 2; ++r) row_loss[r] += i * a.row_loss[r].row_stride[d], outer_at[r] += i * a.grad_output[r].row_stride[d];
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r)
-      if (a.grad_output[r].data) outer[r] = load_value<double>(a.grad_output[r].data, a.grad_output[r].dtype, outer_at[r]);
-  }
-};
-
 template <typename C, int Lanes>
-class EnsembleRow {
-  using G = Group<Lanes>;
-  // Sums over classes are taken by warps, and kept by each of a block's.
-  static constexpr int kParts = Lanes == kBlock ? kWarps : 1;
+class ProbabilityRow : TeacherRow<C, Lanes> {
+  using Base = TeacherRow<C, Lanes>;
+  using typename Base::G;
+  using Base::a_, Base::add_dot, Base::at_, Base::clear_dots, Base::each_chunk, Base::exactly, Base::factors_, Base::gather_dots;
+  using Base::inverse_t_, Base::K_, Base::keep, Base::kParts, Base::number, Base::share, Base::skipped, Base::slot_, Base::step_;
+  using Base::student, Base::student_, Base::student_inverse_, Base::student_log_sum_, Base::sum_at, Base::teacher;
+  using Base::temperature_, Base::to_student, Base::to_teacher, Base::to_weight, Base::together, Base::weight;
   // The mixture's mass that probabilities can be divided by, and their products with gradients taken.
   static constexpr double kFaint = sizeof(C) == 8 ? 1e-200 : 1e-20;
-  static_assert(kDot + kWarps <= kEnsembleNumbers);
 
  public:
-  __device__ EnsembleRow(const EnsembleCall& a, const EnsemblePlace& at, double* slot, std::int64_t step)
-      : a_(a), at_(at), slot_(slot), step_(step), K_(static_cast<int>(a.count)), probs_(a.kind == EnsembleKind::probs),
-        js_(a.kind == EnsembleKind::js), temperature_(probs_ ? a.temperature : 1.0), inverse_t_(static_cast<C>(1 / temperature_)) {}
+  static constexpr bool kExact = false;  // fp32 does where it is asked for
+
+  __device__ ProbabilityRow(const EnsembleCall& a, const EnsemblePlace& at, double* slot, std::int64_t step)
+      : Base(a, at, slot, step, a.kind == EnsembleKind::probs ? a.temperature : 1.0),
+        probs_(a.kind == EnsembleKind::probs), js_(a.kind == EnsembleKind::js) {}
 
   // Finds the losses, and writes the gradients that are wanted; false where fp32 does not do.
   __device__ __forceinline__ bool run(double (&loss)[2]) {
-    find_shares();
+    this->find_shares();
     find_softmaxes();
-    if (probs_) find_student();
+    if (probs_) this->find_student();
     if (probs_ && (a_.by_class || a_.as_is)) {  // the mixture does not sum to 1
       double sum = mass();
       // Masks and weights by class may leave so little that probabilities underflow, log-probabilities hold so much.
       if (!(sum > kFaint && sum < 1 / kFaint)) find_lift(), sum = mass();
       normaliser_ = static_cast<C>(1 / sum), log_normaliser_ = logarithm(static_cast<C>(sum));
     }
-    factors_[0] = at_.outer[0] * a_.scale * temperature_, factors_[1] = at_.outer[1] * a_.scale;
+    this->find_factors();
     if (!find_losses(loss)) return false;
-    if (!a_.teachers_grad.data && !a_.weights_grad.data) return true;
+    if (!this->wants_late()) return true;
     find_dots();
     write_gradients();
-    weight_gradients(probs_ ? factors_[0] * temperature_ : js_ ? factors_[0] : 1.0);
+    this->weight_gradients(probs_ ? factors_[0] * temperature_ : js_ ? factors_[0] : 1.0);
     return true;
   }
 
  private:
-  // --- what is kept per teacher
-
-  __device__ __forceinline__ C number(int name, int k) const { return static_cast<C>(exactly(name, k)); }
-  __device__ __forceinline__ double exactly(int name, int k) const { return slot_[(static_cast<std::int64_t>(name) * K_ + k) * step_]; }
-  __device__ __forceinline__ void keep(int name, int k, double value) {
-    if (G::lane() == 0) slot_[(static_cast<std::int64_t>(name) * K_ + k) * step_] = value;
-  }
-  // What one thread keeps, the others read.
-  __device__ __forceinline__ static void together() {
-    if constexpr (Lanes == 32) __syncwarp();
-    if constexpr (Lanes == kBlock) __syncthreads();
-  }
-
-  // Sums over classes, per teacher: cleared, added to by chunks of the group's classes, put together.
-  __device__ __forceinline__ void clear_dots() {
-    together();
-    for (int i = G::lane(); i < kParts * K_; i += Lanes) slot_[(static_cast<std::int64_t>(kDot) * K_ + i) * step_] = 0;
-    together();
-  }
-  __device__ __forceinline__ void add_dot(int k, double value) {
-    if constexpr (Lanes > 1) value = Group<32>::sum(value);
-    const int part = Lanes == kBlock ? static_cast<int>(threadIdx.x) / 32 : 0;
-    if (Lanes == 1 || threadIdx.x % 32 == 0) slot_[(static_cast<std::int64_t>(kDot + part) * K_ + k) * step_] += value;
-  }
-  __device__ __forceinline__ void gather_dots() {
-    together();
-    if constexpr (kParts > 1) {
-      for (int k = G::lane(); k < K_; k += Lanes) {
-        double sum = 0;
-        for (int part = 0; part < kParts; ++part) sum += exactly(kDot + part, k);
-        slot_[(static_cast<std::int64_t>(kDot) * K_ + k) * step_] = sum;
-      }
-      together();
-    }
-  }
-
-  // f(c, mine) for chunks of classes, a class per thread: all threads of the group come along, with c of the last class at most.
-  template <typename F>
-  __device__ __forceinline__ void each_chunk(F&& f) const {
-    for (std::int64_t begin = 0; begin < a_.classes; begin += Lanes) {
-      const std::int64_t c = begin + G::lane();
-      f(c < a_.classes ? c : a_.classes - 1, c < a_.classes);
-    }
-  }
-
-  // --- inputs
-
-  __device__ __forceinline__ C teacher(int k, std::int64_t c) const {
-    return load_value<C>(a_.teachers.data, a_.teachers.dtype, at_.teachers + k * a_.teachers.stack_stride + c * a_.teachers.class_stride);
-  }
-  __device__ __forceinline__ C student(std::int64_t c) const {
-    return load_value<C>(a_.student.data, a_.student.dtype, at_.student + c * a_.student.class_stride);
-  }
-  __device__ __forceinline__ void to_student(std::int64_t c, C value) const {
-    store_value<C>(a_.student_grad.data, a_.student_grad.dtype, at_.student_grad + c * a_.student_grad.class_stride, value);
-  }
-  __device__ __forceinline__ void to_teacher(int k, std::int64_t c, C value) const {
-    const Stack& to = a_.teachers_grad;
-    store_value<C>(to.data, to.dtype, at_.teachers_grad + k * to.stack_stride + c * to.class_stride, value);
-  }
-  __device__ __forceinline__ void to_weight(int k, std::int64_t c, double value) const {
-    const Stack& to = a_.weights_grad;
-    store_value<double>(to.data, to.dtype, at_.weights_grad + k * to.stack_stride + c * to.class_stride, value);
-  }
-
-  __device__ __forceinline__ double weight(int k, std::int64_t c) const { return weight_of(a_, at_.weights, k, c); }
-  // A teacher's share at class c, whose weights sum to `sum` (looked at where weights differ between classes).
-  __device__ __forceinline__ C share(int k, std::int64_t c, double sum) const {
-    if (!a_.by_class) return number(kShare, k);
-    return static_cast<C>(sum == 0 ? 1.0 / K_ : weight(k, c) / sum);
-  }
-  __device__ __forceinline__ double sum_at(std::int64_t c) const { return a_.by_class ? weight_sum(a_, at_.weights, c) : 0.0; }
-
-  __device__ void find_shares() {
-    together();  // the last row's numbers are no longer read
-    if (a_.by_class) return;
-    total_ = weight_sum(a_, at_.weights, 0);
-    for (int k = 0; k < K_; ++k) keep(kShare, k, total_ == 0 ? 1.0 / K_ : weight(k, 0) / total_);
-    together();
-  }
-
   // Maxima and sums of exponentials of all teachers.
   __device__ void find_softmaxes() {
     for (int k = 0; k < K_; ++k) {
@@ -176,18 +69,6 @@ class EnsembleRow {
   }
   __device__ __forceinline__ C power(int k, C x) const { return exponential((x - number(kMaximum, k)) * inverse_t_) * number(kInverse, k); }
   __device__ __forceinline__ C log_power(int k, C x) const { return (x - number(kMaximum, k)) * inverse_t_ - number(kLogSum, k); }
-
-  __device__ void find_student() {
-    Softmax<C> soft;
-    for (std::int64_t c = G::lane(); c < a_.classes; c += Lanes) {
-      const C x[1] = {student(c)};
-      soft.template add<1>(x, inverse_t_);
-    }
-    soft.template gather<G>(inverse_t_);
-    student_ = soft;
-    student_inverse_ = static_cast<C>(1 / soft.sum);
-    student_log_sum_ = logarithm(static_cast<C>(soft.sum));
-  }
 
   __device__ __forceinline__ Mixture<C> mix(std::int64_t c, double sum) const {
     return mixture<C>(a_, at_.teachers, at_.weights, slot_, step_, c, sum, lift_);
@@ -212,17 +93,6 @@ class EnsembleRow {
     constexpr C tiny = static_cast<C>(sizeof(C) == 8 ? 1e-300 : 1e-37);  // normal numbers
     return logarithm(m > tiny || m != m ? m : tiny);
   }
-
-  // With kDot the derivative toward each share: those of the weights, w_k / sum w.
-  __device__ void weight_gradients(double factor) {
-    if (!a_.weights_grad.data || a_.by_class) return;
-    double mean = 0;
-    for (int k = 0; k < K_; ++k) mean += exactly(kShare, k) == 0 ? 0.0 : exactly(kShare, k) * exactly(kDot, k);
-    for (int k = G::lane(); k < K_; k += Lanes)
-      to_weight(k, 0, total_ == 0 || weight(k, 0) == 0 ? 0.0 : factor * (exactly(kDot, k) - mean) / total_);
-  }
-  // The softmax of a teacher without a share is not known, nor needed.
-  __device__ __forceinline__ bool skipped(int k) const { return !a_.by_class && number(kShare, k) == C(0); }
 
   // log of the student's probability over the mixture's, at a class where that is m before it is renormalised.
   __device__ __forceinline__ C log_ratio(C student, C m) const {
@@ -347,19 +217,10 @@ class EnsembleRow {
   }
   __device__ __forceinline__ static bool too_near(double loss) { return sizeof(C) == 4 && loss < kNear; }
 
-  const EnsembleCall& a_;
-  const EnsemblePlace& at_;
-  double* const slot_;
-  const std::int64_t step_;
-  const int K_;
   const bool probs_, js_;
-  const double temperature_;
-  const C inverse_t_;
-  double factors_[2] = {}, total_ = 0, kl_ = 0;
+  double kl_ = 0;
   C lift_ = 0;  // not 0 where the mixture's probabilities would underflow or overflow: the logarithm they are over
   C normaliser_ = 1, log_normaliser_ = 0;  // of the mixture: one over its sum, the sum's logarithm
-  Softmax<C> student_;
-  C student_inverse_ = 0, student_log_sum_ = 0;
 };
 
 }  // namespace fedkern::cuda
