@@ -159,9 +159,9 @@ def test_sixteen_bits(benchmark: Any, dtype: torch.dtype) -> None:
     compare(benchmark, "aggregate", case, runs, model_bytes=11 * 22_000_000, copy=True, threads=1)
 
 
+@pytest.mark.parametrize("size", [11_000_000, 100_000])
 @pytest.mark.parametrize("exact", [False, True], ids=["plain", "exact"])
-def test_accumulator(benchmark: Any, exact: bool) -> None:
-    size = 11_000_000
+def test_accumulator(benchmark: Any, exact: bool, size: int) -> None:
     vector, total = torch.randn(size), torch.zeros(size, dtype=torch.float64)
     accumulator = ops.Accumulator(size, exact=exact)
     function = torch.compile(lambda total, vector: total.add_(vector, alpha=2.0), dynamic=False)

@@ -125,13 +125,15 @@ def test_small_fuse_concat(benchmark: Any, shape: tuple[int, ...], layout: str) 
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_fuse_mean(benchmark: Any, layout: str) -> None:
-    shape = (64, 64, 16, 16)
-    maps, norm = maps_of(10, shape, layout), Norm(640)
+@pytest.mark.parametrize("shape", [(64, 20, 16, 16), (64, 64, 16, 16), (64, 64, 32, 32)], ids=str)
+def test_fuse_mean(benchmark: Any, layout: str, shape: tuple[int, ...]) -> None:
+    maps, norm = maps_of(10, shape, layout), Norm(10 * shape[1])
     grad = torch.randn(shape).contiguous(memory_format=LAYOUTS[layout])
     case = f"M=10 {list(shape)} {layout}, forward + backward"
     runs = contestants(fused_mean, eager_mean, training(maps, norm, grad))
-    compare(benchmark, "fuse_mean", case, runs, floors=FLOORS, pairs=9, threads=1)
+    floors = FLOORS if shape[1] == 64 else None
+    bytes_ = 3 * sum(x.nbytes for x in maps) + 2 * maps[0].nbytes
+    compare(benchmark, "fuse_mean", case, runs, model_bytes=bytes_, copy=True, floors=floors, pairs=9, threads=1)
 
 
 def settings() -> Iterator[Any]:

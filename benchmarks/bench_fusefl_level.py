@@ -68,8 +68,9 @@ def test_frozen_level(benchmark: Any, blocks: int, number: int) -> None:
             return fused(x)
 
     plain = [folded(module) for module in last]
-    for others in (modules, plain):
-        torch.testing.assert_close(ours(), calls(others, x)(), rtol=1e-3, atol=1e-3)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # algorithms round to it at different places
+        for others in (modules, plain):
+            torch.testing.assert_close(ours(), calls(others, x)(), rtol=1e-3, atol=1e-3)
     runs: dict[str, Callable[[], Any]] = {
         "fedkern": ours,
         "modules": calls(modules, x),

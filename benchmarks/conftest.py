@@ -75,11 +75,15 @@ def _within_a_minute() -> None:
         pytest.skip(f"the short gate has taken its {SHORT_GATE_SECONDS} seconds")
 
 
+# Steps of methods say themselves what lies where: data, generators and their random numbers are the CPU's.
+OWN_DEVICES = {"bench_feddra_step", "bench_fediod_step", "bench_fedlpfm_step", "bench_fusefl_level"}
+
+
 @pytest.fixture(autouse=True)
-def _on_the_device() -> Iterator[None]:
+def _on_the_device(request: pytest.FixtureRequest) -> Iterator[None]:
     """Seeds the inputs, and makes them where the operators run."""
     torch.manual_seed(0)
-    if harness.SETTINGS.device == "cpu":
+    if harness.SETTINGS.device == "cpu" or request.path.stem in OWN_DEVICES:
         yield
         return
     torch.set_default_device(harness.SETTINGS.device)

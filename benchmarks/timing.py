@@ -13,6 +13,8 @@ import torch
 
 SAMPLE_SECONDS = 2e-3  # a timing sample repeats a shorter call until it lasts about this long
 MAX_CALLS = 100  # of a sample on a GPU, whose events are all kept until its end
+LONGEST_DELAY = 2e-3  # seconds; calls that take the host longer leave gaps that hardly count
+CYCLES = 2e9  # of a GPU's clock in a second, or a little more
 Run = Callable[[], Any]
 
 
@@ -54,8 +56,8 @@ class ThreadClock(CpuClock):
 class CudaClock:
     """Time between two events around each call, the L2 cache overwritten before it; the host's share as wall time.
 
-    The overwriting also keeps the device busy while the host enqueues the call, so what the events measure is the
-    kernels as long as enqueuing takes less time than that.
+    The device is kept busy while the host enqueues a call, so that what the events measure is its kernels and not the
+    gaps between them: half as long again as the first call of a sample took the host, at most :data:`LONGEST_DELAY`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -66,8 +68,13 @@ class CudaClock:
     def sample(self, run: Run, count: int) -> float:
         count = min(count, MAX_CALLS)
         marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+        torch.cuda.synchronize(self.device)
+        begin = time.perf_counter()
+        run()
+        delay = int(min(1.5 * (time.perf_counter() - begin), LONGEST_DELAY) * CYCLES)
         for start, end in marks:
             self._flush.zero_()
+            torch.cuda._sleep(delay)
             start.record()
             run()
             end.record()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,18 @@ _take_benchmarks_from_the_checkout()
 def _same_numbers_every_time() -> None:
     """Seeds the global generator that tests draw their inputs from."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A GPU is for tests marked so: ``device="auto"`` would take it, where others compare bits with the CPU's."""
+    if not torch.cuda.is_available() or request.node.get_closest_marker("gpu"):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # of processes that a test starts
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -25,11 +25,12 @@ STACKS = {
     # What it keeps while the fp64 repeat of a row runs, a function that is called.
     "ProbabilityRowELi1E": {"sm_80": 16, "sm_90": 32, "sm_100": 176},
     "ProbabilityRowELi32E": {"sm_80": 8, "sm_90": 32, "sm_100": 104},
-    "ProbabilityRowELi256E": {"sm_80": 32, "sm_90": 80, "sm_100": 96},
+    "ProbabilityRowELi256E": {"sm_80": 32, "sm_90": 80, "sm_100": 104},
     "LogitsRowELi1E": {"sm_100": 56},
     "LogitsRowELi32E": {"sm_100": 16},
-    "LogitsRowELi256E": {"sm_100": 32},
+    "LogitsRowELi256E": {"sm_90": 8, "sm_100": 32},
     "LimitRowELi1E": {"sm_100": 8},
+    "LimitRowELi32E": {"sm_100": 8},
 }
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from fedkern.ops import _library, backend
+from fedkern.ops._function import EagerFunction
 from fedkern.ops._memory import placed
 from fedkern.ops.aggregate_checks import (
     FLOATS,
     Vectors,
-    as_tensor,
     check_out,
     check_vectors,
     check_weights,
@@ -67,6 +67,11 @@ def weighted_mean(
         mean = None if quick is None else quick.kernel.mean_of_rows(quick, weights, out)
         if mean is not None:
             return mean
+        if quick is None and out is None and torch.is_grad_enabled():
+            quick = direct_rows(vectors, recorded=True)
+            if quick is not None:
+                checked = check_weights(weights, len(quick.pointers))
+                return _WeightedMean.call(isinstance(vectors, Tensor), checked, *rows_or_stack(vectors))
     first, count = check_vectors(vectors)
     if isinstance(weights, Tensor):
         check_weights_tensor(weights, count, first.device)
@@ -87,8 +92,8 @@ def weighted_mean(
                 "out takes no part in differentiation; call weighted_mean under torch.no_grad(), or without out"
             )
         if wanted:
-            values = as_tensor(weights, first, count)
-            return _WeightedMean.apply(values, isinstance(vectors, Tensor), *rows)
+            values = weights if isinstance(weights, Tensor) else check_weights(weights, count)
+            return _WeightedMean.call(isinstance(vectors, Tensor), values, *rows)
     return _compute(vectors, weights, out)
 
 
@@ -105,30 +110,40 @@ def select(vectors: Vectors, *others: Tensor) -> AggregateKernel:
 # 3. Eager autograd.
 
 
-class _WeightedMean(torch.autograd.Function):
+class _WeightedMean(EagerFunction):
+    """Of weights in a tensor, or of checked numbers and their sum."""
+
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, stacked: bool, *rows: Tensor) -> Tensor:
+    def forward(ctx: Any, stacked: bool, weights: Tensor | tuple[list[float], float], *rows: Tensor) -> Tensor:
         ctx.stacked = stacked
-        ctx.save_for_backward(weights, *(rows if ctx.needs_input_grad[0] else ()))
-        ctx.dtype = rows[0].dtype
-        return _compute(rows[0] if stacked else rows, weights, None)
+        given: Vectors = rows[0] if stacked else rows
+        if isinstance(weights, tuple):
+            ctx.numbers = weights
+            quick = direct_rows(given)
+            mean = None if quick is None else quick.kernel.mean_of_rows(quick, weights[0], None)
+            return select(given).weighted_mean(given, weights[0], None) if mean is None else mean
+        ctx.numbers = None
+        ctx.save_for_backward(weights, *(rows if ctx.needs_input_grad[1] else ()))
+        return _compute(given, weights, None)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weights, *rows = ctx.saved_tensors
+        (grad,) = grads
         by_weights: Tensor | None = None
-        by_rows: tuple[Tensor | None, ...]
-        shares = _shares(weights, grads[0])
-        if ctx.needs_input_grad[0]:
-            by_weights = _by_weights(grads[0], rows[0] if ctx.stacked else torch.stack(rows), weights)
-        if ctx.stacked:
-            by_rows = (_outer(shares, grads[0]) if ctx.needs_input_grad[2] else None,)
+        shares: Tensor | list[float]
+        if ctx.numbers is None:
+            weights, *rows = ctx.saved_tensors
+            shares = _shares(weights, grad)
+            if ctx.needs_input_grad[1]:
+                by_weights = _by_weights(grad, rows[0] if ctx.stacked else torch.stack(rows), weights)
         else:
-            by_rows = tuple(
-                (grads[0] * share).to(ctx.dtype) if need else None
-                for share, need in zip(shares, ctx.needs_input_grad[2:], strict=True)
-            )
-        return (by_weights, None, *by_rows)
+            values, total = ctx.numbers
+            shares = [value / total for value in values]
+        needs = ctx.needs_input_grad[2:]
+        if ctx.stacked:
+            return None, by_weights, _outer(shares, grad) if needs[0] else None
+        parts = [grad * share if need else None for share, need in zip(shares, needs, strict=True)]
+        return None, by_weights, *parts
 
 
 def _shares(weights: Tensor, grad: Tensor) -> Tensor:
@@ -136,8 +151,12 @@ def _shares(weights: Tensor, grad: Tensor) -> Tensor:
     return values / values.sum()
 
 
-def _outer(shares: Tensor, grad: Tensor) -> Tensor:
-    return (shares[:, None].to(torch.promote_types(grad.dtype, torch.float32)) * grad).to(grad.dtype)
+def _outer(shares: Tensor | list[float], grad: Tensor) -> Tensor:
+    """``[M, P]`` from shares ``[M]`` and a gradient ``[P]``."""
+    dtype = grad.dtype if grad.dtype.itemsize > 2 else torch.float32
+    shares = shares.to(dtype) if isinstance(shares, Tensor) else placed(shares, grad.device, dtype)
+    outer = torch.outer(shares, grad)
+    return outer if outer.dtype is grad.dtype else outer.to(grad.dtype)
 
 
 def _by_weights(grad: Tensor, rows: Tensor, weights: Tensor) -> Tensor:

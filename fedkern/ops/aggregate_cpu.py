@@ -40,8 +40,10 @@ class Rows(NamedTuple):
     pointers: list[int]
 
 
-def rows(vectors: Vectors) -> Rows | None:
+def rows(vectors: Vectors, *, recorded: bool = False) -> Rows | None:
     """Whether an ordinary call on ordinary vectors can go straight to the CPU kernels; None: by the general way.
+
+    ``recorded``: also where a gradient is wanted, for those who see to it.
 
     Everything that the checks, :func:`fedkern.ops.backend.eager` and :func:`fedkern.ops.backend.select` ask of the
     vectors is asked in one call into the core, for half of a call's time with ten vectors is these questions.
@@ -51,7 +53,7 @@ def rows(vectors: Vectors) -> Rows | None:
     kernel = backend._chosen.get(_KEY, _NONE)[0]
     if type(kernel) is not CpuAggregate:
         return None
-    found = kernel.core.plain_vectors(vectors, _TENSORS, torch.is_grad_enabled())
+    found = kernel.core.plain_vectors(vectors, _TENSORS, not recorded and torch.is_grad_enabled())
     if found is None or found[0] not in backend.DTYPES:
         return None
     return Rows(kernel, *found)

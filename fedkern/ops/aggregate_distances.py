@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,13 +24,16 @@ from fedkern.ops.aggregate_checks import (
     no_vmap,
     rows_of,
 )
-from fedkern.ops.aggregate_cpu import rows
+from fedkern.ops.aggregate_cpu import SHORT, CpuAggregate, rows
 from fedkern.ops.aggregate_plain import PLAIN
 from fedkern.ops.aggregate_robust_reference import geometric_median_reference, krum_scores_reference
 
 # Up to this many vectors the geometric median is found from their distances alone: one pass over the vectors that costs
 # M / 2 differences per element, where every iteration on the vectors costs two passes.
 MOST_FROM_DISTANCES = 128
+
+# Up to this many vectors Krum's scores are summed in Python.
+FEW = 20
 
 # 1. What they compute: aggregate_robust_reference.
 
@@ -81,11 +85,15 @@ def krum(vectors: Vectors, byzantine: int, keep: int = 1) -> Tensor:
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
         RuntimeError: a forced backend cannot serve the call.
     """
+    given = rows(vectors)
+    if given is not None:
+        _check_krum(byzantine, keep, len(given.pointers))
+        chosen = _krum_weights(given.kernel.distances_of_rows(given, root=False), byzantine, keep)
+        if keep == 1 and given.size <= SHORT:
+            return vectors[chosen.index(1.0)].detach().clone()
+        return given.kernel.mean_of_rows(given, chosen, None)  # type: ignore[return-value]
     first, count = check_vectors(vectors)
-    check_count(byzantine, "byzantine", 0)
-    if 2 * byzantine + 2 >= count:
-        raise ValueError(f"byzantine must be less than (M - 2) / 2 with M = {count} vectors, not {byzantine}")
-    check_count(keep, "keep", 1, count - byzantine)
+    _check_krum(byzantine, keep, count)
     check_call("krum", vectors, None, first, count)
     if not eager(vectors):
         return _krum_operator(rows_of(vectors), byzantine, keep)
@@ -123,10 +131,18 @@ def geometric_median(
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
         RuntimeError: a forced backend cannot serve the call.
     """
-    first, count = check_vectors(vectors)
     check_count(iterations, "iterations", 0)
     check_number(tolerance, "tolerance", 0.0)
     check_number(smoothing, "smoothing", 0.0, above=True)
+    quick = None if isinstance(weights, Tensor) else rows(vectors)
+    if quick is not None and len(quick.pointers) <= MOST_FROM_DISTANCES:
+        count = len(quick.pointers)
+        numbers = [1.0] * count if weights is None else check_weights(weights, count)[0]
+        squared = quick.kernel.distances_of_rows(quick, root=False)
+        shares = _weiszfeld(squared, numbers, iterations, tolerance, smoothing)
+        if math.isfinite(sum(shares)):
+            return quick.kernel.mean_of_rows(quick, shares, None)  # type: ignore[return-value]
+    first, count = check_vectors(vectors)
     check_call("geometric_median", vectors, weights, first, count)
     if weights is None:  # made where they are needed: a copy from the host would wait, and end a graph's capture
         given = torch.ones(count, dtype=torch.float64, device=first.device)
@@ -141,11 +157,37 @@ def _pairwise(vectors: Vectors) -> Tensor:
     return select(vectors).distances(vectors)
 
 
+def _check_krum(byzantine: int, keep: int, count: int) -> None:
+    check_count(byzantine, "byzantine", 0)
+    if 2 * byzantine + 2 >= count:
+        raise ValueError(f"byzantine must be less than (M - 2) / 2 with M = {count} vectors, not {byzantine}")
+    check_count(keep, "keep", 1, count - byzantine)
+
+
 def _krum(vectors: Vectors, byzantine: int, keep: int) -> Tensor:
-    squared = select(vectors).squared_distances(vectors).nan_to_num_(nan=math.inf, posinf=math.inf)
-    kept = krum_scores_reference(squared, byzantine).argsort(stable=True)[:keep]
-    chosen = torch.zeros(len(vectors), dtype=torch.float64, device=squared.device).index_fill_(0, kept, 1.0)
-    return _mean(vectors, chosen)
+    kernel = select(vectors)
+    squared = kernel.squared_distances(vectors)
+    if isinstance(kernel, CpuAggregate):
+        return kernel.weighted_mean(vectors, _krum_weights(squared, byzantine, keep), None)
+    scores = krum_scores_reference(squared.nan_to_num_(nan=math.inf, posinf=math.inf), byzantine)
+    kept = scores.argsort(stable=True)[:keep]
+    return _mean(vectors, torch.zeros_like(scores).index_fill_(0, kept, 1.0))
+
+
+def _krum_weights(squared: Tensor, byzantine: int, keep: int) -> list[float]:
+    """1 for the vectors that Krum keeps, 0 for the others."""
+    count = len(squared)
+    if count > FEW:
+        scores = krum_scores_reference(squared.nan_to_num_(nan=math.inf, posinf=math.inf), byzantine).tolist()
+    else:  # where torch would take longer to be called than the sums take
+        scores = []
+        for m, row in enumerate(squared.tolist()):
+            others = sorted([x if x == x else math.inf for x in row[:m] + row[m + 1 :]])
+            scores.append(sum(others[: count - byzantine - 2]))
+    weights = [0.0] * count
+    for m in sorted(range(count), key=scores.__getitem__)[:keep]:
+        weights[m] = 1.0
+    return weights
 
 
 def _mean(vectors: Vectors, shares: Tensor, out: Tensor | None = None) -> Tensor:
@@ -159,8 +201,12 @@ def _geometric_median(vectors: Vectors, weights: Tensor, iterations: int, tolera
     if weights.device.type == "cpu":
         check_weights(weights.detach(), count)
     given = weights.to(device, torch.float64)
-    if select(vectors) is PLAIN:
+    kernel = select(vectors)
+    if kernel is PLAIN:
         return geometric_median_reference(vectors, given, iterations, tolerance, smoothing)
+    if isinstance(kernel, CpuAggregate) and count <= MOST_FROM_DISTANCES:
+        found = _weiszfeld(kernel.squared_distances(vectors), given.tolist(), iterations, tolerance, smoothing)
+        return kernel.weighted_mean(vectors, found, None)
     used = given > 0
     squared = None
     if count <= MOST_FROM_DISTANCES:
@@ -177,6 +223,30 @@ def _geometric_median(vectors: Vectors, weights: Tensor, iterations: int, tolera
         pulls = torch.where(used, given / distances.clamp_min(smoothing), 0.0)
         current, before = torch.where(settled, current, pulls / pulls.sum()), objective
     return _mean(vectors, current)
+
+
+def _weiszfeld(
+    squared: Tensor, weights: Sequence[float], iterations: int, tolerance: float, smoothing: float
+) -> list[float]:
+    """The shares that the iterations end with, from the vectors' squared distances: in NumPy, whose calls cost less."""
+    used = [m for m, weight in enumerate(weights) if weight > 0]
+    given = np.array(weights)[used]
+    between = squared.numpy()[np.ix_(used, used)]
+    shares, before = given / given.sum(), math.inf
+    with np.errstate(all="ignore"):  # NaN and infinities spread as they do in torch
+        for _ in range(iterations):
+            sums = (between * shares).sum(1)  # and no product of BLAS, whose bits may depend on its threads
+            distances = np.sqrt(np.maximum(sums - 0.5 * (shares * sums).sum(), 0.0))
+            objective = float((given * distances).sum())
+            if abs(before - objective) <= tolerance * objective:
+                break
+            shares = given / np.maximum(distances, smoothing)
+            shares /= shares.sum()
+            before = objective
+    every = [0.0] * len(weights)
+    for m, share in zip(used, shares.tolist(), strict=True):
+        every[m] = share
+    return every
 
 
 def _distances_to_mean(vectors: Vectors, shares: Tensor, squared: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops import _library, backend
+from fedkern.ops._function import EagerFunction
 from fedkern.ops._memory import placed
 from fedkern.ops.blend_launch import output_strides
 from fedkern.ops.boxes_kernels import BoxesKernel, CpuBoxes
@@ -78,14 +79,17 @@ def _boxes(
 ) -> Tensor:
     kernel = _usual(images, boxes, fill)
     if kernel is not None:
-        return kernel.fill_contiguous(images, boxes, _constant(fill, images.dtype, images.shape[1]), keep)  # type: ignore[arg-type]
+        fills = _constant(fill, images.dtype, images.shape[1])  # type: ignore[arg-type]
+        if torch.is_grad_enabled() and images.requires_grad:
+            return _FillBoxes.call(kernel, images, boxes, fills, keep)
+        return kernel.fill_contiguous(images, boxes, fills, keep)  # type: ignore[arg-type]
     _check_images(images)
     padded = _padded(boxes, images)
     fills = _fills(fill, images)
     if not backend.eager(images, padded, fills):
         return _fill_boxes(images, padded, fills, keep)
     if torch.is_grad_enabled() and images.requires_grad:
-        return _FillBoxes.apply(images, padded, fills, keep)
+        return _FillBoxes.call(None, images, padded, fills, keep)
     return _implementation(images, padded, fills, keep)
 
 
@@ -105,7 +109,6 @@ def _usual(images: Tensor, boxes: Any, fill: Any) -> CpuBoxes | None:
         or not boxes.is_contiguous()
         or images.is_neg()
         or boxes.is_neg()
-        or (images.requires_grad and torch.is_grad_enabled())
     ):
         return None
     shape = boxes.shape
@@ -205,16 +208,18 @@ def _check_values(values: Sequence[float], dtype: torch.dtype) -> None:
 # 3. Eager autograd.
 
 
-class _FillBoxes(torch.autograd.Function):
+class _FillBoxes(EagerFunction):
     @staticmethod
-    def forward(ctx: Any, images: Tensor, boxes: Tensor, fill: Tensor, keep: bool) -> Tensor:
+    def forward(ctx: Any, kernel: CpuBoxes | None, images: Tensor, boxes: Tensor, fill: Tensor, keep: bool) -> Tensor:
         ctx.save_for_backward(boxes)
         ctx.keep = keep
+        if kernel is not None:
+            return kernel.fill_contiguous(images, boxes, fill, keep)
         return _implementation(images, boxes, fill, keep)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, *grads)
+        return None, *_backward(ctx, *grads)
 
 
 # 4. The same operator for torch.compile, torch.func and opcheck.

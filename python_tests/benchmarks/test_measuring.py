@@ -68,12 +68,18 @@ def test_cuda_clock_flushes_before_each_call_and_waits_once(monkeypatch: pytest.
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("wait"))
+    delays: list[int] = []
+    monkeypatch.setattr(torch.cuda, "_sleep", delays.append)
     properties = SimpleNamespace(L2_cache_size=50_000_000)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch, "empty", empty)
     clock = timing.CudaClock("cuda")  # type: ignore[arg-type]
     assert clock.sample(lambda: log.append("call"), 2) == 0.002
-    assert log == ["flush", "event", "call", "event"] * 2 + ["wait"]
+    assert log == ["wait", "call", *["flush", "event", "call", "event"] * 2, "wait"]
+    assert len(delays) == 2
+    assert 0 < delays[0] == delays[1] < timing.LONGEST_DELAY * timing.CYCLES
+    clock.sample(lambda: time.sleep(0.01), 1)
+    assert delays[2] == timing.LONGEST_DELAY * timing.CYCLES
     log.clear()
     assert clock.wall(lambda: log.append("call"), 2) is not None
     assert log == ["wait", "call", "call", "wait"]

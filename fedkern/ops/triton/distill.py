@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,6 @@ from fedkern.ops.triton.distill_limits import entropy_kernel, limit_kernel
 from fedkern.ops.triton.launch import double_bits, launch, power_of_two
 from fedkern.ops.triton.rows import (
     ALL_ROWS,
-    COMPUTE,
     SERIES,
     Rows,
     Steps,
@@ -27,6 +25,7 @@ from fedkern.ops.triton.rows import (
     finish,
     hand_over,
     known_steps,
+    meta_of,
     readable,
     readable_rows,
     row_steps_of,
@@ -119,12 +118,7 @@ class TritonDistill(Recomputes, Mixtures):
         count = max(rows, 1) if reduction == BATCHMEAN else 1
         t_steps, s_steps, o_steps, w_steps, g_steps = steps
         strides = (*t_steps, *s_steps, *o_steps, w_steps.outer, w_steps.row, g_steps.outer, g_steps.row)
-        meta: dict[str, Any] = {
-            "COMPUTE": COMPUTE[compute],
-            "ROWS": plan.row_tile,
-            "COLUMNS": plan.column_tile,
-            "num_warps": plan.warps,
-        }
+        meta = meta_of(plan, compute, plan.warps)
 
         def run(
             to: tuple[Tensor | None, ...],
@@ -232,9 +226,8 @@ class TritonDistill(Recomputes, Mixtures):
             launch(
                 entropy_kernel, plan.groups * plan.splits, device, logits, grad, to, losses, total, *parts, values,
                 count, plan.inner, plan.classes, plan.tiles, plan.splits, plan.span, *steps,
-                g_steps.outer, g_steps.row, COMPUTE=COMPUTE[compute], MEAN=total is not None and total.dim() == 0,
-                WHOLE=plan.whole, ROWS=plan.row_tile, COLUMNS=plan.column_tile, SPLITS=power_of_two(plan.splits),
-                num_warps=plan.warps,
+                g_steps.outer, g_steps.row, MEAN=total is not None and total.dim() == 0, WHOLE=plan.whole,
+                SPLITS=power_of_two(plan.splits), **meta_of(plan, compute, plan.warps),
             )  # fmt: skip
 
         if plan.splits == 1:
@@ -268,6 +261,6 @@ def _statistics(
         launch(
             statistics_kernel, plan.groups * plan.splits, device, x, top, total, double_bits(temperature),
             plan.inner, plan.classes, plan.tiles, plan.splits, plan.span, *step,
-            COMPUTE=COMPUTE[compute], ROWS=plan.row_tile, COLUMNS=plan.column_tile, num_warps=plan.warps,
+            **meta_of(plan, compute, plan.warps),
         )  # fmt: skip
     return tops, totals

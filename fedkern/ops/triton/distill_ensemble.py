@@ -17,7 +17,6 @@ from fedkern.ops.triton.distill_mixture import members_kernel, mixture_kernel
 from fedkern.ops.triton.launch import double_bits, launch
 from fedkern.ops.triton.rows import (
     ALL_ROWS,
-    COMPUTE,
     SERIES,
     STACK_WARPS,
     Rows,
@@ -27,6 +26,7 @@ from fedkern.ops.triton.rows import (
     finish,
     hand_over,
     known_steps,
+    meta_of,
     readable,
     readable_rows,
     row_steps_of,
@@ -187,9 +187,9 @@ def _ensemble(
         *s_steps, *t_steps, w_steps.outer, w_steps.row, 0 if weights is None or weights.shape[2] == 1 else w_steps[2],
         g_steps.outer, g_steps.row, *b_steps, teachers.stride(0), 0 if weights is None else weights.stride(0),
         *((0, 0) if class_mask is None else class_mask.stride()), 0 if to_weights is None else to_weights.stride(0),
-        COMPUTE=COMPUTE[compute], TERMS=terms, TINY=tiny, LOGITS=settings.mix == LOGITS, LOG_PROBS=log_probs,
+        TERMS=terms, TINY=tiny, LOGITS=settings.mix == LOGITS, LOG_PROBS=log_probs,
         BY_CLASS=to_weights is not None and to_weights.shape[2] > 1, MEAN=total is not None and total.dim() == 0,
-        ROWS=plan.row_tile, COLUMNS=plan.column_tile, num_warps=STACK_WARPS,
+        **meta_of(plan, compute, STACK_WARPS),
     )  # fmt: skip
     if total is not None and result is not None and total is not result:
         finish(total, result, rows if reduction == BATCHMEAN else 1)
@@ -246,9 +246,9 @@ def _stack(
         rows if reduction == BATCHMEAN else 1, double_bits(bound), len(logits), plan.inner, plan.classes, plan.tiles,
         rows, *s_steps, *t_steps, w_steps.outer, w_steps.row, g_steps.outer, g_steps.row, m_steps.outer, m_steps.row,
         b_steps.outer, b_steps.row, logits.stride(0), 0 if weights is None else weights.stride(0),
-        0 if to_weights is None else to_weights.stride(0), COMPUTE=COMPUTE[compute], TERMS=terms, TINY=tiny,
+        0 if to_weights is None else to_weights.stride(0), TERMS=terms, TINY=tiny,
         CONSENSUS=consensus, LOG_PROBS=log_probs, MEAN=totals[0] is not None and totals[0].dim() == 0,
-        ROWS=plan.row_tile, COLUMNS=plan.column_tile, num_warps=STACK_WARPS,
+        **meta_of(plan, compute, STACK_WARPS),
     )  # fmt: skip
     for total, result in zip(totals, results, strict=True):
         if total is not None and result is not None and total is not result:
@@ -266,7 +266,7 @@ def _members(
     launch(
         members_kernel, plan.groups * len(teachers), teachers.device, teachers, tops, logs, double_bits(temperature),
         plan.inner, plan.classes, plan.tiles, plan.groups, rows, teachers.stride(0), *steps,
-        COMPUTE=COMPUTE[compute], ROWS=plan.row_tile, COLUMNS=plan.column_tile, num_warps=STACK_WARPS,
+        **meta_of(plan, compute, STACK_WARPS),
     )  # fmt: skip
     return tops, logs
 

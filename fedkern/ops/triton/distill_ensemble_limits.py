@@ -12,12 +12,12 @@ from fedkern.ops.triton.distill_mixture_limits import mean_limit_kernel, members
 from fedkern.ops.triton.launch import launch
 from fedkern.ops.triton.rows import (
     ALL_ROWS,
-    COMPUTE,
     STACK_WARPS,
     clear,
     finish,
     hand_over,
     known_steps,
+    meta_of,
     readable,
     readable_rows,
     row_steps_of,
@@ -72,12 +72,7 @@ def limit(
     results = (result if reduction == NONE else None, total)
     strides = (teachers.stride(0), 0 if weights is None else weights.stride(0))
     by_stride = 0 if to_weights is None else to_weights.stride(0)
-    meta = {
-        "COMPUTE": COMPUTE[compute],
-        "ROWS": plan.row_tile,
-        "COLUMNS": plan.column_tile,
-        "num_warps": STACK_WARPS,
-    }
+    meta = meta_of(plan, compute, STACK_WARPS)
     mean = total is not None and total.dim() == 0
     if settings.mix == MEAN:
         found = torch.empty(3, count, rows, dtype=compute, device=student.device).unbind()

@@ -7,7 +7,7 @@ contiguous segmentation map.  Rows come as ``outer`` times ``inner``: batches ti
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -186,6 +186,21 @@ class Rows(NamedTuple):
 
 # Of one number for all rows.
 ALL_ROWS = Steps(0, 0, 0)
+
+# Registers of a thread. Told of a limit ptxas spills none; without, it spills a few for the sake of occupancy.
+REGISTERS = {tl.float32: 128, tl.float64: 255}
+
+
+def meta_of(plan: Rows, compute: torch.dtype, warps: int) -> dict[str, Any]:
+    """What the kernels of rows are compiled for."""
+    kind = COMPUTE[compute]
+    return {
+        "COMPUTE": kind,
+        "ROWS": plan.row_tile,
+        "COLUMNS": plan.column_tile,
+        "num_warps": warps,
+        "maxnreg": REGISTERS[kind],
+    }
 
 
 def steps_of(x: Tensor, axis: int = 1) -> Steps | None:

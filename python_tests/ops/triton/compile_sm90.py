@@ -58,7 +58,7 @@ class Recorder:
         log = io.StringIO()
         with contextlib.redirect_stdout(log):
             compiled = kernel.run(
-                *arguments, grid=(programs,), warmup=True, enable_fp_fusion=False, **meta, **self.more
+                *arguments, grid=(programs,), warmup=True, enable_fp_fusion=False, **{**meta, **self.more}
             )
             compiled = compiled.result() if hasattr(compiled, "result") else compiled
         if compiled.hash in self.seen:
