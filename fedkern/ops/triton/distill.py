@@ -118,7 +118,7 @@ class TritonDistill(Recomputes, Mixtures):
         count = max(rows, 1) if reduction == BATCHMEAN else 1
         t_steps, s_steps, o_steps, w_steps, g_steps = steps
         strides = (*t_steps, *s_steps, *o_steps, w_steps.outer, w_steps.row, g_steps.outer, g_steps.row)
-        meta = meta_of(plan, compute, plan.warps)
+        meta = meta_of(plan, compute)
 
         def run(
             to: tuple[Tensor | None, ...],
@@ -227,7 +227,7 @@ class TritonDistill(Recomputes, Mixtures):
                 entropy_kernel, plan.groups * plan.splits, device, logits, grad, to, losses, total, *parts, values,
                 count, plan.inner, plan.classes, plan.tiles, plan.splits, plan.span, *steps,
                 g_steps.outer, g_steps.row, MEAN=total is not None and total.dim() == 0, WHOLE=plan.whole,
-                SPLITS=power_of_two(plan.splits), **meta_of(plan, compute, plan.warps),
+                SPLITS=power_of_two(plan.splits), **meta_of(plan, compute),
             )  # fmt: skip
 
         if plan.splits == 1:
@@ -261,6 +261,6 @@ def _statistics(
         launch(
             statistics_kernel, plan.groups * plan.splits, device, x, top, total, double_bits(temperature),
             plan.inner, plan.classes, plan.tiles, plan.splits, plan.span, *step,
-            **meta_of(plan, compute, plan.warps),
+            **meta_of(plan, compute),
         )  # fmt: skip
     return tops, totals

@@ -18,7 +18,6 @@ from fedkern.ops.triton.launch import double_bits, launch
 from fedkern.ops.triton.rows import (
     ALL_ROWS,
     SERIES,
-    STACK_WARPS,
     Rows,
     Steps,
     clear,
@@ -189,7 +188,7 @@ def _ensemble(
         *((0, 0) if class_mask is None else class_mask.stride()), 0 if to_weights is None else to_weights.stride(0),
         TERMS=terms, TINY=tiny, LOGITS=settings.mix == LOGITS, LOG_PROBS=log_probs,
         BY_CLASS=to_weights is not None and to_weights.shape[2] > 1, MEAN=total is not None and total.dim() == 0,
-        **meta_of(plan, compute, STACK_WARPS),
+        **meta_of(plan, compute, stack=True),
     )  # fmt: skip
     if total is not None and result is not None and total is not result:
         finish(total, result, rows if reduction == BATCHMEAN else 1)
@@ -248,7 +247,7 @@ def _stack(
         b_steps.outer, b_steps.row, logits.stride(0), 0 if weights is None else weights.stride(0),
         0 if to_weights is None else to_weights.stride(0), TERMS=terms, TINY=tiny,
         CONSENSUS=consensus, LOG_PROBS=log_probs, MEAN=totals[0] is not None and totals[0].dim() == 0,
-        **meta_of(plan, compute, STACK_WARPS),
+        **meta_of(plan, compute, stack=True),
     )  # fmt: skip
     for total, result in zip(totals, results, strict=True):
         if total is not None and result is not None and total is not result:
@@ -266,7 +265,7 @@ def _members(
     launch(
         members_kernel, plan.groups * len(teachers), teachers.device, teachers, tops, logs, double_bits(temperature),
         plan.inner, plan.classes, plan.tiles, plan.groups, rows, teachers.stride(0), *steps,
-        **meta_of(plan, compute, STACK_WARPS),
+        **meta_of(plan, compute, stack=True),
     )  # fmt: skip
     return tops, logs
 

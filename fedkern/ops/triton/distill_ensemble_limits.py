@@ -12,7 +12,6 @@ from fedkern.ops.triton.distill_mixture_limits import mean_limit_kernel, members
 from fedkern.ops.triton.launch import launch
 from fedkern.ops.triton.rows import (
     ALL_ROWS,
-    STACK_WARPS,
     clear,
     finish,
     hand_over,
@@ -72,7 +71,7 @@ def limit(
     results = (result if reduction == NONE else None, total)
     strides = (teachers.stride(0), 0 if weights is None else weights.stride(0))
     by_stride = 0 if to_weights is None else to_weights.stride(0)
-    meta = meta_of(plan, compute, STACK_WARPS)
+    meta = meta_of(plan, compute, stack=True)
     mean = total is not None and total.dim() == 0
     if settings.mix == MEAN:
         found = torch.empty(3, count, rows, dtype=compute, device=student.device).unbind()

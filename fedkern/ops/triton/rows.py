@@ -187,19 +187,18 @@ class Rows(NamedTuple):
 # Of one number for all rows.
 ALL_ROWS = Steps(0, 0, 0)
 
-# Registers of a thread. Told of a limit ptxas spills none; without, it spills a few for the sake of occupancy.
-REGISTERS = {tl.float32: 128, tl.float64: 255}
 
+def meta_of(plan: Rows, compute: torch.dtype, *, stack: bool = False) -> dict[str, Any]:
+    """What the kernels of rows, or of stacks of K teachers' rows, are compiled for.
 
-def meta_of(plan: Rows, compute: torch.dtype, warps: int) -> dict[str, Any]:
-    """What the kernels of rows are compiled for."""
-    kind = COMPUTE[compute]
+    Told of a limit to a thread's registers ptxas spills none; without, it spills a few for the sake of occupancy.
+    """
     return {
-        "COMPUTE": kind,
+        "COMPUTE": COMPUTE[compute],
         "ROWS": plan.row_tile,
         "COLUMNS": plan.column_tile,
-        "num_warps": warps,
-        "maxnreg": REGISTERS[kind],
+        "num_warps": STACK_WARPS if stack else plan.warps,
+        "maxnreg": 128 if stack and compute is torch.float32 else 255,
     }
 
 
