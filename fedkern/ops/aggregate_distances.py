@@ -90,7 +90,7 @@ def krum(vectors: Vectors, byzantine: int, keep: int = 1) -> Tensor:
         _check_krum(byzantine, keep, len(given.pointers))
         chosen = _krum_weights(given.kernel.distances_of_rows(given, root=False), byzantine, keep)
         if keep == 1 and given.size <= SHORT:
-            return vectors[chosen.index(1.0)].detach().clone()
+            return vectors[chosen.index(1.0)].clone()
         return given.kernel.mean_of_rows(given, chosen, None)  # type: ignore[return-value]
     first, count = check_vectors(vectors)
     _check_krum(byzantine, keep, count)
