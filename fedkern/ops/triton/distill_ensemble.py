@@ -14,6 +14,7 @@ from fedkern.ops.distill_reference import compute_dtype, result_dtype
 from fedkern.ops.triton.distill_ensemble_limits import limit
 from fedkern.ops.triton.distill_members import stack_kernel
 from fedkern.ops.triton.distill_mixture import members_kernel, mixture_kernel
+from fedkern.ops.triton.distill_stacks import Call, Gradients
 from fedkern.ops.triton.launch import double_bits, launch
 from fedkern.ops.triton.rows import (
     ALL_ROWS,
@@ -136,7 +137,7 @@ def _ensemble(
     weights: Tensor | None,
     class_mask: Tensor | None,
     settings: Ensemble,
-    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+    gradients: Gradients,
     result: Tensor | None,
 ) -> None:
     if settings.temperature == math.inf:
@@ -150,49 +151,23 @@ def _ensemble(
             temperature=settings.temperature, log_probs=settings.log_probs and settings.temperature == 1,
         )  # fmt: skip
         return
-    rows, reduction = row_count(student), settings.reduction
-    if not rows:
+    if not row_count(student):
         clear(result, *gradients)
         return
-    dtype = result_dtype(student, None, teachers)
-    compute = compute_dtype(dtype)
-    wanted, (to_student, to_teachers, to_weights) = gradients, gradients
-    to_student, to_teachers = writable(to_student), writable(to_teachers, 2)
-    gradients = (to_student, to_teachers, to_weights)
-    student, teachers = readable(student, to_student), readable(teachers, to_teachers, 2)
-    weights, grad = None if weights is None else readable(weights, None, 2), readable_rows(grad)
-    plan, steps = share(
-        student,
-        [
-            known_steps(student, 1),
-            known_steps(teachers, 2),
-            known_steps(weights, 2),
-            row_steps_of(grad) or ALL_ROWS if reduction == NONE else ALL_ROWS,
-            known_steps(to_weights, 2),
-        ],
-        4,
-        compute,
-    )
-    s_steps, t_steps, w_steps, g_steps, b_steps = steps
+    call = Call.of(grad, student, teachers, weights, class_mask, settings, gradients, result)
+    plan, compute = call.plan, call.compute
     log_probs = settings.log_probs and settings.temperature == 1
-    tops, logs = _members(teachers, t_steps, plan, settings.temperature, compute, log_probs or settings.mix == LOGITS)
+    known = log_probs or settings.mix == LOGITS
+    tops, logs = _members(call.teachers, call.steps[1], plan, settings.temperature, compute, known)
     terms, tiny = SERIES[compute]
-    total = totals_of(result, reduction, plan)
     launch(
-        mixture_kernel, plan.groups, student.device, student, teachers, weights,
-        None if class_mask is None else class_mask.view(torch.uint8), grad, tops, logs, *gradients,
-        result if reduction == NONE else None, total, double_bits(settings.temperature),
-        rows if reduction == BATCHMEAN else 1, len(teachers), plan.inner, plan.classes, plan.tiles, rows,
-        *s_steps, *t_steps, w_steps.outer, w_steps.row, 0 if weights is None or weights.shape[2] == 1 else w_steps[2],
-        g_steps.outer, g_steps.row, *b_steps, teachers.stride(0), 0 if weights is None else weights.stride(0),
-        *((0, 0) if class_mask is None else class_mask.stride()), 0 if to_weights is None else to_weights.stride(0),
-        TERMS=terms, TINY=tiny, LOGITS=settings.mix == LOGITS, LOG_PROBS=log_probs,
-        BY_CLASS=to_weights is not None and to_weights.shape[2] > 1, MEAN=total is not None and total.dim() == 0,
-        **meta_of(plan, compute, stack=True),
+        mixture_kernel, plan.groups, student.device, call.student, call.teachers, call.weights, call.mask, call.grad,
+        tops, logs, *call.gradients, call.losses, call.total, double_bits(settings.temperature), call.count_rows,
+        len(teachers), plan.inner, plan.classes, plan.tiles, row_count(student), *call.strides,
+        TERMS=terms, TINY=tiny, LOGITS=settings.mix == LOGITS, LOG_PROBS=log_probs, BY_CLASS=call.by_class,
+        MEAN=call.mean, **meta_of(plan, compute, stack=True),
     )  # fmt: skip
-    if total is not None and result is not None and total is not result:
-        finish(total, result, rows if reduction == BATCHMEAN else 1)
-    hand_over(gradients, wanted)
+    call.close()
 
 
 def _stack(
@@ -202,7 +177,7 @@ def _stack(
     logits: Tensor,
     weights: Tensor | None,
     reduction: int,
-    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+    gradients: Gradients,
     results: tuple[Tensor | None, Tensor | None],
     *,
     consensus: bool = False,

@@ -5,27 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedkern.ops.distill_common import BATCHMEAN, LOGITS, MEAN, NONE, PROBS, row_count
+from fedkern.ops.distill_common import MEAN, PROBS, row_count
 from fedkern.ops.distill_kernels import Ensemble
 from fedkern.ops.distill_reference import compute_dtype, result_dtype
 from fedkern.ops.triton.distill_mixture_limits import mean_limit_kernel, members_limit_kernel, mixture_limit_kernel
+from fedkern.ops.triton.distill_stacks import Call, Gradients
 from fedkern.ops.triton.launch import launch
-from fedkern.ops.triton.rows import (
-    ALL_ROWS,
-    clear,
-    finish,
-    hand_over,
-    known_steps,
-    meta_of,
-    readable,
-    readable_rows,
-    row_steps_of,
-    share,
-    totals_of,
-    writable,
-)
-
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+from fedkern.ops.triton.rows import clear, meta_of
 
 
 def limit(
@@ -39,93 +25,61 @@ def limit(
     result: Tensor | None,
 ) -> None:
     """Writes the loss into ``result`` and gradients, times ``grad``, where there is memory for them."""
-    rows, reduction = row_count(student), settings.reduction
-    if not rows:
+    if not row_count(student):
         clear(result, *gradients)
         return
+    # To first order in 1/T a softmax is (1 + (x − mean x) / T) / C. The mean matters where weights differ between
+    # classes: then the logits that are mixed are centred.
     by_class = class_mask is not None or (weights is not None and weights.shape[2] > 1)
-    if settings.mix == PROBS and by_class:
-        _centred(grad, student, teachers, weights, class_mask, settings, gradients, result)
-        return
-    compute = compute_dtype(result_dtype(student, None, teachers))
-    wanted, (to_student, to_teachers, to_weights) = gradients, gradients
-    to_student, to_teachers = writable(to_student), writable(to_teachers, 2)
-    gradients = (to_student, to_teachers, to_weights)
-    student, teachers = readable(student, to_student), readable(teachers, to_teachers, 2)
-    weights, grad = None if weights is None else readable(weights, None, 2), readable_rows(grad)
-    plan, steps = share(
-        student,
-        [
-            known_steps(student, 1),
-            known_steps(teachers, 2),
-            known_steps(weights, 2),
-            row_steps_of(grad) or ALL_ROWS if reduction == NONE else ALL_ROWS,
-            known_steps(to_weights, 2),
-        ],
-        4,
-        compute,
-    )
-    s_steps, t_steps, w_steps, g_steps, b_steps = steps
-    count, count_rows = len(teachers), rows if reduction == BATCHMEAN else 1
-    total = totals_of(result, reduction, plan)
-    results = (result if reduction == NONE else None, total)
-    strides = (teachers.stride(0), 0 if weights is None else weights.stride(0))
-    by_stride = 0 if to_weights is None else to_weights.stride(0)
-    meta = meta_of(plan, compute, stack=True)
-    mean = total is not None and total.dim() == 0
-    if settings.mix == MEAN:
-        found = torch.empty(3, count, rows, dtype=compute, device=student.device).unbind()
-        launch(
-            members_limit_kernel, plan.groups * count, student.device, student, teachers, *found,
-            plan.inner, plan.classes, plan.tiles, plan.groups, rows, *s_steps, teachers.stride(0), *t_steps, **meta,
-        )  # fmt: skip
-        launch(
-            mean_limit_kernel, plan.groups, student.device, student, teachers, weights, grad, *found, *gradients,
-            *results, count_rows, count, plan.inner, plan.classes, plan.tiles, rows, *s_steps, *t_steps,
-            w_steps.outer, w_steps.row, g_steps.outer, g_steps.row, b_steps.outer, b_steps.row, *strides, by_stride,
-            MEAN=mean, **meta,
-        )  # fmt: skip
-    else:
-        # Weights by a launch of their own: with the teachers' gradients in one, registers spill.
-        for part in ((to_student, to_teachers, None), (None, None, to_weights)):
-            first = part[2] is None
-            if not first and to_weights is None:
-                break
-            launch(
-                mixture_limit_kernel, plan.groups, student.device, student, teachers, weights,
-                None if class_mask is None else class_mask.view(torch.uint8), grad, *part,
-                *(results if first else (None, None)), count_rows, count, plan.inner, plan.classes, plan.tiles,
-                *s_steps, *t_steps, w_steps.outer, w_steps.row,
-                0 if weights is None or weights.shape[2] == 1 else w_steps.column, g_steps.outer, g_steps.row,
-                *b_steps, *strides, *((0, 0) if class_mask is None else class_mask.stride()), by_stride,
-                BY_CLASS=not first and to_weights is not None and to_weights.shape[2] > 1, MEAN=mean, **meta,
-            )  # fmt: skip
-    if total is not None and result is not None and total is not result:
-        finish(total, result, count_rows)
-    hand_over(gradients, wanted)
-
-
-def _centred(
-    grad: Tensor | None,
-    student: Tensor,
-    teachers: Tensor,
-    weights: Tensor | None,
-    class_mask: Tensor | None,
-    settings: Ensemble,
-    gradients: Gradients,
-    result: Tensor | None,
-) -> None:
-    """:func:`limit` of probabilities whose weights differ between classes: the mixture of centred logits.
-
-    To first order in 1/T a softmax is (1 + (x − mean x) / T) / C; elsewhere the mean is the same for all classes.
-    """
+    centred = settings.mix == PROBS and by_class
     to_student, to_teachers, to_weights = gradients
-    wide = teachers.to(compute_dtype(result_dtype(student, None, teachers)))
-    known = wide != -torch.inf
-    number = known.sum(2, keepdim=True)
-    centred = wide - torch.where(known, wide, 0).sum(2, keepdim=True) / number
-    toward = None if to_teachers is None else torch.empty_like(centred)
-    mixed = Ensemble(settings.temperature, LOGITS, settings.log_probs, settings.reduction)
-    limit(grad, student, centred, weights, class_mask, mixed, (to_student, toward, to_weights), result)
-    if to_teachers is not None and toward is not None:
-        to_teachers.copy_(torch.where(known, toward - toward.sum(2, keepdim=True) / number, 0))
+    known = number = teachers
+    if centred:
+        wide = teachers.to(compute_dtype(result_dtype(student, None, teachers)))
+        known = wide != -torch.inf
+        number = known.sum(2, keepdim=True)
+        teachers = wide - torch.where(known, wide, 0).sum(2, keepdim=True) / number
+        to_teachers = None if to_teachers is None else torch.empty_like(teachers)
+    call = Call.of(
+        grad, student, teachers, weights, class_mask, settings, (to_student, to_teachers, to_weights), result
+    )
+    (_means if settings.mix == MEAN else _mixtures)(call)
+    call.close()
+    if centred and gradients[1] is not None and to_teachers is not None:
+        gradients[1].copy_(torch.where(known, to_teachers - to_teachers.sum(2, keepdim=True) / number, 0))
+
+
+def _means(call: Call) -> None:
+    """Half the variances of the K differences, then their mean."""
+    plan, student, teachers = call.plan, call.student, call.teachers
+    s_steps, t_steps, w_steps, g_steps, b_steps = call.steps
+    count, rows, to_weights = len(teachers), row_count(student), call.gradients[2]
+    found = torch.empty(3, count, rows, dtype=call.compute, device=student.device).unbind()
+    meta = meta_of(plan, call.compute, stack=True)
+    launch(
+        members_limit_kernel, plan.groups * count, student.device, student, teachers, *found,
+        plan.inner, plan.classes, plan.tiles, plan.groups, rows, *s_steps, teachers.stride(0), *t_steps, **meta,
+    )  # fmt: skip
+    launch(
+        mean_limit_kernel, plan.groups, student.device, student, teachers, call.weights, call.grad, *found,
+        *call.gradients, call.losses, call.total, call.count_rows, count, plan.inner, plan.classes, plan.tiles, rows,
+        *s_steps, *t_steps, w_steps.outer, w_steps.row, g_steps.outer, g_steps.row, b_steps.outer, b_steps.row,
+        teachers.stride(0), 0 if call.weights is None else call.weights.stride(0),
+        0 if to_weights is None else to_weights.stride(0), MEAN=call.mean, **meta,
+    )  # fmt: skip
+
+
+def _mixtures(call: Call) -> None:
+    """Half the variance of the mixture of logits minus the student's."""
+    plan, student = call.plan, call.student
+    to_student, to_teachers, to_weights = call.gradients
+    launches: list[tuple[Tensor | None, ...]] = [(to_student, to_teachers, None, call.losses, call.total)]
+    if to_weights is not None:  # by a launch of its own: with the teachers' gradients in one, registers spill
+        launches.append((None, None, to_weights, None, None))
+    for written in launches:
+        launch(
+            mixture_limit_kernel, plan.groups, student.device, student, call.teachers, call.weights, call.mask,
+            call.grad, *written, call.count_rows, len(call.teachers), plan.inner, plan.classes, plan.tiles,
+            *call.strides, BY_CLASS=written[2] is not None and call.by_class, MEAN=call.mean,
+            **meta_of(plan, call.compute, stack=True),
+        )  # fmt: skip
