@@ -169,16 +169,21 @@ def _krum(vectors: Vectors, byzantine: int, keep: int) -> Tensor:
     squared = kernel.squared_distances(vectors)
     if isinstance(kernel, CpuAggregate):
         return kernel.weighted_mean(vectors, _krum_weights(squared, byzantine, keep), None)
-    scores = krum_scores_reference(squared.nan_to_num_(nan=math.inf, posinf=math.inf), byzantine)
+    scores = _scores(squared, byzantine)
     kept = scores.argsort(stable=True)[:keep]
     return _mean(vectors, torch.zeros_like(scores).index_fill_(0, kept, 1.0))
+
+
+def _scores(squared: Tensor, byzantine: int) -> Tensor:
+    """Krum's; what is not finite is infinitely far."""
+    return krum_scores_reference(squared.nan_to_num_(nan=math.inf, posinf=math.inf), byzantine)
 
 
 def _krum_weights(squared: Tensor, byzantine: int, keep: int) -> list[float]:
     """1 for the vectors that Krum keeps, 0 for the others."""
     count = len(squared)
     if count > FEW:
-        scores = krum_scores_reference(squared.nan_to_num_(nan=math.inf, posinf=math.inf), byzantine).tolist()
+        scores = _scores(squared, byzantine).tolist()
     else:  # where torch would take longer to be called than the sums take
         scores = []
         for m, row in enumerate(squared.tolist()):

@@ -13,9 +13,16 @@ from fedkern.ops.aggregate_checks import Vectors, deliver, direct_target
 from fedkern.ops.aggregate_kernels import ServerRule, Weights
 from fedkern.ops.aggregate_plain import PlainAggregate
 from fedkern.ops.aggregate_robust_reference import HALF
-from fedkern.ops.triton.aggregate_kernels import add_kernel, divide_kernel, encoded, mean_kernel, step_kernel, whole
+from fedkern.ops.triton.aggregate_kernels import (
+    add_kernel,
+    divide_kernel,
+    encoded,
+    mean_kernel,
+    step_kernel,
+    tensor_starts,
+)
 from fedkern.ops.triton.aggregate_order import distances_kernel, noise_kernel, pairs_kernel, rank_kernel
-from fedkern.ops.triton.launch import cdiv, double_bits, launch, power_of_two, processors
+from fedkern.ops.triton.launch import cdiv, double_bits, filled, launch, power_of_two, processors
 
 # Elements that a program holds of each vector.
 BLOCK = 1024
@@ -49,7 +56,7 @@ class TritonAggregate(PlainAggregate):
             kept: object = None
             if end - begin <= UNROLLED:
                 some, stride = _same_stride(rows[begin:end])
-                given, row_stride, unrolled = _filled(some), 0, power_of_two(len(some))
+                given, row_stride, unrolled = filled(some, some[0]), 0, power_of_two(len(some))
             else:
                 given, offsets, (row_stride, stride), kept = Table.of(vectors[begin:end])
             launch(
@@ -209,17 +216,11 @@ def _same_stride(rows: Sequence[Tensor]) -> tuple[list[Tensor], int]:
     return [row.contiguous() for row in rows], 1
 
 
-def _filled(rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Vectors as kernel parameters, filled up to a power of two: fewer kernels to compile."""
-    return (*rows, *[rows[0]] * (power_of_two(len(rows)) - len(rows)))
-
-
 def _parameters(weights: Weights) -> Tensor | tuple[int, ...]:
     """Weights as kernel parameters: the tensor on the device, or the codes of numbers, filled up likewise."""
     if isinstance(weights, Tensor):
         return weights.resolve_neg().contiguous()  # kernels read them one after another
-    codes = [encoded(weight) for weight in weights]
-    return (*codes, *[encoded(0.0)] * (power_of_two(len(codes)) - len(codes)))
+    return filled(map(encoded, weights), encoded(0.0))
 
 
 def _bits(shares: Tensor | tuple[int, ...]) -> int:
@@ -240,10 +241,7 @@ class Table(NamedTuple):
         if isinstance(vectors, Tensor):
             return cls(vectors, (), (vectors.stride(0), vectors.stride(1)), None)
         rows, stride = _same_stride(vectors)
-        item, first = rows[0].element_size(), rows[0].data_ptr()
-        offsets = [(row.data_ptr() - first) // item for row in rows]
-        offsets += [0] * (power_of_two(len(rows)) - len(rows))
-        return cls(rows[0], tuple(map(whole, offsets)), (0, stride), rows)
+        return cls(rows[0], tensor_starts(rows), (0, stride), rows)
 
 
 def _spans(size: int, block: int, device: torch.device) -> tuple[int, int]:

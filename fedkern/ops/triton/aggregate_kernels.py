@@ -6,10 +6,13 @@ to the device), or one pointer to a stack with weights in memory.  Sums are take
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from fedkern.ops.triton.launch import double_bits
+from fedkern.ops.triton.launch import double_bits, filled
 from fedkern.ops.triton.rows import narrow
 
 
@@ -38,6 +41,17 @@ def encoded(weight: float) -> int:
 def whole(number: int) -> int:
     """A whole number of at most 62 bits and a sign, likewise."""
     return (number << 1 | 1) ^ MARK.value
+
+
+def wholes(numbers: Iterable[int]) -> tuple[int, ...]:
+    """:func:`whole` numbers as kernel parameters."""
+    return filled(map(whole, numbers), whole(0))
+
+
+def tensor_starts(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """How far each tensor is from the first, in elements, for :func:`starts_of`."""
+    item, first = tensors[0].element_size(), tensors[0].data_ptr()
+    return wholes((x.data_ptr() - first) // item for x in tensors)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fedkern.ops.fuse_kernels import FuseGradients, FuseNeeds, empty_map, fused_channels, wants_channels_last
-from fedkern.ops.triton.aggregate_kernels import pick, starts_of, whole
+from fedkern.ops.triton.aggregate_kernels import pick, starts_of, tensor_starts, wholes
 from fedkern.ops.triton.launch import cdiv, launch, power_of_two, processors
 from fedkern.ops.triton.rows import COMPUTE
 
@@ -189,10 +189,10 @@ class TritonFuse:
             firsts = _firsts(channels)
             tiles = cdiv(max(channels) * outer * step, BLOCK)
             for some in _groups(len(maps)):
-                starts = _starts(maps[some])
+                starts = tensor_starts(maps[some])
                 launch(
-                    concat_kernel, tiles * len(maps[some]), out.device, maps[some][0], starts, _filled(channels[some]),
-                    _filled(firsts[some]), scale, shift, out, len(maps[some]), outer, step, width,
+                    concat_kernel, tiles * len(maps[some]), out.device, maps[some][0], starts, wholes(channels[some]),
+                    wholes(firsts[some]), scale, shift, out, len(maps[some]), outer, step, width,
                     COUNT=len(starts), **meta,
                 )  # fmt: skip
             return out
@@ -201,7 +201,7 @@ class TritonFuse:
             total = torch.empty(out.numel(), dtype=torch.float64 if out.dtype is torch.float64 else torch.float32,
                                 device=out.device)  # fmt: skip
         for some in _groups(len(maps)):
-            starts, begin = _starts(maps[some]), some.start * width
+            starts, begin = tensor_starts(maps[some]), some.start * width
             launch(
                 mean_map_kernel, cdiv(out.numel(), BLOCK), out.device, maps[some][0], starts,
                 None if scale is None else scale[begin:], None if shift is None else shift[begin:], out,
@@ -246,12 +246,13 @@ class TritonFuse:
             some = wanted[group]
             given = [x for x in (targets[m] for m in some) if x is not None]
             read = None if seen is None else [seen[m] for m in some]
-            places = _starts(given)
+            places = tensor_starts(given)
             launch(
                 back_kernel, cdiv(max(counts[m] for m in some) * outer * step, BLOCK) * len(some), device, grad,
-                None if read is None else read[0], out, _filled([0] * len(places)) if read is None else _starts(read),
-                given[0], places, _filled([counts[m] for m in some]), _filled([firsts[m] for m in some]), *vectors,
-                len(some), outer, step, width, len(channels), COUNT=len(places), BLOCK=BLOCK,
+                None if read is None else read[0], out,
+                wholes([0] * len(places)) if read is None else tensor_starts(read), given[0], places,
+                wholes(counts[m] for m in some), wholes(firsts[m] for m in some), *vectors, len(some),
+                outer, step, width, len(channels), COUNT=len(places), BLOCK=BLOCK,
                 WIDE=_index(max(counts) * step), **meta,
             )  # fmt: skip
         by_scale = by_shift = None
@@ -272,13 +273,13 @@ class TritonFuse:
             read = maps if needs.scale else seen
             for some_maps in _groups(len(counts)):
                 number = len(counts[some_maps])
-                channel_table = _filled(counts[some_maps])
+                channel_table = wholes(counts[some_maps])
                 launch(
                     sums_kernel, number * tiles * splits, device, grad, None if read is None else read[some_maps][0],
-                    out, _filled([0] * len(channel_table)) if read is None else _starts(read[some_maps]), channel_table,
-                    _filled(firsts[some_maps]), *vectors, by_scale, by_shift, number, batch, math.prod(positions),
-                    width, whole, tiles, splits, span, len(counts), LAST=channels_last, COUNT=len(channel_table),
-                    CHANNELS=channel_tile, PLACES=place_tile, **meta,
+                    out, wholes([0] * len(channel_table)) if read is None else tensor_starts(read[some_maps]),
+                    channel_table, wholes(firsts[some_maps]), *vectors, by_scale, by_shift, number, batch,
+                    math.prod(positions), width, whole, tiles, splits, span, len(counts), LAST=channels_last,
+                    COUNT=len(channel_table), CHANNELS=channel_tile, PLACES=place_tile, **meta,
                 )  # fmt: skip
         return FuseGradients(
             targets,
@@ -318,14 +319,3 @@ def _firsts(channels: Sequence[int]) -> list[int]:
 
 def _groups(count: int) -> list[slice]:
     return [slice(begin, begin + MAPS) for begin in range(0, count, MAPS)]
-
-
-def _filled(values: Sequence[int]) -> tuple[int, ...]:
-    """Whole numbers as kernel parameters, filled up to a power of two: fewer kernels to compile."""
-    return tuple(map(whole, (*values, *[0] * (power_of_two(len(values)) - len(values)))))
-
-
-def _starts(maps: Sequence[Tensor]) -> tuple[int, ...]:
-    """How far each map is from the first, in elements."""
-    item, first = maps[0].element_size(), maps[0].data_ptr()
-    return _filled([(x.data_ptr() - first) // item for x in maps])

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import struct
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import torch
 
 from fedkern.ops.triton import INTERPRETED
+
+T = TypeVar("T")
 
 
 def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **meta: Any) -> None:
@@ -41,6 +44,12 @@ def double_bits(value: float) -> int:
 def power_of_two(value: int) -> int:
     """The smallest power of two that is not below ``value``."""
     return 1 << max(value - 1, 0).bit_length()
+
+
+def filled(values: Iterable[T], filler: T) -> tuple[T, ...]:
+    """Kernel parameters, filled up to a power of two: fewer kernels to compile."""
+    given = tuple(values)
+    return given + (filler,) * (power_of_two(len(given)) - len(given))
 
 
 def cdiv(a: int, b: int) -> int:
