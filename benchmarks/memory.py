@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from fedkern import ops
+
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -17,8 +19,8 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
     """Runs once more and returns the rise of memory at its highest point, or None where that cannot be seen.
 
     On a GPU torch's allocator counts.  On the CPU the kernel does: the high-water mark of resident memory is set back
-    first, and free memory that malloc holds is returned, so that what torch, NumPy and compiled code touch is all in
-    it, to a page.  (The counters are per process: other threads must be quiet.)
+    first, and free memory that malloc and fedkern hold is returned, so that what torch, NumPy and compiled code touch
+    is all in it, to a page.  (The counters are per process: other threads must be quiet.)
 
     Gradients left by the call before are dropped first, and so count as what this call makes.
     """
@@ -35,6 +37,7 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - held
     try:
+        ops.empty_cache()
         ctypes.CDLL(None).malloc_trim(0)
         _CLEAR.write_text("5")
         held = _resident("VmRSS")

@@ -1,5 +1,6 @@
 """Fast operators of federated learning, with gradients, each specified by a reference in plain PyTorch."""
 
+from fedkern.ops._memory import empty_cache
 from fedkern.ops.aggregate import weighted_mean
 from fedkern.ops.aggregate_accumulator import Accumulator
 from fedkern.ops.aggregate_distances import geometric_median, krum, pairwise_distances
@@ -26,6 +27,7 @@ __all__ = [
     "consensus",
     "contrastive",
     "dual_kl",
+    "empty_cache",
     "ensemble_kl",
     "entropy",
     "erase_boxes",

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops import devices, dispatch
+from fedkern.ops._memory import cache
 from fedkern.ops.loading import REBUILD, Unavailable, interpreted, load_core, load_triton
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -128,6 +129,7 @@ def cpu_core() -> ModuleType:
             all_readable, readable_logits = core.all_readable, core.readable_logits
         except AttributeError:
             raise Unavailable(f"fedkern._cpu was built from older sources than these Python files: {REBUILD}") from None
+        cache()  # says what is wrong with its setting before a kernel has run
         level = os.environ.get("FEDKERN_CPU_ISA", "")
         if level:
             try:

@@ -18,16 +18,11 @@ from fedkern.ops.fuse_onednn import Prepared, convolve
 from fedkern.ops.fuse_table import VECTOR, Work
 from fedkern.ops.fuse_trace import Step
 
-# From this many multiplications per value on, faults of small pages are a tenth of a convolution's time or less, and
-# huge pages can cost more than they save: a virtual machine's host takes free ones back, and to get them again takes
-# up to half of that time.
-MANY_PRODUCTS = 512
-
 # What the direct way keeps of the widest map: fits into a core's second-level cache together with what is read for it.
 CHUNK_BYTES = 1 << 21
 
-# Results above this come page by page from the system every time (glibc's malloc keeps no larger block), which costs a
-# 1x1 convolution a third of its time: they are allocated in huge pages and filled some samples at a time.
+# oneDNN's results above this come page by page from the system every time (glibc's malloc keeps no larger block), which
+# costs a 1x1 convolution a third of its time: they are filled some samples at a time.
 FRESH_BYTES = 32 << 20
 PIECE_BYTES = 8 << 20
 
@@ -284,9 +279,7 @@ class FoldedBlocks:
             shape = held.conv.result_shape(y, held.weight)
             if fold.value == last:
                 if out is None:
-                    out = x.new_empty((x.shape[0], *shape[1:]))
-                    if held.weight[0].numel() < MANY_PRODUCTS:
-                        fresh(core, out)
+                    out = fresh(core, x.new_empty((x.shape[0], *shape[1:])))
                 result = out[begin:end]
             else:
                 result = x.new_empty(shape)

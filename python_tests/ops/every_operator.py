@@ -14,7 +14,7 @@ from torch import Tensor
 from fedkern import ops
 
 # What ops exports beside operators: classes with tests of their own, and switches.
-NO_OPERATORS = {"Accumulator", "FlatParameters", "FusedBlocks", "ServerStep", "use_backend", "use_isa"}
+NO_OPERATORS = {"Accumulator", "FlatParameters", "FusedBlocks", "ServerStep", "empty_cache", "use_backend", "use_isa"}
 
 
 # Operators of torch.library that no public function calls with ordinary arguments.

@@ -1,0 +1,204 @@
+"""Memory of large results: used again when they are freed, not before, and given back when asked."""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from operator_cases import KERNELS
+from torch import Tensor
+
+from fedkern import ops
+from fedkern.ops import _memory
+
+pytestmark = pytest.mark.skipif(not KERNELS, reason="the compiled core is not built")
+
+MB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[_memory.Cache]:
+    """A cache of 64 MB, as no other test has used it."""
+    monkeypatch.setenv("FEDKERN_CACHE_MB", "64")
+    _memory.cache.cache_clear()
+    yield _memory.cache()
+    _memory.cache.cache_clear()
+
+
+def maps(batch: int = 64, seed: int = 0) -> list[Tensor]:
+    return list(torch.randn(2, batch, 16, 32, 32, generator=torch.Generator().manual_seed(seed)))
+
+
+def joined(batch: int = 64, seed: int = 0) -> Tensor:
+    """8 MB for a batch of 64."""
+    with ops.use_backend("cpu"):
+        return ops.fuse_concat(maps(batch, seed))
+
+
+def test_memory_is_used_again_once_nothing_refers_to_it(own_cache: _memory.Cache) -> None:
+    first = joined()
+    place, row = first.data_ptr(), first[5]
+    second = joined(seed=1)
+    assert second.data_ptr() != place
+    del first
+    assert not own_cache.free, "a view of it is alive"
+    assert torch.equal(row, torch.cat([x[5] for x in maps()]))
+    del row
+    assert [len(memory) for memory in own_cache.free] == [8 * MB]
+    third = joined(seed=2)
+    assert third.data_ptr() == place
+    assert not own_cache.free
+    assert torch.equal(third, torch.cat(maps(seed=2), 1))
+    assert torch.equal(second, torch.cat(maps(seed=1), 1))
+
+
+def test_other_sizes_have_their_own(own_cache: _memory.Cache) -> None:
+    joined()
+    assert torch.equal(joined(48), torch.cat(maps(48), 1))
+    assert [len(memory) for memory in own_cache.free] == [8 * MB, 6 * MB]
+
+
+def test_the_oldest_go_where_too_much_is_kept(own_cache: _memory.Cache) -> None:
+    results = [joined(batch) for batch in (192, 128, 160)]  # 24, 16 and 20 MB
+    while results:
+        del results[0]
+    assert [len(memory) // MB for memory in own_cache.free] == [24, 16, 20]
+    joined(64)
+    assert [len(memory) // MB for memory in own_cache.free] == [16, 20, 8]
+    ops.empty_cache()
+    assert not own_cache.free
+
+
+def test_more_than_is_kept_is_fresh(own_cache: _memory.Cache) -> None:
+    assert joined(640).shape == (640, 32, 32, 32)
+    assert not own_cache.free
+
+
+def test_none_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDKERN_CACHE_MB", "0")
+    _memory.cache.cache_clear()
+    assert torch.equal(joined(), torch.cat(maps(), 1))
+    assert not _memory.cache().free
+
+
+@pytest.mark.parametrize("given", ["-1", "1.5", "much"])
+def test_a_wrong_setting(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setenv("FEDKERN_CACHE_MB", given)
+    _memory.cache.cache_clear()
+    with pytest.raises(
+        ValueError, match=f"FEDKERN_CACHE_MB must be a whole number of megabytes, 0 or more, not {given!r}"
+    ):
+        ops.empty_cache()
+
+
+def test_results_are_tensors_like_others() -> None:
+    result, wanted = joined(), torch.cat(maps(), 1)
+    assert not result._is_view()
+    assert result.untyped_storage().nbytes() == result.nbytes
+    file = io.BytesIO()
+    torch.save(result, file)
+    file.seek(0)
+    for other in (copy.deepcopy(result), pickle.loads(pickle.dumps(result)), torch.load(file), result.numpy().copy()):
+        assert torch.equal(torch.as_tensor(other), wanted)
+    assert torch.equal(result.share_memory_(), wanted)
+    with torch.inference_mode():
+        assert joined().is_inference()
+    x = maps()[0].requires_grad_()
+    (ops.blend(x, x.detach(), 0.5) * 2).sum().backward()
+    assert x.grad is not None
+    x.grad.add_(1).mul_(2)
+    assert (x.grad == 4).all()
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
+def test_every_operator_in_used_memory(last: bool, own_cache: _memory.Cache) -> None:
+    """Its first results leave other numbers where its second ones are written."""
+    torch.manual_seed(0)
+    layout = torch.channels_last if last else torch.contiguous_format
+    x, y = (torch.randn(20, 64, 32, 32).contiguous(memory_format=layout) for _ in range(2))
+    logits, others = (torch.randn(64, 40, 32, 32).contiguous(memory_format=layout) for _ in range(2))
+    vectors, index = list(torch.randn(3, 1_500_000)), torch.randperm(20)
+    boxes = torch.tensor([[[0.25, 0.25, 0.75, 0.75]]]).repeat(20, 1, 1)
+    calls: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "blend": lambda x, y: ops.blend(x, y, 0.3, index=index),
+        "erase_boxes": lambda x, _: ops.erase_boxes(x, boxes),
+        "fuse_concat": lambda x, y: ops.fuse_concat([x, y], activation="relu"),
+        "fuse_mean": lambda x, y: ops.fuse_mean([x, y]),
+    }
+    losses: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "kl_div": lambda x, y: ops.kl_div(x, y, temperature=2.0),
+        "entropy": lambda x, _: ops.entropy(x),
+        "js_div": lambda x, y: ops.js_div(torch.stack([x, y])),
+    }
+    flat: dict[str, Callable[[], Tensor]] = {
+        "weighted_mean": lambda: ops.weighted_mean(vectors, [1.0, 2.0, 3.0]),
+        "median": lambda: ops.median(vectors),
+        "clip_by_norm": lambda: ops.clip_by_norm(vectors, 1.0),
+        "server_step": lambda: ops.server_step(vectors[0], vectors, [1.0] * 3, rule="mean")[0],
+    }
+
+    def results(backend_: str) -> dict[str, list[Tensor]]:
+        found: dict[str, list[Tensor]] = {}
+        with ops.use_backend(backend_):
+            for group, inputs in ((calls, (x, y)), (losses, (logits, others))):
+                for name, call in group.items():
+                    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+                    out = call(*leaves)
+                    out.sum().backward()
+                    found[name] = [out.detach(), *[t.grad for t in leaves if t.grad is not None]]
+            found |= {name: [call()] for name, call in flat.items()}
+        return found
+
+    wanted = results("reference")
+    results("cpu")
+    assert own_cache.free
+    for name, tensors in results("cpu").items():
+        for one, other in zip(tensors, wanted[name], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_threads_do_not_share_what_is_in_use() -> None:
+    wrong: list[int] = []
+    wanted = [torch.cat(maps(seed=seed), 1) for seed in range(3)]
+
+    def work(seed: int) -> None:
+        held: list[Tensor] = []
+        for turn in range(30):
+            held.append(joined(seed=seed))
+            if turn % 3 == 2:
+                wrong.extend(seed for one in held if not torch.equal(one, wanted[seed]))
+                held.clear()
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_writes_into_memory_of_its_own() -> None:
+    given, wanted = maps(seed=1), torch.cat(maps(seed=1), 1).numpy().tobytes()
+    kept = joined()
+    place = kept.data_ptr()
+    del kept
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            with ops.use_backend("cpu"):
+                result = ops.fuse_concat(given)
+            code = 0 if result.data_ptr() == place and result.numpy().tobytes() == wanted else 2
+        finally:
+            os._exit(code)
+    parent = joined()
+    assert parent.data_ptr() == place
+    assert os.waitpid(child, 0)[1] == 0
+    assert torch.equal(parent, torch.cat(maps(), 1))
