@@ -5,7 +5,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fedkern.ops.triton.rows import expm1_less, gather, load_tile, narrow, scan, softmax_of
+from fedkern.ops.triton.rows import (
+    double_of,
+    expm1_less,
+    gather,
+    load_tile,
+    narrow,
+    ones_or,
+    piece,
+    rows_of,
+    scan,
+    softmax_of,
+    store_total,
+)
 
 
 @triton.jit
@@ -69,12 +81,8 @@ def divergence_kernel(
     """
     program = tl.program_id(0)
     split = program % splits
-    group = (program // splits).to(tl.int64)
-    batch = group // tiles
-    inside = group % tiles * ROWS + tl.arange(0, ROWS)
-    valid = inside < inner
-    row = batch * inner + inside
-    t = temperature.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
+    batch, inside, valid, row = rows_of((program // splits).to(tl.int64), tiles, inner, ROWS)
+    t = double_of(temperature, COMPUTE)
     scale = 1.0 / t
     at_teacher = batch * teacher_outer + inside * teacher_row
     at_student = batch * student_outer + inside * student_row
@@ -82,8 +90,7 @@ def divergence_kernel(
     first = split * span
     last = tl.minimum(first + span, classes)
 
-    column = (first + tl.arange(0, COLUMNS)).to(tl.int64)
-    mask = valid[:, None] & (column < last)[None, :]
+    column, mask = piece(first, last, valid, COLUMNS)
     if WHOLE:
         x = load_tile(teacher, at_teacher, teacher_column, column, mask, classes, COMPUTE)
         y = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE)
@@ -112,9 +119,7 @@ def divergence_kernel(
             )
             z_log = tl.log(z_total)
 
-    by_row = tl.zeros([ROWS], COMPUTE) + 1.0
-    if weight is not None:
-        by_row = tl.load(weight + batch * weight_outer + inside * weight_row, mask=valid, other=0).to(COMPUTE)
+    by_row = ones_or(weight, batch, inside, weight_outer, weight_row, valid, COMPUTE)
     kept = valid & (by_row != 0)
 
     # the divergence of each row: to the student and, in two-student calls, to the other
@@ -132,8 +137,7 @@ def divergence_kernel(
     ):
         for begin in range(first, last, COLUMNS):
             if not WHOLE:
-                column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
-                mask = valid[:, None] & (column < last)[None, :]
+                column, mask = piece(begin, last, valid, COLUMNS)
                 x = load_tile(teacher, at_teacher, teacher_column, column, mask, classes, COMPUTE)
                 y = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE)
             if REVERSE:
@@ -156,10 +160,7 @@ def divergence_kernel(
         if losses is not None:
             tl.store(losses + row * splits + split, narrow(loss, losses), mask=valid)
         if total is not None:
-            sum_ = tl.sum(loss.to(tl.float64), axis=0)
-            if MEAN:
-                sum_ = sum_ / count
-            tl.store(total + program, narrow(sum_, total))
+            store_total(total, program, loss, valid, count, MEAN)
 
     if to_teacher is not None or to_student is not None or to_other is not None:
         factor = by_row * t / count.to(COMPUTE)
@@ -169,8 +170,7 @@ def divergence_kernel(
         kept_ = kept[:, None]
         for begin in range(first, last, COLUMNS):
             if not WHOLE:
-                column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
-                mask = valid[:, None] & (column < last)[None, :]
+                column, mask = piece(begin, last, valid, COLUMNS)
                 x = load_tile(teacher, at_teacher, teacher_column, column, mask, classes, COMPUTE)
                 y = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE)
             if REVERSE:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fedkern.ops.triton.rows import gather, load_tile, narrow, scan, softmax_of
+from fedkern.ops.triton.rows import gather, load_tile, narrow, ones_or, piece, rows_of, scan, softmax_of, store_total
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -19,16 +19,11 @@ def entropy_kernel(
     """``-sum p log p`` of rows, or its gradient; arguments as those of :func:`divergence_kernel`."""
     program = tl.program_id(0)
     split = program % splits
-    group = (program // splits).to(tl.int64)
-    batch = group // tiles
-    inside = group % tiles * ROWS + tl.arange(0, ROWS)
-    valid = inside < inner
-    row = batch * inner + inside
+    batch, inside, valid, row = rows_of((program // splits).to(tl.int64), tiles, inner, ROWS)
     offset = batch * outer_stride + inside * row_stride
     first = split * span
     last = tl.minimum(first + span, classes)
-    column = (first + tl.arange(0, COLUMNS)).to(tl.int64)
-    mask = valid[:, None] & (column < last)[None, :]
+    column, mask = piece(first, last, valid, COLUMNS)
     if WHOLE:
         x = load_tile(logits, offset, class_stride, column, mask, classes, COMPUTE)
         top, log_total = softmax_of(x, 1.0)
@@ -43,8 +38,7 @@ def entropy_kernel(
     else:
         for begin in range(first, last, COLUMNS):
             if not WHOLE:
-                column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
-                mask = valid[:, None] & (column < last)[None, :]
+                column, mask = piece(begin, last, valid, COLUMNS)
                 x = load_tile(logits, offset, class_stride, column, mask, classes, COMPUTE)
             log_p = (x - top[:, None]) - log_total[:, None]
             term = tl.exp(log_p) * tl.where(log_p == float("-inf"), 0.0, log_p)
@@ -52,19 +46,12 @@ def entropy_kernel(
         if losses is not None:
             tl.store(losses + row * splits + split, narrow(value, losses), mask=valid)
         if total is not None:
-            whole = tl.sum(tl.where(valid, value, 0.0).to(tl.float64), axis=0)
-            if MEAN:
-                whole = whole / count
-            tl.store(total + program, narrow(whole, total))
+            store_total(total, program, value, valid, count, MEAN)
     if to_logits is not None:
-        factor = tl.zeros([ROWS], COMPUTE) + 1.0
-        if grad is not None:
-            factor = tl.load(grad + batch * grad_outer + inside * grad_row, mask=valid, other=0).to(COMPUTE)
-        factor = factor / count.to(COMPUTE)
+        factor = ones_or(grad, batch, inside, grad_outer, grad_row, valid, COMPUTE) / count.to(COMPUTE)
         for begin in range(first, last, COLUMNS):
             if not WHOLE:
-                column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
-                mask = valid[:, None] & (column < last)[None, :]
+                column, mask = piece(begin, last, valid, COLUMNS)
                 x = load_tile(logits, offset, class_stride, column, mask, classes, COMPUTE)
             log_p = (x - top[:, None]) - log_total[:, None]
             by_x = tl.where(log_p == float("-inf"), 0.0, -tl.exp(log_p) * (log_p + value[:, None]))
@@ -88,8 +75,7 @@ def _mean(teacher, student, at_teacher, at_student, teacher_column, student_colu
     total = tl.zeros([ROWS], COMPUTE)
     number = tl.zeros([ROWS], COMPUTE)
     for begin in range(0, classes, COLUMNS):
-        column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
-        mask = valid[:, None] & (column < classes)[None, :]
+        column, mask = piece(begin, classes, valid, COLUMNS)
         d, real = _difference(
             teacher, student, at_teacher, at_student, teacher_column, student_column, column, mask, classes, COMPUTE
         )
@@ -103,8 +89,7 @@ def _half_variance(teacher, student, at_teacher, at_student, teacher_column, stu
                    number, COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     squares = tl.zeros([ROWS], COMPUTE)
     for begin in range(0, classes, COLUMNS):
-        column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
-        mask = valid[:, None] & (column < classes)[None, :]
+        column, mask = piece(begin, classes, valid, COLUMNS)
         d, real = _difference(
             teacher, student, at_teacher, at_student, teacher_column, student_column, column, mask, classes, COMPUTE
         )
@@ -124,16 +109,11 @@ def limit_kernel(
 ):  # fmt: skip
     """Half the variance over classes of teacher minus student; arguments as those of :func:`divergence_kernel`."""
     program = tl.program_id(0)
-    batch = (program // tiles).to(tl.int64)
-    inside = (program % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    valid = inside < inner
-    row = batch * inner + inside
+    batch, inside, valid, row = rows_of(program, tiles, inner, ROWS)
     at_teacher = batch * teacher_outer + inside * teacher_row
     at_student = batch * student_outer + inside * student_row
     at_other = batch * other_outer + inside * other_row
-    by_row = tl.zeros([ROWS], COMPUTE) + 1.0
-    if weight is not None:
-        by_row = tl.load(weight + batch * weight_outer + inside * weight_row, mask=valid, other=0).to(COMPUTE)
+    by_row = ones_or(weight, batch, inside, weight_outer, weight_row, valid, COMPUTE)
     kept = valid & (by_row != 0)
     one, one_number = _mean(
         teacher, student, at_teacher, at_student, teacher_column, student_column, valid, classes, COMPUTE, ROWS, COLUMNS
@@ -158,10 +138,7 @@ def limit_kernel(
         if losses is not None:
             tl.store(losses + row, narrow(loss, losses), mask=valid)
         if total is not None:
-            sum_ = tl.sum(loss.to(tl.float64), axis=0)
-            if MEAN:
-                sum_ = sum_ / count
-            tl.store(total + program, narrow(sum_, total))
+            store_total(total, program, loss, valid, count, MEAN)
     if to_teacher is not None or to_student is not None or to_other is not None:
         factor = by_row / count.to(COMPUTE)
         if grad is not None:
@@ -169,8 +146,7 @@ def limit_kernel(
         factor = factor[:, None]
         kept_ = kept[:, None]
         for begin in range(0, classes, COLUMNS):
-            column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
-            mask = valid[:, None] & (column < classes)[None, :]
+            column, mask = piece(begin, classes, valid, COLUMNS)
             d, real = _difference(
                 teacher, student, at_teacher, at_student, teacher_column, student_column, column, mask, classes, COMPUTE
             )

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from fedkern.ops.triton.distill_kernels import _by_p, _pair, over, pair_of
 from fedkern.ops.triton.distill_mixture import _mix, _statistics, share_of
-from fedkern.ops.triton.rows import load_tile, narrow, scan
+from fedkern.ops.triton.rows import double_of, load_tile, narrow, ones_or, piece, rows_of, scan, store_total
 
 
 @triton.jit
@@ -77,11 +77,8 @@ def stack_kernel(
     CONSENSUS: the entropy of the mixture, and the weighted mean of the entropies (``more_...``).
     """
     program = tl.program_id(0)
-    batch = (program // tiles).to(tl.int64)
-    inside = (program % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    valid = inside < inner
-    row = batch * inner + inside
-    t = temperature.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
+    batch, inside, valid, row = rows_of(program, tiles, inner, ROWS)
+    t = double_of(temperature, COMPUTE)
     scale = 1.0 / t
     at_student = batch * student_outer + inside * student_row
     at_teacher = batch * teacher_outer + inside * teacher_row
@@ -112,8 +109,7 @@ def stack_kernel(
     mixed_value = tl.zeros([ROWS], COMPUTE)
     if losses is not None or total is not None or to_weights is not None:
         for begin in range(0, classes, COLUMNS):
-            column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
-            mask = valid[:, None] & (column < classes)[None, :]
+            column, mask = piece(begin, classes, valid, COLUMNS)
             other, a, near, log_ratio = _other(
                 student, teachers, weights, tops, logs, anchor, a_top, a_log, at_student, student_column, at_teacher,
                 at_weight, row, valid, column, mask, classes, count, all_rows, scale, teacher_stride, teacher_column,
@@ -135,10 +131,7 @@ def stack_kernel(
                     terms = -p * tl.where(log_p == float("-inf"), 0.0, log_p)
                 terms = tl.where((column < classes)[None, :], terms, 0.0)
                 value += tl.where(share == 0, 0.0, share * tl.sum(terms, axis=1))
-    factor = tl.zeros([ROWS], COMPUTE) + 1.0
-    if grad is not None:
-        factor = tl.load(grad + batch * grad_outer + inside * grad_row, mask=valid, other=0).to(COMPUTE)
-    factor = factor / count_rows.to(COMPUTE)
+    factor = ones_or(grad, batch, inside, grad_outer, grad_row, valid, COMPUTE) / count_rows.to(COMPUTE)
     more_factor = tl.zeros([ROWS], COMPUTE)
     if CONSENSUS:
         first_value, second_value = mixed_value, value
@@ -147,22 +140,16 @@ def stack_kernel(
             more_factor += tl.load(more_grad + at_more, mask=valid, other=0).to(COMPUTE) / count_rows.to(COMPUTE)
     else:
         first_value, second_value = t * t * value, value
-        limit = bound.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
+        limit = double_of(bound, COMPUTE)
         first_value = tl.where(first_value > limit, limit, first_value)
     if losses is not None:
         tl.store(losses + row, narrow(first_value, losses), mask=valid)
     if more_losses is not None:
         tl.store(more_losses + row, narrow(second_value, more_losses), mask=valid)
     if total is not None:
-        sum_ = tl.sum(tl.where(valid, first_value, 0.0).to(tl.float64), axis=0)
-        if MEAN:
-            sum_ = sum_ / count_rows
-        tl.store(total + program, narrow(sum_, total))
+        store_total(total, program, first_value, valid, count_rows, MEAN)
     if more_total is not None:
-        sum_ = tl.sum(tl.where(valid, second_value, 0.0).to(tl.float64), axis=0)
-        if MEAN:
-            sum_ = sum_ / count_rows
-        tl.store(more_total + program, narrow(sum_, more_total))
+        store_total(more_total, program, second_value, valid, count_rows, MEAN)
 
     if to_student is not None:
         # Log-probabilities are taken as they are: their sum need not be 1.
@@ -174,16 +161,14 @@ def stack_kernel(
                 share = share_of(raw, whole, count)
                 mass = tl.zeros([ROWS], COMPUTE) - 1.0
                 for begin in range(0, classes, COLUMNS):
-                    column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
-                    mask = valid[:, None] & (column < classes)[None, :]
+                    column, mask = piece(begin, classes, valid, COLUMNS)
                     x = load_tile(
                         teachers, at_teacher + k * teacher_stride, teacher_column, column, mask, classes, COMPUTE
                     )
                     mass += tl.sum(tl.exp(x), axis=1)
                 excess += tl.where(share == 0, 0.0, share * mass)
         for begin in range(0, classes, COLUMNS):
-            column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
-            mask = valid[:, None] & (column < classes)[None, :]
+            column, mask = piece(begin, classes, valid, COLUMNS)
             other, a, near, log_ratio = _other(
                 student, teachers, weights, tops, logs, anchor, a_top, a_log, at_student, student_column, at_teacher,
                 at_weight, row, valid, column, mask, classes, count, all_rows, scale, teacher_stride, teacher_column,
@@ -214,8 +199,7 @@ def stack_kernel(
             cross = tl.zeros([ROWS], COMPUTE)  # and its mean of -log mixture
             for stage in range(2):
                 for begin in range(0, classes, COLUMNS):
-                    column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
-                    mask = valid[:, None] & (column < classes)[None, :]
+                    column, mask = piece(begin, classes, valid, COLUMNS)
                     other, a, near, log_ratio = _other(
                         student, teachers, weights, tops, logs, anchor, a_top, a_log, at_student, student_column,
                         at_teacher, at_weight, row, valid, column, mask, classes, count, all_rows, scale,

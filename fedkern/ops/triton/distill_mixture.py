@@ -10,7 +10,19 @@ import triton
 import triton.language as tl
 
 from fedkern.ops.triton.distill_kernels import _by_p, over, pair_of
-from fedkern.ops.triton.rows import expm1_less, join, load_tile, log1p, narrow, scan
+from fedkern.ops.triton.rows import (
+    double_of,
+    expm1_less,
+    join,
+    load_tile,
+    log1p,
+    narrow,
+    ones_or,
+    piece,
+    rows_of,
+    scan,
+    store_total,
+)
 
 
 @triton.jit(do_not_specialize=["temperature"])
@@ -25,7 +37,7 @@ def members_kernel(
     inside = group % tiles * ROWS + tl.arange(0, ROWS)
     valid = inside < inner
     offset = k * stride + group // tiles * outer_stride + inside * row_stride
-    scale = 1.0 / temperature.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
+    scale = 1.0 / double_of(temperature, COMPUTE)
     top, total = scan(teachers, offset, class_stride, valid, 0, classes, classes, scale, COMPUTE, ROWS, COLUMNS)
     place = k * all_rows + group // tiles * inner + inside
     tl.store(tops + place, top, mask=valid)
@@ -158,11 +170,8 @@ def mixture_kernel(
 ):  # fmt: skip
     """KL(mixture || student), or its gradients; the weights' go to ``to_weights``, by class or by row."""
     program = tl.program_id(0)
-    batch = (program // tiles).to(tl.int64)
-    inside = (program % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    valid = inside < inner
-    row = batch * inner + inside
-    t = temperature.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
+    batch, inside, valid, row = rows_of(program, tiles, inner, ROWS)
+    t = double_of(temperature, COMPUTE)
     scale = 1.0 / t
     at_student = batch * student_outer + inside * student_row
     at_teacher = batch * teacher_outer + inside * teacher_row
@@ -178,8 +187,7 @@ def mixture_kernel(
     p_total = tl.zeros([ROWS], COMPUTE)
     excess = tl.zeros([ROWS], COMPUTE)
     for begin in range(0, classes, COLUMNS):
-        column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
-        mask = valid[:, None] & (column < classes)[None, :]
+        column, mask = piece(begin, classes, valid, COLUMNS)
         y = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE)
         mixed, _, near, _, rest = _mix(
             teachers, weights, class_mask, tops, logs, y, q_top, q_log, at_teacher, at_weight, row, valid, column,
@@ -201,8 +209,7 @@ def mixture_kernel(
 
     value = tl.zeros([ROWS], COMPUTE)
     for begin in range(0, classes, COLUMNS):
-        column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
-        mask = valid[:, None] & (column < classes)[None, :]
+        column, mask = piece(begin, classes, valid, COLUMNS)
         y = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE)
         mixed, _, near, log_ratio, _ = _mix(
             teachers, weights, class_mask, tops, logs, y, q_top, q_log, at_teacher, at_weight, row, valid, column,
@@ -214,20 +221,13 @@ def mixture_kernel(
     if losses is not None:
         tl.store(losses + row, narrow(t * t * value, losses), mask=valid)
     if total is not None:
-        sum_ = tl.sum(tl.where(valid, t * t * value, 0.0).to(tl.float64), axis=0)
-        if MEAN:
-            sum_ = sum_ / count_rows
-        tl.store(total + program, narrow(sum_, total))
+        store_total(total, program, t * t * value, valid, count_rows, MEAN)
 
     if to_student is not None or to_teachers is not None or to_weights is not None:
-        factor = tl.zeros([ROWS], COMPUTE) + 1.0
-        if grad is not None:
-            factor = tl.load(grad + batch * grad_outer + inside * grad_row, mask=valid, other=0).to(COMPUTE)
-        factor = factor / count_rows.to(COMPUTE)
+        factor = ones_or(grad, batch, inside, grad_outer, grad_row, valid, COMPUTE) / count_rows.to(COMPUTE)
         if to_student is not None:
             for begin in range(0, classes, COLUMNS):
-                column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
-                mask = valid[:, None] & (column < classes)[None, :]
+                column, mask = piece(begin, classes, valid, COLUMNS)
                 y = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE)
                 mixed, _, near, log_ratio, _ = _mix(
                     teachers, weights, class_mask, tops, logs, y, q_top, q_log, at_teacher, at_weight, row, valid,
@@ -249,8 +249,7 @@ def mixture_kernel(
                 used = tl.zeros([ROWS], COMPUTE)
                 for stage in range(2):
                     for begin in range(0, classes, COLUMNS):
-                        column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
-                        mask = valid[:, None] & (column < classes)[None, :]
+                        column, mask = piece(begin, classes, valid, COLUMNS)
                         y = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE)
                         mixed, sum_of_weights, near, log_ratio, _ = _mix(
                             teachers, weights, class_mask, tops, logs, y, q_top, q_log, at_teacher, at_weight, row,

@@ -8,17 +8,16 @@ import triton.language as tl
 from fedkern.ops.triton.distill_limits import _difference, _half_variance, _mean
 from fedkern.ops.triton.distill_members import _row_weight
 from fedkern.ops.triton.distill_mixture import _mix, _raw, share_of
-from fedkern.ops.triton.rows import load_tile, narrow
+from fedkern.ops.triton.rows import load_tile, narrow, ones_or, piece, rows_of, store_total
 
 
 @triton.jit
 def _mixed_difference(
-    student, teachers, weights, class_mask, at_student, student_column, at_teacher, at_weight, row, valid, column,
+    student, teachers, weights, class_mask, at_student, student_column, at_teacher, at_weight, row, valid, column, mask,
     classes, count, teacher_stride, teacher_column, weight_stride, weight_column, mask_stride, mask_column,
     COMPUTE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """A tile: mixed logits minus the student's, where neither is masked; the student's; the sum of the weights."""
-    mask = valid[:, None] & (column < classes)[None, :]
     y = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE)
     none = tl.zeros([ROWS], COMPUTE)
     mixed, total, _, d, _ = _mix(
@@ -27,7 +26,7 @@ def _mixed_difference(
         COMPUTE, 2, True, True, False,
     )  # fmt: skip
     real = mask & (mixed != float("-inf")) & (y != float("-inf"))
-    return tl.where(real, d, 0.0), real, y, total, mask
+    return tl.where(real, d, 0.0), real, y, total
 
 
 @triton.jit
@@ -57,10 +56,7 @@ def mixture_limit_kernel(
 ):  # fmt: skip
     """Half the variance over classes of mixed logits minus the student's; arguments as :func:`mixture_kernel`'s."""
     program = tl.program_id(0)
-    batch = (program // tiles).to(tl.int64)
-    inside = (program % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    valid = inside < inner
-    row = batch * inner + inside
+    batch, inside, valid, row = rows_of(program, tiles, inner, ROWS)
     at_student = batch * student_outer + inside * student_row
     at_teacher = batch * teacher_outer + inside * teacher_row
     at_weight = batch * weight_outer + inside * weight_row
@@ -69,10 +65,10 @@ def mixture_limit_kernel(
     mean = tl.zeros([ROWS], COMPUTE)
     number = tl.zeros([ROWS], COMPUTE)
     for begin in range(0, classes, COLUMNS):
-        column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
-        d, real, _, _, _ = _mixed_difference(
+        column, mask = piece(begin, classes, valid, COLUMNS)
+        d, real, _, _ = _mixed_difference(
             student, teachers, weights, class_mask, at_student, student_column, at_teacher, at_weight, row, valid,
-            column, classes, count, teacher_stride, teacher_column, weight_stride, weight_column, mask_stride,
+            column, mask, classes, count, teacher_stride, teacher_column, weight_stride, weight_column, mask_stride,
             mask_column, COMPUTE, ROWS,
         )  # fmt: skip
         mean += tl.sum(d, axis=1)
@@ -81,10 +77,10 @@ def mixture_limit_kernel(
     if losses is not None or total is not None:
         squares = tl.zeros([ROWS], COMPUTE)
         for begin in range(0, classes, COLUMNS):
-            column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
-            d, real, _, _, _ = _mixed_difference(
+            column, mask = piece(begin, classes, valid, COLUMNS)
+            d, real, _, _ = _mixed_difference(
                 student, teachers, weights, class_mask, at_student, student_column, at_teacher, at_weight, row, valid,
-                column, classes, count, teacher_stride, teacher_column, weight_stride, weight_column, mask_stride,
+                column, mask, classes, count, teacher_stride, teacher_column, weight_stride, weight_column, mask_stride,
                 mask_column, COMPUTE, ROWS,
             )  # fmt: skip
             rest = tl.where(real, d - mean[:, None], 0.0)
@@ -93,23 +89,17 @@ def mixture_limit_kernel(
         if losses is not None:
             tl.store(losses + row, narrow(value, losses), mask=valid)
         if total is not None:
-            sum_ = tl.sum(tl.where(valid, value, 0.0).to(tl.float64), axis=0)
-            if MEAN:
-                sum_ = sum_ / count_rows
-            tl.store(total + program, narrow(sum_, total))
+            store_total(total, program, value, valid, count_rows, MEAN)
 
     if to_student is not None or to_teachers is not None or to_weights is not None:
-        factor = tl.zeros([ROWS], COMPUTE) + 1.0
-        if grad is not None:
-            factor = tl.load(grad + batch * grad_outer + inside * grad_row, mask=valid, other=0).to(COMPUTE)
-        factor = factor / (count_rows.to(COMPUTE) * number)
+        factor = ones_or(grad, batch, inside, grad_outer, grad_row, valid, COMPUTE) / (count_rows.to(COMPUTE) * number)
         BY_ROW: tl.constexpr = to_weights is not None and not BY_CLASS
         if to_student is not None or to_teachers is not None or BY_CLASS:
             for begin in range(0, classes, COLUMNS):
-                column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
-                d, real, y, sum_of_weights, mask = _mixed_difference(
+                column, mask = piece(begin, classes, valid, COLUMNS)
+                d, real, y, sum_of_weights = _mixed_difference(
                     student, teachers, weights, class_mask, at_student, student_column, at_teacher, at_weight, row,
-                    valid, column, classes, count, teacher_stride, teacher_column, weight_stride, weight_column,
+                    valid, column, mask, classes, count, teacher_stride, teacher_column, weight_stride, weight_column,
                     mask_stride, mask_column, COMPUTE, ROWS,
                 )  # fmt: skip
                 g = tl.where(real, factor[:, None] * (d - mean[:, None]), 0.0)
@@ -139,11 +129,11 @@ def mixture_limit_kernel(
                 k = tl.cast(k_, tl.int64)
                 by_weight = tl.zeros([ROWS], COMPUTE)
                 for begin in range(0, classes, COLUMNS):
-                    column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
-                    d, real, y, sum_of_weights, mask = _mixed_difference(
+                    column, mask = piece(begin, classes, valid, COLUMNS)
+                    d, real, y, sum_of_weights = _mixed_difference(
                         student, teachers, weights, class_mask, at_student, student_column, at_teacher, at_weight, row,
-                        valid, column, classes, count, teacher_stride, teacher_column, weight_stride, weight_column,
-                        mask_stride, mask_column, COMPUTE, ROWS,
+                        valid, column, mask, classes, count, teacher_stride, teacher_column, weight_stride,
+                        weight_column, mask_stride, mask_column, COMPUTE, ROWS,
                     )  # fmt: skip
                     g = _over_sum(tl.where(real, factor[:, None] * (d - mean[:, None]), 0.0), sum_of_weights)
                     raw = _raw(weights, at_weight, weight_column, class_mask, mask_column, k, weight_stride,
@@ -165,9 +155,7 @@ def members_limit_kernel(
     """Each teacher minus the student: mean over the classes both know, how many, half the variance; ``[K, rows]``."""
     program = tl.program_id(0)
     k, group = (program // groups).to(tl.int64), (program % groups).to(tl.int64)
-    batch = group // tiles
-    inside = group % tiles * ROWS + tl.arange(0, ROWS)
-    valid = inside < inner
+    batch, inside, valid, _ = rows_of(group, tiles, inner, ROWS)
     at_teacher = k * stride + batch * outer_stride + inside * row_stride
     at_student = batch * student_outer + inside * student_row
     mean, number = _mean(
@@ -193,10 +181,7 @@ def mean_limit_kernel(
 ):  # fmt: skip
     """The weighted mean of the halves that :func:`members_limit_kernel` found, and its gradients."""
     program = tl.program_id(0)
-    batch = (program // tiles).to(tl.int64)
-    inside = (program % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    valid = inside < inner
-    row = batch * inner + inside
+    batch, inside, valid, row = rows_of(program, tiles, inner, ROWS)
     at_student = batch * student_outer + inside * student_row
     at_teacher = batch * teacher_outer + inside * teacher_row
     at_weight = batch * weight_outer + inside * weight_row
@@ -213,19 +198,12 @@ def mean_limit_kernel(
     if losses is not None:
         tl.store(losses + row, narrow(value, losses), mask=valid)
     if total is not None:
-        sum_ = tl.sum(tl.where(valid, value, 0.0).to(tl.float64), axis=0)
-        if MEAN:
-            sum_ = sum_ / count_rows
-        tl.store(total + program, narrow(sum_, total))
+        store_total(total, program, value, valid, count_rows, MEAN)
 
-    factor = tl.zeros([ROWS], COMPUTE) + 1.0
-    if grad is not None:
-        factor = tl.load(grad + batch * grad_outer + inside * grad_row, mask=valid, other=0).to(COMPUTE)
-    factor = factor / count_rows.to(COMPUTE)
+    factor = ones_or(grad, batch, inside, grad_outer, grad_row, valid, COMPUTE) / count_rows.to(COMPUTE)
     if to_student is not None or to_teachers is not None:
         for begin in range(0, classes, COLUMNS):
-            column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
-            mask = valid[:, None] & (column < classes)[None, :]
+            column, mask = piece(begin, classes, valid, COLUMNS)
             by_student = tl.zeros([ROWS, COLUMNS], COMPUTE)
             for k_ in range(count):
                 k = tl.cast(k_, tl.int64)

@@ -33,6 +33,37 @@ BESIDE = 32
 
 
 @triton.jit
+def rows_of(tile, tiles, inner, ROWS: tl.constexpr):
+    """Where the rows of a tile are: their batch, places inside it, whether they exist, and places among all rows."""
+    # Products with strides need 64 bits; a division that does not need them is several times as fast without.
+    batch = (tile // tiles).to(tl.int64)
+    inside = (tile % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    return batch, inside, inside < inner, batch * inner + inside
+
+
+@triton.jit
+def piece(begin, last, valid, COLUMNS: tl.constexpr):
+    """The classes of a tile, from ``begin`` on, and which of its elements exist: those before ``last``."""
+    column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
+    return column, valid[:, None] & (column < last)[None, :]
+
+
+@triton.jit
+def double_of(bits, COMPUTE: tl.constexpr):
+    """The number whose ``double_bits`` the launcher handed over."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
+
+
+@triton.jit
+def ones_or(x, batch, inside, outer_stride, row_stride, valid, COMPUTE: tl.constexpr):
+    """A weight or a gradient for each row; what is not given is 1."""
+    number = tl.zeros(valid.shape, COMPUTE) + 1.0
+    if x is not None:
+        number = tl.load(x + batch * outer_stride + inside * row_stride, mask=valid, other=0).to(COMPUTE)
+    return number
+
+
+@triton.jit
 def load_tile(x, offset, class_stride, column, mask, classes, COMPUTE: tl.constexpr):
     """Logits ``[ROWS, COLUMNS]`` in the computing dtype; -inf past the last class."""
     # A 16-bit load with another default than 0 fails in the interpreter.
@@ -64,8 +95,7 @@ def scan(
     top = tl.full([ROWS], float("-inf"), COMPUTE)
     total = tl.zeros([ROWS], COMPUTE)
     for begin in range(first, last, COLUMNS):
-        column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
-        mask = valid[:, None] & (column < classes)[None, :]
+        column, mask = piece(begin, classes, valid, COLUMNS)
         tile = load_tile(x, offset, class_stride, column, mask, classes, COMPUTE)
         new = tl.max(tile, axis=1)
         base = tl.where(new == float("-inf"), 0.0, new)
@@ -85,7 +115,7 @@ def statistics_kernel(
     inside = group % tiles * ROWS + tl.arange(0, ROWS)
     valid = inside < inner
     offset = group // tiles * outer_stride + inside * row_stride
-    scale = 1.0 / temperature.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
+    scale = 1.0 / double_of(temperature, COMPUTE)
     first = split * span
     top, total = scan(
         x, offset, class_stride, valid, first, tl.minimum(first + span, classes), classes, scale,
@@ -133,6 +163,15 @@ def log1p(r, TERMS: tl.constexpr):
 def narrow(value, out):
     """fp64 as ``out``'s type, by way of fp32: the interpreter cannot go from fp64 to bf16 at once."""
     return value if out.dtype.element_ty == tl.float64 else value.to(tl.float32).to(out.dtype.element_ty)
+
+
+@triton.jit
+def store_total(total, program, values, valid, count, MEAN: tl.constexpr):
+    """What the program adds to the loss: the sum of its rows' ``values`` in fp64, over ``count`` if MEAN."""
+    sum_ = tl.sum(tl.where(valid, values, 0.0).to(tl.float64), axis=0)
+    if MEAN:
+        sum_ = sum_ / count
+    tl.store(total + program, narrow(sum_, total))
 
 
 @triton.jit(do_not_specialize=["size", "count"])
