@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedkern.ops.contrast_tiles import Pairs, TiledContrast
 from fedkern.ops.triton.launch import cdiv, double_bits, launch
-from fedkern.ops.triton.rows import COMPUTE, finish, join
+from fedkern.ops.triton.rows import COMPUTE, double_of, finish, join
 
 # Rows and columns of a block; a thread of eight warps holds 16 of its elements.
 BLOCK = {torch.float32: 64, torch.float64: 32}
@@ -23,7 +23,7 @@ def scale_of(learnt, temperature, COMPUTE: tl.constexpr):
     """One over the temperature, which is a tensor or the bits of a double."""
     if learnt is not None:
         return 1.0 / tl.load(learnt).to(COMPUTE)
-    return 1.0 / temperature.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
+    return 1.0 / double_of(temperature, COMPUTE)
 
 
 @triton.jit
