@@ -147,7 +147,7 @@ class Recorder:
 
     Args:
         machine: asked for the machine when the first row is there.
-        collected: every test that pytest found, those not selected included.
+        collected: every test of the files that pytest looked through, those not selected included.
         anew: drop the rows that this run does not measure from the files of the operators that it does.
     """
 
@@ -198,7 +198,7 @@ def write_results(
     ghost behind.
 
     Args:
-        collected: every test that pytest found, those not selected included.
+        collected: every test of the files that pytest looked through, those not selected included.
         anew: leave nothing of the files' earlier rows.
 
     Raises:

@@ -246,6 +246,14 @@ def test_a_killed_recording_leaves_what_it_had_and_a_forced_backend_is_noted(fol
     assert content["machine"]["backend"] == "reference"
 
 
+def test_a_test_that_is_named_leaves_the_rows_of_the_others(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "frame")
+    one = run(tmp_path / "frame", "-m", "pytest", "benchmarks/bench_toy.py::test_toy[small]", "--record")
+    assert one.returncode == 0, one.stdout + one.stderr
+    (path,) = (tmp_path / "frame" / "benchmarks" / "results").glob("toy-*.json")
+    assert [row["case"] for row in json.loads(path.read_text())["results"]] == ["medium", "large", "small"]
+
+
 def test_rows_of_another_torch_stop_a_recording_before_it_measures(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "frame")
     for path in (tmp_path / "frame" / "benchmarks" / "results").glob("toy-*.json"):
