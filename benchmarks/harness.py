@@ -25,6 +25,7 @@ import gate
 import machines
 import memory
 import pytest
+import sources
 import timing
 import torch
 from contestants import Absent
@@ -150,6 +151,7 @@ def compare(
         beside=[name for name in contestants if name in beside],
         time=machines.now(),
         core=core,
+        sources=sources.behind(backend, core, group),
         backend=backend,
     )
     benchmark.group = group

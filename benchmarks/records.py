@@ -47,6 +47,7 @@ class Comparison:
         beside: contestants that are shown but get no floor, for example operators of ours.
         time: when it was measured, as an ISO date with time, or "" in rows recorded before this was noted.
         core: ``source_hash()`` of the compiled core that served, or "" where none did or nobody noted it.
+        sources: the hash over what of csrc/ the operator is built from (see sources.py), or "" likewise.
         backend: what served: the backend that was forced, else the one that could, "cuda or triton" where both could
             (see fedkern/ops/dispatch.py); "" in rows recorded before this was noted.
     """
@@ -75,6 +76,7 @@ class Comparison:
     beside: list[str] = field(default_factory=list)
     time: str = ""
     core: str = ""
+    sources: str = ""
     backend: str = ""
 
     @property

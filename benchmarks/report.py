@@ -15,19 +15,18 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import gate
+from benchmarks import gate, sources
 from benchmarks.records import COPY, RESULTS, Comparison, Recorded, processor, read_results, slug
-from fedkern.ops.loading import source_hash
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs" / "ops.md"
 # Before a number, and behind a row's name, with what they say.
-# Source hashes of "_cpu" and "_cuda" as the present csrc/ makes them ("": nobody knows).
+# Source hashes as the present csrc/ makes them, see sources.hashes ("": nobody knows).
 Cores = Mapping[str, str]
 SCATTERS, OUTDATED = "~", "†"
 MEANING = {
     SCATTERS: f"`{SCATTERS}`: times scatter by more than {100 * gate.NOISY:.0f} % (interquartile range over median).",
-    OUTDATED: f"{OUTDATED}: measured with another compiled core than the present `csrc/`, or with one not noted.",
+    OUTDATED: f"{OUTDATED}: measured with other kernels than the present `csrc/`'s, or with some not noted.",
 }
 TITLE = "README.md"
 # A line "<!-- measured: kl_div, dual_kl -->", and everything up to the line "<!-- end -->", is written by this program.
@@ -56,10 +55,11 @@ def dates(recorded: Recorded) -> str:
 
 
 def outdated(row: Comparison, cores: Cores) -> bool:
-    """Whether a row's time is not that of the present compiled core."""
+    """Whether a row's time is not that of the present kernels."""
     compiled = row.backend not in ("reference", "triton")
-    core = cores["_cuda" if "cuda" in row.backend else "_cpu"]
-    return bool(core) and compiled and row.core != core
+    name = sources.family(row.group) if row.sources else ""
+    present = cores[sources.key(sources.module(row.backend), name)]
+    return bool(present) and compiled and (row.sources or row.core) != present
 
 
 def case(row: Comparison, cores: Cores) -> str:
@@ -312,7 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         short = sum(row.short for row in floors.rows)
         print(f"wrote {options.floors}: {len(floors.rows)} rows, {short} of them in the short gate")
         return 0
-    cores = {core: source_hash(ROOT / "csrc", core) for core in ("_cpu", "_cuda")}
+    cores = sources.hashes(ROOT / "csrc")
     texts = {options.results / TITLE: page(results, cores)}
     if options.docs.exists():
         texts[options.docs] = fill(options.docs.read_text(), results, cores)

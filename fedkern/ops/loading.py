@@ -115,8 +115,11 @@ def stale_cores() -> list[str]:
     return stale
 
 
-def source_hash(folder: Path, core: str) -> str:
-    """Returns the ``source_hash()`` of ``core`` (_cpu or _cuda) built from ``folder`` (csrc/), or "" without that."""
+def source_hash(folder: Path, core: str, without: re.Pattern[str] | None = None) -> str:
+    """Returns the ``source_hash()`` of ``core`` (_cpu or _cuda) built from ``folder`` (csrc/), or "" without that.
+
+    Files whose path there matches ``without`` do not count.
+    """
     if not folder.is_dir():
         return ""
     names = sorted(
@@ -129,6 +132,6 @@ def source_hash(folder: Path, core: str) -> str:
     lines = [
         f"{name} {hashlib.sha256((folder / name).read_bytes()).hexdigest()}\n"
         for name in names
-        if not others.search(name)
+        if not others.search(name) and not (without and without.search(name))
     ]
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]

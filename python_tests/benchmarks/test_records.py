@@ -9,7 +9,7 @@ from pathlib import Path
 import machines
 import pytest
 
-from benchmarks import report
+from benchmarks import report, sources
 from benchmarks.records import COPY, RESULTS, Comparison, Recorder, read_results, write_results
 
 AMD = {"cpu": "AMD EPYC", "cores": 2, "isa": "avx512", "torch": "2.13.0+cpu", "time": "2026-01-01"}
@@ -126,20 +126,59 @@ def test_a_change_of_the_cuda_core_alone_marks_no_row_of_the_cpu(backend: str, m
     assert report.outdated(row, {"_cpu": "old", "_cuda": "new"}) == marked
 
 
+def test_a_change_of_other_kernels_marks_no_row() -> None:
+    row = replace(ROW, group="blend", backend="cpu", core="old", sources="same")
+    present = {"_cpu": "new", "_cpu blend": "same", "_cpu fuse": "other"}
+    assert not report.outdated(row, present)
+    assert report.outdated(replace(row, group="fuse_mean"), present)
+    assert report.outdated(replace(row, group="fediod_step"), present), "steps use all of them"
+    assert report.outdated(replace(row, sources=""), present)
+
+
+def test_what_an_operator_is_built_from(tmp_path: Path) -> None:
+    names = ("cpu/blend.cpp", "cpu/fuse.cpp", "cpu/stream.h", "bindings/cpu_fuse.cpp", "cuda/fuse.cu", "cpu/isa.cpp")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+
+    def changed(name: str) -> set[str]:
+        before = sources.hashes(tmp_path)
+        (tmp_path / name).write_text("changed " + name)
+        after = sources.hashes(tmp_path)
+        return {key for key in before if before[key] != after[key]}
+
+    cores = {core: {sources.key(core, name) for name in ("", *sources.GROUPS)} for core in ("_cpu", "_cuda")}
+    assert changed("cpu/blend.cpp") == {"_cpu", "_cpu blend"}
+    assert changed("bindings/cpu_fuse.cpp") == {"_cpu", "_cpu fuse"}
+    assert changed("cuda/fuse.cu") == {"_cuda", "_cuda fuse"}
+    assert changed("cpu/stream.h") == changed("cpu/isa.cpp") == cores["_cpu"]
+    assert set(sources.hashes(tmp_path / "none").values()) == {""}
+    assert sources.behind("cpu", "of another checkout", "blend") == ""
+    present = sources.hashes(sources.CSRC)
+    assert sources.behind("cpu", present["_cpu"], "boxes") == present["_cpu blend"] != present["_cpu"]
+
+
+def test_every_recorded_operator_has_its_kernels() -> None:
+    names = set(read_results(RESULTS))
+    assert names > set(sources.FAMILIES)
+    steps = {"feddra_step", "fediod_step", "fedlpfm_step", "fusefl_level", "overhead"}
+    assert names - set(sources.FAMILIES) <= steps, "add it to sources.GROUPS"
+
+
 def test_the_check_does_not_fail_when_the_core_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_results([replace(ROW, core="old", backend="cpu")], AMD, tmp_path)
     docs = tmp_path / "ops.md"
     docs.write_text("<!-- measured: toy -->\n<!-- end -->\n")
     command = ["--results", str(tmp_path), "--docs", str(docs)]
-    monkeypatch.setattr(report, "source_hash", lambda folder, core: "old")
+    monkeypatch.setattr(sources, "source_hash", lambda *arguments: "old")
     assert report.main(command) == 0
     assert "| small |" in docs.read_text()
-    monkeypatch.setattr(report, "source_hash", lambda folder, core: "new")
+    monkeypatch.setattr(sources, "source_hash", lambda *arguments: "new")
     assert report.main([*command, "--check"]) == 0
     assert report.main(command) == 0
     assert "| small † |" in docs.read_text()
     assert docs.read_text().endswith(f"\n\n{report.MEANING['†']}\n\n<!-- end -->\n")
-    monkeypatch.setattr(report, "source_hash", lambda folder, core: "old")
+    monkeypatch.setattr(sources, "source_hash", lambda *arguments: "old")
     assert report.main([*command, "--check"]) == 0
 
 

@@ -1,0 +1,65 @@
+"""What of csrc/ an operator is built from: other operators' kernels may change without making its rows outdated."""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+
+from fedkern.ops.loading import source_hash
+
+CSRC = Path(__file__).parent.parent / "csrc"
+# The operators that the files of a family serve; others, such as whole steps of training, use several families.
+GROUPS = {
+    "aggregate": (
+        "aggregate",
+        "clip_and_noise",
+        "clip_by_norm",
+        "geometric_median",
+        "krum",
+        "median",
+        "pairwise_distances",
+        "server_step",
+        "trimmed_mean",
+    ),
+    "blend": ("blend", "boxes"),
+    "contrast": ("contrast",),
+    "distill": ("consensus", "dual_kl", "ensemble_kl", "entropy", "js_div", "kl_div"),
+    "fuse": ("fuse_concat", "fuse_mean", "fused_adaptors", "fused_blocks"),
+}
+FAMILIES = {group: family for family, groups in GROUPS.items() for group in groups}
+
+
+def family(group: str) -> str:
+    """The family of kernels that an operator's rows measure, or "" for all of them."""
+    return FAMILIES.get(group, "")
+
+
+def hash_of(folder: Path, core: str, name: str) -> str:
+    """A hash over ``folder`` (csrc/) but for the translation units of other families; headers are everybody's."""
+    others = "|".join(one for one in GROUPS if name and one != name)
+    units = rf"^(?:cpu/|cuda/|bindings/cpu_|bindings/cuda_)(?:{others})\w*\.(?:cpp|cu)$"
+    without = re.compile(units) if others else None
+    return source_hash(folder, core, without)
+
+
+@functools.cache
+def behind(backend: str, core: str, group: str) -> str:
+    """The hash for rows that a ``core`` of this hash serves, "" where that is none or not built from csrc/."""
+    name = module(backend)
+    return hash_of(CSRC, name, family(group)) if core and core == hash_of(CSRC, name, "") else ""
+
+
+def module(backend: str) -> str:
+    """The compiled core that a row's backend names."""
+    return "_cuda" if "cuda" in backend else "_cpu"
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Of every family, by the names of :func:`key`; "" where there is no ``folder``."""
+    return {key(core, name): hash_of(folder, core, name) for core in ("_cpu", "_cuda") for name in ("", *GROUPS)}
+
+
+def key(core: str, name: str) -> str:
+    """``"_cpu"`` for all of a core, ``"_cpu blend"`` for what a family is built from."""
+    return f"{core} {name}".strip()
