@@ -24,11 +24,12 @@ MB = 1 << 20
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[_memory.Cache]:
-    """A cache of 64 MB, for results from 4 MB on, as no other test has used it."""
+    """A cache of 64 MB, for results of the compiled core from 4 MB on, as no other test has used it."""
     monkeypatch.setattr(_memory, "KEPT", 4 * MB)
     monkeypatch.setenv("FEDKERN_CACHE_MB", "64")
     _memory.cache.cache_clear()
-    yield _memory.cache()
+    with ops.use_backend("cpu"):  # once: the choice is the process's, and threads that make it each would not undo it
+        yield _memory.cache()
     _memory.cache.cache_clear()
 
 
@@ -38,8 +39,7 @@ def maps(batch: int = 64, seed: int = 0) -> list[Tensor]:
 
 def joined(batch: int = 64, seed: int = 0) -> Tensor:
     """8 MB for a batch of 64."""
-    with ops.use_backend("cpu"):
-        return ops.fuse_concat(maps(batch, seed))
+    return ops.fuse_concat(maps(batch, seed))
 
 
 def test_memory_is_used_again_once_nothing_refers_to_it(own_cache: _memory.Cache) -> None:
@@ -194,8 +194,7 @@ def test_a_forked_child_writes_into_memory_of_its_own() -> None:
     if not child:
         code = 1
         try:
-            with ops.use_backend("cpu"):
-                result = ops.fuse_concat(given)
+            result = ops.fuse_concat(given)
             code = 0 if result.data_ptr() == place and result.numpy().tobytes() == wanted else 2
         finally:
             os._exit(code)
