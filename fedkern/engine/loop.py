@@ -270,6 +270,7 @@ class Run:
         self.observed.add(info)
         if self._last_exchange and not late:
             self._clients.pop(client.id, None)  # its state is on disk; scratch need not outlive the round
+            self._before.pop(client.id, None)
         self._round["clients"].setdefault(str(client.id), {}).update(info)
         self.listener.on_client(self._round["shown"], client.id, {**info, "seconds": seconds})
 

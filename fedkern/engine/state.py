@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +110,20 @@ def _unpack(tree: Any, tensor: Callable[[str], Tensor]) -> Any:
     return entries if kind == "list" else tuple(entries)
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """A tensor as it was; its memory is held, so that no other one can come to lie there."""
+
+    version: int
+    place: int
+    shape: tuple[int, ...]
+    memory: Any = field(compare=False)
+
+
 def fingerprint(value: Any) -> Any:
     """Something that differs whenever the state was changed, without reading the tensors' contents."""
     if isinstance(value, Tensor):
-        return ("tensor", id(value), value._version, value.data_ptr(), tuple(value.shape))
+        return ("tensor", _Seen(value._version, value.data_ptr(), tuple(value.shape), value.untyped_storage()))
     if isinstance(value, dict):
         return ("dict", tuple((key, fingerprint(entry)) for key, entry in value.items()))
     if isinstance(value, (list, tuple)):

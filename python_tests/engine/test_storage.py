@@ -126,6 +126,16 @@ def test_fingerprint_sees_every_change():
         assert state.fingerprint(content) != now
 
 
+def test_fingerprint_knows_a_tensor_in_the_memory_of_the_last():
+    content = {"a": torch.zeros(20_000_000)}
+    before, place = state.fingerprint(content), content["a"].data_ptr()
+    for _ in range(3):
+        del content["a"]
+        content["a"] = torch.zeros(20_000_000)
+        assert content["a"].data_ptr() != place, "it may have the number and the version of the old one as well"
+        assert state.fingerprint(content) != before
+
+
 def test_writes_are_complete_or_absent(tmp_path):
     atomic.write_bytes(tmp_path / "x", b"old")
 
