@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import functools
 import mmap
+import operator
 import os
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,63 +27,108 @@ KEPT = 16 << 20
 CACHE_MB = 1024
 
 
+class _Lent(weakref.ref[Any]):
+    """To what is lent to a storage, from ``memory``."""
+
+    __slots__ = ("madvise", "memory")
+    memory: mmap.mmap
+    madvise: Callable[[int], None]
+
+
+# A weak reference's callback in which Python runs no line: a signal that arrives in one, such as Ctrl-C's, is lost.
+_mark = operator.methodcaller("madvise", getattr(mmap, "MADV_FREE", 0))
+
+
 class Cache:
     """Memory of large results, kept when they are freed, for the next ones of their size.
 
-    The system hands out fresh memory page by page and zeroed, which takes longer than a kernel takes to write it: of a
-    result of 168 MB half the time with huge pages, nine tenths without.  ``malloc`` keeps no block of more than 32 MB,
-    and no more than 64 MB of smaller ones.
+    The system hands out fresh memory page by page and zeroed, which takes as long as a kernel takes to write it even
+    with huge pages, and ten times as long without.  ``malloc`` keeps no block of more than 32 MB, and no more than
+    64 MB of smaller ones.
 
-    What is kept is marked as free: the system takes it as soon as it runs short, so that it is in nobody's way.
+    What is kept is marked as free: the system takes its pages as soon as it runs short of memory.
     """
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self.free: deque[mmap.mmap] = deque()  # its methods are atomic: results are freed in any thread, at any time
+        # Their methods are atomic: results are freed in any thread, at any time.
+        self._free: deque[mmap.mmap] = deque()
+        self._returned: deque[_Lent] = deque()
+        self._lent: dict[int, list[_Lent]] = {}
+        self._marks = True
 
     def storage(self, size: int) -> torch.UntypedStorage:
-        """``size`` bytes that come back when nothing refers to the storage any more."""
+        """``size`` bytes that come back when nothing refers to the storage any more.
+
+        Raises:
+            OSError: there is no memory.
+        """
         memory = self._take(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
         view = np.frombuffer(memory, np.uint8, size)
-        # Python itself ends with results alive, whose memory then goes with the process.
-        weakref.finalize(view, self._give, memory).atexit = False
+        back = _Lent(view, self._returned.append)
+        back.memory = memory
+        lent = self._lent[id(back)] = [back]
+        if self._marks:
+            mark = _Lent(view, _mark)  # the later one is called first
+            mark.madvise = memory.madvise
+            lent.append(mark)
         return torch.from_numpy(view).untyped_storage()
 
     def _take(self, size: int) -> mmap.mmap:
-        for memory in reversed(list(self.free)):  # the latest is the likeliest to be in a processor's cache
+        for memory in reversed(self.free()):  # the latest is the likeliest to be in a processor's cache
             if len(memory) == size:
                 try:
-                    self.free.remove(memory)
+                    self._free.remove(memory)
                 except ValueError:  # another thread was faster
                     continue
                 return memory
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError:
+            self.clear()
+            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # Locked memory can't be marked.
+        self._marks = _advise(memory, "MADV_FREE")
         _advise(memory, "MADV_HUGEPAGE")
         return memory
 
-    def _give(self, memory: mmap.mmap) -> None:
-        _advise(memory, "MADV_FREE")
-        self.free.append(memory)
+    def free(self) -> list[mmap.mmap]:
+        """What is kept, the oldest first; more than ``most`` bytes only until this is called."""
+        while self._returned:
+            try:
+                back = self._returned.popleft()
+            except IndexError:  # another thread was faster
+                break
+            self._free.append(back.memory)
+            self._lent.pop(id(back), None)
         self._trim(self.most)
+        return list(self._free)
 
     def _trim(self, most: int) -> None:
         """Gives the oldest back until at most ``most`` bytes are kept."""
-        while sum(map(len, list(self.free))) > most:
+        while sum(map(len, list(self._free))) > most:
             try:
-                self.free.popleft()
+                self._free.popleft()
             except IndexError:
                 return
 
     def clear(self) -> None:
+        self.free()
         self._trim(0)
 
 
-def _advise(memory: mmap.mmap, name: str) -> None:
-    """Advice only: a system that does not know it does without."""
+def _advise(memory: mmap.mmap, name: str) -> bool:
+    """Whether the system took the advice; it can do without."""
     advice = getattr(mmap, name, None)
-    if advice is not None:
-        with contextlib.suppress(OSError):
-            memory.madvise(advice)
+    if advice is None:
+        return False
+    try:
+        memory.madvise(advice)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # what else there is may be a signal handler's
+            raise
+        return False
+    return True
 
 
 @functools.cache
@@ -102,8 +148,9 @@ def empty_cache() -> None:
     """Gives the memory that is kept for large results on the CPU back to the system.
 
     Results of 16 MB and more get memory of their own, which is kept when they are freed, at most 1 GB
-    (``FEDKERN_CACHE_MB`` says how much, 0 for none), since fresh memory costs more time than writing a result into it.
-    It is marked as free, so that the system takes it by itself where it runs short; this gives it back at once.
+    (``FEDKERN_CACHE_MB`` says how much, 0 for none), since fresh memory costs as much time as writing a result into it.
+    It is marked as free, so that the system takes its pages by itself where it runs short; limits on address space
+    (``ulimit -v``, strict overcommit) count it until this gives it back.
 
     Raises:
         ValueError: ``FEDKERN_CACHE_MB`` is not a number of megabytes.
@@ -114,16 +161,25 @@ def empty_cache() -> None:
 def fresh(core: Any, tensor: Tensor) -> Tensor:
     """Returns ``tensor``, just allocated and about to be written by ``core``: in memory of the :class:`Cache` if large.
 
-    What is too small or too large for that is backed by huge pages: first writes fault once per page.
+    What is smaller, too large for that, or finds no memory there is backed by huge pages from 4 MB on: first writes
+    fault once per page.
     """
     bytes_ = tensor.nbytes
     if bytes_ < HUGE:
         return tensor
     kept = cache()
-    if KEPT <= bytes_ <= kept.most and tensor.untyped_storage().nbytes() == bytes_:
-        tensor.set_(kept.storage(bytes_), 0, tensor.shape, tensor.stride())
-    else:
-        core.advise_huge_pages(tensor.data_ptr(), bytes_)
+    # In torch's deterministic mode what is not written has been filled, so that it is the same in every run.
+    fills: bool = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    filled = fills and torch.are_deterministic_algorithms_enabled()
+    if KEPT <= bytes_ <= kept.most and tensor.untyped_storage().nbytes() == bytes_ and not filled:
+        try:
+            tensor.set_(kept.storage(bytes_), 0, tensor.shape, tensor.stride())
+        except OSError as error:
+            if error.errno != errno.ENOMEM:
+                raise
+        else:
+            return tensor
+    core.advise_huge_pages(tensor.data_ptr(), bytes_)
     return tensor
 
 

@@ -170,6 +170,7 @@ class CpuBlend(Launcher):
         weights = alpha if alpha is None or alpha.dtype in _WIDE else alpha.double()
         if count and self._forward_of(foreground, background, weights, value, index, out, _threads()):
             return out
+        del out  # its memory serves again
         return super().forward(foreground, background, alpha, value, index)
 
     def backward(
@@ -204,6 +205,7 @@ class CpuBlend(Launcher):
         if not self._backward_of(
             grad, *maps, weights, value, index, background_rows, own, other, per_sample, _threads()
         ):
+            del own, other
             rest = (foreground, background, alpha, value, index, background_rows, needs, strides)
             return super().backward(grad, *rest)
         if per_sample is not None and alpha is not None:

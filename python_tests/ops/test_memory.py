@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import errno
 import io
 import os
 import pickle
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -48,13 +51,13 @@ def test_memory_is_used_again_once_nothing_refers_to_it(own_cache: _memory.Cache
     second = joined(seed=1)
     assert second.data_ptr() != place
     del first
-    assert not own_cache.free, "a view of it is alive"
+    assert not own_cache.free(), "a view of it is alive"
     assert torch.equal(row, torch.cat([x[5] for x in maps()]))
     del row
-    assert [len(memory) for memory in own_cache.free] == [8 * MB]
+    assert [len(memory) for memory in own_cache.free()] == [8 * MB]
     third = joined(seed=2)
     assert third.data_ptr() == place
-    assert not own_cache.free
+    assert not own_cache.free()
     assert torch.equal(third, torch.cat(maps(seed=2), 1))
     assert torch.equal(second, torch.cat(maps(seed=1), 1))
 
@@ -62,30 +65,81 @@ def test_memory_is_used_again_once_nothing_refers_to_it(own_cache: _memory.Cache
 def test_other_sizes_have_their_own(own_cache: _memory.Cache) -> None:
     joined()
     assert torch.equal(joined(48), torch.cat(maps(48), 1))
-    assert [len(memory) for memory in own_cache.free] == [8 * MB, 6 * MB]
+    assert [len(memory) for memory in own_cache.free()] == [8 * MB, 6 * MB]
 
 
 def test_the_oldest_go_where_too_much_is_kept(own_cache: _memory.Cache) -> None:
     results = [joined(batch) for batch in (192, 128, 160)]  # 24, 16 and 20 MB
     while results:
         del results[0]
-    assert [len(memory) // MB for memory in own_cache.free] == [24, 16, 20]
+    assert [len(memory) // MB for memory in own_cache.free()] == [24, 16, 20]
     joined(64)
-    assert [len(memory) // MB for memory in own_cache.free] == [16, 20, 8]
+    assert [len(memory) // MB for memory in own_cache.free()] == [16, 20, 8]
     ops.empty_cache()
-    assert not own_cache.free
+    assert not own_cache.free()
 
 
 def test_more_than_is_kept_is_fresh(own_cache: _memory.Cache) -> None:
     assert joined(640).shape == (640, 32, 32, 32)
-    assert not own_cache.free
+    assert not own_cache.free()
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["after what is kept has gone", "never"])
+def test_where_there_is_no_memory(again: bool, own_cache: _memory.Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    joined()
+    assert own_cache.free()
+    real = _memory.mmap.mmap
+
+    def full(*arguments: int, **flags: int) -> object:
+        if again and not own_cache.free():
+            return real(*arguments, **flags)
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(_memory.mmap, "mmap", full)
+    assert torch.equal(joined(48), torch.cat(maps(48), 1))
+    assert len(own_cache.free()) == again
+
+
+def test_deterministic_mode_decides_what_is_not_written(own_cache: _memory.Cache) -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        joined()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not own_cache.free()
+
+
+class Alarm(Exception):
+    pass
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers here")
+def test_signals_are_not_lost_where_results_are_freed() -> None:
+    def ring(*_: object) -> None:
+        raise Alarm
+
+    def work(seconds: float) -> None:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        begin = time.monotonic()
+        while time.monotonic() < begin + 10:
+            ops.fuse_concat(given)
+
+    given = maps()
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        for turn in range(100):
+            with pytest.raises(Alarm):
+                work(1e-3 + 3e-5 * turn)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_none_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDKERN_CACHE_MB", "0")
     _memory.cache.cache_clear()
     assert torch.equal(joined(), torch.cat(maps(), 1))
-    assert not _memory.cache().free
+    assert not _memory.cache().free()
 
 
 @pytest.mark.parametrize("given", ["-1", "1.5", "much"])
@@ -158,7 +212,7 @@ def test_every_operator_in_used_memory(last: bool, own_cache: _memory.Cache) -> 
 
     wanted = results("reference")
     results("cpu")
-    assert own_cache.free
+    assert own_cache.free()
     for name, tensors in results("cpu").items():
         for one, other in zip(tensors, wanted[name], strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
