@@ -20,9 +20,9 @@ from benchmarks.records import COPY, RESULTS, Comparison, Recorded, processor, r
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs" / "ops.md"
-# Before a number, and behind a row's name, with what they say.
 # Source hashes as the present csrc/ makes them, see sources.hashes ("": nobody knows).
 Cores = Mapping[str, str]
+# Before a number, and behind a row's name, with what they say.
 SCATTERS, OUTDATED = "~", "†"
 MEANING = {
     SCATTERS: f"`{SCATTERS}`: times scatter by more than {100 * gate.NOISY:.0f} % (interquartile range over median).",

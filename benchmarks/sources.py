@@ -37,10 +37,11 @@ def family(group: str) -> str:
 
 def hash_of(folder: Path, core: str, name: str) -> str:
     """A hash over ``folder`` (csrc/) but for the translation units of other families; headers are everybody's."""
-    others = "|".join(one for one in GROUPS if name and one != name)
+    if not name:
+        return source_hash(folder, core)
+    others = "|".join(one for one in GROUPS if one != name)
     units = rf"^(?:cpu/|cuda/|bindings/cpu_|bindings/cuda_)(?:{others})\w*\.(?:cpp|cu)$"
-    without = re.compile(units) if others else None
-    return source_hash(folder, core, without)
+    return source_hash(folder, core, re.compile(units))
 
 
 @functools.cache

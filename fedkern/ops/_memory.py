@@ -83,10 +83,10 @@ class Cache:
                     continue
                 return memory
         try:
-            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            memory = _map(size)
         except OSError:
             self.clear()
-            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            memory = _map(size)
         # Locked memory can't be marked.
         self._marks = _advise(memory, "MADV_FREE")
         _advise(memory, "MADV_HUGEPAGE")
@@ -115,6 +115,10 @@ class Cache:
     def clear(self) -> None:
         self.free()
         self._trim(0)
+
+
+def _map(size: int) -> mmap.mmap:
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def _advise(memory: mmap.mmap, name: str) -> bool:
@@ -167,20 +171,27 @@ def fresh(core: Any, tensor: Tensor) -> Tensor:
     bytes_ = tensor.nbytes
     if bytes_ < HUGE:
         return tensor
+    if bytes_ < KEPT or not _moved(tensor, bytes_):
+        core.advise_huge_pages(tensor.data_ptr(), bytes_)
+    return tensor
+
+
+def _moved(tensor: Tensor, bytes_: int) -> bool:
+    """Whether ``tensor`` lies in memory of the cache now."""
     kept = cache()
+    if bytes_ > kept.most or tensor.untyped_storage().nbytes() != bytes_:
+        return False
     # In torch's deterministic mode what is not written has been filled, so that it is the same in every run.
     fills: bool = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    filled = fills and torch.are_deterministic_algorithms_enabled()
-    if KEPT <= bytes_ <= kept.most and tensor.untyped_storage().nbytes() == bytes_ and not filled:
-        try:
-            tensor.set_(kept.storage(bytes_), 0, tensor.shape, tensor.stride())
-        except OSError as error:
-            if error.errno != errno.ENOMEM:
-                raise
-        else:
-            return tensor
-    core.advise_huge_pages(tensor.data_ptr(), bytes_)
-    return tensor
+    if fills and torch.are_deterministic_algorithms_enabled():
+        return False
+    try:
+        tensor.set_(kept.storage(bytes_), 0, tensor.shape, tensor.stride())
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+        return False
+    return True
 
 
 def placed(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
