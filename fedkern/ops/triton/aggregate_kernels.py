@@ -13,12 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fedkern.ops.triton.launch import double_bits, filled
-from fedkern.ops.triton.rows import narrow
-
-
-@triton.jit
-def _double(bits):
-    return tl.cast(bits, tl.int64).to(tl.float64, bitcast=True)
+from fedkern.ops.triton.rows import double_of, narrow
 
 
 @triton.jit
@@ -134,7 +129,7 @@ def add_kernel(total, vector, weight, size, stride, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = place < size
     x = _wide(tl.load(vector + place * stride, mask=mask, other=0))
-    tl.store(total + place, tl.load(total + place, mask=mask, other=0) + x * _double(weight), mask=mask)
+    tl.store(total + place, tl.load(total + place, mask=mask, other=0) + x * double_of(weight, tl.float64), mask=mask)
 
 
 @triton.jit(do_not_specialize=["weight"])
@@ -142,7 +137,9 @@ def divide_kernel(total, weight, out, size, BLOCK: tl.constexpr):
     """``total / weight``."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = place < size
-    tl.store(out + place, narrow(tl.load(total + place, mask=mask, other=0) / _double(weight), out), mask=mask)
+    tl.store(
+        out + place, narrow(tl.load(total + place, mask=mask, other=0) / double_of(weight, tl.float64), out), mask=mask
+    )
 
 
 @triton.jit(do_not_specialize=["offsets", "weights", "rate", "beta1", "beta2", "tau"])
@@ -178,15 +175,15 @@ def step_kernel(
         tl.store(partial + m, tl.sum(delta * delta, axis=0))
         tl.store(partial + count + m, tl.sum(delta * mean, axis=0))
 
-    learning = _double(rate)
+    learning = double_of(rate, tl.float64)
     if RULE == 0:
         update = learning * mean
     elif RULE == 1:
-        momentum = _double(beta1) * _wide(tl.load(first + place, mask=mask, other=0)) + mean
+        momentum = double_of(beta1, tl.float64) * _wide(tl.load(first + place, mask=mask, other=0)) + mean
         tl.store(first + place, narrow(momentum, first), mask=mask)
         update = learning * momentum
     else:
-        b1, b2 = _double(beta1), _double(beta2)
+        b1, b2 = double_of(beta1, tl.float64), double_of(beta2, tl.float64)
         blended = b1 * _wide(tl.load(first + place, mask=mask, other=0)) + (1.0 - b1) * mean
         two = _wide(tl.load(second + place, mask=mask, other=0))
         square = mean * mean
@@ -199,5 +196,5 @@ def step_kernel(
             two = two + square
         tl.store(first + place, narrow(blended, first), mask=mask)
         tl.store(second + place, narrow(two, second), mask=mask)
-        update = learning * blended / (tl.sqrt(two) + _double(tau))
+        update = learning * blended / (tl.sqrt(two) + double_of(tau, tl.float64))
     tl.store(out + place, narrow(before + update, out), mask=mask)

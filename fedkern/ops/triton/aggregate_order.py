@@ -8,8 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fedkern.ops.triton.aggregate_kernels import _double, _wide, pick, starts_of, weights_of
-from fedkern.ops.triton.rows import narrow
+from fedkern.ops.triton.aggregate_kernels import _wide, pick, starts_of, weights_of
+from fedkern.ops.triton.rows import double_of, narrow
 
 
 @triton.jit
@@ -158,5 +158,5 @@ def noise_kernel(
         value = _wide(tl.load(vectors + begin + place * stride, mask=mask, other=0)) * factor
         if NOISE:
             noise = n0 if word == 0 else n1 if word == 1 else n2 if word == 2 else n3
-            value += _double(deviation) * noise.to(tl.float64)
+            value += double_of(deviation, tl.float64) * noise.to(tl.float64)
         tl.store(out + m * size + place, narrow(value, out), mask=mask)

@@ -17,6 +17,7 @@ from torch import Tensor
 from fedkern.ops.blend_launch import Gradients, in_layout, output_strides
 from fedkern.ops.blend_reference import check_values
 from fedkern.ops.triton.launch import cdiv, double_bits, launch, power_of_two, processors
+from fedkern.ops.triton.rows import double_of
 
 # Elements that a program holds of each map: two 128-bit accesses per thread of four warps, in fp32.
 TILE = 1024
@@ -40,7 +41,7 @@ def _weight(alpha, value, row, stride, valid):
     """alpha of each row in fp64, from a tensor or from the bits of a number."""
     weight = tl.zeros_like(row).to(tl.float64)
     if alpha is None:
-        weight += value.to(tl.int64).to(tl.float64, bitcast=True)
+        weight += double_of(value, tl.float64)
     else:
         weight += tl.load(alpha + row * stride, mask=valid, other=0).to(tl.float64)
     return weight

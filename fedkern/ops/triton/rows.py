@@ -51,7 +51,7 @@ def piece(begin, last, valid, COLUMNS: tl.constexpr):
 @triton.jit
 def double_of(bits, COMPUTE: tl.constexpr):
     """The number whose ``double_bits`` the launcher handed over."""
-    return bits.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
+    return tl.cast(bits, tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
 
 
 @triton.jit
