@@ -18,9 +18,9 @@ struct PhiloxKey {
 };
 inline constexpr std::uint32_t kPhilox0 = 0xd2511f53u, kPhilox1 = 0xcd9e8d57u;
 
-// words[k][i]: word k of counter 16 group + i. The upper 64 of a counter's 128 bits are zero.
+// words[k][i]: word k of counter 16 group + i, whose upper 64 of 128 bits are `upper`.
 #if defined(FEDKERN_ISA_avx512)
-FEDKERN_INLINE void philox16(std::uint64_t group, const PhiloxKey& key, std::uint32_t (*words)[16]) {
+FEDKERN_INLINE void philox16(std::uint64_t group, std::uint32_t upper, const PhiloxKey& key, std::uint32_t (*words)[16]) {
   // 64-bit lanes: a multiplication reads the lower halves only, so what the upper ones hold does not matter.
   const __m512i m0 = _mm512_set1_epi64(kPhilox0), m1 = _mm512_set1_epi64(kPhilox1);
   const std::uint64_t counter = group << 4;
@@ -29,7 +29,8 @@ FEDKERN_INLINE void philox16(std::uint64_t group, const PhiloxKey& key, std::uin
     const __m512i first = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
     c[h][0] = _mm512_add_epi64(first, _mm512_set1_epi64(static_cast<long long>((counter & 0xffffffffu) + 8 * h)));
     c[h][1] = _mm512_set1_epi64(static_cast<long long>(counter >> 32));
-    c[h][2] = c[h][3] = _mm512_setzero_si512();
+    c[h][2] = _mm512_set1_epi64(upper);
+    c[h][3] = _mm512_setzero_si512();
   }
   for (int round = 0; round < 10; ++round) {
     const __m512i low = _mm512_set1_epi64(key.low[round]), high = _mm512_set1_epi64(key.high[round]);
@@ -45,7 +46,7 @@ FEDKERN_INLINE void philox16(std::uint64_t group, const PhiloxKey& key, std::uin
   for (int k = 0; k < 4; ++k) _mm512_storeu_si512(words[k], _mm512_permutex2var_epi32(c[0][k], even, c[1][k]));
 }
 #elif defined(FEDKERN_ISA_avx2)
-FEDKERN_INLINE void philox16(std::uint64_t group, const PhiloxKey& key, std::uint32_t (*words)[16]) {
+FEDKERN_INLINE void philox16(std::uint64_t group, std::uint32_t upper, const PhiloxKey& key, std::uint32_t (*words)[16]) {
   const __m256i m0 = _mm256_set1_epi64x(kPhilox0), m1 = _mm256_set1_epi64x(kPhilox1);
   const std::uint64_t counter = group << 4;
   for (int half = 0; half < 16; half += 8) {
@@ -55,7 +56,8 @@ FEDKERN_INLINE void philox16(std::uint64_t group, const PhiloxKey& key, std::uin
       const __m256i first = _mm256_set_epi64x(6 + h, 4 + h, 2 + h, h);
       c[h][0] = _mm256_add_epi64(first, _mm256_set1_epi64x(static_cast<long long>((counter & 0xffffffffu) + half)));
       c[h][1] = _mm256_set1_epi64x(static_cast<long long>(counter >> 32));
-      c[h][2] = c[h][3] = _mm256_setzero_si256();
+      c[h][2] = _mm256_set1_epi64x(upper);
+      c[h][3] = _mm256_setzero_si256();
     }
     for (int round = 0; round < 10; ++round) {
       const __m256i low = _mm256_set1_epi64x(key.low[round]), high = _mm256_set1_epi64x(key.high[round]);
@@ -74,13 +76,14 @@ FEDKERN_INLINE void philox16(std::uint64_t group, const PhiloxKey& key, std::uin
   }
 }
 #else
-inline void philox16(std::uint64_t group, const PhiloxKey& key, std::uint32_t (*words)[16]) {
+inline void philox16(std::uint64_t group, std::uint32_t upper, const PhiloxKey& key, std::uint32_t (*words)[16]) {
   const std::uint64_t counter = group << 4;
   std::uint32_t *c0 = words[0], *c1 = words[1], *c2 = words[2], *c3 = words[3];
   for (int i = 0; i < 16; ++i) {
     c0[i] = static_cast<std::uint32_t>(counter) + static_cast<std::uint32_t>(i);
     c1[i] = static_cast<std::uint32_t>(counter >> 32);
-    c2[i] = c3[i] = 0;
+    c2[i] = upper;
+    c3[i] = 0;
   }
   for (int round = 0; round < 10; ++round)
     for (int i = 0; i < 16; ++i) {
@@ -152,11 +155,48 @@ FEDKERN_INLINE void turn(Vec<float> t, Vec<float>& cosine, Vec<float>& sine) {
   sine = select(left | half, zero - y, y);
 }
 
+// Radius words below this, the lowest 2^-20, are refined.
+inline constexpr std::uint32_t kRefined = 1u << 12;
+
+// Whether a radius word of the group is to be refined: one group in 32,768.
+FEDKERN_INLINE bool any_refined(const std::uint32_t (*words)[16]) {
+#if defined(FEDKERN_ISA_avx512)
+  const __m512i least = _mm512_min_epu32(_mm512_loadu_si512(words[0]), _mm512_loadu_si512(words[2]));
+  return _mm512_cmplt_epu32_mask(least, _mm512_set1_epi32(kRefined)) != 0;
+#else
+  std::uint32_t least = words[0][0];
+  for (int pair = 0; pair < 4; pair += 2)
+    for (int i = 0; i < 16; ++i) least = words[pair][i] < least ? words[pair][i] : least;
+  return least < kRefined;
+#endif
+}
+
+// Makes the numbers of refined radius words anew, each by the same operations on vectors of one value.
+__attribute__((noinline)) void refine(std::uint64_t group, const PhiloxKey& key, const std::uint32_t (*words)[16], float* out) {
+  using F = Vec<float>;
+  alignas(64) std::uint32_t more[4][16];
+  philox16(group, 1, key, more);
+  float number[F::lanes];
+  for (int pair = 0; pair < 4; pair += 2)
+    for (int i = 0; i < 16; ++i) {
+      if (words[pair][i] >= kRefined) continue;
+      // 44 bits, rounded once.
+      const auto wide = static_cast<float>(static_cast<std::int64_t>(words[pair][i]) << 32 | more[pair][i]);
+      F cosine, sine;
+      turn(F::set(static_cast<float>(static_cast<std::int32_t>(words[pair + 1][i]))) * F::set(0x1p-31f), cosine, sine);
+      const F length = radius((F::set(wide) + F::set(0.5f)) * F::set(0x1p-64f));
+      (length * cosine).store(number);
+      out[pair * 16 + i] = number[0];
+      (length * sine).store(number);
+      out[pair * 16 + 16 + i] = number[0];
+    }
+}
+
 // The 64 numbers of one group.
 FEDKERN_INLINE void normal_group(std::uint64_t group, const PhiloxKey& key, float* out) {
   using F = Vec<float>;
   alignas(64) std::uint32_t words[4][16];
-  philox16(group, key, words);
+  philox16(group, 0, key, words);
   for (int pair = 0; pair < 4; pair += 2)
     for (int i = 0; i < 16; i += F::lanes) {
       const F u = (from_unsigned(words[pair] + i) + F::set(0.5f)) * F::set(0x1p-32f);
@@ -166,6 +206,7 @@ FEDKERN_INLINE void normal_group(std::uint64_t group, const PhiloxKey& key, floa
       (length * cosine).store(out + pair * 16 + i);
       (length * sine).store(out + pair * 16 + 16 + i);
     }
+  if (__builtin_expect(any_refined(words), 0)) refine(group, key, words, out);
 }
 
 }  // namespace

@@ -9,8 +9,9 @@ struct Words {
   unsigned w[4];
 };
 
-__device__ __forceinline__ Words philox(std::uint64_t counter, std::uint64_t seed) {
-  Words c{{static_cast<unsigned>(counter), static_cast<unsigned>(counter >> 32), 0, 0}};
+// The counter's upper 64 bits are `upper`.
+__device__ __forceinline__ Words philox(std::uint64_t counter, unsigned upper, std::uint64_t seed) {
+  Words c{{static_cast<unsigned>(counter), static_cast<unsigned>(counter >> 32), upper, 0}};
   unsigned k0 = static_cast<unsigned>(seed), k1 = static_cast<unsigned>(seed >> 32);
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
@@ -23,9 +24,18 @@ __device__ __forceinline__ Words philox(std::uint64_t counter, std::uint64_t see
   return c;
 }
 
-// Two normal numbers from two words.
-__device__ __forceinline__ void box_muller(unsigned one, unsigned two, float& x, float& y) {
-  const float uniform = (static_cast<float>(one) + 0.5f) * 0x1p-32f;
+// Radius words below this, the lowest 2^-20, are refined.
+constexpr unsigned kRefined = 1u << 12;
+
+__device__ __forceinline__ float uniform(unsigned word) { return (static_cast<float>(word) + 0.5f) * 0x1p-32f; }
+
+// A refined word: 44 bits, rounded once.
+__device__ __forceinline__ float uniform(unsigned word, unsigned more) {
+  return (static_cast<float>(static_cast<std::int64_t>(word) << 32 | more) + 0.5f) * 0x1p-64f;
+}
+
+// Two normal numbers from a uniform one and a word.
+__device__ __forceinline__ void box_muller(float uniform, unsigned two, float& x, float& y) {
   const float radius = sqrtf(-2.0f * logf(uniform));
   const float turn = static_cast<float>(static_cast<int>(two)) * 0x1p-31f;
   x = radius * cospif(turn);
@@ -48,9 +58,16 @@ __global__ void __launch_bounds__(kBlock) noise_kernel(const __grid_constant__ T
     float noise[4] = {};
     if constexpr (Noise) {
       const std::uint64_t group = (first >> 6) + static_cast<std::uint64_t>(thread >> 4);
-      const Words words = philox((group << 4 | static_cast<std::uint64_t>(thread & 15)) & ((std::uint64_t{1} << 62) - 1), seed);
-      box_muller(words.w[0], words.w[1], noise[0], noise[1]);
-      box_muller(words.w[2], words.w[3], noise[2], noise[3]);
+      const std::uint64_t counter = (group << 4 | static_cast<std::uint64_t>(thread & 15)) & ((std::uint64_t{1} << 62) - 1);
+      const Words words = philox(counter, 0, seed);
+      float one = uniform(words.w[0]), two = uniform(words.w[2]);
+      if (words.w[0] < kRefined || words.w[2] < kRefined) {
+        const Words more = philox(counter, 1, seed);
+        if (words.w[0] < kRefined) one = uniform(words.w[0], more.w[0]);
+        if (words.w[2] < kRefined) two = uniform(words.w[2], more.w[2]);
+      }
+      box_muller(one, words.w[1], noise[0], noise[1]);
+      box_muller(two, words.w[3], noise[2], noise[3]);
     }
 #pragma unroll
     for (int k = 0; k < 4; ++k) {

@@ -7,6 +7,7 @@ the generation of random normal deviates", Annals of Mathematical Statistics 29,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -40,6 +41,10 @@ def philox(counter: Tensor, seed: int, high: int = 0) -> tuple[Tensor, Tensor, T
     return c0, c1, c2, c3
 
 
+REFINED = 1 << 12
+"""Radius words below this, the lowest 2^-20, are refined."""
+
+
 def normal(size: int, seed: int, offset: int, device: torch.device | None = None) -> Tensor:
     """Standard normal numbers, fp64 ``[size]``: places ``offset ... offset + size - 1`` (modulo 2^64) of a stream.
 
@@ -48,9 +53,16 @@ def normal(size: int, seed: int, offset: int, device: torch.device | None = None
     four numbers, words 2 and 3 the other two:
 
         u = (fp32(word 0) + 1/2) / 2^32 in fp32, t = fp32(word 1 as a signed integer) / 2^31,
-        sqrt(-2 ln u) cos(pi t) and sqrt(-2 ln u) sin(pi t);
+        sqrt(-2 ln u) cos(pi t) and sqrt(-2 ln u) sin(pi t).
 
-    no number is larger than 6.77.
+    Alone, that would end at 6.77 standard deviations.  So a radius word (0 or 2) below :data:`REFINED` is followed by
+    32 more bits: the same word w of the same counter with upper half 1, which no other draw uses (all others have
+    upper half 0),
+
+        u = (fp32(2^32 * word 0 + w) + 1/2) / 2^64 in fp32.
+
+    No number is then larger than 9.5, which a normal one exceeds with probability 2^-68; all others stay what they
+    were.
     """
     first = offset & ~63
     groups = (offset + size - first + 63) // 64
@@ -58,14 +70,34 @@ def normal(size: int, seed: int, offset: int, device: torch.device | None = None
     start = (first >> 6) << 4
     counter = (torch.arange(groups * 16, dtype=torch.int64, device=device) + start) & ((1 << 62) - 1)
     words = philox(counter, seed)
-    pairs = [pair for k in (0, 2) for pair in _box_muller(words[k], words[k + 1])]
-    numbers = torch.stack([pair.view(groups, 16) for pair in pairs], 1).flatten()
-    return numbers[offset - first : offset - first + size]
+    numbers = torch.empty(groups, 4, 16, dtype=torch.float64, device=device)
+    for k in (0, 2):
+
+        def more(rare: Tensor, k: int = k) -> Tensor:
+            return philox(counter[rare], seed, 1)[k]
+
+        cosine, sine = _box_muller(uniform(words[k], more), words[k + 1])
+        numbers[:, k], numbers[:, k + 1] = cosine.view(groups, 16), sine.view(groups, 16)
+    return numbers.flatten()[offset - first : offset - first + size]
 
 
-def _box_muller(one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
-    uniform = (one.to(torch.float32) + 0.5) * 2.0**-32
-    radius = (-2 * uniform.double().log()).sqrt()
+def uniform(word: Tensor, more: Callable[[Tensor], Tensor]) -> Tensor:
+    """Numbers in (0, 1], fp32, of radius words; ``more`` gives a second word for those at the places that it is told.
+
+    Args:
+        word: 32-bit words, int64.
+        more: from the places of the words to be refined, int64 ``[n]``, to as many words, int64 ``[n]``.
+    """
+    result = (word.to(torch.float32) + 0.5) * 2.0**-32
+    rare = (word < REFINED).nonzero()[:, 0]
+    if len(rare):
+        wide = word[rare] << 32 | more(rare)
+        result[rare] = (wide.to(torch.float32) + 0.5) * 2.0**-64
+    return result
+
+
+def _box_muller(u: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
+    radius = (-2 * u.double().log()).sqrt()
     signed = torch.where(two >= 1 << 31, two - (1 << 32), two)
     angle = (signed.to(torch.float32) * 2.0**-31).double() * math.pi
     return radius * angle.cos(), radius * angle.sin()

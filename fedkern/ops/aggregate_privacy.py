@@ -59,8 +59,8 @@ def clip_and_noise(vectors: Vectors, max_norm: float, noise: float, seed: int, o
     agree to the rounding of log, sine and cosine in fp32.  Never use a place twice: the next call's offset is
     ``offset + M * P``.
 
-    The noise has fp32 resolution whatever the dtype, and a floating-point result is no proof against attacks on its
-    lowest bits (Mironov, CCS 2012).
+    The noise has fp32 resolution whatever the dtype, its tail follows the normal law to 9.5 standard deviations, and a
+    floating-point result is no proof against attacks on its lowest bits (Mironov, CCS 2012).
 
     Args:
         vectors, max_norm: as for :func:`clip_by_norm`.

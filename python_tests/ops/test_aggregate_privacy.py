@@ -7,12 +7,13 @@ import math
 
 import pytest
 import torch
-from aggregate_cases import close, make_vectors, odd_views
+from aggregate_cases import REFINED, REFINED_SEED, close, make_vectors, odd_views, refined_numbers
 from operator_cases import DTYPES, KERNELS, thinned, using
 from torch import Tensor
 
 from fedkern.ops import clip_and_noise, clip_by_norm
-from fedkern.ops.aggregate_philox import normal, philox
+from fedkern.ops.aggregate_philox import REFINED as BELOW
+from fedkern.ops.aggregate_philox import normal, philox, uniform
 
 MOST = (1 << 64) - 1
 
@@ -71,6 +72,65 @@ def test_tails_and_the_smallest_numbers(backend: str) -> None:
     given = noise_of(1 << 20, 11).double()
     assert float(expected.abs().max()) > 4.5
     assert float((given - expected).abs().max()) < 2e-6
+
+
+def test_refined_radius_words_in_every_backend(backend: str) -> None:
+    """The two numbers of a radius word in the lowest 2^-20 have 32 more bits; their neighbours are what they were."""
+    for place, counter, k in thinned(REFINED):
+        start = place & ~63
+        given = noise_of(64, REFINED_SEED, start).double()
+        words = philox(torch.arange(16) + (counter & ~15), REFINED_SEED)
+        assert [int((words[j] < BELOW).sum()) for j in (0, 2)] == [int(k == 0), int(k == 2)]
+        for at, expected in zip((place - start, place - start + 16), refined_numbers(counter, k), strict=True):
+            assert float(given[at]) == pytest.approx(expected, rel=1e-6, abs=4e-7)
+        others = torch.ones(64, dtype=torch.bool)
+        others[[place - start, place - start + 16]] = False
+        plain = torch.empty(4, 16, dtype=torch.float64)
+        for j in (0, 2):
+            radius = (-2 * ((words[j].float() + 0.5) * 2.0**-32).double().log()).sqrt()
+            turn = ((words[j + 1] + (1 << 31)) % (1 << 32) - (1 << 31)).float().double() * (math.pi / 2**31)
+            plain[j], plain[j + 1] = radius * turn.cos(), radius * turn.sin()
+        assert bool(((given - plain.flatten())[others].abs() < 1e-5).all())
+        # The same numbers wherever a call begins and ends, and in a vector that starts in the middle of a group.
+        assert float(noise_of(1, REFINED_SEED, place)) == float(given[place - start])
+        assert torch.equal(noise_of(100, REFINED_SEED, place - 7).double()[7:8], given[place - start][None])
+
+
+def test_a_refined_number_is_beyond_what_32_bits_reach(backend: str) -> None:
+    place, counter, k = REFINED[-1]
+    radius = math.hypot(*(float(noise_of(1, REFINED_SEED, place + at)) for at in (0, 16)))
+    assert radius == pytest.approx(math.hypot(*refined_numbers(counter, k)), rel=1e-6)
+    assert radius > math.sqrt(2 * 33 * math.log(2))
+
+
+def test_the_tail_follows_the_exact_law_to_nine_deviations() -> None:
+    """P(radius > r) is exp(-r^2 / 2): the share of the 2^64 pairs of words, found by bisection, for every r."""
+
+    def radius(pair: int) -> float:
+        u = uniform(torch.tensor([pair >> 32]), lambda places: torch.tensor([pair & 0xFFFFFFFF]))
+        return math.sqrt(-2 * math.log(float(u)))
+
+    for r in (3.0, 5.0, 5.26, 5.27, 5.5, 6.0, 6.7, 6.8, 7.0, 8.0, 9.0):
+        low, high = 0, 1 << 64  # the largest number of a pair whose radius is above r
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if radius(middle) > r else (low, middle)
+        exact = math.exp(-r * r / 2)
+        # Steps of a word, at most 2^-12 of it, where none is refined; then fp32's, and 2^-64.
+        rounding = 2.0**-12 * exact if exact > 2.0**-20 else 1e-6 * exact + 2.0**-64
+        assert abs(low / 2**64 - exact) < rounding
+    assert radius(0) == pytest.approx(math.sqrt(2 * 65 * math.log(2)))
+    edge = [radius(pair << 32) for pair in (BELOW - 1, BELOW)]
+    assert 0 < edge[0] - edge[1] < 1e-4
+
+
+@pytest.mark.skipif(not KERNELS, reason="the compiled core is not built")
+def test_refined_numbers_have_the_same_bits_for_every_isa() -> None:
+    runs = []
+    for name in KERNELS:
+        with using(name):
+            runs.append(torch.stack([noise_of(200, REFINED_SEED, place - 70) for place, _, _ in REFINED]))
+    assert all(torch.equal(run, runs[0]) for run in runs[1:])
 
 
 def test_noise_does_not_depend_on_the_grouping(backend: str) -> None:

@@ -4,6 +4,8 @@
 // (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), so that 64 places are 16 counters and a vector
 // register holds one word of many counters. Words 0 and 1, and 2 and 3, make two normal numbers each (Box and Muller, 1958):
 //   u = (float(word 0) + 1/2) / 2^32, t = float(signed word 1) / 2^31; sqrt(-2 ln u) {cos, sin}(pi t).
+// Where word 0 or 2 is below 2^12, the same word w of the counter plus 2^64, used for nothing else, refines it:
+//   u = (float(2^32 word + w) + 1/2) / 2^64.
 // No fused operations, so every ISA level gives the same bits.
 #pragma once
 

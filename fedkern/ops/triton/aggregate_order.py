@@ -119,9 +119,21 @@ def distances_kernel(
 
 
 @triton.jit
-def _normal_pair(one, two):
-    """Box and Muller's transform of two random words."""
-    uniform = (one.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+def _uniform(word):
+    """A number in (0, 1] from a random word."""
+    return (word.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+
+
+@triton.jit
+def _refined(uniform, word, more):
+    """``uniform``, made of 32 more bits where the word is in the lowest 2^-20."""
+    wide = (word.to(tl.int64) << 32) | more.to(tl.int64)
+    return tl.where(word < 4096, (wide.to(tl.float32) + 0.5) * 5.421010862427522e-20, uniform)
+
+
+@triton.jit
+def _normal_pair(uniform, two):
+    """Box and Muller's transform of a uniform number and a random word."""
     radius = tl.sqrt(-2.0 * tl.log(uniform))
     angle = (two.to(tl.int32, bitcast=True).to(tl.float32) * 4.656612873077393e-10) * 3.141592653589793
     return radius * tl.cos(angle), radius * tl.sin(angle)
@@ -150,8 +162,12 @@ def noise_kernel(
         high = (counter >> 32).to(tl.uint32)
         zero = tl.zeros_like(low)
         w0, w1, w2, w3 = tl.philox(seed.to(tl.int64), low, high, zero, zero)
-        n0, n1 = _normal_pair(w0, w1)
-        n2, n3 = _normal_pair(w2, w3)
+        u0, u2 = _uniform(w0), _uniform(w2)
+        if tl.min(tl.minimum(w0, w2).to(tl.int64)) < 4096:
+            r0, _r1, r2, _r3 = tl.philox(seed.to(tl.int64), low, high, tl.full(low.shape, 1, tl.uint32), zero)
+            u0, u2 = _refined(u0, w0, r0), _refined(u2, w2, r2)
+        n0, n1 = _normal_pair(u0, w1)
+        n2, n3 = _normal_pair(u2, w3)
     for word in tl.static_range(4):
         place = (group * 64 + 16 * word - skipped)[:, None] + lane[None, :]
         mask = (place >= 0) & (place < size)

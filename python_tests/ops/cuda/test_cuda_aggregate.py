@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from aggregate_cases import REFINED, REFINED_SEED, refined_numbers
 from operator_cases import DTYPES, assert_close, describe, pairwise
 from torch import Tensor
 
@@ -171,7 +172,7 @@ def test_noise(device: torch.device, dtype: torch.dtype, size: int, offset: int)
     seed = 2**64 - 5 - size
     got = served.scale_and_noise(rows.to(device), factors.to(device), 1.5, seed, offset)
     assert got.dtype == dtype
-    # logarithm, sine and cosine are taken in fp32, of numbers up to 6.77
+    # logarithm, sine and cosine are taken in fp32, of numbers up to 9.5
     close("noise", got, PLAIN.scale_and_noise(rows.double(), factors, 1.5, seed, offset), absolute=5e-6, slack=5e-6)
     clipped = served.scale_and_noise(rows.to(device), factors.to(device), 0.0, seed, offset)
     close("clipped", clipped, factors[:, None] * rows.double())
@@ -184,6 +185,17 @@ def test_noise_is_one_stream(device: torch.device) -> None:
     part = served.scale_and_noise(zeros[:1, :300], one[:1], 1.0, 11, 207).flatten()
     assert torch.equal(whole[200:500], part)
     assert (whole.cpu().double() - normal(1000, 11, 7)).abs().max() < 5e-6
+
+
+@pytest.mark.parametrize(("place", "counter", "word"), REFINED)
+def test_refined_radius_words(device: torch.device, place: int, counter: int, word: int) -> None:
+    """Those in the lowest 2^-20, which have 32 more bits; the second number of the pair is 16 places on."""
+    served = backend.select("aggregate", torch.empty(0, device=device))
+    zeros, one = torch.zeros(1, 100, device=device), torch.ones(1, dtype=torch.float64, device=device)
+    got = served.scale_and_noise(zeros, one, 1.0, REFINED_SEED, place - 70).flatten().cpu().double()
+    expected = torch.tensor(refined_numbers(counter, word), dtype=torch.float64)
+    assert (got[[70, 86]] - expected).abs().max() < 5e-6
+    assert (got - normal(100, REFINED_SEED, place - 70)).abs().max() < 5e-6
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
