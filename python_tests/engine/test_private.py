@@ -170,6 +170,30 @@ def test_the_noise_of_a_secret_has_more_than_the_32_bits_of_a_seed():
     assert seeded.initial_seed() == int(stream(0, "a").integers(1 << 63))
 
 
+def test_the_noise_of_a_step_is_not_cut_at_the_tail_of_fp32():
+    """A generator whose numbers are the largest there are: torch's normal numbers of fp32 end at 5.77."""
+    word = 0x12DD9BB3  # of the Mersenne twister's state, which tempers it to 32 ones
+    tempered = word ^ word >> 11
+    tempered ^= tempered << 7 & 0x9D2C5680
+    tempered ^= tempered << 15 & 0xEFC60000
+    assert tempered ^ tempered >> 18 == 0xFFFFFFFF
+    generator = torch.Generator().manual_seed(0)
+    torch.rand(1, generator=generator)  # the words are in use from here on
+    state = generator.get_state()
+    state.numpy()[24 : 24 + 8 * 624].view(np.uint64)[:] = word
+    module = nn.Linear(32, 1, bias=False)
+    start = module.weight.detach().clone()
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    with private_steps(
+        module, optimizer, max_norm=0.5, noise=2.0, batch=1.0, generator=generator.set_state(state)
+    ) as private:
+        module(torch.zeros(1, 32)).mean().backward()
+        private.step()
+    assert float((module.weight.detach() - start).abs().max()) == pytest.approx(
+        math.sqrt(2 * 53 * math.log(2)), rel=1e-3
+    )
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_sample_that_is_not_finite_counts_for_nothing_and_stops_nothing(data, value):
     """It neither ends the training nor makes the parameters NaN, both of which would tell that it is there."""
