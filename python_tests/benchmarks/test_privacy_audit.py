@@ -1,0 +1,33 @@
+"""The privacy page is what the audit recorded, and what was recorded shows what the page says."""
+
+import json
+
+from benchmarks import privacy_audit
+
+ROWS = json.loads(privacy_audit.RESULT.read_text())["mechanisms"]
+
+
+def test_the_pages_table_is_that_of_the_record():
+    text = privacy_audit.PAGE.read_text()
+    assert text.count("<!-- audited -->") == 1
+    assert privacy_audit.with_table(text, ROWS) == text
+    assert "../benchmarks/results/privacy_audit.png" in text
+    changed = [{**ROWS[0], "lower": 0.123}, *ROWS[1:]]
+    assert privacy_audit.with_table(text, changed) != text
+
+
+def test_no_bound_is_above_its_claim_and_every_defect_is_caught():
+    assert [row["mechanism"] for row in ROWS] == [mechanism.name for mechanism in privacy_audit.MECHANISMS]
+    for row in ROWS:
+        assert row["lower"] <= row["claimed"]
+        assert row["caught"]["lower"] > row["caught"]["claimed"]
+        assert row["repeats"] >= privacy_audit.REPEATS
+        if row["caught"]["defect"] == "half the noise":
+            assert row["lower"] > 0.9 * row["claimed"]
+        else:
+            assert row["lower"] < row["half"]["lower"] < row["half"]["claimed"]
+
+
+def test_the_figure_is_drawn(tmp_path):
+    privacy_audit.draw(ROWS, tmp_path / "audit.png")
+    assert (tmp_path / "audit.png").read_bytes()[:4] == b"\x89PNG"

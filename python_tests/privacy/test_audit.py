@@ -1,0 +1,217 @@
+"""The audit: its bounds on mechanisms whose mu is known, and the mechanisms of the methods against their ledgers.
+
+What runs them is the program of the page (benchmarks/privacy_audit.py), with fewer repeats; the seeds are fixed.
+"""
+
+from __future__ import annotations
+
+import math
+from importlib.util import find_spec
+
+import pytest
+import torch
+from scipy.optimize import brentq
+from scipy.stats import binom
+
+from benchmarks import privacy_audit as audited
+from fedkern.privacy import Accountant
+from fedkern.privacy.audit import audit, claimed_mu, gdp_epsilon
+
+needs_accounting = pytest.mark.skipif(
+    find_spec("dp_accounting") is None,
+    reason="dp-accounting is not installed (pip install 'fedkern[privacy]')",
+)
+needs_opacus = pytest.mark.skipif(
+    find_spec("opacus") is None, reason="opacus is not installed (pip install 'fedkern[privacy]')"
+)
+REPEATS = 10_000
+
+
+def gaussian(mu, runs, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(runs, generator=generator), mu + torch.randn(runs, generator=generator)
+
+
+# -- the bounds --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mu", [0.5, 1.0, 3.0])
+def test_the_bound_is_near_mu_of_a_gaussian_mechanism_and_below(mu):
+    found = audit(*gaussian(mu, 40_000, 0))
+    assert 0.9 * mu - 0.05 < found.lower < mu
+    assert found.repeats == 40_000
+    assert found.lower == pytest.approx(
+        torch.special.ndtri(torch.tensor([1 - found.false_positives, 1 - found.false_negatives]).double()).sum().item()
+    )
+
+
+def test_the_bound_is_wrong_as_seldom_as_it_says():
+    """500 audits at 80 %: at most a fifth above mu, but for 5 deviations; the choice of the threshold costs nothing."""
+    wrong = sum(audit(*gaussian(1.0, 200, seed), confidence=0.8).lower > 1.0 for seed in range(500))
+    assert 0 < wrong < 100 + 5 * math.sqrt(500 * 0.2 * 0.8)
+
+
+def test_nothing_told_apart_is_a_bound_of_zero():
+    assert audit(*gaussian(0.0, 1000, 0)).lower == 0
+    assert audit(torch.zeros(100), torch.zeros(100)).lower == 0
+    assert audit(*reversed(gaussian(3.0, 1000, 0))).lower == 0  # scores that are larger on the wrong side
+
+
+def test_the_error_rates_are_clopper_and_pearsons():
+    """Where all is told apart the bound is what the repeats can show; an error counts with its exact probability."""
+    apart = audit(torch.zeros(2000), torch.ones(2000))
+    assert apart.false_positives == apart.false_negatives == pytest.approx(1 - 0.005 ** (1 / 1000))
+    assert apart.lower == pytest.approx(-2 * float(torch.special.ndtri(torch.tensor(apart.false_positives).double())))
+    one, other = torch.zeros(2000), torch.ones(2000)
+    one[1000:1007] = 2  # seven of the half that is counted
+    assert binom.cdf(7, 1000, audit(one, other).false_positives) == pytest.approx(0.005)
+
+
+def test_what_is_no_set_of_scores_is_refused():
+    good = torch.zeros(10)
+    for one, other, words in (
+        (torch.zeros(3), torch.zeros(3), "one must be scores"),
+        (good, torch.zeros(5, 2), "other must be scores"),
+        (good, torch.zeros(8), "same number of runs, not 10 and 8"),
+        (good, torch.full((10,), math.nan), "other must not hold NaN"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            audit(one, other)
+    for confidence in (0.0, 1.0, math.nan):
+        with pytest.raises(ValueError, match="confidence must be in"):
+            audit(good, good, confidence=confidence)
+
+
+# -- claims ------------------------------------------------------------------------------------------------------------
+
+
+def test_mu_of_a_ledger_without_sampling():
+    accountant = Accountant()
+    assert claimed_mu(accountant.state) == 0
+    accountant.gaussian("discriminator", 2.0, steps=4)
+    assert claimed_mu(accountant.state) == pytest.approx(1.0)
+    accountant.gaussian("teacher", 0.5)
+    assert claimed_mu(accountant.state) == pytest.approx(math.sqrt(1 + 4))
+    accountant.dp_sgd("dp-sgd", 4.0, rate=1.0, steps=3)  # a replaced gradient may turn around
+    assert claimed_mu(accountant.state) == pytest.approx(math.sqrt(1 + 4 + 3 / 4))
+    accountant.gaussian("histogram", 0.0)
+    assert claimed_mu(accountant.state) == math.inf
+    with pytest.raises(ValueError, match="not laplace"):
+        claimed_mu({"a": [["laplace", 1.0, 1.0, 1]]})
+    with pytest.raises(ValueError, match="false_positives must be in"):
+        claimed_mu({}, 0.0)
+
+
+@needs_accounting
+@pytest.mark.parametrize("false_positives", [0.01, 0.1, 0.3])
+def test_mu_of_a_sampled_release_is_no_less_than_the_best_test_has(false_positives):
+    """A fifth of the releases is N(1, 1 / 4), or N(-1, 1 / 4) with the record replaced, the others N(0, 1 / 4)."""
+    ledger = {"discriminator": [["gaussian", 0.25, 0.2, 1]]}  # over the change, which is 2
+
+    def above(threshold, mean):
+        parts = torch.tensor([mean - threshold, -threshold]).double() / 0.5
+        return float(torch.special.ndtr(parts) @ torch.tensor([0.2, 0.8]).double())
+
+    threshold = brentq(lambda t: above(t, -1.0) - false_positives, -5, 5)
+    best = float(torch.special.ndtri(torch.tensor([1 - false_positives, above(threshold, 1.0)]).double()).sum())
+    claimed = claimed_mu(ledger, false_positives)
+    assert best < claimed < claimed_mu({"discriminator": [["gaussian", 0.25, 0.5, 1]]}, false_positives) < math.inf
+
+
+@needs_accounting
+def test_epsilon_of_mu_is_the_accountants_but_for_its_slack():
+    for noise in (0.5, 1.0, 4.0):
+        accountant = Accountant()
+        accountant.gaussian("teacher", noise)
+        exact = gdp_epsilon(1 / noise, 1e-5)
+        assert exact <= accountant.epsilon(1e-5) < 1.12 * exact
+    assert gdp_epsilon(0.0, 1e-5) == 0
+    # delta alone covers it: a total variation of 2 Phi(mu / 2) - 1
+    assert gdp_epsilon(1e-6, 1e-5) == 0
+    for mu, delta in ((-1.0, 1e-5), (math.inf, 1e-5), (1.0, 0.0)):
+        with pytest.raises(ValueError, match="mu must be"):
+            gdp_epsilon(mu, delta)
+
+
+# -- the mechanisms ----------------------------------------------------------------------------------------------------
+
+PLAIN = {
+    "discriminators": (audited.channels(sigma_d=2.0), 2.0),
+    "discriminators, four releases": (audited.channels(sigma_d=8.0, releases=4), 1.0),
+    "teacher": (audited.channels(sigma_t=2.0, score="teacher"), 2.0),
+    "both channels, three releases": (
+        audited.channels(sigma_d=6.0, sigma_t=8.0, releases=3, score="both"),
+        math.sqrt(3 * (4 / 9 + 1 / 4)),
+    ),
+    "class counts": (audited.histogram(histogram_noise=1.0), math.sqrt(2)),
+}
+TRAINED = {
+    "DP-SGD": (audited.dp_sgd(noise=1.0), 2.0),
+    "DP-SGD, four steps": (audited.dp_sgd(noise=2.0, steps=4), 2.0),
+}
+
+
+def check(runs, mu, repeats, share):
+    """The ledger's mu is the mechanism's; the bound is below and near it, and half the noise is caught."""
+    mechanism = audited.Mechanism("it", runs)
+    found = audited.audited(mechanism, repeats)
+    assert found["claimed"] == pytest.approx(mu)
+    assert share * mu < found["lower"] <= mu
+    with audited.draws(audited.halved):
+        caught = audited.audited(mechanism, repeats)
+    assert caught["claimed"] == found["claimed"]
+    assert caught["lower"] > 1.5 * mu
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_channel_gives_away_what_it_books_and_half_its_noise_is_caught(name):
+    check(*PLAIN[name], REPEATS, 0.84)
+
+
+@needs_opacus
+@pytest.mark.parametrize("name", TRAINED)
+def test_dp_sgd_gives_away_what_it_books_and_half_its_noise_is_caught(name):
+    check(*TRAINED[name], 4096, 0.85)
+
+
+def test_noise_that_is_used_twice_is_caught():
+    """Four releases of opposite directions, whose noise cancels: there is no end to what they tell."""
+    runs, mu = PLAIN["discriminators, four releases"]
+
+    def reused(max_norm, noise, seed, offset):
+        return {"max_norm": max_norm, "noise": noise, "seed": 1, "offset": 0}
+
+    with audited.draws(reused):
+        found = audited.audited(audited.Mechanism("", runs), REPEATS)
+    assert found["claimed"] == pytest.approx(mu)
+    assert found["lower"] > 6
+
+
+@pytest.mark.parametrize("name", ["discriminators", "teacher"])
+def test_clipping_to_twice_the_norm_is_caught(name):
+    runs, mu = PLAIN[name]
+
+    def loose(max_norm, noise, **others):
+        return {"max_norm": 2 * max_norm, "noise": noise / 2, **others}
+
+    with audited.draws(loose):
+        assert audited.audited(audited.Mechanism("", runs), REPEATS)["lower"] > 1.5 * mu
+
+
+@needs_accounting
+@pytest.mark.parametrize(
+    ("runs", "repeats"),
+    [
+        (audited.channels(sigma_d=2.0, shards=5), 6000),
+        pytest.param(audited.dp_sgd(noise=1.0, rate=0.25), 4096, marks=needs_opacus),
+    ],
+    ids=["shards", "DP-SGD"],
+)
+def test_sampled_mechanisms_stay_within_their_ledgers_and_sampling_left_out_is_caught(runs, repeats):
+    mechanism = audited.Mechanism("", runs)
+    found = audited.audited(mechanism, repeats)
+    assert 0 < found["lower"] < found["claimed"]
+    with audited.unsampled():
+        caught = audited.audited(mechanism, repeats)
+    assert caught["ledger"] == found["ledger"]
+    assert caught["lower"] > caught["claimed"]
