@@ -139,15 +139,15 @@ PLAIN = {
     "discriminators": (audited.channels(sigma_d=2.0), 2.0),
     "discriminators, four releases": (audited.channels(sigma_d=8.0, releases=4), 1.0),
     "teacher": (audited.channels(sigma_t=2.0, score="teacher"), 2.0),
-    "both channels, three releases": (
-        audited.channels(sigma_d=6.0, sigma_t=8.0, releases=3, score="both"),
-        math.sqrt(3 * (4 / 9 + 1 / 4)),
+    "both channels, two releases": (
+        audited.channels(sigma_d=6.0, sigma_t=8.0, releases=2, score="both"),
+        math.sqrt(2 * (4 / 9 + 1 / 4)),
     ),
     "class counts": (audited.histogram(histogram_noise=1.0), math.sqrt(2)),
 }
 TRAINED = {
     "DP-SGD": (audited.dp_sgd(noise=1.0), 2.0),
-    "DP-SGD, four steps": (audited.dp_sgd(noise=2.0, steps=4), 2.0),
+    "DP-SGD, two steps": (audited.dp_sgd(noise=math.sqrt(2), steps=2), 2.0),
 }
 
 
