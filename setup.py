@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -11,6 +12,9 @@ from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+
+# Characters of a path that CMake takes for its own.
+UNREADABLE = '";\\$\n'
 
 WITHOUT = "FEDKERN_CPU=0 installs fedkern without the compiled core, plain PyTorch then serves"
 
@@ -71,19 +75,33 @@ class CMakeBuild(build_ext):
         import pybind11
 
         cmake, ninja = str(shutil.which("cmake")), str(shutil.which("ninja"))
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
-        build.mkdir(parents=True, exist_ok=True)
         destination.mkdir(parents=True, exist_ok=True)
+        if not set(UNREADABLE) & set(f"{ROOT}{destination}"):
+            self.build(cmake, ninja, pybind11.get_cmake_dir(), ROOT, destination)
+            return
+        # CMake itself does not quote such a path in what it writes: the sources are built where none stands.
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / "fedkern"
+            for name in ("csrc", "cmake"):
+                shutil.copytree(ROOT / name, copy / name)
+            self.build(cmake, ninja, pybind11.get_cmake_dir(), copy, copy / "built")
+            for core in (copy / "built").glob("_c*.so"):
+                shutil.copy2(core, destination)
+
+    @staticmethod
+    def build(cmake: str, ninja: str, pybind11: str, root: Path, destination: Path) -> None:
+        build = root / "build" / f"cmake-{sys.implementation.cache_tag}"
+        build.mkdir(parents=True, exist_ok=True)
         cuda = switch("FEDKERN_CUDA")
         configure = [
             cmake,
             # The cache of an earlier isolated build names a ninja that no longer exists.
             "--fresh",
-            *("-S", str(ROOT / "csrc"), "-B", str(build), "-G", "Ninja"),
+            *("-S", str(root / "csrc"), "-B", str(build), "-G", "Ninja"),
             f"-DCMAKE_MAKE_PROGRAM={ninja}",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-Dpybind11_DIR={pybind11}",
             f"-DFEDKERN_CUDA={cuda}",
             f"-DFEDKERN_OUTPUT_DIR={destination}",
         ]

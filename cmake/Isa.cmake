@@ -14,8 +14,13 @@ set(FEDKERN_NUMERIC_FLAGS -fno-math-errno -fno-trapping-math -ffp-contract=off)
 
 set(FEDKERN_OPTIMIZE -O3)
 
+# Relative to the folder that Ninja compiles in: nvcc cuts the value of -I at commas, which a checkout's path may hold.
+file(REAL_PATH ${CMAKE_BINARY_DIR} FEDKERN_BUILD)
+file(REAL_PATH ${CMAKE_CURRENT_SOURCE_DIR}/include FEDKERN_INCLUDE)
+file(RELATIVE_PATH FEDKERN_INCLUDE ${FEDKERN_BUILD} ${FEDKERN_INCLUDE})
+
 function(fedkern_target target)
-  target_include_directories(${target} PRIVATE ${CMAKE_CURRENT_SOURCE_DIR}/include)
+  target_compile_options(${target} PRIVATE -I${FEDKERN_INCLUDE})
   target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra ${FEDKERN_OPTIMIZE}>)
   set_target_properties(${target} PROPERTIES LIBRARY_OUTPUT_DIRECTORY ${FEDKERN_OUTPUT_DIR})
   if(NOT FEDKERN_SANITIZE)
@@ -28,7 +33,7 @@ function(fedkern_isa_objects target source)
   foreach(level IN LISTS FEDKERN_ISA_LEVELS)
     set(objects ${operator}_${level})
     add_library(${objects} OBJECT ${source})
-    target_include_directories(${objects} PRIVATE ${CMAKE_CURRENT_SOURCE_DIR}/include)
+    target_compile_options(${objects} PRIVATE -I${FEDKERN_INCLUDE})
     target_compile_definitions(${objects} PRIVATE FEDKERN_ISA=${level} FEDKERN_ISA_${level}=1)
     target_compile_options(${objects} PRIVATE -Wall -Wextra ${FEDKERN_OPTIMIZE} ${FEDKERN_NUMERIC_FLAGS} ${FEDKERN_FLAGS_${level}})
     target_compile_definitions(${target} PRIVATE FEDKERN_HAS_${level}=1)

@@ -22,7 +22,7 @@ rm -f "$site"/fedkern/*.so
 (
   cd csrc
   cmake --preset sanitize -DPython_EXECUTABLE="$(command -v "$python")" \
-    -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" >"../$folder/configure.log" ||
+    -Dpybind11_DIR="$("$python" -c 'import pybind11; print(pybind11.get_cmake_dir())')" >"../$folder/configure.log" ||
     { cat "../$folder/configure.log" >&2; exit 1; }
   cmake --build --preset sanitize -j "${JOBS:-$(nproc)}" | tail -3
 )

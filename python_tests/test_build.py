@@ -188,7 +188,12 @@ def test_a_source_distribution_holds_all_that_a_build_needs(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_wheel_twice_from_one_source_distribution(tmp_path: Path) -> None:
-    """What an sdist holds is built in isolation twice; the second wheel holds the core and nothing stale."""
+    """What an sdist holds is built in isolation twice; the second wheel holds the core and nothing stale.
+
+    In a folder whose name has what nvcc, CMake and shells trip on.
+    """
+    tmp_path = tmp_path / "it's an ünusual, odd folder"
+    tmp_path.mkdir()
     checkout = source_distribution(tmp_path)
     names = []
     for attempt in ("first", "second"):

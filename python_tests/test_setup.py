@@ -98,11 +98,76 @@ def test_a_failing_build_names_the_ways_out(script: Any, monkeypatch: Any, tmp_p
     monkeypatch.setitem(core, "ROOT", tmp_path)
     monkeypatch.setattr(subprocess, "run", lambda command: subprocess.CompletedProcess(command, 1))
     pytest.importorskip("pybind11")
-    told = refused(lambda: script["CMakeBuild"].cmake(None, tmp_path / "fedkern"))
+    command = script["CMakeBuild"].__new__(script["CMakeBuild"])
+    told = refused(lambda: command.cmake(tmp_path / "fedkern"))
     assert "FEDKERN_CUDA=0 leaves out the CUDA core, FEDKERN_CPU=0 installs fedkern without" in told
     monkeypatch.setenv("FEDKERN_CUDA", "0")
-    told = refused(lambda: script["CMakeBuild"].cmake(None, tmp_path / "fedkern"))
+    told = refused(lambda: command.cmake(tmp_path / "fedkern"))
     assert "FEDKERN_CUDA=0 leaves" not in told
+
+
+ODD = "it's an ünusual, odd folder"
+
+
+def test_a_checkout_and_an_environment_may_lie_anywhere(tmp_path: Path) -> None:
+    """nvcc cuts -I at commas: a file of every kind is compiled where paths have what nvcc, CMake or a shell trip on."""
+    pybind11 = pytest.importorskip("pybind11")
+    if not (shutil.which("cmake") and shutil.which("ninja")):
+        pytest.skip("cmake or ninja is not installed")
+    checkout, environment = tmp_path / ODD / "fedkern", tmp_path / f"{ODD} too"
+    for name in ("csrc", "cmake"):
+        shutil.copytree(ROOT / name, checkout / name)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    python, other = environment / "bin" / "python", environment / "pybind11"
+    shutil.copytree(Path(pybind11.__file__).parent, other)
+    command = [
+        "cmake",
+        "-S",
+        checkout / "csrc",
+        "-B",
+        checkout / "build",
+        "-G",
+        "Ninja",
+        f"-DPython_EXECUTABLE={python}",
+    ]
+    command += [f"-Dpybind11_DIR={other}/share/cmake/pybind11", "-DCMAKE_CUDA_ARCHITECTURES=80-real"]
+    objects = ["CMakeFiles/_cpu.dir/cpu/isa.cpp.o"]
+    if shutil.which("nvcc") and os.environ.get("FEDKERN_CUDA") != "0":
+        objects += ["CMakeFiles/cuda_kernels.dir/cuda/device.cu.o", "CMakeFiles/_cuda.dir/bindings/cuda.cpp.o"]
+    else:
+        objects += ["CMakeFiles/_cpu.dir/bindings/cpu.cpp.o"]
+    for step in (command, ["ninja", "-C", checkout / "build", *objects]):
+        done = subprocess.run(step, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_where_cmake_cannot_build_a_copy_is_built(script: Any, monkeypatch: Any, tmp_path: Path) -> None:
+    """CMake writes paths with a double quote as they are; what it makes elsewhere is brought back."""
+    pytest.importorskip("pybind11")
+    checkout = tmp_path / 'a "quoted" folder'
+    for name in ("csrc", "cmake"):
+        (checkout / name).mkdir(parents=True)
+        (checkout / name / "file").write_text(name)
+    names = script["CMakeBuild"].cmake.__globals__
+    monkeypatch.setitem(names, "missing_tools", list)
+    monkeypatch.setitem(names, "ROOT", checkout)
+    commands = []
+
+    def run(command: list[str]) -> subprocess.CompletedProcess[list[str]]:
+        commands.append(command)
+        for word in command:
+            if word.startswith("-DFEDKERN_OUTPUT_DIR="):
+                built = Path(word.partition("=")[2])
+                built.mkdir()
+                (built / "_cpu.so").write_text((built.parent / "csrc" / "file").read_text())
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    command = script["CMakeBuild"].__new__(script["CMakeBuild"])
+    command.cmake(checkout / "fedkern")
+    assert len(commands) == 2
+    assert '"' not in "".join(map(str, [word for command in commands for word in command]))
+    assert (checkout / "fedkern" / "_cpu.so").read_text() == "csrc"
 
 
 def configure(folder: Path, nvcc: str, cuda: str) -> subprocess.CompletedProcess[str]:

@@ -1,8 +1,11 @@
 """Paths on the command line: home folders, from where they count, and names that only look like them."""
 
+import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from safetensors import safe_open
 
 from fedkern.cli import flags, request
 from fedkern.run import main
@@ -113,3 +116,22 @@ def test_a_run_resumed_elsewhere_uses_the_same_cache(tmp_path, monkeypatch, resu
     result("--resume", str(tmp_path / "run"), "--method-option", f"teacher_cache={tmp_path}/cache", "--quiet")
     assert not Path("cache").exists()
     assert main(["--resume", ".", "--method-option", "teacher_cache=cache"]) == 2  # another one, from here
+
+
+def test_data_and_runs_may_lie_anywhere(tmp_path, result):
+    """Folders whose names have spaces, commas, quotes, letters beyond ASCII and what TOML, globs and shells read."""
+    odd = tmp_path / 'it\'s a "ünüsual", [odd] #1 \\ folder'
+    for part, count in (("train", 12), ("test", 4)):
+        for label in ("a", "b"):
+            images = odd / "data" / part / f"{label}, 'ö'"
+            images.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (8, 8), (20 * i, 100 if label == "a" else 0, 0)).save(images / f'{i} "x".png')
+    argv = ["fedavg", "--data", "folder", "--data-root", str(odd / "data"), "--clients", "2", "--partition", "iid"]
+    argv += ["--local-epochs", "1", "--threads", "1", "--width", "4", "--rounds", "1", "--grad-cam", "0"]
+    out, _ = result(*argv, "--out", str(odd / "run"))
+    assert str(odd / "run") in out.replace("\n", "")
+    about = json.loads(safe_open(odd / "run" / "model.safetensors", "pt").metadata()["fedkern"])
+    assert about["classes"] == ["a, 'ö'", "b, 'ö'"]
+    result("--resume", str(odd / "run"))
+    result("attack", str(odd / "run"))
