@@ -1,10 +1,14 @@
 #include "fedkern/parallel.h"
 
+#include <fcntl.h>
 #include <pthread.h>
 #include <time.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
+#include <cstdio>
+#include <cstring>
 
 namespace fedkern {
 namespace {
@@ -15,8 +19,24 @@ double clock_seconds(clockid_t clock) {
   return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
 }
 
-// Set in a forked child: libgomp's threads do not survive a fork, and a parallel region there would wait for them forever.
-std::atomic<bool> forked{false};
+// Whether this process was forked and has started no program since (PF_FORKNOEXEC among the kernel's flags of it).
+bool forked_before() {
+  constexpr unsigned kForkNoExec = 0x40;
+  const int file = open("/proc/self/stat", O_RDONLY | O_CLOEXEC);
+  if (file < 0) return false;
+  char text[1024];
+  const ssize_t size = read(file, text, sizeof(text) - 1);
+  close(file);
+  if (size <= 0) return false;
+  text[size] = 0;
+  const char* const name_end = std::strrchr(text, ')');  // the program's name may hold anything
+  unsigned flags = 0;
+  return name_end && std::sscanf(name_end + 1, " %*c %*d %*d %*d %*d %*d %u", &flags) == 1 && (flags & kForkNoExec);
+}
+
+// True in a forked child: libgomp's threads do not survive a fork, and a parallel region there would wait for them forever.
+// Also where the core is loaded after the fork: torch may have used its threads before.
+std::atomic<bool> forked{forked_before()};
 
 [[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { forked.store(true, std::memory_order_relaxed); });
 

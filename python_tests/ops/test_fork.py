@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import select
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -98,3 +100,34 @@ def test_data_loader_workers(woken: list[tuple[Operator, list[Tensor], tuple[Ten
     assert [item for item, _, _ in seen] == list(range(len(woken)))
     assert not [woken[item][0].name for item, equal, _ in seen if not equal]
     assert os.getpid() not in {process for _, _, process in seen}
+
+
+# A child that meets the compiled core for the first time, after its parent's threads have run.
+LATE = """
+import os, signal, sys, time
+import torch
+{before}
+torch.set_num_threads(2)
+x, y, out = torch.randn(1 << 22), torch.randn(1 << 22), torch.empty(1 << 22)
+torch.add(x, y, out=out)
+child = os.fork()
+if not child:
+    from fedkern import ops
+    with ops.use_backend("cpu"):
+        ops.weighted_mean([x, y], [1.0, 1.0], out=out)
+    os._exit(0)
+for _ in range({seconds} * 10):
+    done, status = os.waitpid(child, os.WNOHANG)
+    if done:
+        sys.exit(os.waitstatus_to_exitcode(status))
+    time.sleep(0.1)
+os.kill(child, signal.SIGKILL)
+sys.exit("the child hangs")
+"""
+
+
+@pytest.mark.parametrize("before", ["", "import fedkern.ops"])
+def test_a_child_that_was_forked_before_the_core_was_loaded(before: str) -> None:
+    code = LATE.format(before=before, seconds=SECONDS // 2)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
