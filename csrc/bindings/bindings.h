@@ -3,6 +3,7 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <unistd.h>
 
 #include <optional>
@@ -15,6 +16,14 @@ namespace py = pybind11;
 template <typename T>
 T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+// None for what is absent; 0 is the address of a tensor without elements.
+using OptionalAddress = std::optional<std::uintptr_t>;
+
+template <typename T>
+Optional<T> optional_pointer(const OptionalAddress& address) {
+  return {pointer<T>(address.value_or(0)), address.has_value()};
 }
 
 // Lets other Python threads run during a call that is long enough to be worth the switch.

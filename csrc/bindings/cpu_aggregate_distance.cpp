@@ -1,5 +1,3 @@
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -43,8 +41,8 @@ void squared_distances(int dtype, std::int64_t size, const std::vector<std::uint
     }
 }
 
-// point: [size] or 0; out: [count], zeros.
-void squared_distances_to(int dtype, std::int64_t size, const std::vector<std::uintptr_t>& data, std::uintptr_t point, std::uintptr_t out,
+// point: [size] or None; out: [count], zeros.
+void squared_distances_to(int dtype, std::int64_t size, const std::vector<std::uintptr_t>& data, const OptionalAddress& point, std::uintptr_t out,
                           int threads) {
   const std::vector<const void*> vectors = pointers(data);
   const auto count = static_cast<std::int64_t>(data.size());
@@ -52,7 +50,7 @@ void squared_distances_to(int dtype, std::int64_t size, const std::vector<std::u
   ReleaseGil release(size * count >= kReleaseGilElements);
   std::vector<double> partial(static_cast<std::size_t>(chunks * count), 0.0);
   aggregate_distance_kernels().to_point(
-      {static_cast<DType>(dtype), count, size, vectors.data(), pointer<const double>(point), chunk, partial.data(), threads});
+      {static_cast<DType>(dtype), count, size, vectors.data(), optional_pointer<const double>(point), chunk, partial.data(), threads});
   auto* sums = pointer<double>(out);
   for (std::int64_t c = 0; c < chunks; ++c)
     for (std::int64_t m = 0; m < count; ++m) sums[m] += partial[static_cast<std::size_t>(c * count + m)];

@@ -1,5 +1,3 @@
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
@@ -40,7 +38,7 @@ void clip_short(int dtype, std::int64_t size, const std::vector<std::uintptr_t>&
     for (std::int64_t m = begin; m < end; ++m) {
       const void* x = pointer<const void>(data[static_cast<std::size_t>(m)]);
       double square = 0;
-      distance.to_point({type, 1, size, &x, nullptr, kShort, &square, 1});
+      distance.to_point({type, 1, size, &x, {}, kShort, &square, 1});
       // The same operations as for long vectors, in torch: a reciprocal, and then a product.
       const double least = 1 / std::sqrt(square) * max_norm, factor = least > 1 ? 1 : least;
       const auto place = static_cast<std::uint64_t>(m * size);

@@ -7,18 +7,18 @@
 #include <string>
 #include <vector>
 
+#include "blend_rows.h"
 #include "exchange.h"
 #include "fedkern/blend.h"
 
 namespace fedkern {
 namespace {
 
-void check_index(const std::int64_t* index, std::int64_t rows, std::int64_t background_rows) {
-  if (!index) return;
-  for (std::int64_t b = 0; b < rows; ++b)
-    if (index[b] < 0 || index[b] >= background_rows)
+void check_index(const Optional<const std::int64_t>& index, std::int64_t rows, std::int64_t background_rows) {
+  for (std::int64_t b = 0; index.present && b < rows; ++b)
+    if (index.data[b] < 0 || index.data[b] >= background_rows)
       throw py::value_error("index must be in [0, " + std::to_string(background_rows) + "), the rows of background; index[" +
-                            std::to_string(b) + "] is " + std::to_string(index[b]));
+                            std::to_string(b) + "] is " + std::to_string(index.data[b]));
 }
 
 // Which samples use background row n, in ascending order: order[start[n]] ... order[start[n + 1] - 1].
@@ -33,9 +33,8 @@ struct Users {
 };
 
 void check_alpha(const Alpha& alpha, std::int64_t rows) {
-  if (!alpha.data) return;
-  for (std::int64_t b = 0; b < rows; ++b) {
-    const double value = alpha.data[b * alpha.stride];
+  for (std::int64_t b = 0; alpha.each.present && b < rows; ++b) {
+    const double value = alpha.each.data[b * alpha.stride];
     if (!(value >= 0 && value <= 1))
       throw py::value_error("alpha must be in [0, 1]; alpha[" + std::to_string(b) + "] is " + std::to_string(value));
   }
@@ -44,12 +43,12 @@ void check_alpha(const Alpha& alpha, std::int64_t rows) {
 // One weight per sample, fp64 or fp32, as the kernels take them: doubles.
 class Weights {
  public:
-  Weights(std::uintptr_t alpha, int dtype, std::int64_t stride, std::int64_t rows, double value)
-      : alpha_{pointer<const double>(alpha), stride, value} {
+  Weights(const OptionalAddress& alpha, int dtype, std::int64_t stride, std::int64_t rows, double value)
+      : alpha_{optional_pointer<const double>(alpha), stride, value} {
     if (!alpha || static_cast<DType>(dtype) == DType::f64) return;
     wide_.resize(rows);
-    for (std::int64_t b = 0; b < rows; ++b) wide_[b] = pointer<const float>(alpha)[b * stride];
-    alpha_.data = wide_.data();
+    for (std::int64_t b = 0; b < rows; ++b) wide_[b] = pointer<const float>(*alpha)[b * stride];
+    alpha_.each.data = wide_.data();
     alpha_.stride = 1;
   }
   const Alpha& alpha() const { return alpha_; }
@@ -60,47 +59,48 @@ class Weights {
 };
 
 void forward(int dtype, std::int64_t rows, std::int64_t background_rows, std::int64_t size, std::uintptr_t foreground,
-             std::int64_t foreground_stride, std::uintptr_t background, std::int64_t background_stride, std::uintptr_t index,
-             std::uintptr_t alpha, int alpha_dtype, std::int64_t alpha_stride, double alpha_value, std::uintptr_t out, int threads) {
+             std::int64_t foreground_stride, std::uintptr_t background, std::int64_t background_stride, const OptionalAddress& index,
+             const OptionalAddress& alpha, int alpha_dtype, std::int64_t alpha_stride, double alpha_value, std::uintptr_t out, int threads) {
   const Weights weights(alpha, alpha_dtype, alpha_stride, rows, alpha_value);
   const BlendForward call{static_cast<DType>(dtype), rows, size, {pointer<void>(foreground), foreground_stride},
                           {pointer<void>(background), background_stride}, {pointer<void>(out), size},
-                          pointer<const std::int64_t>(index), weights.alpha(), threads, past_cache(3 * rows * size, dtype)};
+                          optional_pointer<const std::int64_t>(index), weights.alpha(), threads, past_cache(3 * rows * size, dtype)};
   check_index(call.index, rows, background_rows);
   check_alpha(call.alpha, rows);
   ReleaseGil release(rows * size >= kReleaseGilElements);
   blend_kernels().forward(call);
 }
 
+// foreground and background are read for grad_alpha alone.
 void backward(int dtype, std::int64_t rows, std::int64_t background_rows, std::int64_t size, std::uintptr_t grad, std::int64_t grad_stride,
-              std::uintptr_t foreground, std::int64_t foreground_stride, std::uintptr_t background, std::int64_t background_stride,
-              std::uintptr_t index, std::uintptr_t alpha, int alpha_dtype, std::int64_t alpha_stride, double alpha_value,
-              std::uintptr_t grad_foreground, std::uintptr_t grad_background, std::uintptr_t grad_alpha, int threads) {
+              const OptionalAddress& foreground, std::int64_t foreground_stride, const OptionalAddress& background,
+              std::int64_t background_stride, const OptionalAddress& index, const OptionalAddress& alpha, int alpha_dtype,
+              std::int64_t alpha_stride, double alpha_value, const OptionalAddress& grad_foreground, const OptionalAddress& grad_background,
+              const OptionalAddress& grad_alpha, int threads) {
   const Weights weights(alpha, alpha_dtype, alpha_stride, rows, alpha_value);
   BlendBackward call{static_cast<DType>(dtype), rows, background_rows, size, {pointer<void>(grad), grad_stride},
-                     {pointer<void>(foreground), foreground_stride}, {pointer<void>(background), background_stride},
-                     pointer<const std::int64_t>(index), weights.alpha(),
-                     {pointer<void>(grad_foreground), size}, {pointer<void>(grad_background), size}, pointer<double>(grad_alpha),
-                     nullptr, nullptr, nullptr, threads, past_cache(3 * rows * size, dtype)};
+                     optional_rows(foreground, foreground_stride), optional_rows(background, background_stride), optional_pointer<const std::int64_t>(index),
+                     weights.alpha(), optional_rows(grad_foreground, size), optional_rows(grad_background, size), optional_pointer<double>(grad_alpha),
+                     nullptr, {}, nullptr, threads, past_cache(3 * rows * size, dtype)};
   check_index(call.index, rows, background_rows);
   ReleaseGil release(rows * size >= kReleaseGilElements);
   std::optional<Users> users;
-  if (call.index && call.grad_background.data) {
-    users.emplace(call.index, rows, background_rows);
-    call.start = users->start.data();
+  if (call.index.present && call.grad_background.present) {
+    users.emplace(call.index.data, rows, background_rows);
+    call.start = {users->start.data(), true};
     call.order = users->order.data();
   }
   std::vector<double> partial;
-  if (call.grad_alpha) {
+  if (call.grad_alpha.present) {
     partial.resize(rows * blend_chunks(size));
     call.partial = partial.data();
   }
   blend_kernels().backward(call);
 }
 
-// What of checked tensors `forward` and `backward` take as numbers; nothing for None.
+// What of checked tensors `forward` and `backward` take as numbers; no address for None.
 struct Part {
-  std::uintptr_t data = 0;
+  OptionalAddress address;
   int dtype = 1;
   std::int64_t rows = 0, size = 0, stride = 0;  // of a sample; from one to the next
   bool dense = true;
@@ -110,7 +110,7 @@ struct Part {
     const TensorView tensor = checked_view(given.ptr());
     DType kind = DType::f64;
     tensor.floating(kind);
-    data = reinterpret_cast<std::uintptr_t>(tensor.data), dtype = static_cast<int>(kind), dense = tensor.contiguous();
+    address = reinterpret_cast<std::uintptr_t>(tensor.data), dtype = static_cast<int>(kind), dense = tensor.contiguous();
     rows = tensor.dims ? tensor.shape[0] : 0, stride = tensor.dims ? tensor.strides[0] : 0, size = 1;
     for (int d = 1; d < tensor.dims; ++d) size *= tensor.shape[d];
   }
@@ -121,8 +121,8 @@ bool forward_of(py::handle foreground, py::handle background, py::handle alpha, 
                 int threads) {
   const Part front(foreground), back(background), weights(alpha), chosen(index), result(out);
   if (!front.dense || !back.dense || !chosen.dense || !result.dense) return false;
-  forward(front.dtype, front.rows, back.rows, front.size, front.data, front.size, back.data, front.size, chosen.data, weights.data,
-          weights.dtype, weights.stride, value, result.data, threads);
+  forward(front.dtype, front.rows, back.rows, front.size, *front.address, front.size, *back.address, front.size, chosen.address,
+          weights.address, weights.dtype, weights.stride, value, *result.address, threads);
   return true;
 }
 
@@ -133,8 +133,9 @@ bool backward_of(py::handle grad, py::handle foreground, py::handle background, 
   const Part from(grad), front(foreground), back(background), weights(alpha), chosen(index);
   if (!from.dense || !front.dense || !back.dense || !chosen.dense) return false;
   const Part own(grad_foreground), other(grad_background), sums(grad_alpha);
-  backward(from.dtype, from.rows, background_rows, from.size, from.data, from.size, front.data, from.size, back.data, from.size,
-           chosen.data, weights.data, weights.dtype, weights.stride, value, own.data, other.data, sums.data, threads);
+  backward(from.dtype, from.rows, background_rows, from.size, *from.address, from.size, front.address, from.size, back.address,
+           from.size, chosen.address, weights.address, weights.dtype, weights.stride, value, own.address, other.address, sums.address,
+           threads);
   return true;
 }
 

@@ -52,9 +52,9 @@ double largest(DType dtype, std::int64_t rows, std::int64_t columns, std::uintpt
   return std::sqrt(squares) * scale;
 }
 
-// All similarities at once. rounded: for the sums, or 0; factor: of the gradient that the similarities become, or 0.
+// All similarities at once. rounded: for the sums, or None; factor: of the gradient that the similarities become, or 0.
 double whole(int dtype, std::int64_t count, std::int64_t columns, std::uintptr_t x, std::uintptr_t y, std::uintptr_t similarities,
-             std::int64_t stride, double scale, double factor, std::uintptr_t rounded, int threads) {
+             std::int64_t stride, double scale, double factor, const OptionalAddress& rounded, int threads) {
   const auto type = static_cast<DType>(dtype);
   ReleaseGil release(count * (count + columns) >= kReleaseGilElements);
   const bool bounded = largest(type, count, columns, x, y, scale) <= kContrastBound, keep = bounded && factor != 0;
@@ -65,7 +65,7 @@ double whole(int dtype, std::int64_t count, std::int64_t columns, std::uintptr_t
   const auto& kernels = contrast_kernels();
   kernels.sums(tile, keep, at);
   const double loss = total_loss(at, count, scale, bounded);
-  void* const sums = rounded ? pointer<void>(rounded) : type == DType::f64 ? at.row_top : memory.data() + 5 * count;
+  void* const sums = rounded ? pointer<void>(*rounded) : type == DType::f64 ? at.row_top : memory.data() + 5 * count;
   if (sums != at.row_top) round_sums(type, at, count, sums);
   if (factor != 0) kernels.gradient(tile, keep, factor, sums);
   return loss;
@@ -82,9 +82,9 @@ void sums(int dtype, std::int64_t rows, std::int64_t count, std::uintptr_t tile,
 }
 
 // After the last tile: writes the sums and returns the loss.
-double finish(int dtype, std::int64_t count, double scale, bool bounded, std::uintptr_t statistics, std::uintptr_t rounded) {
+double finish(int dtype, std::int64_t count, double scale, bool bounded, std::uintptr_t statistics, const OptionalAddress& rounded) {
   const ContrastStatistics from = statistics_at(statistics, count);
-  if (rounded) round_sums(static_cast<DType>(dtype), from, count, pointer<void>(rounded));
+  if (rounded) round_sums(static_cast<DType>(dtype), from, count, pointer<void>(*rounded));
   return total_loss(from, count, scale, bounded);
 }
 

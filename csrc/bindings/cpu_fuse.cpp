@@ -2,19 +2,17 @@
 #include <memory>
 #include <vector>
 
-#include <pybind11/stl.h>
-
 #include "exchange.h"
 #include "fedkern/fuse.h"
 
 namespace fedkern {
 namespace {
 
-// (address, channels, batch stride, channel stride, position stride); address 0 for what is not there.
+// (address, channels, batch stride, channel stride, position stride); None for the address of what is not there.
 FuseMap map_of(const py::handle& given) {
   const py::tuple t = py::reinterpret_borrow<py::tuple>(given);
-  return {pointer<void>(t[0].cast<std::uintptr_t>()), t[1].cast<std::int64_t>(), t[2].cast<std::int64_t>(),
-          t[3].cast<std::int64_t>(), t[4].cast<std::int64_t>()};
+  const auto place = optional_pointer<void>(t[0].cast<OptionalAddress>());
+  return {place.data, t[1].cast<std::int64_t>(), t[2].cast<std::int64_t>(), t[3].cast<std::int64_t>(), t[4].cast<std::int64_t>(), place.present};
 }
 
 // A bare address stands for a map like the one before.
@@ -35,17 +33,17 @@ std::vector<FuseMap> maps_of(const py::list& given) {
 // Scale and shift come together: the one that is missing is made of ones or zeros.
 class Both {
  public:
-  Both(FuseCall& call, std::uintptr_t scale, std::uintptr_t shift, std::int64_t channels) {
-    call.scale = pointer<const void>(scale);
-    call.shift = pointer<const void>(shift);
-    if (!scale == !shift) return;
+  Both(FuseCall& call, const OptionalAddress& scale, const OptionalAddress& shift, std::int64_t channels) {
+    call.scale = optional_pointer<const void>(scale);
+    call.shift = optional_pointer<const void>(shift);
+    if (scale.has_value() == shift.has_value()) return;
     const bool wide = call.dtype == DType::f64;
     memory_.reset(new char[channels * (wide ? sizeof(double) : sizeof(float))]);
     if (wide)
       std::fill_n(reinterpret_cast<double*>(memory_.get()), channels, scale ? 0.0 : 1.0);
     else
       std::fill_n(reinterpret_cast<float*>(memory_.get()), channels, scale ? 0.0f : 1.0f);
-    (scale ? call.shift : call.scale) = memory_.get();
+    (scale ? call.shift : call.scale) = {memory_.get(), true};
   }
 
  private:
@@ -56,7 +54,7 @@ class Both {
 template <typename... Maps>
 void join_samples(FuseCall& call, const Maps&... maps) {
   if (!call.interleaved || call.batch <= 1) return;
-  auto follows = [&](const FuseMap& map) { return !map.data || map.batch_stride == call.positions * map.position_stride; };
+  auto follows = [&](const FuseMap& map) { return !map.present || map.batch_stride == call.positions * map.position_stride; };
   auto all = [&](const std::vector<FuseMap>& list) { return std::all_of(list.begin(), list.end(), follows); };
   if (!(all(maps) && ...)) return;
   call.positions *= call.batch;
@@ -70,11 +68,11 @@ std::int64_t channels_of(const std::vector<FuseMap>& maps) {
 }
 
 void forward(int dtype, std::int64_t batch, std::int64_t positions, bool interleaved, bool relu, bool mean, const py::list& features,
-             const py::tuple& out, std::uintptr_t scale, std::uintptr_t shift, int threads) {
+             const py::tuple& out, const OptionalAddress& scale, const OptionalAddress& shift, int threads) {
   const std::vector<FuseMap> maps = maps_of(features), result{map_of(out)};
   const bool stream = past_cache(batch * positions * result[0].channels, dtype);
   FuseForward a{{static_cast<DType>(dtype), static_cast<std::int64_t>(maps.size()), batch, positions, interleaved, relu, mean,
-                 nullptr, nullptr, stream, threads},
+                 {}, {}, stream, threads},
                 maps.data(), result[0]};
   const std::int64_t channels = channels_of(maps);
   const Both both(a.call, scale, shift, channels);
@@ -84,20 +82,20 @@ void forward(int dtype, std::int64_t batch, std::int64_t positions, bool interle
 }
 
 void backward(int dtype, std::int64_t batch, std::int64_t positions, bool interleaved, bool relu, bool mean, const py::tuple& grad,
-              const py::object& features, const py::object& out, const py::list& grad_features, std::uintptr_t scale,
-              std::uintptr_t shift, std::uintptr_t grad_scale, std::uintptr_t grad_shift, int threads) {
+              const py::object& features, const py::object& out, const py::list& grad_features, const OptionalAddress& scale,
+              const OptionalAddress& shift, const OptionalAddress& grad_scale, const OptionalAddress& grad_shift, int threads) {
   const std::vector<FuseMap> targets = maps_of(grad_features), arriving{map_of(grad)};
   const bool stream = past_cache(batch * positions * channels_of(targets), dtype);
   const std::vector<FuseMap> maps = features.is_none() ? std::vector<FuseMap>{} : maps_of(features.cast<py::list>());
   const std::vector<FuseMap> result{out.is_none() ? FuseMap{} : map_of(out)};
   FuseBackward a{{static_cast<DType>(dtype), static_cast<std::int64_t>(targets.size()), batch, positions, interleaved, relu, mean,
-                  nullptr, nullptr, stream, threads},
+                  {}, {}, stream, threads},
                  arriving[0],
                  maps.empty() ? nullptr : maps.data(),
                  result[0],
                  targets.data(),
-                 pointer<double>(grad_scale),
-                 pointer<double>(grad_shift),
+                 optional_pointer<double>(grad_scale),
+                 optional_pointer<double>(grad_shift),
                  nullptr};
   const std::int64_t channels = channels_of(targets);
   const Both both(a.call, scale, shift, channels);
@@ -123,19 +121,22 @@ struct Alike {
     interleaved = last || positions == 1;
   }
   FuseMap map(void* data, std::int64_t channels) const {
-    return {data, channels, channels * positions, interleaved ? 1 : positions, interleaved ? channels : 1};
+    return {data, channels, channels * positions, interleaved ? 1 : positions, interleaved ? channels : 1, true};
   }
   FuseMap map(py::handle given, std::int64_t channels) const {
-    return given.is_none() ? FuseMap{} : map(checked_view(given.ptr()).data, channels);
+    FuseMap map = this->map(given.is_none() ? nullptr : checked_view(given.ptr()).data, channels);
+    map.present = !given.is_none();
+    return map;
   }
   FuseCall call(std::int64_t maps, std::int64_t channels, bool relu, bool mean, int threads) const {
-    return {dtype, maps, batch, positions, interleaved, relu, mean, nullptr, nullptr,
+    return {dtype, maps, batch, positions, interleaved, relu, mean, {}, {},
             past_cache(batch * positions * channels, static_cast<int>(dtype)), threads};
   }
 };
 
-std::uintptr_t address_of(py::handle given) {
-  return given.is_none() ? 0 : reinterpret_cast<std::uintptr_t>(checked_view(given.ptr()).data);
+OptionalAddress address_of(py::handle given) {
+  if (given.is_none()) return std::nullopt;
+  return reinterpret_cast<std::uintptr_t>(checked_view(given.ptr()).data);
 }
 
 void forward_alike(const py::sequence& features, py::handle out, py::handle scale, py::handle shift, bool last, bool relu, bool mean,
@@ -162,20 +163,20 @@ void backward_alike(py::handle grad, py::handle out, const py::sequence& grad_fe
   const Alike alike(one, last);
   const std::int64_t wide = one.shape[1], channels = mean ? wide : wide / count, all = count * channels;
   std::vector<FuseMap> targets;
-  for (const py::handle x : grad_features) targets.push_back(x.is_none() ? alike.map(static_cast<void*>(nullptr), channels) : alike.map(x, channels));
+  for (const py::handle x : grad_features) targets.push_back(alike.map(x, channels));
   const std::vector<FuseMap> arriving{alike.map(one.data, wide)}, result{alike.map(out, wide)};
   FuseBackward a{alike.call(count, all, !out.is_none(), mean, threads),
-                 arriving[0], nullptr, result[0], targets.data(), nullptr, nullptr, nullptr};
-  const Both both(a.call, address_of(scale), 0, all);
+                 arriving[0], nullptr, result[0], targets.data(), {}, {}, nullptr};
+  const Both both(a.call, address_of(scale), std::nullopt, all);
   join_samples(a.call, arriving, result, targets);
   ReleaseGil release(alike.batch * alike.positions * all >= kReleaseGilElements);
   fuse_kernels().backward(a);
 }
 
-// (address, stride between samples, stride between branches)
+// (address, stride between samples, stride between branches); `other` may have None for the address, as bias may be.
 void conv(std::int64_t batch, std::int64_t branches, const py::tuple& in_shape, const py::tuple& out_shape, const py::tuple& kernel,
           const py::tuple& x, const py::tuple& other, const py::tuple& out, std::uintptr_t weight, std::int64_t block,
-          std::uintptr_t bias, bool relu, int threads) {
+          const OptionalAddress& bias, bool relu, int threads) {
   auto number = [](const py::tuple& from, int i) { return from[i].cast<std::int64_t>(); };
   auto address = [](const py::tuple& from) { return pointer<float>(from[0].cast<std::uintptr_t>()); };
   if (block < 1 || block > fuse_kernels().conv_block) throw py::value_error("block must fit this ISA level's registers");
@@ -184,9 +185,9 @@ void conv(std::int64_t batch, std::int64_t branches, const py::tuple& in_shape, 
                    number(out_shape, 0), number(out_shape, 1), number(out_shape, 2),
                    number(kernel, 0), number(kernel, 1), number(kernel, 2), number(kernel, 3), number(kernel, 4), number(kernel, 5),
                    address(x), number(x, 1), number(x, 2),
-                   address(other), number(other, 1), number(other, 2),
+                   optional_pointer<const float>(other[0].cast<OptionalAddress>()), number(other, 1), number(other, 2),
                    address(out), number(out, 1), number(out, 2),
-                   pointer<const float>(weight), block, pointer<const float>(bias), relu, threads};
+                   pointer<const float>(weight), block, optional_pointer<const float>(bias), relu, threads};
   if (a.out_width + (a.kernel_width - 1) * a.dilation / a.stride > kFuseConvColumns) throw py::value_error("maps too wide");
   py::gil_scoped_release release;
   fuse_kernels().conv(a);

@@ -1,6 +1,4 @@
 // fedkern._cuda: the compiled CUDA kernels. Imports without a driver; a call then says what is missing.
-#include <pybind11/stl.h>
-
 #include "bindings.h"
 #include "fedkern/device_cuda.h"
 

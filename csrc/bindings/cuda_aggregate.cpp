@@ -1,5 +1,3 @@
-#include <pybind11/stl.h>
-
 #include <stdexcept>
 #include <tuple>
 #include <vector>
@@ -12,17 +10,17 @@ namespace {
 
 using Address = std::uintptr_t;
 
-// (dtype, size, count, first or 0, row_stride, stride, addresses)
-using UploadsArgument = std::tuple<int, std::int64_t, std::int64_t, Address, std::int64_t, std::int64_t, std::vector<Address>>;
-// (numbers, their sum, address on the device or 0)
-using WeightsArgument = std::tuple<std::vector<double>, double, Address>;
+// (dtype, size, count, first or None, row_stride, stride, addresses)
+using UploadsArgument = std::tuple<int, std::int64_t, std::int64_t, OptionalAddress, std::int64_t, std::int64_t, std::vector<Address>>;
+// (numbers, their sum, address on the device or None)
+using WeightsArgument = std::tuple<std::vector<double>, double, OptionalAddress>;
 // (device, stream)
 using PlaceArgument = std::tuple<int, Address>;
 
 cuda::Uploads uploads(const UploadsArgument& a) {
   const auto& [dtype, size, count, first, row_stride, stride, addresses] = a;
-  if (!first && size && static_cast<std::int64_t>(addresses.size()) != count) throw std::invalid_argument("vectors and their number differ");
-  cuda::Uploads result{static_cast<DType>(dtype), size, count, pointer<const void>(first), row_stride, stride, {}};
+  if (!first && static_cast<std::int64_t>(addresses.size()) != count) throw std::invalid_argument("vectors and their number differ");
+  cuda::Uploads result{static_cast<DType>(dtype), size, count, optional_pointer<const void>(first), row_stride, stride, {}};
   for (Address address : addresses) result.each.push_back(pointer<const void>(address));
   return result;
 }
@@ -30,7 +28,7 @@ cuda::Uploads uploads(const UploadsArgument& a) {
 cuda::UploadWeights weights(const WeightsArgument& a, std::int64_t count) {
   const auto& [numbers, total, device] = a;
   if (!device && static_cast<std::int64_t>(numbers.size()) != count) throw std::invalid_argument("weights and vectors differ in number");
-  return {numbers, pointer<const double>(device), total};
+  return {numbers, optional_pointer<const double>(device), total};
 }
 
 cuda::Place place(const PlaceArgument& a) { return {std::get<0>(a), pointer<void>(std::get<1>(a))}; }
@@ -39,11 +37,14 @@ void at_most(const cuda::Uploads& x, std::int64_t most) {
   if (x.count > most) throw std::invalid_argument("too many vectors for one launch");
 }
 
-void weighted_mean(const UploadsArgument& x, const WeightsArgument& w, Address start, Address sums, Address out, int out_dtype, const PlaceArgument& at) {
+// sums: a workspace, or what is asked for without `out`.
+void weighted_mean(const UploadsArgument& x, const WeightsArgument& w, const OptionalAddress& start, const OptionalAddress& sums,
+                   const OptionalAddress& out, int out_dtype, const PlaceArgument& at) {
   const cuda::Uploads vectors = uploads(x);
   if (vectors.count > cuda::kTable && !sums) throw std::invalid_argument("more vectors than one launch takes need a workspace");
   cuda::weighted_mean(vectors, weights(w, vectors.count),
-                      {pointer<const double>(start), pointer<double>(sums), pointer<void>(out), static_cast<DType>(out_dtype)}, place(at));
+                      {optional_pointer<const double>(start), pointer<double>(sums.value_or(0)), optional_pointer<void>(out), static_cast<DType>(out_dtype)},
+                      place(at));
 }
 
 // digits: int64 [3, size], high first.
@@ -61,19 +62,19 @@ void exact_mean(int out_dtype, std::int64_t size, Address digits, Address top, d
 }
 
 // tensors: global, first, second, out; dtypes: of the last three
-void server_step(const UploadsArgument& x, const WeightsArgument& w, int rule, const std::vector<double>& numbers, const std::vector<Address>& tensors,
+void server_step(const UploadsArgument& x, const WeightsArgument& w, int rule, const std::vector<double>& numbers, const std::vector<OptionalAddress>& tensors,
                  const std::vector<int>& dtypes, Address norms, Address cosines, Address workspace, const PlaceArgument& at) {
   const cuda::Uploads vectors = uploads(x);
   at_most(vectors, cuda::kTable);
   const cuda::ServerStep call{static_cast<cuda::ServerRule>(rule), numbers.at(0), numbers.at(1), numbers.at(2), numbers.at(3),
-                              pointer<const void>(tensors.at(0)), pointer<void>(tensors.at(1)), pointer<void>(tensors.at(2)),
-                              static_cast<DType>(dtypes.at(0)), static_cast<DType>(dtypes.at(1)), pointer<void>(tensors.at(3)),
+                              pointer<const void>(tensors.at(0).value()), optional_pointer<void>(tensors.at(1)), optional_pointer<void>(tensors.at(2)),
+                              static_cast<DType>(dtypes.at(0)), static_cast<DType>(dtypes.at(1)), pointer<void>(tensors.at(3).value()),
                               static_cast<DType>(dtypes.at(2)), pointer<double>(norms), pointer<double>(cosines), pointer<double>(workspace)};
   cuda::server_step(vectors, weights(w, vectors.count), call, place(at));
 }
 
-void squared_distances_to(const UploadsArgument& x, Address point, Address out, Address workspace, const PlaceArgument& at) {
-  cuda::squared_distances_to(uploads(x), pointer<const double>(point), pointer<double>(out), pointer<double>(workspace), place(at));
+void squared_distances_to(const UploadsArgument& x, const OptionalAddress& point, Address out, Address workspace, const PlaceArgument& at) {
+  cuda::squared_distances_to(uploads(x), optional_pointer<const double>(point), pointer<double>(out), pointer<double>(workspace), place(at));
 }
 
 void squared_distances(const UploadsArgument& x, Address out, Address workspace, const PlaceArgument& at) {

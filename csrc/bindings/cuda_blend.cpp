@@ -1,33 +1,34 @@
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <array>
 
-#include "bindings.h"
+#include "blend_rows.h"
 #include "fedkern/blend_cuda.h"
 
 namespace fedkern {
 namespace {
 
 void forward(int dtype, std::int64_t rows, std::int64_t background_rows, std::int64_t size, std::uintptr_t foreground,
-             std::int64_t foreground_stride, std::uintptr_t background, std::int64_t background_stride, std::uintptr_t index,
-             std::uintptr_t alpha, std::int64_t alpha_stride, double alpha_value, std::uintptr_t out, int device, std::uintptr_t stream) {
+             std::int64_t foreground_stride, std::uintptr_t background, std::int64_t background_stride, const OptionalAddress& index,
+             const OptionalAddress& alpha, std::int64_t alpha_stride, double alpha_value, std::uintptr_t out, int device,
+             std::uintptr_t stream) {
   const BlendForward call{static_cast<DType>(dtype), rows, size, {pointer<void>(foreground), foreground_stride},
                           {pointer<void>(background), background_stride}, {pointer<void>(out), size},
-                          pointer<const std::int64_t>(index), {pointer<const double>(alpha), alpha_stride, alpha_value}, 1};
+                          optional_pointer<const std::int64_t>(index), {optional_pointer<const double>(alpha), alpha_stride, alpha_value}, 1};
   cuda::blend_forward(call, background_rows, device, pointer<void>(stream));
 }
 
+// order: [rows], given with `start`.
 void backward(int dtype, std::int64_t rows, std::int64_t background_rows, std::int64_t size, std::uintptr_t grad, std::int64_t grad_stride,
-              std::uintptr_t foreground, std::int64_t foreground_stride, std::uintptr_t background, std::int64_t background_stride,
-              std::uintptr_t index, std::uintptr_t alpha, std::int64_t alpha_stride, double alpha_value, std::uintptr_t grad_foreground,
-              std::uintptr_t grad_background, std::uintptr_t grad_alpha, std::uintptr_t start, std::uintptr_t order, int device,
+              const OptionalAddress& foreground, std::int64_t foreground_stride, const OptionalAddress& background,
+              std::int64_t background_stride, const OptionalAddress& index, const OptionalAddress& alpha, std::int64_t alpha_stride,
+              double alpha_value, const OptionalAddress& grad_foreground, const OptionalAddress& grad_background,
+              const OptionalAddress& grad_alpha, const OptionalAddress& start, const OptionalAddress& order, int device,
               std::uintptr_t stream) {
   const BlendBackward call{static_cast<DType>(dtype), rows, background_rows, size, {pointer<void>(grad), grad_stride},
-                           {pointer<void>(foreground), foreground_stride}, {pointer<void>(background), background_stride},
-                           pointer<const std::int64_t>(index), {pointer<const double>(alpha), alpha_stride, alpha_value},
-                           {pointer<void>(grad_foreground), size}, {pointer<void>(grad_background), size}, pointer<double>(grad_alpha),
-                           nullptr, pointer<const std::int64_t>(start), pointer<const std::int64_t>(order), 1};
+                           optional_rows(foreground, foreground_stride), optional_rows(background, background_stride),
+                           optional_pointer<const std::int64_t>(index), {optional_pointer<const double>(alpha), alpha_stride, alpha_value},
+                           optional_rows(grad_foreground, size), optional_rows(grad_background, size), optional_pointer<double>(grad_alpha),
+                           nullptr, optional_pointer<const std::int64_t>(start), pointer<const std::int64_t>(order.value_or(0)), 1};
   cuda::blend_backward(call, device, pointer<void>(stream));
 }
 

@@ -6,12 +6,12 @@
 namespace fedkern {
 namespace {
 
-// (dtype, rows, pairs, address, stride, first row, address of the temperature or 0, its value)
-using TileArgument = std::tuple<int, std::int64_t, std::int64_t, std::uintptr_t, std::int64_t, std::int64_t, std::uintptr_t, double>;
+// (dtype, rows, pairs, address, stride, first row, address of the temperature or None, its value)
+using TileArgument = std::tuple<int, std::int64_t, std::int64_t, std::uintptr_t, std::int64_t, std::int64_t, OptionalAddress, double>;
 
 cuda::ContrastTile tile_of(const TileArgument& a) {
   const auto& [dtype, rows, count, data, stride, first, temperature, value] = a;
-  return {static_cast<DType>(dtype), rows, count, pointer<void>(data), stride, first, pointer<const void>(temperature), value};
+  return {static_cast<DType>(dtype), rows, count, pointer<void>(data), stride, first, optional_pointer<const void>(temperature), value};
 }
 
 void look(const TileArgument& tile, std::uintptr_t pieces, std::uintptr_t own, int device, std::uintptr_t stream) {

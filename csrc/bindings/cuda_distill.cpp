@@ -1,4 +1,4 @@
-// fedkern._cuda.distill: the arguments of fedkern._cpu.distill, then workspace (or 0), device and stream.
+// fedkern._cuda.distill: the arguments of fedkern._cpu.distill, then workspace (or None), device and stream.
 #include "distill_call.h"
 #include "fedkern/distill_cuda.h"
 
@@ -10,11 +10,12 @@ void distill(const py::args& arguments) {
   PyObject* const* const item = &PyTuple_GET_ITEM(arguments.ptr(), 0);
   std::int64_t elements;
   const DistillCall call = parse_distill(item, elements);
-  void* const workspace = PyLong_AsVoidPtr(item[kDistillArguments]);
+  Optional<double> workspace;
+  if (item[kDistillArguments] != Py_None) workspace = {static_cast<double*>(PyLong_AsVoidPtr(item[kDistillArguments])), true};
   const int device = static_cast<int>(integer(item[kDistillArguments + 1]));
   void* const stream = PyLong_AsVoidPtr(item[kDistillArguments + 2]);
   if (PyErr_Occurred()) throw py::error_already_set();
-  cuda::distill(call, static_cast<double*>(workspace), device, stream);
+  cuda::distill(call, workspace, device, stream);
 }
 
 }  // namespace

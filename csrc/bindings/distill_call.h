@@ -11,7 +11,7 @@ inline void merge_row_dims(DistillCall& call) {
   std::int64_t* strides[2 * (1 + kMaxStudents) + 4];
   int tensors = 0;
   const auto add = [&](auto& tensor) {
-    if (tensor.data) strides[tensors++] = tensor.row_stride;
+    if (tensor.present) strides[tensors++] = tensor.row_stride;
   };
   for (int k = call.students - 1; k >= 0; --k) add(call.student[k]);
   add(call.teacher), add(call.teacher_grad), add(call.weight), add(call.grad_output), add(call.row_loss), add(call.raw_loss);
@@ -49,12 +49,7 @@ inline DistillCall parse_distill(PyObject* const* item, std::int64_t& elements) 
   call.raw_loss = parse_rows(PyTuple_GET_ITEM(last, 0));
   call.total = parse_rows(PyTuple_GET_ITEM(last, 1));
   if (PyErr_Occurred()) throw py::error_already_set();
-  if (elements == 0) {  // empty tensors have no address to tell absent ones from
-    call.row_dims = 1;
-    call.row_size[0] = 0;
-  } else if (call.row_dims > 1) {
-    merge_row_dims(call);
-  }
+  if (call.row_dims > 1) merge_row_dims(call);
   return call;
 }
 

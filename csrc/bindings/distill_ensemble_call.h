@@ -11,7 +11,7 @@ inline constexpr std::size_t kEnsembleArguments = 19;
 // (data_ptr, dtype, strides) with the teachers' stride first and the class stride third, or None.
 inline Stack parse_stack(PyObject* object) {
   Stack result;
-  parse_strided(object, result.data, result.dtype, &result.stack_stride, &result.class_stride, result.row_stride);
+  parse_strided(object, result, &result.stack_stride, &result.class_stride);
   return result;
 }
 
@@ -20,7 +20,7 @@ inline Stack parse_weights(PyObject* object, int row_dims) {
   if (object == Py_None || PyTuple_Check(object)) return parse_stack(object);
   const TensorView tensor = checked_view(object);
   Stack result;
-  result.data = tensor.data;
+  result.data = tensor.data, result.present = true;
   if (!tensor.floating(result.dtype)) throw py::type_error("fedkern's kernels take floating tensors");
   result.stack_stride = tensor.strides[0];
   const bool by_class = tensor.dims == row_dims + 2;
@@ -38,7 +38,7 @@ inline void merge_row_dims(EnsembleCall& call) {
   std::int64_t* strides[12];
   int tensors = 0;
   const auto add = [&](auto& tensor) {
-    if (tensor.data) strides[tensors++] = tensor.row_stride;
+    if (tensor.present) strides[tensors++] = tensor.row_stride;
   };
   add(call.teachers), add(call.student), add(call.weights);
   add(call.teachers_grad), add(call.student_grad), add(call.weights_grad), add(call.kept);
@@ -69,9 +69,8 @@ inline EnsembleCall parse_ensemble(PyObject* const* item, std::int64_t& rows) {
   call.teachers = parse_stack(*item++);
   call.weights = parse_weights(*item++, call.row_dims);
   PyObject* const mask = *item++;  // (data_ptr, strides) of a bool tensor [K, C], or None
-  call.mask = nullptr;
   if (mask != Py_None) {
-    call.mask = static_cast<const unsigned char*>(PyLong_AsVoidPtr(PyTuple_GET_ITEM(mask, 0)));
+    call.mask = {static_cast<const unsigned char*>(PyLong_AsVoidPtr(PyTuple_GET_ITEM(mask, 0))), true};
     for (int d = 0; d < 2; ++d) call.mask_stride[d] = integer(PyTuple_GET_ITEM(PyTuple_GET_ITEM(mask, 1), d));
   }
   call.student_grad = parse_logits(*item++);
@@ -85,12 +84,7 @@ inline EnsembleCall parse_ensemble(PyObject* const* item, std::int64_t& rows) {
   for (int i = 0; i < 2; ++i) (by_row ? call.row_loss : call.total)[i] = i == 0 ? first : second;
   if (PyTuple_GET_SIZE(*item) > 3) call.kept = parse_logits(PyTuple_GET_ITEM(*item, 3));
   if (PyErr_Occurred()) throw py::error_already_set();
-  if (rows == 0) {  // empty tensors have no address to tell absent ones from
-    call.row_dims = 1;
-    call.row_size[0] = 0;
-  } else if (call.row_dims > 1) {
-    merge_row_dims(call);
-  }
+  if (call.row_dims > 1) merge_row_dims(call);
   return call;
 }
 

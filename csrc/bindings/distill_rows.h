@@ -14,9 +14,11 @@ inline std::int64_t integer(PyObject* object) { return PyLong_AsLongLong(object)
 
 // A checked tensor, (data_ptr, dtype, strides), or None. The first stride belongs to `leading` where that is given, the class stride is the
 // second of the rest where `classes` is given; what remains are the rows'.
-inline void parse_strided(PyObject* object, void*& data, DType& dtype, std::int64_t* leading, std::int64_t* classes,
-                          std::int64_t* rows) {
+template <typename Tensor>
+void parse_strided(PyObject* object, Tensor& to, std::int64_t* leading, std::int64_t* classes) {
   if (object == Py_None) return;
+  to.present = true;
+  std::int64_t* rows = to.row_stride;
   const auto place = [&](int d, std::int64_t stride) {
     if (leading && d == 0)
       *leading = stride;
@@ -27,13 +29,13 @@ inline void parse_strided(PyObject* object, void*& data, DType& dtype, std::int6
   };
   if (!PyTuple_Check(object)) {
     const TensorView tensor = checked_view(object);
-    data = tensor.data;
-    if (!tensor.floating(dtype)) throw py::type_error("fedkern's kernels take floating tensors");
+    to.data = tensor.data;
+    if (!tensor.floating(to.dtype)) throw py::type_error("fedkern's kernels take floating tensors");
     for (int d = 0; d < tensor.dims; ++d) place(d, tensor.strides[d]);
     return;
   }
-  data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(object, 0));
-  dtype = static_cast<DType>(integer(PyTuple_GET_ITEM(object, 1)));
+  to.data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(object, 0));
+  to.dtype = static_cast<DType>(integer(PyTuple_GET_ITEM(object, 1)));
   PyObject* const strides = PyTuple_GET_ITEM(object, 2);
   for (int d = 0; d < PyTuple_GET_SIZE(strides); ++d) place(d, integer(PyTuple_GET_ITEM(strides, d)));
 }
@@ -52,14 +54,14 @@ void each_size(PyObject* object, F f) {
 // With the class stride second.
 inline Logits parse_logits(PyObject* object) {
   Logits result;
-  parse_strided(object, result.data, result.dtype, nullptr, &result.class_stride, result.row_stride);
+  parse_strided(object, result, nullptr, &result.class_stride);
   return result;
 }
 
 // With a stride per row dimension or none at all.
 inline RowValues parse_rows(PyObject* object) {
   RowValues result;
-  parse_strided(object, result.data, result.dtype, nullptr, nullptr, result.row_stride);
+  parse_strided(object, result, nullptr, nullptr);
   return result;
 }
 

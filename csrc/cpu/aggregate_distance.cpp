@@ -117,7 +117,7 @@ void to_point(const PointDistances& a) {
     for (std::int64_t c = first; c < last; ++c) {
       const std::int64_t m = c / each, begin = c % each * a.chunk, n = std::min(a.chunk, a.size - begin);
       const T* x = static_cast<const T*>(a.vectors[m]) + begin;
-      a.partial[c % each * a.count + m] = a.point ? squared<false>(x, a.point + begin, n) : squared<true, T>(x, nullptr, n);
+      a.partial[c % each * a.count + m] = a.point.present ? squared<false>(x, a.point.data + begin, n) : squared<true, T>(x, nullptr, n);
     }
   };
   const double bytes = static_cast<double>(a.count) * static_cast<double>(a.size) * sizeof(T);

@@ -177,7 +177,8 @@ void server_step(const ServerStep& a) {
     for (std::int64_t at = begin; at < end; at += kStep) {
       const std::int64_t n = std::min(kStep, end - at);
       widen_tile(static_cast<const T*>(a.global) + at, n, global);
-      S *first = a.first ? static_cast<S*>(a.first) + at : nullptr, *second = a.second ? static_cast<S*>(a.second) + at : nullptr;
+      S* const first = a.first.present ? static_cast<S*>(a.first.data) + at : nullptr;
+      S* const second = a.second.present ? static_cast<S*>(a.second.data) + at : nullptr;
       if (n == kStep) {
         prefetch_step(static_cast<const T*>(a.global) + at);
         if (first) prefetch_step(first);

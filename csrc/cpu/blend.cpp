@@ -10,7 +10,13 @@
 namespace fedkern::FEDKERN_ISA {
 namespace {
 
-double alpha_at(const Alpha& alpha, std::int64_t b) { return alpha.data ? alpha.data[b * alpha.stride] : alpha.value; }
+double alpha_at(const Alpha& alpha, std::int64_t b) { return alpha.each.present ? alpha.each.data[b * alpha.stride] : alpha.value; }
+
+// The background row that sample b meets.
+template <typename Call>
+std::int64_t partner(const Call& a, std::int64_t b) {
+  return a.index.present ? a.index.data[b] : b;
+}
 
 template <typename T>
 T* at(const Rows& rows, std::int64_t row, std::int64_t column) {
@@ -81,7 +87,7 @@ void forward(const BlendForward& a) {
     const double alpha = alpha_at(a.alpha, b);
     const C weight = static_cast<C>(alpha), rest = static_cast<C>(1.0 - alpha);
     const std::int64_t column = chunk * kBlendChunk, n = std::min(kBlendChunk, a.size - column);
-    map(at<T>(a.foreground, b, column), at<T>(a.background, a.index ? a.index[b] : b, column), at<T>(a.out, b, column), n,
+    map(at<T>(a.foreground, b, column), at<T>(a.background, partner(a, b), column), at<T>(a.out, b, column), n,
         a.stream, [=](C x, C y) { return weight * x + rest * y; });
     if (a.stream) finish_streams();
   });
@@ -139,19 +145,19 @@ void backward(const BlendBackward& a) {
   // What belongs to sample b alone: its foreground's gradient, and its part of alpha's.
   auto scaled = [&](std::int64_t b, std::int64_t column, std::int64_t n, double alpha) {
     const C weight = static_cast<C>(alpha);
-    if (a.grad_foreground.data)
+    if (a.grad_foreground.present)
       map(at<T>(a.grad, b, column), static_cast<const T*>(nullptr), at<T>(a.grad_foreground, b, column), n, a.stream,
           [=](C g, C) { return weight * g; });
   };
   auto product = [&](std::int64_t b, std::int64_t chunk, std::int64_t column, std::int64_t n) {
-    if (a.grad_alpha)
-      a.partial[b * chunks + chunk] = dot(at<T>(a.grad, b, column), at<T>(a.foreground, b, column),
-                                          at<T>(a.background, a.index ? a.index[b] : b, column), n);
+    if (a.grad_alpha.present)
+      a.partial[b * chunks + chunk] =
+          dot(at<T>(a.grad, b, column), at<T>(a.foreground, b, column), at<T>(a.background, partner(a, b), column), n);
   };
 
-  const std::int64_t passes = 1 + (a.grad_foreground.data != nullptr) + (a.grad_background.data != nullptr) + 2 * (a.grad_alpha != nullptr);
+  const std::int64_t passes = 1 + a.grad_foreground.present + a.grad_background.present + 2 * a.grad_alpha.present;
   const double estimate = seconds(passes * std::max(a.rows, a.background_rows) * a.size * static_cast<std::int64_t>(sizeof(T)));
-  if (!a.grad_background.data) {
+  if (!a.grad_background.present) {
     for_chunks(a.rows, a.size, a.threads, estimate, [&](std::int64_t b, std::int64_t chunk) {
       const std::int64_t column = chunk * kBlendChunk;
       const std::int64_t n = std::min(kBlendChunk, a.size - column);
@@ -165,12 +171,13 @@ void backward(const BlendBackward& a) {
     const T nothing[kTile] = {};
     for_chunks(a.background_rows, a.size, a.threads, estimate, [&](std::int64_t row, std::int64_t chunk) {
       const std::int64_t column = chunk * kBlendChunk, n = std::min(kBlendChunk, a.size - column);
-      const std::int64_t begin = a.start ? a.start[row] : row, end = a.start ? a.start[row + 1] : row + 1;
+      const bool listed = a.start.present;
+      const std::int64_t begin = listed ? a.start.data[row] : row, end = listed ? a.start.data[row + 1] : row + 1;
       T* out = at<T>(a.grad_background, row, column);
       if (end == begin) {
         for (std::int64_t i = 0; i < n; i += kTile) put(nothing, std::min(kTile, n - i), out + i, a.stream);
       } else if (end == begin + 1) {
-        const std::int64_t b = a.order ? a.order[begin] : row;
+        const std::int64_t b = listed ? a.order[begin] : row;
         const double alpha = alpha_at(a.alpha, b);
         const C rest = static_cast<C>(1.0 - alpha);
         scaled(b, column, n, alpha);
@@ -208,11 +215,11 @@ void backward(const BlendBackward& a) {
       if (a.stream) finish_streams();
     });
   }
-  if (a.grad_alpha)
+  if (a.grad_alpha.present)
     for (std::int64_t b = 0; b < a.rows; ++b) {
       double sum = 0;
       for (std::int64_t chunk = 0; chunk < chunks; ++chunk) sum += a.partial[b * chunks + chunk];
-      a.grad_alpha[b] = sum;
+      a.grad_alpha.data[b] = sum;
     }
 }
 

@@ -13,7 +13,7 @@ void run_as(const DistillCall& call) {
   bool dense = call.teacher.class_stride == 1;
   for (int k = 0; k < call.students; ++k) dense = dense && call.student[k].class_stride == 1;
   const Sums sums = walk<T, Losses>(call, dense, 1 + call.students);
-  if (call.total.data) store_scalar(call.total.dtype, call.total.data, 0, sums.value[0] * call.scale);
+  if (call.total.present) store_scalar(call.total.dtype, call.total.data, 0, sums.value[0] * call.scale);
 }
 
 void run(const DistillCall& call) { call.compute == DType::f64 ? run_as<double>(call) : run_as<float>(call); }

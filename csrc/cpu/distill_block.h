@@ -99,11 +99,11 @@ class Block {
     fetched_ = false;
     any_zero_ = false;
     for (int r = 0; r < lanes; ++r) factor_.lane[r] = static_cast<T>(call_.scale);
-    if (!call_.weight.data && !call_.grad_output.data) return;
+    if (!call_.weight.present && !call_.grad_output.present) return;
     for (int r = 0; r < rows; ++r) {
-      weight_[r] = call_.weight.data ? read(call_.weight, weight_base_, r) : 1.0;
+      weight_[r] = call_.weight.present ? read(call_.weight, weight_base_, r) : 1.0;
       any_zero_ |= weight_[r] == 0;
-      const double outer = call_.grad_output.data ? read(call_.grad_output, grad_output_base_, r) : 1.0;
+      const double outer = call_.grad_output.present ? read(call_.grad_output, grad_output_base_, r) : 1.0;
       factor_.lane[r] = static_cast<T>(outer * weight_[r] * call_.scale);
     }
   }
@@ -114,12 +114,12 @@ class Block {
     double sum = 0;
     for (int r = 0; r < rows_; ++r) {
       double raw = static_cast<double>(loss.lane[r]) * square, weighted = raw;
-      if (call_.weight.data) {
+      if (call_.weight.present) {
         raw = weight_[r] == 0 ? 0 : raw;
         weighted = raw * weight_[r];
       }
-      if (call_.row_loss.data) write(call_.row_loss, row_loss_base_, r, weighted);
-      if (call_.raw_loss.data) write(call_.raw_loss, raw_loss_base_, r, raw);
+      if (call_.row_loss.present) write(call_.row_loss, row_loss_base_, r, weighted);
+      if (call_.raw_loss.present) write(call_.raw_loss, raw_loss_base_, r, raw);
       sum += weighted;
     }
     return sum;

@@ -59,8 +59,8 @@ class ConsensusLosses : public Lines<T, LanesAreRows> {
     if (static_cast<double>(bound) > most) bound *= 1 - (sizeof(T) == 8 ? T(2.3e-16) : T(1.2e-7));
     loss = min(V::set(bound), loss);
     finish(0, loss, sums);
-    if (call_.teachers_grad.data) near ? js_gradients<true>() : js_gradients<false>();
-    if (call_.weights_grad.data) {
+    if (call_.teachers_grad.present) near ? js_gradients<true>() : js_gradients<false>();
+    if (call_.weights_grad.present) {
       for (std::int64_t k = 0; k < K_; ++k) set(kDot, k, stat(kLoss, k));
       this->store_weight_gradients(factor_[0]);
     }
@@ -196,12 +196,12 @@ class ConsensusLosses : public Lines<T, LanesAreRows> {
 
   void consensus(Sums& sums) {
     const V zero = V::set(0), one = V::set(1);
-    const bool kept = call_.kept.data != nullptr;
-    if (kept && call_.teachers_grad.data) return resume_consensus();
-    const bool gradients = call_.teachers_grad.data || call_.weights_grad.data || kept;
+    const bool kept = call_.kept.present;
+    if (kept && call_.teachers_grad.present) return resume_consensus();
+    const bool gradients = call_.teachers_grad.present || call_.weights_grad.present || kept;
     // Gradients of logits take no entropies: those of a backward pass alone need no log Z.
-    bool entropies = call_.weights_grad.data != nullptr;
-    for (int i = 0; i < 2; ++i) entropies = entropies || call_.row_loss[i].data || call_.total[i].data;
+    bool entropies = call_.weights_grad.present;
+    for (int i = 0; i < 2; ++i) entropies = entropies || call_.row_loss[i].present || call_.total[i].present;
     // kLoss: sum p (max - x), the entropy less log Z, both >= 0; kDot: the cross entropy to the mixture.
     this->clear(kLoss), this->clear(kDot);
     this->template find_statistics<true>(0, K_, false, entropies);
@@ -228,8 +228,8 @@ class ConsensusLosses : public Lines<T, LanesAreRows> {
       for (int place = 0; place < 4; ++place) this->keep(place, kKept[place]);
     // A mixture that rounding lifts above 1 would make this negative.
     if (entropies) finish(0, max(zero, mixed), sums), finish(1, mean_of(kLoss), sums);
-    if (call_.teachers_grad.data) consensus_gradients();
-    if (call_.weights_grad.data) {
+    if (call_.teachers_grad.present) consensus_gradients();
+    if (call_.weights_grad.present) {
       for (std::int64_t k = 0; k < K_; ++k)
         set(kDot, k, factor_[0] * stat(kDot, k) + factor_[1] * stat(kLoss, k));
       this->store_weight_gradients(one);
@@ -299,13 +299,13 @@ class ConsensusLosses : public Lines<T, LanesAreRows> {
   void consensus_gradients() {
     const V zero = V::set(0);
     for (std::int64_t tile = 0; tile < tiles_; ++tile) {
-      if (tiles_ > 1 || call_.kept.data) {
+      if (tiles_ > 1 || call_.kept.present) {
         fetch_with_exponentials(tile);
-        if (!call_.kept.data) find_log_mixture<false>();
+        if (!call_.kept.present) find_log_mixture<false>();
       }
       const Line l = single(kU), out = single(kOut);
       const std::int64_t count = vectors_;
-      if (call_.kept.data) this->load(call_.kept, 4 * K_ * call_.kept.class_stride, l, T(0));
+      if (call_.kept.present) this->load(call_.kept, 4 * K_ * call_.kept.class_stride, l, T(0));
       for (std::int64_t k = 0; k < K_; ++k) {
         const Slope slope = slope_of(k);
         const V peak = stat(kMaximum, k);

@@ -10,10 +10,10 @@ namespace {
 
 template <typename T>
 void run_as(const EnsembleCall& call) {
-  const bool dense = call.teachers.class_stride == 1 && (!call.student.data || call.student.class_stride == 1);
+  const bool dense = call.teachers.class_stride == 1 && (!call.student.present || call.student.class_stride == 1);
   const Sums sums = walk<T, EnsembleLosses>(call, dense, call.count);
   for (int i = 0; i < 2; ++i)
-    if (call.total[i].data) store_scalar(call.total[i].dtype, call.total[i].data, 0, sums.value[i] * call.scale);
+    if (call.total[i].present) store_scalar(call.total[i].dtype, call.total[i].data, 0, sums.value[i] * call.scale);
 }
 
 void run(const EnsembleCall& call) { call.compute == DType::f64 ? run_as<double>(call) : run_as<float>(call); }

@@ -34,7 +34,7 @@ class LimitLosses : public ConsensusLosses<T, LanesAreRows> {
     const Line g = single(kU), out = single(kOut);
     const std::int64_t z = K_ + 1;
     for (std::int64_t k = 0; k < K_; ++k) {
-      if (call_.teachers_grad.data) {
+      if (call_.teachers_grad.present) {
         for (std::int64_t v = 0; v < vectors_; ++v) {
           const V w = call_.by_class ? share(k)[v] : stat(kShare, k);
           V value = w * g[v];
@@ -43,7 +43,7 @@ class LimitLosses : public ConsensusLosses<T, LanesAreRows> {
         }
         store(call_.teachers_grad, k * call_.teachers_grad.stack_stride, out);
       }
-      if (!call_.weights_grad.data) continue;
+      if (!call_.weights_grad.present) continue;
       V sum = zero;
       for (std::int64_t v = 0; v < vectors_; ++v) {
         const V value = select(g[v] == zero, zero, g[v] * (x(k)[v] - x(z)[v]));
@@ -134,10 +134,10 @@ class LimitLosses : public ConsensusLosses<T, LanesAreRows> {
           }
           continue;
         }
-        if (call_.student_grad.data) store(call_.student_grad, 0, out);
+        if (call_.student_grad.present) store(call_.student_grad, 0, out);
         spread_logit_gradient();
       }
-    if (call_.weights_grad.data && !call_.by_class) this->store_weight_gradients(factor_[0]);
+    if (call_.weights_grad.present && !call_.by_class) this->store_weight_gradients(factor_[0]);
   }
 
   void mean_limit_gradients() {
@@ -153,11 +153,11 @@ class LimitLosses : public ConsensusLosses<T, LanesAreRows> {
           out.set(v, value);
           sum.set(v, sum[v] - value);
         }
-        if (call_.teachers_grad.data) store(call_.teachers_grad, k * call_.teachers_grad.stack_stride, out);
+        if (call_.teachers_grad.present) store(call_.teachers_grad, k * call_.teachers_grad.stack_stride, out);
       }
-      if (call_.student_grad.data) store(call_.student_grad, 0, sum);
+      if (call_.student_grad.present) store(call_.student_grad, 0, sum);
     }
-    if (call_.weights_grad.data) this->store_weight_gradients(factor_[0]);
+    if (call_.weights_grad.present) this->store_weight_gradients(factor_[0]);
   }
 
   // The mean of every teacher's finite logits, which softmax ignores but weights per class do not: kSum, their number

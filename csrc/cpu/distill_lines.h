@@ -22,7 +22,7 @@ class Lines : public Shares<T, LanesAreRows> {
  public:
   explicit Lines(const EnsembleCall& call)
       : Base(call), power_(call.limit || call.kind >= EnsembleKind::js ? 1.0 : call.temperature) {
-    end_ = K_ + (call.student.data != nullptr);
+    end_ = K_ + call.student.present;
   }
 
  protected:
@@ -38,7 +38,7 @@ class Lines : public Shares<T, LanesAreRows> {
     if (tile == loaded_) return;
     loaded_ = tile;
     set_tile(tile);
-    if (call_.student.data) this->load_lines(call_.student, 0, K_, 1);
+    if (call_.student.present) this->load_lines(call_.student, 0, K_, 1);
     if (passing_ && !any_zero_ && this->in_place(call_.teachers)) return mix_passing_logits();
     waiting_ = may_wait && !any_zero_ && !mixes_logits_ && this->in_place(call_.teachers);
     if (waiting_) teachers_ = this->start_of(call_.teachers);

@@ -103,7 +103,7 @@ class Losses : public Block<T, LanesAreRows> {
     for (std::int64_t tile = 0; tile < tiles_; ++tile) {
       fetch_with_exponentials(tile, inputs);
       for (int k = 0; k < call_.students; ++k) {
-        if (call_.student_grad[k].data && !call_.reverse) {
+        if (call_.student_grad[k].present && !call_.reverse) {
           const View<T> out = target(k + 1);
           sum_terms(pairs[k], [&](const Term& t, auto part, int line, std::int64_t c, V factor) {
             part.store(at(out, line, c), t.difference * factor);
@@ -146,14 +146,14 @@ class Losses : public Block<T, LanesAreRows> {
 
   // Gradients that need the finished divergence (for P) or more than one of them (for the teacher).
   void late_gradients(const Pair* pairs) {
-    const bool to_teacher = call_.teacher_grad.data != nullptr;
+    const bool to_teacher = call_.teacher_grad.present;
     bool to_students = false;
-    for (int k = 0; k < call_.students; ++k) to_students |= call_.reverse && call_.student_grad[k].data;
+    for (int k = 0; k < call_.students; ++k) to_students |= call_.reverse && call_.student_grad[k].present;
     if (!to_teacher && !to_students) return;
     for (std::int64_t tile = 0; tile < tiles_; ++tile) {
       fetch_with_exponentials(tile, 1 + call_.students);
       for (int k = 0; k < call_.students; ++k) {
-        if (!to_students || !call_.student_grad[k].data) continue;
+        if (!to_students || !call_.student_grad[k].present) continue;
         const View<T> out = target(k + 1);
         for (int line = 0; line < lines(); ++line) {
           const Line s = statistics(pairs[k], line);
@@ -225,8 +225,8 @@ class Losses : public Block<T, LanesAreRows> {
       (V::load(loss.lane) + V::load(sum.lane) * V::set(static_cast<T>(0.5)) / n).store(loss.lane);
     }
     for (int k = 0; k < call_.students; ++k)
-      if (call_.student_grad[k].data) limit_gradient(k + 1, k, k + 1, mean, count, V::set(-1));
-    if (call_.teacher_grad.data) limit_gradient(0, 0, call_.students, mean, count, V::set(1));
+      if (call_.student_grad[k].present) limit_gradient(k + 1, k, k + 1, mean, count, V::set(-1));
+    if (call_.teacher_grad.present) limit_gradient(0, 0, call_.students, mean, count, V::set(1));
   }
 
   // Gradient of input `to`: the sum over students [begin, end) of sign (d - mean) / count.
@@ -269,7 +269,7 @@ class Losses : public Block<T, LanesAreRows> {
       }
     }
     (log(V::load(sum_[0].lane)) + V::load(depth.lane)).store(loss.lane);
-    if (!call_.teacher_grad.data) return;
+    if (!call_.teacher_grad.present) return;
     for (std::int64_t tile = 0; tile < tiles_; ++tile) {
       fetch_with_exponentials(tile, 1);
       const View<T> out = target(0);

@@ -22,7 +22,7 @@ class EnsembleLosses : public ProbabilityLosses<T, LanesAreRows> {
     this->mixes_logits_ = call.kind == EnsembleKind::logits || (call.limit && call.kind == EnsembleKind::probs);
     if (this->mixes_logits_) this->end_ = K_ + 2;
     this->unkept_ = !LanesAreRows && tiles_ == 1 && call.kind == EnsembleKind::probs && !call.limit && !call.as_is;
-    this->passing_ = this->mixes_logits_ && !call.by_class && !call.weights_grad.data;
+    this->passing_ = this->mixes_logits_ && !call.by_class && !call.weights_grad.present;
   }
 
   // Does `rows` rows from `row` on along the innermost dimension; adds their losses.
@@ -62,11 +62,11 @@ class EnsembleLosses : public ProbabilityLosses<T, LanesAreRows> {
       }
       loss = loss + total(sum);
       drift = drift + total(rest);
-      if (call_.student_grad.data) store(call_.student_grad, 0, out);
+      if (call_.student_grad.present) store(call_.student_grad, 0, out);
     }
     loss = corrected(loss, drift);
     finish(0, loss * temperature_ * temperature_, sums);
-    if (!call_.teachers_grad.data && !call_.weights_grad.data) return;
+    if (!call_.teachers_grad.present && !call_.weights_grad.present) return;
     this->clear(kDot);
     const V inverse = stat(kInverse, z), zero = V::set(0);
     for (std::int64_t tile = 0; tile < tiles_; ++tile) {
@@ -79,7 +79,7 @@ class EnsembleLosses : public ProbabilityLosses<T, LanesAreRows> {
       this->spread_logit_gradient();
     }
     // kDot is that of g (x - z): the sum over the teachers of share * kDot is 0 but for rounding.
-    if (call_.weights_grad.data && !call_.by_class) this->store_weight_gradients(factor_[0]);
+    if (call_.weights_grad.present && !call_.by_class) this->store_weight_gradients(factor_[0]);
   }
 
   FEDKERN_INLINE Term pair(std::int64_t k, std::int64_t v) const {
@@ -115,7 +115,7 @@ class EnsembleLosses : public ProbabilityLosses<T, LanesAreRows> {
         set(kLoss, k, stat(kLoss, k) + total(sum));
         set(kDrift, k, stat(kDrift, k) + total(rest));
       }
-      if (!call_.student_grad.data) continue;
+      if (!call_.student_grad.present) continue;
       for (std::int64_t v = 0; v < vectors_; ++v) out.set(v, out[v] * factor_[0]);
       store(call_.student_grad, 0, out);
     }
@@ -126,7 +126,7 @@ class EnsembleLosses : public ProbabilityLosses<T, LanesAreRows> {
       set(kDot, k, stat(kLoss, k));
     }
     finish(0, loss * temperature_ * temperature_, sums);
-    for (std::int64_t tile = 0; tile < tiles_ && call_.teachers_grad.data; ++tile) {
+    for (std::int64_t tile = 0; tile < tiles_ && call_.teachers_grad.present; ++tile) {
       fetch_with_exponentials(tile);
       const Line out = single(kOut);
       for (std::int64_t k = 0; k < K_; ++k) {
@@ -138,7 +138,7 @@ class EnsembleLosses : public ProbabilityLosses<T, LanesAreRows> {
         store(call_.teachers_grad, k * call_.teachers_grad.stack_stride, out);
       }
     }
-    if (call_.weights_grad.data) this->store_weight_gradients(factor_[0] * temperature_);
+    if (call_.weights_grad.present) this->store_weight_gradients(factor_[0] * temperature_);
   }
 };
 

@@ -41,7 +41,7 @@ class ProbabilityLosses : public LimitLosses<T, LanesAreRows> {
     const Way way = choose(loss < V::set(kNear));
     if (way != Way::direct) loss = again(way);
     finish(0, loss * temperature_ * temperature_, sums);
-    if (!call_.teachers_grad.data && !call_.weights_grad.data) return;
+    if (!call_.teachers_grad.present && !call_.weights_grad.present) return;
     switch (way) {
       case Way::direct: return late<Way::direct>(loss);
       case Way::near: return late<Way::near>(loss);
@@ -187,7 +187,7 @@ class ProbabilityLosses : public LimitLosses<T, LanesAreRows> {
       }
       loss = loss + total(sum) + (vanished.any() ? forbidden() : V::set(0));
       drift = drift + total(rest);
-      if (call_.student_grad.data) store(call_.student_grad, 0, out);
+      if (call_.student_grad.present) store(call_.student_grad, 0, out);
     }
     return corrected(loss, drift);
   }
@@ -211,7 +211,7 @@ class ProbabilityLosses : public LimitLosses<T, LanesAreRows> {
   template <Way W>
   void late(V loss) {
     const V zero = V::set(0), inverse = V::set(1) / normaliser_;
-    const bool sums = !call_.by_class || (call_.teachers_grad.data && !call_.as_is);
+    const bool sums = !call_.by_class || (call_.teachers_grad.present && !call_.as_is);
     this->clear(kDot);
     // Two rounds: the sums, then the gradients. The kU of a single tile is found once.
     for (int round = sums ? 0 : 1; round < 2; ++round)
@@ -226,7 +226,7 @@ class ProbabilityLosses : public LimitLosses<T, LanesAreRows> {
           }
         for (std::int64_t k = 0; k < K_; ++k) round == 0 ? add_dot<W>(k) : store_late<W>(k);
       }
-    if (call_.weights_grad.data && !call_.by_class) this->store_weight_gradients(factor_[0] * temperature_);
+    if (call_.weights_grad.present && !call_.by_class) this->store_weight_gradients(factor_[0] * temperature_);
   }
 
   FEDKERN_INLINE V weighted(std::int64_t k, std::int64_t v, V g) const {
@@ -253,7 +253,7 @@ class ProbabilityLosses : public LimitLosses<T, LanesAreRows> {
   void store_late(std::int64_t k) {
     const Line g = single(kU), out = single(kOut);
     const V zero = V::set(0), inverse = stat(kInverse, k);
-    if (call_.teachers_grad.data) {
+    if (call_.teachers_grad.present) {
       const V factor = (call_.by_class ? V::set(1) : stat(kShare, k)) * factor_[0];
       const V dot = call_.as_is ? zero : stat(kDot, k);
       for (std::int64_t v = 0; v < vectors_; ++v) {
@@ -268,7 +268,7 @@ class ProbabilityLosses : public LimitLosses<T, LanesAreRows> {
       }
       store(call_.teachers_grad, k * call_.teachers_grad.stack_stride, out);
     }
-    if (call_.weights_grad.data && call_.by_class) {
+    if (call_.weights_grad.present && call_.by_class) {
       const Line m = single(kMixture), sums = single(kDenominator);
       for (std::int64_t v = 0; v < vectors_; ++v) {
         const V p = probability<W>(k, v, share(k)[v]);

@@ -19,7 +19,7 @@ class Shares : public Storage<T, LanesAreRows> {
  public:
   explicit Shares(const EnsembleCall& call) : Base(call), scale_(V::set(static_cast<T>(call.scale))) {
     weights_fixed_ = true;
-    for (int d = 0; d < call.row_dims && call.weights.data; ++d) weights_fixed_ &= call.weights.row_stride[d] == 0;
+    for (int d = 0; d < call.row_dims && call.weights.present; ++d) weights_fixed_ &= call.weights.row_stride[d] == 0;
   }
 
  protected:
@@ -29,7 +29,7 @@ class Shares : public Storage<T, LanesAreRows> {
     loaded_ = -1;
     for (int i = 0; i < 2; ++i) factor_[i] = scale_;
     for (int i = 0; i < 2; ++i)
-      if (call_.grad_output[i].data) {
+      if (call_.grad_output[i].present) {
         alignas(64) T values[lanes];
         const RowValues& g = call_.grad_output[i];
         const std::int64_t at = offset(g), stride = inner_stride(g);
@@ -50,7 +50,7 @@ class Shares : public Storage<T, LanesAreRows> {
     any_zero_ = false;
     const V equal = V::set(static_cast<T>(1.0 / static_cast<double>(K_)));
     const Stack& given = call_.weights;
-    if (!given.data) {
+    if (!given.present) {
       for (std::int64_t k = 0; k < K_; ++k) set(kShare, k, equal);
       return;
     }
@@ -84,13 +84,13 @@ class Shares : public Storage<T, LanesAreRows> {
     for (std::int64_t v = 0; v < vectors_; ++v) sums.set(v, zero);
     for (std::int64_t k = 0; k < K_; ++k) {
       const Line out = share(k);
-      if (call_.weights.data)
+      if (call_.weights.present)
         load(call_.weights, k * call_.weights.stack_stride, out, T(0));
       else
         for (std::int64_t v = 0; v < vectors_; ++v) out.set(v, V::set(1));
       for (std::int64_t v = 0; v < vectors_; ++v) {
         V w = out[v];
-        if (call_.mask) {
+        if (call_.mask.present) {
           w = select(known(k, v), w, zero);
           out.set(v, w);
         }
@@ -111,7 +111,7 @@ class Shares : public Storage<T, LanesAreRows> {
   // The classes of a vector that the mask leaves teacher k.
   Mask<T> known(std::int64_t k, std::int64_t v) const {
     const std::int64_t c = first_ + v * kStep, stride = call_.mask_stride[1];
-    const unsigned char* const mask = call_.mask + k * call_.mask_stride[0] + c * stride;
+    const unsigned char* const mask = call_.mask.data + k * call_.mask_stride[0] + c * stride;
     if constexpr (LanesAreRows) return V::set(static_cast<T>(*mask)) > V::set(0);
     alignas(64) T values[lanes] = {};
     if (stride == 1 && c + lanes <= call_.classes)
@@ -126,8 +126,8 @@ class Shares : public Storage<T, LanesAreRows> {
     alignas(64) T values[lanes];
     loss.store(values);
     const RowValues& out = call_.row_loss[which];
-    const std::int64_t at = out.data ? offset(out) : 0, stride = inner_stride(out);
-    if (out.data)
+    const std::int64_t at = out.present ? offset(out) : 0, stride = inner_stride(out);
+    if (out.present)
       for (int r = 0; r < rows_; ++r) store_scalar(out.dtype, out.data, at + r * stride, values[r]);
     double part[4] = {0, 0, 0, 0};  // four sums at once hide the latency of one
     for (int r = 0; r < rows_; ++r) part[r % 4] += values[r];

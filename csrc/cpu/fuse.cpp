@@ -114,7 +114,7 @@ FEDKERN_INLINE void for_channels(const FuseMap* maps, std::int64_t begin, std::i
 template <bool affine, typename C>
 struct Coefficients {
   const C *scale, *shift;
-  explicit Coefficients(const FuseCall& call) : scale(static_cast<const C*>(call.scale)), shift(static_cast<const C*>(call.shift)) {}
+  explicit Coefficients(const FuseCall& call) : scale(static_cast<const C*>(call.scale.data)), shift(static_cast<const C*>(call.shift.data)) {}
   // Of channel k; of the channels from k on.
   FEDKERN_INLINE auto one(std::int64_t k) const {
     if constexpr (affine)
@@ -152,6 +152,7 @@ void concat(const FuseForward& a) {
       Writer<T> writer(at<T>(a.out, b, 0, p), call.stream);
       for (; p < end; ++p)
         for (std::int64_t m = 0, k = 0; m < call.maps; k += a.features[m++].channels) {
+          if (!a.features[m].channels) continue;
           const T* x = at<T>(a.features[m], b, 0, p);
           for_runs(a.features[m].channels,
                    [&](std::int64_t i, std::int64_t n) { affine_row<relu, C>(x + i, n, by.each(k + i), writer.room(n)); });
@@ -237,7 +238,7 @@ void backward(const FuseBackward& a) {
   const C count = call.mean ? static_cast<C>(call.maps) : C{1};
   const std::int64_t all = all_channels(call, a.grad_features), blocks = fuse_blocks(call);
   const double estimate = seconds(3.0 * sizeof(T) * call.batch * call.positions * all);
-  const bool summed = a.grad_scale || a.grad_shift, by_out = a.out.data != nullptr;
+  const bool summed = a.grad_scale.present || a.grad_shift.present, by_out = a.out.present;
 
   // One run of channel k of the concatenation (from k on, where interleaved), which is channel c of map m.
   auto masked_by = [&](std::int64_t m, std::int64_t c, std::int64_t k, std::int64_t b, std::int64_t p) -> const T* {
@@ -245,26 +246,26 @@ void backward(const FuseBackward& a) {
     return by_out ? at<T>(a.out, b, k, p) : at<T>(a.features[m], b, c, p);
   };
   auto input = [&](std::int64_t m, std::int64_t c, std::int64_t b, std::int64_t p) -> const T* {
-    return a.grad_scale ? at<T>(a.features[m], b, c, p) : nullptr;
+    return a.grad_scale.present ? at<T>(a.features[m], b, c, p) : nullptr;
   };
 
   if (!call.interleaved) {
     for_planar(call, all, estimate, [&](std::int64_t block, std::int64_t b, std::int64_t end, std::int64_t k0, std::int64_t k1) {
-      double* to_g = a.partial + block * 2 * all;
+      double* to_g = summed ? a.partial + block * 2 * all : nullptr;
       if (summed) std::fill(to_g + k0, to_g + k1, 0.0), std::fill(to_g + all + k0, to_g + all + k1, 0.0);
       for (; b < end; ++b)
         for_channels(a.grad_features, k0, k1, [&](std::int64_t k, std::int64_t m, std::int64_t c) {
           const T* grad = at<T>(a.grad, b, call.mean ? c : k, 0);
           const T *y = masked_by(m, c, k, b, 0), *x = input(m, c, b, 0);
           const FuseMap& target = a.grad_features[m];
-          Writer<T> writer(target.data ? at<T>(target, b, c, 0) : nullptr, call.stream);
+          Writer<T> writer(target.present ? at<T>(target, b, c, 0) : nullptr, call.stream);
           RunSum run;
           for_runs(call.positions, [&](std::int64_t i, std::int64_t n) {
             const ScaleOne<C> scale{Vec<C>::set(affine ? by.scale[k] : C{1}), affine};
             auto add = [&](const C* g, std::int64_t j, std::int64_t width) {
               run.add(g, x ? x + i + j : nullptr, width);
             };
-            T* out = target.data ? writer.room(n) : nullptr;
+            T* out = target.present ? writer.room(n) : nullptr;
             auto same_scale = [&](std::int64_t) { return scale; };
             if (by_out)
               backward_run<C>(grad + i, y + i, [](std::int64_t) { return Unchanged<C>{}; }, count, n, out, same_scale, summed, add);
@@ -276,12 +277,13 @@ void backward(const FuseBackward& a) {
     });
   } else {
     for_interleaved(call, estimate, [&](std::int64_t block, std::int64_t b, std::int64_t begin, std::int64_t end) {
-      double* to_g = a.partial + block * 2 * all;
+      double* to_g = summed ? a.partial + block * 2 * all : nullptr;
       if (summed) std::fill_n(to_g, 2 * all, 0.0);
       for (std::int64_t first = begin; first < end; first += kSlice) {
         for (std::int64_t m = 0, k = 0; m < call.maps; k += a.grad_features[m++].channels) {
           const FuseMap& target = a.grad_features[m];
-          Writer<T> writer(target.data ? at<T>(target, b, 0, first) : nullptr, call.stream);
+          if (!target.channels) continue;
+          Writer<T> writer(target.present ? at<T>(target, b, 0, first) : nullptr, call.stream);
           for (std::int64_t p = first; p < std::min(end, first + kSlice); ++p) {
             const T* grad = at<T>(a.grad, b, call.mean ? 0 : k, p);
             const T *y = masked_by(m, 0, k, b, p), *x = input(m, 0, b, p);
@@ -293,7 +295,7 @@ void backward(const FuseBackward& a) {
                 add_each(g, x ? x + i + j : nullptr, width, to_g + k + i + j, to_g + all + k + i + j);
               };
               auto scale = [&](std::int64_t j) { return ScaleEach<C>{affine ? by.scale + k + i + j : nullptr}; };
-              T* out = target.data ? writer.room(n) : nullptr;
+              T* out = target.present ? writer.room(n) : nullptr;
               if (by_out)
                 backward_run<C>(grad + i, y + i, [](std::int64_t) { return Unchanged<C>{}; }, count, n, out, scale, summed, add);
               else
@@ -306,13 +308,14 @@ void backward(const FuseBackward& a) {
     });
   }
 
-  for (double* sum : {a.grad_shift, a.grad_scale}) {
-    if (!sum) continue;
-    const double* partial = a.partial + (sum == a.grad_scale ? all : 0);
-    std::fill_n(sum, all, 0.0);
+  const auto add_up = [&](const Optional<double>& sum, const double* partial) {
+    if (!sum.present) return;
+    std::fill_n(sum.data, all, 0.0);
     for (std::int64_t block = 0; block < blocks; ++block)
-      for (std::int64_t k = 0; k < all; ++k) sum[k] += partial[block * 2 * all + k];
-  }
+      for (std::int64_t k = 0; k < all; ++k) sum.data[k] += partial[block * 2 * all + k];
+  };
+  add_up(a.grad_shift, a.partial);
+  add_up(a.grad_scale, a.partial + all);
 }
 
 template <typename T, bool relu, bool affine>
@@ -323,7 +326,7 @@ void forward(const FuseForward& a) {
 void forward_any(const FuseForward& a) {
   with_type(a.call.dtype, [&](auto type) {
     using T = decltype(type);
-    if (a.call.scale)
+    if (a.call.scale.present)
       a.call.relu ? forward<T, true, true>(a) : forward<T, false, true>(a);
     else
       a.call.relu ? forward<T, true, false>(a) : forward<T, false, false>(a);
@@ -333,7 +336,7 @@ void forward_any(const FuseForward& a) {
 void backward_any(const FuseBackward& a) {
   with_type(a.call.dtype, [&](auto type) {
     using T = decltype(type);
-    a.call.scale ? backward<T, true>(a) : backward<T, false>(a);
+    a.call.scale.present ? backward<T, true>(a) : backward<T, false>(a);
   });
 }
 

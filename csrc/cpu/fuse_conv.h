@@ -139,7 +139,7 @@ inline void convolve_sample(const FuseConv& a, const ConvPlan& plan, const std::
     const std::int64_t first = block * a.block, count = std::min(a.block, a.channels - first);
     const float* weight = a.weight + (branch * blocks + block) * weights;
     float start[kConvBlock] = {};
-    if (a.bias) std::copy_n(a.bias + branch * a.channels + first, count, start);
+    if (a.bias.present) std::copy_n(a.bias.data + branch * a.channels + first, count, start);
     for (std::int64_t y = 0; y < a.out_height; y += plan.band_rows) {
       const std::int64_t rows = std::min(plan.band_rows, a.out_height - y);
       for (std::int64_t i = 0; i < a.in_channels; i += chunk) {
@@ -159,8 +159,8 @@ inline void convolve_sample(const FuseConv& a, const ConvPlan& plan, const std::
       for (std::int64_t c = 0; c < count; ++c)
         for (std::int64_t row = 0; row < rows; ++row) {
           const std::int64_t to = (first + c) * size + (y + row) * a.out_width;
-          finish_row(result + c * pitch + row * plan.pitch, a.other ? a.other + b * a.other_batch + branch * a.other_branch + to : nullptr,
-                     a.out_width, a.relu, a.out + b * a.out_batch + branch * a.out_branch + to);
+          const float* other = a.other.present ? a.other.data + b * a.other_batch + branch * a.other_branch + to : nullptr;
+          finish_row(result + c * pitch + row * plan.pitch, other, a.out_width, a.relu, a.out + b * a.out_batch + branch * a.out_branch + to);
         }
     }
   }

@@ -67,12 +67,12 @@ __global__ void __launch_bounds__(kBlock, 2) step_kernel(const __grid_constant__
       tally.add(m, 1, sum);
     }
     double one[kPack] = {}, two[kPack] = {};
-    if (a.call.first) load_run<double>(a.call.first, a.call.first_dtype, at, 1, a.x.size, a.packed, one);
-    if (a.call.second) load_run<double>(a.call.second, a.call.second_dtype, at, 1, a.x.size, a.packed, two);
+    if (a.call.first.present) load_run<double>(a.call.first.data, a.call.first_dtype, at, 1, a.x.size, a.packed, one);
+    if (a.call.second.present) load_run<double>(a.call.second.data, a.call.second_dtype, at, 1, a.x.size, a.packed, two);
 #pragma unroll
     for (int i = 0; i < kPack; ++i) old[i] += update(a.call, mean[i], one[i], two[i]);
-    if (a.call.first) store_run<double>(a.call.first, a.call.first_dtype, at, a.x.size, a.packed, one);
-    if (a.call.second) store_run<double>(a.call.second, a.call.second_dtype, at, a.x.size, a.packed, two);
+    if (a.call.first.present) store_run<double>(a.call.first.data, a.call.first_dtype, at, a.x.size, a.packed, one);
+    if (a.call.second.present) store_run<double>(a.call.second.data, a.call.second_dtype, at, a.x.size, a.packed, two);
     store_run<double>(a.call.out, a.call.out_dtype, at, a.x.size, a.packed, old);
   }
   tally.leave(a.call.workspace + static_cast<std::int64_t>(blockIdx.x) * 2 * count);
@@ -95,13 +95,13 @@ __global__ void __launch_bounds__(kBlock, 2) finish_step(ServerStep a, std::int6
   a.cosines[blockIdx.x] = scale == 0 ? 0.0 : products / scale;
 }
 
-__global__ void __launch_bounds__(kBlock, 2) distances_to_kernel(const __grid_constant__ Table<> x, const double* point, double* partial) {
+__global__ void __launch_bounds__(kBlock, 2) distances_to_kernel(const __grid_constant__ Table<> x, Optional<const double> point, double* partial) {
   __shared__ double tallies[kTable * kWarps];
   Tallies<1> tally(tallies, x.count);
   for (std::int64_t tile = static_cast<std::int64_t>(blockIdx.x) * kTileElements; tile < x.size; tile += gridDim.x * kTileElements) {
     const std::int64_t at = tile + static_cast<std::int64_t>(threadIdx.x) * kPack;
     double from[kPack] = {};
-    if (point) load_run<double>(point, DType::f64, at, 1, x.size, false, from);
+    if (point.present) load_run<double>(point.data, DType::f64, at, 1, x.size, false, from);
     for (int m = 0; m < x.count; ++m) {
       double value[kPack], sum = 0;
       load_run<double>(x[m], x.dtype, at, x.stride, x.size, x.packed, value);
@@ -180,13 +180,13 @@ void server_step(const Uploads& x, const UploadWeights& weights, const ServerSte
   const DeviceGuard guard(place.device);
   const Queue queue{place.device, place.stream};
   const Step a{table(x, 0, x.count), weights_of(weights, 0, x.count), total_of(x, weights), call,
-               aligned16(call.global) && aligned16(call.out) && aligned16(call.first) && aligned16(call.second)};
+               aligned16(call.global) && aligned16(call.out) && aligned16(call.first.data) && aligned16(call.second.data)};
   const std::int64_t tiles = (x.size + kTileElements - 1) / kTileElements, blocks = blocks_for(tiles, 2 * x.count + 1, queue);
   launch("server_step", step_kernel, blocks, kBlock, queue, a);
   launch("server_step_norms", finish_step, x.count, kBlock, queue, call, blocks, static_cast<int>(x.count));
 }
 
-void squared_distances_to(const Uploads& x, const double* point, double* out, double* workspace, const Place& place) {
+void squared_distances_to(const Uploads& x, const Optional<const double>& point, double* out, double* workspace, const Place& place) {
   const DeviceGuard guard(place.device);
   const Queue queue{place.device, place.stream};
   const std::int64_t tiles = (x.size + kTileElements - 1) / kTileElements;

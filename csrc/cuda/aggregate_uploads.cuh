@@ -16,11 +16,12 @@ struct Table {
   DType dtype;
   int count;
   bool packed;  // unit stride, and every vector starts at a multiple of 16 bytes
+  bool matrix;  // rows from `first` on, else `each`
   std::int64_t size, stride, row_bytes;
   const char* first;
   const void* each[Most];
 
-  __device__ __forceinline__ const void* operator[](int m) const { return first ? first + m * row_bytes : each[m]; }
+  __device__ __forceinline__ const void* operator[](int m) const { return matrix ? first + m * row_bytes : each[m]; }
 };
 
 // The vectors [begin, begin + count).
@@ -33,9 +34,10 @@ inline Table<Most> table(const Uploads& x, std::int64_t begin, std::int64_t coun
   result.size = x.size;
   result.stride = x.stride;
   result.row_bytes = x.row_stride * item;
-  result.first = x.first ? static_cast<const char*>(x.first) + begin * result.row_bytes : nullptr;
-  result.packed = x.stride == 1 && (!x.first || (aligned16(result.first) && (count == 1 || result.row_bytes % 16 == 0)));
-  if (!x.first && !x.each.empty())
+  result.matrix = x.first.present;
+  result.first = static_cast<const char*>(x.first.data) + (x.size ? begin * result.row_bytes : 0);
+  result.packed = x.stride == 1 && (!result.matrix || (aligned16(result.first) && (count == 1 || result.row_bytes % 16 == 0)));
+  if (!result.matrix)
     for (std::int64_t m = 0; m < count; ++m) {
       result.each[m] = x.each[static_cast<std::size_t>(begin + m)];
       result.packed = result.packed && aligned16(result.each[m]);
@@ -45,30 +47,33 @@ inline Table<Most> table(const Uploads& x, std::int64_t begin, std::int64_t coun
 
 template <int Most = kTable>
 struct Weights {
-  const double* device;
+  Optional<const double> device;
   double host[Most];
 
-  __device__ __forceinline__ double operator[](int m) const { return device ? device[m] : host[m]; }
+  __device__ __forceinline__ double operator[](int m) const { return device.present ? device.data[m] : host[m]; }
 };
 
 template <int Most = kTable>
 inline Weights<Most> weights_of(const UploadWeights& weights, std::int64_t begin, std::int64_t count) {
   Weights<Most> result;
-  result.device = weights.device ? weights.device + begin : nullptr;
-  if (!weights.device) std::copy_n(weights.host.begin() + begin, count, result.host);
+  result.device = weights.device;
+  if (weights.device.present)
+    result.device.data += begin;
+  else
+    std::copy_n(weights.host.begin() + begin, count, result.host);
   return result;
 }
 
 // The weights' sum, in order: given, or taken from the device.
 struct Total {
   double value;
-  const double* device;
+  Optional<const double> device;
   std::int64_t count;
 
   __device__ __forceinline__ double operator()() const {
-    if (!device) return value;
+    if (!device.present) return value;
     double sum = 0;
-    for (std::int64_t m = 0; m < count; ++m) sum = __dadd_rn(sum, device[m]);
+    for (std::int64_t m = 0; m < count; ++m) sum = __dadd_rn(sum, device.data[m]);
     return sum;
   }
 };

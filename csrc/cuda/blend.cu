@@ -15,7 +15,13 @@ namespace {
 
 constexpr int kThreads = 256;
 
-__device__ double alpha_at(const Alpha& alpha, std::int64_t b) { return alpha.data ? alpha.data[b * alpha.stride] : alpha.value; }
+__device__ double alpha_at(const Alpha& alpha, std::int64_t b) { return alpha.each.present ? alpha.each.data[b * alpha.stride] : alpha.value; }
+
+// The background row that sample b meets.
+template <typename Call>
+__device__ __forceinline__ std::int64_t partner(const Call& a, std::int64_t b) {
+  return a.index.present ? a.index.data[b] : b;
+}
 
 template <typename T, int N>
 __device__ __forceinline__ Pack<T, N> load(const Rows& rows, std::int64_t row, std::int64_t column) {
@@ -32,7 +38,7 @@ __global__ void forward(BlendForward a, std::int64_t background_rows, std::int64
   using C = typename Computed<T>::type;
   const std::int64_t total = a.rows * packs, step = static_cast<std::int64_t>(gridDim.x) * kThreads;
   for (std::int64_t unit = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x; unit < total; unit += step) {
-    const std::int64_t b = unit / packs, column = (unit % packs) * N, source = a.index ? a.index[b] : b;
+    const std::int64_t b = unit / packs, column = (unit % packs) * N, source = partner(a, b);
     assert(source >= 0 && source < background_rows && "blend: index out of range");
     const double alpha = alpha_at(a.alpha, b);
     const C weight = static_cast<C>(alpha), rest = static_cast<C>(1.0 - alpha);
@@ -65,10 +71,11 @@ __global__ void grad_background(BlendBackward a, std::int64_t packs) {
   const std::int64_t total = a.background_rows * packs, step = static_cast<std::int64_t>(gridDim.x) * kThreads;
   for (std::int64_t unit = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x; unit < total; unit += step) {
     const std::int64_t row = unit / packs, column = (unit % packs) * N;
-    const std::int64_t begin = a.start ? a.start[row] : row, end = a.start ? a.start[row + 1] : row + 1;
+    const bool listed = a.start.present;
+    const std::int64_t begin = listed ? a.start.data[row] : row, end = listed ? a.start.data[row + 1] : row + 1;
     Pack<T, N> out;
     if (end == begin + 1) {
-      const std::int64_t b = a.order ? a.order[begin] : row;
+      const std::int64_t b = listed ? a.order[begin] : row;
       const C rest = static_cast<C>(1.0 - alpha_at(a.alpha, b));
       const auto grad = load<T, N>(a.grad, b, column);
 #pragma unroll
@@ -94,7 +101,7 @@ template <typename T, int N>
 __global__ void grad_alpha(BlendBackward a, std::int64_t packs) {
   __shared__ double part[kThreads];
   for (std::int64_t b = blockIdx.x; b < a.rows; b += gridDim.x) {
-    const std::int64_t source = a.index ? a.index[b] : b;
+    const std::int64_t source = partner(a, b);
     assert(source >= 0 && source < a.background_rows && "blend: index out of range");
     double sum = 0;
     for (std::int64_t pack = threadIdx.x; pack < packs; pack += kThreads) {
@@ -108,7 +115,7 @@ __global__ void grad_alpha(BlendBackward a, std::int64_t packs) {
       __syncthreads();
       if (threadIdx.x < half) part[threadIdx.x] += part[threadIdx.x + half];
     }
-    if (threadIdx.x == 0) a.grad_alpha[b] = part[0];
+    if (threadIdx.x == 0) a.grad_alpha.data[b] = part[0];
     __syncthreads();
   }
 }
@@ -118,7 +125,7 @@ template <typename T>
 bool aligned(std::int64_t size, std::initializer_list<Rows> maps) {
   if (size % kLanes<T>) return false;
   for (const Rows& rows : maps)
-    if (rows.data && (!aligned16(rows.data) || rows.stride % kLanes<T>)) return false;
+    if (rows.present && (!aligned16(rows.data) || rows.stride % kLanes<T>)) return false;
   return true;
 }
 
@@ -131,11 +138,11 @@ void launch_forward(const BlendForward& a, std::int64_t background_rows, const Q
 template <typename T, int N>
 void launch_backward(const BlendBackward& a, const Queue& queue) {
   const std::int64_t packs = a.size / N;
-  if (a.grad_foreground.data && a.rows * packs)
+  if (a.grad_foreground.present && a.rows * packs)
     launch("blend_grad_foreground", grad_foreground<T, N>, grid(a.rows * packs, kThreads, queue), kThreads, queue, a, packs);
-  if (a.grad_background.data && a.background_rows * packs)
+  if (a.grad_background.present && a.background_rows * packs)
     launch("blend_grad_background", grad_background<T, N>, grid(a.background_rows * packs, kThreads, queue), kThreads, queue, a, packs);
-  if (a.grad_alpha && a.rows) launch("blend_grad_alpha", grad_alpha<T, N>, grid(a.rows, 1, queue), kThreads, queue, a, packs);
+  if (a.grad_alpha.present && a.rows) launch("blend_grad_alpha", grad_alpha<T, N>, grid(a.rows, 1, queue), kThreads, queue, a, packs);
 }
 
 }  // namespace
@@ -156,8 +163,8 @@ void blend_backward(const BlendBackward& a, int device, void* stream) {
   const DeviceGuard guard(device);
   with_type(a.dtype, [&](auto type) {
     using T = decltype(type);
-    const Rows none{nullptr, 0};
-    const Rows foreground = a.grad_alpha ? a.foreground : none, background = a.grad_alpha ? a.background : none;
+    const bool read = a.grad_alpha.present;
+    const Rows foreground{a.foreground.data, a.foreground.stride, read}, background{a.background.data, a.background.stride, read};
     if (aligned<T>(a.size, {a.grad, foreground, background, a.grad_foreground, a.grad_background}))
       launch_backward<T, kLanes<T>>(a, {device, stream});
     else

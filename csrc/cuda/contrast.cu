@@ -19,12 +19,12 @@ constexpr int kPitch = kSide + kBands;
 struct Similarities {
   std::int64_t rows, count, stride, first, across;  // across: blocks side by side
   void* data;
-  const void* temperature;
+  Optional<const void> temperature;
   double value;
 
   template <typename C>
   __device__ __forceinline__ C scale() const {
-    return C(1) / (temperature ? *static_cast<const C*>(temperature) : static_cast<C>(value));
+    return C(1) / (temperature.present ? *static_cast<const C*>(temperature.data) : static_cast<C>(value));
   }
 };
 

@@ -30,7 +30,7 @@ __device__ __forceinline__ void write_zeros(const DistillCall& a, const RowPlace
 #pragma unroll
   for (int k = 0; k <= kMaxStudents; ++k) {
     const Logits& to = k == 0 ? a.teacher_grad : a.student_grad[k == 0 ? 0 : k - 1];
-    if (!to.data) continue;
+    if (!to.present) continue;
     each_class<G, Packed>(begin, end, [&](auto width, std::int64_t c) {
       const C zero[decltype(width)::value] = {};
       store_classes<C, decltype(width)::value>(to, at.gradient[k], c, zero);
@@ -41,8 +41,8 @@ __device__ __forceinline__ void write_zeros(const DistillCall& a, const RowPlace
 // Writes a row's losses; returns what it adds to the total.
 __device__ __forceinline__ double write_loss(const DistillCall& a, const RowPlace& at, double loss) {
   const double raw = at.weight == 0 ? 0 : loss;
-  if (a.row_loss.data) store_value<double>(a.row_loss.data, a.row_loss.dtype, at.row_loss, raw * at.weight);
-  if (a.raw_loss.data) store_value<double>(a.raw_loss.data, a.raw_loss.dtype, at.raw_loss, raw);
+  if (a.row_loss.present) store_value<double>(a.row_loss.data, a.row_loss.dtype, at.row_loss, raw * at.weight);
+  if (a.raw_loss.present) store_value<double>(a.raw_loss.data, a.raw_loss.dtype, at.raw_loss, raw);
   return raw * at.weight;
 }
 
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kBlock, 2) rows_kernel(const __grid_constant__
     if (mine && at.weight == 0) write_zeros<C, G, Packed>(a, at, 0, a.classes);
     if (mine && G::lane() == 0) total += write_loss(a, at, loss.loss());
   }
-  if (a.total.data) leave_total(total, partial, a.total, a.scale);
+  if (a.total.present) leave_total(total, partial, a.total, a.scale);
 }
 
 // Long rows of which there are few: `splits` blocks to a row, one step of the three per launch.
@@ -116,13 +116,13 @@ __global__ void __launch_bounds__(kBlock, 2) shared_rows_kernel(const __grid_con
 }
 
 template <template <typename, typename, bool> class Loss, typename C, int Lanes, bool Packed>
-void run_rows(const DistillCall& a, std::int64_t rows, double* workspace, const Queue& queue) {
+void run_rows(const DistillCall& a, std::int64_t rows, const Optional<double>& workspace, const Queue& queue) {
   std::int64_t blocks = grid(rows, Group<Lanes>::rows, queue, 8);
   // Four rows one after another cost less than a second launch.
-  if (a.total.data && (!workspace || rows <= 4 * Group<Lanes>::rows)) blocks = 1;
+  if (a.total.present && (!workspace.present || rows <= 4 * Group<Lanes>::rows)) blocks = 1;
   blocks = std::min(blocks, kMaxBlocks);
-  launch("distill", rows_kernel<Loss, C, Lanes, Packed>, blocks, kBlock, queue, a, rows, workspace);
-  if (a.total.data && blocks > 1) launch("distill_total", sum_partials, 1, kBlock, queue, workspace, blocks, a.total, a.scale);
+  launch("distill", rows_kernel<Loss, C, Lanes, Packed>, blocks, kBlock, queue, a, rows, workspace.data);
+  if (a.total.present && blocks > 1) launch("distill_total", sum_partials, 1, kBlock, queue, workspace.data, blocks, a.total, a.scale);
 }
 
 template <template <typename, typename, bool> class Loss, typename C, bool Packed>
@@ -135,14 +135,14 @@ void run_shared_rows(const DistillCall& a, std::int64_t rows, std::int64_t split
   shares.losses = shares.sums + rows * shares.splits * kSums;
   for (int step = 0; step < 3; ++step)
     launch("distill", shared_rows_kernel<Loss, C, Packed>, rows * shares.splits, kBlock, queue, a, shares, step);
-  if (a.total.data) launch("distill_total", sum_partials, 1, kBlock, queue, shares.losses, rows, a.total, a.scale);
+  if (a.total.present) launch("distill_total", sum_partials, 1, kBlock, queue, shares.losses, rows, a.total, a.scale);
 }
 
 template <template <typename, typename, bool> class Loss, typename C, bool Fast>
-void run_as(const DistillCall& a, double* workspace, const Queue& queue) {
+void run_as(const DistillCall& a, const Optional<double>& workspace, const Queue& queue) {
   std::int64_t rows = 1;
   for (int d = 0; d < a.row_dims; ++d) rows *= a.row_size[d];
-  if (!rows && !a.total.data) return;
+  if (!rows && !a.total.present) return;
   bool dense = a.teacher.class_stride == 1, packed = Fast && packs(a.teacher, a.row_size, a.row_dims) && packs(a.teacher_grad, a.row_size, a.row_dims);
   for (int k = 0; k < a.students; ++k) {
     dense = dense && a.student[k].class_stride == 1;
@@ -156,8 +156,10 @@ void run_as(const DistillCall& a, double* workspace, const Queue& queue) {
     if (a.classes <= kWarpRow) return run_rows<Loss, C, 8, false>(a, rows, workspace, queue);
     const std::int64_t most = std::max<std::int64_t>(rows, 1);
     const std::int64_t splits = std::min({fill / most, a.classes / (kSplitRow / 2), kMaxUnits / most, std::int64_t{kBlock}});
-    if (workspace && a.classes >= kSplitRow && splits > 1)
-      return packed ? run_shared_rows<Loss, C, true>(a, rows, splits, workspace, queue) : run_shared_rows<Loss, C, false>(a, rows, splits, workspace, queue);
+    // No rows are no blocks to share them: the total of nothing is left to run_rows.
+    if (workspace.present && rows && a.classes >= kSplitRow && splits > 1)
+      return packed ? run_shared_rows<Loss, C, true>(a, rows, splits, workspace.data, queue)
+                    : run_shared_rows<Loss, C, false>(a, rows, splits, workspace.data, queue);
     if (packed) {
       if (a.classes >= kBlockRow) return run_rows<Loss, C, kBlock, true>(a, rows, workspace, queue);
       return run_rows<Loss, C, 32, true>(a, rows, workspace, queue);
@@ -169,7 +171,7 @@ void run_as(const DistillCall& a, double* workspace, const Queue& queue) {
 
 }  // namespace
 
-void distill(const DistillCall& a, double* workspace, int device, void* stream) {
+void distill(const DistillCall& a, const Optional<double>& workspace, int device, void* stream) {
   const DeviceGuard guard(device);
   const Queue queue{device, stream};
   const bool f64 = a.compute == DType::f64;

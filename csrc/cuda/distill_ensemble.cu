@@ -52,12 +52,12 @@ __global__ void __launch_bounds__(kBlock, 2) ensemble_kernel(const __grid_consta
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       total[r] += result.loss[r];
-      if (a.row_loss[r].data) store_value<double>(a.row_loss[r].data, a.row_loss[r].dtype, at.row_loss[r], result.loss[r]);
+      if (a.row_loss[r].present) store_value<double>(a.row_loss[r].data, a.row_loss[r].dtype, at.row_loss[r], result.loss[r]);
     }
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r)
-    if (a.total[r].data) leave_total(total[r], totals + r * kMostBlocks, a.total[r], a.scale);
+    if (a.total[r].present) leave_total(total[r], totals + r * kMostBlocks, a.total[r], a.scale);
 }
 
 template <int Lanes>
@@ -79,7 +79,7 @@ void run(const EnsembleCall& a, std::int64_t rows, double* workspace, std::int64
   launch("distill_ensemble", kernel, blocks, kBlock, queue, a, rows, workspace, workspace + kEnsembleTotals);
   if (blocks == 1) return;
   for (int r = 0; r < 2; ++r)
-    if (a.total[r].data) launch("distill_ensemble_total", sum_partials, 1, kBlock, queue, workspace + r * kMostBlocks, blocks, a.total[r], a.scale);
+    if (a.total[r].present) launch("distill_ensemble_total", sum_partials, 1, kBlock, queue, workspace + r * kMostBlocks, blocks, a.total[r], a.scale);
 }
 
 }  // namespace
@@ -89,7 +89,7 @@ void distill_ensemble(const EnsembleCall& a, double* workspace, std::int64_t slo
   const Queue queue{device, stream};
   std::int64_t rows = 1;
   for (int d = 0; d < a.row_dims; ++d) rows *= a.row_size[d];
-  if (!rows && !a.total[0].data) return;
+  if (!rows && !a.total[0].present) return;
   run(a, rows, workspace, slots, queue);
 }
 

@@ -54,7 +54,7 @@ class LimitRow : MixedRow<double, Lanes> {
     // To first order in 1/T a softmax is (1 + (x - mean x) / T) / C; the mean matters where weights differ between classes.
     if (a_.kind == EnsembleKind::probs && a_.by_class) find_centers();
     const Variance found = variance([&](std::int64_t c) { return mixed(c, sum_at(c)); });
-    if (a_.student_grad.data)
+    if (a_.student_grad.present)
       for (std::int64_t c = G::lane(); c < a_.classes; c += Lanes)
         this->to_student(c, -found.deviation(mixed(c, sum_at(c)), student(c)) * factors_[0]);
     if (!this->wants_late()) return found.half;
@@ -105,17 +105,17 @@ class LimitRow : MixedRow<double, Lanes> {
       loss += w * found.half;
     }
     this->together();
-    if (a_.student_grad.data || a_.teachers_grad.data)
+    if (a_.student_grad.present || a_.teachers_grad.present)
       for (std::int64_t c = G::lane(); c < a_.classes; c += Lanes) {
         double toward = 0;
         for (int k = 0; k < K_; ++k) {
           const double w = exactly(kShare, k);
           const Variance found{exactly(kInverse, k), exactly(kMaximum, k), 0};
           const double value = w == 0 ? 0.0 : w * found.deviation(teacher(k, c), student(c)) * factors_[0];
-          if (a_.teachers_grad.data) this->to_teacher(k, c, value);
+          if (a_.teachers_grad.present) this->to_teacher(k, c, value);
           toward -= value;
         }
-        if (a_.student_grad.data) this->to_student(c, toward);
+        if (a_.student_grad.present) this->to_student(c, toward);
       }
     this->weight_gradients(factors_[0]);
     return loss;

@@ -40,11 +40,11 @@ class MixedRow : protected TeacherRow<C, Lanes> {
     const EnsembleCall& a = this->a_;
     for (int k = 0; k < this->K_; ++k) {
       const C w = this->share(k, c, sum), x = this->teacher(k, c);
-      if (a.teachers_grad.data && mine) {
+      if (a.teachers_grad.present && mine) {
         const C off = centered_ && x > -infinity<C>() ? this->number(kLogSum, k) : C(0);
         this->to_teacher(k, c, (w * g - off) * static_cast<C>(this->factors_[0]));
       }
-      if (!a.weights_grad.data) continue;
+      if (!a.weights_grad.present) continue;
       const double from = static_cast<double>(x) - (centered_ ? this->exactly(kMaximum, k) : 0.0);
       const double value = g == C(0) || w == C(0) ? 0.0 : static_cast<double>(g) * (from - z);
       if (!a.by_class)
@@ -85,7 +85,7 @@ class LogitsRow : MixedRow<C, Lanes> {
     for (std::int64_t c = G::lane(); c < a_.classes; c += Lanes) {
       const Term<C> term(pair, static_cast<C>(mixed(c, sum_at(c))), student(c), inverse_t_);
       value += static_cast<double>(term.value), drift += static_cast<double>(term.difference);
-      if (a_.student_grad.data) this->to_student(c, term.difference * static_cast<C>(factors_[0]));
+      if (a_.student_grad.present) this->to_student(c, term.difference * static_cast<C>(factors_[0]));
     }
     const double kl = settled(G::sum(value), G::sum(drift));
     loss[0] = kl * temperature_ * temperature_;

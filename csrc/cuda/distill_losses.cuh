@@ -36,8 +36,8 @@ struct RowPlace {
       weight_at += i * a.weight.row_stride[d];
       outer_at += i * a.grad_output.row_stride[d];
     }
-    if (a.weight.data) weight = load_value<double>(a.weight.data, a.weight.dtype, weight_at);
-    if (a.grad_output.data) outer = load_value<double>(a.grad_output.data, a.grad_output.dtype, outer_at);
+    if (a.weight.present) weight = load_value<double>(a.weight.data, a.weight.dtype, weight_at);
+    if (a.grad_output.present) outer = load_value<double>(a.grad_output.data, a.grad_output.dtype, outer_at);
   }
 };
 
@@ -96,10 +96,10 @@ class Divergence {
       sums[0] += static_cast<double>(value), sums[1] += static_cast<double>(drift);
       sums[2] += static_cast<double>(other_value), sums[3] += static_cast<double>(other_drift);
       if (a_.reverse) {
-        if (a_.teacher_grad.data) store_classes<C, N>(a_.teacher_grad, at_.gradient[0], c, t);
+        if (a_.teacher_grad.present) store_classes<C, N>(a_.teacher_grad, at_.gradient[0], c, t);
       } else {
-        if (a_.student_grad[0].data) store_classes<C, N>(a_.student_grad[0], at_.gradient[1], c, s);
-        if (a_.student_grad[1].data) store_classes<C, N>(a_.student_grad[1], at_.gradient[2], c, o);
+        if (a_.student_grad[0].present) store_classes<C, N>(a_.student_grad[0], at_.gradient[1], c, s);
+        if (a_.student_grad[1].present) store_classes<C, N>(a_.student_grad[1], at_.gradient[2], c, o);
       }
     });
   }
@@ -109,7 +109,7 @@ class Divergence {
   }
 
   __host__ __device__ static bool wants_late(const DistillCall& a) {
-    return a.reverse ? a.student_grad[0].data || a.student_grad[1].data : a.teacher_grad.data != nullptr;
+    return a.reverse ? a.student_grad[0].present || a.student_grad[1].present : a.teacher_grad.present;
   }
   __device__ __forceinline__ void late(std::int64_t begin, std::int64_t end, C factor) {
     factor *= static_cast<C>(temperature_);
@@ -126,10 +126,10 @@ class Divergence {
         t[i] = two() ? s[i] + o[i] : s[i];
       }
       if (!a_.reverse) {
-        if (a_.teacher_grad.data) store_classes<C, N>(a_.teacher_grad, at_.gradient[0], c, t);
+        if (a_.teacher_grad.present) store_classes<C, N>(a_.teacher_grad, at_.gradient[0], c, t);
       } else {
-        if (a_.student_grad[0].data) store_classes<C, N>(a_.student_grad[0], at_.gradient[1], c, s);
-        if (a_.student_grad[1].data) store_classes<C, N>(a_.student_grad[1], at_.gradient[2], c, o);
+        if (a_.student_grad[0].present) store_classes<C, N>(a_.student_grad[0], at_.gradient[1], c, s);
+        if (a_.student_grad[1].present) store_classes<C, N>(a_.student_grad[1], at_.gradient[2], c, o);
       }
     });
   }
@@ -190,7 +190,7 @@ class Limit {
     return 0.5 * (sums[0] / found_[0] + (a_.students > 1 ? sums[1] / found_[2] : 0.0));
   }
   __host__ __device__ static bool wants_late(const DistillCall& a) {
-    return a.teacher_grad.data || a.student_grad[0].data || a.student_grad[1].data;
+    return a.teacher_grad.present || a.student_grad[0].present || a.student_grad[1].present;
   }
   __device__ __forceinline__ void late(std::int64_t begin, std::int64_t end, C factor) {
     for (std::int64_t c = begin + G::lane(); c < end; c += G::lanes) {
@@ -202,9 +202,9 @@ class Limit {
         C value[1] = {difference(k, c, d) ? static_cast<C>((d - mean(k)) / found_[2 * k] * static_cast<double>(factor)) : C(0)};
         together[0] += value[0];
         value[0] = -value[0];
-        if (a_.student_grad[k].data) store_classes<C, 1>(a_.student_grad[k], at_.gradient[1 + k], c, value);
+        if (a_.student_grad[k].present) store_classes<C, 1>(a_.student_grad[k], at_.gradient[1 + k], c, value);
       }
-      if (a_.teacher_grad.data) store_classes<C, 1>(a_.teacher_grad, at_.gradient[0], c, together);
+      if (a_.teacher_grad.present) store_classes<C, 1>(a_.teacher_grad, at_.gradient[0], c, together);
     }
   }
 
@@ -270,7 +270,7 @@ class Entropy {
   }
   __device__ __forceinline__ double loss() const { return static_cast<double>(logarithm(static_cast<C>(soft_.sum))) + sums[0]; }
 
-  __host__ __device__ static bool wants_late(const DistillCall& a) { return a.teacher_grad.data != nullptr; }
+  __host__ __device__ static bool wants_late(const DistillCall& a) { return a.teacher_grad.present; }
   __device__ __forceinline__ void late(std::int64_t begin, std::int64_t end, C factor) {
     const C inverse = static_cast<C>(1 / soft_.sum), depth = static_cast<C>(sums[0]);
     each_class<G, Packed>(begin, end, [&](auto width, std::int64_t c) {

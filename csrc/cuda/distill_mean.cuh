@@ -32,7 +32,7 @@ class MeanRow : TeacherRow<C, Lanes> {
     }
     this->together();
     loss[0] = mean * temperature_ * temperature_;
-    if (a_.student_grad.data || a_.teachers_grad.data) write_gradients(static_cast<C>(excess));
+    if (a_.student_grad.present || a_.teachers_grad.present) write_gradients(static_cast<C>(excess));
     this->weight_gradients(factors_[0] * temperature_);
     return true;
   }
@@ -79,9 +79,9 @@ class MeanRow : TeacherRow<C, Lanes> {
           toward += w * term.difference;
           value = w * factor * term.toward_p(a_.as_is ? C(0) : number(kDot, k));
         }
-        if (a_.teachers_grad.data) this->to_teacher(k, c, value);
+        if (a_.teachers_grad.present) this->to_teacher(k, c, value);
       }
-      if (a_.student_grad.data) this->to_student(c, toward * factor);
+      if (a_.student_grad.present) this->to_student(c, toward * factor);
     }
   }
 };

@@ -27,8 +27,8 @@ enum SlotNumber { kShare, kMaximum, kInverse, kLogSum, kDot };  // kDot: once pe
 
 // A weight before it is normalised.
 __device__ __forceinline__ double weight_of(const EnsembleCall& a, std::int64_t at, int k, std::int64_t c) {
-  if (a.mask && !a.mask[k * a.mask_stride[0] + c * a.mask_stride[1]]) return 0;
-  if (!a.weights.data) return 1;
+  if (a.mask.present && !a.mask.data[k * a.mask_stride[0] + c * a.mask_stride[1]]) return 0;
+  if (!a.weights.present) return 1;
   return load_value<double>(a.weights.data, a.weights.dtype, at + k * a.weights.stack_stride + c * a.weights.class_stride);
 }
 

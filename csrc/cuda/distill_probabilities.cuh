@@ -120,7 +120,7 @@ class ProbabilityRow : TeacherRow<C, Lanes> {
         first += static_cast<double>(term.value), drift += static_cast<double>(term.difference);
         // Infinite where the student masks what some teacher does not, even if that underflows.
         if (m.alive && !(m.value > C(0)) && x == -infinity<C>()) first += static_cast<double>(infinity<C>());
-        if (a_.student_grad.data) to_student(c, term.difference * static_cast<C>(factors_[0]));
+        if (a_.student_grad.present) to_student(c, term.difference * static_cast<C>(factors_[0]));
       }
     });
     first = G::sum(first);
@@ -195,7 +195,7 @@ class ProbabilityRow : TeacherRow<C, Lanes> {
       const C m = mix(c, sum).value, center = toward_mixture(c, m);
       for (int k = 0; k < K_; ++k) {
         const C x = teacher(k, c), p = skipped(k) ? C(0) : power(k, x), outer = a_.by_class ? C(1) : number(kShare, k);
-        if (a_.teachers_grad.data) {
+        if (a_.teachers_grad.present) {
           C value;
           if (probs_) {
             value = toward_teacher(k, x, p, weighted(k, c, sum, center)) * static_cast<C>(factors_[0]);
@@ -207,7 +207,7 @@ class ProbabilityRow : TeacherRow<C, Lanes> {
           const bool gone = p == C(0) && lift_ == C(0);  // lifted, what counts may underflow and yet be the mixture
           to_teacher(k, c, gone || outer == C(0) ? C(0) : outer * value);
         }
-        if (a_.weights_grad.data && a_.by_class) {
+        if (a_.weights_grad.present && a_.by_class) {
           const double difference = static_cast<double>(lift_ == C(0) ? p : lifted(k, x)) - static_cast<double>(m);
           const double toward = factors_[0] * temperature_ * static_cast<double>(center) * difference;
           to_weight(k, c, sum == 0 || weight(k, c) == 0 ? 0.0 : toward / sum);

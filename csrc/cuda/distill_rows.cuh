@@ -49,7 +49,7 @@ __device__ __forceinline__ void each_class(std::int64_t begin, std::int64_t end,
 
 // True where eight classes at once may be moved in `x`: unit stride, and every row starts at a multiple of 16 bytes.
 inline bool packs(const Logits& x, const std::int64_t* size, int dims) {
-  if (!x.data) return true;
+  if (!x.present) return true;
   if (x.class_stride != 1 || !aligned16(x.data) || x.dtype == DType::f64) return false;
   for (int d = 0; d < dims; ++d)
     if (size[d] > 1 && x.row_stride[d] % kPack) return false;

@@ -31,7 +31,7 @@ struct EnsemblePlace {
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r)
-      if (a.grad_output[r].data) outer[r] = load_value<double>(a.grad_output[r].data, a.grad_output[r].dtype, outer_at[r]);
+      if (a.grad_output[r].present) outer[r] = load_value<double>(a.grad_output[r].data, a.grad_output[r].dtype, outer_at[r]);
   }
 };
 
@@ -52,7 +52,7 @@ class TeacherRow {
   __device__ __forceinline__ void find_factors() {
     factors_[0] = at_.outer[0] * a_.scale * temperature_, factors_[1] = at_.outer[1] * a_.scale;
   }
-  __device__ __forceinline__ bool wants_late() const { return a_.teachers_grad.data || a_.weights_grad.data; }
+  __device__ __forceinline__ bool wants_late() const { return a_.teachers_grad.present || a_.weights_grad.present; }
 
   // --- what is kept per teacher
 
@@ -149,7 +149,7 @@ class TeacherRow {
 
   // With kDot the derivative toward each share: those of the weights, w_k / sum w.
   __device__ void weight_gradients(double factor) {
-    if (!a_.weights_grad.data || a_.by_class) return;
+    if (!a_.weights_grad.present || a_.by_class) return;
     double mean = 0;
     for (int k = 0; k < K_; ++k) mean += exactly(kShare, k) == 0 ? 0.0 : exactly(kShare, k) * exactly(kDot, k);
     for (int k = G::lane(); k < K_; k += Lanes)

@@ -35,7 +35,7 @@ struct Shape {
   std::int64_t batch, positions;
   int channels;  // of all maps, or, for a mean, of one
   bool relu, mean;
-  const void *scale, *shift;
+  Optional<const void> scale, shift;
 };
 
 __device__ __forceinline__ std::int64_t address(const FeatureMap& map, std::int64_t b, int c, std::int64_t p) {
@@ -68,12 +68,12 @@ struct Unit {
 // scale x + shift of N elements from channel `c` on.
 template <typename C, int N, bool Interleaved>
 __device__ __forceinline__ void affine(const Shape& a, int c, C (&x)[N]) {
-  const C *const scale = static_cast<const C*>(a.scale), *const shift = static_cast<const C*>(a.shift);
+  const C *const scale = static_cast<const C*>(a.scale.data), *const shift = static_cast<const C*>(a.shift.data);
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     const int at = c + (Interleaved ? i : 0);
-    if (scale) x[i] *= scale[at];
-    if (shift) x[i] += shift[at];
+    if (a.scale.present) x[i] *= scale[at];
+    if (a.shift.present) x[i] += shift[at];
   }
 }
 
@@ -126,7 +126,7 @@ __device__ __forceinline__ void inner_gradient(const Maps& from, const Shape& a,
   }
   if (!a.relu) return;
   C y[N];
-  if (out.data) {
+  if (out.present) {
     load_map<T>(out, address(out, b, all, p), y);
   } else {
     load_map<T>(from.map[m], address(from.map[m], b, c, p), y);
@@ -147,12 +147,12 @@ __global__ void __launch_bounds__(kBlock) backward_kernel(const __grid_constant_
     const Unit<N, Interleaved> at(unit, a.positions, to.start[to.count]);
     const int m = to.holder(at.c), c = at.c - to.start[m];
     const FeatureMap& target = to.map[m];
-    if (!target.data) continue;
+    if (!target.present) continue;
     C g[N];
     inner_gradient<T, C, N, Interleaved>(from, a, grad, out, m, at.b, c, at.c, at.p, g);
-    if (a.scale) {
+    if (a.scale.present) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) g[i] *= static_cast<const C*>(a.scale)[at.c + (Interleaved ? i : 0)];
+      for (int i = 0; i < N; ++i) g[i] *= static_cast<const C*>(a.scale.data)[at.c + (Interleaved ? i : 0)];
     }
     store_map<T>(target, address(target, at.b, c, at.p), g);
   }
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kBlock) channel_sums(const __grid_constant__ M
         const std::int64_t b = row / a.positions, p = row % a.positions;
         C g[1], x[1] = {0};
         inner_gradient<T, C, 1, Interleaved>(from, a, grad, out, m, b, c, all, p, g);
-        if (from.map[m].data) load_map<T>(from.map[m], address(from.map[m], b, c, p), x);
+        if (from.map[m].present) load_map<T>(from.map[m], address(from.map[m], b, c, p), x);
         product += static_cast<double>(g[0]) * static_cast<double>(x[0]);
         sum += static_cast<double>(g[0]);
       }
@@ -200,7 +200,8 @@ __global__ void __launch_bounds__(kBlock) channel_sums(const __grid_constant__ M
   }
 }
 
-__global__ void __launch_bounds__(kBlock) finish_channels(const double* partial, int channels, int splits, double* to_scale, double* to_shift) {
+__global__ void __launch_bounds__(kBlock) finish_channels(const double* partial, int channels, int splits, Optional<double> to_scale,
+                                                           Optional<double> to_shift) {
   const int c = static_cast<int>(blockIdx.x) * kBlock + static_cast<int>(threadIdx.x);
   if (c >= channels) return;
   double product = 0, sum = 0;
@@ -208,8 +209,8 @@ __global__ void __launch_bounds__(kBlock) finish_channels(const double* partial,
     product += partial[(static_cast<std::int64_t>(split) * channels + c) * 2];
     sum += partial[(static_cast<std::int64_t>(split) * channels + c) * 2 + 1];
   }
-  if (to_scale) to_scale[c] = product;
-  if (to_shift) to_shift[c] = sum;
+  if (to_scale.present) to_scale.data[c] = product;
+  if (to_shift.present) to_shift.data[c] = sum;
 }
 
 // The maps [begin, end) of a call; `maps` may be empty.
@@ -222,8 +223,13 @@ Maps maps_of(const FuseCall& a, const std::vector<FeatureMap>& maps, std::size_t
   return result;
 }
 
-const void* shifted(const FuseCall& a, const void* vector, std::int64_t channels) {
-  return vector ? static_cast<const char*>(vector) + channels * (a.dtype == DType::f64 ? 8 : 4) : nullptr;
+Optional<const void> shifted(const FuseCall& a, Optional<const void> vector, std::int64_t channels) {
+  if (vector.data) vector.data = static_cast<const char*>(vector.data) + channels * (a.dtype == DType::f64 ? 8 : 4);
+  return vector;
+}
+Optional<double> shifted(Optional<double> sums, std::int64_t channels) {
+  if (sums.data) sums.data += channels;
+  return sums;
 }
 FeatureMap shifted(const FuseCall& a, FeatureMap map, std::int64_t channels) {
   if (map.data) map.data = static_cast<char*>(map.data) + channels * map.channel * static_cast<std::int64_t>(item_size(a.dtype));
@@ -234,7 +240,7 @@ FeatureMap shifted(const FuseCall& a, FeatureMap map, std::int64_t channels) {
 template <int N, bool Interleaved>
 bool packs(const FuseCall& a, const Maps& maps, const FeatureMap& map, std::size_t begin, std::size_t end) {
   const auto fits = [&](const FeatureMap& x) {
-    if (!x.data) return true;
+    if (!x.present) return true;
     if ((Interleaved ? x.channel : x.position) != 1 || !aligned16(x.data)) return false;
     return (a.batch == 1 || x.batch % N == 0) && (Interleaved ? a.positions == 1 || x.position % N == 0 : x.channel % N == 0);
   };
@@ -304,7 +310,7 @@ void fuse_backward(const FuseCall& a, const FuseBackward& to, int device, void* 
     const std::int64_t rows = a.batch * a.positions, elements = rows * channels;
     const bool inner_channels = interleaved(a, grad);
     if (elements && !to.to_features.empty()) {
-      const bool maps_inner = interleaved(a, *std::find_if(to.to_features.begin(), to.to_features.end(), [](const FeatureMap& x) { return x.data; }));
+      const bool maps_inner = interleaved(a, *std::find_if(to.to_features.begin(), to.to_features.end(), [](const FeatureMap& x) { return x.present; }));
       with_layout(
           a.dtype, maps_inner,
           [&](auto n, auto inner) {
@@ -315,7 +321,7 @@ void fuse_backward(const FuseCall& a, const FuseBackward& to, int device, void* 
                    grad, out, elements / n);
           });
     }
-    if (!channels || (!to.to_scale && !to.to_shift)) return;
+    if (!channels || (!to.to_scale.present && !to.to_shift.present)) return;
     const std::int64_t groups = inner_channels ? (channels + 31) / 32 : channels, deep = inner_channels ? kBlock / 32 : kBlock;
     const int splits = static_cast<int>(std::clamp<std::int64_t>(std::min(4 * multiprocessors(device) / groups, rows / (8 * deep)), 1, kFuseSplits));
     double* const partial = to.partial;
@@ -325,7 +331,7 @@ void fuse_backward(const FuseCall& a, const FuseBackward& to, int device, void* 
       launch("fuse_channel_sums", kernel, grid(groups * splits, 1, queue), kBlock, queue, from, shape, grad, out, partial, splits);
     });
     launch("fuse_channels", finish_channels, (channels + kBlock - 1) / kBlock, kBlock, queue, partial, channels, splits,
-           to.to_scale ? to.to_scale + channel : nullptr, to.to_shift ? to.to_shift + channel : nullptr);
+           shifted(to.to_scale, channel), shifted(to.to_shift, channel));
   });
 }
 

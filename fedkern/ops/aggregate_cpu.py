@@ -194,7 +194,7 @@ class CpuAggregate(PlainAggregate):
         old = global_.contiguous()
         target = self._target(old.dtype if out is None else out, len(old))
         given = Rows(self, old.dtype, len(old), pointers)
-        states = [0 if state is None else state.data_ptr() for state in (first, second)]
+        states = [backend.address(state) for state in (first, second)]
         state_dtype = torch.float32 if first is None else first.dtype
         result = self._server_step(given, old.data_ptr(), *numbers(weights), rule, state_dtype, states, target)
         del kept
@@ -242,7 +242,9 @@ class CpuAggregate(PlainAggregate):
             ):
                 return None
             target = out
-        result = self._server_step(given, old[2][0], values, total, rule, state_dtype, [*places, 0, 0][:2], target)
+        result = self._server_step(
+            given, old[2][0], values, total, rule, state_dtype, [*places, None, None][:2], target
+        )
         if places or out is not None:
             written(first, second, out)
         return result
@@ -255,7 +257,7 @@ class CpuAggregate(PlainAggregate):
         total: float,
         rule: ServerRule,
         state_dtype: torch.dtype,
-        states: list[int],
+        states: Sequence[int | None],
         target: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         count = len(values)
@@ -331,9 +333,9 @@ class CpuAggregate(PlainAggregate):
         return self._squared_distances_to(vectors, point.data_ptr())
 
     def squared_norms(self, vectors: Vectors) -> Tensor:
-        return self._squared_distances_to(vectors, 0)
+        return self._squared_distances_to(vectors, None)
 
-    def _squared_distances_to(self, vectors: Vectors, point: int) -> Tensor:
+    def _squared_distances_to(self, vectors: Vectors, point: int | None) -> Tensor:
         pointers, kept = unit_addresses(vectors)
         result = torch.zeros(len(pointers), dtype=torch.float64)
         self.core.squared_distances_to(

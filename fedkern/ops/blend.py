@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedkern.ops import backend
 from fedkern.ops._function import EagerFunction
-from fedkern.ops.blend_launch import CpuBlend
+from fedkern.ops.blend_launch import CpuBlend, check_memory
 from fedkern.ops.blend_library import BLEND, BLEND_BACKWARD
 from fedkern.ops.blend_reference import blend_reference, check_values
 from fedkern.ops.cuda import core as cuda
@@ -172,6 +172,7 @@ class _Blend(EagerFunction):
         index, foreground, background, alpha = saved if len(saved) > 1 else (saved[0], None, None, None)
         needs = ctx.needs_input_grad[1:4]
         kernel, value, background_rows, strides = ctx.settings
+        check_memory(index, foreground, background, alpha)
         if not backend.readable(grad) or grad.is_neg():
             # Recorded (create_graph=True) or batched (is_grads_batched=True): through the operator with its own rules.
             gradients = BLEND_BACKWARD(grad, foreground, background, alpha, value, index, background_rows, *needs)

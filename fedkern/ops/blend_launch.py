@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._memory import HUGE, fresh
-from fedkern.ops.backend import DTYPES
+from fedkern.ops.backend import DTYPES, address
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -52,6 +52,17 @@ def in_layout(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     return copy.copy_(tensor)
 
 
+def check_memory(
+    index: Tensor | None, foreground: Tensor | None, background: Tensor | None, alpha: Tensor | None
+) -> None:
+    """Raises RuntimeError where a tensor that the backward pass reads has lost its memory, whichever backend serves."""
+    address(index, "index")
+    if alpha is not None:
+        address(alpha, "alpha")
+        address(foreground, "foreground")
+        address(background, "background")
+
+
 class Launcher:
     """Calls a compiled core with the arguments that ``fedkern._cpu`` and ``fedkern._cuda`` share."""
 
@@ -74,12 +85,12 @@ class Launcher:
             shape[0],
             background.shape[0],
             math.prod(shape[1:]),
-            foreground.data_ptr(),
+            address(foreground, "foreground"),
             foreground.stride(0),
-            background.data_ptr(),
+            address(background, "background"),
             background.stride(0),
-            0 if index is None else index.data_ptr(),
-            0 if alpha is None else alpha.data_ptr(),
+            address(index, "index"),
+            address(alpha, "alpha"),
             0 if alpha is None else alpha.stride(0),
             value,
             self._fresh(out).data_ptr(),
@@ -126,15 +137,17 @@ class Launcher:
             math.prod(shape[1:]),
             grad.data_ptr(),
             grad.stride(0),
-            *((foreground.data_ptr(), foreground.stride(0)) if foreground is not None else (0, 0)),
-            *((background.data_ptr(), background.stride(0)) if background is not None else (0, 0)),
-            0 if index is None else index.data_ptr(),
-            0 if alpha64 is None else alpha64.data_ptr(),
+            address(foreground, "foreground"),
+            0 if foreground is None else foreground.stride(0),
+            address(background, "background"),
+            0 if background is None else background.stride(0),
+            address(index, "index"),
+            address(alpha64, "alpha"),
             0 if alpha64 is None else alpha64.stride(0),
             value,
-            0 if own is None else own.data_ptr(),
-            0 if other is None else other.data_ptr(),
-            0 if per_sample is None else per_sample.data_ptr(),
+            address(own),
+            address(other),
+            address(per_sample),
             grad,
             index,
         )

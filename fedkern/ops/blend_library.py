@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops import _library, backend
-from fedkern.ops.blend_launch import output_strides
+from fedkern.ops.blend_launch import check_memory, output_strides
 from fedkern.ops.blend_reference import backward_reference, blend_reference, check_values, second_derivative
 
 
@@ -38,6 +38,7 @@ def _backward_implementation(
     background_rows: int,
     *needs: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_memory(index, foreground, background, alpha)
     kernel = backend.select("blend", grad)
     if kernel is not None:
         result = kernel.backward(grad, foreground, background, alpha, value, index, background_rows, needs)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._memory import fresh
-from fedkern.ops.backend import DTYPES
+from fedkern.ops.backend import DTYPES, address
 
 
 class BoxesKernel(Protocol):
@@ -46,8 +46,8 @@ class CpuBoxes:
             height,
             width,
             boxes.shape[1],
-            images.data_ptr(),
-            boxes.data_ptr(),
+            address(images, "images"),
+            address(boxes, "boxes"),
             DTYPES[boxes.dtype],
             fill.data_ptr(),
             0 if keep else 1,
@@ -66,13 +66,14 @@ class CpuBoxes:
         pixels, threads = height * width, torch.get_num_threads()
         corners = boxes.to(torch.float64).contiguous()
         mask = torch.empty(batch, pixels, dtype=torch.uint8)
-        self.core.box_mask(batch, boxes.shape[1], height, width, corners.data_ptr(), mask.data_ptr(), threads)
+        place = address(corners, "boxes")
+        self.core.box_mask(batch, boxes.shape[1], height, width, place, mask.data_ptr(), threads)
         fill = fill.contiguous()
         self.core.box_fill(
             *(images.element_size(), batch, channels, pixels),
             *(images.stride(0), images.stride(1), pixel_stride(images)),
             *(out.stride(0), out.stride(1), pixel_stride(out)),
-            *(images.data_ptr(), mask.data_ptr(), 0 if keep else 1),
+            *(address(images, "images"), mask.data_ptr(), 0 if keep else 1),
             *(fill.data_ptr(), channels if len(fill) > 1 else 0, fresh(self.core, out).data_ptr(), threads),
         )
 
@@ -80,6 +81,8 @@ class CpuBoxes:
 def pixels_in_step(images: Tensor) -> bool:
     """True when one stride leads from pixel to pixel through all rows, as in contiguous and channels-last images."""
     _, _, height, width = images.shape
+    if not images.numel():  # contiguous() would leave its strides as they are
+        return True
     return width <= 1 or height <= 1 or images.stride(2) == width * images.stride(3)
 
 

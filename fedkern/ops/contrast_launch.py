@@ -46,7 +46,7 @@ class CpuContrast:
         self._contrast = core.contrast_whole
 
     def loss(self, x: Tensor, y: Tensor, temperature: float | Tensor) -> Tensor:
-        return self._loss(x, y, self._batch(x, y, temperature), 0)
+        return self._loss(x, y, self._batch(x, y, temperature), None)
 
     def loss_and_sums(self, x: Tensor, y: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
         batch = self._batch(x, y, temperature)
@@ -61,7 +61,7 @@ class CpuContrast:
             sums = batch.x.new_empty(4, x.shape[0])
             return self._loss(x, y, batch, sums.data_ptr()), self._gradients(batch, sums, needs)
         held = similarities(batch.x, batch.y)
-        loss = self._whole(x, y, batch, held, batch.scale / max(x.shape[0], 1), 0)
+        loss = self._whole(x, y, batch, held, batch.scale / max(x.shape[0], 1), None)
         to_x = times(held, batch.y) if needs[0] or needs[2] else None
         to_y = transposed_times(held, batch.x).contiguous() if needs[1] else None
         return loss, self._with_temperature(batch, to_x, to_y, needs)
@@ -91,7 +91,7 @@ class CpuContrast:
         x, y = (t if t.dtype is compute and t.is_contiguous() else t.to(compute).contiguous() for t in (x, y))
         return _Batch(x, y, DTYPES[compute], scale, _threads())
 
-    def _whole(self, x: Tensor, y: Tensor, batch: _Batch, held: Tensor, factor: float, sums: int) -> Tensor:
+    def _whole(self, x: Tensor, y: Tensor, batch: _Batch, held: Tensor, factor: float, sums: int | None) -> Tensor:
         """From all similarities, which ``factor``, if not 0, turns into their gradient."""
         a, b, code, scale, threads = batch
         count, size = a.shape
@@ -100,7 +100,7 @@ class CpuContrast:
         )
         return _scalar(value, x, y)
 
-    def _loss(self, x: Tensor, y: Tensor, batch: _Batch, sums: int) -> Tensor:
+    def _loss(self, x: Tensor, y: Tensor, batch: _Batch, sums: int | None) -> Tensor:
         a, b, code, scale, threads = batch
         if _fits(batch):
             return self._whole(x, y, batch, similarities(a, b), 0.0, sums)

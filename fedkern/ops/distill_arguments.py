@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fedkern.ops.backend import DTYPES
+from fedkern.ops.backend import DTYPES, address
 from fedkern.ops.distill_common import PROBS
 from fedkern.ops.distill_kernels import Ensemble
 
@@ -17,9 +17,9 @@ JS, CONSENSUS = 3, 4
 STACK = [Ensemble(1.0, PROBS, False, reduction) for reduction in range(3)]
 
 
-def argument(x: Tensor | None) -> tuple[int, int, tuple[int, ...]] | None:
+def argument(x: Tensor | None) -> tuple[int | None, int, tuple[int, ...]] | None:
     """A tensor as a core takes it: pointer, dtype, strides."""
-    return None if x is None else (x.data_ptr(), DTYPES[x.dtype], x.stride())
+    return None if x is None else (address(x), DTYPES[x.dtype], x.stride())
 
 
 def weight_gradient(raw: Tensor | None, grad: Tensor, scale: float, weight: Tensor | None) -> Tensor | None:

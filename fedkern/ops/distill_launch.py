@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._memory import HUGE, fresh
-from fedkern.ops.backend import DTYPES, Kernel, cpu_core, register, register_triton
+from fedkern.ops.backend import DTYPES, Kernel, address, cpu_core, register, register_triton
 from fedkern.ops.distill_arguments import CONSENSUS, ENTROPY, JS, KL, LIMIT, weight_gradient
 from fedkern.ops.distill_common import BATCHMEAN, NONE, mean_scale, row_shape
 from fedkern.ops.distill_kernels import ALL_DTYPES, Divergence, Ensemble
@@ -200,7 +200,7 @@ class CpuDistill:
             student,
             teachers,
             weights,
-            None if class_mask is None else (class_mask.data_ptr(), class_mask.stride()),
+            None if class_mask is None else (address(class_mask, "class_mask"), class_mask.stride()),
             to_student,
             to_teachers,
             None,
@@ -244,7 +244,7 @@ class CpuDistill:
             student,
             teachers,
             weights,
-            None if class_mask is None else (class_mask.data_ptr(), class_mask.stride()),
+            None if class_mask is None else (address(class_mask, "class_mask"), class_mask.stride()),
             to_student,
             to_teachers,
             to_weights,

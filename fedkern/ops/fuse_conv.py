@@ -82,7 +82,7 @@ def convolve(
         alike = other.shape[1:] == (rows if other_shared else rows * branches, *out.shape[2:])
         if not alike or other.dtype is not torch.float32:
             late, other = other, None  # broadcast over positions, or from autocast: rare, so left to torch
-    addend = (0, 0, 0) if other is None else (other.data_ptr(), other.stride(0), 0 if other_shared else rows * size)
+    addend = (None, 0, 0) if other is None else (other.data_ptr(), other.stride(0), 0 if other_shared else rows * size)
     core.fuse_conv(
         x.shape[0],
         branches,
@@ -94,7 +94,7 @@ def convolve(
         (out.data_ptr(), out.stride(0), rows * size),
         packed.data_ptr(),
         block,
-        0 if held.bias is None else held.bias.data_ptr(),
+        backend.address(held.bias),
         relu and late is None,
         torch.get_num_threads(),
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._memory import HUGE, fresh
-from fedkern.ops.backend import DTYPES
+from fedkern.ops.backend import DTYPES, address
 from fedkern.ops.fuse_kernels import (
     FuseGradients,
     FuseNeeds,
@@ -22,7 +22,7 @@ from fedkern.ops.fuse_kernels import (
     wants_channels_last,
 )
 
-Map = tuple[int, int, int, int, int]
+Map = tuple[int | None, int, int, int, int]
 
 
 class CpuFuse:
@@ -63,8 +63,8 @@ class CpuFuse:
             mean,
             maps,
             _map(out, interleaved),
-            0 if factor is None else factor.data_ptr(),
-            0 if summand is None else summand.data_ptr(),
+            address(factor, "scale"),
+            address(summand, "shift"),
             torch.get_num_threads(),
         )
         return out
@@ -145,11 +145,6 @@ class CpuFuse:
         ]
         by_scale = grad.new_empty(sum(channels), dtype=torch.float64) if needs.scale else None
         by_shift = grad.new_empty(sum(channels), dtype=torch.float64) if needs.shift else None
-        if not grad.numel():  # empty maps have no address to tell absent ones from
-            for sums in (by_scale, by_shift):
-                if sums is not None:
-                    sums.zero_()
-            return _gradients(targets, by_scale, by_shift, scale, shift)
         _alive, maps = (None, None) if features is None else _maps(features, interleaved)
         grad, result = _laid_out(grad, interleaved), None if out is None else _laid_out(out, interleaved)
         factor, summand = _vector(scale, grad), _vector(shift, grad)
@@ -164,33 +159,22 @@ class CpuFuse:
             maps,
             None if result is None else _map(result, interleaved),
             [
-                (0, count, 0, 0, 0) if target is None else _map(target, interleaved)
+                (None, count, 0, 0, 0) if target is None else _map(target, interleaved)
                 for target, count in zip(targets, channels, strict=True)
             ],
-            0 if factor is None else factor.data_ptr(),
-            0 if summand is None else summand.data_ptr(),
-            0 if by_scale is None else by_scale.data_ptr(),
-            0 if by_shift is None else by_shift.data_ptr(),
+            address(factor, "scale"),
+            address(summand, "shift"),
+            address(by_scale),
+            address(by_shift),
             torch.get_num_threads(),
         )
-        return _gradients(targets, by_scale, by_shift, scale, shift)
+        to_scale = None if by_scale is None or scale is None else by_scale.to(scale.dtype)
+        to_shift = None if by_shift is None or shift is None else by_shift.to(shift.dtype)
+        return FuseGradients(targets, to_scale, to_shift)
 
 
 _empty_like, _threads = torch.empty_like, torch.get_num_threads
 _LARGE = HUGE // 8  # elements; fresh() looks at the bytes
-
-
-def _gradients(
-    targets: list[Tensor | None],
-    by_scale: Tensor | None,
-    by_shift: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-) -> FuseGradients:
-    """The sums in the dtypes of what they belong to."""
-    to_scale = None if by_scale is None or scale is None else by_scale.to(scale.dtype)
-    to_shift = None if by_shift is None or shift is None else by_shift.to(shift.dtype)
-    return FuseGradients(targets, to_scale, to_shift)
 
 
 def _vector(vector: Tensor | None, like: Tensor) -> Tensor | None:
@@ -222,13 +206,19 @@ def _laid_out(x: Tensor, interleaved: bool) -> Tensor:
 def _map(x: Tensor, interleaved: bool) -> Map:
     shape, strides = x.shape, x.stride()
     if not interleaved:
-        return (x.data_ptr(), shape[1], strides[0], strides[1], 1)
+        return (address(x, "a feature map"), shape[1], strides[0], strides[1], 1)
     # Samples of one position each are positions of one sample to the core.
     single = len(shape) == 2 or math.prod(shape[2:]) == 1
-    return (x.data_ptr(), shape[1], strides[0], 1, strides[0] if single else position_stride(shape, strides) or 0)
+    return (
+        address(x, "a feature map"),
+        shape[1],
+        strides[0],
+        1,
+        strides[0] if single else position_stride(shape, strides) or 0,
+    )
 
 
-def _maps(features: Sequence[Tensor], interleaved: bool) -> tuple[Sequence[Tensor], list[Map | int]]:
+def _maps(features: Sequence[Tensor], interleaved: bool) -> tuple[Sequence[Tensor], list[Map | int | None]]:
     """The maps laid out for the core, to be kept until it returns, and as it takes them.
 
     That is an address alone where the strides are those of the map before.
@@ -240,6 +230,6 @@ def _maps(features: Sequence[Tensor], interleaved: bool) -> tuple[Sequence[Tenso
             if x.stride() != strides or x.shape != shape:
                 break
         else:
-            return features, [_map(first, interleaved), *[x.data_ptr() for x in features[1:]]]
+            return features, [_map(first, interleaved), *[address(x, "a feature map") for x in features[1:]]]
     copies = [_laid_out(x, interleaved) for x in features]
     return copies, [_map(x, interleaved) for x in copies]

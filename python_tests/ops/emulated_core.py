@@ -24,7 +24,9 @@ from fedkern.ops import backend
 ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = Path(__file__).resolve().parent / "cuda" / "emulator"
 SOURCES = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), *sorted((ROOT / "csrc" / "bindings").glob("cuda*.cpp"))]
-FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w"]
+# cmake/sanitize.sh adds its own.
+SANITIZE = os.environ.get("FEDKERN_EMULATED_FLAGS", "").split()
+FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w", *SANITIZE]
 
 
 @functools.cache
@@ -57,7 +59,7 @@ def build() -> ModuleType:
     module = folder / f"_cuda-{_digest(' '.join(path.name for path in objects))}.so"
     if not module.exists():
         fresh = module.with_suffix(f".{os.getpid()}")
-        subprocess.run([compiler, "-shared", *objects, "-o", fresh], check=True)
+        subprocess.run([compiler, "-shared", *SANITIZE, *objects, "-o", fresh], check=True)
         fresh.replace(module)
     spec = importlib.util.spec_from_file_location("_cuda", module)
     assert spec is not None

@@ -244,11 +244,11 @@ def test_every_offset_over_sentinels(isa: str, dtype: torch.dtype) -> None:
             a, b, c = (t[i : i + count] for t in (x, y, g))
             core.blend_forward(
                 *(code, rows, rows, size, a.data_ptr(), size, b.data_ptr(), size),
-                *(index.data_ptr(), 0, 1, 0, 0.3, out[41 - i :].data_ptr(), 1),
+                *(index.data_ptr(), None, 1, 0, 0.3, out[41 - i :].data_ptr(), 1),
             )
             core.blend_backward(
-                *(code, rows, rows, size, c.data_ptr(), size, 0, 0, 0, 0, index.data_ptr(), 0, 1, 0, 0.3),
-                *(own[41 - i :].data_ptr(), other[41 - i :].data_ptr(), 0, 1),
+                *(code, rows, rows, size, c.data_ptr(), size, None, 0, None, 0, index.data_ptr(), None, 1, 0, 0.3),
+                *(own[41 - i :].data_ptr(), other[41 - i :].data_ptr(), None, 1),
             )
             exact = 0.3 * a.double().view(rows, size) + 0.7 * b.double().view(rows, size)[index]
             wide = c.double().view(rows, size)
@@ -306,7 +306,7 @@ def test_wrong_arguments(name: str, arguments: tuple, options: dict, error: type
 def test_cuda_core_without_a_driver_says_so() -> None:
     core = pytest.importorskip("fedkern._cuda", reason="fedkern._cuda is not built")
     with pytest.raises(RuntimeError, match=r"fedkern\._cuda needs an NVIDIA GPU and its driver"):
-        core.blend_forward(0, 1, 1, 4, 0, 4, 0, 4, 0, 0, 0, 0.5, 0, 0, 0)
+        core.blend_forward(0, 1, 1, 4, 0, 4, 0, 4, None, None, 0, 0.5, 0, 0, 0)
 
 
 @pytest.mark.gpu

@@ -207,7 +207,7 @@ def test_nothing_outside_is_written(dtype: torch.dtype, cache_bytes: Callable[[i
                 *(CODES[dtype], batch, size, interleaved, True, False),
                 [(x.data_ptr(), count, count * size, *strides) for x in maps],
                 (target.data_ptr(), 2 * count, 2 * count * size, *outer),
-                *(0, 0, 1),
+                *(None, None, 1),
             )
         views = [x.as_strided((batch, count, size), (count * size, *strides)) for x in maps]
         got = target.as_strided((batch, 2 * count, size), (2 * count * size, *outer), target.storage_offset())

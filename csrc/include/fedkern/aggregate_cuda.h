@@ -16,19 +16,19 @@ inline constexpr int kMostSorted = 64;
 // fp64 numbers of a workspace that serves server_step, distances and norms.
 inline constexpr std::int64_t kAggregateWorkspace = 1 << 18;
 
-// M vectors of P elements: rows of a matrix, or (first null) one by one.
+// M vectors of P elements: rows of a matrix, or (`first` absent) one by one.
 struct Uploads {
   DType dtype;
   std::int64_t size, count;
-  const void* first;
+  Optional<const void> first;
   std::int64_t row_stride, stride;  // in elements
   std::vector<const void*> each;
 };
 
-// One weight each, on the host or (device not null) on the device; `total` is their sum, if on the host.
+// One weight each, on the host or, where `device` is present, there; `total` is their sum, if on the host.
 struct UploadWeights {
   std::vector<double> host;
-  const double* device;
+  Optional<const double> device;
   double total;
 };
 
@@ -40,9 +40,9 @@ struct Place {
 // sums = start (or 0) + sum_m weight_m x_m, or, with `out`, that over the sum of the weights. `sums` is a workspace [P] where
 // there are more than kTable vectors.
 struct MeanCall {
-  const double* start;
+  Optional<const double> start;
   double* sums;
-  void* out;
+  Optional<void> out;
   DType out_dtype;
 };
 void weighted_mean(const Uploads& x, const UploadWeights& weights, const MeanCall& call, const Place& place);
@@ -56,7 +56,7 @@ struct ServerStep {
   ServerRule rule;
   double learning_rate, beta1, beta2, tau;
   const void* global;
-  void *first, *second;  // null where the rule has none
+  Optional<void> first, second;  // absent where the rule has none
   DType first_dtype, second_dtype;
   void* out;
   DType out_dtype;
@@ -65,8 +65,8 @@ struct ServerStep {
 };
 void server_step(const Uploads& x, const UploadWeights& weights, const ServerStep& call, const Place& place);
 
-// out[m] = |x_m - point|^2; point [P] fp64, or null for 0.
-void squared_distances_to(const Uploads& x, const double* point, double* out, double* workspace, const Place& place);
+// out[m] = |x_m - point|^2; point [P] fp64; 0 where absent.
+void squared_distances_to(const Uploads& x, const Optional<const double>& point, double* out, double* workspace, const Place& place);
 // out [M, M]; at most kMostSorted vectors.
 void squared_distances(const Uploads& x, double* out, double* workspace, const Place& place);
 

@@ -21,7 +21,7 @@ struct PointDistances {
   DType dtype;
   std::int64_t count, size;
   const void* const* vectors;
-  const double* point;  // null: the origin
+  Optional<const double> point;  // absent: the origin
   std::int64_t chunk;
   double* partial;  // [chunks, count]
   int threads;

@@ -23,7 +23,7 @@ struct SortedMean {
   const void* const* vectors;  // of unit stride
   OrderMean mean;
   std::int64_t low, high;  // the places that are averaged; all of them for the weighted median
-  const double* weights;   // [M], or null for the plain mean
+  const double* weights;   // [M]; not for the plain mean
   double half;             // of the weights' sum, for the weighted median
   const Exchange* network;
   std::int64_t exchanges;

@@ -20,7 +20,7 @@ struct ServerStep {
   double total;  // their sum
   ServerRule rule;
   double learning_rate, beta1, beta2, tau;
-  void *first, *second;  // [P] of state_dtype, updated; null where the rule has none
+  Optional<void> first, second;  // [P] of state_dtype, updated; absent where the rule has none
   void* out;             // [P]; may be `global`
   bool stream;           // write `out` past the caches
   std::int64_t chunk;    // elements per row of `partial`

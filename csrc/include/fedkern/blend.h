@@ -14,11 +14,12 @@ namespace fedkern {
 struct Rows {
   void* data;
   std::int64_t stride;
+  bool present = true;
 };
 
-// One weight per sample: data[b * stride], or `value` where data is null.
+// One weight per sample: each[b * stride], or `value` for all where `each` is absent.
 struct Alpha {
-  const double* data;
+  Optional<const double> each;
   std::int64_t stride;
   double value;
 };
@@ -27,26 +28,26 @@ struct BlendForward {
   DType dtype;
   std::int64_t rows, size;     // B, and elements of a sample
   Rows foreground, background, out;
-  const std::int64_t* index;   // [rows] into background, or null for the identity
+  Optional<const std::int64_t> index;  // [rows] into background; absent for the identity
   Alpha alpha;
   int threads;
   bool stream = false;  // write past the caches: for results that do not fit there
 };
 
-// Any of the three gradients may be null. foreground and background are read for alpha's gradient alone.
+// Any of the three gradients may be absent. foreground and background are read for alpha's gradient alone.
 struct BlendBackward {
   DType dtype;
   std::int64_t rows, background_rows, size;
   Rows grad, foreground, background;
-  const std::int64_t* index;
+  Optional<const std::int64_t> index;
   Alpha alpha;
   Rows grad_foreground, grad_background;  // [rows, size], [background_rows, size]
-  double* grad_alpha;                     // [rows]
+  Optional<double> grad_alpha;            // [rows]
   // Workspaces of the caller, needed only where named.
   double* partial;            // [rows, blend_chunks(size)] for grad_alpha
-  const std::int64_t* start;  // [background_rows + 1] and
+  Optional<const std::int64_t> start;  // [background_rows + 1] and
   const std::int64_t* order;  // [rows]: background row n serves the samples order[start[n]] ... order[start[n + 1] - 1];
-                              // both null where every background row n serves sample n alone
+                              // without `start` every background row n serves sample n alone
   int threads;
   bool stream = false;
 };

@@ -15,7 +15,7 @@ struct ContrastTile {
   void* data;
   std::int64_t stride;      // from row to row
   std::int64_t first;       // the row of S that the tile begins with, a multiple of kContrastBlock
-  const void* temperature;  // null: `value`
+  Optional<const void> temperature;  // absent: `value`
   double value;
 };
 

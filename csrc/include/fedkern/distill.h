@@ -25,17 +25,19 @@ enum class DistillKind : int { kl = 0, limit = 1, entropy = 2 };
 inline constexpr int kMaxRowDims = 8;
 inline constexpr int kMaxStudents = 2;
 
-// One value per row and class; absent where data is null.
+// One value per row and class.
 struct Logits {
   void* data = nullptr;
+  bool present = false;
   DType dtype = DType::f32;
   std::int64_t class_stride = 0;
   std::int64_t row_stride[kMaxRowDims] = {};
 };
 
-// One value per row, or one for all with strides of 0; absent where data is null.
+// One value per row, or one for all with strides of 0.
 struct RowValues {
   void* data = nullptr;
+  bool present = false;
   DType dtype = DType::f32;
   std::int64_t row_stride[kMaxRowDims] = {};
 };

@@ -8,8 +8,8 @@ namespace fedkern::cuda {
 // fp64 numbers of a workspace on the device that serves any call.
 inline constexpr std::int64_t kDistillWorkspace = 16384;
 
-// Device pointers throughout; `threads` is not looked at. Without a workspace (null) one block does the work, if a total is
+// Device pointers throughout; `threads` is not looked at. Without a workspace one block does the work, if a total is
 // asked for, and rows are not shared between blocks: the right choice for small calls alone.
-void distill(const DistillCall& call, double* workspace, int device, void* stream);
+void distill(const DistillCall& call, const Optional<double>& workspace, int device, void* stream);
 
 }  // namespace fedkern::cuda

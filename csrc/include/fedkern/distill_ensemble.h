@@ -41,7 +41,7 @@ struct EnsembleCall {
   double scale;               // of the totals and of the gradients
   Logits student;             // absent for js and consensus
   Stack teachers, weights;    // weights: absent for equal ones; class_stride 0 unless by_class
-  const unsigned char* mask;  // [count, classes], may be null
+  Optional<const unsigned char> mask;  // [count, classes]
   std::int64_t mask_stride[2];
   Logits student_grad;
   Stack teachers_grad;

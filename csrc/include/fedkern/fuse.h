@@ -15,6 +15,7 @@ namespace fedkern {
 struct FuseMap {
   void* data;
   std::int64_t channels, batch_stride, channel_stride, position_stride;
+  bool present;
 };
 
 // What forward and backward share.
@@ -22,8 +23,7 @@ struct FuseCall {
   DType dtype;
   std::int64_t maps, batch, positions;
   bool interleaved, relu, mean;
-  const void* scale;  // [sum of C_m] in the type that is computed in; both null or neither
-  const void* shift;
+  Optional<const void> scale, shift;  // [sum of C_m] in the type that is computed in; both absent or neither
   bool stream;  // write past the caches: for results that do not fit there
   int threads;
 };
@@ -38,10 +38,9 @@ struct FuseBackward {
   FuseCall call;
   FuseMap grad;
   const FuseMap* features;       // null where neither grad_scale nor a mask needs them
-  FuseMap out;                   // with relu and without features: positive where gradient passes; else data is null
-  const FuseMap* grad_features;  // dense; data null where not wanted
-  double* grad_scale;            // [sum of C_m]; null where not wanted
-  double* grad_shift;
+  FuseMap out;                   // with relu and without features: positive where gradient passes; else absent
+  const FuseMap* grad_features;  // dense; absent where not wanted
+  Optional<double> grad_scale, grad_shift;  // [sum of C_m]; absent where not wanted
   double* partial;  // workspace of the caller, 2 * fuse_blocks(call) * sum of C_m, where a sum is wanted
 };
 
@@ -54,6 +53,7 @@ constexpr std::int64_t fuse_block_samples(const FuseCall& call) {
   return call.positions >= kFuseBlock ? 1 : kFuseBlock / (call.positions > 0 ? call.positions : 1);
 }
 constexpr std::int64_t fuse_blocks(const FuseCall& call) {
+  if (!call.positions) return 0;
   if (call.interleaved) return call.batch * ((call.positions + kFuseBlock - 1) / kFuseBlock);
   return (call.batch + fuse_block_samples(call) - 1) / fuse_block_samples(call);
 }
@@ -69,14 +69,14 @@ struct FuseConv {
   // Channel planes are dense; strides in elements between samples and branches (0 where all branches share one map).
   const float* x;
   std::int64_t x_batch, x_branch;
-  const float* other;  // shape of out, or null
+  Optional<const float> other;  // shape of out
   std::int64_t other_batch, other_branch;
   float* out;
   std::int64_t out_batch, out_branch;
   // [branches, blocks, in_channels * kernel_height * kernel_width, block]; channels past the last are zeros.
   const float* weight;
   std::int64_t block;
-  const float* bias;  // [branches, channels], or null
+  Optional<const float> bias;  // [branches, channels]
   bool relu;
   int threads;
 };

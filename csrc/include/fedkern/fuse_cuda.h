@@ -15,10 +15,11 @@ namespace fedkern::cuda {
 // Maps that one launch takes: a concatenation of more is done in turn, a mean of more not at all.
 inline constexpr int kMostMaps = 48;
 
-// [B, channels, P] with its strides in elements; absent where data is null.
+// [B, channels, P] with its strides in elements.
 struct FeatureMap {
-  void* data;
-  std::int64_t batch, channel, position;
+  void* data = nullptr;
+  std::int64_t batch = 0, channel = 0, position = 0;
+  bool present = false;
 };
 
 struct FuseCall {
@@ -27,7 +28,7 @@ struct FuseCall {
   bool relu, mean;
   std::vector<std::int64_t> channels;     // of each map
   std::vector<FeatureMap> features;       // empty where backward does not need them
-  const void *scale, *shift;              // [sum of channels], fp32 (fp64 for fp64 maps), or null for 1 and 0
+  Optional<const void> scale, shift;      // [sum of channels], fp32 (fp64 for fp64 maps); 1 and 0 where absent
   FeatureMap out;                         // forward: the result; backward: where there are no features, the result of a ReLU
 };
 void fuse_forward(const FuseCall& call, int device, void* stream);
@@ -35,7 +36,7 @@ void fuse_forward(const FuseCall& call, int device, void* stream);
 struct FuseBackward {
   FeatureMap grad;
   std::vector<FeatureMap> to_features;  // empty, or one each, absent where not wanted
-  double *to_scale, *to_shift;          // [sum of channels], null where not wanted
+  Optional<double> to_scale, to_shift;  // [sum of channels], absent where not wanted
   double* partial;                      // workspace: kFuseSplits * 2 * sum of channels, where one of them is
 };
 inline constexpr std::int64_t kFuseSplits = 64;

@@ -16,4 +16,12 @@ inline constexpr std::size_t item_size(DType dtype) {
   return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
 }
 
+// A pointer that may be absent. `present` alone says so: a tensor without elements has the address 0. What else a call may
+// lack (Logits, FuseMap, Rows) has a `present` of its own.
+template <typename T>
+struct Optional {
+  T* data = nullptr;
+  bool present = false;
+};
+
 }  // namespace fedkern

@@ -11,11 +11,11 @@ from fedkern.ops import backend
 from fedkern.ops.aggregate_checks import Vectors, deliver, direct_target
 from fedkern.ops.aggregate_kernels import ServerRule, Weights
 from fedkern.ops.aggregate_plain import PlainAggregate
-from fedkern.ops.backend import DTYPES
+from fedkern.ops.backend import DTYPES, address
 from fedkern.ops.cuda.core import queue
 
-# (numbers, their sum, address on the device or 0), as the core takes weights.
-_Weights = tuple[list[float], float, int]
+# (numbers, their sum, address on the device or None), as the core takes weights.
+_Weights = tuple[list[float], float, int | None]
 
 
 class CudaAggregate(PlainAggregate):
@@ -42,10 +42,10 @@ class CudaAggregate(PlainAggregate):
             target = torch.empty(size, dtype=dtype, device=first.device)
         sums = None
         if count > self.core.aggregate_table:
-            sums = torch.empty(max(size, 1), dtype=torch.float64, device=first.device)  # no address says: none
+            sums = torch.empty(size, dtype=torch.float64, device=first.device)
         given, kept_weights = _weights(weights)
         self.core.weighted_mean(
-            uploads, given, 0, _address(sums), target.data_ptr(), DTYPES[target.dtype], queue(first)
+            uploads, given, None, address(sums), target.data_ptr(), DTYPES[target.dtype], queue(first)
         )
         del held, kept_weights
         return target if out is None else deliver(target, out)
@@ -53,14 +53,14 @@ class CudaAggregate(PlainAggregate):
     def accumulate(self, total: Tensor, vector: Tensor, weight: float) -> None:
         uploads, _ = _uploads([vector])
         sums = total.data_ptr()
-        self.core.weighted_mean(uploads, ([weight], weight, 0), sums, sums, 0, 0, queue(total))
+        self.core.weighted_mean(uploads, ([weight], weight, None), sums, sums, None, 0, queue(total))
 
     def accumulated_mean(self, total: Tensor, weight: float, out: Tensor | torch.dtype) -> Tensor:
         target = _target(out, total)
         # No vectors to add: what was summed before, over the weight.
-        nothing: tuple[Any, ...] = (DTYPES[torch.float64], len(total), 0, 0, 0, 1, [])
+        nothing: tuple[Any, ...] = (DTYPES[torch.float64], len(total), 0, None, 0, 1, [])
         self.core.weighted_mean(
-            nothing, ([], weight, 0), total.data_ptr(), 0, target.data_ptr(), DTYPES[target.dtype], queue(total)
+            nothing, ([], weight, None), total.data_ptr(), None, target.data_ptr(), DTYPES[target.dtype], queue(total)
         )
         return target
 
@@ -115,7 +115,7 @@ class CudaAggregate(PlainAggregate):
             given,
             rule.rule,
             [rule.learning_rate, rule.beta1, rule.beta2, rule.tau],
-            [model.data_ptr(), _address(first), _address(second), target.data_ptr()],
+            [model.data_ptr(), address(first), address(second), target.data_ptr()],
             [0 if x is None else DTYPES[x.dtype] for x in (first, second, target)],
             norms.data_ptr(),
             cosines.data_ptr(),
@@ -184,7 +184,7 @@ class CudaAggregate(PlainAggregate):
         first = vectors[0]
         result = torch.empty(len(vectors), dtype=torch.float64, device=first.device)
         workspace = self._workspace(first)
-        self.core.squared_distances_to(uploads, _address(point), result.data_ptr(), workspace.data_ptr(), queue(first))
+        self.core.squared_distances_to(uploads, address(point), result.data_ptr(), workspace.data_ptr(), queue(first))
         del held
         return result
 
@@ -192,16 +192,12 @@ class CudaAggregate(PlainAggregate):
         return torch.empty(self.core.aggregate_workspace, dtype=torch.float64, device=like.device)
 
 
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
 def _target(out: Tensor | torch.dtype, like: Tensor) -> Tensor:
     return out if isinstance(out, Tensor) else torch.empty(len(like), dtype=out, device=like.device)
 
 
 def _uploads(vectors: Vectors) -> tuple[tuple[Any, ...], Any]:
-    """(dtype, size, count, first or 0, row stride, stride, addresses), as the core takes vectors, and what they are.
+    """(dtype, size, count, first or None, row stride, stride, addresses), as the core takes vectors, and what they are.
 
     The second must live until the launch: after it, torch's allocator hands memory out again in the stream's order.
     """
@@ -212,13 +208,13 @@ def _uploads(vectors: Vectors) -> tuple[tuple[Any, ...], Any]:
     if any(vector.stride(0) != stride for vector in vectors):
         vectors, stride = [vector.contiguous() for vector in vectors], 1
     addresses = [vector.data_ptr() for vector in vectors]
-    return (DTYPES[vectors[0].dtype], size, len(vectors), 0, 0, stride, addresses), vectors
+    return (DTYPES[vectors[0].dtype], size, len(vectors), None, 0, stride, addresses), vectors
 
 
 def _spans(uploads: tuple[Any, ...], item: int) -> tuple[list[int], list[int]]:
     """Where each vector begins, and its stride."""
     _, _, count, first, row_stride, stride, addresses = uploads
-    if addresses:
+    if first is None:
         return addresses, [stride] * count
     return [first + m * row_stride * item for m in range(count)], [stride] * count
 
@@ -231,4 +227,4 @@ def _weights(weights: Weights) -> tuple[_Weights, Tensor | None]:
     total = 0.0
     for value in weights:
         total += value
-    return (list(weights), total, 0), None
+    return (list(weights), total, None), None

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedkern.ops.backend import address
 from fedkern.ops.blend_launch import Launcher
 from fedkern.ops.cuda.core import queue
 
@@ -23,14 +24,14 @@ class CudaBlend(Launcher):
     def _backward(self, *arguments: Any) -> None:
         grad, index = arguments[-2:]
         start = order = None
-        if index is not None and arguments[15]:
+        if index is not None and arguments[15] is not None:
             ordered, order = torch.sort(index, stable=True)
             rows = torch.arange(arguments[2] + 1, device=grad.device)
             start = torch.searchsorted(ordered, rows)
         self.core.blend_backward(
             *arguments[:-2],
-            0 if start is None else start.data_ptr(),
-            0 if order is None else order.data_ptr(),
+            address(start),
+            address(order),
             *queue(grad),
         )
 
@@ -49,8 +50,8 @@ class CudaBoxes:
             (batch, boxes.shape[1], channels, height, width),
             images.stride(),
             out.stride(),
-            images.data_ptr(),
-            corners.data_ptr(),
+            address(images, "images"),
+            address(corners, "boxes"),
             fill.data_ptr(),
             channels if len(fill) > 1 else 0,
             keep,

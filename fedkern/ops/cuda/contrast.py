@@ -33,7 +33,7 @@ class CudaContrast(TiledContrast):
         self.core.contrast_gradient(_tile(pairs, tile, first), sums.data_ptr(), *queue(tile))
 
 
-def _tile(pairs: Pairs, tile: Tensor, first: int) -> tuple[int, int, int, int, int, int, int, float]:
+def _tile(pairs: Pairs, tile: Tensor, first: int) -> tuple[int, int, int, int, int, int, int | None, float]:
     given = pairs.temperature
-    address, value = (given.data_ptr(), 0.0) if isinstance(given, Tensor) else (0, given)
+    address, value = (given.data_ptr(), 0.0) if isinstance(given, Tensor) else (None, given)
     return DTYPES[tile.dtype], tile.shape[0], pairs.size, tile.data_ptr(), tile.stride(0), first, address, value

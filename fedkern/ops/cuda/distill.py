@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.ops.backend import DTYPES
+from fedkern.ops.backend import address
 from fedkern.ops.cuda.core import queue
 from fedkern.ops.cuda.distill_ensemble import CudaEnsembles
 from fedkern.ops.distill_arguments import ENTROPY, KL, LIMIT, argument, weight_gradient
@@ -109,8 +109,8 @@ class CudaDistill(Recomputes, CudaEnsembles):
             None if settings.reduction == BATCHMEAN else 1.0,
             1,
             1 if other is None else 2,
-            (teacher.data_ptr(), DTYPES[teacher.dtype], teacher.stride()),
-            (student.data_ptr(), DTYPES[student.dtype], student.stride()),
+            argument(teacher),
+            argument(student),
             argument(other),
             argument(to_teacher),
             argument(to_student),
@@ -119,7 +119,7 @@ class CudaDistill(Recomputes, CudaEnsembles):
             argument(grad),
             out if rows else None,
             (argument(raw_loss), None if rows else out),
-            0 if workspace is None else workspace.data_ptr(),
+            address(workspace),
             *queue(student),
         )
 
@@ -147,7 +147,7 @@ class CudaDistill(Recomputes, CudaEnsembles):
             argument(grad),
             out if reduction == NONE else None,
             (None, None if reduction == NONE else out),
-            0 if workspace is None else workspace.data_ptr(),
+            address(workspace),
             *queue(logits),
         )
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.ops.backend import DTYPES
+from fedkern.ops.backend import DTYPES, address
 from fedkern.ops.cuda.core import queue
 from fedkern.ops.distill_arguments import CONSENSUS, JS, STACK, argument
 from fedkern.ops.distill_common import BATCHMEAN, NONE, row_shape
@@ -160,7 +160,7 @@ class CudaEnsembles:
             argument(student),
             argument(teachers),
             _weights_argument(weights),
-            None if class_mask is None else (class_mask.data_ptr(), class_mask.stride()),
+            None if class_mask is None else (address(class_mask, "class_mask"), class_mask.stride()),
             *gradients,
             argument(grads[0]) if grads else None,
             argument(grads[1]) if len(grads) > 1 else None,
@@ -187,11 +187,11 @@ def _result(rows_of: Tensor, dtype: torch.dtype, reduction: int) -> Tensor:
     return torch.empty(row_shape(rows_of) if reduction == NONE else (), dtype=dtype, device=rows_of.device)
 
 
-def _weights_argument(weights: Tensor | None) -> tuple[int, int, tuple[int, ...]] | None:
+def _weights_argument(weights: Tensor | None) -> tuple[int | None, int, tuple[int, ...]] | None:
     """With a class stride of 0 where all classes share a weight, whatever the stride of that axis says."""
     if weights is None:
         return None
     strides = weights.stride()
     if weights.shape[2] == 1:
         strides = (*strides[:2], 0, *strides[3:])
-    return weights.data_ptr(), DTYPES[weights.dtype], strides
+    return address(weights, "weights"), DTYPES[weights.dtype], strides

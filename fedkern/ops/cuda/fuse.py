@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops import backend
-from fedkern.ops.backend import DTYPES
+from fedkern.ops.backend import DTYPES, address
 from fedkern.ops.cuda.core import queue
 from fedkern.ops.fuse_kernels import (
     FuseGradients,
@@ -24,8 +24,8 @@ from fedkern.ops.fuse_kernels import (
 )
 from fedkern.ops.fuse_reference import fuse_backward_reference, fuse_mean_reference
 
-_Map = tuple[int, int, int, int, int]
-_ABSENT: _Map = (0, 0, 0, 0, 0)
+_Map = tuple[int | None, int, int, int, int]
+_ABSENT: _Map = (None, 0, 0, 0, 0)
 
 
 class CudaFuse:
@@ -55,8 +55,8 @@ class CudaFuse:
             (DTYPES[first.dtype], shape[0], math.prod(shape[2:]), relu, mean),
             channels,
             [_map(x) for x in held],
-            0 if factor is None else factor.data_ptr(),
-            0 if summand is None else summand.data_ptr(),
+            address(factor, "scale"),
+            address(summand, "shift"),
             _map(out),
             *queue(first),
         )
@@ -100,17 +100,14 @@ class CudaFuse:
             (DTYPES[grad.dtype], batch, math.prod(positions), relu, mean),
             list(channels),
             [_map(x) for x in held],
-            0 if factor is None else factor.data_ptr(),
-            0 if summand is None else summand.data_ptr(),
+            address(factor, "scale"),
+            address(summand, "shift"),
             _ABSENT if result is None else _map(result),
             _map(given),
-            # Those without elements have no address; the core looks for one that has.
-            [_ABSENT if x is None else _map(x) for x in targets]
-            if any(x is not None and x.numel() for x in targets)
-            else [],
-            0 if by_scale is None else by_scale.data_ptr(),
-            0 if by_shift is None else by_shift.data_ptr(),
-            0 if partial is None else partial.data_ptr(),
+            [_ABSENT if x is None else _map(x) for x in targets] if any(needs.features) else [],
+            address(by_scale),
+            address(by_shift),
+            address(partial),
             *queue(grad),
         )
         to_scale = None if by_scale is None or scale is None else by_scale.to(scale.dtype)
@@ -133,4 +130,4 @@ def _placed(x: Tensor) -> Tensor:
 def _map(x: Tensor) -> _Map:
     """Address, channels, and the strides of batch, channel and position."""
     strides = x.stride()
-    return (x.data_ptr(), x.shape[1], strides[0], strides[1], position_stride(x.shape, strides) or 0)
+    return (address(x, "a feature map"), x.shape[1], strides[0], strides[1], position_stride(x.shape, strides) or 0)
