@@ -156,6 +156,9 @@ def empty_cache() -> None:
     It is marked as free, so that the system takes its pages by itself where it runs short; limits on address space
     (``ulimit -v``, strict overcommit) count it until this gives it back.
 
+    The storage of such a result cannot be resized (``untyped_storage().resize_()``, ``resize_()``, ``out=`` with a
+    result of another size); that of a ``clone()`` can.
+
     Raises:
         ValueError: ``FEDKERN_CACHE_MB`` is not a number of megabytes.
     """

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedkern.ops.flat_layout import Entry, FlatGroup, Slot, check_tensors, flatten_group, own_view, shaped, tensors_of
+from fedkern.ops.flat_layout import Entry, FlatGroup, Slot, check_tensors, flatten_group, shaped, tensors_of, view_of
 
 
 class FlatParameters:
@@ -17,8 +17,12 @@ class FlatParameters:
     The tensors stay the objects they were (optimisers and hooks keep working), with their shapes and strides, so a
     channels-last weight is still channels-last; the vector holds each tensor's elements in memory order.  Two
     modules of the same architecture and memory format so agree on what every element means.  ``state_dict`` keys,
-    ``load_state_dict``, optimisers, ``copy.deepcopy``, pickling and ``torch.save`` behave as before: every tensor keeps
-    a storage of its own size, so saving one writes that one alone.  Shared (tied) tensors appear once.
+    ``load_state_dict``, optimisers, ``copy.deepcopy`` and ``torch.save`` of the module or its state behave as before.
+    Shared (tied) tensors appear once.
+
+    All tensors of a dtype lie in the vector's storage, which is torch's own: what gives its memory back and takes it
+    anew (``untyped_storage().resize_``) does so for all of them.  As with every view, ``torch.save`` of one tensor
+    writes the whole vector (``clone()`` it first), and ``pickle.dumps`` of the module writes it once for each tensor.
 
     Integer and boolean buffers keep their type and place; they travel as :attr:`integers`.
 
@@ -198,7 +202,7 @@ class FlatParameters:
         slots = [slot for slot in self._slots[dtype] if slot.is_parameter]
         if dtype not in self._gradient:
             flat = torch.zeros_like(self.groups[dtype].parameters)
-            self._gradient[dtype] = flat, [own_view(flat, slot) for slot in slots]
+            self._gradient[dtype] = flat, [view_of(flat, slot) for slot in slots]
         flat, views = self._gradient[dtype]
         with torch.no_grad():
             for slot, view in zip(slots, views, strict=True):

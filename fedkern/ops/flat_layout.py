@@ -35,7 +35,7 @@ class Slot(NamedTuple):
     name: str  # qualified name, as in state_dict
     tensor: Tensor
     is_parameter: bool
-    pointer: int
+    vector: Tensor
     stride: tuple[int, ...]
     offset: int  # in elements, within its group's vector
 
@@ -44,12 +44,11 @@ class Slot(NamedTuple):
 
     def in_place(self) -> bool:
         tensor = self.current()
-        return (
-            tensor is not None
-            and tensor.data_ptr() == self.pointer
-            and tensor.dtype == self.tensor.dtype
-            and tensor.stride() == self.stride
-        )
+        if tensor is None or tensor.dtype != self.vector.dtype or tensor.stride() != self.stride:
+            return False
+        # Relative to the vector, whose storage may be given back and taken anew; without elements there is no place.
+        place = self.vector.data_ptr() + self.offset * self.vector.element_size()
+        return not tensor.numel() or (tensor.device == self.vector.device and tensor.data_ptr() == place)
 
 
 def tensors_of(module: nn.Module) -> Iterator[Entry]:
@@ -116,29 +115,15 @@ def flatten_group(entries: list[Entry]) -> tuple[FlatGroup, list[Slot]]:
             torch.as_strided(vector, tensor.shape, strides[id(tensor)], offset).copy_(tensor)
         for (owner, key_, name, tensor, is_parameter), offset in zip(entries, offsets, strict=True):
             stride = strides[id(tensor)]
-            view = _own_storage(vector[offset : offset + tensor.numel()]).as_strided(tensor.shape, stride)
-            tensor.data = view
-            slots.append(Slot(owner, key_, name, tensor, is_parameter, tensor.data_ptr(), tensor.stride(), offset))
+            slot = Slot(owner, key_, name, tensor, is_parameter, vector, stride, offset)
+            tensor.data = view_of(vector, slot)
+            slots.append(slot)
     return FlatGroup(vector, vector[:parameters], vector[parameters:]), slots
 
 
-def _own_storage(piece: Tensor) -> Tensor:
-    """The same memory behind a storage of its own.
-
-    Views of one storage make ``pickle.dumps(module)`` write the whole vector once per tensor, ``deepcopy`` copy it for
-    every buffer, and torch.compile treat all tensors as aliases of each other.
-    """
-    if not piece.numel():
-        return torch.empty_like(piece)
-    try:
-        return torch.from_dlpack(piece)
-    except (BufferError, RuntimeError):  # a dtype that DLPack does not know
-        return piece
-
-
-def own_view(flat: Tensor, slot: Slot) -> Tensor:
-    piece = _own_storage(flat[slot.offset : slot.offset + slot.tensor.numel()])
-    return piece.as_strided(slot.tensor.shape, slot.stride)
+def view_of(flat: Tensor, slot: Slot) -> Tensor:
+    """The slot's piece of ``flat``, in the slot's shape and strides."""
+    return flat[slot.offset : slot.offset + slot.tensor.numel()].as_strided(slot.tensor.shape, slot.stride)
 
 
 def shaped(piece: Tensor, slot: Slot) -> Tensor:
