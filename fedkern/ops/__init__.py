@@ -15,6 +15,7 @@ from fedkern.ops.distill import consensus, dual_kl, ensemble_kl, entropy, js_div
 from fedkern.ops.flat import FlatParameters
 from fedkern.ops.fuse import fuse_concat, fuse_mean
 from fedkern.ops.fuse_blocks import FusedBlocks
+from fedkern.ops.torchscript import unscriptable
 
 __all__ = [
     "Accumulator",
@@ -46,3 +47,6 @@ __all__ = [
     "use_isa",
     "weighted_mean",
 ]
+
+for _public in __all__:
+    unscriptable(globals()[_public])

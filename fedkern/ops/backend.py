@@ -23,6 +23,7 @@ from torch import Tensor
 from fedkern.ops import devices, dispatch
 from fedkern.ops._memory import cache
 from fedkern.ops.loading import REBUILD, Unavailable, interpreted, load_core, load_triton
+from fedkern.ops.torchscript import refuse
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 ISAS = ("portable", "avx2", "avx512")
@@ -32,6 +33,7 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 
 # Looked up once: on small tensors the tests around a kernel take longer than the kernel.
 _is_compiling = torch.compiler.is_compiling
+_jit_traces = torch._C._is_tracing
 _functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
@@ -193,14 +195,16 @@ def use_isa(name: str) -> Iterator[None]:
 
 
 def intercepted() -> bool:
-    """True where a compiler, a torch.func transform, forward-mode AD or a mode sees calls before a kernel does."""
-    return bool(
-        _is_compiling()
-        or _functorch_active()
-        or _dispatch_modes()
-        or _function_modes()
-        or _forward_ad._current_level >= 0
-    )
+    """True where a compiler, a torch.func transform, forward-mode AD or a mode sees calls before a kernel does.
+
+    Raises:
+        RuntimeError: ``torch.jit.trace`` records, which sees no kernel.
+    """
+    if _is_compiling():
+        return True
+    if _jit_traces():
+        refuse()
+    return bool(_functorch_active() or _dispatch_modes() or _function_modes() or _forward_ad._current_level >= 0)
 
 
 def forward_mode(operator: str) -> bool:

@@ -1,0 +1,24 @@
+"""torch.jit, which can record no kernel: what is said instead of a graph that replays uninitialised memory.
+
+The tracer sees the allocation of a kernel's result and not the kernel that fills it, and the compiler reads Python that
+asks for addresses.  ``torch.export`` records the operators themselves.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+REFUSAL = (
+    "fedkern's operators cannot be recorded by torch.jit.trace or torch.jit.script, which do not see their kernels; "
+    "use torch.export.export, which records each as one node"
+)
+
+
+def refuse(*_: Any) -> NoReturn:
+    """Raises RuntimeError with :data:`REFUSAL`."""
+    raise RuntimeError(REFUSAL)
+
+
+def unscriptable(public: Any) -> None:
+    """Makes ``torch.jit.script`` refuse a function or class, itself and within what it compiles."""
+    public.__prepare_scriptable__ = refuse  # asked for before anything is compiled
