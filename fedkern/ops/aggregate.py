@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ from fedkern.ops.aggregate_cpu import CpuAggregate
 from fedkern.ops.aggregate_cpu import rows as direct_rows
 from fedkern.ops.aggregate_kernels import AggregateKernel
 from fedkern.ops.aggregate_plain import PLAIN
-from fedkern.ops.aggregate_reference import weighted_mean_reference
+from fedkern.ops.aggregate_reference import countable, weighted_mean_reference
 from fedkern.ops.cuda import core as cuda
 from fedkern.ops.cuda.aggregate import CudaAggregate
 
@@ -48,7 +49,7 @@ def weighted_mean(
         vectors: M tensors ``[P]``, or one ``[M, P]``; fp32, bf16, fp16 or fp64, of one dtype and device, any strides.
         weights: M numbers that are finite, not negative and do not all vanish; they need not sum to one.  A sequence,
             or a tensor ``[M]`` (on the CPU or the vectors' device).  A vector of weight zero is not looked at and may
-            hold NaN.
+            hold NaN; then the gradient of its weight, and no other, is NaN.
         out: where to write the result, ``[P]`` of any of those dtypes; it may be one of the vectors.
 
     Returns:
@@ -160,11 +161,16 @@ def _outer(shares: Tensor | list[float], grad: Tensor) -> Tensor:
 
 
 def _by_weights(grad: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """The weights' gradient: <grad, row - mean> over the sum of the weights."""
-    values, wide = weights.to(rows.device, torch.float64), rows.to(torch.float64)
-    # A vector of weight 0 is no part of the mean, whatever it holds (the kernels do not read it either).
-    mean = (values @ torch.where(values[:, None] == 0, 0.0, wide)) / values.sum()
-    return ((wide - mean) @ grad.to(torch.float64) / values.sum()).to(weights.device, weights.dtype)
+    """The weights' gradient: <grad, row - mean> over the sum of the weights.
+
+    NaN where a vector of weight 0 is not finite; that vector reaches no other derivative.
+    """
+    values = weights.to(rows.device, torch.float64)
+    counted = countable(rows, values)
+    wide = torch.where(counted[:, None], rows.to(torch.float64), 0.0)
+    mean = (values @ wide) / values.sum()
+    gradient = (wide - mean) @ grad.to(torch.float64) / values.sum()
+    return torch.where(counted, gradient, math.nan).to(weights.device, weights.dtype)
 
 
 # 4. The same operator for torch.compile, torch.func and opcheck.

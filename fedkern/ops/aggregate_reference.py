@@ -21,10 +21,18 @@ def weighted_mean_reference(vectors: Tensor | Sequence[Tensor], weights: Tensor 
     values = torch.as_tensor(weights, dtype=torch.float64, device=rows[0].device)
     total = torch.zeros_like(rows[0], dtype=torch.float64)
     for row, value in zip(rows, values, strict=True):
-        # A client of weight zero does not count, whatever it sent.
-        total = torch.where(value == 0, total, total + row.double() * value)
+        total = total + torch.where(countable(row, value), row, 0).double() * value
     # A running sum, since sum() adds pairwise.
     return (total / values.cumsum(0)[-1]).to(rows[0].dtype)
+
+
+def countable(vectors: Tensor, weights: Tensor) -> Tensor:
+    """Which of ``vectors [..., P]`` can be multiplied by their ``weights [...]``: not those of weight 0 and not finite.
+
+    A vector of weight 0 does not count, whatever it holds.  A finite one is multiplied all the same: its weight has a
+    derivative, which a mask by the weight alone would hide.
+    """
+    return (weights != 0) | vectors.isfinite().all(-1)
 
 
 def pieces(size: int) -> Iterator[slice]:
