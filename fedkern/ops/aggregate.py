@@ -50,7 +50,8 @@ def weighted_mean(
         weights: M numbers that are finite, not negative and do not all vanish; they need not sum to one.  A sequence,
             or a tensor ``[M]`` (on the CPU or the vectors' device).  A vector of weight zero is not looked at and may
             hold NaN; then the gradient of its weight, and no other, is NaN.
-        out: where to write the result, ``[P]`` of any of those dtypes; it may be one of the vectors.
+        out: where to write the result, ``[P]`` of any of those dtypes, to which sums are rounded, and any stride; it
+            may be one of the vectors.
 
     Returns:
         ``[P]`` in the vectors' dtype, or ``out``.
@@ -84,7 +85,7 @@ def weighted_mean(
         stacked = vectors if isinstance(vectors, Tensor) else torch.stack(list(vectors))
         if not isinstance(weights, Tensor):
             weights = placed(check_weights(weights, count)[0], first.device)
-        result = _weighted_mean(stacked, weights)
+        result = _weighted_mean(stacked, weights, None if out is None else out.dtype)
         return result if out is None else out.copy_(result)
     if torch.is_grad_enabled():
         wanted = any(tensor.requires_grad for tensor in given)
@@ -176,40 +177,47 @@ def _by_weights(grad: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
 # 4. The same operator for torch.compile, torch.func and opcheck.
 
 
-def _implementation(vectors: Tensor, weights: Tensor) -> Tensor:
-    return _compute(vectors, weights, None)
+def _implementation(vectors: Tensor, weights: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return _compute(vectors, weights, None if dtype is None else _fake(vectors, weights, dtype))
 
 
-def _fake(vectors: Tensor, weights: Tensor) -> Tensor:
-    return vectors.new_empty(vectors.shape[1])
+def _fake(vectors: Tensor, weights: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return vectors.new_empty(vectors.shape[1], dtype=dtype)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    vectors, weights = inputs
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, torch.dtype | None], output: Tensor) -> None:
+    vectors, weights, _ = inputs
+    ctx.dtype = vectors.dtype
     ctx.save_for_backward(vectors if ctx.needs_input_grad[1] else None, weights)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
     vectors, weights = ctx.saved_tensors
-    by_vectors = _outer(_shares(weights, grad), grad) if ctx.needs_input_grad[0] else None
-    return by_vectors, _by_weights(grad, vectors, weights) if ctx.needs_input_grad[1] else None
+    by_vectors = _outer(_shares(weights, grad), grad).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+    return by_vectors, _by_weights(grad, vectors, weights) if ctx.needs_input_grad[1] else None, None
 
 
-def _vmap(info: Any, in_dims: tuple[int | None, int | None], vectors: Tensor, weights: Tensor) -> tuple[Tensor, int]:
-    rows, values = in_dims
+def _vmap(
+    info: Any,
+    in_dims: tuple[int | None, int | None, None],
+    vectors: Tensor,
+    weights: Tensor,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, int]:
+    rows, values, _ = in_dims
     if values is None:
         assert rows is not None
         stacked = vectors.movedim(rows, 1)
-        return _weighted_mean(stacked.flatten(1, 2), weights).unflatten(0, stacked.shape[1:]), 0
+        return _weighted_mean(stacked.flatten(1, 2), weights, dtype).unflatten(0, stacked.shape[1:]), 0
     # Every mapped entry has weights of its own: one call each.
     each = weights.movedim(values, 0).unbind()
     parts = [vectors] * len(each) if rows is None else vectors.movedim(rows, 0).unbind()
-    return torch.stack([_weighted_mean(part, value) for part, value in zip(parts, each, strict=True)]), 0
+    return torch.stack([_weighted_mean(part, value, dtype) for part, value in zip(parts, each, strict=True)]), 0
 
 
 _weighted_mean = _library.register(
     "weighted_mean",
-    "(Tensor vectors, Tensor weights) -> Tensor",
+    "(Tensor vectors, Tensor weights, ScalarType? dtype) -> Tensor",
     _implementation,
     fake=_fake,
     setup_context=_setup_context,

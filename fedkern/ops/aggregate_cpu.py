@@ -80,7 +80,7 @@ class CpuAggregate(PlainAggregate):
         dtype, size = vectors[0].dtype, vectors[0].shape[0]
         target = direct_target(out, size, dtype, pointers, strides, dtype.itemsize)
         if target is None:
-            target = fresh(self.core, torch.empty(size, dtype=dtype))
+            target = fresh(self.core, torch.empty(size, dtype=dtype if out is None else out.dtype))
         self._weighted_mean(dtype, size, pointers, strides, values, total, target.dtype, target.data_ptr())
         return target if out is None else deliver(target, out)
 
@@ -226,6 +226,12 @@ class CpuAggregate(PlainAggregate):
             if found is None or found[1] != size or found[0] not in (torch.float32, torch.float64):
                 return None
             state_dtype, _, places = found
+            each = size * state_dtype.itemsize
+            read = [*pointers, old[2][0]]
+            for k, place in enumerate(places):
+                used = self.core.apart(place, each, read, size * dtype.itemsize, False)
+                if not (used and self.core.apart(place, each, places[k + 1 :], each, False)):
+                    return None
         values, total = self.core.plain_weights(weights, len(pointers)) or check_weights(weights, len(pointers))
         if out is None:
             target = fresh(self.core, _empty_like(global_))

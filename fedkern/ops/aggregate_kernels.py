@@ -43,7 +43,8 @@ class AggregateKernel(Protocol):
     def weighted_mean(self, vectors: Vectors, weights: Weights, out: Tensor | None) -> Tensor:
         """``sum_m w_m x_m / sum_m w_m``, m ascending; a vector of weight zero is skipped.
 
-        ``out`` is as in :func:`fedkern.ops.weighted_mean`, of any stride and overlap.  Weights of sum zero give NaN.
+        ``out`` is as in :func:`fedkern.ops.weighted_mean`, of any stride and overlap; the sums are rounded to its
+        dtype and to no other.  Weights of sum zero give NaN.
         """
         ...
 

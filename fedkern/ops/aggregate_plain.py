@@ -20,7 +20,7 @@ class PlainAggregate:
     """:class:`~fedkern.ops.aggregate_kernels.AggregateKernel` by the references."""
 
     def weighted_mean(self, vectors: Vectors, weights: Weights, out: Tensor | None) -> Tensor:
-        result = weighted_mean_reference(vectors, weights)
+        result = weighted_mean_reference(vectors, weights, None if out is None else out.dtype)
         return result if out is None else deliver(result, out)
 
     def accumulate(self, total: Tensor, vector: Tensor, weight: float) -> None:

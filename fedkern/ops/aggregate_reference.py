@@ -15,15 +15,20 @@ LOWEST, HIGHEST, INFINITE, MINUS_INFINITE, NOT_A_NUMBER = -31, 31, 32, 33, 34
 PIECE = 1 << 20
 
 
-def weighted_mean_reference(vectors: Tensor | Sequence[Tensor], weights: Tensor | Sequence[float]) -> Tensor:
-    """The specification of :func:`fedkern.ops.weighted_mean`: summed in fp64, in the order given."""
+def weighted_mean_reference(
+    vectors: Tensor | Sequence[Tensor], weights: Tensor | Sequence[float], dtype: torch.dtype | None = None
+) -> Tensor:
+    """The specification of :func:`fedkern.ops.weighted_mean`: summed in fp64, in the order given.
+
+    ``dtype`` of the result; None for the vectors'.
+    """
     rows = list(vectors)
     values = torch.as_tensor(weights, dtype=torch.float64, device=rows[0].device)
     total = torch.zeros_like(rows[0], dtype=torch.float64)
     for row, value in zip(rows, values, strict=True):
         total = total + torch.where(countable(row, value), row, 0).double() * value
     # A running sum, since sum() adds pairwise.
-    return (total / values.cumsum(0)[-1]).to(rows[0].dtype)
+    return (total / values.cumsum(0)[-1]).to(dtype or rows[0].dtype)
 
 
 def countable(vectors: Tensor, weights: Tensor) -> Tensor:

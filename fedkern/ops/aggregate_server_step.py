@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -93,11 +93,13 @@ def server_step(
             weight zero takes no part in the mean (it may hold NaN), but is measured like the others.
         rule: see above.
         first: m ``[P]``, fp32 or fp64, contiguous: updated in place.  All rules but "mean" need it; begin with zeros.
+            Neither state may share memory with the other or with another argument.
         second: v ``[P]``, of the dtype of ``first``: updated in place.  "adam", "yogi" and "adagrad" need it.
         learning_rate, beta1, beta2, tau: default to Flower's values for the rule: 1 for "mean"; 1 and beta1 = 0 for
             "momentum"; 0.1, 0.9, 0.99, 1e-9 for "adam"; 0.01, 0.9, 0.99, 1e-3 for "yogi"; 0.1, beta1 = 0, 1e-9 for
             "adagrad".
-        out: where to write the new model, ``[P]`` of any of the four dtypes; it may be ``global_`` or a vector.
+        out: where to write the new model, ``[P]`` of any of the four dtypes, to which it is rounded, and any stride; it
+            may be ``global_`` or a vector.
 
     Returns:
         :class:`ServerStep`; its model in the vectors' dtype, or ``out``.  NaN and infinities spread to the coordinate
@@ -128,10 +130,14 @@ def server_step(
     _check_states(rule, first, second, size, one.device)
     if out is not None:
         check_out(out, size, one.device)
+    ordinary = eager(vectors, weights, global_, first, second, out)
+    if first is not None:
+        _check_apart(global_, vectors, weights, first, second, out, same_memory if ordinary else same_tensor)
     refuse_gradient("server_step", global_, *rows_or_stack(vectors), weights, first, second, out)
-    if not eager(vectors, weights, global_, first, second, out):
+    if not ordinary:
         given = as_tensor(weights, one, count)
-        result = ServerStep(*_operator(global_, rows_of(vectors), given, *settings, first, second))
+        dtype = None if out is None else out.dtype
+        result = ServerStep(*_operator(global_, rows_of(vectors), given, *settings, first, second, dtype))
         return result if out is None else result._replace(model=out.copy_(result.model))
     return _compute(global_, vectors, weights, settings, first, second, out)
 
@@ -139,7 +145,7 @@ def server_step(
 def _settings(
     rule: str, learning_rate: float | None, beta1: float | None, beta2: float | None, tau: float | None
 ) -> ServerRule:
-    if rule not in DEFAULTS:
+    if not isinstance(rule, str) or rule not in DEFAULTS:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, not {rule!r}")
     default = DEFAULTS[rule]
     if learning_rate is beta1 is beta2 is tau is None:
@@ -169,6 +175,42 @@ def _check_states(rule: str, first: Tensor | None, second: Tensor | None, size: 
         raise TypeError(f"second must have first's dtype {first.dtype}, not {second.dtype}")
 
 
+def _check_apart(
+    global_: Tensor,
+    vectors: Vectors,
+    weights: Tensor | Sequence[float],
+    first: Tensor,
+    second: Tensor | None,
+    out: Tensor | None,
+    shared: Callable[[Tensor, Tensor], bool],
+) -> None:
+    """Raises ValueError where a state, which is written to, is ``shared`` with another argument."""
+    others: dict[str, object] = {"second": second, "out": out, "global_": global_, "weights": weights}
+    others |= {f"vectors[{m}]": vector for m, vector in enumerate(rows_of(vectors))}
+    for name, state in (("first", first), ("second", second)):
+        others.pop(name, None)
+        for other, tensor in others.items():
+            if state is not None and isinstance(tensor, Tensor) and shared(state, tensor):
+                raise ValueError(f"{name} must not share memory with {other}: it is written to while that is used")
+
+
+def same_tensor(one: Tensor, other: Tensor) -> bool:
+    """What can be asked of tensors whose memory a compiler or a mode hides."""
+    return one is other
+
+
+def same_memory(state: Tensor, other: Tensor) -> bool:
+    """Whether an element of the vector ``other``, of any stride, lies within the contiguous ``state``."""
+    size = other.element_size()
+    begin, end = state.data_ptr(), state.data_ptr() + state.nbytes
+    place, step = other.data_ptr(), (other.stride(0) if other.dim() else 0) * size
+    if begin == end or not other.numel() or state.device != other.device:
+        return False
+    # The first element that ends behind the state's beginning.
+    k = max((begin - size - place) // step + 1, 0) if step else 0
+    return k < other.numel() and begin < place + k * step + size and place + k * step < end
+
+
 def _compute(
     global_: Tensor,
     vectors: Vectors,
@@ -180,7 +222,9 @@ def _compute(
 ) -> ServerStep:
     kernel = select(vectors, global_, *(state for state in (first, second) if state is not None))
     values = kernel_weights(weights, len(vectors))
-    target = out if out is not None and _direct(out, global_, vectors, first, second) else None
+    target = out
+    if out is not None and not _direct(out, global_, vectors, first, second):
+        target = torch.empty_like(out, memory_format=torch.contiguous_format)  # rounded once, to out's dtype
     model, norms, cosines = kernel.server_step(global_, vectors, values, settings, first, second, target)
     written(first, second)
     return ServerStep(model if out is None else deliver(model, out), norms, cosines)
@@ -215,21 +259,23 @@ def _implementation(
     tau: float,
     first: Tensor | None,
     second: Tensor | None,
+    dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     settings = ServerRule(rule, learning_rate, beta1, beta2, tau)
-    model, norms, cosines = _compute(global_, vectors, weights, settings, first, second, None)
+    out = None if dtype is None else global_.new_empty(global_.shape, dtype=dtype)
+    model, norms, cosines = _compute(global_, vectors, weights, settings, first, second, out)
     return model, norms, cosines
 
 
 def _fake(global_: Tensor, vectors: list[Tensor], *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     numbers = [global_.new_empty(len(vectors), dtype=torch.float64) for _ in range(2)]
-    return global_.new_empty(global_.shape), numbers[0], numbers[1]
+    return global_.new_empty(global_.shape, dtype=others[-1]), numbers[0], numbers[1]
 
 
 _operator = _library.register(
     "server_step",
     "(Tensor global_, Tensor[] vectors, Tensor weights, int rule, float learning_rate, float beta1, float beta2, "
-    "float tau, Tensor(a!)? first, Tensor(b!)? second) -> (Tensor, Tensor, Tensor)",
+    "float tau, Tensor(a!)? first, Tensor(b!)? second, ScalarType? dtype) -> (Tensor, Tensor, Tensor)",
     _implementation,
     fake=_fake,
     vmap=no_vmap("server_step"),

@@ -186,8 +186,11 @@ def test_opcheck() -> None:
         (ops.krum, (rows, 1, 2)),
         (ops.geometric_median, (rows, weights, 10, 1e-6, 1e-6)),
         (ops.clip_and_noise, (rows, 1.0, 0.5, 3, 4)),
-        (ops.server_step, (rows[0] * 0, rows, weights, 0, 1.0, 0.0, 0.0, 0.0, None, None)),
-        (ops.server_step, (rows[0] * 0, rows, weights, 2, 0.1, 0.9, 0.99, 1e-9, rows[1] * 0, rows[1] * 0)),
+        (ops.server_step, (rows[0] * 0, rows, weights, 0, 1.0, 0.0, 0.0, 0.0, None, None, None)),
+        (
+            ops.server_step,
+            (rows[0] * 0, rows, weights, 2, 0.1, 0.9, 0.99, 1e-9, rows[1] * 0, rows[1] * 0, torch.float64),
+        ),
     ):
         torch.library.opcheck(operator.default, arguments)
 

@@ -44,7 +44,7 @@ def test_gradcheck(name: str) -> None:
 
 def test_opcheck_and_compile() -> None:
     vectors, weights = case()
-    torch.library.opcheck(torch.ops.fedkern.weighted_mean.default, (vectors, weights))
+    torch.library.opcheck(torch.ops.fedkern.weighted_mean.default, (vectors, weights, None))
     torch._dynamo.reset()
     compiled = torch.compile(lambda v, w: weighted_mean([v[0], v[1], v[2]], w), fullgraph=True)
     out = compiled(vectors, weights)

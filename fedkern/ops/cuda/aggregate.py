@@ -39,7 +39,7 @@ class CudaAggregate(PlainAggregate):
         pointers, strides = _spans(uploads, dtype.itemsize)
         target = direct_target(out, size, dtype, pointers, strides, dtype.itemsize)
         if target is None:
-            target = torch.empty(size, dtype=dtype, device=first.device)
+            target = torch.empty(size, dtype=dtype if out is None else out.dtype, device=first.device)
         sums = None
         if count > self.core.aggregate_table:
             sums = torch.empty(size, dtype=torch.float64, device=first.device)

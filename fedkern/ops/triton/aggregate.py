@@ -43,7 +43,7 @@ class TritonAggregate(PlainAggregate):
         pointers = [row.data_ptr() for row in rows]
         target = direct_target(out, size, dtype, pointers, [row.stride(0) for row in rows], dtype.itemsize)
         if target is None:
-            target = torch.empty(size, dtype=dtype, device=device)
+            target = torch.empty(size, dtype=dtype if out is None else out.dtype, device=device)
         programs = cdiv(size, BLOCK)
         several = len(rows) > MEMBERS
         total = torch.empty(size if several else 0, dtype=torch.float64, device=device)

@@ -1,0 +1,142 @@
+"""server_step: a state that shares memory with another argument is refused, with nothing written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from emulated_core import emulated
+from operator_cases import BACKENDS, using
+from torch import Tensor
+
+from fedkern import ops
+
+SIZE = 8
+WEIGHTS = [1.0, 2.0, 0.5]
+
+
+def arguments(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return {
+        "global_": torch.randn(SIZE, dtype=dtype),
+        "vectors": torch.randn(3, SIZE, dtype=dtype),
+        "first": torch.zeros(SIZE, dtype=dtype),
+        "second": torch.ones(SIZE, dtype=dtype),
+        "out": torch.empty(SIZE, dtype=dtype),
+    }
+
+
+def memory(start: int, step: int = 1) -> tuple[Tensor, Tensor]:
+    """A state, and a vector that begins ``start`` elements behind it."""
+    held = torch.zeros(2 * SIZE + SIZE * step)
+    return held[SIZE : 2 * SIZE], held[SIZE + start :][: SIZE * step : step]
+
+
+def first_is(name: str, start: int = 0, step: int = 1) -> Callable[[dict[str, Tensor]], None]:
+    def put(given: dict[str, Tensor]) -> None:
+        given["first"], given[name] = memory(start, step)
+
+    return put
+
+
+def second_is(name: str, start: int = 0, step: int = 1) -> Callable[[dict[str, Tensor]], None]:
+    def put(given: dict[str, Tensor]) -> None:
+        given["second"], given[name] = memory(start, step)
+
+    return put
+
+
+def a_row(state: str, row: int) -> Callable[[dict[str, Tensor]], None]:
+    def put(given: dict[str, Tensor]) -> None:
+        given[state] = given["vectors"][row]
+
+    return put
+
+
+def between_rows(given: dict[str, Tensor]) -> None:
+    given["first"] = given["vectors"].flatten()[SIZE // 2 :][:SIZE]
+
+
+def in_columns(given: dict[str, Tensor]) -> None:
+    held = torch.randn(SIZE, 3)
+    given["vectors"], given["first"] = held.t(), held.flatten()[:SIZE]
+
+
+REFUSED: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
+    "out is first": (first_is("out"), "first must not share memory with out"),
+    "out is second": (second_is("out"), "second must not share memory with out"),
+    "out begins within first": (first_is("out", SIZE - 1), "first must not share memory with out"),
+    "out ends within first": (first_is("out", 1 - SIZE), "first must not share memory with out"),
+    "strided out within first": (first_is("out", -SIZE, 2), "first must not share memory with out"),
+    "first is second": (first_is("second"), "first must not share memory with second"),
+    "first overlaps second": (first_is("second", 3), "first must not share memory with second"),
+    "first is a vector": (a_row("first", 1), r"first must not share memory with vectors\[1\]"),
+    "second is a vector": (a_row("second", 2), r"second must not share memory with vectors\[2\]"),
+    "first overlaps two vectors": (between_rows, r"first must not share memory with vectors\[0\]"),
+    "first lies among columns": (in_columns, r"first must not share memory with vectors\[0\]"),
+    "first is global_": (first_is("global_"), "first must not share memory with global_"),
+    "second overlaps global_": (second_is("global_", -2), "second must not share memory with global_"),
+}
+APART: dict[str, Callable[[dict[str, Tensor]], None]] = {
+    "behind first": first_is("out", SIZE),
+    "before second": second_is("out", -SIZE),
+    "vectors and states in one block": lambda given: given.update(
+        zip(("vectors", "first", "second"), torch.randn(5, SIZE).abs().split([3, 1, 1]), strict=True)
+    ),
+}
+
+
+def step(given: dict[str, Tensor], listed: bool = False) -> ops.ServerStep:
+    vectors = list(given["vectors"]) if listed else given["vectors"]
+    states = {name: given[name] for name in ("first", "second", "out")}
+    return ops.server_step(given["global_"], vectors, WEIGHTS, "adam", **states)
+
+
+@pytest.mark.parametrize("name", [*BACKENDS, "cuda"])
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(name: str, case: str) -> None:
+    put, message = REFUSED[case]
+    for listed in (False, True):
+        given = arguments()
+        put(given)
+        before = {key: x.clone() for key, x in given.items()}
+        with emulated() if name == "cuda" else using(name), pytest.raises(ValueError, match=message):
+            step(given, listed)
+        for key, x in given.items():
+            assert torch.equal(x.nan_to_num(), before[key].nan_to_num()), key
+
+
+@pytest.mark.parametrize("state", ["first", "second"])
+def test_weights_as_a_state_are_refused(state: str) -> None:
+    given = arguments()
+    given["vectors"] = torch.randn(SIZE, SIZE)
+    states = {name: given[name] for name in ("first", "second")}
+    with pytest.raises(ValueError, match=f"{state} must not share memory with weights"):
+        ops.server_step(given["global_"], given["vectors"], states[state].fill_(1), "adam", **states)
+
+
+def test_momentum_has_one_state() -> None:
+    given = arguments()
+    for name in ("global_", "out"):
+        with pytest.raises(ValueError, match=f"first must not share memory with {name}"):
+            ops.server_step(
+                given["global_"], given["vectors"], WEIGHTS, "momentum", first=given[name], out=given["out"]
+            )
+
+
+@pytest.mark.parametrize("case", APART)
+def test_memory_that_only_touches_is_taken(case: str) -> None:
+    given = arguments()
+    APART[case](given)
+    given = {name: x[0] if name in ("first", "second") and x.dim() == 2 else x for name, x in given.items()}
+    expected = step({name: x.clone() for name, x in given.items()})
+    torch.testing.assert_close(step(given).model, expected.model, rtol=0, atol=0)
+
+
+def test_refused_under_compile() -> None:
+    torch._dynamo.reset()
+    given = arguments()
+    given["second"] = given["first"]
+    with pytest.raises(Exception, match="first must not share memory with second"):
+        torch.compile(step, backend="eager", fullgraph=True)(given)
