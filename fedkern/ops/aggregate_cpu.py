@@ -226,12 +226,12 @@ class CpuAggregate(PlainAggregate):
             if found is None or found[1] != size or found[0] not in (torch.float32, torch.float64):
                 return None
             state_dtype, _, places = found
-            each = size * state_dtype.itemsize
-            read = [*pointers, old[2][0]]
-            for k, place in enumerate(places):
-                used = self.core.apart(place, each, read, size * dtype.itemsize, False)
-                if not (used and self.core.apart(place, each, places[k + 1 :], each, False)):
+            bytes_ = size * state_dtype.itemsize
+            widest, others = size * max(state_dtype.itemsize, dtype.itemsize), [*places[1:], *pointers, old[2][0]]
+            for place in places:
+                if not self.core.apart(place, bytes_, others, widest, False):
                     return None
+                others = others[1:]
         values, total = self.core.plain_weights(weights, len(pointers)) or check_weights(weights, len(pointers))
         if out is None:
             target = fresh(self.core, _empty_like(global_))
