@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,14 +11,24 @@ from torch import Tensor
 
 from fedkern.ops import backend
 from fedkern.ops.aggregate import select
-from fedkern.ops.aggregate_checks import FLOATS, check_out, check_vector, check_weight, deliver, direct_target
+from fedkern.ops.aggregate_checks import (
+    FLOATS,
+    check_count,
+    check_out,
+    check_vector,
+    check_weight,
+    deliver,
+    direct_target,
+)
 from fedkern.ops.aggregate_plain import PLAIN
-from fedkern.ops.aggregate_reference import LOWEST
+from fedkern.ops.aggregate_reference import INFINITE, LOWEST, NOT_A_NUMBER
+from fedkern.ops.arguments import check_dense, shown
 
 # Exact weights are integers in units of the smallest double.
 _UNIT = 1 << 1074
 _WEIGHT_BYTES = 280
 _MOST_EXACT = 2**31 - 1
+_MOST_ELEMENTS = 2**48
 
 
 class Accumulator:
@@ -37,12 +48,13 @@ class Accumulator:
         size: P.
         exact: see above.
         device: where to sum, by default the CPU; vectors must be there.
+
+    Raises:
+        TypeError, ValueError: size is no whole number of elements.
     """
 
     def __init__(self, size: int, exact: bool = False, *, device: torch.device | str | None = None) -> None:
-        if not isinstance(size, int) or size < 0:
-            raise ValueError(f"size must be a whole number of elements, not {size!r}")
-        self.size = size
+        self.size = size = check_count(size, "size", 0, _MOST_ELEMENTS)
         self.exact = exact
         self.device = torch.empty(0, device=device).device
         self._count = 0
@@ -84,7 +96,7 @@ class Accumulator:
         check_vector(vector, "vector", self.size)
         if vector.device != self.device:
             raise ValueError(f"vector must be on the accumulator's device {self.device}, not {vector.device}")
-        value = check_weight(float(weight), "weight")
+        value = check_weight(weight, "weight")
         total = self.weight + value
         if total == float("inf"):
             raise ValueError("weight makes the sum of the weights overflow; scale the weights down")
@@ -169,24 +181,109 @@ class Accumulator:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over a state made by :meth:`state_dict` of an accumulator of the same size and exactness.
 
+        Nothing is taken over from a state that is refused.
+
         Raises:
-            ValueError: the state is of another size or exactness.
+            TypeError, ValueError: the state has other entries, types or shapes, is of another size or exactness, or
+                holds what no sum of vectors comes to.
         """
-        if int(state["size"]) != self.size or bool(state["exact"]) != self.exact:
-            raise ValueError(
-                f"the state must be of size {self.size} and exact={self.exact}, "
-                f"not of size {int(state['size'])} and exact={bool(state['exact'])}"
-            )
+        count, weight, dtype = self._check_state(state)
         if self.exact:
-            self._units = int.from_bytes(bytes(state["units"].tolist()), "little")
+            self._units = _units(state["units"])
             self._digits.copy_(state["digits"])
             self._top.copy_(state["top"])
         else:
             self._sum.copy_(state["sum"])
-        self._count, self._weight = int(state["count"]), float(state["weight"])
-        code = int(state["dtype"])
-        self._dtype = None if code < 0 else next(dtype for dtype, number in backend.DTYPES.items() if number == code)
+        self._count, self._weight, self._dtype = count, weight, dtype
+
+    def _check_state(self, state: Mapping[str, Any]) -> tuple[int, float, torch.dtype | None]:
+        """Count, weight and dtype of a state; see :meth:`load_state_dict` for what is raised."""
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must be a dict made by state_dict(), not {type(state).__name__}")
+        numbers = ("size", "exact", "count", "weight", "dtype")
+        for name in numbers:
+            if name not in state:
+                raise ValueError(f"the state must have the entry {name!r}")
+        size, exact = _whole(state, "size"), bool(_whole(state, "exact"))
+        if size != self.size or exact != self.exact:
+            raise ValueError(
+                f"the state must be of size {self.size} and exact={self.exact}, "
+                f"not of size {shown(size)} and exact={exact}"
+            )
+        wanted: dict[str, tuple[torch.dtype, list[int]]] = {"sum": (torch.float64, [size])}
+        if exact:
+            wanted = {
+                "units": (torch.uint8, [_WEIGHT_BYTES]),
+                "digits": (torch.int64, [3, size]),
+                "top": (torch.int8, [size]),
+            }
+        for name in sorted({*state} ^ {*numbers, *wanted}, key=str):
+            raise ValueError(f"the state must {'not ' if name in state else ''}have the entry {shown(name)!r}")
+        for name, form in wanted.items():
+            _check_entry(state[name], name, *form)
+        count, weight = _whole(state, "count"), check_weight(state["weight"], "the state's weight")
+        if exact:
+            # Beside it lies the sum rounded as it grew, which has told nothing yet.
+            total = _exact_weight(state)
+            if not math.isclose(total, weight, rel_tol=1e-6):
+                raise ValueError(f"the state's weight must be that of its units, {total:g}, not {weight:g}")
+        if count < 0 or (exact and count > _MOST_EXACT) or (not count and weight):
+            raise ValueError(f"the state's count must be that of vectors of weight {weight:g}, not {shown(count)}")
+        codes = {number: dtype for dtype, number in backend.DTYPES.items()}
+        code = _whole(state, "dtype")
+        if code not in (codes if count else {-1}):
+            allowed = f"one of {', '.join(map(str, codes))}" if count else "-1 before the first vector"
+            raise ValueError(f"the state's dtype must be {allowed}, not {shown(code)}")
+        if exact:
+            _check_digits(state["digits"], state["top"], count)
+        return count, weight, codes.get(code)
 
     def __repr__(self) -> str:
         kind = ", exact" if self.exact else ""
         return f"Accumulator({self.size}{kind}: {self._count} vectors, weight {self.weight:g})"
+
+
+# What a state is made of.
+
+
+def _whole(state: Mapping[str, Any], name: str) -> int:
+    """A whole number of a state, which may have travelled in a tensor."""
+    value = state[name]
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_floating_point() and not value.is_complex():
+        value = value.item()
+    if not isinstance(value, int):
+        raise TypeError(f"the state's {name} must be a whole number, not {type(value).__name__}")
+    return int(value)
+
+
+def _check_entry(value: object, name: str, dtype: torch.dtype, shape: list[int]) -> None:
+    name = f"the state's {name}"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
+    check_dense(value, name)
+    if value.dtype is not dtype:
+        raise TypeError(f"{name} must have dtype {dtype}, not {value.dtype}")
+    if list(value.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, not {list(value.shape)}")
+
+
+def _units(stored: Tensor) -> int:
+    return int.from_bytes(bytes(stored.tolist()), "little")
+
+
+def _exact_weight(state: Mapping[str, Any]) -> float:
+    try:
+        return _units(state["units"]) / _UNIT
+    except OverflowError:
+        raise ValueError("the state's units must be a sum of weights that a float can hold") from None
+
+
+def _check_digits(digits: Tensor, top: Tensor, count: int) -> None:
+    """Every vector adds less than 2^32 to a digit; from larger ones a later sum could overflow."""
+    if top.numel() and not LOWEST <= int(top.min()) <= int(top.max()) <= NOT_A_NUMBER:
+        raise ValueError(f"the state's top must be between {LOWEST} and {NOT_A_NUMBER}")
+    most = count << 32
+    if digits.numel() and not -most <= int(digits.min()) <= int(digits.max()) <= most:
+        raise ValueError(f"the state's digits must be within 2^32 for each of its {count} vectors")
+    if bool(((top >= INFINITE) & (digits != 0).any(0)).any()):
+        raise ValueError("the state's digits must be 0 where its top says that the sum is not finite")

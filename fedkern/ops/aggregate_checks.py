@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedkern.ops import backend
 from fedkern.ops._memory import placed
+from fedkern.ops.arguments import check_dense, real, shown
 
 FLOATS = tuple(backend.DTYPES)
 
@@ -21,18 +22,28 @@ Vectors = Tensor | Sequence[Tensor]
 def check_vectors(vectors: Vectors) -> tuple[Tensor, int]:
     """Returns one tensor that stands for all, and M."""
     if isinstance(vectors, Tensor):
+        check_dense(vectors, "vectors")
         if vectors.dtype not in FLOATS:
             raise TypeError(f"vectors must be float32, float64, bfloat16 or float16, not {vectors.dtype}")
         if vectors.dim() != 2 or not vectors.shape[0]:
             raise ValueError(f"vectors must have shape [M, P] with M > 0, not {list(vectors.shape)}")
         return vectors, vectors.shape[0]
-    if not isinstance(vectors, Sequence) or not len(vectors):
+    if not isinstance(vectors, Sequence):
+        kind = type(vectors).__name__
+        raise TypeError(f"vectors must be a list of tensors [P] or one tensor [M, P], not {kind}")
+    if not len(vectors):
         raise ValueError("vectors must hold at least one tensor [P]: a list of them, or one [M, P]")
     first = vectors[0]
     check_vector(first, "vectors[0]")
     dtype, shape, device = first.dtype, first.shape, first.device
     for position, vector in enumerate(vectors):
-        if isinstance(vector, Tensor) and vector.dtype is dtype and vector.shape == shape and vector.device == device:
+        if (
+            isinstance(vector, Tensor)
+            and vector.layout is first.layout
+            and vector.dtype is dtype
+            and vector.shape == shape
+            and vector.device == device
+        ):
             continue
         check_vector(vector, f"vectors[{position}]")
         if vector.dtype != first.dtype:
@@ -50,6 +61,7 @@ def check_vector(vector: Tensor, name: str, size: int | None = None) -> None:
     """Raises TypeError or ValueError unless ``vector`` is a floating tensor ``[size]``."""
     if not isinstance(vector, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(vector).__name__}")
+    check_dense(vector, name)
     if vector.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, not {vector.dtype}")
     if vector.dim() != 1 or (size is not None and vector.shape[0] != size):
@@ -67,6 +79,7 @@ def check_out(out: Tensor, size: int, device: torch.device, name: str = "out") -
 
 def check_weights_tensor(weights: Tensor, count: int, device: torch.device) -> None:
     """Raises TypeError or ValueError unless ``weights`` has the form of ``count`` weights, of whatever values."""
+    check_dense(weights, "weights")
     if weights.dim() != 1 or weights.shape[0] != count:
         raise ValueError(f"weights must have shape [{count}], not {list(weights.shape)}")
     if weights.is_complex():
@@ -75,9 +88,9 @@ def check_weights_tensor(weights: Tensor, count: int, device: torch.device) -> N
         raise ValueError(f"weights must be on the vectors' device {device}, not {weights.device}")
 
 
-def check_weight(value: float, name: str) -> float:
+def check_weight(value: float | Tensor, name: str) -> float:
     """Returns one weight as a float; negative and non-finite ones raise ValueError."""
-    value = float(value)
+    value = real(value, name)
     if not 0 <= value < math.inf:  # comparisons, which torch.compile traces where a float is symbolic
         raise ValueError(f"{name} must be finite and not negative, not {value}")
     return value
@@ -87,14 +100,23 @@ def check_weights(weights: Tensor | Iterable[float], count: int) -> tuple[list[f
     """Returns ``count`` weights as floats, and their sum, added up in order.
 
     Raises:
+        TypeError: they come in no order, or one is no number.
         ValueError: there are not ``count``, one is negative or not finite, or they sum to zero or infinity.
     """
-    if isinstance(weights, str) or not hasattr(weights, "__iter__"):
-        raise TypeError(f"weights must be numbers or a tensor, not {type(weights).__name__}")
-    given = weights.tolist() if isinstance(weights, Tensor) else list(weights)
+    if isinstance(weights, Tensor):
+        given = weights.tolist()
+    elif isinstance(weights, Sequence) and not isinstance(weights, (str, bytes, bytearray)):
+        given = list(weights)
+    elif hasattr(weights, "__array__"):  # NumPy's, pandas'
+        given = np.atleast_1d(np.asarray(weights)).tolist()
+    else:
+        raise TypeError(f"weights must be numbers in a list, or a tensor, not {type(weights).__name__}")
     if len(given) != count:
         raise ValueError(f"weights must have one value for each of the {count} vectors, not {len(given)}")
-    values = [float(value) for value in given]
+    values = [
+        value if type(value) is float else _constant(value, f"weights[{position}]")
+        for position, value in enumerate(given)
+    ]
     total = 0.0
     for value in values:
         total += value
@@ -104,6 +126,13 @@ def check_weights(weights: Tensor | Iterable[float], count: int) -> tuple[list[f
             check_weight(value, f"weights[{position}]")
         raise ValueError(f"weights must have a positive, finite sum, not {total}")
     return values, total
+
+
+def _constant(value: object, name: str) -> float:
+    """A number that takes no part in differentiation."""
+    if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} asks for a gradient, which numbers in a list do not get; give weights as one tensor")
+    return real(value, name)
 
 
 def kernel_weights(weights: Tensor | Sequence[float], count: int) -> Tensor | list[float]:
@@ -164,11 +193,13 @@ def check_number(value: float, name: str, low: float, high: float = math.inf, *,
     """Returns a number of [low, high], or with ``above`` of (low, high], as a float; infinity never passes."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, not {type(value).__name__}")
-    number = float(value)
+    number = real(value, name)
     # Comparisons, and not math.isinf, for torch.compile as above.
     if not (low <= number <= high) or abs(number) == math.inf or (above and number == low):
         bound = f"greater than {low:g}" if above else f"at least {low:g}"
-        raise ValueError(f"{name} must be {bound}{'' if math.isinf(high) else f' and at most {high:g}'}, not {value}")
+        raise ValueError(
+            f"{name} must be {bound}{'' if math.isinf(high) else f' and at most {high:g}'}, not {shown(value)}"
+        )
     return number
 
 
@@ -180,7 +211,7 @@ def check_count(value: int, name: str, low: int, high: int | None = None) -> int
         raise TypeError(f"{name} must be a whole number, not {type(value).__name__}")
     if value < low or (high is not None and value > high):
         bound = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise ValueError(f"{name} must be {bound}, not {value}")
+        raise ValueError(f"{name} must be {bound}, not {shown(value)}")
     return value
 
 

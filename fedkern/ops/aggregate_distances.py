@@ -27,10 +27,14 @@ from fedkern.ops.aggregate_checks import (
 from fedkern.ops.aggregate_cpu import SHORT, CpuAggregate, rows
 from fedkern.ops.aggregate_plain import PLAIN
 from fedkern.ops.aggregate_robust_reference import geometric_median_reference, krum_scores_reference
+from fedkern.ops.arguments import shown
 
 # Up to this many vectors the geometric median is found from their distances alone: one pass over the vectors that costs
 # M / 2 differences per element, where every iteration on the vectors costs two passes.
 MOST_FROM_DISTANCES = 128
+
+# As many as operators of torch.library can be told.
+_MOST_ITERATIONS = 2**63 - 1
 
 # Up to this many vectors Krum's scores are summed in Python.
 FEW = 20
@@ -131,7 +135,7 @@ def geometric_median(
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
         RuntimeError: a forced backend cannot serve the call.
     """
-    check_count(iterations, "iterations", 0)
+    iterations = min(check_count(iterations, "iterations", 0), _MOST_ITERATIONS)
     check_number(tolerance, "tolerance", 0.0)
     check_number(smoothing, "smoothing", 0.0, above=True)
     quick = None if isinstance(weights, Tensor) else rows(vectors)
@@ -160,7 +164,7 @@ def _pairwise(vectors: Vectors) -> Tensor:
 def _check_krum(byzantine: int, keep: int, count: int) -> None:
     check_count(byzantine, "byzantine", 0)
     if 2 * byzantine + 2 >= count:
-        raise ValueError(f"byzantine must be less than (M - 2) / 2 with M = {count} vectors, not {byzantine}")
+        raise ValueError(f"byzantine must be less than (M - 2) / 2 with M = {count} vectors, not {shown(byzantine)}")
     check_count(keep, "keep", 1, count - byzantine)
 
 

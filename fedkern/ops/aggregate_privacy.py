@@ -20,6 +20,7 @@ from fedkern.ops.aggregate_checks import (
     rows_or_stack,
 )
 from fedkern.ops.aggregate_cpu import SHORT, rows
+from fedkern.ops.arguments import shown
 
 # 1. What they compute: aggregate_robust_reference, aggregate_philox.
 
@@ -81,7 +82,7 @@ def clip_and_noise(vectors: Vectors, max_norm: float, noise: float, seed: int, o
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} must be a whole number, not {type(value).__name__}")
         if not 0 <= value < 1 << 64:
-            raise ValueError(f"{name} must be between 0 and 2^64 - 1, not {value}")
+            raise ValueError(f"{name} must be between 0 and 2^64 - 1, not {shown(value)}")
     return _call("clip_and_noise", vectors, bound, deviation, seed, offset)
 
 

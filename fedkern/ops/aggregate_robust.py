@@ -21,6 +21,7 @@ from fedkern.ops.aggregate_checks import (
     rows_of,
 )
 from fedkern.ops.aggregate_cpu import rows
+from fedkern.ops.arguments import shown
 
 # 1. What they compute: aggregate_robust_reference.
 
@@ -102,7 +103,7 @@ def median(vectors: Vectors, weights: Tensor | Sequence[float] | None = None) ->
 def _check_trim(trim: int, count: int) -> None:
     check_count(trim, "trim", 0)
     if 2 * trim >= count:
-        raise ValueError(f"trim must be less than half of the number of vectors, {count}, not {trim}")
+        raise ValueError(f"trim must be less than half of the number of vectors, {count}, not {shown(trim)}")
 
 
 def _sorted_mean(

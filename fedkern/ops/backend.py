@@ -182,9 +182,12 @@ def use_isa(name: str) -> Iterator[None]:
     """Forces one ISA level of the CPU core (portable, avx2, avx512) within a ``with`` block.
 
     Raises:
+        TypeError: ``name`` is no text.
         ValueError: the level is unknown, or this CPU or build lacks it.
         Unavailable: the CPU core is missing.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be one of {', '.join(ISAS)}, not {type(name).__name__}")
     core = cpu_core()
     before = core.isa()
     core.set_isa(name)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fedkern.ops import backend
 from fedkern.ops._function import EagerFunction
+from fedkern.ops.arguments import check_dense, real, shown
 from fedkern.ops.blend_launch import CpuBlend, check_memory
 from fedkern.ops.blend_library import BLEND, BLEND_BACKWARD
 from fedkern.ops.blend_reference import blend_reference, check_values
@@ -104,6 +105,7 @@ def _check(foreground: Tensor, background: Tensor, alpha: float | Tensor, index:
     for name, tensor in (("foreground", foreground), ("background", background)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+        check_dense(tensor, name)
         if tensor.dtype not in FLOATS:
             raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, not {tensor.dtype}")
         if not tensor.dim():
@@ -122,6 +124,8 @@ def _check(foreground: Tensor, background: Tensor, alpha: float | Tensor, index:
             )
     elif not isinstance(index, Tensor):
         raise TypeError(f"index must be an int64 tensor, not {type(index).__name__}")
+    elif index.layout is not torch.strided:
+        check_dense(index, "index")
     elif index.dtype != torch.int64:
         raise TypeError(f"index must be int64, not {index.dtype}")
     elif index.shape != (rows,):
@@ -129,16 +133,17 @@ def _check(foreground: Tensor, background: Tensor, alpha: float | Tensor, index:
     elif index.device != foreground.device:
         raise ValueError(f"index must be on foreground's device {foreground.device}, not {index.device}")
     if isinstance(alpha, Tensor):
+        check_dense(alpha, "alpha")
         if alpha.dtype not in FLOATS:
             raise TypeError(f"alpha must be float32, float64, bfloat16 or float16, not {alpha.dtype}")
         if alpha.dim() and alpha.shape != (rows,):
             raise ValueError(f"alpha must have shape [{rows}] or [], not {list(alpha.shape)}")
         if alpha.device != foreground.device:
             raise ValueError(f"alpha must be on foreground's device {foreground.device}, not {alpha.device}")
-    elif isinstance(alpha, (str, bool)) or not hasattr(alpha, "__float__"):
-        raise TypeError(f"alpha must be a number or a tensor, not {type(alpha).__name__}")
-    elif not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must be in [0, 1], not {alpha}")
+    elif isinstance(alpha, bool):
+        raise TypeError("alpha must be a number or a tensor, not bool")
+    elif not 0 <= real(alpha, "alpha", "a number or a tensor") <= 1:
+        raise ValueError(f"alpha must be in [0, 1], not {shown(alpha)}")
 
 
 # 3. Eager autograd.

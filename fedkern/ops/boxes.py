@@ -13,6 +13,7 @@ from torch import Tensor
 from fedkern.ops import _library, backend
 from fedkern.ops._function import EagerFunction
 from fedkern.ops._memory import placed
+from fedkern.ops.arguments import check_dense, real, shown
 from fedkern.ops.blend_launch import output_strides
 from fedkern.ops.boxes_kernels import BoxesKernel, CpuBoxes
 from fedkern.ops.cuda import core as cuda
@@ -131,6 +132,7 @@ def _constant(fill: float, dtype: torch.dtype, channels: int) -> Tensor:
 def _check_images(images: Tensor) -> None:
     if not isinstance(images, Tensor):
         raise TypeError(f"images must be a tensor, not {type(images).__name__}")
+    check_dense(images, "images")
     if images.is_complex():
         raise TypeError(f"images must have a real dtype, not {images.dtype}")
     if images.dim() != 4:
@@ -141,6 +143,7 @@ def _padded(boxes: Tensor | Sequence[Tensor], images: Tensor) -> Tensor:
     """Boxes as one ``[B, n, 4]`` tensor on the images' device."""
     batch = images.shape[0]
     if isinstance(boxes, Tensor):
+        check_dense(boxes, "boxes")
         if boxes.dim() != 3 or boxes.shape[0] != batch or boxes.shape[2] != 4:
             raise ValueError(f"boxes must have shape [{batch}, n, 4], not {list(boxes.shape)}")
         padded = boxes
@@ -153,6 +156,7 @@ def _padded(boxes: Tensor | Sequence[Tensor], images: Tensor) -> Tensor:
         for position, row in enumerate(rows):
             if not isinstance(row, Tensor):
                 raise TypeError(f"boxes[{position}] must be a tensor, not {type(row).__name__}")
+            check_dense(row, f"boxes[{position}]")
             if row.dim() != 2 or row.shape[1] != 4:
                 raise ValueError(f"boxes[{position}] must have shape [n, 4], not {list(row.shape)}")
             if row.device != images.device:
@@ -173,6 +177,9 @@ def _fills(fill: float | Sequence[float] | Tensor, images: Tensor) -> Tensor:
     """The fill as ``[1, C]`` in the images' dtype."""
     channels = images.shape[1]
     if isinstance(fill, Tensor):
+        check_dense(fill, "fill")
+        if fill.is_complex():
+            raise TypeError(f"fill must have a real dtype, not {fill.dtype}")
         if fill.requires_grad:
             raise ValueError("fill is a constant and takes no gradient; pass fill.detach()")
         if fill.shape not in ((), (channels,)):
@@ -184,10 +191,10 @@ def _fills(fill: float | Sequence[float] | Tensor, images: Tensor) -> Tensor:
             if not fill.dim():
                 return placed([fill.item()], images.device, images.dtype).expand(channels)[None]
         return fill.to(images).expand(channels)[None]
-    values = list(fill) if isinstance(fill, Sequence) and not isinstance(fill, str) else [fill]
+    several = isinstance(fill, Sequence) and not isinstance(fill, (str, bytes, bytearray))
+    values: list[Any] = list(fill) if several else [fill]  # type: ignore[arg-type]
     for value in values:
-        if isinstance(value, str) or not hasattr(value, "__float__"):
-            raise TypeError(f"fill must be a number, one per channel, or a tensor, not {type(value).__name__}")
+        real(value, "fill", "a number, one per channel, or a tensor")
     if len(values) not in (1, channels):
         raise ValueError(f"fill must be a number or have {channels} values, not {len(values)}")
     _check_values(values, images.dtype)
@@ -202,7 +209,7 @@ def _check_values(values: Sequence[float], dtype: torch.dtype) -> None:
     low, high = (0, 1) if info is None else (info.min, info.max)
     for value in values:
         if not low <= value <= high or value != math.floor(value):
-            raise ValueError(f"fill must be a value of the images' dtype {dtype}, not {value}")
+            raise ValueError(f"fill must be a value of the images' dtype {dtype}, not {shown(value)}")
 
 
 # 3. Eager autograd.

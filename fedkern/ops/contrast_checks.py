@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from fedkern.ops.arguments import check_dense, real
 from fedkern.ops.backend import DTYPES, eager
+
+_STRIDED = torch.strided
 
 
 def check_pair(x: Any, y: Any) -> None:
@@ -15,6 +19,8 @@ def check_pair(x: Any, y: Any) -> None:
     for name, tensor in (("x", x), ("y", y)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor of embeddings, but got {type(tensor).__name__}")
+        if tensor.layout is not _STRIDED:
+            check_dense(tensor, name)
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{name} must have dtype float32, float64, bfloat16 or float16, but has {tensor.dtype}")
         if tensor.dim() != 2:
@@ -28,6 +34,7 @@ def check_pair(x: Any, y: Any) -> None:
 def check_temperature(temperature: Any, x: Tensor) -> float | Tensor:
     """Returns ``temperature`` as a float, or as it is where it is a tensor."""
     if isinstance(temperature, Tensor):
+        check_dense(temperature, "temperature")
         if temperature.dtype not in DTYPES:
             raise TypeError(
                 f"temperature must have dtype float32, float64, bfloat16 or float16, but has {temperature.dtype}"
@@ -42,9 +49,9 @@ def check_temperature(temperature: Any, x: Tensor) -> float | Tensor:
         if temperature.is_cpu and eager(temperature):
             _check_value(temperature.item())
         return temperature
-    if isinstance(temperature, (str, bool)) or not hasattr(temperature, "__float__"):
-        raise TypeError(f"temperature must be a number or a tensor, but got {type(temperature).__name__}")
-    return _check_value(float(temperature))
+    if isinstance(temperature, bool):
+        raise TypeError("temperature must be a number or a tensor, not bool")
+    return _check_value(real(temperature, "temperature", "a number or a tensor"))
 
 
 def _check_value(value: float) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedkern.ops.arguments import check_dense, real, shown
 from fedkern.ops.backend import DTYPES
 
 # How row losses become the result. The numbers travel through torch.library schemas.
@@ -30,6 +31,7 @@ def check_logits(names: tuple[str, ...], tensors: tuple[Any, ...]) -> None:
     for name, tensor in zip(names, tensors, strict=True):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor of logits, but got {type(tensor).__name__}")
+        check_dense(tensor, name)
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{name} must have dtype float32, float64, bfloat16 or float16, but has {tensor.dtype}")
         if not 2 <= tensor.dim() <= MAX_DIMS or tensor.shape[1] == 0:
@@ -49,6 +51,7 @@ def check_weight(weight: Any, logits: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns ``weight`` in the shape of the rows, ``[B, *positions]``, and a floating dtype."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a tensor, but got {type(weight).__name__}")
+    check_dense(weight, "weight")
     if weight.dtype is torch.bool:
         weight = weight.to(dtype)
     if weight.dtype not in DTYPES:
@@ -66,11 +69,11 @@ def check_weight(weight: Any, logits: Tensor, dtype: torch.dtype) -> Tensor:
 
 def check_temperature(temperature: Any) -> float:
     """Returns ``temperature`` as a float above 0, infinity included."""
-    if isinstance(temperature, (Tensor, str, bool)) or not hasattr(temperature, "__float__"):
-        raise TypeError(f"temperature must be a number, but got {type(temperature).__name__}")
-    value = float(temperature)
+    if isinstance(temperature, (Tensor, bool)):
+        raise TypeError(f"temperature must be a number, not {type(temperature).__name__}")
+    value = real(temperature, "temperature")
     if not value > 0:
-        raise ValueError(f"temperature must be above 0 (math.inf for the limit), but is {temperature}")
+        raise ValueError(f"temperature must be above 0 (math.inf for the limit), but is {shown(temperature)}")
     return value
 
 

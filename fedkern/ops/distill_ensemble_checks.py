@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedkern.ops.arguments import check_dense
 from fedkern.ops.backend import DTYPES
 from fedkern.ops.distill_common import MAX_DIMS
 
@@ -15,6 +16,7 @@ def check_stack(name: str, stack: Any) -> None:
     """Raises unless ``stack`` is ``[K, B, C, *positions]`` with at least one teacher and class."""
     if not isinstance(stack, Tensor):
         raise TypeError(f"{name} must be a tensor of logits, but got {type(stack).__name__}")
+    check_dense(stack, name)
     if stack.dtype not in DTYPES:
         raise TypeError(f"{name} must have dtype float32, float64, bfloat16 or float16, but has {stack.dtype}")
     if not 3 <= stack.dim() <= MAX_DIMS + 1 or stack.shape[0] == 0 or stack.shape[2] == 0:
@@ -28,6 +30,7 @@ def check_student(student: Any, teachers: Tensor) -> None:
     """Raises unless ``student`` has the shape and device of one of ``teachers``."""
     if not isinstance(student, Tensor):
         raise TypeError(f"student must be a tensor of logits, but got {type(student).__name__}")
+    check_dense(student, "student")
     if student.dtype not in DTYPES:
         raise TypeError(f"student must have dtype float32, float64, bfloat16 or float16, but has {student.dtype}")
     if student.shape != teachers.shape[1:]:
@@ -42,6 +45,7 @@ def check_student(student: Any, teachers: Tensor) -> None:
 def _check_kind(weights: Any, stack: Tensor) -> Tensor:
     if not isinstance(weights, Tensor):
         raise TypeError(f"weights must be a tensor, but got {type(weights).__name__}")
+    check_dense(weights, "weights")
     if weights.dtype is torch.bool or (
         weights.dtype in (torch.bfloat16, torch.float16) and (weights.dim() < stack.dim() or 1 in weights.shape)
     ):
@@ -103,6 +107,7 @@ def check_mask(mask: Any, teachers: Tensor) -> None:
     """Raises unless ``mask`` is bool ``[K, C]``."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"class_mask must be a bool tensor, but got {type(mask).__name__}")
+    check_dense(mask, "class_mask")
     if mask.dtype is not torch.bool:
         raise TypeError(f"class_mask must have dtype bool, but has {mask.dtype}")
     expected = [teachers.shape[0], teachers.shape[2]]

@@ -101,7 +101,8 @@ def _dispatch(
     reduction: str,
     names: tuple[str, ...],
 ) -> Tensor:
-    tensors = (student, teacher) if other is None else (student, other, teacher)
+    # By the names: None in the place of a second student is a mistake, which check_logits tells.
+    tensors: tuple[Any, ...] = (student, teacher) if len(names) == 2 else (student, other, teacher)
     ordinary = plain(tensors)
     if not ordinary:
         check_logits(names, tensors)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedkern.ops import backend
 from fedkern.ops._function import EagerFunction
+from fedkern.ops.arguments import check_dense
 from fedkern.ops.cuda import core as cuda
 from fedkern.ops.cuda.fuse import CudaFuse
 from fedkern.ops.fuse_kernels import FuseNeeds, order_of
@@ -159,6 +160,7 @@ def _check(
     for m, x in enumerate(() if channels else features):
         if not isinstance(x, Tensor):
             raise TypeError(f"features[{m}] must be a tensor, not {type(x).__name__}")
+        check_dense(x, f"features[{m}]")
         if x.dtype not in FLOATS:
             raise TypeError(f"features[{m}] must be float32, float64, bfloat16 or float16, not {x.dtype}")
         if x.dim() < 2:
@@ -179,6 +181,7 @@ def _check(
             continue
         if not isinstance(vector, Tensor):
             raise TypeError(f"{name} must be a tensor, not {type(vector).__name__}")
+        check_dense(vector, name)
         if vector.dtype not in FLOATS:
             raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, not {vector.dtype}")
         if vector.shape != (channels,):
@@ -194,11 +197,22 @@ def _check(
 def _alike(features: Sequence[Tensor]) -> bool:
     """True for maps that are right and of one shape: the common case, in few steps."""
     first = features[0]
-    if not isinstance(first, Tensor) or first.dtype not in FLOATS or first.dim() < 2:
+    if (
+        not isinstance(first, Tensor)
+        or first.layout is not torch.strided
+        or first.dtype not in FLOATS
+        or first.dim() < 2
+    ):
         return False
     shape, dtype, device = first.shape, first.dtype, first.device
     for x in features:
-        if not isinstance(x, Tensor) or x.dtype is not dtype or x.shape != shape or x.device != device:
+        if (
+            not isinstance(x, Tensor)
+            or x.layout is not torch.strided
+            or x.dtype is not dtype
+            or x.shape != shape
+            or x.device != device
+        ):
             return False
     return True
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from fedkern.ops import backend
+from fedkern.ops.arguments import check_dense
 from fedkern.ops.fuse_conv import core_for
 from fedkern.ops.fuse_layers import FusedConv, FusedLayer, FusedLinear, fuse_layers
 from fedkern.ops.fuse_lowering import FoldedBlocks, channels_last, concatenate, repeated, run_step, run_step_of
@@ -71,6 +72,8 @@ class FusedBlocks(nn.Module):
         self, blocks: Sequence[nn.Module], *, shared: bool = True, fold: bool = True, lowering: Lowering | None = None
     ) -> None:
         super().__init__()
+        if isinstance(blocks, (Set, str)) or not isinstance(blocks, Iterable):  # a set has no order
+            raise TypeError(f"blocks must be a list of modules, not {type(blocks).__name__}")
         members = list(blocks)
         if not members:
             raise ValueError("blocks must hold at least one module, not none")
@@ -117,6 +120,7 @@ class FusedBlocks(nn.Module):
         """Returns ``[B, M * C', ...]``; ``x`` is ``[B, C, ...]`` (``[B, M * C, ...]`` with ``shared=False``)."""
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor, not {type(x).__name__}")
+        check_dense(x, "x")
         if x.dim() < 2 or (not self.shared and x.shape[1] % self.count):
             raise ValueError(f"x must have shape {axes_named(None, self.count, self.shared)}, not {list(x.shape)}")
         if self._axes is not None and x.dim() not in self._axes:

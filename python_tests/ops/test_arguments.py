@@ -1,0 +1,349 @@
+"""Arguments of the wrong kind, for every argument of every public operator: a sentence that names the argument."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from every_operator import NO_OPERATORS
+from torch import Tensor, nn
+
+from fedkern import ops
+
+
+def sparse(like: Tensor) -> Tensor:
+    return like.to_sparse()
+
+
+# By kind, what no argument of it may be, made from a right one. Kinds that also take None leave that out.
+NO_TENSOR: dict[str, Callable[[Any], Any]] = {
+    "text": lambda right: "a",
+    "set": lambda right: {1.0},
+    "number of numbers": lambda right: [1.0, 2.0],
+    "sparse": sparse,
+    "csr": lambda right: (right if right.dim() == 2 else torch.ones(2, 2, dtype=right.dtype)).to_sparse_csr(),
+    "complex": lambda right: right.to(torch.complex64),
+    "dtype": lambda right: right.to(torch.int32),
+}
+NO_NUMBER: dict[str, Callable[[Any], Any]] = {
+    "text": lambda right: "0.5",
+    "bytes": lambda right: b"1",
+    "none": lambda right: None,
+    "complex": lambda right: 0.5 + 0j,
+    "complex of NumPy": lambda right: np.complex64(0.5),
+    "complex tensor": lambda right: torch.tensor(0.5 + 0j),
+    "too large": lambda right: 10**400,
+    "beyond printing": lambda right: 10**5000,
+    "not a number": lambda right: math.nan,
+    "list": lambda right: [0.5],
+    "set": lambda right: {0.5},
+    "array": lambda right: np.array([0.5, 0.5]),
+    "tensor of two": lambda right: torch.ones(2),
+    "sparse": lambda right: torch.ones(2).to_sparse(),
+}
+NO_COUNT: dict[str, Callable[[Any], Any]] = {
+    "text": lambda right: "1",
+    "none": lambda right: None,
+    "fraction": lambda right: 1.5,
+    "bool": lambda right: True,
+    "negative": lambda right: -1,
+    "complex": lambda right: 1j,
+    "list": lambda right: [1],
+    "too large": lambda right: 10**5000,
+}
+NO_LIST_OF_TENSORS: dict[str, Callable[[Any], Any]] = {
+    "text": lambda right: "ab",
+    "none": lambda right: None,
+    "set": lambda right: set(right),
+    "generator": lambda right: (x for x in right),
+    "dict": lambda right: dict(enumerate(right)),
+    "number": lambda right: 3.0,
+    "empty": lambda right: [],
+    "numbers within": lambda right: [1.0, 2.0],
+    "none within": lambda right: [right[0], None],
+    "text within": lambda right: [right[0], "a"],
+    "sparse within": lambda right: [right[0], sparse(right[1])],
+    "sparse first": lambda right: [sparse(right[0]), right[1]],
+    "complex within": lambda right: [right[0], right[1].to(torch.complex64)],
+}
+NO_WEIGHTS: dict[str, Callable[[Any], Any]] = {
+    "set": set,
+    "frozenset": frozenset,
+    "dict": lambda right: dict.fromkeys(right, 1.0),
+    "keys": lambda right: dict.fromkeys(right, 1.0).keys(),
+    "generator": lambda right: (x for x in right),
+    "text": lambda right: "1" * len(right),
+    "bytes": lambda right: bytes([1] * len(right)),
+    "number": lambda right: 1.0,
+    "array of no dimension": lambda right: np.array(1.0),
+    "texts": lambda right: ["a"] * len(right),
+    "numbers as text": lambda right: ["1.0"] * len(right),
+    "nones": lambda right: [None] * len(right),
+    "too large": lambda right: [10**400] * len(right),
+    "beyond printing": lambda right: [10**5000] * len(right),
+    "complex": lambda right: [1j] * len(right),
+    "complex array": lambda right: np.ones(len(right), dtype=np.complex64),
+    "lists": lambda right: [[1.0]] * len(right),
+    "tensors of two": lambda right: [torch.ones(2)] * len(right),
+    "not numbers": lambda right: [math.nan] * len(right),
+    "negative": lambda right: [-1.0] * len(right),
+    "too few": lambda right: right[:-1],
+    "with a gradient": lambda right: [torch.tensor(x, requires_grad=True) for x in right],
+    "sparse tensor": lambda right: torch.tensor(right).to_sparse(),
+    "complex tensor": lambda right: torch.tensor(right).to(torch.complex64),
+    "wrong tensor": lambda right: torch.ones(len(right) + 1),
+}
+NO_CHOICE: dict[str, Callable[[Any], Any]] = {
+    "none": lambda right: None,
+    "text": lambda right: "no such",
+    "number": lambda right: 3,
+    "list": lambda right: [right],
+}
+NO_FILL = {
+    **{name: make for name, make in NO_NUMBER.items() if name not in ("list", "not a number", "tensor of two")},
+    "complex within": lambda right: [0.0, 1j],
+    "text within": lambda right: [0.0, "a"],
+    "too large within": lambda right: [0.0, 10**400],
+    "none within": lambda right: [0.0, None],
+}
+KINDS = {
+    "tensor": {**NO_TENSOR, "none": lambda right: None},
+    "optional tensor": NO_TENSOR,
+    # integers are index numbers, or weights
+    "index": {**{k: v for k, v in NO_TENSOR.items() if k != "dtype"}, "fractions": lambda right: right.double()},
+    "mask": {k: v for k, v in NO_TENSOR.items() if k != "csr"},
+    "images": {k: v for k, v in {**NO_TENSOR, "none": lambda right: None}.items() if k != "dtype"},
+    "boxes": {k: v for k, v in {**NO_TENSOR, "none": lambda right: None}.items() if k not in ("dtype", "csr")},
+    "number": NO_NUMBER,
+    "optional number": {k: v for k, v in NO_NUMBER.items() if k != "none"},
+    "number or tensor": NO_NUMBER,
+    "count": NO_COUNT,
+    "tensors": NO_LIST_OF_TENSORS,
+    "weights": {**NO_WEIGHTS, "none": lambda right: None},
+    "optional weights": NO_WEIGHTS,
+    "fill": NO_FILL,
+    "choice": NO_CHOICE,
+    "optional choice": {k: v for k, v in NO_CHOICE.items() if k != "none"},
+}
+
+
+@dataclass(frozen=True)
+class Public:
+    """A public operator: right arguments, and the kind of each by its name."""
+
+    arguments: dict[str, Any]
+    kinds: dict[str, str] = field(default_factory=dict)
+
+
+def logits(*shape: int) -> Tensor:
+    return torch.linspace(-1, 1, math.prod(shape)).view(shape).clone()
+
+
+_VECTORS = [torch.arange(6.0), torch.ones(6), torch.arange(6.0).flip(0), torch.zeros(6), torch.full((6,), 2.0)]
+_WEIGHTS = [1.0, 2.0, 3.0, 4.0, 5.0]
+_DISTILL = {"temperature": "number", "weight": "optional tensor", "reduction": "choice"}
+_BOXES = Public(
+    {"images": logits(2, 2, 5, 5), "boxes": torch.tensor([[[1.0, 1.0, 3.0, 3.0]]] * 2), "fill": 0.5},
+    {"images": "images", "boxes": "boxes", "fill": "fill"},
+)
+_FUSE = Public(
+    {"features": [logits(2, 3, 4), logits(2, 3, 4)], "scale": torch.ones(6), "shift": torch.ones(6),
+     "activation": "relu"},
+    {"features": "tensors", "scale": "optional tensor", "shift": "optional tensor", "activation": "optional choice"},
+)  # fmt: skip
+
+PUBLIC = {
+    "blend": Public(
+        {"foreground": logits(4, 3), "background": logits(4, 3), "alpha": 0.5, "index": torch.tensor([1, 0, 3, 2])},
+        {"foreground": "tensor", "background": "tensor", "alpha": "number or tensor", "index": "index"},
+    ),
+    "erase_boxes": _BOXES,
+    "keep_boxes": _BOXES,
+    "kl_div": Public(
+        {"student": logits(4, 7), "teacher": -logits(4, 7), "temperature": 2.0, "weight": torch.ones(4),
+         "reduction": "sum"},
+        {"student": "tensor", "teacher": "tensor", **_DISTILL},
+    ),
+    "dual_kl": Public(
+        {"a": logits(4, 7), "b": logits(4, 7) * 2, "teacher": -logits(4, 7), "temperature": 2.0,
+         "direction": "teacher", "weight": torch.ones(4), "reduction": "sum"},
+        {"a": "tensor", "b": "tensor", "teacher": "tensor", "direction": "choice", **_DISTILL},
+    ),
+    "ensemble_kl": Public(
+        {"student": logits(4, 7), "teachers": logits(3, 4, 7), "weights": torch.ones(3), "temperature": 2.0,
+         "mix": "probs", "mode": "kl_of_mean", "class_mask": torch.ones(3, 7, dtype=torch.bool), "reduction": "sum"},
+        {"student": "tensor", "teachers": "tensor", "weights": "optional tensor", "temperature": "number",
+         "mix": "choice", "mode": "choice", "class_mask": "mask", "reduction": "choice"},
+    ),
+    "js_div": Public(
+        {"logits": logits(3, 4, 7), "weights": torch.ones(3), "reduction": "sum"},
+        {"logits": "tensor", "weights": "optional tensor", "reduction": "choice"},
+    ),
+    "consensus": Public(
+        {"logits": logits(3, 4, 7), "weights": torch.ones(3), "reduction": "sum"},
+        {"logits": "tensor", "weights": "optional tensor", "reduction": "choice"},
+    ),
+    "entropy": Public({"logits": logits(4, 7), "reduction": "sum"}, {"logits": "tensor", "reduction": "choice"}),
+    "contrastive": Public(
+        {"x": logits(4, 7), "y": -logits(4, 7), "temperature": 0.5},
+        {"x": "tensor", "y": "tensor", "temperature": "number or tensor"},
+    ),
+    "weighted_mean": Public(
+        {"vectors": _VECTORS, "weights": _WEIGHTS, "out": None},
+        {"vectors": "tensors", "weights": "weights", "out": "optional tensor"},
+    ),
+    "trimmed_mean": Public(
+        {"vectors": _VECTORS, "trim": 1, "weights": _WEIGHTS},
+        {"vectors": "tensors", "trim": "count", "weights": "optional weights"},
+    ),
+    "median": Public({"vectors": _VECTORS, "weights": _WEIGHTS}, {"vectors": "tensors", "weights": "optional weights"}),
+    "geometric_median": Public(
+        {"vectors": _VECTORS, "weights": _WEIGHTS, "iterations": 3, "tolerance": 1e-6, "smoothing": 1e-6},
+        {"vectors": "tensors", "weights": "optional weights", "iterations": "count", "tolerance": "number",
+         "smoothing": "number"},
+    ),
+    "krum": Public(
+        {"vectors": _VECTORS, "byzantine": 1, "keep": 2}, {"vectors": "tensors", "byzantine": "count", "keep": "count"}
+    ),
+    "pairwise_distances": Public({"vectors": _VECTORS}, {"vectors": "tensors"}),
+    "clip_by_norm": Public(
+        {"vectors": _VECTORS, "max_norm": 1.0}, {"vectors": "tensors", "max_norm": "number"}
+    ),
+    "clip_and_noise": Public(
+        {"vectors": _VECTORS, "max_norm": 1.0, "noise": 0.5, "seed": 3, "offset": 4},
+        {"vectors": "tensors", "max_norm": "number", "noise": "number", "seed": "count", "offset": "count"},
+    ),
+    "server_step": Public(
+        {"global_": torch.ones(6), "vectors": _VECTORS, "weights": _WEIGHTS, "rule": "adam", "first": torch.zeros(6),
+         "second": torch.zeros(6), "learning_rate": 0.1, "beta1": 0.9, "beta2": 0.99, "tau": 1e-3, "out": None},
+        {"global_": "tensor", "vectors": "tensors", "weights": "weights", "rule": "choice", "first": "tensor",
+         "second": "tensor", "learning_rate": "optional number", "beta1": "optional number",
+         "beta2": "optional number", "tau": "optional number", "out": "optional tensor"},
+    ),
+    "fuse_concat": _FUSE,
+    "fuse_mean": _FUSE,
+}  # fmt: skip
+
+# 10**400 iterations are more than any, and stop as others do.
+ALLOWED = {("geometric_median", "iterations", "too large")}
+# Any truth value will do.
+FLAGS = {"log_probs"}
+
+
+def test_every_argument_of_every_operator_is_covered() -> None:
+    assert set(PUBLIC) == set(ops.__all__) - NO_OPERATORS
+    for name, public in PUBLIC.items():
+        assert set(public.kinds) == set(inspect.signature(getattr(ops, name)).parameters) - FLAGS, name
+
+
+def wrong() -> Iterator[Any]:
+    for name, public in PUBLIC.items():
+        for argument, kind in public.kinds.items():
+            for what in KINDS[kind]:
+                if (name, argument, what) not in ALLOWED:
+                    yield pytest.param(name, argument, what, id=f"{name}-{argument}-{what}".replace(" ", "-"))
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_the_right_arguments_are_right(name: str) -> None:
+    getattr(ops, name)(**PUBLIC[name].arguments)
+
+
+@pytest.mark.parametrize(("name", "argument", "what"), wrong())
+@pytest.mark.filterwarnings("ignore:.*Sparse CSR.*")
+def test_wrong_kinds(name: str, argument: str, what: str) -> None:
+    public = PUBLIC[name]
+    arguments = {key: value.clone() if isinstance(value, Tensor) else value for key, value in public.arguments.items()}
+    right = arguments[argument]
+    if right is None:
+        right = torch.empty(6)  # out
+    arguments[argument] = KINDS[public.kinds[argument]][what](right)
+    states = {key: (x, x.clone()) for key, x in arguments.items() if isinstance(x, Tensor) and key in public.arguments}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", category=np.exceptions.ComplexWarning)
+        with pytest.raises((TypeError, ValueError)) as told:
+            getattr(ops, name)(**arguments)
+    says_so(str(told.value), argument)
+    for key, (x, before) in states.items():
+        if x.layout is torch.strided:
+            assert torch.equal(x, before), key
+
+
+def says_so(sentence: str, argument: str) -> None:
+    assert re.match(rf"{argument}\b", sentence), sentence
+    assert "\n" not in sentence
+    assert len(sentence) < 300
+
+
+def test_dual_kl_takes_two_students() -> None:
+    """None in the place of the second was kl_div."""
+    with pytest.raises(TypeError, match="b must be a tensor of logits, but got NoneType"):
+        ops.dual_kl(logits(4, 7), None, -logits(4, 7))  # type: ignore[arg-type]
+
+
+ACCUMULATOR = [
+    *[("size", what, make) for what, make in NO_COUNT.items() if what != "bool"],
+    *[("weight", what, make) for what, make in {**NO_NUMBER, "negative": lambda right: -1.0}.items()],
+    *[("vector", what, make) for what, make in KINDS["tensor"].items()],
+    *[("out", what, make) for what, make in NO_TENSOR.items()],
+    *[("dtype", what, make) for what, make in NO_CHOICE.items() if what != "none"],
+]
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(("argument", "what", "make"), ACCUMULATOR, ids=[f"{a}-{w}" for a, w, _ in ACCUMULATOR])
+def test_wrong_arguments_of_the_accumulator(argument: str, what: str, make: Callable[[Any], Any], exact: bool) -> None:
+    accumulator = ops.Accumulator(6, exact)
+    accumulator.add(torch.ones(6), 2.0)
+    calls: dict[str, Callable[[], Any]] = {
+        "size": lambda: ops.Accumulator(make(6), exact),
+        "weight": lambda: accumulator.add(torch.ones(6), make(1.0)),
+        "vector": lambda: accumulator.add(make(torch.ones(6))),
+        "out": lambda: accumulator.mean(out=make(torch.ones(6))),
+        "dtype": lambda: accumulator.mean(dtype=make("float32")),
+    }
+    with pytest.raises((TypeError, ValueError)) as told:
+        calls[argument]()
+    says_so(str(told.value), argument)
+    assert (accumulator.count, accumulator.weight) == (1, 2.0)
+    assert torch.equal(accumulator.mean(), torch.ones(6))
+
+
+@pytest.mark.parametrize("blocks", [None, nn.Conv2d(2, 3, 3), {nn.Conv2d(2, 3, 3)}, "ab", 3])
+def test_fused_blocks_take_modules_in_order(blocks: Any) -> None:
+    with pytest.raises(TypeError, match=f"blocks must be a list of modules, not {type(blocks).__name__}"):
+        ops.FusedBlocks(blocks)
+
+
+def test_switches_take_names() -> None:
+    with pytest.raises(TypeError, match="name must be one of portable, avx2, avx512, not int"), ops.use_isa(3):  # type: ignore[arg-type]
+        pass
+    with pytest.raises(ValueError, match="unknown backend 3; it is one of reference"), ops.use_backend(3):  # type: ignore[arg-type]
+        pass
+
+
+def test_fused_blocks_take_no_sparse_maps() -> None:
+    blocks = ops.FusedBlocks([nn.Conv2d(2, 3, 3)])
+    with pytest.raises(TypeError, match="x must be a dense tensor, not a sparse_coo one"):
+        blocks(torch.ones(1, 2, 5, 5).to_sparse())
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [(1, 2, 3, 4, 5), range(1, 6), np.arange(1, 6), np.arange(1.0, 6.0, dtype=np.float32), torch.arange(1, 6),
+     [np.float32(1), 2, 3.0, torch.tensor(4.0), torch.tensor([5])], torch.arange(1.0, 6.0).bfloat16()],
+    ids=["tuple", "range", "integer array", "array", "integer tensor", "mixed", "bfloat16"],
+)  # fmt: skip
+def test_weights_in_other_forms(weights: Any) -> None:
+    expected = ops.weighted_mean(_VECTORS, _WEIGHTS)
+    assert torch.equal(ops.weighted_mean(_VECTORS, weights), expected)
+    assert torch.equal(ops.weighted_mean(torch.stack(_VECTORS), weights), expected)
+    assert torch.equal(ops.median(_VECTORS, weights), ops.median(_VECTORS, _WEIGHTS))
