@@ -10,8 +10,16 @@ class UserError(Exception):
     """A mistake in the input (flag, path, file, value), not in fedkern.
 
     The message is one sentence that names the thing and the way out.  The command line prints it on standard error and
-    exits with code 2; a library caller sees an ordinary exception.
+    exits with ``exit_code``; a library caller sees an ordinary exception.
     """
+
+    exit_code = 2
+
+
+class RunFailed(UserError):
+    """A run that has come to nothing that could be kept, though every input was one that it takes; exit code 1."""
+
+    exit_code = 1
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str:

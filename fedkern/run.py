@@ -21,8 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after ``python -m fedkern.run``; None takes them from ``sys.argv``.
 
     Returns:
-        0; 2 for anything the user can put right (one sentence on standard error); 130 after Ctrl-C, 143 after SIGTERM,
-        141 when the reader of standard output has gone.
+        0; 2 for anything the user can put right and 1 for a run that failed, such as one whose model is not finite (one
+        sentence on standard error); 130 after Ctrl-C, 143 after SIGTERM, 141 when the reader of standard output has
+        gone.
     """
     from fedkern.errors import UserError
 
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # a reader that has gone shows here, not at exit
         return code
     except UserError as error:
-        return _say(str(error))
+        return _say(str(error), error.exit_code)
     except BrokenPipeError:
         # The interpreter flushes both once more at exit, which must not fail again.
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -103,10 +104,10 @@ def _dispatch(words: list[str]) -> int:
         signal.signal(signal.SIGTERM, before)
 
 
-def _say(text: str) -> int:
+def _say(text: str, code: int = USAGE) -> int:
     text = " ".join(text.split())
     print(f"error: {text}" + ("" if text.endswith((".", "?", "!")) else "."), file=sys.stderr)
-    return USAGE
+    return code
 
 
 if __name__ == "__main__":

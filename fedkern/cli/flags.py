@@ -44,6 +44,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "buffers",
         "fix_statistics",
         "on_nan",
+        "max_update_norm",
+        "clip_update_norm",
     ),
     "local training": ("local_epochs", "local_steps", "batch_size", *OPTIMISER),
     "model": ("model", "width", "image_encoder", "text_encoder"),

@@ -15,7 +15,7 @@ from fedkern.engine.network import Network, place
 from fedkern.engine.samples import CACHE_BYTES, ClientData, Pixels, Samples, TestSet
 from fedkern.engine.teachers import Teachers
 from fedkern.errors import UserError
-from fedkern.methods.base import Federation, Message
+from fedkern.methods.base import VECTORS, Federation, Message
 from fedkern.models.vocabulary import split_words
 
 
@@ -176,6 +176,11 @@ class Bench:
                 network.freeze()
             self._networks[name] = network
         return self._networks[name]
+
+    @property
+    def trained_vectors(self) -> tuple[str, ...]:
+        """Which of a trained network's vectors go to the server."""
+        return VECTORS if self.config.buffers == "average" else ("parameters",)
 
     def is_flat(self, module: nn.Module) -> bool:
         """Whether ``module`` is the server's network, which its flat vectors describe."""

@@ -106,7 +106,17 @@ class RunConfig:
         None, "rounds after which batch norm trains with the received running statistics, which stay (FixBN)", low=0,
         type=int,
     )  # fmt: skip
-    on_nan: str = option("stop", "what a diverging client (NaN or Inf) does to the run", choices=("stop", "skip"))
+    on_nan: str = option(
+        "stop", "what a client that diverges (NaN or Inf), or whose upload is refused, does to the run",
+        choices=("stop", "skip"),
+    )  # fmt: skip
+    max_update_norm: float = option(
+        0.0, "averaging methods: a client's update (its parameters minus those sent) of a larger Euclidean norm is "
+        "refused; 0 refuses none", low=0,
+    )  # fmt: skip
+    clip_update_norm: float = option(
+        0.0, "averaging methods: a client's update of a larger Euclidean norm is scaled down to it; 0 clips none", low=0
+    )
     teachers: str | None = option(
         None, "networks that the clients bring instead of training: a run folder, or one with client-0.safetensors, "
         "client-1.safetensors, ...", type=str, path=absolute,
@@ -147,6 +157,12 @@ class RunConfig:
         if kind.one_shot and self.sample_fraction != 1:
             raise UserError(
                 f"--sample-fraction is not for {self.method}, a one-shot method, in which every client trains once."
+            )
+        bounds = [name for name in ("max_update_norm", "clip_update_norm") if getattr(self, name)]
+        if bounds and not kind(parsed).averages:
+            raise UserError(
+                f"--{bounds[0].replace('_', '-')} is for methods that average the clients' parameters, which "
+                f"{self.method} with these options does not do: leave it out."
             )
         if self.momentum >= 1:
             raise UserError("--momentum must be below 1; at 1 the velocity never decays.")

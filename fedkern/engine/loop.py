@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fedkern.engine import diagnostics, records
 from fedkern.engine.bench import Bench
@@ -25,11 +26,13 @@ from fedkern.engine.saved import about_network, lacks_statistics, write_model
 from fedkern.engine.serial import Client, Exchange, Server, sample_clients
 from fedkern.engine.shown import Gallery, Shown
 from fedkern.engine.state import fingerprint
-from fedkern.errors import UserError
+from fedkern.errors import RunFailed, UserError
 from fedkern.methods import registry
-from fedkern.methods.base import Round, Step
+from fedkern.methods.base import Method, Round, Step
 from fedkern.methods.evaluate import is_main
 from fedkern.methods.pooling import Pooling
+from fedkern.methods.uploads import all_finite
+from fedkern.privacy import LEDGER
 
 
 class Run:
@@ -169,13 +172,17 @@ class Run:
             asker.server_update(self.server, step, uploads)
             for _ in uploads:  # a server that stops reading still lets every client work
                 pass
+            for k, reason in self.server.refused:
+                self._leave_out(k, {"exchange": exchange_name, "reason": reason})
+            self.server.refused.clear()
             phases["train"] += exchange.seconds
             if len(exchanges) > 1:
                 phases[f"train/{exchange_name}"] = exchange.seconds
             phases["aggregate"] += time.perf_counter() - begun - exchange.seconds
             participants = [k for k in participants if k not in self._round["dropped"]]
-            if not participants and not entry.one_off:
-                raise UserError(f"Every client of round {index + 1} diverged: lower --lr, or set --clip-norm.")
+            if not participants:
+                self.none_left()
+        self._check_finite({**self.server.state, **self.method.vectors(self.server)}, when_of(entry, self.done))
         if entry.states == "round":
             for client in self._clients.values():
                 self._write_state(client)
@@ -210,6 +217,7 @@ class Run:
             begun = time.perf_counter()
             network = self._network()
             if network is not None:
+                self._check_network(network)
                 self._evaluate(network)
                 record.update(self.latest)
                 for name, value in self.latest.items():
@@ -236,6 +244,10 @@ class Run:
         if network is not None and not self.bench.is_flat(network):
             network.eval()
         return network
+
+    def _check_network(self, network: nn.Module) -> None:
+        if not self.bench.is_flat(network):  # its vectors have been looked at after their round
+            self._check_finite(network.state_dict(), f"in round {self.done}")
 
     def _evaluate(self, network: nn.Module) -> None:
         own = evaluate_clients(self.method, network, self.client_sets)
@@ -277,19 +289,54 @@ class Run:
     def dropped(self, problem: Diverged) -> None:
         """A client diverged: stops the run or leaves the client out of the rest of the round."""
         entry: Round = self._round["entry"]
-        when = f'before the first round ("{entry.name}")' if entry.one_off else f"in round {problem.round + 1}"
+        when = when_of(entry, self.done)
         where = f"Client {problem.client} diverged {when}, batch {problem.batch}: {problem.what}"
         if self.config.on_nan == "stop":
             raise UserError(f"{where}; lower --lr, set --clip-norm, or leave such clients out with --on-nan skip.")
-        client = self._clients.pop(problem.client, None)
-        if client is not None and self._round["late"]:
-            self._write_state(client)
-        self._round["dropped"].add(problem.client)
-        at = 0 if entry.one_off else problem.round + 1
-        told = {"round": at, "client": problem.client, "batch": problem.batch, "reason": problem.what}
-        self.dropped_since = [*self.dropped_since, told]
+        self._leave_out(problem.client, {"batch": problem.batch, "reason": problem.what})
         left = "what it would have made is missing from the run" if entry.one_off else "it was left out of that round"
         self.bench.warn("diverging-client", f"{where}; {left}.")
+
+    def refused(self, client: int, exchange: str, why: str) -> None:
+        """A client's upload is not as declared: stops the run or leaves the client out of the rest of the round."""
+        said = f"Client {client}'s upload {when_of(self._round['entry'], self.done, exchange)} {why}"
+        if self.config.on_nan == "stop":
+            raise UserError(f"{said}; leave such uploads out with --on-nan skip.{self._undeclared()}")
+        self._leave_out(client, {"exchange": exchange, "reason": why})
+        self.bench.warn(f"refused-upload-{client}", f"{said}; it was left out.")
+
+    def _undeclared(self) -> str:
+        """A hint for whoever writes a method whose uploads are not what it sends."""
+        if type(self.method).expects is not Method.expects:
+            return ""
+        return f" ({self.config.method} declares no uploads of its own; Method.expects is where a method does.)"
+
+    def _leave_out(self, k: int, why: dict[str, Any]) -> None:
+        client = self._clients.pop(k, None)
+        # What is done with a state that is thrown away was not done, but for what a client has released.
+        if client is not None and (self._round["late"] or LEDGER in client.state):
+            self._write_state(client)
+        self._round["dropped"].add(k)
+        at = 0 if self._round["entry"].one_off else self.done + 1
+        self.dropped_since = [*self.dropped_since, {"round": at, "client": k, **why}]
+
+    def none_left(self) -> None:
+        """Ends a run in whose round no client is left; a set-up round of single clients is not the whole of them."""
+        entry: Round = self._round["entry"]
+        if not (entry.one_off and isinstance(entry.participants, tuple)):
+            raise UserError(
+                f"No client is left {when_of(entry, self.done)}, as all diverged or were refused: lower --lr, or set "
+                "--clip-norm."
+            )
+
+    def _check_finite(self, tensors: Mapping[str, Any], when: str) -> None:
+        """Raises RunFailed where the model that the server has made is not finite."""
+        for name, value in tensors.items():
+            if isinstance(value, Tensor) and not all_finite(value):
+                raise RunFailed(
+                    f"The model {when} is not finite ({name}), though every upload was: nothing of that round is kept; "
+                    "lower --lr, or refuse large updates with --max-update-norm."
+                )
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -352,6 +399,7 @@ class Run:
         network = self._network()
         if network is None:
             raise ValueError("model: expected a module at the end of the plan, given None")
+        self._check_network(network)
         if not self._evaluated:  # resumed after the last round
             self._evaluate(network)
         metrics = {**self.latest, **self._gradcam(network), **self.server.report}
@@ -385,6 +433,8 @@ class Run:
             "diagnostics": self.bench.warnings,
             "versions": records.versions(),
         }
+        if self.dropped_since:  # after the last record
+            summary["dropped"] = self.dropped_since
         if private:
             summary["privacy"] = private
         records.write_summary(self.out, summary)
@@ -402,3 +452,18 @@ class Run:
             if name not in self._told:
                 self._told.add(name)
                 self.listener.on_warning(name, text)
+
+
+def when_of(entry: Round, done: int, exchange: str | None = None) -> str:
+    """When something happened, as a part of a sentence.
+
+    Args:
+        entry: the round.
+        done: communication rounds before it.
+        exchange: to be named, or else its round, where either has a name of its own.
+    """
+    named = [name for name in (entry.name, exchange) if name not in ("train", "update", None)]
+    told = f' ("{named[-1]}")' if named and (entry.one_off or exchange is not None) else ""
+    if entry.one_off:
+        return (f"after round {done}" if done else "before the first round") + told
+    return f"in round {done + 1}{told}"

@@ -24,6 +24,7 @@ from fedkern.engine.shown import prepared
 from fedkern.errors import UserError
 from fedkern.methods.base import Batch, Message, Method, Objective, Round, Step, Upload
 from fedkern.methods.cuts import cuts
+from fedkern.methods.uploads import why_refused
 from fedkern.privacy import DPSGD
 from fedkern.streams import stream
 
@@ -99,7 +100,7 @@ class Client(_Place):
         bench, config = self._bench, self._bench.config
         network = bench.network("local")
         if parts is None and self.brought(network.module):
-            return {name: value.cpu() for name, value in network.read().items()}
+            return {name: value.cpu() for name, value in network.read().items() if name in bench.trained_vectors}
         own = None
         if config.buffers != "average":
             own = self._own_buffers()
@@ -274,7 +275,9 @@ class Server(_Place):
     def __init__(self, bench: Bench, state: dict[str, Any] | None = None) -> None:
         super().__init__(bench)
         self.federation = bench.federation
+        self.trained_vectors = bench.trained_vectors
         self.state: dict[str, Any] = {} if state is None else state
+        self.refused: list[tuple[int, str]] = []  # in the exchange that is going on
         self.showing = False  # whether what is shown in this round is kept
         self.shown: dict[str, tuple[Tensor, tuple[str, str]]] = {}
 
@@ -306,6 +309,7 @@ class Server(_Place):
     def refuse(self, client: int, reason: str) -> None:
         if self._bench.config.on_nan == "stop":
             raise UserError(f"{reason}; leave such uploads out with --on-nan skip.")
+        self.refused.append((client, reason))
         self.warn(f"refused-upload-{client}", f"{reason}; it was left out.")
 
 
@@ -329,11 +333,16 @@ class Exchange:
         self.engine, self.method, self.step = engine, method, step
         self.participants, self.entry = participants, entry
         self.seconds = 0.0
+        self._left_out = 0
 
     def uploads(self, outgoing: Any) -> Iterator[Upload]:
         """Runs the clients lazily: the next one starts when the server is done with the last one's upload.
 
-        A method that asks all clients of a process at once has them all run first.
+        A method that asks all clients of a process at once has them all run first.  An upload that is not as the method
+        declares is refused here, so that no server sees it; an empty one that the method allows is nobody's.
+
+        Raises:
+            UserError: an upload is refused, or a client diverged, and the run is to stop; or no client is left.
         """
         engine, step = self.engine, self.step
         selective = getattr(self.method, "selective", False)
@@ -350,21 +359,51 @@ class Exchange:
                     answer = self.method.client_update(client, step, message)
                 except Diverged as problem:
                     engine.dropped(problem)
+                    self._left_out += 1
                     self.seconds += time.perf_counter() - start
                     continue
             else:
                 answer = together.pop(k)
             self._book(k, "up", answer)
             info: dict[str, Any] = {"samples": client.samples, **client.report}
-            given, got = message.get("parameters"), answer.get("parameters")
-            if isinstance(given, Tensor) and isinstance(got, Tensor) and given.shape == got.shape:
-                info["drift"] = float(torch.linalg.vector_norm(got - given))
+            answer, why = self._checked(k, message, answer, info)
+            if why:
+                engine.refused(k, step.exchange, why)
+                self._left_out += 1
+                self.seconds += time.perf_counter() - start
+                continue
             engine.client_done(client, info, time.perf_counter() - start)
             self.seconds += time.perf_counter() - start
             # Handed over for good: while the next client trains, only the server may still hold this upload.
-            handover = [Upload(k, client.samples, answer)]
-            del answer, given, got, client
-            yield handover.pop()
+            handover = [Upload(k, client.samples, answer)] if answer is not None else []
+            del answer, client
+            if handover:
+                yield handover.pop()
+        if self._left_out == len(self.participants):
+            engine.none_left()
+
+    def _checked(self, client: int, message: Message, answer: Any, info: dict[str, Any]) -> tuple[Message | None, str]:
+        """A client's upload as the server may see it, None where it is empty and may be; and why it is refused.
+
+        Args:
+            client: whose.
+            message: what the client was sent.
+            answer: what came back.
+            info: the client's entry in the round's record, in which ``drift`` and ``clipped`` are noted.
+        """
+        declared = self.method.expects(self.engine.server, self.step, client, message)
+        given, got = message.get("parameters"), answer.get("parameters") if isinstance(answer, Mapping) else None
+        seen: Tensor | None = None
+        if isinstance(given, Tensor) and isinstance(got, Tensor) and is_alike(got, given):
+            info["drift"] = drift = float(torch.linalg.vector_norm(got - given))
+            seen = got if math.isfinite(drift) else None  # a finite norm has no other elements
+        why = why_refused(answer, declared, seen)
+        if why or (declared and not answer):
+            return None, why
+        start, config = declared.get("parameters"), self.engine.config
+        if isinstance(start, Tensor) and (config.max_update_norm or config.clip_update_norm):
+            return bounded(answer, start, config, info)
+        return answer, ""
 
     def _together(self, messages: dict[int, Message]) -> dict[int, Message] | None:
         """What a cohort answers at once; None where its clients are asked one after another."""
@@ -387,6 +426,32 @@ class Exchange:
         if self.entry.booked:
             one_off, exchange = self.entry.one_off, self.step.exchange
             self.engine.ledger.book(client, direction, message, one_off=one_off, exchange=exchange)
+
+
+def is_alike(value: Tensor, tensor: Tensor) -> bool:
+    """Whether two tensors of one place have the same shape, dtype and layout."""
+    alike = value.shape == tensor.shape and value.dtype == tensor.dtype
+    return alike and value.device == tensor.device and value.layout is tensor.layout
+
+
+def bounded(answer: Message, start: Tensor, config: RunConfig, info: dict[str, Any]) -> tuple[Message, str]:
+    """An upload whose update has at most the norm that the settings allow, or why it is refused.
+
+    Args:
+        answer: the upload, as declared.
+        start: fp32 [P], the parameters that were sent.
+        config: its ``max_update_norm`` and ``clip_update_norm``.
+        info: gets ``clipped``, the factor on the update, where it is clipped.
+    """
+    update = answer["parameters"].to(start.device).double() - start.double()
+    norm = float(torch.linalg.vector_norm(update))
+    largest, clip = config.max_update_norm, config.clip_update_norm
+    if largest and norm > largest:
+        return answer, f"has an update of norm {norm:.6g} where --max-update-norm allows {largest:g}"
+    if not clip or norm <= clip:
+        return answer, ""
+    info["clipped"] = clip / norm
+    return {**answer, "parameters": (start + update * (clip / norm)).to(answer["parameters"])}, ""
 
 
 def message_for(outgoing: Any, client: int, selective: bool = False) -> Message | None:

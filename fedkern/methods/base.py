@@ -33,6 +33,7 @@ from fedkern.methods.protocol import (
 )
 from fedkern.methods.registry import METHODS, get, register
 from fedkern.methods.sides import Client, Objective, Server
+from fedkern.methods.uploads import Declaration, Maybe, Number, Values, like
 from fedkern.privacy import Guarantee
 
 VECTORS = ("parameters", "buffers", "integers")
@@ -46,10 +47,13 @@ __all__ = [
     "Batch",
     "Client",
     "ClientId",
+    "Declaration",
     "Federation",
     "LocalTraining",
+    "Maybe",
     "Message",
     "Method",
+    "Number",
     "Objective",
     "Observed",
     "Received",
@@ -58,7 +62,9 @@ __all__ = [
     "Server",
     "Step",
     "Upload",
+    "Values",
     "get",
+    "like",
     "option",
     "register",
 ]  # fmt: skip
@@ -95,6 +101,11 @@ class Method:
     def __init__(self, options: Any = None) -> None:
         self.options: Any = self.Options() if options is None else options
 
+    @property
+    def averages(self) -> bool:
+        """Whether the server averages uploaded ``parameters``, whose update can be bounded (``--max-update-norm``)."""
+        return False
+
     def architecture(self, client: ClientId) -> dict[str, Any]:
         """What ``Client.network`` needs beside the run's settings for the network that a client trains, or brings."""
         return {}
@@ -118,6 +129,21 @@ class Method:
         """What a client makes of a message, from its own data and state."""
         raise NotImplementedError
 
+    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
+        """What a client's upload must hold (see `fedkern.methods.uploads`); by default the tensors that it was sent.
+
+        The engine checks every upload before ``server_update`` sees it: keys, shapes, dtypes, finite values.  What does
+        not fit is refused, and the client named.  Where the declaration has the broadcast tensor itself under
+        ``parameters`` and the method ``averages``, the difference to that tensor is the client's update.
+
+        Args:
+            server: its state as the uploads before this one have left it.
+            step: the exchange.
+            client: whose upload.
+            message: what the client was sent.
+        """
+        return {name: value for name, value in message.items() if isinstance(value, Tensor)}
+
     def cohort_update(
         self, clients: Mapping[ClientId, Client], step: Step, messages: Mapping[ClientId, Message]
     ) -> Mapping[ClientId, Message] | None:
@@ -130,7 +156,10 @@ class Method:
         return None
 
     def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
-        """What the server makes of the uploads; they arrive one by one and need not be kept."""
+        """What the server makes of the uploads; they arrive one by one and need not be kept.
+
+        They are as ``expects`` declares them, and none is empty unless nothing is expected.
+        """
         raise NotImplementedError
 
     def model(self, server: Server) -> nn.Module | None:
@@ -209,8 +238,15 @@ class LocalTraining(Objective, Method):
 
     pools_statistics = True
 
+    @property
+    def averages(self) -> bool:
+        return True
+
     def start(self, server: Server) -> None:
         server.state.update(server.initial())
+
+    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
+        return {name: server.state[name] for name in server.trained_vectors if name in server.state}
 
     def send(self, server: Server, step: Step) -> Message | dict[ClientId, Message]:
         return {name: server.state[name] for name in VECTORS if name in server.state}

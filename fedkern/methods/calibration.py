@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fedkern.methods.base import Batch, ClientId, Message, Upload
+from fedkern.methods.base import Batch, ClientId, Declaration, Message, Upload, Values
 from fedkern.methods.options import Options, option
 
 JITTER = 1e-4  # added to every variance, so that directions without spread have a little
@@ -195,6 +195,17 @@ def collect(
     if statistics is None:
         raise ValueError("batches must hold at least one batch, not none")
     return statistics.message()
+
+
+def statistics_of(head: nn.Linear, options: CalibrationOptions) -> Declaration:
+    """What a client's statistics of the features that ``head`` reads must hold, see `ClassStatistics.message`."""
+    width = head.in_features
+    size = width if options.covariance == "diagonal" else width * (width + 1) // 2
+    return {
+        "counts": Values((head.out_features,), torch.int32, low=0),
+        "means": Values(("classes present", width)),
+        "scatters": Values(("classes present", size)),
+    }
 
 
 def pool(

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from fedkern.methods.base import (
     VECTORS,
     Batch,
+    ClientId,
+    Declaration,
     Federation,
     Message,
     Method,
@@ -50,6 +52,9 @@ class Centralised(Objective, Method):
 
     def client_update(self, client: Client, step: Step, message: Message) -> Message:
         return client.train(self, step, message)
+
+    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
+        return {name: server.state[name] for name in server.trained_vectors if name in server.state}
 
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor:
         return supervised_loss(model, batch)

@@ -16,10 +16,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkern import models
-from fedkern.methods.base import VECTORS, Client, ClientId, Message, Server, Step, Upload, option, register
+from fedkern.methods.base import (
+    VECTORS,
+    Client,
+    ClientId,
+    Declaration,
+    Message,
+    Server,
+    Step,
+    Upload,
+    option,
+    register,
+)
 from fedkern.methods.evaluate import classification
 from fedkern.methods.oneshot import OneShot, exhaust
-from fedkern.methods.oneshot_members import Members, OwnNetworks, train_member
+from fedkern.methods.oneshot_members import Members, OwnNetworks, member_vectors, train_member
 from fedkern.models.cost import memory_ratio
 
 
@@ -46,6 +57,10 @@ class Ensemble(OwnNetworks, OneShot):
 
     needs_statistics = True
 
+    @property
+    def averages(self) -> bool:
+        return False
+
     def start(self, server: Server) -> None:
         super().start(server)
         self.members(server).check()
@@ -68,6 +83,10 @@ class Ensemble(OwnNetworks, OneShot):
                 client.state["own"] = {name: trained[name] for name in VECTORS if name in trained}
             return trained
         return super().client_update(client, step, message)
+
+    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
+        own = member_vectors(server, self.architectures, client) if step.exchange == "update" else None
+        return super().expects(server, step, client, message) if own is None else own
 
     def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
         if step.exchange != "update":

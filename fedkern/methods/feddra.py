@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from fedkern import ops
@@ -40,6 +40,7 @@ from fedkern.methods.base import (
     Batch,
     Client,
     ClientId,
+    Declaration,
     Federation,
     Message,
     Received,
@@ -53,6 +54,7 @@ from fedkern.methods.base import (
 from fedkern.methods.frozen import remembered
 from fedkern.methods.pairs import TEMPERATURE
 from fedkern.methods.robust import LOSSES, Robust, vectors_of
+from fedkern.methods.uploads import once
 from fedkern.models.towers import PARTS
 
 ALIGNMENT = PARTS[2:]
@@ -143,6 +145,15 @@ class FedDRA(Robust):
             return {k: {**part, **own} for k, own in self.shares(server).items()}
         return super().send(server, step)
 
+    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
+        if step.exchange != "alignment":
+            return super().expects(server, step, client, message)
+        if not self.averaged:
+            return {}
+        whole = super().expects(server, step, client, message)
+        sizes = once(server.scratch, "alignment", lambda: part_sizes(server.build()))
+        return {name: vector[-sizes[name] :] for name, vector in whole.items() if sizes[name]}
+
     def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
         if step.exchange == LOSSES:
             super().server_update(server, step, uploads)
@@ -205,6 +216,17 @@ class FedDRA(Robust):
     def judge(self, model: Any, batch: Any) -> Tensor:
         x, y = model(batch.images, batch.tokens)
         return self.options.lambda1 * ops.contrastive(x, y, TEMPERATURE)
+
+
+def part_sizes(network: nn.Module) -> dict[str, int]:
+    """How many elements of a network's vectors are those of what the first stage trains."""
+    sizes = dict.fromkeys(VECTORS, 0)
+    for name in ALIGNMENT:
+        part = network.get_submodule(name)
+        sizes["parameters"] += sum(parameter.numel() for parameter in part.parameters())
+        for buffer in part.buffers():
+            sizes["buffers" if buffer.is_floating_point() else "integers"] += buffer.numel()
+    return sizes
 
 
 def spliced(model: Mapping[str, Any], part: Mapping[str, Tensor]) -> Message:

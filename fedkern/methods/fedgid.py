@@ -31,6 +31,7 @@ from fedkern.methods.base import (
     Batch,
     Client,
     ClientId,
+    Declaration,
     Federation,
     LocalTraining,
     Message,
@@ -40,6 +41,7 @@ from fedkern.methods.base import (
     Server,
     Step,
     Upload,
+    Values,
     option,
     register,
 )
@@ -254,6 +256,16 @@ class FedGID(LocalTraining):
             client.state["pool"] = message["pool"]
             return {}
         return super().client_update(client, step, message)
+
+    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
+        if step.exchange == "collect":
+            channels, height, width = server.image_shape
+            return {
+                "images": Values(("images", channels, height, width), torch.uint8),
+                "masks": Values(("images", height, width), torch.bool),
+                "labels": Values(("images",), torch.int64, low=0, high=server.federation.classes - 1),
+            }
+        return {} if step.exchange == "distribute" else super().expects(server, step, client, message)
 
     def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
         if step.exchange == "collect":

@@ -34,7 +34,9 @@ from fedkern.methods.base import (
     Batch,
     Client,
     ClientId,
+    Declaration,
     Federation,
+    Maybe,
     Message,
     Objective,
     Received,
@@ -42,6 +44,7 @@ from fedkern.methods.base import (
     Server,
     Step,
     Upload,
+    Values,
     register,
 )
 from fedkern.methods.fediod_client import Answers
@@ -168,6 +171,25 @@ class FedIOD(Objective, OwnNetworks):
         there = server.rng("absent", iteration).random(server.federation.clients) >= self.options.absent
         return [k for k in clients if there[k]]
 
+    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
+        kind, _ = parts(step)
+        classes, channels, (height, width) = server.federation.classes, server.image_shape[0], server.image_shape[1:]
+        positions = (height, width) if server.task == "segmentation" else ()
+        if kind == "teacher":
+            how = self.options.class_weights
+            told = Values((classes,), torch.float32 if how == "counts" else torch.bool, low=0)
+            return {} if how == "uniform" else {"classes": told}
+        if kind == "answers":
+            assert server.public is not None  # asked for in start
+            return {"logits": Values((len(server.public), classes, *positions))}
+        if not self._generates:
+            return {}
+        if kind == "gradients":  # nothing of a client that has lost what it kept of the images
+            return {"gradients": Maybe(Values((self.options.batch, channels, height, width)))}
+        size = len(message["images"])
+        scores = {"scores": Values((size,), low=0, high=1)} if promise.tells_scores(self.settings) else {}
+        return {"logits": Values((size, classes, *positions)), **scores}
+
     def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
         kind, i = parts(step)
         if kind == "teacher":
@@ -185,7 +207,7 @@ class FedIOD(Objective, OwnNetworks):
             if answers:
                 scratch["criticism"] = shop.criticise(images, answers)
         elif kind == "gradients":
-            shop.improve([message["gradients"] for message in answers.values() if "gradients" in message])
+            shop.improve([message["gradients"] for message in answers.values()])
         else:
             ensemble = self._teach(server, shop, step, answers)
             shop.iteration += 1

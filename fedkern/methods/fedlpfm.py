@@ -29,9 +29,12 @@ from fedkern.methods.base import (
     Batch,
     Client,
     ClientId,
+    Declaration,
     Federation,
     LocalTraining,
+    Maybe,
     Message,
+    Number,
     Observed,
     Received,
     Round,
@@ -174,10 +177,15 @@ class FedLPFM(LocalTraining):
     def send(self, server: Server, step: Step) -> Message | dict[ClientId, Message]:
         return {} if step.exchange == TUNE else super().send(server, step)
 
+    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
+        if step.exchange == TUNE:
+            return {"right": Maybe(Number(0, 1))}
+        return super().expects(server, step, client, message)
+
     def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
         if step.exchange != TUNE:
             super().server_update(server, step, uploads)
-        elif right := [upload.message["right"] for upload in uploads if "right" in upload.message]:
+        elif right := [upload.message["right"] for upload in uploads]:
             server.report["validation_tuned_teacher_accuracy"] = sum(right) / len(right)
 
     def _tune(self, client: Client) -> Message:

@@ -35,17 +35,22 @@ from fedkern.methods.base import (
     Batch,
     Client,
     ClientId,
+    Declaration,
     Federation,
     LocalTraining,
+    Maybe,
     Message,
     Received,
     Round,
     Server,
     Step,
     Upload,
+    Values,
+    like,
     option,
     register,
 )
+from fedkern.methods.uploads import once
 
 
 @register("fedproto")
@@ -106,6 +111,10 @@ class FedProto(LocalTraining):
 
     # -- the server ------------------------------------------------------------------------------------------------
 
+    @property
+    def averages(self) -> bool:
+        return bool(self.options.networks == "averaged")
+
     def rounds(self, federation: Federation) -> Iterator[Round]:
         yield from super().rounds(federation)
         if self.options.networks == "personal":
@@ -117,9 +126,21 @@ class FedProto(LocalTraining):
         travels = ("prototypes",) if self.options.networks == "personal" else (*VECTORS, "prototypes")
         return {name: server.state[name] for name in travels if name in server.state}
 
+    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
+        network: Any = once(server.scratch, "network", server.build)
+        if step.exchange == "collect":  # a client that never took part has none
+            return {"network": Maybe(once(server.scratch, "state", lambda: like(network.state_dict())))}
+        own = {} if self.options.networks == "personal" else super().expects(server, step, client, message)
+        known = {
+            "classes": Values(("classes present",), torch.int64, low=0, high=server.federation.classes - 1),
+            "means": Values(("classes present", network.head.in_features)),
+            "counts": Values(("classes present",), torch.int64, low=1),
+        }
+        return {**own, "prototypes": known}
+
     def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
         if step.exchange == "collect":
-            server.state["networks"] = {u.client_id: u.message["network"] for u in uploads if u.message}
+            server.state["networks"] = {u.client_id: u.message["network"] for u in uploads}
             return
         uniform = self.options.weighting == "uniform"
         classes = server.federation.classes

@@ -28,6 +28,7 @@ from fedkern.methods.base import (
     Batch,
     Client,
     ClientId,
+    Declaration,
     Federation,
     Message,
     Method,
@@ -40,7 +41,7 @@ from fedkern.methods.base import (
     option,
     register,
 )
-from fedkern.methods.calibration import CalibrationOptions, calibrate, collect, pool
+from fedkern.methods.calibration import CalibrationOptions, calibrate, collect, pool, statistics_of
 from fedkern.methods.fusefl_levels import (
     BothHeads,
     LocalPart,
@@ -49,8 +50,8 @@ from fedkern.methods.fusefl_levels import (
     scaled_width,
     size,
     tensors_of,
-    why_refused,
 )
+from fedkern.methods.uploads import once
 from fedkern.models import MODELS
 from fedkern.models.blocks import BlockNetwork, check_alike, cut
 from fedkern.models.cost import memory_ratio
@@ -174,9 +175,6 @@ class FuseFL(Objective, Method):
                 message.update(epochs=each[-1], first=sum(each[:-1]))
             new = {i: state["levels"][i] for i in range(max(1, state["seen"].get(k, 0)), level)}
             message["others"] = {i: {j: pair for j, pair in pairs.items() if j != k} for i, pairs in new.items()}
-            left_out = [i for i, pairs in new.items() if k not in pairs]
-            if left_out:
-                message["left_out"] = left_out
             if "statistics" in state:
                 message["statistics"] = state["statistics"]
             messages[k] = message
@@ -237,16 +235,11 @@ class FuseFL(Objective, Method):
             self._calibrate(server, step, uploads)
             return
         level, state = step.round + 1, server.state
-        networks = _Networks(self, server, state["widths"])
         accepted: dict[ClientId, Message] = {}
         sizes: list[int] = []
         for upload in uploads:
             sizes.append(size(upload.message))
             state["seen"][upload.client_id] = level
-            reason = why_refused(upload.message, self._expected(server, networks, upload.client_id, level))
-            if reason:
-                server.refuse(upload.client_id, f"Client {upload.client_id}'s upload of level {level} {reason}")
-                continue
             message = dict(upload.message)
             if "head" in message:
                 state["heads"][upload.client_id] = message.pop("head")
@@ -254,8 +247,6 @@ class FuseFL(Objective, Method):
                 # In the released code one Python object serves all clients: the last one's statistics stay.
                 state["statistics"] = message.pop("statistics")
             accepted[upload.client_id] = message
-        if not accepted:
-            raise UserError(f"No client's block of level {level} could be used: lower --lr, or set --clip-norm.")
         # In client order, so that the order of arrival changes nothing.
         state["levels"][level] = dict(sorted(accepted.items()))
         state["heads"] = dict(sorted(state["heads"].items()))
@@ -266,13 +257,18 @@ class FuseFL(Objective, Method):
             server.report["parameters"] = sum(p.numel() for p in fused.parameters())
             server.report["memory_ratio"] = memory_ratio(fused, server.build())
 
-    def _expected(self, server: Server, networks: _Networks, client: ClientId, level: int) -> dict[str, Any]:
-        network, levels = networks.of(client), server.state["levels"]
+    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
+        if step.name == CALIBRATE:
+            return once(server.scratch, CALIBRATE, lambda: statistics_of(self._plain_head(server), self.options))
+        level, levels = step.round + 1, server.state["levels"]
+        networks = once(server.scratch, "networks", lambda: _Networks(self, server, server.state["widths"]))
+        network = networks.of(client)
         expected: dict[str, Any] = {"block": network.blocks[level - 1].state_dict()}
         if level > 1:
             shape = networks.shapes(client)[level - 2]
             adaptor = make_adaptor(self.options.adaptor, shape, len(levels[level - 1]))
-            expected["adaptor"] = adaptor.state_dict()
+            if any(True for _ in adaptor.parameters()):
+                expected["adaptor"] = adaptor.state_dict()
             if self.options.frozen_bn == "code":
                 expected["statistics"] = {
                     i: {j: dict(networks.of(j).blocks[i - 1].named_buffers()) for j in pairs}
@@ -383,7 +379,7 @@ def _received(client: Client, message: Message) -> dict[int, dict[ClientId, Mess
     own = client.state.get("own", {"level": 0})
     for i, others in message["others"].items():
         pairs = dict(others)
-        if own["level"] == i and i not in message.get("left_out", ()):
+        if own["level"] == i:
             pairs[client.id] = own["pair"]
         levels[i] = dict(sorted(pairs.items()))
     return _with_statistics(levels, message.get("statistics", {}))

@@ -127,29 +127,6 @@ def flat(message: Any, prefix: str = "") -> dict[str, Tensor]:
     return found
 
 
-def why_refused(message: Any, expected: Mapping[str, Any]) -> str:
-    """Why an upload cannot be used, as the end of a sentence about it; empty when it can.
-
-    Args:
-        message: what came.
-        expected: nested dicts with a tensor of the right shape and dtype wherever there must be one.
-    """
-    came, wanted = flat(message), flat(expected)
-    odd = sorted(came.keys() ^ wanted.keys())
-    if odd:
-        return f"{'lacks' if odd[0] in wanted else 'should not hold'} {odd[0]}"
-    for name, tensor in came.items():
-        like = wanted[name]
-        if tensor.shape != like.shape or tensor.dtype != like.dtype:
-            return (
-                f"has {name} of shape {list(tensor.shape)} and {tensor.dtype} where shape {list(like.shape)} and "
-                f"{like.dtype} are expected"
-            )
-        if not bool(torch.isfinite(tensor).all()):
-            return f"holds NaN or infinite values in {name}"
-    return ""
-
-
 def mean_head(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The uniform average of the clients' classifiers."""
     return {

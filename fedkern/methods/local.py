@@ -12,6 +12,7 @@ from torch.nn.functional import log_softmax
 from fedkern.methods.base import (
     Batch,
     ClientId,
+    Declaration,
     Federation,
     Message,
     Method,
@@ -21,11 +22,13 @@ from fedkern.methods.base import (
     Server,
     Step,
     Upload,
+    like,
     register,
 )
 from fedkern.methods.pairs import pair_figures, supervised_loss
 from fedkern.methods.segmentation import segmentation
 from fedkern.methods.sides import Client
+from fedkern.methods.uploads import once
 from fedkern.models import Ensemble
 
 
@@ -57,6 +60,9 @@ class Local(Objective, Method):
 
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor:
         return supervised_loss(model, batch)
+
+    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
+        return {"network": once(server.scratch, "network", lambda: like(server.build().state_dict()))}
 
     def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
         for upload in uploads:

@@ -20,6 +20,7 @@ from fedkern.methods.base import (
     VECTORS,
     Client,
     ClientId,
+    Declaration,
     Federation,
     Message,
     Round,
@@ -29,9 +30,10 @@ from fedkern.methods.base import (
     option,
     register,
 )
-from fedkern.methods.calibration import CalibrationOptions, calibrate, collect, pool
+from fedkern.methods.calibration import CalibrationOptions, calibrate, collect, pool, statistics_of
 from fedkern.methods.fedavg import FedAvg
-from fedkern.methods.oneshot_members import finite, flatten, load, vectors
+from fedkern.methods.oneshot_members import flatten, load, vectors
+from fedkern.methods.uploads import once
 
 
 class OneShot(FedAvg):
@@ -77,11 +79,16 @@ class OneShot(FedAvg):
             return collect(network.features, client.batches(), len(client.classes), self.options)
         return super().client_update(client, step, message)
 
+    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
+        if step.exchange == "statistics":
+            return once(server.scratch, "statistics", lambda: statistics_of(self.head(server), self.options))
+        return super().expects(server, step, client, message)
+
     def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
         if step.exchange == "statistics":
             self._calibrate(server, step, uploads)
         else:
-            super().server_update(server, step, finite(server, uploads))
+            super().server_update(server, step, uploads)
 
     def _calibrate(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
         o, head = self.options, self.head(server)

@@ -11,9 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from fedkern import ops
-from fedkern.methods.base import VECTORS, Client, Federation, Message, Round, Server, Step, Upload, option
+from fedkern.methods.base import (
+    VECTORS,
+    Client,
+    ClientId,
+    Declaration,
+    Federation,
+    Message,
+    Round,
+    Server,
+    Step,
+    Upload,
+    option,
+)
 from fedkern.methods.oneshot import OneShot, exhaust
-from fedkern.methods.oneshot_members import Members, OwnNetworks, flatten, load, train_member, vectors
+from fedkern.methods.oneshot_members import Members, OwnNetworks, flatten, load, member_vectors, train_member, vectors
 from fedkern.methods.oneshot_synthesis import Synthesis, refuse_diverged
 from fedkern.models.ensemble import Ensemble
 from fedkern.models.generator import Generator
@@ -41,6 +53,10 @@ class Distilled(OwnNetworks, OneShot):
         distill_batch: int = option(128, "images per step of the distillation", low=2)
 
     needs_statistics = True
+
+    @property
+    def averages(self) -> bool:
+        return False  # every network counts by itself too
 
     def members(self, server: Server) -> Members:
         """The uploaded networks."""
@@ -101,6 +117,12 @@ class Distilled(OwnNetworks, OneShot):
         if step.exchange == "update":
             return train_member(self, client, step, message, self.architectures)
         return super().client_update(client, step, message)
+
+    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
+        if step.exchange == "distil":
+            return {}
+        own = member_vectors(server, self.architectures, client) if step.exchange == "update" else None
+        return super().expects(server, step, client, message) if own is None else own
 
     def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
         if step.exchange == "update":

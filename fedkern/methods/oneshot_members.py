@@ -10,7 +10,20 @@ from torch import Tensor, nn
 
 from fedkern import models
 from fedkern.errors import UserError, nearest
-from fedkern.methods.base import VECTORS, Client, ClientId, LocalTraining, Message, Method, Server, Step, Upload
+from fedkern.methods.base import (
+    VECTORS,
+    Client,
+    ClientId,
+    Declaration,
+    LocalTraining,
+    Message,
+    Method,
+    Server,
+    Step,
+    Upload,
+    like,
+)
+from fedkern.methods.uploads import all_finite, once
 from fedkern.models.ensemble import Ensemble
 from fedkern.ops import FlatParameters
 
@@ -90,38 +103,13 @@ def load(flat: FlatParameters, message: Message) -> nn.Module:
     return flat.module
 
 
-def not_finite(message: Message) -> str | None:
-    """Which of a message's vectors holds NaN or infinity."""
-    for name in VECTORS:
-        value = message.get(name)
-        if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            return name
-    return None
-
-
-def refuse(server: Server, client: int, why: str) -> None:
-    """Says that a client's network cannot be used: the end of the run, or a warning with ``--on-nan skip``."""
-    server.refuse(client, f"The network of client {client} cannot be used: {why}")
-
-
-def finite(server: Server, uploads: Iterable[Upload]) -> Iterator[Upload]:
-    """The uploads without those that hold NaN or infinity, which are refused by name.
-
-    Raises:
-        UserError: one is refused and the run is not to go on without it, or none is left.
-    """
-    some = False
-    for upload in uploads:
-        bad = not_finite(upload.message)
-        if bad is not None:
-            refuse(server, upload.client_id, f"its {bad} are not finite")
-        else:
-            some = True
-            handover = [upload]
-            del upload  # only the reader may hold it while the next client trains
-            yield handover.pop()
-    if not some:
-        raise UserError("Every client's network was refused: lower --lr, or set --clip-norm.")
+def member_vectors(server: Server, architectures: Architectures, client: int) -> Declaration | None:
+    """What a client of its own architecture uploads; None for one that has the run's network."""
+    own = architecture(architectures, client)
+    if not own:
+        return None
+    key = f"member {own['model']} {own['width']}"
+    return once(server.scratch, key, lambda: like(vectors(flatten(server.build(**own)))))
 
 
 def train_member(
@@ -166,17 +154,16 @@ class Members:
             self.build(client)
 
     def collect(self, step: Step, uploads: Iterable[Upload]) -> Iterator[Upload]:
-        """Keeps every upload that makes a sound network, and passes it on; others are refused by name.
+        """Keeps every upload whose network answers with finite logits, and passes it on; others are refused by name.
 
         Raises:
             UserError: one is refused and the run is not to go on without it, or none is left.
         """
         kept = self.server.state["members"] = {}
         for upload in uploads:
-            why = not_finite(upload.message)
-            why = f"its {why} are not finite" if why else self._unsound(step, upload)
-            if why:
-                refuse(self.server, upload.client_id, why)
+            if not self._sound(step, upload):
+                k = upload.client_id
+                self.server.refuse(k, f"The network of client {k} cannot be used: its logits are not finite")
                 continue
             own = {name: upload.message[name] for name in VECTORS if name in upload.message}
             kept[upload.client_id] = {**own, "samples": upload.samples}
@@ -185,16 +172,14 @@ class Members:
             raise UserError("Every client's network was refused: lower --lr, or set --clip-norm.")
 
     @torch.no_grad()
-    def _unsound(self, step: Step, upload: Upload) -> str | None:
+    def _sound(self, step: Step, upload: Upload) -> bool:
+        """Whether the network answers noise with finite logits."""
         module = self.build(upload.client_id)
-        try:
-            load(flatten(module), upload.message)
-        except (KeyError, ValueError) as error:
-            return f"it does not fit its architecture ({error})"
+        load(flatten(module), upload.message)
         shape = (PROBES, *self.server.image_shape)
         noise = torch.from_numpy(self.server.rng("probe", step).standard_normal(shape, dtype="float32"))
         logits = module.eval()(noise.to(self.server.device))
-        return None if bool(torch.isfinite(logits).all()) else "its logits are not finite"
+        return all_finite(logits)
 
     def clients(self) -> list[int]:
         """The ids of the members, ascending."""

@@ -28,8 +28,21 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkern.errors import UserError
-from fedkern.methods.base import Client, Message, Method, Round, Server, Step, Upload
+from fedkern.methods.base import (
+    Client,
+    ClientId,
+    Declaration,
+    Message,
+    Method,
+    Number,
+    Round,
+    Server,
+    Step,
+    Upload,
+    Values,
+)
 from fedkern.methods.oneshot_members import flatten, load
+from fedkern.methods.uploads import once
 
 EXCHANGES = ("statistics", "normalised")
 HEADS = ("image_head", "text_head")
@@ -107,15 +120,26 @@ class Pooling:
                 texts.append(network.text_align.first(network.encode_text(batch.tokens), batch.tokens.mask))
         return {"image_head": torch.cat(images), "text_head": torch.cat(texts)}
 
+    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
+        """Of either head what `client_update` returns."""
+
+        def made() -> Declaration:
+            network: Any = server.build()
+            due: dict[str, Any] = {"samples": Number(low=1, whole=True)}
+            for head in HEADS:
+                layers = getattr(network, head)
+                name = _batch_norms(layers)[EXCHANGES.index(step.exchange)]
+                due[f"{head}.{name}"] = Values((2, layers.get_submodule(name).num_features), torch.float64)
+            return due
+
+        return once(server.scratch, step.exchange, made)
+
     def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
         """Puts mean and variance of the mixture into ``server.state["buffers"]``."""
         total = 0.0
         pooled: dict[str, Tensor] = {}
         for upload in uploads:
-            count = int(upload.message["samples"])
-            if not all(bool(x.isfinite().all()) for x in upload.message.values() if isinstance(x, Tensor)):
-                server.refuse(upload.client_id, f"The statistics of client {upload.client_id} are not finite")
-                continue
+            count = upload.message["samples"]
             weight = self.method.weight(server, upload)
             total += weight
             for name, sums in upload.message.items():

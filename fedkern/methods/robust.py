@@ -28,8 +28,10 @@ from fedkern.methods.base import (
     VECTORS,
     Client,
     ClientId,
+    Declaration,
     LocalTraining,
     Message,
+    Number,
     Received,
     Round,
     Server,
@@ -87,6 +89,9 @@ class Robust(LocalTraining):
             return self.own_loss(client, message)
         client.report["weight"] = message["weight"]
         return client.train(self, step, {**message, **self.held(client, message)}, rows=self.rows(client)[0])
+
+    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
+        return {"loss": Number()} if step.exchange == LOSSES else super().expects(server, step, client, message)
 
     def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
         if step.exchange == LOSSES:
@@ -160,11 +165,7 @@ class Robust(LocalTraining):
         server.state["current"] = []
         for upload in uploads:
             server.state["current"] = [*server.state["current"], upload.client_id]
-            loss = float(upload.message["loss"])
-            if np.isfinite(loss):
-                losses[upload.client_id] = loss
-            else:
-                server.refuse(upload.client_id, f"The loss of client {upload.client_id} on its own samples is {loss}")
+            losses[upload.client_id] = upload.message["loss"]
         known = losses[~np.isnan(losses)]
         if not len(known):
             return

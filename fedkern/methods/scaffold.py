@@ -25,7 +25,19 @@ from torch import Tensor
 
 from fedkern import ops
 from fedkern.errors import UserError
-from fedkern.methods.base import VECTORS, Client, Message, Received, Server, Step, Upload, option, register
+from fedkern.methods.base import (
+    VECTORS,
+    Client,
+    ClientId,
+    Declaration,
+    Message,
+    Received,
+    Server,
+    Step,
+    Upload,
+    option,
+    register,
+)
 from fedkern.methods.fedavg import FedAvg
 from fedkern.methods.pairs import supervised_loss
 from fedkern.models.norms import fix_statistics
@@ -66,10 +78,11 @@ class Scaffold(FedAvg):
         correction = (message["control"] - own).to(client.device)
         result = super().client_update(client, step, {**message, "correction": correction, "path": path})
         new = self.gradient(client, step, message) if self.options.control == "I" else path["sum"] / path["steps"]
-        change = new.cpu() - own
-        if bool(torch.isfinite(change).all()):
-            client.state["control"] = new.cpu()
-        return {**result, "control": change}
+        client.state["control"] = new.cpu()
+        return {**result, "control": new.cpu() - own}
+
+    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
+        return {**super().expects(server, step, client, message), "control": server.state["control"]}
 
     def adjust_gradient(self, parameters: Tensor, gradients: Tensor, received: Received) -> None:
         path = received.message["path"]
@@ -102,11 +115,8 @@ class Scaffold(FedAvg):
         def controls() -> Iterator[Upload]:
             nonlocal present
             for upload in uploads:
-                if bool(torch.isfinite(upload.message["control"]).all()):
-                    change.add(upload.message["control"], shares[upload.client_id])
-                    present += shares[upload.client_id]
-                else:
-                    server.refuse(upload.client_id, f"The control variate of client {upload.client_id} is not finite")
+                change.add(upload.message["control"], shares[upload.client_id])
+                present += shares[upload.client_id]
                 handover = [upload]
                 del upload  # or it would live until the next one has arrived
                 yield handover.pop()

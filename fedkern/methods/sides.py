@@ -261,6 +261,8 @@ class Server(Place, Protocol):
     """The server as its method sees it.
 
     Attributes:
+        trained_vectors: which of a network's vectors `Client.train` returns: ``parameters``, and ``buffers`` and
+            ``integers`` where the buffer policy lets them travel.
         state: outlives the round, as a client's does.
         scratch: lives between the exchanges of a round and may vanish.
         report: named figures; they stand in the records of this and later rounds (a later value replaces an earlier
@@ -268,8 +270,9 @@ class Server(Place, Protocol):
     """
 
     federation: Federation
+    trained_vectors: tuple[str, ...]
     state: dict[str, Any]
-    scratch: dict[str, Any]
+    scratch: dict[Any, Any]
     report: dict[str, float]
 
     def build(self, *, model: str | None = None, width: int | None = None, classes: int | None = None) -> Any:
@@ -303,7 +306,9 @@ class Server(Place, Protocol):
         ...
 
     def refuse(self, client: ClientId, reason: str) -> None:
-        """Says that a client's upload cannot be used: ends the run, or is a warning with ``--on-nan skip``.
+        """Says that a client's upload cannot be used for a reason that ``Method.expects`` cannot state.
+
+        It ends the run, or with ``--on-nan skip`` the client is left out of the rest of the round.
 
         Args:
             client: whose upload.

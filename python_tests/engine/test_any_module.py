@@ -12,6 +12,7 @@ from fedkern.engine.network import Network
 from fedkern.engine.serial import Client, Server
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg, Method, Objective, Round, Step, register
+from fedkern.methods.base import Number, like
 
 STEP = Step(0, "train", "update")
 WIDTHS = (2, 3, 2)
@@ -57,6 +58,9 @@ class Stack(Objective, Method):
     def loss(self, model, batch, received):
         loss = cross_entropy(model(batch.images), batch.labels)
         return received.message["weight"] * loss, {"seen": loss.detach()}
+
+    def expects(self, server, step, client, message):
+        return {"network": like(server.build(width=WIDTHS[client]).state_dict()), "right": Number(low=0, whole=True)}
 
     def server_update(self, server, step, uploads):
         total = 0

@@ -205,7 +205,7 @@ def test_a_diverging_client_is_skipped(make_data, make_config, tmp_path, monkeyp
 
 
 def test_nobody_left_stops_the_run(make_data, make_config, tmp_path):
-    with pytest.raises(UserError, match="Every client of round 1 diverged"):
+    with pytest.raises(UserError, match="No client is left in round 1"):
         run(make_config(lr=1e30, on_nan="skip"), out=tmp_path, data=make_data())
 
 

@@ -9,6 +9,7 @@ from interrupted import Kill, KillAt, outcome
 
 from fedkern.engine import RunConfig, run
 from fedkern.methods import METHODS, Method, Round, option, register
+from fedkern.methods.base import Number
 
 
 class Probe(Method):
@@ -45,6 +46,13 @@ class Probe(Method):
         assert "asked" in client.scratch  # kept between the exchanges of a round
         client.state["visits"] += 1
         return {"visits": client.state["visits"]}
+
+    def expects(self, server, step, client, message):
+        return {
+            "hello": {"n": Number(low=1, whole=True)},
+            "ask": {"draw": Number(0, 1)},
+            "tell": {"visits": Number(low=1, whole=True)},
+        }[step.exchange]
 
     def server_update(self, server, step, uploads):
         if step.exchange == "ask":

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from interrupted import Kill, KillAt, outcome
+from smallest import SETTINGS
 
 from fedkern.engine import Listener, RunConfig, Terminated, atomic, read_model, run
 from fedkern.engine.checkpoint import Checkpoints
@@ -90,33 +91,6 @@ def test_killed_again_and_again(make_data, make_config, tmp_path, reference):
             pass
     assert attempt >= 2
     assert outcome(tmp_path) == expected
-
-
-# Settings that make a method small enough for this test, or show more of what it keeps from round to round.
-CALIBRATED = {"calibrate": True, "virtual_features": 20, "calibration_epochs": 1}
-DISTILLED = {"distill_batch": 4, "distill_epochs": 2, **CALIBRATED}
-GENERATED = {"nz": 4, "ngf": 2, "generator_steps": 2, "synthesis_batch": 8, **DISTILLED}
-SETTINGS = {
-    "ccvr": {"options": CALIBRATED},
-    "coboosting": {"options": GENERATED},
-    "dense": {"options": GENERATED},
-    "ensemble": {"options": {"models": "cnn:2,resnet8:2", **CALIBRATED}},
-    "feddf": {"options": DISTILLED},
-    "feddra": {
-        "width": 4,
-        "local_steps": 2,
-        "optimizer": "adamw",
-        "lr": 1e-3,
-        "buffers": "pool",
-        "options": {"alignment_steps": 1},
-    },
-    "fedgid": {"options": {"background_pool": "shared"}},
-    "fediod": {"options": {"nz": 4, "ngf": 2, "ndf": 2, "batch": 8, "student_steps": 2, "ema": 0.9, "absent": 0.3}},
-    "fedproto": {"options": {"networks": "personal"}},
-    "fusefl": {"local_epochs": 4, "options": {"blocks": 3, "frozen_bn": "code"}},
-    "moon": {"local_epochs": 2},
-    "scaffold": {"options": {"control": "I"}},
-}
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

@@ -48,10 +48,10 @@ def statistics(upload):
 @pytest.mark.parametrize(
     ("level", "change", "said"),
     [
-        ("level1", nan, r"Client 1's upload of level 1 holds NaN or infinite values in block\.0\.0\.weight"),
-        ("level2", shape, r"Client 1's upload of level 2 has block\..* of shape \[1, .* are expected"),
-        ("level2", missing, r"Client 1's upload of level 2 lacks adaptor\.bias"),
-        ("calibrate", statistics, "Client 1's calibration upload is unusable: means .* finite"),
+        ("level1", nan, r"round 1 \(\"level1\"\) holds NaN or infinite values in block\.0\.0\.weight"),
+        ("level2", shape, r"Client 1's upload in round 2 \(\"level2\"\) has block\..* of shape \[1, .* are expected"),
+        ("level2", missing, r"Client 1's upload in round 2 \(\"level2\"\) lacks adaptor"),
+        ("calibrate", statistics, r"round 3 \(\"calibrate\"\) holds NaN or infinite values in means"),
     ],
 )
 def test_bad_uploads_are_named_or_left_out(level, change, said, make_data, make_config, tmp_path, monkeypatch):
@@ -77,7 +77,7 @@ def test_nobody_left_is_an_error(make_data, make_config, tmp_path, monkeypatch):
             return upload
 
     monkeypatch.setitem(METHODS, "fusefl", Everybody)
-    with pytest.raises(UserError, match="No client's block of level 1 could be used"):
+    with pytest.raises(UserError, match="No client is left in round 1, as all diverged or were refused"):
         run(config_of(make_config, on_nan="skip"), out=tmp_path / "blocks", data=make_data())
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from fedkern.engine import read_metrics, run
 from fedkern.errors import UserError
-from fedkern.methods import METHODS, Step, Upload
+from fedkern.methods import METHODS, Step
 from fedkern.methods.oneshot import OneShotFedAvg
 
 FAST = {"virtual_features": 50, "calibration_epochs": 1}
@@ -71,49 +71,43 @@ def test_a_poisoned_upload_is_left_out_and_named(make_data, make_config, tmp_pat
 
     data = make_data()
     monkeypatch.setattr(OneShotFedAvg, "client_update", poisoned)
-    with pytest.raises(UserError, match="network of client 1 cannot be used: its parameters are not finite"):
+    with pytest.raises(UserError, match="Client 1's upload in round 1 holds NaN or infinite values in parameters"):
         run(make_config("oneshot-fedavg", model="cnn", rounds=None), out=tmp_path / "stop", data=data)
     summary = run(
         make_config("oneshot-fedavg", model="cnn", rounds=None, on_nan="skip"), out=tmp_path / "skip", data=data
     )
-    assert "client 1 cannot be used" in summary["diagnostics"]["refused-upload-1"]
+    assert "values in parameters; it was left out" in summary["diagnostics"]["refused-upload-1"]
     assert all(bool(torch.isfinite(t).all()) for t in tensors(tmp_path / "skip").values())
 
 
-def test_bad_statistics_are_left_out_and_named(make_data, make_config, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("value", "why", "nobody"),
+    [
+        (float("inf"), "infinite values in scatters", "No client is left in round 2"),
+        # What a declaration cannot say the pooling finds out.
+        (-1.0, "class statistics of client 2 cannot be used", "statistics of every client were refused"),
+    ],
+)
+def test_bad_statistics_are_left_out_and_named(value, why, nobody, make_data, make_config, tmp_path, monkeypatch):
     real = OneShotFedAvg.client_update
 
     def poisoned(self, client, step, message):
         answer = real(self, client, step, message)
         if "scatters" in answer and client.id in bad:
-            answer["scatters"][0, 0] = float("inf")
+            answer["scatters"][0, 0] = value
         return answer
 
     monkeypatch.setattr(OneShotFedAvg, "client_update", poisoned)
     bad = {2}
     config = make_config("ccvr", model="cnn", rounds=None, options=FAST, on_nan="skip")
     summary = run(config, out=tmp_path / "one", data=make_data())
-    assert "class statistics of client 2 cannot be used" in summary["diagnostics"]["refused-upload-2"]
-    with pytest.raises(UserError, match="class statistics of client 2 cannot be used"):
+    assert why in summary["diagnostics"]["refused-upload-2"]
+    assert [entry["client"] for record in read_metrics(tmp_path / "one") for entry in record.get("dropped", ())] == [2]
+    with pytest.raises(UserError, match=why):
         run(config.replace(on_nan="stop"), out=tmp_path / "stop", data=make_data())
     bad = {0, 1, 2}
-    with pytest.raises(UserError, match="statistics of every client were refused"):
+    with pytest.raises(UserError, match=nobody):
         run(config, out=tmp_path / "all", data=make_data())
-
-
-def test_everybody_refused_ends_the_run():
-    class Server:
-        def __init__(self):
-            self.warnings, self.state = {}, {}
-
-        def refuse(self, client, reason):
-            self.warnings[client] = reason
-
-    server = Server()
-    uploads = (Upload(k, 3, {"parameters": torch.full((4,), float("inf"))}) for k in (4, 7))
-    with pytest.raises(UserError, match="Every client's network was refused"):
-        OneShotFedAvg().server_update(server, STEP, uploads)
-    assert set(server.warnings) == {4, 7}
 
 
 @pytest.mark.parametrize("method", ["ccvr", "ensemble", "feddf", "dense", "coboosting"])

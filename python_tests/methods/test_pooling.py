@@ -13,6 +13,7 @@ from fedkern.engine.serial import Client, Server
 from fedkern.errors import UserError
 from fedkern.methods import FedAvg, FedDRA, FedDyn, Local, Round, Step, Upload
 from fedkern.methods.pooling import EXCHANGES, HEADS, Pooling
+from fedkern.methods.uploads import why_refused
 
 SETTINGS = {"width": 4, "batch_size": 6, "local_steps": 1, "optimizer": "adamw", "lr": 0.003, "buffers": "pool"}
 STEPS = [Step(0, "train", name) for name in EXCHANGES]
@@ -136,10 +137,16 @@ def test_a_run_books_the_exchanges_and_sends_no_statistics_of_its_own(make_pairs
 
 
 def test_damaged_statistics_are_refused(sides):
-    method, server, _ = sides("fedavg")
-    damaged = {"samples": 3, "image_head.1": torch.full((2, 10), torch.nan)}
-    with pytest.raises(UserError, match="client 0 are not finite"):
-        Pooling(method).server_update(server, STEPS[0], iter([Upload(0, 20, damaged)]))
+    method, server, clients = sides("fedavg")
+    pooling = Pooling(method)
+    sent = pooling.send(server, STEPS[0])
+    honest = pooling.client_update(clients[0], STEPS[0], sent)
+    declared = pooling.expects(server, STEPS[0], 0, sent)
+    assert why_refused(honest, declared) == ""
+    head = next(name for name in honest if name != "samples")
+    spoiled = {**honest, head: honest[head] * torch.nan}
+    assert why_refused(spoiled, declared) == f"holds NaN or infinite values in {head}"
+    assert why_refused({**honest, "samples": 0}, declared).startswith("has samples 0")
 
 
 def test_networks_whose_statistics_cannot_be_pooled_are_refused(make_data, make_config, tmp_path):

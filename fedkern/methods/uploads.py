@@ -1,0 +1,161 @@
+"""What a method declares of its clients' uploads, and why an upload does not fit the declaration.
+
+A declaration has the keys of the message that is due.  Under each stands a tensor (that shape and dtype), `Values`,
+a `Number`, `Maybe` one of these, or another dict.  Every tensor and number must be finite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Declaration = Mapping[Any, Any]
+LONGEST = 80
+"""Characters of a name in a message; a client chooses the names of what it sends."""
+
+
+@dataclass(frozen=True)
+class Values:
+    """A tensor of an upload.
+
+    Attributes:
+        shape: sizes; a name stands for any size, equal names for equal sizes within one upload.
+        dtype: its element type.
+        low, high: smallest and largest element allowed; None for any.
+    """
+
+    shape: tuple[int | str, ...]
+    dtype: torch.dtype = torch.float32
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Number:
+    """A Python number of an upload, an integer where ``whole``; ``low`` and ``high`` as of `Values`."""
+
+    low: float | None = None
+    high: float | None = None
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class Maybe:
+    """Something that an upload may lack."""
+
+    of: Any
+
+
+def like(value: Any) -> Any:
+    """The declaration of what has the shapes and dtypes of ``value``, a tensor or nested dicts of tensors."""
+    if isinstance(value, Tensor):
+        return Values(tuple(value.shape), value.dtype)
+    return {name: like(entry) for name, entry in value.items()}
+
+
+def once(scratch: dict[Any, Any], key: str, make: Callable[[], Any]) -> Any:
+    """What ``make`` returns, made once a round: for declarations that take a network to know."""
+    name = ("declared", key)
+    if name not in scratch:
+        scratch[name] = make()
+    return scratch[name]
+
+
+def needs_something(declared: Declaration) -> bool:
+    """Whether an empty upload lacks anything."""
+    return any(needs_something(entry) if isinstance(entry, Mapping) else not isinstance(entry, Maybe)
+               for entry in declared.values())  # fmt: skip
+
+
+def why_refused(message: Any, declared: Declaration, known_finite: Tensor | None = None) -> str:
+    """Why an upload does not fit the declaration, as the end of a sentence about the upload; empty where it does.
+
+    Args:
+        message: what came.
+        declared: what is due.
+        known_finite: a tensor of the message whose elements somebody has looked at already.
+    """
+    sizes: dict[str, int] = {}
+    return next(_faults(message, declared, "", sizes, known_finite), "")
+
+
+def _faults(came: Any, due: Any, name: str, sizes: dict[str, int], finite: Tensor | None) -> Iterator[str]:
+    if isinstance(due, Maybe):
+        due = due.of
+    if not isinstance(due, Mapping):
+        yield from _number(came, due, name) if isinstance(due, Number) else _tensor(came, due, name, sizes, finite)
+        return
+    if not isinstance(came, Mapping):
+        yield (
+            f"has {type(came).__name__} {name} where a dict is expected"
+            if name
+            else (f"is {type(came).__name__} where a dict of named tensors and numbers is expected")
+        )
+        return
+    if not came and not name and needs_something(due):
+        yield "is empty"
+    for key, entry in due.items():
+        if key in came:
+            yield from _faults(came[key], entry, _joined(name, key), sizes, finite)
+        elif not isinstance(entry, Maybe) and not (isinstance(entry, Mapping) and not needs_something(entry)):
+            yield f"lacks {_joined(name, key)}"
+    for key in came:
+        if key not in due:
+            yield f"should not hold {_joined(name, key)}"
+
+
+def _joined(name: str, key: Any) -> str:
+    text = f"{name}.{key}" if name else str(key)
+    return text if len(text) <= LONGEST else text[: LONGEST - 4] + " ..."
+
+
+def _tensor(came: Any, due: Tensor | Values, name: str, sizes: dict[str, int], finite: Tensor | None) -> Iterator[str]:
+    if not isinstance(came, Tensor):
+        yield f"has {type(came).__name__} {name} where a tensor is expected"
+        return
+    if came.layout is not torch.strided or came.is_meta:
+        yield f"has {name} as a {'meta' if came.is_meta else came.layout} tensor where an ordinary one is expected"
+        return
+    shape = due.shape
+    fits = came.dim() == len(shape) and all(
+        size == (sizes.setdefault(wanted, size) if isinstance(wanted, str) else wanted)
+        for size, wanted in zip(came.shape, shape, strict=True)
+    )
+    if not fits or came.dtype != due.dtype:
+        expected = ", ".join(str(sizes.get(size, size) if isinstance(size, str) else size) for size in shape)
+        given = f"shape {list(came.shape)} and {came.dtype}"
+        yield f"has {name} of {given} where shape [{expected}] and {due.dtype} are expected"
+        return
+    if came is not finite and not all_finite(came):
+        yield f"holds NaN or infinite values in {name}"
+        return
+    low, high = (due.low, due.high) if isinstance(due, Values) else (None, None)
+    if came.numel() and low is not None and float(came.min()) < low:
+        yield f"has {name} with {float(came.min()):g} where {low:g} is the least"
+    if came.numel() and high is not None and float(came.max()) > high:
+        yield f"has {name} with {float(came.max()):g} where {high:g} is the largest"
+
+
+def _number(came: Any, due: Number, name: str) -> Iterator[str]:
+    kind = int if due.whole else (int, float)
+    if isinstance(came, bool) or not isinstance(came, kind):
+        wanted = "an integer" if due.whole else "a number"
+        yield f"has {type(came).__name__} {name} where {wanted} is expected"
+    elif not -math.inf < came < math.inf:
+        yield f"has {name} {came} where a finite number is expected"
+    elif (due.low is not None and came < due.low) or (due.high is not None and came > due.high):
+        low, high = ("any" if end is None else f"{end:g}" for end in (due.low, due.high))
+        yield f"has {name} {came:.6g} where a number from {low} to {high} is expected"
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite; one pass that writes nothing, where the sum does not overflow."""
+    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0:
+        return True
+    tensor = tensor.detach()
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())

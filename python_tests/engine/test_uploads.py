@@ -1,0 +1,344 @@
+"""Uploads that are not as declared: refused before any server sees them, and the client that sent them is named."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from smallest import SETTINGS
+
+from fedkern.engine import read_metrics, read_model, run, serial
+from fedkern.errors import RunFailed, UserError
+from fedkern.methods import METHODS, FedAvg, FedDyn, FedProto, Scaffold
+from fedkern.methods.base import Maybe, Number, Values
+from fedkern.methods.uploads import all_finite, why_refused
+from fedkern.run import main
+
+
+@pytest.fixture
+def settle(make_data, make_pairs, make_public, make_config):
+    """Settings and data of a short run of a method."""
+
+    def make(method, **more):
+        plan = {"rounds": None} if METHODS[method].one_shot else {"rounds": 1}
+        given = {**plan, "grad_cam": 0, **SETTINGS.get(method, {}), **more}
+        pairs = "classification" not in METHODS[method].tasks
+        return make_config(method, **given), make_pairs() if pairs else make_public(make_data(), samples=12)
+
+    return make
+
+
+def first(message):
+    """The path of the first tensor or number in nested dicts, and what stands there."""
+    for key, value in message.items():
+        if isinstance(value, dict) and not value:
+            continue
+        path, found = first(value) if isinstance(value, dict) else ((), value)
+        return (key, *path), found
+    raise AssertionError("nothing there")
+
+
+def changed(message, path, value):
+    """A copy of nested dicts with another value at a path."""
+    key, *rest = path
+    return {**message, key: changed(message[key], rest, value) if rest else value}
+
+
+def lacking(message, path):
+    key, *rest = path
+    if rest:
+        return {**message, key: lacking(message[key], rest)}
+    return {name: value for name, value in message.items() if name != key}
+
+
+def hostile(message):
+    """What a client may send instead of ``message``, and what is said of each."""
+    path, value = first(message)
+    name = ".".join(str(key) for key in path)
+
+    def at(other):
+        return changed(message, path, other)
+
+    yield "nothing at all", None, "is NoneType where a dict"
+    yield "a list", [1, 2], "is list where a dict"
+    yield "one more", {**message, "extra": torch.zeros(1)}, "should not hold extra"
+    yield "a number for a name", {**message, 7: 7}, "should not hold 7"
+    yield "a text", at("much"), f"has str {name} where a "
+    yield "an array", at(np.zeros(3)), f"has ndarray {name} where a "
+    yield "None", at(None), f"has NoneType {name} where a "
+    if isinstance(value, torch.Tensor):
+        yield "another shape", at(value.new_zeros((*value.shape, 1))), f"has {name} of shape"
+        yield "flat", at(value.reshape(-1)[:0].reshape(0, 5, 5, 5, 5)), f"has {name} of shape"
+        other = torch.float64 if value.dtype == torch.float32 else torch.float32
+        yield "another dtype", at(value.to(other)), f"has {name} of shape"
+        yield "a complex one", at(torch.zeros(value.shape, dtype=torch.complex64)), f"has {name} of shape"
+        yield "no values", at(value.to("meta")), f"has {name} as a meta tensor"
+        yield "a sparse one", at(value.to_sparse()), f"has {name} as a torch.sparse_coo tensor"
+        if value.is_floating_point():
+            for bad in (torch.nan, torch.inf, -torch.inf):
+                spoiled = value.clone(memory_format=torch.contiguous_format)
+                spoiled.view(-1)[-1] = bad
+                yield str(bad), at(spoiled), f"holds NaN or infinite values in {name}"
+    else:
+        for bad in (float("nan"), float("inf"), True):
+            yield str(bad), at(bad), f"has {'bool ' + name if bad is True else name}"
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_refuses_hostile_uploads(method, settle, tmp_path, monkeypatch):
+    """Honest uploads of every exchange pass; nothing else does, and no server sees it."""
+    seen = {}
+    checked = serial.Exchange._checked
+
+    def watch(self, client, message, answer, info):
+        declared = self.method.expects(self.engine.server, self.step, client, message)
+        kind = self.step.name.split()[0], self.step.exchange.split()[0]
+        seen.setdefault(kind, (declared, answer))
+        return checked(self, client, message, answer, info)
+
+    config, data = settle(method)
+    with monkeypatch.context() as patch:
+        patch.setattr(serial.Exchange, "_checked", watch)
+        run(config, out=tmp_path / "honest", data=data)
+    assert any(declared for declared, _ in seen.values())
+    for declared, answer in seen.values():
+        assert why_refused(answer, declared) == ""
+        if not answer:
+            assert why_refused({"extra": 1}, declared) == "should not hold extra"
+            continue
+        for what, message, said in hostile(answer):
+            assert why_refused(message, declared).startswith(said), (what, why_refused(message, declared))
+        path, _ = first(answer)
+        due = declared
+        for key in path:
+            due = due[key] if not isinstance(due, Maybe) else due.of[key]
+        if not isinstance(due, Maybe) and not any(isinstance(entry, Maybe) for entry in declared.values()):
+            assert why_refused(lacking(answer, path), declared) != ""
+            assert why_refused({}, declared) == "is empty"
+
+    # A whole run of which client 1 sends NaN once.
+    spoilt = []
+
+    def spoil(self, client, message, answer, info):
+        path, value = first(answer) if answer else ((), None)
+        if client == 1 and not spoilt and isinstance(value, torch.Tensor) and value.is_floating_point():
+            spoilt.append(self.step.exchange)
+            answer = changed(answer, path, torch.full_like(value, torch.nan))
+        return checked(self, client, message, answer, info)
+
+    monkeypatch.setattr(serial.Exchange, "_checked", spoil)
+    if METHODS[method].pooled:
+        return  # a single client
+    with pytest.raises(UserError, match=r"^Client 1's upload .*(NaN or infinite|is expected).*--on-nan skip"):
+        run(config, out=tmp_path / "stop", data=data)
+    assert not (tmp_path / "stop" / "model.safetensors").exists()
+    exchange = spoilt.pop()
+    summary = run(config.replace(on_nan="skip"), out=tmp_path / "skip", data=data)
+    assert summary["diagnostics"]["refused-upload-1"].startswith("Client 1's upload ")
+    told = [*read_metrics(tmp_path / "skip"), summary]  # in the summary what happens after the last round
+    dropped = [entry for record in told for entry in record.get("dropped", ())]
+    assert [(entry["client"], entry["exchange"]) for entry in dropped] == [(1, exchange)]
+    module, _ = read_model(tmp_path / "skip")
+    assert all(all_finite(value) for value in module.state_dict().values())
+
+
+def poisoned(kind, value, client=1, rounds=None):
+    class Poisoned(kind):
+        def client_update(self, place, step, message):
+            answer = super().client_update(place, step, message)
+            if place.id == client and (rounds is None or step.round in rounds):
+                answer = value(answer)
+            return answer
+
+    return Poisoned
+
+
+@pytest.mark.parametrize("method", ["fedavg", "moon", "fedlpfm"])
+def test_nan_in_the_last_round_is_no_model(method, settle, tmp_path, monkeypatch):
+    kind = METHODS[method]
+
+    def nan(answer):
+        return {**answer, "parameters": answer["parameters"] * torch.nan}
+
+    monkeypatch.setitem(METHODS, method, poisoned(kind, nan, client=2, rounds=(1,)))
+    config, data = settle(method, rounds=2, **({"options": {"lambda": 0}} if method == "fedlpfm" else {}))
+    with pytest.raises(UserError, match="Client 2's upload in round 2 holds NaN or infinite values in parameters"):
+        run(config, out=tmp_path, data=data)
+    assert not (tmp_path / "model.safetensors").exists()
+    assert len(read_metrics(tmp_path)) == 1
+
+
+def test_an_empty_upload_is_not_a_participant(make_data, make_config, tmp_path, monkeypatch):
+    """FedDyn moves by the share of the clients that took part."""
+    monkeypatch.setitem(METHODS, "feddyn", poisoned(FedDyn, lambda answer: {}))
+    config = make_config("feddyn", rounds=1, on_nan="skip")
+    run(config, out=tmp_path, data=make_data())
+    (record,) = read_metrics(tmp_path)
+    assert record["dropped"] == [{"round": 1, "client": 1, "exchange": "update", "reason": "is empty"}]
+    assert sorted(record["clients"]) == ["0", "2"]
+    with pytest.raises(UserError, match="Client 1's upload in round 1 is empty"):
+        run(config.replace(on_nan="stop"), out=tmp_path / "stop", data=make_data())
+
+
+def test_a_client_that_has_nothing_and_may_is_nobodys(make_data, make_config, tmp_path, monkeypatch):
+    """FedProto collects the networks of clients that have one."""
+    seen = []
+
+    class Watched(FedProto):
+        def client_update(self, client, step, message):
+            return {} if step.exchange == "collect" and client.id == 1 else super().client_update(client, step, message)
+
+        def server_update(self, server, step, uploads):
+            kept = list(uploads)
+            seen.append((step.exchange, [upload.client_id for upload in kept]))
+            super().server_update(server, step, iter(kept))
+
+    monkeypatch.setitem(METHODS, "fedproto", Watched)
+    config = make_config("fedproto", rounds=1, options={"networks": "personal"})
+    summary = run(config, out=tmp_path, data=make_data())
+    assert seen == [("update", [0, 1, 2]), ("collect", [0, 2])]
+    assert "refused-upload-1" not in summary["diagnostics"]
+
+
+def test_a_model_that_is_not_finite_is_not_written(make_data, make_config, tmp_path, monkeypatch):
+    class Overflow(Scaffold):
+        def server_update(self, server, step, uploads):
+            super().server_update(server, step, uploads)
+            if step.round == 1:
+                server.state["parameters"] = server.state["parameters"] * torch.inf
+
+    monkeypatch.setitem(METHODS, "scaffold", Overflow)
+    with pytest.raises(RunFailed, match=r"The model in round 2 is not finite \(parameters\)") as caught:
+        run(make_config("scaffold", rounds=2), out=tmp_path, data=make_data())
+    assert caught.value.exit_code == 1
+    assert not (tmp_path / "model.safetensors").exists()
+    assert len(read_metrics(tmp_path)) == 1
+
+
+def test_the_command_line_ends_with_1(tmp_path, monkeypatch, capsys):
+    class Overflow(FedAvg):
+        def server_update(self, server, step, uploads):
+            super().server_update(server, step, uploads)
+            server.state["parameters"] = server.state["parameters"] * torch.inf
+
+    monkeypatch.setitem(METHODS, "fedavg", Overflow)
+    words = ["fedavg", "--train-samples", "60", "--rounds", "1", "--width", "2", "--out", str(tmp_path / "run")]
+    assert main([*words, "--model", "mlp", "--quiet"]) == 1
+    assert "is not finite" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+# -- the size of an update -----------------------------------------------------------------------------------------
+
+
+def boosted(answer):
+    return {**answer, "parameters": answer["parameters"] + 100}
+
+
+def test_too_large_an_update_is_refused_and_named(make_data, make_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "fedavg", poisoned(FedAvg, boosted))
+    config = make_config(rounds=1, max_update_norm=50.0)
+    said = r"Client 1's upload in round 1 has an update of norm [\d.]+ where --max-update-norm allows 50; leave such"
+    with pytest.raises(UserError, match=said):
+        run(config, out=tmp_path / "stop", data=make_data())
+    run(config.replace(on_nan="skip"), out=tmp_path / "skip", data=make_data())
+    (record,) = read_metrics(tmp_path / "skip")
+    assert [entry["client"] for entry in record["dropped"]] == [1]
+    assert all(info["drift"] < 50 for info in record["clients"].values())
+
+
+@pytest.mark.parametrize("method", ["fedavg", "scaffold", "fedproto", "afl"])
+def test_a_large_update_is_clipped(method, make_data, make_config, tmp_path, monkeypatch):
+    kind, sent = METHODS[method], {}
+
+    class Watched(poisoned(kind, lambda answer: boosted(answer) if "parameters" in answer else answer)):
+        def server_update(self, server, step, uploads):
+            if step.exchange == "update":
+                start, uploads = server.state["parameters"].double(), list(uploads)
+                norms = {u.client_id: float((u.message["parameters"] - start).norm()) for u in uploads}
+                sent.update(norms)
+            super().server_update(server, step, iter(uploads))
+
+    monkeypatch.setitem(METHODS, method, Watched)
+    run(make_config(method, rounds=1, clip_update_norm=2.0), out=tmp_path, data=make_data())
+    assert sent[1] == pytest.approx(2.0, rel=1e-4)
+    (record,) = read_metrics(tmp_path)
+    info = record["clients"]["1"]
+    assert info["clipped"] == pytest.approx(2.0 / info["drift"], rel=1e-4)
+    assert all(sent[k] <= 2.0 * (1 + 1e-6) for k in sent)
+
+
+def test_a_bound_that_nothing_reaches_changes_no_bit(make_data, make_config, tmp_path):
+    files = []
+    for name, more in (("plain", {}), ("bound", {"max_update_norm": 1e6, "clip_update_norm": 1e6})):
+        run(make_config(**more), out=tmp_path / name, data=make_data())
+        files.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert files[0] == files[1]
+
+
+AVERAGING = {
+    "afl", "ccvr", "fedavg", "feddra", "feddyn", "fedgid", "fedlpfm", "fedntd", "fedprox", "fedproto", "fml", "moon",
+    "oneshot-fedavg", "scaffold",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("name", ["max_update_norm", "clip_update_norm"])
+def test_bounds_are_for_averaging_methods(method, name, make_config):
+    rounds = {"rounds": None} if METHODS[method].one_shot else {}
+    if method in AVERAGING:
+        assert getattr(make_config(method, **{name: 3.0}, **rounds), name) == 3.0
+        return
+    with pytest.raises(UserError, match=rf"--{name.replace('_', '-')} is for methods that average .* {method} "):
+        make_config(method, **{name: 3.0}, **rounds)
+
+
+# -- declarations --------------------------------------------------------------------------------------------------
+
+
+def test_named_sizes_must_agree():
+    declared = {"classes": Values(("n",), torch.int64, low=0, high=4), "means": Values(("n", 3))}
+    good = {"classes": torch.tensor([1, 4]), "means": torch.zeros(2, 3)}
+    assert why_refused(good, declared) == ""
+    assert why_refused({"classes": torch.zeros(0, dtype=torch.int64), "means": torch.zeros(0, 3)}, declared) == ""
+    said = why_refused({**good, "means": torch.zeros(1, 3)}, declared)
+    assert said == "has means of shape [1, 3] and torch.float32 where shape [2, 3] and torch.float32 are expected"
+    assert (
+        why_refused({**good, "classes": torch.tensor([-1, 4])}, declared) == "has classes with -1 where 0 is the least"
+    )
+    assert "where 4 is the largest" in why_refused({**good, "classes": torch.tensor([1, 5])}, declared)
+
+
+def test_numbers_have_a_range():
+    assert why_refused({"n": 3}, {"n": Number(low=1, whole=True)}) == ""
+    assert why_refused({"n": 0}, {"n": Number(low=1, whole=True)}).startswith("has n 0 where a number from 1 to any")
+    assert why_refused({"n": 2.5}, {"n": Number(whole=True)}) == "has float n where an integer is expected"
+    assert why_refused({}, {"n": Maybe(Number())}) == ""
+
+
+def test_long_names_are_cut():
+    said = why_refused({"x" * 200_000: 1}, {})
+    assert re.fullmatch(r"should not hold x{76} \.\.\.", said)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_all_finite(dtype):
+    large = torch.full((3, 4), torch.finfo(dtype).max, dtype=dtype)  # a sum that overflows
+    assert all_finite(large)
+    assert all_finite(large[:0])
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        spoiled = large.clone()
+        spoiled[1, 2] = bad
+        assert not all_finite(spoiled)
+    both = torch.zeros(4, dtype=dtype)
+    both[0], both[1] = torch.inf, -torch.inf
+    assert not all_finite(both)
+    assert all_finite(torch.zeros(2, dtype=torch.int64))
+
+
+def test_records_are_json(make_data, make_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "fedavg", poisoned(FedAvg, lambda answer: {"p" * 500: object()}))
+    run(make_config(rounds=1, on_nan="skip"), out=tmp_path, data=make_data())
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert line["dropped"][0]["reason"] == "lacks parameters"
