@@ -15,6 +15,14 @@ def outcome(out):
     return (out / "model.safetensors").read_bytes(), metrics, summary
 
 
+def without(found, warning):
+    """An outcome that has this warning, without the warning."""
+    model, metrics, summary = found
+    told = dict(summary["diagnostics"])
+    del told[warning]
+    return model, metrics, {**summary, "diagnostics": told}
+
+
 class Kill(BaseException):
     """Stands for kill -9: nothing of ours may catch it."""
 

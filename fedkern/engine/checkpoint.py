@@ -27,12 +27,15 @@ class Checkpoints:
     (numbers the engine continues with) and ``sum`` (CRC-32 of all these; the first versions had none).  Files carry
     the round in their name and are never rewritten; what no kept entry names is deleted after the next commit.  Client
     states stay on disk and are read when their client takes part.
+
+    ``skipped`` names what of newer checkpoints than the one that was opened is damaged.
     """
 
     def __init__(self, out: Path) -> None:
         self.folder = out / FOLDER
         self.entries: list[dict[str, Any]] = []
         self.clients: dict[int, str] = {}
+        self.skipped: list[str] = []
         self._sums: dict[str, int] = {}
 
     # -- reading ---------------------------------------------------------------------------------------------------
@@ -54,8 +57,8 @@ class Checkpoints:
         if entries is None:
             self._collect()
             return None
-        while entries and not self._intact(entries[-1]):
-            entries.pop()
+        while entries and (damaged := self._damaged(entries[-1])):
+            self.skipped.append(f"{', '.join(damaged)} of round {entries.pop()['round']}")
         if not entries:
             raise UserError(f"All checkpoints in {self.folder} are damaged: the run cannot be resumed, start it again.")
         self.entries = entries
@@ -76,7 +79,12 @@ class Checkpoints:
             UserError: it is there, but damaged.
         """
         entry = self.peek()
-        return None if entry is None else self._load(entry["server"])
+        if entry is None:
+            return None
+        name = entry["server"]
+        if checksum(self.folder / name) != entry["files"].get(name):
+            raise UserError(f"The checkpoint cannot be read: {self.folder / name} is missing or damaged.")
+        return self._load(name)
 
     def _read_manifest(self) -> list[dict[str, Any]] | None:
         path = self.folder / MANIFEST
@@ -92,10 +100,11 @@ class Checkpoints:
         sound = [entry for entry in entries if _sound(entry)]
         if entries and not sound:
             raise UserError(f"All entries of {path} are damaged: the run cannot be resumed, start it again.")
+        self.skipped = [f"the last entry of {MANIFEST}"] if entries and not _sound(entries[-1]) else []
         return sound
 
-    def _intact(self, entry: dict[str, Any]) -> bool:
-        return all(checksum(self.folder / name) == value for name, value in entry["files"].items())
+    def _damaged(self, entry: dict[str, Any]) -> list[str]:
+        return [name for name, value in entry["files"].items() if checksum(self.folder / name) != value]
 
     def server_state(self) -> dict[str, Any]:
         """The server's state of the newest entry."""

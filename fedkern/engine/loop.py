@@ -20,9 +20,9 @@ from fedkern.engine.everybody import Everybody, check_teachers, compare_teachers
 from fedkern.engine.ledger import Ledger
 from fedkern.engine.local import Diverged
 from fedkern.engine.privacy import privacy_figures
-from fedkern.engine.resuming import changes
+from fedkern.engine.resuming import changes, repairs
 from fedkern.engine.samples import TestSet
-from fedkern.engine.saved import about_network, lacks_statistics, write_model
+from fedkern.engine.saved import about_network, lacks_statistics, results, write_model
 from fedkern.engine.serial import Client, Exchange, Server, sample_clients
 from fedkern.engine.shown import Gallery, Shown
 from fedkern.engine.state import fingerprint
@@ -352,6 +352,8 @@ class Run:
             "ledger": self.ledger.to_dict(),
             "seconds": self.seconds(),
             "metrics_bytes": self.metrics.size,
+            "metrics_sha256": self.metrics.digest,
+            "shown_sha256": self.gallery.digest,
             "observed": self.observed.to_dict(),
             "warnings": self.bench.warnings,
             "best": self.best,
@@ -363,8 +365,11 @@ class Run:
             "config": self.config.to_dict(),
             "data": data,
             "versions": records.versions(),
+            "kernels": records.kernels(),
             "finished": finished,
         }
+        if finished:
+            info["results"] = results(self.out)
         return dict(records.plain(info))
 
     def _add_phases(self, seconds: dict[str, float]) -> None:
@@ -379,7 +384,7 @@ class Run:
             )
         self.server.state = self.checkpoints.server_state()
         self.done, self.planned = entry["round"], entry["plan"]
-        self.gallery.restore(self.done)
+        self.gallery.restore(self.done, info.get("shown_sha256"))
         self.ledger = Ledger(self.config.trained_clients, **info["ledger"])
         self.observed = diagnostics.Observations(info["observed"])
         self.bench.warnings = dict(info["warnings"])
@@ -389,8 +394,8 @@ class Run:
         self.last_clients, self.phases = info["clients"], dict(info["phases"])
         self.dropped_since = info["dropped"]
         self._elapsed = info["seconds"]
-        self.metrics.truncate(info["metrics_bytes"])
-        for name, text in changes(info, self.config).items():
+        self.metrics.truncate(info["metrics_bytes"], info.get("metrics_sha256"))
+        for name, text in {**changes(info, self.config), **repairs(self.checkpoints, entry, self.out)}.items():
             self.bench.warn(name, text)
 
     # -- the end ---------------------------------------------------------------------------------------------------

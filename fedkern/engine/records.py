@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -16,6 +17,8 @@ import torch
 import fedkern
 from fedkern.engine import atomic
 from fedkern.errors import UserError
+from fedkern.ops import backend
+from fedkern.ops.loading import Unavailable
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
@@ -38,12 +41,22 @@ class Metrics:
     def __init__(self, out: Path) -> None:
         self.path = out / METRICS
         self.size = 0
+        self._sum = hashlib.sha256()
 
-    def truncate(self, size: int) -> None:
-        """Forgets what was written after a checkpoint at which the file had ``size`` bytes (0: the whole file).
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the file so far, in hexadecimal."""
+        return self._sum.hexdigest()
+
+    def check(self, size: int, digest: str | None = None) -> None:
+        """Compares the first ``size`` bytes of the file with what a checkpoint says of them.
+
+        Args:
+            size: bytes that the file had at the checkpoint.
+            digest: their SHA-256; None where the checkpoint does not say.
 
         Raises:
-            UserError: the file is gone or shorter than that, or it cannot be written.
+            UserError: the file is gone, shorter than that or another one, or it cannot be read.
         """
         there = self.path.stat().st_size if self.path.exists() else 0
         if there < size:
@@ -51,6 +64,27 @@ class Metrics:
                 f"{self.path} has lost rounds that the checkpoint has ({there:,} of {size:,} bytes are there): put the "
                 "file back, or start the run again with another --out."
             )
+        self._sum = hashlib.sha256()
+        try:
+            if size:
+                with self.path.open("rb") as file:
+                    for start in range(0, size, 1 << 20):
+                        self._sum.update(file.read(min(1 << 20, size - start)))
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read: {error.strerror or error}.") from None
+        if digest is not None and self.digest != digest:
+            raise UserError(
+                f"{self.path} is not what the run wrote, though it is as long: put the file back, or start the run "
+                "again with another --out."
+            )
+
+    def truncate(self, size: int, digest: str | None = None) -> None:
+        """Forgets what was written after a checkpoint at which the file had ``size`` bytes (0: the whole file).
+
+        Raises:
+            UserError: as of :meth:`check`, or the file cannot be written.
+        """
+        self.check(size, digest)
         try:
             with self.path.open("ab") as file:
                 file.truncate(size)
@@ -69,6 +103,7 @@ class Metrics:
         except OSError as error:
             raise atomic.unwritable(self.path, error) from None
         self.size += len(line)
+        self._sum.update(line)
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
@@ -117,4 +152,20 @@ def versions() -> dict[str, str]:
         "numpy": np.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
+    }
+
+
+def kernels() -> dict[str, str]:
+    """Which kernels make a run's bits, beside the versions: ``backend``, ``isa`` of the CPU core, and ``torch``'s own.
+
+    ``backend`` is "auto" where none is forced, ``isa`` "none" where there is no CPU core.
+    """
+    try:
+        isa = str(backend.cpu_core().isa())
+    except Unavailable:
+        isa = "none"
+    return {
+        "backend": backend.forced_backend() or "auto",
+        "isa": isa,
+        "torch": torch.backends.cpu.get_cpu_capability(),
     }

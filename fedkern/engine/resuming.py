@@ -9,8 +9,13 @@ from typing import Any
 import torch
 
 from fedkern.engine import config as settings
+from fedkern.engine import records
+from fedkern.engine.checkpoint import Checkpoints
 from fedkern.engine.config import RunConfig
+from fedkern.engine.saved import damaged
 from fedkern.errors import UserError
+from fedkern.ops import backend
+from fedkern.ops.loading import Unavailable
 
 MOVABLE = ("data_options.boxes", "data_options.detector_cache")
 """Places of files that may be changed by hand: the data that they make are compared themselves."""
@@ -43,6 +48,47 @@ def check_unedited(stored: RunConfig, entry: Mapping[str, Any], out: Path) -> No
         )
 
 
+FORCED = {"backend": "FEDKERN_BACKEND", "isa": "FEDKERN_CPU_ISA"}
+"""What of the kernels can be chosen, and by which environment variable."""
+
+
+def check_kernels(info: Mapping[str, Any], device: str, out: Path) -> None:
+    """Compares the kernels with those that the run was made with, which its bits depend on.
+
+    Args:
+        info: of the newest checkpoint; the first versions did not store the kernels.
+        device: where the run would go on; on another device its bits differ anyway.
+        out: the run folder.
+
+    Raises:
+        UserError: they differ, and can be the same on this machine; the sentence says how.
+    """
+    now = records.kernels()
+    stored = info.get("kernels", now)
+    if device != info["config"]["device"]:
+        return
+    changed, ways = [], []
+    for name, variable in FORCED.items():
+        if stored[name] != now[name] and stored[name] in _choosable(name):
+            changed.append(f"{name}: {stored[name]} -> {now[name]}")
+            free = name == "backend" and stored[name] == "auto"
+            ways.append(f"unset {variable}" if free else f"set {variable}={stored[name]}")
+    if changed:
+        raise UserError(
+            f"{out} was made with other kernels ({'; '.join(changed)}): {' and '.join(ways)}, then resume it."
+        )
+
+
+def _choosable(name: str) -> tuple[str, ...]:
+    """What this machine could have of `FORCED`."""
+    if name == "backend":
+        return ("auto", *{row.backend for row in backend.status() if row.serves})
+    try:
+        return tuple(backend.cpu_core().available_isas())
+    except Unavailable:
+        return ()
+
+
 def changes(info: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
     """Warnings, by name, of what makes the bits of a run that goes on differ from those of an uninterrupted one.
 
@@ -62,4 +108,33 @@ def changes(info: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
             f"The run was started on {device} and continued on {config.device}: its bits differ from an uninterrupted "
             "one."
         )
+    now = records.kernels()
+    stored = info.get("kernels", now)
+    differ = [f"{name} {stored[name]} and now {now[name]}" for name in now if stored.get(name) != now[name]]
+    if differ:
+        found["other-kernels"] = (
+            f"The run was started with other kernels ({'; '.join(differ)}), which this machine does not have: its bits "
+            "differ from an uninterrupted one."
+        )
+    return found
+
+
+def repairs(checkpoints: Checkpoints, entry: Mapping[str, Any], out: Path) -> dict[str, str]:
+    """Warnings, by name, of damage in a run folder that the run goes on in spite of.
+
+    Args:
+        checkpoints: opened.
+        entry: the checkpoint that the run goes on from.
+        out: the run folder.
+    """
+    found = {}
+    if checkpoints.skipped:
+        found["damaged-checkpoint"] = (
+            f"The newest checkpoint in {checkpoints.folder} is missing or damaged ({'; '.join(checkpoints.skipped)}): "
+            f"the run goes on from the one of round {entry['round']}."
+        )
+    if entry["info"]["finished"]:
+        other = [name for name in damaged(out, entry) if (out / name).exists()]
+        if other:
+            found["damaged-results"] = f"{', '.join(other)} in {out} was not what the run wrote, and was made again."
     return found

@@ -22,7 +22,7 @@ from fedkern.engine.events import Listener, Terminated
 from fedkern.engine.folder import check_vacant, writing
 from fedkern.engine.loop import Run
 from fedkern.engine.network import cpu_threads
-from fedkern.engine.resuming import check_unedited
+from fedkern.engine.resuming import check_kernels, check_unedited
 from fedkern.errors import UserError
 from fedkern.methods import registry
 
@@ -60,6 +60,8 @@ def run(
         if finished is not None:
             listener.on_end(finished)
             return finished
+        if entry is not None:
+            check_kernels(entry["info"], config.device, out)
     else:
         check_vacant(out)
     with cpu_threads(config.threads), _terminable(), _reproducible():
@@ -83,10 +85,15 @@ def _compare(config: RunConfig, stored: RunConfig, out: Path) -> None:
 
 
 def _finished(entry: dict[str, Any] | None, out: Path) -> dict[str, Any] | None:
-    """The summary of a run whose newest checkpoint is this one, where the run is finished and complete."""
-    if entry is None or not entry["info"]["finished"] or not saved.readable(out):
+    """The summary of a run whose newest checkpoint is this one, where the run is finished and its files are its own.
+
+    Raises:
+        UserError: its records are not what it wrote, and nothing can make them again.
+    """
+    if entry is None or not entry["info"]["finished"]:
         return None
-    return records.read_summary(out)
+    records.Metrics(out).check(entry["info"]["metrics_bytes"], entry["info"].get("metrics_sha256"))
+    return None if saved.damaged(out, entry) else records.read_summary(out)
 
 
 def load_data(config: RunConfig, *, masks: bool = True, notice: Callable[[str], None] | None = None) -> FederatedData:

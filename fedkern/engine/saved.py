@@ -17,9 +17,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fedkern import models
 from fedkern.engine import atomic
 from fedkern.engine.bench import Bench
-from fedkern.engine.checkpoint import Checkpoints
+from fedkern.engine.checkpoint import Checkpoints, checksum
 from fedkern.engine.config import RunConfig, check_run_folder
 from fedkern.engine.network import state_dict
+from fedkern.engine.records import SUMMARY
 from fedkern.engine.serial import Server
 from fedkern.errors import UserError
 from fedkern.methods import registry
@@ -87,6 +88,24 @@ def write_model(out: Path, module: nn.Module, about: Mapping[str, Any]) -> None:
     atomic.write(out / MODEL, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
+def results(out: Path) -> dict[str, int | None]:
+    """CRC-32 of what a finished run has written last, by file name."""
+    return {name: checksum(out / name) for name in (MODEL, SUMMARY)}
+
+
+def damaged(out: Path, entry: Mapping[str, Any]) -> list[str]:
+    """Which of the files of a finished run are missing or not what it wrote.
+
+    Args:
+        out: the run folder.
+        entry: the run's last checkpoint; the first versions did not say what they had written.
+    """
+    stored = entry["info"].get("results")
+    if stored is None:
+        return [] if readable(out) else [MODEL]
+    return [name for name, value in stored.items() if checksum(out / name) != value]
+
+
 def readable(out: Path | str) -> bool:
     """Whether there is a model.safetensors that is one of ours and as long as it says itself."""
     try:
@@ -121,6 +140,7 @@ def read_model(out: Path | str) -> tuple[nn.Module, dict[str, Any]]:
         raise UserError(f"{out} has no {MODEL}: {way_out}.") from None
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}): {_again(out)}.") from None
+    _check_written(Path(out))
     network = _rebuilt(Path(out), about) if "samples" in about else _plain(about)
     if about.get("statistics") == "batch":
         _forget_statistics(network)
@@ -131,6 +151,16 @@ def read_model(out: Path | str) -> tuple[nn.Module, dict[str, Any]]:
         kind = f"module of {about['method']}" if "samples" in about else name
         raise UserError(f"{path} does not hold the parameters of a {kind}: {_again(out)}.") from None
     return network.eval(), about
+
+
+def _check_written(out: Path) -> None:
+    """Raises UserError where the run folder says that model.safetensors was another file."""
+    try:
+        entry = Checkpoints(out).peek()
+    except UserError:  # a manifest that cannot be read says nothing of the model
+        return
+    if entry is not None and entry["info"].get("finished") and MODEL in damaged(out, entry):
+        raise UserError(f"{out / MODEL} is not what the run wrote: {_again(out)}.")
 
 
 def _again(out: Path | str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,13 @@ class Gallery:
         self.path = out / FILE
         self._wanted = {1, *(-(-rounds * j // ROUNDS) for j in range(1, ROUNDS + 1))}
         self._entries: list[Shown] = []
+        self._sum = hashlib.sha256()
         self._changed = False
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything shown so far, in hexadecimal."""
+        return self._sum.hexdigest()
 
     def wants(self, round: int) -> bool:
         """Whether what is shown in this round, from 1, is kept."""
@@ -76,11 +83,27 @@ class Gallery:
     def add(self, shown: Shown) -> None:
         """Takes in what was shown in a round that is wanted."""
         self._entries.append(shown)
+        self._sum.update(f"{shown.name} {shown.round} {shown.axes} {list(shown.value.shape)}".encode())
+        self._sum.update(shown.value.contiguous().numpy().tobytes())
         self._changed = True
 
-    def restore(self, round: int) -> None:
-        """Reads the file again and forgets what came after ``round``."""
-        self._entries = [entry for entry in read(self.path.parent) if entry.round <= round]
+    def restore(self, round: int, digest: str | None = None) -> None:
+        """Reads the file again and forgets what came after ``round``.
+
+        Args:
+            round: communication rounds done at the checkpoint.
+            digest: what :attr:`digest` was then; None where the checkpoint does not say.
+
+        Raises:
+            UserError: the file is damaged, or another one.
+        """
+        self._entries, self._sum = [], hashlib.sha256()
+        for entry in read(self.path.parent):
+            if entry.round <= round:
+                self.add(entry)
+        self._changed = False
+        if self._entries and digest not in (None, self.digest):
+            raise UserError(f"{self.path} is not what the run wrote: delete it, only pictures are lost.")
 
     def write(self) -> None:
         """Writes the file, completely or not at all, where there is something new."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from interrupted import Kill, KillAt, outcome
+from interrupted import Kill, KillAt, outcome, without
 from smallest import SETTINGS
 
 from fedkern.engine import Listener, RunConfig, Terminated, atomic, read_model, run
@@ -148,11 +148,19 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(make_data, make_confi
     listener = Rounds()
     run(config, out=tmp_path / "cut", resume=True, data=data, listener=listener)
     assert listener.first == 2
-    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+    told = listener.warnings["damaged-checkpoint"]
+    assert f"({entry['server']} of round 3): the run goes on from the one of round 2" in told
+    assert without(outcome(tmp_path / "cut"), "damaged-checkpoint") == outcome(tmp_path / "whole")
 
 
 class Rounds(Listener):
     first = None
+
+    def __init__(self):
+        self.warnings = {}
+
+    def on_warning(self, name, text):
+        self.warnings[name] = text
 
     def on_start(self, run):
         self.first = run.first_round

@@ -1,13 +1,15 @@
 """What --resume refuses, what it lets pass with a warning, and what it repairs."""
 
+import hashlib
 import json
 
 import pytest
-from interrupted import Kill, KillAt, outcome
+from interrupted import Kill, KillAt, outcome, without
 
 from fedkern.engine import RunConfig, attack, read_model, run
 from fedkern.engine.checkpoint import Checkpoints
 from fedkern.errors import UserError
+from fedkern.ops import backend, use_backend, use_isa
 
 
 @pytest.fixture
@@ -112,7 +114,9 @@ def test_a_damaged_entry_falls_back_to_the_one_before(key, cut, make_data, make_
     damage(-1)
     assert Checkpoints(cut).peek()["round"] == 1
     go_on(cut, make_data())
-    assert outcome(cut) == outcome(tmp_path / "whole")
+    found = outcome(cut)
+    assert "the last entry of manifest.json" in found[2]["diagnostics"]["damaged-checkpoint"]
+    assert without(found, "damaged-checkpoint") == outcome(tmp_path / "whole")
     content = json.loads(manifest.read_text())
     damage(0)
     damage(1)
@@ -129,4 +133,135 @@ def test_a_damaged_model_is_made_again(make_data, make_config, tmp_path):
         with pytest.raises(UserError, match=r"is damaged \(.*\): delete it, and --resume .* makes it again"):
             read_model(tmp_path)
         go_on(tmp_path, make_data())
-        assert outcome(tmp_path) == before
+        assert without(outcome(tmp_path), "damaged-results") == before
+
+
+# -- what is on the disk is what the run wrote ---------------------------------------------------------------------
+
+
+def swap(path, old, new):
+    """Replaces something by as many other bytes."""
+    content = path.read_bytes()
+    assert old in content
+    assert len(old) == len(new)
+    path.write_bytes(content.replace(old, new, 1))
+
+
+def test_records_of_the_same_length_are_told(cut, make_data):
+    swap(cut / "metrics.jsonl", b'"round": 1', b'"round": 7')
+    with pytest.raises(UserError, match=r"metrics\.jsonl is not what the run wrote, though it is as long: put"):
+        go_on(cut, make_data())
+    swap(cut / "metrics.jsonl", b'"round": 7', b'"round": 1')
+    assert go_on(cut, make_data())["rounds"] == 3
+
+
+def test_the_manifest_has_the_sum_of_the_records(cut):
+    entry = Checkpoints(cut).peek()
+    lines = (cut / "metrics.jsonl").read_bytes()[: entry["info"]["metrics_bytes"]]
+    assert entry["info"]["metrics_sha256"] == hashlib.sha256(lines).hexdigest()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "summary.json"])
+def test_a_finished_run_is_looked_at_before_it_is_called_so(name, make_data, make_config, tmp_path):
+    run(make_config(), out=tmp_path, data=make_data())
+    before = outcome(tmp_path)
+    path = tmp_path / name
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(bytes(content))
+    if name == "model.safetensors":
+        with pytest.raises(UserError, match=r"model\.safetensors is not what the run wrote: delete it, and --resume"):
+            read_model(tmp_path)
+    summary = go_on(tmp_path, make_data())
+    assert f"{name} in {tmp_path} was not what the run wrote" in summary["diagnostics"]["damaged-results"]
+    assert without(outcome(tmp_path), "damaged-results") == before
+    read_model(tmp_path)
+    assert go_on(tmp_path, None)["rounds"] == 2  # finished again, and without data
+
+
+def test_a_finished_run_with_other_records_is_not_finished(make_data, make_config, tmp_path):
+    run(make_config(), out=tmp_path, data=make_data())
+    swap(tmp_path / "metrics.jsonl", b'"round": 2', b'"round": 9')
+    with pytest.raises(UserError, match=r"metrics\.jsonl is not what the run wrote"):
+        go_on(tmp_path, make_data())
+
+
+def test_pictures_are_what_the_run_showed(make_data, make_config, tmp_path):
+    tiny = {"nz": 4, "ngf": 2, "ndf": 2, "batch": 4, "student_steps": 1, "iterations": 1}
+    config = make_config("fediod", model="cnn", grad_cam=0, rounds=2, options=tiny)
+    with pytest.raises(Kill):
+        run(config, out=tmp_path, data=make_data(), listener=KillAt("round", 1))
+    path = tmp_path / "shown.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(UserError, match=r"shown\.safetensors is not what the run wrote: delete it, only pictures"):
+        go_on(tmp_path, make_data())
+    path.unlink()
+    assert go_on(tmp_path, make_data())["rounds"] == 2
+    assert path.exists()
+
+
+def test_a_damaged_server_state_is_not_read(make_data, make_config, tmp_path):
+    run(make_config("fusefl", rounds=None, model="cnn", local_epochs=2, options={"width": "2"}), out=tmp_path,
+        data=make_data())  # fmt: skip
+    path = tmp_path / "checkpoints" / Checkpoints(tmp_path).peek()["server"]
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(UserError, match=r"server-\d+\.safetensors is missing or damaged"):
+        read_model(tmp_path)
+
+
+# -- the kernels ---------------------------------------------------------------------------------------------------
+
+
+def test_another_backend_is_told_like_another_setting(make_data, make_config, tmp_path):
+    out = tmp_path / "cut"
+    with pytest.raises(Kill), use_backend("reference"):
+        run(make_config(rounds=3), out=out, data=make_data(), listener=KillAt("round", 2))
+    assert Checkpoints(out).peek()["info"]["kernels"]["backend"] == "reference"
+    with pytest.raises(UserError, match=r"\(backend: reference -> auto\): set FEDKERN_BACKEND=reference, then resume"):
+        go_on(out, make_data())
+    with use_backend("reference"):
+        assert go_on(out, make_data())["rounds"] == 3
+
+
+def test_another_backend_than_the_free_choice(cut, make_data):
+    with use_backend("reference"), pytest.raises(UserError, match=r"auto -> reference.*: unset FEDKERN_BACKEND, then"):
+        go_on(cut, make_data())
+
+
+@pytest.mark.skipif("avx2" not in backend.cpu_core().available_isas(), reason="this machine has one ISA alone")
+def test_another_isa_is_told_where_it_can_be_had(make_data, make_config, tmp_path):
+    out = tmp_path / "cut"
+    with pytest.raises(Kill), use_isa("portable"):
+        run(make_config(rounds=3), out=out, data=make_data(), listener=KillAt("round", 2))
+    with use_isa("avx2"), pytest.raises(UserError, match=r"isa: portable -> avx2\): set FEDKERN_CPU_ISA=portable"):
+        go_on(out, make_data())
+    with use_isa("portable"):
+        assert "other-kernels" not in go_on(out, make_data())["diagnostics"]
+
+
+def test_an_isa_that_this_machine_lacks_is_a_warning(cut, make_data):
+    manifest = cut / "checkpoints" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    for entry in content["entries"]:
+        entry["info"]["kernels"]["isa"] = "avx1024"
+        del entry["sum"]  # as the first versions wrote them
+    manifest.write_text(json.dumps(content))
+    told = go_on(cut, make_data())["diagnostics"]["other-kernels"]
+    assert "isa avx1024 and now " in told
+
+
+def test_folders_of_the_first_versions_go_on(cut, make_data):
+    manifest = cut / "checkpoints" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    for entry in content["entries"]:
+        for name in ("kernels", "metrics_sha256", "shown_sha256"):
+            del entry["info"][name]
+        del entry["sum"]
+    manifest.write_text(json.dumps(content))
+    summary = go_on(cut, make_data())
+    assert summary["rounds"] == 3
+    assert not {"other-kernels", "damaged-checkpoint", "damaged-results"} & set(summary["diagnostics"])
