@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 import sys
 from collections.abc import Sequence
-from typing import Any
 
-OK, USAGE, INTERRUPTED, BROKEN_PIPE = 0, 2, 130, 141
+OK, USAGE, INTERRUPTED, BROKEN_PIPE, TERMINATED = 0, 2, 130, 141, 143
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "Storage size calculation overflowed")
 
@@ -25,10 +23,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         sentence on standard error); 130 after Ctrl-C, 143 after SIGTERM, 141 when the reader of standard output has
         gone.
     """
-    from fedkern.errors import UserError
+    from fedkern.interrupts import in_order
 
     _wait_without_spinning()
     words = list(sys.argv[1:] if argv is None else argv)
+    with in_order(to_the_end=argv is None):
+        return _guarded(words)
+
+
+def _guarded(words: list[str]) -> int:
+    """Runs one command and says in a sentence what ended it."""
+    from fedkern.errors import UserError
+    from fedkern.interrupts import Terminated, ended
+
     try:
         code = _dispatch(words)
         sys.stdout.flush()  # a reader that has gone shows here, not at exit
@@ -48,9 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.filename is None:
             raise
         return _say(f"{error.filename}: {error.strerror}")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as stop:
+        ended()
+        asked = isinstance(stop, Terminated)
+        print("terminated" if asked else "interrupted", file=sys.stderr)
+        return TERMINATED if asked else INTERRUPTED
     except MemoryError as error:
         why = f" ({error})" if str(error) else ""
         return _say(
@@ -79,11 +88,7 @@ def _wait_without_spinning() -> None:
 def _dispatch(words: list[str]) -> int:
     # Imported here so that Ctrl-C during the second that torch takes to load ends in a line, not in a traceback.
     from fedkern.cli import commands, downstream, flags
-    from fedkern.engine import Terminated
     from fedkern.files import check_text
-
-    def terminate(number: int, frame: Any) -> None:
-        raise Terminated
 
     for word in words:
         check_text(word, "the argument")
@@ -91,17 +96,7 @@ def _dispatch(words: list[str]) -> int:
     if request.command == "help":
         print(request.help)
         return OK
-    try:
-        before = signal.signal(signal.SIGTERM, terminate)
-    except ValueError:  # not in the main thread: a test, or a caller with its own signals
-        return commands.COMMANDS[request.command](request)
-    try:
-        return commands.COMMANDS[request.command](request)
-    except Terminated:
-        print("terminated", file=sys.stderr)
-        return 128 + signal.SIGTERM
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return commands.COMMANDS[request.command](request)
 
 
 def _say(text: str, code: int = USAGE) -> int:

@@ -1,6 +1,10 @@
 """Runs that are killed on the way, and what must be the same when they are resumed."""
 
+import gc
 import json
+import os
+import time
+import weakref
 
 from fedkern.engine import Listener
 from fedkern.engine.records import read_metrics
@@ -21,6 +25,25 @@ def without(found, warning):
     told = dict(summary["diagnostics"])
     del told[warning]
     return model, metrics, {**summary, "diagnostics": told}
+
+
+class Thing:
+    pass
+
+
+def lose(number):
+    """Sends a signal to this process whose handler runs in a weak reference's callback."""
+    thing = Thing()
+
+    def gone(_):
+        os.kill(os.getpid(), number)
+        for _ in range(100):  # lines on which the handler can run
+            time.sleep(0)
+
+    reference = weakref.ref(thing, gone)
+    del thing
+    gc.collect()
+    return reference
 
 
 class Kill(BaseException):

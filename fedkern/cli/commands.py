@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from fedkern import interrupts
 from fedkern.cli import downstream
 from fedkern.cli.flags import PROGRAM, quote
 from fedkern.cli.repeat import command_line
@@ -147,6 +148,7 @@ def _run(request: Request, config: RunConfig, out: Path) -> int:
         summary = engine.run(config, out=out, resume=request.resume is not None, listener=tee)
         pictures, undrawn = _pictures(out, tee.data, config.data_root)
     except KeyboardInterrupt as stop:
+        interrupts.ended()
         shown.close()
         how = "terminated" if isinstance(stop, Terminated) else "interrupted"
         if (out / "config.toml").exists():

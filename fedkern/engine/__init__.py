@@ -2,11 +2,12 @@
 
 from fedkern.engine.attacking import attack
 from fedkern.engine.config import RunConfig
-from fedkern.engine.events import Listener, RunInfo, Terminated
+from fedkern.engine.events import Listener, RunInfo
 from fedkern.engine.records import read_metrics, read_summary
 from fedkern.engine.run import load_data, run
 from fedkern.engine.saved import read_model
 from fedkern.engine.shown import read as read_shown
+from fedkern.interrupts import Terminated
 
 __all__ = [
     "Listener",

@@ -11,10 +11,6 @@ if TYPE_CHECKING:
     from fedkern.engine.config import RunConfig
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived: like Ctrl-C nothing is finished and the last checkpoint stands; exit code 143."""
-
-
 @dataclass(frozen=True)
 class RunInfo:
     """What is known before the first round.

@@ -14,6 +14,7 @@ from torch import Tensor
 from fedkern.engine.network import Network, Part, Trainable
 from fedkern.engine.samples import ClientData, batch_plan
 from fedkern.errors import UserError
+from fedkern.interrupts import check
 from fedkern.methods.base import Message, Objective, Step
 
 if TYPE_CHECKING:
@@ -191,6 +192,7 @@ def train(
         names: list[tuple[str, ...]] = []
         lr = schedule.lr_at(epoch)
         for chosen in plan:
+            check()
             indices = chosen if rows is None else rows[chosen]
             batch = data.batch(indices, step, epoch, augmentation)
             batch.drawn = method.draw(client, batch, draws)

@@ -27,6 +27,7 @@ from fedkern.engine.serial import Client, Exchange, Server, sample_clients
 from fedkern.engine.shown import Gallery, Shown
 from fedkern.engine.state import fingerprint
 from fedkern.errors import RunFailed, UserError
+from fedkern.interrupts import check
 from fedkern.methods import registry
 from fedkern.methods.base import Method, Round, Step
 from fedkern.methods.evaluate import is_main
@@ -104,6 +105,7 @@ class Run:
         for number, entry_round in enumerate(self.method.rounds(self.bench.federation)):
             if number < self.planned:
                 continue
+            check()
             self._play(entry_round, number)
             self.planned = number + 1
             if entry_round.one_off or self.done % self.config.checkpoint_every == 0 or self.done == self._rounds:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,12 +16,13 @@ from fedkern.engine import config as settings
 from fedkern.engine.bench import Bench, check_task
 from fedkern.engine.checkpoint import Checkpoints
 from fedkern.engine.config import RunConfig
-from fedkern.engine.events import Listener, Terminated
+from fedkern.engine.events import Listener
 from fedkern.engine.folder import check_vacant, writing
 from fedkern.engine.loop import Run
 from fedkern.engine.network import cpu_threads
 from fedkern.engine.resuming import check_kernels, check_unedited
 from fedkern.errors import UserError
+from fedkern.interrupts import in_order
 from fedkern.methods import registry
 
 
@@ -46,7 +45,7 @@ def run(
     Raises:
         UserError: anything the user can put right; nothing half-written is left, and of a new run nothing at all
             where no round was done.
-        Terminated: SIGTERM arrived.  Like after Ctrl-C or ``kill -9``, the last checkpoint stands.
+        fedkern.interrupts.Terminated: SIGTERM arrived.  Like after Ctrl-C or ``kill -9``, the last checkpoint stands.
     """
     out = Path(out)
     listener = listener or Listener()
@@ -64,7 +63,7 @@ def run(
             check_kernels(entry["info"], config.device, out)
     else:
         check_vacant(out)
-    with cpu_threads(config.threads), _terminable(), _reproducible():
+    with cpu_threads(config.threads), in_order(), _reproducible():
         data = load_data(config, notice=listener.on_notice) if data is None else data
         config = _effective(config, data)
         data = kept_data(config, data)
@@ -180,23 +179,6 @@ def _check_pairs(config: RunConfig, data: Any) -> None:
                 f"Client {k} has a single image-text pair, and every pair is told from the others of its batch: use "
                 "fewer clients, more samples, or another --partition."
             )
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Turns SIGTERM into :class:`Terminated` while a run is on (only the main thread may)."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def terminate(number: int, frame: object) -> None:
-        raise Terminated("SIGTERM")
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from fedkern.engine.network import Part, Trainable
 from fedkern.engine.samples import Bank, Samples
 from fedkern.engine.shown import prepared
 from fedkern.errors import UserError
+from fedkern.interrupts import check
 from fedkern.methods.base import Batch, Message, Method, Objective, Round, Step, Upload
 from fedkern.methods.cuts import cuts
 from fedkern.methods.uploads import why_refused
@@ -350,6 +351,7 @@ class Exchange:
         sent = {k: message for k, message in messages.items() if message is not None}
         together = self._together(sent)
         for k, message in sent.items():
+            check()
             start = time.perf_counter()
             client = engine.client(k)
             if together is None:

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from interrupted import Kill, KillAt, outcome, without
+from interrupted import Kill, KillAt, lose, outcome, without
 from smallest import SETTINGS
 
 from fedkern.engine import Listener, RunConfig, Terminated, atomic, read_model, run
 from fedkern.engine.checkpoint import Checkpoints
 from fedkern.errors import UserError
-from fedkern.methods import METHODS
+from fedkern.methods import METHODS, FedAvg
 
 STATEFUL = {"buffers": "local", "sample_fraction": 0.6, "options": {"background_pool": "shared"}, "rounds": 4}
 PLAIN = {"rounds": 4}
@@ -316,3 +316,21 @@ def test_sigterm_is_an_interrupt_of_its_own(make_data, make_config, tmp_path):
         run(make_config(), out=tmp_path, data=make_data(), listener=Suicide())
     assert isinstance(caught.value, KeyboardInterrupt)
     assert signal.getsignal(signal.SIGTERM) == handler
+
+
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_that_was_lost_ends_the_run_at_that_batch(number, kind, make_data, make_config, tmp_path, monkeypatch):
+    calls = []
+
+    class Loses(FedAvg):
+        def loss(self, model, batch, received):
+            calls.append(received.step.round)
+            if received.step.round == 1:
+                lose(number)
+            return super().loss(model, batch, received)
+
+    monkeypatch.setitem(METHODS, "fedavg", Loses)
+    with pytest.raises(kind):
+        run(make_config(rounds=4), out=tmp_path, data=make_data())
+    assert calls.count(1) == 1
+    assert Checkpoints(tmp_path).peek()["round"] == 1
