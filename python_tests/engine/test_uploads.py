@@ -9,10 +9,12 @@ import torch
 from smallest import SETTINGS
 
 from fedkern.engine import read_metrics, read_model, run, serial
+from fedkern.engine.checkpoint import Checkpoints
 from fedkern.errors import RunFailed, UserError
 from fedkern.methods import METHODS, FedAvg, FedDyn, FedProto, Scaffold
 from fedkern.methods.base import Maybe, Number, Values
 from fedkern.methods.uploads import all_finite, why_refused
+from fedkern.privacy import LEDGER
 from fedkern.run import main
 
 
@@ -227,6 +229,24 @@ def test_the_command_line_ends_with_1(tmp_path, monkeypatch, capsys):
     assert main([*words, "--model", "mlp", "--quiet"]) == 1
     assert "is not finite" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_what_a_refused_client_has_released_stays_booked(make_data, make_config, tmp_path, monkeypatch):
+    """The state of a refused client is thrown away, but not its ledger of what it has told with noise."""
+    pytest.importorskip("dp_accounting")
+
+    def nan(answer):
+        return {**answer, "classes": answer["classes"] * torch.nan} if "classes" in answer else answer
+
+    tiny = {"nz": 4, "ngf": 2, "ndf": 2, "batch": 4, "student_steps": 1, "iterations": 1, "histogram_noise": 1.0}
+    monkeypatch.setitem(METHODS, "fediod", poisoned(METHODS["fediod"], nan))
+    config = make_config("fediod", model="cnn", grad_cam=0, rounds=1, on_nan="skip", options=tiny)
+    summary = run(config, out=tmp_path, data=make_data())
+    said = 'Client 1\'s upload before the first round ("teacher") holds NaN or infinite values in classes'
+    assert summary["diagnostics"]["refused-upload-1"].startswith(said)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.open()
+    assert checkpoints.client_state(1)[LEDGER] == checkpoints.client_state(0)[LEDGER]
 
 
 # -- the size of an update -----------------------------------------------------------------------------------------
