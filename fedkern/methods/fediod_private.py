@@ -71,19 +71,8 @@ def prepare(server: Server, options: Any) -> None:
         steps = planned_steps(server.federation, options)
         epsilon, delta = _part(options, 1 - options.teacher_share)
 
-        def account(noise: float) -> Accountant:
-            accountant = Accountant()
-            if asks_discriminators(options):
-                each = multiplier(noise, options.batch)
-                accountant.gaussian(DISCRIMINATOR, each, shards=options.shards, steps=steps)
-            if options.sigma_t:
-                accountant.gaussian(TEACHER, multiplier(options.sigma_t, options.batch), steps=steps)
-            if options.histogram_noise and tells_counts(options):
-                accountant.gaussian(HISTOGRAM, options.histogram_noise / math.sqrt(2))
-            return accountant
-
-        sigma = least_noise(account, epsilon, delta)
-    server.state["privacy"] = {"sigma_d": float(sigma)}
+        sigma = least_noise(lambda noise: _beside(options, noise, steps), epsilon, delta)
+    server.state["privacy"] = {"sigma_d": float(sigma), "steps": planned_steps(server.federation, options)}
     said = guarantee(options)
     if said is not None and not options.teacher_dp:
         server.warn(
@@ -93,13 +82,25 @@ def prepare(server: Server, options: Any) -> None:
         )
 
 
+def _beside(options: Any, sigma: float, steps: int) -> Accountant:
+    """What a client releases beside its teacher's answers in a whole run of so many generator steps."""
+    accountant = Accountant()
+    if asks_discriminators(options) and sigma:
+        accountant.gaussian(DISCRIMINATOR, multiplier(sigma, options.batch), shards=options.shards, steps=steps)
+    if options.sigma_t:
+        accountant.gaussian(TEACHER, multiplier(options.sigma_t, options.batch), steps=steps)
+    if options.histogram_noise and tells_counts(options):
+        accountant.gaussian(HISTOGRAM, options.histogram_noise / math.sqrt(2))
+    return accountant
+
+
 def _beside_teachers(options: Any) -> bool:
     """Whether anything is released with noise beside what comes from private teachers."""
     return asks_discriminators(options) or (options.histogram_noise > 0 and tells_counts(options))
 
 
 def _part(options: Any, share: float) -> tuple[float, float]:
-    """Of the target: all of it, or a share of epsilon and half of delta beside another kind (Accountant.epsilon)."""
+    """Of the target: all of it, or a share of epsilon and half of delta beside private teachers."""
     if options.teacher_dp and _beside_teachers(options):
         return share * options.epsilon, options.delta / 2
     return options.epsilon, options.delta
@@ -303,12 +304,14 @@ def train_teacher(
         if options.epsilon is None:
             return float(options.teacher_sigma)
 
+        agreed = client.state.get(TERMS, {"sigma_d": 0.0, "steps": 0})
+
         def account(sigma: float) -> Accountant:
-            accountant = Accountant()
+            accountant = _beside(options, agreed["sigma_d"], int(agreed["steps"]))
             accountant.dp_sgd(TEACHER, sigma, rate=rate, steps=steps)
             return accountant
 
-        return least_noise(account, *_part(options, options.teacher_share))
+        return least_noise(account, options.epsilon, options.delta)  # all that the rest leaves
 
     spending = DPSGD(options.teacher_clip, noise, TEACHER, secret(client, options))
     client.fit_privately(method, step, module, spending, rows=rows)

@@ -58,7 +58,9 @@ class PrivacyOptions(Options):
         "or the run's seed, so that a run can be repeated and epsilon holds only while the seed is secret",
         choices=("secret", "seed"),
     )  # fmt: skip
-    teacher_share: float = option(0.5, "share of epsilon that is the teacher's with teacher_dp", low=0.01, high=0.99)
+    teacher_share: float = option(
+        0.5, "share of epsilon that is at least the teacher's with teacher_dp", low=0.01, high=0.99
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,7 +5,8 @@ Accounting needs the packages of the extra ``privacy``; the attack needs nothing
 
 from __future__ import annotations
 
-from fedkern.privacy.accounting import Accountant, Figure, least_noise, need_accounting
+from fedkern.privacy.accounting import Accountant, Figure, least_noise
+from fedkern.privacy.bounds import need_accounting
 from fedkern.privacy.dpsgd import DPSGD
 from fedkern.privacy.guarantee import LEDGER, Guarantee
 from fedkern.privacy.membership import Attack, membership_attack

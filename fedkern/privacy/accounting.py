@@ -1,24 +1,20 @@
 """Epsilon of everything that one client has released, channel by channel, by Google's dp-accounting.
 
-Two data sets are neighbours here where one record is *replaced*, which keeps the number of records public.  Gaussian
-releases are composed in Renyi differential privacy (Mironov, CSF 2017), those of one shard in m with the bound for
-sampling without replacement (Wang, Balle and Kasiviswanathan, AISTATS 2019).  DP-SGD (arXiv 1607.00133) is accounted as
-its Poisson-sampled Gaussian where one record is added or removed; a replacement is one removal and one addition, which
-makes (epsilon, delta) to (2 epsilon, (1 + exp(epsilon)) delta).
+Two data sets are neighbours here where one record, the unit of privacy, is *replaced*, which keeps the number of
+records public.  `fedkern.privacy.bounds` says how releases are accounted for.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fedkern.errors import UserError
+from fedkern.privacy.bounds import DP_SGD, GAUSSIAN, Entry, replaced
 
-GAUSSIAN, DP_SGD = "gaussian", "dp-sgd"
 _EXACT = 1e-3  # relative width at which a search for noise ends
 
 
@@ -31,30 +27,6 @@ class Figure:
     channels: Mapping[str, float]
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """Equal releases of one channel."""
-
-    kind: str
-    noise: float
-    rate: float
-    steps: int
-
-
-def need_accounting() -> Any:
-    """The module ``dp_accounting``.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        import dp_accounting
-        import dp_accounting.rdp
-    except ImportError:
-        raise UserError("Privacy accounting needs dp-accounting: pip install 'fedkern[privacy]'.") from None
-    return dp_accounting
-
-
 class Accountant:
     """The ledger of one client: what it released in each channel, and what that comes to.
 
@@ -63,9 +35,9 @@ class Accountant:
     """
 
     def __init__(self, state: Mapping[str, Any] | None = None) -> None:
-        self._entries: dict[str, list[_Entry]] = {}
+        self._entries: dict[str, list[Entry]] = {}
         for channel, rows in (state or {}).items():
-            self._entries[channel] = [_Entry(str(k), float(z), float(q), int(n)) for k, z, q, n in rows]
+            self._entries[channel] = [Entry(str(k), float(z), float(q), int(n)) for k, z, q, n in rows]
 
     @property
     def state(self) -> dict[str, Any]:
@@ -95,7 +67,7 @@ class Accountant:
             raise ValueError(f"noise must be a finite number of at least 0, not {noise}")
         if shards < 1 or steps < 0:
             raise ValueError(f"shards must be at least 1 and steps at least 0, not {shards} and {steps}")
-        self._book(channel, _Entry(GAUSSIAN, float(noise), 1 / shards, steps))
+        self._book(channel, Entry(GAUSSIAN, float(noise), 1 / shards, steps))
 
     def dp_sgd(self, channel: str, noise: float, *, rate: float, steps: int) -> None:
         """Books steps of DP-SGD: Poisson-sampled batches, per-sample gradients clipped, noise on their sum.
@@ -111,21 +83,18 @@ class Accountant:
         """
         if not noise >= 0 or not 0 < rate <= 1 or steps < 0:
             raise ValueError(f"noise and steps must be at least 0, and rate in (0, 1], not {noise}, {steps} and {rate}")
-        self._book(channel, _Entry(DP_SGD, float(noise), float(rate), steps))
+        self._book(channel, Entry(DP_SGD, float(noise), float(rate), steps))
 
-    def _book(self, channel: str, entry: _Entry) -> None:
+    def _book(self, channel: str, entry: Entry) -> None:
         rows = self._entries.setdefault(channel, [])
         for i, old in enumerate(rows):
             if (old.kind, old.noise, old.rate) == (entry.kind, entry.noise, entry.rate):
-                rows[i] = _Entry(old.kind, old.noise, old.rate, old.steps + entry.steps)
+                rows[i] = Entry(old.kind, old.noise, old.rate, old.steps + entry.steps)
                 return
         rows.append(entry)
 
     def epsilon(self, delta: float, channel: str | None = None) -> float:
         """The epsilon at ``delta`` of all channels together, or of one; infinite where a release had no noise.
-
-        Where DP-SGD and other releases come together each gets half of ``delta`` (basic composition); releases of one
-        kind are composed in Renyi differential privacy.
 
         Raises:
             ValueError: ``delta`` is not in (0, 1).
@@ -133,23 +102,11 @@ class Accountant:
         """
         if not 0 < delta < 1:
             raise ValueError(f"delta must be in (0, 1), not {delta}")
-        rows = [e for name, own in self._entries.items() if channel in (None, name) for e in own if e.steps]
-        kinds = [tuple(e for e in rows if e.kind == kind) for kind in (GAUSSIAN, DP_SGD)]
-        share = delta / max(1, sum(bool(kind) for kind in kinds))
-        return _replaced(kinds[0], share) + _hop(kinds[1], share)
+        return replaced(tuple(e for name, own in self._entries.items() if channel in (None, name) for e in own), delta)
 
     def figure(self, delta: float) -> Figure:
         """All channels together and each alone."""
         return Figure(self.epsilon(delta), delta, {name: self.epsilon(delta, name) for name in self._entries})
-
-
-def added_or_removed(noise: float, rate: float, steps: int, delta: float) -> float:
-    """The epsilon of DP-SGD as libraries quote it, where one record is added or removed.
-
-    Raises:
-        UserError: dp-accounting is not installed.
-    """
-    return _poisson((_Entry(DP_SGD, noise, rate, steps),), delta)
 
 
 def least_noise(account: Callable[[float], Accountant], epsilon: float, delta: float) -> float:
@@ -190,68 +147,3 @@ def least_noise(account: Callable[[float], Accountant], epsilon: float, delta: f
     while excess(result) > 0:  # the root is known from either side
         result += _EXACT / 4
     return math.exp(result)
-
-
-# -- each kind by dp-accounting ----------------------------------------------------------------------------------------
-
-
-def _replaced(entries: tuple[_Entry, ...], delta: float) -> float:
-    """Gaussian releases, one record replaced."""
-    return _rdp(entries, "REPLACE_ONE", delta)
-
-
-def _poisson(entries: tuple[_Entry, ...], delta: float) -> float:
-    """DP-SGD, one record added or removed."""
-    return _rdp(entries, "ADD_OR_REMOVE_ONE", delta)
-
-
-def _rdp(entries: tuple[_Entry, ...], relation: str, delta: float) -> float:
-    if not entries:
-        return 0.0
-    if any(entry.noise == 0 for entry in entries):
-        return math.inf
-    return float(_composed(entries, relation).get_epsilon(delta))
-
-
-@functools.lru_cache(maxsize=256)
-def _composed(entries: tuple[_Entry, ...], relation: str) -> Any:
-    """The library's accountant of these releases; composing takes tenths of a second, asking for an epsilon nothing."""
-    dp = need_accounting()
-    accountant = dp.rdp.RdpAccountant(neighboring_relation=dp.NeighboringRelation[relation])
-    log = logging.getLogger("absl")
-    level = log.level
-    log.setLevel(logging.ERROR)  # of orders that it leaves out, which makes epsilon no smaller
-    try:
-        _compose(dp, accountant, entries)
-    finally:
-        log.setLevel(level)
-    return accountant
-
-
-def _compose(dp: Any, accountant: Any, entries: tuple[_Entry, ...]) -> None:
-    for entry in entries:
-        event = dp.GaussianDpEvent(entry.noise)
-        if entry.kind == DP_SGD:
-            event = dp.PoissonSampledDpEvent(entry.rate, event)
-        elif entry.rate < 1:
-            event = dp.SampledWithoutReplacementDpEvent(round(1 / entry.rate), 1, event)
-        accountant.compose(event, entry.steps)
-
-
-def _hop(entries: tuple[_Entry, ...], delta: float) -> float:
-    """DP-SGD, one record replaced: the neighbour is reached by one removal and one addition."""
-    if not entries:
-        return 0.0
-
-    def fits(logarithm: float) -> bool:
-        inner = _poisson(entries, math.exp(logarithm))
-        return math.isfinite(inner) and logarithm + inner + math.log1p(math.exp(-inner)) <= math.log(delta)
-
-    # The largest inner delta with (1 + exp(inner epsilon)) inner delta <= delta, by bisection over its logarithm.
-    low, high = math.log(delta) - 200.0, math.log(delta)
-    if not fits(low):
-        return math.inf
-    while high - low > 1e-3:
-        middle = (low + high) / 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return 2 * _poisson(entries, math.exp(low))

@@ -1,0 +1,206 @@
+"""Epsilon of Gaussian releases at one delta, one record replaced: the least of several bounds that all hold.
+
+Three accountants, each of the releases that it knows:
+
+    exact   releases of all data: one Gaussian mechanism, whose curve is known (Balle and Wang, ICML 2018)
+    PLD     those and Poisson-sampled ones: privacy loss distributions, rounded up (Doroshenko et al., PETS 2022), of
+            q N(-1, s^2) + (1 - q) N(0, s^2) against q N(1, s^2) + (1 - q) N(0, s^2) where a record is replaced
+    RDP     releases of all data and of one shard in m, drawn without replacement: Renyi differential privacy (Mironov,
+            CSF 2017; Wang, Balle and Kasiviswanathan, AISTATS 2019), which PLD has not; Poisson-sampled ones where a
+            record is added or removed, and a replacement is one removal and one addition, which makes (epsilon, delta)
+            to (2 epsilon, (1 + exp(epsilon)) delta)
+
+Releases that no accountant takes together share delta (basic composition).  Every split of it gives a bound, and which
+splits are tried depends on no data, so that the least of them holds too.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from fedkern.errors import UserError
+
+GAUSSIAN, DP_SGD = "gaussian", "dp-sgd"
+SPLITS = (0.01, 0.05, 0.2, 0.5, 0.8, 0.95, 0.99)
+"""Shares of delta that are tried where two accountants have to divide it."""
+TYPICAL = 1e-5
+"""The delta of a first look at what releases cost: by RDP, one record added or removed."""
+LARGEST = 100.0
+"""What they may cost there for PLD to be asked: a figure above says nothing either way."""
+FINENESS = 2e-4
+"""Width of a bin of PLD's privacy losses over that cost: time and memory then hardly depend on it."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Equal releases.
+
+    Attributes:
+        kind: ``GAUSSIAN``, whose noise is over what a replaced record changes, or ``DP_SGD``, whose noise is over what
+            a record adds, half of that.
+        noise: standard deviation of the noise over that sensitivity.
+        rate: 1 / shards, or the probability of a record to be in a batch.
+        steps: how many.
+    """
+
+    kind: str
+    noise: float
+    rate: float
+    steps: int
+
+
+Entries = tuple[Entry, ...]
+
+
+def need_accounting() -> Any:
+    """The module ``dp_accounting``.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import dp_accounting
+        import dp_accounting.rdp
+    except ImportError:
+        raise UserError("Privacy accounting needs dp-accounting: pip install 'fedkern[privacy]'.") from None
+    return dp_accounting
+
+
+def replaced(entries: Entries, delta: float) -> float:
+    """The epsilon of all releases at ``delta``; infinite where one has no noise.
+
+    Raises:
+        UserError: dp-accounting is not installed.
+    """
+    entries = tuple(entry for entry in entries if entry.steps)
+    if not entries:
+        return 0.0
+    need_accounting()
+    if any(entry.noise == 0 for entry in entries):
+        return math.inf
+    sampled = tuple(entry for entry in entries if entry.kind == DP_SGD)
+    whole = tuple(entry for entry in entries if entry.kind == GAUSSIAN and entry.rate == 1)
+    shards = tuple(entry for entry in entries if entry.kind == GAUSSIAN and entry.rate < 1)
+    found = []
+    if not sampled:
+        found.append(_rdp(shards + whole, "REPLACE_ONE", delta))
+    if not shards:
+        found.append(_together(whole, sampled, delta))
+    for share in SPLITS if len(found) == 0 or (shards and whole) else ():
+        one, other = share * delta, (1 - share) * delta
+        if shards:
+            found.append(_rdp(shards, "REPLACE_ONE", one) + _together(whole, sampled, other))
+        if sampled:
+            found.append(replaced(shards + whole, one) + _together((), sampled, other))
+    return min(found)
+
+
+def added_or_removed(entries: Entries, delta: float) -> float:
+    """The epsilon of DP-SGD as libraries quote it, by RDP, where one record is added or removed.
+
+    Raises:
+        UserError: dp-accounting is not installed.
+    """
+    return _rdp(entries, "ADD_OR_REMOVE_ONE", delta)
+
+
+# -- exact, and by privacy loss distributions --------------------------------------------------------------------------
+
+
+def _together(whole: Entries, sampled: Entries, delta: float) -> float:
+    """Releases of all data and Poisson-sampled ones."""
+    if not sampled:
+        return _exact(whole, delta)
+    found = [_losses(whole, sampled, delta)]
+    if not whole:
+        found.append(_hop(sampled, delta))
+    else:
+        found += [_exact(whole, s * delta) + _hop(sampled, (1 - s) * delta) for s in SPLITS]
+    return min(found)
+
+
+def _exact(whole: Entries, delta: float) -> float:
+    """Gaussian releases z_i are one of noise (sum of z_i^-2)^-1/2."""
+    if not whole:
+        return 0.0
+    noise = math.fsum(entry.steps / entry.noise**2 for entry in whole) ** -0.5
+    return float(need_accounting().get_epsilon_gaussian(noise, delta)) + 1e-11  # the root is known to 1e-12
+
+
+def _losses(whole: Entries, sampled: Entries, delta: float) -> float:
+    """By PLD; infinite where it is not asked, or does not know the releases under this relation."""
+    rough = added_or_removed(sampled, TYPICAL) + _exact(whole, TYPICAL)
+    if not rough < LARGEST:
+        return math.inf
+    steps = sum(entry.steps for entry in sampled)  # what rounding adds grows with them and with the square of a width
+    width = max(rough * min(FINENESS, 100 * FINENESS / math.sqrt(steps)), 1e-7)
+    width = 2.0 ** math.ceil(math.log2(width))  # the same for every split of a delta
+    accountant = _distribution(whole, sampled, width)
+    return math.inf if accountant is None else float(accountant.get_epsilon(delta))
+
+
+@functools.lru_cache(maxsize=16)
+def _distribution(whole: Entries, sampled: Entries, width: float) -> Any:
+    """The library's accountant of these releases, or None where it cannot have them."""
+    dp = need_accounting()
+    import dp_accounting.pld
+
+    relation = dp.NeighboringRelation.REPLACE_ONE
+    accountant = dp_accounting.pld.PLDAccountant(neighboring_relation=relation, value_discretization_interval=width)
+    # A Gaussian event's noise is over what a record adds there: half of what a replaced one changes.
+    events = [(dp.GaussianDpEvent(2 * entry.noise), entry.steps) for entry in whole]
+    events += [(dp.PoissonSampledDpEvent(e.rate, dp.GaussianDpEvent(e.noise)), e.steps) for e in sampled]
+    if not all(accountant.supports(event) for event, _ in events):
+        return None
+    for event, steps in events:
+        accountant.compose(event, steps)
+    return accountant
+
+
+# -- by Renyi differential privacy -------------------------------------------------------------------------------------
+
+
+def _rdp(entries: Entries, relation: str, delta: float) -> float:
+    return float(_composed(entries, relation).get_epsilon(delta)) if entries else 0.0
+
+
+@functools.lru_cache(maxsize=256)
+def _composed(entries: Entries, relation: str) -> Any:
+    """The library's accountant of these releases; composing takes tenths of a second, asking for an epsilon nothing."""
+    dp = need_accounting()
+    accountant = dp.rdp.RdpAccountant(neighboring_relation=dp.NeighboringRelation[relation])
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.ERROR)  # of orders that it leaves out, which makes epsilon no smaller
+    try:
+        for entry in entries:
+            event = dp.GaussianDpEvent(entry.noise)
+            if entry.kind == DP_SGD:
+                event = dp.PoissonSampledDpEvent(entry.rate, event)
+            elif entry.rate < 1:
+                event = dp.SampledWithoutReplacementDpEvent(round(1 / entry.rate), 1, event)
+            accountant.compose(event, entry.steps)
+    finally:
+        log.setLevel(level)
+    return accountant
+
+
+def _hop(sampled: Entries, delta: float) -> float:
+    """DP-SGD, one record replaced: the neighbour is reached by one removal and one addition."""
+
+    def fits(logarithm: float) -> bool:
+        inner = added_or_removed(sampled, math.exp(logarithm))
+        return math.isfinite(inner) and logarithm + inner + math.log1p(math.exp(-inner)) <= math.log(delta)
+
+    # The largest inner delta with (1 + exp(inner epsilon)) inner delta <= delta, by bisection over its logarithm.
+    low, high = math.log(delta) - 200.0, math.log(delta)
+    if not fits(low):
+        return math.inf
+    while high - low > 1e-3:
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return 2 * added_or_removed(sampled, math.exp(low))
