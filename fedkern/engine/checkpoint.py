@@ -8,7 +8,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from fedkern.engine import atomic, state
+from fedkern.engine import atomic, releases, state
 from fedkern.errors import UserError
 
 FOLDER = "checkpoints"
@@ -173,6 +173,7 @@ class Checkpoints:
         if self.folder.is_dir():
             self.entries, self.clients = [], {}
             self._collect()
+            (self.folder / releases.NAME).unlink(missing_ok=True)
             self.folder.rmdir()
 
 

@@ -20,6 +20,7 @@ from fedkern.engine.everybody import Everybody, check_teachers, compare_teachers
 from fedkern.engine.ledger import Ledger
 from fedkern.engine.local import Diverged
 from fedkern.engine.privacy import privacy_figures
+from fedkern.engine.releases import DIVERGED, Releases
 from fedkern.engine.resuming import changes, repairs
 from fedkern.engine.samples import TestSet
 from fedkern.engine.saved import about_network, lacks_statistics, results, write_model
@@ -48,6 +49,7 @@ class Run:
         self._pooling = Pooling(self.method, on=config.buffers == "pool")
         self.ledger = Ledger(config.trained_clients)
         self.checkpoints = Checkpoints(out)
+        self.releases: Releases | None = None  # of a run that promises an epsilon
         self.metrics = records.Metrics(out)
         self.observed = diagnostics.Observations()
         self.server = Server(bench)
@@ -99,6 +101,9 @@ class Run:
             compare_teachers(self.bench, fingerprint_now)
         else:
             self._restore(entry, fingerprint_now)
+        if self.method.guarantee(self.server) is not None:
+            self.releases = Releases(self.checkpoints.folder)
+            self.releases.open(self.planned)
         self.bench.uploaded.clear()
         self.sets, self.client_sets = test_sets(self.bench), client_sets(self.bench)
         self._announce()
@@ -166,6 +171,7 @@ class Run:
         exchanges = self._pooling.exchanges(entry, due)
         for exchange_name, asker in exchanges:
             step = Step(index, entry.name, exchange_name)
+            self._round["exchange"] = exchange_name
             self._last_exchange = exchange_name == exchanges[-1][0]
             begun = time.perf_counter()
             outgoing = asker.send(self.server, step)
@@ -288,8 +294,14 @@ class Run:
         self._round["clients"].setdefault(str(client.id), {}).update(info)
         self.listener.on_client(self._round["shown"], client.id, {**info, "seconds": seconds})
 
+    def released(self, client: int, message: Any) -> None:
+        """What a client has made of this exchange is about to leave it."""
+        if self.releases is not None:
+            self.releases.add(self.planned, self._round["exchange"], client, message)
+
     def dropped(self, problem: Diverged) -> None:
         """A client diverged: stops the run or leaves the client out of the rest of the round."""
+        self.released(problem.client, DIVERGED)
         entry: Round = self._round["entry"]
         when = when_of(entry, self.done)
         where = f"Client {problem.client} diverged {when}, batch {problem.batch}: {problem.what}"
@@ -347,6 +359,8 @@ class Run:
         info = self._info(data)
         self.gallery.write()
         self.checkpoints.commit(round=self.done, plan=self.planned, server=self.server.state, info=info)
+        if self.releases is not None:
+            self.releases.forget(self.checkpoints.entries[0]["plan"])
         self._add_phases({"checkpoint": time.perf_counter() - begun})
 
     def _info(self, data: int, finished: bool = False) -> dict[str, Any]:

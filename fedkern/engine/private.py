@@ -31,7 +31,7 @@ def train_privately(
     spending: DPSGD,
     rows: np.ndarray | None,
 ) -> dict[str, float]:
-    """Trains ``module`` in place on the client's samples at ``rows`` and books the release in the client's ledger.
+    """Books the release in the client's ledger, then trains ``module`` in place on the client's samples at ``rows``.
 
     Every step draws each sample with the same probability, batch size over samples, on its own; there are as many steps
     as usual.  ``method.loss`` must be a mean over samples that do not depend on each other.  Its batches say so
@@ -65,6 +65,10 @@ def train_privately(
     device = next(module.parameters()).device
     generator = generator_of(client.rng(stream_name("dp-sgd", secret), step), device, whole=bool(secret))
     expected = rate * len(rows)
+    # Before the first step: whatever ends the training, or is told of how it ended, has cost no more than this.
+    accountant = Accountant(client.state.get(LEDGER))
+    accountant.dp_sgd(spending.channel, noise, rate=rate, steps=steps)
+    client.state[LEDGER] = accountant.state
     with private_steps(
         module, optimizer, max_norm=spending.max_norm, noise=noise, batch=expected, generator=generator
     ) as private:
@@ -86,7 +90,4 @@ def train_privately(
             private.step()
     if not all(bool(torch.isfinite(parameter).all()) for parameter in trained):
         raise Diverged(client.id, step.round, steps, "the parameters are not finite")
-    accountant = Accountant(client.state.get(LEDGER))
-    accountant.dp_sgd(spending.channel, noise, rate=rate, steps=steps)
-    client.state[LEDGER] = accountant.state
     return {"loss": total / max(batches, 1), "noise": noise}

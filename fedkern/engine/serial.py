@@ -366,6 +366,7 @@ class Exchange:
                     continue
             else:
                 answer = together.pop(k)
+            engine.released(k, answer)
             self._book(k, "up", answer)
             info: dict[str, Any] = {"samples": client.samples, **client.report}
             answer, why = self._checked(k, message, answer, info)

@@ -215,9 +215,25 @@ def test_a_sample_that_is_not_finite_counts_for_nothing_and_stops_nothing(data, 
     assert torch.allclose(vector(broken), vector(without), atol=1e-6)
 
 
-def test_parameters_that_are_not_finite_are_told_at_the_end(data):
+def test_parameters_that_are_not_finite_are_told_at_the_end_and_paid_for(data):
+    who = client()
     with pytest.raises(Diverged, match="the parameters are not finite"):
-        train(network(), data, noise=1.0, lr=1e38)
+        train(network(), data, noise=1.0, lr=1e38, who=who)
+    assert who.state[LEDGER] == {"teacher": [["dp-sgd", 1.0, 1.0, 1]]}
+
+
+def test_steps_are_paid_for_before_the_first_one(data):
+    """Whatever ends the training."""
+
+    class Broken(Supervised):
+        def loss(self, model, batch, received):
+            raise KeyboardInterrupt
+
+    who, schedule = client(), Schedule(lr=0.1, momentum=0.0, weight_decay=0.0, clip_norm=0.0, epochs=2, batch_size=4)
+    spending = DPSGD(1.0, lambda rate, steps: 2.0, "teacher")
+    with pytest.raises(KeyboardInterrupt):
+        train_privately(who, Broken(), STEP, network(), data, None, schedule, spending, None)
+    assert who.state[LEDGER] == {"teacher": [["dp-sgd", 2.0, 4 / 12, 6]]}
 
 
 def test_a_batch_without_samples_is_a_step_of_noise(data):
