@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -72,10 +73,20 @@ class Bench:
     def _federation(self) -> Federation:
         return Federation(
             rounds=self.config.rounds,
-            samples=self.data.client_sizes,
+            samples=tuple(self.declared(split) for split in self.data.clients),
             classes=len(self.data.classes),
             local_epochs=self.config.local_epochs,
+            unit=self.config.unit,
         )
+
+    def declared(self, split: Any) -> int:
+        """How many samples a client has, as everybody may know it.
+
+        With patients as the unit of privacy how many images one has is as private as the images: only their largest
+        number is public.
+        """
+        unit = self.config.unit
+        return len(split) if unit.name == "image" else unit.images * len(np.unique(split.patients))
 
     def pool(self) -> None:
         """Puts the data of all clients together, for a method that is not federated."""

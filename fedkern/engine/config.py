@@ -22,8 +22,11 @@ from fedkern.methods import registry
 from fedkern.methods.options import Knob, knobs, option
 from fedkern.models import MODELS
 from fedkern.models.towers import IMAGE_ENCODERS, TEXT_ENCODERS
+from fedkern.privacy import IMAGE, UNITS, Unit
 
 NAME = "config.toml"
+PATIENT_IMAGES = 4
+"""Images of a patient that are used at most where patients are the unit of privacy and nothing else is said."""
 
 
 def _encoder(name: str) -> str:
@@ -121,6 +124,14 @@ class RunConfig:
         None, "networks that the clients bring instead of training: a run folder, or one with client-0.safetensors, "
         "client-1.safetensors, ...", type=str, path=absolute,
     )  # fmt: skip
+    privacy_unit: str = option(
+        UNITS[0], "what differential privacy protects: every image, or every patient with all images, which the data "
+        "must name (an image of nobody named is a patient's of its own)", choices=UNITS,
+    )  # fmt: skip
+    patient_images: int | None = option(
+        None, f"images of a patient that are used at most, drawn once, with --privacy-unit patient; {PATIENT_IMAGES} "
+        "where open", low=1, type=int,
+    )  # fmt: skip
     eval_every: int = option(1, "evaluate every so many rounds, and always after the last", low=1)
     checkpoint_every: int = option(1, "write a checkpoint every so many rounds", low=1)
     grad_cam: int = option(200, "test images for the Grad-CAM share inside the object; 0 for none", low=0)
@@ -164,6 +175,8 @@ class RunConfig:
                 f"--{bounds[0].replace('_', '-')} is for methods that average the clients' parameters, which "
                 f"{self.method} with these options does not do: leave it out."
             )
+        if self.patient_images is not None and self.privacy_unit != "patient":
+            raise UserError("--patient-images is for --privacy-unit patient: give that too, or leave it out.")
         if self.momentum >= 1:
             raise UserError("--momentum must be below 1; at 1 the velocity never decays.")
 
@@ -171,6 +184,11 @@ class RunConfig:
     def trained_clients(self) -> int:
         """The clients that take part in the training."""
         return self.clients - (self.held_out_client is not None)
+
+    @property
+    def unit(self) -> Unit:
+        """The unit of privacy."""
+        return Unit("patient", self.patient_images or PATIENT_IMAGES) if self.privacy_unit == "patient" else IMAGE
 
     @property
     def statistics(self) -> bool:

@@ -85,6 +85,12 @@ class Run:
             network = self.bench.network("server")  # encoders may be folders that cannot be read
             self._pooling.check(network.module)
         self.method.start(self.server)
+        if self.config.privacy_unit != "image" and self.method.guarantee(self.server) is None:
+            raise UserError(
+                f"--privacy-unit {self.config.privacy_unit} says what an epsilon protects, and this run of "
+                f"{self.config.method} promises none: ask for one with a privacy option of its method (fediod has "
+                "some), or leave it out."
+            )
         if not self._resume or self.checkpoints.peek() is None:  # a run that goes on has most of them already
             check_teachers(self.method, self.bench)
         self._plan = [entry for entry in self.method.rounds(self.bench.federation) if not entry.one_off]

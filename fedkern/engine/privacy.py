@@ -19,8 +19,9 @@ def privacy_figures(
         clients: how many there are.
 
     Returns:
-        ``epsilon`` (the largest of any client; infinite where a release had no noise), ``delta``, ``channels`` (the
-        largest epsilon of each, alone at the whole delta), ``clients`` (every client's ``epsilon`` and ``channels``)
+        ``epsilon`` (the largest of any client; infinite where a release had no noise), ``delta``, ``unit`` (what one
+        neighbour differs in: ``"image"`` or ``"patient"``, with at most ``patient_images``), ``channels`` (the largest
+        epsilon of each, alone at the whole delta), ``clients`` (every client's ``epsilon`` and ``channels``)
         and ``statement``, one sentence on what the figure covers and what not.
 
     Raises:
@@ -38,6 +39,8 @@ def privacy_figures(
     return {
         "epsilon": epsilon,
         "delta": said.delta,
+        "unit": said.unit.name,
+        **({"patient_images": said.unit.images} if said.unit.name == "patient" else {}),
         "channels": channels,
         "clients": {k: {"epsilon": f.epsilon, "channels": dict(f.channels)} for k, f in figures.items()},
         "statement": said.statement(epsilon),

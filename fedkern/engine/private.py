@@ -14,7 +14,15 @@ from fedkern.engine.local import Context, Diverged, Schedule
 from fedkern.engine.samples import ClientData
 from fedkern.methods.base import Objective, Step
 from fedkern.privacy import DPSGD, LEDGER, Accountant
-from fedkern.privacy.dpsgd import check_network, empty_batch, generator_of, keep_finite, private_steps, stream_name
+from fedkern.privacy.dpsgd import (
+    check_network,
+    empty_batch,
+    generator_of,
+    keep_finite,
+    private_steps,
+    stream_name,
+    sum_patients,
+)
 
 if TYPE_CHECKING:
     from fedkern.engine.serial import Client
@@ -34,9 +42,12 @@ def train_privately(
     """Books the release in the client's ledger, then trains ``module`` in place on the client's samples at ``rows``.
 
     Every step draws each sample with the same probability, batch size over samples, on its own; there are as many steps
-    as usual.  ``method.loss`` must be a mean over samples that do not depend on each other.  Its batches say so
-    (``apart``), because the usual loss of a segmentation, the mean over all known pixels of a batch, makes a sample's
-    gradient larger where less is known of the others.
+    as usual.  Where a patient is the unit of privacy, patients are drawn, with all of their images, and the sum of a
+    patient's gradients is clipped: how many images one has tells in neither the probability nor the number of steps.
+
+    ``method.loss`` must be a mean over samples that do not depend on each other.  Its batches say so (``apart``),
+    because the usual loss of a segmentation, the mean over all known pixels of a batch, makes a sample's gradient
+    larger where less is known of the others.
 
     Raises:
         UserError: the network has no per-sample gradients, or opacus is not installed.
@@ -44,10 +55,13 @@ def train_privately(
             batch, would tell of the samples, while the parameters are private.
     """
     check_network(module, "this one")
+    size = declared(len(data), rows, spending)
     rows = np.arange(len(data)) if rows is None else rows
-    each = math.ceil(len(rows) / schedule.batch_size)
+    each = math.ceil(size / schedule.batch_size)
     steps = each * schedule.epochs if schedule.limit is None else schedule.limit
-    rate = min(1.0, schedule.batch_size / len(rows))
+    rate = min(1.0, schedule.batch_size / size)
+    owners = None if spending.patients is None else np.unique(spending.patients[rows], return_inverse=True)[1]
+    count = size // spending.images  # of samples, or of patients
     noise = spending.noise(rate, steps)
     secret = spending.secret
     draws = client.rng(stream_name("batches", secret), step)
@@ -64,7 +78,7 @@ def train_privately(
     total, batches = 0.0, 0
     device = next(module.parameters()).device
     generator = generator_of(client.rng(stream_name("dp-sgd", secret), step), device, whole=bool(secret))
-    expected = rate * len(rows)
+    expected = rate * count
     # Before the first step: whatever ends the training, or is told of how it ended, has cost no more than this.
     accountant = Accountant(client.state.get(LEDGER))
     accountant.dp_sgd(spending.channel, noise, rate=rate, steps=steps)
@@ -74,7 +88,8 @@ def train_privately(
     ) as private:
         for done in range(steps):
             optimizer.param_groups[0]["lr"] = schedule.lr_at(done // each)
-            drawn = rows[draws.random(len(rows)) < rate]
+            chosen = draws.random(count) < rate
+            drawn = rows[chosen if owners is None else chosen[owners]]
             private.zero_grad()
             if len(drawn):
                 batch = replace(data.batch(drawn, step, done // each, augmentation), apart=True)
@@ -82,6 +97,8 @@ def train_privately(
                 loss = result[0] if isinstance(result, tuple) else result
                 loss.backward()
                 keep_finite(module)
+                if spending.patients is not None:
+                    sum_patients(module, spending.patients[drawn])
                 value = float(loss.detach())
                 if math.isfinite(value):
                     total, batches = total + value, batches + 1
@@ -91,3 +108,11 @@ def train_privately(
     if not all(bool(torch.isfinite(parameter).all()) for parameter in trained):
         raise Diverged(client.id, step.round, steps, "the parameters are not finite")
     return {"loss": total / max(batches, 1), "noise": noise}
+
+
+def declared(samples: int, rows: np.ndarray | None, spending: DPSGD) -> int:
+    """The number of samples that a schedule may follow from: patients count as the most images that one may have."""
+    if spending.patients is None:
+        return samples if rows is None else len(rows)
+    own = spending.patients if rows is None else spending.patients[rows]
+    return spending.images * len(np.unique(own))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fedkern.data import DETECTION_OPTIONS, FederatedData, load
+from fedkern.data.patients import limited
 from fedkern.data.set_aside import set_aside
 from fedkern.engine import atomic, records, saved
 from fedkern.engine import config as settings
@@ -129,8 +130,16 @@ def load_data(config: RunConfig, *, masks: bool = True, notice: Callable[[str], 
 
 
 def kept_data(config: RunConfig, data: FederatedData) -> FederatedData:
-    """The data without what the settings set aside (``--held-out-client``, ``--client-test``), as a run sees them."""
-    return set_aside(data, held_out=config.held_out_client, share=config.client_test, seed=config.seed)
+    """The data as a run sees them.
+
+    They are without what the settings set aside (``--held-out-client``, ``--client-test``) and, where patients are the
+    unit of privacy, without more images of a patient than that has.
+
+    Raises:
+        UserError: see :func:`fedkern.data.set_aside.set_aside` and :func:`fedkern.data.patients.limited`.
+    """
+    kept = set_aside(data, held_out=config.held_out_client, share=config.client_test, seed=config.seed)
+    return limited(kept, config.unit.images, config.seed) if config.unit.name == "patient" else kept
 
 
 def _effective(config: RunConfig, data: Any) -> RunConfig:

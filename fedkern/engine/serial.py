@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fedkern import ops
 from fedkern.data.cases import wholes
+from fedkern.data.patients import numbered
 from fedkern.engine.bench import Bench
 from fedkern.engine.config import RunConfig
 from fedkern.engine.local import Context, Diverged, Schedule, train
@@ -63,7 +64,9 @@ class Client(_Place):
     def __init__(self, bench: Bench, client: int, state: dict[str, Any]) -> None:
         super().__init__(bench)
         self.id = client
-        self.samples = bench.federation.samples[client]
+        self.samples = len(bench.data.clients[client])
+        self.declared = bench.federation.samples[client]
+        self.unit = bench.federation.unit
         self.labels: Tensor = bench.data.clients[client].labels
         self.state = state
 
@@ -71,6 +74,10 @@ class Client(_Place):
     def wholes(self) -> np.ndarray | None:
         split = self._bench.data.clients[self.id]
         return wholes(split.ids, split.cases, split.patients)
+
+    @functools.cached_property
+    def patients(self) -> np.ndarray | None:
+        return numbered(self._bench.data.clients[self.id]) if self.unit.name == "patient" else None
 
     @property
     def objects_known(self) -> bool:
@@ -182,10 +189,10 @@ class Client(_Place):
         rows: np.ndarray | None = None,
         epochs: int | None = None,
     ) -> dict[str, float]:
-        from fedkern.engine.private import train_privately
+        from fedkern.engine.private import declared, train_privately
 
         limit = self._bench.config.local_steps if epochs is None else None
-        epochs = self._epochs(limit, self.samples if rows is None else len(rows)) if epochs is None else epochs
+        epochs = self._epochs(limit, declared(self.samples, rows, spending)) if epochs is None else epochs
         received, schedule = self._received(step, {}, epochs, None), self._schedule(step, epochs, limit)
         data = self._bench.client_data(self.id)
         figures = train_privately(self, method, step, module, data, received, schedule, spending, rows)
@@ -368,7 +375,7 @@ class Exchange:
                 answer = together.pop(k)
             engine.released(k, answer)
             self._book(k, "up", answer)
-            info: dict[str, Any] = {"samples": client.samples, **client.report}
+            info: dict[str, Any] = {"samples": client.declared, **client.report}
             answer, why = self._checked(k, message, answer, info)
             if why:
                 engine.refused(k, step.exchange, why)
@@ -378,7 +385,7 @@ class Exchange:
             engine.client_done(client, info, time.perf_counter() - start)
             self.seconds += time.perf_counter() - start
             # Handed over for good: while the next client trains, only the server may still hold this upload.
-            handover = [Upload(k, client.samples, answer)] if answer is not None else []
+            handover = [Upload(k, client.declared, answer)] if answer is not None else []
             del answer, client
             if handover:
                 yield handover.pop()

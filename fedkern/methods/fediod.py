@@ -331,7 +331,7 @@ class FedIOD(Objective, OwnNetworks):
         return server.network(server.state["student"])
 
     def guarantee(self, server: Server) -> Guarantee | None:
-        return promise.guarantee(self.settings)
+        return promise.guarantee(self.settings, server.federation.unit)
 
     def appraise(self, server: Server, clients: Mapping[ClientId, Client], sets: Mapping[str, Any]) -> dict[str, float]:
         return appraise(self, server, clients, sets)

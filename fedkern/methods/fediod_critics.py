@@ -110,7 +110,7 @@ class Critics:
         With shards they are drawn from that whose discriminator is in place.
         """
         client, size = self._clients[slot], self._options.batch
-        batches = private.batches(client.samples, self._options)
+        batches = private.batches(client.declared, self._options)
         if iteration >= batches:
             return None
         shards = self._shards[slot]

@@ -36,7 +36,7 @@ from fedkern.methods.base import OUTSIDE, Client, Federation, Objective, Server,
 from fedkern.methods.fediod_losses import asks_teachers
 from fedkern.methods.fediod_promise import asks_discriminators, claims, clip_d, guarantee, private, tells_counts
 from fedkern.ops import clip_and_noise
-from fedkern.privacy import DPSGD, LEDGER, Accountant, least_noise, need_accounting
+from fedkern.privacy import DPSGD, LEDGER, Accountant, Unit, least_noise, need_accounting
 from fedkern.privacy.dpsgd import check_network, stream_name
 from fedkern.privacy.guarantee import listed
 
@@ -70,10 +70,10 @@ def prepare(server: Server, options: Any) -> None:
     if options.epsilon is not None and _beside_teachers(options):
         steps = planned_steps(server.federation, options)
         epsilon, delta = _part(options, 1 - options.teacher_share)
-
-        sigma = least_noise(lambda noise: _beside(options, noise, steps), epsilon, delta)
+        unit = server.federation.unit
+        sigma = least_noise(lambda noise: _beside(options, noise, steps, unit), epsilon, delta)
     server.state["privacy"] = {"sigma_d": float(sigma), "steps": planned_steps(server.federation, options)}
-    said = guarantee(options)
+    said = guarantee(options, server.federation.unit)
     if said is not None and not options.teacher_dp:
         server.warn(
             "teachers-uncovered",
@@ -82,7 +82,7 @@ def prepare(server: Server, options: Any) -> None:
         )
 
 
-def _beside(options: Any, sigma: float, steps: int) -> Accountant:
+def _beside(options: Any, sigma: float, steps: int, unit: Unit) -> Accountant:
     """What a client releases beside its teacher's answers in a whole run of so many generator steps."""
     accountant = Accountant()
     if asks_discriminators(options) and sigma:
@@ -90,8 +90,13 @@ def _beside(options: Any, sigma: float, steps: int) -> Accountant:
     if options.sigma_t:
         accountant.gaussian(TEACHER, multiplier(options.sigma_t, options.batch), steps=steps)
     if options.histogram_noise and tells_counts(options):
-        accountant.gaussian(HISTOGRAM, options.histogram_noise / math.sqrt(2))
+        accountant.gaussian(HISTOGRAM, _counted(options, unit))
     return accountant
+
+
+def _counted(options: Any, unit: Unit) -> float:
+    """Noise over sensitivity of the class counts (see :func:`release_histogram`)."""
+    return float(options.histogram_noise / (math.sqrt(2) * unit.images))
 
 
 def _beside_teachers(options: Any) -> bool:
@@ -156,20 +161,23 @@ def hidden(client: Client, purpose: str, step: Step, options: Any) -> np.random.
 def shards(client: Client, options: Any) -> Sequence[np.ndarray]:
     """The client's samples cut into disjoint parts with one discriminator each: positions int64 in its split.
 
-    The same at every call of a run, and drawn without a look at the data.
+    The same at every call of a run, and drawn without a look at the data.  Patients stay whole where they are the unit
+    of privacy.
 
     Raises:
-        UserError: the client has fewer samples than shards.
+        UserError: the client has fewer samples, or patients, than shards.
     """
     if options.shards == 1:
         return [np.arange(client.samples)]
-    if client.samples < options.shards:
+    units = np.arange(client.samples) if client.patients is None else client.patients
+    count = int(units.max(initial=-1)) + 1
+    if count < options.shards:
         raise UserError(
-            f'Method option "shards" is {options.shards}, but client {client.id} has {client.samples} samples: use '
-            "fewer shards, or larger clients."
+            f'Method option "shards" is {options.shards}, but client {client.id} has {count} '
+            f"{'samples' if client.patients is None else 'patients'}: use fewer shards, or larger clients."
         )
-    order = client.rng("shards", OUTSIDE).permutation(client.samples)
-    return [np.sort(part) for part in np.array_split(order, options.shards)]
+    order = client.rng("shards", OUTSIDE).permutation(count)
+    return [np.flatnonzero(np.isin(units, part)) for part in np.array_split(order, options.shards)]
 
 
 def batches(samples: int, options: Any) -> int:
@@ -179,7 +187,7 @@ def batches(samples: int, options: Any) -> int:
 
 def trainings(client: Client, options: Any) -> int:
     """Iterations of a round in which the client trains a discriminator, the first ones."""
-    own = batches(client.samples, options)
+    own = batches(client.declared, options)
     return min(options.iterations or own, own)
 
 
@@ -202,13 +210,14 @@ def release_histogram(client: Client, histogram: Tensor, options: Any) -> Tensor
     The noise is in records: a record counts once, and an image with a class for every pixel as often as it has pixels,
     N, known or not, because how many are known is private itself.  Replacing a record takes counts c >= 0 with a sum of
     at most N away and adds others, c', so the counts change by ||c' - c|| <= sqrt(||c||^2 + ||c'||^2) <= sqrt(2) N in
-    the Euclidean norm: sqrt(2) records, which is reached where all N move from one class to another.
+    the Euclidean norm: sqrt(2) records, which is reached where all N move from one class to another.  A patient with at
+    most k images counts for k records.
     """
     if not options.histogram_noise or not tells_counts(options):
         return histogram  # as it is, or not told at all
     record = math.prod(client.labels.shape[1:])  # what a record may count for: 1, or all of its pixels
     noisy = _noise(client, HISTOGRAM, histogram[None].float(), None, options.histogram_noise * record, options)[0]
-    _book(client, HISTOGRAM, options.histogram_noise / math.sqrt(2))
+    _book(client, HISTOGRAM, _counted(options, client.unit))
     return noisy.clamp_min(0)
 
 
@@ -307,12 +316,13 @@ def train_teacher(
         agreed = client.state.get(TERMS, {"sigma_d": 0.0, "steps": 0})
 
         def account(sigma: float) -> Accountant:
-            accountant = _beside(options, agreed["sigma_d"], int(agreed["steps"]))
+            accountant = _beside(options, agreed["sigma_d"], int(agreed["steps"]), client.unit)
             accountant.dp_sgd(TEACHER, sigma, rate=rate, steps=steps)
             return accountant
 
         return least_noise(account, options.epsilon, options.delta)  # all that the rest leaves
 
-    spending = DPSGD(options.teacher_clip, noise, TEACHER, secret(client, options))
+    patients, images = client.patients, client.unit.images
+    spending = DPSGD(options.teacher_clip, noise, TEACHER, secret(client, options), patients, images)
     client.fit_privately(method, step, module, spending, rows=rows)
     return True

@@ -12,7 +12,7 @@ from fedkern.errors import UserError
 from fedkern.methods.base import option
 from fedkern.methods.fediod_losses import asks_teachers
 from fedkern.methods.options import Options
-from fedkern.privacy import Guarantee
+from fedkern.privacy import IMAGE, Guarantee, Unit
 from fedkern.privacy.guarantee import listed
 
 
@@ -47,11 +47,13 @@ class PrivacyOptions(Options):
         "or the confidence itself, which epsilon then does not cover", choices=("withhold", "release"),
     )  # fmt: skip
     histogram_noise: float = option(
-        0.0, "standard deviation of the noise on a client's class counts, in records (for segmentation, all pixels of "
+        0.0, "standard deviation of the noise on a client's class counts, in images (for segmentation, all pixels of "
         "an image); 0: told as they are", low=0,
     )  # fmt: skip
     teacher_dp: bool = option(False, "train the teachers with DP-SGD, so that all that comes from them is covered")
-    teacher_clip: float = option(1.0, "largest norm of a sample's gradient in DP-SGD", above=0)
+    teacher_clip: float = option(
+        1.0, "largest norm of a sample's (or the sum of a patient's) gradient in DP-SGD", above=0
+    )
     teacher_sigma: float = option(1.0, "noise of DP-SGD over teacher_clip, where epsilon is not given", low=0)
     noise: str = option(
         "secret", "what noise and secret draws follow from: 128 bits that every client draws anew and keeps to itself, "
@@ -144,7 +146,7 @@ def claims(options: Any) -> bool:
     return private(options) or options.teacher_dp or (options.histogram_noise > 0 and tells_counts(options))
 
 
-def guarantee(options: Any) -> Guarantee | None:
+def guarantee(options: Any, unit: Unit = IMAGE) -> Guarantee | None:
     """What epsilon covers and what not, of all that the run releases; None where nothing is private.
 
     With ``teacher_dp`` all that is made of the teachers is covered.  Without it ``sigma_t`` covers no more than what
@@ -177,7 +179,7 @@ def guarantee(options: Any) -> Guarantee | None:
     if covers and not leaves:
         covers.append("so the released generator and student" if generates(options) else "so the released student")
     leaves.append("the losses and accuracies that the run's records tell of a client")
-    return Guarantee(options.delta, tuple(covers), tuple(leaves), _while(options))
+    return Guarantee(options.delta, tuple(covers), tuple(leaves), _while(options), unit)
 
 
 def _while(options: Any) -> tuple[str, ...]:

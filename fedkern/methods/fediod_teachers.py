@@ -48,7 +48,14 @@ def split(client: Client, share: float) -> tuple[np.ndarray, np.ndarray]:
     """Positions of the samples that train the teacher, and of those held out; a client keeps at least one to train.
 
     A patient, or a case, is on one side: whole ones are held out, of no more samples than the share says but of one.
+    Where patients are the unit of privacy the share is one of patients, so that nobody's images decide who else is held
+    out.
     """
+    if client.patients is not None:  # so many patients, whatever the number of their images
+        parts = drawn_rows(client.rng("holdout", TRAIN), client.samples, client.patients)
+        whole = min(round(share * len(parts)), len(parts) - 1)
+        out, kept = (np.concatenate([np.zeros(0, np.int64), *rows]) for rows in (parts[:whole], parts[whole:]))
+        return np.sort(kept), np.sort(out)
     held = min(round(share * client.samples), client.samples - 1)
     parts = drawn_rows(client.rng("holdout", TRAIN), client.samples, client.wholes)
     whole = int(np.searchsorted(np.cumsum([len(part) for part in parts]), held, side="right"))

@@ -9,6 +9,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from torch import Tensor
 
+from fedkern.privacy.unit import IMAGE, Unit
+
 ClientId = int
 Message = dict[str, Any]
 """Named tensors, numbers, and dicts of such; its tensors are what the byte ledger counts."""
@@ -65,15 +67,18 @@ class Federation:
 
     Attributes:
         rounds: communication rounds the user asked for.
-        samples: training samples per client.
+        samples: training samples per client, as everybody may know them: where patients are the unit of privacy, their
+            number times the images that one may have.
         classes: number of classes.
         local_epochs: epochs per round (for one-shot methods a client's whole budget).
+        unit: the unit of privacy.
     """
 
     rounds: int
     samples: tuple[int, ...]
     classes: int
     local_epochs: int = 1
+    unit: Unit = IMAGE
 
     @property
     def clients(self) -> int:

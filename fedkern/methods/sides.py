@@ -19,7 +19,7 @@ from fedkern.methods.protocol import (
     Samples,
     Step,
 )
-from fedkern.privacy import DPSGD
+from fedkern.privacy import DPSGD, Unit
 
 
 class Objective:
@@ -76,6 +76,8 @@ class Client(Place, Protocol):
     """A client as its method sees it.
 
     Attributes:
+        samples: training samples, n.
+        declared: the same as everybody may know it (``Federation.samples``): weights and schedules follow from it.
         labels: int64 [n], or [n, H, W] for segmentation, on the CPU.
         state: outlives the round; tensors, numbers, strings and dicts of such, read back on the CPU.  A private method
             keeps the ``state`` of the client's :class:`fedkern.privacy.Accountant` under ``fedkern.privacy.LEDGER``.
@@ -85,6 +87,7 @@ class Client(Place, Protocol):
 
     id: ClientId
     samples: int
+    declared: int
     labels: Tensor
     state: dict[str, Any]
     scratch: dict[str, Any]
@@ -96,6 +99,16 @@ class Client(Place, Protocol):
 
         What a client holds out for itself has all samples of one, or none.
         """
+        ...
+
+    @property
+    def patients(self) -> np.ndarray | None:
+        """int64 [n], counted from 0, the patient of every sample, where patients are the unit of privacy; else None."""
+        ...
+
+    @property
+    def unit(self) -> Unit:
+        """The unit of privacy."""
         ...
 
     @property

@@ -10,14 +10,18 @@ from fedkern.privacy.bounds import need_accounting
 from fedkern.privacy.dpsgd import DPSGD
 from fedkern.privacy.guarantee import LEDGER, Guarantee
 from fedkern.privacy.membership import Attack, membership_attack
+from fedkern.privacy.unit import IMAGE, UNITS, Unit
 
 __all__ = [
     "DPSGD",
+    "IMAGE",
     "LEDGER",
+    "UNITS",
     "Accountant",
     "Attack",
     "Figure",
     "Guarantee",
+    "Unit",
     "least_noise",
     "membership_attack",
     "need_accounting",

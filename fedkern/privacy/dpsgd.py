@@ -23,17 +23,21 @@ class DPSGD:
     """How a network is trained with differential privacy.
 
     Attributes:
-        max_norm: largest Euclidean norm of a sample's gradient.
-        noise: standard deviation of the noise on their sum over ``max_norm``, from the probability of a sample to be in
-            a batch and the number of steps.
+        max_norm: largest Euclidean norm of the gradient of a sample, or of the sum of a patient's.
+        noise: standard deviation of the noise on their sum over ``max_norm``, from the probability of a sample, or
+            patient, to be in a batch and the number of steps.
         channel: what the client's ledger calls it.
         secret: mixed into the streams of sampling and noise; empty: they follow from the run's seed.
+        patients: int64 [n], the patient of every sample, where a patient is what is drawn and clipped; None: a sample.
+        images: the largest number of samples of a patient.
     """
 
     max_norm: float
     noise: Callable[[float, int], float]
     channel: str
     secret: str = field(default="", repr=False)
+    patients: np.ndarray | None = None
+    images: int = 1
 
 
 def need_opacus() -> Any:
@@ -167,6 +171,21 @@ def keep_finite(module: nn.Module) -> None:
     if not bool(finite.all()):
         for parameter in trained:
             parameter.grad_sample[~finite] = 0  # type: ignore[attr-defined]
+
+
+def sum_patients(module: nn.Module, patients: np.ndarray) -> None:
+    """Adds up the gradients of each patient's samples, after a backward pass: a row of ``grad_sample`` is a patient's.
+
+    Args:
+        patients: int64 [B], whose sample each of the batch is.
+    """
+    position = torch.from_numpy(np.unique(patients, return_inverse=True)[1])
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            each: torch.Tensor = parameter.grad_sample  # type: ignore[attr-defined]
+            member = torch.nn.functional.one_hot(position).T.to(each)  # a product adds in one order, on a GPU too
+            parameter.grad_sample = (member @ each.flatten(1)).view(-1, *parameter.shape)  # type: ignore[attr-defined]
+    keep_finite(module)  # a sum of finite values may be none
 
 
 def empty_batch(module: nn.Module) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from fedkern.privacy.unit import IMAGE, Unit
+
 LEDGER = "privacy"
 """Where in a client's state the engine looks for what it has released (an ``Accountant``'s ``state``)."""
 
@@ -20,12 +22,14 @@ class Guarantee:
         delta: the probability at which epsilon is told.
         covers, leaves: what the figure covers and what it does not, each a few words that continue a sentence.
         conditions: what the figure holds on, at least one clause that continues "while".
+        unit: what the neighbours differ in.
     """
 
     delta: float
     covers: tuple[str, ...]
     leaves: tuple[str, ...] = ()
     conditions: tuple[str, ...] = ("the run's seed stays secret",)
+    unit: Unit = IMAGE
 
     def statement(self, epsilon: float) -> str:
         """One plain sentence: for whom, of which files and on what condition the figure holds, and what it covers."""
@@ -35,8 +39,8 @@ class Guarantee:
         covers = f"covers {listed(self.covers)}" if self.covers else "covers nothing"
         leaves = f", but not {listed(self.leaves)}" if self.leaves else ""
         return (
-            f"{given} at delta {self.delta:g}, the largest of any client when one of its records is replaced{holds} "
-            f"{covers}{leaves}."
+            f"{given} at delta {self.delta:g}, the largest of any client when one of its {self.unit} is "
+            f"replaced{holds} {covers}{leaves}."
         )
 
 

@@ -34,12 +34,19 @@ def headline(run: RunInfo) -> list[str]:
     if clients != config.clients:
         who = f"the data of {config.clients} clients in one place"
     held = run.test_sets.get("validation", 0)
+    training = f"{samples:,} training"
+    if config.unit.name == "patient":
+        training = f"training images of {samples // config.unit.images:,} patients"
     lines = [
-        f"{config.method} on {config.data}: {who}, {samples:,} training, "
+        f"{config.method} on {config.data}: {who}, {training}, "
         f"{f'{held:,} validation, ' if held else ''}{', '.join(tests)} images",
         f"{run.model or config.model} with {run.parameters:,} parameters on {config.device}, {config.threads} "
         f"thread{'s' * (config.threads != 1)}; run folder {run.out}",
     ]
+    if run.private:
+        lines.append(
+            f"differential privacy of every {config.privacy_unit}: one of a client's {config.unit} is replaced"
+        )
     if run.first_round:
         lines.append(f"resumed after round {run.first_round} of {len(run.rounds)}")
     return lines

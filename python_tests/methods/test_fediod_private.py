@@ -17,7 +17,7 @@ from fedkern.methods import fediod_private as privacy
 from fedkern.methods import fediod_promise as promise
 from fedkern.methods.base import Federation, Step
 from fedkern.methods.fediod_options import IODOptions, settle
-from fedkern.privacy import LEDGER, Accountant
+from fedkern.privacy import IMAGE, LEDGER, Accountant
 from fedkern.streams import stream
 
 STEP = Step(0, "round", "gradients")
@@ -38,6 +38,7 @@ class Client:
     def __init__(self, id=0, samples=50, state=None, seed=0, sides=()):
         self.id, self.samples, self.state, self._seed = id, samples, state or {}, seed
         self.labels = torch.zeros(1, dtype=torch.int64).expand(samples, *sides)
+        self.declared, self.patients, self.unit = samples, None, IMAGE
 
     def rng(self, purpose, step):
         return stream(self._seed, f"{purpose}/{step.exchange}", round=step.round, client=self.id)
