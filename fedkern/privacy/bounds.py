@@ -90,11 +90,10 @@ def replaced(entries: Entries, delta: float) -> float:
         found.append(_rdp(shards + whole, "REPLACE_ONE", delta))
     if not shards:
         found.append(_together(whole, sampled, delta))
-    for share in SPLITS if len(found) == 0 or (shards and whole) else ():
+    for share in SPLITS if shards and (whole or sampled) else ():
         one, other = share * delta, (1 - share) * delta
-        if shards:
-            found.append(_rdp(shards, "REPLACE_ONE", one) + _together(whole, sampled, other))
-        if sampled:
+        found.append(_rdp(shards, "REPLACE_ONE", one) + _together(whole, sampled, other))
+        if sampled and whole:
             found.append(replaced(shards + whole, one) + _together((), sampled, other))
     return min(found)
 
