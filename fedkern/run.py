@@ -100,7 +100,9 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _say(text: str, code: int = USAGE) -> int:
-    text = " ".join(text.split())
+    from fedkern.errors import printable
+
+    text = printable(" ".join(text.split()))
     print(f"error: {text}" + ("" if text.endswith((".", "?", "!")) else "."), file=sys.stderr)
     return code
 

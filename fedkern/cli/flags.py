@@ -64,7 +64,11 @@ METAVARS = {
 }
 
 # Options of the data sets that have a flag of their own; the others are reached by --data-option.
-DATA_FLAGS: dict[str, DataOption] = {**COMMON_OPTIONS, "protocol": DATASETS["nico"].options["protocol"]}
+DATA_FLAGS: dict[str, DataOption] = {
+    **COMMON_OPTIONS,
+    "protocol": DATASETS["nico"].options["protocol"],
+    "max_image_pixels": DATASETS["folder"].options["max_image_pixels"],
+}
 METAVARS |= {"boxes": "FILE", "detector": "PATH_OR_NAME", "detector_cache": "DIR"}
 
 
@@ -312,14 +316,14 @@ def _check(request: Request) -> None:
         allowed = {"data_root"} if request.command in FOLDER_COMMANDS else set()
         if (
             set(request.settings) - allowed
-            or request.options
+            or (request.options and request.command not in FOLDER_COMMANDS)
             or request.data_options
             or request.resume
             or request.config
             or request.out
             or request.tensorboard
         ):
-            also = ", --data-root" if allowed else ""
+            also = ", --data-root and --method-option" if allowed else ""
             raise UserError(f"{PROGRAM} {request.command} takes no other flags than --json{also}.")
     elif request.command == "resume":
         if request.config or (request.out and request.out.resolve() != (request.resume or Path()).resolve()):

@@ -18,7 +18,6 @@ Coordinates are pixels of the image in its file, turned as its EXIF orientation 
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Collection, Sequence
 from os.path import normpath
@@ -31,6 +30,7 @@ from fedkern.data.background import rasterise
 from fedkern.data.types import Split
 from fedkern.errors import UserError, nearest
 from fedkern.files import expand
+from fedkern.inputs import parse_json, read_text
 
 Box = tuple[float, float, float, float]
 
@@ -52,7 +52,7 @@ class BoxesFile:
         if suffix not in (".json", ".csv"):
             raise UserError(f"boxes file {self.path}: expected a file ending in .json or .csv")
         try:
-            text = self.path.read_text(encoding="utf-8-sig")
+            text = read_text(self.path, "utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8 text"
             raise UserError(f"boxes file {self.path}: cannot be read ({reason})") from error
@@ -92,8 +92,8 @@ class BoxesFile:
 
     def _read_json(self, text: str) -> dict[str, list[Box]]:
         try:
-            content = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            content = parse_json(text)
+        except ValueError as error:
             raise UserError(f"boxes file {self.path}: not valid JSON ({error})") from error
         table = content.get("boxes") if isinstance(content, dict) else None
         if not isinstance(table, dict):

@@ -7,6 +7,7 @@ anterior, superior) first, so that slices are axial however they were stored.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedkern.data.files import need_root
-from fedkern.data.images import each, subfolders
+from fedkern.data.files import gunzip, need_root
+from fedkern.data.images import MAX_PIXELS, each, subfolders
 from fedkern.data.listing import SPLITS, interleaved
 from fedkern.data.types import Pool, Source, fixed_rows
 from fedkern.errors import UserError
+from fedkern.inputs import open_regular, real_file
 
 PARTS = {"necrotic core": (1,), "oedema": (2,), "enhancing tumour": (4, 3)}
 """The classes of BraTS by the values that its releases have stored them as."""
 
+HEADER = 540  # bytes of NIfTI-2's, the longer one
 PERCENTILES = 0.5, 99.5  # of a volume's voxels that are not 0; what lies outside is clipped
 MEAN, STD = 0.3, 0.25  # a brain's share of a slice is small, and so is that of bright tissue
 
@@ -52,6 +55,7 @@ def open_brats(
     every: int = 1,
     test_share: float = 0.2,
     validation_share: float = 0.1,
+    max_image_pixels: int = MAX_PIXELS,
 ) -> Source:
     """Finds the cases and reads their masks; volumes are read when a split needs them.
 
@@ -68,12 +72,14 @@ def open_brats(
         slices: those with an ``object``, those with any ``tissue``, or ``all``.
         every: keep one slice in so many.
         test_share, validation_share: share of the cases held out where there is no such folder.
+        max_image_pixels: voxels of a volume as its file announces them; a larger one is not decoded.
 
     Intensities are mapped to bytes volume by volume, from the 0.5th to the 99.5th percentile of the voxels that are not
     0, which stay 0.
 
     Raises:
-        UserError: nibabel is missing, there is no case, a file is missing or damaged or of another shape, or no slice.
+        UserError: nibabel is missing, there is no case, a folder or volume is there twice, a file is missing or damaged
+            or of another shape, or no slice.
     """
     _nibabel()
     base = need_root(root, "brats", "CASE/CASE_flair.nii.gz")
@@ -85,20 +91,18 @@ def open_brats(
     found: list[npt.NDArray[np.uint8]] = [np.empty(0, np.uint8)] * len(cases)
 
     def read(i: int) -> None:
-        found[i] = classes_of(cases[i].mask, list(values.values()))
+        found[i] = classes_of(cases[i].mask, list(values.values()), max_image_pixels)
 
     each(read, len(cases))
     rows = [
-        (i, z)
-        for i, case in enumerate(cases)
-        for z in kept_slices(case, found[i], slices, every)
-    ]  # fmt: skip
+        (i, z) for i, case in enumerate(cases) for z in kept_slices(case, found[i], slices, every, max_image_pixels)
+    ]
     if not rows:
         raise UserError(f'data set "brats": no slice under {base} holds any class; take slices=all or other labels')
     where = np.array(rows, dtype=np.int64)
     targets = torch.stack([square(torch.from_numpy(found[i][z].copy()), size, smooth=False) for i, z in rows])
     shapes = [own.shape for own in found]
-    pools = _pools(cases, shapes, where, targets, (test_share, validation_share))
+    pools = _pools(cases, shapes, where, targets, (test_share, validation_share), max_image_pixels)
     sites = sorted({case.site for case in cases})
     return Source(
         classes=("background", *values),
@@ -116,11 +120,22 @@ def find_cases(base: Path, modalities: Sequence[str], mask: str) -> list[Case]:
     """The case folders under ``base``, by name: all folders with a file of one of the names.
 
     Raises:
-        UserError: there is none, or one of the files of a case is missing.
+        UserError: there is none, one of the files of a case is missing, or links lead to a folder, or to the volume of
+            a case, by two names.
     """
     cases: list[Case] = []
+    known: dict[object, Path] = {}
+
+    def once(path: Path, what: str, owner: Path) -> None:
+        other = known.setdefault(real_file(path), owner)
+        if other != owner:
+            raise UserError(
+                f'data set "brats": {other} and {owner} {what} {path.resolve()}, so that its cases would be there '
+                "twice: remove the link that makes it two."
+            )
 
     def look(folder: Path) -> None:
+        once(folder, "are one folder,", folder)
         files = {name: ending(folder, name) for name in (*modalities, mask)}
         if any(files.values()):
             missing = [name for name, path in files.items() if path is None]
@@ -132,6 +147,8 @@ def find_cases(base: Path, modalities: Sequence[str], mask: str) -> list[Case]:
             split = SPLITS.get(above[0].lower(), "") if above else ""
             site = "/".join(above[1:] if split else above)
             paths = [path for path in files.values() if path is not None]
+            for path in paths[:-1]:
+                once(path, "have one volume,", folder)
             name = folder.relative_to(base).as_posix()
             cases.append(Case(name, split, site, tuple(paths[:-1]), paths[-1]))
             return
@@ -172,18 +189,42 @@ def read_labels(text: str) -> dict[str, tuple[int, ...]]:
     return {word: (int(word),) for word in words}
 
 
-def volume(path: Path) -> npt.NDArray[np.float32]:
+def volume(path: Path, max_voxels: int = MAX_PIXELS) -> npt.NDArray[np.float32]:
     """A file's values fp32 ``[Z, Y, X]``: axial slices from below, each with the front on top.
 
     Raises:
-        UserError: it cannot be read, has not three dimensions, or holds what is no finite number.
+        UserError: it cannot be read, has not three dimensions, more than ``max_voxels`` voxels or none, bytes behind
+            the last one, or holds what is no finite number.
     """
     nib = _nibabel()
+
+    def due(head: bytes) -> int:
+        header = _kind(nib, head).header_class(head[: _kind(nib, head).header_class.sizeof_hdr], check=False)
+        shape = [int(side) for side in header.get_data_shape()]
+        voxels = math.prod(shape)
+        if min(shape, default=0) < 1:
+            raise UserError(
+                f'data set "brats": the volume {path} has a dimension of {min(shape, default=0)}; replace or remove it'
+            )
+        if voxels > max_voxels:
+            raise UserError(
+                f'data set "brats": the volume {path} has {"x".join(map(str, shape))} voxels, more than '
+                f"{max_voxels:,}: make it smaller or, where it is to be trusted, give --max-image-pixels {voxels}"
+            )
+        return int(header.get_data_offset()) + voxels * int(header.get_data_dtype().itemsize)
+
     try:
-        image = nib.as_closest_canonical(nib.load(path))
+        with open_regular(path) as file:
+            raw = gunzip(file, due, HEADER) if path.suffix == ".gz" else file.read()
+        if len(raw) > due(raw[:HEADER]):
+            raise ValueError(f"{len(raw) - due(raw[:HEADER])} bytes stand behind its last voxel")
+        image = nib.as_closest_canonical(_kind(nib, raw).from_bytes(raw))
         values = np.asarray(image.dataobj, dtype=np.float32)
+    except (UserError, MemoryError):
+        raise
     except Exception as error:  # nibabel and what it calls raise many kinds for a damaged file
-        raise UserError(f'data set "brats": cannot read the volume {path} ({error}); replace or remove it') from error
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise UserError(f'data set "brats": cannot read the volume {path} ({reason}); replace or remove it') from error
     values = values.reshape(values.shape[:3]) if values.ndim > 3 and set(values.shape[3:]) == {1} else values
     if values.ndim != 3:
         raise UserError(f'data set "brats": the volume {path} has {values.ndim} dimensions, expected three')
@@ -192,9 +233,14 @@ def volume(path: Path) -> npt.NDArray[np.float32]:
     return np.ascontiguousarray(values.transpose(2, 1, 0)[:, ::-1])
 
 
-def classes_of(path: Path, values: Sequence[tuple[int, ...]]) -> npt.NDArray[np.uint8]:
+def _kind(nib: Any, head: bytes) -> Any:
+    """NIfTI-2 where the file begins with the length of its header, in either order of bytes; else NIfTI-1."""
+    return nib.Nifti2Image if HEADER in (int.from_bytes(head[:4], o) for o in ("little", "big")) else nib.Nifti1Image
+
+
+def classes_of(path: Path, values: Sequence[tuple[int, ...]], max_voxels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
     """The class of every voxel, uint8 ``[Z, Y, X]``."""
-    stored = volume(path)
+    stored = volume(path, max_voxels)
     if (stored != np.rint(stored)).any() or stored.min() < 0:
         raise UserError(f'data set "brats": the mask {path} holds values that are no class numbers')
     made = np.zeros(stored.shape, dtype=np.uint8)
@@ -203,12 +249,14 @@ def classes_of(path: Path, values: Sequence[tuple[int, ...]]) -> npt.NDArray[np.
     return made
 
 
-def kept_slices(case: Case, classes: npt.NDArray[np.uint8], slices: str, every: int) -> list[int]:
+def kept_slices(
+    case: Case, classes: npt.NDArray[np.uint8], slices: str, every: int, max_voxels: int = MAX_PIXELS
+) -> list[int]:
     """The slices of a case that become images."""
     if slices == "all":
         there = np.ones(len(classes), dtype=bool)
     elif slices == "tissue":
-        there = np.asarray((volume(case.volumes[0]) != 0).any((1, 2)))
+        there = np.asarray((volume(case.volumes[0], max_voxels) != 0).any((1, 2)))
         if len(there) != len(classes):
             raise _unequal(case.volumes[0], case.mask)
     else:
@@ -248,6 +296,7 @@ def _pools(
     where: npt.NDArray[np.int64],
     targets: Tensor,
     shares: tuple[float, float],
+    max_voxels: int,
 ) -> dict[str, Pool]:
     counts = torch.stack([(targets == c).sum((1, 2)) for c in range(int(targets.max()) + 1)], 1)
     largest = torch.where(counts[:, 1:].any(1), counts[:, 1:].argmax(1) + 1, 0) if counts.shape[1] > 1 else counts[:, 0]
@@ -259,7 +308,7 @@ def _pools(
         own = where[rows.numpy()]
 
         def read(wanted: Tensor) -> tuple[Tensor, None]:
-            return _slices(cases, shapes, own[wanted.numpy()], targets.shape[-1]), None
+            return _slices(cases, shapes, own[wanted.numpy()], targets.shape[-1], max_voxels), None
 
         def classes(wanted: Tensor) -> Tensor:
             return targets[rows[wanted]].long()
@@ -306,7 +355,11 @@ def _held_out(
 
 
 def _slices(
-    cases: Sequence[Case], shapes: Sequence[tuple[int, ...]], wanted: npt.NDArray[np.int64], size: int
+    cases: Sequence[Case],
+    shapes: Sequence[tuple[int, ...]],
+    wanted: npt.NDArray[np.int64],
+    size: int,
+    max_voxels: int,
 ) -> Tensor:
     """Slices uint8 ``[m, C, size, size]`` of ``wanted`` (case, z) pairs; every volume is read once."""
     images = torch.empty(len(wanted), len(cases[0].volumes), size, size, dtype=torch.uint8)
@@ -317,7 +370,7 @@ def _slices(
         rows = np.flatnonzero(wanted[:, 0] == present[number])
         planes = wanted[rows, 1]
         for channel, path in enumerate(case.volumes):
-            values = volume(path)
+            values = volume(path, max_voxels)
             if values.shape != shapes[present[number]]:
                 raise _unequal(path, case.mask)
             own = torch.from_numpy(to_bytes(values)[planes])

@@ -15,6 +15,7 @@ from fedkern.streams import stream
 
 PIXELS = 3 * 32 * 32
 VALIDATION_SHARE = 10
+MOST_RECORDS = 1_000_000  # of a compressed file, which has no header to say so
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _FINE = """
@@ -45,8 +46,8 @@ def read_records(folder: Path, name: str, data: str, label_counts: tuple[int, ..
     Raises:
         UserError: missing file, a length that is no whole number of records, or a label out of range.
     """
-    raw, path = read_bytes(folder, name, data)
     record = len(label_counts) + PIXELS
+    raw, path = read_bytes(folder, name, data, lambda head, path: MOST_RECORDS * record)
     if len(raw) == 0 or len(raw) % record:
         raise UserError(
             f'data set "{data}": {path} holds {len(raw)} bytes, expected a whole number of records of {record} bytes '

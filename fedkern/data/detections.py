@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from fedkern.data.background import rasterise
 from fedkern.data.types import Split
 from fedkern.errors import UserError
 from fedkern.files import expand, one_writer, replace
+from fedkern.inputs import read_json
 
 BATCH = 8
 SAVE_EVERY = 16  # batches between two writes of the cache
@@ -103,11 +105,10 @@ class Detections:
         if not self.path.exists():
             return {}
         try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
-            boxes: dict[str, list[list[float]]] = content["boxes"]
-            if any(len(box) != 4 for rows in boxes.values() for box in rows):
+            boxes: dict[str, list[list[float]]] = read_json(self.path)["boxes"]
+            if any(len(box) != 4 or not all(map(math.isfinite, box)) for rows in boxes.values() for box in rows):
                 raise ValueError("a box without four numbers")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise UserError(f"the detection cache {self.path} is damaged ({error}); delete it") from error
         return boxes
 

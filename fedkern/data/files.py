@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import gzip
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from fedkern.errors import UserError
 from fedkern.files import expand
+from fedkern.inputs import open_regular
+
+BLOCK = 1 << 20  # bytes read at once
+MOST = 1 << 32
+"""Bytes of content of a ``.gz`` file, whatever its header announces."""
 
 
 def find_folder(root: str | Path | None, data: str, subfolders: Sequence[str], files: Sequence[str]) -> Path:
@@ -49,22 +54,67 @@ def find_file(folder: Path, name: str) -> Path | None:
     return None
 
 
-def read_bytes(folder: Path, name: str, data: str) -> tuple[bytes, Path]:
+def read_bytes(
+    folder: Path, name: str, data: str, due: Callable[[bytes, Path], int], header: int = 0
+) -> tuple[bytes, Path]:
     """Reads ``folder/name`` or ``folder/name.gz``, decompressed, and tells which file it was.
 
+    Args:
+        folder, name, data: where it is, and whose it is for messages.
+        due, header: how many bytes there may be at most, see :func:`gunzip`; ``due`` is also given the path.
+
     Raises:
-        UserError: missing, unreadable or damaged file.
+        UserError: missing, unreadable or damaged file, or more content than is due.
     """
     path = find_file(folder, name)
     if path is None:
         raise UserError(f'data set "{data}": the file {folder / name} (or {name}.gz) is missing')
     try:
-        raw = path.read_bytes()
+        with open_regular(path) as file:
+            if path.suffix != ".gz":
+                return file.read(), path
+            return gunzip(file, lambda head: due(head, path), header), path
     except OSError as error:
         raise UserError(f'data set "{data}": cannot read {path}: {error.strerror or error}') from error
-    if path.suffix != ".gz":
-        return raw, path
-    try:
-        return gzip.decompress(raw), path
-    except (OSError, EOFError, zlib.error) as error:
+    except ValueError as error:
         raise UserError(f'data set "{data}": {path} is not a complete gzip file ({error}); fetch it again') from error
+
+
+def gunzip(file: BinaryIO, due: Callable[[bytes], int], header: int = 0) -> bytes:
+    """The content of a gzip file (RFC 1952, one member or several), checked to its last byte.
+
+    Never more is decompressed than is due: a small file would otherwise fill the memory.
+
+    Args:
+        file: open at its beginning.
+        due: how many bytes of content there may be at most, by the first ``header`` of them.  It is not asked where
+            there are fewer.
+        header: how many bytes ``due`` needs.
+
+    Raises:
+        ValueError: the file is cut off, a checksum or length is wrong, something else stands behind its end, or there
+            is more content than is due.
+    """
+    content = bytearray()
+    most, told = header, False
+    unzip = zlib.decompressobj(wbits=31)  # 31: with gzip's header and trailer, which zlib then checks
+    begun = False
+    while True:
+        if not told and len(content) >= header:
+            most, told = min(due(bytes(content)), MOST), True
+        if told and len(content) > most:
+            raise ValueError(f"it holds more than the {most:,} bytes that are due")
+        waiting = (unzip.unused_data if unzip.eof else unzip.unconsumed_tail) or file.read(BLOCK)
+        if unzip.eof:
+            if not waiting:
+                return bytes(content)
+            unzip = zlib.decompressobj(wbits=31)
+            begun = True
+        try:
+            piece = unzip.decompress(waiting, most - len(content) + told)
+        except zlib.error as error:
+            raise ValueError("there are other bytes behind its end" if begun else str(error)) from None
+        if not (waiting or piece or unzip.eof):
+            raise ValueError("its end is missing")
+        content += piece
+        begun = begun and not piece

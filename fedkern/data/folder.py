@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from fedkern.data.files import need_root
-from fedkern.data.images import list_images, subfolders
+from fedkern.data.images import MAX_PIXELS, list_images, subfolders
 from fedkern.data.listing import SPLITS, Listing, Reading, to_source
 from fedkern.data.types import Source
 from fedkern.errors import UserError
@@ -19,6 +19,7 @@ def open_folder(
     colour: str = "rgb",
     test_share: float = 0.2,
     validation_share: float = 0.1,
+    max_image_pixels: int = MAX_PIXELS,
 ) -> Source:
     """Reads a tree of class folders; images are decoded when a split needs them.
 
@@ -29,6 +30,7 @@ def open_folder(
         size: side in pixels to which every image is resized.
         colour: ``"rgb"`` or ``"grey"``.
         test_share, validation_share: what is held out where there is no such folder.
+        max_image_pixels: of an image as its file announces them; a larger one is not decoded.
 
     Raises:
         UserError: no such tree, fewer than two classes, a class without images, or a test class unknown in training.
@@ -58,7 +60,12 @@ def open_folder(
             belongs += [split] * len(found)
     ids = tuple(path.relative_to(base).as_posix() for path in paths)
     listing = Listing(paths, ids, np.array(labels, dtype=np.int64), belongs, [""] * len(paths))
-    return to_source("folder", listing, tuple(classes), Reading(size, colour, test_share, validation_share))
+    return to_source(
+        "folder",
+        listing,
+        tuple(classes),
+        Reading(size, colour, test_share, validation_share, max_pixels=max_image_pixels),
+    )
 
 
 def split_folders(base: Path, data: str) -> dict[str, str]:

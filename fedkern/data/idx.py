@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,23 +65,29 @@ def read_idx(folder: Path, name: str, data: str, dimensions: int) -> np.ndarray:
     Raises:
         UserError: missing file, another magic number, or another length than the header announces.
     """
-    raw, path = read_bytes(folder, name, data)
     magic = IMAGES_MAGIC if dimensions == 3 else LABELS_MAGIC
     header = 4 * (1 + dimensions)
+
+    def announced(head: bytes, path: Path) -> list[int]:
+        found, *shape = struct.unpack_from(f">{1 + dimensions}I", head)
+        if found != magic:
+            what = "images" if dimensions == 3 else "labels"
+            raise UserError(
+                f'data set "{data}": {path} starts with magic {found:#010x}, expected {magic:#010x} (IDX {what})'
+            )
+        return shape
+
+    raw, path = read_bytes(folder, name, data, lambda head, path: header + math.prod(announced(head, path)), header)
     if len(raw) < header:
         raise UserError(f'data set "{data}": {path} has {len(raw)} bytes, fewer than the {header} of an IDX header')
-    found, *shape = struct.unpack_from(f">{1 + dimensions}I", raw)
-    if found != magic:
-        what = "images" if dimensions == 3 else "labels"
-        raise UserError(
-            f'data set "{data}": {path} starts with magic {found:#010x}, expected {magic:#010x} (IDX {what})'
-        )
-    expected = header + int(np.prod(shape, dtype=np.int64))
+    shape = announced(raw, path)
+    expected, size = header + math.prod(shape), "x".join(str(axis) for axis in shape)
     if len(raw) != expected:
-        size = "x".join(str(axis) for axis in shape)
         raise UserError(
             f'data set "{data}": {path} holds {len(raw)} bytes, expected {expected} for the {size} its header announces'
         )
+    if expected == header:
+        raise UserError(f'data set "{data}": {path} announces {size}, which is nothing')
     return np.frombuffer(raw, np.uint8, offset=header).reshape(shape).copy()
 
 

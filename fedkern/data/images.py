@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,13 @@ from torch import Tensor
 
 from fedkern.errors import UserError
 from fedkern.files import check_text
+from fedkern.inputs import open_regular, real_file, standing
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
+FORMATS = "JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF"
+"""What is decoded, whatever a file is called: Pillow knows formats, such as EPS, for which it starts other programs."""
+MAX_PIXELS = 50_000_000
+"""Of an image, or voxels of a volume, unless the data option max_image_pixels says otherwise."""
 BITS = 8, 12, 16
 """What a grey value that is stored in more than eight bits may hold; medical exports put 12 bits into 16."""
 MIRRORS = Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM
@@ -29,8 +36,6 @@ TURNS = {
 }
 """What makes an image upright, by its EXIF orientation; the first three keep width and height."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-_UNREADABLE = (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 def subfolders(folder: Path) -> list[str]:
@@ -49,20 +54,82 @@ def list_images(folder: Path) -> list[Path]:
     """The image files directly in ``folder``, sorted, without hidden ones.
 
     Raises:
-        UserError: a name is not UTF-8.
+        UserError: a name is not UTF-8, or is that of a link to nothing, a named pipe, a socket or a device.
     """
-    found = sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-    )
+    named = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
+    found = sorted(path for path in named if not path.is_dir())
     for path in found:
         check_text(str(path), "the image")
+        if what := standing(path):
+            raise UserError(f"the image {path} is {what}, not a regular file: remove it, or put the image there.")
     return found
 
 
+def check_distinct(data: str, paths: Sequence[Path], names: Sequence[str]) -> None:
+    """Raises UserError where one real file has two names: it could be in training under one and in a test as the other.
+
+    Links make such names, and folders that are linked into each other or into themselves.
+
+    Args:
+        data: the data set's name, for the message.
+        paths: the files.
+        names: what they are called in the data set; an image with several texts is there several times by one name.
+    """
+    known: dict[object, str] = {}
+    for path, name in zip(paths, names, strict=True):
+        other = known.setdefault(real_file(path), name)
+        if other != name:
+            raise UserError(
+                f'data set "{data}": {other} and {name} are one file, {path.resolve()}, and would be two images: '
+                "remove the link that makes it two."
+            )
+
+
+@contextmanager
+def open_image(path: Path, max_pixels: int) -> Iterator[Image.Image]:
+    """Opens an image of one of `FORMATS`; nothing but its header has been decoded.
+
+    Inside, Pillow's own limit, by which it warns and which is the whole process's, is off: this one is in its place.
+
+    Raises:
+        UserError: it has more pixels than ``max_pixels``.
+        Exception: Pillow raises many kinds for a damaged file.
+    """
+    with open_regular(path) as file, _own_limit(), Image.open(file, formats=FORMATS) as image:
+        if image.width * image.height > max_pixels:
+            raise UserError(
+                f"the image {path} has {image.width}x{image.height} pixels, more than {max_pixels:,}: make it smaller "
+                f"or, where it is to be trusted, give --max-image-pixels {image.width * image.height}."
+            )
+        yield image
+
+
+_lock = threading.Lock()
+_PILLOWS_LIMIT: list[int | None] = []  # the process's own, as often as it is off
+
+
+@contextmanager
+def _own_limit() -> Iterator[None]:
+    with _lock:
+        _PILLOWS_LIMIT.append(Image.MAX_IMAGE_PIXELS if not _PILLOWS_LIMIT else _PILLOWS_LIMIT[0])
+        Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        with _lock:
+            before = _PILLOWS_LIMIT.pop()
+            if not _PILLOWS_LIMIT:
+                Image.MAX_IMAGE_PIXELS = before
+
+
 def read_images(
-    paths: Sequence[Path], size: int, data: str, *, grey: bool = False, pad: bool = False
+    paths: Sequence[Path],
+    size: int,
+    data: str,
+    *,
+    grey: bool = False,
+    pad: bool = False,
+    max_pixels: int = MAX_PIXELS,
 ) -> tuple[Tensor, Tensor]:
     """Decodes images and resizes them (whole, without cropping) to ``size`` x ``size`` pixels.
 
@@ -78,12 +145,13 @@ def read_images(
         data: the data set's name, for messages.
         grey: one channel instead of three.
         pad: keep the proportions, with black bars on both sides of what is not square.
+        max_pixels: of an image as its file announces them.
 
     Returns:
         uint8 ``[n, 3 or 1, size, size]`` and int64 ``[n, 2]``, width and height before resizing.
 
     Raises:
-        UserError: an image that cannot be decoded, or whose grey values have no range that is known.
+        UserError: an image that cannot be decoded, is too large, or whose grey values have no range that is known.
     """
     mode = "L" if grey else "RGB"
     images = np.empty((len(paths), 1 if grey else 3, size, size), dtype=np.uint8)
@@ -91,7 +159,7 @@ def read_images(
 
     def read(row: int) -> None:
         try:
-            with Image.open(paths[row]) as image:
+            with open_image(paths[row], max_pixels) as image:
                 sizes[row] = upright_size(image)
                 # A JPEG is decoded at a fraction of its size where that still leaves twice the pixels needed.
                 image.draft(mode, (2 * size, 2 * size))
@@ -102,14 +170,18 @@ def read_images(
                     else whole.resize((size, size), Image.Resampling.BICUBIC)
                 )
             images[row] = np.atleast_3d(np.asarray(small)).transpose(2, 0, 1)
-        except _UNREADABLE as error:
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:  # Pillow raises many kinds for a damaged file
             raise unreadable(data, "image", paths[row], error) from error
 
     each(read, len(paths))
     return torch.from_numpy(images), torch.from_numpy(sizes)
 
 
-def read_masks(images: Sequence[Path], masks: Sequence[Path], size: int, data: str) -> npt.NDArray[np.uint8]:
+def read_masks(
+    images: Sequence[Path], masks: Sequence[Path], size: int, data: str, max_pixels: int = MAX_PIXELS
+) -> npt.NDArray[np.uint8]:
     """Decodes masks, resized to ``size`` x ``size`` pixels by the nearest pixel.
 
     A mask is of its image as `read_images` sees it, and is itself turned as its own EXIF orientation says.
@@ -119,20 +191,21 @@ def read_masks(images: Sequence[Path], masks: Sequence[Path], size: int, data: s
         masks: images of one channel (grey, palette or black-and-white) that hold class numbers.
         size: side in pixels.
         data: the data set's name, for messages.
+        max_pixels: of a mask or an image as its file announces them.
 
     Returns:
         uint8 ``[n, size, size]``, the values as stored.
 
     Raises:
-        UserError: a mask that cannot be decoded, has several channels, a value above 255 or another size than its
-            image.
+        UserError: a mask that cannot be decoded, is too large, has several channels, a value above 255 or another
+            size than its image.
     """
     out = np.empty((len(masks), size, size), dtype=np.uint8)
 
     def read(row: int) -> None:
         path = masks[row]
         try:
-            with Image.open(images[row]) as image, Image.open(path) as mask:
+            with open_image(images[row], max_pixels) as image, open_image(path, max_pixels) as mask:
                 if mask.mode not in ("1", "L", "P", "I", "I;16"):
                     raise UserError(
                         f'data set "{data}": the mask {path} has colours (mode {mask.mode}), expected one channel of '
@@ -146,7 +219,9 @@ def read_masks(images: Sequence[Path], masks: Sequence[Path], size: int, data: s
                         f"{images[row]} {width}x{height}{seen}"
                     )
                 values = np.asarray(turned.resize((size, size), Image.Resampling.NEAREST))
-        except _UNREADABLE as error:
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:
             raise unreadable(data, "mask or its image", path, error) from error
         if values.size and values.max() > 255:
             raise UserError(
@@ -212,7 +287,10 @@ def _eight_bits(image: Image.Image, path: Path, data: str) -> Image.Image:
 
 def unreadable(data: str, what: str, path: Path, error: Exception) -> UserError:
     """The sentence about a file that cannot be decoded."""
-    return UserError(f'data set "{data}": cannot read the {what} {path} ({error}); replace or remove it')
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    if isinstance(error, UnidentifiedImageError):  # which names the file object
+        reason = f"it is none of {', '.join(FORMATS)}"
+    return UserError(f'data set "{data}": cannot read the {what} {path} ({reason}); replace or remove it')
 
 
 def each(work: Callable[[int], None], count: int) -> None:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fedkern.data.images import IMAGENET_MEAN, IMAGENET_STD, read_images
+from fedkern.data.images import IMAGENET_MEAN, IMAGENET_STD, MAX_PIXELS, check_distinct, read_images
 from fedkern.data.types import Pool, Source, fixed_rows
 from fedkern.errors import UserError
 from fedkern.streams import stream
@@ -32,6 +32,7 @@ class Reading:
         validation_share: share of the training images held out as validation set where there is none.
         pad: keep the proportions of images that are not square.
         crop: side of the window of an image that a network sees, at most ``size``; 0 for the whole image.
+        max_pixels: of an image as its file announces them.
     """
 
     size: int
@@ -40,6 +41,7 @@ class Reading:
     validation_share: float
     pad: bool = False
     crop: int = 0
+    max_pixels: int = MAX_PIXELS
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,9 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
 
     Raises:
         UserError: an empty training or test set, too few images to hold some out, clients named for some training
-            images only, an image of two patients, or a window that is larger than the images.
+            images only, an image of two patients, two splits or two names, or a window larger than the images.
     """
+    check_distinct(data, listing.paths, listing.ids)
     if reading.crop > reading.size:
         raise UserError(f'data set "{data}": crop is {reading.crop}, more than size, {reading.size}')
     units = _units(data, listing)
@@ -97,7 +100,12 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
             labels=torch.from_numpy(listing.labels)[chosen],
             ids=tuple(listing.ids[row] for row in chosen.tolist()),
             read=lambda wanted: read_images(
-                [paths[i] for i in wanted.tolist()], reading.size, data, grey=grey, pad=reading.pad
+                [paths[i] for i in wanted.tolist()],
+                reading.size,
+                data,
+                grey=grey,
+                pad=reading.pad,
+                max_pixels=reading.max_pixels,
             ),
             groups=None if groups is None else groups[chosen],
             targets=None if masks is None else lambda wanted: torch.from_numpy(masks[chosen[wanted].numpy()]).long(),
@@ -146,6 +154,12 @@ def _rows(data: str, listing: Listing, reading: Reading, units: npt.NDArray[np.i
     """The rows of every split, sorted; class shares are kept by what is held out."""
     splits = np.array(listing.splits)
     rows = {name: np.flatnonzero(splits == name) for name in ("train", "validation", "test")}
+    homes: dict[str, str] = {}
+    for name, split in zip(listing.ids, listing.splits, strict=True):
+        if homes.setdefault(name, split) != split:
+            raise UserError(
+                f'data set "{data}": the image {name} is in two splits, {homes[name]} and {split}; name one'
+            )
     if not any(listing.splits):
         everything = np.arange(len(splits))
         rows["test"], rows["train"] = _held_out(data, everything, listing, units, reading.test_share, "test")

@@ -14,7 +14,15 @@ import numpy as np
 import torch
 
 from fedkern.data.files import need_root
-from fedkern.data.images import IMAGENET_MEAN, IMAGENET_STD, list_images, read_images, subfolders
+from fedkern.data.images import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    MAX_PIXELS,
+    check_distinct,
+    list_images,
+    read_images,
+    subfolders,
+)
 from fedkern.data.types import Pool, Source
 from fedkern.errors import UserError
 from fedkern.streams import stream
@@ -34,7 +42,12 @@ class Record:
 
 
 def open_nico(
-    root: str | Path | None, protocol: str = "F7", size: int = 224, part: str = "", held_out: float = 0.1
+    root: str | Path | None,
+    protocol: str = "F7",
+    size: int = 224,
+    part: str = "",
+    held_out: float = 0.1,
+    max_image_pixels: int = MAX_PIXELS,
 ) -> Source:
     """Reads a tree of ``class/context/image`` folders; images are decoded only when a split needs them.
 
@@ -45,12 +58,15 @@ def open_nico(
         part: subfolder to descend into, for a download that keeps ``Animal`` and ``Vehicle`` side by side (any case).
         held_out: share of the training contexts' images that goes to the in-distribution test, and as many again to the
             validation set; the same images for every seed.
+        max_image_pixels: of an image as its file announces them; a larger one is not decoded.
 
     Raises:
-        UserError: no such tree, a class with fewer than eight contexts, or a context without images.
+        UserError: no such tree, a class with fewer than eight contexts, a context without images, or one image in two
+            folders.
     """
     folder = _tree(root, part)
     classes, records = scan(folder)
+    check_distinct("nico", [one.path for one in records], [one.path.relative_to(folder).as_posix() for one in records])
     test_range = range(CLIENTS, 10**9) if protocol == "F7" else None
     pools: dict[str, list[int]] = {"train": [], "validation": [], "id": [], "ood": []}
     groups = np.full(len(records), -1, dtype=np.int64)
@@ -78,7 +94,7 @@ def open_nico(
                 "in-distribution test"
             )
     made = {
-        name: _pool([records[i] for i in sorted(rows)], groups[sorted(rows)], folder, size)
+        name: _pool([records[i] for i in sorted(rows)], groups[sorted(rows)], folder, size, max_image_pixels)
         for name, rows in pools.items()
     }
     return Source(
@@ -116,11 +132,11 @@ def scan(folder: Path) -> tuple[tuple[str, ...], list[Record]]:
     return tuple(classes), records
 
 
-def _pool(records: list[Record], groups: np.ndarray, folder: Path, size: int) -> Pool:
+def _pool(records: list[Record], groups: np.ndarray, folder: Path, size: int, max_pixels: int) -> Pool:
     return Pool(
         labels=torch.tensor([record.label for record in records], dtype=torch.int64),
         ids=tuple(record.path.relative_to(folder).as_posix() for record in records),
-        read=lambda rows: read_images([records[i].path for i in rows.tolist()], size, "nico"),
+        read=lambda rows: read_images([records[i].path for i in rows.tolist()], size, "nico", max_pixels=max_pixels),
         groups=torch.from_numpy(groups),
     )
 

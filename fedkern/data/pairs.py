@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from fedkern.data.folder import split_folders
-from fedkern.data.images import list_images, subfolders
+from fedkern.data.images import MAX_PIXELS, list_images, subfolders
 from fedkern.data.listing import Listing, Reading, to_source
 from fedkern.data.table import find_table, read_table
 from fedkern.data.types import Source
 from fedkern.errors import UserError
 from fedkern.files import expand
+from fedkern.inputs import read_text
 
 ANY = "any"
 
@@ -25,6 +26,7 @@ def open_pairs(
     test_share: float = 0.2,
     validation_share: float = 0.1,
     crop: int = 0,
+    max_image_pixels: int = MAX_PIXELS,
 ) -> Source:
     """Reads images and their texts; images are decoded when a split needs them.
 
@@ -39,6 +41,7 @@ def open_pairs(
         longest: words kept of a text.
         test_share, validation_share: what is held out where there is no such split.
         crop: side of the window that networks see: anywhere in training images, central in others; 0: whole images.
+        max_image_pixels: of an image as its file announces them; a larger one is not decoded.
 
     Raises:
         UserError: anything wrong with a file, an image without a text, or an empty text.
@@ -68,7 +71,10 @@ def open_pairs(
         patients=patients,
     )
     return to_source(
-        "pairs", listing, classes, Reading(size, colour, test_share, validation_share, pad=True, crop=crop)
+        "pairs",
+        listing,
+        classes,
+        Reading(size, colour, test_share, validation_share, pad=True, crop=crop, max_pixels=max_image_pixels),
     )
 
 
@@ -92,7 +98,7 @@ def _found(base: Path) -> tuple[list[Path], list[str], list[str]]:
 def _read(image: Path) -> str:
     path = image.with_suffix(".txt")
     try:
-        text = path.read_text(encoding="utf-8-sig").strip()
+        text = read_text(path, "utf-8-sig").strip()
     except FileNotFoundError:
         raise UserError(f'data set "pairs": the image {image} has no text {path.name} beside it') from None
     except (OSError, UnicodeDecodeError) as error:

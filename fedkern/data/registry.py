@@ -14,6 +14,7 @@ from fedkern.data.coloured import PALETTES
 from fedkern.data.digits import open_digits
 from fedkern.data.folder import open_folder
 from fedkern.data.idx import open_idx
+from fedkern.data.images import MAX_PIXELS
 from fedkern.data.nico import open_nico
 from fedkern.data.pairs import open_pairs
 from fedkern.data.reports import open_reports
@@ -178,8 +179,14 @@ def _coloured_options(ink: str) -> dict[str, DataOption]:
     }
 
 
+_PIXELS = {
+    "max_image_pixels": DataOption(
+        MAX_PIXELS, "a file that announces a larger image (or volume, in voxels) is not decoded", low=1
+    )
+}
 # Of the sets that users bring themselves.
 _READING = {
+    **_PIXELS,
     "size": DataOption(64, "side in pixels to which images are resized", low=8, high=SIDE),
     "colour": DataOption("rgb", "three channels, or one", choices=("rgb", "grey")),
     "test_share": DataOption(0.2, "share held out as test set where there is none", low=0.01, high=0.9),
@@ -247,7 +254,7 @@ DATASETS: dict[str, DatasetInfo] = {
     ),
     "tinyimagenet": DatasetInfo(
         "Tiny-ImageNet, 110,000 photographs of 200 classes, 64 pixels (official folders)",
-        open_tinyimagenet, 10, "dirichlet:0.5", (3, 64),
+        open_tinyimagenet, 10, "dirichlet:0.5", (3, 64), options=_PIXELS,
     ),
     "folder": DatasetInfo(
         "your own images, sorted into folders: train/CLASS and test/CLASS, or CLASS alone",
@@ -292,6 +299,7 @@ DATASETS: dict[str, DatasetInfo] = {
         "tumour segmentation in NIfTI volumes, a folder for every case as in BraTS; clients hold whole cases",
         open_brats, 10, "iid", (4, 128), task="segmentation",
         options={
+            **_PIXELS,
             "size": DataOption(128, "side in pixels to which slices are resized", low=8, high=SIDE),
             "modalities": DataOption("t1,t1ce,t2,flair", "the channels, as the names of their files end"),
             "target": DataOption("seg", "how the names of the files of classes end"),
@@ -312,6 +320,7 @@ DATASETS: dict[str, DatasetInfo] = {
         "NICO, class/context folders of photographs; clients hold their own contexts, unseen contexts test",
         open_nico, 7, "attribute", (3, 224),
         options={
+            **_PIXELS,
             "protocol": DataOption("F7", "first or last seven contexts of every class train", choices=("F7", "L7")),
             "size": DataOption(224, "side in pixels to which images are resized", low=8, high=SIDE),
             "part": DataOption("", "subfolder to use, for example Animal or Vehicle"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fedkern.data.images import MAX_PIXELS
 from fedkern.data.listing import Listing, Reading, to_source
 from fedkern.data.table import Table, find_table, read_table
 from fedkern.data.texts import clean, impression_and_findings, length
@@ -46,6 +47,7 @@ def open_reports(
     test_share: float = 0.2,
     validation_share: float = 0.1,
     crop: int = 0,
+    max_image_pixels: int = MAX_PIXELS,
 ) -> Source:
     """Reads a CSV file of radiographs and reports.
 
@@ -69,6 +71,7 @@ def open_reports(
         test_share, validation_share: what is held out where no row belongs to such a split.
         crop: side of the window that networks see: anywhere in training images, central in others; 0: whole images.
             The published setting is 224 of 256 pixels (FedDRA, method notes 3.8).
+        max_image_pixels: of an image as its file announces them; a larger one is not decoded.
 
     Raises:
         UserError: anything wrong with the file or an image it names, or no row left.
@@ -107,7 +110,10 @@ def open_reports(
         patients=table.patients(),
     )
     return to_source(
-        "reports", listing, classes, Reading(size, colour, test_share, validation_share, pad=True, crop=crop)
+        "reports",
+        listing,
+        classes,
+        Reading(size, colour, test_share, validation_share, pad=True, crop=crop, max_pixels=max_image_pixels),
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedkern.data.folder import split_folders
-from fedkern.data.images import list_images, read_masks
+from fedkern.data.images import MAX_PIXELS, list_images, read_masks
 from fedkern.data.listing import Listing, Reading, to_source
 from fedkern.data.table import find_table, read_table
 from fedkern.data.tiles import in_tiles
@@ -29,6 +29,7 @@ def open_segmentation(
     ignore: int = -1,
     test_share: float = 0.2,
     validation_share: float = 0.1,
+    max_image_pixels: int = MAX_PIXELS,
 ) -> Source:
     """Reads images and their masks; masks are decoded at once, images when a split needs them.
 
@@ -44,6 +45,7 @@ def open_segmentation(
             tiles of an image are one case: they are held out, given to a client and scored together.
         ignore: the mask's value where nothing is known (often 255), -1 for none.
         test_share, validation_share: what is held out where there is no such split.
+        max_image_pixels: of an image as its file announces them; a larger one is not decoded.
 
     A mask holds class numbers, 0 for the background, or 0 and 255 (two classes).
 
@@ -64,7 +66,7 @@ def open_segmentation(
         patients = None
     if tile and (size % tile or tile > size):
         raise UserError(f'data set "segmentation": size must be a multiple of tile, {size} is none of {tile}')
-    values = read_masks(images, masks, size, "segmentation")
+    values = read_masks(images, masks, size, "segmentation", max_image_pixels)
     unknown = values == ignore
     values[unknown] = 0
     classes = _classes(values, masks, names)
@@ -73,7 +75,12 @@ def open_segmentation(
     held = values.astype(np.int16)
     held[unknown] = IGNORE
     listing = Listing(images, ids, _largest(values, len(classes)), splits, clients, held, patients=patients)
-    source = to_source("segmentation", listing, classes, Reading(size, colour, test_share, validation_share))
+    source = to_source(
+        "segmentation",
+        listing,
+        classes,
+        Reading(size, colour, test_share, validation_share, max_pixels=max_image_pixels),
+    )
     return in_tiles(source, tile) if tile else source
 
 

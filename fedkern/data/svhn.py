@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from fedkern.errors import UserError
 
 VALIDATION_SHARE = 10
 SIDE = 32
+MOST = 1_000_000  # images in a file; the largest official one has 531,131
 
 
 def read_mat(folder: Path, name: str) -> tuple[Tensor, Tensor]:
@@ -27,10 +29,14 @@ def read_mat(folder: Path, name: str) -> tuple[Tensor, Tensor]:
     Raises:
         UserError: a missing, damaged or other file.
     """
-    from scipy.io import loadmat  # slow to import, so only when needed
+    from scipy.io import loadmat, whosmat  # slow to import, so only when needed
 
-    raw, path = read_bytes(folder, name, "svhn")
+    raw, path = read_bytes(folder, name, "svhn", lambda head, path: 2 * MOST * 3 * SIDE * SIDE)
     try:
+        # Before anything is decompressed.
+        announced = {variable: shape for variable, shape, _ in whosmat(io.BytesIO(raw)) if variable in ("X", "y")}
+        if any(math.prod(int(side) for side in shape) > MOST * 3 * SIDE * SIDE for shape in announced.values()):
+            raise ValueError(f"it announces more than {MOST:,} images")
         content = loadmat(io.BytesIO(raw), variable_names=("X", "y"))
         pixels, labels = np.asarray(content["X"]), np.asarray(content["y"]).reshape(-1)
     except MemoryError:
@@ -44,8 +50,10 @@ def read_mat(folder: Path, name: str) -> tuple[Tensor, Tensor]:
             f'data set "svhn": {path} holds X of {pixels.dtype} {list(pixels.shape)} and {len(labels)} labels, '
             f"expected uint8 [{SIDE}, {SIDE}, 3, n] and n labels"
         )
-    if labels.min() < 0 or labels.max() > 10:
-        raise UserError(f'data set "svhn": {path} holds the label {labels.max()}, expected 1 to 10')
+    if labels.dtype.kind not in "uif":
+        raise UserError(f'data set "svhn": {path} holds labels of {labels.dtype}, expected whole numbers from 1 to 10')
+    for label in labels[~((labels >= 0) & (labels <= 10) & (labels == np.rint(labels)))]:  # NaN is none of these
+        raise UserError(f'data set "svhn": {path} holds the label {label:g}, expected a whole number from 1 to 10')
     images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(3, 2, 0, 1)))
     return images, torch.from_numpy(labels.astype(np.int64) % 10)
 

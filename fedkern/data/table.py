@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from fedkern.data.images import MAX_PIXELS
 from fedkern.data.listing import SPLITS, Listing, Reading, to_source
 from fedkern.data.types import Source
 from fedkern.errors import UserError, nearest
 from fedkern.files import expand
+from fedkern.inputs import read_text, standing
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 PATIENT = ("subject_id", "patient_id", "patient id", "patientid", "patient")
@@ -50,9 +52,9 @@ class Table:
         values = self.column(name)
         paths = [self.path.parent / value for value in values]
         for path, value, line in zip(paths, values, self.lines, strict=True):
-            if not _is_file(path):
+            if what := standing(path):
                 shown = path if len(value) <= SHOWN else self.path.parent / f"{' '.join(value[:SHOWN].split())}..."
-                raise UserError(f'data set "{data}": the file {shown} of {self.path}, line {line}, is missing')
+                raise UserError(f'data set "{data}": the file {shown} of {self.path}, line {line}, is {what}')
         return paths
 
     def names(self, name: str) -> tuple[str, ...]:
@@ -80,13 +82,6 @@ class Table:
                     "or test"
                 )
         return [SPLITS[value] for value in values]
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # no file can have so long a name
-        return False
 
 
 def find_table(root: str | Path | None, data: str, columns: tuple[str, ...]) -> Path | None:
@@ -125,7 +120,7 @@ def read_table(path: Path, data: str, columns: tuple[str, ...]) -> Table:
             there are columns, or no row.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path, "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UserError(f'data set "{data}": cannot read {path}: {reason}') from None
@@ -184,6 +179,7 @@ def open_csv(
     colour: str = "rgb",
     test_share: float = 0.2,
     validation_share: float = 0.1,
+    max_image_pixels: int = MAX_PIXELS,
 ) -> Source:
     """Reads a CSV file with the columns ``path``, ``label`` and, where wanted, ``split`` and ``client``.
 
@@ -192,6 +188,7 @@ def open_csv(
         size: side in pixels to which every image is resized.
         colour: ``"rgb"`` or ``"grey"``.
         test_share, validation_share: what is held out where no row belongs to such a split.
+        max_image_pixels: of an image as its file announces them; a larger one is not decoded.
 
     ``split`` is train, validation (val) or test.  ``client`` names who holds a training image, for
     ``--partition attribute``.  Of ``patient_id`` (or another of `PATIENT`) all images are held out together and go to
@@ -218,4 +215,6 @@ def open_csv(
         clients=table.column("client"),
         patients=table.patients(),
     )
-    return to_source("csv", listing, tuple(classes), Reading(size, colour, test_share, validation_share))
+    return to_source(
+        "csv", listing, tuple(classes), Reading(size, colour, test_share, validation_share, max_pixels=max_image_pixels)
+    )

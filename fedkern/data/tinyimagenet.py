@@ -8,21 +8,26 @@ from pathlib import Path
 import numpy as np
 
 from fedkern.data.files import need_root
-from fedkern.data.images import list_images
+from fedkern.data.images import MAX_PIXELS, list_images
 from fedkern.data.listing import Listing, Reading, to_source
 from fedkern.data.types import Source
 from fedkern.errors import UserError
+from fedkern.inputs import read_text, standing
 
 SIDE = 64
 READING = Reading(size=SIDE, colour="rgb", test_share=0.0, validation_share=0.1)
 _FOLDERS = ("tiny-imagenet-200", "tinyimagenet", "tiny-imagenet")
 
 
-def open_tinyimagenet(root: str | Path | None) -> Source:
+def open_tinyimagenet(root: str | Path | None, max_image_pixels: int = MAX_PIXELS) -> Source:
     """Reads Tiny-ImageNet from ``root`` or ``root/tiny-imagenet-200``; images are decoded when a split needs them.
 
     The official validation images are the test set (the official test set has no labels); a tenth of the training
     images is the validation set.
+
+    Args:
+        root: where it is.
+        max_image_pixels: of an image as its file announces them; a larger one is not decoded.
 
     Raises:
         UserError: a missing folder or file, or an annotation that names an unknown class or a missing image.
@@ -49,8 +54,8 @@ def open_tinyimagenet(root: str | Path | None) -> Source:
         path = folder / "val" / "images" / name
         if wnid not in label_of:
             raise UserError(f'data set "tinyimagenet": {annotations}, line {number}, names no class of wnids.txt')
-        if not path.is_file():
-            raise UserError(f'data set "tinyimagenet": the image {path} of {annotations}, line {number}, is missing')
+        if what := standing(path):
+            raise UserError(f'data set "tinyimagenet": the image {path} of {annotations}, line {number}, is {what}')
         paths.append(path)
         labels.append(label_of[wnid])
     listing = Listing(
@@ -60,7 +65,9 @@ def open_tinyimagenet(root: str | Path | None) -> Source:
         splits=["train"] * trained + ["test"] * (len(paths) - trained),
         clients=[""] * len(paths),
     )
-    source = to_source("tinyimagenet", listing, _names(folder, wnids), READING)
+    source = to_source(
+        "tinyimagenet", listing, _names(folder, wnids), dataclasses.replace(READING, max_pixels=max_image_pixels)
+    )
     return dataclasses.replace(
         source, mean=(0.4802, 0.4481, 0.3975), std=(0.2770, 0.2691, 0.2821), augment="flip-rotate"
     )
@@ -75,7 +82,7 @@ def _names(folder: Path, wnids: list[str]) -> tuple[str, ...]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UserError(f'data set "tinyimagenet": cannot read {path}: {reason}') from None

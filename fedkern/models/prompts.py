@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from fedkern import files
 from fedkern.errors import UserError, nearest
+from fedkern.inputs import parse_json, read_text
 
 DEFAULT = "a photo of a {class}."
 PLACES = ("{class}", "{}")
@@ -30,7 +30,7 @@ def read_prompts(prompts: str, classes: Sequence[str]) -> list[list[str]]:
         return _fill([prompts], classes)
     path = files.expand(prompts)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path, "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
@@ -63,8 +63,8 @@ def _fill(templates: Sequence[str], classes: Sequence[str]) -> list[list[str]]:
 
 def _by_class(path: Path, text: str, classes: Sequence[str]) -> list[list[str]]:
     try:
-        table = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        table = parse_json(text)
+    except ValueError as error:
         raise UserError(f"the prompts file {path} is not JSON: {error}.") from None
     if not isinstance(table, dict):
         raise UserError(f"the prompts file {path} must map every class to its prompts, but holds {_kind(table)}.")
