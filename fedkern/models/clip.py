@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,16 @@ from torch.nn import functional
 
 from fedkern.errors import UserError
 from fedkern.files import expand
-from fedkern.models.pretrained import check_complete, content_hash, weights
+from fedkern.inputs import read_json
+from fedkern.models.pretrained import (
+    check_complete,
+    check_folder,
+    content_hash,
+    quiet,
+    unloadable,
+    weights,
+    without_code,
+)
 from fedkern.models.prompts import DEFAULT, read_prompts
 from fedkern.models.teacher import Identity, Teacher
 from fedkern.models.teacher_cache import to_pixels
@@ -72,32 +80,31 @@ class ClipTeacher(Teacher):
 
     def load(self) -> tuple[nn.Module, nn.Linear]:
         try:
-            from transformers import AutoTokenizer, CLIPModel
+            import transformers
             from transformers.utils import cached_file
         except ImportError as error:
             raise UserError(
                 f"the teacher {self.name} needs transformers: install it with pip install 'fedkern[foundation]'"
             ) from error
         local = self._folder.is_dir()
-        # What fails is said once, below, and not in the hub client's words for every attempt as well.
-        chatter = logging.getLogger("huggingface_hub")
-        before = chatter.level
-        chatter.setLevel(logging.CRITICAL)
+        if local:
+            check_folder(self._folder, "CLIP")
         where = str(self._folder) if local else self.model_name
-        kind: Any = CLIPModel  # its types do not know that it may return a pair
+        kind: Any = transformers.CLIPModel  # its types do not know that it may return a pair
         try:
-            network, told = kind.from_pretrained(where, output_loading_info=True, **weights(local=local))
-            tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=local)
-            found = cached_file(
-                where, "preprocessor_config.json", local_files_only=local, _raise_exceptions_for_missing_entries=False
-            )
-            settings = json.loads(Path(found).read_text()) if found else {}
+            with quiet(transformers):
+                network, told = kind.from_pretrained(where, output_loading_info=True, **weights(local=local))
+                tokenizer = transformers.AutoTokenizer.from_pretrained(where, **without_code(local=local))
+                found = cached_file(
+                    where,
+                    "preprocessor_config.json",
+                    local_files_only=local,
+                    _raise_exceptions_for_missing_entries=False,
+                )
+            settings = read_json(found) if found else {}
         except Exception as error:  # transformers raises many kinds for a wrong folder or name
-            first = str(error).strip().split("\n", 1)[0]
             way = "" if local else " (not a folder here; one that was downloaded before is given as clip:FOLDER)"
-            raise UserError(f"cannot load a CLIP from {where}{way}: {first}") from error
-        finally:
-            chatter.setLevel(before)
+            raise unloadable("a CLIP", f"{where}{way}", error) from error
         if local:
             check_complete(f"CLIP {where}", network, network, told["missing_keys"])
         network = network.float().eval().to(self.device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from torch.nn import functional
 
 from fedkern.errors import UserError
 from fedkern.files import expand
-from fedkern.models.pretrained import content_hash, weights
+from fedkern.inputs import read_json
+from fedkern.models.pretrained import check_folder, content_hash, quiet, unloadable, weights, without_code
 
 BOX_THRESHOLD, TEXT_THRESHOLD = 0.35, 0.25
 
@@ -119,7 +119,7 @@ class GroundingDino:
         if self._network is not None:
             return
         try:
-            from transformers import AutoTokenizer, GroundingDinoForObjectDetection
+            import transformers
             from transformers.utils import cached_file
         except ImportError as error:
             raise UserError(
@@ -127,16 +127,21 @@ class GroundingDino:
             ) from error
         where = str(self._folder) if self._folder.is_dir() else self.model_name
         local = self._folder.is_dir()
+        if local:
+            check_folder(self._folder, "detector")
         try:
-            network = GroundingDinoForObjectDetection.from_pretrained(where, **weights(local=local))
-            tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=local)
-            settings = cached_file(
-                where, "preprocessor_config.json", local_files_only=local, _raise_exceptions_for_missing_entries=False
-            )
-            self._settings = json.loads(Path(settings).read_text()) if settings else {}
+            with quiet(transformers):
+                network = transformers.GroundingDinoForObjectDetection.from_pretrained(where, **weights(local=local))
+                tokenizer = transformers.AutoTokenizer.from_pretrained(where, **without_code(local=local))
+                settings = cached_file(
+                    where,
+                    "preprocessor_config.json",
+                    local_files_only=local,
+                    _raise_exceptions_for_missing_entries=False,
+                )
+            self._settings = read_json(settings) if settings else {}
         except Exception as error:  # transformers raises many kinds for a wrong folder or name
-            first = str(error).strip().split("\n", 1)[0]
-            raise UserError(f"cannot load a Grounding DINO from {where}: {first}") from error
+            raise unloadable("a Grounding DINO", where, error) from error
         self._network, self._tokenizer = network.eval().requires_grad_(False).to(self.device), tokenizer
 
     @functools.cached_property

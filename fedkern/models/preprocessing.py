@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedkern.errors import UserError
+from fedkern.inputs import read_json
 from fedkern.models.teacher_cache import to_pixels
 
 NEAREST, LANCZOS, BILINEAR, BICUBIC = 0, 1, 2, 3  # Pillow's numbers, as the files have them
@@ -70,7 +70,7 @@ class Preprocessing:
         """
         path = folder / "preprocessor_config.json"
         try:
-            settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            settings = read_json(path) if path.is_file() else {}
             return cls(settings, mean, std, side)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None

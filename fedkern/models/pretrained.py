@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,12 @@ from typing import Any
 from torch import nn
 
 from fedkern.errors import UserError
+from fedkern.inputs import read_json, special
+
+
+def without_code(*, local: bool) -> dict[str, Any]:
+    """What ``from_pretrained`` of every kind is told: no Python code of a folder is run, nothing is asked about it."""
+    return {"local_files_only": local, "trust_remote_code": False}
 
 
 def weights(*, local: bool) -> dict[str, Any]:
@@ -20,7 +27,51 @@ def weights(*, local: bool) -> dict[str, Any]:
     They are model.safetensors or, in a ``local`` folder that has none, pytorch_model.bin, of which tensors alone are
     read.
     """
-    return {"local_files_only": local, "use_safetensors": None if local else True, "weights_only": True}
+    return {**without_code(local=local), "use_safetensors": None if local else True, "weights_only": True}
+
+
+def check_folder(folder: Path, what: str) -> None:
+    """Raises UserError where transformers would wait for a named pipe, or run a kernel of the hub that a file names.
+
+    Args:
+        folder: local.
+        what: what it is of, for the sentence.
+    """
+    for path in (*folder.iterdir(), *folder.glob("*/*")):
+        if kind := special(path):
+            raise UserError(f"the folder {folder} of the {what} has {kind}, {path.name}: put a regular file there.")
+    try:
+        config = read_json(folder / "config.json")
+    except (OSError, ValueError):
+        return  # transformers says what it misses
+    kernels = [name for name in _named(config, "attn_implementation") if "/" in name]
+    if kernels:
+        raise UserError(
+            f"the config.json of the {what} in {folder} names code to be downloaded and run (attn_implementation "
+            f"{kernels[0]}): take that entry out."
+        )
+
+
+def _named(value: Any, ending: str) -> Iterator[str]:
+    """The texts that stand in a JSON value, at any depth, under keys that end so."""
+    waiting = [value]
+    while waiting:
+        entry = waiting.pop()
+        if isinstance(entry, list):
+            waiting += entry
+        elif isinstance(entry, dict):
+            waiting += entry.values()
+            yield from (text for key, text in entry.items() if key.endswith(ending) and isinstance(text, str))
+
+
+def unloadable(what: str, where: str | Path, error: Exception) -> UserError:
+    """The sentence for what ``from_pretrained`` cannot load from a folder, or by a name."""
+    if "trust_remote_code" in str(error):
+        return UserError(
+            f"cannot load {what} from {where}: it comes with Python code of its own, which is not run; take a network "
+            "that transformers has the code of."
+        )
+    return UserError(f"cannot load {what} from {where}: {str(error).strip().split(chr(10), 1)[0]}")
 
 
 def content_hash(folder: Path) -> str:
@@ -61,7 +112,11 @@ def check_complete(name: str, whole: nn.Module, used: nn.Module, missing: Collec
 
 @contextmanager
 def quiet(transformers: Any) -> Iterator[None]:
-    """transformers and the hub's client say nothing: what fails is said once, by us."""
+    """transformers and the hub's client say nothing, for what fails is said once, by us, and ask nothing.
+
+    Of a part that a config.json names transformers would ask on standard input whether its code may be run, also where
+    the whole is loaded with ``trust_remote_code=False``.  Without time for an answer it raises instead.
+    """
     loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     chatter = transformers.utils.logging
@@ -69,9 +124,13 @@ def quiet(transformers: Any) -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     chatter.disable_progress_bar()
+    code = importlib.import_module("transformers.dynamic_module_utils")
+    patience = getattr(code, "TIME_OUT_REMOTE_CODE", 0)
+    code.TIME_OUT_REMOTE_CODE = 0  # type: ignore[attr-defined]
     try:
         yield
     finally:
+        code.TIME_OUT_REMOTE_CODE = patience  # type: ignore[attr-defined]
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         if shown:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +12,10 @@ from torch import Tensor, nn
 
 from fedkern.errors import UserError
 from fedkern.files import expand
+from fedkern.inputs import read_json
 from fedkern.models.encoders import ImageEncoder
 from fedkern.models.preprocessing import Preprocessing
-from fedkern.models.pretrained import check_complete, quiet, weights
+from fedkern.models.pretrained import check_complete, check_folder, quiet, unloadable, weights, without_code
 from fedkern.models.vocabulary import Tokens
 
 
@@ -141,9 +141,9 @@ def text_encoder(folder: str | Path, *, longest: int) -> PretrainedText:
     transformers = _transformers(path, "text")
     try:
         with quiet(transformers):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), **without_code(local=True))
     except Exception as error:  # transformers raises many kinds for a wrong folder
-        raise UserError(f"cannot load a tokenizer from {path}: {_first_line(error)}") from error
+        raise unloadable("a tokenizer", path, error) from error
     _check_words(path, tokenizer, network)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -190,6 +190,7 @@ def _existing(folder: str | Path, kind: str) -> Path:
     path = expand(folder)
     if not path.is_dir():
         raise UserError(f"the folder {path} of the {kind} encoder does not exist.")
+    check_folder(path, f"{kind} encoder")
     return path
 
 
@@ -211,14 +212,14 @@ def _network(path: Path, kind: str, part: str) -> nn.Module:
     transformers = _transformers(path, kind)
     try:
         with quiet(transformers):
-            config = transformers.AutoConfig.from_pretrained(str(path), local_files_only=True)
+            config = transformers.AutoConfig.from_pretrained(str(path), **without_code(local=True))
             for own in (config, getattr(config, "vision_config", None), getattr(config, "text_config", None)):
                 _without_dropout(own)
             network, told = transformers.AutoModel.from_pretrained(
                 str(path), config=config, dtype=torch.float32, output_loading_info=True, **weights(local=True)
             )
     except Exception as error:  # transformers raises many kinds for a wrong folder
-        raise UserError(f"cannot load the {kind} encoder from {path}: {_first_line(error)}") from error
+        raise unloadable(f"the {kind} encoder", path, error) from error
     whole = network
     if getattr(network.config, "is_encoder_decoder", False):
         network = network.get_encoder()
@@ -245,7 +246,7 @@ def _mean_pooled(path: Path) -> bool | None:
     if not file.is_file():
         return None
     try:
-        return bool(json.loads(file.read_text(encoding="utf-8")).get("pooling_mode_mean_tokens", False))
+        return bool(read_json(file).get("pooling_mode_mean_tokens", False))
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{file} is damaged: {error}.") from None
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from fedkern import files
 from fedkern.errors import UserError
 from fedkern.files import expand
+from fedkern.inputs import special
 from fedkern.models.teacher import Identity, Teacher, wrong_classes
 
 KEY = 16  # bytes of an image's name
@@ -180,6 +181,8 @@ def read_logits(path: Path, classes: int) -> dict[bytes, Tensor]:
         ValueError: not a file of logits.
         UserError: of another number of classes.
     """
+    if kind := special(path):
+        raise ValueError(f"it is {kind}, not a regular file")
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
@@ -234,6 +237,8 @@ def write_file(path: Path, tensors: Callable[[], Mapping[str, Tensor]], identity
 
 def read_file(path: Path) -> dict[str, Tensor] | None:
     """The tensors of a cache file, or None where there is none or it is damaged."""
+    if special(path):
+        return None
     try:
         return dict(load_file(path))
     except (OSError, SafetensorError, ValueError):

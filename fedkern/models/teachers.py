@@ -94,6 +94,15 @@ def absolute(text: str) -> str:
     return ",".join(words)
 
 
+def code(text: str) -> list[str]:
+    """The teachers in a list that are imported: to make one is to run a module of that name.
+
+    Raises:
+        UserError: see :func:`parse`.
+    """
+    return [str(spec) for spec in parse(text) if spec.kind == "python"]
+
+
 _EXAMPLES = {"clip": "clip:openai/clip-vit-base-patch32", "logits": "logits:FILE", "python": "python:MODULE:NAME"}
 
 

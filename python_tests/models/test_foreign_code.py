@@ -1,0 +1,147 @@
+"""Folders of networks that bring Python code: it is not run, whatever is answered on standard input."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import io
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fedkern
+from fedkern.errors import UserError
+from fedkern.models import pretrained_pair
+from fedkern.models.clip import ClipTeacher
+from fedkern.models.detector import GroundingDino
+from fedkern.models.pretrained import quiet
+
+transformers = pytest.importorskip("transformers", reason="needs the extra [foundation]")
+
+KINDS = ["AutoConfig", "AutoModel", "AutoTokenizer", "AutoBackbone", "AutoImageProcessor", "AutoProcessor"]
+CODE = """\
+import pathlib
+pathlib.Path(__file__).with_name("ran").write_text("")
+pathlib.Path({marker!r}).write_text("")
+from transformers import BertConfig, BertModel, BertTokenizer
+class Config(BertConfig):
+    model_type = "foreign"
+class Model(BertModel):
+    config_class = Config
+Tokenizer = Processor = Model
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose every file names its code, and a user who says yes to everything."""
+    path = tmp_path / "network"
+    path.mkdir()
+    named = {kind: "code.Config" if kind == "AutoConfig" else "code.Model" for kind in KINDS}
+    named["AutoTokenizer"] = ["code.Tokenizer", None]  # type: ignore[assignment]
+    (path / "code.py").write_text(CODE.format(marker=str(tmp_path / "ran")))
+    for name in ("config", "tokenizer_config", "preprocessor_config", "processor_config"):
+        (path / f"{name}.json").write_text(json.dumps({"model_type": "foreign", "auto_map": named}))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 100))
+    monkeypatch.setattr(builtins, "input", lambda *_: "y")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    return path
+
+
+def ran(folder: Path) -> bool:
+    return (folder.parent / "ran").exists()
+
+
+def clip(path: Path) -> Any:
+    return ClipTeacher(path, ["a", "b"], mean=(0.5,) * 3, std=(0.5,) * 3).load()
+
+
+def dino(path: Path) -> Any:
+    return GroundingDino(path)._load()
+
+
+def image(path: Path) -> Any:
+    return pretrained_pair.image_encoder(path, channels=3, image_size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+def text(path: Path) -> Any:
+    return pretrained_pair.text_encoder(path, longest=8)
+
+
+@pytest.mark.parametrize("load", [clip, dino, image, text])
+def test_code_of_a_folder_is_not_run(folder: Path, load: Any) -> None:
+    with pytest.raises(UserError) as said:
+        load(folder)
+    assert str(folder) in str(said.value)
+    assert not ran(folder)
+    if load in (image, text):
+        assert "comes with Python code of its own, which is not run" in str(said.value)
+
+
+def test_code_of_a_tokenizer_is_not_run(folder: Path) -> None:
+    """The network is one that transformers knows; its tokenizer alone is foreign."""
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    named = json.loads((folder / "tokenizer_config.json").read_text())
+    transformers.BertModel(transformers.BertConfig(**small, vocab_size=8)).save_pretrained(folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({**named, "tokenizer_class": "ForeignTokenizer"}))
+    with pytest.raises(UserError, match=f"{folder}"):
+        text(folder)
+    assert not ran(folder)
+
+
+def test_code_of_a_part_is_not_run(folder: Path) -> None:
+    """A part is made by ``from_config``, which is not told what the whole was told, and asks."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    class Foreign(transformers.PretrainedConfig):  # type: ignore[misc, name-defined]
+        model_type = "foreign"
+
+    assert Foreign not in MODEL_MAPPING
+    part = Foreign(auto_map={"AutoModel": "code.Model"}, name_or_path=str(folder))
+    patience = transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    with quiet(transformers), pytest.raises(ValueError, match="trust_remote_code"):
+        transformers.AutoModel.from_config(part)
+    assert not ran(folder)
+    assert patience == transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE > 0
+
+
+@pytest.mark.parametrize("load", [clip, dino, image, text])
+def test_a_folder_with_a_pipe_or_a_kernel_of_the_hub(folder: Path, load: Any) -> None:
+    nested = {"model_type": "clip", "text_config": {"attn_implementation": "somebody/kernel"}}
+    (folder / "config.json").write_text(json.dumps(nested))
+    with pytest.raises(UserError, match=r"names code to be downloaded and run \(attn_implementation somebody/kernel\)"):
+        load(folder)
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    with pytest.raises(UserError, match=r"has a named pipe, config\.json"):
+        load(folder)
+
+
+def test_everything_is_loaded_without_code() -> None:
+    """Whatever is loaded from files, anywhere in the package, is loaded in the one way that runs nothing."""
+    seen = {"from_pretrained": 0, "load": 0, "open": 0}
+    for path in Path(fedkern.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = {alias.name for alias in node.names} | {getattr(node, "module", None) or ""}
+                assert not names & {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}, path
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            owner, name = ast.unparse(node.func.value), node.func.attr
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            if name == "from_pretrained":
+                seen[name] += 1
+                assert keywords[None].startswith(("weights(local=", "without_code(local=")), path
+            elif (owner, name) == ("torch", "load"):
+                seen[name] += 1
+                assert keywords["weights_only"] == "True", path
+            elif (owner, name) == ("Image", "open"):
+                seen[name] += 1
+                assert keywords["formats"] == "FORMATS", path
+            assert "allow_pickle" not in keywords, path
+    assert all(seen.values())
