@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from fedkern import interrupts
 from fedkern.cli import downstream
 from fedkern.cli.flags import PROGRAM, quote
 from fedkern.cli.repeat import command_line
-from fedkern.cli.request import Request, absolute, effective, named_options
+from fedkern.cli.request import Request, absolute, effective, named_options, trusted
 from fedkern.data.registry import read_options
 from fedkern.downstream.tasks import TASKS
 from fedkern.engine import Listener, RunConfig, RunInfo, Terminated, attacking
@@ -139,14 +139,19 @@ def run(request: Request) -> int:
 
 def _run(request: Request, config: RunConfig, out: Path) -> int:
     from fedkern import engine
+    from fedkern.methods import METHODS
     from fedkern.report.progress import display
 
+    if request.resume is None:  # what it names was given by flags, or in a file that was named
+        code = tuple(part for _, part in METHODS[config.method].Options.code(config.options))
+    else:
+        code = trusted(out, request.options)
     board = _board() if request.tensorboard else None
     shown = display(quiet=request.quiet, json=request.json)
     tee = _Tee(shown) if board is None else _Tee(shown, board)
     try:
-        summary = engine.run(config, out=out, resume=request.resume is not None, listener=tee)
-        pictures, undrawn = _pictures(out, tee.data, config.data_root)
+        summary = engine.run(config, out=out, resume=request.resume is not None, listener=tee, trusted=code)
+        pictures, undrawn = _pictures(out, tee.data, config.data_root, code)
     except KeyboardInterrupt as stop:
         interrupts.ended()
         shown.close()
@@ -205,7 +210,9 @@ def _stored(request: Request) -> RunConfig:
     return stored.replace(data_root=wanted.get("data_root", stored.data_root))
 
 
-def _pictures(out: Path, data: Any, data_root: str | None) -> tuple[list[Path], UserError | None]:
+def _pictures(
+    out: Path, data: Any, data_root: str | None, trusted: Collection[str]
+) -> tuple[list[Path], UserError | None]:
     """Draws the pictures, or finds those of a run that was already finished.
 
     Returns:
@@ -217,7 +224,7 @@ def _pictures(out: Path, data: Any, data_root: str | None) -> tuple[list[Path], 
     if there:
         return there, None
     try:
-        return write_pictures(out, data=data, data_root=data_root), None
+        return write_pictures(out, data=data, data_root=data_root, trusted=trusted), None
     except UserError as error:
         reason = str(error).rstrip(".")
         return [], UserError(
@@ -317,7 +324,9 @@ def attack(request: Request) -> int:
     from fedkern import engine
 
     assert request.folder is not None
-    found = engine.attack(request.folder, data_root=absolute(request.settings).get("data_root"), keep=False)
+    code = trusted(request.folder, request.options)
+    root = absolute(request.settings).get("data_root")
+    found = engine.attack(request.folder, data_root=root, keep=False, trusted=code)
     if request.json:
         print(json.dumps(plain(found), indent=2, allow_nan=False))
     else:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkern.cli.flags import PROGRAM, Parser, check_filled, key_values
-from fedkern.cli.request import Request, absolute
+from fedkern.cli.request import Request, absolute, trusted
 from fedkern.downstream.tasks import FEATURES, TASKS
 from fedkern.errors import UserError, nearest
 
@@ -51,6 +51,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument("--data-root", metavar="DIR", help="where the data files are")
     parser.add_argument("--data-option", action="append", default=[], metavar="key=value",
                         help="an option of that other data set, or labels=... of the run's; repeatable")  # fmt: skip
+    parser.add_argument("--method-option", action="append", default=[], metavar="key=value",
+                        help="an option of the run again, where it names code that may run; repeatable")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("-h", "--help", action="store_true", help="show this help and exit")
     return parser
@@ -87,6 +89,7 @@ def parse(words: Sequence[str]) -> Request | None:
         json=values.pop("json"),
         settings={"data": values.pop("data"), **where},
         data_options=options,
+        options=tuple(values.pop("method_option")),
         arguments={name: _read(name, value) for name, value in values.items()},
     )
 
@@ -125,7 +128,8 @@ def run(request: Request) -> int:
 
     check_backend()
     assert request.folder is not None
-    finished = Finished.open(request.folder, data_options=request.data_options, **request.settings)
+    code = trusted(request.folder, request.options)
+    finished = Finished.open(request.folder, data_options=request.data_options, trusted=code, **request.settings)
     task: Any = {"retrieval": retrieve, "zero-shot": zero_shot, "probe": probe, "decode": decode}[request.command]
     result = {
         "command": request.command,

@@ -12,6 +12,7 @@ from fedkern.engine import RunConfig
 from fedkern.engine.config import check_networks
 from fedkern.errors import UserError, nearest
 from fedkern.files import expand
+from fedkern.inputs import read_text
 from fedkern.methods import METHODS
 
 PATHS = {
@@ -74,7 +75,7 @@ def effective(request: Request) -> RunConfig:
     table: dict[str, Any] = {}
     if request.config is not None:
         try:
-            text = request.config.read_text(encoding="utf-8-sig")
+            text = read_text(request.config, "utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise UserError(f"The config file {request.config} cannot be read: {reason}.") from None
@@ -123,3 +124,18 @@ def named_options(method: str, given: Sequence[str] | Mapping[str, Any]) -> dict
     values = {knob.name: getattr(parsed, knob.field) for knob in named}
     paths = {knob.name: knob.path for knob in named if knob.path is not None and values[knob.name]}
     return {**values, **{name: make(str(values[name])) for name, make in paths.items()}}
+
+
+def trusted(folder: Path, options: Sequence[str]) -> tuple[str, ...]:
+    """The code that a stored run may import: what its options name that are given again on the command line.
+
+    Raises:
+        UserError: the folder holds no run, or one with other values of these options.
+    """
+    if not options:
+        return ()
+    stored = RunConfig.load(folder, device="cpu")
+    given = named_options(stored.method, options)
+    if changed := stored.replace(options={**stored.options, **given}).differences(stored):
+        raise UserError(f"The run in {folder} has other settings ({'; '.join(changed)}): leave these flags out.")
+    return tuple(part for _, part in METHODS[stored.method].Options.code(given))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -61,6 +61,7 @@ class Finished:
         data: str | None = None,
         data_root: str | None = None,
         data_options: Mapping[str, object] | None = None,
+        trusted: Collection[str] = (),
     ) -> Self:
         """Reads a run folder, and the run's own data or others.
 
@@ -69,11 +70,12 @@ class Finished:
             data: another data set for the downstream task, all of whose training samples are then one pool.
             data_root: where the files of the data are (for the run's own: now).
             data_options: options of that other data set; of the run's own, ``labels``, which changes no sample's place.
+            trusted: what may be imported, see :func:`fedkern.engine.run`.
 
         Raises:
             UserError: no finished run of a pair of encoders, or anything wrong with the data.
         """
-        module, about = read_model(out)
+        module, about = read_model(out, trusted)
         config = RunConfig.load(out, device="cpu")
         if data is not None:
             loaded = load(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,12 @@ from fedkern.privacy import membership_attack
 
 
 def attack(
-    out: Path | str, *, data: FederatedData | None = None, data_root: str | None = None, keep: bool = True
+    out: Path | str,
+    *,
+    data: FederatedData | None = None,
+    data_root: str | None = None,
+    keep: bool = True,
+    trusted: Collection[str] = (),
 ) -> dict[str, Any]:
     """Attacks the model of a finished run: members are its clients' training samples, the others its test images.
 
@@ -37,6 +43,7 @@ def attack(
         data: the federated data of the run in memory, instead of loading them.
         data_root: where the data files are now.
         keep: write the result into the run folder: see :func:`write`.
+        trusted: what may be imported, see :func:`fedkern.engine.run`.
 
     Returns:
         ``auc``, ``low``, ``high``, ``tpr``, ``members``, ``others`` (see :class:`fedkern.privacy.Attack`),
@@ -49,7 +56,7 @@ def attack(
     """
     out = Path(out)
     config = RunConfig.load(out, device="cpu", **({} if data_root is None else {"data_root": data_root}))
-    model, _ = read_model(out)
+    model, _ = read_model(out, trusted)
     data = kept_data(config, load_data(config, masks=False) if data is None else data)
     if data.task not in ("classification", "segmentation"):
         raise UserError(f"The membership attack is for classification and segmentation, and {out} is for {data.task}.")

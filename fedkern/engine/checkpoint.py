@@ -10,6 +10,7 @@ from typing import Any
 
 from fedkern.engine import atomic, releases, state
 from fedkern.errors import UserError
+from fedkern.inputs import open_regular, read_json
 
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
@@ -91,7 +92,7 @@ class Checkpoints:
         if not path.exists():
             return None
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
+            manifest = read_json(path)
             if manifest["format"] != FORMAT:
                 raise UserError(f"{path} has format {manifest['format']}, this version of fedkern reads {FORMAT}.")
             entries = list(manifest["entries"])
@@ -192,7 +193,7 @@ def checksum(path: Path) -> int | None:
     """CRC-32 of a file's content; None where it cannot be read."""
     try:
         value = 0
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             while block := file.read(1 << 20):
                 value = zlib.crc32(block, value)
         return value

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -18,6 +19,7 @@ from fedkern.engine import toml
 from fedkern.engine.defaults import COMMON, default_data, defaults
 from fedkern.errors import UserError, nearest
 from fedkern.files import absolute, absolute_folder
+from fedkern.inputs import read_text, special
 from fedkern.methods import registry
 from fedkern.methods.options import Knob, knobs, option
 from fedkern.models import MODELS
@@ -330,10 +332,23 @@ class RunConfig:
         check_run_folder(folder)
         path = Path(folder) / NAME
         try:
-            text = path.read_text(encoding="utf-8-sig")
+            text = read_text(path, "utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} cannot be read: {error}.") from None
         return cls(**{**cls.table(text, source=str(path)), **replaced})
+
+    def check_code(self, folder: str | os.PathLike[str], trusted: Collection[str]) -> None:
+        """Raises UserError where the settings of a run folder name code to run that is not ``trusted``.
+
+        A run folder is data, which may come from anyone.
+        """
+        for name, part in registry.get(self.method).Options.code(self.options):
+            if part not in trusted:
+                again = shlex.quote(f"{name}={self.options[name]}")
+                raise UserError(
+                    f"{Path(folder) / NAME} names code to run, {part}, and a run folder may come from anyone: where "
+                    f"you trust that code, give the option again, --method-option {again}."
+                )
 
     def differences(self, stored: RunConfig) -> list[str]:
         """What differs from a stored run, as ``name: stored -> now``; empty when nothing does.
@@ -355,8 +370,16 @@ class RunConfig:
         ]
 
 
+def check_regular(folder: str | os.PathLike[str]) -> None:
+    """Raises UserError where a run folder has a named pipe, a socket or a device: to read one may take for ever."""
+    for path in (*Path(folder).glob("*"), *Path(folder).glob("checkpoints/*")):
+        if what := special(path):
+            raise UserError(f"{path} is {what}, not a regular file: remove it, or put back the run's own file.")
+
+
 def check_run_folder(folder: str | os.PathLike[str]) -> None:
-    """Raises UserError where there is no such folder, or no run in it."""
+    """Raises UserError where there is no such folder, no run in it, or something else than files and folders."""
+    check_regular(folder)
     if not Path(folder).exists():
         raise UserError(f"The run folder {folder} does not exist: name one that a run was written to with --out.")
     if not (Path(folder) / NAME).exists():

@@ -17,6 +17,7 @@ import torch
 import fedkern
 from fedkern.engine import atomic
 from fedkern.errors import UserError
+from fedkern.inputs import parse_json, read_json, read_text
 from fedkern.ops import backend
 from fedkern.ops.loading import Unavailable
 
@@ -116,13 +117,13 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
     """
     path = out / METRICS
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
+            records.append(parse_json(line))
         except ValueError:
             if number < len(lines):
                 raise UserError(f"{path}, line {number}, is damaged: expected one JSON object per line.") from None
@@ -138,7 +139,7 @@ def write_summary(out: Path, summary: Mapping[str, Any]) -> None:
 def read_summary(out: Path) -> dict[str, Any] | None:
     """summary.json of a finished run, or None."""
     try:
-        summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
+        summary = read_json(out / SUMMARY)
     except (OSError, ValueError):
         return None
     return summary if isinstance(summary, dict) else None

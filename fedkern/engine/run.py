@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,13 @@ from fedkern.methods import registry
 
 
 def run(
-    config: RunConfig, *, out: str | Path, resume: bool = False, listener: Listener | None = None, data: Any = None
+    config: RunConfig,
+    *,
+    out: str | Path,
+    resume: bool = False,
+    listener: Listener | None = None,
+    data: Any = None,
+    trusted: Collection[str] = (),
 ) -> dict[str, Any]:
     """Runs a method and returns the summary that also stands in ``out/summary.json``.
 
@@ -42,6 +48,8 @@ def run(
         resume: continue from the last checkpoint (round 0 where there is none); a finished run returns its summary.
         listener: told what happens.
         data: federated data in memory instead of ``fedkern.data.load``; ``config`` should describe it.
+        trusted: what a resumed run may import, such as ``["python:MODULE:NAME"]``; what its folder names otherwise is
+            refused.
 
     Raises:
         UserError: anything the user can put right; nothing half-written is left, and of a new run nothing at all
@@ -62,6 +70,7 @@ def run(
             return finished
         if entry is not None:
             check_kernels(entry["info"], config.device, out)
+        stored.check_code(out, trusted)
     else:
         check_vacant(out)
     with cpu_threads(config.threads), in_order(), _reproducible():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from fedkern import models
 from fedkern.engine import atomic
 from fedkern.engine.bench import Bench
 from fedkern.engine.checkpoint import Checkpoints, checksum
-from fedkern.engine.config import RunConfig, check_run_folder
+from fedkern.engine.config import RunConfig, check_regular, check_run_folder
 from fedkern.engine.network import state_dict
 from fedkern.engine.records import SUMMARY
 from fedkern.engine.serial import Server
 from fedkern.errors import UserError
+from fedkern.inputs import parse_json
 from fedkern.methods import registry
 
 MODEL = "model.safetensors"
@@ -110,12 +111,12 @@ def readable(out: Path | str) -> bool:
     """Whether there is a model.safetensors that is one of ours and as long as it says itself."""
     try:
         with safe_open(Path(out) / MODEL, framework="pt") as file:
-            return isinstance(json.loads((file.metadata() or {})["fedkern"]), dict)
+            return isinstance(parse_json((file.metadata() or {})["fedkern"]), dict)
     except (OSError, SafetensorError, KeyError, ValueError):
         return False
 
 
-def read_model(out: Path | str) -> tuple[nn.Module, dict[str, Any]]:
+def read_model(out: Path | str, trusted: Collection[str] = ()) -> tuple[nn.Module, dict[str, Any]]:
     """What a finished run evaluated last, in eval mode on the CPU, and what is known about it.
 
     A network of the run is built from its name alone.  Anything else (fused clients, an ensemble) the method builds
@@ -126,13 +127,19 @@ def read_model(out: Path | str) -> tuple[nn.Module, dict[str, Any]]:
     ``model``, ``width``, ``method`` and ``rounds``; of image-text data also ``pair``, what
     ``build_pair`` made the network from.
 
+    Args:
+        out: the run folder.
+        trusted: what may be imported, see :func:`fedkern.engine.run`.
+
     Raises:
-        UserError: there is no such folder, it has no finished run, or its file is damaged or of another network.
+        UserError: there is no such folder, it has no finished run, its file is damaged or of another network, or the
+            method would run code that only the folder names.
     """
+    check_regular(out)
     path = Path(out) / MODEL
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["fedkern"])
+            about = parse_json((file.metadata() or {})["fedkern"])
         tensors = load_file(path)
     except (FileNotFoundError, NotADirectoryError):
         check_run_folder(out)
@@ -141,7 +148,7 @@ def read_model(out: Path | str) -> tuple[nn.Module, dict[str, Any]]:
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}): {_again(out)}.") from None
     _check_written(Path(out))
-    network = _rebuilt(Path(out), about) if "samples" in about else _plain(about)
+    network = _rebuilt(Path(out), about, trusted) if "samples" in about else _plain(about)
     if about.get("statistics") == "batch":
         _forget_statistics(network)
     try:
@@ -191,9 +198,10 @@ def _plain(about: Mapping[str, Any]) -> nn.Module:
     )
 
 
-def _rebuilt(out: Path, about: Mapping[str, Any]) -> nn.Module:
+def _rebuilt(out: Path, about: Mapping[str, Any], trusted: Collection[str]) -> nn.Module:
     """What the method makes of the server's state at the end of the run."""
     config = RunConfig.load(out, device="cpu")
+    config.check_code(out, trusted)
     kind = registry.get(config.method)
     method = kind(kind.Options.parse(config.options, method=config.method))
     height, width = about["image_size"]

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedkern.engine import atomic
+from fedkern.inputs import parse_json, special
 
 TREE = "tree"  # the file's only metadata key: with several, their order in the file would be left to chance
 
@@ -56,13 +57,15 @@ def part(path: Path, *keys: str | int) -> Any:
         ValueError: the file is missing, damaged or not one of ours.
     """
     try:
+        if kind := special(path):
+            raise ValueError(f"it is {kind}, not a regular file")
         with safe_open(path, framework="pt") as file:
-            tree = json.loads((file.metadata() or {})[TREE])
+            tree = parse_json((file.metadata() or {})[TREE])
             for key in keys:
                 entries = tree.get("dict", []) if isinstance(tree, dict) else []
                 tree = next((entry for name, entry in entries if name == key), None)
             return _unpack(tree, file.get_tensor)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is missing or damaged: {error}") from None
 
 

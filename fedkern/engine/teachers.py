@@ -19,6 +19,7 @@ from fedkern.engine.checkpoint import FOLDER, Checkpoints, checksum
 from fedkern.engine.network import place
 from fedkern.errors import UserError
 from fedkern.files import expand
+from fedkern.inputs import special
 from fedkern.methods.base import VECTORS
 from fedkern.ops import FlatParameters
 
@@ -150,6 +151,8 @@ class Teachers:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
+    if kind := special(path):
+        raise UserError(f"--teachers: {path} is {kind}, not a regular file: put the file there.")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -67,6 +67,7 @@ class FedLPFM(LocalTraining):
             "frozen teachers, separated by commas: pretrained[:MODEL/WIDTH], clip:PATH_OR_NAME, logits:FILE, "
             "python:MODULE:NAME",
             path=teachers.absolute,
+            code=teachers.code,
         )
         lam: float = option(0.5, "weight of the distillation loss; 0 is FedAvg", low=0, name="lambda")
         temperature: float = option(1.0, "temperature of the distillation loss", above=0, infinite=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
@@ -32,6 +32,7 @@ def option(
     type: type | None = None,
     infinite: bool = False,
     path: Callable[[str], str] | None = None,
+    code: Callable[[str], Sequence[str]] | None = None,
 ) -> Any:
     """Declares one knob as a dataclass field; its type is the default's.
 
@@ -46,11 +47,13 @@ def option(
         type: the type of an option whose default is ``None`` (left open, and ``None`` stays allowed).
         infinite: whether infinity is a value of a number.
         path: makes the value absolute where it is a path, or names one; a run is stored with what it returns.
+        code: what a value names that is imported and run, each part as it is written; a stored run does not run it
+            unless the option is given again.
     """
     kind = builtins.type(default) if type is None else type
     metadata = {
         "help": help, "low": low, "high": high, "above": above, "choices": choices, "name": name, "type": kind,
-        "infinite": infinite, "path": path,
+        "infinite": infinite, "path": path, "code": code,
     }  # fmt: skip
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -70,6 +73,7 @@ class Knob:
     choices: tuple[Value, ...] | None = None
     infinite: bool = False
     path: Callable[[str], str] | None = None
+    code: Callable[[str], Sequence[str]] | None = None
     label: str = ""
 
     @property
@@ -221,6 +225,13 @@ class Options:
                 defaults of these, not what the user said of them.
         """
         return dict(values)
+
+    @classmethod
+    def code(cls, values: Mapping[str, Any]) -> list[tuple[str, str]]:
+        """What these values name that is imported and run, each with the published name of its option."""
+        parsed = cls.parse(values)
+        named = [knob for knob in cls.knobs() if knob.code is not None and {knob.name, knob.field} & set(values)]
+        return [(knob.name, part) for knob in named if knob.code for part in knob.code(getattr(parsed, knob.field))]
 
     def to_dict(self) -> dict[str, Value]:
         """Published name to value, every option included."""

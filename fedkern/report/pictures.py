@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from fedkern.engine import RunConfig, atomic, load_data, read_metrics, read_model, read_shown
 from fedkern.engine.records import read_summary
 from fedkern.engine.run import kept_data
+from fedkern.inputs import read_json
 
 EXAMPLES = 8
 PICTURES = {
@@ -27,7 +28,12 @@ LIST = "pictures.json"
 
 
 def write_pictures(
-    run_dir: Path, *, data: Any = None, model: torch.nn.Module | None = None, data_root: str | None = None
+    run_dir: Path,
+    *,
+    data: Any = None,
+    model: torch.nn.Module | None = None,
+    data_root: str | None = None,
+    trusted: Collection[str] = (),
 ) -> list[Path]:
     """Draws the pictures of a finished run into its folder, replacing older ones, and lists them in pictures.json.
 
@@ -36,6 +42,7 @@ def write_pictures(
         data: the ``FederatedData`` it ran on, without what was set aside; None loads it again.
         model: the global model; None loads ``model.safetensors``.
         data_root: where the data files are now, for loading them.
+        trusted: what may be imported, see :func:`fedkern.engine.run`.
 
     Returns:
         What was written: ``accuracy.png`` (``dice.png`` of a segmentation), ``partition.png``, ``weights.png`` of a
@@ -46,13 +53,15 @@ def write_pictures(
     Raises:
         UserError: a file of the run is missing or damaged.
     """
-    written = _draw(run_dir, data, model, data_root)
+    written = _draw(run_dir, data, model, data_root, trusted)
     listed = json.dumps({"pictures": [path.name for path in written]})
     atomic.write_bytes(run_dir / LIST, (listed + "\n").encode())
     return written
 
 
-def _draw(run_dir: Path, data: Any, model: torch.nn.Module | None, data_root: str | None) -> list[Path]:
+def _draw(
+    run_dir: Path, data: Any, model: torch.nn.Module | None, data_root: str | None, trusted: Collection[str]
+) -> list[Path]:
     from fedkern.data import normalise
     from fedkern.models import StagedNetwork
     from fedkern.report import gradcam, plots, segmentation
@@ -77,7 +86,7 @@ def _draw(run_dir: Path, data: Any, model: torch.nn.Module | None, data_root: st
     if weights_picture(read_metrics(run_dir), target, title=title, by_samples=by_samples):
         written.append(target)
     written += _shown(run_dir, name, data.classes)
-    model = read_model(run_dir)[0] if model is None else model
+    model = read_model(run_dir, trusted)[0] if model is None else model
     if data.task == "segmentation":
         split = next(iter(data.tests.values()))
         split = split.subset(segmentation.examples(split.labels, EXAMPLES))
@@ -111,7 +120,7 @@ def promises(run_dir: Path) -> bool:
 def drawn(run_dir: Path) -> list[Path]:
     """The pictures that were drawn into a folder, where all of them are still there; else none."""
     try:
-        names = json.loads((run_dir / LIST).read_text(encoding="utf-8"))["pictures"]
+        names = read_json(run_dir / LIST)["pictures"]
         there = [run_dir / str(name) for name in names]
     except (OSError, ValueError, KeyError, TypeError):
         return []
