@@ -212,6 +212,16 @@ def test_networks_of_a_run_are_as_good_as_those_trained_in_it(method, attempt, t
     assert method == "ensemble" or not all(torch.equal(value, states[0][name]) for name, value in fresh.items())
 
 
+@pytest.mark.parametrize("buffers", ["drop", "local"])
+def test_statistics_of_networks_that_are_brought_travel_as_those_of_trained_ones(buffers, attempt, tmp_path):
+    attempt("ensemble", out="given", teachers=None)
+    sent = [
+        attempt("oneshot-fedavg", out=out, teachers=where, buffers=buffers)["bytes"]["up"]
+        for out, where in (("trained", None), ("brought", "given"))
+    ]
+    assert sent[0] == sent[1]
+
+
 # -- the command line --------------------------------------------------------------------------------------------------
 
 WORDS = [
