@@ -284,6 +284,7 @@ class FedIOD(Objective, OwnNetworks):
 
     def _train(self, client: Client, message: Message) -> Message:
         private.agree(client, message)
+        private.secret(client, self.settings)  # in the checkpoint of this round, before the first one that may be cut
         make_teacher(self, client, self.architectures, self.settings)
         counts = private.release_histogram(client, histogram(client), self.settings)
         how = self.options.class_weights

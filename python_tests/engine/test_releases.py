@@ -20,14 +20,14 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def cut(make_data, make_config, tmp_path):
-    """A run that was killed when client 1 of round 2 was about to release its first gradients, after client 0."""
+@pytest.fixture(params=[2])
+def cut(request, make_data, make_config, tmp_path):
+    """A run that was killed when client 1 of a round was about to release its first gradients, after client 0."""
     pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install 'fedkern[privacy]')")
     data = make_data(two_tests=False)
     config = make_config("fediod", rounds=2, options=OPTIONS, grad_cam=0)
     with pytest.raises(Kill):
-        run(config, out=tmp_path / "cut", data=data, listener=KillAt("client", 4, round=2))
+        run(config, out=tmp_path / "cut", data=data, listener=KillAt("client", 4, round=request.param))
 
     def go_on():
         return run(RunConfig.load(tmp_path / "cut"), out=tmp_path / "cut", resume=True, data=data)
@@ -53,6 +53,11 @@ def test_what_is_released_again_counts_once(cut):
     rows = kept(out)
     assert {row[0] for row in rows} == {entries[0]["plan"]}
     assert [row for row in rows if row[0] == plan][:4] == [row for row in before if row[0] == plan]
+
+
+@pytest.mark.parametrize("cut", [1], indirect=True)
+def test_secrets_are_kept_before_the_first_round_that_may_be_cut(cut):
+    assert cut[1]()["rounds"] == 2
 
 
 def test_another_processor_device_or_version_is_refused_before_anything_leaves(cut, monkeypatch):
