@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.study import Case, Runs, best_rate
 from fedkern import engine
+from fedkern.engine import attacking
 
 IOD, REFERENCE, AVERAGE = "FedIOD", "FedAvg, many rounds", "one-shot FedAvg"
 STUDENTS: Mapping[str, tuple[str, tuple[Mapping[str, Any], ...]]] = {
@@ -170,7 +171,7 @@ class IODRuns(Runs):
 
     def attack(self, case: Case) -> dict[str, Any]:
         """The membership attack on a finished run, made once."""
-        path = self.folder / case.name / "attack.json"
+        path = attacking.place(self.folder / case.name)
         if not path.exists():
             engine.attack(self.folder / case.name)
         found: dict[str, Any] = json.loads(path.read_text())

@@ -26,7 +26,7 @@ from typing import Any
 from fedkern.cli.flags import parse
 from fedkern.cli.request import effective
 from fedkern.engine import RunConfig
-from fedkern.engine.records import read_metrics, versions
+from fedkern.engine.records import read_metrics, read_summary, versions
 
 RESULTS = Path(__file__).parent / "results"
 JPEG = "The images went through JPEG once: compare within a table, not with published figures"
@@ -118,7 +118,12 @@ def run(cases: Iterable[Case], folder: Path, *, workers: int = 2) -> dict[str, d
         for process in running.values():
             process.wait()
         words.cleanup()
-    return {name: json.loads((folder / name / "summary.json").read_text()) for name in wanted}
+    return {name: _summary(folder / name) for name in wanted}
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    summary = read_summary(folder)
+    return sys.exit(f"{folder / 'summary.json'} is damaged: delete the folder") if summary is None else summary
 
 
 class Runs:

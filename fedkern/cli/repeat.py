@@ -22,6 +22,8 @@ def command_line(method: str, config: RunConfig) -> str:
         value = getattr(config, f.name)
         if f.name in ("method", "options", "data_options") or value is None:
             continue
+        if f.name == "records" and value == config.replace(records=None).records:
+            continue  # follows from the method's options
         if f.name == "rounds" and (one_shot(method) or one_shot(config.method)):
             continue  # a plan's own, never asked for
         if value != getattr(target, f.name):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkern.data import FederatedData, normalise
-from fedkern.engine import atomic
+from fedkern.engine import atomic, checkpoint
 from fedkern.engine.config import RunConfig
 from fedkern.engine.folder import ATTACK
 from fedkern.engine.records import plain
@@ -80,10 +80,24 @@ def attack(
     return result
 
 
+def place(out: Path | str) -> Path:
+    """Where a run's attack.json is: in the run folder; with ``--records private`` in checkpoints/, which is not told.
+
+    Raises:
+        UserError: there is no run in the folder.
+    """
+    private = RunConfig.load(out, device="cpu").records == "private"
+    return Path(out) / checkpoint.FOLDER / ATTACK if private else Path(out) / ATTACK
+
+
 def write(out: Path | str, result: dict[str, Any]) -> None:
-    """Writes what :func:`attack` found to attack.json of the run folder, completely or not at all."""
-    text = json.dumps(plain(result), indent=2, allow_nan=False)
-    atomic.write_bytes(Path(out) / ATTACK, (text + "\n").encode())
+    """Writes what :func:`attack` found to attack.json (see :func:`place`), completely or not at all."""
+    text, path = json.dumps(plain(result), indent=2, allow_nan=False), place(out)
+    try:
+        path.parent.mkdir(exist_ok=True)
+    except OSError as error:
+        raise atomic.unwritable(path.parent, error) from None
+    atomic.write_bytes(path, (text + "\n").encode())
 
 
 @torch.no_grad()

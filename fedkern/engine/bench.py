@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fedkern import models
 from fedkern.engine.config import RunConfig
+from fedkern.engine.disclosure import Disclosure
 from fedkern.engine.network import Network, place
 from fedkern.engine.samples import CACHE_BYTES, ClientData, Pixels, Samples, TestSet
 from fedkern.engine.teachers import Teachers
@@ -60,6 +61,8 @@ class Bench:
         images = [split.images for split in splits]
         self.cache = 4 * sum(image.numel() for image in images) <= CACHE_BYTES
         self.warnings: dict[str, str] = {}
+        # Before anything is received, what the server warns of follows from the settings.
+        self.disclosure = Disclosure(clients=config.records != "private")
         self._networks: dict[str, Network] = {}
         self._clients: dict[int, ClientData] = {}
         self._frozen_key: tuple[Any, ...] = ()

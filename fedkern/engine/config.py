@@ -137,6 +137,11 @@ class RunConfig:
     eval_every: int = option(1, "evaluate every so many rounds, and always after the last", low=1)
     checkpoint_every: int = option(1, "write a checkpoint every so many rounds", low=1)
     grad_cam: int = option(200, "test images for the Grad-CAM share inside the object; 0 for none", low=0)
+    records: str | None = option(
+        None, "what records, pictures and the terminal tell: all, or (private) nothing of single clients and nothing "
+        "that no epsilon covers; open: private where a method option asks for differential privacy",
+        choices=("all", "private"), type=str,
+    )  # fmt: skip
     seed: int = option(0, "root of all random streams")
     device: str = option("auto", "where it runs", choices=("auto", "cpu", "cuda"))
     threads: int = option(0, "CPU threads; 0 for PyTorch's own choice", low=0, high=1024)
@@ -163,6 +168,8 @@ class RunConfig:
                 "leave one of the two out."
             )
         kind = registry.get(self.method)
+        if self.records is None:
+            object.__setattr__(self, "records", "private" if kind.promises(parsed) else "all")
         if self.fix_statistics is not None and (kind.one_shot or kind.takes_teachers):
             raise UserError(
                 f"--fix-statistics is not for {self.method}, whose clients' networks are not trained round by round."

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedkern.engine.config import RunConfig
+    from fedkern.privacy import Guarantee
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class RunInfo:
         test_sets: their names ("" for a single one) and sizes.
         data: the federated data, for pictures and tables of its partition.
         rounds: names of the communication rounds planned, in order.
-        private: the method promises an epsilon, so that nothing of the clients' data should be shown.
+        private: ``--records private``: nothing of a single client's data may be shown.
+        guarantee: what the run's epsilon covers and what not; None where it has none.
         model: the network's name, or those of its two encoders; empty for that of the settings.
     """
 
@@ -38,6 +40,7 @@ class RunInfo:
     rounds: tuple[str, ...] = ()
     private: bool = False
     model: str = ""
+    guarantee: Guarantee | None = None
 
 
 class Listener:
@@ -53,7 +56,10 @@ class Listener:
         """A round begins; ``round`` is negative for one-off set-up rounds."""
 
     def on_client(self, round: int, client: int, info: Mapping[str, Any]) -> None:
-        """A client is done: ``samples``, ``seconds``, ``loss`` (mean of its batches), ``drift``, observations."""
+        """A client is done: ``samples``, ``seconds``, ``loss`` (mean of its batches), ``drift``, observations.
+
+        ``info`` is empty with ``--records private``.
+        """
 
     def on_round(self, record: Mapping[str, Any]) -> None:
         """A communication round is done.
@@ -62,7 +68,8 @@ class Listener:
         all its resumptions), ``name`` (the round's in the plan), ``bytes_up``, ``bytes_down`` (so far),
         ``round_bytes_up``, ``round_bytes_down`` (of this round), ``loss`` (mean training loss of the round), ``phases``
         (seconds of this round by phase), what the server reported and, where the round was evaluated, the metrics by
-        name; with ``evaluated`` telling whether it was.
+        name; with ``evaluated`` telling whether it was.  With ``--records private`` neither ``loss`` nor anything else
+        that no epsilon covers is in it.
         """
 
     def on_warning(self, name: str, text: str) -> None:

@@ -14,12 +14,13 @@ from fedkern.engine import diagnostics, records
 from fedkern.engine.bench import Bench
 from fedkern.engine.checkpoint import Checkpoints
 from fedkern.engine.config import RunConfig
+from fedkern.engine.disclosure import Disclosure
 from fedkern.engine.evaluate import check_sets, client_sets, evaluate, evaluate_clients, gradcam, test_sets
 from fedkern.engine.events import Listener, RunInfo
 from fedkern.engine.everybody import Everybody, check_teachers, compare_teachers, data_fingerprint
 from fedkern.engine.ledger import Ledger
 from fedkern.engine.local import Diverged
-from fedkern.engine.privacy import privacy_figures
+from fedkern.engine.privacy import guarantee, privacy_figures
 from fedkern.engine.releases import DIVERGED, Releases
 from fedkern.engine.resuming import changes, repairs
 from fedkern.engine.samples import TestSet
@@ -34,7 +35,8 @@ from fedkern.methods.base import Method, Round, Step
 from fedkern.methods.evaluate import is_main
 from fedkern.methods.pooling import Pooling
 from fedkern.methods.uploads import all_finite
-from fedkern.privacy import LEDGER
+from fedkern.privacy import LEDGER, Guarantee
+from fedkern.privacy.guarantee import EPSILON, PART
 
 
 class Run:
@@ -70,6 +72,7 @@ class Run:
         self._elapsed = 0.0
         self._started = time.perf_counter()
         self._told: set[str] = set()
+        self.said: Guarantee | None = None  # what is covered of the run's releases
         self._round: dict[str, Any] = {}
 
     def prepare(self) -> None:
@@ -85,12 +88,16 @@ class Run:
             network = self.bench.network("server")  # encoders may be folders that cannot be read
             self._pooling.check(network.module)
         self.method.start(self.server)
-        if self.config.privacy_unit != "image" and self.method.guarantee(self.server) is None:
+        self.said = guarantee(self.method, self.server, self.config.records)
+        if self.config.privacy_unit != "image" and self.said is None:
             raise UserError(
                 f"--privacy-unit {self.config.privacy_unit} says what an epsilon protects, and this run of "
                 f"{self.config.method} promises none: ask for one with a privacy option of its method (fediod has "
                 "some), or leave it out."
             )
+        self.bench.disclosure = Disclosure.of(self.config.records, self.said)
+        if self.said is not None and not self.said.complete:
+            self.bench.warn("partly-covered", self.said.warning())
         if not self._resume or self.checkpoints.peek() is None:  # a run that goes on has most of them already
             check_teachers(self.method, self.bench)
         self._plan = [entry for entry in self.method.rounds(self.bench.federation) if not entry.one_off]
@@ -152,7 +159,8 @@ class Run:
                 rounds=tuple(entry.name for entry in self._plan),
                 test_sets={prefix.rstrip("_"): len(data) for prefix, data in self.sets.items()},
                 data=self.bench.data,
-                private=self.method.guarantee(self.server) is not None,
+                private=not self.bench.disclosure.clients,
+                guarantee=self.said,
                 model=self.bench.model_name,
             )
         )
@@ -170,7 +178,7 @@ class Run:
         shown = index if entry.one_off else index + 1
         self.listener.on_round_start(shown, entry.name, participants)
         self._round = {"clients": {}, "dropped": set(), "shown": shown, "late": entry.states == "round", "entry": entry}
-        self.server.showing = not entry.one_off and self.gallery.wants(shown)
+        self.server.showing = self.bench.disclosure.server and not entry.one_off and self.gallery.wants(shown)
         phases = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0}
         sent = self.ledger.total_up, self.ledger.total_down
         due = (self.done + 1) % self.config.eval_every == 0 or self.done + 1 == self._rounds
@@ -213,7 +221,8 @@ class Run:
         self._record(entry, start, sent, phases, due)
 
     def _record(self, entry: Round, start: float, sent: tuple[int, int], phases: dict[str, float], due: bool) -> None:
-        losses = [info["loss"] for info in self._round["clients"].values() if "loss" in info]
+        clients = {k: self.bench.disclosure.client(info) for k, info in self._round["clients"].items()}
+        losses = [info["loss"] for info in clients.values() if "loss" in info]
         record: dict[str, Any] = {
             "round": self.done,
             "rounds": self._rounds,
@@ -239,7 +248,8 @@ class Run:
                         self.best[name] = max(value, self.best.get(name, 0.0))
             phases["evaluate"] = time.perf_counter() - begun
         self._add_report(record)
-        record["clients"] = self._round["clients"]
+        if self.bench.disclosure.clients:
+            record["clients"] = clients
         if self.dropped_since:
             record["dropped"] = self.dropped_since
         record["phases"] = {name: round(value, 6) for name, value in phases.items()}
@@ -264,7 +274,7 @@ class Run:
             self._check_finite(network.state_dict(), f"in round {self.done}")
 
     def _evaluate(self, network: nn.Module) -> None:
-        own = evaluate_clients(self.method, network, self.client_sets)
+        own = evaluate_clients(self.method, network, self.client_sets) if self.bench.disclosure.clients else {}
         self.latest = {**evaluate(self.method, network, self.sets), **own}
         self._evaluated = True
 
@@ -273,7 +283,12 @@ class Run:
             if name in record:
                 raise ValueError(f'server.report: expected names of its own, given "{name}", which the engine writes')
             # What was not finite came back from the disk as None.
-            record[name] = self.server.report[name] = math.nan if value is None else float(value)
+            self.server.report[name] = math.nan if value is None else float(value)
+        record.update(self._told_report())
+
+    def _told_report(self) -> dict[str, float]:
+        """What the server reports of the clients' messages, where that may be told."""
+        return dict(self.server.report) if self.bench.disclosure.server else {}
 
     # -- called by the exchange ------------------------------------------------------------------------------------
 
@@ -298,7 +313,8 @@ class Run:
             self._clients.pop(client.id, None)  # its state is on disk; scratch need not outlive the round
             self._before.pop(client.id, None)
         self._round["clients"].setdefault(str(client.id), {}).update(info)
-        self.listener.on_client(self._round["shown"], client.id, {**info, "seconds": seconds})
+        told = self.bench.disclosure.client({**info, "seconds": seconds})
+        self.listener.on_client(self._round["shown"], client.id, told)
 
     def released(self, client: int, message: Any) -> None:
         """What a client has made of this exchange is about to leave it."""
@@ -310,15 +326,21 @@ class Run:
         self.released(problem.client, DIVERGED)
         entry: Round = self._round["entry"]
         when = when_of(entry, self.done)
-        where = f"Client {problem.client} diverged {when}, batch {problem.batch}: {problem.what}"
+        where = f"Client {problem.client} diverged {when}"
+        why: dict[str, Any] = {}
+        if self.bench.disclosure.clients:  # its messages are missing, which is seen; why is its own
+            where += f", batch {problem.batch}: {problem.what}"
+            why = {"batch": problem.batch, "reason": problem.what}
         if self.config.on_nan == "stop":
             raise UserError(f"{where}; lower --lr, set --clip-norm, or leave such clients out with --on-nan skip.")
-        self._leave_out(problem.client, {"batch": problem.batch, "reason": problem.what})
+        self._leave_out(problem.client, why)
         left = "what it would have made is missing from the run" if entry.one_off else "it was left out of that round"
         self.bench.warn("diverging-client", f"{where}; {left}.")
 
     def refused(self, client: int, exchange: str, why: str) -> None:
         """A client's upload is not as declared: stops the run or leaves the client out of the rest of the round."""
+        if not self.bench.disclosure.server:
+            why = "is not as declared"
         said = f"Client {client}'s upload {when_of(self._round['entry'], self.done, exchange)} {why}"
         if self.config.on_nan == "stop":
             raise UserError(f"{said}; leave such uploads out with --on-nan skip.{self._undeclared()}")
@@ -429,20 +451,23 @@ class Run:
         self._check_network(network)
         if not self._evaluated:  # resumed after the last round
             self._evaluate(network)
-        metrics = {**self.latest, **self._gradcam(network), **self.server.report}
-        metrics.update(self.method.appraise(self.server, Everybody(self.bench, self.checkpoints), self.sets))
-        private = privacy_figures(self.method, self.server, self.checkpoints.client_state, self.config.trained_clients)
-        metrics.update({name: private[name] for name in ("epsilon", "delta") if name in private})
+        told = self.bench.disclosure
+        metrics = {**self.latest, **self._gradcam(network), **self._told_report()}
+        if told.appraised is None or told.appraised:
+            found = self.method.appraise(self.server, Everybody(self.bench, self.checkpoints), self.sets)
+            metrics.update(told.appraise(found, ("", *self.sets)))
+        private = privacy_figures(self.said, self.checkpoints.client_state, self.config.trained_clients)
+        metrics.update({name: private[name] for name in (EPSILON, PART, "delta") if name in private})
         flat = self.bench.is_flat(network)
         warn = self.bench.warn
-        for found in (
+        for texts in (
             diagnostics.collapsed_classes(self.sets, self.bench.data.classes),
-            diagnostics.outlying_drift(self.last_clients),
+            diagnostics.outlying_drift(self.last_clients) if told.clients else {},
             diagnostics.poor_metrics(metrics, self.best, self.bench.federation.classes),
             diagnostics.missing_statistics(self.config, flat and lacks_statistics(self.bench, self.config)),
-            self.method.diagnose(self.observed.summary()),
+            self.method.diagnose(self.observed.summary()) if told.clients else {},
         ):
-            for name, text in found.items():
+            for name, text in texts.items():
                 warn(name, text)
         self._tell_warnings()
         write_model(self.out, network, about_network(self.bench, self.config, self.done, flat))
@@ -458,6 +483,7 @@ class Run:
             "seconds": self.seconds(),
             "phases": self.phases,
             "diagnostics": self.bench.warnings,
+            "records": self.config.records,
             "versions": records.versions(),
         }
         if self.dropped_since:  # after the last record

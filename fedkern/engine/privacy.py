@@ -1,4 +1,4 @@
-"""The differential privacy of a run, from the ledgers that its clients kept."""
+"""The differential privacy of a run: what its records add to what is released, and the figures of the ledgers."""
 
 from __future__ import annotations
 
@@ -6,28 +6,36 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fedkern.methods.base import Method, Server
-from fedkern.privacy import LEDGER, Accountant
+from fedkern.privacy import LEDGER, Accountant, Guarantee
+
+
+def guarantee(method: Method, server: Server, records: str | None) -> Guarantee | None:
+    """What the run's epsilon covers of everything that is released, the records included (``--records``)."""
+    said = method.guarantee(server)
+    return said if said is None or records == "private" else said.with_records()
 
 
 def privacy_figures(
-    method: Method, server: Server, state_of: Callable[[int], Mapping[str, Any]], clients: int
+    said: Guarantee | None, state_of: Callable[[int], Mapping[str, Any]], clients: int
 ) -> dict[str, Any]:
     """What summary.json says under ``privacy``; empty where the method gives none.
 
     Args:
+        said: what is covered.
         state_of: a client's state, by its id.
         clients: how many there are.
 
     Returns:
         ``epsilon`` (the largest of any client; infinite where a release had no noise), ``delta``, ``unit`` (what one
-        neighbour differs in: ``"image"`` or ``"patient"``, with at most ``patient_images``), ``channels`` (the largest
-        epsilon of each, alone at the whole delta), ``clients`` (every client's ``epsilon`` and ``channels``)
-        and ``statement``, one sentence on what the figure covers and what not.
+        neighbour differs in: ``"image"`` or ``"patient"``, with at most ``patient_images``), ``covers`` and
+        ``leaves_uncovered`` (the names of the releases), ``channels`` (the largest epsilon of each mechanism, alone at
+        the whole delta), ``clients`` (every client's ``epsilon`` and ``channels``) and ``statement``, one sentence on
+        what the figure covers and what not.  Where a release is left uncovered, both ``epsilon`` are called
+        ``epsilon_covered``.
 
     Raises:
         UserError: dp-accounting is not installed.
     """
-    said = method.guarantee(server)
     if said is None:
         return {}
     figures = {str(k): Accountant(state_of(k).get(LEDGER)).figure(said.delta) for k in range(clients)}
@@ -37,11 +45,12 @@ def privacy_figures(
             channels[name] = max(value, channels.get(name, 0.0))
     epsilon = max(figure.epsilon for figure in figures.values())
     return {
-        "epsilon": epsilon,
+        said.figure: epsilon,
         "delta": said.delta,
         "unit": said.unit.name,
         **({"patient_images": said.unit.images} if said.unit.name == "patient" else {}),
+        **said.to_dict(),
         "channels": channels,
-        "clients": {k: {"epsilon": f.epsilon, "channels": dict(f.channels)} for k, f in figures.items()},
+        "clients": {k: {said.figure: f.epsilon, "channels": dict(f.channels)} for k, f in figures.items()},
         "statement": said.statement(epsilon),
     }

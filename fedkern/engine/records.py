@@ -20,6 +20,7 @@ from fedkern.errors import UserError
 from fedkern.inputs import parse_json, read_json, read_text
 from fedkern.ops import backend
 from fedkern.ops.loading import Unavailable
+from fedkern.privacy.guarantee import EPSILON, PART, RECORDS
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
@@ -137,12 +138,28 @@ def write_summary(out: Path, summary: Mapping[str, Any]) -> None:
 
 
 def read_summary(out: Path) -> dict[str, Any] | None:
-    """summary.json of a finished run, or None."""
+    """summary.json of a finished run, or None.
+
+    Older runs called it ``epsilon`` whatever it covered, and none covered their records: they are read as if they had
+    said so.
+    """
     try:
         summary = read_json(out / SUMMARY)
     except (OSError, ValueError):
         return None
-    return summary if isinstance(summary, dict) else None
+    return _relabelled(summary) if isinstance(summary, dict) else None
+
+
+def _relabelled(summary: dict[str, Any]) -> dict[str, Any]:
+    private, metrics = summary.get("privacy"), summary.get("metrics")
+    if isinstance(private, dict) and "leaves_uncovered" not in private:
+        clients = private.get("clients")
+        each = clients.values() if isinstance(clients, dict) else ()
+        for table in (private, metrics, *each):
+            if isinstance(table, dict) and EPSILON in table:
+                table[PART] = table.pop(EPSILON)
+        private["leaves_uncovered"] = [RECORDS]  # at least: the statement says what else
+    return summary
 
 
 def versions() -> dict[str, str]:

@@ -51,9 +51,6 @@ class _Place:
     def public(self) -> Samples | None:
         return self._bench.public
 
-    def warn(self, name: str, text: str) -> None:
-        self._bench.warn(name, text)
-
     def notice(self, text: str) -> None:
         self._bench.notice(text)
 
@@ -69,6 +66,10 @@ class Client(_Place):
         self.unit = bench.federation.unit
         self.labels: Tensor = bench.data.clients[client].labels
         self.state = state
+
+    def warn(self, name: str, text: str) -> None:
+        if self._bench.disclosure.clients:
+            self._bench.warn(name, text)
 
     @functools.cached_property
     def wholes(self) -> np.ndarray | None:
@@ -289,6 +290,10 @@ class Server(_Place):
         self.showing = False  # whether what is shown in this round is kept
         self.shown: dict[str, tuple[Tensor, tuple[str, str]]] = {}
 
+    def warn(self, name: str, text: str) -> None:
+        if self._bench.disclosure.server:
+            self._bench.warn(name, text)
+
     def build(self, *, model: str | None = None, width: int | None = None, classes: int | None = None) -> Any:
         return self._bench.place(self._bench.build(model=model, width=width, classes=classes))
 
@@ -315,10 +320,12 @@ class Server(_Place):
             self.shown[name] = prepared(name, value if isinstance(value, Tensor) else value()), axes
 
     def refuse(self, client: int, reason: str) -> None:
+        if not self._bench.disclosure.server:
+            reason = f"The upload of client {client} was refused"
         if self._bench.config.on_nan == "stop":
             raise UserError(f"{reason}; leave such uploads out with --on-nan skip.")
         self.refused.append((client, reason))
-        self.warn(f"refused-upload-{client}", f"{reason}; it was left out.")
+        self._bench.warn(f"refused-upload-{client}", f"{reason}; it was left out.")
 
 
 def sample_clients(config: RunConfig, round: int) -> list[int]:

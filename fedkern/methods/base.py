@@ -204,7 +204,8 @@ class Method:
     def appraise(self, server: Server, clients: Mapping[ClientId, Client], sets: Mapping[str, Any]) -> dict[str, float]:
         """Figures for the run's summary that only the experimenter can see, who looks at every client.
 
-        Asked once at the end; nothing of it is booked.
+        Asked once at the end; nothing of it is booked.  With private records those alone are told that the method's
+        :class:`fedkern.privacy.Guarantee` names as ``appraised``, where it covers everything.
 
         Args:
             sets: the test sets (see :meth:`evaluate`) by the prefix that their figures' names begin with.
@@ -216,8 +217,16 @@ class Method:
         return {}
 
     def guarantee(self, server: Server) -> Guarantee | None:
-        """What its differential privacy covers, at the end of the run; None where the options ask for none."""
+        """What its differential privacy covers and what not; None where the options ask for none.
+
+        Asked after :meth:`start`.
+        """
         return None
+
+    @classmethod
+    def promises(cls, options: Any) -> bool:
+        """Whether the options ask for differential privacy of anything, so that ``--records`` is private by default."""
+        return cls.guarantee is not Method.guarantee
 
 
 class LocalTraining(Objective, Method):

@@ -334,6 +334,10 @@ class FedIOD(Objective, OwnNetworks):
     def guarantee(self, server: Server) -> Guarantee | None:
         return promise.guarantee(self.settings, server.federation.unit)
 
+    @classmethod
+    def promises(cls, options: Any) -> bool:
+        return promise.claims(settle(options))
+
     def appraise(self, server: Server, clients: Mapping[ClientId, Client], sets: Mapping[str, Any]) -> dict[str, float]:
         return appraise(self, server, clients, sets)
 

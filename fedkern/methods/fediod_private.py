@@ -34,11 +34,10 @@ from torch import Tensor, nn
 from fedkern.errors import UserError
 from fedkern.methods.base import OUTSIDE, Client, Federation, Objective, Server, Step
 from fedkern.methods.fediod_losses import asks_teachers
-from fedkern.methods.fediod_promise import asks_discriminators, claims, clip_d, guarantee, private, tells_counts
+from fedkern.methods.fediod_promise import asks_discriminators, claims, clip_d, private, tells_counts
 from fedkern.ops import clip_and_noise
 from fedkern.privacy import DPSGD, LEDGER, Accountant, Unit, least_noise, need_accounting
 from fedkern.privacy.dpsgd import check_network, stream_name
-from fedkern.privacy.guarantee import listed
 
 TERMS = "privacy_terms"
 """Where a client keeps the noise that was agreed on before the first step."""
@@ -73,13 +72,6 @@ def prepare(server: Server, options: Any) -> None:
         unit = server.federation.unit
         sigma = least_noise(lambda noise: _beside(options, noise, steps, unit), epsilon, delta)
     server.state["privacy"] = {"sigma_d": float(sigma), "steps": planned_steps(server.federation, options)}
-    said = guarantee(options, server.federation.unit)
-    if said is not None and not options.teacher_dp:
-        server.warn(
-            "teachers-uncovered",
-            f"Epsilon covers {listed(said.covers)}, not the teachers' answers, which the student learns from: "
-            "teacher_dp=true covers those too.",
-        )
 
 
 def _beside(options: Any, sigma: float, steps: int, unit: Unit) -> Accountant:

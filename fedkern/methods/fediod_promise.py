@@ -142,12 +142,12 @@ def asks_discriminators(options: Any) -> bool:
 
 
 def claims(options: Any) -> bool:
-    """Whether the run tells an epsilon."""
+    """Whether the options ask for differential privacy of anything."""
     return private(options) or options.teacher_dp or (options.histogram_noise > 0 and tells_counts(options))
 
 
 def guarantee(options: Any, unit: Unit = IMAGE) -> Guarantee | None:
-    """What epsilon covers and what not, of all that the run releases; None where nothing is private.
+    """What epsilon covers and what not, of all that a client releases; None where nothing is private.
 
     With ``teacher_dp`` all that is made of the teachers is covered.  Without it ``sigma_t`` covers no more than what
     a client answers through its own teacher: that teacher's logits, to which no noise is added, also change what the
@@ -155,31 +155,39 @@ def guarantee(options: Any, unit: Unit = IMAGE) -> Guarantee | None:
     """
     if not claims(options):
         return None
-    covers: list[str] = []
-    leaves: list[str] = []
+    covers: dict[str, str] = {}
+    leaves: dict[str, str] = {}
 
-    def place(text: str, covered: bool) -> None:
-        (covers if covered else leaves).append(text)
+    def place(name: str, text: str, covered: bool) -> None:
+        (covers if covered else leaves)[name] = text
 
     if asks_discriminators(options):
-        place(
-            "the generator's gradients through the discriminators", options.epsilon is not None or options.sigma_d > 0
-        )
+        text = "the generator's gradients through the discriminators"
+        place("discriminator_gradients", text, options.epsilon is not None or options.sigma_d > 0)
     asked = generates(options) and asks_teachers(options)
     if asked and options.sigma_t:
-        covers.append("a client's own gradients for the generator through its teacher")
+        covers["teacher_gradients"] = "a client's own gradients for the generator through its teacher"
     elif asked:
-        place("the generator's gradients through the teachers", options.teacher_dp)
-    place(_answers(options), options.teacher_dp)
+        place("teacher_gradients", "the generator's gradients through the teachers", options.teacher_dp)
+    place("teacher_logits", _answers(options), options.teacher_dp)
     if tells_counts(options):
-        what = "the clients' class counts" if options.class_weights == "counts" else "which classes a client has"
-        place(what, options.histogram_noise > 0)
+        counts = options.class_weights == "counts"
+        name, text = (
+            ("class_counts", "the clients' class counts") if counts else ("known_classes", "which classes a client has")
+        )
+        place(name, text, options.histogram_noise > 0)
     if tells_scores(options):
-        leaves.append("the discriminators' confidence in every image")
-    if covers and not leaves:
-        covers.append("so the released generator and student" if generates(options) else "so the released student")
-    leaves.append("the losses and accuracies that the run's records tell of a client")
-    return Guarantee(options.delta, tuple(covers), tuple(leaves), _while(options), unit)
+        leaves["scores"] = "the discriminators' confidence in every image"
+    return Guarantee(
+        options.delta,
+        covers,
+        leaves,
+        _while(options),
+        unit=unit,
+        follows="the released generator and student" if generates(options) else "the released student",
+        advice="" if options.teacher_dp else "teacher_dp=true covers what comes from the teachers",
+        appraised=("best_teacher", "mean_teacher", "ensemble_uniform", "ensemble_weighted"),
+    )
 
 
 def _while(options: Any) -> tuple[str, ...]:

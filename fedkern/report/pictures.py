@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from fedkern.engine import RunConfig, atomic, load_data, read_metrics, read_model, read_shown
-from fedkern.engine.records import read_summary
 from fedkern.engine.run import kept_data
 from fedkern.inputs import read_json
 
@@ -48,7 +47,7 @@ def write_pictures(
         What was written: ``accuracy.png`` (``dice.png`` of a segmentation), ``partition.png``, ``weights.png`` of a
         method with client weights, a picture for every name under which the method showed something
         (``generated.png``), and ``gradcam.png`` where the network has stages (``segmentation.png`` of a segmentation).
-        A run that promises an epsilon has no ``partition.png``, which holds exact counts, and loses an older one.
+        A run with private records has no ``partition.png``, which holds exact counts, and loses an older one.
 
     Raises:
         UserError: a file of the run is missing or damaged.
@@ -75,7 +74,7 @@ def _draw(
     if plots.accuracy_curves(read_metrics(run_dir), target, title=f"{name}, seed {config.seed}"):
         written.append(target)
     target = run_dir / PICTURES["partition"]
-    if promises(run_dir):
+    if config.records == "private":
         target.unlink(missing_ok=True)
     else:
         plots.partition_picture(data.statistics, target, title=f"{config.data}: {data.statistics.partition}")
@@ -110,11 +109,6 @@ def _draw(
         gradcam.draw(model, panels, target, classes=data.classes, title=f"Grad-CAM of the global model, {name}")
         written.append(target)
     return written
-
-
-def promises(run_dir: Path) -> bool:
-    """Whether a finished run promises an epsilon."""
-    return "privacy" in (read_summary(run_dir) or {})
 
 
 def drawn(run_dir: Path) -> list[Path]:

@@ -12,17 +12,17 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from fedkern.engine.events import Listener, RunInfo
 from fedkern.methods.evaluate import MAIN_FIGURES
-from fedkern.report.tables import human_bytes, human_metric, human_time, partition_table, split_metric
+from fedkern.report.tables import covering, human_bytes, human_metric, human_time, partition_table, split_metric
 
 PIPE_WIDTH = 120
 UNSHOWN = (
-    "Neither the clients' class counts nor partition.png are shown: the run promises an epsilon, which covers them no "
-    "further than the method's own noise."
+    "Records are private: class counts, losses and accuracies of single clients are neither shown nor written, nor is "
+    "partition.png; --records all tells them, outside of epsilon."
 )
 
 
 def headline(run: RunInfo) -> list[str]:
-    """What runs, on what, and where it is written: two or three lines."""
+    """What runs, on what, where it is written and what its epsilon covers: two to four lines."""
     config = run.config
     samples, clients = sum(run.samples), len(run.samples)
     tests = [
@@ -43,10 +43,10 @@ def headline(run: RunInfo) -> list[str]:
         f"{run.model or config.model} with {run.parameters:,} parameters on {config.device}, {config.threads} "
         f"thread{'s' * (config.threads != 1)}; run folder {run.out}",
     ]
-    if run.private:
-        lines.append(
-            f"differential privacy of every {config.privacy_unit}: one of a client's {config.unit} is replaced"
-        )
+    if run.guarantee is not None:
+        unit = run.guarantee.unit
+        lines.append(f"differential privacy of every {unit.name}: one of a client's {unit} is replaced")
+        lines.append(covering(run.guarantee.to_dict()))
     if run.first_round:
         lines.append(f"resumed after round {run.first_round} of {len(run.rounds)}")
     return lines

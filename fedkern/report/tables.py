@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
+
+from fedkern.privacy.guarantee import EPSILON, PART
 
 # Metrics that are fractions and read best in per cent.
 _FRACTIONS = ("accuracy", "confidence", "gradcam_in_object", "object_area", "dice", "iou", "_r1", "_r5", "_r10")
@@ -24,6 +27,7 @@ _NAMES = {
     "object_area": "area of the object",
     "loss": "loss",
     "gallery": "candidates in retrieval",
+    PART: "epsilon of the covered part alone",
     **_RECALLS,
     **{f"{which}_client_{name}": f"{which} client: {text}"
        for which in ("mean", "worst") for name, text in _RECALLS.items()},
@@ -93,6 +97,24 @@ def ordered(metrics: Mapping[str, Any]) -> list[str]:
     return sorted((name for name, value in metrics.items() if isinstance(value, (int, float))), key=_rank)
 
 
+def covering(private: Mapping[str, Any]) -> str:
+    """One line on what the epsilon of a run covers, so that a part is never taken for the whole.
+
+    Args:
+        private: what summary.json says under ``privacy``, or before the run ``covers`` and ``leaves_uncovered`` alone.
+    """
+    covers, leaves = (", ".join(private.get(name, ())) or "nothing" for name in ("covers", "leaves_uncovered"))
+    name = PART if private.get("leaves_uncovered") else EPSILON
+    value = private.get(name, ...)  # before the run there is none
+    finite = isinstance(value, (int, float)) and math.isfinite(value)
+    figure = f" {value:.3g} at delta {private['delta']:g}" if finite else ""
+    if name == PART:
+        return f"NO epsilon of the whole release: {name}{figure} covers {covers} alone, not {leaves}"
+    if value is not ... and not finite:
+        return "no finite epsilon: a release had no noise"
+    return f"{name}{figure} covers everything that clients release: {covers}"
+
+
 def final_table(summary: Mapping[str, Any]) -> Table:
     """The closing table of a run: a row for each figure and a column for each test set, then bytes and time.
 
@@ -103,6 +125,8 @@ def final_table(summary: Mapping[str, Any]) -> Table:
     """
     rounds = max(int(summary.get("rounds", 1)), 1)
     title = f"{summary['method']} on {summary['data']}, seed {summary['seed']}, {rounds} round{'s' * (rounds > 1)}"
+    if summary.get("privacy"):
+        title += f"\n{covering(summary['privacy'])}"
     figures: dict[str, dict[str, str]] = {}
     for name in ordered(summary["metrics"]):
         test_set, figure = split_metric(name)

@@ -229,3 +229,11 @@ def test_the_command_for_comparison_has_the_same_split_and_budget(argv):
     for field in dataclasses.fields(RunConfig):
         if field.name not in ("method", "options"):
             assert getattr(other, field.name) == getattr(config, field.name), field.name
+
+
+def test_private_records_are_not_repeated_where_they_follow_from_the_options():
+    private = {"sigma_d": 1.0}
+    for options, records, given in ((private, None, False), (private, "private", False), ({}, "private", True)):
+        config = RunConfig.make("fediod", options=options, records=records)
+        assert config.records == "private"
+        assert ("--records private" in repeat.command_line("fedavg", config)) == given

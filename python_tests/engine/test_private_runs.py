@@ -46,21 +46,29 @@ def test_a_killed_run_releases_the_same(options, noise, bits, make_data, make_co
         run(config, out=tmp_path / "cut", data=data, listener=KillAt("round-start", round=3))
     bits[:] = [0] * 100  # drawn again, they would be others
     again = run(RunConfig.load(tmp_path / "cut"), out=tmp_path / "cut", resume=True, data=data)
-    for name in ("model.safetensors", shown.FILE):
+    covered = "teacher_dp" in options  # what is made of uncovered answers is not shown
+    for name in ("model.safetensors", *((shown.FILE,) if covered else ())):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert len(bits) == 100
     assert again["privacy"] == summary["privacy"]
     assert again["metrics"] == summary["metrics"]
 
     private = json.loads((tmp_path / "whole" / "summary.json").read_text())["privacy"]
-    if "epsilon" in options:
+    if covered:
         assert 7.5 < private["epsilon"] <= 8.0
+        assert summary["metrics"]["epsilon"] == private["epsilon"]
+        assert "epsilon_covered" not in {*private, *summary["metrics"]}
     else:
-        assert summary["metrics"]["epsilon"] == private["epsilon"] > private["channels"]["discriminator"] > 0
-    assert set(private["channels"]) == {"histogram", "discriminator", *(["teacher"] if "teacher_dp" in options else [])}
-    assert ("so the released generator and student" in private["statement"]) == ("teacher_dp" in options)
-    assert ("teachers-uncovered" in summary["diagnostics"]) == ("teacher_dp" not in options)
-    assert {entry.name for entry in read_shown(tmp_path / "whole")} == {"generated", "teacher_weights", "agreement"}
+        assert summary["metrics"]["epsilon_covered"] == private["epsilon_covered"]
+        assert private["epsilon_covered"] > private["channels"]["discriminator"] > 0
+        assert "epsilon" not in {*private, *summary["metrics"]}
+    assert private["leaves_uncovered"] == ([] if covered else ["teacher_gradients", "teacher_logits"])
+    assert {"discriminator_gradients", "class_counts"} <= set(private["covers"])
+    assert set(private["channels"]) == {"histogram", "discriminator", *(["teacher"] if covered else [])}
+    assert ("so the released generator and student" in private["statement"]) == covered
+    assert ("partly-covered" in summary["diagnostics"]) != covered
+    pictures = {"generated", "teacher_weights", "agreement"} if covered else set()
+    assert {entry.name for entry in read_shown(tmp_path / "whole")} == pictures
 
 
 @pytest.mark.parametrize("options", [NOISED, WHOLE], ids=["noised", "private teachers"])

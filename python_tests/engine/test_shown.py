@@ -37,7 +37,7 @@ class Telling(FedAvg):
         server.show("weights", torch.arange(6.0).view(3, 2) + step.round, axes=("client", "class"))
 
     def guarantee(self, server):
-        return Guarantee(1e-5, covers=("the noise",), leaves=("the parameters", "the labels"))
+        return Guarantee(1e-5, {"noise": "the noise"}, {"parameters": "the parameters", "labels": "the labels"})
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def telling():
 
 def test_a_few_rounds_are_kept_and_a_resumed_run_keeps_the_same(telling, make_data, make_config, tmp_path):
     pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install 'fedkern[privacy]')")
-    data, config = make_data(), make_config("telling", rounds=12, checkpoint_every=3, eval_every=12)
+    data, config = make_data(), make_config("telling", rounds=12, checkpoint_every=3, eval_every=12, records="all")
     summary = run(config, out=tmp_path / "whole", data=data)
     entries = read_shown(tmp_path / "whole")
     images = [entry for entry in entries if entry.name == "generated"]
@@ -78,11 +78,19 @@ def test_a_few_rounds_are_kept_and_a_resumed_run_keeps_the_same(telling, make_da
     private = json.loads((tmp_path / "whole" / "summary.json").read_text())["privacy"]
     expected = Accountant()
     expected.gaussian("noise", 10.0, steps=12)
-    assert private["epsilon"] == pytest.approx(expected.epsilon(1e-5), rel=1e-12)  # client 0 has the least noise
-    assert summary["metrics"]["epsilon"] == private["epsilon"] == private["channels"]["noise"]
+    epsilon = private["epsilon_covered"]
+    assert epsilon == pytest.approx(expected.epsilon(1e-5), rel=1e-12)  # client 0 has the least noise
+    assert summary["metrics"]["epsilon_covered"] == epsilon == private["channels"]["noise"]
     assert summary["metrics"]["delta"] == 1e-5
-    assert private["clients"]["2"]["epsilon"] < private["clients"]["1"]["epsilon"] < private["epsilon"]
-    assert private["statement"].endswith("covers the noise, but not the parameters and the labels.")
+    each = [private["clients"][k]["epsilon_covered"] for k in "210"]
+    assert sorted(each) == each
+    assert each[-1] == epsilon
+    assert (private["covers"], private["leaves_uncovered"]) == (["noise"], ["parameters", "labels", "records"])
+    assert "epsilon" not in {*private, *summary["metrics"], *private["clients"]["0"]}
+    assert private["statement"].endswith(
+        "covers the noise, but not the parameters, the labels and what the records tell of single clients: the whole "
+        "release has no epsilon."
+    )
 
 
 def test_who_shows_nothing_leaves_no_file(make_data, make_config, tmp_path):
@@ -120,6 +128,6 @@ def test_a_damaged_file_is_named(tmp_path):
 
 
 def test_no_noise_is_said_in_words():
-    text = Guarantee(1e-5, covers=("a", "b", "c")).statement(math.inf)
+    text = Guarantee(1e-5, covers={"one": "a", "two": "b", "three": "c"}).statement(math.inf)
     assert text.startswith("No finite epsilon at delta 1e-05")
     assert text.endswith("covers a, b and c.")

@@ -282,7 +282,7 @@ def test_a_target_is_met_by_what_the_clients_then_release(teacher):
     privacy.release_histogram(client, torch.tensor([20.0, 30.0]), options)
     for _ in range(6):
         privacy.sanitise(client, *gradients(rows=4), options)
-    assert ("teachers-uncovered" in server.said) != teacher
+    assert promise.guarantee(options).complete == teacher
     accountant = Accountant(client.state[LEDGER])
     part = (2.0, options.delta / 2) if teacher else (4.0, options.delta)
     assert 0.99 * part[0] < accountant.epsilon(part[1]) <= part[0]
@@ -303,7 +303,10 @@ def test_public_images_leave_the_teachers_alone_to_be_covered():
     accountant.dp_sgd("teacher", spent[0], rate=0.1, steps=100)
     assert 0.99 * 4 < accountant.epsilon(options.delta) <= 4
     said = promise.guarantee(options)
-    assert said.covers == ("the teachers' answers that the student learns from", "so the released student")
+    assert said.to_dict() == {"covers": ["teacher_logits"], "leaves_uncovered": []}
+    assert said.statement(4.0).endswith(
+        "it covers the teachers' answers that the student learns from and so the released student."
+    )
     with pytest.raises(UserError, match="mode"):
         Options(epsilon=4.0, mode="public")
 

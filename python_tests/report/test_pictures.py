@@ -58,10 +58,11 @@ def test_a_run_gets_its_three_pictures(tmp_path, data):
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".tmp"]
 
 
-def test_a_run_that_promises_an_epsilon_has_no_counts(tmp_path, data):
+def test_a_run_with_private_records_has_no_counts(tmp_path, data):
     folder = make_run(tmp_path, data)
     (folder / "partition.png").write_bytes(b"older")
-    (folder / "summary.json").write_text('{"privacy": {"epsilon": 1.0}}')
+    config = RunConfig.load(folder).replace(records="private")
+    (folder / "config.toml").write_text(config.to_toml())
     written = pictures.write_pictures(folder, data=data)
     assert [path.name for path in written] == ["accuracy.png", "gradcam.png"]
     assert not (folder / "partition.png").exists()

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from fedkern.data import PartitionStatistics
 from fedkern.engine import RunConfig, RunInfo
+from fedkern.privacy import Guarantee
 from fedkern.report import progress
 
 
@@ -78,7 +79,16 @@ def test_rounds_that_were_not_evaluated_give_no_line():
     assert "accuracy 25.0 %" in out.file.getvalue()
 
 
-def test_class_counts_are_shown_but_for_a_run_that_promises_an_epsilon():
+def test_the_headline_says_what_an_epsilon_does_not_cover():
+    said = Guarantee(1e-5, {"noise": "the noise"}, {"labels": "the labels"})
+    text = "\n".join(progress.headline(dataclasses.replace(info(), guarantee=said)))
+    assert "NO epsilon of the whole release: epsilon_covered covers noise alone, not labels" in text
+    whole = "\n".join(progress.headline(dataclasses.replace(info(), guarantee=Guarantee(1e-5, {"noise": "it"}))))
+    assert "epsilon covers everything that clients release: noise" in whole
+    assert "epsilon" not in "\n".join(progress.headline(info()))
+
+
+def test_class_counts_are_shown_but_with_private_records():
     for private in (False, True):
         out = console(False)
         progress.Lines(out).on_start(dataclasses.replace(info(), private=private))

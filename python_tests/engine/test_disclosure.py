@@ -1,0 +1,301 @@
+"""``--records``: what a run tells of single clients, and that a private one tells nothing that nobody paid for."""
+
+import dataclasses
+import io
+import json
+import math
+import struct
+from importlib.util import find_spec
+
+import pytest
+import torch
+from rich.console import Console
+
+from fedkern import engine
+from fedkern.engine import Listener, RunConfig, read_metrics, read_summary, run
+from fedkern.engine.attacking import place
+from fedkern.engine.disclosure import Disclosure
+from fedkern.engine.run import kept_data
+from fedkern.errors import UserError
+from fedkern.methods import METHODS, register
+from fedkern.methods.fedavg import FedAvg
+from fedkern.privacy import Guarantee
+from fedkern.report.pictures import write_pictures
+from fedkern.report.progress import Live
+from fedkern.report.tables import final_table
+
+needs_accounting = pytest.mark.skipif(
+    find_spec("dp_accounting") is None, reason="dp-accounting is not installed (pip install 'fedkern[privacy]')"
+)
+SMALL = {"iterations": 2, "batch": 4, "ngf": 2, "ndf": 2, "nz": 4, "student_steps": 1, "noise": "seed"}
+PARTLY = {**SMALL, "sigma_d": 9.0, "histogram_noise": 5.0}
+WHOLE = {**SMALL, "epsilon": 8.0, "teacher_dp": True, "class_weights": "uniform"}
+OF_THE_MODEL = {f"{split}{name}" for split in ("", "validation_") for name in ("accuracy", "loss", "confidence")}
+
+
+class Everything(Listener):
+    """Every figure that a client has reported, as a run with all records tells it."""
+
+    def __init__(self):
+        self.figures, self.warnings, self.infos = {}, {}, []
+
+    def on_client(self, round, client, info):
+        self.infos.append(info)
+        own = {name: value for name, value in info.items() if name not in ("samples", "seconds")}
+        self.figures.update({(round, client, name): value for name, value in own.items()})
+
+    def on_warning(self, name, text):
+        self.warnings[name] = text
+
+
+class Both(Listener):
+    def __init__(self, *listeners):
+        self.listeners = listeners
+
+    def __getattribute__(self, name):
+        if not name.startswith("on_"):
+            return super().__getattribute__(name)
+        return lambda *args: [getattr(each, name)(*args) for each in self.listeners]
+
+
+def play(config, data, out):
+    """A run with everything that writes or shows something: pictures, event files, a display."""
+    seen, console = Everything(), Console(file=io.StringIO(), force_terminal=True, width=200)
+    boards = []
+    if find_spec("tensorboard") is not None:
+        from fedkern.report.tensorboard import TensorBoard
+
+        boards.append(TensorBoard())
+    summary = run(config, out=out, data=data, listener=Both(seen, Live(console), *boards))
+    pictures = {path.name for path in write_pictures(out, data=data)}
+    console.print(final_table(summary))
+    return summary, seen, pictures, console.file.getvalue()
+
+
+def hits(out, said, values):
+    """Where any of the values stands, in whatever form: files of a run folder but checkpoints/, and what was shown."""
+    values = [value for value in values if math.isfinite(value) and len(repr(value)) > 7]
+    assert values
+    found = {}
+    for path in (path for path in out.rglob("*") if path.is_file() and "checkpoints" not in path.parts):
+        content = path.read_bytes()
+        for value in values:
+            forms = [repr(value)[:9].encode(), f"{value:.5g}".encode(), struct.pack("<d", value)]
+            if path.name.startswith("events."):
+                forms = [struct.pack("<f", value)]
+            elif path.suffix == ".png":
+                forms = forms[:1]
+            if any(form in content for form in forms):
+                found.setdefault(path.relative_to(out).as_posix(), []).append(value)
+    shown = [value for value in values if f"{value:.4g}" in said]
+    return found | ({"display": shown} if shown else {})
+
+
+@needs_accounting
+@pytest.mark.parametrize("options", [PARTLY, WHOLE], ids=["a part is covered", "all is covered"])
+def test_no_file_of_a_private_run_tells_a_clients_figure(options, make_data, make_config, tmp_path):
+    """The same run twice, with all records and with private ones: what only the first tells stands nowhere."""
+    if "teacher_dp" in options:
+        pytest.importorskip("opacus", reason="opacus is not installed (pip install 'fedkern[privacy]')")
+    data = make_data(two_tests=False)
+    config = make_config("fediod", model="cnn-gn", width=4, rounds=1, options=options, grad_cam=0, client_test=0.3)
+    assert config.records == "private"
+    data = kept_data(config, data)
+    config = config.replace(client_test=0.0)
+    told = play(config.replace(records="all"), data, tmp_path / "all")
+    private = play(config, data, tmp_path / "private")
+    assert (tmp_path / "all" / "model.safetensors").read_bytes() == (
+        tmp_path / "private" / "model.safetensors"
+    ).read_bytes()
+
+    covered = "teacher_dp" in options
+    names = OF_THE_MODEL | {"delta", "epsilon" if covered else "epsilon_covered"}
+    own = {f"{split}{name}" for split in ("", "validation_")
+           for name in ("best_teacher", "mean_teacher", "ensemble_uniform", "ensemble_weighted")}  # fmt: skip
+    own |= {"image_spread", "clarity", "diversity", "balance", "student_loss", "student_agreement", "teacher_agreement"}
+    assert set(private[0]["metrics"]) == (names | own if covered else names)
+    each = {"holdout", "mean_client_accuracy", "worst_client_accuracy", "mean_client_loss", "worst_client_loss"}
+    assert each | own <= set(told[0]["metrics"])
+    client = list(told[1].figures.values()) + [told[0]["metrics"][name] for name in each]
+    assert {"critic_loss", "realism", "loss"} <= {name for _, _, name in told[1].figures}
+    secret = client if covered else client + [told[0]["metrics"][name] for name in own]
+    places = hits(tmp_path / "all", told[3], secret)
+    assert {"metrics.jsonl", "summary.json"} <= set(places)  # looked for in the right form
+    assert find_spec("tensorboard") is None or any(path.startswith("tensorboard/") for path in places)
+    assert hits(tmp_path / "private", private[3], secret) == {}
+
+    tags = [path.read_bytes() for path in (tmp_path / "private").rglob("events.*")]
+    assert all(content.count(b"final/epsilon") == 1 for content in tags)
+    assert all(content.count(b"final/epsilon_covered") == (not covered) for content in tags)
+    assert private[1].infos
+    assert not any(private[1].infos)
+    (record,) = read_metrics(tmp_path / "private")
+    assert "clients" not in record
+    assert not each & set(record)
+    pictures = {"generated.png", "agreement.png", "teacher_weights.png"}
+    assert pictures | {"partition.png"} <= told[2]
+    assert private[2] & (pictures | {"partition.png"}) == (pictures if covered else set())
+    assert "partition.png" not in {path.name for path in (tmp_path / "private").iterdir()}
+
+
+@needs_accounting
+def test_an_epsilon_of_the_whole_release_is_told_with_private_records_alone(make_data, make_config, tmp_path):
+    pytest.importorskip("opacus", reason="opacus is not installed (pip install 'fedkern[privacy]')")
+    found = {}
+    for records in ("all", "private"):
+        config = make_config("fediod", model="cnn-gn", width=4, rounds=1, options=WHOLE, grad_cam=0, records=records)
+        found[records] = run(config, out=tmp_path / records, data=make_data(two_tests=False))
+    told, private = (found[name]["privacy"] for name in ("all", "private"))
+    assert (told["leaves_uncovered"], private["leaves_uncovered"]) == (["records"], [])
+    assert told["epsilon_covered"] == private["epsilon"] <= 8.0
+    for tables, missing in ((told, "epsilon"), (private, "epsilon_covered")):
+        assert missing not in {*tables, *tables["clients"]["0"]}
+    assert "epsilon" not in found["all"]["metrics"]
+    assert "partly-covered" in found["all"]["diagnostics"]
+    assert "partly-covered" not in found["private"]["diagnostics"]
+    for name, words in (("all", "NO epsilon of the whole release"), ("private", "covers everything that clients")):
+        assert words in str(final_table(found[name]).title)
+
+
+class Talking(FedAvg):
+    """FedAvg that says at every turn what it should not."""
+
+    def client_update(self, client, step, message):
+        client.warn("client-said", f"client {client.id} has {len(client.labels)} samples")
+        client.report["secret"] = 0.123456789
+        if client.id == 1:
+            message = {**message, "parameters": message["parameters"] * math.nan}
+        return super().client_update(client, step, message)
+
+    def server_update(self, server, step, uploads):
+        super().server_update(server, step, uploads)
+        server.report["made_of_uploads"] = 0.987654321
+        server.warn("server-said", "an upload was 0.987654321")
+
+    def appraise(self, server, clients, sets):
+        return {"paid": 1.0, "id_paid": 2.0, "unpaid": 3.0}
+
+    def diagnose(self, observed):
+        return {"observed": f"{observed['secret'].mean}"}
+
+
+@pytest.fixture
+def talking():
+    register("talking")(Talking)
+    yield Talking
+    METHODS.pop("talking")
+
+
+def covering(leaves):
+    return lambda self, server: Guarantee(1e-5, {"noise": "the noise"}, leaves, appraised=("paid",))
+
+
+@needs_accounting
+@pytest.mark.parametrize("covered", [None, False, True])
+def test_warnings_and_figures_of_any_method(covered, talking, make_data, make_config, tmp_path, monkeypatch):
+    """Without a guarantee, with one of a part, with one of everything; and a client that diverges says no more."""
+    if covered is not None:
+        monkeypatch.setattr(talking, "guarantee", covering({} if covered else {"parameters": "the parameters"}))
+    settings = {"records": "private"} if covered is None else {}
+    config = make_config("talking", on_nan="skip", **settings)
+    assert config.records == "private"  # whoever overrides guarantee
+    seen = Everything()
+    summary = run(config, out=tmp_path / "run", data=make_data(), listener=seen)
+    metrics = summary["metrics"]
+    assert {name for name in metrics if name in ("paid", "id_paid", "unpaid")} == (
+        {"paid", "id_paid"} if covered else set()
+    )
+    assert ("made_of_uploads" in metrics) == bool(covered)
+    assert set(seen.warnings) == set(summary["diagnostics"])
+    assert ("server-said" in seen.warnings) == bool(covered)
+    assert not {"client-said", "observed"} & set(seen.warnings)
+    assert seen.warnings["diverging-client"] == "Client 1 diverged in round 1; it was left out of that round."
+    records = read_metrics(tmp_path / "run")
+    assert [record["dropped"] for record in records] == [[{"round": r, "client": 1}] for r in (1, 2)]
+    assert not any({"loss", "clients"} & set(record) or "secret" in json.dumps(record) for record in records)
+    told = run(config.replace(records="all"), out=tmp_path / "all", data=make_data())
+    assert {"client-said", "observed", "server-said", "diverging-client"} <= set(told["diagnostics"])
+    assert {"made_of_uploads", "paid", "id_paid", "unpaid"} <= set(told["metrics"])
+    assert {"loss", "clients"} <= set(read_metrics(tmp_path / "all")[0])
+    assert "batch 1: the loss is nan" in told["diagnostics"]["diverging-client"]
+
+
+def test_a_client_that_stops_a_private_run_tells_no_more(talking, make_data, make_config, tmp_path):
+    with pytest.raises(UserError, match=r"^Client 1 diverged in round 1; lower --lr"):
+        run(make_config("talking", records="private"), out=tmp_path / "run", data=make_data())
+
+
+def test_records_are_a_setting_like_others(make_data, make_config, tmp_path):
+    config = make_config("fedavg", rounds=1, records="private")
+    summary = run(config, out=tmp_path / "run", data=make_data())
+    stored = RunConfig.load(tmp_path / "run")
+    assert stored.records == summary["records"] == "private"
+    with pytest.raises(UserError, match="records: private -> all"):
+        run(config.replace(records="all"), out=tmp_path / "run", data=make_data(), resume=True)
+    text = (tmp_path / "run" / "config.toml").read_text()
+    assert 'records = "private"' in text
+    for method, options, expected in (("fedavg", {}, "all"), ("fediod", {"sigma_d": 1.0}, "private")):
+        settings = make_config(method, options=options)
+        older = "".join(line for line in settings.to_toml().splitlines(True) if not line.startswith("records"))
+        assert RunConfig.from_toml(older).records == settings.records == expected  # a run folder made before
+    with pytest.raises(UserError, match="--records"):
+        make_config("fedavg", records="some")
+
+
+def test_what_is_of_no_client_is_always_told():
+    assert Disclosure.of("all", None) == Disclosure()
+    assert Disclosure.of("private", None) == Disclosure(clients=False, server=False, appraised=())
+    assert Disclosure.of("all", None).appraise({"unpaid": 1.0}, ("",)) == {"unpaid": 1.0}
+    part = Guarantee(1e-5, {"a": "a"}, {"b": "b"}, appraised=("paid",))
+    assert Disclosure.of("private", part) == Disclosure(clients=False, server=False, appraised=())
+    whole = Disclosure.of("private", dataclasses.replace(part, leaves={}))
+    assert whole == Disclosure(clients=False, server=True, appraised=("paid",))
+    assert whole.appraise({"paid": 1.0, "id_paid": 2.0, "unpaid": 3.0}, ("", "id_")) == {"paid": 1.0, "id_paid": 2.0}
+
+
+def test_an_attack_on_a_private_run_is_the_experimenters(make_data, make_config, tmp_path):
+    """It is made of the clients' samples."""
+    data = make_data(two_tests=False)
+    for records in ("all", "private"):
+        out = tmp_path / records
+        run(make_config("fedavg", rounds=1, records=records), out=out, data=data)
+        found = engine.attack(out, data=data)
+        inside = out / "checkpoints" / "attack.json"
+        assert place(out) == (inside if records == "private" else out / "attack.json")
+        assert json.loads(place(out).read_text())["auc"] == found["auc"]
+    assert not (tmp_path / "private" / "attack.json").exists()
+
+
+def test_an_older_summary_is_not_read_as_one_of_the_whole_release(tmp_path):
+    """Runs used to call it epsilon whatever it covered."""
+    older = {
+        "metrics": {"accuracy": 0.5, "epsilon": 8.0, "delta": 1e-5},
+        "privacy": {"epsilon": 8.0, "delta": 1e-5, "clients": {"0": {"epsilon": 8.0}}, "statement": "It covers a."},
+    }
+    (tmp_path / "summary.json").write_text(json.dumps(older))
+    summary = read_summary(tmp_path)
+    assert summary["metrics"] == {"accuracy": 0.5, "epsilon_covered": 8.0, "delta": 1e-5}
+    assert summary["privacy"]["epsilon_covered"] == summary["privacy"]["clients"]["0"]["epsilon_covered"] == 8.0
+    assert "epsilon" not in summary["privacy"]
+    title = str(final_table({"method": "m", "data": "d", "seed": 0, "seconds": 1.0,
+                             "bytes": {"up": 1, "down": 1}, **summary}).title)  # fmt: skip
+    assert "NO epsilon of the whole release: epsilon_covered 8 at delta 1e-05" in title
+    (tmp_path / "summary.json").write_text(json.dumps({"metrics": {"epsilon": 1.0}}))
+    assert read_summary(tmp_path) == {"metrics": {"epsilon": 1.0}}  # a figure of another name's sake
+
+
+@needs_accounting
+def test_a_private_run_that_goes_on_stays_private(make_data, make_config, tmp_path):
+    from interrupted import Kill, KillAt
+
+    data = make_data(two_tests=False)
+    config = make_config("fediod", model="cnn-gn", width=4, rounds=3, options=PARTLY, grad_cam=0)
+    whole = run(config, out=tmp_path / "whole", data=data)
+    with pytest.raises(Kill):
+        run(config, out=tmp_path / "cut", data=data, listener=KillAt("round-start", round=3))
+    again = run(RunConfig.load(tmp_path / "cut"), out=tmp_path / "cut", data=data, resume=True)
+    assert again["metrics"] == whole["metrics"]
+    assert again["diagnostics"] == whole["diagnostics"]
+    assert torch.equal(
+        *(torch.tensor([r["accuracy"] for r in read_metrics(tmp_path / name)]) for name in ("cut", "whole"))
+    )
