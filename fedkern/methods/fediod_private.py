@@ -15,9 +15,11 @@ the shards, and *which one serves* is drawn in secret for every step, independen
 functions of their own shards and of the images, none of them of what served before.  A confidence or realism that is
 told is that of the shard whose turn it is to train, or it would tell which one serves.
 
-Noise and secret draws follow from bits that a client draws anew and that stay in its own state (:func:`secret`): the
-run's root seed stands in config.toml, and who knows what the noise follows from can subtract it.  With ``noise=seed``
-they follow from that seed nevertheless, which makes a run repeatable and the guarantee conditional on the seed.
+Noise and secret draws follow from 128 bits that a client draws anew and that stay in its own state (:func:`secret`):
+the run's root seed stands in config.toml, and who knows what the noise follows from can subtract it.  Every release has
+a key of its own, made of those bits (`fedkern.privacy.keys`), and a number that is never used again.  With
+``noise=seed`` they follow from that seed nevertheless, which makes a run repeatable and the guarantee conditional on
+the seed.
 """
 
 from __future__ import annotations
@@ -38,11 +40,14 @@ from fedkern.methods.fediod_promise import asks_discriminators, claims, clip_d, 
 from fedkern.ops import clip_and_noise
 from fedkern.privacy import DPSGD, LEDGER, Accountant, Unit, least_noise, need_accounting
 from fedkern.privacy.dpsgd import check_network, stream_name
+from fedkern.privacy.keys import SECRET_BYTES, NoiseKey, noise_key
 
 TERMS = "privacy_terms"
 """Where a client keeps the noise that was agreed on before the first step."""
-SECRET, BITS = "privacy_secret", 128
-"""Where a client keeps the bits that its noise follows from, and how many they are."""
+SECRET = "privacy_secret"
+"""Where a client keeps the bits that its noise follows from, in hexadecimal digits."""
+RELEASES = "privacy_releases"
+"""Where a client keeps how often it has released something in a channel: the number of the next release's key."""
 DISCRIMINATOR, TEACHER, HISTOGRAM = "discriminator", "teacher", "histogram"
 
 
@@ -141,8 +146,32 @@ def secret(client: Client, options: Any) -> str:
     if options.noise == "seed" or not claims(options):
         return ""
     if SECRET not in client.state:
-        client.state[SECRET] = f"{secrets.randbits(BITS):032x}"
+        client.state[SECRET] = secrets.token_hex(SECRET_BYTES)
     return str(client.state[SECRET])
+
+
+def check_noise(client: Client) -> None:
+    """Raises UserError where an earlier version drew the client's noise, from one key for all releases of a channel.
+
+    What it released since the last checkpoint would be released again, with other noise, and be counted once.
+    """
+    if (LEDGER in client.state or "privacy_places" in client.state) and RELEASES not in client.state:
+        raise UserError(
+            f"The noise of client {client.id} was drawn by an earlier version of fedkern, in a way that this one does "
+            "not go on with: finish the run with the version that began it, or start it again."
+        )
+
+
+def next_key(client: Client, channel: str, options: Any) -> NoiseKey:
+    """The key of the client's next release in a channel; no key is given twice, also not by a resumed client."""
+    check_noise(client)
+    own = secret(client, options)
+    # With noise=seed the 16 bytes are the run's, and so anybody's who knows its seed.
+    material = bytes.fromhex(own) if own else client.rng("privacy", OUTSIDE).bytes(SECRET_BYTES)
+    releases = client.state.setdefault(RELEASES, {})
+    number = int(releases.get(channel, 0))
+    releases[channel] = number + 1
+    return noise_key(material, client.id, channel, number)
 
 
 def hidden(client: Client, purpose: str, step: Step, options: Any) -> np.random.Generator:
@@ -249,17 +278,14 @@ def sanitise(
 
 
 def _noise(client: Client, channel: str, rows: Tensor, bound: float | None, noise: float, options: Any) -> Tensor:
-    """Rows clipped to ``bound`` (None: as they are) and noised from the place of the stream reached so far."""
-    places = client.state.setdefault("privacy_places", {})
-    seed = int(hidden(client, f"privacy/{channel}", OUTSIDE, options).integers(1 << 64, dtype=np.uint64))
+    """One release: rows clipped to ``bound`` (None: as they are), and noise from a key of its own."""
+    key = next_key(client, channel, options)
     flat = rows.detach().reshape(len(rows), -1).contiguous()
-    start = int(places.get(channel, 0))
     if bound is None:
-        result = flat + clip_and_noise(torch.zeros_like(flat), 1.0, noise, seed, start)
+        result = flat + clip_and_noise(torch.zeros_like(flat), 1.0, noise, key.seed, key.offset)
     else:
         finite = torch.isfinite(flat).all(1, keepdim=True)
-        result = clip_and_noise(flat.masked_fill(~finite, 0.0), bound, noise, seed, start)
-    places[channel] = start + flat.numel()  # a place is never used twice
+        result = clip_and_noise(flat.masked_fill(~finite, 0.0), bound, noise, key.seed, key.offset)
     return result.reshape(rows.shape)
 
 
@@ -314,6 +340,8 @@ def train_teacher(
 
         return least_noise(account, options.epsilon, options.delta)  # all that the rest leaves
 
+    check_noise(client)
+    client.state.setdefault(RELEASES, {})  # before the ledger, which without it is an earlier version's
     patients, images = client.patients, client.unit.images
     spending = DPSGD(options.teacher_clip, noise, TEACHER, secret(client, options), patients, images)
     client.fit_privately(method, step, module, spending, rows=rows)

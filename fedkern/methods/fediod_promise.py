@@ -56,8 +56,9 @@ class PrivacyOptions(Options):
     )
     teacher_sigma: float = option(1.0, "noise of DP-SGD over teacher_clip, where epsilon is not given", low=0)
     noise: str = option(
-        "secret", "what noise and secret draws follow from: 128 bits that every client draws anew and keeps to itself, "
-        "or the run's seed, so that a run can be repeated and epsilon holds only while the seed is secret",
+        "secret", "what noise and secret draws follow from: 128 bits that every client draws anew and keeps to itself "
+        "(every release has a key of its own, made of them), or the run's seed, so that a run can be repeated and "
+        "epsilon holds only while the seed is secret",
         choices=("secret", "seed"),
     )  # fmt: skip
     teacher_share: float = option(

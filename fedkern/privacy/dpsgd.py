@@ -142,14 +142,19 @@ def stream_name(purpose: str, secret: str) -> str:
 
 
 def generator_of(stream: np.random.Generator, device: torch.device, *, whole: bool) -> torch.Generator:
-    """A generator of torch's on ``device`` that follows from a stream.
+    """A generator of torch's on ``device`` that follows from a stream, whose key has 128 bits.
+
+    Neither torch's Mersenne twister nor its Philox is a cryptographic generator.
 
     Args:
-        whole: on the CPU all of its 624 words are the stream's: of a seed torch takes 32 bits there, which can be
-            tried out one by one.
+        whole: of as many bits as the device's generator can take.  On the CPU all of its 624 words are the stream's, so
+            that the 128 bits of the stream's key are what is to be guessed: of a seed torch takes 32 bits there, which
+            can be tried out one by one.  On a GPU the key has 64 bits, and the stream gives all of them.
     """
+    if whole and device.type != "cpu":
+        return torch.Generator(device).manual_seed(int(stream.integers(1 << 64, dtype=np.uint64)))
     generator = torch.Generator(device).manual_seed(int(stream.integers(1 << 63)))
-    if whole and device.type == "cpu":
+    if whole:
         state = generator.get_state()
         # Seed (8 bytes), counters (16), then the words of the Mersenne twister, each in 8 bytes.
         state.numpy()[24 : 24 + 8 * 624].view(np.uint64)[:] = stream.integers(1 << 32, size=624, dtype=np.uint64)

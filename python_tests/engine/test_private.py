@@ -194,6 +194,25 @@ def test_the_noise_of_a_step_is_not_cut_at_the_tail_of_fp32():
     )
 
 
+def test_on_a_gpu_all_64_bits_of_the_key_are_the_streams(monkeypatch):
+    """63 of them used to be."""
+    given = []
+
+    class Generator:
+        def __init__(self, device):
+            assert device.type == "cuda"
+
+        def manual_seed(self, seed):
+            given.append(seed)
+            return self
+
+    monkeypatch.setattr(torch, "Generator", Generator)
+    for name in "abcdefgh":
+        generator_of(stream(0, name), torch.device("cuda"), whole=True)
+    assert len(set(given)) == 8
+    assert any(seed >= 1 << 63 for seed in given)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_sample_that_is_not_finite_counts_for_nothing_and_stops_nothing(data, value):
     """It neither ends the training nor makes the parameters NaN, both of which would tell that it is there."""

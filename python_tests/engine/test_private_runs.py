@@ -20,14 +20,14 @@ WHOLE = {**SMALL, "epsilon": 8.0, "teacher_dp": True}
 
 @pytest.fixture
 def bits(monkeypatch):
-    """Secret bits that can be foreseen: 1, 2, 3 and so on since the last call of what this gives."""
+    """Secret bytes that can be foreseen: 1, 2, 3 and so on since the last call of what this gives."""
     drawn = []
 
-    def randbits(count):
+    def token_hex(count):
         drawn.append(count)
-        return len(drawn)
+        return f"{len(drawn):0{2 * count}x}"
 
-    monkeypatch.setattr(fediod_private.secrets, "randbits", randbits)
+    monkeypatch.setattr(fediod_private.secrets, "token_hex", token_hex)
     return drawn
 
 
@@ -40,7 +40,7 @@ def test_a_killed_run_releases_the_same(options, noise, bits, make_data, make_co
     data = make_data(two_tests=False)
     config = make_config("fediod", model="cnn-gn", width=4, rounds=3, options=options, grad_cam=0)
     summary = run(config, out=tmp_path / "whole", data=data)
-    assert bits == ([128] * 3 if noise == "secret" else [])  # once a client
+    assert bits == ([16] * 3 if noise == "secret" else [])  # once a client
     bits.clear()
     with pytest.raises(Kill):
         run(config, out=tmp_path / "cut", data=data, listener=KillAt("round-start", round=3))

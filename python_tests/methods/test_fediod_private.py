@@ -18,6 +18,7 @@ from fedkern.methods import fediod_promise as promise
 from fedkern.methods.base import Federation, Step
 from fedkern.methods.fediod_options import IODOptions, settle
 from fedkern.privacy import IMAGE, LEDGER, Accountant
+from fedkern.privacy.keys import noise_key
 from fedkern.streams import stream
 
 STEP = Step(0, "round", "gradients")
@@ -146,6 +147,50 @@ def test_no_noise_is_used_twice_and_a_resumed_client_goes_on_with_the_same():
     assert not torch.equal(other, outs[0][0])
 
 
+def test_every_release_has_a_key_of_its_own(monkeypatch):
+    """Keys of clients, channels and releases, before and after a resume; one alone would be found in 2^64 trials."""
+    options, keys = Options(sigma_d=1.0, sigma_t=1.0, histogram_noise=2.0, noise="secret"), []
+    draw = privacy.clip_and_noise
+    monkeypatch.setattr(
+        privacy, "clip_and_noise", lambda rows, bound, noise, *key: keys.append(key) or draw(rows, bound, noise, *key)
+    )
+    secret = "00" * 15 + "07"
+    for number in range(2):
+        one = told(options, id=number, state={privacy.SECRET: secret})
+        privacy.release_histogram(one, torch.ones(3), options)
+        for _ in range(3):
+            privacy.sanitise(one, *gradients(rows=2), options)
+            one = Client(id=number, state=json.loads(json.dumps(one.state)))
+        assert one.state[privacy.RELEASES] == {"histogram": 1, "discriminator": 3, "teacher": 3}
+    seeds, offsets = zip(*keys, strict=True)
+    assert len(set(seeds)) == len(set(offsets)) == 2 * 7
+    assert keys[1] == noise_key(bytes.fromhex(secret), 0, "discriminator", 0)
+    assert all(offset % 64 == 0 and 0 <= offset < 1 << 63 for offset in offsets)
+
+
+def test_with_the_seed_the_keys_are_the_runs():
+    options = Options(sigma_d=1.0)
+    keys = [privacy.next_key(Client(seed=seed, id=k), "discriminator", options) for seed in (0, 1) for k in (0, 1)]
+    assert len(set(keys)) == 4
+    assert privacy.next_key(Client(seed=0, id=0), "discriminator", options) == keys[0]
+
+
+@pytest.mark.parametrize("noise", ["secret", "seed"])
+def test_noise_of_an_earlier_version_is_never_gone_on_with(noise):
+    """Its places of one stream say nothing of keys, and what it released after its checkpoint would be drawn anew."""
+    options = Options(sigma_d=1.0, noise=noise)
+    ledger = Accountant()
+    ledger.gaussian("discriminator", 3.0)
+    for state in ({"privacy_places": {"discriminator": 640}}, {LEDGER: ledger.state}):
+        client = told(options, id=3, state=dict(state))
+        before = json.dumps(client.state)
+        with pytest.raises(UserError, match="noise of client 3 was drawn by an earlier version of fedkern"):
+            privacy.sanitise(client, *gradients(), options)
+        with pytest.raises(UserError, match="earlier version"):
+            privacy.train_teacher(None, client, STEP, None, np.arange(3), Options(teacher_dp=True, noise=noise))
+        assert json.dumps(client.state) == before
+
+
 def test_noise_and_draws_follow_from_bits_that_a_client_draws_once(monkeypatch):
     """Two clients of the same seed and id: nothing secret is the same, and all of it is again from the same bits."""
     options = Options(sigma_d=1.0, sigma_t=1.0, shards=5, histogram_noise=2.0, noise="secret")
@@ -161,7 +206,7 @@ def test_noise_and_draws_follow_from_bits_that_a_client_draws_once(monkeypatch):
     assert one.state[privacy.SECRET] != other.state[privacy.SECRET]
     assert not any(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     again = told(options, state={privacy.SECRET: one.state[privacy.SECRET]})
-    monkeypatch.setattr(privacy.secrets, "randbits", None)  # nothing is drawn a second time
+    monkeypatch.setattr(privacy.secrets, "token_hex", None)  # nothing is drawn a second time
     assert all(torch.equal(a, b) for a, b in zip(first, released(again), strict=True))
 
 

@@ -1,0 +1,47 @@
+"""Keys of noise: every release has one of its own, made of a client's secret.
+
+BLAKE2b (RFC 7693), keyed with the secret, gives a key that tells nothing of the secret nor of another release's key.
+The noise itself is Philox's (:func:`fedkern.ops.clip_and_noise`), which is not a cryptographic generator and has a key
+of 64 bits: whoever finds one key, by trying out up to 2^64 of them, has the noise of one release and of no other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple
+
+SECRET_BYTES = 16
+
+
+class NoiseKey(NamedTuple):
+    """What :func:`fedkern.ops.clip_and_noise` draws one release's noise from.
+
+    Attributes:
+        seed: the 64 bits of Philox's key.
+        offset: where in its stream the release begins: one of 2^57 places, multiples of 64 below 2^63.  Without it a
+            key could be looked up in a table of all keys' first numbers.
+    """
+
+    seed: int
+    offset: int
+
+
+def noise_key(secret: bytes, client: int, channel: str, release: int) -> NoiseKey:
+    """The key of a client's release.
+
+    Args:
+        secret: 16 bytes that nobody else knows.
+        client: the client's id.
+        channel: what is released.
+        release: how many releases of the channel came before; no number may be given twice.
+
+    Raises:
+        ValueError: ``secret`` has another length, or ``release`` is negative.
+    """
+    if len(secret) != SECRET_BYTES or release < 0:
+        given = f"{len(secret)} bytes and release {release}"
+        raise ValueError(f"noise_key: expected {SECRET_BYTES} bytes and a release of at least 0, given {given}")
+    words = f"{client}/{release}/{channel}".encode()
+    digest = hashlib.blake2b(words, key=secret, digest_size=16, person=b"fedkern noise").digest()
+    seed, place = (int.from_bytes(half, "little") for half in (digest[:8], digest[8:]))
+    return NoiseKey(seed, (place >> 7) << 6)
