@@ -21,8 +21,8 @@ class PrivacyOptions(Options):
     """Knobs of FedIOD's differential privacy."""
 
     epsilon: float | None = option(
-        None, "target of the whole run: the noise that is left open (sigma_d; with teacher_dp the teacher's too) is "
-        "solved for", above=0, type=float,
+        None, "target of the whole run for what is covered (everything only with teacher_dp): the noise that is left "
+        "open (sigma_d; with teacher_dp the teacher's too) is solved for", above=0, type=float,
     )  # fmt: skip
     delta: float = option(1e-5, "the delta at which epsilon is met or told", above=0, high=0.5)
     shards: int = option(
