@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.util
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -26,6 +28,13 @@ def _take_benchmarks_from_the_checkout() -> None:
 
 
 _take_benchmarks_from_the_checkout()
+
+# Random tests try other cases every day; whoever repeats a failure gives the day's number.
+os.environ.setdefault("FEDKERN_SEED", str(datetime.datetime.now(datetime.UTC).toordinal()))
+
+
+def pytest_report_header() -> str:
+    return f"FEDKERN_SEED={os.environ['FEDKERN_SEED']} (random calls of operators; set it to repeat a day's)"
 
 
 @pytest.fixture(autouse=True)

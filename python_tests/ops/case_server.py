@@ -1,0 +1,170 @@
+"""Runs the cases of :mod:`differential` in processes of their own, so that a crash is a failure like any other.
+
+``python case_server.py`` loads torch and the core once, reads pickled ``(operator, case)`` from standard input and
+answers with the failure's text, "" for none.  Cases run in a fork, a batch of them in each: what a crash takes with it
+is the fork, and the case that it was at is known.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+LIMIT_S = 60
+"""What one case may take."""
+BATCH = 200
+"""Cases that one process runs."""
+
+
+def _send(stream: BinaryIO, value: Any) -> None:
+    data = pickle.dumps(value)
+    stream.write(struct.pack("<Q", len(data)) + data)
+    stream.flush()
+
+
+def _receive(stream: BinaryIO) -> Any:
+    head = stream.read(8)
+    if len(head) < 8:
+        raise EOFError("the server of cases ended")
+    return pickle.loads(stream.read(struct.unpack("<Q", head)[0]))
+
+
+class Cases:
+    """A server of cases and the way to ask it."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+
+    def failure(self, operator: str, case: dict[str, Any], backend: str) -> str:
+        """Returns what is wrong with a case, or "".
+
+        Args:
+            operator: a key of ``differential.OPERATORS``.
+            case: drawn by its strategy.
+            backend: an ISA level of the CPU core, "reference", or "" for what is dispatched to.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        _send(self._process.stdin, (operator, case, backend))
+        return str(_receive(self._process.stdout))
+
+
+@contextmanager
+def cases() -> Iterator[Cases]:
+    """Starts a server of cases for the ``with`` block, on the package and the search path of this process."""
+    here = Path(__file__).resolve().parent
+    import fedkern
+
+    path = [str(Path(fedkern.__file__).parent.parent), str(here), *filter(None, [os.environ.get("PYTHONPATH")])]
+    process = subprocess.Popen(
+        [sys.executable, "-P", str(here / "case_server.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        yield Cases(process)
+    finally:
+        process.stdin.close()  # type: ignore[union-attr]
+        process.wait(timeout=30)
+
+
+def _run(operator: str, case: dict[str, Any], backend: str) -> str:
+    import differential
+    import torch
+
+    from fedkern.ops.backend import use_backend, use_isa
+
+    if operator == "crash":  # for the test of this server
+        ctypes.string_at(0)
+    torch.manual_seed(0)
+    _, check = differential.OPERATORS[operator]
+    try:
+        with use_backend("reference") if backend == "reference" else use_isa(backend) if backend else nullcontext():
+            check(case)
+    except Exception:
+        return traceback.format_exc(limit=-3)
+    return ""
+
+
+class _Worker:
+    """A fork that runs cases one after another until it is told to end, or ends by itself."""
+
+    def __init__(self) -> None:
+        self.cases = 0
+        mine, its = socket.socketpair()
+        self._pid = os.fork()
+        if self._pid == 0:
+            mine.close()
+            with its.makefile("rwb") as stream, suppress(EOFError):
+                while True:
+                    _send(stream, _run(*_receive(stream)))
+            os._exit(0)
+        its.close()
+        self._socket, self._stream = mine, mine.makefile("rwb")
+        mine.settimeout(LIMIT_S)
+
+    def failure(self, request: tuple[str, dict[str, Any], str]) -> tuple[str, bool]:
+        """What is wrong with a case, and whether this worker lives on."""
+        self.cases += 1
+        try:
+            _send(self._stream, request)
+            return _receive(self._stream), True
+        except TimeoutError:
+            os.kill(self._pid, signal.SIGKILL)
+            self.end()
+            return f"took more than {LIMIT_S} s", False
+        except (EOFError, ConnectionError):
+            status = self.end()
+            if os.WIFSIGNALED(status):
+                return f"crashed: {signal.Signals(os.WTERMSIG(status)).name}", False
+            return f"ended its process with exit code {os.waitstatus_to_exitcode(status)}", False
+
+    def end(self) -> int:
+        with suppress(OSError):
+            self._stream.close()
+        self._socket.close()
+        return os.waitpid(self._pid, 0)[1]
+
+
+def _serve() -> None:
+    # Answers go to a descriptor of their own: what a library prints must not get between them.
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    import differential  # noqa: F401
+    import torch
+
+    from fedkern.ops import backend
+
+    torch.set_num_threads(1)
+    backend.cpu_core()
+    worker: _Worker | None = None
+    while True:
+        try:
+            operator, case, name = _receive(sys.stdin.buffer)
+        except EOFError:
+            if worker:
+                worker.end()
+            return
+        worker = worker or _Worker()
+        answer, alive = worker.failure((operator, case, name))
+        if alive and (answer or worker.cases == BATCH):  # what a failure leaves behind meets no other case
+            worker.end()
+            alive = False
+        worker = worker if alive else None
+        _send(answers, answer)
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,105 @@
+"""Random calls of every public operator, each in a process of its own, beside formulas in float64 (differential.py).
+
+The seed changes from day to day and stands in pytest's header; ``FEDKERN_SEED=N`` repeats a day's cases.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+
+import differential
+import pytest
+from case_server import Cases, cases
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+from fedkern import ops
+from fedkern.ops import backend, loading
+
+SEED = int(os.environ["FEDKERN_SEED"])  # python_tests/conftest.py sets it to the day's
+SECONDS = 100 / len(differential.OPERATORS)
+HOUR = 3600 / len(differential.OPERATORS)
+LEAST = 20
+
+
+def _isas() -> list[str]:
+    try:
+        return list(backend.cpu_core().available_isas())
+    except loading.Unavailable:
+        return []
+
+
+ISAS = _isas()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Cases]:
+    with cases() as running:
+        yield running
+
+
+def search(server: Cases, operator: str, seconds: float, start: int) -> int:
+    """Tries cases for so long; returns how many.  A failure is shrunk and printed with its case and backend."""
+    strategy, _ = differential.OPERATORS[operator]
+    end = time.monotonic() + seconds
+    tried = 0
+
+    @seed(start)
+    @settings(
+        max_examples=1_000_000,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+        print_blob=False,
+    )
+    @given(strategy, st.sampled_from(["", "", *ISAS, "reference"]))
+    def one(case: differential.Case, where: str) -> None:
+        nonlocal tried
+        if time.monotonic() > end and tried >= LEAST and not failed:
+            raise _TimeIsUp
+        failure = server.failure(operator, case, where)
+        tried += 1
+        if failure:
+            failed.append(failure)
+            raise AssertionError(f"ops.{operator} {where or 'as dispatched'} (FEDKERN_SEED={start}): {failure}")
+
+    failed: list[str] = []
+    with contextlib.suppress(_TimeIsUp):
+        one()
+    return tried
+
+
+_TENSOR = {"dtype": "float32", "values": "normal", "layout": "contiguous", "grad": True, "seed": 1}
+
+
+class _TimeIsUp(BaseException):
+    """Ends a search: hypothesis counts examples, not seconds."""
+
+
+def test_every_operator_has_a_formula() -> None:
+    switches = {"ServerStep", "empty_cache", "use_backend", "use_isa", "FlatParameters"}
+    assert set(differential.OPERATORS) == set(ops.__all__) - switches
+
+
+@pytest.mark.parametrize("operator", differential.OPERATORS)
+def test_random_calls_agree_with_the_formula(server: Cases, operator: str) -> None:
+    assert search(server, operator, SECONDS, SEED) >= LEAST
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operator", differential.OPERATORS)
+def test_an_hour_of_random_calls(server: Cases, operator: str) -> None:
+    assert search(server, operator, float(os.environ.get("FEDKERN_SECONDS", HOUR)), SEED + 1) > LEAST
+
+
+def test_a_wrong_result_and_a_crash_are_failures(server: Cases) -> None:
+    """What the search rests on: a case that fails or kills its process is told, and the next one runs."""
+    right = {"logits": {**_TENSOR, "shape": [2, 3]}, "reduction": "sum"}
+    assert server.failure("entropy", right, "") == ""
+    assert "KeyError" in server.failure("entropy", {**right, "reduction": None, "logits": {}}, "")
+    assert "crashed: SIGSEGV" in server.failure("crash", {}, "")
+    assert server.failure("entropy", right, "") == ""
