@@ -34,7 +34,7 @@ STUDIES = {
         alphas=("attribute",), figure="dice", students=(IOD, "FedDF, public images"),
         iod={
             "ngf": 16, "ndf": 16, "student_steps": 4, "batch": 16, "generator_lr": 2e-3, "critic_lr": 1e-3,
-            "student_optimizer": "adamw", "student_lr": 3e-3, "warmup": 0.25, "w_real": 8.0,
+            "student_optimizer": "adamw", "student_lr": 3e-3, "warmup": 0.25, "w_real": 8.0, "disc_weight": True,
         },
         rates=(1e-3, 3e-3, 1e-2),  # AdamW is the default for folders of masks
         choices=tuple({"critic_layers": layers, "w_balance": balance} for layers in (2, 4) for balance in (0.0, 1.0)),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedkern import ops
 
-CLAMP = (0.01, 0.99)  # of the probabilities in the released code's diversity
+CLAMP = (0.01, 0.99)  # of the probabilities, and of their mean, in the released code's diversity
 
 
 def spoken(logits: Tensor, mix: str) -> Tensor:
@@ -95,13 +95,18 @@ def distillation(student: Tensor, logits: Tensor, weights: Tensor, mask: Tensor 
 
 
 def diversity(logits: Tensor, pi: Tensor, kind: str) -> Tensor:
-    """How much the teachers tell apart, at least 0, in nats; ``pi`` ``[K]`` are the clients' weights."""
+    """How much the teachers tell apart, in nats; ``pi`` ``[K]`` are the clients' weights.
+
+    ``reverse_kl`` is the released code's: ``mean_k sum_c m_c log(m_c / p_kc)`` with probabilities p and their
+    unweighted mean m, each clamped after the mean was taken.  Clamped rows do not sum to one, so it can be below 0.
+    """
     if kind == "jsd":
         return ops.js_div(logits, pi)
     if kind == "mutual_information":
         return information(logits, pi)
-    p = logits.softmax(2).clamp(*CLAMP)  # unnormalised, as in the released code
-    mean = p.mean(0, keepdim=True)
+    p = logits.softmax(2)
+    mean = p.mean(0, keepdim=True).clamp(*CLAMP)
+    p = p.clamp(*CLAMP)
     return (mean * (mean / p).log()).sum(2).mean()
 
 

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+from benchmarks import study_fediod_segment
+from benchmarks.study_fediod import STUDIES
 from fedkern import ops
 from fedkern.engine import RunConfig
 from fedkern.errors import UserError
@@ -89,6 +91,15 @@ def test_diversity_is_bounded_and_zero_where_teachers_agree(logits):
     assert float(losses.diversity(apart, torch.ones(K, dtype=torch.float64), "jsd")) == pytest.approx(math.log(K))
     assert float(losses.diversity(same, PI, "reverse_kl")) == pytest.approx(0, abs=1e-12)
     assert float(losses.diversity(logits, PI, "reverse_kl")) > 0
+
+
+def test_the_released_diversity_clamps_after_the_mean_is_taken():
+    """Two teachers on an image of three classes: the mean of 0.002 and 0.2 is 0.101, not that of 0.01 and 0.2."""
+    p = torch.tensor([[[0.002, 0.5, 0.498]], [[0.2, 0.3, 0.5]]], dtype=torch.float64)
+    mean, clamped = (0.101, 0.4, 0.499), ((0.01, 0.5, 0.498), (0.2, 0.3, 0.5))
+    expected = sum(m * math.log(m / q) for row in clamped for m, q in zip(mean, row, strict=True)) / 2
+    value = losses.diversity(p.log(), torch.ones(2, dtype=torch.float64), "reverse_kl")
+    assert float(value) == pytest.approx(expected, rel=1e-12)
 
 
 def test_mutual_information_of_image_and_class():
@@ -186,11 +197,40 @@ def test_scores_of_nothing_leave_the_classes_their_weights():
 
 
 def test_presets_settle_what_is_left_open():
-    paper, code = settings(), settings(preset="code", w_adv=0.5)
+    paper, code, study = settings(preset="paper"), settings(preset="code", w_adv=0.5), settings()
+    assert (study.w_real, study.w_balance, study.js_sign, study.disc_weight, study.bce) == (8, 2, -1, False, "mean")
     assert (paper.w_adv, paper.w_balance, paper.js_sign, paper.disc_weight, paper.bce) == (0, 0, -1, True, "mean")
     assert (code.w_adv, code.w_balance, code.w_diverse, code.js_sign, code.bce) == (0.5, 10, 5, 1, "sum")
     assert not code.disc_weight
     assert paper.kd == code.kd == "logit_var"
+
+
+def test_masks_of_ones_own_are_learnt_with_the_settings_of_the_study():
+    study = study_fediod_segment.STUDIES["membrane"]
+    config = RunConfig.make("fediod", data="segmentation")
+    fixed = {name: value for name, value in study.settings.items() if hasattr(config, name)}
+    del fixed["public_samples"]
+    assert {name: getattr(config, name) for name in fixed} == fixed
+    assert (config.rounds, config.lr, config.options["iterations"]) == (study.rounds, 0.01, study.iterations)
+    chosen = {**study.iod, "critic_layers": 2, "w_balance": 1.0}
+    assert {name: config.options[name] for name in chosen} == chosen
+
+
+@pytest.mark.parametrize("data", ["mnist", "cifar10"])
+def test_data_of_ones_own_are_learnt_with_the_settings_of_the_study(data):
+    """docs/fediod.md's figures are what `fediod --data mnist` is about; the published settings are presets."""
+    study = STUDIES[data]
+    config = RunConfig.make("fediod", data=data)
+    fixed = {name: study.settings[name] for name in ("batch_size", "momentum", "weight_decay", "model", "width",
+                                                     "local_epochs")}  # fmt: skip
+    assert {name: getattr(config, name) for name in fixed} == fixed
+    assert (config.rounds, config.lr) == (study.rounds, 0.1)
+    chosen = {**study.iod, "iterations": study.iterations, "holdout": 0, "critic_lr": 2e-4, "disc_weight": False}
+    assert {name: config.options[name] for name in chosen} == chosen
+    for preset in ("paper", "code"):
+        options = RunConfig.make("fediod", data=data, options={"preset": preset}).options
+        assert (options["batch"], options["ngf"], options["ndf"], options["student_steps"]) == (64, 64, 128, 5)
+        assert (options["generator_lr"], options["student_lr"], options["warmup"]) == (1e-4, 5e-3, 0)
 
 
 @pytest.mark.parametrize("data", ["digits", "segdigits"])

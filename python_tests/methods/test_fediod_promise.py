@@ -39,7 +39,7 @@ needs_accounting = pytest.mark.skipif(
 
 
 def options(**settings):
-    return settle(IODOptions(batch=8, iterations=5, **settings))
+    return settle(IODOptions(**{"preset": "paper", "batch": 8, "iterations": 5, **settings}))
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def test_one_client_alone_is_its_own_ensemble(tmp_path):
 @pytest.mark.parametrize("select", ["last", "best"])
 def test_a_hold_out_of_which_nothing_is_known_has_no_figure(tmp_path, select):
     """A tenth of nine images is one, which may be unknown as a whole."""
-    config = segmented.settings("fediod", options={**OPTIONS, "select": select}, rounds=1)
+    config = segmented.settings("fediod", options={**OPTIONS, "select": select, "holdout": 0.1}, rounds=1)
     data = segmented.federation((12, 9, 7))
     held = split(Client(Bench(config, data), 1, {}), 0.1)[1]
     assert len(held) == 1
