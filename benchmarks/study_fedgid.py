@@ -4,8 +4,9 @@
     python -m benchmarks.study_fedgid colormnist --data-root DIR  # about an hour on two cores
 
 ``--only SECTION ...`` runs some of the sections: ``parts`` (what each part of FedGID does, and its settings; written to
-``benchmarks/results/fedgid_<data>.md`` and ``.json``) and ``baselines`` (beside methods for other kinds of skew;
-``fedgid_<data>_baselines``).  Each goes on where it was interrupted.
+``benchmarks/results/fedgid_<data>.md`` and ``.json``), ``baselines`` (beside methods for other kinds of skew;
+``fedgid_<data>_baselines``) and ``schedule`` (FedAvg and FedGID with more and shorter rounds;
+``fedgid_<data>_schedule``).  Each goes on where it was interrupted.
 
 Every variant has the same data, model, rounds and epochs.  Its learning rate comes from the same grid, by the accuracy
 on the in-distribution validation split alone (at the lower correlation); the out-of-distribution test chooses nothing.
@@ -67,6 +68,7 @@ class Study:
     rates: tuple[float, ...]  # learning rates to choose from
     rate_seeds: tuple[int, ...]  # whose mean validation accuracy chooses
     full: Mapping[str, Any] | None = None  # one seed on all training samples, FedAvg and FedGID only
+    shorter: Mapping[str, Any] | None = None  # as many epochs in more and shorter rounds
 
 
 _SMALL = {"data": "colormnist", "clients": 5, "width": 16, "data_option": "validation_samples=10000"}
@@ -76,12 +78,13 @@ STUDIES = {
     "colormnist": Study(
         "colormnist",
         # Long local training, as published (10 epochs a round): it is what lets the backgrounds mislead. With 12 rounds
-        # of 2 epochs and a tuned learning rate FedAvg has almost nothing left to correct at 0.5.
+        # of 2 epochs and a tuned learning rate FedAvg has almost nothing left to correct at 0.5 (section schedule).
         {**_SMALL, "train_samples": 6000, "rounds": 5, "local_epochs": 5},
         (0.5, 0.8),
         (0.05, 0.1, 0.2),
         (0,),
         full={**_SMALL, "rounds": 3, "local_epochs": 3},
+        shorter={**_SMALL, "train_samples": 6000, "rounds": 12, "local_epochs": 2},
     ),
 }
 
@@ -107,13 +110,14 @@ class FedGIDRuns(Runs):
         every = {"correlation": correlation, "lr": lr, "seed": seed, "eval_every": 1000, "checkpoint_every": 4}
         fixed = {**(settings or self.study.settings), **self.settings}
         words = [variant, *(f"{name}={value}" for name, value in options.items())]
-        words += [f"c{correlation}", f"lr{lr}", f"s{seed}", *(["full"] if settings else [])]
+        kind = "shorter" if settings == self.study.shorter else "full"
+        words += [f"c{correlation}", f"lr{lr}", f"s{seed}", *([kind] if settings else [])]
         return Case(folder_name(words), arguments(method, {**fixed, **every}, {**own, **options}))
 
-    def rates(self, variants: Iterable[str]) -> dict[str, float]:
+    def rates(self, variants: Iterable[str], settings: Mapping[str, Any] | None = None) -> dict[str, float]:
         """Runs the grid and chooses every variant's learning rate, by validation accuracy."""
         cases = {
-            (v, lr): [self.variant(v, self.study.correlations[0], lr, seed) for seed in self.study.rate_seeds]
+            (v, lr): [self.variant(v, self.study.correlations[0], lr, seed, settings) for seed in self.study.rate_seeds]
             for v in variants
             for lr in self.study.rates
         }
@@ -237,7 +241,19 @@ def full_set(runs: FedGIDRuns, rates: Mapping[str, float], numbers: dict[str, An
     return [title, "", table(["variant", "OOD accuracy", "ID accuracy", "Grad-CAM in object, OOD"], rows), ""]
 
 
-SECTIONS: Mapping[str, Callable[[FedGIDRuns], Section]] = {"parts": parts, "baselines": baselines}
+def schedule(runs: FedGIDRuns) -> Section:
+    """FedAvg and FedGID with as many epochs in more and shorter rounds, which leave FedAvg less to correct."""
+    shorter = runs.study.shorter or runs.study.settings
+    names, c = ("FedAvg", FULL), runs.study.correlations[0]
+    rates, numbers = runs.rates(names, shorter), {}
+    cases = {v: [runs.variant(v, c, rates[v], seed, shorter) for seed in SEEDS] for v in names}
+    runs.run(case for several in cases.values() for case in several)
+    lines = _compared(runs, c, {v: (rates[v], cases[v]) for v in names}, numbers)
+    told = f"{shorter['rounds']} rounds of {shorter['local_epochs']} epochs."
+    return "\n".join([told, "", *lines]), {**numbers, "settings": dict(shorter)}
+
+
+SECTIONS: Mapping[str, Callable[[FedGIDRuns], Section]] = {"parts": parts, "baselines": baselines, "schedule": schedule}
 
 
 def main() -> None:
@@ -245,9 +261,12 @@ def main() -> None:
     given = command_line("study_fedgid", (__doc__ or "").split("\n")[0], STUDIES, files, SECTIONS)
     chosen = STUDIES[given.study]
     runs = FedGIDRuns(chosen, given.out, given.workers, {"data_root": given.data_root} if given.data_root else {})
-    settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in chosen.settings.items())
     for section in given.only:
+        if section == "schedule" and chosen.shorter is None:
+            continue
         page, numbers = SECTIONS[section](runs)
+        held = numbers.get("settings", chosen.settings)
+        settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in held.items())
         about = f"""Made by `python -m benchmarks.study_fedgid {given.study} --only {section}`: {settings}; the rest as
 `python -m fedkern.run METHOD --data {chosen.name}` sets it.  Learning rates from {chosen.rates}, chosen by validation
 accuracy."""
