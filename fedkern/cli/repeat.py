@@ -17,6 +17,7 @@ def command_line(method: str, config: RunConfig) -> str:
     preset = {"preset": config.options["preset"]} if "preset" in config.options else {}  # settles others with it
     own = RunConfig.make(config.method, data=config.data, options=preset)
     target = RunConfig.make(method, data=config.data)
+    width = RunConfig.make(method, data=config.data, model=config.model).width  # a model that is named brings its own
     words = [PROGRAM, method]
     for f in dataclasses.fields(RunConfig):
         value = getattr(config, f.name)
@@ -26,7 +27,7 @@ def command_line(method: str, config: RunConfig) -> str:
             continue  # follows from the method's options
         if f.name == "rounds" and (one_shot(method) or one_shot(config.method)):
             continue  # a plan's own, never asked for
-        if value != getattr(target, f.name):
+        if value != (width if f.name == "width" else getattr(target, f.name)):
             words += [flag(f.name), quote(value)]
     if config.data != RunConfig.make(method).data:
         words[2:2] = ["--data", quote(config.data)]

@@ -215,6 +215,7 @@ def test_the_command_for_comparison_names_a_preset_and_not_what_it_settles():
         ["fedgid"],
         ["fedgid", "--correlation", "0.8", "--seed", "3", "--clients", "4", "--train-samples", "500"],
         ["fedgid", "--data", "digits", "--partition", "dirichlet:0.3", "--rounds", "9", "--model", "resnet8"],
+        ["fedgid", "--data", "cifar10", "--data-root", "a folder", "--model", "cnn", "--width", "16"],
         ["fedprox", "--data", "nico", "--protocol", "L7", "--data-root", "a folder", "--method-option", "mu=0.5"],
         ["fedgid", "--lr", "0.123", "--data-option", "test_samples=50"],
     ],
