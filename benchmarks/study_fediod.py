@@ -90,8 +90,8 @@ def main_table(runs: IODRuns) -> Section:
         found = {name: [runs.metrics(cases[name, alpha, s])[study.figure] for s in SEEDS] for name in _names(cases)}
         for name, figure in FROM_IOD.items():
             found[name] = [runs.metrics(cases[IOD, alpha, s])[figure] for s in SEEDS]
-        rates = {name: _shown(runs.chosen(name)) for name in study.students}
-        rates[REFERENCE] = _shown({"lr": runs.rate(REFERENCE, alpha)})
+        rates = {name: shown(runs.chosen(name)) for name in study.students}
+        rates[REFERENCE] = shown({"lr": runs.rate(REFERENCE, alpha)})
         rows = [[name, rates.get(name, ""), spread(found[name])] for name in _order(found)]
         lr = runs.rate("teachers", alpha)
         title = f"## {study.partition(alpha)}: {study.figure} in %, mean ± standard deviation over {len(SEEDS)} seeds; "
@@ -101,7 +101,7 @@ def main_table(runs: IODRuns) -> Section:
     return page, numbers
 
 
-def _shown(settings: Mapping[str, Any]) -> str:
+def shown(settings: Mapping[str, Any]) -> str:
     words = {True: "on", False: "off"}
     return ", ".join(
         f"{name.replace('_', ' ')} {words[value] if isinstance(value, bool) else f'{value:g}'}"

@@ -1,0 +1,708 @@
+"""What the methods' pages say in figures, and where in benchmarks/results each of them stands (`benchmarks.pages`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
+from statistics import mean
+from typing import Any
+
+from benchmarks.page_commands import commands
+from benchmarks.pages import Page, said
+from benchmarks.study import RESULTS, spread, table
+
+Lines = Sequence[str]
+
+
+@cache
+def load(name: str) -> Mapping[str, Any]:
+    """The results ``<name>.json``."""
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
+def at(name: str, *path: str) -> Any:
+    """What stands at a path in the results ``name``."""
+    value: Any = load(name)
+    for key in path:
+        value = value[key]
+    return value
+
+
+def runs(name: str, row: str, figure: str = "accuracy", key: str = "runs") -> list[float]:
+    """A figure of a row's runs, one per seed."""
+    return [run[figure] for run in at(name, row, key)]
+
+
+def percent(values: float | Sequence[float], digits: int = 1) -> str:
+    """Fractions in per cent: one alone, several as mean ± standard deviation."""
+    return spread([values] if isinstance(values, int | float) else values, 100.0, digits)
+
+
+def nats(values: float | Sequence[float]) -> str:
+    """Losses, or what else is no fraction, with two digits."""
+    return spread([values] if isinstance(values, int | float) else values, 1.0, 2)
+
+
+def centre(values: Sequence[float]) -> str:
+    """The mean of fractions, in per cent."""
+    return f"{100 * mean(values):.1f}"
+
+
+def points(difference: float, digits: int = 1) -> str:
+    """A difference of fractions in points; what rounds to nothing has no sign."""
+    return f"{round(100 * difference, digits) + 0.0:.{digits}f}".replace("-", "−")
+
+
+def lead(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """How many points the mean of ``ours`` is above that of ``theirs``."""
+    return points(mean(ours) - mean(theirs))
+
+
+def ends(differences: Sequence[float], digits: int = 0) -> tuple[str, str]:
+    """The smallest and the largest, in points."""
+    return points(min(differences), digits), points(max(differences), digits)
+
+
+def megabytes(count: float, digits: int = 3) -> str:
+    """Bytes in MB."""
+    return f"{count / 1e6:.{digits}f}"
+
+
+def command(method: str, digits: int = 1, scale: float = 100.0, unit: str = "%") -> Lines:
+    """The page's command, what it gave, and how long that took."""
+    text = commands()[method].text()
+    row = load("page_commands").get(method, {})
+    lines = ["```bash", _wrapped(text), "```"]
+    if row.get("command") != text:
+        return lines  # not run in these words
+    minutes = row["seconds"] / 60
+    told = f"{minutes:.0f} minutes" if minutes >= 1.5 else f"{row['seconds']:.0f} seconds"
+    return [
+        *lines,
+        "",
+        f"It gave {scale * row['figure']:.{digits}f} {unit} in {told}, on one thread of a busy machine.",
+    ]
+
+
+def _wrapped(text: str, width: int = 112) -> str:
+    lines = [""]
+    for word in text.replace(" --", "\n--").split("\n"):
+        if lines[-1] and len(lines[-1]) + len(word) > width:
+            lines.append("   ")
+        lines[-1] += (" " if lines[-1] else "") + word
+    return " \\\n".join(lines)
+
+
+# -- FedGID ------------------------------------------------------------------------------------------------------------
+
+GID, GID_ALL = "FedGID (+GI map +GD)", "fedgid_colormnist"
+GID_COLUMNS = {"embedded digits, 0.7": ("fedgid_digits", "0.7"), "ColorMNIST, 0.5": (GID_ALL, "0.5"),
+               "ColorMNIST, 0.8": (GID_ALL, "0.8")}  # fmt: skip
+GID_PARTS = ("FedAvg", "FedProx", "+GD", "+GI feature", "+GI map", GID)
+GID_TUNED = {"fedgid_digits": "FedGID, alpha 0.8", GID_ALL: "FedGID, lambda 3.0"}
+GID_OTHERS = ("FedAvg", GID, "FedProx", "MOON", "SCAFFOLD", "FedDyn", "FedProto", "FedNTD")
+
+
+def ood(name: str, variant: str, correlation: str, figure: str = "ood_accuracy") -> list[float]:
+    """A figure of a variant of FedGID's study over the seeds."""
+    return runs(name, f"{variant}, correlation {correlation}", figure)
+
+
+def gid_parts() -> Lines:
+    rows = [
+        [v, *(percent(ood(name, v, c)) for name, c in GID_COLUMNS.values()), percent(ood(GID_ALL, v, "0.8", CAM))]
+        for v in GID_PARTS
+    ]
+    tuned = [percent(ood(name, GID_TUNED[name], c)) for name, c in GID_COLUMNS.values()]
+    rows.append(["FedGID, best of seven settings", *tuned, percent(ood(GID_ALL, GID_TUNED[GID_ALL], "0.8", CAM))])
+    return table(["variant", *GID_COLUMNS, "Grad-CAM inside the object, ColorMNIST, 0.8"], rows).split("\n")
+
+
+CAM = "ood_gradcam_in_object"
+
+
+def gid_others() -> Lines:
+    rows = [[v, *(percent(ood(f"{name}_baselines", v, c)) for name, c in GID_COLUMNS.values())] for v in GID_OTHERS]
+    return table(["method", *GID_COLUMNS], rows).split("\n")
+
+
+def gid_schedules() -> Lines:
+    full = [at(GID_ALL, f"{v}, all training samples", "ood_accuracy") for v in ("FedAvg", GID)]
+    several: dict[str, list[list[float]]] = {
+        "6,000 digits, 5 rounds of 5 epochs": [ood(GID_ALL, v, "0.5") for v in ("FedAvg", GID)],
+        "6,000 digits, 12 rounds of 2 epochs": [ood(f"{GID_ALL}_schedule", v, "0.5") for v in ("FedAvg", GID)],
+        "all 60,000, 3 rounds of 3 epochs, one seed": [[value] for value in full],
+    }
+    rows = [[name, percent(a), percent(b), lead(b, a)] for name, (a, b) in several.items()]
+    return table(["ColorMNIST, 0.5", "FedAvg", "FedGID", "difference"], rows).split("\n")
+
+
+def gid_sweeps() -> Lines:
+    rows = []
+    for knob, values in (("alpha", ("0.3", "0.45", "0.6", "0.8")), ("lambda", ("0.3", "1.0", "3.0"))):
+        for value in values:
+            cells = []
+            for name in (GID_ALL, "fedgid_digits"):
+                found = at(name, f"{knob} {value}")
+                cells += [percent(found["validation_accuracy"]), percent(found["ood_accuracy"])]
+            rows.append([f"{knob} {value}", *cells])
+    header = ["setting", "ColorMNIST, 0.8: validation", "OOD", "embedded digits, 0.7: validation", "OOD"]
+    return table(header, rows).split("\n")
+
+
+def gid_leads(variant: str, base: str) -> list[float]:
+    return [mean(ood(name, variant, c)) - mean(ood(name, base, c)) for name, c in GID_COLUMNS.values()]
+
+
+def _fedgid() -> Page:
+    over, beside = gid_leads(GID, "FedAvg"), gid_leads(GID, "+GD")
+    cam = {(v, c): centre(ood(GID_ALL, v, c, CAM)) for v in ("FedAvg", GID) for c in ("0.5", "0.8")}
+    full = [percent(at(GID_ALL, f"{v}, all training samples", CAM)) for v in ("FedAvg", GID)]
+    alone = {c: [centre(ood(GID_ALL, v, c)) for v in ("+GI map", "+GI feature")] for c in ("0.5", "0.8")}
+    return Page(
+        "docs/fedgid.md",
+        {"fedgid parts": gid_parts, "fedgid others": gid_others, "fedgid schedules": gid_schedules,
+         "fedgid sweeps": gid_sweeps, "fedgid command": partial(command, "fedgid")},
+        (
+            said("FedGID is {} to {} points above FedAvg", *ends(over, 1)),
+            said("Beside distillation the intervention adds {}, {} and {} points", *map(points, beside)),
+            said("in feature maps it has {} and {} %, in final features {} and {} %",
+                 alone["0.5"][0], alone["0.8"][0], alone["0.5"][1], alone["0.8"][1]),
+            said("from {} to {} % at correlation 0.5, from {} to {} % at 0.8 and from {} to {} % with all of MNIST",
+                 cam["FedAvg", "0.5"], cam[GID, "0.5"], cam["FedAvg", "0.8"], cam[GID, "0.8"], *full),
+            said("On the embedded digits it rises ({} to {} %)",
+                 *(centre(ood("fedgid_digits", v, "0.7", CAM)) for v in ("FedAvg", GID))),
+            said("The {} % of the row", centre(ood(GID_ALL, GID_TUNED[GID_ALL], "0.8"))),
+            said("FedGID has {} % there", centre(ood(GID_ALL, GID, "0.8"))),
+        ),
+        (r"arXiv 2504\.00850", r"correlation 0\.[58]", r"at 0\.8", r"20 rounds of 2 epochs", r"5 rounds of 5 epochs",
+         r"6,000 digits", r"alpha 0\.6", r"lambda 1", r"lambda of 3", r"2\.76 points",
+         r"\(0\.5, 0\.7 or 0\.8\)", r"seed 0"),
+    )  # fmt: skip
+
+
+# -- FuseFL ------------------------------------------------------------------------------------------------------------
+
+FUSE, WIDTH, ALIKE = "fusefl_cifar10_table", "fusefl_cifar10_width", "fusefl_cifar10_alike"
+ALPHAS = ("0.1", "0.3", "0.5")
+PUBLISHED, CALIBRATED, MANY = "as published", "all calibrated", "FedAvg, many rounds"
+
+
+def fuse(name: str, alpha: str, column: str, figure: str = "accuracy") -> list[float]:
+    """A figure of FuseFL's main table over the seeds."""
+    return runs(FUSE, f"{name}, alpha {alpha}, {column}", figure)
+
+
+def alike(name: str, alpha: str, pool: str, lr: str) -> list[float]:
+    """Accuracies under one classifier."""
+    found: list[float] = at(ALIKE, f"{name}, {pool}, lr {lr}, full, alpha {alpha}")
+    return found
+
+
+def fuse_equal() -> Lines:
+    rows = [
+        ["ensemble of five networks of width 7", "its own: all features side by side",
+         percent(at(WIDTH, "ensemble, width 7", "calibrated")), f"{at(WIDTH, 'ensemble, width 7', 'parameters'):,}"],
+        ["FuseFL, width 7", "its own: the mean of the branches", percent(at(WIDTH, "FuseFL, width 7", "calibrated")),
+         f"{at(WIDTH, 'FuseFL, width 7', 'parameters'):,}"],
+        ["FuseFL, width 7", "the ensemble's, in its place", percent(alike("FuseFL", "0.1", "concat", "0.01")), ""],
+        ["one-shot FedAvg, width 16", "its own", percent(at(WIDTH, "one-shot FedAvg, width 16", "calibrated")),
+         f"{at(WIDTH, 'one-shot FedAvg, width 16', 'parameters'):,}"],
+        ["ensemble of five networks of width 16", "its own: all features side by side",
+         percent(at(WIDTH, "ensemble, width 16", "calibrated")), f"{at(WIDTH, 'ensemble, width 16', 'parameters'):,}"],
+        ["FuseFL, width 16", "its own: the mean of the branches",
+         percent(at(WIDTH, "FuseFL, width 16", "calibrated")), f"{at(WIDTH, 'FuseFL, width 16', 'parameters'):,}"],
+    ]  # fmt: skip
+    return table(["model", "calibrated classifier", "accuracy", "parameters of the networks"], rows).split("\n")
+
+
+def fuse_table() -> Lines:
+    def traffic(name: str, column: str) -> list[str]:
+        first = at(FUSE, f"{name}, alpha 0.1, {column}", "runs")[0]
+        return [f"{first[way] / 5e6:.3f}" for way in ("bytes_up", "bytes_down")]
+
+    rows = []
+    for name, shown, memory in (("one-shot FedAvg", "one-shot FedAvg", "1×"),
+                                ("ensemble", "ensemble of five, mean logits", "5×")):  # fmt: skip
+        for column in (PUBLISHED, CALIBRATED):
+            label = shown if column == PUBLISHED else f"{shown.split(',')[0]}, calibrated"
+            rows.append([label, *(percent(fuse(name, a, column)) for a in ALPHAS), memory, *traffic(name, column)])
+    for figure, shown in (("vote_accuracy", "ensemble of five, vote"),
+                          ("probability_accuracy", "ensemble of five, mean probability")):  # fmt: skip
+        cells = [percent(fuse("ensemble", a, CALIBRATED, figure)) for a in ALPHAS]
+        rows.insert(-1, [shown, *cells, "5×", *traffic("ensemble", PUBLISHED)])
+    cells = [percent(fuse("FuseFL", a, CALIBRATED, "uncalibrated_accuracy")) for a in ALPHAS]
+    first = at(FUSE, f"FuseFL, alpha 0.1, {PUBLISHED}", "runs")[0]
+    sent = [megabytes(first[name]) for name in ("levels_up_bytes", "levels_down_bytes")]
+    rows.append(["FuseFL, before calibration", *cells, "1×", *sent])
+    rows.append(["FuseFL", *(percent(fuse("FuseFL", a, PUBLISHED)) for a in ALPHAS), "1×",
+                 *traffic("FuseFL", PUBLISHED)])  # fmt: skip
+    many = [percent(fuse(MANY, a, PUBLISHED)) for a in ALPHAS]
+    rows.append(["FedAvg, 8 rounds", *many, "1×", *traffic(MANY, PUBLISHED)])
+    header = ["method", *(f"Dirichlet {a}" for a in ALPHAS), "model", "MB up", "MB down"]
+    return table(header, rows).split("\n")
+
+
+def fuse_alike() -> Lines:
+    rows = []
+    for pool, shown in (("mean", "their mean"), ("concat", "side by side")):
+        for lr in ("0.01", "0.1"):
+            cells = [percent(alike(name, a, pool, lr)) for name in ("FuseFL", "ensemble") for a in ALPHAS]
+            rows.append([f"{shown}, {lr}", *cells])
+    for lr in ("0.01", "0.1"):
+        cells = [percent(alike(MANY, a, "concat", lr)) for a in ALPHAS]
+        rows.append([f"FedAvg over 8 rounds, {lr}", *cells, "", "", ""])
+    header = ["the classifier reads, lr", *(f"{n}: {a}" for n in ("FuseFL", "ensemble of five") for a in ALPHAS)]
+    return table(header, rows).split("\n")
+
+
+def fuse_more() -> Lines:
+    kinds = [(f"{m} clients", "diagonal") for m in (10, 20, 50)]
+    kinds += [(f"resnet18 of width 16, K = {k}", "full") for k in (2, 4, 8)] + [("72 epochs", "full")]
+    classifiers = [("concat", "0.01"), ("concat", "0.1"), ("mean", "0.01")]
+    rows = [
+        [title, *(percent(at(ALIKE, f"{name}, {title}, {pool}, lr {lr}, {covariance}"))
+                  for pool, lr in classifiers for name in ("FuseFL", "ensemble"))]
+        for title, covariance in kinds
+    ]  # fmt: skip
+    shown = {"concat": "side by side", "mean": "mean"}
+    heads = [f"{name}, {shown[pool]}, {lr}" for pool, lr in classifiers for name in ("FuseFL", "ensemble")]
+    return table(["one seed, Dirichlet 0.1", *heads], rows).split("\n")
+
+
+def fuse_distilled() -> Lines:
+    name = "fusefl_cifar10_datafree"
+    rows = [
+        [row, *(percent(at(name, f"{row}, {column}", "accuracy")) for column in (PUBLISHED, CALIBRATED)),
+         percent(at(name, f"{row}, probes")[1])]
+        for row in ("FedDF, public images", "FedDF, generator", "DENSE", "one-shot FedAvg", "ensemble", "FuseFL")
+    ]  # fmt: skip
+    return table(["one seed, Dirichlet 0.1", PUBLISHED, "calibrated", "linear probe"], rows).split("\n")
+
+
+def fuse_misled() -> Lines:
+    columns = {"FuseFL": f"FuseFL, {PUBLISHED}", "ensemble": f"ensemble, {PUBLISHED}",
+               "ensemble, calibrated": f"ensemble, {CALIBRATED}",
+               "one-shot FedAvg, calibrated": f"one-shot FedAvg, {CALIBRATED}"}  # fmt: skip
+    cue, door = "fusefl_cifar10_cue", "fusefl_cifar10_backdoor"
+    rows = [
+        ["accuracy, nobody attacked", *(percent(runs(door, row, key="clean")) for row in columns.values())],
+        ["accuracy with a shape that tells the class minus that with a random one",
+         *(percent([a - b for a, b in zip(runs(cue, row, "cue_tied_accuracy"), runs(cue, row, "cue_random_accuracy"),
+                                          strict=True)]) for row in columns.values())],
+        ["a patch planted by one backdoored client succeeds",
+         *(percent(runs(door, row, "backdoor_accuracy", "backdoored")) for row in columns.values())],
+        ["the same patch on models that nobody attacked",
+         *(percent(at(door, row, "patch on clean models")) for row in columns.values())],
+    ]  # fmt: skip
+    return table(["three seeds, Dirichlet 0.5", *columns], rows).split("\n")
+
+
+def fuse_refused() -> Lines:
+    found = load("fusefl_cifar10_refused")
+    rows = [[name, percent(row["sound"]), percent(row["refused"])] for name, row in found.items() if "refused" in row]
+    return table(["what is refused", "every upload sound", "one refused"], rows).split("\n")
+
+
+def fuse_code() -> Lines:
+    found = load("fusefl_cifar10_code")
+    rows = [[name, *(percent(found[name][a]) for a in ALPHAS)] for name in ("FuseFL", "as in the released code")]
+    return table(["", *(f"Dirichlet {a}" for a in ALPHAS)], rows).split("\n")
+
+
+def _fusefl() -> Page:
+    def over(column: str, name: str, figure: str = "accuracy", ours: str = PUBLISHED) -> list[float]:
+        return [mean(fuse("FuseFL", a, ours)) - mean(fuse(name, a, column, figure)) for a in ALPHAS]
+
+    blocks = load("fusefl_cifar10_blocks")
+    adaptors = [blocks[f"K = {k}, cnn1x1"]["accuracy"] - blocks[f"K = {k}, avg"]["accuracy"] for k in (2, 4, 8)]
+    side = [(mean(alike("FuseFL", a, "concat", lr)) - mean(alike("ensemble", a, "concat", lr)))
+            for a in ALPHAS for lr in ("0.01", "0.1")]  # fmt: skip
+    rounds = [(mean(alike("FuseFL", a, "concat", lr)) - mean(alike(MANY, a, "concat", lr)))
+              for a in ALPHAS for lr in ("0.01", "0.1")]  # fmt: skip
+    worth = [mean(alike("FuseFL", a, "concat", "0.1")) - mean(alike("FuseFL", a, "mean", "0.01")) for a in ALPHAS]
+    again = [mean(alike("FuseFL", a, "mean", "0.01")) - mean(fuse("FuseFL", a, PUBLISHED)) for a in ALPHAS]
+    before = [mean(fuse("FuseFL", a, CALIBRATED, "uncalibrated_accuracy")) for a in ALPHAS]
+    own = percent(at(WIDTH, "FuseFL, width 7", "calibrated"))
+    equal = percent(at(WIDTH, "ensemble, width 7", "calibrated"))
+    same = percent(alike("FuseFL", "0.1", "concat", "0.01"))
+    sent = at(FUSE, f"FuseFL, alpha 0.1, {PUBLISHED}", "runs")[0]
+    many = "fusefl_cifar10_clients"
+    return Page(
+        "docs/fusefl.md",
+        {"fusefl equal memory": fuse_equal, "fusefl table": fuse_table, "fusefl alike": fuse_alike,
+         "fusefl more": fuse_more, "fusefl distilled": fuse_distilled, "fusefl misled": fuse_misled,
+         "fusefl refused": fuse_refused, "fusefl code": fuse_code, "fusefl command": partial(command, "fusefl")},
+        (
+            said("{} % against FuseFL's {}", equal, own),
+            said("FuseFL with the ensemble's classifier has {} %", same),
+            said("FuseFL is {} to {} points above one-shot FedAvg and {} to {} above the ensemble's mean logits",
+                 *ends(over(PUBLISHED, "one-shot FedAvg")), *ends(over(PUBLISHED, "ensemble"))),
+            said("sends {} MB and receives {}", f"{sent['bytes_up'] / 5e6:.3f}", f"{sent['bytes_down'] / 5e6:.3f}"),
+            said("mean probability of the ensemble is {} to {} points behind FuseFL",
+                 *ends(over(CALIBRATED, "ensemble", "probability_accuracy"), 1)),
+            said("before it FuseFL has {} to {} %", *ends(before)),
+            said("from {} to {} points, FuseFL minus the ensemble", *ends(side, 1)),
+            said("{} to {} points above FedAvg in eight rounds", *ends(rounds, 1)),
+            said("is worth {} to {} points", *ends(worth, 1)),
+            said("has {} % with 50 clients, less than one-shot FedAvg ({} %)",
+                 percent(at(ALIKE, "FuseFL, 50 clients, mean, lr 0.01, diagonal")),
+                 percent(at(many, "one-shot FedAvg, M = 50", "accuracy"))),
+            said("are worth {} to {} points over averaging ones", *ends(adaptors, 1)),
+            said("differs by {} points or less between the tables", points(max(map(abs, again)))),
+        ),
+        (r"arXiv 2410\.20380", r"CIFAR-10", r"5,000 training images", r"width 16", r"width 7", r"K = [248]",
+         r"24 local epochs", r"Dirichlet 0\.[135]", r"rate of 0\.01", r"ResNet-(8|18)", r"width 64", r"85\.92 %",
+         r"1,000 public images", r"validation accuracy at 0\.3", r"with 50 clients", r"50 branches",
+         r"0\.01 and 0\.1", r"that is 16 over the root", r"five times (its|the) memory", r"rate of 0\.1",
+         r"three times the epochs", r"seed 0"),
+    )  # fmt: skip
+
+
+# -- Fed-LPFM ----------------------------------------------------------------------------------------------------------
+
+LPFM = "fedlpfm_cifar10_table"
+SPLITS = {"two classes a client": "class split (2 a client)", "Dirichlet 0.1": "Dirichlet 0.1"}
+FOUR = ("FedAvg", "FedProx", "FML", "Fed-LPFM")
+
+
+def lpfm(name: str, split: str, figure: str = "accuracy") -> list[float]:
+    """A figure of Fed-LPFM's main table over the seeds."""
+    return runs(LPFM, f"{name}, {split}", figure)
+
+
+def lpfm_table() -> Lines:
+    rows = [[name, *(percent(lpfm(name, split)) for split in SPLITS.values())] for name in FOUR]
+    for figure, shown in (("public_proxy_accuracy", "the same network on the public images alone"),
+                          ("teacher_accuracy", "the teacher")):  # fmt: skip
+        rows.append([shown, *(percent(lpfm("Fed-LPFM", split, figure)) for split in SPLITS.values())])
+    for name in ("local training only", "centralised"):
+        cells = [percent(at(LPFM, f"{name}, {split}", "accuracy")) for split in SPLITS.values()]
+        rows.append([f"{name}, one seed", *cells])
+    return table(["method", *SPLITS], rows).split("\n")
+
+
+def lpfm_partitions() -> Lines:
+    kinds = ("IID", "1.0", "0.1", "0.01")
+    rows = [[name, *(percent(at("fedlpfm_cifar10_partitions", name, k)) for k in kinds)] for name in FOUR]
+    heads = [k if k == "IID" else f"Dirichlet {k}" for k in kinds]
+    return table(["one seed", *heads], rows).split("\n")
+
+
+def lpfm_changes() -> Lines:
+    rows = []
+    for name in ("loss", "teachers"):
+        for row, found in load(f"fedlpfm_cifar10_{name}").items():
+            if "classes:2" in found:
+                cells = [percent(found[split]["accuracy"]) for split in ("classes:2", "dirichlet:0.1")]
+                shown = {"lambda 0.5": "lambda 0.5, the default", "as it is": "lambda 0.5 on another machine"}
+                rows.append([shown.get(row, row), *cells])
+    return table(["Fed-LPFM, one seed", *SPLITS], rows).split("\n")
+
+
+def lpfm_proxy() -> Lines:
+    found, rates = load("fedlpfm_cifar10_proxy"), ("0.01", "0.03", "0.1")
+    rows = [[name, *(percent(found[name][r]["accuracy"]) for r in rates), f"{found[name]['best']:g}"] for name in FOUR]
+    return table(["ResNet-8 as the proxy, one seed", *rates, "chosen"], rows).split("\n")
+
+
+def lpfm_edges() -> Lines:
+    rows = []
+    for row, found in load("fedlpfm_cifar10_edges").items():
+        if "best" in found and row.startswith(FOUR):
+            rates = [key for key in found if key != "best"]
+            cells = (f"{float(r):.2g}: {percent(found[r]['validation_accuracy'])}, {percent(found[r]['accuracy'])}"
+                     for r in rates)  # fmt: skip
+            rows.append([row, *cells])
+    return table(["one seed", "chosen: validation, test", "next outwards: validation, test"], rows).split("\n")
+
+
+def _fedlpfm() -> Page:
+    leads = {
+        (name, split): mean(lpfm("Fed-LPFM", title)) - mean(lpfm(name, title))
+        for name in FOUR[:3]
+        for split, title in SPLITS.items()
+    }
+    split, skew = SPLITS.values()
+    public = [centre(lpfm("Fed-LPFM", title, "public_proxy_accuracy")) for title in SPLITS.values()]
+    tuned = at("fedlpfm_cifar10_teachers", "fine-tuned on the client's samples")
+    alone = at("fedlpfm_cifar10_teachers", "as it is")
+    return Page(
+        "docs/fedlpfm.md",
+        {"fedlpfm table": lpfm_table, "fedlpfm partitions": lpfm_partitions, "fedlpfm changes": lpfm_changes,
+         "fedlpfm proxy": lpfm_proxy, "fedlpfm edges": lpfm_edges, "fedlpfm command": partial(command, "fedlpfm")},
+        (
+            said("has {} % from the public images alone, and {} and {} % with Fed-LPFM",
+                 public[0], centre(lpfm("Fed-LPFM", split)), centre(lpfm("Fed-LPFM", skew))),
+            said("Fed-LPFM is {} points above the best of them with two classes a client (FML) and {} at Dirichlet 0.1",
+                 points(leads["FML", "two classes a client"]), points(leads["FedProx", "Dirichlet 0.1"])),
+            said("leads FedProx by {} points under the class split", points(leads["FedProx", "two classes a client"])),
+            said("falls from {} to {} and {} %", percent(alone["classes:2"]["validation_teacher_accuracy"]),
+                 *(percent(tuned[s]["validation_tuned_teacher_accuracy"]) for s in ("classes:2", "dirichlet:0.1"))),
+            said("a CNN of {} parameters", f"{at('fedlpfm_cifar10_costs', 'proxy'):,}"),
+        ),
+        (r"arXiv 2311\.08479", r"CIFAR-10", r"5,000 (training|public) images", r"30 rounds of one epoch",
+         r"ResNet-8 of width (32|16)", r"Dirichlet 0\.1", r"24\.60 points", r"\(0\.0033\)", r"lambda 1\.0",
+         r"seed 0"),
+    )  # fmt: skip
+
+
+# -- FedIOD ------------------------------------------------------------------------------------------------------------
+
+IOD_ROWS = {
+    "FedIOD": "FedIOD", "best teacher": "best teacher", "mean teacher": "mean teacher",
+    "uniform ensemble": "uniform ensemble", "weighted ensemble": "weighted ensemble",
+    "one-shot FedAvg": "one-shot FedAvg", "FedDF, public images": "FedDF, 1,000 public images", "DENSE": "DENSE",
+    "Co-Boosting": "Co-Boosting", "FedAvg, many rounds": "FedAvg in ten rounds",
+}  # fmt: skip
+SKEWS = ("dirichlet:0.1", "dirichlet:1.0")
+
+
+def iod(data: str, skew: str, row: str) -> list[float]:
+    """Accuracies of FedIOD's main tables over the seeds."""
+    found: list[float] = at(f"fediod_{data}_table", skew, "accuracy", row)
+    return found
+
+
+def iod_table(data: str) -> Lines:
+    rows = [[shown, *(percent(iod(data, skew, row)) for skew in SKEWS)] for row, shown in IOD_ROWS.items()]
+    return table(["method", *(skew.replace("dirichlet:", "Dirichlet ") for skew in SKEWS)], rows).split("\n")
+
+
+def iod_seeds() -> Lines:
+    rows = []
+    for data, shown in (("mnist", "MNIST"), ("cifar10", "CIFAR-10")):
+        for row in ("FedIOD", "best teacher", "uniform ensemble", "weighted ensemble", "FedAvg, many rounds"):
+            rows.append([f"{shown}: {IOD_ROWS[row]}", *map(percent, iod(data, SKEWS[0], row))])
+    return table(["Dirichlet 0.1", "seed 0", "seed 1", "seed 2"], rows).split("\n")
+
+
+def iod_clients() -> Lines:
+    figures = {"student": "accuracy", "best teacher": "best_teacher", "mean teacher": "mean_teacher",
+               "uniform ensemble": "ensemble_uniform", "weighted ensemble": "ensemble_weighted"}  # fmt: skip
+    rows = [
+        [m, *(percent(at("fediod_mnist_clients", m, "metrics", one)) for one in figures.values())]
+        for m in ("2", "5", "10", "20")
+    ]
+    return table(["clients", *figures], rows).split("\n")
+
+
+def iod_terms() -> Lines:
+    found = load("fediod_mnist_terms")
+    rows = [
+        [name, percent(row["accuracy"]), percent(row["ensemble_weighted"])]
+        for name, row in found.items()
+        if "accuracy" in row
+    ]
+    return table(["changed", "student", "its ensemble"], rows).split("\n")
+
+
+def iod_bytes() -> Lines:
+    found = load("fediod_mnist_bytes")
+    rows = [
+        [name, f"{row['megabytes_up']:.2f}", f"{row['megabytes_down']:.2f}", percent(row["accuracy"])]
+        for name, row in found.items()
+        if "megabytes_up" in row
+    ]
+    return table(["", "MB up of a client", "MB down", "accuracy"], rows).split("\n")
+
+
+def iod_privacy() -> Lines:
+    kinds = {
+        "discriminators alone (the generator's gradients)": "gradients through the discriminators alone",
+        "discriminators and teachers (everything released)": "those, and the teachers (DP-SGD)",
+    }
+    rows = []
+    for kind, shown in kinds.items():
+        for target in ("None", "10.0", "5.0", "2.0"):
+            row = at("fediod_mnist_privacy", f"{kind}, epsilon {target}")
+            m = row["metrics"]
+            found = [percent(m[name]) for name in ("accuracy", "mean_teacher", "ensemble_uniform")]
+            attack = row.get("attack")
+            area = "" if attack is None else f"{attack['auc']:.3f} ({attack['low']:.3f}–{attack['high']:.3f})"
+            if target == "None":
+                if "alone" not in shown:
+                    continue
+                rows.append(["nothing", "∞", *found, f"{m['image_spread']:.2f}", area])
+            else:
+                rows.append([shown, f"{float(target):g}", *found, f"{m['image_spread']:.2f}", area])
+    header = ["covered", "epsilon", "student", "mean teacher", "teachers' ensemble", "spread of the images",
+              "attack on the student: AUC (95 %)"]  # fmt: skip
+    return table(header, rows).split("\n")
+
+
+def iod_segments() -> Lines:
+    found = at("fediod_segment_membrane_table", "attribute", "dice")
+    return table(["method", "Dice"], [[IOD_ROWS[n], percent(v)] for n, v in found.items()]).split("\n")
+
+
+def _fediod() -> Page:
+    everything = "discriminators and teachers (everything released), epsilon 10.0"
+    private = at("fediod_mnist_privacy", everything, "metrics")
+    alone = [at("fediod_mnist_privacy", f"discriminators alone (the generator's gradients), epsilon {e}", "metrics",
+                "accuracy") for e in ("None", "10.0", "5.0", "2.0")]  # fmt: skip
+    terms = load("fediod_mnist_terms")
+    apart = [[a - b for a, b in zip(iod("cifar10", s, "FedIOD"), iod("cifar10", s, "best teacher"), strict=True)]
+             for s in SKEWS]  # fmt: skip
+    return Page(
+        "docs/fediod.md",
+        {"fediod mnist": partial(iod_table, "mnist"), "fediod cifar10": partial(iod_table, "cifar10"),
+         "fediod seeds": iod_seeds, "fediod clients": iod_clients, "fediod terms": iod_terms,
+         "fediod bytes": iod_bytes, "fediod privacy": iod_privacy, "fediod segments": iod_segments,
+         "fediod command": partial(command, "fediod")},
+        (
+            said("{} % against the weighted ensemble's {} on MNIST", centre(iod("mnist", SKEWS[0], "FedIOD")),
+                 centre(iod("mnist", SKEWS[0], "weighted ensemble"))),
+            said("{} against {} on CIFAR-10", centre(iod("cifar10", SKEWS[0], "FedIOD")),
+                 centre(iod("cifar10", SKEWS[0], "weighted ensemble"))),
+            said("The best teacher has {} and {} %", centre(iod("mnist", SKEWS[0], "best teacher")),
+                 centre(iod("cifar10", SKEWS[0], "best teacher"))),
+            said("is {} to {} points above the best teacher at every seed of both", *ends([*apart[0], *apart[1]], 1)),
+            said("has {} % at Dirichlet 1.0, the student {}", centre(iod("cifar10", SKEWS[1], "FedAvg, many rounds")),
+                 centre(iod("cifar10", SKEWS[1], "FedIOD"))),
+            said("with log-probabilities instead of logits the student has {} instead of {} %",
+                 percent(terms["FedIOD"]["accuracy"]), percent(terms["teachers mixed as logits"]["accuracy"])),
+            said("costs {} to {} points", *ends([alone[0] - value for value in alone[1:]], 1)),
+            said("their ensemble has {} % and the student {} %", percent(private["ensemble_uniform"]),
+                 percent(private["accuracy"])),
+            said("spread falls to {}", f"{private['image_spread']:.2f}"),
+            said("teachers have {} % on average", percent(private["mean_teacher"])),
+        ),
+        (r"arXiv 2312\.14478", r"10,000 (digits|images)", r"ResNet-8( of width 8)?", r"40 rounds of 30 iterations",
+         r"Dirichlet (0\.1|1\.0)", r"CIFAR-10", r"1,000 public images", r"82\.78 %", r"75\.38 %", r"500 rounds",
+         r"delta 1e-5", r"20 shards", r"10×10 pixels", r"1,200 iterations", r"30,000", r"seed 0", r"epsilon (10|2)",
+         r"2,000 digits", r"area is 0\.5"),
+    )  # fmt: skip
+
+
+# -- FedDRA ------------------------------------------------------------------------------------------------------------
+
+DRA = "feddra_captions"
+DRA_FIGURES = ("R@1", "minority R@1", "unseen R@1", "mean loss", "worst loss")
+
+
+def dra(section: str, row: str, figure: str) -> list[float]:
+    """A figure of FedDRA's study over the seeds."""
+    found: list[float] = at(f"{DRA}_{section}", row, figure)
+    return found
+
+
+def dra_table(section: str, rows: Sequence[str] | None = None, figures: Sequence[str] = DRA_FIGURES) -> Lines:
+    chosen = rows or [name for name, row in load(f"{DRA}_{section}").items() if "worst loss" in row]
+    lines = []
+    for name in chosen:
+        cells = [(percent if f.endswith("R@1") else nats)(dra(section, name, f)) for f in figures]
+        lines.append([name, *cells])
+    return table(["", *figures], lines).split("\n")
+
+
+def dra_parts() -> Lines:
+    names = ("none of the three", "robust weights only", "anchors only", "two stages only", "one stage", "full")
+    return dra_table("ablations", names)
+
+
+def dra_downstream() -> Lines:
+    figures = {"zero-shot, digits": "zero-shot accuracy", "colours": "zero-shot accuracy of colours",
+               "linear probe, digits": "linear probe accuracy", "decoder, Dice": "Dice of the digits"}  # fmt: skip
+    names = {"fedavg": "FedAvg, by samples", "fedavg weighting=uniform": "FedAvg, uniform", "feddra": "FedDRA",
+             "centralised": "centralised"}  # fmt: skip
+    rows = []
+    for key, shown in names.items():
+        seeds = at(f"{DRA}_downstream", "figures", key)
+        cells = [percent([s[f"{where}: {f}"] for s in seeds]) for f in figures.values() for where in ("seen", "unseen")]
+        rows.append([shown, *cells])
+    heads = [f"{shown}: {where}" for shown in figures for where in ("seen", "unseen")]
+    return table(["", *heads], rows).split("\n")
+
+
+def _feddra() -> Page:
+    def worst(row: str, section: str = "ablations") -> str:
+        return f"{mean(dra(section, row, 'worst loss')):.2f}"
+
+    def centre_loss(row: str, section: str = "ablations") -> str:
+        return f"{mean(dra(section, row, 'mean loss')):.2f}"
+
+    none, full = "none of the three", "full"
+    off, on = (dra("table", name, "worst loss") for name in ("FedDRA, weights off", "FedDRA"))
+    return Page(
+        "docs/feddra.md",
+        {"feddra table": partial(dra_table, "table"), "feddra parts": dra_parts,
+         "feddra sweeps": partial(dra_table, "sweeps"), "feddra weights": partial(
+             dra_table, "ablations", ("full", "weights on losses", "weights as in the released code",
+                                      "losses on training samples")),
+         "feddra stages": partial(dra_table, "alternating", None,
+                                  ("R@1", "unseen R@1", "mean loss", "worst loss", "drift in the last third")),
+         "feddra statistics": partial(dra_table, "statistics"),
+         "feddra held out": partial(dra_table, "held_out", None, (*DRA_FIGURES, "held out R@1")),
+         "feddra downstream": dra_downstream, "feddra command": partial(command, "feddra", 2, 1.0, "nats")},
+        (
+            said("from {} nats without any of its parts to {} with all of them", worst(none), worst(full)),
+            said("robust weights alone do more ({})", worst("robust weights only")),
+            said("the mean loss rises from {} to {}", centre_loss(none), centre_loss(full)),
+            said("recall falls from {} to {} %", centre(dra("ablations", none, "R@1")),
+                 centre(dra("ablations", full, "R@1"))),
+            said("have worst clients of {} and {} nats", worst("FedAvg, uniform", "table"), worst(none)),
+            said("Against FedDRA without robust weights ({}) the worst client gains {}",
+                 worst("FedDRA, weights off", "table"), f"{mean(off) - mean(on):.2f}"),
+            said("FedProx has {}, with a better mean ({}) and recall ({} %)", worst("FedProx", "table"),
+                 centre_loss("FedProx", "table"), centre(dra("table", "FedProx", "R@1"))),
+            said("have {} % recall and {} nats for the worst client",
+                 centre(dra("statistics", "robust weights on, statistics averaged", "R@1")),
+                 worst("robust weights on, statistics averaged", "statistics")),
+        ),
+        (r"arXiv 2404\.03854", r"5 % of the canvases", r"[Rr]ecall at 1", r"500 pairs", r"batches of 32",
+         r"15 rounds of 20 steps", r"width 32", r"30\.2 %", r"83\.7 %", r"90 % of the samples",
+         r"windows of 224 from images of 256 pixels", r"set of 55", r"33 of them", r"rho 0\.1", r"mu 1", r"seed 0"),
+    )  # fmt: skip
+
+
+# -- README ------------------------------------------------------------------------------------------------------------
+
+
+def _readme() -> Page:
+    gid, tuned = (ood(GID_ALL, v, "0.8") for v in (GID, GID_TUNED[GID_ALL]))
+    sent = at(FUSE, f"FuseFL, alpha 0.1, {PUBLISHED}", "runs")[0]
+    skew = SPLITS["Dirichlet 0.1"]
+    mnist, cifar = partial(iod, "mnist", SKEWS[0]), partial(iod, "cifar10", SKEWS[0])
+    worst = {row: dra("ablations", row, "worst loss") for row in ("full", "none of the three", "robust weights only")}
+    return Page(
+        "README.md",
+        {},
+        (
+            said("{} % out of distribution against FedAvg's {} and FedDyn's {}", percent(gid),
+                 centre(ood(GID_ALL, "FedAvg", "0.8")), centre(ood(f"{GID_ALL}_baselines", "FedDyn", "0.8"))),
+            said("{} with the best of seven settings", centre(tuned)),
+            said("at equal memory {} % against {} of an ensemble of narrow networks, {} with its classifier",
+                 percent(at(WIDTH, "FuseFL, width 7", "calibrated")),
+                 percent(at(WIDTH, "ensemble, width 7", "calibrated")),
+                 percent(alike("FuseFL", "0.1", "concat", "0.01"))),
+            said("one-shot FedAvg has {}, an ensemble of five full networks {}",
+                 centre(fuse("one-shot FedAvg", "0.1", PUBLISHED)), centre(fuse("ensemble", "0.1", PUBLISHED))),
+            said("a client sends {} MB and receives {}", f"{sent['bytes_up'] / 5e6:.3f}",
+                 f"{sent['bytes_down'] / 5e6:.3f}"),
+            said("{} % against FedProx's {} and FedAvg's {} for the same bytes", percent(lpfm("Fed-LPFM", skew)),
+                 centre(lpfm("FedProx", skew)), centre(lpfm("FedAvg", skew))),
+            said("the public images that made the teacher would alone make the same network {}",
+                 centre(lpfm("Fed-LPFM", skew, "public_proxy_accuracy"))),
+            said("MNIST: {} % against the best teacher's {}, the uniform ensemble's {}, the weighted ensemble's {} and"
+                 " multi-round FedAvg's {}", percent(mnist("FedIOD")), centre(mnist("best teacher")),
+                 centre(mnist("uniform ensemble")), centre(mnist("weighted ensemble")),
+                 centre(mnist("FedAvg, many rounds"))),
+            said("({} of the student's {} at Dirichlet 1.0)", centre(iod("mnist", SKEWS[1], "FedAvg, many rounds")),
+                 centre(iod("mnist", SKEWS[1], "FedIOD"))),
+            said("CIFAR-10: {} against the best teacher's {} and the weighted ensemble's {}", percent(cifar("FedIOD")),
+                 centre(cifar("best teacher")), centre(cifar("weighted ensemble"))),
+            said("{} nats with all three parts, {} with none of them, {} with the robust weights alone",
+                 *(nats(worst[row]) for row in ("full", "none of the three", "robust weights only"))),
+            said("FedProx has {} with better recall", f"{mean(dra('table', 'FedProx', 'worst loss')):.2f}"),
+            said("two runs of one algorithm differ by {}",
+                 f"{mean(dra('table', 'FedAvg, uniform', 'worst loss')) - mean(worst['none of the three']):.2f}"),
+        ),
+        (r"correlation 0\.8", r"CIFAR-10", r"Dirichlet (0\.1|1\.0)", r"82\.78 %", r"5,000"),
+        part="Do the methods keep their promises?",
+    )  # fmt: skip
+
+
+PAGES: tuple[Page, ...] = (_readme(), _fedgid(), _fusefl(), _fedlpfm(), _fediod(), _feddra())

@@ -1,0 +1,90 @@
+"""Every number on the methods' pages is in benchmarks/results, or is a setting."""
+
+import re
+from statistics import mean, stdev
+
+import pytest
+
+from benchmarks import page_figures, pages
+from benchmarks.page_commands import commands
+from benchmarks.pages import Page, said
+
+BY_PATH = {page.path: page for page in page_figures.PAGES}
+PAGE = Page("docs/some.md", {"rates": lambda: ["| 1.5 |"]}, (said("has {} % here", "40.3 ± 3.2"),), (r"arXiv 2410\.1",))
+TEXT = "From arXiv 2410.1.\n\n<!-- figures: rates -->\n\n| 1.5 |\n\n<!-- end -->\n\nIt has 40.3 ± 3.2 %\nhere.\n"
+
+
+@pytest.mark.parametrize("path", BY_PATH)
+def test_a_page_says_what_the_results_say(path):
+    assert pages.faults((pages.ROOT / path).read_text(), BY_PATH[path]) == []
+
+
+def test_every_method_with_a_page_is_looked_at():
+    others = {"docs/ops.md"}  # its tables are those of benchmarks.report
+    found = {f"docs/{path.name}" for path in (pages.ROOT / "docs").glob("*.md")}
+    methods = (found - others) & {f"docs/{name}.md" for name in commands()}
+    assert {path for path in BY_PATH if path != "README.md"} == methods
+
+
+@pytest.mark.parametrize("path", BY_PATH)
+def test_a_changed_figure_is_found_wherever_it_stands(path):
+    """Each sentence's first figure and one number of each table, changed one at a time."""
+    page, text = BY_PATH[path], (pages.ROOT / path).read_text()
+    places = [sentence.pattern.search(text).start(1) for sentence in page.sentences]
+    for section in pages.SECTION.finditer(text):
+        numbers = [match.start() for match in re.finditer(r"\d+\.\d", section[0])]
+        if numbers:
+            places.append(section.start() + numbers[len(numbers) // 2])
+    assert len(places) >= 3
+    for place in places:
+        at = text.index(next(letter for letter in text[place:] if letter.isdigit()), place)
+        changed = text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :]
+        assert pages.faults(changed, page), text[place - 30 : place + 30]
+    heading = f"## {page.part}\n" if page.part else "\n"
+    for claim in ("It has 99.9 % there.", "It is 3 times as fast.", "It gains half a point.", "It wins by two points."):
+        assert any("vouches" in fault for fault in pages.faults(text.replace(heading, heading + claim, 1), page)), claim
+
+
+@pytest.mark.parametrize(("before", "after", "words"), [
+    ("", "", None),
+    ("40.3 ± 3.2", "40.4 ± 3.2", "should be"),
+    ("40.3 ± 3.2", "40.3", "should be"),
+    ("| 1.5 |", "| 1.6 |", "should be"),
+    ("here.", "here, and 41 there.", "vouches"),
+    ("2410.1.", "2410.2.", "vouches"),
+    ("here.", "there.", "no sentence says"),
+    ("figures: rates", "figures: dates", "nothing makes the section"),
+    ("<!-- figures: rates -->", "", "is not on it"),
+    ("here.", "here (`lr 0.1`, [1](http://a/2)).", "vouches"),
+    ("here.", "here (`lr 0.1`, [one](http://a/2)).", None),
+])  # fmt: skip
+def test_what_is_wrong_with_a_page(before, after, words):
+    found = pages.faults(TEXT.replace(before, after, 1) if before else TEXT, PAGE)
+    assert (not found) if words is None else any(words in fault for fault in found), found
+
+
+def test_figures_are_written_where_they_stand():
+    stale = TEXT.replace("40.3 ± 3.2", "7").replace("| 1.5 |", "| 9 |\n| 8 |")
+    assert pages.fill(stale, PAGE) == TEXT
+    with pytest.raises(ValueError, match="2 figures"):
+        said("has {}", "1", "2")
+
+
+TABLES = {
+    "fedgid": lambda: page_figures.ood("fedgid_digits", page_figures.GID, "0.7"),
+    "fusefl": lambda: page_figures.fuse("FuseFL", "0.1", page_figures.PUBLISHED),
+    "fedlpfm": lambda: page_figures.lpfm("Fed-LPFM", "class split (2 a client)"),
+    "fediod": lambda: page_figures.iod("mnist", "dirichlet:0.1", "FedIOD"),
+    "feddra": lambda: page_figures.dra("table", "FedDRA", "worst loss"),
+}
+
+
+@pytest.mark.parametrize("method", [method for method in TABLES if method in page_figures.load("page_commands")])
+def test_a_pages_command_gave_its_tables_figure(method):
+    """Within two standard deviations of the table's three seeds, and in the words that the page prints."""
+    row = page_figures.load("page_commands")[method]
+    assert row["command"] == commands()[method].text()
+    values = TABLES[method]()
+    assert abs(row["figure"] - mean(values)) <= 2 * stdev(values)
+    page = (pages.ROOT / f"docs/{method}.md").read_text()
+    assert row["command"] in " ".join(page.replace("\\\n", " ").split())
