@@ -10,6 +10,8 @@ from typing import Any
 
 from benchmarks.page_commands import commands
 from benchmarks.pages import Page, said
+from benchmarks.records import Comparison, read_results
+from benchmarks.report import in_short, our_time, ratio
 from benchmarks.study import RESULTS, spread, table
 
 Lines = Sequence[str]
@@ -658,6 +660,92 @@ def _feddra() -> Page:
     )  # fmt: skip
 
 
+# -- operators, README -------------------------------------------------------------------------------------------------
+
+MACHINE = "amd-epyc"
+EAGER, COMPILED = ("eager", "torch", "modules", "add_"), ("compile", "compile in place")
+SHOWN = (
+    # operator, size as the table has it, group and case of its row, contestants beside eager torch and torch.compile
+    ("`kl_div` T=2", "64×10", "kl_div", "(64, 10) T=2", ()),
+    ("", "4096×1000", "kl_div", "(4096, 1000) T=2", ()),
+    ("`dual_kl` T=2", "64×10", "dual_kl", "(64, 10) T=2", ()),
+    ("", "4096×1000", "dual_kl", "(4096, 1000) T=2", ()),
+    ("`ensemble_kl`, 20 teachers", "256×10", "ensemble_kl", "(20, 256, 10) probs", ()),
+    ("", "256×100", "ensemble_kl", "(20, 256, 100) probs", ()),
+    ("`js_div`, K=20", "256×100", "js_div", "(20, 256, 100)", ()),
+    ("", "256×100, nearly equal", "js_div", "(20, 256, 100) nearly equal", ()),
+    ("`consensus`, K=20", "256×100", "consensus", "(20, 256, 100)", ()),
+    ("`contrastive`", "B=256, D=128", "contrast", "B=256", ()),
+    ("", "B=4096, D=128", "contrast", "B=4096", ()),
+    ("", "B=4096, D=512", "contrast", "B=4096 D=512", ()),
+    ("`blend`, index", "[64,256,14,14] contiguous", "blend", "[64, 256, 14, 14] contiguous, permutation", ()),
+    ("", "the same, channels-last", "blend", "[64, 256, 14, 14] channels_last, permutation", ()),
+    ("", "[256,64,32,32] contiguous", "blend", "[256, 64, 32, 32] contiguous, permutation", ()),
+    ("`fuse_concat`, affine and ReLU", "10 of [64,64,32,32], forward", "fuse_concat",
+     "M=10 [64, 64, 32, 32] contiguous, forward", ()),
+    ("", "the same, forward and backward", "fuse_concat", "M=10 [64, 64, 32, 32] contiguous, forward + backward", ()),
+    ("`FusedBlocks`, 10 residual blocks, forward", "width 20, 32×32", "fused_blocks",
+     "M=10 residual blocks of width 20, [64, 20, 32, 32]", ("channels-last modules",)),
+    ("", "width 64, 32×32", "fused_blocks", "M=10 residual blocks of width 64, [64, 64, 32, 32]",
+     ("channels-last modules",)),
+    ("`median`", "M=10, P=1 million", "median", "M=10 P=1,000,000", ("Flower",)),
+    ("`trimmed_mean`", "M=10, P=1 million", "trimmed_mean", "M=10 P=1,000,000 trim=2", ("Flower",)),
+    ("`pairwise_distances`", "M=10, P=1 million", "pairwise_distances", "M=10 P=1,000,000", ("pdist", "Gram matrix")),
+    ("`server_step` Adam", "M=10, P=11 million", "server_step", "adam M=10 P=11,000,000 into out=", ("Flower",)),
+    ("`clip_and_noise`", "P=11 million", "clip_and_noise", "M=1 P=11,000,000 fresh", ()),
+    ("`weighted_mean(out=)`", "M=10, P=11 million", "aggregate", "M=10 P=11,000,000 into out=",
+     ("_foreach_add_", "Flower", "Flower, inplace=False")),
+    ("", "M=5, P=100 million", "aggregate", "M=5 P=100,000,000 into out=", ("Flower",)),
+    ("", "M=10, P=11 million, bfloat16", "aggregate", "M=10 P=11,000,000 bfloat16", ()),
+    ("`Accumulator(exact=True).add`", "P=11 million", "aggregate", "add exact P=11,000,000", ()),
+)  # fmt: skip
+
+
+@cache
+def measured() -> Mapping[str, Sequence[Comparison]]:
+    """The operators' rows of one thread on a quiet machine, by group."""
+    found = read_results(RESULTS)
+    return {
+        group: [row for recorded in files if recorded.name.endswith(MACHINE) for row in in_short(recorded.rows)]
+        for group, files in found.items()
+    }
+
+
+def operator_row(group: str, case: str) -> Comparison:
+    """The row of a case."""
+    return next(row for row in measured()[group] if row.case == case)
+
+
+def plain(row: Comparison, name: str) -> str:
+    """A speed-up without what was promised of it."""
+    return ratio(row, name).split(" (promised")[0]
+
+
+def operators() -> Lines:
+    """The README's table of operators."""
+    rows = []
+    for name, size, group, case, others in SHOWN:
+        row = operator_row(group, case)
+
+        def first(names: Sequence[str], row: Comparison = row) -> str:
+            known = [one for one in names if one in row.speedup]
+            return plain(row, known[0]) if known else ""
+
+        found = (*others, *(one for one in row.speedup if " to float" in one))
+        beside = [f"{plain(row, one)} {f'`{one}`' if '_' in one else one}" for one in found]
+        rows.append([name, size, our_time(row), first(EAGER), first(COMPILED), ", ".join(beside)])
+    header = ["operator", "size", "time", "against eager torch", "against `torch.compile`", "against others"]
+    return table(header, rows).split("\n")
+
+
+def small_calls() -> tuple[str, ...]:
+    """Fastest and slowest small call without gradients, and the share of those within 10 µs."""
+    calls = [row for row in measured()["overhead"] if "without gradient" in row.case]
+    times = [1e6 * row.seconds[row.ours] for row in calls]
+    within = sum(value <= 10 for value in times)
+    return f"{min(times):.1f}", f"{max(times):.0f}", str(within), str(len(times))
+
+
 # -- README ------------------------------------------------------------------------------------------------------------
 
 
@@ -669,8 +757,11 @@ def _readme() -> Page:
     worst = {row: dra("ablations", row, "worst loss") for row in ("full", "none of the three", "robust weights only")}
     return Page(
         "README.md",
-        {},
+        {"operators": operators},
         (
+            said("takes {} to {} µs in all, {} of {} cases at most 10", *small_calls()),
+            said("{} MB instead of {}", *(f"{operator_row('contrast', 'B=4096').peak_bytes[name] / 1e6:.0f}"
+                                          for name in ("fedkern", "eager"))),
             said("{} % out of distribution against FedAvg's {} and FedDyn's {}", percent(gid),
                  centre(ood(GID_ALL, "FedAvg", "0.8")), centre(ood(f"{GID_ALL}_baselines", "FedDyn", "0.8"))),
             said("{} with the best of seven settings", centre(tuned)),
