@@ -1,6 +1,7 @@
 """Every number on the methods' pages is in benchmarks/results, or is a setting."""
 
 import re
+import shlex
 from statistics import mean, stdev
 
 import pytest
@@ -8,6 +9,10 @@ import pytest
 from benchmarks import page_figures, pages
 from benchmarks.page_commands import commands
 from benchmarks.pages import Page, said
+from benchmarks.study_fusefl import AS_RELEASED
+from fedkern.cli.flags import parse
+from fedkern.cli.request import effective
+from fedkern.methods.fediod_options import PUBLISHED
 
 BY_PATH = {page.path: page for page in page_figures.PAGES}
 PAGE = Page("docs/some.md", {"rates": lambda: ["| 1.5 |"]}, (said("has {} % here", "40.3 ± 3.2"),), (r"arXiv 2410\.1",))
@@ -88,3 +93,22 @@ def test_a_pages_command_gave_its_tables_figure(method):
     assert abs(row["figure"] - mean(values)) <= 2 * stdev(values)
     page = (pages.ROOT / f"docs/{method}.md").read_text()
     assert row["command"] in " ".join(page.replace("\\\n", " ").split())
+
+
+def test_the_readmes_published_commands_are_the_published_settings():
+    text = (pages.ROOT / "README.md").read_text().replace("\\\n", " ")
+    found = {}
+    published = r"^python -m fedkern\.run (.*(?:--lr-steps|preset=code|ccvr_compat).*)$"
+    for line in re.findall(published, text, re.MULTILINE):
+        config = effective(parse(shlex.split(line)))
+        found[config.method] = config
+    assert set(found) == {"fusefl", "fedlpfm", "fediod"}
+    fuse = found["fusefl"].options
+    assert {name: fuse[name] for name in AS_RELEASED} == AS_RELEASED
+    assert found["fusefl"].model == "resnet18"
+    assert fuse["width"] == "20"
+    code = found["fediod"]
+    assert code.partition == "dirichlet:1.0:plain"  # neither balanced nor shuffled within a class
+    assert {name: code.options[name] for name in PUBLISHED} == PUBLISHED
+    assert (code.options["diversity"], code.options["js_sign"], code.options["holdout"]) == ("reverse_kl", 1, 0)
+    assert (found["fedlpfm"].rounds, found["fedlpfm"].lr, found["fedlpfm"].weight_decay) == (600, 0.01, 5e-4)
