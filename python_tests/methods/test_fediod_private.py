@@ -30,7 +30,7 @@ needs_accounting = pytest.mark.skipif(
 
 def Options(**settings):
     """FedIOD's, settled, with small steps and noise that can be repeated."""
-    return settle(IODOptions(**{"batch": 8, "iterations": 5, "noise": "seed", **settings}))
+    return settle(IODOptions(**{"preset": "paper", "batch": 8, "iterations": 5, "noise": "seed", **settings}))
 
 
 class Client:
