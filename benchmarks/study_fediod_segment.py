@@ -53,7 +53,9 @@ def cut_tiles(source: Path, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     lines = ["image,mask,split,client"]
     for number in range(SLICES):
-        image, label = (np.asarray(Image.open(source / kind / f"{number}.png")) for kind in ("image", "label"))
+        image, label = (
+            np.asarray(Image.open(source / kind / f"{number}.png", formats=["PNG"])) for kind in ("image", "label")
+        )
         split = "test" if number in TEST else "val" if number in VALIDATION else "train"
         client = str(number * CLIENTS // VALIDATION[0]) if split == "train" else ""
         for top in range(0, image.shape[0], SIDE):
