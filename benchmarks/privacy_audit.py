@@ -37,7 +37,7 @@ from fedkern.engine.samples import ClientData
 from fedkern.methods import fediod_private
 from fedkern.methods.base import Objective, Step
 from fedkern.methods.fediod_options import IODOptions, settle
-from fedkern.privacy import DPSGD, LEDGER
+from fedkern.privacy import DPSGD, IMAGE, LEDGER
 from fedkern.privacy.audit import audit, claimed_mu
 from fedkern.report import plots
 from fedkern.streams import stream
@@ -69,6 +69,7 @@ class Client:
 
     def __init__(self, seed: int, samples: int = 2) -> None:
         self.id, self.samples, self.seed = 0, samples, seed
+        self.unit, self.patients = IMAGE, None
         self.state: dict[str, Any] = {}
         self.report: dict[str, Any] = {}
         self.labels = torch.zeros(samples, dtype=torch.int64)

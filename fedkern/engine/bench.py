@@ -74,9 +74,11 @@ class Bench:
         self.uploaded: list[Message] = []  # every client's raw data, where they are put together
 
     def _federation(self) -> Federation:
+        splits = self.data.clients
         return Federation(
             rounds=self.config.rounds,
-            samples=tuple(self.declared(split) for split in self.data.clients),
+            # The outline of a finished run has no splits, and sizes that were declared then.
+            samples=tuple(map(self.declared, splits)) if splits else self.data.client_sizes,
             classes=len(self.data.classes),
             local_epochs=self.config.local_epochs,
             unit=self.config.unit,

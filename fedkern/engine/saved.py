@@ -66,7 +66,7 @@ def about_network(bench: Bench, config: RunConfig, rounds: int, flat: bool) -> d
     if flat and lacks_statistics(bench, config):
         about["statistics"] = "batch"
     # What only the method can build again is told from a network of the run by this key.
-    return about if flat else {**about, "samples": list(data.client_sizes)}
+    return about if flat else {**about, "samples": list(bench.federation.samples)}
 
 
 def lacks_statistics(bench: Bench, config: RunConfig) -> bool:
@@ -147,8 +147,8 @@ def read_model(out: Path | str, trusted: Collection[str] = ()) -> tuple[nn.Modul
         raise UserError(f"{out} has no {MODEL}: {way_out}.") from None
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}): {_again(out)}.") from None
-    _check_written(Path(out))
     network = _rebuilt(Path(out), about, trusted) if "samples" in about else _plain(about)
+    _check_written(Path(out))
     if about.get("statistics") == "batch":
         _forget_statistics(network)
     try:

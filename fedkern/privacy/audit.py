@@ -113,28 +113,6 @@ def claimed_mu(ledger: Mapping[str, Sequence[Sequence[Any]]], false_positives: f
     return float(_mu(false_positives, _least_negatives(Accountant(ledger).epsilon, false_positives)))
 
 
-def gdp_epsilon(mu: float, delta: float) -> float:
-    """The epsilon at ``delta`` of a mu-GDP mechanism (Dong, Roth and Su, corollary 1), 0 where delta alone covers it.
-
-    Raises:
-        ValueError: mu is negative or not finite, or delta not in (0, 1).
-    """
-    if not 0 <= mu < math.inf or not 0 < delta < 1:
-        raise ValueError(f"mu must be finite and at least 0 and delta in (0, 1), not {mu} and {delta}")
-    from scipy.optimize import brentq
-    from scipy.special import log_ndtr, ndtr
-
-    def excess(epsilon: float) -> float:
-        return float(ndtr(mu / 2 - epsilon / mu) - math.exp(epsilon + log_ndtr(-mu / 2 - epsilon / mu))) - delta
-
-    if mu == 0 or excess(0.0) <= 0:
-        return 0.0
-    high = 1.0
-    while excess(high) > 0:
-        high *= 2
-    return float(brentq(excess, 0.0, high, xtol=1e-9))
-
-
 # -- one test ----------------------------------------------------------------------------------------------------------
 
 

@@ -122,6 +122,8 @@ def test_no_file_of_a_private_run_tells_a_clients_figure(options, make_data, mak
     places = hits(tmp_path / "all", told[3], secret)
     assert {"metrics.jsonl", "summary.json"} <= set(places)  # looked for in the right form
     assert find_spec("tensorboard") is None or any(path.startswith("tensorboard/") for path in places)
+    # A fraction of few images may also be the model's own figure on a test set, which is told.
+    secret = [value for value in secret if value not in private[0]["metrics"].values()]
     assert hits(tmp_path / "private", private[3], secret) == {}
 
     tags = [path.read_bytes() for path in (tmp_path / "private").rglob("events.*")]

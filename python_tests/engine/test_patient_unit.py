@@ -202,7 +202,7 @@ def test_a_run_says_its_unit_everywhere_and_pays_for_it(federation, make_config,
     }  # fmt: skip
     config = make_config(
         "fediod", model="cnn-gn", width=4, rounds=2, options=options, grad_cam=0, privacy_unit="patient",
-        patient_images=3,
+        patient_images=3, records="all",
     )  # fmt: skip
     text = io.StringIO()
     summary = run(config, out=tmp_path / "run", data=federation, listener=Lines(Console(file=text, width=200)))
@@ -211,7 +211,7 @@ def test_a_run_says_its_unit_everywhere_and_pays_for_it(federation, make_config,
     assert "when one of its patients (each with at most 3 images) is replaced" in private["statement"]
     assert "differential privacy of every patient: one of a client's patients (each with at most 3" in text.getvalue()
     assert "training images of 30 patients" in text.getvalue()
-    assert summary["privacy"]["epsilon"] > max(private["channels"].values()) > 0
+    assert summary["privacy"]["epsilon_covered"] > max(private["channels"].values()) > 0
     assert set(private["channels"]) == {"discriminator", "teacher", "histogram"}
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert {info["samples"] for record in records for info in record["clients"].values()} == {30}
@@ -232,4 +232,4 @@ def test_an_image_is_the_unit_where_nothing_else_is_said(make_data, make_config,
     assert "differential privacy of every image: one of a client's images is replaced" in text.getvalue()
     once = Accountant()
     once.gaussian("discriminator", privacy.multiplier(50.0, 4))
-    assert summary["privacy"]["epsilon"] == once.epsilon(1e-5)
+    assert summary["privacy"]["epsilon_covered"] == once.epsilon(1e-5)

@@ -22,7 +22,7 @@ OPTIONS = {
 
 @pytest.fixture(params=[2])
 def cut(request, make_data, make_config, tmp_path):
-    """A run that was killed when client 1 of a round was about to release its first gradients, after client 0."""
+    """A run killed when client 1 of a round was about to hand its first gradients to the server, after client 0."""
     pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install 'fedkern[privacy]')")
     data = make_data(two_tests=False)
     config = make_config("fediod", rounds=2, options=OPTIONS, grad_cam=0)
@@ -44,15 +44,15 @@ def test_what_is_released_again_counts_once(cut):
     plan = Checkpoints(out).peek()["plan"]
     before = kept(out)
     assert [row[1:3] for row in before if row[0] == plan] == [["images 0", 0], ["images 0", 1], ["images 0", 2],
-                                                              ["gradients 0", 0]]  # fmt: skip
+                                                              ["gradients 0", 0], ["gradients 0", 1]]  # fmt: skip
     once = Accountant()
     once.gaussian("discriminator", fediod_private.multiplier(9.0, 4), steps=4)
-    assert go_on()["privacy"]["epsilon"] == once.epsilon(1e-5)
+    assert go_on()["privacy"]["epsilon_covered"] == once.epsilon(1e-5)
     # What a kept checkpoint would replay is there, nothing older.
     entries = Checkpoints(out)._read_manifest()
     rows = kept(out)
     assert {row[0] for row in rows} == {entries[0]["plan"]}
-    assert [row for row in rows if row[0] == plan][:4] == [row for row in before if row[0] == plan]
+    assert [row for row in rows if row[0] == plan][:5] == [row for row in before if row[0] == plan]
 
 
 @pytest.mark.parametrize("cut", [1], indirect=True)

@@ -242,7 +242,8 @@ def test_what_a_refused_client_has_released_stays_booked(make_data, make_config,
     monkeypatch.setitem(METHODS, "fediod", poisoned(METHODS["fediod"], nan))
     config = make_config("fediod", model="cnn", grad_cam=0, rounds=1, on_nan="skip", options=tiny)
     summary = run(config, out=tmp_path, data=make_data())
-    said = 'Client 1\'s upload before the first round ("teacher") holds NaN or infinite values in classes'
+    # What an upload that nobody paid for holds is not told.
+    said = 'Client 1\'s upload before the first round ("teacher") is not as declared'
     assert summary["diagnostics"]["refused-upload-1"].startswith(said)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.open()

@@ -99,7 +99,7 @@ def test_nothing_is_promised_where_nothing_is_private():
 def test_options_settle_the_noise():
     server = SimpleNamespace(state={}, federation=Federation(2, (50, 50), 10), warn=None)
     privacy.prepare(server, options(sigma_d=1.0, histogram_noise=3.0))
-    assert server.state == {"privacy": {"sigma_d": 1.0}}
+    assert server.state == {"privacy": {"sigma_d": 1.0, "steps": 10}}
 
 
 def test_the_warning_names_what_is_covered_what_is_not_and_the_way_out():

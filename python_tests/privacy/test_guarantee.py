@@ -26,7 +26,7 @@ def test_a_part_has_another_name_and_is_called_a_part():
     said = Guarantee(1e-5, {"noise": "the noise"}, {"labels": "the labels"}, follows="the model")
     assert said.figure == "epsilon_covered"
     assert said.statement(8.0) == (
-        "Epsilon 8 at delta 1e-05, the largest of any client when one of its records is replaced, is of a part of what "
+        "Epsilon 8 at delta 1e-05, the largest of any client when one of its images is replaced, is of a part of what "
         "the clients release while the run's seed stays secret; it covers the noise, but not the labels: the whole "
         "release has no epsilon."
     )
