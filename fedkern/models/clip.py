@@ -16,6 +16,7 @@ from fedkern.errors import UserError
 from fedkern.files import expand
 from fedkern.inputs import read_json
 from fedkern.models.pretrained import (
+    check_adapter,
     check_complete,
     check_folder,
     content_hash,
@@ -93,6 +94,8 @@ class ClipTeacher(Teacher):
         kind: Any = transformers.CLIPModel  # its types do not know that it may return a pair
         try:
             with quiet(transformers):
+                if not local:
+                    check_adapter(transformers, where)
                 network, told = kind.from_pretrained(where, output_loading_info=True, **weights(local=local))
                 tokenizer = transformers.AutoTokenizer.from_pretrained(where, **without_code(local=local))
                 found = cached_file(

@@ -14,7 +14,15 @@ from torch.nn import functional
 from fedkern.errors import UserError
 from fedkern.files import expand
 from fedkern.inputs import read_json
-from fedkern.models.pretrained import check_folder, content_hash, quiet, unloadable, weights, without_code
+from fedkern.models.pretrained import (
+    check_adapter,
+    check_folder,
+    content_hash,
+    quiet,
+    unloadable,
+    weights,
+    without_code,
+)
 
 BOX_THRESHOLD, TEXT_THRESHOLD = 0.35, 0.25
 
@@ -131,6 +139,8 @@ class GroundingDino:
             check_folder(self._folder, "detector")
         try:
             with quiet(transformers):
+                if not local:
+                    check_adapter(transformers, where)
                 network = transformers.GroundingDinoForObjectDetection.from_pretrained(where, **weights(local=local))
                 tokenizer = transformers.AutoTokenizer.from_pretrained(where, **without_code(local=local))
                 settings = cached_file(

@@ -13,7 +13,13 @@ from typing import Any
 from torch import nn
 
 from fedkern.errors import UserError
-from fedkern.inputs import read_json, special
+from fedkern.inputs import read_json, special, standing
+
+ADAPTER = "adapter_config.json"
+_UNADAPTED = (
+    f"a PEFT adapter ({ADAPTER}), whose file names the network that it belongs to and code to load: merge the adapter "
+    "into that network with PEFT's merge_and_unload() and save the result with save_pretrained"
+)
 
 
 def without_code(*, local: bool) -> dict[str, Any]:
@@ -31,7 +37,9 @@ def weights(*, local: bool) -> dict[str, Any]:
 
 
 def check_folder(folder: Path, what: str) -> None:
-    """Raises UserError where transformers would wait for a named pipe, or run a kernel of the hub that a file names.
+    """Raises UserError for a folder that makes transformers wait for a named pipe, or load what a file names elsewhere.
+
+    A file can name a kernel of the hub, or the base network of a PEFT adapter.
 
     Args:
         folder: local.
@@ -40,6 +48,8 @@ def check_folder(folder: Path, what: str) -> None:
     for path in (*folder.iterdir(), *folder.glob("*/*")):
         if kind := special(path):
             raise UserError(f"the folder {folder} of the {what} has {kind}, {path.name}: put a regular file there.")
+    if standing(folder / ADAPTER) != "missing":
+        raise UserError(f"the folder {folder} of the {what} holds {_UNADAPTED}.")
     try:
         config = read_json(folder / "config.json")
     except (OSError, ValueError):
@@ -50,6 +60,12 @@ def check_folder(folder: Path, what: str) -> None:
             f"the config.json of the {what} in {folder} names code to be downloaded and run (attn_implementation "
             f"{kernels[0]}): take that entry out."
         )
+
+
+def check_adapter(transformers: Any, name: str) -> None:
+    """Raises ValueError where the hub has a PEFT adapter under ``name``; of a local folder check_folder tells."""
+    if transformers.utils.find_adapter_config_file(name) is not None:
+        raise ValueError(f"it is {_UNADAPTED}.")
 
 
 def _named(value: Any, ending: str) -> Iterator[str]:

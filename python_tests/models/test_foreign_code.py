@@ -121,6 +121,40 @@ def test_a_folder_with_a_pipe_or_a_kernel_of_the_hub(folder: Path, load: Any) ->
         load(folder)
 
 
+@pytest.mark.parametrize("load", [clip, dino, image, text])
+@pytest.mark.parametrize("complete", [False, True])
+def test_a_folder_with_an_adapter(tmp_path: Path, load: Any, complete: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would load the base network that the adapter's file names, or the adapter itself."""
+    path = tmp_path / "network"
+    path.mkdir()
+    (path / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(tmp_path / "elsewhere"), "peft_type": "LORA"})
+    )
+    if complete:
+        small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        transformers.BertModel(transformers.BertConfig(**small, vocab_size=8)).save_pretrained(path)
+    loaded = [transformers.AutoModel, transformers.PreTrainedModel, transformers.AutoTokenizer, transformers.AutoConfig]
+    for kind in loaded:
+        monkeypatch.setattr(kind, "from_pretrained", lambda *_, **__: pytest.fail("transformers was asked"))
+    with pytest.raises(UserError, match=r"holds a PEFT adapter \(adapter_config\.json\).*merge_and_unload") as said:
+        load(path)
+    assert str(path) in str(said.value)
+
+
+@pytest.mark.parametrize("load", [clip, dino])
+def test_an_adapter_of_the_hub(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(
+        transformers.utils, "find_adapter_config_file", lambda name: asked.append(name) or "adapter_config.json"
+    )
+    monkeypatch.setattr(
+        transformers.PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("transformers was asked")
+    )
+    with pytest.raises(UserError, match=r"from somebody/adapter.*it is a PEFT adapter \(adapter_config\.json\)"):
+        load("somebody/adapter")
+    assert asked == ["somebody/adapter"]
+
+
 def test_everything_is_loaded_without_code() -> None:
     """Whatever is loaded from files, anywhere in the package, is loaded in the one way that runs nothing."""
     seen = {"from_pretrained": 0, "load": 0, "open": 0}
