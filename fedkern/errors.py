@@ -34,9 +34,18 @@ def printable(text: str) -> str:
     if len(text) > WORD:
         text = re.sub(rf"\S{{{WORD + 1},}}", lambda word: _cut(word[0], WORD), text)
         text = _cut(text, MESSAGE)
+    return _escaped(text, "\n\t")
+
+
+def printable_name(text: str, most: int) -> str:
+    """A name as one line of at most ``most`` characters: controls and line ends as escapes, without its middle."""
+    return _cut(_escaped(text), most)
+
+
+def _escaped(text: str, kept: str = "") -> str:
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
 
 
 def _cut(text: str, most: int) -> str:

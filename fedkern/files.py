@@ -59,7 +59,7 @@ def check_text(text: str, what: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        shown = text.encode(errors="surrogateescape").decode(errors="backslashreplace")
+        shown = text.encode(errors="backslashreplace").decode().replace("\\udc", "\\x")  # bytes, as Python reads them
         raise UserError(
             f'{what} "{shown}" has bytes that are not UTF-8: rename the file or folder, or take a link to it.'
         ) from None

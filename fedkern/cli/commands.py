@@ -140,6 +140,7 @@ def run(request: Request) -> int:
 def _run(request: Request, config: RunConfig, out: Path) -> int:
     from fedkern import engine
     from fedkern.methods import METHODS
+    from fedkern.report.names import say
     from fedkern.report.progress import display
 
     if request.resume is None:  # what it names was given by flags, or in a file that was named
@@ -157,9 +158,9 @@ def _run(request: Request, config: RunConfig, out: Path) -> int:
         shown.close()
         how = "terminated" if isinstance(stop, Terminated) else "interrupted"
         if (out / "config.toml").exists():
-            shown.console.print(f"{how}; continue with: {PROGRAM} --resume {quote(out)}", **_PLAIN)
+            say(shown.console, f"{how}; continue with: {PROGRAM} --resume {quote(out)}")
         else:
-            shown.console.print(f"{how} before anything was written; start again.", **_PLAIN)
+            say(shown.console, f"{how} before anything was written; start again.")
         return 143 if isinstance(stop, Terminated) else 130
     finally:
         shown.close()
@@ -177,9 +178,6 @@ def _board() -> Any:
     from fedkern.report.tensorboard import TensorBoard
 
     return TensorBoard()
-
-
-_PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
 
 
 def _stored(request: Request) -> RunConfig:
@@ -239,6 +237,7 @@ def _close(request: Request, config: RunConfig, out: Path, summary: Mapping[str,
     if request.quiet:
         print(out)
         return
+    from fedkern.report.names import say
     from fedkern.report.progress import terminal
     from fedkern.report.tables import final_table
 
@@ -246,17 +245,17 @@ def _close(request: Request, config: RunConfig, out: Path, summary: Mapping[str,
     console.print(final_table(summary))
     names = sorted({str(name) for name in _diagnostics(summary)})
     if names:
-        console.print(f"warnings: {', '.join(names)} (see diagnostics in {out / 'summary.json'})", **_PLAIN)
-    console.print(f"run folder: {out}", **_PLAIN)
+        say(console, f"warnings: {', '.join(names)} (see diagnostics in {out / 'summary.json'})")
+    say(console, f"run folder: {out}")
     if pictures:
-        console.print(f"pictures:   {', '.join(path.name for path in pictures)}", **_PLAIN)
+        say(console, f"pictures:   {', '.join(path.name for path in pictures)}")
     baseline = _baseline(config.method)
     if config.method != baseline:
         from fedkern.methods import METHODS
 
         name = METHOD_NAMES.get(baseline, baseline)
         same = config if METHODS[baseline].takes_teachers else config.replace(teachers=None)
-        console.print(f"{name} on the same split: {command_line(baseline, same)}", **_PLAIN)
+        say(console, f"{name} on the same split: {command_line(baseline, same)}")
 
 
 METHOD_NAMES = {"fedavg": "FedAvg", "oneshot-fedavg": "one-shot FedAvg"}

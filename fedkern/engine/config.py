@@ -18,7 +18,7 @@ from fedkern.data.registry import read_options
 from fedkern.engine import toml
 from fedkern.engine.defaults import COMMON, default_data, defaults
 from fedkern.errors import UserError, nearest
-from fedkern.files import absolute, absolute_folder
+from fedkern.files import absolute, absolute_folder, check_text
 from fedkern.inputs import read_text, special
 from fedkern.methods import registry
 from fedkern.methods.options import Knob, knobs, option
@@ -188,6 +188,9 @@ class RunConfig:
             raise UserError("--patient-images is for --privacy-unit patient: give that too, or leave it out.")
         if self.momentum >= 1:
             raise UserError("--momentum must be below 1; at 1 the velocity never decays.")
+        for name, value in (*self.to_dict().items(), *self.options.items(), *self.data_options.items()):
+            if isinstance(value, str):
+                check_text(value, f"the setting {name}")
 
     @property
     def trained_clients(self) -> int:

@@ -13,6 +13,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from fedkern.errors import MESSAGE
+from fedkern.report.names import plain, say
 from fedkern.report.tables import human_bytes
 
 PACKAGES = (
@@ -176,42 +178,46 @@ def show(console: Console, report: dict[str, Any] | None = None) -> None:
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
+
+    def add(name: str, value: object) -> None:
+        facts.add_row(name, plain(value, most=MESSAGE))
+
     present = {name: version for name, version in report["versions"].items() if version != "not installed"}
     absent = [name for name, version in report["versions"].items() if version == "not installed"]
-    facts.add_row("versions", ", ".join(f"{name} {version}" for name, version in present.items()))
+    add("versions", ", ".join(f"{name} {version}" for name, version in present.items()))
     if absent:
-        facts.add_row("not installed", ", ".join(absent))
-    facts.add_row("system", f"{platform.system()} {platform.machine()}, {sys.executable}")
+        add("not installed", ", ".join(absent))
+    add("system", f"{platform.system()} {platform.machine()}, {sys.executable}")
     cpu = report["cpu"]
-    facts.add_row("processor", f"{cpu['name']}, {cpu['cores']} cores")
+    add("processor", f"{cpu['name']}, {cpu['cores']} cores")
     if "problem" in cpu:
-        facts.add_row("CPU core", f"not used: {cpu['problem']}")
+        add("CPU core", f"not used: {cpu['problem']}")
     else:
         forced = " (forced by FEDKERN_CPU_ISA)" if cpu["forced"] else ""
-        facts.add_row("CPU core", f"{cpu['active']}{forced}; this machine can run {', '.join(cpu['available'])}")
+        add("CPU core", f"{cpu['active']}{forced}; this machine can run {', '.join(cpu['available'])}")
     if report["stale"]:
         from fedkern.ops import loading
 
         names = " and ".join(report["stale"])
-        facts.add_row("outdated", f"{names}: not built from the csrc/ beside the package; {loading.REBUILD}")
+        add("outdated", f"{names}: not built from the csrc/ beside the package; {loading.REBUILD}")
     thread = report["threads"]
     limits = [f"{name}={thread[name] or 'unset'}" for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")]
-    facts.add_row("threads", f"{thread['torch']} ({', '.join(limits)}, {thread['usable cores']} cores usable)")
+    add("threads", f"{thread['torch']} ({', '.join(limits)}, {thread['usable cores']} cores usable)")
     cuda = report["cuda"]
     for gpu in cuda["gpus"]:
         busy = "" if gpu["utilisation"] is None else f", {gpu['utilisation']} % busy"
         used = f"{human_bytes(gpu['used'])} of {human_bytes(gpu['memory'])} used"
-        facts.add_row("GPU", f"{gpu['name']}, {used}{busy}, driver {gpu['driver']}")
+        add("GPU", f"{gpu['name']}, {used}{busy}, driver {gpu['driver']}")
     if not cuda["gpus"]:
-        facts.add_row("GPU", f"none of NVIDIA's ({cuda['reason']})" if cuda["hip"] else f"none ({cuda['reason']})")
+        add("GPU", f"none of NVIDIA's ({cuda['reason']})" if cuda["hip"] else f"none ({cuda['reason']})")
     build = f"CUDA {cuda['torch']}" if cuda["torch"] else "no CUDA (a CPU build)"
     if cuda["hip"]:
         build = (
             f"ROCm (HIP {cuda['hip']}), where no kernel was ever tried: the reference serves unless another is forced"
         )
-    facts.add_row("torch is built for", f"{build}; torch.cuda.is_available() is {cuda['available']}")
+    add("torch is built for", f"{build}; torch.cuda.is_available() is {cuda['available']}")
     if report["forced_backend"] or report["problem"]:
-        facts.add_row("forced backend", report["forced_backend"] or f"none: {report['problem']}")
+        add("forced backend", report["forced_backend"] or f"none: {report['problem']}")
     console.print(facts)
     console.print()
     console.print(_operator_table(report["operators"]))
@@ -222,7 +228,7 @@ def show(console: Console, report: dict[str, Any] | None = None) -> None:
     counts = {b: sum(row["backend"] == b for row in report["operators"]) for b in _backends(report["operators"])}
     for (name, reason), who in reasons.items():
         scope = "all operators" if len(who) == counts[name] else ", ".join(who)
-        console.print(f"{name} does not serve {scope}: {reason}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"{name} does not serve {scope}: {reason}")
 
 
 def _backends(rows: list[dict[str, Any]]) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedkern.models import StagedNetwork, grad_cam, mass_inside
+from fedkern.report.names import TITLE, label
 from fedkern.report.plots import new_figure, save
 
 _NAMES = {"id": "in distribution", "ood": "out of distribution", "": "test"}
@@ -66,8 +67,8 @@ def draw(
             picture = images[i].permute(1, 2, 0).numpy()
             picture = np.repeat(picture, 3, axis=2) if picture.shape[2] == 1 else picture
             top.imshow(picture, interpolation="nearest")
-            truth, guess = classes[int(labels[i])], classes[int(predicted[i])]
-            right = truth == guess
+            truth, guess = label(classes[int(labels[i])]), label(classes[int(predicted[i])])
+            right = int(labels[i]) == int(predicted[i])
             top.set_title(
                 truth if right else f"{truth}, taken\nfor {guess}", fontsize=9, color="#222222" if right else "#D55E00"
             )
@@ -80,12 +81,12 @@ def draw(
                 if not bool(shares[i].isnan()):
                     bottom.set_title(f"{100 * float(shares[i]):.0f} % inside", fontsize=9)
         grid[2 * block, 0].text(
-            -0.12, 0.5, _NAMES.get(name, name), transform=grid[2 * block, 0].transAxes, rotation=90, fontsize=10,
+            -0.12, 0.5, label(_NAMES.get(name, name)), transform=grid[2 * block, 0].transAxes, rotation=90, fontsize=10,
             ha="right", va="center",
         )  # fmt: skip
         grid[2 * block + 1, 0].text(
             -0.12, 0.5, "Grad-CAM", transform=grid[2 * block + 1, 0].transAxes, rotation=90, fontsize=10,
             ha="right", va="center",
         )  # fmt: skip
-    figure.suptitle(title, fontsize=12, x=0.01, ha="left")
+    figure.suptitle(label(title, TITLE), fontsize=12, x=0.01, ha="left")
     save(figure, path)

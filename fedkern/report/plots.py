@@ -6,6 +6,7 @@ Okabe and Ito, which people with every kind of colour vision can tell apart.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 from fedkern.engine import atomic
 from fedkern.methods.evaluate import MAIN_FIGURES
+from fedkern.report.names import TITLE, label
 from fedkern.report.tables import split_metric
 
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
@@ -32,12 +34,17 @@ _STYLES = {
 def save(figure: Figure, path: Path) -> None:
     """Writes a PNG completely or not at all; its texts as they are, since a class may have ``$`` in its name.
 
+    A character that the font lacks is drawn as a box, and nothing is said of it.
+
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
     for text in figure.findobj(Text):
         text.set_parse_math(False)
-    atomic.write(path, FigureCanvasAgg(figure).print_png)
+        text.set_usetex(False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph .* missing from font", UserWarning)
+        atomic.write(path, FigureCanvasAgg(figure).print_png)
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -80,9 +87,9 @@ def accuracy_curves(records: Sequence[Mapping[str, Any]], path: Path, *, title: 
     ends = []
     for name in order:
         rounds, values = curves[name]
-        colour, dashes, marker, label = _STYLES.get(name, (GREEN, "-", "^", name))
+        colour, dashes, marker, called = _STYLES.get(name, (GREEN, "-", "^", name))
         every = max(1, len(rounds) // 12)
-        axes.plot(rounds, values, dashes, color=colour, marker=marker, markevery=every, ms=5, lw=2, label=label)
+        axes.plot(rounds, values, dashes, color=colour, marker=marker, markevery=every, ms=5, lw=2, label=label(called))
         if name != "validation":
             ends.append((values[-1], colour))
     # The last value of each curve beside its end, moved down where it would cover the one above.
@@ -95,7 +102,7 @@ def accuracy_curves(records: Sequence[Mapping[str, Any]], path: Path, *, title: 
         )  # fmt: skip
     axes.set_xlabel("communication round", fontsize=12)
     axes.set_ylabel(f"{'Dice' if main == 'dice' else main} (%)", fontsize=12)
-    axes.set_title(title, fontsize=13, loc="left")
+    axes.set_title(label(title, TITLE), fontsize=13, loc="left")
     axes.set_ylim(0, 102)
     axes.set_xlim(min(min(rounds) for rounds, _ in curves.values()) - 0.5, last + 0.5)
     axes.xaxis.set_major_locator(_whole())
@@ -120,7 +127,9 @@ def partition_picture(statistics: Any, path: Path, *, title: str) -> None:
     numbers = clients <= 20 and classes <= 20
     width = min(3.2 + 0.55 * classes, 14.0) if numbers else min(4.0 + 0.12 * classes, 14.0)
     height = min(1.9 + 0.42 * clients, 12.0) if numbers else min(2.5 + 0.06 * clients, 12.0)
-    figure = new_figure(max(width, 5.0), max(height, 3.0))
+    names = [label(name) for name in statistics.classes]
+    room = max(len(name) for name in names) / 20 if classes <= 20 else 0.0  # for names at an angle
+    figure = new_figure(max(width, 5.0) + room, max(height, 3.0) + room)
     axes = figure.subplots()
     top = max(int(counts.max(initial=0)), 1)
     image = axes.imshow(counts, cmap="Blues", vmin=0, vmax=top, aspect="auto", interpolation="nearest")
@@ -129,7 +138,6 @@ def partition_picture(statistics: Any, path: Path, *, title: str) -> None:
             for c in range(classes):
                 colour = "white" if counts[k, c] > 0.55 * top else "#222222" if counts[k, c] else "#aaaaaa"
                 axes.text(c, k, str(counts[k, c]), ha="center", va="center", fontsize=10, color=colour)
-    names = list(statistics.classes)
     if classes <= 20:
         long = max(len(name) for name in names) > 5
         axes.set_xticks(range(classes), names, rotation=40 if long else 0, ha="right" if long else "center")
@@ -138,7 +146,7 @@ def partition_picture(statistics: Any, path: Path, *, title: str) -> None:
     axes.set_xlabel("class", fontsize=12)
     axes.set_ylabel("client", fontsize=12)
     axes.tick_params(labelsize=11, length=0 if numbers else 3)
-    axes.set_title(title, fontsize=13, loc="left")
+    axes.set_title(label(title, TITLE), fontsize=13, loc="left")
     bar = figure.colorbar(image, ax=axes, pad=0.02, ticks=_whole())
     bar.set_label("training samples", fontsize=12)
     bar.ax.tick_params(labelsize=11)

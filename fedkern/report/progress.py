@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.text import Text
 
 from fedkern.engine.events import Listener, RunInfo
+from fedkern.errors import MESSAGE
 from fedkern.methods.evaluate import MAIN_FIGURES
+from fedkern.report.names import label, plain, say
 from fedkern.report.tables import covering, human_bytes, human_metric, human_time, partition_table, split_metric
 
 PIPE_WIDTH = 120
@@ -76,7 +78,7 @@ def line(record: Mapping[str, Any], remaining: float | None) -> str:
 
 def named(name: str) -> str:
     """A round's name where it says more than that it trains."""
-    return "" if name in ("", "train") else f" ({name})"
+    return "" if name in ("", "train") else f" ({label(name)})"
 
 
 class _Clock:
@@ -98,9 +100,8 @@ class Warnings(Listener):
         self.console = console
 
     def on_warning(self, name: str, text: str) -> None:
-        self.console.print(
-            f"[yellow]warning[/yellow] ({escape(name)}): {escape(text)}", soft_wrap=True, highlight=False
-        )
+        said = Text("warning", "yellow").append(plain(f" ({name}): {text}", most=MESSAGE))
+        self.console.print(said, soft_wrap=True)
 
     def close(self) -> None:
         """Leaves the terminal as it was; safe to call twice, and after an interruption."""
@@ -115,20 +116,20 @@ class Lines(Warnings):
 
     def on_start(self, run: RunInfo) -> None:
         for text in headline(run):
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            say(self.console, text)
         if run.private:
-            self.console.print(UNSHOWN, highlight=False, markup=False, soft_wrap=True)
+            say(self.console, UNSHOWN)
         elif run.data is not None:
             self.console.print(partition_table(run.data.statistics))
         self.clock = _Clock()
 
     def on_notice(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(self.console, text)
 
     def on_round(self, record: Mapping[str, Any]) -> None:
         remaining = self.clock.remaining(record["round"], record["rounds"])
         if main_figures(record) or record["round"] == record["rounds"] or named(record.get("name", "")):
-            self.console.print(line(record, remaining), highlight=False, markup=False, soft_wrap=True)
+            say(self.console, line(record, remaining))
 
 
 class Live(Lines):
@@ -138,7 +139,7 @@ class Live(Lines):
         super().__init__(console)
         self.progress = Progress(
             SpinnerColumn(),
-            TextColumn("round {task.fields[round]}/{task.fields[rounds]}{task.fields[name]}"),
+            TextColumn("round {task.fields[round]}/{task.fields[rounds]}{task.fields[name]}", markup=False),
             BarColumn(bar_width=30),
             TextColumn("{task.fields[accuracy]}", style="bold"),
             TextColumn("{task.fields[traffic]}"),

@@ -13,6 +13,7 @@ from matplotlib import colormaps
 from torch import Tensor, nn
 
 from fedkern.report.gradcam import choose
+from fedkern.report.names import TITLE, label
 from fedkern.report.plots import new_figure, save
 
 ROWS = ("image", "truth", "model")
@@ -46,8 +47,10 @@ def draw(model: nn.Module, split: Any, inputs: Tensor, path: Path, *, classes: S
             if column == 0:
                 axes.set_ylabel(ROWS[row], fontsize=12)
     for number, name in enumerate(classes[1:11]):
-        figure.text(0.02 + 0.95 * number / min(len(classes) - 1, 10), 0.005, name, color=colours[number], fontsize=11)
-    figure.suptitle(title, fontsize=13, x=0.01, ha="left")
+        figure.text(
+            0.02 + 0.95 * number / min(len(classes) - 1, 10), 0.005, label(name), color=colours[number], fontsize=11
+        )
+    figure.suptitle(label(title, TITLE), fontsize=13, x=0.01, ha="left")
     figure.get_layout_engine().set(rect=(0, 0.05, 1, 0.95))  # type: ignore[union-attr, call-arg]
     save(figure, path)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fedkern.engine.shown import Shown
+from fedkern.report.names import TITLE, label
 from fedkern.report.plots import new_figure, save
 
 TABLES = 4  # tables side by side, evenly over the run
@@ -42,7 +43,7 @@ def images(entries: Sequence[Shown], path: Path, *, title: str) -> None:
             axes.imshow(picture, interpolation="nearest")
         text = f"round {entry.round}"
         row[0].text(-0.15, 0.5, text, transform=row[0].transAxes, fontsize=9, ha="right", va="center")
-    figure.suptitle(title, fontsize=12, x=0.01, ha="left")
+    figure.suptitle(label(title, TITLE), fontsize=12, x=0.01, ha="left")
     save(figure, path)
 
 
@@ -77,14 +78,14 @@ def tables(entries: Sequence[Shown], path: Path, *, title: str, classes: Sequenc
         for name, count, place in zip(entry.axes, value.shape, (axes.set_yticks, axes.set_xticks), strict=True):
             if count <= 20:
                 named = name == "class" and len(classes) == count
-                place(range(count), list(classes) if named else [str(i) for i in range(count)])
+                place(range(count), [label(name) for name in classes] if named else [str(i) for i in range(count)])
         if any(len(name) > 3 for name in classes):
             axes.tick_params(axis="x", labelrotation=40 if entry.axes[1] == "class" else 0)
-        axes.set_xlabel(chosen[0].axes[1], fontsize=10)
+        axes.set_xlabel(label(chosen[0].axes[1]), fontsize=10)
         for spine in axes.spines.values():
             spine.set_visible(False)
     for axes in grid[::across]:
-        axes.set_ylabel(chosen[0].axes[0], fontsize=10)
+        axes.set_ylabel(label(chosen[0].axes[0]), fontsize=10)
     figure.colorbar(drawn[-1], ax=list(grid), pad=0.01).ax.tick_params(labelsize=9)
-    figure.suptitle(title, fontsize=12, x=0.01, ha="left")
+    figure.suptitle(label(title, TITLE), fontsize=12, x=0.01, ha="left")
     save(figure, path)

@@ -8,9 +8,10 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
-from rich.text import Text
 
+from fedkern.errors import MESSAGE
 from fedkern.privacy.guarantee import EPSILON, PART
+from fedkern.report.names import TICK, plain
 
 # Metrics that are fractions and read best in per cent.
 _FRACTIONS = ("accuracy", "confidence", "gradcam_in_object", "object_area", "dice", "iou", "_r1", "_r5", "_r10")
@@ -36,11 +37,6 @@ _TEST_SETS = {
     "id": "in distribution", "ood": "out of distribution", "validation": "validation", "minority": "minority",
     "unseen": "unseen client", "held_out": "held-out client",
 }  # fmt: skip
-
-
-def plain(text: str, style: str = "") -> Text:
-    """Text as it is: in what users named, rich would read ``[red]`` as a colour and ``:dog:`` as an emoji."""
-    return Text(text, style=style)
 
 
 def human_bytes(count: float) -> str:
@@ -124,9 +120,10 @@ def final_table(summary: Mapping[str, Any]) -> Table:
         summary: what ``summary.json`` holds.
     """
     rounds = max(int(summary.get("rounds", 1)), 1)
-    title = f"{summary['method']} on {summary['data']}, seed {summary['seed']}, {rounds} round{'s' * (rounds > 1)}"
+    rounds_ = f"{rounds} round{'s' * (rounds > 1)}"
+    title = plain(f"{summary['method']} on {summary['data']}, seed {summary['seed']}, {rounds_}", "table.title")
     if summary.get("privacy"):
-        title += f"\n{covering(summary['privacy'])}"
+        title.append("\n").append(plain(covering(summary["privacy"]), most=MESSAGE))
     figures: dict[str, dict[str, str]] = {}
     for name in ordered(summary["metrics"]):
         test_set, figure = split_metric(name)
@@ -135,7 +132,7 @@ def final_table(summary: Mapping[str, Any]) -> Table:
     present = {test_set for row in figures.values() for test_set in row}
     columns = [test_set for test_set in ("", *_TEST_SETS) if test_set in present] or [""]
     table = Table(
-        title=plain(title, "table.title"),
+        title=title,
         title_justify="left",
         box=box.SIMPLE_HEAD,
         show_header=columns != [""],
@@ -177,7 +174,7 @@ def partition_table(statistics: Any, limit: int = 12) -> Table:
     # More than a dozen classes do not fit a terminal.
     columns = 3 + (len(statistics.classes) if len(statistics.classes) <= 12 else 0)
     for name in statistics.header()[:columns]:
-        table.add_column(plain(name), justify="right")
+        table.add_column(plain(name, most=TICK), justify="right")
     rows = statistics.rows(limit)
     for row in rows[:-1]:
         table.add_row(*row[:columns])
@@ -226,9 +223,9 @@ def downstream_table(result: Mapping[str, Any]) -> Table:
     """
     many = result["networks"]
     mean = f", mean over {many} networks" if many > 1 else ""
-    title = f"{result['command']}: {result['method']} on {result['data']}{mean}"
+    title = plain(f"{result['command']}: {result['method']} on {result['data']}{mean}", "table.title")
     table = Table(
-        title=plain(title, "table.title"),
+        title=title,
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -238,7 +235,7 @@ def downstream_table(result: Mapping[str, Any]) -> Table:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     for name in columns:
         table.add_column(
-            {"set": "test set", "auc": "AUC"}.get(name, name), justify="left" if name == "set" else "right"
+            plain({"set": "test set", "auc": "AUC"}.get(name, name)), justify="left" if name == "set" else "right"
         )
     for row in rows:
         table.add_row(*(plain(_cell(name, row.get(name, ""))) for name in columns))

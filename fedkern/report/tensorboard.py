@@ -80,6 +80,7 @@ class TensorBoard(Listener):
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
     """The figures of a round's record by TensorBoard tag."""
+    from fedkern.report.names import CELL, label
     from fedkern.report.tables import split_metric
 
     result: dict[str, float] = {}
@@ -88,9 +89,9 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
             continue
         test_set, figure = split_metric(name)
         tag = f"run/{name}" if name in _BOOKKEEPING else f"{test_set}/{figure}" if test_set else name
-        result[tag] = float(value)
+        result[label(tag, CELL)] = float(value)
     for name, mean in _means(list(record.get("clients", {}).values())).items():
-        result[f"clients/{name}"] = mean
+        result[label(f"clients/{name}", CELL)] = mean
     return result
 
 

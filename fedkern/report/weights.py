@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.ticker import MaxNLocator
 
+from fedkern.report.names import TITLE, label
 from fedkern.report.plots import BLUE, GREEN, GREY, ORANGE, PINK, new_figure, save
 
 COLOURS = (BLUE, ORANGE, GREEN, PINK, "#E69F00", "#56B4E9", "#F0E442", "#000000")
@@ -51,10 +52,10 @@ def weights_picture(records: Sequence[Mapping[str, Any]], path: Path, *, title: 
                 continue
             named = len(clients) <= NAMED or client == heaviest
             colour = (COLOURS[i] if len(clients) <= NAMED else ORANGE) if named else GREY
-            label = f"client {client}" if named else None
+            text = f"client {label(client)}" if named else None
             width, alpha = (2.0, 1.0) if named else (0.7, 0.4)
             axes.plot(
-                *panel[client], color=colour, lw=width, alpha=alpha, label=label, marker="o" if named else "", ms=4
+                *panel[client], color=colour, lw=width, alpha=alpha, label=text, marker="o" if named else "", ms=4
             )
             if name == "weight" and by_samples and named:
                 axes.axhline(centres[client], color=colour, lw=1, ls=":")
@@ -65,7 +66,7 @@ def weights_picture(records: Sequence[Mapping[str, Any]], path: Path, *, title: 
         axes.tick_params(labelsize=11)
         axes.grid(True, color="#dddddd", lw=0.7)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_title(title, fontsize=13, loc="left")
+    panels[0].set_title(label(title, TITLE), fontsize=13, loc="left")
     # Beside the curves, which no corner is free of.
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=10, frameon=False, ncols=min(5, len(handles)), loc="outside lower center")

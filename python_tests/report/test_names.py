@@ -1,0 +1,224 @@
+"""Names that users choose (classes, data, rounds, settings): drawn or cut wherever they stand, never interpreted."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.text import Text
+from rich.console import Console
+
+from fedkern import models
+from fedkern.data import PartitionStatistics
+from fedkern.engine import RunConfig, RunInfo
+from fedkern.engine.shown import Shown
+from fedkern.errors import UserError
+from fedkern.report import doctor, gradcam, plots, progress, segmentation, shown, tables, weights
+from fedkern.report.names import TICK, TITLE, label
+from fedkern.report.tensorboard import TensorBoard, scalars
+
+NAMES = {
+    "formula": "US$ a_{$",
+    "broken formula": r"$\frac$",
+    "underscore": "_a",
+    "percent": "%d %s",
+    "line end": "a\nb\rc\td",
+    "nul": "a\0b",
+    "escape": "\x1b[31mred\x1b[2J",
+    "right to left": "\u202eabc",
+    "hebrew": "\u05e9\u05dc\u05d5\u05dd",
+    "cjk": "\u732b",
+    "emoji": "\U0001f642",
+    "emoji code": ":dog:",
+    "markup": "[bold]x[/]",
+    "closing": "x [/y]",
+    "surrogate": "a\udcffb\ud800",
+    "empty": "",
+    "long": "x" * 10_000,
+    "many": "many words " * 1000,
+}
+SHOWN = {  # what a terminal gets; all others stand there as they are
+    "line end": r"a\nb\rc\td",
+    "nul": r"a\x00b",
+    "escape": r"\x1b[31mred\x1b[2J",
+    "right to left": r"\u202eabc",
+    "surrogate": r"a\udcffb\ud800",
+}
+
+
+@pytest.fixture(params=NAMES)
+def name(request) -> str:
+    return NAMES[request.param]
+
+
+@pytest.fixture
+def drawn(monkeypatch, tmp_path) -> list[Text]:
+    """The texts of what is drawn, which ends in no warning."""
+    found: list[Text] = []
+    draw = plots.FigureCanvasAgg.print_png
+
+    def keep(self, *rest, **more):
+        draw(self, *rest, **more)
+        found.extend(text for text in self.figure.findobj(Text) if text.get_text())
+
+    monkeypatch.setattr(plots.FigureCanvasAgg, "print_png", keep)
+    return found
+
+
+def check(texts: list[Text], name: str) -> None:
+    assert texts
+    for text in texts:
+        said = text.get_text()
+        assert said.replace("taken\nfor ", "").isprintable()
+        assert len(said) <= TITLE
+        assert text.get_usetex() is False
+    named = [text for text in texts if any(label(name, most) in text.get_text() for most in (TICK, TITLE))]
+    assert named
+    if label(name):
+        assert not any(text.get_parse_math() for text in named)
+
+
+@pytest.mark.filterwarnings("error")
+def test_pictures(name, drawn, tmp_path):
+    path = tmp_path / "p.png"
+    statistics = PartitionStatistics(np.eye(3, dtype=int), (name, "b", name), "iid")
+    records = [
+        {"round": i, "accuracy": 0.5, "clients": {"0": {"weight": 0.5, "own_loss": 1.0, "samples": 3}}} for i in (1, 2)
+    ]
+    draw = {
+        "partition": lambda: plots.partition_picture(statistics, path, title=name),
+        "curves": lambda: plots.accuracy_curves(records, path, title=name),
+        "weights": lambda: weights.weights_picture(records, path, title=name),
+        "table": lambda: shown.draw(
+            [Shown("x", 1, torch.eye(3), (name, "class"))], path, title=name, classes=(name, "b", "c")
+        ),
+        "images": lambda: shown.draw(
+            [Shown("x", 1, torch.zeros(2, 3, 4, 4, dtype=torch.uint8), ("", ""))], path, title=name
+        ),
+    }  # fmt: skip
+    for make in draw.values():
+        drawn.clear()
+        make()
+        check(drawn, name)
+
+
+@pytest.mark.filterwarnings("error")
+def test_pictures_of_a_model(name, drawn, tmp_path):
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    model = models.build("cnn", classes=3, channels=3, image_size=16, seed=0, width=2)
+    panel = (images, images / 255, torch.arange(3), None)
+    classes = (name, f"{name} ", "c")
+    gradcam.draw(model, {name: panel}, tmp_path / "g.png", classes=classes, title=name)
+    check(drawn, name)
+    drawn.clear()
+    split = SimpleNamespace(images=images, labels=torch.randint(0, 3, (3, 16, 16)))
+    net = torch.nn.Conv2d(3, 3, 1)
+    segmentation.draw(net, split, images / 255, tmp_path / "s.png", classes=classes[::-1], title=name)
+    check(drawn, name)
+
+
+def console(terminal: bool = False) -> Console:
+    return Console(file=io.StringIO(), force_terminal=terminal, width=400)
+
+
+def said(renderable) -> str:
+    out = console()
+    out.print(renderable)
+    return out.file.getvalue()
+
+
+def expected(name: str) -> str:
+    """How a name begins on a terminal."""
+    key = next(key for key, value in NAMES.items() if value is name)
+    return SHOWN.get(key, name).strip()[:10]
+
+
+def test_tables(name):
+    found = dict.fromkeys(("auc", "low", "high", "tpr", "member_loss", "other_loss"), 0.5) | {"members": 3, "others": 3}
+    result = {"command": name, "method": name, "data": name, "networks": 1, "rows": [{"set": name, name or "n": name}]}
+    summary = {"method": name, "data": name, "seed": 0, "rounds": 1, "seconds": 1.0, "bytes": {"up": 1, "down": 1}}
+    private = {"covers": [name], "leaves_uncovered": [name]}
+    for table in (
+        tables.partition_table(PartitionStatistics(np.eye(3, dtype=int), (name, "b", "c"), name)),
+        tables.attack_table(found, name),
+        tables.downstream_table(result),
+        tables.final_table({**summary, "metrics": {name or "n": 0.5}, "privacy": private}),
+    ):
+        told = said(table)
+        assert expected(name) in told
+        assert len(told) < 30_000
+        assert all(character.isprintable() or character == "\n" for character in told)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress(name, terminal, tmp_path):
+    out = console(terminal)
+    listener = progress.display(quiet=False, json=False, console=out)
+    config = RunConfig.make("fedavg", clients=2, rounds=1, threads=1)
+    object.__setattr__(config, "data", name)
+    statistics = PartitionStatistics(np.eye(2, dtype=int), (name, "b"), name)
+    run = RunInfo(
+        config, Path(name or "run"), 0, (14, 14), 1234, {name: 5}, SimpleNamespace(statistics=statistics), (name,)
+    )
+    listener.on_notice(name)
+    listener.on_start(run)
+    listener.on_round_start(1, name, [0, 1])
+    listener.on_round(
+        {"round": 1, "rounds": 1, "name": name, "seconds": 1.0, "bytes_up": 1, "bytes_down": 1, "id_accuracy": 0.5}
+    )
+    listener.on_warning(name, name)
+    listener.on_end({})
+    listener.close()
+    told = out.file.getvalue()
+    assert told.count(expected(name)) >= 5
+    for character in ("\0", "\u202e", "\t", "\x1b[31mred", "\x1b[2J"):
+        assert character not in told
+    assert "\U0001f436" not in told
+
+
+def test_doctor(monkeypatch):
+    out = console()
+    report = doctor.collect()
+    report["cpu"]["name"] = report["forced_backend"] = "[bold]x[/] :dog: \x1b[2J"
+    doctor.show(out, report)
+    assert out.file.getvalue().count(r"[bold]x[/] :dog: \x1b[2J") == 2
+
+
+def test_tensorboard(name, tmp_path):
+    """torch cleans no tag, and protocol buffers take no surrogates."""
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed (pip install 'fedkern[tensorboard]')")
+    record = {"round": 1, f"loss {name}": 0.5, "clients": {"0": {f"x {name}": 1.0}}}
+    tags = list(scalars(record))
+    assert len(tags) == 2
+    assert all(tag.isprintable() and len(tag) <= 200 for tag in tags)
+    board = TensorBoard()
+    board.on_start(SimpleNamespace(out=tmp_path, first_round=0))
+    board.on_round(record)
+    board.close()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == set(tags)
+
+
+@pytest.mark.parametrize("kind", ["options", "data_options"])
+def test_settings_survive_config_toml(name, kind, monkeypatch):
+    """In a file of UTF-8 there is no surrogate, so a setting has none from the start."""
+    make = RunConfig.make("fedlpfm", options={"teacher": "folder"}) if kind == "options" else RunConfig.make("fedavg")
+    changed = {**getattr(make, kind), "teacher" if kind == "options" else "x": name}
+    if name == NAMES["surrogate"]:
+        with pytest.raises(UserError, match=r'a\\xffb\\ud800" has bytes that are not UTF-8'):
+            make.replace(**{kind: changed})
+        return
+    config = make.replace(**{kind: changed}) if kind == "data_options" or name else make
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        text = config.to_toml().encode().decode()
+    assert RunConfig.from_toml(text) == config
