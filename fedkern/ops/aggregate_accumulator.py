@@ -50,13 +50,16 @@ class Accumulator:
         device: where to sum, by default the CPU; vectors must be there.
 
     Raises:
-        TypeError, ValueError: size is no whole number of elements.
+        TypeError, ValueError: size is no whole number of elements, or torch cannot use the device.
     """
 
     def __init__(self, size: int, exact: bool = False, *, device: torch.device | str | None = None) -> None:
         self.size = size = check_count(size, "size", 0, _MOST_ELEMENTS)
         self.exact = exact
-        self.device = torch.empty(0, device=device).device
+        try:
+            self.device = torch.empty(0, device=device).device
+        except (RuntimeError, TypeError, AssertionError) as error:  # each from another part of torch
+            raise ValueError(f"device must be one that torch can use here, not {shown(device)}") from error
         self._count = 0
         self._dtype: torch.dtype | None = None
         self._weight = 0.0

@@ -40,6 +40,7 @@ def check_vectors(vectors: Vectors) -> tuple[Tensor, int]:
         if (
             isinstance(vector, Tensor)
             and vector.layout is first.layout
+            and not vector.is_nested
             and vector.dtype is dtype
             and vector.shape == shape
             and vector.device == device

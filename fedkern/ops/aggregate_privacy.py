@@ -20,7 +20,7 @@ from fedkern.ops.aggregate_checks import (
     rows_or_stack,
 )
 from fedkern.ops.aggregate_cpu import SHORT, rows
-from fedkern.ops.arguments import shown
+from fedkern.ops.arguments import check_dense, shown
 
 # 1. What they compute: aggregate_robust_reference, aggregate_philox.
 
@@ -87,6 +87,8 @@ def clip_and_noise(vectors: Vectors, max_norm: float, noise: float, seed: int, o
 
 
 def _call(name: str, vectors: Vectors, max_norm: float, deviation: float, seed: int, offset: int) -> Any:
+    if isinstance(vectors, Tensor) and vectors.is_nested:
+        check_dense(vectors, "vectors")
     single = isinstance(vectors, Tensor) and vectors.dim() == 1
     if isinstance(vectors, Tensor) and vectors.dim() not in (1, 2) and vectors.dtype in FLOATS:
         raise ValueError(f"vectors must have shape [P] or [M, P], or be a list of [P], not {list(vectors.shape)}")

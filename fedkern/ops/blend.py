@@ -124,7 +124,7 @@ def _check(foreground: Tensor, background: Tensor, alpha: float | Tensor, index:
             )
     elif not isinstance(index, Tensor):
         raise TypeError(f"index must be an int64 tensor, not {type(index).__name__}")
-    elif index.layout is not torch.strided:
+    elif index.layout is not torch.strided or index.is_nested:
         check_dense(index, "index")
     elif index.dtype != torch.int64:
         raise TypeError(f"index must be int64, not {index.dtype}")

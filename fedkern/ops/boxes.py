@@ -105,6 +105,8 @@ def _usual(images: Tensor, boxes: Any, fill: Any) -> CpuBoxes | None:
         or (boxes.dtype is not torch.float32 and boxes.dtype is not torch.float64)
         or images.layout is not torch.strided
         or boxes.layout is not torch.strided
+        or images.is_nested
+        or boxes.is_nested
         or images.dim() != 4
         or not images.is_contiguous()
         or not boxes.is_contiguous()

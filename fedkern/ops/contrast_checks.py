@@ -19,7 +19,7 @@ def check_pair(x: Any, y: Any) -> None:
     for name, tensor in (("x", x), ("y", y)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor of embeddings, but got {type(tensor).__name__}")
-        if tensor.layout is not _STRIDED:
+        if tensor.layout is not _STRIDED or tensor.is_nested:
             check_dense(tensor, name)
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{name} must have dtype float32, float64, bfloat16 or float16, but has {tensor.dtype}")

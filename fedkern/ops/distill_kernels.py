@@ -217,7 +217,7 @@ def ordinary(tensors: tuple[Tensor, ...]) -> bool:
         kind = type(x)
         if kind is not Tensor and kind is not Parameter:
             return False
-        if x.dtype not in DTYPES or x.layout is not _STRIDED or x.is_neg() or _outlived(x):
+        if x.dtype not in DTYPES or x.layout is not _STRIDED or x.is_nested or x.is_neg() or _outlived(x):
             return False
         on_cpu = on_cpu and x.is_cpu
     if on_cpu:
@@ -235,7 +235,7 @@ def plain(tensors: tuple[Tensor, ...]) -> bool:
     shape = None
     for x in tensors:
         kind = type(x)
-        if kind is not Tensor and kind is not Parameter:
+        if (kind is not Tensor and kind is not Parameter) or x.is_nested:  # nested ones have no shape to ask for
             return False
         if shape is None:
             shape = x.shape

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedkern.ops.arguments import check_dense
 from fedkern.ops.flat_layout import Entry, FlatGroup, Slot, check_tensors, flatten_group, shaped, tensors_of, view_of
 
 
@@ -129,6 +130,7 @@ class FlatParameters:
         if not isinstance(vector, Tensor) or vector.is_floating_point() or vector.is_complex():
             given = vector.dtype if isinstance(vector, Tensor) else type(vector).__name__
             raise TypeError(f"integers must be an int64 tensor, not {given}")
+        _check_values(vector, "integers")
         if vector.shape != (total,):
             raise ValueError(f"integers must have shape [{total}], not {list(vector.shape)}")
         with torch.no_grad():
@@ -139,8 +141,11 @@ class FlatParameters:
         """Takes over every value of another flat module of the same layout, integer buffers included; returns ``self``.
 
         Raises:
+            TypeError: ``other`` is no FlatParameters.
             ValueError: the layouts differ.
         """
+        if not isinstance(other, FlatParameters):
+            raise TypeError(f"other must be a FlatParameters, not {type(other).__name__}")
         mine, theirs = self.layout(), other.layout()
         if mine != theirs:
             a, b = next(
@@ -166,8 +171,15 @@ class FlatParameters:
         """Returns name → view into ``vector [P + Q]`` (or ``[P]``: parameters alone), shaped as the module's tensors.
 
         Differentiable, for ``torch.func.functional_call(module, flat.views(vector), inputs)``.
+
+        Raises:
+            TypeError, ValueError: the vector's type or shape is wrong.
         """
         group = self._only()
+        if not isinstance(vector, Tensor) or not (vector.is_floating_point() or vector.is_complex()):
+            given = vector.dtype if isinstance(vector, Tensor) else type(vector).__name__
+            raise TypeError(f"vector must be a floating-point tensor, not {given}")
+        check_dense(vector, "vector")
         total, parameters = group.vector.numel(), group.parameters.numel()
         if vector.shape not in ((total,), (parameters,)):
             raise ValueError(f"vector must have shape [{total}] or [{parameters}], not {list(vector.shape)}")
@@ -189,8 +201,11 @@ class FlatParameters:
             dtype: which group, for a module of several floating dtypes.
 
         Raises:
+            TypeError, ValueError: ``dtype`` is none of the module's.
             RuntimeError: the module is no longer flat.
         """
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype must be a torch.dtype, not {type(dtype).__name__}")
         self.check()
         if dtype is None:
             self._only()
@@ -269,6 +284,7 @@ class FlatParameters:
         if not isinstance(vector, Tensor) or not vector.is_floating_point():
             given = vector.dtype if isinstance(vector, Tensor) else type(vector).__name__
             raise TypeError(f"{name} must be a floating-point tensor, not {given}")
+        _check_values(vector, name)
         if vector.shape != target.shape:
             raise ValueError(f"{name} must have shape {list(target.shape)}, not {list(vector.shape)}")
         self.check()
@@ -287,3 +303,10 @@ class FlatParameters:
                 if not slot.in_place():
                     return slot.name
         return None
+
+
+def _check_values(vector: Tensor, name: str) -> None:
+    """Raises TypeError or ValueError for a tensor without strides, or without values."""
+    check_dense(vector, name)
+    if vector.is_meta:
+        raise ValueError(f"{name} must have values, and a tensor on the meta device has none")

@@ -200,6 +200,7 @@ def _alike(features: Sequence[Tensor]) -> bool:
     if (
         not isinstance(first, Tensor)
         or first.layout is not torch.strided
+        or first.is_nested
         or first.dtype not in FLOATS
         or first.dim() < 2
     ):
@@ -209,6 +210,7 @@ def _alike(features: Sequence[Tensor]) -> bool:
         if (
             not isinstance(x, Tensor)
             or x.layout is not torch.strided
+            or x.is_nested
             or x.dtype is not dtype
             or x.shape != shape
             or x.device != device

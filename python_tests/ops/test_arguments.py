@@ -7,6 +7,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +19,20 @@ from torch import Tensor, nn
 
 from fedkern import ops
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype.*")
+
 
 def sparse(like: Tensor) -> Tensor:
     return like.to_sparse()
+
+
+def nested(like: Tensor) -> Tensor:
+    return torch.nested.nested_tensor([like, like] if like.dim() < 2 else list(like))
+
+
+def jagged(like: Tensor) -> Tensor:
+    rows = [torch.ones(2, dtype=like.dtype)] * 2 if like.dim() < 2 else list(like)
+    return torch.nested.nested_tensor(rows, layout=torch.jagged)
 
 
 # By kind, what no argument of it may be, made from a right one. Kinds that also take None leave that out.
@@ -29,6 +41,8 @@ NO_TENSOR: dict[str, Callable[[Any], Any]] = {
     "set": lambda right: {1.0},
     "number of numbers": lambda right: [1.0, 2.0],
     "sparse": sparse,
+    "nested": nested,
+    "jagged": jagged,
     "csr": lambda right: (right if right.dim() == 2 else torch.ones(2, 2, dtype=right.dtype)).to_sparse_csr(),
     "complex": lambda right: right.to(torch.complex64),
     "dtype": lambda right: right.to(torch.int32),
@@ -48,6 +62,8 @@ NO_NUMBER: dict[str, Callable[[Any], Any]] = {
     "array": lambda right: np.array([0.5, 0.5]),
     "tensor of two": lambda right: torch.ones(2),
     "sparse": lambda right: torch.ones(2).to_sparse(),
+    "nested": lambda right: nested(torch.ones(2)),
+    "jagged": lambda right: jagged(torch.ones(2)),
 }
 NO_COUNT: dict[str, Callable[[Any], Any]] = {
     "text": lambda right: "1",
@@ -71,6 +87,12 @@ NO_LIST_OF_TENSORS: dict[str, Callable[[Any], Any]] = {
     "none within": lambda right: [right[0], None],
     "text within": lambda right: [right[0], "a"],
     "sparse within": lambda right: [right[0], sparse(right[1])],
+    "nested within": lambda right: [right[0], nested(right[1])],
+    "nested first": lambda right: [nested(right[0]), right[1]],
+    "nested both": lambda right: [nested(right[0]), nested(right[1])],
+    "jagged both": lambda right: [jagged(right[0]), jagged(right[1])],
+    "nested stack": lambda right: nested(torch.stack(list(right))),
+    "jagged stack": lambda right: jagged(torch.stack(list(right))),
     "sparse first": lambda right: [sparse(right[0]), right[1]],
     "complex within": lambda right: [right[0], right[1].to(torch.complex64)],
 }
@@ -98,6 +120,8 @@ NO_WEIGHTS: dict[str, Callable[[Any], Any]] = {
     "too few": lambda right: right[:-1],
     "with a gradient": lambda right: [torch.tensor(x, requires_grad=True) for x in right],
     "sparse tensor": lambda right: torch.tensor(right).to_sparse(),
+    "nested tensor": lambda right: nested(torch.tensor(right)),
+    "jagged tensor": lambda right: jagged(torch.tensor(right)),
     "complex tensor": lambda right: torch.tensor(right).to(torch.complex64),
     "wrong tensor": lambda right: torch.ones(len(right) + 1),
 }
@@ -273,7 +297,7 @@ def test_wrong_kinds(name: str, argument: str, what: str) -> None:
             getattr(ops, name)(**arguments)
     says_so(str(told.value), argument)
     for key, (x, before) in states.items():
-        if x.layout is torch.strided:
+        if x.layout is torch.strided and not x.is_nested:
             assert torch.equal(x, before), key
 
 
@@ -317,6 +341,72 @@ def test_wrong_arguments_of_the_accumulator(argument: str, what: str, make: Call
     assert torch.equal(accumulator.mean(), torch.ones(6))
 
 
+@pytest.mark.parametrize("device", ["nope", 3.5, "cuda:99", torch.ones(2)])
+def test_wrong_devices_of_the_accumulator(device: Any) -> None:
+    with pytest.raises(ValueError, match="device must be one that torch can use here") as told:
+        ops.Accumulator(6, device=device)
+    says_so(str(told.value), "device")
+
+
+NO_VECTOR = {
+    **KINDS["tensor"],
+    "array": lambda right: np.ones(6),
+    "mkldnn": lambda right: right.to_mkldnn(),
+    "quantised": lambda right: torch.quantize_per_tensor(right.float(), 1.0, 0, torch.qint8),
+    "shape": lambda right: torch.ones(right.numel() + 1, dtype=right.dtype),
+}
+NO_INTEGERS = {
+    **{key: make for key, make in NO_VECTOR.items() if key not in ("dtype", "mkldnn", "quantised")},
+    "fractions": lambda right: right.double(),
+}
+FLAT: list[Any] = [
+    pytest.param(method, argument, make, id=f"{method}-{what}".replace(" ", "-"))
+    for method, argument, kinds in (
+        ("load", "vector", {**NO_VECTOR, "meta": lambda right: right.to("meta")}),
+        ("load_parameters", "parameters", NO_VECTOR),
+        ("load_buffers", "buffers", NO_VECTOR),
+        ("load_integers", "integers", {**NO_INTEGERS, "meta": lambda right: right.to("meta")}),
+        ("views", "vector", {key: make for key, make in NO_VECTOR.items() if key != "complex"}),
+        ("copy_", "other", {**NO_VECTOR, "module": lambda right: nn.Linear(2, 2)}),
+        ("gradients", "dtype", {**NO_CHOICE, "tensor": lambda right: right}),
+    )
+    for what, make in kinds.items()
+    if (method, what) != ("gradients", "none")
+]
+
+
+@pytest.mark.parametrize(("method", "argument", "make"), FLAT)
+@pytest.mark.filterwarnings("ignore:.*Sparse CSR.*", "ignore:.*quantiz.*")
+def test_wrong_arguments_of_flat_parameters(method: str, argument: str, make: Callable[[Any], Any]) -> None:
+    flat = ops.FlatParameters(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
+    right = {"load_parameters": flat.parameters, "load_buffers": flat.buffers, "load_integers": flat.integers}
+    before, integers = flat.vector.clone(), flat.integers
+    with pytest.raises((TypeError, ValueError)) as told:
+        getattr(flat, method)(make(right.get(method, flat.vector).detach().clone()))
+    says_so(str(told.value), argument)
+    assert torch.equal(flat.vector, before)
+    assert torch.equal(flat.integers, integers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_out_may_lie_over_the_weights(dtype: torch.dtype) -> None:
+    """The weights are read before anything is written."""
+    vectors = torch.arange(25.0, dtype=dtype).view(5, 5).cos()
+    for given in (vectors, list(vectors)):
+        for backend in (None, "reference"):
+            memory = torch.arange(1.0, 11.0, dtype=dtype)
+            out, weights = memory[2:7], memory[:5]
+            expected = ops.weighted_mean(given, weights.clone())
+            with nullcontext() if backend is None else ops.use_backend(backend):
+                ops.weighted_mean(given, weights, out=out)
+            assert torch.equal(out, expected)
+            step = torch.arange(1.0, 11.0, dtype=dtype)
+            with nullcontext() if backend is None else ops.use_backend(backend):
+                expected = ops.server_step(torch.ones(5, dtype=dtype), given, step[:5].clone())
+                got = ops.server_step(torch.ones(5, dtype=dtype), given, step[:5], out=step[2:7])
+            assert torch.equal(got.model, expected.model)
+
+
 @pytest.mark.parametrize("blocks", [None, nn.Conv2d(2, 3, 3), {nn.Conv2d(2, 3, 3)}, "ab", 3])
 def test_fused_blocks_take_modules_in_order(blocks: Any) -> None:
     with pytest.raises(TypeError, match=f"blocks must be a list of modules, not {type(blocks).__name__}"):
@@ -334,6 +424,9 @@ def test_fused_blocks_take_no_sparse_maps() -> None:
     blocks = ops.FusedBlocks([nn.Conv2d(2, 3, 3)])
     with pytest.raises(TypeError, match="x must be a dense tensor, not a sparse_coo one"):
         blocks(torch.ones(1, 2, 5, 5).to_sparse())
+    for make in (nested, jagged):
+        with pytest.raises(TypeError, match="x must be a dense tensor, not a nested one"):
+            blocks(make(torch.ones(1, 2, 5, 5)))
 
 
 @pytest.mark.parametrize(
