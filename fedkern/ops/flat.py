@@ -23,7 +23,9 @@ class FlatParameters:
 
     All tensors of a dtype lie in the vector's storage, which is torch's own: what gives its memory back and takes it
     anew (``untyped_storage().resize_``) does so for all of them.  As with every view, ``torch.save`` of one tensor
-    writes the whole vector (``clone()`` it first), and ``pickle.dumps`` of the module writes it once for each tensor.
+    writes the whole vector (``clone()`` it first), and ``pickle.dumps`` of the module writes it once for each tensor
+    (``torch.save`` once).  ``pickle.dumps`` of the FlatParameters writes every tensor once, in a copy of the module: an
+    optimiser or a module pickled beside it is another one's when read.
 
     Integer and boolean buffers keep their type and place; they travel as :attr:`integers`.
 
@@ -260,7 +262,12 @@ class FlatParameters:
         return twin
 
     def __reduce__(self) -> tuple[type[FlatParameters], tuple[nn.Module]]:
-        return FlatParameters, (self.module,)
+        # pickle writes a tensor's whole storage, here the vector, for each tensor: give each a storage of its own.
+        module = copy.deepcopy(self.module)
+        with torch.no_grad():
+            for _, _, _, tensor, _ in tensors_of(module):
+                tensor.data = tensor.data.clone()
+        return FlatParameters, (module,)
 
     def __repr__(self) -> str:
         parts = [

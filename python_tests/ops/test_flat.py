@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fedkern import models
 from fedkern.ops import FlatParameters
 
 
@@ -167,6 +168,25 @@ def test_copies_pickles_and_saved_files() -> None:
     assert len(buffer.getvalue()) < size + 20_000
     buffer.seek(0)
     assert torch.equal(torch.load(buffer, weights_only=True)["conv.weight"], module.conv.weight)
+
+
+def test_a_pickle_holds_every_tensor_once() -> None:
+    """Of each tensor pickle writes the whole storage, which was the vector."""
+    module = models.build("resnet8", classes=10, channels=3, image_size=32, seed=0)
+    module.to(memory_format=torch.channels_last)
+    plain = len(pickle.dumps(module))
+    flat = FlatParameters(module)
+    before, memory = flat.vector.clone(), flat.vector.data_ptr()
+    written = pickle.dumps(flat)
+    assert len(written) < 1.02 * plain
+    again = pickle.loads(written)
+    assert again.is_flat
+    assert again.layout() == flat.layout()
+    assert torch.equal(again.vector, before)
+    assert torch.equal(again.integers, flat.integers)
+    assert flat.is_flat
+    assert flat.module is module
+    assert flat.vector.data_ptr() == memory
 
 
 def test_the_storage_is_torchs_own() -> None:
