@@ -12,6 +12,7 @@ from torch import nn
 
 from fedkern.engine.local import Context, Diverged, Schedule
 from fedkern.engine.samples import ClientData
+from fedkern.interrupts import check
 from fedkern.methods.base import Objective, Step
 from fedkern.privacy import DPSGD, LEDGER, Accountant
 from fedkern.privacy.dpsgd import (
@@ -87,6 +88,7 @@ def train_privately(
         module, optimizer, max_norm=spending.max_norm, noise=noise, batch=expected, generator=generator
     ) as private:
         for done in range(steps):
+            check()  # booked already: a run that ends here owes no more than its ledger says
             optimizer.param_groups[0]["lr"] = schedule.lr_at(done // each)
             chosen = draws.random(count) < rate
             drawn = rows[chosen if owners is None else chosen[owners]]

@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+import signal
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from interrupted import lose
 from torch import nn
 
 from fedkern import models
@@ -16,6 +18,7 @@ from fedkern.engine.local import Diverged, Schedule
 from fedkern.engine.private import train_privately
 from fedkern.engine.samples import ClientData
 from fedkern.errors import UserError
+from fedkern.interrupts import Terminated, in_order
 from fedkern.methods import METHODS
 from fedkern.methods.base import Objective, Step
 from fedkern.privacy import DPSGD, LEDGER
@@ -359,3 +362,22 @@ def test_private_training_takes_every_images_own_mean():
         (sum(each) / 3).backward()
         optimizer.step()
     assert torch.allclose(vector(module), vector(plain), atol=1e-5)
+
+
+def test_a_signal_that_got_lost_ends_the_steps_that_are_booked(data, monkeypatch):
+    """It arrives in the second of six steps, where Python loses its exception; no third one is made."""
+    steps = []
+
+    def loss(self, model, batch, received):
+        steps.append(len(batch.images))
+        if len(steps) == 2:
+            lose(signal.SIGTERM)
+        return F.cross_entropy(model(batch.images), batch.labels)
+
+    monkeypatch.setattr(Supervised, "loss", loss)
+    module, who = network(), client()
+    with pytest.raises(Terminated), in_order():
+        train(module, data, noise=2.0, max_norm=1.0, batch_size=12, epochs=6, who=who)
+    assert len(steps) == 2
+    assert who.state[LEDGER] == {"teacher": [["dp-sgd", 2.0, 1.0, 6]]}  # an upper bound, and there already
+    assert not any(hasattr(parameter, "grad_sample") for parameter in module.parameters())
