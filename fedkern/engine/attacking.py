@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedkern.data import FederatedData, normalise
+from fedkern.data import FederatedData, Split, normalise
 from fedkern.engine import atomic, checkpoint
+from fedkern.engine.bench import Bench
 from fedkern.engine.config import RunConfig
 from fedkern.engine.folder import ATTACK
 from fedkern.engine.records import plain
 from fedkern.engine.run import kept_data, load_data
 from fedkern.engine.saved import read_model
+from fedkern.engine.serial import Client
 from fedkern.errors import UserError
+from fedkern.methods import registry
+from fedkern.methods.base import Method
 from fedkern.methods.cuts import cuts
 from fedkern.privacy import membership_attack
 
@@ -33,10 +37,13 @@ def attack(
 ) -> dict[str, Any]:
     """Attacks the model of a finished run: members are its clients' training samples, the others its test images.
 
-    What the run set aside (``--client-test``, ``--held-out-client``) is neither.  Samples that a method keeps from the
-    training for itself, such as agnostic FL's for its losses, count as members: the weights were made with them.
-    The test set of the training distribution is taken (``id``, where there are several).  Where the clients' samples
-    follow another distribution than the test set, the area is not 0.5 for that reason alone.
+    What the run set aside (``--client-test``, ``--held-out-client``) is neither.  Nor are samples that a method keeps
+    from the training (see ``Method.untrained``), such as FedIOD's hold-out: other parts of the method may have seen
+    them.  The test set of the training distribution is taken (``id``, where there are several).  Where the clients'
+    samples follow another distribution than the test set, the area is not 0.5 for that reason alone.
+
+    The images of a patient, or else of a case, depend on each other: where the data name them they are the groups of
+    :func:`fedkern.privacy.membership_attack`.
 
     Args:
         out: the run folder.
@@ -46,9 +53,11 @@ def attack(
         trusted: what may be imported, see :func:`fedkern.engine.run`.
 
     Returns:
-        ``auc``, ``low``, ``high``, ``tpr``, ``members``, ``others`` (see :class:`fedkern.privacy.Attack`),
-        ``member_loss`` and ``other_loss`` (means, in nats; infinite ones are null in the file), ``clients``, the area
-        for each client's members alone, and, where images without a known pixel were left out, ``left_out``: how many.
+        ``auc``, ``low``, ``high``, ``tpr``, ``tpr_low``, ``tpr_high``, ``fpr``, ``members``, ``others``,
+        ``member_groups``, ``other_groups`` (see :class:`fedkern.privacy.Attack`), ``independent``, what the intervals
+        take as independent of each other ("image", "patient" or "case"), ``member_loss`` and ``other_loss`` (means, in
+        nats; infinite ones are null in the file), ``clients``, the area for each client's members alone, and how many
+        images were left out, where some were: ``left_out``, without a known pixel, and ``untrained``.
 
     Raises:
         UserError: the run is not finished or damaged, its data are gone, its task has no labels to lose on, there are
@@ -60,24 +69,59 @@ def attack(
     data = kept_data(config, load_data(config, masks=False) if data is None else data)
     if data.task not in ("classification", "segmentation"):
         raise UserError(f"The membership attack is for classification and segmentation, and {out} is for {data.task}.")
+    splits, untrained = trained(config, data)
     test = data.tests["id" if "id" in data.tests else next(iter(data.tests))]
     others = losses(model, test, data)
-    members = [losses(model, split, data) for split in data.clients]
+    members = [losses(model, split, data) for split in splits]
     every = torch.cat(members)
     _check(every, others, out)
-    found = membership_attack(every, others)
+    independent, groups = grouped(splits, test)
+    found = membership_attack(every, others, groups=groups)
     result = {
         **found.to_dict(),
+        "independent": independent,
         "member_loss": float(every.mean()),
         "other_loss": float(others.mean()),
         "clients": [membership_attack(own, others).auc if len(own) > 1 else None for own in members],
     }
-    left_out = sum(len(split) for split in (test, *data.clients)) - len(every) - len(others)
-    if left_out:
-        result["left_out"] = left_out
+    left_out = sum(len(split) for split in (test, *splits)) - len(every) - len(others)
+    for name, count in (("left_out", left_out), ("untrained", untrained)):
+        if count:
+            result[name] = count
     if keep:
         write(out, result)
     return result
+
+
+def trained(config: RunConfig, data: FederatedData) -> tuple[list[Split], int]:
+    """Every client's samples without those that the method keeps from the training, and how many those are."""
+    kind = registry.get(config.method)
+    # A teacher that was brought along may have trained on any of them.
+    if kind.untrained is Method.untrained or config.teachers is not None:
+        return list(data.clients), 0
+    method = kind(kind.Options.parse(config.options, method=config.method))
+    bench = Bench(config, data)
+    splits, count = [], 0
+    for k, split in enumerate(data.clients):
+        kept = torch.ones(len(split), dtype=torch.bool)
+        kept[torch.from_numpy(method.untrained(Client(bench, k, {})))] = False
+        splits.append(split if kept.all() else split.subset(kept.nonzero().flatten()))
+        count += int((~kept).sum())
+    return splits, count
+
+
+def grouped(members: Sequence[Split], others: Split) -> tuple[str, tuple[Tensor, Tensor] | None]:
+    """What is independent of each other ("image", "patient" or "case"), and the groups of all images with a loss."""
+    splits = (*members, others)
+    known = [split.labels.dim() == 1 or (split.labels >= 0).flatten(1).any(1) for split in splits]
+    for name, numbers in (("patient", [s.patients for s in splits]), ("case", [s.cases for s in splits])):
+        own = [n if rows is True else n[rows] for n, rows in zip(numbers, known, strict=True) if n is not None]
+        if len(own) == len(splits):
+            of_members, of_others = torch.cat(own[:-1]), own[-1]
+            if name == "case":  # numbered anew in every pool, and never in two of them
+                of_others = of_others + int(of_members.max()) + 1 - int(of_others.min())
+            return name, (of_members, of_others)
+    return "image", None
 
 
 def place(out: Path | str) -> Path:

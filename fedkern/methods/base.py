@@ -186,6 +186,10 @@ class Method:
         """The samples that they are taken over, int64."""
         return np.arange(client.samples)
 
+    def untrained(self, client: Client) -> np.ndarray:
+        """The client's samples, int64, that the method keeps from the local training, whatever else looks at them."""
+        return np.zeros(0, dtype=np.int64)
+
     def evaluate(self, model: nn.Module, data: Any) -> dict[str, float]:
         """Figures of ``model`` on a test set; ``data.batches()`` yields (images fp32, labels int64) in order.
 

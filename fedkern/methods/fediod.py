@@ -24,6 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -53,7 +54,7 @@ from fedkern.methods.fediod_losses import asks_teachers, spoken
 from fedkern.methods.fediod_options import IODOptions, settle
 from fedkern.methods.fediod_pictures import show
 from fedkern.methods.fediod_server import Ensemble, Workshop, cosine, make_generator
-from fedkern.methods.fediod_teachers import build, histogram, make_teacher, teacher
+from fedkern.methods.fediod_teachers import build, histogram, make_teacher, split, teacher
 from fedkern.methods.oneshot_distill import torch_stream
 from fedkern.methods.oneshot_members import OwnNetworks, flatten, vectors
 from fedkern.methods.pairs import supervised_loss
@@ -237,6 +238,10 @@ class FedIOD(Objective, OwnNetworks):
         return ensemble
 
     # -- the clients -----------------------------------------------------------------------------------------------
+
+    def untrained(self, client: Client) -> np.ndarray:
+        """The hold-out of the client's teacher; its discriminators do see these images."""
+        return split(client, self.settings.holdout)[1]
 
     def client_update(self, client: Client, step: Step, message: Message) -> Message:
         return self._update({client.id: client}, step, {client.id: message})[client.id]

@@ -52,7 +52,9 @@ class IODOptions(PrivacyOptions, Method.Options):
         choices=("generator", "public"),
     )  # fmt: skip
     models: str = option("", "networks of the clients in turn, as name[:width] between commas; empty: --model for all")
-    holdout: float = option(0.0, "share of a client's samples that its teacher never trains on", low=0, high=0.9)
+    holdout: float = option(
+        0.0, "share of a client's samples kept from its teacher's training; discriminators see them", low=0, high=0.9
+    )
     select: str = option(
         "last", "the teacher that is kept: that of the last epoch, or the best on the client's own hold-out",
         choices=("last", "best"),

@@ -223,6 +223,10 @@ class Robust(LocalTraining):
     def statistics_rows(self, client: Client) -> np.ndarray:
         return self.rows(client)[0]
 
+    def untrained(self, client: Client) -> np.ndarray:
+        kept, judged = self.rows(client)
+        return np.setdiff1d(judged, kept)
+
     def held(self, client: Client, message: Message) -> Message:
         """The vectors of the global model: of the message, or of the last one that the client was asked about."""
         return vectors_of(message) or client.state["model"]

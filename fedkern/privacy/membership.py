@@ -2,8 +2,8 @@
 
 Who trained on a record tends to lose less on it.  The attacker, given a record and the model, calls it a member where
 the loss is below a threshold; over all thresholds that is a ROC curve, whose area says how well members can be told
-from others (0.5: not at all) and whose true-positive rate at 1 % false positives says how well a few can be told for
-sure (Carlini et al., arXiv 2112.03570).
+from others (0.5: not at all) and whose true-positive rate at few false positives says how many members can be told
+while hardly any other record is called a member (Carlini et al., arXiv 2112.03570).
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import numpy as np
 from torch import Tensor
 
 FALSE_POSITIVES = 0.01
+LEAST = 5
+"""Fewer independent records, or groups of them, of a kind have no interval of the area: nothing holds for so few."""
 
 
 @dataclass(frozen=True)
@@ -23,33 +25,49 @@ class Attack:
 
     Attributes:
         auc: area under the ROC curve, ties counting half.
-        low, high: its 95 % confidence interval, by DeLong's variance.
-        tpr: share of the members called members where at most 1 % of the others are.
+        low, high: its confidence interval; None with fewer than 5 groups of a kind.
+        tpr: share of the members called members at the highest threshold at which at most 1 % of these others are.
+        tpr_low, tpr_high: its Clopper-Pearson interval, the threshold being taken as given.
+        fpr: share of these others called members at that threshold: 0 with fewer than 100 others.  It is what was
+            observed, not a bound on the rate among further records.
         members, others: how many records each.
+        member_groups, other_groups: how many groups they are, each independent of the rest.
     """
 
     auc: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     tpr: float
+    tpr_low: float
+    tpr_high: float
+    fpr: float
     members: int
     others: int
+    member_groups: int
+    other_groups: int
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, float | None]:
         """Its attributes by name."""
         return asdict(self)
 
 
-def membership_attack(members: Tensor, others: Tensor, *, confidence: float = 0.95) -> Attack:
+def membership_attack(
+    members: Tensor, others: Tensor, *, confidence: float = 0.95, groups: tuple[Tensor, Tensor] | None = None
+) -> Attack:
     """The attack from the losses of records that were trained on and of records that were not.
 
-    The interval is the normal approximation with the variance of DeLong, DeLong and Clarke-Pearson (Biometrics 1988),
-    cut at 0 and 1.  It is about the choice of records from the same distribution; the model is taken as given.
+    The interval of the area is the wider on each side of two.  One is on the logit scale with the variance of DeLong,
+    DeLong and Clarke-Pearson (Biometrics 1988), or with groups its extension to clusters by Obuchowski (Biometrics
+    1997).  The other is Newcombe's score interval (method 5, Statistics in Medicine 2006), with groups at Kish's
+    effective numbers of records; at an area of 0 or 1, and where all losses tie, the first has no width and this one
+    has.  Both are about the choice of records from the same distribution; the model is taken as given.
 
     Args:
         members: losses fp ``[n]`` of training records, n >= 2.
         others: losses fp ``[m]`` of records that were never trained on, of the same distribution, m >= 2.
-        confidence: of the interval, in (0, 1).
+        confidence: of the intervals, in (0, 1).
+        groups: int64 ``[n]`` and ``[m]``, whose record it is; records of one number, of whichever kind, depend on each
+            other.  None: every record is independent of all others.
 
     Raises:
         ValueError: fewer than two records of a kind, another shape, a NaN, or a confidence out of range.
@@ -60,24 +78,84 @@ def membership_attack(members: Tensor, others: Tensor, *, confidence: float = 0.
         raise ValueError(f"confidence must be in (0, 1), not {confidence}")
     # A record with a lower loss is more likely a member.
     x, y = (-_checked(losses, name) for losses, name in ((members, "members"), (others, "others")))
+    owners = (np.arange(len(x)), np.arange(len(y)) + len(x)) if groups is None else _owners(groups, len(x), len(y))
+    sizes = [counts[counts > 0] for counts in (np.bincount(own) for own in owners)]
+    # Kish: records that agree within a group are worth so many independent ones.
+    effective = [float(own.sum() ** 2 / (own**2).sum()) for own in sizes]
     # Mean rank of each among the other kind: the share of the others that it beats, ties counting half.
     both, own_x, own_y = _midranks(np.concatenate([x, y])), _midranks(x), _midranks(y)
     beats = (both[: len(x)] - own_x) / len(y)
     beaten = 1 - (both[len(x) :] - own_y) / len(x)
     auc = float(beats.mean())
-    deviation = math.sqrt(float(beats.var(ddof=1)) / len(x) + float(beaten.var(ddof=1)) / len(y))
-    half = float(ndtri(0.5 + confidence / 2)) * deviation
+    low, high = None, None
+    if min(len(own) for own in sizes) >= LEAST:
+        z = float(ndtri(0.5 + confidence / 2))
+        deviation = math.sqrt(_variance(beats - auc, beaten - auc, *owners))
+        limits = [_score_limit(auc, edge, z, *effective) for edge in (0.0, 1.0)]
+        if 0 < auc < 1:
+            middle, half = math.log(auc / (1 - auc)), z * deviation / (auc * (1 - auc))
+            limits += [(1 + math.tanh((middle + side) / 2)) / 2 for side in (-half, half)]
+        low, high = min(limits), max(limits)
     # The lowest threshold above which there are at most 1 % of the others.
     allowed = int(FALSE_POSITIVES * len(y))
     threshold = np.sort(y)[::-1][allowed]
+    tpr = float((x > threshold).mean())
+    tpr_low, tpr_high = _clopper_pearson(tpr, effective[0], confidence)
     return Attack(
         auc=auc,
-        low=max(0.0, auc - half),
-        high=min(1.0, auc + half),
-        tpr=float((x > threshold).mean()),
+        low=low,
+        high=high,
+        tpr=tpr,
+        tpr_low=tpr_low,
+        tpr_high=tpr_high,
+        fpr=float((y > threshold).mean()),
         members=len(x),
         others=len(y),
+        member_groups=len(sizes[0]),
+        other_groups=len(sizes[1]),
     )
+
+
+def _variance(beats: np.ndarray, beaten: np.ndarray, members: np.ndarray, others: np.ndarray) -> float:
+    """Obuchowski's variance of the area from what every record adds to it; DeLong's where each group is one record."""
+    count = max(int(members.max()), int(others.max())) + 1
+    a, b = np.bincount(members, beats, count) / len(beats), np.bincount(others, beaten, count) / len(beaten)
+    of_a, of_b = (len(np.unique(own)) for own in (members, others))
+    every = len(np.union1d(members, others))
+    together = 2 * every / (every - 1) * (a * b).sum()  # of groups that have records of both kinds
+    return max(0.0, float(of_a / (of_a - 1) * (a * a).sum() + of_b / (of_b - 1) * (b * b).sum() + together))
+
+
+def _score_limit(auc: float, edge: float, z: float, members: float, others: float) -> float:
+    """The area between ``auc`` and ``edge``, 0 or 1, from which ``auc`` is z standard errors (Hanley-McNeil) away."""
+    near, far = auc, edge
+    more = (members + others) / 2 - 1
+    for _ in range(60):
+        area = (near + far) / 2
+        variance = area * (1 - area) * (1 + more * ((1 - area) / (2 - area) + area / (1 + area))) / (members * others)
+        if (area - auc) ** 2 <= z * z * variance:
+            near = area
+        else:
+            far = area
+    return far
+
+
+def _clopper_pearson(share: float, count: float, confidence: float) -> tuple[float, float]:
+    """The exact binomial interval (Biometrika 1934) of a share of ``count`` records."""
+    from scipy.special import betaincinv
+
+    hits, tail = share * count, (1 - confidence) / 2
+    low = float(betaincinv(hits, count - hits + 1, tail)) if share > 0 else 0.0
+    return low, float(betaincinv(hits + 1, count - hits, 1 - tail)) if share < 1 else 1.0
+
+
+def _owners(groups: tuple[Tensor, Tensor], members: int, others: int) -> tuple[np.ndarray, np.ndarray]:
+    """The groups of both kinds, counted from 0."""
+    for own, count, name in zip(groups, (members, others), ("members", "others"), strict=True):
+        if tuple(own.shape) != (count,) or own.is_floating_point():
+            raise ValueError(f"groups must be integers [{count}] for the {name}, not {own.dtype} {list(own.shape)}")
+    numbers = np.unique(np.concatenate([own.cpu().numpy() for own in groups]), return_inverse=True)[1]
+    return numbers[:members], numbers[members:]
 
 
 def _checked(losses: Tensor, name: str) -> np.ndarray:

@@ -199,17 +199,22 @@ def attack_table(found: Mapping[str, Any], name: str) -> Table:
     )
     table.add_column("")
     table.add_column("", justify="right", style="bold")
-    interval = f"{found['low']:.3f} to {found['high']:.3f}"
+    unit, groups = found["independent"], (found["member_groups"], found["other_groups"])
+    interval = f"none: too few {unit}s" if found["low"] is None else f"{found['low']:.3f} to {found['high']:.3f}"
     rows = {
         "area under the ROC curve (0.5: members cannot be told)": f"{found['auc']:.3f}",
         "its 95 % interval": interval,
-        "members found at 1 % false positives": f"{100 * found['tpr']:.1f} %",
+        f"members found, {100 * found['fpr']:.2g} % of the others taken for members": f"{100 * found['tpr']:.1f} %",
+        "its 95 % interval at that threshold": f"{100 * found['tpr_low']:.1f} to {100 * found['tpr_high']:.1f} %",
         "mean loss of the members": f"{found['member_loss']:.3g}",
         "mean loss of others": f"{found['other_loss']:.3g}",
         "members, others": f"{found['members']}, {found['others']}",
+        f"taken as independent: {unit}s of members, of others": f"{groups[0]}, {groups[1]}",
     }
     if found.get("left_out"):
         rows["images left out, without a known pixel"] = str(found["left_out"])
+    if found.get("untrained"):
+        rows["images left out, which the method kept from the training"] = str(found["untrained"])
     for text, value in rows.items():
         table.add_row(text, value)
     return table

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 
@@ -15,8 +17,11 @@ from fedkern import engine, models
 from fedkern.cli import commands, flags
 from fedkern.data import FederatedData, PartitionStatistics, Split, normalise
 from fedkern.engine import RunConfig, attacking, saved
+from fedkern.engine.bench import Bench
+from fedkern.engine.serial import Client
 from fedkern.errors import UserError
-from fedkern.privacy import membership_attack
+from fedkern.methods import fediod_teachers
+from fedkern.privacy import membership, membership_attack
 
 
 def brute(x, y):
@@ -27,30 +32,103 @@ def brute(x, y):
     return psi.mean(), v10.var(ddof=1) / len(x) + v01.var(ddof=1) / len(y)
 
 
+def clustered(x, y, of_x, of_y):
+    """The area and Obuchowski's variance, group by group, as the paper writes it (Biometrics 1997, section 2)."""
+    psi = np.array([[1.0 if a < b else 0.5 if a == b else 0.0 for b in y] for a in x])
+    area, v10, v01 = psi.mean(), psi.mean(1), psi.mean(0)
+    groups = sorted({*of_x, *of_y})
+    a = np.array([sum(v - area for v, g in zip(v10, of_x, strict=True) if g == group) for group in groups])
+    b = np.array([sum(v - area for v, g in zip(v01, of_y, strict=True) if g == group) for group in groups])
+    m, n, all_ = len(set(of_x)), len(set(of_y)), len(groups)
+    s10, s01 = m / ((m - 1) * len(x)) * (a**2).sum(), n / ((n - 1) * len(y)) * (b**2).sum()
+    s11 = all_ / (all_ - 1) * (a * b).sum()
+    return area, s10 / len(x) + s01 / len(y) + 2 * s11 / (len(x) * len(y))
+
+
+def logit(p):
+    return math.log(p / (1 - p))
+
+
 @pytest.mark.parametrize("levels", [4, 1000])  # many ties, hardly any
-def test_area_and_interval_are_those_of_all_pairs(levels):
+def test_area_and_interval_are_those_of_all_pairs(levels, monkeypatch):
     rng = np.random.default_rng(levels)
     x, y = rng.integers(0, levels, 37) * 1.0, rng.integers(0, levels, 23) * 1.2
     found = membership_attack(torch.from_numpy(x), torch.from_numpy(y))
     auc, variance = brute(x, y)
     assert found.auc == pytest.approx(auc, rel=1e-12)
-    assert found.high - found.auc == pytest.approx(1.959963985 * math.sqrt(variance), rel=1e-9)
-    assert found.auc - found.low == pytest.approx(found.high - found.auc, rel=1e-9)
-    assert (found.members, found.others) == (37, 23)
+    assert (found.members, found.others, found.member_groups, found.other_groups) == (37, 23, 37, 23)
     wider = membership_attack(torch.from_numpy(x), torch.from_numpy(y), confidence=0.99)
     assert wider.low < found.low < found.high < wider.high
+    monkeypatch.setattr(membership, "_score_limit", lambda auc, *_: auc)  # DeLong's alone
+    alone = membership_attack(torch.from_numpy(x), torch.from_numpy(y))
+    assert found.low <= alone.low < alone.high <= found.high
+    half = 1.959963985 * math.sqrt(variance) / (auc * (1 - auc))
+    assert logit(alone.high) - logit(auc) == pytest.approx(half, rel=1e-9)
+    assert logit(auc) - logit(alone.low) == pytest.approx(half, rel=1e-9)
 
 
-def test_the_interval_covers_as_often_as_it_says():
-    """Losses of two normal laws one deviation apart: the area is Phi(1 / sqrt(2))."""
+def test_with_groups_the_variance_is_that_of_clusters(monkeypatch):
+    """Some groups have records of both kinds."""
+    monkeypatch.setattr(membership, "_score_limit", lambda auc, *_: auc)
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=40), rng.normal(0.5, size=30)
+    of_x, of_y = rng.integers(0, 12, 40), rng.integers(8, 20, 30)
+    found = membership_attack(*map(torch.from_numpy, (x, y)), groups=(torch.from_numpy(of_x), torch.from_numpy(of_y)))
+    auc, variance = clustered(x, y, of_x.tolist(), of_y.tolist())
+    assert found.auc == pytest.approx(auc, rel=1e-12)
+    half = 1.959963985 * math.sqrt(variance) / (auc * (1 - auc))
+    assert logit(found.high) - logit(auc) == pytest.approx(half, rel=1e-9)
+    assert (found.member_groups, found.other_groups) == (len(set(of_x.tolist())), len(set(of_y.tolist())))
+    own = (torch.arange(40) + 7, torch.arange(30) + 50)
+    alone = membership_attack(*map(torch.from_numpy, (x, y)), groups=own)
+    assert alone == membership_attack(*map(torch.from_numpy, (x, y)))
+
+
+def test_copies_of_a_record_say_nothing_more():
+    """Every record four times over: told so, the interval is hardly narrower; not told, it is of four times as many."""
+    rng = np.random.default_rng(2)
+    x, y = (torch.from_numpy(rng.normal(at, 1, n)) for at, n in ((0, 30), (1, 20)))
+    once = membership_attack(x, y)
+    many = [values.repeat_interleave(4) for values in (x, y)]
+    groups = (torch.arange(30).repeat_interleave(4), torch.arange(20).repeat_interleave(4) + 30)
+    told, untold = membership_attack(*many, groups=groups), membership_attack(*many)
+    for name in ("auc", "low", "high", "tpr_low", "tpr_high", "member_groups", "other_groups"):
+        if not name.startswith("tpr"):  # of 80 others as of 20 none may be called a member
+            assert getattr(told, name) == pytest.approx(getattr(once, name), rel=1e-9)
+    assert (told.tpr_low, told.tpr_high) == pytest.approx((once.tpr_low, once.tpr_high), rel=1e-9)
+    assert untold.high - untold.low < 0.6 * (told.high - told.low)
+    assert untold.tpr_high - untold.tpr_low < 0.7 * (told.tpr_high - told.tpr_low)
+
+
+@pytest.mark.parametrize(("members", "others"), [(60, 80), (6, 5), (100, 10)])
+@pytest.mark.parametrize("apart", [0.0, 1.0, 3.0])
+def test_the_interval_covers_as_often_as_it_says(members, others, apart):
+    """Losses of two normal laws some deviations apart: the area is Phi(apart / sqrt(2)), 0.98 for 3."""
     rng = np.random.default_rng(0)
-    truth = 0.5 * (1 + math.erf(0.5))
+    truth = 0.5 * (1 + math.erf(apart / 2))
     hits = 0
     for _ in range(300):
-        members, others = torch.from_numpy(rng.normal(0, 1, 60)), torch.from_numpy(rng.normal(1, 1, 80))
-        found = membership_attack(members, others)
+        x, y = torch.from_numpy(rng.normal(0, 1, members)), torch.from_numpy(rng.normal(apart, 1, others))
+        found = membership_attack(x, y)
         hits += found.low <= truth <= found.high
-    assert 0.91 <= hits / 300 <= 0.985
+    assert hits / 300 >= 0.92
+
+
+def test_the_interval_covers_with_groups_too():
+    """Four images of each of 15 and 12 patients, who differ twice as much as their images do."""
+    rng = np.random.default_rng(0)
+    truth = 0.5 * (1 + math.erf(0.5 / math.sqrt(1 + 4)))
+    groups = torch.arange(15).repeat_interleave(4), torch.arange(12).repeat_interleave(4) + 15
+    told = untold = 0
+    for _ in range(200):
+        x, y = (
+            torch.from_numpy(np.repeat(rng.normal(at, 2, n), 4) + rng.normal(0, 1, 4 * n))
+            for at, n in ((0, 15), (1, 12))
+        )
+        found, alone = membership_attack(x, y, groups=groups), membership_attack(x, y)
+        told, untold = told + (found.low <= truth <= found.high), untold + (alone.low <= truth <= alone.high)
+    assert untold / 200 < 0.85  # why they are told
+    assert told / 200 >= 0.91
 
 
 def test_true_positives_at_one_percent():
@@ -58,14 +136,37 @@ def test_true_positives_at_one_percent():
     members = torch.tensor([1.0, 10.5, 10.9, 11.0, 50.0])
     found = membership_attack(members, others)
     assert found.tpr == pytest.approx(3 / 5)  # below 11, the second lowest of the others
-    assert membership_attack(members, others[:50]).tpr == pytest.approx(1 / 5)  # of 50 none may be
+    assert found.fpr == 1 / 100
+    few = membership_attack(members, others[:50])  # of 50 none may be
+    assert (few.tpr, few.fpr) == (pytest.approx(1 / 5), 0.0)
+    # Clopper-Pearson's limits of 3 and 1 of 5, from the binomial law itself.
+    for one, hits in ((found, 3), (few, 1)):
+        law = scipy.stats.binomtest(hits, 5).proportion_ci(0.95, "exact")
+        assert (one.tpr_low, one.tpr_high) == pytest.approx((law.low, law.high), rel=1e-9)
+    none = membership_attack(others, others)
+    assert (none.tpr_low, membership_attack(members[:3], others + 90).tpr_high) == (pytest.approx(0, abs=1e-3), 1.0)
 
 
 def test_the_ends():
     low, high = torch.arange(5.0), torch.arange(5.0) + 10
     assert (membership_attack(low, high).auc, membership_attack(high, low).auc) == (1.0, 0.0)
+    # Newcombe's limits where DeLong's variance is 0: the quadratic's own roots, and never a point.
+    sure, never = membership_attack(low, high), membership_attack(high, low)
+    assert (sure.high, never.low) == (1.0, 0.0)
+    assert sure.low == pytest.approx(1 - never.high, abs=1e-12)
+    z, t = 1.959963985, sure.low
+    variance = t * (1 - t) * (1 + 4 * (1 - t) / (2 - t) + 4 * t / (1 + t)) / 25
+    assert 1 - t == pytest.approx(z * math.sqrt(variance), rel=1e-6)
+    assert t < 0.75
     same = membership_attack(torch.ones(10), torch.ones(20))
-    assert (same.auc, same.low, same.high, same.tpr) == (0.5, 0.5, 0.5, 0.0)
+    assert (same.auc, same.tpr, same.tpr_low) == (0.5, 0.0, 0.0)
+    assert same.low < 0.35
+    assert same.high == pytest.approx(1 - same.low, abs=1e-12)
+    # Too few of a kind: nothing is said.
+    owners = (torch.tensor([0, 0, 1, 2, 3]), torch.arange(5) + 4)
+    some = [membership_attack(low[:m], high[:n]) for m, n in ((2, 2), (4, 5), (5, 4))]
+    for few in (*some, membership_attack(low, high, groups=owners)):
+        assert (few.auc, few.low, few.high) == (1.0, None, None)
     infinite = membership_attack(torch.tensor([0.0, 1.0]), torch.tensor([2.0, math.inf]))
     assert infinite.auc == 1.0
     for members, others in (
@@ -75,6 +176,9 @@ def test_the_ends():
     ):
         with pytest.raises(ValueError, match=r"members|others"):
             membership_attack(members, others)
+    for groups in ((torch.arange(4), torch.arange(5)), (torch.arange(5), torch.rand(5))):
+        with pytest.raises(ValueError, match="groups must be integers"):
+            membership_attack(low, high, groups=groups)
 
 
 def noise(samples, seed):
@@ -230,7 +334,10 @@ def test_the_command(tmp_path, data, monkeypatch, capsys):
     assert commands.COMMANDS["attack"](flags.parse(["attack", str(folder), "--json"])) == 0
     assert json.loads(capsys.readouterr().out)["auc"] > 0.7
     assert commands.COMMANDS["attack"](flags.parse(["attack", str(folder)])) == 0
-    assert "area under the ROC curve" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "area under the ROC curve" in said
+    assert "members found, 1 % of the others taken for members" in said
+    assert "taken as independent: images of members, of others 100, 300" in re.sub(r"\s+", " ", said)
     for words, sentence in (
         (["attack"], "needs the folder of a finished run"),
         (["attack", str(folder), "--lr", "1"], "takes no other flags than --json, --data-root"),
@@ -257,3 +364,69 @@ def test_what_a_run_set_aside_was_never_trained_on(tmp_path, data):
     found = engine.attack(folder, data=data)
     assert (found["members"], len(found["clients"])) == (60, 1)
     assert found["clients"][0] == pytest.approx(whole["clients"][1])
+
+
+def test_images_of_a_patient_are_one_group(tmp_path, data, monkeypatch, capsys):
+    """Named patients are the groups, else cases; where the test images name none, all are taken as independent."""
+    folder = release(tmp_path / "run", data, 3)
+
+    def named(name):
+        clients = tuple(
+            dataclasses.replace(split, **{name: torch.arange(len(split)) // 4 + 100 * k})
+            for k, split in enumerate(data.clients)
+        )
+        test = dataclasses.replace(data.tests[""], **{name: torch.arange(300) // 4 + (0 if name == "cases" else 500)})
+        return dataclasses.replace(data, clients=clients, tests={"": test})
+
+    plain, found = engine.attack(folder, data=data), engine.attack(folder, data=named("patients"))
+    assert (plain["independent"], plain["member_groups"], plain["other_groups"]) == ("image", 100, 300)
+    assert (found["independent"], found["member_groups"], found["other_groups"]) == ("patient", 25, 75)
+    assert found["auc"] == plain["auc"]
+    assert found["high"] - found["low"] > plain["high"] - plain["low"]
+    cases = engine.attack(folder, data=named("cases"))  # their numbers are those of each pool
+    assert (cases["independent"], cases["low"], cases["high"]) == ("case", found["low"], found["high"])
+    monkeypatch.setattr(attacking, "load_data", lambda config, masks: named("patients"))
+    assert commands.COMMANDS["attack"](flags.parse(["attack", str(folder)])) == 0
+    assert "taken as independent: patients of members, of others 25, 75" in re.sub(r"\s+", " ", capsys.readouterr().out)
+    half = dataclasses.replace(named("patients"), tests=data.tests)
+    assert engine.attack(folder, data=half)["independent"] == "image"
+
+
+def test_too_few_patients_have_no_interval(tmp_path, data, monkeypatch, capsys):
+    folder = release(tmp_path / "run", data, 3)
+    clients = tuple(dataclasses.replace(s, patients=torch.full((len(s),), k)) for k, s in enumerate(data.clients))
+    test = dataclasses.replace(data.tests[""], patients=torch.arange(300) + 2)
+    monkeypatch.setattr(
+        attacking, "load_data", lambda config, masks: dataclasses.replace(data, clients=clients, tests={"": test})
+    )
+    assert commands.COMMANDS["attack"](flags.parse(["attack", str(folder)])) == 0
+    assert "none: too few patients" in capsys.readouterr().out
+    assert json.loads((folder / "attack.json").read_text())["low"] is None
+
+
+def test_what_a_method_keeps_from_the_training_is_no_member(tmp_path, data, monkeypatch, capsys):
+    """FedIOD's hold-out and the samples that client weights are learnt on; not a training sample of either."""
+    folder = release(tmp_path / "run", data, 3)
+    whole = engine.attack(folder, data=data)
+    assert "untrained" not in whole
+
+    def stored(method, **settings):
+        config = RunConfig.make(method, data="digits", model="mlp", width=64, clients=2, **settings)
+        (folder / "config.toml").write_text(config.to_toml())
+        return config
+
+    config = stored("fediod", options={"holdout": 0.2})
+    found = engine.attack(folder, data=data)
+    assert (found["members"], found["untrained"]) == (80, 20)
+    splits, _ = attacking.trained(config, data)
+    for k, split in enumerate(splits):  # those that the teacher is trained on
+        rows, _ = fediod_teachers.split(Client(Bench(config, data), k, {}), 0.2)
+        assert torch.equal(split.images, data.clients[k].images[torch.from_numpy(rows)])
+    monkeypatch.setattr(attacking, "load_data", lambda config, masks: data)
+    assert commands.COMMANDS["attack"](flags.parse(["attack", str(folder)])) == 0
+    assert "images left out, which the method kept from the training" in capsys.readouterr().out
+    assert attacking.trained(config.replace(teachers="anywhere"), data)[1] == 0  # may have been trained on any
+    stored("fediod", options={"holdout": 0.0})
+    assert engine.attack(folder, data=data) == whole
+    assert attacking.trained(stored("afl", options={"loss_share": 0.3}), data)[1] == 30
+    assert attacking.trained(stored("afl", options={"loss_split": "train"}), data)[1] == 0
