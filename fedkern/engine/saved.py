@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,12 +107,98 @@ def damaged(out: Path, entry: Mapping[str, Any]) -> list[str]:
     return [name for name, value in stored.items() if checksum(out / name) != value]
 
 
+def _list(kind: Callable[[Any], bool], length: int | None = None, least: int = 1) -> Callable[[Any], bool]:
+    return lambda x: (
+        isinstance(x, list)
+        and len(x) >= least
+        and (length is None or len(x) == length)
+        and all(kind(each) for each in x)
+    )
+
+
+def _text(x: Any) -> bool:
+    return isinstance(x, str)
+
+
+def _count(x: Any) -> bool:
+    return type(x) is int and x >= 0
+
+
+def _size(x: Any) -> bool:
+    return type(x) is int and 1 <= x < 1 << 16
+
+
+def _width(x: Any) -> bool:
+    return x is None or _size(x)
+
+
+def _number(x: Any) -> bool:
+    return type(x) in (int, float) and abs(x) < 1e9  # not NaN either
+
+
+_TASKS = ("classification", "segmentation", "retrieval")
+_IMAGES = {"channels": _size, "image_size": _list(_size, 2), "mean": _list(_number), "std": _list(_number)}
+_ABOUT: dict[str, Callable[[Any], bool]] = {
+    **_IMAGES, "model": _text, "width": _width, "classes": _list(_text), "method": _text, "rounds": _count,
+}  # fmt: skip
+"""What model.safetensors says of every network, and whether a value is one that it can have."""
+_ABOUT_SOME: dict[str, Callable[[Any], bool]] = {
+    "task": lambda x: x in _TASKS,  # the first versions did not say
+    "statistics": lambda x: x == "batch",
+    "samples": _list(_count),
+    "pair": lambda x: isinstance(x, dict),
+}
+_PAIR: dict[str, Callable[[Any], bool]] = {
+    **_IMAGES, "image_encoder": _text, "text_encoder": _text,
+    "vocabulary": lambda x: x is None or _list(_text, least=0)(x), "width": _width,
+}  # fmt: skip
+
+
+def checked(text: str | None) -> dict[str, Any]:
+    """What model.safetensors says of itself, from the JSON of its metadata.
+
+    Raises:
+        ValueError: it is no JSON object, or a key is missing or has a value of another kind; the message names it.
+    """
+    if text is None:
+        raise ValueError("it does not say what network it holds")
+    about = parse_json(text)
+    if not isinstance(about, dict):
+        raise ValueError("what it says of its network is no table")
+    _check_keys(about, _ABOUT, _ABOUT_SOME, "")
+    if "task" in about and ("pair" in about) != (about["task"] == "retrieval"):
+        raise ValueError('"pair" belongs to a retrieval network alone')
+    if "pair" in about:
+        _check_keys(about["pair"], _PAIR, {"longest": _size}, "pair.")
+        unknown = sorted(set(about["pair"]) - {*_PAIR, "longest"})
+        if unknown:
+            raise ValueError(f'it says something unknown: "pair.{unknown[0]}"')
+    for prefix, each in (("", about), ("pair.", about.get("pair"))):
+        for name in ("mean", "std"):
+            if each is not None and len(each[name]) != each["channels"]:
+                raise ValueError(f'"{prefix}{name}" does not have a number for each of {each["channels"]} channels')
+    return about
+
+
+def _check_keys(
+    table: Mapping[str, Any],
+    must: Mapping[str, Callable[[Any], bool]],
+    may: Mapping[str, Callable[[Any], bool]],
+    prefix: str,
+) -> None:
+    for name, fits in {**must, **may}.items():
+        if name not in table and name in must:
+            raise ValueError(f'it does not say "{prefix}{name}"')
+        if name in table and not fits(table[name]):
+            raise ValueError(f'it says {json.dumps(table[name])} for "{prefix}{name}"')
+
+
 def readable(out: Path | str) -> bool:
     """Whether there is a model.safetensors that is one of ours and as long as it says itself."""
     try:
         with safe_open(Path(out) / MODEL, framework="pt") as file:
-            return isinstance(parse_json((file.metadata() or {})["fedkern"]), dict)
-    except (OSError, SafetensorError, KeyError, ValueError):
+            return bool(checked((file.metadata() or {}).get("fedkern")))
+    except (OSError, SafetensorError, ValueError):
         return False
 
 
@@ -139,7 +225,7 @@ def read_model(out: Path | str, trusted: Collection[str] = ()) -> tuple[nn.Modul
     path = Path(out) / MODEL
     try:
         with safe_open(path, framework="pt") as file:
-            about = parse_json((file.metadata() or {})["fedkern"])
+            about = checked((file.metadata() or {}).get("fedkern"))
         tensors = load_file(path)
     except (FileNotFoundError, NotADirectoryError):
         check_run_folder(out)
@@ -147,7 +233,10 @@ def read_model(out: Path | str, trusted: Collection[str] = ()) -> tuple[nn.Modul
         raise UserError(f"{out} has no {MODEL}: {way_out}.") from None
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}): {_again(out)}.") from None
-    network = _rebuilt(Path(out), about, trusted) if "samples" in about else _plain(about)
+    try:
+        network = _rebuilt(Path(out), about, trusted) if "samples" in about else _plain(about)
+    except (ValueError, TypeError, KeyError, RuntimeError, MemoryError) as error:
+        raise UserError(f"{path} is damaged (no network is as it says: {error}): {_again(out)}.") from None
     _check_written(Path(out))
     if about.get("statistics") == "batch":
         _forget_statistics(network)

@@ -211,7 +211,8 @@ def release(folder, data, steps):
     folder.mkdir()
     config = RunConfig.make("fedavg", data="digits", model="mlp", width=64, clients=2)
     (folder / "config.toml").write_text(config.to_toml())
-    about = {"model": "mlp", "width": 64, "classes": list("abcd"), "channels": 1, "image_size": [8, 8]}
+    about = {"model": "mlp", "width": 64, "classes": list("abcd"), "channels": 1, "image_size": [8, 8],
+             "mean": [0.5], "std": [0.3], "method": "fedavg", "rounds": 1}  # fmt: skip
     saved.write_model(folder, model, about)
     return folder
 

@@ -38,6 +38,10 @@ def save_model(model, folder: Path, name: str = "cnn") -> None:
         "classes": [str(c) for c in range(model.head.out_features)],
         "channels": next(model.parameters()).shape[1],
         "image_size": [32, 32],
+        "mean": [0.5] * next(model.parameters()).shape[1],
+        "std": [0.2] * next(model.parameters()).shape[1],
+        "method": "fedavg",
+        "rounds": 2,
     }
     saved.write_model(folder, model, about)
 
