@@ -25,7 +25,10 @@ def test_no_bound_is_above_its_claim_and_every_defect_is_caught():
         if row["caught"]["defect"] == "half the noise":
             assert row["lower"] > 0.9 * row["claimed"]
         else:
-            assert row["lower"] < row["half"]["lower"] < row["half"]["claimed"]
+            # Renyi accounting of a shard claims more than half the noise shows; privacy loss distributions do not.
+            shards = row["mechanism"].endswith("shards")
+            assert row["lower"] < row["half"]["lower"]
+            assert (row["half"]["lower"] < row["half"]["claimed"]) == shards
 
 
 def test_the_figure_is_drawn(tmp_path):
