@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import zlib
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,29 @@ class Checkpoints:
             self._collect()
             (self.folder / releases.NAME).unlink(missing_ok=True)
             self.folder.rmdir()
+
+
+def newest(out: Path) -> dict[str, Any] | None:
+    """The newest checkpoint of a run folder, for its readers; None where there is none, or no manifest to be read."""
+    try:
+        return Checkpoints(out).peek()
+    except UserError:  # it says nothing of the other files
+        return None
+
+
+def check_result(out: Path, name: str) -> None:
+    """Raises UserError where a finished run says that ``name``, which it wrote at its end, was another file."""
+    entry = newest(out)
+    if entry is None or not entry["info"].get("finished"):
+        return
+    written = entry["info"].get("results")  # the first versions did not say
+    if isinstance(written, dict) and name in written and written[name] != checksum(out / name):
+        raise UserError(f"{out / name} is not what the run wrote: {again(out)}.")
+
+
+def again(out: Path | str) -> str:
+    """The way out where a file that a run writes at its end is damaged."""
+    return f"delete it, and --resume {shlex.quote(str(out))} makes it again"
 
 
 def _sum(entry: dict[str, Any]) -> int:

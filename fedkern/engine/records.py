@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 import fedkern
-from fedkern.engine import atomic
+from fedkern.engine import atomic, checkpoint
 from fedkern.errors import UserError
-from fedkern.inputs import parse_json, read_json, read_text
+from fedkern.inputs import parse_json, read_json, read_text, standing
 from fedkern.ops import backend
 from fedkern.ops.loading import Unavailable
 from fedkern.privacy.guarantee import EPSILON, PART, RECORDS
@@ -114,9 +114,14 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
     A last line cut off by a crash is left out.
 
     Raises:
-        UserError: the folder has no such file, or a line before the last is not JSON.
+        UserError: the folder has no such file, a line before the last is not JSON, or the newest checkpoint says that
+            the file was another.
     """
     path = out / METRICS
+    entry = checkpoint.newest(out)
+    size, digest = (entry["info"].get(name) for name in ("metrics_bytes", "metrics_sha256")) if entry else (None, None)
+    if isinstance(size, int) and isinstance(digest, str) and path.exists():
+        Metrics(out).check(size, digest)
     try:
         lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -138,16 +143,26 @@ def write_summary(out: Path, summary: Mapping[str, Any]) -> None:
 
 
 def read_summary(out: Path) -> dict[str, Any] | None:
-    """summary.json of a finished run, or None.
+    """summary.json of a finished run, or None where there is none.
 
     Older runs called it ``epsilon`` whatever it covered, and none covered their records: they are read as if they had
     said so.
+
+    Raises:
+        UserError: the file cannot be read, is no JSON object, or is not what the run wrote.
     """
-    try:
-        summary = read_json(out / SUMMARY)
-    except (OSError, ValueError):
+    path = out / SUMMARY
+    if standing(path) == "missing":
         return None
-    return _relabelled(summary) if isinstance(summary, dict) else None
+    checkpoint.check_result(out, SUMMARY)
+    try:
+        summary = read_json(path)
+        if not isinstance(summary, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} is damaged ({reason}): {checkpoint.again(out)}.") from None
+    return _relabelled(summary)
 
 
 def _relabelled(summary: dict[str, Any]) -> dict[str, Any]:

@@ -102,7 +102,12 @@ def _finished(entry: dict[str, Any] | None, out: Path) -> dict[str, Any] | None:
     if entry is None or not entry["info"]["finished"]:
         return None
     records.Metrics(out).check(entry["info"]["metrics_bytes"], entry["info"].get("metrics_sha256"))
-    return None if saved.damaged(out, entry) else records.read_summary(out)
+    if saved.damaged(out, entry):
+        return None
+    try:
+        return records.read_summary(out)
+    except UserError:  # the first versions did not say what they had written
+        return None
 
 
 def load_data(config: RunConfig, *, masks: bool = True, notice: Callable[[str], None] | None = None) -> FederatedData:

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fedkern import models
 from fedkern.engine import atomic
 from fedkern.engine.bench import Bench
-from fedkern.engine.checkpoint import Checkpoints, checksum
+from fedkern.engine.checkpoint import Checkpoints, again, check_result, checksum
 from fedkern.engine.config import RunConfig, check_regular, check_run_folder
 from fedkern.engine.network import state_dict
 from fedkern.engine.records import SUMMARY
@@ -232,12 +232,12 @@ def read_model(out: Path | str, trusted: Collection[str] = ()) -> tuple[nn.Modul
         way_out = f"its run is not finished, continue it with --resume {shlex.quote(str(out))}"
         raise UserError(f"{out} has no {MODEL}: {way_out}.") from None
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): {_again(out)}.") from None
+        raise UserError(f"{path} is damaged ({error}): {again(out)}.") from None
     try:
         network = _rebuilt(Path(out), about, trusted) if "samples" in about else _plain(about)
     except (ValueError, TypeError, KeyError, RuntimeError, MemoryError) as error:
-        raise UserError(f"{path} is damaged (no network is as it says: {error}): {_again(out)}.") from None
-    _check_written(Path(out))
+        raise UserError(f"{path} is damaged (no network is as it says: {error}): {again(out)}.") from None
+    check_result(Path(out), MODEL)
     if about.get("statistics") == "batch":
         _forget_statistics(network)
     try:
@@ -245,22 +245,8 @@ def read_model(out: Path | str, trusted: Collection[str] = ()) -> tuple[nn.Modul
     except RuntimeError:
         name = "pair of encoders" if "pair" in about else about["model"]
         kind = f"module of {about['method']}" if "samples" in about else name
-        raise UserError(f"{path} does not hold the parameters of a {kind}: {_again(out)}.") from None
+        raise UserError(f"{path} does not hold the parameters of a {kind}: {again(out)}.") from None
     return network.eval(), about
-
-
-def _check_written(out: Path) -> None:
-    """Raises UserError where the run folder says that model.safetensors was another file."""
-    try:
-        entry = Checkpoints(out).peek()
-    except UserError:  # a manifest that cannot be read says nothing of the model
-        return
-    if entry is not None and entry["info"].get("finished") and MODEL in damaged(out, entry):
-        raise UserError(f"{out / MODEL} is not what the run wrote: {_again(out)}.")
-
-
-def _again(out: Path | str) -> str:
-    return f"delete it, and --resume {shlex.quote(str(out))} makes it again"
 
 
 def _norms(module: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedkern.engine import state
+from fedkern.engine import checkpoint, state
 from fedkern.errors import UserError
 
 FILE = "shown.safetensors"
@@ -98,7 +98,7 @@ class Gallery:
             UserError: the file is damaged, or another one.
         """
         self._entries, self._sum = [], hashlib.sha256()
-        for entry in read(self.path.parent):
+        for entry in _entries(self.path):
             if entry.round <= round:
                 self.add(entry)
         self._changed = False
@@ -118,13 +118,37 @@ def read(out: Path | str) -> list[Shown]:
     """What a run has shown, in the order of its rounds; empty where it showed nothing.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is damaged, or the newest checkpoint says that it was another.
     """
-    path = Path(out) / FILE
+    out = Path(out)
+    entries, last = _entries(out / FILE), checkpoint.newest(out)
+    if entries and last is not None:
+        Gallery(out, 1).restore(last["round"], last["info"].get("shown_sha256"))
+    return entries
+
+
+def _entries(path: Path) -> list[Shown]:
     if not path.exists():
         return []
     try:
         rows = state.load(path)["shown"]
-        return [Shown(str(name), int(round), value, (axes[0], axes[1])) for name, round, value, axes in rows]
+        entries = [Shown(name, round, value, (axes[0], axes[1])) for name, round, value, axes in rows]
+        kinds: dict[str, int] = {}
+        if all(
+            _sound(entry) and kinds.setdefault(entry.name, entry.value.dim()) == entry.value.dim() for entry in entries
+        ):
+            return entries
     except (ValueError, KeyError, TypeError, IndexError):
-        raise UserError(f"{path} is damaged: delete it, only pictures are lost.") from None
+        pass
+    raise UserError(f"{path} is damaged: delete it, only pictures are lost.")
+
+
+def _sound(entry: Shown) -> bool:
+    """Whether an entry can have been shown: its name becomes that of a file."""
+    if not (isinstance(entry.name, str) and _NAME.fullmatch(entry.name) and type(entry.round) is int):
+        return False
+    value = entry.value
+    if not (isinstance(value, Tensor) and value.numel() and all(isinstance(axis, str) for axis in entry.axes)):
+        return False
+    images = value.dim() == 4 and value.dtype == torch.uint8 and value.shape[1] in (1, 3)
+    return images or (value.dim() == 2 and value.dtype == torch.float32)

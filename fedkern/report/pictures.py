@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fedkern.engine import RunConfig, atomic, load_data, read_metrics, read_model, read_shown
+from fedkern.engine import RunConfig, atomic, load_data, read_metrics, read_model, read_shown, read_summary
+from fedkern.engine.checkpoint import newest
+from fedkern.engine.resuming import check_unedited
 from fedkern.engine.run import kept_data
+from fedkern.errors import UserError
 from fedkern.inputs import read_json
 
 EXAMPLES = 8
@@ -50,12 +54,26 @@ def write_pictures(
         A run with private records has no ``partition.png``, which holds exact counts, and loses an older one.
 
     Raises:
-        UserError: a file of the run is missing or damaged.
+        UserError: a file of the run is missing, damaged or not what the run wrote, or its settings were changed; or its
+            records are private, and it is not finished.
     """
+    _check(run_dir)
     written = _draw(run_dir, data, model, data_root, trusted)
     listed = json.dumps({"pictures": [path.name for path in written]})
     atomic.write_bytes(run_dir / LIST, (listed + "\n").encode())
     return written
+
+
+def _check(run_dir: Path) -> None:
+    """Raises UserError before anything is drawn that the run's own files do not vouch for."""
+    config, entry = RunConfig.load(run_dir, device="cpu"), newest(run_dir)
+    if entry is not None:
+        check_unedited(config, entry, run_dir)
+    if read_summary(run_dir) is None and config.records == "private":
+        raise UserError(
+            f"{run_dir} has no summary.json, and its records are private: finish the run with --resume "
+            f"{shlex.quote(str(run_dir))} before its pictures are drawn."
+        )
 
 
 def _draw(

@@ -5,14 +5,15 @@ import math
 
 import pytest
 import torch
-from interrupted import Kill, KillAt
+from interrupted import Kill, KillAt, unvouched
 
-from fedkern.engine import RunConfig, read_shown, run, shown
+from fedkern.engine import RunConfig, read_metrics, read_model, read_shown, read_summary, run, shown, state
 from fedkern.engine.shown import Gallery, Shown, prepared
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, register
 from fedkern.methods.fedavg import FedAvg
 from fedkern.privacy import LEDGER, Accountant, Guarantee
+from fedkern.report.pictures import write_pictures
 
 
 class Telling(FedAvg):
@@ -131,3 +132,57 @@ def test_no_noise_is_said_in_words():
     text = Guarantee(1e-5, covers={"one": "a", "two": "b", "three": "c"}).statement(math.inf)
     assert text.startswith("No finite epsilon at delta 1e-05")
     assert text.endswith("covers a, b and c.")
+
+
+def test_no_reader_takes_what_the_run_did_not_write(telling, make_data, make_config, tmp_path):
+    """Every file of a finished private run, unreadable or readable but another, for every reader of it."""
+    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install 'fedkern[privacy]')")
+    data, out = make_data(), tmp_path / "run"
+    config = make_config("telling", rounds=2, records="all", grad_cam=0)
+    run(config, out=out, data=data)
+    assert read_summary(out)["records"] == "all"
+    assert write_pictures(out, data=data)
+    (out / "pictures.json").unlink()
+    before = {path.name for path in out.iterdir()}
+
+    def refused(name, content, *readers):
+        whole = (out / name).read_bytes()
+        (out / name).write_bytes(content(whole))
+        for look in (*readers, lambda out: write_pictures(out, data=data)):
+            with pytest.raises(UserError, match=rf"{name} (is|was|has)"):
+                look(out)
+        assert {path.name for path in out.iterdir()} == before  # nothing was drawn, the list least of all
+        (out / name).write_bytes(whole)
+
+    refused("summary.json", lambda _: b"{", read_summary)
+    refused("summary.json", lambda whole: whole.replace(b'"all"', b'"ALL"'), read_summary)
+    refused("metrics.jsonl", lambda whole: whole.replace(b"accuracy", b"ACCURACY"), read_metrics)
+    refused("metrics.jsonl", lambda whole: whole[: len(whole) // 2], read_metrics)
+    refused("model.safetensors", lambda whole: whole[:-1] + bytes([whole[-1] ^ 1]), read_model)
+    refused("config.toml", lambda whole: whole.replace(b'records = "all"', b'records = "private"'))
+
+    def other(whole):
+        entries = read_shown(out)
+        rows = [[e.name, e.round, 255 - e.value, list(e.axes)] for e in entries]
+        state.save(tmp_path / "other", {"shown": rows})
+        return (tmp_path / "other").read_bytes()
+
+    refused(shown.FILE, lambda _: b"{", read_shown)
+    refused(shown.FILE, other, read_shown)
+    assert write_pictures(out, data=data)
+    unvouched(out)  # whoever sends the folder can forge what it says, but nothing that cannot be drawn
+    image, table = torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.zeros(2, 2)
+    for row in (["../outside", 1, table, ["a", "b"]], ["x", 1.5, table, ["a", "b"]], ["x", 1, 3, ["a", "b"]],
+                ["x", 1, table.double(), ["a", "b"]], ["x", 1, image[:, :0], ["", ""]], ["x", 1, image[0], ["", ""]],
+                ["x", 1, table, [1, "b"]], ["x", 1, table, []], ["x"]):  # fmt: skip
+        state.save(out / shown.FILE, {"shown": [row]})
+        with pytest.raises(UserError, match="is damaged: delete it, only pictures are lost"):
+            read_shown(out)
+    state.save(out / shown.FILE, {"shown": [["x", 1, table, ["a", "b"]], ["x", 2, image, ["", ""]]]})
+    with pytest.raises(UserError, match="is damaged: delete it, only pictures are lost"):
+        write_pictures(out, data=data)
+    assert not (tmp_path / "outside.png").exists()
+    for name in ("summary.json", shown.FILE):  # what is not there is not shown
+        (out / name).unlink()
+    assert (read_summary(out), read_shown(out)) == (None, [])
+    assert write_pictures(out, data=data)

@@ -67,6 +67,16 @@ def test_a_run_with_private_records_has_no_counts(tmp_path, data):
     (folder / "partition.png").write_bytes(b"older")
     config = RunConfig.load(folder).replace(records="private")
     (folder / "config.toml").write_text(config.to_toml())
+    for content, sentence in (
+        (None, "has no summary.json, and its records are private"),
+        ("{", "summary.json is damaged"),
+    ):
+        if content is not None:
+            (folder / "summary.json").write_text(content)
+        with pytest.raises(UserError, match=sentence):
+            pictures.write_pictures(folder, data=data)
+        assert (folder / "partition.png").read_bytes() == b"older"
+    (folder / "summary.json").write_text("{}")
     written = pictures.write_pictures(folder, data=data)
     assert [path.name for path in written] == ["accuracy.png", "gradcam.png"]
     assert not (folder / "partition.png").exists()
