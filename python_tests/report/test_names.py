@@ -140,7 +140,8 @@ def expected(name: str) -> str:
 
 
 def test_tables(name):
-    found = dict.fromkeys(("auc", "low", "high", "tpr", "member_loss", "other_loss"), 0.5) | {"members": 3, "others": 3}
+    found = dict.fromkeys(("auc", "low", "high", "tpr", "tpr_low", "tpr_high", "fpr", "member_loss", "other_loss"), 0.5)
+    found |= {"members": 3, "others": 3, "member_groups": 3, "other_groups": 3, "untrained": 0, "independent": "image"}
     result = {"command": name, "method": name, "data": name, "networks": 1, "rows": [{"set": name, name or "n": name}]}
     summary = {"method": name, "data": name, "seed": 0, "rounds": 1, "seconds": 1.0, "bytes": {"up": 1, "down": 1}}
     private = {"covers": [name], "leaves_uncovered": [name]}
