@@ -14,10 +14,15 @@ def blend_reference(
     foreground: Tensor, background: Tensor, alpha: float | Tensor = 0.5, index: Tensor | None = None
 ) -> Tensor:
     """The specification of :func:`blend`."""
+    own, other = wide(foreground), wide(background if index is None else background[index])
     if isinstance(alpha, Tensor):
-        alpha = per_sample(alpha.to(foreground.dtype), foreground)
-    other = background if index is None else background[index]
-    return alpha * foreground + (1 - alpha) * other
+        alpha = per_sample(alpha.to(own.dtype), own)
+    return (alpha * own + (1 - alpha) * other).to(foreground.dtype)
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x`` in the dtype that it is computed in: fp32 for 16 bits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def check_values(alpha: Tensor | None, index: Tensor | None, background_rows: int) -> None:
@@ -51,19 +56,21 @@ def backward_reference(
     background_rows: int,
     needs: tuple[bool, ...],
 ) -> Gradients:
+    dtype, grad = grad.dtype, wide(grad)
     weight = value if alpha is None else per_sample(alpha.to(grad.dtype), grad)
-    own = weight * grad if needs[0] else None
+    own = (weight * grad).to(dtype) if needs[0] else None
     other = None
     if needs[1]:
         other = (1 - weight) * grad
         if index is not None:
             other = grad.new_zeros((background_rows, *grad.shape[1:])).index_add(0, index, other)
+        other = other.to(dtype)
     by_alpha = None
     if needs[2]:
         assert foreground is not None
         assert background is not None
         assert alpha is not None
-        difference = foreground - (background if index is None else background[index])
+        difference = wide(foreground) - wide(background if index is None else background[index])
         by_alpha = (grad * difference).flatten(1).sum(1) if grad.dim() > 1 else grad * difference
         by_alpha = by_alpha.to(alpha.dtype)
     return own, other, by_alpha
@@ -72,7 +79,8 @@ def backward_reference(
 def second_derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     """The derivative of the gradients, in plain PyTorch, which differentiates it as often as one likes."""
     grad, foreground, background, alpha, index = ctx.saved_tensors
-    to_own, to_other, to_alpha = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))
+    dtype, grad = grad.dtype, wide(grad)
+    to_own, to_other, to_alpha = (wide(g) if need else None for g, need in zip(grads, ctx.needs, strict=True))
     weight = ctx.value if alpha is None else per_sample(alpha.to(grad.dtype), grad)
     picked = None if to_other is None else to_other if index is None else to_other[index]
     total = torch.zeros_like(grad)
@@ -83,13 +91,14 @@ def second_derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     by_alpha = by_foreground = by_background = None
     if to_alpha is not None:
         scale = per_sample(to_alpha.to(grad.dtype), grad)
-        total = total + scale * (foreground - (background if index is None else background[index]))
+        total = total + scale * (wide(foreground) - wide(background if index is None else background[index]))
         by_foreground = scale * grad
         by_background = -by_foreground
         if index is not None:
-            by_background = torch.zeros_like(background).index_add(0, index, by_background)
+            by_background = grad.new_zeros(background.shape).index_add(0, index, by_background)
+        by_foreground, by_background = by_foreground.to(dtype), by_background.to(dtype)
     if alpha is not None and (to_own is not None or picked is not None):
         part = (0 if to_own is None else to_own) - (0 if picked is None else picked)
         product = grad * part
         by_alpha = (product.flatten(1).sum(1) if grad.dim() > 1 else product).to(alpha.dtype)
-    return (total, by_foreground, by_background, by_alpha, None, None, None, None, None, None)
+    return (total.to(dtype), by_foreground, by_background, by_alpha, None, None, None, None, None, None)
