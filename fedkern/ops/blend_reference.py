@@ -14,7 +14,8 @@ def blend_reference(
     foreground: Tensor, background: Tensor, alpha: float | Tensor = 0.5, index: Tensor | None = None
 ) -> Tensor:
     """The specification of :func:`blend`."""
-    own, other = wide(foreground), wide(background if index is None else background[index])
+    own, other = wide(foreground), wide(background)
+    other = other if index is None else other[index]
     if isinstance(alpha, Tensor):
         alpha = per_sample(alpha.to(own.dtype), own)
     return (alpha * own + (1 - alpha) * other).to(foreground.dtype)
