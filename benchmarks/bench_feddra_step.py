@@ -23,7 +23,7 @@ from harness import compare, device
 from fedkern.data import FederatedData, PartitionStatistics, Split
 from fedkern.engine import RunConfig
 from fedkern.engine.bench import Bench
-from fedkern.engine.serial import Client
+from fedkern.engine.parties import Client
 from fedkern.methods import FedDRA, Step
 from fedkern.methods.feddra import ALIGNMENT
 from fedkern.models.attention import TransformerLayer

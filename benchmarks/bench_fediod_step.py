@@ -26,7 +26,7 @@ from fedkern import models
 from fedkern.data import FederatedData, PartitionStatistics, Split
 from fedkern.engine import RunConfig
 from fedkern.engine.bench import Bench
-from fedkern.engine.serial import Client, Server
+from fedkern.engine.parties import Client, Server
 from fedkern.methods import FedIOD, Step, Upload
 from fedkern.methods.fediod_losses import distillation, importance, teacher_terms
 from fedkern.methods.fediod_options import settle

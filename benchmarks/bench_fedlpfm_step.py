@@ -19,7 +19,7 @@ from fedkern import models
 from fedkern.data import FederatedData, PartitionStatistics, Split
 from fedkern.engine import RunConfig
 from fedkern.engine.bench import Bench
-from fedkern.engine.serial import Client
+from fedkern.engine.parties import Client
 from fedkern.methods import FedAvg, FedLPFM, LocalTraining, Step
 from fedkern.models.teacher import NetworkTeacher
 

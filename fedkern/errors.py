@@ -29,6 +29,28 @@ class RunFailed(UserError):
     exit_code = 1
 
 
+class ClientFailed(RunFailed):
+    """A client's part of a method raised an exception.
+
+    Attributes:
+        client: its number.
+        what: the exception, in a line.
+        traceback: where it was raised.
+    """
+
+    def __init__(self, client: int, what: str, traceback: str = "", when: str = "") -> None:
+        way = "mend the method, or leave such clients out with --on-error skip"
+        super().__init__(f"Client {client} failed{f' {when}' if when else ''}: {what}; {way}.")
+        self.client, self.what, self.traceback = client, printable(what), traceback
+
+    def __reduce__(self) -> tuple[type, tuple[int, str, str]]:
+        return ClientFailed, (self.client, self.what, self.traceback)
+
+    def at(self, when: str) -> ClientFailed:
+        """The same with the round in the sentence."""
+        return ClientFailed(self.client, self.what, self.traceback, when)
+
+
 def printable(text: str) -> str:
     """A message as a terminal can take it: long words and long messages without their middle, controls as escapes."""
     if len(text) > WORD:

@@ -41,6 +41,7 @@ def _guarded(words: list[str]) -> int:
         sys.stdout.flush()  # a reader that has gone shows here, not at exit
         return code
     except UserError as error:
+        print(getattr(error, "traceback", ""), end="", file=sys.stderr)  # of a client's part of a method
         return _say(str(error), error.exit_code)
     except BrokenPipeError:
         # The interpreter flushes both once more at exit, which must not fail again.

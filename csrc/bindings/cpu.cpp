@@ -3,6 +3,7 @@
 
 #include "../cpu/isa_control.h"
 #include "bindings.h"
+#include "fedkern/parallel.h"
 
 namespace fedkern {
 
@@ -49,6 +50,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("isa", [] { return kNames[static_cast<int>(active_isa())]; });
   module.def("available_isas", available);
   module.def("set_isa", choose);
+  module.def("trust_fork", [] { trust_fork(); });
   module.def("cache_bytes", [] { return cache_bytes(); });
   module.def("set_cache_bytes", [](std::int64_t bytes) { cache_bytes() = bytes; });
   bind_blend(module);

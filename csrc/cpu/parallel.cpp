@@ -70,6 +70,8 @@ void judge(double lost, double elapsed) {
 // Waking and joining a thread takes some 10 µs on an idle machine, a scheduler's time slice (milliseconds) on a busy one.
 double parallel_threshold() { return 200e-6; }
 
+void trust_fork() { forked.store(false, std::memory_order_relaxed); }
+
 void parallel_chunks(std::int64_t count, std::int64_t chunk, int threads, double seconds, ChunkBody body, void* context) {
   if (count <= 0) return;
   const std::int64_t chunks = (count + chunk - 1) / chunk;

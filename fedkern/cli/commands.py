@@ -18,6 +18,7 @@ from fedkern.cli.request import Request, absolute, effective, named_options, tru
 from fedkern.data.registry import read_options
 from fedkern.downstream.tasks import TASKS
 from fedkern.engine import Listener, RunConfig, RunInfo, Terminated, attacking
+from fedkern.engine.config import ANYHOW
 from fedkern.engine.folder import check_free, check_vacant
 from fedkern.engine.records import plain
 from fedkern.errors import UserError
@@ -181,7 +182,8 @@ def _board() -> Any:
 
 
 def _stored(request: Request) -> RunConfig:
-    """The settings of the run to resume; flags that repeat them are welcome, and --data-root and --device may differ.
+    """The settings of the run to resume; flags that repeat them are welcome; --data-root, --device and --workers
+    may differ.
 
     Raises:
         UserError: the folder holds no run, or was made with other settings than the flags say.
@@ -205,7 +207,7 @@ def _stored(request: Request) -> RunConfig:
             f"The run in {request.resume} has other settings ({'; '.join(differences)}): leave these flags out to "
             "resume it, or start a new run without --resume."
         )
-    return stored.replace(data_root=wanted.get("data_root", stored.data_root))
+    return stored.replace(**{name: wanted.get(name, getattr(stored, name)) for name in ANYHOW})
 
 
 def _pictures(

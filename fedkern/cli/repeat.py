@@ -25,6 +25,8 @@ def command_line(method: str, config: RunConfig) -> str:
             continue
         if f.name == "records" and value == config.replace(records=None).records:
             continue  # follows from the method's options
+        if f.name == "client_threads" and value == config.replace(client_threads=0).settled().client_threads:
+            continue  # follows from the threads and the clients
         if f.name == "rounds" and (one_shot(method) or one_shot(config.method)):
             continue  # a plan's own, never asked for
         if value != (width if f.name == "width" else getattr(target, f.name)):

@@ -16,10 +16,10 @@ from fedkern.engine import atomic, checkpoint
 from fedkern.engine.bench import Bench
 from fedkern.engine.config import RunConfig
 from fedkern.engine.folder import ATTACK
+from fedkern.engine.parties import Client
 from fedkern.engine.records import plain
 from fedkern.engine.run import kept_data, load_data
 from fedkern.engine.saved import read_model
-from fedkern.engine.serial import Client
 from fedkern.errors import UserError
 from fedkern.methods import registry
 from fedkern.methods.base import Method

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,11 @@ class Checkpoints:
     def client_state(self, client: int) -> dict[str, Any]:
         """A client's state; empty for one that has none yet."""
         return self._load(self.clients[client]) if client in self.clients else {}
+
+    def reader(self, client: int) -> Callable[[], dict[str, Any]]:
+        """What reads a client's state as it is now, also after newer ones were written, until the next commit."""
+        name = self.clients.get(client)
+        return dict if name is None else lambda: self._load(name)
 
     def _load(self, name: str) -> dict[str, Any]:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import shlex
 import tomllib
@@ -29,6 +30,9 @@ from fedkern.privacy import IMAGE, UNITS, Unit
 NAME = "config.toml"
 PATIENT_IMAGES = 4
 """Images of a patient that are used at most where patients are the unit of privacy and nothing else is said."""
+MOST_WORKERS = 1024
+ANYHOW = ("data_root", "workers")
+"""Settings that change no bit of a run: a resumed run may have others."""
 
 
 def _encoder(name: str) -> str:
@@ -115,6 +119,9 @@ class RunConfig:
         "stop", "what a client that diverges (NaN or Inf), or whose upload is refused, does to the run",
         choices=("stop", "skip"),
     )  # fmt: skip
+    on_error: str = option(
+        "stop", "what a client whose part of the method raises an exception does to the run", choices=("stop", "skip")
+    )
     max_update_norm: float = option(
         0.0, "averaging methods: a client's update (its parameters minus those sent) of a larger Euclidean norm is "
         "refused; 0 refuses none", low=0,
@@ -144,7 +151,17 @@ class RunConfig:
     )  # fmt: skip
     seed: int = option(0, "root of all random streams")
     device: str = option("auto", "where it runs", choices=("auto", "cpu", "cuda"))
-    threads: int = option(0, "CPU threads; 0 for PyTorch's own choice", low=0, high=1024)
+    threads: int = option(
+        0, "CPU threads of the server's work and of evaluations; 0 for PyTorch's own choice", low=0, high=1024
+    )
+    client_threads: int = option(
+        0, "CPU threads while a client works; 0 for the threads divided by the clients of a round, at least 1", low=0,
+        high=1024,
+    )  # fmt: skip
+    workers: str = option(
+        "auto", "processes in which clients work side by side, with the same bits for any number: a number, or auto "
+        "for what cores, memory and the length of the run suggest",
+    )  # fmt: skip
     options: Mapping[str, Any] = field(default_factory=dict)
     data_options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -160,6 +177,8 @@ class RunConfig:
             raise UserError("--device cuda needs a CUDA GPU and PyTorch sees none; use --device cpu.")
         if self.threads == 0:
             object.__setattr__(self, "threads", torch.get_num_threads())
+        if self.workers != "auto" and not (self.workers.isdecimal() and 1 <= int(self.workers) <= MOST_WORKERS):
+            raise UserError(f'--workers must be auto, or a number in [1, {MOST_WORKERS}], not "{self.workers}".')
         if self.lr_steps is not None:
             object.__setattr__(self, "lr_steps", ",".join(str(epoch) for epoch in self.lr_epochs))
         if self.fix_statistics is not None and self.buffers == "drop":
@@ -345,7 +364,13 @@ class RunConfig:
             text = read_text(path, "utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} cannot be read: {error}.") from None
-        return cls(**{**cls.table(text, source=str(path)), **replaced})
+        return cls(**with_threads({**cls.table(text, source=str(path)), **replaced}))
+
+    def settled(self) -> Self:
+        """The same with everything filled in that depends on how many clients the data have."""
+        if self.client_threads:
+            return self
+        return self.replace(client_threads=max(1, self.threads // clients_of_a_round(self)))
 
     def check_code(self, folder: str | os.PathLike[str], trusted: Collection[str]) -> None:
         """Raises UserError where the settings of a run folder name code to run that is not ``trusted``.
@@ -363,8 +388,8 @@ class RunConfig:
     def differences(self, stored: RunConfig) -> list[str]:
         """What differs from a stored run, as ``name: stored -> now``; empty when nothing does.
 
-        The options of two methods are not compared.  Nor is the folder of the data: it may have moved, and a resumed
-        run looks at the data themselves.
+        The options of two methods are not compared.  Nor is the folder of the data, which may have moved: a resumed
+        run looks at the data themselves.  Nor is the number of workers, which changes nothing.
         """
         mine, theirs = _flat(self.to_dict()), _flat(stored.to_dict())
         if self.method != stored.method:
@@ -372,12 +397,24 @@ class RunConfig:
                 {name: value for name, value in table.items() if not name.startswith("options.")}
                 for table in (mine, theirs)
             )
-        names = [name for name in dict.fromkeys([*theirs, *mine]) if name != "data_root"]
+        names = [name for name in dict.fromkeys([*theirs, *mine]) if name not in ANYHOW]
         return [
             f"{name}: {theirs.get(name, 'unset')} -> {mine.get(name, 'unset')}"
             for name in names
             if mine.get(name) != theirs.get(name)
         ]
+
+
+def with_threads(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The stored settings of a run; a client of the first versions had the threads of the server."""
+    return {"client_threads": table.get("threads", 0), **table}
+
+
+def clients_of_a_round(config: RunConfig) -> int:
+    """How many clients take part in a round; the one that has all data where they are put together."""
+    if registry.get(config.method).pooled:
+        return 1
+    return max(1, math.floor(config.sample_fraction * config.trained_clients + 0.5))
 
 
 def check_regular(folder: str | os.PathLike[str]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from fedkern import models
@@ -13,6 +15,9 @@ from fedkern.engine.samples import TestSet
 from fedkern.errors import UserError
 from fedkern.methods.base import Method
 from fedkern.methods.pairs import LOSS_BATCH
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 CLIENT_FIGURES = ("accuracy", "dice")
 RECALLS = ("i2t_r1", "i2t_r5", "t2i_r1", "t2i_r5")
@@ -59,8 +64,10 @@ def _test_set(bench: Any, split: Any) -> TestSet:
     return TestSet(split, bench.data.mean, bench.data.std, bench.device, bench.cache, tokens=tokens)
 
 
-def evaluate_clients(method: Method, network: nn.Module, sets: list[TestSet]) -> dict[str, float]:
+def evaluate_clients(method: Method, network: nn.Module, sets: list[TestSet], at_once: int = 1) -> dict[str, float]:
     """The method's figures on every client's own test set, as ``mean_client_...`` and ``worst_client_...``.
+
+    ``at_once`` sets are looked at side by side, in threads.
 
     ``loss``, and the main figures; recall only where all clients have equally many candidates.  The worst client is the
     one with the largest loss, or the smallest figure.
@@ -71,33 +78,52 @@ def evaluate_clients(method: Method, network: nn.Module, sets: list[TestSet]) ->
     if not sets:
         return {}
     even = len({len(data) for data in sets}) == 1
-    each: list[dict[str, float]] = []
-    for k, data in enumerate(sets):
-        with _explained(f"The test set of client {k}", data):
-            each.append(method.evaluate_own(network, data, k))
+
+    def own(k: int) -> dict[str, float]:
+        with _explained(f"The test set of client {k}", sets[k]):
+            return method.evaluate_own(network, sets[k], k)
+
+    each = _side_by_side(own, range(len(sets)), at_once)
     metrics: dict[str, float] = {}
     for name in each[0]:
         if name == "loss" or name in CLIENT_FIGURES or (even and name in RECALLS):
-            values = [float(own[name]) for own in each]
+            values = [float(figures[name]) for figures in each]
             metrics[f"mean_client_{name}"] = sum(values) / len(values)
             metrics[f"worst_client_{name}"] = max(values) if name == "loss" else min(values)
     return metrics
 
 
-def evaluate(method: Method, network: nn.Module, sets: dict[str, TestSet]) -> dict[str, float]:
+def evaluate(method: Method, network: nn.Module, sets: dict[str, TestSet], at_once: int = 1) -> dict[str, float]:
     """The method's figures on every set, names prefixed: ``id_accuracy``, ``ood_loss``, ``validation_accuracy`` ...
+
+    ``at_once`` sets are looked at side by side, in threads.
 
     Raises:
         UserError: a set is a single image, which the network cannot normalise.
     """
-    metrics: dict[str, float] = {}
-    for prefix, data in sets.items():
+
+    def figures(prefix: str) -> dict[str, float]:
         name = prefix.removesuffix("_")
         what = "The validation set" if name == "validation" else f'The test set "{name}"' if name else "The test set"
-        with _explained(what, data):
-            found = method.evaluate(network, data)
-        metrics.update({prefix + name: float(value) for name, value in found.items()})
-    return metrics
+        with _explained(what, sets[prefix]):
+            return method.evaluate(network, sets[prefix])
+
+    # The largest first, so that no thread is left with it at the end.
+    order = sorted(sets, key=lambda prefix: -len(sets[prefix]))
+    found = dict(zip(order, _side_by_side(figures, order, at_once), strict=True))
+    return {prefix + name: float(value) for prefix in sets for name, value in found[prefix].items()}
+
+
+def _side_by_side(task: Callable[[Key], Value], keys: Sequence[Key], at_once: int) -> list[Value]:
+    """What ``task`` makes of every key, ``at_once`` of them in threads of their own.
+
+    Each such thread computes on as many threads as this one, so that the figures do not depend on ``at_once``.
+    """
+    if min(at_once, len(keys)) < 2:
+        return [task(key) for key in keys]
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        return list(pool.map(task, keys))
 
 
 @contextmanager

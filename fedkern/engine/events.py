@@ -28,6 +28,8 @@ class RunInfo:
         private: ``--records private``: nothing of a single client's data may be shown.
         guarantee: what the run's epsilon covers and what not; None where it has none.
         model: the network's name, or those of its two encoders; empty for that of the settings.
+        workers: processes in which clients may work side by side; 1 where they work one after another.
+        worker_bytes: the memory of a worker, beside the data that all of them map: an estimate.
     """
 
     config: RunConfig
@@ -41,6 +43,8 @@ class RunInfo:
     private: bool = False
     model: str = ""
     guarantee: Guarantee | None = None
+    workers: int = 1
+    worker_bytes: int = 0
 
 
 class Listener:

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedkern.engine.bench import Bench
 from fedkern.engine.checkpoint import Checkpoints
-from fedkern.engine.serial import Client
+from fedkern.engine.parties import Client
 from fedkern.methods.base import Method
 
 

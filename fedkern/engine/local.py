@@ -18,7 +18,7 @@ from fedkern.interrupts import check
 from fedkern.methods.base import Message, Objective, Step
 
 if TYPE_CHECKING:
-    from fedkern.engine.serial import Client
+    from fedkern.engine.parties import Client
 
 
 class Diverged(ArithmeticError):
@@ -27,6 +27,9 @@ class Diverged(ArithmeticError):
     def __init__(self, client: int, round: int, batch: int, what: str) -> None:
         super().__init__(f"client {client}, round {round}, batch {batch}: {what}")
         self.client, self.round, self.batch, self.what = client, round, batch, what
+
+    def __reduce__(self) -> tuple[type, tuple[int, int, int, str]]:
+        return Diverged, (self.client, self.round, self.batch, self.what)
 
 
 @dataclass(frozen=True)

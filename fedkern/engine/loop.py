@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,22 @@ from fedkern.engine.disclosure import Disclosure
 from fedkern.engine.evaluate import check_sets, client_sets, evaluate, evaluate_clients, gradcam, test_sets
 from fedkern.engine.events import Listener, RunInfo
 from fedkern.engine.everybody import Everybody, check_teachers, compare_teachers, data_fingerprint
+from fedkern.engine.exchange import Exchange, sample_clients
+from fedkern.engine.executors.base import Answer, Executor
+from fedkern.engine.executors.serial import Serial
+from fedkern.engine.executors.sizing import worker_bytes, workers_for
+from fedkern.engine.executors.workers import Workers
 from fedkern.engine.ledger import Ledger
 from fedkern.engine.local import Diverged
+from fedkern.engine.network import cpu_threads
+from fedkern.engine.parties import Client, Server
 from fedkern.engine.privacy import guarantee, privacy_figures
 from fedkern.engine.releases import DIVERGED, Releases
 from fedkern.engine.resuming import changes, repairs
 from fedkern.engine.samples import TestSet
 from fedkern.engine.saved import about_network, lacks_statistics, results, write_model
-from fedkern.engine.serial import Client, Exchange, Server, sample_clients
 from fedkern.engine.shown import Gallery, Shown
-from fedkern.engine.state import fingerprint
-from fedkern.errors import RunFailed, UserError
+from fedkern.errors import ClientFailed, RunFailed, UserError
 from fedkern.interrupts import check
 from fedkern.methods import registry
 from fedkern.methods.base import Method, Round, Step
@@ -64,8 +70,9 @@ class Run:
         self.dropped_since: list[dict[str, Any]] = []  # the last recorded round
         self.sets: dict[str, TestSet] = {}
         self.client_sets: list[TestSet] = []
-        self._clients: dict[int, Client] = {}
-        self._before: dict[int, Any] = {}  # fingerprints of their states as they are on disk
+        self.askers: dict[str, Any] = {"method": self.method, "pooling": self._pooling}
+        here = Serial(bench, self.askers, self.checkpoints.reader, config.client_threads)
+        self.executor: Executor = here
         self._plan: list[Round] = []  # the communication rounds
         self._evaluated = False  # self.latest is of the present state
         self._last_exchange = True
@@ -119,7 +126,16 @@ class Run:
             self.releases.open(self.planned)
         self.bench.uploaded.clear()
         self.sets, self.client_sets = test_sets(self.bench), client_sets(self.bench)
-        self._announce()
+        self.executor = self._executor()
+        try:
+            self._announce()
+            self._play_all(fingerprint_now)
+        finally:
+            self.executor.close()
+            self.executor = self.executor.here
+        return self._finish(fingerprint_now)
+
+    def _play_all(self, fingerprint_now: int) -> None:
         for number, entry_round in enumerate(self.method.rounds(self.bench.federation)):
             if number < self.planned:
                 continue
@@ -128,7 +144,18 @@ class Run:
             self.planned = number + 1
             if entry_round.one_off or self.done % self.config.checkpoint_every == 0 or self.done == self._rounds:
                 self._commit(fingerprint_now)
-        return self._finish(fingerprint_now)
+
+    def _executor(self) -> Executor:
+        """Where the clients work; the plan from here on says how often they will be asked."""
+        here, config = self.executor.here, self.config
+        left = islice(self.method.rounds(self.bench.federation), self.planned, None)
+        each = max(1, round(config.sample_fraction * config.trained_clients))
+        asks = sum(len(entry.exchanges) * each for entry in left if not entry.cohort)
+        count = workers_for(config, self.bench, asks)
+        if count < 2:
+            return here
+        expected = asks if config.workers == "auto" else None
+        return Workers(self.bench, here, self.askers, self.checkpoints.reader, count, asks=expected)
 
     def _book_beforehand(self) -> None:
         """What travels before any round: raw data that are put together, and the words of a shared vocabulary."""
@@ -162,6 +189,8 @@ class Run:
                 private=not self.bench.disclosure.clients,
                 guarantee=self.said,
                 model=self.bench.model_name,
+                workers=(count := getattr(self.executor, "count", 1)),
+                worker_bytes=worker_bytes(self.bench) if count > 1 else 0,
             )
         )
 
@@ -189,7 +218,7 @@ class Run:
             self._last_exchange = exchange_name == exchanges[-1][0]
             begun = time.perf_counter()
             outgoing = asker.send(self.server, step)
-            exchange = Exchange(self, asker, step, participants, entry)
+            exchange = Exchange(self, "method" if asker is self.method else "pooling", step, participants, entry)
             uploads = exchange.uploads(outgoing)
             asker.server_update(self.server, step, uploads)
             for _ in uploads:  # a server that stops reading still lets every client work
@@ -206,10 +235,9 @@ class Run:
                 self.none_left()
         self._check_finite({**self.server.state, **self.method.vectors(self.server)}, when_of(entry, self.done))
         if entry.states == "round":
-            for client in self._clients.values():
-                self._write_state(client)
-        self._clients.clear()
-        self._before.clear()
+            for k in self.executor.working():
+                self._write_state(k)
+        self.executor.end_round()
         self.server.scratch.clear()
         for name, (value, axes) in self.server.shown.items():
             self.gallery.add(Shown(name, shown, value, axes))
@@ -274,8 +302,15 @@ class Run:
             self._check_finite(network.state_dict(), f"in round {self.done}")
 
     def _evaluate(self, network: nn.Module) -> None:
-        own = evaluate_clients(self.method, network, self.client_sets) if self.bench.disclosure.clients else {}
-        self.latest = {**evaluate(self.method, network, self.sets), **own}
+        config, at_once = self.config, 1
+        # Several sets at a time, unless the network is a method's own, which may be traced when it is first called:
+        # torch.fx changes every module's call while it traces.
+        if self.bench.device.type == "cpu" and self.bench.is_flat(network):
+            at_once = config.threads // config.client_threads
+        with cpu_threads(config.client_threads if at_once > 1 else config.threads):
+            self.latest = evaluate(self.method, network, self.sets, at_once)
+            if self.bench.disclosure.clients:
+                self.latest.update(evaluate_clients(self.method, network, self.client_sets, at_once))
         self._evaluated = True
 
     def _add_report(self, record: dict[str, Any]) -> None:
@@ -292,50 +327,56 @@ class Run:
 
     # -- called by the exchange ------------------------------------------------------------------------------------
 
-    def client(self, k: int) -> Client:
-        if k not in self._clients:
-            self._clients[k] = Client(self.bench, k, self.checkpoints.client_state(k))
-            self._before[k] = fingerprint(self._clients[k].state)
-        return self._clients[k]
+    def heard(self, answer: Answer) -> None:
+        """A client has answered, those before it in the exchange having done so."""
+        for name, text in answer.warnings.items():
+            self.bench.warn(name, text)
 
-    def _write_state(self, client: Client) -> None:
-        now = fingerprint(client.state)
-        if now != self._before[client.id]:
-            self.checkpoints.write_client(client.id, self.planned + 1, client.state)
-            self._before[client.id] = now
+    def _write_state(self, k: int) -> None:
+        state = self.executor.changed(k)
+        if state is not None:
+            self.checkpoints.write_client(k, self.planned + 1, state)
 
-    def client_done(self, client: Client, info: dict[str, Any], seconds: float) -> None:
+    def client_done(self, k: int, info: dict[str, Any], seconds: float) -> None:
         late = self._round["late"]
         if not late:
-            self._write_state(client)
+            self._write_state(k)
         self.observed.add(info)
         if self._last_exchange and not late:
-            self._clients.pop(client.id, None)  # its state is on disk; scratch need not outlive the round
-            self._before.pop(client.id, None)
-        self._round["clients"].setdefault(str(client.id), {}).update(info)
+            self.executor.forget(k)  # its state is on disk; scratch need not outlive the round
+        self._round["clients"].setdefault(str(k), {}).update(info)
         told = self.bench.disclosure.client({**info, "seconds": seconds})
-        self.listener.on_client(self._round["shown"], client.id, told)
+        self.listener.on_client(self._round["shown"], k, told)
 
     def released(self, client: int, message: Any) -> None:
         """What a client has made of this exchange is about to leave it."""
         if self.releases is not None:
             self.releases.add(self.planned, self._round["exchange"], client, message)
 
-    def dropped(self, problem: Diverged) -> None:
-        """A client diverged: stops the run or leaves the client out of the rest of the round."""
-        self.released(problem.client, DIVERGED)
+    def dropped(self, k: int, problem: Diverged | ClientFailed) -> None:
+        """A client diverged or failed: stops the run or leaves the client out of the rest of the round."""
+        self.released(k, DIVERGED)
         entry: Round = self._round["entry"]
         when = when_of(entry, self.done)
-        where = f"Client {problem.client} diverged {when}"
-        why: dict[str, Any] = {}
-        if self.bench.disclosure.clients:  # its messages are missing, which is seen; why is its own
-            where += f", batch {problem.batch}: {problem.what}"
-            why = {"batch": problem.batch, "reason": problem.what}
-        if self.config.on_nan == "stop":
-            raise UserError(f"{where}; lower --lr, set --clip-norm, or leave such clients out with --on-nan skip.")
-        self._leave_out(problem.client, why)
         left = "what it would have made is missing from the run" if entry.one_off else "it was left out of that round"
-        self.bench.warn("diverging-client", f"{where}; {left}.")
+        why: dict[str, Any] = {}
+        if isinstance(problem, ClientFailed):
+            where, name = f"Client {k} failed {when}: {problem.what}", f"failing-client-{k}"
+            if self.config.on_error == "stop":
+                raise problem.at(when) from problem.__cause__
+            if self.bench.disclosure.clients:
+                why = {"reason": problem.what}
+            else:
+                where = f"Client {k} failed {when}"
+        else:
+            where, name = f"Client {k} diverged {when}", "diverging-client"
+            if self.bench.disclosure.clients:  # its messages are missing, which is seen; why is its own
+                where += f", batch {problem.batch}: {problem.what}"
+                why = {"batch": problem.batch, "reason": problem.what}
+            if self.config.on_nan == "stop":
+                raise UserError(f"{where}; lower --lr, set --clip-norm, or leave such clients out with --on-nan skip.")
+        self._leave_out(k, why)
+        self.bench.warn(name, f"{where}; {left}.")
 
     def refused(self, client: int, exchange: str, why: str) -> None:
         """A client's upload is not as declared: stops the run or leaves the client out of the rest of the round."""
@@ -354,10 +395,11 @@ class Run:
         return f" ({self.config.method} declares no uploads of its own; Method.expects is where a method does.)"
 
     def _leave_out(self, k: int, why: dict[str, Any]) -> None:
-        client = self._clients.pop(k, None)
+        state = self.executor.changed(k)
+        self.executor.forget(k)
         # What is done with a state that is thrown away was not done, but for what a client has released.
-        if client is not None and (self._round["late"] or LEDGER in client.state):
-            self._write_state(client)
+        if state is not None and (self._round["late"] or LEDGER in state):
+            self.checkpoints.write_client(k, self.planned + 1, state)
         self._round["dropped"].add(k)
         at = 0 if self._round["entry"].one_off else self.done + 1
         self.dropped_since = [*self.dropped_since, {"round": at, "client": k, **why}]
@@ -425,6 +467,12 @@ class Run:
         if info["data"] != data:
             raise UserError(
                 f"The data are not those that {self.out} was started with: restore the files, or start anew."
+            )
+        so_far = islice(self.method.rounds(self.bench.federation), entry["plan"])
+        if sum(not one.one_off for one in so_far) != entry["round"]:
+            raise UserError(
+                f"The run in {self.out} was begun by a version of fedkern in which {self.config.method} had other "
+                "rounds: go on with that version, or start the run again."
             )
         self.server.state = self.checkpoints.server_state()
         self.done, self.planned = entry["round"], entry["plan"]

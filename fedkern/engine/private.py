@@ -26,7 +26,7 @@ from fedkern.privacy.dpsgd import (
 )
 
 if TYPE_CHECKING:
-    from fedkern.engine.serial import Client
+    from fedkern.engine.parties import Client
 
 
 def train_privately(

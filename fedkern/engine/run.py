@@ -60,6 +60,7 @@ def run(
     listener = listener or Listener()
     if resume:
         stored = RunConfig.load(out, device=config.device)  # that of the run need not be on this machine
+        config = config.replace(client_threads=config.client_threads or stored.client_threads)
         _compare(config if config.augment else config.replace(augment=stored.augment), stored, out)
         entry = Checkpoints(out).peek()
         if entry is not None:
@@ -158,7 +159,7 @@ def kept_data(config: RunConfig, data: FederatedData) -> FederatedData:
 
 def _effective(config: RunConfig, data: Any) -> RunConfig:
     """The settings with what the data decided filled in."""
-    return config.replace(clients=len(data.clients), augment=config.augment or data.augment)
+    return config.replace(clients=len(data.clients), augment=config.augment or data.augment).settled()
 
 
 def _check(config: RunConfig, data: Any) -> None:

@@ -20,8 +20,8 @@ from fedkern.engine.bench import Bench
 from fedkern.engine.checkpoint import Checkpoints, again, check_result, checksum
 from fedkern.engine.config import RunConfig, check_regular, check_run_folder
 from fedkern.engine.network import state_dict
+from fedkern.engine.parties import Server
 from fedkern.engine.records import SUMMARY
-from fedkern.engine.serial import Server
 from fedkern.errors import UserError
 from fedkern.inputs import parse_json
 from fedkern.methods import registry

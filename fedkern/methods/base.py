@@ -147,7 +147,9 @@ class Method:
     def cohort_update(
         self, clients: Mapping[ClientId, Client], step: Step, messages: Mapping[ClientId, Message]
     ) -> Mapping[ClientId, Message] | None:
-        """What clients of one process make of their messages at once; None: ask them one after another.
+        """What the clients of a round that is for a ``cohort`` make of their messages at once.
+
+        None: ask them one after another, in the same process.
 
         Args:
             clients: all that take part in the round.
@@ -196,6 +198,8 @@ class Method:
         Returns ``accuracy`` and ``confidence`` (mean probability of the true class), fractions in [0, 1], and ``loss``
         (mean cross-entropy in nats); of image-text pairs the figures of `fedkern.methods.pairs`, ``i2t_r1`` first; of a
         segmentation those of `fedkern.methods.segmentation`, ``dice`` first.
+
+        The engine asks for several test sets at once, from threads.
         """
         from fedkern.methods.evaluate import figures
 

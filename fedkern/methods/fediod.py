@@ -90,14 +90,16 @@ class FedIOD(Objective, OwnNetworks):
         return private.iterations(federation, self.settings)
 
     def rounds(self, federation: Federation) -> Iterator[Round]:
-        for k in range(federation.clients):
-            yield Round(f"teacher {k}", exchanges=("teacher",), participants=(k,), one_off=True)
+        if private.draws_secrets(self.settings):
+            # Committed before anything is released, so that an interrupted round releases the same once more.
+            yield Round("secrets", exchanges=("secret",), participants="all", one_off=True, booked=False)
+        yield Round("teachers", exchanges=("teacher",), participants="all", one_off=True)
         if not self._generates:
             yield Round("answers", exchanges=("answers",), participants="all", one_off=True)
         each = ("images", "gradients", "distil") if self._generates else ("distil",)
         names = tuple(f"{name} {i}" for i in range(self.iterations(federation)) for name in each)
         for _ in range(federation.rounds):
-            yield Round("distil", exchanges=names, states="round")
+            yield Round("distil", exchanges=names, states="round", cohort=self.options.batched or not self._generates)
 
     def check(self, client: Client) -> None:
         private.check(client, lambda: build(client, self.architectures), self.settings)
@@ -142,6 +144,8 @@ class FedIOD(Objective, OwnNetworks):
         if kind == "teacher":
             terms = private.terms(server)
             return {"privacy": terms} if terms else {}
+        if kind == "secret":
+            return {}
         known = sorted(server.state["classes"])
         if not known:
             raise UserError("The teacher of every client diverged: lower --lr, or set --clip-norm.")
@@ -176,6 +180,8 @@ class FedIOD(Objective, OwnNetworks):
         kind, _ = parts(step)
         classes, channels, (height, width) = server.federation.classes, server.image_shape[0], server.image_shape[1:]
         positions = (height, width) if server.task == "segmentation" else ()
+        if kind == "secret":
+            return {}
         if kind == "teacher":
             how = self.options.class_weights
             told = Values((classes,), torch.float32 if how == "counts" else torch.bool, low=0)
@@ -196,6 +202,8 @@ class FedIOD(Objective, OwnNetworks):
         if kind == "teacher":
             for upload in uploads:
                 server.state["classes"][upload.client_id] = upload.message.get("classes", torch.ones(1))
+            return
+        if kind == "secret":
             return
         if kind == "answers":
             server.state["answers"] = {upload.client_id: upload.message["logits"].cpu() for upload in uploads}
@@ -271,6 +279,10 @@ class FedIOD(Objective, OwnNetworks):
         self, clients: Mapping[ClientId, Client], step: Step, messages: Mapping[ClientId, Message]
     ) -> Mapping[ClientId, Message]:
         kind, i = parts(step)
+        if kind == "secret":
+            for client in clients.values():
+                private.secret(client, self.settings)
+            return {k: {} for k in clients}
         if kind == "teacher":
             return {k: self._train(client, messages[k]) for k, client in clients.items()}
         for k in messages:
@@ -289,7 +301,6 @@ class FedIOD(Objective, OwnNetworks):
 
     def _train(self, client: Client, message: Message) -> Message:
         private.agree(client, message)
-        private.secret(client, self.settings)  # in the checkpoint of this round, before the first one that may be cut
         make_teacher(self, client, self.architectures, self.settings)
         counts = private.release_histogram(client, histogram(client), self.settings)
         how = self.options.class_weights

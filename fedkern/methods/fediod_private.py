@@ -137,13 +137,18 @@ def agree(client: Client, message: Mapping[str, Any]) -> None:
         client.state[TERMS] = {name: float(value) for name, value in message["privacy"].items()}
 
 
+def draws_secrets(options: Any) -> bool:
+    """Whether the clients' noise is drawn from what nobody else knows."""
+    return options.noise != "seed" and claims(options)
+
+
 def secret(client: Client, options: Any) -> str:
     """What is mixed into the streams that nobody else may know: hexadecimal digits, or "" where the seed is to do.
 
     Drawn at the first call and kept in the client's state, so that a resumed run goes on with the same; it belongs in
     no message, report or error.
     """
-    if options.noise == "seed" or not claims(options):
+    if not draws_secrets(options):
         return ""
     if SECRET not in client.state:
         client.state[SECRET] = secrets.token_hex(SECRET_BYTES)

@@ -14,6 +14,7 @@ bytes of FedAvg on the proxy.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +53,7 @@ from fedkern.models.teacher import NetworkTeacher, Teacher
 from fedkern.models.teacher_cache import LogitsCache, StoredLogits
 from fedkern.models.teacher_training import FINETUNE_LR, PROBE_LR, Recipe, finetune, pretrained, probe
 
+_ASKING = threading.Lock()  # teachers are made when they are first asked, and asked once of every test set
 TUNE = "tune"
 ONCE = Step(-1, "", "update")  # the step of what a client draws once in a run
 
@@ -364,8 +366,9 @@ class FedLPFM(LocalTraining):
         """
         figures = super().evaluate(model, data)
         if self.options.lam and self._setting is not None:
-            if id(data) not in self._known:
-                self._known[id(data)] = (data, self._teacher_figures(data))  # holding data keeps its identity taken
+            with _ASKING:
+                if id(data) not in self._known:
+                    self._known[id(data)] = (data, self._teacher_figures(data))  # holding data keeps its identity taken
             figures.update(self._known[id(data)][1])
         return figures
 

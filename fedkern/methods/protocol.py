@@ -29,6 +29,8 @@ class Round:
         booked: False where what moves is the experimenter's bookkeeping rather than the method's communication.
         states: when the clients' states are written: after every ``"exchange"``, or, in a round of many exchanges, once
             at the end of the ``"round"``.
+        cohort: whether its clients are asked at once (:meth:`Method.cohort_update`), in the server's process, where
+            that can be.
     """
 
     name: str = "train"
@@ -37,6 +39,7 @@ class Round:
     one_off: bool = False
     booked: bool = True
     states: Literal["exchange", "round"] = "exchange"
+    cohort: bool = False
 
 
 @dataclass(frozen=True)

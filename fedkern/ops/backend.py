@@ -197,6 +197,16 @@ def use_isa(name: str) -> Iterator[None]:
         core.set_isa(before)
 
 
+def trust_fork() -> None:
+    """Lets the CPU core use threads in this forked process, whose parent has never used OpenMP's.
+
+    Without it a forked process computes on one thread: OpenMP's do not survive a fork, and a region would wait for
+    them.
+    """
+    with contextlib.suppress(Unavailable):
+        cpu_core().trust_fork()
+
+
 def intercepted() -> bool:
     """True where a compiler, a torch.func transform, forward-mode AD or a mode sees calls before a kernel does.
 

@@ -43,7 +43,7 @@ def headline(run: RunInfo) -> list[str]:
         f"{config.method} on {config.data}: {who}, {training}, "
         f"{f'{held:,} validation, ' if held else ''}{', '.join(tests)} images",
         f"{run.model or config.model} with {run.parameters:,} parameters on {config.device}, {config.threads} "
-        f"thread{'s' * (config.threads != 1)}; run folder {run.out}",
+        f"thread{'s' * (config.threads != 1)}{_side_by_side(run)}; run folder {run.out}",
     ]
     if run.guarantee is not None:
         unit = run.guarantee.unit
@@ -52,6 +52,16 @@ def headline(run: RunInfo) -> list[str]:
     if run.first_round:
         lines.append(f"resumed after round {run.first_round} of {len(run.rounds)}")
     return lines
+
+
+def _side_by_side(run: RunInfo) -> str:
+    """On how many threads, and in how many processes, clients work, where that is not as the server does."""
+    each = run.config.client_threads
+    words = [f"{each} of a client"] if each and each != run.config.threads else []
+    if run.workers > 1:
+        upto = "up to " if run.config.workers == "auto" else ""
+        words.append(f"{upto}{run.workers} workers of some {run.worker_bytes / 1e6:.0f} MB")
+    return "".join(f", {word}" for word in words)
 
 
 def main_figures(record: Mapping[str, Any]) -> list[tuple[str, float]]:

@@ -11,7 +11,7 @@ from fedkern.data import load
 from fedkern.data.set_aside import set_aside
 from fedkern.engine import RunConfig
 from fedkern.engine.bench import Bench
-from fedkern.engine.serial import Client
+from fedkern.engine.parties import Client
 from fedkern.errors import UserError
 from fedkern.methods import FedDRA, fediod_teachers
 

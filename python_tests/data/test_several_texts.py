@@ -10,7 +10,7 @@ from fedkern.data.partition import partition
 from fedkern.data.set_aside import set_aside
 from fedkern.engine import RunConfig
 from fedkern.engine.bench import Bench
-from fedkern.engine.serial import Client
+from fedkern.engine.parties import Client
 from fedkern.errors import UserError
 from fedkern.methods import FedDRA
 from fedkern.methods.protocol import OUTSIDE

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from fedkern.engine import Listener, RunConfig, read_metrics, read_model, run
 from fedkern.engine.bench import Bench
 from fedkern.engine.network import Network
-from fedkern.engine.serial import Client, Server
+from fedkern.engine.parties import Client, Server
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg, Method, Objective, Round, Step, register
 from fedkern.methods.base import Number, like

@@ -14,9 +14,9 @@ from fedkern.data import normalise
 from fedkern.engine import Listener, read_model, run
 from fedkern.engine.local import Diverged
 from fedkern.engine.network import Network
+from fedkern.engine.parties import Bench, Client, Server
 from fedkern.engine.records import read_metrics
 from fedkern.engine.samples import batch_plan
-from fedkern.engine.serial import Bench, Client, Server
 from fedkern.errors import UserError
 from fedkern.methods import FML, METHODS, FedAvg, Step
 

@@ -18,10 +18,10 @@ from fedkern.data.patients import limited
 from fedkern.engine import RunConfig, run
 from fedkern.engine.bench import Bench
 from fedkern.engine.local import Schedule
+from fedkern.engine.parties import Client
 from fedkern.engine.private import train_privately
 from fedkern.engine.run import kept_data
 from fedkern.engine.samples import ClientData
-from fedkern.engine.serial import Client
 from fedkern.errors import UserError
 from fedkern.methods import fediod_private as privacy
 from fedkern.methods.base import Objective, Step

@@ -8,7 +8,7 @@ import torch
 
 from fedkern import models
 from fedkern.engine import Listener, RunConfig, load_data, read_metrics, read_model, run
-from fedkern.engine.serial import Bench, Client
+from fedkern.engine.parties import Bench, Client
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg, Step, register
 
@@ -43,7 +43,7 @@ def test_folder_holds_what_the_interface_promises(method, make_data, make_config
     config = make_config(method)
     summary = run(config, out=tmp_path / "run", listener=listener, data=make_data())
     out = tmp_path / "run"
-    assert RunConfig.load(out) == config.replace(augment="none")
+    assert RunConfig.load(out) == config.replace(augment="none").settled()
     records = read_metrics(out)
     assert [r["round"] for r in records] == [1, 2]
     for record in records:

@@ -12,7 +12,7 @@ from fedkern.engine import RunConfig, everybody, read_model, run, state
 from fedkern.engine.bench import Bench
 from fedkern.engine.checkpoint import Checkpoints
 from fedkern.engine.everybody import data_fingerprint
-from fedkern.engine.serial import Client
+from fedkern.engine.parties import Client
 from fedkern.errors import UserError
 from fedkern.methods import METHODS
 from fedkern.run import main

@@ -8,7 +8,8 @@ import pytest
 import torch
 from smallest import SETTINGS
 
-from fedkern.engine import read_metrics, read_model, run, serial
+from fedkern.engine import exchange as exchanging
+from fedkern.engine import read_metrics, read_model, run
 from fedkern.engine.checkpoint import Checkpoints
 from fedkern.errors import RunFailed, UserError
 from fedkern.methods import METHODS, FedAvg, FedDyn, FedProto, Scaffold
@@ -91,7 +92,7 @@ def hostile(message):
 def test_every_method_refuses_hostile_uploads(method, settle, tmp_path, monkeypatch):
     """Honest uploads of every exchange pass; nothing else does, and no server sees it."""
     seen = {}
-    checked = serial.Exchange._checked
+    checked = exchanging.Exchange._checked
 
     def watch(self, client, message, answer, info):
         declared = self.method.expects(self.engine.server, self.step, client, message)
@@ -101,7 +102,7 @@ def test_every_method_refuses_hostile_uploads(method, settle, tmp_path, monkeypa
 
     config, data = settle(method)
     with monkeypatch.context() as patch:
-        patch.setattr(serial.Exchange, "_checked", watch)
+        patch.setattr(exchanging.Exchange, "_checked", watch)
         run(config, out=tmp_path / "honest", data=data)
     assert any(declared for declared, _ in seen.values())
     for declared, answer in seen.values():
@@ -129,7 +130,7 @@ def test_every_method_refuses_hostile_uploads(method, settle, tmp_path, monkeypa
             answer = changed(answer, path, torch.full_like(value, torch.nan))
         return checked(self, client, message, answer, info)
 
-    monkeypatch.setattr(serial.Exchange, "_checked", spoil)
+    monkeypatch.setattr(exchanging.Exchange, "_checked", spoil)
     if METHODS[method].pooled:
         return  # a single client
     with pytest.raises(UserError, match=r"^Client 1's upload .*(NaN or infinite|is expected).*--on-nan skip"):

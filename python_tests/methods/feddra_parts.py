@@ -1,7 +1,7 @@
 """FedDRA's two sides without the engine's loop."""
 
 from fedkern.engine.bench import Bench
-from fedkern.engine.serial import Client, Server
+from fedkern.engine.parties import Client, Server
 from fedkern.methods import FedDRA, Step, Upload
 from fedkern.models.towers import PARTS
 

@@ -3,7 +3,7 @@
 import torch
 
 from fedkern.engine.bench import Bench
-from fedkern.engine.serial import Client, Server
+from fedkern.engine.parties import Client, Server
 from fedkern.methods import FedIOD, Step, Upload
 
 TINY = {

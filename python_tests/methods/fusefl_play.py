@@ -7,7 +7,7 @@ import copy
 import torch
 
 from fedkern.engine.bench import Bench
-from fedkern.engine.serial import Client, Server
+from fedkern.engine.parties import Client, Server
 from fedkern.methods import FuseFL, Step, Upload
 from fedkern.methods.fusefl_levels import flat
 

@@ -13,8 +13,8 @@ from fedkern import ops
 from fedkern.engine import RunConfig, run
 from fedkern.engine.checkpoint import Checkpoints
 from fedkern.engine.ledger import message_bytes
+from fedkern.engine.parties import Client
 from fedkern.engine.records import read_metrics
-from fedkern.engine.serial import Client
 from fedkern.errors import UserError
 from fedkern.methods import FedDRA, Federation
 from fedkern.methods.feddra import ALIGNMENT, spliced

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from fedkern import models
 from fedkern.engine import run
 from fedkern.engine.network import Network
-from fedkern.engine.serial import Bench, Client
+from fedkern.engine.parties import Bench, Client
 from fedkern.errors import UserError
 from fedkern.methods import Batch, FedGID, Step
 from fedkern.methods.fedgid import batch_statistics_only, draw_backgrounds

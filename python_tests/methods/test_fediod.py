@@ -11,7 +11,7 @@ from fediod_play import EVERY_TERM, TINY, World, cleared_and_live, frozen, same
 from fedkern.data import Split
 from fedkern.engine import read_metrics, read_model, run
 from fedkern.engine.local import Diverged
-from fedkern.engine.serial import Client
+from fedkern.engine.parties import Client
 from fedkern.errors import UserError
 from fedkern.methods import FedIOD
 from fedkern.methods.fediod_losses import against, teacher_terms

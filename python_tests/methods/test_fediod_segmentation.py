@@ -12,7 +12,7 @@ import torch
 from fedkern.data import IGNORE
 from fedkern.engine import read_metrics, run
 from fedkern.engine.bench import Bench
-from fedkern.engine.serial import Client
+from fedkern.engine.parties import Client
 from fedkern.methods.fediod_losses import (
     distillation,
     diversity,

@@ -15,8 +15,8 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax, one_hot, sof
 from fedkern.engine import Listener, RunConfig, run
 from fedkern.engine.bench import Bench
 from fedkern.engine.ledger import message_bytes
+from fedkern.engine.parties import Client, Server
 from fedkern.engine.records import read_metrics
-from fedkern.engine.serial import Client, Server
 from fedkern.errors import UserError
 from fedkern.methods import Batch, FedLPFM, Step
 from fedkern.methods.fedlpfm import ONCE

@@ -14,8 +14,8 @@ from fedkern.data.set_aside import set_aside
 from fedkern.engine import read_model, run
 from fedkern.engine.bench import Bench
 from fedkern.engine.checkpoint import Checkpoints
+from fedkern.engine.parties import Client, Server
 from fedkern.engine.records import read_metrics
-from fedkern.engine.serial import Client, Server
 from fedkern.methods import Batch, FedProto, Step, Upload
 from fedkern.methods.fedproto import Nearest, Personal, prototypes, table
 

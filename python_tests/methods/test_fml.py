@@ -12,7 +12,7 @@ from torch.nn.functional import one_hot, softmax
 from fedkern import models
 from fedkern.engine import RunConfig, run
 from fedkern.engine.bench import Bench
-from fedkern.engine.serial import Client, Server
+from fedkern.engine.parties import Client, Server
 from fedkern.errors import UserError
 from fedkern.methods import FML, FedLPFM, Step
 from fedkern.methods.fml import Pair

@@ -9,8 +9,8 @@ from fedkern.data.set_aside import set_aside
 from fedkern.engine import RunConfig, read_model, run
 from fedkern.engine.bench import Bench
 from fedkern.engine.network import Network, Part
+from fedkern.engine.parties import Client
 from fedkern.engine.records import read_metrics
-from fedkern.engine.serial import Client
 from fedkern.errors import UserError
 from fedkern.methods import FedAvg, Step
 from fedkern.methods.pairs import contrastive_among, supervised_loss

@@ -8,8 +8,8 @@ from torch import nn
 from fedkern.engine import run
 from fedkern.engine.bench import Bench
 from fedkern.engine.ledger import message_bytes
+from fedkern.engine.parties import Client, Server
 from fedkern.engine.records import read_metrics
-from fedkern.engine.serial import Client, Server
 from fedkern.errors import UserError
 from fedkern.methods import FedAvg, FedDRA, FedDyn, Local, Round, Step, Upload
 from fedkern.methods.pooling import EXCHANGES, HEADS, Pooling

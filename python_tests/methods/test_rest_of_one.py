@@ -8,7 +8,7 @@ import torch
 from fedkern.data import Split
 from fedkern.engine import run
 from fedkern.engine.bench import Bench
-from fedkern.engine.serial import Client
+from fedkern.engine.parties import Client
 from fedkern.errors import UserError
 from fedkern.methods import FedIOD
 from fedkern.methods.fediod_critics import Critics

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from fedkern.engine import run
 from fedkern.engine.checkpoint import Checkpoints
 from fedkern.engine.network import Network
-from fedkern.engine.serial import Bench, Client
+from fedkern.engine.parties import Bench, Client
 from fedkern.errors import UserError
 from fedkern.methods import FedAvg, Scaffold, Step
 

@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy, one_hot
 from fedkern.data import IGNORE, FederatedData, PartitionStatistics, Split
 from fedkern.engine import RunConfig, read_model, run
 from fedkern.engine.network import Network
+from fedkern.engine.parties import Bench, Client
 from fedkern.engine.samples import ClientData
-from fedkern.engine.serial import Bench, Client
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, Scaffold, Step
 from fedkern.methods.base import Batch

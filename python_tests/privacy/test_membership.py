@@ -18,7 +18,7 @@ from fedkern.cli import commands, flags
 from fedkern.data import FederatedData, PartitionStatistics, Split, normalise
 from fedkern.engine import RunConfig, attacking, saved
 from fedkern.engine.bench import Bench
-from fedkern.engine.serial import Client
+from fedkern.engine.parties import Client
 from fedkern.errors import UserError
 from fedkern.methods import fediod_teachers
 from fedkern.privacy import membership, membership_attack

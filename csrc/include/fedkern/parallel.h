@@ -27,6 +27,9 @@ void parallel_for(std::int64_t count, std::int64_t chunk, int threads, double se
 
 double parallel_threshold();
 
+// Says that this process, though forked, may use threads: its parent had never used OpenMP's.
+void trust_fork();
+
 // Elements of a chunk of flat vectors: shorter ones where vectors are short, which otherwise are one thread's last chunk
 // while the others wait.
 inline std::int64_t vector_chunk(std::int64_t size) { return size < (std::int64_t{1} << 20) ? 8192 : 65536; }

@@ -1,10 +1,9 @@
-"""The in-process engine: clients one after another, the server between them."""
+"""The two sides of a run as its engine makes them: what a method's Client and Server can do."""
 
 from __future__ import annotations
 
 import functools
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,16 +16,13 @@ from fedkern import ops
 from fedkern.data.cases import wholes
 from fedkern.data.patients import numbered
 from fedkern.engine.bench import Bench
-from fedkern.engine.config import RunConfig
-from fedkern.engine.local import Context, Diverged, Schedule, train
+from fedkern.engine.local import Context, Schedule, train
 from fedkern.engine.network import Part, Trainable
 from fedkern.engine.samples import Bank, Samples
 from fedkern.engine.shown import prepared
 from fedkern.errors import UserError
-from fedkern.interrupts import check
-from fedkern.methods.base import Batch, Message, Method, Objective, Round, Step, Upload
+from fedkern.methods.base import Batch, Message, Objective, Step
 from fedkern.methods.cuts import cuts
-from fedkern.methods.uploads import why_refused
 from fedkern.privacy import DPSGD
 from fedkern.streams import stream
 
@@ -56,7 +52,7 @@ class _Place:
 
 
 class Client(_Place):
-    """A client of the serial engine (see :class:`fedkern.methods.base.Client`)."""
+    """A client (see :class:`fedkern.methods.base.Client`)."""
 
     def __init__(self, bench: Bench, client: int, state: dict[str, Any]) -> None:
         super().__init__(bench)
@@ -279,7 +275,7 @@ class Client(_Place):
 
 
 class Server(_Place):
-    """The server of the serial engine (see :class:`fedkern.methods.base.Server`)."""
+    """The server (see :class:`fedkern.methods.base.Server`)."""
 
     def __init__(self, bench: Bench, state: dict[str, Any] | None = None) -> None:
         super().__init__(bench)
@@ -326,161 +322,3 @@ class Server(_Place):
             raise UserError(f"{reason}; leave such uploads out with --on-nan skip.")
         self.refused.append((client, reason))
         self._bench.warn(f"refused-upload-{client}", f"{reason}; it was left out.")
-
-
-def sample_clients(config: RunConfig, round: int) -> list[int]:
-    """The clients of a round in ascending order, drawn from the round's own stream."""
-    count = max(1, round_half_up(config.sample_fraction * config.trained_clients))
-    if count >= config.trained_clients:
-        return list(range(config.trained_clients))
-    chosen = stream(config.seed, "sampling", round=round).choice(config.trained_clients, size=count, replace=False)
-    return sorted(int(k) for k in chosen)
-
-
-def round_half_up(value: float) -> int:
-    return math.floor(value + 0.5)
-
-
-class Exchange:
-    """One exchange of a round: sends, lets the clients work one after another, yields their uploads."""
-
-    def __init__(self, engine: Any, method: Any, step: Step, participants: list[int], entry: Round) -> None:
-        self.engine, self.method, self.step = engine, method, step
-        self.participants, self.entry = participants, entry
-        self.seconds = 0.0
-        self._left_out = 0
-
-    def uploads(self, outgoing: Any) -> Iterator[Upload]:
-        """Runs the clients lazily: the next one starts when the server is done with the last one's upload.
-
-        A method that asks all clients of a process at once has them all run first.  An upload that is not as the method
-        declares is refused here, so that no server sees it; an empty one that the method allows is nobody's.
-
-        Raises:
-            UserError: an upload is refused, or a client diverged, and the run is to stop; or no client is left.
-        """
-        engine, step = self.engine, self.step
-        selective = getattr(self.method, "selective", False)
-        messages = {k: message_for(outgoing, k, selective) for k in self.participants}
-        sent = {k: message for k, message in messages.items() if message is not None}
-        together = self._together(sent)
-        for k, message in sent.items():
-            check()
-            start = time.perf_counter()
-            client = engine.client(k)
-            if together is None:
-                self._book(k, "down", message)
-                client.report = {}
-                try:
-                    answer = self.method.client_update(client, step, message)
-                except Diverged as problem:
-                    engine.dropped(problem)
-                    self._left_out += 1
-                    self.seconds += time.perf_counter() - start
-                    continue
-            else:
-                answer = together.pop(k)
-            engine.released(k, answer)
-            self._book(k, "up", answer)
-            info: dict[str, Any] = {"samples": client.declared, **client.report}
-            answer, why = self._checked(k, message, answer, info)
-            if why:
-                engine.refused(k, step.exchange, why)
-                self._left_out += 1
-                self.seconds += time.perf_counter() - start
-                continue
-            engine.client_done(client, info, time.perf_counter() - start)
-            self.seconds += time.perf_counter() - start
-            # Handed over for good: while the next client trains, only the server may still hold this upload.
-            handover = [Upload(k, client.declared, answer)] if answer is not None else []
-            del answer, client
-            if handover:
-                yield handover.pop()
-        if self._left_out == len(self.participants):
-            engine.none_left()
-
-    def _checked(self, client: int, message: Message, answer: Any, info: dict[str, Any]) -> tuple[Message | None, str]:
-        """A client's upload as the server may see it, None where it is empty and may be; and why it is refused.
-
-        Args:
-            client: whose.
-            message: what the client was sent.
-            answer: what came back.
-            info: the client's entry in the round's record, in which ``drift`` and ``clipped`` are noted.
-        """
-        declared = self.method.expects(self.engine.server, self.step, client, message)
-        given, got = message.get("parameters"), answer.get("parameters") if isinstance(answer, Mapping) else None
-        seen: Tensor | None = None
-        if isinstance(given, Tensor) and isinstance(got, Tensor) and is_alike(got, given):
-            info["drift"] = drift = float(torch.linalg.vector_norm(got - given))
-            seen = got if math.isfinite(drift) else None  # a finite norm has no other elements
-        why = why_refused(answer, declared, seen)
-        if why or (declared and not answer):
-            return None, why
-        start, config = declared.get("parameters"), self.engine.config
-        if isinstance(start, Tensor) and (config.max_update_norm or config.clip_update_norm):
-            return bounded(answer, start, config, info)
-        return answer, ""
-
-    def _together(self, messages: dict[int, Message]) -> dict[int, Message] | None:
-        """What a cohort answers at once; None where its clients are asked one after another."""
-        engine, kind = self.engine, type(self.method)
-        if getattr(kind, "cohort_update", Method.cohort_update) is Method.cohort_update or not messages:
-            return None
-        start = time.perf_counter()
-        clients = {k: engine.client(k) for k in self.participants}
-        for client in clients.values():
-            client.report = {}
-        answers = self.method.cohort_update(clients, self.step, messages)
-        if answers is None:
-            return None
-        for k, message in messages.items():
-            self._book(k, "down", message)
-        self.seconds += time.perf_counter() - start
-        return dict(answers)
-
-    def _book(self, client: int, direction: str, message: Message) -> None:
-        if self.entry.booked:
-            one_off, exchange = self.entry.one_off, self.step.exchange
-            self.engine.ledger.book(client, direction, message, one_off=one_off, exchange=exchange)
-
-
-def is_alike(value: Tensor, tensor: Tensor) -> bool:
-    """Whether two tensors of one place have the same shape, dtype and layout."""
-    alike = value.shape == tensor.shape and value.dtype == tensor.dtype
-    return alike and value.device == tensor.device and value.layout is tensor.layout
-
-
-def bounded(answer: Message, start: Tensor, config: RunConfig, info: dict[str, Any]) -> tuple[Message, str]:
-    """An upload whose update has at most the norm that the settings allow, or why it is refused.
-
-    Args:
-        answer: the upload, as declared.
-        start: fp32 [P], the parameters that were sent.
-        config: its ``max_update_norm`` and ``clip_update_norm``.
-        info: gets ``clipped``, the factor on the update, where it is clipped.
-    """
-    update = answer["parameters"].to(start.device).double() - start.double()
-    norm = float(torch.linalg.vector_norm(update))
-    largest, clip = config.max_update_norm, config.clip_update_norm
-    if largest and norm > largest:
-        return answer, f"has an update of norm {norm:.6g} where --max-update-norm allows {largest:g}"
-    if not clip or norm <= clip:
-        return answer, ""
-    info["clipped"] = clip / norm
-    return {**answer, "parameters": (start + update * (clip / norm)).to(answer["parameters"])}, ""
-
-
-def message_for(outgoing: Any, client: int, selective: bool = False) -> Message | None:
-    """The client's message out of what ``send`` returned: one for all, or a dict by client id.
-
-    Args:
-        selective: whether ``send`` may leave the client out, or return None for everybody; then None comes back.
-    """
-    if outgoing is None and selective:
-        return None
-    if outgoing and all(isinstance(key, int) for key in outgoing):
-        if client not in outgoing and not selective:
-            raise ValueError(f"send: expected a message for client {client}, which takes part; given none")
-        return outgoing.get(client)
-    return outgoing

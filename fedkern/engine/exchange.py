@@ -1,0 +1,172 @@
+"""One exchange of a round: what is sent, what comes back, and whether the server may see it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkern.engine.config import RunConfig
+from fedkern.engine.executors.base import Answer
+from fedkern.interrupts import check
+from fedkern.methods.base import Message, Method, Round, Step, Upload
+from fedkern.methods.uploads import why_refused
+from fedkern.streams import stream
+
+
+def sample_clients(config: RunConfig, round: int) -> list[int]:
+    """The clients of a round in ascending order, drawn from the round's own stream."""
+    count = max(1, math.floor(config.sample_fraction * config.trained_clients + 0.5))
+    if count >= config.trained_clients:
+        return list(range(config.trained_clients))
+    chosen = stream(config.seed, "sampling", round=round).choice(config.trained_clients, size=count, replace=False)
+    return sorted(int(k) for k in chosen)
+
+
+class Exchange:
+    """One exchange of a round: sends, has the clients work, yields their uploads in client order."""
+
+    def __init__(self, engine: Any, asker: str, step: Step, participants: list[int], entry: Round) -> None:
+        self.engine, self.asker, self.step = engine, asker, step
+        self.method = engine.askers[asker]
+        self.participants, self.entry = participants, entry
+        self.seconds = 0.0
+        self._left_out = 0
+
+    def uploads(self, outgoing: Any) -> Iterator[Upload]:
+        """Has the clients work lazily: the server is done with an upload before it gets the next.
+
+        An upload that is not as the method declares is refused here, so that no server sees it; an empty one that the
+        method allows is nobody's.
+
+        Raises:
+            UserError: an upload is refused, or a client diverged or failed, and the run is to stop; or no client is
+                left.
+        """
+        engine, step = self.engine, self.step
+        selective = getattr(self.method, "selective", False)
+        messages = {k: message_for(outgoing, k, selective) for k in self.participants}
+        sent: dict[int, Message] = {k: message for k, message in messages.items() if message is not None}
+        answers = self._answers(sent)
+        while True:
+            check()
+            start = time.perf_counter()
+            answer = next(answers, None)
+            if answer is None:
+                break
+            k, message = answer.client, sent[answer.client]
+            self._book(k, "down", message)
+            engine.heard(answer)
+            if answer.problem is not None:
+                engine.dropped(answer.client, answer.problem)
+                self._left_out += 1
+                self.seconds += time.perf_counter() - start
+                continue
+            declared = engine.bench.federation.samples[k]
+            engine.released(k, answer.message)
+            self._book(k, "up", answer.message)
+            info: dict[str, Any] = {"samples": declared, **answer.report}
+            own, why = self._checked(k, message, answer.message, info)
+            if why:
+                engine.refused(k, step.exchange, why)
+                self._left_out += 1
+                self.seconds += time.perf_counter() - start
+                continue
+            engine.client_done(k, info, answer.seconds)
+            self.seconds += time.perf_counter() - start
+            # Handed over for good: while the next client trains, only the server may still hold this upload.
+            handover = [Upload(k, declared, own)] if own is not None else []
+            del answer, own
+            if handover:
+                yield handover.pop()
+        if self._left_out == len(self.participants):
+            engine.none_left()
+
+    def _answers(self, sent: dict[int, Message]) -> Iterator[Answer]:
+        """What the clients answer, those of a cohort at once."""
+        if self.entry.cohort and sent and isinstance(self.method, Method):
+            start = time.perf_counter()
+            executor = self.engine.executor.here
+            clients = {k: executor.client(k) for k in self.participants}
+            for client in clients.values():
+                client.report = {}
+            answers = self.method.cohort_update(clients, self.step, sent)
+            if answers is not None:
+                found = dict(answers)
+                each = (time.perf_counter() - start) / len(sent)
+                return (Answer(k, found.pop(k), report=clients[k].report, seconds=each) for k in list(sent))
+        executor = self.engine.executor.here if self.entry.cohort else self.engine.executor
+        return executor.answers(self.asker, self.step, sent)
+
+    def _checked(self, client: int, message: Message, answer: Any, info: dict[str, Any]) -> tuple[Message | None, str]:
+        """A client's upload as the server may see it, None where it is empty and may be; and why it is refused.
+
+        Args:
+            client: whose.
+            message: what the client was sent.
+            answer: what came back.
+            info: the client's entry in the round's record, in which ``drift`` and ``clipped`` are noted.
+        """
+        declared = self.method.expects(self.engine.server, self.step, client, message)
+        given, got = message.get("parameters"), answer.get("parameters") if isinstance(answer, Mapping) else None
+        seen: Tensor | None = None
+        if isinstance(given, Tensor) and isinstance(got, Tensor) and is_alike(got, given):
+            info["drift"] = drift = float(torch.linalg.vector_norm(got - given))
+            seen = got if math.isfinite(drift) else None  # a finite norm has no other elements
+        why = why_refused(answer, declared, seen)
+        if why or (declared and not answer):
+            return None, why
+        start, config = declared.get("parameters"), self.engine.config
+        if isinstance(start, Tensor) and (config.max_update_norm or config.clip_update_norm):
+            return bounded(answer, start, config, info)
+        return answer, ""
+
+    def _book(self, client: int, direction: str, message: Message) -> None:
+        if self.entry.booked:
+            one_off, exchange = self.entry.one_off, self.step.exchange
+            self.engine.ledger.book(client, direction, message, one_off=one_off, exchange=exchange)
+
+
+def is_alike(value: Tensor, tensor: Tensor) -> bool:
+    """Whether two tensors of one place have the same shape, dtype and layout."""
+    alike = value.shape == tensor.shape and value.dtype == tensor.dtype
+    return alike and value.device == tensor.device and value.layout is tensor.layout
+
+
+def bounded(answer: Message, start: Tensor, config: RunConfig, info: dict[str, Any]) -> tuple[Message, str]:
+    """An upload whose update has at most the norm that the settings allow, or why it is refused.
+
+    Args:
+        answer: the upload, as declared.
+        start: fp32 [P], the parameters that were sent.
+        config: its ``max_update_norm`` and ``clip_update_norm``.
+        info: gets ``clipped``, the factor on the update, where it is clipped.
+    """
+    update = answer["parameters"].to(start.device).double() - start.double()
+    norm = float(torch.linalg.vector_norm(update))
+    largest, clip = config.max_update_norm, config.clip_update_norm
+    if largest and norm > largest:
+        return answer, f"has an update of norm {norm:.6g} where --max-update-norm allows {largest:g}"
+    if not clip or norm <= clip:
+        return answer, ""
+    info["clipped"] = clip / norm
+    return {**answer, "parameters": (start + update * (clip / norm)).to(answer["parameters"])}, ""
+
+
+def message_for(outgoing: Any, client: int, selective: bool = False) -> Message | None:
+    """The client's message out of what ``send`` returned: one for all, or a dict by client id.
+
+    Args:
+        selective: whether ``send`` may leave the client out, or return None for everybody; then None comes back.
+    """
+    if outgoing is None and selective:
+        return None
+    if outgoing and all(isinstance(key, int) for key in outgoing):
+        if client not in outgoing and not selective:
+            raise ValueError(f"send: expected a message for client {client}, which takes part; given none")
+        return outgoing.get(client)
+    return outgoing

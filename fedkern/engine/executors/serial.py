@@ -1,0 +1,92 @@
+"""Clients one after another in this process, on networks that they share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fedkern.engine.bench import Bench
+from fedkern.engine.executors.base import Answer, States, failure
+from fedkern.engine.local import Diverged
+from fedkern.engine.network import cpu_threads
+from fedkern.engine.parties import Client
+from fedkern.engine.state import fingerprint
+from fedkern.methods.base import ClientId, Message, Step
+
+
+class Serial:
+    """The executor of one process (see :class:`~fedkern.engine.executors.base.Executor`).
+
+    Args:
+        bench: of the run.
+        askers: who may ask clients, by name; each has ``client_update``.
+        states: where a client's state comes from when it first works in a round.
+        threads: CPU threads while a client works.
+    """
+
+    def __init__(self, bench: Bench, askers: Mapping[str, Any], states: States, threads: int) -> None:
+        self._bench, self._askers, self._states, self._threads = bench, askers, states, threads
+        self._clients: dict[ClientId, Client] = {}
+        self._before: dict[ClientId, Any] = {}  # fingerprints of their states
+
+    @property
+    def here(self) -> Serial:
+        return self
+
+    def client(self, k: ClientId) -> Client:
+        """The client ``k``, as it is in this round."""
+        if k not in self._clients:
+            self.take(k, self._states(k)())
+        return self._clients[k]
+
+    def take(self, k: ClientId, state: dict[str, Any]) -> Client:
+        """The client ``k`` begins the round with this state."""
+        self._clients[k] = client = Client(self._bench, k, state)
+        self._before[k] = fingerprint(state)
+        return client
+
+    def answers(self, asker: str, step: Step, messages: Mapping[ClientId, Message]) -> Iterator[Answer]:
+        for k, message in messages.items():
+            yield self.ask(k, asker, step, message)
+
+    def ask(self, k: ClientId, asker: str, step: Step, message: Message) -> Answer:
+        """What one client answers."""
+        start = time.perf_counter()
+        client = self.client(k)
+        client.report = {}
+        answer = Answer(k)
+        with cpu_threads(self._threads):
+            try:
+                answer.message = self._askers[asker].client_update(client, step, message)
+            except Diverged as problem:
+                answer.problem = problem
+            except Exception as error:
+                answer.problem = failure(k, error)
+        answer.report = client.report
+        answer.seconds = time.perf_counter() - start
+        return answer
+
+    def changed(self, client: ClientId) -> dict[str, Any] | None:
+        if client not in self._clients:
+            return None
+        state = self._clients[client].state
+        now = fingerprint(state)
+        if now == self._before[client]:
+            return None
+        self._before[client] = now
+        return state
+
+    def working(self) -> list[ClientId]:
+        return list(self._clients)
+
+    def forget(self, client: ClientId) -> None:
+        self._clients.pop(client, None)
+        self._before.pop(client, None)
+
+    def end_round(self) -> None:
+        self._clients.clear()
+        self._before.clear()
+
+    def close(self) -> None:
+        """Nothing was started."""

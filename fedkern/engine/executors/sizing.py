@@ -1,0 +1,97 @@
+"""How many workers a run has: by cores, clients and memory."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from fedkern.engine.bench import Bench
+from fedkern.engine.config import RunConfig, clients_of_a_round
+
+BASE_BYTES = 250 << 20
+"""What a worker needs beside networks and images: the interpreter and PyTorch's own tables."""
+NETWORKS = 8
+"""Copies of a network's parameters that a client may have at once: local, frozen, gradients, momentum, messages."""
+
+
+def workers_for(config: RunConfig, bench: Bench, asks: int) -> int:
+    """The number of workers of a run; below 2 its clients work in the run's process.
+
+    Args:
+        config: every setting.
+        bench: of the run.
+        asks: how often clients will be asked on their own; none, and nobody would work.
+    """
+    if config.workers == "1" or not asks:
+        return 1
+    why = unavailable(config.device)
+    if why:
+        if config.workers != "auto":
+            bench.warn("no-workers", f"--workers {config.workers} changes nothing here, as {why}.")
+        return 1
+    most = clients_of_a_round(config)
+    if config.workers != "auto":
+        return min(int(config.workers), most)
+    return min(most, usable_cores() // config.client_threads, free_memory() // worker_bytes(bench))
+
+
+def unavailable(device: str) -> str:
+    """Why there can be no workers, as a part of a sentence; empty where there can."""
+    if sys.platform != "linux" or not hasattr(os, "memfd_create"):
+        return "workers need Linux"
+    if device != "cpu":
+        return f"clients share the one {device} device"
+    return "" if sys.executable else "this Python does not say how it was started"
+
+
+def worker_bytes(bench: Bench) -> int:
+    """The memory of a worker beside the data, which all of them map: an estimate."""
+    network = sum(p.numel() * p.element_size() for p in bench.build().parameters())
+    images = sum(4 * split.images.numel() for split in bench.data.clients) if bench.cache else 0
+    return BASE_BYTES + NETWORKS * network + images
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: those of its affinity mask, and no more than its control group's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _quota()
+    return max(1, min(cores, int(quota))) if quota else cores
+
+
+def _quota() -> float:
+    """CPUs' worth of time that the control group may use; 0 for no limit."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()[:2]
+        return 0.0 if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        pass
+    try:
+        own = Path("/sys/fs/cgroup/cpu")
+        limit = int((own / "cpu.cfs_quota_us").read_text())
+        return limit / int((own / "cpu.cfs_period_us").read_text()) if limit > 0 else 0.0
+    except (OSError, ValueError, ZeroDivisionError):
+        return 0.0
+
+
+def free_memory() -> int:
+    """Bytes that can be had: what the system has left, and no more than the control group has."""
+    found = []
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) << 10)
+    except (OSError, ValueError):
+        pass
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            most: Any = Path(limit).read_text().strip()
+            if most != "max":
+                found.append(int(most) - int(Path(used).read_text()))
+        except (OSError, ValueError):
+            continue
+    return max(0, min(found, default=sys.maxsize))

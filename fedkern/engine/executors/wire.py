@@ -1,0 +1,302 @@
+"""Objects between two processes of one machine: pickled, with every tensor in memory that both map.
+
+A packet is a pickle and the memory files (``memfd_create``) that its tensors lie in.  A tensor that one :class:`Packer`
+has packed before is named, not written again, and the reader that unpacks both packets gets the very same tensor.  The
+files are sealed, so that nobody changes what another process reads, and mapped privately, so that whoever writes into a
+tensor writes into a copy of its own.  Nothing has a name in the file system: the memory is free when the last process
+that maps it ends, however it ends.
+
+Both ends are processes of one run: a packet is never read from a file or a network.
+"""
+
+from __future__ import annotations
+
+import array
+import fcntl
+import io
+import itertools
+import mmap
+import os
+import pickle
+import socket
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ALIGNED = 64
+_HEADER = struct.Struct("<QI")  # bytes of the pickle, number of memory files
+_INLINE = 1 << 15  # bytes of a pickle that go through the socket, whose buffer no message may fill
+_MOST_FILES = 250  # that one message may bring (SCM_MAX_FD is 253)
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+
+
+class NotPortable(Exception):
+    """Something cannot be sent to another process; the message says what, as the subject of a sentence."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies: the file's number, offset in bytes, and how to look at it."""
+
+    file: int
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+@dataclass
+class Packet:
+    """A pickle, the numbers of all files that its tensors lie in, and the descriptors of those files."""
+
+    payload: bytes
+    files: dict[int, int]
+
+
+class Packer:
+    """Packs objects.  The tensors that it has packed are held, and their files open, until :meth:`clear`."""
+
+    _numbers = itertools.count()  # of files, over all packers of the process
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int], tuple[_Place, Tensor]] = {}
+        self._files: dict[int, int] = {}
+
+    def pack(self, value: Any) -> Packet:
+        """Pickles ``value``.
+
+        Raises:
+            NotPortable: something in it is defined in ``__main__``, or cannot be pickled.
+        """
+        pickler = _Pickler(self._known, next(self._numbers))
+        try:
+            pickler.dump(value)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise NotPortable(f"something that cannot be pickled ({error})") from None
+        if pickler.fresh:
+            self._files[pickler.number] = _write(pickler.fresh, pickler.size)
+            pickler.used.add(pickler.number)
+        for tensor, place in pickler.placed:
+            self._known[_key(tensor)] = place, tensor
+        return Packet(pickler.file.getvalue(), {number: self._files[number] for number in sorted(pickler.used)})
+
+    def clear(self) -> None:
+        """Closes the files; who has mapped them keeps them."""
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._known.clear()
+        self._files.clear()
+
+
+class _Pickler(pickle.Pickler):
+    def __init__(self, known: dict[tuple[int, int], tuple[_Place, Tensor]], number: int) -> None:
+        self.number = number  # of the file that new tensors go to
+        self.file = io.BytesIO()
+        super().__init__(self.file, protocol=5)
+        self._known = known
+        self.fresh: list[tuple[int, Tensor]] = []  # offset and a contiguous view
+        self.placed: list[tuple[Tensor, _Place]] = []
+        self._new: dict[tuple[int, int], _Place] = {}
+        self.used: set[int] = set()
+        self.size = 0
+
+    def persistent_id(self, value: Any) -> _Place | None:
+        if type(value) is not Tensor:
+            if isinstance(value, (type, FunctionType)) and value.__module__ == "__main__":
+                raise NotPortable(f"{value.__qualname__}, which is defined in __main__,")
+            return None
+        if value.layout is not torch.strided or value.device.type != "cpu" or value.is_quantized:
+            return None
+        key = _key(value)
+        if key in self._known:
+            place = self._known[key][0]
+            if value.numel():
+                self.used.add(place.file)
+            return place
+        if key not in self._new:
+            self._new[key] = self._place(value)
+            self.placed.append((value, self._new[key]))
+        return self._new[key]
+
+    def _place(self, value: Tensor) -> _Place:
+        plain = value.detach().resolve_conj().resolve_neg()
+        dense = torch.empty_like(plain, device="meta").stride()  # of a dense tensor its own, so channels-last stays
+        if plain.stride() != dense:
+            plain = torch.empty_like(plain).copy_(plain)
+        offset = -(-self.size // _ALIGNED) * _ALIGNED
+        bytes_ = plain.numel() * plain.element_size()
+        if bytes_:
+            flat = plain.as_strided((plain.numel(),), (1,))
+            self.fresh.append((offset, flat.view(torch.uint8)))
+            self.size = offset + bytes_
+        return _Place(self.number, offset, plain.dtype, tuple(plain.shape), tuple(plain.stride()))
+
+
+def _key(tensor: Tensor) -> tuple[int, int]:
+    """What tells a tensor from every other that is held, and from itself before it was changed."""
+    return id(tensor), 0 if tensor.is_inference() else tensor._version
+
+
+def _write(pieces: list[tuple[int, Tensor]], size: int) -> int:
+    """A sealed memory file with these bytes; its descriptor."""
+    descriptor = os.memfd_create("fedkern", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(descriptor, size)
+        for offset, piece in pieces:
+            left = memoryview(piece.numpy().data)
+            while left:
+                written = os.pwrite(descriptor, left, offset)
+                left, offset = left[written:], offset + written
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+class Unpacker:
+    """Unpacks packets; a tensor that came before is the same object again until :meth:`clear`."""
+
+    def __init__(self) -> None:
+        self._maps: dict[int, mmap.mmap] = {}
+        self._tensors: dict[_Place, Tensor] = {}
+
+    def unpack(self, packet: Packet) -> Any:
+        """The object; the packet's descriptors are closed."""
+        for number, descriptor in packet.files.items():
+            if number not in self._maps:
+                size = os.fstat(descriptor).st_size
+                self._maps[number] = mmap.mmap(
+                    descriptor, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE
+                )
+            os.close(descriptor)
+        return _Unpickler(packet.payload, self).load()
+
+    def tensor(self, place: _Place) -> Tensor:
+        if place not in self._tensors:
+            self._tensors[place] = self._make(place)
+        return self._tensors[place]
+
+    def _make(self, place: _Place) -> Tensor:
+        count = 1
+        for side in place.shape:
+            count *= side
+        if not count:
+            return torch.empty(place.shape, dtype=place.dtype)
+        flat = torch.frombuffer(self._maps[place.file], dtype=place.dtype, count=count, offset=place.offset)
+        return flat.as_strided(place.shape, place.stride)
+
+    def clear(self) -> None:
+        """Forgets the tensors; whoever holds one keeps its memory."""
+        self._tensors.clear()
+        self._maps.clear()
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, payload: bytes, unpacker: Unpacker) -> None:
+        super().__init__(io.BytesIO(payload))
+        self._unpacker = unpacker
+
+    def persistent_load(self, place: Any) -> Tensor:
+        return self._unpacker.tensor(place)
+
+
+class Channel:
+    """One end of a connection between two processes, over which packets travel whole."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._end = end
+        self._sent: set[int] = set()  # files that the other end has
+
+    def fileno(self) -> int:
+        """For ``select``."""
+        return self._end.fileno()
+
+    def send(self, packet: Packet, more: Iterable[int] = ()) -> None:
+        """Sends a packet, with the files that the other end does not have, and ``more`` descriptors after those.
+
+        Raises:
+            OSError: the other end is gone.
+        """
+        new = {number: descriptor for number, descriptor in packet.files.items() if number not in self._sent}
+        payload = pickle.dumps((list(new), packet.payload))
+        spilt = None
+        if len(payload) > _INLINE:
+            spilt = os.memfd_create("fedkern", os.MFD_CLOEXEC)
+            _pour(spilt, payload)
+        descriptors = [*([spilt] if spilt is not None else []), *new.values(), *more]
+        if len(descriptors) > _MOST_FILES:
+            raise ValueError(f"packet: expected at most {_MOST_FILES} files, given {len(descriptors)}")
+        try:
+            header = _HEADER.pack(0 if spilt is not None else len(payload), len(descriptors))
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+            sent = self._end.sendmsg([header], rights)
+            self._end.sendall(header[sent:] + (b"" if spilt is not None else payload))
+        finally:
+            if spilt is not None:
+                os.close(spilt)
+        self._sent.update(new)
+
+    def receive(self) -> tuple[Packet, list[int]]:
+        """A packet and the descriptors that came beside its files.
+
+        Raises:
+            EOFError: the other end is gone.
+        """
+        try:
+            data, ancillary, _, _ = self._end.recvmsg(
+                _HEADER.size, socket.CMSG_LEN(_MOST_FILES * 4), socket.MSG_CMSG_CLOEXEC
+            )
+            if not data:
+                raise EOFError
+            data += self._exactly(_HEADER.size - len(data))
+            size, count = _HEADER.unpack(data)
+            descriptors: list[int] = []
+            for level, kind, content in ancillary:
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                    whole = len(content) - len(content) % 4
+                    descriptors += array.array("i", content[:whole]).tolist()
+            payload = self._exactly(size) if size else _poured(descriptors.pop(0))
+        except ConnectionError:
+            raise EOFError from None
+        numbers, inner = pickle.loads(payload)
+        files = dict(zip(numbers, descriptors, strict=False))
+        return Packet(inner, files), descriptors[len(numbers) : count]
+
+    def _exactly(self, size: int) -> bytes:
+        parts = bytearray()
+        while len(parts) < size:
+            part = self._end.recv(size - len(parts))
+            if not part:
+                raise EOFError
+            parts += part
+        return bytes(parts)
+
+    def forget(self) -> None:
+        """Forgets which files the other end has, once it forgets them too."""
+        self._sent.clear()
+
+    def close(self) -> None:
+        """Closes this end."""
+        self._end.close()
+
+
+def _pour(descriptor: int, content: bytes) -> None:
+    left = memoryview(content)
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
+def _poured(descriptor: int) -> bytes:
+    try:
+        size, parts = os.fstat(descriptor).st_size, bytearray()
+        while len(parts) < size:
+            parts += os.pread(descriptor, size - len(parts), len(parts))
+        return bytes(parts)
+    finally:
+        os.close(descriptor)

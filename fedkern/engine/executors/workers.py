@@ -1,0 +1,433 @@
+"""Clients side by side, in worker processes on the CPU: the same bits as one after another, for any number of workers.
+
+The answers are handed on in client order, whatever order they arrive in, so that the server sums them in that order.
+A client keeps its worker within a round, where its ``scratch`` is; in the next round any worker may have it, and is
+sent its state.  Where a worker is lost, another one plays the client's messages of the round again, from the state that
+it began the round with.
+
+While workers start (they load PyTorch: a second or two), clients work in this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fedkern
+from fedkern.engine.bench import Bench
+from fedkern.engine.executors.base import Answer, States
+from fedkern.engine.executors.serial import Serial
+from fedkern.engine.executors.tasks import Cleared, Done, Forget, Notice, Setup, Task, modes
+from fedkern.engine.executors.wire import Channel, NotPortable, Packer, Packet, Unpacker
+from fedkern.errors import RunFailed
+from fedkern.interrupts import check
+from fedkern.methods.base import ClientId, Message, Step
+from fedkern.ops import backend
+from fedkern.ops.loading import Unavailable
+
+HELD_BYTES = 1 << 30
+"""Uploads that wait for those of clients before theirs: beyond this many bytes only the next client in order works."""
+
+LOSSES = 3
+"""Times that a client's worker may be lost in a round before the run ends."""
+
+WORTH_STARTING = 3.0
+"""Seconds that the clients' work must still take in this process for ``--workers auto`` to start any."""
+
+
+@dataclass(eq=False)
+class _Worker:
+    """A worker process: its number, the connection, whom it works for, and which exchange it has seen last."""
+
+    process: int
+    channel: Channel
+    client: ClientId | None = None
+    exchange: int = 0
+
+
+class Workers:
+    """The executor of several processes (see :class:`~fedkern.engine.executors.base.Executor`).
+
+    Args:
+        bench: of the run.
+        here: the executor of this process.
+        askers: who may ask clients, by name.
+        states: where a client's state comes from when it first works in a round.
+        count: of workers.
+        asks: how often clients will still be asked in the whole run, as far as the plan tells; None starts the workers
+            at once, a number only where so much work is left that they pay.
+        patient: whether to wait for the workers instead of beginning without them.
+    """
+
+    def __init__(
+        self,
+        bench: Bench,
+        here: Serial,
+        askers: Mapping[str, Any],
+        states: States,
+        count: int,
+        *,
+        asks: int | None = None,
+        patient: bool = False,
+    ) -> None:
+        self.here, self._bench, self._askers, self._states, self.count = here, bench, dict(askers), states, count
+        self._patient = patient
+        self._left, self._asked, self._seconds = asks, 0, 0.0
+        self._nursery: _Nursery | None = None
+        self._given_up = False
+        self._workers: list[_Worker] = []
+        self._packer = Packer()
+        self._exchange = 0
+        # Of this round:
+        self._at: dict[ClientId, _Worker | None] = {}  # where a client works; None is this process
+        self._readers: dict[ClientId, Any] = {}  # of the states that they began with
+        self._played: dict[ClientId, list[tuple[str, Step, Message]]] = {}
+        self._changed: dict[ClientId, dict[str, Any]] = {}
+        self._losses: dict[ClientId, int] = {}
+        # Of this exchange:
+        self._found: dict[ClientId, tuple[Done, int]] = {}  # with the bytes of the uploads
+        if asks is None:
+            self._start()
+
+    # -- the executor ----------------------------------------------------------------------------------------------
+
+    def answers(self, asker: str, step: Step, messages: Mapping[ClientId, Message]) -> Iterator[Answer]:
+        self._exchange += 1
+        self._packer.clear()
+        self._found.clear()
+        todo = list(messages)
+        for k in messages:
+            self._readers.setdefault(k, self._states(k))
+        for k in messages:
+            while True:
+                check()
+                self._hear(todo, 0.0)
+                self._hire()
+                self._hand_out(todo, k, asker, step, messages)
+                if k in self._found:
+                    break
+                if k in todo:  # nobody has it, and it is the next one
+                    todo.remove(k)
+                    yield self._ask_here(k, asker, step, messages[k])
+                    break
+                self._hear(todo, 1.0)
+            if k in self._found:
+                done, _ = self._found.pop(k)
+                if done.failed is not None:
+                    raise done.failed
+                if done.state is not None:
+                    self._changed[k] = done.state
+                self._count(done.answer)
+                answer = done.answer
+                del done
+                yield answer
+                del answer
+            self._played.setdefault(k, []).append((asker, step, messages[k]))
+
+    def changed(self, client: ClientId) -> dict[str, Any] | None:
+        if client in self._changed:
+            return self._changed.pop(client)
+        return self.here.changed(client)
+
+    def working(self) -> list[ClientId]:
+        return sorted({*self._at, *self.here.working()})
+
+    def forget(self, client: ClientId) -> None:
+        worker = self._at.pop(client, None)
+        if worker is not None:
+            self._tell(worker, Forget((client,)))
+        self._changed.pop(client, None)
+        self._played.pop(client, None)
+        self.here.forget(client)
+
+    def end_round(self) -> None:
+        for worker in list(self._workers):
+            self._tell(worker, Forget())
+            worker.channel.forget()
+        self._packer.clear()
+        for table in (self._at, self._readers, self._played, self._changed, self._losses):
+            table.clear()
+        self.here.end_round()
+
+    def close(self) -> None:
+        """Ends all processes, whatever they are doing."""
+        for worker in self._workers:
+            _kill(worker.process)
+            worker.channel.close()
+        self._workers.clear()
+        self._packer.clear()
+        if self._nursery is not None:
+            self._nursery.close()
+            self._nursery = None
+
+    # -- this process ----------------------------------------------------------------------------------------------
+
+    def _ask_here(self, k: ClientId, asker: str, step: Step, message: Message) -> Answer:
+        if self._at.get(k, self) is self:  # it begins its round here
+            self._at[k] = None
+            self.here.take(k, self._readers[k]())
+            for played in self._played.get(k, []):
+                self.here.ask(k, *played)
+        answer = self.here.ask(k, asker, step, message)
+        self._count(answer)
+        return answer
+
+    def _count(self, answer: Answer) -> None:
+        """Starts workers where so much work is left that they pay."""
+        self._asked += 1
+        self._seconds += answer.seconds
+        if self._left is None or self._nursery is not None or self._given_up:
+            return
+        left = (self._left - self._asked) * self._seconds / self._asked
+        if left > WORTH_STARTING:
+            self._start()
+
+    # -- the workers -----------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        try:
+            self._nursery = _Nursery(_setup(self._bench, self._askers))
+        except NotPortable as error:
+            self._give_up(f"{error} cannot be sent to worker processes", "define it in a module of its own")
+        except OSError as error:
+            self._give_up(f"worker processes cannot be started ({error.strerror or error})", "")
+
+    def _give_up(self, why: str, way: str) -> None:
+        self._given_up = True
+        self._bench.warn(
+            "no-workers",
+            f"Clients work one after another, as {why}" + (f": {way} to have them side by side." if way else "."),
+        )
+
+    def _hire(self) -> None:
+        """Has as many workers as there shall be, once they can be had."""
+        if self._nursery is None or len(self._workers) >= self.count:
+            return
+        try:
+            if not self._nursery.ready(self._patient):
+                return
+            while len(self._workers) < self.count:
+                self._workers.append(self._nursery.fork())
+        except _Gone as error:
+            self._nursery.close()
+            self._nursery = None
+            self._give_up(str(error), "")
+
+    def _hand_out(
+        self, todo: list[ClientId], first: ClientId, asker: str, step: Step, messages: Mapping[ClientId, Message]
+    ) -> None:
+        """Gives every worker that has nothing to do the next client that may be its."""
+        for worker in list(self._workers):
+            if worker.client is not None:
+                continue
+            for k in todo:
+                if self._at.get(k, worker) is not worker:
+                    continue  # another's of this round
+                if k != first and sum(size for _, size in self._found.values()) > HELD_BYTES:
+                    break
+                if self._send(worker, k, asker, step, messages[k]):
+                    todo.remove(k)
+                break
+
+    def _send(self, worker: _Worker, k: ClientId, asker: str, step: Step, message: Message) -> bool:
+        fresh = self._at.get(k) is not worker
+        state = self._readers[k]() if fresh else None
+        played = tuple(self._played.get(k, ())) if fresh else ()
+        if worker.exchange != self._exchange:
+            worker.exchange = self._exchange
+            worker.channel.forget()
+            if not self._tell(worker, Cleared()):
+                return False
+        if not self._tell(worker, Task(k, asker, step, message, fresh, state, played)):
+            return False
+        worker.client, self._at[k] = k, worker
+        return True
+
+    def _tell(self, worker: _Worker, what: Any) -> bool:
+        """Whether the worker is there to be told."""
+        packet = self._packer.pack(what)
+        try:
+            worker.channel.send(packet)
+        except OSError:
+            self._lost(worker, [])
+            return False
+        return True
+
+    def _hear(self, todo: list[ClientId], seconds: float) -> None:
+        """Takes what workers have to say, waiting so long for the first of it."""
+        busy = [worker for worker in self._workers if worker.client is not None]
+        if not busy:
+            return
+        heard, _, _ = select.select(busy_ends(busy), [], [], seconds)
+        for channel in heard:
+            worker = next(worker for worker in busy if worker.channel is channel)
+            try:
+                packet, _ = channel.receive()
+            except (EOFError, OSError):
+                self._lost(worker, todo)
+                continue
+            size = sum(os.fstat(descriptor).st_size for descriptor in packet.files.values())
+            said = Unpacker().unpack(packet)
+            if isinstance(said, Notice):
+                self._bench.notice(said.text)
+                continue
+            assert worker.client is not None  # it was busy
+            self._found[worker.client] = said, size
+            worker.client = None
+
+    def _lost(self, worker: _Worker, todo: list[ClientId]) -> None:
+        """Lets other workers have the clients of one that has ended, from the beginning of their round."""
+        if worker not in self._workers:
+            return
+        self._workers.remove(worker)
+        worker.channel.close()
+        how = self._nursery.how(worker.process) if self._nursery is not None else "it ended"
+        for k in [k for k, at in self._at.items() if at is worker]:
+            del self._at[k]
+        if worker.client is None:
+            return
+        k = worker.client
+        self._losses[k] = self._losses.get(k, 0) + 1
+        if self._losses[k] >= LOSSES:
+            raise RunFailed(
+                f"The worker process of client {k} was lost {LOSSES} times in this round ({how}): give fewer "
+                "--workers, or a smaller --batch-size, --model or --width."
+            )
+        self._bench.warn("lost-worker", f"A worker process was lost ({how}); another one repeated its clients' work.")
+        todo.insert(0, k)
+
+
+def busy_ends(workers: list[_Worker]) -> list[Channel]:
+    """What ``select`` waits for."""
+    return [worker.channel for worker in workers]
+
+
+class _Gone(Exception):
+    """The process that forks workers is not there; the message says why, as a part of a sentence."""
+
+
+class _Nursery:
+    """The process that loads what clients need, once, and forks workers (see `fedkern.engine.worker`)."""
+
+    def __init__(self, setup: Setup) -> None:
+        packer = Packer()
+        packet = packer.pack(setup)
+        ours, theirs = socket.socketpair()
+        folder = str(Path(fedkern.__file__).parents[1])
+        paths = [folder, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "fedkern.engine.worker", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], env=environment,
+            )  # fmt: skip
+        except BaseException:
+            ours.close()
+            packer.clear()
+            raise
+        finally:
+            theirs.close()
+        self._channel = Channel(ours)
+        self._ready = False
+        try:
+            self._channel.send(Packet(pickle.dumps([path or str(Path.cwd()) for path in sys.path]), {}))
+            self._channel.send(packet)
+        except OSError:
+            pass  # found when it is asked whether it is ready
+        finally:
+            packer.clear()
+
+    def ready(self, wait: bool) -> bool:
+        """Whether workers can be had by now.
+
+        Raises:
+            _Gone: they never can.
+        """
+        if self._ready:
+            return True
+        if not wait and not select.select([self._channel], [], [], 0)[0]:
+            return False
+        said = self._answer()
+        if said != "ready":
+            raise _Gone(f"a worker process could not be prepared ({said})")
+        self._ready = True
+        return True
+
+    def fork(self) -> _Worker:
+        """A new worker.
+
+        Raises:
+            _Gone: there is nobody to fork it any more.
+        """
+        ours, theirs = socket.socketpair()
+        try:
+            self._channel.send(Packet(pickle.dumps("fork"), {}), [theirs.fileno()])
+            return _Worker(int(self._answer()), Channel(ours))
+        except (OSError, _Gone):
+            ours.close()
+            raise _Gone("the process that starts workers was lost") from None
+        finally:
+            theirs.close()
+
+    def how(self, process: int) -> str:
+        """How a worker ended, as a part of a sentence."""
+        try:
+            self._channel.send(Packet(pickle.dumps(str(process)), {}))
+            code = self._answer()
+        except (OSError, _Gone):
+            code = None
+        if code is None:
+            return "it ended"
+        if code == -signal.SIGKILL:
+            return "it was killed, as the system does where memory runs out"
+        return f"it was ended by signal {-code}" if code < 0 else f"it ended with exit code {code}"
+
+    def _answer(self) -> Any:
+        try:
+            packet, _ = self._channel.receive()
+        except (EOFError, OSError):
+            raise _Gone("the process that starts workers was lost") from None
+        return pickle.loads(packet.payload)
+
+    def close(self) -> None:
+        """Ends it, and with it whatever it has forked."""
+        self._process.kill()
+        self._process.wait()
+        self._channel.close()
+
+
+def _kill(process: int) -> None:
+    """Ends a worker; its number is not another process's, since nobody else has waited for it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, signal.SIGKILL)
+
+
+def _setup(bench: Bench, askers: dict[str, Any]) -> Setup:
+    return Setup(
+        config=bench.config,
+        data=bench.data,
+        askers=askers,
+        pair=bench.pair if bench.data.task == "retrieval" else None,
+        disclosure=bench.disclosure,
+        backend=backend.forced_backend(),
+        isa=_isa(),
+        modes=modes(),
+    )
+
+
+def _isa() -> str | None:
+    """The ISA level of the CPU core, which may be a forced one; None where there is no core."""
+    try:
+        return str(backend.cpu_core().isa())
+    except Unavailable:
+        return None

@@ -1,0 +1,207 @@
+"""The worker processes of a run: ``python -m fedkern.engine.worker DESCRIPTOR``, started by the run alone.
+
+One process is started.  It imports what clients need, is told the run's settings and data, and forks a worker whenever
+it is asked to, so that PyTorch is loaded and the data are mapped once for all of them.  It never computes: a process
+whose OpenMP threads have run cannot be forked.  It never sees the user's ``__main__``.
+
+A worker has a network, the clients' data and their states of the round, and does what an
+:class:`~fedkern.engine.executors.serial.Serial` does.  It ends with the connection to the run's process, and with its
+parent.  SIGINT, which a terminal sends to every process in the foreground, is the run's to answer.
+
+Nothing imports this module, which is another one under its name than as ``__main__``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+import select
+import signal
+import socket
+import sys
+from contextlib import ExitStack, suppress
+from typing import Any
+
+from fedkern.engine.executors.tasks import Cleared, Done, Forget, Notice, Setup, Task
+from fedkern.engine.executors.wire import Channel, NotPortable, Packer, Packet, Unpacker
+
+_PR_SET_PDEATHSIG = 1
+
+
+def _set_modes(given: dict[str, Any]) -> None:
+    import torch
+
+    torch.set_default_dtype(given["dtype"])
+    torch.set_float32_matmul_precision(given["matmul"])
+    torch.use_deterministic_algorithms(given["deterministic"], warn_only=given["warn_only"])
+    torch.backends.mkldnn.enabled = given["mkldnn"]
+
+
+class Worker:
+    """The clients that this process has, and the connection to the run."""
+
+    def __init__(self, setup: Setup, channel: Channel) -> None:
+        import torch
+
+        from fedkern.engine.bench import Bench
+        from fedkern.engine.executors.serial import Serial
+
+        self._channel = channel
+        _set_modes(setup.modes)
+        torch.set_num_threads(setup.config.client_threads)
+        self._bench = Bench(setup.config, setup.data, self._notice, pair=setup.pair)
+        self._bench.disclosure = setup.disclosure
+        self._serial = Serial(self._bench, setup.askers, lambda _: dict, setup.config.client_threads)
+        self._packer, self._unpacker = Packer(), Unpacker()
+        self._step: Any = None
+
+    def serve(self) -> None:
+        """Works until the other end of the connection is gone."""
+        while True:
+            packet, _ = self._channel.receive()
+            asked = self._unpacker.unpack(packet)
+            if isinstance(asked, Cleared):
+                self._unpacker.clear()
+            elif isinstance(asked, Forget):
+                self._forget(asked)
+            else:
+                self._send(self._done(asked))
+                del asked  # or its message would live until the next one has arrived
+
+    def _forget(self, asked: Forget) -> None:
+        for k in asked.clients:
+            self._serial.forget(k)
+        if not asked.clients:
+            self._serial.end_round()
+            self._unpacker.clear()
+
+    def _done(self, task: Task) -> Done:
+        self._bench.warnings.clear()
+        if task.fresh:
+            self._serial.take(task.client, dict(task.state or {}))
+        for asker, step, message in task.played:
+            self._serial.ask(task.client, asker, step, message)
+        try:
+            answer = self._serial.ask(task.client, task.asker, task.step, task.message)
+        except Exception as error:
+            return Done(None, failed=_portable(error))
+        answer.warnings = dict(self._bench.warnings)
+        return Done(answer, self._serial.changed(task.client))
+
+    def _send(self, done: Any) -> None:
+        sys.stdout.flush()  # what a client's code has printed; a worker may be ended at any time
+        try:
+            packet = self._packer.pack(done)
+        except NotPortable as error:
+            client = done.answer.client
+            failed = RuntimeError(f"client {client} has {error} in its upload, report or state, which must be tensors")
+            packet = self._packer.pack(Done(None, failed=failed))
+        self._channel.send(packet)
+        self._packer.clear()
+        self._channel.forget()
+
+    def _notice(self, text: str) -> None:
+        self._channel.send(Packer().pack(Notice(text)))
+
+
+def _portable(error: Exception) -> Exception:
+    try:
+        copy = pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return copy if type(copy) is type(error) else RuntimeError(str(error))
+
+
+def _end_with_parent() -> None:
+    """The process is killed when its parent ends, however that ends."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def _work(setup: Setup, end: socket.socket) -> None:
+    """A forked process's whole life."""
+    from fedkern.ops import backend
+
+    with ExitStack() as forced:
+        if setup.isa is not None:
+            forced.enter_context(backend.use_isa(setup.isa))
+        if setup.backend is not None:
+            forced.enter_context(backend.use_backend(setup.backend))
+        if setup.config.client_threads > 1:
+            backend.trust_fork()
+        with suppress(EOFError, ConnectionError):
+            Worker(setup, Channel(end)).serve()
+
+
+def main(descriptor: int) -> None:
+    """Prepares, and forks a worker for every connection that comes in; ends with its own.
+
+    It is sent the setup, and answers "ready" or a sentence; then "fork" with a connection, answered with the number of
+    the process, and numbers of processes, answered with how they ended.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+    _end_with_parent()
+    if os.getppid() != parent:
+        return
+    end = socket.socket(fileno=descriptor)
+    channel, unpacker = Channel(end), Unpacker()
+
+    def say(value: Any) -> None:
+        channel.send(Packet(pickle.dumps(value), {}))
+
+    try:
+        paths, _ = channel.receive()
+        sys.path[:] = pickle.loads(paths.payload)
+        packet, _ = channel.receive()
+        try:
+            import fedkern.engine.run  # noqa: F401 (what every client needs)
+
+            setup: Setup = unpacker.unpack(packet)
+        except Exception as error:
+            say(f"{type(error).__name__}: {error}")
+            return
+        say("ready")
+        while True:
+            packet, descriptors = channel.receive()
+            asked = pickle.loads(packet.payload)
+            if asked != "fork":
+                say(_ended(int(asked)))
+                continue
+            ours = os.getpid()
+            child = os.fork()
+            if child:
+                os.close(descriptors[0])
+                say(child)
+                continue
+            _end_with_parent()
+            if os.getppid() != ours:
+                os._exit(0)
+            end.close()
+            try:
+                _work(setup, socket.socket(fileno=descriptors[0]))
+            except BaseException:
+                sys.excepthook(*sys.exc_info())
+                os._exit(1)
+            os._exit(0)
+    except (EOFError, ConnectionError):
+        return
+
+
+def _ended(process: int) -> int | None:
+    """How a worker ended (see ``os.waitstatus_to_exitcode``); None where it has not, or is not known."""
+    try:
+        deadline = 50
+        while deadline:
+            found, status = os.waitpid(process, os.WNOHANG)
+            if found:
+                return os.waitstatus_to_exitcode(status)
+            select.select([], [], [], 0.02)
+            deadline -= 1
+    except ChildProcessError:
+        pass
+    return None
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,380 @@
+"""Clients side by side in worker processes: the bits of clients one after another, whatever happens to the workers."""
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import worker_methods
+from interrupted import Kill, KillAt, outcome, without
+from smallest import SETTINGS
+
+from fedkern import ops
+from fedkern.engine import Listener, RunConfig, read_summary, run
+from fedkern.engine import evaluate as evaluation
+from fedkern.engine.executors import workers as module
+from fedkern.engine.executors.workers import Workers
+from fedkern.errors import ClientFailed, RunFailed
+from fedkern.methods import METHODS
+
+SHORT = {"fedavg", "feddra", "fediod", "fedgid", "fusefl", "scaffold"}
+EVERY = [method if method in SHORT else pytest.param(method, marks=pytest.mark.slow) for method in sorted(METHODS)]
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """Workers, where there are any, have started before the first client works."""
+    monkeypatch.setattr("fedkern.engine.loop.Workers", functools.partial(Workers, patient=True))
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """Every worker process that was forked, in order."""
+    found = []
+    fork = module._Nursery.fork
+
+    def seen(self):
+        worker = fork(self)
+        found.append(worker.process)
+        return worker
+
+    monkeypatch.setattr(module._Nursery, "fork", seen)
+    return found
+
+
+class At(Listener):
+    """Does something after a client is done, counted over the run."""
+
+    def __init__(self, count, act):
+        self.left, self.act = count, act
+
+    def on_client(self, round, client, info):
+        if self.left == 0:
+            self.act()
+        self.left -= 1
+
+
+def living(processes, within=10.0):
+    """Those that have not ended so soon, where zombies have."""
+    deadline = time.monotonic() + within
+    while True:
+        found = [process for process in processes if not _ended(process)]
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.02)
+
+
+def _ended(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def compared(config, data, folder, listener=None):
+    """The outcomes of a run with one worker and with two, but for what was said of lost workers."""
+    run(config.replace(workers="1"), out=folder / "serial", data=data)
+    run(config.replace(workers="2"), out=folder / "workers", data=data, listener=listener)
+    return outcome(folder / "serial"), outcome(folder / "workers")
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_every_method(method, make_data, make_pairs, make_public, make_config, tmp_path, processes):
+    plan = {"rounds": None} if METHODS[method].one_shot else {"rounds": 2}
+    config = make_config(method, **{**plan, "grad_cam": 0, **SETTINGS.get(method, {})})
+    pairs = "classification" not in METHODS[method].tasks
+    serial, side_by_side = compared(config, make_pairs() if pairs else make_public(make_data(), 12), tmp_path)
+    assert side_by_side == serial
+    assert len(processes) == (0 if METHODS[method].pooled else 2)
+    assert not living(processes)
+
+
+def test_fediods_graphs_in_workers(make_data, make_config, tmp_path, processes):
+    """Where clients are asked one by one, their discriminators and graphs are in the workers from call to call."""
+    options = {**SETTINGS["fediod"]["options"], "batched": False, "absent": 0.0}
+    config = make_config("fediod", options=options, grad_cam=0)
+    data = make_data()
+    kills = At(20, lambda: os.kill(processes[0], signal.SIGKILL))
+    serial, side_by_side = compared(config, data, tmp_path, kills)
+    assert kills.left < 0
+    assert len(processes) == 3
+    assert without(side_by_side, "lost-worker") == serial
+    assert not living(processes)
+
+
+# -- what happens to workers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [0, 3], ids=["at once", "in the second round"])
+def test_a_lost_worker_is_replaced(count, make_data, make_config, tmp_path, processes):
+    config = make_config("fedgid", rounds=3, buffers="local", options={"background_pool": "shared"})
+    kills = At(count, lambda: os.kill(processes[1], signal.SIGKILL))
+    serial, side_by_side = compared(config, make_data(), tmp_path, kills)
+    assert len(processes) == 3
+    told = side_by_side[2]["diagnostics"].get("lost-worker")
+    assert told is None or "was killed" in told  # it may have had nothing to do
+    assert (without(side_by_side, "lost-worker") if told else side_by_side) == serial
+    assert not living(processes)
+
+
+def test_a_worker_that_is_lost_every_time(make_data, make_config, tmp_path, monkeypatch, processes):
+    monkeypatch.setitem(METHODS, "fedavg", worker_methods.Dying)
+    monkeypatch.setenv("FEDKERN_TEST_PARENT", str(os.getpid()))
+    with pytest.raises(RunFailed, match=r"client 1 was lost 3 times in this round \(it was killed") as failed:
+        run(make_config(workers="2"), out=tmp_path / "run", data=make_data())
+    assert failed.value.exit_code == 1
+    assert len(processes) == 4
+    assert not living(processes)
+
+
+def test_the_process_that_forks_is_lost(make_data, make_config, tmp_path, monkeypatch, processes):
+    """Its workers end with it, and the run goes on in its own process."""
+    nurseries = []
+    ready = module._Nursery.ready
+    monkeypatch.setattr(module._Nursery, "ready", lambda self, wait: nurseries.append(self) or ready(self, wait))
+    kills = At(1, lambda: (nurseries[0]._process.kill(), nurseries[0]._process.wait()))
+    serial, side_by_side = compared(make_config(rounds=3), make_data(), tmp_path, kills)
+    told = side_by_side[2]["diagnostics"]
+    assert "one after another, as the process that starts workers was lost" in told["no-workers"]
+    found = without(side_by_side, "no-workers")
+    assert (without(found, "lost-worker") if "lost-worker" in told else found) == serial
+    assert not living(processes)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_client_that_raises(workers, make_data, make_config, tmp_path, monkeypatch, processes):
+    monkeypatch.setitem(METHODS, "fedavg", worker_methods.Raising)
+    config = make_config(workers=workers, rounds=3)
+    with pytest.raises(ClientFailed, match=r"Client 1 failed in round 2: ZeroDivisionError: nothing to div") as failed:
+        run(config, out=tmp_path / "stopped", data=make_data())
+    assert "worker_methods.py" in failed.value.traceback
+    assert not living(processes)
+    summary = run(config.replace(on_error="skip"), out=tmp_path / "skipped", data=make_data())
+    assert "Client 1 failed in round 2: ZeroDivisionError" in summary["diagnostics"]["failing-client-1"]
+    dropped = [entry for record in _records(tmp_path / "skipped") for entry in record.get("dropped", [])]
+    assert dropped == [{"round": 2, "client": 1, "reason": "ZeroDivisionError: nothing to divide by"}]
+
+
+def _records(out):
+    from fedkern.engine import read_metrics
+
+    return read_metrics(out)
+
+
+def test_what_cannot_be_sent_back(make_data, make_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "fedavg", worker_methods.Unportable)
+    with pytest.raises(RuntimeError, match="client 0 has something that cannot be pickled"):
+        run(make_config(workers="2"), out=tmp_path / "run", data=make_data())
+
+
+def test_clients_tell(make_data, make_config, tmp_path, monkeypatch):
+    """Diagnostics are those of the first client in order, notices arrive."""
+    monkeypatch.setitem(METHODS, "fedavg", worker_methods.Telling)
+    heard = []
+
+    class Hears(Listener):
+        def on_notice(self, text):
+            heard.append(text)
+
+    serial, side_by_side = compared(make_config(), make_data(), tmp_path, Hears())
+    assert side_by_side == serial
+    assert side_by_side[2]["diagnostics"]["one-name"] == "client 0 warned first"
+    assert sorted(heard) == sorted(2 * [f"client {k} is at work" for k in range(3)])
+
+
+def test_a_client_that_writes_into_its_message(make_data, make_config, tmp_path, monkeypatch):
+    """It changes nothing of the server's; what the next client of the same worker gets is the method's own fault."""
+    monkeypatch.setitem(METHODS, "fedavg", worker_methods.Writing)
+    run(make_config(workers="2", rounds=1, sample_fraction=0.34), out=tmp_path / "run", data=make_data())
+
+
+def test_held_uploads_are_bounded(make_data, make_config, tmp_path, monkeypatch):
+    """With room for none, a worker that is done waits until the server has seen what comes before."""
+    monkeypatch.setattr(module, "HELD_BYTES", 0)
+    most = []
+    find = Workers._hear
+
+    def hear(self, *args):
+        find(self, *args)
+        most.append(len(self._found))
+
+    monkeypatch.setattr(Workers, "_hear", hear)
+    data = make_data((40, 5, 5, 5, 5, 5))
+    serial, side_by_side = compared(make_config(clients=6), data, tmp_path)
+    assert side_by_side == serial
+    assert max(most) <= 2
+
+
+def test_other_workers_after_an_interruption(make_data, make_config, tmp_path):
+    config, data = make_config("fedgid", rounds=4, buffers="local"), make_data()
+    run(config.replace(workers="1"), out=tmp_path / "whole", data=data)
+    with pytest.raises(Kill):
+        run(config.replace(workers="2"), out=tmp_path / "cut", data=data, listener=KillAt("client", 7))
+    stored = RunConfig.load(tmp_path / "cut")
+    run(stored.replace(workers="3"), out=tmp_path / "cut", data=data, resume=True)
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+
+
+def test_forced_kernels_are_the_workers_too(make_data, make_config, tmp_path):
+    with ops.use_backend("reference"):
+        serial, side_by_side = compared(make_config("fedgid"), make_data(), tmp_path)
+    assert side_by_side == serial
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_threads_of_clients(workers, make_data, make_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "fedavg", worker_methods.Counting)
+    config = make_config(workers=workers, threads=1, client_threads=2)
+    summary = run(config, out=tmp_path / "run", data=make_data())
+    assert summary["diagnostics"]["threads"] == "2"
+
+
+# -- evaluation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedlpfm", "feddra"])
+def test_test_sets_side_by_side(method, make_data, make_pairs, make_public, make_config, tmp_path, monkeypatch):
+    """Two test sets at a time give the figures of one at a time, of clients' own sets too."""
+    plan = {"rounds": None} if METHODS[method].one_shot else {"rounds": 2}
+    settings = {**plan, "grad_cam": 0, "client_test": 0.3, **SETTINGS.get(method, {})}
+    config = make_config(method, **settings)
+    data = make_pairs() if "classification" not in METHODS[method].tasks else make_public(make_data(), 12)
+    found, seen = [], []
+    real = evaluation._side_by_side
+    for at_once in (1, 2):
+        monkeypatch.setattr(
+            evaluation,
+            "_side_by_side",
+            lambda task, keys, _: seen.append(len(keys)) or real(task, keys, at_once),  # noqa: B023
+        )
+        run(config, out=tmp_path / str(at_once), data=data)
+        found.append(outcome(tmp_path / str(at_once)))
+    assert found[0] == found[1]
+    assert max(seen) == 3
+
+
+# -- when there are workers ----------------------------------------------------------------------------------------
+
+
+def test_short_runs_start_none(make_data, make_config, tmp_path, processes):
+    run(make_config(), out=tmp_path / "run", data=make_data())
+    assert not processes
+
+
+def test_long_runs_begin_without_them(make_data, make_config, tmp_path, monkeypatch, processes):
+    """With ``auto`` the first client works in the run's process, and tells how long the run will take."""
+    monkeypatch.setattr("fedkern.engine.loop.workers_for", lambda *_: 2)
+    monkeypatch.setattr(module, "WORTH_STARTING", 0.0)
+    config, data = make_config(rounds=3), make_data()
+    run(config, out=tmp_path / "auto", data=data)
+    assert len(processes) == 2
+    run(config.replace(workers="1"), out=tmp_path / "serial", data=data)
+    assert outcome(tmp_path / "auto") == outcome(tmp_path / "serial")
+
+
+def test_a_slow_start_is_no_waiting(make_data, make_config, tmp_path, monkeypatch, processes):
+    monkeypatch.setattr("fedkern.engine.loop.Workers", Workers)
+    monkeypatch.setattr(module._Nursery, "ready", lambda self, wait: False)
+    config, data = make_config(rounds=2), make_data()
+    serial, side_by_side = compared(config, data, tmp_path)
+    assert side_by_side == serial
+    assert not processes
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+
+import torch
+
+from fedkern.engine import RunConfig, run
+from fedkern.methods import FedAvg
+from fedkern.methods.base import register
+
+@register("mine")
+class Mine(FedAvg):
+    "FedAvg under another name."
+
+print("main runs", flush=True)
+config = RunConfig.make("mine", rounds=1, train_samples=100, width=2, threads=1, workers="2", grad_cam=0)
+print(run(config, out=sys.argv[1])["diagnostics"]["no-workers"])
+"""
+
+
+def test_what_main_defines_stays_in_its_process(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    said = subprocess.run(
+        [sys.executable, "script.py", "run"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True
+    ).stdout
+    assert said.count("main runs") == 1
+    assert "Mine, which is defined in __main__, cannot be sent to worker processes: define it in a module" in said
+
+
+LONG = ["fedavg", "--rounds", "500", "--train-samples", "200", "--model", "cnn", "--width", "8", "--grad-cam", "0"]
+
+
+def started(out, *more):
+    """A run in a process group of its own, whose workers have begun, and their numbers."""
+    words = [sys.executable, "-m", "fedkern.run", *LONG, "--workers", "2", "--quiet", "--out", str(out), *more]
+    process = subprocess.Popen(words, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and process.poll() is None:
+        children = _children(process.pid)
+        workers = [grandchild for child in children for grandchild in _children(child)]
+        if len(workers) == 2 and (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size:
+            return process, [*children, *workers]
+        time.sleep(0.05)
+    process.kill()
+    raise AssertionError(process.communicate()[1])
+
+
+def _children(process):
+    try:
+        return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
+def test_nothing_is_left_after_kill(tmp_path):
+    process, others = started(tmp_path / "run")
+    process.kill()
+    process.wait()
+    assert not living(others)
+    process.stderr.close()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_group_ends_in_order(number, code, tmp_path):
+    """A terminal sends Ctrl-C to every process of the group: the run alone answers, in a line."""
+    process, others = started(tmp_path / "run")
+    os.killpg(process.pid, signal.SIGINT) if number == signal.SIGINT else process.terminate()
+    assert process.wait(60) == code
+    said = process.stderr.read()
+    process.stderr.close()
+    assert said.splitlines()[-1].startswith("interrupted; " if code == 130 else "terminated; ")
+    assert "Traceback" not in said
+    assert not living(others)
+
+
+def test_summary_of_a_run_of_the_command_line(tmp_path):
+    """A run of a few seconds from the command line, with two workers: the summary is that of one."""
+    found = []
+    for workers in ("1", "2"):
+        words = [
+            *LONG[:1],
+            "--rounds",
+            "2",
+            *LONG[3:],
+            "--workers",
+            workers,
+            "--quiet",
+            "--out",
+            str(tmp_path / workers),
+        ]
+        subprocess.run([sys.executable, "-m", "fedkern.run", *words], check=True, capture_output=True, timeout=120)
+        found.append(read_summary(tmp_path / workers)["metrics"])
+    assert found[0] == found[1]

@@ -1,0 +1,60 @@
+"""Methods that worker processes import, and whose clients do what tests want to see."""
+
+import os
+import signal
+
+import torch
+
+from fedkern.methods import FedAvg
+
+
+class Raising(FedAvg):
+    """Client 1 raises in the second round."""
+
+    def client_update(self, client, step, message):
+        if client.id == 1 and step.round == 1:
+            raise ZeroDivisionError("nothing to divide by")
+        return super().client_update(client, step, message)
+
+
+class Dying(FedAvg):
+    """Client 1 ends its process, every time."""
+
+    def client_update(self, client, step, message):
+        if client.id == 1 and os.environ.get("FEDKERN_TEST_PARENT") != str(os.getpid()):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().client_update(client, step, message)
+
+
+class Telling(FedAvg):
+    """Clients warn and notice, each with its own words."""
+
+    def client_update(self, client, step, message):
+        client.warn("one-name", f"client {client.id} warned first")
+        client.warn(f"name-{client.id}", f"round {step.round}")
+        client.notice(f"client {client.id} is at work")
+        return super().client_update(client, step, message)
+
+
+class Writing(FedAvg):
+    """Clients write into what they were sent, after their training."""
+
+    def client_update(self, client, step, message):
+        result = super().client_update(client, step, message)
+        message["parameters"].zero_()
+        return result
+
+
+class Unportable(FedAvg):
+    """Clients answer with what no process can be sent."""
+
+    def client_update(self, client, step, message):
+        return {**super().client_update(client, step, message), "more": lambda: 0}
+
+
+class Counting(FedAvg):
+    """Clients say on how many threads they work."""
+
+    def client_update(self, client, step, message):
+        client.warn("threads", str(torch.get_num_threads()))
+        return super().client_update(client, step, message)
