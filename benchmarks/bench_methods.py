@@ -1,0 +1,648 @@
+"""What a user waits for: whole runs of fedkern beside its own past and beside the methods in plain PyTorch.
+
+    python -m benchmarks.bench_methods --before DIR --data-root FOLDER     # measures, writes results/methods_<cpu>.*
+    python -m benchmarks.bench_methods --gate                              # compares with what is recorded, exit code 1
+
+Contestants, every one a command of its own, so that imports and start-up count:
+
+* ``plain``: benchmarks/plain, the method as it is usually written;
+* ``before``: another checkout of fedkern with its compiled core, for example the commit that a change began at;
+* ``fedkern``: its present defaults;
+* ``bf16``: the same with ``--precision bf16``;
+* ``reference``: the same without kernels (``FEDKERN_BACKEND=reference``).
+
+All of a case have the same data, partition, network, settings, number of optimiser steps and rounds of evaluation.
+They take turns; repeat number i has seed i for all, so a speed-up is the median over the repeats of the ratios of one
+seed, and the main figure has a mean and a spread over the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import geometric_mean, mean, median, stdev
+from typing import Any
+
+import pytest
+
+from benchmarks import gate, machines, processes, records, study
+from fedkern.engine import RunConfig
+
+ROOT = Path(__file__).parent.parent
+RESULTS = records.RESULTS
+CONTESTANTS = ("plain", "before", "fedkern", "bf16", "reference")
+OURS = "fedkern"
+METHODS = ("fedgid", "fedlpfm", "fusefl", "fediod", "feddra", "fedavg", "fedprox", "scaffold")
+MAIN = ("accuracy", "ood_accuracy", "i2t_r1")
+"""The main figure of a run is the first of these that it has."""
+ENVIRONMENT = (
+    "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "MKL_NUM_THREADS", "PYTHONPATH", "FEDKERN_BACKEND",
+)  # fmt: skip
+"""What a contestant does not inherit: every one has its own defaults."""
+GATE_REPEATS = 3
+GATE_ATTEMPTS = 2
+
+COMMON: Mapping[str, Any] = {"grad_cam": 0}  # a figure for fedkern's report that nobody else draws
+IMAGES = {"data": "cifar10", "train_samples": 5000, "clients": 10, "partition": "iid", "model": "resnet8"}
+LARGE_STEPS = {**IMAGES, "local_epochs": 1}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What all contestants run.
+
+    Attributes:
+        setting: "default", a default run that is shorter, or "large".
+        settings, options: of the run, over the method's defaults.
+        boxes: whether the images' objects are named by a file of boxes, the central half of every image.
+    """
+
+    method: str
+    setting: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    boxes: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} {self.setting}"
+
+    @property
+    def needs_files(self) -> bool:
+        return self.settings.get("data") == IMAGES["data"]
+
+
+CASES = (
+    Case("fedgid", "default", {"rounds": 4}),
+    Case("fedlpfm", "default", {"rounds": 12}),
+    Case("fusefl", "default", {"local_epochs": 10}),
+    Case("fediod", "default", {"rounds": 4, "local_epochs": 10}),
+    Case("feddra", "default", {"rounds": 3}),
+    Case("fedavg", "default", {"rounds": 8}),
+    Case("fedprox", "default", {"rounds": 8}),
+    Case("scaffold", "default", {"rounds": 8}),
+    Case("fedgid", "large", {**LARGE_STEPS, "rounds": 1}, boxes=True),
+    Case("fedlpfm", "large", {**LARGE_STEPS, "rounds": 2, "public_samples": 500, "eval_every": 2},
+         {"pretrain_epochs": 2}),
+    Case("fusefl", "large", {**IMAGES, "local_epochs": 4}, {"virtual_features": 1000}),
+    Case("fediod", "large", {**LARGE_STEPS, "rounds": 2, "width": 16, "eval_every": 2}, {"iterations": 10}),
+    Case("feddra", "large", {"train_samples": 5000, "clients": 10, "batch_size": 64, "rounds": 2},
+         {"loss_batch": 16}),
+    Case("fedavg", "large", {**LARGE_STEPS, "rounds": 2, "eval_every": 2}),
+    Case("fedprox", "large", {**LARGE_STEPS, "rounds": 2, "eval_every": 2}),
+    Case("scaffold", "large", {**LARGE_STEPS, "rounds": 2, "eval_every": 2}),
+)  # fmt: skip
+
+PLAIN_SETTINGS = (
+    "data", "data_root", "clients", "partition", "correlation", "train_samples", "public_samples", "augment", "model",
+    "width", "rounds", "local_epochs", "local_steps", "batch_size", "optimizer", "lr", "momentum", "weight_decay",
+    "eval_every",
+)  # fmt: skip
+"""Settings that the plain methods have flags for."""
+PLAIN_ASSUMES = {
+    "sample_fraction": 1.0, "lr_decay": 1.0, "clip_norm": 0.0, "client_test": 0.0, "image_encoder": "conv",
+    "text_encoder": "words", "max_update_norm": 0.0, "clip_update_norm": 0.0, "on_nan": "stop",
+}  # fmt: skip
+PLAIN_LACKS = ("lr_steps", "held_out_client", "fix_statistics", "teachers", "patient_images")
+
+
+# -- commands ----------------------------------------------------------------------------------------------------------
+
+
+def config(case: Case, folder: Path, data_root: str | None) -> RunConfig:
+    """Every effective setting of the case."""
+    return RunConfig.make(
+        case.method,
+        **_settings(case, data_root),
+        options=_options(case, folder),
+        data_options=_data_options(case, folder),
+    )
+
+
+def _settings(case: Case, data_root: str | None) -> dict[str, Any]:
+    root = {"data_root": data_root} if case.needs_files else {}
+    return {**COMMON, **case.settings, **root}
+
+
+def _options(case: Case, folder: Path) -> dict[str, Any]:
+    cold = {"teacher_cache": str(folder / "teachers")} if case.method == "fedlpfm" else {}  # everybody trains it anew
+    return {**case.options, **cold}
+
+
+def _data_options(case: Case, folder: Path) -> dict[str, Any]:
+    return {"boxes": str(folder / "boxes.json")} if case.boxes else {}
+
+
+def write_boxes(path: Path, count: int = 50_000) -> None:
+    """Names the central half, side by side, of every training image of CIFAR-10 as its object."""
+    boxes = {f"train/{row}": [[0.25, 0.25, 0.75, 0.75]] for row in range(count)}
+    path.write_text(json.dumps({"units": "fraction", "boxes": boxes}))
+
+
+def run_words(case: Case, folder: Path, data_root: str | None, seed: int, threads: int) -> list[str]:
+    """The words behind ``python -m fedkern.run``."""
+    settings = {**_settings(case, data_root), "seed": seed, "out": folder / "run"}
+    if threads:
+        settings["threads"] = threads
+    options = [f"{name}={value}" for name, value in _data_options(case, folder).items()]
+    if options:
+        settings["data_option"] = tuple(options)
+    return list(study.arguments(case.method, settings, _options(case, folder)))
+
+
+def plain_words(effective: RunConfig, folder: Path, seed: int, threads: int) -> list[str]:
+    """The words behind ``python -m benchmarks.plain.METHOD`` of a run with these settings.
+
+    Raises:
+        ValueError: the plain method computes something else than the settings ask for.
+    """
+    module = importlib.import_module(f"benchmarks.plain.{effective.method}")
+    values = effective.to_dict()
+    assumed = {**PLAIN_ASSUMES, "buffers": "pool" if effective.method == "feddra" else "average"}
+    for name, value in assumed.items():
+        if values.get(name, value) != value:
+            raise ValueError(f"{name}: expected {value}, which the plain {effective.method} has, given {values[name]}")
+    for name in PLAIN_LACKS:
+        if name in values:
+            raise ValueError(f"{name}: expected none, which the plain {effective.method} lacks, given {values[name]}")
+    words: list[str] = []
+    for name in PLAIN_SETTINGS:
+        if values.get(name) is not None:
+            words += [f"--{name.replace('_', '-')}", str(values[name])]
+    for name, value in values["options"].items():
+        if name in module.FLAGS:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+        elif name in module.ASSUMES:
+            if value != module.ASSUMES[name]:
+                raise ValueError(
+                    f"{name}: expected {module.ASSUMES[name]}, which the plain {effective.method} has, given {value}"
+                )
+        elif name not in getattr(module, "IGNORES", ()):
+            raise ValueError(f"{name}: the plain {effective.method} knows no such method option")
+    for name, value in effective.data_options.items():
+        words += ["--data-option", f"{name}={value}"]
+    return [*words, "--seed", str(seed), "--threads", str(threads), "--out", str(folder / "records.json")]
+
+
+def missing(contestant: str, before: Path | None) -> str:
+    """Why a contestant cannot run, or ""."""
+    if contestant == "before" and before is None:
+        return "no --before was given"
+    if contestant == "bf16" and all(knob.field != "precision" for knob in RunConfig.knobs()):
+        return "this fedkern has no --precision"
+    return ""
+
+
+def checked(before: Path) -> Path:
+    """The folder of another checkout, once ``import fedkern`` there is known to find its own package and core.
+
+    Raises:
+        SystemExit: it does not.
+    """
+    before = before.resolve()
+    asked = "import fedkern; from fedkern.ops.backend import cpu_core; cpu_core(); print(fedkern.__file__)"
+    with tempfile.TemporaryDirectory() as folder:
+        found = subprocess.run(
+            [sys.executable, "-c", asked], cwd=folder, env=environment("before", before), check=False,
+            capture_output=True, text=True,
+        )  # fmt: skip
+    if found.returncode or not Path(found.stdout.strip()).is_relative_to(before):
+        last = (found.stderr.strip().splitlines() or [found.stdout.strip()])[-1]
+        sys.exit(f"--before {before} holds no fedkern with a compiled core: {last}")
+    return before
+
+
+def environment(contestant: str, before: Path | None) -> dict[str, str]:
+    """The environment of a contestant's commands."""
+    own = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
+    own["PYTHONPATH"] = str(before if contestant == "before" else ROOT)
+    if contestant == "reference":
+        own["FEDKERN_BACKEND"] = "reference"
+    return own
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    """The runs of a case: lists by contestant, an entry per repeat.
+
+    Attributes:
+        seconds, cpu_seconds, peak_bytes: of the whole command.
+        round_seconds: mean over the run's recorded rounds.
+        figure: the run's main figure, named ``main``.
+        missing: contestants that did not run, and why.
+        differs: settings of ``before``'s run that are not ours, as "name: theirs, ours".
+    """
+
+    method: str
+    setting: str
+    main: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    cpu_seconds: dict[str, list[float]] = field(default_factory=dict)
+    peak_bytes: dict[str, list[int]] = field(default_factory=dict)
+    round_seconds: dict[str, list[float]] = field(default_factory=dict)
+    figure: dict[str, list[float]] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    differs: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} {self.setting}"
+
+    def ratios(self, slower: str, faster: str, of: str = "seconds") -> list[float]:
+        """``slower``'s over ``faster``'s, repeat by repeat; empty where one of them did not run."""
+        times: dict[str, list[float]] = getattr(self, of)
+        return [a / b for a, b in zip(times.get(slower, []), times.get(faster, []), strict=False)]
+
+    def speedup(self, slower: str, faster: str = OURS, of: str = "seconds") -> float | None:
+        """The median of :meth:`ratios`."""
+        found = self.ratios(slower, faster, of)
+        return median(found) if found else None
+
+    def apart(self, contestant: str) -> bool | None:
+        """Whether the main figure differs from ours by more than twice the spread over the seeds; None: not known."""
+        own, other = self.figure.get(OURS, []), self.figure.get(contestant, [])
+        if min(len(own), len(other)) < 2:
+            return None
+        spread = math.sqrt((stdev(own) ** 2 + stdev(other) ** 2) / 2)
+        return abs(mean(own) - mean(other)) > 2 * max(spread, 1e-3)
+
+
+def read_rounds(contestant: str, folder: Path) -> list[dict[str, Any]]:
+    """The records of a run's rounds."""
+    if contestant == "plain":
+        return json.loads((folder / "records.json").read_text())["rounds"]
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def main_figure(rounds: Sequence[Mapping[str, Any]]) -> tuple[str, float]:
+    """Name and value of the main figure after the last round."""
+    return next((name, float(rounds[-1][name])) for name in MAIN if name in rounds[-1])
+
+
+def other_settings(before: Path, ours: Path) -> list[str]:
+    """What two run folders' config.toml say differently, of the settings that both have."""
+    old, new = (tomllib.loads((folder / "run" / "config.toml").read_text()) for folder in (before, ours))
+    found = []
+    for table in ("", "options", "data_options"):
+        a, b = (one.get(table, {}) if table else one for one in (old, new))
+        names = [name for name in a if name in b and not isinstance(a[name], dict)]
+        found += [f"{name}: {a[name]}, {b[name]}" for name in names if a[name] != b[name] and name != "teacher_cache"]
+    return found
+
+
+def measure(
+    case: Case,
+    contestants: Sequence[str],
+    repeats: int,
+    *,
+    before: Path | None,
+    data_root: str | None,
+    threads: int = 0,
+) -> Row:
+    """Runs a case's contestants in turn; the one that begins changes from repeat to repeat."""
+    row = Row(case.method, case.setting, settings={**case.settings, **case.options})
+    row.missing = {name: why for name in contestants if (why := missing(name, before))}
+    there = [name for name in contestants if name not in row.missing]
+    for repeat in range(repeats):
+        turn = repeat % len(there)
+        with tempfile.TemporaryDirectory(prefix="methods-") as made:
+            folders = {name: Path(made) / name for name in there}
+            for name in there[turn:] + there[:turn]:
+                folders[name].mkdir()
+                _measure(row, case, name, folders[name], repeat, before, data_root, threads)
+            if {"before", OURS} <= folders.keys():
+                row.differs = other_settings(folders["before"], folders[OURS])
+    return row
+
+
+def _measure(
+    row: Row, case: Case, name: str, folder: Path, seed: int, before: Path | None, data_root: str | None, threads: int
+) -> None:
+    if case.boxes:
+        write_boxes(folder / "boxes.json")
+    if name == "plain":
+        words = [f"benchmarks.plain.{case.method}"]
+        words += plain_words(config(case, folder, data_root), folder, seed, threads)
+    else:
+        words = ["fedkern.run", *run_words(case, folder, data_root, seed, threads)]
+        words += ["--precision", "bf16"] if name == "bf16" else []
+    working = folder / "empty"  # python -m looks for modules in the working folder first
+    working.mkdir()
+    cost = processes.run([sys.executable, "-m", *words], environment(name, before), working)
+    rounds = read_rounds(name, folder)
+    row.main, figure = main_figure(rounds)
+    for table, value in (
+        (row.seconds, cost.seconds), (row.cpu_seconds, cost.cpu_seconds), (row.peak_bytes, cost.peak_bytes),
+        (row.round_seconds, mean(one["round_seconds"] for one in rounds)), (row.figure, figure),
+    ):  # fmt: skip
+        table.setdefault(name, []).append(value)
+    print(
+        f"{case.name}, {name}, seed {seed}: {cost.seconds:.2f} s, {row.round_seconds[name][-1]:.2f} s a round, "
+        f"{cost.cpu_seconds:.2f} s of processor, {cost.peak_bytes / 1e6:.0f} MB, {row.main} {figure:.3f}",
+        flush=True,
+    )
+
+
+# -- what is promised --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Target:
+    """A promise: ``reached`` (None: not measured) is to be at least ``wanted``."""
+
+    what: str
+    wanted: float
+    reached: float | None
+
+    @property
+    def kept(self) -> bool | None:
+        return None if self.reached is None else self.reached >= self.wanted
+
+
+def targets(rows: Sequence[Row], matrix_units: bool) -> list[Target]:
+    """The promises for two cores, of whole commands; those of bf16 where the processor computes in it."""
+
+    def gains(slower: str, faster: str, setting: str, only: Sequence[str] = METHODS) -> list[float]:
+        found = (row.speedup(slower, faster) for row in rows if row.setting == setting and row.method in only)
+        return [gain for gain in found if gain is not None]
+
+    def together(values: list[float]) -> float | None:
+        return geometric_mean(values) if values else None
+
+    default, fusefl = gains("before", OURS, "default"), gains("before", OURS, "default", ["fusefl"])
+    kernels = [*gains("reference", OURS, "default"), *gains("reference", OURS, "large")]
+    found = [
+        Target("the default runs over before, geometric mean", 1.4, together(default)),
+        Target("the default runs over before, the least", 1.15, min(default, default=None)),
+        Target("FuseFL's default run over before", 1.8, together(fusefl)),
+        Target("the larger setting over before, geometric mean", 1.6, together(gains("before", OURS, "large"))),
+        Target("with kernels over without, the least", 1.0, min(kernels, default=None)),
+    ]
+    if matrix_units:
+        cnn = gains(OURS, "bf16", "default", ["fedgid", "fedlpfm", "fedavg", "fedprox", "scaffold"])
+        large = gains(OURS, "bf16", "large", [name for name in METHODS if name != "feddra"])
+        found.append(Target("bf16 over fp32, the CNN of width 32, geometric mean", 1.35, together(cnn)))
+        found.append(Target("bf16 over fp32, ResNet-8, geometric mean", 1.6, together(large)))
+    return found
+
+
+def computes_bf16(cpuinfo: Path = machines.CPUINFO) -> bool:
+    """Whether the processor has AMX or AVX512-BF16."""
+    try:
+        flags = cpuinfo.read_text()
+    except OSError:
+        return False
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+def floor_of(recorded: Row) -> gate.Floor:
+    """The lowest allowed speed-ups over the plain method: gate.FACTOR of what is recorded, where that is steady."""
+    against = {
+        name: round(gate.FACTOR * gain, 3)
+        for name in ("plain",)
+        if (gain := recorded.speedup(name)) is not None and _scatter(recorded.ratios(name, OURS)) <= gate.NOISY
+    }
+    return gate.Floor("", "methods", recorded.name, "cpu", 0, False, "bench_methods.py", False, against)
+
+
+def judge(recorded: Row, measured: Row) -> gate.Verdict:
+    """What new runs say about the floors of recorded ones."""
+    floor = floor_of(recorded)
+    ratios = {name: measured.ratios(name, OURS) for name in floor.against}
+    scatter = {name: _scatter(values) for name, values in measured.seconds.items()}
+    return gate.judge(floor, {name: values for name, values in ratios.items() if values}, scatter, OURS)
+
+
+def _scatter(values: Sequence[float]) -> float:
+    """The range over the median: of a few repeats there are no quartiles."""
+    return (max(values) - min(values)) / median(values) if values else 0.0
+
+
+# -- results -----------------------------------------------------------------------------------------------------------
+
+
+def results_path(machine: Mapping[str, Any], folder: Path = RESULTS) -> Path:
+    return folder / f"methods_{records.slug(dict(machine))}.json"
+
+
+def read(path: Path, machine: Mapping[str, Any]) -> list[Row]:
+    """The recorded rows; none where the file is not there or of another machine."""
+    content = json.loads(path.read_text()) if path.exists() else {}
+    if not content or records.machine_difference(content["machine"], dict(machine)):
+        return []
+    return [Row(**row) for row in content["cases"]]
+
+
+def write(
+    rows: Sequence[Row], machine: Mapping[str, Any], *, before: str, threads: int, folder: Path = RESULTS
+) -> Path:
+    """Writes ``methods_<cpu>.json`` and its page; rows of other cases that the file has stay."""
+    path = results_path(machine, folder)
+    names = {row.name for row in rows}
+    order = {case.name: i for i, case in enumerate(CASES)}
+    kept = [row for row in read(path, machine) if row.name not in names]
+    rows = sorted([*kept, *rows], key=lambda row: order.get(row.name, len(order)))
+    content = {
+        "machine": dict(machine), "before": before, "threads": threads, "cases": [asdict(row) for row in rows],
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    for target, text in ((path, json.dumps(content, indent=1) + "\n"), (path.with_suffix(".md"), page(rows, content))):
+        partial = target.with_name(target.name + ".partial")
+        partial.write_text(text)
+        partial.replace(target)
+    return path
+
+
+def page(rows: Sequence[Row], content: Mapping[str, Any]) -> str:
+    """The page of a results file."""
+    machine = content["machine"]
+    threads = f"{content['threads']} threads" if content["threads"] else "its own default of threads"
+    lines = [
+        f"# Whole runs on {records.processor(dict(machine))}",
+        "",
+        "Made by `python -m benchmarks.bench_methods`, which says what the contestants are. "
+        f"{machine.get('cpu')}, {machine.get('cores')} cores, {machine.get('isa')}; torch {machine.get('torch')}; "
+        f'{machine.get("time")}. "before" is fedkern at {content["before"] or "no commit"}. Every contestant had '
+        f"{threads}; fedkern's command makes OpenMP's threads sleep while they wait (OMP_WAIT_POLICY=PASSIVE), the "
+        "plain scripts leave OpenMP as it is. Seconds are medians over the repeats, a speed-up is the median of the "
+        "ratios of one repeat; below 1 it is bold.",
+    ]
+    for setting, title in (("default", "Default runs, shortened"), ("large", "The larger setting")):
+        mine = [row for row in rows if row.setting == setting]
+        if mine:
+            lines += ["", f"## {title}", "", *_speed_table(mine), "", *_cost_table(mine), "", *_figure_table(mine)]
+    lines += ["", "## Promised", "", "| of whole commands | promised | reached |", "|---|---:|---:|"]
+    for target in targets(rows, computes_bf16()):
+        reached = (
+            "–" if target.reached is None else f"{target.reached:.2f}×" if target.kept else f"**{target.reached:.2f}×**"
+        )
+        lines.append(f"| {target.what} | {target.wanted:g}× | {reached} |")
+    notes = [f"* {row.name}: {name} is missing: {why}" for row in rows for name, why in row.missing.items()]
+    notes += [f"* {row.name}: before's settings differ ({'; '.join(row.differs)})" for row in rows if row.differs]
+    return "\n".join([*lines, *([""] if notes else []), *notes, ""])
+
+
+def _names(rows: Sequence[Row]) -> list[str]:
+    return [name for name in CONTESTANTS if any(name in row.seconds for row in rows)]
+
+
+def _speed_table(rows: Sequence[Row]) -> list[str]:
+    names = _names(rows)
+    pairs = [(slower, OURS) for slower in ("plain", "before", "reference") if slower in names]
+    pairs += [(OURS, "bf16")] if "bf16" in names else []
+    heads = [f"{name}, s" for name in names] + [f"{faster} over {slower}" for slower, faster in pairs]
+    lines = ["Whole commands, and in brackets one round:", "", f"| run | {' | '.join(heads)} |"]
+    lines.append("|---|" + "---:|" * len(heads))
+    for row in rows:
+        cells = [_pair(row.seconds.get(name), row.round_seconds.get(name)) for name in names]
+        cells += [f"{_ratio(row.speedup(*pair))} ({_ratio(row.speedup(*pair, of='round_seconds'))})" for pair in pairs]
+        lines.append(f"| {row.method} | {' | '.join(cells)} |")
+    means = []
+    for pair in pairs:
+        found = [gain for row in rows if (gain := row.speedup(*pair)) is not None]
+        rounds = [gain for row in rows if (gain := row.speedup(*pair, of="round_seconds")) is not None]
+        means.append(f"{_ratio(geometric_mean(found))} ({_ratio(geometric_mean(rounds))})" if found else "–")
+    return [*lines, f"| geometric mean |{' |' * len(names)} {' | '.join(means)} |"]
+
+
+def _cost_table(rows: Sequence[Row]) -> list[str]:
+    names = _names(rows)
+    lines = ["Processor seconds and peak memory of all processes of a command:", ""]
+    lines += [f"| run | {' | '.join(f'{name}, s, MB' for name in names)} |", "|---|" + "---:|" * len(names)]
+    for row in rows:
+        cells = [
+            f"{median(row.cpu_seconds[name]):.1f}, {median(row.peak_bytes[name]) / 1e6:.0f}"
+            if name in row.cpu_seconds
+            else "–"
+            for name in names
+        ]
+        lines.append(f"| {row.method} | {' | '.join(cells)} |")
+    return lines
+
+
+def _figure_table(rows: Sequence[Row]) -> list[str]:
+    names = _names(rows)
+    lines = [
+        "The main figure, mean ± standard deviation over the seeds; bold where it lies more than twice that from "
+        "fedkern's:", "",
+        f"| run | figure | {' | '.join(names)} |", "|---|---|" + "---:|" * len(names),
+    ]  # fmt: skip
+    for row in rows:
+        cells = []
+        for name in names:
+            values = row.figure.get(name, [])
+            spread = f" ± {100 * stdev(values):.1f}" if len(values) > 1 else ""
+            text = f"{100 * mean(values):.1f}{spread}" if values else "–"
+            cells.append(f"**{text}**" if row.apart(name) else text)
+        lines.append(f"| {row.method} | {row.main} | {' | '.join(cells)} |")
+    return lines
+
+
+def _pair(whole: list[float] | None, rounds: list[float] | None) -> str:
+    return f"{median(whole):.2f} ({median(rounds):.2f})" if whole and rounds else "–"
+
+
+def _ratio(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}×" if value >= 1 else f"**{value:.2f}×**"
+
+
+# -- the gate ----------------------------------------------------------------------------------------------------------
+
+
+def gated(case: Case, recorded: Row, data_root: str | None) -> gate.Verdict:
+    """Measures a recorded case anew; it fails where two measurements in a row are below its floor."""
+    verdict = gate.Verdict("pass")
+    for _ in range(GATE_ATTEMPTS):
+        measured = measure(case, ("plain", OURS), GATE_REPEATS, before=None, data_root=data_root)
+        verdict = judge(recorded, measured)
+        if verdict.outcome == "pass":
+            break
+    return verdict
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
+def test_whole_run(case: Case, request: pytest.FixtureRequest) -> None:
+    """``pytest benchmarks/bench_methods.py -m slow --gate``: the files of CIFAR-10 lie under FEDKERN_DATA_ROOT."""
+    if not request.config.getoption("--gate"):
+        pytest.skip("measured under --gate alone")
+    data_root = os.environ.get("FEDKERN_DATA_ROOT")
+    if case.needs_files and data_root is None:
+        pytest.skip("needs the files of CIFAR-10 under FEDKERN_DATA_ROOT")
+    machine = machines.machine("cpu")
+    recorded = {row.name: row for row in read(results_path(machine), machine)}.get(case.name)
+    if recorded is None or not floor_of(recorded).against:
+        pytest.skip("nothing steady is recorded on this machine")
+    verdict = gated(case, recorded, data_root)
+    if verdict.outcome == "fail":
+        pytest.fail(verdict.reason, pytrace=False)
+    if verdict.outcome == "skip":
+        pytest.skip(verdict.reason)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_methods", description=__doc__.split("\n")[0])
+    parser.add_argument("--before", type=Path, help="another checkout of fedkern, its core compiled")
+    parser.add_argument("--data-root", help="folder of CIFAR-10's binary files, for the larger setting")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--settings", nargs="+", choices=("default", "large"), default=("default", "large"))
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=CONTESTANTS)
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each, every one with a seed of its own")
+    parser.add_argument("--threads", type=int, default=0, help="threads of every contestant; 0: each its own default")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
+    parser.add_argument("--dry", action="store_true", help="print the page and write nothing")
+    parser.add_argument("--gate", action="store_true", help="compare with the recorded runs instead")
+    given = parser.parse_args(argv)
+    cases = [case for case in CASES if case.method in given.methods and case.setting in given.settings]
+    left_out = [case.name for case in cases if case.needs_files and not given.data_root]
+    cases = [case for case in cases if case.name not in left_out]
+    if left_out:
+        print(f"left out without --data-root: {', '.join(left_out)}")
+    data_root = str(Path(given.data_root).resolve()) if given.data_root else None
+    machine = machines.machine("cpu")
+    if given.gate:
+        recorded = {row.name: row for row in read(results_path(machine, given.results), machine)}
+        verdicts = {case.name: gated(case, recorded[case.name], data_root) for case in cases if case.name in recorded}
+        for name, verdict in verdicts.items():
+            print(f"{name}: {verdict.outcome}{f' ({verdict.reason})' if verdict.reason else ''}")
+        if not verdicts:
+            print("nothing is recorded on this machine")
+        return int(any(verdict.outcome == "fail" for verdict in verdicts.values()))
+    before = checked(given.before) if given.before else None
+    rows = []
+    for case in cases:
+        rows.append(
+            measure(case, given.contestants, given.repeats, before=before, data_root=data_root, threads=given.threads)
+        )
+        if not given.dry:  # a session that is killed loses the case that it was at
+            write(rows, machine, before=_revision(before), threads=given.threads, folder=given.results)
+    content = {"machine": machine, "before": _revision(before), "threads": given.threads}
+    print(page(rows, content))
+    return 0
+
+
+def _revision(checkout: Path | None) -> str:
+    """The commit of another checkout; its path's last part where that is no repository."""
+    if checkout is None:
+        return ""
+    asked = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or checkout.name
+
+
+if __name__ == "__main__":
+    sys.exit(main())

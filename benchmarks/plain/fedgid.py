@@ -1,0 +1,102 @@
+"""FedGID (arXiv 2504.00850) in plain PyTorch: background intervention and distillation on feature maps.
+
+L = CE(z_I, y) + CE(z_INV, y) + lambda T^2 [KL(f_I || f_G) + KL(f_INV || f_G)]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.plain import common
+
+FLAGS: dict[str, Any] = {"alpha": 0.6, "lambda": 1.0, "temperature": 1.0}
+ASSUMES = {
+    "weighting": "samples", "intervention": True, "distillation": True, "mix_stage": "map",
+    "kl_direction": "local_global", "distill_on": "features", "background_pool": "own", "exclude_same_class": False,
+    "background_fill": "mean", "alpha_sampling": "constant", "alpha_concentration": 4.0, "gi_start_round": 0,
+    "gd_start_round": 0, "gd_ramp": 0, "tail_bn_updates": False,
+}  # fmt: skip
+
+
+@contextmanager
+def running_statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Batch norms normalise by the batch and leave their running statistics alone."""
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True
+
+
+def kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(softmax(student / T) || softmax(teacher / T)): the local features against the global ones."""
+    log_student = F.log_softmax(student / temperature, dim=1)
+    log_teacher = F.log_softmax(teacher / temperature, dim=1)
+    return temperature**2 * F.kl_div(log_teacher, log_student, reduction="batchmean", log_target=True)
+
+
+def loss_of(
+    model: Any, images: Tensor, labels: Tensor, *, globally: Any, backgrounds: Tensor, args: argparse.Namespace
+) -> Tensor:
+    """The loss of a batch whose samples are mixed with these backgrounds, row by row."""
+    stage = model.stage_names[-3]
+    maps = model.stages(images, upto=stage)
+    features = model.tail(maps, after=stage)
+    loss = F.cross_entropy(model.head(features), labels)
+    with torch.no_grad():
+        anchor = globally.features(images)
+        background = globally.stages(backgrounds, upto=stage)
+    mixed = args.alpha * maps + (1 - args.alpha) * background
+    with running_statistics_kept(model):
+        intervened = model.tail(mixed, after=stage)
+    loss = loss + F.cross_entropy(model.head(intervened), labels)
+    distilled = kl(features, anchor, args.temperature) + kl(intervened, anchor, args.temperature)
+    return loss + getattr(args, "lambda") * distilled
+
+
+def background_bank(split: Any, source: Any) -> Tensor:
+    """A client's images with a known object, normalised, the object erased to the mean colour."""
+    detected = split.masks.flatten(1).any(1)
+    return common.normalise(split.images[detected], source).masked_fill(split.masks[detected][:, None], 0)
+
+
+def main() -> None:
+    args = common.arguments(__doc__.split("\n")[0], **FLAGS).parse_args()
+    common.prepare(args)
+    federation = common.load_data(args)
+    model = common.build_model(args, federation.source)
+    banks = [background_bank(split, federation.source) for split in federation.source.clients]
+    augment = federation.clients[0].augment
+
+    def update(round: int) -> None:
+        states = []
+        globally = common.frozen(model)
+        for dataset, bank in zip(federation.clients, banks, strict=True):
+
+            def loss(net: nn.Module, images: Tensor, labels: Tensor, bank: Tensor = bank) -> Tensor:
+                backgrounds = bank[torch.randint(len(bank), (len(images),))]
+                if augment == "crop-flip":
+                    backgrounds = torch.stack([common.crop_and_flip(image) for image in backgrounds])
+                return loss_of(net, images, labels, globally=globally, backgrounds=backgrounds, args=args)
+
+            local = copy.deepcopy(model)
+            common.train(local, dataset, args, loss)
+            states.append(local.state_dict())
+        model.load_state_dict(common.average(states, federation.sizes))
+
+    common.run_rounds(args, model, federation, update)
+
+
+if __name__ == "__main__":
+    main()

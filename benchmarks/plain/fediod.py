@@ -1,0 +1,177 @@
+"""FedIOD (arXiv 2312.14478) in plain PyTorch: one generator against many private discriminators.
+
+Every client trains a teacher.  Then a generator learns images that look real to the clients' discriminators, that the
+teachers are sure of and that they tell apart, and a student learns what the weighted ensemble of the teachers says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from benchmarks.plain import common
+from benchmarks.plain.fedavg import loss_of as teacher_loss
+from fedkern.models.discriminator import PatchDiscriminators, whole_image
+from fedkern.models.generator import Generator
+
+FLAGS: dict[str, Any] = {
+    "holdout": 0.0, "iterations": 30, "batch": 32, "warmup": 0.5, "student_steps": 3, "nz": 100, "ngf": 16, "ndf": 16,
+    "critic_layers": 0, "generator_lr": 1e-3, "critic_lr": 2e-4, "student_lr": 0.05, "student_lr_end": 1e-5,
+    "student_momentum": 0.9, "student_decay": 3e-5, "w_real": 8.0, "w_clear": 1.0, "w_diverse": 1.0, "w_balance": 2.0,
+}  # fmt: skip
+ASSUMES = {
+    "mode": "generator", "models": "", "select": "last", "student_optimizer": "sgd", "ema": 0.0, "w_adv": 0.0,
+    "diversity": "jsd", "js_sign": -1, "class_weights": "counts", "disc_weight": False, "mix": "log_probs",
+    "kd": "logit_var", "bce": "mean", "pixels": "float32", "absent": 0.0, "shards": 1, "sigma_d": 0.0, "sigma_t": 0.0,
+    "histogram_noise": 0.0, "teacher_dp": False,
+}  # fmt: skip
+IGNORES = (
+    "preset", "temperature", "batched", "delta", "epsilon", "clip_d", "clip_t", "scores", "teacher_clip",
+    "teacher_sigma", "noise", "teacher_share", "teacher_epsilon",
+)  # fmt: skip
+BETAS = (0.5, 0.999)
+
+
+def cosine(start: float, end: float, progress: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def entropy(probabilities: Tensor) -> Tensor:
+    """Over the last axis, in nats."""
+    return torch.special.entr(probabilities).sum(-1)
+
+
+def generator_loss(
+    logits: Sequence[Tensor], patches: Sequence[Tensor], shares: Sequence[float], args: argparse.Namespace
+) -> Tensor:
+    """Realism, clarity, diversity and balance of images by what every teacher and discriminator says of them."""
+    probabilities = [own.softmax(1) for own in logits]
+    mixture = sum(share * p for share, p in zip(shares, probabilities, strict=True))
+    clarity = sum(share * entropy(p).mean() for share, p in zip(shares, probabilities, strict=True))
+    diversity = entropy(mixture).mean() - clarity
+    balance = -sum(share * entropy(p.mean(0)) for share, p in zip(shares, probabilities, strict=True)) / math.log(2)
+    realism = sum(share * F.softplus(-own).mean() for share, own in zip(shares, patches, strict=True))
+    return args.w_real * realism + args.w_clear * clarity - args.w_diverse * diversity + args.w_balance * balance
+
+
+def ensemble(logits: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """The mean of the teachers' log-probabilities [B, C] with weights [K, C] of their classes."""
+    return sum(w * own.log_softmax(1) for w, own in zip(weights, logits, strict=True))
+
+
+def student_loss(student: Tensor, target: Tensor) -> Tensor:
+    """Half the variance over the classes of the logits' difference: the divergence at infinite temperature."""
+    return 0.5 * (student - target).var(1, unbiased=False).mean()
+
+
+def class_weights(labels: Sequence[Tensor], classes: int) -> Tensor:
+    """Every client's share [K, C] of a class's samples; the same for all where nobody has one."""
+    counts = torch.stack([torch.bincount(own, minlength=classes) for own in labels]).float()
+    total = counts.sum(0)
+    return torch.where(total > 0, counts / total.clamp_min(1), 1 / len(counts))
+
+
+def real_batches(dataset: common.Images, size: int) -> Iterator[Tensor]:
+    """A round's real images: once through the client's samples, the last batch filled up."""
+    for images, *_ in DataLoader(dataset, batch_size=size, shuffle=True):
+        if len(images) < size:
+            rows = torch.arange(size) % len(images)
+            yield images[rows]
+        else:
+            yield images
+
+
+def train_teachers(federation: common.Federation, args: argparse.Namespace) -> list[nn.Module]:
+    teachers = []
+    for dataset in federation.clients:
+        teacher = common.build_model(args, federation.source)
+        held = min(round(args.holdout * len(dataset)), len(dataset) - 1)
+        rows = torch.randperm(len(dataset))[held:]
+        own = common.Images(dataset.images[rows], dataset.columns[0][rows], augment=dataset.augment)
+        common.train(teacher, own, args, teacher_loss)
+        teachers.append(teacher.requires_grad_(False).eval())
+    return teachers
+
+
+def main() -> None:
+    args = common.arguments(__doc__.split("\n")[0], **FLAGS).parse_args()
+    common.prepare(args)
+    federation = common.load_data(args)
+    source, clients = federation.source, federation.clients
+    channels, height, width = source.image_shape
+    student = common.build_model(args, source)
+    teachers = train_teachers(federation, args)
+    generator = Generator(
+        nz=args.nz, ngf=args.ngf, channels=channels, image_size=(height, width), widths=(4, 2, 1), mean=source.mean,
+        std=source.std, pixel_mean=source.mean, generator=torch.Generator().manual_seed(args.seed),
+    )  # fmt: skip
+    critics = [
+        PatchDiscriminators(
+            [torch.Generator().manual_seed(args.seed * len(clients) + k)], channels=channels, ndf=args.ndf,
+            layers=args.critic_layers or whole_image(height, width),
+        )
+        for k in range(len(clients))
+    ]  # fmt: skip
+    of_generator = torch.optim.Adam(generator.parameters(), lr=args.generator_lr, betas=BETAS)
+    of_critics = [torch.optim.Adam(critic.parameters(), lr=args.critic_lr, betas=BETAS) for critic in critics]
+    of_student = torch.optim.SGD(
+        student.parameters(), lr=args.student_lr, momentum=args.student_momentum, weight_decay=args.student_decay
+    )
+    shares = [size / sum(federation.sizes) for size in federation.sizes]
+    weights = class_weights([dataset.columns[0] for dataset in clients], len(source.classes))
+    iterations = args.iterations or math.ceil(max(federation.sizes) / args.batch)
+    total = args.rounds * iterations
+    first = int(args.warmup * total)
+    iteration = 0
+
+    def update(round: int) -> None:
+        nonlocal iteration
+        real = [real_batches(dataset, args.batch) for dataset in clients]
+        generator.train()
+        student.train()
+        for _ in range(iterations):
+            progress = iteration / total
+            images = generator(torch.randn(args.batch, args.nz))
+            for critic, optimizer, batches in zip(critics, of_critics, real, strict=True):
+                own = next(batches, None)
+                if own is None:
+                    continue
+                optimizer.param_groups[0]["lr"] = cosine(args.critic_lr, 0.0, progress)
+                optimizer.zero_grad()
+                loss = F.softplus(critic(images.detach())).mean() + F.softplus(-critic(own)).mean()
+                (loss / 2).backward()
+                optimizer.step()
+            loss = generator_loss(
+                [teacher(images) for teacher in teachers], [critic(images) for critic in critics], shares, args
+            )
+            of_generator.param_groups[0]["lr"] = cosine(args.generator_lr, 0.0, progress)
+            of_generator.zero_grad()
+            loss.backward()
+            of_generator.step()
+            if iteration >= first:
+                lr = cosine(args.student_lr, args.student_lr_end, (iteration - first) / (total - first))
+                of_student.param_groups[0]["lr"] = lr
+                for _ in range(args.student_steps):
+                    with torch.no_grad():
+                        images = generator(torch.randn(args.batch, args.nz))
+                        target = ensemble([teacher(images) for teacher in teachers], weights)
+                    of_student.zero_grad()
+                    student_loss(student(images), target).backward()
+                    of_student.step()
+            iteration += 1
+
+    common.run_rounds(args, student, federation, update)
+    for teacher in teachers:
+        common.evaluate(copy.deepcopy(teacher), federation.tests)
+
+
+if __name__ == "__main__":
+    main()

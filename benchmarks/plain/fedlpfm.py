@@ -1,0 +1,99 @@
+"""Fed-LPFM (arXiv 2311.08479) in plain PyTorch: a frozen teacher at every client, a small network that is shared.
+
+    L = (1 - lambda) CE(z, y) + lambda T^2 KL(softmax(t / T) || softmax(z / T))
+
+The teacher is a larger network trained on the public images, as fedkern's embedded one is; its logits of a client's
+images are computed once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from benchmarks.plain import common
+
+FLAGS: dict[str, Any] = {"lambda": 0.5, "temperature": 1.0, "pretrain_epochs": 20}
+ASSUMES = {
+    "weighting": "samples", "teacher": "pretrained", "mixing": "convex", "divergence": "kl", "teachers": 1,
+    "backbone": "consistent", "teacher_view": "cached", "teacher_tuning": "zero-shot", "public_proxy": True,
+}  # fmt: skip
+IGNORES = ("prompts", "tuning_epochs", "tuning_lr", "teacher_cache")
+"""Method options that say nothing where the others are as :data:`ASSUMES` has them."""
+LARGER = (("resnet8", 32), ("cnn", 64), ("resnet8", 64), ("resnet18", 32))
+PRETRAINING = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": True}
+PRETRAINING_BATCH = 32
+
+
+def loss_of(model: nn.Module, images: Tensor, labels: Tensor, teacher: Tensor, args: argparse.Namespace) -> Tensor:
+    logits = model(images)
+    weight, temperature = getattr(args, "lambda"), args.temperature
+    distilled = F.kl_div(
+        F.log_softmax(logits / temperature, dim=1), F.softmax(teacher / temperature, dim=1), reduction="batchmean"
+    )
+    return (1 - weight) * F.cross_entropy(logits, labels) + weight * temperature**2 * distilled
+
+
+def larger_model(args: argparse.Namespace, source: Any, own: nn.Module) -> Any:
+    """The first network of the list that has more parameters than the shared one."""
+    made = (common.build_model(args, source, name, width) for name, width in LARGER)
+    size = sum(parameter.numel() for parameter in own.parameters())
+    return next(model for model in made if sum(parameter.numel() for parameter in model.parameters()) > size)
+
+
+def pretrain(model: nn.Module, public: common.Images, epochs: int) -> None:
+    """SGD on the public images, the learning rate falling to 0 along half a cosine."""
+    batches = DataLoader(public, batch_size=PRETRAINING_BATCH, shuffle=True, drop_last=True)
+    optimizer = torch.optim.SGD(model.parameters(), **PRETRAINING)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs * len(batches))
+    model.train()
+    for _ in range(epochs):
+        for images, labels in batches:
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+            schedule.step()
+    model.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def with_logits(dataset: common.Images, teacher: nn.Module) -> common.Images:
+    """The same samples, each with what the teacher says of its image as it is stored."""
+    logits = torch.cat([teacher(images) for images in dataset.images.split(256)])
+    return common.Images(dataset.images, *dataset.columns, logits, augment=dataset.augment)
+
+
+def main() -> None:
+    args = common.arguments(__doc__.split("\n")[0], **FLAGS).parse_args()
+    common.prepare(args)
+    federation = common.load_data(args)
+    model = common.build_model(args, federation.source)
+    if federation.public is None:
+        raise SystemExit("the teacher is trained on public images: give --public-samples")
+    teacher = larger_model(args, federation.source, model)
+    public_proxy = copy.deepcopy(model)
+    for network in (teacher, public_proxy):
+        pretrain(network, federation.public, args.pretrain_epochs)
+    common.evaluate(teacher, federation.tests)
+    common.evaluate(public_proxy, federation.tests)
+    clients = [with_logits(dataset, teacher) for dataset in federation.clients]
+
+    def update(round: int) -> None:
+        states = []
+        for dataset in clients:
+            local = copy.deepcopy(model)
+            common.train(local, dataset, args, lambda net, *batch: loss_of(net, *batch, args))
+            states.append(local.state_dict())
+        model.load_state_dict(common.average(states, federation.sizes))
+
+    common.run_rounds(args, model, federation, update)
+
+
+if __name__ == "__main__":
+    main()

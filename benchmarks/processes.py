@@ -1,0 +1,116 @@
+"""What a whole command costs: seconds, processor seconds and memory of everything that it starts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+SAMPLE_SECONDS = 0.1
+PROC = Path("/proc")
+
+
+class Failed(Exception):
+    """A command ended with another exit code than 0; the message repeats its last line."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a command took.
+
+    Attributes:
+        seconds: from its start to its end.
+        cpu_seconds: processor time, user and system, of the command and of all children that it waited for.
+        peak_bytes: the most memory that it and its children held at once.  Of one process its largest resident set; of
+            several their proportional sets, in which shared pages count once, looked at ten times a second.
+        processes: the most that ran at once.
+    """
+
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+    processes: int
+
+
+def run(command: Sequence[str], environment: Mapping[str, str], folder: Path) -> Cost:
+    """Runs a command in a session of its own, in ``folder``, and measures it.
+
+    Raises:
+        Failed: the command failed.
+    """
+    errors = folder / "stderr.txt"
+    with errors.open("wb") as stderr:
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            list(command), cwd=folder, env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=stderr, start_new_session=True,
+        )  # fmt: skip
+        watch = _Watch(process.pid)
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise
+        finally:
+            watch.stop()
+        seconds = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        last = (errors.read_text(errors="replace").strip().splitlines() or [""])[-1]
+        raise Failed(f"{' '.join(command)} failed with exit code {process.returncode}: {last}")
+    return Cost(
+        seconds=seconds,
+        cpu_seconds=usage.ru_utime + usage.ru_stime,
+        peak_bytes=max(usage.ru_maxrss * 1024, watch.peak_bytes),
+        processes=watch.processes,
+    )
+
+
+def session(leader: int, proc: Path = PROC) -> list[int]:
+    """The processes of a session, the leader's children that outlived their parents included."""
+    members = []
+    for entry in proc.iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                # The command's name, in brackets, may hold spaces: state, ppid, pgrp, session follow.
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                if int(fields[3]) == leader and fields[0] != "Z":
+                    members.append(int(entry.name))
+    return members
+
+
+def proportional_bytes(pid: int, proc: Path = PROC) -> int:
+    """A process's proportional set; 0 of one that has ended."""
+    with contextlib.suppress(OSError):
+        for line in (proc / str(pid) / "smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+class _Watch:
+    """Looks at a session's processes until it is told to stop; of a single process the kernel knows the peak."""
+
+    def __init__(self, leader: int) -> None:
+        self.peak_bytes, self.processes = 0, 1
+        self._leader, self._over = leader, threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+
+    def _look(self) -> None:
+        while not self._over.wait(SAMPLE_SECONDS):
+            members = session(self._leader)
+            self.processes = max(self.processes, len(members))
+            if len(members) > 1:
+                self.peak_bytes = max(self.peak_bytes, sum(map(proportional_bytes, members)))
+
+    def stop(self) -> None:
+        self._over.set()
+        self._thread.join()

@@ -1,0 +1,361 @@
+"""The plain methods compute what fedkern's compute, and whole runs are measured and judged as their page says."""
+
+import argparse
+import importlib
+import json
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import bench_methods, gate, processes
+from benchmarks.bench_methods import CASES, Case, Row
+from benchmarks.plain import common, feddra, fedgid, fediod, fedlpfm, fedprox, fusefl
+from fedkern import models
+from fedkern.cli import flags, request
+from fedkern.data import load
+from fedkern.engine import RunConfig, run
+from fedkern.methods import FedGID, FedIOD, FedLPFM, Step, registry
+from fedkern.methods.base import Batch
+from fedkern.methods.fediod_losses import distillation, importance, teacher_terms
+from fedkern.methods.robust_weights import exponentiated_step, project
+from fedkern.models.vocabulary import Tokens
+
+STEP = Step(0, "train", "update")
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+
+
+def network(seed=0):
+    return models.build("cnn", classes=10, channels=3, image_size=32, seed=seed, width=4)
+
+
+def batch(**drawn):
+    torch.manual_seed(1)
+    images, labels = torch.randn(6, 3, 32, 32), torch.arange(6)
+    return Batch(images=images, labels=labels, indices=labels.numpy(), step=STEP, drawn=drawn)
+
+
+def received(model):
+    return SimpleNamespace(model=model, step=STEP, scratch={}, samples=6, epochs=1, message={})
+
+
+def same_loss_and_gradients(theirs, ours, model):
+    """Both losses of ``model`` and their gradients, within 1e-4 of the largest entry: terms of a loss may cancel."""
+    torch.testing.assert_close(theirs, ours, **CLOSE)
+    gradients = [torch.autograd.grad(loss, list(model.parameters()), allow_unused=True) for loss in (theirs, ours)]
+    a, b = (torch.cat([g.flatten() for g in each if g is not None]) for each in gradients)
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * float(b.abs().max()))
+
+
+# -- the same mathematics ----------------------------------------------------------------------------------------------
+
+
+def test_fedgid_has_the_loss_of_fedkern():
+    model, globally = network().train(), common.frozen(network(1))
+    options = {"alpha": 0.7, "lambda": 0.5, "temperature": 2.0}
+    method = FedGID(FedGID.Options.parse(options, method="fedgid"))
+    backgrounds = torch.randn(6, 3, 32, 32)
+    one = batch(images=backgrounds, index=torch.arange(6).numpy(), alpha=0.7)
+    ours, _ = method.loss(model, one, received(globally))
+    args = argparse.Namespace(**options)
+    theirs = fedgid.loss_of(model, one.images, one.labels, globally=globally, backgrounds=backgrounds, args=args)
+    same_loss_and_gradients(theirs, ours, model)
+
+
+def test_fedlpfm_has_the_loss_of_fedkern():
+    model, teacher = network().train(), 3 * torch.randn(6, 10)
+    options = {"lambda": 0.9, "temperature": 4.0}
+    method, one = FedLPFM(FedLPFM.Options.parse(options, method="fedlpfm")), batch(teacher=teacher)
+    ours, _ = method.loss(model, one, received(None))
+    theirs = fedlpfm.loss_of(model, one.images, one.labels, teacher, argparse.Namespace(**options))
+    same_loss_and_gradients(theirs, ours, model)
+
+
+def test_fedprox_has_the_gradient_of_fedkern():
+    model, globally, one = network().train(), network(1), batch()
+    method = registry.get("fedprox")(registry.get("fedprox").Options.parse({"mu": 0.3}, method="fedprox"))
+    theirs = fedprox.loss_of(model, one.images, one.labels, globally=globally, mu=0.3)
+    parameters = list(model.parameters())
+    own = torch.cat([g.flatten() for g in torch.autograd.grad(theirs, parameters)])
+    gradients = torch.autograd.grad(method.loss(model, one, received(globally)), parameters)
+    ours = torch.cat([g.flatten() for g in gradients])
+    flat, sent = (torch.cat([p.detach().flatten() for p in net.parameters()]) for net in (model, globally))
+    method.adjust_gradient(flat, ours, SimpleNamespace(parameters=sent))
+    torch.testing.assert_close(own, ours, rtol=1e-4, atol=1e-6)
+
+
+def test_feddra_has_the_loss_of_fedkern():
+    about = {"channels": 3, "image_size": (32, 32), "mean": (0.5,) * 3, "std": (0.25,) * 3, "width": 16}
+    words = ("red", "green", "two", "three")
+    model, globally = (models.build_pair(**about, vocabulary=words, seed=seed) for seed in (0, 1))
+    texts = ["red two", "green two", "red three", "green three red", "two", "three"]
+    one = replace(batch(), tokens=model.tokenize(texts))
+    globally, kind = common.frozen(globally), registry.get("feddra")
+    method = kind(kind.Options.parse({"mu": 3.0}, method="feddra"))
+    ours, _ = method.loss(model.train(), one, received(globally))
+    args = argparse.Namespace(mu=3.0, lambda1=1.0)
+    padded = Tokens(*(torch.nn.functional.pad(part, (0, 2)) for part in one.tokens))
+    theirs = feddra.loss_of(model, one.images, feddra.trimmed(*padded), globally=globally, args=args)
+    same_loss_and_gradients(theirs, ours, model)
+
+
+@pytest.mark.parametrize("losses", [[1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 0.0, 9.0], [5.0, 5.0, 1.0, 1.0], [2.0] * 4])
+@pytest.mark.parametrize("rho", [0.1, 1.0, 2.0])
+def test_feddra_weighs_clients_as_fedkern_does(losses, rho):
+    weights = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64).numpy()
+    ours = project(exponentiated_step(weights, torch.tensor(losses).double().numpy(), 0.5), rho)
+    assert feddra.new_weights(weights.tolist(), losses, 0.5, rho) == pytest.approx(ours.tolist(), abs=1e-9)
+
+
+def test_fediod_has_the_losses_of_fedkern():
+    torch.manual_seed(2)
+    shares = torch.tensor([0.5, 0.3, 0.2])
+    logits, patches = 2 * torch.randn(3, 5, 4), torch.randn(3, 5, 2, 2)
+    weights = {"w_real": 8.0, "w_clear": 1.0, "w_diverse": 1.5, "w_balance": 2.0}
+    settings = FedIOD(FedIOD.Options.parse({**weights}, method="fediod")).settings
+    spoken = logits.log_softmax(2)
+    labels = [torch.tensor([0, 0, 1]), torch.tensor([1]), torch.tensor([0, 1, 1])]
+    counts = torch.stack([torch.bincount(own, minlength=4) for own in labels]).float()
+    total, _ = teacher_terms(spoken, shares, settings, None, importance(counts, None), counts > 0)
+    realism = (shares * torch.nn.functional.softplus(-patches).mean((1, 2, 3))).sum()
+    theirs = fediod.generator_loss(list(logits), list(patches), shares.tolist(), argparse.Namespace(**weights))
+    torch.testing.assert_close(theirs, total + 8.0 * realism, **CLOSE)
+
+    student = torch.randn(5, 4)
+    ours = distillation(student, spoken, importance(counts, None), counts > 0, settings)
+    own = fediod.student_loss(student, fediod.ensemble(list(logits), fediod.class_weights(labels, 4)))
+    torch.testing.assert_close(own, ours, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "options"),
+    [
+        ("fedavg", {"rounds": 2, "optimizer": "adamw", "lr": 0.01, "weight_decay": 0.1}, {}),
+        ("fedprox", {"rounds": 2, "weight_decay": 1e-3}, {"mu": 0.5}),
+        ("scaffold", {"rounds": 3}, {}),
+        ("fusefl", {"local_epochs": 5}, {"virtual_features": 16}),
+    ],
+)
+def test_a_run_of_whole_batches_ends_where_fedkern_ends(method, settings, options, tmp_path, monkeypatch):
+    """With one batch a client nothing is drawn but data and first weights, which are the same."""
+    model = "resnet8" if method == "fusefl" else "cnn"
+    config = RunConfig.make(
+        method, data="digits", train_samples=60, clients=3, partition="iid", batch_size=64, model=model, width=4,
+        threads=1, grad_cam=0, seed=3, options=options, **settings,
+    )  # fmt: skip
+    run(config, out=tmp_path / "run")
+    words = bench_methods.plain_words(config, tmp_path, seed=3, threads=1)
+    monkeypatch.setattr(sys, "argv", [method, *words])
+    importlib.import_module(f"benchmarks.plain.{method}").main()
+    ours = bench_methods.read_rounds("fedkern", tmp_path)
+    theirs = bench_methods.read_rounds("plain", tmp_path)
+    assert len(ours) == len(theirs)
+    if method == "fusefl":  # features for the calibration are drawn
+        ours, theirs = ours[:-1], theirs[:-1]
+    for name in ("loss", "confidence", "validation_loss"):
+        assert theirs[-1][name] == pytest.approx(ours[-1][name], rel=1e-3), name
+    assert theirs[-1]["accuracy"] == pytest.approx(ours[-1]["accuracy"], abs=0.01)
+
+
+def test_fusefl_pools_statistics_exactly():
+    torch.manual_seed(0)
+    features, labels = torch.randn(40, 3).double(), torch.arange(40) % 2
+    whole = SimpleNamespace(features=lambda rows: rows)
+    parts = [common.Images(features[rows], labels[rows]) for rows in (slice(0, 7), slice(7, 40))]
+    for c, (count, mean, covariance) in enumerate(
+        fusefl.pooled([fusefl.class_statistics(whole, part, 2) for part in parts])
+    ):
+        own = features[labels == c]
+        assert count == len(own)
+        torch.testing.assert_close(mean, own.mean(0))
+        torch.testing.assert_close(covariance, own.T.cov())
+
+
+def test_the_data_are_those_of_fedkern():
+    args = common.arguments("").parse_args(["--data", "digits", "--train-samples", "100", "--partition", "iid"])
+    found, source = common.load_data(args), load("digits", clients=5, partition="iid", train_samples=100)
+    assert found.sizes == [len(split) for split in source.clients]
+    assert [torch.equal(a.columns[0], b.labels) for a, b in zip(found.clients, source.clients, strict=True)] == [
+        True
+    ] * 5
+
+
+def test_augmented_images_keep_their_shape_and_move():
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 8, 8)
+    data = common.Images(images, torch.arange(4), augment="crop-flip")
+    assert all(data[i][0].shape == (3, 8, 8) for i in range(4))
+    assert any(not torch.equal(data[0][0], images[0]) for _ in range(5))
+    with pytest.raises(ValueError, match="augment"):
+        common.Images(images, augment="nico")
+
+
+# -- commands ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_case_is_a_command_of_all_contestants(case, tmp_path):
+    words = bench_methods.run_words(case, tmp_path, "/data", seed=1, threads=2)
+    effective = request.effective(flags.parse(words))
+    wanted = bench_methods.config(case, tmp_path, "/data").replace(seed=1, threads=2)
+    assert effective.differences(wanted) == []
+    plain = bench_methods.plain_words(wanted, tmp_path, seed=1, threads=2)
+    module = importlib.import_module(f"benchmarks.plain.{case.method}")
+    args = common.arguments("", **module.FLAGS).parse_args(plain)
+    assert (args.lr, args.seed, args.batch_size) == (effective.lr, 1, effective.batch_size)
+
+
+def test_every_method_has_both_settings():
+    assert sorted(case.name for case in CASES) == sorted(
+        f"{method} {setting}" for method in bench_methods.METHODS for setting in ("default", "large")
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        ({"options": {"alpha_sampling": "beta"}}, "alpha_sampling"),
+        ({"clip_norm": 1.0}, "clip_norm"),
+        ({"buffers": "local"}, "buffers"),
+        ({"lr_steps": "3"}, "lr_steps"),
+    ],
+)
+def test_what_the_plain_method_does_not_compute_is_refused(given, word, tmp_path):
+    with pytest.raises(ValueError, match=word):
+        bench_methods.plain_words(RunConfig.make("fedgid", **given), tmp_path, seed=0, threads=0)
+
+
+def test_contestants_that_cannot_run_say_why(tmp_path):
+    assert "--before" in bench_methods.missing("before", None)
+    assert bench_methods.missing("plain", None) == ""
+    with pytest.raises(SystemExit, match="no fedkern with a compiled core"):
+        bench_methods.checked(tmp_path)
+
+
+# -- costs -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_cost_of_a_command_has_its_children(tmp_path):
+    child = "x = bytearray(60 << 20); x[::4096] = b'1' * len(x[::4096]); import time; time.sleep(0.6)"
+    spin = "import time\nwhile time.process_time() < 0.3: pass\n"
+    script = f"import subprocess, sys\np = [subprocess.Popen([sys.executable, '-c', s]) for s in ({child!r}, {spin!r})]"
+    script += "\nfor one in p: one.wait()"
+    cost = processes.run([sys.executable, "-c", script], {}, tmp_path)
+    assert cost.cpu_seconds > 0.3
+    assert cost.seconds >= 0.6
+    assert cost.peak_bytes > 60 << 20
+    assert cost.processes == 3
+
+
+def test_a_command_that_fails_says_its_last_line(tmp_path):
+    with pytest.raises(processes.Failed, match=r"exit code 2: no such thing"):
+        processes.run(
+            [sys.executable, "-c", "import sys; print('no such thing', file=sys.stderr); sys.exit(2)"], {}, tmp_path
+        )
+
+
+# -- rows, promises, pages ---------------------------------------------------------------------------------------------
+
+
+def row(method="fedavg", setting="default", **seconds):
+    return Row(
+        method,
+        setting,
+        main="accuracy",
+        seconds={name: list(values) for name, values in seconds.items()},
+        cpu_seconds={name: list(values) for name, values in seconds.items()},
+        peak_bytes={name: [10**6] * len(values) for name, values in seconds.items()},
+        round_seconds={name: [value / 2 for value in values] for name, values in seconds.items()},
+        figure={name: [0.5, 0.6, 0.7][: len(values)] for name, values in seconds.items()},
+    )
+
+
+def test_a_speed_up_is_the_median_of_the_ratios_of_one_seed():
+    assert row(plain=[10.0, 20.0, 30.0], fedkern=[5.0, 5.0, 30.0]).speedup("plain") == 2.0
+    assert row(fedkern=[1.0]).speedup("plain") is None
+
+
+@pytest.mark.parametrize(("shift", "apart"), [(0.0, False), (0.15, False), (0.3, True)])
+def test_figures_beyond_the_spread_of_the_seeds_are_seen(shift, apart):
+    one = row(plain=[1.0] * 3, fedkern=[1.0] * 3)
+    one.figure["plain"] = [value + shift for value in one.figure["fedkern"]]
+    assert one.apart("plain") is apart
+    assert ("**" in bench_methods._figure_table([one])[-1]) is apart
+
+
+def test_promises_are_kept_by_the_geometric_mean_and_by_the_least():
+    rows = [
+        row("fedavg", before=[4.0], fedkern=[2.0], bf16=[1.0], reference=[2.2]),
+        row("fusefl", before=[3.0], fedkern=[3.0], bf16=[3.0], reference=[2.7]),
+        row("fedavg", "large", before=[9.0], fedkern=[3.0], bf16=[2.0]),
+    ]
+    found = {target.what: target for target in bench_methods.targets(rows, matrix_units=True)}
+    reached = [round(target.reached, 3) for target in found.values()]
+    assert reached == [1.414, 1.0, 1.0, 3.0, 0.9, 2.0, 1.5]
+    assert [target.kept for target in found.values()] == [True, False, False, True, False, True, False]
+    assert [target.kept for target in bench_methods.targets([], matrix_units=False)] == [None] * 5
+
+
+@pytest.mark.parametrize(
+    ("plain", "outcome"), [([20.0] * 3, "pass"), ([17.1] * 3, "pass"), ([16.0] * 3, "fail"), ([4.0, 16.0, 7.0], "skip")]
+)
+def test_the_floor_is_that_share_of_what_is_recorded(plain, outcome):
+    recorded = row(plain=[20.0] * 3, fedkern=[10.0] * 3)
+    assert bench_methods.floor_of(recorded).against == {"plain": 2 * gate.FACTOR}
+    assert bench_methods.judge(recorded, row(plain=plain, fedkern=[10.0] * 3)).outcome == outcome
+
+
+def test_a_recording_that_scatters_gives_no_floor():
+    assert bench_methods.floor_of(row(plain=[20.0, 40.0], fedkern=[10.0, 10.0])).against == {}
+
+
+def test_cases_measured_again_replace_their_own_alone(tmp_path):
+    machine = {"cpu": "A chip", "cores": 2, "isa": "avx2", "torch": "2.13.0", "time": "2026-01-01"}
+    rows = [row("fedavg", plain=[2.0], fedkern=[1.0]), row("fedgid", plain=[3.0], fedkern=[1.0])]
+    path = bench_methods.write(rows, machine, before="abc", threads=0, folder=tmp_path)
+    assert path == tmp_path / "methods_a-chip.json"
+    again = row("fedavg", plain=[4.0], fedkern=[1.0])
+    again.missing = {"bf16": "this fedkern has no --precision"}
+    again.differs = ["lr: 0.1, 0.2"]
+    bench_methods.write([again], machine, before="abc", threads=0, folder=tmp_path)
+    found = {one.name: one for one in bench_methods.read(path, machine)}
+    assert [found[name].speedup("plain") for name in ("fedavg default", "fedgid default")] == [4.0, 3.0]
+    assert bench_methods.read(path, {**machine, "cpu": "another"}) == []
+    page = path.with_suffix(".md").read_text()
+    assert "fedgid" in page
+    assert "this fedkern has no --precision" in page
+    assert "lr: 0.1, 0.2" in page
+    assert "| fedavg | 4.00 (2.00) | 1.00 (0.50) | 4.00× (4.00×) |" in page
+
+
+def test_other_defaults_of_the_other_checkout_are_told(tmp_path):
+    for name, lr in (("old", 0.1), ("new", 0.2)):
+        (tmp_path / name / "run").mkdir(parents=True)
+        text = f'lr = {lr}\n{"more = 1" if name == "new" else ""}\n[options]\nmu = 1\nteacher_cache = "{name}"\n'
+        (tmp_path / name / "run" / "config.toml").write_text(text)
+    assert bench_methods.other_settings(tmp_path / "old", tmp_path / "new") == ["lr: 0.1, 0.2"]
+
+
+def test_contestants_run_in_turn_with_the_seeds_of_the_repeats(tmp_path, monkeypatch):
+    asked = []
+
+    def fake(command, environment, folder):
+        asked.append((command[2], command[command.index("--seed") + 1]))
+        rounds = [{"round_seconds": 1.0, "accuracy": 0.5}]
+        if command[2].startswith("benchmarks.plain"):
+            (folder.parent / "records.json").write_text(json.dumps({"rounds": rounds}))
+        else:
+            (folder.parent / "run").mkdir()
+            (folder.parent / "run" / "metrics.jsonl").write_text(json.dumps(rounds[0]))
+        return processes.Cost(2.0, 1.0, 100, 1)
+
+    monkeypatch.setattr(processes, "run", fake)
+    case = Case("fedavg", "default", {"rounds": 1})
+    found = bench_methods.measure(case, ("plain", "before", "fedkern"), 2, before=None, data_root=None)
+    plain, ours = "benchmarks.plain.fedavg", "fedkern.run"
+    assert asked == [(plain, "0"), (ours, "0"), (ours, "1"), (plain, "1")]
+    assert found.missing == {"before": "no --before was given"}
+    assert found.seconds == {"plain": [2.0, 2.0], "fedkern": [2.0, 2.0]}
+    assert found.main == "accuracy"
