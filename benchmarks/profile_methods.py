@@ -1,0 +1,276 @@
+"""Where the seconds of a default run go: every method's run, shortened, under torch.profiler.
+
+    python -m benchmarks.profile_methods                  # writes results/profile_<cpu>.json and .md
+    python -m benchmarks.profile_methods --methods fedgid --dry
+
+A run is a process of its own, on one thread, with all clients in that process.  Every event's own time belongs to one
+part: that of the region it lies in (evaluation, batches, optimiser ...), else that of its operator (convolutions, batch
+norm ...), else "other tensor operators".  What no event covers is Python's.  The profiler itself makes runs of many
+small operators longer, so the same run's seconds without it stand beside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import bench_methods, machines, processes, records
+from benchmarks.bench_methods import CASES, METHODS, Case
+
+START, LOAD, EVALUATE, BATCHES, STEP, OURS, KEEP = (
+    "start-up, imports", "loading data", "evaluation", "gathering batches", "optimiser", "our operators", "checkpoints",
+)  # fmt: skip
+FORWARD, BACKWARD, NORM, PRODUCTS = "convolutions forward", "convolutions backward", "batch norm", "matrix products"
+OTHER, PYTHON = "other tensor operators", "Python, other"
+PARTS = (FORWARD, BACKWARD, NORM, PRODUCTS, OTHER, OURS, BATCHES, STEP, EVALUATE, KEEP, LOAD, START, PYTHON)
+WHOLE = "whole run"  # the region around all others
+
+REGIONS = {
+    "fedkern.engine.run:load_data": LOAD,
+    "fedkern.engine.samples:Pixels.take": BATCHES,
+    "fedkern.engine.samples:take_tokens": BATCHES,
+    "fedkern.engine.loop:Run._evaluate": EVALUATE,
+    "fedkern.engine.loop:Run._commit": KEEP,
+    "fedkern.engine.loop:Run._write_state": KEEP,
+    "fedkern.engine.local:stepper": STEP,
+}
+"""Functions whose time is one part, as module:name; of `stepper` it is what it returns."""
+OPERATORS = (
+    "Accumulator.add", "Accumulator.mean", "FlatParameters.load_parameters", "FlatParameters.load_buffers",
+    "FusedBlocks.forward", "blend", "consensus", "contrastive", "dual_kl", "ensemble_kl", "entropy", "fuse_concat",
+    "fuse_mean", "js_div", "kl_div", "server_step", "weighted_mean",
+)  # fmt: skip
+"""What of fedkern.ops a method calls."""
+SHORTER: Mapping[str, Mapping[str, Any]] = {
+    "fedlpfm": {"rounds": 6}, "fusefl": {"local_epochs": 4}, "fediod": {"rounds": 2, "local_epochs": 5},
+}  # fmt: skip
+ROUNDS = 2
+
+
+# -- regions -----------------------------------------------------------------------------------------------------------
+
+
+def marked(function: Callable[..., Any], region: str) -> Callable[..., Any]:
+    """The function as a region of the profile."""
+    from torch.profiler import record_function
+
+    @functools.wraps(function)
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        with record_function(f"fedkern/{region}"):
+            return function(*args, **kwargs)
+
+    return inside
+
+
+def mark(path: str, region: str) -> None:
+    """Puts :func:`marked` in the place of the function at "module:name" or "module:Class.name".
+
+    Raises:
+        AttributeError: it is not there any more.
+    """
+    module, _, name = path.partition(":")
+    holder: Any = importlib.import_module(module)
+    *outer, last = name.split(".")
+    for one in outer:
+        holder = getattr(holder, one)
+    function = getattr(holder, last)
+    if region == STEP:  # a function that makes the one that counts
+
+        @functools.wraps(function)
+        def made(*args: Any, **kwargs: Any) -> Any:
+            return marked(function(*args, **kwargs), region)
+
+        setattr(holder, last, made)
+    else:
+        setattr(holder, last, marked(function, region))
+
+
+def mark_all() -> None:
+    """Marks every region and operator."""
+    for path, region in REGIONS.items():
+        mark(path, region)
+    for name in OPERATORS:
+        mark(f"fedkern.ops:{name}", OURS)
+
+
+def functions_of_ours() -> set[str]:
+    """The names that the backward passes of fedkern's operators have in a profile."""
+    import torch
+
+    def below(kind: type) -> Iterator[type]:
+        for one in kind.__subclasses__():
+            yield one
+            yield from below(one)
+
+    found = below(torch.autograd.Function)
+    return {f"{kind.__name__}Backward" for kind in found if kind.__module__.startswith("fedkern.")}
+
+
+# -- events ------------------------------------------------------------------------------------------------------------
+
+
+def part_of(name: str, ours: Iterable[str] = ()) -> str | None:
+    """The part of a run that an event of this name tells, or None where its parent's is to count."""
+    name = name.rpartition("autograd::engine::evaluate_function: ")[2]
+    if name.startswith("fedkern/"):
+        return name.partition("/")[2]
+    if name.startswith("fedkern::") or name in ours:
+        return OURS
+    if name.startswith("Optimizer.step#"):
+        return STEP
+    operator = name.removeprefix("aten::").lower()
+    if "batch_norm" in operator or "batchnorm" in operator:
+        return NORM
+    if "conv" in operator:
+        return BACKWARD if "backward" in operator else FORWARD
+    products = ("mm", "bmm", "addmm", "baddbmm", "linear", "matmul", "einsum")
+    if operator in products or operator.startswith(tuple(f"{product}backward" for product in products)):
+        return PRODUCTS
+    return None
+
+
+def divided(events: Iterable[Any], ours: Iterable[str] = ()) -> dict[str, float]:
+    """Seconds by part: every event's own time, of the thread that ran the whole.
+
+    Args:
+        events: torch.profiler's, with ``name``, ``cpu_parent``, ``self_cpu_time_total`` in microseconds and ``thread``.
+    """
+    events, ours = list(events), set(ours)
+    thread = next(event.thread for event in events if event.name == f"fedkern/{WHOLE}")
+    known: dict[int, str] = {}
+    regions = {*REGIONS.values(), OURS, STEP}
+
+    def part(event: Any) -> str:
+        stack = []
+        while event is not None and id(event) not in known:
+            stack.append(event)
+            event = event.cpu_parent
+        above = WHOLE if event is None else known[id(event)]
+        for one in reversed(stack):
+            own = part_of(one.name, ours)
+            if above in (EVALUATE, LOAD, KEEP) or (above in regions and own not in regions):
+                own = above  # a region keeps what happens in it
+            above = known[id(one)] = above if own is None else own
+        return above
+
+    seconds = dict.fromkeys(PARTS, 0.0)
+    for event in events:
+        if event.thread == thread:
+            found = part(event)
+            # An operator below the whole run alone has no part yet; the whole run's own time is Python's.
+            if found == WHOLE:
+                found = PYTHON if event.name == f"fedkern/{WHOLE}" else OTHER
+            seconds[found] += event.self_cpu_time_total / 1e6
+    return seconds
+
+
+# -- a run -------------------------------------------------------------------------------------------------------------
+
+
+def child(words: Sequence[str], started: float, out: Path) -> int:
+    """Runs ``python -m fedkern.run`` with these words under the profiler; writes seconds by part."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    import fedkern.cli.commands
+    import fedkern.engine.run  # noqa: F401
+    from fedkern import run
+
+    mark_all()
+    begun = time.time()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        code = marked(run.main, WHOLE)(list(words))
+    ended = time.time()
+    if code == 0:
+        seconds = divided(profiler.events(), functions_of_ours())
+        seconds[START] += begun - started
+        out.write_text(json.dumps({"seconds": ended - started, "parts": seconds, "torch": torch.__version__}))
+    return code
+
+
+def shortened(case: Case) -> Case:
+    """The case with fewer rounds: events take memory."""
+    settings = {**case.settings, **({} if case.method == "fusefl" else {"rounds": ROUNDS})}
+    return Case(case.method, case.setting, {**settings, **SHORTER.get(case.method, {})}, case.options)
+
+
+def profiled(case: Case) -> dict[str, Any]:
+    """Seconds of a run, in all, by part, and without the profiler."""
+    environment = {**bench_methods.environment(bench_methods.OURS, None), "OMP_WAIT_POLICY": "PASSIVE"}
+    with tempfile.TemporaryDirectory(prefix="profile-") as made:
+        folder = Path(made)
+        plain, watched = folder / "plain", folder / "watched"
+        for one in (plain, watched):
+            (one / "empty").mkdir(parents=True)
+        words = {one: [*bench_methods.run_words(case, one, None, 0, 1), *in_one_process()] for one in (plain, watched)}
+        cost = processes.run([sys.executable, "-m", "fedkern.run", *words[plain]], environment, plain / "empty")
+        command = [sys.executable, "-m", "benchmarks.profile_methods", "--child", str(folder / "parts.json")]
+        command += [str(time.time()), *words[watched]]
+        processes.run(command, environment, watched / "empty")
+        found = json.loads((folder / "parts.json").read_text())
+    return {"method": case.method, "settings": dict(case.settings), "unwatched_seconds": cost.seconds, **found}
+
+
+def in_one_process() -> list[str]:
+    """The words that keep all clients in the process that is looked at, where there are others."""
+    from fedkern.engine import RunConfig
+
+    return ["--workers", "1"] if any(knob.field == "workers" for knob in RunConfig.knobs()) else []
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+
+def page(runs: Sequence[Mapping[str, Any]], machine: Mapping[str, Any]) -> str:
+    """A column per method: seconds, and the share of every part."""
+    names = [run["method"] for run in runs]
+    lines = [
+        f"# Where the seconds go on {records.processor(dict(machine))}",
+        "",
+        "Made by `python -m benchmarks.profile_methods`, which says what belongs where: default runs, shortened, on "
+        f"one thread, in per cent of the seconds under torch.profiler. {machine.get('cpu')}, {machine.get('isa')}; "
+        f"torch {machine.get('torch')}; {machine.get('time')}.",
+        "",
+        f"| | {' | '.join(names)} |",
+        "|---|" + "---:|" * len(names),
+    ]
+    for part in PARTS:
+        cells = [f"{100 * run['parts'][part] / run['seconds']:.1f}" for run in runs]
+        lines.append(f"| {part} | {' | '.join(cells)} |")
+    for title, key in (("seconds, profiled", "seconds"), ("seconds, not profiled", "unwatched_seconds")):
+        lines.append(f"| {title} | {' | '.join(f'{run[key]:.2f}' for run in runs)} |")
+    shorter = (f"{run['method']} {', '.join(f'{k} {v}' for k, v in run['settings'].items())}" for run in runs)
+    return "\n".join([*lines, "", f"Settings: {'; '.join(shorter)}.", ""])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["--child"]:
+        return child(words[3:], float(words[2]), Path(words[1]))
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.profile_methods", description=__doc__.split("\n")[0])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--results", type=Path, default=records.RESULTS, help="folder to write to")
+    parser.add_argument("--dry", action="store_true", help="print the page and write nothing")
+    given = parser.parse_args(words)
+    machine = machines.machine("cpu")
+    path = given.results / f"profile_{records.slug(machine)}.json"
+    runs = [profiled(shortened(case)) for case in CASES if case.setting == "default" and case.method in given.methods]
+    text = page(runs, machine)
+    if not given.dry:
+        given.results.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"machine": machine, "runs": runs}, indent=1) + "\n")
+        path.with_suffix(".md").write_text(text)
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""Every second of a profiled run belongs to one part, and what the profile marks is still there."""
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import profile_methods
+from benchmarks.bench_methods import CASES
+from benchmarks.profile_methods import (
+    BACKWARD,
+    BATCHES,
+    EVALUATE,
+    FORWARD,
+    NORM,
+    OPERATORS,
+    OTHER,
+    OURS,
+    PARTS,
+    PRODUCTS,
+    PYTHON,
+    REGIONS,
+    STEP,
+    WHOLE,
+)  # fmt: skip
+from fedkern import ops
+
+
+@dataclass
+class Event:
+    name: str
+    self_cpu_time_total: float
+    cpu_parent: Any = None
+    thread: int = 1
+
+
+def test_every_event_counts_once_for_its_region_or_its_operator():
+    run = Event(f"fedkern/{WHOLE}", 1e6)
+    judged = Event(f"fedkern/{EVALUATE}", 2e6, run)
+    taken = Event(f"fedkern/{BATCHES}", 3e6, run)
+    backward = Event("autograd::engine::evaluate_function: ConvolutionBackward0", 4e6, run)
+    events = [
+        run, judged, taken, backward,
+        Event("aten::conv2d", 10e6, judged),
+        Event(f"fedkern/{BATCHES}", 20e6, judged),
+        Event("aten::index_select", 30e6, taken),
+        Event("aten::fill_", 40e6, backward),
+        Event("aten::native_batch_norm", 50e6, run),
+        Event("aten::relu", 60e6, run),
+        Event("KLBackward", 70e6, run),
+        Event("Optimizer.step#SGD.step", 80e6, run),
+        Event("aten::addmm", 90e6, run),
+        Event("aten::mkldnn_convolution", 100e6, Event("aten::convolution", 0, run)),
+        Event("aten::relu", 1e9, None, thread=2),
+    ]  # fmt: skip
+    found = profile_methods.divided(events, {"KLBackward"})
+    expected = {
+        PYTHON: 1, EVALUATE: 32, BATCHES: 33, BACKWARD: 44, NORM: 50, OTHER: 60, OURS: 70, STEP: 80, PRODUCTS: 90,
+        FORWARD: 100,
+    }  # fmt: skip
+    assert {name: value for name, value in found.items() if value} == pytest.approx(expected)
+    assert set(found) == set(PARTS)
+
+
+def test_a_real_profile_is_divided_without_rest(monkeypatch):
+    monkeypatch.setattr(ops, "kl_div", profile_methods.marked(ops.kl_div, OURS))
+    x, w = torch.randn(4, 3, 8, 8), torch.randn(10, 3, 8, 8, requires_grad=True)
+
+    def run():
+        logits = torch.conv2d(x, w).flatten(1)
+        ops.kl_div(logits, torch.randn(4, 10)).backward()
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        profile_methods.marked(run, WHOLE)()
+    events = profiler.events()
+    found = profile_methods.divided(events, profile_methods.functions_of_ours())
+    assert all(found[part] > 0 for part in (FORWARD, BACKWARD, OURS, PYTHON))
+    whole = next(event for event in events if event.name == f"fedkern/{WHOLE}")
+    assert sum(found.values()) == pytest.approx(whole.cpu_time_total / 1e6, rel=0.05)
+
+
+@pytest.mark.parametrize("path", [*REGIONS, *(f"fedkern.ops:{name}" for name in OPERATORS)])
+def test_what_is_marked_is_there(path):
+    module, _, name = path.partition(":")
+    found = importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    assert callable(found)
+
+
+def test_backward_passes_of_our_operators_are_known():
+    x = torch.randn(4, 10, requires_grad=True)
+    loss = ops.kl_div(x, torch.randn(4, 10))
+    assert loss.grad_fn.name() in profile_methods.functions_of_ours()
+
+
+def test_a_page_has_every_part():
+    parts = dict.fromkeys(PARTS, 1.0)
+    run = {"method": "fedgid", "seconds": 20.0, "unwatched_seconds": 19.0, "parts": parts, "settings": {"rounds": 2}}
+    page = profile_methods.page([run], {"cpu": "A chip"})
+    assert all(f"| {part} | 5.0 |" in page for part in PARTS)
+    assert "fedgid rounds 2" in page
+
+
+def test_profiled_runs_are_short():
+    cases = [profile_methods.shortened(case) for case in CASES if case.setting == "default"]
+    assert all(case.settings.get("rounds", 0) <= 6 for case in cases)
