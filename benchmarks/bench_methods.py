@@ -23,6 +23,7 @@ import importlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -607,6 +608,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry", action="store_true", help="print the page and write nothing")
     parser.add_argument("--gate", action="store_true", help="compare with the recorded runs instead")
     given = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the command that is measured ends too
     cases = [case for case in CASES if case.method in given.methods and case.setting in given.settings]
     left_out = [case.name for case in cases if case.needs_files and not given.data_root]
     cases = [case for case in cases if case.name not in left_out]

@@ -6,6 +6,9 @@ scattered by no more than :data:`NOISY`, :data:`FACTOR` times the observed ratio
 certainty, and does so in two measurements in a row.  ``--gate-short`` allows :data:`SHORT_SLACK` of the floor, 0.68 of
 what was recorded, and four measurements.  Where the row's floors are of other machines, or the times of a contestant
 that seems too fast or ours scatter by more than :data:`NOISY`, the measurement cannot tell: the test is skipped.
+
+Whole runs, which take minutes, have floors too, :data:`FACTOR` times the ratios in ``results/methods_<cpu>.json``.
+``python -m benchmarks.bench_methods --gate`` measures them, or ``pytest benchmarks/bench_methods.py -m slow --gate``.
 """
 
 from __future__ import annotations

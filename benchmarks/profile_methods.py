@@ -15,6 +15,7 @@ import argparse
 import functools
 import importlib
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -260,6 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=records.RESULTS, help="folder to write to")
     parser.add_argument("--dry", action="store_true", help="print the page and write nothing")
     given = parser.parse_args(words)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the run that is measured ends too
     machine = machines.machine("cpu")
     path = given.results / f"profile_{records.slug(machine)}.json"
     runs = [profiled(shortened(case)) for case in CASES if case.setting == "default" and case.method in given.methods]

@@ -359,3 +359,35 @@ def test_contestants_run_in_turn_with_the_seeds_of_the_repeats(tmp_path, monkeyp
     assert found.missing == {"before": "no --before was given"}
     assert found.seconds == {"plain": [2.0, 2.0], "fedkern": [2.0, 2.0]}
     assert found.main == "accuracy"
+
+
+@pytest.mark.parametrize(("plain", "code", "measured"), [(20.0, 0, 1), (15.0, 1, 2)])
+def test_the_gate_measures_again_before_it_fails(plain, code, measured, tmp_path, monkeypatch, capsys):
+    machine = {"cpu": "A chip", "cores": 2, "isa": "avx2", "torch": "2.13.0", "time": "2026-01-01"}
+    recorded = row("fedprox", plain=[20.0] * 3, fedkern=[10.0] * 3)
+    bench_methods.write([recorded], machine, before="", threads=0, folder=tmp_path)
+    asked = []
+
+    def fake(case, contestants, repeats, **settings):
+        asked.append((case.name, contestants, repeats))
+        return row("fedprox", plain=[plain] * repeats, fedkern=[10.0] * repeats)
+
+    monkeypatch.setattr(bench_methods, "measure", fake)
+    monkeypatch.setattr(bench_methods.machines, "machine", lambda device: machine)
+    monkeypatch.setattr(bench_methods.signal, "signal", lambda *_: None)
+    assert bench_methods.main(["--gate", "--results", str(tmp_path)]) == code
+    assert asked == [("fedprox default", ("plain", "fedkern"), bench_methods.GATE_REPEATS)] * measured
+    assert ("below 1.7" in capsys.readouterr().out) is bool(code)
+
+
+def test_a_command_ends_with_whoever_measures_it(tmp_path, monkeypatch):
+    started = []
+
+    def interrupted(pid, options):
+        started.append(pid)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(processes.os, "wait4", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        processes.run([sys.executable, "-c", "import time; time.sleep(60)"], {}, tmp_path)
+    assert processes.session(started[0]) == []
