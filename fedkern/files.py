@@ -31,6 +31,22 @@ def expand(path: str | Path) -> Path:
         ) from None
 
 
+CACHE_VARIABLES = ("FEDKERN_CACHE_DIR", "XDG_CACHE_HOME", "HOME")
+"""The environment variables that decide :func:`cache_folder`."""
+
+
+def cache_folder(name: str) -> Path:
+    """``$FEDKERN_CACHE_DIR/name``, by default ``$XDG_CACHE_HOME/fedkern/name`` or ``~/.cache/fedkern/name``.
+
+    Raises:
+        UserError: the user has no home folder, and nothing else says where.
+    """
+    own, base = (os.environ.get(variable) for variable in CACHE_VARIABLES[:2])
+    if own:
+        return expand(own) / name
+    return (Path(base) if base else expand("~/.cache")) / "fedkern" / name
+
+
 def absolute(path: str) -> str:
     """The same path from the root on, so that it holds in any folder.
 

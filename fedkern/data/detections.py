@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 from fedkern.data.background import rasterise
 from fedkern.data.types import Split
 from fedkern.errors import UserError
-from fedkern.files import expand, one_writer, replace
+from fedkern.files import cache_folder, expand, one_writer, replace
 from fedkern.inputs import read_json
 
 BATCH = 8
@@ -130,9 +129,8 @@ class Detections:
 
 
 def default_cache() -> Path:
-    """``$XDG_CACHE_HOME/fedkern/detections``, by default below ``~/.cache``."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "fedkern" / "detections"
+    """``fedkern/detections`` in the user's cache folder, see :func:`fedkern.files.cache_folder`."""
+    return cache_folder("detections")
 
 
 def _key(image: Tensor, name: str) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedkern import files
 from fedkern.errors import UserError
-from fedkern.files import expand
+from fedkern.files import cache_folder, expand
 from fedkern.inputs import special
 from fedkern.models.teacher import Identity, Teacher, wrong_classes
 
@@ -246,6 +246,5 @@ def read_file(path: Path) -> dict[str, Tensor] | None:
 
 
 def default_cache() -> Path:
-    """``$XDG_CACHE_HOME/fedkern/teachers``, by default below ``~/.cache``."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "fedkern" / "teachers"
+    """``fedkern/teachers`` in the user's cache folder, see :func:`fedkern.files.cache_folder`."""
+    return cache_folder("teachers")
