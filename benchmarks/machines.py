@@ -13,9 +13,12 @@ from typing import Any
 
 import torch
 
-CPUINFO, CACHES = Path("/proc/cpuinfo"), Path("/sys/devices/system/cpu/cpu0/cache")
+from fedkern.ops.processor import CPUINFO, cpuinfo
+
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 # A virtual machine's processor often has a name that says no more than the maker: these tell its generation.
 FACTS = {
+    "model name": "cpu",
     "cpu family": "family",
     "model": "model",
     "stepping": "stepping",
@@ -57,16 +60,9 @@ def machine(device: str) -> dict[str, Any]:
     return info
 
 
-def chip(cpuinfo: Path = CPUINFO, caches: Path = CACHES) -> dict[str, str]:
+def chip(path: Path = CPUINFO, caches: Path = CACHES) -> dict[str, str]:
     """Name, family, model and stepping (on ARM implementer and part) and the sizes of L2 and L3, as far as known."""
-    info: dict[str, str] = {}
-    with contextlib.suppress(OSError):
-        for line in cpuinfo.read_text().partition("\n\n")[0].splitlines():
-            name, _, value = (part.strip() for part in line.partition(":"))
-            if name == "model name":
-                info["cpu"] = value
-            elif name in FACTS:
-                info[FACTS[name]] = value
+    info = {FACTS[name]: value for name, value in cpuinfo(path).items() if name in FACTS}
     with contextlib.suppress(OSError):
         for index in sorted(caches.glob("index*")):
             level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from fedkern.ops import backend
 from fedkern.ops.arguments import check_dense
+from fedkern.ops.fuse_choice import choose, serving
 from fedkern.ops.fuse_conv import core_for
 from fedkern.ops.fuse_layers import FusedConv, FusedLayer, FusedLinear, fuse_layers
 from fedkern.ops.fuse_lowering import FoldedBlocks, channels_last, concatenate, repeated, run_step, run_step_of
 from fedkern.ops.fuse_shapes import axes_named, axes_of, survey
-from fedkern.ops.fuse_table import LOWERINGS, choose
+from fedkern.ops.fuse_table import LOWERINGS
 from fedkern.ops.fuse_trace import check_alike
 
 Lowering = Literal["grouped", "separate", "direct"]
@@ -44,8 +45,8 @@ class FusedBlocks(nn.Module):
             optimizer where a folded call lies between it and the recorded one (without, it is followed).
         lowering: how it is computed: ``"grouped"`` (one convolution for all branches), ``"separate"`` (branch after
             branch) or ``"direct"`` (folded fp32 on the CPU: all branches by the core's own convolution, which wastes no
-            lanes on few channels); None picks the fastest from the measured table ``fuse_table``.  Where ``"direct"``
-            cannot serve, another one does.
+            lanes on few channels); None picks the fastest by the table measured on this processor (``fuse_choice``).
+            Where ``"direct"`` cannot serve, another one does.
 
     ``forward`` maps the input to ``[B, M * C', ...]``, client 0's channels first; 4-D maps come out channels-last,
     contiguous from ``"direct"``.  Works under torch.compile and torch.func transforms as plain grouped (or separate)
@@ -153,14 +154,15 @@ class FusedBlocks(nn.Module):
             return concatenate(self._folded.separate(x, self.shared))
 
     def _choose(self, x: Tensor, folded: bool, direct: bool) -> str:
-        if x.dim() != 4:
+        if x.dim() != 4 or x.device.type != "cpu":  # other devices' libraries do grouped convolutions in one launch
             return "grouped"
         last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-        key = (x.shape[1:], last, x.device.type, folded, direct)
+        table = serving()
+        key = (x.shape[1:], last, folded, direct, torch.get_num_threads(), table.isa, table.digest)
         way = self._chosen.get(key)
         if way is None:
             works = self._folded.works(x.shape, self.shared, not folded)
-            way = self._chosen[key] = choose(works, self.count, last, x.device.type, direct)
+            way = self._chosen[key] = choose(works, self.count, last, direct)
         return way
 
     def refold(self) -> None:

@@ -6,29 +6,60 @@ import copy
 import itertools
 import math
 import pickle
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from fedkern.ops import FusedBlocks
+from fedkern.ops import FusedBlocks, fuse_choice
+from fedkern.ops.fuse_choice import choose
 from fedkern.ops.fuse_lowering import halved, halves
-from fedkern.ops.fuse_table import LOWERINGS, ROWS, VECTOR, Work, choose, nearest
+from fedkern.ops.fuse_table import KINDS, LOWERINGS, VECTOR, Work, nearest, read_table, write_table
+
+SHIPPED = [pytest.param(path, id=path.stem) for path in sorted(fuse_choice.SHIPPED.glob("*.json"))]
 
 
-def test_table_serves_every_layer_by_its_own_row() -> None:
-    kinds = ("spatial", "stem", "pointwise", "halve", "pool", "recorded")
-    for kind, count, last, device, whole in itertools.product(kinds, (1, 50), (True, False), ("cpu", "cuda"), (0, 1)):
-        work = Work(kind, 0.0, bool(whole), 0.0, 1.0)
-        assert choose([work], count, last, device, True) in LOWERINGS
-        assert choose([work], count, last, device, False) != "direct"
-    assert choose([], 5, False, "cpu", True) == "grouped"
-    for row in ROWS:
-        whole = row.width % VECTOR == 0
-        assert nearest(row.kind, row.branches, row.width, whole, row.size, row.channels_last) == row
-        costs = [row.grouped, row.separate, math.inf if row.direct is None else row.direct]
-        work = Work(row.kind, row.width, whole, row.size, 7.0)
-        assert choose([work], row.branches, row.channels_last, "cpu", True) == LOWERINGS[costs.index(min(costs))]
+def test_every_layer_has_a_way() -> None:
+    for kind, count, last, whole in itertools.product(KINDS, (1, 50), (True, False), (False, True)):
+        work = Work(kind, 0.0, whole, 0.0, 1.0)
+        assert choose([work], count, last, True) in LOWERINGS
+        assert choose([work], count, last, False) != "direct"
+    assert choose([], 5, False, True) == "grouped"
+
+
+@pytest.mark.parametrize("path", SHIPPED)
+def test_shipped_tables_tell_every_layer_by_its_own_row(path: Path) -> None:
+    table = read_table(path)
+    for threads, rows in table.rows.items():
+        for row in rows:
+            whole = row.width % VECTOR == 0
+            own = (row.kind, row.branches, row.width, whole, row.size, row.channels_last)
+            assert nearest(table, threads, *own) == row
+            costs = [row.grouped, row.separate, math.inf if row.direct is None else row.direct]
+            works = [Work(row.kind, row.width, whole, row.size, 7.0)] * 2
+            assert table.totals(works, row.branches, row.channels_last, threads) == [14 * cost for cost in costs]
+
+
+@pytest.mark.parametrize("path", SHIPPED)
+def test_a_table_is_written_as_it_was_read(path: Path, tmp_path: Path) -> None:
+    table = read_table(path)
+    write_table(table, tmp_path / "again.json")
+    again = read_table(tmp_path / "again.json")
+    assert (again.rows, again.digest, again.where) == (table.rows, table.digest, table.where)
+    assert [each.name for each in tmp_path.iterdir()] == ["again.json"]
+
+
+def test_shipped_tables_are_in_the_package() -> None:
+    """The wheel holds what package-data names."""
+    root = Path(fuse_choice.__file__).resolve().parents[2]
+    if not (root / "pyproject.toml").exists():
+        pytest.skip("not a checkout")
+    named = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["fedkern"]
+    assert SHIPPED
+    held = {path for pattern in named for path in (root / "fedkern").glob(pattern)}
+    assert held >= set(fuse_choice.SHIPPED.iterdir())
 
 
 def test_lowering_follows_all_layers_of_a_block() -> None:

@@ -1,39 +1,31 @@
-"""Measures FusedBlocks' lowerings and writes the table they are chosen from, ``fedkern/ops/fuse_table.py``.
-
-    python benchmarks/tune_fuse.py [--write] [--only KIND]
-
-Each setting is timed on one thread, the lowerings in turn, in seconds of the thread's own processor time (a busy
-machine takes turns away from all alike); the fastest of the repetitions counts.  About ten minutes; run it on the
-machine that the table is meant for.  With ``--write`` every row is written when it is measured, so that a run which is
-interrupted leaves a table of new and earlier rows.
-"""
+"""Measures what FusedBlocks' lowerings cost on this machine: the rows of a :class:`~fedkern.ops.fuse_table.Table`."""
 
 from __future__ import annotations
 
-import argparse
-import os
+import datetime
 import time
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fedkern.ops import FusedBlocks, fuse_table
+from fedkern.ops.fuse_blocks import FusedBlocks
+from fedkern.ops.fuse_choice import active_isa
 from fedkern.ops.fuse_lowering import halved
-from fedkern.ops.fuse_table import LOWERINGS, Row
+from fedkern.ops.fuse_table import KINDS, LOWERINGS, Row, Table
+from fedkern.ops.processor import processor
 
 BATCH = 64
 COLOURS = 3
 LAYERS = 3  # of a chain: what blocks do at their ends shall not count for much
-TABLE = Path(fuse_table.__file__).resolve()
-CHECKOUT = Path(__file__).resolve().parent.parent
 BRANCHES, WIDTHS, SIZES = (5, 10), (14, 16, 20, 29, 32, 40, 64, 128), (32, 16, 8, 4, 2)
 # Of one layer's multiplications for a batch: memory, and minutes.  Beyond them costs change no more.
 LEAST, MOST = 1 << 22, 3 << 30
-KINDS = ("spatial", "stem", "pointwise", "halve", "pool", "recorded")
 POOLS = ("halve", "pool")
+REPEATS = 5
+# What a quick table has: rows of whole vectors and others, in seconds.
+QUICK_WIDTHS, QUICK_SIZES, QUICK_MOST, QUICK_REPEATS = (14, 16, 20, 64), (16, 8), 1 << 28, 2
 
 
 class Setting(NamedTuple):
@@ -53,7 +45,12 @@ class Setting(NamedTuple):
         return float(BATCH * m * width * self.size**2 * times)
 
 
-def settings() -> Iterator[Setting]:
+def settings(quick: bool = False) -> list[Setting]:
+    """What a table's rows are measured for, at most a minute or two of them; ``quick``: some, in seconds."""
+    return [setting for setting in _settings() if not quick or _quick(setting)]
+
+
+def _settings() -> Iterator[Setting]:
     for kind in KINDS:
         for m in BRANCHES:
             for width in WIDTHS:
@@ -70,7 +67,53 @@ def settings() -> Iterator[Setting]:
                             yield made
 
 
-def runs(setting: Setting) -> tuple[dict[str, Callable[[], object]], float]:
+def _quick(setting: Setting) -> bool:
+    there = setting.branches == BRANCHES[0] and setting.width in QUICK_WIDTHS and setting.size in QUICK_SIZES
+    return there and setting.amount <= QUICK_MOST
+
+
+def measure(asked: Sequence[Setting], threads: int, repeats: int = REPEATS) -> Iterator[Row]:
+    """Measures one row after another, the lowerings of each in turn; the fastest of the repetitions counts.
+
+    On one thread the thread's own processor time counts, of which a busy machine takes nothing; on more of them the
+    wall clock, which wants an idle machine.
+
+    Args:
+        asked: what to measure.
+        threads: CPU threads; the caller's number is restored behind every row.
+        repeats: of every lowering.
+    """
+    clock = time.thread_time if threads == 1 else time.perf_counter
+    for setting in asked:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            with torch.random.fork_rng(devices=()):
+                torch.manual_seed(0)
+                ways, amount = _ways(setting)
+            seconds = _fastest(ways, repeats, clock)
+        finally:
+            torch.set_num_threads(before)
+        costs = {name: round(1e12 * value / amount, 2) for name, value in seconds.items()}
+        yield Row(*setting, costs["grouped"], costs["separate"], costs.get("direct"))
+
+
+def table(rows: Mapping[int, Sequence[Row]]) -> Table:
+    """A table of rows that :func:`measure` has found on this machine, by the number of threads."""
+    here = processor()
+    return Table(
+        vendor=here.vendor,
+        family=max(here.family, 0),
+        models=((max(here.model, 0),) * 2,),
+        name=here.name,
+        isa=active_isa(),
+        torch=torch.__version__,
+        measured=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        rows={threads: tuple(each) for threads, each in rows.items()},
+    )
+
+
+def _ways(setting: Setting) -> tuple[dict[str, Callable[[], object]], float]:
     """The lowerings by name, and how many of the setting's multiplications one run does."""
     kind, m, width, size, last = setting
     recorded = kind == "recorded"
@@ -102,9 +145,9 @@ def runs(setting: Setting) -> tuple[dict[str, Callable[[], object]], float]:
         }, setting.amount
     ways: dict[str, Callable[[], object]] = {}
     for lowering in LOWERINGS:
-        if recorded and lowering == "direct":
+        if lowering == "direct" and (recorded or active_isa() == "none"):
             continue
-        fused = FusedBlocks(blocks, lowering=lowering)
+        fused = FusedBlocks(blocks, lowering=lowering)  # type: ignore[arg-type]
         ways[lowering] = _step(fused, x) if recorded else _forward(fused, wide if last else x)
     if kind == "stem":
         # Each branch's map gone before the next, as in a chain, and without the concatenation behind it.
@@ -131,69 +174,13 @@ def _step(fused: nn.Module, x: Tensor) -> Callable[[], object]:
     return lambda: fused(x).sum().backward()
 
 
-def measure(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+def _fastest(ways: Mapping[str, Callable[[], object]], repeats: int, clock: Callable[[], float]) -> dict[str, float]:
     best = dict.fromkeys(ways, float("inf"))
     for run in ways.values():
         run()
     for _ in range(repeats):
         for name, run in ways.items():
-            start = time.thread_time()
+            start = clock()
             run()
-            best[name] = min(best[name], time.thread_time() - start)
+            best[name] = min(best[name], clock() - start)
     return best
-
-
-def foreign(table: Path, checkout: Path) -> str:
-    """Why ``--write`` must not change ``table``, or ""."""
-    if table == checkout / "fedkern" / "ops" / table.name:
-        return ""
-    return (
-        f"--write would change {table}, which is not in the checkout {checkout}: run it there with PYTHONPATH=., or "
-        "after pip install -e ."
-    )
-
-
-def write(rows: Iterable[Row], table: Path) -> None:
-    """Replaces the rows in the table's file, all or nothing."""
-    head, begin, rest = table.read_text().partition("ROWS: tuple[Row, ...] = (\n")
-    _, end, tail = rest.partition("\n)\n")
-    lines = "\n".join(
-        f"    Row({', '.join(repr(value) for value in row)})," for row in sorted(rows, key=lambda row: row[:5])
-    )
-    partial = table.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(head + begin + lines.replace("'", '"') + end + tail)
-    partial.replace(table)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="replace the table's rows of the kinds measured")
-    parser.add_argument("--only", choices=KINDS, action="append", help="measure rows of this kind, given once or more")
-    parser.add_argument("--branches", type=int, choices=BRANCHES, help="measure and replace rows of so many branches")
-    parser.add_argument("--repeats", type=int, default=5)
-    options = parser.parse_args()
-    refusal = foreign(TABLE, CHECKOUT)
-    if options.write and refusal:
-        parser.error(refusal)
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    kinds = options.only or KINDS
-    asked = [s for s in settings() if s.kind in kinds and options.branches in (None, s.branches)]
-    rows = {row[:5]: row for row in fuse_table.ROWS}
-    for setting in asked:
-        ways, amount = runs(setting)
-        costs = {name: 1e12 * seconds / amount for name, seconds in measure(ways, options.repeats).items()}
-        rounded = [round(costs[name], 2) if name in costs else None for name in LOWERINGS]
-        rows[tuple(setting)] = Row(*setting, *rounded)  # type: ignore[arg-type]
-        print(rows[tuple(setting)], flush=True)
-        if options.write:
-            write(rows.values(), TABLE)
-    if options.write:
-        kinds_measured = {(s.kind, s.branches) for s in asked}
-        kept = [row for key, row in rows.items() if key in asked or (row.kind, row.branches) not in kinds_measured]
-        write(kept, TABLE)
-        print(f"wrote {TABLE}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,60 @@
+"""The processor that this runs on, as the system describes it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import platform
+from pathlib import Path
+from typing import NamedTuple
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+class Processor(NamedTuple):
+    """Vendor, family and model: processors that have these in common are built alike.
+
+    Attributes:
+        vendor: ``"AuthenticAMD"``, ``"GenuineIntel"``, on ARM the implementer (``"0x41"``); "" where nothing says.
+        family: the x86 family, on ARM the architecture.
+        model: the x86 model, on ARM the part.
+        name: what the maker calls it; a virtual machine often says no more than the brand.
+    """
+
+    vendor: str
+    family: int
+    model: int
+    name: str
+
+
+def cpuinfo(path: Path | None = None) -> dict[str, str]:
+    """What ``/proc/cpuinfo`` says of the first processor; nothing where there is no such file."""
+    found: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        for line in (path or CPUINFO).read_text(errors="replace").partition("\n\n")[0].splitlines():
+            name, colon, value = line.partition(":")
+            if colon:
+                found[name.strip()] = value.strip()
+    return found
+
+
+def processor() -> Processor:
+    """The processor of this machine."""
+    return _processor(CPUINFO)
+
+
+@functools.cache
+def _processor(path: Path) -> Processor:
+    facts = cpuinfo(path)
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    if "vendor_id" in facts:
+        return Processor(facts["vendor_id"], _number(facts.get("cpu family")), _number(facts.get("model")), name)
+    architecture, part = _number(facts.get("CPU architecture")), _number(facts.get("CPU part"))
+    return Processor(facts.get("CPU implementer", ""), architecture, part, name)
+
+
+def _number(text: str | None) -> int:
+    try:
+        return int(text or "", 0)
+    except ValueError:
+        return -1
