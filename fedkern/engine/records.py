@@ -18,8 +18,7 @@ import fedkern
 from fedkern.engine import atomic, checkpoint
 from fedkern.errors import UserError
 from fedkern.inputs import parse_json, read_json, read_text, standing
-from fedkern.ops import backend
-from fedkern.ops.loading import Unavailable
+from fedkern.ops import backend, fuse_choice
 from fedkern.privacy.guarantee import EPSILON, PART, RECORDS
 
 METRICS = "metrics.jsonl"
@@ -189,16 +188,14 @@ def versions() -> dict[str, str]:
 
 
 def kernels() -> dict[str, str]:
-    """Which kernels make a run's bits, beside the versions: ``backend``, ``isa`` of the CPU core, and ``torch``'s own.
+    """Which kernels make a run's bits, beside the versions.
 
-    ``backend`` is "auto" where none is forced, ``isa`` "none" where there is no CPU core.
+    ``backend`` is "auto" where none is forced, ``isa`` that of the CPU core, "none" where there is no core,
+    ``lowerings`` the hash of the table that FusedBlocks' way is chosen by, and ``torch`` PyTorch's own ISA level.
     """
-    try:
-        isa = str(backend.cpu_core().isa())
-    except Unavailable:
-        isa = "none"
     return {
         "backend": backend.forced_backend() or "auto",
-        "isa": isa,
+        "isa": fuse_choice.active_isa(),
+        "lowerings": fuse_choice.serving().digest,
         "torch": torch.backends.cpu.get_cpu_capability(),
     }

@@ -14,7 +14,7 @@ from fedkern.engine.checkpoint import Checkpoints
 from fedkern.engine.config import RunConfig
 from fedkern.engine.saved import damaged
 from fedkern.errors import UserError
-from fedkern.ops import backend
+from fedkern.ops import backend, fuse_choice
 from fedkern.ops.loading import Unavailable
 
 MOVABLE = ("data_options.boxes", "data_options.detector_cache")
@@ -48,7 +48,7 @@ def check_unedited(stored: RunConfig, entry: Mapping[str, Any], out: Path) -> No
         )
 
 
-FORCED = {"backend": "FEDKERN_BACKEND", "isa": "FEDKERN_CPU_ISA"}
+FORCED = {"backend": "FEDKERN_BACKEND", "isa": "FEDKERN_CPU_ISA", "lowerings": fuse_choice.VARIABLE}
 """What of the kernels can be chosen, and by which environment variable."""
 
 
@@ -69,24 +69,28 @@ def check_kernels(info: Mapping[str, Any], device: str, out: Path) -> None:
         return
     changed, ways = [], []
     for name, variable in FORCED.items():
-        if stored[name] != now[name] and stored[name] in _choosable(name):
-            changed.append(f"{name}: {stored[name]} -> {now[name]}")
-            free = name == "backend" and stored[name] == "auto"
-            ways.append(f"unset {variable}" if free else f"set {variable}={stored[name]}")
+        before = stored.get(name, now[name])  # the first versions had one table of lowerings, and did not store it
+        choosable = _choosable(name) if before != now[name] else {}
+        if before in choosable:
+            value = choosable[before]
+            changed.append(f"{name}: {before} -> {now[name]}")
+            ways.append(f"set {variable}={value}" if value else f"unset {variable}")
     if changed:
         raise UserError(
             f"{out} was made with other kernels ({'; '.join(changed)}): {' and '.join(ways)}, then resume it."
         )
 
 
-def _choosable(name: str) -> tuple[str, ...]:
-    """What this machine could have of `FORCED`."""
+def _choosable(name: str) -> dict[str, str]:
+    """What this machine could have of `FORCED`, and the variable's value for that; "" where it must be unset."""
+    if name == "lowerings":
+        return {fuse_choice.serving(value).digest: value for value in ("shipped", "")}
     if name == "backend":
-        return ("auto", *{row.backend for row in backend.status() if row.serves})
+        return {"auto": "", **{row.backend: row.backend for row in backend.status() if row.serves}}
     try:
-        return tuple(backend.cpu_core().available_isas())
+        return {level: level for level in backend.cpu_core().available_isas()}
     except Unavailable:
-        return ()
+        return {}
 
 
 def changes(info: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
@@ -110,7 +114,7 @@ def changes(info: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
         )
     now = records.kernels()
     stored = info.get("kernels", now)
-    differ = [f"{name} {stored[name]} and now {now[name]}" for name in now if stored.get(name) != now[name]]
+    differ = [f"{name} {value} and now {now[name]}" for name, value in stored.items() if now.get(name, value) != value]
     if differ:
         found["other-kernels"] = (
             f"The run was started with other kernels ({'; '.join(differ)}), which this machine does not have: its bits "

@@ -25,6 +25,7 @@ from fedkern.engine.resuming import check_kernels, check_unedited
 from fedkern.errors import UserError
 from fedkern.interrupts import in_order
 from fedkern.methods import registry
+from fedkern.ops import fuse_choice
 
 
 def run(
@@ -81,6 +82,8 @@ def run(
         if resume:
             _compare(config, stored, out)
         _check(config, data)
+        if ignored := fuse_choice.untold():
+            listener.on_notice(ignored)
         runner = Run(config, Bench(config, data, listener.on_notice), out, listener, resume=resume)
         runner.prepare()
         with writing(out, fresh=not resume):
