@@ -88,12 +88,12 @@ def _wait_without_spinning() -> None:
 
 def _dispatch(words: list[str]) -> int:
     # Imported here so that Ctrl-C during the second that torch takes to load ends in a line, not in a traceback.
-    from fedkern.cli import commands, downstream, flags
+    from fedkern.cli import commands, downstream, flags, tuning
     from fedkern.files import check_text
 
     for word in words:
         check_text(word, "the argument")
-    request = downstream.parse(words) or flags.parse(words)
+    request = downstream.parse(words) or tuning.parse(words) or flags.parse(words)
     if request.command == "help":
         print(request.help)
         return OK

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkern import interrupts
-from fedkern.cli import downstream
+from fedkern.cli import downstream, tuning
 from fedkern.cli.flags import PROGRAM, quote
 from fedkern.cli.repeat import command_line
 from fedkern.cli.request import Request, absolute, effective, named_options, trusted
@@ -62,17 +62,21 @@ class _Tee(Listener):
 
 
 def check_backend() -> None:
-    """Looks at ``FEDKERN_BACKEND`` and ``FEDKERN_CPU_ISA`` before any work is done.
+    """Looks at ``FEDKERN_BACKEND``, ``FEDKERN_CPU_ISA`` and ``FEDKERN_LOWERINGS`` before any work is done.
 
     Raises:
         UserError: one names something that does not exist or cannot be used on this machine.
     """
-    from fedkern.ops import backend, loading
+    from fedkern.ops import backend, fuse_choice, loading
 
     try:
         backend.cpu_core()
     except loading.Unavailable:
         pass  # the reference serves; doctor says why
+    except ValueError as error:
+        raise UserError(f"{error}.") from None
+    try:
+        fuse_choice.serving()
     except ValueError as error:
         raise UserError(f"{error}.") from None
     try:
@@ -345,5 +349,6 @@ COMMANDS = {
     "resume": run,
     "attack": attack,
     "list": list_all,
+    "tune": tuning.tune,
     "doctor": doctor,
 }

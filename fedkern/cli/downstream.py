@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedkern.cli.flags import PROGRAM, Parser, check_filled, key_values
+from fedkern.cli.flags import PROGRAM, Parser, check_filled, first, key_values, whole_number
 from fedkern.cli.request import Request, absolute, trusted
 from fedkern.downstream.tasks import FEATURES, TASKS
 from fedkern.errors import UserError, nearest
@@ -64,12 +64,10 @@ def parse(words: Sequence[str]) -> Request | None:
     Raises:
         UserError: an unknown flag, a value of the wrong kind, or no folder.
     """
-    # Only what may stand before it is passed over: behind another flag it is that flag's value, a folder perhaps.
-    at = next((i for i, word in enumerate(words) if word not in ("--json", "-h", "--help")), 0)
-    command = "".join(words[at : at + 1])
+    command = first(words)
     if command not in TASKS:
         return None
-    parser = _parser(command)
+    parser, at = _parser(command), words.index(command)
     found, rest = parser.parse_known_args([*words[:at], *words[at + 1 :]])
     if rest:
         known = [name for action in parser._actions for name in action.option_strings]
@@ -109,9 +107,10 @@ def _read(name: str, value: str) -> Any:
 
 
 def _number(name: str, word: str, lowest: int) -> int:
-    if not word.isdecimal() or int(word) < lowest:
+    number = whole_number(word)
+    if number < lowest:
         raise UserError(f"--{name} takes whole numbers of at least {lowest}, not {word!r}.")
-    return int(word)
+    return number
 
 
 def result_name(request: Request) -> str:

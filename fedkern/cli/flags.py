@@ -23,6 +23,7 @@ COMMANDS = {
     **TASKS,
     "attack": "how well a finished run's model tells who was in its training data",
     "list": "show the methods, data sets, models, encoders and partitioners",
+    "tune": "measure FusedBlocks' lowerings on this machine, and choose by one's own table from now on",
     "doctor": "show versions, processor, GPU, and which backend serves which operator",
 }
 
@@ -79,6 +80,7 @@ DESCRIPTION = f"""\
 {PROGRAM} attack DIR                  {COMMANDS["attack"]}
 {"".join(f"{PROGRAM} {name + ' DIR':<27} {text}" + chr(10) for name, text in TASKS.items())}\
 {PROGRAM} list                        {COMMANDS["list"]}
+{PROGRAM} tune                        {COMMANDS["tune"]}
 {PROGRAM} doctor                      {COMMANDS["doctor"]}
 """
 
@@ -88,6 +90,20 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message[:1].upper() + message[1:] + ".")
+
+
+def whole_number(word: str) -> int:
+    """The number that a word of decimal digits means; -1 for other words and for more digits than any flag takes."""
+    word = word.strip()
+    return int(word) if word.isdecimal() and len(word) <= 18 else -1
+
+
+def first(words: Sequence[str]) -> str:
+    """The word that may name a command with flags of its own, "" where there is none.
+
+    Only flags that may stand before it are passed over: behind another one it is that flag's value, a folder perhaps.
+    """
+    return next((word for word in words if word not in ("--json", "-h", "--help")), "")
 
 
 def flag(name: str) -> str:
@@ -262,9 +278,10 @@ def parse(argv: Sequence[str]) -> Request:
     parser = _parser(named, _named_data(argv, named))
     values, rest = parser.parse_known_args(list(argv))
     folder = rest.pop(0) if values.method in FOLDER_COMMANDS and rest and not rest[0].startswith("-") else None
-    task = next((word for word in (values.method, *rest) if word in TASKS), None)
+    task = next((word for word in (values.method, *rest) if word in (*TASKS, "tune")), None)
     if task is not None:  # one that comes first is read elsewhere
-        raise UserError(f"Name {task} first, then its folder and its flags: {PROGRAM} {task} DIR.")
+        what, folder = ("its folder and its flags", " DIR") if task in TASKS else ("its flags", "")
+        raise UserError(f"Name {task} first, then {what}: {PROGRAM} {task}{folder}.")
     # Unknown flags first: the value of one is otherwise taken for the method.
     for word in [*(word for word in rest if word.startswith("-")), *rest]:
         raise _unknown(word, parser, named)

@@ -27,7 +27,7 @@ class Request:
     """What the command line asks for.
 
     Attributes:
-        command: ``"run"``, ``"resume"``, ``"attack"``, ``"list"``, ``"doctor"`` or ``"help"``.
+        command: ``"run"``, ``"resume"``, ``"attack"``, ``"list"``, ``"tune"``, ``"doctor"`` or ``"help"``.
         method: the method, where one is named.
         settings: ``RunConfig`` fields that were given as flags, converted.
         options: ``key=value`` method options.
@@ -37,7 +37,7 @@ class Request:
         resume: the folder to continue.
         folder: the run folder of a command about a finished run.
         tensorboard: whether event files are written beside metrics.jsonl.
-        arguments: of a downstream task.
+        arguments: of a downstream task, or of ``tune``.
     """
 
     command: str

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from fedkern.engine.events import Listener, RunInfo
@@ -214,6 +215,37 @@ class _Console(Console):
     def on_broken_pipe(self) -> None:
         """Leaves the decision to the command line; rich would exit with code 1 on the spot."""
         raise BrokenPipeError
+
+
+@contextmanager
+def counting(total: int, *, quiet: bool, json: bool) -> Iterator[Callable[[str], None]]:
+    """Shows on standard error how much of a measurement is done; yields what is called after every part of it.
+
+    Args:
+        total: number of parts.
+        quiet: show nothing.
+        json: show nothing, unless a person watches a terminal.
+    """
+    console = terminal(stderr=True)
+    if quiet or (json and not console.is_terminal):
+        yield lambda text: None
+        return
+    if not console.is_terminal:
+        done = 0
+
+        def line(text: str) -> None:
+            nonlocal done
+            done += 1
+            if done * 10 // total != (done - 1) * 10 // total:
+                console.print(f"{done}/{total}")
+
+        yield line
+        return
+    columns = (SpinnerColumn(), BarColumn(bar_width=30), TextColumn("{task.completed}/{task.total}"),
+               TimeRemainingColumn(), TextColumn("{task.description}", markup=False))  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda text: progress.update(task, advance=1, description=text)
 
 
 def terminal(*, stderr: bool = False) -> Console:

@@ -194,6 +194,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     [
         (["probe"], "probe needs the folder of a finished run"),
         (["probe", "RUN", "--shots", "0"], "--shots takes whole numbers of at least 1, not '0'"),
+        (["probe", "RUN", "--seed", "1" + "0" * 5000], "--seed takes whole numbers of at least 0"),
         (["probe", "RUN", "--features", "tokens"], "--features must be one of token, mean, embedding, not tokens"),
         (["retrieval", "RUN", "--k", "3"], 'does not take "--k". Did you mean "--ks"?'),
         (["decode", "RUN", "--epochs", "many"], "--epochs takes whole numbers of at least 1"),
