@@ -49,8 +49,9 @@ def versions() -> dict[str, str]:
 def processor() -> dict[str, Any]:
     """The CPU: ``name``, ``cores``, the core's ISA levels ``available``, ``active``, ``forced``, or its ``problem``."""
     from fedkern.ops import backend, loading
+    from fedkern.ops.processor import processor as this
 
-    found: dict[str, Any] = {"name": _cpu_name(), "cores": os.cpu_count()}
+    found: dict[str, Any] = {"name": this().name, "cores": os.cpu_count()}
     forced = os.environ.get("FEDKERN_CPU_ISA")
     found["forced"] = forced or None
     try:
@@ -64,15 +65,24 @@ def processor() -> dict[str, Any]:
     return found
 
 
-def _cpu_name() -> str:
+def lowerings() -> dict[str, Any]:
+    """The table that FusedBlocks' way is chosen by: ``kind``, ``file``, ``table`` (its hash), ``measured_on``,
+    ``measured``, ``threads``, and ``ignored``, why a table of one's own is not used; or its ``problem``."""
+    from fedkern.ops import fuse_choice
+
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        found = fuse_choice.serving()
+    except ValueError as error:
+        return {"problem": str(error)}
+    return {
+        "kind": found.kind,
+        "file": None if found.path is None else str(found.path),
+        "table": found.digest,
+        "measured_on": [table.where for table in found.tables],
+        "measured": [table.measured for table in found.tables],
+        "threads": [sorted(table.rows) for table in found.tables],
+        "ignored": found.problem or None,
+    }
 
 
 def threads() -> dict[str, Any]:
@@ -155,6 +165,7 @@ def collect() -> dict[str, Any]:
     return {
         "versions": versions(),
         "cpu": processor(),
+        "lowerings": lowerings(),
         "stale": loading.stale_cores(),
         "threads": threads(),
         "cuda": {
@@ -195,6 +206,8 @@ def show(console: Console, report: dict[str, Any] | None = None) -> None:
     else:
         forced = " (forced by FEDKERN_CPU_ISA)" if cpu["forced"] else ""
         add("CPU core", f"{cpu['active']}{forced}; this machine can run {', '.join(cpu['available'])}")
+    for line in _lowerings(report["lowerings"]):
+        add("lowerings", line)
     if report["stale"]:
         from fedkern.ops import loading
 
@@ -229,6 +242,22 @@ def show(console: Console, report: dict[str, Any] | None = None) -> None:
     for (name, reason), who in reasons.items():
         scope = "all operators" if len(who) == counts[name] else ", ".join(who)
         say(console, f"{name} does not serve {scope}: {reason}")
+
+
+def _lowerings(found: dict[str, Any]) -> list[str]:
+    if "problem" in found:
+        return [f"none: {found['problem']}"]
+    if found["kind"] == "none":
+        known = "; ".join(found["measured_on"])
+        lines = [f"table {found['table']}: none is of this processor, fedkern's are of {known}: FusedBlocks computes "
+                 "one branch after another unless another way is far ahead there; python -m fedkern.run tune measures "
+                 "this processor"]  # fmt: skip
+    else:
+        whose = {"own": "your own", "shipped": "of fedkern's", "named": "named by FEDKERN_LOWERINGS"}[found["kind"]]
+        counts = ", ".join(map(str, found["threads"][0]))
+        lines = [f"table {found['table']}, {whose}, measured on {found['measured_on'][0]} with {counts} "
+                 f"thread{'s' * (counts != '1')}, {found['measured'][0]}: {found['file']}"]  # fmt: skip
+    return [*lines, found["ignored"]] if found["ignored"] else lines
 
 
 def _backends(rows: list[dict[str, Any]]) -> list[str]:
