@@ -31,19 +31,15 @@ def expand(path: str | Path) -> Path:
         ) from None
 
 
-CACHE_VARIABLES = ("FEDKERN_CACHE_DIR", "XDG_CACHE_HOME", "HOME")
-"""The environment variables that decide :func:`cache_folder`."""
-
-
 def cache_folder(name: str) -> Path:
     """``$FEDKERN_CACHE_DIR/name``, by default ``$XDG_CACHE_HOME/fedkern/name`` or ``~/.cache/fedkern/name``.
 
     Raises:
         UserError: the user has no home folder, and nothing else says where.
     """
-    own, base = (os.environ.get(variable) for variable in CACHE_VARIABLES[:2])
-    if own:
+    if own := os.environ.get("FEDKERN_CACHE_DIR"):
         return expand(own) / name
+    base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else expand("~/.cache")) / "fedkern" / name
 
 

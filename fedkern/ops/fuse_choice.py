@@ -88,7 +88,7 @@ def choose(works: Sequence[Work], branches: int, channels_last: bool, direct: bo
 
 
 def serving(named: str | None = None) -> Serving:
-    """The table that decides on this processor.
+    """The table that decides on this processor; files are read once, see :func:`forget`.
 
     Args:
         named: what stands in the place of ``FEDKERN_LOWERINGS``; None for what that says.
@@ -97,7 +97,7 @@ def serving(named: str | None = None) -> Serving:
         ValueError: ``FEDKERN_LOWERINGS`` names no table.
     """
     named = os.environ.get(VARIABLE, "") if named is None else named
-    return _serving(processor(), active_isa(), named, tuple(map(os.environ.get, files.CACHE_VARIABLES)))
+    return _serving(processor(), active_isa(), named)
 
 
 def untold() -> str:
@@ -144,15 +144,15 @@ def forget() -> None:
 
 
 @functools.cache
-def _serving(here: Processor, isa: str, named: str, environment: tuple[str | None, ...]) -> Serving:
+def _serving(here: Processor, isa: str, named: str) -> Serving:
     if named and named != "shipped":
-        path = Path(named).expanduser()
         try:
+            path = files.expand(named)
             table = read_table(path)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, UserError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ValueError(
-                f"{VARIABLE} names {path}, which is no table of lowerings ({reason}); it takes shipped or a file that "
+                f"{VARIABLE} names {named}, which is no table of lowerings ({reason}); it takes shipped or a file that "
                 f"{TUNE} --out has written"
             ) from None
         return Serving("named", (table,), path, table.digest, isa)

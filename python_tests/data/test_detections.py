@@ -196,6 +196,9 @@ def test_the_file_is_readable_json(tmp_path: Path) -> None:
 
 
 def test_default_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDKERN_CACHE_DIR", str(tmp_path / "own"))
+    assert default_cache() == tmp_path / "own" / "detections"
+    monkeypatch.delenv("FEDKERN_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_cache() == tmp_path / "fedkern" / "detections"
     monkeypatch.delenv("XDG_CACHE_HOME")
