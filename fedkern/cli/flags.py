@@ -23,7 +23,7 @@ COMMANDS = {
     **TASKS,
     "attack": "how well a finished run's model tells who was in its training data",
     "list": "show the methods, data sets, models, encoders and partitioners",
-    "tune": "measure FusedBlocks' lowerings on this machine, and choose by one's own table from now on",
+    "tune": "measure FusedBlocks' ways on this processor, to choose the fastest",
     "doctor": "show versions, processor, GPU, and which backend serves which operator",
 }
 
