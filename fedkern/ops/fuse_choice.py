@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from fedkern import files
-from fedkern.errors import UserError
+from fedkern.errors import MESSAGE, UserError, printable_name
 from fedkern.inputs import standing
 from fedkern.ops import backend
 from fedkern.ops.fuse_table import LOWERINGS, Table, Work, read_table
@@ -166,6 +166,7 @@ def _serving(here: Processor, isa: str, named: str) -> Serving:
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             problem = f"{own} is ignored, it is no table of this processor's lowerings ({reason}): run {TUNE} again."
+            problem = printable_name(problem, MESSAGE)
     # A table measured with another ISA level tells the other lowerings' costs all the same.
     of_here = [entry for entry in shipped() if entry[1].covers(here)]
     for path, table in sorted(of_here, key=lambda entry: entry[1].isa != isa):

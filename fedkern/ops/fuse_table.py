@@ -210,7 +210,7 @@ def _rows(given: Any) -> tuple[Row, ...]:
     rows = []
     for kind, branches, width, size, last, grouped, separate, direct in given:
         if kind not in KINDS or not isinstance(last, bool):
-            raise _Wrong(f"it has a row of the unknown kind {kind!r}")
+            raise _Wrong(f"it has a row of the unknown kind {kind!r:.40}")
         made = Row(kind, _count(branches), _count(width), _count(size), last, _cost(grouped), _cost(separate), None)
         rows.append(made._replace(direct=None if direct is None else _cost(direct)))
     there = {(row.kind, row.channels_last) for row in rows}
@@ -229,11 +229,11 @@ def _text(value: Any) -> str:
 
 def _count(value: Any, low: int = 1) -> int:
     if type(value) is not int or not low <= value <= COUNT:
-        raise _Wrong(f"it has {value!r} where a whole number of at least {low} belongs")
+        raise _Wrong(f"it has {value!r:.40} where a whole number of at least {low} belongs")
     return value
 
 
 def _cost(value: Any) -> float:
     if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise _Wrong(f"it has the cost {value!r}")
+        raise _Wrong(f"it has the cost {value!r:.40}")
     return float(value)

@@ -155,6 +155,11 @@ def test_another_isa_level_tells_nothing_of_the_direct_way(monkeypatch) -> None:
         (lambda text: text.replace("AuthenticAMD", "GenuineIntel"), "it was measured on a processor .GenuineIntel"),
         (lambda text: text.replace('"isa": "avx512"', '"isa": "avx2"'), "it was measured on a processor .*avx2"),
         (lambda text: text + " " * (4 << 20), "it has more than"),
+        (lambda text: text.replace("9.5", f'"{"9" * 5000}"', 1), "it has the cost '9{39}"),
+        (
+            lambda text: text.replace("17, 17", "1, 1").replace("a processor", "a\\nb"),
+            r"it was measured on a\\nb \(Auth",
+        ),
     ],
 )
 def test_a_damaged_or_foreign_table_is_ignored_in_one_sentence(change, reason, monkeypatch) -> None:
