@@ -10,6 +10,7 @@ void bind_cuda_contrast(py::module_&);
 void bind_cuda_distill(py::module_&);
 void bind_cuda_distill_ensemble(py::module_&);
 void bind_cuda_fuse(py::module_&);
+void bind_cuda_optimise(py::module_&);
 
 PYBIND11_MODULE(_cuda, module) {
   module.doc() = "Compiled CUDA kernels of fedkern; use them through fedkern.ops.";
@@ -22,6 +23,7 @@ PYBIND11_MODULE(_cuda, module) {
   bind_cuda_distill(module);
   bind_cuda_distill_ensemble(module);
   bind_cuda_fuse(module);
+  bind_cuda_optimise(module);
 }
 
 }  // namespace fedkern

@@ -15,6 +15,7 @@ from fedkern.ops.distill import consensus, dual_kl, ensemble_kl, entropy, js_div
 from fedkern.ops.flat import FlatParameters
 from fedkern.ops.fuse import fuse_concat, fuse_mean
 from fedkern.ops.fuse_blocks import FusedBlocks
+from fedkern.ops.optimise import StepResult, adamw_step, sgd_step
 from fedkern.ops.torchscript import unscriptable
 
 __all__ = [
@@ -22,6 +23,8 @@ __all__ = [
     "FlatParameters",
     "FusedBlocks",
     "ServerStep",
+    "StepResult",
+    "adamw_step",
     "blend",
     "clip_and_noise",
     "clip_by_norm",
@@ -42,6 +45,7 @@ __all__ = [
     "median",
     "pairwise_distances",
     "server_step",
+    "sgd_step",
     "trimmed_mean",
     "use_backend",
     "use_isa",

@@ -42,6 +42,7 @@ CROSSOVER: dict[str, dict[int, int] | None] = {
     "contrastive": None,
     "fuse_concat": None,
     "fuse_mean": None,
+    "optimise": None,
 }
 
 

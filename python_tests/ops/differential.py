@@ -1109,6 +1109,109 @@ def check_fused_blocks(case: Case) -> None:
         assert float(far.double().mean() if far.numel() else 0) < 0.02
 
 
+# -- optimise ----------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def step_case(draw: st.DrawFn) -> Case:
+    shape = [draw(MANY)] if draw(st.booleans()) else [draw(FEW), draw(MANY)]
+    dtype = draw(dtypes)
+
+    def vector(values: str = "normal", own: bool = False) -> Case:
+        case: Case = draw(tensor(shape if own or draw(st.booleans()) else shape[-1:], dtype, values, grad=False))
+        if own and case["layout"] == "expanded":  # is refused where it is written to
+            case["layout"] = "strided"
+        return case
+
+    return {
+        "parameters": vector(own=True),
+        "gradients": vector(own=True),
+        "first": vector(own=True),
+        "second": vector("positive", own=True),
+        "anchor": vector() if draw(st.booleans()) else None,
+        "correction": vector() if draw(st.booleans()) else None,
+        "gradient_sum": vector(own=True) if draw(st.booleans()) else None,
+        "each": len(shape) == 2 and draw(st.sampled_from(["", "list", "tensor"])),
+        "lr": draw(st.sampled_from([0.1, 0.0, 1.0, 1e-3])),
+        "momentum": draw(st.sampled_from([0.0, 0.9, 0.5])),
+        "weight_decay": draw(st.sampled_from([0.0, 0.01, 1.0])),
+        "proximal": draw(st.sampled_from([0.0, 0.01, 2.0])),
+        "max_norm": draw(st.sampled_from([None, 0.5, 1e4])),
+        "betas": draw(st.sampled_from([[0.9, 0.999], [0.3, 0.5], [0.0, 0.9]])),
+        "step": draw(st.sampled_from([1, 2, 1000])),
+        "zero": draw(st.booleans()),
+    }
+
+
+def check_sgd_step(case: Case) -> None:
+    _check_step(case, adamw=False)
+
+
+def check_adamw_step(case: Case) -> None:
+    _check_step(case, adamw=True)
+
+
+def _check_step(case: Case, *, adamw: bool) -> None:
+    names = ("parameters", "gradients", "first", "second", "anchor", "correction", "gradient_sum")
+    given = {name: None if case[name] is None else make(case[name]) for name in names}
+    theta, g, first, second, anchor, correction, total = (
+        None if x is None else x.double().clone() for x in given.values()
+    )
+    assert theta is not None
+    assert g is not None
+    assert first is not None
+    assert second is not None
+    rows = theta.shape[0] if theta.dim() == 2 else 1
+    each = [case["lr"] * (m + 1) for m in range(rows)] if case["each"] else [case["lr"]] * rows
+    lr = torch.tensor(each, dtype=torch.float64)[:, None] if theta.dim() == 2 else case["lr"]
+    rates: Any = (
+        each if case["each"] == "list" else torch.tensor(each, dtype=torch.float64) if case["each"] else case["lr"]
+    )
+    raw = g
+    if correction is not None:
+        g = g + correction
+    if anchor is not None:
+        g = g + case["proximal"] * (theta - anchor)
+    squared = g.square().sum(-1)
+    if case["max_norm"] is not None:
+        g = g * (case["max_norm"] / squared.sqrt().clamp_min(case["max_norm"])).unsqueeze(-1)
+    decay = case["weight_decay"]
+    settings = {
+        "lr": rates, "weight_decay": decay, "anchor": given["anchor"], "correction": given["correction"],
+        "proximal": case["proximal"] if anchor is not None else 0.0, "gradient_sum": given["gradient_sum"],
+        "max_norm": case["max_norm"], "zero": case["zero"],
+    }  # fmt: skip
+    if adamw:
+        (beta1, beta2), t = case["betas"], case["step"]
+        first = beta1 * first + (1 - beta1) * g
+        second = beta2 * second + (1 - beta2) * g**2
+        below = (second / (1 - beta2**t)).sqrt() + 1e-3
+        theta = theta * (1 - lr * decay) - lr / (1 - beta1**t) * first / below
+        got = ops.adamw_step(
+            given["parameters"], given["gradients"], given["first"], given["second"], t, betas=tuple(case["betas"]),
+            eps=1e-3, **settings,
+        )  # fmt: skip
+    else:
+        g = g + decay * theta
+        if case["momentum"]:
+            g = first = case["momentum"] * first + g
+        theta = theta - lr * g
+        velocity = given["first"] if case["momentum"] else None
+        got = ops.sgd_step(given["parameters"], given["gradients"], velocity, momentum=case["momentum"], **settings)
+    # What is rounded on the way is as large as this.
+    size = 4.0 * max(1.0, float(case["lr"]) * rows) * (1 + case["proximal"]) * 10
+    wanted = {"parameters": theta, "first": first, "second": second if adamw else None}
+    wanted["gradient_sum"] = None if total is None else total + raw
+    for name, expected in wanted.items():
+        tensor_ = given[name]
+        if expected is not None and tensor_ is not None:
+            assert_close(name, tensor_, expected, relative=1e-5, absolute=1e-6 * size)
+    assert not case["zero"] or given["gradients"] is None or not given["gradients"].any()
+    torch.testing.assert_close(got.squared_norm, squared, rtol=1e-4, atol=1e-6)
+    assert got.finite.shape == squared.shape
+    assert bool(got.finite.all())
+
+
 OPERATORS: dict[str, tuple[st.SearchStrategy[Case], Callable[[Case], None]]] = {
     "blend": (blend_case(), check_blend),
     "erase_boxes": (boxes_case(), check_erase_boxes),
@@ -1130,6 +1233,8 @@ OPERATORS: dict[str, tuple[st.SearchStrategy[Case], Callable[[Case], None]]] = {
     "pairwise_distances": (vectors_case(), check_pairwise_distances),
     "clip_by_norm": (clip_case(), check_clip_by_norm),
     "clip_and_noise": (clip_case(), check_clip_and_noise),
+    "sgd_step": (step_case(), check_sgd_step),
+    "adamw_step": (step_case(), check_adamw_step),
     "fuse_concat": (fuse_case(), check_fuse),
     "fuse_mean": (fuse_case(), check_fuse),
     "FusedBlocks": (blocks_case(), check_fused_blocks),

@@ -245,6 +245,23 @@ def _server_steps(draw: Draw, vectors: Any, weights: list[float], dtype: torch.d
         yield Case("server_step", {**given, **more, "out": draw(0, dtype=dtype, layout="contiguous")})
 
 
+def _optimised(draw: Draw) -> Iterator[Case]:
+    terms = ("anchor", "correction", "gradient_sum")
+    for shape, given, max_norm in itertools.product(((0,), (3, 0), (0, 4)), (False, True), (None, 1.0)):
+        dtype = draw.dtype()
+        tensors = {name: draw(*shape, dtype=dtype) for name in ("parameters", "gradients", *terms)}
+        if not given:
+            tensors = {name: tensors[name] for name in ("parameters", "gradients")}
+        more: dict[str, Any] = {"lr": 0.1} if max_norm is None else {"lr": 0.1, "max_norm": max_norm}
+        if given:
+            more |= {"proximal": 0.3, "zero": True, "weight_decay": 0.1}
+        momentum = {"velocity": draw(*shape, dtype=dtype), "momentum": 0.9} if given else {}
+        yield Case("sgd_step", {**tensors, **more, **momentum})
+        moments = {name: draw(*shape, dtype=dtype) for name in ("first", "second")}
+        betas = {"betas": (0.8, 0.9), "eps": 0.1} if given else {}
+        yield Case("adamw_step", {**tensors, **moments, "step": 2, **more, **betas})
+
+
 def _fused(draw: Draw) -> Iterator[Case]:
     shapes = ((0, 2, 3, 4), (2, 2, 0, 4), (2, 0, 3, 4), (0, 2), (2, 0), (0, 2, 5))
     for shape, scale, shift, activation in itertools.product(shapes, (False, True), (False, True), (None, "relu")):
@@ -272,7 +289,7 @@ def _fused(draw: Draw) -> Iterator[Case]:
 def cases() -> Iterator[Case]:
     """All of them, the same every time."""
     draw = Draw()
-    for part in (_blend, _boxes, _divergences, _stacks, _contrastive, _aggregates, _fused):
+    for part in (_blend, _boxes, _divergences, _stacks, _contrastive, _aggregates, _optimised, _fused):
         yield from part(draw)
 
 

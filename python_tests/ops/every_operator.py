@@ -14,7 +14,9 @@ from torch import Tensor
 from fedkern import ops
 
 # What ops exports beside operators: classes with tests of their own, and switches.
-NO_OPERATORS = {"Accumulator", "FlatParameters", "FusedBlocks", "ServerStep", "empty_cache", "use_backend", "use_isa"}
+NO_OPERATORS = {
+    "Accumulator", "FlatParameters", "FusedBlocks", "ServerStep", "StepResult", "empty_cache", "use_backend", "use_isa",
+}  # fmt: skip
 
 
 # Operators of torch.library that no public function calls with ordinary arguments.
@@ -34,6 +36,7 @@ class Operator:
         vmap: whether it has a batching rule; the others raise.
         positive: which tensors must not be negative (weights).
         changed: which tensors it writes to.
+        alike: whether what it writes to has the dtype of the others, and any strides.
         compiled: whether one core computes all of it.  Parts that torch's own operators compute have bits that depend
             on the number of threads, and would wait for lost threads in a forked child.
     """
@@ -46,6 +49,7 @@ class Operator:
     vmap: bool = True
     positive: tuple[int, ...] = ()
     changed: tuple[int, ...] = ()
+    alike: bool = False
     compiled: bool = True
 
     def inputs(self, dtype: torch.dtype = torch.float32, *, large: bool = False, seed: int = 0) -> list[Tensor]:
@@ -87,6 +91,18 @@ def _boxes(images: Tensor) -> Tensor:
 
 def _index(x: Tensor) -> Tensor:
     return _index_on(x.shape[0], x.device)
+
+
+def _sgd_step(p: Tensor, g: Tensor, v: Tensor, a: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, ...]:
+    step = ops.sgd_step(
+        p, g, v, lr=0.1, momentum=0.9, weight_decay=0.01, anchor=a, proximal=0.3, correction=c, gradient_sum=s,
+        max_norm=2.0,
+    )  # fmt: skip
+    return step.squared_norm, p, v, s
+
+
+def _adamw_step(p: Tensor, g: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, ...]:
+    return ops.adamw_step(p, g, first, second, 3, lr=0.1).squared_norm, p, first, second
 
 
 _LOGITS, _MANY = (4, 7), (2048, 300)
@@ -214,6 +230,37 @@ OPERATORS = [
         vmap=False,
         positive=(3,),
         changed=(2, 3),
+    ),
+    Operator(
+        "sgd_step",
+        lambda p, g: (ops.sgd_step(p, g, lr=0.1).squared_norm, p),
+        ((33,),) * 2,
+        ((400_000,),) * 2,
+        gradient=False,
+        vmap=False,
+        changed=(0,),
+        alike=True,
+    ),
+    Operator(
+        "sgd_step terms",
+        _sgd_step,
+        ((5, 33),) * 6,
+        ((3, 100_000),) * 6,
+        gradient=False,
+        vmap=False,
+        changed=(0, 2, 5),
+        alike=True,
+    ),
+    Operator(
+        "adamw_step",
+        _adamw_step,
+        ((33,),) * 4,
+        ((400_000,),) * 4,
+        gradient=False,
+        vmap=False,
+        positive=(3,),
+        changed=(0, 2, 3),
+        alike=True,
     ),
     Operator(
         "fuse_concat",

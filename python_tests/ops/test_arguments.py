@@ -131,6 +131,19 @@ NO_CHOICE: dict[str, Callable[[Any], Any]] = {
     "number": lambda right: 3,
     "list": lambda right: [right],
 }
+NO_BETAS: dict[str, Callable[[Any], Any]] = {
+    "none": lambda right: None,
+    "number": lambda right: 0.9,
+    "text": lambda right: "ab",
+    "set": set,
+    "one": lambda right: right[:1],
+    "text within": lambda right: (0.9, "a"),
+    "none within": lambda right: (None, 0.9),
+    "too large within": lambda right: (0.9, 10**400),
+    "one within": lambda right: (0.9, 1.0),
+    "negative within": lambda right: (-0.1, 0.9),
+    "not a number within": lambda right: (0.9, math.nan),
+}
 NO_FILL = {
     **{name: make for name, make in NO_NUMBER.items() if name not in ("list", "not a number", "tensor of two")},
     "complex within": lambda right: [0.0, 1j],
@@ -155,6 +168,8 @@ KINDS = {
     "optional weights": NO_WEIGHTS,
     "fill": NO_FILL,
     "choice": NO_CHOICE,
+    "betas": NO_BETAS,
+    "flag": {"text": lambda right: "yes", "number": lambda right: 1, "none": lambda right: None},
     "optional choice": {k: v for k, v in NO_CHOICE.items() if k != "none"},
 }
 
@@ -183,6 +198,16 @@ _FUSE = Public(
      "activation": "relu"},
     {"features": "tensors", "scale": "optional tensor", "shift": "optional tensor", "activation": "optional choice"},
 )  # fmt: skip
+# What both steps take, with its kind.
+_STEP: dict[str, tuple[Any, str]] = {
+    "weight_decay": (0.01, "number"),
+    "anchor": (torch.zeros(6), "tensor"),
+    "proximal": (0.3, "number"),
+    "correction": (torch.full((6,), 0.5), "optional tensor"),
+    "gradient_sum": (torch.zeros(6), "optional tensor"),
+    "max_norm": (1.0, "optional number"),
+    "zero": (True, "flag"),
+}
 
 PUBLIC = {
     "blend": Public(
@@ -251,6 +276,19 @@ PUBLIC = {
         {"global_": "tensor", "vectors": "tensors", "weights": "weights", "rule": "choice", "first": "tensor",
          "second": "tensor", "learning_rate": "optional number", "beta1": "optional number",
          "beta2": "optional number", "tau": "optional number", "out": "optional tensor"},
+    ),
+    "sgd_step": Public(
+        {"parameters": torch.ones(6), "gradients": torch.ones(6), "velocity": torch.zeros(6), "lr": 0.1,
+         "momentum": 0.9, **{name: value for name, (value, _) in _STEP.items()}},
+        {"parameters": "tensor", "gradients": "tensor", "velocity": "tensor", "lr": "number", "momentum": "number",
+         **{name: kind for name, (_, kind) in _STEP.items()}},
+    ),
+    "adamw_step": Public(
+        {"parameters": torch.ones(6), "gradients": torch.ones(6), "first": torch.zeros(6), "second": torch.zeros(6),
+         "step": 2, "lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-6,
+         **{name: value for name, (value, _) in _STEP.items()}},
+        {"parameters": "tensor", "gradients": "tensor", "first": "tensor", "second": "tensor", "step": "count",
+         "lr": "number", "betas": "betas", "eps": "number", **{name: kind for name, (_, kind) in _STEP.items()}},
     ),
     "fuse_concat": _FUSE,
     "fuse_mean": _FUSE,

@@ -20,12 +20,14 @@ from fedkern.ops.aggregate_kernels import RULES, ServerRule
 from fedkern.ops.distill_common import BATCHMEAN, LOGITS, MEAN, NONE, PROBS
 from fedkern.ops.distill_kernels import Divergence, Ensemble
 from fedkern.ops.fuse_kernels import FuseNeeds
+from fedkern.ops.optimise_kernels import AdamW, Call
 from fedkern.ops.triton.aggregate import TritonAggregate
 from fedkern.ops.triton.blend import TritonBlend
 from fedkern.ops.triton.boxes import TritonBoxes
 from fedkern.ops.triton.contrast import TritonContrast
 from fedkern.ops.triton.distill import TritonDistill
 from fedkern.ops.triton.fuse import TritonFuse
+from fedkern.ops.triton.optimise import TritonOptimise
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Case = tuple[str, Callable[[], Any]]
@@ -63,10 +65,10 @@ def cases(full: bool) -> Iterator[Case]:
     Otherwise some of them, spread over all, that compile in less than a minute.
     """
     families = (
-        blend_cases, boxes_cases, contrast_cases, distill_cases, ensemble_cases, aggregate_cases, fuse_cases, size_one,
-        weights_cases,
+        blend_cases, boxes_cases, contrast_cases, distill_cases, ensemble_cases, aggregate_cases, optimise_cases,
+        fuse_cases, size_one, weights_cases,
     )  # fmt: skip
-    for family, step in zip(families, (2, 2, 1, 3, 2, 1, 1, 1, 1), strict=True):
+    for family, step in zip(families, (2, 2, 1, 3, 2, 1, 1, 1, 1, 1), strict=True):
         yield from itertools.islice(family(full), 0, None, 1 if full else step)
 
 
@@ -134,6 +136,18 @@ def contrast_cases(full: bool) -> Iterator[Case]:
                 label = f"contrast {dtype} {count} {'learnt' if temperature is learnt else ''}"
                 yield f"{label} loss", lambda: kernel.loss_and_sums(x, x, temperature)
                 yield f"{label} gradient", lambda: kernel.gradients(x, x, temperature, sums, (True, True, True))
+
+
+def optimise_cases(full: bool) -> Iterator[Case]:
+    kernel = TritonOptimise()
+    numbers = AdamW(0.9, 0.999, 0.1, 0.03, 1e-8)
+    for number, dtype in enumerate(DTYPES if full else (torch.float32,)):
+        x = torch.empty(3, 5000, dtype=dtype)
+        plain = Call(x, x, None, None, None, None, None, 0.1, 0.0, 0.0, 0.0, None, False, None)
+        every = Call(x, x, x, None, x, x, x, [0.1, 0.2, 0.3], 0.9, 0.1, 0.3, 1.0, True, None)
+        adamw = Call(x, x, x, x, None, None, None, 0.1, 0.0, 0.1, 0.0, None, True, numbers)
+        for label, call in (("sgd", plain), ("sgd with all", every), ("adamw", adamw)):
+            yield f"optimise {dtype} {label} {number}", lambda: kernel.step(call)
 
 
 # Rows of each kind: in one tile and in several, whole and in pieces, in parts, and with the positions side by side.
