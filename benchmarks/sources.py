@@ -25,6 +25,7 @@ GROUPS = {
     "blend": ("blend", "boxes"),
     "contrast": ("contrast",),
     "distill": ("consensus", "dual_kl", "ensemble_kl", "entropy", "js_div", "kl_div"),
+    "optimise": ("optimise",),
     "fuse": ("fuse_concat", "fuse_mean", "fused_adaptors", "fused_blocks"),
 }
 FAMILIES = {group: family for family, groups in GROUPS.items() for group in groups}

@@ -1,0 +1,188 @@
+"""sgd_step and adamw_step against torch.optim, the same in eager operations, and torch.compile.
+
+A federated client's network is one flat vector, and so it is for torch.optim here: one parameter.  Everybody leaves the
+gradient's squared norm for the records, as the engine's training loop needs it, and zeros in the gradients for the next
+batch.  Model bytes: parameters, gradients and states read once and written once, the method's vectors read once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from contestants import Contestant
+from harness import compare
+from torch import Tensor
+
+from fedkern import ops
+
+SIZES = [1_000, 20_000, 200_000, 1_000_000, 11_000_000]
+LR, MOMENTUM, DECAY, MU, CLIP = 1e-4, 0.9, 1e-4, 0.01, 10.0
+BETAS, EPS = (0.9, 0.999), 1e-8
+
+
+class Case:
+    """One optimiser's vectors; every contestant has its own.
+
+    Attributes:
+        method: "" for plain SGD with momentum, "fedprox", "scaffold", or "clip", which clips the gradient's norm.
+    """
+
+    def __init__(self, size: int, method: str = "") -> None:
+        torch.manual_seed(0)
+        self.start, self.method = torch.randn(size), method
+        self.anchor, self.correction = torch.randn(size), 0.01 * torch.randn(size)
+
+    def held(self, count: int) -> list[Tensor]:
+        """The parameters, the gradients, and states of zeros."""
+        return [self.start.clone(), 0.01 * self.start, *(torch.zeros_like(self.start) for _ in range(count))]
+
+    def sgd(self) -> Callable[[], Tensor]:
+        theta, g, v, total = self.held(2)
+        settings: dict[str, Any] = {"lr": LR, "momentum": MOMENTUM, "weight_decay": DECAY, "zero": True}
+        if self.method == "fedprox":
+            settings |= {"anchor": self.anchor, "proximal": MU}
+        if self.method == "scaffold":
+            settings |= {"correction": self.correction, "gradient_sum": total}
+        if self.method == "clip":
+            settings |= {"max_norm": CLIP}
+        return lambda: ops.sgd_step(theta, g, v, **settings).squared_norm
+
+    def eager_sgd(self) -> Callable[[], Tensor]:
+        """The expressions of the engine's training loop."""
+        theta, g, v, total = self.held(2)
+        method = self.method
+
+        def run() -> Tensor:
+            if method == "scaffold":
+                total.add_(g)
+                g.add_(self.correction)
+            if method == "fedprox":
+                g.add_(theta - self.anchor, alpha=MU)
+            squared = torch.dot(g, g)
+            if method == "clip":
+                g.mul_(CLIP / squared.sqrt().clamp_min(CLIP))
+            g.add_(theta, alpha=DECAY)
+            v.mul_(MOMENTUM).add_(g)
+            theta.add_(v, alpha=-LR)
+            g.zero_()
+            return squared
+
+        return run
+
+    def compiled_sgd(self) -> Callable[[], Tensor]:
+        theta, g, v, total = self.held(2)
+        method, anchor, correction = self.method, self.anchor, self.correction
+
+        def step(theta: Tensor, g: Tensor, v: Tensor, total: Tensor) -> Tensor:
+            gradient = g
+            if method == "scaffold":
+                total.add_(g)
+                gradient = g + correction
+            if method == "fedprox":
+                gradient = g + MU * (theta - anchor)
+            squared = gradient.square().sum()
+            if method == "clip":
+                gradient = gradient * (CLIP / squared.sqrt().clamp_min(CLIP))
+            v.mul_(MOMENTUM).add_(gradient + DECAY * theta)
+            theta.sub_(LR * v)
+            g.zero_()
+            return squared
+
+        function = torch.compile(step, dynamic=False)
+        return lambda: function(theta, g, v, total)
+
+    def optim_sgd(self, **kind: bool) -> Contestant:
+        return self._optim(lambda leaf: torch.optim.SGD([leaf], LR, MOMENTUM, weight_decay=DECAY, **kind))
+
+    def adamw(self) -> Callable[[], Tensor]:
+        theta, g, first, second = self.held(2)
+        step = 0
+
+        def run() -> Tensor:
+            nonlocal step
+            step += 1
+            found = ops.adamw_step(
+                theta, g, first, second, step, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, zero=True
+            )
+            return found.squared_norm
+
+        return run
+
+    def eager_adamw(self) -> Callable[[], Tensor]:
+        theta, g, first, second = self.held(2)
+        step = 0
+
+        def run() -> Tensor:
+            nonlocal step
+            step += 1
+            squared = torch.dot(g, g)
+            theta.mul_(1 - LR * DECAY)
+            first.lerp_(g, 1 - BETAS[0])
+            second.mul_(BETAS[1]).addcmul_(g, g, value=1 - BETAS[1])
+            scale = second.sqrt().div_((1 - BETAS[1] ** step) ** 0.5).add_(EPS)
+            theta.addcdiv_(first, scale, value=-LR / (1 - BETAS[0] ** step))
+            g.zero_()
+            return squared
+
+        return run
+
+    def optim_adamw(self, **kind: bool) -> Contestant:
+        return self._optim(lambda leaf: torch.optim.AdamW([leaf], LR, BETAS, EPS, DECAY, **kind))
+
+    def _optim(self, make: Callable[[torch.nn.Parameter], torch.optim.Optimizer]) -> Callable[[], Tensor]:
+        theta, g = self.held(0)
+        leaf = torch.nn.Parameter(theta)
+        leaf.grad = g
+        optimizer = make(leaf)
+
+        def run() -> Tensor:
+            squared = torch.dot(g, g)
+            optimizer.step()
+            g.zero_()
+            return squared
+
+        return run
+
+
+KINDS: dict[str, dict[str, bool]] = {
+    "plain": {"foreach": False},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("size", SIZES)
+def test_sgd(benchmark: Any, size: int, threads: int) -> None:
+    case = Case(size)
+    runs: dict[str, Contestant] = {"fedkern": case.sgd(), "eager": case.eager_sgd(), "compile": case.compiled_sgd()}
+    runs |= {f"torch.optim.SGD {name}": case.optim_sgd(**kind) for name, kind in KINDS.items()}
+    compare(
+        benchmark, "optimise", f"sgd P={size:,}", runs, model_bytes=6 * size * 4, copy=True, threads=threads, pairs=15
+    )
+
+
+@pytest.mark.parametrize("method", ["fedprox", "scaffold", "clip"])
+@pytest.mark.parametrize("size", SIZES)
+def test_terms(benchmark: Any, size: int, method: str) -> None:
+    case = Case(size, method)
+    runs: dict[str, Contestant] = {"fedkern": case.sgd(), "eager": case.eager_sgd(), "compile": case.compiled_sgd()}
+    passes = {"fedprox": 7, "scaffold": 9, "clip": 7}[method]
+    compare(
+        benchmark, "optimise", f"sgd {method} P={size:,}", runs, model_bytes=passes * size * 4, copy=True, threads=1,
+        pairs=15,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("size", SIZES)
+def test_adamw(benchmark: Any, size: int, threads: int) -> None:
+    case = Case(size)
+    runs: dict[str, Contestant] = {"fedkern": case.adamw(), "eager": case.eager_adamw()}
+    runs |= {f"torch.optim.AdamW {name}": case.optim_adamw(**kind) for name, kind in KINDS.items()}
+    compare(
+        benchmark, "optimise", f"adamw P={size:,}", runs, model_bytes=8 * size * 4, copy=True, threads=threads, pairs=15
+    )
