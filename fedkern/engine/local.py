@@ -189,7 +189,8 @@ def train(
     totals: dict[str, float] = {}
     seen: dict[str, int] = {}
     done = 0
-    adjusts = type(method).adjust_gradient is not Objective.adjust_gradient
+    kind = type(method)
+    adjusts = kind.adjust_gradient is not Objective.adjust_gradient or kind.terms is not Objective.terms
     for epoch, plan in enumerate(epochs(len(data) if rows is None else len(rows), schedule, orders)):
         observations: list[Tensor] = []
         names: list[tuple[str, ...]] = []

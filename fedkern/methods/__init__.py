@@ -46,6 +46,7 @@ from fedkern.methods.local import Local
 from fedkern.methods.moon import Moon
 from fedkern.methods.oneshot import OneShotFedAvg
 from fedkern.methods.scaffold import Scaffold
+from fedkern.methods.terms import GradientSum, Terms
 
 __all__ = [
     "AFL",
@@ -71,6 +72,7 @@ __all__ = [
     "FedProx",
     "Federation",
     "FuseFL",
+    "GradientSum",
     "Local",
     "LocalTraining",
     "Maybe",
@@ -86,6 +88,7 @@ __all__ = [
     "Scaffold",
     "Server",
     "Step",
+    "Terms",
     "Upload",
     "Values",
     "get",

@@ -22,10 +22,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from fedkern.methods.base import VECTORS, Client, ClientId, Message, Received, Server, Step, Upload, option, register
 from fedkern.methods.fedavg import FedAvg
+from fedkern.methods.terms import Terms
 
 
 @register("feddyn")
@@ -56,13 +56,13 @@ class FedDyn(FedAvg):
 
     def client_update(self, client: Client, step: Step, message: Message) -> Message:
         before = client.state.get("gradient", torch.zeros_like(message["parameters"]))
-        result = super().client_update(client, step, {**message, "gradient": before.to(client.device)})
+        result = super().client_update(client, step, {**message, "correction": -before.to(client.device)})
         client.state["gradient"] = before - message["alpha"] * (result["parameters"] - message["parameters"])
         return result
 
-    def adjust_gradient(self, parameters: Tensor, gradients: Tensor, received: Received) -> None:
-        gradients.sub_(received.message["gradient"])
-        gradients.add_(parameters - received.parameters, alpha=received.message["alpha"])
+    def terms(self, received: Received) -> Terms:
+        message = received.message
+        return Terms(correction=message["correction"], anchor=received.parameters, proximal=message["alpha"])
 
     def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
         before, present = server.state["parameters"], 0

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from fedkern.methods.base import Received, option, register
 from fedkern.methods.fedavg import FedAvg
+from fedkern.methods.terms import Terms
 
 
 @register("fedprox")
@@ -18,6 +17,5 @@ class FedProx(FedAvg):
     class Options(FedAvg.Options):
         mu: float = option(0.01, "weight of the proximal term", low=0)
 
-    def adjust_gradient(self, parameters: Tensor, gradients: Tensor, received: Received) -> None:
-        if self.options.mu:
-            gradients.add_(parameters - received.parameters, alpha=self.options.mu)
+    def terms(self, received: Received) -> Terms | None:
+        return Terms(anchor=received.parameters, proximal=self.options.mu) if self.options.mu else None

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +39,7 @@ from fedkern.methods.base import (
 )
 from fedkern.methods.fedavg import FedAvg
 from fedkern.methods.pairs import supervised_loss
+from fedkern.methods.terms import GradientSum, Terms
 from fedkern.models.norms import fix_statistics
 
 # Images of one backward pass at the received model, and of one whose answers are as large as the images.
@@ -74,21 +74,18 @@ class Scaffold(FedAvg):
 
     def client_update(self, client: Client, step: Step, message: Message) -> Message:
         own = client.state.get("control", torch.zeros_like(message["control"]))
-        path: dict[str, Any] = {"sum": torch.zeros_like(own, device=client.device), "steps": 0}
+        path = GradientSum(torch.zeros_like(own, device=client.device))
         correction = (message["control"] - own).to(client.device)
         result = super().client_update(client, step, {**message, "correction": correction, "path": path})
-        new = self.gradient(client, step, message) if self.options.control == "I" else path["sum"] / path["steps"]
+        new = self.gradient(client, step, message) if self.options.control == "I" else path.mean()
         client.state["control"] = new.cpu()
         return {**result, "control": new.cpu() - own}
 
     def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
         return {**super().expects(server, step, client, message), "control": server.state["control"]}
 
-    def adjust_gradient(self, parameters: Tensor, gradients: Tensor, received: Received) -> None:
-        path = received.message["path"]
-        path["sum"].add_(gradients)
-        path["steps"] += 1
-        gradients.add_(received.message["correction"])
+    def terms(self, received: Received) -> Terms:
+        return Terms(correction=received.message["correction"], gradient_sum=received.message["path"])
 
     def gradient(self, client: Client, step: Step, message: Message) -> Tensor:
         """The gradient of the mean loss over all of the client's samples at the received model, fp32 [P]."""

@@ -19,6 +19,7 @@ from fedkern.methods.protocol import (
     Samples,
     Step,
 )
+from fedkern.methods.terms import Terms
 from fedkern.privacy import DPSGD, Unit
 
 
@@ -33,8 +34,18 @@ class Objective:
         """Random draws that belong to a batch; what it returns becomes ``batch.drawn``."""
         return {}
 
+    def terms(self, received: Received) -> Terms | None:
+        """What is added to the gradient of every step of the exchange; asked for before its first step."""
+        return None
+
     def adjust_gradient(self, parameters: Tensor, gradients: Tensor, received: Received) -> None:
-        """Changes ``gradients`` [P] in place, after the backward pass and before the optimiser."""
+        """Changes ``gradients`` [P] in place, after the backward pass and before the optimiser.
+
+        For what :meth:`terms` cannot say: those are added here, unless this is overridden.
+        """
+        terms = self.terms(received)
+        if terms is not None:
+            terms.add_to(gradients, parameters)
 
 
 class Place(Protocol):
