@@ -28,6 +28,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--gate", action="store_true", help="fail where a speed-up is below benchmarks/floors.toml")
     group.addoption("--gate-short", action="store_true", help="two short rows per operator, less strictly, in a minute")
     group.addoption("--floors", type=Path, default=gate.FLOORS, help="another floors.toml for --gate")
+    group.addoption(
+        "--rounds", default="", choices=("small", "full"), help="play bench_rounds.py's rounds: hours, or a small trial"
+    )
+    group.addoption(
+        "--environment", action="append", default=[], metavar="FRAMEWORK=DIR", help="a framework's virtual environment"
+    )
+    group.addoption("--data-root", type=Path, help="folder of CIFAR-10's binary files for bench_rounds.py")
     group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the operators run")
 
 
@@ -42,6 +49,15 @@ def pytest_configure(config: pytest.Config) -> None:
         harness.SETTINGS.recorder = records.Recorder(
             harness.machine, config.getoption("--results"), collected=_collected, anew=config.getoption("--anew")
         )
+    harness.SETTINGS.rounds = config.getoption("--rounds")
+    harness.SETTINGS.data_root = config.getoption("--data-root")
+    for given in config.getoption("--environment"):
+        framework, _, folder = given.partition("=")
+        if not (Path(folder) / "bin" / "python").exists():
+            raise pytest.UsageError(f"--environment {given}: expected FRAMEWORK=DIR with a DIR/bin/python")
+        harness.SETTINGS.environments[framework] = Path(folder).absolute()
+    if config.getoption("--record") and harness.SETTINGS.rounds == "small":
+        raise pytest.UsageError("--rounds small is a trial, which --record does not take")
     if config.getoption("--gate") or harness.SETTINGS.short:
         if config.getoption("--record"):
             raise pytest.UsageError("--record measures at length and without a gate; run it alone")

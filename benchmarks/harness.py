@@ -18,7 +18,8 @@ import contextlib
 import statistics
 import sys
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import gate
@@ -47,12 +48,18 @@ class Settings:
         floors: what a measurement must not fall below, or None.
         short: measure only briefly, without the contestants that must be compiled first.
         recorder: what takes the rows where they are recorded, or None.
+        rounds: whether bench_rounds.py plays its rounds: "", "small" (a trial) or "full".
+        environments: folders of virtual environments, by the framework that each one has.
+        data_root: folder of CIFAR-10's binary files, or None.
     """
 
     device: str = "cpu"
     floors: gate.Floors | None = None
     short: bool = False
     recorder: Recorder | None = None
+    rounds: str = ""
+    environments: dict[str, Path] = field(default_factory=dict)
+    data_root: Path | None = None
 
 
 SETTINGS = Settings()
@@ -110,7 +117,7 @@ def compare(
         pytest.fail(refusal, pytrace=False)
     before = torch.get_num_threads()
     used = (threads or before) if where.type == "cpu" else 1
-    floor = _floor((group, case, where.type, used, loaded))
+    floor = floor_here((group, case, where.type, used, loaded))
     runs = {name: run for name, run in contestants.items() if not isinstance(run, Absent)}
     if SETTINGS.short:
         runs = {name: run for name, run in runs.items() if not gate.slow(name)}
@@ -156,14 +163,19 @@ def compare(
     )
     benchmark.group = group
     benchmark.extra_info.update(comparison.record())
+    conclude(comparison, verdict)
+    return comparison
+
+
+def conclude(comparison: Comparison, verdict: gate.Verdict) -> None:
+    """Shows and records a measured row; the test fails or is skipped where the gate says so."""
     COMPARISONS.append(comparison)
     if SETTINGS.recorder:
         SETTINGS.recorder.add(comparison)
     if verdict.outcome == "fail":
-        pytest.fail(f"{group} {case} ({comparison.where}): {verdict.reason}", pytrace=False)
+        pytest.fail(f"{comparison.group} {comparison.case} ({comparison.where}): {verdict.reason}", pytrace=False)
     if verdict.outcome == "skip":
         pytest.skip(verdict.reason)
-    return comparison
 
 
 def _gpu_floors(floors: dict[str, float] | None, copied: int, where: torch.device) -> dict[str, float]:
@@ -192,6 +204,22 @@ def _measure(
         spent = walls if walls[ours] else samples
         less = spent[over] if over else [0.0] * len(own)
         overhead = statistics.median(a - b for a, b in zip(spent[ours], less, strict=True))
+    measured, ratios = summarise(samples, ours)
+    measured |= {
+        "overhead": overhead,
+        "copy_seconds": statistics.median(copies) if copies else None,
+        "wall_seconds": {n: statistics.median(values) for n, values in walls.items() if values and n != "copy"},
+    }
+    return measured, ratios
+
+
+def summarise(samples: dict[str, list[float]], ours: str) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """What of a :class:`Comparison` follows from the contestants' times, and the pairs' ratios by contestant.
+
+    Args:
+        samples: seconds by contestant, each time beside those that it was measured among.
+    """
+    own = samples[ours]
     ratios = {
         name: [a / b for a, b in zip(values, own, strict=True)] for name, values in samples.items() if name != ours
     }
@@ -201,14 +229,11 @@ def _measure(
         "speedup": {name: statistics.median(values) for name, values in ratios.items()},
         "spread": {name: statistics.quantiles(values, n=4)[::2] for name, values in ratios.items()},
         "scatter": {name: timing.scatter(values) for name, values in samples.items()},
-        "overhead": overhead,
-        "copy_seconds": statistics.median(copies) if copies else None,
-        "wall_seconds": {n: statistics.median(values) for n, values in walls.items() if values and n != "copy"},
     }
     return measured, ratios
 
 
-def _floor(key: tuple[str, str, str, int, bool]) -> gate.Floor | None:
+def floor_here(key: tuple[str, str, str, int, bool]) -> gate.Floor | None:
     """The row's floor under ``--gate``; skips the test where there is none to hold it against."""
     if SETTINGS.floors is None:
         return None

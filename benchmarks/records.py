@@ -50,6 +50,10 @@ class Comparison:
         sources: the hash over what of csrc/ the operator is built from (see sources.py), or "" likewise.
         backend: what served: the backend that was forced, else the one that could, "cuda or triton" where both could
             (see fedkern/ops/dispatch.py); "" in rows recorded before this was noted.
+        startup_seconds: of whole runs, from the start of the process until the first round begins, by contestant.
+        first_seconds: of whole runs, the first round, which ``seconds`` leaves out, by contestant.
+        accuracy: of whole runs, what came out, by contestant.
+        tolerance: by how much these accuracies may differ.
     """
 
     group: str
@@ -78,6 +82,10 @@ class Comparison:
     core: str = ""
     sources: str = ""
     backend: str = ""
+    startup_seconds: dict[str, float] = field(default_factory=dict)
+    first_seconds: dict[str, float] = field(default_factory=dict)
+    accuracy: dict[str, float] = field(default_factory=dict)
+    tolerance: float | None = None
 
     @property
     def key(self) -> tuple[str, str, str, int, bool]:

@@ -175,6 +175,22 @@ def table(rows: Sequence[Comparison], cores: Cores) -> list[str]:
     return [*lines, *([""] if notes or absent else []), *notes, *absent]
 
 
+def whole_runs(rows: Sequence[Comparison]) -> list[str]:
+    """A line per contestant of the rows that are whole runs, with what else was measured of them; none without any."""
+    rows = [row for row in rows if row.startup_seconds]
+    if not rows:
+        return []
+    lines = ["| size | run on | contestant | a round | the first | start-up | peak memory | accuracy |"]
+    lines.append("|---|---|---|" + "---:|" * 5)
+    for row in rows:
+        for name in (row.ours, *(name for name in row.seconds if name != row.ours)):
+            peak = memory(row.peak_bytes[name]) if name in row.peak_bytes else "–"
+            cells = [row.case, row.where, name, duration(row.seconds[name]), duration(row.first_seconds[name])]
+            cells += [duration(row.startup_seconds[name]), peak, f"{100 * row.accuracy[name]:.1f} %"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
 def in_short(rows: Sequence[Comparison]) -> list[Comparison]:
     """What a reader wants first: one thread (or the GPU), nothing else running."""
     return [row for row in rows if not row.loaded and (row.threads == 1 or row.device != "cpu")]
@@ -217,6 +233,7 @@ def page(results: dict[str, list[Recorded]], cores: Cores) -> str:
             lines += [machine_line(recorded), "", f"![{group}]({recorded.name}.png)"]
             for family in families(recorded.rows):
                 lines += ["", *table(family, cores)]
+                lines += ["", *told] if (told := whole_runs(family)) else []
     return "\n".join(lines) + "\n"
 
 

@@ -1,0 +1,223 @@
+"""Rounds of FedAvg: fedkern's engine, a lean loop without a framework, and other frameworks.
+
+    python -m pytest benchmarks/bench_rounds.py --rounds full --record [--data-root DIR] \\
+        [--environment flower=DIR] [--environment fluke=DIR] [--environment pfl=DIR] [--environment fedlab=DIR] \\
+        [--environment blazefl=DIR]
+
+Every contestant plays the same rounds with the same network, first weights, images, order of samples and threads, and
+trains its clients with the same function (rounds/task.py), but for fedkern and the lean loop, whose own training is
+what is looked at.  A framework lives in a virtual environment of its own, which the command line names; one that is
+not named, or fails, stands in the table with the reason.
+
+A contestant is a process.  Contestants take turns, and a speed-up is the median over their turns.  "A round" is the
+median of a process's rounds without the first; the time from a round's beginning to the next one's counts, so that
+whatever a framework does between rounds is in it.  Nobody evaluates between rounds.  Memory, of all processes of a
+contestant together, is looked at in a play before, which is not timed.
+
+With one thread serial programs meet: fedkern's serial engine, the lean loop, frameworks that train in one process.
+With two, each takes two cores in its own way: two torch threads in one process, or two processes of one thread.
+
+``--rounds small`` is a trial of everything at a small size; ``--gate --rounds full`` holds the floors.  Without
+``--rounds`` the tests are skipped: they take hours.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gate
+import harness
+import machines
+import pytest
+import sources
+from contestants import Absent
+from records import Comparison
+from rounds import ours, setting
+from rounds.processes import Contestant, Failed, Played, play
+from rounds.setting import Setting
+from rounds.task import Task
+
+SMALL = tuple(Setting(*network, clients) for network in (("lenet", 6), ("cnn", 8)) for clients in (10, 50, 200))
+LARGE = (Setting("resnet8", 16, 10), Setting("resnet18", 64, 5, rounds=2, repeats=3))
+SETTINGS = (*SMALL, *LARGE)
+LIMIT = {"small": 300.0, "full": 3600.0}
+LEAN = "lean loop"
+# By name: the adapter, and whether it trains in processes; the others train in one.
+FRAMEWORKS = {
+    "Flower": ("flower", True),
+    "BlazeFL": ("blazefl", True),
+    "fluke": ("fluke", False),
+    "pfl": ("pfl", False),
+    "FedLab": ("fedlab", False),
+}
+SIGMAS = 3.0  # by which accuracies may differ
+
+
+def trial(one: Setting) -> Setting:
+    """The same setting in little."""
+    return replace(one, clients=min(one.clients, 4), samples=40, rounds=2, repeats=2)
+
+
+def contestants(threads: int) -> tuple[str, dict[str, Contestant | Absent]]:
+    """Who meets on so many threads, and which of them is judged."""
+    here = Path(sys.executable)
+    found: dict[str, Contestant | Absent] = {}
+    able = ours.takes_workers()
+
+    def fedkern(name: str, workers: str | None) -> None:
+        words = (workers,) if workers is not None else ()
+        found[name] = Contestant(name, "ours", here, threads, words=words)
+
+    fedkern("fedkern serial", "1" if able else None)
+    judged = "fedkern serial"
+    if threads > 1:
+        for name, workers in (("fedkern workers", str(threads)), ("fedkern auto", "auto")):
+            if able:
+                fedkern(name, workers)
+                judged = name
+            else:
+                found[name] = Absent("this fedkern has no --workers")
+    found[LEAN] = Contestant(LEAN, "lean", here, threads)
+    for name, (adapter, processes) in FRAMEWORKS.items():
+        folder = harness.SETTINGS.environments.get(adapter)
+        if processes and threads == 1:
+            continue
+        if folder is None:
+            found[name] = Absent(f"no --environment {adapter}=DIR was given")
+        else:
+            one, many = (1, threads) if processes else (threads, 1)
+            found[name] = Contestant(name, adapter, folder / "bin" / "python", one, many)
+    return judged, found
+
+
+def promises(one: Setting, threads: int, judged: str) -> dict[str, float]:
+    """The speed-ups that the project promises."""
+    if threads == 1:
+        return {LEAN: 1.0}
+    if judged != "fedkern auto" or one not in SMALL or one.clients > 50:
+        return {}
+    return {LEAN: 1.6, **{name: 3.0 if name == "Flower" else 1.5 for name in FRAMEWORKS}}
+
+
+def tolerance(accuracy: float, count: int = setting.TEST) -> float:
+    """By how much two accuracies on ``count`` test images may differ where networks differ by rounding errors alone."""
+    return SIGMAS * math.sqrt(2 * max(accuracy * (1 - accuracy), 1 / count) / count)
+
+
+def unequal(accuracy: Mapping[str, float], against: str) -> dict[str, float]:
+    """The contestants whose accuracy is not that of ``against``, within the tolerance."""
+    allowed = tolerance(accuracy[against])
+    return {name: value for name, value in accuracy.items() if abs(value - accuracy[against]) > allowed}
+
+
+def compete(
+    playing: dict[str, Contestant], task: Task, repeats: int, limit: float
+) -> tuple[dict[str, list[Played]], dict[str, Played], dict[str, str]]:
+    """Lets contestants take turns.
+
+    Returns:
+        their timed plays, as many of each; the play in which memory was looked at; and why others have none.
+    """
+    watched: dict[str, Played] = {}
+    why: dict[str, str] = {}
+    for name, who in playing.items():
+        try:
+            watched[name] = play(who, task, watch=True, limit=limit)
+        except Failed as failure:
+            why[name] = f"it does not run here: {failure}"
+    timed: dict[str, list[Played]] = {name: [] for name in watched}
+    for turn in range(repeats):
+        names = list(timed)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            try:
+                timed[name].append(play(playing[name], task, limit=limit))
+            except Failed as failure:
+                del timed[name]
+                why[name] = f"it failed in play {turn + 1}: {failure}"
+    return timed, watched, why
+
+
+def later(played: Played) -> float:
+    """The median round behind the first."""
+    return statistics.median(played.rounds[1:])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("one", SETTINGS, ids=lambda one: f"{one.model}-{one.clients}")
+def test_rounds(request: pytest.FixtureRequest, one: Setting, threads: int) -> None:
+    if not harness.SETTINGS.rounds:
+        pytest.skip("whole runs, for hours: asked for by --rounds full")
+    if threads > gate.usable_cpus():
+        pytest.skip(f"{threads} threads, but this process may use {gate.usable_cpus()}")
+    refusal = harness.SETTINGS.recorder.refusal("rounds", "cpu") if harness.SETTINGS.recorder else ""
+    if refusal:
+        pytest.fail(refusal, pytrace=False)
+    one = trial(one) if harness.SETTINGS.rounds == "small" else one
+    judged, all_of_them = contestants(threads)
+    floor = harness.floor_here(("rounds", one.case, "cpu", threads, False))
+    missing = {name: who.reason for name, who in all_of_them.items() if isinstance(who, Absent)}
+    playing = {name: who for name, who in all_of_them.items() if isinstance(who, Contestant)}
+    with tempfile.TemporaryDirectory(prefix="task-") as folder:
+        root = harness.SETTINGS.data_root
+        setting.write(one, Path(folder), None if root is None else str(root))
+        task = Task.load(folder)
+        for left in reversed(range(harness.ATTEMPTS)):
+            timed, watched, why = compete(playing, task, one.repeats, LIMIT[harness.SETTINGS.rounds])
+            if judged in why or LEAN in why:
+                pytest.fail("; ".join(f"{name}: {reason}" for name, reason in why.items()), pytrace=False)
+            measured, ratios = harness.summarise({n: [later(p) for p in plays] for n, plays in timed.items()}, judged)
+            verdict = gate.judge(floor, ratios, measured["scatter"], judged) if floor else gate.Verdict("pass")
+            if verdict.outcome != "fail" or not left:
+                break
+    accuracy = {name: plays[-1].accuracy for name, plays in timed.items()}
+    if wrong := unequal(accuracy, LEAN):
+        told = ", ".join(f"{name} {value:.4f}" for name, value in wrong.items())
+        allowed = tolerance(accuracy[LEAN])
+        pytest.fail(f"{one.case}: {told}, but the lean loop {accuracy[LEAN]:.4f} ± {allowed:.4f}", pytrace=False)
+    harness.conclude(_row(request.node.nodeid, one, threads, judged, measured, timed, watched, missing | why), verdict)
+
+
+def _row(
+    node: str,
+    one: Setting,
+    threads: int,
+    judged: str,
+    measured: dict[str, Any],
+    timed: dict[str, list[Played]],
+    watched: dict[str, Played],
+    missing: dict[str, str],
+) -> Comparison:
+    """What was measured, as a row of the house's tables."""
+    backend, core = machines.served_by("cpu")
+    accuracy = {name: plays[-1].accuracy for name, plays in timed.items()}
+    said = [f"{name}: {text}" for name, plays in timed.items() for text in plays[-1].said.values()]
+    data = "synthetic images" if harness.SETTINGS.data_root is None else "CIFAR-10"
+    return Comparison(
+        group="rounds",
+        case=one.case,
+        ours=judged,
+        threads=threads,
+        loaded=False,
+        **measured,
+        floors=promises(one, threads, judged),
+        note="; ".join([f"{data}, batches of {one.batch_size}, {one.epochs} epoch a round", *said]),
+        test=node.rpartition("benchmarks/")[2],
+        peak_bytes={name: watched[name].peak or 0 for name in timed if watched[name].peak},
+        missing=missing,
+        beside=[name for name in timed if name.startswith("fedkern") and name != judged],
+        time=machines.now(),
+        core=core,
+        sources=sources.behind(backend, core, "rounds"),
+        backend=backend,
+        startup_seconds={n: statistics.median(p.startup for p in plays) for n, plays in timed.items()},
+        first_seconds={n: statistics.median(p.rounds[0] for p in plays) for n, plays in timed.items()},
+        accuracy=accuracy,
+        tolerance=tolerance(accuracy[LEAN]),
+    )

@@ -1,0 +1,171 @@
+"""Plays a contestant in a process of its own: when its rounds began, its accuracy, the memory of all its processes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import time
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from .task import Task
+
+ROOT = Path(__file__).parents[2]
+PROC = Path("/proc")
+MARK = "FEDKERN_ROUNDS"  # in the environment of a contestant's processes, with a word of its own
+WATCH_SECONDS = 0.1
+PATIENCE_SECONDS = 5.0  # for what a contestant leaves behind
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Whom to play.
+
+    Attributes:
+        name: in the table.
+        adapter: module in this folder.
+        python: interpreter that has the framework.
+        threads: torch's threads of a process that trains.
+        workers: processes that train at once.
+        words: further arguments of the adapter.
+    """
+
+    name: str
+    adapter: str
+    python: Path
+    threads: int = 1
+    workers: int = 1
+    words: tuple[str, ...] = ()
+
+
+class Failed(Exception):
+    """A contestant did not come to its end; says why."""
+
+
+@dataclass
+class Played:
+    """What came of one play.
+
+    Attributes:
+        startup: seconds until the first round began.
+        rounds: seconds of every round but the last, which has no end.
+        accuracy: of the last global network.
+        peak: bytes of all processes at the highest point seen, where that was asked for and /proc tells it.
+        said: what the adapter says of itself.
+    """
+
+    startup: float
+    rounds: list[float]
+    accuracy: float
+    peak: int | None = None
+    said: dict[str, str] = field(default_factory=dict)
+
+
+def play(who: Contestant, task: Task, *, watch: bool = False, limit: float = 3600.0) -> Played:
+    """Plays the task's rounds.
+
+    Args:
+        watch: look at the memory all the time, which costs time: not for the plays that are timed.
+        limit: seconds after which a contestant is ended.
+
+    Raises:
+        Failed: the contestant failed, or took longer than ``limit``.
+    """
+    word = f"{MARK}={uuid.uuid4().hex}"
+    with tempfile.TemporaryDirectory(prefix="rounds-") as folder:
+        out = Path(folder)
+        command = [str(who.python), "-m", f"benchmarks.rounds.{who.adapter}", str(task.folder), str(out)]
+        command += [str(who.threads), str(who.workers), *who.words]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": str(who.threads),
+            "OMP_WAIT_POLICY": "PASSIVE",
+            MARK: word.partition("=")[2],
+        }
+        log = out / "log"
+        start = time.monotonic()
+        with log.open("wb") as written:
+            process = subprocess.Popen(
+                command, cwd=out, env=environment, stdout=written, stderr=written, start_new_session=True
+            )
+        peak = 0
+        try:
+            while process.poll() is None:
+                if time.monotonic() - start > limit:
+                    raise Failed(f"it took longer than {limit:.0f} s")
+                if watch:
+                    peak = max(peak, sum(map(resident, family(process.pid, word))))
+                time.sleep(WATCH_SECONDS)
+        finally:
+            end(process, word)
+        if process.returncode or not (out / "marks.json").exists():
+            raise Failed(last_words(log.read_text(errors="replace")) or f"exit code {process.returncode}")
+        told = json.loads((out / "marks.json").read_text())
+        marks = told["marks"]
+        accuracy = task.accuracy(torch.load(out / "final.pt", weights_only=True))
+    rounds = [after - before for before, after in itertools.pairwise(marks)]
+    return Played(marks[0] - start, rounds, accuracy, peak or None, {k: v for k, v in told["said"].items() if v})
+
+
+def last_words(log: str) -> str:
+    """The last line that a failed program wrote."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else ""
+
+
+def family(pid: int, word: str) -> list[int]:
+    """A process, its descendants, and whoever has the word in its environment (daemons have another parent)."""
+    parents: dict[int, int] = {}
+    found = {pid}
+    for entry in PROC.iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            # Behind the name, which stands in parentheses and may hold anything, come the state and the parent.
+            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            if word.encode() in (entry / "environ").read_bytes().split(b"\0"):
+                found.add(int(entry.name))
+        except (OSError, IndexError, ValueError):
+            continue  # it has ended, or is not ours
+    grown = True
+    while grown:
+        more = {child for child, parent in parents.items() if parent in found} - found
+        found |= more
+        grown = bool(more)
+    return sorted(found)
+
+
+def resident(pid: int) -> int:
+    """A process's proportional set size in bytes (shared pages divided among those who share them), 0 once it ended."""
+    for name, key in (("smaps_rollup", "Pss:"), ("status", "VmRSS:")):
+        try:
+            for line in (PROC / str(pid) / name).read_text().splitlines():
+                if line.startswith(key):
+                    return int(line.split()[1]) * 1024
+        except OSError:
+            continue
+    return 0
+
+
+def end(process: subprocess.Popen[bytes], word: str) -> None:
+    """Ends a contestant with everything that it started: gently, then not."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while time.monotonic() < deadline:
+            left = [pid for pid in family(process.pid, word) if pid != process.pid or process.poll() is None]
+            if not left:
+                return
+            for pid in left:
+                try:
+                    os.kill(pid, sign)
+                except ProcessLookupError:
+                    continue
+            time.sleep(WATCH_SECONDS)

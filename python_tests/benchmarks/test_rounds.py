@@ -1,0 +1,129 @@
+"""bench_rounds: the task that all contestants share, the processes that play it, and what a row promises."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import bench_rounds
+import harness
+import pytest
+import torch
+from contestants import Absent
+from rounds import lean, ours, setting
+from rounds.processes import Contestant, Failed, family, play, resident
+from rounds.setting import Setting
+from rounds.task import NETWORKS, Task
+
+from fedkern import models
+
+
+@pytest.fixture
+def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Task:
+    """Two clients of 20 synthetic images, two rounds."""
+    monkeypatch.setattr(setting, "TEST", 500)
+    folder = tmp_path / "task"
+    folder.mkdir()
+    setting.write(Setting("cnn", 4, 2, samples=20, rounds=1, batch_size=8), folder)
+    return Task.load(folder)
+
+
+@pytest.mark.parametrize(("name", "width"), [("cnn", 8), ("resnet8", 16), ("resnet18", 16)])
+def test_networks_are_those_of_fedkern(name: str, width: int) -> None:
+    theirs = models.build(name, classes=10, channels=3, image_size=32, seed=0, width=width)
+    plain = NETWORKS[name](width)
+    plain.load_state_dict(theirs.state_dict())
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(plain(images), theirs(images))
+
+
+def _final(task: Task, main: object, out: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+    out.mkdir()
+    monkeypatch.setattr(sys, "argv", ["adapter", str(task.folder), str(out), "1", "1"])
+    main()  # type: ignore[operator]
+    return torch.load(out / "final.pt", weights_only=True)
+
+
+def test_engine_and_lean_loop_play_the_same_rounds(task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = _final(task, lean.main, tmp_path / "lean", monkeypatch)
+    own = _final(task, ours.main, tmp_path / "ours", monkeypatch)
+    assert theirs.keys() == own.keys() == task.initial.keys()
+    for name, value in theirs.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(own[name], value, rtol=1e-3, atol=1e-4, msg=name)
+    assert any(not torch.equal(theirs[name], task.initial[name]) for name in theirs)
+
+
+def _program(folder: Path, text: str) -> Path:
+    path = folder / "program"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_a_contestant_that_fails_says_why_and_leaves_no_process_behind(task: Task, tmp_path: Path) -> None:
+    left = tmp_path / "left"
+    # A daemon: another session, another parent.
+    script = f"setsid sleep 300 >/dev/null 2>&1 &\necho $! > {left}\necho 'no such package' >&2\nexit 3"
+    with pytest.raises(Failed, match="no such package"):
+        play(Contestant("x", "x", _program(tmp_path, script)), task)
+    status = Path("/proc") / left.read_text().strip() / "stat"  # gone, or waiting for its new parent to look
+    assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] in "ZX"
+
+
+def test_a_contestant_that_takes_too_long_is_ended(task: Task, tmp_path: Path) -> None:
+    start = time.monotonic()
+    with pytest.raises(Failed, match="longer than 1 s"):
+        play(Contestant("x", "x", _program(tmp_path, "sleep 300")), task, limit=1.0)
+    assert time.monotonic() - start < 20
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is read from /proc")
+def test_memory_counts_children_and_shared_pages_once() -> None:
+    held = torch.ones(8 << 20)  # 32 MB, shared by parent and child
+    before = resident(os.getpid())
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+    try:
+        assert child in family(os.getpid(), "no such word")
+        both = resident(os.getpid()) + resident(child)
+        assert both < before + held.nbytes  # the sum of resident sizes would be twice as large
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_framework_without_an_environment_is_absent_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(harness.SETTINGS, "environments", {"fluke": tmp_path})
+    _, found = bench_rounds.contestants(2)
+    assert found["Flower"] == Absent("no --environment flower=DIR was given")
+    assert isinstance(found["fluke"], Contestant)
+    assert found["fluke"].python == tmp_path / "bin" / "python"
+
+
+def test_workers_are_contestants_where_the_settings_know_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    for able, judged in ((False, "fedkern serial"), (True, "fedkern auto")):
+        monkeypatch.setattr(bench_rounds.ours, "takes_workers", lambda able=able: able)
+        name, found = bench_rounds.contestants(2)
+        assert name == judged
+        assert isinstance(found["fedkern auto"], Contestant) == able
+        assert bench_rounds.contestants(1)[0] == "fedkern serial"
+
+
+def test_promises_are_those_of_small_networks_and_few_clients() -> None:
+    small = Setting("cnn", 8, 50)
+    assert bench_rounds.promises(small, 1, "fedkern serial") == {"lean loop": 1.0}
+    promised = bench_rounds.promises(small, 2, "fedkern auto")
+    assert (promised["lean loop"], promised["Flower"], promised["fluke"]) == (1.6, 3.0, 1.5)
+    assert bench_rounds.promises(Setting("cnn", 8, 200), 2, "fedkern auto") == {}
+
+
+def test_accuracies_beyond_the_scatter_are_named() -> None:
+    found = bench_rounds.unequal({"lean loop": 0.6, "fluke": 0.62, "pfl": 0.5}, "lean loop")
+    assert found == {"pfl": 0.5}
