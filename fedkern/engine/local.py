@@ -183,7 +183,7 @@ def train(
     network.train_mode()
     theta, gradients = network.parameters, network.gradients
     orders = client.rng("batches", step)
-    draws = client.rng("background", step)
+    draws = client.rng("background", step) if type(method).draw is not Objective.draw else None
     augmentation = client.rng("augmentation", step) if data.augment != "none" else None
     apply = stepper(network, schedule)
     totals: dict[str, float] = {}
@@ -199,7 +199,8 @@ def train(
             check()
             indices = chosen if rows is None else rows[chosen]
             batch = data.batch(indices, step, epoch, augmentation)
-            batch.drawn = method.draw(client, batch, draws)
+            if draws is not None:
+                batch.drawn = method.draw(client, batch, draws)
             try:
                 result = method.loss(network.module, batch, received)
             except ValueError as error:
@@ -249,7 +250,7 @@ def _digest(
     for (loss, squared, *rest), observed in zip(values, names, strict=True):
         done += 1
         for value, what in ((loss, "the loss"), (squared, "the gradient")):
-            if not np.isfinite(value):
+            if not math.isfinite(value):
                 raise Diverged(client, step.round, done, f"{what} is {value}")
         for name, value in zip(("loss", *observed), (loss, *rest), strict=True):
             totals[name] = totals.get(name, 0.0) + value

@@ -150,6 +150,22 @@ def test_background_bank(cache, fill, make_data, make_config):
     assert torch.equal(split.images, make_data().clients[0].images)  # the training images are untouched
 
 
+class Drawing(FedAvg):
+    """Draws something for every batch."""
+
+    def draw(self, client, batch, rng):
+        return {"number": rng.random()}
+
+
+@pytest.mark.parametrize(("method", "draws"), [(FedAvg, False), (Drawing, True)])
+def test_only_a_method_that_draws_has_a_stream_for_it(method, draws, make_data, make_config, monkeypatch):
+    asked = []
+    real = Client.rng
+    monkeypatch.setattr(Client, "rng", lambda self, name, step: asked.append(name) or real(self, name, step))
+    one_client(make_config(batch_size=8), make_data(), method())
+    assert ("background" in asked) == draws
+
+
 class Bomb(FedAvg):
     """Diverges at a chosen client, round and batch."""
 
