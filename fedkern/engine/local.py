@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedkern import ops
 from fedkern.engine.network import Network, Part, Trainable
 from fedkern.engine.samples import ClientData, batch_plan
 from fedkern.errors import UserError
 from fedkern.interrupts import check
 from fedkern.methods.base import Message, Objective, Step
+from fedkern.methods.terms import Terms
 
 if TYPE_CHECKING:
     from fedkern.engine.parties import Client
@@ -93,54 +95,36 @@ class Context:
         return self.frozen()
 
 
-def sgd(network: Network | Part | Trainable, velocity: Tensor | None, schedule: Schedule, lr: float) -> Tensor | None:
-    """One step of SGD with momentum on flat vectors, as ``torch.optim.SGD`` does it; returns the velocity."""
-    theta, gradient = network.parameters, network.gradients
-    if schedule.weight_decay:
-        gradient.add_(theta, alpha=schedule.weight_decay)
-    if schedule.momentum:
-        if velocity is None:
-            velocity = gradient.clone()
-        else:
-            velocity.mul_(schedule.momentum).add_(gradient)
-        gradient = velocity
-    theta.add_(gradient, alpha=-lr)
-    return velocity
-
-
-def adamw(
-    theta: Tensor, gradient: Tensor, weight_decay: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
-) -> Callable[[float], None]:
-    """AdamW (arXiv 1711.05101) on flat vectors, as ``torch.optim.AdamW`` does it; a function of the learning rate.
-
-    Not that class itself, whose first instance imports torch's compiler: more than a second of a short run.
-    """
-    first, second = torch.zeros_like(gradient), torch.zeros_like(gradient)
-    steps = 0
-
-    def step(lr: float) -> None:
-        nonlocal steps
-        steps += 1
-        theta.mul_(1 - lr * weight_decay)
-        first.lerp_(gradient, 1 - betas[0])
-        second.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
-        scale = second.sqrt().div_((1 - betas[1] ** steps) ** 0.5).add_(eps)
-        theta.addcdiv_(first, scale, value=-lr / (1 - betas[0] ** steps))
-
-    return step
-
-
-def stepper(network: Network | Part | Trainable, schedule: Schedule) -> Callable[[float], None]:
-    """What applies the gradients of one batch: a function of the learning rate."""
+def stepper(
+    network: Network | Part | Trainable, schedule: Schedule, terms: Terms | None
+) -> Callable[[float], ops.StepResult]:
+    """What applies the gradients of one batch, and leaves zeros for the next: a function of the learning rate."""
+    theta, gradients = network.parameters.detach(), network.gradients
+    settings: dict[str, Any] = {"weight_decay": schedule.weight_decay, "zero": True}
+    if schedule.clip_norm:
+        settings["max_norm"] = schedule.clip_norm
+    if terms is not None:
+        settings |= terms.arguments()
+    total = None if terms is None else terms.gradient_sum
     if schedule.optimizer == "adamw":
-        return adamw(network.parameters, network.gradients, schedule.weight_decay)
-    velocity: Tensor | None = None
+        first, second, steps = torch.zeros_like(gradients), torch.zeros_like(gradients), 0
 
-    def descend(lr: float) -> None:
-        nonlocal velocity
-        velocity = sgd(network, velocity, schedule, lr)
+        def adamw(lr: float) -> ops.StepResult:
+            nonlocal steps
+            steps += 1
+            if total is not None:
+                total.steps += 1
+            return ops.adamw_step(theta, gradients, first, second, steps, lr=lr, **settings)
 
-    return descend
+        return adamw
+    velocity = torch.zeros_like(gradients) if schedule.momentum else None
+
+    def sgd(lr: float) -> ops.StepResult:
+        if total is not None:
+            total.steps += 1
+        return ops.sgd_step(theta, gradients, velocity, lr=lr, momentum=schedule.momentum, **settings)
+
+    return sgd
 
 
 def epochs(count: int, schedule: Schedule, rng: np.random.Generator) -> Iterator[list[np.ndarray]]:
@@ -185,12 +169,13 @@ def train(
     orders = client.rng("batches", step)
     draws = client.rng("background", step) if type(method).draw is not Objective.draw else None
     augmentation = client.rng("augmentation", step) if data.augment != "none" else None
-    apply = stepper(network, schedule)
+    kind = type(method)
+    adjusts = kind.adjust_gradient is not Objective.adjust_gradient
+    apply = stepper(network, schedule, None if adjusts else method.terms(received))
+    gradients.zero_()
     totals: dict[str, float] = {}
     seen: dict[str, int] = {}
     done = 0
-    kind = type(method)
-    adjusts = kind.adjust_gradient is not Objective.adjust_gradient or kind.terms is not Objective.terms
     for epoch, plan in enumerate(epochs(len(data) if rows is None else len(rows), schedule, orders)):
         observations: list[Tensor] = []
         names: list[tuple[str, ...]] = []
@@ -208,15 +193,11 @@ def train(
                     raise UserError(_too_small(client)) from None
                 raise
             loss, observed = result if isinstance(result, tuple) else (result, {})
-            gradients.zero_()
             loss.backward()
             if adjusts:
                 method.adjust_gradient(theta.detach(), gradients, received)
-            squared = torch.dot(gradients, gradients)
-            if schedule.clip_norm:
-                gradients.mul_(schedule.clip_norm / squared.sqrt().clamp_min(schedule.clip_norm))
-            apply(lr)
-            observations.append(torch.stack([loss.detach(), squared, *observed.values()]))
+            stepped = apply(lr)
+            observations.append(torch.stack([loss.detach(), stepped.squared_norm, *observed.values()]))
             names.append(tuple(observed))
         done = _digest(client.id, step, observations, names, done, totals, seen)
         if after_epoch is not None:
