@@ -35,12 +35,13 @@ def blend(
 
     Args:
         foreground: ``[B, *S]``, fp32, bf16, fp16 or fp64, of any layout; the result has its memory format.
-        background: ``[N, *S]``, of the same dtype and device.
+        background: ``[N, *S]``, on the same device.
         alpha: weight of the foreground, a number in [0, 1] or a floating tensor ``[B]`` (or of no dimension).
         index: ``int64 [B]`` with values in ``[0, N)``; by default sample b meets background b, and N = B.
 
     Returns:
-        ``[B, *S]``.  fp32, bf16 and fp16 are computed in fp32 and rounded once.
+        ``[B, *S]``, of the promoted dtype of both maps.  fp32, bf16 and fp16 are computed in fp32 and rounded once;
+        every gradient has the dtype of its own tensor.
 
     Differentiable in foreground, background (a sum over the samples that used a row, in ascending order: the same bits
     every time) and a tensor alpha.  Works under torch.compile (one node), torch.func.grad, vmap and for second
@@ -63,6 +64,9 @@ def blend(
             return _Blend.call(kernel, foreground, background, alpha, 0.5, index)
         return kernel.forward(foreground, background, alpha, 0.5, index)
     _check(foreground, background, alpha, index)
+    if background.dtype != foreground.dtype:
+        dtype = torch.promote_types(foreground.dtype, background.dtype)
+        foreground, background = foreground.to(dtype), background.to(dtype)
     weights: Tensor | None = None
     value = 0.5
     if isinstance(alpha, Tensor):
@@ -110,8 +114,6 @@ def _check(foreground: Tensor, background: Tensor, alpha: float | Tensor, index:
             raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, not {tensor.dtype}")
         if not tensor.dim():
             raise ValueError(f"{name} must have shape [B, *S], not []")
-    if background.dtype != foreground.dtype:
-        raise TypeError(f"background must have foreground's dtype {foreground.dtype}, not {background.dtype}")
     if background.device != foreground.device:
         raise ValueError(f"background must be on foreground's device {foreground.device}, not {background.device}")
     rows, shape = foreground.shape[0], foreground.shape[1:]

@@ -18,7 +18,7 @@ def blend_reference(
     other = other if index is None else other[index]
     if isinstance(alpha, Tensor):
         alpha = per_sample(alpha.to(own.dtype), own)
-    return (alpha * own + (1 - alpha) * other).to(foreground.dtype)
+    return (alpha * own + (1 - alpha) * other).to(torch.promote_types(foreground.dtype, background.dtype))
 
 
 def wide(x: Tensor) -> Tensor:

@@ -271,11 +271,34 @@ def test_offsets_beyond_32_bits() -> None:
     close(out, 0.25 * rows.double() + 0.75 * rows.double()[index], torch.bfloat16)
 
 
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+@pytest.mark.parametrize("alpha", [0.25, torch.tensor([0.25, 0.5, 1.0])])
+@pytest.mark.parametrize(
+    ("own", "other", "dtype"),
+    [
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.float16, torch.float32),
+        (torch.float16, torch.float64, torch.float64),
+    ],
+)
+def test_maps_of_two_dtypes_give_the_promoted_one(name, alpha, own, other, dtype):
+    foreground = torch.randn(3, 5).to(own).requires_grad_()
+    background = torch.randn(3, 5).to(other).requires_grad_()
+    with use_backend(name):
+        out = blend(foreground, background, alpha)
+    assert out.dtype == dtype
+    weight = alpha if isinstance(alpha, float) else alpha[:, None].double()
+    close(out, weight * foreground.double() + (1 - weight) * background.double(), dtype)
+    out.sum().backward()
+    assert (foreground.grad.dtype, background.grad.dtype) == (own, other)
+    close(foreground.grad, torch.ones(3, 5).double() * weight, own)
+
+
 X = torch.zeros(3, 4)
 WRONG = [
     ((X.int(), X), {}, TypeError, "foreground must be float32.*not torch.int32"),
     (([1.0], X), {}, TypeError, "foreground must be a tensor, not list"),
-    ((X, X.double()), {}, TypeError, "background must have foreground's dtype torch.float32, not torch.float64"),
     ((torch.tensor(1.0), X), {}, ValueError, r"foreground must have shape \[B, \*S\], not \[\]"),
     ((X, torch.zeros(3, 5)), {}, ValueError, r"background must have shape \['N', 4\], not \[3, 5\]"),
     ((X, torch.zeros(2, 4)), {}, ValueError, "background must have foreground's 3 rows when no index is given, not 2"),
