@@ -18,6 +18,7 @@ from fedkern.engine.samples import CACHE_BYTES, ClientData, Pixels, Samples, Tes
 from fedkern.engine.teachers import Teachers
 from fedkern.errors import UserError
 from fedkern.methods.base import VECTORS, Federation, Message
+from fedkern.models.precision import frozen
 from fedkern.models.vocabulary import split_words
 
 
@@ -66,6 +67,7 @@ class Bench:
         self._networks: dict[str, Network] = {}
         self._clients: dict[int, ClientData] = {}
         self._frozen_key: tuple[Any, ...] = ()
+        self._frozen: Any = None
         self._initial_buffers: Message | None = None
         self._public: Samples | None = None
         self._tokeniser: Any = None
@@ -239,8 +241,8 @@ class Bench:
             network.write({**message, **(buffers or {})})
             network.statistics = self.config.statistics or bool(buffers)
             network.eval_mode()
-            self._frozen_key = key
-        return network.module
+            self._frozen_key, self._frozen = key, frozen(network.module)
+        return self._frozen
 
     def warn(self, name: str, text: str) -> None:
         self.warnings.setdefault(name, text)

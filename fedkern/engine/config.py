@@ -24,6 +24,7 @@ from fedkern.inputs import read_text, special
 from fedkern.methods import registry
 from fedkern.methods.options import Knob, knobs, option
 from fedkern.models import MODELS
+from fedkern.models.precision import PRECISIONS
 from fedkern.models.towers import IMAGE_ENCODERS, TEXT_ENCODERS
 from fedkern.privacy import IMAGE, UNITS, Unit
 
@@ -149,6 +150,9 @@ class RunConfig:
         "that no epsilon covers; open: private where a method option asks for differential privacy",
         choices=("all", "private"), type=str,
     )  # fmt: skip
+    precision: str = option(
+        "fp32", "what networks compute in: fp32, or bf16 by autocast with fp32 weights", choices=PRECISIONS
+    )
     seed: int = option(0, "root of all random streams")
     device: str = option("auto", "where it runs", choices=("auto", "cpu", "cuda"))
     threads: int = option(

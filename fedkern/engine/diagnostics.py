@@ -43,6 +43,21 @@ class Observations:
         return self._values
 
 
+def emulated(precision: str, device: str) -> dict[str, str]:
+    """A precision for which the processor has no instructions."""
+    if precision != "bf16":
+        return {}
+    if device == "cuda":
+        slow, lacks = not torch.cuda.is_bf16_supported(including_emulation=False), "GPU has no bf16 arithmetic"
+    else:
+        known = torch.cpu.get_capabilities()
+        slow = known.get("architecture") == "x86_64" and not (known["avx512_bf16"] or known["amx_bf16"])
+        lacks = "processor has neither AVX512-BF16 nor AMX-BF16"
+    if not slow:
+        return {}
+    return {"emulated-bf16": f"This {lacks}, so that --precision bf16 is emulated and slower than fp32: leave it out."}
+
+
 def collapsed_classes(sets: Mapping[str, TestSet], classes: Sequence[str]) -> dict[str, str]:
     """Classes of a test set that were never predicted."""
     for prefix, data in sets.items():

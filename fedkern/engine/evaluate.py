@@ -15,6 +15,7 @@ from fedkern.engine.samples import TestSet
 from fedkern.errors import UserError
 from fedkern.methods.base import Method
 from fedkern.methods.pairs import LOSS_BATCH
+from fedkern.models.precision import computing
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -140,6 +141,7 @@ def _explained(what: str, data: TestSet) -> Iterator[None]:
         raise
 
 
+@computing("fp32")
 def gradcam(network: nn.Module, sets: dict[str, TestSet], count: int) -> dict[str, float]:
     """The share of Grad-CAM mass inside the object, on the first ``count`` images of every test set with masks."""
     metrics: dict[str, float] = {}

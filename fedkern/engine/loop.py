@@ -105,6 +105,8 @@ class Run:
         self.bench.disclosure = Disclosure.of(self.config.records, self.said)
         if self.said is not None and not self.said.complete:
             self.bench.warn("partly-covered", self.said.warning())
+        for name, text in diagnostics.emulated(self.config.precision, self.config.device).items():
+            self.bench.warn(name, text)
         if not self._resume or self.checkpoints.peek() is None:  # a run that goes on has most of them already
             check_teachers(self.method, self.bench)
         self._plan = [entry for entry in self.method.rounds(self.bench.federation) if not entry.one_off]

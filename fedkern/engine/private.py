@@ -14,6 +14,7 @@ from fedkern.engine.local import Context, Diverged, Schedule
 from fedkern.engine.samples import ClientData
 from fedkern.interrupts import check
 from fedkern.methods.base import Objective, Step
+from fedkern.models.precision import computing
 from fedkern.privacy import DPSGD, LEDGER, Accountant
 from fedkern.privacy.dpsgd import (
     check_network,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from fedkern.engine.parties import Client
 
 
+@computing("fp32")  # clipping bounds what is computed, so nothing is rounded before it
 def train_privately(
     client: Client,
     method: Objective,

@@ -25,6 +25,7 @@ from fedkern.engine.resuming import check_kernels, check_unedited
 from fedkern.errors import UserError
 from fedkern.interrupts import in_order
 from fedkern.methods import registry
+from fedkern.models.precision import computing
 from fedkern.ops import fuse_choice
 
 
@@ -75,7 +76,7 @@ def run(
         stored.check_code(out, trusted)
     else:
         check_vacant(out)
-    with cpu_threads(config.threads), in_order(), _reproducible():
+    with cpu_threads(config.threads), in_order(), _reproducible(), computing(config.precision):
         data = load_data(config, notice=listener.on_notice) if data is None else data
         config = _effective(config, data)
         data = kept_data(config, data)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fedkern import ops
 from fedkern.methods.base import Batch, Received
+from fedkern.models import precision
 
 
 @torch.no_grad()
@@ -45,8 +46,10 @@ def frozen_copy(model: nn.Module, vectors: Mapping[str, Tensor]) -> Any:
         ValueError: a vector has another size than the network's.
     """
     made = copy.deepcopy(model)
+    if precision.lower() is not None:
+        made.float()  # the received one's weights are cast already
     flat = ops.FlatParameters(made)
     flat.load_parameters(vectors["parameters"])
     if "buffers" in vectors:
         flat.load_buffers(vectors["buffers"])
-    return made.requires_grad_(False)
+    return precision.frozen(made.requires_grad_(False))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fedkern.errors import UserError
 from fedkern.methods.base import Batch
 from fedkern.models.fused import FusedNetwork
+from fedkern.models.precision import autocasts, full
 
 CACHE_BYTES = 1 << 30  # frozen features of a client beyond this are computed per batch
 
@@ -76,10 +77,15 @@ class LocalPart(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[B, classes]`` from :meth:`inputs`."""
+        return self.head(self.features(x))
+
+    @autocasts
+    def features(self, x: Tensor) -> Tensor:
+        """Features ``[B, d]`` from :meth:`inputs`."""
         x = self.adaptor(x)
         for block in self.blocks:
             x = block(x)
-        return self.head(x)
+        return full(x)
 
 
 def base_width(network: nn.Module) -> int:

@@ -65,7 +65,7 @@ class BatchNormStatistics:
         self._terms.clear()
 
     def _look(self, layer: Any, given: tuple[Tensor, ...]) -> None:
-        mean, var = _Moments.apply(given[0])
+        mean, var = _Moments.apply(given[0].float())
         self._terms.append(torch.linalg.vector_norm(mean - layer.running_mean))
         self._terms.append(torch.linalg.vector_norm(var - layer.running_var))
 

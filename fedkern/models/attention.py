@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedkern.models.precision import autocasts, full
+
 HEAD_WIDTH = 64
 
 
@@ -46,6 +48,7 @@ class TransformerLayer(nn.Module):
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=seen)
         return self.project(attended.transpose(1, 2).flatten(2))
 
+    @autocasts
     def first(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """The first token ``[B, d]`` of what :meth:`forward` gives, without computing the others.
 
@@ -64,9 +67,9 @@ class TransformerLayer(nn.Module):
         attended = torch.einsum("bhd,hed->bhe", mixed, value_weight) + value_bias
         token = tokens[:, 0] + self.project(attended.flatten(1))
         if self.norm_first:
-            return token + self._fed(self.norm2(token))
+            return full(token + self._fed(self.norm2(token)))
         token = self.norm1(token)
-        return self.norm2(token + self._fed(token))
+        return full(self.norm2(token + self._fed(token)))
 
     def _fed(self, tokens: Tensor) -> Tensor:
         return self.narrow(F.gelu(self.widen(tokens)))

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from fedkern.models.precision import lower, trunk
 from fedkern.models.staged import StagedNetwork
+from fedkern.models.unet import UNet
 from fedkern.ops import FusedBlocks
 
 VECTOR = 16
@@ -67,14 +69,32 @@ class Separate:
     """Networks of one architecture, one after another."""
 
     def __init__(self, networks: Sequence[nn.Module]) -> None:
+        self._dtype = lower()
+        self._heads: list[nn.Module] = []
+        if not isinstance(networks[0], (StagedNetwork, UNet)):
+            self._dtype = None  # nobody knows where a network of another kind ends
+        if self._dtype is not None:
+            self._heads = [network.head for network in networks]  # type: ignore[misc]
+            networks = [trunk(_headless(network), self._dtype) for network in networks]
         self._networks = [overwriting(network) for network in networks]
 
     def logits(self, images: Tensor) -> Tensor:
         """``[M, B, C, *positions]``."""
-        parts = pieces(images)
-        if len(parts) == 1:
-            return torch.stack([network(images) for network in self._networks])
-        return torch.stack([torch.cat([network(part) for part in parts]) for network in self._networks])
+        parts = pieces(images if self._dtype is None else images.to(self._dtype))
+        rows = [
+            network(parts[0]) if len(parts) == 1 else torch.cat([network(part) for part in parts])
+            for network in self._networks
+        ]
+        if self._dtype is not None:
+            rows = [head(features) for head, features in zip(self._heads, rows, strict=True)]
+        return torch.stack(rows)
+
+
+def _headless(network: nn.Module) -> nn.Module:
+    """A copy that answers with the features."""
+    made = copy.copy(network)
+    made._modules = {**network._modules, "head": nn.Identity()}
+    return made
 
 
 class Fused:
@@ -85,6 +105,10 @@ class Fused:
     """
 
     def __init__(self, networks: Sequence[StagedNetwork]) -> None:
+        self._dtype = lower()
+        if self._dtype is not None:
+            for network in networks:
+                trunk(nn.ModuleList(_units(network)), self._dtype)
         units = [list(_units(network)) for network in networks]
         self._count = len(networks)
         self._rest: nn.Module | None = None
@@ -106,11 +130,11 @@ class Fused:
         return self._logits(images) if len(parts) == 1 else torch.cat([self._logits(part) for part in parts], 1)
 
     def _logits(self, images: Tensor) -> Tensor:
-        maps = self.body(images)
+        maps = self.body(images if self._dtype is None else images.to(self._dtype))
         if self._rest is not None:
             maps = self._rest(maps.unflatten(1, (self._count, -1)).flatten(0, 1)).unflatten(0, (-1, self._count))
             maps = maps.flatten(1, 2)
-        features = maps.mean(dim=(2, 3)).unflatten(1, (self._count, -1))
+        features = maps.mean(dim=(2, 3), dtype=images.dtype).unflatten(1, (self._count, -1))
         return torch.baddbmm(self._bias, features.transpose(0, 1), self._weight)
 
 

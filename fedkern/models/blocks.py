@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.errors import UserError
+from fedkern.models.precision import autocasts, full
 from fedkern.models.resnet import ResNet
 from fedkern.models.staged import StagedNetwork
 from fedkern.models.vgg import VGG
@@ -47,11 +48,12 @@ class BlockNetwork(nn.Module):
         self.head = head
         self.out_channels = None if out_channels is None else tuple(out_channels)
 
+    @autocasts
     def features(self, x: Tensor) -> Tensor:
         """The last block's result ``[B, d]`` on images ``[B, C, H, W]``."""
         for block in self.blocks:
             x = block(x)
-        return x
+        return full(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[B, classes]`` of images ``[B, C, H, W]``."""

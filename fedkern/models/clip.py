@@ -15,6 +15,7 @@ from torch.nn import functional
 from fedkern.errors import UserError
 from fedkern.files import expand
 from fedkern.inputs import read_json
+from fedkern.models.precision import autocasts, full
 from fedkern.models.pretrained import (
     check_adapter,
     check_complete,
@@ -164,8 +165,11 @@ class ImageEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Unit vectors fp32 ``[B, d]``."""
-        pooled = self.vision(pixel_values=self.prepare(images)).pooler_output
-        return functional.normalize(self.projection(pooled), dim=1)
+        return functional.normalize(self._project(self.prepare(images)), dim=1)
+
+    @autocasts
+    def _project(self, pixels: Tensor) -> Tensor:
+        return full(self.projection(self.vision(pixel_values=pixels).pooler_output))
 
 
 @torch.no_grad()

@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fedkern.models.bank import folded
+from fedkern.models.precision import lower, trunk
 from fedkern.models.staged import StagedNetwork
 from fedkern.ops import FusedBlocks
 
@@ -61,7 +63,7 @@ class Ensemble(nn.Module):
         self.requires_grad_(False)
         super().train(False)
         self._fused: tuple[nn.Module, Tensor, Tensor] | None = None
-        self._tried = False
+        self._tried: tuple[torch.dtype | None] | None = None  # what it was made for
 
     def train(self, mode: bool = True) -> Ensemble:
         """Stays in eval mode: its members are frozen."""
@@ -76,7 +78,7 @@ class Ensemble(nn.Module):
         super()._load_from_state_dict(*given, **named)
 
     def _forget(self) -> None:
-        self._fused, self._tried = None, False
+        self._fused, self._tried = None, None
 
     # -- what the members say --------------------------------------------------------------------------------------
 
@@ -87,7 +89,9 @@ class Ensemble(nn.Module):
             if fused is not None:
                 body, weight, bias = fused
                 with torch.no_grad():
-                    features = body(x).mean(dim=(2, 3)).unflatten(1, (len(self.members), -1))
+                    dtype = lower()
+                    maps = body(x if dtype is None else x.to(dtype))
+                    features = maps.mean(dim=(2, 3), dtype=x.dtype).unflatten(1, (len(self.members), -1))
                     logits = torch.baddbmm(bias, features.transpose(0, 1), weight)
                 return list(features.unbind(1)), logits
         each = [member.features(x) for member in self.members]  # type: ignore[operator]
@@ -145,8 +149,8 @@ class Ensemble(nn.Module):
     # -- one pass for all ------------------------------------------------------------------------------------------
 
     def _fuse(self) -> tuple[nn.Module, Tensor, Tensor] | None:
-        if not self._tried:
-            self._tried = True
+        if self._tried != (lower(),):
+            self._tried = (lower(),)
             self._fused = self._fused_members()
         return self._fused
 
@@ -157,7 +161,12 @@ class Ensemble(nn.Module):
             return None
         if sum(p.numel() * p.element_size() for p in self.parameters()) > FUSE_BYTES:
             return None
-        bodies = [nn.Sequential(*(getattr(m, name) for name in m.stage_names[:-1])).eval() for m in members]
+        bodies: list[nn.Module] = [
+            nn.Sequential(*(getattr(m, name) for name in m.stage_names[:-1])).eval() for m in members
+        ]
+        dtype = lower()
+        if dtype is not None:
+            bodies = [trunk(folded(body), dtype) for body in bodies]
         try:
             body = FusedBlocks(bodies)
         except (TypeError, ValueError):

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from fedkern.models.bank import folded
 from fedkern.models.blocks import channels
+from fedkern.models.precision import autocasts, full, lower, trunk
 from fedkern.ops import FusedBlocks, fuse_concat, fuse_mean
 
 AdaptorKind = Literal["cnn1x1", "avg", "sum"]
@@ -111,16 +113,34 @@ class FusedLevel(nn.Module):
         fused = None if tokens else self._fuse(branches)
         self.fused = fused
         self.branches = nn.ModuleList(self._loaded(branch) for branch in branches) if fused is None else None
+        self._lowered: tuple[FusedBlocks, torch.dtype] | None = None
         self.requires_grad_(False)
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         """Joined results of the level before (images at level 1) to this level's."""
-        x = self.shared(x)
+        dtype = lower()
         if self.fused is not None:
-            return self.fused(x)
+            if dtype is None or self.training:  # in train mode the statistics of batches are taken: in fp32
+                return self.fused(self.shared(x))
+            return self._cast(dtype)(self.shared(x.to(dtype)))
+        return self._one_by_one(self.shared(x))
+
+    @autocasts
+    def _one_by_one(self, x: Tensor) -> Tensor:
         results = [branch(x) for branch in cast(nn.ModuleList, self.branches)]
         return torch.cat(results, dim=2) if results[0].dim() == 3 else fuse_concat(results)
+
+    def _cast(self, dtype: torch.dtype) -> FusedBlocks:
+        """The blocks of all clients with folded weights of ``dtype``, made once."""
+        if self._lowered is None or self._lowered[1] is not dtype:
+            blocks = [trunk(folded(block), dtype) for block in cast(FusedBlocks, self.fused).split()]
+            self._lowered = FusedBlocks(blocks), dtype
+        return self._lowered[0]
+
+    def _load_from_state_dict(self, *given: Any, **named: Any) -> None:
+        self._lowered = None
+        super()._load_from_state_dict(*given, **named)
 
     def statistics(self) -> list[dict[str, Tensor]]:
         """Every block's buffers (running statistics and counts) as they are now, copied to the CPU."""
@@ -216,7 +236,7 @@ class FusedNetwork(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """What the classifier reads (:meth:`fuse`) of images ``[B, C, H, W]``."""
-        return self.fuse(self.joined(x))
+        return self.fuse(full(self.joined(x)))
 
     def level_features(self, x: Tensor) -> list[Tensor]:
         """Every level's features, averaged over positions and clients, ``[B, c_l]``: what a linear probe reads."""

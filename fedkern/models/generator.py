@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedkern.models.precision import autocasts, full
+
 BASE = 8  # the map that noise becomes is at most this wide, so that larger images cost convolutions and no parameters
 
 
@@ -106,11 +108,12 @@ class Generator(nn.Module):
         assert last.bias is not None
         last.bias.copy_(torch.logit(torch.tensor(self.pixel_mean), eps=0.01))  # a bias of 0 or 1 would stay there
 
+    @autocasts
     def pixels(self, z: Tensor) -> Tensor:
         """Images in [0, 1], fp32 ``[B, C, H, W]``, of noise ``[B, nz]``."""
         x = self.body(self.project(z).unflatten(1, self.base))
         height, width = self.image_size
-        return F.sigmoid(x[:, :, :height, :width])
+        return F.sigmoid(full(x[:, :, :height, :width]))
 
     def forward(self, z: Tensor) -> Tensor:
         """Normalised images ``[B, C, H, W]`` of noise ``[B, nz]``."""

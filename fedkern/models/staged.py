@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from fedkern.errors import UserError, nearest
+from fedkern.models.precision import autocasts, lower
 
 
 class StagedNetwork(nn.Module):
@@ -13,7 +15,7 @@ class StagedNetwork(nn.Module):
     ``features(x) == tail(stages(x, upto=s), after=s)`` for every stage ``s``, which is what mixing feature maps
     (FedGID, arXiv 2504.00850) and sending part of a network (FuseFL) need.  The stages are ``"layer1"``, ...,
     ``"layerN"`` (maps ``[B, C, H, W]``) and ``"feature"`` (their global average, ``[B, d]``); the stem belongs to
-    ``"layer1"``.
+    ``"layer1"``.  Under ``computing("bf16")`` maps are bf16, pooled features fp32.
 
     Attributes:
         stage_names: ``("layer1", ..., "layerN", "feature")``.
@@ -40,11 +42,15 @@ class StagedNetwork(nn.Module):
         except ValueError:
             raise ValueError(f"stage must be one of {', '.join(self.stage_names)}, got {stage!r}") from None
 
+    @autocasts
     def _run(self, x: Tensor, first: int, last: int) -> Tensor:
         """Applies stages ``first`` to ``last``, both included."""
         pooling = len(self.stage_names) - 1
         for position in range(first, last + 1):
-            x = x.mean(dim=(2, 3)) if position == pooling else getattr(self, self.stage_names[position])(x)
+            if position < pooling:
+                x = getattr(self, self.stage_names[position])(x)
+            else:
+                x = x.mean(dim=(2, 3)) if lower() is None else x.mean(dim=(2, 3), dtype=torch.float32)
         return x
 
     def stages(self, x: Tensor, upto: str) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.errors import UserError
+from fedkern.models.precision import frozen, lower
 from fedkern.models.staged import StagedNetwork
 
 Identity = Mapping[str, str | int | float]
@@ -37,6 +38,7 @@ class Teacher:
         self.name, self.classes, self.device = name, classes, torch.device(device)
         self._identity = identity
         self._parts: tuple[nn.Module, nn.Linear] | None = None
+        self._cast: nn.Module | None = None
 
     @property
     def identity(self) -> Identity | None:
@@ -80,6 +82,10 @@ class Teacher:
             UserError: the teacher has none.
         """
         trunk, _ = self.parts
+        if lower() is not None:
+            if self._cast is None:
+                self._cast = frozen(trunk)
+            trunk = self._cast
         features: Tensor = trunk(images.to(self.device))
         return features.float()
 

@@ -20,6 +20,7 @@ from fedkern import files
 from fedkern.errors import UserError
 from fedkern.files import cache_folder, expand
 from fedkern.inputs import special
+from fedkern.models.precision import computing
 from fedkern.models.teacher import Identity, Teacher, wrong_classes
 
 KEY = 16  # bytes of an image's name
@@ -53,6 +54,7 @@ class LogitsCache:
         """The file of a teacher."""
         return self.folder / file_name("logits", identity)
 
+    @computing("fp32")  # the answers are kept for runs of either precision
     def logits(self, teacher: Teacher, batches: Iterable[Tensor], total: int | None = None) -> Tensor:
         """The teacher's logits fp32 ``[n, classes]`` (CPU) of all images, asked for only where the file lacks them.
 

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from fedkern import __version__
 from fedkern.errors import UserError
+from fedkern.models.precision import computing
 from fedkern.models.staged import StagedNetwork
 from fedkern.models.teacher import Identity, Teacher, content
 from fedkern.models.teacher_cache import TELL_EVERY, LogitsCache, file_name, image_keys, read_file, write_file
@@ -82,6 +83,7 @@ def pretrain(
         raise UserError("the teacher's training on the public images diverged: take another teacher, or more images.")
 
 
+@computing("fp32")  # the weights are kept for runs of either precision
 def pretrained(
     network: StagedNetwork,
     data: Labelled,

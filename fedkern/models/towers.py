@@ -14,6 +14,7 @@ from fedkern.files import expand
 from fedkern.models import pretrained_pair
 from fedkern.models.attention import TransformerLayer
 from fedkern.models.encoders import LONGEST, WIDTH, ConvTokens, PatchTokens, TextTransformer
+from fedkern.models.precision import autocasts
 from fedkern.models.registry import initialise
 from fedkern.models.vocabulary import Kind, Tokens, Vocabulary
 from fedkern.streams import stream
@@ -69,10 +70,12 @@ class PairNetwork(nn.Module):
         """Token numbers and mask ``[B, L]`` of texts, on the CPU."""
         return cast(Any, self.text_encoder).tokenize(texts)
 
+    @autocasts
     def encode_image(self, images: Tensor) -> Tensor:
         """Normalised images fp32 ``[B, C, H, W]`` to the encoder's tokens ``[B, 1 + N, d]``."""
         return self.image_encoder(images)
 
+    @autocasts
     def encode_text(self, tokens: Tokens) -> Tensor:
         """Tokens ``[B, L]`` to the encoder's vectors ``[B, L, d]``."""
         return self.text_encoder(tokens)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedkern.models.precision import autocasts, full
+
 
 class PixelHead(nn.Conv2d):
     """The linear classifier of every pixel: a 1x1 convolution, named as a linear layer's sides are.
@@ -78,6 +80,7 @@ class UNet(nn.Module):
         self.head = PixelHead(width, classes)
         self.width, self.depth = width, depth
 
+    @autocasts
     def features(self, x: Tensor) -> Tensor:
         """Maps images ``[B, C, H, W]`` to the features of every pixel, ``[B, width, H, W]``."""
         height, width = x.shape[2:]
@@ -90,7 +93,7 @@ class UNet(nn.Module):
             skipped.append(x)
         for up, join, shortcut in zip(self.up, self.join, reversed(skipped[:-1]), strict=True):
             x = join(torch.cat([shortcut, up(x)], 1))
-        return x[:, :, :height, :width]
+        return full(x[:, :, :height, :width])
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the logits ``[B, classes, H, W]`` of images ``[B, C, H, W]``."""

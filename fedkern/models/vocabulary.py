@@ -28,6 +28,11 @@ class Tokens(NamedTuple):
     ids: Tensor
     mask: Tensor
 
+    @property
+    def device(self) -> torch.device:
+        """Where the tokens are."""
+        return self.ids.device
+
     def take(self, rows: Tensor) -> Tokens:
         """The texts at ``rows`` (int64 ``[m]``), padded no further than the longest of them needs."""
         mask = self.mask[rows]

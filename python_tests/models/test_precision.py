@@ -1,0 +1,193 @@
+"""Networks in bf16: what they answer, how near it is to fp32, and which weights are cast."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fedkern import models
+from fedkern.models import Ensemble
+from fedkern.models.bank import Bank, folded
+from fedkern.models.blocks import cut
+from fedkern.models.fused import Branch, FusedLevel, FusedNetwork
+from fedkern.models.generator import Generator
+from fedkern.models.precision import autocasts, computing, frozen, lower
+from fedkern.models.teacher import NetworkTeacher
+from fedkern.models.teacher_cache import LogitsCache
+from fedkern.models.unet import UNet
+
+BF16 = torch.bfloat16
+
+
+def images(count=6, side=16, seed=0):
+    made = torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
+    return made.contiguous(memory_format=torch.channels_last)
+
+
+def build(name, width=16, seed=0, side=16):
+    return models.build(name, classes=4, channels=3, image_size=side, width=width, seed=seed)
+
+
+def near(given, exact, bound=0.05):
+    """Whether the difference is small beside the size of the whole."""
+    return float((given - exact).detach().norm()) < bound * float(exact.detach().norm())
+
+
+@pytest.mark.parametrize("name", sorted(models.MODELS))
+def test_every_networks_answers_are_fp32_and_near(name):
+    side = 32 if name == "efficientnet-b0" else 16
+    own, x = build(name, 24 if name == "vit-tiny" else 16, side=side).eval(), images(side=side)
+    with torch.no_grad():
+        exact = own(x)
+        with computing("bf16"):
+            given = own(x)
+            features = own.features(x)
+            maps = None if isinstance(own, UNet) else own.stages(x, upto="layer2")
+    assert given.dtype == features.dtype == torch.float32
+    assert maps is None or name == "vit-tiny" or maps.dtype == BF16
+    assert not torch.equal(given, exact)  # it was computed in bf16
+    assert near(given, exact)
+    assert torch.equal(own(x).detach(), exact)
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet8", "resnet8-gn", "vit-tiny", "unet-small"])
+def test_one_steps_gradient_is_near(name):
+    own, x = build(name, 24).train(), images(8)
+    labels = torch.arange(8) % 4
+    labels = labels[:, None, None].expand(8, 16, 16) if name == "unet-small" else labels
+    found = []
+    for precision in ("fp32", "bf16"):
+        own.zero_grad()
+        with computing(precision):
+            loss = F.cross_entropy(own(x), labels)
+        assert loss.dtype == torch.float32
+        loss.backward()
+        assert {p.grad.dtype for p in own.parameters()} == {torch.float32}
+        found.append((loss.detach(), torch.cat([p.grad.flatten() for p in own.parameters()])))
+    (loss, exact), (other, given) = found
+    assert float(other) == pytest.approx(float(loss), rel=0.02)
+    assert near(given, exact, 0.3)  # batch norm of few positions makes much of little
+
+
+def test_stages_and_tail_are_the_features():
+    own, x = build("resnet8").eval(), images()
+    with torch.no_grad(), computing("bf16"):
+        for stage in own.stage_names:
+            assert torch.equal(own.tail(own.stages(x, upto=stage), after=stage), own.features(x))
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet8-gn", "vit-tiny", "unet-small"])
+def test_a_frozen_copy_answers_with_the_same_bits(name):
+    own, x = build(name, 24).eval(), images()
+    before = {key: value.clone() for key, value in own.state_dict().items()}
+    assert frozen(own) is own
+    with torch.no_grad(), computing("bf16"):
+        copy = frozen(own)
+        assert torch.equal(copy(x), own(x))
+    kinds = {p.dtype for p in copy.parameters()}
+    assert kinds == {torch.float32, BF16}
+    assert copy.head.weight.dtype == torch.float32
+    assert all(torch.equal(value, before[key]) for key, value in own.state_dict().items())
+
+
+def test_generated_images_are_fp32_and_near():
+    made = Generator(nz=8, ngf=8, image_size=16, generator=torch.Generator().manual_seed(0)).eval()
+    z = torch.randn(4, 8)
+    with torch.no_grad():
+        exact = made(z)
+        with computing("bf16"):
+            given = made(z)
+    assert given.dtype == torch.float32
+    assert not torch.equal(given, exact)
+    assert near(given, exact, 0.02)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("kinds", [["resnet8"] * 3, ["cnn"] * 2, ["vit-tiny"], ["cnn", "resnet8"], ["unet-small"] * 2])
+@pytest.mark.parametrize("width", [8, 24])
+def test_teachers_together(kinds, width, grad):
+    networks = [build(name, width, seed=k).eval().requires_grad_(False) for k, name in enumerate(kinds)]
+    x = images(80 if not grad else 6).requires_grad_(grad)
+    exact = torch.stack([network(x) for network in networks])
+    before = [p.clone() for network in networks for p in network.parameters()]
+    with computing("bf16"):
+        bank = Bank(networks)
+        given = bank.logits(x)
+    assert given.dtype == torch.float32
+    assert not torch.equal(given, exact)
+    assert near(given, exact)
+    assert all(torch.equal(a, p) for a, p in zip(before, (p for n in networks for p in n.parameters()), strict=True))
+    if grad:
+        (own,), (wanted,) = torch.autograd.grad(given.sum(), x), torch.autograd.grad(exact.sum(), x)
+        assert own.dtype == torch.float32
+        assert near(own, wanted, 0.2)
+
+
+def test_an_ensemble_in_either_precision():
+    members = [build("cnn", 8, seed=k) for k in range(3)]
+    ensemble, x = Ensemble(members), images()
+    with torch.no_grad():
+        exact = ensemble(x)
+        with computing("bf16"):
+            given = ensemble(x)
+        assert torch.equal(ensemble(x), exact)  # what was made for bf16 does not serve fp32
+    assert given.dtype == torch.float32
+    assert not torch.equal(given, exact)
+    assert near(given, exact)
+    assert {p.dtype for p in ensemble.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["cnn", "vit-tiny"])
+def test_fused_levels_in_either_precision(name):
+    networks = [cut(build(name, 24, seed=k).eval(), 1) for k in range(2)]
+    branches = [Branch(n.blocks[0], None, {"block": n.blocks[0].state_dict()}) for n in networks]
+    fused, x = FusedNetwork([FusedLevel(branches)], networks[0].head), images()
+    with torch.no_grad():
+        exact = fused(x)
+        with computing("bf16"):
+            given = fused(x)
+        assert torch.equal(fused(x), exact)
+    assert given.dtype == torch.float32
+    assert not torch.equal(given, exact)
+    assert near(given, exact)
+    kept = {key: value.clone() for key, value in fused.state_dict().items()}
+    assert BF16 not in {value.dtype for value in kept.values()}
+    with torch.no_grad(), computing("bf16"):
+        fused.load_state_dict({key: value * 2 if key.endswith("weight") else value for key, value in kept.items()})
+        assert not torch.equal(fused(x), given)
+
+
+def test_batch_norms_statistics_stay_fp32():
+    own = folded(build("cnn").train())
+    with computing("bf16"):
+        trained = build("cnn").train()
+        trained(images())
+    assert trained.layer1[1].running_mean.dtype == torch.float32
+    assert own.layer1[0].weight.dtype == torch.float32
+
+
+def test_a_teachers_kept_answers_are_those_of_fp32(tmp_path):
+    teacher = NetworkTeacher(build("cnn").eval(), "mine")
+    cache = LogitsCache(str(tmp_path), (0.5,) * 3, (0.2,) * 3)
+    x = images()
+    exact = teacher.logits(x)
+    with computing("bf16"):
+        assert torch.equal(cache.logits(teacher, [x]), exact)
+        live = teacher.logits(x)
+    assert live.dtype == torch.float32
+    assert not torch.equal(live, exact)
+    assert near(live, exact)
+    assert torch.equal(teacher.logits(x), exact)
+
+
+def test_the_precision_ends_with_its_block():
+    class Sum(torch.nn.Module):
+        @autocasts
+        def forward(self, x):
+            return lower(), torch.is_autocast_enabled("cpu")
+
+    with computing("bf16"):
+        assert Sum()(torch.zeros(1)) == (BF16, True)
+        with computing("fp32"):
+            assert Sum()(x=torch.zeros(1)) == (None, False)
+        assert not torch.is_autocast_enabled("cpu")
+    assert Sum()(torch.zeros(1)) == (None, False)
