@@ -15,6 +15,7 @@ from fedkern import ops
 from fedkern.errors import UserError
 from fedkern.models.ensemble import Ensemble
 from fedkern.models.generator import Generator
+from fedkern.models.precision import full
 
 
 class _Moments(torch.autograd.Function):
@@ -65,7 +66,7 @@ class BatchNormStatistics:
         self._terms.clear()
 
     def _look(self, layer: Any, given: tuple[Tensor, ...]) -> None:
-        mean, var = _Moments.apply(given[0].float())
+        mean, var = _Moments.apply(full(given[0]))
         self._terms.append(torch.linalg.vector_norm(mean - layer.running_mean))
         self._terms.append(torch.linalg.vector_norm(var - layer.running_var))
 

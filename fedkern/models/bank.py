@@ -71,8 +71,8 @@ class Separate:
     def __init__(self, networks: Sequence[nn.Module]) -> None:
         self._dtype = lower()
         self._heads: list[nn.Module] = []
-        if not isinstance(networks[0], (StagedNetwork, UNet)):
-            self._dtype = None  # nobody knows where a network of another kind ends
+        if type(networks[0]).forward not in (StagedNetwork.forward, UNet.forward):
+            self._dtype = None  # nobody knows what a network of another kind makes of its features
         if self._dtype is not None:
             self._heads = [network.head for network in networks]  # type: ignore[misc]
             networks = [trunk(_headless(network), self._dtype) for network in networks]

@@ -122,6 +122,21 @@ def test_teachers_together(kinds, width, grad):
         assert near(own, wanted, 0.2)
 
 
+class Doubled(type(build("cnn"))):
+    """A network of one's own that makes more of its logits."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_teachers_of_another_kind_keep_what_they_make_of_their_logits():
+    own = Doubled(classes=4, width=8).eval().requires_grad_(False)
+    with torch.no_grad():
+        exact = own(images())
+        with computing("bf16"):
+            assert near(Bank([own]).logits(images())[0], exact)
+
+
 def test_an_ensemble_in_either_precision():
     members = [build("cnn", 8, seed=k) for k in range(3)]
     ensemble, x = Ensemble(members), images()
