@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from typing import Any, TypeVar
 
 import torch
@@ -124,7 +125,9 @@ def _side_by_side(task: Callable[[Key], Value], keys: Sequence[Key], at_once: in
         return [task(key) for key in keys]
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
-        return list(pool.map(task, keys))
+        # In this thread's context, which says what precision networks compute in.
+        tasks = [pool.submit(copy_context().run, task, key) for key in keys]
+        return [made.result() for made in tasks]
 
 
 @contextmanager

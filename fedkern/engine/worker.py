@@ -120,6 +120,7 @@ def _end_with_parent() -> None:
 
 def _work(setup: Setup, end: socket.socket) -> None:
     """A forked process's whole life."""
+    from fedkern.models.precision import computing
     from fedkern.ops import backend
 
     with ExitStack() as forced:
@@ -129,6 +130,7 @@ def _work(setup: Setup, end: socket.socket) -> None:
             forced.enter_context(backend.use_backend(setup.backend))
         if setup.config.client_threads > 1:
             backend.trust_fork()
+        forced.enter_context(computing(setup.config.precision))
         with suppress(EOFError, ConnectionError):
             Worker(setup, Channel(end)).serve()
 

@@ -147,8 +147,6 @@ class FedIOD(Objective, OwnNetworks):
         if kind == "secret":
             return {}
         known = sorted(server.state["classes"])
-        if not known:
-            raise UserError("The teacher of every client diverged: lower --lr, or set --clip-norm.")
         if kind == "answers":
             return {k: {} for k in known}
         shop = self._workshop(server)

@@ -40,7 +40,7 @@ def edit(out, old, new):
         ('method = "fedavg"', 'method = "fedprox"', "method: fedavg -> fedprox"),
         ("rounds = 3", "rounds = 2", "rounds: 3 -> 2"),
         ("width = 2", "width = 4", "width: 2 -> 4"),
-        ("threads = 1", "threads = 2", "threads: 1 -> 2"),
+        ("\nthreads = 1", "\nthreads = 2", "threads: 1 -> 2"),
     ],
 )
 def test_settings_that_were_edited_are_named(old, new, told, cut, make_data):

@@ -14,7 +14,7 @@ from interrupted import Kill, KillAt, outcome, without
 from smallest import SETTINGS
 
 from fedkern import ops
-from fedkern.engine import Listener, RunConfig, read_summary, run
+from fedkern.engine import Listener, RunConfig, run
 from fedkern.engine import evaluate as evaluation
 from fedkern.engine.executors import workers as module
 from fedkern.engine.executors.workers import Workers
@@ -219,6 +219,11 @@ def test_other_workers_after_an_interruption(make_data, make_config, tmp_path):
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
 
+def test_workers_compute_in_the_same_precision(make_data, make_config, tmp_path):
+    serial, side_by_side = compared(make_config("fedgid", precision="bf16"), make_data(), tmp_path)
+    assert side_by_side == serial
+
+
 def test_forced_kernels_are_the_workers_too(make_data, make_config, tmp_path):
     with ops.use_backend("reference"):
         serial, side_by_side = compared(make_config("fedgid"), make_data(), tmp_path)
@@ -358,23 +363,3 @@ def test_an_interrupted_group_ends_in_order(number, code, tmp_path):
     assert said.splitlines()[-1].startswith("interrupted; " if code == 130 else "terminated; ")
     assert "Traceback" not in said
     assert not living(others)
-
-
-def test_summary_of_a_run_of_the_command_line(tmp_path):
-    """A run of a few seconds from the command line, with two workers: the summary is that of one."""
-    found = []
-    for workers in ("1", "2"):
-        words = [
-            *LONG[:1],
-            "--rounds",
-            "2",
-            *LONG[3:],
-            "--workers",
-            workers,
-            "--quiet",
-            "--out",
-            str(tmp_path / workers),
-        ]
-        subprocess.run([sys.executable, "-m", "fedkern.run", *words], check=True, capture_output=True, timeout=120)
-        found.append(read_summary(tmp_path / workers)["metrics"])
-    assert found[0] == found[1]
