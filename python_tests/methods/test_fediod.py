@@ -176,7 +176,7 @@ def test_a_teacher_that_diverges_is_left_out(mode, make_data, make_public, make_
     assert said.startswith('Client 1 diverged before the first round ("teachers"), batch 1: the loss is nan; what it')
     assert summary["metrics"]["id_mean_teacher"] > 0
     lost = (0, 1, 2)
-    with pytest.raises(UserError, match="No client is left before the first round \("teachers"\), as all diverged"):
+    with pytest.raises(UserError, match=r"No client is left before the first round \(.teachers.\), as all diverged"):
         run(config, out=tmp_path / "none", data=data)
 
 
