@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fedkern.data.digits import small_digits
 from fedkern.data.listing import interleaved
 from fedkern.data.types import Pool, Source, fixed_rows
 from fedkern.streams import stream
@@ -36,10 +37,9 @@ def read_segdigits() -> tuple[Tensor, Tensor]:
 
     Drawn in integers from a fixed stream: every machine and every seed of a run gets the same bytes.
     """
-    from sklearn.datasets import load_digits  # slow to import, so only when needed
 
-    bunch = load_digits()
-    glyphs = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
+    pixels, digits = small_digits()
+    glyphs = np.rint(pixels * (255 / 16)).astype(np.uint8)
     images = np.empty((len(glyphs), SIZE, SIZE, 3), dtype=np.uint8)
     labels = np.zeros((len(glyphs), SIZE, SIZE), dtype=np.int64)
     rng = stream(0, "segdigits")
@@ -51,7 +51,7 @@ def read_segdigits() -> tuple[Tensor, Tensor]:
         cover[top : top + side, left : left + side] = _resize(glyph, side)
         share = cover[..., None]
         images[i] = (share * _texture(ink, rng) + (255 - share) * _texture(ground, rng) + 127) // 255
-        labels[i][cover >= 128] = 1 + int(bunch.target[i])
+        labels[i][cover >= 128] = 1 + int(digits[i])
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
 
 

@@ -1,17 +1,33 @@
 """The embedded digits and what `load` checks for every data set."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 
 from fedkern.data import DATASETS, FederatedData, Split, load
-from fedkern.data.digits import read_digits
+from fedkern.data.digits import read_digits, small_digits
 from fedkern.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def digits() -> FederatedData:
     return load("digits", seed=0)
+
+
+def test_digits_are_read_without_sklearn() -> None:
+    """Its file has what its function returns; importing it would take a second of every run."""
+    from sklearn.datasets import load_digits
+
+    pixels, labels = small_digits()
+    bunch = load_digits()
+    np.testing.assert_array_equal(pixels, bunch.images)
+    np.testing.assert_array_equal(labels, bunch.target)
+    code = "import sys; from fedkern.data.digits import small_digits; small_digits(); print('sklearn' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.strip() == "False"
 
 
 def test_digits_are_sklearns_enlarged_smoothly() -> None:
