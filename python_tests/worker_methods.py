@@ -58,3 +58,14 @@ class Counting(FedAvg):
     def client_update(self, client, step, message):
         client.warn("threads", str(torch.get_num_threads()))
         return super().client_update(client, step, message)
+
+
+class Sending(FedAvg):
+    """The server sends what no process can be sent, in the first round."""
+
+    def send(self, server, step):
+        message = super().send(server, step)
+        return {**message, "more": lambda: 0} if step.round == 0 else message
+
+    def expects(self, server, step, client, message):
+        return super().expects(server, step, client, {k: v for k, v in message.items() if k != "more"})

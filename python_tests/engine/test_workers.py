@@ -171,6 +171,12 @@ def test_what_cannot_be_sent_back(make_data, make_config, tmp_path, monkeypatch)
         run(make_config(workers="2"), out=tmp_path / "run", data=make_data())
 
 
+def test_what_cannot_be_sent_out_stays(make_data, make_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "fedavg", worker_methods.Sending)
+    serial, side_by_side = compared(make_config(), make_data(), tmp_path)
+    assert side_by_side == serial
+
+
 def test_clients_tell(make_data, make_config, tmp_path, monkeypatch):
     """Diagnostics are those of the first client in order, notices arrive."""
     monkeypatch.setitem(METHODS, "fedavg", worker_methods.Telling)

@@ -173,7 +173,7 @@ class Workers:
     # -- this process ----------------------------------------------------------------------------------------------
 
     def _ask_here(self, k: ClientId, asker: str, step: Step, message: Message) -> Answer:
-        if self._at.get(k, self) is self:  # it begins its round here
+        if k not in self.here.working():  # it begins its round here
             self._at[k] = None
             self.here.take(k, self._readers[k]())
             for played in self._played.get(k, []):
@@ -237,7 +237,9 @@ class Workers:
                     break
                 if self._send(worker, k, asker, step, messages[k]):
                     todo.remove(k)
-                break
+                    break
+                if worker not in self._workers:
+                    break
 
     def _send(self, worker: _Worker, k: ClientId, asker: str, step: Step, message: Message) -> bool:
         fresh = self._at.get(k) is not worker
@@ -248,7 +250,11 @@ class Workers:
             worker.channel.forget()
             if not self._tell(worker, Cleared()):
                 return False
-        if not self._tell(worker, Task(k, asker, step, message, fresh, state, played)):
+        try:
+            if not self._tell(worker, Task(k, asker, step, message, fresh, state, played)):
+                return False
+        except NotPortable:
+            self._at[k] = None  # its message cannot leave this process, where the client works in this round then
             return False
         worker.client, self._at[k] = k, worker
         return True
