@@ -34,7 +34,9 @@ def bits(monkeypatch):
 
 @pytest.mark.parametrize("noise", ["secret", "seed"])
 @pytest.mark.parametrize("options", [NOISED, WHOLE], ids=["noised", "private teachers"])
-def test_a_killed_run_releases_the_same(options, noise, bits, make_data, make_config, tmp_path):
+@pytest.mark.parametrize("teachers", [False, True], ids=["between rounds", "while teachers train"])
+def test_a_killed_run_releases_the_same(teachers, options, noise, bits, make_data, make_config, tmp_path):
+    """Also where some teachers have released their histograms and others have not: their secrets were kept before."""
     options = {**options, "noise": noise}
     if "teacher_dp" in options:
         pytest.importorskip("opacus", reason="opacus is not installed (pip install 'fedkern[privacy]')")
@@ -43,8 +45,9 @@ def test_a_killed_run_releases_the_same(options, noise, bits, make_data, make_co
     summary = run(config, out=tmp_path / "whole", data=data)
     assert bits == ([16] * 3 if noise == "secret" else [])  # once a client
     bits.clear()
+    kills = KillAt("client", 3 + 1 if noise == "secret" else 1) if teachers else KillAt("round-start", round=3)
     with pytest.raises(Kill):
-        run(config, out=tmp_path / "cut", data=data, listener=KillAt("round-start", round=3))
+        run(config, out=tmp_path / "cut", data=data, listener=kills)
     bits[:] = [0] * 100  # drawn again, they would be others
     again = run(RunConfig.load(tmp_path / "cut"), out=tmp_path / "cut", resume=True, data=data)
     covered = "teacher_dp" in options  # what is made of uncovered answers is not shown
