@@ -26,9 +26,11 @@ class Handler:
     Attributes:
         pending: the exception of the first signal, once there was one.
         over: whether nothing is left to be ended, so that further signals are ignored.
+        last: whether the process ends with what is going on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, last: bool = False) -> None:
+        self.last = last
         self.pending: KeyboardInterrupt | None = None
         self.over = False
 
@@ -55,6 +57,11 @@ def ended() -> None:
         _current.over = True
 
 
+def whole_process() -> bool:
+    """Whether the process is nothing but what is going on: the command line's, which ends with it."""
+    return _current is not None and _current.last
+
+
 def _handled(exception: BaseException) -> bool:
     """Whether an except or finally block, or a context manager, is at work because of ``exception``."""
     at, seen = sys.exception(), set[int]()
@@ -79,7 +86,7 @@ def in_order(*, to_the_end: bool = False) -> Iterator[None]:
     if _current is not None or threading.current_thread() is not threading.main_thread():
         yield
         return
-    handler = Handler()
+    handler = Handler(to_the_end)
     numbers = [signal.SIGTERM]
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         numbers.append(signal.SIGINT)

@@ -138,8 +138,23 @@ def run(request: Request) -> int:
     """
     check_backend()
     config = effective(request) if request.resume is None else _stored(request)
-    with _folder(request, config) as out:
+    with _folder(request, config) as out, _workers_ahead(config):
         return _run(request, config, out)
+
+
+@contextmanager
+def _workers_ahead(config: RunConfig) -> Iterator[None]:
+    """Forks the process that starts workers, where there may be some, before anything is computed here."""
+    from fedkern.engine.executors import nursery, sizing
+
+    alone = config.workers == "1" or config.trained_clients < 2 or bool(sizing.unavailable(config.device))
+    idle = sizing.usable_cores() > 1 or config.workers != "auto"
+    if interrupts.whole_process() and idle and not alone:
+        nursery.fork_early()
+    try:
+        yield
+    finally:
+        nursery.end_early()
 
 
 def _run(request: Request, config: RunConfig, out: Path) -> int:

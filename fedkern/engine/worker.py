@@ -1,14 +1,16 @@
-"""The worker processes of a run: ``python -m fedkern.engine.worker DESCRIPTOR``, started by the run alone.
+"""The worker processes of a run: ``python -m fedkern.engine.worker DESCRIPTOR PARENT``, started by the run alone.
 
-One process is started.  It imports what clients need, is told the run's settings and data, and forks a worker whenever
-it is asked to, so that PyTorch is loaded and the data are mapped once for all of them.  It never computes: a process
-whose OpenMP threads have run cannot be forked.  It never sees the user's ``__main__``.
+One process is started, or forked from that of the command line.  It has what clients need, is told the run's settings
+and data, and forks a worker whenever it is asked to, so that PyTorch is loaded and the data are mapped once for all of
+them.  It never computes: a process whose OpenMP threads have run cannot be forked.  It never sees the user's
+``__main__``.
 
 A worker has a network, the clients' data and their states of the round, and does what an
 :class:`~fedkern.engine.executors.serial.Serial` does.  It ends with the connection to the run's process, and with its
 parent.  SIGINT, which a terminal sends to every process in the foreground, is the run's to answer.
 
-Nothing imports this module, which is another one under its name than as ``__main__``.
+What both sides know is in `fedkern.engine.executors.tasks`: as ``__main__`` this module is another one than under its
+name.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import signal
 import socket
 import sys
 from contextlib import ExitStack, suppress
-from typing import Any
+from typing import Any, NoReturn
 
 from fedkern.engine.executors.tasks import Cleared, Done, Forget, Notice, Setup, Task
 from fedkern.engine.executors.wire import Channel, NotPortable, Packer, Packet, Unpacker
@@ -135,59 +137,63 @@ def _work(setup: Setup, end: socket.socket) -> None:
             Worker(setup, Channel(end)).serve()
 
 
-def main(descriptor: int) -> None:
-    """Prepares, and forks a worker for every connection that comes in; ends with its own.
+def serve(end: socket.socket, parent: int) -> NoReturn:
+    """Prepares, and forks a worker for every connection that comes in; ends the process with its own connection.
 
-    It is sent the setup, and answers "ready" or a sentence; then "fork" with a connection, answered with the number of
-    the process, and numbers of processes, answered with how they ended.
+    It is sent the paths that modules are imported from and the setup, and answers "ready" or a sentence; then "fork"
+    with a connection, answered with the number of the process, and numbers of processes, answered with how they ended.
+
+    Args:
+        end: of the connection to the run.
+        parent: the number of the run's process.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
-    _end_with_parent()
-    if os.getppid() != parent:
-        return
-    end = socket.socket(fileno=descriptor)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        _end_with_parent()
+        if os.getppid() == parent:
+            with suppress(EOFError, ConnectionError):
+                _serve(end)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        os._exit(1)
+    os._exit(0)
+
+
+def _serve(end: socket.socket) -> None:
     channel, unpacker = Channel(end), Unpacker()
 
     def say(value: Any) -> None:
         channel.send(Packet(pickle.dumps(value), {}))
 
+    paths, _ = channel.receive()
+    sys.path[:] = pickle.loads(paths.payload)
+    packet, _ = channel.receive()
     try:
-        paths, _ = channel.receive()
-        sys.path[:] = pickle.loads(paths.payload)
-        packet, _ = channel.receive()
-        try:
-            import fedkern.engine.run  # noqa: F401 (what every client needs)
+        import fedkern.engine.run  # noqa: F401 (what every client needs)
 
-            setup: Setup = unpacker.unpack(packet)
-        except Exception as error:
-            say(f"{type(error).__name__}: {error}")
-            return
-        say("ready")
-        while True:
-            packet, descriptors = channel.receive()
-            asked = pickle.loads(packet.payload)
-            if asked != "fork":
-                say(_ended(int(asked)))
-                continue
-            ours = os.getpid()
-            child = os.fork()
-            if child:
-                os.close(descriptors[0])
-                say(child)
-                continue
-            _end_with_parent()
-            if os.getppid() != ours:
-                os._exit(0)
-            end.close()
-            try:
-                _work(setup, socket.socket(fileno=descriptors[0]))
-            except BaseException:
-                sys.excepthook(*sys.exc_info())
-                os._exit(1)
-            os._exit(0)
-    except (EOFError, ConnectionError):
+        setup: Setup = unpacker.unpack(packet)
+    except Exception as error:
+        say(f"{type(error).__name__}: {error}")
         return
+    say("ready")
+    while True:
+        packet, descriptors = channel.receive()
+        asked = pickle.loads(packet.payload)
+        if asked != "fork":
+            say(_ended(int(asked)))
+            continue
+        ours = os.getpid()
+        child = os.fork()
+        if child:
+            os.close(descriptors[0])
+            say(child)
+            continue
+        _end_with_parent()
+        if os.getppid() == ours:
+            end.close()
+            _work(setup, socket.socket(fileno=descriptors[0]))
+        os._exit(0)
 
 
 def _ended(process: int) -> int | None:
@@ -206,4 +212,4 @@ def _ended(process: int) -> int | None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    serve(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]))

@@ -16,7 +16,7 @@ from fedkern.engine import Listener, RunConfig, read_metrics, read_model, run
 from fedkern.engine.bench import Bench
 from fedkern.engine.checkpoint import Checkpoints
 from fedkern.engine.network import Network
-from fedkern.errors import UserError
+from fedkern.errors import ClientFailed, UserError
 from fedkern.methods import METHODS, FedAvg
 from fedkern.methods.fedgid import FedGID
 from fedkern.models.precision import computing, lower
@@ -146,7 +146,7 @@ def test_fp32_never_meets_autocast(make_data, make_config, tmp_path, monkeypatch
 
     monkeypatch.setattr(torch, "autocast", forbidden)
     run(make_config("fedgid"), out=tmp_path / "fp32", data=make_data())
-    with pytest.raises(AssertionError, match="autocast in fp32"):
+    with pytest.raises(ClientFailed, match="AssertionError: autocast in fp32"):
         run(make_config("fedgid", **BF16), out=tmp_path / "bf16", data=make_data())
 
 

@@ -17,6 +17,7 @@ from fedkern import ops
 from fedkern.engine import Listener, RunConfig, run
 from fedkern.engine import evaluate as evaluation
 from fedkern.engine.executors import workers as module
+from fedkern.engine.executors.nursery import Nursery
 from fedkern.engine.executors.workers import Workers
 from fedkern.errors import ClientFailed, RunFailed
 from fedkern.methods import METHODS
@@ -35,14 +36,14 @@ def patient(monkeypatch):
 def processes(monkeypatch):
     """Every worker process that was forked, in order."""
     found = []
-    fork = module._Nursery.fork
+    fork = Nursery.fork
 
     def seen(self):
-        worker = fork(self)
-        found.append(worker.process)
-        return worker
+        process, channel = fork(self)
+        found.append(process)
+        return process, channel
 
-    monkeypatch.setattr(module._Nursery, "fork", seen)
+    monkeypatch.setattr(Nursery, "fork", seen)
     return found
 
 
@@ -134,8 +135,8 @@ def test_a_worker_that_is_lost_every_time(make_data, make_config, tmp_path, monk
 def test_the_process_that_forks_is_lost(make_data, make_config, tmp_path, monkeypatch, processes):
     """Its workers end with it, and the run goes on in its own process."""
     nurseries = []
-    ready = module._Nursery.ready
-    monkeypatch.setattr(module._Nursery, "ready", lambda self, wait: nurseries.append(self) or ready(self, wait))
+    ready = Nursery.ready
+    monkeypatch.setattr(Nursery, "ready", lambda self, wait: nurseries.append(self) or ready(self, wait))
     kills = At(1, lambda: (nurseries[0]._process.kill(), nurseries[0]._process.wait()))
     serial, side_by_side = compared(make_config(rounds=3), make_data(), tmp_path, kills)
     told = side_by_side[2]["diagnostics"]
@@ -289,7 +290,7 @@ def test_long_runs_begin_without_them(make_data, make_config, tmp_path, monkeypa
 
 def test_a_slow_start_is_no_waiting(make_data, make_config, tmp_path, monkeypatch, processes):
     monkeypatch.setattr("fedkern.engine.loop.Workers", Workers)
-    monkeypatch.setattr(module._Nursery, "ready", lambda self, wait: False)
+    monkeypatch.setattr(Nursery, "ready", lambda self, wait: False)
     config, data = make_config(rounds=2), make_data()
     serial, side_by_side = compared(config, data, tmp_path)
     assert side_by_side == serial
@@ -352,6 +353,8 @@ def _children(process):
 
 def test_nothing_is_left_after_kill(tmp_path):
     process, others = started(tmp_path / "run")
+    for other in others:  # forked from what has loaded everything, not started anew
+        assert b"fedkern.run" in Path(f"/proc/{other}/cmdline").read_bytes()
     process.kill()
     process.wait()
     assert not living(others)

@@ -12,23 +12,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import select
 import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import fedkern
 from fedkern.engine.bench import Bench
 from fedkern.engine.executors.base import Answer, States
+from fedkern.engine.executors.nursery import Gone, Nursery
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.executors.tasks import Cleared, Done, Forget, Notice, Setup, Task, modes
-from fedkern.engine.executors.wire import Channel, NotPortable, Packer, Packet, Unpacker
+from fedkern.engine.executors.wire import Channel, NotPortable, Packer, Unpacker
 from fedkern.errors import RunFailed
 from fedkern.interrupts import check
 from fedkern.methods.base import ClientId, Message, Step
@@ -83,7 +78,7 @@ class Workers:
         self.here, self._bench, self._askers, self._states, self.count = here, bench, dict(askers), states, count
         self._patient = patient
         self._left, self._asked, self._seconds = asks, 0, 0.0
-        self._nursery: _Nursery | None = None
+        self._nursery: Nursery | None = None
         self._given_up = False
         self._workers: list[_Worker] = []
         self._packer = Packer()
@@ -196,7 +191,7 @@ class Workers:
 
     def _start(self) -> None:
         try:
-            self._nursery = _Nursery(_setup(self._bench, self._askers))
+            self._nursery = Nursery(_setup(self._bench, self._askers))
         except NotPortable as error:
             self._give_up(f"{error} cannot be sent to worker processes", "define it in a module of its own")
         except OSError as error:
@@ -217,8 +212,8 @@ class Workers:
             if not self._nursery.ready(self._patient):
                 return
             while len(self._workers) < self.count:
-                self._workers.append(self._nursery.fork())
-        except _Gone as error:
+                self._workers.append(_Worker(*self._nursery.fork()))
+        except Gone as error:
             self._nursery.close()
             self._nursery = None
             self._give_up(str(error), "")
@@ -316,100 +311,6 @@ class Workers:
 def busy_ends(workers: list[_Worker]) -> list[Channel]:
     """What ``select`` waits for."""
     return [worker.channel for worker in workers]
-
-
-class _Gone(Exception):
-    """The process that forks workers is not there; the message says why, as a part of a sentence."""
-
-
-class _Nursery:
-    """The process that loads what clients need, once, and forks workers (see `fedkern.engine.worker`)."""
-
-    def __init__(self, setup: Setup) -> None:
-        packer = Packer()
-        packet = packer.pack(setup)
-        ours, theirs = socket.socketpair()
-        folder = str(Path(fedkern.__file__).parents[1])
-        paths = [folder, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "fedkern.engine.worker", str(theirs.fileno())],
-                stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], env=environment,
-            )  # fmt: skip
-        except BaseException:
-            ours.close()
-            packer.clear()
-            raise
-        finally:
-            theirs.close()
-        self._channel = Channel(ours)
-        self._ready = False
-        try:
-            self._channel.send(Packet(pickle.dumps([path or str(Path.cwd()) for path in sys.path]), {}))
-            self._channel.send(packet)
-        except OSError:
-            pass  # found when it is asked whether it is ready
-        finally:
-            packer.clear()
-
-    def ready(self, wait: bool) -> bool:
-        """Whether workers can be had by now.
-
-        Raises:
-            _Gone: they never can.
-        """
-        if self._ready:
-            return True
-        if not wait and not select.select([self._channel], [], [], 0)[0]:
-            return False
-        said = self._answer()
-        if said != "ready":
-            raise _Gone(f"a worker process could not be prepared ({said})")
-        self._ready = True
-        return True
-
-    def fork(self) -> _Worker:
-        """A new worker.
-
-        Raises:
-            _Gone: there is nobody to fork it any more.
-        """
-        ours, theirs = socket.socketpair()
-        try:
-            self._channel.send(Packet(pickle.dumps("fork"), {}), [theirs.fileno()])
-            return _Worker(int(self._answer()), Channel(ours))
-        except (OSError, _Gone):
-            ours.close()
-            raise _Gone("the process that starts workers was lost") from None
-        finally:
-            theirs.close()
-
-    def how(self, process: int) -> str:
-        """How a worker ended, as a part of a sentence."""
-        try:
-            self._channel.send(Packet(pickle.dumps(str(process)), {}))
-            code = self._answer()
-        except (OSError, _Gone):
-            code = None
-        if code is None:
-            return "it ended"
-        if code == -signal.SIGKILL:
-            return "it was killed, as the system does where memory runs out"
-        return f"it was ended by signal {-code}" if code < 0 else f"it ended with exit code {code}"
-
-    def _answer(self) -> Any:
-        try:
-            packet, _ = self._channel.receive()
-        except (EOFError, OSError):
-            raise _Gone("the process that starts workers was lost") from None
-        return pickle.loads(packet.payload)
-
-    def close(self) -> None:
-        """Ends it, and with it whatever it has forked."""
-        self._process.kill()
-        self._process.wait()
-        self._channel.close()
 
 
 def _kill(process: int) -> None:

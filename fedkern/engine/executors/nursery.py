@@ -1,0 +1,188 @@
+"""The process that forks workers: started with everything that clients need, before anything has been computed."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import select
+import signal
+import socket
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, Protocol
+
+import fedkern
+from fedkern.engine.executors.tasks import Setup
+from fedkern.engine.executors.wire import Channel, Packer, Packet
+
+
+class _Process(Protocol):
+    """A child process."""
+
+    def kill(self) -> None: ...
+
+    def wait(self) -> Any: ...
+
+
+class _Forked:
+    """A child that was forked by hand."""
+
+    def __init__(self, process: int) -> None:
+        self._process = process
+
+    def kill(self) -> None:
+        os.kill(self._process, signal.SIGKILL)  # nobody else waits for it, so the number is its own
+
+    def wait(self) -> None:
+        os.waitpid(self._process, 0)
+
+
+_early: list[tuple[_Process, socket.socket]] = []
+
+
+def fork_early() -> None:
+    """Forks the process from this one, which has loaded everything: it is there at once, where a new one takes seconds.
+
+    For the command line, before anything is computed: a process whose OpenMP threads have run cannot be forked.  What
+    runs a script of the user's does not know that, and starts a new process.
+    """
+    from fedkern.engine import worker
+
+    ours, theirs = socket.socketpair()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()  # or both processes would write what is in the buffer
+    parent = os.getpid()
+    try:
+        with warnings.catch_warnings():
+            # NumPy's threads, which look after themselves when their process is forked.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+    except OSError:  # one that is started later may be possible
+        ours.close()
+        theirs.close()
+        return
+    if not child:
+        ours.close()
+        os.setpgid(0, 0)
+        worker.serve(theirs, parent)  # does not return
+    theirs.close()
+    _early.append((_Forked(child), ours))
+
+
+def end_early() -> None:
+    """Ends a process that was forked early and that no run has taken."""
+    while _early:
+        process, end = _early.pop()
+        process.kill()
+        process.wait()
+        end.close()
+
+
+def _started() -> tuple[_Process, socket.socket]:
+    """A new process, in a group of its own, so that a terminal's Ctrl-C does not reach it while it loads."""
+    ours, theirs = socket.socketpair()
+    folder = str(Path(fedkern.__file__).parents[1])
+    paths = [folder, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    words = [sys.executable, "-P", "-m", "fedkern.engine.worker", str(theirs.fileno()), str(os.getpid())]
+    try:
+        process = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], env=environment, process_group=0
+        )
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
+    return process, ours
+
+
+class Gone(Exception):
+    """The process that forks workers is not there; the message says why, as a part of a sentence."""
+
+
+class Nursery:
+    """The process that has loaded what clients need, once, and forks workers (see `fedkern.engine.worker`).
+
+    Raises:
+        NotPortable: the setup cannot be sent to another process.
+        OSError: no process can be started.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        packer = Packer()
+        packet = packer.pack(setup)
+        try:
+            self._process, ours = _early.pop() if _early else _started()
+        except OSError:
+            packer.clear()
+            raise
+        self._channel = Channel(ours)
+        self._ready = False
+        try:
+            self._channel.send(Packet(pickle.dumps([path or str(Path.cwd()) for path in sys.path]), {}))
+            self._channel.send(packet)
+        except OSError:
+            pass  # found when it is asked whether it is ready
+        finally:
+            packer.clear()
+
+    def ready(self, wait: bool) -> bool:
+        """Whether workers can be had by now.
+
+        Raises:
+            Gone: they never can.
+        """
+        if self._ready:
+            return True
+        if not wait and not select.select([self._channel], [], [], 0)[0]:
+            return False
+        said = self._answer()
+        if said != "ready":
+            raise Gone(f"a worker process could not be prepared ({said})")
+        self._ready = True
+        return True
+
+    def fork(self) -> tuple[int, Channel]:
+        """A new worker: the number of its process, and the connection to it.
+
+        Raises:
+            Gone: there is nobody to fork it any more.
+        """
+        ours, theirs = socket.socketpair()
+        try:
+            self._channel.send(Packet(pickle.dumps("fork"), {}), [theirs.fileno()])
+            return int(self._answer()), Channel(ours)
+        except (OSError, Gone):
+            ours.close()
+            raise Gone("the process that starts workers was lost") from None
+        finally:
+            theirs.close()
+
+    def how(self, process: int) -> str:
+        """How a worker ended, as a part of a sentence."""
+        try:
+            self._channel.send(Packet(pickle.dumps(str(process)), {}))
+            code = self._answer()
+        except (OSError, Gone):
+            code = None
+        if code is None:
+            return "it ended"
+        if code == -signal.SIGKILL:
+            return "it was killed, as the system does where memory runs out"
+        return f"it was ended by signal {-code}" if code < 0 else f"it ended with exit code {code}"
+
+    def _answer(self) -> Any:
+        try:
+            packet, _ = self._channel.receive()
+        except (EOFError, OSError):
+            raise Gone("the process that starts workers was lost") from None
+        return pickle.loads(packet.payload)
+
+    def close(self) -> None:
+        """Ends it, and with it whatever it has forked."""
+        self._process.kill()
+        self._process.wait()
+        self._channel.close()
