@@ -148,7 +148,7 @@ def _workers_ahead(config: RunConfig) -> Iterator[None]:
     from fedkern.engine.executors import nursery, sizing
 
     alone = config.workers == "1" or config.trained_clients < 2 or bool(sizing.unavailable(config.device))
-    idle = sizing.usable_cores() > 1 or config.workers != "auto"
+    idle = min(sizing.usable_cores(), config.threads) > 1 or config.workers != "auto"
     if interrupts.whole_process() and idle and not alone:
         nursery.fork_early()
     try:
@@ -220,7 +220,7 @@ def _stored(request: Request) -> RunConfig:
         typed = {key: value for part in read for key, value in part.items() if key in given}
         wanted["data_options"] = {**stored.data_options, **typed}
     wanted.pop("device", None)
-    differences = stored.replace(**wanted).differences(stored) if wanted else []
+    differences = stored.replace(**wanted).settled().differences(stored) if wanted else []
     if differences:
         raise UserError(
             f"The run in {request.resume} has other settings ({'; '.join(differences)}): leave these flags out to "

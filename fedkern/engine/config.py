@@ -164,7 +164,7 @@ class RunConfig:
     )  # fmt: skip
     workers: str = option(
         "auto", "processes in which clients work side by side, with the same bits for any number: a number, or auto "
-        "for what cores, memory and the length of the run suggest",
+        "for what threads, cores, memory and the length of the run suggest",
     )  # fmt: skip
     options: Mapping[str, Any] = field(default_factory=dict)
     data_options: Mapping[str, Any] = field(default_factory=dict)

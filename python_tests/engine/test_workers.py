@@ -16,6 +16,8 @@ from smallest import SETTINGS
 from fedkern import ops
 from fedkern.engine import Listener, RunConfig, run
 from fedkern.engine import evaluate as evaluation
+from fedkern.engine.bench import Bench
+from fedkern.engine.executors import sizing
 from fedkern.engine.executors import workers as module
 from fedkern.engine.executors.nursery import Nursery
 from fedkern.engine.executors.workers import Workers
@@ -275,6 +277,46 @@ def test_test_sets_side_by_side(method, make_data, make_pairs, make_public, make
 def test_short_runs_start_none(make_data, make_config, tmp_path, processes):
     run(make_config(), out=tmp_path / "run", data=make_data())
     assert not processes
+
+
+@pytest.mark.parametrize(
+    ("settings", "cores", "memory", "count"),
+    [
+        ({"threads": 8}, 8, 1 << 40, 3),  # as many as clients
+        ({"threads": 8, "client_threads": 4}, 8, 1 << 40, 2),
+        ({"threads": 2}, 8, 1 << 40, 2),
+        ({"threads": 1}, 8, 1 << 40, 1),  # asked for one thread
+        ({"threads": 8, "client_threads": 1}, 2, 1 << 40, 2),
+        ({"threads": 8}, 8, sizing.BASE_BYTES, 0),
+        ({"threads": 8, "sample_fraction": 0.6}, 8, 1 << 40, 2),
+        ({"threads": 1, "workers": "2"}, 1, 0, 2),  # what is said counts
+        ({"threads": 8, "workers": "1"}, 8, 1 << 40, 1),
+    ],
+)
+def test_how_many(settings, cores, memory, count, make_data, make_config, monkeypatch):
+    monkeypatch.setattr(sizing, "usable_cores", lambda: cores)
+    monkeypatch.setattr(sizing, "free_memory", lambda: memory)
+    config = make_config(**settings).settled()
+    assert sizing.workers_for(config, Bench(config, make_data()), 100) == count
+
+
+def test_cores_and_memory_are_those_of_the_control_group(monkeypatch, tmp_path):
+    found = {"/sys/fs/cgroup/cpu.max": "150000 100000", "/sys/fs/cgroup/memory.max": "1000", "/proc/meminfo": "x 1 kB"}
+    found["/sys/fs/cgroup/memory.current"] = "400"
+
+    def read(path):
+        if str(path) not in found:
+            raise FileNotFoundError(path)
+        return found[str(path)]
+
+    monkeypatch.setattr(sizing.Path, "read_text", read)
+    monkeypatch.setattr(sizing.os, "sched_getaffinity", lambda _: set(range(16)))
+    assert sizing.usable_cores() == 1
+    assert sizing.free_memory() == 600
+    found["/sys/fs/cgroup/cpu.max"], found["/sys/fs/cgroup/memory.max"] = "max 100000", "max"
+    assert sizing.usable_cores() == 16
+    found["/proc/meminfo"] = "MemTotal: 9 kB\nMemAvailable: 5 kB\n"
+    assert sizing.free_memory() == 5 << 10
 
 
 def test_long_runs_begin_without_them(make_data, make_config, tmp_path, monkeypatch, processes):

@@ -34,7 +34,8 @@ def workers_for(config: RunConfig, bench: Bench, asks: int) -> int:
     most = clients_of_a_round(config)
     if config.workers != "auto":
         return min(int(config.workers), most)
-    return min(most, usable_cores() // config.client_threads, free_memory() // worker_bytes(bench))
+    cores = min(usable_cores(), config.threads)  # fewer threads are asked for where others shall have the cores
+    return min(most, cores // config.client_threads, free_memory() // worker_bytes(bench))
 
 
 def unavailable(device: str) -> str:
