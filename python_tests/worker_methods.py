@@ -69,3 +69,15 @@ class Sending(FedAvg):
 
     def expects(self, server, step, client, message):
         return super().expects(server, step, client, {k: v for k, v in message.items() if k != "more"})
+
+
+class Keeping(FedAvg):
+    """Keeps the server's ``notice`` and uses it where clients work."""
+
+    def start(self, server):
+        super().start(server)
+        self.notice = server.notice
+
+    def client_update(self, client, step, message):
+        self.notice(f"client {client.id}")
+        return super().client_update(client, step, message)

@@ -29,6 +29,24 @@ from fedkern.streams import stream
 BEFORE = Step(-1, "", "update")  # of what a client draws once in a run
 
 
+class Elsewhere:
+    """What a method that has kept a client's or the server's ``notice`` or ``warn`` finds of it in a worker process.
+
+    Attributes:
+        bench: of this process, once it has one.
+    """
+
+    bench: Bench | None = None
+
+    def notice(self, text: str) -> None:
+        if self.bench is not None:
+            self.bench.notice(text)
+
+    def warn(self, name: str, text: str) -> None:
+        if self.bench is not None:
+            self.bench.warn(name, text)
+
+
 class _Place:
     """What both sides see of the bench (see :class:`fedkern.methods.sides.Place`)."""
 
@@ -42,6 +60,9 @@ class _Place:
         self.std: tuple[float, ...] = bench.data.std
         self.report: dict[str, float] = {}
         self.scratch: dict[str, Any] = {}
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return Elsewhere, ()
 
     @property
     def public(self) -> Samples | None:

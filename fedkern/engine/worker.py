@@ -48,12 +48,14 @@ class Worker:
 
         from fedkern.engine.bench import Bench
         from fedkern.engine.executors.serial import Serial
+        from fedkern.engine.parties import Elsewhere
 
         self._channel = channel
         _set_modes(setup.modes)
         torch.set_num_threads(setup.config.client_threads)
         self._bench = Bench(setup.config, setup.data, self._notice, pair=setup.pair)
         self._bench.disclosure = setup.disclosure
+        Elsewhere.bench = self._bench
         self._serial = Serial(self._bench, setup.askers, lambda _: dict, setup.config.client_threads)
         self._packer, self._unpacker = Packer(), Unpacker()
         self._step: Any = None

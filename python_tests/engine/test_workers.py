@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -193,6 +194,23 @@ def test_clients_tell(make_data, make_config, tmp_path, monkeypatch):
     assert side_by_side == serial
     assert side_by_side[2]["diagnostics"]["one-name"] == "client 0 warned first"
     assert sorted(heard) == sorted(2 * [f"client {k} is at work" for k in range(3)])
+
+
+def test_a_notice_that_was_kept(make_data, make_config, tmp_path, monkeypatch, processes):
+    """A method that keeps ``notice`` where it starts can be sent to workers, whatever listens, and is heard there."""
+    monkeypatch.setitem(METHODS, "fedavg", worker_methods.Keeping)
+    heard = []
+
+    class Hears(Listener):
+        def __init__(self):
+            self.lock = threading.RLock()
+
+        def on_notice(self, text):
+            heard.append(text)
+
+    run(make_config(workers="2", rounds=1), out=tmp_path / "run", data=make_data(), listener=Hears())
+    assert len(processes) == 2
+    assert sorted(heard) == ["client 0", "client 1", "client 2"]
 
 
 def test_a_client_that_writes_into_its_message(make_data, make_config, tmp_path, monkeypatch):
