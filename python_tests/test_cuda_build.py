@@ -20,7 +20,7 @@ THREADS_128 = ("sorted_mean_kernel", "weighted_kernel")
 
 # Kernels that need memory of their own: part of the name, and per architecture bytes of stack at most.
 STACKS = {
-    "step_kernel": {"sm_100": 8},  # once per tile of 2,048 elements
+    "step_kernel": {"sm_80": 8, "sm_100": 8},  # once per tile of 2,048 elements
     "weighted_kernelILi32": {"sm_100": 16},
     # What it keeps while the fp64 repeat of a row runs, a function that is called.
     "ProbabilityRowELi1E": {"sm_80": 16, "sm_90": 32, "sm_100": 192},

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import pickle
 import select
 import signal
 import socket
@@ -26,7 +25,7 @@ from contextlib import ExitStack, suppress
 from typing import Any, NoReturn
 
 from fedkern.engine.executors.tasks import Cleared, Done, Forget, Notice, Setup, Task
-from fedkern.engine.executors.wire import Channel, NotPortable, Packer, Packet, Unpacker
+from fedkern.engine.executors.wire import Channel, NotPortable, Packer, Unpacker, portable
 
 _PR_SET_PDEATHSIG = 1
 
@@ -89,7 +88,7 @@ class Worker:
         try:
             answer = self._serial.ask(task.client, task.asker, task.step, task.message)
         except Exception as error:
-            return Done(None, failed=_portable(error))
+            return Done(None, failed=portable(error))
         answer.warnings = dict(self._bench.warnings)
         return Done(answer, self._serial.changed(task.client))
 
@@ -107,14 +106,6 @@ class Worker:
 
     def _notice(self, text: str) -> None:
         self._channel.send(Packer().pack(Notice(text)))
-
-
-def _portable(error: Exception) -> Exception:
-    try:
-        copy = pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return copy if type(copy) is type(error) else RuntimeError(str(error))
 
 
 def _end_with_parent() -> None:
@@ -165,31 +156,26 @@ def serve(end: socket.socket, parent: int) -> NoReturn:
 def _serve(end: socket.socket) -> None:
     channel, unpacker = Channel(end), Unpacker()
 
-    def say(value: Any) -> None:
-        channel.send(Packet(pickle.dumps(value), {}))
-
-    paths, _ = channel.receive()
-    sys.path[:] = pickle.loads(paths.payload)
+    sys.path[:] = channel.told()[0]
     packet, _ = channel.receive()
     try:
         import fedkern.engine.run  # noqa: F401 (what every client needs)
 
         setup: Setup = unpacker.unpack(packet)
     except Exception as error:
-        say(f"{type(error).__name__}: {error}")
+        channel.say(f"{type(error).__name__}: {error}")
         return
-    say("ready")
+    channel.say("ready")
     while True:
-        packet, descriptors = channel.receive()
-        asked = pickle.loads(packet.payload)
+        asked, descriptors = channel.told()
         if asked != "fork":
-            say(_ended(int(asked)))
+            channel.say(_ended(int(asked)))
             continue
         ours = os.getpid()
         child = os.fork()
         if child:
             os.close(descriptors[0])
-            say(child)
+            channel.say(child)
             continue
         _end_with_parent()
         if os.getppid() == ours:

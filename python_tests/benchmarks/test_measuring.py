@@ -106,7 +106,7 @@ def test_peak_memory_is_what_a_call_takes_beyond_its_inputs() -> None:
         run()
         rise = memory.peak_bytes(run, CPU)
         assert rise is not None
-        assert least <= rise + (1 << 18)
+        assert least <= rise + (1 << 20)  # the kernel counts pages by processor, and adds them up now and then
         assert rise <= most + (3 << 20)  # what else grows in a process meanwhile
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import select
 import signal
 import socket
@@ -15,7 +14,7 @@ from typing import Any, Protocol
 
 import fedkern
 from fedkern.engine.executors.tasks import Setup
-from fedkern.engine.executors.wire import Channel, Packer, Packet
+from fedkern.engine.executors.wire import Channel, Packer
 
 
 class _Process(Protocol):
@@ -122,7 +121,7 @@ class Nursery:
         self._channel = Channel(ours)
         self._ready = False
         try:
-            self._channel.send(Packet(pickle.dumps([path or str(Path.cwd()) for path in sys.path]), {}))
+            self._channel.say([path or str(Path.cwd()) for path in sys.path])
             self._channel.send(packet)
         except OSError:
             pass  # found when it is asked whether it is ready
@@ -153,7 +152,7 @@ class Nursery:
         """
         ours, theirs = socket.socketpair()
         try:
-            self._channel.send(Packet(pickle.dumps("fork"), {}), [theirs.fileno()])
+            self._channel.say("fork", [theirs.fileno()])
             return int(self._answer()), Channel(ours)
         except (OSError, Gone):
             ours.close()
@@ -164,7 +163,7 @@ class Nursery:
     def how(self, process: int) -> str:
         """How a worker ended, as a part of a sentence."""
         try:
-            self._channel.send(Packet(pickle.dumps(str(process)), {}))
+            self._channel.say(str(process))
             code = self._answer()
         except (OSError, Gone):
             code = None
@@ -176,10 +175,9 @@ class Nursery:
 
     def _answer(self) -> Any:
         try:
-            packet, _ = self._channel.receive()
+            return self._channel.told()[0]
         except (EOFError, OSError):
             raise Gone("the process that starts workers was lost") from None
-        return pickle.loads(packet.payload)
 
     def close(self) -> None:
         """Ends it, and with it whatever it has forked."""

@@ -6,7 +6,7 @@ files are sealed, so that nobody changes what another process reads, and mapped 
 tensor writes into a copy of its own.  Nothing has a name in the file system: the memory is free when the last process
 that maps it ends, however it ends.
 
-Both ends are processes of one run: a packet is never read from a file or a network.
+Both ends are processes of one run: a packet is never read from a file or a network.  Nothing else in fedkern pickles.
 """
 
 from __future__ import annotations
@@ -268,6 +268,23 @@ class Channel:
         files = dict(zip(numbers, descriptors, strict=False))
         return Packet(inner, files), descriptors[len(numbers) : count]
 
+    def say(self, value: Any, more: Iterable[int] = ()) -> None:
+        """Sends what holds no tensors, with ``more`` descriptors.
+
+        Raises:
+            OSError: the other end is gone.
+        """
+        self.send(Packet(pickle.dumps(value), {}), more)
+
+    def told(self) -> tuple[Any, list[int]]:
+        """What the other end says, and the descriptors that came with it.
+
+        Raises:
+            EOFError: the other end is gone.
+        """
+        packet, descriptors = self.receive()
+        return pickle.loads(packet.payload), descriptors
+
     def _exactly(self, size: int) -> bytes:
         parts = bytearray()
         while len(parts) < size:
@@ -284,6 +301,15 @@ class Channel:
     def close(self) -> None:
         """Closes this end."""
         self._end.close()
+
+
+def portable(error: Exception) -> Exception:
+    """An exception as another process can raise it."""
+    try:
+        copy = pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return copy if type(copy) is type(error) else RuntimeError(str(error))
 
 
 def _pour(descriptor: int, content: bytes) -> None:
