@@ -320,7 +320,8 @@ def _changed_defaults(run_folder: Path, case: Case) -> list[str]:
     stored = RunConfig.load(run_folder)
     now = effective(parse([*case.arguments, "--threads", "1", "--device", stored.device]))
     # What the data decide is filled in when a run begins.
-    return now.replace(clients=stored.clients, augment=now.augment or stored.augment).settled().differences(stored)
+    now = now.replace(clients=stored.clients, augment=now.augment or stored.augment).settled()
+    return now.differences(stored.settled())
 
 
 def spread(values: Sequence[float], scale: float = 100.0, digits: int = 1) -> str:
