@@ -34,7 +34,14 @@ from fedkern.methods.oneshot_members import flatten, vectors
 from fedkern.models.discriminator import PatchDiscriminators
 
 CLIENTS, BATCH, CLASSES, SIDE, STEPS = 20, 64, 10, 32, 5
-OPTIONS: dict[str, Any] = {"batch": BATCH, "student_steps": STEPS, "ngf": 16, "ndf": 16, "class_weights": "counts"}
+OPTIONS: dict[str, Any] = {
+    "preset": "paper",
+    "batch": BATCH,
+    "student_steps": STEPS,
+    "ngf": 16,
+    "ndf": 16,
+    "class_weights": "counts",
+}
 LAST = torch.channels_last
 
 

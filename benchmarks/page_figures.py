@@ -490,9 +490,8 @@ def iod_clients() -> Lines:
 
 def iod_terms() -> Lines:
     found = load("fediod_mnist_terms")
-    earlier = {"the code's preset": "the code's preset, before its diversity was the released formula"}
     rows = [
-        [earlier.get(name, name), percent(row["accuracy"]), percent(row["ensemble_weighted"])]
+        [name, percent(row["accuracy"]), percent(row["ensemble_weighted"])]
         for name, row in found.items()
         if "accuracy" in row
     ]
