@@ -9,7 +9,7 @@ import weakref
 from fedkern.engine import Listener
 from fedkern.engine.records import read_metrics
 
-TIMES = ("seconds", "round_seconds", "phases")
+TIMES = ("seconds", "round_seconds", "phases", "speed", "device")
 
 
 def outcome(out):

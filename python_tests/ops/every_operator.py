@@ -85,6 +85,11 @@ def _index_on(count: int, device: torch.device) -> Tensor:
     return (INDEX if count == 4 else LARGE_INDEX).to(device)
 
 
+# Before any test: made while torch.export traces, they would be fake tensors for ever.
+_boxes_on(3, torch.float32, torch.device("cpu"))
+_index_on(4, torch.device("cpu"))
+
+
 def _boxes(images: Tensor) -> Tensor:
     return _boxes_on(images.shape[0], images.dtype, images.device)
 

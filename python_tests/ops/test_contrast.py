@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import memory
@@ -137,7 +138,8 @@ def test_large_batches_take_no_memory_of_their_square(pairs: int) -> None:
         step()
         peak = memory.peak_bytes(step, torch.device("cpu"))
         loss = ops.contrastive(x.detach(), y.detach(), temperature)
-    assert peak is None or peak < 4 * pairs**2 // 2
+    if "ASAN_OPTIONS" not in os.environ:  # AddressSanitizer keeps what is freed
+        assert peak is None or peak < 4 * pairs**2 // 2
     rows, columns = torch.empty(0), torch.full((pairs,), -torch.inf)
     for part in x.detach().chunk(8):
         similarities = part @ y.detach().T / temperature
