@@ -32,6 +32,11 @@ _take_benchmarks_from_the_checkout()
 # Random tests try other cases every day; whoever repeats a failure gives the day's number.
 os.environ.setdefault("FEDKERN_SEED", str(datetime.datetime.now(datetime.UTC).toordinal()))
 
+# Without a GPU Triton's kernels are tested in its interpreter, which must be asked for before anything imports Triton
+# (torch's counter of operations does).  With one the tests marked "gpu" run the compiled ones, unless it is asked for.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Not the table that whoever runs the tests has measured.
 os.environ["FEDKERN_LOWERINGS"] = "shipped"
 

@@ -59,6 +59,10 @@ def load_triton(family: str) -> ModuleType:
             int(numpy.zeros(1))
         except TypeError:
             raise Unavailable(f"the interpreter of triton 3.6 does not run with numpy {numpy.__version__}") from None
+    if interpreted() and isinstance(triton.language.sum, triton.JITFunction):
+        raise Unavailable(
+            "triton was imported before TRITON_INTERPRET=1 was set (torch imports it too: set it before Python starts)"
+        )
     try:
         return importlib.import_module(f"fedkern.ops.triton.{family}")
     except ImportError as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -29,12 +28,6 @@ def _isas() -> list[str]:
 
 
 def _triton() -> list[str]:
-    """Without a GPU Triton's kernels are tested in its interpreter, which must be asked for before they are imported.
-
-    With one, the tests marked ``gpu`` run the compiled kernels; ``TRITON_INTERPRET=1`` brings the interpreter back.
-    """
-    if not torch.cuda.is_available():
-        os.environ.setdefault("TRITON_INTERPRET", "1")
     try:
         loading.load_triton("launch")
     except loading.Unavailable:

@@ -33,6 +33,14 @@ def test_forced_on_cpu_tensors() -> None:
     assert python(CALL, FEDKERN_BACKEND="triton", TRITON_INTERPRET="1").stdout.strip() == "6.0"
 
 
+@needs_triton
+def test_asked_for_after_triton_was_imported() -> None:
+    code = "import os, triton; os.environ['TRITON_INTERPRET'] = '1'\n" + CALL
+    told = python(code, FEDKERN_BACKEND="triton")
+    assert told.returncode
+    assert "triton was imported before TRITON_INTERPRET=1 was set" in told.stderr
+
+
 def test_missing_triton() -> None:
     code = "import sys; sys.modules['triton'] = None\n" + CALL
     told = python(code, FEDKERN_BACKEND="triton", TRITON_INTERPRET="1")
