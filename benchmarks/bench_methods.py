@@ -477,7 +477,7 @@ def page(rows: Sequence[Row], content: Mapping[str, Any]) -> str:
         "Made by `python -m benchmarks.bench_methods`, which says what the contestants are. "
         f"{machine.get('cpu')}, {machine.get('cores')} cores, {machine.get('isa')}; torch {machine.get('torch')}; "
         f'{machine.get("time")}. "before" is fedkern at {content["before"] or "no commit"}. Every contestant had '
-        f"{threads}; fedkern's command makes OpenMP's threads sleep while they wait (OMP_WAIT_POLICY=PASSIVE), the "
+        f"{threads}; fedkern's command makes OpenMP's threads sleep early while they wait, the "
         "plain scripts leave OpenMP as it is. Seconds are medians over the repeats, a speed-up is the median of the "
         "ratios of one repeat; below 1 it is bold.",
     ]

@@ -26,7 +26,8 @@ class Cost:
 
     Attributes:
         seconds: from its start to its end.
-        cpu_seconds: processor time, user and system, of the command and of all children that it waited for.
+        cpu_seconds: processor time, user and system, of the command and of everything that it started: exact where it
+            waited for its children, of others as they were seen last, ten times a second.
         peak_bytes: the most memory that it and its children held at once.  Of one process its largest resident set; of
             several their proportional sets, in which shared pages count once, looked at ten times a second.
         processes: the most that ran at once.
@@ -67,7 +68,7 @@ def run(command: Sequence[str], environment: Mapping[str, str], folder: Path) ->
         raise Failed(f"{' '.join(command)} failed with exit code {process.returncode}: {last}")
     return Cost(
         seconds=seconds,
-        cpu_seconds=usage.ru_utime + usage.ru_stime,
+        cpu_seconds=max(usage.ru_utime + usage.ru_stime, watch.cpu_seconds),
         peak_bytes=max(usage.ru_maxrss * 1024, watch.peak_bytes),
         processes=watch.processes,
     )
@@ -95,11 +96,20 @@ def proportional_bytes(pid: int, proc: Path = PROC) -> int:
     return 0
 
 
+def processor_seconds(pid: int, proc: Path = PROC) -> float:
+    """What a process itself has computed, its children left out; 0 of one that has ended."""
+    with contextlib.suppress(OSError):
+        fields = (proc / str(pid) / "stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
+
+
 class _Watch:
     """Looks at a session's processes until it is told to stop; of a single process the kernel knows the peak."""
 
     def __init__(self, leader: int) -> None:
         self.peak_bytes, self.processes = 0, 1
+        self._seconds: dict[int, float] = {}
         self._leader, self._over = leader, threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()
@@ -108,8 +118,14 @@ class _Watch:
         while not self._over.wait(SAMPLE_SECONDS):
             members = session(self._leader)
             self.processes = max(self.processes, len(members))
+            for pid in members:
+                self._seconds[pid] = max(self._seconds.get(pid, 0.0), processor_seconds(pid))
             if len(members) > 1:
                 self.peak_bytes = max(self.peak_bytes, sum(map(proportional_bytes, members)))
+
+    @property
+    def cpu_seconds(self) -> float:
+        return sum(self._seconds.values())
 
     def stop(self) -> None:
         self._over.set()

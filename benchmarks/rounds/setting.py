@@ -84,9 +84,11 @@ def register(model: str) -> None:
     """Makes LeNet one of fedkern's networks where ``model`` is it, as a user would who has a network of their own."""
     if model != "lenet":
         return
-    models.MODELS["lenet"] = models.ModelEntry(
-        "lenet", "LeNet for images of 32 pixels", 6, 32, lambda *, classes, channels, width, stem: LeNet(classes)
-    )
+    models.MODELS["lenet"] = models.ModelEntry("lenet", "LeNet for images of 32 pixels", 6, 32, _lenet)
+
+
+def _lenet(*, classes: int, channels: int, width: int, stem: str) -> LeNet:
+    return LeNet(classes, channels)
 
 
 def first_weights(setting: Setting) -> dict[str, Tensor]:

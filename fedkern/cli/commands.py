@@ -171,7 +171,9 @@ def _run(request: Request, config: RunConfig, out: Path) -> int:
     shown = display(quiet=request.quiet, json=request.json)
     tee = _Tee(shown) if board is None else _Tee(shown, board)
     try:
-        summary = engine.run(config, out=out, resume=request.resume is not None, listener=tee, trusted=code)
+        summary = engine.run(
+            config, out=out, resume=request.resume is not None, listener=tee, trusted=code, profile=request.profile
+        )
         pictures, undrawn = _pictures(out, tee.data, config.data_root, code)
     except KeyboardInterrupt as stop:
         interrupts.ended()
@@ -328,15 +330,29 @@ def list_all(request: Request) -> int:
 
 
 def doctor(request: Request) -> int:
-    """Prints the state of the installation."""
+    """Prints the state of the installation, after measuring what the processor can do where that is asked for."""
     from fedkern.report import doctor as report
     from fedkern.report.progress import terminal
 
+    if request.measure:
+        _measure()
     if request.json:
         print(json.dumps(report.collect(), indent=2))
     else:
         report.show(terminal())
     return 0
+
+
+def _measure() -> None:
+    import torch
+
+    from fedkern.engine import peak
+
+    found = {}
+    for count, rates in peak.measure(tuple(dict.fromkeys((1, torch.get_num_threads())))):
+        interrupts.check()
+        found[count] = rates
+    peak.keep(found)
 
 
 def attack(request: Request) -> int:

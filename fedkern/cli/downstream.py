@@ -124,8 +124,10 @@ def run(request: Request) -> int:
     from fedkern.cli.commands import check_backend
     from fedkern.downstream import Finished, decode, probe, retrieve, zero_shot
     from fedkern.engine import atomic
+    from fedkern.engine.allocator import keep_freed_memory
 
     check_backend()
+    keep_freed_memory()
     assert request.folder is not None
     code = trusted(request.folder, request.options)
     finished = Finished.open(request.folder, data_options=request.data_options, trusted=code, **request.settings)

@@ -24,7 +24,7 @@ COMMANDS = {
     "attack": "how well a finished run's model tells who was in its training data",
     "list": "show the methods, data sets, models, encoders and partitioners",
     "tune": "measure FusedBlocks' ways on this processor, to choose the fastest",
-    "doctor": "show versions, processor, GPU, and which backend serves which operator",
+    "doctor": "show versions, processor, GPU and what serves; --measure: its peak",
 }
 
 FOLDERS = ("config", "out", "resume", "data_root", "teachers")
@@ -202,6 +202,12 @@ def _parser(method: str | None, data: str) -> Parser:
             group.add_argument(
                 "--tensorboard", action="store_true", help="write every round's figures as TensorBoard event files too"
             )
+            group.add_argument(
+                "--profile",
+                action="store_true",
+                help="write a trace of one round, for chrome://tracing, to the run folder",
+            )
+            group.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)  # doctor's
             group.add_argument("--quiet", action="store_true", help="no display; only the run folder at the end")
             group.add_argument("--json", action="store_true", help="print the summary, as JSON, and nothing else")
             group.add_argument("-h", "--help", action="store_true", help="show this help and exit")
@@ -319,6 +325,8 @@ def parse(argv: Sequence[str]) -> Request:
         resume=Path(values.resume) if values.resume else None,
         folder=Path(folder) if folder else None,
         tensorboard=values.tensorboard,
+        profile=values.profile,
+        measure=values.measure,
         quiet=values.quiet,
         json=values.json,
     )
@@ -339,9 +347,14 @@ def _check(request: Request) -> None:
             or request.config
             or request.out
             or request.tensorboard
+            or request.profile
+            or (request.measure and request.command != "doctor")
         ):
             also = ", --data-root and --method-option" if allowed else ""
+            also = " and --measure" if request.command == "doctor" else also
             raise UserError(f"{PROGRAM} {request.command} takes no other flags than --json{also}.")
+    elif request.measure:
+        raise UserError(f"--measure is a flag of {PROGRAM} doctor: leave it out.")
     elif request.command == "resume":
         if request.config or (request.out and request.out.resolve() != (request.resume or Path()).resolve()):
             raise UserError("--resume continues with the stored settings: leave out --config and --out.")

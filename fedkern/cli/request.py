@@ -37,6 +37,8 @@ class Request:
         resume: the folder to continue.
         folder: the run folder of a command about a finished run.
         tensorboard: whether event files are written beside metrics.jsonl.
+        profile: whether a trace of one round is written.
+        measure: whether ``doctor`` measures what the machine can do.
         arguments: of a downstream task, or of ``tune``.
     """
 
@@ -50,6 +52,8 @@ class Request:
     resume: Path | None = None
     folder: Path | None = None
     tensorboard: bool = False
+    profile: bool = False
+    measure: bool = False
     quiet: bool = False
     json: bool = False
     help: str = ""

@@ -37,7 +37,6 @@ def read_segdigits() -> tuple[Tensor, Tensor]:
 
     Drawn in integers from a fixed stream: every machine and every seed of a run gets the same bytes.
     """
-
     pixels, digits = small_digits()
     glyphs = np.rint(pixels * (255 / 16)).astype(np.uint8)
     images = np.empty((len(glyphs), SIZE, SIZE, 3), dtype=np.uint8)

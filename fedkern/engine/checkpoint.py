@@ -6,11 +6,13 @@ import json
 import re
 import shlex
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from fedkern.engine import atomic, releases, state
+from fedkern.engine.scribe import Scribe
 from fedkern.errors import UserError
 from fedkern.inputs import open_regular, read_json
 
@@ -32,14 +34,20 @@ class Checkpoints:
     states stay on disk and are read when their client takes part.
 
     ``skipped`` names what of newer checkpoints than the one that was opened is damaged.
+
+    Args:
+        out: the run folder.
+        scribe: writes files beside whatever goes on; without it they are written at once.
     """
 
-    def __init__(self, out: Path) -> None:
-        self.folder = out / FOLDER
+    def __init__(self, out: Path, scribe: Scribe | None = None) -> None:
+        self.folder, self._scribe = out / FOLDER, scribe
         self.entries: list[dict[str, Any]] = []
         self.clients: dict[int, str] = {}
         self.skipped: list[str] = []
         self._sums: dict[str, int] = {}
+        self._waiting: dict[str, state.Packed] = {}  # to be written
+        self._last: Future[None] | None = None  # commit
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -123,12 +131,34 @@ class Checkpoints:
         return dict if name is None else lambda: self._load(name)
 
     def _load(self, name: str) -> dict[str, Any]:
+        if (waiting := self._waiting.get(name)) is not None:
+            return dict(waiting.state())
         try:
             return state.load(self.folder / name)
         except ValueError as error:
             raise UserError(f"The checkpoint cannot be read: {error}.") from None
 
     # -- writing ---------------------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Waits until everything so far is on the disk.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        if self._scribe is not None:
+            self._scribe.settle()
+
+    def write_at_once(self) -> None:
+        """From now on everything is on the disk when it was asked for."""
+        self.settle()
+        self._scribe = None
+
+    def _do(self, job: Callable[[], object], size: int = 0) -> Future[None] | None:
+        if self._scribe is not None:
+            return self._scribe.give(job, size)
+        job()
+        return None
 
     def write_client(self, client: int, plan: int, content: dict[str, Any]) -> None:
         """Writes a client's new state; it counts from the next commit on."""
@@ -137,17 +167,39 @@ class Checkpoints:
         else:
             self.clients.pop(client, None)
 
-    def commit(self, *, round: int, plan: int, server: dict[str, Any], info: dict[str, Any]) -> None:
-        """Writes the server's state and makes it, with all client states, the newest checkpoint."""
+    def commit(
+        self,
+        *,
+        round: int,
+        plan: int,
+        server: dict[str, Any],
+        info: dict[str, Any],
+        before: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Writes the server's state and makes it, with all client states, the newest checkpoint.
+
+        Args:
+            round, plan, info: of the entry.
+            server: the server's state.
+            before: makes durable what the entry speaks of.
+        """
+        if self._scribe is not None and self._last is not None:
+            self._scribe.settle(self._last)  # one behind, or a disk slower than the rounds would fall ever more behind
         name = self._write(f"server-{plan:06d}.safetensors", server)
-        files = {file: self._sums[file] for file in [name, *self.clients.values()]}
         clients = {str(k): file for k, file in sorted(self.clients.items())}
-        entry = {"round": round, "plan": plan, "files": files, "server": name, "clients": clients, "info": info}
-        self._write_manifest([*self.entries, entry][-KEEP:])
-        self._collect()
+
+        def enter() -> None:
+            before()
+            files = {file: self._sums[file] for file in [name, *clients.values()]}
+            entry = {"round": round, "plan": plan, "files": files, "server": name, "clients": clients, "info": info}
+            self._write_manifest([*self.entries, entry][-KEEP:])
+            self._collect(clients.values())
+
+        self._last = self._do(enter)
 
     def amend(self, info: dict[str, Any]) -> None:
-        """Replaces the numbers of the newest checkpoint; its files stay."""
+        """Replaces the numbers of the newest checkpoint, at once; its files stay."""
+        self.settle()
         entries = [*self.entries[:-1], {**self.entries[-1], "info": info}]
         self._write_manifest(entries)
 
@@ -158,17 +210,24 @@ class Checkpoints:
         self.entries = entries
 
     def _write(self, name: str, content: dict[str, Any]) -> str:
-        path = self.folder / name
-        state.save(path, content)
-        crc = checksum(path)
-        if crc is None:
-            raise UserError(f"{path} vanished while it was written.")
-        self._sums[name] = crc
+        path, packed = self.folder / name, state.Packed(content)
+        self._waiting[name] = packed
+
+        def write() -> None:
+            packed.save(path)
+            crc = checksum(path)
+            if crc is None:
+                raise UserError(f"{path} vanished while it was written.")
+            self._sums[name] = crc
+            if self._waiting.get(name) is packed:  # not a later one of the same round
+                del self._waiting[name]
+
+        self._do(write, packed.size)
         return name
 
-    def _collect(self) -> None:
-        """Deletes files that neither a kept entry nor the current client states name."""
-        wanted = {MANIFEST, *self.clients.values()}
+    def _collect(self, clients: Iterable[str] = ()) -> None:
+        """Deletes files that neither a kept entry nor the given client states name."""
+        wanted = {MANIFEST, *clients}
         for entry in self.entries:
             wanted.update(entry["files"])
         for path in self.folder.iterdir():

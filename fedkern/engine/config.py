@@ -221,6 +221,11 @@ class RunConfig:
         return self.clients - (self.held_out_client is not None)
 
     @property
+    def sampled_clients(self) -> int:
+        """How many of them a round draws."""
+        return max(1, math.floor(self.sample_fraction * self.trained_clients + 0.5))
+
+    @property
     def unit(self) -> Unit:
         """The unit of privacy."""
         return Unit("patient", self.patient_images or PATIENT_IMAGES) if self.privacy_unit == "patient" else IMAGE
@@ -416,9 +421,7 @@ def with_threads(table: Mapping[str, Any]) -> dict[str, Any]:
 
 def clients_of_a_round(config: RunConfig) -> int:
     """How many clients take part in a round; the one that has all data where they are put together."""
-    if registry.get(config.method).pooled:
-        return 1
-    return max(1, math.floor(config.sample_fraction * config.trained_clients + 0.5))
+    return 1 if registry.get(config.method).pooled else config.sampled_clients
 
 
 def check_regular(folder: str | os.PathLike[str]) -> None:

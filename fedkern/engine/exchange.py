@@ -15,12 +15,13 @@ from fedkern.engine.executors.base import Answer
 from fedkern.interrupts import check
 from fedkern.methods.base import Message, Method, Round, Step, Upload
 from fedkern.methods.uploads import why_refused
+from fedkern.models.flops import Counting
 from fedkern.streams import stream
 
 
 def sample_clients(config: RunConfig, round: int) -> list[int]:
     """The clients of a round in ascending order, drawn from the round's own stream."""
-    count = max(1, math.floor(config.sample_fraction * config.trained_clients + 0.5))
+    count = config.sampled_clients
     if count >= config.trained_clients:
         return list(range(config.trained_clients))
     chosen = stream(config.seed, "sampling", round=round).choice(config.trained_clients, size=count, replace=False)
@@ -34,7 +35,7 @@ class Exchange:
         self.engine, self.asker, self.step = engine, asker, step
         self.method = engine.askers[asker]
         self.participants, self.entry = participants, entry
-        self.seconds = 0.0
+        self.seconds, self.flops = 0.0, 0
         self._left_out = 0
 
     def uploads(self, outgoing: Any) -> Iterator[Upload]:
@@ -60,6 +61,7 @@ class Exchange:
                 break
             k, message = answer.client, sent[answer.client]
             self._book(k, "down", message)
+            self.flops += answer.flops
             engine.heard(answer)
             if answer.problem is not None:
                 engine.dropped(answer.client, answer.problem)
@@ -94,12 +96,14 @@ class Exchange:
             clients = {k: executor.client(k) for k in self.participants}
             for client in clients.values():
                 client.report = {}
-            answers = self.method.cohort_update(clients, self.step, sent)
+            with Counting() as counted:
+                answers = self.method.cohort_update(clients, self.step, sent)
             if answers is not None:
+                self.flops += counted.flops
                 found = dict(answers)
                 each = (time.perf_counter() - start) / len(sent)
                 return (Answer(k, found.pop(k), report=clients[k].report, seconds=each) for k in list(sent))
-        executor = self.engine.executor.here if self.entry.cohort else self.engine.executor
+        executor = self.engine.executor.here if self.entry.cohort or self.engine.tracing else self.engine.executor
         return executor.answers(self.asker, self.step, sent)
 
     def _checked(self, client: int, message: Message, answer: Any, info: dict[str, Any]) -> tuple[Message | None, str]:

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fedkern.engine import atomic, checkpoint, config, records, saved, shown
+from fedkern.engine import atomic, checkpoint, config, records, saved, shown, tracing
 from fedkern.errors import UserError
 
 ATTACK = "attack.json"
-NAMES = (config.NAME, checkpoint.FOLDER, records.METRICS, records.SUMMARY, saved.MODEL, shown.FILE, ATTACK)
+NAMES = (
+    config.NAME, checkpoint.FOLDER, records.METRICS, records.SUMMARY, saved.MODEL, shown.FILE, tracing.FILE, ATTACK,
+)  # fmt: skip
 """Everything that the engine writes into a run folder, but for the lock."""
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from fedkern.engine import diagnostics, records
+from fedkern.engine import device_use, diagnostics, peak, records
 from fedkern.engine.bench import Bench
 from fedkern.engine.checkpoint import Checkpoints
 from fedkern.engine.config import RunConfig
@@ -33,7 +34,10 @@ from fedkern.engine.releases import DIVERGED, Releases
 from fedkern.engine.resuming import changes, repairs
 from fedkern.engine.samples import TestSet
 from fedkern.engine.saved import about_network, lacks_statistics, results, write_model
+from fedkern.engine.scribe import Scribe
 from fedkern.engine.shown import Gallery, Shown
+from fedkern.engine.tracing import FILE as TRACE
+from fedkern.engine.tracing import traced
 from fedkern.errors import ClientFailed, RunFailed, UserError
 from fedkern.interrupts import check
 from fedkern.methods import registry
@@ -48,7 +52,9 @@ from fedkern.privacy.guarantee import EPSILON, PART
 class Run:
     """The round loop of one run."""
 
-    def __init__(self, config: RunConfig, bench: Bench, out: Path, listener: Listener, *, resume: bool) -> None:
+    def __init__(
+        self, config: RunConfig, bench: Bench, out: Path, listener: Listener, *, resume: bool, profile: bool = False
+    ) -> None:
         self.config, self.bench, self.out, self.listener, self._resume = config, bench, out, listener, resume
         kind = registry.get(config.method)
         if kind.pooled:
@@ -56,7 +62,8 @@ class Run:
         self.method = kind(kind.Options.parse(config.options, method=config.method))
         self._pooling = Pooling(self.method, on=config.buffers == "pool")
         self.ledger = Ledger(config.trained_clients)
-        self.checkpoints = Checkpoints(out)
+        self._scribe = Scribe()
+        self.checkpoints = Checkpoints(out, self._scribe)
         self.releases: Releases | None = None  # of a run that promises an epsilon
         self.metrics = records.Metrics(out)
         self.observed = diagnostics.Observations()
@@ -67,6 +74,9 @@ class Run:
         self.latest: dict[str, float] = {}
         self.last_clients: dict[str, Any] = {}
         self.phases: dict[str, float] = {}
+        self.flops: dict[str, int] = {}
+        self.tracing = False
+        self._to_trace = profile
         self.dropped_since: list[dict[str, Any]] = []  # the last recorded round
         self.sets: dict[str, TestSet] = {}
         self.client_sets: list[TestSet] = []
@@ -78,6 +88,8 @@ class Run:
         self._last_exchange = True
         self._elapsed = 0.0
         self._started = time.perf_counter()
+        self._warm = False  # a communication round was played
+        self._processes = 1  # that clients work in
         self._told: set[str] = set()
         self.said: Guarantee | None = None  # what is covered of the run's releases
         self._round: dict[str, Any] = {}
@@ -126,15 +138,18 @@ class Run:
         if self.method.guarantee(self.server) is not None:
             self.releases = Releases(self.checkpoints.folder)
             self.releases.open(self.planned)
+            self.checkpoints.write_at_once()  # nothing leaves a client before what it cost is on the disk
         self.bench.uploaded.clear()
         self.sets, self.client_sets = test_sets(self.bench), client_sets(self.bench)
         self.executor = self._executor()
+        self._processes = self.executor.count
         try:
             self._announce()
             self._play_all(fingerprint_now)
         finally:
             self.executor.close()
             self.executor = self.executor.here
+            self._scribe.close()
         return self._finish(fingerprint_now)
 
     def _play_all(self, fingerprint_now: int) -> None:
@@ -142,18 +157,32 @@ class Run:
             if number < self.planned:
                 continue
             check()
-            self._play(entry_round, number)
+            play = self._trace if self._traces(entry_round) else self._play
+            play(entry_round, number)
             self.planned = number + 1
             if entry_round.one_off or self.done % self.config.checkpoint_every == 0 or self.done == self._rounds:
                 self._commit(fingerprint_now)
+        self.checkpoints.write_at_once()
+
+    def _traces(self, entry: Round) -> bool:
+        """Whether the trace that was asked for is of this round: the second one that is played, or the only one."""
+        if not self._to_trace or entry.one_off:
+            return False
+        warm, self._warm = self._warm, True
+        return warm or self.done + 1 == self._rounds
+
+    def _trace(self, entry: Round, number: int) -> None:
+        self.tracing, self._to_trace = True, False
+        with traced(self.out / TRACE):
+            self._play(entry, number)
+        self.tracing = False
 
     def _executor(self) -> Executor:
         """Where the clients work; the plan from here on says how often they will be asked."""
         here, config = self.executor.here, self.config
         left = islice(self.method.rounds(self.bench.federation), self.planned, None)
-        each = max(1, round(config.sample_fraction * config.trained_clients))
-        asks = sum(len(entry.exchanges) * each for entry in left if not entry.cohort)
-        count = workers_for(config, self.bench, asks)
+        asks = config.sampled_clients * sum(len(entry.exchanges) for entry in left if not entry.cohort)
+        count = workers_for(config, self.bench, asks, self._parameters)
         if count < 2:
             return here
         expected = asks if config.workers == "auto" else None
@@ -173,6 +202,11 @@ class Run:
     def _rounds(self) -> int:
         return len(self._plan)
 
+    @cached_property
+    def _parameters(self) -> int:
+        """Of one network of the run."""
+        return sum(parameter.numel() for parameter in self.bench.build().parameters())
+
     def seconds(self) -> float:
         """Seconds of work on this run, over all its resumptions."""
         return self._elapsed + time.perf_counter() - self._started
@@ -184,15 +218,15 @@ class Run:
                 out=self.out,
                 first_round=self.done,
                 samples=self.bench.federation.samples,
-                parameters=sum(parameter.numel() for parameter in self.bench.build().parameters()),
+                parameters=self._parameters,
                 rounds=tuple(entry.name for entry in self._plan),
                 test_sets={prefix.rstrip("_"): len(data) for prefix, data in self.sets.items()},
                 data=self.bench.data,
                 private=not self.bench.disclosure.clients,
                 guarantee=self.said,
                 model=self.bench.model_name,
-                workers=(count := getattr(self.executor, "count", 1)),
-                worker_bytes=worker_bytes(self.bench) if count > 1 else 0,
+                workers=self.executor.count,
+                worker_bytes=worker_bytes(self.bench, self._parameters) if self.executor.count > 1 else 0,
             )
         )
 
@@ -200,6 +234,7 @@ class Run:
 
     def _play(self, entry: Round, number: int) -> None:
         start = time.perf_counter()
+        device_use.begin(self.bench.device)
         index = -1 - number if entry.one_off else self.done
         everyone = list(range(self.bench.federation.clients))
         if isinstance(entry.participants, tuple):
@@ -211,6 +246,8 @@ class Run:
         self._round = {"clients": {}, "dropped": set(), "shown": shown, "late": entry.states == "round", "entry": entry}
         self.server.showing = self.bench.disclosure.server and not entry.one_off and self.gallery.wants(shown)
         phases = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0}
+        flops = {"train": 0}
+        travelled: dict[str, dict[str, int]] = {}
         sent = self.ledger.total_up, self.ledger.total_down
         due = (self.done + 1) % self.config.eval_every == 0 or self.done + 1 == self._rounds
         exchanges = self._pooling.exchanges(entry, due)
@@ -218,7 +255,7 @@ class Run:
             step = Step(index, entry.name, exchange_name)
             self._round["exchange"] = exchange_name
             self._last_exchange = exchange_name == exchanges[-1][0]
-            begun = time.perf_counter()
+            begun, before = time.perf_counter(), (self.ledger.total_up, self.ledger.total_down)
             outgoing = asker.send(self.server, step)
             exchange = Exchange(self, "method" if asker is self.method else "pooling", step, participants, entry)
             uploads = exchange.uploads(outgoing)
@@ -229,8 +266,12 @@ class Run:
                 self._leave_out(k, {"exchange": exchange_name, "reason": reason})
             self.server.refused.clear()
             phases["train"] += exchange.seconds
+            flops["train"] += exchange.flops
             if len(exchanges) > 1:
                 phases[f"train/{exchange_name}"] = exchange.seconds
+                flops[f"train/{exchange_name}"] = exchange.flops
+                up, down = self.ledger.total_up - before[0], self.ledger.total_down - before[1]
+                travelled[f"train/{exchange_name}"] = {"up": up, "down": down}
             phases["aggregate"] += time.perf_counter() - begun - exchange.seconds
             participants = [k for k in participants if k not in self._round["dropped"]]
             if not participants:
@@ -248,9 +289,18 @@ class Run:
         if entry.one_off:
             return
         self.done += 1
-        self._record(entry, start, sent, phases, due)
+        self._record(entry, start, sent, phases, flops, travelled, due)
 
-    def _record(self, entry: Round, start: float, sent: tuple[int, int], phases: dict[str, float], due: bool) -> None:
+    def _record(
+        self,
+        entry: Round,
+        start: float,
+        sent: tuple[int, int],
+        phases: dict[str, float],
+        flops: dict[str, int],
+        travelled: dict[str, dict[str, int]],
+        due: bool,
+    ) -> None:
         clients = {k: self.bench.disclosure.client(info) for k, info in self._round["clients"].items()}
         losses = [info["loss"] for info in clients.values() if "loss" in info]
         record: dict[str, Any] = {
@@ -264,6 +314,8 @@ class Run:
             "round_bytes_down": self.ledger.total_down - sent[1],
             "evaluated": due,
         }
+        if travelled:
+            record["bytes"] = travelled
         if losses:
             record["loss"] = sum(losses) / len(losses)
         if due:
@@ -284,6 +336,11 @@ class Run:
             record["dropped"] = self.dropped_since
         record["phases"] = {name: round(value, 6) for name, value in phases.items()}
         self._add_phases(phases)
+        if self.bench.disclosure.clients and flops["train"]:  # how much a client computes tells how many samples it has
+            record["flops"] = flops
+            self.flops.update({name: self.flops.get(name, 0) + count for name, count in flops.items()})
+        if used := device_use.figures(self.bench.device):
+            record["device"] = used
         record["round_seconds"] = time.perf_counter() - start
         record["seconds"] = self.seconds()
         self.metrics.append({name: value for name, value in record.items() if name not in ("rounds", "evaluated")})
@@ -430,7 +487,9 @@ class Run:
         begun = time.perf_counter()
         info = self._info(data)
         self.gallery.write()
-        self.checkpoints.commit(round=self.done, plan=self.planned, server=self.server.state, info=info)
+        self.checkpoints.commit(
+            round=self.done, plan=self.planned, server=self.server.state, info=info, before=self.metrics.sync
+        )
         if self.releases is not None:
             self.releases.forget(self.checkpoints.entries[0]["plan"])
         self._add_phases({"checkpoint": time.perf_counter() - begun})
@@ -449,6 +508,7 @@ class Run:
             "report": dict(self.server.report),
             "clients": self.last_clients,
             "phases": self.phases,
+            "flops": self.flops,
             "dropped": self.dropped_since,
             "config": self.config.to_dict(),
             "data": data,
@@ -486,6 +546,7 @@ class Run:
         self.best, self.latest = dict(info["best"]), dict(info["latest"])
         self.server.report = dict(info.get("report", {}))
         self.last_clients, self.phases = info["clients"], dict(info["phases"])
+        self.flops = dict(info.get("flops", {}))
         self.dropped_since = info["dropped"]
         self._elapsed = info["seconds"]
         self.metrics.truncate(info["metrics_bytes"], info.get("metrics_sha256"))
@@ -532,6 +593,7 @@ class Run:
             "bytes": self.ledger.summary(),
             "seconds": self.seconds(),
             "phases": self.phases,
+            **({"speed": self._speed()} if self.flops else {}),
             "diagnostics": self.bench.warnings,
             "records": self.config.records,
             "versions": records.versions(),
@@ -544,6 +606,16 @@ class Run:
         self.checkpoints.amend(self._info(data, finished=True))
         self.listener.on_end(summary)
         return summary
+
+    def _speed(self) -> dict[str, Any]:
+        """How fast the clients computed: operations, per second, and what the processor was measured to reach."""
+        rate = self.flops["train"] / max(self.phases["train"], 1e-9)
+        found: dict[str, Any] = {"flops": self.flops, "flops_per_second": rate}
+        if self.bench.device.type == "cpu":
+            most = peak.of_a_run(self._processes, self.config.client_threads, self.config.precision)
+            if most is not None:
+                found["peak_flops_per_second"] = most
+        return found
 
     def _gradcam(self, network: Any) -> dict[str, float]:
         # Grad-CAM looks at single images in eval mode, which a network without running statistics does not have.

@@ -37,7 +37,7 @@ def plain(value: Any) -> Any:
 
 
 class Metrics:
-    """metrics.jsonl: one JSON object per round, evaluated or not, appended and flushed."""
+    """metrics.jsonl: one JSON object per round, evaluated or not, appended; :meth:`sync` makes it durable."""
 
     def __init__(self, out: Path) -> None:
         self.path = out / METRICS
@@ -94,17 +94,23 @@ class Metrics:
         self.size = size
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Adds one line and makes it durable."""
+        """Adds one line."""
         line = (json.dumps(plain(record), allow_nan=False) + "\n").encode()
         try:
             with self.path.open("ab") as file:
                 file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
         except OSError as error:
             raise atomic.unwritable(self.path, error) from None
         self.size += len(line)
         self._sum.update(line)
+
+    def sync(self) -> None:
+        """Makes everything durable that was added so far."""
+        try:
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise atomic.unwritable(self.path, error) from None
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:

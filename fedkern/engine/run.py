@@ -14,6 +14,7 @@ from fedkern.data.patients import limited
 from fedkern.data.set_aside import set_aside
 from fedkern.engine import atomic, records, saved
 from fedkern.engine import config as settings
+from fedkern.engine.allocator import keep_freed_memory
 from fedkern.engine.bench import Bench, check_task
 from fedkern.engine.checkpoint import Checkpoints
 from fedkern.engine.config import RunConfig
@@ -37,12 +38,16 @@ def run(
     listener: Listener | None = None,
     data: Any = None,
     trusted: Collection[str] = (),
+    profile: bool = False,
 ) -> dict[str, Any]:
     """Runs a method and returns the summary that also stands in ``out/summary.json``.
 
     With more than one thread on a machine that does other work too, set ``OMP_WAIT_POLICY=PASSIVE`` in the environment
-    before torch is imported, as the command line does: OpenMP's threads otherwise spin while they wait for each other,
-    and a small network then trains several times slower than on one thread.
+    before torch is imported, as the command line does there (where nothing else runs it sets ``GOMP_SPINCOUNT=10000``):
+    OpenMP's threads otherwise spin while they wait for each other, and a small network then trains several times slower
+    than on one thread.
+
+    Memory that this process frees stays with it from here on (see :func:`~fedkern.engine.allocator.keep_freed_memory`).
 
     Args:
         config: every setting.  A resumed run must have its own, but for the folder of the data and the device.
@@ -52,6 +57,8 @@ def run(
         data: federated data in memory instead of ``fedkern.data.load``; ``config`` should describe it.
         trusted: what a resumed run may import, such as ``["python:MODULE:NAME"]``; what its folder names otherwise is
             refused.
+        profile: write a trace of one round, in which all clients work in this process, to ``out/profile.json.gz``: the
+            second round that is played, or the only one.
 
     Raises:
         UserError: anything the user can put right; nothing half-written is left, and of a new run nothing at all
@@ -76,6 +83,7 @@ def run(
         stored.check_code(out, trusted)
     else:
         check_vacant(out)
+    keep_freed_memory()
     with cpu_threads(config.threads), in_order(), _reproducible(), computing(config.precision):
         data = load_data(config, notice=listener.on_notice) if data is None else data
         config = _effective(config, data)
@@ -85,7 +93,7 @@ def run(
         _check(config, data)
         if ignored := fuse_choice.untold():
             listener.on_notice(ignored)
-        runner = Run(config, Bench(config, data, listener.on_notice), out, listener, resume=resume)
+        runner = Run(config, Bench(config, data, listener.on_notice), out, listener, resume=resume, profile=profile)
         runner.prepare()
         with writing(out, fresh=not resume):
             if not resume:

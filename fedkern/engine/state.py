@@ -31,9 +31,31 @@ def save(path: Path, state: dict[Any, Any]) -> None:
         TypeError: it holds something else; the message says where.
         UserError: the file cannot be written.
     """
-    tensors: dict[str, Tensor] = {}
-    tree = json.dumps(_pack(state, tensors, "state"), allow_nan=False)
-    atomic.write(path, lambda temporary: save_file(tensors, temporary, metadata={TREE: tree}))
+    Packed(state).save(path)
+
+
+class Packed:
+    """A copy of a state, to be written while the state itself goes on changing.
+
+    Attributes:
+        size: bytes of its tensors.
+
+    Raises:
+        TypeError: see :func:`save`.
+    """
+
+    def __init__(self, state: dict[Any, Any]) -> None:
+        self._tensors: dict[str, Tensor] = {}
+        self._tree = json.dumps(_pack(state, self._tensors, "state"), allow_nan=False)
+        self.size = sum(tensor.numel() * tensor.element_size() for tensor in self._tensors.values())
+
+    def state(self) -> Any:
+        """Another copy, as :func:`load` reads it."""
+        return _unpack(json.loads(self._tree), lambda name: self._tensors[name].clone())
+
+    def save(self, path: Path) -> None:
+        """Writes it; see :func:`save`."""
+        atomic.write(path, lambda temporary: save_file(self._tensors, temporary, metadata={TREE: self._tree}))
 
 
 def load(path: Path) -> dict[Any, Any]:

@@ -17,47 +17,42 @@ from __future__ import annotations
 
 import ctypes
 import os
-import select
 import signal
 import socket
 import sys
+import time
 from contextlib import ExitStack, suppress
 from typing import Any, NoReturn
 
-from fedkern.engine.executors.tasks import Cleared, Done, Forget, Notice, Setup, Task
+import torch
+
+from fedkern.engine.allocator import keep_freed_memory
+from fedkern.engine.bench import Bench
+from fedkern.engine.executors.serial import Serial
+from fedkern.engine.executors.tasks import Cleared, Done, Forget, Notice, Setup, Task, set_modes
 from fedkern.engine.executors.wire import Channel, NotPortable, Packer, Unpacker, portable
+from fedkern.engine.parties import Elsewhere
+from fedkern.models import MODELS
+from fedkern.models.precision import computing
+from fedkern.ops import backend
 
 _PR_SET_PDEATHSIG = 1
-
-
-def _set_modes(given: dict[str, Any]) -> None:
-    import torch
-
-    torch.set_default_dtype(given["dtype"])
-    torch.set_float32_matmul_precision(given["matmul"])
-    torch.use_deterministic_algorithms(given["deterministic"], warn_only=given["warn_only"])
-    torch.backends.mkldnn.enabled = given["mkldnn"]
 
 
 class Worker:
     """The clients that this process has, and the connection to the run."""
 
     def __init__(self, setup: Setup, channel: Channel) -> None:
-        import torch
-
-        from fedkern.engine.bench import Bench
-        from fedkern.engine.executors.serial import Serial
-        from fedkern.engine.parties import Elsewhere
-
         self._channel = channel
-        _set_modes(setup.modes)
+        set_modes(setup.modes)
+        if setup.entry is not None:
+            MODELS[setup.entry.name] = setup.entry
         torch.set_num_threads(setup.config.client_threads)
         self._bench = Bench(setup.config, setup.data, self._notice, pair=setup.pair)
         self._bench.disclosure = setup.disclosure
         Elsewhere.bench = self._bench
         self._serial = Serial(self._bench, setup.askers, lambda _: dict, setup.config.client_threads)
         self._packer, self._unpacker = Packer(), Unpacker()
-        self._step: Any = None
 
     def serve(self) -> None:
         """Works until the other end of the connection is gone."""
@@ -115,11 +110,9 @@ def _end_with_parent() -> None:
 
 def _work(setup: Setup, end: socket.socket) -> None:
     """A forked process's whole life."""
-    from fedkern.models.precision import computing
-    from fedkern.ops import backend
-
+    keep_freed_memory()
     with ExitStack() as forced:
-        if setup.isa is not None:
+        if setup.isa != "none":
             forced.enter_context(backend.use_isa(setup.isa))
         if setup.backend is not None:
             forced.enter_context(backend.use_backend(setup.backend))
@@ -155,12 +148,9 @@ def serve(end: socket.socket, parent: int) -> NoReturn:
 
 def _serve(end: socket.socket) -> None:
     channel, unpacker = Channel(end), Unpacker()
-
     sys.path[:] = channel.told()[0]
     packet, _ = channel.receive()
     try:
-        import fedkern.engine.run  # noqa: F401 (what every client needs)
-
         setup: Setup = unpacker.unpack(packet)
     except Exception as error:
         channel.say(f"{type(error).__name__}: {error}")
@@ -186,16 +176,12 @@ def _serve(end: socket.socket) -> None:
 
 def _ended(process: int) -> int | None:
     """How a worker ended (see ``os.waitstatus_to_exitcode``); None where it has not, or is not known."""
-    try:
-        deadline = 50
-        while deadline:
+    with suppress(ChildProcessError):
+        for _ in range(50):  # its end of the connection is gone before it is
             found, status = os.waitpid(process, os.WNOHANG)
             if found:
                 return os.waitstatus_to_exitcode(status)
-            select.select([], [], [], 0.02)
-            deadline -= 1
-    except ChildProcessError:
-        pass
+            time.sleep(0.02)
     return None
 
 

@@ -419,6 +419,6 @@ class FedLPFM(LocalTraining):
 
 def teacher_mflops(teacher: Teacher, images: Tensor) -> float:
     """Millions of operations of a teacher's answer to one image."""
-    with count_flops() as counter:
+    with count_flops(getattr(teacher, "network", None)) as counter:
         teacher.logits(images)
-    return counter.get_total_flops() / len(images) / 1e6
+    return counter.flops / len(images) / 1e6

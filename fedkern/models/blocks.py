@@ -61,18 +61,21 @@ class BlockNetwork(nn.Module):
 
     @torch.no_grad()
     def interfaces(self, image_shape: Sequence[int]) -> list[tuple[int, ...]]:
-        """Shape of every block's result for one image of ``image_shape`` (C, H, W); nothing is computed.
+        """Shape of every block's result for one image of ``image_shape`` (C, H, W).
+
+        Two images are computed, on the CPU: the meta device would import torch's compiler, for a second, to compute
+        nothing.
 
         Raises:
             UserError: a block cannot take what the one before gives, does not give its ``out_channels``, or the
                 classifier does not fit the last one.
         """
-        x = torch.empty(2, *image_shape, device="meta")
+        x = torch.zeros(2, *image_shape)
         shapes: list[tuple[int, ...]] = []
         for i, block in enumerate(self.blocks, start=1):
             given = f"what block {i - 1} gives" if i > 1 else "the images"
             try:
-                y = copy.deepcopy(block).to("meta").eval()(x)
+                y = copy.deepcopy(block).cpu().eval()(x)
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
                 reason = str(error).strip().split("\n")[0].rstrip(".")
                 wanted = _wanted(block, tuple(x.shape[1:])) or f": {reason}"

@@ -8,12 +8,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedkern.models.flops import Counting
 
-def count_flops() -> Any:
-    """A context that counts operations (:class:`torch.utils.flop_counter.FlopCounterMode`), printing nothing."""
-    from torch.utils.flop_counter import FlopCounterMode  # it imports Triton, which most runs can do without
+_PLAIN = {f"fedkern.models.{name}" for name in ("cnn", "mlp", "resnet", "resnet8t", "vgg")}
+"""Where the networks are that multiply in linear layers and convolutions of one group alone."""
 
-    return FlopCounterMode(display=False)
+
+class _Torchs:
+    """Torch's own counter, which knows every product."""
+
+    def __init__(self) -> None:
+        from torch.utils.flop_counter import FlopCounterMode  # imports Triton and torch's compiler, which takes seconds
+
+        self._mode = FlopCounterMode(display=False)
+
+    def __enter__(self) -> _Torchs:
+        self._mode.__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._mode.__exit__(*raised)
+
+    @property
+    def flops(self) -> int:
+        return int(self._mode.get_total_flops())
+
+
+def count_flops(module: nn.Module | None) -> Any:
+    """A context whose ``flops`` are the operations of what is computed inside: matrix products and convolutions.
+
+    Args:
+        module: the network that computes; None where it is not known.
+    """
+    plain = module is not None and type(module).__module__ in _PLAIN
+    return Counting() if plain else _Torchs()
 
 
 @dataclass(frozen=True)
@@ -57,7 +85,7 @@ def cost(module: nn.Module, images: Tensor) -> Cost:
     count = len(images)
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
     buffers = stored_bytes(module) - weights
-    with torch.no_grad(), _Layers(module.eval()) as layers, count_flops() as forward:
+    with torch.no_grad(), _Layers(module.eval()) as layers, count_flops(module) as forward:
         module(images)
     saved: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in module.parameters()}
@@ -69,14 +97,14 @@ def cost(module: nn.Module, images: Tensor) -> Cost:
         return tensor
 
     module.train().requires_grad_(True)
-    with count_flops() as both, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with count_flops(module) as both, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         module(images).sum().backward()
     for parameter in module.parameters():
         parameter.grad = None
     return Cost(
         parameters=sum(p.numel() for p in module.parameters()),
-        inference_flops=forward.get_total_flops() // count,
-        training_flops=both.get_total_flops() // count,
+        inference_flops=forward.flops // count,
+        training_flops=both.flops // count,
         inference_bytes=weights + buffers + layers.largest // count,
         training_bytes=3 * weights + buffers + sum(saved.values()) // count,
     )

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedkern.models.allocate import allocate
 from fedkern.models.precision import autocasts, full
 
 BASE = 8  # the map that noise becomes is at most this wide, so that larger images cost convolutions and no parameters
@@ -82,7 +83,7 @@ class Generator(nn.Module):
                     nn.LeakyReLU(0.2),
                 ]
             self.body = nn.Sequential(*layers, nn.Conv2d(sizes[-1], channels, 3, padding=1))
-        self.to_empty(device="cpu")
+        allocate(self)
         shape = (1, channels, 1, 1)
         self.register_buffer("mean", torch.tensor(mean or [0.0] * channels).view(shape), persistent=False)
         self.register_buffer("std", torch.tensor(std or [1.0] * channels).view(shape), persistent=False)

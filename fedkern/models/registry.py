@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fedkern.errors import UserError, nearest
+from fedkern.models.allocate import allocate
 from fedkern.models.cnn import CNN
 from fedkern.models.efficientnet import EfficientNetB0
 from fedkern.models.mlp import MLP
@@ -195,6 +196,13 @@ MODELS: dict[str, ModelEntry] = {
         ),
     )
 }
+_SHIPPED = dict(MODELS)
+
+
+def added(name: str) -> ModelEntry | None:
+    """The network of that name where it is not one that fedkern comes with, but was put into ``MODELS``."""
+    entry = MODELS.get(name)
+    return None if entry is _SHIPPED.get(name) else entry
 
 
 def initialise(module: nn.Module, generator: torch.Generator) -> None:
@@ -272,7 +280,7 @@ def build(
     with torch.device("meta"):
         sized = {"image_size": image_size} if entry.sized else {}
         model = entry.make(classes=classes, channels=channels, width=width, stem=kind, **sized)
-    model.to_empty(device="cpu")
+    allocate(model)
     if not isinstance(seed, torch.Generator):
         # torch takes seeds of 64 bits; the stream's first word is one.
         word = int(stream(seed, "model", round=-1).integers(2**63))

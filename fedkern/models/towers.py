@@ -12,6 +12,7 @@ from torch.nn import functional
 from fedkern.errors import UserError, nearest
 from fedkern.files import expand
 from fedkern.models import pretrained_pair
+from fedkern.models.allocate import allocate
 from fedkern.models.attention import TransformerLayer
 from fedkern.models.encoders import LONGEST, WIDTH, ConvTokens, PatchTokens, TextTransformer
 from fedkern.models.precision import autocasts
@@ -187,7 +188,8 @@ def build_pair(
         network = PairNetwork(images, texts, about=about)
     for name, builtin in zip(PARTS, (*named, True, True, True, True), strict=True):
         if builtin:
-            part = getattr(network, name).to_empty(device="cpu")
+            part = getattr(network, name)
+            allocate(part)
             word = int(stream(seed, f"model/{name}", round=-1).integers(2**63))
             initialise(part, torch.Generator().manual_seed(word))
     return network

@@ -122,13 +122,7 @@ def active_isa() -> str:
 
 def own_file() -> Path | None:
     """Where one's own table of this processor and ISA level lies, or would; None where the user has no home folder."""
-    try:
-        folder = files.cache_folder("lowerings")
-    except UserError:
-        return None
-    found = processor()
-    words = (found.vendor or "unknown", str(found.family), str(found.model), active_isa())
-    return folder / f"{'-'.join(words)}.json".replace("/", "_")
+    return processor().cache_file("lowerings", active_isa())
 
 
 @functools.cache

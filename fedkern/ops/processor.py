@@ -8,6 +8,9 @@ import platform
 from pathlib import Path
 from typing import NamedTuple
 
+from fedkern import files
+from fedkern.errors import UserError
+
 CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -25,6 +28,20 @@ class Processor(NamedTuple):
     family: int
     model: int
     name: str
+
+    def cache_file(self, folder: str, *words: str) -> Path | None:
+        """Where what was measured on this processor lies in the user's cache, or would; None without a home folder.
+
+        Args:
+            folder: in the cache, of one kind of measurement.
+            words: what else the measurement is of.
+        """
+        try:
+            found = files.cache_folder(folder)
+        except UserError:
+            return None
+        parts = (self.vendor or "unknown", str(self.family), str(self.model), *words)
+        return found / f"{'-'.join(parts)}.json".replace("/", "_")
 
 
 def cpuinfo(path: Path | None = None) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 import platform
@@ -93,6 +94,7 @@ def threads() -> dict[str, Any]:
         "torch": torch.get_num_threads(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
+        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT"),
         "usable cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }
 
@@ -158,14 +160,17 @@ def collect() -> dict[str, Any]:
     """Everything that :func:`show` prints, as JSON-ready values."""
     import torch
 
+    from fedkern.engine import peak
     from fedkern.ops import loading
 
     rows, forced, problem = operators()
     found, reason = gpus()
+    fastest = peak.read()
     return {
         "versions": versions(),
         "cpu": processor(),
         "lowerings": lowerings(),
+        "peak": None if fastest is None else dataclasses.asdict(fastest),
         "stale": loading.stale_cores(),
         "threads": threads(),
         "cuda": {
@@ -208,13 +213,15 @@ def show(console: Console, report: dict[str, Any] | None = None) -> None:
         add("CPU core", f"{cpu['active']}{forced}; this machine can run {', '.join(cpu['available'])}")
     for line in _lowerings(report["lowerings"]):
         add("lowerings", line)
+    for line in _peak(report["peak"]):
+        add("at most", line)
     if report["stale"]:
         from fedkern.ops import loading
 
         names = " and ".join(report["stale"])
         add("outdated", f"{names}: not built from the csrc/ beside the package; {loading.REBUILD}")
     thread = report["threads"]
-    limits = [f"{name}={thread[name] or 'unset'}" for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")]
+    limits = [f"{name}={thread[name] or 'unset'}" for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")]
     add("threads", f"{thread['torch']} ({', '.join(limits)}, {thread['usable cores']} cores usable)")
     cuda = report["cuda"]
     for gpu in cuda["gpus"]:
@@ -242,6 +249,16 @@ def show(console: Console, report: dict[str, Any] | None = None) -> None:
     for (name, reason), who in reasons.items():
         scope = "all operators" if len(who) == counts[name] else ", ".join(who)
         say(console, f"{name} does not serve {scope}: {reason}")
+
+
+def _peak(found: dict[str, Any] | None) -> list[str]:
+    if found is None:
+        return ["not measured (doctor --measure does, in seconds)"]
+    return [
+        f"{count} thread{'s' * (int(count) != 1)}: {rates['fp32'] / 1e9:.0f} GFLOP/s in fp32, "
+        f"{rates['bf16'] / 1e9:.0f} in bf16, copies of {rates['copied'] / 1e9:.1f} GB/s, measured {found['measured']}"
+        for count, rates in found["threads"].items()
+    ]
 
 
 def _lowerings(found: dict[str, Any]) -> list[str]:

@@ -76,6 +76,16 @@ def test_doctor(result):
     assert report["threads"]["torch"] == torch.get_num_threads()
 
 
+def test_doctor_measures(result, monkeypatch, tmp_path):
+    monkeypatch.setenv("FEDKERN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("fedkern.engine.peak.SECONDS", 0.01)
+    monkeypatch.setattr("fedkern.engine.peak.COPIED_BYTES", 1 << 20)
+    assert "not measured" in result("doctor")[0]
+    assert "GFLOP/s in fp32" in result("doctor", "--measure")[0]
+    found = json.loads(result("doctor", "--json")[0])["peak"]["threads"]
+    assert all(rates["fp32"] > 0 for rates in found.values())
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 
@@ -85,6 +95,9 @@ def test_doctor(result):
         ([], ["Which method", "fedgid"]),
         (["fedgidd"], ['"fedgidd"', 'Did you mean "fedgid"']),
         (["doctr"], ['Did you mean "doctor"']),
+        (["fedavg", "--measure"], ["--measure", "doctor"]),
+        (["list", "--measure"], ["takes no other flags"]),
+        (["doctor", "--profile"], ["takes no other flags", "--measure"]),
         (["fedgid", "--roundz", "3"], ['"--roundz"', 'Did you mean "--rounds"']),
         (["--roundz", "3"], ['"--roundz"', 'Did you mean "--rounds"']),
         (["--methodoption=alpha=1", "fedgid"], ['"--methodoption"', 'Did you mean "--method-option"']),

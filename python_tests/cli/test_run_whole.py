@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fedkern import run as command_line
 from fedkern.cli import flags, request
 from fedkern.data import load
 from fedkern.report import plots, progress
@@ -253,7 +255,41 @@ def test_threads_sleep_while_they_wait_unless_told_otherwise(chosen):
         stdout=subprocess.PIPE, text=True, timeout=60, check=True,
         env={**environment, **({"OMP_WAIT_POLICY": chosen} if chosen else {})},
     )  # fmt: skip
-    assert json.loads(done.stdout)["threads"]["OMP_WAIT_POLICY"] == (chosen or "PASSIVE")
+    found = json.loads(done.stdout)["threads"]
+    told = found["OMP_WAIT_POLICY"], found["GOMP_SPINCOUNT"]
+    assert told in ([(chosen, None)] if chosen else [("PASSIVE", None), (None, "10000")])
+
+
+@pytest.mark.parametrize(
+    ("idle", "environment", "expected"),
+    [
+        (True, {}, {"GOMP_SPINCOUNT": "10000"}),
+        (False, {}, {"OMP_WAIT_POLICY": "PASSIVE"}),
+        (True, {"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+        (False, {"GOMP_SPINCOUNT": "5"}, {"GOMP_SPINCOUNT": "5"}),
+    ],
+)
+def test_threads_spin_for_a_moment_on_an_idle_machine(idle, environment, expected, monkeypatch):
+    monkeypatch.setattr(command_line, "_others_leave_cores", lambda: idle)
+    monkeypatch.setattr(command_line, "os", types.SimpleNamespace(environ=environment))
+    monkeypatch.setattr(command_line, "sys", types.SimpleNamespace(modules={}))
+    command_line._wait_without_spinning()
+    assert environment == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "cores", "idle"),
+    [("1/300", 2, True), ("2/300", 2, False), ("2/300", 8, True), ("8/300", 8, False), ("what", 2, False)],
+)
+def test_what_else_runs_is_asked_of_the_system(text, cores, idle, tmp_path, monkeypatch):
+    path = tmp_path / "loadavg"
+    path.write_text(f"0.10 0.20 0.30 {text} 4711\n")
+    monkeypatch.setattr(command_line, "LOADAVG", str(path))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert command_line._others_leave_cores() == idle
+    path.unlink()
+    assert not command_line._others_leave_cores()
 
 
 def test_a_reader_that_leaves_gets_no_traceback():

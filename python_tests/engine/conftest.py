@@ -46,6 +46,18 @@ def make_data():
     return federation
 
 
+@pytest.fixture
+def commit():
+    """Commits checkpoint ``number`` with new states of some clients."""
+
+    def commit(checkpoints, number, clients=()):
+        for k in clients:
+            checkpoints.write_client(k, number, {"x": torch.full((3,), float(number))})
+        checkpoints.commit(round=number, plan=number, server={"n": number}, info={"n": number})
+
+    return commit
+
+
 WORDS = ("red", "green", "blue", "dark", "bright", "small", "large", "round", "flat", "left", "right", "odd")
 
 

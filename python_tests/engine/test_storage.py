@@ -176,13 +176,7 @@ def test_ledger_counts_tensors_numbers_and_texts():
     assert Ledger(2, **ledger.to_dict()).summary() == summary
 
 
-def commit(checkpoints, number, clients=()):
-    for k in clients:
-        checkpoints.write_client(k, number, {"x": torch.full((3,), float(number))})
-    checkpoints.commit(round=number, plan=number, server={"n": number}, info={"n": number})
-
-
-def test_checkpoints_keep_two_and_forget_what_was_not_committed(tmp_path):
+def test_checkpoints_keep_two_and_forget_what_was_not_committed(tmp_path, commit):
     first = Checkpoints(tmp_path)
     assert first.open() is None
     for number, clients in ((1, (0, 1)), (2, (0,)), (3, (1,))):
@@ -203,7 +197,7 @@ def test_checkpoints_keep_two_and_forget_what_was_not_committed(tmp_path):
     }  # fmt: skip
 
 
-def test_a_client_that_empties_its_state_has_none(tmp_path):
+def test_a_client_that_empties_its_state_has_none(tmp_path, commit):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.open()
     commit(checkpoints, 1, clients=(3,))
@@ -215,7 +209,7 @@ def test_a_client_that_empties_its_state_has_none(tmp_path):
     assert again.client_state(3) == {}
 
 
-def test_all_checkpoints_damaged(tmp_path):
+def test_all_checkpoints_damaged(tmp_path, commit):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.open()
     commit(checkpoints, 1, (0,))

@@ -1,5 +1,6 @@
 """Clients side by side in worker processes: the bits of clients one after another, whatever happens to the workers."""
 
+import dataclasses
 import functools
 import os
 import signal
@@ -24,6 +25,7 @@ from fedkern.engine.executors.nursery import Nursery
 from fedkern.engine.executors.workers import Workers
 from fedkern.errors import ClientFailed, RunFailed
 from fedkern.methods import METHODS
+from fedkern.models import MODELS
 
 SHORT = {"fedavg", "feddra", "fediod", "fedgid", "fusefl", "scaffold"}
 EVERY = [method if method in SHORT else pytest.param(method, marks=pytest.mark.slow) for method in sorted(METHODS)]
@@ -123,6 +125,39 @@ def test_a_lost_worker_is_replaced(count, make_data, make_config, tmp_path, proc
     assert told is None or "was killed" in told  # it may have had nothing to do
     assert (without(side_by_side, "lost-worker") if told else side_by_side) == serial
     assert not living(processes)
+
+
+def test_a_worker_that_is_lost_while_it_is_told_something(make_data, make_config, tmp_path, monkeypatch, processes):
+    """What it was working on is not forgotten where the message to it, and not its silence, tells that it is gone."""
+    forget, killed = Workers.forget, []
+
+    def late(self, client):
+        worker = self._at.get(client)
+        if not killed and worker is not None and worker.client is not None:
+            killed.append(worker.process)
+            os.kill(worker.process, signal.SIGKILL)
+            assert not living(killed)
+        forget(self, client)
+
+    monkeypatch.setattr(Workers, "forget", late)
+    serial, side_by_side = compared(make_config(clients=6), make_data((20, 13, 9, 20, 13, 9)), tmp_path)
+    assert killed
+    assert without(side_by_side, "lost-worker") == serial
+
+
+def test_a_network_of_the_users_own(make_data, make_config, tmp_path, monkeypatch, processes):
+    monkeypatch.setitem(MODELS, "narrow", worker_methods.NARROW)
+    serial, side_by_side = compared(make_config(model="narrow"), make_data(), tmp_path)
+    assert len(processes) == 2
+    assert side_by_side == serial
+
+
+def test_a_network_that_cannot_be_sent(make_data, make_config, tmp_path, monkeypatch, processes):
+    entry = dataclasses.replace(worker_methods.NARROW, make=lambda **settings: worker_methods.narrow(**settings))
+    monkeypatch.setitem(MODELS, "narrow", entry)
+    serial, side_by_side = compared(make_config(model="narrow"), make_data(), tmp_path)
+    assert not processes
+    assert without(side_by_side, "no-workers") == serial
 
 
 def test_a_worker_that_is_lost_every_time(make_data, make_config, tmp_path, monkeypatch, processes):
@@ -315,7 +350,7 @@ def test_how_many(settings, cores, memory, count, make_data, make_config, monkey
     monkeypatch.setattr(sizing, "usable_cores", lambda: cores)
     monkeypatch.setattr(sizing, "free_memory", lambda: memory)
     config = make_config(**settings).settled()
-    assert sizing.workers_for(config, Bench(config, make_data()), 100) == count
+    assert sizing.workers_for(config, Bench(config, make_data()), 100, 1000) == count
 
 
 def test_cores_and_memory_are_those_of_the_control_group(monkeypatch, tmp_path):

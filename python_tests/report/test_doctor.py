@@ -150,7 +150,7 @@ def test_the_table_of_lowerings_is_named(monkeypatch, tmp_path):
     found = fuse_choice.serving("shipped")
     if found.kind == "shipped":
         text = told_of_lowerings()
-        assert text.startswith(f"table {found.digest}, of fedkern's, measured on {found.tables[0].where} with 1 thread")
+        assert text.startswith(f"table {found.digest}, of fedkern's, measured on {found.tables[0].where} with 1")
         assert found.path.name in text.replace(" ", "")
     own = fuse_choice.own_file()
     own.parent.mkdir()

@@ -26,6 +26,7 @@ class Answer:
         report: named figures of the client.
         warnings: diagnostics by name, where they were not given to this process.
         seconds: of the client's own work.
+        flops: floating-point operations in it (see :class:`~fedkern.models.flops.Counting`).
     """
 
     client: ClientId
@@ -34,6 +35,7 @@ class Answer:
     report: dict[str, float] = field(default_factory=dict)
     warnings: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    flops: int = 0
 
 
 class Executor(Protocol):
@@ -41,6 +43,9 @@ class Executor(Protocol):
 
     A method's client is asked in its own state and ``scratch``, which lives as long as the round.
     """
+
+    count: int
+    """Processes that clients work in side by side."""
 
     @property
     def here(self) -> Any:

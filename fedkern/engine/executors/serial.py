@@ -13,6 +13,7 @@ from fedkern.engine.network import cpu_threads
 from fedkern.engine.parties import Client
 from fedkern.engine.state import fingerprint
 from fedkern.methods.base import ClientId, Message, Step
+from fedkern.models.flops import Counting
 
 
 class Serial:
@@ -24,6 +25,8 @@ class Serial:
         states: where a client's state comes from when it first works in a round.
         threads: CPU threads while a client works.
     """
+
+    count = 1
 
     def __init__(self, bench: Bench, askers: Mapping[str, Any], states: States, threads: int) -> None:
         self._bench, self._askers, self._states, self._threads = bench, askers, states, threads
@@ -56,7 +59,7 @@ class Serial:
         client = self.client(k)
         client.report = {}
         answer = Answer(k)
-        with cpu_threads(self._threads):
+        with cpu_threads(self._threads), Counting() as counted:
             try:
                 answer.message = self._askers[asker].client_update(client, step, message)
             except Diverged as problem:
@@ -64,7 +67,7 @@ class Serial:
             except Exception as error:
                 answer.problem = failure(k, error)
         answer.report = client.report
-        answer.seconds = time.perf_counter() - start
+        answer.seconds, answer.flops = time.perf_counter() - start, counted.flops
         return answer
 
     def changed(self, client: ClientId) -> dict[str, Any] | None:

@@ -10,19 +10,20 @@ from typing import Any
 from fedkern.engine.bench import Bench
 from fedkern.engine.config import RunConfig, clients_of_a_round
 
-BASE_BYTES = 250 << 20
-"""What a worker needs beside networks and images: the interpreter and PyTorch's own tables."""
+BASE_BYTES = 400 << 20
+"""What a worker needs beside networks and images: the interpreter, PyTorch's own tables, what a batch's layers keep."""
 NETWORKS = 8
 """Copies of a network's parameters that a client may have at once: local, frozen, gradients, momentum, messages."""
 
 
-def workers_for(config: RunConfig, bench: Bench, asks: int) -> int:
+def workers_for(config: RunConfig, bench: Bench, asks: int, parameters: int) -> int:
     """The number of workers of a run; below 2 its clients work in the run's process.
 
     Args:
         config: every setting.
         bench: of the run.
         asks: how often clients will be asked on their own; none, and nobody would work.
+        parameters: of the network.
     """
     if config.workers == "1" or not asks:
         return 1
@@ -35,7 +36,7 @@ def workers_for(config: RunConfig, bench: Bench, asks: int) -> int:
     if config.workers != "auto":
         return min(int(config.workers), most)
     cores = min(usable_cores(), config.threads)  # fewer threads are asked for where others shall have the cores
-    return min(most, cores // config.client_threads, free_memory() // worker_bytes(bench))
+    return min(most, cores // config.client_threads, free_memory() // worker_bytes(bench, parameters))
 
 
 def unavailable(device: str) -> str:
@@ -47,11 +48,10 @@ def unavailable(device: str) -> str:
     return "" if sys.executable else "this Python does not say how it was started"
 
 
-def worker_bytes(bench: Bench) -> int:
+def worker_bytes(bench: Bench, parameters: int) -> int:
     """The memory of a worker beside the data, which all of them map: an estimate."""
-    network = sum(p.numel() * p.element_size() for p in bench.build().parameters())
     images = sum(4 * split.images.numel() for split in bench.data.clients) if bench.cache else 0
-    return BASE_BYTES + NETWORKS * network + images
+    return BASE_BYTES + NETWORKS * 4 * parameters + images
 
 
 def usable_cores() -> int:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from fedkern.models import ModelEntry
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -17,9 +19,10 @@ class Setup:
         data: the federated data.
         askers: who may ask clients, by name.
         pair: what the networks of image-text data are made from, where the data are such.
+        entry: the network, where it was put into ``fedkern.models.MODELS``.
         disclosure: what may be told.
         backend: the forced backend of the operators; None where none is.
-        isa: the ISA level of the CPU core; None where there is no core.
+        isa: the ISA level of the CPU core, "none" where there is no core.
         modes: process-wide settings of PyTorch that change bits.
     """
 
@@ -27,9 +30,10 @@ class Setup:
     data: Any
     askers: dict[str, Any]
     pair: dict[str, Any] | None
+    entry: ModelEntry | None
     disclosure: Any
     backend: str | None
-    isa: str | None
+    isa: str
     modes: dict[str, Any]
 
 
@@ -92,3 +96,11 @@ def modes() -> dict[str, Any]:
         "warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
         "mkldnn": torch.backends.mkldnn.enabled,
     }
+
+
+def set_modes(given: dict[str, Any]) -> None:
+    """Makes them what :func:`modes` said elsewhere."""
+    torch.set_default_dtype(given["dtype"])
+    torch.set_float32_matmul_precision(given["matmul"])
+    torch.use_deterministic_algorithms(given["deterministic"], warn_only=given["warn_only"])
+    torch.backends.mkldnn.enabled = given["mkldnn"]

@@ -27,8 +27,8 @@ from fedkern.engine.executors.wire import Channel, NotPortable, Packer, Unpacker
 from fedkern.errors import RunFailed
 from fedkern.interrupts import check
 from fedkern.methods.base import ClientId, Message, Step
-from fedkern.ops import backend
-from fedkern.ops.loading import Unavailable
+from fedkern.models import registry
+from fedkern.ops import backend, fuse_choice
 
 HELD_BYTES = 1 << 30
 """Uploads that wait for those of clients before theirs: beyond this many bytes only the next client in order works."""
@@ -90,6 +90,7 @@ class Workers:
         self._changed: dict[ClientId, dict[str, Any]] = {}
         self._losses: dict[ClientId, int] = {}
         # Of this exchange:
+        self._todo: list[ClientId] = []  # nobody has them yet
         self._found: dict[ClientId, tuple[Done, int]] = {}  # with the bytes of the uploads
         if asks is None:
             self._start()
@@ -100,34 +101,35 @@ class Workers:
         self._exchange += 1
         self._packer.clear()
         self._found.clear()
-        todo = list(messages)
+        self._todo = list(messages)
         for k in messages:
             self._readers.setdefault(k, self._states(k))
         for k in messages:
-            while True:
-                check()
-                self._hear(todo, 0.0)
-                self._hire()
-                self._hand_out(todo, k, asker, step, messages)
-                if k in self._found:
-                    break
-                if k in todo:  # nobody has it, and it is the next one
-                    todo.remove(k)
-                    yield self._ask_here(k, asker, step, messages[k])
-                    break
-                self._hear(todo, 1.0)
+            yield self._answer(k, asker, step, messages)
+            self._played.setdefault(k, []).append((asker, step, messages[k]))
+
+    def _answer(self, k: ClientId, asker: str, step: Step, messages: Mapping[ClientId, Message]) -> Answer:
+        """What the next client in order answers, while workers go on with those behind it."""
+        while True:
+            check()
+            self._hear(0.0)
+            self._hire()
+            self._hand_out(k, asker, step, messages)
             if k in self._found:
                 done, _ = self._found.pop(k)
                 if done.failed is not None:
                     raise done.failed
                 if done.state is not None:
                     self._changed[k] = done.state
-                self._count(done.answer)
                 answer = done.answer
-                del done
-                yield answer
-                del answer
-            self._played.setdefault(k, []).append((asker, step, messages[k]))
+                break
+            if k in self._todo:
+                self._todo.remove(k)
+                answer = self._ask_here(k, asker, step, messages[k])
+                break
+            self._hear(1.0)
+        self._count(answer)
+        return answer
 
     def changed(self, client: ClientId) -> dict[str, Any] | None:
         if client in self._changed:
@@ -173,9 +175,7 @@ class Workers:
             self.here.take(k, self._readers[k]())
             for played in self._played.get(k, []):
                 self.here.ask(k, *played)
-        answer = self.here.ask(k, asker, step, message)
-        self._count(answer)
-        return answer
+        return self.here.ask(k, asker, step, message)
 
     def _count(self, answer: Answer) -> None:
         """Starts workers where so much work is left that they pay."""
@@ -218,20 +218,18 @@ class Workers:
             self._nursery = None
             self._give_up(str(error), "")
 
-    def _hand_out(
-        self, todo: list[ClientId], first: ClientId, asker: str, step: Step, messages: Mapping[ClientId, Message]
-    ) -> None:
+    def _hand_out(self, first: ClientId, asker: str, step: Step, messages: Mapping[ClientId, Message]) -> None:
         """Gives every worker that has nothing to do the next client that may be its."""
         for worker in list(self._workers):
             if worker.client is not None:
                 continue
-            for k in todo:
+            for k in list(self._todo):
                 if self._at.get(k, worker) is not worker:
                     continue  # another's of this round
                 if k != first and sum(size for _, size in self._found.values()) > HELD_BYTES:
                     break
                 if self._send(worker, k, asker, step, messages[k]):
-                    todo.remove(k)
+                    self._todo.remove(k)
                     break
                 if worker not in self._workers:
                     break
@@ -260,22 +258,21 @@ class Workers:
         try:
             worker.channel.send(packet)
         except OSError:
-            self._lost(worker, [])
+            self._lost(worker)
             return False
         return True
 
-    def _hear(self, todo: list[ClientId], seconds: float) -> None:
+    def _hear(self, seconds: float) -> None:
         """Takes what workers have to say, waiting so long for the first of it."""
         busy = [worker for worker in self._workers if worker.client is not None]
         if not busy:
             return
-        heard, _, _ = select.select(busy_ends(busy), [], [], seconds)
-        for channel in heard:
-            worker = next(worker for worker in busy if worker.channel is channel)
+        heard, _, _ = select.select([worker.channel for worker in busy], [], [], seconds)
+        for worker in [worker for worker in busy if worker.channel in heard]:
             try:
-                packet, _ = channel.receive()
+                packet, _ = worker.channel.receive()
             except (EOFError, OSError):
-                self._lost(worker, todo)
+                self._lost(worker)
                 continue
             size = sum(os.fstat(descriptor).st_size for descriptor in packet.files.values())
             said = Unpacker().unpack(packet)
@@ -286,7 +283,7 @@ class Workers:
             self._found[worker.client] = said, size
             worker.client = None
 
-    def _lost(self, worker: _Worker, todo: list[ClientId]) -> None:
+    def _lost(self, worker: _Worker) -> None:
         """Lets other workers have the clients of one that has ended, from the beginning of their round."""
         if worker not in self._workers:
             return
@@ -305,12 +302,7 @@ class Workers:
                 "--workers, or a smaller --batch-size, --model or --width."
             )
         self._bench.warn("lost-worker", f"A worker process was lost ({how}); another one repeated its clients' work.")
-        todo.insert(0, k)
-
-
-def busy_ends(workers: list[_Worker]) -> list[Channel]:
-    """What ``select`` waits for."""
-    return [worker.channel for worker in workers]
+        self._todo.insert(0, k)
 
 
 def _kill(process: int) -> None:
@@ -325,16 +317,9 @@ def _setup(bench: Bench, askers: dict[str, Any]) -> Setup:
         data=bench.data,
         askers=askers,
         pair=bench.pair if bench.data.task == "retrieval" else None,
+        entry=registry.added(bench.config.model),
         disclosure=bench.disclosure,
         backend=backend.forced_backend(),
-        isa=_isa(),
+        isa=fuse_choice.active_isa(),
         modes=modes(),
     )
-
-
-def _isa() -> str | None:
-    """The ISA level of the CPU core, which may be a forced one; None where there is no core."""
-    try:
-        return str(backend.cpu_core().isa())
-    except Unavailable:
-        return None

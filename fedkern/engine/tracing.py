@@ -1,0 +1,34 @@
+"""A trace of one round: what every operator took, to be looked at in a browser."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from fedkern.engine import atomic
+
+FILE = "profile.json.gz"
+
+
+@contextmanager
+def traced(path: Path) -> Iterator[None]:
+    """Writes what happens inside to ``path``, as a gzipped trace that chrome://tracing and ui.perfetto.dev read.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library otherwise says when it begins and ends
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    with profile(activities=activities) as seen:
+        yield
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder) / "trace.json"
+        seen.export_chrome_trace(str(plain))
+        atomic.write_bytes(path, gzip.compress(plain.read_bytes(), 6))

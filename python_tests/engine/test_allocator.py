@@ -1,0 +1,56 @@
+"""What is freed stays with the process, unless the user has said otherwise."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+FAULTS = """
+import json, resource
+import torch
+from fedkern.engine.allocator import keep_freed_memory
+
+def faults():
+    torch.set_num_threads(1)
+    found = []
+    for _ in range(8):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        blocks = [torch.ones(1 << 20) for _ in range(8)]  # of 4 MB
+        del blocks
+        found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return min(found[4:])
+
+before = faults()
+kept = keep_freed_memory()
+print(json.dumps([before, kept, faults()]))
+"""
+
+
+def counted(**environment: str) -> tuple[int, bool, int]:
+    found = subprocess.run(
+        [sys.executable, "-c", FAULTS], env={**os.environ, **environment}, check=True, capture_output=True, text=True
+    )
+    before, kept, after = json.loads(found.stdout)
+    return before, kept, after
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "confstr") or "glibc" not in (os.confstr("CS_GNU_LIBC_VERSION") or ""), reason="glibc"
+)
+def test_freed_memory_stays():
+    before, kept, after = counted()
+    assert kept
+    assert before > 8 * 256  # pages, of 4 kB or more, mapped anew: otherwise this test shows nothing
+    assert after < before / 20
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("MALLOC_TRIM_THRESHOLD_", "131072"), ("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=131072")]
+)
+def test_the_user_has_the_last_word(name, value):
+    _, kept, _ = counted(**{name: value})
+    assert not kept

@@ -1,0 +1,50 @@
+"""Networks made on the meta device get memory as torch's to_empty gives it, without what that imports."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from fedkern.models.allocate import allocate
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+        self.first.bias.requires_grad_(False)
+        self.norm = nn.BatchNorm2d(3)
+        self.register_buffer("kept", torch.ones(2, device="cpu"))
+        self.register_buffer("none", None)
+
+
+def test_as_to_empty():
+    with torch.device("meta"):
+        ours, torchs = Tied(), Tied()
+    allocate(ours)
+    torchs.to_empty(device="cpu")
+    for kind in ("named_parameters", "named_buffers"):
+        a, b = (dict(getattr(module, kind)(remove_duplicate=False)) for module in (ours, torchs))
+        assert list(a) == list(b)
+        for name, tensor in a.items():
+            assert type(tensor) is type(b[name])
+            assert (tensor.shape, tensor.dtype, tensor.requires_grad, tensor.device) == (
+                b[name].shape, b[name].dtype, b[name].requires_grad, b[name].device,
+            )  # fmt: skip
+    assert ours.first.weight is ours.second.weight
+    assert ours.kept.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet8", "unet"])
+def test_building_a_network_imports_no_symbolic_algebra(name):
+    code = (
+        "import sys, fedkern.models as m; "
+        f"m.build({name!r}, classes=3, channels=3, image_size=32, seed=0); "
+        "sys.exit('sympy' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
