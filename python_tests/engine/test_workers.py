@@ -467,3 +467,15 @@ def test_an_interrupted_group_ends_in_order(number, code, tmp_path):
     assert said.splitlines()[-1].startswith("interrupted; " if code == 130 else "terminated; ")
     assert "Traceback" not in said
     assert not living(others)
+
+
+def test_a_worker_does_not_import_torchs_compiler():
+    """It takes a second of both cores, in which no client works."""
+    code = (
+        "import sys, torch, fedkern.engine.worker\n"
+        "from fedkern.engine.executors.tasks import modes, set_modes\n"
+        "set_modes(modes()); print('torch._dynamo' in sys.modules)\n"
+        "set_modes({**modes(), 'deterministic': True, 'warn_only': True}); print(modes()['warn_only'])"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert told.split() == ["False", "True"]

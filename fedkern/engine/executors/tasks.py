@@ -102,5 +102,8 @@ def set_modes(given: dict[str, Any]) -> None:
     """Makes them what :func:`modes` said elsewhere."""
     torch.set_default_dtype(given["dtype"])
     torch.set_float32_matmul_precision(given["matmul"])
-    torch.use_deterministic_algorithms(given["deterministic"], warn_only=given["warn_only"])
+    now = modes()
+    if (now["deterministic"], now["warn_only"]) != (given["deterministic"], given["warn_only"]):
+        # Even where it changes nothing it imports torch's compiler, which takes a second.
+        torch.use_deterministic_algorithms(given["deterministic"], warn_only=given["warn_only"])
     torch.backends.mkldnn.enabled = given["mkldnn"]
