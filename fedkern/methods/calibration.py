@@ -24,6 +24,7 @@ from torch.nn.functional import cross_entropy
 
 from fedkern.methods.base import Batch, ClientId, Declaration, Message, Upload, Values
 from fedkern.methods.options import Options, option
+from fedkern.models.optimisers import SGD
 
 JITTER = 1e-4  # added to every variance, so that directions without spread have a little
 PORTION_BYTES = 64 << 20  # virtual features held at a time
@@ -321,7 +322,7 @@ def calibrate(
     compat = options.ccvr_compat
     trained = copy.deepcopy(head).requires_grad_(True)
     device = trained.weight.device
-    optimiser = torch.optim.SGD(trained.parameters(), lr=0.01 if compat else options.calibration_lr)
+    optimiser = SGD(trained.parameters(), 0.01 if compat else options.calibration_lr)
     with torch.enable_grad():
         for _ in range(1 if compat else options.calibration_epochs):
             for features, labels in virtual_features(statistics, rng, options.virtual_features, compat=compat):

@@ -14,6 +14,7 @@ from fedkern.methods.base import Client, Step
 from fedkern.methods.cuts import cuts
 from fedkern.methods.fediod_losses import against, confidence
 from fedkern.models.discriminator import PatchDiscriminators, whole_image
+from fedkern.models.optimisers import Adam
 
 START = Step(-1, "", "update")
 
@@ -42,7 +43,7 @@ class Critics:
         self.module = module.to(first.device)
         self._parts = module.parts()
         tensors = [part[name] for part in self._parts for name in part]
-        self._adam = torch.optim.Adam(tensors, o.critic_lr, betas=(0.5, 0.999), foreach=False, fused=True)
+        self._adam = Adam(tensors, o.critic_lr, (0.5, 0.999))
         for slot, client in enumerate(clients):
             kept = client.state.setdefault("critics", {})
             for shard in range(len(self._shards[slot])):  # all of them now: what there is must not tell who served
@@ -153,9 +154,9 @@ class Critics:
         for slot, part in enumerate(self._parts):
             for name, tensor in part.items():
                 tensor.grad = cut[name][slot] if slot in real else None
-        self._adam.param_groups[0]["lr"] = lr
+        self._adam.lr = lr
         self._adam.step()
-        self._adam.zero_grad(set_to_none=True)
+        self._adam.zero_grad()
         for slot in real:
             self._steps[slot] += 1
             self._clients[slot].state["critics"][self._here[slot]]["steps"] = self._steps[slot]

@@ -18,6 +18,7 @@ from fedkern.methods.fediod_losses import distillation, importance, mixture, tea
 from fedkern.methods.fediod_promise import tells_scores
 from fedkern.methods.oneshot_members import flatten, load, vectors
 from fedkern.models.generator import Generator
+from fedkern.models.optimisers import SGD, Adam
 
 ALIKE = 0.01
 """Below this mean deviation of a pixel over the images of a batch (normalised, where real images have about 1) a
@@ -43,18 +44,18 @@ def make_generator(server: Server, options: Any, draw: torch.Generator) -> Gener
     return made.to(server.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def moments(optimizer: torch.optim.Optimizer, vector: Tensor) -> dict[str, Tensor]:
+def moments(optimiser: SGD | Adam, vector: Tensor) -> dict[str, Tensor]:
     """What an optimiser remembers of its one tensor, on the CPU."""
-    kept = optimizer.state.get(vector, {})
-    return {name: value.detach().cpu().clone() for name, value in kept.items() if value is not None}
+    kept = optimiser.state.get(vector, {})
+    return {name: value.detach().cpu().clone() for name, value in kept.items()}
 
 
-def restore(optimizer: torch.optim.Optimizer, vector: Tensor, kept: Mapping[str, Tensor] | None) -> None:
+def restore(optimiser: SGD | Adam, vector: Tensor, kept: Mapping[str, Tensor] | None) -> None:
     """Lets an optimiser remember what :func:`moments` gave; nothing for None."""
     device = vector.device
     for name, value in (kept or {}).items():  # a fused Adam wants its steps beside its moments
         place = torch.device("cpu") if name == "step" and device.type != "cuda" else device
-        optimizer.state[vector][name] = value.to(place, copy=True)
+        optimiser.state.setdefault(vector, {})[name] = value.to(place, copy=True)
 
 
 class Means:
@@ -112,13 +113,13 @@ class Workshop:
         vector = self._student.parameters.detach()  # one tensor over the same memory, so that one kernel does it all
         vector.grad = self._to_student = self._student.gradients()
         lr, decay = options.student_lr, options.student_decay
-        self._optimizer: torch.optim.Optimizer
+        self._optimiser: SGD | Adam
         if options.student_optimizer == "sgd":
-            self._optimizer = torch.optim.SGD([vector], lr, options.student_momentum, weight_decay=decay)
+            self._optimiser = SGD([vector], lr, options.student_momentum, weight_decay=decay)
         else:
-            self._optimizer = torch.optim.AdamW([vector], lr, weight_decay=decay, fused=True)
+            self._optimiser = Adam([vector], lr, weight_decay=decay, decoupled=True)
         self._student_vector = vector
-        restore(self._optimizer, vector, state.get("student_moments"))
+        restore(self._optimiser, vector, state.get("student_moments"))
         self.generates = options.mode == "generator"
         self.first = int(options.warmup * total) if self.generates else 0  # iteration of the student
         self.running = Means()
@@ -134,7 +135,7 @@ class Workshop:
         self.generator: Any = load(self._flat, state["generator"]).requires_grad_(True).train()
         vector = self._flat.parameters.detach()
         vector.grad = self._to_generator = self._flat.gradients()
-        self._adam = torch.optim.Adam([vector], o.generator_lr, betas=(0.5, 0.999), fused=True)
+        self._adam = Adam([vector], o.generator_lr, (0.5, 0.999))
         restore(self._adam, vector, state.get("adam"))
         self._generator_vector = vector
         self._average: Any = None
@@ -251,7 +252,7 @@ class Workshop:
             total += self.to_x
         self._to_generator.zero_()
         torch.autograd.backward(x, total)
-        self._adam.param_groups[0]["lr"] = cosine(self.options.generator_lr, 0.0, self.progress)
+        self._adam.lr = cosine(self.options.generator_lr, 0.0, self.progress)
         self._adam.step()
         self._flat.mark_changed()
         self.to_x = None
@@ -271,7 +272,7 @@ class Workshop:
         """
         progress = (self.iteration - self.first) / (self.total - self.first)
         lr = cosine(self.options.student_lr, self.options.student_lr_end, progress)
-        self._optimizer.param_groups[0]["lr"] = lr
+        self._optimiser.lr = lr
         every = ensemble.weights.shape[1] > 1
         target = mixture(ensemble.logits, ensemble.weights, ensemble.mask, self.options.mix).argmax(1)
         guesses: list[Tensor] = []
@@ -284,7 +285,7 @@ class Workshop:
                 loss = distillation(said, logits, weights, ensemble.mask, self.options)
             self._to_student.zero_()
             loss.backward()
-            self._optimizer.step()
+            self._optimiser.step()
             self._student.mark_changed()
             self.running.add(student_loss=loss)
             guesses.append(said.detach().argmax(1))
@@ -307,7 +308,7 @@ class Workshop:
         state = self.server.state
         state["iteration"] = self.iteration
         state["student"] = vectors(self._student)
-        if learnt := moments(self._optimizer, self._student_vector):
+        if learnt := moments(self._optimiser, self._student_vector):
             state["student_moments"] = learnt
         found = [("student", "student_lr", self._student)]
         if self.generates:

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from fedkern import __version__
 from fedkern.errors import UserError
+from fedkern.models.optimisers import SGD
 from fedkern.models.precision import computing
 from fedkern.models.staged import StagedNetwork
 from fedkern.models.teacher import Identity, Teacher, content
@@ -60,9 +61,7 @@ def pretrain(
     device = next(network.parameters()).device
     labels = data.labels.to(device)
     rng = np.random.default_rng(seed)
-    optimiser = torch.optim.SGD(
-        network.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True
-    )
+    optimiser = SGD(network.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True)
     batches = max(1, len(data) // recipe.batch_size)  # what is left over joins them: batch norm needs no batch of one
     network.train()
     for number in range(recipe.epochs * batches):
@@ -70,8 +69,7 @@ def pretrain(
             parts = np.array_split(rng.permutation(len(data)), batches)
             if progress is not None:
                 progress(number // batches)
-        for group in optimiser.param_groups:
-            group["lr"] = recipe.lr * (1 + math.cos(math.pi * number / (recipe.epochs * batches))) / 2
+        optimiser.lr = recipe.lr * (1 + math.cos(math.pi * number / (recipe.epochs * batches))) / 2
         index = parts[number % batches]
         loss = cross_entropy(network(data.take(index, rng)), labels[torch.from_numpy(index).to(device)])
         optimiser.zero_grad()

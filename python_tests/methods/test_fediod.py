@@ -244,7 +244,7 @@ def test_the_student_begins_after_the_warm_up(world):
             assert bool(messages) == (kind != "distil" or number == 1)
             if kind == "distil":
                 shop = w.server.scratch["workshop"]
-                rates.append(shop._optimizer.param_groups[0]["lr"])
+                rates.append(shop._optimiser.lr)
                 assert shop.iteration == 4 * number + int(i) + 1
         assert same(before, w.server.state["student"]) == (number == 0)
         assert set(w.server.shown) == {"generated"} | ({"teacher_weights", "agreement"} if number else set())

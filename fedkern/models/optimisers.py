@@ -1,0 +1,133 @@
+"""Optimisers of networks that are not clients': SGD, Adam and AdamW, to the last bit as ``torch.optim`` has them.
+
+The first optimiser of ``torch.optim`` that a process makes imports torch's compiler, which takes a second.  Clients
+train with :func:`fedkern.ops.sgd_step` and :func:`fedkern.ops.adamw_step`, on flat buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-8
+
+
+class _Optimiser:
+    """What both have.
+
+    Attributes:
+        lr: the learning rate of the next step; it may be changed.
+        state: what is remembered of a parameter, by parameter; empty before its first step.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], lr: float) -> None:
+        self.lr = lr
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
+        self._parameters = list(parameters)
+
+    def _with_gradients(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The parameters that have a gradient, and these."""
+        found = [(p, p.grad) for p in self._parameters if p.grad is not None]
+        return [p for p, _ in found], [gradient for _, gradient in found]
+
+    def zero_grad(self) -> None:
+        """Forgets the gradients."""
+        for parameter in self._parameters:
+            parameter.grad = None
+
+
+class SGD(_Optimiser):
+    """``torch.optim.SGD`` without dampening.
+
+    Args:
+        parameters: tensors with ``grad``, of one dtype and device.
+        lr: learning rate.
+        momentum: 0 remembers nothing.
+        weight_decay: added to the gradient, times the parameter.
+        nesterov: whether a step goes along the gradient and what the next velocity keeps of it.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        lr: float,
+        momentum: float = 0.0,
+        *,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+    ) -> None:
+        super().__init__(parameters, lr)
+        self._momentum, self._decay, self._nesterov = momentum, weight_decay, nesterov
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Moves the parameters along their gradients, which stay as they are."""
+        parameters, gradients = self._with_gradients()
+        if not parameters:
+            return
+        if self._decay:
+            gradients = list(torch._foreach_add(gradients, parameters, alpha=self._decay))
+        if self._momentum:
+            velocities = []
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                known = self.state.get(parameter)
+                if known is None:
+                    velocity = self.state.setdefault(parameter, {})["momentum_buffer"] = gradient.clone()
+                else:
+                    velocity = known["momentum_buffer"].mul_(self._momentum).add_(gradient)
+                velocities.append(velocity)
+            if self._nesterov:
+                gradients = list(torch._foreach_add(gradients, velocities, alpha=self._momentum))
+            else:
+                gradients = velocities
+        torch._foreach_add_(parameters, gradients, alpha=-self.lr)
+
+
+class Adam(_Optimiser):
+    """``torch.optim.Adam(fused=True)``, or ``AdamW`` where the decay is decoupled.
+
+    Args:
+        parameters: tensors with ``grad``, of one dtype and device.
+        lr: learning rate.
+        betas: of the two moments.
+        weight_decay: see ``decoupled``.
+        decoupled: parameters shrink by ``lr * weight_decay``, as in AdamW (arXiv 1711.05101), instead of the decay
+            being added to the gradient.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        *,
+        weight_decay: float = 0.0,
+        decoupled: bool = False,
+    ) -> None:
+        super().__init__(parameters, lr)
+        self._betas, self._decay = betas, weight_decay
+        self._fused = torch._fused_adamw_ if decoupled else torch._fused_adam_
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Moves the parameters against their gradients, which stay as they are."""
+        parameters, gradients = self._with_gradients()
+        if not parameters:
+            return
+        for parameter in parameters:
+            if parameter not in self.state:
+                self.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                    "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                }
+        steps, means, squares = (
+            [self.state[parameter][name] for parameter in parameters] for name in ("step", "exp_avg", "exp_avg_sq")
+        )
+        torch._foreach_add_(steps, 1)
+        self._fused(
+            parameters, gradients, means, squares, [], steps, lr=self.lr, beta1=self._betas[0], beta2=self._betas[1],
+            weight_decay=self._decay, eps=EPSILON, amsgrad=False, maximize=False,
+        )  # fmt: skip
