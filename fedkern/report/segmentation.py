@@ -13,8 +13,8 @@ from matplotlib import colormaps
 from torch import Tensor, nn
 
 from fedkern.report.gradcam import choose
-from fedkern.report.names import TITLE, label
-from fedkern.report.plots import new_figure, save
+from fedkern.report.names import label
+from fedkern.report.sheet import Sheet, rgb
 
 ROWS = ("image", "truth", "model")
 
@@ -34,37 +34,24 @@ def draw(model: nn.Module, split: Any, inputs: Tensor, path: Path, *, classes: S
     reference = next(model.parameters())
     predicted = model(inputs.to(device=reference.device, dtype=reference.dtype)).argmax(1).cpu()
     columns = len(split.images)
-    figure = new_figure(max(1.25 * columns + 0.8, 6.0), 4.6)
-    grid = figure.subplots(3, columns, squeeze=False)
+    sheet = Sheet(columns, [0.0] * len(ROWS), side=1.15, left=0.75, below=0.3, title=title)
     colours = colormaps["tab10"](np.arange(max(len(classes) - 1, 1)) % 10)[:, :3]
+    for row, name in enumerate(ROWS):
+        sheet.beside(row, name)
     for column in range(columns):
-        image = shown(split.images[column])
+        image = rgb(split.images[column].numpy()) / 255.0
         for row, laid in enumerate((None, split.labels[column], predicted[column])):
-            axes = grid[row, column]
-            axes.set_xticks([])
-            axes.set_yticks([])
-            axes.imshow(image if laid is None else over(image, laid.numpy(), colours), interpolation="nearest")
-            if column == 0:
-                axes.set_ylabel(ROWS[row], fontsize=12)
+            sheet.picture(row, column, image if laid is None else over(image, laid.numpy(), colours))
     for number, name in enumerate(classes[1:11]):
-        figure.text(
-            0.02 + 0.95 * number / min(len(classes) - 1, 10), 0.005, label(name), color=colours[number], fontsize=11
+        sheet.figure.text(
+            0.02 + 0.95 * number / min(len(classes) - 1, 10), 0.02, label(name), color=colours[number], fontsize=11
         )
-    figure.suptitle(label(title, TITLE), fontsize=13, x=0.01, ha="left")
-    figure.get_layout_engine().set(rect=(0, 0.05, 1, 0.95))  # type: ignore[union-attr, call-arg]
-    save(figure, path)
+    sheet.save(path)
 
 
 def examples(labels: Tensor, count: int) -> Tensor:
     """Rows to show of labels int64 ``[n, H, W]``: the classes in turn, by the highest that an image holds."""
     return choose(labels.flatten(1).amax(1), count)
-
-
-def shown(image: Tensor) -> npt.NDArray[np.float64]:
-    """A uint8 image ``[C, H, W]`` as ``[H, W, 3]`` in [0, 1]; of other than three channels the first, in grey."""
-    rgb = image if len(image) == 3 else image[:1].expand(3, -1, -1)
-    made: npt.NDArray[np.float64] = rgb.permute(1, 2, 0).double().numpy() / 255
-    return made
 
 
 def over(

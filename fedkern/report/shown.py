@@ -10,6 +10,7 @@ import numpy as np
 from fedkern.engine.shown import Shown
 from fedkern.report.names import TITLE, label
 from fedkern.report.plots import new_figure, save
+from fedkern.report.sheet import Sheet, rgb
 
 TABLES = 4  # tables side by side, evenly over the run
 
@@ -32,19 +33,12 @@ def draw(entries: Sequence[Shown], path: Path, *, title: str, classes: Sequence[
 def images(entries: Sequence[Shown], path: Path, *, title: str) -> None:
     """Draws a row of images for every round that was kept."""
     columns = max(len(entry.value) for entry in entries)
-    figure = new_figure(max(0.8 * columns + 0.9, 5.0), 0.6 + 0.8 * len(entries))
-    grid = figure.subplots(len(entries), columns, squeeze=False)
-    for axes in grid.ravel():
-        axes.set_axis_off()
-    for row, entry in zip(grid, entries, strict=True):
-        for axes, image in zip(row, entry.value, strict=False):
-            picture = image.permute(1, 2, 0).numpy()
-            picture = np.repeat(picture, 3, axis=2) if picture.shape[2] == 1 else picture
-            axes.imshow(picture, interpolation="nearest")
-        text = f"round {entry.round}"
-        row[0].text(-0.15, 0.5, text, transform=row[0].transAxes, fontsize=9, ha="right", va="center")
-    figure.suptitle(label(title, TITLE), fontsize=12, x=0.01, ha="left")
-    save(figure, path)
+    sheet = Sheet(columns, [0.0] * len(entries), side=0.75, left=0.9, title=title)
+    for row, entry in enumerate(entries):
+        sheet.beside(row, f"round {entry.round}")
+        for column, image in enumerate(entry.value):
+            sheet.picture(row, column, rgb(image.numpy()))
+    sheet.save(path)
 
 
 def tables(entries: Sequence[Shown], path: Path, *, title: str, classes: Sequence[str] = ()) -> None:

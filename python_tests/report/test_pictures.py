@@ -15,6 +15,7 @@ from fedkern.data import PartitionStatistics, load
 from fedkern.engine import RunConfig, saved
 from fedkern.errors import UserError
 from fedkern.report import gradcam, pictures, plots, segmentation
+from fedkern.report.sheet import rgb
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +148,7 @@ def test_a_segmentation_is_laid_over_its_images(tmp_path):
     colours = np.array([[1.0, 0, 0], [0, 1.0, 0]])
     laid = segmentation.over(np.full((1, 4, 3), 0.5), np.array([[0, 1, 2, -100]]), colours)
     np.testing.assert_allclose(laid[0], [[0.5] * 3, [0.8, 0.2, 0.2], [0.2, 0.8, 0.2], [0.25] * 3])
-    assert segmentation.shown(torch.zeros(4, 5, 6, dtype=torch.uint8)).shape == (5, 6, 3)
+    assert rgb(np.zeros((4, 5, 6), np.uint8)).shape == (5, 6, 3)
 
 
 def test_rounds_and_samples_are_counted_in_whole_numbers(tmp_path, monkeypatch):
