@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -49,6 +50,17 @@ class Counting:
             for changed, (plain, counted) in _FORWARD.items():
                 if changed.forward is counted:
                     changed.forward = plain
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Where a cache may have the answer, so that what is counted does not depend on what was asked before."""
+    paused = _counting.copy()
+    _counting.clear()
+    try:
+        yield
+    finally:
+        _counting.extend(paused)
 
 
 def _counted(forward: Callable[..., Tensor], *, transposed: bool) -> Callable[..., Tensor]:

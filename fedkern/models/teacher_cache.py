@@ -20,6 +20,7 @@ from fedkern import files
 from fedkern.errors import UserError
 from fedkern.files import cache_folder, expand
 from fedkern.inputs import special
+from fedkern.models.flops import uncounted
 from fedkern.models.precision import computing
 from fedkern.models.teacher import Identity, Teacher, wrong_classes
 
@@ -55,6 +56,7 @@ class LogitsCache:
         return self.folder / file_name("logits", identity)
 
     @computing("fp32")  # the answers are kept for runs of either precision
+    @uncounted()
     def logits(self, teacher: Teacher, batches: Iterable[Tensor], total: int | None = None) -> Tensor:
         """The teacher's logits fp32 ``[n, classes]`` (CPU) of all images, asked for only where the file lacks them.
 

@@ -19,7 +19,7 @@ from fedkern.engine import Listener, device_use, peak, run
 from fedkern.engine.peak import Rates
 from fedkern.errors import UserError
 from fedkern.models import build
-from fedkern.models.flops import Counting
+from fedkern.models.flops import Counting, uncounted
 from fedkern.report.tables import final_table
 
 
@@ -102,6 +102,18 @@ def test_one_count_inside_another():
         layer(torch.ones(2, 3))
     assert outer.flops == 3 * inner.flops > 0
     assert nn.Linear.forward is plain
+
+
+def test_what_a_cache_may_have_is_not_counted():
+    layer, images = nn.Linear(3, 4), torch.ones(2, 3)
+    with Counting() as counting:
+        layer(images)
+        once = counting.flops
+        with uncounted():
+            layer(images)
+        assert counting.flops == once > 0
+        layer(images)
+        assert counting.flops == 2 * once
 
 
 def test_nothing_is_counted_behind_the_end():
