@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fedkern.errors import UserError
 from fedkern.methods.base import Batch
+from fedkern.models.allocate import uninitialised
 from fedkern.models.fused import FusedNetwork
 from fedkern.models.precision import autocasts, full
 
@@ -154,7 +155,7 @@ def plain_head(states: Sequence[Mapping[str, Tensor]], final: str) -> dict[str, 
 def linear_of(state: Mapping[str, Tensor], device: torch.device | str = "cpu") -> nn.Linear:
     """The classifier with these weights."""
     classes, width = state["weight"].shape
-    head = nn.utils.skip_init(nn.Linear, width, classes, device=device)
+    head = uninitialised(nn.Linear, width, classes, device=device)
     head.load_state_dict(state)
     return head
 

@@ -2,8 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+def uninitialised(kind: Callable[..., Layer], *arguments: int, device: torch.device | str | None = None) -> Layer:
+    """A layer whose parameters hold whatever was in memory, as ``torch.nn.utils.skip_init`` makes it.
+
+    Args:
+        kind: its class, or what makes it on the ``device`` that it is given.
+        arguments: the first ones of ``kind``.
+        device: where it shall be; None is the CPU.
+    """
+    made = kind(*arguments, device="meta")
+    allocate(made)
+    return made if device is None else made.to(device)
 
 
 def allocate(module: nn.Module) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fedkern.models.allocate import uninitialised
 from fedkern.models.bank import folded
 from fedkern.models.precision import lower, trunk
 from fedkern.models.staged import StagedNetwork
@@ -177,6 +178,6 @@ class Ensemble(nn.Module):
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-    made = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], device=weight.device)
+    made = uninitialised(nn.Linear, weight.shape[1], weight.shape[0], device=weight.device)
     made.load_state_dict({"weight": weight, "bias": bias})
     return made.requires_grad_(False)

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from fedkern.models.allocate import uninitialised
 from fedkern.models.bank import folded
 from fedkern.models.blocks import channels
 from fedkern.models.precision import autocasts, full, lower, trunk
@@ -62,11 +63,11 @@ def make_adaptor(
         return Pool(branches, total=kind == "sum")
     width = channels(shape)
     made = (
-        nn.utils.skip_init(nn.Conv2d, branches * width, width, 1)
+        uninitialised(nn.Conv2d, branches * width, width, 1)
         if len(shape) == 3
-        else nn.utils.skip_init(nn.Linear, branches * width, width)
+        else uninitialised(nn.Linear, branches * width, width)
     )
-    weight, bias = cast(Tensor, made.weight), cast(Tensor, made.bias)
+    weight, bias = made.weight, cast(Tensor, made.bias)
     with torch.no_grad():
         if generator is None:
             weight.copy_(torch.eye(width).repeat(1, branches).div_(branches).reshape(weight.shape))

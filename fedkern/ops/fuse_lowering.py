@@ -15,6 +15,7 @@ from fedkern.ops._memory import fresh
 from fedkern.ops.fuse import fuse_concat
 from fedkern.ops.fuse_layers import FusedBatchNorm, FusedConv
 from fedkern.ops.fuse_onednn import Prepared, convolve
+from fedkern.ops.fuse_shapes import POOLS, pooled
 from fedkern.ops.fuse_table import VECTOR, Work
 from fedkern.ops.fuse_trace import Step
 
@@ -231,7 +232,7 @@ class FoldedBlocks:
             elif fold.step.kind == "norm":
                 y, one = (repeated(x, self.branches) if one else x), False
             elif fold.step.kind == "channelwise":
-                y = layer(x)
+                y = x.new_empty((1, *pooled(layer, x.shape[1:]))) if isinstance(layer, POOLS) else layer(x)
                 if y.shape != x.shape and not recorded:
                     width = x.shape[1] / (1 if one else self.branches)
                     positions = x.shape[2] * x.shape[3]

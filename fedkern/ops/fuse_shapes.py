@@ -44,6 +44,16 @@ def _runs_on(axes: int, steps: Sequence[Step], layers: Mapping[str, Any]) -> boo
     return True
 
 
+def pooled(layer: Any, shape: Sequence[int]) -> tuple[int, ...]:
+    """What a pool makes of a sample of this shape.
+
+    Raises:
+        RuntimeError: as the pool does.
+    """
+    # Really pooled: of a meta tensor it imports torch's compiler or sympy, which takes up to a second.
+    return tuple(layer(torch.empty((1, *shape))).shape[1:])
+
+
 def axes_named(axes: tuple[int, ...] | None, count: int, shared: bool) -> str:
     """The shapes with so many axes, for messages."""
     channels = "C" if shared else f"{count} * C"
@@ -106,8 +116,7 @@ def survey(steps: Sequence[Step], layers: Mapping[str, Any], count: int, shape: 
             y = tuple(b if a == 1 else a for a, b in zip(x, other, strict=True))
         elif isinstance(layer, POOLS):
             try:
-                # One sample: the batch may be empty.
-                y = (x[0], *layer(torch.empty((1, *x[1:]), device="meta")).shape[1:])
+                y = (x[0], *pooled(layer, x[1:]))
             except RuntimeError as error:
                 raise ValueError(f"x of shape {list(shape)} does not fit {where}: {error}") from error
         values.append((y, own and step.kind in ("norm", "relu", "channelwise", "same")))

@@ -48,3 +48,17 @@ def test_building_a_network_imports_no_symbolic_algebra(name):
         "sys.exit('sympy' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_fused_networks_need_neither_torchs_compiler_nor_sympy():
+    """Importing them takes a second of a run, and of every worker."""
+    code = (
+        "import sys, torch; from torch import nn; from fedkern.models.fused import make_adaptor\n"
+        "from fedkern.ops import FusedBlocks\n"
+        "make_adaptor('cnn1x1', (4, 3, 3), 2)\n"
+        "block = lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1))\n"
+        "fused = FusedBlocks([block(), block()]).eval(); print(fused(torch.ones(2, 3, 9, 9)).shape[1])\n"
+        "print(*(name in sys.modules for name in ('torch._dynamo', 'sympy')))"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert told.split() == ["16", "False", "False"]
