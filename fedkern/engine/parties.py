@@ -30,7 +30,9 @@ BEFORE = Step(-1, "", "update")  # of what a client draws once in a run
 
 
 class Elsewhere:
-    """What a method that has kept a client's or the server's ``notice`` or ``warn`` finds of it in a worker process.
+    """What a method that has kept a client's or the server's own finds of it in a worker process.
+
+    That is ``notice``, ``warn``, and ``build`` or ``network``, which make networks for whoever asks.
 
     Attributes:
         bench: of this process, once it has one.
@@ -45,6 +47,12 @@ class Elsewhere:
     def warn(self, name: str, text: str) -> None:
         if self.bench is not None:
             self.bench.warn(name, text)
+
+    def build(self, **wanted: Any) -> Any:
+        assert self.bench is not None  # nothing is built while a setup is read
+        return self.bench.place(self.bench.build(**wanted))
+
+    network = build
 
 
 class _Place:

@@ -27,7 +27,7 @@ from fedkern.errors import ClientFailed, RunFailed
 from fedkern.methods import METHODS
 from fedkern.models import MODELS
 
-SHORT = {"fedavg", "feddra", "fediod", "fedgid", "fusefl", "scaffold"}
+SHORT = {"fedavg", "feddra", "fediod", "fedgid", "fedlpfm", "fusefl", "scaffold"}
 EVERY = [method if method in SHORT else pytest.param(method, marks=pytest.mark.slow) for method in sorted(METHODS)]
 
 
