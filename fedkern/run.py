@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 OK, USAGE, INTERRUPTED, BROKEN_PIPE, TERMINATED = 0, 2, 130, 141, 143
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-LOADAVG = "/proc/loadavg"
+LOADAVG, LOOKS = "/proc/loadavg", 4
 _NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "Storage size calculation overflowed")
 
 
@@ -94,13 +95,21 @@ def _wait_without_spinning() -> None:
 
 
 def _others_leave_cores() -> bool:
-    """Whether as many cores are idle at this moment as this process may use; no where the system does not tell."""
+    """Whether as many cores are idle as this process may use; no where the system does not tell.
+
+    A process that runs for a moment, as the one that started this one does, is not what was meant: one idle look of
+    several is enough.
+    """
     try:
-        with open(LOADAVG, encoding="ascii") as file:  # noqa: PTH123 (pathlib takes milliseconds to import)
-            running = int(file.read().split()[3].partition("/")[0])
-        return len(os.sched_getaffinity(0)) + running - 1 <= (os.cpu_count() or 1)
+        for _ in range(LOOKS):
+            with open(LOADAVG, encoding="ascii") as file:  # noqa: PTH123 (pathlib takes milliseconds to import)
+                running = int(file.read().split()[3].partition("/")[0])
+            if len(os.sched_getaffinity(0)) + running - 1 <= (os.cpu_count() or 1):
+                return True
+            time.sleep(0.003)
     except (OSError, ValueError, IndexError, AttributeError):
-        return False
+        pass
+    return False
 
 
 def _dispatch(words: list[str]) -> int:

@@ -14,7 +14,7 @@ from fedkern.methods import fediod_private as private
 from fedkern.methods import fediod_promise as promise
 from fedkern.methods.base import Client, ClientId, Message, Step
 from fedkern.methods.fediod_critics import Critics
-from fedkern.methods.fediod_losses import asks_teachers, spoken
+from fedkern.methods.fediod_losses import asks_teachers, reached, spoken
 from fedkern.models.bank import Bank
 
 
@@ -104,7 +104,7 @@ class Answers:
             given.append(torch.zeros_like(asked.logits))
             for k, message in messages.items():
                 given[-1][self.slots[k]] = message["logits"]
-        (total,) = torch.autograd.grad(outputs, asked.images, given)
+        (total,) = torch.autograd.grad(reached(outputs, given), asked.images)
         zero = total.new_zeros(()).expand(total.shape)
         return {k: {"gradients": zero if i else total} for i, k in enumerate(messages)}
 
@@ -117,7 +117,7 @@ class Answers:
             (u_d,) = torch.autograd.grad(asked.realism[slot].sum(), images, retain_graph=True)
         if "logits" in message:
             given = message["logits"].to(images.device) / message["share"]
-            (u_t,) = torch.autograd.grad(asked.logits[slot], images, given, retain_graph=True)
+            (u_t,) = torch.autograd.grad(reached([asked.logits[slot]], [given]), images, retain_graph=True)
         return u_d, u_t
 
     def _own(self, asked: Asked, k: ClientId, message: Message) -> Message:

@@ -7,6 +7,7 @@ then the mean over images and positions.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,15 @@ from torch import Tensor
 from fedkern import ops
 
 CLAMP = (0.01, 0.99)  # of the probabilities, and of their mean, in the released code's diversity
+
+
+def reached(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """A scalar whose gradients with respect to ``outputs`` are ``gradients``, to the last bit.
+
+    Given to ``torch.autograd.grad`` as ``grad_outputs``, the first of them imports sympy, a third of a second.
+    """
+    with torch.enable_grad():
+        return torch.stack([(x * gradient).sum() for x, gradient in zip(outputs, gradients, strict=True)]).sum()
 
 
 def spoken(logits: Tensor, mix: str) -> Tensor:

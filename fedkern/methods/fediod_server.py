@@ -14,7 +14,7 @@ from torch import Tensor
 from fedkern.errors import UserError
 from fedkern.methods.base import Message, Server
 from fedkern.methods.cuts import cuts
-from fedkern.methods.fediod_losses import distillation, importance, mixture, teacher_terms
+from fedkern.methods.fediod_losses import distillation, importance, mixture, reached, teacher_terms
 from fedkern.methods.fediod_promise import tells_scores
 from fedkern.methods.oneshot_members import flatten, load, vectors
 from fedkern.models.generator import Generator
@@ -251,7 +251,7 @@ class Workshop:
         if self.to_x is not None:
             total += self.to_x
         self._to_generator.zero_()
-        torch.autograd.backward(x, total)
+        reached([x], [total]).backward()
         self._adam.lr = cosine(self.options.generator_lr, 0.0, self.progress)
         self._adam.step()
         self._flat.mark_changed()

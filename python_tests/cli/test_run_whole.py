@@ -299,3 +299,19 @@ def test_a_reader_that_leaves_gets_no_traceback():
     )  # fmt: skip
     assert done.stdout.strip() == "141"
     assert done.stderr == ""
+
+
+def test_a_process_that_runs_for_a_moment_is_not_load(tmp_path, monkeypatch):
+    path = tmp_path / "loadavg"
+    path.write_text("0.0 0.0 0.0 9999/99999 1\n")
+    monkeypatch.setattr(command_line, "LOADAVG", str(path))
+    looks = []
+
+    def sleep(seconds):
+        looks.append(seconds)
+        if len(looks) == 2:
+            path.write_text("0.0 0.0 0.0 1/99999 1\n")
+
+    monkeypatch.setattr(command_line.time, "sleep", sleep)
+    assert command_line._others_leave_cores()
+    assert len(looks) == 2
