@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
-from statistics import mean
+from statistics import geometric_mean, mean, median
 from typing import Any
 
+from benchmarks import bench_methods, profile_methods
 from benchmarks.page_commands import commands
 from benchmarks.pages import Page, said
 from benchmarks.records import Comparison, read_results
@@ -744,6 +745,67 @@ def small_calls() -> tuple[str, ...]:
     times = [1e6 * row.seconds[row.ours] for row in calls]
     within = sum(value <= 10 for value in times)
     return f"{min(times):.1f}", f"{max(times):.0f}", str(within), str(len(times))
+
+
+# -- what a user waits for ---------------------------------------------------------------------------------------------
+
+RUNS, PROFILED = "methods_amd-epyc", "profile_amd-epyc"
+
+
+@cache
+def waited() -> Mapping[str, bench_methods.Row]:
+    """The whole runs by "method setting"."""
+    rows = [bench_methods.Row(**row) for row in load(RUNS)["cases"]]
+    return {row.name: row for row in rows}
+
+
+def over(slower: str, setting: str, faster: str = bench_methods.OURS) -> list[float]:
+    """The speed-ups of the runs of a setting over a contestant."""
+    rows = [row for row in waited().values() if row.setting == setting]
+    return [gain for row in rows if (gain := row.speedup(slower, faster)) is not None]
+
+
+def times(values: Sequence[float]) -> tuple[str, str, str]:
+    """The geometric mean of speed-ups, the least and the most."""
+    return f"{geometric_mean(values):.2f}", f"{min(values):.2f}", f"{max(values):.2f}"
+
+
+def whole_runs(setting: str) -> Lines:
+    """Seconds of whole commands, and how they compare."""
+    names = ("plain", "before", bench_methods.OURS, "bf16")
+    rows = []
+    for row in waited().values():
+        if row.setting != setting:
+            continue
+        seconds = [f"{median(row.seconds[name]):.1f}" if name in row.seconds else "–" for name in names]
+        gains = [row.speedup("plain"), row.speedup("before"), row.speedup("reference"), row.speedup("fedkern", "bf16")]
+        rows.append([row.method, *seconds, *(f"{gain:.2f}×" if gain is not None else "–" for gain in gains)])
+    header = [
+        "run", "plain PyTorch, s", "earlier fedkern, s", "fedkern, s", "with bf16, s", "over plain", "over earlier",
+        "over no kernels", "bf16 over fp32",
+    ]  # fmt: skip
+    return table(header, rows).split("\n")
+
+
+def rounds_of_fedavg() -> Lines:
+    """Seconds a round of FedAvg, ours and other frameworks'."""
+    found = [row for recorded in read_results(RESULTS).get("rounds", []) for row in recorded.rows]
+    rows = []
+    for row in found:
+        others = [f"{gain:.2f}× {name}" for name, gain in row.speedup.items()]
+        rows.append([row.case, str(row.threads), row.ours, f"{1e3 * row.seconds[row.ours]:.0f} ms", ", ".join(others)])
+    return table(["clients", "cores", "fedkern", "a round", "over"], rows).split("\n")
+
+
+def where_seconds_go() -> Lines:
+    """The share of every part of a run."""
+    found = load(PROFILED)["runs"]
+    rows = [
+        [part, *(f"{100 * run['parts'][part] / run['seconds']:.0f} %" for run in found)]
+        for part in profile_methods.PARTS
+        if any(run["parts"][part] >= 0.005 * run["seconds"] for run in found)
+    ]
+    return table(["", *(run["method"] for run in found)], rows).split("\n")
 
 
 # -- README ------------------------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ class Run:
         self.phases: dict[str, float] = {}
         self.flops: dict[str, int] = {}
         self.tracing = False
-        self._to_trace = profile
+        self._until_trace = 1 if profile else None  # communication rounds that are played before
         self.dropped_since: list[dict[str, Any]] = []  # the last recorded round
         self.sets: dict[str, TestSet] = {}
         self.client_sets: list[TestSet] = []
@@ -88,7 +88,6 @@ class Run:
         self._last_exchange = True
         self._elapsed = 0.0
         self._started = time.perf_counter()
-        self._warm = False  # a communication round was played
         self._processes = 1  # that clients work in
         self._told: set[str] = set()
         self.said: Guarantee | None = None  # what is covered of the run's releases
@@ -115,6 +114,11 @@ class Run:
                 "some), or leave it out."
             )
         self.bench.disclosure = Disclosure.of(self.config.records, self.said)
+        if self._until_trace is not None and not self.bench.disclosure.clients:
+            raise UserError(
+                "--profile writes what every client computed, step by step, and the records of this run are private: "
+                "leave it out, or profile the same run with --records all."
+            )
         if self.said is not None and not self.said.complete:
             self.bench.warn("partly-covered", self.said.warning())
         for name, text in diagnostics.emulated(self.config.precision, self.config.device).items():
@@ -166,13 +170,15 @@ class Run:
 
     def _traces(self, entry: Round) -> bool:
         """Whether the trace that was asked for is of this round: the second one that is played, or the only one."""
-        if not self._to_trace or entry.one_off:
+        if self._until_trace is None or entry.one_off:
             return False
-        warm, self._warm = self._warm, True
-        return warm or self.done + 1 == self._rounds
+        if self._until_trace == 0 or self.done + 1 == self._rounds:
+            return True
+        self._until_trace -= 1
+        return False
 
     def _trace(self, entry: Round, number: int) -> None:
-        self.tracing, self._to_trace = True, False
+        self.tracing, self._until_trace = True, None
         with traced(self.out / TRACE):
             self._play(entry, number)
         self.tracing = False

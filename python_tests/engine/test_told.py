@@ -211,6 +211,13 @@ def test_a_trace_that_is_there_is_not_written_over(make_config, make_data, tmp_p
         run(make_config(rounds=1), out=tmp_path / "run", data=make_data())
 
 
+def test_private_records_have_no_trace(make_config, make_data, tmp_path):
+    """From a trace a client's number of steps can be read."""
+    with pytest.raises(UserError, match="--profile writes what every client computed"):
+        run(make_config(rounds=1, records="private"), out=tmp_path / "run", data=make_data(), profile=True)
+    assert not any((tmp_path / "run").glob("*"))
+
+
 def test_what_a_round_takes_of_a_gpu(monkeypatch):
     """The engine's side of it, with a GPU that is made up: none is needed to ask one."""
     assert device_use.figures(torch.device("cpu")) == {}
