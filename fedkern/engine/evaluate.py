@@ -105,7 +105,8 @@ def evaluate_clients(method: Method, network: nn.Module, sets: list[TestSet], at
 def evaluate(method: Method, network: nn.Module, sets: dict[str, TestSet], at_once: int = 1) -> dict[str, float]:
     """The method's figures on every set, names prefixed: ``id_accuracy``, ``ood_loss``, ``validation_accuracy`` ...
 
-    ``at_once`` sets are looked at side by side, in threads.
+    ``at_once`` batches are looked at side by side, in threads; or whole sets, where these have few batches, or the
+    figures are the method's own.
 
     Raises:
         UserError: a set is a single image, which the network cannot normalise.
@@ -117,9 +118,20 @@ def evaluate(method: Method, network: nn.Module, sets: dict[str, TestSet], at_on
         with _explained(what, sets[prefix]):
             return method.evaluate(network, sets[prefix])
 
-    # The largest first, so that no thread is left with it at the end.
-    order = sorted(sets, key=lambda prefix: -len(sets[prefix]))
-    found = dict(zip(order, _side_by_side(figures, order, at_once), strict=True))
+    ordinary = type(method).evaluate is Method.evaluate and all(data.task == "classification" for data in sets.values())
+    if ordinary and 1 < at_once < max((-(-len(data) // data.batch) for data in sets.values()), default=0):
+        with _threads(at_once) as pool:
+            for data in sets.values():
+                data.pool = pool
+            try:
+                found = {prefix: figures(prefix) for prefix in sets}
+            finally:
+                for data in sets.values():
+                    data.pool = None
+    else:
+        # The largest first, so that no thread is left with it at the end.
+        order = sorted(sets, key=lambda prefix: -len(sets[prefix]))
+        found = dict(zip(order, _side_by_side(figures, order, at_once), strict=True))
     return {prefix + name: float(value) for prefix in sets for name, value in found[prefix].items()}
 
 
@@ -130,11 +142,15 @@ def _side_by_side(task: Callable[[Key], Value], keys: Sequence[Key], at_once: in
     """
     if min(at_once, len(keys)) < 2:
         return [task(key) for key in keys]
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+    with _threads(at_once) as pool:
         # In this thread's context, which says what precision networks compute in.
         tasks = [pool.submit(copy_context().run, task, key) for key in keys]
         return [made.result() for made in tasks]
+
+
+def _threads(count: int) -> ThreadPoolExecutor:
+    """So many threads, each of which computes on as many as this one."""
+    return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -238,6 +239,7 @@ class TestSet:
         # The maps of a segmentation network are as large as its images all the way.
         self.batch = min(batch, max(1, SEGMENTED_PIXELS // split.images[0, 0].numel())) if segmented else batch
         self.predictions: Tensor | None = None
+        self.pool: ThreadPoolExecutor | None = None  # of threads that look at its batches, while there is one
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -26,6 +26,7 @@ from fedkern.engine.executors.workers import Workers
 from fedkern.errors import ClientFailed, RunFailed
 from fedkern.methods import METHODS
 from fedkern.models import MODELS
+from fedkern.models.precision import computing
 
 SHORT = {"fedavg", "feddra", "fediod", "fedgid", "fedlpfm", "fusefl", "scaffold"}
 EVERY = [method if method in SHORT else pytest.param(method, marks=pytest.mark.slow) for method in sorted(METHODS)]
@@ -301,6 +302,34 @@ def test_threads_of_clients(workers, make_data, make_config, tmp_path, monkeypat
 
 
 # -- evaluation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_batches_side_by_side(precision, make_data, make_config, monkeypatch):
+    """The bits of one after another, predictions too, whatever precision a network computes in."""
+    monkeypatch.setattr(evaluation, "CPU_BATCH", 3)
+    bench = Bench(make_config(), make_data(), lambda text: None)
+    network, method = bench.build().eval(), METHODS["fedavg"](METHODS["fedavg"].Options())
+    begun = set()
+    forward = type(network).forward
+
+    def noticed(self, images):
+        begun.add(threading.get_ident())
+        return forward(self, images)
+
+    monkeypatch.setattr(type(network), "forward", noticed)
+    found = []
+    for at_once in (1, 2, 3):
+        sets = evaluation.test_sets(bench)
+        with computing(precision):
+            figures = evaluation.evaluate(method, network, sets, at_once)
+        found.append((figures, {name: data.predictions.tolist() for name, data in sets.items()}))
+        assert all(data.pool is None for data in sets.values())
+        assert at_once == 1 or threading.get_ident() not in begun
+        begun.clear()
+    assert found[0] == found[1] == found[2]
+    with computing("fp32"):
+        assert (evaluation.evaluate(method, network, sets) == found[0][0]) == (precision == "fp32")
 
 
 @pytest.mark.parametrize("method", ["fedavg", "fedlpfm", "feddra"])
