@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import geometric_mean, mean, median, stdev
@@ -44,6 +44,7 @@ RESULTS = records.RESULTS
 CONTESTANTS = ("plain", "before", "fedkern", "bf16", "reference")
 OURS = "fedkern"
 METHODS = ("fedgid", "fedlpfm", "fusefl", "fediod", "feddra", "fedavg", "fedprox", "scaffold")
+PATHS = ("teacher_cache", "boxes")  # settings that name a file of the contestant's own
 MAIN = ("accuracy", "ood_accuracy", "i2t_r1")
 """The main figure of a run is the first of these that it has."""
 ENVIRONMENT = (
@@ -300,7 +301,7 @@ def other_settings(before: Path, ours: Path) -> list[str]:
     for table in ("", "options", "data_options"):
         a, b = (one.get(table, {}) if table else one for one in (old, new))
         names = [name for name in a if name in b and not isinstance(a[name], dict)]
-        found += [f"{name}: {a[name]}, {b[name]}" for name in names if a[name] != b[name] and name != "teacher_cache"]
+        found += [f"{name}: {a[name]}, {b[name]}" for name in names if a[name] != b[name] and name not in PATHS]
     return found
 
 
@@ -377,8 +378,8 @@ def targets(rows: Sequence[Row], matrix_units: bool) -> list[Target]:
     """The promises for two cores, of whole commands; those of bf16 where the processor computes in it."""
 
     def gains(slower: str, faster: str, setting: str, only: Sequence[str] = METHODS) -> list[float]:
-        found = (row.speedup(slower, faster) for row in rows if row.setting == setting and row.method in only)
-        return [gain for gain in found if gain is not None]
+        mine = (row for row in rows if row.setting == setting and row.method in only)
+        return speedups(mine, slower, faster)
 
     def together(values: list[float]) -> float | None:
         return geometric_mean(values) if values else None
@@ -398,6 +399,12 @@ def targets(rows: Sequence[Row], matrix_units: bool) -> list[Target]:
         found.append(Target("bf16 over fp32, the CNN of width 32, geometric mean", 1.35, together(cnn)))
         found.append(Target("bf16 over fp32, ResNet-8, geometric mean", 1.6, together(large)))
     return found
+
+
+def speedups(rows: Iterable[Row], slower: str, faster: str, of: str = "seconds") -> list[float]:
+    """The speed-ups of those rows that have one, with the same settings."""
+    alike = (row for row in rows if slower != "before" or not row.differs)
+    return [gain for row in alike if (gain := row.speedup(slower, faster, of)) is not None]
 
 
 def computes_bf16(cpuinfo: Path = machines.CPUINFO) -> bool:
@@ -479,7 +486,7 @@ def page(rows: Sequence[Row], content: Mapping[str, Any]) -> str:
         f'{machine.get("time")}. "before" is fedkern at {content["before"] or "no commit"}. Every contestant had '
         f"{threads}; fedkern's command makes OpenMP's threads sleep early while they wait, the "
         "plain scripts leave OpenMP as it is. Seconds are medians over the repeats, a speed-up is the median of the "
-        "ratios of one repeat; below 1 it is bold.",
+        "ratios of one repeat; below 1 it is bold. A run whose settings were others before counts in no mean over it.",
     ]
     for setting, title in (("default", "Default runs, shortened"), ("large", "The larger setting")):
         mine = [row for row in rows if row.setting == setting]
@@ -513,8 +520,7 @@ def _speed_table(rows: Sequence[Row]) -> list[str]:
         lines.append(f"| {row.method} | {' | '.join(cells)} |")
     means = []
     for pair in pairs:
-        found = [gain for row in rows if (gain := row.speedup(*pair)) is not None]
-        rounds = [gain for row in rows if (gain := row.speedup(*pair, of="round_seconds")) is not None]
+        found, rounds = speedups(rows, *pair), speedups(rows, *pair, of="round_seconds")
         means.append(f"{_ratio(geometric_mean(found))} ({_ratio(geometric_mean(rounds))})" if found else "–")
     return [*lines, f"| geometric mean |{' |' * len(names)} {' | '.join(means)} |"]
 

@@ -44,7 +44,13 @@ from rounds.processes import Contestant, Failed, Played, play
 from rounds.setting import Setting
 from rounds.task import Task
 
-SMALL = tuple(Setting(*network, clients) for network in (("lenet", 6), ("cnn", 8)) for clients in (10, 50, 200))
+# So many rounds that processes which start beside the first ones (two seconds) have come by the median one.
+ROUNDS = {10: 30, 50: 15, 200: 5}
+SMALL = tuple(
+    Setting(*network, clients, rounds=rounds, repeats=3)
+    for network in (("lenet", 6), ("cnn", 8))
+    for clients, rounds in ROUNDS.items()
+)
 LARGE = (Setting("resnet8", 16, 10), Setting("resnet18", 64, 5, rounds=2, repeats=3))
 SETTINGS = (*SMALL, *LARGE)
 LIMIT = {"small": 300.0, "full": 3600.0}

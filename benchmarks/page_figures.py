@@ -762,7 +762,7 @@ def waited() -> Mapping[str, bench_methods.Row]:
 def over(slower: str, setting: str, faster: str = bench_methods.OURS) -> list[float]:
     """The speed-ups of the runs of a setting over a contestant."""
     rows = [row for row in waited().values() if row.setting == setting]
-    return [gain for row in rows if (gain := row.speedup(slower, faster)) is not None]
+    return bench_methods.speedups(rows, slower, faster)
 
 
 def times(values: Sequence[float]) -> tuple[str, str, str]:

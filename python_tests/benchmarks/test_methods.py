@@ -306,6 +306,13 @@ def test_promises_are_kept_by_the_geometric_mean_and_by_the_least():
     assert [target.kept for target in bench_methods.targets([], matrix_units=False)] == [None] * 5
 
 
+def test_a_run_with_other_settings_before_counts_in_no_mean():
+    rows = [row("fedavg", before=[4.0], fedkern=[2.0]), row("fediod", before=[90.0], fedkern=[1.0], plain=[3.0])]
+    rows[1].differs = ["preset: paper, study"]
+    assert bench_methods.targets(rows, matrix_units=False)[0].reached == 2.0
+    assert bench_methods.speedups(rows, "plain", "fedkern") == [3.0]
+
+
 @pytest.mark.parametrize(
     ("plain", "outcome"), [([20.0] * 3, "pass"), ([17.1] * 3, "pass"), ([16.0] * 3, "fail"), ([4.0, 16.0, 7.0], "skip")]
 )
@@ -341,7 +348,8 @@ def test_cases_measured_again_replace_their_own_alone(tmp_path):
 def test_other_defaults_of_the_other_checkout_are_told(tmp_path):
     for name, lr in (("old", 0.1), ("new", 0.2)):
         (tmp_path / name / "run").mkdir(parents=True)
-        text = f'lr = {lr}\n{"more = 1" if name == "new" else ""}\n[options]\nmu = 1\nteacher_cache = "{name}"\n'
+        more = "more = 1" if name == "new" else ""
+        text = f'lr = {lr}\n{more}\n[options]\nmu = 1\nteacher_cache = "{name}"\nboxes = "{name}"\n'
         (tmp_path / name / "run" / "config.toml").write_text(text)
     assert bench_methods.other_settings(tmp_path / "old", tmp_path / "new") == ["lr: 0.1, 0.2"]
 
