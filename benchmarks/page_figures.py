@@ -8,7 +8,7 @@ from functools import cache, partial
 from statistics import geometric_mean, mean, median
 from typing import Any
 
-from benchmarks import bench_methods, profile_methods
+from benchmarks import bench_methods
 from benchmarks.page_commands import commands
 from benchmarks.pages import Page, said
 from benchmarks.records import Comparison, read_results
@@ -749,7 +749,7 @@ def small_calls() -> tuple[str, ...]:
 
 # -- what a user waits for ---------------------------------------------------------------------------------------------
 
-RUNS, PROFILED = "methods_amd-epyc", "profile_amd-epyc"
+RUNS = "methods_amd-epyc"
 
 
 @cache
@@ -797,15 +797,28 @@ def rounds_of_fedavg() -> Lines:
     return table(["clients", "cores", "fedkern", "a round", "over"], rows).split("\n")
 
 
-def where_seconds_go() -> Lines:
-    """The share of every part of a run."""
-    found = load(PROFILED)["runs"]
-    rows = [
-        [part, *(f"{100 * run['parts'][part] / run['seconds']:.0f} %" for run in found)]
-        for part in profile_methods.PARTS
-        if any(run["parts"][part] >= 0.005 * run["seconds"] for run in found)
-    ]
-    return table(["", *(run["method"] for run in found)], rows).split("\n")
+def _speed() -> Page:
+    plain, before, kernels = (over(name, "default") for name in ("plain", "before", "reference"))
+    mean, least, most = times(before)
+    cnn = [waited()[f"{name} default"] for name in ("fedgid", "fedlpfm", "fedavg", "fedprox", "scaffold")]
+    bf16 = bench_methods.speedups(cnn, bench_methods.OURS, "bf16")
+    return Page(
+        "docs/speed.md",
+        {
+            "default runs": partial(whole_runs, "default"),
+            "larger runs": partial(whole_runs, "large"),
+            "rounds": rounds_of_fedavg,
+        },
+        (
+            said("default runs of fedkern are {} to {} times as fast", *times(plain)[1:]),
+            said("without them a run takes {} times as long", times(kernels)[0]),
+            said("over plain PyTorch is {}, over the earlier fedkern {} ({} to {};", times(plain)[0],
+                 mean, least, most),
+            said("the commands of the small CNN {} times as fast in the mean", times(bf16)[0]),
+            said("over the earlier fedkern; it is {}.", times(over("before", "large"))[0]),
+        ),
+        (r"CIFAR-10", r"ResNet-8", r"500 images each", r"mean of\s+1\.6", r"10,000 test images", r"bf16"),
+    )  # fmt: skip
 
 
 # -- README ------------------------------------------------------------------------------------------------------------
@@ -858,4 +871,4 @@ def _readme() -> Page:
     )  # fmt: skip
 
 
-PAGES: tuple[Page, ...] = (_readme(), _fedgid(), _fusefl(), _fedlpfm(), _fediod(), _feddra())
+PAGES: tuple[Page, ...] = (_readme(), _speed(), _fedgid(), _fusefl(), _fedlpfm(), _fediod(), _feddra())
