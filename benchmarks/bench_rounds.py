@@ -48,9 +48,7 @@ from rounds.task import Task
 ROUNDS = {10: 30, 50: 15, 200: 5}
 NETWORKS = (("lenet", 6), ("cnn", 8))
 SMALL = tuple(
-    Setting(*network, clients, rounds=rounds, repeats=3)
-    for network in NETWORKS
-    for clients, rounds in ROUNDS.items()
+    Setting(*network, clients, rounds=rounds, repeats=3) for network in NETWORKS for clients, rounds in ROUNDS.items()
 )
 LARGE = (Setting("resnet8", 16, 10), Setting("resnet18", 64, 5, rounds=2, repeats=3))
 SETTINGS = (*SMALL, *LARGE)
