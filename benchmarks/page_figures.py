@@ -8,7 +8,7 @@ from functools import cache, partial
 from statistics import geometric_mean, mean, median
 from typing import Any
 
-from benchmarks import bench_methods
+from benchmarks import bench_methods, profile_methods
 from benchmarks.page_commands import commands
 from benchmarks.pages import Page, said
 from benchmarks.records import Comparison, read_results
@@ -749,7 +749,7 @@ def small_calls() -> tuple[str, ...]:
 
 # -- what a user waits for ---------------------------------------------------------------------------------------------
 
-RUNS = "methods_amd-epyc"
+RUNS, PROFILED = "methods_amd-epyc", "profile_amd-epyc"
 
 
 @cache
@@ -797,6 +797,17 @@ def rounds_of_fedavg() -> Lines:
     return table(["clients", "cores", "fedkern", "a round", "over"], rows).split("\n")
 
 
+def where_seconds_go() -> Lines:
+    """The share of every part of a run."""
+    found = load(PROFILED)["runs"]
+    rows = [
+        [part, *(f"{100 * run['parts'][part] / run['seconds']:.0f} %" for run in found)]
+        for part in profile_methods.PARTS
+        if any(run["parts"][part] >= 0.005 * run["seconds"] for run in found)
+    ]
+    return table(["", *(run["method"] for run in found)], rows).split("\n")
+
+
 def _speed() -> Page:
     plain, before, kernels = (over(name, "default") for name in ("plain", "before", "reference"))
     mean, least, most = times(before)
@@ -808,6 +819,7 @@ def _speed() -> Page:
             "default runs": partial(whole_runs, "default"),
             "larger runs": partial(whole_runs, "large"),
             "rounds": rounds_of_fedavg,
+            "profile": where_seconds_go,
         },
         (
             said("default runs of fedkern are {} to {} times as fast", *times(plain)[1:]),
