@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fedkern import models
-from fedkern.engine.samples import TestSet
+from fedkern.engine.samples import BATCH, TestSet
 from fedkern.errors import UserError
 from fedkern.methods.base import Method
 from fedkern.methods.pairs import LOSS_BATCH
@@ -22,10 +22,10 @@ Key = TypeVar("Key")
 Value = TypeVar("Value")
 
 CLIENT_FIGURES = ("accuracy", "dice")
-BATCH, CPU_BATCH = 500, 64
-"""Images that a network is evaluated on at once."""
-
 RECALLS = ("i2t_r1", "i2t_r5", "t2i_r1", "t2i_r5")
+
+CPU_BATCH = 64
+"""Images that a processor evaluates a network on at once."""
 
 
 def test_sets(bench: Any) -> dict[str, TestSet]:

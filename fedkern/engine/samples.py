@@ -15,6 +15,9 @@ from fedkern.methods.base import OUTSIDE, Batch, Step
 from fedkern.methods.cuts import cuts
 from fedkern.methods.pairs import LOSS_BATCH
 
+BATCH = 500
+"""Images that a network is shown at a time where it does not train."""
+
 SEGMENTED_PIXELS = 1 << 19
 """Pixels that a segmentation network is shown at a time in an evaluation, or an image more (see ``cuts``)."""
 
@@ -105,7 +108,7 @@ class Samples:
         return transforms.augment_pairs(self.pixels.take(indices), labels, self.pixels.augment, rng)
 
     def batches(
-        self, size: int = 500, *, augment: bool = False, rng: np.random.Generator | None = None
+        self, size: int = BATCH, *, augment: bool = False, rng: np.random.Generator | None = None
     ) -> Iterator[Batch]:
         if augment and rng is None:
             raise ValueError("rng: expected a generator to augment with, given none")
@@ -225,7 +228,7 @@ class TestSet:
         std: tuple[float, ...],
         device: torch.device,
         cache: bool,
-        batch: int = 500,
+        batch: int = BATCH,
         tokens: Any = None,
     ) -> None:
         self.split = split

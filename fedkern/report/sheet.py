@@ -42,11 +42,9 @@ class Sheet:
         self.figure = Figure(figsize=(width, height), dpi=150)
         self._axes = self.figure.add_axes((0, 0, 1, 1))
         self._axes.set_axis_off()
-        self._limits = (0, width), (height, 0)  # downwards
-        self._write(_EDGE, 0.22, label(title, TITLE), fontsize=12, ha="left", va="center")
-
-    def _write(self, x: float, y: float, text: str, **how: Any) -> None:
-        self._axes.text(x, y, text, **how)
+        self._axes.set_xlim(0, width)
+        self._axes.set_ylim(height, 0)  # downwards
+        self._axes.text(_EDGE, 0.22, label(title, TITLE), fontsize=12, ha="left", va="center")
 
     def _box(self, row: int, column: int, shape: Sequence[int]) -> tuple[float, float, float, float]:
         """Left, right, bottom and top of a picture of ``shape`` (rows and columns of pixels), centred in its place."""
@@ -71,12 +69,12 @@ class Sheet:
     def above(self, row: int, column: int, text: str, *, color: str = "#222222") -> None:
         """Writes over a picture."""
         x, y = self._lefts[column] + self._side / 2, self._tops[row] - 0.05
-        self._write(x, y, text, fontsize=9, color=color, ha="center", va="bottom")
+        self._axes.text(x, y, text, fontsize=9, color=color, ha="center", va="bottom")
 
     def beside(self, row: int, text: str, *, upright: bool = False) -> None:
         """Writes before a row, upwards where ``upright``."""
         x, y = self._lefts[0] - 0.1, self._tops[row] + self._side / 2
-        self._write(x, y, text, fontsize=10, ha="right", va="center", rotation=90 if upright else 0)
+        self._axes.text(x, y, text, fontsize=10, ha="right", va="center", rotation=90 if upright else 0)
 
     def save(self, path: Path) -> None:
         """Writes the PNG, completely or not at all.
@@ -84,8 +82,6 @@ class Sheet:
         Raises:
             UserError: the disk is full or the folder cannot be written.
         """
-        self._axes.set_xlim(*self._limits[0])
-        self._axes.set_ylim(*self._limits[1])
         save(self.figure, path)
 
 
