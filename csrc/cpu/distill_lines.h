@@ -120,9 +120,10 @@ class Lines : public Shares<T, LanesAreRows> {
         peak[i] = tile == 0 ? here : max(before, here);
         set(kMaximum, k + i, peak[i]);
         if (tile > 0) {
-          const V shift = max(V::set(exp_lowest<T>), before - origin(peak[i]));
+          // Of logits: what is nothing as an exponent counts yet where the temperature divides it.
+          const V shift = before - origin(peak[i]);
           const V ratio = power_(shift), so_far = stat(kSum, k + i);
-          if (Depth) set(kLoss, k + i, ratio * (stat(kLoss, k + i) - so_far * shift));
+          if (Depth) set(kLoss, k + i, ratio * (stat(kLoss, k + i) - so_far * max(V::set(exp_lowest<T>), shift)));
           set(kSum, k + i, ratio * so_far);
         }
       }

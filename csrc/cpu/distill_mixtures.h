@@ -69,12 +69,24 @@ class EnsembleLosses : public ProbabilityLosses<T, LanesAreRows> {
     if (!call_.teachers_grad.present && !call_.weights_grad.present) return;
     this->clear(kDot);
     const V inverse = stat(kInverse, z), zero = V::set(0);
+    // Gradients take the mean of the ratios themselves, not the loss: ratios of large logits share a rounding error
+    // that the loss is free of, and weights multiply what is left of their sum by the distance between the teachers.
+    V middle = zero;
+    for (std::int64_t tile = 0; tile < tiles_; ++tile) {
+      fetch_with_exponentials(tile);
+      V sum = zero;
+      for (std::int64_t v = 0; v < vectors_; ++v) {
+        const V p = e(z)[v] * inverse;
+        sum = sum + select(p == zero, zero, p * log_ratio(z, v));
+      }
+      middle = middle + total(sum);
+    }
     for (std::int64_t tile = 0; tile < tiles_; ++tile) {
       fetch_with_exponentials(tile);
       const Line g = single(kU);
       for (std::int64_t v = 0; v < vectors_; ++v) {
         const V p = e(z)[v] * inverse;
-        g.set(v, select(p == zero, zero, (zero - p) * (log_ratio(z, v) + loss)));
+        g.set(v, select(p == zero, zero, (zero - p) * (log_ratio(z, v) - middle)));
       }
       this->spread_logit_gradient();
     }

@@ -131,11 +131,13 @@ def compare(
     absolute: float = 1e-6,
     relative: float = 1e-5,
     gradient: float | None = None,
+    by_weights: float = 1.0,
     coarse: bool = False,
     unseen: bool = False,
 ) -> None:
     """Results, and the gradients of their product with random numbers, against the formula's.
 
+    ``by_weights``: what the tolerance of the gradient of weights is multiplied by (:func:`over_weights`).
     ``coarse``: computed in fp32, whatever the dtype of a weight or a scale and so of its gradient.  ``unseen``: what
     has weight 0 is not looked at, so that its weight gets no gradient.
     """
@@ -164,6 +166,7 @@ def compare(
         assert one.dtype == leaf.dtype, f"gradient of {name} is {one.dtype}, not {leaf.dtype}"
         most = float(other.abs().nan_to_num(0, 0, 0).max()) if other.numel() else 0.0
         bound = gradient if gradient is not None else absolute
+        bound *= by_weights if name == "weights" else 1.0
         if name == "weights" and bool((leaf == 0).any()) and unseen:
             other = other.masked_fill(leaf.detach() == 0, 0.0)
         assert_close(
@@ -180,15 +183,18 @@ def is_coarse(*computed: Tensor) -> bool:
 
 
 def spread(*logits: Tensor | None) -> float:
-    """The largest difference of finite logits of a row."""
-    most = 1.0
-    for x in logits:
-        if x is not None and x.numel():
-            finite = x.detach().double()
-            finite = finite[finite.isfinite()]
-            if finite.numel():
-                most = max(most, float(finite.max() - finite.min()))
-    return most
+    """The largest difference of finite logits, those of a student from its teacher's among them."""
+    finite = [x.detach().double().flatten() for x in logits if x is not None]
+    every = torch.cat([x[x.isfinite()] for x in finite])
+    return max(1.0, float(every.max() - every.min())) if every.numel() else 1.0
+
+
+def over_weights(weights: Tensor | None) -> float:
+    """Gradients of weights are those of shares over the sum of the weights: one over the least sum, at least 1."""
+    if weights is None:
+        return 1.0
+    sums = weights.detach().double().sum(0)
+    return max(1.0, float(1 / sums[sums > 0].min())) if bool((sums > 0).any()) else 1.0
 
 
 # -- distill -----------------------------------------------------------------------------------------------------------
@@ -410,16 +416,11 @@ def check_ensemble_kl(case: Case) -> None:
         {"student": (student, s), "teachers": (teachers, t), "weights": (weights, w)},
         absolute=2e-6 * size * times(T) * many * (size if math.inf == T else 1),
         gradient=8e-6 * size * times(T) * (size if math.inf == T else 1),
+        by_weights=over_weights(weights),
         # Logarithms of probabilities that were rounded to fp32 do not sum to one any better.
         coarse=is_coarse(student, teachers) or (case["log_probs"] and teachers.dtype != torch.float64),
         unseen=True,
     )
-
-
-def _probabilities(t: Tensor, T: float, log_probs: bool, axis: int) -> Tensor:
-    if log_probs and T == 1:
-        return t.exp()
-    return log_softmax(t / T, axis)[1]
 
 
 def _teacher_kl(s: Tensor, t: Tensor, T: float, log_probs: bool) -> Tensor:
@@ -437,11 +438,20 @@ def _mixture_kl(s: Tensor, t: Tensor, W: Tensor, T: float, mix: str, log_probs: 
         return half_variance((W * t).sum(0) - s, 1)
     if mix == "logits":
         return kl(s, (W * t).sum(0), T)
-    mixed = (W * _probabilities(t, T, log_probs, 2)).sum(0)
-    total = mixed.sum(1, keepdim=True)
-    P = mixed / torch.where(total > 0, total, 1.0)
-    log_p = torch.where(P > 0, P, 1.0).log()
+    # In logarithms: teachers who are sure may leave no mass that float64 can hold.  A share of 0 counts for nothing.
+    each = t if log_probs and T == 1 else log_softmax(t / T, 2)[0]
+    shares = W.expand_as(each)
+    logs = (torch.where(shares > 0, shares, 1.0).log() + each).masked_fill((shares == 0) | (t == -math.inf), -math.inf)
+    log_p, P = log_softmax(_log_sum(logs, 0), 1)
     return T**2 * divergence(log_p, P, log_softmax(s / T, 1)[0], 1)
+
+
+def _log_sum(x: Tensor, axis: int) -> Tensor:
+    """log sum exp, -inf of nothing but -inf, without the derivative of an infinity."""
+    most = x.amax(axis, keepdim=True).detach()
+    most = torch.where(most == -math.inf, 0.0, most)
+    total = (x - most).exp().sum(axis)
+    return torch.where(total > 0, torch.where(total > 0, total, 1.0).log() + most.squeeze(axis), -math.inf)
 
 
 @st.composite
@@ -490,16 +500,31 @@ def check_js_div(case: Case) -> None:
         inputs,
         absolute=2e-6 * size,
         gradient=8e-6 * size,
+        by_weights=_of_entropies(logits, weights),
         coarse=is_coarse(logits),
         unseen=True,
     )
+
+
+def _of_entropies(logits: Tensor, weights: Tensor | None) -> float:
+    """Gradients of weights are differences of entropies, which are log C at most."""
+    return over_weights(weights) * max(1.0, math.log(logits.shape[2]))
 
 
 def check_consensus(case: Case) -> None:
     logits, weights, mixture, each, _, inputs, size = _js(case)
     got = ops.consensus(logits, weights, reduction=case["reduction"])
     expected = [reduced(part, case["reduction"]) for part in (mixture, each)]
-    compare(got, expected, inputs, absolute=2e-6 * size, gradient=8e-6 * size, coarse=is_coarse(logits), unseen=True)
+    compare(
+        got,
+        expected,
+        inputs,
+        absolute=2e-6 * size,
+        gradient=8e-6 * size,
+        by_weights=_of_entropies(logits, weights),
+        coarse=is_coarse(logits),
+        unseen=True,
+    )
 
 
 @st.composite

@@ -19,7 +19,7 @@ from ensemble_cases import (
     make_inputs,
     run_ensemble,
 )
-from operator_cases import BACKENDS, KERNELS, backends, describe, using
+from operator_cases import BACKENDS, KERNELS, assert_close, backends, describe, using
 
 from fedkern import ops
 from fedkern.ops.distill_ensemble_reference import ensemble_reference
@@ -76,6 +76,23 @@ def test_rows_longer_than_the_workspace(
     compare(case, [name], compute, reference, list(tensors), (True, True, True))
 
 
+@pytest.mark.parametrize("temperature", [1.0, 20.0, 40.0])
+@pytest.mark.parametrize("layout", ["rows", "positions"])
+def test_largest_logits_of_long_rows_stand_last(backend: str, layout: str, temperature: float) -> None:
+    # A later tile's maximum is hundreds above: what is nothing at temperature 1 counts at 40.
+    rise = torch.linspace(-2000, 2000, 6000)
+    teachers = rise + 100 * logits(2, 5, 6000)
+    student = logits(5, 6000, seed=1)
+    if layout == "positions":
+        teachers, student = teachers.transpose(1, 2).unsqueeze(1), student.t().unsqueeze(0)
+        teachers, student = teachers.contiguous(), student.contiguous()
+    for mode in ("kl_of_mean", "mean_of_kl"):
+        got = ops.ensemble_kl(student, teachers, None, temperature, mode=mode, reduction="none")
+        with ops.use_backend("reference"):
+            exact = ops.ensemble_kl(student.double(), teachers.double(), None, temperature, mode=mode, reduction="none")
+        assert_close(mode, got, exact, relative=1e-4, absolute=1e-4)
+
+
 def test_weights_of_other_dtypes_than_the_logits(backend: str) -> None:
     compare_dtypes_of_weights(backend)
 
@@ -129,6 +146,15 @@ def test_equal_rows_have_no_divergence(backend: str) -> None:
             assert loss.abs().max() <= (1e-10 if rounded else 0)
             (gradient,) = torch.autograd.grad(loss.sum(), student)
             assert gradient.abs().max() < 1e-6
+
+
+def test_weights_of_large_logits_of_one_class_have_no_gradient(backend: str) -> None:
+    # A divergence of one class is 0 whatever is mixed; a rounded mixture must not tell by the distance of the teachers.
+    student, teachers = logits(20, 1), 3e3 * logits(2, 20, 1, seed=1)
+    for weights in (torch.tensor([1.6, 0.3]), torch.rand(2, 20, generator=torch.Generator().manual_seed(2))):
+        loss = ops.ensemble_kl(student, teachers, weights.requires_grad_(), mix="logits")
+        (gradient,) = torch.autograd.grad(loss, weights)
+        assert gradient.abs().max() <= 1e-9
 
 
 @pytest.mark.parametrize("name", KERNELS)
