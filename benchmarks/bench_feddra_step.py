@@ -22,7 +22,7 @@ from harness import compare, device
 
 from fedkern.data import FederatedData, PartitionStatistics, Split
 from fedkern.engine import RunConfig
-from fedkern.engine.bench import Bench
+from fedkern.engine.context import RunContext
 from fedkern.engine.parties import Client
 from fedkern.methods import FedDRA, Step
 from fedkern.methods.feddra import ALIGNMENT
@@ -61,7 +61,7 @@ def whole_layers(network: Any) -> Any:
     return network
 
 
-def plain(bench: Bench, stage: str, network: Any) -> Callable[[], Any]:
+def plain(bench: RunContext, stage: str, network: Any) -> Callable[[], Any]:
     """The epoch without fedkern's loop, operators and optimiser."""
     network = bench.place(network)
     state, glob = copy.deepcopy(network.state_dict()), copy.deepcopy(network).eval().requires_grad_(False)
@@ -101,7 +101,7 @@ def test_epoch(benchmark: Any, stage: str, width: int) -> None:
         "feddra", data="captions", clients=1, width=width, batch_size=BATCH, local_steps=SAMPLES * 9 // 10 // BATCH,
         device=device().type, threads=1, fix_statistics=1,
     )  # fmt: skip
-    bench = Bench(config, federation())
+    bench = RunContext(config, federation())
     stages = "two" if stage == "alignment" else "one"
     method = FedDRA(FedDRA.Options(stages=stages, alignment_steps=config.local_steps or 1))
     client = Client(bench, 0, {})

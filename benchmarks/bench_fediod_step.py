@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from fedkern import models
 from fedkern.data import FederatedData, PartitionStatistics, Split
 from fedkern.engine import RunConfig
-from fedkern.engine.bench import Bench
+from fedkern.engine.context import RunContext
 from fedkern.engine.parties import Client, Server
 from fedkern.methods import FedIOD, Step, Upload
-from fedkern.methods.fediod_losses import distillation, importance, teacher_terms
-from fedkern.methods.fediod_options import settle
-from fedkern.methods.oneshot_members import flatten, vectors
+from fedkern.methods.common.oneshot_members import flatten, vectors
+from fedkern.methods.fediod.losses import distillation, importance, teacher_terms
+from fedkern.methods.fediod.presets import settle
 from fedkern.models.discriminator import PatchDiscriminators
 
 CLIENTS, BATCH, CLASSES, SIDE, STEPS = 20, 64, 10, 32, 5
@@ -86,7 +86,7 @@ def ours(networks: list[Any], data: FederatedData, model: str, width: int) -> Ca
         "fediod", data="cifar10", clients=CLIENTS, model=model, width=width, augment="none", threads=1,
         device=device().type, options=OPTIONS,
     )  # fmt: skip
-    bench = Bench(config, data)
+    bench = RunContext(config, data)
     method, server = FedIOD(FedIOD.Options.parse(config.options)), Server(bench)
     method.start(server)
     clients = {k: Client(bench, k, {"teacher": vectors(flatten(copy.deepcopy(n)))}) for k, n in enumerate(networks)}

@@ -18,7 +18,7 @@ from harness import compare, device
 from fedkern import models
 from fedkern.data import FederatedData, PartitionStatistics, Split
 from fedkern.engine import RunConfig
-from fedkern.engine.bench import Bench
+from fedkern.engine.context import RunContext
 from fedkern.engine.parties import Client
 from fedkern.methods import FedAvg, FedLPFM, LocalTraining, Step
 from fedkern.models.teacher import NetworkTeacher
@@ -50,7 +50,7 @@ def federation() -> FederatedData:
     )
 
 
-def exchange(method: LocalTraining, bench: Bench, teachers: int) -> Callable[[], Any]:
+def exchange(method: LocalTraining, bench: RunContext, teachers: int) -> Callable[[], Any]:
     """A client's exchange, its teachers' logits known from an earlier round."""
     client, message = Client(bench, 0, {}), {name: x.to(device()) for name, x in bench.initial().items()}
     if isinstance(method, FedLPFM):
@@ -71,7 +71,7 @@ def test_step(benchmark: Any, model: str, width: int, teachers: int) -> None:
         "fedavg", data="cifar10", clients=1, local_epochs=1, batch_size=BATCH, model=model, width=width,
         augment="none", device=device().type, threads=1,
     )  # fmt: skip
-    bench = Bench(config, federation())
+    bench = RunContext(config, federation())
 
     def fedlpfm(**options: Any) -> Callable[[], Any]:
         return exchange(FedLPFM(FedLPFM.Options(teachers=teachers, **options)), bench, teachers)

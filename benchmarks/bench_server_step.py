@@ -57,7 +57,7 @@ class Case:
     def eager(self) -> Callable[[], Tensor]:
         (_, rate, beta1, beta2, tau), rule = self.settings, self.rule
         deltas = self.held(len(self.vectors))
-        mean, first, second, scratch, other, out = self.held(6)
+        mean, first, second, round_cache, other, out = self.held(6)
 
         def run() -> Tensor:
             self.look(deltas, mean)
@@ -71,11 +71,11 @@ class Case:
             elif rule == "adagrad":
                 second.addcmul_(mean, mean)
             else:
-                torch.mul(mean, mean, out=scratch)
-                torch.sub(second, scratch, out=other).sign_()
-                second.addcmul_(scratch, other, value=beta2 - 1)
-            torch.sqrt(second, out=scratch).add_(tau)
-            return torch.addcdiv(self.global_, first, scratch, value=rate, out=out)
+                torch.mul(mean, mean, out=round_cache)
+                torch.sub(second, round_cache, out=other).sign_()
+                second.addcmul_(round_cache, other, value=beta2 - 1)
+            torch.sqrt(second, out=round_cache).add_(tau)
+            return torch.addcdiv(self.global_, first, round_cache, value=rate, out=out)
 
         return run
 
@@ -130,8 +130,8 @@ class Case:
             return average
         _, rate, beta1, beta2, tau = self.settings
         arrays = [layers(x) for x in (self.global_, first, second)]
-        scratch = np.empty_like(arrays[0][0])
-        rooms = [scratch[: len(layer)] for layer in arrays[0]]
+        round_cache = np.empty_like(arrays[0][0])
+        rooms = [round_cache[: len(layer)] for layer in arrays[0]]
 
         def run() -> Tensor:
             for delta, old, m, v, room in zip(average(), *arrays, rooms, strict=True):

@@ -35,8 +35,8 @@ def inplace_mean(
         return Absent("NumPy computes on the CPU")
     shares = [weight / sum(weights) for weight in weights]
     clients = [layers(vector) for vector in vectors]
-    scratch = np.empty(len(clients[0][0]), clients[0][0].dtype)  # the first layers are the longest
-    rooms = [scratch[: len(layer)] for layer in clients[0]]
+    round_cache = np.empty(len(clients[0][0]), clients[0][0].dtype)  # the first layers are the longest
+    rooms = [round_cache[: len(layer)] for layer in clients[0]]
     held = [None] * LAYERS if out is None else layers(out)
 
     def run() -> Arrays:

@@ -7,7 +7,7 @@ import time
 import weakref
 
 from fedkern.engine import Listener
-from fedkern.engine.records import read_metrics
+from fedkern.engine.store.records import read_metrics
 
 TIMES = ("seconds", "round_seconds", "phases", "speed", "device")
 

@@ -10,7 +10,7 @@ import pytest
 from interrupted import lose
 
 from fedkern import interrupts
-from fedkern.engine.checkpoint import Checkpoints
+from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.interrupts import Terminated, check, in_order
 
 BOTH = pytest.mark.parametrize(("number", "kind"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])

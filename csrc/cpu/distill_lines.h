@@ -1,6 +1,7 @@
 // What K teachers' rows are made into: softmax statistics, mixtures.
 #pragma once
 
+#include "distill_offsets.h"
 #include "distill_shares.h"
 
 namespace fedkern::FEDKERN_ISA {
@@ -15,7 +16,7 @@ class Lines : public Shares<T, LanesAreRows> {
   using Base::any_zero_, Base::call_, Base::capacity_, Base::clear, Base::e, Base::each_pack, Base::factor_;
   using Base::fill, Base::first_, Base::K_;
   using Base::kAnchor, Base::kInverse, Base::kLogSum, Base::kLoss, Base::kMaximum, Base::kMixture, Base::kPeak;
-  using Base::kScaled, Base::kShare, Base::kStep, Base::kSum, Base::kTogether, Base::lanes, Base::load, Base::loaded_;
+  using Base::kBehind, Base::kOffset, Base::kScaled, Base::kShare, Base::kShift, Base::kStep, Base::kSum, Base::kTogether, Base::lanes, Base::load, Base::loaded_;
   using Base::most, Base::offset, Base::packs, Base::set, Base::share, Base::shares_known_, Base::single, Base::stat;
   using Base::stats, Base::tiles_, Base::total, Base::vectors_, Base::weights_fixed_, Base::x;
 
@@ -98,6 +99,13 @@ class Lines : public Shares<T, LanesAreRows> {
     }
     each_pack(begin, end, [&](std::int64_t i) { stats(kInverse).set(i, V::set(1) / stats(kSum)[i]); });
     if (as_is) fill(kInverse, begin, K_, V::set(1)), set(kInverse, K_, V::set(1) / stat(kSum, K_));
+    if (call_.student.present) {
+      const V student = stat(kMaximum, K_);
+      each_pack(begin, end, [&](std::int64_t i) {
+        const Offsets<T> offsets(stats(kMaximum)[i], student);
+        stats(kOffset).set(i, offsets.p), stats(kBehind).set(i, offsets.q), stats(kShift).set(i, offsets.shift);
+      });
+    }
     if (logs) find_logs(begin, end, as_is);
   }
 
@@ -313,6 +321,15 @@ class Lines : public Shares<T, LanesAreRows> {
   FEDKERN_INLINE V over_student(std::int64_t k, std::int64_t v) const {
     const V student = x(K_)[v];
     return k <= K_ ? x(k)[v] - student : single(kAnchor)[v] + (origin(student) - student);
+  }
+  // The same of rows that may lie far apart, each less its offset; kShift is that of their maxima. A mixture's anchor
+  // keeps more digits than its line where the rows are near.
+  FEDKERN_INLINE V moved_over_student(std::int64_t k, std::int64_t v) const {
+    const V offset = stat(kOffset, k), behind = stat(kBehind, k), student = x(K_)[v];
+    const V moved = (x(k)[v] - offset) - (student - behind);
+    if (k <= K_) return moved;
+    const Mask<T> near = (offset == V::set(0)) & (behind == V::set(0));
+    return select(near, single(kAnchor)[v] + (origin(student) - student), moved);
   }
 
   // log(1 + r) with all digits of a small r; r > -1.

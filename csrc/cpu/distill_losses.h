@@ -2,6 +2,7 @@
 #pragma once
 
 #include "distill_block.h"
+#include "distill_offsets.h"
 #include "distill_walk.h"
 
 namespace fedkern::FEDKERN_ISA {
@@ -39,17 +40,18 @@ class Losses : public Block<T, LanesAreRows> {
   struct Pair {
     int p, q;
     Stat inverse_p, inverse_q;  // of the sums of exponentials
-    Stat shift, log_ratio;      // u = (q - p - shift) / T - log_ratio
+    Stat offset_p, offset_q;    // of the logits: Offsets
+    Stat shift, log_ratio;      // u = ((q - offset_q) - (p - offset_p) - shift) / T - log_ratio
     Stat loss, drift;
   };
 
   // The statistics of a line, in registers.
   struct Line {
-    V inverse_p, inverse_q, shift, log_ratio;
+    V inverse_p, inverse_q, offset_p, offset_q, shift, log_ratio;
   };
   FEDKERN_INLINE Line statistics(const Pair& pair, int line) const {
-    return {spread(pair.inverse_p, line), spread(pair.inverse_q, line), spread(pair.shift, line),
-            spread(pair.log_ratio, line)};
+    return {spread(pair.inverse_p, line), spread(pair.inverse_q, line), spread(pair.offset_p, line),
+            spread(pair.offset_q, line),  spread(pair.shift, line),     spread(pair.log_ratio, line)};
   }
 
   struct Term {
@@ -64,7 +66,8 @@ class Losses : public Block<T, LanesAreRows> {
     const V q = V::load(exponential(pair.q, line, c)) * s.inverse_q;
     // A class masked in P contributes Q alone; its u may be NaN, so a number that takes the direct form stands for it.
     const Mask<T> present = x > V::set(-kInfinity<T>);
-    const V u = select(present, fma((y - x) - s.shift, inverse_, V::set(0) - s.log_ratio), V::set(2));
+    const V over = ((y - s.offset_q) - (x - s.offset_p)) - s.shift;
+    const V u = select(present, fma(over, inverse_, V::set(0) - s.log_ratio), V::set(2));
     const Mask<T> small = abs(u) < V::set(small_exponent<T>);
     const V remainder = u * u * exp_remainder(u);
     // P may underflow where Q is exactly 0: the loss is infinite all the same.
@@ -86,7 +89,10 @@ class Losses : public Block<T, LanesAreRows> {
     const V one = V::set(1), sum_p = V::load(sum_[p].lane), sum_q = V::load(sum_[q].lane);
     (one / sum_p).store(pair.inverse_p.lane);
     (one / sum_q).store(pair.inverse_q.lane);
-    (V::load(maximum_[q].lane) - V::load(maximum_[p].lane)).store(pair.shift.lane);
+    const Offsets<T> offsets(V::load(maximum_[p].lane), V::load(maximum_[q].lane));
+    offsets.p.store(pair.offset_p.lane);
+    offsets.q.store(pair.offset_q.lane);
+    offsets.shift.store(pair.shift.lane);
     log(sum_q / sum_p).store(pair.log_ratio.lane);
     fill(pair.loss, 0);
     fill(pair.drift, 0);

@@ -28,8 +28,8 @@ class ProbabilityLosses : public LimitLosses<T, LanesAreRows> {
  protected:
   // log q - log p of the student and teacher (or mixture of logits) k.
   FEDKERN_INLINE V log_ratio(std::int64_t k, std::int64_t v) const {
-    const V shift = stat(kMaximum, k) - stat(kMaximum, K_);
-    return fma(shift - this->over_student(k, v), inverse_, stat(kLogSum, k) - stat(kLogSum, K_));
+    const V over = (V::set(0) - this->moved_over_student(k, v)) - stat(Base::kShift, k);
+    return fma(over, inverse_, stat(kLogSum, k) - stat(kLogSum, K_));
   }
   // From the sum itself: it is there before the teachers' inverses, which come by the vector.
   FEDKERN_INLINE V student_probability(std::int64_t v) const { return e(K_)[v] * student_inverse_; }

@@ -90,7 +90,8 @@ class Storage {
  protected:
   // Lines: those of the teachers are 0 .. K-1, the student's is K, a mixture of logits K + 1. The rest goes by name.
   enum Single { kStudentX, kMixture, kStudentE, kMixtureE, kU, kAnchor, kOut, kDenominator, kSingles };
-  enum Stat { kPeak, kMaximum, kInverse, kLogSum, kSum, kShare, kScaled, kWeight, kDot, kDrift, kLoss, kStats };
+  enum Stat { kPeak, kMaximum, kInverse, kLogSum, kSum, kShare, kScaled, kWeight, kDot, kDrift, kLoss,
+              kOffset, kBehind, kShift, kStats };
   Line single(Single name) const { return single_[name]; }
   FEDKERN_INLINE Line x(std::int64_t k) const {
     return {k < K_ ? x_ + k * capacity_ * lanes : single_[kStudentX + (k - K_)].data};

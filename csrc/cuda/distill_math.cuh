@@ -94,18 +94,33 @@ struct Softmax {
 template <typename C>
 struct Pair {
   C maximum_p, maximum_q, inverse_p, inverse_q;  // of the sums of exponentials
-  C shift, log_ratio;                            // u = (q - p - shift) / T - log_ratio
+  C offset_p = 0, offset_q = 0;                  // what rows that lie far apart are moved by: a multiple of 8, exactly
+  C shift, log_ratio;                            // u = ((q - offset_q) - (p - offset_p) - shift) / T - log_ratio
 
   __device__ Pair(const Softmax<C>& p, const Softmax<C>& q)
       : maximum_p(p.maximum),
         maximum_q(q.maximum),
         inverse_p(static_cast<C>(1 / p.sum)),
         inverse_q(static_cast<C>(1 / q.sum)),
-        shift(q.maximum - p.maximum),
-        log_ratio(logarithm(static_cast<C>(q.sum / p.sum))) {}
+        log_ratio(logarithm(static_cast<C>(q.sum / p.sum))) {
+    move();
+  }
   // The same from what was kept of it.
   __device__ Pair(C maximum_p, C maximum_q, C inverse_p, C inverse_q, C log_ratio)
-      : maximum_p(maximum_p), maximum_q(maximum_q), inverse_p(inverse_p), inverse_q(inverse_q), shift(maximum_q - maximum_p), log_ratio(log_ratio) {}
+      : maximum_p(maximum_p), maximum_q(maximum_q), inverse_p(inverse_p), inverse_q(inverse_q), log_ratio(log_ratio) {
+    move();
+  }
+
+ private:
+  // The difference of nearly equal rows keeps all its digits as it is. That of rows that lie far apart has the digits of
+  // their distance: the one with the larger maximum is moved.
+  __device__ __forceinline__ void move() {
+    const C raw = maximum_q - maximum_p, distance = fabs(raw) < C(1e30) ? rounded(raw * C(0.125)) * C(8) : C(0);
+    (fabs(maximum_p) < fabs(maximum_q) ? offset_q : offset_p) = fabs(maximum_p) < fabs(maximum_q) ? distance : -distance;
+    shift = (maximum_q - offset_q) - (maximum_p - offset_p);
+  }
+  static __device__ __forceinline__ float rounded(float x) { return rintf(x); }
+  static __device__ __forceinline__ double rounded(double x) { return rint(x); }
 };
 
 template <typename C>
@@ -120,7 +135,7 @@ struct Term {
     const C q = exponential((y - pair.maximum_q) * inverse) * pair.inverse_q;
     // A class masked in P contributes Q alone; its u may be NaN, so a number that takes the direct form stands for it.
     const bool present = x > -infinity<C>();
-    u = present ? fma((y - x) - pair.shift, inverse, -pair.log_ratio) : C(2);
+    u = present ? fma(((y - pair.offset_q) - (x - pair.offset_p)) - pair.shift, inverse, -pair.log_ratio) : C(2);
     const bool small = fabs(u) < small_exponent<C>();
     const C remainder = u * u * exp_remainder(u);
     // P may underflow where Q is exactly 0: the loss is infinite all the same.

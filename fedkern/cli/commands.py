@@ -17,10 +17,10 @@ from fedkern.cli.repeat import command_line
 from fedkern.cli.request import Request, absolute, effective, named_options, trusted
 from fedkern.data.registry import read_options
 from fedkern.downstream.tasks import TASKS
-from fedkern.engine import Listener, RunConfig, RunInfo, Terminated, attacking
+from fedkern.engine import Listener, RunConfig, RunInfo, Terminated, membership_attack
 from fedkern.engine.config import ANYHOW
-from fedkern.engine.folder import check_free, check_vacant
-from fedkern.engine.records import plain
+from fedkern.engine.store.records import plain
+from fedkern.engine.store.run_folder import check_free, check_vacant
 from fedkern.errors import UserError
 
 
@@ -370,7 +370,8 @@ def attack(request: Request) -> int:
         from fedkern.report.tables import attack_table
 
         terminal().print(attack_table(found, str(request.folder)))
-    attacking.write(request.folder, found)  # last: what was found is not lost where the folder cannot be written
+    # Last: what was found is not lost where the folder cannot be written.
+    membership_attack.write(request.folder, found)
     return 0
 
 

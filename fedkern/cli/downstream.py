@@ -123,8 +123,8 @@ def run(request: Request) -> int:
     """Tries a finished run, prints the figures and keeps them in the run folder: see :func:`result_name`."""
     from fedkern.cli.commands import check_backend
     from fedkern.downstream import Finished, decode, probe, retrieve, zero_shot
-    from fedkern.engine import atomic
     from fedkern.engine.allocator import keep_freed_memory
+    from fedkern.engine.store import atomic
 
     check_backend()
     keep_freed_memory()

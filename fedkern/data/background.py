@@ -3,7 +3,7 @@
 A source is anything with ``masks(split, classes)``; there are four: `ExactMasks`, `fedkern.data.boxes_file.BoxesFile`,
 `fedkern.data.detections.Detections` (Grounding DINO or another detector), and `MaskFunction` around any callable.  All
 end as `Split.masks`.  An image in which nothing was detected has an empty mask and stays out of the background bank:
-otherwise its object would leak into the "background" (FedGID, arXiv 2504.00850; method notes 1.7).
+otherwise its object would leak into the "background" (FedGID, arXiv 2504.00850; docs/methods/baselines.md, 6.3).
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedkern.data.files import gunzip, need_root
+from fedkern.data.found_files import gunzip, need_root
 from fedkern.data.images import MAX_PIXELS, each, subfolders
 from fedkern.data.listing import SPLITS, interleaved
 from fedkern.data.types import Pool, Source, fixed_rows

@@ -14,7 +14,7 @@ from fedkern.streams import stream
 Rows = npt.NDArray[np.int64]
 
 
-def wholes(names: Sequence[str] | None, cases: Tensor | None, patients: Tensor | None) -> Rows | None:
+def grouped_rows(names: Sequence[str] | None, cases: Tensor | None, patients: Tensor | None) -> Rows | None:
     """int64 ``[n]``, counted from 0: the patient, case or image of every row, the first of these that is known.
 
     Whoever is to know nothing of a row may have no other one of the same number; None where every row stands alone.  An

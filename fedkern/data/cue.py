@@ -1,8 +1,9 @@
 """Spurious cues: on some clients a small coloured shape is drawn on every image, and its shape tells the class.
 
-The backdoor experiment of FuseFL (arXiv 2410.20380; method notes 4.8): a model that reads the shape instead of the
-object loses its accuracy where shapes are random.  Both tests below carry a shape, which covers as much of the object
-in the one as in the other, so that the difference of their accuracies is what the model owes to the cue alone.
+The backdoor experiment of FuseFL (arXiv 2410.20380; docs/methods/baselines.md, 6.4): a model that reads the shape
+instead of the object loses its accuracy where shapes are random.  Both tests below carry a shape, which covers as much
+of the object in the one as in the other, so that the difference of their accuracies is what the model owes to the cue
+alone.
 """
 
 from __future__ import annotations

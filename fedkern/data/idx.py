@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedkern.data.files import find_folder, read_bytes
+from fedkern.data.found_files import find_folder, read_bytes
 from fedkern.data.types import Source, fixed_rows, memory_pool
 from fedkern.errors import UserError
 from fedkern.streams import stream

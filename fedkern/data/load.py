@@ -15,7 +15,7 @@ from torch import Tensor
 from fedkern.data.backdoor import add_backdoor
 from fedkern.data.background import MaskSource, bounding_boxes, extract_background
 from fedkern.data.boxes_file import BoxesFile
-from fedkern.data.cases import share_cases, share_units, training_cases, wholes
+from fedkern.data.cases import grouped_rows, share_cases, share_units, training_cases
 from fedkern.data.coloured import PALETTES, Palette, class_colours, colourise, random_colours, tied_colours
 from fedkern.data.cue import add_cues
 from fedkern.data.detections import Detections, Detector
@@ -275,7 +275,7 @@ def _shares(source: Source, spec: PartitionSpec, kept: Tensor, clients: int, see
     named = spec.name == "attribute" and groups is not None
     patients = None if pool.patients is None or named else pool.patients[kept]
     if pool.cases is None:
-        units = wholes([pool.ids[row] for row in kept.tolist()], None, patients)
+        units = grouped_rows([pool.ids[row] for row in kept.tolist()], None, patients)
         if units is None or named:
             return share(labels, np.arange(len(labels)))
         return share_units(units, lambda first: share(labels[first], first))
@@ -287,7 +287,7 @@ def _training_rows(name: str, pool: Pool, count: int | None, public: int, seed: 
     if pool.cases is not None and pool.patients is None:
         cases: npt.NDArray[np.int64] | None = pool.cases.numpy()
     else:
-        cases = wholes(pool.ids, None, pool.patients)
+        cases = grouped_rows(pool.ids, None, pool.patients)
     if cases is not None:
         mine, shown = training_cases(name, cases, count, public, seed)
         return torch.from_numpy(mine), torch.from_numpy(shown)

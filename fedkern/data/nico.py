@@ -1,4 +1,4 @@
-"""NICO: class/context folders of images, and the F7 and L7 protocols (FedGID, arXiv 2504.00850; method notes 1.6).
+"""NICO: class/context folders of images, and the F7 and L7 protocols (docs/methods/baselines.md, 6.1).
 
 Seven clients.  Under F7 client i holds, for every class, that class's i-th context in sorted order, and the contexts
 after the seventh are the out-of-distribution test; under L7 the last seven contexts train and those before them test.
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedkern.data.files import need_root
+from fedkern.data.found_files import need_root
 from fedkern.data.images import (
     IMAGENET_MEAN,
     IMAGENET_STD,

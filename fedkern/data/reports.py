@@ -70,7 +70,7 @@ def open_reports(
         shortest: rows whose report has fewer tokens are left out.
         test_share, validation_share: what is held out where no row belongs to such a split.
         crop: side of the window that networks see: anywhere in training images, central in others; 0: whole images.
-            The published setting is 224 of 256 pixels (FedDRA, method notes 3.8).
+            The published setting is 224 of 256 pixels (FedDRA; docs/methods/baselines.md, 6.5).
         max_image_pixels: of an image as its file announces them; a larger one is not decoded.
 
     Raises:

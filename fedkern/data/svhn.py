@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedkern.data.files import find_folder, read_bytes
+from fedkern.data.found_files import find_folder, read_bytes
 from fedkern.data.listing import interleaved
 from fedkern.data.types import Source, fixed_rows, memory_pool
 from fedkern.errors import UserError

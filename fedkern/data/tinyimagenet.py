@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedkern.data.files import need_root
+from fedkern.data.found_files import need_root
 from fedkern.data.images import MAX_PIXELS, list_images
 from fedkern.data.listing import Listing, Reading, to_source
 from fedkern.data.types import Source

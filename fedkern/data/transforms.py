@@ -201,8 +201,8 @@ def augment(images: Tensor, kind: str, rng: np.random.Generator, *, fill: float 
     """Augments a batch.
 
     ``none``; ``crop``: random crop with padding 4; ``crop-flip``: that and a horizontal flip of half of the images;
-    ``nico``: that and a rotation of up to 15 degrees (the NICO setting of FedGID's authors, method notes 1.6);
-    ``flip-rotate``: flip and a rotation of up to 20 degrees (FuseFL's setting for Tiny-ImageNet, method notes 4.8);
+    ``nico``: that and a rotation of up to 15 degrees (the NICO setting of FedGID's authors);
+    ``flip-rotate``: flip and a rotation of up to 20 degrees (FuseFL's setting for Tiny-ImageNet);
     ``dihedral``: flips and quarter turns, for images without an up and a down, such as microscopy's;
     ``window``: nothing more than the place of the window in data that are read with the option ``crop``, where every
     kind but ``none`` draws it (`window`).

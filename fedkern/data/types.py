@@ -194,7 +194,7 @@ class FederatedData:
         exact_masks: whether the clients' masks are exact (coloured sets) rather than detected or boxes.
         image_ids: the names of all images of the data set, used or not; a boxes file may name any of these.
         public: training images that no client holds and everybody may see, or None.
-        client_tests: every client's own test split, where there are any (captions; `fedkern.data.set_aside`).
+        client_tests: every client's own test split, where there are any (captions; `fedkern.data.holdout`).
     """
 
     name: str

@@ -87,7 +87,7 @@ def train_decoder(
 
 
 class Pixelwise:
-    """Images and the class of every pixel, as `fedkern.methods.segmentation` takes a test set."""
+    """Images and the class of every pixel, as `fedkern.methods.common.segmentation_figures` takes a test set."""
 
     def __init__(self, images: Sequence[Tensor], labels: Tensor, cases: Tensor | None = None) -> None:
         self._images, self._labels, self.cases = images, labels, cases

@@ -14,9 +14,9 @@ from fedkern.data.transforms import central
 from fedkern.data.types import joined
 from fedkern.engine.config import RunConfig
 from fedkern.engine.run import kept_data, load_data
-from fedkern.engine.saved import read_model
+from fedkern.engine.store.saved_model import read_model
 from fedkern.errors import UserError
-from fedkern.methods.cuts import cuts
+from fedkern.methods.protocol import batch_slices
 from fedkern.models import PairNetwork, Tokens
 
 SEEN = "seen"
@@ -102,7 +102,7 @@ class Finished:
 
     def images(self, split: Split) -> Iterator[Tensor]:
         """The images of a split in batches, normalised as in the run's training: fp32, channels-last."""
-        for rows in cuts(len(split), BATCH):
+        for rows in batch_slices(len(split), BATCH):
             yield normalise(split.images[rows].to(self.device), self._mean, self._std, channels_last=True)
 
     @torch.no_grad()
@@ -116,7 +116,7 @@ class Finished:
         tokens = network.tokenize(texts)
         parts = []
         every = torch.arange(len(texts))
-        for rows in (every[cut] for cut in cuts(len(texts), BATCH)):
+        for rows in (every[cut] for cut in batch_slices(len(texts), BATCH)):
             part: Tokens = tokens.take(rows).to(self.device)
             parts.append(network.text_embedding(part))
         return torch.cat(parts)

@@ -14,9 +14,9 @@ from fedkern.downstream import probes
 from fedkern.downstream.decoder import Pixelwise, train_decoder
 from fedkern.downstream.finished import Finished
 from fedkern.errors import UserError
-from fedkern.methods.pairs import TEMPERATURE
-from fedkern.methods.retrieval import Gallery, recalls
-from fedkern.methods.segmentation import segmentation
+from fedkern.methods.common.retrieval import Gallery, recalls
+from fedkern.methods.common.segmentation_figures import segmentation
+from fedkern.methods.common.supervised import TEMPERATURE
 from fedkern.models import PairNetwork
 from fedkern.models.prompts import read_prompts
 

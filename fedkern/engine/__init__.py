@@ -1,12 +1,12 @@
 """Where a method runs: the round loop, local training, checkpoints, records."""
 
-from fedkern.engine.attacking import attack
 from fedkern.engine.config import RunConfig
 from fedkern.engine.events import Listener, RunInfo
-from fedkern.engine.records import read_metrics, read_summary
+from fedkern.engine.membership_attack import attack
 from fedkern.engine.run import load_data, run
-from fedkern.engine.saved import read_model
-from fedkern.engine.shown import read as read_shown
+from fedkern.engine.store.artifacts import read as read_shown
+from fedkern.engine.store.records import read_metrics, read_summary
+from fedkern.engine.store.saved_model import read_model
 from fedkern.interrupts import Terminated
 
 __all__ = [

@@ -16,8 +16,8 @@ import torch
 
 from fedkern.data import AUGMENTATIONS, DATASETS
 from fedkern.data.registry import read_options
-from fedkern.engine import toml
 from fedkern.engine.defaults import COMMON, default_data, defaults
+from fedkern.engine.store import toml
 from fedkern.errors import UserError, nearest
 from fedkern.files import absolute, absolute_folder, check_text
 from fedkern.inputs import read_text, special

@@ -11,7 +11,7 @@ import torch
 from fedkern.engine.config import RunConfig
 from fedkern.engine.samples import TestSet
 from fedkern.methods.base import Observed
-from fedkern.methods.evaluate import MAIN_FIGURES
+from fedkern.methods.common.figures import MAIN_FIGURES
 
 DRIFT_FACTOR = 5.0
 FALL = 0.1

@@ -18,7 +18,7 @@ class Disclosure:
     Attributes:
         clients: what is about a single client, or made of what single clients did not send.
         server: what the server makes of the clients' messages: its figures, pictures and warnings.
-        appraised: the figures of ``Method.appraise`` by name; None: all.
+        appraised: the figures of ``Method.oracle_metrics`` by name; None: all.
     """
 
     clients: bool = True
@@ -33,7 +33,7 @@ class Disclosure:
         covered = said is not None and said.complete
         return cls(clients=False, server=covered, appraised=said.appraised if said is not None and covered else ())
 
-    def appraise(self, figures: Mapping[str, float], prefixes: Iterable[str]) -> dict[str, float]:
+    def oracle_metrics(self, figures: Mapping[str, float], prefixes: Iterable[str]) -> dict[str, float]:
         """Those of a method's appraisal that may be told, whichever test set they are of."""
         if self.appraised is None:
             return dict(figures)

@@ -15,7 +15,7 @@ from fedkern import models
 from fedkern.engine.samples import BATCH, TestSet
 from fedkern.errors import UserError
 from fedkern.methods.base import Method
-from fedkern.methods.pairs import LOSS_BATCH
+from fedkern.methods.common.supervised import LOSS_BATCH
 from fedkern.models.precision import computing
 
 Key = TypeVar("Key")
@@ -28,13 +28,13 @@ CPU_BATCH = 64
 """Images that a processor evaluates a network on at once."""
 
 
-def test_sets(bench: Any) -> dict[str, TestSet]:
+def test_sets(context: Any) -> dict[str, TestSet]:
     """The test sets by metric prefix (``""``, ``"id_"``, ``"ood_"``), and ``"validation_"``."""
-    data = bench.data
+    data = context.data
     splits = {f"{name}_" if name else "": split for name, split in data.tests.items()}
     if len(data.validation):
         splits["validation_"] = data.validation
-    return {prefix: _test_set(bench, split) for prefix, split in splits.items()}
+    return {prefix: _test_set(context, split) for prefix, split in splits.items()}
 
 
 def check_sets(data: Any) -> None:
@@ -56,21 +56,21 @@ def check_sets(data: Any) -> None:
             )
 
 
-def client_sets(bench: Any) -> list[TestSet]:
+def client_sets(context: Any) -> list[TestSet]:
     """Every client's own test set, where clients have one; contrastive losses of all are of batches of one size."""
-    sets = [_test_set(bench, split) for split in bench.data.client_tests]
+    sets = [_test_set(context, split) for split in context.data.client_tests]
     for data in sets:
         data.loss_batch = min(LOSS_BATCH, *(len(other) for other in sets))
     return sets
 
 
-def _test_set(bench: Any, split: Any) -> TestSet:
-    tokens = bench.tokens(split)
+def _test_set(context: Any, split: Any) -> TestSet:
+    tokens = context.tokens(split)
     # What a network makes of a small batch stays in a processor's cache: with 500 images it takes up to a quarter
     # longer, the first time half as long again.  Without running statistics the figures depend on the batches.
-    small = bench.device.type == "cpu" and bench.config.statistics
+    small = context.device.type == "cpu" and context.config.statistics
     batch = CPU_BATCH if small else BATCH
-    return TestSet(split, bench.data.mean, bench.data.std, bench.device, bench.cache, batch, tokens=tokens)
+    return TestSet(split, context.data.mean, context.data.std, context.device, context.cache, batch, tokens=tokens)
 
 
 def evaluate_clients(method: Method, network: nn.Module, sets: list[TestSet], at_once: int = 1) -> dict[str, float]:

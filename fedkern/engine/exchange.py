@@ -68,7 +68,7 @@ class Exchange:
                 self._left_out += 1
                 self.seconds += time.perf_counter() - start
                 continue
-            declared = engine.bench.federation.samples[k]
+            declared = engine.context.federation.samples[k]
             engine.released(k, answer.message)
             self._book(k, "up", answer.message)
             info: dict[str, Any] = {"samples": declared, **answer.report}

@@ -78,7 +78,7 @@ class Context:
     epochs: int
     flat: Tensor | None
     frozen: Any
-    scratch: dict[str, Any] = field(default_factory=dict)
+    round_cache: dict[str, Any] = field(default_factory=dict)
 
     @property
     def parameters(self) -> Tensor:

@@ -12,14 +12,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fedkern.engine import device_use, diagnostics, peak, records
-from fedkern.engine.bench import Bench
-from fedkern.engine.checkpoint import Checkpoints
+from fedkern.engine import device_use, diagnostics, peak
+from fedkern.engine.clients import Everybody, check_teachers, compare_teachers, data_fingerprint
 from fedkern.engine.config import RunConfig
+from fedkern.engine.context import RunContext
 from fedkern.engine.disclosure import Disclosure
 from fedkern.engine.evaluate import check_sets, client_sets, evaluate, evaluate_clients, gradcam, test_sets
 from fedkern.engine.events import Listener, RunInfo
-from fedkern.engine.everybody import Everybody, check_teachers, compare_teachers, data_fingerprint
 from fedkern.engine.exchange import Exchange, sample_clients
 from fedkern.engine.executors.base import Answer, Executor
 from fedkern.engine.executors.serial import Serial
@@ -29,21 +28,23 @@ from fedkern.engine.ledger import Ledger
 from fedkern.engine.local import Diverged
 from fedkern.engine.network import cpu_threads
 from fedkern.engine.parties import Client, Server
-from fedkern.engine.privacy import guarantee, privacy_figures
-from fedkern.engine.releases import DIVERGED, Releases
-from fedkern.engine.resuming import changes, repairs
+from fedkern.engine.privacy_report import guarantee, privacy_figures
 from fedkern.engine.samples import TestSet
-from fedkern.engine.saved import about_network, lacks_statistics, results, write_model
-from fedkern.engine.scribe import Scribe
-from fedkern.engine.shown import Gallery, Shown
+from fedkern.engine.store import records
+from fedkern.engine.store.artifacts import Artifact, Gallery
+from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.engine.store.releases import DIVERGED, Releases
+from fedkern.engine.store.resuming import changes, repairs
+from fedkern.engine.store.saved_model import about_network, lacks_statistics, results, write_model
+from fedkern.engine.store.scribe import Scribe
 from fedkern.engine.tracing import FILE as TRACE
 from fedkern.engine.tracing import traced
 from fedkern.errors import ClientFailed, RunFailed, UserError
 from fedkern.interrupts import check
 from fedkern.methods import registry
 from fedkern.methods.base import Method, Round, Step
-from fedkern.methods.evaluate import is_main
-from fedkern.methods.pooling import Pooling
+from fedkern.methods.common.figures import is_main
+from fedkern.methods.common.pooling import Pooling
 from fedkern.methods.uploads import all_finite
 from fedkern.privacy import LEDGER, Guarantee
 from fedkern.privacy.guarantee import EPSILON, PART
@@ -53,12 +54,19 @@ class Run:
     """The round loop of one run."""
 
     def __init__(
-        self, config: RunConfig, bench: Bench, out: Path, listener: Listener, *, resume: bool, profile: bool = False
+        self,
+        config: RunConfig,
+        context: RunContext,
+        out: Path,
+        listener: Listener,
+        *,
+        resume: bool,
+        profile: bool = False,
     ) -> None:
-        self.config, self.bench, self.out, self.listener, self._resume = config, bench, out, listener, resume
+        self.config, self.context, self.out, self.listener, self._resume = config, context, out, listener, resume
         kind = registry.get(config.method)
         if kind.pooled:
-            bench.pool()
+            context.pool()
         self.method = kind(kind.Options.parse(config.options, method=config.method))
         self._pooling = Pooling(self.method, on=config.buffers == "pool")
         self.ledger = Ledger(config.trained_clients)
@@ -67,7 +75,7 @@ class Run:
         self.releases: Releases | None = None  # of a run that promises an epsilon
         self.metrics = records.Metrics(out)
         self.observed = diagnostics.Observations()
-        self.server = Server(bench)
+        self.server = Server(context)
         self.done = 0  # communication rounds
         self.planned = 0  # rounds of the plan, one-off ones included
         self.best: dict[str, float] = {}
@@ -81,7 +89,7 @@ class Run:
         self.sets: dict[str, TestSet] = {}
         self.client_sets: list[TestSet] = []
         self.askers: dict[str, Any] = {"method": self.method, "pooling": self._pooling}
-        here = Serial(bench, self.askers, self.checkpoints.reader, config.client_threads)
+        here = Serial(context, self.askers, self.checkpoints.reader, config.client_threads)
         self.executor: Executor = here
         self._plan: list[Round] = []  # the communication rounds
         self._evaluated = False  # self.latest is of the present state
@@ -99,11 +107,11 @@ class Run:
         Raises:
             UserError: data or network do not fit the method.
         """
-        check_sets(self.bench.data)
-        for k in range(self.bench.federation.clients):
-            self.method.check(Client(self.bench, k, {}))
-        if self.bench.data.task == "retrieval":
-            network = self.bench.network("server")  # encoders may be folders that cannot be read
+        check_sets(self.context.data)
+        for k in range(self.context.federation.clients):
+            self.method.check(Client(self.context, k, {}))
+        if self.context.data.task == "retrieval":
+            network = self.context.network("server")  # encoders may be folders that cannot be read
             self._pooling.check(network.module)
         self.method.start(self.server)
         self.said = guarantee(self.method, self.server, self.config.records)
@@ -113,38 +121,38 @@ class Run:
                 f"{self.config.method} promises none: ask for one with a privacy option of its method (fediod has "
                 "some), or leave it out."
             )
-        self.bench.disclosure = Disclosure.of(self.config.records, self.said)
-        if self._until_trace is not None and not self.bench.disclosure.clients:
+        self.context.disclosure = Disclosure.of(self.config.records, self.said)
+        if self._until_trace is not None and not self.context.disclosure.clients:
             raise UserError(
                 "--profile writes what every client computed, step by step, and the records of this run are private: "
                 "leave it out, or profile the same run with --records all."
             )
         if self.said is not None and not self.said.complete:
-            self.bench.warn("partly-covered", self.said.warning())
+            self.context.warn("partly-covered", self.said.warning())
         for name, text in diagnostics.emulated(self.config.precision, self.config.device).items():
-            self.bench.warn(name, text)
+            self.context.warn(name, text)
         if not self._resume or self.checkpoints.peek() is None:  # a run that goes on has most of them already
-            check_teachers(self.method, self.bench)
-        self._plan = [entry for entry in self.method.rounds(self.bench.federation) if not entry.one_off]
+            check_teachers(self.method, self.context)
+        self._plan = [entry for entry in self.method.rounds(self.context.federation) if not entry.one_off]
         self.gallery = Gallery(self.out, len(self._plan))
 
     # -- the whole run ---------------------------------------------------------------------------------------------
 
     def go(self) -> dict[str, Any]:
-        fingerprint_now = data_fingerprint(self.bench.data)
+        fingerprint_now = data_fingerprint(self.context.data)
         entry = self.checkpoints.open(fresh=not self._resume)
         if entry is None:
             self.metrics.truncate(0)
             self._book_beforehand()
-            compare_teachers(self.bench, fingerprint_now)
+            compare_teachers(self.context, fingerprint_now)
         else:
             self._restore(entry, fingerprint_now)
         if self.method.guarantee(self.server) is not None:
             self.releases = Releases(self.checkpoints.folder)
             self.releases.open(self.planned)
             self.checkpoints.write_at_once()  # nothing leaves a client before what it cost is on the disk
-        self.bench.uploaded.clear()
-        self.sets, self.client_sets = test_sets(self.bench), client_sets(self.bench)
+        self.context.uploaded.clear()
+        self.sets, self.client_sets = test_sets(self.context), client_sets(self.context)
         self.executor = self._executor()
         self._processes = self.executor.count
         try:
@@ -157,7 +165,7 @@ class Run:
         return self._finish(fingerprint_now)
 
     def _play_all(self, fingerprint_now: int) -> None:
-        for number, entry_round in enumerate(self.method.rounds(self.bench.federation)):
+        for number, entry_round in enumerate(self.method.rounds(self.context.federation)):
             if number < self.planned:
                 continue
             check()
@@ -186,19 +194,19 @@ class Run:
     def _executor(self) -> Executor:
         """Where the clients work; the plan from here on says how often they will be asked."""
         here, config = self.executor.here, self.config
-        left = islice(self.method.rounds(self.bench.federation), self.planned, None)
+        left = islice(self.method.rounds(self.context.federation), self.planned, None)
         asks = config.sampled_clients * sum(len(entry.exchanges) for entry in left if not entry.cohort)
-        count = workers_for(config, self.bench, asks, self._parameters)
+        count = workers_for(config, self.context, asks, self._parameters)
         if count < 2:
             return here
         expected = asks if config.workers == "auto" else None
-        return Workers(self.bench, here, self.askers, self.checkpoints.reader, count, asks=expected)
+        return Workers(self.context, here, self.askers, self.checkpoints.reader, count, asks=expected)
 
     def _book_beforehand(self) -> None:
         """What travels before any round: raw data that are put together, and the words of a shared vocabulary."""
-        for k, raw in enumerate(self.bench.uploaded):
+        for k, raw in enumerate(self.context.uploaded):
             self.ledger.book(k, "up", raw, one_off=True)
-        words = self.bench.words() if any(entry.booked for entry in self._plan) else None
+        words = self.context.words() if any(entry.booked for entry in self._plan) else None
         if words is not None:
             for k, own in enumerate(words[0]):
                 self.ledger.book(k, "up", own, one_off=True)
@@ -211,7 +219,7 @@ class Run:
     @cached_property
     def _parameters(self) -> int:
         """Of one network of the run."""
-        return sum(parameter.numel() for parameter in self.bench.build().parameters())
+        return sum(parameter.numel() for parameter in self.context.build().parameters())
 
     def seconds(self) -> float:
         """Seconds of work on this run, over all its resumptions."""
@@ -223,16 +231,16 @@ class Run:
                 config=self.config,
                 out=self.out,
                 first_round=self.done,
-                samples=self.bench.federation.samples,
+                samples=self.context.federation.samples,
                 parameters=self._parameters,
                 rounds=tuple(entry.name for entry in self._plan),
                 test_sets={prefix.rstrip("_"): len(data) for prefix, data in self.sets.items()},
-                data=self.bench.data,
-                private=not self.bench.disclosure.clients,
+                data=self.context.data,
+                private=not self.context.disclosure.clients,
                 guarantee=self.said,
-                model=self.bench.model_name,
+                model=self.context.model_name,
                 workers=self.executor.count,
-                worker_bytes=worker_bytes(self.bench, self._parameters) if self.executor.count > 1 else 0,
+                worker_bytes=worker_bytes(self.context, self._parameters) if self.executor.count > 1 else 0,
             )
         )
 
@@ -240,9 +248,9 @@ class Run:
 
     def _play(self, entry: Round, number: int) -> None:
         start = time.perf_counter()
-        device_use.begin(self.bench.device)
+        device_use.begin(self.context.device)
         index = -1 - number if entry.one_off else self.done
-        everyone = list(range(self.bench.federation.clients))
+        everyone = list(range(self.context.federation.clients))
         if isinstance(entry.participants, tuple):
             participants = list(entry.participants)
         else:
@@ -250,7 +258,7 @@ class Run:
         shown = index if entry.one_off else index + 1
         self.listener.on_round_start(shown, entry.name, participants)
         self._round = {"clients": {}, "dropped": set(), "shown": shown, "late": entry.states == "round", "entry": entry}
-        self.server.showing = self.bench.disclosure.server and not entry.one_off and self.gallery.wants(shown)
+        self.server.showing = self.context.disclosure.server and not entry.one_off and self.gallery.wants(shown)
         phases = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0}
         flops = {"train": 0}
         travelled: dict[str, dict[str, int]] = {}
@@ -287,10 +295,10 @@ class Run:
             for k in self.executor.working():
                 self._write_state(k)
         self.executor.end_round()
-        self.server.scratch.clear()
-        for name, (value, axes) in self.server.shown.items():
-            self.gallery.add(Shown(name, shown, value, axes))
-        self.server.shown.clear()
+        self.server.round_cache.clear()
+        for name, (value, axes) in self.server.artifacts.items():
+            self.gallery.add(Artifact(name, shown, value, axes))
+        self.server.artifacts.clear()
         self._evaluated = False
         if entry.one_off:
             return
@@ -307,7 +315,7 @@ class Run:
         travelled: dict[str, dict[str, int]],
         due: bool,
     ) -> None:
-        clients = {k: self.bench.disclosure.client(info) for k, info in self._round["clients"].items()}
+        clients = {k: self.context.disclosure.client(info) for k, info in self._round["clients"].items()}
         losses = [info["loss"] for info in clients.values() if "loss" in info]
         record: dict[str, Any] = {
             "round": self.done,
@@ -336,16 +344,18 @@ class Run:
                         self.best[name] = max(value, self.best.get(name, 0.0))
             phases["evaluate"] = time.perf_counter() - begun
         self._add_report(record)
-        if self.bench.disclosure.clients:
+        if self.context.disclosure.clients:
             record["clients"] = clients
         if self.dropped_since:
             record["dropped"] = self.dropped_since
         record["phases"] = {name: round(value, 6) for name, value in phases.items()}
         self._add_phases(phases)
-        if self.bench.disclosure.clients and flops["train"]:  # how much a client computes tells how many samples it has
+        if (
+            self.context.disclosure.clients and flops["train"]
+        ):  # how much a client computes tells how many samples it has
             record["flops"] = flops
             self.flops.update({name: self.flops.get(name, 0) + count for name, count in flops.items()})
-        if used := device_use.figures(self.bench.device):
+        if used := device_use.figures(self.context.device):
             record["device"] = used
         record["round_seconds"] = time.perf_counter() - start
         record["seconds"] = self.seconds()
@@ -358,23 +368,23 @@ class Run:
     def _network(self) -> nn.Module | None:
         """What the method evaluates and saves, in eval mode."""
         network = self.method.model(self.server)
-        if network is not None and not self.bench.is_flat(network):
+        if network is not None and not self.context.is_flat(network):
             network.eval()
         return network
 
     def _check_network(self, network: nn.Module) -> None:
-        if not self.bench.is_flat(network):  # its vectors have been looked at after their round
+        if not self.context.is_flat(network):  # its vectors have been looked at after their round
             self._check_finite(network.state_dict(), f"in round {self.done}")
 
     def _evaluate(self, network: nn.Module) -> None:
         config, at_once = self.config, 1
         # Several sets at a time, unless the network is a method's own, which may be traced when it is first called:
         # torch.fx changes every module's call while it traces.
-        if self.bench.device.type == "cpu" and self.bench.is_flat(network):
+        if self.context.device.type == "cpu" and self.context.is_flat(network):
             at_once = config.threads // config.client_threads
         with cpu_threads(config.client_threads if at_once > 1 else config.threads):
             self.latest = evaluate(self.method, network, self.sets, at_once)
-            if self.bench.disclosure.clients:
+            if self.context.disclosure.clients:
                 self.latest.update(evaluate_clients(self.method, network, self.client_sets, at_once))
         self._evaluated = True
 
@@ -388,14 +398,14 @@ class Run:
 
     def _told_report(self) -> dict[str, float]:
         """What the server reports of the clients' messages, where that may be told."""
-        return dict(self.server.report) if self.bench.disclosure.server else {}
+        return dict(self.server.report) if self.context.disclosure.server else {}
 
     # -- called by the exchange ------------------------------------------------------------------------------------
 
     def heard(self, answer: Answer) -> None:
         """A client has answered, those before it in the exchange having done so."""
         for name, text in answer.warnings.items():
-            self.bench.warn(name, text)
+            self.context.warn(name, text)
 
     def _write_state(self, k: int) -> None:
         state = self.executor.changed(k)
@@ -410,7 +420,7 @@ class Run:
         if self._last_exchange and not late:
             self.executor.forget(k)  # its state is on disk; scratch need not outlive the round
         self._round["clients"].setdefault(str(k), {}).update(info)
-        told = self.bench.disclosure.client({**info, "seconds": seconds})
+        told = self.context.disclosure.client({**info, "seconds": seconds})
         self.listener.on_client(self._round["shown"], k, told)
 
     def released(self, client: int, message: Any) -> None:
@@ -429,29 +439,29 @@ class Run:
             where, name = f"Client {k} failed {when}: {problem.what}", f"failing-client-{k}"
             if self.config.on_error == "stop":
                 raise problem.at(when) from problem.__cause__
-            if self.bench.disclosure.clients:
+            if self.context.disclosure.clients:
                 why = {"reason": problem.what}
             else:
                 where = f"Client {k} failed {when}"
         else:
             where, name = f"Client {k} diverged {when}", "diverging-client"
-            if self.bench.disclosure.clients:  # its messages are missing, which is seen; why is its own
+            if self.context.disclosure.clients:  # its messages are missing, which is seen; why is its own
                 where += f", batch {problem.batch}: {problem.what}"
                 why = {"batch": problem.batch, "reason": problem.what}
             if self.config.on_nan == "stop":
                 raise UserError(f"{where}; lower --lr, set --clip-norm, or leave such clients out with --on-nan skip.")
         self._leave_out(k, why)
-        self.bench.warn(name, f"{where}; {left}.")
+        self.context.warn(name, f"{where}; {left}.")
 
     def refused(self, client: int, exchange: str, why: str) -> None:
         """A client's upload is not as declared: stops the run or leaves the client out of the rest of the round."""
-        if not self.bench.disclosure.server:
+        if not self.context.disclosure.server:
             why = "is not as declared"
         said = f"Client {client}'s upload {when_of(self._round['entry'], self.done, exchange)} {why}"
         if self.config.on_nan == "stop":
             raise UserError(f"{said}; leave such uploads out with --on-nan skip.{self._undeclared()}")
         self._leave_out(client, {"exchange": exchange, "reason": why})
-        self.bench.warn(f"refused-upload-{client}", f"{said}; it was left out.")
+        self.context.warn(f"refused-upload-{client}", f"{said}; it was left out.")
 
     def _undeclared(self) -> str:
         """A hint for whoever writes a method whose uploads are not what it sends."""
@@ -508,7 +518,7 @@ class Run:
             "metrics_sha256": self.metrics.digest,
             "shown_sha256": self.gallery.digest,
             "observed": self.observed.to_dict(),
-            "warnings": self.bench.warnings,
+            "warnings": self.context.warnings,
             "best": self.best,
             "latest": records.plain(self.latest),
             "report": dict(self.server.report),
@@ -536,7 +546,7 @@ class Run:
             raise UserError(
                 f"The data are not those that {self.out} was started with: restore the files, or start anew."
             )
-        so_far = islice(self.method.rounds(self.bench.federation), entry["plan"])
+        so_far = islice(self.method.rounds(self.context.federation), entry["plan"])
         if sum(not one.one_off for one in so_far) != entry["round"]:
             raise UserError(
                 f"The run in {self.out} was begun by a version of fedkern in which {self.config.method} had other "
@@ -547,8 +557,8 @@ class Run:
         self.gallery.restore(self.done, info.get("shown_sha256"))
         self.ledger = Ledger(self.config.trained_clients, **info["ledger"])
         self.observed = diagnostics.Observations(info["observed"])
-        self.bench.warnings = dict(info["warnings"])
-        self._told = set(self.bench.warnings)
+        self.context.warnings = dict(info["warnings"])
+        self._told = set(self.context.warnings)
         self.best, self.latest = dict(info["best"]), dict(info["latest"])
         self.server.report = dict(info.get("report", {}))
         self.last_clients, self.phases = info["clients"], dict(info["phases"])
@@ -557,7 +567,7 @@ class Run:
         self._elapsed = info["seconds"]
         self.metrics.truncate(info["metrics_bytes"], info.get("metrics_sha256"))
         for name, text in {**changes(info, self.config), **repairs(self.checkpoints, entry, self.out)}.items():
-            self.bench.warn(name, text)
+            self.context.warn(name, text)
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
@@ -568,30 +578,30 @@ class Run:
         self._check_network(network)
         if not self._evaluated:  # resumed after the last round
             self._evaluate(network)
-        told = self.bench.disclosure
+        told = self.context.disclosure
         metrics = {**self.latest, **self._gradcam(network), **self._told_report()}
         if told.appraised is None or told.appraised:
-            found = self.method.appraise(self.server, Everybody(self.bench, self.checkpoints), self.sets)
-            metrics.update(told.appraise(found, ("", *self.sets)))
+            found = self.method.oracle_metrics(self.server, Everybody(self.context, self.checkpoints), self.sets)
+            metrics.update(told.oracle_metrics(found, ("", *self.sets)))
         private = privacy_figures(self.said, self.checkpoints.client_state, self.config.trained_clients)
         metrics.update({name: private[name] for name in (EPSILON, PART, "delta") if name in private})
-        flat = self.bench.is_flat(network)
-        warn = self.bench.warn
+        flat = self.context.is_flat(network)
+        warn = self.context.warn
         for texts in (
-            diagnostics.collapsed_classes(self.sets, self.bench.data.classes),
+            diagnostics.collapsed_classes(self.sets, self.context.data.classes),
             diagnostics.outlying_drift(self.last_clients) if told.clients else {},
-            diagnostics.poor_metrics(metrics, self.best, self.bench.federation.classes),
-            diagnostics.missing_statistics(self.config, flat and lacks_statistics(self.bench, self.config)),
+            diagnostics.poor_metrics(metrics, self.best, self.context.federation.classes),
+            diagnostics.missing_statistics(self.config, flat and lacks_statistics(self.context, self.config)),
             self.method.diagnose(self.observed.summary()) if told.clients else {},
         ):
             for name, text in texts.items():
                 warn(name, text)
         self._tell_warnings()
-        write_model(self.out, network, about_network(self.bench, self.config, self.done, flat))
+        write_model(self.out, network, about_network(self.context, self.config, self.done, flat))
         summary: dict[str, Any] = {
             "method": self.config.method,
             "data": self.config.data,
-            "model": self.bench.model_name,
+            "model": self.context.model_name,
             "seed": self.config.seed,
             "rounds": self.done,
             "clients": self.config.clients,
@@ -600,7 +610,7 @@ class Run:
             "seconds": self.seconds(),
             "phases": self.phases,
             **({"speed": self._speed()} if self.flops else {}),
-            "diagnostics": self.bench.warnings,
+            "diagnostics": self.context.warnings,
             "records": self.config.records,
             "versions": records.versions(),
         }
@@ -617,7 +627,7 @@ class Run:
         """How fast the clients computed: operations, per second, and what the processor was measured to reach."""
         rate = self.flops["train"] / max(self.phases["train"], 1e-9)
         found: dict[str, Any] = {"flops": self.flops, "flops_per_second": rate}
-        if self.bench.device.type == "cpu":
+        if self.context.device.type == "cpu":
             most = peak.of_a_run(self._processes, self.config.client_threads, self.config.precision)
             if most is not None:
                 found["peak_flops_per_second"] = most
@@ -629,7 +639,7 @@ class Run:
         return gradcam(network, self.sets, count)
 
     def _tell_warnings(self) -> None:
-        for name, text in self.bench.warnings.items():
+        for name, text in self.context.warnings.items():
             if name not in self._told:
                 self._told.add(name)
                 self.listener.on_warning(name, text)

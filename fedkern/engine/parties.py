@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from fedkern import ops
-from fedkern.data.cases import wholes
+from fedkern.data.cases import grouped_rows
 from fedkern.data.patients import numbered
-from fedkern.engine.bench import Bench
+from fedkern.engine.context import RunContext
 from fedkern.engine.local import Context, Schedule, train
 from fedkern.engine.network import Part, Trainable
-from fedkern.engine.samples import Bank, Samples
-from fedkern.engine.shown import prepared
+from fedkern.engine.samples import BackgroundBank, Samples
+from fedkern.engine.store.artifacts import prepared
 from fedkern.errors import UserError
 from fedkern.methods.base import Batch, Message, Objective, Step
-from fedkern.methods.cuts import cuts
+from fedkern.methods.protocol import batch_slices
 from fedkern.privacy import DPSGD
 from fedkern.streams import stream
 
@@ -35,79 +35,79 @@ class Elsewhere:
     That is ``notice``, ``warn``, and ``build`` or ``network``, which make networks for whoever asks.
 
     Attributes:
-        bench: of this process, once it has one.
+        context: of this process, once it has one.
     """
 
-    bench: Bench | None = None
+    context: RunContext | None = None
 
     def notice(self, text: str) -> None:
-        if self.bench is not None:
-            self.bench.notice(text)
+        if self.context is not None:
+            self.context.notice(text)
 
     def warn(self, name: str, text: str) -> None:
-        if self.bench is not None:
-            self.bench.warn(name, text)
+        if self.context is not None:
+            self.context.warn(name, text)
 
     def build(self, **wanted: Any) -> Any:
-        assert self.bench is not None  # nothing is built while a setup is read
-        return self.bench.place(self.bench.build(**wanted))
+        assert self.context is not None  # nothing is built while a setup is read
+        return self.context.place(self.context.build(**wanted))
 
     network = build
 
 
 class _Place:
-    """What both sides see of the bench (see :class:`fedkern.methods.sides.Place`)."""
+    """What both sides see of the bench (see :class:`fedkern.methods.roles.Node`)."""
 
-    def __init__(self, bench: Bench) -> None:
-        self._bench = bench
-        self.device = bench.device
-        self.task: str = bench.data.task
-        self.classes: tuple[str, ...] = bench.data.classes
-        self.image_shape: tuple[int, int, int] = bench.data.image_shape
-        self.mean: tuple[float, ...] = bench.data.mean
-        self.std: tuple[float, ...] = bench.data.std
+    def __init__(self, context: RunContext) -> None:
+        self._context = context
+        self.device = context.device
+        self.task: str = context.data.task
+        self.classes: tuple[str, ...] = context.data.classes
+        self.image_shape: tuple[int, int, int] = context.data.image_shape
+        self.mean: tuple[float, ...] = context.data.mean
+        self.std: tuple[float, ...] = context.data.std
         self.report: dict[str, float] = {}
-        self.scratch: dict[str, Any] = {}
+        self.round_cache: dict[str, Any] = {}
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return Elsewhere, ()
 
     @property
     def public(self) -> Samples | None:
-        return self._bench.public
+        return self._context.public
 
     def notice(self, text: str) -> None:
-        self._bench.notice(text)
+        self._context.notice(text)
 
 
 class Client(_Place):
     """A client (see :class:`fedkern.methods.base.Client`)."""
 
-    def __init__(self, bench: Bench, client: int, state: dict[str, Any]) -> None:
-        super().__init__(bench)
+    def __init__(self, context: RunContext, client: int, state: dict[str, Any]) -> None:
+        super().__init__(context)
         self.id = client
-        self.samples = len(bench.data.clients[client])
-        self.declared = bench.federation.samples[client]
-        self.unit = bench.federation.unit
-        self.labels: Tensor = bench.data.clients[client].labels
+        self.samples = len(context.data.clients[client])
+        self.declared = context.federation.samples[client]
+        self.unit = context.federation.unit
+        self.labels: Tensor = context.data.clients[client].labels
         self.state = state
 
     def warn(self, name: str, text: str) -> None:
-        if self._bench.disclosure.clients:
-            self._bench.warn(name, text)
+        if self._context.disclosure.clients:
+            self._context.warn(name, text)
 
     @functools.cached_property
-    def wholes(self) -> np.ndarray | None:
-        split = self._bench.data.clients[self.id]
-        return wholes(split.ids, split.cases, split.patients)
+    def groups(self) -> np.ndarray | None:
+        split = self._context.data.clients[self.id]
+        return grouped_rows(split.ids, split.cases, split.patients)
 
     @functools.cached_property
     def patients(self) -> np.ndarray | None:
-        return numbered(self._bench.data.clients[self.id]) if self.unit.name == "patient" else None
+        return numbered(self._context.data.clients[self.id]) if self.unit.name == "patient" else None
 
     @property
     def objects_known(self) -> bool:
-        return self._bench.data.clients[self.id].masks is not None
+        return self._context.data.clients[self.id].masks is not None
 
     def network(
         self,
@@ -118,7 +118,7 @@ class Client(_Place):
         stream: str | None = None,
     ) -> Any:
         seed = None if stream is None else int(self.rng(f"model/{stream}", BEFORE).integers(2**63))
-        return self._bench.place(self._bench.build(model=model, width=width, classes=classes, seed=seed))
+        return self._context.place(self._context.build(model=model, width=width, classes=classes, seed=seed))
 
     def train(
         self,
@@ -131,14 +131,14 @@ class Client(_Place):
         rows: np.ndarray | None = None,
         anchor: Message | None = None,
     ) -> Message:
-        bench, config = self._bench, self._bench.config
-        network = bench.network("local")
-        if parts is None and self.brought(network.module):
-            return {name: value.cpu() for name, value in network.read().items() if name in bench.trained_vectors}
+        context, config = self._context, self._context.config
+        network = context.network("local")
+        if parts is None and self.load_pretrained(network.module):
+            return {name: value.cpu() for name, value in network.read().items() if name in context.trained_vectors}
         own = None
         if config.buffers != "average":
             own = self._own_buffers()
-            network.write(own or bench.initial_buffers())
+            network.write(own or context.initial_buffers())
         network.write(message)
         limit = config.local_steps if steps is None else steps
         epochs = self._epochs(limit, self.samples if rows is None else len(rows))
@@ -146,7 +146,7 @@ class Client(_Place):
         schedule = self._schedule(step, epochs, limit)
         network.fixed = self.statistics_fixed(step)
         trained = network if parts is None else Part(network, parts)
-        data = bench.client_data(self.id)
+        data = context.client_data(self.id)
         self.report.update(train(self, method, step, trained, data, received, schedule, rows))
         result = {name: value.cpu() for name, value in trained.read().items()}
         if config.buffers == "average":
@@ -157,22 +157,22 @@ class Client(_Place):
         return {"parameters": result["parameters"]}
 
     def statistics_fixed(self, step: Step) -> bool:
-        after = self._bench.config.fix_statistics
+        after = self._context.config.fix_statistics
         return after is not None and step.round >= after
 
     def _own_buffers(self) -> Message | None:
-        return self.state.get("buffers_local") if self._bench.config.buffers == "local" else None
+        return self.state.get("buffers_local") if self._context.config.buffers == "local" else None
 
     def frozen(self, message: Message) -> Any:
-        return self._bench.frozen(message, self._own_buffers())
+        return self._context.frozen(message, self._own_buffers())
 
     def batch(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> Batch:
-        return self._bench.client_data(self.id).batch(indices, rng=rng)
+        return self._context.client_data(self.id).batch(indices, rng=rng)
 
-    def brought(self, module: nn.Module) -> bool:
-        if self._bench.teachers is None:
+    def load_pretrained(self, module: nn.Module) -> bool:
+        if self._context.teachers is None:
             return False
-        self._bench.teachers.load(self.id, module)
+        self._context.teachers.load(self.id, module)
         return True
 
     def fit(
@@ -188,14 +188,14 @@ class Client(_Place):
         after_epoch: Callable[[int], None] | None = None,
         first: int | None = None,
     ) -> dict[str, float]:
-        if self.brought(module):
+        if self.load_pretrained(module):
             return {}
-        limit = self._bench.config.local_steps if epochs is None else None
+        limit = self._context.config.local_steps if epochs is None else None
         epochs = self._epochs(limit, self.samples if rows is None else len(rows)) if epochs is None else epochs
         trainable = Trainable(module)
         trainable.fixed = self.statistics_fixed(step)
         received = self._received(step, {} if message is None else message, epochs, None)
-        data, schedule = self._bench.client_data(self.id), replace(self._schedule(step, epochs, limit), end=lr_end)
+        data, schedule = self._context.client_data(self.id), replace(self._schedule(step, epochs, limit), end=lr_end)
         if first is not None:
             schedule = replace(schedule, first=first)
         try:
@@ -215,12 +215,12 @@ class Client(_Place):
         rows: np.ndarray | None = None,
         epochs: int | None = None,
     ) -> dict[str, float]:
-        from fedkern.engine.private import declared, train_privately
+        from fedkern.engine.private_training import declared, train_privately
 
-        limit = self._bench.config.local_steps if epochs is None else None
+        limit = self._context.config.local_steps if epochs is None else None
         epochs = self._epochs(limit, declared(self.samples, rows, spending)) if epochs is None else epochs
         received, schedule = self._received(step, {}, epochs, None), self._schedule(step, epochs, limit)
-        data = self._bench.client_data(self.id)
+        data = self._context.client_data(self.id)
         figures = train_privately(self, method, step, module, data, received, schedule, spending, rows)
         self.report.update(figures)
         return figures
@@ -235,16 +235,18 @@ class Client(_Place):
             samples=self.samples,
             epochs=epochs,
             flat=flat.to(self.device) if isinstance(flat, Tensor) else None,
-            frozen=lambda: self._bench.frozen(message if anchor is None else anchor, buffers),
+            frozen=lambda: self._context.frozen(message if anchor is None else anchor, buffers),
         )
 
     def _epochs(self, limit: int | None, samples: int) -> int:
         """The epochs that the run's local budget, or so many steps, begins."""
-        config = self._bench.config
-        return config.local_epochs if limit is None else math.ceil(limit / len(cuts(samples, config.batch_size)))
+        config = self._context.config
+        if limit is None:
+            return config.local_epochs
+        return math.ceil(limit / len(batch_slices(samples, config.batch_size)))
 
     def _schedule(self, step: Step, epochs: int, limit: int | None) -> Schedule:
-        config, round = self._bench.config, max(step.round, 0)
+        config, round = self._context.config, max(step.round, 0)
         lr, steps = config.lr * config.lr_decay**round, config.lr_epochs
         if limit is not None:
             # So many steps are another number of epochs for every client, whose rates would drop in other rounds.
@@ -267,17 +269,17 @@ class Client(_Place):
     def batches(
         self, size: int = 500, *, augment: bool = False, rng: np.random.Generator | None = None
     ) -> Iterator[Batch]:
-        return self._bench.client_data(self.id).samples.batches(size, augment=augment, rng=rng)
+        return self._context.client_data(self.id).samples.batches(size, augment=augment, rng=rng)
 
     def validate(self, answer: Callable[[Tensor], Tensor]) -> float | None:
         with torch.no_grad():
             right = [
-                answer(images).argmax(1).to(labels.device) == labels for images, labels in self._bench.validation()
+                answer(images).argmax(1).to(labels.device) == labels for images, labels in self._context.validation()
             ]
         return float(torch.cat(right).double().mean()) if right else None
 
-    def backgrounds(self, fill: str = "mean") -> Bank:
-        data = self._bench.client_data(self.id)
+    def backgrounds(self, fill: str = "mean") -> BackgroundBank:
+        data = self._context.client_data(self.id)
         bank = data.backgrounds(fill)
         if len(bank) == 0:
             self.warn(
@@ -293,61 +295,61 @@ class Client(_Place):
         return bank
 
     def background_images(self) -> Message:
-        return self._bench.client_data(self.id).background_images()
+        return self._context.client_data(self.id).background_images()
 
-    def make_backgrounds(self, message: Mapping[str, Tensor], fill: str = "mean") -> Bank:
-        return self._bench.client_data(self.id).make_backgrounds(message, fill)
+    def make_backgrounds(self, message: Mapping[str, Tensor], fill: str = "mean") -> BackgroundBank:
+        return self._context.client_data(self.id).make_backgrounds(message, fill)
 
     def rng(self, purpose: str, step: Step) -> np.random.Generator:
         name = purpose if step.exchange == "update" else f"{purpose}/{step.exchange}"
-        return stream(self._bench.config.seed, name, round=step.round, client=self.id)
+        return stream(self._context.config.seed, name, round=step.round, client=self.id)
 
 
 class Server(_Place):
     """The server (see :class:`fedkern.methods.base.Server`)."""
 
-    def __init__(self, bench: Bench, state: dict[str, Any] | None = None) -> None:
-        super().__init__(bench)
-        self.federation = bench.federation
-        self.trained_vectors = bench.trained_vectors
+    def __init__(self, context: RunContext, state: dict[str, Any] | None = None) -> None:
+        super().__init__(context)
+        self.federation = context.federation
+        self.trained_vectors = context.trained_vectors
         self.state: dict[str, Any] = {} if state is None else state
         self.refused: list[tuple[int, str]] = []  # in the exchange that is going on
         self.showing = False  # whether what is shown in this round is kept
-        self.shown: dict[str, tuple[Tensor, tuple[str, str]]] = {}
+        self.artifacts: dict[str, tuple[Tensor, tuple[str, str]]] = {}
 
     def warn(self, name: str, text: str) -> None:
-        if self._bench.disclosure.server:
-            self._bench.warn(name, text)
+        if self._context.disclosure.server:
+            self._context.warn(name, text)
 
     def build(self, *, model: str | None = None, width: int | None = None, classes: int | None = None) -> Any:
-        return self._bench.place(self._bench.build(model=model, width=width, classes=classes))
+        return self._context.place(self._context.build(model=model, width=width, classes=classes))
 
     def rng(self, purpose: str, step: Step) -> np.random.Generator:
         name = f"server/{purpose}" + ("" if step.exchange == "update" else f"/{step.exchange}")
-        return stream(self._bench.config.seed, name, round=step.round)
+        return stream(self._context.config.seed, name, round=step.round)
 
     def initial(self) -> Message:
-        vectors = self._bench.initial()
-        return vectors if self._bench.config.statistics else {"parameters": vectors["parameters"]}
+        vectors = self._context.initial()
+        return vectors if self._context.config.statistics else {"parameters": vectors["parameters"]}
 
     def network(self, message: Message) -> nn.Module:
-        network = self._bench.network("server")
+        network = self._context.network("server")
         network.write(message)
-        network.statistics = self._bench.config.statistics
+        network.statistics = self._context.config.statistics
         network.eval_mode()
         return network.module
 
     def accumulator(self, size: int) -> Any:
         return ops.Accumulator(size)
 
-    def show(self, name: str, value: Tensor | Callable[[], Tensor], axes: tuple[str, str] = ("", "")) -> None:
+    def log_image(self, name: str, value: Tensor | Callable[[], Tensor], axes: tuple[str, str] = ("", "")) -> None:
         if self.showing:
-            self.shown[name] = prepared(name, value if isinstance(value, Tensor) else value()), axes
+            self.artifacts[name] = prepared(name, value if isinstance(value, Tensor) else value()), axes
 
     def refuse(self, client: int, reason: str) -> None:
-        if not self._bench.disclosure.server:
+        if not self._context.disclosure.server:
             reason = f"The upload of client {client} was refused"
-        if self._bench.config.on_nan == "stop":
+        if self._context.config.on_nan == "stop":
             raise UserError(f"{reason}; leave such uploads out with --on-nan skip.")
         self.refused.append((client, reason))
-        self._bench.warn(f"refused-upload-{client}", f"{reason}; it was left out.")
+        self._context.warn(f"refused-upload-{client}", f"{reason}; it was left out.")

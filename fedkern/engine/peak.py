@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from fedkern.engine import atomic
 from fedkern.engine.network import cpu_threads
+from fedkern.engine.store import atomic
 from fedkern.errors import UserError
 from fedkern.inputs import read_json
 from fedkern.ops.processor import processor

@@ -10,19 +10,19 @@ from typing import Any
 import torch
 
 from fedkern.data import DETECTION_OPTIONS, FederatedData, load
+from fedkern.data.holdout import hold_out
 from fedkern.data.patients import limited
-from fedkern.data.set_aside import set_aside
-from fedkern.engine import atomic, records, saved
 from fedkern.engine import config as settings
 from fedkern.engine.allocator import keep_freed_memory
-from fedkern.engine.bench import Bench, check_task
-from fedkern.engine.checkpoint import Checkpoints
 from fedkern.engine.config import RunConfig
+from fedkern.engine.context import RunContext, check_task
 from fedkern.engine.events import Listener
-from fedkern.engine.folder import check_vacant, writing
 from fedkern.engine.loop import Run
 from fedkern.engine.network import cpu_threads
-from fedkern.engine.resuming import check_kernels, check_unedited
+from fedkern.engine.store import atomic, records, saved_model
+from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.engine.store.resuming import check_kernels, check_unedited
+from fedkern.engine.store.run_folder import check_vacant, writing
 from fedkern.errors import UserError
 from fedkern.interrupts import in_order
 from fedkern.methods import registry
@@ -93,7 +93,9 @@ def run(
         _check(config, data)
         if ignored := fuse_choice.untold():
             listener.on_notice(ignored)
-        runner = Run(config, Bench(config, data, listener.on_notice), out, listener, resume=resume, profile=profile)
+        runner = Run(
+            config, RunContext(config, data, listener.on_notice), out, listener, resume=resume, profile=profile
+        )
         runner.prepare()
         with writing(out, fresh=not resume):
             if not resume:
@@ -115,7 +117,7 @@ def _finished(entry: dict[str, Any] | None, out: Path) -> dict[str, Any] | None:
     if entry is None or not entry["info"]["finished"]:
         return None
     records.Metrics(out).check(entry["info"]["metrics_bytes"], entry["info"].get("metrics_sha256"))
-    if saved.damaged(out, entry):
+    if saved_model.damaged(out, entry):
         return None
     try:
         return records.read_summary(out)
@@ -163,9 +165,9 @@ def kept_data(config: RunConfig, data: FederatedData) -> FederatedData:
     unit of privacy, without more images of a patient than that has.
 
     Raises:
-        UserError: see :func:`fedkern.data.set_aside.set_aside` and :func:`fedkern.data.patients.limited`.
+        UserError: see :func:`fedkern.data.holdout.hold_out` and :func:`fedkern.data.patients.limited`.
     """
-    kept = set_aside(data, held_out=config.held_out_client, share=config.client_test, seed=config.seed)
+    kept = hold_out(data, held_out=config.held_out_client, share=config.client_test, seed=config.seed)
     return limited(kept, config.unit.images, config.seed) if config.unit.name == "patient" else kept
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fedkern.data import transforms
 from fedkern.methods.base import OUTSIDE, Batch, Step
-from fedkern.methods.cuts import cuts
-from fedkern.methods.pairs import LOSS_BATCH
+from fedkern.methods.common.supervised import LOSS_BATCH
+from fedkern.methods.protocol import batch_slices
 
 BATCH = 500
 """Images that a network is shown at a time where it does not train."""
@@ -113,7 +113,7 @@ class Samples:
         if augment and rng is None:
             raise ValueError("rng: expected a generator to augment with, given none")
         augments = augment and self.pixels.augment != "none"
-        for part in cuts(len(self), size):
+        for part in batch_slices(len(self), size):
             rows = np.arange(part.start, part.stop)
             images, labels = self.pairs(rows, rng if augments else None)
             yield Batch(
@@ -121,7 +121,7 @@ class Samples:
             )
 
 
-class Bank:
+class BackgroundBank:
     """A background bank (see :class:`fedkern.methods.base.Backgrounds`)."""
 
     def __init__(self, pixels: Pixels, labels: np.ndarray) -> None:
@@ -162,7 +162,7 @@ class ClientData:
         self.tokens = tokens
         self.samples = Samples(self.pixels, split.labels, device, tokens)
         self.labels: Tensor = self.samples.there
-        self._banks: dict[str, Bank] = {}
+        self._banks: dict[str, BackgroundBank] = {}
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -199,13 +199,13 @@ class ClientData:
             "labels": split.labels[detected],
         }
 
-    def backgrounds(self, fill: str) -> Bank:
+    def backgrounds(self, fill: str) -> BackgroundBank:
         """The client's own bank, made once."""
         if fill not in self._banks:
             self._banks[fill] = self.make_backgrounds(self.background_images(), fill)
         return self._banks[fill]
 
-    def make_backgrounds(self, message: Mapping[str, Tensor], fill: str) -> Bank:
+    def make_backgrounds(self, message: Mapping[str, Tensor], fill: str) -> BackgroundBank:
         """Erases the objects and normalises; ``fill`` is ``"mean"`` (0 after normalisation) or ``"zero"`` (black)."""
         mean, std = torch.tensor(self.mean), torch.tensor(self.std)
         value = torch.zeros_like(mean) if fill == "mean" else -mean / std
@@ -213,7 +213,7 @@ class ClientData:
             message["images"], self.mean, self.std, self.device,
             cache=self.cache, augment=self.augment, erased=message["masks"], fill=value,
         )  # fmt: skip
-        return Bank(pixels, message["labels"].cpu().numpy())
+        return BackgroundBank(pixels, message["labels"].cpu().numpy())
 
 
 class TestSet:
@@ -249,7 +249,7 @@ class TestSet:
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The images and their labels in order, in batches of which none is a single image (see ``cuts``)."""
-        for part in cuts(len(self), self.batch):
+        for part in batch_slices(len(self), self.batch):
             yield self.pixels.take(np.arange(part.start, part.stop)), self.labels[part]
 
     def captioned(self) -> Iterator[tuple[Tensor, Any]]:
@@ -259,7 +259,7 @@ class TestSet:
 
     def masked_batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The first ``count`` images with their masks bool [B, H, W]."""
-        for part in cuts(min(count, len(self)), self.batch):
+        for part in batch_slices(min(count, len(self)), self.batch):
             yield self.pixels.take(np.arange(part.start, part.stop)), self.split.masks[part]
 
     def record(self, predictions: Tensor) -> None:
@@ -272,4 +272,4 @@ def batch_plan(samples: int, batch_size: int, rng: np.random.Generator) -> list[
     A client smaller than the batch size has one smaller batch.
     """
     order = rng.permutation(samples)
-    return [order[part] for part in cuts(samples, batch_size)]
+    return [order[part] for part in batch_slices(samples, batch_size)]

@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 import torch
 
 from fedkern.engine.allocator import keep_freed_memory
-from fedkern.engine.bench import Bench
+from fedkern.engine.context import RunContext
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.executors.tasks import Cleared, Done, Forget, Notice, Setup, Task, set_modes
 from fedkern.engine.executors.wire import Channel, NotPortable, Packer, Unpacker, portable
@@ -48,10 +48,10 @@ class Worker:
         if setup.entry is not None:
             MODELS[setup.entry.name] = setup.entry
         torch.set_num_threads(setup.config.client_threads)
-        self._bench = Bench(setup.config, setup.data, self._notice, pair=setup.pair)
-        self._bench.disclosure = setup.disclosure
-        Elsewhere.bench = self._bench
-        self._serial = Serial(self._bench, setup.askers, lambda _: dict, setup.config.client_threads)
+        self._context = RunContext(setup.config, setup.data, self._notice, pair=setup.pair)
+        self._context.disclosure = setup.disclosure
+        Elsewhere.context = self._context
+        self._serial = Serial(self._context, setup.askers, lambda _: dict, setup.config.client_threads)
         self._packer, self._unpacker = Packer(), Unpacker()
 
     def serve(self) -> None:
@@ -75,7 +75,7 @@ class Worker:
             self._unpacker.clear()
 
     def _done(self, task: Task) -> Done:
-        self._bench.warnings.clear()
+        self._context.warnings.clear()
         if task.fresh:
             self._serial.take(task.client, dict(task.state or {}))
         for asker, step, message in task.played:
@@ -84,7 +84,7 @@ class Worker:
             answer = self._serial.ask(task.client, task.asker, task.step, task.message)
         except Exception as error:
             return Done(None, failed=portable(error))
-        answer.warnings = dict(self._bench.warnings)
+        answer.warnings = dict(self._context.warnings)
         return Done(answer, self._serial.changed(task.client))
 
     def _send(self, done: Any) -> None:

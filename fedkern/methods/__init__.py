@@ -1,6 +1,5 @@
 """Federated methods: one file each, written against the protocol of :mod:`fedkern.methods.base`."""
 
-from fedkern.methods.afl import AFL
 from fedkern.methods.base import (
     METHODS,
     Backgrounds,
@@ -25,27 +24,28 @@ from fedkern.methods.base import (
     option,
     register,
 )
-from fedkern.methods.ccvr import CCVR
-from fedkern.methods.centralised import Centralised
-from fedkern.methods.coboosting import CoBoosting
-from fedkern.methods.dense import DENSE
-from fedkern.methods.ensemble import Ensemble
-from fedkern.methods.fedavg import FedAvg
-from fedkern.methods.feddf import FedDF
+from fedkern.methods.baselines.afl import AFL
+from fedkern.methods.baselines.alone import Local
+from fedkern.methods.baselines.ccvr import CCVR
+from fedkern.methods.baselines.centralised import Centralised
+from fedkern.methods.baselines.client_ensemble import Ensemble
+from fedkern.methods.baselines.coboosting import CoBoosting
+from fedkern.methods.baselines.dense import DENSE
+from fedkern.methods.baselines.fedavg import FedAvg
+from fedkern.methods.baselines.feddf import FedDF
+from fedkern.methods.baselines.feddyn import FedDyn
+from fedkern.methods.baselines.fedntd import FedNTD
+from fedkern.methods.baselines.fedproto import FedProto
+from fedkern.methods.baselines.fedprox import FedProx
+from fedkern.methods.baselines.fml import FML
+from fedkern.methods.baselines.moon import Moon
+from fedkern.methods.baselines.oneshot_fedavg import OneShotFedAvg
+from fedkern.methods.baselines.scaffold import Scaffold
 from fedkern.methods.feddra import FedDRA
-from fedkern.methods.feddyn import FedDyn
 from fedkern.methods.fedgid import FedGID
 from fedkern.methods.fediod import FedIOD
 from fedkern.methods.fedlpfm import FedLPFM
-from fedkern.methods.fedntd import FedNTD
-from fedkern.methods.fedproto import FedProto
-from fedkern.methods.fedprox import FedProx
-from fedkern.methods.fml import FML
 from fedkern.methods.fusefl import FuseFL
-from fedkern.methods.local import Local
-from fedkern.methods.moon import Moon
-from fedkern.methods.oneshot import OneShotFedAvg
-from fedkern.methods.scaffold import Scaffold
 from fedkern.methods.terms import GradientSum, Terms
 
 __all__ = [

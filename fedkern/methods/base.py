@@ -32,7 +32,7 @@ from fedkern.methods.protocol import (
     Upload,
 )
 from fedkern.methods.registry import METHODS, get, register
-from fedkern.methods.sides import Client, Objective, Server
+from fedkern.methods.roles import Client, Objective, Server
 from fedkern.methods.uploads import Declaration, Maybe, Number, Values, like
 from fedkern.privacy import Guarantee
 
@@ -90,7 +90,8 @@ class Method:
     selective: ClassVar[bool] = False
     """Whether ``send`` may leave out clients (a dict without them), or send nobody anything (None)."""
     pools_statistics: ClassVar[bool] = False
-    """Whether ``server.state`` is a network as flat vectors whose statistics `fedkern.methods.pooling` can estimate."""
+    """Whether ``server.state`` is a network as flat vectors, whose statistics `fedkern.methods.common.pooling` can
+    estimate."""
     takes_teachers: ClassVar[bool] = False
     """Whether the clients may bring trained networks (``--teachers``) in the place of their local training."""
 
@@ -167,7 +168,7 @@ class Method:
     def model(self, server: Server) -> nn.Module | None:
         """The module that is evaluated (in eval mode) and saved; None while there is nothing to evaluate yet.
 
-        It is made of ``server.state``, ``build`` and ``network`` alone, never of ``scratch`` or data:
+        It is made of ``server.state``, ``build`` and ``network`` alone, never of ``round_cache`` or data:
         ``engine.read_model`` calls it too, on a run folder, and loads model.safetensors into what it returns.
         """
         raise NotImplementedError
@@ -196,12 +197,12 @@ class Method:
         """Figures of ``model`` on a test set; ``data.batches()`` yields (images fp32, labels int64) in order.
 
         Returns ``accuracy`` and ``confidence`` (mean probability of the true class), fractions in [0, 1], and ``loss``
-        (mean cross-entropy in nats); of image-text pairs the figures of `fedkern.methods.pairs`, ``i2t_r1`` first; of a
-        segmentation those of `fedkern.methods.segmentation`, ``dice`` first.
+        (mean cross-entropy in nats); of image-text pairs the figures of `fedkern.methods.common.supervised`, ``i2t_r1``
+        first; of a segmentation those of `fedkern.methods.common.segmentation_figures`, ``dice`` first.
 
         The engine asks for several test sets at once, from threads.
         """
-        from fedkern.methods.evaluate import figures
+        from fedkern.methods.common.figures import figures
 
         return figures(model, data)
 
@@ -209,7 +210,9 @@ class Method:
         """The same on the client's own test set: of the network that this client would use."""
         return self.evaluate(model, data)
 
-    def appraise(self, server: Server, clients: Mapping[ClientId, Client], sets: Mapping[str, Any]) -> dict[str, float]:
+    def oracle_metrics(
+        self, server: Server, clients: Mapping[ClientId, Client], sets: Mapping[str, Any]
+    ) -> dict[str, float]:
         """Figures for the run's summary that only the experimenter can see, who looks at every client.
 
         Asked once at the end; nothing of it is booked.  With private records those alone are told that the method's

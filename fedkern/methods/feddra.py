@@ -1,7 +1,7 @@
 """FedDRA (arXiv 2404.03854, TMLR): federated vision-language pre-training with distributionally robust client weights.
 
-A client's objective (method notes 3.3), S being the similarities of unit vectors over tau = 0.07 and z* the unit
-vectors of the frozen global model, the anchors:
+A client's objective (docs/methods/feddra.md, 5), S being the similarities of unit vectors over tau = 0.07 and z* the
+unit vectors of the frozen global model, the anchors:
 
     L_k = lambda1 (CE(S, diag) + CE(S^T, diag)) + mu (MSE(z*_x, z_x) + MSE(z*_y, z_y))
 
@@ -12,15 +12,15 @@ A round has three exchanges:
   train everything.  The anchors are made by the encoders of the start of the round and the average of the first stage;
   without anchors and with ``joint_start=own`` nobody needs that average, and the first stage's results stay at home.
 - ``losses``: every client says how large the contrastive loss of the new model is on samples it never trains on, and
-  from that come the clients' weights in the next round's averages (`fedkern.methods.robust`).  The anchors are that
-  very model here, so that their term is zero.
+  from that come the clients' weights in the next round's averages (`fedkern.methods.common.robust`).  The anchors are
+  that very model here, so that their term is zero.
 
 A client keeps the model that it got with ``losses`` and needs no other one in the next round: a round costs the
 alignment modules and the model once each way, and a few numbers.
 
 With ``--buffers pool``, the default on image-text data, clients get the new model one exchange earlier, to estimate
-batch norm's statistics under it (`fedkern.methods.pooling`), and with ``losses`` those alone.  ``--buffers average`` is
-the published form: the weights then follow losses that are mostly those of wrong statistics.
+batch norm's statistics under it (`fedkern.methods.common.pooling`), and with ``losses`` those alone.  ``--buffers
+average`` is the published form: the weights then follow losses that are mostly those of wrong statistics.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ from fedkern.methods.base import (
     option,
     register,
 )
-from fedkern.methods.frozen import remembered
-from fedkern.methods.pairs import TEMPERATURE
-from fedkern.methods.robust import LOSSES, Robust, vectors_of
+from fedkern.methods.common.frozen import remembered
+from fedkern.methods.common.robust import LOSSES, Robust, vectors_of
+from fedkern.methods.common.supervised import TEMPERATURE
 from fedkern.methods.uploads import once
 from fedkern.models.towers import PARTS
 
@@ -151,7 +151,7 @@ class FedDRA(Robust):
         if not self.averaged:
             return {}
         whole = super().expects(server, step, client, message)
-        sizes = once(server.scratch, "alignment", lambda: part_sizes(server.build()))
+        sizes = once(server.round_cache, "alignment", lambda: part_sizes(server.build()))
         return {name: vector[-sizes[name] :] for name, vector in whole.items() if sizes[name]}
 
     def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
@@ -172,14 +172,14 @@ class FedDRA(Robust):
         client.report["weight"] = message["weight"]
         rows = self.rows(client)[0]
         if step.exchange == "alignment":
-            client.scratch["model"] = model = self.held(client, message)
+            client.round_cache["model"] = model = self.held(client, message)
             steps = self.options.alignment_steps
             result = client.train(self, step, {**message, **model}, parts=ALIGNMENT, steps=steps, rows=rows)
-            client.scratch["alignment"] = result
+            client.round_cache["alignment"] = result
             return result if self.averaged else {}
         if self.paired:
-            model, part = client.scratch.get("model") or client.state["model"], vectors_of(message)
-            own = client.scratch.get("alignment", part) if self.options.joint_start == "own" else part
+            model, part = client.round_cache.get("model") or client.state["model"], vectors_of(message)
+            own = client.round_cache.get("alignment", part) if self.options.joint_start == "own" else part
             start, anchor = spliced(model, own), spliced(model, part)
         else:
             model = start = anchor = self.held(client, message)

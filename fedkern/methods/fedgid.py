@@ -45,7 +45,7 @@ from fedkern.methods.base import (
     option,
     register,
 )
-from fedkern.methods.frozen import remembered
+from fedkern.methods.common.frozen import remembered
 from fedkern.models import resolve_stage
 
 CHUNK = 256  # images per pass of the frozen encoder over a bank
@@ -180,14 +180,14 @@ class FedGID(LocalTraining):
         bank, index = drawn["bank"], drawn["index"]
         # E_G is frozen, so a bank that is drawn from at least once over is cheaper to encode as a whole.
         if len(bank) <= received.samples * received.epochs:
-            maps = received.scratch.get("bank")
+            maps = received.round_cache.get("bank")
             if maps is None:
                 chunks = [np.arange(i, min(i + CHUNK, len(bank))) for i in range(0, len(bank), CHUNK)]
                 first = received.model.stages(bank.take(chunks[0]), upto=stage)
                 if first.numel() // len(chunks[0]) * len(bank) * first.element_size() <= CACHE_BYTES:
                     rest = [received.model.stages(bank.take(chunk), upto=stage) for chunk in chunks[1:]]
                     maps = torch.cat([first, *rest])
-                received.scratch["bank"] = maps if maps is not None else ()
+                received.round_cache["bank"] = maps if maps is not None else ()
             if isinstance(maps, Tensor):
                 return maps, torch.from_numpy(index).to(maps.device)
         return received.model.stages(bank.take(index), upto=stage), None
@@ -200,12 +200,12 @@ class FedGID(LocalTraining):
     # -- backgrounds -----------------------------------------------------------------------------------------------
 
     def _bank(self, client: Client) -> Backgrounds:
-        bank = client.scratch.get("bank")
+        bank = client.round_cache.get("bank")
         if bank is None:
             fill = self.options.background_fill
             pool = client.state.get("pool")
             bank = client.backgrounds(fill) if pool is None else client.make_backgrounds(pool, fill)
-            client.scratch["bank"] = bank
+            client.round_cache["bank"] = bank
             if self.options.exclude_same_class and len(set(bank.labels.tolist())) == 1:
                 client.warn(
                     "background-one-class",
@@ -246,7 +246,7 @@ class FedGID(LocalTraining):
         if step.exchange == "collect":
             return {}
         if step.exchange == "distribute":
-            return {"pool": server.scratch["pool"]}
+            return {"pool": server.round_cache["pool"]}
         return super().send(server, step)
 
     def client_update(self, client: Client, step: Step, message: Message) -> Message:
@@ -270,11 +270,11 @@ class FedGID(LocalTraining):
     def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
         if step.exchange == "collect":
             banks = [upload.message for upload in uploads]
-            server.scratch["pool"] = {name: torch.cat([bank[name] for bank in banks]) for name in banks[0]}
+            server.round_cache["pool"] = {name: torch.cat([bank[name] for bank in banks]) for name in banks[0]}
         elif step.exchange == "distribute":
             for _ in uploads:
                 pass
-            server.scratch.pop("pool")
+            server.round_cache.pop("pool")
         else:
             super().server_update(server, step, uploads)
 

@@ -205,10 +205,10 @@ class FedLPFM(LocalTraining):
             if step.exchange == TUNE:
                 return self._tune(client)
             chosen = self.backbones(client, step)
-            client.scratch["chosen"] = chosen
+            client.round_cache["chosen"] = chosen
             if self.options.teacher_view == "cached":
                 stacked = torch.stack([self._own_logits(client, index) for index in chosen])
-                client.scratch["teacher"] = self._mixture(stacked).to(client.device)
+                client.round_cache["teacher"] = self._mixture(stacked).to(client.device)
                 found = stacked.softmax(2).mean(0).argmax(1)
                 client.report["teacher_right"] = float((found == client.labels).float().mean())
         return super().client_update(client, step, message)
@@ -219,7 +219,7 @@ class FedLPFM(LocalTraining):
             return {}
         if self.options.teacher_view == "same":
             return {"teacher": self._mixture(torch.stack([self._live(client, i, batch) for i in self._chosen(client)]))}
-        known: Tensor = client.scratch["teacher"]
+        known: Tensor = client.round_cache["teacher"]
         return {"teacher": known.index_select(known.dim() - 2, torch.from_numpy(batch.indices).to(known.device))}
 
     def backbones(self, client: Client, step: Step) -> list[int]:
@@ -232,7 +232,7 @@ class FedLPFM(LocalTraining):
         return sorted(int(index) for index in drawn)
 
     def _chosen(self, client: Client) -> list[int]:
-        chosen: list[int] = client.scratch["chosen"]
+        chosen: list[int] = client.round_cache["chosen"]
         return chosen
 
     def _mixture(self, logits: Tensor) -> Tensor:

@@ -129,8 +129,8 @@ class Batch:
         augmented: whether the images were augmented, so that the same index gives different images.
         drawn: what the method's ``draw`` returned for this batch.
         tokens: the images' texts as the network takes them (``fedkern.models.vocabulary.Tokens``), or None.
-        apart: whether the loss must be the mean over samples of losses that each has by itself, as DP-SGD needs it; a
-            mean over all known pixels of the batch is not.
+        per_sample: whether the loss must be the mean over samples of losses that each has by itself, as DP-SGD needs
+            it; a mean over all known pixels of the batch is not.
     """
 
     images: Tensor
@@ -141,7 +141,7 @@ class Batch:
     augmented: bool = False
     drawn: dict[str, Any] = field(default_factory=dict)
     tokens: Any = None
-    apart: bool = False
+    per_sample: bool = False
 
 
 class Samples(Protocol):
@@ -186,7 +186,7 @@ class Received(Protocol):
     """Training samples of the client."""
     epochs: int
     """Local epochs of this exchange."""
-    scratch: dict[str, Any]
+    round_cache: dict[str, Any]
     """Vanishes at the end of the client's exchange."""
 
     @property
@@ -201,3 +201,15 @@ class Received(Protocol):
     def parameters(self) -> Tensor:
         """Its parameters, fp32 [P], read only."""
         ...
+
+
+def batch_slices(count: int, size: int) -> list[slice]:
+    """``count`` samples in consecutive batches of ``size``, the last one smaller.
+
+    A last batch of a single sample joins the one before it, which then has ``size + 1``: batch norm cannot normalise a
+    single value per channel.  Only ``count`` 1 and ``size`` 1 leave batches of one.
+    """
+    starts = list(range(0, count, size))
+    if len(starts) > 1 and count - starts[-1] == 1 and size > 1:
+        starts.pop()
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], count], strict=True)]

@@ -58,12 +58,12 @@ def like(value: Any) -> Any:
     return {name: like(entry) for name, entry in value.items()}
 
 
-def once(scratch: dict[Any, Any], key: str, make: Callable[[], Any]) -> Any:
+def once(round_cache: dict[Any, Any], key: str, make: Callable[[], Any]) -> Any:
     """What ``make`` returns, made once a round: for declarations that take a network to know."""
     name = ("declared", key)
-    if name not in scratch:
-        scratch[name] = make()
-    return scratch[name]
+    if name not in round_cache:
+        round_cache[name] = make()
+    return round_cache[name]
 
 
 def needs_something(declared: Declaration) -> bool:

@@ -16,7 +16,7 @@ from fedkern.models.staged import StagedNetwork
 from fedkern.models.vgg import VGG
 
 CUTS: dict[tuple[type[nn.Module], int], dict[int, tuple[int, ...]]] = {
-    # (class, layers): number of blocks: the layers behind which the network is cut (method notes 4.2).
+    # (class, layers): number of blocks: the layers behind which the network is cut (docs/methods/fusefl.md, 4).
     (ResNet, 9): {2: (4,), 3: (0, 4), 4: (0, 4, 6), 8: (0, 1, 2, 3, 5, 7, 8)},  # ResNet-18
     (ResNet, 5): {2: (2,), 3: (0, 2), 4: (0, 2, 3)},  # ResNet-10: at the same stages, so that both can be fused
     (VGG, 5): {2: (1,), 3: (1, 2), 4: (0, 1, 2), 5: (0, 1, 2, 3)},  # between the stages of a VGG-16

@@ -13,7 +13,7 @@ from fedkern.models.vit import patch_size
 from fedkern.models.vocabulary import Tokens, Vocabulary
 
 WIDTH = 96
-LONGEST = 112  # tokens of a text (method notes 3.2)
+LONGEST = 112  # tokens of a text (docs/methods/feddra.md, 6)
 
 
 class _Positions(nn.Module):

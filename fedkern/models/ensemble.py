@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.models.allocate import uninitialised
-from fedkern.models.bank import folded
 from fedkern.models.precision import lower, trunk
 from fedkern.models.staged import StagedNetwork
+from fedkern.models.teacher_stack import folded
 from fedkern.ops import FusedBlocks
 
 FUSE_BYTES = 256 << 20

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.models.allocate import uninitialised
-from fedkern.models.bank import folded
 from fedkern.models.blocks import channels
 from fedkern.models.precision import autocasts, full, lower, trunk
+from fedkern.models.teacher_stack import folded
 from fedkern.ops import FusedBlocks, fuse_concat, fuse_mean
 
 AdaptorKind = Literal["cnn1x1", "avg", "sum"]

@@ -97,7 +97,7 @@ def resolve_stage(model: StagedNetwork, name: str) -> str:
 
     ``"map"`` is the last stage but one before pooling (``layer3`` of a ResNet-18, ``layer2`` of the small CNN): the
     latest place where mixing maps is not the same as mixing features, because the last stage is followed by nothing
-    but a linear pooling (method notes 1.5).
+    but a linear pooling (docs/methods/fedgid.md, section 6).
 
     Raises:
         UserError: the network has no such stage.

@@ -34,7 +34,7 @@ PARTS = ("image_encoder", "text_encoder", "image_align", "text_align", "image_he
 
 
 class PairNetwork(nn.Module):
-    """Images and texts as unit vectors in one space (method notes 3.2).
+    """Images and texts as unit vectors in one space (docs/methods/feddra.md, section 6).
 
     On either side: an encoder gives tokens, one transformer layer goes over all of them, and a head takes the first:
     ``Linear d -> h, BN, ReLU, Linear h -> 128, BN without affine``, then L2 normalisation.

@@ -1,4 +1,4 @@
-"""Fast operators of federated learning, with gradients, each specified by a reference in plain PyTorch."""
+"""Fast operators for federated learning, most of them differentiable; a plain PyTorch reference specifies each."""
 
 from fedkern.ops._memory import empty_cache
 from fedkern.ops.aggregate import weighted_mean

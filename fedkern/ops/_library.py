@@ -1,7 +1,7 @@
 """The operators in ``torch.library``: one graph node each for torch.compile, vmap, torch.func and opcheck.
 
-Eager calls never pass through here (a dispatcher round trip in Python costs several times a small kernel); the public
-functions come here under ``torch.compile``, functorch transforms, dispatch modes and for tensor subclasses.
+Eager calls do not use these operators: a dispatcher round trip in Python costs several times a small kernel. The public
+functions call them under ``torch.compile``, functorch transforms and dispatch modes, and for tensor subclasses.
 """
 
 from __future__ import annotations
@@ -33,18 +33,19 @@ def register(
 
     Args:
         name: operator name.
-        schema: its arguments and results, for example ``"(Tensor a, float t) -> Tensor"``.
-        implementation: runs on real tensors of any device.
+        schema: arguments and results of the operator, for example ``"(Tensor a, float t) -> Tensor"``.
+        implementation: computes the results of real tensors on the CPU and on CUDA.
         fake: gives the results' shapes, dtypes and strides on fake tensors.
         setup_context, backward: the gradient, as ``torch.library.register_autograd`` takes it.
-        vmap: the batching rule, as ``torch.library.register_vmap`` takes it.  It and ``backward`` call operators
-            through what this function returned for them, since further transforms may be active around them.
-        reference: the same in torch's own operations, which forward-mode AD follows: an operator would drop its
-            tangents without a word.
+        vmap: the batching rule, as ``torch.library.register_vmap`` takes it.  ``vmap`` and ``backward`` must call
+            operators through the functions that :func:`register` returned for them, since further transforms may be
+            active around them.
+        reference: the same computation in PyTorch's own operations.  Forward-mode AD runs through it: a custom
+            operator would silently drop the tangents.
 
     Returns:
-        The operator; under torch.func transforms an ``autograd.Function`` around it, because torch.library's own
-        gradients refuse those (torch 2.11 to 2.13).
+        A function that calls the operator.  Under torch.func transforms it calls an ``autograd.Function`` around the
+        operator, because torch.library's own gradients refuse transforms (torch 2.11 to 2.13).
     """
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, implementation, "CPU")
@@ -78,10 +79,11 @@ def register(
 
 @contextmanager
 def recording() -> Iterator[None]:
-    """Records a graph even within an operator's implementation.
+    """Lets autograd record a graph inside an operator's implementation.
 
-    The dispatcher has left autograd behind when it calls one, and ``torch.enable_grad`` alone does not bring it back:
-    a backward operator that differentiates the reference would find no graph under ``torch.compile``.
+    The dispatcher excludes autograd before it calls an implementation, and ``torch.enable_grad`` alone does not bring
+    autograd back.  Without this context a backward operator that differentiates the reference would find no graph under
+    ``torch.compile``.
     """
     keys = torch._C.DispatchKey
     included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
@@ -97,16 +99,16 @@ def differentiate_reference(
     needs: Sequence[bool],
     grad: Tensor | Sequence[Tensor],
 ) -> tuple[Tensor | None, ...]:
-    """Returns the reference's gradients with a graph of their own: the way a second derivative is taken.
+    """Returns the reference's gradients with a graph of their own, for second derivatives.
 
-    Kernels write first derivatives only; when a backward pass is itself recorded (``create_graph=True``) the gradient
-    is taken through the plain PyTorch reference instead.
+    Kernels compute first derivatives only.  When a backward pass is itself recorded (``create_graph=True``), the
+    gradient is taken through the plain PyTorch reference instead.
 
     Args:
-        reference: function of ``inputs``, a tensor or several.
-        inputs: the saved inputs, with the graph they came with; None where an argument was not given.
-        needs: which of them want a gradient.
-        grad: gradient of the result, or of each.
+        reference: function of ``inputs`` that returns one tensor or several.
+        inputs: the saved inputs with the graph they came with; None where an argument was not given.
+        needs: for every input, whether it wants a gradient.
+        grad: gradient of the result, or one for each result.
     """
     with recording():
         result = reference(*inputs)

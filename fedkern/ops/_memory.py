@@ -1,4 +1,4 @@
-"""Memory for the large results of the CPU kernels, and numbers brought to a device."""
+"""Memory for large results of the CPU kernels, and small tensors of numbers created on a device."""
 
 from __future__ import annotations
 
@@ -16,52 +16,52 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Below this the system call costs as much as the page faults it saves.
+# Bytes from which huge pages are asked for. Below this the system call costs as much as the page faults it saves.
 HUGE = 4 << 20
 
-# From here on results get memory of their own. malloc keeps smaller ones and hands them to whoever asks next, who finds
-# them in a processor's cache: blend takes a fifth longer at 4 MB where its results lie elsewhere, and as long at 16.
+# Bytes from which results get memory from the Cache below. malloc reuses smaller blocks while they are still in a
+# processor's cache. With memory from elsewhere blend takes a fifth longer at 4 MB; at 16 MB it takes the same time.
 KEPT = 16 << 20
 
-# Freed memory that is kept for the next result, unless FEDKERN_CACHE_MB says otherwise.
+# Default of FEDKERN_CACHE_MB: megabytes of freed memory that are kept, at most, for later results.
 CACHE_MB = 1024
 
 
 class _Lent(weakref.ref[Any]):
-    """To what is lent to a storage, from ``memory``."""
+    """Weak reference to the array through which a storage uses ``memory``."""
 
     __slots__ = ("madvise", "memory")
     memory: mmap.mmap
     madvise: Callable[[int], None]
 
 
-# A weak reference's callback in which Python runs no line: a signal that arrives in one, such as Ctrl-C's, is lost.
+# Callback of a weak reference that runs no Python code: a signal such as Ctrl-C that arrives in such code is lost.
 _mark = operator.methodcaller("madvise", getattr(mmap, "MADV_FREE", 0))
 
 
 class Cache:
-    """Memory of large results, kept when they are freed, for the next ones of their size.
+    """Memory of freed large results, kept for later results of the same size.
 
-    The system hands out fresh memory page by page and zeroed, which takes as long as a kernel takes to write it even
-    with huge pages, and ten times as long without.  ``malloc`` keeps no block of more than 32 MB, and no more than
-    64 MB of smaller ones.
+    The system hands out fresh memory page by page and zeroed.  Even with huge pages this takes as long as a kernel
+    takes to write the memory; without them it takes ten times as long.  ``malloc`` keeps no block of more than 32 MB,
+    and no more than 64 MB of smaller ones.
 
-    What is kept is marked as free: the system takes its pages as soon as it runs short of memory.
+    Kept memory is marked as free: the system takes its pages as soon as it runs short of memory.
     """
 
     def __init__(self, most: int) -> None:
         self.most = most
-        # Their methods are atomic: results are freed in any thread, at any time.
+        # Methods of deque and dict are atomic: results are freed in any thread, at any time.
         self._free: deque[mmap.mmap] = deque()
         self._returned: deque[_Lent] = deque()
         self._lent: dict[int, list[_Lent]] = {}
         self._marks = True
 
     def storage(self, size: int) -> torch.UntypedStorage:
-        """``size`` bytes that come back when nothing refers to the storage any more.
+        """Returns a storage of ``size`` bytes; its memory comes back when nothing refers to the storage any more.
 
         Raises:
-            OSError: there is no memory.
+            OSError: the system has no memory left.
         """
         memory = self._take(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
         view = np.frombuffer(memory, np.uint8, size)
@@ -69,7 +69,7 @@ class Cache:
         back.memory = memory
         lent = self._lent[id(back)] = [back]
         if self._marks:
-            mark = _Lent(view, _mark)  # the later one is called first
+            mark = _Lent(view, _mark)  # callbacks run latest first: marked as free before it is returned
             mark.madvise = memory.madvise
             lent.append(mark)
         return torch.from_numpy(view).untyped_storage()
@@ -93,7 +93,7 @@ class Cache:
         return memory
 
     def free(self) -> list[mmap.mmap]:
-        """What is kept, the oldest first; more than ``most`` bytes only until this is called."""
+        """Returns the kept memory, oldest first, after giving back what exceeds ``most`` bytes."""
         while self._returned:
             try:
                 back = self._returned.popleft()
@@ -105,7 +105,7 @@ class Cache:
         return list(self._free)
 
     def _trim(self, most: int) -> None:
-        """Gives the oldest back until at most ``most`` bytes are kept."""
+        """Gives the oldest memory back to the system until at most ``most`` bytes are kept."""
         while sum(map(len, list(self._free))) > most:
             try:
                 self._free.popleft()
@@ -122,14 +122,14 @@ def _map(size: int) -> mmap.mmap:
 
 
 def _advise(memory: mmap.mmap, name: str) -> bool:
-    """Whether the system took the advice; it can do without."""
+    """Passes the advice ``name`` to the system; returns whether the system took it, which is optional."""
     advice = getattr(mmap, name, None)
     if advice is None:
         return False
     try:
         memory.madvise(advice)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # what else there is may be a signal handler's
+        if error.errno != errno.EINVAL:  # any other error may come from a signal handler
             raise
         return False
     return True
@@ -137,7 +137,7 @@ def _advise(memory: mmap.mmap, name: str) -> bool:
 
 @functools.cache
 def cache() -> Cache:
-    """The process's.
+    """Returns the cache of this process.
 
     Raises:
         ValueError: ``FEDKERN_CACHE_MB`` is not a number of megabytes.
@@ -149,15 +149,15 @@ def cache() -> Cache:
 
 
 def empty_cache() -> None:
-    """Gives the memory that is kept for large results on the CPU back to the system.
+    """Gives the memory that is kept for large CPU results back to the system.
 
-    Results of 16 MB and more get memory of their own, which is kept when they are freed, at most 1 GB
-    (``FEDKERN_CACHE_MB`` says how much, 0 for none), since fresh memory costs as much time as writing a result into it.
-    It is marked as free, so that the system takes its pages by itself where it runs short; limits on address space
-    (``ulimit -v``, strict overcommit) count it until this gives it back.
+    Fresh memory costs as much time as writing a result into it.  So results of 16 MB and more get memory of their own,
+    which is kept for later results when they are freed: at most 1 GB, or ``FEDKERN_CACHE_MB`` megabytes (0 keeps none).
+    Kept memory is marked as free, so the system takes its pages by itself where it runs short.  Limits on address space
+    (``ulimit -v``, strict overcommit) count kept memory until this function gives it back.
 
     The storage of such a result cannot be resized (``untyped_storage().resize_()``, ``resize_()``, ``out=`` with a
-    result of another size); that of a ``clone()`` can.
+    result of another size).  The storage of its ``clone()`` can.
 
     Raises:
         ValueError: ``FEDKERN_CACHE_MB`` is not a number of megabytes.
@@ -168,8 +168,8 @@ def empty_cache() -> None:
 def fresh(core: Any, tensor: Tensor) -> Tensor:
     """Returns ``tensor``, just allocated and about to be written by ``core``: in memory of the :class:`Cache` if large.
 
-    What is smaller, too large for that, or finds no memory there is backed by huge pages from 4 MB on: first writes
-    fault once per page.
+    A tensor of 4 MB or more that is too small or too large for the cache, or finds no memory there, is backed by huge
+    pages instead: first writes fault once per page.
     """
     bytes_ = tensor.nbytes
     if bytes_ < HUGE:
@@ -180,11 +180,12 @@ def fresh(core: Any, tensor: Tensor) -> Tensor:
 
 
 def _moved(tensor: Tensor, bytes_: int) -> bool:
-    """Whether ``tensor`` lies in memory of the cache now."""
+    """Moves ``tensor`` into memory of the cache where possible; returns whether it did."""
     kept = cache()
     if bytes_ > kept.most or tensor.untyped_storage().nbytes() != bytes_:
         return False
-    # In torch's deterministic mode what is not written has been filled, so that it is the same in every run.
+    # torch's deterministic mode has filled the tensor, so that elements left unwritten are the same in every run.
+    # Memory of the cache is not filled.
     fills: bool = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     if fills and torch.are_deterministic_algorithms_enabled():
         return False
@@ -198,7 +199,10 @@ def _moved(tensor: Tensor, bytes_: int) -> bool:
 
 
 def placed(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
-    """``values`` on ``device``; on a GPU filled in there: a copy would wait for it and end a graph's capture."""
+    """``values`` as a tensor on ``device``.
+
+    On a GPU the values are filled in there: a copy from the host would wait and end the capture of a CUDA graph.
+    """
     if device.type != "cuda":
         return torch.tensor(values, dtype=dtype, device=device)
     return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])

@@ -30,7 +30,7 @@ from fedkern.ops.aggregate_reference import countable, weighted_mean_reference
 from fedkern.ops.cuda import core as cuda
 from fedkern.ops.cuda.aggregate import CudaAggregate
 
-# 1. What it computes: aggregate_reference.
+# 1. Specification: aggregate_reference.
 
 
 # 2. The public function.
@@ -41,27 +41,27 @@ def weighted_mean(
 ) -> Tensor:
     """Averages the clients' flat vectors: ``sum_m weights[m] * vectors[m] / sum(weights)`` (FedAvg, arXiv 1602.05629).
 
-    Sums are taken in fp64 whatever the dtype, in the order given: the mean of equal fp32, bf16 or fp16 vectors is that
-    vector exactly, the bits do not depend on the number of threads, and an :class:`Accumulator` that is fed in the same
-    order gives the same bits.
+    Sums are taken in fp64 whatever the dtype, in the order given.  The mean of equal fp32, bf16 or fp16 vectors is that
+    vector exactly, and the bits do not depend on the number of threads.  An :class:`Accumulator` that gets the same
+    vectors in the same order gives the same bits.
+
+    Differentiable in the vectors and in a tensor of weights.  Works under torch.func.grad, vmap and torch.compile (one
+    graph node, on a stacked ``[M, P]``).
 
     Args:
         vectors: M tensors ``[P]``, or one ``[M, P]``; fp32, bf16, fp16 or fp64, of one dtype and device, any strides.
-        weights: M numbers that are finite, not negative and do not all vanish; they need not sum to one.  A sequence,
-            or a tensor ``[M]`` (on the CPU or the vectors' device).  A vector of weight zero is not looked at and may
-            hold NaN; then the gradient of its weight, and no other, is NaN.
-        out: where to write the result, ``[P]`` of any of those dtypes, to which sums are rounded, and any stride; it
-            may be one of the vectors.
+        weights: M finite numbers, at least 0 and not all 0: a sequence, or a tensor ``[M]`` on the CPU or the vectors'
+            device.  They need not sum to one.  A vector of weight zero is ignored and may hold NaN; then only the
+            gradient of its own weight is NaN.
+        out: tensor ``[P]`` that receives the result, in any of these dtypes and any stride; sums are rounded to its
+            dtype.  It may be one of the vectors.  Not allowed where a gradient is recorded.
 
     Returns:
         ``[P]`` in the vectors' dtype, or ``out``.
 
-    Differentiable in the vectors and a tensor of weights; works under torch.func.grad, vmap and torch.compile (one
-    node, on a stacked ``[M, P]``).
-
     Raises:
         TypeError, ValueError: an argument's type, dtype, device or shape is wrong, or (for weights on the CPU) a weight
-            is negative or not finite, or their sum is zero; on CUDA weights of sum zero give NaN.
+            is negative or not finite, or the sum of the weights is zero.  On CUDA weights of sum zero give NaN.
         RuntimeError: a forced backend cannot serve the call.
     """
     if not isinstance(weights, Tensor):
@@ -113,7 +113,7 @@ def select(vectors: Vectors, *others: Tensor) -> AggregateKernel:
 
 
 class _WeightedMean(EagerFunction):
-    """Of weights in a tensor, or of checked numbers and their sum."""
+    """weighted_mean with its gradient; ``weights`` is a tensor, or a pair of checked numbers and their sum."""
 
     @staticmethod
     def forward(ctx: Any, stacked: bool, weights: Tensor | tuple[list[float], float], *rows: Tensor) -> Tensor:
@@ -162,9 +162,9 @@ def _outer(shares: Tensor | list[float], grad: Tensor) -> Tensor:
 
 
 def _by_weights(grad: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """The weights' gradient: <grad, row - mean> over the sum of the weights.
+    """Gradient of the weights: <grad, row - mean>, divided by the sum of the weights.
 
-    NaN where a vector of weight 0 is not finite; that vector reaches no other derivative.
+    It is NaN where a vector of weight 0 is not finite.  Such a vector reaches no other derivative.
     """
     values = weights.to(rows.device, torch.float64)
     counted = countable(rows, values)
@@ -227,7 +227,7 @@ _weighted_mean = _library.register(
 )
 
 
-# 5. Who can serve it.
+# 5. Backends.
 
 backend.register(
     "aggregate", "cpu", backend.Kernel(lambda: CpuAggregate(backend.cpu_core()), frozenset(FLOATS), frozenset({"cpu"}))

@@ -24,7 +24,7 @@ from fedkern.ops.aggregate_plain import PLAIN
 from fedkern.ops.aggregate_reference import INFINITE, LOWEST, NOT_A_NUMBER
 from fedkern.ops.arguments import check_dense, shown
 
-# Exact weights are integers in units of the smallest double.
+# Exact weights are integers in units of the smallest positive double.
 _UNIT = 1 << 1074
 _WEIGHT_BYTES = 280
 _MOST_EXACT = 2**31 - 1
@@ -32,25 +32,27 @@ _MOST_ELEMENTS = 2**48
 
 
 class Accumulator:
-    """The running weighted mean of vectors ``[P]``, as uploads arrive: memory O(P), not O(M * P).
+    """Running weighted mean of vectors ``[P]`` that arrive one after another: memory O(P), not O(M * P).
 
-    The sum is kept in fp64, so the mean of equal fp32, bf16 or fp16 vectors is that vector exactly, with the same
-    bits for any number of threads, and those of :func:`weighted_mean` on the same vectors in the same order.
+    The sum is kept in fp64.  So the mean of equal fp32, bf16 or fp16 vectors is that vector exactly, and the bits do
+    not depend on the number of threads.  They are the bits of :func:`weighted_mean` on the same vectors in the same
+    order.
 
-    With ``exact=True`` the bits do not depend on the order of arrival either: products are rounded to fp64 one by one
-    and their digits in base 2^32 added as integers (three per element, on a fixed grid; compare Demmel and Nguyen,
-    "Parallel reproducible summation", IEEE Trans. Comput. 64(7), 2015), and the weights as integers too.  It takes
-    three times the memory and, memory-bound as it is, about three times as long.
+    With ``exact=True`` the bits do not depend on the order of arrival either.  Each product is rounded to fp64 and its
+    digits in base 2^32 are added as integers: three digits per element, on a fixed grid (compare Demmel and Nguyen,
+    "Parallel reproducible summation", IEEE Trans. Comput. 64(7), 2015).  The weights are added as integers too.  Exact
+    sums take three times the memory and, since they are memory-bound, about three times as long.
 
-    It holds state, so it is not differentiable, and adding under torch.compile or a torch.func transform raises.
+    An accumulator holds state.  It is not differentiable, and :meth:`add` raises under torch.compile or a torch.func
+    transform.
 
     Args:
-        size: P.
-        exact: see above.
-        device: where to sum, by default the CPU; vectors must be there.
+        size: P, the length of the vectors.
+        exact: whether the bits are independent of the order of arrival; see above.
+        device: device of the sum and of all vectors; default: torch's default device (the CPU).
 
     Raises:
-        TypeError, ValueError: size is no whole number of elements, or torch cannot use the device.
+        TypeError, ValueError: size is not a whole number from 0 to 2^48, or torch cannot use the device.
     """
 
     def __init__(self, size: int, exact: bool = False, *, device: torch.device | str | None = None) -> None:
@@ -73,24 +75,25 @@ class Accumulator:
 
     @property
     def weight(self) -> float:
-        """The sum of the weights added."""
+        """Sum of the weights added."""
         return self._units / _UNIT if self.exact else self._weight
 
     @property
     def count(self) -> int:
-        """How many vectors were added."""
+        """Number of vectors added."""
         return self._count
 
     def add(self, vector: Tensor, weight: float | Tensor = 1.0) -> None:
-        """Adds ``weight * vector``; a vector of weight zero is counted, but not looked at.
+        """Adds ``weight * vector``.  A vector of weight zero is counted but not read.
 
         Args:
             vector: ``[P]``, fp32, bf16, fp16 or fp64, of any stride.
             weight: finite and not negative.
 
         Raises:
-            TypeError, ValueError: an argument is of the wrong type, shape, device or value.
+            TypeError, ValueError: an argument has the wrong type, shape, device or value.
             OverflowError: an exact accumulator is full (2^31 - 1 vectors).
+            RuntimeError: called under torch.compile or a torch.func transform, or a forced backend cannot serve.
         """
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             raise RuntimeError(
@@ -124,14 +127,14 @@ class Accumulator:
             kernel.accumulate(self._sum, vector, weight)
 
     def mean(self, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """Returns the weighted mean so far, ``[P]``; more may be added afterwards.
+        """Returns the weighted mean so far, ``[P]``; more vectors may be added afterwards.
 
         Args:
-            out: where to write it, ``[P]`` of any of the four dtypes.
-            dtype: of a fresh result; by default that of the vectors (the wider one where they differ).
+            out: tensor ``[P]`` that receives the mean, in any of the four dtypes.
+            dtype: dtype of a new result; default: that of the vectors, promoted where they differ.
 
         Raises:
-            TypeError, ValueError: out or dtype is wrong, or nothing of positive weight was added yet.
+            TypeError, ValueError: out or dtype is wrong, or no vector of positive weight was added yet.
         """
         if not self.weight > 0:
             raise ValueError("nothing to average yet: add a vector of positive weight before asking for the mean")
@@ -148,7 +151,7 @@ class Accumulator:
         target: Tensor | None = None
         if backend.eager(self._sum, *(() if out is None else (out,))):
             target = direct_target(out, self.size, dtype, (), (), 0)
-        else:  # a fake result, or a fresh one on another default device, has no memory to write to
+        else:  # a fake result, or a new one on another default device, has no memory that a kernel can write to
             kernel = PLAIN
         into = target if target is not None else dtype if out is None else out.dtype
         if self.exact:
@@ -158,14 +161,14 @@ class Accumulator:
         return result if out is None else deliver(result, out)
 
     def reset(self) -> None:
-        """Forgets everything added."""
+        """Forgets all vectors and weights."""
         self._count, self._dtype, self._weight, self._units = 0, None, 0.0, 0
         self._sum.zero_()
         self._digits.zero_()
         self._top.fill_(LOWEST)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns tensors and numbers (a copy) from which :meth:`load_state_dict` continues bit for bit."""
+        """Returns a copy of the state (tensors, numbers), from which :meth:`load_state_dict` continues bit for bit."""
         state: dict[str, Any] = {
             "size": self.size,
             "exact": int(self.exact),
@@ -182,13 +185,13 @@ class Accumulator:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over a state made by :meth:`state_dict` of an accumulator of the same size and exactness.
+        """Loads a state from :meth:`state_dict` of an accumulator with the same ``size`` and ``exact``.
 
-        Nothing is taken over from a state that is refused.
+        A state that is refused changes nothing.
 
         Raises:
-            TypeError, ValueError: the state has other entries, types or shapes, is of another size or exactness, or
-                holds what no sum of vectors comes to.
+            TypeError, ValueError: the state has wrong entries, types or shapes, another ``size`` or ``exact``, or
+                values that no sum of vectors can have.
         """
         count, weight, dtype = self._check_state(state)
         if self.exact:
@@ -200,7 +203,7 @@ class Accumulator:
         self._count, self._weight, self._dtype = count, weight, dtype
 
     def _check_state(self, state: Mapping[str, Any]) -> tuple[int, float, torch.dtype | None]:
-        """Count, weight and dtype of a state; see :meth:`load_state_dict` for what is raised."""
+        """Returns count, weight and dtype of a valid state; raises as :meth:`load_state_dict` does."""
         if not isinstance(state, Mapping):
             raise TypeError(f"state must be a dict made by state_dict(), not {type(state).__name__}")
         numbers = ("size", "exact", "count", "weight", "dtype")
@@ -226,7 +229,7 @@ class Accumulator:
             _check_entry(state[name], name, *form)
         count, weight = _whole(state, "count"), check_weight(state["weight"], "the state's weight")
         if exact:
-            # Beside it lies the sum rounded as it grew, which has told nothing yet.
+            # The units are the exact sum.  "weight" is a rounded copy on which no result depends.
             total = _exact_weight(state)
             if not math.isclose(total, weight, rel_tol=1e-6):
                 raise ValueError(f"the state's weight must be that of its units, {total:g}, not {weight:g}")
@@ -246,11 +249,11 @@ class Accumulator:
         return f"Accumulator({self.size}{kind}: {self._count} vectors, weight {self.weight:g})"
 
 
-# What a state is made of.
+# Entries of a state.
 
 
 def _whole(state: Mapping[str, Any], name: str) -> int:
-    """A whole number of a state, which may have travelled in a tensor."""
+    """Returns the entry ``name`` as a whole number; a tensor of one element is accepted too."""
     value = state[name]
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_floating_point() and not value.is_complex():
         value = value.item()
@@ -282,7 +285,10 @@ def _exact_weight(state: Mapping[str, Any]) -> float:
 
 
 def _check_digits(digits: Tensor, top: Tensor, count: int) -> None:
-    """Every vector adds less than 2^32 to a digit; from larger ones a later sum could overflow."""
+    """Raises ValueError for digits that no sum of ``count`` vectors can have.
+
+    Every vector adds less than 2^32 to a digit.  With larger digits a later sum could overflow.
+    """
     if top.numel() and not LOWEST <= int(top.min()) <= int(top.max()) <= NOT_A_NUMBER:
         raise ValueError(f"the state's top must be between {LOWEST} and {NOT_A_NUMBER}")
     most = count << 32

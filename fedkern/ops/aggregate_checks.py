@@ -1,4 +1,4 @@
-"""aggregate: the checks of vectors, weights and outputs that its operators share."""
+"""aggregate: checks of vectors, weights and outputs that all its operators share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Vectors = Tensor | Sequence[Tensor]
 
 
 def check_vectors(vectors: Vectors) -> tuple[Tensor, int]:
-    """Returns one tensor that stands for all, and M."""
+    """Checks the vectors; returns one tensor with their dtype, device and last dimension P, and M."""
     if isinstance(vectors, Tensor):
         check_dense(vectors, "vectors")
         if vectors.dtype not in FLOATS:
@@ -79,7 +79,7 @@ def check_out(out: Tensor, size: int, device: torch.device, name: str = "out") -
 
 
 def check_weights_tensor(weights: Tensor, count: int, device: torch.device) -> None:
-    """Raises TypeError or ValueError unless ``weights`` has the form of ``count`` weights, of whatever values."""
+    """Raises TypeError or ValueError unless ``weights`` is a real tensor ``[count]``; its values are not checked."""
     check_dense(weights, "weights")
     if weights.dim() != 1 or weights.shape[0] != count:
         raise ValueError(f"weights must have shape [{count}], not {list(weights.shape)}")
@@ -92,7 +92,7 @@ def check_weights_tensor(weights: Tensor, count: int, device: torch.device) -> N
 def check_weight(value: float | Tensor, name: str) -> float:
     """Returns one weight as a float; negative and non-finite ones raise ValueError."""
     value = real(value, name)
-    if not 0 <= value < math.inf:  # comparisons, which torch.compile traces where a float is symbolic
+    if not 0 <= value < math.inf:  # comparisons: torch.compile traces them where a float is symbolic
         raise ValueError(f"{name} must be finite and not negative, not {value}")
     return value
 
@@ -101,14 +101,14 @@ def check_weights(weights: Tensor | Iterable[float], count: int) -> tuple[list[f
     """Returns ``count`` weights as floats, and their sum, added up in order.
 
     Raises:
-        TypeError: they come in no order, or one is no number.
-        ValueError: there are not ``count``, one is negative or not finite, or they sum to zero or infinity.
+        TypeError: the weights have no order (a set, a generator), or one of them is not a number.
+        ValueError: there are not ``count`` weights, one is negative or not finite, or their sum is zero or infinite.
     """
     if isinstance(weights, Tensor):
         given = weights.tolist()
     elif isinstance(weights, Sequence) and not isinstance(weights, (str, bytes, bytearray)):
         given = list(weights)
-    elif hasattr(weights, "__array__"):  # NumPy's, pandas'
+    elif hasattr(weights, "__array__"):  # arrays of NumPy, series of pandas
         given = np.atleast_1d(np.asarray(weights)).tolist()
     else:
         raise TypeError(f"weights must be numbers in a list, or a tensor, not {type(weights).__name__}")
@@ -121,7 +121,7 @@ def check_weights(weights: Tensor | Iterable[float], count: int) -> tuple[list[f
     total = 0.0
     for value in values:
         total += value
-    # A NaN or an infinity among them is one in their sum.
+    # A NaN or infinite weight makes the sum NaN or infinite.
     if not (0 < total < math.inf and min(values) >= 0):
         for position, value in enumerate(values):
             check_weight(value, f"weights[{position}]")
@@ -130,14 +130,14 @@ def check_weights(weights: Tensor | Iterable[float], count: int) -> tuple[list[f
 
 
 def _constant(value: object, name: str) -> float:
-    """A number that takes no part in differentiation."""
+    """Returns ``value`` as a float; raises ValueError for a tensor that asks for a gradient."""
     if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} asks for a gradient, which numbers in a list do not get; give weights as one tensor")
     return real(value, name)
 
 
 def kernel_weights(weights: Tensor | Sequence[float], count: int) -> Tensor | list[float]:
-    """What kernels take: checked numbers, or the unchecked tensor where it is not on the CPU."""
+    """Returns weights as kernels take them: checked numbers, or an unchecked tensor where it is not on the CPU."""
     if isinstance(weights, Tensor) and weights.device.type != "cpu":
         return weights.detach()
     return check_weights(weights.detach() if isinstance(weights, Tensor) else weights, count)[0]
@@ -146,21 +146,21 @@ def kernel_weights(weights: Tensor | Sequence[float], count: int) -> Tensor | li
 def check_call(
     name: str, vectors: Vectors, weights: Tensor | Sequence[float] | None, first: Tensor, count: int
 ) -> None:
-    """Checks the form of ``weights``, and that nobody asks for a gradient through an operator that has none."""
+    """Checks the form of ``weights`` and refuses gradients, for the operator ``name`` that has none."""
     if isinstance(weights, Tensor):
         check_weights_tensor(weights, count, first.device)
     refuse_gradient(name, *rows_or_stack(vectors), weights)
 
 
 def refuse_gradient(name: str, *given: object) -> None:
-    """Raises ValueError where one of ``given`` asks for a gradient, through the operator ``name`` that has none."""
+    """Raises ValueError if a tensor in ``given`` asks for a gradient: the operator ``name`` has none."""
     recorded = torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in given)
     if recorded or backend.tangents(given):
         raise ValueError(f"{name} has no gradient; call it under torch.no_grad(), or detach its arguments")
 
 
 def rows_or_stack(vectors: Vectors) -> Sequence[Tensor]:
-    """The tensors that hold the vectors."""
+    """The tensors that hold the vectors: the stack ``[M, P]`` alone, or M tensors ``[P]``."""
     return (vectors,) if isinstance(vectors, Tensor) else vectors
 
 
@@ -170,7 +170,7 @@ def rows_of(vectors: Vectors) -> list[Tensor]:
 
 
 def eager(vectors: Vectors, *others: object) -> bool:
-    """:func:`fedkern.ops.backend.eager` of the vectors and of what else is a tensor."""
+    """:func:`fedkern.ops.backend.eager` of the vectors and of the tensors among ``others``."""
     return backend.eager(*rows_or_stack(vectors), *(value for value in others if isinstance(value, Tensor)))
 
 
@@ -182,7 +182,7 @@ def as_tensor(weights: Tensor | Sequence[float], first: Tensor, count: int) -> T
 
 
 def no_vmap(name: str) -> Any:
-    """The batching rule of an operator that has none."""
+    """A batching rule that raises NotImplementedError, for an operator without vmap."""
 
     def refuse(*arguments: Any) -> Any:
         raise NotImplementedError(f"torch.func.vmap over {name} is not supported: loop over the mapped axis")
@@ -191,11 +191,11 @@ def no_vmap(name: str) -> Any:
 
 
 def check_number(value: float, name: str, low: float, high: float = math.inf, *, above: bool = False) -> float:
-    """Returns a number of [low, high], or with ``above`` of (low, high], as a float; infinity never passes."""
+    """Returns ``value`` as a float in [low, high], or with ``above`` in (low, high]; infinity is never valid."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, not {type(value).__name__}")
     number = real(value, name)
-    # Comparisons, and not math.isinf, for torch.compile as above.
+    # Comparisons, and not math.isinf: torch.compile traces them where a float is symbolic.
     if not (low <= number <= high) or abs(number) == math.inf or (above and number == low):
         bound = f"greater than {low:g}" if above else f"at least {low:g}"
         raise ValueError(
@@ -205,7 +205,7 @@ def check_number(value: float, name: str, low: float, high: float = math.inf, *,
 
 
 def check_count(value: int, name: str, low: int, high: int | None = None) -> int:
-    """Returns a whole number of [low, high]."""
+    """Returns ``value``, a whole number in [low, high]."""
     if isinstance(value, np.integer):
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int):
@@ -219,7 +219,10 @@ def check_count(value: int, name: str, low: int, high: int | None = None) -> int
 def direct_target(
     out: Tensor | None, size: int, dtype: torch.dtype, pointers: Sequence[int], strides: Sequence[int], item: int
 ) -> Tensor | None:
-    """``out`` where a kernel may write to it element by element while it reads the vectors, else None."""
+    """Returns ``out`` if a kernel may write to it element by element while it reads the vectors, else None.
+
+    The vectors begin at ``pointers``; ``strides`` are in elements of ``item`` bytes.
+    """
     if out is None or (size > 1 and out.stride(0) != 1) or out.dtype not in FLOATS or out.is_neg():
         return None
     begin, end = out.data_ptr(), out.data_ptr() + size * out.element_size()
@@ -232,7 +235,7 @@ def direct_target(
 
 
 def deliver(result: Tensor, out: Tensor) -> Tensor:
-    """Hands ``result`` over in ``out``, and tells autograd that ``out`` has changed."""
+    """Returns ``out`` with ``result`` in it, copied if necessary, and tells autograd that ``out`` has changed."""
     if result is out:
         written(out)
         return out

@@ -1,4 +1,4 @@
-"""aggregate: from tensors to the pointers, sizes and strides of the compiled CPU kernels."""
+"""aggregate: launcher of the compiled CPU kernels, which take tensors as pointers, sizes and strides."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from fedkern.ops.aggregate_kernels import ServerRule, Weights
 from fedkern.ops.aggregate_plain import PlainAggregate
 from fedkern.ops.aggregate_pointers import addresses, numbers, unit_addresses
 
-# Copied by empty_like, which takes two thirds of the time of empty(count, dtype=...): one for every number of clients.
+# Templates for empty_like, by number of clients: it takes two thirds of the time of empty(count, dtype=...).
 _NUMBERS: dict[int, Tensor] = {}
 _empty_like = torch.empty_like
 
-# Elements of a vector that stays in the core's caches between being measured and being scaled (csrc/bindings).
+# Longest vector, in elements, that stays in a CPU core's caches between its norm and its scaling (csrc/bindings).
 SHORT = 16384
 
 
 class Rows(NamedTuple):
-    """Vectors that kernels may read as they are: unit strides, no gradient wanted, nothing between call and kernel.
+    """Vectors that kernels may read as they are: unit strides, no gradient, no transform or mode around the call.
 
     Attributes:
-        kernel: the CPU kernels, which serve here.
-        dtype: of all vectors.
+        kernel: the CPU kernels that serve the call.
+        dtype: dtype of all vectors.
         size: P.
-        pointers: where each vector begins.
+        pointers: address of each vector.
     """
 
     kernel: CpuAggregate
@@ -41,12 +41,14 @@ class Rows(NamedTuple):
 
 
 def rows(vectors: Vectors, *, recorded: bool = False) -> Rows | None:
-    """Whether an ordinary call on ordinary vectors can go straight to the CPU kernels; None: by the general way.
+    """Returns the vectors for a direct call of the CPU kernels, or None where the general path must serve.
 
-    ``recorded``: also where a gradient is wanted, for those who see to it.
+    The checks, :func:`fedkern.ops.backend.eager` and :func:`fedkern.ops.backend.select` ask questions about every
+    vector, which are half of a call's time with ten vectors.  So one call into the core answers all of them.
 
-    Everything that the checks, :func:`fedkern.ops.backend.eager` and :func:`fedkern.ops.backend.select` ask of the
-    vectors is asked in one call into the core, for half of a call's time with ten vectors is these questions.
+    Args:
+        vectors: as in :func:`fedkern.ops.weighted_mean`, not checked yet.
+        recorded: also accept vectors that want a gradient; the caller then records it.
     """
     if backend.intercepted():
         return None
@@ -85,7 +87,7 @@ class CpuAggregate(PlainAggregate):
         return target if out is None else deliver(target, out)
 
     def mean_of_rows(self, given: Rows, weights: Sequence[float], out: Tensor | None) -> Tensor | None:
-        """:meth:`weighted_mean`; None where ``out`` is not one that the kernel may write to right away."""
+        """:meth:`weighted_mean` of checked vectors; None where the kernel cannot write to ``out`` directly."""
         _, dtype, size, pointers = given
         values, total = self.core.plain_weights(weights, len(pointers)) or check_weights(weights, len(pointers))
         if out is None:
@@ -119,7 +121,7 @@ class CpuAggregate(PlainAggregate):
         target_dtype: torch.dtype,
         target: int,
     ) -> None:
-        """``strides`` is empty where all are one."""
+        """Calls the core; an empty ``strides`` means that all strides are one."""
         self.core.weighted_mean(
             backend.DTYPES[dtype],
             backend.DTYPES[target_dtype],
@@ -210,13 +212,13 @@ class CpuAggregate(PlainAggregate):
         second: Tensor | None,
         out: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """:meth:`server_step`; None where an argument is wrong or does not suit the kernel as it is."""
+        """:meth:`server_step`; None where an argument is wrong or the kernel cannot take it directly."""
         grad, (_, dtype, size, pointers) = torch.is_grad_enabled(), given
         plain = self.core.plain_vectors
         old = plain((global_,), _TENSORS, grad)
         if old is None or old[0] is not dtype or old[1] != size:
             return None
-        # "mean" has no state, "momentum" the first alone.
+        # "mean" has no state, "momentum" has only the first.
         if (first is None) is not (rule.rule == 0) or (second is None) is not (rule.rule < 2):
             return None
         state_dtype: torch.dtype = torch.float32
@@ -305,7 +307,7 @@ class CpuAggregate(PlainAggregate):
     def sorted_mean_of_rows(
         self, given: Rows, low: int, high: int, weights: Sequence[float] = (), half: float = 0.0
     ) -> Tensor:
-        """:meth:`sorted_mean`, or with ``half`` of the weights' sum :meth:`weighted_median`."""
+        """:meth:`sorted_mean`; :meth:`weighted_median` where ``half``, half of the weights' sum, is above 0."""
         _, dtype, size, pointers = given
         target = self._target(dtype, size)
         self.core.sorted_mean(
@@ -326,7 +328,7 @@ class CpuAggregate(PlainAggregate):
         return result
 
     def distances_of_rows(self, given: Rows, *, root: bool) -> Tensor:
-        """:meth:`squared_distances`, or with ``root`` the distances themselves."""
+        """:meth:`squared_distances`, or with ``root`` :meth:`distances`."""
         _, dtype, size, pointers = given
         count = len(pointers)
         result = torch.empty(count, count, dtype=torch.float64)
@@ -365,7 +367,7 @@ class CpuAggregate(PlainAggregate):
         return result
 
     def clip_of_rows(self, given: Rows, max_norm: float, deviation: float, seed: int, offset: int) -> Tensor:
-        """Short vectors, at most :data:`SHORT` elements, clipped and noise added, each as soon as it is measured."""
+        """Clips vectors of at most :data:`SHORT` elements and adds noise, to each right after its norm is known."""
         _, dtype, size, pointers = given
         result = fresh(self.core, torch.empty(len(pointers), size, dtype=dtype))
         self.core.clip_short(

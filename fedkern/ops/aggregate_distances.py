@@ -1,4 +1,4 @@
-"""aggregate: distances between flat model vectors, and the robust means that are built on them."""
+"""aggregate: distances between flat model vectors, and the robust means built on them (Krum, geometric median)."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from fedkern.ops.aggregate_plain import PLAIN
 from fedkern.ops.aggregate_robust_reference import geometric_median_reference, krum_scores_reference
 from fedkern.ops.arguments import shown
 
-# Up to this many vectors the geometric median is found from their distances alone: one pass over the vectors that costs
-# M / 2 differences per element, where every iteration on the vectors costs two passes.
+# Up to this many vectors the geometric median is found from their pairwise distances alone. They take one pass over the
+# vectors with M / 2 differences per element; every iteration on the vectors themselves would take two passes.
 MOST_FROM_DISTANCES = 128
 
-# As many as operators of torch.library can be told.
+# The largest integer that operators of torch.library take.
 _MOST_ITERATIONS = 2**63 - 1
 
 # Up to this many vectors Krum's scores are summed in Python.
 FEW = 20
 
-# 1. What they compute: aggregate_robust_reference.
+# 1. Specification: aggregate_robust_reference.
 
 
 # 2. The public functions.
@@ -48,15 +48,16 @@ FEW = 20
 def pairwise_distances(vectors: Vectors) -> Tensor:
     """Computes the Euclidean distances between all pairs of vectors.
 
-    Differences are taken first and squared in fp64, so near-equal vectors have accurate distances (the formula
-    ``|x|^2 + |y|^2 - 2 x.y`` loses all digits there), and equal ones are at distance 0.
+    Differences are taken first and squared in fp64.  So near-equal vectors have accurate distances, where the formula
+    ``|x|^2 + |y|^2 - 2 x.y`` would lose all digits, and equal vectors are at distance 0.
 
     Args:
         vectors: M tensors ``[P]``, or one ``[M, P]``; fp32, bf16, fp16 or fp64, of one dtype and device, any strides.
 
     Returns:
         ``[M, M]`` in fp64, exactly symmetric, with zeros on the diagonal.  NaN in a vector makes its distances to
-        others NaN, and an infinity makes them infinite (NaN where two of one sign meet).  There is no gradient.
+        others NaN.  An infinity makes them infinite, or NaN where the other vector has the same infinity in the same
+        place.  There is no gradient.
 
     Raises:
         TypeError, ValueError: vectors are of the wrong type, dtype, device or shape, or a gradient was asked for.
@@ -73,14 +74,15 @@ def pairwise_distances(vectors: Vectors) -> Tensor:
 def krum(vectors: Vectors, byzantine: int, keep: int = 1) -> Tensor:
     """Selects the ``keep`` vectors that lie closest to others, and averages them (Krum, arXiv 1703.02757).
 
-    The score of a vector is the sum of its squared distances to the ``M - byzantine - 2`` others that are closest; the
-    vectors of the smallest scores are kept, of equal ones the first.  ``keep=1`` returns one of the vectors unchanged
-    (Krum), more is Multi-Krum.  A vector with NaN or infinities is infinitely far from all others.
+    The score of a vector is the sum of its squared distances to the ``M - byzantine - 2`` closest other vectors.  The
+    vectors with the smallest scores are kept; of equal scores the first.  ``keep=1`` is Krum and returns one of the
+    vectors unchanged; a larger ``keep`` is Multi-Krum.  A vector with NaN or infinities is infinitely far from all
+    others.
 
     Args:
         vectors: M tensors ``[P]``, or one ``[M, P]``; fp32, bf16, fp16 or fp64, of one dtype and device, any strides.
-        byzantine: how many of them may be arbitrary, f; the paper's guarantee needs ``2 f + 2 < M``.
-        keep: how many are averaged, from 1 to ``M - f``.
+        byzantine: number f of vectors that may be arbitrary, with ``2 f + 2 < M`` (needed by the paper's guarantee).
+        keep: number of vectors that are averaged, from 1 to ``M - f``.
 
     Returns:
         ``[P]`` in the vectors' dtype.  There is no gradient.
@@ -112,24 +114,23 @@ def geometric_median(
     tolerance: float = 1e-10,
     smoothing: float = 1e-6,
 ) -> Tensor:
-    """Finds the point with the least weighted sum of distances to the vectors (RFA, arXiv 1912.13445).
+    """Finds the point with the smallest weighted sum of distances to the vectors (RFA, arXiv 1912.13445).
 
-    Smoothed Weiszfeld iterations from the weighted mean: ``z <- sum_m b_m x_m / sum_m b_m`` with ``b_m = w_m /
-    max(smoothing, |x_m - z|)``.  Every such point is a mean of the vectors, so its distances to them follow from the
-    distances among them, ``|x_m - z|^2 = (D a)_m - a.D a / 2`` for shares ``a`` and squared distances ``D``: up to
-    128 vectors are read twice, whatever the number of iterations.
+    Smoothed Weiszfeld iterations start at the weighted mean: ``z <- sum_m b_m x_m / sum_m b_m`` with
+    ``b_m = w_m / max(smoothing, |x_m - z|)``.  Every such point is a mean of the vectors with shares ``a``.  So its
+    distances follow from the squared distances ``D`` between the vectors: ``|x_m - z|^2 = (D a)_m - a.D a / 2``.  Up to
+    128 vectors are therefore read only twice, whatever the number of iterations.
 
     Args:
         vectors: M tensors ``[P]``, or one ``[M, P]``; fp32, bf16, fp16 or fp64, of one dtype and device, any strides.
-        weights: M numbers that are finite, not negative and do not all vanish, default equal.  A vector of weight zero
-            has no influence.
-        iterations: at most so many; 0 gives the weighted mean.
-        tolerance: stop when the sum of distances changes by no more than this share of it.
-        smoothing: the smallest distance that is divided by, in the vectors' units.
+        weights: M finite numbers, at least 0 and not all 0; default: equal.  A vector of weight zero has no influence.
+        iterations: largest number of iterations; 0 gives the weighted mean.
+        tolerance: relative change of the weighted sum of distances at which the iterations stop.
+        smoothing: lower bound of the distances that are divided by, in the vectors' units; greater than 0.
 
     Returns:
-        ``[P]`` in the vectors' dtype.  NaN or infinity in a vector of positive weight makes it NaN.  There is no
-        gradient.
+        ``[P]`` in the vectors' dtype.  NaN or infinity in a vector of positive weight makes the result NaN.  There is
+        no gradient.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
@@ -148,7 +149,7 @@ def geometric_median(
             return quick.kernel.mean_of_rows(quick, shares, None)  # type: ignore[return-value]
     first, count = check_vectors(vectors)
     check_call("geometric_median", vectors, weights, first, count)
-    if weights is None:  # made where they are needed: a copy from the host would wait, and end a graph's capture
+    if weights is None:  # made on the device: a copy from the host would wait, and end the capture of a CUDA graph
         given = torch.ones(count, dtype=torch.float64, device=first.device)
     else:
         given = as_tensor(weights, first, count)
@@ -179,7 +180,7 @@ def _krum(vectors: Vectors, byzantine: int, keep: int) -> Tensor:
 
 
 def _scores(squared: Tensor, byzantine: int) -> Tensor:
-    """Krum's; what is not finite is infinitely far."""
+    """Krum's scores; distances that are not finite count as infinite, in ``squared`` itself."""
     return krum_scores_reference(squared.nan_to_num_(nan=math.inf, posinf=math.inf), byzantine)
 
 
@@ -188,7 +189,7 @@ def _krum_weights(squared: Tensor, byzantine: int, keep: int) -> list[float]:
     count = len(squared)
     if count > FEW:
         scores = _scores(squared, byzantine).tolist()
-    else:  # where torch would take longer to be called than the sums take
+    else:  # the calls of torch would take longer than the sums
         scores = []
         for m, row in enumerate(squared.tolist()):
             others = sorted([x if x == x else math.inf for x in row[:m] + row[m + 1 :]])
@@ -200,7 +201,7 @@ def _krum_weights(squared: Tensor, byzantine: int, keep: int) -> list[float]:
 
 
 def _mean(vectors: Vectors, shares: Tensor, out: Tensor | None = None) -> Tensor:
-    """The weighted mean; shares of NaN, which come from NaN in the vectors, give NaN."""
+    """The weighted mean with ``shares``.  NaN shares, which come from NaN in the vectors, give NaN."""
     weights = shares.tolist() if shares.device.type == "cpu" else shares
     return select(vectors).weighted_mean(vectors, weights, out)
 
@@ -220,7 +221,7 @@ def _geometric_median(vectors: Vectors, weights: Tensor, iterations: int, tolera
     squared = None
     if count <= MOST_FROM_DISTANCES:
         squared = torch.where(used & used[:, None], select(vectors).squared_distances(vectors), 0.0)
-    # On a GPU no result is looked at: all iterations run, and a flag keeps the shares once they have settled.
+    # On a GPU the host reads no result: all iterations run, and a flag keeps the shares once they have settled.
     current, before = given / given.sum(), torch.full((), math.inf, dtype=torch.float64, device=device)
     settled = torch.zeros((), dtype=torch.bool, device=device)
     for _ in range(iterations):
@@ -237,14 +238,14 @@ def _geometric_median(vectors: Vectors, weights: Tensor, iterations: int, tolera
 def _weiszfeld(
     squared: Tensor, weights: Sequence[float], iterations: int, tolerance: float, smoothing: float
 ) -> list[float]:
-    """The shares that the iterations end with, from the vectors' squared distances: in NumPy, whose calls cost less."""
+    """Final shares of the iterations, from the vectors' squared distances; in NumPy, whose calls cost less."""
     used = [m for m, weight in enumerate(weights) if weight > 0]
     given = np.array(weights)[used]
     between = squared.numpy()[np.ix_(used, used)]
     shares, before = given / given.sum(), math.inf
     with np.errstate(all="ignore"):  # NaN and infinities spread as they do in torch
         for _ in range(iterations):
-            sums = (between * shares).sum(1)  # and no product of BLAS, whose bits may depend on its threads
+            sums = (between * shares).sum(1)  # not by BLAS, whose bits may depend on its threads
             distances = np.sqrt(np.maximum(sums - 0.5 * (shares * sums).sum(), 0.0))
             objective = float((given * distances).sum())
             if abs(before - objective) <= tolerance * objective:
@@ -259,7 +260,7 @@ def _weiszfeld(
 
 
 def _distances_to_mean(vectors: Vectors, shares: Tensor, squared: Tensor | None) -> Tensor:
-    """The vectors' distances to their mean with ``shares`` of sum one."""
+    """The vectors' distances to their mean with ``shares`` (of sum one), from the ``squared`` distances if given."""
     if squared is None:
         wide = torch.empty(vectors[0].shape[0], dtype=torch.float64, device=shares.device)
         return select(vectors).squared_distances_to(vectors, _mean(vectors, shares, wide)).sqrt_()
@@ -267,7 +268,7 @@ def _distances_to_mean(vectors: Vectors, shares: Tensor, squared: Tensor | None)
     return (sums - 0.5 * (shares @ sums)).clamp_min_(0.0).sqrt_()
 
 
-# 3. Eager autograd: they have no gradient, and say so.
+# 3. Eager autograd: none; a call that asks for a gradient raises ValueError.
 
 
 # 4. The same operators for torch.compile and opcheck.

@@ -1,9 +1,9 @@
-"""aggregate: what a backend implements.
+"""aggregate: the kernel interface that a backend implements.
 
-The public functions check their arguments, choose a kernel object and call one of these methods; the operators that are
-built from others (krum, geometric_median, clip_by_norm) are written on them once for all backends.
-:class:`~fedkern.ops.aggregate_plain.PlainAggregate` is the same interface in plain PyTorch: the reference, and what a
-backend inherits for methods that it does not write itself.
+The public functions check their arguments, choose a kernel object and call one of these methods.  Operators built from
+others (krum, geometric_median, clip_by_norm) use these methods and are written once for all backends.
+:class:`~fedkern.ops.aggregate_plain.PlainAggregate` has the same interface in plain PyTorch.  It is the reference, and
+a backend inherits from it the methods that it does not implement.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 
 from fedkern.ops.aggregate_checks import Vectors
 
-#: Checked, finite, not negative, of positive sum; or, for vectors on a GPU, a tensor ``[M]`` there of unchecked values.
+#: Checked numbers: finite, not negative, of positive sum.  For vectors on a GPU also a tensor ``[M]`` there, unchecked.
 Weights = Sequence[float] | Tensor
 
 RULES = ("mean", "momentum", "adam", "yogi", "adagrad")
 
 
 class ServerRule(NamedTuple):
-    """A server optimiser: its place in :data:`RULES` and its numbers."""
+    """A server optimiser: the index of its rule in :data:`RULES`, and its hyperparameters."""
 
     rule: int
     learning_rate: float
@@ -33,27 +33,29 @@ class ServerRule(NamedTuple):
 
 
 class AggregateKernel(Protocol):
-    """``vectors`` are M >= 1 tensors ``[P]`` or one ``[M, P]`` of one dtype and device, of any strides; P may be 0.
+    """One backend's aggregation kernels.
 
-    Results are fresh and contiguous unless an argument takes them.  All sums are taken in fp64, in a fixed order.
-    A method that takes ``out`` finds it of unit stride, of any of the four dtypes, and unless it says otherwise without
-    overlap with its inputs.
+    ``vectors`` are M >= 1 tensors ``[P]`` or one ``[M, P]``, of one dtype and device and any strides; P may be 0.
+
+    Results are new and contiguous unless an argument receives them.  All sums are taken in fp64, in a fixed order.
+    An argument ``out`` has unit stride and any of the four dtypes.  It does not overlap the inputs, unless the method
+    says otherwise.
     """
 
     def weighted_mean(self, vectors: Vectors, weights: Weights, out: Tensor | None) -> Tensor:
         """``sum_m w_m x_m / sum_m w_m``, m ascending; a vector of weight zero is skipped.
 
-        ``out`` is as in :func:`fedkern.ops.weighted_mean`, of any stride and overlap; the sums are rounded to its
-        dtype and to no other.  Weights of sum zero give NaN.
+        ``out`` is that of :func:`fedkern.ops.weighted_mean`: it may have any stride and overlap the vectors.  The sums
+        are rounded once, to its dtype.  Weights of sum zero give NaN.
         """
         ...
 
     def accumulate(self, total: Tensor, vector: Tensor, weight: float) -> None:
-        """``total += weight * vector`` for ``total`` fp64 ``[P]``, product and sum each rounded."""
+        """``total += weight * vector`` for ``total`` fp64 ``[P]``; product and sum are each rounded."""
         ...
 
     def accumulated_mean(self, total: Tensor, weight: float, out: Tensor | torch.dtype) -> Tensor:
-        """``total / weight`` in ``out``, or fresh of that dtype."""
+        """``total / weight`` in the tensor ``out``, or in a new tensor of the dtype ``out``."""
         ...
 
     def exact_accumulate(self, digits: Tensor, top: Tensor, vector: Tensor, weight: float) -> None:
@@ -61,7 +63,7 @@ class AggregateKernel(Protocol):
         ...
 
     def exact_mean(self, digits: Tensor, top: Tensor, weight: float, out: Tensor | torch.dtype) -> Tensor:
-        """The digits' sum over ``weight`` in ``out``, or fresh of that dtype."""
+        """The digits' sum divided by ``weight``, in the tensor ``out`` or in a new tensor of the dtype ``out``."""
         ...
 
     def server_step(
@@ -76,20 +78,20 @@ class AggregateKernel(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One round of a server optimiser, in one pass over ``vectors``; see :func:`fedkern.ops.server_step`.
 
-        ``global_ [P]`` of the vectors' dtype and any stride; ``first`` and ``second [P]``, fp32 or fp64 of unit stride,
-        are updated in place (None where the rule has none); ``out`` may be ``global_``.
+        ``global_ [P]`` has the vectors' dtype and any stride.  ``first`` and ``second [P]``, fp32 or fp64 of unit
+        stride, are updated in place; None where the rule has no such state.  ``out`` may be ``global_``.
 
         Returns:
-            ``out`` or a fresh model of the vectors' dtype, the M norms of the deltas and their M cosines to the mean
-            delta in fp64.
+            ``out`` or a new model of the vectors' dtype, the M norms of the deltas in fp64, and their M cosines to the
+            mean delta in fp64.
         """
         ...
 
     def sorted_mean(self, vectors: Vectors, low: int, high: int, weights: Weights | None) -> Tensor:
         """The (weighted) mean of the values at places ``low <= k < high`` of every coordinate's ascending order.
 
-        Equal values stay in the order of the vectors, and NaN is larger than every number.  Remaining weights of sum
-        zero give NaN.
+        Equal values stay in the order of the vectors, and NaN is larger than every number.  Where the weights of these
+        values sum to zero, the result is NaN.
         """
         ...
 
@@ -98,7 +100,7 @@ class AggregateKernel(Protocol):
         ...
 
     def squared_distances(self, vectors: Vectors) -> Tensor:
-        """fp64 ``[M, M]``: sums of squared differences, taken before squaring; exactly symmetric, diagonal 0."""
+        """fp64 ``[M, M]``: sums of squared differences (subtracted first); exactly symmetric, diagonal 0."""
         ...
 
     def distances(self, vectors: Vectors) -> Tensor:
@@ -110,7 +112,7 @@ class AggregateKernel(Protocol):
         ...
 
     def squared_norms(self, vectors: Vectors) -> Tensor:
-        """fp64 ``[M]``."""
+        """fp64 ``[M]``: the squared Euclidean norms."""
         ...
 
     def clip_and_noise(self, vectors: Vectors, max_norm: float, deviation: float, seed: int, offset: int) -> Tensor:

@@ -29,7 +29,7 @@ def philox(counter: Tensor, seed: int, high: int = 0) -> tuple[Tensor, Tensor, T
     c2, c3 = torch.full_like(c0, high & _LOW), torch.full_like(c0, high >> 32)
     k0, k1 = seed & _LOW, seed >> 32
     for _ in range(10):
-        # The product wraps modulo 2^64, which leaves its upper and lower half what they are.
+        # The int64 product wraps modulo 2^64: its bits, and so both 32-bit halves, are those of the unsigned product.
         one, two = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         c0, c1, c2, c3 = (
             ((two >> 32) & _LOW) ^ c1 ^ k0,
@@ -42,7 +42,7 @@ def philox(counter: Tensor, seed: int, high: int = 0) -> tuple[Tensor, Tensor, T
 
 
 REFINED = 1 << 12
-"""Radius words below this, the lowest 2^-20, are refined."""
+"""Radius words below this bound, a share of 2^-20, get 32 more bits; see :func:`normal`."""
 
 
 def normal(size: int, seed: int, offset: int, device: torch.device | None = None) -> Tensor:
@@ -55,18 +55,18 @@ def normal(size: int, seed: int, offset: int, device: torch.device | None = None
         u = (fp32(word 0) + 1/2) / 2^32 in fp32, t = fp32(word 1 as a signed integer) / 2^31,
         sqrt(-2 ln u) cos(pi t) and sqrt(-2 ln u) sin(pi t).
 
-    Alone, that would end at 6.77 standard deviations.  So a radius word (0 or 2) below :data:`REFINED` is followed by
-    32 more bits: the same word w of the same counter with upper half 1, which no other draw uses (all others have
-    upper half 0),
+    With these words alone no number would exceed 6.77 standard deviations.  So a radius word (0 or 2) below
+    :data:`REFINED` gets 32 more bits: the same word w of the same counter with upper half 1, which no other draw uses
+    (all others have upper half 0),
 
         u = (fp32(2^32 * word 0 + w) + 1/2) / 2^64 in fp32.
 
-    No number is then larger than 9.5, which a normal one exceeds with probability 2^-68; all others stay what they
-    were.
+    No number is then larger than 9.5 standard deviations, which a normal number exceeds with probability 2^-68.  The
+    numbers of all other radius words do not change.
     """
     first = offset & ~63
     groups = (offset + size - first + 63) // 64
-    # A counter has 62 bits, a quarter of the places.
+    # A counter has 62 bits: one serves four of the 2^64 places.
     start = (first >> 6) << 4
     counter = (torch.arange(groups * 16, dtype=torch.int64, device=device) + start) & ((1 << 62) - 1)
     words = philox(counter, seed)
@@ -82,11 +82,11 @@ def normal(size: int, seed: int, offset: int, device: torch.device | None = None
 
 
 def uniform(word: Tensor, more: Callable[[Tensor], Tensor]) -> Tensor:
-    """Numbers in (0, 1], fp32, of radius words; ``more`` gives a second word for those at the places that it is told.
+    """Uniform numbers in (0, 1], fp32, from radius words; words below :data:`REFINED` are refined by a second word.
 
     Args:
         word: 32-bit words, int64.
-        more: from the places of the words to be refined, int64 ``[n]``, to as many words, int64 ``[n]``.
+        more: returns the second words, int64 ``[n]``, for the indices of the words to refine, int64 ``[n]``.
     """
     result = (word.to(torch.float32) + 0.5) * 2.0**-32
     rare = (word < REFINED).nonzero()[:, 0]

@@ -17,7 +17,7 @@ from fedkern.ops.aggregate_reference import (
 
 
 class PlainAggregate:
-    """:class:`~fedkern.ops.aggregate_kernels.AggregateKernel` by the references."""
+    """:class:`~fedkern.ops.aggregate_kernels.AggregateKernel` in plain PyTorch: calls the references."""
 
     def weighted_mean(self, vectors: Vectors, weights: Weights, out: Tensor | None) -> Tensor:
         result = weighted_mean_reference(vectors, weights, None if out is None else out.dtype)

@@ -1,4 +1,4 @@
-"""aggregate: where vectors lie, and weights as numbers."""
+"""aggregate: addresses and strides of vectors, and weights as numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fedkern.ops.aggregate_kernels import Weights
 
 
 def numbers(weights: Weights) -> tuple[list[float], float]:
-    """The weights, and their running sum (not sum(), which compensates since Python 3.12)."""
+    """Returns the weights, and their running sum (not ``sum()``, which compensates rounding since Python 3.12)."""
     values = weights.tolist() if isinstance(weights, Tensor) else list(weights)
     total = 0.0
     for value in values:
@@ -18,7 +18,7 @@ def numbers(weights: Weights) -> tuple[list[float], float]:
 
 
 def addresses(vectors: Vectors) -> tuple[list[int], list[int]]:
-    """Where each vector begins, and its stride in elements."""
+    """Returns the address of each vector, and its stride in elements."""
     if not isinstance(vectors, Tensor):
         return [row.data_ptr() for row in vectors], [row.stride(0) for row in vectors]
     step = vectors.stride(0) * vectors.element_size()
@@ -28,7 +28,10 @@ def addresses(vectors: Vectors) -> tuple[list[int], list[int]]:
 
 
 def unit_addresses(vectors: Vectors) -> tuple[list[int], Vectors]:
-    """Where each vector begins, copied first where its stride is not one; and what must be kept alive meanwhile."""
+    """Returns the address of each vector with stride one, and the tensors that must stay alive while it is used.
+
+    A vector of another stride is copied first.
+    """
     size = vectors[0].shape[0]
     if isinstance(vectors, Tensor):
         kept = vectors if size <= 1 or vectors.stride(1) == 1 else vectors.contiguous()

@@ -1,4 +1,4 @@
-"""aggregate: flat vectors clipped to a norm, and normal noise added to them."""
+"""aggregate: clipping of flat vectors to a norm, and Gaussian noise."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fedkern.ops.aggregate_checks import (
 from fedkern.ops.aggregate_cpu import SHORT, rows
 from fedkern.ops.arguments import check_dense, shown
 
-# 1. What they compute: aggregate_robust_reference, aggregate_philox.
+# 1. Specification: aggregate_robust_reference, aggregate_philox.
 
 
 # 2. The public functions.
@@ -31,16 +31,17 @@ from fedkern.ops.arguments import check_dense, shown
 def clip_by_norm(vectors: Vectors, max_norm: float) -> Any:
     """Scales every vector down to a Euclidean norm of at most ``max_norm``: ``x * min(1, max_norm / |x|)``.
 
-    Norms are taken in fp64 over a whole vector.  Shorter vectors come back unchanged, zero stays zero.  A vector that
-    holds NaN becomes NaN; one that holds an infinity becomes 0, with NaN where the infinity was.
+    Norms are taken in fp64 over a whole vector.  A vector of a smaller norm comes back unchanged, the zero vector too.
+    A vector that holds NaN becomes NaN everywhere.  A vector that holds an infinity becomes 0, with NaN where the
+    infinity was.
 
     Args:
         vectors: one ``[P]``, one ``[M, P]`` (clipped row by row), or M tensors ``[P]``; fp32, bf16, fp16 or fp64, of
             one dtype and device, any strides.
-        max_norm: greater than 0.
+        max_norm: largest norm of a result, greater than 0.
 
     Returns:
-        New vectors in the form they were given in (for a list: rows of one ``[M, P]``).  There is no gradient.
+        New vectors in the form of the input; for a list, a list of rows of one ``[M, P]``.  There is no gradient.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
@@ -52,25 +53,27 @@ def clip_by_norm(vectors: Vectors, max_norm: float) -> Any:
 def clip_and_noise(vectors: Vectors, max_norm: float, noise: float, seed: int, offset: int = 0) -> Any:
     """Clips every vector and adds Gaussian noise: ``x * min(1, max_norm / |x|) + N(0, (noise * max_norm)^2)``.
 
-    One release of the Gaussian mechanism (Dwork and Roth, 2014, appendix A; DP-SGD, arXiv 1607.00133) where one record
-    changes one vector.  ``noise`` is the noise multiplier; accounting is the caller's.  The numbers come from a
-    counter-based generator (:func:`fedkern.ops.aggregate_philox.normal`): element j of vector m takes place
-    ``offset + m * P + j`` of the stream of ``seed``, so they do not depend on how vectors are grouped into calls, on
-    their dtype or on the number of threads.  The CPU kernels give the same bits on every ISA level; other backends
-    agree to the rounding of log, sine and cosine in fp32.  Never use a place twice: the next call's offset is
-    ``offset + M * P``.
+    This is one release of the Gaussian mechanism (Dwork and Roth, 2014, appendix A; DP-SGD, arXiv 1607.00133) where one
+    record changes one vector.  Privacy accounting is left to the caller.
 
-    The noise has fp32 resolution whatever the dtype, its tail follows the normal law to 9.5 standard deviations, and a
-    floating-point result is no proof against attacks on its lowest bits (Mironov, CCS 2012).
+    The noise comes from a counter-based generator (:func:`fedkern.ops.aggregate_philox.normal`): element j of vector m
+    takes place ``offset + m * P + j`` of the stream of ``seed``.  So the noise does not depend on how vectors are
+    grouped into calls, on their dtype or on the number of threads.  The CPU kernels give the same bits on every ISA
+    level; other backends agree to the rounding of log, sine and cosine in fp32.  Never use a place twice: the next
+    call's offset is ``offset + M * P``.
+
+    The noise has fp32 resolution whatever the dtype, and its tail follows the normal distribution to 9.5 standard
+    deviations.  Floating-point noise does not protect against attacks on the lowest bits of the result (Mironov, CCS
+    2012).
 
     Args:
         vectors, max_norm: as for :func:`clip_by_norm`.
-        noise: standard deviation of the noise over ``max_norm``, at least 0.
-        seed: from 0 to 2^64 - 1.
+        noise: noise multiplier: standard deviation of the noise in multiples of ``max_norm``, at least 0.
+        seed: seed of the stream, from 0 to 2^64 - 1.
         offset: place of the first element in the stream, from 0 to 2^64 - 1.
 
     Returns:
-        New vectors in the form they were given in (for a list: rows of one ``[M, P]``).  There is no gradient.
+        New vectors in the form of the input; for a list, a list of rows of one ``[M, P]``.  There is no gradient.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
@@ -113,11 +116,11 @@ def _compute(vectors: Vectors, max_norm: float, deviation: float, seed: int, off
 
 
 def _signed(value: int) -> int:
-    """The same 64 bits as a signed integer, which is what operators of torch.library take."""
+    """The same 64 bits as a signed integer, since operators of torch.library take no unsigned ones."""
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
-# 3. Eager autograd: they have no gradient, and say so.
+# 3. Eager autograd: none; a call that asks for a gradient raises ValueError.
 
 
 # 4. The same operator for torch.compile and opcheck.

@@ -1,4 +1,4 @@
-"""aggregate: what the weighted means and the exact accumulator compute, in plain PyTorch."""
+"""aggregate: references of the weighted means and of the exact accumulator, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-# The numbers are those of csrc/include/fedkern/aggregate.h.
+# Positions of the digits of an exact sum, and codes of sums that are not finite; the same numbers as in
+# csrc/include/fedkern/aggregate.h.
 LOWEST, HIGHEST, INFINITE, MINUS_INFINITE, NOT_A_NUMBER = -31, 31, 32, 33, 34
 
 # The references walk long vectors in pieces, so that their temporaries stay small.
@@ -18,9 +19,9 @@ PIECE = 1 << 20
 def weighted_mean_reference(
     vectors: Tensor | Sequence[Tensor], weights: Tensor | Sequence[float], dtype: torch.dtype | None = None
 ) -> Tensor:
-    """The specification of :func:`fedkern.ops.weighted_mean`: summed in fp64, in the order given.
+    """The specification of :func:`fedkern.ops.weighted_mean`: sums in fp64, in the order given.
 
-    ``dtype`` of the result; None for the vectors'.
+    ``dtype`` is that of the result; None: that of the vectors.
     """
     rows = list(vectors)
     values = torch.as_tensor(weights, dtype=torch.float64, device=rows[0].device)
@@ -32,10 +33,10 @@ def weighted_mean_reference(
 
 
 def countable(vectors: Tensor, weights: Tensor) -> Tensor:
-    """Which of ``vectors [..., P]`` can be multiplied by their ``weights [...]``: not those of weight 0 and not finite.
+    """Mask ``[...]`` of the ``vectors [..., P]`` that can be multiplied by their ``weights [...]``.
 
-    A vector of weight 0 does not count, whatever it holds.  A finite one is multiplied all the same: its weight has a
-    derivative, which a mask by the weight alone would hide.
+    A vector of weight 0 does not count, so a vector of weight 0 that is not finite is masked out.  A finite vector of
+    weight 0 is multiplied all the same: its weight has a derivative, which a mask by the weight alone would hide.
     """
     return (weights != 0) | vectors.isfinite().all(-1)
 
@@ -46,7 +47,7 @@ def pieces(size: int) -> Iterator[slice]:
 
 
 def add_reference(total: Tensor, vector: Tensor, weight: float) -> None:
-    """``total += weight * vector`` in fp64, product and sum each rounded."""
+    """``total += weight * vector`` in fp64; product and sum are each rounded."""
     for piece in pieces(len(total)):
         total[piece] += vector[piece].double() * weight
 
@@ -84,7 +85,7 @@ def _exact_add(digits: Tensor, top: Tensor, product: Tensor) -> None:
 
 
 def exact_mean_reference(digits: Tensor, top: Tensor, total: float, out: Tensor) -> None:
-    """Writes the digits' sum over ``total`` into ``out [P]``."""
+    """Writes the digits' sum, divided by ``total``, to ``out [P]``."""
     for piece in pieces(len(top)):
         out[piece] = _exact_mean(digits[:, piece], top[piece].to(torch.int64), total)
 

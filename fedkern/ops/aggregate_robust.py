@@ -23,7 +23,7 @@ from fedkern.ops.aggregate_checks import (
 from fedkern.ops.aggregate_cpu import rows
 from fedkern.ops.arguments import shown
 
-# 1. What they compute: aggregate_robust_reference.
+# 1. Specification: aggregate_robust_reference.
 
 
 # 2. The public functions.
@@ -36,15 +36,15 @@ def trimmed_mean(vectors: Vectors, trim: int, weights: Tensor | Sequence[float] 
     are a coordinate's values in order and ``w_(k)`` their vectors' weights.  Sums are taken in fp64.  ``trim=0`` is
     :func:`weighted_mean`, bit for bit.
 
-    NaN counts as larger than every number, so up to ``trim`` vectors full of NaN (or infinities of one sign) are
-    trimmed away like other outliers; a NaN that is left makes its coordinate NaN.  Equal values are ordered as their
+    NaN counts as larger than every number.  So up to ``trim`` vectors full of NaN (or of infinities of one sign) are
+    trimmed away like other outliers.  A NaN that is left makes its coordinate NaN.  Equal values are ordered as their
     vectors are.
 
     Args:
         vectors: M tensors ``[P]``, or one ``[M, P]``; fp32, bf16, fp16 or fp64, of one dtype and device, any strides.
-        trim: how many values are dropped at each end of every coordinate, ``0 <= 2 * trim < M``.
-        weights: M numbers that are finite, not negative and do not all vanish, default equal.  A vector of weight zero
-            is counted when values are trimmed; where nothing else is left, the coordinate is NaN.
+        trim: number of values dropped at each end of every coordinate, ``0 <= 2 * trim < M``.
+        weights: M finite numbers, at least 0 and not all 0; default: equal.  A vector of weight zero is counted when
+            values are trimmed; where only such vectors are left, the coordinate is NaN.
 
     Returns:
         ``[P]`` in the vectors' dtype.  There is no gradient.
@@ -68,17 +68,17 @@ def trimmed_mean(vectors: Vectors, trim: int, weights: Tensor | Sequence[float] 
 def median(vectors: Vectors, weights: Tensor | Sequence[float] | None = None) -> Tensor:
     """Takes the median of every coordinate (arXiv 1803.01498): the mean of the two middle values for even M.
 
-    With weights: the mean of the lower weighted median, the smallest value such that it and the values below it have at
-    least half of the weight, and of the upper one, where they have more than half.  The two differ only where a set of
-    the smallest values has exactly half of the weight (to 2^-40 of it, so that rounding does not decide); with equal
-    weights this is the median.  Vectors of weight zero have no influence.
+    With weights, it is the mean of the lower and the upper weighted median.  The lower one is the smallest value such
+    that this value and the values below have at least half of the weight; for the upper one they have more than half.
+    The two differ only where a set of the smallest values has exactly half of the weight, within a relative 2^-40, so
+    that rounding does not decide.  With equal weights this is the median.
 
-    NaN counts as larger than every number: a minority of vectors may be full of it.  The value is NaN where a NaN is in
-    the middle.
+    NaN counts as larger than every number, so a minority of vectors may be full of NaN.  A coordinate is NaN where a
+    NaN is in the middle.
 
     Args:
         vectors: M tensors ``[P]``, or one ``[M, P]``; fp32, bf16, fp16 or fp64, of one dtype and device, any strides.
-        weights: M numbers that are finite, not negative and do not all vanish, default equal.
+        weights: M finite numbers, at least 0 and not all 0; default: equal.  A vector of weight zero has no influence.
 
     Returns:
         ``[P]`` in the vectors' dtype.  There is no gradient.
@@ -116,7 +116,7 @@ def _sorted_mean(
     return select(vectors).sorted_mean(vectors, low, high, values)
 
 
-# 3. Eager autograd: they have no gradient, and say so.
+# 3. Eager autograd: none; a call that asks for a gradient raises ValueError.
 
 
 # 4. The same operators for torch.compile and opcheck.

@@ -1,4 +1,4 @@
-"""aggregate: what the robust means, the distances and the server optimisers compute, in plain PyTorch."""
+"""aggregate: references of the robust means, the distances and the server optimisers, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedkern.ops.aggregate_kernels import RULES, ServerRule, Weights
 from fedkern.ops.aggregate_philox import normal
 from fedkern.ops.aggregate_reference import pieces
 
-# Shares of the weights' sum closer to one half than this count as one half, however their sum was rounded.
+# Relative tolerance: a partial sum of weights this close to half of their sum counts as half, however it was rounded.
 HALF = 2.0**-40
 
 
@@ -31,7 +31,7 @@ def as_weights(weights: Weights, like: Tensor) -> Tensor:
 
 
 def sorted_mean_reference(vectors: Vectors, low: int, high: int, weights: Weights | None) -> Tensor:
-    """The (weighted) mean of the values at places [low, high) of every coordinate's order; NaN is the largest."""
+    """The (weighted) mean of the values at places [low, high) of every coordinate's ascending order, NaN last."""
     out = torch.empty_like(vectors[0], memory_format=torch.contiguous_format)
     for piece in pieces(len(out)):
         values, order = torch.sort(stack(vectors, piece), dim=0, stable=True)
@@ -45,7 +45,7 @@ def sorted_mean_reference(vectors: Vectors, low: int, high: int, weights: Weight
 
 
 def weighted_median_reference(vectors: Vectors, weights: Weights) -> Tensor:
-    """The mean of the smallest value up to which lies half of the weight, and of that up to which lies more."""
+    """The mean of the lower and the upper weighted median; see :func:`fedkern.ops.median`."""
     out = torch.empty_like(vectors[0], memory_format=torch.contiguous_format)
     given = as_weights(weights, out)
     half = given.cumsum(0)[-1] / 2
@@ -61,7 +61,7 @@ def weighted_median_reference(vectors: Vectors, weights: Weights) -> Tensor:
 
 
 def squared_distances_reference(vectors: Vectors) -> Tensor:
-    """fp64 ``[M, M]``."""
+    """fp64 ``[M, M]``: squared distances between all pairs of vectors."""
     count = len(vectors)
     result = torch.zeros(count, count, dtype=torch.float64, device=vectors[0].device)
     for piece in pieces(vectors[0].shape[0]):
@@ -72,7 +72,7 @@ def squared_distances_reference(vectors: Vectors) -> Tensor:
 
 
 def squared_distances_to_reference(vectors: Vectors, point: Tensor) -> Tensor:
-    """fp64 ``[M]``."""
+    """fp64 ``[M]``: squared distances to ``point [P]``."""
     result = torch.zeros(len(vectors), dtype=torch.float64, device=point.device)
     for piece in pieces(len(point)):
         result += (stack(vectors, piece).double() - point[piece]).square().sum(1)
@@ -80,7 +80,7 @@ def squared_distances_to_reference(vectors: Vectors, point: Tensor) -> Tensor:
 
 
 def squared_norms_reference(vectors: Vectors) -> Tensor:
-    """fp64 ``[M]``."""
+    """fp64 ``[M]``: squared Euclidean norms."""
     return squared_distances_to_reference(vectors, torch.zeros_like(vectors[0], dtype=torch.float64))
 
 
@@ -149,7 +149,7 @@ def server_step_reference(
 
 
 def _update(mean: Tensor, rule: ServerRule, first: Tensor | None, second: Tensor | None) -> Tensor:
-    """What is added to the global model; the states are updated in place."""
+    """Returns the change of the global model; updates the states in place."""
     name = RULES[rule.rule]
     if first is None:
         return rule.learning_rate * mean
@@ -174,7 +174,7 @@ def _update(mean: Tensor, rule: ServerRule, first: Tensor | None, second: Tensor
 def scale_and_noise_reference(
     vectors: Vectors, factors: Tensor, deviation: float, seed: int, offset: int
 ) -> Sequence[Tensor]:
-    """M tensors ``[P]``: every vector times its factor, plus normal noise of that standard deviation."""
+    """M tensors ``[P]``: every vector times its factor, plus normal noise of standard deviation ``deviation``."""
     rows = []
     for m, (vector, factor) in enumerate(zip(vectors, factors, strict=True)):
         row = torch.empty_like(vector, memory_format=torch.contiguous_format)

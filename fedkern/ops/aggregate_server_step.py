@@ -1,4 +1,4 @@
-"""aggregate: one round of a server optimiser, with what the clients' deltas look like."""
+"""aggregate: one step of a server optimiser, with norms and cosines of the clients' deltas."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from fedkern.ops.aggregate_checks import (
 from fedkern.ops.aggregate_cpu import rows
 from fedkern.ops.aggregate_kernels import RULES, ServerRule
 
-# Flower's: FedAvg, FedAvgM, FedAdam, FedYogi, FedAdagrad.
+# Flower's defaults for FedAvg, FedAvgM, FedAdam, FedYogi and FedAdagrad.
 DEFAULTS = {
     "mean": ServerRule(0, 1.0, 0.0, 0.0, 0.0),
     "momentum": ServerRule(1, 1.0, 0.0, 0.0, 0.0),
@@ -41,12 +41,13 @@ DEFAULTS = {
 
 
 class ServerStep(NamedTuple):
-    """What :func:`server_step` returns.
+    """Result of :func:`server_step`.
 
     Attributes:
-        model: ``[P]``, the new global vector.
+        model: ``[P]``, the new global model.
         norms: fp64 ``[M]``, the Euclidean norm of every client's delta.
-        cosines: fp64 ``[M]``, the cosine of the angle between it and the mean delta; 0 where one of them is zero.
+        cosines: fp64 ``[M]``, the cosine of the angle between every client's delta and the mean delta; 0 where either
+            of the two is zero.
     """
 
     model: Tensor
@@ -54,7 +55,7 @@ class ServerStep(NamedTuple):
     cosines: Tensor
 
 
-# 1. What it computes: aggregate_robust_reference.
+# 1. Specification: aggregate_robust_reference.
 
 
 # 2. The public function.
@@ -76,34 +77,51 @@ def server_step(
 ) -> ServerStep:
     """Takes one step of a server optimiser from the clients' models (FedOpt, arXiv 2003.00295, algorithm 2).
 
-    With the mean delta ``d = sum_m w_m (x_m - g) / sum_m w_m`` of the global model g:
+    g is the global model and ``d = sum_m w_m (x_m - g) / sum_m w_m`` the mean delta.  The new model by rule:
 
     - "mean" (FedAvg): ``g + lr d``.
-    - "momentum" (FedAvgM, arXiv 1909.06335): ``m <- beta1 m + d``; ``g + lr m``.
-    - "adam", "yogi", "adagrad": ``m <- beta1 m + (1 - beta1) d``; ``g + lr m / (sqrt(v) + tau)`` after
-      ``v <- beta2 v + (1 - beta2) d^2``, ``v <- v - (1 - beta2) d^2 sign(v - d^2)`` or ``v <- v + d^2``.
+    - "momentum" (FedAvgM, arXiv 1909.06335): ``g + lr m`` after ``m <- beta1 m + d``.
+    - "adam", "yogi", "adagrad": ``g + lr m / (sqrt(v) + tau)`` after ``m <- beta1 m + (1 - beta1) d`` and
 
-    There is no bias correction, as in the paper; the paper starts v at ``tau^2`` or more, Flower at 0.  Everything is
-    computed in fp64 and rounded once; the uploads are read once.
+      - "adam": ``v <- beta2 v + (1 - beta2) d^2``,
+      - "yogi": ``v <- v - (1 - beta2) d^2 sign(v - d^2)``,
+      - "adagrad": ``v <- v + d^2``.
+
+    The defaults are Flower's:
+
+    ==========  =============  =====  =====  ====
+    rule        learning_rate  beta1  beta2  tau
+    ==========  =============  =====  =====  ====
+    "mean"      1
+    "momentum"  1              0
+    "adam"      0.1            0.9    0.99   1e-9
+    "yogi"      0.01           0.9    0.99   1e-3
+    "adagrad"   0.1            0             1e-9
+    ==========  =============  =====  =====  ====
+
+    There is no bias correction, as in the paper.  The paper starts v at ``tau^2`` or more, Flower at 0.  Everything is
+    computed in fp64 and rounded once.  The uploads are read once.
 
     Args:
         global_: g ``[P]``, of the vectors' dtype and device, any stride.
         vectors: the clients' models: M tensors ``[P]``, or one ``[M, P]``; fp32, bf16, fp16 or fp64, any strides.
-        weights: M numbers that are finite, not negative and do not all vanish; they need not sum to one.  A vector of
-            weight zero takes no part in the mean (it may hold NaN), but is measured like the others.
-        rule: see above.
-        first: m ``[P]``, fp32 or fp64, contiguous: updated in place.  All rules but "mean" need it; begin with zeros.
-            Neither state may share memory with the other or with another argument.
-        second: v ``[P]``, of the dtype of ``first``: updated in place.  "adam", "yogi" and "adagrad" need it.
-        learning_rate, beta1, beta2, tau: default to Flower's values for the rule: 1 for "mean"; 1 and beta1 = 0 for
-            "momentum"; 0.1, 0.9, 0.99, 1e-9 for "adam"; 0.01, 0.9, 0.99, 1e-3 for "yogi"; 0.1, beta1 = 0, 1e-9 for
-            "adagrad".
-        out: where to write the new model, ``[P]`` of any of the four dtypes, to which it is rounded, and any stride; it
-            may be ``global_`` or a vector.
+        weights: M finite numbers, at least 0 and not all 0; they need not sum to one.  A vector of weight zero takes no
+            part in the mean and may hold NaN; its norm and cosine are computed all the same.
+        rule: "mean", "momentum", "adam", "yogi" or "adagrad".
+        first: m ``[P]``, fp32 or fp64, contiguous; updated in place.  All rules but "mean" need it; begin with zeros.
+            Neither state may share memory with the other state or with another argument.
+        second: v ``[P]``, contiguous, of the dtype of ``first``; updated in place.  "adam", "yogi" and "adagrad" need
+            it.
+        learning_rate: lr, at least 0; None: the rule's default, as for the next three.
+        beta1, beta2: decay rates of m and v, from 0 to 1.
+        tau: added to ``sqrt(v)``, at least 0.
+        out: tensor ``[P]`` that receives the new model, in any of the four dtypes and any stride; the model is rounded
+            to its dtype.  It may be ``global_`` or a vector.
 
     Returns:
-        :class:`ServerStep`; its model in the vectors' dtype, or ``out``.  NaN and infinities spread to the coordinate
-        they are in, and to that client's norm and cosine (those of mean deltas to all cosines).  There is no gradient.
+        :class:`ServerStep`; its model is in the vectors' dtype, or ``out``.  A NaN or infinity in a client's model
+        reaches its coordinate of the new model, and that client's norm and cosine.  A NaN or infinity in the mean delta
+        reaches all cosines.  There is no gradient.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
@@ -184,7 +202,7 @@ def _check_apart(
     out: Tensor | None,
     shared: Callable[[Tensor, Tensor], bool],
 ) -> None:
-    """Raises ValueError where a state, which is written to, is ``shared`` with another argument."""
+    """Raises ValueError if ``shared`` is true for a state and another argument: states are written to."""
     others: dict[str, object] = {"second": second, "out": out, "global_": global_, "weights": weights}
     others |= {f"vectors[{m}]": vector for m, vector in enumerate(rows_of(vectors))}
     for name, state in (("first", first), ("second", second)):
@@ -195,7 +213,7 @@ def _check_apart(
 
 
 def same_tensor(one: Tensor, other: Tensor) -> bool:
-    """What can be asked of tensors whose memory a compiler or a mode hides."""
+    """Whether both are the same tensor: all that is known where a compiler or a mode hides their memory."""
     return one is other
 
 
@@ -206,7 +224,7 @@ def same_memory(state: Tensor, other: Tensor) -> bool:
     place, step = other.data_ptr(), (other.stride(0) if other.dim() else 0) * size
     if begin == end or not other.numel() or state.device != other.device:
         return False
-    # The first element that ends behind the state's beginning.
+    # Index of the first element that ends after the state's beginning.
     k = max((begin - size - place) // step + 1, 0) if step else 0
     return k < other.numel() and begin < place + k * step + size and place + k * step < end
 
@@ -231,7 +249,7 @@ def _compute(
 
 
 def _direct(out: Tensor, global_: Tensor, vectors: Vectors, *states: Tensor | None) -> bool:
-    """May a kernel write to ``out`` while it reads the others?  It may be ``global_``, and share nothing else."""
+    """Whether a kernel may write to ``out`` while it reads the rest: it may be ``global_``, but overlap nothing."""
     if not out.is_contiguous() or out.is_neg():
         return False
     storage = out.untyped_storage().data_ptr()
@@ -242,7 +260,7 @@ def _direct(out: Tensor, global_: Tensor, vectors: Vectors, *states: Tensor | No
     return all(other.untyped_storage().data_ptr() != storage for other in others)
 
 
-# 3. Eager autograd: it has no gradient, and says so.
+# 3. Eager autograd: none; a call that asks for a gradient raises ValueError.
 
 
 # 4. The same operator for torch.compile and opcheck.

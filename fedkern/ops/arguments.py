@@ -1,4 +1,4 @@
-"""Numbers and tensors as arguments of operators: what they cannot take ends in a sentence that names the argument."""
+"""Checks of numbers and tensors given to operators; every error message names the argument."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Of what a sentence shows: a number may have thousands of digits.
+# Longest text of a value in an error message: a number may have thousands of digits.
 _MOST_CHARACTERS = 80
 
 
 def shown(value: object) -> str:
-    """``value`` as a sentence shows it."""
+    """``value`` as error messages show it, cut short if long."""
     if isinstance(value, int) and value.bit_length() > 64:
         return f"an integer of {value.bit_length()} bits"
     text = str(value)
@@ -24,8 +24,8 @@ def real(value: Any, name: str, wanted: str = "a number") -> float:
     """``value``, a real number of any type or a tensor of one element, as a float.
 
     Raises:
-        TypeError: it is something else: text, None, a complex number, several numbers.
-        ValueError: it is too large for a float.
+        TypeError: ``value`` is something else: text, None, a complex number, several numbers.
+        ValueError: ``value`` is too large for a float.
     """
     if type(value) is float:
         return value
@@ -41,7 +41,7 @@ def real(value: Any, name: str, wanted: str = "a number") -> float:
 
 
 def check_dense(tensor: Tensor, name: str) -> None:
-    """Raises TypeError for sparse tensors and others that have no strides."""
+    """Raises TypeError for tensors without strides: sparse, nested and others."""
     if tensor.layout is not torch.strided or tensor.is_nested:
         kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         raise TypeError(f"{name} must be a dense tensor, not a {kind} one; .to_dense() makes one of a sparse tensor")

@@ -1,9 +1,9 @@
-"""Which of reference, cpu, triton and cuda serves a call.
+"""Choice of the backend (reference, cpu, triton, cuda) that serves a call.
 
-Every operator registers its kernels here with :func:`register`; the public function asks :func:`select` for the one
-that fits its tensors and falls back to its reference where none does.  ``FEDKERN_BACKEND`` or :func:`use_backend` force
-one: then a call that it cannot serve is an error.  ``FEDKERN_CPU_ISA`` or :func:`use_isa` force an ISA level of the CPU
-core.  CUDA tensors have two backends to choose between; :mod:`fedkern.ops.dispatch` holds that table.
+Every operator registers its kernels here with :func:`register`.  The public function asks :func:`select` for the kernel
+that fits its tensors, and falls back to its reference where none does.  ``FEDKERN_BACKEND`` or :func:`use_backend`
+force one backend; a call that this backend cannot serve is then an error.  ``FEDKERN_CPU_ISA`` or :func:`use_isa` force
+an ISA level of the CPU core.  CUDA tensors can have two backends; the table in :mod:`fedkern.ops.dispatch` chooses.
 
 ``TRITON_INTERPRET=1``, set before the first call that Triton serves, lets a forced "triton" serve CPU tensors too.
 """
@@ -31,14 +31,14 @@ ISAS = ("portable", "avx2", "avx512")
 # The numbers are those of csrc/include/fedkern/types.h.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
-# Looked up once: on small tensors the tests around a kernel take longer than the kernel.
+# Looked up once: on small tensors the checks around a kernel take longer than the kernel.
 _is_compiling = torch.compiler.is_compiling
 _jit_traces = torch._C._is_tracing
 _functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _legacy_batched = torch._C._functorch.is_legacy_batchedtensor
-# Of a tensor that outlived its torch.func transform: autograd and the dispatcher unwrap it, its pointer is an error.
+# True for a tensor that outlived its torch.func transform. Autograd and the dispatcher unwrap it; its pointer raises.
 outlived = torch._C._functorch.is_dead_tensor_wrapper  # type: ignore[attr-defined]
 _grad_enabled = torch.is_grad_enabled
 _forward_ad = torch.autograd.forward_ad
@@ -49,10 +49,10 @@ class Kernel:
     """One backend's implementation of one operator.
 
     Attributes:
-        load: returns whatever the operator file calls (a module, a namespace of functions), or raises
+        load: returns the object that the operator file calls (a module, a namespace of functions), or raises
             :class:`Unavailable`.
-        dtypes: element types it takes.
-        devices: device types it takes.
+        dtypes: dtypes that the implementation takes.
+        devices: device types that the implementation takes.
     """
 
     load: Callable[[], Any]
@@ -61,7 +61,10 @@ class Kernel:
 
 
 class Row(NamedTuple):
-    """One line of ``doctor``'s table: does ``backend`` serve ``operator`` here, and if not, why."""
+    """One line of ``doctor``'s table: whether ``backend`` serves ``operator`` here.
+
+    ``reason`` says why it does not, or which dtypes it takes.
+    """
 
     operator: str
     backend: str
@@ -72,21 +75,21 @@ class Row(NamedTuple):
 _kernels: dict[str, dict[str, Kernel]] = {}
 _loaded: dict[tuple[str, str], Any] = {}
 _chosen: dict[tuple[str, str], tuple[Any, frozenset[torch.dtype]]] = {}
-# Where two backends can serve CUDA tensors: from this many bytes of the first tensor on, the other one.
+# Operators with two backends for CUDA tensors: bytes of the first tensor from which the second serves, and its kernel.
 _large: dict[str, tuple[int, Any]] = {}
 _forced: str | None = None
 
 
 def register(operator: str, backend: str, kernel: Kernel) -> None:
-    """Says that ``backend`` implements ``operator``."""
+    """Registers ``kernel`` as the implementation of ``operator`` by ``backend``."""
     _kernels.setdefault(operator, {})[backend] = kernel
     _forget()
 
 
 def register_triton(operator: str, family: str, name: str, dtypes: Iterable[torch.dtype] = tuple(DTYPES)) -> None:
-    """Says that the class ``name`` of ``fedkern/ops/triton/<family>.py`` implements ``operator``.
+    """Registers the class ``name`` of ``fedkern/ops/triton/<family>.py`` as Triton's implementation of ``operator``.
 
-    Nothing of Triton is imported before a call wants it.
+    Triton is imported only when a call needs it.
     """
     kernel = Kernel(lambda: getattr(load_triton(family), name)(), frozenset(dtypes), frozenset({"cuda"}))
     register(operator, "triton", kernel)
@@ -107,18 +110,19 @@ def _unknown(*_: Any) -> bool:
     return False
 
 
-# Whether the CPU core may read tensors through their addresses, asked in one call; False says nothing yet. Functions of
-# the core once it is loaded, described in csrc/bindings/cpu_tensors.cpp.
+# Fast checks that the CPU core may read tensors through their addresses. False decides nothing: the caller then has to
+# check in detail. Once the core is loaded these are its functions, described in csrc/bindings/cpu_tensors.cpp.
 all_readable: Callable[[tuple[Tensor, ...]], bool] = _unknown
 readable_logits: Callable[[tuple[Tensor, ...], int], bool] = _unknown
 
 
 def cpu_core() -> ModuleType:
-    """Returns ``fedkern._cpu``, its ISA level set from ``FEDKERN_CPU_ISA``.
+    """Returns ``fedkern._cpu`` with the ISA level of ``FEDKERN_CPU_ISA``.
 
     Raises:
         Unavailable: the core was not built, does not load or is outdated, or torch is too old for it.
-        ValueError: ``FEDKERN_CPU_ISA`` names a level that this CPU or this build lacks.
+        ValueError: ``FEDKERN_CPU_ISA`` names a level that this CPU or this build lacks, or ``FEDKERN_CACHE_MB`` is
+            not a number of megabytes.
     """
     global _isa_applied, all_readable, readable_logits
     core = load_core("_cpu")
@@ -131,7 +135,7 @@ def cpu_core() -> ModuleType:
             all_readable, readable_logits = core.all_readable, core.readable_logits
         except AttributeError:
             raise Unavailable(f"fedkern._cpu was built from older sources than these Python files: {REBUILD}") from None
-        cache()  # says what is wrong with its setting before a kernel has run
+        cache()  # raises for a wrong FEDKERN_CACHE_MB before a kernel runs
         level = os.environ.get("FEDKERN_CPU_ISA", "")
         if level:
             try:
@@ -157,13 +161,15 @@ def forced_backend() -> str | None:
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Forces one backend within a ``with`` block; ``None`` restores the free choice.
+    """Forces one backend within a ``with`` block, for all threads of the process.
 
-    The choice is the process's, not the thread's.
+    Args:
+        name: "reference", "cpu", "triton" or "cuda".  None lifts an outer ``use_backend``, so that ``FEDKERN_BACKEND``
+            or the free choice hold again.
 
     Raises:
-        ValueError: ``name`` is no backend.
-        RuntimeError: (from an operator, inside the block) the backend cannot serve that call.
+        ValueError: ``name`` is not a backend.
+        RuntimeError: raised by an operator inside the block: the backend cannot serve that call.
     """
     global _forced
     if name is not None and name not in BACKENDS:
@@ -179,11 +185,14 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def use_isa(name: str) -> Iterator[None]:
-    """Forces one ISA level of the CPU core (portable, avx2, avx512) within a ``with`` block.
+    """Forces one ISA level of the CPU core within a ``with`` block.
+
+    Args:
+        name: "portable", "avx2" or "avx512".
 
     Raises:
-        TypeError: ``name`` is no text.
-        ValueError: the level is unknown, or this CPU or build lacks it.
+        TypeError: ``name`` is not a string.
+        ValueError: the level is unknown, or this CPU or this build lacks it.
         Unavailable: the CPU core is missing.
     """
     if not isinstance(name, str):
@@ -198,10 +207,10 @@ def use_isa(name: str) -> Iterator[None]:
 
 
 def trust_fork() -> None:
-    """Lets the CPU core use threads in this forked process, whose parent has never used OpenMP's.
+    """Lets the CPU core use threads in this forked process; its parent must never have used OpenMP threads.
 
-    Without it a forked process computes on one thread: OpenMP's do not survive a fork, and a region would wait for
-    them.
+    Without this call a forked process computes on one thread: OpenMP threads do not survive a fork, and a parallel
+    region would wait for them.
     """
     with contextlib.suppress(Unavailable):
         cpu_core().trust_fork()
@@ -211,7 +220,7 @@ def intercepted() -> bool:
     """True where a compiler, a torch.func transform, forward-mode AD or a mode sees calls before a kernel does.
 
     Raises:
-        RuntimeError: ``torch.jit.trace`` records, which sees no kernel.
+        RuntimeError: ``torch.jit.trace`` is recording, which cannot see kernels.
     """
     if _is_compiling():
         return True
@@ -221,7 +230,7 @@ def intercepted() -> bool:
 
 
 def forward_mode(operator: str) -> bool:
-    """True inside forward-mode AD (``torch.func.jvp``, ``forward_ad.dual_level``): the reference serves, for all.
+    """True inside forward-mode AD (``torch.func.jvp``, ``forward_ad.dual_level``), where only the reference serves.
 
     Raises:
         RuntimeError: another backend was forced.
@@ -234,7 +243,7 @@ def forward_mode(operator: str) -> bool:
 
 
 def only_reference(operator: str, where: str) -> None:
-    """Raises RuntimeError where another backend than the reference, which alone serves ``where``, was forced."""
+    """Raises RuntimeError if a forced backend is not the reference, which alone serves under ``where``."""
     forced = forced_backend()
     if forced not in (None, "reference"):
         raise RuntimeError(
@@ -244,7 +253,7 @@ def only_reference(operator: str, where: str) -> None:
 
 
 def not_forced(operator: str, backend: str, what: str) -> None:
-    """Raises RuntimeError where ``backend``, which has no kernel for this call of ``operator``, was forced."""
+    """Raises RuntimeError if ``backend`` was forced: it has no kernel for this call, described by ``what``."""
     if forced_backend() == backend:
         raise RuntimeError(
             f"backend {backend!r} was forced, but it has no kernel for {operator} {what}; allow another with "
@@ -253,13 +262,13 @@ def not_forced(operator: str, backend: str, what: str) -> None:
 
 
 def tangents(values: Iterable[Any]) -> bool:
-    """True where forward-mode AD follows one of the tensors among ``values``."""
+    """True where a tensor among ``values`` has a tangent of forward-mode AD."""
     if _forward_ad._current_level < 0 or _is_compiling():
         return False
     functorch = torch._C._functorch
     for value in values:
         if isinstance(value, Tensor):
-            while functorch.is_batchedtensor(value):  # has no rule for being asked
+            while functorch.is_batchedtensor(value):  # vmap has no batching rule for unpack_dual
                 value = functorch.get_unwrapped(value)
             if _forward_ad.unpack_dual(value).tangent is not None:
                 return True
@@ -267,7 +276,7 @@ def tangents(values: Iterable[Any]) -> bool:
 
 
 def address(tensor: Tensor | None, name: str = "a tensor") -> int | None:
-    """Where a tensor lies, for a compiled core; None for an absent one, since one without elements lies at 0.
+    """Address of a tensor for a compiled core; None for an absent tensor, since a tensor without elements lies at 0.
 
     Raises:
         RuntimeError: the tensor's storage was freed.
@@ -284,19 +293,19 @@ def address(tensor: Tensor | None, name: str = "a tensor") -> int | None:
 
 
 def readable(grad: Tensor) -> bool:
-    """True where a backward pass may hand ``grad`` to a kernel: it is neither recorded nor mapped over."""
-    # The last is what is_grads_batched=True hands to a backward pass.
+    """True where a backward pass may hand ``grad`` to a kernel: the pass is neither recorded nor mapped over."""
+    # is_grads_batched=True hands a legacy batched tensor to a backward pass.
     if type(grad) is not Tensor or _grad_enabled() or intercepted():
         return False
     return not _legacy_batched(grad) and not outlived(grad)
 
 
 def eager(*tensors: Tensor) -> bool:
-    """True when the pointers of ``tensors`` may be used: ordinary tensors, no transform or compiler in between."""
+    """True where kernels may use the pointers of ``tensors``: ordinary tensors, no transform, mode or compiler."""
     if intercepted():
         return False
     return all(
-        # The second kind is what is_grads_batched=True hands to a backward pass.
+        # is_grads_batched=True hands a legacy batched tensor to a backward pass.
         (type(tensor) is Tensor or type(tensor) is torch.nn.Parameter)
         and not _legacy_batched(tensor)
         and not outlived(tensor)
@@ -305,7 +314,7 @@ def eager(*tensors: Tensor) -> bool:
 
 
 def select(operator: str, *tensors: Tensor) -> Any | None:
-    """Returns the implementation that serves ``operator`` for these tensors, or None for the reference.
+    """Returns the kernel object that serves ``operator`` for these tensors, or None for the reference.
 
     Raises:
         RuntimeError: a backend was forced and cannot serve the call.
@@ -347,7 +356,7 @@ def _load(operator: str, backend: str) -> Any:
 
 
 def _candidates(device: str) -> tuple[str, ...]:
-    """The backends to try, unforced, in order; the interpreter is for those who ask for it."""
+    """The backends to try, in order, where none is forced; Triton's interpreter serves only where it is forced."""
     if device == "cuda":
         return ("cuda",) if interpreted() or devices.only_forced("triton") else ("cuda", "triton")
     return ("cpu",) if device == "cpu" else ()
@@ -377,7 +386,7 @@ def _choose(operator: str, device: str) -> tuple[Any, frozenset[torch.dtype]]:
             threshold = dispatch.threshold(operator, found[1][0], torch.cuda.get_device_capability())
             if threshold is not None:
                 _large[operator] = (threshold, found[1][1][0])
-                # A set of its own: callers that know theirs by identity then ask again for every call.
+                # A new set object: callers that compare sets by identity then call select() for every call.
                 choice = (choice[0], frozenset([*choice[1]]))
     _chosen[operator, device] = choice
     return choice
@@ -397,9 +406,9 @@ def _available(operator: str, device: str) -> list[tuple[str, tuple[Any, frozens
 
 
 def status() -> list[Row]:
-    """Returns, for every operator and backend, whether it can serve here and why not."""
+    """Returns, for every operator and backend, whether the backend can serve here and why not."""
     rows = []
-    # Not forced_backend(): what a wrong FEDKERN_BACKEND names is nobody's business here.
+    # Not forced_backend(), which raises for a wrong FEDKERN_BACKEND.
     forced = _forced or os.environ.get("FEDKERN_BACKEND")
     for operator in sorted(_kernels):
         rows.append(Row(operator, "reference", True, "plain PyTorch, any device"))
@@ -410,7 +419,7 @@ def status() -> list[Row]:
                 continue
             try:
                 _load(operator, backend)
-            except (Unavailable, ValueError, AttributeError) as error:  # the last from an outdated core
+            except (Unavailable, ValueError, AttributeError) as error:  # AttributeError: an outdated core
                 rows.append(Row(operator, backend, False, str(error)))
                 continue
             dtypes = ", ".join(sorted(str(d).removeprefix("torch.") for d in kernel.dtypes))

@@ -19,7 +19,7 @@ from fedkern.ops.cuda.blend import CudaBlend
 FLOATS = tuple(backend.DTYPES)
 
 
-# 1. What it computes: blend_reference.
+# 1. Specification: blend_reference.
 
 
 # 2. The public function.
@@ -36,20 +36,20 @@ def blend(
     Args:
         foreground: ``[B, *S]``, fp32, bf16, fp16 or fp64, of any layout; the result has its memory format.
         background: ``[N, *S]``, on the same device.
-        alpha: weight of the foreground, a number in [0, 1] or a floating tensor ``[B]`` (or of no dimension).
-        index: ``int64 [B]`` with values in ``[0, N)``; by default sample b meets background b, and N = B.
+        alpha: weight of the foreground in [0, 1]: a number, or a floating tensor ``[B]`` or ``[]``.
+        index: ``int64 [B]`` with values in ``[0, N)``; default: sample b is mixed with background b, and N = B.
 
     Returns:
-        ``[B, *S]``, of the promoted dtype of both maps.  fp32, bf16 and fp16 are computed in fp32 and rounded once;
-        every gradient has the dtype of its own tensor.
+        ``[B, *S]``, of the promoted dtype of both maps.  fp32, bf16 and fp16 are computed in fp32 and rounded once.
+        Every gradient has the dtype of its own tensor.
 
-    Differentiable in foreground, background (a sum over the samples that used a row, in ascending order: the same bits
-    every time) and a tensor alpha.  Works under torch.compile (one node), torch.func.grad, vmap and for second
-    derivatives.
+    Differentiable in foreground, background and a tensor alpha.  The gradient of a background row is a sum over the
+    samples that used the row, in ascending order: the same bits every time.  Works under torch.compile (one graph
+    node), torch.func.grad, vmap and for second derivatives.
 
     Raises:
-        TypeError, ValueError: an argument's type, dtype, device or shape is wrong; on the CPU also for values of index
-            or alpha that are out of range.  On CUDA an index out of range is a device assertion.
+        TypeError, ValueError: an argument's type, dtype, device or shape is wrong; on the CPU also a value of index or
+            alpha out of range.  On CUDA an index out of range is a device assertion.
         RuntimeError: a forced backend cannot serve the call.
     """
     kernel = _usual(foreground, background, alpha, index)
@@ -70,7 +70,7 @@ def blend(
     weights: Tensor | None = None
     value = 0.5
     if isinstance(alpha, Tensor):
-        # One weight for all: its gradient is a sum over the samples, taken before it is rounded.
+        # One weight for all samples: in fp64, so that its gradient is summed over the samples before it is rounded.
         weights = alpha if alpha.dim() else alpha.to(torch.float64).expand(foreground.shape[0])
     else:
         value = alpha
@@ -79,7 +79,7 @@ def blend(
         return BLEND(foreground, background, weights, value, index)
     kernel = backend.select("blend", foreground, background)
     if weights is not None:
-        weights = weights.resolve_neg()  # kernels read their memory
+        weights = weights.resolve_neg()  # kernels read memory as it is
     if kernel is None:
         check_values(weights, index, background.shape[0])
         return blend_reference(foreground, background, value if weights is None else weights, index)
@@ -91,8 +91,8 @@ def blend(
 
 
 def _usual(foreground: Tensor, background: Tensor, alpha: float | Tensor, index: Tensor | None) -> Any | None:
-    """The CPU kernel for what calls mostly are, found in few steps; None says nothing yet."""
-    if backend.intercepted():  # first of all: a compiler would guard on what is looked up behind it
+    """Returns the CPU kernel for the most common calls, in few steps; None: the general path decides."""
+    if backend.intercepted():  # first of all: a compiler would guard on everything that is looked up below
         return None
     found = backend._chosen.get(_KEY)
     if found is None or type(found[0]) is not CpuBlend:
@@ -166,7 +166,7 @@ class _Blend(EagerFunction):
         if alpha is None:
             ctx.save_for_backward(index)
         else:
-            # The inputs' values matter to alpha's gradient alone.
+            # Only the gradient of alpha needs the values of the inputs.
             wanted = ctx.needs_input_grad[3]
             ctx.save_for_backward(index, foreground if wanted else None, background if wanted else None, alpha)
         ctx.settings = (kernel, value, background.shape[0], out.stride())
@@ -181,7 +181,7 @@ class _Blend(EagerFunction):
         kernel, value, background_rows, strides = ctx.settings
         check_memory(index, foreground, background, alpha)
         if not backend.readable(grad) or grad.is_neg():
-            # Recorded (create_graph=True) or batched (is_grads_batched=True): through the operator with its own rules.
+            # Recorded (create_graph=True) or batched (is_grads_batched=True): the library operator has rules for both.
             gradients = BLEND_BACKWARD(grad, foreground, background, alpha, value, index, background_rows, *needs)
             return (None, *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None)
         own, other, per_sample = kernel.backward(
@@ -193,7 +193,7 @@ class _Blend(EagerFunction):
 # 4. The same operator for torch.compile, torch.func and opcheck: blend_library.
 
 
-# 5. Who can serve it.
+# 5. Backends.
 
 backend.register("blend", "cpu", backend.Kernel(lambda: CpuBlend(backend.cpu_core()), _DTYPES, frozenset({"cpu"})))
 cuda.register("blend", CudaBlend, _DTYPES)

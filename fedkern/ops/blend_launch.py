@@ -1,4 +1,4 @@
-"""blend: from tensors to the compiled kernels' pointers, sizes and strides."""
+"""blend: launchers of the compiled kernels, which take tensors as pointers, sizes and strides."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def sample_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...] | None:
-    """Strides within a sample where it fills its memory without gaps or repeats, in any order of axes; else None."""
+    """Returns ``strides`` if a sample fills its memory without gaps or repeats, in any order of axes; else None."""
     expected = 1
     for stride, size in sorted(zip(strides, shape, strict=True)):
         if size != 1:
@@ -27,7 +27,11 @@ def sample_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, .
 
 
 def output_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
-    """Strides of a result: the layout within a sample that such a tensor has, samples one after another."""
+    """Strides of the result for an input of this shape and these strides.
+
+    Samples lie one after another.  Within a sample the result has the input's layout if that has no gaps, otherwise it
+    is contiguous.
+    """
     size = math.prod(shape[1:])
     if size == 0:
         return tuple(strides)
@@ -42,7 +46,7 @@ def _same_layout(shape: Sequence[int], one: Sequence[int], other: Sequence[int])
 
 
 def in_layout(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """``tensor``, copied where its samples are not laid out as ``strides`` (of a result, batch first) say."""
+    """``tensor``, copied if its samples have another layout than ``strides`` (of a result, batch first)."""
     if _same_layout(tensor.shape[1:], tensor.stride()[1:], strides[1:]):
         return tensor
     if tensor.dim() and tensor.shape[0] > 1 and not any(tensor.stride()):
@@ -55,7 +59,7 @@ def in_layout(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
 def check_memory(
     index: Tensor | None, foreground: Tensor | None, background: Tensor | None, alpha: Tensor | None
 ) -> None:
-    """Raises RuntimeError where a tensor that the backward pass reads has lost its memory, whichever backend serves."""
+    """Raises RuntimeError, for every backend, if the memory of a tensor that the backward pass reads was freed."""
     address(index, "index")
     if alpha is not None:
         address(alpha, "alpha")
@@ -110,10 +114,11 @@ class Launcher:
         needs: Sequence[bool],
         strides: tuple[int, ...] | None = None,
     ) -> Gradients:
-        """The gradients that ``needs`` (foreground, background, alpha) asks for, laid out as the result was."""
+        """Gradients of foreground, background and alpha where ``needs`` asks for them, in the layout of the result."""
         shape = grad.shape
         rows = shape[0]
-        # A result of one sample has whatever stride its foreground had; a background's rows follow each other.
+        # The batch stride of a result of one sample can be anything; rows of the background's gradient must follow each
+        # other.
         strides = output_strides(shape, grad.stride() if strides is None else strides)
         grad = in_layout(grad, strides)
         own: Tensor | None = None
@@ -166,7 +171,10 @@ class Launcher:
 
 
 class CpuBlend(Launcher):
-    """The CPU core.  Feature vectors take longer to reach it than to blend, so for the usual ones the way is short."""
+    """Launcher of the CPU core, with a short path for the most common tensors.
+
+    On small feature vectors the way into the core takes longer than the blend.
+    """
 
     def __init__(self, core: Any) -> None:
         super().__init__(core)
@@ -183,7 +191,7 @@ class CpuBlend(Launcher):
         weights = alpha if alpha is None or alpha.dtype in _WIDE else alpha.double()
         if count and self._forward_of(foreground, background, weights, value, index, out, _threads()):
             return out
-        del out  # its memory serves again
+        del out  # its memory can be used again
         return super().forward(foreground, background, alpha, value, index)
 
     def backward(
@@ -228,7 +236,7 @@ class CpuBlend(Launcher):
     def _fresh(self, tensor: Tensor) -> Tensor:
         return fresh(self.core, tensor)
 
-    # As the core on a GPU takes them, but for the dtype of alpha, which _small has made float64.
+    # The arguments of the GPU core, and the dtype of alpha, which _small has converted to float64.
     def _forward(self, *arguments: Any) -> None:
         self.core.blend_forward(*arguments[:10], _FLOAT64, *arguments[10:-1], torch.get_num_threads())
 
@@ -239,7 +247,7 @@ class CpuBlend(Launcher):
 # Dtypes in which the CPU core reads alpha.
 _WIDE = (torch.float32, torch.float64)
 _FLOAT64 = DTYPES[torch.float64]
-_LARGE = HUGE // 8  # elements; fresh() looks at the bytes
+_LARGE = HUGE // 8  # elements; fresh() compares bytes
 
 
 def _small(alpha: Tensor | None) -> Tensor | None:

@@ -94,13 +94,13 @@ def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def _fold(tensor: Tensor, axis: int | None, count: int) -> Tensor:
-    """``[V, B, ...]`` with the mapped axis in front (repeated where the tensor is not mapped) as ``[V * B, ...]``."""
+    """``tensor`` as ``[V * B, ...]``: the mapped axis, or V copies of an unmapped tensor, folded into the batch."""
     mapped = tensor.expand(count, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
     return mapped.flatten(0, 1)
 
 
 def _fold_index(index: Tensor, axis: int | None, count: int, rows: int) -> Tensor:
-    """Indices into ``count`` backgrounds of ``rows`` rows in sequence; what is out of range stays out of range."""
+    """Indices into ``count`` backgrounds of ``rows`` rows in sequence; an index out of range stays out of range."""
     mapped = index.expand(count, *index.shape) if axis is None else index.movedim(axis, 0)
     shifted = mapped + rows * torch.arange(count, device=index.device)[:, None]
     return torch.where((mapped < 0) | (mapped >= rows), count * rows, shifted).flatten()

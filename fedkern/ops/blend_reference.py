@@ -1,4 +1,4 @@
-"""blend: what it computes, its gradients and their gradients, in plain PyTorch."""
+"""blend: reference of the operator, its gradients and its second derivatives, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def blend_reference(
 
 
 def wide(x: Tensor) -> Tensor:
-    """``x`` in the dtype that it is computed in: fp32 for 16 bits."""
+    """``x`` in its compute dtype: fp32 for 16-bit dtypes, otherwise its own."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def check_values(alpha: Tensor | None, index: Tensor | None, background_rows: int) -> None:
-    """What the CPU kernel checks before it touches memory, for the reference on the CPU."""
+    """Raises ValueError for CPU values out of range, as the CPU kernel does before it touches memory."""
     if index is not None and index.device.type == "cpu" and len(index):
         wrong = ((index < 0) | (index >= background_rows)).nonzero()
         if len(wrong):
@@ -78,7 +78,7 @@ def backward_reference(
 
 
 def second_derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    """The derivative of the gradients, in plain PyTorch, which differentiates it as often as one likes."""
+    """Backward pass of the backward pass, in plain PyTorch, so that autograd can take any higher derivative."""
     grad, foreground, background, alpha, index = ctx.saved_tensors
     dtype, grad = grad.dtype, wide(grad)
     to_own, to_other, to_alpha = (wide(g) if need else None for g, need in zip(grads, ctx.needs, strict=True))

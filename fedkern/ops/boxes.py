@@ -1,4 +1,4 @@
-"""boxes: what a detector found, erased from images (the background is left) or kept alone."""
+"""boxes: pixels inside a detector's boxes erased from images (the background is left), or kept alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fedkern.ops.boxes_kernels import BoxesKernel, CpuBoxes
 from fedkern.ops.cuda import core as cuda
 from fedkern.ops.cuda.blend import CudaBoxes
 
-# 1. What they compute.
+# 1. Specification.
 
 
 def boxes_mask_reference(boxes: Tensor, height: int, width: int) -> Tensor:
@@ -29,7 +29,7 @@ def boxes_mask_reference(boxes: Tensor, height: int, width: int) -> Tensor:
     y = torch.arange(height, dtype=torch.float64, device=boxes.device) + 0.5
     columns, rows = (x1 <= x) & (x < x2), (y1 <= y) & (y < y2)
     mask = torch.zeros(boxes.shape[0], height, width, dtype=torch.bool, device=boxes.device)
-    for k in range(boxes.shape[1]):  # one box at a time: memory O(B * H * W), not times n
+    for k in range(boxes.shape[1]):  # one box at a time: memory O(B * H * W), not O(B * n * H * W)
         mask = mask | (rows[:, k, :, None] & columns[:, k, None, :])
     return mask
 
@@ -46,24 +46,25 @@ def fill_boxes_reference(images: Tensor, boxes: Tensor, fill: Tensor, keep: bool
 def erase_boxes(
     images: Tensor, boxes: Tensor | Sequence[Tensor], fill: float | Sequence[float] | Tensor = 0.0
 ) -> Tensor:
-    """Replaces every pixel inside a box by ``fill``; what is left is the background (FedGID, arXiv 2504.00850).
+    """Replaces every pixel inside a box by ``fill``; the background is left (FedGID, arXiv 2504.00850).
 
     A pixel in row i and column j belongs to a box when its centre does: x1 <= j + 1/2 < x2 and y1 <= i + 1/2 < y2.
-    Boxes are clipped to the image; one with x2 <= x1 or y2 <= y1 is empty.
+    Boxes are clipped to the image.  A box with x2 <= x1 or y2 <= y1 is empty.
 
     Args:
-        images: ``[B, C, H, W]`` of any real dtype (uint8 too) and layout; the result has its memory format.
+        images: ``[B, C, H, W]`` of any real dtype (uint8 too) and layout.
         boxes: xyxy pixel coordinates, a list of B tensors ``[n_i, 4]`` or one padded ``[B, n, 4]`` (pad with empty
             boxes, for example zeros), of any real dtype.
-        fill: a number, or one per channel (a sequence or tensor ``[C]``).
+        fill: a number, or one number per channel (a sequence or tensor ``[C]``).
 
     Returns:
-        ``[B, C, H, W]``, a new tensor of the images' dtype.  Differentiable in the images: a replaced pixel gets no
-        gradient.  Works under torch.compile (one node), torch.func.grad, vmap and for second derivatives.
+        ``[B, C, H, W]``, a new tensor of the images' dtype and memory format.  Differentiable in the images: a replaced
+        pixel gets no gradient.  Works under torch.compile (one graph node), torch.func.grad, vmap and for second
+        derivatives.
 
     Raises:
-        TypeError, ValueError: an argument's type, dtype, device or shape is wrong; on the CPU also for a NaN
-            coordinate.  On CUDA a box with a NaN is empty.
+        TypeError, ValueError: an argument's type, dtype, device or shape is wrong; on the CPU also if a coordinate is
+            NaN.  On CUDA a box with a NaN is empty.
     """
     return _boxes(images, boxes, fill, False)
 
@@ -71,7 +72,7 @@ def erase_boxes(
 def keep_boxes(
     images: Tensor, boxes: Tensor | Sequence[Tensor], fill: float | Sequence[float] | Tensor = 0.0
 ) -> Tensor:
-    """Replaces every pixel outside all boxes by ``fill``; the complement of :func:`erase_boxes`, same arguments."""
+    """Replaces every pixel outside all boxes by ``fill``: the complement of :func:`erase_boxes`, with its arguments."""
     return _boxes(images, boxes, fill, True)
 
 
@@ -95,7 +96,7 @@ def _boxes(
 
 
 def _usual(images: Tensor, boxes: Any, fill: Any) -> CpuBoxes | None:
-    """The CPU kernel for what calls mostly are, found in few steps; None says nothing yet."""
+    """Returns the CPU kernel for the most common calls, in few steps; None: the general path decides."""
     if type(fill) is not float or not backend.eager(images, boxes):
         return None
     if (
@@ -127,7 +128,7 @@ def _filled(fill: float, sign: float, dtype: torch.dtype, channels: int) -> Tens
 
 
 def _constant(fill: float, dtype: torch.dtype, channels: int) -> Tensor:
-    """The fill as ``[C]``, made once: as an argument of a cache 0.0 and -0.0 are one, but for their sign."""
+    """The fill as ``[C]``, cached; the sign is a key of its own, since 0.0 and -0.0 are equal keys."""
     return _filled(fill, math.copysign(1.0, fill), dtype, channels)
 
 
@@ -188,7 +189,7 @@ def _fills(fill: float | Sequence[float] | Tensor, images: Tensor) -> Tensor:
             raise ValueError(f"fill must be a number or have shape [{channels}], not {list(fill.shape)}")
         if fill.device != images.device and fill.dim():
             raise ValueError(f"fill must be on the images' device {images.device}, not {fill.device}")
-        if fill.is_cpu and backend.eager(fill):  # on a GPU looking would wait for it
+        if fill.is_cpu and backend.eager(fill):  # on a GPU reading the values would wait for the device
             _check_values(fill.flatten().tolist(), images.dtype)
             if not fill.dim():
                 return placed([fill.item()], images.device, images.dtype).expand(channels)[None]
@@ -204,7 +205,7 @@ def _fills(fill: float | Sequence[float] | Tensor, images: Tensor) -> Tensor:
 
 
 def _check_values(values: Sequence[float], dtype: torch.dtype) -> None:
-    """Raises ValueError where whole numbers cannot hold one of the values."""
+    """Raises ValueError if ``dtype`` is of whole numbers and cannot hold one of the values."""
     if dtype.is_floating_point:
         return
     info = torch.iinfo(dtype) if dtype != torch.bool else None
@@ -260,7 +261,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    # The gradient goes where the image went: the same operator on it, with zero as the fill.
+    # The gradient passes where the image passed: the same operator on the gradient, with fill 0.
     (boxes,) = ctx.saved_tensors
     return erase_or_keep(grad, boxes, ctx.keep), None, None, None
 
@@ -281,7 +282,7 @@ def _vmap(
 
     batch = images.movedim(in_dims[0], 0).shape[1] if in_dims[0] is not None else images.shape[0]
     if in_dims[2] is not None:
-        # One fill per mapped entry: one per image.
+        # One fill per mapped call becomes one fill per image.
         fill = fill.movedim(in_dims[2], 0)
         fill = fill.expand(count, batch, fill.shape[2]).flatten(0, 1)
     elif len(fill) > 1:
@@ -302,7 +303,7 @@ _fill_boxes = _library.register(
 )
 
 
-# 5. Who can serve it.
+# 5. Backends.
 
 _DTYPES = frozenset(
     {

@@ -1,4 +1,4 @@
-"""erase_boxes, keep_boxes: what a kernel offers, and the CPU core's."""
+"""erase_boxes, keep_boxes: the kernel interface, and the kernels of the CPU core."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ class BoxesKernel(Protocol):
     """One backend's implementation."""
 
     def fill(self, images: Tensor, boxes: Tensor, fill: Tensor, keep: bool, out: Tensor) -> None:
-        """Writes ``images`` to ``out``, replaced by ``fill`` inside any box or (``keep``) outside all.
+        """Writes ``images`` to ``out``, with ``fill`` for pixels inside any box or (``keep``) outside all boxes.
 
         Args:
             images: ``[B, C, H, W]``, any real dtype and strides.
             boxes: ``[B, n, 4]``, any real dtype; a box with a NaN is empty.
             fill: ``[1 or B, C]``, the images' dtype.
-            keep: which of the two.
-            out: like ``images``, just allocated, samples dense in some order of axes.
+            keep: whether the boxes are kept, as in keep_boxes, or erased.
+            out: like ``images``, just allocated; samples are dense in some order of axes.
         """
 
 
 class CpuBoxes:
-    """:class:`BoxesKernel` of ``fedkern._cpu``."""
+    """:class:`BoxesKernel` on ``fedkern._cpu``."""
 
     def __init__(self, core: Any) -> None:
         self.core = core
 
     def fill_contiguous(self, images: Tensor, boxes: Tensor, fill: Tensor, keep: bool) -> Tensor:
-        """:meth:`fill` of contiguous images in one call of the core, which also looks for NaN.
+        """:meth:`fill` of contiguous images in one call of the core, which also checks the boxes for NaN.
 
         ``boxes`` are contiguous fp32 or fp64, ``fill`` is ``[C]`` and contiguous.
         """
@@ -79,13 +79,13 @@ class CpuBoxes:
 
 
 def pixels_in_step(images: Tensor) -> bool:
-    """True when one stride leads from pixel to pixel through all rows, as in contiguous and channels-last images."""
+    """True where one stride leads from pixel to pixel through all rows, as in contiguous and channels-last images."""
     _, _, height, width = images.shape
-    if not images.numel():  # contiguous() would leave its strides as they are
+    if not images.numel():  # contiguous() would not change the strides
         return True
     return width <= 1 or height <= 1 or images.stride(2) == width * images.stride(3)
 
 
 def pixel_stride(images: Tensor) -> int:
-    """That stride."""
+    """The stride from pixel to pixel of :func:`pixels_in_step` images."""
     return images.stride(3) if images.shape[3] > 1 else images.stride(2)

@@ -1,7 +1,7 @@
 """contrastive: the symmetric in-batch contrastive loss of image-text training.
 
-The reference is in contrast_reference.py, the torch.library entry in contrast_library.py, the way through the tiles of
-similarities in contrast_tiles.py.
+The reference is in contrast_reference.py, the torch.library operators in contrast_library.py, the CPU launcher in
+contrast_launch.py, and the loop over tiles of similarities on a GPU in contrast_tiles.py.
 """
 
 from __future__ import annotations
@@ -24,29 +24,32 @@ from fedkern.ops.contrast_reference import contrastive_reference
 
 
 def contrastive(x: Tensor, y: Tensor, temperature: float | Tensor = 0.07) -> Tensor:
-    """Contrastive loss of pairs against their batch, both ways (InfoNCE; CLIP, arXiv 2103.00020; FedDRA's L_NCE).
+    """Symmetric in-batch contrastive loss of pairs (InfoNCE; CLIP, arXiv 2103.00020; FedDRA's L_NCE).
 
-    ``CE(S, diagonal) + CE(Sᵀ, diagonal)`` with ``S = x yᵀ / temperature``: each row of x has to find its partner among
-    the rows of y, and each of y among those of x.  Each direction is the mean over the batch; CLIP's loss is half of
-    their sum.
+    ``CE(S, diagonal) + CE(Sᵀ, diagonal)`` with ``S = x yᵀ / temperature``: each row of x must find its partner among
+    the rows of y, and each row of y its partner among the rows of x.  Each direction is averaged over the batch; CLIP's
+    loss is half of this sum.
 
     Args:
-        x, y: embeddings ``[B, D]``, partners in the same row; float32, float64, bfloat16 or float16, any strides. They
-            are used as they are: normalise them first (``F.normalize``) for cosine similarities.
-        temperature: a number above 0, or a tensor without dimensions, which gets a gradient too. For a learnt scale of
-            the logits give its inverse: ``temperature=(-log_scale).exp()``.
+        x, y: embeddings ``[B, D]``, partners in the same row; float32, float64, bfloat16 or float16, any strides.
+            Nothing is normalised here: apply ``F.normalize`` first for cosine similarities.
+        temperature: a number above 0, or a 0-d tensor, which gets a gradient too. For a learnt logit scale pass its
+            inverse: ``temperature=(-log_scale).exp()``.
 
     Returns:
         A scalar in the promoted dtype of x and y; 0 for an empty batch and for a single pair. Everything is computed in
-        float32 (float64 where x or y is float64) and rounded once; autocast changes nothing here.
+        float32 (float64 where x or y is float64) and rounded once; autocast has no effect.
 
-    The B×B similarities are held only within a call, in tiles where the batch is large: nothing of their size waits for
-    the backward pass, whose gradients are taken on the way forward. Graphs that are retained or differentiated again
-    work as usual. On a GPU torch multiplies, in TF32 where ``torch.set_float32_matmul_precision`` allows it.
+    The B×B similarities exist only within a call, in tiles where the batch is large. Gradients are computed in the
+    forward pass, so that nothing of that size is kept for the backward pass. Retained graphs and second derivatives
+    work as usual. On a GPU torch computes the matrix products, in TF32 where ``torch.set_float32_matmul_precision``
+    allows it.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes, devices or a temperature that do not fit.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes or devices do not match, or the temperature is not finite and above 0 (the value of a tensor
+            on a GPU is not checked).
+        RuntimeError: a forced backend cannot serve the call.
     """
     check_pair(x, y)
     if type(temperature) is not float or not 0 < temperature < 1e30:
@@ -64,7 +67,7 @@ def contrastive(x: Tensor, y: Tensor, temperature: float | Tensor = 0.07) -> Ten
 
 
 def _watched(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float | Tensor) -> Tensor:
-    """Through torch.library; by the operator that takes gradients at once, but under torch.func."""
+    """Calls the torch.library operator: outside of torch.func, the one that computes gradients in the forward pass."""
     value = temperature if learnt is None else 0.0
     needs = [tensor is not None and tensor.requires_grad for tensor in (x, y, learnt)]
     if torch._C._are_functorch_transforms_active() or not (torch.is_grad_enabled() and any(needs)):
@@ -76,9 +79,10 @@ def _watched(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float | T
 
 
 class _Contrastive(EagerFunction):
-    """The eager path: the loss is a scalar, so its gradients for a grad_output of 1 are taken on the way forward.
+    """Autograd function of the eager path; its tensors are (x, y, [temperature]).
 
-    Tensors arrive and leave as (x, y, [temperature]).
+    The loss is a scalar, so the forward pass computes the gradients for a grad_output of 1 and the backward pass scales
+    them.
     """
 
     @staticmethod

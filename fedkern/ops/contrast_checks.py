@@ -1,4 +1,4 @@
-"""What contrastive takes: the checks of its arguments, each with a sentence."""
+"""Argument checks of contrastive."""
 
 from __future__ import annotations
 
@@ -32,7 +32,11 @@ def check_pair(x: Any, y: Any) -> None:
 
 
 def check_temperature(temperature: Any, x: Tensor) -> float | Tensor:
-    """Returns ``temperature`` as a float, or as it is where it is a tensor."""
+    """Returns ``temperature`` as a float, or unchanged if it is a tensor.
+
+    Raises:
+        TypeError, ValueError: the temperature's type, dtype, shape, device or value is wrong.
+    """
     if isinstance(temperature, Tensor):
         check_dense(temperature, "temperature")
         if temperature.dtype not in DTYPES:
@@ -45,7 +49,7 @@ def check_temperature(temperature: Any, x: Tensor) -> float | Tensor:
             )
         if temperature.device != x.device:
             raise ValueError(f"temperature must be on {x.device} like x, but is on {temperature.device}")
-        # On a GPU looking would wait for it; there a temperature that is not above 0 gives what arithmetic says.
+        # Reading a GPU tensor would synchronise: there a value that is not above 0 gives what the formula says.
         if temperature.is_cpu and eager(temperature):
             _check_value(temperature.item())
         return temperature

@@ -1,4 +1,4 @@
-"""What a kernel of contrastive offers; :func:`fedkern.ops.backend.select` hands out instances."""
+"""Interface of contrastive's kernels; :func:`fedkern.ops.backend.select` returns an instance."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from torch import Tensor
 
 
 class Gradients(NamedTuple):
-    """Of x, y and the temperature, for a grad_output of 1, in the computing dtype; None where nobody wants one."""
+    """Gradients with respect to x, y and the temperature, for a grad_output of 1, in the computing dtype.
+
+    None where a gradient is not needed.
+    """
 
     x: Tensor | None
     y: Tensor | None
@@ -17,11 +20,11 @@ class Gradients(NamedTuple):
 
 
 class ContrastKernel(Protocol):
-    """One backend's contrastive.
+    """A backend's implementation of contrastive.
 
-    ``x`` and ``y`` are ``[B, D]`` with any strides, ``temperature`` is a float or a 0-d tensor; arguments were checked
-    by the public function.  Sums are taken in float32 (float64 where an input is float64) and rounded once.  On CUDA no
-    method looks at a value, which would wait for the device.
+    ``x`` and ``y`` are ``[B, D]`` with any strides, ``temperature`` is a float or a 0-d tensor; the public function has
+    checked them.  Sums are taken in float32 (float64 where an input is float64) and rounded once.  On CUDA no method
+    reads a tensor's value, because that would synchronise.
     """
 
     def loss(self, x: Tensor, y: Tensor, temperature: float | Tensor) -> Tensor:
@@ -30,20 +33,20 @@ class ContrastKernel(Protocol):
     def loss_and_gradients(
         self, x: Tensor, y: Tensor, temperature: float | Tensor, needs: Sequence[bool]
     ) -> tuple[Tensor, Gradients]:
-        """The loss and its gradients with respect to x, y and the temperature where ``needs`` says so."""
+        """The loss, and the gradients that ``needs`` (x, y, temperature) asks for."""
 
     def loss_and_sums(self, x: Tensor, y: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-        """The loss, and what softmaxes are made of: tops and sums of rows, then of columns, ``[4, B]``.
+        """The loss, and the softmax statistics ``[4, B]``: maxima and sums of the rows, then of the columns.
 
-        A softmax is ``exp((x yᵀ - top) / temperature) / sum``; tops and sums have the computing dtype.
+        A softmax is ``exp((x yᵀ - maximum) / temperature) / sum``.  The statistics have the computing dtype.
         """
 
     def gradients(
         self, x: Tensor, y: Tensor, temperature: float | Tensor, sums: Tensor, needs: Sequence[bool]
     ) -> Gradients:
-        """The gradients, from what :meth:`loss_and_sums` gave."""
+        """The gradients, from the statistics ``sums`` of :meth:`loss_and_sums`."""
 
     def scaled(
         self, gradients: Sequence[Tensor | None], grad: Tensor, inputs: Sequence[Tensor | None]
     ) -> tuple[Tensor | None, ...]:
-        """``gradients`` times ``grad`` in the dtypes of ``inputs``, as many as those; what was given stays as it is."""
+        """``gradients`` times ``grad``, one for each of ``inputs`` and in its dtype; ``gradients`` stay unchanged."""

@@ -1,4 +1,4 @@
-"""contrastive on the CPU: torch's libraries multiply, csrc/cpu/contrast.cpp makes loss and gradient of the products."""
+"""contrastive on the CPU: torch multiplies, csrc/cpu/contrast.cpp computes loss and gradient from the products."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from fedkern.ops.contrast_products import similarities, times, transposed_times
 from fedkern.ops.cuda import core as cuda
 from fedkern.ops.cuda.contrast import CudaContrast
 
-# Similarities up to this size are held within a call: reading them again costs less than multiplying again, until
+# Most bytes of similarities that a call holds whole.  Reading them again costs less than multiplying again, until
 # fresh memory costs more than either (measured: at D = 128 both take the same, at D = 512 holding saves a fifth).
 HELD = 16 << 20
-# Of more, this much at a time, or rows enough for the products to be fast.
+# Bytes of a tile of more similarities; a tile has at least LEAST_ROWS rows, enough for fast products.
 TILE = 4 << 20
 LEAST_ROWS = 128
 
-# Looked up once: at 32 pairs what is around the products takes longer than they.
+# Looked up once: at 32 pairs the Python around the products takes longer than the products.
 _threads = torch.get_num_threads
 
-# Copied by empty_like, which takes two thirds of the time of empty(()).
+# Templates for empty_like, which takes two thirds of the time of empty(()).
 _SCALARS = {dtype: torch.empty((), dtype=dtype) for dtype in DTYPES}
 
 
 class _Batch(NamedTuple):
-    """Embeddings as they are multiplied, contiguous in the dtype that is computed in, and what a call is made of."""
+    """Contiguous embeddings in the computing dtype, and the settings of a call to the core."""
 
     x: Tensor
     y: Tensor
-    code: int  # of the computing dtype
-    scale: float
+    code: int  # the core's code of the computing dtype
+    scale: float  # 1 / temperature
     threads: int
 
 
@@ -87,12 +87,12 @@ class CpuContrast:
     def _batch(self, x: Tensor, y: Tensor, temperature: float | Tensor) -> _Batch:
         scale = 1.0 / (temperature if type(temperature) is float else float(temperature))
         compute = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
-        # Not through detach(), which takes as long as a small product; nothing here is recorded.
+        # No detach(), which takes as long as a small product: autograd records nothing here.
         x, y = (t if t.dtype is compute and t.is_contiguous() else t.to(compute).contiguous() for t in (x, y))
         return _Batch(x, y, DTYPES[compute], scale, _threads())
 
     def _whole(self, x: Tensor, y: Tensor, batch: _Batch, held: Tensor, factor: float, sums: int | None) -> Tensor:
-        """From all similarities, which ``factor``, if not 0, turns into their gradient."""
+        """The loss from all similarities ``held``; if ``factor`` is not 0, overwrites ``held`` with its gradient."""
         a, b, code, scale, threads = batch
         count, size = a.shape
         value = self._contrast(
@@ -118,7 +118,7 @@ class CpuContrast:
         return bool(self.core.contrast_bounded(code, *x.shape, x.data_ptr(), y.data_ptr(), scale))
 
     def _gradients(self, batch: _Batch, sums: Tensor, needs: Sequence[bool]) -> Gradients:
-        """From similarities multiplied again, tile by tile."""
+        """The gradients, from similarities that are multiplied again, tile by tile."""
         x, y, code, scale, threads = batch
         count = x.shape[0]
         bounded = self._bounded(batch)
@@ -152,7 +152,7 @@ class CpuContrast:
     def _with_temperature(
         self, batch: _Batch, to_x: Tensor | None, to_y: Tensor | None, needs: Sequence[bool]
     ) -> Gradients:
-        """Σ G S, which the temperature's gradient is made of, is the sum of the products of x and its gradient."""
+        """Adds the temperature's gradient, whose Σ G S is the sum of the products of x and the gradient of x."""
         to_temperature = None
         if needs[2] and to_x is not None:
             x = batch.x
@@ -172,7 +172,7 @@ def _fits(batch: _Batch) -> bool:
 
 
 def _tiles(x: Tensor) -> Iterator[tuple[int, int]]:
-    """First rows and row counts of the similarities' tiles."""
+    """First row and row count of each tile of similarities."""
     count = x.shape[0]
     rows = max(LEAST_ROWS, TILE // max(count * x.element_size(), 1))
     for first in range(0, count, rows):

@@ -1,4 +1,4 @@
-"""contrastive in ``torch.library``: one operator for torch.compile, torch.func, vmap and opcheck."""
+"""contrastive in ``torch.library``: operators for torch.compile, torch.func, vmap and opcheck."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def _run(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float) -> tup
     given = temperature if learnt is None else learnt
     if kernel is None:
         loss = contrastive_reference(x, y, given)
-        return loss, x.new_zeros((4, x.shape[0]), dtype=compute_dtype(loss.dtype))  # its gradients need none
+        return loss, x.new_zeros((4, x.shape[0]), dtype=compute_dtype(loss.dtype))  # gradients_reference needs none
     return kernel.loss_and_sums(x, y, given)
 
 
 def _loss_alone(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float, *needs: bool) -> tuple[Tensor]:
-    """The loss alone of what :func:`_run` and :func:`_run_training` give."""
+    """The reference of both operators: only the loss, of all that :func:`_run` and :func:`_run_training` return."""
     return (contrastive_reference(x, y, temperature if learnt is None else learnt),)
 
 
@@ -104,7 +104,7 @@ def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def _second(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-    """Derivative of the backward pass, through the reference, which takes the sums anew."""
+    """Derivative of the backward pass, through the reference, which computes the sums again."""
     saved = ctx.saved_tensors
     present = [i for i in range(4) if saved[i] is not None]
     chosen = [i for i in range(1, 4) if ctx.needs[i - 1] and saved[i] is not None]
@@ -129,7 +129,7 @@ def _second(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
     return (*results, *[None] * 5)
 
 
-# Where only a compiler or a mode looks on, gradients are taken on the way forward as in eager calls.
+# The operator for training under a compiler or a mode: gradients in the forward pass, as in eager calls.
 
 
 def _run_training(
@@ -171,7 +171,7 @@ def _backward_training(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, 
     saved = ctx.saved_tensors
     inputs, gradients = saved[:3], saved[3:]
     results: Sequence[Tensor | None]
-    if torch.is_grad_enabled():  # to be differentiated again
+    if torch.is_grad_enabled():  # create_graph=True
         results = _library.differentiate_reference(_reference(ctx.temperature), inputs, ctx.needs, grad)
     else:
         results = [
@@ -182,7 +182,7 @@ def _backward_training(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, 
 
 
 def _each(info: Any, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]) -> list[list[Any]]:
-    """The arguments of every mapped call: similarities are within one, so calls do not fold into a larger one."""
+    """The arguments of every mapped call: each call has its own batch, so calls cannot be merged into a larger one."""
     return [
         [a if d is None else a.select(d, i) for a, d in zip(arguments, in_dims, strict=True)]
         for i in range(info.batch_size)

@@ -1,6 +1,6 @@
-"""The matrix products of contrastive on the CPU, by the faster of torch's two libraries.
+"""The matrix products of contrastive on the CPU, by the faster of torch's two libraries (oneDNN and MKL).
 
-Results go into given memory or come from an operator of oneDNN's own: autocast would round what ``mm`` alone returns.
+Products use ``mm(out=...)`` or an operator of oneDNN's own: autocast would round the result of a plain ``mm``.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from torch import Tensor
 _mm = torch.mm
 _linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
-# Multiplications from which oneDNN's longer calls pay.  Its fp32 products use AVX-512 on every CPU that has it, MKL's
-# only on Intel's: half the time on others.  And their bits do not depend on the number of threads.
+# Multiplications from which oneDNN makes up for its slower call.  oneDNN uses AVX-512 for fp32 on every CPU that has
+# it, MKL only on Intel's; on other CPUs oneDNN takes half the time.  Its bits do not depend on the number of threads.
 ONEDNN = 1 << 20
 
 
@@ -37,7 +37,7 @@ def times(tile: Tensor, y: Tensor) -> Tensor:
 
 
 def transposed_times(tile: Tensor, x: Tensor) -> Tensor:
-    """``tileᵀ x``, perhaps as a transposed view: made as ``(xᵀ tile)ᵀ``, which spares oneDNN a copy of the tile."""
+    """``tileᵀ x``; from oneDNN a transposed view, since ``(xᵀ tile)ᵀ`` spares oneDNN a copy of the tile."""
     if _by_onednn(tile, x.shape[1]):
         assert _linear is not None
         return _linear(x.t().contiguous(), tile.t(), None, "none", [], "").t()

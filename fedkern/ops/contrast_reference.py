@@ -1,4 +1,4 @@
-"""What contrastive computes, in plain PyTorch: the specification, the tests' oracle and the fallback."""
+"""Reference of contrastive in plain PyTorch: the specification, the tests' oracle and the fallback."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def contrastive_reference(x: Tensor, y: Tensor, temperature: float | Tensor = 0.
 def gradients_reference(
     grad: Tensor, x: Tensor, y: Tensor, temperature: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, y and the temperature written out, for where autograd does not reach.
+    """The gradients with respect to x, y and the temperature as formulas, for code that autograd does not reach.
 
     With ``S = x yᵀ / T`` and ``G = (softmax of rows + softmax of columns - 2 I) / B``: ``G y / T``, ``Gᵀ x / T`` and
     ``-Σ G S / T``.
@@ -35,7 +35,7 @@ def gradients_reference(
 
 
 def _similarities(x: Tensor, y: Tensor, temperature: float | Tensor) -> tuple[Tensor, float | Tensor]:
-    """``x yᵀ / temperature`` and the temperature in the dtype that is computed in."""
+    """``x yᵀ / temperature`` and the temperature, in the computing dtype."""
     compute = compute_dtype(torch.promote_types(x.dtype, y.dtype))
     if isinstance(temperature, Tensor):
         temperature = temperature.to(compute)
@@ -44,7 +44,7 @@ def _similarities(x: Tensor, y: Tensor, temperature: float | Tensor) -> tuple[Te
 
 
 def _full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Autocast off, which would round the products."""
+    """A context without autocast, which would round the products."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
 

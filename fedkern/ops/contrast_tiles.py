@@ -1,7 +1,8 @@
-"""contrastive on a GPU, for CUDA and Triton: tiles of similarities by torch's products, three launches around them.
+"""contrastive on a GPU, for CUDA and Triton: torch multiplies tiles of similarities, three kernels process them.
 
-A tile is looked at in square blocks, each of which leaves the maxima and sums of exponentials of its piece of every row
-and of every column; one launch joins the pieces.  Nothing here looks at a value, which would wait for the device.
+``look`` reads a tile in square blocks and writes the maxima and sums of exponentials of each block's rows and columns.
+``join`` combines these pieces into the loss, ``gradient`` overwrites a tile with its gradient.  Nothing here reads a
+tensor's value, because that would synchronise.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from torch import Tensor
 from fedkern.ops.contrast_kernels import Gradients
 from fedkern.ops.contrast_reference import compute_dtype
 
-# Similarities up to this size are held within a call (8,192 pairs in fp32); of more, this much at a time.
+# Most bytes of similarities that a call holds whole (8,192 pairs in fp32), and bytes of a tile of more.
 HELD = 256 << 20
 TILE = 64 << 20
 
 
 class Pairs(NamedTuple):
-    """Embeddings as they are multiplied: contiguous, in the dtype that is computed in."""
+    """Contiguous embeddings in the computing dtype, and the temperature."""
 
     x: Tensor
     y: Tensor
@@ -33,17 +34,17 @@ class Pairs(NamedTuple):
 
 
 class TiledContrast:
-    """:class:`fedkern.ops.contrast_kernels.ContrastKernel` on three launches that a subclass makes."""
+    """:class:`fedkern.ops.contrast_kernels.ContrastKernel` on three kernels that a subclass launches."""
 
     def block(self, dtype: torch.dtype) -> int:
         """Rows and columns of a block of similarities of the computing ``dtype``."""
         raise NotImplementedError
 
     def look(self, pairs: Pairs, tile: Tensor, first: int, pieces: Tensor, own: Tensor) -> None:
-        """Reads a tile that begins with row ``first``, a multiple of the block's.
+        """Reads a tile that begins with row ``first``, a multiple of the block size.
 
-        Writes ``own`` ``[B]``, the similarities of partners, and its places of ``pieces`` ``[2, blocks, 2 B]``: tops
-        and sums of blocks, for the B rows (a block of columns each) and behind them the B columns (a block of rows).
+        Writes the tile's part of ``own`` ``[B]``, the similarities of partners, and of ``pieces`` ``[2, blocks, 2 B]``,
+        the maxima and sums of blocks: for the B rows by blocks of columns, then for the B columns by blocks of rows.
         """
         raise NotImplementedError
 
@@ -52,7 +53,7 @@ class TiledContrast:
         raise NotImplementedError
 
     def gradient(self, pairs: Pairs, tile: Tensor, first: int, sums: Tensor) -> None:
-        """Turns a tile into the loss's gradient with respect to ``x yᵀ``."""
+        """Overwrites a tile with the loss's gradient with respect to ``x yᵀ``."""
         raise NotImplementedError
 
     def loss(self, x: Tensor, y: Tensor, temperature: float | Tensor) -> Tensor:
@@ -83,7 +84,7 @@ class TiledContrast:
         return tuple([None if g is None or t is None else (g * grad).to(t.dtype) for g, t in pairs])
 
     def _memory(self, pairs: Pairs) -> Tensor:
-        """Of all similarities or of a tile, whose rows are whole blocks."""
+        """Memory for all similarities, or for a tile whose rows are whole blocks."""
         count, dtype = pairs.size, pairs.x.dtype
         rows = count
         if count * count * dtype.itemsize > HELD:
@@ -105,14 +106,14 @@ class TiledContrast:
         blocks = -(-count // self.block(dtype))
         pieces, own = pairs.x.new_empty(2, blocks, 2 * count), pairs.x.new_empty(count)
         for first, tile in self._tiles(pairs, memory):
-            # Into given memory, which autocast leaves alone.
+            # With out=, which autocast leaves alone.
             torch.mm(pairs.x[first : first + tile.shape[0]], pairs.y.t(), out=tile)
             self.look(pairs, tile, first, pieces, own)
         self.join(pairs, pieces, own, sums, loss)
         return loss, sums
 
     def _gradients(self, pairs: Pairs, sums: Tensor, needs: Sequence[bool], memory: Tensor, made: bool) -> Gradients:
-        """``made``: all similarities are in ``memory``."""
+        """The gradients; ``made``: ``memory`` already holds all similarities."""
         x, y, temperature = pairs
         to_x = torch.empty_like(x) if needs[0] or needs[2] else None
         to_y = torch.zeros_like(y) if needs[1] else None
@@ -130,7 +131,7 @@ class TiledContrast:
                     torch.addmm(to_y, tile.t(), own, out=to_y)
         to_temperature = None
         if needs[2] and to_x is not None:
-            # Σ G S, which the temperature's gradient is made of, is the sum of the products of x and its gradient.
+            # Σ G S in the temperature's gradient is the sum of the products of x and the gradient of x.
             to_temperature = (-(x * to_x).sum(dtype=torch.float64) / temperature).to(x.dtype)
         return Gradients(to_x if needs[0] else None, to_y, to_temperature)
 

@@ -1,6 +1,6 @@
-"""Whether the GPUs that torch sees can run what was compiled for them; asked when a backend is chosen, not per call.
+"""Checks that the visible GPUs can run the compiled kernels; made when a backend is chosen, not per call.
 
-All GPUs that this process sees have to qualify: which of them a tensor lies on would have to be asked for every call.
+All GPUs that this process sees have to qualify: a check of the tensor's own GPU would be needed in every call.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 
 from fedkern.ops.loading import REBUILD, Unavailable
 
-# The least compute capability that Triton says it supports.
+# Lowest compute capability that Triton says it supports: 80 for 8.0.
 OLDEST_OF_TRITON = 80
 
 
@@ -39,7 +39,7 @@ def check_cuda(core: Any) -> None:
             kinds = ", ".join(f"sm_{one}" for one in built_for)
             hide = " (CUDA_VISIBLE_DEVICES can hide it)" if len(gpus) > 1 else ""
             raise Unavailable(f"{name} is of sm_{number}, and fedkern._cuda was built for {kinds} and newer{hide}")
-        if driver < runtime:  # such a GPU needs the driver to translate PTX, which it does for its own version at most
+        if driver < runtime:  # the driver translates PTX for such a GPU, of its own CUDA version at most
             raise Unavailable(
                 f"{name} is of sm_{number}, newer than fedkern._cuda, and to translate kernels of CUDA "
                 f"{_version(runtime)} the driver has to be newer than for CUDA {_version(driver)}"
@@ -47,7 +47,7 @@ def check_cuda(core: Any) -> None:
 
 
 def only_forced(backend: str) -> str:
-    """Returns why ``backend`` serves CUDA tensors here only when it is forced, or "" where it is free to."""
+    """Returns why ``backend`` serves CUDA tensors here only when forced, or "" where it also serves unforced."""
     if backend != "triton":
         return ""
     if torch.version.hip:

@@ -1,7 +1,7 @@
-"""distill: losses between rows of class logits, class axis 1: divergences and entropies, of one teacher or of K.
+"""distill: losses on rows of class logits (class axis 1): divergences and entropies, of one teacher or of K.
 
-The front of the family; each operator's file holds its reference, public function, autograd, torch.library entry and
-kernels.
+This module collects the family. References, public functions with their autograd, torch.library entries and kernels
+are in the other ``distill_*`` files.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the compiled cores of the distill family, CPU and CUDA, are told alike."""
+"""Arguments that the CPU and CUDA cores of the distill family share."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from fedkern.ops.backend import DTYPES, address
 from fedkern.ops.distill_common import PROBS
 from fedkern.ops.distill_kernels import Ensemble
 
-# csrc/include/fedkern/distill.h
+# Operators as numbered in csrc/include/fedkern/distill.h
 KL, LIMIT, ENTROPY = 0, 1, 2
-# csrc/include/fedkern/distill_ensemble.h, after PROBS, LOGITS and MEAN
+# Operators as numbered in csrc/include/fedkern/distill_ensemble.h, after PROBS, LOGITS and MEAN
 JS, CONSENSUS = 3, 4
 
-# What js_div and consensus have for settings, by reduction.
+# Settings of js_div and consensus, by reduction.
 STACK = [Ensemble(1.0, PROBS, False, reduction) for reduction in range(3)]
 
 
@@ -23,5 +23,5 @@ def argument(x: Tensor | None) -> tuple[int | None, int, tuple[int, ...]] | None
 
 
 def weight_gradient(raw: Tensor | None, grad: Tensor, scale: float, weight: Tensor | None) -> Tensor | None:
-    """From unweighted row losses the gradient of their weights."""
+    """Gradient of the row weights, from the unweighted row losses ``raw``."""
     return None if raw is None or weight is None else (raw * grad.to(raw.dtype) * scale).to(weight.dtype)

@@ -1,4 +1,4 @@
-"""What the distill operators share: argument checks, reductions by name, what a row is."""
+"""Shared by the distill operators: argument checks, reductions, shapes of rows."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor
 from fedkern.ops.arguments import check_dense, real, shown
 from fedkern.ops.backend import DTYPES
 
-# How row losses become the result. The numbers travel through torch.library schemas.
+# Reductions of row losses to the result. Schemas of torch.library carry the numbers.
 REDUCTIONS = {"none": 0, "sum": 1, "batchmean": 2}
 NONE, SUM, BATCHMEAN = 0, 1, 2
 
-# How the teachers of ensemble_kl become one: a mixture of probabilities, of logits, or a mean of divergences instead.
+# How ensemble_kl combines its teachers: a mixture of probabilities, a mixture of logits, or a mean of divergences.
 PROBS, LOGITS, MEAN = 0, 1, 2
 
-# More row dimensions the core does not take.
+# Most dimensions of logits [B, C, *positions] that the core takes.
 MAX_DIMS = 9
 
 
-# The public functions test everything at once and come here to find out what to say.
+# Checks in detail. The public functions first test all in one fast step, and need most of these only where it fails.
 
 
 def check_logits(names: tuple[str, ...], tensors: tuple[Any, ...]) -> None:
@@ -62,6 +62,8 @@ def check_weight(weight: Any, logits: Tensor, dtype: torch.dtype) -> Tensor:
     if weight.shape == rows:
         return weight
     if weight.shape == rows[:1]:
+        if weight.requires_grad and weight.dtype.itemsize == 2:
+            weight = weight.float()  # its gradient is a sum over positions, rounded once
         return weight.reshape(-1, *[1] * (len(rows) - 1)).expand(rows)
     expected = f"{list(rows[:1])} or {list(rows)}" if len(rows) > 1 else f"{list(rows)}"
     raise ValueError(f"weight must have shape {expected}, one value per row, but has {list(weight.shape)}")
@@ -96,18 +98,18 @@ def row_count(logits: Tensor) -> int:
 
 
 def mean_scale(logits: Tensor, reduction: int, axis: int = 1) -> float:
-    """What the sum over rows is multiplied by; ``axis`` is that of the classes."""
+    """Factor of the sum over rows; ``axis`` is the class axis."""
     if reduction != BATCHMEAN:
         return 1.0
     count = logits.numel()
     return logits.shape[axis] * (logits.shape[0] if axis == 2 else 1) / count if count else 1.0
 
 
-# Batching rules fold the mapped axis into the rows, ask for a value per row, and reduce for themselves.
+# Batching rules fold the mapped axis into the rows, compute a value per row, and reduce afterwards.
 
 
 def unmapped(tensor: Tensor, axis: int | None, count: int) -> Tensor:
-    """``[V, ...]`` with the mapped axis in front, repeated where the tensor is not mapped."""
+    """``tensor`` as ``[V, ...]``: the mapped axis in front, or V repetitions of an unmapped tensor."""
     return tensor.expand(count, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
 
 
@@ -120,7 +122,7 @@ def reduce_mapped(rows: Tensor, reduction: int) -> Tensor:
 
 
 def spread_mapped(grad: Tensor, axis: int | None, count: int, rows: Sequence[int], reduction: int) -> Tensor:
-    """A grad_output per row ``[V * B, *positions]`` from those of V mapped calls with ``rows`` rows each."""
+    """grad_output per row, ``[V * B, *positions]``, from those of V mapped calls whose rows have the shape ``rows``."""
     grad = unmapped(grad, axis, count)
     if reduction != NONE:
         if reduction == BATCHMEAN:

@@ -22,24 +22,24 @@ from fedkern.ops.distill_library import reference_gradients
 def js_div(logits: Tensor, weights: Tensor | None = None, *, reduction: str = "batchmean") -> Tensor:
     """Generalised Jensen–Shannon divergence ``H(Σₖ Wₖ pₖ) − Σₖ Wₖ H(pₖ)``, ``pₖ = softmax(logitsₖ)`` (Lin, 1991), nats.
 
-    Computed as ``Σₖ Wₖ KL(pₖ ‖ Σ W p)`` from terms that are never negative and do not cancel where the distributions
-    nearly agree: at least 0, at most log K.
+    The result is at least 0 and at most log K.  It is computed as ``Σₖ Wₖ KL(pₖ ‖ Σ W p)`` from terms that are never
+    negative, so they do not cancel where the distributions nearly agree.
 
     Args:
         logits: ``[K, B, C]`` or ``[K, B, C, *positions]``; float32, float64, bfloat16 or float16, any strides. A class
             of logit ``-inf`` has probability 0 and contributes nothing.
-        weights: at least 0, ``[K]``, ``[K, B]`` or ``[K, B, *positions]``, floating or bool; by default equal.
-            Normalised over K for every row to W; 1/K where all are 0. A distribution of weight 0 counts exactly
-            nothing, whatever it holds, and its weight gets no gradient.
-        reduction: ``"none"`` (one value per row), ``"sum"``, or ``"batchmean"`` (the sum over the number of rows, B ×
-            positions; 0 for an empty batch).
+        weights: ``[K]``, ``[K, B]`` or ``[K, B, *positions]``, at least 0, floating or bool; default: equal.
+            Normalised over K for every row to W; 1/K where all are 0. A distribution of weight 0 has no effect,
+            whatever it holds, and its weight gets no gradient.
+        reduction: ``"none"`` (one value per row), ``"sum"``, or ``"batchmean"`` (the sum divided by the number of rows,
+            B × positions; 0 for an empty batch).
 
     Returns:
         ``[B, *positions]`` for ``"none"``, else a scalar; the logits' dtype, computed in float32 (float64 for float64).
         Gradients go to logits and weights.
 
     Raises:
-        TypeError: an argument is no tensor or of another dtype.
+        TypeError: an argument is not a tensor or has another dtype.
         ValueError: a shape, a device or the reduction does not fit.
     """
     usual, weights, code = _check(logits, weights, reduction)
@@ -60,9 +60,9 @@ def js_div(logits: Tensor, weights: Tensor | None = None, *, reduction: str = "b
 def consensus(logits: Tensor, weights: Tensor | None = None, *, reduction: str = "batchmean") -> tuple[Tensor, Tensor]:
     """Entropy of the mixture and mean of the entropies, ``(H(Σₖ Wₖ pₖ), Σₖ Wₖ H(pₖ))``, from one pass.
 
-    Their difference is :func:`js_div`, whose arguments and errors this function shares (where the distributions nearly
-    agree, js_div keeps the digits that the difference loses). Each result has the shape and dtype of js_div's; the
-    gradients of both are taken in one pass.
+    The difference of the two is :func:`js_div`. Where the distributions nearly agree, js_div keeps the digits that the
+    difference loses. Arguments and errors are those of js_div, and each result has the shape and dtype of js_div's.
+    The gradients of both results are computed in one pass.
     """
     usual, weights, code = _check(logits, weights, reduction)
     tensors = (logits,) if weights is None else (logits, weights)
@@ -93,7 +93,7 @@ def _check(logits: Tensor, weights: Tensor | None, reduction: str) -> tuple[bool
 
 
 class _JensenShannon(EagerFunction):
-    """The eager path; like kl_div's, it takes the gradient on the way forward where it can."""
+    """js_div with its gradient for eager calls, computed in the forward pass where possible, as in kl_div."""
 
     @staticmethod
     def forward(ctx: Any, how: tuple[DistillKernel, int], logits: Tensor, weights: Tensor | None) -> Tensor:
@@ -119,17 +119,17 @@ class _JensenShannon(EagerFunction):
         return (None, *kernel.js_backward(grad, saved[0], saved[1], reduction, needs))
 
 
-# Grad_outputs of scalars that nothing depends on: autograd's own take a microsecond each.
+# Zero grad_outputs for a scalar result that is not used: zeros made by autograd take a microsecond each.
 _ZEROS = {dtype: torch.zeros((), dtype=dtype) for dtype in DTYPES}
 
 
 def _zero(given: Tensor, plain: bool) -> Tensor:
-    """A zero in place of the grad_output that is absent beside ``given``, :func:`readable` where ``plain``."""
+    """Zeros for the absent grad_output beside ``given``; ``plain``: the zeros have to be :func:`readable`."""
     return _ZEROS[given.dtype] if plain and given.dim() == 0 and given.is_cpu else torch.zeros_like(given)
 
 
 class _Consensus(EagerFunction):
-    """The eager path. The two grad_outputs are known only in the backward pass."""
+    """consensus with its gradient for eager calls, from the backward pass: both grad_outputs are known only there."""
 
     @staticmethod
     def forward(

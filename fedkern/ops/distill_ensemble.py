@@ -41,38 +41,43 @@ def ensemble_kl(
 ) -> Tensor:
     """Distils K teachers into one student: ``T² · KL(P ‖ softmax(student / T))``, P the teachers' weighted mixture.
 
-    ``mix="probs"``: ``P ∝ Σₖ Wₖ softmax(teacherₖ / T)``, renormalised over classes (FedDF, arXiv 2006.07242, with equal
-    weights is ``mix="logits"``: ``P = softmax(Σₖ Wₖ teacherₖ / T)``). The mixture is never materialised.
-    ``mode="mean_of_kl"``: ``T² · Σₖ Wₖ KL(softmax(teacherₖ / T) ‖ softmax(student / T))``, which has the same gradient
-    for the student but its own for teachers and weights.
+    - ``mix="probs"``: ``P ∝ Σₖ Wₖ softmax(teacherₖ / T)``, renormalised over classes.
+    - ``mix="logits"``: ``P = softmax(Σₖ Wₖ teacherₖ / T)``. With equal weights this is FedDF (arXiv 2006.07242).
+    - ``mode="mean_of_kl"``: ``T² · Σₖ Wₖ KL(softmax(teacherₖ / T) ‖ softmax(student / T))``. The student's gradient is
+      that of ``mix="probs"``; the gradients of teachers and weights are different.
+
+    The mixture is never materialised.
 
     Args:
         student: logits ``[B, C]`` or ``[B, C, *positions]``; float32, float64, bfloat16 or float16, any strides.
-        teachers: logits ``[K, B, C]`` or ``[K, B, C, *positions]``; its dtype may differ.
-        weights: at least 0, ``[K]``, ``[K, B]``, ``[K, C]``, ``[K, B, C]``, ``[K, B, 1]`` or ``[K, 1, C]`` (or with the
-            teachers' positions), floating or bool; by default equal. ``[K, B]`` and ``[K, C]`` cannot be told apart
-            where B = C. Normalised over the teachers for every sample and class to W; 1/K where weights and mask leave
-            none. A teacher of weight 0 counts exactly nothing, whatever it holds, and its weight gets no gradient.
-        temperature: T > 0. ``math.inf`` is the exact limit: half the variance over classes of mixed − student logits,
-            over the classes finite in the student and in every teacher that counts there.
+        teachers: logits ``[K, B, C]`` or ``[K, B, C, *positions]``; the dtype may differ from the student's.
+        weights: ``[K]``, ``[K, B]``, ``[K, C]``, ``[K, B, C]``, ``[K, B, 1]`` or ``[K, 1, C]`` (or with the teachers'
+            positions), at least 0, floating or bool; default: equal. Where B = C, ``[K, B]`` is refused, since it could
+            be ``[K, C]``. Normalised over the teachers for every sample and class to W; 1/K where weights and mask
+            leave no teacher. A teacher of weight 0 has no effect, whatever it holds, and its weight gets no gradient.
+        temperature: T > 0. ``math.inf`` is the exact limit: half the variance of mixed − student logits, over the
+            classes that are finite in the student and in every teacher of positive weight there.
         mix: ``"probs"`` or ``"logits"``.
-        mode: ``"kl_of_mean"`` or ``"mean_of_kl"``; the latter takes ``mix="probs"`` and weights per teacher
-            (``[K]``, ``[K, B]``, ``[K, B, 1]``) alone.
-        class_mask: bool ``[K, C]``, the classes that each teacher knows; the others count as weight 0.
-        log_probs: teachers hold log-probabilities: at T = 1 their exponentials are the probabilities as they are.
-        reduction: ``"none"`` (one value per row), ``"sum"``, or ``"batchmean"`` (the sum over the number of rows).
+        mode: ``"kl_of_mean"`` or ``"mean_of_kl"``. ``"mean_of_kl"`` requires ``mix="probs"``, weights per teacher
+            (``[K]``, ``[K, B]``, ``[K, B, 1]``) and no ``class_mask``.
+        class_mask: bool ``[K, C]``, the classes that each teacher knows; all others have weight 0.
+        log_probs: teachers hold log-probabilities. At T = 1 their exponentials are used as the probabilities, without
+            another softmax.
+        reduction: ``"none"`` (one value per row), ``"sum"``, or ``"batchmean"`` (the sum divided by the number of rows,
+            B × positions).
 
     Returns:
         ``[B, *positions]`` for ``"none"``, else a scalar, in the promoted dtype of student and teachers: a bfloat16
         student against float32 teachers gives a float32 loss and a bfloat16 gradient. Everything is computed in float32
-        (float64 where one of them is float64) and rounded once; autocast changes nothing here.
+        (float64 where one of the two is float64) and rounded once. Autocast has no effect.
 
-    Gradients go to student, teachers and weights, whichever require one, each in its own dtype. A class whose teacher
-    logit is ``-inf`` contributes nothing and gets no gradient; one masked only in the student makes the loss ``+inf``.
+    Gradients go to those of student, teachers and weights that require one, each in its own dtype. A class whose
+    teacher logit is ``-inf`` contributes nothing and gets no gradient. A class that is ``-inf`` only in the student
+    makes the loss ``+inf``.
 
     Raises:
-        TypeError: an argument is of another type or dtype.
-        ValueError: a shape, device, the temperature, mix, mode or reduction does not fit.
+        TypeError: an argument has another type or dtype.
+        ValueError: a shape, a device, the temperature, mix, mode or reduction is wrong.
     """
     tensors = (student, teachers) if weights is None else (student, teachers, weights)
     usual = ordinary(tensors) and 3 <= teachers.dim() <= 10
@@ -136,9 +141,9 @@ def _mixture(mix: Any, mode: Any) -> int:
 
 
 class _Ensemble(EagerFunction):
-    """The eager path; like kl_div's, it takes the gradients on the way forward where it can.
+    """ensemble_kl with its gradients for eager calls, computed in the forward pass where possible, as in kl_div.
 
-    Gradients of weights are left to the backward pass.
+    If weights require a gradient, all gradients are computed in the backward pass.
     """
 
     @staticmethod

@@ -13,7 +13,7 @@ from fedkern.ops.distill_common import MAX_DIMS
 
 
 def check_stack(name: str, stack: Any) -> None:
-    """Raises unless ``stack`` is ``[K, B, C, *positions]`` with at least one teacher and class."""
+    """Raises TypeError or ValueError unless ``stack`` is ``[K, B, C, *positions]`` with K and C at least 1."""
     if not isinstance(stack, Tensor):
         raise TypeError(f"{name} must be a tensor of logits, but got {type(stack).__name__}")
     check_dense(stack, name)
@@ -27,7 +27,7 @@ def check_stack(name: str, stack: Any) -> None:
 
 
 def check_student(student: Any, teachers: Tensor) -> None:
-    """Raises unless ``student`` has the shape and device of one of ``teachers``."""
+    """Raises TypeError or ValueError unless ``student`` has the shape and device of one of ``teachers``."""
     if not isinstance(student, Tensor):
         raise TypeError(f"student must be a tensor of logits, but got {type(student).__name__}")
     check_dense(student, "student")
@@ -49,7 +49,7 @@ def _check_kind(weights: Any, stack: Tensor) -> Tensor:
     if weights.dtype is torch.bool or (
         weights.dtype in (torch.bfloat16, torch.float16) and (weights.dim() < stack.dim() or 1 in weights.shape)
     ):
-        # What rows share sums up their gradients: not from values that were rounded to 16 bits each.
+        # A weight shared by several rows gets the sum of their gradients: the summands must not be rounded to 16 bits.
         weights = weights.to(torch.float32)
     if weights.dtype not in DTYPES:
         raise TypeError(f"weights must have dtype bool, float32, float64, bfloat16 or float16, but has {weights.dtype}")
@@ -89,7 +89,7 @@ def spread_weights(weights: Any, teachers: Tensor) -> Tensor:
 
 
 def spread_row_weights(weights: Any, logits: Tensor, ordinary: bool = False) -> Tensor:
-    """Returns ``weights`` ``[K]``, ``[K, B]`` or ``[K, B, *positions]`` as the last of these."""
+    """Returns ``weights`` ``[K]``, ``[K, B]`` or ``[K, B, *positions]`` expanded to ``[K, B, *positions]``."""
     weights = _check_kind(weights, logits)
     rows = logits.shape[:2] + logits.shape[3:]
     dims = weights.dim()
@@ -98,13 +98,13 @@ def spread_row_weights(weights: Any, logits: Tensor, ordinary: bool = False) -> 
         raise ValueError(
             f"weights must have shape {list(rows[:1])}, {list(rows[:2])}{more}, but has {list(weights.shape)}"
         )
-    if dims == 1 and ordinary and not weights.requires_grad:  # in one step: at 64 rows two show
+    if dims == 1 and ordinary and not weights.requires_grad:  # in one step: at 64 rows the time of two shows
         return weights.as_strided(rows, (weights.stride(0), *[0] * (len(rows) - 1)))
     return weights.reshape(*weights.shape, *[1] * (len(rows) - dims)).expand(rows)
 
 
 def check_mask(mask: Any, teachers: Tensor) -> None:
-    """Raises unless ``mask`` is bool ``[K, C]``."""
+    """Raises TypeError or ValueError unless ``mask`` is bool ``[K, C]``, on the device of ``teachers``."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"class_mask must be a bool tensor, but got {type(mask).__name__}")
     check_dense(mask, "class_mask")

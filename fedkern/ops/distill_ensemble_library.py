@@ -54,7 +54,7 @@ def _ensemble_dtype(tensors: Optionals) -> torch.dtype:
 def _fold_ensemble(tensors: Optionals, axes: Sequence[int | None], count: int) -> Optionals:
     student, teachers, weights, mask = tensors
     if mask is not None and axes[3] is not None:
-        # A mask per call does not fold into one: it goes into the weights, which it precedes anyway.
+        # Masks of several mapped calls do not fold into one [K, C]. So they set weights to 0, which is all a mask does.
         each = mask.movedim(axes[3], 0).transpose(0, 1)  # [K, V, C]
         rows: Any = fold_rows(student, axes[0], count)
         stack = (teachers.shape[0 if axes[1] is None or axes[1] > 0 else 1], count, rows.shape[0] // count)

@@ -1,4 +1,4 @@
-"""What ensemble_kl, js_div and consensus compute, in plain PyTorch: specification, oracle and fallback."""
+"""References of ensemble_kl, js_div and consensus in plain PyTorch: specification, oracle of the tests, fallback."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fedkern.ops.distill_reference import compute_dtype, divergence_terms, half_
 
 
 def normalised_weights(weights: Tensor | None, class_mask: Tensor | None, teachers: Tensor) -> Tensor:
-    """Each teacher's share, per sample and class; 1/K where weights and mask leave none."""
+    """Each teacher's share, per sample and class; 1/K where weights and mask leave no teacher."""
     count, compute = teachers.shape[0], compute_dtype(teachers.dtype)
     if weights is None:
         weights = torch.ones(count, *[1] * (teachers.dim() - 1), dtype=compute, device=teachers.device)
-    # A weight of 0 gets no gradient: its teacher is not looked at.
+    # A weight of 0 gets no gradient, since its teacher is ignored.
     weights = torch.where(weights == 0, 0, weights.to(compute))
     if class_mask is not None:
         mask = class_mask.reshape(count, 1, -1, *[1] * (teachers.dim() - 3))
@@ -29,18 +29,18 @@ def normalised_weights(weights: Tensor | None, class_mask: Tensor | None, teache
 
 
 def _skipped(teachers: Tensor, share: Tensor) -> Tensor:
-    """Zeros in rows that count for nothing, so that nothing they hold reaches a gradient."""
+    """``teachers`` with zeros in rows whose shares are all 0, so that no value there reaches a gradient."""
     return torch.where((share == 0).all(2, keepdim=True), 0, teachers)
 
 
 def _weighted_sum(share: Tensor, rows: Tensor) -> Tensor:
-    """Σ share · rows ``[K, B, *positions]``; what counts for nothing may be infinite."""
+    """Σ share · rows over the teachers, for rows ``[K, B, *positions]``; a row of share 0 may be infinite."""
     share = share.squeeze(2)
     return (share * torch.where(share == 0, 0, rows)).sum(0)
 
 
 def log_mixture(log_p: Tensor, share: Tensor) -> Tensor:
-    """log Σ share · p over the teachers: ``-inf`` only where every p that counts is exactly 0."""
+    """log Σ share · p over the teachers: ``-inf`` only where every p of positive share is exactly 0."""
     counts = share > 0
     peak = torch.where(counts, log_p, -math.inf).amax(0).detach()
     peak = torch.where(peak == -math.inf, 0, peak)
@@ -50,7 +50,7 @@ def log_mixture(log_p: Tensor, share: Tensor) -> Tensor:
 
 
 def mixed_logits(logits: Tensor, share: Tensor) -> Tensor:
-    """Σ share · logits; ``-inf`` where a teacher that counts has that."""
+    """Σ share · logits over the teachers; ``-inf`` where a teacher of positive share has ``-inf``."""
     counts = share > 0
     masked = (counts & (logits == -math.inf)).any(0)
     finite = torch.where((logits == -math.inf) | ~counts, 0, logits)
@@ -103,7 +103,7 @@ def js_reference(logits: Tensor, weights: Tensor | None, reduction: int) -> Tens
     """The specification of :func:`fedkern.ops.js_div`: Σ w KL(p ‖ mixture), whose terms are never negative."""
     log_p, mixture, share = _against_mixture(logits, weights)
     rows = _weighted_sum(share, divergence_terms(log_p, mixture.unsqueeze(0)).sum(2))
-    # Rounding may not exceed log K; at the bound the gradient is what it is.
+    # Rounding must not exceed log K; the clamp leaves the gradient unchanged.
     rows = rows + (rows.clamp_max(math.log(logits.shape[0])) - rows).detach()
     return reduce_rows(rows, None, reduction).to(logits.dtype)
 

@@ -32,15 +32,15 @@ def entropy(logits: Tensor, *, reduction: str = "batchmean") -> Tensor:
     Args:
         logits: ``[B, C]`` or ``[B, C, *positions]``; float32, float64, bfloat16 or float16, any strides. A class of
             logit ``-inf`` has probability 0 and contributes nothing.
-        reduction: ``"none"`` (one value per row), ``"sum"``, or ``"batchmean"`` (the sum over the number of rows,
+        reduction: ``"none"`` (one value per row), ``"sum"``, or ``"batchmean"`` (the sum divided by the number of rows,
             B × positions; 0 for an empty batch).
 
     Returns:
         ``[B, *positions]`` for ``"none"``, else a scalar; the logits' dtype, computed in float32 (float64 for float64).
 
     Raises:
-        TypeError: ``logits`` is no tensor or has another dtype.
-        ValueError: its shape or the reduction does not fit.
+        TypeError: ``logits`` is not a tensor or has another dtype.
+        ValueError: the shape of ``logits`` or the reduction is wrong.
     """
     ordinary = plain((logits,))
     if not ordinary:
@@ -65,7 +65,7 @@ def entropy(logits: Tensor, *, reduction: str = "batchmean") -> Tensor:
 
 
 class _Entropy(EagerFunction):
-    """The eager path; like kl_div's, it takes the gradient on the way forward where it can."""
+    """entropy with its gradient for eager calls, computed in the forward pass where possible, as in kl_div."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, reduction: int, kernel: DistillKernel) -> Tensor:

@@ -1,7 +1,7 @@
-"""What a kernel of the distill family offers, and the short way to it for ordinary tensors.
+"""Kernel interface of the distill family, and the short path to a kernel for ordinary tensors.
 
-The CPU class is in distill_launch.py; :func:`fedkern.ops.backend.select` hands out instances. Arguments were checked by
-the public functions; kernels allocate what they return. Sums and losses are computed in float32 (float64 where an
+The CPU class is in distill_launch.py; :func:`fedkern.ops.backend.select` returns instances. The public functions have
+checked the arguments. Kernels allocate what they return. Sums and losses are computed in float32 (float64 where an
 input is float64) and rounded once.
 """
 
@@ -20,12 +20,12 @@ from fedkern.ops import backend
 from fedkern.ops.backend import DTYPES
 from fedkern.ops.distill_common import MAX_DIMS
 
-# --- settings: one object per call instead of a row of arguments. The cached constructors cost eager calls nothing.
+# --- settings: one object per call instead of several arguments. The cached constructors cost eager calls nothing.
 
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """Of kl_div and dual_kl. ``reverse``: KL(student ‖ teacher); ``reduction``: a number of ``REDUCTIONS``."""
+    """Settings of kl_div and dual_kl. ``reverse``: KL(student ‖ teacher); ``reduction``: a number of ``REDUCTIONS``."""
 
     temperature: float
     reverse: bool
@@ -34,7 +34,10 @@ class Divergence:
 
 @dataclass(frozen=True, slots=True)
 class Ensemble:
-    """Of ensemble_kl. ``mix``: ``PROBS``, ``LOGITS`` or ``MEAN``; ``log_probs``: teachers hold log-probabilities."""
+    """Settings of ensemble_kl. ``mix``: ``PROBS``, ``LOGITS`` or ``MEAN``.
+
+    ``log_probs``: teachers hold log-probabilities.
+    """
 
     temperature: float
     mix: int
@@ -49,30 +52,30 @@ ensemble_settings = functools.lru_cache(maxsize=256)(Ensemble)
 class DistillKernel(Protocol):
     """One backend's distill operators.
 
-    Logits are ``[B, C, *positions]``, those of K teachers ``[K, B, C, *positions]``; rows are ``[B, *positions]``. Any
-    strides; gradients in the memory format of what they belong to. ``reduction`` (a number of ``REDUCTIONS``) "none"
-    gives a value per row, the others a scalar; "batchmean" divides loss and gradients by the number of rows (an empty
-    batch gives 0).
+    Shapes: logits are ``[B, C, *positions]``, those of K teachers ``[K, B, C, *positions]``, and rows are
+    ``[B, *positions]``. Any strides are valid. A gradient has the memory format of its tensor.
 
-    grad_output: gradients for a grad_output of 1 can be taken on the way forward, into the ``to_...`` tensors given.
-    Autograd asks for that where :attr:`fused` is true and the result is a scalar, and then calls :meth:`scaled` in the
-    backward pass; otherwise it calls ``..._backward``, which recomputes from the logits and takes ``grad`` as a tensor
-    of the result's shape, any strides. On CUDA the kernel reads ``grad`` through its device pointer: no method there
-    may look at a value of a tensor on the host.
+    ``reduction`` is a number of ``REDUCTIONS``. "none" gives a value per row, the others a scalar. "batchmean" divides
+    loss and gradients by the number of rows; an empty batch gives 0.
 
-    weights: where :attr:`short_weights` is true, those of ensemble_kl may also come as ``[K]``, unless they want a
-    gradient.
+    Gradients for a grad_output of 1 can be computed in the forward pass, into the ``to_...`` tensors. Autograd asks for
+    this where :attr:`fused` is true and the result is a scalar, and then calls :meth:`scaled` in the backward pass.
+    Otherwise it calls ``..._backward``, which recomputes from the logits and takes ``grad`` as a tensor of the result's
+    shape, any strides. On CUDA the kernel reads ``grad`` through its device pointer: no method there may read a
+    tensor's values on the host.
+
+    Weights of ensemble_kl may also be ``[K]`` where :attr:`short_weights` is true, unless they want a gradient.
     """
 
     fused: bool
     short_weights: bool
 
     def scaled(self, gradients: tuple[Tensor | None, ...], grad: Tensor) -> tuple[Tensor | None, ...] | None:
-        """``gradients`` (for a grad_output of 1) times the scalar ``grad``, themselves where that is 1.
+        """Returns ``gradients`` (for a grad_output of 1) times the scalar ``grad``; called only where ``fused``.
 
-        New tensors otherwise: the graph may be retained. None asks for ``..._backward`` instead, as for 16-bit
-        gradients, which would be rounded twice and underflow before a loss scale lifts them. Asked for only where
-        ``fused``.
+        Where ``grad`` is 1 these are the same tensors, otherwise new ones, since the graph may be retained. None makes
+        the caller use ``..._backward`` instead. That is so for 16-bit gradients, which would be rounded twice and would
+        underflow before a loss scale lifts them.
         """
 
     def empty_gradient(self, x: Tensor) -> Tensor:
@@ -90,10 +93,10 @@ class DistillKernel(Protocol):
         to_teacher: Tensor | None = None,
         raw_loss: Tensor | None = None,
     ) -> Tensor:
-        """kl_div, with ``other`` (a second student) dual_kl; the result in the promoted dtype of the logits.
+        """kl_div, or dual_kl with ``other`` (a second student); the result has the promoted dtype of the logits.
 
-        ``weight`` has one value per row; a row of weight 0 counts exactly 0 whatever it holds. ``raw_loss`` receives
-        the rows' unweighted losses, 0 where the weight is 0.
+        ``weight`` has one value per row. A row of weight 0 contributes exactly 0, whatever it holds. ``raw_loss``
+        receives the rows' unweighted losses, 0 where the weight is 0.
         """
 
     def divergence_backward(
@@ -106,7 +109,7 @@ class DistillKernel(Protocol):
         settings: Divergence,
         needs: Sequence[bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of student, other, teacher, weight where ``needs`` says so, each in its own dtype, else None."""
+        """Gradients of student, other, teacher, weight, each in its own dtype; None where ``needs`` is false."""
 
     def entropy_forward(self, logits: Tensor, reduction: int, to_logits: Tensor | None = None) -> Tensor:
         """entropy, in the logits' dtype."""
@@ -126,7 +129,7 @@ class DistillKernel(Protocol):
         """ensemble_kl, in the promoted dtype of student and teachers.
 
         ``weights``: ``[K, B, 1, *positions]`` (one per teacher and row) or ``[K, B, C, *positions]``, any strides (0
-        where they were broadcast), not normalised, any floating dtype; None for equal ones. ``class_mask``: bool
+        where they were broadcast), not normalised, any floating dtype; None for equal weights. ``class_mask``: bool
         ``[K, C]`` or None.
         """
 
@@ -140,20 +143,20 @@ class DistillKernel(Protocol):
         settings: Ensemble,
         needs: Sequence[bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of student, teachers, weights (of the shape given) where ``needs`` says so."""
+        """Gradients of student, teachers, weights (in the shape given); None where ``needs`` is false."""
 
     def js_forward(
         self, logits: Tensor, weights: Tensor | None, reduction: int, to_logits: Tensor | None = None
     ) -> Tensor:
-        """js_div, in the logits' dtype. ``weights``: ``[K, B, *positions]``, as above, or None for equal ones."""
+        """js_div, in the logits' dtype. ``weights``: ``[K, B, *positions]`` or None, as in ensemble_forward."""
 
     def js_backward(
         self, grad: Tensor, logits: Tensor, weights: Tensor | None, reduction: int, needs: Sequence[bool]
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of logits and weights."""
+        """Gradients of logits and weights; None where ``needs`` is false."""
 
     def consensus_kept(self, logits: Tensor) -> Tensor | None:
-        """Uninitialised memory for what consensus_forward may leave to consensus_backward; None: it leaves nothing."""
+        """Uninitialised memory for results that consensus_forward keeps for consensus_backward; None: keeps nothing."""
 
     def consensus_forward(
         self, logits: Tensor, weights: Tensor | None, reduction: int, kept: Tensor | None = None
@@ -170,14 +173,14 @@ class DistillKernel(Protocol):
         needs: Sequence[bool],
         kept: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of logits and weights."""
+        """Gradients of logits and weights; None where ``needs`` is false."""
 
 
 class Recomputes:
-    """The part of a :class:`DistillKernel` on a GPU that says where gradients come from: the logits, read again.
+    """Base of a :class:`DistillKernel` on a GPU: gradients are recomputed from the logits in the backward pass.
 
-    Looking at grad_output would wait for the device. One made on the way forward would have to be read, scaled and
-    written again: as much traffic as making it from the logits, which rounds it once.
+    Reading grad_output on the host would wait for the device. A gradient from the forward pass would have to be read,
+    scaled and written again. That is as much traffic as computing it from the logits, which rounds it only once.
     """
 
     fused = False
@@ -193,9 +196,9 @@ class Recomputes:
         return None
 
 
-# --- the short way
+# --- the short path
 
-# Of kernels that take every dtype: those are registered with this very set, so that calls need not look into it.
+# Dtypes of kernels that take every dtype. They are registered with this very object, which calls compare by identity.
 ALL_DTYPES = frozenset(DTYPES)
 
 _STRIDED = torch.strided
@@ -204,9 +207,9 @@ readable, _outlived = backend.readable, backend.outlived
 
 
 def ordinary(tensors: tuple[Tensor, ...]) -> bool:
-    """True when ``tensors`` are plain ones on one CPU or CUDA device that kernels can read, nothing in between.
+    """True where kernels can read ``tensors``: plain tensors on one CPU or CUDA device, no transform or mode.
 
-    False says nothing yet: they may be wrong, or right but for another path.
+    False decides nothing: the tensors may be wrong, or right but for another path.
     """
     if backend.intercepted():
         return False
@@ -227,7 +230,7 @@ def ordinary(tensors: tuple[Tensor, ...]) -> bool:
 
 
 def plain(tensors: tuple[Tensor, ...]) -> bool:
-    """:func:`ordinary`, and logits of one shape: the common case, in few steps."""
+    """True for :func:`ordinary` tensors that are logits of one shape; takes few steps in the common case."""
     if backend.intercepted():
         return False
     if backend.readable_logits(tensors, MAX_DIMS):
@@ -235,7 +238,7 @@ def plain(tensors: tuple[Tensor, ...]) -> bool:
     shape = None
     for x in tensors:
         kind = type(x)
-        if (kind is not Tensor and kind is not Parameter) or x.is_nested:  # nested ones have no shape to ask for
+        if (kind is not Tensor and kind is not Parameter) or x.is_nested:  # nested tensors have no shape
             return False
         if shape is None:
             shape = x.shape
@@ -248,7 +251,7 @@ def plain(tensors: tuple[Tensor, ...]) -> bool:
 
 
 def kernel_for(operator: str, tensors: tuple[Tensor, ...]) -> DistillKernel | None:
-    """What serves ``operator`` for :func:`ordinary` tensors; None for the reference."""
+    """The kernel that serves ``operator`` for :func:`ordinary` tensors; None: the reference serves."""
     device = "cpu" if tensors[0].is_cpu else "cuda"
     found = backend._chosen.get((operator, device))
     if found is None or found[1] is not ALL_DTYPES or (device == "cuda" and operator in backend._large):

@@ -44,24 +44,25 @@ def kl_div(
     Args:
         student: logits ``[B, C]`` or ``[B, C, *positions]``; float32, float64, bfloat16 or float16, any strides.
         teacher: logits of the same shape; its dtype may differ.
-        temperature: T > 0, the same units as the logits. ``math.inf`` is the exact limit, half the variance over
-            classes of ``teacher - student``.
-        weight: ``[B]`` or ``[B, *positions]``, floating or bool; multiplies each row's loss. A row of weight 0 counts
-            exactly zero in the loss and in every gradient, whatever it holds.
-        reduction: ``"none"`` (one value per row), ``"sum"``, or ``"batchmean"`` (the sum over the number of rows,
+        temperature: T > 0, in the units of the logits. ``math.inf`` is the exact limit: half the variance over classes
+            of ``teacher - student``.
+        weight: ``[B]`` or ``[B, *positions]``, floating or bool; multiplies each row's loss. A row of weight 0
+            contributes exactly zero to the loss and to every gradient, whatever it holds.
+        reduction: ``"none"`` (one value per row), ``"sum"``, or ``"batchmean"`` (the sum divided by the number of rows,
             B × positions; 0 for an empty batch).
 
     Returns:
         ``[B, *positions]`` for ``"none"``, else a scalar, in the promoted dtype of student and teacher. Everything is
-        computed in float32 (float64 where an input is float64) and rounded once; autocast changes nothing here.
+        computed in float32 (float64 where an input is float64) and rounded once. Autocast has no effect.
 
-    Gradients go to student, teacher and weight, whichever require one, each in its own dtype. A class whose teacher
-    logit is ``-inf`` contributes nothing to the teacher's side and gets no gradient there; one masked only in the
-    student makes the loss ``+inf`` (with ``temperature=math.inf`` classes masked in either are left out).
+    Gradients go to those of student, teacher and weight that require one, each in its own dtype. A class whose teacher
+    logit is ``-inf`` contributes nothing to the teacher's side and gets no gradient there. A class that is ``-inf``
+    only in the student makes the loss ``+inf``. With ``temperature=math.inf`` classes that are ``-inf`` in either are
+    left out.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes, devices, temperature or reduction that do not fit.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, a device, the temperature or the reduction is wrong.
     """
     return _dispatch(student, None, teacher, weight, temperature, False, reduction, ("student", "teacher"))
 
@@ -78,13 +79,16 @@ def dual_kl(
 ) -> Tensor:
     """Two divergences from one reading of the teacher (the distillation loss of FedGID, arXiv 2504.00850).
 
-    ``direction="teacher"``: ``T² (KL(teacher ‖ a) + KL(teacher ‖ b))``;
-    ``direction="student"``: ``T² (KL(a ‖ teacher) + KL(b ‖ teacher))``, where each name stands for its softmax at T.
+    - ``direction="teacher"``: ``T² (KL(teacher ‖ a) + KL(teacher ‖ b))``
+    - ``direction="student"``: ``T² (KL(a ‖ teacher) + KL(b ‖ teacher))``
+
+    Each name stands for its softmax at temperature T. Temperature, reduction, results, gradients and errors are those
+    of :func:`kl_div`.
 
     Args:
-        a, b, teacher: logits of one shape, as in :func:`kl_div`, whose other arguments, results, gradients and errors
-            this function shares. The weight multiplies both divergences of a row.
+        a, b, teacher: logits of one shape, as in :func:`kl_div`; a and b are two students.
         direction: whose probabilities weight the logarithms.
+        weight: as in :func:`kl_div`; multiplies both divergences of a row.
     """
     if direction not in ("teacher", "student"):
         raise ValueError(f'direction must be "teacher" or "student", but is {direction!r}')
@@ -101,7 +105,7 @@ def _dispatch(
     reduction: str,
     names: tuple[str, ...],
 ) -> Tensor:
-    # By the names: None in the place of a second student is a mistake, which check_logits tells.
+    # By the number of names: None as the second student of dual_kl is a mistake, which check_logits reports.
     tensors: tuple[Any, ...] = (student, teacher) if len(names) == 2 else (student, other, teacher)
     ordinary = plain(tensors)
     if not ordinary:
@@ -137,10 +141,12 @@ def _dispatch(
 
 
 class _Divergence(EagerFunction):
-    """The eager path: where the kernel likes (``fused``), the gradient for a grad_output of 1 falls out of the forward
-    pass, while the row is cached. "none", whose grad_output is rarely 1, computes it in the backward pass.
+    """kl_div and dual_kl with their gradients for eager calls.
 
-    Tensors arrive and leave as (student, [other], teacher, [weight]).
+    Where the kernel is ``fused``, the forward pass also computes the gradients for a grad_output of 1, while the row is
+    cached. With reduction "none", whose grad_output is rarely 1, the backward pass computes them.
+
+    The tensors and their gradients are (student, [other], teacher, [weight]).
     """
 
     @staticmethod
@@ -150,7 +156,7 @@ class _Divergence(EagerFunction):
         recompute = settings.reduction == NONE or not kernel.fused
         needs = ctx.needs_input_grad[1:]
         if not recompute and len(tensors) == (3 if dual else 2):
-            # The general case below, spelt out: at 64 rows its lists and loops show.
+            # The general case below without its lists and loops, whose time shows at 64 rows.
             student, teacher = tensors[0], tensors[-1]
             to_student = kernel.empty_gradient(student) if needs[0] else None
             to_teacher = kernel.empty_gradient(teacher) if needs[-1] else None
@@ -202,14 +208,14 @@ class _Divergence(EagerFunction):
 
 
 def _spread(tensors: Sequence[Tensor], dual: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """(student, [other], teacher, [weight]) with None for what is missing."""
+    """(student, [other], teacher, [weight]) as four, with None for a missing one."""
     logits = 3 if dual else 2
     weight = tensors[logits] if len(tensors) > logits else None
     return tensors[0], tensors[1] if dual else None, tensors[logits - 1], weight
 
 
 def _backward_through_graph(ctx: Any, tensors: Sequence[Tensor], grad: Tensor) -> tuple[Tensor | None, ...]:
-    """For gradients that are differentiated again or mapped over: the reference's, with a graph of their own."""
+    """Gradients of the reference with a graph of their own, to be differentiated again or mapped over."""
     _, settings, dual = ctx.how
 
     def reference(*inputs: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def _second(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    """Derivative of the backward pass, through the reference: torch.func.vjp composes with whatever is around it."""
+    """Derivative of the backward pass, through the reference: torch.func.vjp composes with transforms around it."""
     *settings, need_student, need_other, need_teacher, need_weight = ctx.settings
     wanted = (need_student, need_other, need_teacher, need_weight)
     saved = ctx.saved_tensors

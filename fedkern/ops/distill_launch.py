@@ -1,4 +1,4 @@
-"""The distill family on the CPU core: outputs are allocated here, tensors become pointers and strides."""
+"""Launcher of the distill family on the CPU core: allocates outputs and calls the core."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from fedkern.ops.distill_common import BATCHMEAN, NONE, mean_scale, row_shape
 from fedkern.ops.distill_kernels import ALL_DTYPES, Divergence, Ensemble
 from fedkern.ops.distill_reference import compute_dtype, result_dtype
 
-# Looked up once: at 64 rows what is around a loss takes longer than the loss.
+# Looked up once: at 64 rows the code around a loss takes longer than the loss.
 _empty_like = torch.empty_like
 _threads = torch.get_num_threads
 
-# Copied by empty_like, which takes two thirds of the time of empty(()).
+# Templates for empty_like, which takes two thirds of the time of empty(()).
 _SCALARS = {dtype: torch.empty((), dtype=dtype) for dtype in DTYPES}
 
-_LARGE = HUGE // 8  # elements; fresh() looks at the bytes
+_LARGE = HUGE // 8  # elements; fresh() compares bytes
 
 
 def _empty_result(rows_of: Tensor, dtype: torch.dtype, reduction: int) -> Tensor:
@@ -33,9 +33,9 @@ def _empty_result(rows_of: Tensor, dtype: torch.dtype, reduction: int) -> Tensor
 class CpuDistill:
     """:class:`fedkern.ops.distill_kernels.DistillKernel` on ``fedkern._cpu``."""
 
-    # A row's gradient costs little while the row is in the cache, and grad_output can be looked at.
+    # A row's gradient costs little while the row is in the cache, and the host can read grad_output.
     fused = True
-    # A stride of 0 is all that rows add to them.
+    # The core reads weights [K] for every row through a stride of 0.
     short_weights = True
 
     def __init__(self, core: Any) -> None:
@@ -223,12 +223,12 @@ class CpuDistill:
         dtype = result_dtype(student, None, teachers)
         temperature, reduction = settings.temperature, settings.reduction
         by_class = class_mask is not None or (weights is not None and _by_class(weights))
-        grad = grad.resolve_neg()  # bound to a name: its pointer must outlive this line
+        grad = grad.resolve_neg()  # bound to a name: its memory must outlive this line
         to_student = self.empty_gradient(student) if needs[0] else None
         to_teachers = self.empty_gradient(teachers) if needs[1] else None
         to_weights = None
         if needs[2] and weights is not None:
-            # By class also where the mask alone makes it so: the kernel then looks at every class.
+            # One gradient per class also where only the mask differs by class: the kernel then works by class.
             shape = (*weights.shape[:2], teachers.shape[2], *weights.shape[3:]) if by_class else weights.shape
             to_weights = torch.empty(shape, dtype=compute_dtype(dtype))
         self._distill_ensemble(
@@ -271,10 +271,11 @@ class CpuDistill:
         return self._stack_backward(JS, (grad,), logits, weights, reduction, needs)
 
     def consensus_kept(self, logits: Tensor) -> Tensor | None:
-        # Four numbers for each of the K, then the log of the mixture. Rows side by side where the core takes them so.
+        # Per row: four numbers for each of the K, then the log of the mixture. The last layout has rows side by side,
+        # where the core takes them side by side.
         count, batch, classes, *positions = logits.shape
         numbers, dtype = 4 * count + classes, compute_dtype(logits.dtype)
-        if 2 * numbers > count * classes:  # as much to read as the logits
+        if 2 * numbers > count * classes:  # not much less to read than the logits
             return None
         if classes >= 24 and not positions:
             return torch.empty((batch, numbers), dtype=dtype)

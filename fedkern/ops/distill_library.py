@@ -1,7 +1,7 @@
 """torch.library entries of losses over stacks of K teachers: one scheme for ensemble_kl, js_div and consensus.
 
-Each becomes two operators, the loss and its gradients: one graph node each under torch.compile. Second derivatives go
-through the reference. Batching rules fold the mapped axis into the batch.
+Each loss becomes two operators, the loss and its gradients: one graph node each under torch.compile. Second derivatives
+go through the reference. Batching rules fold the mapped axis into the batch.
 """
 
 from __future__ import annotations
@@ -21,21 +21,24 @@ Optionals = tuple[Any, ...]  # tensors, and None where an optional one was not g
 
 @dataclass(frozen=True)
 class Loss:
-    """One operator.
+    """Description of one loss, from which :func:`define` makes its operators.
 
     Attributes:
-        name: of the operator; its gradients are ``<name>_backward``.
-        tensors: its tensor arguments, optional ones with a question mark.
-        differentiable: how many of them, from the first on, have gradients.
+        name: name of the operator; the operator of its gradients is ``<name>_backward``.
+        tensors: names of the tensor arguments; a question mark after an optional one.
+        differentiable: number of tensor arguments, from the first on, that have gradients.
         settings: the other arguments with their types; the last one is the reduction.
-        results: how many it returns.
-        rows_of: which argument tells the rows, ``[B, C, *positions]``, or ``[K, B, C, *positions]`` if ``stacked``.
+        results: number of results.
+        rows_of: index of the tensor argument with the shape of the rows: ``[B, C, *positions]``, or
+            ``[K, B, C, *positions]`` if ``stacked``.
+        stacked: see ``rows_of``.
         run: (tensors, settings) to the results.
         run_backward: (grads, tensors, settings, needs) to the gradients of the differentiable tensors.
-        reference: as ``run``, in plain PyTorch, arguments spelt out.
-        dtype: of the results, from the tensors.
-        fold: (tensors, mapped axes, number of calls) to tensors whose batch is all calls'; gradients of the first
-            ``differentiable`` come back through ``unfold``.
+        reference: like ``run``, in plain PyTorch, with tensors and settings as separate arguments.
+        dtype: (tensors) to the dtype of the results.
+        fold: (tensors, mapped axes, number of calls) to tensors whose batch holds the batches of all calls.
+        unfold: (index of a differentiable tensor, gradient of the folded tensor, number of calls) to the gradient with
+            the mapped axis.
     """
 
     name: str
@@ -61,7 +64,7 @@ class Loss:
 
 
 def define(loss: Loss) -> Callable[..., Any]:
-    """Registers the operators of ``loss``; returns the function to call the loss with."""
+    """Registers the operators of ``loss``; returns the function that calls the loss."""
     count, wanted = len(loss.tensors), loss.differentiable
     arguments = ", ".join(
         [f"Tensor{'?' if name.endswith('?') else ''} {name.rstrip('?')}" for name in loss.tensors] + [*loss.settings]
@@ -186,7 +189,7 @@ def define(loss: Loss) -> Callable[..., Any]:
 
 
 def place(gradients: Sequence[Tensor | None], inputs: Sequence[Any], needs: Sequence[bool]) -> tuple[Tensor, ...]:
-    """A gradient operator's results: in the inputs' layout, and an empty tensor for a gradient nobody wants."""
+    """Results of a gradient operator, in the inputs' layout; an empty tensor where no gradient is wanted."""
     device = next(t.device for t in inputs if t is not None)
     return tuple(
         torch.empty(0, device=device)
@@ -209,7 +212,7 @@ def reference_gradients(
     *,
     graph: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """The reference's gradients of the first ``len(needs)`` tensors, with a graph of their own if asked for."""
+    """The reference's gradients of the first ``len(needs)`` tensors; ``graph``: with a graph of their own."""
     inputs, others = list(tensors[: len(needs)]), tensors[len(needs) :]
     if not graph:
         inputs = [

@@ -1,4 +1,4 @@
-"""What the distill operators compute, in plain PyTorch: the specification, the tests' oracle and the fallback."""
+"""References of the distill operators in plain PyTorch: specification, oracle of the tests, fallback."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def _divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
 
 
 def divergence_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """P (eᵘ − 1 − u) with u = log Q − log P of every class.
+    """Terms P (eᵘ − 1 − u) of every class, with u = log Q − log P.
 
-    Their sum equals Σ P (log P − log Q), but they are never negative, so nearly equal rows do not cancel.
+    Their sum equals Σ P (log P − log Q). The terms are never negative, so they do not cancel for nearly equal rows.
     """
     p, q = log_p.exp(), log_q.exp()
     masked = log_p == -math.inf
@@ -70,7 +70,7 @@ def divergence_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
     small = u.abs() < 1
     v = torch.where(small, u, 0)
     near = p * (torch.expm1(v) - v).clamp_min(0)
-    # A probability that underflows is not 0: where Q is, the loss is infinite.
+    # A probability P that underflows does not count as 0: where Q is 0, the loss is infinite.
     far = q - p - torch.where(masked | small, 0, p.clamp_min(torch.finfo(p.dtype).tiny) * u)
     return torch.where(small & ~masked, near, far)
 
@@ -90,7 +90,7 @@ def entropy_reference(logits: Tensor, *, reduction: str = "batchmean") -> Tensor
 
 
 def entropy_rows_reference(logits: Tensor, reduction: int) -> Tensor:
-    """:func:`entropy_reference` with the reduction as its number."""
+    """:func:`entropy_reference` with the number of the reduction."""
     compute = compute_dtype(logits.dtype)
     log_p = logits.to(compute).log_softmax(1)
     rows = -(log_p.exp() * torch.where(log_p == -math.inf, 0, log_p)).sum(1)
@@ -98,7 +98,7 @@ def entropy_rows_reference(logits: Tensor, reduction: int) -> Tensor:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for the rest."""
+    """float64 for float64, float32 for all other dtypes."""
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
@@ -112,7 +112,7 @@ def result_dtype(student: Tensor, other: Tensor | None, teacher: Tensor) -> torc
 
 
 def reduce_rows(rows: Tensor, weight: Tensor | None, reduction: int) -> Tensor:
-    """Weights and reduces row losses; a row of weight 0 counts exactly 0 whatever it holds."""
+    """Weights and reduces row losses; a row of weight 0 contributes exactly 0, whatever it holds."""
     if weight is not None:
         rows = torch.where(weight == 0, 0, rows * weight)
     if reduction == NONE:
@@ -122,5 +122,5 @@ def reduce_rows(rows: Tensor, weight: Tensor | None, reduction: int) -> Tensor:
 
 
 def mask_rows(logits: Tensor, weight: Tensor | None) -> Tensor:
-    """Zeros in rows of weight 0, so that nothing they hold reaches a gradient."""
+    """``logits`` with zeros in rows of weight 0, so that no value there reaches a gradient."""
     return logits if weight is None else torch.where((weight == 0).unsqueeze(1), 0, logits)

@@ -1,4 +1,4 @@
-"""flat: a module's parameters and buffers as views into one vector, the form in which models travel."""
+"""flat: a module's parameters and buffers as views into one vector, which clients and server exchange."""
 
 from __future__ import annotations
 
@@ -13,41 +13,46 @@ from fedkern.ops.flat_layout import Entry, FlatGroup, Slot, check_tensors, flatt
 
 
 class FlatParameters:
-    """Moves the parameters and floating buffers of ``module`` into one vector per dtype, which they then view.
+    """Moves the parameters and floating buffers of ``module`` into one vector per dtype; they become views into it.
 
-    The tensors stay the objects they were (optimisers and hooks keep working), with their shapes and strides, so a
-    channels-last weight is still channels-last; the vector holds each tensor's elements in memory order.  Two
-    modules of the same architecture and memory format so agree on what every element means.  ``state_dict`` keys,
+    The tensors stay the same objects (optimisers and hooks keep working) with the same shapes and strides: a
+    channels-last weight is still channels-last.  The vector holds each tensor's elements in memory order, so that two
+    modules of the same architecture and memory format have the same layout.  ``state_dict`` keys,
     ``load_state_dict``, optimisers, ``copy.deepcopy`` and ``torch.save`` of the module or its state behave as before.
     Shared (tied) tensors appear once.
 
-    All tensors of a dtype lie in the vector's storage, which is torch's own: what gives its memory back and takes it
-    anew (``untyped_storage().resize_``) does so for all of them.  As with every view, ``torch.save`` of one tensor
-    writes the whole vector (``clone()`` it first), and ``pickle.dumps`` of the module writes it once for each tensor
-    (``torch.save`` once).  ``pickle.dumps`` of the FlatParameters writes every tensor once, in a copy of the module: an
-    optimiser or a module pickled beside it is another one's when read.
+    All tensors of a dtype share the vector's storage, a torch storage: ``untyped_storage().resize_`` frees or
+    reallocates the memory of all of them.  As with every view, ``torch.save`` of one tensor writes the whole vector
+    (``clone()`` the tensor first).  ``pickle.dumps`` of the module writes the vector once for each tensor,
+    ``torch.save`` only once.  ``pickle.dumps`` of the FlatParameters writes every tensor once, from a copy of the
+    module: after loading, an optimiser or a module pickled beside it does not share its tensors.
 
-    Integer and boolean buffers keep their type and place; they travel as :attr:`integers`.
+    Integer and boolean parameters and buffers keep their dtype and memory; :attr:`integers` copies them into a vector.
 
-    What replaces a module's tensors unflattens it: ``copy.deepcopy`` of the module alone, ``.to(dtype)``,
-    ``.to(device)``, ``.to(memory_format=...)``, ``share_memory()``, ``load_state_dict(assign=True)``.
-    :attr:`is_flat` tells, :meth:`check` raises, :meth:`flatten` flattens again.  ``copy.deepcopy`` of the
-    FlatParameters copies the module with it and flattens the copy.
+    Operations that replace a module's tensors unflatten the module: ``copy.deepcopy`` of the module alone,
+    ``.to(dtype)``, ``.to(device)``, ``.to(memory_format=...)``, ``share_memory()``, ``load_state_dict(assign=True)``.
+    :attr:`is_flat` tells whether the module is flat, :meth:`check` raises if it is not, and :meth:`flatten` flattens it
+    again.  ``copy.deepcopy`` of the FlatParameters copies the module with it and flattens the copy.
 
-    Writing to the vectors with torch operations changes the module at once, but autograd cannot see it; call
-    :meth:`mark_changed` afterwards, or write through :meth:`load`, so that a backward pass whose saved tensors were
-    overwritten raises instead of being wrong.
+    Writing to the vectors with torch operations changes the module at once, but autograd cannot see the change.  Call
+    :meth:`mark_changed` afterwards, or write through :meth:`load`: then a backward pass whose saved tensors were
+    overwritten raises instead of giving wrong gradients.
 
-    It is a container, not an operator: building and loading it under ``torch.func`` transforms or ``torch.compile`` is
-    refused; use ``torch.func.functional_call`` with :meth:`views` there.
+    A FlatParameters is a container, not an operator, and cannot be built or loaded under ``torch.func`` transforms or
+    ``torch.compile``; use ``torch.func.functional_call`` with :meth:`views` there.
 
     Args:
         module: any module whose tensors live on one device.
 
+    Attributes:
+        module: the module.
+        groups: the vectors of each floating dtype.
+
     Raises:
-        TypeError: ``module`` is no ``nn.Module``, or holds a tensor subclass.
+        TypeError: ``module`` is no ``nn.Module``, or holds a tensor subclass or a tensor that is not strided.
         ValueError: a tensor is uninitialised (lazy), on the meta device or another device, or two tensors overlap in
             memory without being the same.
+        RuntimeError: called under ``torch.compile`` or a ``torch.func`` transform.
     """
 
     module: nn.Module
@@ -77,11 +82,11 @@ class FlatParameters:
             self.groups[dtype], self._slots[dtype] = flatten_group(sorted(entries, key=lambda entry: not entry[4]))
         return self
 
-    # What travels.
+    # The vectors that clients and server exchange.
 
     @property
     def vector(self) -> Tensor:
-        """``[P + Q]``: parameters, then floating buffers; a view that the module shares.
+        """``[P + Q]``: parameters, then floating buffers, in the module's own memory.
 
         Raises:
             ValueError: the module has several floating dtypes; use :attr:`groups`.
@@ -140,7 +145,7 @@ class FlatParameters:
                 tensor.copy_(part.view(tensor.shape))
 
     def copy_(self, other: FlatParameters) -> FlatParameters:
-        """Takes over every value of another flat module of the same layout, integer buffers included; returns ``self``.
+        """Copies every value of another flat module of the same layout, integer buffers included; returns ``self``.
 
         Raises:
             TypeError: ``other`` is no FlatParameters.
@@ -162,7 +167,7 @@ class FlatParameters:
         return self
 
     def layout(self) -> list[tuple[str, torch.dtype, tuple[int, ...], tuple[int, ...], int]]:
-        """Returns (name, dtype, shape, strides, offset) of every tensor: what two sides must agree on."""
+        """Returns (name, dtype, shape, strides, offset) of every tensor: what client and server must agree on."""
         return [
             (slot.name, dtype, tuple(slot.tensor.shape), slot.stride, slot.offset)
             for dtype, slots in self._slots.items()
@@ -195,12 +200,12 @@ class FlatParameters:
     def gradients(self, dtype: torch.dtype | None = None) -> Tensor:
         """Returns one vector ``[P]`` that every parameter's ``.grad`` views, for optimisers that work on flat vectors.
 
-        A gradient that is there already is moved in, a missing one (never computed, or reset to None) is zero.  Call it
-        once before training, clear it with one ``fill_(0)`` (``zero_grad(set_to_none=False)`` does that too); called
-        again after gradients were replaced, it collects them.
+        Existing gradients are copied into the vector; a missing gradient (never computed, or reset to None) is zero.
+        Call this once before training.  Clear the vector with one ``fill_(0)``, or by ``zero_grad(set_to_none=False)``.
+        Call this again after gradients were replaced, to copy the new ones in.
 
         Args:
-            dtype: which group, for a module of several floating dtypes.
+            dtype: the floating dtype, for a module that has several.
 
         Raises:
             TypeError, ValueError: ``dtype`` is none of the module's.
@@ -234,7 +239,7 @@ class FlatParameters:
                     slot.tensor.grad = view
         return flat
 
-    # Keeping the promise.
+    # Whether the module is still flat.
 
     @property
     def is_flat(self) -> bool:
@@ -262,7 +267,7 @@ class FlatParameters:
         return twin
 
     def __reduce__(self) -> tuple[type[FlatParameters], tuple[nn.Module]]:
-        # pickle writes a tensor's whole storage, here the vector, for each tensor: give each a storage of its own.
+        # pickle writes each tensor's whole storage, here the vector: give each tensor a storage of its own.
         module = copy.deepcopy(self.module)
         with torch.no_grad():
             for _, _, _, tensor, _ in tensors_of(module):
@@ -313,7 +318,7 @@ class FlatParameters:
 
 
 def _check_values(vector: Tensor, name: str) -> None:
-    """Raises TypeError or ValueError for a tensor without strides, or without values."""
+    """Raises TypeError for a tensor that is not dense, ValueError for one on the meta device."""
     check_dense(vector, name)
     if vector.is_meta:
         raise ValueError(f"{name} must have values, and a tensor on the meta device has none")

@@ -1,4 +1,4 @@
-"""flat: where each tensor of a module lives in its flat vector."""
+"""flat: the place of each of a module's tensors in its flat vector."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class FlatGroup(NamedTuple):
     """The flat tensors of one dtype.
 
     Attributes:
-        vector: ``[P + Q]``, everything of that dtype.
+        vector: ``[P + Q]``, all elements of that dtype.
         parameters: ``[P]``, its first elements: the module's parameters in the order of ``module.parameters()``.
         buffers: ``[Q]``, the rest: floating buffers in the order of ``module.buffers()``.
     """
@@ -28,7 +28,7 @@ class FlatGroup(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """Where one tensor of the module lives."""
+    """One tensor of the module and its place in the vector."""
 
     owner: nn.Module
     key: str  # attribute of the owner
@@ -46,7 +46,7 @@ class Slot(NamedTuple):
         tensor = self.current()
         if tensor is None or tensor.dtype != self.vector.dtype or tensor.stride() != self.stride:
             return False
-        # Relative to the vector, whose storage may be given back and taken anew; without elements there is no place.
+        # Relative to the vector, whose storage may be freed and reallocated; a tensor without elements has no place.
         place = self.vector.data_ptr() + self.offset * self.vector.element_size()
         return not tensor.numel() or (tensor.device == self.vector.device and tensor.data_ptr() == place)
 
@@ -87,7 +87,7 @@ def check_tensors(found: list[Entry]) -> None:
 
 
 def flatten_group(entries: list[Entry]) -> tuple[FlatGroup, list[Slot]]:
-    # Tensors over the very same memory (weight = other.weight.data) stay over the same memory.
+    # Tensors that view exactly the same memory (weight = other.weight.data) keep sharing it.
     placed: dict[tuple[int, torch.Size, tuple[int, ...]], int] = {}
     offsets, sources, taken, end, parameters = [], [], [], 0, 0
     for _, _, name, tensor, is_parameter in entries:
@@ -127,7 +127,7 @@ def view_of(flat: Tensor, slot: Slot) -> Tensor:
 
 
 def shaped(piece: Tensor, slot: Slot) -> Tensor:
-    """A piece of a vector in the slot's shape and strides, by differentiable views that vmap knows."""
+    """A piece of a vector in the slot's shape and strides, by differentiable views that vmap supports."""
     order = sorted(range(slot.tensor.dim()), key=lambda axis: (-slot.stride[axis], -slot.tensor.shape[axis]))
     in_memory = piece.view([slot.tensor.shape[axis] for axis in order])
     back = sorted(range(len(order)), key=lambda position: order[position])
@@ -135,7 +135,7 @@ def shaped(piece: Tensor, slot: Slot) -> Tensor:
 
 
 def _extent(tensor: Tensor) -> int:
-    """Bytes from the first element to behind the last."""
+    """Bytes from the start of the first element to the end of the last."""
     if not tensor.numel():
         return 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -143,5 +143,5 @@ def _extent(tensor: Tensor) -> int:
 
 
 def _dense_stride(tensor: Tensor) -> tuple[int, ...]:
-    """The tensor's strides where it fills its memory without gaps or repeats, else those of a copy in its order."""
+    """The tensor's strides if it fills its memory without gaps or overlaps, else those of a dense copy in its order."""
     return torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format).stride()

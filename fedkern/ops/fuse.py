@@ -1,4 +1,4 @@
-"""fuse: the feature maps of several clients' blocks side by side, or averaged, in one pass."""
+"""fuse: the feature maps of several clients' blocks concatenated, or averaged, in one pass."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ def fuse_concat(
     shift: Tensor | None = None,
     activation: Activation = None,
 ) -> Tensor:
-    """Puts M feature maps side by side on the channels, batch norm and ReLU applied on the way.
+    """Concatenates M feature maps along the channels, with batch norm and ReLU in the same pass.
 
     ``out[:, o + c] = act(scale[o + c] * features[m][:, c] + shift[o + c])`` with ``o`` the channels of the maps before
-    m: what ``torch.cat``, a batch norm in evaluation mode (``scale = gamma / sqrt(var + eps)``,
-    ``shift = beta - scale * mean``) and a ReLU compute in three passes (FuseFL's fusion, arXiv 2410.20380).
+    map m (FuseFL's fusion, arXiv 2410.20380).  The same takes three passes with ``torch.cat``, a batch norm in
+    evaluation mode (``scale = gamma / sqrt(var + eps)``, ``shift = beta - scale * mean``) and a ReLU.
 
     Args:
         features: M >= 1 maps ``[B, C_m, *S]`` (feature vectors ``[B, C_m]`` too), fp32, bf16, fp16 or fp64, of one
-            dtype, device, batch and position shape; the result is channels-last where all of them are.
+            dtype, device, batch and position shape.  The result is channels-last if all maps are.
         scale, shift: ``[sum of C_m]``, of any of these dtypes; None for 1 and 0.
         activation: ``"relu"`` or None.
 
     Returns:
         ``[B, sum of C_m, *S]``.  fp32, bf16 and fp16 are computed in fp32 and rounded once.
 
-    Differentiable in features, scale and shift (sums over batch and positions in fixed order: the same bits every
-    time).  Works under torch.compile (one node), for second derivatives, and under torch.func transforms through the
-    reference.
+    Differentiable in features, scale and shift; sums over batch and positions run in a fixed order, so that gradients
+    have the same bits every time.  Works under torch.compile (one node) and for second derivatives; torch.func
+    transforms use the reference.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, device or shape is wrong.
@@ -70,7 +70,7 @@ def fuse_mean(
     shift: Tensor | None = None,
     activation: Activation = None,
 ) -> Tensor:
-    """Averages M feature maps, each through its own batch norm and ReLU on the way (FuseFL's ``avg`` adaptor).
+    """Averages M feature maps, each after its own batch norm and ReLU, in one pass (FuseFL's ``avg`` adaptor).
 
     ``out[:, c] = 1/M * sum over m of act(scale[m * C + c] * features[m][:, c] + shift[m * C + c])``.
 
@@ -113,8 +113,8 @@ def _fuse_alike(
 def _usual(
     features: Sequence[Tensor], scale: Tensor | None, shift: Tensor | None, activation: Activation, mean: bool
 ) -> tuple[CpuFuse, bool] | None:
-    """The CPU kernel and whether maps are channels-last, for what calls mostly are; None says nothing yet."""
-    if backend.intercepted():  # first of all: a compiler would guard on what is looked up behind it
+    """The CPU kernel and whether maps are channels-last, for common calls; None: the general path must decide."""
+    if backend.intercepted():  # first: a compiler would guard on all that is looked up below
         return None
     found = backend._chosen.get(("fuse_mean" if mean else "fuse_concat", "cpu"))
     if found is None or type(found[0]) is not CpuFuse or activation not in (None, "relu"):
@@ -136,7 +136,7 @@ def _fuse(features: Sequence[Tensor], scale: Tensor | None, shift: Tensor | None
     reference = fuse_mean_reference if mean else fuse_concat_reference
     if not backend.eager(*given):
         if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-            # A list of mapped tensors has no batching rule of its own; the reference's operations do.
+            # The operator has no batching rule for a list of mapped tensors; the reference's operations have theirs.
             backend.only_reference(operator, "torch.func transforms")
             return reference(features, scale, shift, relu)
         return FUSE(list(features), scale, shift, relu, mean)
@@ -195,7 +195,7 @@ def _check(
 
 
 def _alike(features: Sequence[Tensor]) -> bool:
-    """True for maps that are right and of one shape: the common case, in few steps."""
+    """True for valid maps of one shape: the common case, checked in few steps."""
     first = features[0]
     if (
         not isinstance(first, Tensor)
@@ -228,9 +228,9 @@ class _Fuse(EagerFunction):
         ctx: Any, scale: Tensor | None, shift: Tensor | None, relu: bool, mean: bool, *features: Tensor
     ) -> Tensor:
         kernel = backend.select("fuse_mean" if mean else "fuse_concat", *features)
-        assert kernel is not None  # _fuse() has asked before
+        assert kernel is not None  # _fuse() has selected it before
         out = kernel.forward(features, scale, shift, relu, mean)
-        # A concatenation's own result tells where its ReLU stopped; the maps matter to scale's gradient.
+        # A concatenation's result shows where its ReLU is 0; scale's gradient and a mean of ReLUs need the maps.
         by_features = ctx.needs_input_grad[0] or (relu and mean)
         ctx.save_for_backward(
             scale, shift, out if relu and not by_features else None, *(features if by_features else ())
@@ -258,9 +258,9 @@ class _Fuse(EagerFunction):
 
 
 class _FuseAlike(EagerFunction):
-    """:class:`_Fuse` for what :func:`_usual` has found, where scale and shift are constants."""
+    """:class:`_Fuse` for the calls that :func:`_usual` serves, with constant scale and shift."""
 
-    # Every argument of its own costs autograd as much as a check: what has no gradient comes in one.
+    # Every argument costs autograd as much time as a check: all arguments without a gradient come as one tuple.
     @staticmethod
     def forward(
         ctx: Any, how: tuple[CpuFuse, Tensor | None, Tensor | None, bool, bool, bool], *features: Tensor
@@ -281,7 +281,7 @@ class _FuseAlike(EagerFunction):
         needs = ctx.needs_input_grad[1:]
         readable = backend.readable(grad) and not grad.is_neg()
         if last and readable and out is None and scale is None and not mean:
-            # Nothing is computed, and pieces of a channels-last row are too short to copy: torch.cat's own gradient.
+            # As torch.cat's gradient: nothing is computed, and the pieces of a channels-last row are too short to copy.
             parts = grad.split(channels, 1)
             return (None, *[part if need else None for part, need in zip(parts, needs, strict=True)])
         if readable and (grad.is_contiguous(memory_format=_CHANNELS_LAST) if last else grad.is_contiguous()):
@@ -297,7 +297,7 @@ class _FuseAlike(EagerFunction):
 # 4. The same operator for torch.compile and opcheck: fuse_library.
 
 
-# 5. Who can serve it.
+# 5. The backends that serve it.
 
 for _name in ("fuse_concat", "fuse_mean"):
     backend.register(

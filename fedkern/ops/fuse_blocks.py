@@ -1,4 +1,4 @@
-"""FusedBlocks: M clients' blocks of one shape as one module."""
+"""FusedBlocks: M clients' blocks of one structure as one module."""
 
 from __future__ import annotations
 
@@ -24,49 +24,50 @@ Lowering = Literal["grouped", "separate", "direct"]
 
 
 class FusedBlocks(nn.Module):
-    """M blocks of one shape over one shared input, as one module with the same outputs (FuseFL, arXiv 2410.20380).
+    """Fuses M blocks of one structure into one module with the same outputs (FuseFL, arXiv 2410.20380).
 
-    The first convolutions, which read the same input, are concatenated into one; later ones are grouped; batch norms
-    are concatenated.  M 1x1 convolutions (FuseFL's adaptors) become one 1x1 convolution.  Works on whatever block
-    torch.fx can take apart into Conv2d, Linear (over the last axis), BatchNorm, GroupNorm, activations, pooling,
-    Flatten, Identity and sums: residual blocks, VGG stages, stems, sequences of them.
+    The first convolutions, which read the same input, are concatenated into one; later convolutions become grouped
+    ones; batch norms are concatenated.  M 1x1 convolutions (FuseFL's adaptors) become one 1x1 convolution.  Blocks may
+    be anything that torch.fx can trace into Conv2d, Linear (over the last axis), BatchNorm, GroupNorm, activations,
+    pooling, Flatten, Identity and sums: residual blocks, VGG stages, stems, sequences of these.
 
     Args:
-        blocks: M >= 1 modules of the same structure, shapes, dtypes and devices.  Their parameters and buffers are
-            copied, one client's after the other's along axis 0, under the names they have in one block, behind
-            ``"branches."``; every layer's training mode and every parameter's ``requires_grad``, which must be the same
-            in all blocks, are taken over.
-        shared: whether all blocks read the same input ``[B, C, ...]``; else block m reads channels ``m * C`` to
-            ``(m + 1) * C`` of ``[B, M * C, ...]``, as after another FusedBlocks.
+        blocks: M >= 1 modules of the same structure, shapes, dtypes, devices, training modes (per layer) and
+            ``requires_grad`` (per parameter), which the fused module takes over.  Their parameters and buffers are
+            copied: one client's after the other's along axis 0, under their names in a block with the prefix
+            ``"branches."``.
+        shared: whether all blocks read the same input ``[B, C, ...]``.  If not, block m reads channels ``m * C`` to
+            ``(m + 1) * C`` of ``[B, M * C, ...]``, such as the output of another FusedBlocks.
         fold: in evaluation mode and without autograd, fold batch norms into the convolutions before them (frozen
-            levels).  The folded weights follow what torch counts as a change of a parameter or buffer: in-place
-            operations, optimizers, loaded state dicts, another tensor in its place.  Torch does not see writes through
-            ``p.data``, NumPy or an address: call :meth:`refold` after them, and after the step of a ``fused=True``
-            optimizer where a folded call lies between it and the recorded one (without, it is followed).
-        lowering: how it is computed: ``"grouped"`` (one convolution for all branches), ``"separate"`` (branch after
-            branch) or ``"direct"`` (folded fp32 on the CPU: all branches by the core's own convolution, which wastes no
-            lanes on few channels); None picks the fastest by the table measured on this processor (``fuse_choice``).
-            Where ``"direct"`` cannot serve, another one does.
+            levels).  Folded weights are computed again after every change of a parameter or buffer that torch counts:
+            in-place operations, optimizers, loaded state dicts, a replaced tensor.  Torch does not count writes through
+            ``p.data``, NumPy or an address: call :meth:`refold` after them.  The step of a ``fused=True`` optimizer
+            needs :meth:`refold` only if a folded call ran between the step and the recorded call before it.
+        lowering: how the result is computed: ``"grouped"`` (one convolution for all branches), ``"separate"`` (branch
+            after branch) or ``"direct"`` (folded fp32 on the CPU: all branches by the core's own convolution, which
+            wastes no SIMD lanes on few channels).  None picks the fastest by the table measured on this processor
+            (``fuse_choice``).  Where ``"direct"`` cannot serve, another lowering does.
 
-    ``forward`` maps the input to ``[B, M * C', ...]``, client 0's channels first; 4-D maps come out channels-last,
-    contiguous from ``"direct"``.  Works under torch.compile and torch.func transforms as plain grouped (or separate)
-    operations, nothing folded; torch.func refuses to update running statistics that it does not map over.
+    ``forward`` maps the input to ``[B, M * C', ...]``, client 0's channels first.  4-D results are channels-last, from
+    ``"direct"`` contiguous.  Under torch.compile and torch.func transforms the forward pass is plain grouped (or
+    separate) operations, and nothing is folded; torch.func refuses to update running statistics that it does not map
+    over.
 
-    Folded, it holds beside its parameters their folded copies, and these again as convolutions read them (per shape of
-    the maps, four shapes at most): about three times the parameters' bytes where maps have one shape.
+    When folded, the module holds its parameters, their folded copies, and these copies again in the layouts that
+    convolutions read (for four shapes of the maps at most).  For maps of one shape this is about three times the
+    parameters' bytes.
 
     FuseFL's level l >= 2, ``X -> {b_j(a_j(X))}``, is one ``FusedBlocks([nn.Sequential(a, b) for a, b in pairs])`` on
     ``X [B, M * c, H, W]``: its adaptors become one 1x1 convolution, its blocks run on their own channels of the result.
 
-    Built under ``torch.inference_mode()``, its parameters are ordinary ones nevertheless, which can be trained later.
+    The parameters can be trained later even if the module was built under ``torch.inference_mode()``.
 
     Raises:
-        TypeError: a block holds a layer or does something that is not supported; the message names it.  (forward) ``x``
-            is no tensor.
+        TypeError: a block holds an unsupported layer or operation; the message names it.  (forward) ``x`` is no tensor.
         ValueError: no blocks, or blocks of different structure, shapes, training modes or ``requires_grad``.
         ValueError: (forward) ``x`` has another number of axes or channels than the blocks read, or is too small.
-        RuntimeError: (forward) ``x`` has another dtype or device than the weights: what the blocks raise; or batch
-            norms with ``momentum=None`` under torch.compile in training mode.
+        RuntimeError: (forward) ``x`` has another dtype or device than the weights (the blocks' own error), or batch
+            norms have ``momentum=None`` under torch.compile in training mode.
     """
 
     def __init__(
@@ -84,16 +85,16 @@ class FusedBlocks(nn.Module):
         self.count, self.shared, self.fold, self.lowering = len(members), shared, fold, lowering
         self._keys = list(members[0].state_dict())
         self._layers: dict[str, nn.Module] = {}
-        # Tensors made in inference mode would count no changes, which folding follows.
+        # Tensors made in inference mode would not count their changes, which folding depends on.
         with torch.inference_mode(False):
-            # Not registered: its parameters are no parameters of this module.
+            # In a list, so that it is not registered: its parameters are not this module's.
             self._template = [copy.deepcopy(members[0]).to("meta")]
             self.branches = self._joined(members)
-        # Every layer keeps its own mode, as in the blocks: a slice of a frozen Sequential calls itself training.
+        # From the layers, which keep the modes they have in the blocks: a slice of a frozen Sequential says "training".
         self.training = any(layer.training for layer in self._layers.values()) or (
             not self._layers and members[0].training
         )
-        # These compute the same in either mode, so that blocks of nothing else are folded while "training" too.
+        # Convolutions and linear layers compute the same in either mode: blocks of only these fold in training too.
         self._modeless = all(isinstance(layer, (FusedConv, FusedLinear)) for layer in self._layers.values())
         self._folded = FoldedBlocks(self._steps, self._layers, self.count)
         self._axes = axes_of(self._steps, self._layers)
@@ -101,7 +102,7 @@ class FusedBlocks(nn.Module):
         self._surveyed: dict[torch.Size, bool] = {}
 
     def _joined(self, members: Sequence[nn.Module]) -> nn.Module:
-        """The layers of all blocks, under the names that they have in one; makes ``_layers``."""
+        """The fused layers, under the names that they have in a block; fills ``_layers``."""
         root = nn.Module()
         named = [dict(block.named_modules()) for block in members]
         for step in self._steps:
@@ -112,7 +113,7 @@ class FusedBlocks(nn.Module):
             if not isinstance(layer, FusedLayer):
                 layer = copy.deepcopy(layer)
                 if hasattr(layer, "inplace"):
-                    cast(Any, layer).inplace = False  # a shared value is still needed
+                    cast(Any, layer).inplace = False  # other layers may still read the value
             self._layers[name] = layer
             _place(root, name, layer)
         return root
@@ -128,7 +129,7 @@ class FusedBlocks(nn.Module):
             wanted = axes_named(self._axes, self.count, self.shared)
             raise ValueError(f"x must have shape {wanted}, not {list(x.shape)}")
         if not backend.eager(x):
-            # A compiler or a transform looks on: plain operations, which it fuses or maps itself.
+            # Under a compiler or a transform: plain operations, which it fuses or maps itself.
             return self._separate(x) if self.lowering == "separate" else self._grouped(x)
         sizes = x.shape[1:]
         direct = self._surveyed.get(sizes)
@@ -141,7 +142,7 @@ class FusedBlocks(nn.Module):
         way: str = self.lowering or self._choose(x, folded, core is not None)
         if not folded:
             if self.fold and torch.is_grad_enabled() and (training or self._trained()):
-                # What may come next is the step of a fused optimizer, which torch does not count as a change.
+                # A step of a fused optimizer may follow, which torch does not count as a change.
                 self._folded.forget()
             return self._separate(x) if way == "separate" else self._grouped(x)
         with torch.no_grad():
@@ -166,11 +167,11 @@ class FusedBlocks(nn.Module):
         return way
 
     def refold(self) -> None:
-        """Has the next folded call fold the weights anew, after a change that torch did not count (see ``fold``)."""
+        """Makes the next folded call fold the weights again, after a change that torch did not count (see ``fold``)."""
         self._folded.forget()
 
     def maps(self, fused: Tensor) -> list[Tensor]:
-        """The M blocks' maps in a result of :meth:`forward`, as views."""
+        """The M blocks' parts of a result of :meth:`forward`, as views."""
         return list(fused.tensor_split(self.count, dim=1))
 
     def _recorded(self, x: Tensor) -> bool:
@@ -199,16 +200,16 @@ class FusedBlocks(nn.Module):
         return concatenate(results)
 
     def state_dicts(self) -> list[OrderedDict[str, Tensor]]:
-        """The M blocks' state dicts: copies, bit for bit what went in if nothing was trained since."""
+        """Copies of the M blocks' state dicts, bit for bit the original ones if nothing was trained since."""
         return [
             OrderedDict((key, self._part(key, m).detach().clone()) for key in self._keys) for m in range(self.count)
         ]
 
     def load_state_dicts(self, states: Sequence[dict[str, Tensor]]) -> None:
-        """Takes over M blocks' state dicts.
+        """Loads the state dicts of M blocks.
 
         Raises:
-            ValueError: not M of them, or one with other keys or shapes.
+            ValueError: ``states`` are not M state dicts, or a state dict has other keys or shapes.
         """
         if len(states) != self.count:
             raise ValueError(f"states must hold {self.count} state dicts, not {len(states)}")

@@ -1,8 +1,8 @@
-"""Which way FusedBlocks computes: the cheapest by the table that was measured on processors like this one.
+"""Choice of FusedBlocks' lowering: the cheapest one by a table of costs measured on processors like this one.
 
-A table of one's own (``python -m fedkern.run tune``) serves before those that come with fedkern.
-``FEDKERN_LOWERINGS=shipped`` leaves one's own out, ``FEDKERN_LOWERINGS=FILE`` names one.  On a processor that no table
-is of, branch after branch is computed unless every table sees another way far ahead.
+The user's own table (``python -m fedkern.run tune``) goes before the tables shipped with fedkern.
+``FEDKERN_LOWERINGS=shipped`` ignores the user's own table, ``FEDKERN_LOWERINGS=FILE`` names a table to use.  On a
+processor that no table covers, the choice is ``"separate"`` unless all shipped tables see another lowering far ahead.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ SHIPPED = Path(__file__).with_name("tables")
 VARIABLE = "FEDKERN_LOWERINGS"
 TUNE = "python -m fedkern.run tune"
 
-# How far ahead of separate calls a way must be, in times: what repeated measurements differ by; measured on another
-# number of threads; measured on other processors alone. From an EPYC to a Xeon, the direct way's lead at width 20 and
-# 32x32 was seen to go from 1.9 to less than 0.9.
+# How many times faster than separate calls a lowering must be: in a table of this processor and number of threads (the
+# differences of repeated measurements), of another number of threads, and of other processors.  The direct lowering's
+# lead at width 20 and 32x32 was 1.9 on an EPYC and less than 0.9 on a Xeon.
 NOISE, OTHER_THREADS, OTHER_PROCESSOR = 1.03, 1.25, 2.5
 
 
 class Serving(NamedTuple):
-    """What decides here.
+    """The table that decides on this processor.
 
     Attributes:
-        kind: ``"own"``, ``"shipped"``, ``"named"`` (by ``FEDKERN_LOWERINGS``) or ``"none"``: no table is of this
+        kind: ``"own"``, ``"shipped"``, ``"named"`` (by ``FEDKERN_LOWERINGS``) or ``"none"``: no table covers this
             processor.
-        tables: one, or with ``"none"`` all that come with fedkern.
+        tables: one table, or with ``"none"`` all shipped tables.
         path: the table's file; None with ``"none"``.
-        digest: of the tables; what a run's bits depend on.
+        digest: digest of the tables, which a run's bits depend on.
         isa: the active ISA level of the CPU core, "none" where there is no core.
-        problem: why a table of one's own is ignored, as a sentence, or "".
+        problem: why the user's own table is ignored, as a sentence; "" if it is not.
     """
 
     kind: str
@@ -58,7 +58,7 @@ class Serving(NamedTuple):
 
 
 def choose(works: Sequence[Work], branches: int, channels_last: bool, direct: bool) -> str:
-    """The lowering of M branches that costs least on the CPU; ``"separate"`` where none is ahead by more than noise.
+    """The cheapest lowering of M branches on the CPU; ``"separate"`` where no lowering is far enough ahead of it.
 
     Args:
         works: a block's layers.
@@ -67,14 +67,14 @@ def choose(works: Sequence[Work], branches: int, channels_last: bool, direct: bo
         direct: whether ``"direct"`` can serve.
 
     Raises:
-        ValueError: ``FEDKERN_LOWERINGS`` names no table.
+        ValueError: ``FEDKERN_LOWERINGS`` does not name a table.
     """
     if not works:
         return "grouped"
     if problem := untold():
         warnings.warn(problem, stacklevel=2)
     found, threads = serving(), torch.get_num_threads()
-    leads = [math.inf] * len(LOWERINGS)  # over separate calls, in the table that sees the least of it
+    leads = [math.inf] * len(LOWERINGS)  # over separate calls, the least of all tables, in units of the margin
     for table in found.tables:
         nearest = table.nearest_threads(threads)
         margin = OTHER_PROCESSOR if found.kind == "none" else NOISE if nearest == threads else OTHER_THREADS
@@ -91,17 +91,17 @@ def serving(named: str | None = None) -> Serving:
     """The table that decides on this processor; files are read once, see :func:`forget`.
 
     Args:
-        named: what stands in the place of ``FEDKERN_LOWERINGS``; None for what that says.
+        named: a value to use instead of ``FEDKERN_LOWERINGS``; None reads the variable.
 
     Raises:
-        ValueError: ``FEDKERN_LOWERINGS`` names no table.
+        ValueError: ``FEDKERN_LOWERINGS`` does not name a table.
     """
     named = os.environ.get(VARIABLE, "") if named is None else named
     return _serving(processor(), active_isa(), named)
 
 
 def untold() -> str:
-    """Why a table of one's own is ignored, the first time that this is asked for; then, and where none is, ""."""
+    """Why the user's own table is ignored, on the first call only; "" on later calls or if it is not ignored."""
     problem = serving().problem
     if problem in _told:
         return ""
@@ -121,7 +121,7 @@ def active_isa() -> str:
 
 
 def own_file() -> Path | None:
-    """Where one's own table of this processor and ISA level lies, or would; None where the user has no home folder."""
+    """Path of the user's own table for this processor and ISA level, existing or not; None without a home folder."""
     return processor().cache_file("lowerings", active_isa())
 
 
@@ -132,7 +132,7 @@ def shipped() -> tuple[tuple[Path, Table], ...]:
 
 
 def forget() -> None:
-    """Has the tables read again."""
+    """Makes the next call of :func:`serving` read and choose a table again; shipped tables are not read again."""
     _serving.cache_clear()
     _told.clear()
 
@@ -161,7 +161,7 @@ def _serving(here: Processor, isa: str, named: str) -> Serving:
             reason = getattr(error, "strerror", None) or error
             problem = f"{own} is ignored, it is no table of this processor's lowerings ({reason}): run {TUNE} again."
             problem = printable_name(problem, MESSAGE)
-    # A table measured with another ISA level tells the other lowerings' costs all the same.
+    # A table measured at another ISA level still gives the costs of the other lowerings: only "direct" uses the core.
     of_here = [entry for entry in shipped() if entry[1].covers(here)]
     for path, table in sorted(of_here, key=lambda entry: entry[1].isa != isa):
         return Serving("shipped", (table,), path, table.digest, isa, problem)

@@ -12,12 +12,12 @@ from fedkern.ops import backend
 from fedkern.ops.fuse_launch import CpuFuse
 from fedkern.ops.fuse_layers import FusedConv
 
-# csrc/include/fedkern/fuse.h, kFuseConvColumns: a row of the map with its border; wider ones take another way.
+# kFuseConvColumns of csrc/include/fedkern/fuse.h: a map's width with its border; wider maps take another lowering.
 MAX_COLUMNS = 256
 
 
 def core_for(x: Tensor) -> Any | None:
-    """The compiled core where it may serve fp32 convolutions of ``x``: plain CPU tensors, nothing recorded."""
+    """The compiled core if it can convolve ``x``, else None: ``x`` must be a plain fp32 CPU tensor, seen eagerly."""
     if x.dtype is not torch.float32 or x.device.type != "cpu" or not backend.eager(x) or x.is_neg():
         return None
     kernel = backend.select("fuse_concat", x)
@@ -25,9 +25,9 @@ def core_for(x: Tensor) -> Any | None:
 
 
 def fits(conv: FusedConv, columns: int) -> bool:
-    """Whether the algorithm covers this convolution where its result is ``columns`` wide.
+    """Whether the direct algorithm covers this convolution with a result ``columns`` wide.
 
-    It covers one group, one stride and dilation, padding in numbers.
+    It covers one group, the same stride and dilation on both axes, and padding given as numbers.
     """
     return (
         conv.groups == 1
@@ -40,7 +40,7 @@ def fits(conv: FusedConv, columns: int) -> bool:
 
 
 def pack(weight: Tensor, branches: int, largest: int) -> tuple[Tensor, int]:
-    """Weights ``[M * C', C, kh, kw]`` as ``[M, blocks, C * kh * kw, block]``, and the block.
+    """Weights ``[M * C', C, kh, kw]`` as ``[M, blocks, C * kh * kw, block]``, and the block size.
 
     The output channels are cut into equal blocks of at most ``largest``, the last one filled up with zeros.
     """
@@ -68,8 +68,9 @@ def convolve(
 ) -> None:
     """``out = relu(conv(x) + bias + other)`` for all branches.
 
-    The core is given addresses: ``x`` and ``out`` are fp32 on the CPU and contiguous within a sample, ``x`` has the
-    channels that the weights read (:func:`fedkern.ops.fuse_shapes.survey`), and ``held`` is plain.
+    The core gets raw addresses, so the caller must make sure that ``x`` and ``out`` are fp32 on the CPU and contiguous
+    within a sample, that ``x`` has the channels that the weights read (:func:`fedkern.ops.fuse_shapes.survey`), and
+    that ``held.plain`` is true.
     """
     conv, branches = held.conv, held.conv.branches
     packed, block = held.packed(core.fuse_conv_block())

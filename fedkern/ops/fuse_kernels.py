@@ -1,4 +1,4 @@
-"""fuse: what a kernel must do, and how feature maps lie in memory."""
+"""fuse: interface of the kernels, and the memory layout of feature maps."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class FuseKernel(Protocol):
     def forward(
         self, features: Sequence[Tensor], scale: Tensor | None, shift: Tensor | None, relu: bool, mean: bool
     ) -> Tensor:
-        """``act(scale * f_m + shift)`` side by side on the channels, or (``mean``) averaged over the maps.
+        """``act(scale * f_m + shift)``, concatenated along the channels or (``mean``) averaged over the maps.
 
         The result is dense, and channels-last where :func:`wants_channels_last` says so.
         """
@@ -58,17 +58,18 @@ class FuseKernel(Protocol):
 
         Args:
             grad: gradient of the result, of any strides (0 included).
-            features: the maps, where scale's gradient is wanted or a mean of ReLUs must be taken apart; else None.
-            out: the result of a concatenation with ReLU, where ``features`` is None: positive where gradient passes.
+            features: the maps, if scale's gradient or the gradient of a mean of ReLUs is wanted; else None.
+            out: the result of a concatenation with ReLU, if ``features`` is None; the gradient passes where it is
+                positive.
             channels: C_m of every map.
             channels_last: layout of the maps' gradients, which are dense.
         """
 
 
 def order_of(feature: Tensor) -> int:
-    """1 where the channels of ``[B, C, *S]`` lie side by side (channels-last), -1 where the positions do, 0 for both.
+    """Order of ``[B, C, *S]`` in memory: 1 if channels are adjacent (channels-last), -1 if positions are, 0 for both.
 
-    What has neither order counts as -1: it will be copied.
+    A map in neither order counts as -1: it will be copied.
     """
     shape, strides = feature.shape, feature.stride()
     channels = shape[1]
@@ -80,7 +81,7 @@ def order_of(feature: Tensor) -> int:
 
 
 def position_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
-    """The one stride at which all positions ``*S`` of a map follow each other, or None."""
+    """The one stride that leads through all positions ``*S`` of a map, or None."""
     step = None
     size = 1
     for axis in range(len(shape) - 1, 1, -1):
@@ -95,7 +96,7 @@ def position_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
 
 
 def wants_channels_last(features: Sequence[Tensor]) -> bool:
-    """True where the result is laid out channels-last: every map fits that order and at least one no other."""
+    """True if the result is channels-last: every map fits that order, and at least one map fits no other."""
     for feature in features:
         if not feature.is_contiguous():
             break
@@ -127,5 +128,5 @@ def fused_channels(channels: Sequence[int], mean: bool) -> int:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that products and sums of maps of ``dtype`` are taken in."""
+    """The computing dtype of products and sums of maps of ``dtype``."""
     return torch.float64 if dtype is torch.float64 else torch.float32

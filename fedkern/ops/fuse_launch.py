@@ -72,9 +72,9 @@ class CpuFuse:
     def forward_alike(
         self, features: Sequence[Tensor], scale: Tensor | None, shift: Tensor | None, relu: bool, mean: bool, last: bool
     ) -> Tensor:
-        """:meth:`forward` of maps of one shape that all are contiguous or (``last``) channels-last, in few steps.
+        """:meth:`forward` in few steps, for maps of one shape that are all contiguous or (``last``) all channels-last.
 
-        Scale and shift are contiguous and of the dtype that is computed in.
+        Scale and shift are contiguous and have the computing dtype.
         """
         first = features[0]
         if mean:
@@ -91,7 +91,7 @@ class CpuFuse:
     def backward_alike(
         self, grad: Tensor, out: Tensor | None, scale: Tensor | None, mean: bool, needs: Sequence[bool], last: bool
     ) -> list[Tensor | None]:
-        """Gradients of the maps of :meth:`forward_alike` where no sums are wanted; ``grad`` is laid out alike."""
+        """Gradients of the maps of :meth:`forward_alike`, none of scale and shift; ``grad`` has the maps' layout."""
         batch, channels, *positions = grad.shape
         count = grad.numel()
         if not mean:
@@ -103,7 +103,7 @@ class CpuFuse:
             targets = self._pieces(grad, shape, needs, last)
         else:
             one = empty_map(shape, True, grad) if last else grad.new_empty(shape)
-            # Made after its like, a map takes half as long.
+            # empty_like takes half as long as making each map from its shape.
             targets = [one, *[_empty_like(one) if need else None for need in needs[1:]]]
             if not needs[0]:
                 targets[0] = None
@@ -115,7 +115,7 @@ class CpuFuse:
         return targets
 
     def _pieces(self, like: Tensor, shape: tuple[int, ...], needs: Sequence[bool], last: bool) -> list[Tensor | None]:
-        """Maps of ``shape`` side by side in one piece of memory: many small ones would each fault on every page."""
+        """Maps of ``shape`` in one allocation: many small allocations would each fault on every page."""
         batch, channels, *positions = shape
         order = (batch, *positions, channels) if last else shape
         whole = fresh(self.core, like.new_empty((sum(needs), *order)))
@@ -174,11 +174,11 @@ class CpuFuse:
 
 
 _empty_like, _threads = torch.empty_like, torch.get_num_threads
-_LARGE = HUGE // 8  # elements; fresh() looks at the bytes
+_LARGE = HUGE // 8  # elements; fresh() then checks the bytes
 
 
 def _vector(vector: Tensor | None, like: Tensor) -> Tensor | None:
-    """``scale`` or ``shift`` as the core takes it."""
+    """``scale`` or ``shift`` as the core takes it: contiguous, in the computing dtype."""
     vector = None if vector is None else vector.resolve_neg()
     if vector is None or (vector.dtype is compute_dtype(like.dtype) and vector.is_contiguous()):
         return vector
@@ -186,7 +186,7 @@ def _vector(vector: Tensor | None, like: Tensor) -> Tensor | None:
 
 
 def _laid_out(x: Tensor, interleaved: bool) -> Tensor:
-    """``x``, copied where its inner axis in that order is not dense or its positions do not follow at one stride."""
+    """``x``, copied if its inner axis in that order is not dense or no single stride leads through its positions."""
     if x.is_contiguous() and not interleaved:
         return x
     step = position_stride(x.shape, x.stride())
@@ -207,7 +207,7 @@ def _map(x: Tensor, interleaved: bool) -> Map:
     shape, strides = x.shape, x.stride()
     if not interleaved:
         return (address(x, "a feature map"), shape[1], strides[0], strides[1], 1)
-    # Samples of one position each are positions of one sample to the core.
+    # To the core, samples of one position each are the positions of one sample.
     single = len(shape) == 2 or math.prod(shape[2:]) == 1
     return (
         address(x, "a feature map"),
@@ -219,9 +219,9 @@ def _map(x: Tensor, interleaved: bool) -> Map:
 
 
 def _maps(features: Sequence[Tensor], interleaved: bool) -> tuple[Sequence[Tensor], list[Map | int | None]]:
-    """The maps laid out for the core, to be kept until it returns, and as it takes them.
+    """The maps laid out for the core, and their descriptions for it; keep the maps until the core returns.
 
-    That is an address alone where the strides are those of the map before.
+    A description is an address alone if the map has the strides of the map before.
     """
     first = features[0]
     shape, strides = first.shape, first.stride()

@@ -1,4 +1,4 @@
-"""FusedBlocks: the layers of M blocks as one layer each, parameters side by side."""
+"""FusedBlocks: the layers of M blocks as one layer each, with concatenated parameters."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fedkern.ops.fuse_table import IMAGE, VECTOR, Work
 
 
 class FusedLayer(nn.Module):
-    """M layers of one shape; every parameter and buffer holds theirs one after another along axis 0.
+    """M layers of one shape as one; every parameter and buffer concatenates those of the M layers along axis 0.
 
     Attributes:
         branches: M.
-        axes: how many axes its input may have; None: any number from 2 on.
-        reads: channels (of a linear layer features) that a branch reads; None: any.
+        axes: numbers of axes that the input may have; None: any number from 2 on.
+        reads: channels (for a linear layer: features) that a branch reads; None: any.
     """
 
     axes: tuple[int, ...] | None = None
@@ -57,7 +57,7 @@ class FusedLayer(nn.Module):
         return None if getattr(self, name) is None else self.part(name, m)
 
     def run(self, x: Tensor, shared: bool) -> Tensor:
-        """All branches: ``x`` is one input for all (``shared``) or M inputs side by side on the channels."""
+        """All branches: ``x`` is one input for all (``shared``), or M inputs concatenated along the channels."""
         raise NotImplementedError
 
     def run_one(self, x: Tensor, m: int) -> Tensor:
@@ -66,7 +66,7 @@ class FusedLayer(nn.Module):
 
 
 def join(parts: Sequence[Tensor], like: Tensor) -> Tensor:
-    """``parts`` along axis 0 (a new one for scalars), in their memory format."""
+    """``parts`` concatenated along axis 0 (scalars are stacked), in their memory format."""
     if not like.dim():
         return torch.stack(list(parts))
     joined = torch.cat(list(parts))
@@ -76,7 +76,7 @@ def join(parts: Sequence[Tensor], like: Tensor) -> Tensor:
 
 
 class FusedConv(FusedLayer):
-    """One convolution of all output channels on a shared input, a grouped one on M inputs."""
+    """M convolutions as one: of all output channels on a shared input, grouped on M inputs."""
 
     def __init__(self, layers: Sequence[nn.Conv2d]) -> None:
         super().__init__(layers)
@@ -125,9 +125,9 @@ class FusedConv(FusedLayer):
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, groups)
 
     def work(self, x: Tensor, shared: bool) -> tuple[Tensor, Work]:
-        """The result and the cost of a meta tensor of one sample."""
+        """The result as a meta tensor and the cost, for a meta tensor ``x`` of one sample."""
         weight = cast(Tensor, self.weight)
-        # Not convolved: of a meta tensor that imports sympy, a third of a second.
+        # Only its shape: convolving a meta tensor imports sympy, a third of a second.
         y = x.new_empty((1, weight.shape[0], *self.shape_after(x.shape)[2:]))
         written, positions = weight.shape[0] / self.branches, y.shape[2] * y.shape[3]
         amount = weight.numel() / self.branches * positions
@@ -145,7 +145,10 @@ class FusedConv(FusedLayer):
 
 
 class FusedLinear(FusedLayer):
-    """One matrix product on a shared input ``[B, features]`` (or ``[B, C, ..., features]``), a batched one on M."""
+    """M linear layers as one matrix product on a shared input, or as a batched product on M inputs.
+
+    Inputs are ``[B, features]`` or ``[B, C, ..., features]``.
+    """
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         super().__init__(layers)
@@ -155,7 +158,7 @@ class FusedLinear(FusedLayer):
         weight = cast(Tensor, self.weight)
         if shared:
             out = F.linear(x, weight, self.bias)
-            # Of more axes than two the last is the features, and the branches stand side by side on axis 1.
+            # With more than two axes the last one is the features, and the branches are concatenated along axis 1.
             return out if x.dim() == 2 else out.unflatten(-1, (self.branches, -1)).movedim(-2, 1).flatten(1, 2)
         rows = x.unflatten(1, (self.branches, -1)).movedim(1, 0)
         each = torch.bmm(rows.flatten(1, -2), weight.unflatten(0, (self.branches, -1)).transpose(1, 2))
@@ -168,7 +171,7 @@ class FusedLinear(FusedLayer):
 
 
 class FusedBatchNorm(FusedLayer):
-    """Batch norm knows channels only by themselves, so M of them are one."""
+    """M batch norms as one, since batch norm treats every channel by itself."""
 
     def __init__(self, layers: Sequence[nn.BatchNorm1d | nn.BatchNorm2d]) -> None:
         super().__init__(layers)
@@ -177,7 +180,7 @@ class FusedBatchNorm(FusedLayer):
         self.eps, self.momentum, self.track = first.eps, first.momentum, first.track_running_stats
 
     def _count(self, branches: Sequence[int]) -> list[float]:
-        """Counts a batch of training; returns the branches' weights of its statistics."""
+        """Counts a batch of training; returns for each branch the weight of the batch's statistics."""
         if not (self.training and self.track):
             return [0.0] * len(branches)
         counts = cast(Tensor, self.num_batches_tracked)
@@ -221,7 +224,7 @@ class FusedBatchNorm(FusedLayer):
         return F.batch_norm(x, mean, var, weight, bias, own, momentum, self.eps)
 
     def affine(self) -> tuple[Tensor, Tensor]:
-        """What it does in evaluation mode, as scale and shift ``[M * C]``."""
+        """Scale and shift ``[M * C]`` that compute the same as the batch norm in evaluation mode."""
         mean, var = cast(Tensor, self.running_mean), cast(Tensor, self.running_var)
         scale = torch.rsqrt(var + self.eps)
         if self.weight is not None:
@@ -231,7 +234,7 @@ class FusedBatchNorm(FusedLayer):
 
 
 class FusedGroupNorm(FusedLayer):
-    """M group norms are one with M times the groups."""
+    """M group norms as one with M times the groups."""
 
     def __init__(self, layers: Sequence[nn.GroupNorm]) -> None:
         super().__init__(layers)
@@ -248,7 +251,7 @@ class FusedGroupNorm(FusedLayer):
 
 
 def fuse_layers(layers: Sequence[Any]) -> nn.Module:
-    """The M layers as one; layers without parameters as they are."""
+    """The M layers as one; if they have no parameters, the first layer itself."""
     first = layers[0]
     if isinstance(first, nn.Conv2d):
         return FusedConv(layers)

@@ -1,4 +1,4 @@
-"""fuse in ``torch.library``: shapes and gradients for torch.compile and opcheck."""
+"""fuse in ``torch.library``: operators with shapes and gradients for torch.compile and opcheck."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _backward_implementation(
 
 
 def _into(empty: Tensor, result: Tensor | None) -> Tensor:
-    """``result`` with the strides that the fake gives it; ``empty`` where it was not wanted."""
+    """``result`` with the strides of the fake result ``empty``; ``empty`` itself if no gradient was wanted."""
     return empty if result is None else result if result.stride() == empty.stride() else empty.copy_(result)
 
 

@@ -1,4 +1,4 @@
-"""FusedBlocks in evaluation mode: batch norms folded into convolutions, ReLUs and shortcuts done on the way."""
+"""FusedBlocks in evaluation mode: batch norms, ReLUs and shortcut sums folded into convolutions."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from fedkern.ops.fuse_shapes import POOLS, pooled
 from fedkern.ops.fuse_table import VECTOR, Work
 from fedkern.ops.fuse_trace import Step
 
-# What the direct way keeps of the widest map: fits into a core's second-level cache together with what is read for it.
+# Bytes of the widest map that the direct lowering holds at once: with what is read for it, this fits into a core's L2.
 CHUNK_BYTES = 1 << 21
 
-# oneDNN's results above this come page by page from the system every time (glibc's malloc keeps no larger block), which
-# costs a 1x1 convolution a third of its time: they are filled some samples at a time.
+# oneDNN's results above FRESH_BYTES are computed in pieces of some samples.  Whole, their memory would come page by
+# page from the system every time (glibc's malloc keeps no larger block): a third of the time of a 1x1 convolution.
 FRESH_BYTES = 32 << 20
 PIECE_BYTES = 8 << 20
 
 
 class Fold(NamedTuple):
-    """A convolution with what follows it; other steps are kept as they are.
+    """A convolution with the steps folded into it, or another step unchanged.
 
     Attributes:
         step: the step; a convolution's inputs are its map and, with a shortcut, the value added.
-        norm: the batch norm behind it.
-        relu: a ReLU at the end.
-        value: the number of the value it makes.
+        norm: name of the batch norm after the convolution, or None.
+        relu: whether a ReLU comes last.
+        value: number of the value that the fold computes.
     """
 
     step: Step
@@ -45,7 +45,7 @@ class Fold(NamedTuple):
 
 
 def fold_steps(steps: Sequence[Step], foldable: dict[str, nn.Module]) -> list[Fold]:
-    """Joins convolution, batch norm, sum and ReLU where nothing else looks at the values in between.
+    """Joins convolution, batch norm, sum and ReLU where no other step reads the values in between.
 
     ``foldable``: the fused layers by name; batch norms that keep running statistics can be folded.
     """
@@ -84,7 +84,7 @@ def _folds(layer: nn.Module | None) -> bool:
 
 
 class Folded:
-    """Weights of one folded convolution in evaluation mode, made anew when a tensor behind them has changed."""
+    """Weights of one folded convolution in evaluation mode, computed again when a source tensor has changed."""
 
     def __init__(self, conv: FusedConv, norm: FusedBatchNorm | None) -> None:
         self.conv, self.norm = conv, norm
@@ -101,7 +101,7 @@ class Folded:
         try:
             key = tuple((t.data_ptr(), t._version, t.dtype) for t in sources if isinstance(t, Tensor))
         except RuntimeError:
-            # Inference tensors count no changes: nothing tells whether there was one, so that every call folds anew.
+            # Inference tensors do not count their changes, so that every call folds again.
             key = (object(),)
         if key == self._key:
             return
@@ -113,7 +113,7 @@ class Folded:
             bias = shift if bias is None else bias * scale + shift
         rows = weight.shape[0] // conv.branches
         if weight.shape != conv.shape or (bias is not None and bias.shape != weight.shape[:1]):
-            # The core would be given addresses of fewer values than it reads.
+            # The core reads by address, and would read more values than there are.
             shapes = f"{list(weight.shape)}" if bias is None else f"{list(weight.shape)} and {list(bias.shape)}"
             raise ValueError(
                 f"folded, a convolution must have weights {list(conv.shape)} and a bias each, not {shapes}"
@@ -126,12 +126,12 @@ class Folded:
         self.prepared = Prepared()
         self.weights = [w.contiguous(memory_format=torch.channels_last) for w in self.weight.split(rows)]
         self.biases = [None] * conv.branches if self.bias is None else list(self.bias.split(rows))
-        # Held, so that no other tensor can come to lie at the same addresses.
+        # Kept alive, so that no other tensor can take the same addresses and pass for unchanged.
         self._sources = [t.detach() for t in sources if isinstance(t, Tensor)]
         self._key = key
 
     def forget(self) -> None:
-        """Has the next :meth:`refresh` make the weights anew."""
+        """Makes the next :meth:`refresh` compute the weights again."""
         self._key = (None,)
 
     def packed(self, largest: int) -> tuple[Tensor, int]:
@@ -152,11 +152,11 @@ class FoldedBlocks:
             for fold in self.folds
             if fold.step.kind == "conv"
         }
-        # Batch norms without running statistics look at the whole batch.
+        # Whether samples are independent: batch norms without running statistics use the whole batch.
         self.by_sample = all(_folds(layer) for layer in layers.values() if isinstance(layer, FusedBatchNorm))
 
     def forget(self) -> None:
-        """Has the next call fold all weights anew."""
+        """Makes the next call fold all weights again."""
         for held in self.weights.values():
             held.forget()
 
@@ -216,7 +216,7 @@ class FoldedBlocks:
         return [self._branch(m, inputs[m]) for m in range(self.branches)]
 
     def works(self, shape: Sequence[int], shared: bool, recorded: bool) -> list[Work]:
-        """The convolutions and pools that maps ``[B, C, H, W]`` of this shape meet, for ``fuse_table``."""
+        """The convolutions and pools that run on maps ``[B, C, H, W]`` of this shape, for ``fuse_table``."""
         found: list[Work] = []
         values = {0: (torch.empty((1, *shape[1:]), device="meta"), shared)}
         for fold in self.folds:
@@ -242,7 +242,7 @@ class FoldedBlocks:
         return found
 
     def plain(self) -> bool:
-        """Makes changed weights anew; whether all are fp32 on the CPU, as :meth:`direct` needs them."""
+        """Computes changed weights again; returns whether all are fp32 on the CPU, as :meth:`direct` needs them."""
         for held in self.weights.values():
             held.refresh()
         return all(held.plain for held in self.weights.values())
@@ -250,7 +250,7 @@ class FoldedBlocks:
     def direct(self, core: Any, x: Tensor, shared: bool) -> Tensor:
         """All branches at once by the compiled core, contiguous, a few samples at a time so that maps stay in cache.
 
-        After :meth:`plain`, for ``x`` of a shape that :func:`fedkern.ops.fuse_shapes.survey` allows.
+        Call :meth:`plain` first; :func:`fedkern.ops.fuse_shapes.survey` must allow the shape of ``x``.
         """
         x = x.contiguous()
         widest = max([held.weight.shape[0] for held in self.weights.values()], default=1)
@@ -285,7 +285,7 @@ class FoldedBlocks:
             else:
                 result = x.new_empty(shape)
             other, other_one = given[1] if len(given) > 1 else (None, False)
-            # Float where autocast made something else of it.
+            # float(): autocast may have changed the dtype.
             fuse_conv.convolve(core, held, y.float().contiguous(), one, other, other_one, fold.relu, result)
             values[fold.value] = (result, False)
         if self.folds[-1].step.kind != "conv":
@@ -315,7 +315,7 @@ class FoldedBlocks:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    if x.dim() != 4 or torch._C._are_functorch_transforms_active():  # vmap knows no memory formats
+    if x.dim() != 4 or torch._C._are_functorch_transforms_active():  # vmap does not support memory formats
         return x
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -330,14 +330,14 @@ def halves(layer: nn.Module | None) -> bool:
 
 
 def halved(x: Tensor) -> Tensor:
-    """``MaxPool2d(2)`` of a contiguous map, which torch's own takes value by value: a tenth of its time."""
+    """``MaxPool2d(2)`` of a contiguous map, in a tenth of the time of torch's own, which goes value by value."""
     height, row = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
     y = torch.maximum(x[:, :, 0:height:2, :row], x[:, :, 1:height:2, :row])
     return torch.maximum(y[..., 0::2], y[..., 1::2])
 
 
 def repeated(x: Tensor, branches: int) -> Tensor:
-    """A shared map once for every branch, side by side."""
+    """A shared map, repeated for every branch along the channels."""
     wide = x.unsqueeze(1).expand(x.shape[0], branches, *x.shape[1:])
     if x.dim() == 4 and not torch._C._are_functorch_transforms_active() and fuse_kernels.order_of(x) == 1:
         flat = x.permute(0, 2, 3, 1).repeat(1, 1, 1, branches)
@@ -346,7 +346,7 @@ def repeated(x: Tensor, branches: int) -> Tensor:
 
 
 def run_step(step: Step, layer: Any, given: Sequence[tuple[Tensor, bool]], branches: int) -> tuple[Tensor, bool]:
-    """One step for all branches; values come with whether one serves all of them."""
+    """One step for all branches; each value comes with a flag: whether all branches share the value."""
     x, shared = given[0]
     if step.kind in ("conv", "linear", "norm"):
         return layer.run(x, shared), False

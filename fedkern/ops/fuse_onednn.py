@@ -1,4 +1,4 @@
-"""FusedBlocks on the CPU: folded convolutions by oneDNN, with the sum and the ReLU behind them."""
+"""FusedBlocks on the CPU: folded convolutions by oneDNN, with the sum and the ReLU that follow them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedkern.ops.fuse_layers import FusedConv
 
-# Shapes of maps that weights are kept for: full batches, the last one, and pieces of both.
+# Map shapes for which weights are kept: full batches, the last batch, and pieces of both.
 SHAPES = 4
 
 
@@ -24,10 +24,10 @@ _ONEDNN = _has_onednn()
 
 
 class Prepared:
-    """Weights in the blocked layouts that oneDNN reads them in.
+    """Weights in the blocked layouts that oneDNN reads.
 
-    A convolution module has its weights laid out anew in every call, which is a tenth to a third of its time where
-    maps are small: frozen weights need it once per shape of the map.  Copies and pickles of this start empty.
+    A convolution module reorders its weights in every call, which takes a tenth to a third of its time where maps are
+    small.  Frozen weights are reordered only once per shape of the map.  Copies and pickles of this object start empty.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class Prepared:
         return Prepared, ()
 
     def get(self, weight: Tensor, m: int | None, how: tuple[Any, ...], x: Tensor) -> Tensor:
-        """``weight``, branch ``m``'s or that of all, for a convolution of ``x`` with the settings ``how``."""
+        """``weight`` (branch ``m``'s; None: all branches') in the layout for convolving ``x`` with settings ``how``."""
         shape = (x.shape, torch.get_num_threads())
         held = self._held.get(shape)
         if held is None:
@@ -61,12 +61,12 @@ def convolve(
     other: Tensor | None,
     relu: bool,
 ) -> Tensor:
-    """A convolution by branch ``m``'s weights (None: all branches'), a sum and a ReLU.
+    """A convolution with branch ``m``'s weights (None: all branches'), then a sum and a ReLU.
 
-    They are one oneDNN primitive where that serves, whose weights ``prepared`` keeps.
+    Where oneDNN can, all three are one oneDNN primitive, whose weights ``prepared`` keeps.
     """
     plain = x.device.type == "cpu" and x.dtype is torch.float32 and not torch.is_grad_enabled() and x.numel() > 0
-    # Weights of another dtype or device are conv2d's to refuse, in words, or autocast's to cast.
+    # Weights of another dtype or device go to conv2d, which raises a readable error, or autocast casts them.
     alike = weight.dtype is torch.float32 and weight.device.type == "cpu"
     if _ONEDNN and plain and alike and weight.numel() > 0 and not isinstance(conv.padding, str):
         how: tuple[Any, ...] = (list(conv.padding), list(conv.stride), list(conv.dilation), groups)

@@ -11,7 +11,7 @@ from fedkern.ops.fuse_kernels import FuseGradients, FuseNeeds, compute_dtype
 
 
 def _affine(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    """``scale * x + shift`` along axis 1 in the dtype that is computed in."""
+    """``scale * x + shift`` along axis 1, in the computing dtype."""
     y = x.to(compute_dtype(x.dtype))
     if scale is not None:
         y = y * scale.to(y.dtype).reshape(-1, *[1] * (x.dim() - 2))

@@ -1,4 +1,4 @@
-"""FusedBlocks: which shapes of the input its layers take, and which of those the direct convolution covers."""
+"""FusedBlocks: the input shapes that its layers accept, and those that the direct convolution covers."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from fedkern.ops import fuse_conv
 from fedkern.ops.fuse_layers import FusedLayer
 from fedkern.ops.fuse_trace import Step
 
-# Pools take three axes as one image without a batch: the batch would be its channels, and the branches its rows.
+# Pools would read three axes as one image without a batch: the batch as its channels, the branches as its rows.
 POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
 NAMES = {2: "", 3: ", L", 4: ", H, W"}
 
 
 def axes_of(steps: Sequence[Step], layers: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """How many axes an input of these steps may have; None: any number from 2 on.
+    """Numbers of axes that an input of these steps may have; None: any number from 2 on.
 
     Raises:
-        TypeError: no number serves all layers.
+        TypeError: no number fits all layers.
     """
-    most = max(NAMES) + 1  # no layer tells larger numbers apart
+    most = max(NAMES) + 1  # layers treat all larger numbers alike
     found = tuple(axes for axes in range(2, most + 1) if _runs_on(axes, steps, layers))
     if not found:
         raise TypeError("FusedBlocks does not support blocks whose layers want maps of different numbers of axes")
@@ -45,17 +45,17 @@ def _runs_on(axes: int, steps: Sequence[Step], layers: Mapping[str, Any]) -> boo
 
 
 def pooled(layer: Any, shape: Sequence[int]) -> tuple[int, ...]:
-    """What a pool makes of a sample of this shape.
+    """Shape of a pool's result for a sample of this shape.
 
     Raises:
-        RuntimeError: as the pool does.
+        RuntimeError: the pool does not accept the shape.
     """
-    # Really pooled: of a meta tensor it imports torch's compiler or sympy, which takes up to a second.
+    # On a real tensor: pooling a meta tensor imports torch's compiler or sympy, which takes up to a second.
     return tuple(layer(torch.empty((1, *shape))).shape[1:])
 
 
 def axes_named(axes: tuple[int, ...] | None, count: int, shared: bool) -> str:
-    """The shapes with so many axes, for messages."""
+    """The shapes with these numbers of axes, for error messages."""
     channels = "C" if shared else f"{count} * C"
     if axes is None:
         return f"[B, {channels}, ...]"
@@ -63,17 +63,17 @@ def axes_named(axes: tuple[int, ...] | None, count: int, shared: bool) -> str:
 
 
 def survey(steps: Sequence[Step], layers: Mapping[str, Any], count: int, shape: Sequence[int], shared: bool) -> bool:
-    """Follows an input of this shape through the layers; returns whether the direct way covers all convolutions.
+    """Follows an input of this shape through the layers; returns whether "direct" covers all convolutions.
 
     Args:
-        steps: of a block.
+        steps: steps of a block.
         layers: the fused layers by name.
         count: M.
-        shape: of the input, with as many axes as :func:`axes_of` allows.
+        shape: shape of the input, with a number of axes that :func:`axes_of` allows.
         shared: whether one input serves all branches.
 
     Raises:
-        ValueError: a layer does not take what it would be given.
+        ValueError: a layer does not accept the shape that reaches it.
     """
     direct = len(shape) == 4
     # A branch's shapes, and whether their channels are still the input's.
@@ -108,7 +108,7 @@ def survey(steps: Sequence[Step], layers: Mapping[str, Any], count: int, shape: 
         elif step.kind == "flatten":
             y = (x[0], math.prod(x[1:]))
         elif step.kind == "add":
-            other, _ = values[step.inputs[1]]  # of as many axes, see axes_of
+            other, _ = values[step.inputs[1]]  # with as many axes, see axes_of
             if any(a != b and 1 not in (a, b) for a, b in zip(x, other, strict=True)):
                 raise ValueError(
                     f"x of shape {list(shape)} does not fit: the blocks add maps of {list(x[1:])} and {list(other[1:])}"

@@ -21,37 +21,38 @@ from fedkern.ops.processor import Processor
 LOWERINGS = ("grouped", "separate", "direct")
 KINDS = ("spatial", "stem", "pointwise", "halve", "pool", "recorded")
 
-# Channels that oneDNN takes at once; others it fills up or takes one by one, so that such rows stand far from these.
+# Channels of one of oneDNN's vectors.  oneDNN pads other numbers of channels, or goes channel by channel: rows of whole
+# vectors are therefore far from rows of others.
 VECTOR = 16
 VECTOR_WEIGHT = 1.0
 
 # Images have no more channels than this.
 IMAGE = 4
 
-# Rows of other branches stand nearer than those of other widths and sizes: their number matters little.
+# The number of branches matters little: rows with another number are nearer than rows of another width or size.
 BRANCHES_WEIGHT = 0.25
 
 FORMAT = 1
 HEAD = ("vendor", "family", "models", "name", "isa", "torch", "measured")
-LARGEST = 4 << 20  # bytes of a file that is looked into
-COUNT = 1 << 20  # of branches, channels, positions and threads
+LARGEST = 4 << 20  # most bytes of a file that is read
+COUNT = 1 << 20  # most branches, channels, positions and threads
 
 
 class Row(NamedTuple):
     """Measured costs of one kind of layer, with a batch of 64.
 
-    Costs are nanoseconds per 1000 multiplications, of pools per 1000 values read.
+    Costs are nanoseconds per 1000 multiplications; for pools, per 1000 values read.
 
     Attributes:
-        kind: ``"spatial"`` (3x3 convolutions, folded), ``"stem"`` (those that read one image of few channels for all
-            branches), ``"pointwise"`` (1x1 ones that read all branches' channels, as adaptors do), ``"halve"`` (maxima
-            of 2x2), ``"pool"`` (other pools, by 3x3 maxima of stride 2) or ``"recorded"`` (convolution and batch norm,
-            forward and backward in training mode).
+        kind: ``"spatial"`` (folded 3x3 convolutions), ``"stem"`` (3x3 convolutions that read one image of few channels
+            for all branches), ``"pointwise"`` (1x1 convolutions that read all branches' channels, as adaptors do),
+            ``"halve"`` (2x2 max pooling), ``"pool"`` (other pools, measured as 3x3 max pooling of stride 2) or
+            ``"recorded"`` (convolution and batch norm, forward and backward in training mode).
         branches: M.
         width: channels of one branch.
-        size: height and width of the result, of a pool's input.
-        channels_last: layout of the blocks' input, which matters to the pointwise ones alone.
-        grouped, separate, direct: the costs; None where there is no such way.
+        size: height and width of the result; for a pool, of the input.
+        channels_last: layout of the blocks' input, which matters only to ``"pointwise"``.
+        grouped, separate, direct: the lowerings' costs; None where ``"direct"`` does not exist.
     """
 
     kind: str
@@ -68,11 +69,11 @@ class Work(NamedTuple):
     """One layer of a block.
 
     Attributes:
-        kind: that of the :class:`Row` that tells its cost.
-        width: channels of one branch, of a 3x3 convolution the geometric mean of those read and written.
-        whole: whether the channels are whole vectors, of :data:`VECTOR`.
-        size: as in :class:`Row`, the geometric mean of height and width.
-        amount: multiplications (of a pool: values read) per sample and branch.
+        kind: kind of the :class:`Row` that gives its cost.
+        width: channels of one branch; for a 3x3 convolution, the geometric mean of channels read and written.
+        whole: whether the channels are whole vectors of :data:`VECTOR`.
+        size: as in :class:`Row`, but the geometric mean of height and width.
+        amount: multiplications (for a pool: values read) per sample and branch.
     """
 
     kind: str
@@ -84,16 +85,16 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Rows by the number of threads that they were measured on, and where that was.
+    """Rows by the number of threads that they were measured on, and the processor.
 
     Attributes:
         vendor, family: of the processor, see :class:`~fedkern.ops.processor.Processor`.
-        models: ranges of the models that are built alike, first and last.
-        name: what the processors are called.
+        models: ranges (first, last) of the processor models that are built alike.
+        name: the processors' name.
         isa: ISA level of the CPU core, which the direct lowering's costs depend on; "none" where there was no core.
         torch: the version of PyTorch.
         measured: the day, as an ISO date.
-        rows: of every number of threads, all kinds.
+        rows: rows of all kinds, by number of threads.
     """
 
     vendor: str
@@ -106,7 +107,7 @@ class Table:
     rows: Mapping[int, tuple[Row, ...]] = field(repr=False)
 
     def covers(self, processor: Processor) -> bool:
-        """Whether it was measured on a processor that is built like this one."""
+        """Whether the table was measured on processors that are built like ``processor``."""
         same = (self.vendor, self.family) == (processor.vendor, processor.family)
         return same and any(first <= processor.model <= last for first, last in self.models)
 
@@ -131,13 +132,13 @@ class Table:
         return hashlib.sha256(self.text().encode()).hexdigest()[:16]
 
     def nearest_threads(self, threads: int) -> int:
-        """The measured number of threads that lies nearest; of two the smaller."""
+        """The measured number of threads nearest to ``threads``; the smaller one of two."""
         return min(sorted(self.rows), key=lambda count: abs(math.log(count / max(threads, 1))))
 
     def totals(self, works: Sequence[Work], branches: int, channels_last: bool, threads: int) -> list[float]:
-        """What a block's layers cost by each of :data:`LOWERINGS`, each layer as the nearest row; inf where one cannot.
+        """Cost of a block's layers by each of :data:`LOWERINGS`; inf for a lowering that cannot compute them.
 
-        ``threads``: one of the numbers in ``rows``.
+        Each layer costs what its nearest row says.  ``threads``: one of the numbers in ``rows``.
         """
         totals = [0.0] * len(LOWERINGS)
         for work in works:
@@ -152,7 +153,7 @@ class Table:
 def nearest(
     table: Table, threads: int, kind: str, branches: int, width: float, whole: bool, size: float, channels_last: bool
 ) -> Row:
-    """The row of this kind that lies nearest."""
+    """The row of this kind that is nearest in branches, whole vectors, width and size."""
 
     def distance(row: Row) -> float:
         apart = BRANCHES_WEIGHT * abs(math.log(row.branches / branches))
@@ -167,7 +168,7 @@ def write_table(table: Table, path: Path) -> None:
     """Writes the table's file, completely or not at all.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     files.replace(path, lambda temporary: temporary.write_text(table.text()), path.with_name(f".{path.name}.part"))
 
@@ -177,7 +178,7 @@ def read_table(path: Path) -> Table:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no table; the message is a clause that says why.
+        ValueError: the file is not a table; the message is a clause that says why.
     """
     with open_regular(path) as file:
         content = file.read(LARGEST + 1)
@@ -203,7 +204,7 @@ def read_table(path: Path) -> Table:
 
 
 class _Wrong(ValueError):
-    """What is wrong with a file, in words that can be shown."""
+    """An error in a file, with a message that can be shown to the user."""
 
 
 def _rows(given: Any) -> tuple[Row, ...]:

@@ -1,4 +1,4 @@
-"""FusedBlocks: what a block computes, step by step, and whether M blocks compute the same."""
+"""FusedBlocks: the steps of a block, traced by torch.fx, and the check that M blocks have the same steps."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import fx, nn
 
 
 class Step(NamedTuple):
-    """One operation; values are numbered, the block's input is 0 and step i makes value i + 1.
+    """One operation.  Values are numbered: the block's input is value 0, and step i computes value i + 1.
 
     Attributes:
         kind: ``"conv"``, ``"linear"``, ``"norm"``, ``"relu"``, ``"channelwise"``, ``"flatten"``, ``"same"``, ``"add"``.
-        module: the submodule's name within the block; "" where a function was called.
-        inputs: numbers of the values it takes.
+        module: the submodule's name within the block; "" for a function, or for a block that is a single layer.
+        inputs: numbers of the values that it reads.
     """
 
     kind: str
@@ -24,7 +24,7 @@ class Step(NamedTuple):
     inputs: tuple[int, ...]
 
 
-# Modules that treat every channel by itself and have no parameters: M blocks' channels side by side change nothing.
+# Modules that treat every channel by itself and have no parameters: they work as they are on M blocks' channels.
 CHANNELWISE = (
     nn.MaxPool2d,
     nn.AvgPool2d,
@@ -57,15 +57,15 @@ SUPPORTED = (
 
 
 def trace(block: nn.Module, what: str) -> tuple[Step, ...]:
-    """Returns the steps of ``block``, of which ``what`` is the name in messages.
+    """Returns the steps of ``block``, which error messages call ``what``.
 
     Raises:
-        TypeError: a submodule or function that FusedBlocks does not know, or a ``forward`` that depends on its data.
+        TypeError: FusedBlocks does not support a submodule or function, or ``forward`` depends on its input's values.
     """
     if not isinstance(block, nn.Module):
         raise TypeError(f"{what} must be a module, not {type(block).__name__}")
     if _kind(block) is not None:
-        # fx takes the root apart even where it is a single layer.
+        # fx would trace into the root even if it is a single layer.
         return (Step(_checked(block, what), "", (0,)),)
     tracer = _Tracer()
     try:
@@ -162,7 +162,7 @@ _SETTINGS = (
 
 
 def signature(module: nn.Module) -> tuple[Any, ...]:
-    """What must be the same in M layers that are to become one."""
+    """The settings and tensors that must be the same in M layers to fuse them."""
     values = [(name, getattr(module, name)) for name in _SETTINGS if hasattr(module, name)]
     tensors = [
         (name, tuple(t.shape), t.dtype, t.device)
@@ -172,7 +172,7 @@ def signature(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _check_state(layer: nn.Module, first: nn.Module, name: str, m: int) -> None:
-    """Raises ValueError where one fused layer could not be in the state of both."""
+    """Raises ValueError if two layers differ in training mode or ``requires_grad``: a fused layer has only one."""
     mine, other = (f"blocks[{i}].{name}" if name else f"blocks[{i}]" for i in (m, 0))
     if layer.training != first.training:
         modes = ("evaluation", "training")
@@ -192,8 +192,8 @@ def check_alike(blocks: list[nn.Module]) -> tuple[Step, ...]:
     """Returns the steps that all blocks share.
 
     Raises:
-        TypeError: a block cannot be taken apart.
-        ValueError: a block differs from the first in its steps, in a layer, or in what is trained.
+        TypeError: a block cannot be traced into supported layers.
+        ValueError: a block differs from the first in its steps, a layer, a training mode or a ``requires_grad``.
     """
     steps = trace(blocks[0], "blocks[0]")
     names = list(dict.fromkeys(step.module for step in steps))
@@ -214,7 +214,7 @@ def check_alike(blocks: list[nn.Module]) -> tuple[Step, ...]:
         if not names[0] and signature(block) != signature(blocks[0]):
             raise ValueError(f"blocks[{m}] must be like blocks[0], {blocks[0]}, not {block}")
         for name in names:
-            # A function's step has no module of its own, only a block that is one layer has the name "".
+            # A function's step has no module; its name is "", as that of a block that is a single layer.
             if name or len(steps) == 1:
                 _check_state(theirs[name], own[name], name, m)
     for key in keys:

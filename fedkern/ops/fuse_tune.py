@@ -1,4 +1,4 @@
-"""Measures what FusedBlocks' lowerings cost on this machine: the rows of a :class:`~fedkern.ops.fuse_table.Table`."""
+"""Measures the costs of FusedBlocks' lowerings on this machine: rows of a :class:`~fedkern.ops.fuse_table.Table`."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from fedkern.ops.processor import processor
 
 BATCH = 64
 COLOURS = 3
-LAYERS = 3  # of a chain: what blocks do at their ends shall not count for much
+LAYERS = 3  # of a chain, so that the work at a block's ends counts for little
 BRANCHES, WIDTHS, SIZES = (5, 10), (14, 16, 20, 29, 32, 40, 64, 128), (32, 16, 8, 4, 2)
-# Of one layer's multiplications for a batch: memory, and minutes.  Beyond them costs change no more.
+# Multiplications of one layer for a batch, which limit memory and time.  Costs do not change any more beyond them.
 LEAST, MOST = 1 << 22, 3 << 30
 POOLS = ("halve", "pool")
 REPEATS = 5
-# What a quick table has: rows of whole vectors and others, in seconds.
+# Settings of a quick table, measured in seconds: widths of whole vectors and others.
 QUICK_WIDTHS, QUICK_SIZES, QUICK_MOST, QUICK_REPEATS = (14, 16, 20, 64), (16, 8), 1 << 28, 2
 
 
 class Setting(NamedTuple):
-    """What a row is measured for; the fields are the row's."""
+    """What one row measures; the fields are the row's."""
 
     kind: str
     branches: int
@@ -39,14 +39,14 @@ class Setting(NamedTuple):
 
     @property
     def amount(self) -> float:
-        """Multiplications (of a pool: values read) of a layer."""
+        """Multiplications (for a pool: values read) of a layer for a batch."""
         m, width = self.branches, self.width
         times = {"halve": 1, "pool": 1, "pointwise": m * width, "stem": 9 * COLOURS}.get(self.kind, 9 * width)
         return float(BATCH * m * width * self.size**2 * times)
 
 
 def settings(quick: bool = False) -> list[Setting]:
-    """What a table's rows are measured for, at most a minute or two of them; ``quick``: some, in seconds."""
+    """Settings of a table's rows, which take a minute or two; ``quick``: a selection that takes seconds."""
     return [setting for setting in _settings() if not quick or _quick(setting)]
 
 
@@ -73,15 +73,15 @@ def _quick(setting: Setting) -> bool:
 
 
 def measure(asked: Sequence[Setting], threads: int, repeats: int = REPEATS) -> Iterator[Row]:
-    """Measures one row after another, the lowerings of each in turn; the fastest of the repetitions counts.
+    """Measures one row after another, its lowerings in turn; the fastest of the repetitions counts.
 
-    On one thread the thread's own processor time counts, of which a busy machine takes nothing; on more of them the
-    wall clock, which wants an idle machine.
+    On one thread the clock is the thread's own CPU time, which does not suffer from a busy machine.  On several threads
+    it is the wall clock, which needs an idle machine.
 
     Args:
-        asked: what to measure.
-        threads: CPU threads; the caller's number is restored behind every row.
-        repeats: of every lowering.
+        asked: the settings to measure.
+        threads: CPU threads; the caller's number is restored after every row.
+        repeats: repetitions of every lowering.
     """
     clock = time.thread_time if threads == 1 else time.perf_counter
     for setting in asked:
@@ -99,7 +99,7 @@ def measure(asked: Sequence[Setting], threads: int, repeats: int = REPEATS) -> I
 
 
 def table(rows: Mapping[int, Sequence[Row]]) -> Table:
-    """A table of rows that :func:`measure` has found on this machine, by the number of threads."""
+    """The table of this machine, from the rows of :func:`measure` by number of threads."""
     here = processor()
     return Table(
         vendor=here.vendor,
@@ -114,7 +114,7 @@ def table(rows: Mapping[int, Sequence[Row]]) -> Table:
 
 
 def _ways(setting: Setting) -> tuple[dict[str, Callable[[], object]], float]:
-    """The lowerings by name, and how many of the setting's multiplications one run does."""
+    """The lowerings as functions by name, and the amount (:attr:`Setting.amount`) of one run."""
     kind, m, width, size, last = setting
     recorded = kind == "recorded"
 
@@ -135,7 +135,7 @@ def _ways(setting: Setting) -> tuple[dict[str, Callable[[], object]], float]:
     x = torch.randn(BATCH, channels, size, size)
     wide = x.contiguous(memory_format=torch.channels_last)
     if kind in POOLS:
-        # Alone it would be timed with copies that no chain has: as it is met in each way.
+        # The pool itself, on the layout that it gets from each lowering: a block of one pool adds copies no chain has.
         own, pool = x[:, :width], blocks[0]
         own = own.contiguous(memory_format=torch.channels_last)
         return {
@@ -150,7 +150,7 @@ def _ways(setting: Setting) -> tuple[dict[str, Callable[[], object]], float]:
         fused = FusedBlocks(blocks, lowering=lowering)  # type: ignore[arg-type]
         ways[lowering] = _step(fused, x) if recorded else _forward(fused, wide if last else x)
     if kind == "stem":
-        # Each branch's map gone before the next, as in a chain, and without the concatenation behind it.
+        # As in a chain: each branch's map is freed before the next branch, and no concatenation follows.
         folded = FusedBlocks(blocks)._folded
         for held in folded.weights.values():
             held.refresh()

@@ -1,4 +1,4 @@
-"""Finds and imports what was compiled: the CPU and CUDA cores, and the Triton kernels."""
+"""Finds and imports the compiled CPU and CUDA cores, and the Triton kernels."""
 
 from __future__ import annotations
 
@@ -10,22 +10,26 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-# The oldest Triton in whose language the kernels are written.
+# The oldest version of Triton that runs the kernels.
 TRITON = (3, 6)
 
-# What a message about an outdated core ends in.
+# The end of messages about an outdated core.
 REBUILD = "run pip install . again (pip install -e . for an editable install)"
 
 
 class Unavailable(Exception):
-    """A backend cannot be used here; the message says why in a clause that fits behind ``because``."""
+    """A backend cannot be used here; the message says why, in a clause that fits after ``because``."""
 
 
 def load_core(name: str) -> ModuleType:
-    """Imports ``fedkern._cpu`` or ``fedkern._cuda``; :class:`Unavailable` keeps the loader's own message.
+    """Imports ``fedkern._cpu`` or ``fedkern._cuda``.
 
     In a source tree that shadows an installed fedkern (``pip install .``, then ``python -m fedkern.run`` beside it) the
-    installed core serves, if it was built from the same ``csrc/``.
+    installed core is used, if it was built from the same ``csrc/``.
+
+    Raises:
+        Unavailable: the core was not built, does not load (with the loader's message), or is an installed one that was
+            built from other sources.
     """
     try:
         return importlib.import_module(f"fedkern.{name}")
@@ -39,7 +43,11 @@ def load_core(name: str) -> ModuleType:
 
 
 def load_triton(family: str) -> ModuleType:
-    """Imports ``fedkern.ops.triton.<family>``; :class:`Unavailable` where Triton is missing or too old."""
+    """Imports ``fedkern.ops.triton.<family>``.
+
+    Raises:
+        Unavailable: Triton is missing, too old, or does not load.
+    """
     try:
         import triton
     except ModuleNotFoundError:
@@ -99,14 +107,14 @@ def _installed_core(name: str) -> ModuleType | None:
 
 
 def stale_cores() -> list[str]:
-    """Names the cores that were not built from the ``csrc/`` beside the package; none where there is no checkout.
+    """Names of the cores that were not built from the ``csrc/`` beside the package; empty outside of a checkout.
 
-    Reads all of ``csrc/``, so nobody asks for it on import.
+    Reads all of ``csrc/``, and is therefore not called on import.
     """
     import fedkern
 
     sources = Path(fedkern.__file__).resolve().parent.parent / "csrc"
-    if not (sources / "bindings" / "cpu.cpp").is_file():  # of a checkout, not of somebody else's
+    if not (sources / "bindings" / "cpu.cpp").is_file():  # fedkern's csrc/, not another project's
         return []
     stale = []
     for name in ("_cpu", "_cuda"):
@@ -120,9 +128,9 @@ def stale_cores() -> list[str]:
 
 
 def source_hash(folder: Path, core: str, without: re.Pattern[str] | None = None) -> str:
-    """Returns the ``source_hash()`` of ``core`` (_cpu or _cuda) built from ``folder`` (csrc/), or "" without that.
+    """Returns the ``source_hash()`` of ``core`` (_cpu or _cuda) built from ``folder`` (csrc/); "" without that folder.
 
-    Files whose path there matches ``without`` do not count.
+    Files whose path in ``folder`` matches ``without`` do not count.
     """
     if not folder.is_dir():
         return ""
@@ -131,7 +139,7 @@ def source_hash(folder: Path, core: str, without: re.Pattern[str] | None = None)
         for path in folder.rglob("*")
         if path.suffix in {".cpp", ".h", ".cu", ".cuh"}
     )
-    # As in cmake/SourceHash.cmake: a core is no other for what only the other one is built from.
+    # As in cmake/SourceHash.cmake: files that only the other core is built from do not count.
     others = re.compile(r"^cuda/|^bindings/cuda|_cuda\.h$" if core == "_cpu" else r"^cpu/|^bindings/cpu")
     lines = [
         f"{name} {hashlib.sha256((folder / name).read_bytes()).hexdigest()}\n"

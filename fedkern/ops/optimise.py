@@ -24,15 +24,15 @@ from fedkern.ops.optimise_kernels import AdamW, Call
 from fedkern.ops.optimise_launch import CpuOptimise
 from fedkern.ops.optimise_reference import optimise_reference
 
-# What a float counts.
+# Whole numbers up to here are exact in a float.
 MOST_STEPS = 2**53
 
 
 class StepResult(NamedTuple):
-    """What :func:`sgd_step` and :func:`adamw_step` return; reading it on a GPU is what waits for the step.
+    """Result of :func:`sgd_step` and :func:`adamw_step`; on a GPU, only reading its values waits for the step.
 
     Attributes:
-        finite: bool, 0-d (``[M]`` for ``[M, P]``): whether the gradient and all that was written are finite.
+        finite: bool, 0-d (``[M]`` for ``[M, P]``): whether the gradient and all written values are finite.
         squared_norm: fp64, 0-d or ``[M]``: the squared Euclidean norm of the gradient with ``correction`` and the
             proximal term, before clipping and weight decay.
     """
@@ -62,7 +62,7 @@ def sgd_step(
     max_norm: float | None = None,
     zero: bool = False,
 ) -> StepResult:
-    """Takes a step of SGD in place, as ``torch.optim.SGD`` does, with what federated methods add to the gradient.
+    """Takes a step of SGD in place, as ``torch.optim.SGD`` does, with the terms that federated methods add.
 
     With parameters θ, gradient g and velocity v, in this order:
 
@@ -71,33 +71,34 @@ def sgd_step(
     3. ``g += proximal (θ - anchor)`` (FedProx, arXiv 1812.06127).
     4. ``g *= min(1, max_norm / |g|)``.
     5. ``g += weight_decay θ``.
-    6. ``v = momentum v + g``, and v is the direction; without momentum g is.
+    6. ``v = momentum v + g``; without momentum ``v = g``.
     7. ``θ -= lr v``.
 
-    One pass over memory, two with ``max_norm``, whose norm comes first.  ``gradients`` are not changed unless ``zero``
-    asks for it.  In fp32 and fp64 on the CPU a step without clipping has the bits of torch's own operations at the
-    same ISA level; bits do not depend on the number of threads.
+    The step takes one pass over memory, or two with ``max_norm``, which needs the norm first.  ``gradients`` are not
+    changed unless ``zero`` is set.  In fp32 and fp64 on the CPU, a step without clipping has the same bits as torch's
+    own operations at the same ISA level.  The bits do not depend on the number of threads.
 
     Args:
         parameters: θ ``[P]``, or ``[M, P]`` for M models side by side; fp32, fp64, bf16 or fp16, any strides.  bf16 and
             fp16 are computed in fp32 and rounded once.
         gradients: g, of the same shape, dtype and device, as all tensors here.
-        velocity: v; needed with ``momentum``, zeros at the start.
+        velocity: v, updated in place; zeros at the start.  Required with ``momentum``, None without.
         lr: the learning rate, not negative; for ``[M, P]`` also one for each row, as a list or a floating tensor.
-            The values of a tensor on a GPU are not looked at.
+            The values of a tensor on a GPU are not checked.
         momentum, weight_decay, proximal: not negative.
-        anchor: for ``[M, P]`` also one ``[P]`` for all rows; needed with ``proximal``.
-        correction: likewise.
-        gradient_sum: raw gradients are added to it.
-        max_norm: largest norm of the gradient (of each row), above 0; None clips nothing.
-        zero: leave zeros in ``gradients``, which saves the training loop a pass.
+        anchor: the parameters that ``proximal`` pulls towards; required with ``proximal``.  For ``[M, P]`` also one
+            ``[P]`` for all rows.
+        correction: added to the gradient.  For ``[M, P]`` also one ``[P]`` for all rows.
+        gradient_sum: the raw gradients are added to this tensor.
+        max_norm: largest norm of the gradient (of each row), above 0; None: no clipping.
+        zero: set ``gradients`` to zero afterwards, which saves the training loop a pass.
 
     Returns:
-        :class:`StepResult`.  NaN and infinities spread as in torch; ``finite`` says so.  There is no gradient.
+        :class:`StepResult`.  NaN and infinities spread as in torch; ``finite`` reports them.  The step has no gradient.
 
     Raises:
-        TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, a tensor that is written to
-            shares memory with another, or a gradient was asked for: call it under ``torch.no_grad()``.
+        TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, a written tensor shares
+            memory with another tensor, or a tensor requires a gradient outside of ``torch.no_grad()``.
         RuntimeError: a forced backend cannot serve the call.
     """
     if not backend.intercepted():
@@ -142,7 +143,7 @@ def adamw_step(
 ) -> StepResult:
     """Takes a step of AdamW (arXiv 1711.05101) in place, as ``torch.optim.AdamW`` does.
 
-    The gradient g is prepared by 1. to 4. of :func:`sgd_step`.  Then, with moments m and v and step number t:
+    The gradient g is prepared by steps 1 to 4 of :func:`sgd_step`.  Then, with moments m and v and step number t:
 
     - ``θ *= 1 - lr weight_decay``
     - ``m += (1 - beta1) (g - m)`` and ``v = beta2 v + (1 - beta2) g^2``
@@ -152,7 +153,7 @@ def adamw_step(
         parameters, gradients, lr, anchor, proximal, correction, gradient_sum, max_norm, zero: as in :func:`sgd_step`.
         first: m, of parameters' shape, dtype and device; zeros at the start, updated in place.
         second: v, likewise.
-        step: t, the number of this step, from 1; one for all rows.
+        step: t, the number of this step, starting at 1; the same for all rows.
         betas: beta1 and beta2, each in [0, 1).
         eps: not negative.
         weight_decay: not negative.
@@ -190,7 +191,7 @@ def adamw_step(
 
 
 def _numbers(betas: Any, step: int, eps: float) -> AdamW | None:
-    """The numbers of a step; None where ``betas`` have to be looked at first."""
+    """AdamW's numbers for a step; None if ``betas`` must be checked first."""
     if type(betas) is not tuple or len(betas) != 2:
         return None
     beta1, beta2 = betas
@@ -215,7 +216,7 @@ def _take(
     zero: bool,
     adamw: AdamW | None,
 ) -> StepResult:
-    """The general way: every check, in Python; ``parameters`` and ``states`` have passed those of their own."""
+    """The general path: every check, in Python; the caller has checked ``parameters`` and ``states``."""
     check_like(gradients, "gradients", parameters)
     rate = check_lr(lr, parameters)
     weight_decay, proximal = check_number(weight_decay, "weight_decay", 0.0), check_number(proximal, "proximal", 0.0)
@@ -253,7 +254,7 @@ def _take(
 
 
 def _compute(call: Call) -> tuple[Tensor, Tensor]:
-    """The step on tensors of ``[P]`` or ``[M, P]`` and any strides, by the kernel that serves them."""
+    """The step on tensors ``[P]`` or ``[M, P]`` of any strides, by the selected kernel or the reference."""
     with torch.no_grad():
         flat = call.parameters.dim() == 1
         copies: list[tuple[Tensor, Tensor]] = []
@@ -277,10 +278,10 @@ def _compute(call: Call) -> tuple[Tensor, Tensor]:
     return (finite[0], squared[0]) if flat else (finite, squared)
 
 
-# 3. Eager autograd: a step has no gradient, and says so.
+# 3. Eager autograd: none.  A step has no gradient, and raises where one is wanted.
 
 
-# 4. The same operator for torch.compile and opcheck; the public functions zero the gradients themselves there.
+# 4. The same operator for torch.compile and opcheck; with it, the public functions zero the gradients themselves.
 
 
 def _implementation(
@@ -325,7 +326,7 @@ _operator = _library.register(
 )
 
 
-# 5. Who can serve it.
+# 5. The backends that serve it.
 
 _KEY = ("optimise", "cpu")
 _NONE = (None, frozenset[torch.dtype]())

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedkern.ops.aggregate_checks import FLOATS, check_number
 from fedkern.ops.arguments import check_dense
 
-# Steps of the exact search for shared memory, which strides of two axes rarely need. A search that is not over by then
+# Most steps of the exact search for shared memory, which tensors of two axes rarely need. A search that needs more
 # counts as shared memory.
 _SEARCH = 100_000
 
@@ -30,7 +30,7 @@ def check_parameters(parameters: Tensor) -> None:
 def check_like(tensor: Tensor, name: str, parameters: Tensor, *, shared: bool = False) -> None:
     """Raises TypeError or ValueError unless ``tensor`` has the parameters' dtype, shape and device.
 
-    ``shared``: one ``[P]`` for all rows will do.
+    ``shared``: one ``[P]`` for all rows is allowed too.
     """
     _check_tensor(tensor, name)
     if tensor.dtype != parameters.dtype:
@@ -51,7 +51,7 @@ def _check_tensor(tensor: Tensor, name: str) -> None:
 
 
 def check_lr(lr: Any, parameters: Tensor) -> float | list[float] | Tensor:
-    """A learning rate for all rows, or one each: a list, or for tensors on a GPU fp64 ``[M]`` of unchecked values."""
+    """Returns one learning rate for all rows, or one per row: a list, or on a GPU an unchecked fp64 tensor ``[M]``."""
     if isinstance(lr, Tensor):
         check_dense(lr, "lr")
         if not lr.is_floating_point():
@@ -96,9 +96,9 @@ def check_max_norm(max_norm: Any) -> float | None:
 
 
 def check_memory(written: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, hidden: bool) -> None:
-    """Raises ValueError where a tensor that is written to shares memory with another, or elements of its own.
+    """Raises ValueError if a written tensor shares memory with another tensor, or if its own elements overlap.
 
-    ``hidden``: a compiler or a mode hides where tensors lie; then only their identity and strides are looked at.
+    ``hidden``: a compiler or a mode hides the tensors' addresses; then only the same tensor given twice is found.
     """
     for name, tensor in written.items():
         if not hidden and folded(tensor):
@@ -109,7 +109,7 @@ def check_memory(written: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *
 
 
 def folded(tensor: Tensor) -> bool:
-    """Whether two elements of ``tensor``, of at most two axes, lie at one place."""
+    """Whether two elements of ``tensor``, which has at most two axes, lie at the same address."""
     axes = [(size, step) for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
     if not tensor.numel() or not axes:
         return False
@@ -122,7 +122,7 @@ def folded(tensor: Tensor) -> bool:
 
 
 class _Memory:
-    """Where a tensor lies, for NumPy, which does not look at it."""
+    """A tensor's address, shape and strides for NumPy, which does not read the values."""
 
     def __init__(self, tensor: Tensor) -> None:
         item = tensor.element_size()
@@ -136,7 +136,7 @@ class _Memory:
 
 
 def share_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether an element of ``one`` and an element of ``other`` share memory, exactly, whatever the strides."""
+    """Whether any element of ``one`` overlaps any element of ``other`` in memory; exact for all strides."""
     if not one.numel() or not other.numel() or one.device != other.device:
         return False
     (begin, end), (first, last) = ends(one), ends(other)
@@ -152,7 +152,7 @@ def share_memory(one: Tensor, other: Tensor) -> bool:
 
 
 def ends(tensor: Tensor) -> tuple[int, int]:
-    """The addresses of the first byte and past the last one of a tensor with elements."""
+    """The addresses of the first byte and past the last byte of a tensor that has elements."""
     begin = tensor.data_ptr()
     span = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
     return begin, begin + (span + 1) * tensor.element_size()

@@ -1,4 +1,4 @@
-"""optimise: what a backend implements, and the call that it is given."""
+"""optimise: interface of a backend's kernel, and the call that the kernel receives."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class AdamW(NamedTuple):
-    """Numbers of AdamW, and those of the step ``t`` that correct the moments' bias."""
+    """AdamW's settings, and the bias corrections of its moments at step ``t``."""
 
     beta1: float
     beta2: float
@@ -25,11 +25,11 @@ class Call(NamedTuple):
     to; ``anchor`` and ``correction`` may be expanded along M.
 
     Attributes:
-        first, second: the velocity of SGD with momentum, or both moments of AdamW; updated.
-        gradient_sum: what the raw gradients are added to.
-        lr: of all M, or of each: a list, or for tensors on a GPU fp64 ``[M]`` there.
-        max_norm: of each row's gradient; None clips nothing.
-        zero: whether to leave zeros in ``gradients``.
+        first, second: the velocity of SGD with momentum (``first``), or both moments of AdamW; updated.
+        gradient_sum: the raw gradients are added to this tensor.
+        lr: one learning rate for all M, or one per row: a list, or for tensors on a GPU fp64 ``[M]`` there.
+        max_norm: largest norm of each row's gradient; None: no clipping.
+        zero: whether to set ``gradients`` to zero.
         adamw: None for SGD.
     """
 
@@ -49,7 +49,7 @@ class Call(NamedTuple):
     adamw: AdamW | None
 
     def replaced(self, tensors: Mapping[str, Tensor]) -> Call:
-        """The same with other tensors."""
+        """The same call with other tensors."""
         return Call(**{**self._asdict(), **tensors})
 
     def written(self) -> dict[str, Tensor]:
@@ -66,7 +66,7 @@ class Call(NamedTuple):
 
 
 class OptimiseKernel(Protocol):
-    """See :func:`fedkern.ops.sgd_step` and :func:`fedkern.ops.adamw_step`."""
+    """A backend's kernel of :func:`fedkern.ops.sgd_step` and :func:`fedkern.ops.adamw_step`."""
 
     def step(self, call: Call) -> tuple[Tensor, Tensor]:
         """Takes the step; returns which rows stayed finite (bool ``[M]``) and their squared norms (fp64 ``[M]``)."""

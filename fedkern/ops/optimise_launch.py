@@ -11,13 +11,13 @@ from torch import Tensor
 
 from fedkern.ops.optimise_kernels import Call
 
-# Copied by empty_like, which takes two thirds of the time of empty(()).
+# Templates for empty_like, which takes two thirds of the time of empty(()).
 _TEMPLATES: list[Tensor] = []
 _empty_like = torch.empty_like
 
 
 def results(parameters: Tensor) -> tuple[Tensor, Tensor]:
-    """Memory for the results of ``[P]``, or of ``[M, P]``."""
+    """Memory for the results (finite, squared norm) of parameters ``[P]`` or ``[M, P]``."""
     if parameters.dim() == 1:
         if not _TEMPLATES:
             _TEMPLATES[:] = [torch.empty((), dtype=kind, device="cpu") for kind in (torch.bool, torch.float64)]
@@ -38,9 +38,9 @@ class CpuOptimise:
     def direct(
         self, rule: int, tensors: Sequence[Any], lr: Any, numbers: tuple[Any, ...], max_norm: Any, zero: bool
     ) -> tuple[Tensor, Tensor] | None:
-        """A step on arguments of any kind; None, with nothing written, where they are wrong or have to be prepared.
+        """A step on unchecked arguments; None, with nothing written, if they are wrong or must be prepared first.
 
-        All that the checks ask is asked within the core: in Python it takes longer than the step of a small network.
+        The core makes all checks: in Python they take longer than the step of a small network.
         """
         parameters = tensors[0]
         axes = parameters.dim()

@@ -1,4 +1,4 @@
-"""optimise: what a step computes, in plain PyTorch on any device."""
+"""optimise: reference of a step in plain PyTorch, on any device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedkern.ops.optimise_kernels import Call
 def optimise_reference(call: Call) -> tuple[Tensor, Tensor]:
     """:meth:`fedkern.ops.optimise_kernels.OptimiseKernel.step` as ``torch.optim`` writes it.
 
-    16-bit types are computed in fp32, and what is written is rounded once.
+    16-bit types are computed in fp32, and written values are rounded once.
     """
     if call.parameters.dtype.itemsize > 2:
         return _step(call)

@@ -1,4 +1,4 @@
-"""The processor that this runs on, as the system describes it."""
+"""This machine's processor, as the operating system describes it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Processor(NamedTuple):
     """Vendor, family and model: processors that have these in common are built alike.
 
     Attributes:
-        vendor: ``"AuthenticAMD"``, ``"GenuineIntel"``, on ARM the implementer (``"0x41"``); "" where nothing says.
+        vendor: ``"AuthenticAMD"``, ``"GenuineIntel"``, on ARM the implementer (``"0x41"``); "" if unknown.
         family: the x86 family, on ARM the architecture.
         model: the x86 model, on ARM the part.
-        name: what the maker calls it; a virtual machine often says no more than the brand.
+        name: the maker's name; a virtual machine often gives no more than the brand.
     """
 
     vendor: str
@@ -30,11 +30,13 @@ class Processor(NamedTuple):
     name: str
 
     def cache_file(self, folder: str, *words: str) -> Path | None:
-        """Where what was measured on this processor lies in the user's cache, or would; None without a home folder.
+        """Path in the user's cache of a file of measurements on this processor, existing or not.
+
+        None without a home folder.
 
         Args:
-            folder: in the cache, of one kind of measurement.
-            words: what else the measurement is of.
+            folder: folder of the cache for one kind of measurement.
+            words: further parts of the file's name.
         """
         try:
             found = files.cache_folder(folder)
@@ -45,7 +47,7 @@ class Processor(NamedTuple):
 
 
 def cpuinfo(path: Path | None = None) -> dict[str, str]:
-    """What ``/proc/cpuinfo`` says of the first processor; nothing where there is no such file."""
+    """Entries of ``/proc/cpuinfo`` for the first processor; none where there is no such file."""
     found: dict[str, str] = {}
     with contextlib.suppress(OSError):
         for line in (path or CPUINFO).read_text(errors="replace").partition("\n\n")[0].splitlines():

@@ -1,7 +1,7 @@
-"""torch.jit, which can record no kernel: what is said instead of a graph that replays uninitialised memory.
+"""torch.jit: an error instead of a recorded graph that would replay uninitialised memory.
 
-The tracer sees the allocation of a kernel's result and not the kernel that fills it, and the compiler reads Python that
-asks for addresses.  ``torch.export`` records the operators themselves.
+The tracer sees the allocation of a kernel's result, but not the kernel that fills it.  The script compiler cannot
+compile the Python code that takes addresses.  ``torch.export`` records the operators themselves.
 """
 
 from __future__ import annotations
@@ -21,4 +21,4 @@ def refuse(*_: Any) -> NoReturn:
 
 def unscriptable(public: Any) -> None:
     """Makes ``torch.jit.script`` refuse a function or class, itself and within what it compiles."""
-    public.__prepare_scriptable__ = refuse  # asked for before anything is compiled
+    public.__prepare_scriptable__ = refuse  # torch.jit.script calls this before it compiles anything

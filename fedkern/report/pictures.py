@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from fedkern.engine import RunConfig, atomic, load_data, read_metrics, read_model, read_shown, read_summary
-from fedkern.engine.checkpoint import newest
-from fedkern.engine.resuming import check_unedited
+from fedkern.engine import RunConfig, load_data, read_metrics, read_model, read_shown, read_summary
 from fedkern.engine.run import kept_data
+from fedkern.engine.store import atomic
+from fedkern.engine.store.checkpoints import newest
+from fedkern.engine.store.resuming import check_unedited
 from fedkern.errors import UserError
 from fedkern.inputs import read_json
 
@@ -81,7 +82,7 @@ def _draw(
 ) -> list[Path]:
     from fedkern.data import normalise
     from fedkern.models import StagedNetwork
-    from fedkern.report import gradcam, plots, segmentation
+    from fedkern.report import gradcam, plots, segmentation_sheet
     from fedkern.report.weights import weights_picture
 
     config = RunConfig.load(run_dir, device="cpu", **({} if data_root is None else {"data_root": data_root}))
@@ -106,10 +107,10 @@ def _draw(
     model = read_model(run_dir, trusted)[0] if model is None else model
     if data.task == "segmentation":
         split = next(iter(data.tests.values()))
-        split = split.subset(segmentation.examples(split.labels, EXAMPLES))
+        split = split.subset(segmentation_sheet.examples(split.labels, EXAMPLES))
         target = run_dir / PICTURES["segmentation"]
         inputs = normalise(split.images, data.mean, data.std)
-        segmentation.draw(model, split, inputs, target, classes=data.classes, title=f"Segmentation of {name}")
+        segmentation_sheet.draw(model, split, inputs, target, classes=data.classes, title=f"Segmentation of {name}")
         return [*written, target]
     # Grad-CAM looks at single images, of which a network without running statistics makes something else.
     if not isinstance(model, StagedNetwork) or not config.statistics:
@@ -141,7 +142,7 @@ def drawn(run_dir: Path) -> list[Path]:
 
 def _shown(run_dir: Path, title: str, classes: Sequence[str]) -> list[Path]:
     """What the method showed, by name."""
-    from fedkern.report import shown
+    from fedkern.report import artifact_sheet
 
     entries: dict[str, list[Any]] = {}
     for entry in read_shown(run_dir):
@@ -149,6 +150,6 @@ def _shown(run_dir: Path, title: str, classes: Sequence[str]) -> list[Path]:
     written = []
     for name, those in entries.items():
         target = run_dir / f"{name if name not in PICTURES else name + '_shown'}.png"
-        shown.draw(those, target, title=f"{name.replace('_', ' ')}, {title}", classes=classes)
+        artifact_sheet.draw(those, target, title=f"{name.replace('_', ' ')}, {title}", classes=classes)
         written.append(target)
     return written

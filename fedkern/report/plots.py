@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
-from fedkern.engine import atomic
-from fedkern.methods.evaluate import MAIN_FIGURES
+from fedkern.engine.store import atomic
+from fedkern.methods.common.figures import MAIN_FIGURES
 from fedkern.report.names import TITLE, label
 from fedkern.report.tables import split_metric
 

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from fedkern.engine.events import Listener, RunInfo
 from fedkern.errors import MESSAGE
-from fedkern.methods.evaluate import MAIN_FIGURES
+from fedkern.methods.common.figures import MAIN_FIGURES
 from fedkern.report.names import label, plain, say
 from fedkern.report.tables import covering, human_bytes, human_metric, human_time, partition_table, split_metric
 

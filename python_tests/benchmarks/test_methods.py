@@ -19,8 +19,8 @@ from fedkern.data import load
 from fedkern.engine import RunConfig, run
 from fedkern.methods import FedGID, FedIOD, FedLPFM, Step, registry
 from fedkern.methods.base import Batch
-from fedkern.methods.fediod_losses import distillation, importance, teacher_terms
-from fedkern.methods.robust_weights import exponentiated_step, project
+from fedkern.methods.common.robust_weights import exponentiated_step, project
+from fedkern.methods.fediod.losses import distillation, importance, teacher_terms
 from fedkern.models.vocabulary import Tokens
 
 STEP = Step(0, "train", "update")
@@ -38,7 +38,7 @@ def batch(**drawn):
 
 
 def received(model):
-    return SimpleNamespace(model=model, step=STEP, scratch={}, samples=6, epochs=1, message={})
+    return SimpleNamespace(model=model, step=STEP, round_cache={}, samples=6, epochs=1, message={})
 
 
 def same_loss_and_gradients(theirs, ours, model):

@@ -12,7 +12,7 @@ from benchmarks.pages import Page, said
 from benchmarks.study_fusefl import AS_RELEASED
 from fedkern.cli.flags import parse
 from fedkern.cli.request import effective
-from fedkern.methods.fediod_options import PUBLISHED
+from fedkern.methods.fediod.presets import PUBLISHED
 
 BY_PATH = {page.path: page for page in page_figures.PAGES}
 PAGE = Page("docs/some.md", {"rates": lambda: ["| 1.5 |"]}, (said("has {} % here", "40.3 ± 3.2"),), (r"arXiv 2410\.1",))
@@ -96,8 +96,8 @@ def test_a_pages_command_gave_its_tables_figure(method):
     assert row["command"] in " ".join(page.replace("\\\n", " ").split())
 
 
-def test_the_readmes_published_commands_are_the_published_settings():
-    text = (pages.ROOT / "README.md").read_text().replace("\\\n", " ")
+def test_the_published_commands_are_the_published_settings():
+    text = (pages.ROOT / "docs/methods/README.md").read_text().replace("\\\n", " ")
     found = {}
     published = r"^python -m fedkern\.run (.*(?:--lr-steps|preset=code|ccvr_compat).*)$"
     for line in re.findall(published, text, re.MULTILINE):

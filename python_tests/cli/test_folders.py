@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedkern.cli import commands, downstream, flags, request
-from fedkern.engine import atomic
+from fedkern.engine.store import atomic
 from fedkern.errors import UserError
 from fedkern.run import main
 

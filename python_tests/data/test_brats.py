@@ -9,7 +9,7 @@ import torch
 
 from fedkern.data import load
 from fedkern.data.brats import square, to_bytes, volume
-from fedkern.data.set_aside import set_aside
+from fedkern.data.holdout import hold_out
 from fedkern.engine import RunConfig, run
 from fedkern.errors import UserError
 
@@ -146,7 +146,7 @@ def test_split_folders(tmp_path):
 def test_a_clients_own_test_set_has_whole_cases(tmp_path):
     write_cases(tmp_path, 30)
     data = opened(tmp_path)
-    apart = set_aside(data, held_out=None, share=0.3, seed=0)
+    apart = hold_out(data, held_out=None, share=0.3, seed=0)
     held = [cases_of(split) for split in (*apart.clients, *apart.client_tests)]
     assert sum(map(len, held)) == len(set.union(*held)) == sum(len(cases_of(split)) for split in data.clients)
     assert [len(test) for test in held[2:]] == [round(0.3 * len(cases_of(split))) for split in data.clients]

@@ -20,10 +20,10 @@ from fedkern.data import load
 from fedkern.data.boxes_file import BoxesFile
 from fedkern.data.detections import Detections
 from fedkern.data.types import Split
-from fedkern.engine.checkpoint import Checkpoints
 from fedkern.engine.config import RunConfig
-from fedkern.engine.records import read_metrics, read_summary
-from fedkern.engine.shown import read as read_shown
+from fedkern.engine.store.artifacts import read as read_shown
+from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.errors import UserError
 from fedkern.models.preprocessing import Preprocessing
 from fedkern.models.prompts import read_prompts

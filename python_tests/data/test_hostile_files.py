@@ -17,7 +17,7 @@ from scipy.io import savemat
 
 from fedkern.data import load
 from fedkern.data.boxes_file import BoxesFile
-from fedkern.data.files import gunzip
+from fedkern.data.found_files import gunzip
 from fedkern.data.images import FORMATS, list_images, open_image, read_images, read_masks
 from fedkern.errors import UserError
 from fedkern.inputs import open_regular, parse_json

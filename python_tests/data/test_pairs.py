@@ -6,11 +6,11 @@ import torch
 from PIL import Image
 
 from fedkern.data import load
+from fedkern.data.holdout import hold_out
 from fedkern.data.partition import partition
-from fedkern.data.set_aside import set_aside
 from fedkern.data.texts import clean, impression_and_findings
 from fedkern.engine import RunConfig, run
-from fedkern.engine.bench import Bench
+from fedkern.engine.context import RunContext
 from fedkern.errors import UserError
 
 REPORT = """EXAMINATION:  CHEST (PA AND LAT)
@@ -212,11 +212,11 @@ def test_a_window_of_every_image(name, tmp_path):
     assert data.augment == "window"
     assert data.image_shape == (1, 16, 16)
     assert all(split.images.shape[2:] == (24, 24) for split in data.clients)
-    apart = set_aside(data, held_out=1, share=0.25, seed=0)
+    apart = hold_out(data, held_out=1, share=0.25, seed=0)
     for split in (data.validation, *data.tests.values(), apart.tests["held_out"], *apart.client_tests):
         assert split.images.shape[2:] == (16, 16)
         assert split.images[:, 0].eq(torch.arange(4, 20)).all()
-    bench = Bench(RunConfig.make("feddra", data=name, data_root=str(tmp_path), clients=3, partition="attribute",
+    bench = RunContext(RunConfig.make("feddra", data=name, data_root=str(tmp_path), clients=3, partition="attribute",
                                  data_options=options, width=8), data, pair=None)  # fmt: skip
     own = bench.client_data(0)
     rows = np.arange(len(own))

@@ -8,12 +8,13 @@ import torch
 from PIL import Image
 
 from fedkern.data import load
-from fedkern.data.set_aside import set_aside
+from fedkern.data.holdout import hold_out
 from fedkern.engine import RunConfig
-from fedkern.engine.bench import Bench
+from fedkern.engine.context import RunContext
 from fedkern.engine.parties import Client
 from fedkern.errors import UserError
-from fedkern.methods import FedDRA, fediod_teachers
+from fedkern.methods import FedDRA
+from fedkern.methods.fediod import local_teachers
 
 PARTITIONS = ["iid", "stratified", "dirichlet:0.5:min=2", "classes:1"]
 EACH = 5  # images of a patient
@@ -54,7 +55,7 @@ def test_a_patient_is_in_one_split_and_at_one_client(name, tmp_path):
     assert_apart(*splits)
     assert sum(map(len, splits)) == 30 * EACH
     assert len(data.tests[""]) == 6 * EACH  # a fifth of the patients
-    apart = set_aside(data, held_out=0, share=0.2, seed=0)
+    apart = hold_out(data, held_out=0, share=0.2, seed=0)
     assert_apart(*apart.clients, *apart.client_tests, apart.tests["held_out"], apart.validation, apart.tests[""])
 
 
@@ -68,7 +69,7 @@ def test_every_partition_leaves_patients_whole(spec, tmp_path):
 def test_tiles_of_a_patient(tmp_path):
     data = opened("segmentation", write(tmp_path), options={"tile": 4})
     assert len(data.tests[""]) == 6 * EACH * 4
-    apart = set_aside(data, held_out=None, share=0.2, seed=0)
+    apart = hold_out(data, held_out=None, share=0.2, seed=0)
     assert_apart(*apart.clients, *apart.client_tests)
     assert len(apart.clients[0].cases.unique()) == len({name.split("#")[0] for name in apart.clients[0].ids})
 
@@ -130,7 +131,7 @@ def test_too_few_patients_are_named(tmp_path):
         opened("csv", write(tmp_path, owner=lambda i: 7))
     few = opened("csv", write(tmp_path, owner=lambda i: i % 6), clients=2)
     with pytest.raises(UserError, match=r"Client 0 has \d patients, too few for a test set of its own"):
-        set_aside(few, held_out=None, share=0.2, seed=0)
+        hold_out(few, held_out=None, share=0.2, seed=0)
 
 
 @pytest.mark.parametrize(("patients", "share", "held"), [(30, 0.2, 1), (30, 0.05, 1), (30, 0, 0), (1, 0.5, 0)])
@@ -138,8 +139,8 @@ def test_fediods_teachers_are_judged_on_patients_that_they_do_not_know(patients,
     data = opened("csv", write(tmp_path))
     own = data.clients[0]
     own = own.subset(torch.nonzero(own.patients == own.patients[0])[:, 0]) if patients == 1 else own
-    bench = Bench(RunConfig.make("fediod", data="csv", clients=1), replace(data, clients=(own,)), pair=None)
-    trained, out = (own.subset(torch.from_numpy(rows)) for rows in fediod_teachers.split(Client(bench, 0, {}), share))
+    bench = RunContext(RunConfig.make("fediod", data="csv", clients=1), replace(data, clients=(own,)), pair=None)
+    trained, out = (own.subset(torch.from_numpy(rows)) for rows in local_teachers.split(Client(bench, 0, {}), share))
     assert len(trained) + len(out) == len(own)
     assert not people(trained) & people(out)
     assert len(people(out)) >= held
@@ -150,7 +151,7 @@ def test_fediods_teachers_are_judged_on_patients_that_they_do_not_know(patients,
 def test_losses_are_taken_on_patients_that_are_not_trained_on(loss_share, tmp_path):
     data = opened("reports", write(tmp_path))
     options = {"loss_share": loss_share}
-    bench = Bench(RunConfig.make("feddra", data="reports", clients=3, width=4, options=options), data, pair=None)
+    bench = RunContext(RunConfig.make("feddra", data="reports", clients=3, width=4, options=options), data, pair=None)
     method = FedDRA(FedDRA.Options.parse(options))
     for k, split in enumerate(data.clients):
         kept, judged = method.rows(Client(bench, k, {}))

@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 
 from fedkern.data import load
+from fedkern.data.holdout import hold_out
 from fedkern.data.partition import partition
-from fedkern.data.set_aside import set_aside
 from fedkern.engine import RunConfig
-from fedkern.engine.bench import Bench
+from fedkern.engine.context import RunContext
 from fedkern.engine.parties import Client
 from fedkern.errors import UserError
 from fedkern.methods import FedDRA
@@ -64,7 +64,7 @@ def test_an_image_is_one_however_it_is_written(tmp_path):
 @pytest.mark.parametrize("share", [0.0, 0.2])
 def test_what_is_set_aside_is_not_trained_on(tmp_path, share):
     data = opened(write(tmp_path))
-    apart = set_aside(data, held_out=1, share=share, seed=0)
+    apart = hold_out(data, held_out=1, share=share, seed=0)
     assert_apart(*apart.clients, apart.tests["held_out"], *apart.client_tests)
     sizes = [len(split) for split in (*apart.clients, apart.tests["held_out"], *apart.client_tests)]
     assert sum(sizes) == sum(data.client_sizes)
@@ -86,13 +86,13 @@ def test_an_image_of_two_clients_cannot_be_held_out(tmp_path):
     with pytest.raises(
         UserError, match=r"Client 2 cannot be held out: \d+ of its images \(\d+\.png\) belong to client 0"
     ):
-        set_aside(data, held_out=2, share=0, seed=0)
-    assert set(set_aside(data, held_out=1, share=0, seed=0).tests) == {"", "held_out"}
+        hold_out(data, held_out=2, share=0, seed=0)
+    assert set(hold_out(data, held_out=1, share=0, seed=0).tests) == {"", "held_out"}
 
 
 def robust(data, **options):
     config = RunConfig.make("feddra", data="pairs", clients=len(data.clients), width=4, options=options)
-    bench = Bench(config, data, pair=None)
+    bench = RunContext(config, data, pair=None)
     return FedDRA(FedDRA.Options.parse(options)), [Client(bench, k, {}) for k in range(len(data.clients))]
 
 
@@ -119,7 +119,7 @@ def test_too_few_images_are_named(tmp_path):
     with pytest.raises(UserError, match="Client 0 has 20 samples of 1 images or patients, too few to keep some"):
         method.check(clients[0])
     with pytest.raises(UserError, match="Client 0 has 1 different images, too few for a test set"):
-        set_aside(data, held_out=None, share=0.2, seed=0)
+        hold_out(data, held_out=None, share=0.2, seed=0)
 
 
 @pytest.mark.parametrize("seed", [0, 7])
@@ -133,7 +133,7 @@ def test_distinct_images_are_drawn_as_ever(tmp_path, spec, seed):
     groups = np.array([int(name.removesuffix(".png")) % 3 for name in whole.ids])
     parts = partition(spec, labels, 3, seed, class_count=3, groups=groups)
     assert [split.ids for split in data.clients] == [tuple(whole.ids[row] for row in part) for part in parts]
-    apart = set_aside(data, held_out=None, share=0.2, seed=seed)
+    apart = hold_out(data, held_out=None, share=0.2, seed=seed)
     for k, split in enumerate(data.clients):
         order = stream(seed, "client-test", client=k).permutation(len(split))
         count = max(2, round(0.2 * len(split)))
@@ -146,7 +146,7 @@ def test_distinct_images_are_drawn_as_ever(tmp_path, spec, seed):
     assert some.public.ids == tuple(whole.ids[row] for row in np.sort(public))
     method, clients = robust(data)
     for client, split in zip(clients, data.clients, strict=True):
-        assert client.wholes is None
+        assert client.groups is None
         order = client.rng("held-out", OUTSIDE).permutation(len(split))
         kept, judged = method.rows(client)
         count = max(2, round(0.1 * len(split)))

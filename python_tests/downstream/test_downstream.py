@@ -17,7 +17,7 @@ from fedkern.downstream import Finished, probe, retrieve, zero_shot
 from fedkern.downstream.tasks import TASKS
 from fedkern.engine import RunConfig, run
 from fedkern.errors import UserError
-from fedkern.methods.local import Pairs
+from fedkern.methods.baselines.alone import Pairs
 from fedkern.models import PairNetwork, Tokens, build_pair
 from fedkern.run import main
 

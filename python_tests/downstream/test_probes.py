@@ -14,7 +14,7 @@ from sklearn.preprocessing import StandardScaler
 from fedkern.data import IGNORE
 from fedkern.downstream import probes
 from fedkern.downstream.decoder import Pixelwise, train_decoder
-from fedkern.methods.segmentation import segmentation
+from fedkern.methods.common.segmentation_figures import segmentation
 from fedkern.models import build_pair
 
 

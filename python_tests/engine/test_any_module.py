@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fedkern.engine import Listener, RunConfig, read_metrics, read_model, run
-from fedkern.engine.bench import Bench
+from fedkern.engine.context import RunContext
 from fedkern.engine.network import Network
 from fedkern.engine.parties import Client, Server
 from fedkern.errors import UserError
@@ -196,7 +196,7 @@ def test_fit_is_train_on_a_module(model, kind, make_data, make_config):
     config = make_config(
         model=model, local_epochs=2, weight_decay=1e-3, clip_norm=1.0, augment="crop-flip", lr_decay=0.9
     )
-    bench, step = Bench(config, make_data()), Step(1, "train", "update")
+    bench, step = RunContext(config, make_data()), Step(1, "train", "update")
     message = bench.initial()
     answer = Client(bench, 1, {}).train(kind(), step, message)
     client = Client(bench, 1, {})
@@ -210,7 +210,7 @@ def test_fit_is_train_on_a_module(model, kind, make_data, make_config):
 
 
 def test_fit_trains_what_requires_gradients_alone(make_data, make_config):
-    bench = Bench(make_config(), make_data())
+    bench = RunContext(make_config(), make_data())
     client = Client(bench, 0, {})
     network = client.network()
     network.requires_grad_(False)
@@ -232,14 +232,14 @@ def test_without_flat_vectors_nothing_was_received(make_data, make_config):
         def loss(self, model, batch, received):
             return super().loss(received.model, batch, received)
 
-    client = Client(Bench(make_config(), make_data()), 0, {})
+    client = Client(RunContext(make_config(), make_data()), 0, {})
     with pytest.raises(ValueError, match='expected a message with "parameters"'):
         client.fit(Looks(), STEP, client.network())
 
 
 def test_both_sides_see_the_same_networks_and_the_run(make_data, make_public, make_config):
     data = make_public(make_data())
-    bench = Bench(make_config(), data)
+    bench = RunContext(make_config(), data)
     client, server = Client(bench, 2, {}), Server(bench)
     for overrides in ({}, {"width": 3}, {"model": "resnet8"}, {"model": "resnet8", "width": 4, "classes": 7}):
         mine, theirs = client.network(**overrides), server.build(**overrides)
@@ -258,7 +258,7 @@ def test_both_sides_see_the_same_networks_and_the_run(make_data, make_public, ma
 
 def test_batches_are_the_stored_samples_in_order(make_data, make_config):
     data = make_data()
-    client = Client(Bench(make_config(augment="crop-flip"), data), 0, {})
+    client = Client(RunContext(make_config(augment="crop-flip"), data), 0, {})
     found = list(client.batches(6))
     assert [len(batch.labels) for batch in found] == [6, 6, 6, 2]
     images = torch.cat([batch.images for batch in found])

@@ -6,8 +6,9 @@ import tomllib
 import pytest
 
 from fedkern.data import DATASETS
-from fedkern.engine import RunConfig, toml
+from fedkern.engine import RunConfig
 from fedkern.engine.defaults import DATA, METHOD, METHOD_ON, defaults
+from fedkern.engine.store import toml
 from fedkern.errors import UserError
 from fedkern.methods import METHODS
 from fedkern.models import MODELS

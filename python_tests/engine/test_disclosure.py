@@ -13,12 +13,12 @@ from rich.console import Console
 
 from fedkern import engine
 from fedkern.engine import Listener, RunConfig, read_metrics, read_summary, run
-from fedkern.engine.attacking import place
 from fedkern.engine.disclosure import Disclosure
+from fedkern.engine.membership_attack import place
 from fedkern.engine.run import kept_data
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, register
-from fedkern.methods.fedavg import FedAvg
+from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.privacy import Guarantee
 from fedkern.report.pictures import write_pictures
 from fedkern.report.progress import Live
@@ -174,7 +174,7 @@ class Talking(FedAvg):
         server.report["made_of_uploads"] = 0.987654321
         server.warn("server-said", "an upload was 0.987654321")
 
-    def appraise(self, server, clients, sets):
+    def oracle_metrics(self, server, clients, sets):
         return {"paid": 1.0, "id_paid": 2.0, "unpaid": 3.0}
 
     def diagnose(self, observed):
@@ -247,12 +247,15 @@ def test_records_are_a_setting_like_others(make_data, make_config, tmp_path):
 def test_what_is_of_no_client_is_always_told():
     assert Disclosure.of("all", None) == Disclosure()
     assert Disclosure.of("private", None) == Disclosure(clients=False, server=False, appraised=())
-    assert Disclosure.of("all", None).appraise({"unpaid": 1.0}, ("",)) == {"unpaid": 1.0}
+    assert Disclosure.of("all", None).oracle_metrics({"unpaid": 1.0}, ("",)) == {"unpaid": 1.0}
     part = Guarantee(1e-5, {"a": "a"}, {"b": "b"}, appraised=("paid",))
     assert Disclosure.of("private", part) == Disclosure(clients=False, server=False, appraised=())
     whole = Disclosure.of("private", dataclasses.replace(part, leaves={}))
     assert whole == Disclosure(clients=False, server=True, appraised=("paid",))
-    assert whole.appraise({"paid": 1.0, "id_paid": 2.0, "unpaid": 3.0}, ("", "id_")) == {"paid": 1.0, "id_paid": 2.0}
+    assert whole.oracle_metrics({"paid": 1.0, "id_paid": 2.0, "unpaid": 3.0}, ("", "id_")) == {
+        "paid": 1.0,
+        "id_paid": 2.0,
+    }
 
 
 def test_an_attack_on_a_private_run_is_the_experimenters(make_data, make_config, tmp_path):

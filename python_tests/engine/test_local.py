@@ -14,9 +14,9 @@ from fedkern.data import normalise
 from fedkern.engine import Listener, read_model, run
 from fedkern.engine.local import Diverged
 from fedkern.engine.network import Network
-from fedkern.engine.parties import Bench, Client, Server
-from fedkern.engine.records import read_metrics
+from fedkern.engine.parties import Client, RunContext, Server
 from fedkern.engine.samples import batch_plan
+from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods import FML, METHODS, FedAvg, Step
 
@@ -24,7 +24,7 @@ STEP = Step(0, "train", "update")
 
 
 def one_client(config, data, method=None):
-    bench = Bench(config, data)
+    bench = RunContext(config, data)
     message = bench.initial()
     client = Client(bench, 0, {})
     return bench, message, client, (method or FedAvg()).client_update(client, STEP, message)
@@ -65,7 +65,7 @@ def test_the_rate_drops_at_epochs_of_the_whole_run(make_data, make_config):
     data = make_data()
 
     def trained(round, **more):
-        bench = Bench(make_config(**settings, **more), data)
+        bench = RunContext(make_config(**settings, **more), data)
         step = Step(round, "train", "update")
         answer = Client(bench, 0, {}).train(FedAvg(), step, bench.initial())
         network = Client(bench, 0, {}).network()
@@ -83,7 +83,7 @@ def test_the_rate_drops_at_epochs_of_the_whole_run(make_data, make_config):
     few = {**steps, "local_steps": 3}
     assert torch.equal(trained(2, **few), trained(2, local_steps=3))
     assert torch.equal(trained(3, **few), trained(3, local_steps=3, lr_steps="1", lr_step_factor=0.5))
-    quarter = Bench(make_config(**{**settings, "lr": 0.0025}), data)
+    quarter = RunContext(make_config(**{**settings, "lr": 0.0025}), data)
     same = Client(quarter, 0, {}).train(FedAvg(), Step(3, "train", "update"), quarter.initial())
     torch.testing.assert_close(trained(3, **steps), same["parameters"])
 
@@ -115,7 +115,7 @@ def test_batches_cover_the_client_and_never_hold_one_sample_by_accident(samples,
 
 def test_images_are_normalised_alike_with_and_without_cache(make_data, make_config):
     data = make_data()
-    bench = Bench(make_config(), data)
+    bench = RunContext(make_config(), data)
     rows = np.array([3, 0, 5])
     expected = fedkern_data.normalise(data.clients[0].images[rows], data.mean, data.std)
     for cache in (True, False):
@@ -130,7 +130,7 @@ def test_background_bank(cache, fill, make_data, make_config):
     data = make_data()
     split = data.clients[0]
     split.masks[4] = False  # nothing detected
-    bench = Bench(make_config(), data)
+    bench = RunContext(make_config(), data)
     bench.cache = cache
     bank = bench.client_data(0).backgrounds(fill)
     keep = [i for i in range(len(split)) if i != 4]
@@ -241,7 +241,7 @@ def test_divergence_in_the_last_step_is_seen(make_data, make_config):
 def test_buffer_policies(policy, method, make_data, make_config, tmp_path):
     data = make_data()
     summary = run(make_config(method, buffers=policy, rounds=3), out=tmp_path, data=data)
-    bench = Bench(make_config(), data)
+    bench = RunContext(make_config(), data)
     vectors = bench.initial()
     size = sum(v.numel() * v.element_size() for k, v in vectors.items() if policy == "average" or k == "parameters")
     assert summary["bytes"]["up"] == 3 * 3 * size
@@ -257,7 +257,7 @@ def test_buffer_policies(policy, method, make_data, make_config, tmp_path):
 
 @pytest.mark.parametrize("policy", ["average", "local", "drop"])
 def test_the_global_network_normalises_by_what_it_has(policy, make_data, make_config):
-    bench = Bench(make_config(buffers=policy), make_data())
+    bench = RunContext(make_config(buffers=policy), make_data())
     server = Server(bench)
     message = server.initial()
     assert ("buffers" in message) == (policy == "average")
@@ -302,7 +302,7 @@ def test_training_alone_fixes_statistics_as_fedavg_does(fixed, make_data, make_c
 def test_a_private_model_trains_with_fixed_statistics_too(make_data, make_config):
     data, message = make_data(), None
     for fixed in (None, 0):
-        bench = Bench(make_config("fml", model="resnet8", fix_statistics=fixed), data)
+        bench = RunContext(make_config("fml", model="resnet8", fix_statistics=fixed), data)
         client, message = Client(bench, 0, {}), bench.initial()
         answer = FML().client_update(client, Step(0, "train", "update"), message)
         assert torch.equal(answer["buffers"], message["buffers"]) == (fixed is not None)

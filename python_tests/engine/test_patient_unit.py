@@ -16,18 +16,18 @@ from torch import nn
 from fedkern.data import Split
 from fedkern.data.patients import limited
 from fedkern.engine import RunConfig, run
-from fedkern.engine.bench import Bench
+from fedkern.engine.context import RunContext
 from fedkern.engine.local import Schedule
 from fedkern.engine.parties import Client
-from fedkern.engine.private import train_privately
+from fedkern.engine.private_training import train_privately
 from fedkern.engine.run import kept_data
 from fedkern.engine.samples import ClientData
 from fedkern.errors import UserError
-from fedkern.methods import fediod_private as privacy
 from fedkern.methods.base import Objective, Step
-from fedkern.methods.fediod_options import IODOptions, settle
-from fedkern.methods.fediod_teachers import histogram
-from fedkern.methods.fediod_teachers import split as held_out
+from fedkern.methods.fediod import private_messages as privacy
+from fedkern.methods.fediod.local_teachers import histogram
+from fedkern.methods.fediod.local_teachers import split as held_out
+from fedkern.methods.fediod.presets import IODOptions, settle
 from fedkern.privacy import DPSGD, LEDGER, Accountant
 from fedkern.report.progress import Lines
 from fedkern.streams import stream
@@ -162,7 +162,7 @@ def test_data_without_patients_or_with_one_at_two_clients_are_refused(federation
 
 def client(federation, make_config, options, **settings):
     config = make_config("fediod", privacy_unit="patient", patient_images=3, **settings)
-    bench = Bench(config, kept_data(config, federation))
+    bench = RunContext(config, kept_data(config, federation))
     return Client(bench, 1, {}), settle(IODOptions(noise="seed", **options))
 
 

@@ -13,9 +13,9 @@ from smallest import SETTINGS
 
 from fedkern import models
 from fedkern.engine import Listener, RunConfig, read_metrics, read_model, run
-from fedkern.engine.bench import Bench
-from fedkern.engine.checkpoint import Checkpoints
+from fedkern.engine.context import RunContext
 from fedkern.engine.network import Network
+from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.errors import ClientFailed, UserError
 from fedkern.methods import METHODS, FedAvg
 from fedkern.methods.fedgid import FedGID
@@ -215,7 +215,7 @@ def test_a_run_inside_a_callers_autocast_is_the_same(precision, make_data, make_
 
 
 def test_the_received_network_is_cast_once_and_anew_for_every_message(make_data, make_config):
-    bench = Bench(make_config(**BF16), make_data())
+    bench = RunContext(make_config(**BF16), make_data())
     images = torch.randn(4, 3, 8, 8)
     message = bench.initial()
     with computing("bf16"):

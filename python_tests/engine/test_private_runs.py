@@ -6,10 +6,11 @@ import pytest
 import torch
 from interrupted import Kill, KillAt
 
-from fedkern.engine import RunConfig, read_shown, run, shown
-from fedkern.engine.checkpoint import Checkpoints
+from fedkern.engine import RunConfig, read_shown, run
+from fedkern.engine.store import artifacts
+from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.errors import UserError
-from fedkern.methods import fediod_private
+from fedkern.methods.fediod import private_messages
 
 pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install 'fedkern[privacy]')")
 
@@ -28,7 +29,7 @@ def bits(monkeypatch):
         drawn.append(count)
         return f"{len(drawn):0{2 * count}x}"
 
-    monkeypatch.setattr(fediod_private.secrets, "token_hex", token_hex)
+    monkeypatch.setattr(private_messages.secrets, "token_hex", token_hex)
     return drawn
 
 
@@ -51,7 +52,7 @@ def test_a_killed_run_releases_the_same(teachers, options, noise, bits, make_dat
     bits[:] = [0] * 100  # drawn again, they would be others
     again = run(RunConfig.load(tmp_path / "cut"), out=tmp_path / "cut", resume=True, data=data)
     covered = "teacher_dp" in options  # what is made of uncovered answers is not shown
-    for name in ("model.safetensors", *((shown.FILE,) if covered else ())):
+    for name in ("model.safetensors", *((artifacts.FILE,) if covered else ())):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert len(bits) == 100
     assert again["privacy"] == summary["privacy"]

@@ -31,7 +31,7 @@ class Probe(Method):
 
     def send(self, server, step):
         if step.exchange == "tell":
-            return {k: {"yours": torch.full((k + 1,), float(k))} for k in server.scratch["answers"]}
+            return {k: {"yours": torch.full((k + 1,), float(k))} for k in server.round_cache["answers"]}
         return {"total": server.state["total"]}
 
     def client_update(self, client, step, message):
@@ -40,10 +40,10 @@ class Probe(Method):
             client.state["visits"] = 0
             return {"n": client.samples}
         if step.exchange == "ask":
-            client.scratch["asked"] = message["total"]
+            client.round_cache["asked"] = message["total"]
             return {"draw": float(client.rng("noise", step).random())}
         assert torch.equal(message["yours"], torch.full((client.id + 1,), float(client.id)))
-        assert "asked" in client.scratch  # kept between the exchanges of a round
+        assert "asked" in client.round_cache  # kept between the exchanges of a round
         client.state["visits"] += 1
         return {"visits": client.state["visits"]}
 
@@ -56,9 +56,9 @@ class Probe(Method):
 
     def server_update(self, server, step, uploads):
         if step.exchange == "ask":
-            server.scratch["answers"] = {u.client_id: u.message["draw"] for u in uploads}
+            server.round_cache["answers"] = {u.client_id: u.message["draw"] for u in uploads}
             vectors = server.state["vectors"]
-            vectors["parameters"] = vectors["parameters"] * (1 - 0.01 * sum(server.scratch["answers"].values()))
+            vectors["parameters"] = vectors["parameters"] * (1 - 0.01 * sum(server.round_cache["answers"].values()))
         elif step.exchange == "tell":
             for upload in uploads:
                 server.state["total"] += upload.message["visits"]

@@ -13,8 +13,9 @@ import torch
 from interrupted import Kill, KillAt, lose, outcome, without
 from smallest import SETTINGS
 
-from fedkern.engine import Listener, RunConfig, Terminated, atomic, read_model, run
-from fedkern.engine.checkpoint import Checkpoints
+from fedkern.engine import Listener, RunConfig, Terminated, read_model, run
+from fedkern.engine.store import atomic
+from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg
 

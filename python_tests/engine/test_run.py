@@ -8,7 +8,7 @@ import torch
 
 from fedkern import models
 from fedkern.engine import Listener, RunConfig, load_data, read_metrics, read_model, run
-from fedkern.engine.parties import Bench, Client
+from fedkern.engine.parties import Client, RunContext
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg, Step, register
 
@@ -164,7 +164,7 @@ def test_adding_a_client_changes_no_other_clients_draws(make_data, make_config, 
     for key, draws in three.items():
         assert seen[key] == draws
     assert seen[0, 0] != seen[0, 1]
-    bench = Bench(make_config(), make_data())
+    bench = RunContext(make_config(), make_data())
     step = Step(0, "train", "update")
     draws = [Client(bench, k, {}).rng(p, step).random() for k in (0, 1) for p in ("batches", "background")]
     assert len(set(draws)) == 4
@@ -237,7 +237,7 @@ def test_no_masks_is_said_in_one_sentence(make_data, make_config, tmp_path):
 def test_full_disk_is_one_sentence_and_leaves_no_half_file(make_data, make_config, tmp_path, monkeypatch):
     import errno
 
-    from fedkern.engine import state
+    from fedkern.engine.store import state
 
     real = state.save_file
 

@@ -10,7 +10,7 @@ from smallest import SETTINGS
 
 from fedkern.engine import exchange as exchanging
 from fedkern.engine import read_metrics, read_model, run
-from fedkern.engine.checkpoint import Checkpoints
+from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.errors import RunFailed, UserError
 from fedkern.methods import METHODS, FedAvg, FedDyn, FedProto, Scaffold
 from fedkern.methods.base import Maybe, Number, Values

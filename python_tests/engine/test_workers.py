@@ -18,7 +18,7 @@ from smallest import SETTINGS
 from fedkern import ops
 from fedkern.engine import Listener, RunConfig, run
 from fedkern.engine import evaluate as evaluation
-from fedkern.engine.bench import Bench
+from fedkern.engine.context import RunContext
 from fedkern.engine.executors import sizing
 from fedkern.engine.executors import workers as module
 from fedkern.engine.executors.nursery import Nursery
@@ -308,7 +308,7 @@ def test_threads_of_clients(workers, make_data, make_config, tmp_path, monkeypat
 def test_batches_side_by_side(precision, make_data, make_config, monkeypatch):
     """The bits of one after another, predictions too, whatever precision a network computes in."""
     monkeypatch.setattr(evaluation, "CPU_BATCH", 3)
-    bench = Bench(make_config(), make_data(), lambda text: None)
+    bench = RunContext(make_config(), make_data(), lambda text: None)
     network, method = bench.build().eval(), METHODS["fedavg"](METHODS["fedavg"].Options())
     begun = set()
     forward = type(network).forward
@@ -379,7 +379,7 @@ def test_how_many(settings, cores, memory, count, make_data, make_config, monkey
     monkeypatch.setattr(sizing, "usable_cores", lambda: cores)
     monkeypatch.setattr(sizing, "free_memory", lambda: memory)
     config = make_config(**settings).settled()
-    assert sizing.workers_for(config, Bench(config, make_data()), 100, 1000) == count
+    assert sizing.workers_for(config, RunContext(config, make_data()), 100, 1000) == count
 
 
 def test_cores_and_memory_are_those_of_the_control_group(monkeypatch, tmp_path):

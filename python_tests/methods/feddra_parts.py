@@ -1,6 +1,6 @@
 """FedDRA's two sides without the engine's loop."""
 
-from fedkern.engine.bench import Bench
+from fedkern.engine.context import RunContext
 from fedkern.engine.parties import Client, Server
 from fedkern.methods import FedDRA, Step, Upload
 from fedkern.models.towers import PARTS
@@ -13,7 +13,7 @@ class Parts:
     """The engine's pieces without its loop."""
 
     def __init__(self, data, config, **options):
-        self.bench = Bench(config.replace(options=options), data)
+        self.bench = RunContext(config.replace(options=options), data)
         self.method = FedDRA(FedDRA.Options.parse(options))
         self.server = Server(self.bench)
         self.method.start(self.server)

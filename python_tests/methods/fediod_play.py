@@ -2,7 +2,7 @@
 
 import torch
 
-from fedkern.engine.bench import Bench
+from fedkern.engine.context import RunContext
 from fedkern.engine.parties import Client, Server
 from fedkern.methods import FedIOD, Step, Upload
 
@@ -18,7 +18,7 @@ class World:
 
     def __init__(self, make_config, data, **options):
         self.config = make_config("fediod", model="cnn", grad_cam=0, options={**TINY, **options})
-        self.bench = Bench(self.config, data)
+        self.bench = RunContext(self.config, data)
         self.method = FedIOD(FedIOD.Options.parse(self.config.options))
         self.server = Server(self.bench)
         self.clients = {k: Client(self.bench, k, {}) for k in range(len(data.clients))}
@@ -35,8 +35,8 @@ class World:
         for step in self.steps(entry, number):
             self.exchange(step, ids, lost(step))
         for client in self.clients.values():
-            client.scratch.clear()
-        self.server.scratch.clear()
+            client.round_cache.clear()
+        self.server.round_cache.clear()
 
     def exchange(self, step, ids=None, lost=()):
         ids = tuple(self.clients) if ids is None else ids
@@ -79,5 +79,5 @@ def cleared_and_live(world, rounds, **options):
         for step in live.steps(live.round(), number):
             live.exchange(step)
         for client in live.clients.values():
-            client.scratch.clear()
+            client.round_cache.clear()
     return cleared, live

@@ -6,10 +6,10 @@ import copy
 
 import torch
 
-from fedkern.engine.bench import Bench
+from fedkern.engine.context import RunContext
 from fedkern.engine.parties import Client, Server
 from fedkern.methods import FuseFL, Step, Upload
-from fedkern.methods.fusefl_levels import flat
+from fedkern.methods.fusefl.levels import flat
 
 PLAIN = {"model": "cnn", "local_epochs": 3, "grad_cam": 0, "rounds": None}
 
@@ -22,7 +22,7 @@ class Play:
     """A run by hand: the method, its server and clients, and what travelled."""
 
     def __init__(self, config, data, order=None, backwards=False):
-        self.bench = Bench(config, data)
+        self.bench = RunContext(config, data)
         self.method = FuseFL(FuseFL.Options.parse(config.options))
         self.server = Server(self.bench)
         self.clients = {k: Client(self.bench, k, {}) for k in range(config.clients)}

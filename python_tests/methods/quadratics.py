@@ -28,7 +28,7 @@ class Client:
 
     def train(self, method, step, message):
         theta = message["parameters"].clone()
-        received = types.SimpleNamespace(message=message, parameters=message["parameters"], step=step, scratch={})
+        received = types.SimpleNamespace(message=message, parameters=message["parameters"], step=step, round_cache={})
         for _ in range(STEPS):
             gradient = self.gradient(theta)
             method.adjust_gradient(theta, gradient, received)
@@ -38,7 +38,7 @@ class Client:
 
 class Server:
     def __init__(self, rounds):
-        self.state, self.scratch = {}, {}
+        self.state, self.round_cache = {}, {}
         self.federation = Federation(rounds, SAMPLES, classes=2)
 
     def initial(self):

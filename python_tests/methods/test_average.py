@@ -14,7 +14,7 @@ STEP = Step(0, "train", "update")
 
 class Server:
     def __init__(self):
-        self.state, self.scratch = {}, {}
+        self.state, self.round_cache = {}, {}
 
     def accumulator(self, size):
         return ops.Accumulator(size)
@@ -100,7 +100,7 @@ def test_fedprox_with_mu_zero_is_fedavg_bit_for_bit(make_data, make_config, tmp_
 
 
 def test_fedprox_holds_clients_closer_to_the_global_model(make_data, make_config, tmp_path):
-    from fedkern.engine.records import read_metrics
+    from fedkern.engine.store.records import read_metrics
 
     drifts = []
     for mu in (0.0, 1.0, 10.0):

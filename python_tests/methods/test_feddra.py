@@ -11,10 +11,10 @@ from feddra_parts import ALIGN, JOINT, LOSSES, SETTINGS
 
 from fedkern import ops
 from fedkern.engine import RunConfig, run
-from fedkern.engine.checkpoint import Checkpoints
 from fedkern.engine.ledger import message_bytes
 from fedkern.engine.parties import Client
-from fedkern.engine.records import read_metrics
+from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods import FedDRA, Federation
 from fedkern.methods.feddra import ALIGNMENT, spliced
@@ -113,7 +113,7 @@ def test_the_local_objective(reduction, parts):
     model, glob = p.bench.build().train(), p.bench.build().eval()
     for parameter in glob.parameters():
         parameter.data.mul_(1.1)
-    received = types.SimpleNamespace(model=glob, scratch={}, epochs=1, samples=20, message={})
+    received = types.SimpleNamespace(model=glob, round_cache={}, epochs=1, samples=20, message={})
     loss, seen = p.method.loss(model, batch, received)
     with torch.no_grad():
         (x, y), (zx, zy) = p.bench.build().train()(batch.images, batch.tokens), glob(batch.images, batch.tokens)
@@ -127,7 +127,7 @@ def test_the_local_objective(reduction, parts):
 def test_no_gradient_reaches_the_anchors_or_frozen_encoders(parts):
     p = parts()
     model, glob = p.bench.build().train(), p.bench.build().eval()
-    received = types.SimpleNamespace(model=glob, scratch={}, epochs=1, samples=20, message={})
+    received = types.SimpleNamespace(model=glob, round_cache={}, epochs=1, samples=20, message={})
     batch = dataclasses.replace(p.clients[0].batch(np.arange(8)), step=ALIGN)
     p.method.loss(model, batch, received)[0].backward()
     assert all(parameter.grad is None for parameter in glob.parameters())

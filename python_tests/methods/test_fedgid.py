@@ -1,4 +1,4 @@
-"""FedGID's loss against its equations in plain PyTorch, and the invariants of the method notes' section 7."""
+"""FedGID's loss against its equations in plain PyTorch, and the invariants of docs/methods/fedgid.md."""
 
 import math
 
@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from fedkern import models
 from fedkern.engine import run
 from fedkern.engine.network import Network
-from fedkern.engine.parties import Bench, Client
+from fedkern.engine.parties import Client, RunContext
 from fedkern.errors import UserError
 from fedkern.methods import Batch, FedGID, Step
 from fedkern.methods.fedgid import batch_statistics_only, draw_backgrounds
@@ -21,7 +21,7 @@ STEP = Step(0, "train", "update")
 
 class Received:
     def __init__(self, model, samples=20, epochs=1, step=STEP):
-        self.model, self.samples, self.epochs, self.step, self.scratch, self.message = (
+        self.model, self.samples, self.epochs, self.step, self.round_cache, self.message = (
             model,
             samples,
             epochs,
@@ -40,7 +40,7 @@ class Scene:
 
     def __init__(self, make_data, make_config, model="cnn", same=False, step=STEP, epochs=1, **options):
         self.method = FedGID(FedGID.Options.parse(options))
-        self.bench = Bench(make_config("fedgid"), make_data())
+        self.bench = RunContext(make_config("fedgid"), make_data())
         self.client = Client(self.bench, 0, {})
         self.local = network(1, model, dtype=torch.float64)
         self.frozen = network(1 if same else 2, model, dtype=torch.float64)
@@ -259,7 +259,7 @@ def test_statistics_guard_restores_and_leaves_eval_mode_alone():
 def test_caching_over_epochs_changes_nothing(on, epochs, make_data, make_config):
     scene = Scene(make_data, make_config, epochs=epochs, distill_on=on)
     first = scene.loss()[0]
-    assert ("anchor" in scene.received.scratch) == (epochs > 1)
+    assert ("anchor" in scene.received.round_cache) == (epochs > 1)
     scene.batch.epoch = 1
     calls = []
     scene.frozen.register_forward_hook(lambda *_: calls.append(1))
@@ -334,7 +334,7 @@ def test_empty_bank_trains_without_intervention_and_says_so(make_data, make_conf
     summary = run(make_config("fedgid"), out=tmp_path, data=data)
     assert "client 1" in summary["diagnostics"]["background-bank-empty"]
     assert "1 of the 9 images of client 2" in summary["diagnostics"]["background-bank-sparse"]
-    from fedkern.engine.records import read_metrics
+    from fedkern.engine.store.records import read_metrics
 
     clients = read_metrics(tmp_path)[0]["clients"]
     assert "loss_gi" in clients["0"]
@@ -374,7 +374,7 @@ def test_shared_pool_reaches_every_client(make_data, make_config, tmp_path, monk
 
 
 def test_objects_do_not_travel_with_a_shared_pool(make_data, make_config):
-    bench = Bench(make_config("fedgid"), make_data())
+    bench = RunContext(make_config("fedgid"), make_data())
     message = Client(bench, 0, {}).background_images()
     assert message["images"].dtype == torch.uint8
     assert (message["images"][message["masks"][:, None].expand(-1, 3, -1, -1)] == 0).all()

@@ -1,4 +1,4 @@
-"""Fed-LPFM's and FML's losses against their equations, and the invariants of the method notes' section 7."""
+"""Fed-LPFM's and FML's losses against their equations, and the invariants of docs/methods/fedlpfm.md."""
 
 import dataclasses
 import json
@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, one_hot, softmax
 
 from fedkern.engine import Listener, RunConfig, run
-from fedkern.engine.bench import Bench
+from fedkern.engine.context import RunContext
 from fedkern.engine.ledger import message_bytes
 from fedkern.engine.parties import Client, Server
-from fedkern.engine.records import read_metrics
+from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods import Batch, FedLPFM, Step
 from fedkern.methods.fedlpfm import ONCE
@@ -137,7 +137,7 @@ def test_a_run_costs_the_bytes_of_fedavg_and_names_its_teacher(data, make_config
 def test_teachers_own_accuracy_is_reported(data, make_config, tmp_path):
     """The cached teacher, asked by hand."""
     summary = run(small(make_config), out=tmp_path / "run", data=data)
-    bench = Bench(small(make_config), data)
+    bench = RunContext(small(make_config), data)
     method = FedLPFM(FedLPFM.Options.parse({**SMALL, "lambda": 0.5}))
     method.start(Server(bench))
     images = (data.tests["ood"].images / 255 - torch.tensor(data.mean).view(1, 3, 1, 1)) / torch.tensor(data.std).view(
@@ -171,7 +171,7 @@ def test_tuned_teachers_are_measured_on_the_validation_split(tuning, data, make_
 
 
 def started(data, config):
-    method, bench = FedLPFM(FedLPFM.Options.parse(config.options)), Bench(config, data)
+    method, bench = FedLPFM(FedLPFM.Options.parse(config.options)), RunContext(config, data)
     server = Server(bench)
     method.start(server)
     return method, bench, server

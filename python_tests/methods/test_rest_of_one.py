@@ -7,11 +7,11 @@ import torch
 
 from fedkern.data import Split
 from fedkern.engine import run
-from fedkern.engine.bench import Bench
+from fedkern.engine.context import RunContext
 from fedkern.engine.parties import Client
 from fedkern.errors import UserError
 from fedkern.methods import FedIOD
-from fedkern.methods.fediod_critics import Critics
+from fedkern.methods.fediod.discriminators import Critics
 
 TINY = {"nz": 4, "ngf": 2, "ndf": 2, "batch": 4, "student_steps": 2, "iterations": 2, "disc_weight": True}
 PUBLIC = {"mode": "public", "batch": 4, "student_steps": 2, "iterations": 2}
@@ -48,7 +48,7 @@ def test_one_public_image_is_too_few(method, options, make_data, make_public, ma
 def critics(make_data, make_config):
     def make(**options):
         given = {**TINY, "critic_layers": 3, **options}  # 8 pixels a side: a last map of one position
-        bench = Bench(make_config("fediod", options=given), make_data())
+        bench = RunContext(make_config("fediod", options=given), make_data())
         settings = FedIOD(FedIOD.Options.parse(given)).settings
         return Critics([Client(bench, k, {}) for k in range(3)], settings)
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from fedkern import ops
 from fedkern.data import Detections, FederatedData, Split, load, normalise
-from fedkern.engine.samples import Bank, ClientData
+from fedkern.engine.samples import BackgroundBank, ClientData
 from fedkern.errors import UserError
 from fedkern.models.detector import GroundingDino
 
@@ -83,7 +83,7 @@ def detect(folder: Path, cache: Path, box: float, text: float = 0.0) -> Any:
     )  # fmt: skip
 
 
-def backgrounds(split: Split, data: FederatedData) -> Bank:
+def backgrounds(split: Split, data: FederatedData) -> BackgroundBank:
     return ClientData(split, data.mean, data.std, torch.device("cpu"), "none", cache=True).backgrounds("mean")
 
 

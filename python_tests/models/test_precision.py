@@ -6,13 +6,13 @@ import torch.nn.functional as F
 
 from fedkern import models
 from fedkern.models import Ensemble
-from fedkern.models.bank import Bank, folded
 from fedkern.models.blocks import cut
 from fedkern.models.fused import Branch, FusedLevel, FusedNetwork
 from fedkern.models.generator import Generator
 from fedkern.models.precision import autocasts, computing, frozen, lower
 from fedkern.models.teacher import NetworkTeacher
 from fedkern.models.teacher_cache import LogitsCache
+from fedkern.models.teacher_stack import TeacherStack, folded
 from fedkern.models.unet import UNet
 
 BF16 = torch.bfloat16
@@ -110,7 +110,7 @@ def test_teachers_together(kinds, width, grad):
     exact = torch.stack([network(x) for network in networks])
     before = [p.clone() for network in networks for p in network.parameters()]
     with computing("bf16"):
-        bank = Bank(networks)
+        bank = TeacherStack(networks)
         given = bank.logits(x)
     assert given.dtype == torch.float32
     assert not torch.equal(given, exact)
@@ -134,7 +134,7 @@ def test_teachers_of_another_kind_keep_what_they_make_of_their_logits():
     with torch.no_grad():
         exact = own(images())
         with computing("bf16"):
-            assert near(Bank([own]).logits(images())[0], exact)
+            assert near(TeacherStack([own]).logits(images())[0], exact)
 
 
 def test_an_ensemble_in_either_precision():

@@ -214,6 +214,45 @@ def test_nearly_equal_rows_keep_their_digits(backend: str, classes: int, scale: 
         assert (loss >= 0).all()
 
 
+@pytest.mark.parametrize("offset", [20.0, 5e3, -5e3])
+@pytest.mark.parametrize("moved", ["teacher", "student"])
+@pytest.mark.parametrize("classes", [3, 100])
+def test_rows_that_lie_far_apart_keep_their_digits(backend: str, classes: int, moved: str, offset: float) -> None:
+    """A softmax ignores what is added to all logits of a row, and so does the error."""
+    generator = torch.Generator().manual_seed(0)
+    teacher, student = (torch.randn(40, classes, generator=generator) for _ in range(2))
+    teacher, student = (x + offset * (name == moved) for x, name in ((teacher, "teacher"), (student, "student")))
+    student.requires_grad_()
+    exact = kl_div_reference(student.double(), teacher.double(), temperature=2.0, reduction="none")
+    losses = {
+        "kl_div": ops.kl_div(student, teacher, 2.0, reduction="none"),
+        "dual_kl": ops.dual_kl(student, student, teacher, 2.0, reduction="none") / 2,
+        "probs": ops.ensemble_kl(student, teacher[None], None, 2.0, reduction="none"),
+        "logits": ops.ensemble_kl(student, teacher[None], None, 2.0, mix="logits", reduction="none"),
+        "mean": ops.ensemble_kl(student, teacher[None], None, 2.0, mode="mean_of_kl", reduction="none"),
+    }
+    (wanted,) = torch.autograd.grad(exact.sum(), student)
+    for name, loss in losses.items():
+        # Triton takes mixed logits relative to the student's, and so in the digits of the student's distance.
+        coarse = backend == "triton" and name == "logits" and moved == "student"
+        absolute = 1e-6 * abs(offset) if coarse else 4e-6
+        assert_close(name, loss, exact, absolute=absolute)
+        (gradient,) = torch.autograd.grad(loss.sum(), student)
+        assert_close(f"gradient of {name}", gradient, wanted, absolute=absolute)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gradient_of_a_shared_16_bit_weight_is_rounded_once(backend: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher, along = (torch.randn(shape, generator=generator) for shape in ((4, 3, 50), (4, 3, 50), (4, 50)))
+    weight = torch.rand(4, generator=generator).to(dtype).requires_grad_()
+    loss = ops.kl_div(student, teacher, weight=weight, reduction="none")
+    (gradient,) = torch.autograd.grad(loss, weight, along)
+    exact = kl_div_reference(student.double(), teacher.double(), reduction="none")
+    assert gradient.dtype is dtype
+    assert_close("gradient of weight", gradient, (exact * along.double()).sum(1), absolute=1e-5)
+
+
 def test_equal_rows_have_no_divergence(backend: str) -> None:
     logits = torch.randn(33, 101) * 5
     for temperature in (0.5, 1.0, math.inf):

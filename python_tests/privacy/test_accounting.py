@@ -1,4 +1,4 @@
-"""Epsilon of a client's releases: closed forms, the figures of the method notes, monotone, composed, resumed."""
+"""Epsilon of a client's releases: closed forms, known figures, monotone, composed, resumed."""
 
 from __future__ import annotations
 

@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from fedkern import engine, models
 from fedkern.cli import commands, flags
 from fedkern.data import FederatedData, PartitionStatistics, Split, normalise
-from fedkern.engine import RunConfig, attacking, saved
-from fedkern.engine.bench import Bench
+from fedkern.engine import RunConfig
+from fedkern.engine import membership_attack as attacking
+from fedkern.engine.context import RunContext
 from fedkern.engine.parties import Client
+from fedkern.engine.store import saved_model
 from fedkern.errors import UserError
-from fedkern.methods import fediod_teachers
+from fedkern.methods.fediod import local_teachers
 from fedkern.privacy import membership, membership_attack
 
 
@@ -213,7 +215,7 @@ def release(folder, data, steps):
     (folder / "config.toml").write_text(config.to_toml())
     about = {"model": "mlp", "width": 64, "classes": list("abcd"), "channels": 1, "image_size": [8, 8],
              "mean": [0.5], "std": [0.3], "method": "fedavg", "rounds": 1}  # fmt: skip
-    saved.write_model(folder, model, about)
+    saved_model.write_model(folder, model, about)
     return folder
 
 
@@ -421,7 +423,7 @@ def test_what_a_method_keeps_from_the_training_is_no_member(tmp_path, data, monk
     assert (found["members"], found["untrained"]) == (80, 20)
     splits, _ = attacking.trained(config, data)
     for k, split in enumerate(splits):  # those that the teacher is trained on
-        rows, _ = fediod_teachers.split(Client(Bench(config, data), k, {}), 0.2)
+        rows, _ = local_teachers.split(Client(RunContext(config, data), k, {}), 0.2)
         assert torch.equal(split.images, data.clients[k].images[torch.from_numpy(rows)])
     monkeypatch.setattr(attacking, "load_data", lambda config, masks: data)
     assert commands.COMMANDS["attack"](flags.parse(["attack", str(folder)])) == 0

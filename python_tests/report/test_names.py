@@ -16,9 +16,9 @@ from rich.console import Console
 from fedkern import models
 from fedkern.data import PartitionStatistics
 from fedkern.engine import RunConfig, RunInfo
-from fedkern.engine.shown import Shown
+from fedkern.engine.store.artifacts import Artifact
 from fedkern.errors import UserError
-from fedkern.report import doctor, gradcam, plots, progress, segmentation, shown, tables, weights
+from fedkern.report import artifact_sheet, doctor, gradcam, plots, progress, segmentation_sheet, tables, weights
 from fedkern.report.names import TICK, TITLE, label
 from fedkern.report.tensorboard import TensorBoard, scalars
 
@@ -94,11 +94,11 @@ def test_pictures(name, drawn, tmp_path):
         "partition": lambda: plots.partition_picture(statistics, path, title=name),
         "curves": lambda: plots.accuracy_curves(records, path, title=name),
         "weights": lambda: weights.weights_picture(records, path, title=name),
-        "table": lambda: shown.draw(
-            [Shown("x", 1, torch.eye(3), (name, "class"))], path, title=name, classes=(name, "b", "c")
+        "table": lambda: artifact_sheet.draw(
+            [Artifact("x", 1, torch.eye(3), (name, "class"))], path, title=name, classes=(name, "b", "c")
         ),
-        "images": lambda: shown.draw(
-            [Shown("x", 1, torch.zeros(2, 3, 4, 4, dtype=torch.uint8), ("", ""))], path, title=name
+        "images": lambda: artifact_sheet.draw(
+            [Artifact("x", 1, torch.zeros(2, 3, 4, 4, dtype=torch.uint8), ("", ""))], path, title=name
         ),
     }  # fmt: skip
     for make in draw.values():
@@ -119,7 +119,7 @@ def test_pictures_of_a_model(name, drawn, tmp_path):
     drawn.clear()
     split = SimpleNamespace(images=images, labels=torch.randint(0, 3, (3, 16, 16)))
     net = torch.nn.Conv2d(3, 3, 1)
-    segmentation.draw(net, split, images / 255, tmp_path / "s.png", classes=classes[::-1], title=name)
+    segmentation_sheet.draw(net, split, images / 255, tmp_path / "s.png", classes=classes[::-1], title=name)
     check(drawn, name)
 
 

@@ -12,9 +12,10 @@ from PIL import Image
 
 from fedkern import models
 from fedkern.data import PartitionStatistics, load
-from fedkern.engine import RunConfig, saved
+from fedkern.engine import RunConfig
+from fedkern.engine.store import saved_model
 from fedkern.errors import UserError
-from fedkern.report import gradcam, pictures, plots, segmentation
+from fedkern.report import gradcam, pictures, plots, segmentation_sheet
 from fedkern.report.sheet import rgb
 
 
@@ -44,7 +45,7 @@ def save_model(model, folder: Path, name: str = "cnn") -> None:
         "method": "fedavg",
         "rounds": 2,
     }
-    saved.write_model(folder, model, about)
+    saved_model.write_model(folder, model, about)
 
 
 def opened(path: Path) -> np.ndarray:
@@ -146,7 +147,7 @@ def test_a_segmentation_is_laid_over_its_images(tmp_path):
     assert [path.name for path in pictures.write_pictures(tmp_path)] == names
     assert all(opened(tmp_path / name).std() > 10 for name in names)
     colours = np.array([[1.0, 0, 0], [0, 1.0, 0]])
-    laid = segmentation.over(np.full((1, 4, 3), 0.5), np.array([[0, 1, 2, -100]]), colours)
+    laid = segmentation_sheet.over(np.full((1, 4, 3), 0.5), np.array([[0, 1, 2, -100]]), colours)
     np.testing.assert_allclose(laid[0], [[0.5] * 3, [0.8, 0.2, 0.2], [0.2, 0.8, 0.2], [0.25] * 3])
     assert rgb(np.zeros((4, 5, 6), np.uint8)).shape == (5, 6, 3)
 

@@ -41,7 +41,7 @@ class Answer:
 class Executor(Protocol):
     """Lets clients work.
 
-    A method's client is asked in its own state and ``scratch``, which lives as long as the round.
+    A method's client is asked in its own state and ``round_cache``, which lives as long as the round.
     """
 
     count: int

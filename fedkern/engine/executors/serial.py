@@ -6,12 +6,12 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fedkern.engine.bench import Bench
+from fedkern.engine.context import RunContext
 from fedkern.engine.executors.base import Answer, States, failure
 from fedkern.engine.local import Diverged
 from fedkern.engine.network import cpu_threads
 from fedkern.engine.parties import Client
-from fedkern.engine.state import fingerprint
+from fedkern.engine.store.state import fingerprint
 from fedkern.methods.base import ClientId, Message, Step
 from fedkern.models.flops import Counting
 
@@ -20,7 +20,7 @@ class Serial:
     """The executor of one process (see :class:`~fedkern.engine.executors.base.Executor`).
 
     Args:
-        bench: of the run.
+        context: of the run.
         askers: who may ask clients, by name; each has ``client_update``.
         states: where a client's state comes from when it first works in a round.
         threads: CPU threads while a client works.
@@ -28,8 +28,8 @@ class Serial:
 
     count = 1
 
-    def __init__(self, bench: Bench, askers: Mapping[str, Any], states: States, threads: int) -> None:
-        self._bench, self._askers, self._states, self._threads = bench, askers, states, threads
+    def __init__(self, context: RunContext, askers: Mapping[str, Any], states: States, threads: int) -> None:
+        self._context, self._askers, self._states, self._threads = context, askers, states, threads
         self._clients: dict[ClientId, Client] = {}
         self._before: dict[ClientId, Any] = {}  # fingerprints of their states
 
@@ -45,7 +45,7 @@ class Serial:
 
     def take(self, k: ClientId, state: dict[str, Any]) -> Client:
         """The client ``k`` begins the round with this state."""
-        self._clients[k] = client = Client(self._bench, k, state)
+        self._clients[k] = client = Client(self._context, k, state)
         self._before[k] = fingerprint(state)
         return client
 

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fedkern.engine.bench import Bench
 from fedkern.engine.config import RunConfig, clients_of_a_round
+from fedkern.engine.context import RunContext
 
 BASE_BYTES = 400 << 20
 """What a worker needs beside networks and images: the interpreter, PyTorch's own tables, what a batch's layers keep."""
@@ -16,12 +16,12 @@ NETWORKS = 8
 """Copies of a network's parameters that a client may have at once: local, frozen, gradients, momentum, messages."""
 
 
-def workers_for(config: RunConfig, bench: Bench, asks: int, parameters: int) -> int:
+def workers_for(config: RunConfig, context: RunContext, asks: int, parameters: int) -> int:
     """The number of workers of a run; below 2 its clients work in the run's process.
 
     Args:
         config: every setting.
-        bench: of the run.
+        context: of the run.
         asks: how often clients will be asked on their own; none, and nobody would work.
         parameters: of the network.
     """
@@ -30,13 +30,13 @@ def workers_for(config: RunConfig, bench: Bench, asks: int, parameters: int) -> 
     why = unavailable(config.device)
     if why:
         if config.workers != "auto":
-            bench.warn("no-workers", f"--workers {config.workers} changes nothing here, as {why}.")
+            context.warn("no-workers", f"--workers {config.workers} changes nothing here, as {why}.")
         return 1
     most = clients_of_a_round(config)
     if config.workers != "auto":
         return min(int(config.workers), most)
     cores = min(usable_cores(), config.threads)  # fewer threads are asked for where others shall have the cores
-    return min(most, cores // config.client_threads, free_memory() // worker_bytes(bench, parameters))
+    return min(most, cores // config.client_threads, free_memory() // worker_bytes(context, parameters))
 
 
 def unavailable(device: str) -> str:
@@ -48,9 +48,9 @@ def unavailable(device: str) -> str:
     return "" if sys.executable else "this Python does not say how it was started"
 
 
-def worker_bytes(bench: Bench, parameters: int) -> int:
+def worker_bytes(context: RunContext, parameters: int) -> int:
     """The memory of a worker beside the data, which all of them map: an estimate."""
-    images = sum(4 * split.images.numel() for split in bench.data.clients) if bench.cache else 0
+    images = sum(4 * split.images.numel() for split in context.data.clients) if context.cache else 0
     return BASE_BYTES + NETWORKS * 4 * parameters + images
 
 

@@ -1,7 +1,7 @@
 """Clients side by side, in worker processes on the CPU: the same bits as one after another, for any number of workers.
 
 The answers are handed on in client order, whatever order they arrive in, so that the server sums them in that order.
-A client keeps its worker within a round, where its ``scratch`` is; in the next round any worker may have it, and is
+A client keeps its worker within a round, where its ``round_cache`` is; in the next round any worker may have it, and is
 sent its state.  Where a worker is lost, another one plays the client's messages of the round again, from the state that
 it began the round with.
 
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedkern.engine.bench import Bench
+from fedkern.engine.context import RunContext
 from fedkern.engine.executors.base import Answer, States
 from fedkern.engine.executors.nursery import Gone, Nursery
 from fedkern.engine.executors.serial import Serial
@@ -54,7 +54,7 @@ class Workers:
     """The executor of several processes (see :class:`~fedkern.engine.executors.base.Executor`).
 
     Args:
-        bench: of the run.
+        context: of the run.
         here: the executor of this process.
         askers: who may ask clients, by name.
         states: where a client's state comes from when it first works in a round.
@@ -66,7 +66,7 @@ class Workers:
 
     def __init__(
         self,
-        bench: Bench,
+        context: RunContext,
         here: Serial,
         askers: Mapping[str, Any],
         states: States,
@@ -75,7 +75,7 @@ class Workers:
         asks: int | None = None,
         patient: bool = False,
     ) -> None:
-        self.here, self._bench, self._askers, self._states, self.count = here, bench, dict(askers), states, count
+        self.here, self._context, self._askers, self._states, self.count = here, context, dict(askers), states, count
         self._patient = patient
         self._left, self._asked, self._seconds = asks, 0, 0.0
         self._nursery: Nursery | None = None
@@ -191,7 +191,7 @@ class Workers:
 
     def _start(self) -> None:
         try:
-            self._nursery = Nursery(_setup(self._bench, self._askers))
+            self._nursery = Nursery(_setup(self._context, self._askers))
         except NotPortable as error:
             self._give_up(f"{error} cannot be sent to worker processes", "define it in a module of its own")
         except OSError as error:
@@ -199,7 +199,7 @@ class Workers:
 
     def _give_up(self, why: str, way: str) -> None:
         self._given_up = True
-        self._bench.warn(
+        self._context.warn(
             "no-workers",
             f"Clients work one after another, as {why}" + (f": {way} to have them side by side." if way else "."),
         )
@@ -277,7 +277,7 @@ class Workers:
             size = sum(os.fstat(descriptor).st_size for descriptor in packet.files.values())
             said = Unpacker().unpack(packet)
             if isinstance(said, Notice):
-                self._bench.notice(said.text)
+                self._context.notice(said.text)
                 continue
             assert worker.client is not None  # it was busy
             self._found[worker.client] = said, size
@@ -301,7 +301,7 @@ class Workers:
                 f"The worker process of client {k} was lost {LOSSES} times in this round ({how}): give fewer "
                 "--workers, or a smaller --batch-size, --model or --width."
             )
-        self._bench.warn("lost-worker", f"A worker process was lost ({how}); another one repeated its clients' work.")
+        self._context.warn("lost-worker", f"A worker process was lost ({how}); another one repeated its clients' work.")
         self._todo.insert(0, k)
 
 
@@ -311,14 +311,14 @@ def _kill(process: int) -> None:
         os.kill(process, signal.SIGKILL)
 
 
-def _setup(bench: Bench, askers: dict[str, Any]) -> Setup:
+def _setup(context: RunContext, askers: dict[str, Any]) -> Setup:
     return Setup(
-        config=bench.config,
-        data=bench.data,
+        config=context.config,
+        data=context.data,
         askers=askers,
-        pair=bench.pair if bench.data.task == "retrieval" else None,
-        entry=registry.added(bench.config.model),
-        disclosure=bench.disclosure,
+        pair=context.pair if context.data.task == "retrieval" else None,
+        entry=registry.added(context.config.model),
+        disclosure=context.disclosure,
         backend=backend.forced_backend(),
         isa=fuse_choice.active_isa(),
         modes=modes(),

@@ -14,15 +14,15 @@ from fedkern.ops.aggregate_plain import PlainAggregate
 from fedkern.ops.backend import DTYPES, address
 from fedkern.ops.cuda.core import queue
 
-# (numbers, their sum, address on the device or None), as the core takes weights.
+# Weights as the core takes them: (numbers, their sum, address on the device or None).
 _Weights = tuple[list[float], float, int | None]
 
 
 class CudaAggregate(PlainAggregate):
     """:class:`~fedkern.ops.aggregate_kernels.AggregateKernel` on ``fedkern._cuda``.
 
-    Inherited, that is left to plain PyTorch: ``server_step`` of more than 128 vectors, distances between more than 64,
-    medians and trimmed means of more than 64 vectors or of weighted fp64.  Listed vectors whose strides differ are
+    Left to plain PyTorch (inherited): ``server_step`` of more than 128 vectors, distances between more than 64, and
+    medians and trimmed means of more than 64 vectors or of weighted fp64.  A list of vectors with different strides is
     copied first.
     """
 
@@ -57,7 +57,7 @@ class CudaAggregate(PlainAggregate):
 
     def accumulated_mean(self, total: Tensor, weight: float, out: Tensor | torch.dtype) -> Tensor:
         target = _target(out, total)
-        # No vectors to add: what was summed before, over the weight.
+        # No vectors to add: the sum so far, over the weight.
         nothing: tuple[Any, ...] = (DTYPES[torch.float64], len(total), 0, None, 0, 1, [])
         self.core.weighted_mean(
             nothing, ([], weight, None), total.data_ptr(), None, target.data_ptr(), DTYPES[target.dtype], queue(total)
@@ -107,7 +107,7 @@ class CudaAggregate(PlainAggregate):
         given, kept_weights = _weights(weights)
         model = global_.contiguous()
         target = torch.empty_like(model) if out is None else out
-        # Two tensors: an operator's results share no memory.
+        # Two tensors: an operator's results must not share memory.
         norms, cosines = (torch.empty(count, dtype=torch.float64, device=model.device) for _ in range(2))
         workspace = self._workspace(model)
         self.core.server_step(
@@ -197,9 +197,10 @@ def _target(out: Tensor | torch.dtype, like: Tensor) -> Tensor:
 
 
 def _uploads(vectors: Vectors) -> tuple[tuple[Any, ...], Any]:
-    """(dtype, size, count, first or None, row stride, stride, addresses), as the core takes vectors, and what they are.
+    """Vectors as the core takes them, and the tensors that hold them.
 
-    The second must live until the launch: after it, torch's allocator hands memory out again in the stream's order.
+    The core takes (dtype, size, count, first or None, row stride, stride, addresses).  The tensors must stay alive
+    until the launch: after it, torch's allocator reuses their memory only in the stream's order.
     """
     if isinstance(vectors, Tensor):
         rows, size = vectors.shape
@@ -212,7 +213,7 @@ def _uploads(vectors: Vectors) -> tuple[tuple[Any, ...], Any]:
 
 
 def _spans(uploads: tuple[Any, ...], item: int) -> tuple[list[int], list[int]]:
-    """Where each vector begins, and its stride."""
+    """Address and stride of each vector."""
     _, _, count, first, row_stride, stride, addresses = uploads
     if first is None:
         return addresses, [stride] * count
@@ -220,7 +221,7 @@ def _spans(uploads: tuple[Any, ...], item: int) -> tuple[list[int], list[int]]:
 
 
 def _weights(weights: Weights) -> tuple[_Weights, Tensor | None]:
-    """Weights as the core takes them, and what must live until the launch."""
+    """Weights as the core takes them, and the tensor that must stay alive until the launch."""
     if isinstance(weights, Tensor):
         wide = weights.to(torch.float64).resolve_neg().contiguous()
         return ([], 0.0, wide.data_ptr()), wide

@@ -13,7 +13,7 @@ from fedkern.ops.cuda.core import queue
 
 
 class CudaBlend(Launcher):
-    """As :class:`Launcher`, on torch's current stream; which samples use a row is found on the device."""
+    """:class:`Launcher` on torch's current stream; the device finds the samples that use each background row."""
 
     def _fresh(self, tensor: Tensor) -> Tensor:
         return tensor

@@ -1,4 +1,4 @@
-"""contrastive on CUDA: what tiles of similarities are turned into; the way through them is in contrast_tiles.py."""
+"""contrastive on CUDA: the kernels on tiles of similarities; the loop over the tiles is in contrast_tiles.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the CUDA launchers share: the compiled core, the device and stream of a tensor."""
+"""Helpers of the CUDA launchers: the compiled core, the device and stream of a tensor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import _C, Tensor
 
 from fedkern.ops import backend, devices, loading
 
-# Without the Python objects of torch.cuda around it: the same number at a tenth of the time.
+# The stream's number, in a tenth of the time that it takes through torch.cuda's Python objects.
 _raw_stream: Callable[[int], int] | None = getattr(_C, "_cuda_getCurrentRawStream", None)
 
 
@@ -18,7 +18,8 @@ def load() -> ModuleType:
     """Returns ``fedkern._cuda``.
 
     Raises:
-        Unavailable: it was not built, does not load, torch is a build without CUDA, or a GPU or its driver is too old.
+        Unavailable: the core was not built or does not load, torch is a build without CUDA, or a GPU or its driver is
+            too old.
     """
     core = loading.load_core("_cuda")
     if _raw_stream is None:

@@ -1,4 +1,4 @@
-"""The distill family on CUDA: gradients are recomputed from the logits, where grad_output is at hand on the device."""
+"""The distill family on CUDA: backward passes recompute gradients from the logits and grad_output, on the device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedkern.ops.distill_common import BATCHMEAN, NONE, mean_scale, row_shape
 from fedkern.ops.distill_kernels import Divergence, Recomputes
 from fedkern.ops.distill_reference import compute_dtype, result_dtype
 
-# Calls that one block does alone need no workspace: this many rows, classes at most.
+# Most rows and classes of a call that one block computes alone, without a workspace.
 _ROWS, _CLASSES = 64, 1024
 
 _empty = torch.empty
@@ -152,7 +152,7 @@ class CudaDistill(Recomputes, CudaEnsembles):
         )
 
     def _space(self, logits: Tensor) -> Tensor | None:
-        """Memory for sums between blocks, where more than one is worth while."""
+        """Memory for sums between blocks; None where one block computes the call alone."""
         classes = logits.shape[1]
         if classes <= _CLASSES and logits.numel() <= _ROWS * classes:
             return None

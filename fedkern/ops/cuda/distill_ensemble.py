@@ -16,10 +16,10 @@ from fedkern.ops.distill_common import BATCHMEAN, NONE, row_shape
 from fedkern.ops.distill_kernels import Ensemble
 from fedkern.ops.distill_reference import compute_dtype, result_dtype
 
-# Rows that may be worked on at a time, about as many as the largest GPUs have room for where a row is a thread's, a
-# warp's or a block's (csrc/cuda/distill_ensemble.cu): what they keep per teacher is memory of the call.
+# Most rows computed at a time, by threads per row (csrc/cuda/distill_ensemble.cu): about as many as the largest GPUs
+# have room for. The numbers that a row keeps for each teacher are in the call's workspace.
 _SLOTS = {1: 1 << 16, 32: 1 << 14, 256: 1 << 11}
-# Classes up to which a thread takes a row alone, and from which a block does.
+# Classes up to which one thread takes a row, and from which a block does.
 _FEW, _MANY = 4, 1024
 
 
@@ -61,7 +61,7 @@ class CudaEnsembles:
         to_teachers = torch.empty_like(teachers) if needs[1] else None
         to_weights = None
         if needs[2] and weights is not None:
-            # By class also where the mask alone makes it so: the kernel then looks at every class.
+            # Per class also if the weights differ between classes only by the mask: the kernel then reads every class.
             by_class = class_mask is not None or weights.shape[2] > 1
             shape = (*weights.shape[:2], teachers.shape[2], *weights.shape[3:]) if by_class else weights.shape
             to_weights = torch.empty(shape, dtype=compute_dtype(dtype), device=weights.device)
@@ -117,7 +117,7 @@ class CudaEnsembles:
         to_weights = None
         if needs[1] and weights is not None:
             to_weights = torch.empty(weights.shape, dtype=compute_dtype(logits.dtype), device=logits.device)
-        # The class axis that weights per row lack.
+        # unsqueeze(2): the class axis, which weights per row lack.
         gradients = (None, argument(to_logits), None if to_weights is None else argument(to_weights.unsqueeze(2)))
         self._stack(kind, logits, weights, reduction, gradients, grads=tuple([grad.resolve_neg() for grad in grads]))
         return to_logits, to_weights if weights is None or to_weights is None else to_weights.to(weights.dtype)
@@ -188,7 +188,7 @@ def _result(rows_of: Tensor, dtype: torch.dtype, reduction: int) -> Tensor:
 
 
 def _weights_argument(weights: Tensor | None) -> tuple[int | None, int, tuple[int, ...]] | None:
-    """With a class stride of 0 where all classes share a weight, whatever the stride of that axis says."""
+    """Weights as the core takes them; the class stride is 0 if all classes share a weight, whatever the tensor's is."""
     if weights is None:
         return None
     strides = weights.stride()

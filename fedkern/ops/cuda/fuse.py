@@ -31,7 +31,7 @@ _ABSENT: _Map = (None, 0, 0, 0, 0)
 class CudaFuse:
     """:class:`fedkern.ops.fuse_kernels.FuseKernel` on ``fedkern._cuda``.
 
-    Maps whose positions do not follow each other at one stride are copied first; a mean of more than 48 maps is left to
+    Maps are copied first if no single stride leads through their positions.  A mean of more than 48 maps is left to
     plain PyTorch.
     """
 
@@ -116,12 +116,12 @@ class CudaFuse:
 
 
 def _vector(vector: Tensor | None, like: Tensor) -> Tensor | None:
-    """``scale`` or ``shift`` as the core takes it."""
+    """``scale`` or ``shift`` as the core takes it: contiguous, in the computing dtype."""
     return None if vector is None else vector.to(compute_dtype(like.dtype)).contiguous()
 
 
 def _placed(x: Tensor) -> Tensor:
-    """``x``, copied where its positions do not follow each other at one stride."""
+    """``x``, copied if no single stride leads through its positions."""
     if position_stride(x.shape, x.stride()) is not None:
         return x
     return empty_map(x.shape, order_of(x) == 1, x).copy_(x)

@@ -1,4 +1,4 @@
-"""The operators' Triton kernels, one file per family; imported only where Triton is to serve a call.
+"""The operators' Triton kernels, one file per family; imported only when Triton is to serve a call.
 
 With ``TRITON_INTERPRET=1`` in the environment when this package is first imported, Triton runs every kernel in Python
 on the host, program by program: thousands of times slower, but on CPU tensors and without a GPU.
@@ -8,5 +8,5 @@ from __future__ import annotations
 
 import triton
 
-# Triton decides it for each kernel when that is decorated, which importing this package's files does.
+# Triton reads this setting when a kernel is decorated, which is when the files of this package are imported.
 INTERPRETED: bool = triton.knobs.runtime.interpret

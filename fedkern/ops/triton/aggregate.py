@@ -26,11 +26,11 @@ from fedkern.ops.triton.launch import cdiv, double_bits, filled, launch, power_o
 
 # Elements that a program holds of each vector.
 BLOCK = 1024
-# So many vectors are read at once, by unrolled code.
+# Most vectors that unrolled code reads at once.
 UNROLLED = 16
-# So many a launch takes as parameters, or holds in registers by rank; more go in several, or to plain PyTorch.
+# Most vectors that a launch takes as parameters, or ranks in registers; more take several launches, or plain PyTorch.
 MEMBERS = 64
-# server_step needs all in one launch: so many parameters fit.
+# Most vectors of server_step, which needs all of them in one launch: no more fit as parameters.
 MOST = 128
 
 
@@ -184,7 +184,7 @@ class TritonAggregate(PlainAggregate):
         size, count, device = vectors[0].shape[0], len(vectors), vectors[0].device
         out = torch.empty(count, size, dtype=vectors[0].dtype, device=device)
         groups = BLOCK // 64
-        # One more than the vector fills, since it may begin within a group of 64 numbers.
+        # One group more than the vector fills, since the vector may begin within a group of 64 numbers.
         tiles = cdiv(cdiv(size, 64) + 1, groups)
         for begin in range(0, count, MEMBERS):
             base, offsets, strides, kept = Table.of(vectors[begin : begin + MEMBERS])
@@ -209,7 +209,7 @@ def _rows(vectors: Vectors) -> list[Tensor]:
 
 
 def _same_stride(rows: Sequence[Tensor]) -> tuple[list[Tensor], int]:
-    """The vectors with one stride, copied where they have several."""
+    """The vectors and their one stride; copies if their strides differ."""
     strides = {row.stride(0) for row in rows}
     if len(strides) == 1:
         return list(rows), strides.pop()
@@ -217,9 +217,9 @@ def _same_stride(rows: Sequence[Tensor]) -> tuple[list[Tensor], int]:
 
 
 def _parameters(weights: Weights) -> Tensor | tuple[int, ...]:
-    """Weights as kernel parameters: the tensor on the device, or the codes of numbers, filled up likewise."""
+    """Weights as kernel parameters: the tensor on the device, or :func:`encoded` numbers, padded by :func:`filled`."""
     if isinstance(weights, Tensor):
-        return weights.resolve_neg().contiguous()  # kernels read them one after another
+        return weights.resolve_neg().contiguous()  # kernels read weights at stride 1
     return filled(map(encoded, weights), encoded(0.0))
 
 
@@ -228,13 +228,13 @@ def _bits(shares: Tensor | tuple[int, ...]) -> int:
 
 
 class Table(NamedTuple):
-    """Vectors as kernel parameters: the first, how far the others are from it in elements (codes), and the strides."""
+    """Vectors as kernel parameters: the first, the others' distances from it in elements (encoded), and the strides."""
 
     base: Tensor
     offsets: tuple[int, ...]
     strides: tuple[int, int]
     kept: object
-    """What must live until the launch."""
+    """Tensors that must stay alive until the launch."""
 
     @classmethod
     def of(cls, vectors: Vectors) -> Table:
@@ -245,7 +245,7 @@ class Table(NamedTuple):
 
 
 def _spans(size: int, block: int, device: torch.device) -> tuple[int, int]:
-    """Programs that share ``size`` coordinates, and how many each takes: a few programs for every processor."""
+    """Programs that share ``size`` coordinates, and coordinates of each: at most four programs per multiprocessor."""
     blocks = cdiv(size, block)
     span = cdiv(blocks, min(blocks, 4 * processors(device))) * block
     return cdiv(size, span), span

@@ -1,7 +1,8 @@
-"""The means in Triton: the weighted one, the running one, and server_step; their launcher is in aggregate.py.
+"""The means in Triton: weighted mean, running mean and server_step; their launcher is in aggregate.py.
 
-Vectors are a tuple of pointers, of weights given as :func:`encoded` doubles (both kernel parameters: nothing is copied
-to the device), or one pointer to a stack with weights in memory.  Sums are taken in fp64, vectors in ascending order.
+Vectors come as a tuple of pointers, or as one pointer with :func:`whole` offsets or a stack's stride.  Weights come as
+:func:`encoded` doubles or in memory.  Pointers, offsets and encoded weights are kernel parameters: nothing is copied to
+the device.  Sums are taken in fp64, over the vectors in ascending order.
 """
 
 from __future__ import annotations
@@ -22,29 +23,29 @@ def _wide(x):
     return x if x.dtype == tl.float64 else x.to(tl.float32).to(tl.float64)
 
 
-# Triton makes another kernel for a number of a tuple that is 1, divisible by 16, or fits 32 bits. Codes do neither:
-# they are odd and large, but where a weight is near 1.1e-308 or a number 2^51.
+# Triton compiles another kernel for a number of a tuple that is 1, divisible by 16, or fits 32 bits. Codes avoid all
+# three: they are odd and large, except for weights near 1.1e-308 and whole numbers near 2^51.
 MARK = tl.constexpr(1 << 52)
 
 
 def encoded(weight: float) -> int:
-    """All bits of a double that is not negative, moved up by one, as a number that no kernel is specialised on."""
+    """Code of a double that is not negative: its bits moved up by one, in a number that Triton does not specialise."""
     code = (double_bits(abs(weight)) << 1 | 1) ^ MARK.value
     return code - (1 << 64) if code >> 63 else code
 
 
 def whole(number: int) -> int:
-    """A whole number of at most 62 bits and a sign, likewise."""
+    """Code of a whole number of at most 62 bits and a sign, in a number that Triton does not specialise."""
     return (number << 1 | 1) ^ MARK.value
 
 
 def wholes(numbers: Iterable[int]) -> tuple[int, ...]:
-    """:func:`whole` numbers as kernel parameters."""
+    """The :func:`whole` codes of numbers, as kernel parameters."""
     return filled(map(whole, numbers), whole(0))
 
 
 def tensor_starts(tensors: Sequence[Tensor]) -> tuple[int, ...]:
-    """How far each tensor is from the first, in elements, for :func:`starts_of`."""
+    """Each tensor's distance from the first in elements, encoded for :func:`starts_of`."""
     item, first = tensors[0].element_size(), tensors[0].data_ptr()
     return wholes((x.data_ptr() - first) // item for x in tensors)
 
@@ -56,7 +57,7 @@ def _whole(code):
 
 @triton.jit
 def starts_of(offsets, row_stride, member, COUNT: tl.constexpr):
-    """Where each of ``member`` begins, in elements from the first vector; ``offsets`` are :func:`whole` numbers."""
+    """Where each of ``member`` begins, in elements from the first vector; ``offsets`` are :func:`whole` codes."""
     start = member.to(tl.int64) * row_stride
     if COUNT > 0:
         for k in tl.static_range(COUNT):
@@ -79,7 +80,7 @@ def weights_of(weights, member, count, BITS: tl.constexpr):
 
 @triton.jit
 def pick(values, member, m):
-    """Element m of a vector in registers, ``[1]``: the interpreter spreads scalar comparisons as numbers."""
+    """Element m of a vector in registers, as ``[1]``: the interpreter broadcasts comparisons of scalars as numbers."""
     return tl.zeros([1], values.dtype) + tl.sum(tl.where(member == m, values, tl.zeros_like(values)), axis=0)
 
 
@@ -89,10 +90,10 @@ def mean_kernel(
     UNROLLED: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr, MEMBERS: tl.constexpr,
     FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``sum w x / sum w``; where the vectors come in several launches, ``total`` and ``sums`` carry the sums over.
+    """``sum w x / sum w``; between several launches, ``total`` and ``sums`` carry the sums over.
 
-    UNROLLED vectors are that many pointers; the others are found at ``offsets`` or strides from the first.  A vector of
-    weight zero is not looked at.
+    If UNROLLED is not 0, ``vectors`` are that many pointers; else one pointer, from which the others are found by
+    ``offsets`` or ``row_stride``.  A vector of weight zero is not read.
     """
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = place < size

@@ -1,6 +1,6 @@
 """More aggregation kernels in Triton: means by rank, squared distances, scaled vectors with noise.
 
-Vectors are one pointer and the distance of each from it, in elements, as kernel parameters; or a stack's stride.
+Vectors come as one pointer, with each vector's distance from it in elements (encoded kernel parameters) or a stride.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fedkern.ops.triton.rows import double_of, narrow
 
 @triton.jit
 def _before(x, y, x_first):
-    """Whether x comes before y in ascending order, NaN last; equal ones as ``x_first`` says."""
+    """Whether x comes before y in ascending order, NaN last; ``x_first`` decides between equal values."""
     x_nan, y_nan = x != x, y != y
     same = (x == y) | (x_nan & y_nan)
     return (x < y) | (y_nan & ~x_nan) | (same & x_first)
@@ -26,9 +26,9 @@ def rank_kernel(
     MEDIAN: tl.constexpr, WEIGHTED: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr, MEMBERS: tl.constexpr,
     BLOCK: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """For every coordinate the mean of the values of rank ``low`` to ``high``, or (MEDIAN) the weighted median.
+    """For every coordinate the mean of the values of rank ``low`` to ``high - 1``, or (MEDIAN) the weighted median.
 
-    A value's rank is how many come before it, which needs no exchange of values and leaves each with its weight.
+    A value's rank is the number of values before it.  Counting moves no values, so that each stays with its weight.
     """
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     member = tl.arange(0, MEMBERS)
@@ -40,7 +40,7 @@ def rank_kernel(
     if WEIGHTED:
         share = weights_of(weights, member, count, BITS)
     if MEDIAN:
-        below = tl.zeros([MEMBERS, BLOCK], tl.float64)  # the weight up to and with each value
+        below = tl.zeros([MEMBERS, BLOCK], tl.float64)  # the weight up to and including each value
         whole = tl.zeros([1], tl.float64)
     for k in range(count):
         begin = pick(start, member, k)
@@ -91,7 +91,7 @@ def pairs_kernel(
         for k in range(count):
             first = pick(start, member, k)
             y = _wide(tl.load(vectors + first + place * stride, mask=place < size, other=0))
-            # Only one side of the diagonal: the other mirrors it, bit for bit.
+            # Only one side of the diagonal; the launcher mirrors it, bit for bit.
             d = tl.where((member < k)[:, None] & mask, x - y[None, :], 0.0)
             total += tl.where((member == k)[None, :], tl.sum(d * d, axis=1)[:, None], 0.0)
     place = program * MEMBERS * MEMBERS + (member * MEMBERS)[:, None] + member[None, :]
@@ -126,14 +126,14 @@ def _uniform(word):
 
 @triton.jit
 def _refined(uniform, word, more):
-    """``uniform``, made of 32 more bits where the word is in the lowest 2^-20."""
+    """``uniform``, made of 32 more bits if the word is in the lowest 2^-20 of its range."""
     wide = (word.to(tl.int64) << 32) | more.to(tl.int64)
     return tl.where(word < 4096, (wide.to(tl.float32) + 0.5) * 5.421010862427522e-20, uniform)
 
 
 @triton.jit
 def _normal_pair(uniform, two):
-    """Box and Muller's transform of a uniform number and a random word."""
+    """The Box-Muller transform of a uniform number and a random word."""
     radius = tl.sqrt(-2.0 * tl.log(uniform))
     angle = (two.to(tl.int32, bitcast=True).to(tl.float32) * 4.656612873077393e-10) * 3.141592653589793
     return radius * tl.cos(angle), radius * tl.sin(angle)
@@ -144,7 +144,7 @@ def noise_kernel(
     vectors, offsets, factors, out, size, row_stride, stride, tiles, deviation, seed, offset,
     NOISE: tl.constexpr, COUNT: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """``factors[m] * x + deviation * normal``; the numbering is that of :mod:`fedkern.ops.aggregate_philox`."""
+    """``factors[m] * x + deviation * normal``; :mod:`fedkern.ops.aggregate_philox` numbers the random numbers."""
     program = tl.program_id(0)
     m = (program // tiles).to(tl.int64)
     group = (program % tiles).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
@@ -154,7 +154,7 @@ def noise_kernel(
     start = offset.to(tl.int64) + m * size  # modulo 2^64, as the stream's places are
     skipped = start & 63
     if NOISE:
-        # 64 places are 16 counters of four words; places have 64 bits, and so counters 62.
+        # 64 places are 16 counters of four words.  Places have 64 bits, so counters have 62.
         first = ((start >> 6) & 0x3FFFFFFFFFFFFFF) << 4
         counter = (first + group * 16)[:, None] + lane[None, :]
         counter = counter & 0x3FFFFFFFFFFFFFFF

@@ -1,7 +1,7 @@
-"""blend in Triton: forward, and both maps' gradients from one reading of the result's.
+"""blend in Triton: forward, and both maps' gradients from one read of the result's gradient.
 
-fp32, bf16 and fp16 are computed in fp32 and rounded once; sums over several samples are taken in fp64, over samples
-sorted by the row they used, without atomics: the same bits every time.
+fp32, bf16 and fp16 are computed in fp32 and rounded once.  Sums over several samples are taken in fp64, over samples
+sorted by the background row they used, without atomics: the same bits every time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fedkern.ops.triton.rows import double_of
 
 # Elements that a program holds of each map: two 128-bit accesses per thread of four warps, in fp32.
 TILE = 1024
-# Sorted samples that a program reads at a time where rows are used by many.
+# Sorted samples that a program reads at a time if many samples use the same row.
 MANY = 16
 
 COMPUTE = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), tl.float32) | {torch.float64: tl.float64}
@@ -47,8 +47,8 @@ def _weight(alpha, value, row, stride, valid):
     return weight
 
 
-# The index is asserted on the device: looking at it from the host would wait for everything before. With debug, which
-# device assertions need, Triton would also guard every integer operation unless sanitize_overflow=False is given.
+# The index is asserted on the device: reading it from the host would synchronise. With debug, which device assertions
+# need, Triton would also guard every integer operation unless sanitize_overflow=False is given.
 @triton.jit(debug=True, do_not_specialize=["value"])
 def forward_kernel(
     foreground,
@@ -104,7 +104,7 @@ def backward_kernel(
     ENTRIES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One row of the background at a time: every sample that used it writes its own gradient and adds to the row's."""
+    """One background row at a time: writes the gradient of every sample that used the row, and the row's, their sum."""
     row, column = _tile(columns, ROWS, COLUMNS)
     valid = row < rows
     if order is None:
@@ -174,7 +174,7 @@ def alpha_kernel(
 
 
 def tile(rows: int, size: int) -> tuple[int, int]:
-    """Rows and columns of a program's tile: whole rows, and several where they are short."""
+    """Rows and columns of a program's tile: a whole row (TILE columns at most), or several short rows."""
     columns = min(power_of_two(size), TILE)
     return min(TILE // columns, power_of_two(rows)), columns
 
@@ -199,7 +199,7 @@ class TritonBlend:
             return out
         steps = (foreground.stride(0), background.stride(0))
         if index is None and alpha is None and (rows == 1 or steps == (size, size)):
-            rows, size, steps = 1, rows * size, (rows * size, rows * size)  # one row: sizes no longer break alignment
+            rows, size, steps = 1, rows * size, (rows * size, rows * size)  # one row: any size stays aligned
         row_tile, column_tile = tile(rows, size)
         columns = cdiv(size, column_tile)
         launch(
@@ -310,7 +310,7 @@ class TritonBlend:
         if not rows or not size:
             return torch.zeros(rows, dtype=torch.float64, device=grad.device)
         row_tile, column_tile = tile(rows, size)
-        # Enough programs for the device even where samples are few; what they find is added up in a fixed order.
+        # Enough programs for the device even if samples are few; their partial sums are added in a fixed order.
         tiles, groups = cdiv(size, column_tile), cdiv(rows, row_tile)
         splits = max(1, min(cdiv(tiles, 4), 4 * processors(grad.device) // groups))
         span = cdiv(tiles, splits) * column_tile

@@ -13,10 +13,11 @@ from fedkern.ops.triton.launch import cdiv, launch, power_of_two
 # Pixels times channels of a program's tile.
 TILE = 1024
 
-# Elements are only moved: an integer of the same size stands for every type.
+# Elements are only moved: an integer type of the same size serves every dtype.
 MOVED = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-# These boxes and the centres of pixels are exact in fp32 (images of up to 2^22 rows or columns); others need fp64.
+# Boxes of these dtypes, and centres of pixels in images of up to 2^22 rows or columns, are exact in fp32; others need
+# fp64.
 NARROW = frozenset({torch.float32, torch.bfloat16, torch.float16})
 LONGEST = 1 << 22
 
@@ -54,7 +55,7 @@ def fill_kernel(
     program = tl.program_id(0)
     image = (program // tiles).to(tl.int64)
     pixel = (program % tiles).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
-    # cast(), not to(): where a size is 1, Triton hands kernels the number itself
+    # cast(), not to(): a size of 1 reaches the kernel as a plain number
     valid = pixel < tl.cast(height, tl.int64) * width
     i, j = pixel // width, pixel % width
     y, x = i.to(COMPARE) + 0.5, j.to(COMPARE) + 0.5
@@ -67,7 +68,7 @@ def fill_kernel(
         box += box_1
     if KEEP:
         inside = ~inside
-    if IN_STEP:  # one stride leads through all pixels, which lets neighbours travel together
+    if IN_STEP:  # one stride leads through all pixels, so that accesses of neighbours coalesce
         source, target = pixel * image_3, pixel * out_3
     else:
         source, target = i * image_2 + j * image_3, i * out_2 + j * out_3

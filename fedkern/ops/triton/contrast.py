@@ -1,4 +1,4 @@
-"""contrastive in Triton: what tiles of similarities are turned into; the way through them is in contrast_tiles.py."""
+"""contrastive in Triton: the kernels on tiles of similarities; the loop over the tiles is in contrast_tiles.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedkern.ops.contrast_tiles import Pairs, TiledContrast
 from fedkern.ops.triton.launch import cdiv, double_bits, launch
 from fedkern.ops.triton.rows import COMPUTE, double_of, finish, join
 
-# Rows and columns of a block; a thread of eight warps holds 16 of its elements.
+# Rows and columns of a block; with eight warps each thread holds 16 elements of fp32.
 BLOCK = {torch.float32: 64, torch.float64: 32}
 LINES = 128
 
@@ -28,7 +28,7 @@ def scale_of(learnt, temperature, COMPUTE: tl.constexpr):
 
 @triton.jit
 def place_of(across, rows, count, stride, BLOCK: tl.constexpr):
-    """This program's block: its row and column of blocks, its rows, columns, offsets, and what of it exists."""
+    """This program's block: its place down and along, its rows, columns and offsets, and the mask of real elements."""
     program = tl.program_id(0)
     row = program // across * BLOCK + tl.arange(0, BLOCK)
     column = program % across * BLOCK + tl.arange(0, BLOCK)
@@ -38,7 +38,7 @@ def place_of(across, rows, count, stride, BLOCK: tl.constexpr):
 
 @triton.jit
 def base_of(top):
-    """What is subtracted: a row or a column of -inf only adds nothing."""
+    """The number to subtract before exp: 0 for a row or column that is all -inf, which then adds nothing."""
     return tl.where(top == float("-inf"), 0.0, top)
 
 
@@ -71,7 +71,7 @@ def join_kernel(
     tops, totals, own, sums, losses, learnt, temperature, count, blocks,
     COMPUTE: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
-    """Joins the pieces of rows and columns, and writes how far each partner lies below its line's logarithm of sums."""
+    """Joins the pieces of each line (row or column); writes its loss: log-sum-exp minus the partner's similarity."""
     scale = scale_of(learnt, temperature, COMPUTE)
     line = tl.program_id(0) * LINES + tl.arange(0, LINES)
     mask = line < 2 * count

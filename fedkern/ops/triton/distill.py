@@ -154,7 +154,7 @@ class TritonDistill(Recomputes, Mixtures):
             hand_over(gradients, wanted)
             return result
 
-        # Rows in parts: statistics first, then the rows' losses where they are asked for or a gradient needs them.
+        # Rows split among programs: statistics first, then the rows' losses if wanted, or needed by a gradient.
         parts = _statistics(
             [x for x in (teacher, student, other) if x is not None], steps, plan, settings.temperature, compute
         )
@@ -183,7 +183,7 @@ class TritonDistill(Recomputes, Mixtures):
         return result
 
     def _row_values(self, student: Tensor, teacher: Tensor, settings: Divergence) -> Tensor:
-        """KL of each row without the factor of the temperature."""
+        """KL of each row, without the factor T²."""
         none = Divergence(settings.temperature, settings.reverse, NONE)
         raw = torch.empty(
             row_shape(student), dtype=compute_dtype(result_dtype(student, None, teacher)), device=student.device

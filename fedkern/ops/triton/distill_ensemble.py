@@ -69,7 +69,7 @@ class Mixtures:
         to_teachers = torch.empty_like(teachers) if needs[1] else None
         to_weights = None
         if needs[2] and weights is not None:
-            # By class also where the mask alone makes it so.
+            # Per class also if the weights differ between classes only by the mask.
             by_class = class_mask is not None or weights.shape[2] > 1
             shape = (*weights.shape[:2], teachers.shape[2] if by_class else 1, *teachers.shape[3:])
             compute = compute_dtype(result_dtype(student, None, teachers))

@@ -1,4 +1,4 @@
-"""ensemble_kl's limit of infinite temperature in Triton: from tensors to launches."""
+"""ensemble_kl at infinite temperature in Triton: from tensors to launches."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def limit(
     gradients: Gradients,
     result: Tensor | None,
 ) -> None:
-    """Writes the loss into ``result`` and gradients, times ``grad``, where there is memory for them."""
+    """Writes the loss into ``result``, and gradients times ``grad`` into ``gradients``, where these are not None."""
     if not row_count(student):
         clear(result, *gradients)
         return
-    # To first order in 1/T a softmax is (1 + (x − mean x) / T) / C. The mean matters where weights differ between
-    # classes: then the logits that are mixed are centred.
+    # To first order in 1/T a softmax is (1 + (x − mean x) / T) / C. The mean matters if weights differ between
+    # classes: then the logits are centred before they are mixed.
     by_class = class_mask is not None or (weights is not None and weights.shape[2] > 1)
     centred = settings.mix == PROBS and by_class
     to_student, to_teachers, to_weights = gradients
@@ -50,7 +50,7 @@ def limit(
 
 
 def _means(call: Call) -> None:
-    """Half the variances of the K differences, then their mean."""
+    """Half the variance of each teacher minus the student, then the weighted mean of the K halves."""
     plan, student, teachers = call.plan, call.student, call.teachers
     s_steps, t_steps, w_steps, g_steps, b_steps = call.steps
     count, rows, to_weights = len(teachers), row_count(student), call.gradients[2]
@@ -74,7 +74,7 @@ def _mixtures(call: Call) -> None:
     plan, student = call.plan, call.student
     to_student, to_teachers, to_weights = call.gradients
     launches: list[tuple[Tensor | None, ...]] = [(to_student, to_teachers, None, call.losses, call.total)]
-    if to_weights is not None:  # by a launch of its own: with the teachers' gradients in one, registers spill
+    if to_weights is not None:  # a launch of its own: together with the teachers' gradients, registers spill
         launches.append((None, None, to_weights, None, None))
     for written in launches:
         launch(

@@ -24,10 +24,11 @@ from fedkern.ops.triton.rows import (
 def _pair(x, x_top, x_log, y, y_top, y_log, scale, TERMS: tl.constexpr, TINY: tl.constexpr):
     """KL(p || q) for the logits x of p and y of q, class by class: ``p (e^u - 1 - u)``, ``u = log q - log p``.
 
-    No term is negative, and between nearly equal rows none cancels: u comes from the logits' difference, and an error e
-    of its sums of exponentials shows as e^2, since ``sum p (e^u - 1)`` vanishes.
+    No term is negative, and nothing cancels between nearly equal rows: u comes from the logits' difference.  An error e
+    in the sums of exponentials changes the divergence only by e^2, since ``sum p (e^u - 1)`` vanishes.
 
-    Returns the terms, ``q - p`` (the loss's derivative by y) and its derivative by x but for the row's divergence.
+    Returns the terms, ``q - p`` (the loss's derivative by y), and u and p, from which :func:`_by_p` makes the
+    derivative by x.
     """
     log_p = (x - x_top[:, None]) * scale - x_log[:, None]
     log_q = (y - y_top[:, None]) * scale - y_log[:, None]
@@ -36,8 +37,17 @@ def _pair(x, x_top, x_log, y, y_top, y_log, scale, TERMS: tl.constexpr, TINY: tl
 
 @triton.jit
 def over(y, y_top, y_log, x, x_top, x_log, scale):
-    """``log q - log p`` from the difference of the logits, which keeps its digits."""
-    return ((y - x) - (y_top - x_top)[:, None]) * scale - (y_log - x_log)[:, None]
+    """``log q - log p`` from the difference of the logits, which keeps its digits between nearly equal rows.
+
+    The difference of rows that lie far apart has the digits of their distance only.  There the row with the larger
+    maximum is moved by a multiple of 8, which is exact.
+    """
+    distance = y_top - x_top
+    move = tl.where(tl.abs(distance) < 1e30, tl.floor(distance * 0.125 + 0.5) * 8, 0.0)
+    moves_y = tl.abs(x_top) < tl.abs(y_top)
+    from_y, from_x = tl.where(moves_y, move, 0.0), tl.where(moves_y, 0.0, -move)
+    apart = (y - from_y[:, None]) - (x - from_x[:, None])
+    return (apart - ((y_top - from_y) - (x_top - from_x))[:, None]) * scale - (y_log - x_log)[:, None]
 
 
 @triton.jit
@@ -49,7 +59,7 @@ def pair_of(log_p, log_q, u, TERMS: tl.constexpr, TINY: tl.constexpr):
     near = tl.abs(u) < 0.5
     v = tl.where(near, u, 0.0)
     rest = expm1_less(v, TERMS)
-    # A probability that underflows is not 0: where q is, the loss is infinite.
+    # A p that underflows is not 0 but TINY: where q is 0, the loss must be infinite.
     far = q - p - tl.where(near, 0.0, tl.maximum(p, TINY) * u)
     terms = tl.where(masked, q, tl.where(near, p * rest, far))
     by_y = tl.where(near & ~masked, p * (rest + v), q - p)
@@ -73,11 +83,12 @@ def divergence_kernel(
     COMPUTE: tl.constexpr, TERMS: tl.constexpr, TINY: tl.constexpr, REVERSE: tl.constexpr, MEAN: tl.constexpr,
     WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Losses of rows, or gradients, or both: what is None is not computed.
+    """Losses of rows, or gradients, or both; outputs that are None are not computed.
 
-    ``losses`` and ``raw`` take weighted and unweighted losses of each row's part; ``total`` their sum over the
-    program's rows, in fp64, divided by ``count`` if MEAN.  Where a row has several parts (``splits``), ``tops`` and
-    ``totals`` hold :func:`statistics_kernel`'s of teacher, student and other, and ``values`` the rows' divergences.
+    ``losses`` and ``raw`` take the weighted and unweighted losses of each row's part.  ``total`` takes the sum of the
+    weighted losses over the program's rows, in fp64, divided by ``count`` if MEAN.  If rows have several parts
+    (``splits``), ``tops`` and ``totals`` hold the results of :func:`statistics_kernel` for teacher, student and other,
+    and ``values`` the rows' divergences.
     """
     program = tl.program_id(0)
     split = program % splits

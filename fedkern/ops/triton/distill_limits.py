@@ -1,4 +1,4 @@
-"""More row kernels in Triton: entropy, and the divergences' limit of infinite temperature."""
+"""More row kernels in Triton: entropy, and the divergences at infinite temperature."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def entropy_kernel(
     COMPUTE: tl.constexpr, MEAN: tl.constexpr,
     WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """``-sum p log p`` of rows, or its gradient; arguments as those of :func:`divergence_kernel`."""
+    """``-sum p log p`` of rows, or its gradient; arguments as in :func:`divergence_kernel`."""
     program = tl.program_id(0)
     split = program % splits
     batch, inside, valid, row = rows_of((program // splits).to(tl.int64), tiles, inner, ROWS)
@@ -62,7 +62,7 @@ def entropy_kernel(
 @triton.jit
 def _difference(teacher, student, at_teacher, at_student, teacher_column, student_column, column, mask, classes,
                 COMPUTE: tl.constexpr):  # fmt: skip
-    """Teacher minus student where neither is masked, and where that is."""
+    """Teacher minus student where neither is masked, else 0; and the mask of these places."""
     x = load_tile(teacher, at_teacher, teacher_column, column, mask, classes, COMPUTE)
     y = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE)
     real = (x != float("-inf")) & (y != float("-inf"))
@@ -107,7 +107,7 @@ def limit_kernel(
     other_outer, other_row, other_column, weight_outer, weight_row, grad_outer, grad_row,
     COMPUTE: tl.constexpr, MEAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Half the variance over classes of teacher minus student; arguments as those of :func:`divergence_kernel`."""
+    """Half the variance over classes of teacher minus student; arguments as in :func:`divergence_kernel`."""
     program = tl.program_id(0)
     batch, inside, valid, row = rows_of(program, tiles, inner, ROWS)
     at_teacher = batch * teacher_outer + inside * teacher_row

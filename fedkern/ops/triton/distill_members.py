@@ -1,4 +1,4 @@
-"""js_div, consensus and ensemble_kl's mean of divergences in Triton: sums over the teachers, each against one row."""
+"""js_div, consensus and ensemble_kl's mean of divergences in Triton: each teacher against one row, summed up."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ def _other(
     row, valid, column, mask, classes, count, all_rows, scale, teacher_stride, teacher_column, weight_stride,
     COMPUTE: tl.constexpr, TERMS: tl.constexpr, LOG_PROBS: tl.constexpr, RELATIVE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of what the teachers are compared with: the student's logits, or the mixture's log-probabilities.
+    """The tile that the teachers are compared with: the student's logits, or the mixture's log-probabilities.
 
-    RELATIVE: and the logits of each row's anchor, one of the teachers, with what :func:`_mix` says relative to it.
+    RELATIVE: also the logits of each row's anchor (one of the teachers), and ``near`` and ``log_ratio`` of :func:`_mix`
+    relative to the anchor.
     """
     if student is not None:
         other = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE)
@@ -50,7 +51,7 @@ def _against(
     x, tops, logs, row, valid, k, all_rows, scale, other, other_top, other_log, a, a_top, a_log, near, log_ratio,
     COMPUTE: tl.constexpr, LOG_PROBS: tl.constexpr, TERMS: tl.constexpr, TINY: tl.constexpr, RELATIVE: tl.constexpr,
 ):  # fmt: skip
-    """:func:`_pair` of teacher k's logits and what :func:`_other` gave, and the teacher's log-probabilities."""
+    """:func:`_pair` of teacher k's logits and the tile of :func:`_other`, and the teacher's log-probabilities."""
     top, log_total = _statistics(tops, logs, row, valid, k, all_rows, LOG_PROBS, COMPUTE)
     log_p = (x - top[:, None]) * scale - log_total[:, None]
     if RELATIVE:
@@ -72,9 +73,9 @@ def stack_kernel(
     COMPUTE: tl.constexpr, TERMS: tl.constexpr, TINY: tl.constexpr, CONSENSUS: tl.constexpr, LOG_PROBS: tl.constexpr,
     MEAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """``sum_k w_k KL(p_k || q)`` with q the student's softmax or, without one, the mixture of the p (js_div).
+    """``sum_k w_k KL(p_k || q)`` with q the student's softmax or, without a student, the mixture of the p_k (js_div).
 
-    CONSENSUS: the entropy of the mixture, and the weighted mean of the entropies (``more_...``).
+    CONSENSUS: instead the entropy of the mixture, and the weighted mean of the entropies (``more_...``).
     """
     program = tl.program_id(0)
     batch, inside, valid, row = rows_of(program, tiles, inner, ROWS)
@@ -95,7 +96,7 @@ def stack_kernel(
             student, at_student, student_column, valid, 0, classes, classes, scale, COMPUTE, ROWS, COLUMNS
         )
         q_log = tl.log(q_total)
-    # The mixture is looked at relative to the first teacher that counts.
+    # The mixture is computed relative to the anchor: the first teacher whose weight is not 0.
     anchor = tl.zeros([ROWS], tl.int64)
     for k_ in range(count):
         k = tl.cast(count - 1 - k_, tl.int64)
@@ -152,7 +153,7 @@ def stack_kernel(
         store_total(more_total, program, second_value, valid, count_rows, MEAN)
 
     if to_student is not None:
-        # Log-probabilities are taken as they are: their sum need not be 1.
+        # Given log-probabilities are not normalised: the probabilities need not sum to 1.
         excess = tl.zeros([ROWS], COMPUTE)
         if LOG_PROBS:
             for k_ in range(count):
@@ -196,7 +197,7 @@ def stack_kernel(
             raw = _row_weight(weights, at_weight, k, weight_stride, valid, COMPUTE, ROWS)
             share = share_of(raw, whole, count)
             own = tl.zeros([ROWS], COMPUTE)  # this teacher's divergence or entropy
-            cross = tl.zeros([ROWS], COMPUTE)  # and its mean of -log mixture
+            cross = tl.zeros([ROWS], COMPUTE)  # this teacher's mean of -log mixture
             for stage in range(2):
                 for begin in range(0, classes, COLUMNS):
                     column, mask = piece(begin, classes, valid, COLUMNS)

@@ -1,7 +1,7 @@
 """ensemble_kl, js_div and consensus in Triton: the kernels; their launcher is in distill_ensemble.py.
 
-A program takes some rows of all K teachers, whose softmaxes it makes from their maxima and sums of exponentials
-(:func:`members_kernel`), and walks through the classes in tiles; the mixture exists one tile at a time.
+A program takes some rows of all K teachers and walks through the classes in tiles.  It computes the teachers' softmaxes
+from the maxima and sums of :func:`members_kernel`, and holds one tile of the mixture at a time.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def members_kernel(
 @triton.jit
 def _raw(weights, at_weight, weight_column, class_mask, mask_column, k, weight_stride, mask_stride, column, mask,
          COMPUTE: tl.constexpr):  # fmt: skip
-    """Weights of teacher k, not normalised, 0 where the class mask says so."""
+    """Weights of teacher k, not normalised; 0 where the class mask leaves out a class."""
     raw = tl.zeros(mask.shape, COMPUTE) + 1.0
     if weights is not None:
         place = k * weight_stride + at_weight[:, None] + (column * weight_column)[None, :]
@@ -76,7 +76,7 @@ def share_of(raw, total, count):
 
 @triton.jit
 def _statistics(tops, logs, row, valid, k, all_rows, LOG_PROBS: tl.constexpr, COMPUTE: tl.constexpr):
-    """What :func:`members_kernel` found of teacher k (one, or one for each row); zeros where x is log p already."""
+    """Results of :func:`members_kernel` for teacher k (one k, or one for each row); zeros if x is log p already."""
     top = tl.zeros(row.shape, COMPUTE)
     log_total = tl.zeros(row.shape, COMPUTE)
     if not LOG_PROBS:
@@ -92,11 +92,12 @@ def _mix(
     mask_column, COMPUTE: tl.constexpr, TERMS: tl.constexpr, LOGITS: tl.constexpr, LOG_PROBS: tl.constexpr,
     RELATIVE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the mixture: logarithms of its probabilities, or (LOGITS) its logits over the temperature.
+    """A tile of the mixture: log-probabilities, or (LOGITS) its logits over the temperature.
 
-    With it: the sum of the weights; and (RELATIVE), for the elements that are ``near`` the row of logits ``y``, the
-    mixture ``m`` over the softmax ``q`` of that row: ``log(m / q)`` from ``m / q - 1 = sum_k w_k (p_k / q - 1)``, whose
-    terms come from the logits' differences and keep their digits, and ``m / q - 1``.  (Of LOGITS up to a factor.)
+    Also returns the sum of the weights and (RELATIVE) three tiles that compare the mixture ``m`` with the softmax ``q``
+    of the row of logits ``y``: the mask of elements ``near`` q, and for these ``log(m / q)`` and ``m / q - 1``.  Both
+    come from ``m / q - 1 = sum_k w_k (p_k / q - 1)``, whose terms come from the logits' differences and keep their
+    digits.  With LOGITS, ``m / q`` is known up to a factor for the row.
     """
     total = _sum_of_weights(weights, at_weight, weight_column, class_mask, mask_column, count, weight_stride,
                             mask_stride, column, mask, COMPUTE)  # fmt: skip
@@ -113,7 +114,7 @@ def _mix(
         share = share_of(raw, total, count)
         x = load_tile(teachers, at_teacher + k * teacher_stride, teacher_column, column, mask, classes, COMPUTE)
         if LOGITS:
-            # peak marks masked classes here
+            # here peak marks masked classes by 0
             gone = (share > 0) & (x == float("-inf"))
             peak = tl.where(gone, 0.0, peak)
             sum_ += tl.where((x == float("-inf")) | (share <= 0), 0.0, share * (x - origin))
@@ -150,7 +151,7 @@ def _mix(
 @triton.jit
 def _divergence(mixed, near, log_ratio, p_top, p_log, gap, y, q_top, q_log, scale, TERMS: tl.constexpr,
                 TINY: tl.constexpr):  # fmt: skip
-    """:func:`_pair` of the mixture and the student; ``gap`` is what to take off ``log_ratio`` to normalise it."""
+    """:func:`_pair` of the mixture and the student; ``log_ratio`` minus ``gap`` is normalised."""
     log_p = (mixed - p_top[:, None]) - p_log[:, None]
     log_q = (y - q_top[:, None]) * scale - q_log[:, None]
     u = tl.where(near, gap[:, None] - log_ratio, log_q - log_p)
@@ -168,7 +169,7 @@ def mixture_kernel(
     COMPUTE: tl.constexpr, TERMS: tl.constexpr, TINY: tl.constexpr, LOGITS: tl.constexpr, LOG_PROBS: tl.constexpr,
     BY_CLASS: tl.constexpr, MEAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """KL(mixture || student), or its gradients; the weights' go to ``to_weights``, by class or by row."""
+    """KL(mixture || student), or its gradients; ``to_weights`` takes the weights', per class (BY_CLASS) or per row."""
     program = tl.program_id(0)
     batch, inside, valid, row = rows_of(program, tiles, inner, ROWS)
     t = double_of(temperature, COMPUTE)
@@ -202,7 +203,7 @@ def mixture_kernel(
             mixed = (mixed - (q_top * scale)[:, None]) - q_log[:, None]
         excess += tl.sum(tl.where(near, q * rest, tl.exp(mixed) - q), axis=1)
     p_log = tl.log(p_total)
-    # log(1 + excess), which keeps the digits of a small one
+    # log(1 + excess), by log1p to keep the digits of a small excess
     small = tl.abs(excess) < 0.5
     gap = (p_top - q_top * scale) + (p_log - q_log) if LOGITS else p_top + p_log
     gap = tl.where(small, log1p(tl.where(small, excess, 0.0), TERMS), gap)
@@ -243,7 +244,7 @@ def mixture_kernel(
         if to_teachers is not None or to_weights is not None:
             for k_ in range(count):
                 k = tl.cast(k_, tl.int64)
-                # Sums over the row: what the softmax takes back, and the weights' gradient; then what needs them.
+                # Stage 0 sums over the row: the softmax's correction and the weights' gradient.  Stage 1 uses the sums.
                 inner_sum = tl.zeros([ROWS], COMPUTE)
                 by_weight = tl.zeros([ROWS], COMPUTE)
                 used = tl.zeros([ROWS], COMPUTE)

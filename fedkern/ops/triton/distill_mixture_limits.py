@@ -17,7 +17,7 @@ def _mixed_difference(
     classes, count, teacher_stride, teacher_column, weight_stride, weight_column, mask_stride, mask_column,
     COMPUTE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A tile: mixed logits minus the student's, where neither is masked; the student's; the sum of the weights."""
+    """Tiles: mixed logits minus the student's (0 where masked), the mask, the student's logits, sums of the weights."""
     y = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE)
     none = tl.zeros([ROWS], COMPUTE)
     mixed, total, _, d, _ = _mix(
@@ -31,7 +31,7 @@ def _mixed_difference(
 
 @triton.jit
 def _over_sum(g, sum_of_weights):
-    """A gradient over the sum of the weights; weights that sum to 0 get none."""
+    """The gradient ``g`` over the sum of the weights; 0 where the weights sum to 0."""
     none = sum_of_weights == 0
     return tl.where(none, 0.0, g / tl.where(none, 1.0, sum_of_weights))
 
@@ -40,7 +40,7 @@ def _over_sum(g, sum_of_weights):
 def _toward_weight(
     teachers, at_teacher, teacher_column, column, mask, classes, g, y, d, raw, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient by a teacher's weight, class by class, from that of the mixed logit over the sum of the weights."""
+    """The gradient by a teacher's weight per class; ``g``: the mixed logits' gradient over the sum of the weights."""
     x = load_tile(teachers, at_teacher, teacher_column, column, mask, classes, COMPUTE)
     return tl.where((raw != 0) & (g != 0), g * ((x - y) - d), 0.0)
 
@@ -54,7 +54,7 @@ def mixture_limit_kernel(
     teacher_stride, weight_stride, mask_stride, mask_column, by_stride,
     COMPUTE: tl.constexpr, BY_CLASS: tl.constexpr, MEAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Half the variance over classes of mixed logits minus the student's; arguments as :func:`mixture_kernel`'s."""
+    """Half the variance over classes of mixed logits minus the student's; arguments as in :func:`mixture_kernel`."""
     program = tl.program_id(0)
     batch, inside, valid, row = rows_of(program, tiles, inner, ROWS)
     at_student = batch * student_outer + inside * student_row
@@ -152,7 +152,7 @@ def members_limit_kernel(
     student_outer, student_row, student_column, stride, outer_stride, row_stride, class_stride,
     COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Each teacher minus the student: mean over the classes both know, how many, half the variance; ``[K, rows]``."""
+    """Each teacher minus the student over classes unmasked in both: mean, number, half the variance; ``[K, rows]``."""
     program = tl.program_id(0)
     k, group = (program // groups).to(tl.int64), (program % groups).to(tl.int64)
     batch, inside, valid, _ = rows_of(group, tiles, inner, ROWS)
@@ -179,7 +179,7 @@ def mean_limit_kernel(
     weight_outer, weight_row, grad_outer, grad_row, by_outer, by_row, teacher_stride, weight_stride, by_stride,
     COMPUTE: tl.constexpr, MEAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The weighted mean of the halves that :func:`members_limit_kernel` found, and its gradients."""
+    """The weighted mean of the half variances from :func:`members_limit_kernel`, and its gradients."""
     program = tl.program_id(0)
     batch, inside, valid, row = rows_of(program, tiles, inner, ROWS)
     at_student = batch * student_outer + inside * student_row

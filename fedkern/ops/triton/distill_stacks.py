@@ -1,4 +1,4 @@
-"""ensemble_kl in Triton: what its launchers do before and after they launch."""
+"""ensemble_kl in Triton: the work of its launchers before and after a launch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fedkern.ops.triton.rows import (
     writable,
 )
 
-# Of the student, the teachers, the weights.
+# Gradients of the student, the teachers and the weights.
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -34,7 +34,7 @@ class Call(NamedTuple):
 
     compute: torch.dtype
     plan: Rows
-    count_rows: int  # what sums are divided by
+    count_rows: int  # divisor of the sums
     student: Tensor
     teachers: Tensor
     weights: Tensor | None
@@ -46,7 +46,7 @@ class Call(NamedTuple):
     total: Tensor | None
     result: Tensor | None
     steps: list[Steps]
-    """Of student, teachers, weights, grad and the weights' gradient."""
+    """Strides of student, teachers, weights, grad and the weights' gradient."""
 
     @classmethod
     def of(
@@ -60,7 +60,7 @@ class Call(NamedTuple):
         gradients: Gradients,
         result: Tensor | None,
     ) -> Call:
-        """Of at least one row."""
+        """The call for these arguments, which must have at least one row."""
         each = settings.reduction == NONE
         compute = compute_dtype(result_dtype(student, None, teachers))
         to_student, to_teachers, to_weights = writable(gradients[0]), writable(gradients[1], 2), gradients[2]
@@ -97,7 +97,7 @@ class Call(NamedTuple):
 
     @property
     def mean(self) -> bool:
-        """Whether the one program's sum is divided at once: no other is launched for it."""
+        """Whether the only program divides its sum itself, so that :func:`finish` is not needed."""
         return self.total is not None and self.total.dim() == 0
 
     @property
@@ -108,7 +108,7 @@ class Call(NamedTuple):
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """What kernels with mixtures take: from batch to batch, row to row, class to class, teacher to teacher."""
+        """Strides for kernels with mixtures: from batch to batch, row to row, class to class, teacher to teacher."""
         of_student, of_teachers, of_weights, of_grad, of_gradient = self.steps
         weights, to_weights = self.weights, self.gradients[2]
         return (
@@ -120,7 +120,7 @@ class Call(NamedTuple):
         )  # fmt: skip
 
     def close(self) -> None:
-        """Sums what the programs left, and hands the gradients over."""
+        """Sums the programs' totals into the result, and hands the gradients over."""
         if self.total is not None and self.result is not None and self.total is not self.result:
             finish(self.total, self.result, self.count_rows)
         hand_over(self.gradients, self.wanted)

@@ -1,7 +1,7 @@
 """fuse_concat and fuse_mean in Triton: every map read once and written into its place.
 
-A dense map is ``outer`` runs of ``channels * step`` elements: batches of whole maps (``step`` positions to a channel),
-or where it is channels-last pixels of whole channels (``step`` 1).  So one kernel serves both layouts.
+A dense map is ``outer`` runs of ``channels * step`` elements.  In a contiguous map a run is a sample, with ``step``
+positions per channel; in a channels-last map a run is a pixel, with ``step`` 1.  So one kernel serves both layouts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAPS = 64
 
 @triton.jit
 def _places(program, inner, total, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """Elements of a block as (element of the map, run, place in the run); 32-bit division where runs are short."""
+    """Elements of a block: (index in the map, run, place in the run, mask); 32-bit division where runs are short."""
     first = program.to(tl.int64) * BLOCK
     run = first // inner
     place = (first - run * inner).to(WIDE) + tl.arange(0, BLOCK)
@@ -50,7 +50,7 @@ def concat_kernel(
     maps, starts, channels, firsts, scale, shift, out, count, outer, step, width,
     COMPUTE: tl.constexpr, WIDE: tl.constexpr, RELU: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes each map's block into its channels of ``out``, which has ``width`` of them."""
+    """Writes each map's blocks into its channels of ``out``, which has ``width`` channels."""
     m = tl.program_id(0) % count
     first, number = starts_of(firsts, 0, m, COUNT), starts_of(channels, 0, m, COUNT)
     inner = number * step
@@ -68,7 +68,7 @@ def mean_map_kernel(
     COMPUTE: tl.constexpr, WIDE: tl.constexpr, RELU: tl.constexpr, COUNT: tl.constexpr, MEMBERS: tl.constexpr,
     BLOCK: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """A block of the mean over the maps, in ascending order; ``sum_before`` carries it from launch to launch."""
+    """A block of the mean over the maps, in ascending order; ``sum_before`` carries the sum from launch to launch."""
     inner = tl.cast(width, tl.int64) * step
     element, _, place, mask = _places(tl.program_id(0), inner, outer * inner, WIDE, BLOCK)
     member = tl.arange(0, MEMBERS)
@@ -91,7 +91,7 @@ def mean_map_kernel(
 @triton.jit
 def _passed(grad, at_grad, maps, at_map, out, scale, shift, channel, mask, all_maps,
             COMPUTE: tl.constexpr, RELU: tl.constexpr, MEAN: tl.constexpr):  # fmt: skip
-    """The gradient behind the activation, and the map's values where they are at hand."""
+    """The gradient by the activation's input, and the map's values (without ``maps``: the gradient again)."""
     g = tl.load(grad + at_grad, mask=mask, other=0).to(COMPUTE)
     if MEAN:
         g = g / all_maps
@@ -113,7 +113,7 @@ def back_kernel(
     COMPUTE: tl.constexpr, WIDE: tl.constexpr, RELU: tl.constexpr, MEAN: tl.constexpr, COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes each map's gradient; blocks of several maps side by side, so that a mean's is read once."""
+    """Writes each map's gradient; adjacent programs take different maps, so that a mean's gradient is read once."""
     m = tl.program_id(0) % count
     first, number = starts_of(firsts, 0, m, COUNT), starts_of(channels, 0, m, COUNT)
     inner = number * step
@@ -239,7 +239,7 @@ class TritonFuse:
         firsts, counts = _firsts(channels), list(channels)
         vectors = (_vector(scale), _vector(shift))
         meta = {"COMPUTE": COMPUTE[grad.dtype], "RELU": relu, "MEAN": mean}
-        # Without ReLU only scale's gradient looks at the maps.
+        # Without ReLU only scale's gradient needs the maps.
         seen = maps if relu else None
         wanted = [m for m, target in enumerate(targets) if target is not None]
         for group in _groups(len(wanted)):
@@ -257,7 +257,7 @@ class TritonFuse:
             )  # fmt: skip
         by_scale = by_shift = None
         if needs.scale or needs.shift:
-            # Channels side by side where they lie so, positions otherwise.
+            # Tiles are wide in channels where channels are adjacent in memory, and wide in positions otherwise.
             size = batch * math.prod(positions)
             channel_tile = min(power_of_two(max(counts)), 32 if channels_last or step == 1 else 4)
             place_tile = min(power_of_two(size), BLOCK // channel_tile)
@@ -297,7 +297,7 @@ def _vector(vector: Tensor | None) -> Tensor | None:
 
 
 def _dense(x: Tensor, channels_last: bool) -> Tensor:
-    """``x``, copied where it is not dense in that order."""
+    """``x``, copied if it is not dense in that order."""
     if not channels_last:
         return x.contiguous()
     moved = x.movedim(1, -1)

@@ -1,4 +1,4 @@
-"""What the Triton kernels share on the host: launching on the right device, sizes of tiles, arguments Triton lacks."""
+"""Host helpers of the Triton kernels: launches on the right device, tile sizes, arguments that Triton lacks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **meta: Any) -> None:
     """Runs ``programs`` programs of ``kernel`` on ``device``, on torch's current stream there.
 
-    As in csrc/, products and sums are not contracted unless a kernel says fma.
+    As in csrc/, products and sums are not contracted, unless a kernel calls fma.
     """
     if not programs:
         return
@@ -47,7 +47,7 @@ def power_of_two(value: int) -> int:
 
 
 def filled(values: Iterable[T], filler: T) -> tuple[T, ...]:
-    """Kernel parameters, filled up to a power of two: fewer kernels to compile."""
+    """Kernel parameters, padded to a power of two, so that fewer kernels are compiled."""
     given = tuple(values)
     return given + (filler,) * (power_of_two(len(given)) - len(given))
 

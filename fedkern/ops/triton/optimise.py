@@ -1,4 +1,4 @@
-"""optimise in Triton: a program for every block of every row; sums over a row's programs are torch's."""
+"""optimise in Triton: a program for every block of every row; torch sums over a row's programs."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class TritonOptimise:
 
 
 def _step(tensor: Tensor | None) -> int:
-    """Elements from row to row."""
+    """Elements from row to row; 0 if there is no tensor."""
     return 0 if tensor is None else tensor.stride(0)
 
 
@@ -66,7 +66,7 @@ def _gradient(
     parameters, gradients, anchor, correction, row, place, mask, parameters_step, gradients_step, anchor_step,
     correction_step, proximal, ANCHOR: tl.constexpr, CORRECTION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """The raw gradient, the same with the method's terms, and the parameters."""
+    """The raw gradient, the gradient with the method's terms (correction, proximal), and the parameters."""
     theta = tl.load(parameters + row * parameters_step + place, mask=mask, other=0).to(COMPUTE)
     raw = tl.load(gradients + row * gradients_step + place, mask=mask, other=0).to(COMPUTE)
     g = raw
@@ -90,7 +90,7 @@ def squares_kernel(
     correction_step, proximal, squares,
     ANCHOR: tl.constexpr, CORRECTION: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The squares of a block of a row's gradient, with the method's terms."""
+    """The sum of squares of a block of a row's gradient, with the method's terms."""
     program = tl.program_id(0).to(tl.int64)
     row, place = program // chunks, (program % chunks) * BLOCK + tl.arange(0, BLOCK)
     _, g, _ = _gradient(
@@ -102,7 +102,7 @@ def squares_kernel(
 
 @triton.jit
 def _put(value, to, place, mask):
-    """Stores; 1 for every element that is not finite once it is rounded."""
+    """Stores ``value``; returns 1 for every element that is not finite after rounding."""
     rounded = narrow(value, to)
     tl.store(to + place, rounded, mask=mask)
     wide = rounded.to(tl.float64) if rounded.dtype == tl.float64 else rounded.to(tl.float32)
@@ -120,7 +120,7 @@ def step_kernel(
     CLIP: tl.constexpr, ZERO: tl.constexpr,
     ANCHOR: tl.constexpr, CORRECTION: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A block of a row's step; leaves the squares of its gradient and whether all that it wrote is finite."""
+    """A block of a row's step; also writes the gradient's sum of squares and whether all written values are finite."""
     program = tl.program_id(0).to(tl.int64)
     row, place = program // chunks, (program % chunks) * BLOCK + tl.arange(0, BLOCK)
     mask = place < size

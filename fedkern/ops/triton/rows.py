@@ -1,7 +1,7 @@
-"""What the row losses share: rows of logits in memory, softmax pieces, and the sum over rows.
+"""Helpers of the row losses: rows of logits in memory, softmax pieces, and the sum over rows.
 
 A *row* is one sample at one position; its classes lie ``class_stride`` apart, which is the number of positions in a
-contiguous segmentation map.  Rows come as ``outer`` times ``inner``: batches times positions, or all in one.
+contiguous segmentation map.  There are ``outer`` times ``inner`` rows: batches times positions, or 1 times all rows.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ from fedkern.ops.triton.launch import cdiv, launch, power_of_two, processors
 
 COMPUTE = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), tl.float32) | {torch.float64: tl.float64}
 
-# Terms of the series of e^u - 1 - u on |u| < 1/2, and what no probability may be below where it is multiplied by -inf.
+# Terms of the series of e^u - 1 - u on |u| < 1/2, and the least probability in products with -inf (0 would give NaN).
 SERIES = {torch.float32: (9, 1.1754943508222875e-38), torch.float64: (15, 2.2250738585072014e-308)}
 
 # Elements of one tensor's tile. With four warps a thread holds 16 of each, and no kernel here spills (sm_90).
 TILE = 2048
-# Of kernels with K teachers: two elements of a tile to a thread, since they hold several tiles at once and would spill.
+# Warps of kernels with K teachers: two elements of a tile to a thread, since these kernels hold several tiles at once
+# and would spill.
 STACK_WARPS = 8
-# The longest row that is held whole: what is longer is read in pieces, twice, the second time mostly from the L2.
+# The longest row that is held whole. Longer rows are read in pieces, twice, the second time mostly from the L2.
 WHOLE = 4096
-# Rows that stand side by side where classes do not: 128 bytes of fp32 at least.
+# Adjacent rows of a tile if rows are adjacent in memory and classes are not: at least 128 bytes of fp32.
 BESIDE = 32
 
 
 @triton.jit
 def rows_of(tile, tiles, inner, ROWS: tl.constexpr):
-    """Where the rows of a tile are: their batch, places inside it, whether they exist, and places among all rows."""
-    # Products with strides need 64 bits; a division that does not need them is several times as fast without.
+    """The rows of a tile: their batch, places inside the batch, whether they exist, and places among all rows."""
+    # Products with strides need 64 bits; the division does not, and is several times as fast in 32 bits.
     batch = (tile // tiles).to(tl.int64)
     inside = (tile % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     return batch, inside, inside < inner, batch * inner + inside
@@ -50,13 +51,13 @@ def piece(begin, last, valid, COLUMNS: tl.constexpr):
 
 @triton.jit
 def double_of(bits, COMPUTE: tl.constexpr):
-    """The number whose ``double_bits`` the launcher handed over."""
+    """The number whose ``double_bits`` the launcher passed."""
     return tl.cast(bits, tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
 
 
 @triton.jit
 def ones_or(x, batch, inside, outer_stride, row_stride, valid, COMPUTE: tl.constexpr):
-    """A weight or a gradient for each row; what is not given is 1."""
+    """A weight or a gradient for each row; 1 if ``x`` is None."""
     number = tl.zeros(valid.shape, COMPUTE) + 1.0
     if x is not None:
         number = tl.load(x + batch * outer_stride + inside * row_stride, mask=valid, other=0).to(COMPUTE)
@@ -80,7 +81,7 @@ def softmax_of(x, scale):
 
 @triton.jit
 def join(top, total, more_top, more_total, scale):
-    """The maximum and the sum of exponentials of two parts together; a part of -inf only adds nothing."""
+    """The maximum and the sum of exponentials of two parts together; a part that is all -inf adds nothing."""
     new = tl.maximum(top, more_top)
     base = tl.where(new == float("-inf"), 0.0, new)
     return new, total * tl.exp((top - base) * scale) + more_total * tl.exp((more_top - base) * scale)
@@ -91,7 +92,7 @@ def scan(
     x, offset, class_stride, valid, first, last, classes, scale,
     COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """:func:`softmax_of` the classes from ``first`` to ``last``, piece by piece, and the sum not yet in logarithm."""
+    """:func:`softmax_of` the classes from ``first`` to ``last``, piece by piece; returns the sum, not its logarithm."""
     top = tl.full([ROWS], float("-inf"), COMPUTE)
     total = tl.zeros([ROWS], COMPUTE)
     for begin in range(first, last, COLUMNS):
@@ -128,7 +129,7 @@ def statistics_kernel(
 
 @triton.jit
 def gather(tops, totals, row, valid, splits, scale, SPLITS: tl.constexpr):
-    """:func:`softmax_of` whole rows from what :func:`statistics_kernel` left of their parts."""
+    """:func:`softmax_of` whole rows, from the results of :func:`statistics_kernel` for their parts."""
     part = tl.arange(0, SPLITS)
     mask = valid[:, None] & (part < splits)[None, :]
     place = (row * splits)[:, None] + part[None, :]
@@ -161,13 +162,13 @@ def log1p(r, TERMS: tl.constexpr):
 
 @triton.jit
 def narrow(value, out):
-    """fp64 as ``out``'s type, by way of fp32: the interpreter cannot go from fp64 to bf16 at once."""
+    """``value`` in ``out``'s dtype, by way of fp32: the interpreter cannot cast fp64 to bf16 directly."""
     return value if out.dtype.element_ty == tl.float64 else value.to(tl.float32).to(out.dtype.element_ty)
 
 
 @triton.jit
 def store_total(total, program, values, valid, count, MEAN: tl.constexpr):
-    """What the program adds to the loss: the sum of its rows' ``values`` in fp64, over ``count`` if MEAN."""
+    """Stores the program's part of the loss: the sum of its rows' ``values`` in fp64, over ``count`` if MEAN."""
     sum_ = tl.sum(tl.where(valid, values, 0.0).to(tl.float64), axis=0)
     if MEAN:
         sum_ = sum_ / count
@@ -199,7 +200,7 @@ class Steps(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """How the programs of a launch share the rows: ``outer * tiles * splits`` of them."""
+    """The division of the rows among the ``outer * tiles * splits`` programs of a launch."""
 
     outer: int
     inner: int
@@ -223,14 +224,14 @@ class Rows(NamedTuple):
         return 8 if self.row_tile * self.column_tile > TILE else 4
 
 
-# Of one number for all rows.
+# Strides of one number for all rows.
 ALL_ROWS = Steps(0, 0, 0)
 
 
 def meta_of(plan: Rows, compute: torch.dtype, *, stack: bool = False) -> dict[str, Any]:
-    """What the kernels of rows, or of stacks of K teachers' rows, are compiled for.
+    """Compile-time arguments of the kernels of rows, or (``stack``) of K teachers' rows.
 
-    Told of a limit to a thread's registers ptxas spills none; without, it spills a few for the sake of occupancy.
+    With a limit to a thread's registers (``maxnreg``) ptxas spills none; without it, ptxas spills a few for occupancy.
     """
     return {
         "COMPUTE": COMPUTE[compute],
@@ -242,7 +243,10 @@ def meta_of(plan: Rows, compute: torch.dtype, *, stack: bool = False) -> dict[st
 
 
 def steps_of(x: Tensor, axis: int = 1) -> Steps | None:
-    """Strides of ``[B, C, *positions]`` (``axis`` 1; ``[K, B, C, *positions]``: 2); None if positions have several."""
+    """Strides of ``[B, C, *positions]`` (``axis`` 1) or ``[K, B, C, *positions]`` (``axis`` 2).
+
+    None if no single stride leads through the positions.
+    """
     shape, strides = x.shape, x.stride()
     row, size = 0, 1
     for place in range(len(shape) - 1, axis, -1):
@@ -262,19 +266,19 @@ def row_steps_of(x: Tensor | None) -> Steps | None:
 
 
 def readable(x: Tensor, gradient: Tensor | None = None, axis: int = 1) -> Tensor:
-    """``x`` as one stride leads through its positions, and with the strides of its :func:`writable` ``gradient``."""
+    """``x``, copied if no single stride leads through its positions, or if its :func:`writable` gradient has others."""
     if gradient is not None and x.stride() != gradient.stride():
         return torch.empty_like(gradient, dtype=x.dtype).copy_(x)
     return x if x.dim() == axis + 1 or steps_of(x, axis) is not None else x.contiguous()
 
 
 def readable_rows(x: Tensor | None) -> Tensor | None:
-    """Numbers by row ``[B, *positions]``, or one for all, as one stride leads through their positions."""
+    """Numbers per row ``[B, *positions]``, or one for all; copied if no single stride leads through the positions."""
     return x if x is None or not x.dim() or row_steps_of(x) is not None else x.contiguous()
 
 
 def known_steps(x: Tensor | None, axis: int = 1) -> Steps:
-    """:func:`steps_of` what :func:`readable` or :func:`readable_rows` gave; zeros of what is not there."""
+    """:func:`steps_of` a tensor from :func:`readable` or :func:`readable_rows`; zeros for None."""
     if x is None:
         return ALL_ROWS
     steps = steps_of(x, axis)
@@ -288,23 +292,24 @@ def empty_result(logits: Tensor, dtype: torch.dtype, reduction: int) -> Tensor:
 
 
 def clear(*tensors: Tensor | None) -> None:
-    """Zeros where there are no rows to work on."""
+    """Sets ``tensors`` to zero, for calls without rows."""
     for x in tensors:
         if x is not None:
             x.zero_()
 
 
 def totals_of(result: Tensor | None, reduction: int, plan: Rows) -> Tensor | None:
-    """Where the programs' sums go: straight into the result where there is only one program."""
+    """Memory for the programs' sums: the result itself if there is only one program; None if losses are not summed."""
     if result is None or reduction == NONE:
         return None
     return result if plan.groups == 1 else torch.empty(plan.groups, dtype=torch.float64, device=result.device)
 
 
 def writable(gradient: Tensor | None, axis: int = 1) -> Tensor | None:
-    """Where a kernel writes ``gradient``: itself, or memory of its own where no one stride leads through its positions.
+    """The tensor that a kernel writes for ``gradient``: itself, or a contiguous one.
 
-    A kernel writes gradients at the places where it reads the logits; :func:`hand_over` copies them where they belong.
+    A kernel writes gradients at the places where it reads the logits, so a single stride must lead through the
+    positions.  :func:`hand_over` copies a contiguous stand-in into ``gradient``.
     """
     if gradient is None or gradient.dim() == axis + 1 or steps_of(gradient, axis) is not None:
         return gradient
@@ -312,7 +317,7 @@ def writable(gradient: Tensor | None, axis: int = 1) -> Tensor | None:
 
 
 def hand_over(written: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> None:
-    """Copies what was not written into ``gradients`` themselves."""
+    """Copies ``written`` tensors into ``gradients`` where they are not the same."""
     for one, other in zip(written, gradients, strict=True):
         if one is not None and other is not None and one is not other:
             other.copy_(one)
@@ -321,14 +326,14 @@ def hand_over(written: Sequence[Tensor | None], gradients: Sequence[Tensor | Non
 def share(
     logits: Tensor, steps: Sequence[Steps], tensors: int, compute: torch.dtype, axis: int = 1
 ) -> tuple[Rows, list[Steps]]:
-    """Cuts rows into tiles, and puts batches and positions in one where every tensor's strides allow.
+    """Cuts rows into tiles, and merges batches and positions into one axis where every tensor's strides allow.
 
     Args:
         logits: gives the shape.
-        steps: of every tensor that takes part.
-        tensors: how many tiles of logits a program holds at once; the more, the smaller. Mixtures count as four.
-        compute: the dtype that is computed in.
-        axis: of the classes.
+        steps: strides of every tensor that takes part.
+        tensors: tiles of logits that a program holds at once; the more tiles, the smaller. Mixtures count as four.
+        compute: the computing dtype.
+        axis: axis of the classes.
     """
     shape = logits.shape
     outer, classes, inner = shape[axis - 1], shape[axis], shape[axis + 1 :].numel()

@@ -1,0 +1,354 @@
+"""An audit of the private channels: what can be told from their releases, beside what their ledgers admit.
+
+    python -m benchmarks.privacy_audit            # some minutes
+    python -m benchmarks.privacy_audit --draw     # the table and the figure again, from the JSON
+
+Writes ``benchmarks/results/privacy_audit.json``, ``.png`` and the table of ``docs/privacy.md``.  The code that is
+audited is what runs in a federation: ``fediod.private_messages`` for FedIOD's channels, ``engine.private_training``
+for DP-SGD.
+
+Every mechanism gets the pair of neighbouring data sets that is easiest to tell apart: a canary, one record whose
+gradient is longer than the clipping norm and points one way in one data set and the opposite way in the other, where
+nothing else points.  Repeats share a call where the mechanism treats them independently, since a call per repeat would
+take hours: images of a batch are noised row by row, and canaries of one training have a parameter each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedkern.data import Split
+from fedkern.engine import private_training
+from fedkern.engine.local import Schedule
+from fedkern.engine.samples import ClientData
+from fedkern.engine.store.records import versions
+from fedkern.methods.base import Objective, Step
+from fedkern.methods.fediod import private_messages
+from fedkern.methods.fediod.presets import IODOptions, settle
+from fedkern.privacy import DPSGD, IMAGE, LEDGER
+from fedkern.privacy.audit import audit, claimed_mu
+from fedkern.report import plots
+from fedkern.streams import stream
+
+ROOT = Path(__file__).parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "privacy_audit.json"
+PAGE = ROOT / "docs" / "privacy.md"
+SECTION = re.compile(r"(<!-- audited -->\n).*?(<!-- end -->)", re.DOTALL)
+
+REPEATS, CONFIDENCE = 50_000, 0.99
+HUGE = 1e6  # of a gradient: clipped, whatever the norm
+SIDE = 32  # pixels of a side: canaries of one training, and its parameters
+
+Ledger = dict[str, list[list[Any]]]
+Runs = Callable[[int, float], tuple[Tensor, Ledger]]
+"""From a number of repeats and the canary's direction, 1 or -1, to a score of each and the ledger of one."""
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """What is audited: its name on the page, and how it is run."""
+
+    name: str
+    runs: Runs
+
+
+class Client:
+    """A client with a stream and a state, as the engine's."""
+
+    def __init__(self, seed: int, samples: int = 2) -> None:
+        self.id, self.samples, self.seed = 0, samples, seed
+        self.unit, self.patients = IMAGE, None
+        self.state: dict[str, Any] = {}
+        self.report: dict[str, Any] = {}
+        self.labels = torch.zeros(samples, dtype=torch.int64)
+
+    def rng(self, purpose: str, step: Step) -> np.random.Generator:
+        return stream(self.seed, f"{purpose}/{step.exchange}", round=step.round, client=self.id)
+
+
+# -- FedIOD's channels -------------------------------------------------------------------------------------------------
+
+
+def channels(*, releases: int = 1, rows: int = 4, score: str = "discriminator", **settings: Any) -> Runs:
+    """The gradients of a generator's steps: ``score`` is "discriminator", "teacher" or "both".
+
+    The canary turns every row of a batch around.  Its direction alternates over rows and releases, and the score takes
+    the signs back, so that noise that is used twice cancels.
+    """
+
+    def runs(repeats: int, sign: float) -> tuple[Tensor, Ledger]:
+        options = settle(IODOptions(batch=rows, iterations=releases, noise="seed", **settings))
+        client = Client(seed=0 if sign > 0 else 1, samples=options.shards)
+        private_messages.agree(client, {"privacy": {"sigma_d": options.sigma_d}})  # type: ignore[arg-type]
+        direction = torch.full((1, 4, 4), 0.25)
+        scores = torch.zeros(repeats, dtype=torch.float64)
+        for t in range(releases):
+            flips = (1.0 - 2.0 * ((torch.arange(rows) + t) % 2)).repeat(repeats)[:, None, None, None]
+            serves = torch.tensor([_serves(client, t, i, options) for i in range(repeats)])
+            u = sign * HUGE * flips * direction
+            u_d = u * serves.repeat_interleave(rows)[:, None, None, None]
+            given = [u_d if options.sigma_d else None, u if options.sigma_t else None]
+            out = private_messages.sanitise(client, *given, options)  # type: ignore[arg-type]
+            for name, found in zip(("discriminator", "teacher"), out, strict=True):
+                if found is not None and score in (name, "both"):
+                    sigma, bound = (
+                        (options.sigma_d, private_messages.clip_d(options))
+                        if name == "discriminator"
+                        else (options.sigma_t, options.clip_t)
+                    )
+                    # In multiples of the noise, times the signal in it: what tells most of independent parts.
+                    each = (found * flips * direction).flatten(1).sum(1).double() / (sigma * bound) / sigma
+                    scores += each.view(repeats, rows).sum(1)
+        return scores, _of_one(client.state[LEDGER], repeats, score)
+
+    return runs
+
+
+def _serves(client: Client, t: int, repeat: int, options: Any) -> float:
+    """1 where the shard that holds the canary serves, as a step of its own draws it."""
+    if options.shards == 1:
+        return 1.0
+    step = Step(repeat, "round", f"images {t}")
+    return float(private_messages.serving(client, step, options) == 0)  # type: ignore[arg-type]
+
+
+def _of_one(ledger: Ledger, repeats: int, score: str) -> Ledger:
+    """Of the ledger of a release of so many batches: what it is of one, whose sensitivity has that root less."""
+    return {
+        channel: [[kind, noise * math.sqrt(repeats), rate, steps] for kind, noise, rate, steps in rows]
+        for channel, rows in ledger.items()
+        if score in (channel, "both")
+    }
+
+
+def histogram(**settings: Any) -> Runs:
+    """The class counts of a client: every canary moves from one class to another, of which it has two to itself."""
+
+    def runs(repeats: int, sign: float) -> tuple[Tensor, Ledger]:
+        options = settle(IODOptions(batch=4, iterations=1, noise="seed", **settings))
+        client = Client(seed=0 if sign > 0 else 1)
+        counts = torch.full((repeats, 2), 1000.0)
+        counts[:, 0 if sign > 0 else 1] += 1
+        noisy = private_messages.release_histogram(client, counts.flatten(), options)  # type: ignore[arg-type]
+        return noisy.view(repeats, 2).diff(dim=1)[:, 0].double().neg(), client.state[LEDGER]
+
+    return runs
+
+
+# -- DP-SGD ------------------------------------------------------------------------------------------------------------
+
+
+class _Canaries(Objective):
+    """A linear network whose i-th parameter nothing but the i-th sample moves; sees the parameters before each step."""
+
+    def __init__(self, sign: float) -> None:
+        self.sign, self.seen = sign, list[Tensor]()
+
+    def loss(self, model: nn.Module, batch: Any, received: Any) -> Tensor:
+        flip = 1.0 - 2.0 * (len(self.seen) % 2)  # noise that is used twice cancels
+        self.seen.append(next(model.parameters()).detach().flatten().clone())
+        return HUGE * self.sign * flip * model(batch.images.flatten(1)).mean()
+
+
+def dp_sgd(*, noise: float, steps: int = 1, rate: float = 1.0) -> Runs:
+    """Training with Poisson-sampled batches; the score of a canary is what its parameter moved by, signs taken back."""
+
+    def runs(repeats: int, sign: float) -> tuple[Tensor, Ledger]:
+        each = SIDE * SIDE
+        images = torch.zeros(each, 1, SIDE, SIDE, dtype=torch.uint8)
+        images.view(each, each).fill_diagonal_(255)
+        split = Split(images, torch.zeros(each, dtype=torch.int64))
+        data = ClientData(split, (0.0,), (1.0,), torch.device("cpu"), "none", True)
+        batch = round(rate * each)
+        schedule = Schedule(1.0, 0.0, 0.0, 0.0, 1, batch, limit=steps)
+        scores: list[Tensor] = []
+        while len(scores) * each < repeats:
+            client = Client(seed=2 * len(scores) + (0 if sign > 0 else 1), samples=each)
+            module, canaries = nn.Linear(each, 1, bias=False), _Canaries(sign)
+            nn.init.zeros_(module.weight)
+            spending = DPSGD(1.0, lambda rate, steps: noise, "dp-sgd", "")
+            step = Step(0, "teachers", "teachers")
+            private_training.train_privately(client, canaries, step, module, data, None, schedule, spending, None)  # type: ignore[arg-type]
+            path = torch.stack([*canaries.seen, next(module.parameters()).detach().flatten()]).double()
+            flips = 1.0 - 2.0 * (torch.arange(steps) % 2)
+            scores.append(batch * (flips[:, None] * -path.diff(dim=0)).sum(0))
+        return torch.cat(scores)[:repeats], client.state[LEDGER]
+
+    return runs
+
+
+MECHANISMS = (
+    Mechanism("discriminators, one release", channels(sigma_d=4.0)),
+    Mechanism("discriminators, four releases", channels(sigma_d=8.0, releases=4)),
+    Mechanism("discriminators, one of five shards", channels(sigma_d=2.0, shards=5)),
+    Mechanism("teacher, one release", channels(sigma_t=4.0, score="teacher")),
+    Mechanism("teacher, four releases", channels(sigma_t=8.0, releases=4, score="teacher")),
+    Mechanism("both channels, four releases", channels(sigma_d=10.0, sigma_t=12.0, releases=4, score="both")),
+    Mechanism("class counts", histogram(histogram_noise=1.0)),
+    Mechanism("DP-SGD, one step on all samples", dp_sgd(noise=2.0)),
+    Mechanism("DP-SGD, four steps on all samples", dp_sgd(noise=4.0, steps=4)),
+    Mechanism("DP-SGD, one step, a quarter sampled", dp_sgd(noise=1.0, rate=0.25)),
+)
+
+
+# -- mechanisms that do not do what they book --------------------------------------------------------------------------
+
+
+@contextmanager
+def draws(change: Callable[..., dict[str, Any]]) -> Iterator[None]:
+    """Mechanisms whose noise is not what they book.
+
+    Args:
+        change: from the settings of a draw to others: ``max_norm``, ``noise`` (the multiplier), ``seed`` and ``offset``
+            of ``clip_and_noise``; DP-SGD's are the first two.
+    """
+    right, steps = private_messages.clip_and_noise, private_training.private_steps
+
+    def clip_and_noise(vectors: Tensor, max_norm: float, noise: float, seed: int, offset: int = 0) -> Any:
+        return right(vectors, **change(max_norm=max_norm, noise=noise, seed=seed, offset=offset))
+
+    def private_steps(*arguments: Any, max_norm: float, noise: float, **settings: Any) -> Any:
+        return steps(*arguments, **change(max_norm=max_norm, noise=noise), **settings)
+
+    with (
+        mock.patch.object(private_messages, "clip_and_noise", clip_and_noise),
+        mock.patch.object(private_training, "private_steps", private_steps),
+    ):
+        yield
+
+
+def halved(**settings: Any) -> dict[str, Any]:
+    """Half the noise that is booked."""
+    return {**settings, "noise": settings["noise"] / 2}
+
+
+@contextmanager
+def unsampled() -> Iterator[None]:
+    """The shard that holds the canary always serves, and every sample is in every batch."""
+    right = Client.rng
+
+    def rng(self: Client, purpose: str, step: Step) -> Any:
+        return _Zeros() if purpose.startswith(("serving", "batches")) else right(self, purpose, step)
+
+    with mock.patch.object(Client, "rng", rng):
+        yield
+
+
+class _Zeros:
+    """A generator of the smallest numbers."""
+
+    def integers(self, high: int) -> int:
+        return 0
+
+    def random(self, size: int) -> np.ndarray:
+        return np.zeros(size)
+
+
+# -- results -----------------------------------------------------------------------------------------------------------
+
+
+def measure(mechanism: Mechanism, repeats: int) -> dict[str, Any]:
+    """The lower bound on mu beside the claimed one, for the mechanism and for one that does not do what it books.
+
+    That is half the noise, or no sampling where there was some; ``half`` is then what half the noise shows.
+    """
+    found = audited(mechanism, repeats)
+    sampled = any(rate < 1 for rows in found["ledger"].values() for _, _, rate, _ in rows)
+    with unsampled() if sampled else draws(halved):
+        wrong = audited(mechanism, repeats)
+    defect = "sampling left out" if sampled else "half the noise"
+    caught = {"defect": defect, "lower": wrong["lower"], "claimed": wrong["claimed"]}
+    row = {"mechanism": mechanism.name, **found, "caught": caught}
+    if sampled:
+        with draws(halved):
+            half = audited(mechanism, repeats)
+        row["half"] = {"lower": half["lower"], "claimed": half["claimed"]}
+    return row
+
+
+def audited(mechanism: Mechanism, repeats: int) -> dict[str, Any]:
+    """An audit's figures, the claimed mu at its false positives, and the ledger of one repeat."""
+    one, ledger = mechanism.runs(repeats, -1.0)
+    other, _ = mechanism.runs(repeats, 1.0)
+    found = audit(one, other, confidence=CONFIDENCE)
+    return {**found.to_dict(), "claimed": claimed_mu(ledger, found.false_positives), "ledger": ledger}
+
+
+def page(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table of docs/privacy.md."""
+    lines = [
+        "| mechanism | claimed μ | lower bound | with a defect: lower bound | defect |",
+        "|---|---:|---:|---:|---|",
+    ]
+    for row in rows:
+        wrong = row["caught"]
+        lines.append(
+            f"| {row['mechanism']} | {row['claimed']:.2f} | {row['lower']:.2f} | {wrong['lower']:.2f} | "
+            f"{wrong['defect']} |"
+        )
+    repeats, confidence = rows[0]["repeats"], rows[0]["confidence"]
+    note = f"{repeats:,} repeats on each of the two data sets, every bound at {100 * confidence:.0f} % confidence."
+    return "\n".join([*lines, "", note])
+
+
+def with_table(text: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The page with its table made anew."""
+    return SECTION.sub(lambda match: f"{match[1]}\n{page(rows)}\n\n{match[2]}", text)
+
+
+def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Claimed mu, its lower bound, and the lower bound of the mechanism with a defect."""
+    figure = plots.new_figure(7.2, 0.8 + 0.34 * len(rows))
+    axes = figure.subplots()
+    places = range(len(rows))
+    axes.barh(places, [row["claimed"] for row in rows], 0.7, color="#d8d8d8", label="claimed")
+    axes.plot([row["lower"] for row in rows], places, "o", color=plots.BLUE, label="lower bound")
+    axes.plot(
+        [row["caught"]["lower"] for row in rows], places, "x", color=plots.ORANGE,
+        label="lower bound with a defect: half the noise, or sampling left out",
+    )  # fmt: skip
+    axes.set_yticks(places, [row["mechanism"] for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlim(left=0)
+    axes.set_xlabel("μ of Gaussian differential privacy")
+    figure.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    plots.save(figure, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="runs on each of the two data sets")
+    parser.add_argument("--draw", action="store_true", help="only the table and the figure, from the JSON")
+    options = parser.parse_args()
+    if not options.draw:
+        rows = []
+        for mechanism in MECHANISMS:
+            rows.append(measure(mechanism, options.repeats))
+            wrong = rows[-1]["caught"]
+            print(
+                f"{mechanism.name}: claimed {rows[-1]['claimed']:.3f}, lower bound {rows[-1]['lower']:.3f}, with "
+                f"{wrong['defect']} {wrong['lower']:.3f}",
+                flush=True,
+            )
+        made_with = {name: versions()[name] for name in ("fedkern", "torch", "numpy", "python")}
+        RESULT.write_text(json.dumps({"versions": made_with, "mechanisms": rows}, indent=1) + "\n")
+    rows = json.loads(RESULT.read_text())["mechanisms"]
+    PAGE.write_text(with_table(PAGE.read_text(), rows))
+    draw(rows, RESULT.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Calibrates finished runs again, so that networks are compared under one classifier: whose features, and how long.
+
+FuseFL's classifier reads the mean of its branches' features, an ensemble's all members' features side by side, M times
+as many.  What calibration makes of either depends on that, and on how far its few steps come: features of a mean are
+smaller.  Here every network gets both kinds of classifier at several learning rates; an ordinary one has one branch,
+whose features are the same in both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from fedkern import engine
+from fedkern.data import normalise
+from fedkern.engine.run import load_data
+from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.methods.common.calibration import CalibrationOptions, ClassStatistics, calibrate
+from fedkern.methods.fusefl.levels import linear_of, plain_head
+from fedkern.models import Ensemble
+from fedkern.models.fused import FusedLevel, FusedNetwork
+from fedkern.streams import stream
+
+Pool = Literal["mean", "concat"]
+FILE = "recalibrated.json"
+MADE_WITH = {
+    "version": 2, **{key: getattr(CalibrationOptions(), key) for key in ("calibration_epochs", "virtual_features")},
+}  # fmt: skip
+"""What the numbers kept in a run folder must have been made with; raise the version when what is done changes."""
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A kind of calibration.
+
+    Attributes:
+        pool: whether the classifier reads the mean of the branches' features or all of them side by side.
+        lr: its learning rate.
+        covariance: class covariances ``"full"`` or ``"diagonal"``.
+    """
+
+    pool: Pool
+    lr: float
+    covariance: str = "full"
+
+    @property
+    def name(self) -> str:
+        return f"{self.pool}, lr {self.lr:g}, {self.covariance}"
+
+
+def recalibrate(folder: Path, wanted: Iterable[Classifier], *, batch: int = 500) -> dict[str, dict[str, float]]:
+    """Accuracies on the test and the validation set by the name of the classifier.
+
+    Every classifier starts from the one before calibration: of features side by side the mean of the clients' logits,
+    of their mean the mean of the clients' classifiers.  Features of the clients' training images are not augmented.
+    What is done is kept in the run folder.
+
+    Args:
+        folder: a finished run on images: of ``fusefl`` or ``ensemble``, calibrated or not, or of a method whose model
+            is an ordinary network, not calibrated (its classifier is what calibration starts from).
+        wanted: what to calibrate.
+        batch: images at a time.
+
+    Returns:
+        ``{"accuracy": ..., "validation_accuracy": ...}`` by :attr:`Classifier.name`.
+
+    Raises:
+        TypeError: a network without ``features`` and ``head``.
+        ValueError: an ordinary network that is calibrated already, or a run of ``fusefl`` without its checkpoint.
+    """
+    path, wanted = folder / FILE, list(wanted)
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    done: dict[str, dict[str, float]] = kept["found"] if kept.get("made_with") == MADE_WITH else {}
+    missing = [one for one in wanted if one.name not in done]
+    if missing:
+        config = engine.RunConfig.load(folder)
+        network, about = engine.read_model(folder)
+        data = load_data(config)
+        branches = _branches(network)
+        _refuse_calibrated(network, config.options, folder)
+
+        @torch.no_grad()
+        def features(images: Tensor) -> Tensor:  # [B, M, d]
+            parts = (normalise(p, about["mean"], about["std"], channels_last=True) for p in images.split(batch))
+            return torch.cat([branches(part) for part in parts])
+
+        clients = [(features(split.images), split.labels) for split in data.clients]
+        sets = {"accuracy": data.tests[""], "validation_accuracy": data.validation}
+        tests = {name: (features(split.images), split.labels) for name, split in sets.items()}
+        # Learning rates share what they start from and what they see.
+        heads = {pool: _plain_head(network, folder, pool) for pool in {one.pool for one in missing}}
+        kinds = {(one.pool, one.covariance): one for one in missing}
+        seen = {kind: _statistics(one, heads[one.pool], clients) for kind, one in kinds.items()}
+        for one in missing:
+            options = CalibrationOptions(calibration_lr=one.lr, covariance=one.covariance)
+            draw = stream(config.seed, "recalibration")
+            head = calibrate(heads[one.pool], seen[one.pool, one.covariance], draw, options)
+            with torch.no_grad():
+                done[one.name] = {
+                    name: float((head(_pooled(x, one.pool)).argmax(1) == y).double().mean())
+                    for name, (x, y) in tests.items()
+                }
+        temporary = path.with_suffix(f".{os.getpid()}.part")
+        temporary.write_text(json.dumps({"made_with": MADE_WITH, "found": done}, indent=1) + "\n")
+        temporary.replace(path)
+    return {one.name: done[one.name] for one in wanted}
+
+
+def _statistics(one: Classifier, head: nn.Linear, clients: list[tuple[Tensor, Tensor]]) -> ClassStatistics:
+    statistics = ClassStatistics(head.out_features, head.in_features, diagonal=one.covariance == "diagonal")
+    for x, labels in clients:
+        statistics.add(_pooled(x, one.pool), labels)
+    return statistics
+
+
+def _pooled(features: Tensor, pool: Pool) -> Tensor:
+    return features.mean(1) if pool == "mean" else features.flatten(1)
+
+
+def _branches(network: Any) -> Callable[[Tensor], Tensor]:
+    """A function from images to the branches' last features ``[B, M, d]``."""
+    if isinstance(network, FusedNetwork):
+        return lambda x: network.joined(x).unflatten(1, (_count(network), -1))
+    if isinstance(network, Ensemble):
+        return lambda x: torch.stack(network.parts(x)[0], 1)
+    if hasattr(network, "features") and isinstance(getattr(network, "head", None), nn.Linear):
+        return lambda x: network.features(x).unsqueeze(1)
+    raise TypeError(f"recalibrate serves networks with features and a linear head, not {type(network).__name__}")
+
+
+def _refuse_calibrated(network: Any, options: Mapping[str, Any], folder: Path) -> None:
+    if not isinstance(network, FusedNetwork | Ensemble) and options.get("calibrate"):
+        raise ValueError(f"{folder} has only its calibrated classifier left: run it with calibrate=false")
+
+
+def _plain_head(network: Any, folder: Path, pool: Pool) -> nn.Linear:
+    """The classifier before calibration for features pooled so."""
+    if isinstance(network, Ensemble):
+        network.pool = pool
+        return network.joint_head()
+    if not isinstance(network, FusedNetwork):
+        return cast(nn.Linear, network.head)
+    state = Checkpoints(folder).last_server_state()
+    if state is None:
+        raise ValueError(f"{folder} has no checkpoint left, which the clients' classifiers are in")
+    return linear_of(plain_head(list(state["heads"].values()), pool))
+
+
+def _count(network: FusedNetwork) -> int:
+    return cast(FusedLevel, network.levels[-1]).count

@@ -1,0 +1,76 @@
+"""What clients keep from the training: a test set of every client's own, and one client as a whole."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from fedkern.data.cases import drawn_rows, grouped_rows
+from fedkern.data.transforms import central
+from fedkern.data.types import FederatedData, Split
+from fedkern.errors import UserError
+from fedkern.streams import stream
+
+HELD_OUT = "held_out"
+"""Name of the test set that a client left out of the training makes."""
+
+
+def hold_out(data: FederatedData, *, held_out: int | None, share: float, seed: int) -> FederatedData:
+    """The federation without one client, and with a test set of every other client's own.
+
+    Args:
+        data: all clients.
+        held_out: the client that never trains: all its samples become the test set ``"held_out"``, and the clients
+            behind it move up by one number.
+        share: of every other client's samples, in [0, 1): its own test set, at least two samples, instead of one that
+            the data set gives it; 0 leaves those.  Of a patient, a case and an image with several texts it has all or
+            none.
+        seed: the run's root seed; which samples of a client they are depends on no other client.
+
+    Raises:
+        UserError: there is no such client, none other is left, another one has some of its images, or a client has too
+            few samples.
+    """
+    numbers = list(range(len(data.clients)))
+    tests = dict(data.tests)
+    if held_out is not None:
+        if held_out not in numbers or len(numbers) < 2:
+            last = f"0 to {len(numbers) - 1}" if len(numbers) > 1 else "and a single one cannot be"
+            raise UserError(f"--held-out-client must be one of the clients, {last}, not {held_out}.")
+        numbers.remove(held_out)
+        _check_unseen(data, held_out, numbers)
+        tests[HELD_OUT] = central(data.clients[held_out], data.image_shape[1:])
+    if not share:
+        own = tuple(data.client_tests[k] for k in numbers) if data.client_tests else ()
+        return replace(data, clients=tuple(data.clients[k] for k in numbers), tests=tests, client_tests=own)
+    parts = [_divided(data.clients[k], k, share, seed) for k in numbers]
+    own = tuple(central(test, data.image_shape[1:]) for _, test in parts)
+    return replace(data, clients=tuple(kept for kept, _ in parts), tests=tests, client_tests=own)
+
+
+def _check_unseen(data: FederatedData, held_out: int, others: list[int]) -> None:
+    own = set(data.clients[held_out].ids or ())
+    for k in others:
+        shared = own.intersection(data.clients[k].ids or ())
+        if shared:
+            raise UserError(
+                f"Client {held_out} cannot be held out: {len(shared)} of its images ({min(shared)}) belong to client "
+                f"{k}, which trains on them; name one client for every image."
+            )
+
+
+def _divided(split: Split, client: int, share: float, seed: int) -> tuple[Split, Split]:
+    units = grouped_rows(split.ids, split.cases, split.patients)
+    parts = drawn_rows(stream(seed, "client-test", client=client), len(split), units)
+    count = max(2, round(share * len(parts)))
+    if len(parts) < count + 2:
+        named = "patients" if split.patients is not None else "different images" if split.cases is None else "cases"
+        what = "samples" if units is None else named
+        raise UserError(
+            f"Client {client} has {len(parts)} {what}, too few for a test set of its own: use fewer clients, more "
+            f"{what}, or --client-test 0."
+        )
+    test, kept = (torch.from_numpy(np.sort(np.concatenate(rows))) for rows in (parts[:count], parts[count:]))
+    return split.subset(kept), split.subset(test)

@@ -1,0 +1,189 @@
+"""Networks that the clients bring (``--teachers``): those of an earlier run, or files of one's own."""
+
+from __future__ import annotations
+
+import copy
+import textwrap
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fedkern.engine.network import place
+from fedkern.engine.store import state
+from fedkern.engine.store.checkpoints import FOLDER, Checkpoints, checksum
+from fedkern.errors import UserError
+from fedkern.files import expand
+from fedkern.inputs import special
+from fedkern.methods.base import VECTORS
+from fedkern.ops import FlatParameters
+
+SUFFIXES = (".safetensors", ".pt", ".pth")
+OF_DATA = (
+    "data", "data_options", "partition", "correlation", "clients", "train_samples", "public_samples",
+    "held_out_client", "client_test", "seed",
+)  # fmt: skip
+"""The settings that say which images a client has."""
+
+
+class Teachers:
+    """The folder of ``--teachers``, read network by network; nothing of it is looked at before it is asked for.
+
+    It has ``client-K.safetensors``, ``client-K.pt`` or ``client-K.pth`` with a state dict for every client K (from 0),
+    or it is a run folder: the teachers of FedIOD, or the members of ``ensemble``.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.root = expand(folder)
+        self._sound: set[str] = set()  # files of the run whose checksums are right
+        self._asked_run = False  # whether a network came from a run and not from a file of its own
+
+    def load(self, client: int, module: nn.Module) -> None:
+        """Loads a client's trained weights into ``module``, in place.
+
+        Raises:
+            UserError: there are none, or they are damaged, of another architecture or not finite.
+        """
+        for suffix in SUFFIXES:
+            path = self.root / f"client-{client}{suffix}"
+            if path.exists():
+                _load_state(path, client, _read(path), module)
+                break
+        else:
+            self._load_of_run(client, module)
+            path = self.root
+        kinds = dict.fromkeys(dict(module.named_parameters()), "parameters")
+        for name, value in module.state_dict().items():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise UserError(
+                    f"--teachers: the network of client {client} in {path} cannot be used: its "
+                    f"{kinds.get(name, 'buffers')} are not finite ({name}); bring one whose training has not diverged."
+                )
+
+    def other_data(self, config: Mapping[str, Any], fingerprint: int) -> str | None:
+        """A sentence where they are of a run on other data than this one's; None where they are not, or nobody knows.
+
+        Args:
+            config: this run's settings, as the manifest of a checkpoint has them.
+            fingerprint: of its data, see :func:`fedkern.engine.clients.data_fingerprint`.
+        """
+        info = self._entry["info"] if self._asked_run and self._entry is not None else {}
+        if info.get("data", fingerprint) == fingerprint:
+            return None
+        theirs = info.get("config", {})
+        names = [name for name in OF_DATA if name == "data" or theirs.get(name) != config.get(name)]
+
+        def told(settings: Mapping[str, Any], number: int) -> str:
+            each = [f"{name.replace('_', '-')} {settings.get(name, 'unset')}" for name in names]
+            return f"{', '.join(each)}; fingerprint {number:08x}"
+
+        return (
+            f"The networks that --teachers brings from {self.root} were trained on other data "
+            f"({told(theirs, info['data'])}) than this run's ({told(config, fingerprint)}): a client's may know images "
+            "of other clients, or those that it is tested on."
+        )
+
+    # -- a run folder ----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _entry(self) -> dict[str, Any] | None:
+        """The newest checkpoint of the run folder; None where it is none, or nothing was committed."""
+        try:
+            return Checkpoints(self.root).peek()
+        except UserError as error:
+            raise UserError(f"--teachers: {error}") from None
+
+    def _load_of_run(self, client: int, module: nn.Module) -> None:
+        self._asked_run = True
+        vectors = self._of_run(client)
+        if vectors is None:
+            raise UserError(
+                f"--teachers: {self.root} has neither client-{client}.safetensors (nor .pt, .pth) nor a run's network "
+                f"of client {client}: give a folder of such files, or that of a run of fediod or ensemble."
+                if self.root.is_dir()
+                else f"--teachers: there is no folder {self.root}."
+            )
+        # A copy is flattened: the module itself may be part of something that is flat already.
+        flat = FlatParameters(place(copy.deepcopy(module).cpu(), torch.device("cpu")))
+        found = {name: vectors[name].numel() if name in vectors else 0 for name in VECTORS}
+        wanted = {name: getattr(flat, name).numel() for name in VECTORS}
+        if found != wanted:
+            which = next(name for name in VECTORS if found[name] != wanted[name])
+            raise UserError(
+                f"--teachers: the network of client {client} in {self.root} is of another architecture "
+                f"({found[which]:,} {which} instead of {wanted[which]:,}): give the --model and the models it was "
+                "trained with."
+            )
+        flat.load_parameters(vectors["parameters"])
+        if wanted["buffers"]:
+            flat.load_buffers(vectors["buffers"])
+        if wanted["integers"]:
+            flat.load_integers(vectors["integers"])
+        module.load_state_dict(flat.module.state_dict())
+
+    def _of_run(self, client: int) -> Mapping[str, Tensor] | None:
+        """The vectors of a client's network in a run folder."""
+        entry = self._entry
+        if entry is None:
+            return None
+        own = entry["clients"].get(str(client))
+        kept = None if own is None else self._part(entry, own, "teacher")
+        return self._part(entry, entry["server"], "members", client) if kept is None else kept
+
+    def _part(self, entry: Mapping[str, Any], name: str, *keys: str | int) -> Any:
+        path = self.root / FOLDER / name
+        # The members of an ensemble are in one file, which is read through once and not again for each of them.
+        if name not in self._sound and checksum(path) != entry["files"].get(name):
+            raise UserError(f"--teachers: {path} is missing or damaged: bring the networks of another run.")
+        self._sound.add(name)
+        try:
+            return state.part(path, *keys)
+        except ValueError as error:
+            raise UserError(f"--teachers: {error}.") from None
+
+
+# -- files of one's own ------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    if kind := special(path):
+        raise UserError(f"--teachers: {path} is {kind}, not a regular file: put the file there.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"--teachers: {path} cannot be read: {error.strerror or error}.") from None
+    except (SafetensorError, RuntimeError, ValueError, EOFError) as error:
+        raise UserError(f"--teachers: {path} is damaged: {_first_sentence(error)}.") from None
+    except Exception:
+        # Whatever pickle makes of a file that is none of its own, a KeyError for one.  What torch says of it is long
+        # and recommends to execute whatever the file holds.
+        loaded = None
+    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise UserError(
+            f"--teachers: {path} does not hold a state dict, tensors by name and nothing else: save "
+            "module.state_dict() with torch.save, or as safetensors."
+        )
+    return loaded
+
+
+def _load_state(path: Path, client: int, tensors: Mapping[str, Any], module: nn.Module) -> None:
+    try:
+        module.load_state_dict(dict(tensors))
+    except RuntimeError as error:
+        first = str(error).split("\n", 1)[-1].strip().split("\n")[0].rstrip(". ")
+        raise UserError(
+            f"--teachers: {path} is not a {type(module).__name__} as client {client} has it "
+            f"({textwrap.shorten(first, 160, placeholder=' ...')}): give the --model and the models it was trained "
+            "with."
+        ) from None
+
+
+def _first_sentence(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].split(". ")[0].rstrip(".") or type(error).__name__

@@ -1,0 +1,252 @@
+"""What all clients and the server of a run share."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedkern import models
+from fedkern.engine.client_teachers import Teachers
+from fedkern.engine.config import RunConfig
+from fedkern.engine.disclosure import Disclosure
+from fedkern.engine.network import Network, place
+from fedkern.engine.samples import CACHE_BYTES, ClientData, Pixels, Samples, TestSet
+from fedkern.errors import UserError
+from fedkern.methods.base import VECTORS, Federation, Message
+from fedkern.models.precision import frozen
+from fedkern.models.vocabulary import split_words
+
+
+def check_task(model: str, task: str, data: str, where: str) -> None:
+    """Raises where a network of fedkern's gives classes to other things than the data do: images, or pixels.
+
+    Args:
+        model: its name; one that is none of ours passes.
+        task: what the data are for.
+        data: their name, and ``where`` another network is to be named: for the sentence.
+
+    Raises:
+        UserError: it does; the sentence lists those that fit.
+    """
+    fitting = [name for name, entry in models.MODELS.items() if entry.task == task]
+    if fitting and model in models.MODELS and model not in fitting:
+        raise UserError(
+            f'The network {model} is for {models.MODELS[model].task}, but the data set "{data}" is for {task}: choose '
+            f"one of {', '.join(fitting)} {where}."
+        )
+
+
+class RunContext:
+    """What all clients and the server of a run share: settings, data, three networks, named warnings.
+
+    One network trains, one is the frozen global copy, one is the server's; each is made on first use and reused.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        data: Any,
+        notice: Callable[[str], None] | None = None,
+        pair: dict[str, Any] | None = None,
+    ) -> None:
+        self.config, self.data = config, data
+        self._notice = notice
+        self.device = torch.device(config.device)
+        self.federation = self._federation()
+        splits = [*data.clients, *data.tests.values(), *([data.public] if data.public is not None else [])]
+        images = [split.images for split in splits]
+        self.cache = 4 * sum(image.numel() for image in images) <= CACHE_BYTES
+        self.warnings: dict[str, str] = {}
+        # Before anything is received, what the server warns of follows from the settings.
+        self.disclosure = Disclosure(clients=config.records != "private")
+        self._networks: dict[str, Network] = {}
+        self._clients: dict[int, ClientData] = {}
+        self._frozen_key: tuple[Any, ...] = ()
+        self._frozen: Any = None
+        self._initial_buffers: Message | None = None
+        self._public: Samples | None = None
+        self._tokeniser: Any = None
+        self._pair = pair
+        self.teachers = None if config.teachers is None else Teachers(config.teachers)
+        self.uploaded: list[Message] = []  # every client's raw data, where they are put together
+
+    def _federation(self) -> Federation:
+        splits = self.data.clients
+        return Federation(
+            rounds=self.config.rounds,
+            # The outline of a finished run has no splits, and sizes that were declared then.
+            samples=tuple(map(self.declared, splits)) if splits else self.data.client_sizes,
+            classes=len(self.data.classes),
+            local_epochs=self.config.local_epochs,
+            unit=self.config.unit,
+        )
+
+    def declared(self, split: Any) -> int:
+        """How many samples a client has, as everybody may know it.
+
+        With patients as the unit of privacy how many images one has is as private as the images: only their largest
+        number is public.
+        """
+        unit = self.config.unit
+        return len(split) if unit.name == "image" else unit.images * len(np.unique(split.patients))
+
+    def pool(self) -> None:
+        """Puts the data of all clients together, for a method that is not federated."""
+        self.uploaded = [
+            {"images": split.images, "labels": split.labels, "texts": split.texts} for split in self.data.clients
+        ]
+        self.data = self.data.pooled()
+        self.federation = self._federation()
+
+    def build(
+        self, *, model: str | None = None, width: int | None = None, classes: int | None = None, seed: int | None = None
+    ) -> nn.Module:
+        """A freshly initialised network, from the run's own stream (always the same) or another seed; on the CPU.
+
+        Raises:
+            UserError: there is no network ``model``, or it is for other data.
+        """
+        seed = self.config.seed if seed is None else seed
+        channels, *sides = self.data.image_shape
+        if model is None and self.data.task == "retrieval":
+            return models.build_pair(**self.pair, seed=seed)
+        if model is not None:  # the run's own has been looked at before
+            check_task(model, self.data.task, self.config.data, "in the method option that names it")
+        own = model is None or model == self.config.model
+        return models.build(
+            self.config.model if model is None else model,
+            classes=self.federation.classes if classes is None else classes,
+            channels=channels,
+            image_size=min(sides),
+            seed=seed,
+            width=self.config.width if width is None and own else width,
+        )
+
+    @property
+    def model_name(self) -> str:
+        """What the run trains: the network's name, or those of its two encoders."""
+        config = self.config
+        pair = self.data.task == "retrieval"
+        return f"{config.image_encoder}+{config.text_encoder}" if pair else config.model
+
+    @property
+    def pair(self) -> dict[str, Any]:
+        """What ``build_pair`` makes the network of image-text data from; a vocabulary is learnt from clients' texts."""
+        if self._pair is None:
+            data, config = self.data, self.config
+            channels, *size = data.image_shape
+            words = config.text_encoder in models.TEXT_ENCODERS
+            self._pair = {
+                "image_encoder": config.image_encoder,
+                "text_encoder": config.text_encoder,
+                "channels": channels,
+                "image_size": size,
+                "mean": list(data.mean),
+                "std": list(data.std),
+                "vocabulary": list(self._vocabulary(config.text_encoder)) if words else None,
+                "width": config.width,
+            }
+        return self._pair
+
+    def _vocabulary(self, kind: Any) -> tuple[str, ...]:
+        texts = (text for split in self.data.clients for text in split.texts or ())
+        return models.learn_vocabulary(texts, kind).tokens
+
+    def words(self) -> tuple[list[Message], Message] | None:
+        """What the shared vocabulary costs: every client's words and how often it has them, and the vocabulary."""
+        if self.data.task != "retrieval" or self.pair["vocabulary"] is None:
+            return None
+        counts = [Counter(word for text in split.texts for word in split_words(text)) for split in self.data.clients]
+        return [{"words": list(c), "counts": list(c.values())} for c in counts], {"words": self.pair["vocabulary"]}
+
+    def tokens(self, split: Any) -> Any:
+        """The tokens of a split's texts, where there are texts; on the run's device."""
+        if getattr(split, "texts", None) is None:
+            return None
+        if self._tokeniser is None:
+            self._tokeniser = self.network("server").module.tokenize
+        return self._tokeniser(split.texts).to(self.device)
+
+    def place(self, module: nn.Module) -> nn.Module:
+        """Moves a module to the run's device."""
+        return place(module, self.device)
+
+    @property
+    def public(self) -> Samples | None:
+        """The public split."""
+        data = self.data
+        if self._public is None and data.public is not None:
+            augment = self.config.augment or data.augment
+            pixels = Pixels(data.public.images, data.mean, data.std, self.device, cache=self.cache, augment=augment)
+            self._public = Samples(pixels, data.public.labels, self.device, self.tokens(data.public))
+        return self._public
+
+    def network(self, name: str) -> Network:
+        """The network called ``"local"``, ``"frozen"`` or ``"server"``."""
+        if name not in self._networks:
+            network = Network(self.build(), self.device)
+            if name != "local":
+                network.freeze()
+            self._networks[name] = network
+        return self._networks[name]
+
+    @property
+    def trained_vectors(self) -> tuple[str, ...]:
+        """Which of a trained network's vectors go to the server."""
+        return VECTORS if self.config.buffers == "average" else ("parameters",)
+
+    def is_flat(self, module: nn.Module) -> bool:
+        """Whether ``module`` is the server's network, which its flat vectors describe."""
+        return "server" in self._networks and self._networks["server"].module is module
+
+    def initial(self) -> Message:
+        """The vectors of a fresh network."""
+        return Network(self.build(), torch.device("cpu")).read()
+
+    def initial_buffers(self) -> Message:
+        """Its ``buffers`` and ``integers``, for clients that start from them."""
+        if self._initial_buffers is None:
+            self._initial_buffers = {name: value for name, value in self.initial().items() if name != "parameters"}
+        return self._initial_buffers
+
+    def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The validation split in batches; none where it is empty."""
+        data = self.data
+        if len(data.validation):
+            yield from TestSet(data.validation, data.mean, data.std, self.device, cache=False).batches()
+
+    def client_data(self, client: int) -> ClientData:
+        if client not in self._clients:
+            data = self.data
+            augment = self.config.augment or data.augment
+            split = data.clients[client]
+            tokens, sides = self.tokens(split), data.image_shape[1:]
+            made = ClientData(split, data.mean, data.std, self.device, augment, self.cache, tokens, sides)
+            if not self.cache:
+                self._clients.clear()  # one client's images at a time
+            self._clients[client] = made
+        return self._clients[client]
+
+    def frozen(self, message: Message, buffers: Mapping[str, Tensor] | None) -> nn.Module:
+        """The frozen copy of a received network, in eval mode; written once for clients that got the same vectors."""
+        network = self.network("frozen")
+        # The tensors themselves are kept in the key, so that no other tensor can come to have their identity.
+        key = (message["parameters"], *(buffers or {}).values(), *message.values())
+        if len(key) != len(self._frozen_key) or any(a is not b for a, b in zip(key, self._frozen_key, strict=True)):
+            network.write({**message, **(buffers or {})})
+            network.statistics = self.config.statistics or bool(buffers)
+            network.eval_mode()
+            self._frozen_key, self._frozen = key, frozen(network.module)
+        return self._frozen
+
+    def warn(self, name: str, text: str) -> None:
+        self.warnings.setdefault(name, text)
+
+    def notice(self, text: str) -> None:
+        if self._notice is not None:
+            self._notice(text)

@@ -1,0 +1,180 @@
+"""The membership attack on what a finished run released."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedkern.data import FederatedData, Split, normalise
+from fedkern.engine.config import RunConfig
+from fedkern.engine.context import RunContext
+from fedkern.engine.parties import Client
+from fedkern.engine.run import kept_data, load_data
+from fedkern.engine.store import atomic, checkpoints
+from fedkern.engine.store.records import plain
+from fedkern.engine.store.run_folder import ATTACK
+from fedkern.engine.store.saved_model import read_model
+from fedkern.errors import UserError
+from fedkern.methods import registry
+from fedkern.methods.base import Method
+from fedkern.methods.protocol import batch_slices
+from fedkern.privacy import membership_attack
+
+
+def attack(
+    out: Path | str,
+    *,
+    data: FederatedData | None = None,
+    data_root: str | None = None,
+    keep: bool = True,
+    trusted: Collection[str] = (),
+) -> dict[str, Any]:
+    """Attacks the model of a finished run: members are its clients' training samples, the others its test images.
+
+    What the run set aside (``--client-test``, ``--held-out-client``) is neither.  Nor are samples that a method keeps
+    from the training (see ``Method.untrained``), such as FedIOD's hold-out: other parts of the method may have seen
+    them.  The test set of the training distribution is taken (``id``, where there are several).  Where the clients'
+    samples follow another distribution than the test set, the area is not 0.5 for that reason alone.
+
+    The images of a patient, or else of a case, depend on each other: where the data name them they are the groups of
+    :func:`fedkern.privacy.membership_attack`.
+
+    Args:
+        out: the run folder.
+        data: the federated data of the run in memory, instead of loading them.
+        data_root: where the data files are now.
+        keep: write the result into the run folder: see :func:`write`.
+        trusted: what may be imported, see :func:`fedkern.engine.run`.
+
+    Returns:
+        ``auc``, ``low``, ``high``, ``tpr``, ``tpr_low``, ``tpr_high``, ``fpr``, ``members``, ``others``,
+        ``member_groups``, ``other_groups`` (see :class:`fedkern.privacy.Attack`), ``independent``, what the intervals
+        take as independent of each other ("image", "patient" or "case"), ``member_loss`` and ``other_loss`` (means, in
+        nats; infinite ones are null in the file), ``clients``, the area for each client's members alone, and how many
+        images were left out, where some were: ``left_out``, without a known pixel, and ``untrained``.
+
+    Raises:
+        UserError: the run is not finished or damaged, its data are gone, its task has no labels to lose on, there are
+            fewer than two members or others, the model's losses are not numbers, or the result cannot be written.
+    """
+    out = Path(out)
+    config = RunConfig.load(out, device="cpu", **({} if data_root is None else {"data_root": data_root}))
+    model, _ = read_model(out, trusted)
+    data = kept_data(config, load_data(config, masks=False) if data is None else data)
+    if data.task not in ("classification", "segmentation"):
+        raise UserError(f"The membership attack is for classification and segmentation, and {out} is for {data.task}.")
+    splits, untrained = trained(config, data)
+    test = data.tests["id" if "id" in data.tests else next(iter(data.tests))]
+    others = losses(model, test, data)
+    members = [losses(model, split, data) for split in splits]
+    every = torch.cat(members)
+    _check(every, others, out)
+    independent, groups = grouped(splits, test)
+    found = membership_attack(every, others, groups=groups)
+    result = {
+        **found.to_dict(),
+        "independent": independent,
+        "member_loss": float(every.mean()),
+        "other_loss": float(others.mean()),
+        "clients": [membership_attack(own, others).auc if len(own) > 1 else None for own in members],
+    }
+    left_out = sum(len(split) for split in (test, *splits)) - len(every) - len(others)
+    for name, count in (("left_out", left_out), ("untrained", untrained)):
+        if count:
+            result[name] = count
+    if keep:
+        write(out, result)
+    return result
+
+
+def trained(config: RunConfig, data: FederatedData) -> tuple[list[Split], int]:
+    """Every client's samples without those that the method keeps from the training, and how many those are."""
+    kind = registry.get(config.method)
+    # A teacher that was brought along may have trained on any of them.
+    if kind.untrained is Method.untrained or config.teachers is not None:
+        return list(data.clients), 0
+    method = kind(kind.Options.parse(config.options, method=config.method))
+    context = RunContext(config, data)
+    splits, count = [], 0
+    for k, split in enumerate(data.clients):
+        kept = torch.ones(len(split), dtype=torch.bool)
+        kept[torch.from_numpy(method.untrained(Client(context, k, {})))] = False
+        splits.append(split if kept.all() else split.subset(kept.nonzero().flatten()))
+        count += int((~kept).sum())
+    return splits, count
+
+
+def grouped(members: Sequence[Split], others: Split) -> tuple[str, tuple[Tensor, Tensor] | None]:
+    """What is independent of each other ("image", "patient" or "case"), and the groups of all images with a loss."""
+    splits = (*members, others)
+    known = [split.labels.dim() == 1 or (split.labels >= 0).flatten(1).any(1) for split in splits]
+    for name, numbers in (("patient", [s.patients for s in splits]), ("case", [s.cases for s in splits])):
+        own = [n if rows is True else n[rows] for n, rows in zip(numbers, known, strict=True) if n is not None]
+        if len(own) == len(splits):
+            of_members, of_others = torch.cat(own[:-1]), own[-1]
+            if name == "case":  # numbered anew in every pool, and never in two of them
+                of_others = of_others + int(of_members.max()) + 1 - int(of_others.min())
+            return name, (of_members, of_others)
+    return "image", None
+
+
+def place(out: Path | str) -> Path:
+    """Where a run's attack.json is: in the run folder; with ``--records private`` in checkpoints/, which is not told.
+
+    Raises:
+        UserError: there is no run in the folder.
+    """
+    private = RunConfig.load(out, device="cpu").records == "private"
+    return Path(out) / checkpoints.FOLDER / ATTACK if private else Path(out) / ATTACK
+
+
+def write(out: Path | str, result: dict[str, Any]) -> None:
+    """Writes what :func:`attack` found to attack.json (see :func:`place`), completely or not at all."""
+    text, path = json.dumps(plain(result), indent=2, allow_nan=False), place(out)
+    try:
+        path.parent.mkdir(exist_ok=True)
+    except OSError as error:
+        raise atomic.unwritable(path.parent, error) from None
+    atomic.write_bytes(path, (text + "\n").encode())
+
+
+@torch.no_grad()
+def losses(model: nn.Module, split: Any, data: FederatedData, batch: int = 500) -> Tensor:
+    """The cross-entropy of every image of a split, fp64 [n]; for segmentation the mean over its known pixels.
+
+    Images without a known pixel have no loss and are left out: n is then less than the split's length.
+    """
+    values = []
+    for rows in batch_slices(len(split), batch):
+        images, labels = split.images[rows], split.labels[rows]
+        logits = model(normalise(images, data.mean, data.std)).double()
+        if labels.dim() == 1:
+            values.append(F.cross_entropy(logits, labels, reduction="none"))
+            continue
+        known = (labels >= 0).flatten(1)
+        loss = F.cross_entropy(logits, labels.clamp_min(0), reduction="none").flatten(1)
+        pixels = known.sum(1)
+        mean = torch.where(known, loss, 0.0).sum(1) / pixels
+        values.append(mean[pixels > 0])
+    return torch.cat(values)
+
+
+def _check(members: Tensor, others: Tensor, out: Path) -> None:
+    """Raises UserError where there is nothing to compare."""
+    for values, what in ((members, "training samples"), (others, "test images")):
+        if len(values) < 2:
+            raise UserError(
+                f"The membership attack compares at least two training samples with two test images, and {out} has "
+                f"{len(values)} {what} with known answers: attack a run on more data."
+            )
+        if bool(values.isnan().any()):
+            raise UserError(
+                f"The model of {out} has losses that are not numbers (NaN) on {int(values.isnan().sum())} of its "
+                f"{len(values)} {what}, which no attack can compare: train it again with a lower learning rate."
+            )

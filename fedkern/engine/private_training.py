@@ -1,0 +1,122 @@
+"""The local training loop with differential privacy: Poisson-sampled batches, per-sample gradients, noise."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedkern.engine.local import Context, Diverged, Schedule
+from fedkern.engine.samples import ClientData
+from fedkern.interrupts import check
+from fedkern.methods.base import Objective, Step
+from fedkern.models.precision import computing
+from fedkern.privacy import DPSGD, LEDGER, Accountant
+from fedkern.privacy.dpsgd import (
+    check_network,
+    empty_batch,
+    generator_of,
+    keep_finite,
+    private_steps,
+    stream_name,
+    sum_patients,
+)
+
+if TYPE_CHECKING:
+    from fedkern.engine.parties import Client
+
+
+@computing("fp32")  # clipping bounds what is computed, so nothing is rounded before it
+def train_privately(
+    client: Client,
+    method: Objective,
+    step: Step,
+    module: nn.Module,
+    data: ClientData,
+    received: Context,
+    schedule: Schedule,
+    spending: DPSGD,
+    rows: np.ndarray | None,
+) -> dict[str, float]:
+    """Books the release in the client's ledger, then trains ``module`` in place on the client's samples at ``rows``.
+
+    Every step draws each sample with the same probability, batch size over samples, on its own; there are as many steps
+    as usual.  Where a patient is the unit of privacy, patients are drawn, with all of their images, and the sum of a
+    patient's gradients is clipped: how many images one has tells in neither the probability nor the number of steps.
+
+    ``method.loss`` must be a mean over samples that do not depend on each other.  Its batches say so (``per_sample``),
+    because the usual loss of a segmentation, the mean over all known pixels of a batch, makes a sample's gradient
+    larger where less is known of the others.
+
+    Raises:
+        UserError: the network has no per-sample gradients, or opacus is not installed.
+        Diverged: a parameter is NaN or infinite at the end.  A loss on the way is no reason: that it was, and in which
+            batch, would tell of the samples, while the parameters are private.
+    """
+    check_network(module, "this one")
+    size = declared(len(data), rows, spending)
+    rows = np.arange(len(data)) if rows is None else rows
+    each = math.ceil(size / schedule.batch_size)
+    steps = each * schedule.epochs if schedule.limit is None else schedule.limit
+    rate = min(1.0, schedule.batch_size / size)
+    owners = None if spending.patients is None else np.unique(spending.patients[rows], return_inverse=True)[1]
+    count = size // spending.images  # of samples, or of patients
+    noise = spending.noise(rate, steps)
+    secret = spending.secret
+    draws = client.rng(stream_name("batches", secret), step)
+    augmentation = client.rng("augmentation", step) if data.augment != "none" else None
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer: torch.optim.Optimizer
+    if schedule.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(trained, lr=schedule.lr, weight_decay=schedule.weight_decay)
+    else:
+        optimizer = torch.optim.SGD(
+            trained, lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay
+        )
+    module.train()
+    total, batches = 0.0, 0
+    device = next(module.parameters()).device
+    generator = generator_of(client.rng(stream_name("dp-sgd", secret), step), device, whole=bool(secret))
+    expected = rate * count
+    # Before the first step: whatever ends the training, or is told of how it ended, has cost no more than this.
+    accountant = Accountant(client.state.get(LEDGER))
+    accountant.dp_sgd(spending.channel, noise, rate=rate, steps=steps)
+    client.state[LEDGER] = accountant.state
+    with private_steps(
+        module, optimizer, max_norm=spending.max_norm, noise=noise, batch=expected, generator=generator
+    ) as private:
+        for done in range(steps):
+            check()  # booked already: a run that ends here owes no more than its ledger says
+            optimizer.param_groups[0]["lr"] = schedule.lr_at(done // each)
+            chosen = draws.random(count) < rate
+            drawn = rows[chosen if owners is None else chosen[owners]]
+            private.zero_grad()
+            if len(drawn):
+                batch = replace(data.batch(drawn, step, done // each, augmentation), per_sample=True)
+                result = method.loss(module, batch, received)
+                loss = result[0] if isinstance(result, tuple) else result
+                loss.backward()
+                keep_finite(module)
+                if spending.patients is not None:
+                    sum_patients(module, spending.patients[drawn])
+                value = float(loss.detach())
+                if math.isfinite(value):
+                    total, batches = total + value, batches + 1
+            else:
+                empty_batch(module)
+            private.step()
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in trained):
+        raise Diverged(client.id, step.round, steps, "the parameters are not finite")
+    return {"loss": total / max(batches, 1), "noise": noise}
+
+
+def declared(samples: int, rows: np.ndarray | None, spending: DPSGD) -> int:
+    """The number of samples that a schedule may follow from: patients count as the most images that one may have."""
+    if spending.patients is None:
+        return samples if rows is None else len(rows)
+    own = spending.patients if rows is None else spending.patients[rows]
+    return spending.images * len(np.unique(own))

@@ -1,0 +1,154 @@
+"""What a method shows of itself: images and tables of a few rounds, kept in the run folder for the report."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedkern.engine.store import checkpoints, state
+from fedkern.errors import UserError
+
+FILE = "shown.safetensors"
+ROUNDS = 8  # at most so many rounds of a run are shown, whatever its length
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One thing shown in one round.
+
+    Attributes:
+        name: what it is, the stem of its picture's file.
+        round: how many communication rounds were done then.
+        value: uint8 ``[n, C, H, W]`` (images) or fp32 ``[rows, columns]`` (a table).
+        axes: what a table's rows and columns are, for example ``("client", "class")``.
+    """
+
+    name: str
+    round: int
+    value: Tensor
+    axes: tuple[str, str]
+
+
+def prepared(name: str, value: Tensor) -> Tensor:
+    """A copy of ``value`` on the CPU as it is kept: images in [0, 1] as uint8, tables as fp32.
+
+    Raises:
+        ValueError: it is neither ``[n, C, H, W]`` nor ``[rows, columns]``, or the name is not of lower-case letters,
+            digits and underscores.
+    """
+    if not _NAME.fullmatch(name):
+        raise ValueError(f'log_image: expected a name of lower-case letters, digits and underscores, given "{name}"')
+    value = value.detach().float().cpu()
+    if value.dim() == 2:
+        return value.clone(memory_format=torch.contiguous_format)
+    if value.dim() == 4:
+        # Of channels that are no colours (four sequences of magnetic resonance) the first is seen.
+        value = value if value.shape[1] in (1, 3) else value[:, :1]
+        return (value.nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8).contiguous()
+    raise ValueError(f"log_image: expected {name} to be images [n, C, H, W] or a table, given {list(value.shape)}")
+
+
+class Gallery:
+    """Everything a run has shown so far.
+
+    Which rounds are kept depends on the plan alone, so a resumed run shows what an uninterrupted one does.
+
+    Args:
+        out: the run folder.
+        rounds: communication rounds of the plan.
+    """
+
+    def __init__(self, out: Path, rounds: int) -> None:
+        self.path = out / FILE
+        self._wanted = {1, *(-(-rounds * j // ROUNDS) for j in range(1, ROUNDS + 1))}
+        self._entries: list[Artifact] = []
+        self._sum = hashlib.sha256()
+        self._changed = False
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything shown so far, in hexadecimal."""
+        return self._sum.hexdigest()
+
+    def wants(self, round: int) -> bool:
+        """Whether what is shown in this round, from 1, is kept."""
+        return round in self._wanted
+
+    def add(self, shown: Artifact) -> None:
+        """Takes in what was shown in a round that is wanted."""
+        self._entries.append(shown)
+        self._sum.update(f"{shown.name} {shown.round} {shown.axes} {list(shown.value.shape)}".encode())
+        self._sum.update(shown.value.contiguous().numpy().tobytes())
+        self._changed = True
+
+    def restore(self, round: int, digest: str | None = None) -> None:
+        """Reads the file again and forgets what came after ``round``.
+
+        Args:
+            round: communication rounds done at the checkpoint.
+            digest: what :attr:`digest` was then; None where the checkpoint does not say.
+
+        Raises:
+            UserError: the file is damaged, or another one.
+        """
+        self._entries, self._sum = [], hashlib.sha256()
+        for entry in _entries(self.path):
+            if entry.round <= round:
+                self.add(entry)
+        self._changed = False
+        if self._entries and digest not in (None, self.digest):
+            raise UserError(f"{self.path} is not what the run wrote: delete it, only pictures are lost.")
+
+    def write(self) -> None:
+        """Writes the file, completely or not at all, where there is something new."""
+        if not self._changed:
+            return
+        rows = [[entry.name, entry.round, entry.value, list(entry.axes)] for entry in self._entries]
+        state.save(self.path, {"shown": rows})
+        self._changed = False
+
+
+def read(out: Path | str) -> list[Artifact]:
+    """What a run has shown, in the order of its rounds; empty where it showed nothing.
+
+    Raises:
+        UserError: the file is damaged, or the newest checkpoint says that it was another.
+    """
+    out = Path(out)
+    entries, last = _entries(out / FILE), checkpoints.newest(out)
+    if entries and last is not None:
+        Gallery(out, 1).restore(last["round"], last["info"].get("shown_sha256"))
+    return entries
+
+
+def _entries(path: Path) -> list[Artifact]:
+    if not path.exists():
+        return []
+    try:
+        rows = state.load(path)["shown"]
+        entries = [Artifact(name, round, value, (axes[0], axes[1])) for name, round, value, axes in rows]
+        kinds: dict[str, int] = {}
+        if all(
+            _sound(entry) and kinds.setdefault(entry.name, entry.value.dim()) == entry.value.dim() for entry in entries
+        ):
+            return entries
+    except (ValueError, KeyError, TypeError, IndexError):
+        pass
+    raise UserError(f"{path} is damaged: delete it, only pictures are lost.")
+
+
+def _sound(entry: Artifact) -> bool:
+    """Whether an entry can have been shown: its name becomes that of a file."""
+    if not (isinstance(entry.name, str) and _NAME.fullmatch(entry.name) and type(entry.round) is int):
+        return False
+    value = entry.value
+    if not (isinstance(value, Tensor) and value.numel() and all(isinstance(axis, str) for axis in entry.axes)):
+        return False
+    images = value.dim() == 4 and value.dtype == torch.uint8 and value.shape[1] in (1, 3)
+    return images or (value.dim() == 2 and value.dtype == torch.float32)

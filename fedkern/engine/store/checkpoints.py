@@ -1,0 +1,290 @@
+"""Checkpoints: immutable files of a round, committed by one manifest that is replaced atomically."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import zlib
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from fedkern.engine.store import atomic, releases, state
+from fedkern.engine.store.scribe import Scribe
+from fedkern.errors import UserError
+from fedkern.inputs import open_regular, read_json
+
+FOLDER = "checkpoints"
+MANIFEST = "manifest.json"
+FORMAT = 1
+KEEP = 2
+_PARTS = {"round": int, "plan": int, "files": dict, "server": str, "clients": dict, "info": dict}
+_OURS = re.compile(r"(server-\d{6}|client-\d{5}-\d{6})\.safetensors(\.part)?|manifest\.json\.part")
+
+
+class Checkpoints:
+    """The checkpoint folder of a run.
+
+    A checkpoint is an entry of the manifest: ``round`` (communication rounds done), ``plan`` (rounds of the method's
+    plan done, one-off ones included), ``files`` (name to CRC-32), ``server``, ``clients`` (id to file), ``info``
+    (numbers the engine continues with) and ``sum`` (CRC-32 of all these; the first versions had none).  Files carry
+    the round in their name and are never rewritten; what no kept entry names is deleted after the next commit.  Client
+    states stay on disk and are read when their client takes part.
+
+    ``skipped`` names what of newer checkpoints than the one that was opened is damaged.
+
+    Args:
+        out: the run folder.
+        scribe: writes files beside whatever goes on; without it they are written at once.
+    """
+
+    def __init__(self, out: Path, scribe: Scribe | None = None) -> None:
+        self.folder, self._scribe = out / FOLDER, scribe
+        self.entries: list[dict[str, Any]] = []
+        self.clients: dict[int, str] = {}
+        self.skipped: list[str] = []
+        self._sums: dict[str, int] = {}
+        self._waiting: dict[str, state.Packed] = {}  # to be written
+        self._last: Future[None] | None = None  # commit
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def open(self, *, fresh: bool = False) -> dict[str, Any] | None:
+        """Returns the newest intact entry, or None where nothing was committed yet; forgets everything after it.
+
+        Args:
+            fresh: the run is new: there must be no folder, so that it goes on from nothing.
+
+        Raises:
+            UserError: there is a manifest, but it or all of its checkpoints are damaged; the folder cannot be made.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=not fresh)
+        except OSError as error:
+            raise atomic.unwritable(self.folder, error) from None
+        entries = self._read_manifest()
+        if entries is None:
+            self._collect()
+            return None
+        while entries and (damaged := self._damaged(entries[-1])):
+            self.skipped.append(f"{', '.join(damaged)} of round {entries.pop()['round']}")
+        if not entries:
+            raise UserError(f"All checkpoints in {self.folder} are damaged: the run cannot be resumed, start it again.")
+        self.entries = entries
+        self.clients = {int(k): name for k, name in entries[-1]["clients"].items()}
+        self._sums = {name: value for entry in entries for name, value in entry["files"].items()}
+        self._collect()
+        return entries[-1]
+
+    def peek(self) -> dict[str, Any] | None:
+        """The newest undamaged entry, without looking at its files; None where nothing was committed."""
+        entries = self._read_manifest()
+        return entries[-1] if entries else None
+
+    def last_server_state(self) -> dict[str, Any] | None:
+        """The server's state as committed last, read without touching anything; None where there is none.
+
+        Raises:
+            UserError: it is there, but damaged.
+        """
+        entry = self.peek()
+        if entry is None:
+            return None
+        name = entry["server"]
+        if checksum(self.folder / name) != entry["files"].get(name):
+            raise UserError(f"The checkpoint cannot be read: {self.folder / name} is missing or damaged.")
+        return self._load(name)
+
+    def _read_manifest(self) -> list[dict[str, Any]] | None:
+        path = self.folder / MANIFEST
+        if not path.exists():
+            return None
+        try:
+            manifest = read_json(path)
+            if manifest["format"] != FORMAT:
+                raise UserError(f"{path} has format {manifest['format']}, this version of fedkern reads {FORMAT}.")
+            entries = list(manifest["entries"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error}): the run cannot be resumed, start it again.") from None
+        sound = [entry for entry in entries if _sound(entry)]
+        if entries and not sound:
+            raise UserError(f"All entries of {path} are damaged: the run cannot be resumed, start it again.")
+        self.skipped = [f"the last entry of {MANIFEST}"] if entries and not _sound(entries[-1]) else []
+        return sound
+
+    def _damaged(self, entry: dict[str, Any]) -> list[str]:
+        return [name for name, value in entry["files"].items() if checksum(self.folder / name) != value]
+
+    def server_state(self) -> dict[str, Any]:
+        """The server's state of the newest entry."""
+        return self._load(self.entries[-1]["server"])
+
+    def client_state(self, client: int) -> dict[str, Any]:
+        """A client's state; empty for one that has none yet."""
+        return self._load(self.clients[client]) if client in self.clients else {}
+
+    def reader(self, client: int) -> Callable[[], dict[str, Any]]:
+        """What reads a client's state as it is now, also after newer ones were written, until the next commit."""
+        name = self.clients.get(client)
+        return dict if name is None else lambda: self._load(name)
+
+    def _load(self, name: str) -> dict[str, Any]:
+        if (waiting := self._waiting.get(name)) is not None:
+            return dict(waiting.state())
+        try:
+            return state.load(self.folder / name)
+        except ValueError as error:
+            raise UserError(f"The checkpoint cannot be read: {error}.") from None
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Waits until everything so far is on the disk.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        if self._scribe is not None:
+            self._scribe.settle()
+
+    def write_at_once(self) -> None:
+        """From now on everything is on the disk when it was asked for."""
+        self.settle()
+        self._scribe = None
+
+    def _do(self, job: Callable[[], object], size: int = 0) -> Future[None] | None:
+        if self._scribe is not None:
+            return self._scribe.give(job, size)
+        job()
+        return None
+
+    def write_client(self, client: int, plan: int, content: dict[str, Any]) -> None:
+        """Writes a client's new state; it counts from the next commit on."""
+        if content:
+            self.clients[client] = self._write(f"client-{client:05d}-{plan:06d}.safetensors", content)
+        else:
+            self.clients.pop(client, None)
+
+    def commit(
+        self,
+        *,
+        round: int,
+        plan: int,
+        server: dict[str, Any],
+        info: dict[str, Any],
+        before: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Writes the server's state and makes it, with all client states, the newest checkpoint.
+
+        Args:
+            round, plan, info: of the entry.
+            server: the server's state.
+            before: makes durable what the entry speaks of.
+        """
+        if self._scribe is not None and self._last is not None:
+            self._scribe.settle(self._last)  # one behind, or a disk slower than the rounds would fall ever more behind
+        name = self._write(f"server-{plan:06d}.safetensors", server)
+        clients = {str(k): file for k, file in sorted(self.clients.items())}
+
+        def enter() -> None:
+            before()
+            files = {file: self._sums[file] for file in [name, *clients.values()]}
+            entry = {"round": round, "plan": plan, "files": files, "server": name, "clients": clients, "info": info}
+            self._write_manifest([*self.entries, entry][-KEEP:])
+            self._collect(clients.values())
+
+        self._last = self._do(enter)
+
+    def amend(self, info: dict[str, Any]) -> None:
+        """Replaces the numbers of the newest checkpoint, at once; its files stay."""
+        self.settle()
+        entries = [*self.entries[:-1], {**self.entries[-1], "info": info}]
+        self._write_manifest(entries)
+
+    def _write_manifest(self, entries: list[dict[str, Any]]) -> None:
+        entries = [{**entry, "sum": _sum(entry)} for entry in entries]
+        text = json.dumps({"format": FORMAT, "entries": entries}, indent=1)
+        atomic.write_bytes(self.folder / MANIFEST, text.encode())
+        self.entries = entries
+
+    def _write(self, name: str, content: dict[str, Any]) -> str:
+        path, packed = self.folder / name, state.Packed(content)
+        self._waiting[name] = packed
+
+        def write() -> None:
+            packed.save(path)
+            crc = checksum(path)
+            if crc is None:
+                raise UserError(f"{path} vanished while it was written.")
+            self._sums[name] = crc
+            if self._waiting.get(name) is packed:  # not a later one of the same round
+                del self._waiting[name]
+
+        self._do(write, packed.size)
+        return name
+
+    def _collect(self, clients: Iterable[str] = ()) -> None:
+        """Deletes files that neither a kept entry nor the given client states name."""
+        wanted = {MANIFEST, *clients}
+        for entry in self.entries:
+            wanted.update(entry["files"])
+        for path in self.folder.iterdir():
+            if path.name not in wanted and _OURS.fullmatch(path.name):  # others' files are none of ours
+                path.unlink(missing_ok=True)
+        self._sums = {name: value for name, value in self._sums.items() if name in wanted}
+
+    def discard(self) -> None:
+        """Deletes the files of a run of which nothing was committed, and the folder where nothing else is in it."""
+        if self.folder.is_dir():
+            self.entries, self.clients = [], {}
+            self._collect()
+            (self.folder / releases.NAME).unlink(missing_ok=True)
+            self.folder.rmdir()
+
+
+def newest(out: Path) -> dict[str, Any] | None:
+    """The newest checkpoint of a run folder, for its readers; None where there is none, or no manifest to be read."""
+    try:
+        return Checkpoints(out).peek()
+    except UserError:  # it says nothing of the other files
+        return None
+
+
+def check_result(out: Path, name: str) -> None:
+    """Raises UserError where a finished run says that ``name``, which it wrote at its end, was another file."""
+    entry = newest(out)
+    if entry is None or not entry["info"].get("finished"):
+        return
+    written = entry["info"].get("results")  # the first versions did not say
+    if isinstance(written, dict) and name in written and written[name] != checksum(out / name):
+        raise UserError(f"{out / name} is not what the run wrote: {again(out)}.")
+
+
+def again(out: Path | str) -> str:
+    """The way out where a file that a run writes at its end is damaged."""
+    return f"delete it, and --resume {shlex.quote(str(out))} makes it again"
+
+
+def _sum(entry: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps({k: v for k, v in entry.items() if k != "sum"}, sort_keys=True).encode())
+
+
+def _sound(entry: Any) -> bool:
+    """Whether an entry of a manifest is as it was written."""
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), kind) for key, kind in _PARTS.items()):
+        return False
+    return "sum" not in entry or entry["sum"] == _sum(entry)
+
+
+def checksum(path: Path) -> int | None:
+    """CRC-32 of a file's content; None where it cannot be read."""
+    try:
+        value = 0
+        with open_regular(path) as file:
+            while block := file.read(1 << 20):
+                value = zlib.crc32(block, value)
+        return value
+    except OSError:
+        return None

@@ -1,0 +1,209 @@
+"""What a run tells about itself: metrics.jsonl and summary.json."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import fedkern
+from fedkern.engine.store import atomic, checkpoints
+from fedkern.errors import UserError
+from fedkern.inputs import parse_json, read_json, read_text, standing
+from fedkern.ops import backend, fuse_choice
+from fedkern.privacy.guarantee import EPSILON, PART, RECORDS
+
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+
+
+def plain(value: Any) -> Any:
+    """The same with numbers that JSON knows: NaN and infinities become null, tuples lists, keys texts."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object per round, evaluated or not, appended; :meth:`sync` makes it durable."""
+
+    def __init__(self, out: Path) -> None:
+        self.path = out / METRICS
+        self.size = 0
+        self._sum = hashlib.sha256()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the file so far, in hexadecimal."""
+        return self._sum.hexdigest()
+
+    def check(self, size: int, digest: str | None = None) -> None:
+        """Compares the first ``size`` bytes of the file with what a checkpoint says of them.
+
+        Args:
+            size: bytes that the file had at the checkpoint.
+            digest: their SHA-256; None where the checkpoint does not say.
+
+        Raises:
+            UserError: the file is gone, shorter than that or another one, or it cannot be read.
+        """
+        there = self.path.stat().st_size if self.path.exists() else 0
+        if there < size:
+            raise UserError(
+                f"{self.path} has lost rounds that the checkpoint has ({there:,} of {size:,} bytes are there): put the "
+                "file back, or start the run again with another --out."
+            )
+        self._sum = hashlib.sha256()
+        try:
+            if size:
+                with self.path.open("rb") as file:
+                    for start in range(0, size, 1 << 20):
+                        self._sum.update(file.read(min(1 << 20, size - start)))
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read: {error.strerror or error}.") from None
+        if digest is not None and self.digest != digest:
+            raise UserError(
+                f"{self.path} is not what the run wrote, though it is as long: put the file back, or start the run "
+                "again with another --out."
+            )
+
+    def truncate(self, size: int, digest: str | None = None) -> None:
+        """Forgets what was written after a checkpoint at which the file had ``size`` bytes (0: the whole file).
+
+        Raises:
+            UserError: as of :meth:`check`, or the file cannot be written.
+        """
+        self.check(size, digest)
+        try:
+            with self.path.open("ab") as file:
+                file.truncate(size)
+        except OSError as error:
+            raise atomic.unwritable(self.path, error) from None
+        self.size = size
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Adds one line."""
+        line = (json.dumps(plain(record), allow_nan=False) + "\n").encode()
+        try:
+            with self.path.open("ab") as file:
+                file.write(line)
+        except OSError as error:
+            raise atomic.unwritable(self.path, error) from None
+        self.size += len(line)
+        self._sum.update(line)
+
+    def sync(self) -> None:
+        """Makes everything durable that was added so far."""
+        try:
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise atomic.unwritable(self.path, error) from None
+
+
+def read_metrics(out: Path | str) -> list[dict[str, Any]]:
+    """The records of a run folder, one of each round, with metrics where it was evaluated.
+
+    A last line cut off by a crash is left out.
+
+    Raises:
+        UserError: the folder has no such file, a line before the last is not JSON, or the newest checkpoint says that
+            the file was another.
+    """
+    out = Path(out)
+    path = out / METRICS
+    entry = checkpoints.newest(out)
+    size, digest = (entry["info"].get(name) for name in ("metrics_bytes", "metrics_sha256")) if entry else (None, None)
+    if isinstance(size, int) and isinstance(digest, str) and path.exists():
+        Metrics(out).check(size, digest)
+    try:
+        lines = read_text(path).splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(parse_json(line))
+        except ValueError:
+            if number < len(lines):
+                raise UserError(f"{path}, line {number}, is damaged: expected one JSON object per line.") from None
+    return records
+
+
+def write_summary(out: Path, summary: Mapping[str, Any]) -> None:
+    """Writes summary.json, completely or not at all."""
+    text = json.dumps(plain(summary), indent=2, allow_nan=False, ensure_ascii=False)
+    atomic.write_bytes(out / SUMMARY, (text + "\n").encode())
+
+
+def read_summary(out: Path | str) -> dict[str, Any] | None:
+    """summary.json of a finished run, or None where there is none.
+
+    Older runs called it ``epsilon`` whatever it covered, and none covered their records: they are read as if they had
+    said so.
+
+    Raises:
+        UserError: the file cannot be read, is no JSON object, or is not what the run wrote.
+    """
+    out = Path(out)
+    path = out / SUMMARY
+    if standing(path) == "missing":
+        return None
+    checkpoints.check_result(out, SUMMARY)
+    try:
+        summary = read_json(path)
+        if not isinstance(summary, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} is damaged ({reason}): {checkpoints.again(out)}.") from None
+    return _relabelled(summary)
+
+
+def _relabelled(summary: dict[str, Any]) -> dict[str, Any]:
+    private, metrics = summary.get("privacy"), summary.get("metrics")
+    if isinstance(private, dict) and "leaves_uncovered" not in private:
+        clients = private.get("clients")
+        each = clients.values() if isinstance(clients, dict) else ()
+        for table in (private, metrics, *each):
+            if isinstance(table, dict) and EPSILON in table:
+                table[PART] = table.pop(EPSILON)
+        private["leaves_uncovered"] = [RECORDS]  # at least: the statement says what else
+    return summary
+
+
+def versions() -> dict[str, str]:
+    """What the run was made with."""
+    return {
+        "fedkern": fedkern.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def kernels() -> dict[str, str]:
+    """Which kernels make a run's bits, beside the versions.
+
+    ``backend`` is "auto" where none is forced, ``isa`` that of the CPU core, "none" where there is no core,
+    ``lowerings`` the hash of the table that FusedBlocks' way is chosen by, and ``torch`` PyTorch's own ISA level.
+    """
+    return {
+        "backend": backend.forced_backend() or "auto",
+        "isa": fuse_choice.active_isa(),
+        "lowerings": fuse_choice.serving().digest,
+        "torch": torch.backends.cpu.get_cpu_capability(),
+    }

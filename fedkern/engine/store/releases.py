@@ -1,0 +1,120 @@
+"""What left the clients of a private run since the checkpoints that it can go on from.
+
+A run that goes on replays the rounds after its checkpoint: from the clients' states of then, with the same noise.
+Where the replayed messages are those that left before, bit for bit, nothing more is told and they are counted once.
+Where one differs, both would be out.  On another processor, device or version of PyTorch the same data give other last
+bits: under the same noise the difference of the two is a function of the data that no noise covers.  A client whose
+secret bits were not yet in a checkpoint draws others: under other noise they are two releases.  So a digest of every
+message is on the disk before the server gets it, and a replay that would send another one ends before it is sent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedkern.engine.store import atomic
+from fedkern.errors import UserError
+
+NAME = "releases.jsonl"
+DIVERGED = "diverged"
+"""In the place of the message of a client that diverged: that it did is told too."""
+
+
+class Releases:
+    """The digests of a run's messages, as JSON lines ``[plan, exchange, client, digest]``.
+
+    Args:
+        folder: of the checkpoints.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / NAME
+        self._due: dict[tuple[int, str, int], str] = {}
+
+    def open(self, plan: int) -> None:
+        """Begins to watch a run that goes on with round ``plan`` of its method's plan.
+
+        Raises:
+            UserError: the file is damaged; a last line that is not whole is of a message that never left.
+        """
+        try:
+            text = self._path.read_bytes() if self._path.exists() else b""
+            whole = text[: text.rfind(b"\n") + 1]
+            if whole != text:
+                atomic.write_bytes(self._path, whole)
+            lines = [json.loads(line) for line in whole.decode().splitlines()]
+            self._due = {(int(at), str(what), int(k)): str(digest) for at, what, k, digest in lines if at >= plan}
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(
+                f"{self._path} is damaged ({error}), so that nobody can tell what this private run has released: start "
+                "it again in a new folder."
+            ) from None
+
+    def add(self, plan: int, exchange: str, client: int, message: Any) -> None:
+        """Keeps a message before it leaves its client.
+
+        Raises:
+            UserError: another one left in its place before the run was interrupted, or the disk is full.
+        """
+        key, found = (plan, exchange, client), digest(message)
+        before = self._due.pop(key, None)
+        if before is None:
+            line = json.dumps([*key, found]) + "\n"
+            try:
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(line)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise atomic.unwritable(self._path, error) from None
+        elif before != found:
+            raise UserError(
+                f"This private run was interrupted after client {client} had released its answer, and what would be "
+                "released in its place now differs: both together would tell more than epsilon says. Resume it with "
+                "the processor or GPU, the PyTorch and the threads that it was interrupted with; where those are the "
+                "same, start it again (what it released so far then comes on top of the new run's epsilon)."
+            )
+
+    def forget(self, plan: int) -> None:
+        """Drops what no kept checkpoint would replay, rounds before ``plan``."""
+        if not self._path.exists():
+            return
+        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+        atomic.write_bytes(self._path, "".join(line for line in lines if json.loads(line)[0] >= plan).encode())
+
+
+def digest(message: Any) -> str:
+    """BLAKE2b of a message: names, dtypes, shapes and bits of all that is in it."""
+    total = hashlib.blake2b(digest_size=16)
+
+    def put(value: Any) -> None:
+        if isinstance(value, Mapping):
+            total.update(f"{{{len(value)}".encode())
+            for name in sorted(value, key=repr):
+                total.update(repr(name).encode())
+                put(value[name])
+        elif isinstance(value, (list, tuple)):
+            total.update(f"[{len(value)}".encode())
+            for item in value:
+                put(item)
+        elif isinstance(value, Tensor):
+            total.update(f"{value.dtype}{list(value.shape)}".encode())
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            total.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+        elif isinstance(value, np.ndarray):
+            total.update(f"{value.dtype}{list(value.shape)}".encode())
+            total.update(value.tobytes())
+        else:
+            total.update(repr(value).encode())
+
+    put(message)
+    return total.hexdigest()

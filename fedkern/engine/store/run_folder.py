@@ -1,0 +1,109 @@
+"""The run folder: whether a new run may begin in it, and what one that came to nothing takes back."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from fedkern.engine import config, tracing
+from fedkern.engine.store import artifacts, atomic, checkpoints, records, saved_model
+from fedkern.errors import UserError
+
+ATTACK = "attack.json"
+NAMES = (
+    config.NAME, checkpoints.FOLDER, records.METRICS, records.SUMMARY, saved_model.MODEL, artifacts.FILE, tracing.FILE,
+    ATTACK,
+)  # fmt: skip
+"""Everything that the engine writes into a run folder, but for the lock."""
+
+
+def check_vacant(out: Path) -> None:
+    """Raises UserError where a new run would write over anything; an empty folder or other files are no obstacle."""
+    if out.is_symlink() and not out.exists():
+        raise UserError(
+            f"{out} is a link to a folder that does not exist: make that folder, or choose another with --out."
+        )
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: choose another folder with --out.")
+    if (out / config.NAME).exists():
+        raise UserError(
+            f"{out} already holds a run: continue it with --resume {shlex.quote(str(out))}, or choose another --out."
+        )
+    check_free(out, NAMES)
+
+
+def check_free(out: Path, names: tuple[str, ...]) -> None:
+    """Raises UserError where one of ``names``, which a new run writes, is in the folder already."""
+    there = [name for name in names if (out / name).exists() or (out / name).is_symlink()]
+    if there:
+        raise UserError(
+            f"{out} already holds {', '.join(there)}, which a new run would write over: choose another --out, or move "
+            "what is there away first."
+        )
+
+
+@contextmanager
+def writing(out: Path, *, fresh: bool) -> Iterator[None]:
+    """Inside, this process alone writes to the run folder, which is made where it is missing.
+
+    A new run that fails before its first round is on record and before its first checkpoint takes back what it wrote,
+    and the folders that it made.  An interrupted one stays as it is, to be resumed.
+
+    Args:
+        out: the run folder.
+        fresh: a new run, for which the folder must be vacant.
+
+    Raises:
+        UserError: it is not vacant, another process writes to it, or it cannot be written.
+    """
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    begun = not fresh
+    try:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise atomic.unwritable(out, error) from None
+        with atomic.FolderLock(out):
+            if fresh:
+                check_vacant(out)
+            for name in NAMES:
+                (out / (name + atomic.TEMPORARY)).unlink(missing_ok=True)
+            try:
+                yield
+            except Exception:
+                begun = begun or _came_to_something(out)
+                if not begun:
+                    _take_back(out)
+                raise
+    except Exception as error:
+        if not begun:
+            for folder in made:
+                with suppress(OSError):  # something else is in it
+                    folder.rmdir()
+        if isinstance(error, atomic.Unwritable):
+            raise UserError(f"{error.problem}: {_way_out(out, error.full, begun)}.") from None
+        raise
+
+
+def _came_to_something(out: Path) -> bool:
+    metrics = out / records.METRICS
+    committed = (out / checkpoints.FOLDER / checkpoints.MANIFEST).exists()
+    return committed or (metrics.exists() and metrics.stat().st_size > 0)
+
+
+def _take_back(out: Path) -> None:
+    """Deletes what a new run wrote; all of it is its own, as the folder was vacant before."""
+    with suppress(OSError):
+        checkpoints.Checkpoints(out).discard()
+        for name in (*NAMES, atomic.LOCK):
+            if name != checkpoints.FOLDER:
+                (out / name).unlink(missing_ok=True)
+
+
+def _way_out(out: Path, full: bool, begun: bool) -> str:
+    if begun:
+        go_on = f"then go on with --resume {shlex.quote(str(out))}"
+        return f"free some space, {go_on}" if full else f"put that right, {go_on}"
+    return "free some space, then start again" if full else "choose another folder with --out"

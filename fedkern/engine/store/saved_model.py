@@ -1,0 +1,298 @@
+"""model.safetensors: what a run has learnt, and how it comes back as a module."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fedkern import models
+from fedkern.engine.config import RunConfig, check_regular, check_run_folder
+from fedkern.engine.context import RunContext
+from fedkern.engine.network import state_dict
+from fedkern.engine.parties import Server
+from fedkern.engine.store import atomic
+from fedkern.engine.store.checkpoints import Checkpoints, again, check_result, checksum
+from fedkern.engine.store.records import SUMMARY
+from fedkern.errors import UserError
+from fedkern.inputs import parse_json
+from fedkern.methods import registry
+
+MODEL = "model.safetensors"
+RUNNING = ("running_mean", "running_var", "num_batches_tracked")
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What remains of the federated data without a single image: enough for a method to build its module again."""
+
+    classes: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    client_sizes: tuple[int, ...]
+    clients: tuple[()] = ()
+    tests: Mapping[str, Any] = field(default_factory=dict)
+    public: None = None
+    task: str = "classification"
+
+
+def about_network(context: RunContext, config: RunConfig, rounds: int, flat: bool) -> dict[str, Any]:
+    """What model.safetensors says of itself; ``flat``: whether it is a network of the run, which its name describes."""
+    data = context.data
+    channels, height, width = data.image_shape
+    about = {
+        "model": context.model_name,
+        "width": config.width,
+        "task": data.task,
+        "classes": list(data.classes),
+        "channels": channels,
+        "image_size": [height, width],
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "method": config.method,
+        "rounds": rounds,
+    }
+    if data.task == "retrieval":
+        about["pair"] = context.pair
+    if flat and lacks_statistics(context, config):
+        about["statistics"] = "batch"
+    # What only the method can build again is told from a network of the run by this key.
+    return about if flat else {**about, "samples": list(context.federation.samples)}
+
+
+def lacks_statistics(context: RunContext, config: RunConfig) -> bool:
+    """Whether the network of the run has batch norm whose running statistics nobody took (``--buffers``)."""
+    return not config.statistics and context.network("server").buffers.numel() > 0
+
+
+def write_model(out: Path, module: nn.Module, about: Mapping[str, Any]) -> None:
+    """Writes model.safetensors: contiguous tensors by state-dict key, and ``about`` as JSON in the metadata.
+
+    Where ``about["statistics"]`` is ``"batch"`` batch norm's running statistics are left out.
+    """
+    # One metadata key only: with several, their order in the file would be left to chance.
+    metadata = {"fedkern": json.dumps(about, sort_keys=True)}
+    tensors = state_dict(module)
+    if about.get("statistics") == "batch":
+        for name, _ in _norms(module):
+            for buffer in RUNNING:
+                tensors.pop(f"{name}.{buffer}" if name else buffer, None)
+    atomic.write(out / MODEL, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+
+def results(out: Path) -> dict[str, int | None]:
+    """CRC-32 of what a finished run has written last, by file name."""
+    return {name: checksum(out / name) for name in (MODEL, SUMMARY)}
+
+
+def damaged(out: Path, entry: Mapping[str, Any]) -> list[str]:
+    """Which of the files of a finished run are missing or not what it wrote.
+
+    Args:
+        out: the run folder.
+        entry: the run's last checkpoint; the first versions did not say what they had written.
+    """
+    stored = entry["info"].get("results")
+    if stored is None:
+        return [] if readable(out) else [MODEL]
+    return [name for name, value in stored.items() if checksum(out / name) != value]
+
+
+def _list(kind: Callable[[Any], bool], length: int | None = None, least: int = 1) -> Callable[[Any], bool]:
+    return lambda x: (
+        isinstance(x, list)
+        and len(x) >= least
+        and (length is None or len(x) == length)
+        and all(kind(each) for each in x)
+    )
+
+
+def _text(x: Any) -> bool:
+    return isinstance(x, str)
+
+
+def _count(x: Any) -> bool:
+    return type(x) is int and x >= 0
+
+
+def _size(x: Any) -> bool:
+    return type(x) is int and 1 <= x < 1 << 16
+
+
+def _width(x: Any) -> bool:
+    return x is None or _size(x)
+
+
+def _number(x: Any) -> bool:
+    return type(x) in (int, float) and abs(x) < 1e9  # not NaN either
+
+
+_TASKS = ("classification", "segmentation", "retrieval")
+_IMAGES = {"channels": _size, "image_size": _list(_size, 2), "mean": _list(_number), "std": _list(_number)}
+_ABOUT: dict[str, Callable[[Any], bool]] = {
+    **_IMAGES, "model": _text, "width": _width, "classes": _list(_text), "method": _text, "rounds": _count,
+}  # fmt: skip
+"""What model.safetensors says of every network, and whether a value is one that it can have."""
+_ABOUT_SOME: dict[str, Callable[[Any], bool]] = {
+    "task": lambda x: x in _TASKS,  # the first versions did not say
+    "statistics": lambda x: x == "batch",
+    "samples": _list(_count),
+    "pair": lambda x: isinstance(x, dict),
+}
+_PAIR: dict[str, Callable[[Any], bool]] = {
+    **_IMAGES, "image_encoder": _text, "text_encoder": _text,
+    "vocabulary": lambda x: x is None or _list(_text, least=0)(x), "width": _width,
+}  # fmt: skip
+
+
+def checked(text: str | None) -> dict[str, Any]:
+    """What model.safetensors says of itself, from the JSON of its metadata.
+
+    Raises:
+        ValueError: it is no JSON object, or a key is missing or has a value of another kind; the message names it.
+    """
+    if text is None:
+        raise ValueError("it does not say what network it holds")
+    about = parse_json(text)
+    if not isinstance(about, dict):
+        raise ValueError("what it says of its network is no table")
+    _check_keys(about, _ABOUT, _ABOUT_SOME, "")
+    if "task" in about and ("pair" in about) != (about["task"] == "retrieval"):
+        raise ValueError('"pair" belongs to a retrieval network alone')
+    if "pair" in about:
+        _check_keys(about["pair"], _PAIR, {"longest": _size}, "pair.")
+        unknown = sorted(set(about["pair"]) - {*_PAIR, "longest"})
+        if unknown:
+            raise ValueError(f'it says something unknown: "pair.{unknown[0]}"')
+    for prefix, each in (("", about), ("pair.", about.get("pair"))):
+        for name in ("mean", "std"):
+            if each is not None and len(each[name]) != each["channels"]:
+                raise ValueError(f'"{prefix}{name}" does not have a number for each of {each["channels"]} channels')
+    return about
+
+
+def _check_keys(
+    table: Mapping[str, Any],
+    must: Mapping[str, Callable[[Any], bool]],
+    may: Mapping[str, Callable[[Any], bool]],
+    prefix: str,
+) -> None:
+    for name, fits in {**must, **may}.items():
+        if name not in table and name in must:
+            raise ValueError(f'it does not say "{prefix}{name}"')
+        if name in table and not fits(table[name]):
+            raise ValueError(f'it says {json.dumps(table[name])} for "{prefix}{name}"')
+
+
+def readable(out: Path | str) -> bool:
+    """Whether there is a model.safetensors that is one of ours and as long as it says itself."""
+    try:
+        with safe_open(Path(out) / MODEL, framework="pt") as file:
+            return bool(checked((file.metadata() or {}).get("fedkern")))
+    except (OSError, SafetensorError, ValueError):
+        return False
+
+
+def read_model(out: Path | str, trusted: Collection[str] = ()) -> tuple[nn.Module, dict[str, Any]]:
+    """What a finished run evaluated last, in eval mode on the CPU, and what is known about it.
+
+    A network of the run is built from its name alone.  Anything else (fused clients, an ensemble) the method builds
+    again from the checkpoint of the run folder, and then takes the tensors of model.safetensors.  A network that was
+    evaluated without running statistics (``--buffers drop`` or ``local``) has none: its batch norm uses each batch's.
+
+    The second value has ``classes``, ``channels``, ``image_size``, ``mean`` and ``std`` (of images in [0, 1]),
+    ``model``, ``width``, ``method`` and ``rounds``; of image-text data also ``pair``, what
+    ``build_pair`` made the network from.
+
+    Args:
+        out: the run folder.
+        trusted: what may be imported, see :func:`fedkern.engine.run`.
+
+    Raises:
+        UserError: there is no such folder, it has no finished run, its file is damaged or of another network, or the
+            method would run code that only the folder names.
+    """
+    check_regular(out)
+    path = Path(out) / MODEL
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = checked((file.metadata() or {}).get("fedkern"))
+        tensors = load_file(path)
+    except (FileNotFoundError, NotADirectoryError):
+        check_run_folder(out)
+        way_out = f"its run is not finished, continue it with --resume {shlex.quote(str(out))}"
+        raise UserError(f"{out} has no {MODEL}: {way_out}.") from None
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): {again(out)}.") from None
+    try:
+        network = _rebuilt(Path(out), about, trusted) if "samples" in about else _plain(about)
+    except (ValueError, TypeError, KeyError, RuntimeError, MemoryError) as error:
+        raise UserError(f"{path} is damaged (no network is as it says: {error}): {again(out)}.") from None
+    check_result(Path(out), MODEL)
+    if about.get("statistics") == "batch":
+        _forget_statistics(network)
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError:
+        name = "pair of encoders" if "pair" in about else about["model"]
+        kind = f"module of {about['method']}" if "samples" in about else name
+        raise UserError(f"{path} does not hold the parameters of a {kind}: {again(out)}.") from None
+    return network.eval(), about
+
+
+def _norms(module: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
+    return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, _BatchNorm))
+
+
+def _forget_statistics(module: nn.Module) -> None:
+    for _, layer in _norms(module):
+        layer.track_running_stats = False
+        for buffer in RUNNING:
+            setattr(layer, buffer, None)
+
+
+def _plain(about: Mapping[str, Any]) -> nn.Module:
+    if "pair" in about:
+        return models.build_pair(**about["pair"])
+    return models.build(
+        about["model"],
+        classes=len(about["classes"]),
+        channels=about["channels"],
+        image_size=min(about["image_size"]),
+        seed=0,
+        width=about["width"],
+    )
+
+
+def _rebuilt(out: Path, about: Mapping[str, Any], trusted: Collection[str]) -> nn.Module:
+    """What the method makes of the server's state at the end of the run."""
+    config = RunConfig.load(out, device="cpu")
+    config.check_code(out, trusted)
+    kind = registry.get(config.method)
+    method = kind(kind.Options.parse(config.options, method=config.method))
+    height, width = about["image_size"]
+    outline = Outline(
+        classes=tuple(about["classes"]),
+        image_shape=(about["channels"], height, width),
+        mean=tuple(about["mean"]),
+        std=tuple(about["std"]),
+        client_sizes=tuple(about["samples"]),
+        task="retrieval" if "pair" in about else about.get("task", "classification"),
+    )
+    state = Checkpoints(out).last_server_state()
+    if state is None:
+        raise UserError(f"{out} has no checkpoint left, without which the module of {config.method} cannot be rebuilt.")
+    context = RunContext(config, outline, pair=about.get("pair"))
+    module = method.model(Server(context, state))
+    if module is None:
+        raise UserError(f"{out} holds the checkpoint of a run that is not finished.")
+    return module

@@ -1,0 +1,158 @@
+"""Dicts of tensors, numbers, texts and such dicts as one safetensors file with a JSON tree; no pickle."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fedkern.engine.store import atomic
+from fedkern.inputs import parse_json, special
+
+TREE = "tree"  # the file's only metadata key: with several, their order in the file would be left to chance
+
+
+def save(path: Path, state: dict[Any, Any]) -> None:
+    """Writes ``state`` to ``path``, completely or not at all.
+
+    It may hold tensors (any dtype of safetensors; saved contiguous, on the CPU), NumPy arrays, ``bool``, ``int``,
+    ``float`` (NaN and infinities included), ``str``, ``None``, lists, tuples, and dicts with text or integer keys.
+
+    Raises:
+        TypeError: it holds something else; the message says where.
+        UserError: the file cannot be written.
+    """
+    Packed(state).save(path)
+
+
+class Packed:
+    """A copy of a state, to be written while the state itself goes on changing.
+
+    Attributes:
+        size: bytes of its tensors.
+
+    Raises:
+        TypeError: see :func:`save`.
+    """
+
+    def __init__(self, state: dict[Any, Any]) -> None:
+        self._tensors: dict[str, Tensor] = {}
+        self._tree = json.dumps(_pack(state, self._tensors, "state"), allow_nan=False)
+        self.size = sum(tensor.numel() * tensor.element_size() for tensor in self._tensors.values())
+
+    def state(self) -> Any:
+        """Another copy, as :func:`load` reads it."""
+        return _unpack(json.loads(self._tree), lambda name: self._tensors[name].clone())
+
+    def save(self, path: Path) -> None:
+        """Writes it; see :func:`save`."""
+        atomic.write(path, lambda temporary: save_file(self._tensors, temporary, metadata={TREE: self._tree}))
+
+
+def load(path: Path) -> dict[Any, Any]:
+    """Reads what :func:`save` wrote, tensors on the CPU.
+
+    Raises:
+        ValueError: the file is missing, damaged or not one of ours.
+    """
+    result = part(path)
+    if not isinstance(result, dict):
+        raise ValueError(f"{path} does not hold a dict")
+    return result
+
+
+def part(path: Path, *keys: str | int) -> Any:
+    """What stands under ``keys``, one in another, in the dict that :func:`save` wrote; None where nothing does.
+
+    Nothing else is read, so that one of many networks takes the memory of one.
+
+    Raises:
+        ValueError: the file is missing, damaged or not one of ours.
+    """
+    try:
+        if kind := special(path):
+            raise ValueError(f"it is {kind}, not a regular file")
+        with safe_open(path, framework="pt") as file:
+            tree = parse_json((file.metadata() or {})[TREE])
+            for key in keys:
+                entries = tree.get("dict", []) if isinstance(tree, dict) else []
+                tree = next((entry for name, entry in entries if name == key), None)
+            return _unpack(tree, file.get_tensor)
+    except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is missing or damaged: {error}") from None
+
+
+def _pack(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
+    if isinstance(value, (Tensor, np.ndarray)):
+        array = isinstance(value, np.ndarray)
+        tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value.detach()
+        name = f"t{len(tensors)}"
+        # A copy of its own: safetensors refuses shared storage, and a view would drag its whole buffer along.
+        tensors[name] = tensor.cpu().clone(memory_format=torch.contiguous_format)
+        return {"array" if array else "tensor": name}
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, (int, np.integer)):
+        return int(value)
+    if isinstance(value, (float, np.floating)):
+        number = float(value)
+        return number if math.isfinite(number) else {"float": repr(number)}
+    if isinstance(value, (list, tuple)):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [_pack(entry, tensors, f"{where}[{i}]") for i, entry in enumerate(value)]}
+    if isinstance(value, dict):
+        entries = []
+        for key, entry in value.items():
+            if isinstance(key, bool) or not isinstance(key, (str, int)):
+                raise TypeError(f"{where}: expected text or integer keys, given {type(key).__name__}")
+            entries.append([key, _pack(entry, tensors, f"{where}[{key!r}]")])
+        return {"dict": entries}
+    raise TypeError(f"{where}: expected tensors, numbers, texts, lists or dicts, given {type(value).__name__}")
+
+
+def _unpack(tree: Any, tensor: Callable[[str], Tensor]) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    ((kind, value),) = tree.items()
+    if kind == "tensor":
+        return tensor(value)
+    if kind == "array":
+        return tensor(value).numpy()
+    if kind == "float":
+        return float(value)
+    if kind == "dict":
+        return {key: _unpack(entry, tensor) for key, entry in value}
+    entries = [_unpack(entry, tensor) for entry in value]
+    return entries if kind == "list" else tuple(entries)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A tensor as it was; its memory is held, so that no other one can come to lie there."""
+
+    version: int
+    place: int
+    shape: tuple[int, ...]
+    memory: Any = field(compare=False)
+
+
+def fingerprint(value: Any) -> Any:
+    """Something that differs whenever the state was changed, without reading the tensors' contents."""
+    if isinstance(value, Tensor):
+        return ("tensor", _Seen(value._version, value.data_ptr(), tuple(value.shape), value.untyped_storage()))
+    if isinstance(value, dict):
+        return ("dict", tuple((key, fingerprint(entry)) for key, entry in value.items()))
+    if isinstance(value, (list, tuple)):
+        return (type(value).__name__, tuple(fingerprint(entry) for entry in value))
+    if isinstance(value, np.ndarray):
+        return ("array", value.tobytes(), value.shape)
+    return repr(value)

@@ -1,0 +1,1 @@
+"""Baselines: published methods that the five papers are compared with, a file each."""

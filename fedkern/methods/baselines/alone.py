@@ -1,0 +1,130 @@
+"""Training alone: what every client reaches without the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import log_softmax
+
+from fedkern.methods.base import (
+    Batch,
+    ClientId,
+    Declaration,
+    Federation,
+    Message,
+    Method,
+    Objective,
+    Received,
+    Round,
+    Server,
+    Step,
+    Upload,
+    like,
+    register,
+)
+from fedkern.methods.common.segmentation_figures import segmentation
+from fedkern.methods.common.supervised import pair_figures, supervised_loss
+from fedkern.methods.roles import Client
+from fedkern.methods.uploads import once
+from fedkern.models import Ensemble
+
+
+@register("local")
+class Local(Objective, Method):
+    """Not federated: every client trains its own network alone; the figures are means over the clients' networks.
+
+    A client trains as long as FedAvg's clients do, the same rounds of the same local epochs, from the same initial
+    network and with the same batches, and keeps what it has: with one client the two are the same.  All clients take
+    part in every round, whatever ``--sample-fraction`` is.  Nothing travels, so no byte is booked; what the server
+    holds is there to be evaluated and saved, as an ensemble whose members are the clients' networks.
+    """
+
+    tasks: ClassVar[tuple[str, ...]] = ("classification", "segmentation", "retrieval")
+
+    def rounds(self, federation: Federation) -> Iterator[Round]:
+        for _ in range(federation.rounds):
+            yield Round(participants="all", booked=False)
+
+    def send(self, server: Server, step: Step) -> Message | dict[ClientId, Message]:
+        return {k: {"network": server.state.get(str(k))} for k in range(server.federation.clients)}
+
+    def client_update(self, client: Client, step: Step, message: Message) -> Message:
+        network = client.network()
+        if message["network"] is not None:
+            network.load_state_dict(message["network"])
+        client.fit(self, step, network)
+        return {"network": network.state_dict()}
+
+    def loss(self, model: Any, batch: Batch, received: Received) -> Tensor:
+        return supervised_loss(model, batch)
+
+    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
+        return {"network": once(server.round_cache, "network", lambda: like(server.build().state_dict()))}
+
+    def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
+        for upload in uploads:
+            server.state[str(upload.client_id)] = upload.message["network"]
+
+    def model(self, server: Server) -> Ensemble | Pairs:
+        members = [server.build() for _ in range(server.federation.clients)]
+        for k, member in enumerate(members):
+            if str(k) in server.state:  # a client that diverged at once has the initial network
+                member.load_state_dict(server.state[str(k)])
+        return Ensemble(members) if hasattr(members[0], "head") else Pairs(members)
+
+    def evaluate(self, model: Any, data: Any) -> dict[str, float]:
+        """The usual figures of every client's own network on the whole test set, averaged over clients.
+
+        ``lowest_accuracy`` and ``highest_accuracy`` (``lowest_i2t_r1`` and so on) are those of the worst and the best
+        client.
+        """
+        if getattr(data, "task", "") == "retrieval":
+            return _averaged([pair_figures(member, data) for member in model.members], "i2t_r1")
+        if getattr(data, "task", "") == "segmentation":
+            return _averaged([segmentation(member, data) for member in model.members], "dice")
+        return _classified(model, data)
+
+    def evaluate_own(self, model: Any, data: Any, client: ClientId) -> dict[str, float]:
+        return super().evaluate(model.members[client], data)
+
+
+class Pairs(nn.Module):
+    """The clients' pairs of encoders side by side, frozen; there is no one answer of all of them."""
+
+    def __init__(self, members: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self.requires_grad_(False)
+
+
+def _averaged(figures: list[dict[str, float]], main: str) -> dict[str, float]:
+    """The means of figures over clients, and the range of the main one."""
+    shared = [name for name in figures[0] if all(name in each for each in figures)]
+    mean = {name: sum(each[name] for each in figures) / len(figures) for name in shared}
+    ends = [each[main] for each in figures]
+    return {**mean, f"lowest_{main}": min(ends), f"highest_{main}": max(ends)}
+
+
+@torch.no_grad()
+def _classified(model: Ensemble, data: Any) -> dict[str, float]:
+    clients = len(model.members)
+    correct, loss, confidence = (torch.zeros(clients, dtype=torch.float64) for _ in range(3))
+    total = 0
+    for images, labels in data.batches():
+        logits = model.logits(images).double()
+        truth = log_softmax(logits, 2).gather(2, labels.expand(clients, -1)[..., None])[..., 0]
+        correct += (logits.argmax(2) == labels).sum(1).cpu()
+        loss -= truth.sum(1).cpu()
+        confidence += truth.exp().sum(1).cpu()
+        total += labels.numel()
+    accuracy = correct / total
+    return {
+        "accuracy": float(accuracy.mean()),
+        "lowest_accuracy": float(accuracy.min()),
+        "highest_accuracy": float(accuracy.max()),
+        "loss": float(loss.mean()) / total,
+        "confidence": float(confidence.mean()) / total,
+    }

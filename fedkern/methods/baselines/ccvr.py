@@ -1,0 +1,26 @@
+"""CCVR (Luo et al., 2021, arXiv 2106.05001) after a single round of FedAvg.
+
+Heterogeneous data spoil the classifier more than the features before it.  So clients send, per class, the count, mean
+and covariance of the averaged network's features, and the server trains the classifier alone on virtual features drawn
+from one Gaussian per class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedkern.methods.base import option, register
+from fedkern.methods.baselines.oneshot_fedavg import OneShotFedAvg
+
+
+@register("ccvr")
+class CCVR(OneShotFedAvg):
+    """One-shot FedAvg with its classifier calibrated on virtual features (CCVR, arXiv 2106.05001)."""
+
+    tasks = ("classification",)
+
+    @dataclass(frozen=True)
+    class Options(OneShotFedAvg.Options):
+        """Those of one-shot FedAvg, calibrated by default."""
+
+        calibrate: bool = option(True, "train the classifier anew on features drawn from class statistics (CCVR)")

@@ -1,0 +1,67 @@
+"""Training on everybody's data in one place: the reference that federated learning does without."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from fedkern.methods.base import (
+    VECTORS,
+    Batch,
+    ClientId,
+    Declaration,
+    Federation,
+    Message,
+    Method,
+    Objective,
+    Received,
+    Round,
+    Server,
+    Step,
+    Upload,
+    register,
+)
+from fedkern.methods.common.supervised import supervised_loss
+from fedkern.methods.roles import Client
+
+
+@register("centralised")
+class Centralised(Objective, Method):
+    """Not federated: the data of all clients are put together and one network is trained on them.
+
+    It trains as one client of FedAvg that holds everything: rounds of local epochs, the momentum anew in every round.
+    What is booked is the price of putting the data together: every client uploads its raw images (uint8) and labels
+    (int64) once, before training.  Nothing travels after that.
+    """
+
+    pooled = True
+    pools_statistics = True
+    tasks: ClassVar[tuple[str, ...]] = ("classification", "segmentation", "retrieval")
+
+    def start(self, server: Server) -> None:
+        server.state.update(server.initial())
+
+    def rounds(self, federation: Federation) -> Iterator[Round]:
+        for _ in range(federation.rounds):
+            yield Round(participants="all", booked=False)
+
+    def send(self, server: Server, step: Step) -> Message:
+        return {name: server.state[name] for name in VECTORS if name in server.state}
+
+    def client_update(self, client: Client, step: Step, message: Message) -> Message:
+        return client.train(self, step, message)
+
+    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
+        return {name: server.state[name] for name in server.trained_vectors if name in server.state}
+
+    def loss(self, model: Any, batch: Batch, received: Received) -> Tensor:
+        return supervised_loss(model, batch)
+
+    def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
+        for upload in uploads:
+            server.state.update(upload.message)
+
+    def model(self, server: Server) -> nn.Module:
+        return server.network({name: server.state[name] for name in VECTORS if name in server.state})

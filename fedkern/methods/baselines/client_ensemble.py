@@ -1,0 +1,181 @@
+"""The ensemble of the clients' networks: what one-shot methods want to reach with one network (or must beat).
+
+Every client trains the whole local budget once and uploads its network; the server keeps them all.  The prediction is
+the mean of the members' logits; the majority vote and the mean of the probabilities are reported beside it.  With
+``calibrate`` one classifier on the features of all members replaces the mean of their logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedkern import models
+from fedkern.methods.base import (
+    VECTORS,
+    Client,
+    ClientId,
+    Declaration,
+    Message,
+    Server,
+    Step,
+    Upload,
+    option,
+    register,
+)
+from fedkern.methods.common.figures import classification
+from fedkern.methods.common.oneshot import OneShot, exhaust
+from fedkern.methods.common.oneshot_members import Members, OwnNetworks, member_vectors, train_member
+from fedkern.models.cost import memory_ratio
+
+
+@register("ensemble")
+class Ensemble(OwnNetworks, OneShot):
+    """All clients' networks, each trained once, with the mean of their logits (and a vote beside it)."""
+
+    @dataclass(frozen=True)
+    class Options(OneShot.Options):
+        """Knobs of the ensemble."""
+
+        weighting: str = option(
+            "uniform", "weight of a member in the mean: its number of samples, or the same for all",
+            choices=("samples", "uniform"),
+        )  # fmt: skip
+        models: str = option(
+            "", "networks of the clients in turn, as name[:width] between commas; empty: --model for all"
+        )
+        pool: str = option(
+            "concat",
+            "what is calibrated: the members' features side by side, or their mean",
+            choices=("concat", "mean"),
+        )
+
+    needs_statistics = True
+
+    @property
+    def averages(self) -> bool:
+        return False
+
+    def start(self, server: Server) -> None:
+        super().start(server)
+        self.members(server).check()
+
+    def members(self, server: Server) -> Members:
+        """The uploaded networks."""
+        return Members(server, self.architectures)
+
+    # -- training: nothing is averaged -----------------------------------------------------------------------------
+
+    def send(self, server: Server, step: Step) -> Message | dict[int, Message]:
+        if step.exchange == "update" and self.options.models:
+            return {}  # each starts from fresh weights of its own architecture
+        return super().send(server, step)
+
+    def client_update(self, client: Client, step: Step, message: Message) -> Message:
+        if step.exchange == "update":
+            trained = train_member(self, client, step, message, self.architectures)
+            if self.options.calibrate:
+                client.state["own"] = {name: trained[name] for name in VECTORS if name in trained}
+            return trained
+        return super().client_update(client, step, message)
+
+    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
+        own = member_vectors(server, self.architectures, client) if step.exchange == "update" else None
+        return super().expects(server, step, client, message) if own is None else own
+
+    def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
+        if step.exchange != "update":
+            super().server_update(server, step, uploads)
+            return
+        exhaust(self.members(server).collect(step, uploads))
+        ensemble = self.model(server)
+        server.report["members"] = float(len(ensemble.members))
+        server.report["memory_ratio"] = memory_ratio(ensemble, server.build())
+
+    def model(self, server: Server) -> models.Ensemble:
+        members, state = self.members(server), server.state
+        if "members" not in state:  # nobody has trained yet
+            return models.Ensemble([server.build()])
+        weights = None
+        if self.options.weighting == "samples":
+            weights = [float(state["members"][k]["samples"]) for k in members.clients()]
+        ensemble = models.Ensemble(members.modules(), weights, pool=self.options.pool)
+        if "head" in state:
+            ensemble.replace_head(state["head"]["weight"], state["head"]["bias"])
+        return ensemble
+
+    # -- calibration: one classifier on the features of all members ------------------------------------------------
+
+    def publish(self, server: Server) -> dict[ClientId, Message]:
+        """To every client the others' networks; its own it has, and is told where that one was refused."""
+        members = self.members(server).messages()
+        messages: dict[ClientId, Message] = {}
+        for k in range(server.federation.clients):
+            messages[k] = {"members": {j: member for j, member in members.items() if j != k}}
+            if k not in members:
+                messages[k]["left_out"] = True
+        return messages
+
+    def published(self, client: Client, message: Message) -> models.Ensemble:
+        members = dict(message["members"])
+        if "left_out" not in message:
+            members[client.id] = client.state["own"]
+        return models.Ensemble(Members(client, self.architectures).modules(members), pool=self.options.pool)
+
+    def head(self, server: Server) -> nn.Linear:
+        return self.model(server).joint_head()
+
+    def replace_head(self, server: Server, head: nn.Linear) -> None:
+        server.state["head"] = {"weight": head.weight.detach().cpu(), "bias": head.bias.detach().cpu()}
+
+    # -- figures ---------------------------------------------------------------------------------------------------
+
+    def evaluate(self, model: nn.Module, data: Any) -> dict[str, float]:
+        """Adds ``vote_accuracy`` and ``probability_accuracy``, of images, to the figures of the mean of the logits."""
+        if not isinstance(model, models.Ensemble) or getattr(data, "task", "") == "segmentation":
+            return super().evaluate(model, data)
+        ballot = _Ballot(model, data)
+        figures = classification(ballot, ballot)  # type: ignore[arg-type]
+        return {**figures, **ballot.figures()}
+
+
+def vote(logits: Tensor) -> Tensor:
+    """The majority's class, int64 [B], of logits [M, B, C]; the mean probability decides between equal counts."""
+    p = F.softmax(logits.double(), 2)
+    counts = F.one_hot(logits.argmax(2), logits.shape[2]).sum(0)
+    return (counts + p.mean(0) / 2).argmax(1)
+
+
+class _Ballot:
+    """An ensemble and its test set in one: passes both through and counts what votes and probabilities would say."""
+
+    def __init__(self, ensemble: models.Ensemble, data: Any) -> None:
+        self._ensemble, self._data = ensemble, data
+        self._total = 0
+        self._right = torch.zeros(2, dtype=torch.int64)
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in self._data.batches():
+            self._labels = labels
+            yield images, labels
+
+    def record(self, predictions: Tensor) -> None:
+        record = getattr(self._data, "record", None)
+        if record is not None:
+            record(predictions)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        each, logits = self._ensemble.parts(images)
+        guesses = torch.stack([vote(logits), F.softmax(logits.double(), 2).mean(0).argmax(1)])
+        self._right += (guesses == self._labels).sum(1).cpu()
+        self._total += len(images)
+        return self._ensemble.answer(each, logits)
+
+    def figures(self) -> dict[str, float]:
+        right = (self._right.double() / self._total).tolist()
+        return dict(zip(("vote_accuracy", "probability_accuracy"), right, strict=True))

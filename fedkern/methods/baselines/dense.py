@@ -1,0 +1,81 @@
+"""DENSE (Zhang et al., 2022, arXiv 2112.12371): one-shot federated learning without any data on the server.
+
+Every epoch, a generator is trained against the frozen ensemble of the clients' networks (mean logits t(x)) and the
+student s, with random labels y and the members' running statistics:
+
+    L_G = CE(t(x), y) + lambda_BN L_BN(x) - lambda_adv KL(t(x) || s(x)) [argmax t(x) != argmax s(x)]
+
+The best batch joins a pool, and the student is distilled on the whole pool with T^2 KL(t || s) at temperature T.  As in
+the released code, the generator starts anew for every batch and its noise is learned with it, and the pool keeps all
+batches; as nothing augments them here, what the members say of an image is computed once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from fedkern.methods.base import Server, Step, option, register
+from fedkern.methods.common.oneshot_distill import DataFree, Pool, torch_stream
+from fedkern.methods.common.oneshot_synthesis import Synthesis, synthesise
+from fedkern.models.ensemble import Ensemble
+
+
+@register("dense")
+class DENSE(DataFree):
+    """One-shot, data-free: a generator trained against the clients' ensemble, then distillation (arXiv 2112.12371)."""
+
+    tasks = ("classification",)
+
+    @dataclass(frozen=True)
+    class Options(DataFree.Options):
+        """Knobs of the alternation; the released code's: 200 epochs, SGD 0.005, T 20, weights 1.
+
+        Its student starts fresh (``student_init``); here the average is the default, as for every distilled student.
+        """
+
+        distill_epochs: int = option(200, "times that images are made and the student is trained on all of them", low=1)
+        distill_lr: float = option(0.005, "learning rate of the student's SGD", above=0)
+        distill_momentum: float = option(0.9, "momentum of the student's SGD", low=0, high=0.999)
+        distill_steps: int = option(0, "steps of the student in an epoch; 0: one pass over the pool", low=0)
+        temperature: float = option(20.0, "temperature of the distillation", above=0, infinite=True)
+        distill_batch: int = option(256, "images per step of the distillation", low=2)
+        adv_weight: float = option(1.0, "weight of the divergence of ensemble and student on the images", low=0)
+        restart: bool = option(True, "new weights for the generator before every batch")
+
+    def how(self) -> Synthesis:
+        """The generator's settings."""
+        return self.synthesis(adversarial=self.options.adv_weight, restart=self.options.restart)
+
+    def optimiser(self, student: nn.Module) -> tuple[Optimizer, LRScheduler]:
+        """The student's optimiser, and a schedule that steps once an epoch (DENSE's learning rate is constant)."""
+        o = self.options
+        made = torch.optim.SGD(student.parameters(), o.distill_lr, o.distill_momentum)
+        return made, torch.optim.lr_scheduler.ConstantLR(made, 1.0, o.distill_epochs)
+
+    def reweigh(self, teachers: Ensemble, pool: Pool, epoch: int, draw: torch.Generator) -> None:
+        """Changes ``teachers.weights`` before an epoch; DENSE leaves them equal."""
+
+    def example(self, teachers: Ensemble, pool: Pool, index: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+        """What the student sees of the images at ``index``, and the members' logits of it."""
+        return pool.take(index)
+
+    def distil(self, server: Server, step: Step, teachers: Ensemble, student: nn.Module) -> None:
+        o, classes = self.options, server.federation.classes
+        draw = torch_stream(server, "generator", step)
+        generator = self.generator(server, draw)
+        pool = Pool(teachers, o.distill_epochs * o.synthesis_batch, server.image_shape)
+        optimiser, schedule = self.optimiser(student)
+        for epoch in range(o.distill_epochs):
+            pool.add(*synthesise(generator, teachers, student, self.how(), draw, classes))
+            self.reweigh(teachers, pool, epoch, draw)
+            chosen = islice(pool.batches(o.distill_batch, draw), o.distill_steps or None)
+            batches = (self.example(teachers, pool, index, draw) for index in chosen)
+            server.report.update(self.follow(student, teachers, batches, optimiser))
+            schedule.step()
+        server.report["distil_images"] = float(len(pool))

@@ -1,0 +1,20 @@
+"""FedAvg (McMahan et al., 2017, arXiv 1602.05629)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from fedkern.methods.base import Batch, LocalTraining, Received, register
+from fedkern.methods.common.supervised import supervised_loss
+
+
+@register("fedavg")
+class FedAvg(LocalTraining):
+    """Local SGD on the cross-entropy and a weighted average of the parameters (arXiv 1602.05629)."""
+
+    tasks: ClassVar[tuple[str, ...]] = ("classification", "segmentation", "retrieval")
+
+    def loss(self, model: Any, batch: Batch, received: Received) -> Tensor:
+        return supervised_loss(model, batch)

@@ -1,0 +1,82 @@
+"""FedDF (Lin et al., 2020, arXiv 2006.07242), with one round of communication.
+
+The server distils the ensemble of the clients' networks into their average on unlabelled images:
+
+    L = T^2 KL( softmax(mean_k t_k / T) || softmax(s / T) )
+
+with Adam and a cosine schedule (the paper's settings: learning rate 1e-3, batch 128, temperature 1).  The images are a
+public split, or, without any data, those of a generator trained against the ensemble (the paper's section 4.3 takes one
+that exists already).  The paper stops on a validation plateau, which a server without labels does not have: here the
+number of epochs is set.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fedkern.errors import UserError
+from fedkern.methods.base import Server, Step, option, register
+from fedkern.methods.common.oneshot_distill import DataFree, Pool, torch_stream
+from fedkern.methods.common.oneshot_synthesis import synthesise
+from fedkern.models.ensemble import Ensemble
+
+
+@register("feddf")
+class FedDF(DataFree):
+    """One-shot FedAvg, then the clients' ensemble distilled into it on public images (FedDF, arXiv 2006.07242)."""
+
+    @dataclass(frozen=True)
+    class Options(DataFree.Options):
+        """Knobs of the distillation."""
+
+        source: str = option(
+            "public",
+            "what the ensemble is distilled on: public images, or a generator's",
+            choices=("public", "generator"),
+        )
+        distill_epochs: int = option(20, "epochs over the images", low=1)
+        distill_lr: float = option(1e-3, "learning rate of the distillation (Adam, cosine to 0)", above=0)
+        synthetic: int = option(2048, "images that the generator makes", low=2)
+
+    def start(self, server: Server) -> None:
+        public = 0 if server.public is None else len(server.public)
+        if self.options.source == "public" and public < 2:
+            raise UserError(
+                f"feddf distils on at least 2 public images and this run sets {public or 'none'} aside: give "
+                "--public-samples N, or take a generator's images with --method-option source=generator."
+            )
+        if self.options.source == "generator" and server.task == "segmentation":
+            raise UserError("source=generator makes images of one class each: segmentation needs --public-samples N.")
+        super().start(server)
+
+    def distil(self, server: Server, step: Step, teachers: Ensemble, student: nn.Module) -> None:
+        o = self.options
+        pool = self._pool(server, step, teachers)
+        draw = torch_stream(server, "distil", step)
+        optimiser = torch.optim.Adam(student.parameters(), o.distill_lr)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+            optimiser, o.distill_epochs * -(-len(pool) // o.distill_batch)
+        )
+        for _ in range(o.distill_epochs):
+            batches = map(pool.take, pool.batches(o.distill_batch, draw))
+            server.report.update(self.follow(student, teachers, batches, optimiser, schedule))
+        server.report["distil_images"] = float(len(pool))
+
+    def _pool(self, server: Server, step: Step, teachers: Ensemble) -> Pool:
+        o, classes = self.options, server.federation.classes
+        if o.source == "public" and server.public is not None:
+            pool = Pool(teachers, len(server.public), server.image_shape)
+            # A segmentation network's answers are as large as its images.
+            for batch in server.public.batches(500 if server.task == "classification" else 16):
+                pool.add(batch.images)
+            return pool
+        pool = Pool(teachers, o.synthetic, server.image_shape)
+        draw = torch_stream(server, "generator", step)
+        generator = self.generator(server, draw)
+        while len(pool) < o.synthetic:
+            images, _ = synthesise(generator, teachers, None, self.synthesis(), draw, classes)
+            pool.add(images[: o.synthetic - len(pool)])
+        return pool

@@ -1,0 +1,91 @@
+"""FedDyn (Acar et al., ICLR 2021, arXiv 2111.04263): dynamic regularisation.
+
+Every client's objective changes with the rounds so that its minimum agrees with the global one (algorithm 1):
+
+    theta_k = argmin L_k(theta) - <g_k, theta> + alpha/2 ||theta - theta^{t-1}||^2
+    g_k <- g_k - alpha (theta_k - theta^{t-1})                      the client's gradient at theta_k, kept by the client
+    h <- h - alpha 1/m sum_{k in P} (theta_k - theta^{t-1}),   theta^t = 1/|P| sum_{k in P} theta_k - h / alpha
+
+The server keeps s = -h / alpha, so that alpha is the clients' own.  With ``weighting=samples`` the objective is
+sum_k (n_k/n) L_k, which scales the clients' losses by m n_k / n: the same as alpha n / (m n_k) for client k, as in the
+released code; ``weighting=uniform`` is the paper's.  The averages of models are uniform in both.
+
+What clients receive is theta^t, which the correction takes away from any model that a client has trained; evaluated and
+saved is the average of the participants' models, as in the released code, or theta^t with ``evaluate=server``.
+
+A round costs the bytes of FedAvg, and the number alpha_k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from fedkern.methods.base import VECTORS, Client, ClientId, Message, Received, Server, Step, Upload, option, register
+from fedkern.methods.baselines.fedavg import FedAvg
+from fedkern.methods.terms import Terms
+
+
+@register("feddyn")
+class FedDyn(FedAvg):
+    """Regularises every client dynamically, so that local and global optima agree (arXiv 2111.04263)."""
+
+    @dataclass(frozen=True)
+    class Options(FedAvg.Options):
+        alpha: float = option(0.01, "weight of the dynamic regulariser", above=0)
+        evaluate: str = option(
+            "average", "model that is evaluated: the clients' average, or the server's, which clients receive",
+            choices=("average", "server"),
+        )  # fmt: skip
+
+    def start(self, server: Server) -> None:
+        super().start(server)
+        server.state["average"] = server.state["parameters"]
+        server.state["shift"] = torch.zeros_like(server.state["parameters"])
+
+    def send(self, server: Server, step: Step) -> Message | dict[ClientId, Message]:
+        message = {name: server.state[name] for name in VECTORS if name in server.state}
+        samples = server.federation.samples
+        even = sum(samples) / len(samples)
+        uniform = self.options.weighting == "uniform"
+        return {
+            k: {**message, "alpha": self.options.alpha * (1.0 if uniform else even / n)} for k, n in enumerate(samples)
+        }
+
+    def client_update(self, client: Client, step: Step, message: Message) -> Message:
+        before = client.state.get("gradient", torch.zeros_like(message["parameters"]))
+        result = super().client_update(client, step, {**message, "correction": -before.to(client.device)})
+        client.state["gradient"] = before - message["alpha"] * (result["parameters"] - message["parameters"])
+        return result
+
+    def terms(self, received: Received) -> Terms:
+        message = received.message
+        return Terms(correction=message["correction"], anchor=received.parameters, proximal=message["alpha"])
+
+    def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
+        before, present = server.state["parameters"], 0
+
+        def counted() -> Iterable[Upload]:
+            nonlocal present
+            for upload in uploads:
+                present += 1
+                handover = [upload]
+                del upload  # or it would live until the next one has arrived
+                yield handover.pop()
+
+        super().server_update(server, step, counted())
+        if present:
+            average = server.state["parameters"]
+            share = present / server.federation.clients
+            server.state["average"] = average
+            server.state["shift"] = server.state["shift"] + share * (average - before)
+            server.state["parameters"] = average + server.state["shift"]
+
+    def weight(self, server: Server, upload: Upload) -> float:
+        return 1.0  # the algorithm's average is uniform; ``weighting`` scales the clients' regularisers instead
+
+    def vectors(self, server: Server) -> Message:
+        vectors = super().vectors(server)
+        return vectors if self.options.evaluate == "server" else {**vectors, "parameters": server.state["average"]}

@@ -1,0 +1,50 @@
+"""FedNTD (Lee et al., NeurIPS 2022, arXiv 2106.03097): preservation of global knowledge by not-true distillation.
+
+A client distils what the received model says of the classes that are not a sample's own (equations 3 to 5):
+
+    L = CE + beta tau^2 KL(q~_g || q~_l),   q~(c) = exp(z_c / tau) / sum_{c' != y} exp(z_c' / tau)   for c != y
+
+so that local training does not forget the classes a client lacks, while the sample's own class is left to the labels.
+tau^2, 1 by default, keeps the gradient's size for other temperatures.  A round costs the bytes of FedAvg.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from fedkern import ops
+from fedkern.methods.base import Batch, LocalTraining, Received, option, register
+from fedkern.methods.common.frozen import remembered
+
+
+@register("fedntd")
+class FedNTD(LocalTraining):
+    """Distils the global model's view of the classes that are not a sample's own (arXiv 2106.03097)."""
+
+    @dataclass(frozen=True)
+    class Options(LocalTraining.Options):
+        beta: float = option(1.0, "weight of the not-true distillation", low=0)
+        temperature: float = option(1.0, "temperature of the not-true distillation", above=0, infinite=True)
+
+    def loss(self, model: Any, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        logits = model(batch.images)
+        if not self.options.beta or logits.shape[1] == 1:  # of one class none is not true
+            return cross_entropy(logits, batch.labels)
+        teacher = remembered("logits", batch, received, lambda: received.model(batch.images))
+        em = cross_entropy(logits, batch.labels)
+        ntd = ops.kl_div(
+            not_true(logits, batch.labels), not_true(teacher, batch.labels), float(self.options.temperature)
+        )
+        return em + self.options.beta * ntd, {"loss_em": em.detach(), "loss_ntd": ntd.detach()}
+
+
+def not_true(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logits [B, C] with every sample's own class masked: probability 0, no gradient."""
+    own = torch.arange(logits.shape[1], device=logits.device) == labels[:, None]
+    return logits.masked_fill(own, -math.inf)

@@ -1,0 +1,284 @@
+"""FedProto (Tan et al., AAAI 2022, arXiv 2105.00243): federated prototype learning.
+
+Clients send the mean feature of each of their classes, the server averages these prototypes, and clients pull their
+features towards them (equations 3 to 7):
+
+    C_i^(j) = 1/|D_ij| sum_{x in D_ij} f_i(x),   C^(j) = sum_i |D_ij| C_i^(j) / sum_i |D_ij|
+    L = CE + lambda 1/B sum_b ||f(x_b) - C^(y_b)||^2 / d
+
+with f the pooled features of width d, and no distance for a class without a prototype (in the first round: for all).
+As in the released code, the distance is taken per sample, mean over its d coordinates.
+
+In the paper nothing but prototypes travels and every client keeps a network of its own (``networks=personal``): the
+bytes of a round are C (d + 1) numbers and the class ids.  Such networks have no single accuracy; they are uploaded once
+after the last round (booked as one-off) and what is evaluated is the mean of their figures, so there is none before.
+By default (``networks=averaged``) the networks are averaged as in FedAvg and prototypes travel beside them, so that one
+network can be compared with those of other methods.  ``predict=prototype`` answers with the nearest prototype, of
+features that the clients took of their networks before these were averaged; where a test class has no prototype, its
+loss is infinite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fedkern import ops
+from fedkern.methods.base import (
+    VECTORS,
+    Batch,
+    Client,
+    ClientId,
+    Declaration,
+    Federation,
+    LocalTraining,
+    Maybe,
+    Message,
+    Received,
+    Round,
+    Server,
+    Step,
+    Upload,
+    Values,
+    like,
+    option,
+    register,
+)
+from fedkern.methods.uploads import once
+
+
+@register("fedproto")
+class FedProto(LocalTraining):
+    """Pulls features towards class prototypes averaged over the clients (arXiv 2105.00243)."""
+
+    @dataclass(frozen=True)
+    class Options(LocalTraining.Options):
+        lam: float = option(1.0, "weight of the distance to the prototypes", low=0, name="lambda")
+        networks: str = option(
+            "averaged", "clients' networks: averaged, or personal as published (only prototypes travel)",
+            choices=("averaged", "personal"),
+        )  # fmt: skip
+        predict: str = option(
+            "head", "what answers: the classifier, or the nearest prototype", choices=("head", "prototype")
+        )
+
+    # -- the client ------------------------------------------------------------------------------------------------
+
+    def loss(self, model: Any, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        features = model.features(batch.images)
+        em = cross_entropy(model.head(features), batch.labels)
+        if not self.options.lam or "prototypes" not in received.message:
+            return em
+        means, known = self._targets(received, model.head.out_features, features.device)
+        apart = (features - means[batch.labels]).square().mean(1)
+        distance = torch.where(known[batch.labels], apart, 0.0).mean()
+        return em + self.options.lam * distance, {"loss_em": em.detach(), "loss_proto": distance.detach()}
+
+    def _targets(self, received: Received, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        if "targets" not in received.round_cache:
+            means, known = table(received.message["prototypes"], classes)
+            received.round_cache["targets"] = means.to(device), known.to(device)
+        targets: tuple[Tensor, Tensor] = received.round_cache["targets"]
+        return targets
+
+    def client_update(self, client: Client, step: Step, message: Message) -> Message:
+        if step.exchange == "collect":
+            return {"network": client.state["network"]} if "network" in client.state else {}
+        network = client.network()
+        answer: Message = {}
+        if self.options.networks == "personal":
+            if "network" in client.state:
+                network.load_state_dict(client.state["network"])
+            client.fit(self, step, network, message=message)
+            client.state["network"] = {name: value.cpu().clone() for name, value in network.state_dict().items()}
+            statistics = True
+        else:
+            answer = super().client_update(client, step, message)
+            flat = ops.FlatParameters(network)
+            flat.load_parameters(answer["parameters"])
+            buffers = {**client.state.get("buffers_local", {}), **answer}.get("buffers")
+            statistics = buffers is not None or not flat.buffers.numel()
+            if buffers is not None:
+                flat.load_buffers(buffers)
+        # Without running statistics (--buffers drop) batch norm has only the batch's own.
+        return {**answer, "prototypes": prototypes(network.train(not statistics), client)}
+
+    # -- the server ------------------------------------------------------------------------------------------------
+
+    @property
+    def averages(self) -> bool:
+        return bool(self.options.networks == "averaged")
+
+    def rounds(self, federation: Federation) -> Iterator[Round]:
+        yield from super().rounds(federation)
+        if self.options.networks == "personal":
+            yield Round("collect", exchanges=("collect",), participants="all", one_off=True)
+
+    def send(self, server: Server, step: Step) -> Message:
+        if step.exchange == "collect":
+            return {}
+        travels = ("prototypes",) if self.options.networks == "personal" else (*VECTORS, "prototypes")
+        return {name: server.state[name] for name in travels if name in server.state}
+
+    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
+        network: Any = once(server.round_cache, "network", server.build)
+        if step.exchange == "collect":  # a client that never took part has none
+            return {"network": Maybe(once(server.round_cache, "state", lambda: like(network.state_dict())))}
+        own = {} if self.options.networks == "personal" else super().expects(server, step, client, message)
+        known = {
+            "classes": Values(("classes present",), torch.int64, low=0, high=server.federation.classes - 1),
+            "means": Values(("classes present", network.head.in_features)),
+            "counts": Values(("classes present",), torch.int64, low=1),
+        }
+        return {**own, "prototypes": known}
+
+    def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
+        if step.exchange == "collect":
+            server.state["networks"] = {u.client_id: u.message["network"] for u in uploads}
+            return
+        uniform = self.options.weighting == "uniform"
+        classes = server.federation.classes
+        sums: Tensor | None = None
+        weights = torch.zeros(classes, dtype=torch.float64)
+
+        def with_prototypes() -> Iterator[Upload]:
+            nonlocal sums
+            for upload in uploads:
+                own = upload.message["prototypes"]
+                weight = torch.ones(len(own["classes"])) if uniform else own["counts"]
+                if sums is None:
+                    sums = torch.zeros(classes, own["means"].shape[1], dtype=torch.float64)
+                sums[own["classes"]] += weight.double()[:, None] * own["means"].double()
+                weights[own["classes"]] += weight.double()
+                handover = [upload]
+                del upload, own  # or they would live until the next one has arrived
+                yield handover.pop()
+
+        if self.options.networks == "personal":
+            for _ in with_prototypes():
+                pass
+        else:
+            super().server_update(server, step, with_prototypes())
+        if sums is not None:
+            means, known = table(server.state.get("prototypes"), classes, sums.shape[1])
+            seen = weights > 0  # a class that nobody brought this time keeps its prototype
+            means[seen] = (sums[seen] / weights[seen, None]).float()
+            known |= seen
+            server.state["prototypes"] = {"classes": known.nonzero().flatten(), "means": means[known]}
+
+    # -- what is evaluated -----------------------------------------------------------------------------------------
+
+    def model(self, server: Server) -> nn.Module | None:  # type: ignore[override]
+        nearest = self.options.predict == "prototype"
+        if self.options.networks == "averaged":
+            network: Any = super().model(server)
+            if not nearest or "prototypes" not in server.state:
+                return network
+            return Nearest(network, *table(server.state["prototypes"], server.federation.classes))
+        if "networks" not in server.state:
+            return None
+        members: dict[int, nn.Module] = {}
+        for client, state in server.state["networks"].items():
+            network = server.build()
+            network.load_state_dict(state)
+            if nearest:
+                network = Nearest(network.eval(), *table(server.state["prototypes"], server.federation.classes))
+            members[int(client)] = network
+        return Personal(members)
+
+    def evaluate(self, model: nn.Module, data: Any) -> dict[str, float]:
+        if not isinstance(model, Personal):
+            return super().evaluate(model, data)
+        unrecorded = SimpleNamespace(batches=data.batches)  # no single network has made the predictions
+        figures = [super(FedProto, self).evaluate(member, unrecorded) for member in model.members]
+        return {name: sum(one[name] for one in figures) / len(figures) for name in figures[0]}
+
+    def evaluate_own(self, model: nn.Module, data: Any, client: ClientId) -> dict[str, float]:
+        if isinstance(model, Personal) and client in model.clients:
+            model = model.members[model.clients.index(client)]
+        elif isinstance(model, Personal):
+            data = SimpleNamespace(batches=data.batches)  # a client that never took part: what the others say as one
+        return super().evaluate(model, data)
+
+
+class Nearest(nn.Module):
+    """Answers with the nearest prototype: logits ``-||f(x) - C^(j)||^2``, ``-inf`` for a class without one.
+
+    Args:
+        network: gives ``features`` [B, d].
+        means: fp32 [C, d].
+        known: bool [C].
+    """
+
+    means: Tensor
+    known: Tensor
+
+    def __init__(self, network: Any, means: Tensor, known: Tensor) -> None:
+        super().__init__()
+        self.network = network
+        device = next(network.parameters()).device
+        self.register_buffer("means", means.to(device))
+        self.register_buffer("known", known.to(device))
+
+    def train(self, mode: bool = True) -> Nearest:
+        """Leaves the network in the mode it came in: without running statistics batch norm takes each batch's."""
+        self.training = mode
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, C] of images."""
+        distances = torch.cdist(self.network.features(images), self.means).square()
+        return -distances.masked_fill(~self.known, torch.inf)
+
+
+class Personal(nn.Module):
+    """The clients' own networks; as one, the mean of their logits.
+
+    Args:
+        members: each client's, by its id.
+    """
+
+    def __init__(self, members: Mapping[ClientId, nn.Module]) -> None:
+        super().__init__()
+        self.clients = tuple(members)
+        self.members = nn.ModuleList(members.values())
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, C] of images."""
+        return torch.stack([member(images) for member in self.members]).mean(0)
+
+
+def prototypes(network: Any, client: Client) -> Message:
+    """The mean feature of each of the client's classes.
+
+    Returns:
+        ``classes`` int64 [C'] ascending, ``means`` fp32 [C', d], ``counts`` int64 [C'].
+    """
+    present, counts = client.labels.unique(return_counts=True)
+    row = torch.full((int(present.max()) + 1,), -1)
+    row[present] = torch.arange(len(present))
+    sums: Tensor | None = None
+    with torch.no_grad():
+        for batch in client.batches():
+            features = network.features(batch.images).double().cpu()
+            if sums is None:
+                sums = torch.zeros(len(present), features.shape[1], dtype=torch.float64)
+            sums.index_add_(0, row[batch.labels.cpu()], features)
+    assert sums is not None  # the engine starts no client without samples
+    return {"classes": present, "means": (sums / counts[:, None]).float(), "counts": counts}
+
+
+def table(message: Message | None, classes: int, width: int | None = None) -> tuple[Tensor, Tensor]:
+    """Prototypes as ``means`` fp32 [C, d] (zero where there is none) and ``known`` bool [C], for all classes."""
+    size = width if message is None else message["means"].shape[1]
+    means, known = torch.zeros(classes, size or 0), torch.zeros(classes, dtype=torch.bool)
+    if message is not None:
+        means[message["classes"]] = message["means"]
+        known[message["classes"]] = True
+    return means, known

@@ -1,0 +1,59 @@
+"""MOON (Li, He and Song, CVPR 2021, arXiv 2103.16257): model-contrastive federated learning.
+
+A client pulls its representation z of a sample towards the global model's and pushes it away from that of its own last
+local model (equations 3 and 4):
+
+    L = CE + mu l_con,   l_con = -log( e^{sim(z, z_glob)/tau} / (e^{sim(z, z_glob)/tau} + e^{sim(z, z_prev)/tau}) )
+
+with sim the cosine similarity.  The paper's networks end in a projection head of two layers before the classifier; here
+z are the pooled features, so that every method of a table trains the same network.  In a client's first round there is
+no previous model: both similarities are those to the received one, l_con is the constant log 2, and it is left out.
+
+The previous model stays with the client, so a round costs the bytes of FedAvg.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, cross_entropy, softplus
+
+from fedkern.methods.base import Batch, Client, LocalTraining, Message, Received, Step, option, register
+from fedkern.methods.common.frozen import frozen_copy, remembered
+
+
+@register("moon")
+class Moon(LocalTraining):
+    """Pulls features towards the global model's, away from the client's last local model's (arXiv 2103.16257)."""
+
+    @dataclass(frozen=True)
+    class Options(LocalTraining.Options):
+        mu: float = option(1.0, "weight of the model-contrastive loss", low=0)
+        temperature: float = option(0.5, "temperature of the model-contrastive loss", above=0, infinite=True)
+
+    def client_update(self, client: Client, step: Step, message: Message) -> Message:
+        if not self.options.mu:
+            return super().client_update(client, step, message)
+        known = {**message, "previous": client.state["previous"]} if "previous" in client.state else message
+        result = super().client_update(client, step, known)
+        client.state["previous"] = {name: result[name] for name in ("parameters", "buffers") if name in result}
+        return result
+
+    def loss(self, model: Any, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        if not self.options.mu or "previous" not in received.message:
+            return cross_entropy(model(batch.images), batch.labels)
+        z = model.features(batch.images)
+        z_glob = remembered("global", batch, received, lambda: received.model.features(batch.images))
+        z_prev = remembered("previous", batch, received, lambda: self._previous(received).features(batch.images))
+        towards, away = cosine_similarity(z, z_glob), cosine_similarity(z, z_prev)
+        contrast = softplus((away - towards) / self.options.temperature).mean()  # -log of the quotient above
+        em = cross_entropy(model.head(z), batch.labels)
+        return em + self.options.mu * contrast, {"loss_em": em.detach(), "loss_con": contrast.detach()}
+
+    def _previous(self, received: Received) -> Any:
+        """The client's last local model, made once an exchange."""
+        if "network" not in received.round_cache:
+            received.round_cache["network"] = frozen_copy(received.model, received.message["previous"])
+        return received.round_cache["network"]

@@ -1,0 +1,126 @@
+"""SCAFFOLD (Karimireddy et al., ICML 2020, arXiv 1910.06378): stochastic controlled averaging.
+
+Control variates c_i of the clients and c of the server take the drift out of local steps (algorithm 1):
+
+    y_i <- y_i - eta (g_i(y_i) - c_i + c)
+    c_i+ = g_i(x)                                   option I: the gradient at the received model, one more pass
+    c_i+ = c_i - c + (x - y_i) / (K eta)            option II
+    x <- x + eta_g sum_i p_i (y_i - x),   c <- c + sum_i p_i (c_i+ - c_i)
+
+Under plain SGD option II is the mean of the K gradients g_i along the way, and that mean is what is computed here: the
+quotient would be too large by 1 / (1 - momentum) under momentum.  p_i are the shares of the samples, those of the
+participants renormalised for x; ``weighting=uniform`` is the paper's 1 / |S| and 1 / N.  So c = sum_i p_i c_i always.
+
+A control variate travels beside the model both ways: the bytes of a round double (but for batch norm's buffers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedkern import ops
+from fedkern.errors import UserError
+from fedkern.methods.base import (
+    VECTORS,
+    Client,
+    ClientId,
+    Declaration,
+    Message,
+    Received,
+    Server,
+    Step,
+    Upload,
+    option,
+    register,
+)
+from fedkern.methods.baselines.fedavg import FedAvg
+from fedkern.methods.common.supervised import supervised_loss
+from fedkern.methods.terms import GradientSum, Terms
+from fedkern.models.norms import fix_statistics
+
+# Images of one backward pass at the received model, and of one whose answers are as large as the images.
+GRADIENT_BATCH, PIXELWISE_BATCH = 64, 16
+
+
+@register("scaffold")
+class Scaffold(FedAvg):
+    """Corrects local steps by control variates against client drift; twice FedAvg's bytes (arXiv 1910.06378)."""
+
+    @dataclass(frozen=True)
+    class Options(FedAvg.Options):
+        control: str = option(
+            "II", "new control variate: gradient at the received model (I), or mean gradient along the way (II)",
+            choices=("I", "II"),
+        )  # fmt: skip
+        server_lr: float = option(1.0, "step size of the server", above=0)
+
+    def check(self, client: Client) -> None:
+        if self.options.control == "I" and client.task == "retrieval":
+            raise UserError(
+                "The method option control=I is not for image-text data, whose loss is one of batches and not of "
+                "samples: use control=II."
+            )
+
+    def start(self, server: Server) -> None:
+        super().start(server)
+        server.state["control"] = torch.zeros_like(server.state["parameters"])
+
+    def send(self, server: Server, step: Step) -> Message:
+        return {name: server.state[name] for name in (*VECTORS, "control") if name in server.state}
+
+    def client_update(self, client: Client, step: Step, message: Message) -> Message:
+        own = client.state.get("control", torch.zeros_like(message["control"]))
+        path = GradientSum(torch.zeros_like(own, device=client.device))
+        correction = (message["control"] - own).to(client.device)
+        result = super().client_update(client, step, {**message, "correction": correction, "path": path})
+        new = self.gradient(client, step, message) if self.options.control == "I" else path.mean()
+        client.state["control"] = new.cpu()
+        return {**result, "control": new.cpu() - own}
+
+    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
+        return {**super().expects(server, step, client, message), "control": server.state["control"]}
+
+    def terms(self, received: Received) -> Terms:
+        return Terms(correction=received.message["correction"], gradient_sum=received.message["path"])
+
+    def gradient(self, client: Client, step: Step, message: Message) -> Tensor:
+        """The gradient of the mean loss over all of the client's samples at the received model, fp32 [P]."""
+        network = client.network()
+        flat = ops.FlatParameters(network)
+        flat.load_parameters(message["parameters"])
+        if "buffers" in message:
+            flat.load_buffers(message["buffers"])
+        if client.statistics_fixed(step):
+            fix_statistics(network)
+        total = flat.gradients()
+        known = (client.labels >= 0).sum().clamp_min(1)  # samples, of a segmentation pixels
+        for batch in client.batches(GRADIENT_BATCH if client.labels.dim() == 1 else PIXELWISE_BATCH):
+            share = float((batch.labels >= 0).sum() / known)
+            (share * supervised_loss(network, batch)).backward()
+        return total
+
+    def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
+        samples = server.federation.samples
+        uniform = self.options.weighting == "uniform"
+        shares = [1 / len(samples) if uniform else n / sum(samples) for n in samples]
+        change, present = server.accumulator(server.state["control"].numel()), 0.0
+
+        def controls() -> Iterator[Upload]:
+            nonlocal present
+            for upload in uploads:
+                change.add(upload.message["control"], shares[upload.client_id])
+                present += shares[upload.client_id]
+                handover = [upload]
+                del upload  # or it would live until the next one has arrived
+                yield handover.pop()
+
+        before = server.state["parameters"]
+        super().server_update(server, step, controls())
+        if present:
+            server.state["control"] = server.state["control"] + present * change.mean()
+            if self.options.server_lr != 1:
+                server.state["parameters"] = torch.lerp(before, server.state["parameters"], self.options.server_lr)

@@ -1,0 +1,82 @@
+"""Figures of a network on a test set, by task."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedkern.methods.common.segmentation_figures import segmentation
+from fedkern.methods.common.supervised import pair_figures
+
+MAIN_FIGURES = ("accuracy", "dice", "i2t_r1")
+"""What a run is judged by, whatever its task: its metrics hold one of these."""
+
+
+AHEAD = 16
+"""Batches that wait for a thread; more would only hold memory."""
+
+
+def is_main(name: str) -> bool:
+    """Whether a metric is a main figure, of any test set (``ood_accuracy``) or kind (``vote_accuracy``)."""
+    return name.endswith(MAIN_FIGURES)
+
+
+def figures(model: nn.Module, data: Any) -> dict[str, float]:
+    """The figures of the task that ``data.task`` names: `classification` (the default), `segmentation`, retrieval."""
+    of_task = {"retrieval": pair_figures, "segmentation": segmentation}
+    return of_task.get(getattr(data, "task", ""), classification)(model, data)
+
+
+def answers(model: nn.Module, data: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """What a network says of ``data.batches()``, with their labels, in order.
+
+    Several batches at a time where ``data.pool`` is a pool of threads: each as one thread alone would compute it.
+    """
+    pool: ThreadPoolExecutor | None = getattr(data, "pool", None)
+    if pool is None:
+        for images, labels in data.batches():
+            yield model(images), labels
+        return
+    asked = torch.no_grad()(model)
+    ahead: deque[tuple[Future[Tensor], Tensor]] = deque()
+    for images, labels in data.batches():
+        # In this thread's context, which says what precision networks compute in.
+        ahead.append((pool.submit(copy_context().run, asked, images), labels))
+        if len(ahead) > AHEAD:
+            done, known = ahead.popleft()
+            yield done.result(), known
+    for done, known in ahead:
+        yield done.result(), known
+
+
+@torch.no_grad()
+def classification(model: nn.Module, data: Any) -> dict[str, float]:
+    """Returns ``accuracy``, ``loss`` (nats) and ``confidence``, the mean probability of the true class.
+
+    ``data.batches()`` yields (images fp32 [B, C, H, W], labels int64 [B]).  ``data.record(predictions)``, where it
+    exists, receives the predicted classes int64 [n] in order (the engine looks for classes never predicted).
+    """
+    correct, loss, confidence, total = 0, 0.0, 0.0, 0
+    predictions = []
+    for said, labels in answers(model, data):
+        logits = said.double()
+        log_probability = F.log_softmax(logits, 1).gather(1, labels[:, None])
+        predicted = logits.argmax(1)
+        correct += int((predicted == labels).sum())
+        loss -= float(log_probability.sum())
+        confidence += float(log_probability.exp().sum())
+        total += labels.numel()
+        predictions.append(predicted)
+    if total == 0:
+        raise ValueError("data: expected at least one sample, given none")
+    record = getattr(data, "record", None)
+    if record is not None:
+        record(torch.cat(predictions))
+    return {"accuracy": correct / total, "loss": loss / total, "confidence": confidence / total}

@@ -1,0 +1,131 @@
+"""The frame of one-shot methods: every client trains its whole budget once.
+
+``--local-epochs`` is a client's whole budget, so that all one-shot methods train equally long.  With ``calibrate`` a
+second round replaces the classifier: clients send class statistics of the features of what the first round made, and
+the server trains the classifier on features drawn from them (CCVR, arXiv 2106.05001).  It is the same for every method,
+so that a comparison is about what is calibrated.  The records of the rounds before it hold the figures without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from fedkern.errors import UserError
+from fedkern.methods.base import (
+    VECTORS,
+    Client,
+    ClientId,
+    Declaration,
+    Federation,
+    Message,
+    Round,
+    Server,
+    Step,
+    Upload,
+    option,
+)
+from fedkern.methods.baselines.fedavg import FedAvg
+from fedkern.methods.common.calibration import CalibrationOptions, calibrate, collect, pool, statistics_of
+from fedkern.methods.common.oneshot_members import flatten, load, vectors
+from fedkern.methods.uploads import once
+
+
+class OneShot(FedAvg):
+    """Methods whose clients train once: a plan of one round, and one more with ``calibrate``."""
+
+    @dataclass(frozen=True)
+    class Options(CalibrationOptions, FedAvg.Options):
+        """Knobs of every one-shot method."""
+
+        calibrate: bool = option(False, "train the classifier anew on features drawn from class statistics (CCVR)")
+
+    one_shot = True
+    tasks: ClassVar[tuple[str, ...]] = ("classification", "segmentation")
+    takes_teachers = True
+    needs_statistics = False
+    """Whether networks are used apart from their training, so that batch norm needs running statistics."""
+
+    def start(self, server: Server) -> None:
+        super().start(server)
+        if self.options.calibrate and server.task != "classification":
+            raise UserError(
+                f"calibrate draws a classifier's features of whole images, and this run is for {server.task}: leave it "
+                "out."
+            )
+        needed = (self.needs_statistics or self.options.calibrate) and "buffers" not in server.state
+        if needed and any(buffer.is_floating_point() for buffer in server.build().buffers()):
+            raise UserError(
+                f"{self.name} needs the running statistics of the clients' networks: use --buffers average, not local "
+                "or drop."
+            )
+
+    def rounds(self, federation: Federation) -> Iterator[Round]:
+        yield Round("train", participants="all")
+        if self.options.calibrate:
+            yield Round("calibrate", exchanges=("statistics",), participants="all")
+
+    def send(self, server: Server, step: Step) -> Message | dict[int, Message]:
+        return self.publish(server) if step.exchange == "statistics" else super().send(server, step)
+
+    def client_update(self, client: Client, step: Step, message: Message) -> Message:
+        if step.exchange == "statistics":
+            network = self.published(client, message)
+            return collect(network.features, client.batches(), len(client.classes), self.options)
+        return super().client_update(client, step, message)
+
+    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
+        if step.exchange == "statistics":
+            return once(server.round_cache, "statistics", lambda: statistics_of(self.head(server), self.options))
+        return super().expects(server, step, client, message)
+
+    def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
+        if step.exchange == "statistics":
+            self._calibrate(server, step, uploads)
+        else:
+            super().server_update(server, step, uploads)
+
+    def _calibrate(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
+        o, head = self.options, self.head(server)
+
+        def refuse(k: ClientId, error: ValueError) -> None:
+            server.refuse(k, f"The class statistics of client {k} cannot be used: {error}")
+
+        pooled = pool(uploads, head, o, refuse)
+        if not int(pooled.counts.sum()):
+            raise UserError("The class statistics of every client were refused: run without calibrate.")
+        self.replace_head(server, calibrate(head, pooled, server.rng("calibration", step), o))
+
+    # -- what is calibrated: the averaged network, unless a method says otherwise ----------------------------------
+
+    def publish(self, server: Server) -> Message | dict[ClientId, Message]:
+        """What the clients need to compute the features whose statistics they send; one message for all, or each."""
+        return {name: server.state[name] for name in VECTORS if name in server.state}
+
+    def published(self, client: Client, message: Message) -> Any:
+        """The network with these ``features``, in eval mode, on the client's device."""
+        return load(flatten(client.network()), message).eval()
+
+    def head(self, server: Server) -> nn.Linear:
+        """The classifier to calibrate."""
+        network: Any = load(flatten(server.build()), server.state)
+        return network.head
+
+    @torch.no_grad()
+    def replace_head(self, server: Server, head: nn.Linear) -> None:
+        """Puts the calibrated classifier into the server's state."""
+        flat = flatten(server.build())
+        network: Any = load(flat, server.state)
+        network.head.weight.copy_(head.weight)
+        network.head.bias.copy_(head.bias)
+        server.state.update(vectors(flat))
+
+
+def exhaust(uploads: Iterable[Upload]) -> None:
+    """Lets every client do its part of an exchange whose uploads nobody looks at."""
+    for _ in uploads:
+        pass

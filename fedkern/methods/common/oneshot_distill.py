@@ -1,0 +1,266 @@
+"""What the one-shot methods share that distil the clients' ensemble into one network on the server."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedkern import ops
+from fedkern.methods.base import (
+    VECTORS,
+    Client,
+    ClientId,
+    Declaration,
+    Federation,
+    Message,
+    Round,
+    Server,
+    Step,
+    Upload,
+    option,
+)
+from fedkern.methods.common.oneshot import OneShot, exhaust
+from fedkern.methods.common.oneshot_members import (
+    Members,
+    OwnNetworks,
+    flatten,
+    load,
+    member_vectors,
+    train_member,
+    vectors,
+)
+from fedkern.methods.common.oneshot_synthesis import Synthesis, refuse_diverged
+from fedkern.models.ensemble import Ensemble
+from fedkern.models.generator import Generator
+
+
+class Distilled(OwnNetworks, OneShot):
+    """Clients train once; the server averages them and distils their ensemble into one network.
+
+    The plan has a round that trains (after it the model is the average: one-shot FedAvg), one that distils, in which
+    nothing travels, and with ``calibrate`` one that calibrates.  So a run killed while it distils keeps the training.
+    """
+
+    @dataclass(frozen=True)
+    class Options(OneShot.Options):
+        """Knobs of every method that distils an ensemble on the server."""
+
+        models: str = option(
+            "", "networks of the clients in turn, as name[:width] between commas; empty: --model for all"
+        )
+        student_init: str = option(
+            "average", "what the student starts from: the average of the clients with its network, or fresh weights",
+            choices=("average", "fresh"),
+        )  # fmt: skip
+        temperature: float = option(1.0, "temperature of the distillation", above=0, infinite=True)
+        distill_batch: int = option(128, "images per step of the distillation", low=2)
+
+    needs_statistics = True
+
+    @property
+    def averages(self) -> bool:
+        return False  # every network counts by itself too
+
+    def members(self, server: Server) -> Members:
+        """The uploaded networks."""
+        return Members(server, self.architectures)
+
+    @abstractmethod
+    def distil(self, server: Server, step: Step, teachers: Ensemble, student: nn.Module) -> None:
+        """Trains ``student`` in place on what ``teachers`` say; both are on the server's device."""
+
+    def follow(
+        self,
+        student: nn.Module,
+        teachers: Ensemble,
+        batches: Iterable[tuple[Tensor, Tensor]],
+        optimiser: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
+    ) -> dict[str, float]:
+        """Trains the student for an epoch on images [B, C, H, W] and the members' logits [K, B, C] of them.
+
+        The loss is ``T^2 KL(softmax(mean_k t_k / T) || softmax(s / T))``.
+
+        Returns:
+            ``distil_loss`` and ``teacher_agreement``, the share of images that student and ensemble class alike.
+        """
+        running = Running()
+        for images, said in batches:
+            logits = student(images)
+            loss = ops.ensemble_kl(logits, said, teachers.weights, self.options.temperature, mix="logits")
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            if schedule is not None:
+                schedule.step()
+            agrees = logits.detach().argmax(1) == teachers.mix(said).argmax(1)
+            running.add(distil_loss=loss, teacher_agreement=agrees.float().mean())
+        return running.means()
+
+    # -- the plan --------------------------------------------------------------------------------------------------
+
+    def start(self, server: Server) -> None:
+        super().start(server)
+        self.members(server).check()
+
+    def rounds(self, federation: Federation) -> Iterator[Round]:
+        train, *calibration = super().rounds(federation)
+        yield train
+        yield Round("distil", exchanges=("distil",), participants="all")
+        yield from calibration
+
+    def send(self, server: Server, step: Step) -> Message | dict[int, Message]:
+        if step.exchange == "distil" or (step.exchange == "update" and self.options.models):
+            return {}
+        return super().send(server, step)
+
+    def client_update(self, client: Client, step: Step, message: Message) -> Message:
+        if step.exchange == "distil":
+            return {}
+        if step.exchange == "update":
+            return train_member(self, client, step, message, self.architectures)
+        return super().client_update(client, step, message)
+
+    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
+        if step.exchange == "distil":
+            return {}
+        own = member_vectors(server, self.architectures, client) if step.exchange == "update" else None
+        return super().expects(server, step, client, message) if own is None else own
+
+    def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
+        if step.exchange == "update":
+            sizes = {name: server.state[name].shape for name in VECTORS if name in server.state}
+            sound = self.members(server).collect(step, uploads)
+            own = (u for u in sound if {n: u.message[n].shape for n in VECTORS if n in u.message} == sizes)
+            # The average of those that have the student's architecture, sound already; of none it stays fresh.
+            super(OneShot, self).server_update(server, step, own)
+        elif step.exchange == "distil":
+            exhaust(uploads)
+            flat = flatten(server.build())
+            student = flat.module
+            if self.options.student_init == "average":
+                load(flat, server.state)
+            student.requires_grad_(True).train()
+            self.distil(server, step, self.members(server).ensemble(), student)
+            refuse_diverged(student)
+            server.state.update(vectors(flat))
+            del server.state["members"]  # nothing after this needs them
+        else:
+            super().server_update(server, step, uploads)
+
+
+class DataFree(Distilled):
+    """Those that distil on the images of a generator (a generator's knobs, and how they become its settings)."""
+
+    @dataclass(frozen=True)
+    class Options(Distilled.Options):
+        """Knobs of the generator; the published settings are 256, 64, 30, 256 and 1e-3 (DENSE, Co-Boosting)."""
+
+        nz: int = option(256, "dimensions of the generator's noise", low=1)
+        ngf: int = option(64, "unit of the generator's channels", low=1)
+        generator_steps: int = option(30, "steps of the generator for each batch of images", low=1)
+        generator_lr: float = option(1e-3, "learning rate of the generator and of its noise (Adam)", above=0)
+        synthesis_batch: int = option(256, "images made at a time", low=2)
+        ce_weight: float = option(1.0, "weight of the ensemble's cross-entropy to random labels", low=0)
+        bn_weight: float = option(1.0, "weight of the distance to the members' batch norm statistics", low=0)
+
+    def generator(self, server: Server, draw: torch.Generator) -> Generator:
+        """A fresh generator of the data's image size on the server's device."""
+        o = self.options
+        channels, height, width = server.image_shape
+        made = Generator(
+            nz=o.nz, ngf=o.ngf, channels=channels, image_size=(height, width), mean=server.mean, std=server.std,
+            generator=draw,
+        )  # fmt: skip
+        return made.to(server.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def synthesis(self, **settings: Any) -> Synthesis:
+        """How a batch of images is made, from the options."""
+        o = self.options
+        return Synthesis(
+            steps=o.generator_steps, size=o.synthesis_batch, lr=o.generator_lr, cross_entropy=o.ce_weight,
+            batch_norm=o.bn_weight, **settings,
+        )  # fmt: skip
+
+
+def torch_stream(server: Server, purpose: str, step: Step) -> torch.Generator:
+    """A CPU generator of torch, seeded by the server's own stream for a purpose and round."""
+    return torch.Generator().manual_seed(int(server.rng(purpose, step).integers(2**63)))
+
+
+class Pool:
+    """Images and what every member says of them, asked once.
+
+    Args:
+        teachers: the members.
+        capacity: images it will hold.
+        shape: (channels, height, width).
+    """
+
+    def __init__(self, teachers: Ensemble, capacity: int, shape: tuple[int, int, int]) -> None:
+        channels, height, width = shape
+        device = teachers.weights.device
+        self._teachers = teachers
+        # One row per image in NHWC, so that picking rows keeps channels-last and copies whole images.
+        self._rows = torch.empty(capacity, height, width, channels, device=device)
+        self._said = torch.empty(0, device=device)  # [K, capacity, C], or with positions
+        self._labels = torch.zeros(capacity, dtype=torch.int64, device=device)
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    @torch.no_grad()
+    def add(self, images: Tensor, labels: Tensor | None = None) -> None:
+        """Takes in normalised images fp32 [n, C, H, W] and, where they were made for classes, those int64 [n]."""
+        begin, end = self._count, self._count + len(images)
+        self._rows[begin:end] = images.permute(0, 2, 3, 1)
+        said = self._teachers.logits(images)
+        if not begin:
+            self._said = said.new_empty(len(said), len(self._rows), *said.shape[2:])
+        self._said[:, begin:end] = said
+        if labels is not None:
+            self._labels[begin:end] = labels
+        self._count = end
+
+    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, C, H, W] and the members' logits [K, B, C], or [K, B, C, H, W], of int64 [B] rows (on the CPU)."""
+        index = index.to(self._rows.device)
+        return self._rows.index_select(0, index).permute(0, 3, 1, 2), self._said.index_select(1, index)
+
+    def answers(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The members' logits [K, B, C] of the images at ``index``, and the classes [B] those were made for."""
+        index = index.to(self._rows.device)
+        return self._said.index_select(1, index), self._labels.index_select(0, index)
+
+    def batches(self, size: int, draw: torch.Generator) -> Iterator[Tensor]:
+        """One epoch: positions in random order in batches of ``size``; a rest of one image is left out.
+
+        Batch norm cannot normalise a single value per channel.
+        """
+        for batch in torch.randperm(len(self), generator=draw).split(size):
+            if len(batch) > 1:
+                yield batch
+
+
+class Running:
+    """Means of named figures without waiting for the device at every step."""
+
+    def __init__(self) -> None:
+        self._totals: dict[str, Tensor] = {}
+        self._count = 0
+
+    def add(self, **figures: Tensor) -> None:
+        """Adds one step's figures, each a scalar."""
+        for name, value in figures.items():
+            self._totals[name] = self._totals.get(name, torch.zeros((), device=value.device)) + value.detach()
+        self._count += 1
+
+    def means(self) -> dict[str, float]:
+        """Their means over all steps."""
+        return {name: float(total) / self._count for name, total in self._totals.items()}

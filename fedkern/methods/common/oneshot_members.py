@@ -1,0 +1,200 @@
+"""The networks that clients upload once: how they travel, who is refused, how the server gets them back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedkern import models
+from fedkern.errors import UserError, nearest
+from fedkern.methods.base import (
+    VECTORS,
+    Client,
+    ClientId,
+    Declaration,
+    LocalTraining,
+    Message,
+    Method,
+    Server,
+    Step,
+    Upload,
+    like,
+)
+from fedkern.methods.uploads import all_finite, once
+from fedkern.models.ensemble import Ensemble
+from fedkern.ops import FlatParameters
+
+Architectures = tuple[tuple[str, int] | None, ...]
+"""The clients' networks in turn: name and width, or None for the run's own."""
+
+PROBES = 16
+"""Images of noise that a member must answer with finite logits before it is let in."""
+
+
+def parse_models(text: str) -> Architectures:
+    """Reads ``"resnet8:16,cnn"``: (name, width) of the clients' networks in turn; empty is the run's own for all.
+
+    Raises:
+        UserError: an unknown network, or a width that is no positive number.
+    """
+    if not text:
+        return (None,)
+    result: list[tuple[str, int] | None] = []
+    for entry in text.split(","):
+        name, colon, width = (part.strip() for part in entry.partition(":"))
+        if name not in models.MODELS:
+            raise UserError(
+                f'Method option "models": there is no model "{name}", choose of {", ".join(models.MODELS)}.'
+                f"{nearest(name, models.MODELS)}"
+            )
+        if colon and not (width.isdecimal() and int(width) > 0):
+            raise UserError(f'Method option "models": the width of {name} must be a positive number, not "{width}".')
+        result.append((name, int(width) if colon else models.MODELS[name].width))
+    return tuple(result)
+
+
+def architecture(architectures: Architectures, client: int) -> dict[str, Any]:
+    """What ``build`` and ``network`` need beside the run's own settings for a client's network."""
+    entry = architectures[client % len(architectures)]
+    return {} if entry is None else {"model": entry[0], "width": entry[1]}
+
+
+class OwnNetworks(Method):
+    """Methods whose clients may have networks of their own, which the option ``models`` names."""
+
+    def __init__(self, options: Any = None) -> None:
+        super().__init__(options)
+        self.architectures = parse_models(self.options.models)
+
+    def architecture(self, client: ClientId) -> dict[str, Any]:
+        return architecture(self.architectures, client)
+
+
+def flatten(module: nn.Module) -> FlatParameters:
+    """The module as flat vectors, laid out as the engine lays out networks (convolutions channels-last)."""
+    if any(p.dim() == 4 for p in module.parameters()):
+        module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return FlatParameters(module)
+
+
+def vectors(flat: FlatParameters) -> Message:
+    """Copies of what travels: ``parameters`` fp32 [P], ``buffers`` fp32 [Q], ``integers`` int64 [R]; none empty."""
+    found = {"parameters": flat.parameters, "buffers": flat.buffers, "integers": flat.integers}
+    return {name: value.detach().cpu().clone() for name, value in found.items() if value.numel()}
+
+
+def load(flat: FlatParameters, message: Message) -> nn.Module:
+    """Writes vectors into a module and returns it.
+
+    Raises:
+        ValueError: a vector is missing or has another size than the module's.
+    """
+    for name, own in (("parameters", flat.parameters), ("buffers", flat.buffers), ("integers", flat.integers)):
+        if own.numel() and name not in message:
+            raise ValueError(f"it sent no {name}")
+    flat.load_parameters(message["parameters"])
+    if "buffers" in message:
+        flat.load_buffers(message["buffers"])
+    if "integers" in message:
+        flat.load_integers(message["integers"])
+    return flat.module
+
+
+def member_vectors(server: Server, architectures: Architectures, client: int) -> Declaration | None:
+    """What a client of its own architecture uploads; None for one that has the run's network."""
+    own = architecture(architectures, client)
+    if not own:
+        return None
+    key = f"member {own['model']} {own['width']}"
+    return once(server.round_cache, key, lambda: like(vectors(flatten(server.build(**own)))))
+
+
+def train_member(
+    method: LocalTraining,
+    client: Client,
+    step: Step,
+    message: Message,
+    architectures: Architectures,
+) -> Message:
+    """A client's whole local training, of the run's network or of the client's own architecture."""
+    own = architecture(architectures, client.id)
+    if not own:
+        return client.train(method, step, message)
+    module = client.network(**own)
+    client.fit(method, step, module)
+    return vectors(flatten(module))
+
+
+class Members:
+    """The uploaded networks in ``server.state["members"]``: client id to vectors and samples.
+
+    Args:
+        place: the server, or a client that was sent them.
+        architectures: the clients' networks in turn, see :func:`parse_models`.
+    """
+
+    def __init__(self, place: Any, architectures: Architectures = (None,)) -> None:
+        self.server, self.architectures = place, architectures
+        self._build = place.build if hasattr(place, "build") else place.network
+
+    def build(self, client: int) -> nn.Module:
+        """A fresh network of the client's architecture."""
+        return self._build(**architecture(self.architectures, client))
+
+    def check(self) -> None:
+        """Builds every architecture once.
+
+        Raises:
+            UserError: one does not fit the images.
+        """
+        for client in range(len(self.architectures)):
+            self.build(client)
+
+    def collect(self, step: Step, uploads: Iterable[Upload]) -> Iterator[Upload]:
+        """Keeps every upload whose network answers with finite logits, and passes it on; others are refused by name.
+
+        Raises:
+            UserError: one is refused and the run is not to go on without it, or none is left.
+        """
+        kept = self.server.state["members"] = {}
+        for upload in uploads:
+            if not self._sound(step, upload):
+                k = upload.client_id
+                self.server.refuse(k, f"The network of client {k} cannot be used: its logits are not finite")
+                continue
+            own = {name: upload.message[name] for name in VECTORS if name in upload.message}
+            kept[upload.client_id] = {**own, "samples": upload.samples}
+            yield upload
+        if not kept:
+            raise UserError("Every client's network was refused: lower --lr, or set --clip-norm.")
+
+    @torch.no_grad()
+    def _sound(self, step: Step, upload: Upload) -> bool:
+        """Whether the network answers noise with finite logits."""
+        module = self.build(upload.client_id)
+        load(flatten(module), upload.message)
+        shape = (PROBES, *self.server.image_shape)
+        noise = torch.from_numpy(self.server.rng("probe", step).standard_normal(shape, dtype="float32"))
+        logits = module.eval()(noise.to(self.server.device))
+        return all_finite(logits)
+
+    def clients(self) -> list[int]:
+        """The ids of the members, ascending."""
+        return sorted(self.server.state["members"])
+
+    def messages(self) -> dict[int, Message]:
+        """What travels of every member."""
+        members = self.server.state["members"]
+        return {k: {name: members[k][name] for name in VECTORS if name in members[k]} for k in self.clients()}
+
+    def modules(self, messages: dict[int, Message] | None = None) -> list[nn.Module]:
+        """The members' networks, in order of the clients, in eval mode."""
+        messages = self.messages() if messages is None else messages
+        return [load(flatten(self.build(k)), messages[k]).eval() for k in sorted(messages)]
+
+    def ensemble(self, weights: Tensor | None = None, **settings: Any) -> Ensemble:
+        """All of them as one."""
+        return Ensemble(self.modules(), weights, **settings)

@@ -1,0 +1,162 @@
+"""Batch norm's statistics of the averaged network, pooled over the clients' samples (``--buffers pool``).
+
+An average of the clients' running statistics is those of no data: every client's are of its own network, and the
+variance between clients is in none of them.  Where clients differ, the averaged heads of an image-text pair are then
+evaluated far from anything they were trained at.  So clients are asked again, about the new global network:
+
+- ``statistics``: the network goes out; sums of what reaches the first batch norm of either head, and of its squares,
+  come back.
+- ``normalised``: the statistics that follow go out; the same of the second batch norm, which they reach.
+
+Then mean and variance are those of the mixture of the clients' samples, exactly, with the weights of the average.  No
+client's own running statistics travel.  It is the same for every method, and nothing of the training changes, which
+sees the statistics of its batches alone.
+
+It costs a download of the network and a few numbers, in the rounds after which the network is evaluated
+(``--eval-every``); methods whose clients judge it (`Method.statistics_at`) need it in every round, and pay nothing
+more, for clients keep the network that they were asked about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fedkern.errors import UserError
+from fedkern.methods.base import (
+    Client,
+    ClientId,
+    Declaration,
+    Message,
+    Method,
+    Number,
+    Round,
+    Server,
+    Step,
+    Upload,
+    Values,
+)
+from fedkern.methods.common.oneshot_members import flatten, load
+from fedkern.methods.uploads import once
+
+EXCHANGES = ("statistics", "normalised")
+HEADS = ("image_head", "text_head")
+SAMPLES = 256
+"""Most samples of a client that its sums are taken over, drawn anew in every round."""
+CHUNK = 128
+
+
+class Pooling:
+    """The two exchanges, for the network that ``method`` evaluates; no exchange unless ``on``."""
+
+    def __init__(self, method: Method, on: bool = True) -> None:
+        self.method, self.on = method, on and method.pools_statistics
+
+    def check(self, network: nn.Module) -> None:
+        """Raises UserError for a pair of encoders with batch norm elsewhere than in its heads."""
+        for name, layer in network.named_modules():
+            if self.on and isinstance(layer, _BatchNorm) and name.partition(".")[0] not in HEADS:
+                raise UserError(
+                    f"--buffers pool is for encoders without batch norm, and this pair has one at {name}: use "
+                    "--buffers average."
+                )
+
+    def exchanges(self, entry: Round, evaluated: bool) -> list[tuple[str, Any]]:
+        """The exchanges of a round, each with who holds it: the method, or this.
+
+        Args:
+            evaluated: whether the network is evaluated at the end of the round.
+        """
+        exchanges: list[tuple[str, Any]] = [(name, self.method) for name in entry.exchanges]
+        if not self.on or entry.one_off:
+            return exchanges
+        at = self.method.statistics_at(entry)
+        if at is None and not evaluated:
+            return exchanges
+        at = len(exchanges) if at is None else at
+        return [*exchanges[:at], *((name, self) for name in EXCHANGES), *exchanges[at:]]
+
+    def send(self, server: Server, step: Step) -> Message:
+        """The network, and once clients have it, the statistics alone."""
+        if step.exchange == EXCHANGES[0]:
+            server.round_cache["asked"] = True
+            return self.method.vectors(server)
+        return {"buffers": server.state["buffers"]}
+
+    def client_update(self, client: Client, step: Step, message: Message) -> Message:
+        """``samples``, and by the name of either batch norm fp64 [2, features]: sums of its inputs and their squares.
+
+        What the client is asked about and the heads' inputs stay in ``round_cache`` (``asked``, ``heads``).
+        """
+        if step.exchange == EXCHANGES[0]:
+            client.round_cache["asked"] = message
+            client.round_cache["heads"] = self._heads(client, client.frozen(message), step)
+        network = client.frozen({**client.round_cache["asked"], **message})
+        answer: Message = {}
+        with torch.no_grad():
+            for head, x in client.round_cache["heads"].items():
+                layers = getattr(network, head)
+                name = _batch_norms(layers)[EXCHANGES.index(step.exchange)]
+                reached = layers[: int(name)](x).double()
+                answer[f"{head}.{name}"] = torch.stack([reached.sum(0), reached.square().sum(0)]).cpu()
+                answer["samples"] = len(x)
+        return answer
+
+    def _heads(self, client: Client, network: Any, step: Step) -> dict[str, Tensor]:
+        """What goes into either head, fp32 [n, d], of the samples drawn for this round."""
+        rows = self.method.statistics_rows(client)
+        if len(rows) > SAMPLES:
+            rows = np.sort(client.rng("statistics", step).choice(rows, SAMPLES, replace=False))
+        images, texts = [], []
+        with torch.no_grad():
+            for start in range(0, len(rows), CHUNK):
+                batch = client.batch(rows[start : start + CHUNK])
+                images.append(network.image_align.first(network.encode_image(batch.images)))
+                texts.append(network.text_align.first(network.encode_text(batch.tokens), batch.tokens.mask))
+        return {"image_head": torch.cat(images), "text_head": torch.cat(texts)}
+
+    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
+        """Of either head what `client_update` returns."""
+
+        def made() -> Declaration:
+            network: Any = server.build()
+            due: dict[str, Any] = {"samples": Number(low=1, whole=True)}
+            for head in HEADS:
+                layers = getattr(network, head)
+                name = _batch_norms(layers)[EXCHANGES.index(step.exchange)]
+                due[f"{head}.{name}"] = Values((2, layers.get_submodule(name).num_features), torch.float64)
+            return due
+
+        return once(server.round_cache, step.exchange, made)
+
+    def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
+        """Puts mean and variance of the mixture into ``server.state["buffers"]``."""
+        total = 0.0
+        pooled: dict[str, Tensor] = {}
+        for upload in uploads:
+            count = upload.message["samples"]
+            weight = self.method.weight(server, upload)
+            total += weight
+            for name, sums in upload.message.items():
+                if name != "samples":
+                    pooled.setdefault(name, torch.zeros_like(sums)).add_(sums, alpha=weight / count)
+        if not total:
+            return
+        flat = flatten(server.build())
+        network = load(flat, server.state)
+        for name, sums in pooled.items():
+            layer: Any = network.get_submodule(name)
+            mean, square = sums / total
+            layer.running_mean.copy_(mean)
+            layer.running_var.copy_((square - mean.square()).clamp_min(0))
+        server.state["buffers"] = flat.buffers.detach().cpu().clone()
+
+
+def _batch_norms(head: nn.Sequential) -> list[str]:
+    """The names of a head's batch norms, in order."""
+    return [name for name, layer in head.named_children() if isinstance(layer, _BatchNorm)]

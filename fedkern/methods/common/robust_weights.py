@@ -1,0 +1,149 @@
+"""Client weights for the worst mixture of clients: exponentiated gradient and the projection on a chi-square ball.
+
+The set of weights is the ball around the centre c (uniform, or the clients' shares of the samples); see
+docs/methods/feddra.md, section 7:
+
+    Q = { p : p >= 0, sum p = 1, sum_k (p_k - c_k)^2 / c_k <= 2 rho },    for c = 1/N:  N sum p^2 <= 2 rho + 1
+
+rho = 0 leaves the centre alone; from rho = (N - 1) / 2 on (around 1/N) it is the whole simplex, as in agnostic
+federated learning (Mohri et al., 2019, arXiv 1902.00146).  All in float64, and nothing random.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+Weights = npt.NDArray[np.float64]
+FLOOR = 1e-3
+"""Least weight that the exponentiated step starts from, relative to the mean weight: the projection sets clients to
+exactly zero, which a multiplicative step could never leave again."""
+SHARPNESS = 1e-12
+"""Of the bisection around a centre that is not uniform."""
+
+
+def exponentiated_step(weights: Weights, losses: Weights, eta: float) -> Weights:
+    """``v_k = w_k exp(eta l_k)``, normalised: the gradient ascent step of the mixture's loss in the entropy's geometry.
+
+    Args:
+        weights: float64 [N], on the simplex.
+        losses: float64 [N]; a client whose loss is not known (NaN) keeps its weight, and the step moves weight among
+            the others alone.  Where all known losses are equal nothing moves, weights of zero included.
+        eta: step size, at least 0.
+
+    Returns:
+        float64 [N], on the simplex.
+    """
+    known = ~np.isnan(losses)
+    result = weights.copy()
+    if known.any() and np.ptp(losses[known]) > 0:
+        held = float(weights[known].sum())
+        shift = eta * (losses[known] - losses[known].max())
+        grown = np.maximum(weights[known], FLOOR / len(weights)) * np.exp(shift)
+        result[known] = grown * (held / grown.sum() if held > 0 else FLOOR / len(weights) / grown.sum())
+    return result / result.sum()
+
+
+def project(point: Weights, rho: float, centre: Weights | None = None) -> Weights:
+    """The nearest point of the ball Q, in the Euclidean distance.
+
+    Around uniform weights a closed form (docs/methods/feddra.md, 7), O(N log N): on the m largest entries, the
+    largest m that leaves all of them at least 0, ``1/m + sqrt(R / V) (v_i - mean)`` with ``R = (2 rho + 1) / N - 1/m``
+    and V their scatter.  Around other centres the multiplier of the ball is bisected to 1e-12, each step a simplex
+    projection with weights in closed form.
+
+    Args:
+        point: float64 [N], on the simplex.
+        rho: radius of the ball, at least 0; infinity for the whole simplex.
+        centre: float64 [N], positive, of sum 1; None is uniform.
+
+    Returns:
+        float64 [N]; ``point`` itself where it lies in the ball.
+
+    Raises:
+        ValueError: arguments that are not that.
+    """
+    v = np.asarray(point, dtype=np.float64)
+    if v.ndim != 1 or not len(v) or not np.isfinite(v).all() or v.min() < 0 or abs(v.sum() - 1) > 1e-9:
+        raise ValueError(f"point: expected non-negative numbers of sum 1, given {v!r}")
+    if not rho >= 0:
+        raise ValueError(f"rho: expected a number of at least 0, given {rho}")
+    n = len(v)
+    if centre is None:
+        if n * float(v @ v) <= 2 * rho + 1:
+            return v.copy()
+        return _around_uniform(v, (2 * rho + 1) / n)
+    c = np.asarray(centre, dtype=np.float64)
+    if c.shape != v.shape or not c.min() > 0 or abs(c.sum() - 1) > 1e-9:
+        raise ValueError(f"centre: expected {n} positive numbers of sum 1, given {c!r}")
+    if _spread(v, c) <= 2 * rho + 1:
+        return v.copy()
+    return c.copy() if rho == 0 else _around(v, c, 2 * rho + 1)
+
+
+def distance(weights: Weights, centre: Weights | None = None) -> float:
+    """The least rho whose ball holds the weights: half the chi-square divergence from the centre."""
+    c = np.full(len(weights), 1 / len(weights)) if centre is None else centre
+    return (_spread(weights, c) - 1) / 2
+
+
+def whole_simplex(clients: int) -> float:
+    """The rho from which on the ball around uniform weights holds every mixture of the clients."""
+    return (clients - 1) / 2
+
+
+def _spread(p: Weights, c: Weights) -> float:
+    """``sum p^2 / c``: one at the centre."""
+    return float((p * p / c).sum())
+
+
+def _around_uniform(v: Weights, bound: float) -> Weights:
+    """Projection of a point outside of ``sum p^2 <= bound``."""
+    n = len(v)
+    order = np.argsort(-v, kind="stable")
+    high = v[order] - 1 / n  # about zero, so that the scatter of close values keeps its digits
+    m = np.arange(1, n + 1)
+    mean = np.cumsum(high) / m
+    scatter = np.cumsum(high * high) - m * mean * mean
+    room = bound - 1 / m
+    with np.errstate(divide="ignore", invalid="ignore"):
+        least = 1 / m + np.sqrt(np.maximum(room, 0) / scatter) * (high - mean)
+    fits = (room >= 0) & (scatter > 0) & (least >= 0)
+    p = np.zeros(n)
+    # Where only ties are left (no scatter) the nearest point of the ball is even on them: as many as it takes.
+    count = int(m[fits][-1]) if fits.any() else min(n, math.ceil(1 / bound - 1e-12))
+    if not fits.any():
+        p[order[:count]] = 1 / count
+        return p
+    own = high[:count] - high[:count].mean()
+    p[order[:count]] = np.maximum(1 / count + math.sqrt(room[count - 1] / float(own @ own)) * own, 0)
+    return p / p.sum()
+
+
+def _around(v: Weights, c: Weights, bound: float) -> Weights:
+    """Projection of a point outside of ``sum p^2 / c <= bound``, with the multiplier ``(1 - t) / t``."""
+    order = np.argsort(-v, kind="stable")
+    v_sorted, c_sorted = v[order], c[order]
+
+    def solve(t: float) -> Weights:
+        # p_k = max(0, a_k (v_k - nu)) with a_k = c_k t / (c_k t + 1 - t); nu makes the sum 1.
+        a = c_sorted * t / (c_sorted * t + (1 - t))
+        total = np.cumsum(a)
+        nu = (np.cumsum(a * v_sorted) - 1) / total
+        count = np.flatnonzero(v_sorted > nu)[-1] + 1
+        return np.maximum(a * (v_sorted - nu[count - 1]), 0) * (np.arange(len(v)) < count)
+
+    low, high = 0.0, 1.0  # t = 0 is the centre, t = 1 the point itself
+    while high - low > SHARPNESS * high:
+        middle = (low + high) / 2
+        if not low < middle < high:
+            break
+        if _spread(solve(middle), c_sorted) > bound:
+            high = middle
+        else:
+            low = middle
+    p = np.empty(len(v))
+    p[order] = solve(low) if low > 0 else c_sorted
+    return p / p.sum()

@@ -1,0 +1,207 @@
+"""What FedIOD's clients do with images and gradients in stage 2, one alone or all of a process at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkern.data.transforms import normalise
+from fedkern.methods.base import Client, ClientId, Message, Step
+from fedkern.methods.fediod import privacy_options as promise
+from fedkern.methods.fediod import private_messages as private
+from fedkern.methods.fediod.discriminators import Discriminators
+from fedkern.methods.fediod.losses import asks_teachers, reached, teacher_log_probs
+from fedkern.models.teacher_stack import TeacherStack
+
+
+@dataclass
+class Asked:
+    """What stays of an exchange of images until the gradients of their logits come back."""
+
+    iteration: int  # of the round
+    images: Tensor  # a leaf
+    logits: Tensor  # [K, B, C, *positions]
+    realism: Tensor  # [K, B]
+
+
+class Answers:
+    """Teachers and discriminators of some clients, for one round.
+
+    Args:
+        clients: whose; their order is that of every [K, ...] below.
+        bank: their teachers.
+        options: the method's, settled.
+    """
+
+    def __init__(self, clients: Sequence[Client], bank: TeacherStack, options: Any) -> None:
+        self.clients, self.bank, self.options = list(clients), bank, options
+        self.slots = {client.id: slot for slot, client in enumerate(clients)}
+        self.discriminators = Discriminators(clients, options)
+        self._asked: Asked | None = None
+        self._seen = torch.zeros(2, len(self.clients), device=self.clients[0].device)  # critic losses, realism
+        self._counts = [[0] * len(self.clients) for _ in range(2)]
+
+    # -- the three exchanges ---------------------------------------------------------------------------------------
+
+    def images(self, step: Step, iteration: int, messages: Mapping[ClientId, Message]) -> dict[ClientId, Message]:
+        """Trains the discriminators on the images, then answers with logits and confidences (2.5 b, c).
+
+        Of a client with shards one discriminator trains, which everybody may know, and one serves, which nobody may:
+        see `fedkern.methods.fediod.private_messages`.
+        """
+        self._asked = None
+        present = [self.slots[k] for k in messages]
+        message = next(iter(messages.values()))
+        images = self.normalised(message["images"])
+        self._bring_training(step, iteration)
+        drawn = {slot: self.discriminators.real(slot, step, iteration) for slot in present}
+        trained = {slot: real for slot, real in drawn.items() if real is not None}
+        losses = self.discriminators.train(images, trained, message["critic_lr"])
+        if losses is not None:
+            self._count(0, losses, list(trained))
+        seen: tuple[Tensor, Tensor] | None = None
+        if self.options.shards > 1:
+            seen = self._look(images)  # before the one that serves comes: what is told of it would tell which it is
+        self.discriminators.bring(lambda client: private.serving(client, step, self.options))
+        with torch.enable_grad():
+            images.requires_grad_(asks_teachers(self.options) or self.options.w_real > 0)
+            logits = teacher_log_probs(self.bank.logits(images), self.options.mix)
+            realism, scores = self.discriminators.look(images)
+        told = (realism, scores) if seen is None else seen
+        self._count(1, told[0].detach().mean(1), present)
+        self._asked = Asked(iteration, images, logits, realism)
+        return self._answers(messages, logits.detach(), told[1].detach())
+
+    def gradients(self, step: Step, messages: Mapping[ClientId, Message]) -> dict[ClientId, Message]:
+        """The gradients with respect to the images: through the discriminator, and of the logits through the teacher.
+
+        Both are times B, and the server divides their sum by it.  A cohort without privacy adds up its clients'
+        gradients on the way: the first one's message holds the sum and the others' zeros, which the server's sum cannot
+        tell from the rest.
+
+        A client that has lost what it kept of the images answers with nothing, as if it were absent.
+        """
+        asked, self._asked = self._asked, None
+        if asked is None:
+            return {k: {} for k in messages}
+        self._report()
+        if promise.private(self.options):
+            return {k: self._own(asked, k, message) for k, message in messages.items()}
+        self._measure(step, asked, messages)
+        outputs: list[Tensor] = []
+        given: list[Tensor] = []
+        if self.options.w_real:
+            outputs.append(asked.realism)
+            given.append(torch.zeros_like(asked.realism))
+            for k, message in messages.items():
+                given[-1][self.slots[k]] = self.options.w_real * message["share"]
+        if any("logits" in message for message in messages.values()):
+            outputs.append(asked.logits)
+            given.append(torch.zeros_like(asked.logits))
+            for k, message in messages.items():
+                given[-1][self.slots[k]] = message["logits"]
+        (total,) = torch.autograd.grad(reached(outputs, given), asked.images)
+        zero = total.new_zeros(()).expand(total.shape)
+        return {k: {"gradients": zero if i else total} for i, k in enumerate(messages)}
+
+    def _rows(self, asked: Asked, k: ClientId, message: Message) -> tuple[Tensor | None, Tensor | None]:
+        """A client's two gradients ``[B, C, H, W]`` as :func:`private_messages.sanitise` wants them."""
+        slot, images = self.slots[k], asked.images
+        u_d: Tensor | None = None
+        u_t: Tensor | None = None
+        if self.options.w_real:
+            (u_d,) = torch.autograd.grad(asked.realism[slot].sum(), images, retain_graph=True)
+        if "logits" in message:
+            given = message["logits"].to(images.device) / message["share"]
+            (u_t,) = torch.autograd.grad(reached([asked.logits[slot]], [given]), images, retain_graph=True)
+        return u_d, u_t
+
+    def _own(self, asked: Asked, k: ClientId, message: Message) -> Message:
+        client = self.clients[self.slots[k]]
+        u_d, u_t = private.sanitise(client, *self._rows(asked, k, message), self.options)
+        total = torch.zeros_like(asked.images)
+        if u_d is not None:
+            total += self.options.w_real * u_d
+        if u_t is not None:
+            total += u_t
+        return {"gradients": message["share"] * total}
+
+    def _measure(self, step: Step, asked: Asked, messages: Mapping[ClientId, Message]) -> None:
+        """Reports the median norms of a client's rows, which a private run would clip; the clients take turns.
+
+        One client of those that are asked together, and once a round: apart from the others' its gradients cost as much
+        as everybody's in one sum.
+        """
+        client = self.clients[step.round % len(self.clients)]
+        last = private.trainings(client, self.options) - 1
+        if promise.claims(self.options) or client.id not in messages or asked.iteration != last:
+            return  # of a run that promises privacy these figures would be a release
+        rows = self._rows(asked, client.id, messages[client.id])
+        for name, own in zip(("norm_d", "norm_t"), rows, strict=True):
+            if own is not None:
+                client.report[name] = float(own.flatten(1).norm(dim=1).median())
+
+    @torch.no_grad()
+    def distil(
+        self, step: Step, iteration: int, messages: Mapping[ClientId, Message], logits: Tensor | None = None
+    ) -> dict[ClientId, Message]:
+        """What teachers and discriminators say of the images that the student learns from.
+
+        Args:
+            logits: what the teachers say ``[K, B, C, *positions]``, where it is known already.
+        """
+        images = self.normalised(next(iter(messages.values()))["images"])
+        scores: Tensor | None = None
+        if promise.tells_scores(self.options):
+            self._bring_training(step, iteration)
+            scores = self.discriminators.judge(images)
+        logits = self.bank.logits(images) if logits is None else logits
+        return self._answers(messages, teacher_log_probs(logits, self.options.mix), scores)
+
+    # -- the rest --------------------------------------------------------------------------------------------------
+
+    def _bring_training(self, step: Step, iteration: int) -> None:
+        self.discriminators.bring(lambda client: private.training(client, step.round, iteration, self.options))
+
+    @torch.no_grad()
+    def _look(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.discriminators.look(images)
+
+    def _answers(
+        self, messages: Mapping[ClientId, Message], logits: Tensor, scores: Tensor | None
+    ) -> dict[ClientId, Message]:
+        answers: dict[ClientId, Message] = {}
+        for k in messages:
+            slot = self.slots[k]
+            answers[k] = {"logits": logits[slot]}
+            if scores is not None and promise.tells_scores(self.options):
+                answers[k]["scores"] = scores[slot]
+        return answers
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """A copy of what travelled, as networks see it: fp32, channels-last, on the clients' device."""
+        client = self.clients[0]
+        if images.dtype == torch.uint8:
+            images = normalise(images, client.mean, client.std)
+        return images.detach().to(client.device, memory_format=torch.channels_last, copy=True)
+
+    def _count(self, row: int, values: Tensor, slots: Sequence[int]) -> None:
+        """Adds a figure ``[K]`` of the clients in ``slots``; what it says of the others means nothing."""
+        if len(slots) == len(self.clients):
+            self._seen[row] += values
+        else:
+            self._seen[row, slots] += values[slots]
+        for slot in slots:
+            self._counts[row][slot] += 1
+
+    def _report(self) -> None:
+        """The round's means so far in the clients' reports."""
+        rows = self._seen.tolist()
+        for slot, client in enumerate(self.clients):
+            for name, row, counts in zip(("critic_loss", "realism"), rows, self._counts, strict=True):
+                if counts[slot]:
+                    client.report[name] = row[slot] / counts[slot]

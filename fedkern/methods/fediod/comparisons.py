@@ -1,0 +1,108 @@
+"""What the student is to be compared with: every teacher alone, and their ensembles, on a test set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkern.methods.base import Client, ClientId, Server
+from fedkern.methods.fediod.discriminators import Discriminators
+from fedkern.methods.fediod.local_teachers import main_figure
+from fedkern.methods.fediod.losses import importance, mixture, teacher_log_probs
+from fedkern.methods.fediod.privacy_options import tells_scores
+
+KEEP_BYTES = 1 << 30
+"""Logits of a whole test set are kept up to this size; beyond, the teachers are asked again for every figure."""
+
+
+class Panel:
+    """The teachers' logits of a test set, batch by batch, and what is made of them, in the place of a model."""
+
+    def __init__(self, ask: Callable[[Tensor], Tensor], data: Any) -> None:
+        self._ask, self._data = ask, data
+        self.task = data.task
+        self.cases = getattr(data, "cases", None)
+        self._kept: list[Tensor] = []
+        self._full = False
+        self._now: Tensor | None = None
+        self.answer: Callable[[Tensor, Tensor], Tensor] = lambda images, logits: logits[0]
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The test set's own; remembers what the teachers say."""
+        kept, size = self._kept if self._full else None, 0
+        fresh: list[Tensor] = []
+        for i, (images, labels) in enumerate(self._data.batches()):
+            self._now = self._ask(images) if kept is None else kept[i]
+            size += self._now.numel() * self._now.element_size()
+            if kept is None and size <= KEEP_BYTES:
+                fresh.append(self._now)
+            yield images, labels
+        if kept is None and size <= KEEP_BYTES:
+            self._kept, self._full = fresh, True
+        self._now = None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        assert self._now is not None
+        return self.answer(images, self._now)
+
+    def eval(self) -> Panel:
+        """As a module's; there is nothing to switch."""
+        return self
+
+
+@torch.no_grad()
+def oracle_metrics(
+    method: Any, server: Server, clients: Mapping[ClientId, Client], sets: Mapping[str, Any]
+) -> dict[str, float]:
+    """``best_teacher``, ``mean_teacher``, ``ensemble_uniform`` and ``ensemble_weighted`` on every test set.
+
+    Each is the accuracy, or the Dice for segmentation. The best teacher is chosen by these very figures, which nobody
+    in the federation could do; the weighted ensemble has the weights that the student learnt with, and the uniform one
+    those of the mean of all logits (of all probabilities with ``mix=probs``). A test set of a single image of which the
+    discriminators' last map leaves one position cannot be judged by them, and its weights are those of the classes
+    alone. ``holdout`` is the teachers' mean figure on their clients' own hold-outs.
+    """
+    ids = [k for k in sorted(server.state["classes"]) if "teacher" in clients[k].state]
+    own = {k: clients[k] for k in ids}
+    if not ids:
+        return {}
+    figures: dict[str, float] = {}
+    for prefix, data in sets.items():
+        figures.update({prefix + name: value for name, value in _compared(method, server, own, data).items()})
+    held = [client.state["teacher"]["holdout"] for client in own.values() if "holdout" in client.state["teacher"]]
+    if held:
+        figures["holdout"] = sum(held) / len(held)
+    return figures
+
+
+def _compared(method: Any, server: Server, own: Mapping[ClientId, Client], data: Any) -> dict[str, float]:
+    o, device, ids = method.settings, server.device, list(own)
+    bank = method.bank(own)
+    panel = Panel(lambda images: teacher_log_probs(bank.logits(images), o.mix), data)
+
+    def figure(answer: Callable[[Tensor, Tensor], Tensor]) -> float:
+        panel.answer = answer
+        return main_figure(method.evaluate(panel, panel))
+
+    each = [figure(lambda images, logits, i=i: logits[i]) for i in range(len(ids))]  # type: ignore[misc]
+    disclosed = method.disclosed(server, ids).to(device)
+    mask = None if o.class_weights == "uniform" else disclosed > 0
+    same = torch.ones(len(ids), 1, 1, device=device)
+    discriminators = Discriminators(list(own.values()), o) if tells_scores(o) else None
+
+    def weighted(images: Tensor, logits: Tensor) -> Tensor:
+        scores = None if discriminators is None else discriminators.judge(images)
+        return mixture(logits, importance(disclosed, scores), mask, o.mix)
+
+    return {
+        "best_teacher": max(each),
+        "mean_teacher": sum(each) / len(each),
+        "ensemble_uniform": figure(lambda images, logits: mixture(logits, same, None, o.mix)),
+        "ensemble_weighted": figure(weighted),
+    }

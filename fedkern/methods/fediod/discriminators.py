@@ -1,0 +1,181 @@
+"""The clients' discriminators: trained where they are, never sent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedkern.methods.base import Client, Step
+from fedkern.methods.fediod import private_messages as private
+from fedkern.methods.fediod.losses import against, confidence
+from fedkern.methods.protocol import batch_slices
+from fedkern.models.discriminator import PatchDiscriminators, whole_image
+from fedkern.models.optimisers import Adam
+
+START = Step(-1, "", "update")
+
+
+class Discriminators:
+    """The discriminators of some clients side by side: of one that answers alone, or of a whole cohort.
+
+    What a client keeps is ``client.state["critics"]``: by shard, its parameters, Adam's moments and its steps, as views
+    of the live tensors, so that nothing is copied while a round lasts.
+
+    Args:
+        clients: whose.
+        options: the method's.
+    """
+
+    def __init__(self, clients: Sequence[Client], options: Any) -> None:
+        o, first = options, clients[0]
+        self._clients, self._options = list(clients), o
+        self._shards = [private.shards(client, o) for client in clients]
+        self._here = [0] * len(clients)
+        self._steps = [0] * len(clients)
+        channels, height, width = first.image_shape
+        drawn = [self._draw(client, 0) for client in clients]
+        layers = o.critic_layers or whole_image(height, width)
+        module = PatchDiscriminators(drawn, channels=channels, ndf=o.ndf, layers=layers)
+        self.module = module.to(first.device)
+        self._parts = module.parts()
+        tensors = [part[name] for part in self._parts for name in part]
+        self._adam = Adam(tensors, o.critic_lr, (0.5, 0.999))
+        for slot, client in enumerate(clients):
+            kept = client.state.setdefault("critics", {})
+            for shard in range(len(self._shards[slot])):  # all of them now: what there is must not tell who served
+                if shard not in kept:
+                    kept[shard] = self._fresh(client, shard)
+            self._load(slot, 0)
+
+    def _draw(self, client: Client, shard: int) -> torch.Generator:
+        seed = int(client.rng(f"critic/{shard}", START).integers(2**63))
+        return torch.Generator().manual_seed(seed)
+
+    def _fresh(self, client: Client, shard: int) -> dict[str, Any]:
+        """What is kept of a discriminator that has not trained."""
+        own, drawn = self.module, [self._draw(client, shard)]
+        weights = PatchDiscriminators(drawn, channels=own.channels, ndf=own.ndf, layers=own.layers).parts()[0]
+        mean, square = ({name: torch.zeros_like(tensor) for name, tensor in weights.items()} for _ in range(2))
+        return {"weights": weights, "mean": mean, "square": square, "steps": 0}
+
+    # -- shards: one discriminator of a client at a time is in its slot -------------------------------------------
+
+    def bring(self, choice: Callable[[Client], int]) -> None:
+        """Puts the discriminator of the shard that ``choice`` names of every client in its place.
+
+        One that is there already goes out and comes in like another, so that the time does not tell.
+        """
+        for slot, client in enumerate(self._clients):
+            if len(self._shards[slot]) > 1:
+                self._point(slot)
+                kept = client.state["critics"][self._here[slot]]  # its place is needed for another one
+                kept["weights"] = {name: tensor.clone() for name, tensor in kept["weights"].items()}
+                self._here[slot] = choice(client)
+                self._load(slot, self._here[slot])
+
+    @torch.no_grad()
+    def _load(self, slot: int, shard: int) -> None:
+        client, part = self._clients[slot], self._parts[slot]
+        kept, state = client.state["critics"][shard], self._adam.state
+        for name, tensor in part.items():
+            tensor.copy_(kept["weights"][name])
+            device = tensor.device
+            state[tensor] = {
+                "step": torch.full((), float(kept["steps"]), device=device if device.type == "cuda" else "cpu"),
+                "exp_avg": kept["mean"][name].to(device, copy=True),
+                "exp_avg_sq": kept["square"][name].to(device, copy=True),
+            }
+        self._steps[slot] = kept["steps"]
+        self._point(slot)
+
+    def _point(self, slot: int) -> None:
+        """Lets the client's state be views of what is live."""
+        part, state = self._parts[slot], self._adam.state
+        self._clients[slot].state["critics"][self._here[slot]] = {
+            "weights": dict(part),
+            "mean": {name: state[tensor]["exp_avg"] for name, tensor in part.items()},
+            "square": {name: state[tensor]["exp_avg_sq"] for name, tensor in part.items()},
+            "steps": self._steps[slot],
+        }
+
+    # -- training and answers --------------------------------------------------------------------------------------
+
+    def real(self, slot: int, step: Step, iteration: int) -> Tensor | None:
+        """The client's real images of an iteration, ``[batch, C, H, W]``; None when its samples are used up.
+
+        In a round a client goes once through its samples in random order; a last batch is filled up from the start.
+        With shards they are drawn from that whose discriminator is in place.
+        """
+        client, size = self._clients[slot], self._options.batch
+        batches = private.batches(client.declared, self._options)
+        if iteration >= batches:
+            return None
+        shards = self._shards[slot]
+        augmentation = client.rng("real-augmentation", step)
+        if len(shards) > 1:
+            rows = shards[self._here[slot]]
+            chosen = np.resize(client.rng("real", step).permutation(rows), size)
+        else:
+            order = client.round_cache.get("order")
+            if order is None:
+                whole = Step(step.round, step.name, "update")
+                order = client.round_cache["order"] = client.rng("real", whole).permutation(client.samples)
+            chosen = np.resize(order, batches * size)[iteration * size : (iteration + 1) * size]
+        return client.batch(chosen, augmentation).images
+
+    def train(self, fake: Tensor, real: dict[int, Tensor], lr: float) -> Tensor | None:
+        """One step of those discriminators that have real images, by slot; fake images ``[B, C, H, W]`` are shared.
+
+        Returns:
+            Their losses ``[K]``, 0 for the others; None where nobody trains.
+        """
+        if not real:
+            return None
+        module, o = self.module, self._options
+        none = next(iter(real.values()))
+        stack = torch.stack([real.get(slot, none) for slot in range(len(self._clients))])
+        module.requires_grad_(True)
+        with torch.enable_grad():
+            both = against(module(fake), False, o.bce).mean(1) + against(module(stack), True, o.bce).mean(1)
+            active = torch.zeros(len(self._clients), device=both.device)
+            active[list(real)] = 0.5
+            losses = both * active
+            named = dict(module.named_parameters())
+            gradients = torch.autograd.grad(losses.sum(), list(named.values()))
+        module.requires_grad_(False)
+        cut = {
+            name: gradient.contiguous().tensor_split(module.count)
+            for name, gradient in zip(named, gradients, strict=True)
+        }
+        for slot, part in enumerate(self._parts):
+            for name, tensor in part.items():
+                tensor.grad = cut[name][slot] if slot in real else None
+        self._adam.lr = lr
+        self._adam.step()
+        self._adam.zero_grad()
+        for slot in real:
+            self._steps[slot] += 1
+            self._clients[slot].state["critics"][self._here[slot]]["steps"] = self._steps[slot]
+        return losses.detach()
+
+    def judge(self, images: Tensor) -> Tensor | None:
+        """Confidences ``[K, n]`` of any number of images, in parts of the batch of a step (see ``cuts``).
+
+        Batch norm's statistics are those of a part.
+
+        Returns:
+            None for a single image of whose last map one position is left: that has no statistics.
+        """
+        count, layers = len(images), self.module.layers
+        if count * (images.shape[2] >> layers) * (images.shape[3] >> layers) == 1:
+            return None
+        return torch.cat([self.look(images[part])[1] for part in batch_slices(count, self._options.batch)], 1)
+
+    def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Realism losses and confidences, both ``[K, B]``, of images ``[B, C, H, W]``; gradients reach the images."""
+        patches = self.module(images)
+        return against(patches, True, self._options.bce), confidence(patches)

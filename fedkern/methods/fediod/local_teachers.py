@@ -1,0 +1,122 @@
+"""Stage 1 of FedIOD: every client trains a network of its own, which never leaves it (docs/methods/fediod.md, 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedkern.data.cases import drawn_rows
+from fedkern.methods.base import Client, Step
+from fedkern.methods.common.figures import MAIN_FIGURES
+from fedkern.methods.common.oneshot_members import Architectures, architecture, flatten, load, vectors
+from fedkern.methods.fediod import private_messages as private
+from fedkern.methods.protocol import batch_slices
+
+TRAIN = Step(0, "train", "update")
+"""The step whose streams a teacher is trained with: that of the one-shot methods, so that without a hold-out the
+teachers are theirs, bit for bit."""
+
+
+class Held:
+    """Some of a client's samples, as a test set."""
+
+    def __init__(self, client: Client, rows: np.ndarray) -> None:
+        self._client, self._rows = client, rows
+        self.task = client.task
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def scored(self) -> bool:
+        """Whether there is a figure to be had: a sample or, for segmentation, a pixel whose class is known."""
+        return bool((self._client.labels[torch.from_numpy(self._rows)] >= 0).any())
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images, labels) in order, not augmented."""
+        size = 500 if self.task == "classification" else 16  # a segmentation network's answers are whole images
+        for part in batch_slices(len(self), size):
+            batch = self._client.batch(self._rows[part])
+            yield batch.images, batch.labels
+
+
+def split(client: Client, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the samples that train the teacher, and of those held out; a client keeps at least one to train.
+
+    A patient, or a case, is on one side: whole ones are held out, of no more samples than the share says but of one.
+    Where patients are the unit of privacy the share is one of patients, so that nobody's images decide who else is held
+    out.
+    """
+    if client.patients is not None:  # so many patients, whatever the number of their images
+        parts = drawn_rows(client.rng("holdout", TRAIN), client.samples, client.patients)
+        whole = min(round(share * len(parts)), len(parts) - 1)
+        out, kept = (np.concatenate([np.zeros(0, np.int64), *rows]) for rows in (parts[:whole], parts[whole:]))
+        return np.sort(kept), np.sort(out)
+    held = min(round(share * client.samples), client.samples - 1)
+    parts = drawn_rows(client.rng("holdout", TRAIN), client.samples, client.groups)
+    whole = int(np.searchsorted(np.cumsum([len(part) for part in parts]), held, side="right"))
+    whole = min(max(whole, int(held > 0)), len(parts) - 1)
+    order, held = np.concatenate(parts), sum(len(part) for part in parts[:whole])
+    return np.sort(order[held:]), np.sort(order[:held])
+
+
+def main_figure(figures: dict[str, float]) -> float:
+    """The one figure that a comparison is about: ``accuracy``, or ``dice`` for segmentation."""
+    return next(figures[name] for name in MAIN_FIGURES if name in figures)
+
+
+def make_teacher(method: Any, client: Client, architectures: Architectures, options: Any) -> None:
+    """Trains the client's teacher, or takes the one that it brings, and keeps it in ``client.state["teacher"]``.
+
+    The state has ``parameters``, ``buffers`` and ``integers``, and ``holdout``, the figure on the client's own
+    hold-out, where there is one and something is known of it.  A teacher that is brought may have trained on any of the
+    client's samples, so it has no such figure.
+    """
+    module = build(client, architectures)
+    rows, out = split(client, options.holdout)
+    held = Held(client, out)
+    load_pretrained = client.load_pretrained(module)
+    if not load_pretrained and not private.train_teacher(method, client, TRAIN, module, rows, options):
+        _fit(method, client, module, rows, held, options)
+    module.eval()
+    state = client.state["teacher"] = vectors(flatten(module))
+    if held.scored and not load_pretrained:
+        with torch.no_grad():
+            state["holdout"] = main_figure(method.evaluate(module, held))
+
+
+def _fit(method: Any, client: Client, module: nn.Module, rows: np.ndarray, held: Held, options: Any) -> None:
+    """The engine's training, in place; ends with the weights of the best epoch where those are what is kept."""
+    best: list[Any] = [-1.0, None]
+
+    @torch.no_grad()
+    def look(epoch: int) -> None:
+        module.eval()
+        figure = main_figure(method.evaluate(module, held))
+        if figure > best[0]:
+            best[:] = figure, {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+    watch = look if options.select == "best" and held.scored else None
+    every = None if len(rows) == client.samples else rows
+    client.fit(method, TRAIN, module, rows=every, lr_end=options.teacher_lr_end, after_epoch=watch)
+    if best[1] is not None:
+        module.load_state_dict(best[1])
+
+
+def build(client: Client, architectures: Architectures) -> Any:
+    """A fresh network of the client's architecture, in train mode on its device."""
+    return client.network(**architecture(architectures, client.id))
+
+
+def teacher(client: Client, architectures: Architectures) -> nn.Module:
+    """The client's trained teacher, frozen, in eval mode."""
+    return load(flatten(build(client, architectures)), client.state["teacher"]).eval().requires_grad_(False)
+
+
+def histogram(client: Client) -> Tensor:
+    """Samples (labelled pixels for segmentation) of every class, fp32 [C]."""
+    return torch.bincount(client.labels[client.labels >= 0], minlength=len(client.classes)).float()

@@ -1,0 +1,366 @@
+"""FedIOD: one generator against many private discriminators (arXiv 2312.14478, AAAI-24; docs/methods/fediod.md).
+
+Every client trains a teacher of its own, of any architecture.  Then a generator G on the server learns images that look
+real to every client's discriminator (realism), that the teachers are sure of (clarity) and that they tell apart
+(diversity), and a student learns what the weighted ensemble of the teachers says of them.  An iteration of a round has
+three exchanges:
+
+    images      down: x = G(z)              up: logits t_k(x), confidence r_k(x); before that a step of D_k on x
+    gradients   down: dL_G/dt_k             up: the gradient with respect to x, through D_k and T_k
+    distil      down: the student's images  up: logits, confidences
+
+Teachers and discriminators never leave their clients.  The ensemble is, class by class, the mean of the logits with
+weights w_kc r_k(x) (2.3).  ``mode=public`` has neither generator nor discriminators: the teachers answer once on public
+images and the student learns from that.
+
+Bytes per client and iteration, fp32: (1 + student_steps) batches of images and a batch of logits' gradients down, as
+many batches of logits and confidences and one batch of images (their gradients) up.  The method saves privacy, not
+bytes (2.8).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedkern.errors import UserError
+from fedkern.methods.base import (
+    Batch,
+    Client,
+    ClientId,
+    Declaration,
+    Federation,
+    Maybe,
+    Message,
+    Objective,
+    Received,
+    Round,
+    Server,
+    Step,
+    Upload,
+    Values,
+    register,
+)
+from fedkern.methods.common.oneshot_distill import torch_stream
+from fedkern.methods.common.oneshot_members import OwnNetworks, flatten, vectors
+from fedkern.methods.common.supervised import supervised_loss
+from fedkern.methods.fediod import privacy_options as promise
+from fedkern.methods.fediod import private_messages as private
+from fedkern.methods.fediod.artifacts import show
+from fedkern.methods.fediod.client import Answers
+from fedkern.methods.fediod.comparisons import oracle_metrics
+from fedkern.methods.fediod.local_teachers import build, histogram, make_teacher, split, teacher
+from fedkern.methods.fediod.losses import asks_teachers, teacher_log_probs
+from fedkern.methods.fediod.presets import IODOptions, settle
+from fedkern.methods.fediod.server import Ensemble, Workshop, cosine, make_generator
+from fedkern.models.teacher_stack import TeacherStack
+from fedkern.privacy import Guarantee
+
+START = Step(-1, "", "update")
+
+
+@register("fediod")
+class FedIOD(Objective, OwnNetworks):
+    """A student distilled from private teachers on the images of one generator (FedIOD, arXiv 2312.14478)."""
+
+    @dataclass(frozen=True)
+    class Options(IODOptions):
+        """Knobs of FedIOD."""
+
+    tasks = ("classification", "segmentation")
+    selective = True
+    takes_teachers = True
+
+    def __init__(self, options: Any = None) -> None:
+        super().__init__(options)
+        self.settings = settle(self.options)
+        self._teachers: dict[ClientId, nn.Module] = {}  # frozen, so that they are built once in a run
+        self._banks: dict[tuple[ClientId, ...], TeacherStack] = {}
+        self._generates = self.options.mode == "generator"
+
+    # -- the plan --------------------------------------------------------------------------------------------------
+
+    def iterations(self, federation: Federation) -> int:
+        """Iterations of a round."""
+        return private.iterations(federation, self.settings)
+
+    def rounds(self, federation: Federation) -> Iterator[Round]:
+        if private.draws_secrets(self.settings):
+            # Committed before anything is released, so that an interrupted round releases the same once more.
+            yield Round("secrets", exchanges=("secret",), participants="all", one_off=True, booked=False)
+        yield Round("teachers", exchanges=("teacher",), participants="all", one_off=True)
+        if not self._generates:
+            yield Round("answers", exchanges=("answers",), participants="all", one_off=True)
+        each = ("images", "gradients", "distil") if self._generates else ("distil",)
+        names = tuple(f"{name} {i}" for i in range(self.iterations(federation)) for name in each)
+        for _ in range(federation.rounds):
+            yield Round("distil", exchanges=names, states="round", cohort=self.options.batched or not self._generates)
+
+    def check(self, client: Client) -> None:
+        private.check(client, lambda: build(client, self.architectures), self.settings)
+
+    def start(self, server: Server) -> None:
+        s = self.settings
+        public = 0 if server.public is None else len(server.public)
+        if not self._generates and public < 2:
+            raise UserError(
+                "fediod with mode=public learns on at least 2 public images and this run sets "
+                f"{public or 'none'} aside: give --public-samples N."
+            )
+        if self._generates and not (s.w_real or asks_teachers(s)):
+            raise UserError("Every weight of fediod's generator is 0: give one of w_real, w_clear, w_diverse.")
+        least = 2**s.critic_layers
+        if self._generates and min(server.image_shape[1:]) < least:
+            raise UserError(
+                f"The discriminators with critic_layers={s.critic_layers} need images of at least {least} x {least} "
+                "pixels: give fewer, or 0 for as many as fit."
+            )
+        flat = flatten(server.build())
+        if flat.buffers.numel() and "buffers" not in server.initial():
+            raise UserError("fediod needs the running statistics of its student: use --buffers average.")
+        for entry in self.architectures:
+            server.build(model=entry and entry[0], width=entry and entry[1])
+        server.state.update(student=vectors(flat), iteration=0, classes={})
+        if self._generates:
+            draw = torch_stream(server, "generator", START)
+            server.state["generator"] = vectors(flatten(make_generator(server, s, draw)))
+        private.prepare(server, s)
+
+    # -- the server ------------------------------------------------------------------------------------------------
+
+    def _workshop(self, server: Server) -> Workshop:
+        if "workshop" not in server.round_cache:
+            total = server.federation.rounds * self.iterations(server.federation)
+            server.round_cache["workshop"] = Workshop(server, self.settings, total)
+        return server.round_cache["workshop"]
+
+    def send(self, server: Server, step: Step) -> Message | dict[ClientId, Message] | None:
+        kind, _ = parts(step)
+        if kind == "teacher":
+            terms = private.terms(server)
+            return {"privacy": terms} if terms else {}
+        if kind == "secret":
+            return {}
+        known = sorted(server.state["classes"])
+        if kind == "answers":
+            return {k: {} for k in known}
+        shop = self._workshop(server)
+        if not self._generates:
+            return {k: {} for k in known}
+        if kind == "gradients":
+            return server.round_cache.pop("criticism", None)
+        if kind == "distil" and not shop.teaches:
+            return None
+        draw = torch_stream(server, "noise", step)
+        present = self._present(server, step)
+        images = shop.generate(draw) if kind == "images" else shop.examples(draw)
+        server.round_cache["images"] = images
+        message: Message = {"images": images}
+        if kind == "images":
+            message["critic_lr"] = cosine(self.settings.critic_lr, 0.0, shop.progress)
+        return dict.fromkeys(present, message) or None
+
+    def _present(self, server: Server, step: Step) -> list[ClientId]:
+        """The clients with a teacher that do not miss this iteration."""
+        clients = sorted(server.state["classes"])
+        if not self.options.absent:
+            return clients
+        iteration = Step(step.round, step.name, f"iteration {parts(step)[1]}")
+        there = server.rng("absent", iteration).random(server.federation.clients) >= self.options.absent
+        return [k for k in clients if there[k]]
+
+    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
+        kind, _ = parts(step)
+        classes, channels, (height, width) = server.federation.classes, server.image_shape[0], server.image_shape[1:]
+        positions = (height, width) if server.task == "segmentation" else ()
+        if kind == "secret":
+            return {}
+        if kind == "teacher":
+            how = self.options.class_weights
+            told = Values((classes,), torch.float32 if how == "counts" else torch.bool, low=0)
+            return {} if how == "uniform" else {"classes": told}
+        if kind == "answers":
+            assert server.public is not None  # asked for in start
+            return {"logits": Values((len(server.public), classes, *positions))}
+        if not self._generates:
+            return {}
+        if kind == "gradients":  # nothing of a client that has lost what it kept of the images
+            return {"gradients": Maybe(Values((self.options.batch, channels, height, width)))}
+        size = len(message["images"])
+        scores = {"scores": Values((size,), low=0, high=1)} if promise.tells_scores(self.settings) else {}
+        return {"logits": Values((size, classes, *positions)), **scores}
+
+    def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
+        kind, i = parts(step)
+        if kind == "teacher":
+            for upload in uploads:
+                server.state["classes"][upload.client_id] = upload.message.get("classes", torch.ones(1))
+            return
+        if kind == "secret":
+            return
+        if kind == "answers":
+            server.state["answers"] = {upload.client_id: upload.message["logits"].cpu() for upload in uploads}
+            return
+        # Uploads are asked for before the workshop is: there is no message without a client.
+        answers = {upload.client_id: upload.message for upload in uploads}
+        shop, round_cache = self._workshop(server), server.round_cache
+        if kind == "images":
+            images = round_cache.pop("images")
+            if answers:
+                round_cache["criticism"] = shop.criticise(images, answers)
+        elif kind == "gradients":
+            shop.improve([message["gradients"] for message in answers.values()])
+        else:
+            ensemble = self._teach(server, shop, step, answers)
+            shop.iteration += 1
+            if i + 1 == self.iterations(server.federation):
+                shop.keep()
+                show(server, shop.maker, self.settings, ensemble)
+
+    def _teach(
+        self, server: Server, shop: Workshop, step: Step, answers: Mapping[ClientId, Message]
+    ) -> Ensemble | None:
+        size = self.options.batch
+        if self._generates:
+            images = server.round_cache.pop("images", None)  # none before the student's first iteration
+            if not answers:
+                return None
+            ensemble = shop.gather(answers)
+            shop.teach(images, ensemble, size)
+            return ensemble
+        assert server.public is not None  # asked for in start
+        order = server.rng("public", step).permutation(len(server.public))
+        rows = torch.from_numpy(order[: size * self.options.student_steps])
+        if not answers:
+            return None
+        said = server.state["answers"]
+        ensemble = shop.gather({k: {"logits": said[k][rows]} for k in answers if k in said})
+        shop.teach(server.public.take(rows.numpy()), ensemble, size)
+        return ensemble
+
+    # -- the clients -----------------------------------------------------------------------------------------------
+
+    def untrained(self, client: Client) -> np.ndarray:
+        """The hold-out of the client's teacher; its discriminators do see these images."""
+        return split(client, self.settings.holdout)[1]
+
+    def client_update(self, client: Client, step: Step, message: Message) -> Message:
+        return self._update({client.id: client}, step, {client.id: message})[client.id]
+
+    def cohort_update(
+        self, clients: Mapping[ClientId, Client], step: Step, messages: Mapping[ClientId, Message]
+    ) -> Mapping[ClientId, Message] | None:
+        kind, number = parts(step)
+        if not (self.options.batched and self._generates) or kind not in ("images", "gradients", "distil"):
+            return None
+        clients = {k: client for k, client in clients.items() if "teacher" in client.state}  # others diverged
+        if not promise.private(self.settings):
+            return self._update(clients, step, messages)
+        if kind != "distil":
+            return None  # every client's gradients are wanted on their own: one after another
+        alone = {k: self._answers({k: clients[k]}) for k in messages}
+        first = next(iter(messages))
+        with torch.no_grad():
+            logits = self.bank(clients).logits(alone[first].normalised(messages[first]["images"]))
+        found: dict[ClientId, Message] = {}
+        for i, k in enumerate(clients):
+            if k in messages:
+                found.update(alone[k].distil(step, number, {k: messages[k]}, logits[i : i + 1]))
+        return found
+
+    def _update(
+        self, clients: Mapping[ClientId, Client], step: Step, messages: Mapping[ClientId, Message]
+    ) -> Mapping[ClientId, Message]:
+        kind, i = parts(step)
+        if kind == "secret":
+            for client in clients.values():
+                private.secret(client, self.settings)
+            return {k: {} for k in clients}
+        if kind == "teacher":
+            return {k: self._train(client, messages[k]) for k, client in clients.items()}
+        for k in messages:
+            if "holdout" in clients[k].state["teacher"]:
+                clients[k].report["holdout"] = clients[k].state["teacher"]["holdout"]
+        if kind == "answers":
+            return {k: self._answer(client) for k, client in clients.items()}
+        if not self._generates:
+            return {k: {} for k in messages}
+        answers = self._answers(clients)
+        if kind == "images":
+            return answers.images(step, i, messages)
+        if kind == "gradients":
+            return answers.gradients(step, messages)
+        return answers.distil(step, i, messages)
+
+    def _train(self, client: Client, message: Message) -> Message:
+        private.agree(client, message)
+        make_teacher(self, client, self.architectures, self.settings)
+        counts = private.release_histogram(client, histogram(client), self.settings)
+        how = self.options.class_weights
+        return {} if how == "uniform" else {"classes": counts if how == "counts" else counts > 0}
+
+    @torch.no_grad()
+    def _answer(self, client: Client) -> Message:
+        assert client.public is not None  # asked for in start
+        bank = self.bank({client.id: client})
+        said = (
+            teacher_log_probs(bank.logits(batch.images), self.settings.mix)[0] for batch in client.public.batches(64)
+        )
+        return {"logits": torch.cat(list(said))}
+
+    def bank(self, clients: Mapping[ClientId, Client]) -> TeacherStack:
+        """The teachers of these clients, in their order."""
+        ids = tuple(clients)
+        if ids not in self._banks:
+            for k in ids:
+                if k not in self._teachers:
+                    self._teachers[k] = teacher(clients[k], self.architectures)
+            for known in [known for known in self._banks if len(known) > 1 < len(ids)]:
+                del self._banks[known]  # of another cohort: one is enough
+            self._banks[ids] = TeacherStack([self._teachers[k] for k in ids])
+        return self._banks[ids]
+
+    def _answers(self, clients: Mapping[ClientId, Client]) -> Answers:
+        first = next(iter(clients.values()))
+        answers = first.round_cache.get("answers")
+        if answers is None:
+            answers = Answers(list(clients.values()), self.bank(clients), self.settings)
+            for client in clients.values():
+                client.round_cache["answers"] = answers
+        return answers
+
+    def loss(self, model: Any, batch: Batch, received: Received) -> Tensor:
+        """What a teacher learns with."""
+        return supervised_loss(model, batch)
+
+    def disclosed(self, server: Server, ids: Sequence[ClientId]) -> Tensor:
+        """What the clients have told of their classes, fp32 ``[K, C]``; ``[K, 1]`` where that is nothing."""
+        return torch.stack([server.state["classes"][k].float() for k in ids])
+
+    # -- what comes of it ------------------------------------------------------------------------------------------
+
+    def model(self, server: Server) -> nn.Module:
+        return server.network(server.state["student"])
+
+    def guarantee(self, server: Server) -> Guarantee | None:
+        return promise.guarantee(self.settings, server.federation.unit)
+
+    @classmethod
+    def promises(cls, options: Any) -> bool:
+        return promise.claims(settle(options))
+
+    def oracle_metrics(
+        self, server: Server, clients: Mapping[ClientId, Client], sets: Mapping[str, Any]
+    ) -> dict[str, float]:
+        return oracle_metrics(self, server, clients, sets)
+
+
+def parts(step: Step) -> tuple[str, int]:
+    """Kind and iteration of an exchange."""
+    kind, _, number = step.exchange.partition(" ")
+    return kind, int(number or 0)

@@ -1,0 +1,162 @@
+"""FedIOD's knobs, and what the presets ``study``, ``paper`` and ``code`` make of those that are left open."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedkern.errors import UserError
+from fedkern.methods.base import Method, option
+from fedkern.methods.fediod.privacy_options import PrivacyOptions
+
+PUBLISHED: Mapping[str, Any] = {
+    "iterations": 0, "batch": 64, "warmup": 0.0, "student_steps": 5, "nz": 100, "ngf": 64, "ndf": 128,
+    "critic_layers": 2, "generator_lr": 1e-4, "critic_lr": 1e-4, "student_lr": 5e-3, "student_lr_end": 1e-5,
+    "student_momentum": 0.9, "student_decay": 3e-5, "ema": 0.0, "kd": "logit_var",
+}  # fmt: skip
+"""Sizes, steps and learning rates of the released CIFAR-10 script (docs/methods/fediod.md, section 9)."""
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "study": {
+        "w_real": 8.0, "w_clear": 1.0, "w_diverse": 1.0, "w_adv": 0.0, "w_balance": 2.0, "js_sign": -1,
+        "diversity": "jsd", "disc_weight": False, "bce": "mean", "mix": "log_probs",
+    },
+    "paper": {
+        **PUBLISHED,
+        "w_real": 1.0, "w_clear": 1.0, "w_diverse": 1.0, "w_adv": 0.0, "w_balance": 0.0, "js_sign": -1,
+        "diversity": "jsd", "disc_weight": True, "bce": "mean", "mix": "log_probs",
+    },
+    "code": {
+        **PUBLISHED,
+        "w_real": 1.0, "w_clear": 1.0, "w_diverse": 5.0, "w_adv": 0.2, "w_balance": 10.0, "js_sign": 1,
+        "diversity": "reverse_kl", "disc_weight": False, "bce": "sum", "mix": "logits",
+    },
+}  # fmt: skip
+"""What a preset says of the options that the user leaves open (docs/methods/fediod.md, 9).
+
+The plain defaults of the options are the study's (docs/fediod.md), so that preset has weights alone.
+"""
+
+
+@dataclass(frozen=True)
+class IODOptions(PrivacyOptions, Method.Options):
+    """Knobs of FedIOD, with the settings of docs/fediod.md as defaults; the published ones are :data:`PUBLISHED`."""
+
+    preset: str = option(
+        "study", "what the options left open follow: our study, the paper, or the released code's CIFAR-10 script; "
+        "the latter two with the script's sizes and learning rates, some ten times slower an iteration",
+        choices=("study", "paper", "code"),
+    )  # fmt: skip
+    mode: str = option(
+        "generator", "what the student learns on: a generator's images, or public ones (nothing but outputs travels)",
+        choices=("generator", "public"),
+    )  # fmt: skip
+    models: str = option("", "networks of the clients in turn, as name[:width] between commas; empty: --model for all")
+    holdout: float = option(
+        0.0, "share of a client's samples kept from its teacher's training; discriminators see them", low=0, high=0.9
+    )
+    select: str = option(
+        "last", "the teacher that is kept: that of the last epoch, or the best on the client's own hold-out",
+        choices=("last", "best"),
+    )  # fmt: skip
+    teacher_lr_end: float | None = option(
+        None, "learning rate that a teacher's cosine ends at; open: it stays constant", low=0, type=float
+    )
+    iterations: int = option(30, "iterations of a round; 0: as many as the largest client has batches", low=0)
+    batch: int = option(32, "generated images per step, and real ones per step of a discriminator", low=2)
+    warmup: float = option(
+        0.5, "share of the iterations in which generator and discriminators learn alone, before the student's first",
+        low=0, high=0.99,
+    )  # fmt: skip
+    student_steps: int = option(3, "steps of the student per iteration, each on fresh images", low=1)
+    nz: int = option(100, "dimensions of the generator's noise", low=1)
+    ngf: int = option(16, "unit of the generator's channels: 4, 2 and 1 times this", low=1)
+    ndf: int = option(16, "channels of a discriminator's first map", low=1)
+    critic_layers: int = option(
+        0,
+        "a discriminator's convolutions of stride 2: 2 judge 10 x 10 pixels at once, 3 22 x 22, 4 46 x 46; 0: as"
+        " many as judge a whole image",
+        choices=(0, 2, 3, 4, 5, 6, 7, 8),
+    )
+    generator_lr: float = option(1e-3, "learning rate of the generator (Adam, cosine to 0)", above=0)
+    critic_lr: float = option(2e-4, "learning rate of the discriminators (Adam, cosine to 0)", above=0)
+    student_optimizer: str = option(
+        "sgd",
+        "optimiser of the student; a segmentation network learns much faster with adamw",
+        choices=("sgd", "adamw"),
+    )
+    student_lr: float = option(0.05, "learning rate of the student (cosine)", above=0)
+    student_lr_end: float = option(1e-5, "what it ends at", low=0)
+    student_momentum: float = option(0.9, "momentum of the student's SGD", low=0, high=0.999)
+    student_decay: float = option(3e-5, "weight decay of the student", low=0)
+    ema: float = option(0.0, "decay of an average of the generator that makes the student's images; 0: none", low=0,
+                        high=0.99999)  # fmt: skip
+    w_real: float | None = option(None, "weight of the realism", low=0, type=float)
+    w_clear: float | None = option(None, "weight of the clarity, the mean entropy of the teachers", low=0, type=float)
+    w_diverse: float | None = option(None, "weight of the diversity", low=0, type=float)
+    w_adv: float | None = option(None, "weight of the adversarial term: images that are hard for the student", low=0,
+                                 type=float)  # fmt: skip
+    w_balance: float | None = option(None, "weight of the balance of the classes over a batch", low=0, type=float)
+    diversity: str | None = option(
+        None, "what the teachers differ by: jsd (of the clients), reverse_kl (the code's), mutual_information (of image"
+        " and class), none", choices=("jsd", "reverse_kl", "mutual_information", "none"), type=str,
+    )  # fmt: skip
+    js_sign: int | None = option(None, "-1: the generator maximises the diversity (paper), 1: it minimises it (code)",
+                                 choices=(-1, 1), type=int)  # fmt: skip
+    class_weights: str = option(
+        "counts", "weight of a client for a class: its share of the class's samples, the same for all that know the "
+        "class, or the same for all (nothing is disclosed)", choices=("counts", "known", "uniform"),
+    )  # fmt: skip
+    disc_weight: bool | None = option(None, "whether a client's weight follows its discriminator's confidence",
+                                      type=bool)  # fmt: skip
+    mix: str | None = option(
+        None, "what of the teachers is averaged: their logits as they are (the code's), as log-probabilities, or their "
+        "probabilities", choices=("log_probs", "logits", "probs"), type=str,
+    )  # fmt: skip
+    kd: str = option(
+        "logit_var", "the student's loss: half the variance of the logit difference (the limit of high temperature), "
+        "the divergence at a temperature, or the mean absolute difference", choices=("logit_var", "kl", "l1"),
+    )  # fmt: skip
+    temperature: float = option(4.0, "temperature with kd=kl", above=0, infinite=True)
+    bce: str | None = option(None, "a discriminator's loss: its mean over patches, or their sum per image",
+                             choices=("mean", "sum"), type=str)  # fmt: skip
+    pixels: str = option("float32", "how images travel; uint8 takes a quarter of the bytes",
+                         choices=("float32", "uint8"))  # fmt: skip
+    absent: float = option(0.0, "share of the iterations that a client misses, drawn at random", low=0, high=0.99)
+    batched: bool = option(True, "in one process, ask the clients' networks together instead of one after another")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.select == "best" and self.holdout == 0:
+            raise UserError(
+                'Method option "select" = best needs a hold-out: give holdout above 0, or keep the last epoch.'
+            )
+
+    @classmethod
+    def settled(cls, values: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
+        """A preset that the user names overrules the data set's defaults; what nobody has chosen is the preset's."""
+        named = "preset" in given
+        preset = PRESETS[str(values["preset"])]
+        return {
+            name: preset[name] if name in preset and name not in given and (named or value is None) else value
+            for name, value in values.items()
+        }
+
+
+def settle(options: IODOptions) -> Any:
+    """The options with those left open as the preset has them, for reading (attribute by attribute)."""
+    values = {knob.field: getattr(options, knob.field) for knob in options.knobs()}
+    preset = PRESETS[options.preset]
+    return Settings(
+        {name: preset[name] if value is None and name in preset else value for name, value in values.items()}
+    )
+
+
+class Settings:
+    """Read-only attributes."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.__dict__.update(values)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"{name} is fixed")

@@ -1,0 +1,394 @@
+"""FuseFL (arXiv 2410.20380): one-shot federated learning by progressive model fusion.
+
+Networks are cut into K blocks.  At level l = 1 ... K every client m trains
+
+    fused levels 1 ... l-1 (frozen)  ->  adaptor  ->  its own blocks l ... K  ->  its own classifier
+
+on the cross-entropy of the logits and sends (adaptor, block l).  The server hands the M pairs to everybody: run in
+parallel they are fused level l.  In the end the last level's M features are fused, the classifiers averaged, and the
+average is calibrated on class statistics of what it reads (:mod:`fedkern.methods.common.calibration`).  All uploads of
+a client together are about one model.
+
+A client's whole budget (``local_epochs``) is divided over the levels; what is left over goes to the first levels, one
+epoch each, because everything else builds on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fedkern.errors import UserError, nearest
+from fedkern.methods.base import (
+    Batch,
+    Client,
+    ClientId,
+    Declaration,
+    Federation,
+    Message,
+    Method,
+    Objective,
+    Received,
+    Round,
+    Server,
+    Step,
+    Upload,
+    option,
+    register,
+)
+from fedkern.methods.common.calibration import CalibrationOptions, calibrate, collect, pool, statistics_of
+from fedkern.methods.fusefl.levels import BothHeads, LocalPart, linear_of, plain_head, scaled_width, size, tensors_of
+from fedkern.methods.uploads import once
+from fedkern.models import MODELS
+from fedkern.models.blocks import BlockNetwork, check_alike, cut
+from fedkern.models.cost import memory_ratio
+from fedkern.models.fused import Branch, FusedLevel, FusedNetwork, make_adaptor
+
+CALIBRATE = "calibrate"
+Levels = Mapping[int, Mapping[ClientId, Message]]
+"""Level, from 1: client: its pair, ``{"block": state dict, "adaptor": state dict}``."""
+
+
+@register("fusefl")
+class FuseFL(Objective, Method):
+    """One-shot federated learning by progressive model fusion (arXiv 2410.20380)."""
+
+    @dataclass(frozen=True)
+    class Options(CalibrationOptions, Method.Options):
+        """Options of FuseFL (docs/methods/fusefl.md, section 5)."""
+
+        blocks: int = option(2, "blocks that the network is cut into", low=1)
+        cuts: str = option("", "cut behind these layers instead, for example 0,4,6 (the first layer is 0)")
+        adaptor: str = option("cnn1x1", "what fuses a level for the next block", choices=("cnn1x1", "avg", "sum"))
+        adaptor_init: str = option("average", "start of a cnn1x1 adaptor", choices=("average", "random"))
+        final_fuse: str = option(
+            "mean", "fusion of the last level's features; sum: released code; concat: none, for a wider classifier",
+            choices=("mean", "sum", "concat"),
+        )  # fmt: skip
+        frozen_bn: str = option(
+            "owner",
+            "statistics of frozen batch norms in training: their owner's, the batch's, or the released code's",
+            choices=("owner", "batch", "code"),
+        )
+        width: str = option(
+            "auto", "channels of a client's first stage; auto: the (narrowest) model's over the root of the clients"
+        )
+        models: str = option("", "networks of the clients in turn, for example resnet18,resnet10; empty: the run's")
+
+    one_shot = True
+
+    # -- the plan --------------------------------------------------------------------------------------------------
+
+    def start(self, server: Server) -> None:
+        kinds, clients = self._models(), server.federation.clients
+        # One width for all, or their blocks could not be fused: that of the narrowest.
+        width = min(scaled_width(self.options.width, server.build(model=name), clients) for name in kinds)
+        widths = [width] * len(kinds)
+        networks = _Networks(self, server, widths)
+        used = range(min(clients, len(kinds)))
+        for j in used:
+            if len(networks.of(j).blocks) != self._levels():
+                raise UserError(
+                    f"Client {j}'s network has {len(networks.of(j).blocks)} blocks, but the method option blocks says "
+                    f"{self._levels()}."
+                )
+        check_alike([networks.shapes(j) for j in used])
+        if server.federation.local_epochs < self._levels():
+            raise UserError(
+                f"--local-epochs {server.federation.local_epochs} cannot be divided over {self._levels()} levels: "
+                f"raise it to {self._levels()} or more, or lower the method option blocks."
+            )
+        server.report["model_bytes"] = size(server.build().state_dict())
+        server.state.update({"widths": widths, "levels": {}, "heads": {}, "seen": {}, "bytes": {}})
+
+    def rounds(self, federation: Federation) -> Iterator[Round]:
+        for level in range(1, self._levels() + 1):
+            yield Round(f"level{level}", participants="all")
+        if self.options.calibrate:
+            yield Round(CALIBRATE, participants="all")
+
+    def epochs(self, level: int, budget: int) -> int:
+        """The local epochs of a level, counted from 1, out of a client's whole budget."""
+        each, left = divmod(budget, self._levels())
+        return each + (level <= left)
+
+    def _levels(self) -> int:
+        return len(self._cuts()) + 1 if self.options.cuts else self.options.blocks
+
+    def _cuts(self) -> tuple[int, ...]:
+        try:
+            return tuple(int(word) for word in self.options.cuts.split(","))
+        except ValueError:
+            given = self.options.cuts
+            raise UserError(f'Method option "cuts" must be numbers with commas between, not "{given}".') from None
+
+    def _models(self) -> list[str | None]:
+        """The clients' networks in turn; None is the run's own."""
+        if not self.options.models:
+            return [None]
+        names = [name.strip() for name in self.options.models.split(",")]
+        for name in names:
+            if name not in MODELS:
+                raise UserError(
+                    f'Method option "models": there is no model "{name}", choose of {", ".join(MODELS)} and give a '
+                    f"width by the method option width.{nearest(name, MODELS)}"
+                )
+        return list(names)
+
+    def network(self, place: Client | Server, client: ClientId, widths: list[int]) -> BlockNetwork:
+        """Client ``client``'s network in blocks, freshly initialised; the same wherever it is asked for.
+
+        Override it to bring a list of blocks of your own: all clients' need the same number of blocks and, block by
+        block, results of the same shape.
+        """
+        kind = client % len(widths)
+        build: Any = getattr(place, "build", place.network)
+        built = build(model=self._models()[kind], width=widths[kind])
+        return cut(built, self._cuts() if self.options.cuts else self.options.blocks)
+
+    # -- what travels ----------------------------------------------------------------------------------------------
+
+    def send(self, server: Server, step: Step) -> Message | dict[ClientId, Message]:
+        """To every client the others' (adaptor, block) pairs of the level before; its own it has.
+
+        A client that missed a level (``--on-nan skip``) gets all levels since its last upload.
+        """
+        level, state = step.round + 1, server.state
+        messages: dict[ClientId, Message] = {}
+        for k in range(server.federation.clients):
+            message: Message = {"widths": list(state["widths"])}
+            if step.name != CALIBRATE:
+                each = [self.epochs(i, server.federation.local_epochs) for i in range(1, level + 1)]
+                message.update(epochs=each[-1], first=sum(each[:-1]))
+            new = {i: state["levels"][i] for i in range(max(1, state["seen"].get(k, 0)), level)}
+            message["others"] = {i: {j: pair for j, pair in pairs.items() if j != k} for i, pairs in new.items()}
+            if "statistics" in state:
+                message["statistics"] = state["statistics"]
+            messages[k] = message
+        self._book(server, step, "down", [size(message) for message in messages.values()])
+        return messages
+
+    def client_update(self, client: Client, step: Step, message: Message) -> Message:
+        level = step.round + 1
+        networks = _Networks(self, client, message["widths"])
+        levels = _received(client, message)
+        if step.name == CALIBRATE:
+            fused = self._fused(client, networks, levels)
+            return collect(fused.features, client.batches(), len(client.classes), self.options)
+        network = networks.of(client.id)
+        if "local" in client.state:
+            for i, state in client.state["local"]["blocks"].items():
+                network.blocks[i - 1].load_state_dict(state)
+            network.head.load_state_dict(client.state["local"]["head"])
+        adaptor = frozen = None
+        if level > 1:
+            adaptor = self._fresh_adaptor(client, step, networks.shapes(client.id)[level - 2], len(levels[level - 1]))
+            frozen = self._fused(client, networks, levels)
+        batchwise = frozen is not None and self.options.frozen_bn != "owner"
+        if frozen is not None and batchwise:
+            frozen.normalise_by_batch()
+        part = LocalPart(frozen, adaptor, list(network.blocks)[level - 1 :], network.head, client.samples, batchwise)
+        client.fit(self, step, part, epochs=message["epochs"], first=message["first"])
+
+        pair: Message = {"block": tensors_of(network.blocks[level - 1])}
+        if adaptor is not None and any(True for _ in adaptor.parameters()):
+            pair["adaptor"] = tensors_of(adaptor)
+        later = {i: tensors_of(block) for i, block in enumerate(network.blocks, start=1) if i > level}
+        client.state.update(
+            {
+                "levels": levels,
+                "own": {"level": level, "pair": pair},
+                "local": {"blocks": later, "head": tensors_of(network.head)},
+            }
+        )
+        upload: Message = dict(pair)
+        if level == self._levels():
+            upload["head"] = tensors_of(network.head)
+        if frozen is not None and self.options.frozen_bn == "code":
+            upload["statistics"] = _statistics(frozen, levels)
+        return upload
+
+    def _fresh_adaptor(self, client: Client, step: Step, shape: tuple[int, ...], branches: int) -> nn.Module:
+        generator = None
+        if self.options.adaptor_init == "random":
+            generator = torch.Generator().manual_seed(int(client.rng("adaptor", step).integers(2**63)))
+        return make_adaptor(self.options.adaptor, shape, branches, generator=generator).to(client.device)
+
+    def loss(self, model: LocalPart, batch: Batch, received: Received) -> Tensor:
+        return cross_entropy(model(model.inputs(batch)), batch.labels)
+
+    def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
+        if step.name == CALIBRATE:
+            self._calibrate(server, step, uploads)
+            return
+        level, state = step.round + 1, server.state
+        accepted: dict[ClientId, Message] = {}
+        sizes: list[int] = []
+        for upload in uploads:
+            sizes.append(size(upload.message))
+            state["seen"][upload.client_id] = level
+            message = dict(upload.message)
+            if "head" in message:
+                state["heads"][upload.client_id] = message.pop("head")
+            if "statistics" in message:
+                # In the released code one Python object serves all clients: the last one's statistics stay.
+                state["statistics"] = message.pop("statistics")
+            accepted[upload.client_id] = message
+        # In client order, so that the order of arrival changes nothing.
+        state["levels"][level] = dict(sorted(accepted.items()))
+        state["heads"] = dict(sorted(state["heads"].items()))
+        self._book(server, step, "up", sizes)
+        if level == self._levels():
+            fused = self.model(server)
+            assert fused is not None
+            server.report["parameters"] = sum(p.numel() for p in fused.parameters())
+            server.report["memory_ratio"] = memory_ratio(fused, server.build())
+
+    def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
+        if step.name == CALIBRATE:
+            return once(server.round_cache, CALIBRATE, lambda: statistics_of(self._plain_head(server), self.options))
+        level, levels = step.round + 1, server.state["levels"]
+        networks = once(server.round_cache, "networks", lambda: _Networks(self, server, server.state["widths"]))
+        network = networks.of(client)
+        expected: dict[str, Any] = {"block": network.blocks[level - 1].state_dict()}
+        if level > 1:
+            shape = networks.shapes(client)[level - 2]
+            adaptor = make_adaptor(self.options.adaptor, shape, len(levels[level - 1]))
+            if any(True for _ in adaptor.parameters()):
+                expected["adaptor"] = adaptor.state_dict()
+            if self.options.frozen_bn == "code":
+                expected["statistics"] = {
+                    i: {j: dict(networks.of(j).blocks[i - 1].named_buffers()) for j in pairs}
+                    for i, pairs in levels.items()
+                }
+        if level == self._levels():
+            expected["head"] = network.head.state_dict()
+        return expected
+
+    def _calibrate(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
+        head = self._plain_head(server)
+        sizes: list[int] = []
+
+        def measured() -> Iterator[Upload]:
+            for upload in uploads:
+                sizes.append(size(upload.message))
+                yield upload
+
+        def refuse(k: ClientId, error: ValueError) -> None:
+            server.refuse(k, f"Client {k}'s calibration upload is unusable: {error}")
+
+        pooled = pool(measured(), head, self.options, refuse)
+        if not int(pooled.counts.sum()):
+            raise UserError(
+                "No client's class statistics could be used: leave it out with --method-option calibrate=false."
+            )
+        self._book(server, step, "up", sizes)
+        trained = calibrate(head, pooled, server.rng("calibration", step), self.options)
+        server.state["head"] = tensors_of(trained)
+
+    def _book(self, server: Server, step: Step, direction: str, sizes: list[int]) -> None:
+        """Reports the mean bytes per client of this level and of all so far, beside those of one ordinary model."""
+        booked, report = server.state["bytes"], server.report
+        booked[f"{step.name}_{direction}"] = sum(sizes) / max(1, len(sizes))
+        for name, value in booked.items():
+            report[f"{name}_bytes"] = value
+        for way in ("up", "down"):
+            report[f"levels_{way}_bytes"] = sum(
+                value for name, value in booked.items() if name.startswith("level") and name.endswith(way)
+            )
+
+    # -- the fused model -------------------------------------------------------------------------------------------
+
+    def model(self, server: Server) -> nn.Module | None:
+        """The fused network once its last level is there; before, there is no common model."""
+        state = server.state
+        if len(state["levels"]) < self._levels():
+            return None
+        plain = self._plain_head(server)
+        head = linear_of(state["head"], server.device) if "head" in state else None
+        levels = _with_statistics(state["levels"], state.get("statistics", {}))
+        fused = self._fused(server, _Networks(self, server, state["widths"]), levels)
+        made: list[Any] = list(fused.levels)
+        plain_head = None if head is None else plain
+        return FusedNetwork(made, head or plain, final=self.options.final_fuse, plain_head=plain_head)
+
+    def evaluate(self, model: Any, data: Any) -> dict[str, float]:
+        """Beside the usual figures ``uncalibrated_accuracy``, that of the averaged classifiers."""
+        if model.plain_head is None:
+            return super().evaluate(model, data)
+        both = BothHeads(model)
+        figures = super().evaluate(both, data)
+        predicted = torch.cat(both.predicted)
+        labels = torch.cat([labels for _, labels in data.batches()])
+        return {**figures, "uncalibrated_accuracy": float((predicted == labels).double().mean())}
+
+    def _plain_head(self, server: Server) -> nn.Linear:
+        return linear_of(plain_head(list(server.state["heads"].values()), self.options.final_fuse), server.device)
+
+    def _fused(self, place: Client | Server, networks: _Networks, levels: Levels) -> FusedNetwork:
+        """Levels 1, 2, ... as they are given, frozen."""
+        made: list[FusedLevel] = []
+        for level, pairs in sorted(levels.items()):
+            shapes = networks.shapes(next(iter(pairs)))[max(0, level - 2) : level]
+            adaptor = None
+            if level > 1:
+                adaptor = make_adaptor(self.options.adaptor, shapes[0], len(levels[level - 1])).to(place.device)
+            branches = [Branch(networks.of(j).blocks[level - 1], adaptor, pair) for j, pair in pairs.items()]
+            made.append(FusedLevel(branches, tokens=any(len(shape) == 2 for shape in shapes)))
+        return FusedNetwork(made, final=self.options.final_fuse)
+
+
+class _Networks:
+    """The clients' networks in blocks, one of each kind."""
+
+    def __init__(self, method: FuseFL, place: Client | Server, widths: list[int]) -> None:
+        self._method, self._place, self._widths = method, place, widths
+        self._made: dict[int, BlockNetwork] = {}
+        self._shapes: dict[int, list[tuple[int, ...]]] = {}
+
+    def of(self, client: ClientId) -> BlockNetwork:
+        kind = client % len(self._widths)
+        if kind not in self._made:
+            self._made[kind] = self._method.network(self._place, client, self._widths)
+        return self._made[kind]
+
+    def shapes(self, client: ClientId) -> list[tuple[int, ...]]:
+        """Shapes of its blocks' results for one image."""
+        kind = client % len(self._widths)
+        if kind not in self._shapes:
+            self._shapes[kind] = self.of(client).interfaces(self._place.image_shape)
+        return self._shapes[kind]
+
+
+def _received(client: Client, message: Message) -> dict[int, dict[ClientId, Message]]:
+    """All pairs of the levels so far: those that the client keeps, its own, and the others' from the message."""
+    levels = {i: dict(pairs) for i, pairs in client.state.get("levels", {}).items()}
+    own = client.state.get("own", {"level": 0})
+    for i, others in message["others"].items():
+        pairs = dict(others)
+        if own["level"] == i:
+            pairs[client.id] = own["pair"]
+        levels[i] = dict(sorted(pairs.items()))
+    return _with_statistics(levels, message.get("statistics", {}))
+
+
+def _with_statistics(levels: Levels, statistics: Mapping[int, Any]) -> dict[int, dict[ClientId, Message]]:
+    """The same levels with these buffers in their blocks."""
+    changed = {i: dict(pairs) for i, pairs in levels.items()}
+    for i, given in statistics.items():
+        for j, buffers in given.items():
+            changed[i][j] = {**changed[i][j], "block": {**changed[i][j]["block"], **buffers}}
+    return changed
+
+
+def _statistics(fused: FusedNetwork, levels: Levels) -> dict[int, dict[ClientId, dict[str, Tensor]]]:
+    """The frozen blocks' buffers by level and client, as training has left them."""
+    made: list[Any] = list(fused.levels)
+    return {
+        i: dict(zip(levels[i], level.statistics(), strict=True)) for i, level in zip(sorted(levels), made, strict=True)
+    }

@@ -1,0 +1,85 @@
+"""The pictures of what a method showed: images over training, tables as heat maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fedkern.engine.store.artifacts import Artifact
+from fedkern.report.names import TITLE, label
+from fedkern.report.plots import new_figure, save
+from fedkern.report.sheet import Sheet, rgb
+
+TABLES = 4  # tables side by side, evenly over the run
+
+
+def draw(entries: Sequence[Artifact], path: Path, *, title: str, classes: Sequence[str] = ()) -> None:
+    """Draws everything that was shown under one name.
+
+    Args:
+        entries: in the order of their rounds, all images or all tables.
+        path: the PNG.
+        title: what ran.
+        classes: class names, for an axis called ``"class"``.
+    """
+    if entries[0].value.dim() == 4:
+        images(entries, path, title=title)
+    else:
+        tables(entries, path, title=title, classes=classes)
+
+
+def images(entries: Sequence[Artifact], path: Path, *, title: str) -> None:
+    """Draws a row of images for every round that was kept."""
+    columns = max(len(entry.value) for entry in entries)
+    sheet = Sheet(columns, [0.0] * len(entries), side=0.75, left=0.9, title=title)
+    for row, entry in enumerate(entries):
+        sheet.beside(row, f"round {entry.round}")
+        for column, image in enumerate(entry.value):
+            sheet.picture(row, column, rgb(image.numpy()))
+    sheet.save(path)
+
+
+def tables(entries: Sequence[Artifact], path: Path, *, title: str, classes: Sequence[str] = ()) -> None:
+    """Draws tables of up to four rounds as heat maps on one scale."""
+    chosen = [entries[i] for i in sorted({round(i) for i in np.linspace(0, len(entries) - 1, TABLES)})]
+    values = [entry.value.numpy() for entry in chosen]
+    rows, columns = (max(value.shape[axis] for value in values) for axis in (0, 1))
+    finite = np.concatenate([value[np.isfinite(value)] for value in values] or [np.zeros(0)])
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    low = min(low, 0.0) if low < 0.5 * high else low  # from nothing on, unless all values are alike
+    numbers = rows <= 12 and columns <= 12
+    width, height = (0.5, 0.42) if numbers else (0.12, 0.12)
+    each = min(max(1.0 + width * columns, 2.4), 6.0)
+    across = min(2, len(chosen))
+    down = -(-len(chosen) // across)
+    figure = new_figure(max(each * across + 0.9, 5.0), min(max(1.3 + height * rows, 2.2), 10.0) * down + 0.3)
+    grid = figure.subplots(down, across, squeeze=False).ravel()
+    for axes in grid[len(chosen) :]:
+        axes.set_axis_off()
+    drawn = []
+    for axes, entry, value in zip(grid, chosen, values, strict=False):
+        image = axes.imshow(value, cmap="Blues", vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+        drawn.append(image)
+        if numbers:
+            for i, j in np.ndindex(value.shape):
+                dark = value[i, j] - low > 0.55 * (high - low)
+                text = f"{value[i, j]:.2f}".replace("0.", ".", 1)
+                axes.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if dark else "#222222")
+        axes.set_title(f"round {entry.round}", fontsize=10)
+        axes.tick_params(labelsize=9, length=0 if numbers else 3)
+        for name, count, place in zip(entry.axes, value.shape, (axes.set_yticks, axes.set_xticks), strict=True):
+            if count <= 20:
+                named = name == "class" and len(classes) == count
+                place(range(count), [label(name) for name in classes] if named else [str(i) for i in range(count)])
+        if any(len(name) > 3 for name in classes):
+            axes.tick_params(axis="x", labelrotation=40 if entry.axes[1] == "class" else 0)
+        axes.set_xlabel(label(chosen[0].axes[1]), fontsize=10)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+    for axes in grid[::across]:
+        axes.set_ylabel(label(chosen[0].axes[0]), fontsize=10)
+    figure.colorbar(drawn[-1], ax=list(grid), pad=0.01).ax.tick_params(labelsize=9)
+    figure.suptitle(label(title, TITLE), fontsize=12, x=0.01, ha="left")
+    save(figure, path)

@@ -1,0 +1,189 @@
+"""What a method shows and what it says of its privacy: kept in the run folder, the same after a kill and a resume."""
+
+import json
+import math
+
+import pytest
+import torch
+from interrupted import Kill, KillAt, unvouched
+
+from fedkern.engine import RunConfig, read_metrics, read_model, read_shown, read_summary, run
+from fedkern.engine.store import artifacts, state
+from fedkern.engine.store.artifacts import Artifact, Gallery, prepared
+from fedkern.errors import UserError
+from fedkern.methods import METHODS, register
+from fedkern.methods.baselines.fedavg import FedAvg
+from fedkern.privacy import LEDGER, Accountant, Guarantee
+from fedkern.report.pictures import write_pictures
+
+
+class Telling(FedAvg):
+    """FedAvg that shows its step's number and releases something."""
+
+    made = 0
+
+    def client_update(self, client, step, message):
+        accountant = Accountant(client.state.get(LEDGER))
+        accountant.gaussian("noise", 10.0 + client.id)
+        client.state[LEDGER] = accountant.state
+        return super().client_update(client, step, message)
+
+    def server_update(self, server, step, uploads):
+        super().server_update(server, step, uploads)
+
+        def images():
+            type(self).made += 1
+            return torch.full((2, 3, 4, 4), (step.round + 1) / 100)
+
+        server.log_image("generated", images)
+        server.log_image("weights", torch.arange(6.0).view(3, 2) + step.round, axes=("client", "class"))
+
+    def guarantee(self, server):
+        return Guarantee(1e-5, {"noise": "the noise"}, {"parameters": "the parameters", "labels": "the labels"})
+
+
+@pytest.fixture
+def telling():
+    register("telling")(Telling)
+    Telling.made = 0
+    yield Telling
+    METHODS.pop("telling")
+
+
+def test_a_few_rounds_are_kept_and_a_resumed_run_keeps_the_same(telling, make_data, make_config, tmp_path):
+    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install 'fedkern[privacy]')")
+    data, config = make_data(), make_config("telling", rounds=12, checkpoint_every=3, eval_every=12, records="all")
+    summary = run(config, out=tmp_path / "whole", data=data)
+    entries = read_shown(tmp_path / "whole")
+    images = [entry for entry in entries if entry.name == "generated"]
+    rounds = [entry.round for entry in images]
+    assert rounds[0] == 1
+    assert rounds[-1] == 12
+    assert 2 <= len(rounds) <= artifacts.ROUNDS + 1
+    assert telling.made == len(rounds)  # nothing is made that nobody keeps
+    for entry in images:
+        assert entry.value.dtype == torch.uint8
+        assert torch.equal(entry.value, torch.full((2, 3, 4, 4), round(255 * entry.round / 100), dtype=torch.uint8))
+    tables = [entry for entry in entries if entry.name == "weights"]
+    assert [entry.round for entry in tables] == rounds
+    assert torch.equal(tables[-1].value, torch.arange(6.0).view(3, 2) + 11)
+    assert tables[-1].axes == ("client", "class")
+
+    for cut in (0, 7):
+        out = tmp_path / f"cut{cut}"
+        with pytest.raises(Kill):
+            run(config, out=out, data=data, listener=KillAt("round", cut))
+        again = run(RunConfig.load(out), out=out, resume=True, data=data)
+        assert (out / artifacts.FILE).read_bytes() == (tmp_path / "whole" / artifacts.FILE).read_bytes()
+        assert again["privacy"] == summary["privacy"]
+
+    private = json.loads((tmp_path / "whole" / "summary.json").read_text())["privacy"]
+    expected = Accountant()
+    expected.gaussian("noise", 10.0, steps=12)
+    epsilon = private["epsilon_covered"]
+    assert epsilon == pytest.approx(expected.epsilon(1e-5), rel=1e-12)  # client 0 has the least noise
+    assert summary["metrics"]["epsilon_covered"] == epsilon == private["channels"]["noise"]
+    assert summary["metrics"]["delta"] == 1e-5
+    each = [private["clients"][k]["epsilon_covered"] for k in "210"]
+    assert sorted(each) == each
+    assert each[-1] == epsilon
+    assert (private["covers"], private["leaves_uncovered"]) == (["noise"], ["parameters", "labels", "records"])
+    assert "epsilon" not in {*private, *summary["metrics"], *private["clients"]["0"]}
+    assert private["statement"].endswith(
+        "covers the noise, but not the parameters, the labels and what the records tell of single clients: the whole "
+        "release has no epsilon."
+    )
+
+
+def test_who_shows_nothing_leaves_no_file(make_data, make_config, tmp_path):
+    summary = run(make_config("fedavg", rounds=1), out=tmp_path / "run", data=make_data())
+    assert not (tmp_path / "run" / artifacts.FILE).exists()
+    assert read_shown(tmp_path / "run") == []
+    assert "privacy" not in summary
+    assert "epsilon" not in summary["metrics"]
+
+
+def test_every_round_of_a_short_run_is_wanted(tmp_path):
+    assert [r for r in range(1, 6) if Gallery(tmp_path, 5).wants(r)] == [1, 2, 3, 4, 5]
+    assert not Gallery(tmp_path, 5).wants(-1)
+    many = [r for r in range(1, 1001) if Gallery(tmp_path, 1000).wants(r)]
+    assert many == [1, 125, 250, 375, 500, 625, 750, 875, 1000]
+
+
+def test_what_cannot_be_shown():
+    for name, value in (("Bad name", torch.zeros(2, 2)), ("../up", torch.zeros(2, 2)), ("cube", torch.zeros(2, 2, 2))):
+        with pytest.raises(ValueError, match="show: expected"):
+            prepared(name, value)
+    assert prepared("mri", torch.rand(2, 4, 3, 3)).shape == (2, 1, 3, 3)
+    found = prepared("odd", torch.tensor([[-1.0, 2.0, math.nan, 0.5]]).view(1, 1, 2, 2))
+    assert found.flatten().tolist() == [0, 255, 0, 128]
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    gallery = Gallery(tmp_path, 1)
+    gallery.add(Artifact("a", 1, torch.zeros(1, 1), ("", "")))
+    gallery.write()
+    assert len(read_shown(tmp_path)) == 1
+    (tmp_path / artifacts.FILE).write_bytes(b"not safetensors")
+    with pytest.raises(UserError, match=r"shown\.safetensors is damaged: delete it"):
+        read_shown(tmp_path)
+
+
+def test_no_noise_is_said_in_words():
+    text = Guarantee(1e-5, covers={"one": "a", "two": "b", "three": "c"}).statement(math.inf)
+    assert text.startswith("No finite epsilon at delta 1e-05")
+    assert text.endswith("covers a, b and c.")
+
+
+def test_no_reader_takes_what_the_run_did_not_write(telling, make_data, make_config, tmp_path):
+    """Every file of a finished private run, unreadable or readable but another, for every reader of it."""
+    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install 'fedkern[privacy]')")
+    data, out = make_data(), tmp_path / "run"
+    config = make_config("telling", rounds=2, records="all", grad_cam=0)
+    run(config, out=out, data=data)
+    assert read_summary(out)["records"] == "all"
+    assert write_pictures(out, data=data)
+    (out / "pictures.json").unlink()
+    before = {path.name for path in out.iterdir()}
+
+    def refused(name, content, *readers):
+        whole = (out / name).read_bytes()
+        (out / name).write_bytes(content(whole))
+        for look in (*readers, lambda out: write_pictures(out, data=data)):
+            with pytest.raises(UserError, match=rf"{name} (is|was|has)"):
+                look(out)
+        assert {path.name for path in out.iterdir()} == before  # nothing was drawn, the list least of all
+        (out / name).write_bytes(whole)
+
+    refused("summary.json", lambda _: b"{", read_summary)
+    refused("summary.json", lambda whole: whole.replace(b'"all"', b'"ALL"'), read_summary)
+    refused("metrics.jsonl", lambda whole: whole.replace(b"accuracy", b"ACCURACY"), read_metrics)
+    refused("metrics.jsonl", lambda whole: whole[: len(whole) // 2], read_metrics)
+    refused("model.safetensors", lambda whole: whole[:-1] + bytes([whole[-1] ^ 1]), read_model)
+    refused("config.toml", lambda whole: whole.replace(b'records = "all"', b'records = "private"'))
+
+    def other(whole):
+        entries = read_shown(out)
+        rows = [[e.name, e.round, 255 - e.value, list(e.axes)] for e in entries]
+        state.save(tmp_path / "other", {"shown": rows})
+        return (tmp_path / "other").read_bytes()
+
+    refused(artifacts.FILE, lambda _: b"{", read_shown)
+    refused(artifacts.FILE, other, read_shown)
+    assert write_pictures(out, data=data)
+    unvouched(out)  # whoever sends the folder can forge what it says, but nothing that cannot be drawn
+    image, table = torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.zeros(2, 2)
+    for row in (["../outside", 1, table, ["a", "b"]], ["x", 1.5, table, ["a", "b"]], ["x", 1, 3, ["a", "b"]],
+                ["x", 1, table.double(), ["a", "b"]], ["x", 1, image[:, :0], ["", ""]], ["x", 1, image[0], ["", ""]],
+                ["x", 1, table, [1, "b"]], ["x", 1, table, []], ["x"]):  # fmt: skip
+        state.save(out / artifacts.FILE, {"shown": [row]})
+        with pytest.raises(UserError, match="is damaged: delete it, only pictures are lost"):
+            read_shown(out)
+    state.save(out / artifacts.FILE, {"shown": [["x", 1, table, ["a", "b"]], ["x", 2, image, ["", ""]]]})
+    with pytest.raises(UserError, match="is damaged: delete it, only pictures are lost"):
+        write_pictures(out, data=data)
+    assert not (tmp_path / "outside.png").exists()
+    for name in ("summary.json", artifacts.FILE):  # what is not there is not shown
+        (out / name).unlink()
+    assert (read_summary(out), read_shown(out)) == (None, [])
+    assert write_pictures(out, data=data)

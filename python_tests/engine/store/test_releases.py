@@ -1,0 +1,148 @@
+"""A private run that goes on releases again what it released before it was interrupted, or ends before it does."""
+
+import json
+
+import pytest
+import torch
+from interrupted import Kill, KillAt
+
+from fedkern.engine import RunConfig, private_training, run
+from fedkern.engine.local import Diverged
+from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.engine.store.releases import NAME, Releases, digest
+from fedkern.errors import UserError
+from fedkern.methods.fediod import client as fediod_client
+from fedkern.methods.fediod import private_messages
+from fedkern.privacy import Accountant
+
+OPTIONS = {
+    "iterations": 2, "batch": 4, "ngf": 2, "ndf": 2, "nz": 4, "student_steps": 1, "sigma_d": 9.0,
+    "class_weights": "uniform",
+}  # fmt: skip
+
+
+@pytest.fixture(params=[2])
+def cut(request, make_data, make_config, tmp_path):
+    """A run killed when client 1 of a round was about to hand its first gradients to the server, after client 0."""
+    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install 'fedkern[privacy]')")
+    data = make_data(two_tests=False)
+    config = make_config("fediod", rounds=2, options=OPTIONS, grad_cam=0)
+    with pytest.raises(Kill):
+        run(config, out=tmp_path / "cut", data=data, listener=KillAt("client", 4, round=request.param))
+
+    def go_on():
+        return run(RunConfig.load(tmp_path / "cut"), out=tmp_path / "cut", resume=True, data=data)
+
+    return tmp_path / "cut", go_on
+
+
+def kept(out):
+    return [json.loads(line) for line in (out / "checkpoints" / NAME).read_text().splitlines()]
+
+
+def test_what_is_released_again_counts_once(cut):
+    out, go_on = cut
+    plan = Checkpoints(out).peek()["plan"]
+    before = kept(out)
+    assert [row[1:3] for row in before if row[0] == plan] == [["images 0", 0], ["images 0", 1], ["images 0", 2],
+                                                              ["gradients 0", 0], ["gradients 0", 1]]  # fmt: skip
+    once = Accountant()
+    once.gaussian("discriminator", private_messages.multiplier(9.0, 4), steps=4)
+    assert go_on()["privacy"]["epsilon_covered"] == once.epsilon(1e-5)
+    # What a kept checkpoint would replay is there, nothing older.
+    entries = Checkpoints(out)._read_manifest()
+    rows = kept(out)
+    assert {row[0] for row in rows} == {entries[0]["plan"]}
+    assert [row for row in rows if row[0] == plan][:5] == [row for row in before if row[0] == plan]
+
+
+@pytest.mark.parametrize("cut", [1], indirect=True)
+def test_secrets_are_kept_before_the_first_round_that_may_be_cut(cut):
+    assert cut[1]()["rounds"] == 2
+
+
+def test_another_processor_device_or_version_is_refused_before_anything_leaves(cut, monkeypatch):
+    """Their last bits differ: the same noise on both values would tell the difference."""
+    out, go_on = cut
+    handed, rows, before = [], fediod_client.Answers._rows, kept(out)
+
+    def others(self, asked, k, message):
+        found = rows(self, asked, k, message)
+        return tuple(u if u is None else u * (1 + 2**-20) for u in found)
+
+    update = private_messages.sanitise
+    monkeypatch.setattr(fediod_client.Answers, "_rows", others)
+    monkeypatch.setattr(private_messages, "sanitise", lambda *a: handed.append(a) or update(*a))
+    with pytest.raises(UserError, match=r"after client 0 had released its answer, and what would be released in its"):
+        go_on()
+    assert len(handed) == 1
+    assert kept(out) == before
+    monkeypatch.undo()
+    assert go_on()["rounds"] == 2  # where it was interrupted it still can
+
+
+def test_other_noise_on_the_same_answer_is_refused(cut, monkeypatch):
+    """As where the generator of a device has another stream, or a secret was lost."""
+    _, go_on = cut
+    monkeypatch.setattr(private_messages, "secret", lambda client, options: "0" * 32)
+    with pytest.raises(UserError, match="differs: both together would tell more than epsilon says"):
+        go_on()
+
+
+def test_a_run_without_an_epsilon_keeps_no_releases(make_data, make_config, tmp_path):
+    run(make_config("fedavg", rounds=1, grad_cam=0), out=tmp_path / "run", data=make_data())
+    assert not (tmp_path / "run" / "checkpoints" / NAME).exists()
+
+
+def test_the_file_of_releases(tmp_path):
+    releases = Releases(tmp_path)
+    releases.open(0)
+    for plan in (0, 1, 2):
+        releases.add(plan, "update", 3, {"x": torch.ones(2)})
+    releases.forget(1)
+    with (tmp_path / NAME).open("a") as file:
+        file.write('[2, "update", 4, "0123')  # the process died while it wrote: that message never left
+    again = Releases(tmp_path)
+    again.open(2)
+    again.add(2, "update", 4, {"x": torch.zeros(2)})
+    again.add(2, "update", 3, {"x": torch.ones(2)})
+    assert [row[:3] for row in map(json.loads, (tmp_path / NAME).read_text().splitlines())] == [
+        [1, "update", 3], [2, "update", 3], [2, "update", 4],
+    ]  # fmt: skip
+    last = Releases(tmp_path)
+    last.open(1)
+    with pytest.raises(UserError, match="client 3 had released"):
+        last.add(1, "update", 3, {"x": torch.ones(2, dtype=torch.float64)})
+    (tmp_path / NAME).write_text("[1\n")
+    with pytest.raises(UserError, match=r"releases.jsonl is damaged .*start it again in a new folder"):
+        Releases(tmp_path).open(0)
+
+
+def test_a_digest_tells_names_kinds_shapes_and_bits_apart():
+    x = torch.arange(6.0)
+    different = [
+        {"x": x}, {"y": x}, {"x": x.view(2, 3)}, {"x": x.double()}, {"x": x.int()}, {"x": x.bfloat16()}, {"x": x[:0]},
+        {"x": x, "y": 1}, {"x": x, "y": 1.0}, {"x": {"x": x}}, {"x": [x]}, {"x": torch.nextafter(x, x + 1)}, {},
+        "diverged",
+    ]  # fmt: skip
+    assert len({digest(message) for message in different}) == len(different)
+    assert digest({"a": 1, "b": x[::2]}) == digest({"b": x[::2].clone(), "a": 1})
+
+
+def test_what_a_client_spent_before_it_diverged_stays_booked(make_data, make_config, tmp_path, monkeypatch):
+    """With --on-nan skip it is left out, and its noise is spent: the figure of the run counts it."""
+    pytest.importorskip("opacus", reason="opacus is not installed (pip install 'fedkern[privacy]')")
+    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install 'fedkern[privacy]')")
+    train = private_training.train_privately
+
+    def diverging(client, method, step, *rest):
+        train(client, method, step, *rest)
+        if client.id == 1:
+            raise Diverged(1, step.round, 1, "the parameters are not finite")
+
+    monkeypatch.setattr(private_training, "train_privately", lambda *a: diverging(*a) or {})
+    options = {**OPTIONS, "sigma_d": 0.0, "teacher_dp": True}
+    config = make_config("fediod", model="cnn-gn", width=4, rounds=1, options=options, grad_cam=0, on_nan="skip")
+    summary = run(config, out=tmp_path / "run", data=make_data(two_tests=False))
+    assert "diverging-client" in summary["diagnostics"]
+    assert all(summary["privacy"]["clients"][str(k)]["channels"]["teacher"] > 0 for k in range(3))

@@ -1,0 +1,317 @@
+"""What --resume refuses, what it lets pass with a warning, and what it repairs."""
+
+import hashlib
+import json
+
+import pytest
+from fuse_tables import made
+from interrupted import Kill, KillAt, outcome, without
+
+from fedkern.engine import Listener, RunConfig, attack, read_model, run
+from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.errors import UserError
+from fedkern.ops import backend, fuse_choice, use_backend, use_isa
+from fedkern.ops.fuse_table import write_table
+
+
+@pytest.fixture
+def cut(make_data, make_config, tmp_path):
+    """A run of three rounds that was killed after two checkpoints."""
+    out = tmp_path / "cut"
+    with pytest.raises(Kill):
+        run(make_config(rounds=3), out=out, data=make_data(), listener=KillAt("round", 2))
+    return out
+
+
+def go_on(out, data, **replaced):
+    return run(RunConfig.load(out, **replaced), out=out, resume=True, data=data)
+
+
+def edit(out, old, new):
+    path = out / "config.toml"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("lr = 0.05", "lr = 0.5", r"lr: 0\.05 -> 0\.5"),
+        ('method = "fedavg"', 'method = "fedprox"', "method: fedavg -> fedprox"),
+        ("rounds = 3", "rounds = 2", "rounds: 3 -> 2"),
+        ("width = 2", "width = 4", "width: 2 -> 4"),
+        ("\nthreads = 1", "\nthreads = 2", "threads: 1 -> 2"),
+    ],
+)
+def test_settings_that_were_edited_are_named(old, new, told, cut, make_data):
+    edit(cut, old, new)
+    with pytest.raises(UserError, match=rf"config\.toml was changed after the run began \({told}\): put back"):
+        go_on(cut, make_data(seed=1))  # before the data are looked at
+
+
+def test_the_data_may_have_moved(cut, make_data):
+    edit(cut, 'method = "fedavg"', 'method = "fedavg"\ndata_root = "/elsewhere"')
+    assert go_on(cut, make_data())["rounds"] == 3
+
+
+def moved_to_a_gpu(out):
+    """The folder as if its run had been made on a GPU."""
+    edit(out, 'device = "cpu"', 'device = "cuda"')
+    manifest = out / "checkpoints" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    for entry in content["entries"]:
+        entry["info"]["config"]["device"] = "cuda"
+        del entry["sum"]  # as the first versions wrote them
+    manifest.write_text(json.dumps(content))
+
+
+def test_a_run_goes_on_on_another_device_with_a_warning(cut, make_data, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    moved_to_a_gpu(cut)
+    with pytest.raises(UserError, match="use --device cpu"):
+        RunConfig.load(cut)
+    summary = go_on(cut, make_data(), device="cpu")
+    assert "started on cuda and continued on cpu" in summary["diagnostics"]["other-device"]
+
+
+def test_a_run_of_a_gpu_is_attacked_without_one(make_data, make_config, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    run(make_config(rounds=1), out=tmp_path, data=make_data())
+    moved_to_a_gpu(tmp_path)
+    assert 0 <= attack(tmp_path, data=make_data())["auc"] <= 1
+
+
+@pytest.mark.parametrize("left", [0, 30, None])
+def test_rounds_that_metrics_have_lost_are_not_made_up(left, cut, make_data):
+    path = cut / "metrics.jsonl"
+    content = path.read_bytes()
+    if left is None:
+        path.unlink()
+    else:
+        path.write_bytes(content[:left])
+    size = Checkpoints(cut).peek()["info"]["metrics_bytes"]
+    with pytest.raises(UserError, match=rf"metrics\.jsonl has lost rounds .*\({left or 0} of {size:,} bytes"):
+        go_on(cut, make_data())
+    assert (path.read_bytes() if path.exists() else b"") == content[: left or 0]
+    path.write_bytes(content)
+    assert go_on(cut, make_data())["rounds"] == 3
+
+
+@pytest.mark.parametrize("key", ["info", "finished", "ledger", "entry", "round", "files", "clients"])
+def test_a_damaged_entry_falls_back_to_the_one_before(key, cut, make_data, make_config, tmp_path):
+    run(make_config(rounds=3), out=tmp_path / "whole", data=make_data())
+    manifest = cut / "checkpoints" / "manifest.json"
+    content = json.loads(manifest.read_text())
+
+    def damage(number):
+        entry = content["entries"][number]
+        if key == "entry":
+            content["entries"][number] = None
+        elif key in entry:
+            entry[key] = None
+        else:
+            entry["info"][key] = None
+        manifest.write_text(json.dumps(content))
+
+    damage(-1)
+    assert Checkpoints(cut).peek()["round"] == 1
+    go_on(cut, make_data())
+    found = outcome(cut)
+    assert "the last entry of manifest.json" in found[2]["diagnostics"]["damaged-checkpoint"]
+    assert without(found, "damaged-checkpoint") == outcome(tmp_path / "whole")
+    content = json.loads(manifest.read_text())
+    damage(0)
+    damage(1)
+    with pytest.raises(UserError, match=r"All entries of .*manifest\.json are damaged: .* start it again"):
+        go_on(cut, make_data())
+
+
+def test_a_damaged_model_is_made_again(make_data, make_config, tmp_path):
+    run(make_config(), out=tmp_path, data=make_data())
+    before = outcome(tmp_path)
+    path = tmp_path / "model.safetensors"
+    for content in (b"nothing", path.read_bytes()[:-1]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"is damaged \(.*\): delete it, and --resume .* makes it again"):
+            read_model(tmp_path)
+        go_on(tmp_path, make_data())
+        assert without(outcome(tmp_path), "damaged-results") == before
+
+
+# -- what is on the disk is what the run wrote ---------------------------------------------------------------------
+
+
+def swap(path, old, new):
+    """Replaces something by as many other bytes."""
+    content = path.read_bytes()
+    assert old in content
+    assert len(old) == len(new)
+    path.write_bytes(content.replace(old, new, 1))
+
+
+def test_records_of_the_same_length_are_told(cut, make_data):
+    swap(cut / "metrics.jsonl", b'"round": 1', b'"round": 7')
+    with pytest.raises(UserError, match=r"metrics\.jsonl is not what the run wrote, though it is as long: put"):
+        go_on(cut, make_data())
+    swap(cut / "metrics.jsonl", b'"round": 7', b'"round": 1')
+    assert go_on(cut, make_data())["rounds"] == 3
+
+
+def test_the_manifest_has_the_sum_of_the_records(cut):
+    entry = Checkpoints(cut).peek()
+    lines = (cut / "metrics.jsonl").read_bytes()[: entry["info"]["metrics_bytes"]]
+    assert entry["info"]["metrics_sha256"] == hashlib.sha256(lines).hexdigest()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "summary.json"])
+def test_a_finished_run_is_looked_at_before_it_is_called_so(name, make_data, make_config, tmp_path):
+    run(make_config(), out=tmp_path, data=make_data())
+    before = outcome(tmp_path)
+    path = tmp_path / name
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(bytes(content))
+    if name == "model.safetensors":
+        with pytest.raises(UserError, match=r"model\.safetensors is not what the run wrote: delete it, and --resume"):
+            read_model(tmp_path)
+    summary = go_on(tmp_path, make_data())
+    assert f"{name} in {tmp_path} was not what the run wrote" in summary["diagnostics"]["damaged-results"]
+    assert without(outcome(tmp_path), "damaged-results") == before
+    read_model(tmp_path)
+    assert go_on(tmp_path, None)["rounds"] == 2  # finished again, and without data
+
+
+def test_a_finished_run_with_other_records_is_not_finished(make_data, make_config, tmp_path):
+    run(make_config(), out=tmp_path, data=make_data())
+    swap(tmp_path / "metrics.jsonl", b'"round": 2', b'"round": 9')
+    with pytest.raises(UserError, match=r"metrics\.jsonl is not what the run wrote"):
+        go_on(tmp_path, make_data())
+
+
+def test_pictures_are_what_the_run_showed(make_data, make_config, tmp_path):
+    tiny = {"nz": 4, "ngf": 2, "ndf": 2, "batch": 4, "student_steps": 1, "iterations": 1}
+    config = make_config("fediod", model="cnn", grad_cam=0, rounds=2, options=tiny)
+    with pytest.raises(Kill):
+        run(config, out=tmp_path, data=make_data(), listener=KillAt("round", 1))
+    path = tmp_path / "shown.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(UserError, match=r"shown\.safetensors is not what the run wrote: delete it, only pictures"):
+        go_on(tmp_path, make_data())
+    path.unlink()
+    assert go_on(tmp_path, make_data())["rounds"] == 2
+    assert path.exists()
+
+
+def test_a_damaged_server_state_is_not_read(make_data, make_config, tmp_path):
+    run(make_config("fusefl", rounds=None, model="cnn", local_epochs=2, options={"width": "2"}), out=tmp_path,
+        data=make_data())  # fmt: skip
+    path = tmp_path / "checkpoints" / Checkpoints(tmp_path).peek()["server"]
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(UserError, match=r"server-\d+\.safetensors is missing or damaged"):
+        read_model(tmp_path)
+
+
+# -- the kernels ---------------------------------------------------------------------------------------------------
+
+
+def test_another_backend_is_told_like_another_setting(make_data, make_config, tmp_path):
+    out = tmp_path / "cut"
+    with pytest.raises(Kill), use_backend("reference"):
+        run(make_config(rounds=3), out=out, data=make_data(), listener=KillAt("round", 2))
+    assert Checkpoints(out).peek()["info"]["kernels"]["backend"] == "reference"
+    with pytest.raises(UserError, match=r"\(backend: reference -> auto\): set FEDKERN_BACKEND=reference, then resume"):
+        go_on(out, make_data())
+    with use_backend("reference"):
+        assert go_on(out, make_data())["rounds"] == 3
+
+
+def test_another_backend_than_the_free_choice(cut, make_data):
+    with use_backend("reference"), pytest.raises(UserError, match=r"auto -> reference.*: unset FEDKERN_BACKEND, then"):
+        go_on(cut, make_data())
+
+
+@pytest.mark.skipif("avx2" not in backend.cpu_core().available_isas(), reason="this machine has one ISA alone")
+def test_another_isa_is_told_where_it_can_be_had(make_data, make_config, tmp_path):
+    out = tmp_path / "cut"
+    with pytest.raises(Kill), use_isa("portable"):
+        run(make_config(rounds=3), out=out, data=make_data(), listener=KillAt("round", 2))
+    with use_isa("avx2"), pytest.raises(UserError, match=r"isa: portable -> avx2\): set FEDKERN_CPU_ISA=portable"):
+        go_on(out, make_data())
+    with use_isa("portable"):
+        assert "other-kernels" not in go_on(out, make_data())["diagnostics"]
+
+
+def test_an_isa_that_this_machine_lacks_is_a_warning(cut, make_data):
+    manifest = cut / "checkpoints" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    for entry in content["entries"]:
+        entry["info"]["kernels"]["isa"] = "avx1024"
+        del entry["sum"]  # as the first versions wrote them
+    manifest.write_text(json.dumps(content))
+    told = go_on(cut, make_data())["diagnostics"]["other-kernels"]
+    assert "isa avx1024 and now " in told
+
+
+def with_lowerings(monkeypatch, path, grouped):
+    """Has this table of one's own serve."""
+    path.mkdir(exist_ok=True)
+    monkeypatch.delenv(fuse_choice.VARIABLE, raising=False)
+    monkeypatch.setenv("FEDKERN_CACHE_DIR", str(path))
+    own = fuse_choice.own_file()
+    own.parent.mkdir(exist_ok=True)
+    write_table(made(grouped, 2.0, 3.0), own)
+    fuse_choice.forget()
+    return fuse_choice.serving().digest
+
+
+def test_another_table_of_lowerings_is_told_where_it_can_be_had(cut, make_data, tmp_path, monkeypatch):
+    shipped = Checkpoints(cut).peek()["info"]["kernels"]["lowerings"]
+    assert shipped == fuse_choice.serving("shipped").digest
+    own = with_lowerings(monkeypatch, tmp_path / "cache", 1.0)
+    told = rf"\(lowerings: {shipped} -> {own}\): set FEDKERN_LOWERINGS=shipped, then resume it\."
+    with pytest.raises(UserError, match=told):
+        go_on(cut, make_data())
+    monkeypatch.setenv(fuse_choice.VARIABLE, "shipped")
+    assert "other-kernels" not in go_on(cut, make_data())["diagnostics"]
+
+
+def test_a_run_with_ones_own_table_goes_on_with_it(make_data, make_config, tmp_path, monkeypatch):
+    own, out = with_lowerings(monkeypatch, tmp_path / "cache", 1.0), tmp_path / "cut"
+    with pytest.raises(Kill):
+        run(make_config(rounds=3), out=out, data=make_data(), listener=KillAt("round", 2))
+    monkeypatch.setenv(fuse_choice.VARIABLE, "shipped")
+    with pytest.raises(UserError, match=rf"lowerings: {own} -> \w+\): unset FEDKERN_LOWERINGS, then resume it\."):
+        go_on(out, make_data())
+    monkeypatch.delenv(fuse_choice.VARIABLE)
+    other = with_lowerings(monkeypatch, tmp_path / "cache", 9.0)  # measured again: the first table is gone
+    told = go_on(out, make_data())["diagnostics"]["other-kernels"]
+    assert f"lowerings {own} and now {other}" in told
+
+
+def test_an_ignored_table_is_noticed_at_the_start(make_data, make_config, tmp_path, monkeypatch):
+    with_lowerings(monkeypatch, tmp_path / "cache", 1.0)
+    fuse_choice.own_file().write_text("{")
+    fuse_choice.forget()
+    told = []
+    listener = Listener()
+    listener.on_notice = told.append
+    run(make_config(rounds=1), out=tmp_path / "run", data=make_data(), listener=listener)
+    assert [text for text in told if "is ignored, it is no table of this processor's lowerings" in text] == told
+    assert told
+
+
+def test_folders_of_the_first_versions_go_on(cut, make_data):
+    manifest = cut / "checkpoints" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    for entry in content["entries"]:
+        for name in ("kernels", "metrics_sha256", "shown_sha256"):
+            del entry["info"][name]
+        del entry["sum"]
+    manifest.write_text(json.dumps(content))
+    summary = go_on(cut, make_data())
+    assert summary["rounds"] == 3
+    assert not {"other-kernels", "damaged-checkpoint", "damaged-results"} & set(summary["diagnostics"])

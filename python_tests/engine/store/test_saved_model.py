@@ -1,0 +1,152 @@
+"""What model.safetensors says of itself, when it says less than it must, or something else."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from interrupted import unvouched
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from fedkern import models
+from fedkern.engine import RunConfig, read_model, run
+from fedkern.engine.store import saved_model
+from fedkern.errors import UserError
+from fedkern.run import main
+
+PLAIN = {
+    "model": "cnn", "width": 4, "task": "classification", "classes": ["a", "b"], "channels": 3, "image_size": [16, 16],
+    "mean": [0.5] * 3, "std": [0.2] * 3, "method": "fedavg", "rounds": 1,
+}  # fmt: skip
+PAIR = {
+    "image_encoder": "conv", "text_encoder": "words", "channels": 3, "image_size": [16, 16], "mean": [0.5] * 3,
+    "std": [0.2] * 3, "vocabulary": ["a", "b"], "width": 8,
+}  # fmt: skip
+PAIRED = {**PLAIN, "task": "retrieval", "model": "conv+words", "pair": PAIR}
+ANYTHING = [None, True, -1, 0.5, "x", [], [None], {}, 10**400, [[1]], [10**400] * 3]
+"""Of every kind that JSON has, none of which fits everywhere."""
+FITTING = {
+    "model": ["x"], "width": [None], "task": [], "classes": [], "channels": [], "image_size": [], "mean": [], "std": [],
+    "method": ["x"], "rounds": [10**400], "pair": [], "image_encoder": ["x"], "text_encoder": ["x"],
+    "vocabulary": [None, []], "statistics": [], "samples": [[10**400] * 3],
+}  # fmt: skip
+"""Those of `ANYTHING` that are of the right kind for a key."""
+OPTIONAL = ("task", "statistics", "samples")
+
+
+def write(folder, about, text=None):
+    network = models.build_pair(**PAIR) if "model" in about and "pair" in about else models.build(
+        "cnn", classes=2, channels=3, image_size=16, seed=0, width=4
+    )  # fmt: skip
+    tensors = {name: value.contiguous() for name, value in network.state_dict().items()}
+    save_file(tensors, folder / saved_model.MODEL, metadata={"fedkern": json.dumps(about) if text is None else text})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    config = RunConfig.make("fedavg", data="digits", model="cnn", width=4, clients=2)
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    return tmp_path
+
+
+def spoilt(about, prefix=""):
+    """The table without each key, with each key's value of another kind, and with some right kinds that do not fit."""
+    for key in about:
+        if key not in OPTIONAL and not (key == "pair" and not prefix):
+            yield key, {name: value for name, value in about.items() if name != key}
+        for value in ANYTHING:
+            if value not in FITTING[key]:
+                yield key, {**about, key: value}
+    for key in ("mean", "std"):
+        yield key, {**about, key: [0.5] * 2}
+    yield "image_size", {**about, "image_size": [16, 16, 16]}
+
+
+CASES = [
+    *spoilt({**PLAIN, "statistics": "batch", "samples": [1, 1]}),
+    *spoilt({**PAIRED}),
+    *((f"pair.{key}", {**PAIRED, "pair": pair}) for key, pair in spoilt(PAIR, "pair.")),
+    ("pair", {**PLAIN, "pair": PAIR}),
+    ("pair", {name: value for name, value in PAIRED.items() if name != "pair"}),
+    ("pair.seed", {**PAIRED, "pair": {**PAIR, "seed": 1}}),
+]
+
+
+def test_every_key_that_is_missing_or_of_another_kind_is_a_sentence(folder):
+    for key, about in CASES:
+        write(folder, about)
+        with pytest.raises(UserError, match=r"is damaged \(.*: delete it, and --resume") as error:
+            read_model(folder)
+        assert f'"{key}' in str(error.value), (key, about)
+        assert not saved_model.readable(folder)
+    for text in ("[]", "null", "1", '"x"', "{", "", '{"model": NaN}', "[" * 100_000):
+        write(folder, PLAIN, text)
+        with pytest.raises(UserError, match="is damaged"):
+            read_model(folder)
+    save_file({}, folder / saved_model.MODEL)
+    with pytest.raises(UserError, match="does not say what network it holds"):
+        read_model(folder)
+
+
+def test_what_is_whole_is_read(folder):
+    for about in (PLAIN, {**PLAIN, "statistics": "batch"}, PAIRED):
+        older = {name: value for name, value in about.items() if name != "task"}
+        for table in (about, older):
+            if "statistics" in table:
+                network = models.build("cnn", classes=2, channels=3, image_size=16, seed=0, width=4)
+                saved_model.write_model(folder, network, table)
+            else:
+                write(folder, table)
+            assert saved_model.readable(folder)
+            assert read_model(folder)[1] == table
+
+
+@pytest.mark.parametrize("change", [
+    {"model": "x"}, {"width": None}, {"width": 8}, {"classes": ["a"]}, {"channels": 1, "mean": [0.5], "std": [0.5]},
+    {"image_size": [1, 1]}, {"width": 60_000, "channels": 60_000, "mean": [0.5] * 60_000, "std": [0.5] * 60_000},
+])  # fmt: skip
+def test_another_network_than_the_tensors_are_of_is_a_sentence(folder, change):
+    write(folder, {**PLAIN, **change})
+    with pytest.raises(UserError, match=r"model|images|parameters|damaged"):
+        read_model(folder)
+
+
+@pytest.mark.parametrize("change", [
+    {"image_encoder": "x"}, {"text_encoder": "x"}, {"vocabulary": None}, {"vocabulary": ["a"]}, {"width": 7},
+    {"image_size": [8, 8]}, {"longest": 1},
+])  # fmt: skip
+def test_another_pair_too(folder, change):
+    write(folder, {**PAIRED, "pair": {**PAIR, **change}})
+    with pytest.raises(UserError, match=r"encoder|pair|images|parameters|damaged"):
+        read_model(folder)
+
+
+def test_every_command_says_so(folder, capsys):
+    for about in ({**PLAIN, "mean": None}, {**PAIRED, "pair": {}}, {"samples": 3}):
+        write(folder, about)
+        for command in ("attack", "retrieval", "zero-shot", "probe", "decode"):
+            assert main([command, str(folder)]) == 2
+            said = capsys.readouterr().err
+            assert "is damaged" in said
+            assert "Traceback" not in said
+
+
+def test_what_a_method_builds_again_is_looked_at_too(make_data, make_config, tmp_path):
+    """The ensemble's tensors, and tables that are whole but of other clients or images."""
+    data, out = make_data(), tmp_path / "run"
+    run(make_config("ensemble", rounds=None), out=out, data=data)
+    unvouched(out)
+    path = out / saved_model.MODEL
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["fedkern"])
+    tensors = load_file(path)
+    assert read_model(out)[1] == about
+    for change in ({"samples": [1]}, {"samples": [0] * 40}, {"classes": ["a"]}, {"image_size": [1, 1]},
+                   {"channels": 1, "mean": [0.5], "std": [0.5]}, {"task": "segmentation"}):  # fmt: skip
+        save_file(tensors, path, metadata={"fedkern": json.dumps({**about, **change})})
+        try:
+            network, _ = read_model(out)
+        except UserError:
+            continue
+        assert set(network.state_dict()) == set(tensors)  # what changes nothing of the module

@@ -1,0 +1,274 @@
+"""States, checkpoints, ledger, locks and records on disk."""
+
+import errno
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError
+
+from fedkern.engine.ledger import Ledger, message_bytes
+from fedkern.engine.store import atomic, records, state
+from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.errors import UserError
+
+DTYPES = [
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+]
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, np.ndarray):
+        return isinstance(b, np.ndarray) and a.dtype == b.dtype and np.array_equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, float) and math.isnan(a):
+        return isinstance(b, float) and math.isnan(b)
+    return type(a) is type(b) and a == b
+
+
+leaf = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8),
+    st.sampled_from(DTYPES).map(lambda d: (torch.arange(6) % 2).reshape(2, 3).to(d)),
+)  # fmt: skip
+tree = st.recursive(
+    leaf,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.lists(inner, max_size=2).map(tuple),
+        st.dictionaries(st.one_of(st.text(max_size=6), st.integers(-5, 5)), inner, max_size=3),
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.dictionaries(st.text(max_size=6), tree, max_size=4))
+def test_any_state_round_trips(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("state") / "x.safetensors"
+    state.save(path, content)
+    assert same(state.load(path), content)
+
+
+def test_awkward_tensors_round_trip(tmp_path):
+    base = torch.arange(240.0).reshape(2, 4, 5, 6)
+    content = {
+        "channels_last": base.to(memory_format=torch.channels_last),
+        "strided": base[:, ::2, :, 1:4],
+        "view": base[0, 0, 0, :2],
+        "shared": base,
+        "scalar": torch.tensor(3.5),
+        "empty": torch.empty(0, 3),
+        "grad": torch.ones(3, requires_grad=True),
+        "array": np.arange(4),
+        "dict": {"$tensor": 1, "tensor": "t0", 3: {"dict": []}},
+    }
+    state.save(tmp_path / "x.safetensors", content)
+    back = state.load(tmp_path / "x.safetensors")
+    assert same({**content, "grad": content["grad"].detach()}, back)
+    assert (tmp_path / "x.safetensors").stat().st_size < 6000  # the small view did not drag its base along
+
+
+def test_same_state_same_bytes(tmp_path):
+    content = {"b": torch.ones(3), "a": {"x": 1, "y": torch.zeros(2)}}
+    state.save(tmp_path / "1", content)
+    state.save(tmp_path / "2", content)
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+
+
+@pytest.mark.parametrize("bad", [{"x": object()}, {"x": {1.5: 2}}, {"x": [{True: 1}]}, {"x": {1, 2}}])
+def test_what_cannot_be_stored_is_named(bad, tmp_path):
+    with pytest.raises(TypeError, match=r"state\['x'\]"):
+        state.save(tmp_path / "x", bad)
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_state(tmp_path):
+    state.save(tmp_path / "x", {"a": torch.ones(100)})
+    content = (tmp_path / "x").read_bytes()
+    for cut in (b"", content[:50], b"\xff" * 100):
+        (tmp_path / "x").write_bytes(cut)
+        with pytest.raises(ValueError, match="missing or damaged"):
+            state.load(tmp_path / "x")
+    with pytest.raises(ValueError, match="missing or damaged"):
+        state.load(tmp_path / "y")
+
+
+def test_fingerprint_sees_every_change():
+    content = {"a": torch.zeros(3), "n": 1, "d": {"x": [1.5, torch.ones(2)]}, "w": np.zeros(2)}
+    before = state.fingerprint(content)
+    assert state.fingerprint(content) == before
+    for change in (
+        lambda: content["a"].add_(1),
+        lambda: content.update(n=2),
+        lambda: content["d"]["x"].append(0),
+        lambda: content.update(a=torch.zeros(3)),
+        lambda: content["w"].__setitem__(0, 1),
+        lambda: content.pop("n"),
+    ):
+        now = state.fingerprint(content)
+        change()
+        assert state.fingerprint(content) != now
+
+
+def test_fingerprint_knows_a_tensor_in_the_memory_of_the_last():
+    content = {"a": torch.zeros(20_000_000)}
+    before, place = state.fingerprint(content), content["a"].data_ptr()
+    for _ in range(3):
+        del content["a"]
+        content["a"] = torch.zeros(20_000_000)
+        assert content["a"].data_ptr() != place, "it may have the number and the version of the old one as well"
+        assert state.fingerprint(content) != before
+
+
+def test_writes_are_complete_or_absent(tmp_path):
+    atomic.write_bytes(tmp_path / "x", b"old")
+
+    def fail(path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="the disk is full"):
+        atomic.write(tmp_path / "x", fail)
+    assert (tmp_path / "x").read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+    with pytest.raises(UserError, match="cannot be written"):
+        atomic.write_bytes(tmp_path / "missing" / "x", b"")
+
+
+def test_lock_is_exclusive_and_released(tmp_path):
+    with atomic.FolderLock(tmp_path), pytest.raises(UserError, match="in use by process"):
+        atomic.FolderLock(tmp_path).__enter__()
+    with atomic.FolderLock(tmp_path):
+        pass
+
+
+def test_ledger_counts_tensors_numbers_and_texts():
+    message = {
+        "a": torch.zeros(5),
+        "b": {"c": torch.zeros(3, dtype=torch.float16), "n": 2},
+        "t": "äb",
+        "l": [1.0, None],
+    }
+    assert message_bytes(message) == 20 + 6 + 8 + 3 + 8
+    ledger = Ledger(2)
+    ledger.book(0, "up", message)
+    ledger.book(1, "down", message)
+    ledger.book(1, "down", message, one_off=True)
+    summary = ledger.summary()
+    assert (summary["up"], summary["down"], summary["one_off_down"], summary["total"]) == (45, 45, 45, 135)
+    assert summary["clients"]["1"] == {"up": 0, "down": 45, "one_off_up": 0, "one_off_down": 45}
+    assert Ledger(2, **ledger.to_dict()).summary() == summary
+
+
+def test_checkpoints_keep_two_and_forget_what_was_not_committed(tmp_path, commit):
+    first = Checkpoints(tmp_path)
+    assert first.open() is None
+    for number, clients in ((1, (0, 1)), (2, (0,)), (3, (1,))):
+        commit(first, number, clients)
+    first.write_client(0, 4, {"x": torch.zeros(3)})  # never committed
+    names = {p.name for p in first.folder.iterdir()}
+    assert "client-00000-000004.safetensors" in names
+    second = Checkpoints(tmp_path)
+    assert second.open()["round"] == 3
+    assert float(second.client_state(0)["x"][0]) == 2
+    assert float(second.client_state(1)["x"][0]) == 3
+    assert second.client_state(7) == {}
+    assert second.server_state() == {"n": 3}
+    names = {p.name for p in second.folder.iterdir()}
+    assert names == {
+        "manifest.json", "server-000002.safetensors", "server-000003.safetensors", "client-00000-000002.safetensors",
+        "client-00001-000001.safetensors", "client-00001-000003.safetensors",
+    }  # fmt: skip
+
+
+def test_a_client_that_empties_its_state_has_none(tmp_path, commit):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.open()
+    commit(checkpoints, 1, clients=(3,))
+    assert checkpoints.client_state(3) != {}
+    checkpoints.write_client(3, 2, {})
+    commit(checkpoints, 2)
+    again = Checkpoints(tmp_path)
+    again.open()
+    assert again.client_state(3) == {}
+
+
+def test_all_checkpoints_damaged(tmp_path, commit):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.open()
+    commit(checkpoints, 1, (0,))
+    (checkpoints.folder / "client-00000-000001.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="All checkpoints"):
+        Checkpoints(tmp_path).open()
+
+
+def test_manifest_of_another_format(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.open()
+    (checkpoints.folder / "manifest.json").write_text(json.dumps({"format": 99, "entries": []}))
+    with pytest.raises(UserError, match="has format 99"):
+        Checkpoints(tmp_path).open()
+
+
+def test_records_are_json_that_any_reader_takes(tmp_path):
+    metrics = records.Metrics(tmp_path)
+    metrics.append({"round": 1, "x": math.nan, "y": {"z": (1, math.inf)}})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"round": 1, "x": null, "y": {"z": [1, null]}}\n'
+    size = metrics.size
+    metrics.append({"round": 2})
+    metrics.truncate(size)
+    metrics.append({"round": 3})
+    assert [r["round"] for r in records.read_metrics(tmp_path)] == [1, 3]
+
+
+def test_a_cut_off_last_line_is_no_record_and_damage_elsewhere_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read: No such file"):
+        records.read_metrics(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"round": 1}\n{"rou')
+    assert records.read_metrics(tmp_path) == [{"round": 1}]
+    (tmp_path / "metrics.jsonl").write_text('{"round": 1}\n{"rou\n{"round": 3}\n')
+    with pytest.raises(UserError, match="line 2, is damaged"):
+        records.read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full: free some space"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "the disk is full: free some space"),
+        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied.: put that right, then try again"),
+    ],
+    ids=["full", "full by safetensors", "forbidden"],
+)
+def test_the_way_out_fits_what_went_wrong(error, advice, tmp_path):
+    def fail(path):
+        raise error
+
+    with pytest.raises(UserError, match=f"x cannot be written.*{advice}"):
+        atomic.write(tmp_path / "x", fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_reaches_the_disk_before_its_name_does(tmp_path, monkeypatch):
+    order = []
+    fsync, replace = atomic.os.fsync, atomic.Path.replace
+    monkeypatch.setattr(atomic.os, "fsync", lambda descriptor: (order.append("fsync"), fsync(descriptor)))
+    monkeypatch.setattr(atomic.Path, "replace", lambda a, b: (order.append("rename"), replace(a, b)))
+    atomic.write_bytes(tmp_path / "x", b"content")
+    assert order == ["fsync", "rename", "fsync"]  # file, name, folder

@@ -1,0 +1,72 @@
+"""Batches without a rest of one, which batch norm cannot normalise where a network has no running statistics."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from fedkern.data import Split
+from fedkern.engine import run
+from fedkern.engine.context import RunContext
+from fedkern.engine.samples import TestSet
+from fedkern.errors import UserError
+
+EDGES = list(itertools.product([1, 2, 5, 6, 7, 8, 9, 13], [1, 2, 4, 40]))
+
+
+def some(count, seed=0):
+    rng = np.random.default_rng(seed)
+    images = torch.from_numpy(rng.integers(0, 256, (count, 3, 8, 8)).astype(np.uint8))
+    return Split(images, torch.from_numpy(rng.integers(0, 3, count)))
+
+
+def check(sizes, count, size):
+    """As ever, but that a rest of one joins the batch before it."""
+    plain = [min(size, count - start) for start in range(0, count, size)]
+    if len(plain) > 1 and plain[-1] == 1 and size > 1:
+        plain[-2:] = [size + 1]
+    assert sizes == plain
+
+
+@pytest.mark.parametrize(("count", "size"), EDGES)
+def test_a_clients_samples(count, size, make_data, make_config):
+    client = RunContext(make_config(), make_data((count,))).client_data(0)
+    found = list(client.samples.batches(size))
+    check([len(batch.images) for batch in found], count, size)
+    assert torch.equal(torch.cat([batch.labels for batch in found]), client.labels)
+    assert np.concatenate([batch.indices for batch in found]).tolist() == list(range(count))
+
+
+@pytest.mark.parametrize(("count", "size"), EDGES)
+def test_a_test_sets_images(count, size):
+    data = TestSet(some(count), (0.5,) * 3, (0.2,) * 3, torch.device("cpu"), cache=False, batch=size)
+    found = list(data.batches())
+    check([len(images) for images, _ in found], count, size)
+    assert torch.equal(torch.cat([labels for _, labels in found]), data.labels)
+    assert torch.equal(torch.cat([images for images, _ in found]), data.pixels.take(None))
+
+
+def test_an_evaluation_without_running_statistics_leaves_no_image_alone(make_data, make_config, tmp_path):
+    data = dataclasses.replace(make_data(two_tests=False), tests={"": some(501)}, validation=some(501, 1))
+    config = make_config(model="mlp", buffers="drop", rounds=1, grad_cam=0)
+    assert 0 <= run(config, out=tmp_path, data=data)["metrics"]["accuracy"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("The test set has", {"tests": {"": some(1)}}),
+        ('The test set "ood" has', {"tests": {"id": some(4), "ood": some(1)}}),
+        ("The validation set has", {"validation": some(1)}),
+        ("The test set of client 1 has", {"client_tests": (some(4), some(1), some(4))}),
+    ],
+)
+def test_a_single_image_without_statistics_is_said_in_one_sentence(name, changes, make_data, make_config, tmp_path):
+    data = dataclasses.replace(make_data(), **changes)
+    with pytest.raises(UserError, match=f"^{name} a single image, .* --buffers average"):
+        run(make_config(model="mlp", buffers="drop", rounds=1), out=tmp_path / "none", data=data)
+    # With running statistics, and where a map has several positions, one image is enough.
+    for other in ({"model": "mlp"}, {"model": "cnn", "buffers": "drop"}):
+        run(make_config(rounds=1, grad_cam=0, **other), out=tmp_path / other["model"], data=data)

@@ -1,0 +1,174 @@
+"""FedProto's loss, prototypes and what travels, against its equations."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+
+from fedkern import models
+from fedkern.data import normalise
+from fedkern.data.holdout import hold_out
+from fedkern.engine import read_model, run
+from fedkern.engine.context import RunContext
+from fedkern.engine.parties import Client, Server
+from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.engine.store.records import read_metrics
+from fedkern.methods import Batch, FedProto, Step, Upload
+from fedkern.methods.baselines.fedproto import Nearest, Personal, prototypes, table
+
+STEP = Step(1, "train", "update")
+
+
+def network(seed=1):
+    return models.build("cnn", classes=3, channels=3, image_size=8, seed=seed, width=2)
+
+
+@pytest.mark.parametrize("lam", [1.0, 0.2])
+def test_loss_is_the_published_one(lam):
+    local = network().double()
+    images, labels = torch.randn(6, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 2, 1])
+    sent = {"classes": torch.tensor([0, 2]), "means": torch.randn(2, local.width)}
+    received = SimpleNamespace(message={"prototypes": sent}, round_cache={})
+    loss, seen = FedProto(FedProto.Options(lam=lam)).loss(local, Batch(images, labels, np.arange(6), STEP), received)
+
+    features = local.features(images)
+    means = {0: sent["means"][0].double(), 2: sent["means"][1].double()}
+    # The released code: the mean squared error to the prototypes, where a class without one is its own target.
+    target = torch.stack([means.get(y, f) for y, f in zip(labels.tolist(), features.detach(), strict=True)])
+    expected = torch.nn.functional.mse_loss(features, target)
+    torch.testing.assert_close(seen["loss_proto"], expected.detach(), check_dtype=False)
+    total = cross_entropy(local.head(features), labels) + lam * expected
+    torch.testing.assert_close(loss, total)
+    loss.backward()
+    got = [p.grad.clone() for p in local.parameters()]
+    local.zero_grad()
+    total.backward()
+    for a, p in zip(got, local.parameters(), strict=True):
+        torch.testing.assert_close(a, p.grad)
+
+
+def test_a_clients_prototypes_are_its_class_means(make_data, make_config):
+    client = Client(RunContext(make_config("fedproto"), make_data()), 0, {})
+    net = client.network().eval()
+    sent = prototypes(net, client)
+    with torch.no_grad():
+        features = torch.cat([net.features(batch.images) for batch in client.batches(7)])
+    assert sent["classes"].tolist() == sorted(set(client.labels.tolist()))
+    for c, mean, count in zip(sent["classes"].tolist(), sent["means"], sent["counts"].tolist(), strict=True):
+        assert count == int((client.labels == c).sum())
+        torch.testing.assert_close(mean, features[client.labels == c].mean(0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("weighting", ["samples", "uniform"])
+def test_the_server_averages_what_clients_have_and_keeps_what_nobody_brought(weighting, make_data, make_config):
+    method = FedProto(FedProto.Options(networks="personal", weighting=weighting))
+    server = Server(RunContext(make_config("fedproto"), make_data()))
+    method.start(server)
+
+    def upload(k, classes, counts, values):
+        means = torch.tensor(values)[:, None].expand(-1, 4).float()
+        return Upload(k, 9, {"prototypes": {"classes": torch.tensor(classes), "means": means,
+                                            "counts": torch.tensor(counts)}})  # fmt: skip
+
+    method.server_update(server, STEP, iter([upload(0, [0, 1], [1, 5], [1.0, 2.0]), upload(1, [0], [3], [5.0])]))
+    got = server.state["prototypes"]
+    assert got["classes"].tolist() == [0, 1]
+    first = 4.0 if weighting == "samples" else 3.0
+    assert got["means"][:, 0].tolist() == [first, 2.0]
+    method.server_update(server, STEP, iter([upload(2, [1, 2], [5, 5], [8.0, 7.0])]))
+    got = server.state["prototypes"]
+    assert got["classes"].tolist() == [0, 1, 2]
+    assert got["means"][:, 0].tolist() == [first, 8.0, 7.0]
+
+
+def test_nearest_prototype_answers():
+    net = network().eval()
+    means, known = table({"classes": torch.tensor([0, 2]), "means": torch.randn(2, net.width)}, 3)
+    assert known.tolist() == [True, False, True]
+    nearest = Nearest(net, means, known)
+    images = torch.randn(5, 3, 8, 8)
+    logits, f = nearest(images), net.features(images)
+    for c in (0, 2):
+        torch.testing.assert_close(logits[:, c], -((f - means[c]) ** 2).sum(1), rtol=1e-3, atol=1e-5)
+    assert (logits[:, 1] == -torch.inf).all()
+
+
+def test_lambda_zero_is_fedavg_bit_for_bit_and_prototypes_are_booked(make_data, make_config, tmp_path):
+    data = make_data()
+    a = run(make_config("fedavg"), out=tmp_path / "a", data=data)["bytes"]
+    b = run(make_config("fedproto", options={"lambda": 0}), out=tmp_path / "b", data=data)["bytes"]
+    run(make_config("fedproto"), out=tmp_path / "c", data=data)
+    first, second, third = (load_file(tmp_path / name / "model.safetensors") for name in "abc")
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert any(not torch.equal(first[key], third[key]) for key in first)
+    width = network().width
+    held = [len(set(client.labels.tolist())) for client in data.clients]
+    assert b["up"] - a["up"] == 2 * sum(8 * c + 4 * c * width + 8 * c for c in held)  # ids, means, counts; two rounds
+    everything = len(set(torch.cat([client.labels for client in data.clients]).tolist()))
+    assert b["down"] - a["down"] == 3 * (8 * everything + 4 * everything * width)  # from the second round on
+
+
+def test_personal_networks_stay_with_their_clients(make_data, make_config, tmp_path):
+    config = make_config("fedproto", options={"networks": "personal"}, rounds=3)
+    summary = run(config, out=tmp_path, data=make_data())
+    state = Checkpoints(tmp_path)
+    state.open()
+    own = [state.client_state(k)["network"] for k in range(3)]
+    assert not torch.equal(own[0]["head.weight"], own[1]["head.weight"])
+    width, held = network().width, 9  # all three clients have all three classes
+    assert summary["bytes"]["up"] == 3 * (16 * held + 4 * held * width)
+    assert summary["bytes"]["one_off_up"] == sum(v.numel() * v.element_size() for one in own for v in one.values())
+    assert all("ood_accuracy" not in record for record in read_metrics(tmp_path))
+
+    model, _ = read_model(tmp_path)
+    assert isinstance(model, Personal)
+    test = RunContext(config, make_data())
+    images = test.data.tests["ood"].images
+    x = normalise(images, test.data.mean, test.data.std, channels_last=True)
+    with torch.no_grad():
+        right = [(member(x).argmax(1) == test.data.tests["ood"].labels).double().mean() for member in model.members]
+    assert summary["metrics"]["ood_accuracy"] == pytest.approx(float(sum(right) / 3))
+
+
+def test_personal_networks_are_tested_on_their_clients_own_samples(make_data, make_config, tmp_path):
+    data = make_data((40, 26, 30))
+    config = make_config("fedproto", options={"networks": "personal"}, client_test=0.3, local_epochs=4)
+    metrics = run(config, out=tmp_path, data=data)["metrics"]
+    own = hold_out(data, held_out=None, share=0.3, seed=config.seed).client_tests
+    model, _ = read_model(tmp_path)
+    assert model.clients == (0, 1, 2)
+    with torch.no_grad():
+        right = [
+            float((member(normalise(s.images, data.mean, data.std)).argmax(1) == s.labels).double().mean())
+            for member, s in zip(model.members, own, strict=True)
+        ]
+    assert metrics["mean_client_accuracy"] == pytest.approx(sum(right) / 3)
+    assert metrics["worst_client_accuracy"] == pytest.approx(min(right))
+    stranger = Personal({7: model.members[0], 9: model.members[1]})
+    asked = SimpleNamespace(batches=lambda: iter([(normalise(own[2].images, data.mean, data.std), own[2].labels)]))
+    whole = FedProto().evaluate_own(stranger, asked, 2)
+    assert whole == super(FedProto, FedProto()).evaluate(stranger, asked)
+
+
+@pytest.mark.parametrize("networks", ["averaged", "personal"])
+@pytest.mark.parametrize("buffers", ["average", "drop"])
+def test_nearest_prototypes_are_evaluated_and_saved(networks, buffers, make_data, make_config, tmp_path):
+    options = {"networks": networks, "predict": "prototype"}
+    summary = run(make_config("fedproto", options=options, buffers=buffers), out=tmp_path, data=make_data())
+    assert 0 <= summary["metrics"]["id_accuracy"] <= 1
+    model, _ = read_model(tmp_path)
+    first = model.members[0] if networks == "personal" else model
+    assert isinstance(first, Nearest)
+    assert first.known.all()
+    # Prototypes are of the features that training saw: without running statistics those of each batch's own.
+    norms = [layer for layer in first.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+    assert all(layer.training == (networks == "averaged" and buffers == "drop") for layer in norms)
+    images = normalise(make_data().tests["id"].images, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), channels_last=True)
+    with torch.no_grad():
+        answers = model(images).argmax(1)
+    if networks == "averaged":
+        right = float((answers == make_data().tests["id"].labels).double().mean())
+        assert summary["metrics"]["id_accuracy"] == pytest.approx(right)

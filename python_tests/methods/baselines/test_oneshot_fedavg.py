@@ -1,0 +1,130 @@
+"""One-shot FedAvg and CCVR: one round, one average, and a classifier that alone is calibrated."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fedkern.engine import read_metrics, run
+from fedkern.errors import UserError
+from fedkern.methods import METHODS, Step
+from fedkern.methods.baselines.oneshot_fedavg import OneShotFedAvg
+
+FAST = {"virtual_features": 50, "calibration_epochs": 1}
+STEP = Step(0, "train", "update")
+
+
+def tensors(out):
+    return load_file(out / "model.safetensors")
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_is_fedavg_with_one_round(make_data, make_config, tmp_path):
+    data = make_data()
+    run(make_config("fedavg", rounds=1, local_epochs=3), out=tmp_path / "a", data=data)
+    run(make_config("oneshot-fedavg", model="cnn", rounds=None, local_epochs=3), out=tmp_path / "b", data=data)
+    assert equal(tensors(tmp_path / "a"), tensors(tmp_path / "b"))
+    assert len(read_metrics(tmp_path / "b")) == 1
+
+
+def test_calibration_changes_the_classifier_alone(make_data, make_config, tmp_path):
+    data = make_data()
+    run(make_config("oneshot-fedavg", model="cnn", rounds=None), out=tmp_path / "plain", data=data)
+    config = make_config("oneshot-fedavg", model="cnn", rounds=None, options={"calibrate": True, **FAST})
+    run(config, out=tmp_path / "flag", data=data)
+    run(make_config("ccvr", model="cnn", rounds=None, options=FAST), out=tmp_path / "ccvr", data=data)
+    plain, flag, ccvr = (tensors(tmp_path / name) for name in ("plain", "flag", "ccvr"))
+    assert equal(flag, ccvr)
+    changed = {name for name in plain if not torch.equal(plain[name], flag[name])}
+    assert changed == {"head.weight", "head.bias"}
+    before, after = read_metrics(tmp_path / "ccvr")
+    assert before["accuracy" if "accuracy" in before else "id_accuracy"] is not None
+    assert read_metrics(tmp_path / "plain")[0]["loss"] == before["loss"]
+    assert after["round"] == 2
+
+
+def test_bytes_of_calibration(make_data, make_config, tmp_path):
+    """Counts, means and scatters of the classes a client has; the averaged network goes down a second time."""
+    data = make_data()
+    run(make_config("ccvr", model="cnn", rounds=None, options=FAST), out=tmp_path, data=data)
+    one, two = read_metrics(tmp_path)
+    model = sum(t.numel() * (8 if t.dtype == torch.int64 else 4) for t in tensors(tmp_path).values())
+    width = tensors(tmp_path)["head.weight"].shape[1]
+    present = [len(set(client.labels.tolist())) for client in data.clients]
+    up = sum(4 * (3 + c * (width + width * (width + 1) // 2)) for c in present)
+    assert two["bytes_up"] - one["bytes_up"] == up
+    assert two["bytes_down"] - one["bytes_down"] == one["bytes_down"] == 3 * model
+
+
+def test_a_poisoned_upload_is_left_out_and_named(make_data, make_config, tmp_path, monkeypatch):
+    real = OneShotFedAvg.client_update
+
+    def poisoned(self, client, step, message):
+        answer = real(self, client, step, message)
+        if client.id == 1:
+            answer["parameters"][5] = float("nan")
+        return answer
+
+    data = make_data()
+    monkeypatch.setattr(OneShotFedAvg, "client_update", poisoned)
+    with pytest.raises(UserError, match="Client 1's upload in round 1 holds NaN or infinite values in parameters"):
+        run(make_config("oneshot-fedavg", model="cnn", rounds=None), out=tmp_path / "stop", data=data)
+    summary = run(
+        make_config("oneshot-fedavg", model="cnn", rounds=None, on_nan="skip"), out=tmp_path / "skip", data=data
+    )
+    assert "values in parameters; it was left out" in summary["diagnostics"]["refused-upload-1"]
+    assert all(bool(torch.isfinite(t).all()) for t in tensors(tmp_path / "skip").values())
+
+
+@pytest.mark.parametrize(
+    ("value", "why", "nobody"),
+    [
+        (float("inf"), "infinite values in scatters", "No client is left in round 2"),
+        # What a declaration cannot say the pooling finds out.
+        (-1.0, "class statistics of client 2 cannot be used", "statistics of every client were refused"),
+    ],
+)
+def test_bad_statistics_are_left_out_and_named(value, why, nobody, make_data, make_config, tmp_path, monkeypatch):
+    real = OneShotFedAvg.client_update
+
+    def poisoned(self, client, step, message):
+        answer = real(self, client, step, message)
+        if "scatters" in answer and client.id in bad:
+            answer["scatters"][0, 0] = value
+        return answer
+
+    monkeypatch.setattr(OneShotFedAvg, "client_update", poisoned)
+    bad = {2}
+    config = make_config("ccvr", model="cnn", rounds=None, options=FAST, on_nan="skip")
+    summary = run(config, out=tmp_path / "one", data=make_data())
+    assert why in summary["diagnostics"]["refused-upload-2"]
+    assert [entry["client"] for record in read_metrics(tmp_path / "one") for entry in record.get("dropped", ())] == [2]
+    with pytest.raises(UserError, match=why):
+        run(config.replace(on_nan="stop"), out=tmp_path / "stop", data=make_data())
+    bad = {0, 1, 2}
+    with pytest.raises(UserError, match=nobody):
+        run(config, out=tmp_path / "all", data=make_data())
+
+
+@pytest.mark.parametrize("method", ["ccvr", "ensemble", "feddf", "dense", "coboosting"])
+def test_running_statistics_are_needed(method, make_data, make_public, make_config, tmp_path):
+    config = make_config(method, model="cnn", rounds=None, buffers="local")
+    with pytest.raises(UserError, match=f"{method} needs the running statistics .* --buffers average"):
+        run(config, out=tmp_path, data=make_public(make_data()))
+    assert not (tmp_path / "config.toml").exists()
+
+
+@pytest.mark.parametrize("method", ["oneshot-fedavg", "ccvr", "ensemble", "feddf", "dense", "coboosting"])
+def test_registered_and_described(method):
+    assert METHODS[method].one_shot
+    assert "arXiv" in METHODS[method].description or method == "ensemble"
+
+
+def test_plan_and_report_are_in_the_summary(make_data, make_config, tmp_path):
+    run(make_config("ccvr", model="cnn", rounds=None, options=FAST), out=tmp_path, data=make_data())
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["rounds"] == 2

@@ -1,0 +1,60 @@
+"""What is remembered of frozen networks, and copies of them."""
+
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from fedkern import models
+from fedkern.engine.network import Network
+from fedkern.methods import Batch, Step
+from fedkern.methods.common.frozen import frozen_copy, remembered
+
+STEP = Step(0, "train", "update")
+
+
+def network(seed):
+    return models.build("cnn", classes=3, channels=3, image_size=16, seed=seed, width=4)
+
+
+@pytest.mark.parametrize(("epochs", "augmented", "calls"), [(3, False, 2), (3, True, 6), (1, False, 2)])
+def test_rows_are_kept_over_epochs_where_images_stay_the_same(epochs, augmented, calls):
+    values, asked = torch.randn(5, 2), []
+    received = types.SimpleNamespace(round_cache={}, samples=5, epochs=epochs)
+    for epoch in range(epochs):
+        for rows in ([3, 1, 4], [0, 2]) if epoch == 0 else ([0, 4], [1, 2, 3]):
+            rows = np.array(rows)
+            images = torch.zeros(len(rows), 1, 1, 1)
+            batch = Batch(images, torch.zeros(len(rows), dtype=torch.int64), rows, STEP, epoch, augmented)
+
+            def compute(rows=rows):
+                asked.append(rows)
+                return values[rows].requires_grad_().clone()
+
+            got = remembered("features", batch, received, compute)
+            assert torch.equal(got, values[rows])
+            assert not got.requires_grad
+    assert len(asked) == calls
+
+
+def test_a_copy_holds_the_other_vectors_and_leaves_the_original_alone():
+    first, second = (Network(network(seed), torch.device("cpu")) for seed in (1, 2))
+    second.buffers.add_(torch.rand_like(second.buffers))
+    first.freeze()
+    first.eval_mode()
+    images = torch.randn(4, 3, 16, 16)
+    before = first.module(images).clone()
+    made = frozen_copy(first.module, second.read())
+    second.eval_mode()
+    assert torch.equal(made(images), second.module(images))
+    assert torch.equal(first.module(images), before)
+    assert not made.training
+    assert not any(p.requires_grad for p in made.parameters())
+
+
+def test_without_buffers_the_copy_keeps_the_originals():
+    first, second = (Network(network(seed), torch.device("cpu")) for seed in (1, 2))
+    first.buffers.add_(1)
+    made = frozen_copy(first.module, {"parameters": second.parameters})
+    assert torch.equal(Network(made, torch.device("cpu")).buffers, first.buffers)

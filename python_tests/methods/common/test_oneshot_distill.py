@@ -1,0 +1,165 @@
+"""FedDF, DENSE and Co-Boosting: one network that follows the clients' ensemble, with and without public images."""
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fedkern import models
+from fedkern.engine import read_metrics, read_model, run
+from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.errors import UserError
+from fedkern.methods.common.oneshot_distill import Distilled, Pool
+
+SMALL = {"nz": 4, "ngf": 2, "generator_steps": 2, "synthesis_batch": 8, "distill_batch": 4, "distill_epochs": 2}
+OPTIONS = {"feddf": {"distill_batch": 4, "distill_epochs": 2}, "dense": SMALL, "coboosting": SMALL}
+CALIBRATED = {"calibrate": True, "virtual_features": 20, "calibration_epochs": 1}
+
+
+def tensors(out):
+    return load_file(out / "model.safetensors")
+
+
+@pytest.fixture
+def data(make_data, make_public):
+    return make_public(make_data(), samples=10)
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_average_then_distilled_then_calibrated(method, data, make_config, tmp_path):
+    run(make_config("oneshot-fedavg", model="cnn", rounds=None), out=tmp_path / "average", data=data)
+    config = make_config(method, model="cnn", rounds=None, options={**OPTIONS[method], **CALIBRATED})
+    summary = run(config, out=tmp_path / "run", data=data)
+    train, distil, calibrate = read_metrics(tmp_path / "run")
+    average = read_metrics(tmp_path / "average")[0]
+    for name in ("id_accuracy", "id_loss", "bytes_up", "bytes_down"):
+        assert train[name] == average[name]
+    assert distil["bytes_up"] == train["bytes_up"]  # nothing travels while the server distils
+    assert distil["bytes_down"] == train["bytes_down"]
+    assert distil["id_loss"] != train["id_loss"]
+    assert calibrate["id_loss"] != distil["id_loss"]
+    assert 0 <= summary["metrics"]["teacher_agreement"] <= 1
+    assert summary["metrics"]["distil_images"] == (10 if method == "feddf" else 16)
+    assert "members" not in Checkpoints(tmp_path / "run").last_server_state()
+    assert isinstance(read_model(tmp_path / "run")[0], models.CNN)
+
+
+def test_labels_of_public_images_are_not_looked_at(data, make_config, tmp_path):
+    other = dataclasses.replace(data.public, labels=(data.public.labels + 1) % 3)
+    config = make_config("feddf", model="cnn", rounds=None, options=OPTIONS["feddf"])
+    run(config, out=tmp_path / "a", data=data)
+    run(config, out=tmp_path / "b", data=dataclasses.replace(data, public=other))
+    a, b = tensors(tmp_path / "a"), tensors(tmp_path / "b")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_feddf_follows_the_ensemble(data, make_config, tmp_path):
+    """Enough distillation makes the student's answers on the public images those of the ensemble."""
+    run(make_config("ensemble", model="cnn", rounds=None, local_epochs=4), out=tmp_path / "ensemble", data=data)
+    images = data.public.images
+    mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (data.mean, data.std))
+    x = (images / 255 - mean) / std
+    target = read_model(tmp_path / "ensemble")[0](x).log_softmax(1)
+    losses = []
+    for epochs in (1, 60):
+        options = {"distill_batch": 10, "distill_epochs": epochs, "distill_lr": 0.01}
+        out = tmp_path / str(epochs)
+        run(make_config("feddf", model="cnn", rounds=None, local_epochs=4, options=options), out=out, data=data)
+        with torch.no_grad():
+            own = read_model(out)[0](x).log_softmax(1)
+            losses.append(float((target.exp() * (target - own)).sum(1).mean()))
+    assert losses[1] < 0.3 * losses[0]
+
+
+def test_a_student_that_diverges_ends_the_run(data, make_config, tmp_path):
+    options = {**OPTIONS["feddf"], "distill_lr": 1e30, "distill_epochs": 3}
+    with pytest.raises(UserError, match="The student diverged: lower the method option distill_lr"):
+        run(make_config("feddf", model="cnn", rounds=None, options=options), out=tmp_path, data=data)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_feddf_needs_public_images_or_a_generator(make_data, make_config, tmp_path):
+    with pytest.raises(UserError, match=r"give --public-samples N, or .* source=generator"):
+        run(make_config("feddf", model="cnn", rounds=None, options=OPTIONS["feddf"]), out=tmp_path, data=make_data())
+    assert not (tmp_path / "config.toml").exists()
+    options = {**SMALL, "source": "generator", "synthetic": 20}
+    summary = run(make_config("feddf", model="cnn", rounds=None, options=options), out=tmp_path, data=make_data())
+    assert summary["metrics"]["distil_images"] == 20
+
+
+@pytest.mark.parametrize("method", ["dense", "coboosting"])
+def test_networks_may_differ(method, make_data, make_config, tmp_path):
+    """A student of the run's own network; the average is of the members that have it."""
+    data = make_data()
+    options = {**SMALL, "models": "cnn:2,resnet8:2"}
+    run(make_config(method, model="cnn", rounds=None, options=options), out=tmp_path, data=data)
+    network, _ = read_model(tmp_path)
+    assert isinstance(network, models.CNN)
+    first, second = read_metrics(tmp_path)
+    assert first["bytes_down"] == 0
+    assert first["id_loss"] != second["id_loss"]
+
+
+def test_no_client_may_have_the_students_architecture(data, make_config, tmp_path):
+    """There is nothing to average then: the student starts from the run's fresh network."""
+    starts = []
+    real = Distilled.follow
+
+    def follow(self, student, *given):
+        starts.append([p.detach().clone() for p in student.parameters()])
+        return real(self, student, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Distilled, "follow", follow)
+        options = {**OPTIONS["feddf"], "models": "resnet8:2"}
+        run(make_config("feddf", model="cnn", rounds=None, options=options), out=tmp_path, data=data)
+    initial = models.build("cnn", classes=3, channels=3, image_size=8, seed=0, width=2).parameters()
+    assert all(torch.equal(a, b) for a, b in zip(starts[0], initial, strict=True))
+    first, second = read_metrics(tmp_path)
+    assert first["id_loss"] != second["id_loss"]
+
+
+def test_a_fresh_student_forgets_the_average(data, make_config, tmp_path):
+    seen = {}
+    real = Distilled.follow
+
+    def follow(self, student, *given):
+        seen.setdefault(self.options.student_init, [p.detach().clone() for p in student.parameters()])
+        return real(self, student, *given)
+
+    for start in ("average", "fresh"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Distilled, "follow", follow)
+            options = {**OPTIONS["feddf"], "student_init": start}
+            run(make_config("feddf", model="cnn", rounds=None, options=options), out=tmp_path / start, data=data)
+    run(make_config("oneshot-fedavg", model="cnn", rounds=None), out=tmp_path / "plain", data=data)
+    average = list(read_model(tmp_path / "plain")[0].parameters())
+    initial = models.build("cnn", classes=3, channels=3, image_size=8, seed=0, width=2).parameters()
+    assert all(torch.equal(a, b) for a, b in zip(seen["average"], average, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(seen["fresh"], initial, strict=True))
+
+
+def test_coboosting_reports_weights_of_sum_one(make_data, make_config, tmp_path):
+    summary = run(make_config("coboosting", model="cnn", rounds=None, options=SMALL), out=tmp_path, data=make_data())
+    weights = [summary["metrics"][f"weight_{k}"] for k in range(3)]
+    assert sum(weights) == pytest.approx(1)
+    assert len(set(weights)) > 1
+
+
+def test_pool_asks_every_image_once():
+    members = [models.build("cnn", classes=4, channels=3, image_size=8, seed=k, width=2) for k in range(2)]
+    teachers = models.Ensemble(members)
+    pool = Pool(teachers, 7, (3, 8, 8))
+    images = torch.randn(7, 3, 8, 8)
+    pool.add(images[:3])
+    pool.add(images[3:], torch.tensor([3, 2, 1, 0]))
+    index = torch.tensor([6, 0, 4])
+    own, said = pool.take(index)
+    assert torch.equal(own, images[index])
+    assert own.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(said, teachers.logits(images)[:, index])
+    assert pool.answers(index)[1].tolist() == [0, 0, 2]
+    epoch = list(pool.batches(3, torch.Generator()))
+    assert [len(batch) for batch in epoch] == [3, 3]  # the seventh image alone cannot be normalised
+    assert len(set(torch.cat(epoch).tolist())) == 6

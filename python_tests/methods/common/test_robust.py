@@ -1,0 +1,166 @@
+"""Client weights for the worst mixture: what moves them, where they act, and a saddle point that can be computed."""
+
+import math
+import types
+
+import numpy as np
+import pytest
+import torch
+from feddra_parts import JOINT, LOSSES, SETTINGS
+from scipy.optimize import minimize
+
+from fedkern import ops
+from fedkern.engine import run
+from fedkern.errors import UserError
+from fedkern.methods import AFL, Federation, Step, Upload
+from fedkern.methods.common.robust_weights import distance
+
+# Client weights.
+
+
+def losses(p, values):
+    """The server's step for these losses."""
+    p.method.server_update(p.server, LOSSES, iter([Upload(k, 1, {"loss": value}) for k, value in enumerate(values)]))
+    p.server.state["current"] = []  # they were asked about no model
+    return p.method.weights(p.server)
+
+
+def test_weights_follow_losses_within_the_ball(parts):
+    p = parts(rho=0.1)
+    assert np.allclose(p.method.weights(p.server), 1 / 3)
+    assert np.allclose(losses(p, [2.0, 2.0, 2.0]), 1 / 3, atol=1e-15)
+    w = losses(p, [1.0, 1.0, 2.0])
+    assert w[2] > w[1] == w[0]
+    for _ in range(20):
+        w = losses(p, [1.0, 1.0, 5.0])
+    assert distance(w) == pytest.approx(0.1, abs=1e-9)
+    assert p.server.report["weights_distance"] == pytest.approx(0.1, abs=1e-9)
+    assert p.server.report["robust_worst_loss"] == 5.0
+    assert np.allclose(losses(parts(rho=0.0), [1.0, 2.0, 9.0]), 1 / 3, atol=1e-15)
+
+
+def test_the_other_centre_is_the_shares_of_the_samples(parts):
+    p = parts(weighting="samples", rho=0.05)
+    shares = np.array([20, 13, 9]) / 42
+    assert np.allclose(p.method.weights(p.server), shares)
+    for _ in range(9):
+        w = losses(p, [1.0, 1.0, 9.0])
+    assert distance(w, shares) == pytest.approx(0.05, abs=1e-9)
+    assert w[2] > shares[2]
+
+
+def test_an_average_uses_the_weights(parts):
+    p = parts(stages="one")
+    w = losses(p, [1.0, 2.0, 4.0])
+    _, uploads = p.exchange(JOINT)
+    expected = sum(w[u.client_id] * u.message["parameters"].double() for u in uploads)
+    assert torch.allclose(p.server.state["parameters"].double(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_a_round_of_clients_without_weight_still_has_a_mean(parts):
+    p = parts(stages="one")
+    p.server.state["weights"] = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
+    p.exchange(JOINT, chosen=[0, 1])
+    assert torch.isfinite(p.server.state["parameters"]).all()
+
+
+def test_one_sgd_step_on_weighted_losses_is_the_weighted_average(parts):
+    """Method notes 3.6; batch norm's statistics aside, which are averaged with other weights."""
+    results = {}
+    sgd = {"optimizer": "sgd", "momentum": 0.0, "local_steps": 1, "lr": 0.05}
+    for apply in ("aggregate", "loss"):
+        p = parts(settings=sgd, stages="one", dro_apply=apply, anchors=False)
+        losses(p, [1.0, 2.0, 4.0])
+        before = p.server.state["parameters"].clone()
+        p.exchange(JOINT)
+        results[apply] = p.server.state["parameters"] - before
+    assert results["loss"].norm() > 0
+    assert (results["aggregate"] - results["loss"]).abs().max() < 1e-5 * results["loss"].abs().max()
+
+
+def test_adamw_does_not_see_the_weights_of_the_released_code(parts):
+    """Method notes 3.6: Adam is invariant to the scale of a loss, and the average is uniform."""
+    results = []
+    for values in ([1.0, 1.0, 1.0], [0.0, 0.0, 4.0]):
+        p = parts(settings={"weight_decay": 0.05}, stages="one", dro_apply="loss_code", anchors=False)
+        w = losses(p, values)
+        sent, _ = p.exchange(JOINT)
+        assert [sent[k]["scale"] for k in range(3)] == pytest.approx(w.tolist())
+        results.append(p.server.state["parameters"] - p.bench.initial()["parameters"])
+    assert np.ptp(w) > 0.4
+    # But for gradients that are nothing but rounding (biases before batch norm), which Adam makes as large as any.
+    same = (results[0] - results[1]).abs() < 0.01 * results[0].abs().max()
+    assert same.float().mean() > 0.9
+
+
+def test_too_few_samples_are_named(make_pairs, make_config, tmp_path):
+    with pytest.raises(UserError, match="Client 1 has 3 samples"):
+        run(make_config("feddra", **SETTINGS, clients=2), out=tmp_path, data=make_pairs((9, 3)))
+    every = {**SETTINGS, "options": {**SETTINGS.get("options", {}), "loss_split": "train"}}
+    run(make_config("feddra", **every, clients=2), out=tmp_path, data=make_pairs((9, 3)))  # none is kept from it
+
+
+def test_agnostic_learning_leaves_the_published_ball(make_data, make_config, tmp_path):
+    config = make_config("afl", rounds=3, options={"eta": 5.0, "loss_share": 0.3})
+    metrics = run(config, out=tmp_path, data=make_data())["metrics"]
+    assert metrics["weights_distance"] <= 1.0
+    assert metrics["largest_weight"] > 0.4
+    assert AFL().radius == math.inf
+
+
+# A truth that can be computed.
+
+OPTIMA = np.array([[0.0, 0.0], [2.0, 0.0], [0.0, 3.0], [4.0, 4.0]])
+OFFSETS = np.array([0.5, 1.0, 0.0, -3.0])
+
+
+class Quadratic(AFL):
+    """Clients with L_k = |theta - a_k|^2 / 2 + b_k in the plane, one gradient step a round."""
+
+    rho = 0.0
+
+    @property
+    def radius(self):
+        return self.rho
+
+    def client_update(self, client, step, message):
+        theta = self.held(client, message)["parameters"]
+        if step.exchange == "losses":
+            client.state["model"] = {"parameters": theta}
+            away = theta.double().numpy() - OPTIMA[client.id]
+            return {"loss": float(away @ away / 2 + OFFSETS[client.id])}
+        return {"parameters": theta - 0.05 * (theta - torch.tensor(OPTIMA[client.id], dtype=torch.float32))}
+
+
+def best_weights(rho):
+    """The weights of the saddle point: those at which the least mixed loss is largest."""
+
+    def least(w):
+        return -(w @ (OFFSETS + (OPTIMA**2).sum(1) / 2) - ((w @ OPTIMA) ** 2).sum() / 2)
+
+    ball = {"type": "ineq", "fun": lambda w: 2 * rho + 1 - 4 * w @ w}
+    even = {"type": "eq", "fun": lambda w: w.sum() - 1}
+    start = np.full(4, 0.25)
+    return minimize(least, start, bounds=[(0, 1)] * 4, constraints=[ball, even], method="SLSQP").x
+
+
+@pytest.mark.parametrize("rho", [0.1, 0.5, math.inf])
+def test_weights_approach_those_of_the_worst_mixture(rho):
+    method = Quadratic(AFL.Options(eta=0.02))
+    method.rho = rho
+    server = types.SimpleNamespace(
+        state={}, round_cache={}, report={}, federation=Federation(800, (5,) * 4, 2), accumulator=ops.Accumulator,
+        initial=lambda: {"parameters": torch.zeros(2)},
+    )  # fmt: skip
+    clients = [types.SimpleNamespace(id=k, samples=5, state={}, report={}) for k in range(4)]
+    method.start(server)
+    for r in range(800):
+        for name in ("update", "losses"):
+            step = Step(r, "train", name)
+            sent = method.send(server, step)
+            uploads = [Upload(c.id, 5, method.client_update(c, step, sent.get(c.id, sent))) for c in clients]
+            method.server_update(server, step, iter(uploads))
+    truth = best_weights(min(rho, 100.0))
+    assert np.abs(method.weights(server) - truth).max() < 0.01
+    assert np.abs(truth - 0.25).max() > 0.1
+    assert np.allclose(server.state["parameters"].numpy(), truth @ OPTIMA, atol=0.05)

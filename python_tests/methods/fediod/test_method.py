@@ -1,0 +1,354 @@
+"""FedIOD end to end: the plan of messages, who changes what, what travels, who may be absent, whose teachers."""
+
+import dataclasses
+import gc
+import json
+
+import pytest
+import torch
+from fediod_play import EVERY_TERM, TINY, World, cleared_and_live, frozen, same
+
+from fedkern.data import Split
+from fedkern.engine import read_metrics, read_model, run
+from fedkern.engine.local import Diverged
+from fedkern.engine.parties import Client
+from fedkern.errors import UserError
+from fedkern.methods import FedIOD
+from fedkern.methods.common.oneshot_members import flatten, load, vectors
+from fedkern.methods.fediod.local_teachers import teacher
+from fedkern.methods.fediod.losses import against, teacher_terms
+from fedkern.methods.fediod.server import ALIKE, make_generator
+from fedkern.models.teacher_stack import TeacherStack
+
+MIXED = "cnn:2,mlp:4,resnet8:2"
+
+
+@pytest.fixture
+def world(make_config, make_data):
+    return lambda data=None, **options: World(make_config, make_data() if data is None else data, **options)
+
+
+# -- one message after another, all clients at once, one graph ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("models", ["cnn:2", MIXED], ids=["alike", "three architectures"])
+def test_a_cohort_gives_the_numbers_of_messages(world, models):
+    worlds = [world(models=models, batched=batched, **EVERY_TERM) for batched in (True, False)]
+    for w in worlds:
+        w.play(w.round(), 0)
+    a, b = (w.server.state for w in worlds)
+    for part in ("student", "generator", "adam"):
+        for name in a[part]:
+            torch.testing.assert_close(a[part][name], b[part][name], rtol=1e-3, atol=2e-5)
+    for k in range(3):
+        ours, theirs = (w.clients[k].state["critics"][0] for w in worlds)
+        assert ours["steps"] == theirs["steps"]
+        for name in ours["weights"]:
+            torch.testing.assert_close(ours["weights"][name], theirs["weights"][name], rtol=1e-3, atol=2e-5)
+
+
+def test_reports_are_means_over_what_a_client_took_part_in(world):
+    worlds = [world(batched=batched, iterations=6, absent=0.3) for batched in (True, False)]
+    for w in worlds:
+        w.play(w.round(), 0)
+    for name in ("critic_loss", "realism"):
+        ours, theirs = ([w.clients[k].report[name] for k in range(3)] for w in worlds)
+        assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+def test_messages_give_the_gradient_of_a_single_graph(world):
+    """L_G as one autograd graph from the noise through every discriminator, teacher and the student."""
+    w = world(models=MIXED, batched=False, **EVERY_TERM)
+    images, gradients = w.steps(w.round(), 0)[:2]
+    w.exchange(images)
+    shop, s = w.server.round_cache["workshop"], w.method.settings
+    x, ensemble = shop.x, shop.server.round_cache["criticism"]
+    assert set(ensemble) == {0, 1, 2}
+    discriminators = [w.clients[k].round_cache["answers"].discriminators.module for k in range(3)]
+    shop.student.requires_grad_(True)
+    statistics = frozen(dict(shop.student.named_buffers()))
+    seen = x.contiguous(memory_format=torch.channels_last)
+    logits = torch.stack([teacher(w.clients[k], w.method.architectures)(seen) for k in range(3)]).log_softmax(2)
+    patches = torch.cat([critic(seen) for critic in discriminators])
+    samples = torch.tensor([float(c.samples) for c in w.clients.values()])
+    pi = samples / samples.sum()
+    weights = w.method.disclosed(w.server, [0, 1, 2])
+    weights = weights[:, None] * patches.sigmoid().mean((2, 3)).detach()[:, :, None]
+    total, _ = teacher_terms(logits, pi, s, shop.student(seen), weights, weights[:, 0] > 0)
+    total = total + s.w_real * (pi * against(patches, True, s.bce).mean(1)).sum()
+    expected = torch.autograd.grad(total, list(shop.generator.parameters()), retain_graph=True)
+    for name, buffer in shop.student.named_buffers():
+        buffer.copy_(statistics[name])
+    w.exchange(gradients)
+    got = [p.grad for p in shop.generator.parameters()]
+    scale = max(float(g.abs().max()) for g in expected)
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * scale)
+
+
+# -- who changes what --------------------------------------------------------------------------------------------------
+
+
+def test_an_exchange_changes_what_it_may(world):
+    """D by images alone, G by gradients alone, S by distillation alone; a teacher by nothing."""
+    w = world(**EVERY_TERM)
+    probe = torch.randn(3, *w.bench.data.image_shape)
+    said = TeacherStack([teacher(client, w.method.architectures) for client in w.clients.values()]).logits(probe)
+    live = None
+    for step in w.steps(w.round(), 0)[:3]:
+        before = {k: frozen(c.state.get("critics", {})) for k, c in w.clients.items()}
+        teachers = {k: frozen(c.state["teacher"]) for k, c in w.clients.items()}
+        if live is not None:
+            g, s = live.generator, live.student
+            weights = [[p.detach().clone() for p in m.parameters()] for m in (g, s)]
+        w.exchange(step)
+        kind = step.exchange.split()[0]
+        for k, client in w.clients.items():
+            assert same(client.state["teacher"], teachers[k])
+            if kind != "images":
+                assert same(client.state["critics"], before[k])
+        assert torch.equal(w.method.bank(w.clients).logits(probe), said)  # the copies that run
+        if live is not None:
+            moved = [any(not torch.equal(p, q) for p, q in zip(m.parameters(), old, strict=True))
+                     for m, old in zip((g, s), weights, strict=True)]  # fmt: skip
+            assert moved == [kind == "gradients", kind == "distil"]
+        live = w.server.round_cache["workshop"]
+    critic = w.clients[0].state["critics"][0]
+    assert critic["steps"] == 1
+    assert not same(critic["mean"]["conv2"], torch.zeros_like(critic["mean"]["conv2"]))
+
+
+def test_a_client_trains_its_discriminator_as_long_as_its_samples_last(world):
+    """Clients of 20, 13 and 9 samples have 5, 4 and 3 batches of four in a round; they teach on after that."""
+    w = world(iterations=6)
+    w.play(w.round(), 0)
+    assert [client.state["critics"][0]["steps"] for client in w.clients.values()] == [5, 4, 3]
+    assert w.method.iterations(w.bench.federation) == 6
+    assert FedIOD(FedIOD.Options(batch=4, iterations=0)).iterations(w.bench.federation) == 5
+
+
+def test_nobody_but_the_client_sees_its_networks(world):
+    w = world()
+    for step in w.steps(w.round(), 0)[:3]:
+        messages, answers = w.exchange(step)
+        down = {name for message in messages.values() for name in message}
+        up = {name for answer in answers.values() for name in answer}
+        assert (down, up) == {
+            "images": ({"images", "critic_lr"}, {"logits", "scores"}),
+            "gradients": ({"logits", "share"}, {"gradients"}),
+            "distil": ({"images"}, {"logits", "scores"}),
+        }[step.exchange.split()[0]]
+    keys = set(w.server.state)
+    assert keys == {"student", "generator", "iteration", "classes"}
+
+
+# -- clients that are absent, know other classes or differ ------------------------------------------------------------
+
+
+def test_absent_clients_are_skipped_and_the_rest_reweighted(world):
+    w = world()
+    images, gradients, distil = w.steps(w.round(), 0)[:3]
+    w.exchange(images, lost=(1,))
+    messages = w.server.round_cache["criticism"]
+    assert set(messages) == {0, 2}
+    assert messages[0]["share"] == pytest.approx(20 / 29)
+    assert messages[2]["share"] == pytest.approx(9 / 29)
+    w.exchange(gradients, lost=(2,))
+    w.exchange(distil, lost=(0, 1, 2))  # nobody is left: nothing is learnt, nothing fails
+    assert w.server.round_cache["workshop"].iteration == 1
+
+
+@pytest.mark.parametrize("mode", ["generator", "public"])
+def test_a_teacher_that_diverges_is_left_out(mode, make_data, make_public, make_config, monkeypatch, tmp_path):
+    fit = Client.fit
+
+    def diverging(self, method, step, *rest, **named):
+        if self.id in lost:
+            raise Diverged(self.id, step.round, 1, "the loss is nan")
+        return fit(self, method, step, *rest, **named)
+
+    monkeypatch.setattr(Client, "fit", diverging)
+    data = make_public(make_data())
+    config = make_config("fediod", model="cnn", rounds=2, on_nan="skip", options={**TINY, "mode": mode})
+    lost = (1,)
+    summary = run(config, out=tmp_path / "run", data=data)
+    said = summary["diagnostics"]["diverging-client"]
+    assert said.startswith('Client 1 diverged before the first round ("teachers"), batch 1: the loss is nan; what it')
+    assert summary["metrics"]["id_mean_teacher"] > 0
+    lost = (0, 1, 2)
+    with pytest.raises(UserError, match=r"No client is left before the first round \(.teachers.\), as all diverged"):
+        run(config, out=tmp_path / "none", data=data)
+
+
+def test_a_share_of_the_iterations_is_missed(world):
+    w = world(absent=0.5, iterations=4)
+    asked = [set(w.exchange(step)[0]) for step in w.steps(w.round(), 0)]
+    assert asked[0] == asked[1] == asked[2]
+    assert len({tuple(sorted(ids)) for ids in asked}) > 1
+    assert [c.state["critics"][0]["steps"] if "critics" in c.state else 0 for c in w.clients.values()] == [
+        sum(k in ids for ids in asked[::3][:batches]) for k, batches in enumerate((5, 4, 3))
+    ]
+    assert w.server.round_cache["workshop"].iteration == 4
+
+
+def test_a_client_without_a_class_has_no_say_in_it(world, make_data):
+    data = make_data()
+    first = data.clients[0]
+    data = dataclasses.replace(data, clients=(Split(first.images, torch.zeros_like(first.labels)), *data.clients[1:]))
+    for how in ("counts", "known"):
+        w = world(data, class_weights=how)
+        disclosed = w.method.disclosed(w.server, [0, 1, 2])
+        assert disclosed.shape == (3, 3)
+        assert disclosed[0, 1:].tolist() == [0, 0]
+        w.exchange(w.steps(w.round(), 0)[0])
+        shop = w.server.round_cache["workshop"]
+        logits = torch.randn(3, 4, 3)
+        answers = {k: {"logits": logits[k], "scores": torch.ones(4)} for k in range(3)}
+        known = shop.gather(answers)
+        assert known.mask.tolist()[0] == [True, False, False]
+    uniform = world(data, class_weights="uniform")
+    assert uniform.method.disclosed(uniform.server, [0, 1]).tolist() == [[1.0], [1.0]]
+
+
+def test_bytes_are_those_of_the_specification(make_data, make_config, tmp_path):
+    """2.8: six batches of images down, six of logits and confidences and one of gradients up, here with two steps."""
+    run(make_config("fediod", model="cnn", grad_cam=0, options=TINY), out=tmp_path, data=make_data())
+    booked = json.loads((tmp_path / "summary.json").read_text())["bytes"]
+    batch, classes, pixels, iterations = 4, 3, 3 * 8 * 8, 2 * 3
+    image, row = 4 * batch * pixels, 4 * batch * classes
+    for entry in booked["clients"].values():
+        assert entry["down"] == iterations * (3 * image + row + 8 + 8)  # gradients of the logits; two numbers
+        assert entry["up"] == iterations * (3 * (row + 4 * batch) + image)
+        assert entry["one_off_up"] == 4 * classes
+
+
+def test_images_of_a_byte_per_channel(make_data, make_config, tmp_path):
+    for pixels in ("float32", "uint8"):
+        run(make_config("fediod", model="cnn", grad_cam=0, rounds=1, options={**TINY, "pixels": pixels, **EVERY_TERM}),
+            out=tmp_path / pixels, data=make_data())  # fmt: skip
+    fine, coarse = (json.loads((tmp_path / p / "summary.json").read_text()) for p in ("float32", "uint8"))
+    saved = fine["bytes"]["down"] - coarse["bytes"]["down"]
+    assert saved == 3 * 3 * 3 * 3 * 4 * 3 * 8 * 8  # clients, iterations, batches, bytes, images
+    assert abs(fine["metrics"]["clarity"] - coarse["metrics"]["clarity"]) < 0.05
+
+
+def test_the_student_begins_after_the_warm_up(world):
+    """Until then nobody is asked for it, and its learning rate falls over its own iterations."""
+    w = world(warmup=0.5, iterations=4)  # two rounds: eight iterations
+    w.server.showing, rates = True, []
+    for number in range(2):
+        for step in w.steps(w.round(), number):
+            before = frozen(w.server.state["student"])
+            messages, _ = w.exchange(step)
+            kind, i = step.exchange.split()
+            assert bool(messages) == (kind != "distil" or number == 1)
+            if kind == "distil":
+                shop = w.server.round_cache["workshop"]
+                rates.append(shop._optimiser.lr)
+                assert shop.iteration == 4 * number + int(i) + 1
+        assert same(before, w.server.state["student"]) == (number == 0)
+        assert set(w.server.artifacts) == {"generated"} | ({"teacher_weights", "agreement"} if number else set())
+        assert {"critic_loss", "realism"} <= set(w.clients[0].report)
+        for side in (w.server, *w.clients.values()):
+            side.round_cache.clear()
+        w.server.artifacts.clear()
+    start, end = w.method.options.student_lr, w.method.options.student_lr_end
+    assert rates[4:] == pytest.approx([end + (start - end) * c for c in (1, 0.853553, 0.5, 0.146447)], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "kept"), [("sgd", {"momentum_buffer"}), ("adamw", {"step", "exp_avg", "exp_avg_sq"})]
+)
+def test_a_round_goes_on_where_the_one_before_ended(world, optimizer, kept):
+    """What a round leaves in the state is all that the next one needs, bit for bit."""
+    worlds = cleared_and_live(world, 2, student_optimizer=optimizer, ema=0.5, **EVERY_TERM)
+    states = [w.server.state for w in worlds]
+    assert set(states[0]["student_moments"]) == kept
+    assert same(states[0], states[1])
+
+
+@pytest.mark.parametrize("bias", [0.0, 50.0, -50.0])
+def test_a_saturated_generator_is_told_of(world, bias):
+    """All white or all black: the sigmoid lets no gradient through, and the run would end at chance without a word."""
+    w = world()
+    flat = flatten(make_generator(w.server, w.method.settings, torch.Generator()))
+    module = load(flat, w.server.state["generator"])
+    module.body[-1].bias.data.fill_(bias)
+    w.server.state["generator"] = vectors(flat)
+    rounds = w.bench.federation.rounds
+    for number in range(rounds):
+        assert "generator-collapsed" not in w.bench.warnings or number >= rounds / 2
+        w.play(w.round(), number)
+    assert ("generator-collapsed" in w.bench.warnings) == (bias != 0)
+    assert (w.server.report["image_spread"] < ALIKE) == (bias != 0)
+
+
+def test_memory_does_not_grow_with_the_iterations(world):
+    w = world(iterations=8, **EVERY_TERM)
+    counts = []
+    for i, step in enumerate(w.steps(w.round(), 0)):
+        w.exchange(step)
+        if i in (8, 20):  # the end of an iteration
+            gc.collect()
+            counts.append(sum(1 for thing in gc.get_objects() if torch.Tensor in type(thing).__mro__))
+    assert counts[0] == counts[1]
+
+
+def test_the_best_epoch_on_the_hold_out_is_kept(world, monkeypatch):
+    seen = []
+    real = FedIOD.evaluate
+
+    def evaluate(self, model, data):
+        figures = real(self, model, data)
+        seen.append({n: v.clone() for n, v in model.state_dict().items()})
+        return {**figures, "accuracy": [0.1, 0.9, 0.3][(len(seen) - 1) % 4 % 3]}  # the fourth is that of what is kept
+
+    monkeypatch.setattr(FedIOD, "evaluate", evaluate)
+    w = world(select="best", holdout=0.3)
+    assert len(seen) == 2 * 3  # one epoch and the kept one, for every client
+    assert w.clients[0].state["teacher"]["holdout"] == 0.9
+
+
+# -- the whole ---------------------------------------------------------------------------------------------------------
+
+
+def test_three_architectures_in_one_federation(make_data, make_config, tmp_path):
+    config = make_config("fediod", model="cnn", grad_cam=0, options={**TINY, "models": MIXED, "ema": 0.5})
+    metrics = run(config, out=tmp_path, data=make_data())["metrics"]
+    for name in ("best_teacher", "mean_teacher", "ensemble_uniform", "ensemble_weighted", "accuracy"):
+        assert 0 <= metrics[f"id_{name}"] <= 1
+    assert metrics["id_mean_teacher"] <= metrics["id_best_teacher"]
+    assert 0 <= metrics["holdout"] <= 1
+    last = read_metrics(tmp_path)[-1]
+    assert set(last["clients"]["0"]) >= {"critic_loss", "realism", "holdout"}
+    network, about = read_model(tmp_path)
+    assert (about["model"], type(network).__name__) == ("cnn", "CNN")
+
+
+def test_outputs_alone(make_data, make_public, make_config, tmp_path):
+    """Public images, no generator: the teachers answer once, of whatever architecture."""
+    options = {"mode": "public", "models": MIXED, "batch": 4, "student_steps": 2, "iterations": 2}
+    data = make_public(make_data(), samples=10)
+    summary = run(
+        make_config("fediod", model="cnn", grad_cam=0, public_samples=10, options=options), out=tmp_path, data=data
+    )
+    booked = summary["bytes"]
+    assert (booked["up"], booked["down"]) == (0, 0)
+    assert booked["one_off_up"] == 3 * (4 * 3 + 4 * 10 * 3)
+    assert "id_ensemble_weighted" in summary["metrics"]
+    own = read_metrics(tmp_path)[-1]["clients"]
+    assert "critic_loss" not in own["0"]
+    assert summary["metrics"]["holdout"] == pytest.approx(sum(c["holdout"] for c in own.values()) / len(own))
+    with pytest.raises(UserError, match="--public-samples"):
+        run(make_config("fediod", model="cnn", options=options), out=tmp_path / "none", data=make_data())
+
+
+def test_what_cannot_be_is_said_before_anything_is_written(make_data, make_config, tmp_path):
+    nothing = {"w_real": 0, "w_clear": 0, "w_diverse": 0, "w_balance": 0}
+    for settings, words in (
+        ({"options": nothing}, "Every weight"), ({"buffers": "drop"}, "running statistics"),
+        ({"options": {"critic_layers": 4}}, "at least 16 x 16 pixels"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            run(make_config("fediod", **settings), out=tmp_path / "run", data=make_data())
+    assert not (tmp_path / "run").exists()

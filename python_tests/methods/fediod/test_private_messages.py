@@ -1,0 +1,407 @@
+"""FedIOD's privacy: clipped norms, scale of the noise, disjoint shards, resumed noise, off = identity."""
+
+from __future__ import annotations
+
+import json
+import math
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from fedkern.data import IGNORE
+from fedkern.errors import UserError
+from fedkern.methods.base import Federation, Step
+from fedkern.methods.fediod import privacy_options as promise
+from fedkern.methods.fediod import private_messages as privacy
+from fedkern.methods.fediod.presets import IODOptions, settle
+from fedkern.privacy import IMAGE, LEDGER, Accountant
+from fedkern.privacy.keys import noise_key
+from fedkern.streams import stream
+
+STEP = Step(0, "round", "gradients")
+needs_accounting = pytest.mark.skipif(
+    find_spec("dp_accounting") is None,
+    reason="dp-accounting is not installed (pip install 'fedkern[privacy]')",
+)
+
+
+def Options(**settings):
+    """FedIOD's, settled, with small steps and noise that can be repeated."""
+    return settle(IODOptions(**{"preset": "paper", "batch": 8, "iterations": 5, "noise": "seed", **settings}))
+
+
+class Client:
+    """A client with a stream and a state, as the engine's."""
+
+    def __init__(self, id=0, samples=50, state=None, seed=0, sides=()):
+        self.id, self.samples, self.state, self._seed = id, samples, state or {}, seed
+        self.labels = torch.zeros(1, dtype=torch.int64).expand(samples, *sides)
+        self.declared, self.patients, self.unit = samples, None, IMAGE
+
+    def rng(self, purpose, step):
+        return stream(self._seed, f"{purpose}/{step.exchange}", round=step.round, client=self.id)
+
+
+def place(rounds):
+    """A server of two clients."""
+    said = {}
+    federation = Federation(rounds, (50, 50), 10)
+    return SimpleNamespace(state={}, federation=federation, warn=said.__setitem__, said=said)
+
+
+def told(options, sigma=None, **settings):
+    client = Client(**settings)
+    privacy.agree(client, {"privacy": {"sigma_d": options.sigma_d if sigma is None else sigma}})
+    return client
+
+
+def gradients(rows=8, seed=0, scale=1.0):
+    g = torch.Generator().manual_seed(seed)
+    return tuple(scale * torch.randn(rows, 3, 16, 16, generator=g) for _ in range(2))
+
+
+def test_off_is_the_identity():
+    options, client = Options(), Client()
+    u_d, u_t = gradients()
+    histogram = torch.tensor([3.0, 4.0])
+    out = privacy.sanitise(client, u_d, u_t, options)
+    assert out[0] is u_d
+    assert out[1] is u_t
+    assert privacy.release_histogram(client, histogram, options) is histogram
+    assert [part.tolist() for part in privacy.shards(client, options)] == [list(range(50))]
+    assert privacy.serving(client, STEP, options) == 0
+    assert promise.tells_scores(options)
+    assert not promise.private(options)
+    assert promise.guarantee(options) is None
+    server = place(3)
+    privacy.prepare(server, options)
+    privacy.agree(client, {"privacy": privacy.terms(server)})
+    assert server.state == client.state == {}
+
+
+def test_rows_are_clipped_before_the_noise_and_each_channel_by_its_own_norm():
+    """Two data sets, the same noise: what differs is at most twice the clipping norm in every row."""
+    options = Options(sigma_d=1.5, sigma_t=0.5, clip_d=2.0, clip_t=0.25)
+    large, small = gradients(scale=10.0), gradients(scale=1e-3, seed=1)
+    zeros = privacy.sanitise(told(options), *(torch.zeros_like(u) for u in large), options)
+    for given, expect_clipped in ((large, True), (small, False)):
+        out = privacy.sanitise(told(options), *given, options)
+        for u, noisy, noise, bound in zip(given, out, zeros, (2.0, 0.25), strict=True):
+            signal = (noisy - noise).flatten(1)
+            norms = signal.norm(dim=1)
+            assert (norms <= bound * (1 + 1e-4)).all()
+            if expect_clipped:
+                assert torch.allclose(norms, torch.full_like(norms, bound), rtol=1e-4)
+                assert torch.allclose(signal / bound, u.flatten(1) / u.flatten(1).norm(dim=1, keepdim=True), atol=1e-5)
+            else:
+                assert torch.allclose(signal, u.flatten(1), atol=1e-5)
+
+
+def test_the_noise_has_the_scale_of_sigma_times_the_norm():
+    options = Options(sigma_d=1.5, sigma_t=0.5, clip_d=2.0, clip_t=0.25)
+    zero = torch.zeros(32, 3, 16, 16)
+    u_d, u_t = privacy.sanitise(told(options), zero, zero, options)
+    count = zero.numel()
+    for u, deviation in ((u_d, 3.0), (u_t, 0.125)):
+        assert float(u.std()) == pytest.approx(deviation, rel=5 / math.sqrt(2 * count))
+        assert abs(float(u.mean())) < 5 * deviation / math.sqrt(count)
+    correlation = torch.corrcoef(torch.stack([u_d.flatten(), u_t.flatten()]))[0, 1]
+    assert abs(float(correlation)) < 5 / math.sqrt(count)  # two channels, two streams
+
+
+def test_a_row_that_is_not_finite_is_released_as_noise():
+    """NaN would tell that a network, and so its data, gave it; the other rows go as they would without it."""
+    options = Options(sigma_d=1.5, sigma_t=0.5, clip_d=2.0, clip_t=0.25)
+    sound = gradients()
+    zeroed = tuple(u.clone() for u in sound)
+    broken = tuple(u.clone() for u in sound)
+    for u, z in zip(broken, zeroed, strict=True):
+        u[1, 0, 3, 4], u[4, 2] = float("nan"), float("inf")
+        u[6] *= 1e30  # finite, while its square is not
+        z[[1, 4]] = 0
+    released = privacy.sanitise(told(options), *broken, options)
+    expected = privacy.sanitise(told(options), *zeroed, options)
+    for got, wanted in zip(released, expected, strict=True):
+        assert bool(got.isfinite().all())
+        torch.testing.assert_close(got, wanted)
+
+
+def test_no_noise_is_used_twice_and_a_resumed_client_goes_on_with_the_same():
+    options = Options(sigma_d=1.0, sigma_t=1.0)
+    zero = torch.zeros(2, 1, 4, 4)
+    whole = told(options)
+    outs = [torch.stack(privacy.sanitise(whole, zero, zero, options)) for _ in range(4)]  # the very same step
+    flat = torch.stack(outs).flatten(1)
+    assert torch.unique(flat).numel() == flat.numel()
+    cut = told(options)
+    for _ in range(2):
+        privacy.sanitise(cut, zero, zero, options)
+    resumed = Client(state=json.loads(json.dumps(cut.state)))
+    again = [torch.stack(privacy.sanitise(resumed, zero, zero, options)) for _ in range(2)]
+    assert torch.equal(torch.stack(again), torch.stack(outs[2:]))
+    assert resumed.state == whole.state
+    other = privacy.sanitise(told(options, id=1), zero, zero, options)[0]
+    assert not torch.equal(other, outs[0][0])
+
+
+def test_every_release_has_a_key_of_its_own(monkeypatch):
+    """Keys of clients, channels and releases, before and after a resume; one alone would be found in 2^64 trials."""
+    options, keys = Options(sigma_d=1.0, sigma_t=1.0, histogram_noise=2.0, noise="secret"), []
+    draw = privacy.clip_and_noise
+    monkeypatch.setattr(
+        privacy, "clip_and_noise", lambda rows, bound, noise, *key: keys.append(key) or draw(rows, bound, noise, *key)
+    )
+    secret = "00" * 15 + "07"
+    for number in range(2):
+        one = told(options, id=number, state={privacy.SECRET: secret})
+        privacy.release_histogram(one, torch.ones(3), options)
+        for _ in range(3):
+            privacy.sanitise(one, *gradients(rows=2), options)
+            one = Client(id=number, state=json.loads(json.dumps(one.state)))
+        assert one.state[privacy.RELEASES] == {"histogram": 1, "discriminator": 3, "teacher": 3}
+    seeds, offsets = zip(*keys, strict=True)
+    assert len(set(seeds)) == len(set(offsets)) == 2 * 7
+    assert keys[1] == noise_key(bytes.fromhex(secret), 0, "discriminator", 0)
+    assert all(offset % 64 == 0 and 0 <= offset < 1 << 63 for offset in offsets)
+
+
+def test_with_the_seed_the_keys_are_the_runs():
+    options = Options(sigma_d=1.0)
+    keys = [privacy.next_key(Client(seed=seed, id=k), "discriminator", options) for seed in (0, 1) for k in (0, 1)]
+    assert len(set(keys)) == 4
+    assert privacy.next_key(Client(seed=0, id=0), "discriminator", options) == keys[0]
+
+
+@pytest.mark.parametrize("noise", ["secret", "seed"])
+def test_noise_of_an_earlier_version_is_never_gone_on_with(noise):
+    """Its places of one stream say nothing of keys, and what it released after its checkpoint would be drawn anew."""
+    options = Options(sigma_d=1.0, noise=noise)
+    ledger = Accountant()
+    ledger.gaussian("discriminator", 3.0)
+    for state in ({"privacy_places": {"discriminator": 640}}, {LEDGER: ledger.state}):
+        client = told(options, id=3, state=dict(state))
+        before = json.dumps(client.state)
+        with pytest.raises(UserError, match="noise of client 3 was drawn by an earlier version of fedkern"):
+            privacy.sanitise(client, *gradients(), options)
+        with pytest.raises(UserError, match="earlier version"):
+            privacy.train_teacher(None, client, STEP, None, np.arange(3), Options(teacher_dp=True, noise=noise))
+        assert json.dumps(client.state) == before
+
+
+def test_noise_and_draws_follow_from_bits_that_a_client_draws_once(monkeypatch):
+    """Two clients of the same seed and id: nothing secret is the same, and all of it is again from the same bits."""
+    options = Options(sigma_d=1.0, sigma_t=1.0, shards=5, histogram_noise=2.0, noise="secret")
+
+    def released(client):
+        drawn = [privacy.serving(client, Step(r, "round", "images 0"), options) for r in range(40)]
+        counts = privacy.release_histogram(client, torch.full((50,), 100.0), options)
+        return [*privacy.sanitise(client, *gradients(), options), counts, torch.tensor(drawn)]
+
+    one, other = told(options), told(options)
+    first, second = released(one), released(other)
+    assert len(one.state[privacy.SECRET]) == 32
+    assert one.state[privacy.SECRET] != other.state[privacy.SECRET]
+    assert not any(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    again = told(options, state={privacy.SECRET: one.state[privacy.SECRET]})
+    monkeypatch.setattr(privacy.secrets, "token_hex", None)  # nothing is drawn a second time
+    assert all(torch.equal(a, b) for a, b in zip(first, released(again), strict=True))
+
+
+def test_the_bits_reach_private_training_and_stay_out_of_what_is_printed():
+    seen = []
+
+    class Training(Client):
+        def fit_privately(self, method, step, module, spending, *, rows):
+            seen.append(spending)
+
+    for noise in ("secret", "seed"):
+        client = Training()
+        privacy.train_teacher(None, client, STEP, None, np.arange(3), Options(teacher_dp=True, noise=noise))
+        assert seen[-1].secret == client.state.get(privacy.SECRET, "")
+    assert seen[0].secret
+    assert seen[0].secret not in repr(seen[0])
+
+
+def test_nobody_draws_bits_where_nothing_is_private():
+    options, client = Options(noise="secret"), Client()
+    privacy.sanitise(client, *gradients(), options)
+    privacy.release_histogram(client, torch.ones(2), options)
+    privacy.serving(client, STEP, options)
+    assert privacy.secret(client, options) == ""
+    assert client.state == {}
+
+
+def test_every_release_is_booked():
+    options = Options(sigma_d=40.0, sigma_t=900.0, shards=10, histogram_noise=5.0)
+    client = told(options)
+    for _ in range(3):
+        privacy.sanitise(client, *gradients(rows=4), options)
+    privacy.release_histogram(client, torch.tensor([20.0, 30.0]), options)
+    expected = Accountant()
+    expected.gaussian("discriminator", 40 / (2 * math.sqrt(4)), shards=10, steps=3)
+    expected.gaussian("teacher", 900 / (2 * math.sqrt(4)), steps=3)
+    expected.gaussian("histogram", 5 / math.sqrt(2))
+    assert client.state[LEDGER] == expected.state
+
+
+def test_shards_are_disjoint_and_whole_and_fixed():
+    options = Options(sigma_d=1.0, shards=7)
+    client = Client(samples=50)
+    parts = privacy.shards(client, options)
+    assert len(parts) == 7
+    assert {len(part) for part in parts} == {7, 8}
+    assert sorted(np.concatenate(parts).tolist()) == list(range(50))
+    again = privacy.shards(Client(samples=50), options)
+    assert all(np.array_equal(a, b) for a, b in zip(parts, again, strict=True))
+    assert not np.array_equal(parts[0], privacy.shards(Client(id=1, samples=50), options)[0])
+    with pytest.raises(UserError, match="client 3 has 6 samples"):
+        privacy.shards(Client(id=3, samples=6), options)
+
+
+def test_who_serves_is_drawn_evenly_and_independently_of_who_trains():
+    """Of seven shards each serves a seventh of the steps, and as often in those in which one of them trains."""
+    options, client = Options(sigma_d=1.0, shards=7, iterations=0), Client(samples=50)
+    assert privacy.trainings(client, options) == 7  # batches of eight
+    table = np.zeros((7, 7))
+    for r in range(1000):
+        for i in range(7):
+            step = Step(r, "round", f"images {i}")
+            table[privacy.training(client, r, i, options), privacy.serving(client, step, options)] += 1
+    assert (table.sum(1) == 1000).all()
+    assert (abs(table - 1000 / 7) < 5 * math.sqrt(1000 / 7)).all()
+
+
+@pytest.mark.parametrize(("samples", "iterations", "each"), [(50, 0, 7), (50, 3, 3), (9, 5, 2)])
+def test_shards_take_turns_in_training_whatever_the_seed(samples, iterations, each):
+    """A client trains while its samples last; over the rounds the turns go on where they stopped."""
+    options = Options(sigma_d=1.0, shards=5, iterations=iterations)
+    turns = []
+    for seed in (0, 1):
+        client = Client(samples=samples, seed=seed)
+        assert privacy.trainings(client, options) == each
+        turns.append([privacy.training(client, r, i, options) for r in range(10) for i in range(each)])
+    assert turns[0] == turns[1] == [n % 5 for n in range(10 * each)]
+
+
+def test_class_counts_are_noised_in_records_also_where_a_record_is_many_pixels():
+    options = Options(histogram_noise=2.0)
+    counts = torch.full((5000,), 1000.0)
+    noisy = privacy.release_histogram(Client(samples=5_000_000), counts, options)
+    assert float((noisy - counts).std()) == pytest.approx(2.0, rel=0.05)
+    told = privacy.release_histogram(Client(samples=50_000, sides=(5, 20)), counts, options)  # 100 pixels each
+    assert float((told - counts).std()) == pytest.approx(200.0, rel=0.05)
+    untold = Client()
+    assert privacy.release_histogram(untold, counts, Options(histogram_noise=2.0, class_weights="uniform")) is counts
+    assert untold.state == {}
+    assert float(privacy.release_histogram(Client(samples=1), torch.zeros(500) + 1e-9, options).min()) >= 0
+
+
+def test_the_noise_on_the_counts_covers_a_record_of_which_everything_is_known():
+    """However little is known of a client's images, another image may replace one: sqrt(2) times all its pixels."""
+    options, sides = Options(histogram_noise=2.0), (4, 5)
+    labels = torch.full((3, *sides), IGNORE)
+    labels[0], labels[1, 0, 0] = 0, 1
+    other = labels.clone()
+    other[0] = 1
+    before, after = (torch.bincount(each[each >= 0], minlength=2).float() for each in (labels, other))
+    assert float((after - before).norm()) == pytest.approx(math.sqrt(2) * 20)
+    few = torch.full((5000,), 1000.0)  # far away from 0; known is a tenth of all pixels
+    client = Client(samples=2_500_000, sides=sides)
+    noise = float((privacy.release_histogram(client, few, options) - few).std())
+    booked = client.state[LEDGER]["histogram"][0][1]
+    assert noise == pytest.approx(booked * math.sqrt(2) * 20, rel=0.05)
+
+
+@needs_accounting
+@pytest.mark.parametrize("teacher", [False, True])
+def test_a_target_is_met_by_what_the_clients_then_release(teacher):
+    shards = 1 if teacher else 20
+    options = Options(epsilon=4.0, shards=shards, batch=4, iterations=3, histogram_noise=20.0, teacher_dp=teacher)
+    server = place(2)
+    privacy.prepare(server, options)
+    client = Client()
+    privacy.agree(client, {"privacy": privacy.terms(server)})
+    privacy.release_histogram(client, torch.tensor([20.0, 30.0]), options)
+    for _ in range(6):
+        privacy.sanitise(client, *gradients(rows=4), options)
+    assert promise.guarantee(options).complete == teacher
+    accountant = Accountant(client.state[LEDGER])
+    part = (2.0, options.delta / 2) if teacher else (4.0, options.delta)
+    assert 0.99 * part[0] < accountant.epsilon(part[1]) <= part[0]
+
+
+@needs_accounting
+def test_public_images_leave_the_teachers_alone_to_be_covered():
+    options = Options(epsilon=4.0, teacher_dp=True, mode="public", class_weights="uniform")
+    assert not promise.private(options)
+    spent = []
+
+    class Training(Client):
+        def fit_privately(self, method, step, module, spending, *, rows):
+            spent.append(spending.noise(0.1, 100))
+
+    assert privacy.train_teacher(None, Training(), STEP, None, np.arange(3), options)
+    accountant = Accountant()
+    accountant.dp_sgd("teacher", spent[0], rate=0.1, steps=100)
+    assert 0.99 * 4 < accountant.epsilon(options.delta) <= 4
+    said = promise.guarantee(options)
+    assert said.to_dict() == {"covers": ["teacher_logits"], "leaves_uncovered": []}
+    assert said.statement(4.0).endswith(
+        "it covers the teachers' answers that the student learns from and so the released student."
+    )
+    with pytest.raises(UserError, match="mode"):
+        Options(epsilon=4.0, mode="public")
+
+
+@needs_accounting
+def test_steps_are_counted_from_the_largest_client_where_none_are_given():
+    assert privacy.planned_steps(Federation(7, (10, 33), 10), Options(iterations=0)) == 7 * 5
+    assert privacy.planned_steps(Federation(7, (10, 33), 10), Options()) == 7 * 5
+    assert privacy.planned_steps(Federation(2, (10, 33), 10), Options(iterations=9)) == 18
+
+
+def test_a_teacher_that_cannot_be_private_is_told_before_anything_is_written():
+    pytest.importorskip("opacus", reason="opacus is not installed (pip install 'fedkern[privacy]')")
+    options = Options(teacher_dp=True)
+    bringing, fresh = Client(), Client(id=2)
+    bringing.brought, fresh.brought = lambda module: True, lambda module: False
+    with pytest.raises(UserError, match="cannot vouch for those of --teachers"):
+        privacy.check(bringing, lambda: torch.nn.Linear(1, 1), options)
+    with pytest.raises(UserError, match="the network of client 2 has batch norm: choose one with group norm"):
+        privacy.check(fresh, lambda: torch.nn.BatchNorm2d(3), options)
+    privacy.check(fresh, lambda: torch.nn.GroupNorm(1, 3), options)
+    privacy.check(bringing, lambda: torch.nn.BatchNorm2d(3), Options())
+
+
+def test_what_does_not_go_together():
+    for settings, words in (
+        ({"epsilon": 1.0, "sigma_d": 1.0}, "exclude each other"),
+        ({"teacher_dp": True, "sigma_t": 1.0}, "sigma_t"),
+        ({"shards": 5}, "shards"),
+        ({"shards": 5, "sigma_t": 1.0}, "shards"),
+        ({"epsilon": 0.0}, "epsilon"),
+        ({"delta": 0.0}, "delta"),
+        ({"sigma_d": -1.0}, "sigma_d"),
+        ({"clip_d": 0.0}, "clip_d"),
+    ):
+        with pytest.raises(UserError, match=words):
+            Options(**settings)
+    with pytest.raises(ValueError, match="client 0 to have been told the noise"):
+        privacy.sanitise(Client(), *gradients(), Options(sigma_d=1.0))
+
+
+def test_noise_for_gradients_that_the_loss_does_not_have_is_refused():
+    teachers = {"w_clear": 0.0, "w_diverse": 0.0}
+    for settings, words in (
+        ({"epsilon": 1.0, "w_real": 0.0}, '"epsilon" is for the gradients through the discriminators'),
+        ({"sigma_d": 1.0, "w_real": 0.0}, '"sigma_d" is for the gradients through the discriminators'),
+        ({"sigma_t": 1.0, **teachers}, '"sigma_t" is for the gradients through the teachers'),
+    ):
+        with pytest.raises(UserError, match=words):
+            privacy.prepare(place(2), Options(**settings))
+    one = told(Options(sigma_d=1.0, sigma_t=1.0))
+    assert privacy.sanitise(one, None, None, Options(sigma_d=1.0, sigma_t=1.0)) == (None, None)
+    assert LEDGER not in one.state

@@ -1,0 +1,228 @@
+"""FedIOD's private steps in a federation: which rows are clipped, which shard trains, which serves, what is told."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections import Counter
+
+import pytest
+import torch
+from fediod_play import TINY, World, cleared_and_live, frozen, same
+
+from fedkern.engine import read_metrics, run
+from fedkern.methods.fediod import private_messages as privacy
+from fedkern.methods.fediod.discriminators import Discriminators
+from fedkern.methods.fediod.local_teachers import teacher
+from fedkern.methods.fediod.losses import against
+
+needs_accounting = pytest.mark.skipif(
+    importlib.util.find_spec("dp_accounting") is None,
+    reason="dp-accounting is not installed (pip install 'fedkern[privacy]')",
+)
+SHARDED = {"sigma_d": 5.0, "shards": 3, "noise": "seed"}
+
+
+@pytest.fixture
+def world(make_config, make_data):
+    return lambda **options: World(make_config, make_data(), **options)
+
+
+def norms(rows):
+    return rows.flatten(1).norm(dim=1)
+
+
+@pytest.mark.parametrize("bce", ["mean", "sum"])
+def test_a_row_is_the_gradient_of_an_images_own_loss(world, bce):
+    """Neither the batch nor the number of clients is in it; told are the medians of the rows that would be clipped."""
+    w = world(w_real=8.0, w_diverse=0.0, bce=bce, iterations=3)
+    rows = {}
+    for step in w.steps(w.round(), 0):
+        messages, _ = w.exchange(step)
+        if step.exchange == "images 2":  # client 0, whose turn it is, trains for the last time
+            images = messages[0]["images"].clone().requires_grad_()
+            discriminators, network = (
+                w.clients[0].round_cache["answers"].discriminators,
+                teacher(w.clients[0], w.method.architectures),
+            )
+            entropy = torch.special.entr(network(images).softmax(1)).sum(1)
+            realism = against(discriminators.module(images), True, bce)[0]
+            rows = {name: torch.autograd.grad(own.sum(), images)[0]
+                    for name, own in (("norm_d", realism), ("norm_t", entropy))}  # fmt: skip
+        for name, own in rows.items():
+            if step.exchange == "gradients 2":
+                assert w.clients[0].report[name] == pytest.approx(float(norms(own).median()), rel=1e-3)
+                assert name not in w.clients[1].report
+            elif step.exchange != "distil 2":
+                assert name not in w.clients[0].report
+
+
+@needs_accounting
+def test_the_rows_that_are_clipped_are_those_whose_norms_are_told(world, monkeypatch):
+    """The same step with and without privacy: the median is that of the rows before the noise."""
+    given = []
+    monkeypatch.setattr(privacy, "sanitise", lambda client, *rows: given.append(rows[:2]) or rows[:2])
+    open_, private = world(iterations=1, disc_weight=False), world(iterations=1, disc_weight=False, sigma_d=1.0)
+    for w in (open_, private):
+        w.play(w.round(), 0)
+    assert len(given) == 3
+    for name, rows in zip(("norm_d", "norm_t"), given[0], strict=True):
+        assert open_.clients[0].report[name] == pytest.approx(float(norms(rows).median()), rel=1e-3)
+        assert name not in private.clients[0].report
+    a, b = (w.server.state["generator"]["parameters"] for w in (open_, private))
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)  # the weights taken out of the rows are back in the sum
+
+
+@needs_accounting
+def test_the_records_tell_the_norms_of_runs_without_privacy_alone(make_config, make_data, tmp_path):
+    options = {**TINY, "batched": True}
+    for name, extra in (("open", {}), ("private", SHARDED)):
+        config = make_config("fediod", model="cnn", rounds=2, grad_cam=0, options={**options, **extra})
+        run(config, out=tmp_path / name, data=make_data())
+    told = [[k for k, c in r["clients"].items() if c.get("norm_d", 0) > 0 and c.get("norm_t", 0) > 0]
+            for r in read_metrics(tmp_path / "open") if "critic_loss" in r["clients"].get("0", {})]  # fmt: skip
+    assert told == [["0"], ["1"]]
+    assert not any("norm_" in name for r in read_metrics(tmp_path / "private")
+                   for c in r.get("clients", {}).values() for name in c)  # fmt: skip
+
+
+# -- shards ------------------------------------------------------------------------------------------------------------
+
+
+def steps_by_shard(w, client):
+    return {shard: kept["steps"] for shard, kept in w.clients[client].state["critics"].items()}
+
+
+def kept_whoever_serves(world, monkeypatch, iterations):
+    """What client 0 keeps of its discriminators after a round, where the first and where the last shard served."""
+    states = []
+    for serves in (0, 2):
+        monkeypatch.setattr(privacy, "serving", lambda *a, shard=serves: shard)
+        w = world(iterations=iterations, batched=False, **SHARDED)
+        for step in w.steps(w.round(), 0):
+            if step.exchange.startswith("images"):  # without the others the generator stays as it is
+                w.exchange(step)
+        states.append(frozen(w.clients[0].state["critics"]))
+    return states
+
+
+@needs_accounting
+@pytest.mark.parametrize("serves", [None, 0, 2], ids=["drawn", "the first", "the last"])
+def test_shards_train_in_turn_whichever_serves(world, monkeypatch, serves):
+    """Clients of 20, 13 and 9 samples train four, four and three times a round of four."""
+    asked = Counter()
+    drawn = privacy.serving
+    monkeypatch.setattr(
+        privacy, "serving", lambda *a: asked.update([shard := drawn(*a) if serves is None else serves]) or shard
+    )
+    w = world(iterations=4, **SHARDED)
+    for number in range(3):
+        w.play(w.round(), number)
+    for k, trained in enumerate((12, 12, 9)):
+        found = steps_by_shard(w, k)
+        assert [found[shard] for shard in range(3)] == [trained // 3] * 3
+    assert asked.total() == 36  # one draw for every gradient, none for the distillation
+    assert set(asked) == ({0, 1, 2} if serves is None else {serves})
+
+
+@needs_accounting
+def test_a_discriminator_does_not_remember_who_served(world, monkeypatch):
+    """With the same images the states after training are the same, bit for bit, whichever shards served."""
+    states = kept_whoever_serves(world, monkeypatch, iterations=4)
+    assert [list(state) for state in states] == [[0, 1, 2]] * 2  # in this order, too
+    assert all(kept["steps"] for kept in states[0].values())
+    assert same(*states)
+
+
+@needs_accounting
+def test_a_discriminator_that_has_not_trained_does_not_tell_whether_it_served(world, monkeypatch):
+    states = kept_whoever_serves(world, monkeypatch, iterations=1)
+    assert [[kept["steps"] for kept in state.values()] for state in states] == [[1, 0, 0]] * 2
+    assert list(states[0]) == list(states[1])
+    assert same(*states)
+
+
+@needs_accounting
+@pytest.mark.parametrize("scores", ["withhold", "release"])
+def test_what_is_reported_does_not_tell_who_serves(world, monkeypatch, scores):
+    """The realism in the records is that of the shard whose turn it is to train."""
+    told = []
+    for serves in (0, 1, 2):
+        monkeypatch.setattr(privacy, "serving", lambda *a, shard=serves: shard)
+        w = world(iterations=2, scores=scores, **SHARDED)
+        for step in w.steps(w.round(), 0)[:2]:  # the gradients' answers report
+            w.exchange(step)
+        told.append([dict(w.clients[k].report) for k in range(3)])
+    assert {"critic_loss", "realism"} <= set(told[0][0])
+    assert told[0] == told[1] == told[2]
+
+
+@needs_accounting
+def test_the_gradient_comes_through_the_shard_that_serves(world, monkeypatch):
+    given = []
+    monkeypatch.setattr(privacy, "sanitise", lambda client, *rows: given.append(rows[0]) or rows[:2])
+    monkeypatch.setattr(privacy, "serving", lambda *a: 2)
+    w = world(iterations=1, **SHARDED)
+    images, gradients = w.steps(w.round(), 0)[:2]
+    sent = w.exchange(images)[0][0]["images"].clone().requires_grad_()
+    module = copy.deepcopy(w.clients[0].round_cache["answers"].discriminators.module)
+    for name, tensor in module.parts()[0].items():
+        tensor.copy_(w.clients[0].state["critics"][2]["weights"][name])
+    (expected,) = torch.autograd.grad(against(module(sent), True, "mean").sum(), sent)
+    w.exchange(gradients)
+    torch.testing.assert_close(given[0], expected, rtol=1e-4, atol=1e-8)
+
+
+@needs_accounting
+def test_a_confidence_that_is_told_does_not_tell_who_serves(world, monkeypatch):
+    """Both exchanges tell that of the shard whose turn it is to train."""
+    told = []
+    for serves in (1, 2):
+        monkeypatch.setattr(privacy, "serving", lambda *a, shard=serves: shard)
+        w = world(iterations=1, scores="release", w_real=1.0, **SHARDED)
+        images, gradients, distil = w.steps(w.round(), 0)
+        told.append([w.exchange(images)[1][k]["scores"] for k in range(3)])
+        monkeypatch.setattr(Discriminators, "judge", lambda self, x: torch.full((1, len(x)), float(self._here[0])))
+        w.exchange(gradients)
+        assert all(not answer["scores"].any() for answer in w.exchange(distil)[1].values())  # shard 0's
+        monkeypatch.undo()
+    for a, b in zip(*told, strict=True):
+        assert torch.equal(a, b)
+        assert 0 < float(a.min()) <= float(a.max()) < 1
+
+
+@needs_accounting
+def test_a_cohort_with_shards_gives_the_numbers_of_messages(world):
+    worlds = [world(iterations=2, batched=batched, scores="release", **SHARDED) for batched in (True, False)]
+    for w in worlds:
+        for number in range(2):
+            w.play(w.round(), number)
+    for name in ("student", "generator"):
+        for part, value in worlds[0].server.state[name].items():
+            torch.testing.assert_close(value, worlds[1].server.state[name][part], rtol=1e-3, atol=2e-5)
+    for k in range(3):
+        assert steps_by_shard(worlds[0], k) == steps_by_shard(worlds[1], k)
+
+
+@needs_accounting
+def test_a_round_with_shards_goes_on_where_the_one_before_ended(world):
+    """Rounds of two iterations and three shards: whose turn it is follows from the iteration, not from what is live."""
+    worlds = cleared_and_live(world, 3, iterations=2, **SHARDED)
+    assert same(worlds[0].server.state, worlds[1].server.state)
+    for k in range(3):
+        assert same(worlds[0].clients[k].state, worlds[1].clients[k].state)
+
+
+@needs_accounting
+def test_withheld_confidence_is_neither_judged_nor_sent(world, monkeypatch):
+    def judge(self, images):
+        raise AssertionError("nobody is told")
+
+    monkeypatch.setattr(Discriminators, "judge", judge)
+    w = world(iterations=2, disc_weight=True, **SHARDED)
+    w.play(w.round(), 0)
+    for step in w.steps(w.round(), 1)[:3]:
+        _, answers = w.exchange(step)
+        assert {name for answer in answers.values() for name in answer} == (
+            {"gradients"} if step.exchange == "gradients 0" else {"logits"}
+        )

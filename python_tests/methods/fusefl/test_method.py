@@ -1,0 +1,256 @@
+"""FuseFL: its levels, what travels, and the invariants of docs/methods/fusefl.md, section 9."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from fusefl_play import PLAIN, Play, config_of, equal
+from torch import nn
+
+from fedkern.engine import parties, read_metrics, read_model, run
+from fedkern.engine.ledger import message_bytes
+from fedkern.methods import FuseFL, Step
+from fedkern.methods.fusefl.levels import LocalPart, base_width, flat, scaled_width, size
+from fedkern.models import Ensemble, build
+from fedkern.models.blocks import cut
+from fedkern.models.cost import stored_bytes
+
+# -- invariants ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("final", ["mean", "concat"])
+def test_one_block_is_the_ensemble_of_locally_trained_networks(final, make_data, make_config, tmp_path):
+    data = make_data()
+    config = config_of(make_config, {"blocks": 1, "calibrate": False, "width": "2", "final_fuse": final})
+    run(config, out=tmp_path / "fused", data=data)
+    alone = make_config("local", **{**PLAIN, "rounds": 1}, width=2)
+    run(alone, out=tmp_path / "local", data=data)
+    fused, members = read_model(tmp_path / "fused")[0], read_model(tmp_path / "local")[0].members
+    x = torch.randn(5, 3, 8, 8)
+    ensemble = Ensemble(list(members), pool=final)
+    torch.testing.assert_close(fused.features(x), ensemble.features(x), rtol=1e-5, atol=1e-6)
+    head = ensemble.joint_head()
+    torch.testing.assert_close(fused(x), head(ensemble.features(x)), rtol=1e-5, atol=1e-6)
+    if final == "concat":
+        torch.testing.assert_close(fused(x), ensemble(x), rtol=1e-5, atol=1e-6)  # the mean of the members' logits
+
+
+def test_frozen_levels_keep_their_bits(make_data, make_config):
+    for mode in ("owner", "batch"):
+        play = Play(config_of(make_config, {"blocks": 3, "frozen_bn": mode, "width": "2"}), make_data())
+        kept = {}
+        for number, entry in enumerate(play.method.rounds(play.bench.federation)):
+            play.round(number, entry.name)
+            for level, before in kept.items():
+                assert equal(play.server.state["levels"][level], before)
+            kept = copy.deepcopy(play.server.state["levels"])
+        for client in play.clients.values():  # what they keep is what the server has, parameters and buffers
+            assert equal(client.state["levels"], {i: kept[i] for i in (1, 2)})
+        for k, own in kept[1].items():
+            assert equal(own, play.up[0][k])
+        assert any("running_mean" in name for name in flat(kept))
+
+
+def test_order_of_clients_changes_nothing(make_data, make_config):
+    config = config_of(make_config, {"blocks": 2, "width": "2"})
+    one = Play(config, make_data()).go()
+    other = Play(config, make_data(), order=(2, 0, 1), backwards=True).go()
+    assert equal(one.server.state["levels"], other.server.state["levels"])
+    x = torch.randn(4, 3, 8, 8)
+    a, b = one.method.model(one.server), other.method.model(other.server)
+    assert torch.equal(a.features(x), b.features(x))
+    torch.testing.assert_close(a(x), b(x), rtol=1e-4, atol=1e-4)  # statistics are summed in order of arrival
+
+
+def test_what_a_client_trains_is_the_fused_network_before_it_is_fused(make_data, make_config):
+    """Level 2's features at a client, from its own part, are its branch of the fused level 2."""
+    play = Play(config_of(make_config, {"blocks": 2, "width": "2", "calibrate": False}), make_data()).go()
+    model = play.method.model(play.server)
+    x = torch.randn(4, 3, 8, 8)
+    joined = model.levels[0](x)
+    for k, pair in play.server.state["levels"][2].items():
+        network = cut(play.clients[k].network(width=2), 2)
+        network.blocks[1].load_state_dict(pair["block"])
+        conv = nn.Conv2d(joined.shape[1], joined.shape[1] // 3, 1)
+        conv.load_state_dict(pair["adaptor"])
+        own = network.blocks[1].eval()(conv(joined))
+        torch.testing.assert_close(model.levels[1](joined).chunk(3, 1)[k], own, rtol=1e-4, atol=1e-5)
+
+
+# -- plan and bytes ------------------------------------------------------------------------------------------------
+
+
+def test_the_budget_is_divided_and_the_first_levels_get_the_rest():
+    method = FuseFL(FuseFL.Options(blocks=3))
+    assert [method.epochs(level, 8) for level in (1, 2, 3)] == [3, 3, 2]
+    assert [method.epochs(level, 3) for level in (1, 2, 3)] == [1, 1, 1]
+    assert [entry.name for entry in method.rounds(None)] == ["level1", "level2", "level3", "calibrate"]
+    assert [entry.name for entry in FuseFL(FuseFL.Options(calibrate=False)).rounds(None)] == ["level1", "level2"]
+
+
+def test_every_byte_is_accounted_for(make_data, make_config, tmp_path):
+    config = config_of(make_config, {"blocks": 3, "width": "2"})
+    summary = run(config, out=tmp_path, data=make_data())
+    play = Play(config, make_data()).go()
+    found, clients = summary["metrics"], 3
+    assert summary["bytes"]["up"] == sum(message_bytes(m) for level in play.up for m in level.values())
+    assert summary["bytes"]["down"] == sum(message_bytes(m) for level in play.down for m in level.values())
+    names = ("level1", "level2", "level3", "calibrate")
+    for direction, travelled in (("up", play.up), ("down", play.down)):
+        for name, level in zip(names, travelled, strict=True):
+            assert found[f"{name}_{direction}_bytes"] == sum(size(m) for m in level.values()) / clients
+    # A client's uploads are its network and its adaptors; what it gets are the others'.
+    network = cut(build("cnn", classes=3, channels=3, image_size=8, seed=0, width=2), 3)
+    adaptors = [4 * (3 * c * c + c) for c in (2, 4)]
+    assert found["levels_up_bytes"] == size(network.state_dict()) + sum(adaptors)
+    ups = [found[f"{name}_up_bytes"] for name in names[:3]]
+    head = size(network.head.state_dict())
+    assert found["level2_down_bytes"] == 2 * ups[0]
+    assert found["level3_down_bytes"] == 2 * ups[1]
+    assert found["calibrate_down_bytes"] == 2 * (ups[2] - head)
+    fused, _ = read_model(tmp_path)
+    fused.plain_head = None  # kept for comparison only
+    assert found["parameters"] == sum(p.numel() for p in fused.parameters())
+    whole = build("cnn", classes=3, channels=3, image_size=8, seed=0, width=2)
+    blocks = size(network.state_dict()) - head
+    assert found["memory_ratio"] == (3 * (blocks + sum(adaptors)) + head) / size(whole.state_dict())
+    assert found["model_bytes"] == size(whole.state_dict())
+
+
+def test_the_learning_rate_steps_at_the_epochs_of_the_whole_run(make_data, make_config, monkeypatch):
+    """Five epochs over two levels are three and two, so the fourth epoch of the run begins level two."""
+    seen = []
+    real = parties.train
+
+    def spy(client, method, step, network, data, received, schedule, *more):
+        seen.append([schedule.lr_at(epoch) for epoch in range(schedule.epochs)])
+        return real(client, method, step, network, data, received, schedule, *more)
+
+    monkeypatch.setattr(parties, "train", spy)
+    config = config_of(make_config, {"blocks": 2, "width": "2"}, local_epochs=5, lr=0.5, lr_steps="2,3")
+    play = Play(config, make_data())
+    play.order = [0]
+    play.round(0, "level1")
+    play.order = [0]
+    play.round(1, "level2")
+    assert [pytest.approx(rates) for rates in seen] == [[0.5, 0.5, 0.05], [0.005, 0.005]]
+
+
+def test_the_record_of_every_level_and_both_accuracies(make_data, make_config, tmp_path):
+    run(config_of(make_config, {"blocks": 2, "width": "2"}), out=tmp_path, data=make_data())
+    first, second, third = read_metrics(tmp_path)
+    assert not any("accuracy" in name for name in first)
+    assert second["id_accuracy"] == third["id_uncalibrated_accuracy"]
+    assert third["id_loss"] != second["id_loss"]
+
+
+@pytest.mark.parametrize(
+    ("option", "model", "clients", "width"),
+    [("auto", "resnet18", 5, 29), ("auto", "resnet18", 10, 20), ("auto", "resnet18", 50, 9), ("7", "resnet18", 5, 7)],
+)
+def test_widths(option, model, clients, width):
+    network = build(model, classes=10, channels=3, image_size=32, seed=0)
+    assert scaled_width(option, network, clients) == width
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet8", "vgg16", "mlp", "vit-tiny", "mobilenetv2", "efficientnet-b0"])
+def test_the_base_width_is_read_from_the_network(name):
+    assert base_width(build(name, classes=2, channels=3, image_size=16, seed=0, width=8)) == 8
+
+
+# -- options -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        ({"model": "resnet8"}, {"blocks": 5, "adaptor": "avg", "final_fuse": "sum"}),
+        ({"model": "resnet8"}, {"cuts": "0,2", "adaptor": "sum", "covariance": "diagonal"}),
+        ({"model": "vit-tiny", "width": 4, "local_epochs": 2}, {"blocks": 2, "adaptor_init": "random"}),
+        ({"model": "mlp", "width": 6}, {"blocks": 3, "ccvr_compat": True}),
+        ({"model": "resnet8"}, {"blocks": 2, "final_fuse": "concat"}),
+        ({"model": "cnn"}, {"models": "resnet18,resnet10", "blocks": 2, "width": "1", "frozen_bn": "batch"}),
+    ],
+)
+def test_it_runs_and_comes_back(settings, options, make_data, make_config, tmp_path):
+    config = config_of(make_config, options, **{"local_epochs": 5, **settings})
+    summary = run(config, out=tmp_path, data=make_data())
+    model, _ = read_model(tmp_path)
+    assert 0 <= summary["metrics"]["id_accuracy"] <= 1
+    assert "id_uncalibrated_accuracy" in summary["metrics"]
+    logits = model(torch.randn(2, 3, 8, 8))
+    assert logits.shape == (2, 3)
+    assert torch.isfinite(logits).all()
+    adaptors = [name for name in flat(Play(config, make_data()).server.state) if "adaptor" in name]
+    assert not adaptors
+
+
+def test_only_cnn1x1_adaptors_travel(make_data, make_config):
+    for kind in ("avg", "sum", "cnn1x1"):
+        play = Play(config_of(make_config, {"blocks": 2, "width": "2", "adaptor": kind}), make_data())
+        play.round(0, "level1")
+        play.round(1, "level2")
+        assert ("adaptor" in play.up[1][0]) == (kind == "cnn1x1")
+        assert "head" in play.up[1][0]
+        assert "head" not in play.up[0][0]
+
+
+def test_statistics_of_frozen_levels(make_data, make_config):
+    """Batch statistics leave no trace; as in the released code, those of the last client to train stay."""
+    models = {}
+    for mode in ("owner", "batch", "code"):
+        play = Play(config_of(make_config, {"blocks": 2, "frozen_bn": mode, "width": "2"}), make_data()).go()
+        models[mode] = play
+    owner, batch, code = (models[mode].server.state for mode in ("owner", "batch", "code"))
+    assert equal(owner["levels"][1], batch["levels"][1])
+    assert equal(owner["levels"][1], code["levels"][1])
+    assert not equal(owner["levels"][2], batch["levels"][2])
+    assert "statistics" not in batch
+    last = models["code"].up[1][2]["statistics"]
+    assert equal(code["statistics"], last)
+    model = models["code"].method.model(models["code"].server)
+    found = model.levels[0].statistics()
+    for k in range(3):
+        assert equal(found[k], last[1][k])
+        assert not equal(found[k], {name: owner["levels"][1][k]["block"][name] for name in found[k]})
+
+
+def test_features_are_kept_where_images_are_not_augmented(make_data, make_config, monkeypatch):
+    play = Play(config_of(make_config, {"blocks": 2, "width": "2"}), make_data())
+    play.round(0, "level1")
+    sent = play.method.send(play.server, Step(1, "level2", "update"))
+    seen = []
+    inputs = LocalPart.inputs
+
+    def spy(part, batch):
+        found = inputs(part, batch)
+        (frozen,) = part._frozen
+        with torch.no_grad():
+            torch.testing.assert_close(found, frozen.joined(batch.images), rtol=1e-4, atol=1e-5)
+        seen.append((part._rows is not None, bool(part._known.all())))
+        return found
+
+    monkeypatch.setattr(LocalPart, "inputs", spy)
+    message = {**sent[0], "epochs": 2}
+    play.method.client_update(play.clients[0], Step(1, "level2", "update"), message)
+    assert seen[-1] == (True, True)
+    monkeypatch.setattr("fedkern.methods.fusefl.levels.CACHE_BYTES", 0)
+    play.method.client_update(play.clients[0], Step(1, "level2", "update"), message)
+    assert seen[-1] == (False, False)
+
+
+def test_fifty_clients(make_data, make_config, tmp_path):
+    config = config_of(make_config, {"blocks": 2}, clients=50, local_epochs=2, width=16)
+    summary = run(config, out=tmp_path, data=make_data(sizes=(3,) * 50))
+    model, _ = read_model(tmp_path)
+    assert [level.count for level in model.levels] == [50, 50]
+    # 50 networks of width 2, and an adaptor from 50 x 4 to 4 channels at each.
+    network = cut(build("cnn", classes=3, channels=3, image_size=8, seed=0, width=2), 2)
+    own = sum(p.numel() for block in network.blocks for p in block.parameters())
+    head = sum(p.numel() for p in network.head.parameters())
+    assert summary["metrics"]["parameters"] == 50 * (own + 50 * 4 * 4 + 4) + head
+    ordinary = stored_bytes(build("cnn", classes=3, channels=3, image_size=8, seed=0, width=16))
+    on_disk = (tmp_path / "model.safetensors").stat().st_size
+    assert on_disk == pytest.approx(summary["metrics"]["memory_ratio"] * ordinary, rel=0.03)

@@ -1,0 +1,62 @@
+"""Pictures of what a method showed: drawn from the run folder, for any number of rounds, images and clients."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fedkern.data import load
+from fedkern.engine import RunConfig
+from fedkern.engine.store.artifacts import Artifact, Gallery
+from fedkern.report import artifact_sheet, pictures, plots
+
+
+def opened(path):
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB"))
+
+
+def test_the_run_folder_gets_a_picture_for_every_name(tmp_path):
+    data = load("digits", clients=2, seed=0, train_samples=60)
+    config = RunConfig.make("fedavg", data="digits", clients=2, train_samples=60, rounds=2)
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    (tmp_path / "metrics.jsonl").write_text('{"round": 1, "accuracy": 0.5}\n')
+    gallery = Gallery(tmp_path, 2)
+    red = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
+    red[:, 0] = 255
+    for round in (1, 2):
+        gallery.add(Artifact("generated", round, red, ("", "")))
+        gallery.add(Artifact("teacher_weights", round, torch.rand(2, 10), ("client", "class")))
+        gallery.add(Artifact("accuracy", round, torch.rand(2, 2), ("client", "client")))
+    gallery.write()
+    written = [path.name for path in pictures.write_pictures(tmp_path, data=data, model=torch.nn.Identity())]
+    assert written == ["accuracy.png", "partition.png", "generated.png", "teacher_weights.png", "accuracy_shown.png"]
+    pixels = opened(tmp_path / "generated.png").reshape(-1, 3)
+    assert (pixels == (255, 0, 0)).all(1).sum() > 6 * 50 * 50  # three red images in each of two rows
+    assert opened(tmp_path / "teacher_weights.png").std() > 10
+
+
+@pytest.mark.parametrize(("rows", "columns", "rounds"), [(1, 1, 1), (5, 10, 9), (20, 100, 1)])
+def test_any_table_can_be_drawn(tmp_path, rows, columns, rounds):
+    values = torch.linspace(0, 1, rows * columns).view(rows, columns)
+    values[0, 0] = float("nan")
+    entries = [Artifact("t", r + 1, values * (r + 1), ("client", "class")) for r in range(rounds)]
+    names = [f"class number {i}" for i in range(columns)]
+    artifact_sheet.draw(entries, tmp_path / "t.png", title="t", classes=names)
+    assert opened(tmp_path / "t.png").std() > 5
+
+
+def test_four_tables_of_many_with_one_scale(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(artifact_sheet, "save", lambda figure, path: drawn.append(figure))
+    entries = [Artifact("t", r, torch.tensor([[0.2, 0.3 * r]]), ("client", "class")) for r in range(1, 10)]
+    artifact_sheet.draw(entries, tmp_path / "t.png", title="t", classes=("cat", "dog"))
+    panels = [axes for axes in drawn[0].axes if axes.images]
+    assert [axes.get_title() for axes in panels] == ["round 1", "round 4", "round 6", "round 9"]
+    (scale,) = {axes.images[0].get_clim() for axes in panels}
+    assert scale == pytest.approx((0.0, 2.7))
+    assert [text.get_text() for text in panels[0].get_xticklabels()] == ["cat", "dog"]
+    assert plots.save is not artifact_sheet.save
