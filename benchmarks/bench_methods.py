@@ -36,7 +36,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gate, machines, processes, records, study
+from benchmarks import gate, machines, processes, records
+from benchmarks.studies import study
 from fedkern.engine import RunConfig
 
 ROOT = Path(__file__).parent.parent

@@ -1,4 +1,4 @@
-"""What the methods' pages say in figures, and where in benchmarks/results each of them stands (`benchmarks.pages`)."""
+"""What the methods' pages say in figures, and which result file has each of them (`benchmarks.pages`)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from functools import cache, partial
 from statistics import geometric_mean, mean, median
 from typing import Any
 
-from benchmarks import bench_methods, profile_methods
-from benchmarks.page_commands import commands
+from benchmarks import bench_methods, profile_methods, records
 from benchmarks.pages import Page, said
 from benchmarks.records import Comparison, read_results
 from benchmarks.report import in_short, our_time, ratio
-from benchmarks.study import RESULTS, spread, table
+from benchmarks.studies.page_commands import commands
+from benchmarks.studies.study import RESULTS, spread, table
 
 Lines = Sequence[str]
 
@@ -21,7 +21,8 @@ Lines = Sequence[str]
 @cache
 def load(name: str) -> Mapping[str, Any]:
     """The results ``<name>.json``."""
-    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    folder = records.RESULTS if name in (RUNS, PROFILED) else RESULTS
+    found: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
     return found
 
 
@@ -705,7 +706,7 @@ SHOWN = (
 @cache
 def measured() -> Mapping[str, Sequence[Comparison]]:
     """The operators' rows of one thread on a quiet machine, by group."""
-    found = read_results(RESULTS)
+    found = read_results(records.RESULTS)
     return {
         group: [row for recorded in files if recorded.name.endswith(MACHINE) for row in in_short(recorded.rows)]
         for group, files in found.items()
@@ -800,7 +801,7 @@ def speed_in_short() -> Lines:
 
 def rounds_of_fedavg() -> Lines:
     """Seconds a round of FedAvg, ours and other frameworks'."""
-    found = [row for recorded in read_results(RESULTS).get("rounds", []) for row in recorded.rows]
+    found = [row for recorded in read_results(records.RESULTS).get("rounds", []) for row in recorded.rows]
     rows = []
     for row in found:
         others = [f"{gain:.2f}× {name}" for name, gain in row.speedup.items()]

@@ -1,6 +1,6 @@
 """fedkern: fast kernels for federated learning, and five published methods built on them.
 
-``fedkern.ops`` holds the operators, ``fedkern.methods`` the methods; ``python -m fedkern.run`` runs one.
+``fedkern.ops`` holds the operators and ``fedkern.methods`` the methods; ``python -m fedkern.run`` runs a method.
 """
 
 from __future__ import annotations

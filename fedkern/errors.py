@@ -1,4 +1,4 @@
-"""What a user can get wrong, said in one sentence."""
+"""Errors for the user: each message is one sentence."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import re
 from collections.abc import Iterable
 
 WORD, MESSAGE = 1000, 4000
-"""Characters of a word, and of a whole message, that are shown; a name from a file may have any number of them."""
+"""Most characters shown of a word and of a whole message: a name from a file can have any length."""
 
 
 class UserError(Exception):
     """A mistake in the input (flag, path, file, value), not in fedkern.
 
-    The message is one sentence that names the thing and the way out, made :func:`printable`.  The command line prints
-    it on standard error and exits with ``exit_code``; a library caller sees an ordinary exception.
+    The message is one sentence that says what is wrong and what to do, made :func:`printable`.  The command line prints
+    the message on standard error and exits with ``exit_code``; a library caller sees an ordinary exception.
     """
 
     exit_code = 2
@@ -24,7 +24,7 @@ class UserError(Exception):
 
 
 class RunFailed(UserError):
-    """A run that has come to nothing that could be kept, though every input was one that it takes; exit code 1."""
+    """A run that failed without a result to keep, although every input was valid; exit code 1."""
 
     exit_code = 1
 
@@ -33,9 +33,9 @@ class ClientFailed(RunFailed):
     """A client's part of a method raised an exception.
 
     Attributes:
-        client: its number.
-        what: the exception, in a line.
-        traceback: where it was raised.
+        client: number of the client.
+        what: the exception, in one line.
+        traceback: traceback of the exception, as text.
     """
 
     def __init__(self, client: int, what: str, traceback: str = "", when: str = "") -> None:
@@ -47,12 +47,15 @@ class ClientFailed(RunFailed):
         return ClientFailed, (self.client, self.what, self.traceback)
 
     def at(self, when: str) -> ClientFailed:
-        """The same with the round in the sentence."""
+        """The same error with ``when``, the round, in the message."""
         return ClientFailed(self.client, self.what, self.traceback, when)
 
 
 def printable(text: str) -> str:
-    """A message as a terminal can take it: long words and long messages without their middle, controls as escapes."""
+    """Makes a message safe for a terminal: cuts the middle out of long words and messages, escapes control characters.
+
+    Line ends and tabs are kept.
+    """
     if len(text) > WORD:
         text = re.sub(rf"\S{{{WORD + 1},}}", lambda word: _cut(word[0], WORD), text)
         text = _cut(text, MESSAGE)
@@ -60,7 +63,7 @@ def printable(text: str) -> str:
 
 
 def printable_name(text: str, most: int) -> str:
-    """A name as one line of at most ``most`` characters: controls and line ends as escapes, without its middle."""
+    """A name as one line of at most ``most`` characters: escapes control characters and line ends, cuts the middle."""
     return _cut(_escaped(text), most)
 
 
@@ -71,7 +74,7 @@ def _escaped(text: str, kept: str = "") -> str:
 
 
 def _cut(text: str, most: int) -> str:
-    """The first three quarters and the last quarter of what is shown of ``text``."""
+    """Shortens ``text`` to ``most`` characters: three quarters from the beginning, "...", one quarter from the end."""
     tail = most // 4
     return text if len(text) <= most else f"{text[: most - tail - 3]}...{text[-tail:]}"
 

@@ -1,4 +1,4 @@
-"""Files that are either complete or absent, one writer at a time, and paths as users write them."""
+"""File handling: atomic writes, a lock between writing processes, and paths as users write them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from fedkern.errors import UserError
 
 try:
     import fcntl
-except ImportError:  # not a POSIX system: nothing keeps two writers apart there
+except ImportError:  # not a POSIX system: two writers are not kept apart there
     fcntl = None  # type: ignore[assignment]
 
 
 def expand(path: str | Path) -> Path:
-    """``path`` with the user's home folder in the place of a leading ``~``, and another user's in that of ``~name``.
+    """Replaces a leading ``~`` by the user's home folder, and a leading ``~name`` by the home folder of that user.
 
     Raises:
-        UserError: nobody of that name has a home folder on this machine.
+        UserError: this machine knows no home folder for that user.
     """
     try:
         return Path(path).expanduser()
@@ -35,7 +35,7 @@ def cache_folder(name: str) -> Path:
     """``$FEDKERN_CACHE_DIR/name``, by default ``$XDG_CACHE_HOME/fedkern/name`` or ``~/.cache/fedkern/name``.
 
     Raises:
-        UserError: the user has no home folder, and nothing else says where.
+        UserError: the user has no home folder, and neither variable is set.
     """
     if own := os.environ.get("FEDKERN_CACHE_DIR"):
         return expand(own) / name
@@ -44,7 +44,7 @@ def cache_folder(name: str) -> Path:
 
 
 def absolute(path: str) -> str:
-    """The same path from the root on, so that it holds in any folder.
+    """Absolute form of a path, valid from any working folder.
 
     Raises:
         UserError: see :func:`expand`.
@@ -53,7 +53,9 @@ def absolute(path: str) -> str:
 
 
 def absolute_folder(name: str) -> str:
-    """What may be a folder or a name: :func:`absolute` where there is such a folder or it begins like a path.
+    """Absolute form of a folder; a text that names no folder, such as a model's name, is returned unchanged.
+
+    A text counts as a folder where such a folder exists or where the text begins with ``.`` or ``~``.
 
     Raises:
         UserError: see :func:`expand`.
@@ -62,11 +64,11 @@ def absolute_folder(name: str) -> str:
 
 
 def check_text(text: str, what: str) -> None:
-    """Raises UserError for a string with bytes that are not UTF-8, which a run's files could not hold.
+    """Raises UserError for a string with bytes that are not UTF-8, because a run's files could not store the string.
 
     Args:
-        text: as the system gives it.
-        what: what it is, for the message.
+        text: the string as the operating system gives it.
+        what: what the string is, for the message.
     """
     try:
         text.encode()
@@ -80,10 +82,10 @@ def check_text(text: str, what: str) -> None:
 def replace(path: Path, fill: Callable[[Path], object], temporary: Path) -> None:
     """Lets ``fill`` write ``temporary``, flushes it to the disk and renames it to ``path``.
 
-    The file gets the mode that the user's umask allows, also from libraries that make theirs private.
+    The file gets the mode that the user's umask allows, even if the library that writes the file makes it private.
 
     Raises:
-        OSError, or what ``fill`` raises: ``path`` is then as it was before.
+        OSError, or any exception that ``fill`` raises: ``path`` is then unchanged.
     """
     try:
         temporary.touch()
@@ -103,7 +105,7 @@ def replace(path: Path, fill: Callable[[Path], object], temporary: Path) -> None
 def sync_folder(folder: Path) -> None:
     """Makes renames inside ``folder`` durable."""
     if os.name != "posix":
-        return  # folders cannot be opened there
+        return  # other systems cannot open a folder
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -113,13 +115,13 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def one_writer(lock: Path) -> Iterator[None]:
-    """Waits until no other process is inside with the same ``lock``, a file that is made and stays.
+    """Lock between processes: waits until no other process is inside with the same ``lock`` file.
 
-    The system lets go of it when the process ends, however it ends.  Where the file system knows no locks, nothing
-    waits.
+    The file is created and never removed.  The system releases the lock when the process ends, however it ends.  On a
+    file system without locks, nothing waits.
 
     Raises:
-        OSError: the file cannot be made.
+        OSError: the lock file cannot be created.
     """
     with lock.open("a") as file:
         if fcntl is not None:

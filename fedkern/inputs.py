@@ -1,4 +1,4 @@
-"""Files that somebody else wrote: regular files alone are opened, and JSON is a value or a ValueError."""
+"""Reading files of unknown origin: only regular files are opened, and malformed JSON always raises ValueError."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPECIAL = {
 
 
 def standing(path: Path) -> str:
-    """What stands at ``path``, links followed, in words; ``""`` for a regular file."""
+    """Kind of file at ``path`` in words, links followed; ``""`` for a regular file."""
     try:
         return _kind(path.stat().st_mode)
     except (OSError, ValueError):  # ValueError: a zero byte in the name
@@ -27,7 +27,10 @@ def standing(path: Path) -> str:
 
 
 def special(path: Path) -> str:
-    """What stands at ``path`` where it is neither a file nor a folder: to open a named pipe is to wait for a writer."""
+    """Kind of special file at ``path``: a named pipe, a socket or a device; ``""`` for anything else.
+
+    Opening a named pipe would wait for a writer.
+    """
     found = standing(path)
     return found if found in SPECIAL.values() else ""
 
@@ -36,11 +39,11 @@ def open_regular(path: str | Path) -> BinaryIO:
     """Opens a regular file, or a link to one, for reading.
 
     Raises:
-        OSError: there is none, it cannot be opened, or it is a folder, a named pipe, a socket or a device.
+        OSError: the file is missing, cannot be opened, or is a folder, a named pipe, a socket or a device.
     """
     try:
         _check(os.stat(path).st_mode, path)  # noqa: PTH116 (a device may act on being opened)
-        # What replaced the file meanwhile is not waited for either.
+        # O_NONBLOCK: a named pipe that has replaced the file since the check does not block.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except ValueError:
         raise OSError(errno.EINVAL, "no file can have this name", str(path)) from None
@@ -57,17 +60,17 @@ def read_text(path: str | Path, encoding: str = "utf-8") -> str:
 
     Raises:
         OSError: see :func:`open_regular`.
-        UnicodeDecodeError: it is not in that encoding.
+        UnicodeDecodeError: the file is not in that encoding.
     """
     with io.TextIOWrapper(open_regular(path), encoding=encoding) as file:
         return file.read()
 
 
 def parse_json(text: str) -> Any:
-    """The value that JSON text stands for.
+    """The value of a JSON text.
 
     Raises:
-        ValueError: it is not JSON, or lists and objects stand too deep in one another.
+        ValueError: the text is not JSON, or its lists and objects are nested too deeply.
     """
     try:
         return json.loads(text)
@@ -80,13 +83,13 @@ def read_json(path: str | Path) -> Any:
 
     Raises:
         OSError: see :func:`open_regular`.
-        ValueError: it is not UTF-8, or see :func:`parse_json`.
+        ValueError: the file is not UTF-8, or see :func:`parse_json`.
     """
     return parse_json(read_text(path))
 
 
 def real_file(path: Path) -> tuple[int, int] | str:
-    """What two paths have in common that lead to one file or folder: by links, hard links or mounts."""
+    """Identity of a file or folder: equal for two paths that lead to the same one by links, hard links or mounts."""
     try:
         found = path.stat()
         return (found.st_dev, found.st_ino) if found.st_ino else str(path.resolve())

@@ -1,9 +1,10 @@
-"""Ctrl-C and SIGTERM: however many arrive, and wherever, what is going on ends once and in order.
+"""Handler for Ctrl-C and SIGTERM: running work ends once and in order, however many signals arrive and wherever.
 
-Python calls a signal's handler between two lines of whatever runs.  In a weak reference's callback or a finaliser an
-exception that the handler raises is printed and lost; in the middle of the clean-up after a first signal a second one
-would end the clean-up.  So the handler remembers the first signal, raises nothing while that one's exception is being
-handled, and :func:`check` raises it again at the next place where a run can stop.
+Python calls a signal handler between any two lines.  Two places are dangerous.  In a weak reference's callback or a
+finaliser, an exception that the handler raises is printed and lost.  During the clean-up after a first signal, a second
+signal would cut the clean-up short.  The handler therefore remembers the first signal and raises nothing while the
+exception of that signal is being handled.  :func:`check` raises a lost exception again at the next place where a run
+can stop.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from typing import Any
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived: like Ctrl-C nothing is finished and the last checkpoint stands; exit code 143."""
+    """SIGTERM arrived: as after Ctrl-C, no work is completed and the last checkpoint stays; exit code 143."""
 
 
 class Handler:
-    """Handles both signals.
+    """Signal handler for Ctrl-C and SIGTERM.
 
     Attributes:
-        pending: the exception of the first signal, once there was one.
-        over: whether nothing is left to be ended, so that further signals are ignored.
-        last: whether the process ends with what is going on.
+        pending: the exception of the first signal; None before a signal.
+        over: whether the interrupted work has ended; further signals are then ignored.
+        last: whether the process ends together with the guarded work.
     """
 
     def __init__(self, last: bool = False) -> None:
@@ -46,24 +47,24 @@ _current: Handler | None = None
 
 
 def check() -> None:
-    """Raises the exception of a signal whose exception was lost where it arrived."""
+    """Raises the pending exception of a signal, in case the exception was lost where the signal arrived."""
     if _current is not None and _current.pending is not None:
         raise _current.pending
 
 
 def ended() -> None:
-    """Says that what was going on has ended because of a signal; further ones are ignored."""
+    """Marks the work that a signal interrupted as ended; further signals are ignored."""
     if _current is not None:
         _current.over = True
 
 
 def whole_process() -> bool:
-    """Whether the process is nothing but what is going on: the command line's, which ends with it."""
+    """Whether the process exists for the guarded work alone and ends with it, as the command line's process does."""
     return _current is not None and _current.last
 
 
 def _handled(exception: BaseException) -> bool:
-    """Whether an except or finally block, or a context manager, is at work because of ``exception``."""
+    """Whether an except or finally block, or a context manager, is currently handling ``exception``."""
     at, seen = sys.exception(), set[int]()
     while at is not None and id(at) not in seen:
         if at is exception:
@@ -75,12 +76,13 @@ def _handled(exception: BaseException) -> bool:
 
 @contextmanager
 def in_order(*, to_the_end: bool = False) -> Iterator[None]:
-    """Inside, SIGTERM raises :class:`Terminated` and Ctrl-C KeyboardInterrupt, each once (in the main thread alone).
+    """Installs the handler for the block: SIGTERM raises :class:`Terminated`, Ctrl-C raises KeyboardInterrupt.
 
-    Ctrl-C that is ignored, as in a shell's background jobs, or that has a handler of the caller's, is left alone.
+    Outside the main thread, and inside another such block, nothing changes.  Ctrl-C is left alone where it is ignored,
+    as in a shell's background jobs, or where the caller has installed a handler.
 
     Args:
-        to_the_end: the process ends with this block: after a signal no further one counts.
+        to_the_end: the process ends with this block: once a signal has arrived, later signals stay ignored.
     """
     global _current
     if _current is not None or threading.current_thread() is not threading.main_thread():
@@ -105,7 +107,7 @@ def in_order(*, to_the_end: bool = False) -> Iterator[None]:
         yield
     finally:
         handler.over = to_the_end and handler.pending is not None
-        for number in numbers:  # the interpreter takes handlers away before it ends, but leaves what is ignored
+        for number in numbers:  # at exit the interpreter removes handlers, but an ignored signal stays ignored
             signal.signal(number, signal.SIG_IGN if handler.over else before[number])
         sys.unraisablehook = hook
         _current = None

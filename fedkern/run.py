@@ -21,9 +21,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after ``python -m fedkern.run``; None takes them from ``sys.argv``.
 
     Returns:
-        0; 2 for anything the user can put right and 1 for a run that failed, such as one whose model is not finite (one
-        sentence on standard error); 130 after Ctrl-C, 143 after SIGTERM, 141 when the reader of standard output has
-        gone.
+        The exit code (1 and 2 with one sentence on standard error):
+
+        - 0: success.
+        - 1: a run that failed, for example because the model is not finite.
+        - 2: an error that the user can correct.
+        - 130: Ctrl-C.
+        - 141: the reader of standard output has gone.
+        - 143: SIGTERM.
     """
     from fedkern.interrupts import in_order
 
@@ -34,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _guarded(words: list[str]) -> int:
-    """Runs one command and says in a sentence what ended it."""
+    """Runs one command and turns the exception that ended the command into a sentence and an exit code."""
     from fedkern.errors import UserError
     from fedkern.interrupts import Terminated, ended
 
@@ -43,10 +48,10 @@ def _guarded(words: list[str]) -> int:
         sys.stdout.flush()  # a reader that has gone shows here, not at exit
         return code
     except UserError as error:
-        print(getattr(error, "traceback", ""), end="", file=sys.stderr)  # of a client's part of a method
+        print(getattr(error, "traceback", ""), end="", file=sys.stderr)  # ClientFailed has one
         return _say(str(error), error.exit_code)
     except BrokenPipeError:
-        # The interpreter flushes both once more at exit, which must not fail again.
+        # The interpreter flushes both streams once more at exit, which must not fail again.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for stream in (sys.stdout, sys.stderr):
             os.dup2(nowhere, stream.fileno())
@@ -78,13 +83,15 @@ def _guarded(words: list[str]) -> int:
 
 
 def _wait_without_spinning() -> None:
-    """Lets OpenMP's threads sleep between parallel regions, or spin for a moment before, unless the user has said how.
+    """Shortens the time that OpenMP threads spin between parallel regions, unless the user has set it.
 
-    By default they spin for milliseconds.  With two threads on two cores and anything else running, a small network
-    then trains several times slower than on one thread (20 s against more than a minute was seen), and nothing is said.
-    Asleep at once, they take longer to wake: where nothing else runs, a round of FedIOD with two threads takes 1.4
-    times as long.  So on an idle machine they spin for a tenth of a millisecond, which costs at most a factor of two
-    should the machine become busy.  The OpenMP runtime reads this once, when torch is loaded.
+    | setting | used | effect |
+    |---|---|---|
+    | default: spin for milliseconds | never | two threads, two busy cores: a small network trains over 3 times slower |
+    | spin for about 0.1 ms | idle machine | at most 2 times slower if the machine becomes busy |
+    | sleep at once | busy machine | on an idle machine a FedIOD round with two threads takes 1.4 times as long |
+
+    The OpenMP runtime reads the setting once, when torch is loaded.
     """
     if "torch" in sys.modules or "GOMP_SPINCOUNT" in os.environ or "OMP_WAIT_POLICY" in os.environ:
         return
@@ -95,10 +102,10 @@ def _wait_without_spinning() -> None:
 
 
 def _others_leave_cores() -> bool:
-    """Whether as many cores are idle as this process may use; no where the system does not tell.
+    """Whether as many cores are idle as this process may use; False where the system does not tell.
 
-    A process that runs for a moment, as the one that started this one does, is not what was meant: one idle look of
-    several is enough.
+    Looks several times, and one idle look is enough: a process that runs only for a moment, such as the one that
+    started this process, does not make the machine busy.
     """
     try:
         for _ in range(LOOKS):
@@ -113,7 +120,7 @@ def _others_leave_cores() -> bool:
 
 
 def _dispatch(words: list[str]) -> int:
-    # Imported here so that Ctrl-C during the second that torch takes to load ends in a line, not in a traceback.
+    # Imported here so that Ctrl-C during the second that torch takes to load prints one line, not a traceback.
     from fedkern.cli import commands, downstream, flags, tuning
     from fedkern.files import check_text
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study import Case, Runs, best_rate
+from benchmarks.studies.study import Case, Runs, best_rate
 from fedkern import engine
 from fedkern.engine import membership_attack
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.fusefl_runs import CALIBRATED, PUBLISHED, REFERENCE, SEEDS, FuseFLRuns
-from benchmarks.recalibrate import Classifier, Pool, recalibrate
-from benchmarks.study import Case, spread, table
+from benchmarks.studies.fusefl_runs import CALIBRATED, PUBLISHED, REFERENCE, SEEDS, FuseFLRuns
+from benchmarks.studies.recalibrate import Classifier, Pool, recalibrate
+from benchmarks.studies.study import Case, spread, table
 
 RATES = (0.01, 0.1)
 """Learning rates of the calibration: FuseFL's own, and one that its few passes get further with."""

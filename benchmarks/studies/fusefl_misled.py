@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.fusefl_runs import CALIBRATED, ONE_SHOT, PUBLISHED, REFERENCE, SEEDS, Column, FuseFLRuns
-from benchmarks.study import Case, spread, table
+from benchmarks.studies.fusefl_runs import CALIBRATED, ONE_SHOT, PUBLISHED, REFERENCE, SEEDS, Column, FuseFLRuns
+from benchmarks.studies.study import Case, spread, table
 from fedkern import engine
 from fedkern.data import normalise
 from fedkern.models import Ensemble

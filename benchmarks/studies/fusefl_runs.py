@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study import JPEG, Case, Runs, best_rate, stored_rates
+from benchmarks.studies.study import JPEG, Case, Runs, best_rate, stored_rates
 
 SEEDS = (0, 1, 2)
 Column = str
@@ -114,10 +114,10 @@ class FuseFLRuns(Runs):
         }
 
     def spoiled(self, name: str, kind: str, step: str, alpha: float, lr: float, seed: int) -> Case:
-        """A one-shot run whose client 0 uploads what cannot be used (``benchmarks.spoiled``), which is left out."""
+        """A one-shot run whose client 0 uploads what cannot be used (``studies.spoiled``), which is left out."""
         case = self.one_shot(name, alpha, lr, seed, kind, step)
         said = (*case.arguments, "--on-nan", "skip")
-        return dataclasses.replace(case, arguments=said, program=("benchmarks.spoiled", kind, step))
+        return dataclasses.replace(case, arguments=said, program=("benchmarks.studies.spoiled", kind, step))
 
     def record(self, case: Case, column: Column) -> dict[str, Any]:
         """The figures of a column: FuseFL's last ones in both; others' before and after their calibration."""

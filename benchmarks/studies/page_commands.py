@@ -1,9 +1,9 @@
 """The command that a method's page prints: what it gave when it was run as printed, and how long it took.
 
-    python -m benchmarks.page_commands --mnist DIR --cifar10 DIR [--only METHOD ...]
+    python -m benchmarks.studies.page_commands --mnist DIR --cifar10 DIR [--only METHOD ...]
 
 Each command is one run of the method's study (seed 0), in the shortest words that set the same.  It is run on one
-thread, and ``benchmarks/results/page_commands.json`` keeps its figure and processor time, which the pages show
+thread, and ``benchmarks/studies/results/page_commands.json`` keeps its figure and processor time, which the pages show
 (``benchmarks.page_figures``).
 """
 
@@ -20,10 +20,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import study_feddra, study_fedgid, study_fediod, study_fedlpfm
-from benchmarks.fediod_runs import IOD, STUDENTS, IODRuns
-from benchmarks.fusefl_runs import CALIBRATED, STUDIES, FuseFLRuns
-from benchmarks.study import RESULTS, Case
+from benchmarks.studies import study_feddra, study_fedgid, study_fediod, study_fedlpfm
+from benchmarks.studies.fediod_runs import IOD, STUDENTS, IODRuns
+from benchmarks.studies.fusefl_runs import CALIBRATED, STUDIES, FuseFLRuns
+from benchmarks.studies.study import RESULTS, Case
 from fedkern.cli.flags import parse
 from fedkern.cli.repeat import command_line
 from fedkern.cli.request import effective
@@ -91,7 +91,9 @@ def _fediod() -> Case:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.page_commands", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.studies.page_commands", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--mnist", help="folder of the four IDX files")
     parser.add_argument("--cifar10", help="folder of CIFAR-10's binary files")
     every = commands()

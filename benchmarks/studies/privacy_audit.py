@@ -1,10 +1,10 @@
 """An audit of the private channels: what can be told from their releases, beside what their ledgers admit.
 
-    python -m benchmarks.privacy_audit            # some minutes
-    python -m benchmarks.privacy_audit --draw     # the table and the figure again, from the JSON
+    python -m benchmarks.studies.privacy_audit            # some minutes
+    python -m benchmarks.studies.privacy_audit --draw     # the table and the figure again, from the JSON
 
-Writes ``benchmarks/results/privacy_audit.json``, ``.png`` and the table of ``docs/privacy.md``.  The code that is
-audited is what runs in a federation: ``fediod.private_messages`` for FedIOD's channels, ``engine.private_training``
+Writes ``benchmarks/studies/results/privacy_audit.json``, ``.png`` and the table of ``docs/privacy.md``.  The audited
+code is what runs in a federation: ``fediod.private_messages`` for FedIOD's channels, ``engine.private_training``
 for DP-SGD.
 
 Every mechanism gets the pair of neighbouring data sets that is easiest to tell apart: a canary, one record whose
@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.studies.study import RESULTS
 from fedkern.data import Split
 from fedkern.engine import private_training
 from fedkern.engine.local import Schedule
@@ -43,8 +44,8 @@ from fedkern.privacy.audit import audit, claimed_mu
 from fedkern.report import plots
 from fedkern.streams import stream
 
-ROOT = Path(__file__).parent.parent
-RESULT = ROOT / "benchmarks" / "results" / "privacy_audit.json"
+ROOT = Path(__file__).parents[2]
+RESULT = RESULTS / "privacy_audit.json"
 PAGE = ROOT / "docs" / "privacy.md"
 SECTION = re.compile(r"(<!-- audited -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -1,6 +1,6 @@
 """``python -m fedkern.run`` with a client whose uploads cannot be used, to see what the others make without it.
 
-    python -m benchmarks.spoiled KIND STEP METHOD [flags of fedkern.run]
+    python -m benchmarks.studies.spoiled KIND STEP METHOD [flags of fedkern.run]
 
 KIND is ``nan`` (every floating-point tensor of the upload becomes NaN) or ``shape`` (its first tensor of two rows or
 more loses one), STEP the name of the round whose upload client 0 spoils, for example ``train`` or ``level1``.  With
@@ -57,7 +57,7 @@ def spoil(kind: str, step: str) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) < 4 or sys.argv[1] not in KINDS:
-        print(f"usage: python -m benchmarks.spoiled {{{','.join(KINDS)}}} STEP METHOD [flags]", file=sys.stderr)
+        print(f"usage: python -m benchmarks.studies.spoiled {{{','.join(KINDS)}}} STEP METHOD [flags]", file=sys.stderr)
         sys.exit(USAGE)
     spoil(sys.argv[1], sys.argv[2])
     sys.exit(main(sys.argv[3:]))

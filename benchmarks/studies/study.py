@@ -237,7 +237,7 @@ def command_line(
         files: what ``--data-root`` must hold, for the studies that need it.
         sections: parts of a study that can be run alone.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{module}", description=description)
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.studies.{module}", description=description)
     parser.add_argument("study", choices=studies, help="which data")
     needs = "; ".join(f"{name}: {what}" for name, what in files.items())
     parser.add_argument("--data-root", help=f"folder of the data files ({needs})")
@@ -284,7 +284,9 @@ def run_sections(
         numbers = {**numbers, "settings": dict(study.settings)}
         if rates := getattr(study, "rates", None):
             numbers["rates"] = list(rates)
-        made = f"Made by `python -m benchmarks.{module} {given.study} --only {section}`: {settings}{about(study)}"
+        made = (
+            f"Made by `python -m benchmarks.studies.{module} {given.study} --only {section}`: {settings}{about(study)}"
+        )
         heading = f"{title} on {given.study}: {section}"
         publish(f"{name}_{given.study}_{section}", heading, made, page, numbers, runs.versions())
 

@@ -1,9 +1,9 @@
 """What finished image-text runs are good for: a table with a row for every method, on seen and on unseen clients.
 
-    python -m benchmarks.downstream RUN... [--out NAME]
+    python -m benchmarks.studies.study_downstream RUN... [--out NAME]
 
 Runs of one method with the same settings but for the seed share a row.  Every task writes its figures into the run
-folder and is not repeated; ``--out NAME`` writes ``benchmarks/results/NAME.md`` and ``.json``.
+folder and is not repeated; ``--out NAME`` writes ``benchmarks/studies/results/NAME.md`` and ``.json``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.study import publish, spread, table
+from benchmarks.studies.study import publish, spread, table
 from fedkern.cli import downstream
 from fedkern.engine import RunConfig
 from fedkern.engine.store.records import read_summary
@@ -125,7 +125,9 @@ def page(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.downstream", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.studies.study_downstream", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
     parser.add_argument("--out", help="name of the results")
     given = parser.parse_args()

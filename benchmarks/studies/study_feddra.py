@@ -1,14 +1,14 @@
 """The evidence for FedDRA: do robust client weights lift the worst client, what do they cost the mean, and why.
 
-    python -m benchmarks.study_feddra captions     # embedded data
-    python -m benchmarks.study_feddra tiny         # the same in a few minutes, to see that it works
+    python -m benchmarks.studies.study_feddra captions     # embedded data
+    python -m benchmarks.studies.study_feddra tiny         # the same in a few minutes, to see that it works
 
 ``--only SECTION ...`` runs some of the sections: ``table`` (FedDRA and every baseline), ``again`` (two of its rows, for
 another machine), ``held_out`` (a client that no
 method trains on), ``ablations`` (robust weights only, anchors only, one stage, where the weights act), ``statistics``
 (those of batch norm, with and without robust weights), ``sweeps`` (rho and mu) and ``alternating`` (what both stages in
 every round cost, and why).  Each goes on where it was interrupted, takes about an hour or less on two cores, and
-writes ``benchmarks/results/feddra_<study>_<section>.md`` and ``.json``.
+writes ``benchmarks/studies/results/feddra_<study>_<section>.md`` and ``.json``.
 
 The last client of the captions is a small minority with words, colours and digits of its own.  Figures: recall at 1,
 mean of both directions, among 500 pairs of all clients' distributions, of the minority's, and of a client that nobody
@@ -25,7 +25,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.study import Case, Runs, best_rate, run_sections, spread, stored_rates, table
+from benchmarks.studies.study import Case, Runs, best_rate, run_sections, spread, stored_rates, table
 
 FULL, BASELINE = "FedDRA", "FedAvg, uniform"
 METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {

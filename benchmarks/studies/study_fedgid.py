@@ -1,10 +1,10 @@
 """The evidence for FedGID: does it beat FedAvg where backgrounds mislead, what does each part do, and at what settings.
 
-    python -m benchmarks.study_fedgid digits                      # embedded data, half an hour on two cores
-    python -m benchmarks.study_fedgid colormnist --data-root DIR  # about an hour on two cores
+    python -m benchmarks.studies.study_fedgid digits                      # embedded data, half an hour on two cores
+    python -m benchmarks.studies.study_fedgid colormnist --data-root DIR  # about an hour on two cores
 
 ``--only SECTION ...`` runs some of the sections: ``parts`` (what each part of FedGID does, and its settings; written to
-``benchmarks/results/fedgid_<data>.md`` and ``.json``), ``baselines`` (beside methods for other kinds of skew;
+``benchmarks/studies/results/fedgid_<data>.md`` and ``.json``), ``baselines`` (beside methods for other kinds of skew;
 ``fedgid_<data>_baselines``) and ``schedule`` (FedAvg and FedGID with more and shorter rounds;
 ``fedgid_<data>_schedule``).  Each goes on where it was interrupted.
 
@@ -21,17 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.study import (
-    Case,
-    Runs,
-    arguments,
-    best_rate,
-    command_line,
-    folder_name,
-    publish,
-    spread,
-    table,
-)
+from benchmarks.studies.study import Case, Runs, arguments, best_rate, command_line, folder_name, publish, spread, table
 from fedkern import data as datasets
 from fedkern import engine
 
@@ -272,9 +262,9 @@ def main() -> None:
         page, numbers = SECTIONS[section](runs)
         held = numbers.get("settings", chosen.settings)
         settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in held.items())
-        about = f"""Made by `python -m benchmarks.study_fedgid {given.study} --only {section}`: {settings}; the rest as
-`python -m fedkern.run METHOD --data {chosen.name}` sets it.  Learning rates from {chosen.rates}, chosen by validation
-accuracy."""
+        about = f"""Made by `python -m benchmarks.studies.study_fedgid {given.study} --only {section}`: {settings};
+the rest as `python -m fedkern.run METHOD --data {chosen.name}` sets it.  Learning rates from {chosen.rates}, chosen by
+validation accuracy."""
         name = f"fedgid_{given.study}" + ("" if section == "parts" else f"_{section}")
         publish(name, f"FedGID on {chosen.name}", about, page, numbers, runs.versions())
 

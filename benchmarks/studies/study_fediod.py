@@ -1,14 +1,14 @@
 """The evidence for FedIOD: does its student beat teachers and baselines, what does each part do, what is private.
 
-    python -m benchmarks.study_fediod digits                      # embedded data
-    python -m benchmarks.study_fediod mnist --data-root DIR       # the four IDX files
-    python -m benchmarks.study_fediod cifar10 --data-root DIR     # the official binary files
+    python -m benchmarks.studies.study_fediod digits                      # embedded data
+    python -m benchmarks.studies.study_fediod mnist --data-root DIR       # the four IDX files
+    python -m benchmarks.studies.study_fediod cifar10 --data-root DIR     # the official binary files
 
 ``--only SECTION ...`` runs some of the sections: ``table`` (every baseline on the same teachers, two heterogeneities,
 three seeds), ``terms`` (every loss term and importance weight taken away), ``clients`` (how many, and how fast the
 student learns), ``privacy`` (accuracy and membership attack against epsilon) and ``bytes``.  Each goes on where it was
-interrupted and writes ``benchmarks/results/fediod_<study>_<section>.md`` and ``.json``.  ``study_fediod_segment`` is
-the same for segmentation.
+interrupted and writes ``benchmarks/studies/results/fediod_<study>_<section>.md`` and ``.json``.
+``study_fediod_segment`` is the same for segmentation.
 
 The clients' networks are trained once for every split (``ensemble``) and brought to every other method
 (``--teachers``), so that all distil or average the same ones.  Settings are chosen by the validation accuracy at seed 0
@@ -21,8 +21,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from benchmarks.fediod_runs import AVERAGE, IOD, REFERENCE, IODRuns, Study
-from benchmarks.study import JPEG, Case, run_sections, spread, table
+from benchmarks.studies.fediod_runs import AVERAGE, IOD, REFERENCE, IODRuns, Study
+from benchmarks.studies.study import JPEG, Case, run_sections, spread, table
 from fedkern.privacy.guarantee import EPSILON, PART
 
 SEEDS = (0, 1, 2)

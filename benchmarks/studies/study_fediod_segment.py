@@ -1,11 +1,11 @@
 """The evidence for FedIOD on segmentation: cell membranes in electron-microscopy slices.
 
-    python -m benchmarks.study_fediod_segment membrane --data-root DIR
+    python -m benchmarks.studies.study_fediod_segment membrane --data-root DIR
 
 ``DIR`` holds ``image/0.png`` to ``image/29.png``, 512 x 512, and ``label`` with masks of the same names, black where
 the membranes are.  Every client holds the tiles of slices of its own, in the order of the stack; the test slices are
 nobody's.  The rest is as in ``study_fediod``, whose runs these are; it goes on where it was interrupted and writes
-``benchmarks/results/fediod_segment_membrane_table.md`` and ``.json``.
+``benchmarks/studies/results/fediod_segment_membrane_table.md`` and ``.json``.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.fediod_runs import IOD, IODRuns, Study
-from benchmarks.study import run_sections
-from benchmarks.study_fediod import Section, about, main_table
+from benchmarks.studies.fediod_runs import IOD, IODRuns, Study
+from benchmarks.studies.study import run_sections
+from benchmarks.studies.study_fediod import Section, about, main_table
 
 SLICES, CLIENTS, SIDE = 30, 5, 128
 VALIDATION, TEST = range(20, 24), range(24, 30)

@@ -1,13 +1,13 @@
 """The evidence for Fed-LPFM: does a frozen teacher help where clients see few classes, and what does it depend on.
 
-    python -m benchmarks.study_fedlpfm digits                      # embedded data
-    python -m benchmarks.study_fedlpfm cifar10 --data-root DIR     # the official binary files
+    python -m benchmarks.studies.study_fedlpfm digits                      # embedded data
+    python -m benchmarks.studies.study_fedlpfm cifar10 --data-root DIR     # the official binary files
 
 ``--only SECTION ...`` runs some of the sections: ``table`` (FedAvg, FedProx, FML, Fed-LPFM under class split and
 Dirichlet 0.1, three seeds), ``partitions`` (IID to Dirichlet 0.01), ``loss`` (lambda, divergences), ``teachers``
 (tuned, several, random ones), ``proxy`` (a larger one, class split), ``edges`` (learning rates beyond the grid) and
 ``costs``.  Each goes on where it was interrupted, takes at most about an hour on two cores, and writes
-``benchmarks/results/fedlpfm_<study>_<section>.md`` and ``.json``.
+``benchmarks/studies/results/fedlpfm_<study>_<section>.md`` and ``.json``.
 
 The proxy is a small CNN, as a client's device would hold, several times smaller than the teacher; with ResNet-8 in its
 place every run takes several times as long (section ``proxy``).
@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.study import (
+from benchmarks.studies.study import (
     JPEG,
     RATES_HEADER,
     Case,

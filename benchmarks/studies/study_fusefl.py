@@ -1,13 +1,14 @@
 """The evidence for FuseFL: does progressive fusion beat its baselines, and what does each of its parts do.
 
-    python -m benchmarks.study_fusefl digits                      # embedded data
-    python -m benchmarks.study_fusefl cifar10 --data-root DIR     # the official binary files
+    python -m benchmarks.studies.study_fusefl digits                      # embedded data
+    python -m benchmarks.studies.study_fusefl cifar10 --data-root DIR     # the official binary files
 
 ``--only SECTION ...`` runs some of the sections: ``table`` (all baselines, three heterogeneities, three seeds),
 ``blocks`` (K, adaptors), ``clients`` (M), ``datafree``, ``width``, ``parts`` (every decision alone), ``alike`` (all
 under the same classifiers), ``code`` (as in the released code), ``edges`` (learning rates beyond the
 grid), ``cue`` (spurious shapes), ``backdoor`` (a backdoored client), ``refused`` (a client whose upload cannot be
-used).  Each goes on where it was interrupted and writes ``benchmarks/results/fusefl_<study>_<section>.md``, ``.json``.
+used).  Each goes on where it was interrupted and writes
+``benchmarks/studies/results/fusefl_<study>_<section>.md``, ``.json``.
 
 Most sections take an hour or less on two cores; ``clients`` and ``blocks`` take two.
 
@@ -23,9 +24,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fusefl_alike import alike
-from benchmarks.fusefl_misled import backdoor, cue, refused
-from benchmarks.fusefl_runs import (
+from benchmarks.studies.fusefl_alike import alike
+from benchmarks.studies.fusefl_misled import backdoor, cue, refused
+from benchmarks.studies.fusefl_runs import (
     CALIBRATED,
     GENERATOR,
     LINKS,
@@ -39,8 +40,17 @@ from benchmarks.fusefl_runs import (
     FuseFLRuns,
     Study,
 )
-from benchmarks.probe import probe
-from benchmarks.study import RATES_HEADER, Case, beyond, run_sections, spread, table, transfer_seconds, tried_rates
+from benchmarks.studies.level_probe import probe
+from benchmarks.studies.study import (
+    RATES_HEADER,
+    Case,
+    beyond,
+    run_sections,
+    spread,
+    table,
+    transfer_seconds,
+    tried_rates,
+)
 from fedkern import engine
 
 Section = tuple[str, dict[str, Any]]

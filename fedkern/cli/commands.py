@@ -1,4 +1,4 @@
-"""What each command does: run, resume, list, doctor, and those about a finished run."""
+"""The commands: run, resume, list, tune, doctor, and the commands on a finished run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fedkern.errors import UserError
 
 
 class _Tee(Listener):
-    """Passes every event to the display and to whoever else listens, and keeps the data for the pictures."""
+    """Passes every event to several listeners, and keeps the data for the pictures."""
 
     def __init__(self, *listeners: Listener) -> None:
         self.listeners = listeners
@@ -62,10 +62,10 @@ class _Tee(Listener):
 
 
 def check_backend() -> None:
-    """Looks at ``FEDKERN_BACKEND``, ``FEDKERN_CPU_ISA`` and ``FEDKERN_LOWERINGS`` before any work is done.
+    """Checks ``FEDKERN_BACKEND``, ``FEDKERN_CPU_ISA`` and ``FEDKERN_LOWERINGS`` before any work is done.
 
     Raises:
-        UserError: one names something that does not exist or cannot be used on this machine.
+        UserError: a variable names something that does not exist or cannot be used on this machine.
     """
     from fedkern.ops import backend, fuse_choice, loading
 
@@ -92,10 +92,10 @@ def check_backend() -> None:
 
 @contextmanager
 def _folder(request: Request, config: RunConfig) -> Iterator[Path]:
-    """The run folder; the default one is made at once, so that no other run takes it, and goes where it stays empty.
+    """The run folder; the default folder is made at once, so that no other run takes it, and removed if left empty.
 
     Raises:
-        UserError: it cannot be made, or holds what a new run would write over.
+        UserError: the folder cannot be made, or holds files that a new run would overwrite.
     """
     from fedkern.report.pictures import LIST, PICTURES
 
@@ -116,7 +116,7 @@ def _folder(request: Request, config: RunConfig) -> Iterator[Path]:
         yield out
     finally:
         for folder in (out, parent) if made else (out,):
-            with suppress(OSError):  # a run has begun there
+            with suppress(OSError):  # not empty: a run has begun there
                 folder.rmdir()
 
 
@@ -131,7 +131,7 @@ def _reserved(folder: Path) -> bool:
 
 
 def run(request: Request) -> int:
-    """Starts or resumes a run, draws its pictures and prints how it ended.
+    """Starts or resumes a run, draws its pictures and prints its result.
 
     Returns:
         The exit code: 0, or 130 after Ctrl-C and 143 after SIGTERM.
@@ -144,7 +144,7 @@ def run(request: Request) -> int:
 
 @contextmanager
 def _workers_ahead(config: RunConfig) -> Iterator[None]:
-    """Forks the process that starts workers, where there may be some, before anything is computed here."""
+    """Forks the process that starts workers, if the run may use workers, before this process computes anything."""
     from fedkern.engine.executors import nursery, sizing
 
     alone = config.workers == "1" or config.trained_clients < 2 or bool(sizing.unavailable(config.device))
@@ -163,7 +163,7 @@ def _run(request: Request, config: RunConfig, out: Path) -> int:
     from fedkern.report.names import say
     from fedkern.report.progress import display
 
-    if request.resume is None:  # what it names was given by flags, or in a file that was named
+    if request.resume is None:  # the user named this code, in flags or in --config
         code = tuple(part for _, part in METHODS[config.method].Options.code(config.options))
     else:
         code = trusted(out, request.options)
@@ -189,7 +189,7 @@ def _run(request: Request, config: RunConfig, out: Path) -> int:
         if board is not None:
             board.close()
     if tee.data is not None and config.augment == tee.data.augment:
-        config = config.replace(augment=None)  # the data set's own, filled in when the run was stored
+        config = config.replace(augment=None)  # the data set's default, not the user's choice
     _close(request, config, out, summary, pictures)
     if undrawn is not None:
         raise undrawn
@@ -203,11 +203,12 @@ def _board() -> Any:
 
 
 def _stored(request: Request) -> RunConfig:
-    """The settings of the run to resume; flags that repeat them are welcome; --data-root, --device and --workers
-    may differ.
+    """The settings of the run to resume.
+
+    Flags may repeat stored settings.  Only --data-root, --device and --workers may differ from them.
 
     Raises:
-        UserError: the folder holds no run, or was made with other settings than the flags say.
+        UserError: the folder holds no run, or a run with settings other than the flags.
     """
     assert request.resume is not None
     wanted = absolute(request.settings)
@@ -234,10 +235,10 @@ def _stored(request: Request) -> RunConfig:
 def _pictures(
     out: Path, data: Any, data_root: str | None, trusted: Collection[str]
 ) -> tuple[list[Path], UserError | None]:
-    """Draws the pictures, or finds those of a run that was already finished.
+    """Draws the pictures, or finds the pictures of a run that was already finished.
 
     Returns:
-        The pictures, and what to say after the summary where one cannot be drawn or written.
+        The pictures, and the error to raise after the summary if a picture cannot be drawn or written.
     """
     from fedkern.report.pictures import drawn, write_pictures
 
@@ -285,7 +286,7 @@ METHOD_NAMES = {"fedavg": "FedAvg", "oneshot-fedavg": "one-shot FedAvg"}
 
 
 def _baseline(method: str) -> str:
-    """What to compare a method with: FedAvg with the same budget."""
+    """The baseline to compare a method with: FedAvg, or its one-shot form for a one-shot method."""
     from fedkern.methods import METHODS
 
     return "oneshot-fedavg" if METHODS[method].one_shot and "oneshot-fedavg" in METHODS else "fedavg"
@@ -299,7 +300,7 @@ def _diagnostics(summary: Mapping[str, Any]) -> list[Any]:
 
 
 def catalogue() -> dict[str, dict[str, str]]:
-    """Names and one line each of the methods, data sets, models, encoders and partitioners."""
+    """Names and one-line descriptions of the methods, data sets, models, encoders and partitioners."""
     from fedkern.data import DATASETS, PARTITIONERS
     from fedkern.methods import METHODS
     from fedkern.models import IMAGE_ENCODERS, MODELS, TEXT_ENCODERS
@@ -330,7 +331,7 @@ def list_all(request: Request) -> int:
 
 
 def doctor(request: Request) -> int:
-    """Prints the state of the installation, after measuring what the processor can do where that is asked for."""
+    """Prints the state of the installation; with ``--measure``, measures the processor's peak first."""
     from fedkern.report import doctor as report
     from fedkern.report.progress import terminal
 
@@ -356,7 +357,7 @@ def _measure() -> None:
 
 
 def attack(request: Request) -> int:
-    """Attacks the model of a finished run, prints how well that went and keeps it in the run folder."""
+    """Runs the membership attack on a finished run's model, prints the result and keeps it in the run folder."""
     from fedkern import engine
 
     assert request.folder is not None
@@ -370,7 +371,7 @@ def attack(request: Request) -> int:
         from fedkern.report.tables import attack_table
 
         terminal().print(attack_table(found, str(request.folder)))
-    # Last: what was found is not lost where the folder cannot be written.
+    # Last, so that the printed result is not lost if the folder cannot be written.
     membership_attack.write(request.folder, found)
     return 0
 

@@ -1,4 +1,4 @@
-"""The commands that try a finished image-text run: ``python -m fedkern.run retrieval DIR`` and so on."""
+"""Commands of the downstream tasks on a finished image-text run: ``python -m fedkern.run retrieval DIR`` etc."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedkern.downstream.tasks import FEATURES, TASKS
 from fedkern.errors import UserError, nearest
 
 FLAGS: dict[str, dict[str, tuple[str, str, str]]] = {
-    # command: flag: (default, what stands for its value, help)
+    # command: flag: (default, metavar, help)
     "retrieval": {"ks": ("1,5,10", "K,...", "recall at these k")},
     "zero-shot": {
         "prompts": ("", "TEXT|FILE", "template such as 'a photo of a {class}.', or a file of templates, instead of the "
@@ -59,10 +59,10 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
 
 def parse(words: Sequence[str]) -> Request | None:
-    """Reads a downstream command; None where the words are of another one.
+    """Reads a downstream command; None if the words are another command.
 
     Raises:
-        UserError: an unknown flag, a value of the wrong kind, or no folder.
+        UserError: an unknown flag, an invalid value, or no folder.
     """
     command = first(words)
     if command not in TASKS:
@@ -114,13 +114,13 @@ def _number(name: str, word: str, lowest: int) -> int:
 
 
 def result_name(request: Request) -> str:
-    """``COMMAND.json``, with the name of another data set or the labels that were asked for behind the command."""
+    """File name of a result: ``COMMAND[-DATA][-LABELS].json``, with the data set and labels if they were given."""
     data, labels = request.settings.get("data"), request.data_options.get("labels")
     return "-".join(str(word) for word in (request.command, data, labels) if word) + ".json"
 
 
 def run(request: Request) -> int:
-    """Tries a finished run, prints the figures and keeps them in the run folder: see :func:`result_name`."""
+    """Runs a downstream task, prints its figures and writes them into the run folder (:func:`result_name`)."""
     from fedkern.cli.commands import check_backend
     from fedkern.downstream import Finished, decode, probe, retrieve, zero_shot
     from fedkern.engine.allocator import keep_freed_memory
@@ -150,6 +150,6 @@ def run(request: Request) -> int:
         from fedkern.report.tables import downstream_table
 
         terminal().print(downstream_table(result))
-    # Last: what was found is not lost where the folder cannot be written.
+    # Last, so that the printed result is not lost if the folder cannot be written.
     atomic.write_bytes(request.folder / result_name(request), (text + "\n").encode())
     return 0

@@ -1,4 +1,4 @@
-"""The flags, made from :class:`fedkern.engine.RunConfig` so that a setting is declared once."""
+"""The flags, derived from :class:`fedkern.engine.RunConfig`, so that a setting is declared once."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ COMMANDS = {
 }
 
 FOLDERS = ("config", "out", "resume", "data_root", "teachers")
-"""Flags that name a folder or a file, of which an empty name would be the current folder, or none."""
+"""Flags that name a folder or a file; an empty value would mean the current folder, or none."""
 OPTIMISER = ("optimizer", "lr", "lr_decay", "lr_steps", "lr_step_factor", "momentum", "weight_decay", "clip_norm")
 FOLDER_COMMANDS = ("attack",)
-"""Those that are about a finished run, whose folder follows."""
+"""Commands that take the folder of a finished run."""
 
-# Where a flag stands in the help; a setting that is not named here goes under the last heading.
+# Headings of the flags in the help; a setting that is missing here stands under the last heading.
 GROUPS: dict[str, tuple[str, ...]] = {
     "data": ("data", "data_root", "train_samples", "public_samples", "partition", "correlation", "augment"),
     "federation": (
@@ -64,7 +64,7 @@ METAVARS = {
     "lr_steps": "E,...",
 }
 
-# Options of the data sets that have a flag of their own; the others are reached by --data-option.
+# Options of the data sets that have a flag of their own; all others are given by --data-option.
 DATA_FLAGS: dict[str, DataOption] = {
     **COMMON_OPTIONS,
     "protocol": DATASETS["nico"].options["protocol"],
@@ -86,22 +86,22 @@ DESCRIPTION = f"""\
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong as a :class:`UserError`."""
+    """An argument parser that raises :class:`UserError` instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message[:1].upper() + message[1:] + ".")
 
 
 def whole_number(word: str) -> int:
-    """The number that a word of decimal digits means; -1 for other words and for more digits than any flag takes."""
+    """The number in a word of at most 18 decimal digits; -1 for other words."""
     word = word.strip()
     return int(word) if word.isdecimal() and len(word) <= 18 else -1
 
 
 def first(words: Sequence[str]) -> str:
-    """The word that may name a command with flags of its own, "" where there is none.
+    """The word that may name a command with flags of its own; "" if there is none.
 
-    Only flags that may stand before it are passed over: behind another one it is that flag's value, a folder perhaps.
+    Only ``--json`` and ``--help`` may stand before it: after another flag the word is that flag's value.
     """
     return next((word for word in words if word not in ("--json", "-h", "--help")), "")
 
@@ -157,7 +157,7 @@ def _parser(method: str | None, data: str) -> Parser:
         allow_abbrev=False,
         add_help=False,
     )
-    # Values stay words here and are converted by the knob, whose messages name the flag and the allowed range.
+    # The parser keeps values as strings; knobs convert them, with messages that name the flag and the allowed range.
     first = parser.add_argument_group("method")
     first.add_argument("method", nargs="?", metavar="METHOD", help="one of " + ", ".join(sorted(METHODS)))
     base = defaults(method or "", data)
@@ -168,7 +168,7 @@ def _parser(method: str | None, data: str) -> Parser:
         rest = [name for name in knobs if name not in placed] if title == "run" else []
         for name in [*(name for name in names if name in knobs), *rest]:
             if name == "rounds" and one_shot(method):
-                # Read all the same, so that giving it is answered by a sentence of its own.
+                # Accepted but hidden, so that giving it raises an error of its own.
                 group.add_argument(flag(name), dest=name, help=argparse.SUPPRESS)
                 continue
             knob = knobs[name]
@@ -233,14 +233,18 @@ def _method_options(method: str | None, data: str) -> str:
 
 
 def check_filled(values: Mapping[str, Any]) -> None:
-    """Raises UserError for a flag whose value is empty, as that of an unset shell variable is."""
+    """Raises UserError for a flag with an empty value, such as that of an unset shell variable."""
     for name, value in values.items():
         if value is not None and not value.strip():
             raise UserError(f"{flag(name)} is given without a value: give it one, or leave the flag out.")
 
 
 def key_values(words: Sequence[str], name: str) -> dict[str, str]:
-    """The words ``key=value`` of a repeatable flag; UserError for one of another form or given twice."""
+    """The pairs ``key=value`` of a repeatable flag.
+
+    Raises:
+        UserError: a word of another form, or a key that is given twice.
+    """
     pairs: dict[str, str] = {}
     for word in words:
         key, equals, value = word.partition("=")
@@ -285,10 +289,10 @@ def parse(argv: Sequence[str]) -> Request:
     values, rest = parser.parse_known_args(list(argv))
     folder = rest.pop(0) if values.method in FOLDER_COMMANDS and rest and not rest[0].startswith("-") else None
     task = next((word for word in (values.method, *rest) if word in (*TASKS, "tune")), None)
-    if task is not None:  # one that comes first is read elsewhere
+    if task is not None:  # with such a word first, another parser reads the command
         what, folder = ("its folder and its flags", " DIR") if task in TASKS else ("its flags", "")
         raise UserError(f"Name {task} first, then {what}: {PROGRAM} {task}{folder}.")
-    # Unknown flags first: the value of one is otherwise taken for the method.
+    # Unknown flags first: argparse may have taken the value of such a flag for the method.
     for word in [*(word for word in rest if word.startswith("-")), *rest]:
         raise _unknown(word, parser, named)
     method = values.method
@@ -363,5 +367,5 @@ def _check(request: Request) -> None:
 
 
 def quote(value: Any) -> str:
-    """A value as the shell takes it for one word."""
+    """A value quoted as one word of the shell."""
     return shlex.quote(_word(value))

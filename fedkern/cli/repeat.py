@@ -12,12 +12,12 @@ from fedkern.engine import RunConfig
 def command_line(method: str, config: RunConfig) -> str:
     """The shortest command that runs ``method`` with the settings of ``config``: data, split, budget, optimiser, seed.
 
-    Method options that the user had changed are repeated where ``method`` has them too.
+    Method options that the user changed are repeated if ``method`` has them too.
     """
-    preset = {"preset": config.options["preset"]} if "preset" in config.options else {}  # settles others with it
+    preset = {"preset": config.options["preset"]} if "preset" in config.options else {}  # sets other options too
     own = RunConfig.make(config.method, data=config.data, options=preset)
     target = RunConfig.make(method, data=config.data)
-    width = RunConfig.make(method, data=config.data, model=config.model).width  # a model that is named brings its own
+    width = RunConfig.make(method, data=config.data, model=config.model).width  # default width of the model
     words = [PROGRAM, method]
     for f in dataclasses.fields(RunConfig):
         value = getattr(config, f.name)
@@ -28,7 +28,7 @@ def command_line(method: str, config: RunConfig) -> str:
         if f.name == "client_threads" and value == config.replace(client_threads=0).settled().client_threads:
             continue  # follows from the threads and the clients
         if f.name == "rounds" and (one_shot(method) or one_shot(config.method)):
-            continue  # a plan's own, never asked for
+            continue  # a one-shot method plans its own rounds
         if value != (width if f.name == "width" else getattr(target, f.name)):
             words += [flag(f.name), quote(value)]
     if config.data != RunConfig.make(method).data:

@@ -1,4 +1,4 @@
-"""What a command line asks for, and the settings of the run that it means."""
+"""A parsed command line, and the settings of the run that it asks for."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ PATHS = {
     **{knob.field: knob.path for knob in RunConfig.knobs() if knob.path is not None},
     **{name: option.path for name, option in COMMON_OPTIONS.items() if option.path is not None},
 }
-"""What makes a setting, or an option of the data, absolute, by its name."""
+"""Functions that make a path absolute, by the name of the setting or data option that holds the path."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asks for.
+    """A parsed command line.
 
     Attributes:
-        command: ``"run"``, ``"resume"``, ``"attack"``, ``"list"``, ``"tune"``, ``"doctor"`` or ``"help"``.
-        method: the method, where one is named.
+        command: ``"run"``, ``"resume"``, ``"attack"``, ``"list"``, ``"tune"``, ``"doctor"``, ``"help"`` or the name of
+            a downstream task.
+        method: the method, if given.
         settings: ``RunConfig`` fields that were given as flags, converted.
         options: ``key=value`` method options.
         data_options: options of the data set.
         config: the ``--config`` file.
-        out: the run folder, where one is named.
-        resume: the folder to continue.
+        out: the run folder, if given; for ``tune``, the file to write.
+        resume: the run folder to continue.
         folder: the run folder of a command about a finished run.
         tensorboard: whether event files are written beside metrics.jsonl.
         profile: whether a trace of one round is written.
-        measure: whether ``doctor`` measures what the machine can do.
-        arguments: of a downstream task, or of ``tune``.
+        measure: whether ``doctor`` measures the processor's peak.
+        arguments: arguments of a downstream task or of ``tune``.
     """
 
     command: str
@@ -66,7 +67,7 @@ class Request:
 
 
 def one_shot(method: str | None) -> bool:
-    """Whether a method has a plan of its own instead of ``--rounds``."""
+    """Whether a method plans its own rounds and takes no ``--rounds``."""
     return method in METHODS and METHODS[method].one_shot
 
 
@@ -74,7 +75,7 @@ def effective(request: Request) -> RunConfig:
     """Makes the settings of a new run: defaults, then the ``--config`` file, then the flags.
 
     Raises:
-        UserError: the file is missing or no TOML, or a setting is unknown or out of range.
+        UserError: the file is missing or not TOML, or a setting is unknown or out of range.
     """
     table: dict[str, Any] = {}
     if request.config is not None:
@@ -91,22 +92,22 @@ def effective(request: Request) -> RunConfig:
         raise UserError(f'Unknown method "{method}" in {request.config}.{nearest(str(method), METHODS)}')
     from_file = dict(table.pop("options", {}))
     if one_shot(method):
-        table.pop("rounds", None)  # the file may be that of such a run, or of a method with rounds
+        table.pop("rounds", None)  # the file may come from any run
     if table.pop("method", method) != method:
-        from_file = {}  # the file of another method's run: its settings count, its method options do not apply
+        from_file = {}  # the file is of another method: its settings apply, its method options do not
     options = {**named_options(method, from_file), **named_options(method, request.options)}
     data_options = {**table.pop("data_options", {}), **request.data_options}
     settings = {**table, **request.settings}
     config = RunConfig.make(method, options=options, data_options=absolute(data_options), **absolute(settings))
-    check_networks(request.settings, config.data)  # a flag that says the default is as void; a file lists everything
+    check_networks(request.settings, config.data)  # flags alone: a file lists unused settings too
     return config
 
 
 def absolute(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with absolute paths, so that a run can be resumed, and compared with, from any folder.
+    """The same settings with absolute paths, so that a run can be resumed and compared from any folder.
 
     Raises:
-        UserError: a path begins with the home folder of somebody unknown.
+        UserError: a path begins with the home folder of an unknown user.
     """
     return {
         name: PATHS[name](value) if name in PATHS and isinstance(value, str) and value else value
@@ -115,10 +116,10 @@ def absolute(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def named_options(method: str, given: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
-    """The given method options alone, without the defaults, by published name, checked and with absolute paths.
+    """The given method options (without defaults) by published name, checked and with absolute paths.
 
     Raises:
-        UserError: an unknown option, a value out of range, or a path in the home folder of somebody unknown.
+        UserError: an unknown option, a value out of range, or a path in the home folder of an unknown user.
     """
     kind = METHODS[method].Options
     parsed = kind.parse(given, method=method)
@@ -131,10 +132,10 @@ def named_options(method: str, given: Sequence[str] | Mapping[str, Any]) -> dict
 
 
 def trusted(folder: Path, options: Sequence[str]) -> tuple[str, ...]:
-    """The code that a stored run may import: what its options name that are given again on the command line.
+    """The code that a stored run may import: the code named by method options that the command line repeats.
 
     Raises:
-        UserError: the folder holds no run, or one with other values of these options.
+        UserError: the folder holds no run, or a run with other values of these options.
     """
     if not options:
         return ()

@@ -1,4 +1,4 @@
-"""``python -m fedkern.run tune``: measures FusedBlocks' lowerings on this machine and keeps one's own table of them."""
+"""Command ``tune``: measures FusedBlocks' lowerings on this machine and writes the user's own table of them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ MOST_THREADS = 1024
 
 
 def parse(words: Sequence[str]) -> Request | None:
-    """Reads the command; None where the words are of another one.
+    """Reads the command; None if the words are another command.
 
     Raises:
-        UserError: an unknown flag, or a value of the wrong kind.
+        UserError: an unknown flag, or an invalid value.
     """
     if first(words) != "tune":
         return None
@@ -58,7 +58,7 @@ def _threads(text: str | None) -> tuple[int, ...]:
 
 
 def tune(request: Request) -> int:
-    """Measures, then writes the table: before that nothing changes on the disk, also at Ctrl-C."""
+    """Measures, then writes the table; until then nothing changes on the disk, even after Ctrl-C."""
     import torch
 
     from fedkern import interrupts
@@ -107,7 +107,7 @@ def tune(request: Request) -> int:
 
 
 def _check_writable(path: Path) -> None:
-    """Raises UserError where the file cannot be written, before minutes have gone into it."""
+    """Raises UserError if the file cannot be written, before minutes of measurement."""
     if path.is_dir():
         raise _unwritable(path, "it is a folder")
     folder = next(each for each in path.parents if each.exists())

@@ -1,8 +1,8 @@
-"""A backdoored client: a patch in the corner of its images says the attacker's class (BadNets, arXiv 1708.06733).
+"""Backdoored clients: a patch in the corner of an image stands for the attacker's class (BadNets, arXiv 1708.06733).
 
-Half of the first clients' training images carry the patch and are labelled with the target class.  The test
-``backdoor`` holds the test images of all other classes with the patch, labelled with the target, so that its accuracy
-is the attack's success rate; the accuracy on the other tests is the clean one.
+Half of the training images of every backdoored client carry the patch and are labelled with the target class.  The test
+``backdoor`` holds the test images of all other classes with the patch, labelled with the target class.  Its accuracy is
+the attack's success rate; the accuracy on the other tests is the clean accuracy.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from fedkern.errors import UserError
 from fedkern.streams import stream
 
 SHARE = 0.5
-"""Of a backdoored client's images carry the patch."""
+"""Share of a backdoored client's images that carry the patch."""
 
 
 def draw_patch(images: Tensor, size: int) -> Tensor:
-    """Copies of images uint8 ``[n, C, H, W]`` with a white square of ``size`` pixels one pixel off the lower right."""
+    """Copies images uint8 ``[n, C, H, W]``, with a white square of side ``size`` one pixel off the lower right."""
     out = images.clone(memory_format=torch.contiguous_format)
     out[..., -size - 1 : -1, -size - 1 : -1] = 255
     return out
@@ -33,13 +33,13 @@ def add_backdoor(data: FederatedData, clients: int, target: int, size: int, seed
     Args:
         data: the federation.
         clients: how many clients are backdoored; 0 changes nothing.
-        target: the class that the patch says, by position.
+        target: the class, by position, that the patch stands for.
         size: side of the patch in pixels.
         seed: the run's root seed.
 
     Raises:
-        UserError: more clients than there are, no such class, a test set without any other class, or a patch that
-            does not fit into the images.
+        UserError: more backdoored clients than clients, no such class, a test set without any other class, or a patch
+            that does not fit into the images.
     """
     if not clients:
         return data

@@ -1,9 +1,10 @@
-"""Background extraction: one interface to say which pixels of the training images are object and which background.
+"""Background extraction: one interface to mark which pixels of the training images are object and which background.
 
-A source is anything with ``masks(split, classes)``; there are four: `ExactMasks`, `fedkern.data.boxes_file.BoxesFile`,
-`fedkern.data.detections.Detections` (Grounding DINO or another detector), and `MaskFunction` around any callable.  All
-end as `Split.masks`.  An image in which nothing was detected has an empty mask and stays out of the background bank:
-otherwise its object would leak into the "background" (FedGID, arXiv 2504.00850; docs/methods/baselines.md, 6.3).
+A source is anything with ``masks(split, classes)``.  There are four: `ExactMasks`,
+`fedkern.data.boxes_file.BoxesFile`, `fedkern.data.detections.Detections` (Grounding DINO or another detector), and
+`MaskFunction` around any callable.  All results are stored as `Split.masks`.  An image in which nothing was detected
+has an empty mask and stays out of the background bank: otherwise its object would leak into the "background" (FedGID,
+arXiv 2504.00850; docs/methods/baselines.md, 6.3).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _CHUNK = 256  # images rasterised at once
 
 @runtime_checkable
 class MaskSource(Protocol):
-    """Where masks come from."""
+    """Source of object masks."""
 
     def masks(self, split: Split, classes: Sequence[str]) -> Tensor:
         """The object masks of a split, bool ``[n, H, W]``; a row without any True means nothing was detected."""
@@ -32,13 +33,13 @@ class MaskSource(Protocol):
 
 
 class ExactMasks:
-    """The masks that the data set itself knows exactly (coloured sets)."""
+    """Exact masks that come with the data set (coloured sets)."""
 
     def masks(self, split: Split, classes: Sequence[str]) -> Tensor:
         """See `MaskSource`.
 
         Raises:
-            UserError: the split has none.
+            UserError: the split has no masks.
         """
         if split.masks is None:
             raise UserError("this data set has no exact object masks; give a boxes file or a detector")
@@ -55,7 +56,7 @@ class MaskFunction:
         """See `MaskSource`.
 
         Raises:
-            ValueError: the callable gave something else than 0/1 masks of the images' size.
+            ValueError: the callable did not return 0/1 masks of the images' size.
         """
         masks = torch.as_tensor(self.function(split.images, split.labels))
         n, _, height, width = split.images.shape
@@ -103,8 +104,8 @@ def rasterise(boxes: Sequence[Tensor], height: int, width: int) -> Tensor:
 def bounding_boxes(masks: Tensor | None) -> Tensor:
     """The filled bounding box of every mask, bool ``[n, H, W]``; an empty mask stays empty.
 
-    A mask that follows the outline leaves the object's silhouette in the background image; a box hides the shape, as
-    a detector's boxes do.
+    A mask that follows the outline leaves the object's silhouette in the background image.  A box hides the shape, as a
+    detector's box does.
     """
     if masks is None:
         raise ValueError("masks: expected bool [n, H, W], got None")

@@ -1,4 +1,4 @@
-"""Object boxes from a file made by any detector or by hand.
+"""Object boxes from a file, made by any detector or by hand.
 
 JSON::
 
@@ -9,10 +9,14 @@ CSV, with a header line; further columns are ignored, and an image without a row
     image,x1,y1,x2,y2
     dog/on snow/12.jpg,10,20,180,200
 
-``image`` is the image's name in the data set: the path below the data folder for folders of images, ``train/ROW`` for
-the files of MNIST and CIFAR (``ROW`` counts from 0 through all training files), ``digits/ROW`` for the embedded digits.
-Coordinates are pixels of the image in its file, turned as its EXIF orientation says: x to the right and y down, or with
-``"units": "fraction"`` (JSON) shares of its width and height.
+``image`` is the image's name in the data set:
+
+- folders of images: the path below the data folder;
+- files of MNIST and CIFAR: ``train/ROW``, where ``ROW`` counts from 0 through all training files;
+- embedded digits: ``digits/ROW``.
+
+Coordinates are pixels of the image as stored, turned as its EXIF orientation says, x to the right and y down.  With
+``"units": "fraction"`` (JSON) they are shares of the image's width and height.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ Box = tuple[float, float, float, float]
 
 
 class BoxesFile:
-    """Object boxes read from a JSON or CSV file (by its suffix).
+    """Object boxes read from a JSON or CSV file; the suffix decides which.
 
     Args:
         path: the file.

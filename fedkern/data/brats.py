@@ -1,8 +1,8 @@
-"""Volumes in NIfTI files, a folder for every case, cut into axial slices: BraTS and what is laid out like it.
+"""BraTS and data sets with the same layout: NIfTI volumes, one folder per case, cut into axial slices.
 
-A case folder holds a file for every modality and one with the class of every voxel, such as ``NAME_t1.nii.gz``,
-``NAME_flair.nii.gz`` and ``NAME_seg.nii.gz``.  Volumes are turned to the closest canonical orientation (right,
-anterior, superior) first, so that slices are axial however they were stored.
+A case folder holds a file for every modality and a mask file with the class of every voxel, such as ``NAME_t1.nii.gz``,
+``NAME_flair.nii.gz`` and ``NAME_seg.nii.gz``.  Volumes are first turned to the closest canonical orientation (right,
+anterior, superior), so that slices are axial however the volume was stored.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from fedkern.errors import UserError
 from fedkern.inputs import open_regular, real_file
 
 PARTS = {"necrotic core": (1,), "oedema": (2,), "enhancing tumour": (4, 3)}
-"""The classes of BraTS by the values that its releases have stored them as."""
+"""Classes of BraTS and the voxel values that its releases store for each."""
 
-HEADER = 540  # bytes of NIfTI-2's, the longer one
-PERCENTILES = 0.5, 99.5  # of a volume's voxels that are not 0; what lies outside is clipped
-MEAN, STD = 0.3, 0.25  # a brain's share of a slice is small, and so is that of bright tissue
+HEADER = 540  # bytes of a NIfTI-2 header, the longer of the two
+PERCENTILES = 0.5, 99.5  # of a volume's non-zero voxels; intensities outside are clipped
+MEAN, STD = 0.3, 0.25  # low, because brain and bright tissue fill a small part of a slice
 
 
 @dataclass(frozen=True)
 class Case:
-    """One folder: the files of its modalities, in order, and that of its classes."""
+    """One case folder: the files of its modalities, in order, and its mask file."""
 
     name: str
     split: str
@@ -59,27 +59,27 @@ def open_brats(
 ) -> Source:
     """Finds the cases and reads their masks; volumes are read when a split needs them.
 
-    Cases are held out, and shared out among clients, as a whole.  Where they lie in several folders (HGG and LGG, or
-    one folder for every hospital), these are the clients of the partition ``attribute``.
+    Cases are held out, and shared out among clients, as a whole.  Where cases lie in several folders (HGG and LGG, or
+    one folder for every hospital), these folders are the clients of the partition ``attribute``.
 
     Args:
         root: holds the case folders, at any depth; ``train``, ``val`` and ``test`` at the top are the splits.
         size: side in pixels of the slices, which are padded to squares before they are resized.
-        modalities: the channels, as file names end before ``.nii`` or ``.nii.gz``.
-        target: how the name of the file of classes ends.
-        labels: ``whole`` (anything above 0 is the object), ``parts`` (the three of BraTS), or the values that are
-            classes, such as ``1|2|5``; others are then part of the background.
-        slices: those with an ``object``, those with any ``tissue``, or ``all``.
-        every: keep one slice in so many.
+        modalities: the channels, as the names of their files end before ``.nii`` or ``.nii.gz``.
+        target: ending of the name of the mask file.
+        labels: ``whole`` (any value above 0 is the object), ``parts`` (the three classes of BraTS), or the values that
+            are classes, such as ``1|2|5``; all other values are then background.
+        slices: slices with an ``object``, slices with any ``tissue``, or ``all``.
+        every: keep one slice in ``every``.
         test_share, validation_share: share of the cases held out where there is no such folder.
-        max_image_pixels: voxels of a volume as its file announces them; a larger one is not decoded.
+        max_image_pixels: most voxels of a volume; a file whose header announces more is not decoded.
 
-    Intensities are mapped to bytes volume by volume, from the 0.5th to the 99.5th percentile of the voxels that are not
-    0, which stay 0.
+    Intensities are mapped to bytes volume by volume, from the 0.5th to the 99.5th percentile of the non-zero voxels.
+    Voxels of value 0 stay 0.
 
     Raises:
-        UserError: nibabel is missing, there is no case, a folder or volume is there twice, a file is missing or damaged
-            or of another shape, or no slice.
+        UserError: nibabel is missing; there is no case or no slice; a folder or volume is found twice; or a file is
+            missing, damaged or of another shape.
     """
     _nibabel()
     base = need_root(root, "brats", "CASE/CASE_flair.nii.gz")
@@ -117,11 +117,11 @@ def open_brats(
 
 
 def find_cases(base: Path, modalities: Sequence[str], mask: str) -> list[Case]:
-    """The case folders under ``base``, by name: all folders with a file of one of the names.
+    """The case folders under ``base``, in order of name: all folders with a file of at least one of the names.
 
     Raises:
-        UserError: there is none, one of the files of a case is missing, or links lead to a folder, or to the volume of
-            a case, by two names.
+        UserError: there is no case folder, a case lacks one of its files, or links give two names to one folder or to
+            the volume of a case.
     """
     cases: list[Case] = []
     known: dict[object, Path] = {}
@@ -165,7 +165,7 @@ def find_cases(base: Path, modalities: Sequence[str], mask: str) -> list[Case]:
 
 
 def ending(folder: Path, name: str) -> Path | None:
-    """The NIfTI file of a folder that is called ``name``, or whose name ends in ``_name`` or ``-name``."""
+    """The NIfTI file in ``folder`` that is called ``name``, or whose name ends in ``_name`` or ``-name``."""
     for path in sorted(folder.iterdir()):
         for suffix in (".nii.gz", ".nii"):
             if path.name.endswith(suffix) and path.is_file():
@@ -176,7 +176,7 @@ def ending(folder: Path, name: str) -> Path | None:
 
 
 def read_labels(text: str) -> dict[str, tuple[int, ...]]:
-    """The classes after the background and the stored values of each; no values stand for all above 0."""
+    """The classes after the background and the stored values of each; an empty tuple stands for all values above 0."""
     if text == "whole":
         return {"object": ()}
     if text == "parts":
@@ -190,11 +190,11 @@ def read_labels(text: str) -> dict[str, tuple[int, ...]]:
 
 
 def volume(path: Path, max_voxels: int = MAX_PIXELS) -> npt.NDArray[np.float32]:
-    """A file's values fp32 ``[Z, Y, X]``: axial slices from below, each with the front on top.
+    """A volume's values fp32 ``[Z, Y, X]``: axial slices from below, each with the front on top.
 
     Raises:
-        UserError: it cannot be read, has not three dimensions, more than ``max_voxels`` voxels or none, bytes behind
-            the last one, or holds what is no finite number.
+        UserError: the file cannot be read, does not have three dimensions, has more than ``max_voxels`` voxels or none,
+            has bytes behind the last voxel, or holds a value that is not finite.
     """
     nib = _nibabel()
 
@@ -234,12 +234,12 @@ def volume(path: Path, max_voxels: int = MAX_PIXELS) -> npt.NDArray[np.float32]:
 
 
 def _kind(nib: Any, head: bytes) -> Any:
-    """NIfTI-2 where the file begins with the length of its header, in either order of bytes; else NIfTI-1."""
+    """NIfTI-2 if the file begins with the length of the NIfTI-2 header, in either byte order; else NIfTI-1."""
     return nib.Nifti2Image if HEADER in (int.from_bytes(head[:4], o) for o in ("little", "big")) else nib.Nifti1Image
 
 
 def classes_of(path: Path, values: Sequence[tuple[int, ...]], max_voxels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
-    """The class of every voxel, uint8 ``[Z, Y, X]``."""
+    """The class of every voxel of a mask file, uint8 ``[Z, Y, X]``."""
     stored = volume(path, max_voxels)
     if (stored != np.rint(stored)).any() or stored.min() < 0:
         raise UserError(f'data set "brats": the mask {path} holds values that are no class numbers')
@@ -265,7 +265,7 @@ def kept_slices(
 
 
 def to_bytes(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """Intensities of a volume between two percentiles of what is not 0 as 1 to 255; 0 stays 0."""
+    """Maps intensities to 1 to 255 between two percentiles of the non-zero values; 0 stays 0."""
     tissue = values != 0
     if not tissue.any():
         return np.zeros(values.shape, dtype=np.uint8)
@@ -275,7 +275,7 @@ def to_bytes(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
 
 
 def square(image: Tensor, size: int, *, smooth: bool) -> Tensor:
-    """``[..., H, W]`` bytes padded by 0 to a square and resized to ``size``: smoothly, or to the nearest pixel."""
+    """Pads bytes ``[..., H, W]`` with 0 to a square and resizes to ``size``: bilinear if ``smooth``, else nearest."""
     height, width = image.shape[-2:]
     side = max(height, width)
     top, left = (side - height) // 2, (side - width) // 2
@@ -328,7 +328,7 @@ def _pools(
 def _split(
     cases: Sequence[Case], present: npt.NDArray[np.int64], shares: tuple[float, float]
 ) -> dict[str, npt.NDArray[np.int64]]:
-    """The cases of every split; those that hold something out do so by case."""
+    """The cases of every split; a split without a folder gets whole cases that are held out."""
     split = np.array([cases[i].split for i in present])
     made = {name: present[split == name] for name in ("train", "validation", "test")}
     if not any(split):
@@ -361,7 +361,7 @@ def _slices(
     size: int,
     max_voxels: int,
 ) -> Tensor:
-    """Slices uint8 ``[m, C, size, size]`` of ``wanted`` (case, z) pairs; every volume is read once."""
+    """Slices uint8 ``[m, C, size, size]`` for the (case, z) pairs in ``wanted``; every volume is read once."""
     images = torch.empty(len(wanted), len(cases[0].volumes), size, size, dtype=torch.uint8)
     present = np.unique(wanted[:, 0])
 

@@ -1,4 +1,4 @@
-"""Drawing captioned canvases: real digits in colour on a textured background."""
+"""Canvases of the captions data set: real digits in colour on a textured background."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from PIL import Image
 from fedkern.data.digits import read_digits
 
 SIDE, CELL = 32, 16  # a canvas has two by two cells
-SUBJECT, OTHER = 14, 11  # sides of the digit that the caption begins with, and of others, in pixels
+SUBJECT, OTHER = 14, 11  # side in pixels of the digit that the caption begins with, and of the other digits
 INK = {
     "red": (255, 70, 60), "green": (60, 220, 80), "blue": (90, 140, 255), "yellow": (250, 220, 60),
     "purple": (215, 90, 235), "white": (245, 245, 245),
 }  # fmt: skip
 TEXTURES = ("plain", "gradient", "rows", "columns", "diagonal", "checks", "speckles")
-BRIGHTEST = 95  # of a background's channels, of 255: every ink stands out
-INK_THRESHOLD = 96  # opacity above which a pixel is the digit's
+BRIGHTEST = 95  # largest value of a background's channel, of 255, so that every ink stands out
+INK_THRESHOLD = 96  # opacity above which a pixel belongs to the digit
 
 Bytes = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class Ground:
-    """A client's background: its texture and the two colours in it, uint8 ``[2, 3]``."""
+    """A client's background: the texture and its two colours, uint8 ``[2, 3]``."""
 
     texture: str
     colours: Bytes
@@ -35,7 +35,7 @@ class Ground:
 
 @dataclass(frozen=True)
 class Placed:
-    """One digit on a canvas: row of the digits' set, name of its ink, cell (0 to 3, row by row), side in pixels."""
+    """One digit on a canvas: row in the digits data set, name of the ink, cell (0 to 3, row by row), side in pixels."""
 
     row: int
     ink: str
@@ -56,14 +56,14 @@ def digit_labels() -> npt.NDArray[np.int64]:
 
 @functools.cache
 def _glyphs(side: int) -> Bytes:
-    """All digits as opacities, uint8 ``[1797, side, side]``; Pillow's integer filter, so the same everywhere."""
+    """All digits as opacities, uint8 ``[1797, side, side]``; Pillow filters in integers, so all machines agree."""
     images = _digits()[0]
     box = Image.Resampling.BICUBIC
     return np.stack([np.asarray(Image.fromarray(image).resize((side, side), box)) for image in images])
 
 
 def random_ground(texture: str, rng: np.random.Generator) -> Ground:
-    """Two dark colours that differ visibly, for a texture."""
+    """A background of the given texture with two dark colours that differ visibly."""
     first = rng.integers(0, BRIGHTEST // 2, size=3)
     second = first + rng.integers(BRIGHTEST // 4, BRIGHTEST // 2, size=3)
     return Ground(texture, np.stack([first, second]).astype(np.uint8))
@@ -90,15 +90,15 @@ def _texture(kind: str, rng: np.random.Generator) -> npt.NDArray[np.float64]:
 
 
 def draw(ground: Ground, digits: Sequence[Placed], rng: np.random.Generator) -> tuple[Bytes, npt.NDArray[np.bool_]]:
-    """One canvas.
+    """Draws one canvas.
 
     Args:
-        ground: what is behind.
-        digits: in cells of their own; each is moved at random inside its cell.
-        rng: the texture's phase and scale, a jitter of its brightness, and the places.
+        ground: the background.
+        digits: the digits, each in a cell of its own and at a random place inside the cell.
+        rng: draws the texture's phase and scale, a jitter of its brightness, and the places.
 
     Returns:
-        image uint8 ``[3, SIDE, SIDE]`` and, True on digits, bool ``[SIDE, SIDE]``.
+        image uint8 ``[3, SIDE, SIDE]`` and mask bool ``[SIDE, SIDE]``, True on digits.
     """
     share = _texture(ground.texture, rng)[..., None]
     light, dark = ground.colours[1].astype(np.float64), ground.colours[0].astype(np.float64)

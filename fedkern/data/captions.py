@@ -1,7 +1,8 @@
-"""The embedded image-text set: canvases of one to three real digits with compositional captions.
+"""Embedded image-text data set: canvases of one to three real digits with compositional captions.
 
 Clients differ in background, in vocabulary (synonyms and word order) and in the mixture of digits and colours.  One
-client is a small minority: few canvases, concepts that the others rarely show, and words that they do not use.
+client is a small minority: it has few canvases, shows concepts that the others rarely show, and uses words that the
+others do not use.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fedkern.errors import UserError
 from fedkern.streams import stream
 
 CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-# The first two words of every concept are the majority's, the third is the minority's.
+# The majority clients use the first two words of every concept, the minority client the third.
 WORDS: dict[str, tuple[str, str, str]] = {
     "zero": ("zero", "0", "null"), "one": ("one", "1", "single"), "two": ("two", "2", "pair"),
     "three": ("three", "3", "trio"), "four": ("four", "4", "quartet"), "five": ("five", "5", "quintet"),
@@ -49,24 +50,26 @@ PROMPTS = {
     ink: tuple(f"a {word} {WORDS[name][synonym]}" for name in CLASSES for synonym, word in enumerate(WORDS[ink]))
     for ink in INK
 }
-"""What zero-shot classification says of a digit, in every colour, and of a colour, on every digit: by all words."""
-KINDS = {"digit": CLASSES, "colour": tuple(INK)}  # what a canvas may be labelled by: classes
+"""Zero-shot prompts of every class, in all of its synonyms: a digit in every colour, a colour on every digit."""
+KINDS = {"digit": CLASSES, "colour": tuple(INK)}  # kind of label: its classes
 SAMPLES, TEST, VALIDATE = 3_000, 500, 300
 CLIENT_TEST = 96  # canvases of every client's own test set: three batches of 32
 SCALE = (0.24, 0.22, 0.24), (0.25, 0.24, 0.25)  # mean and standard deviation of the channels over many seeds
-RARE = 0.15  # how often majority clients show a concept of the minority's, relative to others
+RARE = 0.15  # how often majority clients show a concept of the minority, relative to other concepts
 
 Digits = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Style:
-    """How a client's canvases look and how it speaks of them.
+    """A client's style: how its canvases look and how its captions are worded.
 
     Attributes:
         ground: texture and colours behind the digits.
-        words: the one of its synonyms for every concept of `WORDS`.
-        digits, inks, counts: probabilities of the subject's class, of every ink, and of one, two and three digits.
+        words: the synonym that the client uses for every concept of `WORDS`.
+        digits: probability of every digit class.
+        inks: probability of every ink.
+        counts: probabilities of one, two and three digits on a canvas.
     """
 
     ground: Ground
@@ -76,7 +79,7 @@ class Style:
     counts: npt.NDArray[np.float64]
 
     def shows(self, concept: str) -> bool:
-        """Whether the concept is one of the client's, not a rare exception."""
+        """Whether the client shows the concept regularly, not only as a rare exception."""
         kinds = (CLASSES, self.digits), (tuple(INK), self.inks)
         chance = next((shares[names.index(concept)] for names, shares in kinds if concept in names), 1.0)
         return bool(chance > 0.5 / len(CLASSES))
@@ -96,25 +99,31 @@ def make_captions(
 ) -> FederatedData:
     """Draws the canvases of every client, of the validation set and of the tests.
 
-    The label of a canvas is the class of its subject: the digit that the caption begins with, drawn larger than others.
-    Training, validation and test canvases show different handwritten digits.
+    The label of a canvas is the class of its subject: the digit that the caption begins with, drawn larger than the
+    other digits.  Training, validation and test canvases show different handwritten digits.
 
     Args:
-        clients: number of clients; with ``attribute`` the last one is the minority.
-        spec: ``attribute``: clients differ in everything; ``iid``: every client shows all styles alike;
-            ``stratified``, ``dirichlet`` and ``classes``: subjects by the partition, in every client's own style.
-        seed: the run's root seed; nothing of a client but its number of canvases depends on the number of clients.
+        clients: number of clients; with ``attribute`` the last client is the minority.
+        spec: the partition.  ``attribute``: clients differ in everything.  ``iid``: every client shows all styles
+            equally.  ``stratified``, ``dirichlet`` and ``classes``: the partition decides the subjects, drawn in every
+            client's own style.
+        seed: the run's root seed.  With ``attribute``, the number of clients decides how many canvases a client has and
+            which client is the minority, but nothing else about a client.
         samples: canvases of all clients together.
-        test_samples, validation_samples: canvases of every test set and of the validation set, 0 for the default; a
-            client's own test set has no more than the others.
+        test_samples, validation_samples: canvases of every test set and of the validation set, 0 for the default.  A
+            client's own test set has at most `CLIENT_TEST` canvases.
         minority: the minority's share of the canvases.
         held_out: clients that do not train; their canvases are the test set ``unseen``.
-        labels: of the subject, its ``digit`` or its ``colour``; the canvases, and who has them, are the same.
+        labels: label of the subject, ``digit`` or ``colour``; the canvases and their clients do not depend on it.
 
     Returns:
-        Tests ``""``: as many canvases of every training client's distribution; ``minority``: of the last client's
-        (with ``attribute``); ``unseen``: of the held-out clients' (own backgrounds and mixtures, words that some
-        training client uses).  Also every client's own test, `client_tests`: its style, and subjects as it trains on.
+        The clients' splits, the validation set and these tests:
+
+        - ``""``: equally many canvases from every training client's distribution.
+        - ``minority``: canvases from the last client's distribution (with ``attribute``).
+        - ``unseen``: canvases of the held-out clients, which have their own backgrounds and mixtures and use words that
+          some training client uses.
+        - `client_tests`: a test for every client, in its style and with the subjects that it trains on.
 
     Raises:
         UserError: too few samples, or a partition that cannot be met.
@@ -127,7 +136,7 @@ def make_captions(
     pools = [rows.numpy() for rows in fixed_rows(interleaved(drawn, "split/digits"), TRAIN, VALIDATION)]
 
     def canvases(purpose: str, k: int, chosen: list[Style], count: int, subjects: Digits | None = None) -> Split:
-        # The digits of the test canvases are those of the digits' test set, and so on.
+        # Each split draws its digits from the same split of the digits data set.
         pool = pools[{"train": 0, "validation": 1}.get(purpose, 2)]
         return _canvases(chosen, count, subjects, pool, drawn, stream(seed, f"captions/{purpose}", client=k),
                          f"{purpose}/{k}", labels)  # fmt: skip
@@ -168,13 +177,18 @@ def _mixture(size: int, rng: np.random.Generator, liked: npt.NDArray[np.float64]
 
 
 def _rare_concepts(seed: int) -> tuple[Digits, Digits]:
-    """The three digits and two inks that are the minority's."""
+    """The three digits and two inks that belong to the minority."""
     rng = stream(seed, "captions/minority")
     return rng.permutation(len(CLASSES))[:3], rng.permutation(len(INK))[:2]
 
 
 def _style(seed: int, client: int, *, rare: bool, avoid: bool) -> Style:
-    """A client's style; ``rare``: the minority's; ``avoid``: there is a minority, whose concepts others rarely show."""
+    """A client's style.
+
+    Args:
+        rare: the client is the minority.
+        avoid: there is a minority, so the other clients rarely show its concepts.
+    """
     rng = stream(seed, "captions/style", client=client)
     first = int(stream(seed, "captions/texture").integers(len(TEXTURES)))
     ground = random_ground(TEXTURES[(first + client) % len(TEXTURES)], rng)
@@ -192,7 +206,7 @@ def _style(seed: int, client: int, *, rare: bool, avoid: bool) -> Style:
 
 
 def _unseen(seed: int, number: int, styles: list[Style]) -> Style:
-    """A held-out client: a background and mixtures of its own, every word one that a training client uses."""
+    """Style of a held-out client: its own background and mixtures, and only words that some training client uses."""
     rng = stream(seed, "captions/unseen", client=number)
     ground = random_ground(TEXTURES[int(rng.integers(len(TEXTURES)))], rng)
     words = {}
@@ -206,7 +220,7 @@ def _unseen(seed: int, number: int, styles: list[Style]) -> Style:
 def _subjects(
     spec: PartitionSpec, clients: int, samples: int, seed: int, styles: list[Style], minority: float
 ) -> tuple[list[int], list[Digits | None]]:
-    """How many canvases every client has, and their subjects where the partition decides on them."""
+    """Number of canvases of every client, and their subjects (None where the client's style decides them)."""
     if spec.name not in ("iid", "attribute"):
         labels = np.arange(samples) % len(CLASSES)
         parts = share_out(spec, labels, clients, seed, class_count=len(CLASSES))
@@ -223,7 +237,7 @@ def _subjects(
 
 
 def _alike(subjects: Digits | None, count: int, seed: int, client: int) -> Digits | None:
-    """``count`` subjects with the frequencies of a client's own; None where its style decides on them."""
+    """``count`` subjects with the frequencies of ``subjects``; None where the client's style decides them."""
     if subjects is None:
         return None
     return stream(seed, "captions/client-test/subjects", client=client).choice(subjects, size=count)
@@ -239,8 +253,13 @@ def _canvases(
     prefix: str,
     kind: str,
 ) -> Split:
-    """``count`` canvases, the styles in turn, labelled by one of `KINDS`; of digits in the rows ``pool`` of the digits'
-    set, whose classes are ``labels``."""
+    """Draws ``count`` canvases, using the styles in turn.
+
+    Args:
+        pool: rows of the digits data set that may be drawn.
+        labels: classes of all rows of the digits data set.
+        kind: kind of label, a key of `KINDS`.
+    """
     by_class = [pool[labels[pool] == label] for label in range(len(CLASSES))]
     images = np.empty((count, 3, SIDE, SIDE), dtype=np.uint8)
     masks = np.empty((count, SIDE, SIDE), dtype=np.bool_)
@@ -271,7 +290,7 @@ def _canvases(
 
 
 def _caption(words: dict[str, str], classes: Digits, inks: list[str], cells: Any) -> str:
-    """``a red three above a blue seven and left of a green one``."""
+    """Caption of a canvas, such as ``a red three above a blue seven and left of a green one``."""
     things = [
         words["thing"].format(colour=words[ink], digit=words[CLASSES[label]])
         for label, ink in zip(classes, inks, strict=True)
@@ -288,7 +307,7 @@ def _caption(words: dict[str, str], classes: Digits, inks: list[str], cells: Any
             said.append(f"{words['above' if row < down else 'below']} {thing}")
         elif row == down:
             said.append(f"{words['left' if column < right else 'right']} {thing}")
-        else:  # neither above nor beside: both are said to be in their corners
+        else:  # neither above nor beside: the caption names the corners of both
             diagonal = True
             said.append(f"with {thing} {words[f'place {int(cell)}']}")
     return f"{words['opening']} {subject} {place + ' ' if diagonal else ''}{' and '.join(said)}".strip()

@@ -1,4 +1,7 @@
-"""Images that belong together, of one patient, volume or picture: they are shared out and held out as one."""
+"""Groups of samples that must stay together: images of one patient, volume or picture go to one client and one split.
+
+A unit is such a group; :func:`grouped_rows` numbers the units.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,11 @@ Rows = npt.NDArray[np.int64]
 
 
 def grouped_rows(names: Sequence[str] | None, cases: Tensor | None, patients: Tensor | None) -> Rows | None:
-    """int64 ``[n]``, counted from 0: the patient, case or image of every row, the first of these that is known.
+    """Unit of every row, int64 ``[n]`` from 0: its patient, case or image, the first of these that is known.
 
-    Whoever is to know nothing of a row may have no other one of the same number; None where every row stands alone.  An
-    image with several texts has a row for each of them under one name, numbered as they come first.
+    Rows with the same number belong to one patient, case or image and must stay in one split.  None means that every
+    row stands alone.  An image with several texts has one row per text, all under one name; images are numbered in
+    order of first appearance.
     """
     known = cases if patients is None else patients
     if known is None:
@@ -30,7 +34,7 @@ def grouped_rows(names: Sequence[str] | None, cases: Tensor | None, patients: Te
 
 
 def drawn_rows(rng: np.random.Generator, count: int, units: Rows | None) -> list[Rows]:
-    """The rows 0 to ``count`` in random order, an array for all of one unit; ``units`` as :func:`wholes` gives them."""
+    """Rows 0 to ``count`` - 1 in random order, one array per unit; ``units`` comes from :func:`grouped_rows`."""
     order = rng.permutation(count if units is None else int(units.max()) + 1)
     if units is None:
         return list(order[:, None])
@@ -39,10 +43,11 @@ def drawn_rows(rng: np.random.Generator, count: int, units: Rows | None) -> list
 
 
 def share_units(units: Rows, share: Callable[[Rows], list[Rows]]) -> list[Rows]:
-    """Shares out rows by what they are part of, as :func:`wholes` gives it.
+    """Shares out rows by unit.
 
     Args:
-        share: shares out units by the first row of each, int64 ``[m]``: an array of unit numbers for every client.
+        units: int64 ``[n]``, the unit of every row, from :func:`grouped_rows`.
+        share: maps the first row of every unit, int64 ``[m]``, to an array of unit numbers for every client.
 
     Returns:
         A sorted array of rows for every client.
@@ -56,10 +61,10 @@ def share_cases(cases: Rows, labels: Rows, share: Callable[[Rows, Rows], list[Ro
 
     Args:
         cases: int64 ``[n]``, the case of every row.
-        labels: int64 ``[n]``; a case counts as the class that most of its rows have, among the objects (above 0) where
-            it has any.
-        share: shares out cases by their classes int64 ``[m]`` and the first row of each, int64 ``[m]``: a sorted array
-            of case positions for every client.
+        labels: int64 ``[n]``, the class of every row.  The class of a case is the class that most of its rows have;
+            class 0 counts only where the case has no other.
+        share: maps the classes of the cases, int64 ``[m]``, and the first row of each case, int64 ``[m]``, to a sorted
+            array of case positions for every client.
 
     Returns:
         A sorted array of rows for every client.
@@ -72,9 +77,10 @@ def share_cases(cases: Rows, labels: Rows, share: Callable[[Rows, Rows], list[Ro
 
 
 def training_cases(name: str, cases: Rows, count: int | None, public: int, seed: int) -> tuple[Rows, Rows]:
-    """The rows that clients share out and the public ones, both sorted, which have no case in common.
+    """The training rows of all clients and the public rows, both sorted; no case has rows in both.
 
-    Cases are taken whole, in random order; the last one of the clients is cut where ``count`` says so.
+    Cases are taken in random order.  Clients get whole cases, but ``count`` may cut the last one.  ``public`` may cut a
+    case too; the other images of that case go to no client.
 
     Raises:
         UserError: there are too few rows.

@@ -15,7 +15,7 @@ from fedkern.streams import stream
 
 PIXELS = 3 * 32 * 32
 VALIDATION_SHARE = 10
-MOST_RECORDS = 1_000_000  # of a compressed file, which has no header to say so
+MOST_RECORDS = 1_000_000  # limit for a compressed file, whose format has no header that tells the number
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _FINE = """
@@ -44,7 +44,7 @@ def read_records(folder: Path, name: str, data: str, label_counts: tuple[int, ..
         images uint8 ``[n, 3, 32, 32]`` and labels int64 ``[n, len(label_counts)]``.
 
     Raises:
-        UserError: missing file, a length that is no whole number of records, or a label out of range.
+        UserError: a missing file, a length that is not a whole number of records, or a label out of range.
     """
     record = len(label_counts) + PIXELS
     raw, path = read_bytes(folder, name, data, lambda head, path: MOST_RECORDS * record)

@@ -1,9 +1,9 @@
-"""Coloured backgrounds: grey images over a background whose colour is tied to class and client (ColorMNIST and kin).
+"""Coloured backgrounds: grey images over a background whose colour is tied to class and client (as in ColorMNIST).
 
-Colour is a real shortcut: inside a client every class has a colour of its own, well apart from the client's other ones,
-and an image shows it with probability `correlation`.  The tie differs between clients, and the out-of-distribution test
-breaks it with uniformly random colours.  Shape stays learnable, because ink always stands out from its background; how
-is the `Palette`'s choice.
+Colour is a real shortcut: inside a client every class has its own colour, well apart from the colours of the client's
+other classes, and an image shows that colour with probability `correlation`.  The tie differs between clients, and the
+out-of-distribution test breaks the tie with uniformly random colours.  Shape stays learnable, because ink always stands
+out from its background; the `Palette` decides how.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ Colours = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Palette:
-    """Which background colours there are, and the ink that shows on them.
+    """The possible background colours and the ink on them.
 
     Attributes:
         brightest: largest value of a background's channel, of 255.
-        contrast: ink is black on light backgrounds (luminance above one half), white on dark ones; else white on all.
+        contrast: True: ink is black on light backgrounds (luminance above one half) and white on dark ones.  False: ink
+            is white on all backgrounds.
     """
 
     brightest: int
@@ -34,9 +35,9 @@ class Palette:
 
 
 PALETTES = {
-    # No background comes closer to the white ink than 77 of 255 in any channel.
+    # Every channel of a background differs from the white ink by at least 77 of 255.
     "white": Palette(178, contrast=False),
-    # Every colour there is: the background is a stronger cue, and ink alone says less.
+    # All colours are allowed: the background is a stronger cue, and the ink alone tells less.
     "contrast": Palette(255, contrast=True),
 }
 _LUMINANCE = (299, 587, 114)  # thousandths of red, green and blue (ITU-R BT.601)
@@ -46,12 +47,12 @@ _CANDIDATES = 12  # random colours tried per class; the one farthest from the cl
 
 
 def random_colours(count: int, palette: Palette, rng: np.random.Generator) -> Colours:
-    """``count`` background colours, uniform over the palette's in every channel, uint8 ``[count, 3]``."""
+    """``count`` background colours, uniform over the palette in every channel, uint8 ``[count, 3]``."""
     return rng.integers(0, palette.brightest + 1, size=(count, 3), dtype=np.uint8)
 
 
 def class_colours(seed: int, client: int, classes: int, palette: Palette) -> Colours:
-    """The client's own colour of every class, uint8 ``[classes, 3]``; adding a client changes no other client's.
+    """The client's own colour of every class, uint8 ``[classes, 3]``; other clients do not affect these colours.
 
     Args:
         client: client id, or -1 for the map that all clients share under the ``iid`` partition.
@@ -69,12 +70,12 @@ def class_colours(seed: int, client: int, classes: int, palette: Palette) -> Col
 def tied_colours(
     labels: npt.NDArray[np.int64], own: Colours, correlation: float, palette: Palette, rng: np.random.Generator
 ) -> Colours:
-    """A background colour for every sample: the client's own one of its class with probability ``correlation``.
+    """A background colour for every sample: with probability ``correlation`` the client's own colour of its class.
 
     Args:
         labels: int64 ``[n]``.
-        own: uint8 ``[classes, 3]`` of the client, from `class_colours`.
-        correlation: in [0, 1]; otherwise the colour is uniformly random.
+        own: uint8 ``[classes, 3]``, the client's colours from `class_colours`.
+        correlation: in [0, 1]; a sample that does not show its class colour gets a uniformly random one.
 
     Returns:
         uint8 ``[n, 3]``.
@@ -94,8 +95,8 @@ def ink_is_white(colours: Colours, palette: Palette) -> npt.NDArray[np.bool_]:
 def colourise(grey: Tensor, colours: Colours, palette: Palette) -> tuple[Tensor, Tensor]:
     """Lays ink over coloured backgrounds.
 
-    Grey values up to `INK_THRESHOLD` count as no ink, so the mask is exact: outside of it every pixel has the
-    background colour to the bit, inside of it none is pure background.
+    Grey values up to `INK_THRESHOLD` count as no ink, so the mask is exact: outside the mask every pixel has the
+    background colour to the bit, and inside the mask no pixel is pure background.
 
     Args:
         grey: uint8 ``[n, 1, H, W]``, the ink's opacity.

@@ -1,9 +1,8 @@
 """Spurious cues: on some clients a small coloured shape is drawn on every image, and its shape tells the class.
 
 The backdoor experiment of FuseFL (arXiv 2410.20380; docs/methods/baselines.md, 6.4): a model that reads the shape
-instead of the object loses its accuracy where shapes are random.  Both tests below carry a shape, which covers as much
-of the object in the one as in the other, so that the difference of their accuracies is what the model owes to the cue
-alone.
+instead of the object loses its accuracy where shapes are random.  Both tests, ``cue_tied`` and ``cue_random``, carry a
+shape that covers equally much of the object.  The difference of their accuracies is therefore due to the cue alone.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from fedkern.streams import stream
 
 Grid = npt.NDArray[np.floating[Any]]
 
-# On x and y in [-1, 1], y downwards; ten shapes that stay apart on 10x10 pixels.
+# Functions of x and y in [-1, 1], y downwards; the ten shapes are distinct on 10x10 pixels.
 SHAPES: dict[str, Callable[[Grid, Grid], npt.NDArray[np.bool_]]] = {
     "disc": lambda x, y: x**2 + y**2 <= 1,
     "ring": lambda x, y: (x**2 + y**2 <= 1) & (x**2 + y**2 >= 0.36),
@@ -39,7 +38,7 @@ SHAPES: dict[str, Callable[[Grid, Grid], npt.NDArray[np.bool_]]] = {
 
 
 def shape_masks(size: int) -> Tensor:
-    """The shapes on ``size`` x ``size`` pixels, bool ``[10, size, size]``; a pixel is in when its centre is."""
+    """The shapes on ``size`` x ``size`` pixels, bool ``[10, size, size]``; True where a pixel's centre is inside."""
     line = (np.arange(size) + 0.5) * (2 / size) - 1
     x, y = line[None, :], line[:, None]
     return torch.from_numpy(np.stack([inside(x, y) for inside in SHAPES.values()]))
@@ -50,7 +49,7 @@ def draw_shapes(images: Tensor, shapes: npt.NDArray[np.int64], size: int, rng: n
 
     Args:
         images: uint8 ``[n, C, H, W]``, not changed.
-        shapes: int64 ``[n]``, which of `SHAPES`.
+        shapes: int64 ``[n]``, positions in `SHAPES`.
         size: side of the shapes in pixels.
         rng: draws the places (whole pixels, inside the image) and the colours (uniform in every channel).
 
@@ -77,9 +76,9 @@ def draw_shapes(images: Tensor, shapes: npt.NDArray[np.int64], size: int, rng: n
 def add_cues(data: FederatedData, clients: int, size: int, seed: int) -> FederatedData:
     """Draws cues on the training images of the first ``clients`` clients and adds two copies of every test set.
 
-    On the clients' images, and on the test sets ``cue_tied``, the shape is that of the class; on ``cue_random`` it is
-    any of the classes' shapes.  A named test set ``ood`` gives ``ood_cue_tied`` and ``ood_cue_random``.  Validation and
-    the other tests are left alone, and so are object masks: a cue belongs to no object.
+    On the clients' images and in the test sets ``cue_tied`` the shape is that of the image's class; in ``cue_random``
+    it is the shape of a random class.  A named test set ``ood`` gives ``ood_cue_tied`` and ``ood_cue_random``.  The
+    validation set, the other tests and all object masks stay unchanged: a cue belongs to no object.
 
     Args:
         data: a federation of at most 10 classes.
@@ -88,7 +87,7 @@ def add_cues(data: FederatedData, clients: int, size: int, seed: int) -> Federat
         seed: the run's root seed.
 
     Raises:
-        UserError: more clients than there are, more classes than shapes, or shapes larger than the images.
+        UserError: more cue clients than clients, more classes than shapes, or shapes larger than the images.
     """
     if not clients:
         return data

@@ -1,4 +1,4 @@
-"""Object boxes from a detector, with its results cached on disk: a foundation model sees every image only once."""
+"""Object boxes from a detector, cached on disk so that a foundation model processes every image only once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Detector(Protocol):
 
     @property
     def identity(self) -> Mapping[str, str | float]:
-        """All that decides the boxes beside the image: model, version, thresholds.  Names the cache file."""
+        """Everything except the image that decides the boxes: model, version, thresholds.  Names the cache file."""
         ...
 
     def detect(self, images: Tensor, name: str) -> list[Tensor]:
@@ -40,11 +40,11 @@ class Detections:
     """A mask source that asks a detector for the class of every image.
 
     Args:
-        detector: see `Detector`; it is asked only for images that the cache does not hold.
-        cache: folder of the cache files (default: ``fedkern/detections`` in the user's cache folder), one per detector
-            identity (attribute ``path``); entries are keyed by image content and class name, so they
+        detector: see `Detector`; runs only on images that the cache does not hold.
+        cache: folder of the cache files (default: ``fedkern/detections`` in the user's cache folder).  Every detector
+            identity has its own file (attribute ``path``).  Entries are keyed by image content and class name, so they
             serve any partition and seed.
-        notice: told how far a long detection has come.
+        notice: called with a progress message during a long detection.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Detections:
         return rasterise(self.boxes(split, classes), height, width)
 
     def boxes(self, split: Split, classes: Sequence[str]) -> list[Tensor]:
-        """Boxes float64 ``[n_i, 4]`` of every image, from the cache where it has them.
+        """Boxes float64 ``[n_i, 4]`` of every image, from the cache where it holds the image.
 
         Raises:
             UserError: a damaged cache file, or one that cannot be written.
@@ -94,7 +94,7 @@ class Detections:
                     self._write(new)
                     if self.notice is not None:
                         self.notice(f"detecting objects: {done:,} of {total:,} images")
-        finally:  # an interrupted detection keeps what it has
+        finally:  # an interrupted detection keeps its results so far
             if new:
                 self._write(new)
         cached.update(new)

@@ -19,13 +19,13 @@ TRAIN, VALIDATION = 1_200, 247  # the other 350 are the test set
 
 
 def small_digits() -> tuple[np.ndarray, np.ndarray]:
-    """scikit-learn's digits as it has them: fp64 ``[1797, 8, 8]`` from 0 to 16, and int64 ``[1797]``.
+    """scikit-learn's digits as stored: images fp64 ``[1797, 8, 8]`` from 0 to 16, and labels int64 ``[1797]``.
 
-    They are read from its file, as importing it takes longer than everything else before a run begins.
+    Reads scikit-learn's file directly, because importing scikit-learn takes longer than the rest of a run's start.
     """
     found = find_spec("sklearn")
     file = Path(found.origin or "").parent / "datasets" / "data" / "digits.csv.gz" if found is not None else None
-    if file is None or not file.is_file():  # not installed, which the import says, or kept elsewhere
+    if file is None or not file.is_file():  # not installed (the import below raises), or stored elsewhere
         from sklearn.datasets import load_digits
 
         bunch = load_digits()
@@ -36,7 +36,7 @@ def small_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_digits() -> tuple[Tensor, Tensor]:
-    """The digits as uint8 ``[1797, 1, 32, 32]`` and int64 ``[1797]``.
+    """The digits as images uint8 ``[1797, 1, 32, 32]`` and labels int64 ``[1797]``.
 
     Pillow's bicubic filter works in integers, so every machine gets the same bytes.
     """

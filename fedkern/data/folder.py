@@ -24,13 +24,13 @@ def open_folder(
     """Reads a tree of class folders; images are decoded when a split needs them.
 
     Args:
-        root: holds ``train`` and ``test`` (or ``val``; with both, ``val`` is the validation set; `SPLITS` has the other
-            names, in any case), each with a folder for every class, or the class folders themselves, from which a fixed
-            split is then drawn.
+        root: holds ``train`` and ``test``, each with a folder for every class, or the class folders themselves, from
+            which a fixed split is then drawn.  ``val`` beside ``test`` is the validation set; without ``test`` it is
+            the test set.  `SPLITS` has the other accepted names, in any case.
         size: side in pixels to which every image is resized.
         colour: ``"rgb"`` or ``"grey"``.
-        test_share, validation_share: what is held out where there is no such folder.
-        max_image_pixels: of an image as its file announces them; a larger one is not decoded.
+        test_share, validation_share: share of the images held out where there is no such folder.
+        max_image_pixels: most pixels of an image; a file whose header announces more is not decoded.
 
     Raises:
         UserError: no such tree, fewer than two classes, a class without images, or a test class unknown in training.
@@ -69,7 +69,7 @@ def open_folder(
 
 
 def split_folders(base: Path, data: str) -> dict[str, str]:
-    """Split to the name of its folder, one of `SPLITS` in any case; empty where ``base`` has none for training.
+    """Maps every split to the name of its folder, one of `SPLITS` in any case; empty without a training folder.
 
     Raises:
         UserError: a training folder without a test folder, or two folders for one split.

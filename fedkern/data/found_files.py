@@ -1,4 +1,4 @@
-"""Finding and reading the files of a data set: plain or gzip-compressed, with one clear sentence when one is wrong."""
+"""Finding and reading the files of a data set, plain or gzip-compressed, with one clear sentence per error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedkern.inputs import open_regular
 
 BLOCK = 1 << 20  # bytes read at once
 MOST = 1 << 32
-"""Bytes of content of a ``.gz`` file, whatever its header announces."""
+"""Most bytes of content of a ``.gz`` file, whatever its header announces."""
 
 
 def find_folder(root: str | Path | None, data: str, subfolders: Sequence[str], files: Sequence[str]) -> Path:
@@ -35,7 +35,16 @@ def find_folder(root: str | Path | None, data: str, subfolders: Sequence[str], f
 
 
 def need_root(root: str | Path | None, data: str, example: str) -> Path:
-    """Returns ``root`` as an existing folder, or says that ``data`` needs one because of files like ``example``."""
+    """Returns ``root`` as an existing folder.
+
+    Args:
+        root: the folder that the user gave.
+        data: the data set's name, for the message.
+        example: a file that the folder should hold, for the message.
+
+    Raises:
+        UserError: no root given, or root is not a folder.
+    """
     if root is None:
         raise UserError(
             f'data set "{data}" is read from files such as {example}: name their folder with --data-root DIR'
@@ -47,7 +56,7 @@ def need_root(root: str | Path | None, data: str, example: str) -> Path:
 
 
 def find_file(folder: Path, name: str) -> Path | None:
-    """``folder/name`` or ``folder/name.gz``, whichever is there, the plain one first."""
+    """``folder/name`` or else ``folder/name.gz``, whichever exists; None where neither does."""
     for path in (folder / name, folder / f"{name}.gz"):
         if path.is_file():
             return path
@@ -57,14 +66,15 @@ def find_file(folder: Path, name: str) -> Path | None:
 def read_bytes(
     folder: Path, name: str, data: str, due: Callable[[bytes, Path], int], header: int = 0
 ) -> tuple[bytes, Path]:
-    """Reads ``folder/name`` or ``folder/name.gz``, decompressed, and tells which file it was.
+    """Reads ``folder/name`` or ``folder/name.gz``, decompressed, and returns the content and the path of the file.
 
     Args:
-        folder, name, data: where it is, and whose it is for messages.
-        due, header: how many bytes there may be at most, see :func:`gunzip`; ``due`` is also given the path.
+        folder, name: where the file is.
+        data: the data set's name, for messages.
+        due, header: limit of the decompressed size, see :func:`gunzip`; ``due`` is also given the path.
 
     Raises:
-        UserError: missing, unreadable or damaged file, or more content than is due.
+        UserError: a missing, unreadable or damaged file, or more content than is due.
     """
     path = find_file(folder, name)
     if path is None:
@@ -83,17 +93,17 @@ def read_bytes(
 def gunzip(file: BinaryIO, due: Callable[[bytes], int], header: int = 0) -> bytes:
     """The content of a gzip file (RFC 1952, one member or several), checked to its last byte.
 
-    Never more is decompressed than is due: a small file would otherwise fill the memory.
+    Decompression stops at the limit: otherwise a small file could fill the memory.
 
     Args:
         file: open at its beginning.
-        due: how many bytes of content there may be at most, by the first ``header`` of them.  It is not asked where
-            there are fewer.
+        due: maps the first ``header`` bytes of the content to the most bytes that the content may have.  Not called
+            where the content has fewer than ``header`` bytes.
         header: how many bytes ``due`` needs.
 
     Raises:
-        ValueError: the file is cut off, a checksum or length is wrong, something else stands behind its end, or there
-            is more content than is due.
+        ValueError: the file is cut off, a checksum or length is wrong, other bytes follow the end, or there is more
+            content than is due.
     """
     content = bytearray()
     most, told = header, False

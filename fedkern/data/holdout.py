@@ -1,4 +1,4 @@
-"""What clients keep from the training: a test set of every client's own, and one client as a whole."""
+"""Holdout: a test set of every client's own samples, and one client that is left out of training."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from fedkern.errors import UserError
 from fedkern.streams import stream
 
 HELD_OUT = "held_out"
-"""Name of the test set that a client left out of the training makes."""
+"""Name of the test set with the samples of the client that is left out of training."""
 
 
 def hold_out(data: FederatedData, *, held_out: int | None, share: float, seed: int) -> FederatedData:
-    """The federation without one client, and with a test set of every other client's own.
+    """The federation without one client, and with an own test set for every other client.
 
     Args:
         data: all clients.
-        held_out: the client that never trains: all its samples become the test set ``"held_out"``, and the clients
-            behind it move up by one number.
-        share: of every other client's samples, in [0, 1): its own test set, at least two samples, instead of one that
-            the data set gives it; 0 leaves those.  Of a patient, a case and an image with several texts it has all or
-            none.
-        seed: the run's root seed; which samples of a client they are depends on no other client.
+        held_out: the client that never trains, or None.  All its samples become the test set ``"held_out"``, and the
+            numbers of the clients after it fall by one.
+        share: share of every other client's samples, in [0, 1), that becomes its own test set and replaces a client
+            test of the data set; 0 keeps the client tests of the data set.  A test set has at least two samples.  A
+            patient, a case and an image with several texts count as one sample and are never divided.
+        seed: the run's root seed; the samples drawn of a client depend on no other client.
 
     Raises:
-        UserError: there is no such client, none other is left, another one has some of its images, or a client has too
-            few samples.
+        UserError: there is no such client, no other client is left, another client has some of its images, or a client
+            has too few samples.
     """
     numbers = list(range(len(data.clients)))
     tests = dict(data.tests)

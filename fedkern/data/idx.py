@@ -17,20 +17,20 @@ from fedkern.errors import UserError
 from fedkern.streams import stream
 
 IMAGES_MAGIC, LABELS_MAGIC = 0x00000803, 0x00000801
-# One image in six of the official training set is held out for validation, the same ones for every seed.
+# One image in six of the official training set is held out for validation, the same images for every seed.
 VALIDATION_SHARE = 6
 
 
 @dataclass(frozen=True)
 class IdxSet:
-    """What differs between the data sets that come as IDX files."""
+    """Constants of a data set that comes as IDX files."""
 
     title: str
     subfolders: tuple[str, ...]
     classes: tuple[str, ...]
     mean: float
     std: float
-    # Fashion-MNIST holds exactly 6,000 images of every class and MNIST does not: tells one's files from the other's.
+    # Fashion-MNIST holds exactly 6,000 images of every class and MNIST does not, which tells their files apart.
     balanced: bool
 
 
@@ -63,7 +63,7 @@ def read_idx(folder: Path, name: str, data: str, dimensions: int) -> np.ndarray:
         uint8 array with ``dimensions`` axes (3 for images, 1 for labels), writable.
 
     Raises:
-        UserError: missing file, another magic number, or another length than the header announces.
+        UserError: a missing file, a wrong magic number, or another length than the header announces.
     """
     magic = IMAGES_MAGIC if dimensions == 3 else LABELS_MAGIC
     header = 4 * (1 + dimensions)
@@ -95,7 +95,7 @@ def open_idx(data: str, root: str | Path | None) -> Source:
     """Reads MNIST or Fashion-MNIST from ``root``, ``root/<name>`` or torchvision's layout.
 
     Raises:
-        UserError: missing or damaged file; the files of the other data set.
+        UserError: a missing or damaged file, or the files of the other data set.
     """
     idx_set = IDX_SETS[data]
     folder = find_folder(root, data, idx_set.subfolders, _FILES)

@@ -1,4 +1,4 @@
-"""Image and mask files: which ones a folder holds, and decoding them at one size, several at a time."""
+"""Image and mask files: listing them in a folder, and decoding them at one size in several threads."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from fedkern.inputs import open_regular, real_file, standing
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
 FORMATS = "JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF"
-"""What is decoded, whatever a file is called: Pillow knows formats, such as EPS, for which it starts other programs."""
+"""Formats that are decoded, whatever the file's name: for other formats, such as EPS, Pillow starts other programs."""
 MAX_PIXELS = 50_000_000
-"""Of an image, or voxels of a volume, unless the data option max_image_pixels says otherwise."""
+"""Most pixels of an image, or voxels of a volume, unless the data option max_image_pixels sets another limit."""
 BITS = 8, 12, 16
-"""What a grey value that is stored in more than eight bits may hold; medical exports put 12 bits into 16."""
+"""Possible bit depths of a grey value that is stored in more than eight bits; medical exports put 12 bits into 16."""
 MIRRORS = Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM
 TURNS = {
     **dict(zip((2, 3, 4), MIRRORS, strict=True)),
@@ -34,7 +34,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes an image upright, by its EXIF orientation; the first three keep width and height."""
+"""EXIF orientation to the transpose that makes the image upright; the first three keep width and height."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -54,7 +54,7 @@ def list_images(folder: Path) -> list[Path]:
     """The image files directly in ``folder``, sorted, without hidden ones.
 
     Raises:
-        UserError: a name is not UTF-8, or is that of a link to nothing, a named pipe, a socket or a device.
+        UserError: a name is not UTF-8, or belongs to a link to nothing, a named pipe, a socket or a device.
     """
     named = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
     found = sorted(path for path in named if not path.is_dir())
@@ -66,14 +66,14 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def check_distinct(data: str, paths: Sequence[Path], names: Sequence[str]) -> None:
-    """Raises UserError where one real file has two names: it could be in training under one and in a test as the other.
+    """Raises UserError where one real file has two names, because training and test could then share the image.
 
-    Links make such names, and folders that are linked into each other or into themselves.
+    Such names come from links, and from folders that are linked into each other or into themselves.
 
     Args:
         data: the data set's name, for the message.
         paths: the files.
-        names: what they are called in the data set; an image with several texts is there several times by one name.
+        names: the name of every file in the data set; an image with several texts occurs several times under one name.
     """
     known: dict[object, str] = {}
     for path, name in zip(paths, names, strict=True):
@@ -87,12 +87,12 @@ def check_distinct(data: str, paths: Sequence[Path], names: Sequence[str]) -> No
 
 @contextmanager
 def open_image(path: Path, max_pixels: int) -> Iterator[Image.Image]:
-    """Opens an image of one of `FORMATS`; nothing but its header has been decoded.
+    """Opens an image of one of `FORMATS`; only its header is decoded.
 
-    Inside, Pillow's own limit, by which it warns and which is the whole process's, is off: this one is in its place.
+    Inside the block ``max_pixels`` replaces Pillow's own limit, which is global to the process and only warns.
 
     Raises:
-        UserError: it has more pixels than ``max_pixels``.
+        UserError: the image has more pixels than ``max_pixels``.
         Exception: Pillow raises many kinds for a damaged file.
     """
     with open_regular(path) as file, _own_limit(), Image.open(file, formats=FORMATS) as image:
@@ -105,7 +105,7 @@ def open_image(path: Path, max_pixels: int) -> Iterator[Image.Image]:
 
 
 _lock = threading.Lock()
-_PILLOWS_LIMIT: list[int | None] = []  # the process's own, as often as it is off
+_PILLOWS_LIMIT: list[int | None] = []  # Pillow's limit before it was switched off, once per open image
 
 
 @contextmanager
@@ -133,8 +133,8 @@ def read_images(
 ) -> tuple[Tensor, Tensor]:
     """Decodes images and resizes them (whole, without cropping) to ``size`` x ``size`` pixels.
 
-    They are seen as a viewer shows them: turned or mirrored as their EXIF orientation says, and on a white page where
-    they have an alpha channel or a transparent colour.
+    Images look as in a viewer: turned or mirrored as their EXIF orientation says, and on a white page where they have
+    an alpha channel or a transparent colour.
 
     Grey values of more than eight bits are scaled to 0-255 from the smallest of the ranges `BITS` that holds the
     image's largest value; fractions are taken as 0 to 1.
@@ -144,14 +144,14 @@ def read_images(
         size: side in pixels.
         data: the data set's name, for messages.
         grey: one channel instead of three.
-        pad: keep the proportions, with black bars on both sides of what is not square.
-        max_pixels: of an image as its file announces them.
+        pad: keep the proportions of an image that is not square, with black bars on both sides.
+        max_pixels: most pixels of an image, as its file announces them.
 
     Returns:
         uint8 ``[n, 3 or 1, size, size]`` and int64 ``[n, 2]``, width and height before resizing.
 
     Raises:
-        UserError: an image that cannot be decoded, is too large, or whose grey values have no range that is known.
+        UserError: an image that cannot be decoded, is too large, or has grey values outside all known ranges.
     """
     mode = "L" if grey else "RGB"
     images = np.empty((len(paths), 1 if grey else 3, size, size), dtype=np.uint8)
@@ -184,20 +184,20 @@ def read_masks(
 ) -> npt.NDArray[np.uint8]:
     """Decodes masks, resized to ``size`` x ``size`` pixels by the nearest pixel.
 
-    A mask is of its image as `read_images` sees it, and is itself turned as its own EXIF orientation says.
+    A mask fits its image as `read_images` turns it; the mask itself is turned as its own EXIF orientation says.
 
     Args:
-        images: the files they belong to, which must be as large.
+        images: the image of every mask; both must have the same size.
         masks: images of one channel (grey, palette or black-and-white) that hold class numbers.
         size: side in pixels.
         data: the data set's name, for messages.
-        max_pixels: of a mask or an image as its file announces them.
+        max_pixels: most pixels of a mask or an image, as its file announces them.
 
     Returns:
         uint8 ``[n, size, size]``, the values as stored.
 
     Raises:
-        UserError: a mask that cannot be decoded, is too large, has several channels, a value above 255 or another
+        UserError: a mask that cannot be decoded, is too large, or has several channels, a value above 255 or another
             size than its image.
     """
     out = np.empty((len(masks), size, size), dtype=np.uint8)
@@ -234,12 +234,12 @@ def read_masks(
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What makes the image upright, by its EXIF orientation; None where it is, or nothing is said."""
+    """The transpose that makes the image upright by its EXIF orientation; None if it is upright or has none."""
     if image.format in ("PNG", "TIFF"):
-        image.load()  # Pillow reads what stands behind a PNG's pixels with them, and turns a TIFF itself
+        image.load()  # a PNG may hold its EXIF data behind its pixels, and Pillow itself turns a TIFF when it loads
     try:
         return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # Pillow raises many kinds for damaged EXIF data, which say nothing then
+    except Exception:  # Pillow raises many kinds for damaged EXIF data, which are ignored
         return None
 
 
@@ -250,16 +250,16 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The image turned and mirrored as its EXIF orientation says; itself where that says nothing.
+    """The image turned and mirrored as its EXIF orientation says; the same image without an orientation.
 
-    Not by ``exif_transpose``, which writes the EXIF data anew and fails where they are damaged.
+    ``exif_transpose`` is not used: it rewrites the EXIF data and fails where they are damaged.
     """
     turn = _turn(image)
     return image if turn is None else image.transpose(turn)
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """The image on a white page where something shows through it: Pillow's conversion would show what is hidden."""
+    """The image on a white page if it is partly transparent: Pillow's conversion would show the hidden colours."""
     if not image.has_transparency_data:
         return image
     colours = image.convert("RGBA")
@@ -269,7 +269,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image, path: Path, data: str) -> Image.Image:
-    """The image, its grey values in 0-255: Pillow's conversion would cut off whatever is above."""
+    """The image with its grey values scaled to 0-255: Pillow's conversion would clip larger values."""
     if image.mode != "F" and not image.mode.startswith("I"):
         return image
     values = np.asarray(image)
@@ -286,15 +286,15 @@ def _eight_bits(image: Image.Image, path: Path, data: str) -> Image.Image:
 
 
 def unreadable(data: str, what: str, path: Path, error: Exception) -> UserError:
-    """The sentence about a file that cannot be decoded."""
+    """The error for a file that cannot be decoded."""
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-    if isinstance(error, UnidentifiedImageError):  # which names the file object
+    if isinstance(error, UnidentifiedImageError):  # its own message names the file object
         reason = f"it is none of {', '.join(FORMATS)}"
     return UserError(f'data set "{data}": cannot read the {what} {path} ({reason}); replace or remove it')
 
 
 def each(work: Callable[[int], None], count: int) -> None:
-    """Calls ``work`` with 0 to ``count`` - 1, several at a time; decoding leaves the interpreter alone."""
+    """Calls ``work`` with 0 to ``count`` - 1 in several threads; decoding releases the interpreter lock."""
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as workers:
         for _ in workers.map(work, range(count)):
             pass

@@ -1,4 +1,4 @@
-"""From a list of files with labels to a data set: what the folder, CSV and segmentation readers share."""
+"""From a list of files with labels to a data set: shared by the folder, CSV and segmentation readers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedkern.streams import stream
 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test",
           "val": "validation", "valid": "validation", "validation": "validation"}  # fmt: skip
-GREY_MEAN, GREY_STD = (0.449,), (0.226,)  # ImageNet's, averaged over its channels
+GREY_MEAN, GREY_STD = (0.449,), (0.226,)  # ImageNet's values, averaged over the channels
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Reading:
         validation_share: share of the training images held out as validation set where there is none.
         pad: keep the proportions of images that are not square.
         crop: side of the window of an image that a network sees, at most ``size``; 0 for the whole image.
-        max_pixels: of an image as its file announces them.
+        max_pixels: most pixels of an image, as its file announces them.
     """
 
     size: int
@@ -46,17 +46,17 @@ class Reading:
 
 @dataclass(frozen=True)
 class Listing:
-    """Files of a data set, one entry of every attribute for each image.
+    """Files of a data set; every attribute has one entry per image.
 
     Attributes:
         paths: the image files.
-        ids: their names.
+        ids: names of the images.
         labels: int64 ``[n]``.
-        splits: ``"train"``, ``"validation"`` or ``"test"``, or ``""`` everywhere: then a fixed split is drawn.
-        clients: who holds the image, ``""`` everywhere when nothing is said.
-        masks: whole numbers ``[n, H, W]``, the class of every pixel (or `IGNORE`), for segmentation.
-        texts: what is said about every image; one with several texts has an entry for each, under one name in ``ids``.
-        patients: whose image it is, ``""`` where that is not said; a fixed split has all images of a patient on one
+        splits: ``"train"``, ``"validation"`` or ``"test"``; or ``""`` everywhere, and a fixed split is drawn.
+        clients: name of the client that holds the image; ``""`` everywhere if the files name no clients.
+        masks: uint8 or int16 ``[n, H, W]``, the class of every pixel (or `IGNORE`), for segmentation.
+        texts: the text of every image; an image with several texts has an entry for each, under one name in ``ids``.
+        patients: the patient of every image, ``""`` where unknown; a fixed split keeps all images of a patient on one
             side.
     """
 
@@ -74,8 +74,8 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
     """Makes the pools of a listed data set.
 
     Raises:
-        UserError: an empty training or test set, too few images to hold some out, clients named for some training
-            images only, an image of two patients, two splits or two names, or a window larger than the images.
+        UserError: an empty training or test set, too few images to hold some out, clients named for only some training
+            images, an image with two patients, two splits or two names, or a window larger than the images.
     """
     check_distinct(data, listing.paths, listing.ids)
     if reading.crop > reading.size:
@@ -127,7 +127,7 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
 
 
 def interleaved(labels: npt.NDArray[np.int64], purpose: str) -> list[int]:
-    """A fixed random order in which the classes alternate, so that every stretch of it has about equal class shares."""
+    """A fixed random order in which the classes alternate: any stretch has about the class shares of the whole."""
     order = stream(0, purpose).permutation(len(labels))
     position = np.empty(len(labels))
     for label in np.unique(labels):
@@ -137,7 +137,13 @@ def interleaved(labels: npt.NDArray[np.int64], purpose: str) -> list[int]:
 
 
 def _units(data: str, listing: Listing) -> npt.NDArray[np.int64]:
-    """int64 ``[n]``, what stays on one side: the images of a patient; the texts of an image of nobody named."""
+    """Unit of every row, int64 ``[n]``: the rows of a unit stay on one side of a split.
+
+    A unit is a patient or, where no patient is named, an image with all its texts.
+
+    Raises:
+        UserError: an image belongs to two patients.
+    """
     owners: dict[str, str] = {}
     for name, patient in zip(listing.ids, listing.patients or (), strict=False):
         if owners.get(name) and patient and owners[name] != patient:
@@ -151,7 +157,7 @@ def _units(data: str, listing: Listing) -> npt.NDArray[np.int64]:
 
 
 def _rows(data: str, listing: Listing, reading: Reading, units: npt.NDArray[np.int64]) -> dict[str, Tensor]:
-    """The rows of every split, sorted; class shares are kept by what is held out."""
+    """The rows of every split, sorted; rows that are held out keep the class shares."""
     splits = np.array(listing.splits)
     rows = {name: np.flatnonzero(splits == name) for name in ("train", "validation", "test")}
     homes: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""`load`: from a data set's name to the clients' splits, the validation set and the tests."""
+"""`load`: turns a data set's name into the clients' splits, the validation set and the tests."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from fedkern.data.types import FederatedData, Pool, Source, Split
 from fedkern.errors import UserError
 from fedkern.streams import stream
 
-# Mean and standard deviation of a channel over uniformly random colours, by data set and ink; constants, so that
-# normalisation depends on no client's data.
+# Mean and standard deviation of a channel over uniformly random colours, by data set and ink.  They are constants so
+# that normalisation does not depend on any client's data.
 _COLOURED_SCALE = {
     ("colordigits", "white"): (0.546, 0.280),
     ("colordigits", "contrast"): (0.5, 0.312),
@@ -56,25 +56,25 @@ def load(
 ) -> FederatedData:
     """Loads a data set and shares it out among clients.
 
-    The train/validation/test split is fixed; ``seed`` decides which training samples are kept, who holds them, and the
-    colours.  The same arguments always give the same tensors.
+    The train/validation/test split is fixed; ``seed`` decides which training samples are kept, which client holds them,
+    and the colours.  The same arguments always give the same tensors.
 
     Args:
         name: a key of `fedkern.data.DATASETS`.
-        root: folder of the data set's files: its own folder, the one above, or torchvision's layout.
+        root: folder of the data set's files: its own folder, the folder above, or torchvision's layout.
         clients: number of clients (default: the data set's).
-        partition: what `fedkern.data.parse_partition` reads (default: the data set's).  Coloured sets give every client
-            its own colours whatever the partition, except under ``iid``, where all clients share one map.
+        partition: a specification for `fedkern.data.parse_partition` (default: the data set's).  Coloured sets give
+            every client its own colours under any partition except ``iid``, where all clients share one colour map.
         seed: the run's root seed.
-        train_samples: number of training samples shared out in total (default: all); the validation set keeps its
-            proportion to them.
-        public_samples: number of training samples that no client gets: the public split.  With ``train_samples`` it
-            comes out of what those leave, so that the clients' data are the same with and without it.
+        train_samples: number of training samples shared out in total (default: all); the validation set shrinks in
+            proportion.
+        public_samples: number of training samples that no client gets: the public split.  With ``train_samples`` the
+            public samples come from the remaining ones, so that they do not change the clients' data.
         correlation: coloured sets only, probability in [0, 1] that a sample shows its client's colour of its class.
         options: the data set's own ``key=value`` options and `COMMON_OPTIONS`.
         make_detector: makes the detector of the option ``detector`` from its name, box threshold and text threshold,
             for example `fedkern.models.detector.GroundingDino`.
-        notice: told how far a long detection has come.
+        notice: called with a progress message during a long detection.
 
     Raises:
         UserError: anything wrong with the name, the files, the partition or a value.
@@ -88,7 +88,7 @@ def load(
         _check_made(name, common, public_samples)
         sizes = {key: common[key] for key in ("test_samples", "validation_samples")}
         return info.make(clients, spec, seed, samples=train_samples, **sizes, **own_options)
-    boxed = own_options.pop("mask", "exact") == "box"  # coloured sets only; what follows goes to the reader
+    boxed = own_options.pop("mask", "exact") == "box"  # mask and ink: coloured sets only; the reader gets the rest
     ink = own_options.pop("ink", "")
     assert info.open is not None
     source = info.open(root, **own_options)
@@ -131,14 +131,14 @@ def load(
         public=public if len(public) else None,
     )
     background = _background_source(name, options or {}, common, data, make_detector, notice)
-    if background is not None:  # objects are looked for before anything is drawn over them
+    if background is not None:  # find the objects before cues and patches are drawn over them
         data = extract_background(data, background)
     data = add_cues(data, common["cue_clients"], common["cue_size"], seed)
     return add_backdoor(data, common["backdoor_clients"], common["backdoor_target"], common["backdoor_size"], seed)
 
 
 def _seen(source: Source, split: Split) -> Split:
-    """What networks see of images that nobody augments."""
+    """The central window of a split that is not augmented; the split itself for a source without ``crop``."""
     return central(split, (source.crop, source.crop)) if source.crop else split
 
 
@@ -150,7 +150,7 @@ def _background_source(
     make_detector: Callable[[str, float, float], Detector] | None,
     notice: Callable[[str], None] | None,
 ) -> MaskSource | None:
-    """What the options say about where object masks come from; None for the data set's own masks, or none at all."""
+    """The mask source that the options name; None for the data set's own masks, if any."""
     if common["boxes"] and common["detector"]:
         raise UserError("give either a boxes file or a detector to find the objects, not both")
     if common["boxes"]:
@@ -178,7 +178,14 @@ def _coloured(
     palette: Palette,
     seed: int,
 ) -> tuple[tuple[Split, ...], Split, Split, dict[str, Split]]:
-    """Paints the clients' splits, and the public, validation and in-distribution test with the clients' colours."""
+    """Paints the splits of a coloured data set.
+
+    The clients' splits, the public split, the validation set and the test ``id`` get the clients' colours; the test
+    ``ood`` gets uniformly random colours.
+
+    Returns:
+        The clients' splits, the public split, the validation set and the tests.
+    """
     classes = len(source.classes)
     maps = [class_colours(seed, -1 if spec.name == "iid" else k, classes, palette) for k in range(len(held))]
     splits = []
@@ -260,12 +267,12 @@ def _check_segmentation(name: str, source: Source, spec: PartitionSpec, common: 
 def _shares(source: Source, spec: PartitionSpec, kept: Tensor, clients: int, seed: int) -> list[npt.NDArray[np.int64]]:
     """Positions in ``kept`` of every client's rows; patients, cases and images with several texts stay whole.
 
-    Clients that the data set itself names get what it says of every row.
+    Under ``attribute``, where the data set itself names the clients, every row goes to the client named for it.
     """
     pool, classes = source.train, len(source.classes)
     labels = pool.labels[kept].numpy()
     groups = None if pool.groups is None else pool.groups[kept].numpy()
-    # Where every image holds an object, the background is no class that a partition could give to anybody.
+    # Where every image holds an object, no image counts as background, so the partition ignores that class.
     none = int(pool.targets is not None and labels.min(initial=1) > 0)
 
     def share(labels: npt.NDArray[np.int64], first: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
@@ -283,7 +290,7 @@ def _shares(source: Source, spec: PartitionSpec, kept: Tensor, clients: int, see
 
 
 def _training_rows(name: str, pool: Pool, count: int | None, public: int, seed: int) -> tuple[Tensor, Tensor]:
-    """The rows that the clients share out, and the public ones, both sorted."""
+    """The training rows of all clients and the public rows, both sorted."""
     if pool.cases is not None and pool.patients is None:
         cases: npt.NDArray[np.int64] | None = pool.cases.numpy()
     else:
@@ -316,7 +323,7 @@ def _validation_rows(source: Source, trained: int, wanted: int) -> Tensor:
 
 
 def _first_rows(pool: Pool, count: int, purpose: str) -> Tensor:
-    """``count`` rows of a pool in a fixed random choice (all of them for 0), sorted."""
+    """A fixed random choice of ``count`` rows of a pool (0: all rows), sorted."""
     if count == 0 or count >= len(pool):
         return torch.arange(len(pool))
     order = stream(0, f"subset/{purpose}").permutation(len(pool))

@@ -1,7 +1,12 @@
 """NICO: class/context folders of images, and the F7 and L7 protocols (docs/methods/baselines.md, 6.1).
 
-Seven clients.  Under F7 client i holds, for every class, that class's i-th context in sorted order, and the contexts
-after the seventh are the out-of-distribution test; under L7 the last seven contexts train and those before them test.
+There are seven clients.  The protocols use these contexts of every class, in sorted order:
+
+| protocol | client i holds | out-of-distribution test |
+|---|---|---|
+| F7 | the i-th of the first seven contexts | all later contexts |
+| L7 | the i-th of the last seven contexts | all earlier contexts |
+
 So inside one client every class has a background of its own.
 """
 
@@ -33,7 +38,7 @@ _FOLDERS = ("nico", "NICO")
 
 @dataclass(frozen=True)
 class Record:
-    """One image file: its path, label, and the position of its context in the class's sorted contexts."""
+    """One image file: path, label, position of its context in the class's sorted contexts, and their number."""
 
     path: Path
     label: int
@@ -56,9 +61,9 @@ def open_nico(
         protocol: ``"F7"`` or ``"L7"``.
         size: side in pixels to which every image is resized (the whole image, without cropping).
         part: subfolder to descend into, for a download that keeps ``Animal`` and ``Vehicle`` side by side (any case).
-        held_out: share of the training contexts' images that goes to the in-distribution test, and as many again to the
-            validation set; the same images for every seed.
-        max_image_pixels: of an image as its file announces them; a larger one is not decoded.
+        held_out: share of the training contexts' images that goes to the in-distribution test; as many again go to the
+            validation set.  The images are the same for every seed.
+        max_image_pixels: most pixels of an image; a file whose header announces more is not decoded.
 
     Raises:
         UserError: no such tree, a class with fewer than eight contexts, a context without images, or one image in two
@@ -82,7 +87,7 @@ def open_nico(
     for (label, context), rows in by_context.items():
         rng = stream(0, f"split/nico/{label}/{context}")
         order = [rows[i] for i in rng.permutation(len(rows))]
-        # Never more than a third of a small context, so that its client keeps training images of it.
+        # At most a third of a small context is held out, so that its client keeps training images.
         held = min(max(1, round(held_out * len(rows))), len(rows) // 3)
         pools["id"] += order[:held]
         pools["validation"] += order[held : 2 * held]

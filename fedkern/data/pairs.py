@@ -1,4 +1,4 @@
-"""Any images with captions: a text file beside every image, or a CSV file."""
+"""Data set of images with captions: a text file beside every image, or a CSV file."""
 
 from __future__ import annotations
 
@@ -30,18 +30,22 @@ def open_pairs(
 ) -> Source:
     """Reads images and their texts; images are decoded when a split needs them.
 
+    CSV file: the columns are ``image``, ``text`` and optionally ``label``, ``split``, ``client`` and ``patient_id``.
+    An image with several captions has one row for each.  All images of a patient are held out together and go to one
+    client.
+
+    Folder: every image has a text file of the same name beside it, as ``cat.jpg`` and ``cat.txt``.  Images lie directly
+    in the folder or under ``train`` and ``test`` (and ``val``), optionally in a folder for each label.
+
     Args:
-        root: a CSV file (or a folder with one) with the columns ``image``, ``text`` and, where wanted, ``label``,
-            ``split``, ``client`` and ``patient_id`` (whose images are held out together and go to one client), an image
-            with several captions in as many rows; or a folder in which every image has a text of its name, ``cat.jpg``
-            and ``cat.txt``, directly or under ``train`` and ``test`` (and ``val``), and there, where wanted, in a
-            folder for each label.
+        root: the CSV file, a folder with one CSV file, or the folder of images.
         size: side in pixels to which every image is resized, with black bars where it is not square.
         colour: ``"rgb"`` or ``"grey"``.
         longest: words kept of a text.
-        test_share, validation_share: what is held out where there is no such split.
-        crop: side of the window that networks see: anywhere in training images, central in others; 0: whole images.
-        max_image_pixels: of an image as its file announces them; a larger one is not decoded.
+        test_share, validation_share: share of the images held out where there is no such split.
+        crop: side of the window that networks see: at a random place in training images, central in others.  0: whole
+            images.
+        max_image_pixels: most pixels of an image; a file whose header announces more is not decoded.
 
     Raises:
         UserError: anything wrong with a file, an image without a text, or an empty text.
@@ -79,7 +83,7 @@ def open_pairs(
 
 
 def _found(base: Path) -> tuple[list[Path], list[str], list[str]]:
-    """Images, their labels (``""`` without label folders) and their splits."""
+    """The images under ``base``, their labels (``""`` without label folders) and their splits."""
     images: list[Path] = []
     labels: list[str] = []
     belongs: list[str] = []

@@ -1,6 +1,6 @@
 """Partitioners: how training samples are shared out among clients.
 
-Every partitioner returns one sorted int64 array of row numbers per client; they are disjoint and cover the set.
+Every partitioner returns one sorted int64 array of row numbers per client; the arrays are disjoint and cover the set.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class PartitionSpec:
         name: key of `PARTITIONERS`.
         alpha: Dirichlet concentration.
         classes_per_client: S of ``classes:S``.
-        min_samples: smallest client that ``dirichlet`` accepts.
+        min_samples: fewest samples of a client that ``dirichlet`` accepts.
         fill: ``dirichlet`` tops up clients that are too small instead of drawing again.
         plain: ``dirichlet`` without balancing and without shuffling inside a class.
     """
@@ -71,7 +71,7 @@ def parse_partition(text: str) -> PartitionSpec:
     """Reads ``iid``, ``stratified``, ``dirichlet:ALPHA[:min=N][:fill][:plain]``, ``classes:S`` or ``attribute``.
 
     Raises:
-        UserError: unknown name (with the nearest one), missing, malformed or superfluous value.
+        UserError: an unknown name (the message suggests the nearest), or a missing, malformed or superfluous value.
     """
     name, *values = text.strip().split(":")
     if name not in PARTITIONERS:
@@ -124,16 +124,16 @@ def partition(
     """Shares the rows of ``labels`` out among ``clients``.
 
     Args:
-        spec: what `parse_partition` reads, or its result.
+        spec: a specification as text, or parsed by `parse_partition`.
         labels: int64 ``[n]``.
         clients: number of clients, at least 1.
         seed: the run's root seed; draws come from its stream ``"partition"``.
-        class_count: number of classes, where not every class must occur (default: the largest label + 1).
-        groups: int64 ``[n]`` for ``attribute``: the client of every row; without it the rows are shared out equally
-            (the attribute is then made later, as in the coloured sets).
+        class_count: number of classes, some of which may not occur (default: the largest label + 1).
+        groups: int64 ``[n]`` for ``attribute``: the client of every row.  Without ``groups`` the rows are shared out
+            equally, and the attribute is made later, as in the coloured sets.
 
     Returns:
-        One sorted array of rows per client; disjoint, and covering all rows.
+        One sorted array of rows per client; the arrays are disjoint and cover all rows.
 
     Raises:
         UserError: more clients than samples, a client that would be empty, or a rule that cannot be met.
@@ -177,7 +177,7 @@ def partition_like(
         rng: shuffles inside every class.
 
     Returns:
-        One sorted array of rows per client; disjoint, covering all rows; a client may be empty.
+        One sorted array of rows per client; the arrays are disjoint and cover all rows, and a client may be empty.
     """
     clients, classes = counts.shape
     if len(labels) and int(labels.max()) >= classes:
@@ -194,7 +194,7 @@ def partition_like(
 
 
 def _stratified(labels: Rows, clients: int, classes: int, rng: np.random.Generator) -> list[Rows]:
-    """Deals the classes out one after another, so that neither a class nor the whole differs by more than one."""
+    """Deals out the classes one after another: clients differ by at most one sample, in every class and in total."""
     dealt = np.concatenate([rng.permutation(np.flatnonzero(labels == label)) for label in range(classes)])
     return [dealt[k::clients] for k in range(clients)]
 
@@ -210,7 +210,7 @@ def _by_classes(spec: PartitionSpec, labels: Rows, clients: int, classes: int, r
             f"{classes - clients * per_client} of {classes}; take classes:{fitting} or "
             f"{math.ceil(classes / per_client)} clients"
         )
-    # Every client takes the classes that fewest others hold so far: as exclusive as the numbers allow.
+    # Every client takes the classes that fewest others hold so far, so that clients overlap as little as possible.
     holders: list[list[int]] = [[] for _ in range(classes)]
     for client in range(clients):
         order = np.lexsort((rng.random(classes), np.array([len(held) for held in holders])))
@@ -227,8 +227,8 @@ def _by_classes(spec: PartitionSpec, labels: Rows, clients: int, classes: int, r
 def _dirichlet(spec: PartitionSpec, labels: Rows, clients: int, classes: int, rng: np.random.Generator) -> list[Rows]:
     """Label skew by one Dirichlet draw per class.
 
-    Default: the usual "NIID-bench" form that FuseFL's code uses: a client that already holds its fair share of
-    samples gets nothing of the next class, and the draw is repeated until every client has ``min_samples``.  ``plain``:
+    The default is the "NIID-bench" form, as in FuseFL's code: a client that already holds its fair share of samples
+    gets nothing of the next class, and the draw is repeated until every client has ``min_samples``.  ``plain`` is
     FedIOD's form, without that balancing and without shuffling inside a class.
     """
     n = len(labels)
@@ -263,7 +263,7 @@ def _dirichlet(spec: PartitionSpec, labels: Rows, clients: int, classes: int, rn
 def _dirichlet_counts(
     spec: PartitionSpec, per_class: Rows, clients: int, rng: np.random.Generator
 ) -> npt.NDArray[np.int64]:
-    """Samples of every class that go to each client, int64 ``[classes, clients]``; only counts, so a retry is cheap."""
+    """Number of samples of every class for each client, int64 ``[classes, clients]``; counting makes a retry cheap."""
     counts = np.zeros((len(per_class), clients), dtype=np.int64)
     held = np.zeros(clients, dtype=np.int64)
     fair = per_class.sum() / clients

@@ -1,4 +1,4 @@
-"""Patients as the unit of privacy: at most so many images of each, and no patient at two clients."""
+"""Patients as the privacy unit: limits the images of every patient and checks that no patient is at two clients."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from fedkern.streams import stream
 
 
 def numbered(split: Split) -> Rows:
-    """int64 ``[n]``, counted from 0: the patient of every image of a split that names patients."""
-    assert split.patients is not None  # asked for in limited
+    """Patient of every image, int64 ``[n]`` counted from 0, of a split that names patients."""
+    assert split.patients is not None  # checked in limited
     return np.unique(split.patients.numpy(), return_inverse=True)[1].astype(np.int64)
 
 
 def limited(data: FederatedData, images: int, seed: int) -> FederatedData:
     """The federation with at most ``images`` training images of every patient, drawn at random; order is kept.
 
-    What is drawn of a patient depends on no other patient's images.
+    A patient's draw depends on no other patient's images.  Otherwise one patient's images could change which images of
+    other patients stay, and no bound on one patient's influence would hold.
 
     Raises:
         UserError: the training images do not name their patients, or a patient has images at two clients.
@@ -44,10 +45,13 @@ def limited(data: FederatedData, images: int, seed: int) -> FederatedData:
 
 
 def _limited(split: Split, images: int, client: int, seed: int) -> Split:
-    order = stream(seed, "patient-images", client=client).permutation(len(split))
-    sorted_units = numbered(split)[order]
-    by_unit = np.argsort(sorted_units, kind="stable")  # each patient's images in the order that was drawn
-    starts = np.searchsorted(sorted_units[by_unit], np.arange(sorted_units.max(initial=-1) + 1))
-    place = np.arange(len(order)) - starts[sorted_units[by_unit]]
-    rows = np.sort(order[by_unit[place < images]])
-    return split.subset(torch.from_numpy(rows))
+    assert split.patients is not None  # checked in limited
+    patients = split.patients.numpy()
+    order = np.argsort(patients, kind="stable")
+    kept = []
+    for rows in np.split(order, np.flatnonzero(np.diff(patients[order])) + 1):
+        if len(rows) > images:
+            rng = stream(seed, f"patient-images/{int(patients[rows[0]])}", client=client)
+            rows = rng.permutation(rows)[:images]
+        kept.append(rows)
+    return split.subset(torch.from_numpy(np.sort(np.concatenate(kept))))

@@ -1,4 +1,4 @@
-"""The data sets by name: one line on each, their defaults, and the options they take."""
+"""Registry of the data sets: a one-line description, the defaults and the options of each."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from fedkern.files import absolute, absolute_folder
 Root = str | Path | None
 
 MOST = 2**31 - 1
-"""Of a count: sizes beyond it overflow in torch and NumPy."""
+"""Largest count: larger sizes overflow in torch and NumPy."""
 SIDE = 8192
-"""Of an image, in pixels: a thousand of that side take 200 GB."""
+"""Largest side of an image in pixels: a thousand images of this side take 200 GB."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class DataOption:
     """One option of a data set, given as ``key=value``.
 
     Attributes:
-        default: its value when not given; its type is the option's type.
-        help: what it does, one line.
+        default: value when the option is not given; its type is the option's type.
+        help: one line on the option's effect.
         choices: the only values allowed, if limited.
         low, high: inclusive range of a number; a whole number without ``high`` is at most `MOST`.
-        path: makes the value absolute where it is a path, or names one; a run is stored with what it returns.
+        path: function that makes a path absolute; the stored run holds the value that the function returns.
     """
 
     default: str | int | float
@@ -55,7 +55,11 @@ class DataOption:
     path: Callable[[str], str] | None = None
 
     def read(self, data: str, key: str, value: object) -> str | int | float:
-        """Converts and checks a value (from text or already typed)."""
+        """Converts and checks a value, given as text or already typed.
+
+        Raises:
+            UserError: a value of the wrong type, out of range or not among the choices.
+        """
         where = f'option {key} of data set "{data}"'
         kind = type(self.default)
         try:
@@ -83,20 +87,20 @@ _KINDS: dict[type, str] = {str: "a text", int: "a whole number", float: "a numbe
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What `list`, the command line and `load` know about a data set.
+    """Entry of a data set for `list`, the command line and `load`.
 
     Attributes:
         description: one line.
-        open: reads the fixed pools: ``open(root, **options)``; None for a set that has none.
+        open: reads the fixed pools: ``open(root, **options)``; None for a set with ``make``.
         clients: default number of clients.
         partition: default partition specification.
-        correlation: default tie between colour and class, None for a set that is not coloured.
+        correlation: default correlation between colour and class, None for a set that is not coloured.
         needs_root: whether files under ``--data-root`` are read.
         image: default (channels, side in pixels).
         options: accepted options, beside `COMMON_OPTIONS`.
-        prompts: what zero-shot classification says of a class: a template, or prompts for every class.
-        make: of a set whose samples are made for their clients: ``make(clients, spec, seed, samples=, test_samples=,
-            validation_samples=, **options)``.
+        prompts: prompts of zero-shot classification: one template, or prompts for every class.
+        make: makes the samples of a set that are drawn for its clients: ``make(clients, spec, seed, samples=,
+            test_samples=, validation_samples=, **options)``; None for a set with ``open``.
         task: ``"classification"``, ``"segmentation"`` or ``"retrieval"`` (image-text pairs).
     """
 
@@ -145,7 +149,7 @@ COMMON_OPTIONS: dict[str, DataOption] = {
 }
 
 DETECTION_OPTIONS = ("boxes", "detector", "box_threshold", "text_threshold", "detector_cache")
-"""Those that only say where the objects of the training images are."""
+"""The common options that only locate the objects in the training images."""
 
 
 def _embedded(root: Root) -> Source:
@@ -184,7 +188,7 @@ _PIXELS = {
         MAX_PIXELS, "a file that announces a larger image (or volume, in voxels) is not decoded", low=1
     )
 }
-# Of the sets that users bring themselves.
+# Options of the readers for a user's own files.
 _READING = {
     **_PIXELS,
     "size": DataOption(64, "side in pixels to which images are resized", low=8, high=SIDE),
@@ -337,7 +341,7 @@ def lookup(name: str) -> DatasetInfo:
     """The entry of a data set.
 
     Raises:
-        UserError: unknown name, with the nearest known one.
+        UserError: an unknown name; the message suggests the nearest known one.
     """
     if name not in DATASETS:
         raise UserError(f'unknown data set "{name}": expected one of {", ".join(DATASETS)}.{nearest(name, DATASETS)}')
@@ -345,10 +349,13 @@ def lookup(name: str) -> DatasetInfo:
 
 
 def read_options(name: str, options: Mapping[str, object]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Checks ``key=value`` options and returns (those of the data set, those common to all), defaults filled in.
+    """Checks ``key=value`` options and fills in defaults.
+
+    Returns:
+        The options of the data set, and the options common to all data sets.
 
     Raises:
-        UserError: unknown key (with the nearest one) or a value out of range.
+        UserError: an unknown key (the message suggests the nearest), or a value that `DataOption.read` rejects.
     """
     known = {**lookup(name).options, **COMMON_OPTIONS}
     for key in options:

@@ -1,4 +1,4 @@
-"""Radiographs with their reports, listed in a CSV file as MIMIC-CXR's tables are."""
+"""Radiographs with their reports, listed in a CSV file like the tables of MIMIC-CXR."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ SECTION = ("impression", "findings")
 LABEL = ("label", "finding", "diagnosis")
 VIEW = ("view", "viewposition", "view_position")
 CLIENT = ("client", "site", "hospital", "institution")
-# The columns of the CheXpert labeler, which MIMIC-CXR comes with: 1 positive, 0 negative, -1 uncertain, or empty.
+# Columns of the CheXpert labeller, which come with MIMIC-CXR: 1 positive, 0 negative, -1 uncertain, or empty.
 CHEXPERT = (
     "atelectasis", "cardiomegaly", "consolidation", "edema", "enlarged cardiomediastinum", "fracture", "lung lesion",
     "lung opacity", "no finding", "pleural effusion", "pleural other", "pneumonia", "pneumothorax", "support devices",
 )  # fmt: skip
 FRONTAL = ("pa", "ap")
-# What may stand beside those two without making another picture of it.  Not so MIMIC-CXR's "AP AXIAL" (lordotic), "AP
-# LLD" and its kin (lying on one side), nor anything else that is not known here.
+# Words beside PA or AP that keep an image frontal.  All other words exclude it, such as MIMIC-CXR's "AP AXIAL"
+# (lordotic) and "AP LLD" (lying on one side).
 POSTURES = {
     "bedside", "chest", "erect", "frontal", "mobile", "portable", "projection", "semi", "semierect", "semiupright",
     "single", "sitting", "standing", "supine", "upright", "view",
@@ -51,11 +51,17 @@ def open_reports(
 ) -> Source:
     """Reads a CSV file of radiographs and reports.
 
-    Columns (upper or lower case): ``image`` (or path, filename), relative to the file's folder; the report as
-    ``impression`` and ``findings``, or as ``report`` (or text, note), of which those two sections are taken where it
-    has them; optionally ``label`` (or finding), or CheXpert's fourteen columns, of which the first positive one is the
-    label; ``view`` (or ViewPosition); ``client`` (or site, hospital) for ``--partition attribute``; ``subject_id`` (or
-    another of `fedkern.data.table.PATIENT`), whose images are held out together and go to one client; and ``split``.
+    Columns (upper or lower case; only image and report are required):
+
+    - ``image`` (or path, filename): the image file, relative to the CSV file's folder.
+    - ``impression`` and ``findings``, or ``report`` (or text, note): the report.  Of a whole report only the sections
+      impression and findings are kept, if it has them.
+    - ``label`` (or finding), or CheXpert's fourteen columns, of which the first positive one is the label.
+    - ``view`` (or ViewPosition).
+    - ``client`` (or site, hospital), for ``--partition attribute``.
+    - ``subject_id`` (or another of `fedkern.data.table.PATIENT`): all images of a patient are held out together and go
+      to one client.
+    - ``split``.
 
     Reports become lower-cased tokens (:func:`fedkern.data.texts.clean`).
 
@@ -63,15 +69,15 @@ def open_reports(
         root: the CSV file, or a folder with that one CSV file.
         size: side in pixels to which every image is resized, with black bars where it is not square.
         colour: ``"rgb"`` or ``"grey"``.
-        views: ``"frontal"``: only rows whose view is PA or AP, alone or with the patient's posture ("AP portable"), but
-            not lying on one side or axial ("AP LLD", "AP AXIAL"); ``"known"``: these and rows that name no view;
-            ``"all"``.
+        views: which rows are kept.  ``"frontal"``: rows whose view is PA or AP, alone or with the patient's posture
+            ("AP portable"), but not lying on one side or axial ("AP LLD", "AP AXIAL").  ``"known"``: frontal rows and
+            rows that name no view.  ``"all"``: all rows.
         longest: tokens kept of a report.
         shortest: rows whose report has fewer tokens are left out.
-        test_share, validation_share: what is held out where no row belongs to such a split.
-        crop: side of the window that networks see: anywhere in training images, central in others; 0: whole images.
-            The published setting is 224 of 256 pixels (FedDRA; docs/methods/baselines.md, 6.5).
-        max_image_pixels: of an image as its file announces them; a larger one is not decoded.
+        test_share, validation_share: share of the images held out where no row belongs to such a split.
+        crop: side of the window that networks see: at a random place in training images, central in others.  0: whole
+            images.  The published setting is 224 of 256 pixels (FedDRA; docs/methods/baselines.md, 6.5).
+        max_image_pixels: most pixels of an image; a file whose header announces more is not decoded.
 
     Raises:
         UserError: anything wrong with the file or an image it names, or no row left.
@@ -118,7 +124,7 @@ def open_reports(
 
 
 def _column(table: Table, names: Sequence[str]) -> str | None:
-    """The first of the names that is a column."""
+    """The first of ``names`` that is a column of the table; None if none is."""
     return next((name for name in names if name in table.rows[0]), None)
 
 

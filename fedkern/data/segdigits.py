@@ -1,10 +1,10 @@
-"""The embedded segmentation set: real handwritten digits on textured grounds, a class for every pixel.
+"""Embedded segmentation data set: real handwritten digits on textured grounds, a class for every pixel.
 
-Every image of 32x32 pixels holds one of scikit-learn's digits, enlarged to 24 to 30 pixels, on a ground of colour noise
-at several scales and stripes; its ink is brighter and has a texture of its own.  Class 0 is the background and class
-1 + d the ink of the digit d.  So all clients see much the same background, while the
-digits are as unevenly spread as a partition by digit makes them: the class-wise weights w_{k,c} of FedIOD are nearly
-equal for the background and differ for every digit.
+Every image of 32x32 pixels holds one of scikit-learn's digits, enlarged to 24 to 30 pixels.  The ground is colour noise
+at several scales with stripes; the ink is brighter and has a texture of its own.  Class 0 is the background and class
+1 + d the ink of the digit d.  All clients therefore see much the same background, while the partition spreads the
+digits unevenly: the class-wise weights w_{k,c} of FedIOD are nearly equal for the background and differ for every
+digit.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from fedkern.data.types import Pool, Source, fixed_rows
 from fedkern.streams import stream
 
 SIZE = 32
-SMALLEST, LARGEST = 24, 30  # sides of a digit
+SMALLEST, LARGEST = 24, 30  # side of a digit in pixels
 CONTRAST = 90  # least difference in brightness between ink and ground
-TRAIN, VALIDATION = 1_200, 247  # the other 350 are the test set, as of the digits
+TRAIN, VALIDATION = 1_200, 247  # the other 350 are the test set, as in the digits data set
 MEAN, STD = (0.3837, 0.3838, 0.3849), (0.1769, 0.1771, 0.1764)
 
 Bytes = npt.NDArray[np.uint8]
@@ -55,7 +55,7 @@ def read_segdigits() -> tuple[Tensor, Tensor]:
 
 
 def open_segdigits() -> Source:
-    """The set with the split of the digits: 1,200 to train, 247 to validate, 350 to test, the same for every seed."""
+    """The data set with the split of digits: 1,200 to train, 247 to validate, 350 to test, the same for every seed."""
     images, targets = read_segdigits()
     digits = targets.flatten(1).amax(1)
     pieces = fixed_rows(interleaved(digits.numpy(), "split/digits"), TRAIN, VALIDATION)
@@ -100,5 +100,5 @@ def _texture(brightness: int, rng: np.random.Generator) -> npt.NDArray[np.int64]
 
 
 def _resize(image: Bytes, side: int) -> Bytes:
-    """Pillow's bicubic filter, which works in integers."""
+    """Resizes to ``side`` x ``side`` with Pillow's bicubic filter, which works in integers."""
     return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC))

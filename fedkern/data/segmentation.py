@@ -1,4 +1,4 @@
-"""Any segmentation set: images with masks, in folders or listed in a CSV file."""
+"""Segmentation data set of the user: images with masks, in folders or listed in a CSV file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedkern.errors import UserError
 from fedkern.files import expand
 
 PAIRS = ("images", "masks"), ("image", "label")
-"""What the two folders are called."""
+"""Accepted names of the image folder and the mask folder."""
 
 
 def open_segmentation(
@@ -33,24 +33,27 @@ def open_segmentation(
 ) -> Source:
     """Reads images and their masks; masks are decoded at once, images when a split needs them.
 
-    Args:
-        root: a CSV file (or a folder with one) with the columns ``image``, ``mask`` and, where wanted, ``split``,
-            ``client`` and ``patient_id`` (whose images are held out together and go to one client); or a folder with
-            ``images`` and ``masks`` (or ``image`` and ``label``, as in public microscopy sets) whose files have the
-            same names, or with such a pair under ``train`` and ``test`` (and ``val``).
-        size: side in pixels to which images and, by the nearest pixel, masks are resized.
-        colour: ``"rgb"`` or ``"grey"``.
-        names: the classes, separated by ``|``, the background first; by default they are numbered.
-        tile: side of the tiles that images are cut into after resizing, 0 for none; ``size`` is a multiple of it.  The
-            tiles of an image are one case: they are held out, given to a client and scored together.
-        ignore: the mask's value where nothing is known (often 255), -1 for none.
-        test_share, validation_share: what is held out where there is no such split.
-        max_image_pixels: of an image as its file announces them; a larger one is not decoded.
+    CSV file: the columns are ``image``, ``mask`` and optionally ``split``, ``client`` and ``patient_id``.  All images
+    of a patient are held out together and go to one client.
+
+    Folder: it holds ``images`` and ``masks`` (or ``image`` and ``label``, as in public microscopy sets) whose files
+    have the same names, directly or under ``train`` and ``test`` (and ``val``).
 
     A mask holds class numbers, 0 for the background, or 0 and 255 (two classes).
 
+    Args:
+        root: the CSV file, a folder with one CSV file, or the folder of images and masks.
+        size: side in pixels to which images and, by the nearest pixel, masks are resized.
+        colour: ``"rgb"`` or ``"grey"``.
+        names: the classes, separated by ``|``, the background first; by default they are numbered.
+        tile: side of the tiles that images are cut into after resizing, 0 for none; ``size`` is a multiple of ``tile``.
+            The tiles of an image are one case: they are held out, given to a client and scored together.
+        ignore: value of mask pixels whose class is unknown (often 255), -1 for none.
+        test_share, validation_share: share of the images held out where there is no such split.
+        max_image_pixels: most pixels of an image; a file whose header announces more is not decoded.
+
     Raises:
-        UserError: anything wrong with a file, a missing partner, or a class number beyond ``names``.
+        UserError: anything wrong with a file, an image without a mask, or a class number beyond ``names``.
     """
     columns = ("image", "mask")
     path = find_table(root, "segmentation", columns)
@@ -85,7 +88,7 @@ def open_segmentation(
 
 
 def _pairs(base: Path) -> tuple[list[Path], list[Path], list[str]]:
-    """Images, their masks and their splits."""
+    """The images under ``base``, their masks and their splits."""
     images: list[Path] = []
     masks: list[Path] = []
     belongs: list[str] = []
@@ -132,6 +135,6 @@ def _classes(values: npt.NDArray[np.uint8], masks: list[Path], names: str) -> tu
 
 
 def _largest(values: npt.NDArray[np.uint8], classes: int) -> npt.NDArray[np.int64]:
-    """For every image the class with most pixels, the background only where nothing else is."""
+    """The object class with most pixels of every image; the background only where an image has no object."""
     counts = np.stack([(values == label).sum((1, 2)) for label in range(classes)], 1)
     return np.where(counts[:, 1:].any(1), counts[:, 1:].argmax(1) + 1, 0).astype(np.int64)

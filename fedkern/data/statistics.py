@@ -1,4 +1,4 @@
-"""How unevenly the classes lie on the clients: the numbers behind the partition table and its picture."""
+"""Partition statistics: class counts and label skew of every client, for the partition table and its plot."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class PartitionStatistics:
     Attributes:
         counts: int64 ``[clients, classes]``, number of training samples.
         classes: class names, in label order.
-        partition: the specification that made it, for example ``"dirichlet:0.5"``.
+        partition: specification of the partition, for example ``"dirichlet:0.5"``.
     """
 
     counts: npt.NDArray[np.int64]
@@ -42,7 +42,7 @@ class PartitionStatistics:
 
     @property
     def skew(self) -> npt.NDArray[np.float64]:
-        """Total variation distance of every client's class shares from those of all clients, in [0, 1]."""
+        """Total variation distance of every client's class shares from the overall class shares, in [0, 1]."""
         overall = self.counts.sum(axis=0) / max(int(self.counts.sum()), 1)
         distance: npt.NDArray[np.float64] = np.abs(self.shares - overall).sum(axis=1) / 2
         return distance

@@ -21,19 +21,19 @@ MOST = 1_000_000  # images in a file; the largest official one has 531,131
 
 
 def read_mat(folder: Path, name: str) -> tuple[Tensor, Tensor]:
-    """Reads one file: ``X`` uint8 ``[32, 32, 3, n]`` and ``y`` ``[n, 1]`` with 1 to 9, and 10 for the digit 0.
+    """Reads one file: ``X`` uint8 ``[32, 32, 3, n]`` and ``y`` ``[n, 1]``, the digits 1 to 9, and 10 for digit 0.
 
     Returns:
         images uint8 ``[n, 3, 32, 32]`` and labels int64 ``[n]``, 0 to 9.
 
     Raises:
-        UserError: a missing, damaged or other file.
+        UserError: a missing or damaged file, or a file that is not SVHN's.
     """
     from scipy.io import loadmat, whosmat  # slow to import, so only when needed
 
     raw, path = read_bytes(folder, name, "svhn", lambda head, path: 2 * MOST * 3 * SIDE * SIDE)
     try:
-        # Before anything is decompressed.
+        # Check the announced size before anything is decompressed.
         announced = {variable: shape for variable, shape, _ in whosmat(io.BytesIO(raw)) if variable in ("X", "y")}
         if any(math.prod(int(side) for side in shape) > MOST * 3 * SIDE * SIDE for shape in announced.values()):
             raise ValueError(f"it announces more than {MOST:,} images")
@@ -78,5 +78,5 @@ def open_svhn(root: str | Path | None, extra: str = "no") -> Source:
         tests={"": memory_pool(*test, "test")},
         mean=(0.4377, 0.4438, 0.4728),
         std=(0.1980, 0.2010, 0.1970),
-        augment="none",  # a flipped or shifted house number is another one
+        augment="none",  # a flipped or shifted house number may be another number
     )

@@ -1,4 +1,4 @@
-"""Any image classification set listed in a CSV file, and the reading of such files."""
+"""Reading CSV files, and the image classification data set that is listed in one."""
 
 from __future__ import annotations
 
@@ -21,33 +21,39 @@ from fedkern.inputs import read_text, standing
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 PATIENT = ("subject_id", "patient_id", "patient id", "patientid", "patient")
-"""Columns that tell whose image it is, as MIMIC-CXR's, NIH's ChestX-ray14's and others' tables call them."""
+"""Names of the patient column, as in the tables of MIMIC-CXR, NIH's ChestX-ray14 and others."""
 SHOWN = 200
-"""Characters of a value in a message: a text in the place of a file name may be a whole report."""
+"""Most characters of a value in a message: a text in the place of a file name may be a whole report."""
 _QUOTED = re.compile(r'"[^"]*"')
 
 
 @dataclass(frozen=True)
 class Table:
-    """A CSV file: its rows by column name, stripped; ``lines`` are their numbers in the file."""
+    """A CSV file.
+
+    Attributes:
+        path: the file.
+        rows: the stripped values of every row by column name.
+        lines: line number of every row in the file.
+    """
 
     path: Path
     rows: Sequence[dict[str, str]]
     lines: Sequence[int]
 
     def column(self, name: str) -> list[str]:
-        """The values of a column, ``""`` where there is none."""
+        """The values of a column, ``""`` in every row if the column is missing."""
         return [row.get(name, "") for row in self.rows]
 
     def only(self, rows: Sequence[int]) -> Table:
-        """Some of its rows."""
+        """The table reduced to ``rows``."""
         return Table(self.path, [self.rows[row] for row in rows], [self.lines[row] for row in rows])
 
     def files(self, name: str, data: str) -> list[Path]:
-        """The column's files, relative to the CSV file's folder or absolute.
+        """Paths of the files in a column; relative names are relative to the CSV file's folder.
 
         Raises:
-            UserError: a file that is missing; the line is named.
+            UserError: a file that is missing or not a regular file; the message names the line.
         """
         values = self.column(name)
         paths = [self.path.parent / value for value in values]
@@ -58,16 +64,16 @@ class Table:
         return paths
 
     def names(self, name: str) -> tuple[str, ...]:
-        """What the column's files are called in the data set: ``./a.png`` and ``a.png`` are one image."""
+        """Names of the column's files in the data set, normalised: ``./a.png`` and ``a.png`` are one image."""
         return tuple(normpath(value) for value in self.column(name))
 
     def patients(self) -> list[str] | None:
-        """Whose image a row is, by the first column that says so; None where there is none."""
+        """Patient of every row, from the first column of `PATIENT` with a value; None without such a column."""
         column = next((name for name in PATIENT if any(self.column(name))), None)
         return None if column is None else self.column(column)
 
     def splits(self, data: str) -> list[str]:
-        """The column ``split`` in our words; ``""`` everywhere where there is none.
+        """The column ``split`` as train, validation or test; ``""`` everywhere if it is missing or empty.
 
         Raises:
             UserError: a value that is none of train, validation (val), test.
@@ -85,10 +91,10 @@ class Table:
 
 
 def find_table(root: str | Path | None, data: str, columns: tuple[str, ...]) -> Path | None:
-    """The CSV file that ``root`` is, or the only one in the folder ``root``; None where a folder holds none.
+    """Finds the CSV file: ``root`` itself or the only CSV file in the folder ``root``; None if the folder holds none.
 
     Raises:
-        UserError: no root, nothing there, or several CSV files.
+        UserError: no root given, root does not exist, or the folder holds several CSV files.
     """
     wanted = ",".join(columns)
     if root is None:
@@ -113,11 +119,11 @@ def read_table(path: Path, data: str, columns: tuple[str, ...]) -> Table:
     Args:
         path: the file.
         data: the data set's name, for messages.
-        columns: those that it must have, filled in every row.
+        columns: the required columns, filled in every row.
 
     Raises:
-        UserError: unreadable, a missing column or one that is there twice, an empty value, a row of more values than
-            there are columns, or no row.
+        UserError: the file is unreadable or has no row, a required column is missing or a column occurs twice, a
+            required value is empty, or a row has more values than there are columns.
     """
     try:
         text = read_text(path, "utf-8-sig")
@@ -144,13 +150,13 @@ def read_table(path: Path, data: str, columns: tuple[str, ...]) -> Table:
 
 
 def _cell(value: str) -> str:
-    """A cell stripped; what pandas writes of one that is missing is empty."""
+    """A stripped cell; ``nan``, as pandas writes a missing value, becomes empty."""
     value = value.strip()
     return "" if value in ("nan", "NaN") else value
 
 
 def _parsed(text: str, path: Path, data: str) -> tuple[list[str], list[dict[str, str]], list[int]]:
-    """The names of the columns, the rows and their lines."""
+    """The column names in lower case, the rows and their line numbers."""
     header = _QUOTED.sub("", text.lstrip("\r\n").partition("\n")[0])
     separator = max(SEPARATORS, key=header.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
@@ -181,18 +187,19 @@ def open_csv(
     validation_share: float = 0.1,
     max_image_pixels: int = MAX_PIXELS,
 ) -> Source:
-    """Reads a CSV file with the columns ``path``, ``label`` and, where wanted, ``split`` and ``client``.
+    """Reads a CSV file with the columns ``path``, ``label`` and optionally ``split``, ``client`` and ``patient_id``.
+
+    ``split`` is train, validation (val) or test.  ``client`` names the client that holds a training image, for
+    ``--partition attribute``.  All images with the same ``patient_id`` (or another column of `PATIENT`) are held out
+    together and go to one client, unless ``client`` decides otherwise.  Classes are sorted, as numbers if all of them
+    are numbers.
 
     Args:
-        root: the CSV file, or a folder with that one CSV file; paths in it are relative to its folder.
+        root: the CSV file, or a folder with that one CSV file; paths in the file are relative to its folder.
         size: side in pixels to which every image is resized.
         colour: ``"rgb"`` or ``"grey"``.
-        test_share, validation_share: what is held out where no row belongs to such a split.
-        max_image_pixels: of an image as its file announces them; a larger one is not decoded.
-
-    ``split`` is train, validation (val) or test.  ``client`` names who holds a training image, for
-    ``--partition attribute``.  Of ``patient_id`` (or another of `PATIENT`) all images are held out together and go to
-    one client, unless ``client`` says otherwise.  Classes are sorted, as numbers where all of them are.
+        test_share, validation_share: share of the images held out where no row belongs to such a split.
+        max_image_pixels: most pixels of an image; a file whose header announces more is not decoded.
 
     Raises:
         UserError: anything wrong with the file or an image it names.

@@ -1,11 +1,11 @@
-"""Cleaning up captions and radiology reports."""
+"""Cleaning of captions and radiology reports."""
 
 from __future__ import annotations
 
 import re
 
 SECTIONS = ("impression", "findings")
-# Sections beside those two.  Any other word before a colon ("Lungs:", "LINES AND TUBES:") is part of the text.
+# Sections beside `SECTIONS`.  Any other word before a colon ("Lungs:", "LINES AND TUBES:") is part of the text.
 OTHERS = (
     "addendum", "attending", "clinical data", "clinical details", "clinical history", "clinical impression",
     "clinical indication", "clinical information", "comment", "comments", "comparison", "comparison exam",
@@ -21,7 +21,7 @@ _NAME = "|".join(
     + [re.escape(name) for name in sorted(OTHERS, key=len, reverse=True)]
 )
 _BETWEEN = r"[ \t]*(?:\band\b|\bor\b|[&/,+])[ \t]*"
-# "FINDINGS AND IMPRESSION:", "Findings (chest):"; some tables have lost the line breaks, so it may stand anywhere.
+# "FINDINGS AND IMPRESSION:", "Findings (chest):".  A header may stand anywhere: some tables have lost the line breaks.
 _HEADER = re.compile(
     rf"(?im)(?<![a-z0-9])((?:{_NAME})(?:{_BETWEEN}(?:{_NAME}))*)(?:[ \t]*\([^()\n]{{1,40}}\))?"
     r"(?:[ \t]*(:)|[ \t*_]*\r?$)"
@@ -32,10 +32,13 @@ _BLANKED = re.compile(r"_{2,}")  # what MIMIC's de-identification leaves
 
 
 def sections(report: str) -> dict[str, str]:
-    """The sections of a report by name; what is headed as impression and findings together is the impression.
+    """The sections of a report by name; a section headed impression and findings together counts as impression.
 
-    A header is a name of `SECTIONS` or `OTHERS`: before a colon, in capitals or with a capital letter anywhere, all in
-    small letters where a line or sentence begins; without a colon with a capital letter and a line to itself.
+    A header is a name of `SECTIONS` or `OTHERS` in one of these forms:
+
+    - with a capital first letter and a colon, anywhere;
+    - with a small first letter and a colon, where a line or sentence begins;
+    - with a capital first letter and without a colon, on a line of its own.
     """
     headers = [header for header in _HEADER.finditer(report) if _heads(header)]
     bounds = [header.start() for header in headers] + [len(report)]
@@ -59,7 +62,7 @@ def _section(header: str) -> str:
 
 
 def impression_and_findings(report: str) -> str:
-    """The sections impression and findings of a report, in this order; all of it where it has neither."""
+    """The sections impression and findings of a report, in this order; the whole report if it has neither."""
     parts = sections(report)
     wanted = [parts[name] for name in SECTIONS if parts.get(name)]
     return " ".join(wanted) if wanted else report

@@ -1,4 +1,4 @@
-"""Large pictures with a class for every pixel, cut into square tiles."""
+"""Square tiles cut from large segmentation images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedkern.data.types import Pool, Source
 
 
 def in_tiles(source: Source, tile: int) -> Source:
-    """The same data set with all its images cut into tiles, see :func:`tiled`."""
+    """The data set with all its images cut into tiles, see :func:`tiled`."""
     return dataclasses.replace(
         source,
         train=tiled(source.train, tile),
@@ -21,13 +21,16 @@ def in_tiles(source: Source, tile: int) -> Source:
 
 
 def tiled(pool: Pool, tile: int) -> Pool:
-    """The images of a segmentation pool cut into tiles, row by row; those of an image are one case.
+    """The images of a segmentation pool cut into tiles, row by row; the tiles of an image are one case.
 
-    An image is read once for all of its tiles that are asked for together.
+    One read of an image serves all of its tiles in a request.
 
     Args:
         pool: images whose height and width are multiples of ``tile``.
         tile: side in pixels.
+
+    Raises:
+        ValueError: the pool has no pixel classes.
     """
     if pool.targets is None:
         raise ValueError("pool: expected the class of every pixel, given that of images")
@@ -53,7 +56,7 @@ def tiled(pool: Pool, tile: int) -> Pool:
 
 
 def cut(images: Tensor, tile: int) -> Tensor:
-    """``[n, C, H, W]`` as its tiles ``[n * (H / tile) * (W / tile), C, tile, tile]``, image by image, row by row."""
+    """Cuts ``[n, C, H, W]`` into tiles ``[n * (H / tile) * (W / tile), C, tile, tile]``, image by image, row by row."""
     n, channels, height, width = images.shape
     parts = images.reshape(n, channels, height // tile, tile, width // tile, tile)
     return parts.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, tile, tile)

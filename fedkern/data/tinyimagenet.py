@@ -1,4 +1,4 @@
-"""Tiny-ImageNet: the official folders, 200 classes of 500 training images of 64x64 pixels."""
+"""Tiny-ImageNet from its official folders: 200 classes of 500 training images of 64x64 pixels."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def open_tinyimagenet(root: str | Path | None, max_image_pixels: int = MAX_PIXEL
     images is the validation set.
 
     Args:
-        root: where it is.
-        max_image_pixels: of an image as its file announces them; a larger one is not decoded.
+        root: the data set's folder, or the folder above.
+        max_image_pixels: most pixels of an image; a file whose header announces more is not decoded.
 
     Raises:
         UserError: a missing folder or file, or an annotation that names an unknown class or a missing image.
@@ -74,7 +74,7 @@ def open_tinyimagenet(root: str | Path | None, max_image_pixels: int = MAX_PIXEL
 
 
 def _names(folder: Path, wnids: list[str]) -> tuple[str, ...]:
-    """The first word of each class in words.txt, with its id where two classes share it."""
+    """The first name of each class in words.txt, followed by the class id where two classes share the name."""
     words = dict(line.split("\t", 1) for line in _lines(folder / "words.txt") if "\t" in line)
     names = [words.get(wnid, wnid).split(",")[0].strip() for wnid in wnids]
     return tuple(f"{name} ({wnid})" if names.count(name) > 1 else name for name, wnid in zip(names, wnids, strict=True))

@@ -25,8 +25,8 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float], *, ch
     Args:
         images: uint8 ``[B, C, H, W]``, any memory format.
         mean, std: one number per channel, of images in [0, 1].
-        channels_last: give the result in channels-last memory format (rearranged while still bytes); otherwise the
-            input's format is kept.
+        channels_last: return the result in channels-last memory format (converted while still uint8, which is cheaper);
+            otherwise the input's format is kept.
 
     Raises:
         ValueError: not uint8 ``[B, C, H, W]``, or another number of channels than ``mean`` and ``std``.
@@ -56,7 +56,7 @@ def crop(
     Args:
         images: uint8 or floating ``[B, C, H, W]``; the memory format is kept.
         rng: draws ``B`` row offsets, ``B`` column offsets and, with ``flip``, ``B`` coins.
-        fill: value of the padding, one for all channels or one each.  0 is right after normalisation (the mean colour).
+        fill: value of the padding, one for all channels or one each; for normalised images 0 is the mean colour.
     """
     batch, channels, height, width = images.shape
     top = torch.from_numpy(rng.integers(0, 2 * padding + 1, size=batch))
@@ -74,11 +74,11 @@ def crop(
 
 
 def window(images: Tensor, sides: tuple[int, int], rng: np.random.Generator | None = None) -> Tensor:
-    """Cuts a window out of every image, its place drawn uniformly; the central one without a generator.
+    """Cuts a window out of every image, at a uniformly random place, or at the centre without a generator.
 
     Args:
         images: ``[B, C, H, W]``, any dtype; the memory format is kept.
-        sides: the window's height and width, at most those of the images; equal ones give ``images`` itself.
+        sides: the window's height and width, at most those of the images; if equal, returns ``images`` itself.
         rng: draws ``B`` row offsets, then ``B`` column offsets.
 
     Raises:
@@ -101,7 +101,7 @@ def window(images: Tensor, sides: tuple[int, int], rng: np.random.Generator | No
 
 
 def central(split: Split, sides: tuple[int, int]) -> Split:
-    """The same samples with the central window of ``sides`` of every image; itself where that is all of it."""
+    """The split with the central window of ``sides`` of every image; ``split`` itself if the window is the image."""
     images = window(split.images, sides)
     return split if images is split.images else dataclasses.replace(split, images=images)
 
@@ -114,16 +114,16 @@ def rotate(
     fill: float | Sequence[float] = 0.0,
     nearest: int = 0,
 ) -> Tensor:
-    """Turns every image about its centre by an angle uniform in [-degrees, degrees], bilinear; corners get ``fill``.
+    """Rotates every image about its centre by an angle uniform in [-degrees, degrees]; corners get ``fill``.
 
-    The last ``nearest`` channels take the nearest pixel's value instead.
+    Interpolation is bilinear, but the last ``nearest`` channels take the value of the nearest pixel.
     """
     batch, channels, height, width = images.shape
     if batch == 0:
         return images.clone()
     angle = torch.from_numpy(rng.uniform(-degrees, degrees, size=batch) * (math.pi / 180)).float()
     cos, sin, zero = torch.cos(angle), torch.sin(angle), torch.zeros(batch)
-    ratio = height / width  # coordinates run from -1 to 1 along both axes, so a turn must undo their different units
+    ratio = height / width  # grid coordinates run from -1 to 1 on both axes, so their units differ where H != W
     turn = torch.stack([torch.stack([cos, -sin * ratio, zero], 1), torch.stack([sin / ratio, cos, zero], 1)], 1)
     grid = functional.affine_grid(turn.to(images.device), list(images.shape), align_corners=False)
     base = torch.as_tensor(fill, dtype=torch.float32, device=images.device).view(-1, 1, 1)
@@ -162,13 +162,13 @@ def dihedral(images: Tensor, rng: np.random.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What happens to a training image, in this order.
+    """Transforms of a training image, in this order.
 
     Attributes:
         padding: border added before a window of the original size is cut, or None for no crop and no flip.
         flip: mirror half of the images, left to right.
-        degrees: largest angle of a turn.
-        symmetries: flip and turn by right angles.
+        degrees: largest angle of a rotation.
+        symmetries: flip and rotate by right angles.
     """
 
     padding: int | None = None
@@ -200,24 +200,26 @@ AUGMENTATIONS: dict[str, Augmentation] = {
 def augment(images: Tensor, kind: str, rng: np.random.Generator, *, fill: float | Sequence[float] = 0.0) -> Tensor:
     """Augments a batch.
 
-    ``none``; ``crop``: random crop with padding 4; ``crop-flip``: that and a horizontal flip of half of the images;
-    ``nico``: that and a rotation of up to 15 degrees (the NICO setting of FedGID's authors);
-    ``flip-rotate``: flip and a rotation of up to 20 degrees (FuseFL's setting for Tiny-ImageNet);
-    ``dihedral``: flips and quarter turns, for images without an up and a down, such as microscopy's;
-    ``window``: nothing more than the place of the window in data that are read with the option ``crop``, where every
-    kind but ``none`` draws it (`window`).
+    - ``none``: no change.
+    - ``crop``: random crop with padding 4.
+    - ``crop-flip``: ``crop``, and a horizontal flip of half of the images.
+    - ``nico``: ``crop-flip``, and a rotation of up to 15 degrees (the NICO setting of FedGID's authors).
+    - ``flip-rotate``: horizontal flip, and a rotation of up to 20 degrees (FuseFL's setting for Tiny-ImageNet).
+    - ``dihedral``: flips and quarter turns, for images without an up and a down, such as microscopy.
+    - ``window``: no change beyond the random window of data read with the option ``crop``.  For such data every kind
+      but ``none`` draws the place of the window (`window`).
 
     Args:
         images: ``[B, C, H, W]``, normalised floats (then the default ``fill`` 0 is the mean colour) or uint8.
         kind: a key of `AUGMENTATIONS`.
-        rng: the batch's own generator; nothing else is drawn from.
+        rng: the batch's own generator, the only source of randomness.
         fill: value outside the original image, one for all channels or one each.
 
     Returns:
         Same shape, dtype and memory format; ``none`` returns ``images`` itself.
 
     Raises:
-        UserError: unknown kind, with the nearest known one.
+        UserError: an unknown kind; the message suggests the nearest known one.
     """
     return _find(kind)(images, rng, fill)
 
@@ -227,10 +229,10 @@ def augment_pairs(
 ) -> tuple[Tensor, Tensor]:
     """Augments images and the classes of their pixels together: same draws, same geometry.
 
-    Labels take the nearest pixel's class; what lies outside the original image is `IGNORE`.
+    Labels take the nearest pixel's class; pixels outside the original image become `IGNORE`.
 
     Args:
-        images: normalised floats ``[B, C, H, W]``; what happens to them is what `augment` does.
+        images: normalised floats ``[B, C, H, W]``; transformed as by `augment`.
         labels: int64 ``[B, H, W]``.
         kind, rng, fill: as for `augment`.
 
@@ -238,7 +240,7 @@ def augment_pairs(
         Images and labels of the same shapes, dtypes and memory formats.
 
     Raises:
-        UserError: unknown kind.
+        UserError: an unknown kind.
         ValueError: shapes or dtypes that do not fit.
     """
     augmentation = _find(kind)
@@ -249,7 +251,7 @@ def augment_pairs(
         )
     if augmentation == AUGMENTATIONS["none"]:
         return images, labels
-    # Class numbers travel as a last channel; they are small enough to be exact in any floating type.
+    # Class numbers become a last channel; they are small enough to be exact in any floating type.
     keeps_channels_last = _is_channels_last(images)
     both = torch.cat([images, labels[:, None].to(images.dtype)], 1)
     if keeps_channels_last:
@@ -270,7 +272,11 @@ def _find(kind: str) -> Augmentation:
 
 
 def _gather(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Pixels ``[B, H, W, C]`` at rows and columns that broadcast to ``[B, h, w]``: ``[B, C, h, w]``, channels-last."""
+    """Gathers from pixels ``[B, H, W, C]`` at rows and columns that broadcast to ``[B, h, w]``.
+
+    Returns:
+        ``[B, C, h, w]``, channels-last.
+    """
     index = torch.arange(len(pixels))[:, None, None], rows, columns
     return pixels[tuple(part.to(pixels.device) for part in index)].permute(0, 3, 1, 2)
 

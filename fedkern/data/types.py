@@ -1,4 +1,4 @@
-"""What a federated data set is made of: pools of labelled images, splits held in memory, and the whole federation."""
+"""Types of a federated data set: pools of labelled images, splits held in memory, and the whole federation."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from torch import Tensor
 from fedkern.data.statistics import PartitionStatistics
 
 IGNORE = -100
-"""The class of a pixel about which nothing is known: no loss and no figure counts it (PyTorch's ``ignore_index``)."""
+"""Class of a pixel whose class is unknown: no loss and no metric counts the pixel (PyTorch's ``ignore_index``)."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images held in memory, with their labels and, where known, what is object and what is background.
+    """Images held in memory, with their labels and, where known, object masks.
 
     Attributes:
         images: uint8 ``[n, C, H, W]``.
-        labels: int64 ``[n]``, the class of every image, or, for segmentation, int64 ``[n, H, W]``, that of every pixel
+        labels: int64 ``[n]``, the class of every image; for segmentation int64 ``[n, H, W]``, the class of every pixel
             (`IGNORE` where it is unknown).
-        masks: bool ``[n, H, W]``, True on the object, or None when nothing is known.  A row without any True means that
-            nothing was detected in that image; it stays out of the background bank.
-        ids: name of every image in its source (``"train/17"``, ``"dog/on snow/12.jpg"``), what a boxes file refers to.
+        masks: bool ``[n, H, W]``, True on the object, or None without masks.  A row without any True means that nothing
+            was detected in that image; the image stays out of the background bank.
+        ids: name of every image in its source (``"train/17"``, ``"dog/on snow/12.jpg"``), as a boxes file uses it.
         sizes: int64 ``[n, 2]``, width and height of every image before loading resized it, turned as its EXIF
             orientation says.
-        texts: the caption or report of every image; an image with several has a row for each, under one name in
+        texts: the caption or report of every image; an image with several texts has a row for each, under one name in
             ``ids``.
-        cases: int64 ``[n]``, what an image is a part of, where that is more than one image: the slices of a volume, the
-            tiles of a picture.  Figures are means over cases.
-        patients: int64 ``[n]``, whose image it is, where the data name patients (an image of nobody named is somebody's
-            of its own).  What is held out of a split has all images of a patient, or none.
+        cases: int64 ``[n]``, the case of every image, where several images form one case, such as the slices of a
+            volume or the tiles of a picture.  Metrics are means over cases.
+        patients: int64 ``[n]``, the patient of every image, where the data name patients; an image without a named
+            patient counts as a patient of its own.  A held-out set has all images of a patient or none.
     """
 
     images: Tensor
@@ -69,7 +69,7 @@ class Split:
         return len(self.labels)
 
     def subset(self, indices: Tensor) -> Split:
-        """The rows ``indices`` (int64 ``[m]``) as a split of their own (copies)."""
+        """A new split with copies of the rows ``indices``, int64 ``[m]``."""
         return Split(
             self.images[indices],
             self.labels[indices],
@@ -83,7 +83,7 @@ class Split:
 
 
 def joined(splits: Sequence[Split]) -> Split:
-    """Splits one after another as one; what one of them does not know (masks, texts ...), the whole does not."""
+    """Concatenates splits; an attribute (masks, texts ...) that is None in one of them is None in the result."""
 
     def together(parts: list[Tensor | None]) -> Tensor | None:
         known = [part for part in parts if part is not None]
@@ -105,17 +105,17 @@ def joined(splits: Sequence[Split]) -> Split:
 
 @dataclass(frozen=True)
 class Pool:
-    """Labelled images that may still be on disk; only the rows that are asked for are read.
+    """Labelled images that may still be on disk; only requested rows are read.
 
     Attributes:
-        labels: int64 ``[n]``; of a segmentation set the largest object class, what a partition may look at.
+        labels: int64 ``[n]``; for segmentation the largest object class of every image, which a partition may use.
         ids: name of every image.
         read: maps int64 ``[m]`` rows to uint8 ``[m, C, H, W]`` images and, where they were resized, `Split.sizes`.
         groups: int64 ``[n]``, the client that the data set itself assigns to each image (a set of contexts), or None.
         targets: maps int64 ``[m]`` rows to the class of every pixel, int64 ``[m, H, W]`` (segmentation), or None.
         texts: the caption or report of every image, or None.
-        cases, patients: int64 ``[n]``, as in `Split`; never divided between clients, but where the data themselves name
-            the clients.
+        cases, patients: int64 ``[n]``, as in `Split`; divided between clients only where the data set itself names the
+            clients.
     """
 
     labels: Tensor
@@ -157,11 +157,11 @@ class Source:
 
     Attributes:
         classes: class names, in label order.
-        train: what the clients share out among them.
+        train: training pool, shared out among the clients.
         validation: same distribution as ``train``, never trained on.
         tests: named test pools, as in `FederatedData`.
         mean, std: per channel, of images in [0, 1].
-        augment: what training batches go through, see `fedkern.data.transforms`.
+        augment: augmentation of training batches: a name in `fedkern.data.transforms.AUGMENTATIONS`.
         groups: number of clients that the data set's own attributes define, or None.
         crop: side of the window of an image that networks see; 0 for the whole image.
     """
@@ -184,17 +184,17 @@ class FederatedData:
     Attributes:
         name: the data set's name in `fedkern.data.DATASETS`.
         classes: class names, in label order.
-        clients: one training split per client.  Its images may be larger than `image_shape`: a network sees a window.
-        validation: same distribution as the clients' data, never trained on: the only set that may choose anything.
+        clients: one training split per client.  Images may be larger than `image_shape`: a network sees a window.
+        validation: same distribution as the clients' data, never trained on; the only set for choosing settings.
         tests: ``{"": split}`` for one test set (metric ``accuracy``), or ``{"id": ..., "ood": ...}`` (``id_accuracy``,
             ``ood_accuracy``).
         mean, std: per channel, of images in [0, 1].
-        augment: what training batches go through: a name in `fedkern.data.transforms.AUGMENTATIONS`.
+        augment: augmentation of training batches: a name in `fedkern.data.transforms.AUGMENTATIONS`.
         statistics: how many samples of each class every client holds.
         exact_masks: whether the clients' masks are exact (coloured sets) rather than detected or boxes.
         image_ids: the names of all images of the data set, used or not; a boxes file may name any of these.
-        public: training images that no client holds and everybody may see, or None.
-        client_tests: every client's own test split, where there are any (captions; `fedkern.data.holdout`).
+        public: training images that no client holds and all participants may see, or None.
+        client_tests: own test split of every client, or empty (captions; `fedkern.data.holdout`).
     """
 
     name: str
@@ -213,14 +213,13 @@ class FederatedData:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of what a network sees."""
+        """Channels, height and width of the images that a network sees."""
         channels, height, width = self.validation.images.shape[1:]
         return channels, height, width
 
     @property
     def task(self) -> str:
-        """``"retrieval"`` (a text for every image), ``"segmentation"`` (a class for every pixel) or, with a class for
-        every image alone, ``"classification"``."""
+        """``"retrieval"`` (texts), ``"segmentation"`` (a class for every pixel) or else ``"classification"``."""
         if self.validation.texts is not None:
             return "retrieval"
         return "segmentation" if self.validation.labels.dim() == 3 else "classification"
@@ -231,7 +230,7 @@ class FederatedData:
         return tuple(len(client) for client in self.clients)
 
     def pooled(self) -> FederatedData:
-        """The same with one client that holds everybody's data; the statistics stay those of the partition."""
+        """The data with one client that holds all training samples; the statistics stay those of the partition."""
         return replace(self, clients=(joined(self.clients),))
 
 

@@ -1,4 +1,4 @@
-"""What a finished image-text run is good for: retrieval, zero-shot classification, probes, segmentation."""
+"""Downstream tasks of a finished image-text run: retrieval, zero-shot classification, probes, segmentation."""
 
 from fedkern.downstream.finished import Finished
 from fedkern.downstream.tasks import decode, probe, retrieve, zero_shot

@@ -14,10 +14,12 @@ from fedkern.streams import stream
 
 
 class TokenDecoder(nn.Module):
-    """Logits of every pixel from the frozen encoder's patch tokens: two convolutions, each enlarged, and a linear one.
+    """Decoder from the frozen image encoder's patch tokens to logits of every pixel.
+
+    Two 3x3 convolutions, each with ReLU and bilinear upsampling, then a 1x1 convolution.
 
     Args:
-        network: its image encoder is used and never trained.
+        network: the pair, whose image encoder is used and never trained.
         classes: C.
         image_size: height and width in pixels.
         width: channels of the first convolution.
@@ -25,7 +27,7 @@ class TokenDecoder(nn.Module):
 
     def __init__(self, network: PairNetwork, classes: int, image_size: Sequence[int], width: int = 48) -> None:
         super().__init__()
-        self._encoder = [network]  # not a submodule: it is not trained, moved or saved with this one
+        self._encoder = [network]  # in a list: no submodule to train, move or save
         self.size = tuple(image_size)
         channels = network.image_align.norm1.weight.numel()
         self.first = nn.Conv2d(channels, width, 3, padding=1)
@@ -37,7 +39,7 @@ class TokenDecoder(nn.Module):
         network = self._encoder[0]
         with torch.no_grad():
             tokens = network.encode_image(images)[:, 1:]
-            tokens = F.layer_norm(tokens, tokens.shape[-1:])  # encoders differ in the scale of what they give
+            tokens = F.layer_norm(tokens, tokens.shape[-1:])  # encoders differ in the scale of their tokens
         x = tokens.transpose(1, 2).unflatten(2, network.grid)
         half = [max(-(-side // 2), own) for side, own in zip(self.size, network.grid, strict=True)]
         x = F.interpolate(F.relu(self.first(x)), half, mode="bilinear", align_corners=False)
@@ -61,13 +63,13 @@ def train_decoder(
     Args:
         network: a pair in eval mode.
         images: normalised images in consecutive parts.
-        labels: int64 ``[n, H, W]`` of all of them; negative ones are unknown.
+        labels: int64 ``[n, H, W]`` of all images; negative labels are unknown.
         classes: C.
         epochs: passes over the images.
         seed: draws the initial weights and the order.
 
     Returns:
-        It in eval mode.
+        The decoder in eval mode.
     """
     decoder = TokenDecoder(network, classes, labels.shape[1:])
     initialise(decoder, torch.Generator().manual_seed(int(stream(seed, "decoder").integers(2**63))))
@@ -87,7 +89,7 @@ def train_decoder(
 
 
 class Pixelwise:
-    """Images and the class of every pixel, as `fedkern.methods.common.segmentation_figures` takes a test set."""
+    """Images and the class of every pixel as a test set for `fedkern.methods.common.segmentation_figures`."""
 
     def __init__(self, images: Sequence[Tensor], labels: Tensor, cases: Tensor | None = None) -> None:
         self._images, self._labels, self.cases = images, labels, cases

@@ -1,4 +1,4 @@
-"""A finished image-text run: its networks, and the data that they are tried on."""
+"""Finished image-text run: its networks, and the data of a downstream task."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Finished:
     Attributes:
         out: the run folder.
         config: the run's settings.
-        networks: the global pair of encoders, or every client's own where there is no global one; in eval mode.
+        networks: the global pair of encoders, or every client's own pair where there is no global one; in eval mode.
         data: the run's federated data, or another data set.
         device: where the networks run.
     """
@@ -63,17 +63,18 @@ class Finished:
         data_options: Mapping[str, object] | None = None,
         trusted: Collection[str] = (),
     ) -> Self:
-        """Reads a run folder, and the run's own data or others.
+        """Reads a run folder, and the run's own data or another data set.
 
         Args:
             out: the run folder.
-            data: another data set for the downstream task, all of whose training samples are then one pool.
-            data_root: where the files of the data are (for the run's own: now).
-            data_options: options of that other data set; of the run's own, ``labels``, which changes no sample's place.
+            data: another data set for the downstream task; all of its training samples form one pool.
+            data_root: folder of the data's files; for the run's own data the folder where they are now.
+            data_options: options of the other data set.  For the run's own data only ``labels``, which moves no sample
+                to another client or split.
             trusted: what may be imported, see :func:`fedkern.engine.run`.
 
         Raises:
-            UserError: no finished run of a pair of encoders, or anything wrong with the data.
+            UserError: the folder has no finished run of a pair of encoders, or the data cannot be used.
         """
         module, about = read_model(out, trusted)
         config = RunConfig.load(out, device="cpu")
@@ -93,11 +94,11 @@ class Finished:
 
     @property
     def sets(self) -> dict[str, Split]:
-        """The test sets by name; the one of the training clients' distribution is ``"seen"``."""
+        """The test sets by name; the test set of the training clients' distribution is ``"seen"``."""
         return {name or SEEN: split for name, split in self.data.tests.items()}
 
     def train(self) -> Split:
-        """All clients' training samples as a network sees them, for what is fitted on top of the frozen encoders."""
+        """All clients' training samples at the networks' image size, for probes and decoders on the frozen encoders."""
         return central(joined(self.data.clients), self.data.image_shape[1:])
 
     def images(self, split: Split) -> Iterator[Tensor]:
@@ -123,10 +124,11 @@ class Finished:
 
     @torch.no_grad()
     def features(self, network: PairNetwork, split: Split, kind: str) -> Tensor:
-        """What a probe sees of every image, fp32 ``[n, d]``.
+        """Features of every image for a probe, fp32 ``[n, d]``.
 
-        ``"token"``: the first token behind the alignment layer; ``"mean"``: the mean of the encoder's patch tokens;
-        ``"embedding"``: the unit vector of the shared space.
+        Args:
+            kind: ``"token"``: the first token after the alignment layer.  ``"mean"``: the mean of the encoder's patch
+                tokens.  ``"embedding"``: the unit vector of the shared space.
         """
 
         def of(images: Tensor) -> Tensor:
@@ -139,7 +141,7 @@ class Finished:
 
 
 def _way_out(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
-    """How images of a data set become ``expected``: by the options that it has, or not at all."""
+    """Advice for images that are not ``expected``: the data set's options that match them, or another data set."""
     options = DATASETS[name].options if name in DATASETS else {}
     wanted = {}
     if shape[1:] != expected[1:]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedkern.streams import stream
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
-"""Among which the validation set chooses; few-shot probes have no validation set and take `FEW_SHOT`."""
+"""Penalties from which the validation set chooses; few-shot probes have no validation set and take `FEW_SHOT`."""
 FEW_SHOT = 1e-2
 
 
@@ -57,7 +57,7 @@ class LinearProbe:
 
 
 def few_shot_rows(labels: Tensor, shots: int, seed: int, draw: int) -> Tensor:
-    """``shots`` random rows of every class (all where there are fewer), sorted, int64."""
+    """``shots`` random rows of every class (all rows of a class with fewer), sorted, int64."""
     rng = stream(seed, f"few-shot/{shots}", round=draw)
     known = labels.cpu().numpy()
     rows = [rng.permutation(np.flatnonzero(known == label))[:shots] for label in np.unique(known)]
@@ -100,6 +100,6 @@ def _mean_ranks(values: Tensor) -> Tensor:
 
 
 def averaged(many: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The means of figures, of those that all have."""
+    """The mean of every figure that all of ``many`` have."""
     shared = [name for name in many[0] if all(name in one for one in many)]
     return {name: sum(one[name] for one in many) / len(many) for name in shared}

@@ -1,4 +1,4 @@
-"""The downstream tasks of a finished run; each returns rows of figures by test set, averaged over its networks."""
+"""Downstream tasks of a finished run; each returns rows of figures by test set, averaged over the run's networks."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ Row = dict[str, Any]
 
 
 def retrieve(run: Finished, ks: Sequence[int] = (1, 5, 10)) -> list[Row]:
-    """Image-to-text and text-to-image recall at k on every test set, and on the clients' own where they have some.
+    """Image-to-text and text-to-image recall at k on every test set, and on the clients' own test sets, if any.
 
-    Rows ``{"set", "i2t_r1", ..., "t2i_r1", ..., "gallery"}``; of the clients' own sets the mean and the worst.
+    Rows ``{"set", "i2t_r1", ..., "t2i_r1", ..., "gallery"}``; for the clients' own sets one row with the mean and one
+    with the worst.
 
     Raises:
         UserError: the data have no texts.
@@ -85,10 +86,10 @@ def probe(
 
     Args:
         run: the run; its data have labels.
-        shots: images of every class; 0 for all (a linear probe, whose penalty the validation set chooses).
-        features: what the probe sees, one of `FEATURES` (see :meth:`Finished.features`).
-        draws: random choices of the shots, whose figures are averaged.
-        seed: of these.
+        shots: numbers of images of every class; 0 for all (a linear probe, whose penalty the validation set chooses).
+        features: the probe's input, one of `FEATURES` (see :meth:`Finished.features`).
+        draws: number of random choices of the shots, whose figures are averaged.
+        seed: draws these choices.
 
     Raises:
         UserError: fewer than two classes.
@@ -118,7 +119,7 @@ def decode(run: Finished, *, epochs: int = 10, samples: int = 0, seed: int = 0) 
         run: the run; its data have object masks, or a class for every pixel.
         epochs: passes over the training images.
         samples: training images used (a random choice), 0 for all.
-        seed: of the choice, the initial weights and the order.
+        seed: draws the training images used, the initial weights and the order.
 
     Raises:
         UserError: the data have no masks.
@@ -149,7 +150,7 @@ def _classes(run: Finished) -> tuple[str, ...]:
 
 
 def _classified(run: Finished, classifiers: Sequence[Callable[[Split], Tensor]]) -> list[Row]:
-    """The figures of functions from images to logits, averaged, on every test set."""
+    """Figures on every test set of classifiers (functions from a split to logits), averaged over the classifiers."""
     rows = []
     for name, split in run.sets.items():
         found = [probes.figures(logits(split).cpu(), split.labels) for logits in classifiers]
@@ -172,7 +173,7 @@ def _chosen(
     classes: int,
     features: str,
 ) -> probes.LinearProbe:
-    """The probe on all training images with the penalty that the validation set prefers."""
+    """The probe on all training images, with the penalty of the lowest cross-entropy on the validation set."""
     held = run.features(network, validation, features)
     truth = validation.labels.to(run.device)
     fitted = [probes.LinearProbe(seen, labels, classes, penalty) for penalty in probes.PENALTIES]

@@ -1,4 +1,4 @@
-"""Where a method runs: the round loop, local training, checkpoints, records."""
+"""Engine that runs a method: round loop, local training, checkpoints, records."""
 
 from fedkern.engine.config import RunConfig
 from fedkern.engine.events import Listener, RunInfo

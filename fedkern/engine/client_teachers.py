@@ -1,4 +1,4 @@
-"""Networks that the clients bring (``--teachers``): those of an earlier run, or files of one's own."""
+"""Networks that the clients bring (``--teachers``), from an earlier run or from the user's own files."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ OF_DATA = (
 
 
 class Teachers:
-    """The folder of ``--teachers``, read network by network; nothing of it is looked at before it is asked for.
+    """The folder of ``--teachers``, read network by network; nothing in it is read before a network is asked for.
 
-    It has ``client-K.safetensors``, ``client-K.pt`` or ``client-K.pth`` with a state dict for every client K (from 0),
-    or it is a run folder: the teachers of FedIOD, or the members of ``ensemble``.
+    The folder has ``client-K.safetensors``, ``client-K.pt`` or ``client-K.pth`` with a state dict for every client K
+    (from 0); or it is the folder of a run of FedIOD, which has teachers, or of ``ensemble``, which has members.
     """
 
     def __init__(self, folder: str) -> None:
         self.root = expand(folder)
-        self._sound: set[str] = set()  # files of the run whose checksums are right
-        self._asked_run = False  # whether a network came from a run and not from a file of its own
+        self._sound: set[str] = set()  # checkpoint files whose checksums are right
+        self._asked_run = False  # whether a network was looked for in a run, not in a file of its own
 
     def load(self, client: int, module: nn.Module) -> None:
         """Loads a client's trained weights into ``module``, in place.
 
         Raises:
-            UserError: there are none, or they are damaged, of another architecture or not finite.
+            UserError: the weights are missing, damaged, of another architecture or not finite.
         """
         for suffix in SUFFIXES:
             path = self.root / f"client-{client}{suffix}"
@@ -66,11 +66,11 @@ class Teachers:
                 )
 
     def other_data(self, config: Mapping[str, Any], fingerprint: int) -> str | None:
-        """A sentence where they are of a run on other data than this one's; None where they are not, or nobody knows.
+        """A warning where the networks are of a run on other data than this run's; None where not, or not known.
 
         Args:
             config: this run's settings, as the manifest of a checkpoint has them.
-            fingerprint: of its data, see :func:`fedkern.engine.clients.data_fingerprint`.
+            fingerprint: of this run's data (see :func:`fedkern.engine.clients.data_fingerprint`).
         """
         info = self._entry["info"] if self._asked_run and self._entry is not None else {}
         if info.get("data", fingerprint) == fingerprint:
@@ -92,7 +92,7 @@ class Teachers:
 
     @cached_property
     def _entry(self) -> dict[str, Any] | None:
-        """The newest checkpoint of the run folder; None where it is none, or nothing was committed."""
+        """The newest checkpoint of the folder; None where it is no run folder, or has no checkpoint."""
         try:
             return Checkpoints(self.root).peek()
         except UserError as error:
@@ -108,7 +108,7 @@ class Teachers:
                 if self.root.is_dir()
                 else f"--teachers: there is no folder {self.root}."
             )
-        # A copy is flattened: the module itself may be part of something that is flat already.
+        # A copy is flattened: the module itself may be part of a network that is flat already.
         flat = FlatParameters(place(copy.deepcopy(module).cpu(), torch.device("cpu")))
         found = {name: vectors[name].numel() if name in vectors else 0 for name in VECTORS}
         wanted = {name: getattr(flat, name).numel() for name in VECTORS}
@@ -127,7 +127,7 @@ class Teachers:
         module.load_state_dict(flat.module.state_dict())
 
     def _of_run(self, client: int) -> Mapping[str, Tensor] | None:
-        """The vectors of a client's network in a run folder."""
+        """The vectors of a client's network in a run folder; None where the folder has no such network."""
         entry = self._entry
         if entry is None:
             return None
@@ -137,7 +137,7 @@ class Teachers:
 
     def _part(self, entry: Mapping[str, Any], name: str, *keys: str | int) -> Any:
         path = self.root / FOLDER / name
-        # The members of an ensemble are in one file, which is read through once and not again for each of them.
+        # All members of an ensemble are in one file, whose checksum is computed only once.
         if name not in self._sound and checksum(path) != entry["files"].get(name):
             raise UserError(f"--teachers: {path} is missing or damaged: bring the networks of another run.")
         self._sound.add(name)
@@ -147,7 +147,7 @@ class Teachers:
             raise UserError(f"--teachers: {error}.") from None
 
 
-# -- files of one's own ------------------------------------------------------------------------------------------------
+# -- the user's own files ----------------------------------------------------------------------------------------------
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -162,8 +162,8 @@ def _read(path: Path) -> Mapping[str, Any]:
     except (SafetensorError, RuntimeError, ValueError, EOFError) as error:
         raise UserError(f"--teachers: {path} is damaged: {_first_sentence(error)}.") from None
     except Exception:
-        # Whatever pickle makes of a file that is none of its own, a KeyError for one.  What torch says of it is long
-        # and recommends to execute whatever the file holds.
+        # pickle raises anything for a file that it has not written, a KeyError for example.  torch's message is not
+        # shown: it is long and recommends to execute whatever the file holds.
         loaded = None
     if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise UserError(

@@ -1,4 +1,4 @@
-"""All clients of a run at once: as the experimenter looks at them, and whether their data are still the same."""
+"""Views of all clients at once, which only a simulation has: states, teachers, a fingerprint of the data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedkern.methods.base import Method
 
 
 class Everybody(Mapping[int, Client]):
-    """All clients as their states are on disk; each is read when it is first asked for."""
+    """All clients of a run, with their states from disk; a state is read on first access."""
 
     def __init__(self, context: RunContext, checkpoints: Checkpoints) -> None:
         self._context, self._checkpoints = context, checkpoints
@@ -34,32 +34,32 @@ class Everybody(Mapping[int, Client]):
 
 
 def check_teachers(method: Method, context: RunContext) -> None:
-    """Loads every client's ``--teachers`` once, one after another, and keeps none of them.
+    """Loads every client's network of ``--teachers`` once, one after another, and keeps none of them.
 
-    Asked before anything is written: found in the middle of a run, a wrong folder would leave a run folder that only
-    goes on with the wrong folder.
+    Called before anything is written.  A mistake in ``--teachers`` found in the middle of a run would leave a run
+    folder that can be resumed only with the same mistake.
 
     Raises:
-        UserError: one is missing, damaged, not finite or of another architecture.
+        UserError: a network is missing, damaged, not finite or of another architecture.
     """
     networks: dict[tuple[Any, ...], Any] = {}
     for k in range(context.federation.clients if context.teachers is not None else 0):
         client, own = Client(context, k, {}), method.architecture(k)
         key = tuple(sorted(own.items()))
-        if key not in networks:  # loading overwrites everything, so one of a kind does for all
+        if key not in networks:  # loading overwrites every tensor, so clients of one architecture share a network
             networks[key] = client.network(**own)
         client.load_pretrained(networks[key])
 
 
 def compare_teachers(context: RunContext, fingerprint: int) -> None:
-    """Warns where ``--teachers`` is a run on other data than those of this ``fingerprint``."""
+    """Warns where ``--teachers`` is a run on data with another ``fingerprint`` than this run's."""
     other = None if context.teachers is None else context.teachers.other_data(context.config.to_dict(), fingerprint)
     if other is not None:
         context.warn("teachers-of-other-data", other)
 
 
 def data_fingerprint(data: Any) -> int:
-    """CRC-32 over all images, labels and texts of a federation: a resumed run must see the same ones."""
+    """CRC-32 over all images, labels, masks and texts of a federation: a resumed run must have the same data."""
     value = 0
     public = () if data.public is None else (data.public,)
     for split in (*data.clients, data.validation, *data.tests.values(), *public, *data.client_tests):

@@ -30,10 +30,10 @@ from fedkern.privacy import IMAGE, UNITS, Unit
 
 NAME = "config.toml"
 PATIENT_IMAGES = 4
-"""Images of a patient that are used at most where patients are the unit of privacy and nothing else is said."""
+"""Default of ``--patient-images``: the most images of a patient that ``--privacy-unit patient`` uses."""
 MOST_WORKERS = 1024
 ANYHOW = ("data_root", "workers")
-"""Settings that change no bit of a run: a resumed run may have others."""
+"""Settings that change no bit of a run; they may differ when the run is resumed."""
 
 
 def _encoder(name: str) -> str:
@@ -207,6 +207,11 @@ class RunConfig:
                 f"--{bounds[0].replace('_', '-')} is for methods that average the clients' parameters, which "
                 f"{self.method} with these options does not do: leave it out."
             )
+        if self.clip_update_norm and kind.follows_own_update:
+            raise UserError(
+                f"--clip-update-norm is not for {self.method}, whose clients keep a gradient of their whole update: "
+                "take --max-update-norm, which refuses an update that is too large."
+            )
         if self.patient_images is not None and self.privacy_unit != "patient":
             raise UserError("--patient-images is for --privacy-unit patient: give that too, or leave it out.")
         if self.momentum >= 1:
@@ -222,7 +227,7 @@ class RunConfig:
 
     @property
     def sampled_clients(self) -> int:
-        """How many of them a round draws."""
+        """How many of the trained clients a round draws."""
         return max(1, math.floor(self.sample_fraction * self.trained_clients + 0.5))
 
     @property
@@ -248,7 +253,7 @@ class RunConfig:
 
     @classmethod
     def knobs(cls) -> tuple[Knob, ...]:
-        """The settings but for ``options`` and ``data_options``: type, default, range and one line of help each."""
+        """All settings except ``options`` and ``data_options``, each with type, default, range and a line of help."""
         return knobs(cls, "--{}")
 
     @classmethod
@@ -260,7 +265,7 @@ class RunConfig:
         data_options: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> Self:
-        """Makes the settings of a run: what is given, and the defaults of the method on the data set for the rest.
+        """Makes the settings of a run: the given ones, and for the rest the method's defaults on the data set.
 
         Args:
             method: a registered method.
@@ -295,7 +300,7 @@ class RunConfig:
         base = {**usual, **given}
         check_networks({name: value for name, value in base.items() if value != usual.get(name)}, str(base["data"]))
         if "width" not in given and base["model"] != usual["model"]:
-            base.pop("width", None)  # the usual one is that of the usual network
+            base.pop("width", None)  # the default width belongs to the default network
         if kind.one_shot:
             base["rounds"] = 1
         default_options = kind.Options.parse(base.pop("options", {}), method=method).to_dict()
@@ -344,7 +349,7 @@ class RunConfig:
         """
         try:
             table = tomllib.loads(text)
-        except (ValueError, RecursionError) as error:  # also of a number of thousands of digits
+        except (ValueError, RecursionError) as error:  # ValueError also for an integer of thousands of digits
             raise UserError(f"{source} is not a valid TOML file: {error}.") from None
         known = {f.name for f in dataclasses.fields(cls)}
         plain: dict[str, Any] = {}
@@ -376,15 +381,15 @@ class RunConfig:
         return cls(**with_threads({**cls.table(text, source=str(path)), **replaced}))
 
     def settled(self) -> Self:
-        """The same with everything filled in that depends on how many clients the data have."""
+        """The settings with ``client_threads`` filled in, which depends on how many clients the data have."""
         if self.client_threads:
             return self
         return self.replace(client_threads=max(1, self.threads // clients_of_a_round(self)))
 
     def check_code(self, folder: str | os.PathLike[str], trusted: Collection[str]) -> None:
-        """Raises UserError where the settings of a run folder name code to run that is not ``trusted``.
+        """Raises UserError where the settings of a run folder name code that is not ``trusted``.
 
-        A run folder is data, which may come from anyone.
+        A run folder is data and may come from anyone.
         """
         for name, part in registry.get(self.method).Options.code(self.options):
             if part not in trusted:
@@ -395,10 +400,13 @@ class RunConfig:
                 )
 
     def differences(self, stored: RunConfig) -> list[str]:
-        """What differs from a stored run, as ``name: stored -> now``; empty when nothing does.
+        """Differences from a stored run, as ``name: stored -> now``; empty where there are none.
 
-        The options of two methods are not compared.  Nor is the folder of the data, which may have moved: a resumed
-        run looks at the data themselves.  Nor is the number of workers, which changes nothing.
+        Not compared are:
+
+        * the method options of two different methods;
+        * the data folder, which may have moved: a resumed run compares the data themselves;
+        * the number of workers, which changes no bit.
         """
         mine, theirs = _flat(self.to_dict()), _flat(stored.to_dict())
         if self.method != stored.method:
@@ -415,24 +423,24 @@ class RunConfig:
 
 
 def with_threads(table: Mapping[str, Any]) -> dict[str, Any]:
-    """The stored settings of a run; a client of the first versions had the threads of the server."""
+    """The stored settings with ``client_threads``: in the first versions a client used the server's ``threads``."""
     return {"client_threads": table.get("threads", 0), **table}
 
 
 def clients_of_a_round(config: RunConfig) -> int:
-    """How many clients take part in a round; the one that has all data where they are put together."""
+    """Number of clients in a round; 1 for a pooled method, whose single client has all data."""
     return 1 if registry.get(config.method).pooled else config.sampled_clients
 
 
 def check_regular(folder: str | os.PathLike[str]) -> None:
-    """Raises UserError where a run folder has a named pipe, a socket or a device: to read one may take for ever."""
+    """Raises UserError where a run folder has a named pipe, a socket or a device: reading it might block for ever."""
     for path in (*Path(folder).glob("*"), *Path(folder).glob("checkpoints/*")):
         if what := special(path):
             raise UserError(f"{path} is {what}, not a regular file: remove it, or put back the run's own file.")
 
 
 def check_run_folder(folder: str | os.PathLike[str]) -> None:
-    """Raises UserError where there is no such folder, no run in it, or something else than files and folders."""
+    """Raises UserError where the folder is missing, holds no run, or holds anything but files and folders."""
     check_regular(folder)
     if not Path(folder).exists():
         raise UserError(f"The run folder {folder} does not exist: name one that a run was written to with --out.")
@@ -441,9 +449,9 @@ def check_run_folder(folder: str | os.PathLike[str]) -> None:
 
 
 def check_networks(given: Mapping[str, Any], data: str) -> None:
-    """Raises UserError where ``given`` settings choose a network that runs on the data set do not have.
+    """Raises UserError where ``given`` settings choose a kind of network that the data set ``data`` does not use.
 
-    Such a setting would change nothing, and whoever gave it would take the result for that network's.
+    Such a setting would have no effect, and the user would take the result for that network's.
     """
     pairs = [name for name, info in DATASETS.items() if info.task == "retrieval"]
     if data in pairs and "model" in given:

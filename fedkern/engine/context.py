@@ -1,4 +1,4 @@
-"""What all clients and the server of a run share."""
+"""RunContext: what all clients and the server of a run share."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ from fedkern.models.vocabulary import split_words
 
 
 def check_task(model: str, task: str, data: str, where: str) -> None:
-    """Raises where a network of fedkern's gives classes to other things than the data do: images, or pixels.
+    """Checks that a network is for the task of the data: classes of images, or of pixels.
 
     Args:
-        model: its name; one that is none of ours passes.
-        task: what the data are for.
-        data: their name, and ``where`` another network is to be named: for the sentence.
+        model: the network's name; a name that is not in ``fedkern.models.MODELS`` passes.
+        task: the data's task.
+        data: the data set's name, for the error message.
+        where: how the user names another network, for the error message.
 
     Raises:
-        UserError: it does; the sentence lists those that fit.
+        UserError: the network is for another task; the message lists the networks that fit.
     """
     fitting = [name for name, entry in models.MODELS.items() if entry.task == task]
     if fitting and model in models.MODELS and model not in fitting:
@@ -62,7 +63,7 @@ class RunContext:
         images = [split.images for split in splits]
         self.cache = 4 * sum(image.numel() for image in images) <= CACHE_BYTES
         self.warnings: dict[str, str] = {}
-        # Before anything is received, what the server warns of follows from the settings.
+        # Server warnings are open at first: before anything is received they follow from the settings alone.
         self.disclosure = Disclosure(clients=config.records != "private")
         self._networks: dict[str, Network] = {}
         self._clients: dict[int, ClientData] = {}
@@ -73,13 +74,13 @@ class RunContext:
         self._tokeniser: Any = None
         self._pair = pair
         self.teachers = None if config.teachers is None else Teachers(config.teachers)
-        self.uploaded: list[Message] = []  # every client's raw data, where they are put together
+        self.uploaded: list[Message] = []  # every client's raw data, for a pooled method
 
     def _federation(self) -> Federation:
         splits = self.data.clients
         return Federation(
             rounds=self.config.rounds,
-            # The outline of a finished run has no splits, and sizes that were declared then.
+            # The Outline of a finished run has no splits, only the sizes that were declared during the run.
             samples=tuple(map(self.declared, splits)) if splits else self.data.client_sizes,
             classes=len(self.data.classes),
             local_epochs=self.config.local_epochs,
@@ -87,10 +88,10 @@ class RunContext:
         )
 
     def declared(self, split: Any) -> int:
-        """How many samples a client has, as everybody may know it.
+        """Number of samples of a client, as everybody may know it.
 
-        With patients as the unit of privacy how many images one has is as private as the images: only their largest
-        number is public.
+        With patients as the unit of privacy, the number of a patient's images is as private as the images.  Only the
+        number of patients and the largest number of images of a patient are public.
         """
         unit = self.config.unit
         return len(split) if unit.name == "image" else unit.images * len(np.unique(split.patients))
@@ -106,16 +107,16 @@ class RunContext:
     def build(
         self, *, model: str | None = None, width: int | None = None, classes: int | None = None, seed: int | None = None
     ) -> nn.Module:
-        """A freshly initialised network, from the run's own stream (always the same) or another seed; on the CPU.
+        """A freshly initialised network on the CPU, from the run's seed (always the same network) or another ``seed``.
 
         Raises:
-            UserError: there is no network ``model``, or it is for other data.
+            UserError: there is no network ``model``, or it is for another task.
         """
         seed = self.config.seed if seed is None else seed
         channels, *sides = self.data.image_shape
         if model is None and self.data.task == "retrieval":
             return models.build_pair(**self.pair, seed=seed)
-        if model is not None:  # the run's own has been looked at before
+        if model is not None:  # the run's own network was checked before
             check_task(model, self.data.task, self.config.data, "in the method option that names it")
         own = model is None or model == self.config.model
         return models.build(
@@ -129,14 +130,14 @@ class RunContext:
 
     @property
     def model_name(self) -> str:
-        """What the run trains: the network's name, or those of its two encoders."""
+        """Name of the network that the run trains, or of its two encoders."""
         config = self.config
         pair = self.data.task == "retrieval"
         return f"{config.image_encoder}+{config.text_encoder}" if pair else config.model
 
     @property
     def pair(self) -> dict[str, Any]:
-        """What ``build_pair`` makes the network of image-text data from; a vocabulary is learnt from clients' texts."""
+        """Arguments of ``build_pair`` for image-text data; a vocabulary is learnt from the clients' texts."""
         if self._pair is None:
             data, config = self.data, self.config
             channels, *size = data.image_shape
@@ -158,14 +159,17 @@ class RunContext:
         return models.learn_vocabulary(texts, kind).tokens
 
     def words(self) -> tuple[list[Message], Message] | None:
-        """What the shared vocabulary costs: every client's words and how often it has them, and the vocabulary."""
+        """Messages that make the shared vocabulary: every client's words with their counts, and the vocabulary.
+
+        None where the run has no vocabulary.
+        """
         if self.data.task != "retrieval" or self.pair["vocabulary"] is None:
             return None
         counts = [Counter(word for text in split.texts for word in split_words(text)) for split in self.data.clients]
         return [{"words": list(c), "counts": list(c.values())} for c in counts], {"words": self.pair["vocabulary"]}
 
     def tokens(self, split: Any) -> Any:
-        """The tokens of a split's texts, where there are texts; on the run's device."""
+        """The tokens of a split's texts, on the run's device; None where there are no texts."""
         if getattr(split, "texts", None) is None:
             return None
         if self._tokeniser is None:
@@ -209,7 +213,7 @@ class RunContext:
         return Network(self.build(), torch.device("cpu")).read()
 
     def initial_buffers(self) -> Message:
-        """Its ``buffers`` and ``integers``, for clients that start from them."""
+        """The ``buffers`` and ``integers`` of a fresh network, for clients that start from them."""
         if self._initial_buffers is None:
             self._initial_buffers = {name: value for name, value in self.initial().items() if name != "parameters"}
         return self._initial_buffers
@@ -233,9 +237,9 @@ class RunContext:
         return self._clients[client]
 
     def frozen(self, message: Message, buffers: Mapping[str, Tensor] | None) -> nn.Module:
-        """The frozen copy of a received network, in eval mode; written once for clients that got the same vectors."""
+        """The frozen copy of a received network, in eval mode; clients that received the same vectors share it."""
         network = self.network("frozen")
-        # The tensors themselves are kept in the key, so that no other tensor can come to have their identity.
+        # The key holds the tensors themselves, so that no new tensor can get the identity of a freed one.
         key = (message["parameters"], *(buffers or {}).values(), *message.values())
         if len(key) != len(self._frozen_key) or any(a is not b for a, b in zip(key, self._frozen_key, strict=True)):
             network.write({**message, **(buffers or {})})

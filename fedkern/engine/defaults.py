@@ -1,4 +1,4 @@
-"""The one place where default settings live: common ones, per data set, and per data set and method."""
+"""All default settings: common ones, those of a data set, of a method, and of a method on a data set."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ PAIRS: Mapping[str, Any] = {
     "width": WIDTH, "rounds": 15, "local_steps": 20, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05,
     "buffers": "pool",
 }  # fmt: skip
-"""Of image-text pairs: the published optimiser and weight decay, at a rate for encoders that begin from nothing.  The
-averages of the clients' batch norm statistics, as published, fit no client where clients differ: for all methods alike
-they are estimated anew."""
+"""Image-text pairs: the published optimiser and weight decay, with a learning rate for encoders trained from scratch.
+The published average of the clients' batch norm statistics fits no client where clients differ, so that all methods
+alike estimate the statistics anew (``pool``)."""
 
 DATA: Mapping[str, Mapping[str, Any]] = {
     "mnist": {"batch_size": 64},
@@ -53,30 +53,30 @@ DATA: Mapping[str, Mapping[str, Any]] = {
         "grad_cam": 100,
     },
 }  # fmt: skip
-"""What differs from the common settings on a data set; clients, partition and correlation not named here are the data
-set's own (``fedkern.data.DATASETS``)."""
+"""Settings of a data set that differ from the common ones.  Clients, partition and correlation that are not named here
+are the data set's own (``fedkern.data.DATASETS``)."""
 
 ONE_SHOT: Mapping[str, Any] = {"data": "digits", "model": "resnet8", "local_epochs": 20}
-"""What FuseFL and its baselines have in common: a client's whole budget is the same."""
+"""Settings that FuseFL and its baselines share, so that a client's whole budget is the same in all of them."""
 
 DATA_FREE: Mapping[str, Any] = {
     "ngf": 16, "distill_epochs": 15, "generator_steps": 10, "generator_lr": 0.01, "restart": False, "bn_weight": 1.0,
     "synthesis_batch": 64, "distill_batch": 32, "temperature": 4.0, "distill_lr": 0.01,
 }  # fmt: skip
-"""Method options of a generator for small grey images, in a minute or two.
+"""Options of the methods with a generator, for small grey images and runs of a minute or two.
 
-So few steps hardly move a generator that starts anew for every batch, and the published step size still less: it goes
-on from batch to batch, with a larger one.
+So few steps hardly train a generator that restarts for every batch, least of all at the published step size.  The
+generator therefore goes on from batch to batch, with a larger step size.
 """
 
 FEDIOD: Mapping[str, Any] = {
     **ONE_SHOT, "width": 8, "rounds": 40, "local_epochs": 10, "batch_size": 32, "lr": 0.1, "weight_decay": 3e-4,
 }  # fmt: skip
-"""The setting of FedIOD's study (docs/fediod.md) on data of one's own: 1,200 iterations with narrow networks.
+"""Settings of FedIOD's study (docs/fediod.md), for data of the user's own: 1,200 iterations with narrow networks.
 
-Discriminators of 10 x 10 pixels, as published, never see the shape of an object of 32 x 32: the defaults of the method
-options let them see all of it.  With so few iterations the images are of all classes only where realism and balance
-weigh more than the paper has it, and the student learns from the later ones alone.
+The published discriminators look at 10 x 10 pixels and never see the shape of an object of 32 x 32; the defaults of the
+method options let them see all of it.  With so few iterations the generated images are of all classes only if realism
+and balance weigh more than in the paper.  The student learns from the later images alone.
 """
 
 FEDIOD_SEGMENTS: Mapping[str, Any] = {
@@ -86,10 +86,11 @@ FEDIOD_SEGMENTS: Mapping[str, Any] = {
         "warmup": 0.25, "w_balance": 1.0, "disc_weight": True, "student_optimizer": "adamw", "student_lr": 3e-3,
     },
 }  # fmt: skip
-"""The same for segmentation; SGD hardly teaches a U-Net in so few steps, not even on real images."""
+"""FedIOD on segmentation data.  The student's optimiser is AdamW: in so few steps SGD hardly trains a U-Net, not even
+on real images."""
 
 METHOD: Mapping[str, Mapping[str, Any]] = {
-    # method: settings on every data set, its default data set included; "options" holds method options by published
+    # method: settings on every data set; "data" is its default data set, "options" are method options by published
     # name.
     "fedlpfm": {"data": "digits", "public_samples": 300},
     "fml": {"data": "digits"},
@@ -103,12 +104,12 @@ METHOD: Mapping[str, Mapping[str, Any]] = {
     "coboosting": ONE_SHOT,
     "fediod": FEDIOD,
 }
-"""What differs from the data set's settings for a method; FedAvg and FedProx use the data set's own, so comparisons
+"""Settings of a method that differ from the data set's.  FedAvg and FedProx use the data set's own, so that comparisons
 are fair."""
 
 METHOD_ON: Mapping[tuple[str, str], Mapping[str, Any]] = {
-    # (method, data set): settings, over those of METHOD.
-    # Short rounds without momentum: under a class split batch norm's statistics drift apart within a long one.
+    # (method, data set): settings, which replace those of METHOD.
+    # Short rounds without momentum: under a class split batch norm's statistics drift apart within a long round.
     ("fml", "digits"): {"partition": "classes:2", "rounds": 40, "local_epochs": 1, "momentum": 0.0},
     ("fedlpfm", "digits"): {
         "partition": "classes:2",
@@ -118,8 +119,8 @@ METHOD_ON: Mapping[tuple[str, str], Mapping[str, Any]] = {
         "momentum": 0.0,
         "options": {"lambda": 0.9, "temperature": 4.0},  # the best of a few by validation accuracy, 3 seeds
     },
-    # A twentieth of the samples at a weight of 0.77, which the published radius allows, would cost all others dearly.
-    # Stages that alternate cost loss here: 4.44 for the worst client against 3.45 over three seeds (docs/feddra.md).
+    # rho: the published radius allows a client with 5 % of the samples a weight of 0.77, which costs the others much.
+    # stage_schedule: in three seeds the worst client's loss was 4.44 with alternating stages and 3.45 with sequential.
     ("feddra", "captions"): {"options": {"rho": 0.1, "alignment_steps": 10, "stage_schedule": "sequential"}},
     ("feddf", "digits"): {"public_samples": 200},
     # A quarter of the study's iterations, for a run of under three minutes.
@@ -132,7 +133,7 @@ METHOD_ON: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("fediod", "segdigits"): {
         "partition": "dirichlet:0.3", "rounds": 20, "local_epochs": 20, "batch_size": 16, "lr": 0.003,
         "weight_decay": 0.0,
-        # Without the balance the generator stays with backgrounds, of which all teachers are sure.
+        # w_balance keeps its default: without balance the generator makes only backgrounds, of which teachers are sure.
         "options": {
             "batch": 16, "iterations": 20, "student_steps": 4, "generator_lr": 2e-3, "critic_lr": 1e-3, "warmup": 0.25,
             "student_optimizer": "adamw", "student_lr": 3e-3, "disc_weight": True, "holdout": 0.1,
@@ -141,7 +142,7 @@ METHOD_ON: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("dense", "digits"): {"options": DATA_FREE},
     ("coboosting", "digits"): {"options": DATA_FREE},
 }  # fmt: skip
-"""What differs from both for a method on one data set."""
+"""Settings of a method on one data set that differ from the method's and the data set's."""
 
 
 def default_data(method: str) -> str:
@@ -160,6 +161,6 @@ def defaults(method: str, data: str) -> dict[str, Any]:
     both = METHOD.get(method, {}), METHOD_ON.get((method, data), {})
     options = {name: value for table in both for name, value in table.get("options", {}).items()}
     result = {**COMMON, **own, **DATA.get(data, {}), **both[0], **both[1], "data": data}
-    if info.task == "segmentation":  # whatever network the method's other data sets have
+    if info.task == "segmentation":  # not the network that METHOD names for data sets of other tasks
         result["model"] = {**DATA.get(data, {}), **both[1]}.get("model", "unet")
     return {**result, "options": options} if options else result

@@ -17,12 +17,12 @@ DRIFT_FACTOR = 5.0
 FALL = 0.1
 NOTHING = 0.05
 CHANCE_FACTOR, CHANCE_MARGIN = 1.5, 0.05
-"""An accuracy is near chance where it is below so many times chance and less than so much above it: half as much again
-as chance says little of 10 classes, but may be good for two."""
+"""An accuracy is near chance if it is below CHANCE_FACTOR x chance and below chance + CHANCE_MARGIN.  The factor alone
+would not do: 1.5 x chance is poor with 10 classes, but may be good with two."""
 
 
 class Observations:
-    """Keeps count, mean and range of every scalar that clients report, over the whole run."""
+    """Count, mean and range of every scalar that clients report, over the whole run."""
 
     def __init__(self, stored: Mapping[str, Sequence[float]] | None = None) -> None:
         self._values: dict[str, list[float]] = {name: list(value) for name, value in (stored or {}).items()}
@@ -44,7 +44,7 @@ class Observations:
 
 
 def emulated(precision: str, device: str) -> dict[str, str]:
-    """A precision for which the processor has no instructions."""
+    """Warning about a precision for which the processor has no instructions."""
     if precision != "bf16":
         return {}
     if device == "cuda":
@@ -59,7 +59,7 @@ def emulated(precision: str, device: str) -> dict[str, str]:
 
 
 def collapsed_classes(sets: Mapping[str, TestSet], classes: Sequence[str]) -> dict[str, str]:
-    """Classes of a test set that were never predicted."""
+    """Warning about classes of a test set that were never predicted."""
     for prefix, data in sets.items():
         if data.predictions is None or prefix == "validation_":
             continue
@@ -76,7 +76,7 @@ def collapsed_classes(sets: Mapping[str, TestSet], classes: Sequence[str]) -> di
 
 
 def outlying_drift(clients: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """A client whose update is many times longer than the others'."""
+    """Warning about a client whose update is many times longer than the others'."""
     drifts = {name: entry["drift"] for name, entry in clients.items() if "drift" in entry}
     if len(drifts) < 3:
         return {}
@@ -92,7 +92,7 @@ def outlying_drift(clients: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 
 def poor_metrics(metrics: Mapping[str, float], best: Mapping[str, float], classes: int) -> dict[str, str]:
-    """Accuracy at chance or Dice near nothing, or far below its own best on the validation set."""
+    """Warnings about an accuracy near chance, a Dice near 0, or a validation figure far below its best in the run."""
     found: dict[str, str] = {}
     chance = 1 / classes
     near = min(CHANCE_FACTOR / classes, chance + CHANCE_MARGIN) if classes > 1 else 0.0  # one class is always right
@@ -118,7 +118,7 @@ def poor_metrics(metrics: Mapping[str, float], best: Mapping[str, float], classe
 
 
 def missing_statistics(config: RunConfig, missing: bool) -> dict[str, str]:
-    """A saved network without running statistics."""
+    """Warning about a saved network without running statistics."""
     if not missing:
         return {}
     return {

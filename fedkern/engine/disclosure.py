@@ -1,4 +1,4 @@
-"""What a run tells while it runs and in its folder, checkpoints/ apart (``--records``)."""
+"""Rules on what a run may tell (``--records``), on screen and in its folder except checkpoints/."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from fedkern.privacy import Guarantee
 class Disclosure:
     """What metrics.jsonl, summary.json, pictures and displays may tell.
 
-    Whatever is made of test sets and of the network that the run is for is always told: the network is released.
+    Figures of the run's network on test sets are always told: the network is released.
 
     Attributes:
-        clients: what is about a single client, or made of what single clients did not send.
-        server: what the server makes of the clients' messages: its figures, pictures and warnings.
-        appraised: the figures of ``Method.oracle_metrics`` by name; None: all.
+        clients: whether anything may be told about a single client, or computed from data that clients did not send.
+        server: whether what the server computes from the clients' messages may be told: figures, pictures, warnings.
+        appraised: names of the figures of ``Method.oracle_metrics`` that may be told; None: all.
     """
 
     clients: bool = True
@@ -27,19 +27,19 @@ class Disclosure:
 
     @classmethod
     def of(cls, records: str | None, said: Guarantee | None) -> Disclosure:
-        """What ``--records`` lets be told, where ``said`` is what the clients' releases are covered by."""
+        """The rules for a value of ``--records``, where ``said`` is the run's privacy guarantee."""
         if records != "private":
             return cls()
         covered = said is not None and said.complete
         return cls(clients=False, server=covered, appraised=said.appraised if said is not None and covered else ())
 
     def oracle_metrics(self, figures: Mapping[str, float], prefixes: Iterable[str]) -> dict[str, float]:
-        """Those of a method's appraisal that may be told, whichever test set they are of."""
+        """The figures of ``Method.oracle_metrics`` that may be told, on any test set."""
         if self.appraised is None:
             return dict(figures)
         told = {prefix + name for prefix in prefixes for name in self.appraised}
         return {name: value for name, value in figures.items() if name in told}
 
     def client(self, info: Mapping[str, Any]) -> dict[str, Any]:
-        """What a client has reported, or nothing."""
+        """A client's report; empty where nothing of it may be told."""
         return dict(info) if self.clients else {}

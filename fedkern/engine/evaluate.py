@@ -25,7 +25,7 @@ CLIENT_FIGURES = ("accuracy", "dice")
 RECALLS = ("i2t_r1", "i2t_r5", "t2i_r1", "t2i_r5")
 
 CPU_BATCH = 64
-"""Images that a processor evaluates a network on at once."""
+"""Images per evaluation batch on a CPU."""
 
 
 def test_sets(context: Any) -> dict[str, TestSet]:
@@ -38,9 +38,9 @@ def test_sets(context: Any) -> dict[str, TestSet]:
 
 
 def check_sets(data: Any) -> None:
-    """Raises UserError where no figure could be had of a set that a run is evaluated on.
+    """Raises UserError where a segmentation set that the run is evaluated on has no pixel whose class is known.
 
-    That is a segmentation set of which no pixel's class is known; asked before the training, which would be lost.
+    Called before the training, because such a set has no figures and the training would be lost.
     """
     if data.task != "segmentation":
         return
@@ -57,7 +57,10 @@ def check_sets(data: Any) -> None:
 
 
 def client_sets(context: Any) -> list[TestSet]:
-    """Every client's own test set, where clients have one; contrastive losses of all are of batches of one size."""
+    """Every client's own test set, where clients have one.
+
+    Contrastive losses of all sets are taken over batches of the same size, so that clients can be compared.
+    """
     sets = [_test_set(context, split) for split in context.data.client_tests]
     for data in sets:
         data.loss_batch = min(LOSS_BATCH, *(len(other) for other in sets))
@@ -66,8 +69,8 @@ def client_sets(context: Any) -> list[TestSet]:
 
 def _test_set(context: Any, split: Any) -> TestSet:
     tokens = context.tokens(split)
-    # What a network makes of a small batch stays in a processor's cache: with 500 images it takes up to a quarter
-    # longer, the first time half as long again.  Without running statistics the figures depend on the batches.
+    # Activations of a small batch stay in a CPU's cache: batches of 500 take up to a quarter longer, and half as long
+    # again the first time.  Without running statistics the figures depend on the batch size, which then stays.
     small = context.device.type == "cpu" and context.config.statistics
     batch = CPU_BATCH if small else BATCH
     return TestSet(split, context.data.mean, context.data.std, context.device, context.cache, batch, tokens=tokens)
@@ -76,10 +79,14 @@ def _test_set(context: Any, split: Any) -> TestSet:
 def evaluate_clients(method: Method, network: nn.Module, sets: list[TestSet], at_once: int = 1) -> dict[str, float]:
     """The method's figures on every client's own test set, as ``mean_client_...`` and ``worst_client_...``.
 
-    ``at_once`` sets are looked at side by side, in threads.
+    The figures are ``loss`` and the main figures; recall only where all clients have the same number of candidates.
+    ``worst_client_loss`` is the largest loss; ``worst_client_...`` of any other figure is the smallest value.
 
-    ``loss``, and the main figures; recall only where all clients have equally many candidates.  The worst client is the
-    one with the largest loss, or the smallest figure.
+    Args:
+        method: gives the figures.
+        network: in eval mode.
+        sets: every client's own test set.
+        at_once: number of sets that are evaluated side by side, in threads.
 
     Raises:
         UserError: a set is a single image, which the network cannot normalise.
@@ -105,8 +112,8 @@ def evaluate_clients(method: Method, network: nn.Module, sets: list[TestSet], at
 def evaluate(method: Method, network: nn.Module, sets: dict[str, TestSet], at_once: int = 1) -> dict[str, float]:
     """The method's figures on every set, names prefixed: ``id_accuracy``, ``ood_loss``, ``validation_accuracy`` ...
 
-    ``at_once`` batches are looked at side by side, in threads; or whole sets, where these have few batches, or the
-    figures are the method's own.
+    ``at_once`` batches are evaluated side by side, in threads.  Where sets have few batches, the task is not
+    classification, or the method has its own ``evaluate``, whole sets are evaluated side by side.
 
     Raises:
         UserError: a set is a single image, which the network cannot normalise.
@@ -129,33 +136,33 @@ def evaluate(method: Method, network: nn.Module, sets: dict[str, TestSet], at_on
                 for data in sets.values():
                     data.pool = None
     else:
-        # The largest first, so that no thread is left with it at the end.
+        # The largest set first, so that no thread is left with it at the end.
         order = sorted(sets, key=lambda prefix: -len(sets[prefix]))
         found = dict(zip(order, _side_by_side(figures, order, at_once), strict=True))
     return {prefix + name: float(value) for prefix in sets for name, value in found[prefix].items()}
 
 
 def _side_by_side(task: Callable[[Key], Value], keys: Sequence[Key], at_once: int) -> list[Value]:
-    """What ``task`` makes of every key, ``at_once`` of them in threads of their own.
+    """The results of ``task`` for all keys, in order; ``at_once`` keys run side by side, in threads.
 
-    Each such thread computes on as many threads as this one, so that the figures do not depend on ``at_once``.
+    Each thread computes on as many CPU threads as the caller, so that the figures do not depend on ``at_once``.
     """
     if min(at_once, len(keys)) < 2:
         return [task(key) for key in keys]
     with _threads(at_once) as pool:
-        # In this thread's context, which says what precision networks compute in.
+        # In a copy of this thread's context, which holds the precision that networks compute in.
         tasks = [pool.submit(copy_context().run, task, key) for key in keys]
         return [made.result() for made in tasks]
 
 
 def _threads(count: int) -> ThreadPoolExecutor:
-    """So many threads, each of which computes on as many as this one."""
+    """A pool of ``count`` threads, each of which computes on as many CPU threads as the caller."""
     return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
 
 
 @contextmanager
 def _explained(what: str, data: TestSet) -> Iterator[None]:
-    """Says in a sentence that the single image of a set cannot be normalised with statistics of its own."""
+    """Turns batch norm's error about a single image into a UserError that names the set."""
     try:
         yield
     except ValueError as error:

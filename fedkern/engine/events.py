@@ -1,4 +1,4 @@
-"""What happens during a run, told to whoever wants to see it."""
+"""Events of a run, and the listener that receives them."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What is known before the first round.
+    """Facts about a run that are known before its first round.
 
     Attributes:
         config: every effective setting.
         out: the run folder.
-        first_round: 0, or the round a resumed run continues with.
+        first_round: 0, or the round that a resumed run continues with.
         samples: training samples per client.
-        parameters: number of the parameters of one network of the run.
-        test_sets: their names ("" for a single one) and sizes.
+        parameters: number of parameters of one network of the run.
+        test_sets: sizes of the test sets by name ("" for a single one).
         data: the federated data, for pictures and tables of its partition.
         rounds: names of the communication rounds planned, in order.
         private: ``--records private``: nothing of a single client's data may be shown.
-        guarantee: what the run's epsilon covers and what not; None where it has none.
-        model: the network's name, or those of its two encoders; empty for that of the settings.
+        guarantee: what the run's epsilon covers and what not; None where the run has no epsilon.
+        model: name of the network, or of its two encoders; empty: the name in ``config``.
         workers: processes in which clients may work side by side; 1 where they work one after another.
-        worker_bytes: the memory of a worker, beside the data that all of them map: an estimate.
+        worker_bytes: estimated memory of a worker, without the data, which all workers map.
     """
 
     config: RunConfig
@@ -48,13 +48,13 @@ class RunInfo:
 
 
 class Listener:
-    """Base of displays and tests; every method does nothing until overridden."""
+    """Base class of listeners (displays, tests); every method does nothing until overridden."""
 
     def on_start(self, run: RunInfo) -> None:
         """Data and model are ready."""
 
     def on_notice(self, text: str) -> None:
-        """How far something long has come (a detector looking for objects, a teacher that is trained or asked)."""
+        """Progress of something long (a detector looking for objects, a teacher that is trained or asked)."""
 
     def on_round_start(self, round: int, name: str, participants: Sequence[int]) -> None:
         """A round begins; ``round`` is negative for one-off set-up rounds."""
@@ -68,16 +68,20 @@ class Listener:
     def on_round(self, record: Mapping[str, Any]) -> None:
         """A communication round is done.
 
-        ``record`` has ``round`` (from 1: how many are done), ``rounds``, ``seconds`` (since the start of the run, over
-        all its resumptions), ``name`` (the round's in the plan), ``bytes_up``, ``bytes_down`` (so far),
-        ``round_bytes_up``, ``round_bytes_down`` (of this round), ``loss`` (mean training loss of the round), ``phases``
-        (seconds of this round by phase), what the server reported and, where the round was evaluated, the metrics by
-        name; with ``evaluated`` telling whether it was.  With ``--records private`` neither ``loss`` nor anything else
-        that no epsilon covers is in it.
+        Keys of ``record``:
+
+        * ``round``: rounds done, from 1; ``rounds``: rounds planned; ``name``: the round's name in the plan.
+        * ``seconds``: since the start of the run, over all its resumptions; ``phases``: of this round, by phase.
+        * ``bytes_up``, ``bytes_down``: so far; ``round_bytes_up``, ``round_bytes_down``: of this round.
+        * ``loss``: mean training loss of the round.
+        * The figures that the server reported, by name.
+        * ``evaluated``: whether the round was evaluated; if so, the metrics by name.
+
+        With ``--records private``, ``loss`` and everything else that no epsilon covers is left out.
         """
 
     def on_warning(self, name: str, text: str) -> None:
-        """A named diagnostic, said once."""
+        """A named diagnostic; every name comes once."""
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
         """The run is finished and everything is on disk."""

@@ -1,4 +1,4 @@
-"""One exchange of a round: what is sent, what comes back, and whether the server may see it."""
+"""One exchange of a round: sends messages, collects the clients' uploads and checks them for the server."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class Exchange:
         self._left_out = 0
 
     def uploads(self, outgoing: Any) -> Iterator[Upload]:
-        """Has the clients work lazily: the server is done with an upload before it gets the next.
+        """Yields the uploads in client order, lazily: the server is done with an upload before it gets the next one.
 
-        An upload that is not as the method declares is refused here, so that no server sees it; an empty one that the
-        method allows is nobody's.
+        An upload that is not as the method declares is refused here, so that the server never sees it.  An empty upload
+        that the method allows is not yielded.
 
         Raises:
-            UserError: an upload is refused, or a client diverged or failed, and the run is to stop; or no client is
+            UserError: the run is to stop because an upload is refused or a client diverged or failed; or no client is
                 left.
         """
         engine, step = self.engine, self.step
@@ -80,7 +80,7 @@ class Exchange:
                 continue
             engine.client_done(k, info, answer.seconds)
             self.seconds += time.perf_counter() - start
-            # Handed over for good: while the next client trains, only the server may still hold this upload.
+            # No reference stays here: while the next client trains, only the server may still hold this upload.
             handover = [Upload(k, declared, own)] if own is not None else []
             del answer, own
             if handover:
@@ -89,7 +89,7 @@ class Exchange:
             engine.none_left()
 
     def _answers(self, sent: dict[int, Message]) -> Iterator[Answer]:
-        """What the clients answer, those of a cohort at once."""
+        """The clients' answers; the clients of a cohort are asked at once."""
         if self.entry.cohort and sent and isinstance(self.method, Method):
             start = time.perf_counter()
             executor = self.engine.executor.here
@@ -107,20 +107,24 @@ class Exchange:
         return executor.answers(self.asker, self.step, sent)
 
     def _checked(self, client: int, message: Message, answer: Any, info: dict[str, Any]) -> tuple[Message | None, str]:
-        """A client's upload as the server may see it, None where it is empty and may be; and why it is refused.
+        """Checks a client's upload against the method's declaration and the bounds on updates.
 
         Args:
-            client: whose.
-            message: what the client was sent.
-            answer: what came back.
-            info: the client's entry in the round's record, in which ``drift`` and ``clipped`` are noted.
+            client: the client's id.
+            message: the message that the client was sent.
+            answer: the upload.
+            info: the client's entry in the round's record; ``drift`` and ``clipped`` are added to it.
+
+        Returns:
+            The upload as the server may see it, or None where it is refused, or empty as the method allows; and why it
+            is refused, else ``""``.
         """
         declared = self.method.expects(self.engine.server, self.step, client, message)
         given, got = message.get("parameters"), answer.get("parameters") if isinstance(answer, Mapping) else None
         seen: Tensor | None = None
         if isinstance(given, Tensor) and isinstance(got, Tensor) and is_alike(got, given):
             info["drift"] = drift = float(torch.linalg.vector_norm(got - given))
-            seen = got if math.isfinite(drift) else None  # a finite norm has no other elements
+            seen = got if math.isfinite(drift) else None  # a finite norm has only finite elements
         why = why_refused(answer, declared, seen)
         if why or (declared and not answer):
             return None, why
@@ -136,19 +140,22 @@ class Exchange:
 
 
 def is_alike(value: Tensor, tensor: Tensor) -> bool:
-    """Whether two tensors of one place have the same shape, dtype and layout."""
+    """Whether two tensors have the same shape, dtype, device and layout."""
     alike = value.shape == tensor.shape and value.dtype == tensor.dtype
     return alike and value.device == tensor.device and value.layout is tensor.layout
 
 
 def bounded(answer: Message, start: Tensor, config: RunConfig, info: dict[str, Any]) -> tuple[Message, str]:
-    """An upload whose update has at most the norm that the settings allow, or why it is refused.
+    """Refuses or clips an upload whose update has a larger norm than the settings allow.
 
     Args:
         answer: the upload, as declared.
         start: fp32 [P], the parameters that were sent.
-        config: its ``max_update_norm`` and ``clip_update_norm``.
-        info: gets ``clipped``, the factor on the update, where it is clipped.
+        config: gives ``max_update_norm`` and ``clip_update_norm``.
+        info: gets ``clipped``, the factor on the update, where the update is clipped.
+
+    Returns:
+        The upload, clipped where needed; and why it is refused, else ``""``.
     """
     update = answer["parameters"].to(start.device).double() - start.double()
     norm = float(torch.linalg.vector_norm(update))
@@ -162,10 +169,15 @@ def bounded(answer: Message, start: Tensor, config: RunConfig, info: dict[str, A
 
 
 def message_for(outgoing: Any, client: int, selective: bool = False) -> Message | None:
-    """The client's message out of what ``send`` returned: one for all, or a dict by client id.
+    """The client's message out of what ``send`` returned: one message for all clients, or a dict by client id.
 
     Args:
-        selective: whether ``send`` may leave the client out, or return None for everybody; then None comes back.
+        outgoing: what ``send`` returned.
+        client: the client's id.
+        selective: whether ``send`` may leave the client out, or return None for all clients.  The result is then None.
+
+    Raises:
+        ValueError: a client has no message, and the method is not ``selective``.
     """
     if outgoing is None and selective:
         return None

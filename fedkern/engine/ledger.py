@@ -1,4 +1,4 @@
-"""The byte ledger: what travelled, up and down, per client."""
+"""Byte ledger: bytes sent up and down, per client."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def message_bytes(message: Any) -> int:
 class Ledger:
     """Bytes per client: ``up`` (client to server) and ``down`` in rounds, and both in one-off exchanges.
 
-    ``exchanges`` holds those of the rounds by the name of their exchange, all clients together.
+    ``exchanges`` holds the bytes of the rounds by name of the exchange, summed over clients.
     """
 
     clients: int
@@ -60,9 +60,10 @@ class Ledger:
         return sum(self.down)
 
     def summary(self) -> dict[str, Any]:
-        """``up`` and ``down`` of the rounds, ``one_off_up`` and ``one_off_down``, ``total`` of all, and ``clients``.
+        """Totals: ``up`` and ``down`` of the rounds, ``one_off_up``, ``one_off_down``, and the ``total`` of these four.
 
-        With ``exchanges`` of several names, also ``up`` and ``down`` of each.
+        ``clients`` holds the same four per client.  ``exchanges``, where there are several names of exchanges, holds
+        ``up`` and ``down`` of each.
         """
         one_off_up, one_off_down = sum(self.one_off_up), sum(self.one_off_down)
         return {

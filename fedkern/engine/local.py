@@ -1,4 +1,4 @@
-"""The local training loop: epochs of SGD on a method's loss, written once for every method."""
+"""Local training loop of every method: epochs of SGD or AdamW on the method's loss."""
 
 from __future__ import annotations
 
@@ -40,11 +40,12 @@ class Schedule:
 
     Attributes:
         lr: learning rate, before any of the steps.
-        steps: epochs of the whole run, counted from 0, from which on the rate is ``factor`` times what it was.
+        steps: epochs of the whole run, counted from 0; from each of them on the rate is multiplied by ``factor``.
         first: the run's epoch that this exchange begins with.
-        limit: optimiser steps of the exchange, whatever the epochs they take; None is all of ``epochs``.
-        optimizer: ``"sgd"``, or ``"adamw"`` with betas of 0.9 and 0.999, which begins anew in every exchange.
-        end: what the rate of the last epoch comes down to along half a cosine, before any of the steps; None: none.
+        limit: optimiser steps of the exchange, whatever number of epochs they take; None: all of ``epochs``.
+        optimizer: ``"sgd"``, or ``"adamw"`` with betas of 0.9 and 0.999; its state begins anew in every exchange.
+        end: learning rate of the last epoch, before any of the steps, to which the rate falls along half a cosine;
+            None: no such decay.
     """
 
     lr: float
@@ -61,7 +62,7 @@ class Schedule:
     end: float | None = None
 
     def lr_at(self, epoch: int) -> float:
-        """The learning rate of the exchange's ``epoch``, from 0."""
+        """The learning rate in epoch ``epoch`` of the exchange, counted from 0."""
         lr = self.lr
         if self.end is not None and self.epochs > 1:
             lr = self.end + (lr - self.end) * (1 + math.cos(math.pi * epoch / (self.epochs - 1))) / 2
@@ -70,7 +71,7 @@ class Schedule:
 
 @dataclass
 class Context:
-    """What a client got this exchange (see :class:`fedkern.methods.base.Received`)."""
+    """What a client received in this exchange (see :class:`fedkern.methods.base.Received`)."""
 
     message: Message
     step: Step
@@ -98,7 +99,7 @@ class Context:
 def stepper(
     network: Network | Part | Trainable, schedule: Schedule, terms: Terms | None
 ) -> Callable[[float], ops.StepResult]:
-    """What applies the gradients of one batch, and leaves zeros for the next: a function of the learning rate."""
+    """Makes the optimiser's step, a function of the learning rate that applies a batch's gradients and zeroes them."""
     theta, gradients = network.parameters.detach(), network.gradients
     settings: dict[str, Any] = {"weight_decay": schedule.weight_decay, "zero": True}
     if schedule.clip_norm:
@@ -128,7 +129,7 @@ def stepper(
 
 
 def epochs(count: int, schedule: Schedule, rng: np.random.Generator) -> Iterator[list[np.ndarray]]:
-    """The batches of every epoch of an exchange, the last epoch cut where the limit of steps is reached."""
+    """The batches of every epoch of an exchange; the last epoch ends where the limit of steps is reached."""
     if schedule.limit is None:
         for _ in range(schedule.epochs):
             yield batch_plan(count, schedule.batch_size, rng)
@@ -155,14 +156,15 @@ def train(
 
     Args:
         rows: int64, the samples to train on; None for all.
-        after_epoch: called with the number of every epoch done; the next one begins in train mode again.
+        after_epoch: called with the number of every epoch done; the next epoch begins in train mode again.
 
     Returns:
         The means over all batches of ``loss`` and of whatever the method observed.
 
     Raises:
-        Diverged: the loss or the gradient of a batch is NaN or infinite.  Looked for once per epoch from what every
-            batch recorded, so that no batch waits for it.
+        Diverged: the loss or the gradient of a batch, or the parameters at the end, are NaN or infinite.  Losses and
+            gradients are checked once per epoch, from what every batch recorded, so that no batch waits for the check.
+        UserError: a batch is a single sample, which batch norm cannot normalise.
     """
     network.train_mode()
     theta, gradients = network.parameters, network.gradients
@@ -225,8 +227,8 @@ def _digest(
     totals: dict[str, float],
     seen: dict[str, int],
 ) -> int:
-    """Adds an epoch's records to the totals and looks for the first batch that is not finite."""
-    # One transfer for the whole epoch where every batch recorded the same (the rule).
+    """Adds an epoch's records to the totals; raises Diverged for the first batch that is not finite."""
+    # One transfer for the whole epoch where all batches recorded the same figures, as they usually do.
     values = torch.stack(rows).tolist() if len(set(names)) == 1 else [row.tolist() for row in rows]
     for (loss, squared, *rest), observed in zip(values, names, strict=True):
         done += 1

@@ -1,4 +1,4 @@
-"""The round loop of one run: plays the method's plan, evaluates, records, checkpoints, ends."""
+"""Round loop of one run: plays the method's plan, evaluates, records, writes checkpoints and the final results."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Run:
         self.ledger = Ledger(config.trained_clients)
         self._scribe = Scribe()
         self.checkpoints = Checkpoints(out, self._scribe)
-        self.releases: Releases | None = None  # of a run that promises an epsilon
+        self.releases: Releases | None = None  # None without differential privacy
         self.metrics = records.Metrics(out)
         self.observed = diagnostics.Observations()
         self.server = Server(context)
@@ -84,34 +84,34 @@ class Run:
         self.phases: dict[str, float] = {}
         self.flops: dict[str, int] = {}
         self.tracing = False
-        self._until_trace = 1 if profile else None  # communication rounds that are played before
-        self.dropped_since: list[dict[str, Any]] = []  # the last recorded round
+        self._until_trace = 1 if profile else None  # communication rounds to play before the traced one
+        self.dropped_since: list[dict[str, Any]] = []  # clients dropped since the last recorded round
         self.sets: dict[str, TestSet] = {}
         self.client_sets: list[TestSet] = []
         self.askers: dict[str, Any] = {"method": self.method, "pooling": self._pooling}
         here = Serial(context, self.askers, self.checkpoints.reader, config.client_threads)
         self.executor: Executor = here
         self._plan: list[Round] = []  # the communication rounds
-        self._evaluated = False  # self.latest is of the present state
+        self._evaluated = False  # whether self.latest describes the present state
         self._last_exchange = True
         self._elapsed = 0.0
         self._started = time.perf_counter()
-        self._processes = 1  # that clients work in
+        self._processes = 1  # processes that clients work in
         self._told: set[str] = set()
-        self.said: Guarantee | None = None  # what is covered of the run's releases
+        self.said: Guarantee | None = None  # which of the run's releases the epsilon covers
         self._round: dict[str, Any] = {}
 
     def prepare(self) -> None:
-        """Everything that can fail because of what the user asked for, before anything is written.
+        """Checks everything that can fail because of the user's input, before anything is written.
 
         Raises:
-            UserError: data or network do not fit the method.
+            UserError: data, network or settings do not fit the method.
         """
         check_sets(self.context.data)
         for k in range(self.context.federation.clients):
             self.method.check(Client(self.context, k, {}))
         if self.context.data.task == "retrieval":
-            network = self.context.network("server")  # encoders may be folders that cannot be read
+            network = self.context.network("server")  # raises where an encoder's folder cannot be read
             self._pooling.check(network.module)
         self.method.start(self.server)
         self.said = guarantee(self.method, self.server, self.config.records)
@@ -131,7 +131,7 @@ class Run:
             self.context.warn("partly-covered", self.said.warning())
         for name, text in diagnostics.emulated(self.config.precision, self.config.device).items():
             self.context.warn(name, text)
-        if not self._resume or self.checkpoints.peek() is None:  # a run that goes on has most of them already
+        if not self._resume or self.checkpoints.peek() is None:  # a resumed run has loaded most of them already
             check_teachers(self.method, self.context)
         self._plan = [entry for entry in self.method.rounds(self.context.federation) if not entry.one_off]
         self.gallery = Gallery(self.out, len(self._plan))
@@ -150,7 +150,7 @@ class Run:
         if self.method.guarantee(self.server) is not None:
             self.releases = Releases(self.checkpoints.folder)
             self.releases.open(self.planned)
-            self.checkpoints.write_at_once()  # nothing leaves a client before what it cost is on the disk
+            self.checkpoints.write_at_once()  # a release may leave a client only after its privacy cost is on disk
         self.context.uploaded.clear()
         self.sets, self.client_sets = test_sets(self.context), client_sets(self.context)
         self.executor = self._executor()
@@ -177,7 +177,7 @@ class Run:
         self.checkpoints.write_at_once()
 
     def _traces(self, entry: Round) -> bool:
-        """Whether the trace that was asked for is of this round: the second one that is played, or the only one."""
+        """Whether ``--profile`` traces this round: the second communication round that is played, or the only one."""
         if self._until_trace is None or entry.one_off:
             return False
         if self._until_trace == 0 or self.done + 1 == self._rounds:
@@ -192,7 +192,7 @@ class Run:
         self.tracing = False
 
     def _executor(self) -> Executor:
-        """Where the clients work; the plan from here on says how often they will be asked."""
+        """Chooses the executor; the rest of the plan says how often clients will be asked."""
         here, config = self.executor.here, self.config
         left = islice(self.method.rounds(self.context.federation), self.planned, None)
         asks = config.sampled_clients * sum(len(entry.exchanges) for entry in left if not entry.cohort)
@@ -203,7 +203,7 @@ class Run:
         return Workers(self.context, here, self.askers, self.checkpoints.reader, count, asks=expected)
 
     def _book_beforehand(self) -> None:
-        """What travels before any round: raw data that are put together, and the words of a shared vocabulary."""
+        """Books what travels before any round: raw data for a pooled method, and the words of a shared vocabulary."""
         for k, raw in enumerate(self.context.uploaded):
             self.ledger.book(k, "up", raw, one_off=True)
         words = self.context.words() if any(entry.booked for entry in self._plan) else None
@@ -218,7 +218,7 @@ class Run:
 
     @cached_property
     def _parameters(self) -> int:
-        """Of one network of the run."""
+        """Number of parameters of one network of the run."""
         return sum(parameter.numel() for parameter in self.context.build().parameters())
 
     def seconds(self) -> float:
@@ -274,7 +274,7 @@ class Run:
             exchange = Exchange(self, "method" if asker is self.method else "pooling", step, participants, entry)
             uploads = exchange.uploads(outgoing)
             asker.server_update(self.server, step, uploads)
-            for _ in uploads:  # a server that stops reading still lets every client work
+            for _ in uploads:  # every client works, even where server_update stops reading
                 pass
             for k, reason in self.server.refused:
                 self._leave_out(k, {"exchange": exchange_name, "reason": reason})
@@ -350,9 +350,7 @@ class Run:
             record["dropped"] = self.dropped_since
         record["phases"] = {name: round(value, 6) for name, value in phases.items()}
         self._add_phases(phases)
-        if (
-            self.context.disclosure.clients and flops["train"]
-        ):  # how much a client computes tells how many samples it has
+        if self.context.disclosure.clients and flops["train"]:  # a client's operations reveal how many samples it has
             record["flops"] = flops
             self.flops.update({name: self.flops.get(name, 0) + count for name, count in flops.items()})
         if used := device_use.figures(self.context.device):
@@ -366,20 +364,20 @@ class Run:
         self.listener.on_round(record)
 
     def _network(self) -> nn.Module | None:
-        """What the method evaluates and saves, in eval mode."""
+        """The network that the method evaluates and saves, in eval mode; None while there is none."""
         network = self.method.model(self.server)
         if network is not None and not self.context.is_flat(network):
             network.eval()
         return network
 
     def _check_network(self, network: nn.Module) -> None:
-        if not self.context.is_flat(network):  # its vectors have been looked at after their round
+        if not self.context.is_flat(network):  # vectors of a flat network were checked at the end of their round
             self._check_finite(network.state_dict(), f"in round {self.done}")
 
     def _evaluate(self, network: nn.Module) -> None:
         config, at_once = self.config, 1
-        # Several sets at a time, unless the network is a method's own, which may be traced when it is first called:
-        # torch.fx changes every module's call while it traces.
+        # Several sets at a time only with the run's own network.  A module of the method may be traced at its first
+        # call, and torch.fx patches every module's call while it traces.
         if self.context.device.type == "cpu" and self.context.is_flat(network):
             at_once = config.threads // config.client_threads
         with cpu_threads(config.client_threads if at_once > 1 else config.threads):
@@ -392,18 +390,18 @@ class Run:
         for name, value in self.server.report.items():
             if name in record:
                 raise ValueError(f'server.report: expected names of its own, given "{name}", which the engine writes')
-            # What was not finite came back from the disk as None.
+            # JSON has no NaN or infinity: such a value is None after a resume.
             self.server.report[name] = math.nan if value is None else float(value)
         record.update(self._told_report())
 
     def _told_report(self) -> dict[str, float]:
-        """What the server reports of the clients' messages, where that may be told."""
+        """The server's report; empty where ``--records private`` withholds it."""
         return dict(self.server.report) if self.context.disclosure.server else {}
 
     # -- called by the exchange ------------------------------------------------------------------------------------
 
     def heard(self, answer: Answer) -> None:
-        """A client has answered, those before it in the exchange having done so."""
+        """Takes in the warnings of a client's answer; called in client order."""
         for name, text in answer.warnings.items():
             self.context.warn(name, text)
 
@@ -418,13 +416,13 @@ class Run:
             self._write_state(k)
         self.observed.add(info)
         if self._last_exchange and not late:
-            self.executor.forget(k)  # its state is on disk; scratch need not outlive the round
+            self.executor.forget(k)  # its state is on disk; its round_cache is needed no more
         self._round["clients"].setdefault(str(k), {}).update(info)
         told = self.context.disclosure.client({**info, "seconds": seconds})
         self.listener.on_client(self._round["shown"], k, told)
 
     def released(self, client: int, message: Any) -> None:
-        """What a client has made of this exchange is about to leave it."""
+        """Keeps the digest of a private run's message before the message leaves its client."""
         if self.releases is not None:
             self.releases.add(self.planned, self._round["exchange"], client, message)
 
@@ -445,7 +443,7 @@ class Run:
                 where = f"Client {k} failed {when}"
         else:
             where, name = f"Client {k} diverged {when}", "diverging-client"
-            if self.context.disclosure.clients:  # its messages are missing, which is seen; why is its own
+            if self.context.disclosure.clients:  # that the upload is missing is visible anyway; the reason is private
                 where += f", batch {problem.batch}: {problem.what}"
                 why = {"batch": problem.batch, "reason": problem.what}
             if self.config.on_nan == "stop":
@@ -464,7 +462,7 @@ class Run:
         self.context.warn(f"refused-upload-{client}", f"{said}; it was left out.")
 
     def _undeclared(self) -> str:
-        """A hint for whoever writes a method whose uploads are not what it sends."""
+        """Hint for the author of a method that does not override ``Method.expects``; else empty."""
         if type(self.method).expects is not Method.expects:
             return ""
         return f" ({self.config.method} declares no uploads of its own; Method.expects is where a method does.)"
@@ -472,7 +470,8 @@ class Run:
     def _leave_out(self, k: int, why: dict[str, Any]) -> None:
         state = self.executor.changed(k)
         self.executor.forget(k)
-        # What is done with a state that is thrown away was not done, but for what a client has released.
+        # The state of a client that is left out is dropped, with two exceptions: a privacy ledger, as releases count
+        # in any case, and a round whose earlier exchanges are not written yet.
         if state is not None and (self._round["late"] or LEDGER in state):
             self.checkpoints.write_client(k, self.planned + 1, state)
         self._round["dropped"].add(k)
@@ -480,7 +479,10 @@ class Run:
         self.dropped_since = [*self.dropped_since, {"round": at, "client": k, **why}]
 
     def none_left(self) -> None:
-        """Ends a run in whose round no client is left; a set-up round of single clients is not the whole of them."""
+        """Raises UserError where the round has no client left.
+
+        A set-up round of named clients may lose all of them: other clients remain for the run.
+        """
         entry: Round = self._round["entry"]
         if not (entry.one_off and isinstance(entry.participants, tuple)):
             raise UserError(
@@ -489,7 +491,7 @@ class Run:
             )
 
     def _check_finite(self, tensors: Mapping[str, Any], when: str) -> None:
-        """Raises RunFailed where the model that the server has made is not finite."""
+        """Raises RunFailed where the server's new model is not finite."""
         for name, value in tensors.items():
             if isinstance(value, Tensor) and not all_finite(value):
                 raise RunFailed(
@@ -614,7 +616,7 @@ class Run:
             "records": self.config.records,
             "versions": records.versions(),
         }
-        if self.dropped_since:  # after the last record
+        if self.dropped_since:  # clients dropped after the last record
             summary["dropped"] = self.dropped_since
         if private:
             summary["privacy"] = private
@@ -624,7 +626,7 @@ class Run:
         return summary
 
     def _speed(self) -> dict[str, Any]:
-        """How fast the clients computed: operations, per second, and what the processor was measured to reach."""
+        """Speed of the clients: floating-point operations, their rate, and the processor's measured peak rate."""
         rate = self.flops["train"] / max(self.phases["train"], 1e-9)
         found: dict[str, Any] = {"flops": self.flops, "flops_per_second": rate}
         if self.context.device.type == "cpu":
@@ -634,7 +636,7 @@ class Run:
         return found
 
     def _gradcam(self, network: Any) -> dict[str, float]:
-        # Grad-CAM looks at single images in eval mode, which a network without running statistics does not have.
+        # Grad-CAM takes single images in eval mode, which needs running statistics.
         count = self.config.grad_cam if self.config.statistics else 0
         return gradcam(network, self.sets, count)
 
@@ -651,7 +653,8 @@ def when_of(entry: Round, done: int, exchange: str | None = None) -> str:
     Args:
         entry: the round.
         done: communication rounds before it.
-        exchange: to be named, or else its round, where either has a name of its own.
+        exchange: the exchange, to be named in the text; None names only set-up rounds.  Default names (``"train"``,
+            ``"update"``) are left out: where the exchange has one, the round is named instead.
     """
     named = [name for name in (entry.name, exchange) if name not in ("train", "update", None)]
     told = f' ("{named[-1]}")' if named and (entry.one_off or exchange is not None) else ""

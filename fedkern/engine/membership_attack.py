@@ -1,4 +1,4 @@
-"""The membership attack on what a finished run released."""
+"""Membership attack on the model of a finished run."""
 
 from __future__ import annotations
 
@@ -35,33 +35,40 @@ def attack(
     keep: bool = True,
     trusted: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Attacks the model of a finished run: members are its clients' training samples, the others its test images.
+    """Attacks the model of a finished run: members are the clients' training samples, the others are test images.
 
-    What the run set aside (``--client-test``, ``--held-out-client``) is neither.  Nor are samples that a method keeps
-    from the training (see ``Method.untrained``), such as FedIOD's hold-out: other parts of the method may have seen
-    them.  The test set of the training distribution is taken (``id``, where there are several).  Where the clients'
-    samples follow another distribution than the test set, the area is not 0.5 for that reason alone.
+    Samples that the run holds out (``--client-test``, ``--held-out-client``) are neither.  Samples that a method keeps
+    from the training (see ``Method.untrained``), such as FedIOD's hold-out, are neither as well: other parts of the
+    method may have seen them.
 
-    The images of a patient, or else of a case, depend on each other: where the data name them they are the groups of
-    :func:`fedkern.privacy.membership_attack`.
+    The test set is the one of the training distribution (``id``, where there are several).  If the clients' samples
+    follow another distribution than the test set, the area differs from 0.5 for that reason alone.
+
+    The images of a patient, or else of a case, depend on each other.  Where the data name patients or cases, these are
+    the groups of :func:`fedkern.privacy.membership_attack`.
 
     Args:
         out: the run folder.
         data: the federated data of the run in memory, instead of loading them.
         data_root: where the data files are now.
-        keep: write the result into the run folder: see :func:`write`.
-        trusted: what may be imported, see :func:`fedkern.engine.run`.
+        keep: write the result into the run folder (see :func:`write`).
+        trusted: code that may be imported (see :func:`fedkern.engine.run`).
 
     Returns:
-        ``auc``, ``low``, ``high``, ``tpr``, ``tpr_low``, ``tpr_high``, ``fpr``, ``members``, ``others``,
-        ``member_groups``, ``other_groups`` (see :class:`fedkern.privacy.Attack`), ``independent``, what the intervals
-        take as independent of each other ("image", "patient" or "case"), ``member_loss`` and ``other_loss`` (means, in
-        nats; infinite ones are null in the file), ``clients``, the area for each client's members alone, and how many
-        images were left out, where some were: ``left_out``, without a known pixel, and ``untrained``.
+        These entries:
+
+        * ``auc``, ``low``, ``high``, ``tpr``, ``tpr_low``, ``tpr_high``, ``fpr``, ``members``, ``others``,
+          ``member_groups``, ``other_groups``: see :class:`fedkern.privacy.Attack`.
+        * ``independent``: the unit that the intervals take as independent, "image", "patient" or "case".
+        * ``member_loss``, ``other_loss``: means in nats; infinite means are null in the file.
+        * ``clients``: the area for each client's members alone.
+        * ``left_out``: number of images left out because none of their pixels is known, where there are any.
+        * ``untrained``: number of samples left out because the method kept them from the training, where there are any.
 
     Raises:
-        UserError: the run is not finished or damaged, its data are gone, its task has no labels to lose on, there are
-            fewer than two members or others, the model's losses are not numbers, or the result cannot be written.
+        UserError: the run is not finished or damaged, its data are gone, its task is neither classification nor
+            segmentation, there are fewer than two members or others, a loss of the model is NaN, or the result cannot
+            be written.
     """
     out = Path(out)
     config = RunConfig.load(out, device="cpu", **({} if data_root is None else {"data_root": data_root}))
@@ -94,9 +101,9 @@ def attack(
 
 
 def trained(config: RunConfig, data: FederatedData) -> tuple[list[Split], int]:
-    """Every client's samples without those that the method keeps from the training, and how many those are."""
+    """Every client's samples except those that the method keeps from the training, and the number of the latter."""
     kind = registry.get(config.method)
-    # A teacher that was brought along may have trained on any of them.
+    # A network of --teachers may have trained on any sample.
     if kind.untrained is Method.untrained or config.teachers is not None:
         return list(data.clients), 0
     method = kind(kind.Options.parse(config.options, method=config.method))
@@ -111,21 +118,25 @@ def trained(config: RunConfig, data: FederatedData) -> tuple[list[Split], int]:
 
 
 def grouped(members: Sequence[Split], others: Split) -> tuple[str, tuple[Tensor, Tensor] | None]:
-    """What is independent of each other ("image", "patient" or "case"), and the groups of all images with a loss."""
+    """The independent unit ("image", "patient" or "case"), and the groups of all images with a loss.
+
+    Returns:
+        The unit's name, and the group numbers of the members' and the others' images; None where images are the unit.
+    """
     splits = (*members, others)
     known = [split.labels.dim() == 1 or (split.labels >= 0).flatten(1).any(1) for split in splits]
     for name, numbers in (("patient", [s.patients for s in splits]), ("case", [s.cases for s in splits])):
         own = [n if rows is True else n[rows] for n, rows in zip(numbers, known, strict=True) if n is not None]
         if len(own) == len(splits):
             of_members, of_others = torch.cat(own[:-1]), own[-1]
-            if name == "case":  # numbered anew in every pool, and never in two of them
+            if name == "case":  # members and others number their cases separately, and share none
                 of_others = of_others + int(of_members.max()) + 1 - int(of_others.min())
             return name, (of_members, of_others)
     return "image", None
 
 
 def place(out: Path | str) -> Path:
-    """Where a run's attack.json is: in the run folder; with ``--records private`` in checkpoints/, which is not told.
+    """Path of a run's attack.json: in the run folder; with ``--records private`` in checkpoints/, which is not public.
 
     Raises:
         UserError: there is no run in the folder.
@@ -146,9 +157,9 @@ def write(out: Path | str, result: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def losses(model: nn.Module, split: Any, data: FederatedData, batch: int = 500) -> Tensor:
-    """The cross-entropy of every image of a split, fp64 [n]; for segmentation the mean over its known pixels.
+    """The cross-entropy of every image of a split, fp64 [n]; for segmentation the mean over the image's known pixels.
 
-    Images without a known pixel have no loss and are left out: n is then less than the split's length.
+    Images without a known pixel have no loss and are left out, so that n is then less than the split's length.
     """
     values = []
     for rows in batch_slices(len(split), batch):
@@ -166,7 +177,7 @@ def losses(model: nn.Module, split: Any, data: FederatedData, batch: int = 500) 
 
 
 def _check(members: Tensor, others: Tensor, out: Path) -> None:
-    """Raises UserError where there is nothing to compare."""
+    """Raises UserError where there are too few losses to compare, or a loss is NaN."""
     for values, what in ((members, "training samples"), (others, "test images")):
         if len(values) < 2:
             raise UserError(

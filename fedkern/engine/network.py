@@ -15,7 +15,7 @@ from fedkern.models.norms import fix_statistics
 
 
 class Network:
-    """A module on a device, flattened; convolutional weights are kept channels-last, so images should be too.
+    """A module on a device, flattened.  Convolutional weights are kept channels-last, so images should be too.
 
     Attributes:
         module: the network.
@@ -37,7 +37,7 @@ class Network:
 
     @property
     def gradients(self) -> Tensor:
-        """fp32 [P], a view of all gradients; every parameter's ``.grad`` is set to its part of it."""
+        """fp32 [P], all gradients; every parameter's ``.grad`` is a view of its part."""
         if self._gradients is None:
             self._gradients = self._flat.gradients()
         return self._gradients
@@ -78,7 +78,7 @@ class Network:
                 layer.training = not self.statistics
 
     def train_mode(self) -> None:
-        """Puts the module in train mode; batch norm not, where its statistics are fixed."""
+        """Puts the module in train mode; batch norm stays in eval mode where its statistics are fixed."""
         self.module.train()
         for layer in self.module.modules():
             if isinstance(layer, _BatchNorm):
@@ -86,14 +86,14 @@ class Network:
                 layer.training = not self.fixed
 
     def freeze(self) -> None:
-        """Gradients reach neither the parameters nor, through them, anything else."""
+        """Takes the parameters out of autograd: they get no gradients."""
         self.module.requires_grad_(False)
 
 
 class Part:
-    """Submodules of a network that are neighbours in its vectors, as something to train; the others stay as they are.
+    """The part of a network that is trained: submodules that are neighbours in the network's vectors.
 
-    Whoever computes the loss keeps gradients from the others; they are in eval mode.
+    The other submodules stay as they are, in eval mode.  The method's loss has to keep gradients from them.
 
     Attributes:
         module: the whole network.
@@ -101,7 +101,7 @@ class Part:
         gradients: fp32 [P'], a view of their gradients.
 
     Raises:
-        ValueError: the network has no such submodules, or others lie between them.
+        ValueError: the network has no such submodules, or other submodules lie between them.
     """
 
     def __init__(self, network: Network, names: Sequence[str]) -> None:
@@ -139,7 +139,11 @@ class Part:
 
 
 def _stretch(tensors: list[tuple[str, Tensor]], names: tuple[str, ...]) -> slice:
-    """Where the tensors of submodules stand in the vector of all."""
+    """The slice of the vector of all ``tensors`` that holds those of the submodules ``names``.
+
+    Raises:
+        ValueError: tensors of other submodules lie between them.
+    """
     start = stop = offset = 0
     for name, tensor in tensors:
         inside = name.partition(".")[0] in names
@@ -157,10 +161,10 @@ class Trainable:
     """A module whose parameters that require gradients are one flat vector; everything else is left as it is.
 
     Attributes:
-        module: as it was given.
+        module: the given module.
         parameters: fp32 [P], a view of the trained parameters.
         gradients: fp32 [P], a view of their gradients.
-        fixed: as of :class:`Network`.
+        fixed: as for :class:`Network`.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -186,13 +190,13 @@ class Trainable:
         return all(bool(torch.isfinite(tensor).all()) for tensor in (self.parameters, *buffers))
 
     def release(self) -> None:
-        """Takes the gradients away again."""
+        """Removes the gradients from the parameters."""
         for parameter in self._trained:
             parameter.grad = None
 
 
 def place(module: nn.Module, device: torch.device) -> nn.Module:
-    """Moves a module to its device, convolutional weights channels-last as the images are."""
+    """Moves a module to a device; convolutional weights become channels-last, as the images are."""
     if any(p.dim() == 4 for p in module.parameters()):
         return module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return module.to(device)
@@ -208,7 +212,7 @@ def state_dict(module: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def cpu_threads(count: int) -> Iterator[None]:
-    """Runs with this many CPU threads and restores the caller's number: it changes the bits of a run."""
+    """Runs with ``count`` CPU threads and restores the caller's number.  The number changes the bits of a run."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -1,4 +1,4 @@
-"""The two sides of a run as its engine makes them: what a method's Client and Server can do."""
+"""Client and Server as the engine implements them (protocols: `fedkern.methods.roles`)."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ from fedkern.methods.protocol import batch_slices
 from fedkern.privacy import DPSGD
 from fedkern.streams import stream
 
-BEFORE = Step(-1, "", "update")  # of what a client draws once in a run
+BEFORE = Step(-1, "", "update")  # the step of what a client draws once in a run
 
 
 class Elsewhere:
-    """What a method that has kept a client's or the server's own finds of it in a worker process.
+    """Stand-in for a client or the server that a method has kept, in a worker process.
 
-    That is ``notice``, ``warn``, and ``build`` or ``network``, which make networks for whoever asks.
+    A client and the server are pickled as this class.  It has ``notice``, ``warn``, and ``build`` or ``network``, which
+    make networks.
 
     Attributes:
-        context: of this process, once it has one.
+        context: the RunContext of this process; None until there is one.
     """
 
     context: RunContext | None = None
@@ -49,14 +50,14 @@ class Elsewhere:
             self.context.warn(name, text)
 
     def build(self, **wanted: Any) -> Any:
-        assert self.context is not None  # nothing is built while a setup is read
+        assert self.context is not None  # no network is built while a setup is unpickled
         return self.context.place(self.context.build(**wanted))
 
     network = build
 
 
-class _Place:
-    """What both sides see of the bench (see :class:`fedkern.methods.roles.Node`)."""
+class _Node:
+    """What client and server have in common (see :class:`fedkern.methods.roles.Node`)."""
 
     def __init__(self, context: RunContext) -> None:
         self._context = context
@@ -80,7 +81,7 @@ class _Place:
         self._context.notice(text)
 
 
-class Client(_Place):
+class Client(_Node):
     """A client (see :class:`fedkern.methods.base.Client`)."""
 
     def __init__(self, context: RunContext, client: int, state: dict[str, Any]) -> None:
@@ -239,7 +240,7 @@ class Client(_Place):
         )
 
     def _epochs(self, limit: int | None, samples: int) -> int:
-        """The epochs that the run's local budget, or so many steps, begins."""
+        """Number of epochs: the run's ``local_epochs``, or the epochs that ``limit`` steps begin."""
         config = self._context.config
         if limit is None:
             return config.local_epochs
@@ -249,7 +250,8 @@ class Client(_Place):
         config, round = self._context.config, max(step.round, 0)
         lr, steps = config.lr * config.lr_decay**round, config.lr_epochs
         if limit is not None:
-            # So many steps are another number of epochs for every client, whose rates would drop in other rounds.
+            # A number of steps is another number of epochs at every client.  The rate drops by the run's rounds (or
+            # rounds x local epochs) instead, so that it drops in the same round at every client.
             begun = round if config.local_steps is not None else round * config.local_epochs
             lr, steps = lr * config.lr_step_factor ** sum(drop <= begun for drop in steps), ()
         return Schedule(
@@ -305,7 +307,7 @@ class Client(_Place):
         return stream(self._context.config.seed, name, round=step.round, client=self.id)
 
 
-class Server(_Place):
+class Server(_Node):
     """The server (see :class:`fedkern.methods.base.Server`)."""
 
     def __init__(self, context: RunContext, state: dict[str, Any] | None = None) -> None:
@@ -313,8 +315,8 @@ class Server(_Place):
         self.federation = context.federation
         self.trained_vectors = context.trained_vectors
         self.state: dict[str, Any] = {} if state is None else state
-        self.refused: list[tuple[int, str]] = []  # in the exchange that is going on
-        self.showing = False  # whether what is shown in this round is kept
+        self.refused: list[tuple[int, str]] = []  # in the current exchange
+        self.showing = False  # whether log_image keeps the artifacts of this round
         self.artifacts: dict[str, tuple[Tensor, tuple[str, str]]] = {}
 
     def warn(self, name: str, text: str) -> None:

@@ -1,4 +1,4 @@
-"""What this processor can do at most, measured on request and kept: what a run's speed is compared with."""
+"""Peak speed of this processor, measured on request and cached; the speed of a run is compared with it."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from fedkern.inputs import read_json
 from fedkern.ops.processor import processor
 
 SIDE = 1024
-"""Of the square matrices that are multiplied."""
+"""Rows and columns of the square matrices that are multiplied."""
 BATCH, CHANNELS, PIXELS = 16, 128, 28
-"""Of the 3x3 convolution."""
+"""Images, channels, and height and width of the 3x3 convolution's input."""
 COPIED_BYTES = 256 << 20
 SECONDS = 0.5
-"""How long each thing is repeated; the fastest counts."""
+"""Seconds for which each measurement is repeated; the fastest repetition counts."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a number of threads reaches.
+    """Speeds that a number of threads reaches.
 
     Attributes:
         fp32, bf16: floating-point operations per second of a large matrix product or convolution.
@@ -43,10 +43,10 @@ class Rates:
 
 @dataclass(frozen=True)
 class Peak:
-    """What was measured.
+    """A measurement of a processor.
 
     Attributes:
-        processor: its name.
+        processor: the processor's name.
         torch: PyTorch's version.
         measured: the day, as YYYY-MM-DD.
         threads: the rates by number of threads.
@@ -59,7 +59,7 @@ class Peak:
 
 
 def file() -> Path | None:
-    """Where the measurements of this processor lie, or would; None where the user has no home folder."""
+    """Path for this processor's measurements, which may not exist; None where the user has no home folder."""
     return processor().cache_file("peaks")
 
 
@@ -75,7 +75,7 @@ def measure(counts: Sequence[int]) -> Iterator[tuple[int, Rates]]:
 
 
 def _flops_per_second(dtype: torch.dtype) -> float:
-    """Of a large matrix product or a large convolution: two libraries, of which either may be the faster one."""
+    """Rate of a large matrix product or a large convolution; two libraries compute them, and the faster one counts."""
     a, b = (torch.ones(SIDE, SIDE, dtype=dtype) for _ in range(2))
     product = torch.empty_like(a)
     images = torch.ones(BATCH, CHANNELS, PIXELS, PIXELS, dtype=dtype).to(memory_format=torch.channels_last)
@@ -88,7 +88,7 @@ def _flops_per_second(dtype: torch.dtype) -> float:
 
 
 def _fastest(do: Callable[[], object]) -> float:
-    """Seconds of the fastest of the calls that fit into SECONDS, at least three."""
+    """Seconds of the fastest call.  Calls are repeated for SECONDS, at least three times."""
     do()
     times: list[float] = []
     end = time.perf_counter() + SECONDS
@@ -118,7 +118,7 @@ def keep(rates: Mapping[int, Rates]) -> Path:
 
 
 def read() -> Peak | None:
-    """What was measured on this processor; None where nothing was, or the file is no such thing."""
+    """The measurement of this processor; None where there is none, or the file holds something else."""
     path = file()
     if path is None or not path.exists():
         return None
@@ -132,7 +132,7 @@ def read() -> Peak | None:
 
 
 def of_a_run(workers: int, client_threads: int, precision: str) -> float | None:
-    """Floating-point operations per second that so many processes can do together; None where it was not measured."""
+    """Peak floating-point operations per second of all ``workers`` together; None where it was not measured."""
     found = read()
     rates = None if found is None else found.threads.get(workers * client_threads)
     return None if rates is None else getattr(rates, precision)

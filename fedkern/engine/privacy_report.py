@@ -1,4 +1,4 @@
-"""The differential privacy of a run: what its records add to what is released, and the figures of the ledgers."""
+"""Differential privacy of a run: its guarantee, records included, and the figures from the clients' ledgers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedkern.privacy import LEDGER, Accountant, Guarantee
 
 
 def guarantee(method: Method, server: Server, records: str | None) -> Guarantee | None:
-    """What the run's epsilon covers of everything that is released, the records included (``--records``)."""
+    """The method's guarantee, with the records as a further release unless ``--records private``; None without one."""
     said = method.guarantee(server)
     return said if said is None or records == "private" else said.with_records()
 
@@ -18,20 +18,25 @@ def guarantee(method: Method, server: Server, records: str | None) -> Guarantee 
 def privacy_figures(
     said: Guarantee | None, state_of: Callable[[int], Mapping[str, Any]], clients: int
 ) -> dict[str, Any]:
-    """What summary.json says under ``privacy``; empty where the method gives none.
+    """The ``privacy`` entry of summary.json; empty where the run has no guarantee.
 
     Args:
-        said: what is covered.
-        state_of: a client's state, by its id.
-        clients: how many there are.
+        said: the run's guarantee.
+        state_of: a client's state, by the client's id.
+        clients: number of clients.
 
     Returns:
-        ``epsilon`` (the largest of any client; infinite where a release had no noise), ``delta``, ``unit`` (what one
-        neighbour differs in: ``"image"`` or ``"patient"``, with at most ``patient_images``), ``covers`` and
-        ``leaves_uncovered`` (the names of the releases), ``channels`` (the largest epsilon of each mechanism, alone at
-        the whole delta), ``clients`` (every client's ``epsilon`` and ``channels``) and ``statement``, one sentence on
-        what the figure covers and what not.  Where a release is left uncovered, both ``epsilon`` are called
-        ``epsilon_covered``.
+        These entries:
+
+        * ``epsilon``: the largest of any client; infinite where a release had no noise.
+        * ``delta``.
+        * ``unit``: what one neighbour differs in, ``"image"``, or ``"patient"`` with at most ``patient_images``.
+        * ``covers``, ``leaves_uncovered``: names of the releases.
+        * ``channels``: the largest epsilon of each mechanism, alone at the whole delta.
+        * ``clients``: every client's ``epsilon`` and ``channels``.
+        * ``statement``: one sentence on what the figure covers and what not.
+
+        Where a release is left uncovered, both ``epsilon`` are called ``epsilon_covered``.
 
     Raises:
         UserError: dp-accounting is not installed.

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fedkern.engine.parties import Client
 
 
-@computing("fp32")  # clipping bounds what is computed, so nothing is rounded before it
+@computing("fp32")  # clipping bounds the computed gradients, so they are not rounded to bf16 before it
 def train_privately(
     client: Client,
     method: Objective,
@@ -44,18 +44,20 @@ def train_privately(
 ) -> dict[str, float]:
     """Books the release in the client's ledger, then trains ``module`` in place on the client's samples at ``rows``.
 
-    Every step draws each sample with the same probability, batch size over samples, on its own; there are as many steps
-    as usual.  Where a patient is the unit of privacy, patients are drawn, with all of their images, and the sum of a
-    patient's gradients is clipped: how many images one has tells in neither the probability nor the number of steps.
+    Every step draws each sample independently with the same probability, batch size over samples.  There are as many
+    steps as in training without privacy.
 
-    ``method.loss`` must be a mean over samples that do not depend on each other.  Its batches say so (``per_sample``),
-    because the usual loss of a segmentation, the mean over all known pixels of a batch, makes a sample's gradient
-    larger where less is known of the others.
+    Where a patient is the unit of privacy, patients are drawn, with all of their images, and the sum of a patient's
+    gradients is clipped.  The number of a patient's images affects neither the probability nor the number of steps.
+
+    ``method.loss`` must be a mean over samples of losses that do not depend on the other samples; batches have
+    ``per_sample`` set to say so.  The usual segmentation loss, a mean over all known pixels of a batch, is not such a
+    mean: a sample's gradient is larger where fewer pixels of the other samples are known.
 
     Raises:
         UserError: the network has no per-sample gradients, or opacus is not installed.
-        Diverged: a parameter is NaN or infinite at the end.  A loss on the way is no reason: that it was, and in which
-            batch, would tell of the samples, while the parameters are private.
+        Diverged: a parameter is NaN or infinite at the end.  A loss that is not finite on the way raises nothing: the
+            fact, and its batch, would tell of the samples, while the parameters are differentially private.
     """
     check_network(module, "this one")
     size = declared(len(data), rows, spending)
@@ -64,7 +66,7 @@ def train_privately(
     steps = each * schedule.epochs if schedule.limit is None else schedule.limit
     rate = min(1.0, schedule.batch_size / size)
     owners = None if spending.patients is None else np.unique(spending.patients[rows], return_inverse=True)[1]
-    count = size // spending.images  # of samples, or of patients
+    count = size // spending.images  # number of samples, or of patients
     noise = spending.noise(rate, steps)
     secret = spending.secret
     draws = client.rng(stream_name("batches", secret), step)
@@ -82,7 +84,7 @@ def train_privately(
     device = next(module.parameters()).device
     generator = generator_of(client.rng(stream_name("dp-sgd", secret), step), device, whole=bool(secret))
     expected = rate * count
-    # Before the first step: whatever ends the training, or is told of how it ended, has cost no more than this.
+    # Booked before the first step: however the training ends, and whatever is told of that, costs no more than this.
     accountant = Accountant(client.state.get(LEDGER))
     accountant.dp_sgd(spending.channel, noise, rate=rate, steps=steps)
     client.state[LEDGER] = accountant.state
@@ -90,7 +92,7 @@ def train_privately(
         module, optimizer, max_norm=spending.max_norm, noise=noise, batch=expected, generator=generator
     ) as private:
         for done in range(steps):
-            check()  # booked already: a run that ends here owes no more than its ledger says
+            check()  # may end the run, whose ledger already has the whole cost
             optimizer.param_groups[0]["lr"] = schedule.lr_at(done // each)
             chosen = draws.random(count) < rate
             drawn = rows[chosen if owners is None else chosen[owners]]
@@ -115,7 +117,7 @@ def train_privately(
 
 
 def declared(samples: int, rows: np.ndarray | None, spending: DPSGD) -> int:
-    """The number of samples that a schedule may follow from: patients count as the most images that one may have."""
+    """Number of samples that a schedule may depend on: every patient counts as the largest allowed number of images."""
     if spending.patients is None:
         return samples if rows is None else len(rows)
     own = spending.patients if rows is None else spending.patients[rows]

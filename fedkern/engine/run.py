@@ -42,33 +42,35 @@ def run(
 ) -> dict[str, Any]:
     """Runs a method and returns the summary that also stands in ``out/summary.json``.
 
-    With more than one thread on a machine that does other work too, set ``OMP_WAIT_POLICY=PASSIVE`` in the environment
-    before torch is imported, as the command line does there (where nothing else runs it sets ``GOMP_SPINCOUNT=10000``):
-    OpenMP's threads otherwise spin while they wait for each other, and a small network then trains several times slower
-    than on one thread.
+    With several threads on a machine that does other work too, set ``OMP_WAIT_POLICY=PASSIVE`` in the environment
+    before torch is imported.  OpenMP's threads otherwise spin while they wait for each other, and a small network then
+    trains several times slower than on one thread.  The command line sets this variable there, and
+    ``GOMP_SPINCOUNT=10000`` where nothing else runs.
 
-    Memory that this process frees stays with it from here on (see :func:`~fedkern.engine.allocator.keep_freed_memory`).
+    From here on, memory that this process frees stays with it (see
+    :func:`~fedkern.engine.allocator.keep_freed_memory`).
 
     Args:
-        config: every setting.  A resumed run must have its own, but for the folder of the data and the device.
+        config: all settings.  A resumed run must have its stored settings; only the data folder, the device and the
+            number of workers may differ.
         out: the run folder; unless ``resume`` it must hold nothing that a run writes.
         resume: continue from the last checkpoint (round 0 where there is none); a finished run returns its summary.
-        listener: told what happens.
-        data: federated data in memory instead of ``fedkern.data.load``; ``config`` should describe it.
-        trusted: what a resumed run may import, such as ``["python:MODULE:NAME"]``; what its folder names otherwise is
-            refused.
-        profile: write a trace of one round, in which all clients work in this process, to ``out/profile.json.gz``: the
-            second round that is played, or the only one.
+        listener: receives the run's events.
+        data: federated data in memory instead of ``fedkern.data.load``; ``config`` should describe them.
+        trusted: code that a resumed run may import, such as ``["python:MODULE:NAME"]``; any other code that the run
+            folder names is refused.
+        profile: write a trace of one round to ``out/profile.json.gz``: the second round that is played, or the only
+            one.  All clients of that round work in this process.
 
     Raises:
-        UserError: anything the user can put right; nothing half-written is left, and of a new run nothing at all
-            where no round was done.
-        fedkern.interrupts.Terminated: SIGTERM arrived.  Like after Ctrl-C or ``kill -9``, the last checkpoint stands.
+        UserError: anything the user can put right.  No half-written file is left.  A new run that has done no round
+            leaves nothing at all.
+        fedkern.interrupts.Terminated: SIGTERM arrived.  The last checkpoint stands, as after Ctrl-C or ``kill -9``.
     """
     out = Path(out)
     listener = listener or Listener()
     if resume:
-        stored = RunConfig.load(out, device=config.device)  # that of the run need not be on this machine
+        stored = RunConfig.load(out, device=config.device)  # the stored device may not exist here
         config = config.replace(client_threads=config.client_threads or stored.client_threads)
         _compare(config if config.augment else config.replace(augment=stored.augment), stored, out)
         entry = Checkpoints(out).peek()
@@ -109,10 +111,14 @@ def _compare(config: RunConfig, stored: RunConfig, out: Path) -> None:
 
 
 def _finished(entry: dict[str, Any] | None, out: Path) -> dict[str, Any] | None:
-    """The summary of a run whose newest checkpoint is this one, where the run is finished and its files are its own.
+    """The summary of a finished, undamaged run; None where the run has to go on.
+
+    Args:
+        entry: the run's newest checkpoint, or None.
+        out: the run folder.
 
     Raises:
-        UserError: its records are not what it wrote, and nothing can make them again.
+        UserError: metrics.jsonl is not what the run wrote, and cannot be made again.
     """
     if entry is None or not entry["info"]["finished"]:
         return None
@@ -121,7 +127,7 @@ def _finished(entry: dict[str, Any] | None, out: Path) -> dict[str, Any] | None:
         return None
     try:
         return records.read_summary(out)
-    except UserError:  # the first versions did not say what they had written
+    except UserError:  # the first versions stored no checksum of summary.json, so its damage shows only here
         return None
 
 
@@ -131,7 +137,7 @@ def load_data(config: RunConfig, *, masks: bool = True, notice: Callable[[str], 
     Args:
         config: every setting; a detector runs on its device.
         masks: False leaves out the boxes file or detector that finds the objects of the training images.
-        notice: told how far a long detection has come.
+        notice: called with the progress of a long detection.
 
     Raises:
         UserError: see :func:`fedkern.data.load`.
@@ -159,10 +165,10 @@ def load_data(config: RunConfig, *, masks: bool = True, notice: Callable[[str], 
 
 
 def kept_data(config: RunConfig, data: FederatedData) -> FederatedData:
-    """The data as a run sees them.
+    """The training data of a run.
 
-    They are without what the settings set aside (``--held-out-client``, ``--client-test``) and, where patients are the
-    unit of privacy, without more images of a patient than that has.
+    Samples that the settings hold out (``--held-out-client``, ``--client-test``) are removed.  Where patients are the
+    unit of privacy, a patient's images beyond the limit (``--patient-images``) are removed too.
 
     Raises:
         UserError: see :func:`fedkern.data.holdout.hold_out` and :func:`fedkern.data.patients.limited`.
@@ -172,7 +178,7 @@ def kept_data(config: RunConfig, data: FederatedData) -> FederatedData:
 
 
 def _effective(config: RunConfig, data: Any) -> RunConfig:
-    """The settings with what the data decided filled in."""
+    """The settings, completed by what follows from the data: clients, augmentation, threads of a client."""
     return config.replace(clients=len(data.clients), augment=config.augment or data.augment).settled()
 
 
@@ -203,7 +209,7 @@ def _check(config: RunConfig, data: Any) -> None:
 
 
 def _check_pairs(config: RunConfig, data: Any) -> None:
-    """Raises UserError where a pair of encoders would train on a single pair, which its heads' batch norm cannot."""
+    """Raises UserError where encoders would train on a single image-text pair: batch norm in their heads needs two."""
     if data.task != "retrieval":
         return
     if config.batch_size < 2:

@@ -1,4 +1,4 @@
-"""A split's images as training and evaluation see them: normalised, channels-last, cached where small."""
+"""Images of a split as training and evaluation see them: normalised, channels-last, cached where small."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from fedkern.methods.common.supervised import LOSS_BATCH
 from fedkern.methods.protocol import batch_slices
 
 BATCH = 500
-"""Images that a network is shown at a time where it does not train."""
+"""Images per batch where a network does not train."""
 
 SEGMENTED_PIXELS = 1 << 19
-"""Pixels that a segmentation network is shown at a time in an evaluation, or an image more (see ``cuts``)."""
+"""Pixels per evaluation batch of a segmentation network; a batch may have one image more (see ``batch_slices``)."""
 
 CACHE_BYTES = 1 << 30
-"""Normalised images of a whole run are kept in memory up to this size; beyond, every batch is normalised anew."""
+"""Bytes up to which the normalised images of a whole run are kept in memory; beyond, every batch is normalised anew."""
 
 
 class Pixels:
     """uint8 images [n, C, H, W] that become normalised fp32 batches, channels-last.
 
-    ``sides`` [2], where given, are those of the window that a network sees: anywhere in an image where it is augmented,
-    else central.  ``erased`` bool [n, H, W], where given, marks pixels that become ``fill`` (normalised, one value per
-    channel).
+    ``sides`` (height, width), where given, is the window that a network sees: at a random place in an image that is
+    augmented, else central.  ``erased`` bool [n, H, W], where given, marks pixels that become ``fill`` (normalised, one
+    value per channel).
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Pixels:
 
 
 def take_tokens(tokens: Any, rows: np.ndarray) -> Any:
-    """The texts at ``rows`` (int64), where there are texts."""
+    """The tokens of the texts at ``rows`` (int64); None where there are no texts."""
     return None if tokens is None else tokens.take(torch.from_numpy(np.ascontiguousarray(rows)).to(tokens.ids.device))
 
 
@@ -100,7 +100,7 @@ class Samples:
         return self.pixels.take(indices, rng)
 
     def pairs(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Images and labels at ``indices``, augmented when ``rng`` is given: together, where pixels have labels."""
+        """Images and labels at ``indices``, augmented when ``rng`` is given; labels of pixels move with the images."""
         index = torch.from_numpy(np.ascontiguousarray(indices)).to(self.there.device)
         labels = self.there[index]
         if rng is None or labels.dim() == 1:
@@ -137,7 +137,7 @@ class BackgroundBank:
 
 
 class ClientData:
-    """What a client trains on: its split, its labels, its background bank."""
+    """Training data of a client: its split, labels and background bank."""
 
     def __init__(
         self,
@@ -183,7 +183,7 @@ class ClientData:
         )
 
     def background_images(self) -> dict[str, Tensor]:
-        """Images with a detected object, those pixels black: uint8 images, bool masks, int64 labels.
+        """Images with a detected object, the object's pixels black: uint8 images, bool masks, int64 labels.
 
         Raises:
             ValueError: nothing is known about what is object and what is background.
@@ -239,21 +239,21 @@ class TestSet:
         segmented = self.labels.dim() == 3
         self.task = "retrieval" if tokens is not None else "segmentation" if segmented else "classification"
         self.cases: Tensor | None = split.cases
-        # The maps of a segmentation network are as large as its images all the way.
+        # A segmentation network has feature maps as large as its images, so its batches are smaller.
         self.batch = min(batch, max(1, SEGMENTED_PIXELS // split.images[0, 0].numel())) if segmented else batch
         self.predictions: Tensor | None = None
-        self.pool: ThreadPoolExecutor | None = None  # of threads that look at its batches, while there is one
+        self.pool: ThreadPoolExecutor | None = None  # threads that evaluate its batches side by side, where there are
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The images and their labels in order, in batches of which none is a single image (see ``cuts``)."""
+        """The images and their labels in order, in batches of more than one image (see ``batch_slices``)."""
         for part in batch_slices(len(self), self.batch):
             yield self.pixels.take(np.arange(part.start, part.stop)), self.labels[part]
 
     def captioned(self) -> Iterator[tuple[Tensor, Any]]:
-        """The images and the tokens of their texts, in batches of which none is a single pair (where there are two)."""
+        """The images and the tokens of their texts, in batches of more than one pair (where there are two pairs)."""
         for rows in np.array_split(np.arange(len(self)), -(-len(self) // self.batch)):
             yield self.pixels.take(rows), take_tokens(self.tokens, rows)
 
@@ -267,9 +267,9 @@ class TestSet:
 
 
 def batch_plan(samples: int, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """One epoch: a random order cut into batches of ``batch_size`` as ``cuts`` does, the last one smaller.
+    """Batches of one epoch: the samples in random order, in batches as ``batch_slices`` makes them.
 
-    A client smaller than the batch size has one smaller batch.
+    A client with fewer samples than the batch size has one smaller batch.
     """
     order = rng.permutation(samples)
     return [order[part] for part in batch_slices(samples, batch_size)]

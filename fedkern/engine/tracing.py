@@ -1,4 +1,4 @@
-"""A trace of one round: what every operator took, to be looked at in a browser."""
+"""Trace of one round: the time that every operator took, to view in a browser."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ FILE = "profile.json.gz"
 
 @contextmanager
 def traced(path: Path) -> Iterator[None]:
-    """Writes what happens inside to ``path``, as a gzipped trace that chrome://tracing and ui.perfetto.dev read.
+    """Traces what runs inside, and writes a gzipped trace to ``path`` for chrome://tracing or ui.perfetto.dev.
 
     Raises:
         UserError: the file cannot be written.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library otherwise says when it begins and ends
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler's library prints when it begins and ends
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     with profile(activities=activities) as seen:
         yield

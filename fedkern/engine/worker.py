@@ -1,16 +1,17 @@
-"""The worker processes of a run: ``python -m fedkern.engine.worker DESCRIPTOR PARENT``, started by the run alone.
+"""Worker processes of a run: ``python -m fedkern.engine.worker DESCRIPTOR PARENT``, started by the run alone.
 
-One process is started, or forked from that of the command line.  It has what clients need, is told the run's settings
-and data, and forks a worker whenever it is asked to, so that PyTorch is loaded and the data are mapped once for all of
-them.  It never computes: a process whose OpenMP threads have run cannot be forked.  It never sees the user's
-``__main__``.
+One process, the nursery, is started or forked from the command line's process.  It loads what clients need, receives
+the run's settings and data, and forks a worker on request.  PyTorch is thus loaded, and the data are mapped, once for
+all workers.  The nursery never computes: a process whose OpenMP threads have run cannot be forked.  It never sees the
+user's ``__main__``.
 
-A worker has a network, the clients' data and their states of the round, and does what an
-:class:`~fedkern.engine.executors.serial.Serial` does.  It ends with the connection to the run's process, and with its
-parent.  SIGINT, which a terminal sends to every process in the foreground, is the run's to answer.
+A worker has a network, the clients' data and their states of the round, and works as a
+:class:`~fedkern.engine.executors.serial.Serial` does.  It ends when its connection to the run's process closes, or when
+its parent ends.  It ignores SIGINT, which a terminal sends to every process in the foreground: the run's process
+handles that.
 
-What both sides know is in `fedkern.engine.executors.tasks`: as ``__main__`` this module is another one than under its
-name.
+Message classes are in `fedkern.engine.executors.tasks`: run as ``__main__``, this module would define other classes
+than the run's process imports under its name.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Worker:
-    """The clients that this process has, and the connection to the run."""
+    """Clients of this process, and the connection to the run's process."""
 
     def __init__(self, setup: Setup, channel: Channel) -> None:
         self._channel = channel
@@ -55,7 +56,7 @@ class Worker:
         self._packer, self._unpacker = Packer(), Unpacker()
 
     def serve(self) -> None:
-        """Works until the other end of the connection is gone."""
+        """Works until the other end of the connection is closed."""
         while True:
             packet, _ = self._channel.receive()
             asked = self._unpacker.unpack(packet)
@@ -65,7 +66,7 @@ class Worker:
                 self._forget(asked)
             else:
                 self._send(self._done(asked))
-                del asked  # or its message would live until the next one has arrived
+                del asked  # else its message would live until the next one has arrived
 
     def _forget(self, asked: Forget) -> None:
         for k in asked.clients:
@@ -88,7 +89,7 @@ class Worker:
         return Done(answer, self._serial.changed(task.client))
 
     def _send(self, done: Any) -> None:
-        sys.stdout.flush()  # what a client's code has printed; a worker may be ended at any time
+        sys.stdout.flush()  # shows what a client's code has printed: a worker may be killed at any time
         try:
             packet = self._packer.pack(done)
         except NotPortable as error:
@@ -104,12 +105,12 @@ class Worker:
 
 
 def _end_with_parent() -> None:
-    """The process is killed when its parent ends, however that ends."""
+    """Has this process killed when its parent ends, however the parent ends."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _work(setup: Setup, end: socket.socket) -> None:
-    """A forked process's whole life."""
+    """Runs a forked worker, from its beginning to its end."""
     keep_freed_memory()
     with ExitStack() as forced:
         if setup.isa != "none":
@@ -124,14 +125,17 @@ def _work(setup: Setup, end: socket.socket) -> None:
 
 
 def serve(end: socket.socket, parent: int) -> NoReturn:
-    """Prepares, and forks a worker for every connection that comes in; ends the process with its own connection.
+    """Runs the nursery, which ends when its connection to the run's process closes.
 
-    It is sent the paths that modules are imported from and the setup, and answers "ready" or a sentence; then "fork"
-    with a connection, answered with the number of the process, and numbers of processes, answered with how they ended.
+    The run's process sends, and the nursery answers:
+
+    * the paths that modules are imported from, and the setup: "ready", or a sentence on what went wrong;
+    * "fork" with a connection: the process id of the new worker, which has that connection;
+    * the process id of a worker: how the worker ended.
 
     Args:
-        end: of the connection to the run.
-        parent: the number of the run's process.
+        end: this process's end of the connection to the run's process.
+        parent: process id of the run's process.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -175,9 +179,9 @@ def _serve(end: socket.socket) -> None:
 
 
 def _ended(process: int) -> int | None:
-    """How a worker ended (see ``os.waitstatus_to_exitcode``); None where it has not, or is not known."""
+    """Exit code of a worker (see ``os.waitstatus_to_exitcode``); None where it has not ended, or is not known."""
     with suppress(ChildProcessError):
-        for _ in range(50):  # its end of the connection is gone before it is
+        for _ in range(50):  # the worker's connection closes a little before the worker has ended
             found, status = os.waitpid(process, os.WNOHANG)
             if found:
                 return os.waitstatus_to_exitcode(status)

@@ -1,7 +1,7 @@
-"""The protocol of a federated method: what travels, and what each side makes of it.
+"""The base classes of a federated method: which messages travel, and what the server and the clients do with them.
 
-A *round* has one or more named *exchanges* (server -> clients -> server); a *message* is a dict of named tensors and
-numbers.  A method says nothing about where it runs: it never writes a file, prints, picks a device, draws from a global
+A *round* has one or more named *exchanges* (server -> clients -> server).  A *message* is a dict of named tensors and
+numbers.  A method does not know where it runs: it never writes a file, prints, picks a device, draws from a global
 generator or counts bytes.  The engine hands it a :class:`Server` and one :class:`Client` at a time.
 """
 
@@ -37,7 +37,7 @@ from fedkern.methods.uploads import Declaration, Maybe, Number, Values, like
 from fedkern.privacy import Guarantee
 
 VECTORS = ("parameters", "buffers", "integers")
-"""A network as flat vectors in a message or state: fp32 [P], fp32 [Q], int64 [R]; the last two where they travel."""
+"""Flat vectors of a network in a message or state: fp32 [P], fp32 [Q], int64 [R]; the last two where they travel."""
 
 __all__ = [
     "METHODS",
@@ -73,11 +73,11 @@ __all__ = [
 class Method:
     """A federated method; subclasses are registered with :func:`register`.
 
-    A one-shot method (``one_shot = True``) has a plan of its own: the user gives no number of rounds, and
+    A one-shot method (``one_shot = True``) has its own plan: the user gives no number of rounds, and
     ``federation.local_epochs`` is a client's whole budget, to be divided over the plan.
 
-    A pooled method (``pooled = True``) is no federated one: the data of all clients are put together, booked as one
-    upload of every client's raw images and labels, and a single client holds them.
+    A pooled method (``pooled = True``) is not federated: a single client holds the data of all clients.  The byte
+    ledger counts one upload of every client's raw images and labels.
     """
 
     name: ClassVar[str] = ""
@@ -85,34 +85,36 @@ class Method:
     one_shot: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
     tasks: ClassVar[tuple[str, ...]] = ("classification",)
-    """What it can learn: ``"classification"``, ``"segmentation"``, ``"retrieval"`` (image-text pairs)."""
+    """Tasks that the method can learn: ``"classification"``, ``"segmentation"``, ``"retrieval"`` (image-text pairs)."""
 
     selective: ClassVar[bool] = False
-    """Whether ``send`` may leave out clients (a dict without them), or send nobody anything (None)."""
+    """Whether ``send`` may leave out clients (a dict without them) or all clients (None)."""
     pools_statistics: ClassVar[bool] = False
-    """Whether ``server.state`` is a network as flat vectors, whose statistics `fedkern.methods.common.pooling` can
-    estimate."""
+    """Whether ``server.state`` is a network as flat vectors, so that `fedkern.methods.common.pooling` can estimate the
+    statistics of its batch norms."""
+    follows_own_update: ClassVar[bool] = False
+    """Whether a client's state follows from its whole update, so that the server must not scale the update down."""
     takes_teachers: ClassVar[bool] = False
-    """Whether the clients may bring trained networks (``--teachers``) in the place of their local training."""
+    """Whether clients may load trained networks (``--teachers``) instead of training locally."""
 
     @dataclass(frozen=True)
     class Options(BaseOptions):
-        """The method's knobs."""
+        """The method's options."""
 
     def __init__(self, options: Any = None) -> None:
         self.options: Any = self.Options() if options is None else options
 
     @property
     def averages(self) -> bool:
-        """Whether the server averages uploaded ``parameters``, whose update can be bounded (``--max-update-norm``)."""
+        """Whether the server averages uploaded ``parameters``, so that ``--max-update-norm`` can bound updates."""
         return False
 
     def architecture(self, client: ClientId) -> dict[str, Any]:
-        """What ``Client.network`` needs beside the run's settings for the network that a client trains, or brings."""
+        """Arguments of ``Client.network`` for this client's network, trained or loaded; empty: the run's network."""
         return {}
 
     def check(self, client: Client) -> None:
-        """Raises UserError where a client's data lack what the method needs; asked before anything is written."""
+        """Raises UserError if a client's data lack what the method needs; called before anything is written."""
 
     def start(self, server: Server) -> None:
         """Fills ``server.state`` before the first round."""
@@ -127,129 +129,138 @@ class Method:
         raise NotImplementedError
 
     def client_update(self, client: Client, step: Step, message: Message) -> Message:
-        """What a client makes of a message, from its own data and state."""
+        """A client's answer to a message, made from the client's own data and state."""
         raise NotImplementedError
 
     def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
-        """What a client's upload must hold (see `fedkern.methods.uploads`); by default the tensors that it was sent.
+        """Declaration of a client's upload (see `fedkern.methods.uploads`); by default the tensors that it was sent.
 
-        The engine checks every upload before ``server_update`` sees it: keys, shapes, dtypes, finite values.  What does
-        not fit is refused, and the client named.  Where the declaration has the broadcast tensor itself under
-        ``parameters`` and the method ``averages``, the difference to that tensor is the client's update.
+        The engine checks the keys, shapes, dtypes and finite values of every upload before ``server_update`` sees it.
+        An upload that does not fit is refused, and the reason names the client.  If the method ``averages`` and the
+        declaration has the broadcast tensor itself under ``parameters``, the difference between the uploaded and the
+        broadcast tensor is the client's update.
 
         Args:
-            server: its state as the uploads before this one have left it.
+            server: the server; earlier uploads of this exchange may have changed its state.
             step: the exchange.
-            client: whose upload.
-            message: what the client was sent.
+            client: the uploading client.
+            message: the message that the client was sent.
         """
         return {name: value for name, value in message.items() if isinstance(value, Tensor)}
 
     def cohort_update(
         self, clients: Mapping[ClientId, Client], step: Step, messages: Mapping[ClientId, Message]
     ) -> Mapping[ClientId, Message] | None:
-        """What the clients of a round that is for a ``cohort`` make of their messages at once.
+        """Answers of all clients of a ``cohort`` round, computed together.
 
-        None: ask them one after another, in the same process.
+        None asks the engine to call the clients one after another, in the same process.
 
         Args:
-            clients: all that take part in the round.
-            messages: of those that are sent one; every one of them is answered.
+            clients: all participants of the round.
+            messages: messages by recipient; participants without a message are left out.
+
+        Returns:
+            One answer for every recipient, or None.
         """
         return None
 
     def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
-        """What the server makes of the uploads; they arrive one by one and need not be kept.
+        """Updates the server's state from the uploads, which arrive one by one and need not be kept.
 
-        They are as ``expects`` declares them, and none is empty unless nothing is expected.
+        Every upload fits the declaration of ``expects``.  An upload is empty only where nothing is expected.
         """
         raise NotImplementedError
 
     def model(self, server: Server) -> nn.Module | None:
         """The module that is evaluated (in eval mode) and saved; None while there is nothing to evaluate yet.
 
-        It is made of ``server.state``, ``build`` and ``network`` alone, never of ``round_cache`` or data:
-        ``engine.read_model`` calls it too, on a run folder, and loads model.safetensors into what it returns.
+        Use only ``server.state``, ``server.build`` and ``server.network``, never ``round_cache`` or data:
+        ``engine.read_model`` calls this method too, on a run folder, and loads model.safetensors into the module.
         """
         raise NotImplementedError
 
     def vectors(self, server: Server) -> Message:
-        """The network that is evaluated as flat vectors, where there is one network."""
+        """Flat vectors of the network that is evaluated, for methods with a single network."""
         return {name: server.state[name] for name in VECTORS if name in server.state}
 
     def weight(self, server: Server, upload: Upload) -> float:
-        """The weight of a client in the averages of a round, which need not sum to one."""
+        """A client's weight in the averages of a round; the weights need not sum to one."""
         return 1.0
 
     def statistics_at(self, entry: Round) -> int | None:
-        """Before which exchange of a round the network's statistics are needed; None: only where it is evaluated."""
+        """Index of the exchange before which batch norm's statistics are pooled; None: only before an evaluation."""
         return None
 
     def statistics_rows(self, client: Client) -> np.ndarray:
-        """The samples that they are taken over, int64."""
+        """Indices, int64, of the client's samples that the pooled batch-norm statistics are computed on."""
         return np.arange(client.samples)
 
     def untrained(self, client: Client) -> np.ndarray:
-        """The client's samples, int64, that the method keeps from the local training, whatever else looks at them."""
+        """Indices, int64, of samples that the local training never uses; other parts of the method may use them."""
         return np.zeros(0, dtype=np.int64)
 
     def evaluate(self, model: nn.Module, data: Any) -> dict[str, float]:
         """Figures of ``model`` on a test set; ``data.batches()`` yields (images fp32, labels int64) in order.
 
-        Returns ``accuracy`` and ``confidence`` (mean probability of the true class), fractions in [0, 1], and ``loss``
-        (mean cross-entropy in nats); of image-text pairs the figures of `fedkern.methods.common.supervised`, ``i2t_r1``
-        first; of a segmentation those of `fedkern.methods.common.segmentation_figures`, ``dice`` first.
+        The engine may call this from several threads, each with its own test set.
 
-        The engine asks for several test sets at once, from threads.
+        Returns:
+            By task; the first figure is the main one:
+
+            - classification: ``accuracy`` and ``confidence`` (mean probability of the true class), fractions in [0, 1],
+              and ``loss`` (mean cross-entropy in nats);
+            - retrieval: ``i2t_r1`` and the other figures of `fedkern.methods.common.supervised`;
+            - segmentation: ``dice`` and the other figures of `fedkern.methods.common.segmentation_figures`.
         """
         from fedkern.methods.common.figures import figures
 
         return figures(model, data)
 
     def evaluate_own(self, model: nn.Module, data: Any, client: ClientId) -> dict[str, float]:
-        """The same on the client's own test set: of the network that this client would use."""
+        """Figures, as :meth:`evaluate` returns them, of the network that this client would use on its own test set."""
         return self.evaluate(model, data)
 
     def oracle_metrics(
         self, server: Server, clients: Mapping[ClientId, Client], sets: Mapping[str, Any]
     ) -> dict[str, float]:
-        """Figures for the run's summary that only the experimenter can see, who looks at every client.
+        """Figures for the run's summary that only a simulation can compute, because they need every client's data.
 
-        Asked once at the end; nothing of it is booked.  With private records those alone are told that the method's
-        :class:`fedkern.privacy.Guarantee` names as ``appraised``, where it covers everything.
+        The engine calls this once at the end and counts no bytes for it.  With private records (``--records``) the
+        summary keeps only the figures that the method's :class:`fedkern.privacy.Guarantee` lists as ``appraised``, and
+        no figure unless the guarantee covers every release.
 
         Args:
-            sets: the test sets (see :meth:`evaluate`) by the prefix that their figures' names begin with.
+            sets: the test sets (see :meth:`evaluate`) by the prefix of their figures' names.
         """
         return {}
 
     def diagnose(self, observed: Mapping[str, Observed]) -> dict[str, str]:
-        """Named one-sentence warnings from the run's observations (what ``loss`` returned beside the loss)."""
+        """Named one-sentence warnings from the scalars that clients reported (``loss`` and ``client.report``)."""
         return {}
 
     def guarantee(self, server: Server) -> Guarantee | None:
-        """What its differential privacy covers and what not; None where the options ask for none.
+        """The method's differential privacy guarantee: what it covers and what not; None without privacy options.
 
-        Asked after :meth:`start`.
+        The engine calls this after :meth:`start`.
         """
         return None
 
     @classmethod
     def promises(cls, options: Any) -> bool:
-        """Whether the options ask for differential privacy of anything, so that ``--records`` is private by default."""
+        """Whether the options ask for any differential privacy; ``--records`` is then private by default."""
         return cls.guarantee is not Method.guarantee
 
 
 class LocalTraining(Objective, Method):
-    """Methods whose clients train the received network and whose server averages (FedAvg and what derives from it).
+    """Methods whose clients train the received network and whose server averages (FedAvg and its variants).
 
-    The server's state is the global network as flat vectors: ``parameters`` fp32 [P], and, where the buffer policy lets
+    The server's state is the global network as flat vectors: ``parameters`` fp32 [P], and, if the buffer policy lets
     them travel, ``buffers`` fp32 [Q] (running statistics) and ``integers`` int64 [R].
     """
 
     @dataclass(frozen=True)
     class Options(Method.Options):
-        """Knobs of every locally training method."""
+        """Options of every locally training method."""
 
         weighting: str = option(
             "samples", "weight of a client in the average: its number of samples, or the same for all",
@@ -295,7 +306,7 @@ class LocalTraining(Objective, Method):
                 own = upload.message["integers"]
                 integers = own.clone() if integers is None else torch.maximum(integers, own)
                 del own
-            del upload  # or it would live until the next one has arrived
+            del upload  # free this upload before the next one arrives
         result = {name: mean.mean() for name, mean in means.items()}
         return result if integers is None else {**result, "integers": integers}
 

@@ -1,26 +1,26 @@
 """FedDRA (arXiv 2404.03854, TMLR): federated vision-language pre-training with distributionally robust client weights.
 
-A client's objective (docs/methods/feddra.md, 5), S being the similarities of unit vectors over tau = 0.07 and z* the
-unit vectors of the frozen global model, the anchors:
+The objective of client k (docs/methods/feddra.md, section 5), where S are the similarities of the unit embeddings
+divided by tau = 0.07, and the anchors z* are the unit embeddings of the frozen global model:
 
     L_k = lambda1 (CE(S, diag) + CE(S^T, diag)) + mu (MSE(z*_x, z_x) + MSE(z*_y, z_y))
 
 A round has three exchanges:
 
-- ``alignment``: encoders frozen; clients train the alignment layers and heads, and these alone travel back.
-- ``joint``: clients go on from their own alignment modules, or with ``joint_start=average`` from the average, and
-  train everything.  The anchors are made by the encoders of the start of the round and the average of the first stage;
-  without anchors and with ``joint_start=own`` nobody needs that average, and the first stage's results stay at home.
-- ``losses``: every client says how large the contrastive loss of the new model is on samples it never trains on, and
-  from that come the clients' weights in the next round's averages (`fedkern.methods.common.robust`).  The anchors are
-  that very model here, so that their term is zero.
+- ``alignment``: clients train the alignment layers and heads with frozen encoders, and upload only these modules.
+- ``joint``: clients train everything, starting from their own alignment modules or, with ``joint_start=average``, from
+  the average.  The anchor model has the encoders from the start of the round and the averaged alignment modules.
+  Without anchors and with ``joint_start=own`` no client needs that average, and the alignment modules are not uploaded.
+- ``losses``: every client reports the new model's contrastive loss on samples that it never trains on.  The losses
+  determine the client weights of the next round's averages (`fedkern.methods.common.robust`).  The anchor model equals
+  the evaluated model here, so the anchor term is zero.
 
-A client keeps the model that it got with ``losses`` and needs no other one in the next round: a round costs the
+A client keeps the model that it got with ``losses`` and needs no other model in the next round.  A round costs the
 alignment modules and the model once each way, and a few numbers.
 
-With ``--buffers pool``, the default on image-text data, clients get the new model one exchange earlier, to estimate
-batch norm's statistics under it (`fedkern.methods.common.pooling`), and with ``losses`` those alone.  ``--buffers
-average`` is the published form: the weights then follow losses that are mostly those of wrong statistics.
+With ``--buffers pool``, the default on image-text data, clients get the new model before ``losses``, to estimate batch
+norm's statistics under that model (`fedkern.methods.common.pooling`); ``losses`` then sends only the statistics.
+``--buffers average`` is the published form: the client weights then follow losses that mostly reflect wrong statistics.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from fedkern.methods.uploads import once
 from fedkern.models.towers import PARTS
 
 ALIGNMENT = PARTS[2:]
-"""What the first stage trains: the last submodules, so that their vectors are the ends of the network's."""
+"""Submodules that the first stage trains; they come last, so their vectors are the ends of the network's vectors."""
 
 
 @register("feddra")
@@ -69,7 +69,7 @@ class FedDRA(Robust):
 
     @dataclass(frozen=True)
     class Options(Robust.Options):
-        """Knobs of FedDRA; learning rate, batch size and the steps of the second stage are settings of the run."""
+        """Options of FedDRA; learning rate, batch size and the steps of the second stage are settings of the run."""
 
         rho: float = option(
             1.0, "radius of the set of client weights: 0 is its centre, (N - 1) / 2 the simplex", low=0, infinite=True
@@ -117,7 +117,7 @@ class FedDRA(Robust):
 
     @property
     def averaged(self) -> bool:
-        """Whether the average of the first stage is of use: the second overwrites it where both are in one round."""
+        """Whether the first stage's average is used: not if the second stage of the round overwrites it unread."""
         return bool(not self.paired or self.options.anchors or self.options.joint_start == "average")
 
     def rounds(self, federation: Federation) -> Iterator[Round]:
@@ -199,7 +199,7 @@ class FedDRA(Robust):
         if o.anchors:
 
             def anchor(side: str) -> Tensor:
-                # In the first stage the local encoders are the global ones: what they say serves both branches.
+                # In the first stage the local encoders equal the global ones, so both branches share their outputs.
                 glob = received.model
                 if side == "image":
                     return glob.project_image(image if frozen else glob.encode_image(batch.images))
@@ -219,7 +219,7 @@ class FedDRA(Robust):
 
 
 def part_sizes(network: nn.Module) -> dict[str, int]:
-    """How many elements of a network's vectors are those of what the first stage trains."""
+    """Number of elements, by vector, that belong to the submodules of the first stage (`ALIGNMENT`)."""
     sizes = dict.fromkeys(VECTORS, 0)
     for name in ALIGNMENT:
         part = network.get_submodule(name)
@@ -230,7 +230,7 @@ def part_sizes(network: nn.Module) -> dict[str, int]:
 
 
 def spliced(model: Mapping[str, Any], part: Mapping[str, Tensor]) -> Message:
-    """The vectors of a network, their ends replaced by those of its last submodules."""
+    """The vectors of a network with their ends replaced by ``part``, the vectors of the last submodules."""
     return {
         name: torch.cat([model[name][: -len(part[name])], part[name]]) if name in part else model[name]
         for name in VECTORS

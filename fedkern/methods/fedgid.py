@@ -1,14 +1,14 @@
 """FedGID (arXiv 2504.00850): global intervention and distillation against attribute skew.
 
-A client mixes random backgrounds, seen by the frozen global encoder, into its own features while keeping the label
-(intervention), and pulls both features towards the global encoder's (distillation):
+Intervention: a client mixes the frozen global encoder's features of random backgrounds into its own features and keeps
+the label.  Distillation: the client pulls both its own and the mixed features towards the global encoder's features:
 
     L = CE(z_I, y) + CE(z_INV, y) + lambda T^2 [KL_T(f_I || f_G) + KL_T(f_INV || f_G)]
 
-with KL_T(u || g) = KL(softmax(u / T) || softmax(g / T)) over the d feature channels, batch mean; T is 1 in the paper,
-and T^2 keeps the gradient's size for other temperatures.
+with KL_T(u || g) = KL(softmax(u / T) || softmax(g / T)) over the d feature channels, batch mean.  T is 1 in the paper;
+T^2 keeps the gradient's size for other temperatures.
 
-Nothing but the model travels, so every round costs the bytes of FedAvg.
+Only the model travels, so every round costs the bytes of FedAvg.  ``background_pool=shared`` adds a one-off exchange.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from fedkern.methods.common.frozen import remembered
 from fedkern.models import resolve_stage
 
 CHUNK = 256  # images per pass of the frozen encoder over a bank
-CACHE_BYTES = 256 << 20  # a bank's maps beyond this are computed per batch
+CACHE_BYTES = 256 << 20  # larger maps of a bank are not cached but computed per batch
 STAGES = ("map", "feature", "layer1", "layer2", "layer3", "layer4")
 
 
@@ -59,7 +59,7 @@ class FedGID(LocalTraining):
 
     @dataclass(frozen=True)
     class Options(LocalTraining.Options):
-        """Section 1 of the paper's knobs; ``lambda`` is the field ``lam``."""
+        """Options of FedGID (docs/methods/fedgid.md, section 5); the option ``lambda`` is the field ``lam``."""
 
         intervention: bool = option(True, "train on features mixed with random backgrounds (+GI)")
         distillation: bool = option(True, "pull features towards the global encoder's (+GD)")
@@ -88,14 +88,14 @@ class FedGID(LocalTraining):
         gd_ramp: int = option(0, "rounds over which lambda then rises linearly", low=0)
         tail_bn_updates: bool = option(False, "let mixed features update batch norm's running statistics")
 
-    # -- what is on in a round -------------------------------------------------------------------------------------
+    # -- terms of the loss in a round ------------------------------------------------------------------------------
 
     def intervenes(self, step: Step) -> bool:
-        """Whether L_GI is part of the loss of this round."""
+        """Whether this round's loss includes the intervention term L_GI."""
         return self.options.intervention and step.round >= self.options.gi_start_round
 
     def mixes(self, step: Step) -> bool:
-        """Whether features are really mixed: with a constant alpha of 1 the mixture is the sample itself."""
+        """Whether features are mixed in this round; with a constant alpha of 1 a mixture is the sample itself."""
         return self.intervenes(step) and not self._own_only()
 
     def _own_only(self) -> bool:
@@ -112,7 +112,7 @@ class FedGID(LocalTraining):
     # -- the client ------------------------------------------------------------------------------------------------
 
     def draw(self, client: Client, batch: Batch, rng: np.random.Generator) -> dict[str, Any]:
-        """A random background for every sample, and its alpha where that is random."""
+        """A random background for every sample, and alpha: one number, or drawn for every sample."""
         o = self.options
         if not self.mixes(batch.step):
             return {}
@@ -140,7 +140,7 @@ class FedGID(LocalTraining):
         em = cross_entropy(logits, batch.labels)
         total, seen = em, {"loss_em": em.detach()}
 
-        mixed, mixed_logits = features, logits  # what a mixture of the sample with nothing else is
+        mixed, mixed_logits = features, logits  # without a background the mixture is the sample itself
         if intervenes:
             gi = em
             if "index" in batch.drawn:
@@ -173,12 +173,12 @@ class FedGID(LocalTraining):
 
     @torch.no_grad()
     def _background_maps(self, batch: Batch, received: Received, stage: str) -> tuple[Tensor, Tensor | None]:
-        """E_G of the batch's backgrounds, and which of them goes to which sample."""
+        """The global encoder's maps of backgrounds, and the int64 [B] index of every sample's map (None: in order)."""
         drawn = batch.drawn
         if "images" in drawn:
             return received.model.stages(drawn["images"], upto=stage), None
         bank, index = drawn["bank"], drawn["index"]
-        # E_G is frozen, so a bank that is drawn from at least once over is cheaper to encode as a whole.
+        # The global encoder is frozen: with at least as many draws as images, encoding the whole bank once is cheaper.
         if len(bank) <= received.samples * received.epochs:
             maps = received.round_cache.get("bank")
             if maps is None:
@@ -193,7 +193,7 @@ class FedGID(LocalTraining):
         return received.model.stages(bank.take(index), upto=stage), None
 
     def _anchor(self, batch: Batch, received: Received) -> Tensor:
-        """E_G of the samples themselves: features, or F_G's logits."""
+        """The global model's answer to the samples: features, or logits with ``distill_on=logits``."""
         features: Tensor = received.model.features(batch.images)
         return received.model.head(features) if self.options.distill_on == "logits" else features
 
@@ -235,10 +235,10 @@ class FedGID(LocalTraining):
     def start(self, server: Server) -> None:
         super().start(server)
         network: Any = self.model(server)
-        resolve_stage(network, self.options.mix_stage)  # an unknown stage ends the run before it starts
+        resolve_stage(network, self.options.mix_stage)  # raises on an unknown stage before the run starts
 
     def rounds(self, federation: Federation) -> Iterator[Round]:
-        if self.options.background_pool == "shared" and self.options.intervention:
+        if self.options.background_pool == "shared" and self.options.intervention and not self._own_only():
             yield Round("backgrounds", exchanges=("collect", "distribute"), participants="all", one_off=True)
         yield from super().rounds(federation)
 
@@ -295,9 +295,9 @@ def draw_backgrounds(
 
     Args:
         rng: the client's own stream.
-        size: how many.
+        size: number of draws.
         bank_labels: int64 [N], N >= 1.
-        exclude: int64 [size], a class each draw must avoid; where the bank has no other class it cannot and does not.
+        exclude: int64 [size], the class that each draw avoids; ignored if the bank has no other class.
     """
     if exclude is None:
         return rng.integers(0, len(bank_labels), size)
@@ -312,7 +312,7 @@ def draw_backgrounds(
 
 @contextmanager
 def batch_statistics_only(model: nn.Module, enabled: bool = True) -> Iterator[None]:
-    """Batch norm in train mode normalises by the batch and leaves its running statistics alone."""
+    """Batch norm in train mode normalises by the batch and does not update its running statistics."""
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats] if enabled else []
     if not model.training:
         layers = []

@@ -1,14 +1,14 @@
 """Fed-LPFM (arXiv 2311.08479): private foundation models teach the lightweight network that the clients share.
 
-Every client owns a frozen teacher (CLIP zero-shot in the paper), which is never sent; only the proxy z is trained,
-communicated and used:
+Every client has a frozen teacher (CLIP zero-shot in the paper), which is never sent.  Only the proxy z, the lightweight
+network, is trained, communicated and used:
 
     L = (1 - lambda) CE(z, y) + lambda T^2 KL(softmax(t / T) || softmax(z / T))        ("convex"; batch mean)
     L = CE(z, y) + lambda T^2 KL(...)                                                  ("additive")
 
-over all classes, also those that a client never sees: there the gain under class splits comes from.  The teacher's
-logits t are those of the images before augmentation, computed once and kept in the client's state.  A round costs the
-bytes of FedAvg on the proxy.
+The KL is over all classes, including those that a client never sees: the gain under class splits comes from these.  The
+teacher's logits t are those of the images before augmentation, computed once and kept in the client's state.  A round
+costs the bytes of FedAvg on the proxy.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ from fedkern.models.teacher import NetworkTeacher, Teacher
 from fedkern.models.teacher_cache import LogitsCache, StoredLogits
 from fedkern.models.teacher_training import FINETUNE_LR, PROBE_LR, Recipe, finetune, pretrained, probe
 
-_ASKING = threading.Lock()  # teachers are made when they are first asked, and asked once of every test set
+_ASKING = threading.Lock()  # test sets are evaluated in threads: a teacher is built once and runs once on each set
 TUNE = "tune"
-ONCE = Step(-1, "", "update")  # the step of what a client draws once in a run
+ONCE = Step(-1, "", "update")  # step of draws that a client makes once in a run
 
 
 @register("fedlpfm")
@@ -139,7 +139,7 @@ class FedLPFM(LocalTraining):
         return total, {"loss_em": em.detach(), "loss_kd": kd.detach()}
 
     def divergence(self, logits: Tensor, teacher: Tensor) -> Tensor:
-        """The distillation loss of proxy logits [B, C] against one teacher's [B, C] or several teachers' [K, B, C]."""
+        """The distillation loss of proxy logits [B, C] against logits of one teacher [B, C] or of several [K, B, C]."""
         o = self.options
         temperature = float(o.temperature)
         if o.divergence == "kl":
@@ -153,7 +153,7 @@ class FedLPFM(LocalTraining):
     # -- the client ------------------------------------------------------------------------------------------------
 
     def check(self, client: Client) -> None:
-        """Raises UserError where a file of logits lacks some of the client's images, as its teacher would see them."""
+        """Raises UserError if a file of teacher logits lacks images that the client would train on."""
         if not self.options.lam:
             return
         self._install(client, client.network)
@@ -172,7 +172,7 @@ class FedLPFM(LocalTraining):
         return next(client.batches(1, augment=True, rng=client.rng("look", ONCE))).augmented
 
     def rounds(self, federation: Federation) -> Iterator[Round]:
-        """With tuned teachers a set-up round first; what it moves is the experimenter's figure of them."""
+        """Plan of FedAvg, with a set-up round for tuned teachers, which uploads only a figure for the experimenter."""
         if self.options.lam and self.options.teacher_tuning != "zero-shot":
             yield Round(TUNE, exchanges=(TUNE,), participants="all", one_off=True, booked=False)
         yield from super().rounds(federation)
@@ -192,7 +192,7 @@ class FedLPFM(LocalTraining):
             server.report["validation_tuned_teacher_accuracy"] = sum(right) / len(right)
 
     def _tune(self, client: Client) -> Message:
-        """Tunes the teachers that the client may have; how often they are right on average, if that can be told."""
+        """Tunes the teachers that the client may use; uploads their mean validation accuracy as ``right``, if any."""
         each_round = self.options.backbone == "random-each-round"
         for index in self._used() if each_round else self.backbones(client, ONCE):
             self._own_logits(client, index)
@@ -223,7 +223,7 @@ class FedLPFM(LocalTraining):
         return {"teacher": known.index_select(known.dim() - 2, torch.from_numpy(batch.indices).to(known.device))}
 
     def backbones(self, client: Client, step: Step) -> list[int]:
-        """Which of the teachers a client has in this round, by position."""
+        """Positions of the teachers that a client uses in this round."""
         o = self.options
         if o.backbone == "consistent":
             return list(range(o.teachers))
@@ -236,7 +236,11 @@ class FedLPFM(LocalTraining):
         return chosen
 
     def _mixture(self, logits: Tensor) -> Tensor:
-        """[K, B, C] as the divergence wants it: one teacher's [B, C], or for all but KL the mixture's logits."""
+        """Teacher logits [K, B, C] in the form that the divergence takes.
+
+        One teacher: [B, C].  Several teachers with KL: [K, B, C] unchanged.  Several teachers with another divergence:
+        [B, C], the logits of the teachers' mean probabilities.
+        """
         if len(logits) == 1:
             return logits[0]
         if self.options.divergence == "kl":
@@ -277,7 +281,7 @@ class FedLPFM(LocalTraining):
         return logits
 
     def _live(self, client: Client, index: int, batch: Batch) -> Tensor:
-        """A teacher's logits of a batch as the proxy sees it."""
+        """A teacher's logits of a batch, of the same (augmented) images as the proxy sees."""
         teacher = self._teacher(index)
         if self.options.teacher_tuning == "zero-shot":
             return teacher.logits(batch.images).to(batch.images.device)
@@ -289,7 +293,7 @@ class FedLPFM(LocalTraining):
     # -- teachers --------------------------------------------------------------------------------------------------
 
     def _install(self, place: Client | Server, build: Callable[..., Any]) -> None:
-        """Fixes what teachers are made for; the teachers themselves are made when they are first asked."""
+        """Sets the teachers' settings once; the teachers themselves are built on first use."""
         if self._setting is not None:
             return
         o = self.options
@@ -340,10 +344,10 @@ class FedLPFM(LocalTraining):
         for index in self._used():
             teacher = self._teacher(index)
             if self.options.teacher_tuning != "zero-shot":
-                _ = teacher.parts  # or the sentence that it has none to tune
+                _ = teacher.parts  # raises if the teacher has no parts to tune
             if isinstance(teacher, StoredLogits):
                 continue
-            teacher.logits(images)  # wrong classes, a missing package, NaN: before anything is written
+            teacher.logits(images)  # reports wrong classes, a missing package or NaN before anything is written
             mflops, parameters = teacher_mflops(teacher, images), float(teacher.parameters)
             if index == 0 or mflops > server.report["teacher_inference_mflops"]:
                 server.report["teacher_inference_mflops"], server.report["teacher_parameters"] = mflops, parameters
@@ -357,18 +361,20 @@ class FedLPFM(LocalTraining):
             self._proxy = NetworkTeacher(network, "proxy", server.device)
 
     def evaluate(self, model: nn.Module, data: Any) -> dict[str, float]:
-        """Also ``teacher_accuracy`` and, where there are public images, ``public_proxy_accuracy``.
+        """Figures of the proxy, and ``teacher_accuracy`` and ``public_proxy_accuracy`` where they can be computed.
 
-        The first is the accuracy of the teachers that every client has, or, where clients draw theirs, the mean over
-        the teachers; the second that of the proxy trained on the public images alone, as the embedded teacher is.
-        Tuned teachers are measured as they were before; ``validation_tuned_teacher_accuracy`` is what the clients'
-        own ones have on the validation split, on average over clients.
+        - ``teacher_accuracy``: accuracy of the ensemble of the teachers that every client has; if clients draw their
+          teachers, the mean of the teachers' accuracies.  Missing with stored logits.  Tuned teachers count as they
+          were before tuning; ``validation_tuned_teacher_accuracy`` has the clients' mean accuracy of tuned teachers on
+          the validation split.
+        - ``public_proxy_accuracy``: accuracy of the proxy trained on the public images alone, like the embedded
+          teacher.
         """
         figures = super().evaluate(model, data)
         if self.options.lam and self._setting is not None:
             with _ASKING:
                 if id(data) not in self._known:
-                    self._known[id(data)] = (data, self._teacher_figures(data))  # holding data keeps its identity taken
+                    self._known[id(data)] = (data, self._teacher_figures(data))  # holds data, so its id stays unique
             figures.update(self._known[id(data)][1])
         return figures
 
@@ -385,7 +391,7 @@ class FedLPFM(LocalTraining):
 
         used = [self._teacher(index) for index in self._used()]
         figures: dict[str, float] = {}
-        if not any(isinstance(teacher, StoredLogits) for teacher in used):  # those need not know the test images
+        if not any(isinstance(teacher, StoredLogits) for teacher in used):  # stored logits may lack the test images
             each = [answers(teacher).double().softmax(1) for teacher in used]
             if self.options.backbone == "consistent":
                 figures["teacher_accuracy"] = accuracy(torch.stack(each).mean(0))
@@ -396,7 +402,7 @@ class FedLPFM(LocalTraining):
         return figures
 
     def diagnose(self, observed: Mapping[str, Observed]) -> dict[str, str]:
-        """Names the teachers: what they are, and that they were installed, not sent."""
+        """Adds a note that names the teachers and their size, and a warning if they are at chance."""
         found = dict(super().diagnose(observed))
         if not self._made:
             return found
@@ -418,7 +424,7 @@ class FedLPFM(LocalTraining):
 
 
 def teacher_mflops(teacher: Teacher, images: Tensor) -> float:
-    """Millions of operations of a teacher's answer to one image."""
+    """Millions of operations (matrix products and convolutions) of a teacher per image."""
     with count_flops(getattr(teacher, "network", None)) as counter:
         teacher.logits(images)
     return counter.flops / len(images) / 1e6

@@ -1,4 +1,4 @@
-"""A method's knobs: one dataclass that the command line, the config file, ``list`` and the range checks are made of."""
+"""Options of a method: one dataclass that the command line, the config file, ``list`` and the range checks read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedkern.errors import UserError, nearest
 Value = bool | int | float | str
 
 LARGEST = 1e30
-"""Of a number with a fraction: it has to fit fp32, also after a division by a bias correction."""
+"""Largest value of a float option: it has to fit fp32, also after a division by a bias correction."""
 
 _WORDS = {"true": True, "on": True, "yes": True, "1": True, "false": False, "off": False, "no": False, "0": False}
 
@@ -34,21 +34,21 @@ def option(
     path: Callable[[str], str] | None = None,
     code: Callable[[str], Sequence[str]] | None = None,
 ) -> Any:
-    """Declares one knob as a dataclass field; its type is the default's.
+    """Declares one option as a dataclass field; the option has the type of its default.
 
     Args:
-        default: the value used when nothing is said; ``bool``, ``int``, ``float`` or ``str``.
+        default: the value of an option that is not given; ``bool``, ``int``, ``float`` or ``str``.
         help: one line for the user.
-        low, high: inclusive range of a number; without ``high``, `LARGEST` and, of whole numbers with a lower bound,
-            `MOST` end it.
+        low, high: inclusive range of a number.  Without ``high``, a float is at most `LARGEST`, and an integer with a
+            lower bound is at most `MOST`.
         above: exclusive lower bound of a number.
         choices: the only values allowed.
         name: the published name where Python forbids it as a field name (``lambda`` for the field ``lam``).
         type: the type of an option whose default is ``None`` (left open, and ``None`` stays allowed).
-        infinite: whether infinity is a value of a number.
-        path: makes the value absolute where it is a path, or names one; a run is stored with what it returns.
-        code: what a value names that is imported and run, each part as it is written; a stored run does not run it
-            unless the option is given again.
+        infinite: whether a float may be infinite.
+        path: function that makes a path in the value absolute; a stored run keeps the function's result.
+        code: function that returns the parts of a value that name code to import and run, each as written.  A stored
+            run executes that code only if the option is given again.
     """
     kind = builtins.type(default) if type is None else type
     metadata = {
@@ -60,7 +60,7 @@ def option(
 
 @dataclass(frozen=True)
 class Knob:
-    """What one option is: read by ``list``, the command line and the documentation."""
+    """Description of one option, read by ``list``, the command line and the documentation."""
 
     name: str
     field: str
@@ -78,7 +78,7 @@ class Knob:
 
     @property
     def range(self) -> str:
-        """The allowed values in words, for example ``in [0, 1]`` or ``one of mean, zero``; empty when anything goes."""
+        """The allowed values in words, such as ``in [0, 1]`` or ``one of mean, zero``; empty without a restriction."""
         if self.choices is not None:
             return "one of " + ", ".join(str(choice) for choice in self.choices)
         if self.low is not None and self.high is not None:
@@ -93,7 +93,7 @@ class Knob:
         """Returns ``value`` (a string from the command line, or a value from TOML) in the option's type.
 
         Raises:
-            UserError: it is not of that type or outside the allowed range.
+            UserError: the value has another type or is outside the allowed range.
         """
         if value is None and self.default is None:
             return cast(Value, None)
@@ -116,7 +116,7 @@ class Knob:
             return
         if isinstance(value, float) and math.isinf(value) and not self.infinite:
             raise UserError(f"{self.label} must be finite, not {value:g}.")
-        shown = f"{value:g}" if isinstance(value, float) else str(value)  # no float holds a number of 400 digits
+        shown = f"{value:g}" if isinstance(value, float) else str(value)  # :g fails for integers that overflow a float
         if self.high is None and (most := self._most(value)) is not None and value > most:
             raise UserError(f"{self.label} must be at most {most}, not {shown}.")
         bad = (
@@ -129,14 +129,19 @@ class Knob:
             raise UserError(f"{self.label} must be {self.range or 'a number'}, not {shown}.")
 
     def _most(self, value: int | float) -> int | float | None:
-        """What ends the range of a number where the option does not say it."""
+        """Upper bound of a number whose option declares none; None: unbounded."""
         if isinstance(value, float):
             return LARGEST if math.isfinite(value) else None
-        return MOST if self.low is not None else None  # a seed, which counts nothing, may be any number
+        return MOST if self.low is not None else None  # an integer without a lower bound, such as a seed, is no count
 
 
 def knobs(cls: Any, label: str) -> tuple[Knob, ...]:
-    """The fields of a dataclass that were declared with :func:`option`; ``label`` names one in an error message."""
+    """Options of a dataclass: its fields declared with :func:`option`.
+
+    Args:
+        cls: the dataclass.
+        label: how error messages name an option; ``{}`` stands for the option's name.
+    """
     result = []
     for field in dataclasses.fields(cls):
         meta = dict(field.metadata)
@@ -179,7 +184,7 @@ class Options:
 
     @classmethod
     def knobs(cls) -> tuple[Knob, ...]:
-        """The options in the order they were declared."""
+        """The options in the order of their declaration."""
         return knobs(cls, 'Method option "{}"')
 
     @classmethod
@@ -187,8 +192,8 @@ class Options:
         """Makes the options from ``["alpha=0.6", "lambda=1"]`` or from a mapping of published or field names.
 
         Raises:
-            UserError: an unknown name (the nearest one is suggested), a value of the wrong type or out of range, a word
-                without ``=``, or the same option twice.
+            UserError: an unknown name (the message suggests the nearest one), a value of the wrong type or out of
+                range, a word without ``=``, or the same option twice.
         """
         pairs: list[tuple[str, Any]] = []
         if isinstance(given, Mapping):
@@ -217,22 +222,22 @@ class Options:
 
     @classmethod
     def settled(cls, values: Mapping[str, Value], given: Collection[str]) -> dict[str, Value]:
-        """What a run takes of all options, by published name: here the values as they are.
+        """The options that a run uses, by published name; by default ``values`` unchanged.
 
         Args:
-            values: every option: the user's, or else the data set's default.
-            given: the options that the user named.  One that decides on others (a preset) overrules the data set's
-                defaults of these, not what the user said of them.
+            values: every option: the user's value, or else the data set's default.
+            given: names of the options that the user gave.  An option that sets others (a preset) overrides the data
+                set's defaults of those options, not the user's values.
         """
         return dict(values)
 
     @classmethod
     def code(cls, values: Mapping[str, Any]) -> list[tuple[str, str]]:
-        """What these values name that is imported and run, each with the published name of its option."""
+        """Code that these values name and a run imports: pairs of the option's published name and the code's name."""
         parsed = cls.parse(values)
         named = [knob for knob in cls.knobs() if knob.code is not None and {knob.name, knob.field} & set(values)]
         return [(knob.name, part) for knob in named if knob.code for part in knob.code(getattr(parsed, knob.field))]
 
     def to_dict(self) -> dict[str, Value]:
-        """Published name to value, every option included."""
+        """All option values by published name."""
         return {knob.name: getattr(self, knob.field) for knob in self.knobs()}

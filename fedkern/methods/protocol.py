@@ -1,4 +1,4 @@
-"""What a method exchanges and trains on: rounds, messages, samples and batches."""
+"""Types that a method exchanges and trains on: rounds, messages, samples and batches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedkern.privacy.unit import IMAGE, Unit
 
 ClientId = int
 Message = dict[str, Any]
-"""Named tensors, numbers, and dicts of such; its tensors are what the byte ledger counts."""
+"""Named tensors, numbers, and dicts of these; the byte ledger counts the tensors."""
 
 
 @dataclass(frozen=True)
@@ -21,16 +21,15 @@ class Round:
     """One entry of a method's plan.
 
     Attributes:
-        name: for records and displays, for example ``"train"``, ``"level 2"`` or ``"calibrate"``.
+        name: label in records and displays, for example ``"train"``, ``"level 2"`` or ``"calibrate"``.
         exchanges: names of the server -> clients -> server exchanges of the round, in order.
-        participants: ``"sampled"`` (the engine's ``sample_fraction``), ``"all"``, or the ids of those that take part.
-        one_off: a set-up round before training: its bytes are booked as one-off and it does not count as one of the
-            run's communication rounds.
-        booked: False where what moves is the experimenter's bookkeeping rather than the method's communication.
-        states: when the clients' states are written: after every ``"exchange"``, or, in a round of many exchanges, once
-            at the end of the ``"round"``.
-        cohort: whether its clients are asked at once (:meth:`Method.cohort_update`), in the server's process, where
-            that can be.
+        participants: ``"sampled"`` (the engine's ``sample_fraction``), ``"all"``, or the ids of the participants.
+        one_off: a set-up or closing round: its bytes are booked as one-off, and it is not one of the run's
+            communication rounds.
+        booked: False if the messages are the experimenter's bookkeeping rather than the method's communication.
+        states: when the clients' states are written: after every ``"exchange"``, or once at the end of the ``"round"``
+            (for rounds of many exchanges).
+        cohort: whether all clients are computed together in the server's process (:meth:`Method.cohort_update`).
     """
 
     name: str = "train"
@@ -44,7 +43,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Step:
-    """Where in the run a call happens: ``round`` counts from 0 (negative for one-off rounds)."""
+    """Position of a call in the run; ``round`` counts from 0 and is negative for one-off rounds."""
 
     round: int
     name: str
@@ -52,12 +51,12 @@ class Step:
 
 
 OUTSIDE = Step(-1, "", "")
-"""The step of a batch that is only looked at."""
+"""Step of work outside every round: a batch that is not trained on, or a draw made once in a run."""
 
 
 @dataclass(frozen=True)
 class Upload:
-    """What one client sends to the server: ``samples`` is its number of training samples."""
+    """One client's upload to the server; ``samples`` is the client's number of training samples."""
 
     client_id: ClientId
     samples: int
@@ -66,12 +65,12 @@ class Upload:
 
 @dataclass(frozen=True)
 class Federation:
-    """The sizes a plan may depend on; no data.
+    """Sizes that a plan may depend on; no data.
 
     Attributes:
-        rounds: communication rounds the user asked for.
-        samples: training samples per client, as everybody may know them: where patients are the unit of privacy, their
-            number times the images that one may have.
+        rounds: communication rounds that the user asked for.
+        samples: public number of training samples per client.  Where patients are the unit of privacy, this is the
+            number of patients times the largest number of images of a patient.
         classes: number of classes.
         local_epochs: epochs per round (for one-shot methods a client's whole budget).
         unit: the unit of privacy.
@@ -89,10 +88,10 @@ class Federation:
 
 
 class Backgrounds(Protocol):
-    """A bank of training images whose objects are erased.
+    """Bank of training images whose objects are erased.
 
     Attributes:
-        labels: int64 [N] (NumPy), the classes of the images the backgrounds come from.
+        labels: int64 [N] (NumPy), the classes of the images that the backgrounds come from.
         augmented: whether :meth:`take` augments, so that the same index gives different images.
     """
 
@@ -108,7 +107,7 @@ class Backgrounds(Protocol):
 
 @dataclass(frozen=True)
 class Observed:
-    """What is kept of a scalar observed by every client in every round (each value the mean over its batches)."""
+    """Summary of a scalar that clients reported over the run; a loss counts as a client's mean over its batches."""
 
     count: int
     mean: float
@@ -123,14 +122,14 @@ class Batch:
     Attributes:
         images: fp32 [B, C, H, W], augmented and normalised, on the client's device.
         labels: int64 [B], or [B, H, W] for segmentation (negative: unknown).
-        indices: int64 [B], the samples' positions in the client's split (NumPy).
-        step: the round and exchange it is trained in.
+        indices: int64 [B] (NumPy), the samples' positions in the client's split.
+        step: the round and exchange that the batch is trained in.
         epoch: local epoch within the round, from 0.
         augmented: whether the images were augmented, so that the same index gives different images.
-        drawn: what the method's ``draw`` returned for this batch.
-        tokens: the images' texts as the network takes them (``fedkern.models.vocabulary.Tokens``), or None.
-        per_sample: whether the loss must be the mean over samples of losses that each has by itself, as DP-SGD needs
-            it; a mean over all known pixels of the batch is not.
+        drawn: the random draws that the method's ``draw`` returned for this batch.
+        tokens: the tokenised texts of the images (``fedkern.models.vocabulary.Tokens``), or None.
+        per_sample: whether the loss must be a mean over samples of independent per-sample losses, as DP-SGD needs.  A
+            mean over all known pixels of the batch is not.
     """
 
     images: Tensor
@@ -145,7 +144,7 @@ class Batch:
 
 
 class Samples(Protocol):
-    """Labelled images that a method looks at in order: a client's own, or the public split.
+    """Labelled images that a method iterates in order: a client's own, or the public split.
 
     Attributes:
         labels: int64 [n], or [n, H, W] for segmentation, on the CPU.
@@ -158,27 +157,27 @@ class Samples(Protocol):
     def batches(
         self, size: int = 500, *, augment: bool = False, rng: np.random.Generator | None = None
     ) -> Iterator[Batch]:
-        """All of them in stored order, ``size`` at a time, normalised; augmented only when asked.
+        """All samples in stored order, ``size`` at a time, normalised; augmented only if ``augment``.
 
-        The last batch is smaller, but never a single sample: that one joins the batch before it, which then has
-        ``size + 1``, because a network in train mode cannot normalise a single value per channel.  Only a single sample
-        in all, or ``size`` 1, gives batches of one.
+        The last batch may be smaller.  A last batch of a single sample joins the batch before it, which then has
+        ``size + 1`` samples, because batch norm in train mode cannot normalise a single value per channel.  Batches of
+        one sample occur only with ``size`` 1 or with a single sample in all.
 
         Raises:
-            ValueError: ``augment`` without the ``rng`` that it draws from.
+            ValueError: ``augment`` without ``rng``.
         """
         ...
 
     def take(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> Tensor:
         """The images at ``indices``, fp32 [B, C, H, W], normalised; augmented when ``rng`` is given.
 
-        Labels of pixels, which augmentation moves too, come with `batches` alone.
+        Augmentation moves pixel labels too; only `batches` returns the moved labels.
         """
         ...
 
 
 class Received(Protocol):
-    """What a client got this exchange, as ``loss`` and ``adjust_gradient`` see it."""
+    """A client's input of this exchange, as ``loss`` and ``adjust_gradient`` see it."""
 
     message: Message
     step: Step
@@ -187,27 +186,27 @@ class Received(Protocol):
     epochs: int
     """Local epochs of this exchange."""
     round_cache: dict[str, Any]
-    """Vanishes at the end of the client's exchange."""
+    """Cache that is dropped at the end of the client's exchange."""
 
     @property
     def model(self) -> Any:
-        """The network just received: a frozen copy in eval mode without gradients, built on first use.
+        """The received network: a frozen copy in eval mode without gradients, built on first use.
 
-        Like ``parameters`` it exists where the message holds a network as flat vectors.
+        ``model`` and ``parameters`` exist only if the message holds a network as flat vectors.
         """
         ...
 
     @property
     def parameters(self) -> Tensor:
-        """Its parameters, fp32 [P], read only."""
+        """Parameters of the received network, fp32 [P], read only."""
         ...
 
 
 def batch_slices(count: int, size: int) -> list[slice]:
-    """``count`` samples in consecutive batches of ``size``, the last one smaller.
+    """Slices of ``count`` samples in consecutive batches of ``size``; the last batch may be smaller.
 
-    A last batch of a single sample joins the one before it, which then has ``size + 1``: batch norm cannot normalise a
-    single value per channel.  Only ``count`` 1 and ``size`` 1 leave batches of one.
+    A last batch of a single sample joins the batch before it, which then has ``size + 1`` samples, because batch norm
+    cannot normalise a single value per channel.  Batches of one sample occur only with ``count`` 1 or ``size`` 1.
     """
     starts = list(range(0, count, size))
     if len(starts) > 1 and count - starts[-1] == 1 and size > 1:

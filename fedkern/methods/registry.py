@@ -1,4 +1,4 @@
-"""The registry of methods by name."""
+"""Registry of methods by name."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from fedkern.methods.base import Method
 
 METHODS: dict[str, type[Method]] = {}
-"""Name to class; ``METHODS[name].description`` is the one line that ``list`` shows."""
+"""Method classes by name; ``METHODS[name].description`` is the line that ``list`` shows."""
 
 M = TypeVar("M", bound="type[Method]")
 
 
 def register(name: str) -> Callable[[M], M]:
-    """Class decorator that makes a method reachable as ``name``; the docstring's first line is its description."""
+    """Class decorator that registers a method as ``name``; the docstring's first line becomes its description."""
 
     def add(cls: M) -> M:
         if name in METHODS and METHODS[name].__qualname__ != cls.__qualname__:
@@ -37,7 +37,7 @@ def get(name: str) -> type[Method]:
     """Returns the class registered as ``name``.
 
     Raises:
-        UserError: there is none; the nearest name is suggested.
+        UserError: no method has this name; the message suggests the nearest one.
     """
     if name not in METHODS:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The two sides a method runs on, as it sees them: the client, the server, and what training asks of the method."""
+"""Interfaces between a method and the engine: the client, the server, and the objective that the engine trains."""
 
 from __future__ import annotations
 
@@ -24,24 +24,25 @@ from fedkern.privacy import DPSGD, Unit
 
 
 class Objective:
-    """What the engine's training loop asks of whoever trains: a loss, its draws, and a say in the gradient."""
+    """Interface that the engine's training loop calls: the loss, its random draws and changes to the gradient."""
 
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """The local objective of one batch, a scalar; optionally with named scalars whose mean is recorded."""
+        """The local objective of one batch, a scalar; optionally with named scalars whose means are recorded."""
         raise NotImplementedError
 
     def draw(self, client: Client, batch: Batch, rng: np.random.Generator) -> dict[str, Any]:
-        """Random draws that belong to a batch; what it returns becomes ``batch.drawn``."""
+        """Random draws of a batch; the result becomes ``batch.drawn``."""
         return {}
 
     def terms(self, received: Received) -> Terms | None:
-        """What is added to the gradient of every step of the exchange; asked for before its first step."""
+        """Terms added to the gradient of every step of the exchange; called once, before the first step."""
         return None
 
     def adjust_gradient(self, parameters: Tensor, gradients: Tensor, received: Received) -> None:
         """Changes ``gradients`` [P] in place, after the backward pass and before the optimiser.
 
-        For what :meth:`terms` cannot say: those are added here, unless this is overridden.
+        Override this method for changes that :meth:`terms` cannot express.  The default adds the terms; an override
+        replaces them.
         """
         terms = self.terms(received)
         if terms is not None:
@@ -49,15 +50,15 @@ class Objective:
 
 
 class Node(Protocol):
-    """What a client and the server have in common: where they are, and what the run is about.
+    """Base of client and server: the device and the run's task and data.
 
     Attributes:
-        device: where networks live and batches arrive.
+        device: the device of networks and batches.
         task: ``"classification"``, ``"segmentation"`` or ``"retrieval"`` (image-text pairs).
         classes: the class names, in label order.
-        image_shape: channels, height and width of what a network sees.
+        image_shape: channels, height and width of a network's input.
         mean, std: per channel, of images in [0, 1]; a normalised image is ``(image - mean) / std``.
-        public: labelled images that everybody may see and no client holds (``--public-samples``), or None.
+        public: public labelled images, which no client holds (``--public-samples``), or None.
     """
 
     device: torch.device
@@ -71,7 +72,7 @@ class Node(Protocol):
     def public(self) -> Samples | None: ...
 
     def rng(self, purpose: str, step: Step) -> np.random.Generator:
-        """The client's (the server's) own stream for a purpose and round."""
+        """The client's (or the server's) own random stream for a purpose, round and exchange."""
         ...
 
     def warn(self, name: str, text: str) -> None:
@@ -79,7 +80,7 @@ class Node(Protocol):
         ...
 
     def notice(self, text: str) -> None:
-        """Tells whoever watches the run, at once, how far something long has come; kept nowhere."""
+        """Shows the progress of a long operation to the user at once; the text is not stored."""
         ...
 
 
@@ -87,12 +88,13 @@ class Client(Node, Protocol):
     """A client as its method sees it.
 
     Attributes:
-        samples: training samples, n.
-        declared: the same as everybody may know it (``Federation.samples``): weights and schedules follow from it.
+        samples: number of training samples, n.
+        declared: public number of training samples (``Federation.samples``), which weights and schedules use.
         labels: int64 [n], or [n, H, W] for segmentation, on the CPU.
-        state: outlives the round; tensors, numbers, strings and dicts of such, read back on the CPU.  A private method
-            keeps the ``state`` of the client's :class:`fedkern.privacy.Accountant` under ``fedkern.privacy.LEDGER``.
-        round_cache: lives between the exchanges of a round and may vanish.
+        state: kept from round to round: tensors, numbers, strings and dicts of these, read back on the CPU.  A private
+            method keeps the ``state`` of the client's :class:`fedkern.privacy.Accountant` under
+            ``fedkern.privacy.LEDGER``.
+        round_cache: kept between the exchanges of a round and dropped after the round.
         report: named figures of the client in the round's record.
     """
 
@@ -106,15 +108,15 @@ class Client(Node, Protocol):
 
     @property
     def groups(self) -> np.ndarray | None:
-        """int64 [n], counted from 0, the patient, case or image of every sample, where some have several; else None.
+        """Group of every sample (patient, case or image), int64 [n], counted from 0; None if all groups are single.
 
-        What a client holds out for itself has all samples of one, or none.
+        A client that holds out samples must hold out whole groups.
         """
         ...
 
     @property
     def patients(self) -> np.ndarray | None:
-        """int64 [n], counted from 0, the patient of every sample, where patients are the unit of privacy; else None."""
+        """Patient of every sample, int64 [n], counted from 0; None unless patients are the unit of privacy."""
         ...
 
     @property
@@ -124,7 +126,7 @@ class Client(Node, Protocol):
 
     @property
     def objects_known(self) -> bool:
-        """Whether anything is known about what is object and what is background in the client's images."""
+        """Whether the client's images have object masks."""
         ...
 
     def network(
@@ -135,16 +137,16 @@ class Client(Node, Protocol):
         classes: int | None = None,
         stream: str | None = None,
     ) -> Any:
-        """A freshly initialised network of its own, in train mode, channels-last, on ``device``.
+        """A freshly initialised network, in train mode, channels-last, on ``device``.
 
-        It comes from the run's own stream, so it is the same at every client and at every call; with ``stream`` from
-        the client's own one of that name, so it is the same at every call of this client alone.
+        The run's random stream gives the initial weights, the same at every client and every call.  With ``stream``,
+        the client's own stream of that name gives them: the same at every call, but different between clients.
 
         Args:
-            model: another architecture than the run's, by name.
-            width: channels of the first stage; the run's, or another architecture's own.
+            model: name of another architecture than the run's.
+            width: channels of the first stage (default: the run's width, or the default of ``model``).
             classes: number of outputs.
-            stream: what the initial weights are drawn for, where they shall be the client's own.
+            stream: name of the client's stream for initial weights of its own.
 
         Raises:
             UserError: there is no such network.
@@ -165,14 +167,15 @@ class Client(Node, Protocol):
         """The engine's training loop: local epochs on ``method.loss`` from the received parameters.
 
         Args:
-            parts: names of the network's submodules to train, neighbours in its vectors; the others stay as they are,
-                in eval mode, and ``method.loss`` keeps gradients from them.
+            parts: names of the submodules to train, which must be adjacent in the network's vectors.  The other
+                submodules keep their values and stay in eval mode; ``method.loss`` must not send gradients into them.
             steps: optimiser steps instead of the run's local budget.
             rows: int64, the samples to train on; None for all.
-            anchor: the vectors of ``received.model``, where it is not the network that training starts from.
+            anchor: flat vectors of ``received.model``, if that differs from the network that training starts from.
 
-        Returns ``{"parameters": fp32 [P], ...}`` with ``"buffers"`` fp32 [Q] and ``"integers"`` int64 [R] where the
-        buffer policy lets them travel; of the ``parts`` alone where they are named.
+        Returns:
+            ``{"parameters": fp32 [P], ...}`` with ``"buffers"`` fp32 [Q] and ``"integers"`` int64 [R] if the buffer
+            policy lets them travel; with ``parts``, the vectors of these submodules alone.
         """
         ...
 
@@ -181,7 +184,7 @@ class Client(Node, Protocol):
         ...
 
     def frozen(self, message: Message) -> Any:
-        """The network with the vectors of a message: frozen, in eval mode; overwritten by the next one received."""
+        """The network with the vectors of a message: frozen, in eval mode; the next call overwrites the network."""
         ...
 
     def batch(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> Batch:
@@ -201,23 +204,23 @@ class Client(Node, Protocol):
         after_epoch: Callable[[int], None] | None = None,
         first: int | None = None,
     ) -> dict[str, float]:
-        """The same loop on any module, in place: SGD on those of its parameters that require gradients.
+        """Trains any module in place with the loop of :meth:`train`: all its parameters that require gradients.
 
-        ``method.loss(module, batch, received)`` is what it minimises, with the run's optimiser settings, a fresh
-        momentum and the streams of ``step``.  ``module.train()`` is called first: a module whose frozen parts must stay
-        in eval mode overrides ``train``.  ``adjust_gradient`` sees the trained parameters as one vector.
+        The loop minimises ``method.loss(module, batch, received)`` with the run's optimiser settings, a fresh optimiser
+        state and the random streams of ``step``.  It calls ``module.train()`` first: a module whose frozen parts must
+        stay in eval mode overrides ``train``.  ``adjust_gradient`` sees the trained parameters as one vector.
 
         Args:
-            module: on ``device``.
-            message: what ``received.message`` is.
+            module: the module, on ``device``.
+            message: value of ``received.message``.
             epochs: passes over the client's data (default: the run's ``local_epochs``).
             rows: int64, the samples to train on; None for all.
-            lr_end: learning rate that the last epoch comes down to along half a cosine; None: none.
-            after_epoch: called with the number of every epoch done, from 0; it may leave the module in eval mode.
-            first: epochs of the run before these, for ``--lr-steps`` (default: ``epochs`` in every round before).
+            lr_end: learning rate of the last epoch, reached along half a cosine; None: no schedule.
+            after_epoch: function called after every epoch with its number, from 0; may leave the module in eval mode.
+            first: epochs of the run before this call, for ``--lr-steps`` (default: ``epochs`` in every earlier round).
 
         Returns:
-            The means over all batches of ``loss`` and of whatever the method observed; they also go to the record.
+            The means over all batches of ``loss`` and of the method's named scalars; they also go to the record.
 
         Raises:
             ValueError: no parameter of ``module`` requires a gradient.
@@ -235,9 +238,9 @@ class Client(Node, Protocol):
         rows: np.ndarray | None = None,
         epochs: int | None = None,
     ) -> dict[str, float]:
-        """As :meth:`fit`, by DP-SGD, on the samples at ``rows``; books the release in the client's ledger.
+        """Like :meth:`fit`, with DP-SGD on the samples at ``rows``; books the release in the client's privacy ledger.
 
-        ``method.loss`` gets batches that are ``apart``, and must be a mean over samples of each one's own loss.
+        ``method.loss`` gets batches with ``per_sample`` set, and must be a mean over independent per-sample losses.
 
         Raises:
             UserError: the network has batch norm or other layers without per-sample gradients, or opacus is missing.
@@ -245,39 +248,39 @@ class Client(Node, Protocol):
         ...
 
     def load_pretrained(self, module: nn.Module) -> bool:
-        """Loads the weights that this client brings (``--teachers``) into ``module``; False where it brings none.
+        """Loads the client's pretrained weights (``--teachers``) into ``module``; False without ``--teachers``.
 
         Raises:
-            UserError: they are missing, damaged, not finite or of another architecture.
+            UserError: the weights are missing, damaged, not finite or of another architecture.
         """
         ...
 
     def batches(
         self, size: int = 500, *, augment: bool = False, rng: np.random.Generator | None = None
     ) -> Iterator[Batch]:
-        """The client's own samples, as :meth:`Samples.batches` gives them."""
+        """The client's own samples in batches, like :meth:`Samples.batches`."""
         ...
 
     def validate(self, answer: Callable[[Tensor], Tensor]) -> float | None:
-        """The share of the validation images that ``answer`` (images to logits [B, classes]) is right about.
+        """Accuracy of ``answer`` (images to logits [B, classes]) on the validation images; None if there are none.
 
-        For figures alone: a client of a real federation has no such images.  None where the data have none.
+        Use the accuracy for figures only: a client of a real federation has no such images.
         """
         ...
 
     def backgrounds(self, fill: str = "mean") -> Backgrounds:
-        """The client's own background bank; images without a detected object stay out of it."""
+        """The client's own background bank, without the images that have no detected object."""
         ...
 
     def background_images(self) -> Message:
-        """The same bank as it may travel.
+        """The client's background bank as a message.
 
         ``{"images": uint8 [N, C, H, W], "masks": bool [N, H, W], "labels": int64 [N]}``, objects black in ``images``.
         """
         ...
 
     def make_backgrounds(self, message: Mapping[str, Tensor], fill: str = "mean") -> Backgrounds:
-        """Erases the objects of ``background_images`` of any client and normalises."""
+        """A bank from any client's ``background_images``: erases the objects and normalises."""
         ...
 
 
@@ -285,12 +288,12 @@ class Server(Node, Protocol):
     """The server as its method sees it.
 
     Attributes:
-        trained_vectors: which of a network's vectors `Client.train` returns: ``parameters``, and ``buffers`` and
-            ``integers`` where the buffer policy lets them travel.
-        state: outlives the round, as a client's does.
-        round_cache: lives between the exchanges of a round and may vanish.
-        report: named figures; they stand in the records of this and later rounds (a later value replaces an earlier
-            one) and, at the end, among the metrics of the summary.
+        trained_vectors: names of the flat vectors that `Client.train` returns: ``parameters``, and ``buffers`` and
+            ``integers`` if the buffer policy lets them travel.
+        state: kept from round to round, like a client's state.
+        round_cache: kept between the exchanges of a round and dropped after the round.
+        report: named figures in the records of this and later rounds (a later value replaces an earlier one) and, at
+            the end, among the metrics of the summary.
     """
 
     federation: Federation
@@ -300,45 +303,46 @@ class Server(Node, Protocol):
     report: dict[str, float]
 
     def build(self, *, model: str | None = None, width: int | None = None, classes: int | None = None) -> Any:
-        """A freshly initialised network, exactly the one of :meth:`Client.network`."""
+        """A freshly initialised network, identical to that of :meth:`Client.network` without ``stream``."""
         ...
 
     def initial(self) -> Message:
-        """A freshly initialised network as flat vectors, from the run's own stream."""
+        """A freshly initialised network as flat vectors, drawn from the run's own stream."""
         ...
 
     def network(self, message: Message) -> nn.Module:
-        """The network with these flat vectors, in eval mode; reused by later calls."""
+        """The network with these flat vectors, in eval mode; later calls reuse the same module."""
         ...
 
     def accumulator(self, size: int) -> Any:
-        """A streaming weighted mean over vectors of ``size`` elements."""
+        """A streaming weighted mean of vectors with ``size`` elements."""
         ...
 
     def log_image(self, name: str, value: Tensor | Callable[[], Tensor], axes: tuple[str, str] = ("", "")) -> None:
-        """Offers something to look at; of a few rounds of the run it is kept and becomes ``<name>.png``.
+        """Logs images or a table as ``<name>.png``; the engine keeps them in a few rounds of the run only.
 
         Args:
-            name: lower-case letters, digits and underscores; shown again in the same round it replaces the earlier one.
-            value: images in [0, 1], fp ``[n, C, H, W]``, or a table, fp ``[rows, columns]``; or what makes them, called
-                only in a round that is kept.
-            axes: what the rows and the columns of a table are, for example ``("client", "class")``.
+            name: lower-case letters, digits and underscores; the same name in the same round replaces the earlier
+                picture.
+            value: images in [0, 1], fp ``[n, C, H, W]``, or a table, fp ``[rows, columns]``; or a function that returns
+                either, called only in a round whose pictures are kept.
+            axes: labels of a table's rows and columns, for example ``("client", "class")``.
 
         Raises:
-            ValueError: another shape, or a name that does not make a file's.
+            ValueError: another shape, or a name that is no file name.
         """
         ...
 
     def refuse(self, client: ClientId, reason: str) -> None:
-        """Says that a client's upload cannot be used for a reason that ``Method.expects`` cannot state.
+        """Refuses a client's upload for a reason that ``Method.expects`` cannot declare.
 
-        It ends the run, or with ``--on-nan skip`` the client is left out of the rest of the round.
+        The refusal ends the run; with ``--on-nan skip`` the client is left out of the rest of the round instead.
 
         Args:
-            client: whose upload.
-            reason: the beginning of a sentence that names client, upload and fault.
+            client: the uploading client.
+            reason: beginning of a sentence that names the client, the upload and the fault.
 
         Raises:
-            UserError: the run is not to go on without it.
+            UserError: the run stops (``--on-nan stop``).
         """
         ...

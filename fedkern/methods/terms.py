@@ -1,4 +1,4 @@
-"""What a method adds to the gradient of every local step, in the form that the optimiser's kernels take."""
+"""Terms that a method adds to the gradient of every local step, in the form that the optimiser kernels take."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 @dataclass
 class GradientSum:
-    """The raw gradients along the way, added up.
+    """Running sum of the raw gradients of the local steps.
 
     Attributes:
         total: fp32 [P], zeros at the start.
-        steps: how many gradients that is.
+        steps: number of gradients in ``total``.
     """
 
     total: Tensor
@@ -31,7 +31,7 @@ class Terms:
     Attributes:
         correction: fp32 [P], added to the gradient.
         anchor, proximal: ``proximal (parameters - anchor)`` is added to the gradient.
-        gradient_sum: raw gradients are added to it.
+        gradient_sum: every raw gradient, before the other terms, is added to this sum.
     """
 
     correction: Tensor | None = None
@@ -40,7 +40,7 @@ class Terms:
     gradient_sum: GradientSum | None = None
 
     def add_to(self, gradients: Tensor, parameters: Tensor) -> None:
-        """Changes ``gradients`` in place, as a step does on the way."""
+        """Adds the terms to ``gradients`` in place, as the fused optimiser step does."""
         if self.gradient_sum is not None:
             self.gradient_sum.total.add_(gradients)
             self.gradient_sum.steps += 1
@@ -50,9 +50,9 @@ class Terms:
             gradients.add_(parameters - self.anchor, alpha=self.proximal)
 
     def arguments(self) -> dict[str, Any]:
-        """The terms as :func:`fedkern.ops.sgd_step` and :func:`fedkern.ops.adamw_step` take them.
+        """The terms as arguments of :func:`fedkern.ops.sgd_step` and :func:`fedkern.ops.adamw_step`.
 
-        Whoever takes the steps counts them in ``gradient_sum.steps``.
+        The kernels do not count steps: the caller increments ``gradient_sum.steps``.
         """
         total = None if self.gradient_sum is None else self.gradient_sum.total
         return {

@@ -1,7 +1,7 @@
-"""What a method declares of its clients' uploads, and why an upload does not fit the declaration.
+"""Declarations of client uploads, and the check of an upload against its declaration.
 
-A declaration has the keys of the message that is due.  Under each stands a tensor (that shape and dtype), `Values`,
-a `Number`, `Maybe` one of these, or another dict.  Every tensor and number must be finite.
+A declaration has the keys of the expected message.  Each value is a tensor (whose shape and dtype are expected),
+`Values`, a `Number`, a `Maybe` of one of these, or another dict.  Every tensor and number must be finite.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch import Tensor
 
 Declaration = Mapping[Any, Any]
 LONGEST = 80
-"""Characters of a name in a message; a client chooses the names of what it sends."""
+"""Most characters shown of a name in an upload, because clients choose these names."""
 
 
 @dataclass(frozen=True)
 class Values:
-    """A tensor of an upload.
+    """Declaration of a tensor.
 
     Attributes:
-        shape: sizes; a name stands for any size, equal names for equal sizes within one upload.
-        dtype: its element type.
+        shape: sizes; a name stands for any size, and equal names for equal sizes within one upload.
+        dtype: element type.
         low, high: smallest and largest element allowed; None for any.
     """
 
@@ -37,7 +37,7 @@ class Values:
 
 @dataclass(frozen=True)
 class Number:
-    """A Python number of an upload, an integer where ``whole``; ``low`` and ``high`` as of `Values`."""
+    """Declaration of a Python number, an integer if ``whole``; ``low`` and ``high`` bound it as in `Values`."""
 
     low: float | None = None
     high: float | None = None
@@ -46,20 +46,20 @@ class Number:
 
 @dataclass(frozen=True)
 class Maybe:
-    """Something that an upload may lack."""
+    """Declaration of an entry that an upload may lack."""
 
     of: Any
 
 
 def like(value: Any) -> Any:
-    """The declaration of what has the shapes and dtypes of ``value``, a tensor or nested dicts of tensors."""
+    """Declaration with the shapes and dtypes of ``value``, a tensor or nested dicts of tensors."""
     if isinstance(value, Tensor):
         return Values(tuple(value.shape), value.dtype)
     return {name: like(entry) for name, entry in value.items()}
 
 
 def once(round_cache: dict[Any, Any], key: str, make: Callable[[], Any]) -> Any:
-    """What ``make`` returns, made once a round: for declarations that take a network to know."""
+    """Result of ``make()``, computed once a round; for declarations that need a network to be built."""
     name = ("declared", key)
     if name not in round_cache:
         round_cache[name] = make()
@@ -67,18 +67,18 @@ def once(round_cache: dict[Any, Any], key: str, make: Callable[[], Any]) -> Any:
 
 
 def needs_something(declared: Declaration) -> bool:
-    """Whether an empty upload lacks anything."""
+    """Whether the declaration has a required entry, so that an empty upload does not fit."""
     return any(needs_something(entry) if isinstance(entry, Mapping) else not isinstance(entry, Maybe)
                for entry in declared.values())  # fmt: skip
 
 
 def why_refused(message: Any, declared: Declaration, known_finite: Tensor | None = None) -> str:
-    """Why an upload does not fit the declaration, as the end of a sentence about the upload; empty where it does.
+    """Reason why an upload does not fit its declaration, as the end of a sentence; empty if the upload fits.
 
     Args:
-        message: what came.
-        declared: what is due.
-        known_finite: a tensor of the message whose elements somebody has looked at already.
+        message: the upload.
+        declared: its declaration.
+        known_finite: a tensor of the upload that is already known to be finite.
     """
     sizes: dict[str, int] = {}
     return next(_faults(message, declared, "", sizes, known_finite), "")
@@ -154,7 +154,7 @@ def _number(came: Any, due: Number, name: str) -> Iterator[str]:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite; one pass that writes nothing, where the sum does not overflow."""
+    """Whether no element is NaN or infinite; one pass that writes nothing, unless the sum overflows."""
     if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0:
         return True
     tensor = tensor.detach()

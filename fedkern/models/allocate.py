@@ -1,4 +1,4 @@
-"""Networks made on the meta device get memory."""
+"""Memory for networks that were made on the meta device."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def uninitialised(kind: Callable[..., Layer], *arguments: int, device: torch.device | str | None = None) -> Layer:
-    """A layer whose parameters hold whatever was in memory, as ``torch.nn.utils.skip_init`` makes it.
+    """A layer with uninitialised parameters, as ``torch.nn.utils.skip_init`` makes it.
 
     Args:
-        kind: its class, or what makes it on the ``device`` that it is given.
-        arguments: the first ones of ``kind``.
-        device: where it shall be; None is the CPU.
+        kind: the layer's class, or a function that makes the layer on its argument ``device``.
+        arguments: positional arguments of ``kind``.
+        device: device of the layer; None is the CPU.
     """
     made = kind(*arguments, device="meta")
     allocate(made)
@@ -27,10 +27,10 @@ def uninitialised(kind: Callable[..., Layer], *arguments: int, device: torch.dev
 def allocate(module: nn.Module) -> None:
     """Gives every parameter and buffer that is on the meta device uninitialised memory on the CPU.
 
-    As ``module.to_empty(device="cpu")``, whose first call imports torch's symbolic shapes and with them sympy: half a
-    second of every command and of every worker.
+    ``module.to_empty(device="cpu")`` does the same, but its first call imports torch's symbolic shapes and sympy, which
+    would cost every command and every worker half a second.
     """
-    made: dict[int, Tensor] = {}  # by what it replaces: layers may share it
+    made: dict[int, Tensor] = {}  # by the id of the tensor replaced, which layers may share
     for layer in module.modules():
         for named in (layer.named_parameters(recurse=False), layer.named_buffers(recurse=False)):
             for name, tensor in list(named):

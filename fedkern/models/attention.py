@@ -1,4 +1,4 @@
-"""Transformer layers over token sequences, as alignment layers and as the small encoders' own."""
+"""Transformer layer over token sequences, for alignment layers and for the small encoders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HEAD_WIDTH = 64
 
 
 def head_count(width: int, head_width: int = HEAD_WIDTH) -> int:
-    """The most heads of at least ``head_width`` channels that divide ``width`` (12 for 768), at least one."""
+    """The largest number of heads that divides ``width`` into at least ``head_width`` channels (12 for 768), or 1."""
     return max(heads for heads in range(1, max(1, width // head_width) + 1) if width % heads == 0)
 
 
@@ -25,7 +25,7 @@ class TransformerLayer(nn.Module):
         width: d, channels of a token.
         heads: attention heads; default one for every 64 channels.
         feedforward: hidden units, default ``4 width``.
-        norm_first: layer norms before the two parts (vision transformers) or after them (BERT).
+        norm_first: layer norms before attention and feed-forward (vision transformers) or after both (BERT).
     """
 
     def __init__(
@@ -50,11 +50,12 @@ class TransformerLayer(nn.Module):
 
     @autocasts
     def first(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The first token ``[B, d]`` of what :meth:`forward` gives, without computing the others.
+        """The first token ``[B, d]`` of the result of :meth:`forward`, without computing the other tokens.
 
-        A single query needs neither keys nor values of the other tokens: with ``k = W x + b`` its scores are
-        ``(q W) x`` but for a constant that softmax does not see, and the mean of the values is ``W`` times the mean of
-        the tokens.  That takes ``2 h d`` multiplications for each token instead of ``12 d^2``.
+        A single query needs neither keys nor values of the other tokens.  With ``k = W x + b`` its scores are
+        ``(q W) x`` plus a constant that softmax ignores, and the weighted mean of the values is the value matrix times
+        the weighted mean of the tokens.  That takes ``2 h d`` multiplications per token (h heads) instead of
+        ``12 d^2``.
         """
         x = self.norm1(tokens) if self.norm_first else tokens
         query_weight, key_weight, value_weight = self.qkv.weight.unflatten(0, (3, self.heads, -1))
@@ -75,7 +76,7 @@ class TransformerLayer(nn.Module):
         return self.narrow(F.gelu(self.widen(tokens)))
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Tokens fp32 ``[B, N, d]``, of which only those where ``mask`` (bool ``[B, N]``) is True are attended to."""
+        """Maps tokens fp32 ``[B, N, d]``; attention sees only tokens where ``mask`` (bool ``[B, N]``) is True."""
         if self.norm_first:
             tokens = tokens + self._attended(self.norm1(tokens), mask)
             return tokens + self._fed(self.norm2(tokens))

@@ -21,17 +21,17 @@ CUTS: dict[tuple[type[nn.Module], int], dict[int, tuple[int, ...]]] = {
     (ResNet, 5): {2: (2,), 3: (0, 2), 4: (0, 2, 3)},  # ResNet-10: at the same stages, so that both can be fused
     (VGG, 5): {2: (1,), 3: (1, 2), 4: (0, 1, 2), 5: (0, 1, 2, 3)},  # between the stages of a VGG-16
 }
-"""Where published networks are cut; others, and other numbers of blocks, into parts of equally many layers."""
+"""Cut points of published networks; all other cases are cut into parts of (nearly) equally many layers."""
 
 
 class BlockNetwork(nn.Module):
-    """Blocks one after another and a linear classifier on what the last one gives.
+    """Blocks one after another and a linear classifier on the last block's result.
 
     Args:
-        blocks: K >= 1 modules; each takes what the one before gives: a map ``[B, C, H, W]``, tokens ``[B, N, C]`` or
-            features ``[B, d]``, the first one images, and the last one gives features ``[B, d]``.
+        blocks: K >= 1 modules.  The first block takes images, every other block the result of the one before: a map
+            ``[B, C, H, W]``, tokens ``[B, N, C]`` or features ``[B, d]``.  The last block gives features ``[B, d]``.
         head: the classifier.
-        out_channels: C (or d) of every block's result, checked by :meth:`interfaces`; None to take what comes.
+        out_channels: C (or d) of every block's result, checked by :meth:`interfaces`; None: not checked.
     """
 
     head: nn.Linear
@@ -63,12 +63,12 @@ class BlockNetwork(nn.Module):
     def interfaces(self, image_shape: Sequence[int]) -> list[tuple[int, ...]]:
         """Shape of every block's result for one image of ``image_shape`` (C, H, W).
 
-        Two images are computed, on the CPU: the meta device would import torch's compiler, for a second, to compute
-        nothing.
+        Runs two zero images on the CPU: on the meta device nothing would be computed, but torch's compiler would be
+        imported, which takes a second.
 
         Raises:
-            UserError: a block cannot take what the one before gives, does not give its ``out_channels``, or the
-                classifier does not fit the last one.
+            UserError: a block cannot take the result of the block before, does not give its ``out_channels``, or the
+                classifier does not fit the last block.
         """
         x = torch.zeros(2, *image_shape)
         shapes: list[tuple[int, ...]] = []
@@ -97,7 +97,7 @@ class BlockNetwork(nn.Module):
 
 
 def _wanted(block: nn.Module, given: tuple[int, ...]) -> str:
-    """What the block's first layer wants where that is not what is given and says it all; else nothing."""
+    """The reason for the error if the block's first layer takes another number of channels; else empty."""
     first = next(module for module in block.modules() if not any(True for _ in module.children()))
     if isinstance(first, nn.Conv2d) and len(given) == 3 and first.in_channels != given[0]:
         return f", as its first layer takes {first.in_channels} channels"
@@ -112,7 +112,7 @@ def channels(shape: Sequence[int]) -> int:
 
 
 def check_alike(interfaces: Sequence[Sequence[tuple[int, ...]]]) -> None:
-    """Raises UserError where the clients' networks, of any depth, cannot be fused level by level."""
+    """Raises UserError if blocks of one level differ in the shape they give, so that they cannot be fused."""
     for k, own in enumerate(interfaces):
         for level, (shape, first) in enumerate(zip(own, interfaces[0], strict=True), start=1):
             if shape != first:
@@ -124,10 +124,10 @@ def check_alike(interfaces: Sequence[Sequence[tuple[int, ...]]]) -> None:
 
 
 def layers(model: StagedNetwork) -> list[nn.Module]:
-    """The smallest parts of a network that cutting keeps whole, in order, the average pooling left out.
+    """The smallest parts of a network that cutting keeps whole, in order, without the average pooling.
 
-    Every composite part of a stage (a residual block, a transformer layer) is one, and so is every run of plain layers
-    (a stem, a stage of a VGG).
+    Such a part is a composite module of a stage (a residual block, a transformer layer), or a run of plain layers (a
+    stem, a stage of a VGG).
     """
     parts: list[nn.Module] = []
     for name in model.stage_names[:-1]:
@@ -147,10 +147,10 @@ def layers(model: StagedNetwork) -> list[nn.Module]:
 
 
 def cut_points(model: StagedNetwork, blocks: int) -> tuple[int, ...]:
-    """The layers behind which ``model`` is cut into this many blocks; the pooling counts as the last layer.
+    """The layers behind which ``model`` is cut into ``blocks`` blocks; the pooling counts as the last layer.
 
     Raises:
-        UserError: there are not so many layers.
+        UserError: the network has too few layers.
     """
     count = len(layers(model))
     if not 1 <= blocks <= count + 1:
@@ -170,11 +170,11 @@ def cut(model: StagedNetwork, blocks: int | Sequence[int]) -> BlockNetwork:
     """Cuts a network into blocks, which share its parameters.
 
     Args:
-        model: the network; its average pooling is the end of the last block.
-        blocks: how many (:func:`cut_points` says where), or the layers behind which to cut, ascending.
+        model: the network; its average pooling ends the last block.
+        blocks: number of blocks (cut at :func:`cut_points`), or the layers behind which to cut, ascending.
 
     Raises:
-        UserError: the network has not so many layers, or the layers are not ascending.
+        UserError: the network has too few layers, or the layers are not ascending.
     """
     parts = [*layers(model), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())]
     points = cut_points(model, blocks) if isinstance(blocks, int) else tuple(blocks)

@@ -35,18 +35,19 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 class ClipTeacher(Teacher):
-    """A frozen CLIP whose classes are prompts: logits ``s cos(v, u_c)``, s its own logit scale.
+    """A frozen CLIP that classifies by prompts: logits ``s cos(v, u_c)``.
 
-    ``v`` is the image feature, ``u_c`` the mean of the normalised text features of the class's prompts, normalised
-    again (prompt ensembling).
+    ``v`` is the image feature.  ``u_c`` is the mean of the normalised text features of the class's prompts, normalised
+    again (prompt ensembling).  ``s`` is CLIP's own logit scale.
 
     Args:
-        model: local folder (config.json, model.safetensors or pytorch_model.bin, of which tensors alone are read,
-            tokenizer files, preprocessor_config.json) or a model name that transformers can resolve, with safetensors.
+        model: local folder (config.json, model.safetensors or pytorch_model.bin, tokenizer files,
+            preprocessor_config.json) or a model name that transformers can resolve, with safetensors.
+            pytorch_model.bin is loaded with ``weights_only=True``.
         classes: class names.
-        mean, std: what the images that it is asked about are normalised with.
+        mean, std: normalisation of the images that the teacher gets, per channel.
         prompts: see :func:`fedkern.models.prompts.read_prompts`.
-        device: where it runs.
+        device: device of the network.
 
     Raises:
         UserError: transformers is not installed, the folder holds no CLIP, or prompts that do not fit the classes.
@@ -74,7 +75,7 @@ class ClipTeacher(Teacher):
 
     @property
     def identity(self) -> Identity:
-        """Model, its content (of a local folder) and prompts: what the logits depend on."""
+        """Everything that the logits depend on: model, content hash (of a local folder) and prompts."""
         identity = {"model": self.model_name, "prompts": json.dumps(self.prompts)}
         if self._folder.is_dir():
             identity["content"] = self._content
@@ -92,7 +93,7 @@ class ClipTeacher(Teacher):
         if local:
             check_folder(self._folder, "CLIP")
         where = str(self._folder) if local else self.model_name
-        kind: Any = transformers.CLIPModel  # its types do not know that it may return a pair
+        kind: Any = transformers.CLIPModel  # from_pretrained's type hints lack the pair
         try:
             with quiet(transformers):
                 if not local:
@@ -106,7 +107,7 @@ class ClipTeacher(Teacher):
                     _raise_exceptions_for_missing_entries=False,
                 )
             settings = read_json(found) if found else {}
-        except Exception as error:  # transformers raises many kinds for a wrong folder or name
+        except Exception as error:  # transformers raises many exception types for a wrong folder or name
             way = "" if local else " (not a folder here; one that was downloaded before is given as clip:FOLDER)"
             raise unloadable("a CLIP", f"{where}{way}", error) from error
         if local:
@@ -125,7 +126,7 @@ class ClipTeacher(Teacher):
 
 
 class ImageEncoder(nn.Module):
-    """CLIP's image side with its preprocessing: normalised images of the data to unit features ``[B, d]``."""
+    """CLIP's image encoder with its preprocessing: normalised images of the data to unit features ``[B, d]``."""
 
     def __init__(
         self, network: Any, mean: Sequence[float], std: Sequence[float], settings: Mapping[str, Any] | None = None
@@ -140,10 +141,10 @@ class ImageEncoder(nn.Module):
         self.own_std = tuple(settings.get("image_std", STD))
 
     def prepare(self, images: Tensor) -> Tensor:
-        """CLIP's input fp32 ``[B, 3, h, w]``: bicubic to the shortest side, centre crop, its own scale.
+        """CLIP's input fp32 ``[B, 3, h, w]``: bicubic resize of the shortest side, centre crop, CLIP's normalisation.
 
-        As Pillow does it, which CLIP was trained with: the cubic filter of a = -1/2 (torch's with antialias), first
-        along the rows, then along the columns, and whole bytes.
+        The resize matches that of Pillow, which CLIP was trained with: the cubic filter with a = -1/2 (torch's with
+        antialias), first along the rows, then along the columns, rounded to whole bytes after each.
         """
         pixels = to_bytes(to_pixels(images, self.mean, self.std))
         pixels = pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels
@@ -174,7 +175,7 @@ class ImageEncoder(nn.Module):
 
 @torch.no_grad()
 def text_features(network: Any, tokenizer: Any, prompts: Sequence[Sequence[str]], device: torch.device) -> Tensor:
-    """One unit vector per class fp32 ``[classes, d]``: the normalised mean of its prompts' normalised features."""
+    """One unit vector per class, fp32 ``[classes, d]``: the normalised mean of the prompts' normalised features."""
     longest = int(network.config.text_config.max_position_embeddings)
     rows = []
     for own in prompts:
@@ -193,7 +194,7 @@ def to_bytes(pixels: Tensor) -> Tensor:
 
 
 def _side(size: Any, default: int) -> int:
-    """The side in pixels of what preprocessor_config.json says: a number, shortest_edge, or height and width."""
+    """The side in pixels of a size in preprocessor_config.json: a number, shortest_edge, or height and width."""
     if isinstance(size, Mapping):
         size = size.get("shortest_edge", size.get("height"))
     return default if size is None else int(size)

@@ -8,10 +8,10 @@ from fedkern.models.staged import StagedNetwork
 
 
 class CNN(StagedNetwork):
-    """Three stages of 3x3 convolution, batch norm, ReLU and 2x2 maximum.
+    """Three stages of 3x3 convolution, batch norm, ReLU and 2x2 max pooling.
 
-    They have ``width``, ``2 width`` and ``4 width`` channels: with ``width`` 32 (32, 64, 128), three input channels and
-    ten classes the network has 94,762 parameters.  Images must be at least 8 pixels wide and high.
+    The stages have ``width``, ``2 width`` and ``4 width`` channels.  With ``width`` 32, three input channels and ten
+    classes the network has 94,762 parameters.  Images must be at least 8 pixels wide and high.
     """
 
     def __init__(self, *, classes: int, channels: int = 3, width: int = 32) -> None:

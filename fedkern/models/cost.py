@@ -1,4 +1,4 @@
-"""What a network costs: parameters, floating-point operations and memory, in inference and in training."""
+"""Cost of a network: parameters, floating-point operations and memory, in inference and in training."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from fedkern.models.flops import Counting
 
 _PLAIN = {f"fedkern.models.{name}" for name in ("cnn", "mlp", "resnet", "resnet8t", "vgg")}
-"""Where the networks are that multiply in linear layers and convolutions of one group alone."""
+"""Modules of the networks whose only products are linear layers and ungrouped convolutions."""
 
 
 class _Torchs:
-    """Torch's own counter, which knows every product."""
+    """Torch's own counter, which counts all matrix products and convolutions."""
 
     def __init__(self) -> None:
         from torch.utils.flop_counter import FlopCounterMode  # imports Triton and torch's compiler, which takes seconds
@@ -35,10 +35,10 @@ class _Torchs:
 
 
 def count_flops(module: nn.Module | None) -> Any:
-    """A context whose ``flops`` are the operations of what is computed inside: matrix products and convolutions.
+    """A context manager whose ``flops`` are the operations inside it, of matrix products and convolutions.
 
     Args:
-        module: the network that computes; None where it is not known.
+        module: the network that runs inside; None if it is not known.
     """
     plain = module is not None and type(module).__module__ in _PLAIN
     return Counting() if plain else _Torchs()
@@ -46,14 +46,17 @@ def count_flops(module: nn.Module | None) -> Any:
 
 @dataclass(frozen=True)
 class Cost:
-    """Per image; a multiplication and an addition are two operations, and only matrix products and convolutions count.
+    """Cost of a network per image.
+
+    A multiplication and an addition are two operations.  Only matrix products and convolutions are counted.
 
     Attributes:
         parameters: number of parameters.
-        inference_flops: of a forward pass.
-        training_flops: of a forward and a backward pass.
-        inference_bytes: parameters and buffers, and the largest input and output of a layer.
-        training_bytes: parameters, buffers, gradients, momentum, and what the backward pass of one image needs.
+        inference_flops: operations of a forward pass.
+        training_flops: operations of a forward and a backward pass.
+        inference_bytes: parameters, buffers, and the input and output of the layer where their sum is largest.
+        training_bytes: parameters, buffers, gradients, momentum, and the tensors that the backward pass of one image
+            needs.
     """
 
     parameters: int
@@ -69,18 +72,18 @@ def stored_bytes(module: nn.Module) -> int:
 
 
 def memory_ratio(evaluated: nn.Module, ordinary: nn.Module) -> float:
-    """Memory of what a method evaluates over that of one ordinary network: parameters and buffers of both.
+    """Memory of a method's evaluated model over that of one ordinary network, in parameters and buffers.
 
-    What runs them faster (:class:`fedkern.ops.FusedBlocks` keeps folded copies) is not counted.
-    Measured before a calibration, which replaces what classifies by a classifier of (about) the same size.
+    Copies that only make a model faster (the folded weights of :class:`fedkern.ops.FusedBlocks`) are not counted.
+    The ratio is measured before calibration, which replaces the classifier by another of about the same size.
     """
     return stored_bytes(evaluated) / stored_bytes(ordinary)
 
 
 def cost(module: nn.Module, images: Tensor) -> Cost:
-    """Counts what ``module`` costs per image of ``images`` ``[B, C, H, W]`` (B >= 2: batch norm trains on them).
+    """Measures the cost of ``module`` per image of ``images`` ``[B, C, H, W]`` (B >= 2: batch norm trains on them).
 
-    The module must be the caller's own: running statistics move.
+    Give a copy: the module's running statistics change, and it is left in train mode with all gradients required.
     """
     count = len(images)
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
@@ -111,7 +114,7 @@ def cost(module: nn.Module, images: Tensor) -> Cost:
 
 
 class _Layers:
-    """Remembers the largest input plus output of a layer while a module runs."""
+    """Records the largest sum of a layer's input and output, in bytes, while a module runs."""
 
     def __init__(self, module: nn.Module) -> None:
         self.largest = 0

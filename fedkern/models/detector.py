@@ -1,4 +1,4 @@
-"""Grounding DINO through transformers: boxes of what a prompt names (FedGID's object/background decoupler)."""
+"""Grounding DINO through transformers: boxes of the objects that a prompt names (FedGID's decoupler)."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ BOX_THRESHOLD, TEXT_THRESHOLD = 0.35, 0.25
 
 
 class GroundingDino:
-    """A frozen Grounding DINO, prompted with ``"<class>."``; loaded when the first image is to be seen.
+    """A frozen Grounding DINO, prompted with ``"<class>."`` and loaded on the first call of :meth:`detect`.
 
     Args:
-        model: local folder (config.json, model.safetensors or pytorch_model.bin, of which tensors alone are read,
-            tokenizer files, preprocessor_config.json) or a model name that transformers can resolve, with safetensors.
-        box_threshold: smallest score of a box (its best token).
+        model: local folder (config.json, model.safetensors or pytorch_model.bin, tokenizer files,
+            preprocessor_config.json) or a model name that transformers can resolve, with safetensors.
+            pytorch_model.bin is loaded with ``weights_only=True``.
+        box_threshold: a box is kept only if its best token scores more than this.
         text_threshold: a box is kept only if a token of the class name itself scores more than this.
-        device: where it runs.
+        device: device of the network.
 
     Raises:
         UserError: transformers is not installed, the folder holds no Grounding DINO, or a threshold outside [0, 1].
@@ -63,7 +64,7 @@ class GroundingDino:
 
     @property
     def identity(self) -> Mapping[str, str | float]:
-        """Model, its content (of a local folder) and thresholds: what the boxes depend on."""
+        """Everything that the boxes depend on: model, content hash (of a local folder) and thresholds."""
         identity: dict[str, str | float] = {
             "model": self.model_name,
             "box_threshold": self.box_threshold,
@@ -105,7 +106,7 @@ class GroundingDino:
         return [one[keep] for one, keep in zip(boxes, kept.cpu(), strict=True)]
 
     def _prepare(self, images: Tensor) -> Tensor:
-        """Resizes as the folder's preprocessor_config.json says and normalises, float32 ``[B, 3, h, w]``."""
+        """Resizes and normalises as preprocessor_config.json says, float32 ``[B, 3, h, w]``."""
         size = self._settings.get("size", {})
         shortest, longest = int(size.get("shortest_edge", 800)), int(size.get("longest_edge", 1333))
         height, width = images.shape[-2:]
@@ -150,7 +151,7 @@ class GroundingDino:
                     _raise_exceptions_for_missing_entries=False,
                 )
             self._settings = read_json(settings) if settings else {}
-        except Exception as error:  # transformers raises many kinds for a wrong folder or name
+        except Exception as error:  # transformers raises many exception types for a wrong folder or name
             raise unloadable("a Grounding DINO", where, error) from error
         self._network, self._tokenizer = network.eval().requires_grad_(False).to(self.device), tokenizer
 

@@ -14,22 +14,22 @@ class PatchDiscriminators(nn.Module):
 
     Each is a 4x4 convolution of stride 2 to ``ndf`` channels with LeakyReLU 0.2, another to ``2 ndf`` with batch norm
     and LeakyReLU, and a 1x1 convolution to one logit: 0.53 million parameters at 3 channels and ``ndf`` 128.  Batch
-    norm uses the statistics of the batch it sees, always; there are no running ones.
+    norm always uses batch statistics; there are no running statistics.
 
-    Such a logit sees 10 x 10 pixels.  Every further layer is like the second, to twice the channels (at most
-    ``8 ndf``), and lets a logit see 22, 46 ... pixels a side; see :func:`whole_image`.
+    The receptive field of a logit is then 10 x 10 pixels.  Every further layer is like the second, with twice the
+    channels (at most ``8 ndf``), and extends the receptive field to 22, 46 ... pixels a side; see :func:`whole_image`.
 
-    Discriminator k is rows ``k * n`` to ``(k + 1) * n`` of every parameter's first axis; see :meth:`parts`.
+    Discriminator k has the rows ``k * n`` to ``(k + 1) * n`` of every parameter's first axis; see :meth:`parts`.
 
     Args:
-        generators: K CPU generators, each draws the initial weights of its discriminator: N(0, 0.02), batch norm's
-            scales N(1, 0.02); the global generator is neither read nor moved.
+        generators: K CPU generators, one per discriminator.  Each draws initial weights from N(0, 0.02) and batch
+            norm's scales from N(1, 0.02); the global generator is neither read nor moved.
         channels: image channels.
         ndf: channels of the first map.
         layers: convolutions of stride 2; images must have at least ``2 ** layers`` pixels a side.
 
     Raises:
-        ValueError: no generator, a size that is not positive, or less than two layers.
+        ValueError: no generator, a size that is not positive, or fewer than two layers.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class PatchDiscriminators(nn.Module):
     last_bias: nn.Parameter
 
     def parts(self) -> list[dict[str, Tensor]]:
-        """The K discriminators' parameters by name, views of this module's."""
+        """The parameters of each of the K discriminators, by name, as views of this module's parameters."""
         cut = {name: value.detach().tensor_split(self.count) for name, value in self.named_parameters()}
         return [{name: pieces[k] for name, pieces in cut.items()} for k in range(self.count)]
 
@@ -60,7 +60,7 @@ class PatchDiscriminators(nn.Module):
         """Patch logits ``[K, B, h, w]``.
 
         Args:
-            images: ``[B, C, H, W]``, the same for all discriminators, or ``[K, B, C, H, W]``, each its own; normalised.
+            images: normalised images, ``[B, C, H, W]`` for all discriminators or ``[K, B, C, H, W]``, B for each.
         """
         count = self.count
         if images.dim() == 5:
@@ -75,18 +75,18 @@ class PatchDiscriminators(nn.Module):
         return F.conv2d(x, self.last, self.last_bias, groups=count).transpose(0, 1)
 
     def _own(self, images: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        # One after another: a grouped convolution of so few channels per group takes longer.
+        # One after another: a grouped convolution with so few channels per group takes longer.
         weights, biases = self.first.tensor_split(self.count), self.first_bias.tensor_split(self.count)
         return list(zip(images.unbind(0), weights, biases, strict=True))
 
 
 def seen(layers: int) -> int:
-    """Pixels a side that a logit sees after so many layers."""
+    """Receptive field of a logit after this many layers, in pixels a side."""
     return 3 * 2**layers - 2
 
 
 def whole_image(height: int, width: int) -> int:
-    """The least number of layers after which a logit sees a whole image, at least 2."""
+    """Number of layers, at least 2, after which a logit sees the whole image, or as many as the shorter side allows."""
     layers = 2
     while seen(layers) < max(height, width) and 2 ** (layers + 1) <= min(height, width):
         layers += 1

@@ -38,7 +38,7 @@ class SqueezeExcitation(nn.Module):
 
 
 def mbconv(channels_in: int, channels_out: int, *, size: int, stride: int, expansion: int) -> InvertedResidual:
-    """An inverted residual with squeeze and excitation, a quarter of the input's channels being squeezed into."""
+    """An inverted residual with squeeze and excitation; the squeezed width is a quarter of ``channels_in``."""
     gate = partial(SqueezeExcitation, squeezed=max(1, channels_in // 4))
     return InvertedResidual(
         channels_in, channels_out, stride=stride, expansion=expansion, size=size, activation=nn.SiLU, gate=gate
@@ -54,8 +54,8 @@ class EfficientNetB0(StagedNetwork):
         classes: number of classes.
         channels: image channels.
         width: channels of the stem; every layer scales with width / 32, rounded to multiples of 8.
-        stem: ``"imagenet"`` has the paper's strides; ``"cifar"``, for images up to 64 pixels, none in the stem, so that
-            32 pixels end in maps of 2 (methods note 5.5).
+        stem: ``"imagenet"`` has the paper's strides.  ``"cifar"``, for images up to 64 pixels, has stride 1 in the
+            stem, so that 32-pixel images end in 2x2 maps (methods note 5.5).
     """
 
     def __init__(self, *, classes: int, channels: int = 3, width: int = WIDTH, stem: Stem = "cifar") -> None:

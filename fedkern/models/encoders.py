@@ -1,4 +1,4 @@
-"""Small image and text encoders that need no download: tokens with one in front that stands for the whole."""
+"""Small image and text encoders that need no download; the first token represents the whole image or text."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class _Positions(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """What every image encoder has.
+    """Base class of image encoders.
 
     Attributes:
-        width: d.
+        width: d, channels of a token.
         grid: rows and columns of the patch tokens behind the first token.
     """
 
@@ -46,11 +46,11 @@ class ImageEncoder(nn.Module):
 
 
 class ConvTokens(ImageEncoder):
-    """Convolutions with group norm, and the positions of the last map as tokens.
+    """Convolutions with group norm; the tokens are the positions of the last map.
 
-    Group norm, because clients' backgrounds differ and running statistics would have to be averaged.  The map is at
-    most 8x8: two stages that halve it, and one more for every doubling of the image above 32 pixels; channels double
-    from ``width / 4``.
+    Batch norm would need running statistics averaged over clients, whose backgrounds differ.  The last map is at most
+    8x8: two stages halve it, and one more for every doubling of the image above 32 pixels.  Channels double from
+    ``width / 4`` up to ``width``.
 
     Args:
         channels: image channels.
@@ -86,7 +86,7 @@ class PatchTokens(ImageEncoder):
     """A small vision transformer (arXiv 2010.11929): patches as tokens, ``depth`` layers and a norm.
 
     Args:
-        channels, width, image_size: as of :class:`ConvTokens`.
+        channels, width, image_size: as for :class:`ConvTokens`.
         depth: number of layers.
     """
 
@@ -105,7 +105,7 @@ class PatchTokens(ImageEncoder):
 
 
 class WordEmbedding(nn.Module):
-    """Learnt vectors of token numbers and of positions."""
+    """Sum of a learnt vector per token number and a learnt vector per position."""
 
     def __init__(self, words: int, longest: int, width: int) -> None:
         super().__init__()
@@ -125,9 +125,9 @@ class TextTransformer(nn.Module):
     """A small transformer over words or word pieces, ``[CLS]`` in front.
 
     Args:
-        vocabulary: numbers the tokens.
+        vocabulary: maps tokens to numbers.
         width: d, channels of a token.
-        longest: tokens of a text, ``[CLS]`` included; longer ones are cut.
+        longest: most tokens of a text, ``[CLS]`` included; longer texts are cut.
         depth: number of layers.
     """
 
@@ -143,7 +143,7 @@ class TextTransformer(nn.Module):
         return self.vocabulary.tokenize(texts, self.longest)
 
     def forward(self, tokens: Tokens) -> Tensor:
-        """Tokens ``[B, L]`` to vectors ``[B, L, d]``; what stands at padding means nothing."""
+        """Tokens ``[B, L]`` to vectors ``[B, L, d]``; the vectors at padding are meaningless."""
         x = self.embedding(tokens.ids)
         for layer in self.layers:
             x = layer(x, tokens.mask)

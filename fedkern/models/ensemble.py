@@ -1,4 +1,4 @@
-"""Networks side by side, as one."""
+"""Ensemble of frozen networks as one module."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from fedkern.models.teacher_stack import folded
 from fedkern.ops import FusedBlocks
 
 FUSE_BYTES = 256 << 20
-"""Members beyond this size together run one after another: a copy of them would cost more than it gains."""
+"""Largest total size of members that run fused; the fused copy of larger ones would cost more than it gains."""
 
 
 class Ensemble(nn.Module):
     """Frozen networks whose logits are averaged; always in eval mode.
 
-    Members of one architecture run in one pass through ``FusedBlocks`` (folded batch norm) wherever no gradient is
-    asked for; others, and members whose hooks must see their inputs, one after another.
+    Members of one architecture run in one pass through ``FusedBlocks`` (folded batch norm) if the input needs no
+    gradient.  Otherwise the members run one after another, and hooks on their layers are called.
 
     Attributes:
         head: a classifier on :meth:`features` that replaces the mean of the logits, or None (:meth:`replace_head`).
 
     Args:
-        members: M >= 1 networks with ``features`` and a linear ``head``, of any architecture, same classes.
-        weights: M numbers, at least 0, of the members in the mean; by default equal.  Normalised to sum 1.
-        pool: what :meth:`features` gives: the members' features side by side, or their mean (members of one width).
+        members: M >= 1 networks with ``features`` and a linear ``head``, of any architecture, with the same classes.
+        weights: M numbers of at least 0, the members' weights in the mean; normalised to sum 1, by default equal.
+        pool: :meth:`features` concatenates the members' features or takes their mean (members of one width).
 
     Raises:
-        ValueError: no member, other classes or (for their mean) other widths, or weights that do not fit.
+        ValueError: no member, members of different classes or (for ``"mean"``) different widths, or invalid weights.
     """
 
     weights: Tensor
@@ -64,10 +64,10 @@ class Ensemble(nn.Module):
         self.requires_grad_(False)
         super().train(False)
         self._fused: tuple[nn.Module, Tensor, Tensor] | None = None
-        self._tried: tuple[torch.dtype | None] | None = None  # what it was made for
+        self._tried: tuple[torch.dtype | None] | None = None  # the dtype of the last attempt to fuse
 
     def train(self, mode: bool = True) -> Ensemble:
-        """Stays in eval mode: its members are frozen."""
+        """Does nothing: the members are frozen and stay in eval mode."""
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -81,10 +81,10 @@ class Ensemble(nn.Module):
     def _forget(self) -> None:
         self._fused, self._tried = None, None
 
-    # -- what the members say --------------------------------------------------------------------------------------
+    # -- features and logits ---------------------------------------------------------------------------------------
 
     def parts(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The members' features, M times ``[B, d_m]``, and logits ``[M, B, C]``; both with positions of a U-Net."""
+        """The members' features, M times ``[B, d_m]``, and logits ``[M, B, C]``; with ``*positions`` for U-Nets."""
         if not (torch.is_grad_enabled() and x.requires_grad):
             fused = self._fuse()
             if fused is not None:
@@ -108,26 +108,26 @@ class Ensemble(nn.Module):
         return self.gather(self.parts(x)[0])
 
     def gather(self, each: list[Tensor]) -> Tensor:
-        """What :meth:`features` makes of the members' features."""
+        """Concatenates or averages the members' features, as :meth:`features` does."""
         return torch.cat(each, 1) if self.pool == "concat" else torch.stack(each).mean(0)
 
     def mix(self, logits: Tensor) -> Tensor:
-        """The weighted mean ``[B, C]`` of logits ``[M, B, C]``, or ``[B, C, *positions]`` of those with positions."""
+        """The weighted mean ``[B, C, *positions]`` of the members' logits ``[M, B, C, *positions]``."""
         return torch.einsum("m,mbc...->bc...", self.weights, logits)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[B, C]``: the weighted mean of the members', or the head's."""
+        """Logits ``[B, C]``: the weighted mean of the members' logits, or those of :attr:`head`."""
         return self.answer(*self.parts(x))
 
     def answer(self, each: list[Tensor], logits: Tensor) -> Tensor:
-        """What :meth:`forward` makes of the members' features and logits."""
+        """The ensemble's logits, from the members' features and logits (:meth:`parts`)."""
         return self.mix(logits) if self.head is None else self.head(self.gather(each))
 
     def joint_head(self) -> nn.Linear:
         """The classifier on :meth:`features` that calibration starts from.
 
-        On features side by side it gives exactly the weighted mean of the members' logits; on their mean it is the
-        weighted mean of the members' heads.
+        On concatenated features it gives exactly the weighted mean of the members' logits.  On the mean of the
+        features it is the weighted mean of the members' heads.
         """
         heads: list[Any] = [member.head for member in self.members]
         rows = [w * head.weight for w, head in zip(self.weights, heads, strict=True)]
@@ -136,10 +136,10 @@ class Ensemble(nn.Module):
         return _linear(weight, bias)
 
     def replace_head(self, weight: Tensor, bias: Tensor) -> None:
-        """Lets a classifier on :meth:`features`, ``weight`` [C, D] and ``bias`` [C], answer for all members.
+        """Replaces the mean of the logits by a classifier on :meth:`features`: ``weight`` [C, D], ``bias`` [C].
 
         Raises:
-            ValueError: the weight does not fit the features.
+            ValueError: ``weight`` or ``bias`` has the wrong shape.
         """
         width = sum(self.widths) if self.pool == "concat" else self.widths[0]
         if weight.shape[1:] != (width,) or bias.shape != weight.shape[:1]:
@@ -147,7 +147,7 @@ class Ensemble(nn.Module):
             raise ValueError(f"weight and bias must have shapes [C, {width}] and [C], not {shapes}")
         self.head = _linear(weight.to(self.weights.device), bias.to(self.weights.device))
 
-    # -- one pass for all ------------------------------------------------------------------------------------------
+    # -- fused pass ------------------------------------------------------------------------------------------------
 
     def _fuse(self) -> tuple[nn.Module, Tensor, Tensor] | None:
         if self._tried != (lower(),):

@@ -1,4 +1,4 @@
-"""How much clients compute, counted while they do."""
+"""Counter of the floating-point operations that clients compute, for use during a run."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from torch import Tensor, nn
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _KINDS: tuple[Any, ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
-_counting: list[Counting] = []  # those that are entered
+_counting: list[Counting] = []  # the counters that are entered
 
 
 class Counting:
     """Counts the floating-point operations of convolutions and linear layers while it is entered.
 
-    A multiplication and an addition are two; a layer whose result requires a gradient is taken to get its backward
-    pass: as much again for its weights, and for its input, where these require one.  Whatever else a network computes
-    (normalisation, attention's products, the fused blocks of other clients) is not counted, nor what happens inside
-    ``torch.func`` or ``torch.compile``.
+    A multiplication and an addition are two operations.  If the result of a layer requires a gradient, the backward
+    pass is counted with the forward pass: as much again for the weights and for the input, if these require a gradient.
+    Not counted are all other computations of a network (normalisation, attention's products, the fused blocks of other
+    clients) and those inside ``torch.func`` or ``torch.compile``.
 
-    The layers' ``forward`` is another one meanwhile.  A hook on all modules would do, but it takes every module of a
-    network off PyTorch's short way, 30 us a step where this takes 10: a hundredth of a small network's step.
+    While a counter is entered, the ``forward`` of the layer classes is replaced.  A global module hook would also do,
+    but takes every module off PyTorch's fast path: 30 us a step instead of 10, a hundredth of a small network's step.
 
     Attributes:
-        flops: so far.
+        flops: operations counted so far.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class Counting:
     def __enter__(self) -> Counting:
         if not _counting:
             for kind, (plain, counted) in _FORWARD.items():
-                if kind.forward is plain:  # or somebody else's, which is left alone
+                if kind.forward is plain:  # leaves a forward that someone else replaced
                     kind.forward = counted
         _counting.append(self)
         return self
@@ -54,7 +54,7 @@ class Counting:
 
 @contextmanager
 def uncounted() -> Iterator[None]:
-    """Where a cache may have the answer, so that what is counted does not depend on what was asked before."""
+    """Pauses all counters where a cache may have the result, so that counts do not depend on the cache."""
     paused = _counting.copy()
     _counting.clear()
     try:
@@ -69,7 +69,8 @@ def _counted(forward: Callable[..., Tensor], *, transposed: bool) -> Callable[..
         output = forward(layer, images, *rest, **named)
         if not torch.compiler.is_compiling() and not output.is_meta:
             weight = layer.weight
-            # A weight is used once for every position of what has the other channels than its first dimension.
+            # Every weight is used once per position of the output (transposed: of the input), whose number of channels
+            # is the first dimension of the weight.
             positions = images if transposed else output
             each = 2 * positions.numel() * weight.numel() // weight.shape[0]
             if output.requires_grad:
@@ -81,5 +82,5 @@ def _counted(forward: Callable[..., Tensor], *, transposed: bool) -> Callable[..
     return counted
 
 
-# Made once: torch.compile would take a function of every client's own for another network.
+# Made once: torch.compile would take a new function per client for a new network.
 _FORWARD = {kind: (kind.forward, _counted(kind.forward, transposed=kind in _TRANSPOSED)) for kind in _KINDS}

@@ -1,8 +1,8 @@
 """Fused levels: the blocks of all clients side by side behind adaptors (FuseFL, arXiv 2410.20380, section 4.3).
 
-Level l maps the M results X of level l - 1 to ``{b_j(a_j(X)) for every client j}``; level 1 has no adaptors, every
-block sees the image.  The results travel *joined*: side by side on the channels, ``[B, M * C, H, W]`` for maps,
-``[B, N, M * C]`` for tokens, ``[B, M * d]`` for features.
+Level l maps the M results X of level l - 1 to ``{b_j(a_j(X)) for every client j}``, with adaptors a_j and blocks b_j.
+Level 1 has no adaptors: every block sees the image.  Results are passed on *joined*, concatenated on the channels:
+``[B, M * C, H, W]`` for maps, ``[B, N, M * C]`` for tokens, ``[B, M * d]`` for features.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ def make_adaptor(
 ) -> nn.Module:
     """The adaptor between a level of ``branches`` blocks, each giving ``shape``, and a block that takes ``shape``.
 
-    ``"cnn1x1"`` is a 1x1 convolution with bias, for tokens and features a linear layer over their channels, of
-    M c^2 + c parameters; ``"avg"`` and ``"sum"`` have none.
+    ``"cnn1x1"`` is a 1x1 convolution with bias (for tokens and features a linear layer over their channels) of
+    M c^2 + c parameters.  ``"avg"`` and ``"sum"`` have no parameters.
 
     Args:
-        kind: which.
-        shape: of one block's result: (C, H, W), (N, C) or (d,).
+        kind: kind of adaptor.
+        shape: shape of one block's result: (C, H, W), (N, C) or (d,).
         branches: M.
         generator: draws random initial values, uniform in ±1 / sqrt(M c); None makes it the exact mean,
             ``[I ... I] / M``.
@@ -83,9 +83,9 @@ class Branch(NamedTuple):
     """One client's part of a level.
 
     Attributes:
-        block: a module of the block's structure; its values do not matter.
-        adaptor: one of the adaptor's structure; None at level 1.
-        states: the state dicts of both, ``"block"`` and, where there is one with parameters, ``"adaptor"``.
+        block: a module of the block's structure; its values are not used.
+        adaptor: a module of the adaptor's structure, likewise; None at level 1.
+        states: the state dicts: ``"block"`` and, if the adaptor has parameters, ``"adaptor"``.
     """
 
     block: nn.Module
@@ -96,12 +96,12 @@ class Branch(NamedTuple):
 class FusedLevel(nn.Module):
     """The frozen (adaptor, block) pairs of all clients at one level, as one module on joined results.
 
-    Equal blocks run in one pass through ``FusedBlocks``, adaptors included and batch norms folded; blocks of different
-    depth, and blocks with layers that FusedBlocks does not know (a transformer's), one after another.
+    Blocks of one structure run in one pass through ``FusedBlocks``, adaptors included and batch norms folded.  Blocks
+    of different depth, or with layers that FusedBlocks does not support (a transformer's), run one after another.
 
     Args:
-        branches: one per client, in their order.
-        tokens: whether the level takes or gives tokens ``[B, N, C]``, which FusedBlocks does not.
+        branches: one per client, in the order of the clients.
+        tokens: whether the level takes or gives tokens ``[B, N, C]``, which FusedBlocks does not support.
     """
 
     def __init__(self, branches: Sequence[Branch], *, tokens: bool = False) -> None:
@@ -109,7 +109,7 @@ class FusedLevel(nn.Module):
         self.count = len(branches)
         self._buffer_names = [[name for name, _ in branch.block.named_buffers()] for branch in branches]
         first = branches[0].adaptor
-        # The mean is the same for every block: it is taken once, in front of all.
+        # A pooling adaptor is the same for every block, so it runs once, before all blocks.
         self.shared: nn.Module = first if isinstance(first, Pool) else nn.Identity()
         fused = None if tokens else self._fuse(branches)
         self.fused = fused
@@ -119,10 +119,10 @@ class FusedLevel(nn.Module):
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Joined results of the level before (images at level 1) to this level's."""
+        """Maps the joined results of the level before (images at level 1) to the joined results of this level."""
         dtype = lower()
         if self.fused is not None:
-            if dtype is None or self.training:  # in train mode the statistics of batches are taken: in fp32
+            if dtype is None or self.training:  # train mode takes batch statistics, in fp32
                 return self.fused(self.shared(x))
             return self._cast(dtype)(self.shared(x.to(dtype)))
         return self._one_by_one(self.shared(x))
@@ -156,7 +156,7 @@ class FusedLevel(nn.Module):
         ]
 
     def _fuse(self, branches: Sequence[Branch]) -> FusedBlocks | None:
-        # One module for all branches that share a template, so that it is looked at once.
+        # One module for all branches that share a template, so that FusedBlocks inspects it once.
         made: dict[int, nn.Module] = {}
         templates = [made.setdefault(id(branch.block), _sequence(branch)) for branch in branches]
         try:
@@ -186,16 +186,16 @@ def _flat(branch: Branch, like: nn.Module) -> dict[str, Tensor]:
 
 
 class FusedNetwork(nn.Module):
-    """Fused levels one after another, the fusion of the last one's features, and a classifier.
+    """Fused levels one after another, the fusion of the last level's features, and a classifier.
 
-    It always stays in eval mode and without gradients; :meth:`normalise_by_batch` is the exception that FuseFL's
-    released code makes.
+    The network always stays in eval mode and without gradients, except after :meth:`normalise_by_batch`, which does
+    what FuseFL's released code does.
 
     Args:
-        levels: at least one.
-        head: the classifier on the fused features; None for levels whose successors are still to be trained.
-        final: how the last level's features are fused: by their ``"mean"``, their ``"sum"`` (the released code), or not
-            at all, side by side (``"concat"``), for a classifier of M times the width.
+        levels: at least one level.
+        head: the classifier on the fused features; None while later levels are still to be trained.
+        final: how the last level's features are fused: ``"mean"``, ``"sum"`` (the released code), or ``"concat"``, side
+            by side, for a classifier of M times the width.
         plain_head: the classifier before calibration, kept for comparison.
     """
 
@@ -215,11 +215,11 @@ class FusedNetwork(nn.Module):
         super().train(False)
 
     def train(self, mode: bool = True) -> FusedNetwork:
-        """Stays as it is: its levels are frozen."""
+        """Does nothing: the levels are frozen."""
         return self
 
     def normalise_by_batch(self) -> None:
-        """Lets batch norms take the batch's own statistics (and count them in their running ones) from now on."""
+        """Lets batch norms use batch statistics from now on, which also update the running statistics."""
         super().train(True)
 
     def joined(self, x: Tensor) -> Tensor:
@@ -229,18 +229,18 @@ class FusedNetwork(nn.Module):
         return x
 
     def fuse(self, joined: Tensor) -> Tensor:
-        """The features that the classifier reads, ``[B, d]`` (``[B, M * d]`` with ``"concat"``), of ``[B, M * d]``."""
+        """Fuses joined features ``[B, M * d]`` to what the classifier reads: ``[B, d]``, or unchanged ("concat")."""
         if self.final == "concat":
             return joined
         parts = joined.unflatten(1, (cast(FusedLevel, self.levels[-1]).count, -1))
         return parts.mean(1) if self.final == "mean" else parts.sum(1)
 
     def features(self, x: Tensor) -> Tensor:
-        """What the classifier reads (:meth:`fuse`) of images ``[B, C, H, W]``."""
+        """The features that the classifier reads (:meth:`fuse`), of images ``[B, C, H, W]``."""
         return self.fuse(full(self.joined(x)))
 
     def level_features(self, x: Tensor) -> list[Tensor]:
-        """Every level's features, averaged over positions and clients, ``[B, c_l]``: what a linear probe reads."""
+        """Every level's features for a linear probe, averaged over positions and clients, ``[B, c_l]``."""
         result = []
         for level in self.levels:
             x = level(x)

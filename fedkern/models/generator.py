@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from fedkern.models.allocate import allocate
 from fedkern.models.precision import autocasts, full
 
-BASE = 8  # the map that noise becomes is at most this wide, so that larger images cost convolutions and no parameters
+BASE = 8  # largest side of the first map: larger images add doublings, not a larger linear map
 
 
 class Generator(nn.Module):
     """A DCGAN-like generator: a linear map of the noise, then doublings of the size, each with a 3x3 convolution.
 
-    The maps have ``widths[0] * ngf`` channels before the first doubling and ``widths[i] * ngf`` after the i-th; a last
-    convolution and a sigmoid make pixels in [0, 1].  ``widths=(2, 2, 1)`` with 256 dimensions of noise is DENSE's
-    (arXiv 2112.12371), ``(4, 2, 1)`` with 100 is FedIOD's (arXiv 2312.14478; 2.03 million parameters at 3x32x32).
+    The maps have ``widths[0] * ngf`` channels before the first doubling and ``widths[i] * ngf`` after the i-th.  A last
+    convolution and a sigmoid make pixels in [0, 1].
+
+    ``widths=(2, 2, 1)`` with ``nz`` 256 is DENSE's generator (arXiv 2112.12371).  ``widths=(4, 2, 1)`` with ``nz`` 100
+    is FedIOD's (arXiv 2312.14478), of 2.03 million parameters at 3x32x32.
 
     Args:
         nz: dimensions of the noise.
@@ -28,8 +30,8 @@ class Generator(nn.Module):
         channels: image channels.
         image_size: side in pixels, or (height, width), at least 4.
         widths: channels of the maps in units of ``ngf``; images above 32 pixels repeat the first for more doublings.
-        mean, std: per channel, of images in [0, 1]; what comes out is normalised by them.  By default it is not.
-        pixel_mean: per channel, about which the pixels of new weights lie; by default 0.5.
+        mean, std: normalisation of the output, per channel, for images in [0, 1]; by default none.
+        pixel_mean: approximate mean of the pixels that new weights generate, per channel; by default 0.5.
         generator: draws the initial weights; the global generator is neither read nor moved.
 
     Raises:
@@ -93,7 +95,7 @@ class Generator(nn.Module):
     def reset(self, generator: torch.Generator) -> None:
         """Draws new weights: N(0, 0.02) for convolutions and the linear map, N(1, 0.02) for batch norm's scales.
 
-        The last bias puts the pixels about ``pixel_mean``.
+        The bias of the last convolution puts the pixels around ``pixel_mean``; all other biases are 0.
         """
         for layer in self.modules():
             if isinstance(layer, nn.BatchNorm2d):
@@ -107,15 +109,15 @@ class Generator(nn.Module):
         last = self.body[-1]
         assert isinstance(last, nn.Conv2d)
         assert last.bias is not None
-        last.bias.copy_(torch.logit(torch.tensor(self.pixel_mean), eps=0.01))  # a bias of 0 or 1 would stay there
+        last.bias.copy_(torch.logit(torch.tensor(self.pixel_mean), eps=0.01))  # a mean of 0 or 1 would saturate
 
     @autocasts
     def pixels(self, z: Tensor) -> Tensor:
-        """Images in [0, 1], fp32 ``[B, C, H, W]``, of noise ``[B, nz]``."""
+        """Images in [0, 1], fp32 ``[B, C, H, W]``, from noise ``[B, nz]``."""
         x = self.body(self.project(z).unflatten(1, self.base))
         height, width = self.image_size
         return F.sigmoid(full(x[:, :, :height, :width]))
 
     def forward(self, z: Tensor) -> Tensor:
-        """Normalised images ``[B, C, H, W]`` of noise ``[B, nz]``."""
+        """Normalised images ``[B, C, H, W]`` from noise ``[B, nz]``."""
         return (self.pixels(z) - self.mean) / self.std

@@ -17,9 +17,9 @@ SMALLEST_MAP = 7
 def gradcam_stage(model: StagedNetwork, height: int, width: int) -> str:
     """Returns the stage whose map Grad-CAM weighs for images of this size.
 
-    It is the last stage with a map of at least 7x7 positions, as in the networks of the paper (``layer4`` of a
-    ResNet-18 at 224 pixels); for small images, where the last maps are coarser, an earlier one (``layer2`` of the small
-    CNN at 32 pixels, 8x8), and the first when none is that large.
+    This is the last stage with a map of at least 7x7 positions, the size in the paper (``layer4`` of a ResNet-18 at 224
+    pixels).  Small images have coarser last maps, so an earlier stage is taken (``layer2`` of the small CNN at 32
+    pixels, 8x8).  If no map is that large, it is the first stage.
     """
     best = model.stage_names[0]
     reference = next(model.parameters())
@@ -74,7 +74,7 @@ def grad_cam(
             maps.requires_grad_(True)
             logits = model.head(model.tail(maps, after=stage))
             explained = logits.detach().argmax(1) if classes is None else classes
-            # In eval mode no sample touches another, so one backward of the sum gives every sample's own gradient.
+            # In eval mode samples are independent, so one backward pass of the sum gives every sample's own gradient.
             (gradient,) = torch.autograd.grad(logits.gather(1, explained[:, None]).sum(), maps)
     finally:
         model.train(training)
@@ -110,9 +110,9 @@ def object_share(
         stage: as in :func:`grad_cam`.
 
     Returns:
-        ``gradcam_in_object``, the mean share in [0, 1] (images without an object or with an empty map are left out),
-        and ``object_area``, the mean share of the image that the object covers: what a map spread evenly would score.
-        Empty when no image counts.
+        ``gradcam_in_object``: the mean share in [0, 1].  ``object_area``: the mean share of the image that the object
+        covers, which is the score of an even map.  Images without an object or with an empty map are left out; the
+        result is empty if no image is left.
     """
     shares: list[Tensor] = []
     areas: list[Tensor] = []

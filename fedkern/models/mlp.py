@@ -1,4 +1,4 @@
-"""A multi-layer perceptron whose hidden layers are maps of one position."""
+"""A multi-layer perceptron whose hidden layers are 1x1 feature maps."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from fedkern.models.staged import StagedNetwork
 class MLP(StagedNetwork):
     """Three hidden layers of ``width`` units with batch norm and ReLU.
 
-    A layer is a stage.  Units are the channels of maps ``[B, width, 1, 1]``, so whatever mixes, sends or fuses feature
-    maps works on them: the first layer is a convolution as large as the image, the others are 1x1.
+    Every layer is a stage.  Units are the channels of maps ``[B, width, 1, 1]``, so methods that mix, send or fuse
+    feature maps work on them.  The first layer is a convolution as large as the image, the others are 1x1 convolutions.
 
     Args:
         classes: number of classes.

@@ -33,15 +33,15 @@ def conv_norm(
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, depthwise convolution, linear 1x1 projection, beside a shortcut where the shape stays.
+    """1x1 expansion, depthwise convolution and linear 1x1 projection, with a shortcut if the shape stays the same.
 
     Args:
-        channels_in, channels_out: of the block.
+        channels_in, channels_out: channels of the block's input and output.
         stride: of the depthwise convolution.
         expansion: expanded channels over ``channels_in``; 1 leaves the expansion out.
         size: of the depthwise convolution's kernel.
-        activation: makes what follows the expansion and the depthwise convolution.
-        gate: makes what the expanded channels go through before the projection; None for nothing.
+        activation: makes the activations after the expansion and after the depthwise convolution.
+        gate: makes a layer before the projection, from the number of expanded channels; None: no such layer.
     """
 
     def __init__(
@@ -81,10 +81,10 @@ class MobileNetV2(StagedNetwork):
     Args:
         classes: number of classes.
         channels: image channels.
-        width: channels of the stem; width / 32 is the paper's width multiplier (rounded to multiples of 8, and the
-            1280 features are never made fewer).
-        stem: ``"imagenet"`` has the paper's strides; ``"cifar"``, for images up to 64 pixels, none in the stem and in
-            the second stage, so that 32 pixels end in maps of 4 (methods note 5.5).
+        width: channels of the stem.  width / 32 is the paper's width multiplier; channels are rounded to multiples of
+            8, and there are always at least 1280 features.
+        stem: ``"imagenet"`` has the paper's strides.  ``"cifar"``, for images up to 64 pixels, has stride 1 in the
+            stem and the second stage, so that 32-pixel images end in 4x4 maps (methods note 5.5).
     """
 
     def __init__(self, *, classes: int, channels: int = 3, width: int = WIDTH, stem: Stem = "cifar") -> None:

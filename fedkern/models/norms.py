@@ -1,4 +1,4 @@
-"""Batch norm with statistics that are given."""
+"""Batch norm with fixed statistics (FixBN)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def fix_statistics(module: nn.Module) -> None:
-    """Puts a module's batch norms in eval mode: they normalise by their running statistics and leave them (FixBN).
+    """Puts a module's batch norms in eval mode: they use their running statistics without updating them (FixBN).
 
-    Scale and shift go on learning.  ``module.train()`` undoes it.
+    Scale and shift are still trained.  ``module.train()`` undoes this.
     """
     for layer in module.modules():
         if isinstance(layer, _BatchNorm):

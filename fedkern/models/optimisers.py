@@ -1,7 +1,7 @@
-"""Optimisers of networks that are not clients': SGD, Adam and AdamW, to the last bit as ``torch.optim`` has them.
+"""SGD, Adam and AdamW for networks other than the clients', bit for bit as in ``torch.optim``.
 
-The first optimiser of ``torch.optim`` that a process makes imports torch's compiler, which takes a second.  Clients
-train with :func:`fedkern.ops.sgd_step` and :func:`fedkern.ops.adamw_step`, on flat buffers.
+The first ``torch.optim`` optimiser of a process imports torch's compiler, which takes a second.  Clients train with
+:func:`fedkern.ops.sgd_step` and :func:`fedkern.ops.adamw_step`, on flat buffers.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ EPSILON = 1e-8
 
 
 class _Optimiser:
-    """What both have.
+    """Base class of both optimisers.
 
     Attributes:
         lr: the learning rate of the next step; it may be changed.
-        state: what is remembered of a parameter, by parameter; empty before its first step.
+        state: state tensors by parameter; a parameter is missing before its first step.
     """
 
     def __init__(self, parameters: Iterable[Tensor], lr: float) -> None:
@@ -28,12 +28,12 @@ class _Optimiser:
         self._parameters = list(parameters)
 
     def _with_gradients(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The parameters that have a gradient, and these."""
+        """The parameters that have a gradient, and their gradients."""
         found = [(p, p.grad) for p in self._parameters if p.grad is not None]
         return [p for p, _ in found], [gradient for _, gradient in found]
 
     def zero_grad(self) -> None:
-        """Forgets the gradients."""
+        """Sets all gradients to None."""
         for parameter in self._parameters:
             parameter.grad = None
 
@@ -44,9 +44,9 @@ class SGD(_Optimiser):
     Args:
         parameters: tensors with ``grad``, of one dtype and device.
         lr: learning rate.
-        momentum: 0 remembers nothing.
-        weight_decay: added to the gradient, times the parameter.
-        nesterov: whether a step goes along the gradient and what the next velocity keeps of it.
+        momentum: momentum factor; 0 keeps no momentum buffer.
+        weight_decay: this times the parameter is added to the gradient.
+        nesterov: whether to use Nesterov momentum.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class SGD(_Optimiser):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Moves the parameters along their gradients, which stay as they are."""
+        """Moves the parameters against their gradients, which stay as they are."""
         parameters, gradients = self._with_gradients()
         if not parameters:
             return
@@ -86,15 +86,15 @@ class SGD(_Optimiser):
 
 
 class Adam(_Optimiser):
-    """``torch.optim.Adam(fused=True)``, or ``AdamW`` where the decay is decoupled.
+    """``torch.optim.Adam(fused=True)``, or ``AdamW(fused=True)`` with ``decoupled``.
 
     Args:
         parameters: tensors with ``grad``, of one dtype and device.
         lr: learning rate.
-        betas: of the two moments.
+        betas: decay rates of the two moments.
         weight_decay: see ``decoupled``.
-        decoupled: parameters shrink by ``lr * weight_decay``, as in AdamW (arXiv 1711.05101), instead of the decay
-            being added to the gradient.
+        decoupled: whether parameters shrink by the factor ``1 - lr * weight_decay``, as in AdamW (arXiv 1711.05101).
+            Otherwise ``weight_decay`` times the parameter is added to the gradient.
     """
 
     def __init__(

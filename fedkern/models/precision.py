@@ -1,9 +1,9 @@
-"""The precision that networks compute in: fp32, or bf16 by autocast inside of them.
+"""The precision that networks compute in: fp32, or bf16 by autocast inside the networks.
 
-A network's weights are fp32 in either.  With ``computing("bf16")`` the methods that ``autocasts`` marks, a network's
-stages and encoders, run under ``torch.autocast``: convolutions and matrix products in bf16, statistics of norms in
-fp32.  What a network answers with (features, logits, embeddings, images) is fp32, and classifiers and whatever is
-outside of networks (losses, optimisers, averages, noise) never see autocast.
+Weights are fp32 in both.  Under ``computing("bf16")`` the methods that ``autocasts`` decorates (stages and encoders)
+run under ``torch.autocast``: convolutions and matrix products in bf16, statistics of norms in fp32.  The outputs of a
+network (features, logits, embeddings, images) are fp32.  Classifiers, and all code outside networks (losses,
+optimisers, averages, noise), never run under autocast.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ T = TypeVar("T")
 
 @contextmanager
 def computing(precision: str) -> Iterator[None]:
-    """Networks compute in ``precision``, one of ``PRECISIONS``, inside; also a decorator.
+    """Context manager or decorator: networks compute in ``precision``, one of ``PRECISIONS``.
 
-    A caller's own autocast is off inside: its copies of the weights would not follow the steps of a training.
+    A caller's own autocast is off inside: its cached copies of the weights would not follow training steps.
     """
     token = _dtype.set(DTYPES[precision])
     try:
@@ -45,21 +45,21 @@ def computing(precision: str) -> Iterator[None]:
 
 
 def lower() -> torch.dtype | None:
-    """What networks compute in where that is not fp32; None in fp32."""
+    """The reduced dtype that networks compute in now; None in fp32."""
     return _dtype.get()
 
 
 def autocasts(method: Callable[P, T]) -> Callable[P, T]:
-    """A method of a network, of a tensor (or what has a ``device``), that computes in the precision of the moment."""
+    """Decorates a network's method to compute in the current precision; its first argument has a ``device``."""
 
     @functools.wraps(method)
     def called(*args: P.args, **named: P.kwargs) -> T:
         dtype = _dtype.get()
         x: Any = args[1] if len(args) > 1 else next(iter(named.values()))
-        if dtype is None or isinstance(x, fx.Proxy):  # what is traced runs later, inside what asked for the trace
+        if dtype is None or isinstance(x, fx.Proxy):  # a traced graph runs later, in its caller's precision
             return method(*args, **named)
-        # Autocast would keep its copies of the weights until the outermost autocast ends, which may be a caller's, and
-        # would not see that a step on the flat vector has changed them.
+        # Autocast's cache would keep copies of the weights until the outermost autocast (perhaps a caller's) ends, and
+        # would miss an optimiser step on the flat buffer.
         with torch.autocast(x.device.type, dtype=dtype, cache_enabled=False):
             return method(*args, **named)
 
@@ -67,7 +67,7 @@ def autocasts(method: Callable[P, T]) -> Callable[P, T]:
 
 
 def full(x: Tensor) -> Tensor:
-    """What leaves a network: fp32, where it was computed in less."""
+    """A network's output as fp32."""
     return x if _dtype.get() is None else x.float()
 
 
@@ -76,10 +76,10 @@ MATRICES = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
 
 def frozen(module: Any) -> Any:
-    """A network that nothing trains, with the weights that autocast would cast at every call cast once.
+    """Casts the weights of a frozen network once, where autocast would cast them at every call.
 
-    In fp32 it is ``module`` itself, else a copy that answers with the same bits.  Heads stay fp32, as they are called
-    outside of autocast.
+    Returns ``module`` itself in fp32, else a copy whose output has the same bits.  Heads stay fp32, as they run outside
+    autocast.
     """
     dtype = _dtype.get()
     if dtype is None:
@@ -92,7 +92,7 @@ def frozen(module: Any) -> Any:
 
 
 def trunk(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """``module`` itself with parameters and buffers of ``dtype``, but for batch norms, whose statistics stay fp32."""
+    """Casts ``module`` to ``dtype`` in place and returns ``module``; batch norms stay fp32, for their statistics."""
     for layer in module.modules():
         if not isinstance(layer, nn.modules.batchnorm._BatchNorm):
             for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):

@@ -1,4 +1,4 @@
-"""What a pretrained image network expects, from its preprocessor_config.json, without torchvision."""
+"""Preprocessing for pre-trained image networks, as their preprocessor_config.json says, without torchvision."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from fedkern.models.teacher_cache import to_pixels
 
 NEAREST, LANCZOS, BILINEAR, BICUBIC = 0, 1, 2, 3  # Pillow's numbers, as the files have them
 MODES = {NEAREST: "nearest", LANCZOS: "lanczos", BILINEAR: "bilinear", BICUBIC: "bicubic"}
-WHOLE = 384  # from this side on ConvNeXt takes the whole image
+WHOLE = 384  # from this side on, ConvNeXt resizes the whole image and does not crop
 
 
 class Preprocessing:
-    """Normalised images of the data to what a network takes: resized, cropped, in its own scale.
+    """Turns the data's normalised images into a network's input: resized, cropped and normalised for the network.
 
-    As Pillow does it: along one direction and then along the other, whole bytes after each, and antialiased.
+    The resize matches that of Pillow: antialiased, along one direction and then the other, rounded to whole bytes after
+    each.
 
     Args:
-        settings: what preprocessor_config.json holds.
-        mean, std: what the data's images are normalised with.
-        side: the network's image side, where the settings name no size.
+        settings: contents of preprocessor_config.json.
+        mean, std: normalisation of the data's images, per channel.
+        side: the network's image side, used if the settings name no size.
     """
 
     def __init__(self, settings: Mapping[str, Any], mean: Sequence[float], std: Sequence[float], side: int) -> None:
@@ -51,22 +52,24 @@ class Preprocessing:
         factor = float(settings.get("rescale_factor", 1 / 255)) if settings.get("do_rescale", True) else 1.0
         if not factor > 0:
             raise ValueError(f"rescale_factor is {factor}")
-        self.unit = 1 / factor  # of the network's scale, in bytes
+        self.unit = 1 / factor  # byte values per unit of the network's scale
         self.offset = 1.0 if settings.get("rescale_offset") else 0.0
         self.flips = bool(settings.get("do_flip_channel_order", False))
         scales = settings.get("do_normalize", not kind.startswith("MobileViT"))
         own_std = tuple(settings.get("image_std", (0.5, 0.5, 0.5)))
         self.own_mean = tuple(settings.get("image_mean", (0.5, 0.5, 0.5))) if scales else (0.0, 0.0, 0.0)
         self.own_std = own_std if scales else (1.0, 1.0, 1.0)
-        if settings.get("include_top"):  # EfficientNet divides once more
+        if settings.get("include_top"):  # EfficientNet divides by std once more
             self.own_std = tuple(x * y for x, y in zip(self.own_std, own_std, strict=True))
 
     @classmethod
     def read(cls, folder: Path, mean: Sequence[float], std: Sequence[float], side: int) -> Preprocessing:
-        """From ``folder/preprocessor_config.json``; without one images become ``side`` pixels wide, within [-1, 1].
+        """Reads ``folder/preprocessor_config.json``.
+
+        Without that file images get a shortest side of ``side`` pixels and values in [-1, 1].
 
         Raises:
-            UserError: the file is not JSON, or asks for what is not done here.
+            UserError: the file is not JSON, or asks for a step that is not supported.
         """
         path = folder / "preprocessor_config.json"
         try:
@@ -120,14 +123,14 @@ def _resized(pixels: Tensor, size: tuple[int, int], mode: str) -> Tensor:
 
 
 def _nearest(before: int, after: int) -> Tensor:
-    """Which pixels Pillow takes ``[after]``: it adds up its steps, and what it rounds of them tells at ties."""
+    """Indices ``[after]`` of the pixels that Pillow takes; at ties its accumulated rounding errors decide."""
     steps = torch.full((after,), before / after, dtype=torch.float64)
     steps[0] /= 2
     return steps.cumsum(0).long()
 
 
 def _lanczos(before: int, after: int) -> Tensor:
-    """Weights ``[after, before]`` of Pillow's windowed sinc, three of its zeros wide on either side."""
+    """Weights ``[after, before]`` of Pillow's windowed sinc, which ends at the third zero on either side."""
     if before == after:
         return torch.eye(before, dtype=torch.float64)
     scale = before / after
@@ -139,7 +142,7 @@ def _lanczos(before: int, after: int) -> Tensor:
 
 
 def _size(size: Any, *, square: bool = False) -> tuple[int, ...]:
-    """(shortest side,) or (height, width)."""
+    """A size of preprocessor_config.json as (shortest side,) or (height, width)."""
     if isinstance(size, Mapping):
         given = {name: value for name, value in size.items() if value is not None}
         if set(given) == {"height", "width"}:

@@ -1,4 +1,4 @@
-"""Local folders of pre-trained networks, as transformers writes them: what is read of them, and how."""
+"""Safe loading of pre-trained networks through transformers: checks of their folders and of the loaded weights."""
 
 from __future__ import annotations
 
@@ -23,27 +23,28 @@ _UNADAPTED = (
 
 
 def without_code(*, local: bool) -> dict[str, Any]:
-    """What ``from_pretrained`` of every kind is told: no Python code of a folder is run, nothing is asked about it."""
+    """Arguments of every ``from_pretrained``: no Python code of a folder is run; ``local`` forbids downloads."""
     return {"local_files_only": local, "trust_remote_code": False}
 
 
 def weights(*, local: bool) -> dict[str, Any]:
-    """What ``from_pretrained`` is told of a network's weights.
+    """Arguments of ``from_pretrained`` for a network's weights.
 
-    They are model.safetensors or, in a ``local`` folder that has none, pytorch_model.bin, of which tensors alone are
-    read.
+    The weights are model.safetensors or, in a ``local`` folder without that file, pytorch_model.bin (loaded with
+    ``weights_only=True``).
     """
     return {**without_code(local=local), "use_safetensors": None if local else True, "weights_only": True}
 
 
 def check_folder(folder: Path, what: str) -> None:
-    """Raises UserError for a folder that makes transformers wait for a named pipe, or load what a file names elsewhere.
+    """Raises UserError for a folder with files that are not regular, or that refers to code or weights elsewhere.
 
-    A file can name a kernel of the hub, or the base network of a PEFT adapter.
+    transformers would wait for a named pipe.  It would also load a kernel that config.json names on the hub, or the
+    base network of a PEFT adapter.
 
     Args:
-        folder: local.
-        what: what it is of, for the sentence.
+        folder: a local folder.
+        what: name of the network, for the error.
     """
     for path in (*folder.iterdir(), *folder.glob("*/*")):
         if kind := special(path):
@@ -53,7 +54,7 @@ def check_folder(folder: Path, what: str) -> None:
     try:
         config = read_json(folder / "config.json")
     except (OSError, ValueError):
-        return  # transformers says what it misses
+        return  # transformers reports a missing or damaged file
     kernels = [name for name in _named(config, "attn_implementation") if "/" in name]
     if kernels:
         raise UserError(
@@ -63,13 +64,13 @@ def check_folder(folder: Path, what: str) -> None:
 
 
 def check_adapter(transformers: Any, name: str) -> None:
-    """Raises ValueError where the hub has a PEFT adapter under ``name``; of a local folder check_folder tells."""
+    """Raises ValueError if ``name`` is a PEFT adapter on the hub; :func:`check_folder` checks local folders."""
     if transformers.utils.find_adapter_config_file(name) is not None:
         raise ValueError(f"it is {_UNADAPTED}.")
 
 
 def _named(value: Any, ending: str) -> Iterator[str]:
-    """The texts that stand in a JSON value, at any depth, under keys that end so."""
+    """The strings in a JSON value, at any depth, whose keys end in ``ending``."""
     waiting = [value]
     while waiting:
         entry = waiting.pop()
@@ -81,7 +82,7 @@ def _named(value: Any, ending: str) -> Iterator[str]:
 
 
 def unloadable(what: str, where: str | Path, error: Exception) -> UserError:
-    """The sentence for what ``from_pretrained`` cannot load from a folder, or by a name."""
+    """The error for a network that ``from_pretrained`` cannot load from a folder or by name."""
     if "trust_remote_code" in str(error):
         return UserError(
             f"cannot load {what} from {where}: it comes with Python code of its own, which is not run; take a network "
@@ -93,7 +94,7 @@ def unloadable(what: str, where: str | Path, error: Exception) -> UserError:
 def content_hash(folder: Path) -> str:
     """Hash of a folder's weights and settings, so that a folder with new weights gets a new cache."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
-    # Where there is the one, nobody reads the other.
+    # With safetensors present, transformers does not read pytorch_model.bin.
     safe = any(path.suffix == ".safetensors" for path in files)
     digest = hashlib.blake2b(digest_size=16)
     for path in files:
@@ -106,13 +107,13 @@ def content_hash(folder: Path) -> str:
 
 
 def check_complete(name: str, whole: nn.Module, used: nn.Module, missing: Collection[str]) -> None:
-    """Raises UserError where the folder lacks tensors of ``used``: transformers draws them anew, each time others.
+    """Raises UserError if the folder lacks tensors of ``used``, which transformers then initialises at random.
 
     Args:
-        name: kind and folder, for the sentence.
-        whole: the network that was read.
-        used: it or a part of it.
-        missing: the names in ``whole`` of what the folder does not have, ``missing_keys`` of the loading's report.
+        name: kind and folder, for the error.
+        whole: the network that was loaded.
+        used: ``whole`` or a part of it.
+        missing: names in ``whole`` of the tensors that the folder lacks (``missing_keys`` of the loading report).
     """
     needed = {id(tensor) for tensor in used.state_dict(keep_vars=True).values() if tensor.is_floating_point()}
     state = whole.state_dict(keep_vars=True)
@@ -128,10 +129,10 @@ def check_complete(name: str, whole: nn.Module, used: nn.Module, missing: Collec
 
 @contextmanager
 def quiet(transformers: Any) -> Iterator[None]:
-    """transformers and the hub's client say nothing, for what fails is said once, by us, and ask nothing.
+    """Silences transformers and the hub's client, as fedkern reports failures itself, and keeps them from asking.
 
-    Of a part that a config.json names transformers would ask on standard input whether its code may be run, also where
-    the whole is loaded with ``trust_remote_code=False``.  Without time for an answer it raises instead.
+    For a sub-network that config.json names, transformers asks on standard input whether to run its code, even with
+    ``trust_remote_code=False``.  With no time for an answer it raises instead.
     """
     loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
     levels = [logger.level for logger in loggers]

@@ -20,13 +20,13 @@ from fedkern.models.vocabulary import Tokens
 
 
 class PretrainedImage(ImageEncoder):
-    """An image network of transformers (ViT, DeiT, DINOv2, CLIP's image side, Swin, ResNet ...) as tokens.
+    """An image network of transformers (ViT, DeiT, DINOv2, CLIP's image side, Swin, ResNet ...) that gives tokens.
 
-    Its class token stands in front, or, where it has none, the mean of its patch tokens.
+    The first token is the class token, or the mean of the patch tokens if the network has no class token.
 
     Args:
         network: the base model, without a head.
-        preprocessing: from the data's images to the network's.
+        preprocessing: turns the data's images into the network's input.
     """
 
     def __init__(self, network: Any, preprocessing: Preprocessing, image_size: Sequence[int], channels: int) -> None:
@@ -51,7 +51,7 @@ class PretrainedImage(ImageEncoder):
         return torch.cat([first, patches], 1), grid
 
     def _layout(self, count: int, height: int, width: int) -> tuple[tuple[int, int], int]:
-        """Rows and columns of the patches among ``count`` tokens, and how many tokens stand in front of them."""
+        """Rows and columns of the patches among ``count`` tokens, and the number of tokens in front of the patches."""
         patch = getattr(self.network.config, "patch_size", None)
         sides = (patch, patch) if isinstance(patch, int) else patch
         has_front = any(name.endswith(("cls_token", "class_embedding")) for name, _ in self.network.named_parameters())
@@ -59,7 +59,7 @@ class PretrainedImage(ImageEncoder):
             grid = height // sides[0], width // sides[1]
             return grid, count - grid[0] * grid[1]
         rows = max(1, round(math.sqrt(count * height / width)))
-        while count % rows:  # patches were merged (Swin): the shape nearest to the image's
+        while count % rows:  # merged patches (Swin): take the shape nearest to the image's
             rows -= 1
         return (rows, count // rows), 0
 
@@ -69,16 +69,16 @@ class PretrainedImage(ImageEncoder):
 
 
 class PretrainedText(nn.Module):
-    """A text network of transformers (BERT and its kin, sentence embedders, CLIP's text side ...) as tokens.
+    """A text network of transformers (BERT and its kin, sentence embedders, CLIP's text side ...) that gives tokens.
 
-    The first token stands for the text: ``[CLS]``, or the mean of all where the network was trained so (what a
-    sentence-embedding checkpoint says in 1_Pooling/config.json) or has no such token.
+    The first token represents the text.  It is ``[CLS]``, or the mean of all tokens if a sentence-embedding checkpoint
+    asks for mean pooling (in 1_Pooling/config.json) or the tokenizer has no ``[CLS]``.
 
     Args:
         network: the base model, without a head.
-        tokenizer: its tokenizer.
-        longest: tokens of a text; longer ones are cut.
-        pooled: put the mean in front.
+        tokenizer: the network's tokenizer.
+        longest: most tokens of a text; longer texts are cut.
+        pooled: whether to put the mean of all tokens in front.
     """
 
     def __init__(self, network: Any, tokenizer: Any, longest: int, *, pooled: bool) -> None:
@@ -115,10 +115,10 @@ def image_encoder(
 ) -> PretrainedImage:
     """Reads an image network from a local folder (config.json, weights, preprocessor_config.json).
 
-    The weights are model.safetensors or, where there is none, pytorch_model.bin, of which tensors alone are read.
+    The weights are model.safetensors or, without that file, pytorch_model.bin (loaded with ``weights_only=True``).
 
     Raises:
-        UserError: transformers is not installed, or the folder holds no such network.
+        UserError: transformers is not installed, or the folder holds no image network.
     """
     path = _existing(folder, "image")
     network = _network(path, "image", "vision_model")
@@ -134,7 +134,7 @@ def text_encoder(folder: str | Path, *, longest: int) -> PretrainedText:
     """Reads a text network and its tokenizer from a local folder, as :func:`image_encoder` does.
 
     Raises:
-        UserError: transformers is not installed, or the folder holds no such network or no tokenizer.
+        UserError: transformers is not installed, or the folder holds no text network or no tokenizer.
     """
     path = _existing(folder, "text")
     network = _network(path, "text", "text_model")
@@ -142,7 +142,7 @@ def text_encoder(folder: str | Path, *, longest: int) -> PretrainedText:
     try:
         with quiet(transformers):
             tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), **without_code(local=True))
-    except Exception as error:  # transformers raises many kinds for a wrong folder
+    except Exception as error:  # transformers raises many exception types for a wrong folder
         raise unloadable("a tokenizer", path, error) from error
     _check_words(path, tokenizer, network)
     if tokenizer.pad_token is None:
@@ -150,7 +150,7 @@ def text_encoder(folder: str | Path, *, longest: int) -> PretrainedText:
     tokenizer.padding_side = "right"
     positions = getattr(network.config, "max_position_embeddings", longest)
     if getattr(network.config, "model_type", "") in ("roberta", "xlm-roberta", "camembert", "mpnet"):
-        positions -= 2  # they count from behind the padding's number
+        positions -= 2  # their positions count from padding_idx + 1
     pooled = _mean_pooled(path)
     if pooled is None:
         pooled = tokenizer.cls_token is None
@@ -162,11 +162,11 @@ def text_encoder(folder: str | Path, *, longest: int) -> PretrainedText:
 
 
 def _check_words(path: Path, tokenizer: Any, network: Any) -> None:
-    """Raises UserError where the tokenizer has no words, or more of them than the network has vectors for.
+    """Raises UserError if the tokenizer has no words, or more words than the network has embeddings.
 
-    Of a folder without its files transformers makes one of special tokens alone.
+    For a folder without tokenizer files transformers makes a tokenizer of special tokens alone.
     """
-    reads = bool(getattr(tokenizer, "vocab_files_names", None))  # not so where bytes are the words (ByT5)
+    reads = bool(getattr(tokenizer, "vocab_files_names", None))  # False for byte-level tokenizers (ByT5)
     kept = any(any(path.glob(pattern)) for pattern in ("tokenizer.json", "vocab.*", "*.model"))
     if (reads and not kept) or len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
         raise UserError(
@@ -176,7 +176,7 @@ def _check_words(path: Path, tokenizer: Any, network: Any) -> None:
         )
     try:
         rows = getattr(network.get_input_embeddings(), "num_embeddings", None)
-    except (NotImplementedError, AttributeError):  # it has no such table (CANINE), or is no network of transformers
+    except (NotImplementedError, AttributeError):  # no embedding table (CANINE), or no network of transformers
         rows = None
     if rows is not None and len(tokenizer) > rows:
         raise UserError(
@@ -205,9 +205,9 @@ def _transformers(path: Path, kind: str) -> Any:
 
 
 def _network(path: Path, kind: str, part: str) -> nn.Module:
-    """The base model in a folder without pooler and dropout, in float32; of a model of both kinds its ``part``.
+    """The base model in a folder, in float32, without pooler and dropout; of an image-text model only its ``part``.
 
-    Dropout would draw from a global generator, and a resumed run would not repeat it.
+    Dropout would draw from the global generator, and a resumed run would not repeat its draws.
     """
     transformers = _transformers(path, kind)
     try:
@@ -218,14 +218,14 @@ def _network(path: Path, kind: str, part: str) -> nn.Module:
             network, told = transformers.AutoModel.from_pretrained(
                 str(path), config=config, dtype=torch.float32, output_loading_info=True, **weights(local=True)
             )
-    except Exception as error:  # transformers raises many kinds for a wrong folder
+    except Exception as error:  # transformers raises many exception types for a wrong folder
         raise unloadable(f"the {kind} encoder", path, error) from error
     whole = network
     if getattr(network.config, "is_encoder_decoder", False):
         network = network.get_encoder()
     network = getattr(network, part, network)
     if isinstance(getattr(network, "pooler", None), nn.Module):
-        network.pooler = nn.Identity()  # its output is not used, so it would never learn
+        network.pooler = nn.Identity()  # the pooler's output is not used, so the pooler would never learn
     check_complete(f"{kind} encoder {path}", whole, network, told["missing_keys"])
     return network.float()
 
@@ -237,7 +237,7 @@ def _without_dropout(config: Any) -> None:
 
 
 def _mean_pooled(path: Path) -> bool | None:
-    """Whether a sentence-embedding folder says that the mean of all tokens stands for a text; None where it is silent.
+    """Whether a sentence-embedding folder asks for the mean of all tokens; None if the folder has no pooling file.
 
     Raises:
         UserError: the file is not JSON.

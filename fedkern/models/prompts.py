@@ -14,17 +14,17 @@ PLACES = ("{class}", "{}")
 
 
 def read_prompts(prompts: str, classes: Sequence[str]) -> list[list[str]]:
-    """The prompts of every class, at least one each; several are to be averaged.
+    """The prompts of every class, at least one each; the teacher averages the features of several prompts.
 
     Args:
-        prompts: a template that has ``{class}`` or ``{}`` where the class name goes; or a text file with a template on
-            every line (empty lines and those that begin with ``#`` do not count); or a JSON file that maps every class
-            to a prompt or a list of prompts.
-        classes: names; underscores are read as spaces.
+        prompts: one of three: a template with ``{class}`` or ``{}`` in place of the class name; a text file with a
+            template on every line (empty lines and lines that begin with ``#`` are skipped); a JSON file that maps
+            every class to a prompt or a list of prompts.
+        classes: class names; in templates, underscores become spaces.
 
     Raises:
-        UserError: no such file, a template without a place for the name, or classes that the file lacks or the data do
-            not have.
+        UserError: no such file, a template without a place for the class name, or a JSON file whose classes are not
+            those of the data.
     """
     if any(place in prompts for place in PLACES):
         return _fill([prompts], classes)
@@ -48,7 +48,7 @@ def read_prompts(prompts: str, classes: Sequence[str]) -> list[list[str]]:
 
 
 def absolute(prompts: str) -> str:
-    """A file's path from the root on; a template as it is.
+    """The absolute path of a prompts file; a template is returned unchanged.
 
     Raises:
         UserError: see :func:`fedkern.files.expand`.

@@ -1,4 +1,4 @@
-"""The networks by name."""
+"""Registry of networks by name: building and initialising them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """What ``list`` shows and ``build`` calls.
+    """A network in ``MODELS``: what the command ``list`` shows of it, and how :func:`build` makes it.
 
     Attributes:
         name: the name on the command line.
@@ -42,7 +42,7 @@ class ModelEntry:
         smallest: smallest image side in pixels that leaves every stage at least one position.
         make: builds the module: ``make(classes=, channels=, width=, stem=)``.
         sized: whether ``make`` also takes ``image_size=``, the images' smaller side.
-        task: what it gives a class to: ``"classification"``, images, or ``"segmentation"``, pixels.
+        task: ``"classification"`` (a class per image) or ``"segmentation"`` (a class per pixel).
     """
 
     name: str
@@ -87,10 +87,10 @@ def _vit(*, classes: int, channels: int, width: int, stem: Stem, image_size: int
 
 
 def group_norm(make: Callable[..., Network]) -> Callable[..., Network]:
-    """The same network with group norm (Wu and He, arXiv 1803.08494) in place of batch norm.
+    """Wraps ``make`` to give the same network with group norm (Wu and He, arXiv 1803.08494) in place of batch norm.
 
-    Its samples do not look at each other, which per-sample gradients need.  A group has at least four channels, and
-    there are at most 32 of them.
+    Samples of a batch are then independent, which per-sample gradients need.  A layer has at most 32 groups, of at
+    least four channels each.
     """
 
     def made(**settings: Any) -> Network:
@@ -200,7 +200,7 @@ _SHIPPED = dict(MODELS)
 
 
 def added(name: str) -> ModelEntry | None:
-    """The network of that name where it is not one that fedkern comes with, but was put into ``MODELS``."""
+    """The entry of ``name`` in ``MODELS`` if somebody added or replaced it; None for fedkern's own networks."""
     entry = MODELS.get(name)
     return None if entry is _SHIPPED.get(name) else entry
 
@@ -208,12 +208,12 @@ def added(name: str) -> ModelEntry | None:
 def initialise(module: nn.Module, generator: torch.Generator) -> None:
     """Gives every parameter and buffer of ``module`` its starting value, drawing from ``generator`` alone.
 
-    Convolutions are normal with variance 2 / fan_out, counted within a group (He et al., arXiv 1502.01852), linear
-    layers uniform in ±1 / sqrt(fan_in), norms the identity.  A layer with parameters of its own kind has a method
-    ``initialise(generator)``.
+    Convolutions are normal with variance 2 / fan_out, counted within a group (He et al., arXiv 1502.01852).  Linear
+    layers are uniform in ±1 / sqrt(fan_in), and norms are the identity.  A layer of another type with parameters needs
+    a method ``initialise(generator)``.
 
     Raises:
-        TypeError: ``module`` has a parameter or buffer in a layer of another kind, which would stay uninitialised.
+        TypeError: a layer of another type has a parameter or buffer, but no such method.
     """
     for name, layer in module.named_modules():
         if callable(getattr(layer, "initialise", None)):
@@ -246,19 +246,19 @@ def build(
 ) -> Any:
     """Builds a network with float32 parameters on the CPU; the global random generators are neither read nor moved.
 
-    It is a :class:`StagedNetwork`, or a :class:`UNet` where ``MODELS[name].task`` is ``"segmentation"``.
+    The network is a :class:`StagedNetwork`, or a :class:`UNet` if ``MODELS[name].task`` is ``"segmentation"``.
 
     Args:
         name: a name of ``MODELS``.
         classes: number of classes, at least 1.
         channels: image channels, 1 or 3 as a rule.
-        image_size: the smaller image side in pixels; it chooses the stem of a ResNet.
+        image_size: the smaller image side in pixels; decides the stem if ``stem`` is ``"auto"``.
         seed: the run's root seed (the weights come from its own stream), or a CPU generator to draw from.
         width: channels of the first stage; None is the network's default.
         stem: ``"auto"`` is ``"cifar"`` up to 64 pixels and ``"imagenet"`` above.
 
     Raises:
-        UserError: the name is unknown, or the images are too small or a number is not positive.
+        UserError: the name or stem is unknown, the images are too small, or a number is not positive.
     """
     if name not in MODELS:
         raise UserError(f'there is no model "{name}", choose one of {", ".join(MODELS)}.{nearest(name, MODELS)}')

@@ -14,7 +14,7 @@ Stem = Literal["cifar", "imagenet"]
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with batch norm beside a shortcut, which is a 1x1 convolution where the shape changes."""
+    """Two 3x3 convolutions with batch norm and a shortcut, which is a 1x1 convolution where the shape changes."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int = 1) -> None:
         super().__init__()
@@ -36,8 +36,8 @@ def _shortcut(channels_in: int, channels_out: int, stride: int) -> nn.Sequential
     """A 1x1 convolution with batch norm, called ``"0"`` and ``"1"``."""
     layers: dict[str, nn.Module] = {}
     if stride != 1 and channels_in < 16:
-        # torch's gradient of a strided 1x1 convolution writes past its memory on the CPU for so few channels in
-        # channels-last, an odd batch and several threads (seen in 2.13).  Picking the pixels first is the same.
+        # On the CPU, torch's gradient of a strided 1x1 convolution writes past its memory for so few channels in
+        # channels-last, an odd batch and several threads (seen in 2.13).  Striding first gives the same result.
         layers["pixels"] = nn.AvgPool2d(1, stride)
         stride = 1
     layers["0"] = nn.Conv2d(channels_in, channels_out, 1, stride=stride, bias=False)
@@ -65,7 +65,7 @@ class ResNet(StagedNetwork):
         channels: image channels.
         width: channels of the stem and the first stage.
         stem: ``"cifar"``, one 3x3 convolution, for images up to 64 pixels; ``"imagenet"``, a 7x7 convolution of stride
-            2 and a 3x3 maximum of stride 2, for larger ones.
+            2 and 3x3 max pooling of stride 2, for larger images.
     """
 
     def __init__(

@@ -13,8 +13,8 @@ from fedkern.models.staged import StagedNetwork
 class ResNet8T(StagedNetwork):
     """A ResNet-8 whose last map is pooled to 2x2, so that its head reads four times as many features.
 
-    FedIOD's teachers and student (arXiv 2312.14478) are of width 128: a stem of 128 channels, basic blocks of 128, 256
-    and 512, and 2,048 features at 32 pixels; 4.91 million parameters for ten classes.
+    FedIOD's teachers and student (arXiv 2312.14478) have width 128: a stem of 128 channels, basic blocks of 128, 256
+    and 512 channels, 2,048 features, and 4.91 million parameters for ten classes.
 
     Args:
         classes: number of classes.
@@ -26,6 +26,6 @@ class ResNet8T(StagedNetwork):
     def __init__(self, *, classes: int, channels: int = 3, width: int = 128, stem: Stem = "cifar") -> None:
         blocks = ResNet((1, 1, 1), classes=classes, channels=channels, width=width, stem=stem)
         layer1, layer2, layer3 = (cast(nn.Sequential, getattr(blocks, f"layer{i}")) for i in (1, 2, 3))
-        # The four places become channels, which the pooling that every staged network ends with leaves as they are.
+        # The four positions become channels, so StagedNetwork's global average pooling leaves them as they are.
         last = nn.Sequential(*layer3, nn.AdaptiveAvgPool2d(2), nn.PixelUnshuffle(2))
         super().__init__([layer1, layer2, last], width=16 * width, classes=classes)

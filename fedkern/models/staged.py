@@ -1,4 +1,4 @@
-"""The form every network takes: named stages, a pooled feature, a linear head."""
+"""Base class of the classifiers: named stages, pooled features, a linear head."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from fedkern.models.precision import autocasts, lower
 class StagedNetwork(nn.Module):
     """A convolutional network that can be entered and left between its stages.
 
-    ``features(x) == tail(stages(x, upto=s), after=s)`` for every stage ``s``, which is what mixing feature maps
-    (FedGID, arXiv 2504.00850) and sending part of a network (FuseFL) need.  The stages are ``"layer1"``, ...,
-    ``"layerN"`` (maps ``[B, C, H, W]``) and ``"feature"`` (their global average, ``[B, d]``); the stem belongs to
+    ``features(x) == tail(stages(x, upto=s), after=s)`` for every stage ``s``.  Mixing feature maps (FedGID, arXiv
+    2504.00850) and sending part of a network (FuseFL) need this.  The stages are ``"layer1"``, ..., ``"layerN"`` (maps
+    ``[B, C, H, W]``) and ``"feature"`` (the global average of the last map, ``[B, d]``).  The stem belongs to
     ``"layer1"``.  Under ``computing("bf16")`` maps are bf16, pooled features fp32.
 
     Attributes:
@@ -54,7 +54,7 @@ class StagedNetwork(nn.Module):
         return x
 
     def stages(self, x: Tensor, upto: str) -> Tensor:
-        """Returns what comes out of stage ``upto`` (included).
+        """Returns the output of stage ``upto``.
 
         Args:
             x: normalised images ``[B, C, H, W]``; channels-last stays channels-last.
@@ -69,11 +69,11 @@ class StagedNetwork(nn.Module):
         return self._run(x, 0, self._position(upto))
 
     def tail(self, h: Tensor, after: str) -> Tensor:
-        """Continues from what stage ``after`` gave to the pooled features.
+        """Continues from the output of stage ``after`` to the pooled features.
 
         Args:
             h: the output of stage ``after``.
-            after: a name of ``stage_names``; with ``"feature"`` nothing is left to do.
+            after: a name of ``stage_names``; with ``"feature"``, ``h`` is returned unchanged.
 
         Returns:
             Pooled features ``[B, d]``.
@@ -95,9 +95,9 @@ class StagedNetwork(nn.Module):
 def resolve_stage(model: StagedNetwork, name: str) -> str:
     """Returns the stage of ``model`` that ``name`` means.
 
-    ``"map"`` is the last stage but one before pooling (``layer3`` of a ResNet-18, ``layer2`` of the small CNN): the
-    latest place where mixing maps is not the same as mixing features, because the last stage is followed by nothing
-    but a linear pooling (docs/methods/fedgid.md, section 6).
+    ``"map"`` is the last map stage but one (``layer3`` of a ResNet-18, ``layer2`` of the small CNN).  The last map
+    stage is followed by a linear pooling alone, so mixing its maps is the same as mixing features
+    (docs/methods/fedgid.md, section 6).
 
     Raises:
         UserError: the network has no such stage.

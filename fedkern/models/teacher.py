@@ -1,4 +1,4 @@
-"""Frozen teachers: any classifier that gives logits, and a network of ours that does."""
+"""Frozen teachers: the base class, any callable that gives logits, and fedkern's own networks."""
 
 from __future__ import annotations
 
@@ -18,17 +18,16 @@ Identity = Mapping[str, str | int | float]
 
 
 class Teacher:
-    """A frozen classifier: a trunk that gives features, and a linear head on them.
+    """A frozen classifier: a trunk that gives features, and a linear head on the features.
 
-    Trunk and head are made when they are first needed (:meth:`load`), so that a teacher whose answers are all known
-    already costs nothing.
+    Trunk and head are made on first use (:meth:`load`), so a teacher whose logits are all cached costs nothing.
 
     Attributes:
-        name: what the user reads.
+        name: name in messages.
         classes: number of classes C of the data.
-        device: where it runs.
-        identity: all that decides the logits of an image, which names their cache; None where nobody can tell (then
-            nothing is kept on disk).
+        device: device of trunk and head.
+        identity: everything that decides the logits of an image; names the cache file.  None if that is not known:
+            then no logits are cached on disk.
         batch: images per pass.
     """
 
@@ -48,7 +47,7 @@ class Teacher:
         """Makes the trunk (normalised images ``[B, C, H, W]`` to features ``[B, d]``) and the head.
 
         Raises:
-            UserError: what the user named cannot be loaded, or has no features of its own.
+            UserError: the teacher cannot be loaded, or gives logits without features.
         """
         raise NotImplementedError
 
@@ -70,7 +69,7 @@ class Teacher:
         return sum(p.numel() for part in self.parts for p in part.parameters())
 
     def copy(self) -> tuple[nn.Module, nn.Linear]:
-        """Trunk and head of the caller's own, trainable."""
+        """Trainable copies of trunk and head."""
         trunk, head = copy.deepcopy(self.parts)
         return trunk.requires_grad_(True), head.requires_grad_(True)
 
@@ -79,7 +78,7 @@ class Teacher:
         """The trunk's features fp32 ``[B, d]`` of normalised images ``[B, C, H, W]``.
 
         Raises:
-            UserError: the teacher has none.
+            UserError: the teacher gives logits without features.
         """
         trunk, _ = self.parts
         if lower() is not None:
@@ -94,13 +93,17 @@ class Teacher:
         """Logits fp32 ``[B, classes]`` of normalised images ``[B, C, H, W]``.
 
         Raises:
-            UserError: they are not that, or not finite.
+            UserError: the logits have another shape, or are not finite.
         """
         head = self.parts[1]
         return self.checked(head(self.features(images)), len(images))
 
     def checked(self, logits: Any, count: int) -> Tensor:
-        """``logits`` as fp32 ``[count, classes]``, or the sentence that says what is wrong with them."""
+        """``logits`` as fp32 ``[count, classes]``.
+
+        Raises:
+            UserError: ``logits`` is no tensor, has another shape, or is not finite.
+        """
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != count:
             given = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise UserError(f"the teacher {self.name} must give logits [{count}, {self.classes}], but gave {given}.")
@@ -112,7 +115,7 @@ class Teacher:
 
 
 def wrong_classes(name: str, given: int, expected: int) -> UserError:
-    """The sentence for a teacher of other classes than the data's."""
+    """The error for a teacher whose number of classes is not that of the data."""
     return UserError(
         f"the teacher {name} knows {given} classes and the data have {expected}: take a teacher for these data."
     )
@@ -170,7 +173,7 @@ class CallableTeacher(Teacher):
 
 
 class NetworkTeacher(Teacher):
-    """A trained :class:`StagedNetwork`; its logits are keyed by the contents of its weights."""
+    """A trained :class:`StagedNetwork`; the hash of its weights is part of its identity."""
 
     def __init__(self, network: StagedNetwork, name: str, device: torch.device | str = "cpu") -> None:
         super().__init__(name, network.head.out_features, device, {"model": name, "weights": content(network)})
@@ -181,7 +184,7 @@ class NetworkTeacher(Teacher):
 
 
 class Features(nn.Module):
-    """The pooled features of a staged network as a module of their own."""
+    """A module that gives the pooled features of a staged network."""
 
     def __init__(self, network: StagedNetwork) -> None:
         super().__init__()
@@ -193,7 +196,7 @@ class Features(nn.Module):
 
 
 def content(module: nn.Module) -> str:
-    """Hash of a module's state, whatever its device and memory format."""
+    """Hash of a module's state, independent of device and memory format."""
     digest = hashlib.blake2b(digest_size=16)
     for name, value in module.state_dict().items():
         digest.update(f"{name}{list(value.shape)}".encode())

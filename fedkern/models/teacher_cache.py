@@ -24,19 +24,19 @@ from fedkern.models.flops import uncounted
 from fedkern.models.precision import computing
 from fedkern.models.teacher import Identity, Teacher, wrong_classes
 
-KEY = 16  # bytes of an image's name
+KEY = 16  # bytes of an image's key
 SAVE_EVERY = 4096  # images between two writes
 TELL_EVERY = 5.0  # seconds between two notices
 
 
 class LogitsCache:
-    """The logits of teachers by image content, one file per teacher, so that they serve any partition and seed.
+    """Cache of teacher logits, keyed by image content, so that runs with any partition and seed share them.
 
     Args:
-        folder: where the files are (default: ``fedkern/teachers`` in the user's cache folder).  A default folder that
-            cannot be written is done without; one that was named is an error.
-        mean, std: per channel, what the images are normalised with; a logit belongs to the image before that.
-        notice: told how far a long computation has come, and of a damaged file.
+        folder: folder of the files, one per teacher (default: ``fedkern/teachers`` in the user's cache folder).  If the
+            default folder cannot be written, nothing is cached; if a named folder cannot be written, that is an error.
+        mean, std: normalisation of the images, per channel.  Keys are taken from the images before normalisation.
+        notice: called with the progress of a long computation, and when a file is damaged.
     """
 
     def __init__(
@@ -52,21 +52,21 @@ class LogitsCache:
         self.notice = notice
 
     def path(self, identity: Identity) -> Path:
-        """The file of a teacher."""
+        """The path of a teacher's file."""
         return self.folder / file_name("logits", identity)
 
-    @computing("fp32")  # the answers are kept for runs of either precision
+    @computing("fp32")  # runs of either precision read the cached logits
     @uncounted()
     def logits(self, teacher: Teacher, batches: Iterable[Tensor], total: int | None = None) -> Tensor:
-        """The teacher's logits fp32 ``[n, classes]`` (CPU) of all images, asked for only where the file lacks them.
+        """The teacher's logits fp32 ``[n, classes]`` (CPU) of all images; only those that the file lacks are computed.
 
         Args:
-            teacher: one without an identity is asked for every image.
+            teacher: the teacher; without an identity, nothing is cached and all logits are computed.
             batches: normalised images ``[B, C, H, W]`` each.
             total: number of images, for the notices.
 
         Raises:
-            UserError: what the teacher raises, or a named folder that cannot be written.
+            UserError: raised by the teacher, or a named folder cannot be written.
         """
         identity = teacher.identity
         if identity is None:
@@ -93,14 +93,14 @@ class LogitsCache:
                         done = len(keys) - len(missing) + start + len(rows)
                         of = "" if total is None else f" of {total:,}"
                         self.notice(f"asking the teacher {teacher.name}: {done:,}{of} images")
-        finally:  # an interrupted computation keeps what it has
+        finally:  # an interrupted computation keeps its logits so far
             if len(new) > written:
                 self.write(identity, new)
         known.update(new)
         return torch.stack([known[key] for key in keys]) if keys else torch.empty(0, teacher.classes)
 
     def read(self, identity: Identity, classes: int) -> dict[bytes, Tensor]:
-        """What the file of a teacher holds; nothing where there is none or it is damaged (it is then made anew)."""
+        """Logits in a teacher's file by image key; empty if the file is missing or damaged (and then made anew)."""
         path = self.path(identity)
         if not path.exists():
             return {}
@@ -112,7 +112,7 @@ class LogitsCache:
             return {}
 
     def write(self, identity: Identity, new: Mapping[bytes, Tensor]) -> None:
-        """Adds logits to the file of a teacher, beside those that another run may be adding at the same time."""
+        """Adds logits to a teacher's file; another run may add logits to the same file at the same time."""
         classes = next(iter(new.values())).numel()
 
         def merged() -> dict[str, Tensor]:
@@ -124,14 +124,14 @@ class LogitsCache:
 
 
 class StoredLogits(Teacher):
-    """A teacher that is known by its logits alone: a file as the cache writes it, made on another machine perhaps.
+    """A teacher given by a file of its logits, in the cache's format; the file may come from another machine.
 
     Args:
         path: safetensors file with ``keys`` uint8 [n, 16] (:func:`image_keys`) and ``logits`` [n, classes].
-        mean, std: what the images it is asked about are normalised with.
+        mean, std: normalisation of the images that it gets, per channel.
 
     Raises:
-        UserError: no such file, damaged, or of another number of classes.
+        UserError: the file is missing, is damaged, or has another number of classes.
     """
 
     def __init__(self, path: str | Path, classes: int, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -164,7 +164,7 @@ class StoredLogits(Teacher):
 
 
 def image_keys(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> list[bytes]:
-    """A hash of the bytes of every image, undoing the normalisation of ``[B, C, H, W]``."""
+    """Hash of every image's shape and uint8 pixels; undoes the normalisation of ``images`` ``[B, C, H, W]`` first."""
     pixels = to_pixels(images, mean, std).mul_(255).round_().clamp_(0, 255).to(torch.uint8).cpu()
     shape = str(tuple(pixels.shape[1:])).encode()
     rows = pixels.contiguous().flatten(1).numpy()
@@ -178,12 +178,12 @@ def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 
 def read_logits(path: Path, classes: int) -> dict[bytes, Tensor]:
-    """Image key to logits fp32 ``[classes]``.
+    """Reads a file of logits: image key to logits fp32 ``[classes]``.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: not a file of logits.
-        UserError: of another number of classes.
+        UserError: the file has another number of classes.
     """
     if kind := special(path):
         raise ValueError(f"it is {kind}, not a regular file")
@@ -203,7 +203,7 @@ def read_logits(path: Path, classes: int) -> dict[bytes, Tensor]:
 
 
 def file_name(kind: str, identity: Identity) -> str:
-    """A readable, unique name: the last part of the model's name, and a hash of everything."""
+    """A readable, unique file name: kind, last part of the model's name, and a hash of the whole identity."""
     text = json.dumps(dict(identity), sort_keys=True)
     model = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(str(identity.get("model", "teacher"))).name).strip("-")
     return f"{kind}-{model[:60]}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.safetensors"
@@ -214,12 +214,12 @@ def write_file(path: Path, tensors: Callable[[], Mapping[str, Tensor]], identity
 
     Args:
         path: the file; its folder is made.
-        tensors: what it shall hold, asked for while no other process writes in this folder.
-        identity: stands in its metadata.
-        required: whether it matters that it cannot be written.
+        tensors: gives the file's content; called while no other process writes in this folder.
+        identity: written into the file's metadata.
+        required: whether a file that cannot be written is an error.
 
     Raises:
-        UserError: it cannot be written and is ``required``.
+        UserError: the file is ``required`` and cannot be written.
     """
     metadata = {"fedkern": json.dumps(dict(identity), sort_keys=True)}
     try:
@@ -240,7 +240,7 @@ def write_file(path: Path, tensors: Callable[[], Mapping[str, Tensor]], identity
 
 
 def read_file(path: Path) -> dict[str, Tensor] | None:
-    """The tensors of a cache file, or None where there is none or it is damaged."""
+    """The tensors of a cache file, or None if the file is missing or damaged."""
     if special(path):
         return None
     try:

@@ -1,4 +1,4 @@
-"""Frozen networks asked together: their logits, with gradients for the images."""
+"""Stack of frozen teachers: the logits of all of them at once, with gradients for the images."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from fedkern.models.unet import UNet
 from fedkern.ops import FusedBlocks
 
 VECTOR = 16
-"""Channels that a vector of the widest instructions holds in fp32."""
+"""fp32 channels in a vector register of the widest instructions (AVX-512)."""
 
 CHUNK = 64
-"""Images that go through the networks at a time on the CPU where no gradient is kept: their maps stay in the cache."""
+"""Images per pass on the CPU when no gradient is kept, so that their feature maps stay in the CPU's cache."""
 
 FUSE_BYTES = 256 << 20
-"""Networks beyond this size together run one after another: a copy of them would cost more than it gains."""
+"""Largest total size of networks that run fused; the fused copy of larger ones would cost more than it gains."""
 
 
 class TeacherStack:
-    """K frozen networks over the same images, of any architectures; logits ``[K, B, C, *positions]``.
+    """K frozen networks of any architectures on the same images; logits ``[K, B, C, *positions]``.
 
-    Batch norms are folded into the convolutions before them, and ReLUs and sums written in place.  Networks of one
-    architecture run as one (:class:`fedkern.ops.FusedBlocks`) where that is faster, others one after another.
+    Batch norms are folded into the convolutions before them, and ReLUs and sums run in place.  Networks of one
+    architecture run fused (:class:`fedkern.ops.FusedBlocks`) where that is faster, all others one after another.
 
     Args:
-        networks: in eval mode on one device; they are copied and not changed.
+        networks: networks in eval mode on one device; they are copied and not changed.
     """
 
     def __init__(self, networks: Sequence[nn.Module]) -> None:
@@ -49,7 +49,7 @@ class TeacherStack:
         return self.count
 
     def logits(self, images: Tensor) -> Tensor:
-        """``[K, B, C, *positions]`` of normalised images ``[B, C, H, W]``; gradients reach the images."""
+        """Logits ``[K, B, C, *positions]`` of normalised images ``[B, C, H, W]``; gradients reach the images."""
         if len(self._groups) == 1:
             return self._groups[0][1].logits(images)
         rows: list[Any] = [None] * self.count
@@ -60,26 +60,26 @@ class TeacherStack:
 
 
 def pieces(images: Tensor) -> Sequence[Tensor]:
-    """The images in the portions in which networks see them (:data:`CHUNK`)."""
+    """Splits images into the chunks that go through a network at a time (:data:`CHUNK`)."""
     whole = len(images) <= CHUNK or not images.is_cpu or (torch.is_grad_enabled() and images.requires_grad)
     return (images,) if whole else images.split(CHUNK)
 
 
 class Separate:
-    """Networks of one architecture, one after another."""
+    """Networks of one architecture that run one after another."""
 
     def __init__(self, networks: Sequence[nn.Module]) -> None:
         self._dtype = lower()
         self._heads: list[nn.Module] = []
         if type(networks[0]).forward not in (StagedNetwork.forward, UNet.forward):
-            self._dtype = None  # nobody knows what a network of another kind makes of its features
+            self._dtype = None  # another forward may do more than head(features)
         if self._dtype is not None:
             self._heads = [network.head for network in networks]  # type: ignore[misc]
             networks = [trunk(_headless(network), self._dtype) for network in networks]
         self._networks = [overwriting(network) for network in networks]
 
     def logits(self, images: Tensor) -> Tensor:
-        """``[M, B, C, *positions]``."""
+        """Logits ``[M, B, C, *positions]``."""
         parts = pieces(images if self._dtype is None else images.to(self._dtype))
         rows = [
             network(parts[0]) if len(parts) == 1 else torch.cat([network(part) for part in parts])
@@ -91,14 +91,14 @@ class Separate:
 
 
 def _headless(network: nn.Module) -> nn.Module:
-    """A copy that answers with the features."""
+    """A copy that gives the features instead of the logits."""
     made = copy.copy(network)
     made._modules = {**network._modules, "head": nn.Identity()}
     return made
 
 
 class Fused:
-    """Staged networks of one architecture: the stages as one module, the heads as one product.
+    """Staged networks of one architecture: the stages run as one module, the heads as one batched matrix product.
 
     Raises:
         TypeError, ValueError: no stage with parameters fits :class:`fedkern.ops.FusedBlocks`.
@@ -115,7 +115,7 @@ class Fused:
         try:
             self.body = FusedBlocks([nn.Sequential(*own) for own in units])
         except TypeError:
-            # A layer without parameters at the end (a pooling of a network's own) is the same for all.
+            # Last layers without parameters (a network's own pooling) are the same for all networks.
             last = len(units[0])
             while not any(True for _ in units[0][last - 1].parameters()):
                 last -= 1
@@ -125,7 +125,7 @@ class Fused:
         self._bias = torch.stack([n.head.bias.detach() for n in networks])[:, None]
 
     def logits(self, images: Tensor) -> Tensor:
-        """``[M, B, C]``."""
+        """Logits ``[M, B, C]``."""
         parts = pieces(images)
         return self._logits(images) if len(parts) == 1 else torch.cat([self._logits(part) for part in parts], 1)
 
@@ -139,17 +139,17 @@ class Fused:
 
 
 def _units(network: StagedNetwork) -> Iterator[nn.Module]:
-    """The modules that one after another make a network's last map."""
+    """The modules that compute a network's last feature map, in order."""
     for name in network.stage_names[:-1]:
         stage = getattr(network, name)
         yield from stage if isinstance(stage, nn.Sequential) else (stage,)
 
 
 def group(networks: list[nn.Module]) -> Fused | Separate:
-    """Networks of one architecture together, in the form that computes them fastest.
+    """Chooses the faster form for networks of one architecture: fused, or one after another.
 
-    On the CPU that is one after another where convolutions fill the vectors they are computed in: every map is then
-    still in the cache when the next layer reads it.
+    On the CPU, running one after another is faster if every convolution has at least :data:`VECTOR` output channels:
+    a map is then still in the CPU's cache when the next layer reads it.
     """
     first = networks[0]
     size = sum(p.numel() * p.element_size() for network in networks for p in network.parameters())
@@ -165,15 +165,15 @@ def group(networks: list[nn.Module]) -> Fused | Separate:
 
 @torch.no_grad()
 def folded(network: nn.Module) -> nn.Module:
-    """A frozen copy in eval mode whose batch norms are folded into the convolutions before them where that is sure.
+    """A frozen copy in eval mode, with batch norms folded into the convolutions before them where that is safe.
 
-    A batch norm is folded where torch.fx sees it read a convolution's result that nothing else reads, and both are
-    called once.  Networks that torch.fx cannot trace are copied as they are.
+    A batch norm is folded if torch.fx sees that it alone reads a convolution's result and that both are called once.
+    A network that torch.fx cannot trace is copied unfolded.
     """
     made = copy.deepcopy(network).eval().requires_grad_(False)
     try:
         nodes = list(fx.symbolic_trace(made).graph.nodes)
-    except Exception:  # whatever a network's own code raises when its input is a proxy
+    except Exception:  # a network's own code may raise anything on a proxy
         return made
     modules = dict(made.named_modules())
     called = [node.target for node in nodes if node.op == "call_module"]
@@ -192,24 +192,25 @@ def folded(network: nn.Module) -> nn.Module:
 
 
 def overwriting(network: nn.Module) -> nn.Module:
-    """The same frozen network with its ReLUs and sums written over what they read, where nothing else reads that.
+    """The same frozen network with in-place ReLUs and sums, wherever nothing else reads their input.
 
-    A fresh map costs the system's pages and the cache its content.  Gradients for the input stay right: a convolution
-    does not keep its result, and a ReLU keeps its own.  Networks that torch.fx cannot trace come back as they are.
+    A new map costs page faults and evicts the CPU's cache.  Gradients for the input stay right: the backward pass of a
+    convolution does not need its result, and that of a ReLU needs only its own.  A network that torch.fx cannot trace
+    is returned unchanged.
     """
     try:
         graph = fx.symbolic_trace(network)
-    except Exception:  # whatever a network's own code raises when its input is a proxy
+    except Exception:  # a network's own code may raise anything on a proxy
         return network
     modules = dict(graph.named_modules())
 
     def fresh(value: Any) -> bool:
-        """Whether a value is a convolution's or a sum's result that one node reads."""
+        """Whether a value is the result of a convolution or of an in-place sum, and only one node reads it."""
         if not isinstance(value, fx.Node) or len(value.users) != 1:
             return False
         if value.op == "call_module":
             layer = modules[str(value.target)]
-            # What was a batch norm hands on the map it is given, which nobody else may then read.
+            # An Identity (a folded batch norm) passes its input on, so nothing else may read that input.
             return type(layer) is nn.Conv2d or (type(layer) is nn.Identity and fresh(value.args[0]))
         return value.op == "call_method" and value.target == "add_"
 

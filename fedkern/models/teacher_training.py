@@ -1,4 +1,4 @@
-"""Training of teachers: before a run on public images, and on a client's own (linear probe, fine-tuning)."""
+"""Training of teachers: on public images before a run, and on a client's own images (linear probe, fine-tuning)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ PROBE_LR, FINETUNE_LR = 1e-3, 1e-5
 
 
 class Labelled(Protocol):
-    """Labelled images: ``labels`` int64 [n] (CPU), and normalised images by index, augmented with an ``rng``."""
+    """Labelled images: ``labels`` int64 [n] (CPU), and ``take``, which gives normalised images by index.
+
+    The images are augmented if ``take`` gets an ``rng``.
+    """
 
     labels: Tensor
 
@@ -37,7 +40,7 @@ class Labelled(Protocol):
 
 @dataclass(frozen=True)
 class Recipe:
-    """SGD with momentum and weight decay, the learning rate falling to 0 as half a cosine."""
+    """SGD with Nesterov momentum and weight decay; the learning rate falls to 0 along half a cosine."""
 
     epochs: int = 20
     batch_size: int = 32
@@ -49,9 +52,9 @@ class Recipe:
 def pretrain(
     network: nn.Module, data: Labelled, recipe: Recipe, seed: int, progress: Callable[[int], None] | None = None
 ) -> None:
-    """Trains ``network`` in place on all of ``data``, augmented as the data set is, and leaves it in eval mode.
+    """Trains ``network`` in place on all of ``data``, with the data set's augmentation, and leaves it in eval mode.
 
-    ``progress`` is called with the number of every epoch, from 0, when it begins.
+    ``progress`` is called at the start of every epoch with the epoch's number, from 0.
 
     Raises:
         UserError: fewer than two images, or the weights became NaN or infinite.
@@ -62,7 +65,7 @@ def pretrain(
     labels = data.labels.to(device)
     rng = np.random.default_rng(seed)
     optimiser = SGD(network.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True)
-    batches = max(1, len(data) // recipe.batch_size)  # what is left over joins them: batch norm needs no batch of one
+    batches = max(1, len(data) // recipe.batch_size)  # leftover images join these: batch norm fails on a batch of one
     network.train()
     for number in range(recipe.epochs * batches):
         if number % batches == 0:
@@ -81,7 +84,7 @@ def pretrain(
         raise UserError("the teacher's training on the public images diverged: take another teacher, or more images.")
 
 
-@computing("fp32")  # the weights are kept for runs of either precision
+@computing("fp32")  # runs of either precision read the cached weights
 def pretrained(
     network: StagedNetwork,
     data: Labelled,
@@ -91,10 +94,10 @@ def pretrained(
     recipe: Recipe,
     seed: int,
 ) -> None:
-    """Gives ``network`` the weights that :func:`pretrain` makes, from the cache where they were made before.
+    """Gives ``network`` the weights that :func:`pretrain` makes, from the cache if they are there.
 
-    The weights are keyed by all that decides their bits: network, images, labels, augmentation, recipe, seed, and what
-    computes, fedkern's own version included.
+    The cache key holds everything that decides the bits of the weights: network, images, labels, augmentation, recipe,
+    seed, device type, CPU threads, and the versions of torch and fedkern.
     """
     device = next(network.parameters()).device
     identity: Identity = {
@@ -132,10 +135,11 @@ def pretrained(
 def probe(
     teacher: Teacher, batches: Iterable[Tensor], labels: Tensor, rng: np.random.Generator, *, epochs: int, lr: float
 ) -> tuple[nn.Linear, Tensor]:
-    """Trains the teacher's head on its features of a client's images; the zero-shot head is where it starts.
+    """Linear probe: trains a copy of the teacher's head on the teacher's features of a client's images.
 
     Args:
-        batches: normalised images ``[B, C, H, W]``, together as many as ``labels`` (int64 [n], CPU).
+        batches: normalised images ``[B, C, H, W]``, together as many as ``labels``.
+        labels: int64 [n] (CPU).
         rng: draws the order of the samples.
         epochs: passes of AdamW with learning rate ``lr`` and batches of at most 128.
 
@@ -156,11 +160,11 @@ def finetune(
 ) -> tuple[nn.Module, Tensor]:
     """Trains a copy of the whole teacher on a client's images.
 
-    The copy stays in eval mode: batch norm keeps the statistics of its own training, and nothing is dropped.
+    The copy stays in eval mode: batch norm keeps the teacher's running statistics, and dropout is off.
     Arguments as for :func:`probe`.
 
     Returns:
-        The trained copy (images to logits), and its logits fp32 ``[n, classes]`` (CPU) of the client's images.
+        The trained copy (images to logits), and the copy's logits fp32 ``[n, classes]`` (CPU) of the client's images.
     """
     trunk, head = teacher.copy()
     images = torch.cat(list(batches)).to(teacher.device)
@@ -193,7 +197,7 @@ def _fit(
 
 
 def _digest(data: Labelled, mean: Sequence[float], std: Sequence[float], seed: int) -> str:
-    """Hash of the labels, of all images as they are, and of a few as training augments them."""
+    """Hash of the labels, of all images without augmentation, and of the first eight images with augmentation."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(data.labels.numpy().tobytes())
     for start in range(0, len(data), 500):

@@ -1,4 +1,4 @@
-"""Teachers by name: what ``teacher=...`` means, and how each is made."""
+"""Teachers by name: parses ``teacher=...`` and makes the teachers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from fedkern.models.teacher_cache import LogitsCache, StoredLogits
 from fedkern.models.teacher_training import Labelled, Recipe, pretrained
 
 KINDS = ("pretrained", "clip", "logits", "python")
-# What the embedded default picks from, by size with ten classes: the smallest that are larger than the proxy.
+# Candidates of plain ``pretrained``, in order of size with ten classes: it takes the smallest that are larger than the
+# run's own network.
 LARGER = (("resnet8", 32), ("cnn", 64), ("resnet8", 64), ("resnet18", 32), ("resnet18", 64), ("resnet18", 96))
 CHOICES = 3
 
@@ -38,15 +39,16 @@ class Spec:
 
 @dataclass(frozen=True)
 class Setting:
-    """What teachers are made for.
+    """Settings shared by all teachers of a run.
 
     Attributes:
         classes: class names of the data.
-        mean, std: what images are normalised with.
+        mean, std: normalisation of the images, per channel.
         device: where teachers run.
         build: makes a freshly initialised network: ``build(model=, width=)``.
-        public: what the embedded teacher learns from.
-        prompts, recipe, seed: of the zero-shot and of the embedded teacher.
+        public: public images that embedded (``pretrained``) teachers are trained on; None if there are none.
+        prompts: prompts of zero-shot (``clip``) teachers.
+        recipe, seed: for the training of embedded teachers.
     """
 
     classes: Sequence[str]
@@ -64,7 +66,7 @@ def parse(text: str) -> list[Spec]:
     """The teachers in a comma-separated list.
 
     Raises:
-        UserError: an unknown kind, or one that does not say what.
+        UserError: an unknown kind, or a kind without the name that it needs.
     """
     specs = []
     for word in text.split(","):
@@ -81,7 +83,7 @@ def parse(text: str) -> list[Spec]:
 
 
 def absolute(text: str) -> str:
-    """The same list with absolute paths; names, and a path that would gain a comma, stay as they are.
+    """The same list with absolute paths; names, and paths whose absolute form has a comma, stay as they are.
 
     Raises:
         UserError: see :func:`parse` and :func:`fedkern.files.expand`.
@@ -95,7 +97,7 @@ def absolute(text: str) -> str:
 
 
 def code(text: str) -> list[str]:
-    """The teachers in a list that are imported: to make one is to run a module of that name.
+    """The teachers in a list that are Python code: making such a teacher imports, and so runs, a module.
 
     Raises:
         UserError: see :func:`parse`.
@@ -107,7 +109,11 @@ _EXAMPLES = {"clip": "clip:openai/clip-vit-base-patch32", "logits": "logits:FILE
 
 
 def expand(specs: Sequence[Spec], build: Callable[..., Any]) -> list[Spec]:
-    """The list with ``pretrained`` replaced by up to three networks that are larger than the run's own."""
+    """The list with plain ``pretrained`` replaced by up to three networks that are larger than the run's own.
+
+    Raises:
+        UserError: no candidate is larger.
+    """
     result: list[Spec] = []
     for spec in specs:
         if spec.kind != "pretrained" or spec.what:
@@ -132,7 +138,7 @@ def make(spec: Spec, setting: Setting, cache: LogitsCache) -> Teacher:
     """Makes a teacher; an embedded one is trained, or read from the cache.
 
     Raises:
-        UserError: it cannot be made from what the user said.
+        UserError: the teacher cannot be made as the user named it.
     """
     if spec.kind == "clip":
         return ClipTeacher(

@@ -36,13 +36,13 @@ PARTS = ("image_encoder", "text_encoder", "image_align", "text_align", "image_he
 class PairNetwork(nn.Module):
     """Images and texts as unit vectors in one space (docs/methods/feddra.md, section 6).
 
-    On either side: an encoder gives tokens, one transformer layer goes over all of them, and a head takes the first:
+    Both sides have an encoder that gives tokens, one transformer layer over all tokens, and a head on the first token:
     ``Linear d -> h, BN, ReLU, Linear h -> 128, BN without affine``, then L2 normalisation.
 
     Args:
         image_encoder: images ``[B, C, H, W]`` to tokens ``[B, 1 + N, d]``; has ``width`` and ``grid``.
         text_encoder: :class:`Tokens` ``[B, L]`` to ``[B, L, d']``; has ``width`` and ``tokenize``.
-        about: what :func:`build_pair` makes the same network from again, as JSON takes it.
+        about: the arguments with which :func:`build_pair` makes the same network again, as JSON values.
         hidden: h of the heads, default ``8 d / 3`` (2,048 for 768).
     """
 
@@ -82,11 +82,11 @@ class PairNetwork(nn.Module):
         return self.text_encoder(tokens)
 
     def project_image(self, sequence: Tensor) -> Tensor:
-        """What :meth:`encode_image` gave to unit vectors ``[B, 128]``."""
+        """Maps the output of :meth:`encode_image` to unit vectors ``[B, 128]``."""
         return _unit(self.image_head(self.image_align.first(sequence)))
 
     def project_text(self, sequence: Tensor, mask: Tensor) -> Tensor:
-        """What :meth:`encode_text` gave, with the tokens' mask bool ``[B, L]``, to unit vectors ``[B, 128]``."""
+        """Maps the output of :meth:`encode_text` and the tokens' mask bool ``[B, L]`` to unit vectors ``[B, 128]``."""
         return _unit(self.text_head(self.text_align.first(sequence, mask)))
 
     def image_embedding(self, images: Tensor) -> Tensor:
@@ -103,14 +103,14 @@ class PairNetwork(nn.Module):
 
 
 SHORTEST = 0.1
-"""A row that is shorter has no direction: behind the last batch norm one is about 11 long."""
+"""Smallest norm of a row that still has a direction; after the last batch norm a row's norm is about 11."""
 
 
 def _unit(projected: Tensor) -> Tensor:
-    """Rows ``[B, 128]`` at length 1; those shorter than :data:`SHORTEST` keep less.
+    """Scales rows ``[B, 128]`` to norm 1; rows with a norm below :data:`SHORTEST` get a norm below 1.
 
-    In a batch of equal images or equal texts all that batch norm leaves of a row is rounding, which must not become a
-    direction: its gradient would be ten orders of magnitude too large.
+    In a batch of equal images or equal texts, batch norm leaves nothing but rounding errors of a row.  Scaled to norm
+    1, they would give a gradient ten orders of magnitude too large.
     """
     return functional.normalize(projected, dim=1, eps=SHORTEST)
 
@@ -140,17 +140,17 @@ def build_pair(
 ) -> PairNetwork:
     """Builds a pair with float32 parameters on the CPU; the global random generators are neither read nor moved.
 
-    ``build_pair(**network.about)`` gives the same modules, for a state dict to be loaded into.
+    ``build_pair(**network.about)`` gives the same modules, into which a state dict can be loaded.
 
     Args:
         image_encoder: a name of ``IMAGE_ENCODERS``, or a local folder that transformers can read.
-        text_encoder: a name of ``TEXT_ENCODERS``, or such a folder.
+        text_encoder: a name of ``TEXT_ENCODERS``, or a local folder that transformers can read.
         channels: image channels.
         image_size: height and width of the images in pixels.
-        mean, std: what the images are normalised with, per channel.
+        mean, std: normalisation of the images, per channel.
         vocabulary: tokens of the built-in text encoders, ``learn_vocabulary(texts, kind).tokens``.
         width: channels of a token of the built-in encoders, a multiple of 4; default 96.
-        longest: tokens of a text; longer ones are cut.
+        longest: most tokens of a text; longer texts are cut.
         seed: the run's root seed; every part draws its weights from a stream of its own.
 
     Raises:
@@ -196,7 +196,7 @@ def build_pair(
 
 
 def _known(name: str, kind: str, names: Mapping[str, str]) -> None:
-    """Raises UserError for a name that is neither built in nor looks like a folder."""
+    """Raises UserError for a name that is neither a built-in encoder nor looks like a folder."""
     looks_like_path = expand(name).is_dir() or name.startswith((".", "~")) or "/" in name
     if name not in names and not looks_like_path:
         raise UserError(

@@ -12,7 +12,7 @@ from fedkern.models.precision import autocasts, full
 
 
 class PixelHead(nn.Conv2d):
-    """The linear classifier of every pixel: a 1x1 convolution, named as a linear layer's sides are.
+    """The linear classifier of every pixel: a 1x1 convolution with the attributes of ``nn.Linear``.
 
     Attributes:
         in_features, out_features: channels of the map, number of classes.
@@ -23,7 +23,7 @@ class PixelHead(nn.Conv2d):
         self.in_features, self.out_features = in_features, out_features
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Starts as a linear layer does, uniform in ±1 / sqrt(fan_in), so that no class begins far ahead."""
+        """Draws initial values as a linear layer does, uniform in ±1 / sqrt(fan_in): no class starts far ahead."""
         bound = 1 / math.sqrt(self.in_features)
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound, generator=generator)
@@ -36,14 +36,14 @@ class UpConvolution(nn.ConvTranspose2d):
         super().__init__(channels_in, channels_out, 2, stride=2)
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Normal with variance 1 / channels_in: the size of what goes in is the size of what comes out."""
+        """Draws normal weights of variance 1 / channels_in, which keep the variance of the input; zero bias."""
         nn.init.normal_(self.weight, std=1 / math.sqrt(self.in_channels), generator=generator)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
 
 def double(channels_in: int, channels_out: int) -> nn.Sequential:
-    """Two 3x3 convolutions with batch norm, which leave the size as it is."""
+    """Two 3x3 convolutions with batch norm and ReLU, which keep the map's size."""
     layers: list[nn.Module] = []
     for entering in (channels_in, channels_out):
         layers += [
@@ -57,18 +57,18 @@ def double(channels_in: int, channels_out: int) -> nn.Sequential:
 class UNet(nn.Module):
     """A contracting and an expanding path with a shortcut at every size.
 
-    The convolutions are padded, unlike the paper's, so that the logits have the size of the image.  Images of any size
-    are accepted: their right and bottom edges are continued up to a multiple of ``2 ** depth`` and cut off again.
+    The convolutions are padded, unlike the paper's, so that the logits have the size of the image.  Images may have any
+    size: right and bottom edges are replicated up to a multiple of ``2 ** depth``, and the padding is cut off again.
 
     Attributes:
-        width: channels of :meth:`features`, that is of the first size.
+        width: channels of :meth:`features` and of the largest maps.
         head: the classifier of every pixel, [B, width, H, W] -> [B, classes, H, W].
 
     Args:
         classes: number of classes, the background included.
         channels: image channels.
-        width: channels of the first size; they double where the size halves.  The paper's network has 64.
-        depth: how often the size halves; the paper's network has 4.
+        width: channels of the largest maps; they double whenever the size halves.  The paper's network has 64.
+        depth: how many times the size halves; 4 in the paper's network.
     """
 
     def __init__(self, *, classes: int, channels: int = 3, width: int = 64, depth: int = 4) -> None:

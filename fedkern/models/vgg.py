@@ -11,11 +11,11 @@ WIDTHS = (1, 2, 4, 8, 8)  # in multiples of the first stage's
 
 
 class VGG(StagedNetwork):
-    """Five stages of 3x3 convolutions, each with batch norm and ReLU, halved in size between stages by 2x2 maxima.
+    """Five stages of 3x3 convolutions, each with batch norm and ReLU; 2x2 max pooling between the stages.
 
-    As usual for small images one linear layer on pooled features takes the place of three large ones, and global
-    average pooling that of the last maximum.  With ``width`` 64 and ten classes there are 14,724,042 parameters.
-    Images must be at least 16 pixels wide and high.
+    As usual for small images, one linear layer on pooled features replaces the three large ones, and global average
+    pooling replaces the last max pooling.  With ``width`` 64 and ten classes there are 14,724,042 parameters.  Images
+    must be at least 16 pixels wide and high.
     """
 
     def __init__(self, *, classes: int, channels: int = 3, width: int = 64) -> None:

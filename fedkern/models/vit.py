@@ -36,9 +36,9 @@ class PatchEmbedding(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Transformer layers with norms in front (and one behind, with ``last``), on maps whose positions are the tokens.
+    """A pre-norm transformer layer on maps whose positions are the tokens; with ``last``, a norm follows.
 
-    ``[B, width, H, W]`` in and out, channels-last: between layers of the network a token is a position of a map, so a
+    Input and output are ``[B, width, H, W]``, channels-last.  Tokens stay positions of a map between layers, so a
     transformer can be cut, mixed and fused like a convolutional network.
     """
 
@@ -71,7 +71,7 @@ class ViT(StagedNetwork):
     Args:
         classes: number of classes.
         channels: image channels.
-        width: channels of a token; a head has 64 of them (more or fewer where that does not divide ``width``).
+        width: channels of a token; a head has 64 of them (more or fewer if 64 does not divide ``width``).
         image_size: side of the images in pixels.
     """
 
@@ -88,7 +88,7 @@ class ViT(StagedNetwork):
 
 
 def patch_size(image_size: int) -> int:
-    """16 pixels above 64, as published; 4 on small images and 2 on tiny ones, which leaves at least 4x4 tokens."""
+    """Side of a patch: 16 pixels for images above 64 pixels, as published; 4 from 16 pixels on; 2 for smaller ones."""
     if image_size > 64:
         return 16
     return 4 if image_size >= 16 else 2

@@ -1,4 +1,4 @@
-"""Words and word pieces: from training texts to a vocabulary, and from texts to token numbers."""
+"""Vocabularies of words or word pieces: learning them from training texts, and tokenizing texts with them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 
 PAD, UNKNOWN, CLS = 0, 1, 2
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]")
-INSIDE = "##"  # begins a piece that continues a word (Devlin et al., arXiv 1810.04805)
+INSIDE = "##"  # prefix of a piece that continues a word (Devlin et al., arXiv 1810.04805)
 Kind = Literal["words", "wordpieces"]
 
 
 class Tokens(NamedTuple):
-    """Texts as a network takes them.
+    """Tokenized texts, the input of a text encoder.
 
     Attributes:
         ids: int64 ``[B, L]``; the first token stands for the whole text.
@@ -34,13 +34,13 @@ class Tokens(NamedTuple):
         return self.ids.device
 
     def take(self, rows: Tensor) -> Tokens:
-        """The texts at ``rows`` (int64 ``[m]``), padded no further than the longest of them needs."""
+        """The texts at ``rows`` (int64 ``[m]``), padded to the longest of these texts."""
         mask = self.mask[rows]
         length = max(1, int(mask.sum(1).max())) if len(mask) else 1
         return Tokens(self.ids[rows, :length], mask[:, :length])
 
     def to(self, device: torch.device | str) -> Tokens:
-        """The same on a device."""
+        """The same tokens on ``device``."""
         return Tokens(self.ids.to(device), self.mask.to(device))
 
 
@@ -53,9 +53,9 @@ class Vocabulary:
     """Token numbers of words, or of word pieces by greedy longest match from the left.
 
     Args:
-        tokens: without the special ones; entry i has the number ``len(SPECIAL) + i``.
-        kind: ``"words"``: a word that is not among the tokens is unknown; ``"wordpieces"``: it is cut into pieces, the
-            later ones written with ``##`` in front.
+        tokens: tokens without the special ones; token i has the number ``len(SPECIAL) + i``.
+        kind: what a word that is not among the tokens becomes.  ``"words"``: ``[UNK]``.  ``"wordpieces"``: pieces, all
+            but the first with the prefix ``##``; ``[UNK]`` if no pieces match.
     """
 
     def __init__(self, tokens: Sequence[str], kind: Kind = "words") -> None:
@@ -102,11 +102,11 @@ class Vocabulary:
 def learn_vocabulary(texts: Iterable[str], kind: Kind = "words", size: int = 8_000) -> Vocabulary:
     """Builds a vocabulary of at most ``size`` tokens beside the special ones; the order of ``texts`` does not matter.
 
-    Words: the most frequent ones, ties in alphabetical order.  Word pieces: all characters, as the beginning and as the
-    continuation of a word, then pairs of neighbouring pieces merged by frequency (byte-pair encoding, arXiv 1508.07909)
-    until the vocabulary is full or no pair occurs twice.
+    Words: the most frequent words, ties in alphabetical order.  Word pieces: all characters, as the beginning and as
+    the continuation of a word, then pairs of neighbouring pieces merged by frequency (byte-pair encoding, arXiv
+    1508.07909) until the vocabulary is full or no pair occurs twice.
 
-    It discloses which words occur in the clients' texts, once.
+    A shared vocabulary discloses, once, which words occur in the clients' texts.
     """
     counts = Counter(word for text in texts for word in split_words(text))
     if kind == "words":
@@ -115,7 +115,7 @@ def learn_vocabulary(texts: Iterable[str], kind: Kind = "words", size: int = 8_0
 
 
 def _merged(counts: Counter[str], size: int) -> list[str]:
-    """The pieces, characters first, then merges in the order in which they were made."""
+    """The word pieces: characters first, then merged pieces in the order of the merges."""
     words = {word: [word[0], *(INSIDE + letter for letter in word[1:])] for word in sorted(counts)}
     letters = Counter[str]()
     for word, pieces in words.items():
@@ -145,7 +145,7 @@ def _merged(counts: Counter[str], size: int) -> list[str]:
             words[word] = _merge(words[word], best, merged)
             book(word, 1)
         del pairs[best]
-        if merged not in seen:  # two ways of cutting can give one piece
+        if merged not in seen:  # different merges can give the same piece
             seen.add(merged)
             known.append(merged)
     return known

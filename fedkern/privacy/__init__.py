@@ -1,6 +1,6 @@
-"""What a run gives away: differential-privacy accounting, and an attack that measures it.
+"""Privacy of a run: differential-privacy accounting, DP-SGD and a membership attack that measures leakage.
 
-Accounting needs the packages of the extra ``privacy``; the attack needs nothing.
+Accounting and DP-SGD need the packages of the extra ``privacy``; the attack does not.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Epsilon of everything that one client has released, channel by channel, by Google's dp-accounting.
+"""Ledger of one client's releases, and their epsilon in total and by channel, by Google's dp-accounting.
 
-Two data sets are neighbours here where one record, the unit of privacy, is *replaced*, which keeps the number of
-records public.  `fedkern.privacy.bounds` says how releases are accounted for.
+Neighbouring data sets differ in one *replaced* record, the unit of privacy, so the number of records is public.
+`fedkern.privacy.bounds` says how releases are accounted for.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 from fedkern.errors import UserError
 from fedkern.privacy.bounds import DP_SGD, GAUSSIAN, Entry, replaced
 
-_EXACT = 1e-3  # relative width at which a search for noise ends
+_EXACT = 1e-3  # relative width at which the search for noise ends
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A client's epsilon at one delta, all channels together and each alone (at the whole delta)."""
+    """A client's epsilon at one delta: of all channels together, and of each channel alone at the whole delta."""
 
     epsilon: float
     delta: float
@@ -28,10 +28,10 @@ class Figure:
 
 
 class Accountant:
-    """The ledger of one client: what it released in each channel, and what that comes to.
+    """The ledger of one client: its releases by channel, and their epsilon.
 
     Args:
-        state: what :attr:`state` was, for example out of ``client.state``; nothing is released yet where it is empty.
+        state: an earlier value of :attr:`state`, for example from ``client.state``; None or empty: no releases yet.
     """
 
     def __init__(self, state: Mapping[str, Any] | None = None) -> None:
@@ -41,7 +41,7 @@ class Accountant:
 
     @property
     def state(self) -> dict[str, Any]:
-        """The ledger as plain lists; its size does not grow with equal releases."""
+        """The ledger as plain lists; equal releases share one entry, so they do not make it longer."""
         return {name: [[e.kind, e.noise, e.rate, e.steps] for e in rows] for name, rows in self._entries.items()}
 
     @property
@@ -53,12 +53,12 @@ class Accountant:
         """Books ``steps`` releases of the Gaussian mechanism.
 
         Args:
-            channel: the name it is reported by.
-            noise: standard deviation of the noise over the sensitivity, the largest Euclidean change of the whole
-                release when one record is replaced; 0 protects nothing.
-            shards: of a client's data, of which one serves the release, drawn at random for each step and in secret:
-                nothing that is released, then or later, may depend on the draw but this release.
-            steps: how many such releases.
+            channel: the name under which the releases are reported.
+            noise: standard deviation of the noise over the sensitivity.  The sensitivity is the largest Euclidean
+                change of the whole release when one record is replaced.  0 protects nothing.
+            shards: number of shards of the client's data, of which one serves the release.  The shard must be drawn at
+                random and in secret for each step.  No other release, then or later, may depend on the draw.
+            steps: number of such releases.
 
         Raises:
             ValueError: a number is out of range.
@@ -73,10 +73,10 @@ class Accountant:
         """Books steps of DP-SGD: Poisson-sampled batches, per-sample gradients clipped, noise on their sum.
 
         Args:
-            channel: the name it is reported by.
+            channel: the name under which the steps are reported.
             noise: standard deviation of the noise over the clipping norm.
-            rate: probability of a record to be in a batch.
-            steps: how many.
+            rate: probability that a record is in a batch.
+            steps: number of steps.
 
         Raises:
             ValueError: a number is out of range.
@@ -105,17 +105,17 @@ class Accountant:
         return replaced(tuple(e for name, own in self._entries.items() if channel in (None, name) for e in own), delta)
 
     def figure(self, delta: float) -> Figure:
-        """All channels together and each alone."""
+        """The epsilon of all channels together and of each alone."""
         return Figure(self.epsilon(delta), delta, {name: self.epsilon(delta, name) for name in self._entries})
 
 
 def least_noise(account: Callable[[float], Accountant], epsilon: float, delta: float) -> float:
-    """The smallest noise with which what ``account`` books stays within ``(epsilon, delta)``, to a thousandth.
+    """The smallest noise, to a thousandth, with which a client's releases stay within ``(epsilon, delta)``.
 
     Args:
-        account: books everything that a client will release, given the one number that is looked for; more noise must
-            not cost more.
-        epsilon, delta: the target; the figure for the number returned is never above it.
+        account: books everything that the client will release, given the noise; more noise must not give a larger
+            epsilon.
+        epsilon, delta: the target; the epsilon of the returned noise is never above it.
 
     Raises:
         ValueError: ``epsilon`` is not finite and above 0, or ``delta`` not in (0, 1).
@@ -128,7 +128,7 @@ def least_noise(account: Callable[[float], Accountant], epsilon: float, delta: f
 
     @functools.cache
     def excess(logarithm: float) -> float:
-        """Logarithm of epsilon over its target; a bracketed search needs it finite."""
+        """Logarithm of epsilon over its target, kept finite for the bracketed search."""
         found = account(math.exp(logarithm)).epsilon(delta)
         return min(math.log(found / epsilon), 50.0) if found > 0 else -50.0
 
@@ -144,6 +144,6 @@ def least_noise(account: Callable[[float], Accountant], epsilon: float, delta: f
         if low < -20:
             return math.exp(high)
     result = brentq(excess, low, high, xtol=_EXACT / 4)
-    while excess(result) > 0:  # the root is known from either side
+    while excess(result) > 0:  # brentq may end on either side of the root
         result += _EXACT / 4
     return math.exp(result)

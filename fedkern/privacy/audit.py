@@ -1,15 +1,17 @@
-"""Empirical lower bounds on what a private mechanism gives away, beside what the accountant claims.
+"""Empirical lower bounds on the privacy loss of a mechanism, to compare with the accountant's claim.
 
-A mechanism is mu-GDP (Dong, Roth and Su, "Gaussian differential privacy", JRSS B 2022, arXiv 1905.02383) if two
-neighbouring data sets are as hard to tell apart by its release as N(0, 1) and N(mu, 1): every test has
+A mechanism is mu-GDP (Dong, Roth and Su, "Gaussian differential privacy", JRSS B 2022, arXiv 1905.02383) if its release
+tells two neighbouring data sets apart no better than one sample tells N(0, 1) from N(mu, 1).  Every test then has
 
     Phi^-1(1 - false positives) - Phi^-1(false negatives) <= mu.
 
-The Gaussian mechanism of noise multiplier z is 1 / z-GDP and no better, and such mechanisms compose by the root of the
-sum of squares.  An audit runs the mechanism many times on two neighbouring data sets, tests one score of the release
-against a threshold, and turns upper confidence bounds on both error rates into a lower bound on mu (Nasr et al., "Tight
-auditing of differentially private machine learning", USENIX Security 2023, arXiv 2302.07956).  A lower bound above the
-claim is a defect; one below it proves nothing about the scores that were not tried.
+The Gaussian mechanism of noise multiplier z is 1 / z-GDP and no better.  The mu of several such mechanisms together is
+the root of the sum of their squared mu.
+
+An audit runs the mechanism many times on two neighbouring data sets and tests one score of the release against a
+threshold.  Upper confidence bounds on both error rates give a lower bound on mu (Nasr et al., "Tight auditing of
+differentially private machine learning", USENIX Security 2023, arXiv 2302.07956).  A lower bound above the claim shows
+a defect.  A lower bound below the claim proves nothing about scores that were not tried.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from torch import Tensor
 from fedkern.privacy.accounting import DP_SGD, GAUSSIAN, Accountant
 
 _CANDIDATES = 199
-"""Thresholds that are tried, quantiles of the scores."""
+"""Number of thresholds that are tried, which are quantiles of the scores."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,10 @@ class Audit:
     """How well a threshold tells two neighbouring data sets apart.
 
     Attributes:
-        lower: mu is at least this, with the confidence; 0 where nothing was told apart.
+        lower: lower bound on mu at this confidence; 0 where the data sets were not told apart.
         false_positives, false_negatives: upper confidence bounds on the error rates of the threshold.
-        repeats: runs on each of the two data sets, half of which chose the threshold.
-        confidence: of ``lower``, over the noise of the runs.
+        repeats: runs on each of the two data sets; the first half chose the threshold.
+        confidence: confidence of ``lower``, over the noise of the runs.
     """
 
     lower: float
@@ -46,7 +48,7 @@ class Audit:
     confidence: float
 
     def to_dict(self) -> dict[str, float]:
-        """Its attributes by name."""
+        """The attributes by name."""
         return asdict(self)
 
 
@@ -54,17 +56,17 @@ def audit(one: Tensor, other: Tensor, *, confidence: float = 0.99) -> Audit:
     """A lower bound on mu from the scores of independent runs on each of two neighbouring data sets.
 
     The first half of the runs chooses the threshold and the second half is counted, so that the choice costs no
-    confidence.  Error rates are bounded by Clopper and Pearson (Biometrika 1934), each at half of what confidence
-    leaves.  With n runs counted and no error at all the bound is ``-2 Phi^-1(1 - ((1 - confidence) / 2)^(1 / n))``,
-    7.1 for 20,000 runs at 0.99: more cannot be shown.
+    confidence.  Clopper-Pearson bounds (Biometrika 1934) on the two error rates fail with probability
+    ``(1 - confidence) / 2`` each.  The largest bound that n counted runs can show is that without any error,
+    ``-2 Phi^-1(1 - ((1 - confidence) / 2)^(1 / n))``: 7.1 for 20,000 runs at 0.99.
 
     Args:
-        one, other: scores fp ``[n]``, n >= 4, larger on the other data set if they tell anything; run i of one and run
-            i of the other need not belong together.
+        one, other: scores fp ``[n]``, n >= 4, of the runs on each data set.  The test takes larger scores as a sign of
+            the other data set.  Run i of one and run i of the other need not belong together.
         confidence: in (0, 1).
 
     Raises:
-        ValueError: another shape, a NaN, or a confidence out of range.
+        ValueError: the scores have a wrong shape or a NaN, or the confidence is out of range.
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be in (0, 1), not {confidence}")
@@ -80,22 +82,23 @@ def audit(one: Tensor, other: Tensor, *, confidence: float = 0.99) -> Audit:
 
 
 def claimed_mu(ledger: Mapping[str, Sequence[Sequence[Any]]], false_positives: float = 0.5) -> float:
-    """The mu that a client's ledger admits, where one record is replaced.
+    """The mu that a client's ledger claims, where one record is replaced.
 
-    Without sampling all entries are Gaussian mechanisms and mu does not depend on the test.  With it the releases are
-    not mu-GDP for the accountant: what it admits at a false-positive rate are the fewest false negatives that the pairs
-    (epsilon, delta) on its curve allow (Kairouz, Oh and Viswanath, ICML 2015), and mu is that of such a test.
+    Without sampling all entries are Gaussian mechanisms, and mu does not depend on the test.  With sampling the
+    accountant claims a curve of pairs (epsilon, delta) and no mu.  At a false-positive rate these pairs allow a certain
+    fewest false negatives (Kairouz, Oh and Viswanath, ICML 2015).  The result is then the mu of a test with these two
+    error rates.
 
     Args:
         ledger: as :attr:`Accountant.state`.
-        false_positives: of the test, in (0, 1); a bound from above on them does.
+        false_positives: false-positive rate of the test, in (0, 1), or an upper bound on this rate.
 
     Returns:
-        0 where nothing was released, infinity where something was without noise.
+        0 where nothing was released, infinity where a release had no noise.
 
     Raises:
-        ValueError: the ledger has a kind of release that is not known here, or ``false_positives`` is out of range.
-        UserError: something was sampled, and dp-accounting is not installed.
+        ValueError: the ledger has an unknown kind of release, or ``false_positives`` is out of range.
+        UserError: a release was sampled, and dp-accounting is not installed.
     """
     if not 0 < false_positives < 1:
         raise ValueError(f"false_positives must be in (0, 1), not {false_positives}")
@@ -104,7 +107,7 @@ def claimed_mu(ledger: Mapping[str, Sequence[Sequence[Any]]], false_positives: f
         for kind, noise, rate, steps in rows:
             if kind not in (GAUSSIAN, DP_SGD):
                 raise ValueError(f"releases must be {GAUSSIAN} or {DP_SGD}, not {kind}")
-            # DP-SGD's noise is over the clipping norm, and a replaced gradient may turn around.
+            # DP-SGD's noise is over the clipping norm, and a replaced record may turn its clipped gradient around.
             change = 2.0 if kind == DP_SGD else 1.0
             square += (steps * (change / noise) ** 2 if noise else math.inf) if steps else 0.0
             sampled = sampled or rate < 1
@@ -123,13 +126,13 @@ def _mu(false_positives: Any, false_negatives: Any) -> Any:
 
 
 def _bounds(x: np.ndarray, y: np.ndarray, thresholds: np.ndarray, each: float) -> tuple[np.ndarray, np.ndarray]:
-    """For every threshold, upper bounds on the rates of ``x`` above it and of ``y`` not above it."""
+    """For every threshold, upper bounds on the shares of ``x`` above the threshold and of ``y`` not above it."""
     positives = len(x) - np.searchsorted(np.sort(x), thresholds, side="right")
     return _most(positives, len(x), each), _most(np.searchsorted(np.sort(y), thresholds, side="right"), len(y), each)
 
 
 def _most(errors: np.ndarray, runs: int, level: float) -> np.ndarray:
-    """Clopper and Pearson's upper bounds on rates, each wrong with probability ``level``."""
+    """Clopper-Pearson upper bounds on error rates, each wrong with probability ``level``."""
     from scipy.special import betaincinv
 
     right = np.maximum(runs - errors, 1)
@@ -137,7 +140,7 @@ def _most(errors: np.ndarray, runs: int, level: float) -> np.ndarray:
 
 
 def _least_negatives(epsilon: Callable[[float], float], false_positives: float) -> float:
-    """What (epsilon, delta) for every delta of a grid leaves: a test's fewest false negatives."""
+    """The fewest false negatives of a test that the pairs (epsilon, delta) allow, over a grid of delta."""
     least = 0.0
     for delta in np.logspace(-8, math.log10(0.9), 60):
         bound = epsilon(float(delta))

@@ -1,17 +1,18 @@
-"""Epsilon of Gaussian releases at one delta, one record replaced: the least of several bounds that all hold.
+"""Epsilon of Gaussian releases at one delta, one record replaced: the least of several valid bounds.
 
-Three accountants, each of the releases that it knows:
+Three accountants, each for the kinds of release that it supports:
 
-    exact   releases of all data: one Gaussian mechanism, whose curve is known (Balle and Wang, ICML 2018)
-    PLD     those and Poisson-sampled ones: privacy loss distributions, rounded up (Doroshenko et al., PETS 2022), of
-            q N(-1, s^2) + (1 - q) N(0, s^2) against q N(1, s^2) + (1 - q) N(0, s^2) where a record is replaced
-    RDP     releases of all data and of one shard in m, drawn without replacement: Renyi differential privacy (Mironov,
-            CSF 2017; Wang, Balle and Kasiviswanathan, AISTATS 2019), which PLD has not; Poisson-sampled ones where a
-            record is added or removed, and a replacement is one removal and one addition, which makes (epsilon, delta)
-            to (2 epsilon, (1 + exp(epsilon)) delta)
+    exact   Releases of all data: together one Gaussian mechanism, whose curve is known (Balle and Wang, ICML 2018).
+    PLD     Releases of all data and Poisson-sampled releases, by privacy loss distributions, rounded up (Doroshenko et
+            al., PETS 2022).  Where a record is replaced, the distributions are those of
+            q N(-1, s^2) + (1 - q) N(0, s^2) against q N(1, s^2) + (1 - q) N(0, s^2).
+    RDP     Releases of all data and releases of one shard in m, drawn without replacement, which PLD does not support:
+            by Renyi differential privacy (Mironov, CSF 2017; Wang, Balle and Kasiviswanathan, AISTATS 2019).
+            Poisson-sampled releases where a record is added or removed.  A replacement is one removal and one addition,
+            which turns (epsilon, delta) into (2 epsilon, (1 + exp(epsilon)) delta).
 
-Releases that no accountant takes together share delta (basic composition).  Every split of it gives a bound, and which
-splits are tried depends on no data, so that the least of them holds too.
+Releases that no single accountant supports share delta (basic composition).  Every split of delta gives a valid bound.
+The splits that are tried do not depend on data, so the least of these bounds is valid too.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ GAUSSIAN, DP_SGD = "gaussian", "dp-sgd"
 SPLITS = (0.01, 0.05, 0.2, 0.5, 0.8, 0.95, 0.99)
 """Shares of delta that are tried where two accountants have to divide it."""
 TYPICAL = 1e-5
-"""The delta of a first look at what releases cost: by RDP, one record added or removed."""
+"""The delta of a rough epsilon of the releases: by RDP, one record added or removed."""
 LARGEST = 100.0
-"""What they may cost there for PLD to be asked: a figure above says nothing either way."""
+"""The largest rough epsilon for which PLD is tried: a larger epsilon promises nothing either way."""
 FINENESS = 2e-4
-"""Width of a bin of PLD's privacy losses over that cost: time and memory then hardly depend on it."""
+"""Bin width of PLD's privacy losses over the rough epsilon, so that time and memory hardly depend on epsilon."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,11 @@ class Entry:
     """Equal releases.
 
     Attributes:
-        kind: ``GAUSSIAN``, whose noise is over what a replaced record changes, or ``DP_SGD``, whose noise is over what
-            a record adds, half of that.
-        noise: standard deviation of the noise over that sensitivity.
-        rate: 1 / shards, or the probability of a record to be in a batch.
-        steps: how many.
+        kind: ``GAUSSIAN``, with the change by a replaced record as sensitivity, or ``DP_SGD``, with the change by an
+            added record as sensitivity, half of the former.
+        noise: standard deviation of the noise over this sensitivity.
+        rate: 1 / shards, or the probability that a record is in a batch.
+        steps: number of releases.
     """
 
     kind: str
@@ -71,7 +72,7 @@ def need_accounting() -> Any:
 
 
 def replaced(entries: Entries, delta: float) -> float:
-    """The epsilon of all releases at ``delta``; infinite where one has no noise.
+    """The epsilon of all releases at ``delta``, one record replaced; infinite where a release has no noise.
 
     Raises:
         UserError: dp-accounting is not installed.
@@ -99,7 +100,7 @@ def replaced(entries: Entries, delta: float) -> float:
 
 
 def added_or_removed(entries: Entries, delta: float) -> float:
-    """The epsilon of DP-SGD as libraries quote it, by RDP, where one record is added or removed.
+    """The epsilon of DP-SGD by RDP, one record added or removed, as libraries quote it.
 
     Raises:
         UserError: dp-accounting is not installed.
@@ -111,7 +112,7 @@ def added_or_removed(entries: Entries, delta: float) -> float:
 
 
 def _together(whole: Entries, sampled: Entries, delta: float) -> float:
-    """Releases of all data and Poisson-sampled ones."""
+    """The epsilon of releases of all data and Poisson-sampled releases together."""
     if not sampled:
         return _exact(whole, delta)
     found = [_losses(whole, sampled, delta)]
@@ -123,7 +124,7 @@ def _together(whole: Entries, sampled: Entries, delta: float) -> float:
 
 
 def _exact(whole: Entries, delta: float) -> float:
-    """Gaussian releases z_i are one of noise (sum of z_i^-2)^-1/2."""
+    """The epsilon of Gaussian releases of noise z_i, which are together one of noise (sum of z_i^-2)^-1/2."""
     if not whole:
         return 0.0
     noise = math.fsum(entry.steps / entry.noise**2 for entry in whole) ** -0.5
@@ -131,26 +132,26 @@ def _exact(whole: Entries, delta: float) -> float:
 
 
 def _losses(whole: Entries, sampled: Entries, delta: float) -> float:
-    """By PLD; infinite where it is not asked, or does not know the releases under this relation."""
+    """The epsilon by PLD; infinite where PLD is not tried, or does not support the releases under this relation."""
     rough = added_or_removed(sampled, TYPICAL) + _exact(whole, TYPICAL)
     if not rough < LARGEST:
         return math.inf
-    steps = sum(entry.steps for entry in sampled)  # what rounding adds grows with them and with the square of a width
+    steps = sum(entry.steps for entry in sampled)  # rounding error grows with the steps and the bin width squared
     width = max(rough * min(FINENESS, 100 * FINENESS / math.sqrt(steps)), 1e-7)
-    width = 2.0 ** math.ceil(math.log2(width))  # the same for every split of a delta
+    width = 2.0 ** math.ceil(math.log2(width))  # the same for every split of delta
     accountant = _distribution(whole, sampled, width)
     return math.inf if accountant is None else float(accountant.get_epsilon(delta))
 
 
 @functools.lru_cache(maxsize=16)
 def _distribution(whole: Entries, sampled: Entries, width: float) -> Any:
-    """The library's accountant of these releases, or None where it cannot have them."""
+    """The library's accountant of these releases, or None where it does not support them."""
     dp = need_accounting()
     import dp_accounting.pld
 
     relation = dp.NeighboringRelation.REPLACE_ONE
     accountant = dp_accounting.pld.PLDAccountant(neighboring_relation=relation, value_discretization_interval=width)
-    # A Gaussian event's noise is over what a record adds there: half of what a replaced one changes.
+    # The library's sensitivity is the change by an added record: half of the change by a replaced record.
     events = [(dp.GaussianDpEvent(2 * entry.noise), entry.steps) for entry in whole]
     events += [(dp.PoissonSampledDpEvent(e.rate, dp.GaussianDpEvent(e.noise)), e.steps) for e in sampled]
     if not all(accountant.supports(event) for event, _ in events):
@@ -169,12 +170,12 @@ def _rdp(entries: Entries, relation: str, delta: float) -> float:
 
 @functools.lru_cache(maxsize=256)
 def _composed(entries: Entries, relation: str) -> Any:
-    """The library's accountant of these releases; composing takes tenths of a second, asking for an epsilon nothing."""
+    """The library's accountant of these releases, cached: composing takes tenths of a second, an epsilon no time."""
     dp = need_accounting()
     accountant = dp.rdp.RdpAccountant(neighboring_relation=dp.NeighboringRelation[relation])
     log = logging.getLogger("absl")
     level = log.level
-    log.setLevel(logging.ERROR)  # of orders that it leaves out, which makes epsilon no smaller
+    log.setLevel(logging.ERROR)  # hides warnings of left-out orders: without these epsilon is no smaller
     try:
         for entry in entries:
             event = dp.GaussianDpEvent(entry.noise)
@@ -189,7 +190,7 @@ def _composed(entries: Entries, relation: str) -> Any:
 
 
 def _hop(sampled: Entries, delta: float) -> float:
-    """DP-SGD, one record replaced: the neighbour is reached by one removal and one addition."""
+    """The epsilon of DP-SGD, one record replaced: one removal and one addition lead to the neighbour."""
 
     def fits(logarithm: float) -> bool:
         inner = added_or_removed(sampled, math.exp(logarithm))

@@ -1,4 +1,4 @@
-"""DP-SGD (Abadi et al., arXiv 1607.00133) on opacus: what it asks of a network, and its steps."""
+"""DP-SGD (Abadi et al., arXiv 1607.00133) on opacus: the check of a network, private steps and their generators."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ WAY_OUT = "such as cnn-gn, resnet8-gn or resnet18-gn (unet-small-gn for segmenta
 
 @dataclass(frozen=True)
 class DPSGD:
-    """How a network is trained with differential privacy.
+    """Settings of a network's training with differential privacy.
 
     Attributes:
-        max_norm: largest Euclidean norm of the gradient of a sample, or of the sum of a patient's.
-        noise: standard deviation of the noise on their sum over ``max_norm``, from the probability of a sample, or
-            patient, to be in a batch and the number of steps.
-        channel: what the client's ledger calls it.
-        secret: mixed into the streams of sampling and noise; empty: they follow from the run's seed.
-        patients: int64 [n], the patient of every sample, where a patient is what is drawn and clipped; None: a sample.
+        max_norm: clipping norm, the largest Euclidean norm of a sample's gradient or of the sum of a patient's.
+        noise: function of the probability that a sample (or patient) is in a batch and of the number of steps.  It
+            returns the standard deviation of the noise on the sum of gradients, over ``max_norm``.
+        channel: the channel of the training in the client's ledger.
+        secret: mixed into the streams of sampling and noise; empty: the streams follow from the run's seed.
+        patients: int64 [n], the patient of every sample: patients are drawn and clipped.  None: samples are.
         images: the largest number of samples of a patient.
     """
 
@@ -55,7 +55,14 @@ def need_opacus() -> Any:
 
 
 def check_network(module: nn.Module, name: str) -> None:
-    """Raises UserError where a network has no per-sample gradients: ``name`` is what the user calls it."""
+    """Checks that a network has per-sample gradients.
+
+    Args:
+        name: what the user calls the network.
+
+    Raises:
+        UserError: the network has batch norm or other layers that keep statistics, or opacus is not installed.
+    """
     opacus = need_opacus()
     if any(isinstance(layer, _BatchNorm) for layer in module.modules()):
         raise UserError(
@@ -84,23 +91,23 @@ def private_steps(
     """opacus's optimiser around ``optimizer``: after a backward pass of a batch's mean loss, ``step()`` is private.
 
     Args:
-        module: trained through its hooks, which are taken off at the end.
-        max_norm: largest norm of a sample's gradient.
+        module: the network; opacus's hooks on it are removed at the end.
+        max_norm: clipping norm, the largest norm of a sample's gradient.
         noise: standard deviation of the noise on the sum over ``max_norm``.
         batch: expected number of samples in a Poisson-sampled batch, by which the sum is divided.
-        generator: of the noise, on the module's device.
+        generator: draws the noise, on the module's device.
     """
     opacus = need_opacus()
-    # opacus unfolds a convolution's input by strides that it takes for contiguous ones: in channels-last the gradients
+    # opacus unfolds a convolution's input as if its strides were contiguous: with channels-last inputs the gradients
     # would silently be wrong.
     layers = [layer for layer in module.modules() if isinstance(layer, nn.modules.conv._ConvNd)]
     handles = [layer.register_forward_pre_hook(_contiguous) for layer in layers]
     hooked = opacus.GradSampleModule(module, loss_reduction="mean")
     try:
         with warnings.catch_warnings():
-            # Of a first layer: images need no gradient.
+            # From the first layer: images need no gradient.
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
-            # Of channels-last weights, whose gradients are contiguous here.
+            # From channels-last weights, whose gradients are contiguous here.
             warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout")
             yield _optimizer(
                 optimizer,
@@ -118,15 +125,18 @@ def private_steps(
 def _optimizer(optimizer: torch.optim.Optimizer, deviation: float, **settings: Any) -> Any:
     """opacus's optimiser with noise drawn in fp64.
 
-    opacus draws in the gradients' fp32, where torch's Box-Muller transform has 24 bits for the radius on the CPU and
-    ends at 5.77 standard deviations, which a normal number exceeds once in 1.2e8.  The 53 bits of fp64 reach 8.57
-    (1e-17).
+    opacus draws in the gradients' fp32.  There torch's Box-Muller transform on the CPU has too few bits for the radius,
+    so that the noise has no tail beyond a limit:
+
+    dtype   bits   limit, standard deviations   a normal number is beyond it with probability
+    fp32    24     5.77                         1 / 1.2e8
+    fp64    53     8.57                         1e-17
     """
     opacus = need_opacus()
 
     class Optimizer(opacus.optimizers.DPOptimizer):  # type: ignore[name-defined]
         def add_noise(self) -> None:
-            super().add_noise()  # none: it makes the clipped sum the gradient
+            super().add_noise()  # adds none (multiplier 0), but makes the clipped sum the gradient
             for parameter in self.params if deviation else ():
                 sum_ = parameter.grad
                 size, place = sum_.shape, sum_.device
@@ -137,19 +147,20 @@ def _optimizer(optimizer: torch.optim.Optimizer, deviation: float, **settings: A
 
 
 def stream_name(purpose: str, secret: str) -> str:
-    """The name of a random stream that nobody foresees without the secret; an empty one leaves it at ``purpose``."""
+    """Name of a random stream that nobody can foresee without the secret; just ``purpose`` where that is empty."""
     return f"{purpose}/{secret}" if secret else purpose
 
 
 def generator_of(stream: np.random.Generator, device: torch.device, *, whole: bool) -> torch.Generator:
-    """A generator of torch's on ``device`` that follows from a stream, whose key has 128 bits.
+    """A torch generator on ``device`` whose state follows from a stream with a key of 128 bits.
 
     Neither torch's Mersenne twister nor its Philox is a cryptographic generator.
 
     Args:
-        whole: of as many bits as the device's generator can take.  On the CPU all of its 624 words are the stream's, so
-            that the 128 bits of the stream's key are what is to be guessed: of a seed torch takes 32 bits there, which
-            can be tried out one by one.  On a GPU the key has 64 bits, and the stream gives all of them.
+        whole: whether to take as many bits as the device's generator can hold.  On the CPU the stream then sets all 624
+            words of the generator, so that an attacker must guess the 128 bits of the stream's key.  Of a seed torch
+            only takes 32 bits there, which can be tried out one by one.  On a GPU the generator's key has 64 bits, and
+            the stream gives all of them.
     """
     if whole and device.type != "cpu":
         return torch.Generator(device).manual_seed(int(stream.integers(1 << 64, dtype=np.uint64)))
@@ -167,9 +178,9 @@ def _contiguous(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[tor
 
 
 def keep_finite(module: nn.Module) -> None:
-    """Takes samples whose gradients are not all finite out of a batch, after its backward pass.
+    """Zeroes a sample's gradients where any of them is not finite, after the backward pass of the batch.
 
-    Clipping bounds no NaN: one such sample would make the parameters NaN, which tells that it is there.
+    Clipping does not bound NaN: one such sample would make the parameters NaN, which reveals that it is there.
     """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     finite = torch.stack([torch.isfinite(p.grad_sample.flatten(1)).all(1) for p in trained]).all(0)  # type: ignore[attr-defined]
@@ -179,22 +190,22 @@ def keep_finite(module: nn.Module) -> None:
 
 
 def sum_patients(module: nn.Module, patients: np.ndarray) -> None:
-    """Adds up the gradients of each patient's samples, after a backward pass: a row of ``grad_sample`` is a patient's.
+    """Sums the gradients of each patient's samples after a backward pass; rows of ``grad_sample`` become patients.
 
     Args:
-        patients: int64 [B], whose sample each of the batch is.
+        patients: int64 [B], the patient of every sample of the batch.
     """
     position = torch.from_numpy(np.unique(patients, return_inverse=True)[1])
     for parameter in module.parameters():
         if parameter.requires_grad:
             each: torch.Tensor = parameter.grad_sample  # type: ignore[attr-defined]
-            member = torch.nn.functional.one_hot(position).T.to(each)  # a product adds in one order, on a GPU too
+            member = torch.nn.functional.one_hot(position).T.to(each)  # a matmul sums in one order, on a GPU too
             parameter.grad_sample = (member @ each.flatten(1)).view(-1, *parameter.shape)  # type: ignore[attr-defined]
-    keep_finite(module)  # a sum of finite values may be none
+    keep_finite(module)  # a sum of finite values may overflow
 
 
 def empty_batch(module: nn.Module) -> None:
-    """Stands for the backward pass of a batch into which no sample was drawn: its step is noise alone."""
+    """Takes the place of the backward pass for a batch without samples: its step is noise alone."""
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))  # type: ignore[attr-defined]

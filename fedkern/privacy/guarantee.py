@@ -1,4 +1,4 @@
-"""What a method says of the differential privacy it gives."""
+"""Differential-privacy guarantee of a method: what it covers, and the sentences that a run prints about it."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from typing import Any
 from fedkern.privacy.unit import IMAGE, Unit
 
 LEDGER = "privacy"
-"""Where in a client's state the engine looks for what it has released (an ``Accountant``'s ``state``)."""
+"""Key in a client's state of the ledger of its releases (an ``Accountant``'s ``state``), which the engine reads."""
 
 PUBLIC = "what the server receives, model.safetensors, the records and the pictures"
-"""What may leave the clients, so what a figure is about: checkpoints/ holds all the rest of a run."""
+"""The files that may leave the clients, which an epsilon is about; checkpoints/ holds all the rest of a run."""
 
 EPSILON, PART = "epsilon", "epsilon_covered"
-"""What the figure is called: where it covers everything that the clients release, and where it covers a part."""
+"""Names of the figure: where it covers everything that the clients release, and where it covers a part."""
 
 RECORDS = "records"
-"""The release that the engine adds with ``--records all``."""
+"""Name of the release that the engine adds with ``--records all``."""
 
 
 @dataclass(frozen=True)
 class Guarantee:
-    """What is covered and what not, of everything that a client releases; the figures come from the clients' ledgers.
+    """The releases of a client that are covered and those that are not; the figures come from the clients' ledgers.
 
     Attributes:
-        delta: the probability at which epsilon is told.
-        covers, leaves: the releases that the figure covers and those that it does not cover, by name; the text is a few
-            words that continue a sentence.  Every release stands in one of them: only without ``leaves`` is there an
-            epsilon.
-        conditions: what the figure holds on, at least one clause that continues "while".
-        unit: what the neighbours differ in.
-        follows: what the server makes of the releases, which is covered where all of them are.
-        advice: how more would be covered, a clause.
-        appraised: figures of ``Method.appraise`` that follow from the releases alone.
+        delta: the delta at which epsilon is reported.
+        covers: the releases that the figure covers, from name to a few words that continue a sentence.
+        leaves: the releases that the figure does not cover, in the same form.  Every release is in ``covers`` or in
+            ``leaves``; there is an ``epsilon`` only where ``leaves`` is empty.
+        conditions: what the figure depends on, at least one clause that continues "while".
+        unit: the unit of privacy, in which neighbouring data sets differ.
+        follows: what the server computes from the releases, which is covered where all of them are.
+        advice: a clause on how to cover more.
+        appraised: figures of ``Method.oracle_metrics`` that follow from the releases alone.
     """
 
     delta: float
@@ -54,11 +54,11 @@ class Guarantee:
 
     @property
     def figure(self) -> str:
-        """The name that the figure goes by, so that a part never passes for the whole."""
+        """The figure's name, so that a partial figure is never taken for the whole."""
         return EPSILON if self.complete else PART
 
     def with_records(self) -> Guarantee:
-        """The same of a run whose records tell of single clients, which no noise covers."""
+        """The guarantee of a run that records figures of single clients, which no noise covers."""
         return replace(self, leaves={**self.leaves, RECORDS: "what the records tell of single clients"})
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,7 +66,7 @@ class Guarantee:
         return {"covers": list(self.covers), "leaves_uncovered": list(self.leaves)}
 
     def statement(self, epsilon: float) -> str:
-        """One plain sentence: for whom, of which files and on what condition the figure holds, and what it covers."""
+        """One sentence: for whom, for which files and on what condition the figure holds, and what it covers."""
         finite = math.isfinite(epsilon)
         given = f"Epsilon {epsilon:.3g}" if finite else "No finite epsilon"
         of = f"{PUBLIC} " if self.complete else "a part of what the clients release "
@@ -82,7 +82,7 @@ class Guarantee:
         )
 
     def warning(self) -> str:
-        """What to say of a guarantee that is not :attr:`complete`, before the run."""
+        """The warning before a run whose guarantee is not :attr:`complete`."""
         covered = listed(tuple(self.covers.values())) if self.covers else "nothing"
         advice = f"; {self.advice}" if self.advice else ""
         return (
@@ -92,5 +92,5 @@ class Guarantee:
 
 
 def listed(parts: tuple[str, ...]) -> str:
-    """Parts of a sentence, at least one, with commas and "and" between them."""
+    """Joins parts of a sentence, at least one, with commas and "and"."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

@@ -1,8 +1,8 @@
-"""Keys of noise: every release has one of its own, made of a client's secret.
+"""Noise keys: every release has its own key, made from a client's secret.
 
-BLAKE2b (RFC 7693), keyed with the secret, gives a key that tells nothing of the secret nor of another release's key.
-The noise itself is Philox's (:func:`fedkern.ops.clip_and_noise`), which is not a cryptographic generator and has a key
-of 64 bits: whoever finds one key, by trying out up to 2^64 of them, has the noise of one release and of no other.
+BLAKE2b (RFC 7693), keyed with the secret, gives a key that reveals neither the secret nor another release's key.  The
+noise itself comes from Philox (:func:`fedkern.ops.clip_and_noise`), which is not a cryptographic generator and has a
+key of 64 bits.  Whoever finds one key, by trying up to 2^64 of them, has the noise of one release and of no other.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ SECRET_BYTES = 16
 
 
 class NoiseKey(NamedTuple):
-    """What :func:`fedkern.ops.clip_and_noise` draws one release's noise from.
+    """The key from which :func:`fedkern.ops.clip_and_noise` draws one release's noise.
 
     Attributes:
         seed: the 64 bits of Philox's key.
-        offset: where in its stream the release begins: one of 2^57 places, multiples of 64 below 2^63.  Without it a
-            key could be looked up in a table of all keys' first numbers.
+        offset: place in Philox's stream where the release begins: one of 2^57 multiples of 64 below 2^63.  Without an
+            offset a key could be looked up in a table of all keys' first numbers.
     """
 
     seed: int
@@ -32,8 +32,8 @@ def noise_key(secret: bytes, client: int, channel: str, release: int) -> NoiseKe
     Args:
         secret: 16 bytes that nobody else knows.
         client: the client's id.
-        channel: what is released.
-        release: how many releases of the channel came before; no number may be given twice.
+        channel: the channel of the release.
+        release: number of earlier releases in the channel; no number may be used twice.
 
     Raises:
         ValueError: ``secret`` has another length, or ``release`` is negative.

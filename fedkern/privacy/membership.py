@@ -1,9 +1,11 @@
 """The loss-threshold membership-inference attack on a released model (Yeom et al., CSF 2018, arXiv 1709.01604).
 
-Who trained on a record tends to lose less on it.  The attacker, given a record and the model, calls it a member where
-the loss is below a threshold; over all thresholds that is a ROC curve, whose area says how well members can be told
-from others (0.5: not at all) and whose true-positive rate at few false positives says how many members can be told
-while hardly any other record is called a member (Carlini et al., arXiv 2112.03570).
+A model tends to have a lower loss on records that it was trained on.  The attacker has the model and a record, and
+calls the record a member where its loss is below a threshold.  All thresholds together give a ROC curve:
+
+* The area says how well members can be told from others (0.5: not at all).
+* The true-positive rate at few false positives says how many members can be told while hardly any other record is
+  called a member (Carlini et al., arXiv 2112.03570).
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor
 
 FALSE_POSITIVES = 0.01
 LEAST = 5
-"""Fewer independent records, or groups of them, of a kind have no interval of the area: nothing holds for so few."""
+"""Least number of independent records, or groups of records, of each kind for an interval of the area."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,12 @@ class Attack:
     Attributes:
         auc: area under the ROC curve, ties counting half.
         low, high: its confidence interval; None with fewer than 5 groups of a kind.
-        tpr: share of the members called members at the highest threshold at which at most 1 % of these others are.
-        tpr_low, tpr_high: its Clopper-Pearson interval, the threshold being taken as given.
-        fpr: share of these others called members at that threshold: 0 with fewer than 100 others.  It is what was
-            observed, not a bound on the rate among further records.
-        members, others: how many records each.
-        member_groups, other_groups: how many groups they are, each independent of the rest.
+        tpr: share of the members called members, at the highest threshold at which at most 1 % of the others are.
+        tpr_low, tpr_high: Clopper-Pearson interval of ``tpr``, with the threshold taken as given.
+        fpr: share of the others called members at that threshold: 0 with fewer than 100 others.  This is the observed
+            share, not a bound on the rate among further records.
+        members, others: number of records of each kind.
+        member_groups, other_groups: number of independent groups of each kind.
     """
 
     auc: float
@@ -47,7 +49,7 @@ class Attack:
     other_groups: int
 
     def to_dict(self) -> dict[str, float | None]:
-        """Its attributes by name."""
+        """The attributes by name."""
         return asdict(self)
 
 
@@ -56,21 +58,25 @@ def membership_attack(
 ) -> Attack:
     """The attack from the losses of records that were trained on and of records that were not.
 
-    The interval of the area is the wider on each side of two.  One is on the logit scale with the variance of DeLong,
-    DeLong and Clarke-Pearson (Biometrics 1988), or with groups its extension to clusters by Obuchowski (Biometrics
-    1997).  The other is Newcombe's score interval (method 5, Statistics in Medicine 2006), with groups at Kish's
-    effective numbers of records; at an area of 0 or 1, and where all losses tie, the first has no width and this one
-    has.  Both are about the choice of records from the same distribution; the model is taken as given.
+    The interval of the area takes, on each side, the wider limit of two intervals:
+
+    * An interval on the logit scale with the variance of DeLong, DeLong and Clarke-Pearson (Biometrics 1988), or with
+      groups its extension to clusters by Obuchowski (Biometrics 1997).
+    * Newcombe's score interval (method 5, Statistics in Medicine 2006), with groups at Kish's effective numbers of
+      records.  This interval has a width where the first has none: at an area of 0 or 1, and where all losses tie.
+
+    Both intervals are about the choice of records from the same distribution; the model is taken as given.
 
     Args:
         members: losses fp ``[n]`` of training records, n >= 2.
         others: losses fp ``[m]`` of records that were never trained on, of the same distribution, m >= 2.
-        confidence: of the intervals, in (0, 1).
-        groups: int64 ``[n]`` and ``[m]``, whose record it is; records of one number, of whichever kind, depend on each
-            other.  None: every record is independent of all others.
+        confidence: confidence of the intervals, in (0, 1).
+        groups: int64 ``[n]`` and ``[m]``, the group of every record.  Records of one group number, members or others,
+            depend on each other.  None: every record is independent of all others.
 
     Raises:
-        ValueError: fewer than two records of a kind, another shape, a NaN, or a confidence out of range.
+        ValueError: there are fewer than two records of a kind, an argument has a wrong shape or a NaN, or the
+            confidence is out of range.
     """
     from scipy.special import ndtri
 
@@ -80,9 +86,9 @@ def membership_attack(
     x, y = (-_checked(losses, name) for losses, name in ((members, "members"), (others, "others")))
     owners = (np.arange(len(x)), np.arange(len(y)) + len(x)) if groups is None else _owners(groups, len(x), len(y))
     sizes = [counts[counts > 0] for counts in (np.bincount(own) for own in owners)]
-    # Kish: records that agree within a group are worth so many independent ones.
+    # Kish: the number of independent records that grouped records are worth if they agree within their group.
     effective = [float(own.sum() ** 2 / (own**2).sum()) for own in sizes]
-    # Mean rank of each among the other kind: the share of the others that it beats, ties counting half.
+    # For each record the share of the other kind that it beats, ties counting half, from its mean rank.
     both, own_x, own_y = _midranks(np.concatenate([x, y])), _midranks(x), _midranks(y)
     beats = (both[: len(x)] - own_x) / len(y)
     beaten = 1 - (both[len(x) :] - own_y) / len(x)
@@ -117,12 +123,12 @@ def membership_attack(
 
 
 def _variance(beats: np.ndarray, beaten: np.ndarray, members: np.ndarray, others: np.ndarray) -> float:
-    """Obuchowski's variance of the area from what every record adds to it; DeLong's where each group is one record."""
+    """Obuchowski's variance of the area from every record's part in it; DeLong's where each group is one record."""
     count = max(int(members.max()), int(others.max())) + 1
     a, b = np.bincount(members, beats, count) / len(beats), np.bincount(others, beaten, count) / len(beaten)
     of_a, of_b = (len(np.unique(own)) for own in (members, others))
     every = len(np.union1d(members, others))
-    together = 2 * every / (every - 1) * (a * b).sum()  # of groups that have records of both kinds
+    together = 2 * every / (every - 1) * (a * b).sum()  # groups with records of both kinds
     return max(0.0, float(of_a / (of_a - 1) * (a * a).sum() + of_b / (of_b - 1) * (b * b).sum() + together))
 
 
@@ -150,7 +156,7 @@ def _clopper_pearson(share: float, count: float, confidence: float) -> tuple[flo
 
 
 def _owners(groups: tuple[Tensor, Tensor], members: int, others: int) -> tuple[np.ndarray, np.ndarray]:
-    """The groups of both kinds, counted from 0."""
+    """The group numbers of members and of others, counted from 0."""
     for own, count, name in zip(groups, (members, others), ("members", "others"), strict=True):
         if tuple(own.shape) != (count,) or own.is_floating_point():
             raise ValueError(f"groups must be integers [{count}] for the {name}, not {own.dtype} {list(own.shape)}")

@@ -1,6 +1,6 @@
-"""What a run shows: progress, tables, pictures, and the state of the installation.
+"""Output for people: progress, tables and pictures of a run, and the state of the installation.
 
-The modules are imported where they are used: matplotlib alone takes half a second.
+The modules are imported on first use, as importing matplotlib alone takes half a second.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The pictures of what a method showed: images over training, tables as heat maps."""
+"""Pictures of a method's artifacts: images over the rounds, tables as heat maps."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ TABLES = 4  # tables side by side, evenly over the run
 
 
 def draw(entries: Sequence[Artifact], path: Path, *, title: str, classes: Sequence[str] = ()) -> None:
-    """Draws everything that was shown under one name.
+    """Draws all artifacts of one name.
 
     Args:
-        entries: in the order of their rounds, all images or all tables.
+        entries: the artifacts in the order of their rounds, all images or all tables.
         path: the PNG.
-        title: what ran.
+        title: title of the picture.
         classes: class names, for an axis called ``"class"``.
     """
     if entries[0].value.dim() == 4:
@@ -48,7 +48,7 @@ def tables(entries: Sequence[Artifact], path: Path, *, title: str, classes: Sequ
     rows, columns = (max(value.shape[axis] for value in values) for axis in (0, 1))
     finite = np.concatenate([value[np.isfinite(value)] for value in values] or [np.zeros(0)])
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
-    low = min(low, 0.0) if low < 0.5 * high else low  # from nothing on, unless all values are alike
+    low = min(low, 0.0) if low < 0.5 * high else low  # the scale starts at 0, unless all values are alike
     numbers = rows <= 12 and columns <= 12
     width, height = (0.5, 0.42) if numbers else (0.12, 0.12)
     each = min(max(1.0 + width * columns, 2.4), 6.0)

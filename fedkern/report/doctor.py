@@ -1,4 +1,4 @@
-"""``python -m fedkern.run doctor``: what is installed, what is active, and why the rest is not."""
+"""Command ``doctor``: versions, processor, GPU, and the operators' backends with the reasons why some do not serve."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, fedkern and what it works with; absent packages are ``"not installed"``."""
+    """Versions of Python, fedkern and the packages it uses; absent packages are ``"not installed"``."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -48,7 +48,11 @@ def versions() -> dict[str, str]:
 
 
 def processor() -> dict[str, Any]:
-    """The CPU: ``name``, ``cores``, the core's ISA levels ``available``, ``active``, ``forced``, or its ``problem``."""
+    """The CPU: ``name``, ``cores``, and the ISA levels of fedkern's compiled core.
+
+    The levels are ``available``, ``active`` and ``forced`` (None if not forced).  If the compiled core cannot be used,
+    ``problem`` says why, instead of ``available`` and ``active``.
+    """
     from fedkern.ops import backend, loading
     from fedkern.ops.processor import processor as this
 
@@ -67,8 +71,11 @@ def processor() -> dict[str, Any]:
 
 
 def lowerings() -> dict[str, Any]:
-    """The table that FusedBlocks' way is chosen by: ``kind``, ``file``, ``table`` (its hash), ``measured_on``,
-    ``measured``, ``threads``, and ``ignored``, why a table of one's own is not used; or its ``problem``."""
+    """The table from which FusedBlocks chooses its lowering.
+
+    Keys are ``kind``, ``file``, ``table`` (hash of the table), ``measured_on``, ``measured``, ``threads``, and
+    ``ignored`` (why the user's own table is not used).  If no table can be read, ``problem`` is the only key.
+    """
     from fedkern.ops import fuse_choice
 
     try:
@@ -87,7 +94,7 @@ def lowerings() -> dict[str, Any]:
 
 
 def threads() -> dict[str, Any]:
-    """PyTorch's threads, which are also the core's, and what limits them."""
+    """Number of PyTorch's threads, which fedkern's compiled core uses too, and the settings that limit them."""
     import torch
 
     return {
@@ -100,11 +107,11 @@ def threads() -> dict[str, Any]:
 
 
 def gpus() -> tuple[list[dict[str, Any]], str]:
-    """GPUs as the driver sees them, through NVML, and why there are none.
+    """GPUs that the NVIDIA driver lists through NVML, or the reason why there are none.
 
     Returns:
-        A dict per GPU with ``name``, ``memory`` and ``used`` (bytes), ``utilisation`` (per cent, or None where the
-        driver does not tell) and ``driver``; and a reason, empty when there are GPUs.
+        A dict per GPU with ``name``, ``memory`` and ``used`` (bytes), ``utilisation`` (per cent, or None if the driver
+        does not report it) and ``driver``; and the reason, empty if there are GPUs.
     """
     try:
         import pynvml
@@ -122,7 +129,7 @@ def gpus() -> tuple[list[dict[str, Any]], str]:
             memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
             try:
                 utilisation: int | None = int(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
-            except pynvml.NVMLError:  # not told for MIG slices and some virtual GPUs
+            except pynvml.NVMLError:  # not reported for MIG slices and some virtual GPUs
                 utilisation = None
             found.append(
                 {
@@ -145,7 +152,7 @@ def _text(value: Any) -> str:
 
 
 def operators() -> tuple[list[Any], str | None, str]:
-    """Rows operator/backend/serves/reason, the forced backend, and what is wrong with the forcing, if anything."""
+    """Rows (operator, backend, serves, reason), the forced backend, and the error in forcing it (or "")."""
     import fedkern.ops
     from fedkern.ops import backend
 
@@ -189,7 +196,7 @@ def collect() -> dict[str, Any]:
 
 
 def show(console: Console, report: dict[str, Any] | None = None) -> None:
-    """Prints the report: versions, processor, threads, GPU, and which backend serves which operator."""
+    """Prints the report: versions, processor, threads, GPU, and the backends that serve each operator."""
     report = collect() if report is None else report
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="bold")

@@ -1,4 +1,4 @@
-"""The Grad-CAM picture: what the global model looks at, object or background."""
+"""Grad-CAM picture: whether the global model looks at the object or the background."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ def draw(
     classes: Sequence[str],
     title: str,
 ) -> None:
-    """Draws, for every test set, a row of images and under it the same images with the model's Grad-CAM.
+    """Draws two rows for every test set: images, and the same images with the model's Grad-CAM.
 
-    The map explains the predicted class; the object's outline is white where masks are known, and the number is the
-    share of the map inside it.
+    The map explains the predicted class.  If masks are known, a white line outlines the object, and a number gives the
+    share of the map inside the object.
 
     Args:
         model: the global model.
-        panels: test set name to (uint8 images ``[n, C, H, W]``, the same normalised, labels int64 ``[n]``, masks bool
-            ``[n, H, W]`` or None).
+        panels: test set name to (uint8 images ``[n, C, H, W]``, the same images normalised, labels int64 ``[n]``, masks
+            bool ``[n, H, W]`` or None).
         path: the PNG.
         classes: class names.
-        title: what ran.
+        title: title of the picture.
     """
     columns = max(len(labels) for _, _, labels, _ in panels.values())
     sheet = Sheet(columns, [0.36, 0.2] * len(panels), side=1.14, left=0.36, title=title)
@@ -70,7 +70,7 @@ def draw(
                 sheet.above(top, i, truth)
             else:
                 sheet.above(top, i, f"{truth}, taken\nfor {guess}", color="#D55E00")
-            # The image in dark grey (400 instead of 255 is white), so that the map on it is what shines.
+            # The image in dark grey (white at 400 instead of 255), so that the map stands out.
             sheet.picture(bottom, i, picture.mean(axis=2), cmap="gray", vmin=0, vmax=400)
             sheet.picture(
                 bottom, i, cams[i].numpy(), cmap="inferno", vmin=0, vmax=1, alpha=0.75, interpolation="bilinear"

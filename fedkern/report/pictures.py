@@ -1,4 +1,4 @@
-"""The pictures of a run folder: accuracy curves, partition, Grad-CAM, and what the method showed."""
+"""Pictures of a run folder: accuracy curves, partition, client weights, Grad-CAM, and the method's artifacts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PICTURES = {
     "segmentation": "segmentation.png",
 }
 LIST = "pictures.json"
-"""Which pictures were drawn: what a run has depends on its task, its network and its method."""
+"""File with the names of the pictures drawn, which depend on the run's task, network and method."""
 
 
 def write_pictures(
@@ -43,20 +43,20 @@ def write_pictures(
 
     Args:
         run_dir: the run folder.
-        data: the ``FederatedData`` it ran on, without what was set aside; None loads it again.
+        data: the ``FederatedData`` of the run, without its holdout; None loads the data again.
         model: the global model; None loads ``model.safetensors``.
-        data_root: where the data files are now, for loading them.
-        trusted: what may be imported, see :func:`fedkern.engine.run`.
+        data_root: current folder of the data files, for loading them.
+        trusted: code that may be imported, see :func:`fedkern.engine.run`.
 
     Returns:
-        What was written: ``accuracy.png`` (``dice.png`` of a segmentation), ``partition.png``, ``weights.png`` of a
-        method with client weights, a picture for every name under which the method showed something
-        (``generated.png``), and ``gradcam.png`` where the network has stages (``segmentation.png`` of a segmentation).
-        A run with private records has no ``partition.png``, which holds exact counts, and loses an older one.
+        The files written: ``accuracy.png``, ``partition.png``, ``weights.png`` if the method has client weights, a
+        picture per name of the method's artifacts (such as ``generated.png``), and ``gradcam.png`` if the network has
+        stages.  A segmentation run has ``dice.png`` and ``segmentation.png`` instead of accuracy and Grad-CAM.  A run
+        with private records has no ``partition.png``, which holds exact counts; an older one is deleted.
 
     Raises:
-        UserError: a file of the run is missing, damaged or not what the run wrote, or its settings were changed; or its
-            records are private, and it is not finished.
+        UserError: a file of the run is missing, damaged or not written by the run, or the run's settings were changed;
+            or the records are private and the run is not finished.
     """
     _check(run_dir)
     written = _draw(run_dir, data, model, data_root, trusted)
@@ -66,7 +66,7 @@ def write_pictures(
 
 
 def _check(run_dir: Path) -> None:
-    """Raises UserError before anything is drawn that the run's own files do not vouch for."""
+    """Raises UserError if the run's settings were changed, or the records are private and the run is not finished."""
     config, entry = RunConfig.load(run_dir, device="cpu"), newest(run_dir)
     if entry is not None:
         check_unedited(config, entry, run_dir)
@@ -112,7 +112,7 @@ def _draw(
         inputs = normalise(split.images, data.mean, data.std)
         segmentation_sheet.draw(model, split, inputs, target, classes=data.classes, title=f"Segmentation of {name}")
         return [*written, target]
-    # Grad-CAM looks at single images, of which a network without running statistics makes something else.
+    # Without running statistics a prediction depends on the batch, so Grad-CAM of a few images would mislead.
     if not isinstance(model, StagedNetwork) or not config.statistics:
         return written
     panels = {}
@@ -131,7 +131,7 @@ def _draw(
 
 
 def drawn(run_dir: Path) -> list[Path]:
-    """The pictures that were drawn into a folder, where all of them are still there; else none."""
+    """The pictures that were drawn into a run folder, if all of them are still there; else none."""
     try:
         names = read_json(run_dir / LIST)["pictures"]
         there = [run_dir / str(name) for name in names]
@@ -141,7 +141,7 @@ def drawn(run_dir: Path) -> list[Path]:
 
 
 def _shown(run_dir: Path, title: str, classes: Sequence[str]) -> list[Path]:
-    """What the method showed, by name."""
+    """Draws the artifacts that the method logged, one picture per name."""
     from fedkern.report import artifact_sheet
 
     entries: dict[str, list[Any]] = {}

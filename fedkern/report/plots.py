@@ -1,7 +1,7 @@
 """Accuracy (or Dice) curves and the partition, as PNG files.
 
-Figures are drawn on matplotlib's object interface: no global state, no display, safe in threads.  Colours are those of
-Okabe and Ito, which people with every kind of colour vision can tell apart.
+Figures use matplotlib's object interface: no global state, no display, safe in threads.  The colours are those of Okabe
+and Ito, which are safe for colour-blind readers.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _STYLES = {
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a PNG completely or not at all; its texts as they are, since a class may have ``$`` in its name.
+    """Writes a PNG completely or not at all, with literal texts, as a class may have ``$`` in its name.
 
-    A character that the font lacks is drawn as a box, and nothing is said of it.
+    A character that the font lacks is drawn as a box, without a warning.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -48,25 +48,25 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure in inches at 150 dots per inch whose texts stay readable at half size."""
+    """A figure of this size in inches, at 150 dots per inch, so that texts stay readable at half size."""
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
 def _whole() -> MaxNLocator:
-    """Ticks at whole numbers only, however short the axis."""
+    """A locator of ticks at whole numbers only, even on a short axis."""
     return MaxNLocator(integer=True, min_n_ticks=1)
 
 
 def accuracy_curves(records: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> bool:
-    """Draws every accuracy of ``metrics.jsonl``, or every Dice of a segmentation, over the communication rounds.
+    """Draws the accuracy (or Dice, or recall at 1) on every test set over the communication rounds.
 
     Args:
-        records: its lines; those without one are skipped.
+        records: lines of ``metrics.jsonl``; lines without such a figure are skipped.
         path: the PNG.
-        title: what ran.
+        title: title of the picture.
 
     Returns:
-        False when there was nothing to draw, and then no file is written.
+        False if there was nothing to draw; no file is written then.
     """
     curves: dict[str, tuple[list[int], list[float]]] = {}
     main = "accuracy"
@@ -92,7 +92,7 @@ def accuracy_curves(records: Sequence[Mapping[str, Any]], path: Path, *, title: 
         axes.plot(rounds, values, dashes, color=colour, marker=marker, markevery=every, ms=5, lw=2, label=label(called))
         if name != "validation":
             ends.append((values[-1], colour))
-    # The last value of each curve beside its end, moved down where it would cover the one above.
+    # Each curve's last value stands beside the curve's end, moved down if it would cover the value above.
     at = 110.0
     for value, colour in sorted(ends, reverse=True):
         at = min(value, at - 5)
@@ -120,7 +120,7 @@ def partition_picture(statistics: Any, path: Path, *, title: str) -> None:
     Args:
         statistics: ``fedkern.data.statistics.PartitionStatistics``.
         path: the PNG.
-        title: what is shown.
+        title: title of the picture.
     """
     counts = np.asarray(statistics.counts)
     clients, classes = counts.shape

@@ -1,4 +1,4 @@
-"""What a run shows while it runs: a live display on a terminal, plain lines elsewhere."""
+"""Progress of a run: a live display on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ UNSHOWN = (
 
 
 def headline(run: RunInfo) -> list[str]:
-    """What runs, on what, where it is written and what its epsilon covers: two to four lines."""
+    """Heading of a run: method, data, model, device, run folder and what epsilon covers, in two to five lines."""
     config = run.config
     samples, clients = sum(run.samples), len(run.samples)
     tests = [
@@ -56,7 +56,7 @@ def headline(run: RunInfo) -> list[str]:
 
 
 def _side_by_side(run: RunInfo) -> str:
-    """On how many threads, and in how many processes, clients work, where that is not as the server does."""
+    """Threads and worker processes of the clients, if they differ from the server's; else empty."""
     each = run.config.client_threads
     words = [f"{each} of a client"] if each and each != run.config.threads else []
     if run.workers > 1:
@@ -66,7 +66,7 @@ def _side_by_side(run: RunInfo) -> str:
 
 
 def main_figures(record: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """The accuracies (or Dice) of a record that belong to test sets, ``("ID", 0.93), ("OOD", 0.71)``."""
+    """The accuracy (or Dice, or recall at 1) of a record per test set, ``("ID", 0.93), ("OOD", 0.71)``."""
     found = []
     for name, value in record.items():
         test_set, figure = split_metric(name)
@@ -88,12 +88,12 @@ def line(record: Mapping[str, Any], remaining: float | None) -> str:
 
 
 def named(name: str) -> str:
-    """A round's name where it says more than that it trains."""
+    """A round's name in parentheses; empty for plain training rounds."""
     return "" if name in ("", "train") else f" ({label(name)})"
 
 
 class _Clock:
-    """Estimates the time left from the rounds of this process alone: a resumed run may be on another machine."""
+    """Estimates the time left from the rounds of this process alone, as a resumed run may have changed machines."""
 
     def __init__(self) -> None:
         self.start = time.monotonic()
@@ -105,7 +105,7 @@ class _Clock:
 
 
 class Warnings(Listener):
-    """Only the warnings: what ``--quiet`` and ``--json`` leave."""
+    """Display of warnings alone, for ``--quiet`` and ``--json``."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -115,11 +115,11 @@ class Warnings(Listener):
         self.console.print(said, soft_wrap=True)
 
     def close(self) -> None:
-        """Leaves the terminal as it was; safe to call twice, and after an interruption."""
+        """Restores the terminal; safe to call twice, and after an interruption."""
 
 
 class Lines(Warnings):
-    """Plain lines for files and pipes: a heading, one line per evaluated round."""
+    """Display in plain lines, for files and pipes: a heading, then one line per evaluated round."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
@@ -144,7 +144,7 @@ class Lines(Warnings):
 
 
 class Live(Lines):
-    """A bar on a terminal that moves with every client: round, accuracies, bytes, time left."""
+    """Display on a terminal: a bar that moves with every client, with round, accuracies, bytes and time left."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
@@ -187,7 +187,7 @@ class Live(Lines):
     def on_client(self, round: int, client: int, info: Mapping[str, Any]) -> None:
         if self.task is not None and round > 0:
             task = self.progress.tasks[0]
-            # Several exchanges of one round must not run past it.
+            # A round with several exchanges must not move the bar past the end of the round.
             self.progress.update(self.task, completed=min(task.completed + 1 / self.participants, self.done + 1))
 
     def on_round(self, record: Mapping[str, Any]) -> None:
@@ -213,13 +213,13 @@ class Live(Lines):
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Leaves the decision to the command line; rich would exit with code 1 on the spot."""
+        """Raises BrokenPipeError for the command line to handle; rich would exit with code 1 at once."""
         raise BrokenPipeError
 
 
 @contextmanager
 def counting(total: int, *, quiet: bool, json: bool) -> Iterator[Callable[[str], None]]:
-    """Shows on standard error how much of a measurement is done; yields what is called after every part of it.
+    """Shows the progress of a measurement on standard error; yields a function to call after every part.
 
     Args:
         total: number of parts.
@@ -249,13 +249,13 @@ def counting(total: int, *, quiet: bool, json: bool) -> Iterator[Callable[[str],
 
 
 def terminal(*, stderr: bool = False) -> Console:
-    """The console to print on; into files and pipes lines may be longer than the 80 columns that rich assumes."""
+    """The console to print on; lines in files and pipes have :data:`PIPE_WIDTH` columns, not rich's 80."""
     console = _Console(stderr=stderr)
     return console if console.is_terminal else _Console(stderr=stderr, width=PIPE_WIDTH)
 
 
 def display(*, quiet: bool, json: bool, console: Console | None = None) -> Warnings:
-    """Chooses the display: it writes to standard error, so that standard output holds results alone.
+    """Chooses the display, which writes to standard error, so that standard output holds only results.
 
     Args:
         quiet: warnings only.

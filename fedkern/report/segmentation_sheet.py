@@ -1,4 +1,4 @@
-"""The segmentation picture: test images, their classes, and what the model makes of them."""
+"""Segmentation picture: test images, their true classes, and the classes that the model predicts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROWS = ("image", "truth", "model")
 
 @torch.no_grad()
 def draw(model: nn.Module, split: Any, inputs: Tensor, path: Path, *, classes: Sequence[str], title: str) -> None:
-    """Draws images in columns: as they are, with the true classes laid over them, and with the predicted ones.
+    """Draws a column per image: the image, the image under its true classes, and under the predicted classes.
 
     Args:
         model: gives logits ``[n, C, H, W]``.
@@ -29,7 +29,7 @@ def draw(model: nn.Module, split: Any, inputs: Tensor, path: Path, *, classes: S
         inputs: the images, normalised.
         path: the PNG.
         classes: class names, the background first.
-        title: what ran.
+        title: title of the picture.
     """
     reference = next(model.parameters())
     predicted = model(inputs.to(device=reference.device, dtype=reference.dtype)).argmax(1).cpu()
@@ -50,14 +50,14 @@ def draw(model: nn.Module, split: Any, inputs: Tensor, path: Path, *, classes: S
 
 
 def examples(labels: Tensor, count: int) -> Tensor:
-    """Rows to show of labels int64 ``[n, H, W]``: the classes in turn, by the highest that an image holds."""
+    """Rows to show of labels int64 ``[n, H, W]``: classes in turn; the class of an image is its highest label."""
     return choose(labels.flatten(1).amax(1), count)
 
 
 def over(
     image: npt.NDArray[np.float64], labels: npt.NDArray[np.int64], colours: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """The image with every foreground pixel half in its class's colour, and what is unknown half black."""
+    """The image with foreground pixels mixed with the colour of their class, and unlabelled ones darkened."""
     made = image.copy()
     front = labels > 0
     made[front] = 0.4 * made[front] + 0.6 * colours[labels[front] - 1]

@@ -19,15 +19,15 @@ _EDGE = 0.08  # inches around everything
 class Sheet:
     """Pictures on one axes in inches, from the top left corner.
 
-    An axes for every picture, arranged by matplotlib, takes three times as long: half a second at the end of a run.
+    One axes per picture, arranged by matplotlib, would take three times as long: half a second at the end of a run.
 
     Args:
-        columns: how many pictures a row has at most.
-        rows: inches that every row has above its pictures, for :meth:`above`.
+        columns: most pictures in a row.
+        rows: inches above the pictures of every row, for :meth:`above`.
         side: the longer side of a picture, in inches.
         left: inches before the first column, for :meth:`beside`.
         below: inches under the last row.
-        title: what the sheet shows.
+        title: title of the sheet.
     """
 
     def __init__(
@@ -54,12 +54,12 @@ class Sheet:
         return x, x + wide, y + high, y
 
     def picture(self, row: int, column: int, image: npt.NDArray[Any], **how: Any) -> None:
-        """Draws an image ``[H, W]`` or ``[H, W, 3]``, or another one over it; ``how`` as ``Axes.imshow`` takes it."""
+        """Draws an image ``[H, W]`` or ``[H, W, 3]``, over an earlier one if any; ``how`` goes to ``Axes.imshow``."""
         how = {"interpolation": "nearest", **how}
         self._axes.imshow(image, extent=self._box(row, column, image.shape), aspect="auto", origin="upper", **how)
 
     def outline(self, row: int, column: int, mask: npt.NDArray[np.bool_]) -> None:
-        """Draws a white line around what ``mask`` ``[H, W]`` holds."""
+        """Draws a white line around the True pixels of ``mask`` ``[H, W]``."""
         left, right, bottom, top = self._box(row, column, mask.shape)
         high, wide = mask.shape
         x = left + (right - left) * (np.arange(wide) + 0.5) / wide
@@ -67,12 +67,12 @@ class Sheet:
         self._axes.contour(x, y, mask.astype(float), levels=[0.5], colors="white", linewidths=1.0)
 
     def above(self, row: int, column: int, text: str, *, color: str = "#222222") -> None:
-        """Writes over a picture."""
+        """Writes a text above a picture."""
         x, y = self._lefts[column] + self._side / 2, self._tops[row] - 0.05
         self._axes.text(x, y, text, fontsize=9, color=color, ha="center", va="bottom")
 
     def beside(self, row: int, text: str, *, upright: bool = False) -> None:
-        """Writes before a row, upwards where ``upright``."""
+        """Writes a text to the left of a row, rotated by 90 degrees if ``upright``."""
         x, y = self._lefts[0] - 0.1, self._tops[row] + self._side / 2
         self._axes.text(x, y, text, fontsize=10, ha="right", va="center", rotation=90 if upright else 0)
 
@@ -86,6 +86,6 @@ class Sheet:
 
 
 def rgb(image: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """An image ``[C, H, W]`` as ``[H, W, 3]``; of other than three channels the first, in grey."""
+    """An image ``[C, H, W]`` as ``[H, W, 3]``; unless C is 3, the first channel in grey."""
     shown = image if len(image) == 3 else np.repeat(image[:1], 3, axis=0)
     return np.moveaxis(shown, 0, 2)

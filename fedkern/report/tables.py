@@ -1,4 +1,4 @@
-"""Numbers for people: bytes, durations, metrics, and the closing table of a run."""
+"""Readable numbers (bytes, durations, metrics) and tables, such as the closing table of a run."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def human_bytes(count: float) -> str:
     """Decimal units, three significant digits: 44695848 -> ``44.7 MB``."""
     value, unit = float(count), "B"
     for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
-        # 999.5 would be written with four digits.
+        # From 999.5 on, a value would be printed with four digits.
         if abs(value) < 999.5 or unit == "PB":
             break
         value /= 1000
@@ -65,7 +65,7 @@ def human_time(seconds: float) -> str:
 
 
 def split_metric(name: str) -> tuple[str, str]:
-    """Splits ``"ood_accuracy"`` into test set ``"ood"`` and figure ``"accuracy"``; a single test set is ``""``."""
+    """Splits ``"ood_accuracy"`` into test set ``"ood"`` and figure ``"accuracy"``; the only test set is ``""``."""
     for test_set in _TEST_SETS:
         if name.startswith(test_set + "_"):
             return test_set, name[len(test_set) + 1 :]
@@ -82,26 +82,26 @@ def human_metric(name: str, value: float) -> str:
 def _rank(name: str) -> tuple[int, int, str, int]:
     test_set, figure = split_metric(name)
     sets = ["", *_TEST_SETS]
-    # Numbered figures in order of their numbers.
+    # Numbered figures are sorted by number.
     stem, _, number = name.rpartition("_")
     plain, place = (stem, int(number)) if number.isdecimal() else (name, 0)
     return (_ORDER.index(figure) if figure in _ORDER else len(_ORDER), sets.index(test_set), plain, place)
 
 
 def ordered(metrics: Mapping[str, Any]) -> list[str]:
-    """Names of the numbers among ``metrics``: main figures first, in-distribution before out-of-distribution."""
+    """Names of the numeric ``metrics``, in order: main figures first, in-distribution before out-of-distribution."""
     return sorted((name for name, value in metrics.items() if isinstance(value, (int, float))), key=_rank)
 
 
 def covering(private: Mapping[str, Any]) -> str:
-    """One line on what the epsilon of a run covers, so that a part is never taken for the whole.
+    """One line on what the epsilon of a run covers, so that nobody takes a partial epsilon for that of the release.
 
     Args:
-        private: what summary.json says under ``privacy``, or before the run ``covers`` and ``leaves_uncovered`` alone.
+        private: the entry ``privacy`` of summary.json; before the run, only its ``covers`` and ``leaves_uncovered``.
     """
     covers, leaves = (", ".join(private.get(name, ())) or "nothing" for name in ("covers", "leaves_uncovered"))
     name = PART if private.get("leaves_uncovered") else EPSILON
-    value = private.get(name, ...)  # before the run there is none
+    value = private.get(name, ...)  # missing before the run
     finite = isinstance(value, (int, float)) and math.isfinite(value)
     figure = f" {value:.3g} at delta {private['delta']:g}" if finite else ""
     if name == PART:
@@ -114,10 +114,10 @@ def covering(private: Mapping[str, Any]) -> str:
 def final_table(summary: Mapping[str, Any]) -> Table:
     """The closing table of a run: a row for each figure and a column for each test set, then bytes and time.
 
-    The validation set chooses settings; it is not a result and not shown.
+    The validation set serves to choose settings.  Its figures are no results and are not shown.
 
     Args:
-        summary: what ``summary.json`` holds.
+        summary: contents of ``summary.json``.
     """
     rounds = max(int(summary.get("rounds", 1)), 1)
     rounds_ = f"{rounds} round{'s' * (rounds > 1)}"
@@ -169,11 +169,11 @@ def _speed(speed: Mapping[str, Any]) -> str:
 
 
 def partition_table(statistics: Any, limit: int = 12) -> Table:
-    """Client x class counts of a partition, at most ``limit`` clients (the picture shows all).
+    """Client x class counts of a partition.
 
     Args:
         statistics: ``fedkern.data.statistics.PartitionStatistics``.
-        limit: clients to list.
+        limit: most clients to list (the picture shows all).
     """
     table = Table(
         title=plain(f"training samples per client and class ({statistics.partition})", "table.title"),
@@ -181,7 +181,7 @@ def partition_table(statistics: Any, limit: int = 12) -> Table:
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    # More than a dozen classes do not fit a terminal.
+    # More than twelve classes do not fit a terminal.
     columns = 3 + (len(statistics.classes) if len(statistics.classes) <= 12 else 0)
     for name in statistics.header()[:columns]:
         table.add_column(plain(name, most=TICK), justify="right")
@@ -194,11 +194,11 @@ def partition_table(statistics: Any, limit: int = 12) -> Table:
 
 
 def attack_table(found: Mapping[str, Any], name: str) -> Table:
-    """What the membership attack found.
+    """The table of a membership attack's result.
 
     Args:
-        found: what `fedkern.engine.attack` gives.
-        name: what was attacked.
+        found: the result of `fedkern.engine.attack`.
+        name: the run attacked, for the title.
     """
     table = Table(
         title=plain(f"membership attack on {name}", "table.title"),
@@ -231,7 +231,7 @@ def attack_table(found: Mapping[str, Any], name: str) -> Table:
 
 
 def downstream_table(result: Mapping[str, Any]) -> Table:
-    """The figures of a downstream task: a row for each test set.
+    """The table of a downstream task's figures, with a row for each test set.
 
     Args:
         result: ``command``, ``method``, ``data``, ``networks`` and ``rows``; fractions are shown in per cent.

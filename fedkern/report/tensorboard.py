@@ -16,7 +16,7 @@ _NOT_OF_CLIENTS = {"samples", "seconds"}
 
 
 def check() -> Any:
-    """``torch.utils.tensorboard``'s writer.
+    """The class ``torch.utils.tensorboard.SummaryWriter``.
 
     Raises:
         UserError: the package tensorboard is not installed.
@@ -31,10 +31,9 @@ def check() -> Any:
 class TensorBoard(Listener):
     """Writes every communication round's figures into ``<run folder>/tensorboard``.
 
-    Metrics and losses keep their names, with the test set before a slash (``id/accuracy``); what clients observed is
-    under ``clients/``, the mean over those of the round; times and bytes are under ``run/``.  The
-    summary's figures are under ``final/``.  Continuing a run hides what an interrupted one wrote after its last
-    checkpoint.
+    Metrics and losses keep their names, with the test set before a slash (``id/accuracy``).  Under ``clients/`` are the
+    clients' figures, averaged over the clients of the round; under ``run/`` times and bytes; under ``final/`` the
+    summary's figures.  A resumed run hides the figures that the interrupted run wrote after its last checkpoint.
     """
 
     def __init__(self) -> None:
@@ -46,11 +45,11 @@ class TensorBoard(Listener):
         self._run = run
 
     def _open(self, run: RunInfo) -> Any:
-        # Not before there is a figure: a run that comes to nothing leaves no folder.
+        # Opened with the first figure, so that a run that fails before it leaves no folder.
         if self._writer is None:
             folder = Path(run.out) / FOLDER
             try:
-                # Rounds that are played again are purged, those of a run without a checkpoint too.
+                # Hides earlier figures of the rounds to come, also those of a run without a checkpoint.
                 self._writer = self._make(str(folder), purge_step=run.first_round + 1)
             except OSError as error:
                 raise UserError(f"{folder} cannot be written: {error.strerror or error}.") from None
@@ -65,14 +64,14 @@ class TensorBoard(Listener):
         writer.flush()
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
-        if self._run is not None:  # else the run was finished before
+        if self._run is not None:  # None: the run had finished before
             writer = self._open(self._run)
             for tag, value in scalars(summary["metrics"]).items():
                 writer.add_scalar(f"final/{tag}", value, int(summary["rounds"]))
         self.close()
 
     def close(self) -> None:
-        """Writes what is left; more than once does no harm."""
+        """Writes pending figures; safe to call twice."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None

@@ -1,4 +1,4 @@
-"""The picture of a robust run: every client's weight, and its loss on its own samples, over the rounds."""
+"""Picture of a run with client weights: every client's weight and held-out loss over the rounds."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from fedkern.report.plots import BLUE, GREEN, GREY, ORANGE, PINK, new_figure, sa
 
 COLOURS = (BLUE, ORANGE, GREEN, PINK, "#E69F00", "#56B4E9", "#F0E442", "#000000")
 NAMED = len(COLOURS)
-"""Up to so many clients have a colour of their own; of more, the one with the largest weight at the end has."""
+"""Most clients that each get a colour; with more clients, only the one with the largest final weight gets one."""
 PANELS = {"weight": "client weight", "own_loss": "loss on held-out samples"}
 
 
 def weights_picture(records: Sequence[Mapping[str, Any]], path: Path, *, title: str, by_samples: bool = False) -> bool:
-    """Draws the client weights of each round above the losses that they follow, and dotted where they began.
+    """Draws the client weights of each round above the clients' losses; dotted lines are the initial weights.
 
     Args:
-        records: the lines of ``metrics.jsonl``; ``clients`` of each holds ``weight``, ``own_loss`` and ``samples`` of
-            those that took part.
+        records: the lines of ``metrics.jsonl``; ``clients`` of each line holds ``weight``, ``own_loss`` and ``samples``
+            of the clients that took part.
         path: the PNG.
-        title: what ran.
-        by_samples: whether the weights began as the shares of the samples, each client's another, and not all equal.
+        title: title of the picture.
+        by_samples: whether the initial weights are the clients' shares of the samples; otherwise they are equal.
 
     Returns:
-        False when there was nothing to draw, and then no file is written.
+        False if there was nothing to draw; no file is written then.
     """
     curves: dict[str, dict[str, tuple[list[int], list[float]]]] = {name: {} for name in PANELS}
     for record in records:
@@ -67,7 +67,7 @@ def weights_picture(records: Sequence[Mapping[str, Any]], path: Path, *, title: 
         axes.grid(True, color="#dddddd", lw=0.7)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_title(label(title, TITLE), fontsize=13, loc="left")
-    # Beside the curves, which no corner is free of.
+    # The legend stands outside the panels, as the curves may fill every corner.
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=10, frameon=False, ncols=min(5, len(handles)), loc="outside lower center")
     panels[-1].set_xlabel("communication round", fontsize=12)
@@ -77,9 +77,9 @@ def weights_picture(records: Sequence[Mapping[str, Any]], path: Path, *, title: 
 
 
 def _shares(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Every client's share of the samples, also those of clients that never took part counted.
+    """Every client's share of all samples, including the samples of clients that never took part.
 
-    Weights that begin as these shares are still these shares in the first record, which tells the sum of all samples.
+    In the first record the weights still are these shares, so samples over weights gives the sum of all samples.
     """
     known = [{k: info for k, info in r.get("clients", {}).items() if "weight" in info} for r in records]
     first = next(clients for clients in known if clients)

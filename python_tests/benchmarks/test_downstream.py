@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import downstream
+from benchmarks.studies import study_downstream
 from fedkern.engine import RunConfig
 
 ROWS = {
@@ -52,8 +52,8 @@ def _nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_figures_of_a_run(tmp_path: Path) -> None:
-    found = downstream.figures(finished(tmp_path / "a"))
-    assert len(found) == 2 * len(downstream.FIGURES)
+    found = study_downstream.figures(finished(tmp_path / "a"))
+    assert len(found) == 2 * len(study_downstream.FIGURES)
     assert found["seen: R@1 image to text"] == 0.5
     assert (found["seen: zero-shot accuracy"], found["seen: zero-shot accuracy of colours"]) == (0.4, 0.45)
     assert found["unseen: 5-shot accuracy"] == 0.6
@@ -65,15 +65,15 @@ def test_what_was_made_with_other_settings_is_made_again(tmp_path: Path) -> None
     other = json.loads((folder / "decode.json").read_text()) | {"settings": {"epochs": 1, "samples": 0, "seed": 0}}
     (folder / "decode.json").write_text(json.dumps(other))
     with pytest.raises(AssertionError, match=r"decode.*--epochs.*5"):
-        downstream.figures(folder)
+        study_downstream.figures(folder)
 
 
 def test_rows_are_means_over_runs_of_one_kind(tmp_path: Path) -> None:
     folders = [finished(tmp_path / "a"), finished(tmp_path / "b", scale=0.5)]
     folders.append(finished(tmp_path / "c", weighting="uniform"))
-    assert [downstream.label(folder) for folder in folders] == ["fedavg", "fedavg", "fedavg weighting=uniform"]
-    found = downstream.collect({"fedavg": folders[:2], "fedavg weighting=uniform": folders[2:]})
-    seen, unseen = downstream.page(found).split("## Unseen clients")
+    assert [study_downstream.label(folder) for folder in folders] == ["fedavg", "fedavg", "fedavg weighting=uniform"]
+    found = study_downstream.collect({"fedavg": folders[:2], "fedavg weighting=uniform": folders[2:]})
+    seen, unseen = study_downstream.page(found).split("## Unseen clients")
     (row,) = (line for line in seen.splitlines() if line.startswith("| fedavg |"))
     assert row.split("|")[2].strip() == "37.5 ± 17.7"
     assert "| fedavg weighting=uniform | **50.0** |" in unseen

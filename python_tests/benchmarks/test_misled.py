@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import fusefl_misled, spoiled
-from benchmarks.study import Case, arguments, run
+from benchmarks.studies import fusefl_misled, spoiled
+from benchmarks.studies.study import Case, arguments, run
 from fedkern.engine import RunConfig
 from fedkern.engine import run as run_one
 
@@ -33,7 +33,9 @@ TINY = {
     ],
 )
 def test_a_spoiled_upload_is_named_and_left_out(method, kind, step, said, tmp_path):
-    case = Case("bad", (*arguments(method, TINY), "--on-nan", "skip"), program=("benchmarks.spoiled", kind, step))
+    case = Case(
+        "bad", (*arguments(method, TINY), "--on-nan", "skip"), program=("benchmarks.studies.spoiled", kind, step)
+    )
     summary = run([case], tmp_path, workers=1)["bad"]
     assert summary["metrics"]["accuracy"] > 0
     assert re.search(said, summary["diagnostics"]["refused-upload-0"])
@@ -74,11 +76,11 @@ def test_only_one_client_and_round_are_spoiled(monkeypatch):
 
 def test_a_wrong_kind_is_a_usage_error():
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.spoiled", "typo", "train", "fusefl"], capture_output=True, text=True,
+        [sys.executable, "-m", "benchmarks.studies.spoiled", "typo", "train", "fusefl"], capture_output=True, text=True,
         env=dict(os.environ),
     )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr.startswith("usage: python -m benchmarks.spoiled {nan,shape} STEP METHOD")
+    assert done.stderr.startswith("usage: python -m benchmarks.studies.spoiled {nan,shape} STEP METHOD")
 
 
 @pytest.mark.parametrize("method", ["fusefl", "ensemble", "oneshot-fedavg"])

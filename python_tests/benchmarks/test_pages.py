@@ -7,9 +7,9 @@ from statistics import mean, stdev
 import pytest
 
 from benchmarks import page_figures, pages
-from benchmarks.page_commands import commands
 from benchmarks.pages import Page, said
-from benchmarks.study_fusefl import AS_RELEASED
+from benchmarks.studies.page_commands import commands
+from benchmarks.studies.study_fusefl import AS_RELEASED
 from fedkern.cli.flags import parse
 from fedkern.cli.request import effective
 from fedkern.methods.fediod.presets import PUBLISHED

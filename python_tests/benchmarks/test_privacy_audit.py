@@ -2,7 +2,7 @@
 
 import json
 
-from benchmarks import privacy_audit
+from benchmarks.studies import privacy_audit
 
 ROWS = json.loads(privacy_audit.RESULT.read_text())["mechanisms"]
 
@@ -11,7 +11,7 @@ def test_the_pages_table_is_that_of_the_record():
     text = privacy_audit.PAGE.read_text()
     assert text.count("<!-- audited -->") == 1
     assert privacy_audit.with_table(text, ROWS) == text
-    assert "../benchmarks/results/privacy_audit.png" in text
+    assert "../benchmarks/studies/results/privacy_audit.png" in text
     changed = [{**ROWS[0], "lower": 0.123}, *ROWS[1:]]
     assert privacy_audit.with_table(text, changed) != text
 

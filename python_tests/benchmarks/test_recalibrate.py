@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.recalibrate import FILE, Classifier, recalibrate
+from benchmarks.studies.recalibrate import FILE, Classifier, recalibrate
 from fedkern.engine import RunConfig, run
 
 TINY = {

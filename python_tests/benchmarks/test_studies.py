@@ -5,7 +5,15 @@ from collections import defaultdict
 
 import pytest
 
-from benchmarks import fusefl_alike, fusefl_misled, study, study_feddra, study_fedgid, study_fedlpfm, study_fusefl
+from benchmarks.studies import (
+    fusefl_alike,
+    fusefl_misled,
+    study,
+    study_feddra,
+    study_fedgid,
+    study_fedlpfm,
+    study_fusefl,
+)
 from fedkern.cli import flags, request
 from fedkern.engine import config
 

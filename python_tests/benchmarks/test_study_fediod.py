@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import fediod_runs, study_fediod, study_fediod_segment
+from benchmarks.studies import fediod_runs, study_fediod, study_fediod_segment
 from fedkern.cli import flags, request
 from fedkern.data import load
 

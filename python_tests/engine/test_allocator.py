@@ -42,7 +42,11 @@ def counted(**environment: str) -> tuple[int, bool, int]:
     not hasattr(os, "confstr") or "glibc" not in (os.confstr("CS_GNU_LIBC_VERSION") or ""), reason="glibc"
 )
 def test_freed_memory_stays():
-    before, kept, after = counted()
+    # A small block that happens to lie above the freed ones keeps them in the process without our help.
+    for _ in range(5):
+        before, kept, after = counted()
+        if before > 8 * 256:
+            break
     assert kept
     assert before > 8 * 256  # pages, of 4 kB or more, mapped anew: otherwise this test shows nothing
     assert after < before / 20

@@ -146,6 +146,21 @@ def test_at_most_so_many_images_of_a_patient_stay(federation):
     assert torch.equal(whole.images, federation.clients[0].images)
 
 
+def test_a_patients_draw_depends_on_no_other_patient(federation):
+    """One patient's images replaced by fewer: those that stay of the others are the same."""
+    client = federation.clients[0]
+    owner = client.patients.numpy()
+    patient = int(owner[np.argmax(np.bincount(owner)[owner])])
+    rows = np.concatenate([np.flatnonzero(owner != patient), np.flatnonzero(owner == patient)[:1]])
+    fewer = dataclasses.replace(federation, clients=(client.subset(torch.from_numpy(np.sort(rows))),))
+
+    def others(data):
+        kept = limited(data, 3, seed=0).clients[0]
+        return kept.images[kept.patients != patient]
+
+    assert torch.equal(others(federation), others(fewer))
+
+
 def test_data_without_patients_or_with_one_at_two_clients_are_refused(federation, make_data, make_config, tmp_path):
     with pytest.raises(UserError, match="names no patients: give its table a column patient_id"):
         limited(make_data(), 4, seed=0)

@@ -1,5 +1,6 @@
 """FedGID's loss against its equations in plain PyTorch, and the invariants of docs/methods/fedgid.md."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from fedkern import models
-from fedkern.engine import run
+from fedkern.engine import read_metrics, run
 from fedkern.engine.network import Network
 from fedkern.engine.parties import Client, RunContext
 from fedkern.errors import UserError
@@ -371,6 +372,16 @@ def test_shared_pool_reaches_every_client(make_data, make_config, tmp_path, monk
     options = {"background_pool": "shared", "exclude_same_class": True}
     run(make_config("fedgid", options=options), out=tmp_path, data=make_data())
     assert set(sizes) == {20 + 13 + 9}
+
+
+def test_no_background_travels_where_none_is_mixed(make_data, make_config, tmp_path):
+    """An alpha of 1 needs no masks either."""
+    data = make_data()
+    plain = dataclasses.replace(data, clients=tuple(dataclasses.replace(c, masks=None) for c in data.clients))
+    options = {"background_pool": "shared", "alpha": 1}
+    summary = run(make_config("fedgid", rounds=2, options=options), out=tmp_path, data=plain)
+    assert summary["rounds"] == len(read_metrics(tmp_path)) == 2
+    assert all(record["name"] != "backgrounds" for record in read_metrics(tmp_path))
 
 
 def test_objects_do_not_travel_with_a_shared_pool(make_data, make_config):

@@ -1,6 +1,6 @@
 """The audit: its bounds on mechanisms whose mu is known, and the mechanisms of the methods against their ledgers.
 
-What runs them is the program of the page (benchmarks/privacy_audit.py), with fewer repeats; the seeds are fixed.
+The program of the page (benchmarks/studies/privacy_audit.py) runs them with fewer repeats and fixed seeds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from scipy.optimize import brentq
 from scipy.stats import binom
 
-from benchmarks import privacy_audit as audited
+from benchmarks.studies import privacy_audit as audited
 from fedkern.privacy import Accountant
 from fedkern.privacy.audit import audit, claimed_mu
 

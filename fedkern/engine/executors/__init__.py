@@ -1,1 +1,1 @@
-"""Where the clients of a run work: the round loop asks an executor for their answers, in client order."""
+"""Executors, in which a run's clients work.  The round loop gets the clients' answers from one, in client order."""

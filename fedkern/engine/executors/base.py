@@ -1,4 +1,4 @@
-"""What an executor is, and what it brings back from a client."""
+"""Protocol of an executor, and the answer that it returns for a client."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from fedkern.errors import ClientFailed, UserError
 from fedkern.methods.base import ClientId, Message, Step
 
 States = Callable[[ClientId], Callable[[], dict[str, Any]]]
-"""Of a client, what reads its state as it is when the round begins; it may be asked for again within the round."""
+"""Function of a client id.  It returns a reader of the client's state at the beginning of the round; the reader may be
+called several times within the round."""
 
 
 @dataclass
 class Answer:
-    """What a client has made of a message.
+    """A client's answer to a message.
 
     Attributes:
-        client: whose.
-        message: its upload, whatever it is; None where there is a ``problem``.
-        problem: why there is none.
+        client: the client's id.
+        message: the client's upload, not checked yet; None where there is a ``problem``.
+        problem: why there is no upload.
         report: named figures of the client.
-        warnings: diagnostics by name, where they were not given to this process.
-        seconds: of the client's own work.
-        flops: floating-point operations in it (see :class:`~fedkern.models.flops.Counting`).
+        warnings: diagnostics by name, from a client in a worker process; empty where this process has them already.
+        seconds: duration of the client's own work.
+        flops: floating-point operations of that work (see :class:`~fedkern.models.flops.Counting`).
     """
 
     client: ClientId
@@ -39,13 +40,13 @@ class Answer:
 
 
 class Executor(Protocol):
-    """Lets clients work.
+    """Runs clients.
 
-    A method's client is asked in its own state and ``round_cache``, which lives as long as the round.
+    A client works with its own state and ``round_cache``.  The ``round_cache`` lives as long as the round.
     """
 
     count: int
-    """Processes that clients work in side by side."""
+    """Number of processes in which clients work side by side."""
 
     @property
     def here(self) -> Any:
@@ -53,12 +54,12 @@ class Executor(Protocol):
         ...
 
     def answers(self, asker: str, step: Step, messages: Mapping[ClientId, Message]) -> Iterator[Answer]:
-        """The answers of these clients, in this order, each as soon as it and those before it are there.
+        """Yields the clients' answers in the order of ``messages``, each as soon as it and all before it are there.
 
         Args:
-            asker: who asks, ``"method"`` or ``"pooling"``.
+            asker: name of the object whose ``client_update`` is called, ``"method"`` or ``"pooling"``.
             step: the exchange.
-            messages: what every client is sent.
+            messages: the message of every client.
 
         Raises:
             UserError: a client found something that the user can put right.
@@ -66,7 +67,7 @@ class Executor(Protocol):
         ...
 
     def changed(self, client: ClientId) -> dict[str, Any] | None:
-        """The client's state where it is not what it was when this was asked last, or the round began."""
+        """The client's state if it has changed since the last call, or since the round began; else None."""
         ...
 
     def working(self) -> list[ClientId]:
@@ -74,23 +75,24 @@ class Executor(Protocol):
         ...
 
     def forget(self, client: ClientId) -> None:
-        """The client works no more in this round."""
+        """Drops a client that works no more in this round."""
         ...
 
     def end_round(self) -> None:
-        """Forgets all clients, and what lived between the exchanges of the round."""
+        """Drops all clients and their ``round_cache``."""
         ...
 
     def close(self) -> None:
-        """Ends what was started, whatever it is doing."""
+        """Ends the processes that were started, whatever they are doing."""
         ...
 
 
 def failure(client: ClientId, error: Exception) -> ClientFailed:
-    """What a client's exception becomes, or the exception itself where it is not the client's.
+    """Makes a ClientFailed of a client's exception.
 
     Raises:
-        Exception: ``error``, where the user or the machine is to blame: no client can be left out for that.
+        Exception: ``error`` itself, where the user or the machine is to blame (UserError, OSError, no memory left):
+            leaving the client out would not help.
     """
     text = str(error)
     if (

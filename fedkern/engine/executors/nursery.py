@@ -1,4 +1,4 @@
-"""The process that forks workers: started with everything that clients need, before anything has been computed."""
+"""Nursery: the process that forks workers.  It has everything that clients need, and has never computed anything."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class _Process(Protocol):
 
 
 class _Forked:
-    """A child that was forked by hand."""
+    """A child process made with ``os.fork``."""
 
     def __init__(self, process: int) -> None:
         self._process = process
 
     def kill(self) -> None:
-        os.kill(self._process, signal.SIGKILL)  # nobody else waits for it, so the number is its own
+        os.kill(self._process, signal.SIGKILL)  # only wait() reaps the child, so its process id is not reused
 
     def wait(self) -> None:
         os.waitpid(self._process, 0)
@@ -42,10 +42,10 @@ _early: list[tuple[_Process, socket.socket]] = []
 
 
 def fork_early() -> None:
-    """Forks the process from this one, which has loaded everything: it is there at once, where a new one takes seconds.
+    """Forks the nursery from this process, which has PyTorch loaded; a new process needs seconds to load it.
 
-    For the command line, before anything is computed: a process whose OpenMP threads have run cannot be forked.  What
-    runs a script of the user's does not know that, and starts a new process.
+    Only the command line does this, before anything is computed: a process whose OpenMP threads have run cannot be
+    forked.  A user's script may have computed before it starts a run, so a run started there starts a new process.
     """
     from fedkern.engine import worker
 
@@ -55,10 +55,10 @@ def fork_early() -> None:
     parent = os.getpid()
     try:
         with warnings.catch_warnings():
-            # NumPy's threads, which look after themselves when their process is forked.
+            # The warning is about NumPy's threads, which cope with a fork.
             warnings.simplefilter("ignore", DeprecationWarning)
             child = os.fork()
-    except OSError:  # one that is started later may be possible
+    except OSError:  # starting a new process later may still work
         ours.close()
         theirs.close()
         return
@@ -71,7 +71,7 @@ def fork_early() -> None:
 
 
 def end_early() -> None:
-    """Ends a process that was forked early and that no run has taken."""
+    """Ends the nursery of :func:`fork_early` if no run has taken it."""
     while _early:
         process, end = _early.pop()
         process.kill()
@@ -80,7 +80,7 @@ def end_early() -> None:
 
 
 def _started() -> tuple[_Process, socket.socket]:
-    """A new process, in a group of its own, so that a terminal's Ctrl-C does not reach it while it loads."""
+    """Starts the nursery as a new process, in a group of its own: a terminal's Ctrl-C must not reach it as it loads."""
     ours, theirs = socket.socketpair()
     folder = str(Path(fedkern.__file__).parents[1])
     paths = [folder, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
@@ -99,11 +99,11 @@ def _started() -> tuple[_Process, socket.socket]:
 
 
 class Gone(Exception):
-    """The process that forks workers is not there; the message says why, as a part of a sentence."""
+    """The nursery is lost or could not be prepared; the message says why, as a part of a sentence."""
 
 
 class Nursery:
-    """The process that has loaded what clients need, once, and forks workers (see `fedkern.engine.worker`).
+    """The nursery process, which loads once what clients need and forks workers (see `fedkern.engine.worker`).
 
     Raises:
         NotPortable: the setup cannot be sent to another process.
@@ -124,12 +124,15 @@ class Nursery:
             self._channel.say([path or str(Path.cwd()) for path in sys.path])
             self._channel.send(packet)
         except OSError:
-            pass  # found when it is asked whether it is ready
+            pass  # ready() will find that the process is lost
         finally:
             packer.clear()
 
     def ready(self, wait: bool) -> bool:
-        """Whether workers can be had by now.
+        """Whether workers can be forked by now.
+
+        Args:
+            wait: wait until they can.
 
         Raises:
             Gone: they never can.
@@ -145,10 +148,13 @@ class Nursery:
         return True
 
     def fork(self) -> tuple[int, Channel]:
-        """A new worker: the number of its process, and the connection to it.
+        """Forks a worker.
+
+        Returns:
+            Its process id, and the connection to it.
 
         Raises:
-            Gone: there is nobody to fork it any more.
+            Gone: the nursery is lost.
         """
         ours, theirs = socket.socketpair()
         try:
@@ -180,7 +186,7 @@ class Nursery:
             raise Gone("the process that starts workers was lost") from None
 
     def close(self) -> None:
-        """Ends it, and with it whatever it has forked."""
+        """Ends the nursery, and with it all its workers."""
         self._process.kill()
         self._process.wait()
         self._channel.close()

@@ -1,4 +1,4 @@
-"""Clients one after another in this process, on networks that they share."""
+"""Serial executor: clients work one after another in this process, on networks that they share."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Serial:
 
     Args:
         context: of the run.
-        askers: who may ask clients, by name; each has ``client_update``.
-        states: where a client's state comes from when it first works in a round.
+        askers: objects whose ``client_update`` may be called, by name.
+        states: where a client's state comes from when the client first works in a round.
         threads: CPU threads while a client works.
     """
 
@@ -38,13 +38,13 @@ class Serial:
         return self
 
     def client(self, k: ClientId) -> Client:
-        """The client ``k``, as it is in this round."""
+        """Client ``k`` in this round, made on first use."""
         if k not in self._clients:
             self.take(k, self._states(k)())
         return self._clients[k]
 
     def take(self, k: ClientId, state: dict[str, Any]) -> Client:
-        """The client ``k`` begins the round with this state."""
+        """Begins the round of client ``k`` with ``state``."""
         self._clients[k] = client = Client(self._context, k, state)
         self._before[k] = fingerprint(state)
         return client
@@ -54,7 +54,7 @@ class Serial:
             yield self.ask(k, asker, step, message)
 
     def ask(self, k: ClientId, asker: str, step: Step, message: Message) -> Answer:
-        """What one client answers."""
+        """One client's answer to a message."""
         start = time.perf_counter()
         client = self.client(k)
         client.report = {}
@@ -92,4 +92,4 @@ class Serial:
         self._before.clear()
 
     def close(self) -> None:
-        """Nothing was started."""
+        """Does nothing: no process was started."""

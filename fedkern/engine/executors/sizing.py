@@ -1,4 +1,4 @@
-"""How many workers a run has: by cores, clients and memory."""
+"""Number of workers of a run, from cores, clients and memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedkern.engine.config import RunConfig, clients_of_a_round
 from fedkern.engine.context import RunContext
 
 BASE_BYTES = 400 << 20
-"""What a worker needs beside networks and images: the interpreter, PyTorch's own tables, what a batch's layers keep."""
+"""Memory of a worker beside networks and images: the interpreter, PyTorch's own tables, a batch's activations."""
 NETWORKS = 8
 """Copies of a network's parameters that a client may have at once: local, frozen, gradients, momentum, messages."""
 
@@ -22,8 +22,8 @@ def workers_for(config: RunConfig, context: RunContext, asks: int, parameters: i
     Args:
         config: every setting.
         context: of the run.
-        asks: how often clients will be asked on their own; none, and nobody would work.
-        parameters: of the network.
+        asks: how often clients will be asked one by one, not as a cohort; with 0 a worker would have nothing to do.
+        parameters: number of parameters of the network.
     """
     if config.workers == "1" or not asks:
         return 1
@@ -35,7 +35,7 @@ def workers_for(config: RunConfig, context: RunContext, asks: int, parameters: i
     most = clients_of_a_round(config)
     if config.workers != "auto":
         return min(int(config.workers), most)
-    cores = min(usable_cores(), config.threads)  # fewer threads are asked for where others shall have the cores
+    cores = min(usable_cores(), config.threads)  # fewer --threads than cores: the user leaves the others to other work
     return min(most, cores // config.client_threads, free_memory() // worker_bytes(context, parameters))
 
 
@@ -49,20 +49,20 @@ def unavailable(device: str) -> str:
 
 
 def worker_bytes(context: RunContext, parameters: int) -> int:
-    """The memory of a worker beside the data, which all of them map: an estimate."""
+    """Estimated bytes of a worker, without the data, which all workers map."""
     images = sum(4 * split.images.numel() for split in context.data.clients) if context.cache else 0
     return BASE_BYTES + NETWORKS * 4 * parameters + images
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: those of its affinity mask, and no more than its control group's quota."""
+    """Cores that this process may use: those of its affinity mask, at most its control group's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _quota()
     return max(1, min(cores, int(quota))) if quota else cores
 
 
 def _quota() -> float:
-    """CPUs' worth of time that the control group may use; 0 for no limit."""
+    """CPU quota of the control group, in CPUs; 0 for no limit."""
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()[:2]
         return 0.0 if quota == "max" else int(quota) / int(period)
@@ -77,7 +77,7 @@ def _quota() -> float:
 
 
 def free_memory() -> int:
-    """Bytes that can be had: what the system has left, and no more than the control group has."""
+    """Free memory in bytes: what the system has left, at most what the control group has left."""
     found = []
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():

@@ -1,4 +1,4 @@
-"""What the process of a run and its workers tell each other."""
+"""Messages between the process of a run and its workers."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from fedkern.models import ModelEntry
 
 @dataclass(frozen=True)
 class Setup:
-    """What the clients of a run need to know, once.
+    """Everything that a worker needs about the run, sent once.
 
     Attributes:
         config: every setting.
         data: the federated data.
-        askers: who may ask clients, by name.
-        pair: what the networks of image-text data are made from, where the data are such.
-        entry: the network, where it was put into ``fedkern.models.MODELS``.
-        disclosure: what may be told.
+        askers: objects whose ``client_update`` may be called, by name.
+        pair: arguments of ``build_pair`` for image-text data; None for other data.
+        entry: the network's entry in ``fedkern.models.MODELS``, where the user added it; None for fedkern's own.
+        disclosure: what the records may tell.
         backend: the forced backend of the operators; None where none is.
         isa: the ISA level of the CPU core, "none" where there is no core.
         modes: process-wide settings of PyTorch that change bits.
@@ -39,15 +39,17 @@ class Setup:
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker is asked.
+    """A worker's task: one client answers one message.
 
     Attributes:
-        client: whom.
-        asker: by whom, and ``step`` when.
-        message: what the client is sent.
-        state: the client's, where it begins its round in this worker.
-        played: earlier questions of the round, which the client was asked in a worker that is lost.
+        client: the client's id.
+        asker: name of the object whose ``client_update`` is called.
+        step: the exchange.
+        message: the client's message.
         fresh: whether the client begins its round in this worker.
+        state: the client's state at the beginning of the round, where the task is ``fresh``.
+        played: the client's earlier messages of the round, as (asker, step, message), which a lost worker answered;
+            they are played again first.
     """
 
     client: int
@@ -61,7 +63,7 @@ class Task:
 
 @dataclass
 class Done:
-    """What a worker says of a task: the answer, and the client's state where the task has changed it."""
+    """A worker's reply to a task: the answer and, if the task changed it, the client's state; or an exception."""
 
     answer: Any
     state: dict[str, Any] | None = None
@@ -70,19 +72,19 @@ class Done:
 
 @dataclass(frozen=True)
 class Notice:
-    """How far something long has come, told at once."""
+    """Progress of something long, passed on at once."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Cleared:
-    """Tells a worker that what it has mapped for earlier exchanges will not be named again."""
+    """Tells a worker that no later packet will refer to the memory files of earlier exchanges."""
 
 
 @dataclass(frozen=True)
 class Forget:
-    """Tells a worker that these clients work no more in this round; none: that the round is over."""
+    """Tells a worker to drop these clients, which work no more in this round.  No clients: the round is over."""
 
     clients: tuple[int, ...] = field(default=())
 
@@ -99,11 +101,11 @@ def modes() -> dict[str, Any]:
 
 
 def set_modes(given: dict[str, Any]) -> None:
-    """Makes them what :func:`modes` said elsewhere."""
+    """Sets the process-wide settings that :func:`modes` returned in another process."""
     torch.set_default_dtype(given["dtype"])
     torch.set_float32_matmul_precision(given["matmul"])
     now = modes()
     if (now["deterministic"], now["warn_only"]) != (given["deterministic"], given["warn_only"]):
-        # Even where it changes nothing it imports torch's compiler, which takes a second.
+        # Called only for a change: the call imports torch's compiler, which takes a second.
         torch.use_deterministic_algorithms(given["deterministic"], warn_only=given["warn_only"])
     torch.backends.mkldnn.enabled = given["mkldnn"]

@@ -1,10 +1,11 @@
-"""Objects between two processes of one machine: pickled, with every tensor in memory that both map.
+"""Packets: objects sent between two processes of one machine, pickled, with their tensors in shared memory.
 
-A packet is a pickle and the memory files (``memfd_create``) that its tensors lie in.  A tensor that one :class:`Packer`
-has packed before is named, not written again, and the reader that unpacks both packets gets the very same tensor.  The
-files are sealed, so that nobody changes what another process reads, and mapped privately, so that whoever writes into a
-tensor writes into a copy of its own.  Nothing has a name in the file system: the memory is free when the last process
-that maps it ends, however it ends.
+A packet is a pickle and the memory files (``memfd_create``) that hold its tensors.  A tensor that a :class:`Packer` has
+packed before is referred to, not written again; a reader that unpacks both packets gets the same tensor object.
+
+The files are sealed, so that no process can change what another process reads.  They are mapped privately, so that a
+process that writes to a tensor writes to its own copy.  They have no name in the file system: the memory is freed when
+the last process that maps it ends, however it ends.
 
 Both ends are processes of one run: a packet is never read from a file or a network.  Nothing else in fedkern pickles.
 """
@@ -30,8 +31,8 @@ from torch import Tensor
 
 _ALIGNED = 64
 _HEADER = struct.Struct("<QI")  # bytes of the pickle, number of memory files
-_INLINE = 1 << 15  # bytes of a pickle that go through the socket, whose buffer no message may fill
-_MOST_FILES = 250  # that one message may bring (SCM_MAX_FD is 253)
+_INLINE = 1 << 15  # bytes; a longer pickle goes through a memory file, so that no message fills the socket's buffer
+_MOST_FILES = 250  # most files of one message (SCM_MAX_FD is 253)
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 
 
@@ -41,7 +42,7 @@ class NotPortable(Exception):
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor lies: the file's number, offset in bytes, and how to look at it."""
+    """Where a tensor lies: number of the memory file, offset in bytes, dtype, shape and stride."""
 
     file: int
     offset: int
@@ -52,16 +53,16 @@ class _Place:
 
 @dataclass
 class Packet:
-    """A pickle, the numbers of all files that its tensors lie in, and the descriptors of those files."""
+    """A pickle, and the descriptors of the memory files that hold its tensors, by file number."""
 
     payload: bytes
     files: dict[int, int]
 
 
 class Packer:
-    """Packs objects.  The tensors that it has packed are held, and their files open, until :meth:`clear`."""
+    """Packs objects.  It holds the packed tensors, and keeps their files open, until :meth:`clear`."""
 
-    _numbers = itertools.count()  # of files, over all packers of the process
+    _numbers = itertools.count()  # file numbers, unique over all packers of the process
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, int], tuple[_Place, Tensor]] = {}
@@ -86,7 +87,7 @@ class Packer:
         return Packet(pickler.file.getvalue(), {number: self._files[number] for number in sorted(pickler.used)})
 
     def clear(self) -> None:
-        """Closes the files; who has mapped them keeps them."""
+        """Closes the files; a process that has mapped one keeps the memory."""
         for descriptor in self._files.values():
             os.close(descriptor)
         self._known.clear()
@@ -95,7 +96,7 @@ class Packer:
 
 class _Pickler(pickle.Pickler):
     def __init__(self, known: dict[tuple[int, int], tuple[_Place, Tensor]], number: int) -> None:
-        self.number = number  # of the file that new tensors go to
+        self.number = number  # number of the file that new tensors go to
         self.file = io.BytesIO()
         super().__init__(self.file, protocol=5)
         self._known = known
@@ -125,7 +126,7 @@ class _Pickler(pickle.Pickler):
 
     def _place(self, value: Tensor) -> _Place:
         plain = value.detach().resolve_conj().resolve_neg()
-        dense = torch.empty_like(plain, device="meta").stride()  # of a dense tensor its own, so channels-last stays
+        dense = torch.empty_like(plain, device="meta").stride()  # a dense tensor's own strides: channels-last stays
         if plain.stride() != dense:
             plain = torch.empty_like(plain).copy_(plain)
         offset = -(-self.size // _ALIGNED) * _ALIGNED
@@ -138,12 +139,12 @@ class _Pickler(pickle.Pickler):
 
 
 def _key(tensor: Tensor) -> tuple[int, int]:
-    """What tells a tensor from every other that is held, and from itself before it was changed."""
+    """Key of a held tensor: its identity and version, so that a changed tensor is packed again."""
     return id(tensor), 0 if tensor.is_inference() else tensor._version
 
 
 def _write(pieces: list[tuple[int, Tensor]], size: int) -> int:
-    """A sealed memory file with these bytes; its descriptor."""
+    """Writes the pieces to a sealed memory file and returns its descriptor."""
     descriptor = os.memfd_create("fedkern", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(descriptor, size)
@@ -160,14 +161,14 @@ def _write(pieces: list[tuple[int, Tensor]], size: int) -> int:
 
 
 class Unpacker:
-    """Unpacks packets; a tensor that came before is the same object again until :meth:`clear`."""
+    """Unpacks packets.  Until :meth:`clear`, a tensor that came before is the same object again."""
 
     def __init__(self) -> None:
         self._maps: dict[int, mmap.mmap] = {}
         self._tensors: dict[_Place, Tensor] = {}
 
     def unpack(self, packet: Packet) -> Any:
-        """The object; the packet's descriptors are closed."""
+        """Unpickles the packet's object and closes the packet's descriptors."""
         for number, descriptor in packet.files.items():
             if number not in self._maps:
                 size = os.fstat(descriptor).st_size
@@ -192,7 +193,7 @@ class Unpacker:
         return flat.as_strided(place.shape, place.stride)
 
     def clear(self) -> None:
-        """Forgets the tensors; whoever holds one keeps its memory."""
+        """Forgets the tensors; a tensor that is still in use keeps its memory."""
         self._tensors.clear()
         self._maps.clear()
 
@@ -214,11 +215,11 @@ class Channel:
         self._sent: set[int] = set()  # files that the other end has
 
     def fileno(self) -> int:
-        """For ``select``."""
+        """The connection's descriptor, for ``select``."""
         return self._end.fileno()
 
     def send(self, packet: Packet, more: Iterable[int] = ()) -> None:
-        """Sends a packet, with the files that the other end does not have, and ``more`` descriptors after those.
+        """Sends a packet, the descriptors of files that the other end does not have yet, then ``more`` descriptors.
 
         Raises:
             OSError: the other end is gone.
@@ -269,7 +270,7 @@ class Channel:
         return Packet(inner, files), descriptors[len(numbers) : count]
 
     def say(self, value: Any, more: Iterable[int] = ()) -> None:
-        """Sends what holds no tensors, with ``more`` descriptors.
+        """Sends an object that holds no tensors, with ``more`` descriptors.
 
         Raises:
             OSError: the other end is gone.
@@ -277,7 +278,7 @@ class Channel:
         self.send(Packet(pickle.dumps(value), {}), more)
 
     def told(self) -> tuple[Any, list[int]]:
-        """What the other end says, and the descriptors that came with it.
+        """Receives an object that the other end sent with :meth:`say`, and the descriptors that came with it.
 
         Raises:
             EOFError: the other end is gone.
@@ -295,7 +296,7 @@ class Channel:
         return bytes(parts)
 
     def forget(self) -> None:
-        """Forgets which files the other end has, once it forgets them too."""
+        """Forgets which files the other end has; called when the other end drops them too."""
         self._sent.clear()
 
     def close(self) -> None:
@@ -304,7 +305,7 @@ class Channel:
 
 
 def portable(error: Exception) -> Exception:
-    """An exception as another process can raise it."""
+    """A copy of an exception that another process can raise; a RuntimeError where pickling does not preserve it."""
     try:
         copy = pickle.loads(pickle.dumps(error))
     except Exception:

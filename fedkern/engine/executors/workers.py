@@ -1,11 +1,12 @@
-"""Clients side by side, in worker processes on the CPU: the same bits as one after another, for any number of workers.
+"""Parallel executor: clients in worker processes on the CPU, with the bits of :class:`Serial` for any worker count.
 
-The answers are handed on in client order, whatever order they arrive in, so that the server sums them in that order.
-A client keeps its worker within a round, where its ``round_cache`` is; in the next round any worker may have it, and is
-sent its state.  Where a worker is lost, another one plays the client's messages of the round again, from the state that
-it began the round with.
+Answers are handed on in client order, whatever order they arrive in, so that the server sums them in that order.
 
-While workers start (they load PyTorch: a second or two), clients work in this process.
+A client keeps its worker within a round, because its ``round_cache`` is there.  In the next round any worker may get
+the client, and is sent the client's state.  If a worker is lost, another worker starts from the client's state at the
+beginning of the round and plays the client's messages of the round again.
+
+Until the workers have started (a second or two, to load PyTorch), clients work in this process.
 """
 
 from __future__ import annotations
@@ -31,18 +32,19 @@ from fedkern.models import registry
 from fedkern.ops import backend, fuse_choice
 
 HELD_BYTES = 1 << 30
-"""Uploads that wait for those of clients before theirs: beyond this many bytes only the next client in order works."""
+"""Limit on the bytes of uploads that wait for earlier clients.  Beyond it, only the next client in order gets a
+worker."""
 
 LOSSES = 3
-"""Times that a client's worker may be lost in a round before the run ends."""
+"""The run ends when a client's worker is lost this many times in one round."""
 
 WORTH_STARTING = 3.0
-"""Seconds that the clients' work must still take in this process for ``--workers auto`` to start any."""
+"""Seconds that the clients' remaining work must take in this process for ``--workers auto`` to start workers."""
 
 
 @dataclass(eq=False)
 class _Worker:
-    """A worker process: its number, the connection, whom it works for, and which exchange it has seen last."""
+    """A worker process: process id, connection, the client it works for (None: idle), the last exchange it has seen."""
 
     process: int
     channel: Channel
@@ -56,11 +58,11 @@ class Workers:
     Args:
         context: of the run.
         here: the executor of this process.
-        askers: who may ask clients, by name.
-        states: where a client's state comes from when it first works in a round.
-        count: of workers.
-        asks: how often clients will still be asked in the whole run, as far as the plan tells; None starts the workers
-            at once, a number only where so much work is left that they pay.
+        askers: objects whose ``client_update`` may be called, by name.
+        states: where a client's state comes from when the client first works in a round.
+        count: number of workers.
+        asks: how often the plan will still ask clients in the whole run.  Workers are then started only if enough work
+            is left for them to pay.  None: they are started at once.
         patient: whether to wait for the workers instead of beginning without them.
     """
 
@@ -83,15 +85,15 @@ class Workers:
         self._workers: list[_Worker] = []
         self._packer = Packer()
         self._exchange = 0
-        # Of this round:
+        # State of this round:
         self._at: dict[ClientId, _Worker | None] = {}  # where a client works; None is this process
-        self._readers: dict[ClientId, Any] = {}  # of the states that they began with
+        self._readers: dict[ClientId, Any] = {}  # readers of the states that clients began the round with
         self._played: dict[ClientId, list[tuple[str, Step, Message]]] = {}
         self._changed: dict[ClientId, dict[str, Any]] = {}
         self._losses: dict[ClientId, int] = {}
-        # Of this exchange:
-        self._todo: list[ClientId] = []  # nobody has them yet
-        self._found: dict[ClientId, tuple[Done, int]] = {}  # with the bytes of the uploads
+        # State of this exchange:
+        self._todo: list[ClientId] = []  # clients that are not at work yet
+        self._found: dict[ClientId, tuple[Done, int]] = {}  # replies, with the bytes of their tensors
         if asks is None:
             self._start()
 
@@ -109,7 +111,7 @@ class Workers:
             self._played.setdefault(k, []).append((asker, step, messages[k]))
 
     def _answer(self, k: ClientId, asker: str, step: Step, messages: Mapping[ClientId, Message]) -> Answer:
-        """What the next client in order answers, while workers go on with those behind it."""
+        """The answer of the next client in order; meanwhile workers go on with later clients."""
         while True:
             check()
             self._hear(0.0)
@@ -170,7 +172,7 @@ class Workers:
     # -- this process ----------------------------------------------------------------------------------------------
 
     def _ask_here(self, k: ClientId, asker: str, step: Step, message: Message) -> Answer:
-        if k not in self.here.working():  # it begins its round here
+        if k not in self.here.working():  # the client begins its round here
             self._at[k] = None
             self.here.take(k, self._readers[k]())
             for played in self._played.get(k, []):
@@ -178,7 +180,7 @@ class Workers:
         return self.here.ask(k, asker, step, message)
 
     def _count(self, answer: Answer) -> None:
-        """Starts workers where so much work is left that they pay."""
+        """Counts an answer, and starts workers if enough work is left for them to pay."""
         self._asked += 1
         self._seconds += answer.seconds
         if self._left is None or self._nursery is not None or self._given_up:
@@ -205,7 +207,7 @@ class Workers:
         )
 
     def _hire(self) -> None:
-        """Has as many workers as there shall be, once they can be had."""
+        """Forks workers up to ``count``, once the nursery is ready."""
         if self._nursery is None or len(self._workers) >= self.count:
             return
         try:
@@ -219,13 +221,13 @@ class Workers:
             self._give_up(str(error), "")
 
     def _hand_out(self, first: ClientId, asker: str, step: Step, messages: Mapping[ClientId, Message]) -> None:
-        """Gives every worker that has nothing to do the next client that may be its."""
+        """Gives every idle worker the next client that it may have."""
         for worker in list(self._workers):
             if worker.client is not None:
                 continue
             for k in list(self._todo):
                 if self._at.get(k, worker) is not worker:
-                    continue  # another's of this round
+                    continue  # another worker or this process has the client in this round
                 if k != first and sum(size for _, size in self._found.values()) > HELD_BYTES:
                     break
                 if self._send(worker, k, asker, step, messages[k]):
@@ -247,13 +249,13 @@ class Workers:
             if not self._tell(worker, Task(k, asker, step, message, fresh, state, played)):
                 return False
         except NotPortable:
-            self._at[k] = None  # its message cannot leave this process, where the client works in this round then
+            self._at[k] = None  # the message cannot be sent, so the client works in this process in this round
             return False
         worker.client, self._at[k] = k, worker
         return True
 
     def _tell(self, worker: _Worker, what: Any) -> bool:
-        """Whether the worker is there to be told."""
+        """Sends ``what`` to a worker; False where the worker is lost."""
         packet = self._packer.pack(what)
         try:
             worker.channel.send(packet)
@@ -263,7 +265,7 @@ class Workers:
         return True
 
     def _hear(self, seconds: float) -> None:
-        """Takes what workers have to say, waiting so long for the first of it."""
+        """Receives what workers have sent, waiting up to ``seconds`` for the first of it."""
         busy = [worker for worker in self._workers if worker.client is not None]
         if not busy:
             return
@@ -284,7 +286,11 @@ class Workers:
             worker.client = None
 
     def _lost(self, worker: _Worker) -> None:
-        """Lets other workers have the clients of one that has ended, from the beginning of their round."""
+        """Frees the clients of a worker that has ended, so that they begin their round again elsewhere.
+
+        Raises:
+            RunFailed: the worker of one client was lost `LOSSES` times in the round.
+        """
         if worker not in self._workers:
             return
         self._workers.remove(worker)
@@ -306,7 +312,7 @@ class Workers:
 
 
 def _kill(process: int) -> None:
-    """Ends a worker; its number is not another process's, since nobody else has waited for it."""
+    """Kills a worker.  Nobody has waited for the worker yet, so its process id is not another process's."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(process, signal.SIGKILL)
 

@@ -1,1 +1,1 @@
-"""Run folders: checkpoints, records, the saved model, artifacts, and whether a run can be resumed."""
+"""Run folders: checkpoints, records, the saved model, artifacts, and checks before a run is resumed."""

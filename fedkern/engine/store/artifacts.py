@@ -1,4 +1,4 @@
-"""What a method shows of itself: images and tables of a few rounds, kept in the run folder for the report."""
+"""Artifacts: images and tables that a method logs, kept in the run folder for a few rounds, for the report."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from fedkern.engine.store import checkpoints, state
 from fedkern.errors import UserError
 
 FILE = "shown.safetensors"
-ROUNDS = 8  # at most so many rounds of a run are shown, whatever its length
+ROUNDS = 8  # artifacts are kept of at most this many rounds and of round 1, whatever the length of the run
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """One thing shown in one round.
+    """One artifact of one round.
 
     Attributes:
-        name: what it is, the stem of its picture's file.
-        round: how many communication rounds were done then.
+        name: what the artifact shows; the stem of its picture's file name.
+        round: number of communication rounds done, this round included.
         value: uint8 ``[n, C, H, W]`` (images) or fp32 ``[rows, columns]`` (a table).
         axes: what a table's rows and columns are, for example ``("client", "class")``.
     """
@@ -36,11 +36,11 @@ class Artifact:
 
 
 def prepared(name: str, value: Tensor) -> Tensor:
-    """A copy of ``value`` on the CPU as it is kept: images in [0, 1] as uint8, tables as fp32.
+    """A copy of ``value`` on the CPU in the form in which it is kept: images in [0, 1] as uint8, tables as fp32.
 
     Raises:
-        ValueError: it is neither ``[n, C, H, W]`` nor ``[rows, columns]``, or the name is not of lower-case letters,
-            digits and underscores.
+        ValueError: ``value`` is neither ``[n, C, H, W]`` nor ``[rows, columns]``, or ``name`` is not made of lower-case
+            letters, digits and underscores.
     """
     if not _NAME.fullmatch(name):
         raise ValueError(f'log_image: expected a name of lower-case letters, digits and underscores, given "{name}"')
@@ -48,16 +48,16 @@ def prepared(name: str, value: Tensor) -> Tensor:
     if value.dim() == 2:
         return value.clone(memory_format=torch.contiguous_format)
     if value.dim() == 4:
-        # Of channels that are no colours (four sequences of magnetic resonance) the first is seen.
+        # Where the channels are no colours (four sequences of magnetic resonance), the first one is kept.
         value = value if value.shape[1] in (1, 3) else value[:, :1]
         return (value.nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8).contiguous()
     raise ValueError(f"log_image: expected {name} to be images [n, C, H, W] or a table, given {list(value.shape)}")
 
 
 class Gallery:
-    """Everything a run has shown so far.
+    """All artifacts of a run so far.
 
-    Which rounds are kept depends on the plan alone, so a resumed run shows what an uninterrupted one does.
+    The rounds that are kept depend on the plan alone, so a resumed run has the artifacts of an uninterrupted run.
 
     Args:
         out: the run folder.
@@ -73,29 +73,29 @@ class Gallery:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of everything shown so far, in hexadecimal."""
+        """SHA-256 of all artifacts so far, in hexadecimal."""
         return self._sum.hexdigest()
 
     def wants(self, round: int) -> bool:
-        """Whether what is shown in this round, from 1, is kept."""
+        """Whether artifacts of this round, counted from 1, are kept."""
         return round in self._wanted
 
     def add(self, shown: Artifact) -> None:
-        """Takes in what was shown in a round that is wanted."""
+        """Adds an artifact of a round that is kept."""
         self._entries.append(shown)
         self._sum.update(f"{shown.name} {shown.round} {shown.axes} {list(shown.value.shape)}".encode())
         self._sum.update(shown.value.contiguous().numpy().tobytes())
         self._changed = True
 
     def restore(self, round: int, digest: str | None = None) -> None:
-        """Reads the file again and forgets what came after ``round``.
+        """Reads the file again and drops the artifacts of rounds after ``round``.
 
         Args:
             round: communication rounds done at the checkpoint.
-            digest: what :attr:`digest` was then; None where the checkpoint does not say.
+            digest: :attr:`digest` at the checkpoint; None where the checkpoint does not say.
 
         Raises:
-            UserError: the file is damaged, or another one.
+            UserError: the file is damaged, or is not the one that the run wrote.
         """
         self._entries, self._sum = [], hashlib.sha256()
         for entry in _entries(self.path):
@@ -106,7 +106,7 @@ class Gallery:
             raise UserError(f"{self.path} is not what the run wrote: delete it, only pictures are lost.")
 
     def write(self) -> None:
-        """Writes the file, completely or not at all, where there is something new."""
+        """Writes the file, completely or not at all, where there are new artifacts."""
         if not self._changed:
             return
         rows = [[entry.name, entry.round, entry.value, list(entry.axes)] for entry in self._entries]
@@ -115,10 +115,10 @@ class Gallery:
 
 
 def read(out: Path | str) -> list[Artifact]:
-    """What a run has shown, in the order of its rounds; empty where it showed nothing.
+    """The artifacts of a run, in the order of its rounds; empty where there are none.
 
     Raises:
-        UserError: the file is damaged, or the newest checkpoint says that it was another.
+        UserError: the file is damaged, or does not match the digest in the newest checkpoint.
     """
     out = Path(out)
     entries, last = _entries(out / FILE), checkpoints.newest(out)
@@ -144,7 +144,7 @@ def _entries(path: Path) -> list[Artifact]:
 
 
 def _sound(entry: Artifact) -> bool:
-    """Whether an entry can have been shown: its name becomes that of a file."""
+    """Whether an entry is a valid artifact; its name is checked because it becomes the name of a file."""
     if not (isinstance(entry.name, str) and _NAME.fullmatch(entry.name) and type(entry.round) is int):
         return False
     value = entry.value

@@ -16,7 +16,7 @@ from fedkern.errors import UserError
 
 try:
     import fcntl
-except ImportError:  # not a POSIX system: runs work there, but nothing keeps two processes apart
+except ImportError:  # not a POSIX system: runs work there, but no lock keeps two processes apart
     fcntl = None  # type: ignore[assignment]
 
 TEMPORARY = ".part"
@@ -42,11 +42,11 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 class Unwritable(UserError):
-    """A file or folder that could not be written; whoever knows what was going on can name a better way out.
+    """A file or folder that could not be written.  A caller that knows the situation can give better advice.
 
     Attributes:
-        problem: the sentence without the way out.
-        full: whether it is the disk that is full.
+        problem: the sentence without the advice.
+        full: whether the disk is full.
     """
 
     def __init__(self, problem: str, *, full: bool) -> None:
@@ -55,16 +55,16 @@ class Unwritable(UserError):
 
 
 def unwritable(path: Path, error: Exception) -> Unwritable:
-    """The sentence for a file or folder that could not be written."""
+    """Makes an Unwritable of the error of a file or folder that could not be written."""
     reason = getattr(error, "strerror", None) or str(error)
-    # safetensors tells the system's error in its text alone.
+    # safetensors gives the system's error number in its text alone.
     if getattr(error, "errno", None) in FULL or any(f"(os error {number})" in reason for number in FULL):
         return Unwritable(f"{path} cannot be written, the disk is full", full=True)
     return Unwritable(f"{path} cannot be written ({reason})", full=False)
 
 
 class FolderLock:
-    """Keeps a second process out of a run folder; the system drops it when the process ends, however it ends."""
+    """Lock that keeps a second process out of a run folder; the system drops it when the process ends, however."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / LOCK
@@ -94,7 +94,7 @@ class FolderLock:
             file.flush()
         except OSError as error:
             with suppress(OSError):
-                file.close()  # tries to write once more
+                file.close()  # closing tries to write once more
             raise unwritable(self.path, error) from None
         self._file = file
         return self

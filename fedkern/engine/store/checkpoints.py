@@ -27,17 +27,25 @@ _OURS = re.compile(r"(server-\d{6}|client-\d{5}-\d{6})\.safetensors(\.part)?|man
 class Checkpoints:
     """The checkpoint folder of a run.
 
-    A checkpoint is an entry of the manifest: ``round`` (communication rounds done), ``plan`` (rounds of the method's
-    plan done, one-off ones included), ``files`` (name to CRC-32), ``server``, ``clients`` (id to file), ``info``
-    (numbers the engine continues with) and ``sum`` (CRC-32 of all these; the first versions had none).  Files carry
-    the round in their name and are never rewritten; what no kept entry names is deleted after the next commit.  Client
-    states stay on disk and are read when their client takes part.
+    A checkpoint is an entry of the manifest:
 
-    ``skipped`` names what of newer checkpoints than the one that was opened is damaged.
+    * ``round``: communication rounds done.
+    * ``plan``: rounds of the method's plan done, one-off rounds included.
+    * ``files``: CRC-32 by file name.
+    * ``server``: file of the server's state.
+    * ``clients``: file of every client's state, by client id.
+    * ``info``: numbers that the engine continues with.
+    * ``sum``: CRC-32 of all these; entries of the first versions have none.
+
+    Files carry the round of the plan in their name and are never rewritten.  A file that no kept entry names is deleted
+    after the next commit.  Client states stay on disk and are read when their client takes part.
 
     Args:
         out: the run folder.
-        scribe: writes files beside whatever goes on; without it they are written at once.
+        scribe: writes files in the background; without it they are written at once.
+
+    Attributes:
+        skipped: names of the damaged parts of checkpoints that are newer than the opened one.
     """
 
     def __init__(self, out: Path, scribe: Scribe | None = None) -> None:
@@ -47,7 +55,7 @@ class Checkpoints:
         self.skipped: list[str] = []
         self._sums: dict[str, int] = {}
         self._waiting: dict[str, state.Packed] = {}  # to be written
-        self._last: Future[None] | None = None  # commit
+        self._last: Future[None] | None = None  # the last commit
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -55,10 +63,10 @@ class Checkpoints:
         """Returns the newest intact entry, or None where nothing was committed yet; forgets everything after it.
 
         Args:
-            fresh: the run is new: there must be no folder, so that it goes on from nothing.
+            fresh: the run is new, so the folder must not exist yet.
 
         Raises:
-            UserError: there is a manifest, but it or all of its checkpoints are damaged; the folder cannot be made.
+            UserError: the manifest or all of its checkpoints are damaged, or the folder cannot be made.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=not fresh)
@@ -79,15 +87,15 @@ class Checkpoints:
         return entries[-1]
 
     def peek(self) -> dict[str, Any] | None:
-        """The newest undamaged entry, without looking at its files; None where nothing was committed."""
+        """The newest undamaged entry, whose files are not checked; None where nothing was committed."""
         entries = self._read_manifest()
         return entries[-1] if entries else None
 
     def last_server_state(self) -> dict[str, Any] | None:
-        """The server's state as committed last, read without touching anything; None where there is none.
+        """The server's state of the last commit, read without changing the folder; None where there is none.
 
         Raises:
-            UserError: it is there, but damaged.
+            UserError: the state's file is missing or damaged.
         """
         entry = self.peek()
         if entry is None:
@@ -122,11 +130,11 @@ class Checkpoints:
         return self._load(self.entries[-1]["server"])
 
     def client_state(self, client: int) -> dict[str, Any]:
-        """A client's state; empty for one that has none yet."""
+        """A client's state; empty for a client that has none yet."""
         return self._load(self.clients[client]) if client in self.clients else {}
 
     def reader(self, client: int) -> Callable[[], dict[str, Any]]:
-        """What reads a client's state as it is now, also after newer ones were written, until the next commit."""
+        """A function that reads a client's present state; it works until the next commit, also after newer writes."""
         name = self.clients.get(client)
         return dict if name is None else lambda: self._load(name)
 
@@ -144,13 +152,13 @@ class Checkpoints:
         """Waits until everything so far is on the disk.
 
         Raises:
-            UserError: it could not be written.
+            UserError: a file could not be written.
         """
         if self._scribe is not None:
             self._scribe.settle()
 
     def write_at_once(self) -> None:
-        """From now on everything is on the disk when it was asked for."""
+        """Waits for the disk; from now on every write is on the disk when its call returns."""
         self.settle()
         self._scribe = None
 
@@ -161,7 +169,7 @@ class Checkpoints:
         return None
 
     def write_client(self, client: int, plan: int, content: dict[str, Any]) -> None:
-        """Writes a client's new state; it counts from the next commit on."""
+        """Writes a client's new state, which becomes part of the checkpoint with the next commit."""
         if content:
             self.clients[client] = self._write(f"client-{client:05d}-{plan:06d}.safetensors", content)
         else:
@@ -181,10 +189,10 @@ class Checkpoints:
         Args:
             round, plan, info: of the entry.
             server: the server's state.
-            before: makes durable what the entry speaks of.
+            before: called first; makes durable the other files that the entry refers to.
         """
         if self._scribe is not None and self._last is not None:
-            self._scribe.settle(self._last)  # one behind, or a disk slower than the rounds would fall ever more behind
+            self._scribe.settle(self._last)  # at most one commit waits: a slow disk would fall ever further behind
         name = self._write(f"server-{plan:06d}.safetensors", server)
         clients = {str(k): file for k, file in sorted(self.clients.items())}
 
@@ -198,7 +206,7 @@ class Checkpoints:
         self._last = self._do(enter)
 
     def amend(self, info: dict[str, Any]) -> None:
-        """Replaces the numbers of the newest checkpoint, at once; its files stay."""
+        """Replaces ``info`` of the newest checkpoint, at once; the checkpoint's files stay."""
         self.settle()
         entries = [*self.entries[:-1], {**self.entries[-1], "info": info}]
         self._write_manifest(entries)
@@ -219,24 +227,24 @@ class Checkpoints:
             if crc is None:
                 raise UserError(f"{path} vanished while it was written.")
             self._sums[name] = crc
-            if self._waiting.get(name) is packed:  # not a later one of the same round
+            if self._waiting.get(name) is packed:  # not a later state of the same round
                 del self._waiting[name]
 
         self._do(write, packed.size)
         return name
 
     def _collect(self, clients: Iterable[str] = ()) -> None:
-        """Deletes files that neither a kept entry nor the given client states name."""
+        """Deletes checkpoint files that neither a kept entry nor ``clients`` (file names) names."""
         wanted = {MANIFEST, *clients}
         for entry in self.entries:
             wanted.update(entry["files"])
         for path in self.folder.iterdir():
-            if path.name not in wanted and _OURS.fullmatch(path.name):  # others' files are none of ours
+            if path.name not in wanted and _OURS.fullmatch(path.name):  # other files are left alone
                 path.unlink(missing_ok=True)
         self._sums = {name: value for name, value in self._sums.items() if name in wanted}
 
     def discard(self) -> None:
-        """Deletes the files of a run of which nothing was committed, and the folder where nothing else is in it."""
+        """Deletes the files of a run that has committed nothing, and the folder if nothing else is in it."""
         if self.folder.is_dir():
             self.entries, self.clients = [], {}
             self._collect()
@@ -245,25 +253,25 @@ class Checkpoints:
 
 
 def newest(out: Path) -> dict[str, Any] | None:
-    """The newest checkpoint of a run folder, for its readers; None where there is none, or no manifest to be read."""
+    """The newest checkpoint of a run folder, for its readers; None where there is none, or no readable manifest."""
     try:
         return Checkpoints(out).peek()
-    except UserError:  # it says nothing of the other files
+    except UserError:  # a damaged manifest says nothing about the other files
         return None
 
 
 def check_result(out: Path, name: str) -> None:
-    """Raises UserError where a finished run says that ``name``, which it wrote at its end, was another file."""
+    """Raises UserError where the file ``name`` of a finished run does not match the checksum in its checkpoint."""
     entry = newest(out)
     if entry is None or not entry["info"].get("finished"):
         return
-    written = entry["info"].get("results")  # the first versions did not say
+    written = entry["info"].get("results")  # the first versions stored no checksums
     if isinstance(written, dict) and name in written and written[name] != checksum(out / name):
         raise UserError(f"{out / name} is not what the run wrote: {again(out)}.")
 
 
 def again(out: Path | str) -> str:
-    """The way out where a file that a run writes at its end is damaged."""
+    """Advice for a damaged file that a run writes at its end, as a part of a sentence."""
     return f"delete it, and --resume {shlex.quote(str(out))} makes it again"
 
 
@@ -272,7 +280,7 @@ def _sum(entry: dict[str, Any]) -> int:
 
 
 def _sound(entry: Any) -> bool:
-    """Whether an entry of a manifest is as it was written."""
+    """Whether an entry of a manifest is undamaged."""
     if not isinstance(entry, dict) or not all(isinstance(entry.get(key), kind) for key, kind in _PARTS.items()):
         return False
     return "sum" not in entry or entry["sum"] == _sum(entry)

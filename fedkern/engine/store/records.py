@@ -1,4 +1,4 @@
-"""What a run tells about itself: metrics.jsonl and summary.json."""
+"""Records of a run: metrics.jsonl and summary.json."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SUMMARY = "summary.json"
 
 
 def plain(value: Any) -> Any:
-    """The same with numbers that JSON knows: NaN and infinities become null, tuples lists, keys texts."""
+    """``value`` in terms of JSON: NaN and infinities become None, tuples become lists, keys become strings."""
     if isinstance(value, Mapping):
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -37,7 +37,7 @@ def plain(value: Any) -> Any:
 
 
 class Metrics:
-    """metrics.jsonl: one JSON object per round, evaluated or not, appended; :meth:`sync` makes it durable."""
+    """metrics.jsonl: one JSON object is appended per round, evaluated or not; :meth:`sync` makes them durable."""
 
     def __init__(self, out: Path) -> None:
         self.path = out / METRICS
@@ -54,10 +54,10 @@ class Metrics:
 
         Args:
             size: bytes that the file had at the checkpoint.
-            digest: their SHA-256; None where the checkpoint does not say.
+            digest: SHA-256 of these bytes; None where the checkpoint does not say.
 
         Raises:
-            UserError: the file is gone, shorter than that or another one, or it cannot be read.
+            UserError: the file is missing, shorter than ``size``, different, or cannot be read.
         """
         there = self.path.stat().st_size if self.path.exists() else 0
         if there < size:
@@ -80,10 +80,10 @@ class Metrics:
             )
 
     def truncate(self, size: int, digest: str | None = None) -> None:
-        """Forgets what was written after a checkpoint at which the file had ``size`` bytes (0: the whole file).
+        """Drops what was written after a checkpoint at which the file had ``size`` bytes (0: the whole file).
 
         Raises:
-            UserError: as of :meth:`check`, or the file cannot be written.
+            UserError: as for :meth:`check`, or the file cannot be written.
         """
         self.check(size, digest)
         try:
@@ -105,7 +105,7 @@ class Metrics:
         self._sum.update(line)
 
     def sync(self) -> None:
-        """Makes everything durable that was added so far."""
+        """Flushes everything added so far to the disk."""
         try:
             with self.path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -114,13 +114,13 @@ class Metrics:
 
 
 def read_metrics(out: Path | str) -> list[dict[str, Any]]:
-    """The records of a run folder, one of each round, with metrics where it was evaluated.
+    """The records of a run folder, one per round, with metrics where the round was evaluated.
 
     A last line cut off by a crash is left out.
 
     Raises:
-        UserError: the folder has no such file, a line before the last is not JSON, or the newest checkpoint says that
-            the file was another.
+        UserError: the folder has no such file, a line before the last is not JSON, or the file does not match the
+            newest checkpoint.
     """
     out = Path(out)
     path = out / METRICS
@@ -151,8 +151,8 @@ def write_summary(out: Path, summary: Mapping[str, Any]) -> None:
 def read_summary(out: Path | str) -> dict[str, Any] | None:
     """summary.json of a finished run, or None where there is none.
 
-    Older runs called it ``epsilon`` whatever it covered, and none covered their records: they are read as if they had
-    said so.
+    Older runs called their privacy figure ``epsilon`` whatever it covered, though it never covered their records.
+    Their figure is returned as ``epsilon_covered``, with the records as uncovered.
 
     Raises:
         UserError: the file cannot be read, is no JSON object, or is not what the run wrote.
@@ -180,12 +180,12 @@ def _relabelled(summary: dict[str, Any]) -> dict[str, Any]:
         for table in (private, metrics, *each):
             if isinstance(table, dict) and EPSILON in table:
                 table[PART] = table.pop(EPSILON)
-        private["leaves_uncovered"] = [RECORDS]  # at least: the statement says what else
+        private["leaves_uncovered"] = [RECORDS]  # at least these; the statement names the others
     return summary
 
 
 def versions() -> dict[str, str]:
-    """What the run was made with."""
+    """Versions of the packages and the platform that the run was made with."""
     return {
         "fedkern": fedkern.__version__,
         "torch": torch.__version__,
@@ -196,10 +196,12 @@ def versions() -> dict[str, str]:
 
 
 def kernels() -> dict[str, str]:
-    """Which kernels make a run's bits, beside the versions.
+    """The kernels that, beside the versions, determine the bits of a run.
 
-    ``backend`` is "auto" where none is forced, ``isa`` that of the CPU core, "none" where there is no core,
-    ``lowerings`` the hash of the table that FusedBlocks' way is chosen by, and ``torch`` PyTorch's own ISA level.
+    * ``backend``: the forced backend, or "auto".
+    * ``isa``: ISA level of the CPU core, or "none" where there is no core.
+    * ``lowerings``: hash of the table by which FusedBlocks chooses its implementation.
+    * ``torch``: PyTorch's own ISA level.
     """
     return {
         "backend": backend.forced_backend() or "auto",

@@ -1,11 +1,16 @@
-"""What left the clients of a private run since the checkpoints that it can go on from.
+"""Digests of the messages that left the clients of a private run after the checkpoints that it can be resumed from.
 
-A run that goes on replays the rounds after its checkpoint: from the clients' states of then, with the same noise.
-Where the replayed messages are those that left before, bit for bit, nothing more is told and they are counted once.
-Where one differs, both would be out.  On another processor, device or version of PyTorch the same data give other last
-bits: under the same noise the difference of the two is a function of the data that no noise covers.  A client whose
-secret bits were not yet in a checkpoint draws others: under other noise they are two releases.  So a digest of every
-message is on the disk before the server gets it, and a replay that would send another one ends before it is sent.
+A resumed run replays the rounds after its checkpoint, from the clients' states at the checkpoint and with the same
+noise.  If a replayed message equals the one that left before, bit for bit, nothing more is released, and the release
+counts once.  If the replayed message differs, both messages would be released, and that leaks more than epsilon says:
+
+* On another processor, device or version of PyTorch the same data give other last bits.  Under the same noise, the
+  difference of the two messages is a function of the data that no noise covers.
+* A client whose secret bits were not yet in a checkpoint draws other bits.  Under other noise, the two messages are two
+  releases.
+
+A digest of every message is therefore on the disk before the server gets the message, and a replay ends before it sends
+a message that differs.
 """
 
 from __future__ import annotations
@@ -26,14 +31,14 @@ from fedkern.errors import UserError
 
 NAME = "releases.jsonl"
 DIVERGED = "diverged"
-"""In the place of the message of a client that diverged: that it did is told too."""
+"""Stands for the message of a client that diverged: that the client diverged is a release too."""
 
 
 class Releases:
     """The digests of a run's messages, as JSON lines ``[plan, exchange, client, digest]``.
 
     Args:
-        folder: of the checkpoints.
+        folder: the folder of the checkpoints.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -41,10 +46,12 @@ class Releases:
         self._due: dict[tuple[int, str, int], str] = {}
 
     def open(self, plan: int) -> None:
-        """Begins to watch a run that goes on with round ``plan`` of its method's plan.
+        """Reads the digests that a run has to repeat which goes on with round ``plan`` of its method's plan.
+
+        An incomplete last line is dropped: its message never left the client.
 
         Raises:
-            UserError: the file is damaged; a last line that is not whole is of a message that never left.
+            UserError: the file is damaged.
         """
         try:
             text = self._path.read_bytes() if self._path.exists() else b""
@@ -60,10 +67,10 @@ class Releases:
             ) from None
 
     def add(self, plan: int, exchange: str, client: int, message: Any) -> None:
-        """Keeps a message before it leaves its client.
+        """Writes a message's digest to the disk, before the message leaves its client.
 
         Raises:
-            UserError: another one left in its place before the run was interrupted, or the disk is full.
+            UserError: a different message left in its place before the run was interrupted, or the disk is full.
         """
         key, found = (plan, exchange, client), digest(message)
         before = self._due.pop(key, None)
@@ -85,7 +92,7 @@ class Releases:
             )
 
     def forget(self, plan: int) -> None:
-        """Drops what no kept checkpoint would replay, rounds before ``plan``."""
+        """Drops the digests of rounds before ``plan``, which no kept checkpoint would replay."""
         if not self._path.exists():
             return
         lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -93,7 +100,7 @@ class Releases:
 
 
 def digest(message: Any) -> str:
-    """BLAKE2b of a message: names, dtypes, shapes and bits of all that is in it."""
+    """BLAKE2b of a message: names, dtypes, shapes and bits of all its contents."""
     total = hashlib.blake2b(digest_size=16)
 
     def put(value: Any) -> None:

@@ -1,4 +1,4 @@
-"""Whether a run may go on from its last checkpoint, and what is no longer as it was."""
+"""Checks before a run is resumed from its last checkpoint, and warnings about what has changed since."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedkern.ops import backend, fuse_choice
 from fedkern.ops.loading import Unavailable
 
 MOVABLE = ("data_options.boxes", "data_options.detector_cache")
-"""Places of files that may be changed by hand: the data that they make are compared themselves."""
+"""Paths of files, which may be changed by hand in config.toml: the data that they lead to are compared instead."""
 
 
 def check_unedited(stored: RunConfig, entry: Mapping[str, Any], out: Path) -> None:
@@ -30,7 +30,8 @@ def check_unedited(stored: RunConfig, entry: Mapping[str, Any], out: Path) -> No
         out: the run folder.
 
     Raises:
-        UserError: they differ in more than places of data and the device; the sentence names what.
+        UserError: settings differ other than paths of data, the device and the number of workers; the message names
+            them.
     """
     begun = {name: value for name, value in entry["info"]["config"].items() if value is not None}
     try:
@@ -49,19 +50,20 @@ def check_unedited(stored: RunConfig, entry: Mapping[str, Any], out: Path) -> No
 
 
 FORCED = {"backend": "FEDKERN_BACKEND", "isa": "FEDKERN_CPU_ISA", "lowerings": fuse_choice.VARIABLE}
-"""What of the kernels can be chosen, and by which environment variable."""
+"""Properties of the kernels that can be chosen, and the environment variable that chooses each."""
 
 
 def check_kernels(info: Mapping[str, Any], device: str, out: Path) -> None:
-    """Compares the kernels with those that the run was made with, which its bits depend on.
+    """Compares the kernels with those that the run was made with, on which the run's bits depend.
 
     Args:
         info: of the newest checkpoint; the first versions did not store the kernels.
-        device: where the run would go on; on another device its bits differ anyway.
+        device: the device on which the run goes on.  Nothing is compared on another device than before, as the bits
+            differ there anyway.
         out: the run folder.
 
     Raises:
-        UserError: they differ, and can be the same on this machine; the sentence says how.
+        UserError: the kernels differ, and this machine could have the same ones; the message says how.
     """
     now = records.kernels()
     stored = info.get("kernels", now)
@@ -69,7 +71,7 @@ def check_kernels(info: Mapping[str, Any], device: str, out: Path) -> None:
         return
     changed, ways = [], []
     for name, variable in FORCED.items():
-        before = stored.get(name, now[name])  # the first versions had one table of lowerings, and did not store it
+        before = stored.get(name, now[name])  # the first versions had a single table of lowerings and did not store it
         choosable = _choosable(name) if before != now[name] else {}
         if before in choosable:
             value = choosable[before]
@@ -82,7 +84,10 @@ def check_kernels(info: Mapping[str, Any], device: str, out: Path) -> None:
 
 
 def _choosable(name: str) -> dict[str, str]:
-    """What this machine could have of `FORCED`, and the variable's value for that; "" where it must be unset."""
+    """Values that this machine could have for a name in `FORCED`, each with the value to set the variable to.
+
+    The variable's value is "" where the variable must be unset.
+    """
     if name == "lowerings":
         return {fuse_choice.serving(value).digest: value for value in ("shipped", "")}
     if name == "backend":
@@ -94,11 +99,11 @@ def _choosable(name: str) -> dict[str, str]:
 
 
 def changes(info: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
-    """Warnings, by name, of what makes the bits of a run that goes on differ from those of an uninterrupted one.
+    """Warnings, by name, about what makes the bits of a resumed run differ from those of an uninterrupted one.
 
     Args:
-        info: of the checkpoint that it goes on from.
-        config: the settings it goes on with.
+        info: of the checkpoint that the run goes on from.
+        config: the settings that the run goes on with.
     """
     found = {}
     theirs, device = info["versions"]["torch"], info["config"]["device"]
@@ -124,10 +129,10 @@ def changes(info: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
 
 
 def repairs(checkpoints: Checkpoints, entry: Mapping[str, Any], out: Path) -> dict[str, str]:
-    """Warnings, by name, of damage in a run folder that the run goes on in spite of.
+    """Warnings, by name, about damage in a run folder in spite of which the run goes on.
 
     Args:
-        checkpoints: opened.
+        checkpoints: the run's checkpoints, opened.
         entry: the checkpoint that the run goes on from.
         out: the run folder.
     """

@@ -1,4 +1,4 @@
-"""The run folder: whether a new run may begin in it, and what one that came to nothing takes back."""
+"""Run folder: checks that a new run can start here, and cleans up after a run that failed before its first round."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ NAMES = (
     config.NAME, checkpoints.FOLDER, records.METRICS, records.SUMMARY, saved_model.MODEL, artifacts.FILE, tracing.FILE,
     ATTACK,
 )  # fmt: skip
-"""Everything that the engine writes into a run folder, but for the lock."""
+"""All files and folders that the engine writes into a run folder, except the lock."""
 
 
 def check_vacant(out: Path) -> None:
-    """Raises UserError where a new run would write over anything; an empty folder or other files are no obstacle."""
+    """Raises UserError where a new run would overwrite anything; other files in the folder do not matter."""
     if out.is_symlink() and not out.exists():
         raise UserError(
             f"{out} is a link to a folder that does not exist: make that folder, or choose another with --out."
@@ -46,17 +46,17 @@ def check_free(out: Path, names: tuple[str, ...]) -> None:
 
 @contextmanager
 def writing(out: Path, *, fresh: bool) -> Iterator[None]:
-    """Inside, this process alone writes to the run folder, which is made where it is missing.
+    """Makes the run folder where it is missing, and locks it: inside, only this process writes to the folder.
 
-    A new run that fails before its first round is on record and before its first checkpoint takes back what it wrote,
-    and the folders that it made.  An interrupted one stays as it is, to be resumed.
+    If a new run fails before its first record and its first checkpoint, the files that it wrote and the folders that it
+    made are deleted.  After an interruption everything stays, so that the run can be resumed.
 
     Args:
         out: the run folder.
-        fresh: a new run, for which the folder must be vacant.
+        fresh: the run is new, so the folder must be vacant.
 
     Raises:
-        UserError: it is not vacant, another process writes to it, or it cannot be written.
+        UserError: the folder is not vacant, another process writes to it, or it cannot be written.
     """
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     begun = not fresh
@@ -80,7 +80,7 @@ def writing(out: Path, *, fresh: bool) -> Iterator[None]:
     except Exception as error:
         if not begun:
             for folder in made:
-                with suppress(OSError):  # something else is in it
+                with suppress(OSError):  # the folder is not empty
                     folder.rmdir()
         if isinstance(error, atomic.Unwritable):
             raise UserError(f"{error.problem}: {_way_out(out, error.full, begun)}.") from None
@@ -94,7 +94,7 @@ def _came_to_something(out: Path) -> bool:
 
 
 def _take_back(out: Path) -> None:
-    """Deletes what a new run wrote; all of it is its own, as the folder was vacant before."""
+    """Deletes what a new run wrote.  Nothing of another run is lost, as the folder was vacant before."""
     with suppress(OSError):
         checkpoints.Checkpoints(out).discard()
         for name in (*NAMES, atomic.LOCK):

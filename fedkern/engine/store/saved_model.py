@@ -1,4 +1,4 @@
-"""model.safetensors: what a run has learnt, and how it comes back as a module."""
+"""model.safetensors: writes the network that a run has learnt, and reads it back as a module."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 @dataclass(frozen=True)
 class Outline:
-    """What remains of the federated data without a single image: enough for a method to build its module again."""
+    """Stand-in for a run's federated data without images: what a method needs to build its module again."""
 
     classes: tuple[str, ...]
     image_shape: tuple[int, int, int]
@@ -46,7 +46,14 @@ class Outline:
 
 
 def about_network(context: RunContext, config: RunConfig, rounds: int, flat: bool) -> dict[str, Any]:
-    """What model.safetensors says of itself; ``flat``: whether it is a network of the run, which its name describes."""
+    """The description that model.safetensors carries.
+
+    Args:
+        context: of the run.
+        config: every setting.
+        rounds: communication rounds done.
+        flat: whether the module is the run's own network, which can be built from its name.
+    """
     data = context.data
     channels, height, width = data.image_shape
     about = {
@@ -65,21 +72,21 @@ def about_network(context: RunContext, config: RunConfig, rounds: int, flat: boo
         about["pair"] = context.pair
     if flat and lacks_statistics(context, config):
         about["statistics"] = "batch"
-    # What only the method can build again is told from a network of the run by this key.
+    # The key "samples" marks a module that only the method can build again.
     return about if flat else {**about, "samples": list(context.federation.samples)}
 
 
 def lacks_statistics(context: RunContext, config: RunConfig) -> bool:
-    """Whether the network of the run has batch norm whose running statistics nobody took (``--buffers``)."""
+    """Whether the run's network has batch norm without running statistics of the global model (``--buffers``)."""
     return not config.statistics and context.network("server").buffers.numel() > 0
 
 
 def write_model(out: Path, module: nn.Module, about: Mapping[str, Any]) -> None:
     """Writes model.safetensors: contiguous tensors by state-dict key, and ``about`` as JSON in the metadata.
 
-    Where ``about["statistics"]`` is ``"batch"`` batch norm's running statistics are left out.
+    Where ``about["statistics"]`` is ``"batch"``, batch norm's running statistics are left out.
     """
-    # One metadata key only: with several, their order in the file would be left to chance.
+    # One metadata key only: the order of several keys in the file would be random.
     metadata = {"fedkern": json.dumps(about, sort_keys=True)}
     tensors = state_dict(module)
     if about.get("statistics") == "batch":
@@ -90,16 +97,16 @@ def write_model(out: Path, module: nn.Module, about: Mapping[str, Any]) -> None:
 
 
 def results(out: Path) -> dict[str, int | None]:
-    """CRC-32 of what a finished run has written last, by file name."""
+    """CRC-32 of the files that a run writes at its end, by file name."""
     return {name: checksum(out / name) for name in (MODEL, SUMMARY)}
 
 
 def damaged(out: Path, entry: Mapping[str, Any]) -> list[str]:
-    """Which of the files of a finished run are missing or not what it wrote.
+    """Which of the files that a finished run wrote at its end are missing or changed.
 
     Args:
         out: the run folder.
-        entry: the run's last checkpoint; the first versions did not say what they had written.
+        entry: the run's last checkpoint; in the first versions it has no checksums of these files.
     """
     stored = entry["info"].get("results")
     if stored is None:
@@ -141,9 +148,9 @@ _IMAGES = {"channels": _size, "image_size": _list(_size, 2), "mean": _list(_numb
 _ABOUT: dict[str, Callable[[Any], bool]] = {
     **_IMAGES, "model": _text, "width": _width, "classes": _list(_text), "method": _text, "rounds": _count,
 }  # fmt: skip
-"""What model.safetensors says of every network, and whether a value is one that it can have."""
+"""Keys that the description in model.safetensors must have, each with a check of its value."""
 _ABOUT_SOME: dict[str, Callable[[Any], bool]] = {
-    "task": lambda x: x in _TASKS,  # the first versions did not say
+    "task": lambda x: x in _TASKS,  # missing in files of the first versions
     "statistics": lambda x: x == "batch",
     "samples": _list(_count),
     "pair": lambda x: isinstance(x, dict),
@@ -155,10 +162,10 @@ _PAIR: dict[str, Callable[[Any], bool]] = {
 
 
 def checked(text: str | None) -> dict[str, Any]:
-    """What model.safetensors says of itself, from the JSON of its metadata.
+    """The description in model.safetensors, from the JSON of its metadata.
 
     Raises:
-        ValueError: it is no JSON object, or a key is missing or has a value of another kind; the message names it.
+        ValueError: the text is no JSON object, or a key is missing or has a wrong value; the message names the key.
     """
     if text is None:
         raise ValueError("it does not say what network it holds")
@@ -194,7 +201,7 @@ def _check_keys(
 
 
 def readable(out: Path | str) -> bool:
-    """Whether there is a model.safetensors that is one of ours and as long as it says itself."""
+    """Whether there is a model.safetensors with a valid description and of the length that its header says."""
     try:
         with safe_open(Path(out) / MODEL, framework="pt") as file:
             return bool(checked((file.metadata() or {}).get("fedkern")))
@@ -203,22 +210,24 @@ def readable(out: Path | str) -> bool:
 
 
 def read_model(out: Path | str, trusted: Collection[str] = ()) -> tuple[nn.Module, dict[str, Any]]:
-    """What a finished run evaluated last, in eval mode on the CPU, and what is known about it.
+    """Reads the network that a finished run evaluated last, in eval mode on the CPU.
 
-    A network of the run is built from its name alone.  Anything else (fused clients, an ensemble) the method builds
-    again from the checkpoint of the run folder, and then takes the tensors of model.safetensors.  A network that was
-    evaluated without running statistics (``--buffers drop`` or ``local``) has none: its batch norm uses each batch's.
-
-    The second value has ``classes``, ``channels``, ``image_size``, ``mean`` and ``std`` (of images in [0, 1]),
-    ``model``, ``width``, ``method`` and ``rounds``; of image-text data also ``pair``, what
-    ``build_pair`` made the network from.
+    The run's own network is built from its name alone.  Any other module (fused clients, an ensemble) is built by the
+    method from the checkpoint in the run folder, and then loads the tensors of model.safetensors.  A network that was
+    evaluated without running statistics (``--buffers drop`` or ``local``) has none: its batch norm uses those of each
+    batch.
 
     Args:
         out: the run folder.
-        trusted: what may be imported, see :func:`fedkern.engine.run`.
+        trusted: code that may be imported (see :func:`fedkern.engine.run`).
+
+    Returns:
+        The module, and its description: ``classes``, ``channels``, ``image_size``, ``mean`` and ``std`` (of images in
+        [0, 1]), ``model``, ``width``, ``method`` and ``rounds``; for image-text data also ``pair``, the arguments of
+        ``build_pair``.
 
     Raises:
-        UserError: there is no such folder, it has no finished run, its file is damaged or of another network, or the
+        UserError: the folder does not exist or has no finished run, the file is damaged or of another network, or the
             method would run code that only the folder names.
     """
     check_regular(out)
@@ -274,7 +283,7 @@ def _plain(about: Mapping[str, Any]) -> nn.Module:
 
 
 def _rebuilt(out: Path, about: Mapping[str, Any], trusted: Collection[str]) -> nn.Module:
-    """What the method makes of the server's state at the end of the run."""
+    """The module that the method makes of the server's state at the end of the run."""
     config = RunConfig.load(out, device="cpu")
     config.check_code(out, trusted)
     kind = registry.get(config.method)

@@ -1,4 +1,4 @@
-"""Files are written beside the next round: the disk's answer takes longer than a small network's training."""
+"""Background writer: files are written during the next round, as a disk is slower than a small network's training."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 PENDING_BYTES = 256 << 20
-"""Of content that waits to be written; beyond it whoever wants to write more waits."""
+"""Bytes of content that may wait to be written; beyond them, a call that wants to write more waits."""
 
 
 class Scribe:
-    """One thread that does what it is given, in that order; after a failure it does nothing more.
+    """One thread that runs jobs in the order given; after a failure it runs no more jobs.
 
-    What it is given must not be changed any more.  It must not compute with torch: a second thread would have OpenMP
+    The content of a job must not change any more.  A job must not compute with torch: a second thread would have OpenMP
     threads of its own.
     """
 
@@ -23,10 +23,10 @@ class Scribe:
         self._failed: BaseException | None = None
 
     def give(self, job: Callable[[], object], size: int) -> Future[None]:
-        """Adds a job whose content has this many bytes, and returns what :meth:`settle` takes.
+        """Adds a job whose content has ``size`` bytes, and returns its future, which :meth:`settle` takes.
 
         Raises:
-            What an earlier job raised; this one is not done.
+            What an earlier job raised; the new job is not run.
         """
         while self._pending and (
             self._pending[0][0].done() or sum(waiting for _, waiting in self._pending) + size > PENDING_BYTES
@@ -38,7 +38,7 @@ class Scribe:
         return given
 
     def settle(self, until: Future[None] | None = None) -> None:
-        """Waits until everything is done, or everything up to a job.
+        """Waits until all jobs are done, or all jobs up to ``until``.
 
         Raises:
             What a job raised.
@@ -55,7 +55,7 @@ class Scribe:
                 self._failed = error
 
     def _first(self) -> None:
-        wait([self._pending[0][0]])  # before it is taken away: Ctrl-C may come meanwhile
+        wait([self._pending[0][0]])  # before the job is removed: Ctrl-C may come while waiting
         self._pending.popleft()
 
     def _check(self) -> None:
@@ -63,5 +63,5 @@ class Scribe:
             raise self._failed
 
     def close(self) -> None:
-        """Waits until everything is done that can be done, and ends the thread."""
+        """Waits until the remaining jobs are done, and ends the thread."""
         self._thread.shutdown(wait=True)

@@ -1,4 +1,4 @@
-"""Dicts of tensors, numbers, texts and such dicts as one safetensors file with a JSON tree; no pickle."""
+"""Saved states: nested dicts of tensors, numbers and texts, as one safetensors file with a JSON tree; no pickle."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ from torch import Tensor
 from fedkern.engine.store import atomic
 from fedkern.inputs import parse_json, special
 
-TREE = "tree"  # the file's only metadata key: with several, their order in the file would be left to chance
+TREE = "tree"  # the file's only metadata key: the order of several keys in the file would be random
 
 
 def save(path: Path, state: dict[Any, Any]) -> None:
     """Writes ``state`` to ``path``, completely or not at all.
 
-    It may hold tensors (any dtype of safetensors; saved contiguous, on the CPU), NumPy arrays, ``bool``, ``int``,
-    ``float`` (NaN and infinities included), ``str``, ``None``, lists, tuples, and dicts with text or integer keys.
+    ``state`` may hold tensors (any dtype of safetensors; saved contiguous, on the CPU), NumPy arrays, ``bool``,
+    ``int``, ``float`` (NaN and infinities included), ``str``, ``None``, lists, tuples, and dicts with text or integer
+    keys.
 
     Raises:
-        TypeError: it holds something else; the message says where.
+        TypeError: ``state`` holds something else; the message says where.
         UserError: the file cannot be written.
     """
     Packed(state).save(path)
 
 
 class Packed:
-    """A copy of a state, to be written while the state itself goes on changing.
+    """A copy of a state, which can be written while the state itself changes.
 
     Attributes:
         size: bytes of its tensors.
@@ -54,7 +55,7 @@ class Packed:
         return _unpack(json.loads(self._tree), lambda name: self._tensors[name].clone())
 
     def save(self, path: Path) -> None:
-        """Writes it; see :func:`save`."""
+        """Writes the copy (see :func:`save`)."""
         atomic.write(path, lambda temporary: save_file(self._tensors, temporary, metadata={TREE: self._tree}))
 
 
@@ -71,9 +72,9 @@ def load(path: Path) -> dict[Any, Any]:
 
 
 def part(path: Path, *keys: str | int) -> Any:
-    """What stands under ``keys``, one in another, in the dict that :func:`save` wrote; None where nothing does.
+    """The value under the nested ``keys`` in the dict that :func:`save` wrote; None where there is none.
 
-    Nothing else is read, so that one of many networks takes the memory of one.
+    Nothing else is read, so that reading one of many networks takes the memory of one.
 
     Raises:
         ValueError: the file is missing, damaged or not one of ours.
@@ -96,7 +97,7 @@ def _pack(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
         array = isinstance(value, np.ndarray)
         tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value.detach()
         name = f"t{len(tensors)}"
-        # A copy of its own: safetensors refuses shared storage, and a view would drag its whole buffer along.
+        # Copied, because safetensors refuses shared storage, and a view would be saved with its whole buffer.
         tensors[name] = tensor.cpu().clone(memory_format=torch.contiguous_format)
         return {"array" if array else "tensor": name}
     if value is None or isinstance(value, (bool, str)):
@@ -137,7 +138,7 @@ def _unpack(tree: Any, tensor: Callable[[str], Tensor]) -> Any:
 
 @dataclass(frozen=True)
 class _Seen:
-    """A tensor as it was; its memory is held, so that no other one can come to lie there."""
+    """Version, address and shape of a tensor; holds the memory, so that no new tensor can get the same address."""
 
     version: int
     place: int
@@ -146,7 +147,7 @@ class _Seen:
 
 
 def fingerprint(value: Any) -> Any:
-    """Something that differs whenever the state was changed, without reading the tensors' contents."""
+    """A value that differs whenever the state has changed, made without reading the contents of tensors."""
     if isinstance(value, Tensor):
         return ("tensor", _Seen(value._version, value.data_ptr(), tuple(value.shape), value.untyped_storage()))
     if isinstance(value, dict):

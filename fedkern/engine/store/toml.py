@@ -1,4 +1,4 @@
-"""Writes the flat tables of a run's settings as TOML (the standard library only reads it)."""
+"""TOML writer for the flat tables of a run's settings (the standard library only reads TOML)."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Agnostic federated learning (Mohri et al., ICML 2019, arXiv 1902.00146): the worst of all mixtures of clients.
+"""Agnostic federated learning (Mohri et al., ICML 2019, arXiv 1902.00146): training for the worst mixture of clients.
 
-The set of client weights is the whole simplex, where the nearest point of an exponentiated step is the step itself.
-Against the paper's one stochastic gradient a round, clients train as in FedAvg and the weights are those of the
-average; the paper's projected gradient on the weights is here the exponentiated one, as in FedDRA, of which this is
-rho = infinity with one stage and no anchors.
+The set of client weights is the whole simplex, so an exponentiated step needs no projection.  Two things differ from
+the paper.  Clients train as in FedAvg, instead of one stochastic gradient a round, and the client weights are the
+weights of the average.  The weights take an exponentiated step, as in FedDRA, instead of a projected gradient step.
+AFL equals FedDRA with rho = infinity, one stage and no anchors.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class AFL(Robust):
 
     @dataclass(frozen=True)
     class Options(Robust.Options):
-        """Knobs of the client weights."""
+        """Options of the client weights."""
 
     @property
     def radius(self) -> float:

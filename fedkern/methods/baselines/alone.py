@@ -1,4 +1,4 @@
-"""Training alone: what every client reaches without the others."""
+"""Local training without federation: the figures that every client reaches alone."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ from fedkern.models import Ensemble
 class Local(Objective, Method):
     """Not federated: every client trains its own network alone; the figures are means over the clients' networks.
 
-    A client trains as long as FedAvg's clients do, the same rounds of the same local epochs, from the same initial
-    network and with the same batches, and keeps what it has: with one client the two are the same.  All clients take
-    part in every round, whatever ``--sample-fraction`` is.  Nothing travels, so no byte is booked; what the server
-    holds is there to be evaluated and saved, as an ensemble whose members are the clients' networks.
+    A client trains as in FedAvg (same initial network, rounds, local epochs and batches), but keeps its own network
+    from round to round.  With one client, this equals FedAvg.  All clients take part in every round, whatever
+    ``--sample-fraction`` is.  Nothing travels, so no bytes are booked.  The server holds the clients' networks only to
+    evaluate and save them, as the members of an ensemble.
     """
 
     tasks: ClassVar[tuple[str, ...]] = ("classification", "segmentation", "retrieval")
@@ -71,15 +71,15 @@ class Local(Objective, Method):
     def model(self, server: Server) -> Ensemble | Pairs:
         members = [server.build() for _ in range(server.federation.clients)]
         for k, member in enumerate(members):
-            if str(k) in server.state:  # a client that diverged at once has the initial network
+            if str(k) in server.state:  # a client that diverged in its first round keeps the initial network
                 member.load_state_dict(server.state[str(k)])
         return Ensemble(members) if hasattr(members[0], "head") else Pairs(members)
 
     def evaluate(self, model: Any, data: Any) -> dict[str, float]:
         """The usual figures of every client's own network on the whole test set, averaged over clients.
 
-        ``lowest_accuracy`` and ``highest_accuracy`` (``lowest_i2t_r1`` and so on) are those of the worst and the best
-        client.
+        ``lowest_accuracy`` and ``highest_accuracy`` (``lowest_i2t_r1`` and so on) are the figures of the worst and the
+        best client.
         """
         if getattr(data, "task", "") == "retrieval":
             return _averaged([pair_figures(member, data) for member in model.members], "i2t_r1")
@@ -92,7 +92,7 @@ class Local(Objective, Method):
 
 
 class Pairs(nn.Module):
-    """The clients' pairs of encoders side by side, frozen; there is no one answer of all of them."""
+    """The clients' pairs of encoders, frozen; a container without a joint prediction."""
 
     def __init__(self, members: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class Pairs(nn.Module):
 
 
 def _averaged(figures: list[dict[str, float]], main: str) -> dict[str, float]:
-    """The means of figures over clients, and the range of the main one."""
+    """Means of the figures over clients, and the lowest and highest value of the main figure."""
     shared = [name for name in figures[0] if all(name in each for each in figures)]
     mean = {name: sum(each[name] for each in figures) / len(figures) for name in shared}
     ends = [each[main] for each in figures]

@@ -1,8 +1,8 @@
 """CCVR (Luo et al., 2021, arXiv 2106.05001) after a single round of FedAvg.
 
-Heterogeneous data spoil the classifier more than the features before it.  So clients send, per class, the count, mean
-and covariance of the averaged network's features, and the server trains the classifier alone on virtual features drawn
-from one Gaussian per class.
+Heterogeneous data harm the classifier more than the features.  So clients send, per class, the count, mean and
+covariance of the averaged network's features.  The server trains only the classifier, on virtual features drawn from
+one Gaussian per class.
 """
 
 from __future__ import annotations
@@ -21,6 +21,6 @@ class CCVR(OneShotFedAvg):
 
     @dataclass(frozen=True)
     class Options(OneShotFedAvg.Options):
-        """Those of one-shot FedAvg, calibrated by default."""
+        """Options of one-shot FedAvg, with calibration by default."""
 
         calibrate: bool = option(True, "train the classifier anew on features drawn from class statistics (CCVR)")

@@ -1,4 +1,4 @@
-"""Training on everybody's data in one place: the reference that federated learning does without."""
+"""Centralised training on the pooled data of all clients: a reference for federated methods."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from fedkern.methods.roles import Client
 class Centralised(Objective, Method):
     """Not federated: the data of all clients are put together and one network is trained on them.
 
-    It trains as one client of FedAvg that holds everything: rounds of local epochs, the momentum anew in every round.
-    What is booked is the price of putting the data together: every client uploads its raw images (uint8) and labels
+    Training is that of a single FedAvg client that holds all data: rounds of local epochs, with fresh momentum in every
+    round.  The booked bytes are those of pooling the data: every client uploads its raw images (uint8) and labels
     (int64) once, before training.  Nothing travels after that.
     """
 

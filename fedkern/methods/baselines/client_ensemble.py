@@ -1,8 +1,8 @@
-"""The ensemble of the clients' networks: what one-shot methods want to reach with one network (or must beat).
+"""Ensemble of the clients' networks: the accuracy that one-shot methods want to reach (or beat) with one network.
 
-Every client trains the whole local budget once and uploads its network; the server keeps them all.  The prediction is
-the mean of the members' logits; the majority vote and the mean of the probabilities are reported beside it.  With
-``calibrate`` one classifier on the features of all members replaces the mean of their logits.
+Every client trains the whole local budget once and uploads its network; the server keeps all networks.  The prediction
+is the mean of the members' logits.  The accuracies of the majority vote and of the mean probabilities are reported
+too.  With ``calibrate``, one classifier on the features of all members replaces the mean of their logits.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Ensemble(OwnNetworks, OneShot):
 
     @dataclass(frozen=True)
     class Options(OneShot.Options):
-        """Knobs of the ensemble."""
+        """Options of the ensemble."""
 
         weighting: str = option(
             "uniform", "weight of a member in the mean: its number of samples, or the same for all",
@@ -73,7 +73,7 @@ class Ensemble(OwnNetworks, OneShot):
 
     def send(self, server: Server, step: Step) -> Message | dict[int, Message]:
         if step.exchange == "update" and self.options.models:
-            return {}  # each starts from fresh weights of its own architecture
+            return {}  # every client starts from fresh weights of its own architecture
         return super().send(server, step)
 
     def client_update(self, client: Client, step: Step, message: Message) -> Message:
@@ -99,7 +99,7 @@ class Ensemble(OwnNetworks, OneShot):
 
     def model(self, server: Server) -> models.Ensemble:
         members, state = self.members(server), server.state
-        if "members" not in state:  # nobody has trained yet
+        if "members" not in state:  # no client has trained yet
             return models.Ensemble([server.build()])
         weights = None
         if self.options.weighting == "samples":
@@ -112,7 +112,7 @@ class Ensemble(OwnNetworks, OneShot):
     # -- calibration: one classifier on the features of all members ------------------------------------------------
 
     def publish(self, server: Server) -> dict[ClientId, Message]:
-        """To every client the others' networks; its own it has, and is told where that one was refused."""
+        """For every client, the other clients' networks, and ``left_out`` if the client's own network was refused."""
         members = self.members(server).messages()
         messages: dict[ClientId, Message] = {}
         for k in range(server.federation.clients):
@@ -136,7 +136,7 @@ class Ensemble(OwnNetworks, OneShot):
     # -- figures ---------------------------------------------------------------------------------------------------
 
     def evaluate(self, model: nn.Module, data: Any) -> dict[str, float]:
-        """Adds ``vote_accuracy`` and ``probability_accuracy``, of images, to the figures of the mean of the logits."""
+        """The figures of the mean logits; for classification also ``vote_accuracy`` and ``probability_accuracy``."""
         if not isinstance(model, models.Ensemble) or getattr(data, "task", "") == "segmentation":
             return super().evaluate(model, data)
         ballot = _Ballot(model, data)
@@ -145,14 +145,14 @@ class Ensemble(OwnNetworks, OneShot):
 
 
 def vote(logits: Tensor) -> Tensor:
-    """The majority's class, int64 [B], of logits [M, B, C]; the mean probability decides between equal counts."""
+    """Majority vote, int64 [B], of logits [M, B, C]; the mean probability breaks ties."""
     p = F.softmax(logits.double(), 2)
     counts = F.one_hot(logits.argmax(2), logits.shape[2]).sum(0)
     return (counts + p.mean(0) / 2).argmax(1)
 
 
 class _Ballot:
-    """An ensemble and its test set in one: passes both through and counts what votes and probabilities would say."""
+    """Wraps an ensemble and its test set: passes both through and counts correct votes and mean probabilities."""
 
     def __init__(self, ensemble: models.Ensemble, data: Any) -> None:
         self._ensemble, self._data = ensemble, data

@@ -1,12 +1,14 @@
-"""Co-Boosting (Dai et al., 2024, arXiv 2402.15070): images and ensemble that make each other better.
+"""Co-Boosting (Dai et al., 2024, arXiv 2402.15070): synthetic images and ensemble weights improve each other.
 
-DENSE's alternation with three changes:
-- hard samples: the generator's cross-entropy weighs an image by (1 - p_y)^s, and its divergence from the student counts
-  everywhere (temperature 3 in the released code);
-- every image is moved by eta in the direction in which a random combination of the ensemble's outputs grows fastest
-  (output diversified sampling) before the student sees it, so the members are asked again every time;
-- the members' weights are learned: w <- w - mu decay^epoch sign(dCE(sum_k w_k t_k, y) / dw) on every batch of the pool,
-  within [0, 1].  The released code leaves their sum free, which also changes the logits' scale; here it stays 1.
+Co-Boosting alternates like DENSE, with three changes:
+
+- Hard samples: the generator's cross-entropy weighs an image by (1 - p_y)^s.  The divergence from the student counts on
+  all images (temperature 3 in the released code).
+- Output diversified sampling: before the student sees an image, the image moves by eta in the direction in which a
+  random combination of the ensemble's outputs grows fastest.  So the members' logits are computed anew every time.
+- Learned member weights: w <- w - mu decay^epoch sign(dCE(sum_k w_k t_k, y) / dw) on every batch of the pool, within
+  [0, 1].  The released code does not normalise the weights, which also changes the scale of the logits; here their sum
+  stays 1.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ class CoBoosting(DENSE):
 
     @dataclass(frozen=True)
     class Options(DENSE.Options):
-        """Knobs of the co-boosting; the released code's: 200 epochs, SGD 0.01 with cosine, batch 128, T 4."""
+        """Options of Co-Boosting; defaults of the released code: 200 epochs, SGD 0.01 with cosine, batch 128, T 4."""
 
         distill_lr: float = option(0.01, "learning rate of the student's SGD (cosine to 0)", above=0)
         distill_decay: float = option(1e-4, "weight decay of the student's SGD", low=0)
@@ -47,7 +49,7 @@ class CoBoosting(DENSE):
         weight_step: float = option(0.01, "step of the members' weights; 0 leaves them equal", low=0, high=1)
         weight_step_decay: float = option(0.99, "factor on that step after every epoch", above=0, high=1)
 
-    _scale: Tensor  # [1, C, 1, 1]: how far apart black and white are in normalised images
+    _scale: Tensor  # [1, C, 1, 1]: distance of black and white in normalised images
 
     def how(self) -> Synthesis:
         o = self.options
@@ -97,14 +99,14 @@ def move_weights(weights: Tensor, said: Tensor, labels: Tensor, step: float) -> 
         weights: [K], of sum 1.
         said: the members' logits [K, B, C].
         labels: int64 [B].
-        step: how far every weight moves.
+        step: change of every weight before normalisation.
 
     Returns:
-        [K], at least 0, of sum 1; what came in where every weight would be 0.
+        [K], at least 0, of sum 1; ``weights`` unchanged if every weight would be 0.
     """
     with torch.enable_grad():
         w = weights.detach().requires_grad_()
-        # Of the normalised weights: larger logits alone are no reason to move all of them the same way.
+        # Normalised, so that the scale of the logits alone does not move all weights in one direction.
         loss = cross_entropy(torch.einsum("k,kbc->bc", w / w.sum(), said), labels)
         (gradient,) = torch.autograd.grad(loss, w)
     moved = (weights - step * gradient.sign()).clamp(0, 1)

@@ -1,13 +1,13 @@
 """DENSE (Zhang et al., 2022, arXiv 2112.12371): one-shot federated learning without any data on the server.
 
-Every epoch, a generator is trained against the frozen ensemble of the clients' networks (mean logits t(x)) and the
-student s, with random labels y and the members' running statistics:
+In every epoch, the server trains a generator against the frozen ensemble of the clients' networks (mean logits t(x))
+and the student s, with random labels y and the members' running statistics:
 
     L_G = CE(t(x), y) + lambda_BN L_BN(x) - lambda_adv KL(t(x) || s(x)) [argmax t(x) != argmax s(x)]
 
 The best batch joins a pool, and the student is distilled on the whole pool with T^2 KL(t || s) at temperature T.  As in
-the released code, the generator starts anew for every batch and its noise is learned with it, and the pool keeps all
-batches; as nothing augments them here, what the members say of an image is computed once.
+the released code, the generator is reset for every batch, its noise is learned too, and the pool keeps all batches.
+The images are not augmented here, so the members' logits of an image are computed once.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ class DENSE(DataFree):
 
     @dataclass(frozen=True)
     class Options(DataFree.Options):
-        """Knobs of the alternation; the released code's: 200 epochs, SGD 0.005, T 20, weights 1.
+        """Options of DENSE; defaults of the released code: 200 epochs, SGD 0.005, T 20, weights 1.
 
-        Its student starts fresh (``student_init``); here the average is the default, as for every distilled student.
+        The released code starts the student from fresh weights (``student_init=fresh``).  Here the default is the
+        average of the clients, as for every distilled student.
         """
 
         distill_epochs: int = option(200, "times that images are made and the student is trained on all of them", low=1)
@@ -53,16 +54,16 @@ class DENSE(DataFree):
         return self.synthesis(adversarial=self.options.adv_weight, restart=self.options.restart)
 
     def optimiser(self, student: nn.Module) -> tuple[Optimizer, LRScheduler]:
-        """The student's optimiser, and a schedule that steps once an epoch (DENSE's learning rate is constant)."""
+        """The student's optimiser, and a schedule that steps once an epoch (in DENSE, a constant learning rate)."""
         o = self.options
         made = torch.optim.SGD(student.parameters(), o.distill_lr, o.distill_momentum)
         return made, torch.optim.lr_scheduler.ConstantLR(made, 1.0, o.distill_epochs)
 
     def reweigh(self, teachers: Ensemble, pool: Pool, epoch: int, draw: torch.Generator) -> None:
-        """Changes ``teachers.weights`` before an epoch; DENSE leaves them equal."""
+        """Updates ``teachers.weights`` before the student's epoch; DENSE leaves them equal."""
 
     def example(self, teachers: Ensemble, pool: Pool, index: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-        """What the student sees of the images at ``index``, and the members' logits of it."""
+        """The student's input for the images at ``index``, and the members' logits of that input."""
         return pool.take(index)
 
     def distil(self, server: Server, step: Step, teachers: Ensemble, student: nn.Module) -> None:

@@ -5,9 +5,9 @@ The server distils the ensemble of the clients' networks into their average on u
     L = T^2 KL( softmax(mean_k t_k / T) || softmax(s / T) )
 
 with Adam and a cosine schedule (the paper's settings: learning rate 1e-3, batch 128, temperature 1).  The images are a
-public split, or, without any data, those of a generator trained against the ensemble (the paper's section 4.3 takes one
-that exists already).  The paper stops on a validation plateau, which a server without labels does not have: here the
-number of epochs is set.
+public split or, without public data, those of a generator trained against the ensemble (section 4.3 of the paper uses
+an existing generator).  The paper stops on a validation plateau.  A server without labels cannot, so here the number of
+epochs is an option.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class FedDF(DataFree):
 
     @dataclass(frozen=True)
     class Options(DataFree.Options):
-        """Knobs of the distillation."""
+        """Options of the distillation."""
 
         source: str = option(
             "public",
@@ -69,7 +69,7 @@ class FedDF(DataFree):
         o, classes = self.options, server.federation.classes
         if o.source == "public" and server.public is not None:
             pool = Pool(teachers, len(server.public), server.image_shape)
-            # A segmentation network's answers are as large as its images.
+            # Logits of a segmentation have a value per pixel and class: smaller batches.
             for batch in server.public.batches(500 if server.task == "classification" else 16):
                 pool.add(batch.images)
             return pool

@@ -1,17 +1,17 @@
 """FedDyn (Acar et al., ICLR 2021, arXiv 2111.04263): dynamic regularisation.
 
-Every client's objective changes with the rounds so that its minimum agrees with the global one (algorithm 1):
+Every client's objective changes over the rounds so that its minimum agrees with the global minimum (algorithm 1):
 
     theta_k = argmin L_k(theta) - <g_k, theta> + alpha/2 ||theta - theta^{t-1}||^2
     g_k <- g_k - alpha (theta_k - theta^{t-1})                      the client's gradient at theta_k, kept by the client
     h <- h - alpha 1/m sum_{k in P} (theta_k - theta^{t-1}),   theta^t = 1/|P| sum_{k in P} theta_k - h / alpha
 
-The server keeps s = -h / alpha, so that alpha is the clients' own.  With ``weighting=samples`` the objective is
-sum_k (n_k/n) L_k, which scales the clients' losses by m n_k / n: the same as alpha n / (m n_k) for client k, as in the
-released code; ``weighting=uniform`` is the paper's.  The averages of models are uniform in both.
+The server keeps s = -h / alpha, so that only the clients need alpha.  With ``weighting=samples`` the objective is
+sum_k (n_k/n) L_k, which scales the clients' losses by m n_k / n.  This equals alpha_k = alpha n / (m n_k) for client k,
+as in the released code.  ``weighting=uniform`` is the paper's objective.  The averages of models are uniform in both.
 
-What clients receive is theta^t, which the correction takes away from any model that a client has trained; evaluated and
-saved is the average of the participants' models, as in the released code, or theta^t with ``evaluate=server``.
+Clients receive theta^t, which differs by the correction -h / alpha from the average of the participants' models.  The
+evaluated and saved model is that average, as in the released code, or theta^t with ``evaluate=server``.
 
 A round costs the bytes of FedAvg, and the number alpha_k.
 """
@@ -31,6 +31,8 @@ from fedkern.methods.terms import Terms
 @register("feddyn")
 class FedDyn(FedAvg):
     """Regularises every client dynamically, so that local and global optima agree (arXiv 2111.04263)."""
+
+    follows_own_update = True
 
     @dataclass(frozen=True)
     class Options(FedAvg.Options):
@@ -72,7 +74,7 @@ class FedDyn(FedAvg):
             for upload in uploads:
                 present += 1
                 handover = [upload]
-                del upload  # or it would live until the next one has arrived
+                del upload  # free this upload before the next one arrives
                 yield handover.pop()
 
         super().server_update(server, step, counted())

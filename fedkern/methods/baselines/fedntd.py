@@ -1,11 +1,11 @@
 """FedNTD (Lee et al., NeurIPS 2022, arXiv 2106.03097): preservation of global knowledge by not-true distillation.
 
-A client distils what the received model says of the classes that are not a sample's own (equations 3 to 5):
+A client distils the received model's probabilities of the classes other than a sample's own (equations 3 to 5):
 
     L = CE + beta tau^2 KL(q~_g || q~_l),   q~(c) = exp(z_c / tau) / sum_{c' != y} exp(z_c' / tau)   for c != y
 
-so that local training does not forget the classes a client lacks, while the sample's own class is left to the labels.
-tau^2, 1 by default, keeps the gradient's size for other temperatures.  A round costs the bytes of FedAvg.
+The term keeps local training from forgetting classes that a client lacks; the sample's own class is left to the labels.
+tau is 1 by default, and tau^2 keeps the gradient's size for other temperatures.  A round costs the bytes of FedAvg.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class FedNTD(LocalTraining):
 
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         logits = model(batch.images)
-        if not self.options.beta or logits.shape[1] == 1:  # of one class none is not true
+        if not self.options.beta or logits.shape[1] == 1:  # a single class has no not-true class
             return cross_entropy(logits, batch.labels)
         teacher = remembered("logits", batch, received, lambda: received.model(batch.images))
         em = cross_entropy(logits, batch.labels)

@@ -1,21 +1,22 @@
 """FedProto (Tan et al., AAAI 2022, arXiv 2105.00243): federated prototype learning.
 
-Clients send the mean feature of each of their classes, the server averages these prototypes, and clients pull their
-features towards them (equations 3 to 7):
+Clients send the mean feature of each of their classes.  The server averages these prototypes, and clients pull their
+features towards the averages (equations 3 to 7):
 
     C_i^(j) = 1/|D_ij| sum_{x in D_ij} f_i(x),   C^(j) = sum_i |D_ij| C_i^(j) / sum_i |D_ij|
     L = CE + lambda 1/B sum_b ||f(x_b) - C^(y_b)||^2 / d
 
-with f the pooled features of width d, and no distance for a class without a prototype (in the first round: for all).
-As in the released code, the distance is taken per sample, mean over its d coordinates.
+with f the pooled features of width d.  A class without a prototype (in the first round: every class) adds no distance.
+As in the released code, the distance is taken per sample, as the mean over its d coordinates.
 
-In the paper nothing but prototypes travels and every client keeps a network of its own (``networks=personal``): the
-bytes of a round are C (d + 1) numbers and the class ids.  Such networks have no single accuracy; they are uploaded once
-after the last round (booked as one-off) and what is evaluated is the mean of their figures, so there is none before.
-By default (``networks=averaged``) the networks are averaged as in FedAvg and prototypes travel beside them, so that one
-network can be compared with those of other methods.  ``predict=prototype`` answers with the nearest prototype, of
-features that the clients took of their networks before these were averaged; where a test class has no prototype, its
-loss is infinite.
+In the paper only prototypes travel and every client keeps its own network (``networks=personal``): the bytes of a round
+are C (d + 1) numbers and the class ids.  The clients upload these networks once, after the last round (booked as
+one-off), and the evaluation reports the mean of their figures; there are no figures before.  By default
+(``networks=averaged``) the networks are averaged as in FedAvg and prototypes travel too, so that one network can be
+compared with those of other methods.
+
+``predict=prototype`` predicts the nearest prototype.  With ``networks=averaged``, the prototypes are features of the
+clients' networks before the average.  The loss of a test class without a prototype is infinite.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ class FedProto(LocalTraining):
             statistics = buffers is not None or not flat.buffers.numel()
             if buffers is not None:
                 flat.load_buffers(buffers)
-        # Without running statistics (--buffers drop) batch norm has only the batch's own.
+        # Without running statistics (--buffers drop) batch norm uses the batch's own.
         return {**answer, "prototypes": prototypes(network.train(not statistics), client)}
 
     # -- the server ------------------------------------------------------------------------------------------------
@@ -128,7 +129,7 @@ class FedProto(LocalTraining):
 
     def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
         network: Any = once(server.round_cache, "network", server.build)
-        if step.exchange == "collect":  # a client that never took part has none
+        if step.exchange == "collect":  # a client that never took part has no network
             return {"network": Maybe(once(server.round_cache, "state", lambda: like(network.state_dict())))}
         own = {} if self.options.networks == "personal" else super().expects(server, step, client, message)
         known = {
@@ -157,7 +158,7 @@ class FedProto(LocalTraining):
                 sums[own["classes"]] += weight.double()[:, None] * own["means"].double()
                 weights[own["classes"]] += weight.double()
                 handover = [upload]
-                del upload, own  # or they would live until the next one has arrived
+                del upload, own  # free this upload before the next one arrives
                 yield handover.pop()
 
         if self.options.networks == "personal":
@@ -167,12 +168,12 @@ class FedProto(LocalTraining):
             super().server_update(server, step, with_prototypes())
         if sums is not None:
             means, known = table(server.state.get("prototypes"), classes, sums.shape[1])
-            seen = weights > 0  # a class that nobody brought this time keeps its prototype
+            seen = weights > 0  # a class that no client sent in this round keeps its prototype
             means[seen] = (sums[seen] / weights[seen, None]).float()
             known |= seen
             server.state["prototypes"] = {"classes": known.nonzero().flatten(), "means": means[known]}
 
-    # -- what is evaluated -----------------------------------------------------------------------------------------
+    # -- the evaluated model ---------------------------------------------------------------------------------------
 
     def model(self, server: Server) -> nn.Module | None:  # type: ignore[override]
         nearest = self.options.predict == "prototype"
@@ -203,15 +204,15 @@ class FedProto(LocalTraining):
         if isinstance(model, Personal) and client in model.clients:
             model = model.members[model.clients.index(client)]
         elif isinstance(model, Personal):
-            data = SimpleNamespace(batches=data.batches)  # a client that never took part: what the others say as one
+            data = SimpleNamespace(batches=data.batches)  # never took part: evaluate the mean of the others' logits
         return super().evaluate(model, data)
 
 
 class Nearest(nn.Module):
-    """Answers with the nearest prototype: logits ``-||f(x) - C^(j)||^2``, ``-inf`` for a class without one.
+    """Nearest-prototype classifier: logits ``-||f(x) - C^(j)||^2``, ``-inf`` for a class without a prototype.
 
     Args:
-        network: gives ``features`` [B, d].
+        network: a network with ``features`` [B, d].
         means: fp32 [C, d].
         known: bool [C].
     """
@@ -227,7 +228,7 @@ class Nearest(nn.Module):
         self.register_buffer("known", known.to(device))
 
     def train(self, mode: bool = True) -> Nearest:
-        """Leaves the network in the mode it came in: without running statistics batch norm takes each batch's."""
+        """Keeps the network's mode: without running statistics, batch norm must use each batch's own."""
         self.training = mode
         return self
 
@@ -238,10 +239,10 @@ class Nearest(nn.Module):
 
 
 class Personal(nn.Module):
-    """The clients' own networks; as one, the mean of their logits.
+    """The clients' own networks; the joint prediction is the mean of their logits.
 
     Args:
-        members: each client's, by its id.
+        members: networks by client id.
     """
 
     def __init__(self, members: Mapping[ClientId, nn.Module]) -> None:
@@ -275,7 +276,7 @@ def prototypes(network: Any, client: Client) -> Message:
 
 
 def table(message: Message | None, classes: int, width: int | None = None) -> tuple[Tensor, Tensor]:
-    """Prototypes as ``means`` fp32 [C, d] (zero where there is none) and ``known`` bool [C], for all classes."""
+    """Prototypes of all classes: ``means`` fp32 [C, d], zero without a prototype, and ``known`` bool [C]."""
     size = width if message is None else message["means"].shape[1]
     means, known = torch.zeros(classes, size or 0), torch.zeros(classes, dtype=torch.bool)
     if message is not None:

@@ -1,7 +1,7 @@
-"""FML, federated mutual learning (Shen et al., arXiv 2006.16765): private models learn with a shared one.
+"""FML, federated mutual learning (Shen et al., arXiv 2006.16765): private models learn with a shared proxy.
 
-A client's private model h, which never leaves it, and the proxy z train on the same batches, each from the labels and
-from what the other says (equations 3 and 4; each with the other side detached):
+A client's private model h never leaves the client.  h and the proxy z train on the same batches, each from the labels
+and from the other's detached outputs (equations 3 and 4):
 
     L_h = alpha CE(h, y) + (1 - alpha) KL(softmax(z) || softmax(h))
     L_z = beta  CE(z, y) + (1 - beta)  KL(softmax(h) || softmax(z))
@@ -25,7 +25,7 @@ from fedkern.methods.base import Batch, Client, LocalTraining, Message, Received
 
 
 class Pair(nn.Module):
-    """The private model beside the proxy."""
+    """Module that holds the private model and the proxy."""
 
     def __init__(self, private: nn.Module, proxy: nn.Module) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class FML(LocalTraining):
         pair = Pair(self._private(client), client.network())
         proxy = ops.FlatParameters(pair.proxy)
         proxy.load_parameters(message["parameters"])
-        # Running statistics that do not travel (--buffers) stay fresh: a network in train mode does not read them.
+        # Running statistics that do not travel (--buffers) keep initial values: train mode does not read them.
         if "buffers" in message:
             proxy.load_buffers(message["buffers"])
         if "integers" in message:
@@ -72,11 +72,11 @@ class FML(LocalTraining):
 
     def start(self, server: Server) -> None:
         super().start(server)
-        self._fresh(server.build)  # an unknown private model ends the run before it starts
+        self._fresh(server.build)  # raises on an unknown private model before the run starts
 
     def _private(self, client: Client) -> nn.Module:
-        """The client's private model as it left the last round, or a fresh one."""
-        # Of its own beginning: two equal networks that see the same batches would have nothing to tell each other.
+        """The client's private model from the last round, or a fresh one."""
+        # Its own initial weights: equal networks that train on the same batches could not teach each other.
         network = self._fresh(partial(client.network, stream="private"))
         if "private" in client.state:
             network.load_state_dict(client.state["private"])

@@ -1,13 +1,13 @@
 """MOON (Li, He and Song, CVPR 2021, arXiv 2103.16257): model-contrastive federated learning.
 
-A client pulls its representation z of a sample towards the global model's and pushes it away from that of its own last
-local model (equations 3 and 4):
+A client pulls its representation z of a sample towards the global model's and pushes z away from the representation of
+the client's last local model (equations 3 and 4):
 
     L = CE + mu l_con,   l_con = -log( e^{sim(z, z_glob)/tau} / (e^{sim(z, z_glob)/tau} + e^{sim(z, z_prev)/tau}) )
 
-with sim the cosine similarity.  The paper's networks end in a projection head of two layers before the classifier; here
-z are the pooled features, so that every method of a table trains the same network.  In a client's first round there is
-no previous model: both similarities are those to the received one, l_con is the constant log 2, and it is left out.
+with sim the cosine similarity.  The paper's networks have a projection head of two layers before the classifier; here
+z are the pooled features, so that all compared methods train the same network.  In a client's first round there is no
+previous model: the received model would take its place and l_con would be the constant log 2, so l_con is left out.
 
 The previous model stays with the client, so a round costs the bytes of FedAvg.
 """
@@ -53,7 +53,7 @@ class Moon(LocalTraining):
         return em + self.options.mu * contrast, {"loss_em": em.detach(), "loss_con": contrast.detach()}
 
     def _previous(self, received: Received) -> Any:
-        """The client's last local model, made once an exchange."""
+        """The client's last local model, built once per exchange."""
         if "network" not in received.round_cache:
             received.round_cache["network"] = frozen_copy(received.model, received.message["previous"])
         return received.round_cache["network"]

@@ -1,17 +1,19 @@
 """SCAFFOLD (Karimireddy et al., ICML 2020, arXiv 1910.06378): stochastic controlled averaging.
 
-Control variates c_i of the clients and c of the server take the drift out of local steps (algorithm 1):
+Control variates c_i of the clients and c of the server correct the drift of local steps (algorithm 1):
 
     y_i <- y_i - eta (g_i(y_i) - c_i + c)
     c_i+ = g_i(x)                                   option I: the gradient at the received model, one more pass
     c_i+ = c_i - c + (x - y_i) / (K eta)            option II
     x <- x + eta_g sum_i p_i (y_i - x),   c <- c + sum_i p_i (c_i+ - c_i)
 
-Under plain SGD option II is the mean of the K gradients g_i along the way, and that mean is what is computed here: the
-quotient would be too large by 1 / (1 - momentum) under momentum.  p_i are the shares of the samples, those of the
-participants renormalised for x; ``weighting=uniform`` is the paper's 1 / |S| and 1 / N.  So c = sum_i p_i c_i always.
+Under plain SGD, option II is the mean of the K gradients g_i of the local steps.  This implementation computes that
+mean, because with momentum the quotient would be too large by 1 / (1 - momentum).  p_i is the client's share of all
+samples; for x the shares of the participants are renormalised.  ``weighting=uniform`` is the paper's 1 / |S| and 1 / N.
+So c = sum_i p_i c_i always.
 
-A control variate travels beside the model both ways: the bytes of a round double (but for batch norm's buffers).
+A control variate travels with the model in both directions: the bytes of a round double, except for batch norm's
+buffers.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ from fedkern.methods.common.supervised import supervised_loss
 from fedkern.methods.terms import GradientSum, Terms
 from fedkern.models.norms import fix_statistics
 
-# Images of one backward pass at the received model, and of one whose answers are as large as the images.
+# Images per backward pass at the received model: of a classification, and of a segmentation (logits per pixel).
 GRADIENT_BATCH, PIXELWISE_BATCH = 64, 16
 
 
@@ -88,7 +90,7 @@ class Scaffold(FedAvg):
         return Terms(correction=received.message["correction"], gradient_sum=received.message["path"])
 
     def gradient(self, client: Client, step: Step, message: Message) -> Tensor:
-        """The gradient of the mean loss over all of the client's samples at the received model, fp32 [P]."""
+        """Gradient of the client's mean loss over all its samples at the received model, fp32 [P]."""
         network = client.network()
         flat = ops.FlatParameters(network)
         flat.load_parameters(message["parameters"])
@@ -97,7 +99,7 @@ class Scaffold(FedAvg):
         if client.statistics_fixed(step):
             fix_statistics(network)
         total = flat.gradients()
-        known = (client.labels >= 0).sum().clamp_min(1)  # samples, of a segmentation pixels
+        known = (client.labels >= 0).sum().clamp_min(1)  # samples; in a segmentation, pixels
         for batch in client.batches(GRADIENT_BATCH if client.labels.dim() == 1 else PIXELWISE_BATCH):
             share = float((batch.labels >= 0).sum() / known)
             (share * supervised_loss(network, batch)).backward()
@@ -115,7 +117,7 @@ class Scaffold(FedAvg):
                 change.add(upload.message["control"], shares[upload.client_id])
                 present += shares[upload.client_id]
                 handover = [upload]
-                del upload  # or it would live until the next one has arrived
+                del upload  # free this upload before the next one arrives
                 yield handover.pop()
 
         before = server.state["parameters"]

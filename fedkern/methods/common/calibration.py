@@ -1,7 +1,7 @@
 """Classifier calibration from class statistics (CCVR, arXiv 2106.05001; FuseFL, arXiv 2410.20380, section 4.5).
 
-Every client sends, per class, the count, mean and scatter of its features; the server pools them exactly, samples
-virtual features from one Gaussian per class and trains the classifier, and nothing else, on these.
+Every client sends, per class, the count, mean and scatter of its features.  The server pools these statistics exactly,
+samples virtual features from one Gaussian per class and trains only the classifier on the virtual features.
 
     client:   statistics = ClassStatistics(classes, width)
               statistics.add(features, labels)                         # batch by batch
@@ -26,13 +26,13 @@ from fedkern.methods.base import Batch, ClientId, Declaration, Message, Upload, 
 from fedkern.methods.options import Options, option
 from fedkern.models.optimisers import SGD
 
-JITTER = 1e-4  # added to every variance, so that directions without spread have a little
-PORTION_BYTES = 64 << 20  # virtual features held at a time
+JITTER = 1e-4  # added to every variance, so that no direction has zero variance
+PORTION_BYTES = 64 << 20  # virtual features in memory at a time
 
 
 @dataclass(frozen=True)
 class CalibrationOptions(Options):
-    """Knobs of every method that calibrates its classifier."""
+    """Options of every method that calibrates its classifier."""
 
     calibrate: bool = option(True, "train the classifier anew on features drawn from pooled class statistics (CCVR)")
     calibration_epochs: int = option(5, "passes over the virtual features", low=1)
@@ -45,9 +45,9 @@ class CalibrationOptions(Options):
 
 
 class ClassStatistics:
-    """Counts, means and scatters of features per class, exact in any partition of the samples.
+    """Counts, means and scatters of features per class, exact for any partition of the samples.
 
-    Parts are merged by the update of Chan et al. (1979), which never subtracts large moments; so the covariance of any
+    The update of Chan et al. (1979), which never subtracts large moments, merges parts.  So the covariance of any
     number of merged uploads is the sample covariance of their concatenated features.
 
     Args:
@@ -73,10 +73,10 @@ class ClassStatistics:
 
     @torch.no_grad()
     def add(self, features: Tensor, labels: Tensor) -> None:
-        """Takes a batch in: ``features`` [B, d] of any floating type, ``labels`` int64 [B].
+        """Adds a batch: ``features`` [B, d] of any floating type, ``labels`` int64 [B].
 
         Raises:
-            ValueError: a shape or a label does not fit.
+            ValueError: a shape does not fit, or a label is out of range.
         """
         if features.dim() != 2 or features.shape[1] != self.width or labels.shape != features.shape[:1]:
             raise ValueError(
@@ -94,7 +94,7 @@ class ClassStatistics:
             self._chan(c, len(own), mean.cpu(), scatter.cpu())
 
     def message(self) -> Message:
-        """What a client sends, of the classes it has (C' of C).
+        """A client's upload, with means and scatters only of the C' of C classes that the client has.
 
         ``counts`` int32 [C], ``means`` fp32 [C', d], ``scatters`` fp32 [C', d (d + 1) / 2] (upper triangles by rows;
         [C', d] with ``diagonal``): at most C (d + d (d + 1) / 2 + 1) numbers of 4 bytes.
@@ -111,11 +111,11 @@ class ClassStatistics:
         }
 
     def merge(self, message: Mapping[str, Any]) -> None:
-        """Takes a client's :meth:`message` in.
+        """Adds a client's :meth:`message`.
 
         Raises:
-            ValueError: a tensor is missing, of wrong shape or not finite, or a count or squared deviation is negative;
-                nothing was taken in then.
+            ValueError: a tensor is missing, has a wrong shape or is not finite, or a count or squared deviation is
+                negative; the statistics are then unchanged.
         """
         counts, means, scatters = self._checked(message)
         for row, c in enumerate(torch.nonzero(counts).flatten().tolist()):
@@ -199,7 +199,7 @@ def collect(
 
 
 def statistics_of(head: nn.Linear, options: CalibrationOptions) -> Declaration:
-    """What a client's statistics of the features that ``head`` reads must hold, see `ClassStatistics.message`."""
+    """Declaration of a client's statistics (`ClassStatistics.message`) of the features that ``head`` reads."""
     width = head.in_features
     size = width if options.covariance == "diagonal" else width * (width + 1) // 2
     return {
@@ -215,7 +215,7 @@ def pool(
     options: CalibrationOptions,
     refuse: Callable[[ClientId, ValueError], None],
 ) -> ClassStatistics:
-    """The clients' statistics of what ``head`` reads, pooled; ``refuse`` hears of uploads that cannot be used."""
+    """The clients' pooled statistics of the features that ``head`` reads; calls ``refuse`` for unusable uploads."""
     diagonal = options.covariance == "diagonal"
     pooled = ClassStatistics(head.out_features, head.in_features, diagonal=diagonal, compat=options.ccvr_compat)
     for upload in uploads:
@@ -227,11 +227,12 @@ def pool(
 
 
 def shrunk(statistics: ClassStatistics) -> Tensor:
-    """Covariances pulled towards their mean variance by as much as their few samples warrant.
+    """Covariances shrunk towards their mean variance, more strongly for classes with few samples.
 
     ``(1 - rho_c) Sigma_c + rho_c (tr Sigma_c / d) I`` with rho_c of the oracle approximating shrinkage (Chen et al.,
-    arXiv 0907.4698, eq. 23), which vanishes like 1 / n_c; for variances alone its counterpart
-    ``2 / (n + 1) sum v^2 / sum (v - mean v)^2``.  A class of a single sample has the mean variance of the others.
+    arXiv 0907.4698, eq. 23), which vanishes like 1 / n_c.  For diagonal statistics rho_c is
+    ``2 / (n + 1) sum v^2 / sum (v - mean v)^2``.  A class with a single sample takes the mean variance of the other
+    classes.
 
     Returns:
         fp64 [C, d, d], or [C, d] where the statistics are diagonal; zero for absent classes.
@@ -264,12 +265,12 @@ def virtual_features(
 
     Args:
         statistics: pooled over the clients.
-        rng: what everything is drawn from.
+        rng: random stream of all draws.
         per_class: features per class.
-        compat: covariances as they are, neither shrunk nor raised by ``JITTER``.
+        compat: use the covariances unchanged, neither shrunk nor raised by ``JITTER``.
 
     Yields:
-        features fp32 [n, d] and labels int64 [n]; every portion holds the classes in equal parts.
+        features fp32 [n, d] and labels int64 [n]; every portion has equally many features of every class.
     """
     present = torch.nonzero(statistics.counts).flatten().tolist()
     covariances = statistics.covariances() if compat else shrunk(statistics)
@@ -287,14 +288,14 @@ def virtual_features(
 
 
 def _root(covariance: Tensor, jitter: float) -> Tensor:
-    """R with R R^T = covariance + jitter I (elementwise for variances)."""
+    """R with R R^T = covariance + jitter I; for variances, the elementwise square root."""
     if covariance.dim() == 1:
         return (covariance + jitter).clamp_min(0).sqrt()
     raised = covariance + jitter * torch.eye(len(covariance), dtype=covariance.dtype)
     root, failed = torch.linalg.cholesky_ex(raised)
     if not int(failed):
         return root
-    # Singular up to rounding (the uploads are fp32).
+    # The matrix is singular up to the rounding of fp32 uploads.
     values, vectors = torch.linalg.eigh(raised)
     return vectors * values.clamp_min(0).sqrt()
 
@@ -309,10 +310,11 @@ def calibrate(
 ) -> nn.Linear:
     """A copy of the classifier ``head`` trained on virtual features: SGD without momentum, cross-entropy.
 
-    Classes that nobody has get no virtual features.  ``options.ccvr_compat`` makes one pass at learning rate 0.01.
+    Classes without samples at any client get no virtual features.  ``options.ccvr_compat`` makes one pass at learning
+    rate 0.01.
 
     Raises:
-        ValueError: the classifier and the statistics differ in width or classes.
+        ValueError: the classifier and the statistics differ in width or number of classes.
     """
     if (head.in_features, head.out_features) != (statistics.width, statistics.classes):
         raise ValueError(

@@ -16,28 +16,28 @@ from fedkern.methods.common.segmentation_figures import segmentation
 from fedkern.methods.common.supervised import pair_figures
 
 MAIN_FIGURES = ("accuracy", "dice", "i2t_r1")
-"""What a run is judged by, whatever its task: its metrics hold one of these."""
+"""Main figures, one per task; the metrics of every run include one of them."""
 
 
 AHEAD = 16
-"""Batches that wait for a thread; more would only hold memory."""
+"""Most batches that wait for a thread; more batches would only use memory."""
 
 
 def is_main(name: str) -> bool:
-    """Whether a metric is a main figure, of any test set (``ood_accuracy``) or kind (``vote_accuracy``)."""
+    """Whether a metric is a main figure, with any prefix: ``ood_accuracy``, ``vote_accuracy``."""
     return name.endswith(MAIN_FIGURES)
 
 
 def figures(model: nn.Module, data: Any) -> dict[str, float]:
-    """The figures of the task that ``data.task`` names: `classification` (the default), `segmentation`, retrieval."""
+    """Figures for ``data.task``: `classification` (the default), `segmentation` or retrieval (`pair_figures`)."""
     of_task = {"retrieval": pair_figures, "segmentation": segmentation}
     return of_task.get(getattr(data, "task", ""), classification)(model, data)
 
 
 def answers(model: nn.Module, data: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """What a network says of ``data.batches()``, with their labels, in order.
+    """A network's outputs for ``data.batches()`` with the labels, in order.
 
-    Several batches at a time where ``data.pool`` is a pool of threads: each as one thread alone would compute it.
+    If ``data.pool`` is a pool of threads, several batches run at once; the outputs are the same as with one thread.
     """
     pool: ThreadPoolExecutor | None = getattr(data, "pool", None)
     if pool is None:
@@ -47,7 +47,7 @@ def answers(model: nn.Module, data: Any) -> Iterator[tuple[Tensor, Tensor]]:
     asked = torch.no_grad()(model)
     ahead: deque[tuple[Future[Tensor], Tensor]] = deque()
     for images, labels in data.batches():
-        # In this thread's context, which says what precision networks compute in.
+        # Copy this thread's context: the precision of networks is a context variable.
         ahead.append((pool.submit(copy_context().run, asked, images), labels))
         if len(ahead) > AHEAD:
             done, known = ahead.popleft()

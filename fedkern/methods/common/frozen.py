@@ -1,4 +1,4 @@
-"""What frozen networks say of a client's samples, for methods whose loss compares the training network with them."""
+"""Cached outputs and copies of frozen networks, for losses that compare the training network with a frozen one."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from fedkern.models import precision
 
 @torch.no_grad()
 def remembered(name: str, batch: Batch, received: Received, compute: Callable[[], Tensor]) -> Tensor:
-    """``compute()``, one row per sample of the batch, without gradients.
+    """``compute()`` without gradients, cached over the epochs of the exchange; one row per sample of the batch.
 
-    Where images do not change between epochs it is called in the first one only, and its rows are kept for the rest of
-    the exchange; so it must be a frozen function of each sample.
+    If images are not augmented, ``compute`` runs in the first epoch only, and later epochs read the cached rows.  So
+    ``compute`` must be a frozen function of each sample.
 
     Args:
-        name: tells apart what one loss remembers.
-        batch: the batch; its ``indices`` are the rows.
-        received: whose ``round_cache`` keeps them.
-        compute: gives ``[B, ...]`` for ``batch.images``.
+        name: cache key, unique within a loss.
+        batch: the batch; its ``indices`` are the rows of the cache.
+        received: its ``round_cache`` holds the cache.
+        compute: returns ``[B, ...]`` for ``batch.images``.
     """
     rows = torch.from_numpy(batch.indices)
     kept = received.round_cache.get(name)
@@ -40,14 +40,14 @@ def remembered(name: str, batch: Batch, received: Received, compute: Callable[[]
 
 
 def frozen_copy(model: nn.Module, vectors: Mapping[str, Tensor]) -> Any:
-    """A copy of a frozen network, in the same mode, that holds other flat ``parameters`` and ``buffers``.
+    """A copy of a frozen network, in the same mode, with other flat ``parameters`` and ``buffers``.
 
     Raises:
-        ValueError: a vector has another size than the network's.
+        ValueError: a vector's size differs from the network's.
     """
     made = copy.deepcopy(model)
     if precision.lower() is not None:
-        made.float()  # the received one's weights are cast already
+        made.float()  # the received network's weights are already in lower precision
     flat = ops.FlatParameters(made)
     flat.load_parameters(vectors["parameters"])
     if "buffers" in vectors:

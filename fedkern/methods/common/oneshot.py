@@ -1,9 +1,10 @@
-"""The frame of one-shot methods: every client trains its whole budget once.
+"""Base of one-shot methods: every client trains its whole budget once.
 
-``--local-epochs`` is a client's whole budget, so that all one-shot methods train equally long.  With ``calibrate`` a
-second round replaces the classifier: clients send class statistics of the features of what the first round made, and
-the server trains the classifier on features drawn from them (CCVR, arXiv 2106.05001).  It is the same for every method,
-so that a comparison is about what is calibrated.  The records of the rounds before it hold the figures without.
+``--local-epochs`` is a client's whole budget, so that all one-shot methods train equally long.  With ``calibrate``, a
+second round replaces the classifier.  Clients send class statistics of the features of the first round's model, and the
+server trains the classifier on features drawn from these statistics (CCVR, arXiv 2106.05001).  The calibration is the
+same for every method, so that comparisons differ only in the calibrated model.  The records of earlier rounds hold the
+figures without calibration.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ from fedkern.methods.uploads import once
 
 
 class OneShot(FedAvg):
-    """Methods whose clients train once: a plan of one round, and one more with ``calibrate``."""
+    """Methods whose clients train once: one round, and a second one with ``calibrate``."""
 
     @dataclass(frozen=True)
     class Options(CalibrationOptions, FedAvg.Options):
-        """Knobs of every one-shot method."""
+        """Options of every one-shot method."""
 
         calibrate: bool = option(False, "train the classifier anew on features drawn from class statistics (CCVR)")
 
@@ -48,7 +49,7 @@ class OneShot(FedAvg):
     tasks: ClassVar[tuple[str, ...]] = ("classification", "segmentation")
     takes_teachers = True
     needs_statistics = False
-    """Whether networks are used apart from their training, so that batch norm needs running statistics."""
+    """Whether the server uses the clients' networks in eval mode, so that batch norm needs running statistics."""
 
     def start(self, server: Server) -> None:
         super().start(server)
@@ -100,14 +101,14 @@ class OneShot(FedAvg):
             raise UserError("The class statistics of every client were refused: run without calibrate.")
         self.replace_head(server, calibrate(head, pooled, server.rng("calibration", step), o))
 
-    # -- what is calibrated: the averaged network, unless a method says otherwise ----------------------------------
+    # -- the calibrated model: the averaged network, unless a method overrides these -------------------------------
 
     def publish(self, server: Server) -> Message | dict[ClientId, Message]:
-        """What the clients need to compute the features whose statistics they send; one message for all, or each."""
+        """The message from which clients compute the features for their statistics; one for all, or one per client."""
         return {name: server.state[name] for name in VECTORS if name in server.state}
 
     def published(self, client: Client, message: Message) -> Any:
-        """The network with these ``features``, in eval mode, on the client's device."""
+        """The network whose ``features`` the statistics describe, in eval mode, on the client's device."""
         return load(flatten(client.network()), message).eval()
 
     def head(self, server: Server) -> nn.Linear:
@@ -126,6 +127,6 @@ class OneShot(FedAvg):
 
 
 def exhaust(uploads: Iterable[Upload]) -> None:
-    """Lets every client do its part of an exchange whose uploads nobody looks at."""
+    """Runs through the uploads of an exchange without using them, so that every client does its part."""
     for _ in uploads:
         pass

@@ -1,4 +1,4 @@
-"""What the one-shot methods share that distil the clients' ensemble into one network on the server."""
+"""Base of one-shot methods that distil the clients' ensemble into one network on the server."""
 
 from __future__ import annotations
 
@@ -42,13 +42,16 @@ from fedkern.models.generator import Generator
 class Distilled(OwnNetworks, OneShot):
     """Clients train once; the server averages them and distils their ensemble into one network.
 
-    The plan has a round that trains (after it the model is the average: one-shot FedAvg), one that distils, in which
-    nothing travels, and with ``calibrate`` one that calibrates.  So a run killed while it distils keeps the training.
+    The plan has separate rounds, so that a run interrupted during the distillation keeps the clients' training:
+
+    1. ``train``: after it the model is the average (one-shot FedAvg).
+    2. ``distil``: nothing travels.
+    3. ``calibrate``, with the option of that name.
     """
 
     @dataclass(frozen=True)
     class Options(OneShot.Options):
-        """Knobs of every method that distils an ensemble on the server."""
+        """Options of every method that distils an ensemble on the server."""
 
         models: str = option(
             "", "networks of the clients in turn, as name[:width] between commas; empty: --model for all"
@@ -64,7 +67,7 @@ class Distilled(OwnNetworks, OneShot):
 
     @property
     def averages(self) -> bool:
-        return False  # every network counts by itself too
+        return False  # every network is also a teacher by itself
 
     def members(self, server: Server) -> Members:
         """The uploaded networks."""
@@ -72,7 +75,7 @@ class Distilled(OwnNetworks, OneShot):
 
     @abstractmethod
     def distil(self, server: Server, step: Step, teachers: Ensemble, student: nn.Module) -> None:
-        """Trains ``student`` in place on what ``teachers`` say; both are on the server's device."""
+        """Trains ``student`` in place on the logits of ``teachers``; both are on the server's device."""
 
     def follow(
         self,
@@ -82,12 +85,13 @@ class Distilled(OwnNetworks, OneShot):
         optimiser: torch.optim.Optimizer,
         schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
     ) -> dict[str, float]:
-        """Trains the student for an epoch on images [B, C, H, W] and the members' logits [K, B, C] of them.
+        """Trains the student for an epoch on batches of images [B, C, H, W] and the members' logits [K, B, C].
 
         The loss is ``T^2 KL(softmax(mean_k t_k / T) || softmax(s / T))``.
 
         Returns:
-            ``distil_loss`` and ``teacher_agreement``, the share of images that student and ensemble class alike.
+            ``distil_loss`` and ``teacher_agreement``, the share of images on which student and ensemble predict the
+            same class.
         """
         running = Running()
         for images, said in batches:
@@ -137,7 +141,7 @@ class Distilled(OwnNetworks, OneShot):
             sizes = {name: server.state[name].shape for name in VECTORS if name in server.state}
             sound = self.members(server).collect(step, uploads)
             own = (u for u in sound if {n: u.message[n].shape for n in VECTORS if n in u.message} == sizes)
-            # The average of those that have the student's architecture, sound already; of none it stays fresh.
+            # Averages the accepted networks of the student's architecture; without any, the state stays fresh.
             super(OneShot, self).server_update(server, step, own)
         elif step.exchange == "distil":
             exhaust(uploads)
@@ -149,17 +153,20 @@ class Distilled(OwnNetworks, OneShot):
             self.distil(server, step, self.members(server).ensemble(), student)
             refuse_diverged(student)
             server.state.update(vectors(flat))
-            del server.state["members"]  # nothing after this needs them
+            del server.state["members"]  # later rounds do not need the members
         else:
             super().server_update(server, step, uploads)
 
 
 class DataFree(Distilled):
-    """Those that distil on the images of a generator (a generator's knobs, and how they become its settings)."""
+    """Methods that can distil on images of a generator: its options and their conversion to settings."""
 
     @dataclass(frozen=True)
     class Options(Distilled.Options):
-        """Knobs of the generator; the published settings are 256, 64, 30, 256 and 1e-3 (DENSE, Co-Boosting)."""
+        """Options of the generator.
+
+        The first five have the published settings of DENSE and Co-Boosting as defaults.
+        """
 
         nz: int = option(256, "dimensions of the generator's noise", low=1)
         ngf: int = option(64, "unit of the generator's channels", low=1)
@@ -170,7 +177,7 @@ class DataFree(Distilled):
         bn_weight: float = option(1.0, "weight of the distance to the members' batch norm statistics", low=0)
 
     def generator(self, server: Server, draw: torch.Generator) -> Generator:
-        """A fresh generator of the data's image size on the server's device."""
+        """A fresh generator for the data's image size, on the server's device."""
         o = self.options
         channels, height, width = server.image_shape
         made = Generator(
@@ -180,7 +187,7 @@ class DataFree(Distilled):
         return made.to(server.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def synthesis(self, **settings: Any) -> Synthesis:
-        """How a batch of images is made, from the options."""
+        """Settings of the image synthesis, from the options."""
         o = self.options
         return Synthesis(
             steps=o.generator_steps, size=o.synthesis_batch, lr=o.generator_lr, cross_entropy=o.ce_weight,
@@ -189,16 +196,16 @@ class DataFree(Distilled):
 
 
 def torch_stream(server: Server, purpose: str, step: Step) -> torch.Generator:
-    """A CPU generator of torch, seeded by the server's own stream for a purpose and round."""
+    """A CPU ``torch.Generator``, seeded by the server's own stream for a purpose and round."""
     return torch.Generator().manual_seed(int(server.rng(purpose, step).integers(2**63)))
 
 
 class Pool:
-    """Images and what every member says of them, asked once.
+    """Pool of images with every member's logits, computed once per image.
 
     Args:
         teachers: the members.
-        capacity: images it will hold.
+        capacity: number of images that the pool can hold.
         shape: (channels, height, width).
     """
 
@@ -206,9 +213,9 @@ class Pool:
         channels, height, width = shape
         device = teachers.weights.device
         self._teachers = teachers
-        # One row per image in NHWC, so that picking rows keeps channels-last and copies whole images.
+        # One row per image in NHWC, so that selecting rows keeps channels-last and copies whole images.
         self._rows = torch.empty(capacity, height, width, channels, device=device)
-        self._said = torch.empty(0, device=device)  # [K, capacity, C], or with positions
+        self._said = torch.empty(0, device=device)  # [K, capacity, C], or [K, capacity, C, H, W]
         self._labels = torch.zeros(capacity, dtype=torch.int64, device=device)
         self._count = 0
 
@@ -217,7 +224,7 @@ class Pool:
 
     @torch.no_grad()
     def add(self, images: Tensor, labels: Tensor | None = None) -> None:
-        """Takes in normalised images fp32 [n, C, H, W] and, where they were made for classes, those int64 [n]."""
+        """Adds normalised images fp32 [n, C, H, W] and, for generated images, their target classes int64 [n]."""
         begin, end = self._count, self._count + len(images)
         self._rows[begin:end] = images.permute(0, 2, 3, 1)
         said = self._teachers.logits(images)
@@ -229,19 +236,19 @@ class Pool:
         self._count = end
 
     def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B, C, H, W] and the members' logits [K, B, C], or [K, B, C, H, W], of int64 [B] rows (on the CPU)."""
+        """Images [B, C, H, W] and the members' logits, [K, B, C] or [K, B, C, H, W], at ``index`` int64 [B] (CPU)."""
         index = index.to(self._rows.device)
         return self._rows.index_select(0, index).permute(0, 3, 1, 2), self._said.index_select(1, index)
 
     def answers(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """The members' logits [K, B, C] of the images at ``index``, and the classes [B] those were made for."""
+        """The members' logits [K, B, C] of the images at ``index``, and the images' target classes [B]."""
         index = index.to(self._rows.device)
         return self._said.index_select(1, index), self._labels.index_select(0, index)
 
     def batches(self, size: int, draw: torch.Generator) -> Iterator[Tensor]:
-        """One epoch: positions in random order in batches of ``size``; a rest of one image is left out.
+        """Positions of one epoch in random order, in batches of ``size``.
 
-        Batch norm cannot normalise a single value per channel.
+        A last batch of a single image is left out: batch norm cannot normalise a single value per channel.
         """
         for batch in torch.randperm(len(self), generator=draw).split(size):
             if len(batch) > 1:
@@ -249,7 +256,7 @@ class Pool:
 
 
 class Running:
-    """Means of named figures without waiting for the device at every step."""
+    """Running means of named figures, without a device synchronisation at every step."""
 
     def __init__(self) -> None:
         self._totals: dict[str, Tensor] = {}
@@ -262,5 +269,5 @@ class Running:
         self._count += 1
 
     def means(self) -> dict[str, float]:
-        """Their means over all steps."""
+        """Means of the figures over all steps."""
         return {name: float(total) / self._count for name, total in self._totals.items()}

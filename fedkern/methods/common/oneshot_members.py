@@ -1,4 +1,4 @@
-"""The networks that clients upload once: how they travel, who is refused, how the server gets them back."""
+"""Networks that clients upload once: their flat vectors, the check of an upload, and the rebuilt modules."""
 
 from __future__ import annotations
 
@@ -28,17 +28,19 @@ from fedkern.models.ensemble import Ensemble
 from fedkern.ops import FlatParameters
 
 Architectures = tuple[tuple[str, int] | None, ...]
-"""The clients' networks in turn: name and width, or None for the run's own."""
+"""Architectures of the clients in turn: (name, width), or None for the run's own network."""
 
 PROBES = 16
-"""Images of noise that a member must answer with finite logits before it is let in."""
+"""Number of noise images on which a member's logits must be finite before the server accepts the member."""
 
 
 def parse_models(text: str) -> Architectures:
-    """Reads ``"resnet8:16,cnn"``: (name, width) of the clients' networks in turn; empty is the run's own for all.
+    """Parses ``"resnet8:16,cnn"`` into (name, width) of the clients' networks in turn.
+
+    An empty text means the run's own network for all clients.
 
     Raises:
-        UserError: an unknown network, or a width that is no positive number.
+        UserError: an unknown network, or a width that is not a positive number.
     """
     if not text:
         return (None,)
@@ -57,13 +59,13 @@ def parse_models(text: str) -> Architectures:
 
 
 def architecture(architectures: Architectures, client: int) -> dict[str, Any]:
-    """What ``build`` and ``network`` need beside the run's own settings for a client's network."""
+    """Arguments of ``build`` and ``network`` for a client's network; empty for the run's own network."""
     entry = architectures[client % len(architectures)]
     return {} if entry is None else {"model": entry[0], "width": entry[1]}
 
 
 class OwnNetworks(Method):
-    """Methods whose clients may have networks of their own, which the option ``models`` names."""
+    """Methods whose clients may have different architectures, given by the option ``models``."""
 
     def __init__(self, options: Any = None) -> None:
         super().__init__(options)
@@ -74,23 +76,23 @@ class OwnNetworks(Method):
 
 
 def flatten(module: nn.Module) -> FlatParameters:
-    """The module as flat vectors, laid out as the engine lays out networks (convolutions channels-last)."""
+    """The module as flat vectors, in the engine's memory layout (convolutions channels-last)."""
     if any(p.dim() == 4 for p in module.parameters()):
         module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return FlatParameters(module)
 
 
 def vectors(flat: FlatParameters) -> Message:
-    """Copies of what travels: ``parameters`` fp32 [P], ``buffers`` fp32 [Q], ``integers`` int64 [R]; none empty."""
+    """CPU copies of ``parameters`` fp32 [P], ``buffers`` fp32 [Q], ``integers`` int64 [R], without empty vectors."""
     found = {"parameters": flat.parameters, "buffers": flat.buffers, "integers": flat.integers}
     return {name: value.detach().cpu().clone() for name, value in found.items() if value.numel()}
 
 
 def load(flat: FlatParameters, message: Message) -> nn.Module:
-    """Writes vectors into a module and returns it.
+    """Writes the vectors of a message into a module and returns the module.
 
     Raises:
-        ValueError: a vector is missing or has another size than the module's.
+        ValueError: a vector is missing, or its size differs from the module's.
     """
     for name, own in (("parameters", flat.parameters), ("buffers", flat.buffers), ("integers", flat.integers)):
         if own.numel() and name not in message:
@@ -104,7 +106,7 @@ def load(flat: FlatParameters, message: Message) -> nn.Module:
 
 
 def member_vectors(server: Server, architectures: Architectures, client: int) -> Declaration | None:
-    """What a client of its own architecture uploads; None for one that has the run's network."""
+    """Declaration of the upload of a client with its own architecture; None for a client with the run's network."""
     own = architecture(architectures, client)
     if not own:
         return None
@@ -119,7 +121,7 @@ def train_member(
     message: Message,
     architectures: Architectures,
 ) -> Message:
-    """A client's whole local training, of the run's network or of the client's own architecture."""
+    """Runs a client's local training on the run's network or the client's own architecture; returns its upload."""
     own = architecture(architectures, client.id)
     if not own:
         return client.train(method, step, message)
@@ -129,10 +131,10 @@ def train_member(
 
 
 class Members:
-    """The uploaded networks in ``server.state["members"]``: client id to vectors and samples.
+    """The uploaded networks in ``server.state["members"]``: vectors and number of samples by client id.
 
     Args:
-        place: the server, or a client that was sent them.
+        place: the server, or a client that received the networks.
         architectures: the clients' networks in turn, see :func:`parse_models`.
     """
 
@@ -148,16 +150,16 @@ class Members:
         """Builds every architecture once.
 
         Raises:
-            UserError: one does not fit the images.
+            UserError: an architecture does not fit the images.
         """
         for client in range(len(self.architectures)):
             self.build(client)
 
     def collect(self, step: Step, uploads: Iterable[Upload]) -> Iterator[Upload]:
-        """Keeps every upload whose network answers with finite logits, and passes it on; others are refused by name.
+        """Stores and yields every upload whose network has finite logits, and refuses the others.
 
         Raises:
-            UserError: one is refused and the run is not to go on without it, or none is left.
+            UserError: an upload is refused with ``--on-nan stop``, or no upload is left.
         """
         kept = self.server.state["members"] = {}
         for upload in uploads:
@@ -173,7 +175,7 @@ class Members:
 
     @torch.no_grad()
     def _sound(self, step: Step, upload: Upload) -> bool:
-        """Whether the network answers noise with finite logits."""
+        """Whether the network has finite logits on noise."""
         module = self.build(upload.client_id)
         load(flatten(module), upload.message)
         shape = (PROBES, *self.server.image_shape)
@@ -186,15 +188,15 @@ class Members:
         return sorted(self.server.state["members"])
 
     def messages(self) -> dict[int, Message]:
-        """What travels of every member."""
+        """Flat vectors of every member, by client id."""
         members = self.server.state["members"]
         return {k: {name: members[k][name] for name in VECTORS if name in members[k]} for k in self.clients()}
 
     def modules(self, messages: dict[int, Message] | None = None) -> list[nn.Module]:
-        """The members' networks, in order of the clients, in eval mode."""
+        """The members' networks in eval mode, in ascending order of client ids."""
         messages = self.messages() if messages is None else messages
         return [load(flatten(self.build(k)), messages[k]).eval() for k in sorted(messages)]
 
     def ensemble(self, weights: Tensor | None = None, **settings: Any) -> Ensemble:
-        """All of them as one."""
+        """The ensemble of all members."""
         return Ensemble(self.modules(), weights, **settings)

@@ -1,4 +1,4 @@
-"""Images from an ensemble alone: a generator trained against frozen teachers (DENSE, arXiv 2112.12371, section 3.1)."""
+"""Data-free image synthesis: a generator trained against frozen teachers (DENSE, arXiv 2112.12371, section 3.1)."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from fedkern.models.precision import full
 
 
 class _Moments(torch.autograd.Function):
-    """Mean and variance of every channel of ``[N, C, H, W]``: 4 times as fast as ``torch.var_mean`` in channels-last.
+    """Mean and variance of every channel of ``[N, C, H, W]``, faster than ``torch.var_mean`` in channels-last.
 
-    Which is what generators and teachers work in; the backward pass, one sweep, is 6 times as fast.
+    Generators and teachers use channels-last.  The forward pass is 4 times as fast, the backward pass (one sweep) 6
+    times.
     """
 
     @staticmethod
@@ -41,10 +42,10 @@ class _Moments(torch.autograd.Function):
 
 
 class BatchNormStatistics:
-    """How far a batch's statistics are from the running ones at every batch norm of frozen networks.
+    """Distance of a batch's statistics from the running statistics at every batch norm of frozen networks.
 
     ``sum over layers of ||mean(x) - running_mean||_2 + ||var(x) - running_var||_2``, averaged over the networks
-    (DeepInversion, arXiv 1912.08795; DENSE's L_BN).  Reads the layers' inputs by hooks, from entering to leaving.
+    (DeepInversion, arXiv 1912.08795; DENSE's L_BN).  Inside the ``with`` block, hooks read the layers' inputs.
     """
 
     def __init__(self, networks: Iterable[nn.Module]) -> None:
@@ -71,24 +72,25 @@ class BatchNormStatistics:
         self._terms.append(torch.linalg.vector_norm(var - layer.running_var))
 
     def take(self) -> Tensor | float:
-        """The distance over all forward passes since the last call; 0 where there is no batch norm."""
+        """The distance summed over all forward passes since the last call; 0 without batch norms."""
         terms, self._terms = self._terms, []
         return torch.stack(terms).sum() / len(self._networks) if terms else 0.0
 
 
 @dataclass(frozen=True)
 class Synthesis:
-    """How a batch of images is made.
+    """Settings of the synthesis of one batch of images.
 
     Attributes:
         steps: steps of the generator per batch.
         size: images per batch.
-        lr: Adam's learning rate, for the generator and for the noise, which is learned with it.
+        lr: Adam's learning rate, for the generator and for the noise, which is learned too.
         cross_entropy: weight of the ensemble's cross-entropy to the random labels.
         batch_norm: weight of :class:`BatchNormStatistics`.
         adversarial: weight of ``-KL(ensemble || student)``.
-        boundary: count only images on which ensemble and student disagree in that term (DENSE's decision boundary).
-        temperature: of that term.
+        boundary: whether the adversarial term counts only images on which ensemble and student disagree (DENSE's
+            decision boundary).
+        temperature: temperature of the adversarial term.
         hardness: exponent s of the weight (1 - p_y)^s on an image's cross-entropy (Co-Boosting's hard samples).
         restart: draw new weights for the generator before every batch.
     """
@@ -106,7 +108,7 @@ class Synthesis:
 
 
 def hard_cross_entropy(logits: Tensor, labels: Tensor, hardness: float) -> Tensor:
-    """Mean of ``(1 - p_y)^s CE``, the weight without gradient (Co-Boosting, arXiv 2402.15070, section 4.1)."""
+    """Mean of ``(1 - p_y)^s CE``, with no gradient through the weight (Co-Boosting, arXiv 2402.15070, section 4.1)."""
     if hardness == 0:
         return cross_entropy(logits, labels)
     p = softmax(logits.detach(), 1).gather(1, labels[:, None]).squeeze(1)
@@ -114,14 +116,16 @@ def hard_cross_entropy(logits: Tensor, labels: Tensor, hardness: float) -> Tenso
 
 
 def divergence(student: Tensor, teachers: Tensor, weights: Tensor, how: Synthesis) -> Tensor:
-    """The term a generator maximises: mean over images of ``KL(ensemble || student)``.
+    """The term that a generator maximises: mean over images of ``KL(ensemble || student)``.
 
-    With ``how.boundary`` only images count on which the two predict different classes (DENSE, equation 5).
+    With ``how.boundary``, only images count on which ensemble and student predict different classes (DENSE, equation
+    5).  Gradients reach both ``student`` and ``teachers``.
 
     Args:
-        student: logits [B, C]; gradients reach it and the teachers.
+        student: logits [B, C].
         teachers: logits [K, B, C].
-        weights: [K], their weights in the mean of the logits.
+        weights: [K], the teachers' weights in the mean of the logits.
+        how: the settings.
     """
     rows = ops.ensemble_kl(student, teachers, weights, how.temperature, mix="logits", reduction="none")
     if how.boundary:
@@ -140,18 +144,18 @@ def synthesise(
 ) -> tuple[Tensor, Tensor]:
     """Trains the generator (and its noise) and returns the images of the step with the lowest loss.
 
-    Teachers and student are in eval mode, and nothing of theirs changes.
+    Teachers and student are in eval mode and do not change.
 
     Args:
-        generator: on the teachers' device.
+        generator: the generator, on the teachers' device.
         teachers: the frozen ensemble.
-        student: what the images should be hard for; None leaves that term out.
+        student: the network of the adversarial term, for which the images should be hard; None: no such term.
         how: the settings.
-        draw: CPU generator of noise, labels and new weights.
+        draw: CPU random generator of noise, labels and new weights.
         classes: number of classes.
 
     Returns:
-        normalised images fp32 [size, C, H, W] and the labels int64 [size] they were made for.
+        normalised images fp32 [size, C, H, W] and their target labels int64 [size].
 
     Raises:
         UserError: no step had a finite loss, or the student has diverged.
@@ -176,7 +180,7 @@ def synthesise(
             loss = loss + how.batch_norm * statistics.take()
             if adversarial and student is not None:
                 loss = loss - adversarial * divergence(student(images), logits, teachers.weights, how)
-            better = (loss < lowest).detach()  # stays on the device: no step waits for its loss
+            better = (loss < lowest).detach()  # stays on the device, so no step waits for the loss
             lowest = torch.where(better, loss.detach(), lowest)
             best = images.detach() if best is None else torch.where(better, images.detach(), best)
             optimiser.zero_grad(set_to_none=True)
@@ -188,16 +192,17 @@ def synthesise(
 
 
 def refuse_diverged(student: nn.Module) -> None:
-    """
+    """Checks that the student is finite.
+
     Raises:
-        UserError: a parameter or a running statistic of a network that is distilled is not finite.
+        UserError: a parameter or a running statistic of the student is not finite.
     """
     if not all(bool(torch.isfinite(x).all()) for x in (*student.parameters(), *student.buffers())):
         raise UserError("The student diverged: lower the method option distill_lr.")
 
 
 class frozen:
-    """A network in eval mode without gradients to its parameters; as it was afterwards."""
+    """Context in which a network is in eval mode without parameter gradients; leaving it restores both."""
 
     def __init__(self, network: nn.Module | None) -> None:
         self._network = network

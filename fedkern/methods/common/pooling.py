@@ -1,20 +1,22 @@
 """Batch norm's statistics of the averaged network, pooled over the clients' samples (``--buffers pool``).
 
-An average of the clients' running statistics is those of no data: every client's are of its own network, and the
-variance between clients is in none of them.  Where clients differ, the averaged heads of an image-text pair are then
-evaluated far from anything they were trained at.  So clients are asked again, about the new global network:
+The average of the clients' running statistics matches no data: every client's statistics belong to its own network,
+and none contains the variance between clients.  With differing clients, the averaged heads of an image-text pair are
+then evaluated far from their training statistics.  So clients compute statistics of the new global network, in two
+exchanges:
 
-- ``statistics``: the network goes out; sums of what reaches the first batch norm of either head, and of its squares,
-  come back.
-- ``normalised``: the statistics that follow go out; the same of the second batch norm, which they reach.
+- ``statistics``: the server sends the network.  Clients return sums of the inputs, and of their squares, at the first
+  batch norm of both heads.
+- ``normalised``: the server sends the pooled statistics.  Clients return the same sums at the second batch norm, whose
+  inputs depend on the first.
 
-Then mean and variance are those of the mixture of the clients' samples, exactly, with the weights of the average.  No
-client's own running statistics travel.  It is the same for every method, and nothing of the training changes, which
-sees the statistics of its batches alone.
+The resulting mean and variance are exactly those of the mixture of the clients' samples, with the weights of the
+average.  No client's own running statistics travel.  The pooling is the same for every method and does not change the
+training, which uses the statistics of its batches alone.
 
-It costs a download of the network and a few numbers, in the rounds after which the network is evaluated
-(``--eval-every``); methods whose clients judge it (`Method.statistics_at`) need it in every round, and pay nothing
-more, for clients keep the network that they were asked about.
+The pooling costs a download of the network and a few numbers, in the rounds after which the network is evaluated
+(``--eval-every``).  Methods whose clients evaluate the network (`Method.statistics_at`) pool in every round, at no
+further cost, because clients keep the downloaded network.
 """
 
 from __future__ import annotations
@@ -47,18 +49,18 @@ from fedkern.methods.uploads import once
 EXCHANGES = ("statistics", "normalised")
 HEADS = ("image_head", "text_head")
 SAMPLES = 256
-"""Most samples of a client that its sums are taken over, drawn anew in every round."""
+"""Most samples of a client in its sums; a new random subset in every round."""
 CHUNK = 128
 
 
 class Pooling:
-    """The two exchanges, for the network that ``method`` evaluates; no exchange unless ``on``."""
+    """The two pooling exchanges for the network that ``method`` evaluates; none unless ``on``."""
 
     def __init__(self, method: Method, on: bool = True) -> None:
         self.method, self.on = method, on and method.pools_statistics
 
     def check(self, network: nn.Module) -> None:
-        """Raises UserError for a pair of encoders with batch norm elsewhere than in its heads."""
+        """Raises UserError for a pair of encoders with batch norm outside its heads."""
         for name, layer in network.named_modules():
             if self.on and isinstance(layer, _BatchNorm) and name.partition(".")[0] not in HEADS:
                 raise UserError(
@@ -67,9 +69,10 @@ class Pooling:
                 )
 
     def exchanges(self, entry: Round, evaluated: bool) -> list[tuple[str, Any]]:
-        """The exchanges of a round, each with who holds it: the method, or this.
+        """The exchanges of a round, each with its handler: the method or this object.
 
         Args:
+            entry: the round.
             evaluated: whether the network is evaluated at the end of the round.
         """
         exchanges: list[tuple[str, Any]] = [(name, self.method) for name in entry.exchanges]
@@ -82,16 +85,16 @@ class Pooling:
         return [*exchanges[:at], *((name, self) for name in EXCHANGES), *exchanges[at:]]
 
     def send(self, server: Server, step: Step) -> Message:
-        """The network, and once clients have it, the statistics alone."""
+        """The network in the first exchange, only the statistics in the second."""
         if step.exchange == EXCHANGES[0]:
             server.round_cache["asked"] = True
             return self.method.vectors(server)
         return {"buffers": server.state["buffers"]}
 
     def client_update(self, client: Client, step: Step, message: Message) -> Message:
-        """``samples``, and by the name of either batch norm fp64 [2, features]: sums of its inputs and their squares.
+        """``samples``, and by batch norm name fp64 [2, features]: the sums of its inputs and of their squares.
 
-        What the client is asked about and the heads' inputs stay in ``round_cache`` (``asked``, ``heads``).
+        The received network and the heads' inputs stay in ``round_cache`` (``asked``, ``heads``).
         """
         if step.exchange == EXCHANGES[0]:
             client.round_cache["asked"] = message
@@ -108,7 +111,7 @@ class Pooling:
         return answer
 
     def _heads(self, client: Client, network: Any, step: Step) -> dict[str, Tensor]:
-        """What goes into either head, fp32 [n, d], of the samples drawn for this round."""
+        """Inputs of both heads, fp32 [n, d], for the samples drawn for this round."""
         rows = self.method.statistics_rows(client)
         if len(rows) > SAMPLES:
             rows = np.sort(client.rng("statistics", step).choice(rows, SAMPLES, replace=False))
@@ -121,7 +124,7 @@ class Pooling:
         return {"image_head": torch.cat(images), "text_head": torch.cat(texts)}
 
     def expects(self, server: Server, step: Step, client: ClientId, message: Message) -> Declaration:
-        """Of either head what `client_update` returns."""
+        """Declaration of the upload of `client_update`."""
 
         def made() -> Declaration:
             network: Any = server.build()
@@ -135,7 +138,7 @@ class Pooling:
         return once(server.round_cache, step.exchange, made)
 
     def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
-        """Puts mean and variance of the mixture into ``server.state["buffers"]``."""
+        """Writes mean and variance of the mixture of clients into ``server.state["buffers"]``."""
         total = 0.0
         pooled: dict[str, Tensor] = {}
         for upload in uploads:
@@ -158,5 +161,5 @@ class Pooling:
 
 
 def _batch_norms(head: nn.Sequential) -> list[str]:
-    """The names of a head's batch norms, in order."""
+    """Names of a head's batch norms, in order."""
     return [name for name, layer in head.named_children() if isinstance(layer, _BatchNorm)]

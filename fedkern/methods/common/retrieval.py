@@ -1,4 +1,4 @@
-"""Retrieval figures of image-text pairs: how often the right partner is among the first k."""
+"""Retrieval figures of image-text pairs: recall at k, in both directions."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK = 512  # queries scored at once: [CHUNK, gallery] scores are all that is kept
+CHUNK = 512  # queries scored at once, so that memory holds only [CHUNK, gallery] scores
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Which of a set's rows are distinct images, and which of its texts belong to them.
+    """Distinct images of a set, and the matching image-text pairs.
 
     Attributes:
         images: int64 ``[I]``, the first row of every distinct image.
-        pairs: int64 ``[P, 2]``, (position in ``images``, row of the text) of everything that belongs together.
+        pairs: int64 ``[P, 2]``, (position in ``images``, row of the text) of every matching pair.
     """
 
     images: Tensor
@@ -25,7 +25,7 @@ class Gallery:
 
     @staticmethod
     def of(ids: Sequence[str] | None, texts: Sequence[str]) -> Gallery:
-        """Rows under one name are one image with several captions; equal texts belong to each other's images too."""
+        """Gallery of rows: rows of equal id are one image with several captions; equal texts share their images."""
         names = [str(row) for row in range(len(texts))] if ids is None else ids
         place: dict[str, int] = {}
         first: list[int] = []
@@ -45,21 +45,21 @@ def recalls(
 ) -> dict[str, float]:
     """Recall at k in both directions: the share of queries with a partner among the k nearest of the whole gallery.
 
-    Of equal scores a random order is taken in expectation, so embeddings that have all collapsed to one point score
-    k / gallery and not 1.
+    Ties count as the expectation over a random order, so embeddings that have collapsed to one point score k / gallery
+    and not 1.
 
     Args:
         image_embeddings: fp32 ``[I, d]``, unit vectors.
         text_embeddings: fp32 ``[T, d]``, unit vectors.
-        ks: each at least 1; a k beyond the gallery counts as the whole of it.
-        pairs: int64 ``[P, 2]``, (image, text) of everything that belongs together; by default row i of the one belongs
-            to row i of the other alone.  A query without a partner does not count.
+        ks: each at least 1; a k beyond the gallery's size counts as the whole gallery.
+        pairs: int64 ``[P, 2]``, (image, text) of every matching pair; by default image i matches text i only.  A query
+            without a partner does not count.
 
     Returns:
         ``i2t_r1``, ``i2t_r5``, ... and ``t2i_r1``, ...: fractions in [0, 1].
 
     Raises:
-        ValueError: shapes that do not fit, an empty side, a pair out of range, or a k below 1.
+        ValueError: shapes that do not fit, no images or no texts, a pair out of range, or a k below 1.
     """
     images, texts = len(image_embeddings), len(text_embeddings)
     if image_embeddings.dim() != 2 or image_embeddings.shape[1:] != text_embeddings.shape[1:]:
@@ -95,8 +95,8 @@ def _recalls(queries: Tensor, gallery: Tensor, ks: Sequence[int], pairs: Tensor)
     pairs = pairs[order]
     for start in range(0, len(queries), CHUNK):
         scores = queries[start : start + CHUNK] @ gallery.T
-        # One query's equal texts should tie, but a matrix product may round a column one way or the other.
-        scores = (scores.double() * 2**20).round().nan_to_num_(nan=-torch.inf)  # not a number is worse than anything
+        # Equal texts should tie for a query, but a matrix product may round their columns differently.
+        scores = (scores.double() * 2**20).round().nan_to_num_(nan=-torch.inf)  # NaN ranks last
         first, last = torch.searchsorted(pairs[:, 0].contiguous(), torch.tensor([start, start + CHUNK]).to(pairs))
         own = torch.zeros_like(scores, dtype=torch.bool)
         own[pairs[first:last, 0] - start, pairs[first:last, 1]] = True
@@ -113,9 +113,9 @@ def _recalls(queries: Tensor, gallery: Tensor, ks: Sequence[int], pairs: Tensor)
 
 
 def _among(drawn: Tensor, tied: Tensor, right: Tensor) -> Tensor:
-    """The chance that ``drawn`` of ``tied`` equal candidates, in random order, hold one of the ``right`` ones."""
+    """Probability that ``drawn`` random candidates out of ``tied`` equal ones include one of the ``right`` ones."""
     drawn, wrong = drawn.clamp(min=0), tied - right
-    # C(wrong, drawn) / C(tied, drawn), by the logarithms of factorials.
+    # C(wrong, drawn) / C(tied, drawn), computed with log-factorials.
     of_wrong, of_all = (
         torch.lgamma(n.double() + 1) - torch.lgamma((n - drawn).clamp(min=0).double() + 1) for n in (wrong, tied)
     )

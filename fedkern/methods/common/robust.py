@@ -2,13 +2,13 @@
 
     min_theta max_{w in Q} sum_k w_k L_k(theta)
 
-After a round every client says how large the loss l_k of the new model is on samples that it never trains on, and the
-server takes ``v_k = w_k exp(eta l_k)`` back to the set Q of mixtures around a centre
+After a round every client reports the loss l_k of the new model on samples that it never trains on.  The server
+projects ``v_k = w_k exp(eta l_k)`` onto the set Q of mixtures around a centre
 (`fedkern.methods.common.robust_weights`).  The weights act in the next round, by default as the weights of the
 average: local SGD on ``sum_k w_k L_k``.
 
-The step moves weight among those that took part alone; the way back into Q, where it is needed, moves all.  A client
-keeps the model that it was asked about and is sent no other one to train, so the losses cost a few numbers.
+The step moves weight among the round's participants alone; the projection may move all weights.  A client keeps the
+model that it evaluated and trains it in the next round, so the losses cost a few numbers and no further download.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ from fedkern.methods.common.robust_weights import Weights, distance, exponentiat
 from fedkern.methods.common.supervised import batches_of, supervised_loss
 
 LOSSES = "losses"
-"""The exchange in which the server learns the clients' losses."""
+"""Name of the exchange in which clients report their losses."""
 LEAST = 1e-12
-"""Relative weight in the average of a client whose weight is zero: a round of such clients alone still has a mean."""
+"""Least relative weight of a client in the average, so that a round of zero-weight clients alone has a mean."""
 
 
 class Robust(LocalTraining):
-    """Methods whose server weighs clients by their losses, which it learns in the exchange `LOSSES`."""
+    """Methods whose server weighs clients by the losses that they report in the exchange `LOSSES`."""
 
     @dataclass(frozen=True)
     class Options(LocalTraining.Options):
-        """Knobs of the client weights."""
+        """Options of the client weights."""
 
         weighting: str = option(
             "uniform", "centre of the set of client weights: the same for all, or the shares of the samples",
@@ -79,7 +79,7 @@ class Robust(LocalTraining):
         """The radius rho of the set of client weights."""
         raise NotImplementedError
 
-    # -- the exchanges: one to train, and that of the losses -------------------------------------------------------
+    # -- the exchanges: one for training, one for the losses -------------------------------------------------------
 
     def send(self, server: Server, step: Step) -> Message | dict[ClientId, Message]:
         return self.ask(server) if step.exchange == LOSSES else self.assign(server)
@@ -105,7 +105,7 @@ class Robust(LocalTraining):
     # -- the weights -----------------------------------------------------------------------------------------------
 
     def centre(self, server: Server) -> Weights:
-        """The clients' weights before anything is known of their losses, float64 [N]."""
+        """Centre of the set of client weights, float64 [N]: the weights before any loss is known."""
         samples = np.asarray(server.federation.samples, dtype=np.float64)
         even = np.full(len(samples), 1 / len(samples))
         return even if self.options.weighting == "uniform" else samples / samples.sum()
@@ -113,10 +113,10 @@ class Robust(LocalTraining):
     def start(self, server: Server) -> None:
         super().start(server)
         server.state["weights"] = torch.from_numpy(self.centre(server))
-        server.state["current"] = []  # clients that have the global model already
+        server.state["current"] = []  # clients that already hold the global model
 
     def weights(self, server: Server) -> Weights:
-        """The weights in force, float64 [N]."""
+        """The current client weights, float64 [N]."""
         vector: Tensor = server.state["weights"]
         return vector.numpy()
 
@@ -133,13 +133,13 @@ class Robust(LocalTraining):
         return w / float(self.centre(server)[client]) if apply == "loss" else w if apply == "loss_code" else 1.0
 
     def assign(self, server: Server) -> dict[ClientId, Message]:
-        """What every client gets to train the global model: its weight, and the model unless it has it from before."""
+        """Messages of the training exchange: a client's weight, and the model unless the client already holds it."""
         vectors = vectors_of(server.state)
         known: list[int] = server.state["current"]
         return {k: own if k in known else {**vectors, **own} for k, own in self.shares(server).items()}
 
     def shares(self, server: Server) -> dict[ClientId, Message]:
-        """Every client's weight and, where the weights act on local losses, the factor on its own."""
+        """Every client's weight and, if the weights act on local losses, the factor on the client's loss."""
         result: dict[ClientId, Message] = {}
         for k, weight in enumerate(self.weights(server).tolist()):
             result[k] = {"weight": weight}
@@ -148,10 +148,10 @@ class Robust(LocalTraining):
         return result
 
     def ask(self, server: Server) -> Message:
-        """The message of the exchange ``losses``: the model, and how many samples a loss is taken among."""
+        """Message of the exchange ``losses``: the model and the batch size of the losses, the same for all clients."""
         least = min(self.judged(n) for n in server.federation.samples)
         vectors = vectors_of(server.state)
-        if "asked" in server.round_cache:  # for the statistics that it has now, clients have got the rest of it
+        if "asked" in server.round_cache:  # pooling has sent the model already; only its statistics are new
             vectors = {"buffers": vectors["buffers"]}
         return {**vectors, "batch": min(self.options.loss_batch, least)}
 
@@ -160,7 +160,7 @@ class Robust(LocalTraining):
         return super().average(server, uploads)
 
     def learn(self, server: Server, uploads: Iterable[Upload]) -> None:
-        """Takes the weights one step up the losses of ``uploads``, and reports both."""
+        """Updates the weights with one ascent step on the reported losses, and reports figures of both."""
         losses = np.full(server.federation.clients, np.nan)
         server.state["current"] = []
         for upload in uploads:
@@ -184,7 +184,7 @@ class Robust(LocalTraining):
     # -- the clients -----------------------------------------------------------------------------------------------
 
     def judged(self, samples: int) -> int:
-        """On how many of a client's samples its loss is taken, at least."""
+        """Least number of a client's samples on which its loss is computed."""
         return max(2, round(self.options.loss_share * samples))
 
     def check(self, client: Client) -> None:
@@ -197,10 +197,10 @@ class Robust(LocalTraining):
             )
 
     def divided(self, client: Client) -> tuple[np.ndarray, np.ndarray]:
-        """int64 rows of the client's samples: those that its loss is not taken on, and those that it is taken on.
+        """Splits the client's samples into two int64 arrays of rows: the rest, and the rows of the loss.
 
-        All samples of a patient and all texts of an image are on one side; in the second, patients and images follow
-        each other before their further samples do, so that a batch has few of them twice.
+        All samples of a patient and all texts of an image stay in one array.  The second array first has one sample of
+        every patient or image, then second samples and so on, so that a batch seldom holds one of them twice.
         """
         units, count = client.groups, self.judged(client.samples)
         if units is None:
@@ -213,10 +213,7 @@ class Robust(LocalTraining):
         return np.concatenate([np.empty(0, dtype=np.int64), *parts[held:]]), np.array(judged, dtype=np.int64)
 
     def rows(self, client: Client) -> tuple[np.ndarray, np.ndarray]:
-        """int64 rows of the client's samples: those that it trains on, and those that its loss is taken on.
-
-        The same in every round.
-        """
+        """int64 rows of the client's training samples and of the samples of its loss, the same in every round."""
         kept, judged = self.divided(client)
         return np.arange(client.samples) if self.options.loss_split == "train" else np.sort(kept), judged
 
@@ -228,11 +225,11 @@ class Robust(LocalTraining):
         return np.setdiff1d(judged, kept)
 
     def held(self, client: Client, message: Message) -> Message:
-        """The vectors of the global model: of the message, or of the last one that the client was asked about."""
+        """The vectors of the global model, from the message or from the model that the client last evaluated."""
         return vectors_of(message) or client.state["model"]
 
     def own_loss(self, client: Client, message: Message) -> Message:
-        """The mean loss of the received model, in eval mode, over whole batches of the client's held-out samples."""
+        """Mean loss of the received model, in eval mode, over full batches of the client's samples for the loss."""
         model = {**vectors_of(client.round_cache.get("asked", {})), **vectors_of(message)}
         client.state["model"] = model
         network = client.frozen(model)
@@ -244,15 +241,15 @@ class Robust(LocalTraining):
         return {"loss": loss}
 
     def judge(self, model: Any, batch: Any) -> Tensor:
-        """The loss that the weights are about, a scalar."""
+        """Loss of a batch, a scalar, that determines the client weights."""
         return supervised_loss(model, batch)
 
     def scaled(self, loss: Tensor, received: Received) -> Tensor:
-        """The local loss times the client's factor, where the weights act on losses."""
+        """The local loss times the client's factor; unchanged unless the weights act on local losses."""
         factor = float(received.message.get("scale", 1.0))
         return loss if factor == 1 else loss * factor
 
 
 def vectors_of(message: Mapping[str, Any]) -> Message:
-    """The vectors of a network in a message or state."""
+    """The flat vectors of a network in a message or state."""
     return {name: message[name] for name in VECTORS if name in message}

@@ -5,8 +5,8 @@ docs/methods/feddra.md, section 7:
 
     Q = { p : p >= 0, sum p = 1, sum_k (p_k - c_k)^2 / c_k <= 2 rho },    for c = 1/N:  N sum p^2 <= 2 rho + 1
 
-rho = 0 leaves the centre alone; from rho = (N - 1) / 2 on (around 1/N) it is the whole simplex, as in agnostic
-federated learning (Mohri et al., 2019, arXiv 1902.00146).  All in float64, and nothing random.
+With rho = 0, Q is the centre alone.  Around 1/N and from rho = (N - 1) / 2 on, Q is the whole simplex, as in agnostic
+federated learning (Mohri et al., 2019, arXiv 1902.00146).  All computations are in float64 and deterministic.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import numpy.typing as npt
 
 Weights = npt.NDArray[np.float64]
 FLOOR = 1e-3
-"""Least weight that the exponentiated step starts from, relative to the mean weight: the projection sets clients to
-exactly zero, which a multiplicative step could never leave again."""
+"""Least weight from which the exponentiated step starts, relative to the mean weight.  The projection may set a weight
+to exactly zero, which a multiplicative step could never raise again."""
 SHARPNESS = 1e-12
-"""Of the bisection around a centre that is not uniform."""
+"""Relative tolerance of the bisection around a centre that is not uniform."""
 
 
 def exponentiated_step(weights: Weights, losses: Weights, eta: float) -> Weights:
@@ -29,8 +29,8 @@ def exponentiated_step(weights: Weights, losses: Weights, eta: float) -> Weights
 
     Args:
         weights: float64 [N], on the simplex.
-        losses: float64 [N]; a client whose loss is not known (NaN) keeps its weight, and the step moves weight among
-            the others alone.  Where all known losses are equal nothing moves, weights of zero included.
+        losses: float64 [N].  A client whose loss is unknown (NaN) keeps its weight, and the step moves weight among
+            the other clients.  If all known losses are equal, no weight changes, not even a weight of zero.
         eta: step size, at least 0.
 
     Returns:
@@ -49,10 +49,10 @@ def exponentiated_step(weights: Weights, losses: Weights, eta: float) -> Weights
 def project(point: Weights, rho: float, centre: Weights | None = None) -> Weights:
     """The nearest point of the ball Q, in the Euclidean distance.
 
-    Around uniform weights a closed form (docs/methods/feddra.md, 7), O(N log N): on the m largest entries, the
-    largest m that leaves all of them at least 0, ``1/m + sqrt(R / V) (v_i - mean)`` with ``R = (2 rho + 1) / N - 1/m``
-    and V their scatter.  Around other centres the multiplier of the ball is bisected to 1e-12, each step a simplex
-    projection with weights in closed form.
+    Around uniform weights there is a closed form in O(N log N) (docs/methods/feddra.md, section 7).  The m largest
+    entries become ``1/m + sqrt(R / V) (v_i - mean)`` with ``R = (2 rho + 1) / N - 1/m`` and their scatter V, where m is
+    the largest number that keeps all of them at least 0; the others become 0.  Around other centres a bisection finds
+    the multiplier of the ball to 1e-12; each of its steps is a weighted simplex projection in closed form.
 
     Args:
         point: float64 [N], on the simplex.
@@ -60,10 +60,10 @@ def project(point: Weights, rho: float, centre: Weights | None = None) -> Weight
         centre: float64 [N], positive, of sum 1; None is uniform.
 
     Returns:
-        float64 [N]; ``point`` itself where it lies in the ball.
+        float64 [N]; a copy of ``point`` if it lies in the ball.
 
     Raises:
-        ValueError: arguments that are not that.
+        ValueError: an argument is outside these ranges.
     """
     v = np.asarray(point, dtype=np.float64)
     if v.ndim != 1 or not len(v) or not np.isfinite(v).all() or v.min() < 0 or abs(v.sum() - 1) > 1e-9:
@@ -84,18 +84,18 @@ def project(point: Weights, rho: float, centre: Weights | None = None) -> Weight
 
 
 def distance(weights: Weights, centre: Weights | None = None) -> float:
-    """The least rho whose ball holds the weights: half the chi-square divergence from the centre."""
+    """Smallest rho whose ball contains the weights: half the chi-square divergence from the centre."""
     c = np.full(len(weights), 1 / len(weights)) if centre is None else centre
     return (_spread(weights, c) - 1) / 2
 
 
 def whole_simplex(clients: int) -> float:
-    """The rho from which on the ball around uniform weights holds every mixture of the clients."""
+    """Smallest rho at which the ball around uniform weights contains every mixture of the clients."""
     return (clients - 1) / 2
 
 
 def _spread(p: Weights, c: Weights) -> float:
-    """``sum p^2 / c``: one at the centre."""
+    """``sum p^2 / c``, which is 1 at the centre."""
     return float((p * p / c).sum())
 
 
@@ -103,7 +103,7 @@ def _around_uniform(v: Weights, bound: float) -> Weights:
     """Projection of a point outside of ``sum p^2 <= bound``."""
     n = len(v)
     order = np.argsort(-v, kind="stable")
-    high = v[order] - 1 / n  # about zero, so that the scatter of close values keeps its digits
+    high = v[order] - 1 / n  # centred near zero, so that the scatter of close values keeps its precision
     m = np.arange(1, n + 1)
     mean = np.cumsum(high) / m
     scatter = np.cumsum(high * high) - m * mean * mean
@@ -112,7 +112,7 @@ def _around_uniform(v: Weights, bound: float) -> Weights:
         least = 1 / m + np.sqrt(np.maximum(room, 0) / scatter) * (high - mean)
     fits = (room >= 0) & (scatter > 0) & (least >= 0)
     p = np.zeros(n)
-    # Where only ties are left (no scatter) the nearest point of the ball is even on them: as many as it takes.
+    # Without scatter (only ties are left) the nearest point is uniform on as many tied entries as the bound needs.
     count = int(m[fits][-1]) if fits.any() else min(n, math.ceil(1 / bound - 1e-12))
     if not fits.any():
         p[order[:count]] = 1 / count

@@ -1,19 +1,19 @@
 """Figures of a segmentation: Dice, intersection over union, Hausdorff distance.
 
-Class 0 is the background and no part of any mean.  What is unknown (`fedkern.data.IGNORE`, any negative label) counts
-nowhere.
+Class 0 is the background and is excluded from all means.  Unknown pixels (`fedkern.data.IGNORE`, any negative label)
+are ignored everywhere.
 
-Dice follows MONAI's ``DiceMetric`` with its defaults: 2 |P ∩ T| / (|P| + |T|) of every case and class, taken where the
-truth T holds the class (a class that the truth of a case lacks is not defined there, whatever is predicted), then the
-mean over cases, then over classes.  A case is an image or, where images are slices of a volume or tiles of a picture,
-all of them together (`fedkern.data.Split.cases`).
+Dice follows MONAI's ``DiceMetric`` with its defaults.  2 |P ∩ T| / (|P| + |T|) is computed for every case and every
+class that the case's truth T contains; a class that T lacks has no Dice, whatever is predicted.  The mean is taken over
+cases, then over classes.  A case is an image, or all slices of a volume or tiles of a picture
+(`fedkern.data.Split.cases`).
 
-The intersection over union is that of PASCAL VOC: |P ∩ T| / |P ∪ T| over all pixels of the test set at once, where also
-what is predicted in images without the class counts, then the mean over classes.
+The intersection over union is that of PASCAL VOC: |P ∩ T| / |P ∪ T| over all pixels of the test set at once, then the
+mean over classes.  Predictions in images without the class count too.
 
-The Hausdorff distance is the 95th percentile of the distances from the outline of one mask to that of the other, the
-larger one of both directions, in pixels of an image.  Where a class is not found at all it is the image's diagonal, as
-BraTS books a missed tumour.
+The Hausdorff distance is the 95th percentile of the distances from one mask's outline to the other's, in pixels, the
+larger of both directions.  If a class is not found at all, the distance is the image's diagonal, as BraTS counts a
+missed tumour.
 """
 
 from __future__ import annotations
@@ -38,16 +38,19 @@ def segmentation(model: nn.Module, data: Any) -> dict[str, float]:
     Args:
         model: in eval mode.
         data: ``data.batches()`` yields (images fp32 [B, C, H, W], labels int64 [B, H, W]).  ``data.cases`` int64 [n],
-            where it exists and is not None, says which images belong together.  ``data.record``, where it exists,
-            receives the predicted classes [n, H, W] in order.
+            if present and not None, gives the case of every image.  ``data.record``, if present, receives the predicted
+            classes [n, H, W] in order.
 
     Returns:
-        ``dice``, ``iou`` (fractions), ``hd95`` (pixels), ``loss`` (nats per pixel) and, where there is more than one
-        foreground class, ``dice_1`` and so on by class number.  A class that no truth holds has no figure; if there is
-        none at all, ``dice`` is 0 and ``hd95`` is left out.
+        ``dice``, ``iou`` (fractions), ``hd95`` (pixels), ``loss`` (nats per pixel) and, with more than one foreground
+        class, ``dice_1`` and so on by class number.  A class that no truth contains has no figure.  If no truth
+        contains any foreground class, ``dice`` is 0 and ``hd95`` is left out.
+
+    Raises:
+        ValueError: no pixel has a label.
     """
     loss, known = 0.0, 0
-    counts: list[Tensor] = []  # of every image: pixels in both, predicted, true, by class
+    counts: list[Tensor] = []  # per image and class: pixels in both, predicted, true
     distances: list[float] = []
     predictions: list[Tensor] = []
     for images, labels in data.batches():
@@ -83,11 +86,11 @@ def segmentation(model: nn.Module, data: Any) -> dict[str, float]:
 
 
 def overlaps(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
-    """Pixels of every image and class that are in both, predicted, and true: int64 [B, 3, C] on the CPU.
+    """Pixel counts of every image and class (in both, predicted, true): int64 [B, 3, C] on the CPU.
 
     Args:
         predicted: int64 [B, *positions].
-        truth: int64 of the same shape; pixels of negative class are left out of all three.
+        truth: int64 of the same shape; pixels of a negative class are left out of all three counts.
         classes: C.
     """
     rows = torch.arange(len(truth), device=truth.device).repeat_interleave(truth[0].numel() if len(truth) else 0)
@@ -103,10 +106,10 @@ def overlaps(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
 
 
 def dice(counts: Tensor) -> Tensor:
-    """The mean over cases of 2 |P ∩ T| / (|P| + |T|) for every class, fp64 [C]; NaN for a class that no truth holds.
+    """Mean over cases of 2 |P ∩ T| / (|P| + |T|) for every class, fp64 [C]; NaN for a class that no truth contains.
 
     Args:
-        counts: int64 [n, 3, C], what :func:`overlaps` gives.
+        counts: int64 [n, 3, C], as from :func:`overlaps`.
     """
     both, said, true = counts.double().unbind(1)
     return torch.where(true > 0, 2 * both / (said + true), math.nan).nanmean(0)
@@ -115,17 +118,17 @@ def dice(counts: Tensor) -> Tensor:
 def hausdorff95(predicted: Mask, truth: Mask, spacing: Sequence[float] | None = None) -> float:
     """The 95th percentile of the surface distances between two masks of any dimension, the larger of both directions.
 
-    A mask's surface are its positions with a neighbour (along an axis) outside of it or of the image.
+    A mask's surface is the set of its positions with a neighbour (along an axis) outside the mask or the image.
 
     Args:
         predicted, truth: bool, same shape.
         spacing: distance of neighbouring positions along every axis (default 1: pixels).
 
     Returns:
-        The distance in units of ``spacing``; 0 where both are empty, the diagonal of the image where one of them is.
+        The distance in units of ``spacing``; 0 if both masks are empty, the image's diagonal if one mask is empty.
 
     Raises:
-        ValueError: shapes that differ.
+        ValueError: the shapes differ.
     """
     from scipy import ndimage
 
@@ -135,7 +138,7 @@ def hausdorff95(predicted: Mask, truth: Mask, spacing: Sequence[float] | None = 
     if not predicted.any() or not truth.any():
         full = math.hypot(*(step * side for step, side in zip(steps, truth.shape, strict=True)))
         return 0.0 if predicted.any() == truth.any() else full
-    # All that matters lies within the box around both.
+    # Both surfaces lie within the bounding box of both masks.
     boxes = ndimage.find_objects((predicted | truth).astype(np.int8))
     predicted, truth = np.pad(predicted[boxes[0]], 1), np.pad(truth[boxes[0]], 1)
     outlines = [mask & ~ndimage.binary_erosion(mask) for mask in (predicted, truth)]
@@ -144,7 +147,7 @@ def hausdorff95(predicted: Mask, truth: Mask, spacing: Sequence[float] | None = 
 
 
 def _distances(predicted: npt.NDArray[np.int64], truth: npt.NDArray[np.int64]) -> list[float]:
-    """The Hausdorff distances of every image and foreground class that its truth holds."""
+    """Hausdorff distances of every image and every foreground class in the image's truth."""
     found = []
     for guess, label in zip(predicted, truth, strict=True):
         known = label >= 0
@@ -154,12 +157,12 @@ def _distances(predicted: npt.NDArray[np.int64], truth: npt.NDArray[np.int64]) -
 
 
 def _together(counts: Tensor, cases: Tensor) -> Tensor:
-    """The counts [n, 3, C] of images as those of the cases they belong to."""
+    """Sums the images' counts [n, 3, C] by case."""
     names, case = torch.unique(cases.cpu(), return_inverse=True)
     return counts.new_zeros(len(names), *counts.shape[1:]).index_add_(0, case, counts)
 
 
 def _mean(values: Tensor) -> float:
-    """The mean without NaN, 0 where there is nothing else."""
+    """Mean of the values that are not NaN; 0 if all are NaN."""
     mean = float(values.nanmean())
     return 0.0 if math.isnan(mean) else mean

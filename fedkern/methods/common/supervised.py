@@ -1,4 +1,4 @@
-"""The loss of a batch with known answers, image-text pairs among them, and the figures of a pair of encoders."""
+"""Supervised losses (classification, segmentation, image-text pairs), and figures of a pair of encoders."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from fedkern.data.types import IGNORE
 from fedkern.methods.common.retrieval import Gallery, recalls
 
 TEMPERATURE = 0.07
-"""Of the similarities of unit vectors, fixed (FedDRA)."""
+"""Fixed temperature of the similarities of unit vectors in the contrastive loss (FedDRA)."""
 RECALLS = (1, 5, 10)
 LOSS_BATCH = 32
-"""Pairs that a test loss is taken among: the contrastive loss grows with the logarithm of their number."""
+"""Pairs per batch of a test loss; the contrastive loss grows with the logarithm of this number."""
 
 
 def supervised_loss(model: Any, batch: Any) -> Tensor:
-    """The loss of a batch with known answers, a scalar: cross-entropy on labels, contrastive loss on image-text pairs.
+    """Supervised loss of a batch, a scalar: cross-entropy on labels, contrastive loss on image-text pairs.
 
-    Of a segmentation it is the mean over the known pixels of the batch, 0 where there is none.  The contrastive loss is
-    the sum of both directions, image to text and text to image (docs/methods/feddra.md, section 5).
+    The loss of a segmentation is the mean over the known pixels of the batch, and 0 without known pixels.  The
+    contrastive loss is the sum of both directions, image to text and text to image (docs/methods/feddra.md, section 5).
 
     Raises:
-        ValueError: a batch of pairs with ``batch.per_sample``: its loss compares the samples.
+        ValueError: a batch of pairs has ``per_sample`` set, but the contrastive loss compares the samples.
     """
     if batch.tokens is None:
         logits = model(batch.images)
@@ -44,26 +44,26 @@ def supervised_loss(model: Any, batch: Any) -> Tensor:
 
 
 def pixelwise_loss(logits: Tensor, labels: Tensor, *, per_sample: bool = False) -> Tensor:
-    """The cross-entropy of the pixels whose class is known, a scalar in nats.
+    """Cross-entropy of the pixels whose class is known, a scalar in nats.
 
     Args:
         logits: fp [B, C, H, W].
         labels: int64 [B, H, W], negative where unknown.
-        per_sample: the mean over samples of each sample's own mean (0 without a known pixel), so that a sample's
-            gradient does not depend on how much is known of the others; else every known pixel counts alike.
+        per_sample: True: the mean over samples of each sample's mean (0 without known pixels), so that a sample's
+            gradient does not depend on the other samples' known pixels.  False: the mean over all known pixels.
     """
     known = labels >= 0
     labels = labels.masked_fill(~known, IGNORE)
     if per_sample:
         losses = cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE).flatten(1)  # 0 where unknown
         return (losses.sum(1) / known.flatten(1).sum(1).clamp_min(1)).mean()
-    # Not the mean of cross_entropy, which is NaN where nothing is known; elsewhere these are its bits.
+    # Bit-identical to cross_entropy's own mean, except that no known pixels give 0 instead of NaN.
     return cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE) / known.sum().clamp_min(1)
 
 
 @torch.no_grad()
 def embeddings(model: Any, data: Any) -> tuple[Tensor, Tensor]:
-    """The unit vectors fp32 [n, D] of all images and of all texts of a test set."""
+    """Unit embeddings, fp32 [n, D], of all images and of all texts of a test set."""
     both = [model(images, tokens) for images, tokens in data.captioned()]
     if not both:
         raise ValueError("data: expected at least one sample, given none")
@@ -76,12 +76,15 @@ def pair_figures(model: Any, data: Any) -> dict[str, float]:
     Args:
         model: in eval mode.
         data: ``data.captioned()`` yields (images, tokens) in order; ``data.split`` has their ``texts`` and ``ids``;
-            ``data.loss_batch`` is the number of pairs that a loss is taken among.
+            ``data.loss_batch`` is the number of pairs per batch of the loss.
 
     Returns:
-        ``i2t_r1``, ``i2t_r5``, ``i2t_r10`` and ``t2i_...``, recall of the right text for an image and of the right
-        image for a text, fractions; ``gallery``, how many texts there are to choose from; and ``loss``, the mean
-        contrastive loss.
+        A dict with
+
+        - ``i2t_r1``, ``i2t_r5``, ``i2t_r10``: recall of the right text for an image, fractions;
+        - ``t2i_r1``, ``t2i_r5``, ``t2i_r10``: recall of the right image for a text, fractions;
+        - ``gallery``: the number of texts to choose from;
+        - ``loss``: the mean contrastive loss.
     """
     images, texts = embeddings(model, data)
     gallery = Gallery.of(data.split.ids, data.split.texts)
@@ -91,10 +94,10 @@ def pair_figures(model: Any, data: Any) -> dict[str, float]:
 
 
 def contrastive_among(images: Tensor, texts: Tensor, size: int) -> float:
-    """The mean contrastive loss of unit vectors [n, D] in batches of exactly ``size`` pairs (or n, where it is less).
+    """Mean contrastive loss of unit vectors [n, D] in batches of exactly min(``size``, n) pairs.
 
-    A batch holds every (n // size)-th pair, so that neighbours, which may be alike, are not each other's alternatives;
-    the pairs that are left over stay out, because the loss of a smaller batch is smaller.
+    A batch holds every (n // size)-th pair, so that neighbouring pairs, which may be similar, are not each other's
+    negatives.  Leftover pairs are excluded, because the loss of a smaller batch is smaller.
     """
     n = len(images)
     count = max(1, n // size)
@@ -104,5 +107,5 @@ def contrastive_among(images: Tensor, texts: Tensor, size: int) -> float:
 
 
 def batches_of(rows: np.ndarray, size: int) -> Sequence[np.ndarray]:
-    """``rows`` in batches of exactly ``size``, the incomplete one left out."""
+    """``rows`` in batches of exactly ``size``; an incomplete last batch is left out."""
     return [rows[i : i + size] for i in range(0, len(rows) - size + 1, size)]

@@ -1,4 +1,4 @@
-"""What FedIOD shows of a round: the generator's images, the teachers' weights, and how far the teachers agree."""
+"""Pictures that FedIOD logs of a round: generated images, teacher weights and the agreement between teachers."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from fedkern.methods.fediod.losses import normalised
 from fedkern.methods.fediod.server import Ensemble
 
 SHOWN = 8
-"""Images in a row."""
+"""Number of generated images in the picture."""
 
 
 def show(server: Server, generator: Any, options: Any, ensemble: Ensemble | None) -> None:
-    """Offers the three pictures of the last iteration of a round.
+    """Logs the three pictures of the last iteration of a round.
 
     Args:
-        generator: the one that makes the student's images, in train mode; None without one.
-        options: the method's, settled.
-        ensemble: the clients that answered, and what their teachers said of the student's images; None where nobody
-            was asked, which leaves the images alone.
+        generator: the generator that makes the student's images, in train mode; None with ``mode=public``.
+        options: the method's options, settled by `presets.settle`.
+        ensemble: the clients that answered and their teachers' logits on the student's images. None where no client
+            answered: then only the generated images are logged.
     """
     everyone = server.federation.clients
     if generator is not None:
@@ -38,13 +38,13 @@ def show(server: Server, generator: Any, options: Any, ensemble: Ensemble | None
 
 
 def agreement(logits: Tensor) -> Tensor:
-    """Share of the images (pixels) of which two teachers say the same class, ``[K, K]``, from ``[K, B, C, ...]``."""
+    """Share of images (pixels) on which two teachers predict one class: ``[K, K]`` from logits ``[K, B, C, ...]``."""
     said = logits.argmax(2).flatten(1)
     return torch.stack([(said == own).float().mean(1) for own in said])
 
 
 def _rows(table: Tensor, ids: list[int], count: int) -> Tensor:
-    """The table with a row for every client, NaN for those that did not answer."""
+    """The table with a row for every client; the rows of clients that did not answer are NaN."""
     whole = table.new_full((count, table.shape[1]), float("nan"))
     whole[ids] = table
     return whole
@@ -52,10 +52,10 @@ def _rows(table: Tensor, ids: list[int], count: int) -> Tensor:
 
 @torch.no_grad()
 def _images(server: Server, generator: Any, options: Any) -> Tensor:
-    """Images in [0, 1] of the same noise in every round."""
+    """Generated images in [0, 1] from the same noise in every round."""
     draw = torch.Generator().manual_seed(int(server.rng("shown", Step(-1, "", "update")).integers(2**63)))
     z = torch.randn(options.batch, options.nz, generator=draw).to(server.device)
-    # A copy: batch norm makes the images of a batch in train mode, and would remember these.
+    # A copy: a forward pass in train mode would change the running statistics of batch norm.
     x = copy.deepcopy(generator).train()(z)[:SHOWN]
     mean, std = (torch.tensor(v, device=x.device).view(1, -1, 1, 1) for v in (server.mean, server.std))
     return x * std + mean

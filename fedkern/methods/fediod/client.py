@@ -1,4 +1,4 @@
-"""What FedIOD's clients do with images and gradients in stage 2, one alone or all of a process at once."""
+"""FedIOD's clients in stage 2: their answers to images and gradients, for one client or all of a process at once."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from fedkern.models.teacher_stack import TeacherStack
 
 @dataclass
 class Asked:
-    """What stays of an exchange of images until the gradients of their logits come back."""
+    """State that is kept from the exchange of images until the gradients of the logits arrive."""
 
-    iteration: int  # of the round
-    images: Tensor  # a leaf
+    iteration: int  # within the round
+    images: Tensor  # an autograd leaf
     logits: Tensor  # [K, B, C, *positions]
     realism: Tensor  # [K, B]
 
@@ -32,9 +32,9 @@ class Answers:
     """Teachers and discriminators of some clients, for one round.
 
     Args:
-        clients: whose; their order is that of every [K, ...] below.
-        bank: their teachers.
-        options: the method's, settled.
+        clients: the clients, in the order of every axis K below.
+        bank: the clients' teachers.
+        options: the method's options, settled by `presets.settle`.
     """
 
     def __init__(self, clients: Sequence[Client], bank: TeacherStack, options: Any) -> None:
@@ -42,16 +42,16 @@ class Answers:
         self.slots = {client.id: slot for slot, client in enumerate(clients)}
         self.discriminators = Discriminators(clients, options)
         self._asked: Asked | None = None
-        self._seen = torch.zeros(2, len(self.clients), device=self.clients[0].device)  # critic losses, realism
+        self._seen = torch.zeros(2, len(self.clients), device=self.clients[0].device)  # discriminator losses, realism
         self._counts = [[0] * len(self.clients) for _ in range(2)]
 
     # -- the three exchanges ---------------------------------------------------------------------------------------
 
     def images(self, step: Step, iteration: int, messages: Mapping[ClientId, Message]) -> dict[ClientId, Message]:
-        """Trains the discriminators on the images, then answers with logits and confidences (2.5 b, c).
+        """Trains the discriminators on the images, then answers with logits and confidences.
 
-        Of a client with shards one discriminator trains, which everybody may know, and one serves, which nobody may:
-        see `fedkern.methods.fediod.private_messages`.
+        A client with shards trains one discriminator, which is public, and another one may serve the gradients, which
+        is secret: see `fedkern.methods.fediod.private_messages`.
         """
         self._asked = None
         present = [self.slots[k] for k in messages]
@@ -65,7 +65,7 @@ class Answers:
             self._count(0, losses, list(trained))
         seen: tuple[Tensor, Tensor] | None = None
         if self.options.shards > 1:
-            seen = self._look(images)  # before the one that serves comes: what is told of it would tell which it is
+            seen = self._look(images)  # before the serving discriminator is loaded: its figures would reveal it
         self.discriminators.bring(lambda client: private.serving(client, step, self.options))
         with torch.enable_grad():
             images.requires_grad_(asks_teachers(self.options) or self.options.w_real > 0)
@@ -77,13 +77,13 @@ class Answers:
         return self._answers(messages, logits.detach(), told[1].detach())
 
     def gradients(self, step: Step, messages: Mapping[ClientId, Message]) -> dict[ClientId, Message]:
-        """The gradients with respect to the images: through the discriminator, and of the logits through the teacher.
+        """Gradients with respect to the images: through the discriminator, and of the logits through the teacher.
 
-        Both are times B, and the server divides their sum by it.  A cohort without privacy adds up its clients'
-        gradients on the way: the first one's message holds the sum and the others' zeros, which the server's sum cannot
-        tell from the rest.
+        Both gradients are multiplied by B; the server divides their sum by B.  A cohort without privacy sums its
+        clients' gradients: the first client's message holds the sum and the others hold zeros.  The server only uses
+        the sum of all messages, so the result is the same.
 
-        A client that has lost what it kept of the images answers with nothing, as if it were absent.
+        A client that has lost its state of the exchange of images answers with an empty message, as if it were absent.
         """
         asked, self._asked = self._asked, None
         if asked is None:
@@ -109,7 +109,7 @@ class Answers:
         return {k: {"gradients": zero if i else total} for i, k in enumerate(messages)}
 
     def _rows(self, asked: Asked, k: ClientId, message: Message) -> tuple[Tensor | None, Tensor | None]:
-        """A client's two gradients ``[B, C, H, W]`` as :func:`private_messages.sanitise` wants them."""
+        """A client's two gradients ``[B, C, H, W]``: ``u_d`` and ``u_t`` of :func:`private_messages.sanitise`."""
         slot, images = self.slots[k], asked.images
         u_d: Tensor | None = None
         u_t: Tensor | None = None
@@ -131,15 +131,15 @@ class Answers:
         return {"gradients": message["share"] * total}
 
     def _measure(self, step: Step, asked: Asked, messages: Mapping[ClientId, Message]) -> None:
-        """Reports the median norms of a client's rows, which a private run would clip; the clients take turns.
+        """Reports the median norms of one client's rows, from which to choose the clipping norms of a private run.
 
-        One client of those that are asked together, and once a round: apart from the others' its gradients cost as much
-        as everybody's in one sum.
+        The clients take turns, one a round, in the last iteration in which the client trains a discriminator.  One
+        client's gradients alone cost as much as the sum over all clients, so only one client is measured.
         """
         client = self.clients[step.round % len(self.clients)]
         last = private.trainings(client, self.options) - 1
         if promise.claims(self.options) or client.id not in messages or asked.iteration != last:
-            return  # of a run that promises privacy these figures would be a release
+            return  # in a private run these figures would be a release
         rows = self._rows(asked, client.id, messages[client.id])
         for name, own in zip(("norm_d", "norm_t"), rows, strict=True):
             if own is not None:
@@ -149,10 +149,10 @@ class Answers:
     def distil(
         self, step: Step, iteration: int, messages: Mapping[ClientId, Message], logits: Tensor | None = None
     ) -> dict[ClientId, Message]:
-        """What teachers and discriminators say of the images that the student learns from.
+        """Answers with logits and confidences on the images that the student learns from.
 
         Args:
-            logits: what the teachers say ``[K, B, C, *positions]``, where it is known already.
+            logits: the teachers' logits ``[K, B, C, *positions]``, where they are known already.
         """
         images = self.normalised(next(iter(messages.values()))["images"])
         scores: Tensor | None = None
@@ -162,7 +162,7 @@ class Answers:
         logits = self.bank.logits(images) if logits is None else logits
         return self._answers(messages, teacher_log_probs(logits, self.options.mix), scores)
 
-    # -- the rest --------------------------------------------------------------------------------------------------
+    # -- helpers ---------------------------------------------------------------------------------------------------
 
     def _bring_training(self, step: Step, iteration: int) -> None:
         self.discriminators.bring(lambda client: private.training(client, step.round, iteration, self.options))
@@ -183,14 +183,14 @@ class Answers:
         return answers
 
     def normalised(self, images: Tensor) -> Tensor:
-        """A copy of what travelled, as networks see it: fp32, channels-last, on the clients' device."""
+        """A copy of received images, normalised for the networks: fp32, channels-last, on the clients' device."""
         client = self.clients[0]
         if images.dtype == torch.uint8:
             images = normalise(images, client.mean, client.std)
         return images.detach().to(client.device, memory_format=torch.channels_last, copy=True)
 
     def _count(self, row: int, values: Tensor, slots: Sequence[int]) -> None:
-        """Adds a figure ``[K]`` of the clients in ``slots``; what it says of the others means nothing."""
+        """Adds the values ``[K]`` of the clients in ``slots`` to a figure's sums; other clients' values are ignored."""
         if len(slots) == len(self.clients):
             self._seen[row] += values
         else:
@@ -199,7 +199,7 @@ class Answers:
             self._counts[row][slot] += 1
 
     def _report(self) -> None:
-        """The round's means so far in the clients' reports."""
+        """Writes the round's means so far into the clients' reports."""
         rows = self._seen.tolist()
         for slot, client in enumerate(self.clients):
             for name, row, counts in zip(("critic_loss", "realism"), rows, self._counts, strict=True):

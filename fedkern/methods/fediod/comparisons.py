@@ -1,4 +1,4 @@
-"""What the student is to be compared with: every teacher alone, and their ensembles, on a test set."""
+"""Baselines of the student on a test set: every teacher alone, and the teachers' ensembles."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from fedkern.methods.fediod.losses import importance, mixture, teacher_log_probs
 from fedkern.methods.fediod.privacy_options import tells_scores
 
 KEEP_BYTES = 1 << 30
-"""Logits of a whole test set are kept up to this size; beyond, the teachers are asked again for every figure."""
+"""Logits of a whole test set are kept up to this size; for a larger set the teachers run again for every figure."""
 
 
 class Panel:
-    """The teachers' logits of a test set, batch by batch, and what is made of them, in the place of a model."""
+    """The teachers' logits on a test set, in the place of both model and data of ``Method.evaluate``.
+
+    :meth:`batches` runs the teachers, and a call returns ``answer`` of the current batch and its teachers' logits.
+    """
 
     def __init__(self, ask: Callable[[Tensor], Tensor], data: Any) -> None:
         self._ask, self._data = ask, data
@@ -34,7 +37,7 @@ class Panel:
         return len(self._data)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The test set's own; remembers what the teachers say."""
+        """The test set's batches; keeps the teachers' logits for the next pass."""
         kept, size = self._kept if self._full else None, 0
         fresh: list[Tensor] = []
         for i, (images, labels) in enumerate(self._data.batches()):
@@ -52,7 +55,7 @@ class Panel:
         return self.answer(images, self._now)
 
     def eval(self) -> Panel:
-        """As a module's; there is nothing to switch."""
+        """Returns the panel itself, as ``eval`` of a module does."""
         return self
 
 
@@ -62,11 +65,13 @@ def oracle_metrics(
 ) -> dict[str, float]:
     """``best_teacher``, ``mean_teacher``, ``ensemble_uniform`` and ``ensemble_weighted`` on every test set.
 
-    Each is the accuracy, or the Dice for segmentation. The best teacher is chosen by these very figures, which nobody
-    in the federation could do; the weighted ensemble has the weights that the student learnt with, and the uniform one
-    those of the mean of all logits (of all probabilities with ``mix=probs``). A test set of a single image of which the
-    discriminators' last map leaves one position cannot be judged by them, and its weights are those of the classes
-    alone. ``holdout`` is the teachers' mean figure on their clients' own hold-outs.
+    Each figure is the accuracy, or the Dice for segmentation.
+
+    * ``best_teacher`` is chosen by this very figure, which nobody in the federation could do.
+    * ``ensemble_uniform`` is the plain mean of all logits (of all probabilities with ``mix=probs``).
+    * ``ensemble_weighted`` has the weights that the student learnt with. A test set of a single image, of which the
+      discriminators' last map has one position, has no confidences: the class weights alone count there.
+    * ``holdout`` is the teachers' mean figure on their clients' own hold-outs, where there are any.
     """
     ids = [k for k in sorted(server.state["classes"]) if "teacher" in clients[k].state]
     own = {k: clients[k] for k in ids}

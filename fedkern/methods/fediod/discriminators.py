@@ -1,4 +1,4 @@
-"""The clients' discriminators: trained where they are, never sent."""
+"""The clients' discriminators, which train at their clients and are never sent."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ START = Step(-1, "", "update")
 
 
 class Discriminators:
-    """The discriminators of some clients side by side: of one that answers alone, or of a whole cohort.
+    """The discriminators of some clients side by side: of one client, or of a whole cohort.
 
-    What a client keeps is ``client.state["critics"]``: by shard, its parameters, Adam's moments and its steps, as views
-    of the live tensors, so that nothing is copied while a round lasts.
+    ``client.state["critics"]`` holds every shard's parameters, Adam moments and step count.  For the shard in use these
+    are views of the live tensors, so that nothing is copied during a round.
 
     Args:
-        clients: whose.
-        options: the method's.
+        clients: the clients.
+        options: the method's options.
     """
 
     def __init__(self, clients: Sequence[Client], options: Any) -> None:
@@ -46,7 +46,7 @@ class Discriminators:
         self._adam = Adam(tensors, o.critic_lr, (0.5, 0.999))
         for slot, client in enumerate(clients):
             kept = client.state.setdefault("critics", {})
-            for shard in range(len(self._shards[slot])):  # all of them now: what there is must not tell who served
+            for shard in range(len(self._shards[slot])):  # all now: the keys must not reveal which shard served
                 if shard not in kept:
                     kept[shard] = self._fresh(client, shard)
             self._load(slot, 0)
@@ -56,23 +56,23 @@ class Discriminators:
         return torch.Generator().manual_seed(seed)
 
     def _fresh(self, client: Client, shard: int) -> dict[str, Any]:
-        """What is kept of a discriminator that has not trained."""
+        """State of an untrained discriminator."""
         own, drawn = self.module, [self._draw(client, shard)]
         weights = PatchDiscriminators(drawn, channels=own.channels, ndf=own.ndf, layers=own.layers).parts()[0]
         mean, square = ({name: torch.zeros_like(tensor) for name, tensor in weights.items()} for _ in range(2))
         return {"weights": weights, "mean": mean, "square": square, "steps": 0}
 
-    # -- shards: one discriminator of a client at a time is in its slot -------------------------------------------
+    # -- shards: a client's slot holds one discriminator at a time -------------------------------------------------
 
     def bring(self, choice: Callable[[Client], int]) -> None:
-        """Puts the discriminator of the shard that ``choice`` names of every client in its place.
+        """Loads, for every client, the discriminator of the shard that ``choice`` names into the client's slot.
 
-        One that is there already goes out and comes in like another, so that the time does not tell.
+        A discriminator that is in the slot already is stored and loaded again, so that the time does not reveal it.
         """
         for slot, client in enumerate(self._clients):
             if len(self._shards[slot]) > 1:
                 self._point(slot)
-                kept = client.state["critics"][self._here[slot]]  # its place is needed for another one
+                kept = client.state["critics"][self._here[slot]]  # the slot's memory is needed for another shard
                 kept["weights"] = {name: tensor.clone() for name, tensor in kept["weights"].items()}
                 self._here[slot] = choice(client)
                 self._load(slot, self._here[slot])
@@ -93,7 +93,7 @@ class Discriminators:
         self._point(slot)
 
     def _point(self, slot: int) -> None:
-        """Lets the client's state be views of what is live."""
+        """Makes the client's state views of the live tensors."""
         part, state = self._parts[slot], self._adam.state
         self._clients[slot].state["critics"][self._here[slot]] = {
             "weights": dict(part),
@@ -107,8 +107,8 @@ class Discriminators:
     def real(self, slot: int, step: Step, iteration: int) -> Tensor | None:
         """The client's real images of an iteration, ``[batch, C, H, W]``; None when its samples are used up.
 
-        In a round a client goes once through its samples in random order; a last batch is filled up from the start.
-        With shards they are drawn from that whose discriminator is in place.
+        A round goes once through the client's samples in random order; the last batch is filled up from the start.
+        With shards, every batch is drawn anew from the shard whose discriminator is loaded.
         """
         client, size = self._clients[slot], self._options.batch
         batches = private.batches(client.declared, self._options)
@@ -128,10 +128,10 @@ class Discriminators:
         return client.batch(chosen, augmentation).images
 
     def train(self, fake: Tensor, real: dict[int, Tensor], lr: float) -> Tensor | None:
-        """One step of those discriminators that have real images, by slot; fake images ``[B, C, H, W]`` are shared.
+        """One step of the discriminators that have real images (by slot); all share the fake ones ``[B, C, H, W]``.
 
         Returns:
-            Their losses ``[K]``, 0 for the others; None where nobody trains.
+            Losses ``[K]``, 0 for discriminators without real images; None where ``real`` is empty.
         """
         if not real:
             return None
@@ -163,12 +163,12 @@ class Discriminators:
         return losses.detach()
 
     def judge(self, images: Tensor) -> Tensor | None:
-        """Confidences ``[K, n]`` of any number of images, in parts of the batch of a step (see ``cuts``).
+        """Confidences ``[K, n]`` of any number of images, in slices of a step's batch size (see ``batch_slices``).
 
-        Batch norm's statistics are those of a part.
+        Batch norm uses the statistics of each slice.
 
         Returns:
-            None for a single image of whose last map one position is left: that has no statistics.
+            The confidences; None for a single image whose last map has one position, which batch norm cannot normalise.
         """
         count, layers = len(images), self.module.layers
         if count * (images.shape[2] >> layers) * (images.shape[3] >> layers) == 1:

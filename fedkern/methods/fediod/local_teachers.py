@@ -1,4 +1,4 @@
-"""Stage 1 of FedIOD: every client trains a network of its own, which never leaves it (docs/methods/fediod.md, 4)."""
+"""Stage 1 of FedIOD: every client trains its own teacher and keeps it (docs/methods/fediod.md, section 4)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from fedkern.methods.fediod import private_messages as private
 from fedkern.methods.protocol import batch_slices
 
 TRAIN = Step(0, "train", "update")
-"""The step whose streams a teacher is trained with: that of the one-shot methods, so that without a hold-out the
-teachers are theirs, bit for bit."""
+"""Step whose random streams a teacher trains with.  The one-shot methods train their members with the same step, so
+without a hold-out the teachers equal these members bit for bit."""
 
 
 class Held:
@@ -33,25 +33,27 @@ class Held:
 
     @property
     def scored(self) -> bool:
-        """Whether there is a figure to be had: a sample or, for segmentation, a pixel whose class is known."""
+        """Whether these samples can be scored: at least one sample (segmentation: pixel) has a known class."""
         return bool((self._client.labels[torch.from_numpy(self._rows)] >= 0).any())
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(images, labels) in order, not augmented."""
-        size = 500 if self.task == "classification" else 16  # a segmentation network's answers are whole images
+        size = 500 if self.task == "classification" else 16  # segmentation logits are as large as the images
         for part in batch_slices(len(self), size):
             batch = self._client.batch(self._rows[part])
             yield batch.images, batch.labels
 
 
 def split(client: Client, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the samples that train the teacher, and of those held out; a client keeps at least one to train.
+    """Positions of the samples that train the teacher, and of the held-out samples; at least one sample trains.
 
-    A patient, or a case, is on one side: whole ones are held out, of no more samples than the share says but of one.
-    Where patients are the unit of privacy the share is one of patients, so that nobody's images decide who else is held
-    out.
+    Samples of one group (patient, case or image) stay on one side.  The hold-out takes whole groups: as many as fit
+    into ``share`` of the samples, but at least one group where the share comes to a sample or more.
+
+    Where patients are the unit of privacy, ``share`` is a share of the patients.  How many images a patient has then
+    does not influence which other patients are held out.
     """
-    if client.patients is not None:  # so many patients, whatever the number of their images
+    if client.patients is not None:  # a share of the patients, however many images each has
         parts = drawn_rows(client.rng("holdout", TRAIN), client.samples, client.patients)
         whole = min(round(share * len(parts)), len(parts) - 1)
         out, kept = (np.concatenate([np.zeros(0, np.int64), *rows]) for rows in (parts[:whole], parts[whole:]))
@@ -65,16 +67,16 @@ def split(client: Client, share: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def main_figure(figures: dict[str, float]) -> float:
-    """The one figure that a comparison is about: ``accuracy``, or ``dice`` for segmentation."""
+    """The figure that networks are compared by: ``accuracy``, or ``dice`` for segmentation."""
     return next(figures[name] for name in MAIN_FIGURES if name in figures)
 
 
 def make_teacher(method: Any, client: Client, architectures: Architectures, options: Any) -> None:
-    """Trains the client's teacher, or takes the one that it brings, and keeps it in ``client.state["teacher"]``.
+    """Trains the client's teacher, or loads a pretrained one, and keeps it in ``client.state["teacher"]``.
 
-    The state has ``parameters``, ``buffers`` and ``integers``, and ``holdout``, the figure on the client's own
-    hold-out, where there is one and something is known of it.  A teacher that is brought may have trained on any of the
-    client's samples, so it has no such figure.
+    The state has ``parameters``, ``buffers`` and ``integers``.  It also has ``holdout``, the figure on the client's own
+    hold-out, where a held-out sample has a known class.  A pretrained teacher has no such figure, because it may have
+    trained on any of the client's samples.
     """
     module = build(client, architectures)
     rows, out = split(client, options.holdout)
@@ -90,7 +92,7 @@ def make_teacher(method: Any, client: Client, architectures: Architectures, opti
 
 
 def _fit(method: Any, client: Client, module: nn.Module, rows: np.ndarray, held: Held, options: Any) -> None:
-    """The engine's training, in place; ends with the weights of the best epoch where those are what is kept."""
+    """Trains ``module`` in place by the engine's loop; with ``select=best`` restores the weights of the best epoch."""
     best: list[Any] = [-1.0, None]
 
     @torch.no_grad()

@@ -1,21 +1,24 @@
 """FedIOD: one generator against many private discriminators (arXiv 2312.14478, AAAI-24; docs/methods/fediod.md).
 
 Every client trains a teacher of its own, of any architecture.  Then a generator G on the server learns images that look
-real to every client's discriminator (realism), that the teachers are sure of (clarity) and that they tell apart
-(diversity), and a student learns what the weighted ensemble of the teachers says of them.  An iteration of a round has
-three exchanges:
+real to every client's discriminator (realism), that the teachers are sure of (clarity) and on which the teachers differ
+(diversity).  A student learns the answers of the weighted ensemble of the teachers to these images.  An iteration of a
+round has three exchanges:
 
-    images      down: x = G(z)              up: logits t_k(x), confidence r_k(x); before that a step of D_k on x
+    images      down: x = G(z)              up: logits t_k(x), confidence r_k(x), after a step of D_k on x
     gradients   down: dL_G/dt_k             up: the gradient with respect to x, through D_k and T_k
     distil      down: the student's images  up: logits, confidences
 
-Teachers and discriminators never leave their clients.  The ensemble is, class by class, the mean of the logits with
-weights w_kc r_k(x) (2.3).  ``mode=public`` has neither generator nor discriminators: the teachers answer once on public
-images and the student learns from that.
+Teachers and discriminators never leave their clients.  The ensemble is, class by class, the mean of the teachers'
+answers with weights w_kc(x) (section 5).  ``mode=public`` has neither generator nor discriminators: the teachers answer
+once on public images, and the student learns from these answers.
 
-Bytes per client and iteration, fp32: (1 + student_steps) batches of images and a batch of logits' gradients down, as
-many batches of logits and confidences and one batch of images (their gradients) up.  The method saves privacy, not
-bytes (2.8).
+Bytes per client and iteration, fp32 (section 4):
+
+    down    1 + student_steps batches of images, one batch of gradients of logits
+    up      1 + student_steps batches of logits and confidences, one batch of gradients of images
+
+FedIOD protects data; it does not save bytes.
 """
 
 from __future__ import annotations
@@ -70,7 +73,7 @@ class FedIOD(Objective, OwnNetworks):
 
     @dataclass(frozen=True)
     class Options(IODOptions):
-        """Knobs of FedIOD."""
+        """Options of FedIOD (docs/methods/fediod.md, section 8)."""
 
     tasks = ("classification", "segmentation")
     selective = True
@@ -79,7 +82,7 @@ class FedIOD(Objective, OwnNetworks):
     def __init__(self, options: Any = None) -> None:
         super().__init__(options)
         self.settings = settle(self.options)
-        self._teachers: dict[ClientId, nn.Module] = {}  # frozen, so that they are built once in a run
+        self._teachers: dict[ClientId, nn.Module] = {}  # frozen: built once in a run
         self._banks: dict[tuple[ClientId, ...], TeacherStack] = {}
         self._generates = self.options.mode == "generator"
 
@@ -91,7 +94,7 @@ class FedIOD(Objective, OwnNetworks):
 
     def rounds(self, federation: Federation) -> Iterator[Round]:
         if private.draws_secrets(self.settings):
-            # Committed before anything is released, so that an interrupted round releases the same once more.
+            # The secrets are stored before anything is released, so that an interrupted round releases the same again.
             yield Round("secrets", exchanges=("secret",), participants="all", one_off=True, booked=False)
         yield Round("teachers", exchanges=("teacher",), participants="all", one_off=True)
         if not self._generates:
@@ -185,11 +188,11 @@ class FedIOD(Objective, OwnNetworks):
             told = Values((classes,), torch.float32 if how == "counts" else torch.bool, low=0)
             return {} if how == "uniform" else {"classes": told}
         if kind == "answers":
-            assert server.public is not None  # asked for in start
+            assert server.public is not None  # checked in start
             return {"logits": Values((len(server.public), classes, *positions))}
         if not self._generates:
             return {}
-        if kind == "gradients":  # nothing of a client that has lost what it kept of the images
+        if kind == "gradients":  # a client that has lost its state of the images sends none
             return {"gradients": Maybe(Values((self.options.batch, channels, height, width)))}
         size = len(message["images"])
         scores = {"scores": Values((size,), low=0, high=1)} if promise.tells_scores(self.settings) else {}
@@ -206,7 +209,7 @@ class FedIOD(Objective, OwnNetworks):
         if kind == "answers":
             server.state["answers"] = {upload.client_id: upload.message["logits"].cpu() for upload in uploads}
             return
-        # Uploads are asked for before the workshop is: there is no message without a client.
+        # Uploads come first: the clients answer while these are read, and nobody answers where nothing was sent.
         answers = {upload.client_id: upload.message for upload in uploads}
         shop, round_cache = self._workshop(server), server.round_cache
         if kind == "images":
@@ -233,7 +236,7 @@ class FedIOD(Objective, OwnNetworks):
             ensemble = shop.gather(answers)
             shop.teach(images, ensemble, size)
             return ensemble
-        assert server.public is not None  # asked for in start
+        assert server.public is not None  # checked in start
         order = server.rng("public", step).permutation(len(server.public))
         rows = torch.from_numpy(order[: size * self.options.student_steps])
         if not answers:
@@ -246,7 +249,7 @@ class FedIOD(Objective, OwnNetworks):
     # -- the clients -----------------------------------------------------------------------------------------------
 
     def untrained(self, client: Client) -> np.ndarray:
-        """The hold-out of the client's teacher; its discriminators do see these images."""
+        """The hold-out of the client's teacher; the client's discriminators do train on these images."""
         return split(client, self.settings.holdout)[1]
 
     def client_update(self, client: Client, step: Step, message: Message) -> Message:
@@ -258,11 +261,11 @@ class FedIOD(Objective, OwnNetworks):
         kind, number = parts(step)
         if not (self.options.batched and self._generates) or kind not in ("images", "gradients", "distil"):
             return None
-        clients = {k: client for k, client in clients.items() if "teacher" in client.state}  # others diverged
+        clients = {k: client for k, client in clients.items() if "teacher" in client.state}  # the others diverged
         if not promise.private(self.settings):
             return self._update(clients, step, messages)
         if kind != "distil":
-            return None  # every client's gradients are wanted on their own: one after another
+            return None  # each client's gradients are needed alone
         alone = {k: self._answers({k: clients[k]}) for k in messages}
         first = next(iter(messages))
         with torch.no_grad():
@@ -306,7 +309,7 @@ class FedIOD(Objective, OwnNetworks):
 
     @torch.no_grad()
     def _answer(self, client: Client) -> Message:
-        assert client.public is not None  # asked for in start
+        assert client.public is not None  # checked in start
         bank = self.bank({client.id: client})
         said = (
             teacher_log_probs(bank.logits(batch.images), self.settings.mix)[0] for batch in client.public.batches(64)
@@ -321,7 +324,7 @@ class FedIOD(Objective, OwnNetworks):
                 if k not in self._teachers:
                     self._teachers[k] = teacher(clients[k], self.architectures)
             for known in [known for known in self._banks if len(known) > 1 < len(ids)]:
-                del self._banks[known]  # of another cohort: one is enough
+                del self._banks[known]  # of another cohort: one cohort's stack is kept
             self._banks[ids] = TeacherStack([self._teachers[k] for k in ids])
         return self._banks[ids]
 
@@ -335,14 +338,14 @@ class FedIOD(Objective, OwnNetworks):
         return answers
 
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor:
-        """What a teacher learns with."""
+        """A teacher's training loss."""
         return supervised_loss(model, batch)
 
     def disclosed(self, server: Server, ids: Sequence[ClientId]) -> Tensor:
-        """What the clients have told of their classes, fp32 ``[K, C]``; ``[K, 1]`` where that is nothing."""
+        """Class counts or flags as the clients disclosed them, fp32 ``[K, C]``; ones ``[K, 1]`` without any."""
         return torch.stack([server.state["classes"][k].float() for k in ids])
 
-    # -- what comes of it ------------------------------------------------------------------------------------------
+    # -- results ---------------------------------------------------------------------------------------------------
 
     def model(self, server: Server) -> nn.Module:
         return server.network(server.state["student"])

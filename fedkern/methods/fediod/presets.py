@@ -1,4 +1,4 @@
-"""FedIOD's knobs, and what the presets ``study``, ``paper`` and ``code`` make of those that are left open."""
+"""FedIOD's options, and the values that the presets ``study``, ``paper`` and ``code`` give to open options."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "diversity": "reverse_kl", "disc_weight": False, "bce": "sum", "mix": "logits",
     },
 }  # fmt: skip
-"""What a preset says of the options that the user leaves open (docs/methods/fediod.md, 9).
+"""Values of each preset for the options that the user leaves open (docs/methods/fediod.md, section 9).
 
-The plain defaults of the options are the study's (docs/fediod.md), so that preset has weights alone.
+``study`` has no sizes, steps or rates: the plain defaults of these options are the study's (docs/fediod.md).
 """
 
 
 @dataclass(frozen=True)
 class IODOptions(PrivacyOptions, Method.Options):
-    """Knobs of FedIOD, with the settings of docs/fediod.md as defaults; the published ones are :data:`PUBLISHED`."""
+    """Options of FedIOD; the defaults are the settings of docs/fediod.md, the published settings :data:`PUBLISHED`."""
 
     preset: str = option(
         "study", "what the options left open follow: our study, the paper, or the released code's CIFAR-10 script; "
@@ -86,7 +86,7 @@ class IODOptions(PrivacyOptions, Method.Options):
         choices=("sgd", "adamw"),
     )
     student_lr: float = option(0.05, "learning rate of the student (cosine)", above=0)
-    student_lr_end: float = option(1e-5, "what it ends at", low=0)
+    student_lr_end: float = option(1e-5, "learning rate at which the student's cosine ends", low=0)
     student_momentum: float = option(0.9, "momentum of the student's SGD", low=0, high=0.999)
     student_decay: float = option(3e-5, "weight decay of the student", low=0)
     ema: float = option(0.0, "decay of an average of the generator that makes the student's images; 0: none", low=0,
@@ -110,7 +110,7 @@ class IODOptions(PrivacyOptions, Method.Options):
     disc_weight: bool | None = option(None, "whether a client's weight follows its discriminator's confidence",
                                       type=bool)  # fmt: skip
     mix: str | None = option(
-        None, "what of the teachers is averaged: their logits as they are (the code's), as log-probabilities, or their "
+        None, "what the ensemble averages: the teachers' logits (as in the released code), log-probabilities or "
         "probabilities", choices=("log_probs", "logits", "probs"), type=str,
     )  # fmt: skip
     kd: str = option(
@@ -134,7 +134,11 @@ class IODOptions(PrivacyOptions, Method.Options):
 
     @classmethod
     def settled(cls, values: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
-        """A preset that the user names overrules the data set's defaults; what nobody has chosen is the preset's."""
+        """Fills in the preset's values.
+
+        A preset that the user names overrules the data set's defaults.  Otherwise it only fills options without a
+        value.  An option that the user gives stays as it is.
+        """
         named = "preset" in given
         preset = PRESETS[str(values["preset"])]
         return {
@@ -144,7 +148,7 @@ class IODOptions(PrivacyOptions, Method.Options):
 
 
 def settle(options: IODOptions) -> Any:
-    """The options with those left open as the preset has them, for reading (attribute by attribute)."""
+    """The options as read-only attributes, with the preset's values for open options."""
     values = {knob.field: getattr(options, knob.field) for knob in options.knobs()}
     preset = PRESETS[options.preset]
     return Settings(
@@ -153,7 +157,7 @@ def settle(options: IODOptions) -> Any:
 
 
 class Settings:
-    """Read-only attributes."""
+    """Options as read-only attributes."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.__dict__.update(values)

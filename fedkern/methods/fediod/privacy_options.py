@@ -1,6 +1,6 @@
 """Privacy options of FedIOD and the epsilon they give (docs/methods/fediod.md, section 12).
 
-Nothing here sees data; the mechanisms are in `fedkern.methods.fediod.private_messages`.
+This module sees no data; the mechanisms are in `fedkern.methods.fediod.private_messages`.
 """
 
 from __future__ import annotations
@@ -18,52 +18,55 @@ from fedkern.privacy.guarantee import listed
 
 @dataclass(frozen=True)
 class PrivacyOptions(Options):
-    """Knobs of FedIOD's differential privacy."""
+    """Options of FedIOD's differential privacy."""
 
     epsilon: float | None = option(
-        None, "target of the whole run for what is covered (everything only with teacher_dp): the noise that is left "
-        "open (sigma_d; with teacher_dp the teacher's too) is solved for", above=0, type=float,
+        None, "target epsilon of the whole run, for the releases that are covered (all of them with teacher_dp). The "
+        "run solves for the noise that is left open: sigma_d, and with teacher_dp teacher_sigma", above=0, type=float,
     )  # fmt: skip
-    delta: float = option(1e-5, "the delta at which epsilon is met or told", above=0, high=0.5)
+    delta: float = option(1e-5, "delta at which epsilon is met or reported", above=0, high=0.5)
     shards: int = option(
-        1, "disjoint parts of a client's data with a discriminator each; one, drawn in secret, serves each step", low=1
-    )
+        1, "disjoint parts of a client's data, each with its own discriminator. A secret draw chooses the "
+        "discriminator that serves a step", low=1,
+    )  # fmt: skip
     clip_d: float | None = option(
-        None, "largest norm of an image's gradient through the discriminator, before the client's weight and w_real; "
-        "best near the median, which a run without privacy, on data of the kind that anybody may see, tells of its "
-        "clients as norm_d (with m shards, each of which trains a m-th as often, that of the first m-th of the run); "
-        "open: 0.03 with bce=mean, 0.3 with bce=sum", above=0, type=float,
+        None, "clipping norm of an image's gradient through the discriminator, before the client's weight and w_real. "
+        "Choose it near the median norm; a non-private run on public data of the same kind reports that median as "
+        "norm_d (with m shards, of the first m-th of the run). Open: 0.03 with bce=mean, 0.3 with bce=sum",
+        above=0, type=float,
     )  # fmt: skip
     clip_t: float = option(
-        0.5, "largest norm of an image's gradient through the teacher, before the client's weight; the median is told "
-        "as norm_t", above=0,
+        0.5, "clipping norm of an image's gradient through the teacher, before the client's weight. A non-private run "
+        "reports the median norm as norm_t", above=0,
     )  # fmt: skip
     sigma_d: float = option(
-        0.0, "noise on the former over clip_d; 0: neither clipped nor noised, but for epsilon", low=0
+        0.0, "Gaussian noise on the discriminator channel, in multiples of clip_d. 0: no clipping and no noise, unless "
+        "epsilon is set", low=0,
+    )  # fmt: skip
+    sigma_t: float = option(
+        0.0, "Gaussian noise on the teacher channel, in multiples of clip_t. 0: no clipping and no noise", low=0
     )
-    sigma_t: float = option(0.0, "noise on the latter over clip_t; 0: neither clipped nor noised", low=0)
     scores: str = option(
-        "withhold", "what a private client tells of its discriminator's confidence, which no noise can cover: nothing, "
-        "or the confidence itself, which epsilon then does not cover", choices=("withhold", "release"),
+        "withhold", "what a private client sends of its discriminator's confidence: nothing, or the confidence itself, "
+        "which epsilon then does not cover", choices=("withhold", "release"),
     )  # fmt: skip
     histogram_noise: float = option(
         0.0, "standard deviation of the noise on a client's class counts, in images (for segmentation, all pixels of "
-        "an image); 0: told as they are", low=0,
+        "an image). 0: the exact counts", low=0,
     )  # fmt: skip
-    teacher_dp: bool = option(False, "train the teachers with DP-SGD, so that all that comes from them is covered")
+    teacher_dp: bool = option(False, "train the teachers with DP-SGD, so that their logits and gradients are covered")
     teacher_clip: float = option(
-        1.0, "largest norm of a sample's (or the sum of a patient's) gradient in DP-SGD", above=0
+        1.0, "clipping norm of a sample's gradient in DP-SGD (of the sum of a patient's gradients)", above=0
     )
-    teacher_sigma: float = option(1.0, "noise of DP-SGD over teacher_clip, where epsilon is not given", low=0)
+    teacher_sigma: float = option(
+        1.0, "noise of DP-SGD, in multiples of teacher_clip, where epsilon is not given", low=0
+    )
     noise: str = option(
-        "secret", "what noise and secret draws follow from: 128 bits that every client draws anew and keeps to itself "
-        "(every release has a key of its own, made of them), or the run's seed, so that a run can be repeated and "
-        "epsilon holds only while the seed is secret",
-        choices=("secret", "seed"),
+        "secret", "source of noise and secret draws: 128 bits that every client draws and keeps (each release has a "
+        "key made of them), or the run's seed. With the seed a run can be repeated, and epsilon holds only while the "
+        "seed is secret", choices=("secret", "seed"),
     )  # fmt: skip
-    teacher_share: float = option(
-        0.5, "share of epsilon that is at least the teacher's with teacher_dp", low=0.01, high=0.99
-    )
+    teacher_share: float = option(0.5, "least share of epsilon for the teacher, with teacher_dp", low=0.01, high=0.99)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,48 +93,54 @@ class PrivacyOptions(Options):
 
 
 CLIP_D = {"mean": 0.03, "sum": 0.3}
-"""What ``clip_d`` is by ``bce`` where it is left open: about the median norm of a row through the discriminator.
+"""Default of ``clip_d`` by ``bce``: about the median norm of a row through the discriminator.
 
-Measured on embedded digits (32 x 32; five clients, Dirichlet 0.1, 32 images a step), in the first third and the last of
-80 iterations; a discriminator has 4 patches there, or 64 with critic_layers=2:
+Median norms measured on embedded digits (32 x 32).  Unless a row says otherwise: five clients, Dirichlet 0.1, 32 images
+a step, bce=mean, 4 patches (64 with critic_layers=2), 80 iterations.  Early and late are the first and the last third
+of 80 iterations, or the start and the end of 300.
 
-    bce=mean   4 patches 0.028 to 0.058, 64 patches 0.008 to 0.020
-    bce=sum    4 patches 0.11 to 0.17,   64 patches 0.36 to 0.79
-    batch=8 0.026 to 0.067, ten clients 0.032 to 0.028, Dirichlet 1 0.028 to 0.046 (mean, 4 patches)
+    run                                         discriminator early    late   teacher
+    bce=mean, 4 patches                                      0.028    0.058   0.16
+    bce=mean, 64 patches                                     0.008    0.020   0.03
+    bce=sum, 4 patches                                       0.11     0.17    0.64
+    bce=sum, 64 patches                                      0.36     0.79    0.64
+    batch=8                                                  0.026    0.067   0.05
+    ten clients                                              0.032    0.028   0.20
+    Dirichlet 1                                              0.028    0.046   0.65
+    300 iterations, critic_lr=7e-4                           0.05     1.1     0.65
+    300 iterations, epsilon=10, shards=20, Dirichlet 1       0.034    0.020   0.53
+    300 iterations, epsilon=10, shards=5, Dirichlet 1        0.057    0.038   0.47
 
-The norm grows with what a discriminator has learnt: over 300 iterations with critic_lr=7e-4 from 0.05 to 1.1, while
-in one with epsilon=10, shards=20 and Dirichlet 1, where each trains 15 times, it stays at 0.034 to 0.020, and with
-shards=5 at 0.057 to 0.038.  Through the teacher the medians over 80 iterations are 0.16 and 0.64 (bce=mean, sum;
-4 patches), 0.03 and 0.64 (64 patches), 0.05 (batch=8), 0.20 (ten clients) and 0.65 (Dirichlet 1); over those 300
-0.65, and in those with shards 0.53 and 0.47.
+The norm through a discriminator grows with the discriminator's training.  With shards each discriminator trains less
+often (15 times with shards=20), and the norm does not grow.
 """
 
 
 def clip_d(options: Any) -> float:
-    """Largest norm of a row through the discriminator: as given, or about the median of such rows."""
+    """Clipping norm of a row through the discriminator: the option, or where that is open `CLIP_D`."""
     return CLIP_D[options.bce] if options.clip_d is None else float(options.clip_d)
 
 
 def generates(options: Any) -> bool:
-    """Whether there is a generator, whose images the clients are asked for gradients of."""
+    """Whether the run has a generator, for whose images the clients send gradients."""
     return bool(getattr(options, "mode", "generator") == "generator")
 
 
 def private(options: Any) -> bool:
-    """Whether the clients' gradients are clipped and noised, so that every client's are needed on their own."""
+    """Whether the clients' gradients are clipped and noised, so that each client's gradients are needed alone."""
     return generates(options) and (options.epsilon is not None or options.sigma_d > 0 or options.sigma_t > 0)
 
 
 def tells_counts(options: Any) -> bool:
-    """Whether a client says how often it has the classes, or which."""
+    """Whether clients disclose class counts, or which classes they have."""
     return bool(options.class_weights != "uniform")
 
 
 def tells_scores(options: Any) -> bool:
-    """Whether the discriminators' mean confidence in every image, in (0, 1), goes to the server.
+    """Whether clients send the discriminators' mean confidence in every image, in (0, 1), to the server.
 
-    Noise that covers B numbers at every step is tens of times larger than they are.  So a private client withholds
-    them, and the ensemble's weights follow the classes alone.
+    Noise that covers B confidences at every step would be tens of times larger than the confidences.  So a private
+    client withholds them unless ``scores=release``, and the ensemble's weights follow the classes alone.
     """
     withheld = private(options) and options.scores == "withhold"
     return generates(options) and bool(options.disc_weight) and not withheld
@@ -148,11 +157,11 @@ def claims(options: Any) -> bool:
 
 
 def guarantee(options: Any, unit: Unit = IMAGE) -> Guarantee | None:
-    """What epsilon covers and what not, of all that a client releases; None where nothing is private.
+    """Guarantee of a run: which of a client's releases epsilon covers and which not; None where nothing is private.
 
-    With ``teacher_dp`` all that is made of the teachers is covered.  Without it ``sigma_t`` covers no more than what
-    a client answers through its own teacher: that teacher's logits, to which no noise is added, also change what the
-    others are asked the gradients of.
+    ``teacher_dp`` covers everything that is computed from the teachers.  ``sigma_t`` covers only the gradients that a
+    client computes through its own teacher.  That teacher's logits carry no noise, and they also change the gradients
+    that the server asks of other clients.
     """
     if not claims(options):
         return None
@@ -192,17 +201,17 @@ def guarantee(options: Any, unit: Unit = IMAGE) -> Guarantee | None:
 
 
 def _while(options: Any) -> tuple[str, ...]:
-    """What must stay secret for epsilon to hold, beside the clients' data."""
+    """Conditions of epsilon: what must stay secret beside the clients' data."""
     if options.noise == "seed":
         return "checkpoints/ (the clients' networks as they are) stays with the clients", "the run's seed stays secret"
     return ("checkpoints/ (the clients' networks as they are, and their secret bits) stays with the clients",)
 
 
 def _answers(options: Any) -> str:
-    """The teachers' logits and, where they are not covered, where else they show."""
+    """The teachers' logits in words and, where they are not covered, what else they change."""
     reached = ["the student"]
     if generates(options) and (options.w_adv or (options.w_diverse and options.diversity != "none")):
-        reached.append("other clients' gradients")  # by the mixture, of which every teacher's gradient depends
+        reached.append("other clients' gradients")  # through the mixture, on which every gradient depends
     if generates(options) and options.w_adv:
         reached.append("the adversarial term's gradient for the generator")
     if options.teacher_dp or len(reached) == 1:

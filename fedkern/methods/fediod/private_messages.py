@@ -1,25 +1,28 @@
 """Differential privacy of FedIOD's messages: clipping, noise and booking (docs/methods/fediod.md, section 12).
 
-FedIOD's own files call these functions and nothing else where a client answers, so that a mechanism stands here alone.
-Without privacy every one of them hands on what it was given.
+All of FedIOD's privacy mechanisms are in this module.  The other files call its functions wherever a client answers;
+without privacy the answers pass through unchanged.
 
-A client's gradient for the generator comes through two networks, which differ in privacy: its *discriminator*, of which
-it has one for each of m disjoint shards of its data, one random shard serving a step; and its *teacher*, trained on all
-of them.  Both gradients are clipped and noised row by row (one row is one generated image).  When a record is replaced
-every row of a batch of B may change by twice the clipping norm C, so noise of sigma C in every entry is a Gaussian
-mechanism with sigma / (2 sqrt(B)) times its sensitivity.
+A client's gradient for the generator comes through two networks, which differ in privacy.  Each *discriminator* is
+trained on one of m disjoint shards of the client's data, and one random shard serves a step.  The *teacher* is trained
+on all of the data.  Both gradients are clipped and noised row by row (one row is one generated image).  Replacing a
+record may change every row of a batch of B by twice the clipping norm C.  Noise of sigma C in every entry is therefore
+a Gaussian mechanism whose noise is sigma / (2 sqrt(B)) times its sensitivity.
 
-A step is that mechanism on a shard drawn without replacement only if nothing else depends on the draw, whatever the
-steps before released.  So *which discriminator trains* follows a schedule that everybody may know, round robin over
-the shards, and *which one serves* is drawn in secret for every step, independently: the discriminators are then
-functions of their own shards and of the images, none of them of what served before.  A confidence or realism that is
-told is that of the shard whose turn it is to train, or it would tell which one serves.
+The accountant treats a step as this mechanism on a shard drawn without replacement.  That holds only if nothing else
+depends on the draw, whatever the steps before released:
 
-Noise and secret draws follow from 128 bits that a client draws anew and that stay in its own state (:func:`secret`):
-the run's root seed stands in config.toml, and who knows what the noise follows from can subtract it.  Every release has
-a key of its own, made of those bits (`fedkern.privacy.keys`), and a number that is never used again.  With
-``noise=seed`` they follow from that seed nevertheless, which makes a run repeatable and the guarantee conditional on
-the seed.
+* Which discriminator *trains* follows a public schedule, round robin over the shards.
+* Which discriminator *serves* the gradients is drawn in secret and independently for every step.  A discriminator is
+  thus a function of its own shard and of the images, never of which discriminators served before.
+* A released confidence or realism is that of the discriminator that trains.  That of the serving discriminator would
+  reveal the draw.
+
+Noise and secret draws follow from 128 bits that every client draws itself and keeps in its own state (:func:`secret`).
+The run's root seed would not do: it is in config.toml, and whoever knows the source of the noise can subtract it.
+Every release has its own key (`fedkern.privacy.keys`), made from these bits and a release number that is never used
+again.  With ``noise=seed`` noise and draws follow from the root seed instead.  The run can then be repeated, and the
+guarantee holds only while the seed is secret.
 """
 
 from __future__ import annotations
@@ -43,19 +46,19 @@ from fedkern.privacy.dpsgd import check_network, stream_name
 from fedkern.privacy.keys import SECRET_BYTES, NoiseKey, noise_key
 
 TERMS = "privacy_terms"
-"""Where a client keeps the noise that was agreed on before the first step."""
+"""Key in a client's state of the noise that was agreed on before the first step."""
 SECRET = "privacy_secret"
-"""Where a client keeps the bits that its noise follows from, in hexadecimal digits."""
+"""Key in a client's state of the secret bits that its noise follows from, in hexadecimal digits."""
 RELEASES = "privacy_releases"
-"""Where a client keeps how often it has released something in a channel: the number of the next release's key."""
+"""Key in a client's state of its number of releases by channel, which is the number of the next release."""
 DISCRIMINATOR, TEACHER, HISTOGRAM = "discriminator", "teacher", "histogram"
 
 
 def prepare(server: Server, options: Any) -> None:
-    """Settles the noise before anything is written (``Method.start``), in ``server.state["privacy"]``.
+    """Finds the noise before anything is written (in ``Method.start``) and keeps it in ``server.state["privacy"]``.
 
     Raises:
-        UserError: dp-accounting is not installed, no noise meets the target, or there is nothing to add it to.
+        UserError: dp-accounting is not installed, no noise meets the target, or there are no gradients to noise.
     """
     if not claims(options):
         return
@@ -80,7 +83,7 @@ def prepare(server: Server, options: Any) -> None:
 
 
 def _beside(options: Any, sigma: float, steps: int, unit: Unit) -> Accountant:
-    """What a client releases beside its teacher's answers in a whole run of so many generator steps."""
+    """Books a client's noised releases of a whole run, all but a private teacher's; ``steps`` are generator steps."""
     accountant = Accountant()
     if asks_discriminators(options) and sigma:
         accountant.gaussian(DISCRIMINATOR, multiplier(sigma, options.batch), shards=options.shards, steps=steps)
@@ -97,19 +100,19 @@ def _counted(options: Any, unit: Unit) -> float:
 
 
 def _beside_teachers(options: Any) -> bool:
-    """Whether anything is released with noise beside what comes from private teachers."""
+    """Whether a client releases anything with noise that does not come from a private teacher."""
     return asks_discriminators(options) or (options.histogram_noise > 0 and tells_counts(options))
 
 
 def _part(options: Any, share: float) -> tuple[float, float]:
-    """Of the target: all of it, or a share of epsilon and half of delta beside private teachers."""
+    """The target (epsilon, delta); beside private teachers ``share`` of epsilon and half of delta."""
     if options.teacher_dp and _beside_teachers(options):
         return share * options.epsilon, options.delta / 2
     return options.epsilon, options.delta
 
 
 def planned_steps(federation: Federation, options: Any) -> int:
-    """Generator steps of the whole run, each of which asks every client for its gradient once."""
+    """Generator steps of the whole run; each step asks every client for its gradient once."""
     return federation.rounds * iterations(federation, options)
 
 
@@ -119,34 +122,34 @@ def iterations(federation: Federation, options: Any) -> int:
 
 
 def multiplier(sigma: float, rows: int) -> float:
-    """Noise over sensitivity of ``rows`` rows, each clipped to C and noised with ``sigma`` C: a record changes all."""
+    """Noise over sensitivity of ``rows`` rows clipped to C, with noise ``sigma`` C; one record may change all rows."""
     return sigma / (2 * math.sqrt(rows))
 
 
-# -- what the client is told, and cuts its data into -------------------------------------------------------------------
+# -- noise terms, secrets and shards of a client -----------------------------------------------------------------------
 
 
 def terms(server: Server) -> dict[str, float]:
-    """What every client must know before its first step; travels once, under ``"privacy"``."""
+    """Noise terms that every client needs before its first step; sent once, as ``"privacy"``."""
     return dict(server.state.get("privacy", {}))
 
 
 def agree(client: Client, message: Mapping[str, Any]) -> None:
-    """Keeps what :func:`terms` said."""
+    """Keeps the noise terms of the server (:func:`terms`)."""
     if message.get("privacy"):
         client.state[TERMS] = {name: float(value) for name, value in message["privacy"].items()}
 
 
 def draws_secrets(options: Any) -> bool:
-    """Whether the clients' noise is drawn from what nobody else knows."""
+    """Whether the clients' noise is drawn from secrets of their own."""
     return options.noise != "seed" and claims(options)
 
 
 def secret(client: Client, options: Any) -> str:
-    """What is mixed into the streams that nobody else may know: hexadecimal digits, or "" where the seed is to do.
+    """The client's secret, which is mixed into its private streams: hexadecimal digits; "" where the seed is used.
 
-    Drawn at the first call and kept in the client's state, so that a resumed run goes on with the same; it belongs in
-    no message, report or error.
+    Drawn at the first call and kept in the client's state, so that a resumed run has the same secret.  The secret must
+    not appear in any message, report or error.
     """
     if not draws_secrets(options):
         return ""
@@ -156,9 +159,12 @@ def secret(client: Client, options: Any) -> str:
 
 
 def check_noise(client: Client) -> None:
-    """Raises UserError where an earlier version drew the client's noise, from one key for all releases of a channel.
+    """Refuses to go on with a client whose noise an earlier version drew, from one key for all releases of a channel.
 
-    What it released since the last checkpoint would be released again, with other noise, and be counted once.
+    Releases since the last checkpoint would be repeated with other noise, and be counted once.
+
+    Raises:
+        UserError: the client's state is of such a version.
     """
     if (LEDGER in client.state or "privacy_places" in client.state) and RELEASES not in client.state:
         raise UserError(
@@ -168,10 +174,10 @@ def check_noise(client: Client) -> None:
 
 
 def next_key(client: Client, channel: str, options: Any) -> NoiseKey:
-    """The key of the client's next release in a channel; no key is given twice, also not by a resumed client."""
+    """The key of the client's next release in a channel.  No key is given twice, not even by a resumed client."""
     check_noise(client)
     own = secret(client, options)
-    # With noise=seed the 16 bytes are the run's, and so anybody's who knows its seed.
+    # With noise=seed the 16 bytes follow from the run's seed: whoever knows the seed has them.
     material = bytes.fromhex(own) if own else client.rng("privacy", OUTSIDE).bytes(SECRET_BYTES)
     releases = client.state.setdefault(RELEASES, {})
     number = int(releases.get(channel, 0))
@@ -180,15 +186,15 @@ def next_key(client: Client, channel: str, options: Any) -> NoiseKey:
 
 
 def hidden(client: Client, purpose: str, step: Step, options: Any) -> np.random.Generator:
-    """``client.rng`` of a purpose that nobody else may foresee."""
+    """``client.rng`` for draws that nobody else may foresee."""
     return client.rng(stream_name(purpose, secret(client, options)), step)
 
 
 def shards(client: Client, options: Any) -> Sequence[np.ndarray]:
-    """The client's samples cut into disjoint parts with one discriminator each: positions int64 in its split.
+    """The client's samples in disjoint shards, one for each discriminator: positions int64 in the client's split.
 
-    The same at every call of a run, and drawn without a look at the data.  Patients stay whole where they are the unit
-    of privacy.
+    The shards are the same at every call of a run and do not depend on the data.  Patients stay whole where they are
+    the unit of privacy.
 
     Raises:
         UserError: the client has fewer samples, or patients, than shards.
@@ -207,23 +213,23 @@ def shards(client: Client, options: Any) -> Sequence[np.ndarray]:
 
 
 def batches(samples: int, options: Any) -> int:
-    """Batches that a client's samples fill, which is how often it can train a discriminator in a round."""
+    """Batches that a client's samples fill: the most discriminator steps that the client takes in a round."""
     return math.ceil(samples / options.batch)
 
 
 def trainings(client: Client, options: Any) -> int:
-    """Iterations of a round in which the client trains a discriminator, the first ones."""
+    """Number of iterations in which the client trains a discriminator; these are the first ones of a round."""
     own = batches(client.declared, options)
     return min(options.iterations or own, own)
 
 
 def training(client: Client, round: int, iteration: int, options: Any) -> int:
-    """Which shard's discriminator trains: round robin over the client's trainings of the run, a public schedule."""
+    """Shard whose discriminator trains: round robin over the client's trainings of the run, a public schedule."""
     return (round * trainings(client, options) + iteration) % options.shards
 
 
 def serving(client: Client, step: Step, options: Any) -> int:
-    """Which shard's discriminator gives the gradients of ``step``, drawn in secret and from a stream of its own."""
+    """Shard whose discriminator gives the gradients of ``step``: drawn in secret, from a stream of its own."""
     return 0 if options.shards == 1 else int(hidden(client, "serving", step, options).integers(options.shards))
 
 
@@ -231,17 +237,18 @@ def serving(client: Client, step: Step, options: Any) -> int:
 
 
 def release_histogram(client: Client, histogram: Tensor, options: Any) -> Tensor:
-    """The client's class counts fp32 [C] (samples, or pixels for segmentation) as they go to the server, once.
+    """The client's class counts fp32 [C] (samples, or pixels for segmentation) as sent to the server, once.
 
-    The noise is in records: a record counts once, and an image with a class for every pixel as often as it has pixels,
-    N, known or not, because how many are known is private itself.  Replacing a record takes counts c >= 0 with a sum of
-    at most N away and adds others, c', so the counts change by ||c' - c|| <= sqrt(||c||^2 + ||c'||^2) <= sqrt(2) N in
-    the Euclidean norm: sqrt(2) records, which is reached where all N move from one class to another.  A patient with at
-    most k images counts for k records.
+    The noise is measured in records.  A record has a count of N: 1 for classification, all pixels of an image for
+    segmentation.  Pixels of unknown class are part of N, because how many are known is itself private.
+
+    Replacing a record removes counts c >= 0 with a sum of at most N and adds other counts c'.  In the Euclidean norm
+    the counts change by ||c' - c|| <= sqrt(||c||^2 + ||c'||^2) <= sqrt(2) N, which is sqrt(2) records.  The bound is
+    reached where all N move from one class to another.  A patient with at most k images counts as k records.
     """
     if not options.histogram_noise or not tells_counts(options):
-        return histogram  # as it is, or not told at all
-    record = math.prod(client.labels.shape[1:])  # what a record may count for: 1, or all of its pixels
+        return histogram  # sent as it is, or not at all
+    record = math.prod(client.labels.shape[1:])  # N: 1, or all pixels of an image
     noisy = _noise(client, HISTOGRAM, histogram[None].float(), None, options.histogram_noise * record, options)[0]
     _book(client, HISTOGRAM, _counted(options, client.unit))
     return noisy.clamp_min(0)
@@ -250,23 +257,23 @@ def release_histogram(client: Client, histogram: Tensor, options: Any) -> Tensor
 def sanitise(
     client: Client, u_d: Tensor | None, u_t: Tensor | None, options: Any
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The two gradients of a generator step as they go to the server.
+    """The two gradients of a generator step as sent to the server.
 
-    A row that is not finite goes as noise around 0: had it made the answer NaN, that would tell of the data.
+    A row that is not finite is released as noise around 0: a NaN in the answer would reveal something about the data.
 
     Args:
         u_d: fp32 [B, C, H, W], row b the gradient of the batch's realism with respect to image b, through the private
             discriminator; None where the generator's loss has no realism.
         u_t: fp32 [B, C, H, W], the gradient through the teacher of the terms that use its logits; None where the loss
-            has no such terms.  Neither has the 1 / B of a mean over images nor the weight pi_k of the client, both of
-            which are public and come after the noise, so that a row's size depends neither on the batch nor on the
-            number of clients.
+            has no such terms.  Neither gradient includes the 1 / B of a mean over images or the client's weight pi_k.
+            Both factors are public and applied after the noise, so that a row's size depends neither on the batch nor
+            on the number of clients.
 
     Returns:
         Both, clipped and noised row by row where their noise is not 0; the client sends ``pi_k (w_real u_d + u_t)``.
 
     Raises:
-        ValueError: the client was not told the noise.
+        ValueError: the client has not received the noise terms.
     """
     if not private(options):
         return u_d, u_t
@@ -283,7 +290,7 @@ def sanitise(
 
 
 def _noise(client: Client, channel: str, rows: Tensor, bound: float | None, noise: float, options: Any) -> Tensor:
-    """One release: rows clipped to ``bound`` (None: as they are), and noise from a key of its own."""
+    """One release: rows clipped to ``bound`` (None: not clipped) plus noise from a key of its own."""
     key = next_key(client, channel, options)
     flat = rows.detach().reshape(len(rows), -1).contiguous()
     if bound is None:
@@ -304,10 +311,14 @@ def _book(client: Client, channel: str, noise: float, shards: int = 1) -> None:
 
 
 def check(client: Client, make: Callable[[], nn.Module], options: Any) -> None:
-    """Asked before anything is written; ``make`` gives the client's teacher, untrained.
+    """Checks a client before anything is written.
+
+    Args:
+        make: builds the client's teacher, untrained.
 
     Raises:
-        UserError: the teacher is to be private and cannot be: it has batch norm, or is brought along.
+        UserError: the client has too little data for its shards, or a teacher that is to be private cannot be: it has
+            batch norm, or is pretrained.
     """
     shards(client, options)
     if not options.teacher_dp:
@@ -327,7 +338,7 @@ def train_teacher(
     """Trains the client's teacher with DP-SGD on the samples at ``rows``, in place.
 
     Returns:
-        False where it is to be trained as usual.
+        False where the teacher is to be trained without privacy.
     """
     if not options.teacher_dp:
         return False
@@ -343,10 +354,10 @@ def train_teacher(
             accountant.dp_sgd(TEACHER, sigma, rate=rate, steps=steps)
             return accountant
 
-        return least_noise(account, options.epsilon, options.delta)  # all that the rest leaves
+        return least_noise(account, options.epsilon, options.delta)  # all that other releases leave
 
     check_noise(client)
-    client.state.setdefault(RELEASES, {})  # before the ledger, which without it is an earlier version's
+    client.state.setdefault(RELEASES, {})  # before the ledger: see check_noise
     patients, images = client.patients, client.unit.images
     spending = DPSGD(options.teacher_clip, noise, TEACHER, secret(client, options), patients, images)
     client.fit_privately(method, step, module, spending, rows=rows)

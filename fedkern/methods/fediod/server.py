@@ -1,4 +1,4 @@
-"""FedIOD's server: the generator and the student, alive for one round (docs/methods/fediod.md, 4)."""
+"""FedIOD's server: the generator and the student during a round (docs/methods/fediod.md, section 4)."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ from fedkern.models.generator import Generator
 from fedkern.models.optimisers import SGD, Adam
 
 ALIKE = 0.01
-"""Below this mean deviation of a pixel over the images of a batch (normalised, where real images have about 1) a
-generator makes one image, and its saturated sigmoid lets no gradient through that would change it."""
+"""Least mean standard deviation of a pixel over a batch of generated images, normalised; real images have about 1.
+
+Below this value the generator has collapsed to one image, and its saturated sigmoid passes no gradient that would
+change that.
+"""
 
 
 def cosine(start: float, end: float, progress: float) -> float:
@@ -33,8 +36,8 @@ def cosine(start: float, end: float, progress: float) -> float:
 def make_generator(server: Server, options: Any, draw: torch.Generator) -> Generator:
     """A fresh generator for the images of the run, on the server's device.
 
-    Its pixels begin about the data's mean: from grey images, of which teachers may be sure, it can take half of a short
-    training to come away (MNIST, Dirichlet 0.1, seed 2: a student of 38 %, of 73 with this).
+    The first images have the data's mean colour.  Teachers may be sure of grey images, and leaving these can take half
+    of a short training: on MNIST (Dirichlet 0.1, seed 2) the student reached 38 % from grey images, 73 % from the mean.
     """
     channels, height, width = server.image_shape
     made = Generator(
@@ -45,28 +48,28 @@ def make_generator(server: Server, options: Any, draw: torch.Generator) -> Gener
 
 
 def moments(optimiser: SGD | Adam, vector: Tensor) -> dict[str, Tensor]:
-    """What an optimiser remembers of its one tensor, on the CPU."""
+    """The optimiser's state of its one tensor, copied to the CPU."""
     kept = optimiser.state.get(vector, {})
     return {name: value.detach().cpu().clone() for name, value in kept.items()}
 
 
 def restore(optimiser: SGD | Adam, vector: Tensor, kept: Mapping[str, Tensor] | None) -> None:
-    """Lets an optimiser remember what :func:`moments` gave; nothing for None."""
+    """Gives an optimiser the state that :func:`moments` returned; None changes nothing."""
     device = vector.device
-    for name, value in (kept or {}).items():  # a fused Adam wants its steps beside its moments
+    for name, value in (kept or {}).items():  # on CUDA a fused Adam needs its step count there too
         place = torch.device("cpu") if name == "step" and device.type != "cuda" else device
         optimiser.state.setdefault(vector, {})[name] = value.to(place, copy=True)
 
 
 class Means:
-    """Means of named figures over as many values as each was given, without waiting for the device."""
+    """Means of named figures, each over its own number of values; adding a value does not wait for the device."""
 
     def __init__(self) -> None:
         self._totals: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
 
     def add(self, **figures: Tensor) -> None:
-        """Adds one value of each, a scalar."""
+        """Adds one scalar to each of these figures."""
         for name, value in figures.items():
             known = self._totals.get(name)
             self._totals[name] = value.detach() if known is None else known + value.detach()
@@ -79,12 +82,13 @@ class Means:
 
 @dataclass
 class Ensemble:
-    """Who answered in an exchange, and what: K clients, in the order of their ids.
+    """The answers of the K clients of an exchange, in the order of their ids.
 
     Attributes:
+        ids: the clients' ids.
         logits: ``[K, B, C, *positions]``.
-        pi: client weights ``[K]``, of sum 1.
-        weights: of the teachers in the mixture, ``[K, 1 or B, C]``.
+        pi: client weights ``[K]``, which sum to 1.
+        weights: the teachers' weights in the mixture, ``[K, 1 or B, C]``.
         mask: classes that each client knows ``[K, C]``, or None.
     """
 
@@ -96,11 +100,11 @@ class Ensemble:
 
 
 class Workshop:
-    """Generator, student, their optimisers and averages: made of ``server.state``, written back by :meth:`keep`.
+    """Generator, student, their optimisers and averages: read from ``server.state``, written back by :meth:`keep`.
 
     Args:
-        server: its state has ``student``, ``generator`` and what a round before left.
-        options: the method's, settled.
+        server: its state has ``student``, ``generator`` and the optimiser states of the rounds before.
+        options: the method's options, settled by `presets.settle`.
         total: iterations of the whole run.
     """
 
@@ -110,7 +114,7 @@ class Workshop:
         self.iteration: int = state["iteration"]
         self._student = flatten(server.build())
         self.student = load(self._student, state["student"]).requires_grad_(True).train()
-        vector = self._student.parameters.detach()  # one tensor over the same memory, so that one kernel does it all
+        vector = self._student.parameters.detach()  # all parameters as one tensor: one kernel a step
         vector.grad = self._to_student = self._student.gradients()
         lr, decay = options.student_lr, options.student_decay
         self._optimiser: SGD | Adam
@@ -121,10 +125,10 @@ class Workshop:
         self._student_vector = vector
         restore(self._optimiser, vector, state.get("student_moments"))
         self.generates = options.mode == "generator"
-        self.first = int(options.warmup * total) if self.generates else 0  # iteration of the student
+        self.first = int(options.warmup * total) if self.generates else 0  # the student's first iteration
         self.running = Means()
-        self.x: Tensor | None = None  # the generator's graph, until the gradients are back
-        self.to_x: Tensor | None = None  # the part of its gradient that needs no client
+        self.x: Tensor | None = None  # images with the generator's graph, until the gradients are back
+        self.to_x: Tensor | None = None  # the gradient for x through the student (adversarial term)
         if self.generates:
             self._open_generator()
 
@@ -147,22 +151,22 @@ class Workshop:
 
     @property
     def progress(self) -> float:
-        """How much of the run is done, in [0, 1)."""
+        """Share of the run's iterations that are done, in [0, 1)."""
         return self.iteration / self.total
 
     @property
     def teaches(self) -> bool:
-        """Whether the student learns in this iteration already."""
+        """Whether the warm-up is over, so that the student learns in this iteration."""
         return self.iteration >= self.first
 
     def generate(self, draw: torch.Generator) -> Tensor:
-        """Images for the discriminators and the generator, as they travel; the graph stays here."""
+        """Images for the discriminators and the generator, as they are sent; their graph stays in ``x``."""
         z = torch.randn(self.options.batch, self.options.nz, generator=draw).to(self.server.device)
         with torch.enable_grad():
             x = self.generator(z)
         self.running.add(image_spread=x.detach().std(0).mean())
         sent = self._sent(x.detach())
-        # The gradient is that at the images that were seen, and goes to the generator as if they had been its own.
+        # The clients' gradients are at the images as sent (pixels=uint8: rounded) and go to the generator unchanged.
         self.x = x
         return sent
 
@@ -173,7 +177,7 @@ class Workshop:
 
     @torch.no_grad()
     def examples(self, draw: torch.Generator) -> Tensor:
-        """The student's images of an iteration, all its steps' after each other, as they travel."""
+        """The student's images of an iteration, for all steps one after another, as they are sent."""
         o = self.options
         made = self.maker
         zs = [torch.randn(o.batch, o.nz, generator=draw).to(self.server.device) for _ in range(o.student_steps)]
@@ -188,7 +192,7 @@ class Workshop:
         return ((images * std + mean) * 255).round_().clamp_(0, 255).to(torch.uint8)
 
     def seen(self, sent: Tensor) -> Tensor:
-        """Images that travelled, as networks see them (the clients' side does the same)."""
+        """Sent images, normalised for the networks as the clients do it (:meth:`Answers.normalised`)."""
         from fedkern.data.transforms import normalise
 
         if sent.dtype == torch.uint8:
@@ -198,7 +202,7 @@ class Workshop:
     # -- the generator's step --------------------------------------------------------------------------------------
 
     def gather(self, answers: Mapping[int, Message]) -> Ensemble:
-        """The answers of an exchange side by side."""
+        """Stacks the clients' answers of an exchange."""
         device, state, ids = self.server.device, self.server.state, sorted(answers)
         logits = torch.stack([answers[k]["logits"].to(device) for k in ids])
         samples = torch.tensor([float(self.server.federation.samples[k]) for k in ids], device=device)
@@ -210,11 +214,11 @@ class Workshop:
         return Ensemble(ids, logits, samples / samples.sum(), importance(disclosed, scores), mask)
 
     def criticise(self, sent: Tensor, answers: Mapping[int, Message]) -> dict[int, Message]:
-        """The generator's losses of what the clients said; what each of them is to send the gradients of (2.5 c).
+        """Computes the generator's losses on the clients' answers, and the messages that ask for gradients.
 
         Returns:
-            To every client its weight ``share`` (pi_k, as is public), and the gradient with respect to its logits times
-            B, ``[B, C, *positions]``, where the losses use them.
+            For every client its weight ``share`` (pi_k, which is public) and, where the losses use its logits, B times
+            the gradient with respect to these, ``[B, C, *positions]``.
         """
         o, ensemble = self.options, self.gather(answers)
         logits = ensemble.logits.detach().requires_grad_()
@@ -266,9 +270,10 @@ class Workshop:
     # -- the student's steps ---------------------------------------------------------------------------------------
 
     def teach(self, images: Tensor, ensemble: Ensemble, size: int) -> None:
-        """Steps of the student on images that travelled, ``size`` at a time, towards the ensemble (2.5 d).
+        """Steps of the student towards the ensemble on sent images, ``size`` images a step.
 
-        Public images may leave a smaller last step, of two at least where ``images`` has two (see ``cuts``).
+        With public images the last step may be smaller, but it has at least two images where ``images`` has two (see
+        ``batch_slices``).
         """
         progress = (self.iteration - self.first) / (self.total - self.first)
         lr = cosine(self.options.student_lr, self.options.student_lr_end, progress)
@@ -297,13 +302,13 @@ class Workshop:
     # -- the end of a round ----------------------------------------------------------------------------------------
 
     def keep(self) -> None:
-        """Writes everything back into the server's state and the round's means into its report.
+        """Writes everything back into the server's state, and the round's means into the server's report.
 
-        Warns of a generator whose images hardly differ when half of the run is over (those of new weights do not
-        either).
+        Warns in the second half of the run of a generator whose images hardly differ.  In the first half new weights
+        give such images too.
 
         Raises:
-            UserError: something is no longer finite.
+            UserError: a parameter of the student or the generator is not finite.
         """
         state = self.server.state
         state["iteration"] = self.iteration

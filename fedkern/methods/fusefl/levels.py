@@ -1,4 +1,4 @@
-"""FuseFL's parts that know nothing of rounds: what a client trains, what an upload must be, widths and sizes."""
+"""FuseFL's parts that do not depend on rounds: what a client trains, widths, message sizes and classifiers."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from fedkern.models.allocate import uninitialised
 from fedkern.models.fused import FusedNetwork
 from fedkern.models.precision import autocasts, full
 
-CACHE_BYTES = 1 << 30  # frozen features of a client beyond this are computed per batch
+CACHE_BYTES = 1 << 30  # a client's frozen features beyond this size are not cached
 
 
 class LocalPart(nn.Module):
-    """What a client trains at a level: its adaptor, its blocks from this level on, its classifier.
+    """The module that a client trains at a level: its adaptor, its blocks from this level on and its classifier.
 
-    The frozen levels before are asked for :meth:`inputs` and are no part of the module, so nothing trains them, puts
-    them in train mode or looks for gradients in them.
+    The frozen levels before only serve :meth:`inputs` and are no part of the module.  So nothing trains them, puts them
+    in train mode or computes gradients for them.
 
     Args:
         frozen: the fused levels before; None at level 1.
-        adaptor: None at level 1.
+        adaptor: the client's adaptor in front of this level's block; None at level 1.
         blocks: this level's block and the later ones.
         head: the classifier.
         samples: the client's training samples n.
-        batchwise: whether frozen features depend on the batch (batch norms take its statistics).
+        batchwise: whether frozen features depend on the batch (batch norm uses the batch's statistics).
     """
 
     def __init__(
@@ -52,9 +52,10 @@ class LocalPart(nn.Module):
         self._known = torch.zeros(samples, dtype=torch.bool)
 
     def inputs(self, batch: Batch) -> Tensor:
-        """The frozen levels' joined results on a batch, without autograd; images at level 1.
+        """The frozen levels' joined results on a batch, without autograd; the images at level 1.
 
-        Where images are not augmented each sample's are computed once and kept, channels-last, up to ``CACHE_BYTES``.
+        Unless images are augmented or ``batchwise`` is set, the results of each sample are computed once and cached,
+        channels-last, up to ``CACHE_BYTES``.
         """
         (frozen,) = self._frozen
         if frozen is None:
@@ -90,18 +91,18 @@ class LocalPart(nn.Module):
 
 
 def base_width(network: nn.Module) -> int:
-    """Channels of a network's first stage: what its first convolution gives."""
+    """Channels of a network's first stage: the outputs of its first convolution."""
     return next(layer.out_channels for layer in network.modules() if isinstance(layer, nn.Conv2d))
 
 
 def scaled_width(option: str, network: nn.Module, clients: int) -> int:
-    """The clients' width: a number as given, or for ``"auto"`` the network's over the root of the clients, rounded.
+    """The clients' width: a number as given, or for ``"auto"`` round(w / sqrt(M)) of a network of width w.
 
-    M branches of width w' hold about M (w' / w)^2 times the parameters of one network of width w (section 4.6), so the
-    fused model is then about as large as one ordinary model, adaptors aside.
+    M branches of width w' hold about M (w' / w)^2 times the parameters of one network of width w.  With ``"auto"`` the
+    fused model is therefore about as large as one ordinary model, adaptors aside (docs/methods/fusefl.md, section 4).
 
     Raises:
-        UserError: neither ``"auto"`` nor a number from 1.
+        UserError: ``option`` is neither ``"auto"`` nor a number from 1.
     """
     if option == "auto":
         return max(1, round(base_width(network) / math.sqrt(clients)))
@@ -111,7 +112,7 @@ def scaled_width(option: str, network: nn.Module, clients: int) -> int:
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """A module's state dict as it travels: contiguous copies on the CPU."""
+    """A module's state dict as it is sent: contiguous copies on the CPU."""
     return {
         name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, value in module.state_dict().items()
@@ -142,18 +143,18 @@ def mean_head(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def joined_head(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """One classifier on all branches' features side by side that gives the mean of the clients' logits."""
+    """One classifier on all branches' features side by side; its logits are the mean of the clients' logits."""
     weight = torch.cat([state["weight"] for state in states], 1) / len(states)
     return {"weight": weight, "bias": mean_head(states)["bias"]}
 
 
 def plain_head(states: Sequence[Mapping[str, Tensor]], final: str) -> dict[str, Tensor]:
-    """The clients' classifiers as one, before calibration, for features that are fused by ``final``."""
+    """The clients' classifiers merged into one, before calibration, for features that are fused by ``final``."""
     return joined_head(states) if final == "concat" else mean_head(states)
 
 
 def linear_of(state: Mapping[str, Tensor], device: torch.device | str = "cpu") -> nn.Linear:
-    """The classifier with these weights."""
+    """A classifier with these weights."""
     classes, width = state["weight"].shape
     head = uninitialised(nn.Linear, width, classes, device=device)
     head.load_state_dict(state)
@@ -161,7 +162,7 @@ def linear_of(state: Mapping[str, Tensor], device: torch.device | str = "cpu") -
 
 
 class BothHeads(nn.Module):
-    """A calibrated network that also remembers what its classifier before calibration predicts."""
+    """A calibrated network that also keeps the predictions of its classifier before calibration."""
 
     def __init__(self, model: FusedNetwork) -> None:
         super().__init__()

@@ -4,13 +4,13 @@ Networks are cut into K blocks.  At level l = 1 ... K every client m trains
 
     fused levels 1 ... l-1 (frozen)  ->  adaptor  ->  its own blocks l ... K  ->  its own classifier
 
-on the cross-entropy of the logits and sends (adaptor, block l).  The server hands the M pairs to everybody: run in
-parallel they are fused level l.  In the end the last level's M features are fused, the classifiers averaged, and the
-average is calibrated on class statistics of what it reads (:mod:`fedkern.methods.common.calibration`).  All uploads of
-a client together are about one model.
+on the cross-entropy of the logits and sends (adaptor, block l).  The server sends the M pairs to all clients; side by
+side they are fused level l.  In the end the last level's M features are fused and the classifiers averaged.  The
+average is calibrated on class statistics of the fused features (:mod:`fedkern.methods.common.calibration`).  All
+uploads of a client together are about one model.
 
-A client's whole budget (``local_epochs``) is divided over the levels; what is left over goes to the first levels, one
-epoch each, because everything else builds on them.
+A client's whole budget (``local_epochs``) is divided over the levels.  Remaining epochs go to the first levels, one
+each, because everything else builds on these.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from fedkern.models.fused import Branch, FusedLevel, FusedNetwork, make_adaptor
 
 CALIBRATE = "calibrate"
 Levels = Mapping[int, Mapping[ClientId, Message]]
-"""Level, from 1: client: its pair, ``{"block": state dict, "adaptor": state dict}``."""
+"""By level (from 1) and client, the client's pair ``{"block": state dict, "adaptor": state dict}``."""
 
 
 @register("fusefl")
@@ -86,7 +86,7 @@ class FuseFL(Objective, Method):
 
     def start(self, server: Server) -> None:
         kinds, clients = self._models(), server.federation.clients
-        # One width for all, or their blocks could not be fused: that of the narrowest.
+        # One width for all, that of the narrowest: blocks of different widths cannot be fused.
         width = min(scaled_width(self.options.width, server.build(model=name), clients) for name in kinds)
         widths = [width] * len(kinds)
         networks = _Networks(self, server, widths)
@@ -113,7 +113,7 @@ class FuseFL(Objective, Method):
             yield Round(CALIBRATE, participants="all")
 
     def epochs(self, level: int, budget: int) -> int:
-        """The local epochs of a level, counted from 1, out of a client's whole budget."""
+        """Local epochs of a level (counted from 1) out of a client's whole budget."""
         each, left = divmod(budget, self._levels())
         return each + (level <= left)
 
@@ -128,7 +128,7 @@ class FuseFL(Objective, Method):
             raise UserError(f'Method option "cuts" must be numbers with commas between, not "{given}".') from None
 
     def _models(self) -> list[str | None]:
-        """The clients' networks in turn; None is the run's own."""
+        """Names of the clients' networks in turn; None is the run's own network."""
         if not self.options.models:
             return [None]
         names = [name.strip() for name in self.options.models.split(",")]
@@ -141,10 +141,10 @@ class FuseFL(Objective, Method):
         return list(names)
 
     def network(self, place: Client | Server, client: ClientId, widths: list[int]) -> BlockNetwork:
-        """Client ``client``'s network in blocks, freshly initialised; the same wherever it is asked for.
+        """The network of ``client`` in blocks, freshly initialised; the same at the server and at every client.
 
-        Override it to bring a list of blocks of your own: all clients' need the same number of blocks and, block by
-        block, results of the same shape.
+        Override this method to use blocks of your own.  All clients' networks need the same number of blocks and, block
+        by block, results of the same shape.
         """
         kind = client % len(widths)
         build: Any = getattr(place, "build", place.network)
@@ -154,7 +154,7 @@ class FuseFL(Objective, Method):
     # -- what travels ----------------------------------------------------------------------------------------------
 
     def send(self, server: Server, step: Step) -> Message | dict[ClientId, Message]:
-        """To every client the others' (adaptor, block) pairs of the level before; its own it has.
+        """Sends every client the other clients' (adaptor, block) pairs of the level before; it has kept its own.
 
         A client that missed a level (``--on-nan skip``) gets all levels since its last upload.
         """
@@ -236,7 +236,7 @@ class FuseFL(Objective, Method):
             if "head" in message:
                 state["heads"][upload.client_id] = message.pop("head")
             if "statistics" in message:
-                # In the released code one Python object serves all clients: the last one's statistics stay.
+                # In the released code one Python object serves all clients: the last client's statistics stay.
                 state["statistics"] = message.pop("statistics")
             accepted[upload.client_id] = message
         # In client order, so that the order of arrival changes nothing.
@@ -292,7 +292,7 @@ class FuseFL(Objective, Method):
         server.state["head"] = tensors_of(trained)
 
     def _book(self, server: Server, step: Step, direction: str, sizes: list[int]) -> None:
-        """Reports the mean bytes per client of this level and of all so far, beside those of one ordinary model."""
+        """Books the mean bytes per client of this round; reports every round's so far and the sums over levels."""
         booked, report = server.state["bytes"], server.report
         booked[f"{step.name}_{direction}"] = sum(sizes) / max(1, len(sizes))
         for name, value in booked.items():
@@ -305,7 +305,7 @@ class FuseFL(Objective, Method):
     # -- the fused model -------------------------------------------------------------------------------------------
 
     def model(self, server: Server) -> nn.Module | None:
-        """The fused network once its last level is there; before, there is no common model."""
+        """The fused network once its last level is there; None before, when there is no common model."""
         state = server.state
         if len(state["levels"]) < self._levels():
             return None
@@ -318,7 +318,7 @@ class FuseFL(Objective, Method):
         return FusedNetwork(made, head or plain, final=self.options.final_fuse, plain_head=plain_head)
 
     def evaluate(self, model: Any, data: Any) -> dict[str, float]:
-        """Beside the usual figures ``uncalibrated_accuracy``, that of the averaged classifiers."""
+        """The usual figures and ``uncalibrated_accuracy``, that of the averaged classifier before calibration."""
         if model.plain_head is None:
             return super().evaluate(model, data)
         both = BothHeads(model)
@@ -331,7 +331,7 @@ class FuseFL(Objective, Method):
         return linear_of(plain_head(list(server.state["heads"].values()), self.options.final_fuse), server.device)
 
     def _fused(self, place: Client | Server, networks: _Networks, levels: Levels) -> FusedNetwork:
-        """Levels 1, 2, ... as they are given, frozen."""
+        """The given levels 1, 2, ... as one frozen network."""
         made: list[FusedLevel] = []
         for level, pairs in sorted(levels.items()):
             shapes = networks.shapes(next(iter(pairs)))[max(0, level - 2) : level]
@@ -344,7 +344,7 @@ class FuseFL(Objective, Method):
 
 
 class _Networks:
-    """The clients' networks in blocks, one of each kind."""
+    """The clients' networks in blocks, built once for each entry of ``widths``."""
 
     def __init__(self, method: FuseFL, place: Client | Server, widths: list[int]) -> None:
         self._method, self._place, self._widths = method, place, widths
@@ -358,7 +358,7 @@ class _Networks:
         return self._made[kind]
 
     def shapes(self, client: ClientId) -> list[tuple[int, ...]]:
-        """Shapes of its blocks' results for one image."""
+        """Output shapes of the client's blocks for one image."""
         kind = client % len(self._widths)
         if kind not in self._shapes:
             self._shapes[kind] = self.of(client).interfaces(self._place.image_shape)
@@ -366,7 +366,7 @@ class _Networks:
 
 
 def _received(client: Client, message: Message) -> dict[int, dict[ClientId, Message]]:
-    """All pairs of the levels so far: those that the client keeps, its own, and the others' from the message."""
+    """All pairs of the levels so far: those that the client kept, its own last one, and the others' in the message."""
     levels = {i: dict(pairs) for i, pairs in client.state.get("levels", {}).items()}
     own = client.state.get("own", {"level": 0})
     for i, others in message["others"].items():
@@ -378,7 +378,7 @@ def _received(client: Client, message: Message) -> dict[int, dict[ClientId, Mess
 
 
 def _with_statistics(levels: Levels, statistics: Mapping[int, Any]) -> dict[int, dict[ClientId, Message]]:
-    """The same levels with these buffers in their blocks."""
+    """The levels with the given buffers in their blocks."""
     changed = {i: dict(pairs) for i, pairs in levels.items()}
     for i, given in statistics.items():
         for j, buffers in given.items():
@@ -387,7 +387,7 @@ def _with_statistics(levels: Levels, statistics: Mapping[int, Any]) -> dict[int,
 
 
 def _statistics(fused: FusedNetwork, levels: Levels) -> dict[int, dict[ClientId, dict[str, Tensor]]]:
-    """The frozen blocks' buffers by level and client, as training has left them."""
+    """The frozen blocks' buffers after training, by level and client."""
     made: list[Any] = list(fused.levels)
     return {
         i: dict(zip(levels[i], level.statistics(), strict=True)) for i, level in zip(sorted(levels), made, strict=True)

@@ -112,7 +112,7 @@ def test_every_round_of_a_short_run_is_wanted(tmp_path):
 
 def test_what_cannot_be_shown():
     for name, value in (("Bad name", torch.zeros(2, 2)), ("../up", torch.zeros(2, 2)), ("cube", torch.zeros(2, 2, 2))):
-        with pytest.raises(ValueError, match="show: expected"):
+        with pytest.raises(ValueError, match="log_image: expected"):
             prepared(name, value)
     assert prepared("mri", torch.rand(2, 4, 3, 3)).shape == (2, 1, 3, 3)
     found = prepared("odd", torch.tensor([[-1.0, 2.0, math.nan, 0.5]]).view(1, 1, 2, 2))

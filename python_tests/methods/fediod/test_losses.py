@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from benchmarks import study_fediod_segment
-from benchmarks.study_fediod import STUDIES
+from benchmarks.studies import study_fediod_segment
+from benchmarks.studies.study_fediod import STUDIES
 from fedkern import ops
 from fedkern.engine import RunConfig
 from fedkern.errors import UserError

@@ -367,7 +367,7 @@ def test_a_teacher_that_cannot_be_private_is_told_before_anything_is_written():
     pytest.importorskip("opacus", reason="opacus is not installed (pip install 'fedkern[privacy]')")
     options = Options(teacher_dp=True)
     bringing, fresh = Client(), Client(id=2)
-    bringing.brought, fresh.brought = lambda module: True, lambda module: False
+    bringing.load_pretrained, fresh.load_pretrained = lambda module: True, lambda module: False
     with pytest.raises(UserError, match="cannot vouch for those of --teachers"):
         privacy.check(bringing, lambda: torch.nn.Linear(1, 1), options)
     with pytest.raises(UserError, match="the network of client 2 has batch norm: choose one with group norm"):

@@ -17,7 +17,9 @@ from fedkern.methods.fediod.local_teachers import histogram, split
 from fedkern.methods.fediod.losses import distillation, diversity, importance, mixture, normalised, teacher_terms
 from fedkern.methods.fediod.presets import IODOptions, settle
 
-_spec = importlib.util.spec_from_file_location("segmented", Path(__file__).with_name("test_segmentation.py"))
+_spec = importlib.util.spec_from_file_location(
+    "segmented", Path(__file__).parents[1] / "common" / "test_segmentation_figures.py"
+)
 segmented = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(segmented)
 
