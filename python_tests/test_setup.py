@@ -109,6 +109,7 @@ def test_a_failing_build_names_the_ways_out(script: Any, monkeypatch: Any, tmp_p
 ODD = "it's an ünusual, odd folder"
 
 
+@pytest.mark.exhaustive
 def test_a_checkout_and_an_environment_may_lie_anywhere(tmp_path: Path) -> None:
     """nvcc cuts -I at commas: a file of every kind is compiled where paths have what nvcc, CMake or a shell trip on."""
     pybind11 = pytest.importorskip("pybind11")

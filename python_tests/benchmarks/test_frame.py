@@ -118,6 +118,7 @@ def test_shape(benchmark, rows):
 '''
 
 
+@pytest.mark.exhaustive
 def test_every_shape_is_compiled(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "frame")
     (tmp_path / "frame" / "benchmarks" / "bench_toy.py").write_text(COMPILED)
@@ -156,6 +157,7 @@ def test_report_makes_table_and_plot(folder: Path) -> None:
     (results / "README.md").write_text(page)
 
 
+@pytest.mark.exhaustive
 def test_gate_fails_on_a_doctored_floor_and_skips_what_it_cannot_tell(folder: Path) -> None:
     text = (folder / "benchmarks" / "floors.toml").read_text()
     assert '"eager" = 1.7, "compile" = 3.4' in text
@@ -254,6 +256,7 @@ def test_a_test_that_is_named_leaves_the_rows_of_the_others(folder: Path, tmp_pa
     assert [row["case"] for row in json.loads(path.read_text())["results"]] == ["medium", "large", "small"]
 
 
+@pytest.mark.exhaustive
 def test_rows_of_another_torch_stop_a_recording_before_it_measures(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "frame")
     for path in (tmp_path / "frame" / "benchmarks" / "results").glob("toy-*.json"):

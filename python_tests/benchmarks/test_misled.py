@@ -20,6 +20,7 @@ TINY = {
 }  # fmt: skip
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("method", "kind", "step", "said"),
     [

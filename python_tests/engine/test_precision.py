@@ -71,6 +71,7 @@ OWN = {
 QUICK = ("fedavg", "fedgid", "fusefl", "moon", "ensemble")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "method",
     [

@@ -33,6 +33,7 @@ def bits(monkeypatch):
     return drawn
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("noise", ["secret", "seed"])
 @pytest.mark.parametrize("options", [NOISED, WHOLE], ids=["noised", "private teachers"])
 @pytest.mark.parametrize("teachers", [False, True], ids=["between rounds", "while teachers train"])

@@ -94,6 +94,7 @@ def test_killed_again_and_again(make_data, make_config, tmp_path, reference):
     assert outcome(tmp_path) == expected
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_resumes(method, make_data, make_pairs, make_public, make_config, tmp_path):
     plan = {"rounds": None} if METHODS[method].one_shot else {"rounds": 3, "sample_fraction": 0.67}

@@ -89,6 +89,7 @@ def compared(config, data, folder, listener=None):
     return outcome(folder / "serial"), outcome(folder / "workers")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", EVERY)
 def test_every_method(method, make_data, make_pairs, make_public, make_config, tmp_path, processes):
     plan = {"rounds": None} if METHODS[method].one_shot else {"rounds": 2}
@@ -485,6 +486,7 @@ def test_nothing_is_left_after_kill(tmp_path):
     process.stderr.close()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_group_ends_in_order(number, code, tmp_path):
     """A terminal sends Ctrl-C to every process of the group: the run alone answers, in a line."""

@@ -58,9 +58,16 @@ def _is_triton(item: pytest.Item) -> bool:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves a few cases of each test to Triton's interpreter; ``pytest -m slow -k triton`` runs all of them."""
+    """Leaves a few cases of each test to Triton's interpreter; ``pytest -m slow -k triton`` runs all of them.
+
+    The default run has the tests under ``triton/`` alone; the interpreter's cases of other tests, and CUDA's kernels in
+    the emulator, are ``exhaustive``.
+    """
     groups = defaultdict(list)
     for item in items:
+        folder = item.path.parent.name
+        if folder == "cuda" or (folder != "triton" and _is_triton(item)):
+            item.add_marker(pytest.mark.exhaustive)
         if _is_triton(item):
             groups[item.nodeid.partition("[")[0]].append(item)
     for group in groups.values():

@@ -31,6 +31,7 @@ def test_every_operator_and_every_optional_argument_has_cases() -> None:
     assert not empty_cases.left_out()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", [*BACKENDS, "emulated"])
 def test_inputs_without_elements(name: str) -> None:
     child(str(SCRIPT), name, str(FEW if name in ("triton", "emulated") else SOME))

@@ -31,6 +31,7 @@ def reference(tmp_path_factory):
     return get
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["open", "private"])
 @pytest.mark.parametrize(("round", "answers"), [(1, 4), (2, 0), (2, 9), (3, 13)])
 def test_killed_in_the_second_stage(round, answers, name, make_data, make_config, tmp_path, reference):

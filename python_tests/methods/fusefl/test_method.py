@@ -241,6 +241,7 @@ def test_features_are_kept_where_images_are_not_augmented(make_data, make_config
     assert seen[-1] == (False, False)
 
 
+@pytest.mark.exhaustive
 def test_fifty_clients(make_data, make_config, tmp_path):
     config = config_of(make_config, {"blocks": 2}, clients=50, local_epochs=2, width=16)
     summary = run(config, out=tmp_path, data=make_data(sizes=(3,) * 50))

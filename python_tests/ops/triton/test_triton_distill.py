@@ -93,6 +93,7 @@ ENSEMBLES = pairwise(
 )
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("number", range(len(ENSEMBLES)))
 def test_ensembles(number: int) -> None:
     case = ENSEMBLES[number]
@@ -124,6 +125,7 @@ def test_ensembles(number: int) -> None:
         compare(loss, leaves, wanted, exact, 20.0 if case["reduction"] == "sum" else 4.0)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", ["none", "members", "rows"])
 @pytest.mark.parametrize("reduction", ["none", "batchmean"])
 @pytest.mark.parametrize("classes", [7, 70])

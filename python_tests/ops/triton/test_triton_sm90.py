@@ -43,6 +43,7 @@ def check(compiled: list[dict[str, Any]]) -> None:
     assert {line["kernel"] for line in compiled} == kernels
 
 
+@pytest.mark.exhaustive
 def test_no_kernel_spills() -> None:
     check(compile_all())
 
