@@ -26,8 +26,8 @@ STACKS = {
     "ProbabilityRowELi1E": {"sm_80": 16, "sm_90": 32, "sm_100": 192},
     "ProbabilityRowELi32E": {"sm_80": 8, "sm_90": 32, "sm_100": 104},
     "ProbabilityRowELi256E": {"sm_80": 32, "sm_90": 80, "sm_100": 104},
-    "LogitsRowELi1E": {"sm_100": 56},
-    "LogitsRowELi32E": {"sm_100": 16},
+    "LogitsRowELi1E": {"sm_100": 80},  # what the two rows are moved by is kept too
+    "LogitsRowELi32E": {"sm_90": 8, "sm_100": 40},
     "LogitsRowELi256E": {"sm_90": 8, "sm_100": 32},
     "LimitRowELi1E": {"sm_100": 8},
     "LimitRowELi32E": {"sm_100": 8},

@@ -91,34 +91,31 @@ struct Softmax {
 };
 
 // KL(P || Q), where P and Q are softmaxes; u = log Q - log P.
+//
+// The difference of nearly equal rows keeps all its digits as it is. That of rows that lie far apart has the digits of their
+// distance: the one with the larger maximum is moved by a multiple of 8, which is exact.
 template <typename C>
 struct Pair {
-  C maximum_p, maximum_q, inverse_p, inverse_q;  // of the sums of exponentials
-  C offset_p = 0, offset_q = 0;                  // what rows that lie far apart are moved by: a multiple of 8, exactly
-  C shift, log_ratio;                            // u = ((q - offset_q) - (p - offset_p) - shift) / T - log_ratio
+  C offset_p = 0, offset_q = 0, top_p, top_q;  // what rows are moved by; maxima of the rows as moved
+  C inverse_p, inverse_q;                      // of the sums of exponentials
+  C log_ratio;                                 // u = ((q - offset_q) - (p - offset_p) - (top_q - top_p)) / T - log_ratio
 
   __device__ Pair(const Softmax<C>& p, const Softmax<C>& q)
-      : maximum_p(p.maximum),
-        maximum_q(q.maximum),
-        inverse_p(static_cast<C>(1 / p.sum)),
-        inverse_q(static_cast<C>(1 / q.sum)),
-        log_ratio(logarithm(static_cast<C>(q.sum / p.sum))) {
-    move();
-  }
+      : Pair(p.maximum, q.maximum, static_cast<C>(1 / p.sum), static_cast<C>(1 / q.sum), logarithm(static_cast<C>(q.sum / p.sum))) {}
   // The same from what was kept of it.
   __device__ Pair(C maximum_p, C maximum_q, C inverse_p, C inverse_q, C log_ratio)
-      : maximum_p(maximum_p), maximum_q(maximum_q), inverse_p(inverse_p), inverse_q(inverse_q), log_ratio(log_ratio) {
-    move();
+      : inverse_p(inverse_p), inverse_q(inverse_q), log_ratio(log_ratio) {
+    const C raw = maximum_q - maximum_p, distance = fabs(raw) < C(1e30) ? rounded(raw * C(0.125)) * C(8) : C(0);
+    if (fabs(maximum_p) < fabs(maximum_q))
+      offset_q = distance;
+    else
+      offset_p = -distance;
+    top_p = maximum_p - offset_p, top_q = maximum_q - offset_q;
   }
 
+  __device__ __forceinline__ C maximum_p() const { return top_p + offset_p; }
+
  private:
-  // The difference of nearly equal rows keeps all its digits as it is. That of rows that lie far apart has the digits of
-  // their distance: the one with the larger maximum is moved.
-  __device__ __forceinline__ void move() {
-    const C raw = maximum_q - maximum_p, distance = fabs(raw) < C(1e30) ? rounded(raw * C(0.125)) * C(8) : C(0);
-    (fabs(maximum_p) < fabs(maximum_q) ? offset_q : offset_p) = fabs(maximum_p) < fabs(maximum_q) ? distance : -distance;
-    shift = (maximum_q - offset_q) - (maximum_p - offset_p);
-  }
   static __device__ __forceinline__ float rounded(float x) { return rintf(x); }
   static __device__ __forceinline__ double rounded(double x) { return rint(x); }
 };
@@ -131,11 +128,12 @@ struct Term {
 
   // `x` and `y` are P's and Q's logits of a class.
   __device__ __forceinline__ Term(const Pair<C>& pair, C x, C y, C inverse) {
-    p = exponential((x - pair.maximum_p) * inverse) * pair.inverse_p;
-    const C q = exponential((y - pair.maximum_q) * inverse) * pair.inverse_q;
+    x -= pair.offset_p, y -= pair.offset_q;
+    p = exponential((x - pair.top_p) * inverse) * pair.inverse_p;
+    const C q = exponential((y - pair.top_q) * inverse) * pair.inverse_q;
     // A class masked in P contributes Q alone; its u may be NaN, so a number that takes the direct form stands for it.
     const bool present = x > -infinity<C>();
-    u = present ? fma(((y - pair.offset_q) - (x - pair.offset_p)) - pair.shift, inverse, -pair.log_ratio) : C(2);
+    u = present ? fma((y - x) - (pair.top_q - pair.top_p), inverse, -pair.log_ratio) : C(2);
     const bool small = fabs(u) < small_exponent<C>();
     const C remainder = u * u * exp_remainder(u);
     // P may underflow where Q is exactly 0: the loss is infinite all the same.

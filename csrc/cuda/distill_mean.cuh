@@ -60,7 +60,7 @@ class MeanRow : TeacherRow<C, Lanes> {
     value = G::sum(value), drift = G::sum(drift);
     mass = a_.as_is ? G::sum(sum) : 1.0;
     const double kl = settled(value, a_.as_is ? 0.0 : drift);
-    keep(kMaximum, k, static_cast<double>(pair.maximum_p)), keep(kInverse, k, static_cast<double>(pair.inverse_p));
+    keep(kMaximum, k, static_cast<double>(pair.maximum_p())), keep(kInverse, k, static_cast<double>(pair.inverse_p));
     keep(kLogSum, k, static_cast<double>(pair.log_ratio)), keep(kDot, k, kl);
     return kl;
   }

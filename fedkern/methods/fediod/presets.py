@@ -131,6 +131,11 @@ class IODOptions(PrivacyOptions, Method.Options):
             raise UserError(
                 'Method option "select" = best needs a hold-out: give holdout above 0, or keep the last epoch.'
             )
+        if self.mode == "public" and self.absent:
+            raise UserError(
+                'Method option "absent" is for mode=generator; with mode=public clients answer once, before the '
+                "student learns: leave it out."
+            )
 
     @classmethod
     def settled(cls, values: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:

@@ -191,6 +191,17 @@ def test_noise_of_an_earlier_version_is_never_gone_on_with(noise):
         assert json.dumps(client.state) == before
 
 
+def test_noise_alone_makes_few_absent_classes_known():
+    counts = torch.cat([torch.zeros(2000), torch.full((100,), 100.0)])
+    known = {}
+    for weights in ("known", "counts"):
+        options = Options(histogram_noise=5.0, class_weights=weights)
+        known[weights] = privacy.release_histogram(told(options), counts, options) > 0
+        assert known[weights][2000:].all()
+    assert known["known"][:2000].float().mean() < 0.04
+    assert 0.45 < known["counts"][:2000].float().mean() < 0.55
+
+
 def test_noise_and_draws_follow_from_bits_that_a_client_draws_once(monkeypatch):
     """Two clients of the same seed and id: nothing secret is the same, and all of it is again from the same bits."""
     options = Options(sigma_d=1.0, sigma_t=1.0, shards=5, histogram_noise=2.0, noise="secret")

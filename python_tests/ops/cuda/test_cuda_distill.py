@@ -8,7 +8,18 @@ from typing import Any
 import pytest
 import torch
 from operator_cases import DTYPES, assert_close, describe, moved, pairwise
-from test_distill import FACTOR, LAYOUTS, OPERATORS, call, call_reference, differentiate, make_inputs, spread, strides
+from test_distill import (
+    FACTOR,
+    LAYOUTS,
+    OPERATORS,
+    call,
+    call_reference,
+    compare_rows_far_apart,
+    differentiate,
+    make_inputs,
+    spread,
+    strides,
+)
 from torch import Tensor
 
 from fedkern import ops
@@ -54,6 +65,15 @@ def compare(device: torch.device, case: dict[str, Any], logits: list[Tensor], we
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: f"{n}-{describe(CASES[n])}")
 def test_against_float64(device: torch.device, number: int) -> None:
     compare(device, CASES[number], *make_inputs(CASES[number], seed=number))
+
+
+@pytest.mark.parametrize("offset", [20.0, 5e3, -5e3])
+@pytest.mark.parametrize("shifted", ["teacher", "student"])
+@pytest.mark.parametrize("classes", [3, 100])
+def test_rows_that_lie_far_apart_keep_their_digits(
+    device: torch.device, classes: int, shifted: str, offset: float
+) -> None:
+    compare_rows_far_apart("cuda", device, classes, shifted, offset)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
