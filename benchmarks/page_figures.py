@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
+from pathlib import Path
 from statistics import geometric_mean, mean, median
 from typing import Any
 
@@ -19,9 +20,8 @@ Lines = Sequence[str]
 
 
 @cache
-def load(name: str) -> Mapping[str, Any]:
+def load(name: str, folder: Path = RESULTS) -> Mapping[str, Any]:
     """The results ``<name>.json``."""
-    folder = records.RESULTS if name in (RUNS, PROFILED) else RESULTS
     found: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
     return found
 
@@ -756,7 +756,7 @@ RUNS, PROFILED = "methods_amd-epyc", "profile_amd-epyc"
 @cache
 def waited() -> Mapping[str, bench_methods.Row]:
     """The whole runs by "method setting"."""
-    rows = [bench_methods.Row(**row) for row in load(RUNS)["cases"]]
+    rows = [bench_methods.Row(**row) for row in load(RUNS, records.RESULTS)["cases"]]
     return {row.name: row for row in rows}
 
 
@@ -811,7 +811,7 @@ def rounds_of_fedavg() -> Lines:
 
 def where_seconds_go() -> Lines:
     """The share of every part of a run."""
-    found = load(PROFILED)["runs"]
+    found = load(PROFILED, records.RESULTS)["runs"]
     rows = [
         [part, *(f"{100 * run['parts'][part] / run['seconds']:.0f} %" for run in found)]
         for part in profile_methods.PARTS

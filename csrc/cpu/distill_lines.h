@@ -15,8 +15,9 @@ class Lines : public Shares<T, LanesAreRows> {
   using typename Base::V;
   using Base::any_zero_, Base::call_, Base::capacity_, Base::clear, Base::e, Base::each_pack, Base::factor_;
   using Base::fill, Base::first_, Base::K_;
-  using Base::kAnchor, Base::kInverse, Base::kLogSum, Base::kLoss, Base::kMaximum, Base::kMixture, Base::kPeak;
-  using Base::kBehind, Base::kOffset, Base::kScaled, Base::kShare, Base::kShift, Base::kStep, Base::kSum, Base::kTogether, Base::lanes, Base::load, Base::loaded_;
+  using Base::kAnchor, Base::kBehind, Base::kInverse, Base::kLogSum, Base::kLoss, Base::kMaximum, Base::kMixture;
+  using Base::kOffset, Base::kPeak, Base::kScaled, Base::kShare, Base::kShift, Base::kStep, Base::kSum, Base::kTogether;
+  using Base::lanes, Base::load, Base::loaded_;
   using Base::most, Base::offset, Base::packs, Base::set, Base::share, Base::shares_known_, Base::single, Base::stat;
   using Base::stats, Base::tiles_, Base::total, Base::vectors_, Base::weights_fixed_, Base::x;
 
@@ -325,11 +326,11 @@ class Lines : public Shares<T, LanesAreRows> {
   // The same of rows that may lie far apart, each less its offset; kShift is that of their maxima. A mixture's anchor
   // keeps more digits than its line where the rows are near.
   FEDKERN_INLINE V moved_over_student(std::int64_t k, std::int64_t v) const {
-    const V offset = stat(kOffset, k), behind = stat(kBehind, k), student = x(K_)[v];
-    const V moved = (x(k)[v] - offset) - (student - behind);
+    const V offset = stat(kOffset, k), behind = stat(kBehind, k);
+    const V moved = (x(k)[v] - offset) - (x(K_)[v] - behind);
     if (k <= K_) return moved;
     const Mask<T> near = (offset == V::set(0)) & (behind == V::set(0));
-    return select(near, single(kAnchor)[v] + (origin(student) - student), moved);
+    return select(near, over_student(k, v), moved);
   }
 
   // log(1 + r) with all digits of a small r; r > -1.

@@ -49,38 +49,33 @@ class EnsembleLosses : public ProbabilityLosses<T, LanesAreRows> {
     const std::int64_t z = K_ + 1;
     this->find_statistics(K_, K_ + 2, false, true);
     student_inverse_ = V::set(1) / stat(kSum, K_);
-    V loss = V::set(0), drift = V::set(0);
+    const bool late = call_.teachers_grad.present || call_.weights_grad.present;
+    const V inverse = stat(kInverse, z), zero = V::set(0);
+    // Late gradients take the mean of the ratios themselves, not the loss: ratios of large logits share a rounding error
+    // that the loss is free of, and weights multiply what is left of their sum by the distance between the teachers.
+    V loss = zero, drift = zero, middle = zero;
     for (std::int64_t tile = 0; tile < tiles_; ++tile) {
       fetch_with_exponentials(tile);
       const Line out = single(kOut);
-      V sum = V::set(0), rest = V::set(0);
+      V sum = zero, rest = zero, ratios = zero;
       for (std::int64_t v = 0; v < vectors_; ++v) {
         const Term t = pair(z, v);
         sum = sum + t.value;
         rest = rest + t.difference;
         out.set(v, t.difference * factor_[0]);
+        if (!late) continue;
+        const V p = e(z)[v] * inverse;
+        ratios = ratios + select(p == zero, zero, p * log_ratio(z, v));
       }
       loss = loss + total(sum);
       drift = drift + total(rest);
+      middle = middle + total(ratios);
       if (call_.student_grad.present) store(call_.student_grad, 0, out);
     }
     loss = corrected(loss, drift);
     finish(0, loss * temperature_ * temperature_, sums);
-    if (!call_.teachers_grad.present && !call_.weights_grad.present) return;
+    if (!late) return;
     this->clear(kDot);
-    const V inverse = stat(kInverse, z), zero = V::set(0);
-    // Gradients take the mean of the ratios themselves, not the loss: ratios of large logits share a rounding error
-    // that the loss is free of, and weights multiply what is left of their sum by the distance between the teachers.
-    V middle = zero;
-    for (std::int64_t tile = 0; tile < tiles_; ++tile) {
-      fetch_with_exponentials(tile);
-      V sum = zero;
-      for (std::int64_t v = 0; v < vectors_; ++v) {
-        const V p = e(z)[v] * inverse;
-        sum = sum + select(p == zero, zero, p * log_ratio(z, v));
-      }
-      middle = middle + total(sum);
-    }
     for (std::int64_t tile = 0; tile < tiles_; ++tile) {
       fetch_with_exponentials(tile);
       const Line g = single(kU);

@@ -33,12 +33,17 @@ def grouped_rows(names: Sequence[str] | None, cases: Tensor | None, patients: Te
     return position if position.max(initial=-1) + 1 < len(position) else None
 
 
+def rows_of_units(units: Rows) -> list[Rows]:
+    """Rows of every unit in ascending order; ``units``, int64 ``[n]``, counts from 0 without gaps."""
+    return np.split(np.argsort(units, kind="stable"), np.cumsum(np.bincount(units))[:-1])
+
+
 def drawn_rows(rng: np.random.Generator, count: int, units: Rows | None) -> list[Rows]:
     """Rows 0 to ``count`` - 1 in random order, one array per unit; ``units`` comes from :func:`grouped_rows`."""
     order = rng.permutation(count if units is None else int(units.max()) + 1)
     if units is None:
         return list(order[:, None])
-    pieces = np.split(np.argsort(units, kind="stable"), np.cumsum(np.bincount(units))[:-1])
+    pieces = rows_of_units(units)
     return [pieces[unit] for unit in order.tolist()]
 
 

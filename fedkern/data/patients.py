@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from fedkern.data.cases import Rows
+from fedkern.data.cases import Rows, rows_of_units
 from fedkern.data.types import FederatedData, Split
 from fedkern.errors import UserError
 from fedkern.streams import stream
@@ -46,12 +46,10 @@ def limited(data: FederatedData, images: int, seed: int) -> FederatedData:
 
 def _limited(split: Split, images: int, client: int, seed: int) -> Split:
     assert split.patients is not None  # checked in limited
-    patients = split.patients.numpy()
-    order = np.argsort(patients, kind="stable")
     kept = []
-    for rows in np.split(order, np.flatnonzero(np.diff(patients[order])) + 1):
+    for rows in rows_of_units(numbered(split)):
         if len(rows) > images:
-            rng = stream(seed, f"patient-images/{int(patients[rows[0]])}", client=client)
+            rng = stream(seed, f"patient-images/{int(split.patients[rows[0]])}", client=client)
             rows = rng.permutation(rows)[:images]
         kept.append(rows)
     return split.subset(torch.from_numpy(np.sort(np.concatenate(kept))))
