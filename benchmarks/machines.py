@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fedkern.ops.processor import CPUINFO, cpuinfo
+from fedkern.ops._core.processor import CPUINFO, cpuinfo
 
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 # A virtual machine's processor often has a name that says no more than the maker: these tell its generation.
@@ -43,7 +43,7 @@ def machine(device: str) -> dict[str, Any]:
         **chip(),
     }
     try:
-        from fedkern.ops.backend import cpu_core
+        from fedkern.ops._core.backend import cpu_core
 
         info["isa"] = cpu_core().isa()
     except Exception as error:  # the table says so instead of failing
@@ -72,7 +72,7 @@ def chip(path: Path = CPUINFO, caches: Path = CACHES) -> dict[str, str]:
 
 
 def _forced() -> str | None:
-    from fedkern.ops.backend import forced_backend
+    from fedkern.ops._core.backend import forced_backend
 
     return forced_backend()
 
@@ -93,12 +93,12 @@ def served_by(device: str) -> tuple[str, str]:
 @functools.cache
 def _core_of(backend: str) -> str | None:
     """The source hash of a backend's compiled core, "" where the backend has none, None where it cannot be used."""
-    from fedkern.ops.backend import cpu_core
-    from fedkern.ops.loading import Unavailable, load_core, load_triton
+    from fedkern.ops._core.backend import cpu_core
+    from fedkern.ops._core.loading import Unavailable, load_core, load_triton
 
     try:
         if backend == "triton":
-            load_triton("blend")
+            load_triton("_core.triton.launch")
         if backend in ("cpu", "cuda"):
             return (cpu_core() if backend == "cpu" else load_core("_cuda")).source_hash()
     except Unavailable:

@@ -49,7 +49,7 @@ class Comparison:
         core: ``source_hash()`` of the compiled core that served, or "" where none did or nobody noted it.
         sources: the hash over what of csrc/ the operator is built from (see sources.py), or "" likewise.
         backend: what served: the backend that was forced, else the one that could, "cuda or triton" where both could
-            (see fedkern/ops/dispatch.py); "" in rows recorded before this was noted.
+            (see fedkern/ops/_core/dispatch.py); "" in rows recorded before this was noted.
         startup_seconds: of whole runs, from the start of the process until the first round begins, by contestant.
         first_seconds: of whole runs, the first round, which ``seconds`` leaves out, by contestant.
         accuracy: of whole runs, what came out, by contestant.

@@ -6,7 +6,7 @@ import functools
 import re
 from pathlib import Path
 
-from fedkern.ops.loading import source_hash
+from fedkern.ops._core.loading import source_hash
 
 CSRC = Path(__file__).parent.parent / "csrc"
 # The operators that the files of a family serve; others, such as whole steps of training, use several families.

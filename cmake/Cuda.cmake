@@ -91,7 +91,7 @@ if(FEDKERN_CUDA_ENABLED)
   enable_language(CUDA)
   find_package(CUDAToolkit REQUIRED)
   if(FEDKERN_DEFAULT_ARCHITECTURES)
-    # The last one also as PTX, which newer GPUs translate; the core tells fedkern.ops.devices what it was built for.
+    # The last one also as PTX, which newer GPUs translate; the core tells fedkern.ops._core.devices what it was built for.
     if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
       set(CMAKE_CUDA_ARCHITECTURES 80-real 90-real 100)
     else()

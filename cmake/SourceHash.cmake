@@ -1,5 +1,5 @@
 # A hash over what a module is built from, compiled into it, so that a core that does not belong to the sources beside it
-# is noticed. fedkern.ops.loading.source_hash computes the same.
+# is noticed. fedkern.ops._core.loading.source_hash computes the same.
 file(GLOB_RECURSE FEDKERN_SOURCES RELATIVE ${CMAKE_CURRENT_SOURCE_DIR} CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/*.cpp
      ${CMAKE_CURRENT_SOURCE_DIR}/*.h ${CMAKE_CURRENT_SOURCE_DIR}/*.cu ${CMAKE_CURRENT_SOURCE_DIR}/*.cuh)
 list(SORT FEDKERN_SOURCES COMPARE STRING)

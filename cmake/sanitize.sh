@@ -42,7 +42,7 @@ export FEDKERN_EMULATED_FLAGS="-fsanitize=address,undefined -fno-sanitize-recove
 export ASAN_OPTIONS="detect_leaks=0:abort_on_error=0:${ASAN_OPTIONS:-}" UBSAN_OPTIONS="print_stacktrace=1:${UBSAN_OPTIONS:-}"
 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" \
   "$python" -P -c 'import torch, sys
-from fedkern.ops import backend
+from fedkern.ops._core import backend
 path = backend.cpu_core().__file__
 sys.exit(path != sys.argv[1] and f"tests would run {path}")' "$core"
 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" \

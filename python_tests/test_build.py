@@ -16,7 +16,7 @@ import torch
 
 import fedkern
 from fedkern import ops
-from fedkern.ops import backend, loading
+from fedkern.ops._core import backend, loading
 
 ROOT = Path(__file__).resolve().parent.parent
 

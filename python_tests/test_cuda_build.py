@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fedkern.ops import loading
+from fedkern.ops._core import loading
 
 # What a kernel may use so that two blocks of 256 threads, or three of 128, fit a multiprocessor's 65,536.
 REGISTERS = 128

@@ -1,4 +1,4 @@
-// fedkern._cpu: the compiled CPU kernels. Imported by fedkern.ops.backend after torch, whose OpenMP runtime it uses.
+// fedkern._cpu: the compiled CPU kernels. Imported by fedkern.ops._core.backend after torch, whose OpenMP runtime it uses.
 #include <string>
 
 #include "../cpu/isa_control.h"

@@ -67,7 +67,8 @@ def check_backend() -> None:
     Raises:
         UserError: a variable names something that does not exist or cannot be used on this machine.
     """
-    from fedkern.ops import backend, fuse_choice, loading
+    from fedkern.ops._core import backend, loading
+    from fedkern.ops._fuse.blocks import choice as fuse_choice
 
     try:
         backend.cpu_core()

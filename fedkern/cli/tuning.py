@@ -62,8 +62,9 @@ def tune(request: Request) -> int:
     import torch
 
     from fedkern import interrupts
-    from fedkern.ops import fuse_choice, fuse_tune
-    from fedkern.ops.fuse_table import Row, write_table
+    from fedkern.ops._fuse.blocks import choice as fuse_choice
+    from fedkern.ops._fuse.blocks import tune as fuse_tune
+    from fedkern.ops._fuse.blocks.table import Row, write_table
     from fedkern.report.names import say
     from fedkern.report.progress import counting, terminal
 

@@ -16,7 +16,7 @@ from fedkern.engine.network import cpu_threads
 from fedkern.engine.store import atomic
 from fedkern.errors import UserError
 from fedkern.inputs import read_json
-from fedkern.ops.processor import processor
+from fedkern.ops._core.processor import processor
 
 SIDE = 1024
 """Rows and columns of the square matrices that are multiplied."""

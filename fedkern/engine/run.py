@@ -27,7 +27,7 @@ from fedkern.errors import UserError
 from fedkern.interrupts import in_order
 from fedkern.methods import registry
 from fedkern.models.precision import computing
-from fedkern.ops import fuse_choice
+from fedkern.ops._fuse.blocks import choice as fuse_choice
 
 
 def run(

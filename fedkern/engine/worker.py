@@ -35,7 +35,7 @@ from fedkern.engine.executors.wire import Channel, NotPortable, Packer, Unpacker
 from fedkern.engine.parties import Elsewhere
 from fedkern.models import MODELS
 from fedkern.models.precision import computing
-from fedkern.ops import backend
+from fedkern.ops._core import backend
 
 _PR_SET_PDEATHSIG = 1
 

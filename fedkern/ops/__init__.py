@@ -1,22 +1,22 @@
 """Fast operators for federated learning, most of them differentiable; a plain PyTorch reference specifies each."""
 
-from fedkern.ops._memory import empty_cache
-from fedkern.ops.aggregate import weighted_mean
-from fedkern.ops.aggregate_accumulator import Accumulator
-from fedkern.ops.aggregate_distances import geometric_median, krum, pairwise_distances
-from fedkern.ops.aggregate_privacy import clip_and_noise, clip_by_norm
-from fedkern.ops.aggregate_robust import median, trimmed_mean
-from fedkern.ops.aggregate_server_step import ServerStep, server_step
-from fedkern.ops.backend import use_backend, use_isa
-from fedkern.ops.blend import blend
-from fedkern.ops.boxes import erase_boxes, keep_boxes
-from fedkern.ops.contrast import contrastive
-from fedkern.ops.distill import consensus, dual_kl, ensemble_kl, entropy, js_div, kl_div
+from fedkern.ops._aggregate.accumulator import Accumulator
+from fedkern.ops._aggregate.clipping import clip_and_noise, clip_by_norm
+from fedkern.ops._aggregate.distances import geometric_median, krum, pairwise_distances
+from fedkern.ops._aggregate.mean import weighted_mean
+from fedkern.ops._aggregate.robust import median, trimmed_mean
+from fedkern.ops._aggregate.server_step import ServerStep, server_step
+from fedkern.ops._blend.blend import blend
+from fedkern.ops._blend.boxes import erase_boxes, keep_boxes
+from fedkern.ops._contrast.contrast import contrastive
+from fedkern.ops._core.backend import use_backend, use_isa
+from fedkern.ops._core.memory import empty_cache
+from fedkern.ops._core.torchscript import unscriptable
+from fedkern.ops._distill import consensus, dual_kl, ensemble_kl, entropy, js_div, kl_div
+from fedkern.ops._fuse.blocks.fused_blocks import FusedBlocks
+from fedkern.ops._fuse.fuse import fuse_concat, fuse_mean
+from fedkern.ops._optimise.optimise import StepResult, adamw_step, sgd_step
 from fedkern.ops.flat import FlatParameters
-from fedkern.ops.fuse import fuse_concat, fuse_mean
-from fedkern.ops.fuse_blocks import FusedBlocks
-from fedkern.ops.optimise import StepResult, adamw_step, sgd_step
-from fedkern.ops.torchscript import unscriptable
 
 __all__ = [
     "Accumulator",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedkern.ops.arguments import check_dense
+from fedkern.ops._core.checks import check_dense
 from fedkern.ops.flat_layout import Entry, FlatGroup, Slot, check_tensors, flatten_group, shaped, tensors_of, view_of
 
 

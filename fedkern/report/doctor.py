@@ -53,8 +53,8 @@ def processor() -> dict[str, Any]:
     The levels are ``available``, ``active`` and ``forced`` (None if not forced).  If the compiled core cannot be used,
     ``problem`` says why, instead of ``available`` and ``active``.
     """
-    from fedkern.ops import backend, loading
-    from fedkern.ops.processor import processor as this
+    from fedkern.ops._core import backend, loading
+    from fedkern.ops._core.processor import processor as this
 
     found: dict[str, Any] = {"name": this().name, "cores": os.cpu_count()}
     forced = os.environ.get("FEDKERN_CPU_ISA")
@@ -76,7 +76,7 @@ def lowerings() -> dict[str, Any]:
     Keys are ``kind``, ``file``, ``table`` (hash of the table), ``measured_on``, ``measured``, ``threads``, and
     ``ignored`` (why the user's own table is not used).  If no table can be read, ``problem`` is the only key.
     """
-    from fedkern.ops import fuse_choice
+    from fedkern.ops._fuse.blocks import choice as fuse_choice
 
     try:
         found = fuse_choice.serving()
@@ -154,7 +154,7 @@ def _text(value: Any) -> str:
 def operators() -> tuple[list[Any], str | None, str]:
     """Rows (operator, backend, serves, reason), the forced backend, and the error in forcing it (or "")."""
     import fedkern.ops
-    from fedkern.ops import backend
+    from fedkern.ops._core import backend
 
     del fedkern  # importing it is what registers the operators
     try:
@@ -168,7 +168,7 @@ def collect() -> dict[str, Any]:
     import torch
 
     from fedkern.engine import peak
-    from fedkern.ops import loading
+    from fedkern.ops._core import loading
 
     rows, forced, problem = operators()
     found, reason = gpus()
@@ -223,7 +223,7 @@ def show(console: Console, report: dict[str, Any] | None = None) -> None:
     for line in _peak(report["peak"]):
         add("at most", line)
     if report["stale"]:
-        from fedkern.ops import loading
+        from fedkern.ops._core import loading
 
         names = " and ".join(report["stale"])
         add("outdated", f"{names}: not built from the csrc/ beside the package; {loading.REBUILD}")

@@ -175,7 +175,7 @@ def test_memory_that_is_not_there(fails, monkeypatch):
 
 @pytest.mark.parametrize(("name", "value"), [("FEDKERN_BACKEND", "tpu"), ("FEDKERN_CPU_ISA", "avx1024")])
 def test_a_backend_that_does_not_exist(fails, monkeypatch, name, value):
-    from fedkern.ops import backend
+    from fedkern.ops._core import backend
 
     if name == "FEDKERN_CPU_ISA":
         pytest.importorskip("fedkern._cpu", reason="the compiled core is not built")

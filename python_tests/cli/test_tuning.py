@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fedkern.ops import fuse_choice, fuse_tune
-from fedkern.ops.fuse_table import read_table
+from fedkern.ops._fuse.blocks import choice as fuse_choice
+from fedkern.ops._fuse.blocks import tune as fuse_tune
+from fedkern.ops._fuse.blocks.table import read_table
 from fedkern.run import main
 
 

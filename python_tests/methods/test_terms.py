@@ -7,7 +7,7 @@ import torch
 
 from fedkern import ops
 from fedkern.methods import FedDyn, FedProx, GradientSum, Objective, Scaffold, Terms
-from fedkern.ops import backend
+from fedkern.ops._core import backend
 
 
 def received(size):

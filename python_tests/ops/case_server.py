@@ -84,7 +84,7 @@ def _run(operator: str, case: dict[str, Any], backend: str) -> str:
     import differential
     import torch
 
-    from fedkern.ops.backend import use_backend, use_isa
+    from fedkern.ops._core.backend import use_backend, use_isa
 
     if operator == "crash":  # for the test of this server
         ctypes.string_at(0)
@@ -146,7 +146,7 @@ def _serve() -> None:
     import differential  # noqa: F401
     import torch
 
-    from fedkern.ops import backend
+    from fedkern.ops._core import backend
 
     torch.set_num_threads(1)
     backend.cpu_core()

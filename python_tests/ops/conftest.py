@@ -25,7 +25,7 @@ def backend(request: pytest.FixtureRequest):
 @pytest.fixture
 def cache_bytes() -> Iterator[Callable[[int], None]]:
     """Sets what the core takes for the size of the last-level cache."""
-    from fedkern.ops.backend import cpu_core
+    from fedkern.ops._core.backend import cpu_core
 
     core = cpu_core()
     before = core.cache_bytes()

@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fedkern import ops
-from fedkern.ops import contrast_launch, contrast_products, contrast_tiles
-from fedkern.ops.contrast_reference import contrastive_reference
+from fedkern.ops._contrast import launch as contrast_launch
+from fedkern.ops._contrast import products as contrast_products
+from fedkern.ops._contrast import tiles as contrast_tiles
+from fedkern.ops._contrast.reference import contrastive_reference
 
 AXES: dict[str, Any] = {
     "pairs": (1, 2, 3, 31, 64, 65, 130),

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedkern.ops import backend
+from fedkern.ops._core import backend
 
 ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = Path(__file__).resolve().parent / "cuda" / "emulator"
@@ -113,7 +113,7 @@ def emulated() -> Iterator[None]:
         pytest.skip(str(error))
     patch = pytest.MonkeyPatch()
     try:
-        patch.setattr("fedkern.ops.cuda.core.load", lambda: core)
+        patch.setattr("fedkern.ops._core.backend.cuda_core", lambda: core)
         for operator, kernels in backend._kernels.items():
             if "cuda" in kernels:
                 kernel = kernels["cuda"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fedkern.ops.fuse_choice import active_isa
-from fedkern.ops.fuse_table import KINDS, Row, Table
-from fedkern.ops.processor import processor
+from fedkern.ops._core.processor import processor
+from fedkern.ops._fuse.blocks.choice import active_isa
+from fedkern.ops._fuse.blocks.table import KINDS, Row, Table
 
 
 def made(

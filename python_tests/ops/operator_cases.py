@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.ops import backend, loading
+from fedkern.ops._core import backend, loading
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CLASSES = (1, 2, 3, 7, 8, 10, 100, 101, 127, 128, 129, 200, 1000, 1271, 3200)
@@ -29,7 +29,7 @@ def _isas() -> list[str]:
 
 def _triton() -> list[str]:
     try:
-        loading.load_triton("launch")
+        loading.load_triton("_core.triton.launch")
     except loading.Unavailable:
         return []
     return ["triton"] if loading.interpreted() else []

@@ -15,7 +15,7 @@ from operator_cases import BACKENDS, DTYPES, KERNELS, pairwise, thinned, using
 from torch import Tensor
 
 from fedkern.ops import Accumulator, server_step, weighted_mean
-from fedkern.ops.aggregate_reference import weighted_mean_reference
+from fedkern.ops._aggregate.reference import weighted_mean_reference
 
 
 @pytest.fixture(autouse=True)

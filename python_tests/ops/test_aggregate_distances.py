@@ -11,7 +11,8 @@ from aggregate_cases import close, make_vectors, make_weights, odd_views
 from operator_cases import DTYPES, KERNELS, pairwise, thinned, using
 from torch import Tensor
 
-from fedkern.ops import aggregate_distances, geometric_median, krum, pairwise_distances, weighted_mean
+from fedkern.ops import geometric_median, krum, pairwise_distances, weighted_mean
+from fedkern.ops._aggregate import distances as aggregate_distances
 
 
 def distances_in_python(vectors: list[Tensor]) -> Tensor:

@@ -12,8 +12,8 @@ from operator_cases import DTYPES, KERNELS, thinned, using
 from torch import Tensor
 
 from fedkern.ops import clip_and_noise, clip_by_norm
-from fedkern.ops.aggregate_philox import REFINED as BELOW
-from fedkern.ops.aggregate_philox import normal, philox, uniform
+from fedkern.ops._aggregate.philox import REFINED as BELOW
+from fedkern.ops._aggregate.philox import normal, philox, uniform
 
 MOST = (1 << 64) - 1
 

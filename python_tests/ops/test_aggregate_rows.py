@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.ops import backend
-from fedkern.ops.aggregate_cpu import rows
+from fedkern.ops._aggregate.launch import rows
+from fedkern.ops._core import backend
 
 pytest.importorskip("fedkern._cpu")
 

@@ -11,8 +11,9 @@ import torch
 from operator_cases import BACKENDS, DTYPES, KERNELS, moved, pairwise, using
 from torch import Tensor
 
-from fedkern.ops import backend, blend, use_backend
-from fedkern.ops.blend import blend_reference
+from fedkern.ops import blend, use_backend
+from fedkern.ops._blend.blend import blend_reference
+from fedkern.ops._core import backend
 
 
 @pytest.fixture(autouse=True)
@@ -212,7 +213,7 @@ def test_results_past_the_cache(
 
 
 def test_channels_last_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedkern.ops import blend_launch
+    from fedkern.ops._blend import kernels as blend_launch
 
     seen: list[bool] = []
     original = blend_launch.in_layout

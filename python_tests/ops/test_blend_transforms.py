@@ -14,7 +14,7 @@ from operator_cases import BACKENDS, KERNELS, using
 from torch import Tensor
 
 from fedkern.ops import blend
-from fedkern.ops.blend import blend_reference
+from fedkern.ops._blend.blend import blend_reference
 
 
 @pytest.fixture(autouse=True)

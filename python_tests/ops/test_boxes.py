@@ -174,7 +174,7 @@ def test_vmap_and_grad(dims: tuple[int | None, ...]) -> None:
 
 @pytest.mark.parametrize("isa", KERNELS)
 def test_every_offset_over_sentinels(isa: str) -> None:
-    from fedkern.ops.backend import cpu_core
+    from fedkern.ops._core.backend import cpu_core
 
     core = cpu_core()
     height, width = 5, 7

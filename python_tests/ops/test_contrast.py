@@ -16,8 +16,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedkern import ops
-from fedkern.ops import backend as backends
-from fedkern.ops.contrast_reference import contrastive_reference, gradients_reference
+from fedkern.ops._contrast.reference import contrastive_reference, gradients_reference
+from fedkern.ops._core import backend as backends
 
 
 def leaves(pairs: int, size: int, dtype: torch.dtype = torch.float32, length: float = 1.0) -> tuple[Tensor, Tensor]:

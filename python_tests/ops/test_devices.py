@@ -9,8 +9,7 @@ import pytest
 import torch
 from emulated_core import build
 
-from fedkern.ops import backend, devices, loading
-from fedkern.ops.cuda import core as cuda_core
+from fedkern.ops._core import backend, devices, loading
 
 BUILT_FOR = [80, 90, 100]
 
@@ -107,8 +106,8 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FEDKERN_BACKEND", raising=False)
     for name in ("_chosen", "_large", "_loaded"):
         monkeypatch.setattr(backend, name, {})
-    monkeypatch.setattr(cuda_core, "_raw_stream", lambda index: 0)
-    monkeypatch.setattr(loading, "load_core", lambda name: fake_core())
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+    monkeypatch.setattr(backend, "load_core", lambda name: fake_core())
     monkeypatch.setattr(backend, "interpreted", lambda: False)
     kernel = backend.Kernel(lambda: "triton's", frozenset(backend.DTYPES), frozenset({"cuda"}))
     monkeypatch.setitem(backend._kernels["blend"], "triton", kernel)
@@ -132,7 +131,7 @@ def test_cuda_serves_a_gpu_it_was_built_for(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.usefixtures("fresh")
 def test_an_old_driver_leaves_the_call_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "load_core", lambda name: fake_core(driver=12060))
+    monkeypatch.setattr(backend, "load_core", lambda name: fake_core(driver=12060))
     fake_gpus(monkeypatch, (9, 0))
     assert chosen() == "triton's"
     assert "the driver serves 12.6" in reason("cuda")

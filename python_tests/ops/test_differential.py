@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from fedkern import ops
-from fedkern.ops import backend, loading
+from fedkern.ops._core import backend, loading
 
 SEED = int(os.environ["FEDKERN_SEED"])  # python_tests/conftest.py sets it to the day's
 SECONDS = 25 / len(differential.OPERATORS)

@@ -24,9 +24,9 @@ from operator_cases import (
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.ops.backend import select
-from fedkern.ops.distill_kernels import divergence_settings
-from fedkern.ops.distill_reference import entropy_reference, kl_div_reference
+from fedkern.ops._core.backend import select
+from fedkern.ops._distill.kernels import divergence_settings
+from fedkern.ops._distill.reference import entropy_reference, kl_div_reference
 
 FACTOR = 3.0  # every loss is multiplied before backward: a dropped grad_output shows
 OPERATORS = ("kl_div", "dual_kl", "dual_kl_student", "entropy")
@@ -323,7 +323,7 @@ def test_every_offset_over_sentinels(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", KERNELS)
 def test_exp_within_two_ulp(name: str) -> None:
     """Every 499th float, then a dense sample of doubles."""
-    from fedkern.ops.backend import cpu_core
+    from fedkern.ops._core.backend import cpu_core
 
     with using(name):
         bits = torch.arange(0, 2**32, 499, dtype=torch.int64)
@@ -348,7 +348,7 @@ def test_exp_within_two_ulp(name: str) -> None:
 @pytest.mark.parametrize("name", KERNELS)
 def test_exp_over_a_temperature_within_its_bound(name: str, temperature: float) -> None:
     """Two ulp and the rounding of 1 / temperature: every 9973rd float from -0 to -inf and NaN, then doubles."""
-    from fedkern.ops.backend import cpu_core
+    from fedkern.ops._core.backend import cpu_core
 
     with using(name):
         bits = torch.cat([torch.arange(2**31, 2**32, 9973, dtype=torch.int64), torch.tensor([0xFF800000])])

@@ -13,7 +13,7 @@ from operator_cases import KERNELS, assert_close, using
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.ops.distill_reference import kl_div_reference
+from fedkern.ops._distill.reference import kl_div_reference
 
 # --- gradients
 

@@ -10,7 +10,7 @@ from distill_operators import OPERATORS, each_operator, logits
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.ops.distill_reference import kl_div_reference
+from fedkern.ops._distill.reference import kl_div_reference
 
 
 @each_operator

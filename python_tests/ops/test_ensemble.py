@@ -22,7 +22,7 @@ from ensemble_cases import (
 from operator_cases import BACKENDS, KERNELS, assert_close, backends, describe, using
 
 from fedkern import ops
-from fedkern.ops.distill_ensemble_reference import ensemble_reference
+from fedkern.ops._distill.ensemble_reference import ensemble_reference
 
 
 @pytest.mark.parametrize("number", range(len(ENSEMBLES)), ids=lambda n: f"{n}-{describe(ENSEMBLES[n])}")

@@ -12,7 +12,7 @@ from operator_cases import KERNELS, assert_close
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.ops.distill_ensemble_reference import ensemble_reference
+from fedkern.ops._distill.ensemble_reference import ensemble_reference
 
 HOWS: list[dict[str, Any]] = [{"mix": "probs"}, {"mix": "logits"}, {"mode": "mean_of_kl"}]
 

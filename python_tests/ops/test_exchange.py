@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from fedkern import ops
-from fedkern.ops import backend
+from fedkern.ops._core import backend
 
 FLOATS = tuple(backend.DTYPES)
 

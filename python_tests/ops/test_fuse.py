@@ -11,7 +11,7 @@ from operator_cases import DTYPES, KERNELS, assert_close, describe, pairwise, us
 from torch import Tensor
 
 from fedkern.ops import fuse_concat, fuse_mean
-from fedkern.ops.fuse_reference import fuse_concat_reference, fuse_mean_reference
+from fedkern.ops._fuse.reference import fuse_concat_reference, fuse_mean_reference
 
 FUNCTIONS = {"concat": (fuse_concat, fuse_concat_reference), "mean": (fuse_mean, fuse_mean_reference)}
 
@@ -131,7 +131,7 @@ def test_gradient_of_any_layout(backend: str, layout: torch.memory_format) -> No
 @needs_core
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_channels_last_is_not_copied(monkeypatch: pytest.MonkeyPatch, layout: torch.memory_format) -> None:
-    from fedkern.ops import fuse_launch
+    from fedkern.ops._fuse import launch as fuse_launch
 
     seen: list[bool] = []
     original = fuse_launch._laid_out
@@ -189,8 +189,8 @@ def test_streamed_results_are_the_same(backend: str, cache_bytes: Callable[[int]
 @needs_core
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_outside_is_written(dtype: torch.dtype, cache_bytes: Callable[[int], None]) -> None:
-    from fedkern.ops.backend import DTYPES as CODES
-    from fedkern.ops.backend import cpu_core
+    from fedkern.ops._core.backend import DTYPES as CODES
+    from fedkern.ops._core.backend import cpu_core
 
     core = cpu_core()
     batch, count, size = 2, 5, 23

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedkern.models import resnet
 from fedkern.ops import FusedBlocks
-from fedkern.ops.fuse_table import LOWERINGS
+from fedkern.ops._fuse.blocks.table import LOWERINGS
 
 
 def vgg(channels: int, width: int) -> nn.Sequential:
@@ -285,7 +285,7 @@ def test_direct_convolution(
 
 
 def test_direct_way_in_chunks_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedkern.ops import fuse_lowering
+    from fedkern.ops._fuse.blocks import lowering as fuse_lowering
 
     blocks = [nn.Sequential(block, nn.MaxPool2d(2), nn.Conv2d(6, 2, 1)).eval() for block in make("residual")]
     fused = FusedBlocks(blocks, lowering="direct")
@@ -306,7 +306,7 @@ def test_direct_way_in_chunks_and_threads(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("lowering", LOWERINGS)
 def test_large_results_in_pieces(monkeypatch: pytest.MonkeyPatch, lowering: str) -> None:
     """What looks at one sample at a time may be computed so; batch norms without running statistics may not."""
-    from fedkern.ops import fuse_lowering
+    from fedkern.ops._fuse.blocks import lowering as fuse_lowering
 
     for layers in (
         [nn.Conv2d(6, 5, 1), nn.ReLU()],

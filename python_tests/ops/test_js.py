@@ -12,8 +12,8 @@ from operator_cases import BACKENDS, KERNELS, backends, describe, pairwise, usin
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.ops.distill_ensemble_reference import consensus_reference, js_reference
-from fedkern.ops.distill_kernels import kernel_for
+from fedkern.ops._distill.ensemble_reference import consensus_reference, js_reference
+from fedkern.ops._distill.kernels import kernel_for
 
 AXES: dict[str, Any] = {
     **COMMON,

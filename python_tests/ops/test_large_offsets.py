@@ -13,7 +13,7 @@ from every_operator import Operator, each_operator
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.ops.aggregate_philox import normal
+from fedkern.ops._aggregate.philox import normal
 
 FAR = 2**31 + 64
 HALF = torch.bfloat16

@@ -18,7 +18,7 @@ from operator_cases import KERNELS
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.ops import _memory
+from fedkern.ops._core import memory as _memory
 
 pytestmark = pytest.mark.skipif(not KERNELS, reason="the compiled core is not built")
 

@@ -17,7 +17,7 @@ from operator_cases import BACKENDS, KERNELS, using
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.ops import backend
+from fedkern.ops._core import backend
 
 SIZES = (1, 5, 17, 1000, 9001)
 

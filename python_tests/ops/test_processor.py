@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from fedkern.ops import processor as module
-from fedkern.ops.processor import Processor, processor
+from fedkern.ops._core import processor as module
+from fedkern.ops._core.processor import Processor, processor
 
 X86 = "vendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 143\nmodel name\t: Intel(R) Xeon(R)\n\nmodel\t: 9\n"
 ARM = "processor\t: 0\nCPU implementer\t: 0x41\nCPU architecture: 8\nCPU part\t: 0xd0c\n"

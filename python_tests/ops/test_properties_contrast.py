@@ -13,7 +13,7 @@ from property_inputs import QUARTERS, examples, logits, orders
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.ops.contrast_reference import contrastive_reference
+from fedkern.ops._contrast.reference import contrastive_reference
 
 TEMPERATURES = st.sampled_from([0.01, 0.07, 1.0, 30.0])
 

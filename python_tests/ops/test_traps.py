@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedkern import ops
-from fedkern.ops import backend
+from fedkern.ops._core import backend
 
 
 @pytest.fixture(autouse=True)

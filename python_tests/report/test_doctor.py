@@ -12,9 +12,10 @@ import torch
 from fuse_tables import made
 from rich.console import Console
 
-from fedkern.ops import backend, fuse_choice, loading
-from fedkern.ops.fuse_table import write_table
-from fedkern.ops.processor import Processor
+from fedkern.ops._core import backend, loading
+from fedkern.ops._core.processor import Processor
+from fedkern.ops._fuse.blocks import choice as fuse_choice
+from fedkern.ops._fuse.blocks.table import write_table
 from fedkern.report import doctor
 
 

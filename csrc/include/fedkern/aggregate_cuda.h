@@ -50,7 +50,7 @@ void weighted_mean(const Uploads& x, const UploadWeights& weights, const MeanCal
 void exact_add(DType dtype, std::int64_t size, const void* x, std::int64_t stride, double weight, const ExactState& state, const Place& place);
 void exact_mean(DType out_dtype, std::int64_t size, const ExactState& state, double total, void* out, const Place& place);
 
-// See fedkern/ops/aggregate_server_step.py. At most kTable vectors; global of their dtype; all of unit stride.
+// See fedkern/ops/_aggregate/server_step.py. At most kTable vectors; global of their dtype; all of unit stride.
 enum class ServerRule : int { mean, momentum, adam, yogi, adagrad };
 struct ServerStep {
   ServerRule rule;
@@ -74,7 +74,7 @@ void squared_distances(const Uploads& x, double* out, double* workspace, const P
 // the mean of the lower and upper weighted median instead. At most kMostSorted vectors; weights (may be null) not with fp64.
 void sorted_mean(const Uploads& x, const UploadWeights* weights, int low, int high, bool median, void* out, const Place& place);
 
-// out [M, P] = factors[m] x_m + deviation * normal(seed, offset + m P + j), see fedkern/ops/aggregate_philox.py.
+// out [M, P] = factors[m] x_m + deviation * normal(seed, offset + m P + j), see fedkern/ops/_aggregate/philox.py.
 void scale_and_noise(const Uploads& x, const double* factors, double deviation, std::uint64_t seed, std::uint64_t offset, void* out,
                      const Place& place);
 

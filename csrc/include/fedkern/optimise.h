@@ -1,7 +1,7 @@
 // optimise: one step of SGD or AdamW on flat vectors, in one pass over parameters, gradients and state.
 //
 // Products and sums are fused or rounded apart exactly as in torch's own kernels of the same ISA level, so that a step has
-// the bits of the expressions in fedkern/ops/optimise_reference.py. 16-bit types are computed in fp32 and rounded once.
+// the bits of the expressions in fedkern/ops/_optimise/reference.py. 16-bit types are computed in fp32 and rounded once.
 #pragma once
 
 #include "fedkern/isa.h"
@@ -9,7 +9,7 @@
 
 namespace fedkern {
 
-// The numbers are shared with fedkern/ops/optimise_kernels.py.
+// The numbers are shared with fedkern/ops/_optimise/kernels.py.
 enum class OptimiserRule : int { sgd = 0, adamw = 1 };
 
 // [rows, size] of unit stride within a row; `step` elements from row to row, 0 where all share one.

@@ -9,7 +9,7 @@
 
 namespace fedkern {
 
-// The numbers are shared with fedkern/ops/backend.py.
+// The numbers are shared with fedkern/ops/_core/backend.py.
 enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 
 inline constexpr std::size_t item_size(DType dtype) {

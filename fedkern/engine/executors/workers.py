@@ -29,7 +29,8 @@ from fedkern.errors import RunFailed
 from fedkern.interrupts import check
 from fedkern.methods.base import ClientId, Message, Step
 from fedkern.models import registry
-from fedkern.ops import backend, fuse_choice
+from fedkern.ops._core import backend
+from fedkern.ops._fuse.blocks import choice as fuse_choice
 
 HELD_BYTES = 1 << 30
 """Limit on the bytes of uploads that wait for earlier clients.  Beyond it, only the next client in order gets a

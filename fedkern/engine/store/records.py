@@ -18,7 +18,8 @@ import fedkern
 from fedkern.engine.store import atomic, checkpoints
 from fedkern.errors import UserError
 from fedkern.inputs import parse_json, read_json, read_text, standing
-from fedkern.ops import backend, fuse_choice
+from fedkern.ops._core import backend
+from fedkern.ops._fuse.blocks import choice as fuse_choice
 from fedkern.privacy.guarantee import EPSILON, PART, RECORDS
 
 METRICS = "metrics.jsonl"

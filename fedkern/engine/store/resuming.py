@@ -14,8 +14,9 @@ from fedkern.engine.store import records
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.saved_model import damaged
 from fedkern.errors import UserError
-from fedkern.ops import backend, fuse_choice
-from fedkern.ops.loading import Unavailable
+from fedkern.ops._core import backend
+from fedkern.ops._core.loading import Unavailable
+from fedkern.ops._fuse.blocks import choice as fuse_choice
 
 MOVABLE = ("data_options.boxes", "data_options.detector_cache")
 """Paths of files, which may be changed by hand in config.toml: the data that they lead to are compared instead."""

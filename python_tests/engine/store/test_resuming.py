@@ -10,8 +10,10 @@ from interrupted import Kill, KillAt, outcome, without
 from fedkern.engine import Listener, RunConfig, attack, read_model, run
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.errors import UserError
-from fedkern.ops import backend, fuse_choice, use_backend, use_isa
-from fedkern.ops.fuse_table import write_table
+from fedkern.ops import use_backend, use_isa
+from fedkern.ops._core import backend
+from fedkern.ops._fuse.blocks import choice as fuse_choice
+from fedkern.ops._fuse.blocks.table import write_table
 
 
 @pytest.fixture

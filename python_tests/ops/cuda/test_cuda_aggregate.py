@@ -11,10 +11,10 @@ from operator_cases import DTYPES, assert_close, describe, pairwise
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.ops import backend
-from fedkern.ops.aggregate_kernels import RULES, ServerRule
-from fedkern.ops.aggregate_philox import normal
-from fedkern.ops.aggregate_plain import PLAIN
+from fedkern.ops._aggregate.kernels import RULES, ServerRule
+from fedkern.ops._aggregate.philox import normal
+from fedkern.ops._aggregate.plain import PLAIN
+from fedkern.ops._core import backend
 
 AXES: dict[str, Any] = {
     "count": (1, 2, 7, 10, 17, 33, 64),

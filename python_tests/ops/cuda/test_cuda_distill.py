@@ -23,7 +23,7 @@ from test_distill import (
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.ops.distill_reference import entropy_reference, kl_div_reference
+from fedkern.ops._distill.reference import entropy_reference, kl_div_reference
 
 AXES: dict[str, Any] = {
     "classes": (1, 3, 5, 10, 32, 33, 101, 128, 1000, 2048, 2056, 3201),

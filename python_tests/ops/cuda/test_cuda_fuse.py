@@ -10,7 +10,7 @@ from operator_cases import DTYPES, assert_close, describe, pairwise
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.ops.fuse_reference import fuse_concat_reference, fuse_mean_reference
+from fedkern.ops._fuse.reference import fuse_concat_reference, fuse_mean_reference
 
 AXES: dict[str, Any] = {
     "operator": ("concat", "mean"),

@@ -15,19 +15,19 @@ from typing import Any
 
 import torch
 
-import fedkern.ops.triton
-from fedkern.ops.aggregate_kernels import RULES, ServerRule
-from fedkern.ops.distill_common import BATCHMEAN, LOGITS, MEAN, NONE, PROBS
-from fedkern.ops.distill_kernels import Divergence, Ensemble
-from fedkern.ops.fuse_kernels import FuseNeeds
-from fedkern.ops.optimise_kernels import AdamW, Call
-from fedkern.ops.triton.aggregate import TritonAggregate
-from fedkern.ops.triton.blend import TritonBlend
-from fedkern.ops.triton.boxes import TritonBoxes
-from fedkern.ops.triton.contrast import TritonContrast
-from fedkern.ops.triton.distill import TritonDistill
-from fedkern.ops.triton.fuse import TritonFuse
-from fedkern.ops.triton.optimise import TritonOptimise
+import fedkern.ops._core.triton
+from fedkern.ops._aggregate.kernels import RULES, ServerRule
+from fedkern.ops._aggregate.triton.aggregate import TritonAggregate
+from fedkern.ops._blend.triton.blend import TritonBlend
+from fedkern.ops._blend.triton.boxes import TritonBoxes
+from fedkern.ops._contrast.triton import TritonContrast
+from fedkern.ops._distill.common import BATCHMEAN, LOGITS, MEAN, NONE, PROBS
+from fedkern.ops._distill.kernels import Divergence, Ensemble
+from fedkern.ops._distill.triton.distill import TritonDistill
+from fedkern.ops._fuse.kernels import FuseNeeds
+from fedkern.ops._fuse.triton import TritonFuse
+from fedkern.ops._optimise.kernels import AdamW, Call
+from fedkern.ops._optimise.triton import TritonOptimise
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Case = tuple[str, Callable[[], Any]]
@@ -36,8 +36,8 @@ Case = tuple[str, Callable[[], Any]]
 def modules() -> list[ModuleType]:
     """The files of fedkern/ops/triton that hold kernels."""
     found = [
-        importlib.import_module(f"fedkern.ops.triton.{entry.name}")
-        for entry in pkgutil.iter_modules(fedkern.ops.triton.__path__)
+        importlib.import_module(f"fedkern.ops._core.triton.{entry.name}")
+        for entry in pkgutil.iter_modules(fedkern.ops._core.triton.__path__)
     ]
     return [module for module in found if any(name.endswith("_kernel") for name in vars(module))]
 

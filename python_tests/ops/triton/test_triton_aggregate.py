@@ -14,15 +14,15 @@ import torch
 from operator_cases import BACKENDS, DTYPES, pairwise
 from torch import Tensor
 
-from fedkern.ops.aggregate_kernels import RULES, ServerRule
-from fedkern.ops.aggregate_plain import PLAIN
+from fedkern.ops._aggregate.kernels import RULES, ServerRule
+from fedkern.ops._aggregate.plain import PLAIN
 
 if "triton" not in BACKENDS:
     pytest.skip("Triton's interpreter is not there", allow_module_level=True)
 
-from fedkern.ops.triton import aggregate as triton_aggregate
-from fedkern.ops.triton.aggregate import TritonAggregate
-from fedkern.ops.triton.aggregate_kernels import MARK, encoded, whole
+from fedkern.ops._aggregate.triton import aggregate as triton_aggregate
+from fedkern.ops._aggregate.triton.aggregate import TritonAggregate
+from fedkern.ops._aggregate.triton.means import MARK, encoded, whole
 
 KERNEL = TritonAggregate()
 COUNTS = (1, 2, 3, 8, 11)

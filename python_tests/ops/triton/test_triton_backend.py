@@ -10,7 +10,7 @@ import pytest
 import torch
 from operator_cases import BACKENDS
 
-from fedkern.ops import backend, dispatch
+from fedkern.ops._core import backend, dispatch
 
 needs_triton = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's interpreter is not there")
 

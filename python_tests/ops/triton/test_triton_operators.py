@@ -17,7 +17,7 @@ from operator_cases import BACKENDS, using
 from operator_runs import capture, compare, gradients, run
 
 from fedkern import ops
-from fedkern.ops import loading
+from fedkern.ops._core import loading
 
 
 @pytest.fixture
@@ -38,7 +38,8 @@ def test_each_operator_gives_the_reference_result(operator: Operator) -> None:
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's interpreter is not there")
 def test_compiled_graphs_reach_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedkern.ops.triton import blend, distill
+    from fedkern.ops._blend.triton import blend
+    from fedkern.ops._distill.triton import distill
 
     launched: list[str] = []
     for module in (blend, distill):
@@ -122,5 +123,5 @@ def test_an_index_out_of_range_is_a_device_assertion(gpu: torch.device) -> None:
 
 
 def test_triton_is_not_imported_before_it_is_wanted() -> None:
-    code = "import sys, fedkern.ops; sys.exit('triton' in sys.modules or 'fedkern.ops.triton' in sys.modules)"
+    code = "import sys, fedkern.ops; sys.exit('triton' in sys.modules or 'fedkern.ops._core.triton' in sys.modules)"
     assert not subprocess.run([sys.executable, "-c", code], check=False).returncode

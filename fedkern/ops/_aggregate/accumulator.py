@@ -1,0 +1,297 @@
+"""aggregate: the weighted mean of vectors that arrive one after another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkern.ops._aggregate.checks import (
+    check_count,
+    check_out,
+    check_vector,
+    check_weight,
+    deliver,
+    direct_target,
+)
+from fedkern.ops._aggregate.mean import select
+from fedkern.ops._aggregate.plain import PLAIN
+from fedkern.ops._aggregate.reference import INFINITE, LOWEST, NOT_A_NUMBER
+from fedkern.ops._core import backend
+from fedkern.ops._core.checks import check_dense, shown
+
+# Exact weights are integers in units of the smallest positive double.
+_UNIT = 1 << 1074
+_WEIGHT_BYTES = 280
+_MOST_EXACT = 2**31 - 1
+_MOST_ELEMENTS = 2**48
+
+
+class Accumulator:
+    """Running weighted mean of vectors ``[P]`` that arrive one after another: memory O(P), not O(M * P).
+
+    The sum is kept in fp64.  So the mean of equal fp32, bf16 or fp16 vectors is that vector exactly, and the bits do
+    not depend on the number of threads.  They are the bits of :func:`weighted_mean` on the same vectors in the same
+    order.
+
+    With ``exact=True`` the bits do not depend on the order of arrival either.  Each product is rounded to fp64 and its
+    digits in base 2^32 are added as integers: three digits per element, on a fixed grid (compare Demmel and Nguyen,
+    "Parallel reproducible summation", IEEE Trans. Comput. 64(7), 2015).  The weights are added as integers too.  Exact
+    sums take three times the memory and, since they are memory-bound, about three times as long.
+
+    An accumulator holds state.  It is not differentiable, and :meth:`add` raises under torch.compile or a torch.func
+    transform.
+
+    Args:
+        size: P, the length of the vectors.
+        exact: whether the bits are independent of the order of arrival; see above.
+        device: device of the sum and of all vectors; default: torch's default device (the CPU).
+
+    Raises:
+        TypeError, ValueError: size is not a whole number from 0 to 2^48, or torch cannot use the device.
+    """
+
+    def __init__(self, size: int, exact: bool = False, *, device: torch.device | str | None = None) -> None:
+        self.size = size = check_count(size, "size", 0, _MOST_ELEMENTS)
+        self.exact = exact
+        try:
+            self.device = torch.empty(0, device=device).device
+        except (RuntimeError, TypeError, AssertionError) as error:  # each from another part of torch
+            raise ValueError(f"device must be one that torch can use here, not {shown(device)}") from error
+        self._count = 0
+        self._dtype: torch.dtype | None = None
+        self._weight = 0.0
+        self._units = 0
+        self._sum = self._digits = self._top = torch.empty(0)
+        if exact:
+            self._digits = torch.zeros(3, size, dtype=torch.int64, device=device)
+            self._top = torch.full((size,), LOWEST, dtype=torch.int8, device=device)
+        else:
+            self._sum = torch.zeros(size, dtype=torch.float64, device=device)
+
+    @property
+    def weight(self) -> float:
+        """Sum of the weights added."""
+        return self._units / _UNIT if self.exact else self._weight
+
+    @property
+    def count(self) -> int:
+        """Number of vectors added."""
+        return self._count
+
+    def add(self, vector: Tensor, weight: float | Tensor = 1.0) -> None:
+        """Adds ``weight * vector``.  A vector of weight zero is counted but not read.
+
+        Args:
+            vector: ``[P]``, fp32, bf16, fp16 or fp64, of any stride.
+            weight: finite and not negative.
+
+        Raises:
+            TypeError, ValueError: an argument has the wrong type, shape, device or value.
+            OverflowError: an exact accumulator is full (2^31 - 1 vectors).
+            RuntimeError: called under torch.compile or a torch.func transform, or a forced backend cannot serve.
+        """
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                "Accumulator keeps state and cannot be used under torch.compile or a torch.func transform"
+            )
+        check_vector(vector, "vector", self.size)
+        if vector.device != self.device:
+            raise ValueError(f"vector must be on the accumulator's device {self.device}, not {vector.device}")
+        value = check_weight(weight, "weight")
+        total = self.weight + value
+        if total == float("inf"):
+            raise ValueError("weight makes the sum of the weights overflow; scale the weights down")
+        if self.exact and self._count == _MOST_EXACT:
+            raise OverflowError(f"an exact accumulator takes at most {_MOST_EXACT} vectors")
+        if value:
+            self._add(vector.detach(), value)
+        self._count += 1
+        self._weight = total
+        if self.exact:
+            numerator, denominator = value.as_integer_ratio()
+            self._units += numerator * (_UNIT // denominator)
+        self._dtype = vector.dtype if self._dtype is None else torch.promote_types(self._dtype, vector.dtype)
+
+    def _add(self, vector: Tensor, weight: float) -> None:
+        kernel = select([vector])
+        if not backend.eager(vector):
+            kernel = PLAIN
+        if self.exact:
+            kernel.exact_accumulate(self._digits, self._top, vector, weight)
+        else:
+            kernel.accumulate(self._sum, vector, weight)
+
+    def mean(self, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Returns the weighted mean so far, ``[P]``; more vectors may be added afterwards.
+
+        Args:
+            out: tensor ``[P]`` that receives the mean, in any of the four dtypes.
+            dtype: dtype of a new result; default: that of the vectors, promoted where they differ.
+
+        Raises:
+            TypeError, ValueError: out or dtype is wrong, or no vector of positive weight was added yet.
+        """
+        if not self.weight > 0:
+            raise ValueError("nothing to average yet: add a vector of positive weight before asking for the mean")
+        if out is not None:
+            check_out(out, self.size, self.device)
+            if dtype not in (None, out.dtype):
+                raise TypeError(f"dtype must be out's {out.dtype} where out is given, not {dtype}")
+            if torch.is_grad_enabled() and out.requires_grad:
+                raise ValueError("out takes no part in differentiation; call mean under torch.no_grad()")
+        dtype = dtype or self._dtype or torch.float32
+        if dtype not in backend.FLOATS:
+            raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, not {dtype}")
+        kernel = select([torch.empty(0, dtype=dtype, device=self.device)])
+        target: Tensor | None = None
+        if backend.eager(self._sum, *(() if out is None else (out,))):
+            target = direct_target(out, self.size, dtype, (), (), 0)
+        else:  # a fake result, or a new one on another default device, has no memory that a kernel can write to
+            kernel = PLAIN
+        into = target if target is not None else dtype if out is None else out.dtype
+        if self.exact:
+            result = kernel.exact_mean(self._digits, self._top, self.weight, into)
+        else:
+            result = kernel.accumulated_mean(self._sum, self.weight, into)
+        return result if out is None else deliver(result, out)
+
+    def reset(self) -> None:
+        """Forgets all vectors and weights."""
+        self._count, self._dtype, self._weight, self._units = 0, None, 0.0, 0
+        self._sum.zero_()
+        self._digits.zero_()
+        self._top.fill_(LOWEST)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns a copy of the state (tensors, numbers), from which :meth:`load_state_dict` continues bit for bit."""
+        state: dict[str, Any] = {
+            "size": self.size,
+            "exact": int(self.exact),
+            "count": self._count,
+            "weight": self._weight,
+            "dtype": -1 if self._dtype is None else backend.DTYPES[self._dtype],
+        }
+        if self.exact:
+            units = self._units.to_bytes(_WEIGHT_BYTES, "little")
+            state["units"] = torch.tensor(list(units), dtype=torch.uint8)
+            state["digits"], state["top"] = self._digits.clone(), self._top.clone()
+        else:
+            state["sum"] = self._sum.clone()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Loads a state from :meth:`state_dict` of an accumulator with the same ``size`` and ``exact``.
+
+        A state that is refused changes nothing.
+
+        Raises:
+            TypeError, ValueError: the state has wrong entries, types or shapes, another ``size`` or ``exact``, or
+                values that no sum of vectors can have.
+        """
+        count, weight, dtype = self._check_state(state)
+        if self.exact:
+            self._units = _units(state["units"])
+            self._digits.copy_(state["digits"])
+            self._top.copy_(state["top"])
+        else:
+            self._sum.copy_(state["sum"])
+        self._count, self._weight, self._dtype = count, weight, dtype
+
+    def _check_state(self, state: Mapping[str, Any]) -> tuple[int, float, torch.dtype | None]:
+        """Returns count, weight and dtype of a valid state; raises as :meth:`load_state_dict` does."""
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must be a dict made by state_dict(), not {type(state).__name__}")
+        numbers = ("size", "exact", "count", "weight", "dtype")
+        for name in numbers:
+            if name not in state:
+                raise ValueError(f"the state must have the entry {name!r}")
+        size, exact = _whole(state, "size"), bool(_whole(state, "exact"))
+        if size != self.size or exact != self.exact:
+            raise ValueError(
+                f"the state must be of size {self.size} and exact={self.exact}, "
+                f"not of size {shown(size)} and exact={exact}"
+            )
+        wanted: dict[str, tuple[torch.dtype, list[int]]] = {"sum": (torch.float64, [size])}
+        if exact:
+            wanted = {
+                "units": (torch.uint8, [_WEIGHT_BYTES]),
+                "digits": (torch.int64, [3, size]),
+                "top": (torch.int8, [size]),
+            }
+        for name in sorted({*state} ^ {*numbers, *wanted}, key=str):
+            raise ValueError(f"the state must {'not ' if name in state else ''}have the entry {shown(name)!r}")
+        for name, form in wanted.items():
+            _check_entry(state[name], name, *form)
+        count, weight = _whole(state, "count"), check_weight(state["weight"], "the state's weight")
+        if exact:
+            # The units are the exact sum.  "weight" is a rounded copy on which no result depends.
+            total = _exact_weight(state)
+            if not math.isclose(total, weight, rel_tol=1e-6):
+                raise ValueError(f"the state's weight must be that of its units, {total:g}, not {weight:g}")
+        if count < 0 or (exact and count > _MOST_EXACT) or (not count and weight):
+            raise ValueError(f"the state's count must be that of vectors of weight {weight:g}, not {shown(count)}")
+        codes = {number: dtype for dtype, number in backend.DTYPES.items()}
+        code = _whole(state, "dtype")
+        if code not in (codes if count else {-1}):
+            allowed = f"one of {', '.join(map(str, codes))}" if count else "-1 before the first vector"
+            raise ValueError(f"the state's dtype must be {allowed}, not {shown(code)}")
+        if exact:
+            _check_digits(state["digits"], state["top"], count)
+        return count, weight, codes.get(code)
+
+    def __repr__(self) -> str:
+        kind = ", exact" if self.exact else ""
+        return f"Accumulator({self.size}{kind}: {self._count} vectors, weight {self.weight:g})"
+
+
+# Entries of a state.
+
+
+def _whole(state: Mapping[str, Any], name: str) -> int:
+    """Returns the entry ``name`` as a whole number; a tensor of one element is accepted too."""
+    value = state[name]
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_floating_point() and not value.is_complex():
+        value = value.item()
+    if not isinstance(value, int):
+        raise TypeError(f"the state's {name} must be a whole number, not {type(value).__name__}")
+    return int(value)
+
+
+def _check_entry(value: object, name: str, dtype: torch.dtype, shape: list[int]) -> None:
+    name = f"the state's {name}"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
+    check_dense(value, name)
+    if value.dtype is not dtype:
+        raise TypeError(f"{name} must have dtype {dtype}, not {value.dtype}")
+    if list(value.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, not {list(value.shape)}")
+
+
+def _units(stored: Tensor) -> int:
+    return int.from_bytes(bytes(stored.tolist()), "little")
+
+
+def _exact_weight(state: Mapping[str, Any]) -> float:
+    try:
+        return _units(state["units"]) / _UNIT
+    except OverflowError:
+        raise ValueError("the state's units must be a sum of weights that a float can hold") from None
+
+
+def _check_digits(digits: Tensor, top: Tensor, count: int) -> None:
+    """Raises ValueError for digits that no sum of ``count`` vectors can have.
+
+    Every vector adds less than 2^32 to a digit.  With larger digits a later sum could overflow.
+    """
+    if top.numel() and not LOWEST <= int(top.min()) <= int(top.max()) <= NOT_A_NUMBER:
+        raise ValueError(f"the state's top must be between {LOWEST} and {NOT_A_NUMBER}")
+    most = count << 32
+    if digits.numel() and not -most <= int(digits.min()) <= int(digits.max()) <= most:
+        raise ValueError(f"the state's digits must be within 2^32 for each of its {count} vectors")
+    if bool(((top >= INFINITE) & (digits != 0).any(0)).any()):
+        raise ValueError("the state's digits must be 0 where its top says that the sum is not finite")

@@ -1,0 +1,248 @@
+"""aggregate: checks of vectors, weights and outputs that all its operators share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedkern.ops._core import backend
+from fedkern.ops._core.checks import check_dense, real, shown
+from fedkern.ops._core.memory import placed
+
+Vectors = Tensor | Sequence[Tensor]
+
+
+def check_vectors(vectors: Vectors) -> tuple[Tensor, int]:
+    """Checks the vectors; returns one tensor with their dtype, device and last dimension P, and M."""
+    if isinstance(vectors, Tensor):
+        check_dense(vectors, "vectors")
+        if vectors.dtype not in backend.FLOATS:
+            raise TypeError(f"vectors must be float32, float64, bfloat16 or float16, not {vectors.dtype}")
+        if vectors.dim() != 2 or not vectors.shape[0]:
+            raise ValueError(f"vectors must have shape [M, P] with M > 0, not {list(vectors.shape)}")
+        return vectors, vectors.shape[0]
+    if not isinstance(vectors, Sequence):
+        kind = type(vectors).__name__
+        raise TypeError(f"vectors must be a list of tensors [P] or one tensor [M, P], not {kind}")
+    if not len(vectors):
+        raise ValueError("vectors must hold at least one tensor [P]: a list of them, or one [M, P]")
+    first = vectors[0]
+    check_vector(first, "vectors[0]")
+    dtype, shape, device = first.dtype, first.shape, first.device
+    for position, vector in enumerate(vectors):
+        if (
+            isinstance(vector, Tensor)
+            and vector.layout is first.layout
+            and not vector.is_nested
+            and vector.dtype is dtype
+            and vector.shape == shape
+            and vector.device == device
+        ):
+            continue
+        check_vector(vector, f"vectors[{position}]")
+        if vector.dtype != first.dtype:
+            raise TypeError(f"vectors[{position}] must have vectors[0]'s dtype {first.dtype}, not {vector.dtype}")
+        if vector.shape != first.shape:
+            raise ValueError(
+                f"vectors[{position}] must have vectors[0]'s shape {list(first.shape)}, not {list(vector.shape)}"
+            )
+        if vector.device != first.device:
+            raise ValueError(f"vectors[{position}] must be on vectors[0]'s device {first.device}, not {vector.device}")
+    return first, len(vectors)
+
+
+def check_vector(vector: Tensor, name: str, size: int | None = None) -> None:
+    """Raises TypeError or ValueError unless ``vector`` is a floating tensor ``[size]``."""
+    if not isinstance(vector, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(vector).__name__}")
+    check_dense(vector, name)
+    if vector.dtype not in backend.FLOATS:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, not {vector.dtype}")
+    if vector.dim() != 1 or (size is not None and vector.shape[0] != size):
+        raise ValueError(f"{name} must have shape [{'P' if size is None else size}], not {list(vector.shape)}")
+
+
+def check_out(out: Tensor, size: int, device: torch.device, name: str = "out") -> None:
+    """Raises TypeError or ValueError unless ``out`` can take a result ``[size]``."""
+    check_vector(out, name, size)
+    if out.device != device:
+        raise ValueError(f"{name} must be on the vectors' device {device}, not {out.device}")
+    if size > 1 and not out.stride(0):
+        raise ValueError(f"{name} must not be expanded: several of its elements share one place in memory")
+
+
+def check_weights_tensor(weights: Tensor, count: int, device: torch.device) -> None:
+    """Raises TypeError or ValueError unless ``weights`` is a real tensor ``[count]``; its values are not checked."""
+    check_dense(weights, "weights")
+    if weights.dim() != 1 or weights.shape[0] != count:
+        raise ValueError(f"weights must have shape [{count}], not {list(weights.shape)}")
+    if weights.is_complex():
+        raise TypeError(f"weights must have a real dtype, not {weights.dtype}")
+    if weights.device.type != "cpu" and weights.device != device:
+        raise ValueError(f"weights must be on the vectors' device {device}, not {weights.device}")
+
+
+def check_weight(value: float | Tensor, name: str) -> float:
+    """Returns one weight as a float; negative and non-finite ones raise ValueError."""
+    value = real(value, name)
+    if not 0 <= value < math.inf:  # comparisons: torch.compile traces them where a float is symbolic
+        raise ValueError(f"{name} must be finite and not negative, not {value}")
+    return value
+
+
+def check_weights(weights: Tensor | Iterable[float], count: int) -> tuple[list[float], float]:
+    """Returns ``count`` weights as floats, and their sum, added up in order.
+
+    Raises:
+        TypeError: the weights have no order (a set, a generator), or one of them is not a number.
+        ValueError: there are not ``count`` weights, one is negative or not finite, or their sum is zero or infinite.
+    """
+    if isinstance(weights, Tensor):
+        given = weights.tolist()
+    elif isinstance(weights, Sequence) and not isinstance(weights, (str, bytes, bytearray)):
+        given = list(weights)
+    elif hasattr(weights, "__array__"):  # arrays of NumPy, series of pandas
+        given = np.atleast_1d(np.asarray(weights)).tolist()
+    else:
+        raise TypeError(f"weights must be numbers in a list, or a tensor, not {type(weights).__name__}")
+    if len(given) != count:
+        raise ValueError(f"weights must have one value for each of the {count} vectors, not {len(given)}")
+    values = [
+        value if type(value) is float else _constant(value, f"weights[{position}]")
+        for position, value in enumerate(given)
+    ]
+    total = 0.0
+    for value in values:
+        total += value
+    # A NaN or infinite weight makes the sum NaN or infinite.
+    if not (0 < total < math.inf and min(values) >= 0):
+        for position, value in enumerate(values):
+            check_weight(value, f"weights[{position}]")
+        raise ValueError(f"weights must have a positive, finite sum, not {total}")
+    return values, total
+
+
+def _constant(value: object, name: str) -> float:
+    """Returns ``value`` as a float; raises ValueError for a tensor that asks for a gradient."""
+    if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} asks for a gradient, which numbers in a list do not get; give weights as one tensor")
+    return real(value, name)
+
+
+def kernel_weights(weights: Tensor | Sequence[float], count: int) -> Tensor | list[float]:
+    """Returns weights as kernels take them: checked numbers, or an unchecked tensor where it is not on the CPU."""
+    if isinstance(weights, Tensor) and weights.device.type != "cpu":
+        return weights.detach()
+    return check_weights(weights.detach() if isinstance(weights, Tensor) else weights, count)[0]
+
+
+def check_call(
+    name: str, vectors: Vectors, weights: Tensor | Sequence[float] | None, first: Tensor, count: int
+) -> None:
+    """Checks the form of ``weights`` and refuses gradients, for the operator ``name`` that has none."""
+    if isinstance(weights, Tensor):
+        check_weights_tensor(weights, count, first.device)
+    refuse_gradient(name, *rows_or_stack(vectors), weights)
+
+
+def refuse_gradient(name: str, *given: object) -> None:
+    """Raises ValueError if a tensor in ``given`` asks for a gradient: the operator ``name`` has none."""
+    recorded = torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in given)
+    if recorded or backend.tangents(given):
+        raise ValueError(f"{name} has no gradient; call it under torch.no_grad(), or detach its arguments")
+
+
+def rows_or_stack(vectors: Vectors) -> Sequence[Tensor]:
+    """The tensors that hold the vectors: the stack ``[M, P]`` alone, or M tensors ``[P]``."""
+    return (vectors,) if isinstance(vectors, Tensor) else vectors
+
+
+def rows_of(vectors: Vectors) -> list[Tensor]:
+    """The vectors as M tensors ``[P]``."""
+    return list(vectors.unbind(0)) if isinstance(vectors, Tensor) else list(vectors)
+
+
+def eager(vectors: Vectors, *others: object) -> bool:
+    """:func:`fedkern.ops._core.backend.eager` of the vectors and of the tensors among ``others``."""
+    return backend.eager(*rows_or_stack(vectors), *(value for value in others if isinstance(value, Tensor)))
+
+
+def as_tensor(weights: Tensor | Sequence[float], first: Tensor, count: int) -> Tensor:
+    """The weights as a tensor; numbers are checked and go to the device of ``first``."""
+    if isinstance(weights, Tensor):
+        return weights
+    return placed(check_weights(weights, count)[0], first.device)
+
+
+def no_vmap(name: str) -> Any:
+    """A batching rule that raises NotImplementedError, for an operator without vmap."""
+
+    def refuse(*arguments: Any) -> Any:
+        raise NotImplementedError(f"torch.func.vmap over {name} is not supported: loop over the mapped axis")
+
+    return refuse
+
+
+def check_number(value: float, name: str, low: float, high: float = math.inf, *, above: bool = False) -> float:
+    """Returns ``value`` as a float in [low, high], or with ``above`` in (low, high]; infinity is never valid."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+    number = real(value, name)
+    # Comparisons, and not math.isinf: torch.compile traces them where a float is symbolic.
+    if not (low <= number <= high) or abs(number) == math.inf or (above and number == low):
+        bound = f"greater than {low:g}" if above else f"at least {low:g}"
+        raise ValueError(
+            f"{name} must be {bound}{'' if math.isinf(high) else f' and at most {high:g}'}, not {shown(value)}"
+        )
+    return number
+
+
+def check_count(value: int, name: str, low: int, high: int | None = None) -> int:
+    """Returns ``value``, a whole number in [low, high]."""
+    if isinstance(value, np.integer):
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, not {type(value).__name__}")
+    if value < low or (high is not None and value > high):
+        bound = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise ValueError(f"{name} must be {bound}, not {shown(value)}")
+    return value
+
+
+def direct_target(
+    out: Tensor | None, size: int, dtype: torch.dtype, pointers: Sequence[int], strides: Sequence[int], item: int
+) -> Tensor | None:
+    """Returns ``out`` if a kernel may write to it element by element while it reads the vectors, else None.
+
+    The vectors begin at ``pointers``; ``strides`` are in elements of ``item`` bytes.
+    """
+    if out is None or (size > 1 and out.stride(0) != 1) or out.dtype not in backend.FLOATS or out.is_neg():
+        return None
+    begin, end = out.data_ptr(), out.data_ptr() + size * out.element_size()
+    for pointer, stride in zip(pointers, strides, strict=True):
+        last = pointer + ((size - 1) * stride + 1) * item
+        same = pointer == begin and stride == 1 and out.dtype == dtype
+        if not same and pointer < end and begin < last:
+            return None
+    return out
+
+
+def deliver(result: Tensor, out: Tensor) -> Tensor:
+    """Returns ``out`` with ``result`` in it, copied if necessary, and tells autograd that ``out`` has changed."""
+    if result is out:
+        written(out)
+        return out
+    with torch.no_grad():
+        return out.copy_(result)
+
+
+def written(*tensors: Tensor | None) -> None:
+    """Tells autograd that a kernel has written to ``tensors``."""
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)

@@ -1,0 +1,142 @@
+"""aggregate: clipping of flat vectors to a norm, and Gaussian noise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fedkern.ops._aggregate.checks import (
+    Vectors,
+    check_number,
+    check_vectors,
+    eager,
+    no_vmap,
+    refuse_gradient,
+    rows_of,
+    rows_or_stack,
+)
+from fedkern.ops._aggregate.launch import SHORT, rows
+from fedkern.ops._aggregate.mean import select
+from fedkern.ops._core import backend, library
+from fedkern.ops._core.checks import check_dense, shown
+
+# 1. Specification: aggregate_robust_reference, aggregate_philox.
+
+
+# 2. The public functions.
+
+
+def clip_by_norm(vectors: Vectors, max_norm: float) -> Any:
+    """Scales every vector down to a Euclidean norm of at most ``max_norm``: ``x * min(1, max_norm / |x|)``.
+
+    Norms are taken in fp64 over a whole vector.  A vector of a smaller norm comes back unchanged, the zero vector too.
+    A vector that holds NaN becomes NaN everywhere.  A vector that holds an infinity becomes 0, with NaN where the
+    infinity was.
+
+    Args:
+        vectors: one ``[P]``, one ``[M, P]`` (clipped row by row), or M tensors ``[P]``; fp32, bf16, fp16 or fp64, of
+            one dtype and device, any strides.
+        max_norm: largest norm of a result, greater than 0.
+
+    Returns:
+        New vectors in the form of the input; for a list, a list of rows of one ``[M, P]``.  There is no gradient.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
+        RuntimeError: a forced backend cannot serve the call.
+    """
+    return _call("clip_by_norm", vectors, check_number(max_norm, "max_norm", 0.0, above=True), 0.0, 0, 0)
+
+
+def clip_and_noise(vectors: Vectors, max_norm: float, noise: float, seed: int, offset: int = 0) -> Any:
+    """Clips every vector and adds Gaussian noise: ``x * min(1, max_norm / |x|) + N(0, (noise * max_norm)^2)``.
+
+    This is one release of the Gaussian mechanism (Dwork and Roth, 2014, appendix A; DP-SGD, arXiv 1607.00133) where one
+    record changes one vector.  Privacy accounting is left to the caller.
+
+    The noise comes from a counter-based generator (:func:`fedkern.ops._aggregate.philox.normal`): element j of vector m
+    takes place ``offset + m * P + j`` of the stream of ``seed``.  So the noise does not depend on how vectors are
+    grouped into calls, on their dtype or on the number of threads.  The CPU kernels give the same bits on every ISA
+    level; other backends agree to the rounding of log, sine and cosine in fp32.  Never use a place twice: the next
+    call's offset is ``offset + M * P``.
+
+    The noise has fp32 resolution whatever the dtype, and its tail follows the normal distribution to 9.5 standard
+    deviations.  Floating-point noise does not protect against attacks on the lowest bits of the result (Mironov, CCS
+    2012).
+
+    Args:
+        vectors, max_norm: as for :func:`clip_by_norm`.
+        noise: noise multiplier: standard deviation of the noise in multiples of ``max_norm``, at least 0.
+        seed: seed of the stream, from 0 to 2^64 - 1.
+        offset: place of the first element in the stream, from 0 to 2^64 - 1.
+
+    Returns:
+        New vectors in the form of the input; for a list, a list of rows of one ``[M, P]``.  There is no gradient.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
+        RuntimeError: a forced backend cannot serve the call.
+    """
+    bound = check_number(max_norm, "max_norm", 0.0, above=True)
+    deviation = check_number(noise, "noise", 0.0) * bound
+    for value, name in ((seed, "seed"), (offset, "offset")):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be a whole number, not {type(value).__name__}")
+        if not 0 <= value < 1 << 64:
+            raise ValueError(f"{name} must be between 0 and 2^64 - 1, not {shown(value)}")
+    return _call("clip_and_noise", vectors, bound, deviation, seed, offset)
+
+
+def _call(name: str, vectors: Vectors, max_norm: float, deviation: float, seed: int, offset: int) -> Any:
+    if isinstance(vectors, Tensor) and vectors.is_nested:
+        check_dense(vectors, "vectors")
+    single = isinstance(vectors, Tensor) and vectors.dim() == 1
+    if isinstance(vectors, Tensor) and vectors.dim() not in (1, 2) and vectors.dtype in backend.FLOATS:
+        raise ValueError(f"vectors must have shape [P] or [M, P], or be a list of [P], not {list(vectors.shape)}")
+    quick = rows((vectors,) if single else vectors)  # type: ignore[arg-type]
+    if quick is not None and quick.size <= SHORT:
+        result = quick.kernel.clip_of_rows(quick, max_norm, deviation, seed, offset)
+        return result[0] if single else result if isinstance(vectors, Tensor) else list(result.unbind(0))
+    given: Vectors = vectors[None] if single else vectors  # type: ignore[call-overload]
+    if isinstance(given, Tensor) and not given.shape[0] and given.dtype in backend.FLOATS:
+        return given.clone()
+    check_vectors(given)
+    refuse_gradient(name, *rows_or_stack(given))
+    if eager(given):
+        result = _compute(given, max_norm, deviation, seed, offset)
+    else:
+        result = _operator(rows_of(given), max_norm, deviation, _signed(seed), _signed(offset))
+    return result[0] if single else result if isinstance(vectors, Tensor) else list(result.unbind(0))
+
+
+def _compute(vectors: Vectors, max_norm: float, deviation: float, seed: int, offset: int) -> Tensor:
+    return select(vectors).clip_and_noise(vectors, max_norm, deviation, seed, offset)
+
+
+def _signed(value: int) -> int:
+    """The same 64 bits as a signed integer, since operators of torch.library take no unsigned ones."""
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+# 3. Eager autograd: none; a call that asks for a gradient raises ValueError.
+
+
+# 4. The same operator for torch.compile and opcheck.
+
+
+def _implementation(vectors: list[Tensor], max_norm: float, deviation: float, seed: int, offset: int) -> Tensor:
+    return _compute(vectors, max_norm, deviation, seed % (1 << 64), offset % (1 << 64))
+
+
+def _fake(vectors: list[Tensor], *others: Any) -> Tensor:
+    return vectors[0].new_empty((len(vectors), vectors[0].shape[0]))
+
+
+_operator = library.register(
+    "clip_and_noise",
+    "(Tensor[] vectors, float max_norm, float deviation, SymInt seed, SymInt offset) -> Tensor",
+    _implementation,
+    fake=_fake,
+    vmap=no_vmap("clip_by_norm and clip_and_noise"),
+)

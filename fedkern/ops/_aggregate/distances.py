@@ -1,0 +1,301 @@
+"""aggregate: distances between flat model vectors, and the robust means built on them (Krum, geometric median)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedkern.ops._aggregate.checks import (
+    Vectors,
+    as_tensor,
+    check_call,
+    check_count,
+    check_number,
+    check_vectors,
+    check_weights,
+    eager,
+    no_vmap,
+    rows_of,
+)
+from fedkern.ops._aggregate.launch import SHORT, CpuAggregate, rows
+from fedkern.ops._aggregate.mean import select
+from fedkern.ops._aggregate.plain import PLAIN
+from fedkern.ops._aggregate.robust_reference import geometric_median_reference, krum_scores_reference
+from fedkern.ops._core import library
+from fedkern.ops._core.checks import shown
+
+# Up to this many vectors the geometric median is found from their pairwise distances alone. They take one pass over the
+# vectors with M / 2 differences per element; every iteration on the vectors themselves would take two passes.
+MOST_FROM_DISTANCES = 128
+
+# The largest integer that operators of torch.library take.
+_MOST_ITERATIONS = 2**63 - 1
+
+# Up to this many vectors Krum's scores are summed in Python.
+FEW = 20
+
+# 1. Specification: aggregate_robust_reference.
+
+
+# 2. The public functions.
+
+
+def pairwise_distances(vectors: Vectors) -> Tensor:
+    """Computes the Euclidean distances between all pairs of vectors.
+
+    Differences are taken first and squared in fp64.  So near-equal vectors have accurate distances, where the formula
+    ``|x|^2 + |y|^2 - 2 x.y`` would lose all digits, and equal vectors are at distance 0.
+
+    Args:
+        vectors: M tensors ``[P]``, or one ``[M, P]``; fp32, bf16, fp16 or fp64, of one dtype and device, any strides.
+
+    Returns:
+        ``[M, M]`` in fp64, exactly symmetric, with zeros on the diagonal.  NaN in a vector makes its distances to
+        others NaN.  An infinity makes them infinite, or NaN where the other vector has the same infinity in the same
+        place.  There is no gradient.
+
+    Raises:
+        TypeError, ValueError: vectors are of the wrong type, dtype, device or shape, or a gradient was asked for.
+        RuntimeError: a forced backend cannot serve the call.
+    """
+    given = rows(vectors)
+    if given is not None:
+        return given.kernel.distances_of_rows(given, root=True)
+    first, count = check_vectors(vectors)
+    check_call("pairwise_distances", vectors, None, first, count)
+    return _pairwise(vectors) if eager(vectors) else _pairwise_operator(rows_of(vectors))
+
+
+def krum(vectors: Vectors, byzantine: int, keep: int = 1) -> Tensor:
+    """Selects the ``keep`` vectors that lie closest to others, and averages them (Krum, arXiv 1703.02757).
+
+    The score of a vector is the sum of its squared distances to the ``M - byzantine - 2`` closest other vectors.  The
+    vectors with the smallest scores are kept; of equal scores the first.  ``keep=1`` is Krum and returns one of the
+    vectors unchanged; a larger ``keep`` is Multi-Krum.  A vector with NaN or infinities is infinitely far from all
+    others.
+
+    Args:
+        vectors: M tensors ``[P]``, or one ``[M, P]``; fp32, bf16, fp16 or fp64, of one dtype and device, any strides.
+        byzantine: number f of vectors that may be arbitrary, with ``2 f + 2 < M`` (needed by the paper's guarantee).
+        keep: number of vectors that are averaged, from 1 to ``M - f``.
+
+    Returns:
+        ``[P]`` in the vectors' dtype.  There is no gradient.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
+        RuntimeError: a forced backend cannot serve the call.
+    """
+    given = rows(vectors)
+    if given is not None:
+        _check_krum(byzantine, keep, len(given.pointers))
+        chosen = _krum_weights(given.kernel.distances_of_rows(given, root=False), byzantine, keep)
+        if keep == 1 and given.size <= SHORT:
+            return vectors[chosen.index(1.0)].clone()
+        return given.kernel.mean_of_rows(given, chosen, None)  # type: ignore[return-value]
+    first, count = check_vectors(vectors)
+    _check_krum(byzantine, keep, count)
+    check_call("krum", vectors, None, first, count)
+    if not eager(vectors):
+        return _krum_operator(rows_of(vectors), byzantine, keep)
+    return _krum(vectors, byzantine, keep)
+
+
+def geometric_median(
+    vectors: Vectors,
+    weights: Tensor | Sequence[float] | None = None,
+    *,
+    iterations: int = 100,
+    tolerance: float = 1e-10,
+    smoothing: float = 1e-6,
+) -> Tensor:
+    """Finds the point with the smallest weighted sum of distances to the vectors (RFA, arXiv 1912.13445).
+
+    Smoothed Weiszfeld iterations start at the weighted mean: ``z <- sum_m b_m x_m / sum_m b_m`` with
+    ``b_m = w_m / max(smoothing, |x_m - z|)``.  Every such point is a mean of the vectors with shares ``a``.  So its
+    distances follow from the squared distances ``D`` between the vectors: ``|x_m - z|^2 = (D a)_m - a.D a / 2``.  Up to
+    128 vectors are therefore read only twice, whatever the number of iterations.
+
+    Args:
+        vectors: M tensors ``[P]``, or one ``[M, P]``; fp32, bf16, fp16 or fp64, of one dtype and device, any strides.
+        weights: M finite numbers, at least 0 and not all 0; default: equal.  A vector of weight zero has no influence.
+        iterations: largest number of iterations; 0 gives the weighted mean.
+        tolerance: relative change of the weighted sum of distances at which the iterations stop.
+        smoothing: lower bound of the distances that are divided by, in the vectors' units; greater than 0.
+
+    Returns:
+        ``[P]`` in the vectors' dtype.  NaN or infinity in a vector of positive weight makes the result NaN.  There is
+        no gradient.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
+        RuntimeError: a forced backend cannot serve the call.
+    """
+    iterations = min(check_count(iterations, "iterations", 0), _MOST_ITERATIONS)
+    check_number(tolerance, "tolerance", 0.0)
+    check_number(smoothing, "smoothing", 0.0, above=True)
+    quick = None if isinstance(weights, Tensor) else rows(vectors)
+    if quick is not None and len(quick.pointers) <= MOST_FROM_DISTANCES:
+        count = len(quick.pointers)
+        numbers = [1.0] * count if weights is None else check_weights(weights, count)[0]
+        squared = quick.kernel.distances_of_rows(quick, root=False)
+        shares = _weiszfeld(squared, numbers, iterations, tolerance, smoothing)
+        if math.isfinite(sum(shares)):
+            return quick.kernel.mean_of_rows(quick, shares, None)  # type: ignore[return-value]
+    first, count = check_vectors(vectors)
+    check_call("geometric_median", vectors, weights, first, count)
+    if weights is None:  # made on the device: a copy from the host would wait, and end the capture of a CUDA graph
+        given = torch.ones(count, dtype=torch.float64, device=first.device)
+    else:
+        given = as_tensor(weights, first, count)
+    if not eager(vectors, weights):
+        return _geometric_median_operator(rows_of(vectors), given, iterations, tolerance, smoothing)
+    return _geometric_median(vectors, given, iterations, tolerance, smoothing)
+
+
+def _pairwise(vectors: Vectors) -> Tensor:
+    return select(vectors).distances(vectors)
+
+
+def _check_krum(byzantine: int, keep: int, count: int) -> None:
+    check_count(byzantine, "byzantine", 0)
+    if 2 * byzantine + 2 >= count:
+        raise ValueError(f"byzantine must be less than (M - 2) / 2 with M = {count} vectors, not {shown(byzantine)}")
+    check_count(keep, "keep", 1, count - byzantine)
+
+
+def _krum(vectors: Vectors, byzantine: int, keep: int) -> Tensor:
+    kernel = select(vectors)
+    squared = kernel.squared_distances(vectors)
+    if isinstance(kernel, CpuAggregate):
+        return kernel.weighted_mean(vectors, _krum_weights(squared, byzantine, keep), None)
+    scores = _scores(squared, byzantine)
+    kept = scores.argsort(stable=True)[:keep]
+    return _mean(vectors, torch.zeros_like(scores).index_fill_(0, kept, 1.0))
+
+
+def _scores(squared: Tensor, byzantine: int) -> Tensor:
+    """Krum's scores; distances that are not finite count as infinite, in ``squared`` itself."""
+    return krum_scores_reference(squared.nan_to_num_(nan=math.inf, posinf=math.inf), byzantine)
+
+
+def _krum_weights(squared: Tensor, byzantine: int, keep: int) -> list[float]:
+    """1 for the vectors that Krum keeps, 0 for the others."""
+    count = len(squared)
+    if count > FEW:
+        scores = _scores(squared, byzantine).tolist()
+    else:  # the calls of torch would take longer than the sums
+        scores = []
+        for m, row in enumerate(squared.tolist()):
+            others = sorted([x if x == x else math.inf for x in row[:m] + row[m + 1 :]])
+            scores.append(sum(others[: count - byzantine - 2]))
+    weights = [0.0] * count
+    for m in sorted(range(count), key=scores.__getitem__)[:keep]:
+        weights[m] = 1.0
+    return weights
+
+
+def _mean(vectors: Vectors, shares: Tensor, out: Tensor | None = None) -> Tensor:
+    """The weighted mean with ``shares``.  NaN shares, which come from NaN in the vectors, give NaN."""
+    weights = shares.tolist() if shares.device.type == "cpu" else shares
+    return select(vectors).weighted_mean(vectors, weights, out)
+
+
+def _geometric_median(vectors: Vectors, weights: Tensor, iterations: int, tolerance: float, smoothing: float) -> Tensor:
+    count, device = len(vectors), vectors[0].device
+    if weights.device.type == "cpu":
+        check_weights(weights.detach(), count)
+    given = weights.to(device, torch.float64)
+    kernel = select(vectors)
+    if kernel is PLAIN:
+        return geometric_median_reference(vectors, given, iterations, tolerance, smoothing)
+    if isinstance(kernel, CpuAggregate) and count <= MOST_FROM_DISTANCES:
+        found = _weiszfeld(kernel.squared_distances(vectors), given.tolist(), iterations, tolerance, smoothing)
+        return kernel.weighted_mean(vectors, found, None)
+    used = given > 0
+    squared = None
+    if count <= MOST_FROM_DISTANCES:
+        squared = torch.where(used & used[:, None], select(vectors).squared_distances(vectors), 0.0)
+    # On a GPU the host reads no result: all iterations run, and a flag keeps the shares once they have settled.
+    current, before = given / given.sum(), torch.full((), math.inf, dtype=torch.float64, device=device)
+    settled = torch.zeros((), dtype=torch.bool, device=device)
+    for _ in range(iterations):
+        distances = _distances_to_mean(vectors, current, squared)
+        objective = torch.where(used, given * distances, 0.0).sum()
+        settled = settled | ((before - objective).abs() <= tolerance * objective)
+        if device.type == "cpu" and bool(settled):
+            break
+        pulls = torch.where(used, given / distances.clamp_min(smoothing), 0.0)
+        current, before = torch.where(settled, current, pulls / pulls.sum()), objective
+    return _mean(vectors, current)
+
+
+def _weiszfeld(
+    squared: Tensor, weights: Sequence[float], iterations: int, tolerance: float, smoothing: float
+) -> list[float]:
+    """Final shares of the iterations, from the vectors' squared distances; in NumPy, whose calls cost less."""
+    used = [m for m, weight in enumerate(weights) if weight > 0]
+    given = np.array(weights)[used]
+    between = squared.numpy()[np.ix_(used, used)]
+    shares, before = given / given.sum(), math.inf
+    with np.errstate(all="ignore"):  # NaN and infinities spread as they do in torch
+        for _ in range(iterations):
+            sums = (between * shares).sum(1)  # not by BLAS, whose bits may depend on its threads
+            distances = np.sqrt(np.maximum(sums - 0.5 * (shares * sums).sum(), 0.0))
+            objective = float((given * distances).sum())
+            if abs(before - objective) <= tolerance * objective:
+                break
+            shares = given / np.maximum(distances, smoothing)
+            shares /= shares.sum()
+            before = objective
+    every = [0.0] * len(weights)
+    for m, share in zip(used, shares.tolist(), strict=True):
+        every[m] = share
+    return every
+
+
+def _distances_to_mean(vectors: Vectors, shares: Tensor, squared: Tensor | None) -> Tensor:
+    """The vectors' distances to their mean with ``shares`` (of sum one), from the ``squared`` distances if given."""
+    if squared is None:
+        wide = torch.empty(vectors[0].shape[0], dtype=torch.float64, device=shares.device)
+        return select(vectors).squared_distances_to(vectors, _mean(vectors, shares, wide)).sqrt_()
+    sums = squared @ shares
+    return (sums - 0.5 * (shares @ sums)).clamp_min_(0.0).sqrt_()
+
+
+# 3. Eager autograd: none; a call that asks for a gradient raises ValueError.
+
+
+# 4. The same operators for torch.compile and opcheck.
+
+
+def _pairwise_fake(vectors: list[Tensor]) -> Tensor:
+    return vectors[0].new_empty((len(vectors), len(vectors)), dtype=torch.float64)
+
+
+def _fake(vectors: list[Tensor], *others: Any) -> Tensor:
+    return vectors[0].new_empty(vectors[0].shape)
+
+
+_pairwise_operator = library.register(
+    "pairwise_distances",
+    "(Tensor[] vectors) -> Tensor",
+    _pairwise,
+    fake=_pairwise_fake,
+    vmap=no_vmap("pairwise_distances"),
+)
+_krum_operator = library.register(
+    "krum", "(Tensor[] vectors, int byzantine, int keep) -> Tensor", _krum, fake=_fake, vmap=no_vmap("krum")
+)
+_geometric_median_operator = library.register(
+    "geometric_median",
+    "(Tensor[] vectors, Tensor weights, int iterations, float tolerance, float smoothing) -> Tensor",
+    _geometric_median,
+    fake=_fake,
+    vmap=no_vmap("geometric_median"),
+)

@@ -1,0 +1,230 @@
+"""aggregate: weighted means of flat model vectors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkern.ops._aggregate.checks import (
+    Vectors,
+    check_out,
+    check_vectors,
+    check_weights,
+    check_weights_tensor,
+    kernel_weights,
+    rows_or_stack,
+)
+from fedkern.ops._aggregate.cuda import CudaAggregate
+from fedkern.ops._aggregate.kernels import AggregateKernel
+from fedkern.ops._aggregate.launch import CpuAggregate
+from fedkern.ops._aggregate.launch import rows as direct_rows
+from fedkern.ops._aggregate.plain import PLAIN
+from fedkern.ops._aggregate.reference import countable, weighted_mean_reference
+from fedkern.ops._core import backend, library
+from fedkern.ops._core.function import EagerFunction
+from fedkern.ops._core.memory import placed
+
+# 1. Specification: aggregate_reference.
+
+
+# 2. The public function.
+
+
+def weighted_mean(
+    vectors: Tensor | Sequence[Tensor], weights: Tensor | Sequence[float], out: Tensor | None = None
+) -> Tensor:
+    """Averages the clients' flat vectors: ``sum_m weights[m] * vectors[m] / sum(weights)`` (FedAvg, arXiv 1602.05629).
+
+    Sums are taken in fp64 whatever the dtype, in the order given.  The mean of equal fp32, bf16 or fp16 vectors is that
+    vector exactly, and the bits do not depend on the number of threads.  An :class:`Accumulator` that gets the same
+    vectors in the same order gives the same bits.
+
+    Differentiable in the vectors and in a tensor of weights.  Works under torch.func.grad, vmap and torch.compile (one
+    graph node, on a stacked ``[M, P]``).
+
+    Args:
+        vectors: M tensors ``[P]``, or one ``[M, P]``; fp32, bf16, fp16 or fp64, of one dtype and device, any strides.
+        weights: M finite numbers, at least 0 and not all 0: a sequence, or a tensor ``[M]`` on the CPU or the vectors'
+            device.  They need not sum to one.  A vector of weight zero is ignored and may hold NaN; then only the
+            gradient of its own weight is NaN.
+        out: tensor ``[P]`` that receives the result, in any of these dtypes and any stride; sums are rounded to its
+            dtype.  It may be one of the vectors.  Not allowed where a gradient is recorded.
+
+    Returns:
+        ``[P]`` in the vectors' dtype, or ``out``.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, device or shape is wrong, or (for weights on the CPU) a weight
+            is negative or not finite, or the sum of the weights is zero.  On CUDA weights of sum zero give NaN.
+        RuntimeError: a forced backend cannot serve the call.
+    """
+    if not isinstance(weights, Tensor):
+        quick = direct_rows(vectors)
+        mean = None if quick is None else quick.kernel.mean_of_rows(quick, weights, out)
+        if mean is not None:
+            return mean
+        if quick is None and out is None and torch.is_grad_enabled():
+            quick = direct_rows(vectors, recorded=True)
+            if quick is not None:
+                checked = check_weights(weights, len(quick.pointers))
+                return _WeightedMean.call(isinstance(vectors, Tensor), checked, *rows_or_stack(vectors))
+    first, count = check_vectors(vectors)
+    if isinstance(weights, Tensor):
+        check_weights_tensor(weights, count, first.device)
+    if out is not None:
+        check_out(out, first.shape[-1], first.device)
+    rows: Sequence[Tensor] = (vectors,) if isinstance(vectors, Tensor) else vectors
+    given = [*rows, weights] if isinstance(weights, Tensor) else [*rows]
+    if not backend.eager(*given, *(() if out is None else (out,))):
+        stacked = vectors if isinstance(vectors, Tensor) else torch.stack(list(vectors))
+        if not isinstance(weights, Tensor):
+            weights = placed(check_weights(weights, count)[0], first.device)
+        result = _weighted_mean(stacked, weights, None if out is None else out.dtype)
+        return result if out is None else out.copy_(result)
+    if torch.is_grad_enabled():
+        wanted = any(tensor.requires_grad for tensor in given)
+        if out is not None and (wanted or out.requires_grad):
+            raise ValueError(
+                "out takes no part in differentiation; call weighted_mean under torch.no_grad(), or without out"
+            )
+        if wanted:
+            values = weights if isinstance(weights, Tensor) else check_weights(weights, count)
+            return _WeightedMean.call(isinstance(vectors, Tensor), values, *rows)
+    return _compute(vectors, weights, out)
+
+
+def _compute(vectors: Vectors, weights: Tensor | Sequence[float], out: Tensor | None) -> Tensor:
+    """The mean of ordinary tensors, outside of autograd."""
+    return select(vectors).weighted_mean(vectors, kernel_weights(weights, len(vectors)), out)
+
+
+def select(vectors: Vectors, *others: Tensor) -> AggregateKernel:
+    """The kernel object that serves a call: a backend's, or the plain reference."""
+    return backend.select("aggregate", *rows_or_stack(vectors), *others) or PLAIN
+
+
+# 3. Eager autograd.
+
+
+class _WeightedMean(EagerFunction):
+    """weighted_mean with its gradient; ``weights`` is a tensor, or a pair of checked numbers and their sum."""
+
+    @staticmethod
+    def forward(ctx: Any, stacked: bool, weights: Tensor | tuple[list[float], float], *rows: Tensor) -> Tensor:
+        ctx.stacked = stacked
+        given: Vectors = rows[0] if stacked else rows
+        if isinstance(weights, tuple):
+            ctx.numbers = weights
+            quick = direct_rows(given)
+            mean = None if quick is None else quick.kernel.mean_of_rows(quick, weights[0], None)
+            return select(given).weighted_mean(given, weights[0], None) if mean is None else mean
+        ctx.numbers = None
+        ctx.save_for_backward(weights, *(rows if ctx.needs_input_grad[1] else ()))
+        return _compute(given, weights, None)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        by_weights: Tensor | None = None
+        shares: Tensor | list[float]
+        if ctx.numbers is None:
+            weights, *rows = ctx.saved_tensors
+            shares = _shares(weights, grad)
+            if ctx.needs_input_grad[1]:
+                by_weights = _by_weights(grad, rows[0] if ctx.stacked else torch.stack(rows), weights)
+        else:
+            values, total = ctx.numbers
+            shares = [value / total for value in values]
+        needs = ctx.needs_input_grad[2:]
+        if ctx.stacked:
+            return None, by_weights, _outer(shares, grad) if needs[0] else None
+        parts = [grad * share if need else None for share, need in zip(shares, needs, strict=True)]
+        return None, by_weights, *parts
+
+
+def _shares(weights: Tensor, grad: Tensor) -> Tensor:
+    values = weights.to(grad.device, torch.float64)
+    return values / values.sum()
+
+
+def _outer(shares: Tensor | list[float], grad: Tensor) -> Tensor:
+    """``[M, P]`` from shares ``[M]`` and a gradient ``[P]``."""
+    dtype = grad.dtype if grad.dtype.itemsize > 2 else torch.float32
+    shares = shares.to(dtype) if isinstance(shares, Tensor) else placed(shares, grad.device, dtype)
+    outer = torch.outer(shares, grad)
+    return outer if outer.dtype is grad.dtype else outer.to(grad.dtype)
+
+
+def _by_weights(grad: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    """Gradient of the weights: <grad, row - mean>, divided by the sum of the weights.
+
+    It is NaN where a vector of weight 0 is not finite.  Such a vector reaches no other derivative.
+    """
+    values = weights.to(rows.device, torch.float64)
+    counted = countable(rows, values)
+    wide = torch.where(counted[:, None], rows.to(torch.float64), 0.0)
+    mean = (values @ wide) / values.sum()
+    gradient = (wide - mean) @ grad.to(torch.float64) / values.sum()
+    return torch.where(counted, gradient, math.nan).to(weights.device, weights.dtype)
+
+
+# 4. The same operator for torch.compile, torch.func and opcheck.
+
+
+def _implementation(vectors: Tensor, weights: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return _compute(vectors, weights, None if dtype is None else _fake(vectors, weights, dtype))
+
+
+def _fake(vectors: Tensor, weights: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return vectors.new_empty(vectors.shape[1], dtype=dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, torch.dtype | None], output: Tensor) -> None:
+    vectors, weights, _ = inputs
+    ctx.dtype = vectors.dtype
+    ctx.save_for_backward(vectors if ctx.needs_input_grad[1] else None, weights)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    vectors, weights = ctx.saved_tensors
+    by_vectors = _outer(_shares(weights, grad), grad).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+    return by_vectors, _by_weights(grad, vectors, weights) if ctx.needs_input_grad[1] else None, None
+
+
+def _vmap(
+    info: Any,
+    in_dims: tuple[int | None, int | None, None],
+    vectors: Tensor,
+    weights: Tensor,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, int]:
+    rows, values, _ = in_dims
+    if values is None:
+        assert rows is not None
+        stacked = vectors.movedim(rows, 1)
+        return _weighted_mean(stacked.flatten(1, 2), weights, dtype).unflatten(0, stacked.shape[1:]), 0
+    # Every mapped entry has weights of its own: one call each.
+    each = weights.movedim(values, 0).unbind()
+    parts = [vectors] * len(each) if rows is None else vectors.movedim(rows, 0).unbind()
+    return torch.stack([_weighted_mean(part, value, dtype) for part, value in zip(parts, each, strict=True)]), 0
+
+
+_weighted_mean = library.register(
+    "weighted_mean",
+    "(Tensor vectors, Tensor weights, ScalarType? dtype) -> Tensor",
+    _implementation,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    vmap=_vmap,
+    reference=weighted_mean_reference,
+)
+
+
+# 5. Backends.
+
+backend.serve("aggregate", cpu=CpuAggregate, cuda=CudaAggregate, triton="_aggregate.triton.aggregate:TritonAggregate")

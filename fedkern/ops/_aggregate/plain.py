@@ -1,0 +1,86 @@
+"""aggregate: the kernel interface in plain PyTorch, on any device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedkern.ops._aggregate import robust_reference as robust
+from fedkern.ops._aggregate.checks import Vectors, deliver
+from fedkern.ops._aggregate.kernels import ServerRule, Weights
+from fedkern.ops._aggregate.reference import (
+    add_reference,
+    exact_add_reference,
+    exact_mean_reference,
+    weighted_mean_reference,
+)
+
+
+class PlainAggregate:
+    """:class:`~fedkern.ops._aggregate.kernels.AggregateKernel` in plain PyTorch: calls the references."""
+
+    def weighted_mean(self, vectors: Vectors, weights: Weights, out: Tensor | None) -> Tensor:
+        result = weighted_mean_reference(vectors, weights, None if out is None else out.dtype)
+        return result if out is None else deliver(result, out)
+
+    def accumulate(self, total: Tensor, vector: Tensor, weight: float) -> None:
+        add_reference(total, vector, weight)
+
+    def accumulated_mean(self, total: Tensor, weight: float, out: Tensor | torch.dtype) -> Tensor:
+        target = _target(out, total)
+        if target.dtype == torch.float64:
+            return torch.div(total, weight, out=target)
+        return target.copy_(total / weight)
+
+    def exact_accumulate(self, digits: Tensor, top: Tensor, vector: Tensor, weight: float) -> None:
+        exact_add_reference(digits, top, vector, weight)
+
+    def exact_mean(self, digits: Tensor, top: Tensor, weight: float, out: Tensor | torch.dtype) -> Tensor:
+        target = _target(out, top)
+        exact_mean_reference(digits, top, weight, target)
+        return target
+
+    def server_step(
+        self,
+        global_: Tensor,
+        vectors: Vectors,
+        weights: Weights,
+        rule: ServerRule,
+        first: Tensor | None,
+        second: Tensor | None,
+        out: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        target = _target(global_.dtype if out is None else out, global_)
+        return (target, *robust.server_step_reference(global_, vectors, weights, rule, first, second, target))
+
+    def sorted_mean(self, vectors: Vectors, low: int, high: int, weights: Weights | None) -> Tensor:
+        return robust.sorted_mean_reference(vectors, low, high, weights)
+
+    def weighted_median(self, vectors: Vectors, weights: Weights) -> Tensor:
+        return robust.weighted_median_reference(vectors, weights)
+
+    def squared_distances(self, vectors: Vectors) -> Tensor:
+        return robust.squared_distances_reference(vectors)
+
+    def distances(self, vectors: Vectors) -> Tensor:
+        return self.squared_distances(vectors).sqrt_()
+
+    def squared_distances_to(self, vectors: Vectors, point: Tensor) -> Tensor:
+        return robust.squared_distances_to_reference(vectors, point)
+
+    def squared_norms(self, vectors: Vectors) -> Tensor:
+        return robust.squared_norms_reference(vectors)
+
+    def clip_and_noise(self, vectors: Vectors, max_norm: float, deviation: float, seed: int, offset: int) -> Tensor:
+        factors = (max_norm / self.squared_norms(vectors).sqrt_()).clamp_max_(1.0)
+        return self.scale_and_noise(vectors, factors, deviation, seed, offset)
+
+    def scale_and_noise(self, vectors: Vectors, factors: Tensor, deviation: float, seed: int, offset: int) -> Tensor:
+        return torch.stack(list(robust.scale_and_noise_reference(vectors, factors, deviation, seed, offset)))
+
+
+def _target(out: Tensor | torch.dtype, like: Tensor) -> Tensor:
+    return out if isinstance(out, Tensor) else torch.empty(len(like), dtype=out, device=like.device)
+
+
+PLAIN = PlainAggregate()

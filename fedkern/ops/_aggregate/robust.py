@@ -1,0 +1,151 @@
+"""aggregate: coordinate-wise robust means of flat model vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fedkern.ops._aggregate.checks import (
+    Vectors,
+    as_tensor,
+    check_call,
+    check_count,
+    check_vectors,
+    eager,
+    kernel_weights,
+    no_vmap,
+    rows_of,
+)
+from fedkern.ops._aggregate.launch import rows
+from fedkern.ops._aggregate.mean import select, weighted_mean
+from fedkern.ops._core import library
+from fedkern.ops._core.checks import shown
+
+# 1. Specification: aggregate_robust_reference.
+
+
+# 2. The public functions.
+
+
+def trimmed_mean(vectors: Vectors, trim: int, weights: Tensor | Sequence[float] | None = None) -> Tensor:
+    """Averages every coordinate without its ``trim`` largest and ``trim`` smallest values (arXiv 1803.01498).
+
+    ``sum_{k = trim}^{M - trim - 1} w_(k) x_(k) / sum_{k = trim}^{M - trim - 1} w_(k)``, where ``x_(0) <= x_(1) <= ...``
+    are a coordinate's values in order and ``w_(k)`` their vectors' weights.  Sums are taken in fp64.  ``trim=0`` is
+    :func:`weighted_mean`, bit for bit.
+
+    NaN counts as larger than every number.  So up to ``trim`` vectors full of NaN (or of infinities of one sign) are
+    trimmed away like other outliers.  A NaN that is left makes its coordinate NaN.  Equal values are ordered as their
+    vectors are.
+
+    Args:
+        vectors: M tensors ``[P]``, or one ``[M, P]``; fp32, bf16, fp16 or fp64, of one dtype and device, any strides.
+        trim: number of values dropped at each end of every coordinate, ``0 <= 2 * trim < M``.
+        weights: M finite numbers, at least 0 and not all 0; default: equal.  A vector of weight zero is counted when
+            values are trimmed; where only such vectors are left, the coordinate is NaN.
+
+    Returns:
+        ``[P]`` in the vectors' dtype.  There is no gradient.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
+        RuntimeError: a forced backend cannot serve the call.
+    """
+    given = rows(vectors) if weights is None else None
+    if given is not None and trim:
+        _check_trim(trim, len(given.pointers))
+        return given.kernel.sorted_mean_of_rows(given, trim, len(given.pointers) - trim)
+    first, count = check_vectors(vectors)
+    _check_trim(trim, count)
+    check_call("trimmed_mean", vectors, weights, first, count)
+    if trim == 0:
+        return weighted_mean(vectors, [1.0] * count if weights is None else weights)
+    return _sorted_mean(vectors, trim, count - trim, weights, first, count)
+
+
+def median(vectors: Vectors, weights: Tensor | Sequence[float] | None = None) -> Tensor:
+    """Takes the median of every coordinate (arXiv 1803.01498): the mean of the two middle values for even M.
+
+    With weights, it is the mean of the lower and the upper weighted median.  The lower one is the smallest value such
+    that this value and the values below have at least half of the weight; for the upper one they have more than half.
+    The two differ only where a set of the smallest values has exactly half of the weight, within a relative 2^-40, so
+    that rounding does not decide.  With equal weights this is the median.
+
+    NaN counts as larger than every number, so a minority of vectors may be full of NaN.  A coordinate is NaN where a
+    NaN is in the middle.
+
+    Args:
+        vectors: M tensors ``[P]``, or one ``[M, P]``; fp32, bf16, fp16 or fp64, of one dtype and device, any strides.
+        weights: M finite numbers, at least 0 and not all 0; default: equal.  A vector of weight zero has no influence.
+
+    Returns:
+        ``[P]`` in the vectors' dtype.  There is no gradient.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
+        RuntimeError: a forced backend cannot serve the call.
+    """
+    given = rows(vectors) if weights is None else None
+    if given is not None:
+        count = len(given.pointers)
+        return given.kernel.sorted_mean_of_rows(given, (count - 1) // 2, count // 2 + 1)
+    first, count = check_vectors(vectors)
+    check_call("median", vectors, weights, first, count)
+    if weights is None:
+        return _sorted_mean(vectors, (count - 1) // 2, count // 2 + 1, None, first, count)
+    if not eager(vectors, weights):
+        return _weighted_median_operator(rows_of(vectors), as_tensor(weights, first, count))
+    return select(vectors).weighted_median(vectors, kernel_weights(weights, count))
+
+
+def _check_trim(trim: int, count: int) -> None:
+    check_count(trim, "trim", 0)
+    if 2 * trim >= count:
+        raise ValueError(f"trim must be less than half of the number of vectors, {count}, not {shown(trim)}")
+
+
+def _sorted_mean(
+    vectors: Vectors, low: int, high: int, weights: Tensor | Sequence[float] | None, first: Tensor, count: int
+) -> Tensor:
+    if not eager(vectors, weights):
+        given = None if weights is None else as_tensor(weights, first, count)
+        return _sorted_mean_operator(rows_of(vectors), low, high, given)
+    values = None if weights is None else kernel_weights(weights, count)
+    return select(vectors).sorted_mean(vectors, low, high, values)
+
+
+# 3. Eager autograd: none; a call that asks for a gradient raises ValueError.
+
+
+# 4. The same operators for torch.compile and opcheck.
+
+
+def _sorted_mean_implementation(vectors: list[Tensor], low: int, high: int, weights: Tensor | None) -> Tensor:
+    values = None if weights is None else kernel_weights(weights, len(vectors))
+    return select(vectors).sorted_mean(vectors, low, high, values)
+
+
+def _weighted_median_implementation(vectors: list[Tensor], weights: Tensor) -> Tensor:
+    return select(vectors).weighted_median(vectors, kernel_weights(weights, len(vectors)))
+
+
+def _fake(vectors: list[Tensor], *others: Any) -> Tensor:
+    return vectors[0].new_empty(vectors[0].shape)
+
+
+_sorted_mean_operator = library.register(
+    "sorted_mean",
+    "(Tensor[] vectors, SymInt low, SymInt high, Tensor? weights) -> Tensor",
+    _sorted_mean_implementation,
+    fake=_fake,
+    vmap=no_vmap("trimmed_mean and median"),
+)
+_weighted_median_operator = library.register(
+    "weighted_median",
+    "(Tensor[] vectors, Tensor weights) -> Tensor",
+    _weighted_median_implementation,
+    fake=_fake,
+    vmap=no_vmap("median"),
+)

@@ -1,0 +1,300 @@
+"""aggregate: one step of a server optimiser, with norms and cosines of the clients' deltas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedkern.ops._aggregate.checks import (
+    Vectors,
+    as_tensor,
+    check_number,
+    check_out,
+    check_vector,
+    check_vectors,
+    check_weights_tensor,
+    deliver,
+    eager,
+    kernel_weights,
+    no_vmap,
+    refuse_gradient,
+    rows_of,
+    rows_or_stack,
+    written,
+)
+from fedkern.ops._aggregate.kernels import RULES, ServerRule
+from fedkern.ops._aggregate.launch import rows
+from fedkern.ops._aggregate.mean import select
+from fedkern.ops._core import library
+
+# Flower's defaults for FedAvg, FedAvgM, FedAdam, FedYogi and FedAdagrad.
+DEFAULTS = {
+    "mean": ServerRule(0, 1.0, 0.0, 0.0, 0.0),
+    "momentum": ServerRule(1, 1.0, 0.0, 0.0, 0.0),
+    "adam": ServerRule(2, 0.1, 0.9, 0.99, 1e-9),
+    "yogi": ServerRule(3, 0.01, 0.9, 0.99, 1e-3),
+    "adagrad": ServerRule(4, 0.1, 0.0, 0.0, 1e-9),
+}
+
+
+class ServerStep(NamedTuple):
+    """Result of :func:`server_step`.
+
+    Attributes:
+        model: ``[P]``, the new global model.
+        norms: fp64 ``[M]``, the Euclidean norm of every client's delta.
+        cosines: fp64 ``[M]``, the cosine of the angle between every client's delta and the mean delta; 0 where either
+            of the two is zero.
+    """
+
+    model: Tensor
+    norms: Tensor
+    cosines: Tensor
+
+
+# 1. Specification: aggregate_robust_reference.
+
+
+# 2. The public function.
+
+
+def server_step(
+    global_: Tensor,
+    vectors: Vectors,
+    weights: Tensor | Sequence[float],
+    rule: str = "mean",
+    *,
+    first: Tensor | None = None,
+    second: Tensor | None = None,
+    learning_rate: float | None = None,
+    beta1: float | None = None,
+    beta2: float | None = None,
+    tau: float | None = None,
+    out: Tensor | None = None,
+) -> ServerStep:
+    """Takes one step of a server optimiser from the clients' models (FedOpt, arXiv 2003.00295, algorithm 2).
+
+    g is the global model and ``d = sum_m w_m (x_m - g) / sum_m w_m`` the mean delta.  The new model by rule:
+
+    - "mean" (FedAvg): ``g + lr d``.
+    - "momentum" (FedAvgM, arXiv 1909.06335): ``g + lr m`` after ``m <- beta1 m + d``.
+    - "adam", "yogi", "adagrad": ``g + lr m / (sqrt(v) + tau)`` after ``m <- beta1 m + (1 - beta1) d`` and
+
+      - "adam": ``v <- beta2 v + (1 - beta2) d^2``,
+      - "yogi": ``v <- v - (1 - beta2) d^2 sign(v - d^2)``,
+      - "adagrad": ``v <- v + d^2``.
+
+    The defaults are Flower's:
+
+    ==========  =============  =====  =====  ====
+    rule        learning_rate  beta1  beta2  tau
+    ==========  =============  =====  =====  ====
+    "mean"      1
+    "momentum"  1              0
+    "adam"      0.1            0.9    0.99   1e-9
+    "yogi"      0.01           0.9    0.99   1e-3
+    "adagrad"   0.1            0             1e-9
+    ==========  =============  =====  =====  ====
+
+    There is no bias correction, as in the paper.  The paper starts v at ``tau^2`` or more, Flower at 0.  Everything is
+    computed in fp64 and rounded once.  The uploads are read once.
+
+    Args:
+        global_: g ``[P]``, of the vectors' dtype and device, any stride.
+        vectors: the clients' models: M tensors ``[P]``, or one ``[M, P]``; fp32, bf16, fp16 or fp64, any strides.
+        weights: M finite numbers, at least 0 and not all 0; they need not sum to one.  A vector of weight zero takes no
+            part in the mean and may hold NaN; its norm and cosine are computed all the same.
+        rule: "mean", "momentum", "adam", "yogi" or "adagrad".
+        first: m ``[P]``, fp32 or fp64, contiguous; updated in place.  All rules but "mean" need it; begin with zeros.
+            Neither state may share memory with the other state or with another argument.
+        second: v ``[P]``, contiguous, of the dtype of ``first``; updated in place.  "adam", "yogi" and "adagrad" need
+            it.
+        learning_rate: lr, at least 0; None: the rule's default, as for the next three.
+        beta1, beta2: decay rates of m and v, from 0 to 1.
+        tau: added to ``sqrt(v)``, at least 0.
+        out: tensor ``[P]`` that receives the new model, in any of the four dtypes and any stride; the model is rounded
+            to its dtype.  It may be ``global_`` or a vector.
+
+    Returns:
+        :class:`ServerStep`; its model is in the vectors' dtype, or ``out``.  A NaN or infinity in a client's model
+        reaches its coordinate of the new model, and that client's norm and cosine.  A NaN or infinity in the mean delta
+        reaches all cosines.  There is no gradient.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
+        RuntimeError: a forced backend cannot serve the call.
+    """
+    if not isinstance(weights, Tensor):
+        quick = rows(vectors)
+        if quick is not None:
+            settings = _settings(rule, learning_rate, beta1, beta2, tau)
+            step = quick.kernel.server_step_of_rows(quick, global_, weights, settings, first, second, out)
+            if step is not None:
+                return ServerStep(*step)
+    one, count = check_vectors(vectors)
+    size = one.shape[-1]
+    check_vector(global_, "global_", size)
+    if global_.dtype != one.dtype or global_.device != one.device:
+        raise ValueError(
+            f"global_ must have the vectors' dtype {one.dtype} and device {one.device}, "
+            f"not {global_.dtype} and {global_.device}"
+        )
+    if isinstance(weights, Tensor):
+        check_weights_tensor(weights, count, one.device)
+    settings = _settings(rule, learning_rate, beta1, beta2, tau)
+    _check_states(rule, first, second, size, one.device)
+    if out is not None:
+        check_out(out, size, one.device)
+    ordinary = eager(vectors, weights, global_, first, second, out)
+    if first is not None:
+        _check_apart(global_, vectors, weights, first, second, out, same_memory if ordinary else same_tensor)
+    refuse_gradient("server_step", global_, *rows_or_stack(vectors), weights, first, second, out)
+    if not ordinary:
+        given = as_tensor(weights, one, count)
+        dtype = None if out is None else out.dtype
+        result = ServerStep(*_operator(global_, rows_of(vectors), given, *settings, first, second, dtype))
+        return result if out is None else result._replace(model=out.copy_(result.model))
+    return _compute(global_, vectors, weights, settings, first, second, out)
+
+
+def _settings(
+    rule: str, learning_rate: float | None, beta1: float | None, beta2: float | None, tau: float | None
+) -> ServerRule:
+    if not isinstance(rule, str) or rule not in DEFAULTS:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, not {rule!r}")
+    default = DEFAULTS[rule]
+    if learning_rate is beta1 is beta2 is tau is None:
+        return default
+    numbers = (learning_rate, beta1, beta2, tau)
+    given = [usual if number is None else number for number, usual in zip(numbers, default[1:], strict=True)]
+    for number, name in zip(given, ("learning_rate", "beta1", "beta2", "tau"), strict=True):
+        check_number(number, name, 0.0, 1.0 if name.startswith("beta") else float("inf"))
+    return ServerRule(default.rule, *(float(number) for number in given))
+
+
+def _check_states(rule: str, first: Tensor | None, second: Tensor | None, size: int, device: torch.device) -> None:
+    wanted = {"first": rule != "mean", "second": rule in ("adam", "yogi", "adagrad")}
+    for (name, needed), state in zip(wanted.items(), (first, second), strict=True):
+        if not needed:
+            if state is not None:
+                raise ValueError(f'{name} must be None for rule "{rule}", which keeps no such state')
+            continue
+        if state is None:
+            raise ValueError(f'{name} must be given for rule "{rule}": a tensor [{size}], zeros at the start')
+        check_out(state, size, device, name)
+        if state.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name} must be float32 or float64, not {state.dtype}")
+        if not state.is_contiguous():
+            raise ValueError(f"{name} must be contiguous")
+    if first is not None and second is not None and first.dtype != second.dtype:
+        raise TypeError(f"second must have first's dtype {first.dtype}, not {second.dtype}")
+
+
+def _check_apart(
+    global_: Tensor,
+    vectors: Vectors,
+    weights: Tensor | Sequence[float],
+    first: Tensor,
+    second: Tensor | None,
+    out: Tensor | None,
+    shared: Callable[[Tensor, Tensor], bool],
+) -> None:
+    """Raises ValueError if ``shared`` is true for a state and another argument: states are written to."""
+    others: dict[str, object] = {"second": second, "out": out, "global_": global_, "weights": weights}
+    others |= {f"vectors[{m}]": vector for m, vector in enumerate(rows_of(vectors))}
+    for name, state in (("first", first), ("second", second)):
+        others.pop(name, None)
+        for other, tensor in others.items():
+            if state is not None and isinstance(tensor, Tensor) and shared(state, tensor):
+                raise ValueError(f"{name} must not share memory with {other}: it is written to while that is used")
+
+
+def same_tensor(one: Tensor, other: Tensor) -> bool:
+    """Whether both are the same tensor: all that is known where a compiler or a mode hides their memory."""
+    return one is other
+
+
+def same_memory(state: Tensor, other: Tensor) -> bool:
+    """Whether an element of the vector ``other``, of any stride, lies within the contiguous ``state``."""
+    size = other.element_size()
+    begin, end = state.data_ptr(), state.data_ptr() + state.nbytes
+    place, step = other.data_ptr(), (other.stride(0) if other.dim() else 0) * size
+    if begin == end or not other.numel() or state.device != other.device:
+        return False
+    # Index of the first element that ends after the state's beginning.
+    k = max((begin - size - place) // step + 1, 0) if step else 0
+    return k < other.numel() and begin < place + k * step + size and place + k * step < end
+
+
+def _compute(
+    global_: Tensor,
+    vectors: Vectors,
+    weights: Tensor | Sequence[float],
+    settings: ServerRule,
+    first: Tensor | None,
+    second: Tensor | None,
+    out: Tensor | None,
+) -> ServerStep:
+    kernel = select(vectors, global_, *(state for state in (first, second) if state is not None))
+    values = kernel_weights(weights, len(vectors))
+    target = out
+    if out is not None and not _direct(out, global_, vectors, first, second):
+        target = torch.empty_like(out, memory_format=torch.contiguous_format)  # rounded once, to out's dtype
+    model, norms, cosines = kernel.server_step(global_, vectors, values, settings, first, second, target)
+    written(first, second)
+    return ServerStep(model if out is None else deliver(model, out), norms, cosines)
+
+
+def _direct(out: Tensor, global_: Tensor, vectors: Vectors, *states: Tensor | None) -> bool:
+    """Whether a kernel may write to ``out`` while it reads the rest: it may be ``global_``, but overlap nothing."""
+    if not out.is_contiguous() or out.is_neg():
+        return False
+    storage = out.untyped_storage().data_ptr()
+    same = out.data_ptr() == global_.data_ptr() and global_.is_contiguous() and out.dtype == global_.dtype
+    others = [*rows_or_stack(vectors), *(state for state in states if state is not None)]
+    if not same:
+        others.append(global_)
+    return all(other.untyped_storage().data_ptr() != storage for other in others)
+
+
+# 3. Eager autograd: none; a call that asks for a gradient raises ValueError.
+
+
+# 4. The same operator for torch.compile and opcheck.
+
+
+def _implementation(
+    global_: Tensor,
+    vectors: list[Tensor],
+    weights: Tensor,
+    rule: int,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    tau: float,
+    first: Tensor | None,
+    second: Tensor | None,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    settings = ServerRule(rule, learning_rate, beta1, beta2, tau)
+    out = None if dtype is None else global_.new_empty(global_.shape, dtype=dtype)
+    model, norms, cosines = _compute(global_, vectors, weights, settings, first, second, out)
+    return model, norms, cosines
+
+
+def _fake(global_: Tensor, vectors: list[Tensor], *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    numbers = [global_.new_empty(len(vectors), dtype=torch.float64) for _ in range(2)]
+    return global_.new_empty(global_.shape, dtype=others[-1]), numbers[0], numbers[1]
+
+
+_operator = library.register(
+    "server_step",
+    "(Tensor global_, Tensor[] vectors, Tensor weights, int rule, float learning_rate, float beta1, float beta2, "
+    "float tau, Tensor(a!)? first, Tensor(b!)? second, ScalarType? dtype) -> (Tensor, Tensor, Tensor)",
+    _implementation,
+    fake=_fake,
+    vmap=no_vmap("server_step"),
+)

@@ -1,0 +1,251 @@
+"""The aggregate family in Triton: from vectors to launches. Kernels: means.py, order.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedkern.ops._aggregate.checks import Vectors, deliver, direct_target
+from fedkern.ops._aggregate.kernels import ServerRule, Weights
+from fedkern.ops._aggregate.plain import PlainAggregate
+from fedkern.ops._aggregate.robust_reference import HALF
+from fedkern.ops._aggregate.triton.means import (
+    add_kernel,
+    divide_kernel,
+    encoded,
+    mean_kernel,
+    step_kernel,
+    tensor_starts,
+)
+from fedkern.ops._aggregate.triton.order import distances_kernel, noise_kernel, pairs_kernel, rank_kernel
+from fedkern.ops._core import backend
+from fedkern.ops._core.triton.launch import cdiv, double_bits, filled, launch, power_of_two, processors
+
+# Elements that a program holds of each vector.
+BLOCK = 1024
+# Most vectors that unrolled code reads at once.
+UNROLLED = 16
+# Most vectors that a launch takes as parameters, or ranks in registers; more take several launches, or plain PyTorch.
+MEMBERS = 64
+# Most vectors of server_step, which needs all of them in one launch: no more fit as parameters.
+MOST = 128
+
+
+class TritonAggregate(PlainAggregate):
+    """:class:`fedkern.ops._aggregate.kernels.AggregateKernel`; the exact accumulator is PlainAggregate's."""
+
+    def weighted_mean(self, vectors: Vectors, weights: Weights, out: Tensor | None) -> Tensor:
+        rows, size, device = _rows(vectors), vectors[0].shape[0], vectors[0].device
+        dtype = vectors[0].dtype
+        pointers = [row.data_ptr() for row in rows]
+        target = direct_target(out, size, dtype, pointers, [row.stride(0) for row in rows], dtype.itemsize)
+        if target is None:
+            target = torch.empty(size, dtype=dtype if out is None else out.dtype, device=device)
+        programs = cdiv(size, BLOCK)
+        several = len(rows) > MEMBERS
+        total = torch.empty(size if several else 0, dtype=torch.float64, device=device)
+        sums = torch.empty(programs if several else 0, dtype=torch.float64, device=device)
+        for begin in range(0, len(rows), MEMBERS):
+            end = min(begin + MEMBERS, len(rows))
+            shares, unrolled = _parameters(weights[begin:end]), 0
+            given: object
+            offsets: tuple[int, ...] = ()
+            kept: object = None
+            if end - begin <= UNROLLED:
+                some, stride = _same_stride(rows[begin:end])
+                given, row_stride, unrolled = filled(some, some[0]), 0, power_of_two(len(some))
+            else:
+                given, offsets, (row_stride, stride), kept = Table.of(vectors[begin:end])
+            launch(
+                mean_kernel, programs, device, given, offsets, shares, total, sums, target, end - begin, size,
+                row_stride, stride, UNROLLED=unrolled, BITS=_bits(shares), COUNT=len(offsets),
+                MEMBERS=power_of_two(end - begin), FIRST=begin == 0, LAST=end == len(rows), BLOCK=BLOCK,
+            )  # fmt: skip
+            del kept
+        return target if out is None else deliver(target, out)
+
+    def accumulate(self, total: Tensor, vector: Tensor, weight: float) -> None:
+        launch(
+            add_kernel, cdiv(len(total), BLOCK), total.device, total, vector, double_bits(weight), len(total),
+            vector.stride(0), BLOCK=BLOCK,
+        )  # fmt: skip
+
+    def accumulated_mean(self, total: Tensor, weight: float, out: Tensor | torch.dtype) -> Tensor:
+        size = len(total)
+        target = out if isinstance(out, Tensor) else torch.empty(size, dtype=out, device=total.device)
+        launch(divide_kernel, cdiv(size, BLOCK), total.device, total, double_bits(weight), target, size, BLOCK=BLOCK)
+        return target
+
+    def server_step(
+        self,
+        global_: Tensor,
+        vectors: Vectors,
+        weights: Weights,
+        rule: ServerRule,
+        first: Tensor | None,
+        second: Tensor | None,
+        out: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        size, device, count = len(global_), global_.device, len(vectors)
+        if count > MOST:
+            backend.not_forced("server_step", "triton", f"of {count} vectors")
+            return super().server_step(global_, vectors, weights, rule, first, second, out)
+        target = torch.empty(size, dtype=global_.dtype, device=device) if out is None else out
+        programs = cdiv(size, BLOCK)
+        partial = torch.empty(programs, 2 * count + 1, dtype=torch.float64, device=device)
+        base, offsets, strides, kept = Table.of(vectors)
+        shares = _parameters(weights)
+        launch(
+            step_kernel, programs, device, global_, base, offsets, shares, first, second, target, partial, count, size,
+            global_.stride(0), *strides, double_bits(rule.learning_rate), double_bits(rule.beta1),
+            double_bits(rule.beta2), double_bits(rule.tau), RULE=rule.rule, BITS=_bits(shares), COUNT=len(offsets),
+            MEMBERS=power_of_two(count), BLOCK=BLOCK,
+        )  # fmt: skip
+        del kept
+        sums = partial.sum(0)
+        squares, products, square = sums[:count], sums[count:-1], sums[-1]
+        scale = (squares * square).sqrt()
+        return target, squares.sqrt(), torch.where(scale == 0, 0.0, products / scale)
+
+    def sorted_mean(self, vectors: Vectors, low: int, high: int, weights: Weights | None) -> Tensor:
+        if len(vectors) > MEMBERS:
+            backend.not_forced("a trimmed mean or median", "triton", f"of {len(vectors)} vectors")
+            return super().sorted_mean(vectors, low, high, weights)
+        return self._ranked(vectors, low, high, weights, False)
+
+    def weighted_median(self, vectors: Vectors, weights: Weights) -> Tensor:
+        if len(vectors) > MEMBERS:
+            backend.not_forced("a weighted median", "triton", f"of {len(vectors)} vectors")
+            return super().weighted_median(vectors, weights)
+        return self._ranked(vectors, 0, 0, weights, True)
+
+    def _ranked(self, vectors: Vectors, low: int, high: int, weights: Weights | None, median: bool) -> Tensor:
+        base, offsets, strides, kept = Table.of(vectors)
+        size, count, members = vectors[0].shape[0], len(vectors), power_of_two(len(vectors))
+        out = torch.empty(size, dtype=base.dtype, device=base.device)
+        shares = None if weights is None else _parameters(weights)
+        block = max(2 * BLOCK // members, 16) if base.element_size() < 8 else max(BLOCK // members, 16)
+        launch(
+            rank_kernel, cdiv(size, block), base.device, base, offsets, shares, out, count, size, *strides, low, high,
+            MEDIAN=median, WEIGHTED=shares is not None,
+            BITS=0 if shares is None else _bits(shares), COUNT=len(offsets), MEMBERS=members, BLOCK=block,
+            EDGE=HALF,
+        )  # fmt: skip
+        del kept
+        return out
+
+    def squared_distances(self, vectors: Vectors) -> Tensor:
+        if len(vectors) > MEMBERS:
+            backend.not_forced("distances", "triton", f"of {len(vectors)} vectors")
+            return super().squared_distances(vectors)
+        base, offsets, strides, kept = Table.of(vectors)
+        size, count, members = vectors[0].shape[0], len(vectors), power_of_two(len(vectors))
+        if not size:
+            return torch.zeros(count, count, dtype=torch.float64, device=base.device)
+        block = max(BLOCK // 2 // members, 16)
+        programs, span = _spans(size, block, base.device)
+        partial = torch.empty(programs, members, members, dtype=torch.float64, device=base.device)
+        launch(
+            pairs_kernel, programs, base.device, base, offsets, partial, count, size, *strides, span,
+            COUNT=len(offsets), MEMBERS=members, BLOCK=block,
+        )  # fmt: skip
+        del kept
+        half = partial.sum(0)[:count, :count]
+        return half + half.t()
+
+    def squared_distances_to(self, vectors: Vectors, point: Tensor) -> Tensor:
+        return self._distances(vectors, point)
+
+    def squared_norms(self, vectors: Vectors) -> Tensor:
+        return self._distances(vectors, None)
+
+    def _distances(self, vectors: Vectors, point: Tensor | None) -> Tensor:
+        if len(vectors) > MEMBERS:
+            parts = [self._distances(vectors[k : k + MEMBERS], point) for k in range(0, len(vectors), MEMBERS)]
+            return torch.cat(parts)
+        base, offsets, strides, kept = Table.of(vectors)
+        size, count, members = vectors[0].shape[0], len(vectors), power_of_two(len(vectors))
+        if not size:
+            return torch.zeros(count, dtype=torch.float64, device=base.device)
+        block = max(BLOCK // members, 16)
+        programs, span = _spans(size, block, base.device)
+        partial = torch.empty(programs, count, dtype=torch.float64, device=base.device)
+        launch(
+            distances_kernel, programs, base.device, base, offsets, point, partial, count, size, *strides, span,
+            COUNT=len(offsets), MEMBERS=members, BLOCK=block,
+        )  # fmt: skip
+        del kept
+        return partial.sum(0)
+
+    def scale_and_noise(self, vectors: Vectors, factors: Tensor, deviation: float, seed: int, offset: int) -> Tensor:
+        size, count, device = vectors[0].shape[0], len(vectors), vectors[0].device
+        out = torch.empty(count, size, dtype=vectors[0].dtype, device=device)
+        groups = BLOCK // 64
+        # One group more than the vector fills, since the vector may begin within a group of 64 numbers.
+        tiles = cdiv(cdiv(size, 64) + 1, groups)
+        for begin in range(0, count, MEMBERS):
+            base, offsets, strides, kept = Table.of(vectors[begin : begin + MEMBERS])
+            some = out[begin : begin + MEMBERS]
+            launch(
+                noise_kernel, len(some) * tiles * bool(size), device, base, offsets, factors[begin:], some, size,
+                *strides, tiles, double_bits(deviation), _signed(seed), _signed(offset + begin * size),
+                NOISE=deviation != 0, COUNT=len(offsets), GROUPS=groups,
+            )  # fmt: skip
+            del kept
+        return out
+
+
+def _signed(bits: int) -> int:
+    """A 64-bit word, modulo 2^64, as Triton's int64."""
+    bits &= (1 << 64) - 1
+    return bits - (1 << 64) if bits >> 63 else bits
+
+
+def _rows(vectors: Vectors) -> list[Tensor]:
+    return list(vectors.unbind(0)) if isinstance(vectors, Tensor) else list(vectors)
+
+
+def _same_stride(rows: Sequence[Tensor]) -> tuple[list[Tensor], int]:
+    """The vectors and their one stride; copies if their strides differ."""
+    strides = {row.stride(0) for row in rows}
+    if len(strides) == 1:
+        return list(rows), strides.pop()
+    return [row.contiguous() for row in rows], 1
+
+
+def _parameters(weights: Weights) -> Tensor | tuple[int, ...]:
+    """Weights as kernel parameters: the tensor on the device, or :func:`encoded` numbers, padded by :func:`filled`."""
+    if isinstance(weights, Tensor):
+        return weights.resolve_neg().contiguous()  # kernels read weights at stride 1
+    return filled(map(encoded, weights), encoded(0.0))
+
+
+def _bits(shares: Tensor | tuple[int, ...]) -> int:
+    return 0 if isinstance(shares, Tensor) else len(shares)
+
+
+class Table(NamedTuple):
+    """Vectors as kernel parameters: the first, the others' distances from it in elements (encoded), and the strides."""
+
+    base: Tensor
+    offsets: tuple[int, ...]
+    strides: tuple[int, int]
+    kept: object
+    """Tensors that must stay alive until the launch."""
+
+    @classmethod
+    def of(cls, vectors: Vectors) -> Table:
+        if isinstance(vectors, Tensor):
+            return cls(vectors, (), (vectors.stride(0), vectors.stride(1)), None)
+        rows, stride = _same_stride(vectors)
+        return cls(rows[0], tensor_starts(rows), (0, stride), rows)
+
+
+def _spans(size: int, block: int, device: torch.device) -> tuple[int, int]:
+    """Programs that share ``size`` coordinates, and coordinates of each: at most four programs per multiprocessor."""
+    blocks = cdiv(size, block)
+    span = cdiv(blocks, min(blocks, 4 * processors(device))) * block
+    return cdiv(size, span), span

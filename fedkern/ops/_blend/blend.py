@@ -1,0 +1,193 @@
+"""blend: each sample's feature map mixed with another sample's background."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkern.ops._blend.cuda import CudaBlend
+from fedkern.ops._blend.kernels import CpuBlend, check_memory
+from fedkern.ops._blend.library import BLEND, BLEND_BACKWARD
+from fedkern.ops._blend.reference import blend_reference, check_values
+from fedkern.ops._core import backend
+from fedkern.ops._core.checks import check_dense, real, shown
+from fedkern.ops._core.function import EagerFunction
+
+# 1. Specification: blend_reference.
+
+
+# 2. The public function.
+
+
+def blend(
+    foreground: Tensor, background: Tensor, alpha: float | Tensor = 0.5, *, index: Tensor | None = None
+) -> Tensor:
+    """Mixes each sample's feature map with another sample's background (FedGID, arXiv 2504.00850).
+
+    ``out[b] = alpha[b] * foreground[b] + (1 - alpha[b]) * background[index[b]]``; the permuted background is never
+    materialised.
+
+    Args:
+        foreground: ``[B, *S]``, fp32, bf16, fp16 or fp64, of any layout; the result has its memory format.
+        background: ``[N, *S]``, on the same device.
+        alpha: weight of the foreground in [0, 1]: a number, or a floating tensor ``[B]`` or ``[]``.
+        index: ``int64 [B]`` with values in ``[0, N)``; default: sample b is mixed with background b, and N = B.
+
+    Returns:
+        ``[B, *S]``, of the promoted dtype of both maps.  fp32, bf16 and fp16 are computed in fp32 and rounded once.
+        Every gradient has the dtype of its own tensor.
+
+    Differentiable in foreground, background and a tensor alpha.  The gradient of a background row is a sum over the
+    samples that used the row, in ascending order: the same bits every time.  Works under torch.compile (one graph
+    node), torch.func.grad, vmap and for second derivatives.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, device or shape is wrong; on the CPU also a value of index or
+            alpha out of range.  On CUDA an index out of range is a device assertion.
+        RuntimeError: a forced backend cannot serve the call.
+    """
+    kernel = _usual(foreground, background, alpha, index)
+    if kernel is not None:
+        if type(alpha) is float:
+            if torch.is_grad_enabled() and (foreground.requires_grad or background.requires_grad):
+                return _Blend.call(kernel, foreground, background, None, alpha, index)
+            return kernel.forward(foreground, background, None, alpha, index)
+        if torch.is_grad_enabled() and (
+            foreground.requires_grad or background.requires_grad or alpha.requires_grad  # type: ignore[union-attr]
+        ):
+            return _Blend.call(kernel, foreground, background, alpha, 0.5, index)
+        return kernel.forward(foreground, background, alpha, 0.5, index)
+    _check(foreground, background, alpha, index)
+    if background.dtype != foreground.dtype:
+        dtype = torch.promote_types(foreground.dtype, background.dtype)
+        foreground, background = foreground.to(dtype), background.to(dtype)
+    weights: Tensor | None = None
+    value = 0.5
+    if isinstance(alpha, Tensor):
+        # One weight for all samples: in fp64, so that its gradient is summed over the samples before it is rounded.
+        weights = alpha if alpha.dim() else alpha.to(torch.float64).expand(foreground.shape[0])
+    else:
+        value = alpha
+    given = [tensor for tensor in (foreground, background, weights, index) if tensor is not None]
+    if not backend.eager(*given):
+        return BLEND(foreground, background, weights, value, index)
+    kernel = backend.select("blend", foreground, background)
+    if weights is not None:
+        weights = weights.resolve_neg()  # kernels read memory as it is
+    if kernel is None:
+        check_values(weights, index, background.shape[0])
+        return blend_reference(foreground, background, value if weights is None else weights, index)
+    if torch.is_grad_enabled() and (
+        foreground.requires_grad or background.requires_grad or (weights is not None and weights.requires_grad)
+    ):
+        return _Blend.call(kernel, foreground, background, weights, value, index)
+    return kernel.forward(foreground, background, weights, value, index)
+
+
+def _usual(foreground: Tensor, background: Tensor, alpha: float | Tensor, index: Tensor | None) -> Any | None:
+    """Returns the CPU kernel for the most common calls, in few steps; None: the general path decides."""
+    if backend.intercepted():  # first of all: a compiler would guard on everything that is looked up below
+        return None
+    found = backend._chosen.get(_KEY)
+    if found is None or type(found[0]) is not CpuBlend:
+        return None
+    kernel = found[0]
+    return kernel if kernel.fits(foreground, background, alpha, index) else None
+
+
+_KEY = ("blend", "cpu")
+
+
+def _check(foreground: Tensor, background: Tensor, alpha: float | Tensor, index: Tensor | None) -> None:
+    for name, tensor in (("foreground", foreground), ("background", background)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+        check_dense(tensor, name)
+        if tensor.dtype not in backend.FLOATS:
+            raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, not {tensor.dtype}")
+        if not tensor.dim():
+            raise ValueError(f"{name} must have shape [B, *S], not []")
+    if background.device != foreground.device:
+        raise ValueError(f"background must be on foreground's device {foreground.device}, not {background.device}")
+    rows, shape = foreground.shape[0], foreground.shape[1:]
+    if background.shape[1:] != shape:
+        raise ValueError(f"background must have shape {['N', *shape]}, not {list(background.shape)}")
+    if index is None:
+        if background.shape[0] != rows:
+            raise ValueError(
+                f"background must have foreground's {rows} rows when no index is given, not {background.shape[0]}"
+            )
+    elif not isinstance(index, Tensor):
+        raise TypeError(f"index must be an int64 tensor, not {type(index).__name__}")
+    elif index.layout is not torch.strided or index.is_nested:
+        check_dense(index, "index")
+    elif index.dtype != torch.int64:
+        raise TypeError(f"index must be int64, not {index.dtype}")
+    elif index.shape != (rows,):
+        raise ValueError(f"index must have shape [{rows}], not {list(index.shape)}")
+    elif index.device != foreground.device:
+        raise ValueError(f"index must be on foreground's device {foreground.device}, not {index.device}")
+    if isinstance(alpha, Tensor):
+        check_dense(alpha, "alpha")
+        if alpha.dtype not in backend.FLOATS:
+            raise TypeError(f"alpha must be float32, float64, bfloat16 or float16, not {alpha.dtype}")
+        if alpha.dim() and alpha.shape != (rows,):
+            raise ValueError(f"alpha must have shape [{rows}] or [], not {list(alpha.shape)}")
+        if alpha.device != foreground.device:
+            raise ValueError(f"alpha must be on foreground's device {foreground.device}, not {alpha.device}")
+    elif isinstance(alpha, bool):
+        raise TypeError("alpha must be a number or a tensor, not bool")
+    elif not 0 <= real(alpha, "alpha", "a number or a tensor") <= 1:
+        raise ValueError(f"alpha must be in [0, 1], not {shown(alpha)}")
+
+
+# 3. Eager autograd.
+
+
+class _Blend(EagerFunction):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernel: Any,
+        foreground: Tensor,
+        background: Tensor,
+        alpha: Tensor | None,
+        value: float,
+        index: Tensor | None,
+    ) -> Tensor:
+        out = kernel.forward(foreground, background, alpha, value, index)
+        if alpha is None:
+            ctx.save_for_backward(index)
+        else:
+            # Only the gradient of alpha needs the values of the inputs.
+            wanted = ctx.needs_input_grad[3]
+            ctx.save_for_backward(index, foreground if wanted else None, background if wanted else None, alpha)
+        ctx.settings = (kernel, value, background.shape[0], out.stride())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        saved = ctx.saved_tensors
+        index, foreground, background, alpha = saved if len(saved) > 1 else (saved[0], None, None, None)
+        needs = ctx.needs_input_grad[1:4]
+        kernel, value, background_rows, strides = ctx.settings
+        check_memory(index, foreground, background, alpha)
+        if not backend.readable(grad) or grad.is_neg():
+            # Recorded (create_graph=True) or batched (is_grads_batched=True): the library operator has rules for both.
+            gradients = BLEND_BACKWARD(grad, foreground, background, alpha, value, index, background_rows, *needs)
+            return (None, *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None)
+        own, other, per_sample = kernel.backward(
+            grad, foreground, background, alpha, value, index, background_rows, needs, strides
+        )
+        return None, own, other, per_sample, None, None
+
+
+# 4. The same operator for torch.compile, torch.func and opcheck: library.py.
+
+
+# 5. Backends.
+
+backend.serve("blend", cpu=CpuBlend, cuda=CudaBlend, triton="_blend.triton.blend:TritonBlend")

@@ -1,0 +1,314 @@
+"""boxes: pixels inside a detector's boxes erased from images (the background is left), or kept alone."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkern.ops._blend.boxes_kernels import BoxesKernel, CpuBoxes
+from fedkern.ops._blend.cuda import CudaBoxes
+from fedkern.ops._blend.kernels import output_strides
+from fedkern.ops._core import backend, library
+from fedkern.ops._core.checks import check_dense, real, shown
+from fedkern.ops._core.function import EagerFunction
+from fedkern.ops._core.memory import placed
+
+# 1. Specification.
+
+
+def boxes_mask_reference(boxes: Tensor, height: int, width: int) -> Tensor:
+    """``bool [B, height, width]``: the pixels whose centre lies in any of ``boxes [B, n, 4]``."""
+    x1, y1, x2, y2 = (side.unsqueeze(-1) for side in boxes.to(torch.float64).unbind(-1))
+    x = torch.arange(width, dtype=torch.float64, device=boxes.device) + 0.5
+    y = torch.arange(height, dtype=torch.float64, device=boxes.device) + 0.5
+    columns, rows = (x1 <= x) & (x < x2), (y1 <= y) & (y < y2)
+    mask = torch.zeros(boxes.shape[0], height, width, dtype=torch.bool, device=boxes.device)
+    for k in range(boxes.shape[1]):  # one box at a time: memory O(B * H * W), not O(B * n * H * W)
+        mask = mask | (rows[:, k, :, None] & columns[:, k, None, :])
+    return mask
+
+
+def fill_boxes_reference(images: Tensor, boxes: Tensor, fill: Tensor, keep: bool) -> Tensor:
+    """The specification of :func:`erase_boxes` and (``keep``) :func:`keep_boxes`; ``fill`` is ``[1 or B, C]``."""
+    mask = boxes_mask_reference(boxes, images.shape[2], images.shape[3])[:, None]
+    return torch.where(mask != keep, fill[:, :, None, None].to(images.dtype), images)
+
+
+# 2. The public functions.
+
+
+def erase_boxes(
+    images: Tensor, boxes: Tensor | Sequence[Tensor], fill: float | Sequence[float] | Tensor = 0.0
+) -> Tensor:
+    """Replaces every pixel inside a box by ``fill``; the background is left (FedGID, arXiv 2504.00850).
+
+    A pixel in row i and column j belongs to a box when its centre does: x1 <= j + 1/2 < x2 and y1 <= i + 1/2 < y2.
+    Boxes are clipped to the image.  A box with x2 <= x1 or y2 <= y1 is empty.
+
+    Args:
+        images: ``[B, C, H, W]`` of any real dtype (uint8 too) and layout.
+        boxes: xyxy pixel coordinates, a list of B tensors ``[n_i, 4]`` or one padded ``[B, n, 4]`` (pad with empty
+            boxes, for example zeros), of any real dtype.
+        fill: a number, or one number per channel (a sequence or tensor ``[C]``).
+
+    Returns:
+        ``[B, C, H, W]``, a new tensor of the images' dtype and memory format.  Differentiable in the images: a replaced
+        pixel gets no gradient.  Works under torch.compile (one graph node), torch.func.grad, vmap and for second
+        derivatives.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, device or shape is wrong; on the CPU also if a coordinate is
+            NaN.  On CUDA a box with a NaN is empty.
+    """
+    return _boxes(images, boxes, fill, False)
+
+
+def keep_boxes(
+    images: Tensor, boxes: Tensor | Sequence[Tensor], fill: float | Sequence[float] | Tensor = 0.0
+) -> Tensor:
+    """Replaces every pixel outside all boxes by ``fill``: the complement of :func:`erase_boxes`, with its arguments."""
+    return _boxes(images, boxes, fill, True)
+
+
+def _boxes(
+    images: Tensor, boxes: Tensor | Sequence[Tensor], fill: float | Sequence[float] | Tensor, keep: bool
+) -> Tensor:
+    kernel = _usual(images, boxes, fill)
+    if kernel is not None:
+        fills = _constant(fill, images.dtype, images.shape[1])  # type: ignore[arg-type]
+        if torch.is_grad_enabled() and images.requires_grad:
+            return _FillBoxes.call(kernel, images, boxes, fills, keep)
+        return kernel.fill_contiguous(images, boxes, fills, keep)  # type: ignore[arg-type]
+    _check_images(images)
+    padded = _padded(boxes, images)
+    fills = _fills(fill, images)
+    if not backend.eager(images, padded, fills):
+        return _fill_boxes(images, padded, fills, keep)
+    if torch.is_grad_enabled() and images.requires_grad:
+        return _FillBoxes.call(None, images, padded, fills, keep)
+    return _implementation(images, padded, fills, keep)
+
+
+def _usual(images: Tensor, boxes: Any, fill: Any) -> CpuBoxes | None:
+    """Returns the CPU kernel for the most common calls, in few steps; None: the general path decides."""
+    if type(fill) is not float or not backend.eager(images, boxes):
+        return None
+    if (
+        not images.is_cpu
+        or not boxes.is_cpu
+        or images.dtype not in backend.DTYPES
+        or (boxes.dtype is not torch.float32 and boxes.dtype is not torch.float64)
+        or images.layout is not torch.strided
+        or boxes.layout is not torch.strided
+        or images.is_nested
+        or boxes.is_nested
+        or images.dim() != 4
+        or not images.is_contiguous()
+        or not boxes.is_contiguous()
+        or images.is_neg()
+        or boxes.is_neg()
+    ):
+        return None
+    shape = boxes.shape
+    if len(shape) != 3 or shape[0] != images.shape[0] or shape[2] != 4:
+        return None
+    found = backend._chosen.get(_KEY)
+    return found[0] if found is not None and isinstance(found[0], CpuBoxes) else None
+
+
+@functools.lru_cache(maxsize=64)
+def _filled(fill: float, sign: float, dtype: torch.dtype, channels: int) -> Tensor:
+    return torch.full((channels,), fill, dtype=dtype)
+
+
+def _constant(fill: float, dtype: torch.dtype, channels: int) -> Tensor:
+    """The fill as ``[C]``, cached; the sign is a key of its own, since 0.0 and -0.0 are equal keys."""
+    return _filled(fill, math.copysign(1.0, fill), dtype, channels)
+
+
+def _check_images(images: Tensor) -> None:
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images must be a tensor, not {type(images).__name__}")
+    check_dense(images, "images")
+    if images.is_complex():
+        raise TypeError(f"images must have a real dtype, not {images.dtype}")
+    if images.dim() != 4:
+        raise ValueError(f"images must have shape [B, C, H, W], not {list(images.shape)}")
+
+
+def _padded(boxes: Tensor | Sequence[Tensor], images: Tensor) -> Tensor:
+    """Boxes as one ``[B, n, 4]`` tensor on the images' device."""
+    batch = images.shape[0]
+    if isinstance(boxes, Tensor):
+        check_dense(boxes, "boxes")
+        if boxes.dim() != 3 or boxes.shape[0] != batch or boxes.shape[2] != 4:
+            raise ValueError(f"boxes must have shape [{batch}, n, 4], not {list(boxes.shape)}")
+        padded = boxes
+    elif isinstance(boxes, str) or not isinstance(boxes, Sequence):
+        raise TypeError(f"boxes must be a tensor or a list of tensors, not {type(boxes).__name__}")
+    else:
+        rows = list(boxes)
+        if len(rows) != batch:
+            raise ValueError(f"boxes must have one entry for each of the {batch} images, not {len(rows)}")
+        for position, row in enumerate(rows):
+            if not isinstance(row, Tensor):
+                raise TypeError(f"boxes[{position}] must be a tensor, not {type(row).__name__}")
+            check_dense(row, f"boxes[{position}]")
+            if row.dim() != 2 or row.shape[1] != 4:
+                raise ValueError(f"boxes[{position}] must have shape [n, 4], not {list(row.shape)}")
+            if row.device != images.device:
+                raise ValueError(f"boxes[{position}] must be on the images' device {images.device}, not {row.device}")
+        padded = (
+            torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            if rows
+            else torch.zeros(0, 0, 4, device=images.device)
+        )
+    if padded.is_complex() or padded.dtype == torch.bool:
+        raise TypeError(f"boxes must have a real dtype, not {padded.dtype}")
+    if padded.device != images.device:
+        raise ValueError(f"boxes must be on the images' device {images.device}, not {padded.device}")
+    return padded
+
+
+def _fills(fill: float | Sequence[float] | Tensor, images: Tensor) -> Tensor:
+    """The fill as ``[1, C]`` in the images' dtype."""
+    channels = images.shape[1]
+    if isinstance(fill, Tensor):
+        check_dense(fill, "fill")
+        if fill.is_complex():
+            raise TypeError(f"fill must have a real dtype, not {fill.dtype}")
+        if fill.requires_grad:
+            raise ValueError("fill is a constant and takes no gradient; pass fill.detach()")
+        if fill.shape not in ((), (channels,)):
+            raise ValueError(f"fill must be a number or have shape [{channels}], not {list(fill.shape)}")
+        if fill.device != images.device and fill.dim():
+            raise ValueError(f"fill must be on the images' device {images.device}, not {fill.device}")
+        if fill.is_cpu and backend.eager(fill):  # on a GPU reading the values would wait for the device
+            _check_values(fill.flatten().tolist(), images.dtype)
+            if not fill.dim():
+                return placed([fill.item()], images.device, images.dtype).expand(channels)[None]
+        return fill.to(images).expand(channels)[None]
+    several = isinstance(fill, Sequence) and not isinstance(fill, (str, bytes, bytearray))
+    values: list[Any] = list(fill) if several else [fill]  # type: ignore[arg-type]
+    for value in values:
+        real(value, "fill", "a number, one per channel, or a tensor")
+    if len(values) not in (1, channels):
+        raise ValueError(f"fill must be a number or have {channels} values, not {len(values)}")
+    _check_values(values, images.dtype)
+    return placed(values, images.device, images.dtype).expand(channels)[None]
+
+
+def _check_values(values: Sequence[float], dtype: torch.dtype) -> None:
+    """Raises ValueError if ``dtype`` is of whole numbers and cannot hold one of the values."""
+    if dtype.is_floating_point:
+        return
+    info = torch.iinfo(dtype) if dtype != torch.bool else None
+    low, high = (0, 1) if info is None else (info.min, info.max)
+    for value in values:
+        if not low <= value <= high or value != math.floor(value):
+            raise ValueError(f"fill must be a value of the images' dtype {dtype}, not {shown(value)}")
+
+
+# 3. Eager autograd.
+
+
+class _FillBoxes(EagerFunction):
+    @staticmethod
+    def forward(ctx: Any, kernel: CpuBoxes | None, images: Tensor, boxes: Tensor, fill: Tensor, keep: bool) -> Tensor:
+        ctx.save_for_backward(boxes)
+        ctx.keep = keep
+        if kernel is not None:
+            return kernel.fill_contiguous(images, boxes, fill, keep)
+        return _implementation(images, boxes, fill, keep)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_backward(ctx, *grads)
+
+
+# 4. The same operator for torch.compile, torch.func and opcheck.
+
+
+def _implementation(images: Tensor, boxes: Tensor, fill: Tensor, keep: bool) -> Tensor:
+    if boxes.device.type == "cpu":
+        wrong = boxes.isnan().nonzero().tolist() if boxes.is_floating_point() else []
+        if wrong:
+            image, box = wrong[0][:2]
+            raise ValueError(f"boxes must not hold NaN; box {box} of image {image} does")
+    out = _fake(images, boxes, fill, keep)
+    kernel: BoxesKernel | None = backend.select("boxes", images)
+    if kernel is None:
+        return out.copy_(fill_boxes_reference(images, boxes, fill, keep))
+    kernel.fill(images, boxes, fill.to(images.dtype), keep, out)
+    return out
+
+
+def _fake(images: Tensor, boxes: Tensor, fill: Tensor, keep: bool) -> Tensor:
+    strides = output_strides(images.shape, images.stride())
+    return torch.empty_strided(images.shape, strides, dtype=images.dtype, device=images.device)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, boxes, _, keep = inputs
+    ctx.save_for_backward(boxes)
+    ctx.keep = keep
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    # The gradient passes where the image passed: the same operator on the gradient, with fill 0.
+    (boxes,) = ctx.saved_tensors
+    return erase_or_keep(grad, boxes, ctx.keep), None, None, None
+
+
+def erase_or_keep(images: Tensor, boxes: Tensor, keep: bool) -> Tensor:
+    """:func:`keep_boxes` or :func:`erase_boxes` with zeros."""
+    return (keep_boxes if keep else erase_boxes)(images, boxes)
+
+
+def _vmap(
+    info: Any, in_dims: tuple[int | None, ...], images: Tensor, boxes: Tensor, fill: Tensor, keep: bool
+) -> tuple[Tensor, int]:
+    count = info.batch_size
+
+    def folded(tensor: Tensor, axis: int | None) -> Tensor:
+        mapped = tensor.expand(count, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
+        return mapped.flatten(0, 1)
+
+    batch = images.movedim(in_dims[0], 0).shape[1] if in_dims[0] is not None else images.shape[0]
+    if in_dims[2] is not None:
+        # One fill per mapped call becomes one fill per image.
+        fill = fill.movedim(in_dims[2], 0)
+        fill = fill.expand(count, batch, fill.shape[2]).flatten(0, 1)
+    elif len(fill) > 1:
+        fill = folded(fill, None)
+    out = _fill_boxes(folded(images, in_dims[0]), folded(boxes, in_dims[1]), fill, keep)
+    return out.unflatten(0, (count, batch)), 0
+
+
+_fill_boxes = library.register(
+    "fill_boxes",
+    "(Tensor images, Tensor boxes, Tensor fill, bool keep) -> Tensor",
+    _implementation,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    vmap=_vmap,
+    reference=fill_boxes_reference,
+)
+
+
+# 5. Backends.
+
+_DTYPES = frozenset(
+    {
+        *backend.DTYPES,
+        *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool),
+    }
+)
+_KEY = ("boxes", "cpu")
+backend.serve("boxes", cpu=CpuBoxes, cuda=CudaBoxes, triton="_blend.triton.boxes:TritonBoxes", dtypes=_DTYPES)

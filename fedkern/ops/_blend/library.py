@@ -1,0 +1,185 @@
+"""blend in ``torch.library``: shapes, gradients and batching rules for torch.compile, torch.func and opcheck."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkern.ops._blend.kernels import check_memory, output_strides
+from fedkern.ops._blend.reference import backward_reference, blend_reference, check_values, second_derivative
+from fedkern.ops._core import backend, library
+
+
+def _implementation(
+    foreground: Tensor, background: Tensor, alpha: Tensor | None, value: float, index: Tensor | None
+) -> Tensor:
+    kernel = backend.select("blend", foreground, background)
+    if kernel is not None:
+        return kernel.forward(foreground, background, alpha, value, index)
+    check_values(alpha, index, background.shape[0])
+    result = blend_reference(foreground, background, value if alpha is None else alpha, index)
+    return _fake(foreground, background, alpha, value, index).copy_(result)
+
+
+def _fake(foreground: Tensor, background: Tensor, alpha: Tensor | None, value: float, index: Tensor | None) -> Tensor:
+    strides = output_strides(foreground.shape, foreground.stride())
+    return torch.empty_strided(foreground.shape, strides, dtype=foreground.dtype, device=foreground.device)
+
+
+def _backward_implementation(
+    grad: Tensor,
+    foreground: Tensor | None,
+    background: Tensor | None,
+    alpha: Tensor | None,
+    value: float,
+    index: Tensor | None,
+    background_rows: int,
+    *needs: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_memory(index, foreground, background, alpha)
+    kernel = backend.select("blend", grad)
+    if kernel is not None:
+        result = kernel.backward(grad, foreground, background, alpha, value, index, background_rows, needs)
+    else:
+        result = backward_reference(grad, foreground, background, alpha, value, index, background_rows, needs)
+    shapes = _backward_fake(grad, foreground, background, alpha, value, index, background_rows, *needs)
+    own, other, per_sample = (
+        empty if given is None else given if given.stride() == empty.stride() else empty.copy_(given)
+        for given, empty in zip(result, shapes, strict=True)
+    )
+    return own, other, per_sample
+
+
+def _backward_fake(
+    grad: Tensor,
+    foreground: Tensor | None,
+    background: Tensor | None,
+    alpha: Tensor | None,
+    value: float,
+    index: Tensor | None,
+    background_rows: int,
+    *needs: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    strides = output_strides(grad.shape, grad.stride())
+    nothing = grad.new_empty(0)
+    own = grad.new_empty_strided(grad.shape, strides) if needs[0] else nothing
+    other = grad.new_empty_strided((background_rows, *grad.shape[1:]), strides) if needs[1] else grad.new_empty(0)
+    per_sample = grad.new_empty(0)
+    if needs[2]:
+        assert alpha is not None
+        per_sample = alpha.new_empty(alpha.shape)
+    return own, other, per_sample
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    foreground, background, alpha, value, index = inputs
+    wanted = ctx.needs_input_grad[2]
+    ctx.save_for_backward(foreground if wanted else None, background if wanted else None, alpha, index)
+    ctx.value, ctx.background_rows = value, background.shape[0]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    foreground, background, alpha, index = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:3]
+    gradients = BLEND_BACKWARD(grad, foreground, background, alpha, ctx.value, index, ctx.background_rows, *needs)
+    return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None)
+
+
+def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    grad, foreground, background, alpha, value, index, background_rows, *needs = inputs
+    ctx.save_for_backward(grad, foreground, background, alpha, index)
+    ctx.value, ctx.background_rows, ctx.needs = value, background_rows, needs
+
+
+def _fold(tensor: Tensor, axis: int | None, count: int) -> Tensor:
+    """``tensor`` as ``[V * B, ...]``: the mapped axis, or V copies of an unmapped tensor, folded into the batch."""
+    mapped = tensor.expand(count, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
+    return mapped.flatten(0, 1)
+
+
+def _fold_index(index: Tensor, axis: int | None, count: int, rows: int) -> Tensor:
+    """Indices into ``count`` backgrounds of ``rows`` rows in sequence; an index out of range stays out of range."""
+    mapped = index.expand(count, *index.shape) if axis is None else index.movedim(axis, 0)
+    shifted = mapped + rows * torch.arange(count, device=index.device)[:, None]
+    return torch.where((mapped < 0) | (mapped >= rows), count * rows, shifted).flatten()
+
+
+def _vmap(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    foreground: Tensor,
+    background: Tensor,
+    alpha: Tensor | None,
+    value: float,
+    index: Tensor | None,
+) -> tuple[Tensor, int]:
+    count = info.batch_size
+    fore, back, weights, _, positions = in_dims
+    folded = _fold(foreground, fore, count)
+    if back is None:
+        # One background for all: index into it instead of repeating it.
+        if index is None:
+            index, positions = torch.arange(background.shape[0], device=background.device), None
+        index = _fold(index, positions, count)
+    else:
+        if index is not None:
+            index = _fold_index(index, positions, count, background.movedim(back, 0).shape[1])
+        background = _fold(background, back, count)
+    if alpha is not None:
+        alpha = _fold(alpha, weights, count)
+    out = BLEND(folded, background, alpha, value, index)
+    return out.unflatten(0, (count, -1) if len(out) else (count, 0)), 0
+
+
+def _vmap_backward(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    grad: Tensor,
+    foreground: Tensor | None,
+    background: Tensor | None,
+    alpha: Tensor | None,
+    value: float,
+    index: Tensor | None,
+    background_rows: int,
+    *needs: bool,
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    count = info.batch_size
+    dims = in_dims
+    tensors: list[Tensor | None] = [
+        None if tensor is None else _fold(tensor, axis, count)
+        for tensor, axis in zip((grad, foreground, background, alpha), dims[:4], strict=True)
+    ]
+    if index is not None:
+        index = _fold_index(index, dims[5], count, background_rows)
+    folded = BLEND_BACKWARD(*tensors, value, index, count * background_rows, *needs)
+    results = tuple(
+        result.unflatten(0, (count, len(result) // count)) if need else result
+        for result, need in zip(folded, needs, strict=True)
+    )
+    return results, tuple(0 if need else None for need in needs)
+
+
+BLEND = library.register(
+    "blend",
+    "(Tensor foreground, Tensor background, Tensor? alpha, float value, Tensor? index) -> Tensor",
+    _implementation,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    vmap=_vmap,
+    reference=lambda foreground, background, alpha, value, index: blend_reference(
+        foreground, background, value if alpha is None else alpha, index
+    ),
+)
+BLEND_BACKWARD = library.register(
+    "blend_backward",
+    "(Tensor grad, Tensor? foreground, Tensor? background, Tensor? alpha, float value, Tensor? index, "
+    "SymInt background_rows, bool need_foreground, bool need_background, bool need_alpha) -> (Tensor, Tensor, Tensor)",
+    _backward_implementation,
+    fake=_backward_fake,
+    setup_context=_setup_second,
+    backward=second_derivative,
+    vmap=_vmap_backward,
+)

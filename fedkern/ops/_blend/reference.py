@@ -1,0 +1,105 @@
+"""blend: reference of the operator, its gradients and its second derivatives, in plain PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkern.ops._blend.kernels import Gradients
+
+
+def blend_reference(
+    foreground: Tensor, background: Tensor, alpha: float | Tensor = 0.5, index: Tensor | None = None
+) -> Tensor:
+    """The specification of :func:`blend`."""
+    own, other = wide(foreground), wide(background)
+    other = other if index is None else other[index]
+    if isinstance(alpha, Tensor):
+        alpha = per_sample(alpha.to(own.dtype), own)
+    return (alpha * own + (1 - alpha) * other).to(torch.promote_types(foreground.dtype, background.dtype))
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x`` in its compute dtype: fp32 for 16-bit dtypes, otherwise its own."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def check_values(alpha: Tensor | None, index: Tensor | None, background_rows: int) -> None:
+    """Raises ValueError for CPU values out of range, as the CPU kernel does before it touches memory."""
+    if index is not None and index.device.type == "cpu" and len(index):
+        wrong = ((index < 0) | (index >= background_rows)).nonzero()
+        if len(wrong):
+            position = int(wrong[0])
+            raise ValueError(
+                f"index must be in [0, {background_rows}), the rows of background; "
+                f"index[{position}] is {int(index[position])}"
+            )
+    if alpha is not None and alpha.device.type == "cpu" and len(alpha):
+        wrong = (~((alpha >= 0) & (alpha <= 1))).nonzero()
+        if len(wrong):
+            position = int(wrong[0])
+            raise ValueError(f"alpha must be in [0, 1]; alpha[{position}] is {float(alpha[position])}")
+
+
+def per_sample(alpha: Tensor, like: Tensor) -> Tensor:
+    return alpha.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def backward_reference(
+    grad: Tensor,
+    foreground: Tensor | None,
+    background: Tensor | None,
+    alpha: Tensor | None,
+    value: float,
+    index: Tensor | None,
+    background_rows: int,
+    needs: tuple[bool, ...],
+) -> Gradients:
+    dtype, grad = grad.dtype, wide(grad)
+    weight = value if alpha is None else per_sample(alpha.to(grad.dtype), grad)
+    own = (weight * grad).to(dtype) if needs[0] else None
+    other = None
+    if needs[1]:
+        other = (1 - weight) * grad
+        if index is not None:
+            other = grad.new_zeros((background_rows, *grad.shape[1:])).index_add(0, index, other)
+        other = other.to(dtype)
+    by_alpha = None
+    if needs[2]:
+        assert foreground is not None
+        assert background is not None
+        assert alpha is not None
+        difference = wide(foreground) - wide(background if index is None else background[index])
+        by_alpha = (grad * difference).flatten(1).sum(1) if grad.dim() > 1 else grad * difference
+        by_alpha = by_alpha.to(alpha.dtype)
+    return own, other, by_alpha
+
+
+def second_derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    """Backward pass of the backward pass, in plain PyTorch, so that autograd can take any higher derivative."""
+    grad, foreground, background, alpha, index = ctx.saved_tensors
+    dtype, grad = grad.dtype, wide(grad)
+    to_own, to_other, to_alpha = (wide(g) if need else None for g, need in zip(grads, ctx.needs, strict=True))
+    weight = ctx.value if alpha is None else per_sample(alpha.to(grad.dtype), grad)
+    picked = None if to_other is None else to_other if index is None else to_other[index]
+    total = torch.zeros_like(grad)
+    if to_own is not None:
+        total = total + weight * to_own
+    if picked is not None:
+        total = total + (1 - weight) * picked
+    by_alpha = by_foreground = by_background = None
+    if to_alpha is not None:
+        scale = per_sample(to_alpha.to(grad.dtype), grad)
+        total = total + scale * (wide(foreground) - wide(background if index is None else background[index]))
+        by_foreground = scale * grad
+        by_background = -by_foreground
+        if index is not None:
+            by_background = grad.new_zeros(background.shape).index_add(0, index, by_background)
+        by_foreground, by_background = by_foreground.to(dtype), by_background.to(dtype)
+    if alpha is not None and (to_own is not None or picked is not None):
+        part = (0 if to_own is None else to_own) - (0 if picked is None else picked)
+        product = grad * part
+        by_alpha = (product.flatten(1).sum(1) if grad.dim() > 1 else product).to(alpha.dtype)
+    return (total.to(dtype), by_foreground, by_background, by_alpha, None, None, None, None, None, None)

@@ -1,0 +1,1 @@
+"""blend and boxes in Triton."""

@@ -1,0 +1,1 @@
+"""contrast: the symmetric in-batch contrastive loss."""

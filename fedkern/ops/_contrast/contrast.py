@@ -1,0 +1,113 @@
+"""contrastive: the symmetric in-batch contrastive loss of image-text training.
+
+The reference is in reference.py, the torch.library operators in library.py, the CPU launcher in
+launch.py, and the loop over tiles of similarities on a GPU in tiles.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkern.ops._contrast.checks import check_pair, check_temperature
+from fedkern.ops._contrast.cuda import CudaContrast
+from fedkern.ops._contrast.kernels import ContrastKernel
+from fedkern.ops._contrast.launch import CpuContrast
+from fedkern.ops._contrast.library import CONTRASTIVE, CONTRASTIVE_TRAINING
+from fedkern.ops._contrast.reference import contrastive_reference
+from fedkern.ops._core import library
+from fedkern.ops._core.backend import eager, intercepted, readable, select, serve
+from fedkern.ops._core.function import EagerFunction, handed_out
+
+# the public function: checks and choice of path
+
+
+def contrastive(x: Tensor, y: Tensor, temperature: float | Tensor = 0.07) -> Tensor:
+    """Symmetric in-batch contrastive loss of pairs (InfoNCE; CLIP, arXiv 2103.00020; FedDRA's L_NCE).
+
+    ``CE(S, diagonal) + CE(Sᵀ, diagonal)`` with ``S = x yᵀ / temperature``: each row of x must find its partner among
+    the rows of y, and each row of y its partner among the rows of x.  Each direction is averaged over the batch; CLIP's
+    loss is half of this sum.
+
+    Args:
+        x, y: embeddings ``[B, D]``, partners in the same row; float32, float64, bfloat16 or float16, any strides.
+            Nothing is normalised here: apply ``F.normalize`` first for cosine similarities.
+        temperature: a number above 0, or a 0-d tensor, which gets a gradient too. For a learnt logit scale pass its
+            inverse: ``temperature=(-log_scale).exp()``.
+
+    Returns:
+        A scalar in the promoted dtype of x and y; 0 for an empty batch and for a single pair. Everything is computed in
+        float32 (float64 where x or y is float64) and rounded once; autocast has no effect.
+
+    The B×B similarities exist only within a call, in tiles where the batch is large. Gradients are computed in the
+    forward pass, so that nothing of that size is kept for the backward pass. Retained graphs and second derivatives
+    work as usual. On a GPU torch computes the matrix products, in TF32 where ``torch.set_float32_matmul_precision``
+    allows it.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes or devices do not match, or the temperature is not finite and above 0 (the value of a tensor
+            on a GPU is not checked).
+        RuntimeError: a forced backend cannot serve the call.
+    """
+    check_pair(x, y)
+    if type(temperature) is not float or not 0 < temperature < 1e30:
+        temperature = check_temperature(temperature, x)
+    learnt = temperature if isinstance(temperature, Tensor) else None
+    tensors = (x, y) if learnt is None else (x, y, learnt)
+    if intercepted() or not eager(*tensors):
+        return _watched(x, y, learnt, temperature)
+    kernel = select("contrastive", *tensors)
+    if kernel is None:
+        return contrastive_reference(x, y, temperature)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return _Contrastive.call(kernel, None if learnt is not None else temperature, *tensors)
+    return kernel.loss(x, y, temperature)
+
+
+def _watched(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float | Tensor) -> Tensor:
+    """Calls the torch.library operator: outside of torch.func, the one that computes gradients in the forward pass."""
+    value = temperature if learnt is None else 0.0
+    needs = [tensor is not None and tensor.requires_grad for tensor in (x, y, learnt)]
+    if torch._C._are_functorch_transforms_active() or not (torch.is_grad_enabled() and any(needs)):
+        return CONTRASTIVE(x, y, learnt, value)[0]
+    return CONTRASTIVE_TRAINING(x, y, learnt, value, *needs)[0]
+
+
+# forward and backward
+
+
+class _Contrastive(EagerFunction):
+    """Autograd function of the eager path; its tensors are (x, y, [temperature]).
+
+    The loss is a scalar, so the forward pass computes the gradients for a grad_output of 1 and the backward pass scales
+    them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, kernel: ContrastKernel, temperature: float | None, *tensors: Tensor) -> Tensor:
+        needs = ctx.needs_input_grad[2:]
+        given = tensors[2] if temperature is None else temperature
+        loss, gradients = kernel.loss_and_gradients(tensors[0], tensors[1], given, (*needs, False)[:3])
+        ctx.kernel, ctx.temperature = kernel, temperature
+        ctx.save_for_backward(*tensors, *gradients)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        tensors, gradients = saved[:-3], saved[-3:]
+        if not readable(grad):
+
+            def reference(x: Tensor, y: Tensor, learnt: Tensor | None = None) -> Tensor:
+                return contrastive_reference(x, y, ctx.temperature if learnt is None else learnt)
+
+            needs = ctx.needs_input_grad[2:]
+            return (None, None, *library.differentiate_reference(reference, tensors, needs, grad))
+        scaled = ctx.kernel.scaled(gradients[: len(tensors)], grad, tensors)
+        return (None, None, *handed_out(scaled, gradients))
+
+
+serve("contrastive", cpu=CpuContrast, cuda=CudaContrast, triton="_contrast.triton:TritonContrast")

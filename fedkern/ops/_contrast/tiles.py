@@ -1,0 +1,143 @@
+"""contrastive on a GPU, for CUDA and Triton: torch multiplies tiles of similarities, three kernels process them.
+
+``look`` reads a tile in square blocks and writes the maxima and sums of exponentials of each block's rows and columns.
+``join`` combines these pieces into the loss, ``gradient`` overwrites a tile with its gradient.  Nothing here reads a
+tensor's value, because that would synchronise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedkern.ops._contrast.kernels import Gradients
+from fedkern.ops._contrast.reference import compute_dtype
+
+# Most bytes of similarities that a call holds whole (8,192 pairs in fp32), and bytes of a tile of more.
+HELD = 256 << 20
+TILE = 64 << 20
+
+
+class Pairs(NamedTuple):
+    """Contiguous embeddings in the computing dtype, and the temperature."""
+
+    x: Tensor
+    y: Tensor
+    temperature: float | Tensor
+
+    @property
+    def size(self) -> int:
+        return self.x.shape[0]
+
+
+class TiledContrast:
+    """:class:`fedkern.ops._contrast.kernels.ContrastKernel` on three kernels that a subclass launches."""
+
+    def block(self, dtype: torch.dtype) -> int:
+        """Rows and columns of a block of similarities of the computing ``dtype``."""
+        raise NotImplementedError
+
+    def look(self, pairs: Pairs, tile: Tensor, first: int, pieces: Tensor, own: Tensor) -> None:
+        """Reads a tile that begins with row ``first``, a multiple of the block size.
+
+        Writes the tile's part of ``own`` ``[B]``, the similarities of partners, and of ``pieces`` ``[2, blocks, 2 B]``,
+        the maxima and sums of blocks: for the B rows by blocks of columns, then for the B columns by blocks of rows.
+        """
+        raise NotImplementedError
+
+    def join(self, pairs: Pairs, pieces: Tensor, own: Tensor, sums: Tensor, loss: Tensor) -> None:
+        """Joins the pieces into ``sums`` ``[4, B]`` and writes the loss."""
+        raise NotImplementedError
+
+    def gradient(self, pairs: Pairs, tile: Tensor, first: int, sums: Tensor) -> None:
+        """Overwrites a tile with the loss's gradient with respect to ``x yᵀ``."""
+        raise NotImplementedError
+
+    def loss(self, x: Tensor, y: Tensor, temperature: float | Tensor) -> Tensor:
+        return self.loss_and_sums(x, y, temperature)[0]
+
+    def loss_and_sums(self, x: Tensor, y: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+        pairs = _pairs(x, y, temperature)
+        return self._sums(x, y, pairs, self._memory(pairs))
+
+    def loss_and_gradients(
+        self, x: Tensor, y: Tensor, temperature: float | Tensor, needs: Sequence[bool]
+    ) -> tuple[Tensor, Gradients]:
+        pairs = _pairs(x, y, temperature)
+        memory = self._memory(pairs)
+        loss, sums = self._sums(x, y, pairs, memory)
+        return loss, self._gradients(pairs, sums, needs, memory, made=memory.shape[0] == pairs.size)
+
+    def gradients(
+        self, x: Tensor, y: Tensor, temperature: float | Tensor, sums: Tensor, needs: Sequence[bool]
+    ) -> Gradients:
+        pairs = _pairs(x, y, temperature)
+        return self._gradients(pairs, sums, needs, self._memory(pairs), made=False)
+
+    def scaled(
+        self, gradients: Sequence[Tensor | None], grad: Tensor, inputs: Sequence[Tensor | None]
+    ) -> tuple[Tensor | None, ...]:
+        pairs = zip(gradients, inputs, strict=False)
+        return tuple([None if g is None or t is None else (g * grad).to(t.dtype) for g, t in pairs])
+
+    def _memory(self, pairs: Pairs) -> Tensor:
+        """Memory for all similarities, or for a tile whose rows are whole blocks."""
+        count, dtype = pairs.size, pairs.x.dtype
+        rows = count
+        if count * count * dtype.itemsize > HELD:
+            block = self.block(dtype)
+            rows = min(count, max(TILE // (count * dtype.itemsize) // block, 1) * block)
+        return pairs.x.new_empty(rows, count)
+
+    def _tiles(self, pairs: Pairs, memory: Tensor) -> Iterator[tuple[int, Tensor]]:
+        rows = memory.shape[0]
+        for first in range(0, pairs.size, max(rows, 1)):
+            yield first, memory[: pairs.size - first]
+
+    def _sums(self, x: Tensor, y: Tensor, pairs: Pairs, memory: Tensor) -> tuple[Tensor, Tensor]:
+        count, dtype = pairs.size, pairs.x.dtype
+        sums = pairs.x.new_empty(4, count)
+        loss = x.new_zeros((), dtype=torch.promote_types(x.dtype, y.dtype))
+        if not count:
+            return loss, sums
+        blocks = -(-count // self.block(dtype))
+        pieces, own = pairs.x.new_empty(2, blocks, 2 * count), pairs.x.new_empty(count)
+        for first, tile in self._tiles(pairs, memory):
+            # With out=, which autocast leaves alone.
+            torch.mm(pairs.x[first : first + tile.shape[0]], pairs.y.t(), out=tile)
+            self.look(pairs, tile, first, pieces, own)
+        self.join(pairs, pieces, own, sums, loss)
+        return loss, sums
+
+    def _gradients(self, pairs: Pairs, sums: Tensor, needs: Sequence[bool], memory: Tensor, made: bool) -> Gradients:
+        """The gradients; ``made``: ``memory`` already holds all similarities."""
+        x, y, temperature = pairs
+        to_x = torch.empty_like(x) if needs[0] or needs[2] else None
+        to_y = torch.zeros_like(y) if needs[1] else None
+        for first, tile in self._tiles(pairs, memory):
+            own = x[first : first + tile.shape[0]]
+            if not made:
+                torch.mm(own, y.t(), out=tile)
+            self.gradient(pairs, tile, first, sums)
+            if to_x is not None:
+                torch.mm(tile, y, out=to_x[first : first + tile.shape[0]])
+            if to_y is not None:
+                if tile.shape[0] == pairs.size:
+                    torch.mm(tile.t(), own, out=to_y)
+                else:
+                    torch.addmm(to_y, tile.t(), own, out=to_y)
+        to_temperature = None
+        if needs[2] and to_x is not None:
+            # Σ G S in the temperature's gradient is the sum of the products of x and the gradient of x.
+            to_temperature = (-(x * to_x).sum(dtype=torch.float64) / temperature).to(x.dtype)
+        return Gradients(to_x if needs[0] else None, to_y, to_temperature)
+
+
+def _pairs(x: Tensor, y: Tensor, temperature: float | Tensor) -> Pairs:
+    compute = compute_dtype(torch.promote_types(x.dtype, y.dtype))
+    if isinstance(temperature, Tensor):
+        temperature = temperature.detach().to(compute)
+    return Pairs(x.detach().to(compute).contiguous(), y.detach().to(compute).contiguous(), temperature)

@@ -1,0 +1,468 @@
+"""Choice of the backend (reference, cpu, triton, cuda) that serves a call.
+
+Every operator registers its kernels here with :func:`register`.  The public function asks :func:`select` for the kernel
+that fits its tensors, and falls back to its reference where none does.  ``FEDKERN_BACKEND`` or :func:`use_backend`
+force one backend; a call that this backend cannot serve is then an error.  ``FEDKERN_CPU_ISA`` or :func:`use_isa` force
+an ISA level of the CPU core.  CUDA tensors can have two backends; the table in dispatch.py chooses.
+
+``TRITON_INTERPRET=1``, set before the first call that Triton serves, lets a forced "triton" serve CPU tensors too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedkern.ops._core import devices, dispatch
+from fedkern.ops._core.loading import REBUILD, Unavailable, interpreted, load_core, load_triton
+from fedkern.ops._core.memory import cache
+from fedkern.ops._core.torchscript import refuse
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+ISAS = ("portable", "avx2", "avx512")
+
+# The numbers are those of csrc/include/fedkern/types.h.
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+# The dtypes of kernels that take floating tensors.
+FLOATS = frozenset(DTYPES)
+
+# Looked up once: on small tensors the checks around a kernel take longer than the kernel.
+_is_compiling = torch.compiler.is_compiling
+_jit_traces = torch._C._is_tracing
+_functorch_active = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+# True for a tensor that outlived its torch.func transform. Autograd and the dispatcher unwrap it; its pointer raises.
+outlived = torch._C._functorch.is_dead_tensor_wrapper  # type: ignore[attr-defined]
+_grad_enabled = torch.is_grad_enabled
+_forward_ad = torch.autograd.forward_ad
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One backend's implementation of one operator.
+
+    Attributes:
+        load: returns the object that the operator file calls (a module, a namespace of functions), or raises
+            :class:`Unavailable`.
+        dtypes: dtypes that the implementation takes.
+        devices: device types that the implementation takes.
+    """
+
+    load: Callable[[], Any]
+    dtypes: frozenset[torch.dtype]
+    devices: frozenset[str]
+
+
+class Row(NamedTuple):
+    """One line of ``doctor``'s table: whether ``backend`` serves ``operator`` here.
+
+    ``reason`` says why it does not, or which dtypes it takes.
+    """
+
+    operator: str
+    backend: str
+    serves: bool
+    reason: str
+
+
+_kernels: dict[str, dict[str, Kernel]] = {}
+_loaded: dict[tuple[str, str], Any] = {}
+_chosen: dict[tuple[str, str], tuple[Any, frozenset[torch.dtype]]] = {}
+# Operators with two backends for CUDA tensors: bytes of the first tensor from which the second serves, and its kernel.
+_large: dict[str, tuple[int, Any]] = {}
+_forced: str | None = None
+
+
+def register(operator: str, backend: str, kernel: Kernel) -> None:
+    """Registers ``kernel`` as the implementation of ``operator`` by ``backend``."""
+    _kernels.setdefault(operator, {})[backend] = kernel
+    _forget()
+
+
+def serve(
+    operator: str,
+    *,
+    cpu: Callable[[Any], Any],
+    cuda: Callable[[Any], Any],
+    triton: str,
+    dtypes: frozenset[torch.dtype] = FLOATS,
+) -> None:
+    """Registers the implementations of ``operator``.
+
+    Args:
+        operator: name of the operator.
+        cpu: launcher of the CPU kernels; called with ``fedkern._cpu`` when a call first needs it.
+        cuda: launcher of the CUDA kernels; called with ``fedkern._cuda``.
+        triton: module of ``fedkern.ops`` and class of the Triton launcher, for example ``"_fuse.triton:TritonFuse"``.
+            Triton is imported when a call first needs it.
+        dtypes: dtypes that the implementations take.
+    """
+    module, _, name = triton.partition(":")
+    on_cpu, on_cuda = frozenset({"cpu"}), frozenset({"cuda"})
+    register(operator, "cpu", Kernel(lambda: cpu(cpu_core()), dtypes, on_cpu))
+    register(operator, "cuda", Kernel(lambda: cuda(cuda_core()), dtypes, on_cuda))
+    register(operator, "triton", Kernel(lambda: getattr(load_triton(module), name)(), dtypes, on_cuda))
+
+
+def _forget() -> None:
+    _chosen.clear()
+    _large.clear()
+
+
+def _serves(backend: str, kernel: Kernel, device: str) -> bool:
+    if backend == "triton" and interpreted():
+        return device == "cpu"  # the interpreter would copy every CUDA tensor to the host and back
+    return device in kernel.devices
+
+
+def _unknown(*_: Any) -> bool:
+    return False
+
+
+# Fast checks that the CPU core may read tensors through their addresses. False decides nothing: the caller then has to
+# check in detail. Once the core is loaded these are its functions, described in csrc/bindings/cpu_tensors.cpp.
+all_readable: Callable[[tuple[Tensor, ...]], bool] = _unknown
+readable_logits: Callable[[tuple[Tensor, ...], int], bool] = _unknown
+
+
+def cpu_core() -> ModuleType:
+    """Returns ``fedkern._cpu`` with the ISA level of ``FEDKERN_CPU_ISA``.
+
+    Raises:
+        Unavailable: the core was not built, does not load or is outdated, or torch is too old for it.
+        ValueError: ``FEDKERN_CPU_ISA`` names a level that this CPU or this build lacks, or ``FEDKERN_CACHE_MB`` is
+            not a number of megabytes.
+    """
+    global _isa_applied, all_readable, readable_logits
+    core = load_core("_cpu")
+    if not _isa_applied:
+        table = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+        if table is None:
+            raise Unavailable(f"torch {torch.__version__} shows no tensors to C extensions, as 2.11 and newer do")
+        try:
+            core.take_tensors(table, Tensor, torch.nn.Parameter)
+            all_readable, readable_logits = core.all_readable, core.readable_logits
+        except AttributeError:
+            raise Unavailable(f"fedkern._cpu was built from older sources than these Python files: {REBUILD}") from None
+        cache()  # raises for a wrong FEDKERN_CACHE_MB before a kernel runs
+        level = os.environ.get("FEDKERN_CPU_ISA", "")
+        if level:
+            try:
+                core.set_isa(level)
+            except ValueError as error:
+                raise ValueError(f"FEDKERN_CPU_ISA: {error}") from None
+        _isa_applied = True
+    return core
+
+
+_isa_applied = False
+
+
+def cuda_core() -> ModuleType:
+    """Returns ``fedkern._cuda``.
+
+    Raises:
+        Unavailable: the core was not built or does not load, torch is a build without CUDA, or a GPU or its driver is
+            too old.
+    """
+    core = load_core("_cuda")
+    if not hasattr(torch._C, "_cuda_getCurrentRawStream"):
+        raise Unavailable("fedkern._cuda is built, but torch is a build without CUDA")
+    devices.check_cuda(core)
+    return core
+
+
+def forced_backend() -> str | None:
+    """Returns the backend forced by :func:`use_backend` or ``FEDKERN_BACKEND``, or None."""
+    if _forced is not None:
+        return _forced
+    name = os.environ.get("FEDKERN_BACKEND", "")
+    if name and name not in BACKENDS:
+        raise ValueError(f"FEDKERN_BACKEND is {name!r}; it is one of {', '.join(BACKENDS)}")
+    return name or None
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Forces one backend within a ``with`` block, for all threads of the process.
+
+    Args:
+        name: "reference", "cpu", "triton" or "cuda".  None lifts an outer ``use_backend``, so that ``FEDKERN_BACKEND``
+            or the free choice hold again.
+
+    Raises:
+        ValueError: ``name`` is not a backend.
+        RuntimeError: raised by an operator inside the block: the backend cannot serve that call.
+    """
+    global _forced
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; it is one of {', '.join(BACKENDS)}")
+    before, _forced = _forced, name
+    _forget()
+    try:
+        yield
+    finally:
+        _forced = before
+        _forget()
+
+
+@contextlib.contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Forces one ISA level of the CPU core within a ``with`` block.
+
+    Args:
+        name: "portable", "avx2" or "avx512".
+
+    Raises:
+        TypeError: ``name`` is not a string.
+        ValueError: the level is unknown, or this CPU or this build lacks it.
+        Unavailable: the CPU core is missing.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be one of {', '.join(ISAS)}, not {type(name).__name__}")
+    core = cpu_core()
+    before = core.isa()
+    core.set_isa(name)
+    try:
+        yield
+    finally:
+        core.set_isa(before)
+
+
+def trust_fork() -> None:
+    """Lets the CPU core use threads in this forked process; its parent must never have used OpenMP threads.
+
+    Without this call a forked process computes on one thread: OpenMP threads do not survive a fork, and a parallel
+    region would wait for them.
+    """
+    with contextlib.suppress(Unavailable):
+        cpu_core().trust_fork()
+
+
+def intercepted() -> bool:
+    """True where a compiler, a torch.func transform, forward-mode AD or a mode sees calls before a kernel does.
+
+    Raises:
+        RuntimeError: ``torch.jit.trace`` is recording, which cannot see kernels.
+    """
+    if _is_compiling():
+        return True
+    if _jit_traces():
+        refuse()
+    return bool(_functorch_active() or _dispatch_modes() or _function_modes() or _forward_ad._current_level >= 0)
+
+
+def forward_mode(operator: str) -> bool:
+    """True inside forward-mode AD (``torch.func.jvp``, ``forward_ad.dual_level``), where only the reference serves.
+
+    Raises:
+        RuntimeError: another backend was forced.
+    """
+    if _forward_ad._current_level < 0:
+        return False
+    if not _is_compiling():
+        only_reference(operator, "forward-mode AD")
+    return True
+
+
+def only_reference(operator: str, where: str) -> None:
+    """Raises RuntimeError if a forced backend is not the reference, which alone serves under ``where``."""
+    forced = forced_backend()
+    if forced not in (None, "reference"):
+        raise RuntimeError(
+            f"backend {forced!r} was forced, but {operator} runs through the reference under {where}; allow it with "
+            "use_backend(None) or by unsetting FEDKERN_BACKEND"
+        )
+
+
+def not_forced(operator: str, backend: str, what: str) -> None:
+    """Raises RuntimeError if ``backend`` was forced: it has no kernel for this call, described by ``what``."""
+    if forced_backend() == backend:
+        raise RuntimeError(
+            f"backend {backend!r} was forced, but it has no kernel for {operator} {what}; allow another with "
+            "use_backend(None) or by unsetting FEDKERN_BACKEND"
+        )
+
+
+def tangents(values: Iterable[Any]) -> bool:
+    """True where a tensor among ``values`` has a tangent of forward-mode AD."""
+    if _forward_ad._current_level < 0 or _is_compiling():
+        return False
+    functorch = torch._C._functorch
+    for value in values:
+        if isinstance(value, Tensor):
+            while functorch.is_batchedtensor(value):  # vmap has no batching rule for unpack_dual
+                value = functorch.get_unwrapped(value)
+            if _forward_ad.unpack_dual(value).tangent is not None:
+                return True
+    return False
+
+
+def address(tensor: Tensor | None, name: str = "a tensor") -> int | None:
+    """Address of a tensor for a compiled core; None for an absent tensor, since a tensor without elements lies at 0.
+
+    Raises:
+        RuntimeError: the tensor's storage was freed.
+    """
+    if tensor is None:
+        return None
+    place: int = tensor.data_ptr()
+    if not place and tensor.numel():
+        raise RuntimeError(
+            f"{name} has {tensor.numel()} elements and no memory: its storage was freed (resize_(0)); "
+            "keep it until the last backward pass that reads it"
+        )
+    return place
+
+
+def readable(grad: Tensor) -> bool:
+    """True where a backward pass may hand ``grad`` to a kernel: the pass is neither recorded nor mapped over."""
+    # is_grads_batched=True hands a legacy batched tensor to a backward pass.
+    if type(grad) is not Tensor or _grad_enabled() or intercepted():
+        return False
+    return not _legacy_batched(grad) and not outlived(grad)
+
+
+def eager(*tensors: Tensor) -> bool:
+    """True where kernels may use the pointers of ``tensors``: ordinary tensors, no transform, mode or compiler."""
+    if intercepted():
+        return False
+    return all(
+        # is_grads_batched=True hands a legacy batched tensor to a backward pass.
+        (type(tensor) is Tensor or type(tensor) is torch.nn.Parameter)
+        and not _legacy_batched(tensor)
+        and not outlived(tensor)
+        for tensor in tensors
+    )
+
+
+def select(operator: str, *tensors: Tensor) -> Any | None:
+    """Returns the kernel object that serves ``operator`` for these tensors, or None for the reference.
+
+    Raises:
+        RuntimeError: a backend was forced and cannot serve the call.
+    """
+    device = tensors[0].device.type
+    try:
+        implementation, dtypes = _chosen[operator, device]
+    except KeyError:
+        implementation, dtypes = _choose(operator, device)
+    if implementation is None:
+        return None
+    for tensor in tensors:
+        if tensor.dtype not in dtypes or tensor.layout is not torch.strided or tensor.is_neg():
+            if forced_backend() is not None:
+                raise RuntimeError(
+                    f"backend {forced_backend()!r} was forced, but it cannot serve {operator} for "
+                    f"{_describe(tensor)}; allow another with use_backend(None) or by unsetting FEDKERN_BACKEND"
+                )
+            return None
+    if device == "cuda" and operator in _large:
+        threshold, other = _large[operator]
+        if tensors[0].numel() * tensors[0].element_size() >= threshold:
+            return other
+    return implementation
+
+
+def _describe(tensor: Tensor) -> str:
+    kind = (
+        "a negated view" if tensor.is_neg() else f"layout {tensor.layout}" if tensor.layout is not torch.strided else ""
+    )
+    return f"dtype {tensor.dtype}" + (f" and {kind}" if kind else "")
+
+
+def _load(operator: str, backend: str) -> Any:
+    key = (operator, backend)
+    if key not in _loaded:
+        _loaded[key] = _kernels[operator][backend].load()
+    return _loaded[key]
+
+
+def _candidates(device: str) -> tuple[str, ...]:
+    """The backends to try, in order, where none is forced; Triton's interpreter serves only where it is forced."""
+    if device == "cuda":
+        return ("cuda",) if interpreted() or devices.only_forced("triton") else ("cuda", "triton")
+    return ("cpu",) if device == "cpu" else ()
+
+
+def _choose(operator: str, device: str) -> tuple[Any, frozenset[torch.dtype]]:
+    forced = forced_backend()
+    choice: tuple[Any, frozenset[torch.dtype]] = (None, frozenset())
+    if forced is not None and forced != "reference":
+        kernel = _kernels.get(operator, {}).get(forced)
+        if kernel is None:
+            raise RuntimeError(f"backend {forced!r} was forced, but it does not implement {operator}")
+        if not _serves(forced, kernel, device):
+            hint = ""
+            if forced == "triton" and device == "cpu":
+                hint = " (with TRITON_INTERPRET=1 in the environment from the start it does, slowly)"
+            raise RuntimeError(f"backend {forced!r} was forced, but it does not serve tensors on {device}{hint}")
+        try:
+            choice = (_load(operator, forced), kernel.dtypes)
+        except Unavailable as error:
+            raise RuntimeError(f"backend {forced!r} was forced, but it cannot be used because {error}") from error
+    elif forced is None:
+        found = _available(operator, device)
+        if found:
+            _, choice = found[0]
+        if device == "cuda" and len(found) > 1:
+            threshold = dispatch.threshold(operator, found[1][0], torch.cuda.get_device_capability())
+            if threshold is not None:
+                _large[operator] = (threshold, found[1][1][0])
+                # A new set object: callers that compare sets by identity then call select() for every call.
+                choice = (choice[0], frozenset([*choice[1]]))
+    _chosen[operator, device] = choice
+    return choice
+
+
+def _available(operator: str, device: str) -> list[tuple[str, tuple[Any, frozenset[torch.dtype]]]]:
+    found = []
+    for name in _candidates(device):
+        kernel = _kernels.get(operator, {}).get(name)
+        if kernel is None or device not in kernel.devices:
+            continue
+        try:
+            found.append((name, (_load(operator, name), kernel.dtypes)))
+        except Unavailable:
+            continue
+    return found
+
+
+def status() -> list[Row]:
+    """Returns, for every operator and backend, whether the backend can serve here and why not."""
+    rows = []
+    # Not forced_backend(), which raises for a wrong FEDKERN_BACKEND.
+    forced = _forced or os.environ.get("FEDKERN_BACKEND")
+    for operator in sorted(_kernels):
+        rows.append(Row(operator, "reference", True, "plain PyTorch, any device"))
+        for backend in BACKENDS[1:]:
+            kernel = _kernels[operator].get(backend)
+            if kernel is None:
+                rows.append(Row(operator, backend, False, "not implemented"))
+                continue
+            try:
+                _load(operator, backend)
+            except (Unavailable, ValueError, AttributeError) as error:  # AttributeError: an outdated core
+                rows.append(Row(operator, backend, False, str(error)))
+                continue
+            dtypes = ", ".join(sorted(str(d).removeprefix("torch.") for d in kernel.dtypes))
+            if backend == "triton" and interpreted():
+                dtypes += "; interpreted, on CPU tensors, only when forced (TRITON_INTERPRET)"
+            elif "cpu" not in kernel.devices and not torch.cuda.is_available():
+                have = "installed" if backend == "triton" else "built"
+                rows.append(Row(operator, backend, False, f"{have}, but torch sees no CUDA device"))
+                continue
+            elif backend != forced and (reason := devices.only_forced(backend)):
+                rows.append(Row(operator, backend, False, reason))
+                continue
+            rows.append(Row(operator, backend, True, dtypes))
+    return rows

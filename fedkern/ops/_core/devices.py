@@ -1,0 +1,80 @@
+"""Checks that the visible GPUs can run the compiled kernels; made when a backend is chosen, not per call.
+
+All GPUs that this process sees have to qualify: a check of the tensor's own GPU would be needed in every call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fedkern.ops._core.loading import REBUILD, Unavailable
+
+# Lowest compute capability that Triton says it supports: 80 for 8.0.
+OLDEST_OF_TRITON = 80
+
+
+def check_cuda(core: Any) -> None:
+    """Raises :class:`Unavailable` where ``core`` (``fedkern._cuda``) cannot run on this machine's GPUs or driver.
+
+    Without any GPU there is nothing to check.
+    """
+    if torch.version.hip:
+        raise Unavailable(f"torch is a ROCm build (HIP {torch.version.hip}), and fedkern._cuda is for NVIDIA GPUs")
+    if not hasattr(core, "architectures"):
+        raise Unavailable(f"fedkern._cuda was built from older sources than these Python files: {REBUILD}")
+    built_for = core.architectures()
+    runtime, driver = core.versions()
+    gpus = _gpus()
+    for name, number in gpus:
+        if driver // 1000 < runtime // 1000:
+            versions = f"CUDA {_version(runtime)} and the driver serves {_version(driver)}"
+            raise Unavailable(
+                f"fedkern._cuda was built with {versions}: update the driver, or build with an nvcc no newer than it"
+            )
+        if any(number // 10 == one // 10 and number >= one for one in built_for):
+            continue
+        if number < max(built_for):
+            kinds = ", ".join(f"sm_{one}" for one in built_for)
+            hide = " (CUDA_VISIBLE_DEVICES can hide it)" if len(gpus) > 1 else ""
+            raise Unavailable(f"{name} is of sm_{number}, and fedkern._cuda was built for {kinds} and newer{hide}")
+        if driver < runtime:  # the driver translates PTX for such a GPU, of its own CUDA version at most
+            raise Unavailable(
+                f"{name} is of sm_{number}, newer than fedkern._cuda, and to translate kernels of CUDA "
+                f"{_version(runtime)} the driver has to be newer than for CUDA {_version(driver)}"
+            )
+
+
+def only_forced(backend: str) -> str:
+    """Returns why ``backend`` serves CUDA tensors here only when forced, or "" where it also serves unforced."""
+    if backend != "triton":
+        return ""
+    if torch.version.hip:
+        return f"never tried on ROCm (HIP {torch.version.hip}); FEDKERN_BACKEND=triton tries it"
+    try:
+        old = next((gpu for gpu in _gpus() if gpu[1] < OLDEST_OF_TRITON), None)
+    except Unavailable as error:
+        return str(error)
+    if old is None:
+        return ""
+    wanted = f"Triton supports sm_{OLDEST_OF_TRITON} and newer"
+    return f"{old[0]} is of sm_{old[1]}, and {wanted}; FEDKERN_BACKEND=triton tries it"
+
+
+def _gpus() -> list[tuple[str, int]]:
+    """Name and compute capability (90 for 9.0) of every GPU that torch sees."""
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    try:
+        for index in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(index)
+            found.append((f"GPU {index} ({torch.cuda.get_device_name(index)})", 10 * major + minor))
+    except RuntimeError as error:
+        raise Unavailable(f"torch cannot use the GPUs ({str(error).splitlines()[0]})") from None
+    return found
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"

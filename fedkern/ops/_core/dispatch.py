@@ -1,0 +1,62 @@
+"""Choice between CUDA and Triton for a call on a GPU: one table by operator, device and size.
+
+Where both are available, the CUDA core serves, unless :data:`CROSSOVER` names a size (bytes of the call's first tensor)
+from which Triton serves.  On the CPU there is nothing to choose: the CPU core serves, or the reference.
+
+**No threshold here has been measured on a GPU yet.**  The thresholds follow from these estimates:
+
+* Launch: it costs the host about 3 to 5 µs through the compiled core (one call through pybind11 and ``<<<>>>``) and 10
+  to 20 µs through Triton, whose launcher looks at every argument in Python to find its specialisation.  The GPU runs
+  behind the host, so the launch shows only as long as the kernel is shorter than the launch.  At an H200's 4.8 TB/s,
+  20 µs are 96 MB of traffic.  There the two are equal if their kernels are equally good.  :data:`LAUNCH_HIDDEN` is this
+  size, for an operator that reads its first tensor once and writes as much.
+* Below this size CUDA is right for every operator.
+* Operators that only move memory (blend, boxes, the means, fuse, and contrastive beside its products): above this size
+  neither backend can win by more than the last tenth of the bandwidth.  CUDA stays, since it compiles nothing at first
+  use.
+* Row losses: with tens of thousands of classes their work per byte (exponentials, two passes over a row, the second
+  from the L2 cache) depends on how rows are cut into tiles.  Triton picks tiles per shape, a compiled core has to fix
+  them.  So Triton takes the large sizes.
+* Ensembles: CUDA at every size, since Triton reads the teachers once more, for the sums of exponentials.
+
+To replace the estimates by measurements on a GPU, run ``python -m pytest benchmarks --record --device cuda`` with
+``FEDKERN_BACKEND`` set to each backend; each has its own files.
+"""
+
+from __future__ import annotations
+
+# By major compute capability: bytes of the first tensor from which Triton's launch hides behind its kernel. They are
+# half of the traffic of 20 µs. The slowest supported device (sm_80) has 2 TB/s, the fastest (sm_100) 8 TB/s.
+LAUNCH_HIDDEN = {8: 20 << 20, 9: 48 << 20, 10: 80 << 20}
+
+# Operators whose large sizes go to Triton, with the size by major compute capability; None: never to Triton.
+CROSSOVER: dict[str, dict[int, int] | None] = {
+    "blend": None,
+    "boxes": None,
+    "aggregate": None,
+    "kl_div": LAUNCH_HIDDEN,
+    "dual_kl": LAUNCH_HIDDEN,
+    "entropy": LAUNCH_HIDDEN,
+    "ensemble_kl": None,
+    "js_div": None,
+    "consensus": None,
+    "contrastive": None,
+    "fuse_concat": None,
+    "fuse_mean": None,
+    "optimise": None,
+}
+
+
+def threshold(operator: str, other: str, capability: tuple[int, int]) -> int | None:
+    """Bytes of a call's first tensor from which ``other`` serves ``operator`` instead of the CUDA core, or None.
+
+    Args:
+        operator: name registered with :func:`fedkern.ops._core.backend.register`.
+        other: the second backend that can serve; the table knows only "triton".
+        capability: the device's compute capability, (9, 0) for an H200.
+    """
+    sizes = CROSSOVER.get(operator)
+    if sizes is None or other != "triton":
+        return None
+    # A device newer than the table counts as the newest one in it.
+    return sizes[max((major for major in sizes if major <= capability[0]), default=min(sizes))]

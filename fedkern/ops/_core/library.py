@@ -1,0 +1,117 @@
+"""The operators in ``torch.library``: one graph node each for torch.compile, vmap, torch.func and opcheck.
+
+Eager calls do not use these operators: a dispatcher round trip in Python costs several times a small kernel. The public
+functions call them under ``torch.compile``, functorch transforms and dispatch modes, and for tensor subclasses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkern.ops._core import backend
+
+LIBRARY = torch.library.Library("fedkern", "DEF")
+
+
+def register(
+    name: str,
+    schema: str,
+    implementation: Callable[..., Any],
+    *,
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+    vmap: Callable[..., Any] | None = None,
+    reference: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Defines ``torch.ops.fedkern.<name>`` and returns the function to call it with.
+
+    Args:
+        name: operator name.
+        schema: arguments and results of the operator, for example ``"(Tensor a, float t) -> Tensor"``.
+        implementation: computes the results of real tensors on the CPU and on CUDA.
+        fake: gives the results' shapes, dtypes and strides on fake tensors.
+        setup_context, backward: the gradient, as ``torch.library.register_autograd`` takes it.
+        vmap: the batching rule, as ``torch.library.register_vmap`` takes it.  ``vmap`` and ``backward`` must call
+            operators through the functions that :func:`register` returned for them, since further transforms may be
+            active around them.
+        reference: the same computation in PyTorch's own operations.  Forward-mode AD runs through it: a custom
+            operator would silently drop the tangents.
+
+    Returns:
+        A function that calls the operator.  Under torch.func transforms it calls an ``autograd.Function`` around the
+        operator, because torch.library's own gradients refuse transforms (torch 2.11 to 2.13).
+    """
+    LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, implementation, "CPU")
+    LIBRARY.impl(name, implementation, "CUDA")
+    qualified = f"fedkern::{name}"
+    torch.library.register_fake(qualified, fake, lib=LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
+    if vmap is not None:
+        torch.library.register_vmap(qualified, vmap, lib=LIBRARY)
+    operator = getattr(torch.ops.fedkern, name)
+    if backward is None or setup_context is None:
+        return operator
+    members: dict[str, Any] = {
+        "forward": staticmethod(lambda *arguments: operator(*arguments)),
+        "setup_context": staticmethod(setup_context),
+        "backward": staticmethod(backward),
+    }
+    if vmap is not None:
+        members["vmap"] = staticmethod(vmap)
+    function: Any = type(name, (torch.autograd.Function,), members)
+
+    def call(*arguments: Any) -> Any:
+        if reference is not None and backend.forward_mode(name):
+            return reference(*arguments)
+        transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+        return function.apply(*arguments) if transformed else operator(*arguments)
+
+    return call
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Lets autograd record a graph inside an operator's implementation.
+
+    The dispatcher excludes autograd before it calls an implementation, and ``torch.enable_grad`` alone does not bring
+    autograd back.  Without this context a backward operator that differentiates the reference would find no graph under
+    ``torch.compile``.
+    """
+    keys = torch._C.DispatchKey
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    for key in (keys.AutogradCPU, keys.AutogradCUDA, keys.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
+
+
+def differentiate_reference(
+    reference: Callable[..., Any],
+    inputs: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    grad: Tensor | Sequence[Tensor],
+) -> tuple[Tensor | None, ...]:
+    """Returns the reference's gradients with a graph of their own, for second derivatives.
+
+    Kernels compute first derivatives only.  When a backward pass is itself recorded (``create_graph=True``), the
+    gradient is taken through the plain PyTorch reference instead.
+
+    Args:
+        reference: function of ``inputs`` that returns one tensor or several.
+        inputs: the saved inputs with the graph they came with; None where an argument was not given.
+        needs: for every input, whether it wants a gradient.
+        grad: gradient of the result, or one for each result.
+    """
+    with recording():
+        result = reference(*inputs)
+        wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need and tensor is not None]
+        gradients = iter(torch.autograd.grad(result, wanted, grad, create_graph=True, allow_unused=True))
+    return tuple(next(gradients) if need and t is not None else None for t, need in zip(inputs, needs, strict=True))

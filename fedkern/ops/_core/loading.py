@@ -1,0 +1,149 @@
+"""Finds and imports the compiled CPU and CUDA cores, and the Triton kernels."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+# The oldest version of Triton that runs the kernels.
+TRITON = (3, 6)
+
+# The end of messages about an outdated core.
+REBUILD = "run pip install . again (pip install -e . for an editable install)"
+
+
+class Unavailable(Exception):
+    """A backend cannot be used here; the message says why, in a clause that fits after ``because``."""
+
+
+def load_core(name: str) -> ModuleType:
+    """Imports ``fedkern._cpu`` or ``fedkern._cuda``.
+
+    In a source tree that shadows an installed fedkern (``pip install .``, then ``python -m fedkern.run`` beside it) the
+    installed core is used, if it was built from the same ``csrc/``.
+
+    Raises:
+        Unavailable: the core was not built, does not load (with the loader's message), or is an installed one that was
+            built from other sources.
+    """
+    try:
+        return importlib.import_module(f"fedkern.{name}")
+    except ModuleNotFoundError:
+        core = _installed_core(name)
+        if core is None:
+            raise Unavailable(f"fedkern.{name} was not built") from None
+        return core
+    except ImportError as error:
+        raise Unavailable(f"fedkern.{name} does not load ({error})") from error
+
+
+def load_triton(module: str) -> ModuleType:
+    """Imports ``fedkern.ops.<module>``, which defines Triton kernels.
+
+    Raises:
+        Unavailable: Triton is missing, too old, or does not load.
+    """
+    try:
+        import triton
+    except ModuleNotFoundError:
+        raise Unavailable("triton is not installed (pip install 'fedkern[triton]')") from None
+    except ImportError as error:
+        raise Unavailable(f"triton does not load ({error})") from error
+    if not hasattr(triton, "jit"):  # a folder of that name
+        raise Unavailable("triton is not installed (pip install 'fedkern[triton]')")
+    found = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if found < TRITON:
+        wanted = ".".join(str(part) for part in TRITON)
+        raise Unavailable(f"triton {triton.__version__} is installed, and fedkern needs {wanted} or newer")
+    if found == (3, 6) and interpreted():
+        import numpy
+
+        try:
+            int(numpy.zeros(1))
+        except TypeError:
+            raise Unavailable(f"the interpreter of triton 3.6 does not run with numpy {numpy.__version__}") from None
+    if interpreted() and isinstance(triton.language.sum, triton.JITFunction):
+        raise Unavailable(
+            "triton was imported before TRITON_INTERPRET=1 was set (torch imports it too: set it before Python starts)"
+        )
+    try:
+        return importlib.import_module(f"fedkern.ops.{module}")
+    except ImportError as error:
+        raise Unavailable(f"fedkern.ops.{module} does not load ({error})") from error
+
+
+def interpreted() -> bool:
+    """True where Triton's kernels run in its interpreter, on CPU tensors (``TRITON_INTERPRET=1``)."""
+    loaded = sys.modules.get("fedkern.ops._core.triton")
+    if loaded is not None:
+        return bool(loaded.INTERPRETED)
+    return os.environ.get("TRITON_INTERPRET", "").lower() in {"1", "true", "yes", "on", "y"}
+
+
+def _installed_core(name: str) -> ModuleType | None:
+    import fedkern
+
+    here = Path(fedkern.__file__).resolve().parent
+    for entry in sys.path:
+        folder = (Path(entry) / "fedkern").resolve()
+        if folder == here or not any(folder.glob(f"{name}.*.so")):
+            continue
+        fedkern.__path__.append(str(folder))
+        try:
+            core = importlib.import_module(f"fedkern.{name}")
+        except ImportError as error:
+            raise Unavailable(f"fedkern.{name} of the installed fedkern does not load ({error})") from error
+        finally:
+            fedkern.__path__.remove(str(folder))
+        if core.source_hash() != source_hash(here.parent / "csrc", name):
+            raise Unavailable(f"this source tree was changed after fedkern.{name} was installed in {folder}: {REBUILD}")
+        return core
+    return None
+
+
+def stale_cores() -> list[str]:
+    """Names of the cores that were not built from the ``csrc/`` beside the package; empty outside of a checkout.
+
+    Reads all of ``csrc/``, and is therefore not called on import.
+    """
+    import fedkern
+
+    sources = Path(fedkern.__file__).resolve().parent.parent / "csrc"
+    if not (sources / "bindings" / "cpu.cpp").is_file():  # fedkern's csrc/, not another project's
+        return []
+    stale = []
+    for name in ("_cpu", "_cuda"):
+        try:
+            core = load_core(name)
+        except Unavailable:
+            continue
+        if core.source_hash() != source_hash(sources, name):
+            stale.append(f"fedkern.{name}")
+    return stale
+
+
+def source_hash(folder: Path, core: str, without: re.Pattern[str] | None = None) -> str:
+    """Returns the ``source_hash()`` of ``core`` (_cpu or _cuda) built from ``folder`` (csrc/); "" without that folder.
+
+    Files whose path in ``folder`` matches ``without`` do not count.
+    """
+    if not folder.is_dir():
+        return ""
+    names = sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.suffix in {".cpp", ".h", ".cu", ".cuh"}
+    )
+    # As in cmake/SourceHash.cmake: files that only the other core is built from do not count.
+    others = re.compile(r"^cuda/|^bindings/cuda|_cuda\.h$" if core == "_cpu" else r"^cpu/|^bindings/cpu")
+    lines = [
+        f"{name} {hashlib.sha256((folder / name).read_bytes()).hexdigest()}\n"
+        for name in names
+        if not others.search(name) and not (without and without.search(name))
+    ]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]

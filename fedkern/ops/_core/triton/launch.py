@@ -1,0 +1,56 @@
+"""Host helpers of the Triton kernels: launches on the right device, tile sizes, arguments that Triton lacks."""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import torch
+
+from fedkern.ops._core.triton import INTERPRETED
+
+T = TypeVar("T")
+
+
+def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **meta: Any) -> None:
+    """Runs ``programs`` programs of ``kernel`` on ``device``, on torch's current stream there.
+
+    As in csrc/, products and sums are not contracted, unless a kernel calls fma.
+    """
+    if not programs:
+        return
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):  # Triton launches on the current device, wherever the tensors are
+            kernel.run(*arguments, grid=(programs,), warmup=False, enable_fp_fusion=False, **meta)
+    else:
+        kernel.run(*arguments, grid=(programs,), warmup=False, enable_fp_fusion=False, **meta)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of ``device``."""
+    if INTERPRETED or device.type != "cuda":
+        return 1  # programs run one after another
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def double_bits(value: float) -> int:
+    """``value``'s bits as an int64: Triton would round a float argument to fp32."""
+    return struct.unpack("<q", struct.pack("<d", value))[0]
+
+
+def power_of_two(value: int) -> int:
+    """The smallest power of two that is not below ``value``."""
+    return 1 << max(value - 1, 0).bit_length()
+
+
+def filled(values: Iterable[T], filler: T) -> tuple[T, ...]:
+    """Kernel parameters, padded to a power of two, so that fewer kernels are compiled."""
+    given = tuple(values)
+    return given + (filler,) * (power_of_two(len(given)) - len(given))
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)

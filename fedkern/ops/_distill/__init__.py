@@ -1,0 +1,30 @@
+"""distill: losses on rows of class logits (class axis 1): divergences and entropies, of one teacher or of K.
+
+This module collects the family. References, public functions with their autograd, torch.library entries and kernels
+are in the other files.
+"""
+
+from __future__ import annotations
+
+from fedkern.ops._core.backend import serve
+from fedkern.ops._distill.consensus import consensus, js_div
+from fedkern.ops._distill.cuda import CudaDistill
+from fedkern.ops._distill.ensemble import ensemble_kl
+from fedkern.ops._distill.entropy import entropy
+from fedkern.ops._distill.kl import dual_kl, kl_div
+from fedkern.ops._distill.launch import CpuDistill
+from fedkern.ops._distill.reference import entropy_reference, kl_div_reference
+
+__all__ = [
+    "consensus",
+    "dual_kl",
+    "ensemble_kl",
+    "entropy",
+    "entropy_reference",
+    "js_div",
+    "kl_div",
+    "kl_div_reference",
+]
+
+for _name in ("kl_div", "dual_kl", "entropy", "ensemble_kl", "js_div", "consensus"):
+    serve(_name, cpu=CpuDistill, cuda=CudaDistill, triton="_distill.triton.distill:TritonDistill")

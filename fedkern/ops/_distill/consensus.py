@@ -1,0 +1,163 @@
+"""js_div, consensus: how far K distributions agree. The references are in ensemble_reference.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkern.ops._core.backend import DTYPES, eager, select
+from fedkern.ops._core.function import EagerFunction, handed_out
+from fedkern.ops._distill.common import NONE, REDUCTIONS, check_reduction
+from fedkern.ops._distill.ensemble_checks import check_stack, spread_row_weights
+from fedkern.ops._distill.ensemble_library import CONSENSUS, JS
+from fedkern.ops._distill.ensemble_reference import consensus_reference, js_reference
+from fedkern.ops._distill.kernels import DistillKernel, kernel_for, ordinary, readable
+from fedkern.ops._distill.library import reference_gradients
+
+# the public functions: checks and choice of path
+
+
+def js_div(logits: Tensor, weights: Tensor | None = None, *, reduction: str = "batchmean") -> Tensor:
+    """Generalised Jensen–Shannon divergence ``H(Σₖ Wₖ pₖ) − Σₖ Wₖ H(pₖ)``, ``pₖ = softmax(logitsₖ)`` (Lin, 1991), nats.
+
+    The result is at least 0 and at most log K.  It is computed as ``Σₖ Wₖ KL(pₖ ‖ Σ W p)`` from terms that are never
+    negative, so they do not cancel where the distributions nearly agree.
+
+    Args:
+        logits: ``[K, B, C]`` or ``[K, B, C, *positions]``; float32, float64, bfloat16 or float16, any strides. A class
+            of logit ``-inf`` has probability 0 and contributes nothing.
+        weights: ``[K]``, ``[K, B]`` or ``[K, B, *positions]``, at least 0, floating or bool; default: equal.
+            Normalised over K for every row to W; 1/K where all are 0. A distribution of weight 0 has no effect,
+            whatever it holds, and its weight gets no gradient.
+        reduction: ``"none"`` (one value per row), ``"sum"``, or ``"batchmean"`` (the sum divided by the number of rows,
+            B × positions; 0 for an empty batch).
+
+    Returns:
+        ``[B, *positions]`` for ``"none"``, else a scalar; the logits' dtype, computed in float32 (float64 for float64).
+        Gradients go to logits and weights.
+
+    Raises:
+        TypeError: an argument is not a tensor or has another dtype.
+        ValueError: a shape, a device or the reduction does not fit.
+    """
+    usual, weights, code = _check(logits, weights, reduction)
+    tensors = (logits,) if weights is None else (logits, weights)
+    if usual:
+        kernel = kernel_for("js_div", tensors)
+    elif eager(*tensors):
+        kernel = select("js_div", *tensors)
+    else:
+        return JS(logits, weights, code)
+    if kernel is None:
+        return js_reference(logits, weights, code)
+    if torch.is_grad_enabled() and (logits.requires_grad or (weights is not None and weights.requires_grad)):
+        return _JensenShannon.call((kernel, code), logits, weights)
+    return kernel.js_forward(logits, weights, code)
+
+
+def consensus(logits: Tensor, weights: Tensor | None = None, *, reduction: str = "batchmean") -> tuple[Tensor, Tensor]:
+    """Entropy of the mixture and mean of the entropies, ``(H(Σₖ Wₖ pₖ), Σₖ Wₖ H(pₖ))``, from one pass.
+
+    The difference of the two is :func:`js_div`. Where the distributions nearly agree, js_div keeps the digits that the
+    difference loses. Arguments and errors are those of js_div, and each result has the shape and dtype of js_div's.
+    The gradients of both results are computed in one pass.
+    """
+    usual, weights, code = _check(logits, weights, reduction)
+    tensors = (logits,) if weights is None else (logits, weights)
+    if usual:
+        kernel = kernel_for("consensus", tensors)
+    elif eager(*tensors):
+        kernel = select("consensus", *tensors)
+    else:
+        return CONSENSUS(logits, weights, code)
+    if kernel is None:
+        return consensus_reference(logits, weights, code)
+    if torch.is_grad_enabled() and (logits.requires_grad or (weights is not None and weights.requires_grad)):
+        return _Consensus.call((kernel, code), logits, weights)
+    return kernel.consensus_forward(logits, weights, code)
+
+
+def _check(logits: Tensor, weights: Tensor | None, reduction: str) -> tuple[bool, Tensor | None, int]:
+    usual = ordinary((logits,) if weights is None else (logits, weights)) and 3 <= logits.dim() <= 10
+    if not usual or 0 in (logits.shape[0], logits.shape[2]):
+        check_stack("logits", logits)
+    code = REDUCTIONS.get(reduction) if type(reduction) is str else None
+    if code is None:
+        code = check_reduction(reduction)
+    return usual, weights if weights is None else spread_row_weights(weights, logits, usual), code
+
+
+# forward and backward, each one call into the kernel
+
+
+class _JensenShannon(EagerFunction):
+    """js_div with its gradient for eager calls, computed in the forward pass where possible, as in kl_div."""
+
+    @staticmethod
+    def forward(ctx: Any, how: tuple[DistillKernel, int], logits: Tensor, weights: Tensor | None) -> Tensor:
+        ctx.how = kernel, reduction = how
+        if reduction == NONE or not kernel.fused or ctx.needs_input_grad[2]:
+            ctx.save_for_backward(logits, weights)
+            return kernel.js_forward(logits, weights, reduction)
+        gradient = kernel.empty_gradient(logits)
+        ctx.save_for_backward(logits, weights, gradient)
+        return kernel.js_forward(logits, weights, reduction, gradient)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        kernel, reduction = ctx.how
+        needs = ctx.needs_input_grad[1:]
+        if not readable(grad):
+            return (None, *reference_gradients(js_reference, (grad,), saved[:2], (reduction,), needs, graph=True))
+        if len(saved) > 2:
+            scaled = kernel.scaled(saved[2:], grad)
+            if scaled is not None:
+                return None, handed_out(scaled, saved[2:])[0], None
+        return (None, *kernel.js_backward(grad, saved[0], saved[1], reduction, needs))
+
+
+# Zero grad_outputs for a scalar result that is not used: zeros made by autograd take a microsecond each.
+_ZEROS = {dtype: torch.zeros((), dtype=dtype) for dtype in DTYPES}
+
+
+def _zero(given: Tensor, plain: bool) -> Tensor:
+    """Zeros for the absent grad_output beside ``given``; ``plain``: the zeros have to be :func:`readable`."""
+    return _ZEROS[given.dtype] if plain and given.dim() == 0 and given.is_cpu else torch.zeros_like(given)
+
+
+class _Consensus(EagerFunction):
+    """consensus with its gradient for eager calls, from the backward pass: both grad_outputs are known only there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, how: tuple[DistillKernel, int], logits: Tensor, weights: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.how = kernel, reduction = how
+        ctx.set_materialize_grads(False)
+        kept = None if ctx.needs_input_grad[2] else kernel.consensus_kept(logits)
+        ctx.save_for_backward(logits, weights, kept)
+        return kernel.consensus_forward(logits, weights, reduction, kept)
+
+    @staticmethod
+    def backward(ctx: Any, to_mixture: Tensor | None, to_mean: Tensor | None) -> tuple[Tensor | None, ...]:
+        if to_mixture is None:
+            if to_mean is None:
+                return None, None, None
+            plain = readable(to_mean)
+            to_mixture = _zero(to_mean, plain)
+        elif to_mean is None:
+            plain = readable(to_mixture)
+            to_mean = _zero(to_mixture, plain)
+        else:
+            plain = readable(to_mixture) and readable(to_mean)
+        kernel, reduction = ctx.how
+        needs = ctx.needs_input_grad[1:]
+        logits, weights, kept = ctx.saved_tensors
+        grads = (to_mixture, to_mean)
+        if not plain:
+            saved = (logits, weights)
+            return (None, *reference_gradients(consensus_reference, grads, saved, (reduction,), needs, graph=True))
+        return (None, *kernel.consensus_backward(*grads, logits, weights, reduction, needs, kept))

@@ -1,0 +1,183 @@
+"""ensemble_kl: a student against K teachers. The reference is in ensemble_reference.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkern.ops._core.backend import eager, outlived, select
+from fedkern.ops._core.function import EagerFunction, handed_out
+from fedkern.ops._distill.common import (
+    LOGITS,
+    MEAN,
+    NONE,
+    PROBS,
+    REDUCTIONS,
+    check_reduction,
+    check_temperature,
+)
+from fedkern.ops._distill.ensemble_checks import check_mask, check_stack, check_student, spread_weights
+from fedkern.ops._distill.ensemble_library import ENSEMBLE
+from fedkern.ops._distill.ensemble_reference import ensemble_reference
+from fedkern.ops._distill.kernels import DistillKernel, Ensemble, ensemble_settings, kernel_for, ordinary, readable
+from fedkern.ops._distill.library import reference_gradients
+
+# the public function: checks and choice of path
+
+
+def ensemble_kl(
+    student: Tensor,
+    teachers: Tensor,
+    weights: Tensor | None = None,
+    temperature: float = 1.0,
+    *,
+    mix: str = "probs",
+    mode: str = "kl_of_mean",
+    class_mask: Tensor | None = None,
+    log_probs: bool = False,
+    reduction: str = "batchmean",
+) -> Tensor:
+    """Distils K teachers into one student: ``T² · KL(P ‖ softmax(student / T))``, P the teachers' weighted mixture.
+
+    - ``mix="probs"``: ``P ∝ Σₖ Wₖ softmax(teacherₖ / T)``, renormalised over classes.
+    - ``mix="logits"``: ``P = softmax(Σₖ Wₖ teacherₖ / T)``. With equal weights this is FedDF (arXiv 2006.07242).
+    - ``mode="mean_of_kl"``: ``T² · Σₖ Wₖ KL(softmax(teacherₖ / T) ‖ softmax(student / T))``. The student's gradient is
+      that of ``mix="probs"``; the gradients of teachers and weights are different.
+
+    The mixture is never materialised.
+
+    Args:
+        student: logits ``[B, C]`` or ``[B, C, *positions]``; float32, float64, bfloat16 or float16, any strides.
+        teachers: logits ``[K, B, C]`` or ``[K, B, C, *positions]``; the dtype may differ from the student's.
+        weights: ``[K]``, ``[K, B]``, ``[K, C]``, ``[K, B, C]``, ``[K, B, 1]`` or ``[K, 1, C]`` (or with the teachers'
+            positions), at least 0, floating or bool; default: equal. Where B = C, ``[K, B]`` is refused, since it could
+            be ``[K, C]``. Normalised over the teachers for every sample and class to W; 1/K where weights and mask
+            leave no teacher. A teacher of weight 0 has no effect, whatever it holds, and its weight gets no gradient.
+        temperature: T > 0. ``math.inf`` is the exact limit: half the variance of mixed − student logits, over the
+            classes that are finite in the student and in every teacher of positive weight there.
+        mix: ``"probs"`` or ``"logits"``.
+        mode: ``"kl_of_mean"`` or ``"mean_of_kl"``. ``"mean_of_kl"`` requires ``mix="probs"``, weights per teacher
+            (``[K]``, ``[K, B]``, ``[K, B, 1]``) and no ``class_mask``.
+        class_mask: bool ``[K, C]``, the classes that each teacher knows; all others have weight 0.
+        log_probs: teachers hold log-probabilities. At T = 1 their exponentials are used as the probabilities, without
+            another softmax.
+        reduction: ``"none"`` (one value per row), ``"sum"``, or ``"batchmean"`` (the sum divided by the number of rows,
+            B × positions).
+
+    Returns:
+        ``[B, *positions]`` for ``"none"``, else a scalar, in the promoted dtype of student and teachers: a bfloat16
+        student against float32 teachers gives a float32 loss and a bfloat16 gradient. Everything is computed in float32
+        (float64 where one of the two is float64) and rounded once. Autocast has no effect.
+
+    Gradients go to those of student, teachers and weights that require one, each in its own dtype. A class whose
+    teacher logit is ``-inf`` contributes nothing and gets no gradient. A class that is ``-inf`` only in the student
+    makes the loss ``+inf``.
+
+    Raises:
+        TypeError: an argument has another type or dtype.
+        ValueError: a shape, a device, the temperature, mix, mode or reduction is wrong.
+    """
+    tensors = (student, teachers) if weights is None else (student, teachers, weights)
+    usual = ordinary(tensors) and 3 <= teachers.dim() <= 10
+    if isinstance(class_mask, Tensor) and outlived(class_mask):
+        usual = False
+    if not usual or teachers.shape[1:] != student.shape or 0 in (teachers.shape[0], teachers.shape[2]):
+        check_stack("teachers", teachers)
+        check_student(student, teachers)
+    if type(temperature) is not float or not temperature > 0:
+        temperature = check_temperature(temperature)
+    code = REDUCTIONS.get(reduction) if type(reduction) is str else None
+    if code is None:
+        code = check_reduction(reduction)
+    how = _mixture(mix, mode)
+    short = False
+    if weights is not None:
+        short = usual and weights.dim() == 1 and weights.shape[0] == teachers.shape[0] and not weights.requires_grad
+        if not short:
+            weights = spread_weights(weights, teachers)
+            tensors = (student, teachers, weights)
+    if class_mask is not None:
+        check_mask(class_mask, teachers)
+    if how == MEAN and (class_mask is not None or (weights is not None and not short and weights.shape[2] != 1)):
+        raise ValueError('mode="mean_of_kl" takes weights per teacher, [K] or [K, B], and no class_mask')
+    log_probs = bool(log_probs)
+
+    if usual:
+        kernel = kernel_for("ensemble_kl", tensors)
+    elif eager(*tensors, *(() if class_mask is None else (class_mask,))):
+        kernel = select("ensemble_kl", *tensors)
+    else:
+        return ENSEMBLE(student, teachers, weights, class_mask, temperature, how, log_probs, code)
+    if short and (kernel is None or not kernel.short_weights):
+        weights = spread_weights(weights, teachers)
+    if kernel is None:
+        return ensemble_reference(student, teachers, weights, class_mask, temperature, how, log_probs, code)
+    settings = ensemble_settings(temperature, how, log_probs, code)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor.requires_grad:
+                return _Ensemble.call((kernel, settings), student, teachers, weights, class_mask)
+    return kernel.ensemble_forward(student, teachers, weights, class_mask, settings)
+
+
+def _mixture(mix: Any, mode: Any) -> int:
+    if mode == "kl_of_mean":
+        if mix == "probs":
+            return PROBS
+        if mix == "logits":
+            return LOGITS
+    if mix not in ("probs", "logits"):
+        raise ValueError(f'mix must be "probs" or "logits", but is {mix!r}')
+    if mode != "mean_of_kl":
+        raise ValueError(f'mode must be "kl_of_mean" or "mean_of_kl", but is {mode!r}')
+    if mix != "probs":
+        raise ValueError('mode="mean_of_kl" mixes no logits: mix must be "probs"')
+    return MEAN
+
+
+# forward and backward, each one call into the kernel
+
+
+class _Ensemble(EagerFunction):
+    """ensemble_kl with its gradients for eager calls, computed in the forward pass where possible, as in kl_div.
+
+    If weights require a gradient, all gradients are computed in the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        how: tuple[DistillKernel, Ensemble],
+        student: Tensor,
+        teachers: Tensor,
+        weights: Tensor | None,
+        class_mask: Tensor | None,
+    ) -> Tensor:
+        ctx.how = kernel, settings = how
+        _, to_student, to_teachers, to_weights, _ = ctx.needs_input_grad
+        if settings.reduction == NONE or not kernel.fused or to_weights:
+            ctx.save_for_backward(student, teachers, weights, class_mask)
+            return kernel.ensemble_forward(student, teachers, weights, class_mask, settings)
+        to_student = kernel.empty_gradient(student) if to_student else None
+        to_teachers = kernel.empty_gradient(teachers) if to_teachers else None
+        ctx.save_for_backward(student, teachers, weights, class_mask, to_student, to_teachers)
+        return kernel.ensemble_forward(student, teachers, weights, class_mask, settings, to_student, to_teachers)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        tensors, taken = saved[:4], saved[4:]
+        kernel, settings = ctx.how
+        needs = ctx.needs_input_grad[1:4]
+        if not readable(grad):
+            if tensors[2] is not None and tensors[2].dim() == 1:
+                tensors = (*tensors[:2], spread_weights(tensors[2], tensors[1]), tensors[3])
+            how = (settings.temperature, settings.mix, settings.log_probs, settings.reduction)
+            return (None, *reference_gradients(ensemble_reference, (grad,), tensors, how, needs, graph=True), None)
+        if taken:
+            scaled = kernel.scaled(taken, grad)
+            if scaled is not None:
+                return (None, *handed_out(scaled, taken), None, None)
+        return (None, *kernel.ensemble_backward(grad, *tensors, settings, needs), None)

@@ -1,0 +1,117 @@
+"""Arguments of ensemble_kl, js_div and consensus: stacks of K teachers' logits and their weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkern.ops._core.backend import DTYPES
+from fedkern.ops._core.checks import check_dense
+from fedkern.ops._distill.common import MAX_DIMS
+
+
+def check_stack(name: str, stack: Any) -> None:
+    """Raises TypeError or ValueError unless ``stack`` is ``[K, B, C, *positions]`` with K and C at least 1."""
+    if not isinstance(stack, Tensor):
+        raise TypeError(f"{name} must be a tensor of logits, but got {type(stack).__name__}")
+    check_dense(stack, name)
+    if stack.dtype not in DTYPES:
+        raise TypeError(f"{name} must have dtype float32, float64, bfloat16 or float16, but has {stack.dtype}")
+    if not 3 <= stack.dim() <= MAX_DIMS + 1 or stack.shape[0] == 0 or stack.shape[2] == 0:
+        raise ValueError(
+            f"{name} must have shape [K, B, C] or [K, B, C, *positions] with at least one teacher and class, but has "
+            f"{list(stack.shape)}"
+        )
+
+
+def check_student(student: Any, teachers: Tensor) -> None:
+    """Raises TypeError or ValueError unless ``student`` has the shape and device of one of ``teachers``."""
+    if not isinstance(student, Tensor):
+        raise TypeError(f"student must be a tensor of logits, but got {type(student).__name__}")
+    check_dense(student, "student")
+    if student.dtype not in DTYPES:
+        raise TypeError(f"student must have dtype float32, float64, bfloat16 or float16, but has {student.dtype}")
+    if student.shape != teachers.shape[1:]:
+        raise ValueError(
+            f"student must have the shape {list(teachers.shape[1:])} of one of the teachers, but has "
+            f"{list(student.shape)}"
+        )
+    if student.device != teachers.device:
+        raise ValueError(f"student must be on {teachers.device} like teachers, but is on {student.device}")
+
+
+def _check_kind(weights: Any, stack: Tensor) -> Tensor:
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weights must be a tensor, but got {type(weights).__name__}")
+    check_dense(weights, "weights")
+    if weights.dtype is torch.bool or (
+        weights.dtype in (torch.bfloat16, torch.float16) and (weights.dim() < stack.dim() or 1 in weights.shape)
+    ):
+        # A weight shared by several rows gets the sum of their gradients: the summands must not be rounded to 16 bits.
+        weights = weights.to(torch.float32)
+    if weights.dtype not in DTYPES:
+        raise TypeError(f"weights must have dtype bool, float32, float64, bfloat16 or float16, but has {weights.dtype}")
+    if weights.device != stack.device:
+        raise ValueError(f"weights must be on {stack.device} like the teachers, but is on {weights.device}")
+    return weights
+
+
+def spread_weights(weights: Any, teachers: Tensor) -> Tensor:
+    """Returns ``weights`` as ``[K, B, 1, *positions]``, or ``[K, B, C, *positions]`` where they differ by class."""
+    weights = _check_kind(weights, teachers)
+    count, batch, classes, *positions = teachers.shape
+    shape, dims = weights.shape, weights.dim()
+    full: tuple[int, ...] | None = None
+    if dims == 1 and shape[0] == count:
+        full = (count, 1, 1)
+    elif dims == 2 and shape[0] == count and shape[1] in (batch, classes):
+        if batch == classes:
+            raise ValueError(
+                f"weights of shape {list(shape)} could be [K, B] or [K, C], which are the same here: give [K, B, 1] or "
+                "[K, 1, C]"
+            )
+        full = (count, batch, 1) if shape[1] == batch else (count, 1, classes)
+    elif (
+        dims in (3, teachers.dim())
+        and shape[0] == count
+        and all(size in (1, wanted) for size, wanted in zip(shape[1:], teachers.shape[1:], strict=False))
+    ):
+        full = tuple(shape)
+    if full is None:
+        raise ValueError(
+            "weights must have shape [K], [K, B], [K, C], [K, B, C], [K, B, 1], [K, 1, C] or one that broadcasts to "
+            f"the teachers' {list(teachers.shape)}, but has {list(shape)}"
+        )
+    full = (*full, *[1] * (teachers.dim() - len(full)))
+    return weights.reshape(full).expand(count, batch, full[2], *positions)
+
+
+def spread_row_weights(weights: Any, logits: Tensor, ordinary: bool = False) -> Tensor:
+    """Returns ``weights`` ``[K]``, ``[K, B]`` or ``[K, B, *positions]`` expanded to ``[K, B, *positions]``."""
+    weights = _check_kind(weights, logits)
+    rows = logits.shape[:2] + logits.shape[3:]
+    dims = weights.dim()
+    if dims not in (1, 2, len(rows)) or weights.shape != rows[:dims]:
+        more = f" or {list(rows)}" if len(rows) > 2 else ""
+        raise ValueError(
+            f"weights must have shape {list(rows[:1])}, {list(rows[:2])}{more}, but has {list(weights.shape)}"
+        )
+    if dims == 1 and ordinary and not weights.requires_grad:  # in one step: at 64 rows the time of two shows
+        return weights.as_strided(rows, (weights.stride(0), *[0] * (len(rows) - 1)))
+    return weights.reshape(*weights.shape, *[1] * (len(rows) - dims)).expand(rows)
+
+
+def check_mask(mask: Any, teachers: Tensor) -> None:
+    """Raises TypeError or ValueError unless ``mask`` is bool ``[K, C]``, on the device of ``teachers``."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"class_mask must be a bool tensor, but got {type(mask).__name__}")
+    check_dense(mask, "class_mask")
+    if mask.dtype is not torch.bool:
+        raise TypeError(f"class_mask must have dtype bool, but has {mask.dtype}")
+    expected = [teachers.shape[0], teachers.shape[2]]
+    if list(mask.shape) != expected:
+        raise ValueError(f"class_mask must have shape [K, C], here {expected}, but has {list(mask.shape)}")
+    if mask.device != teachers.device:
+        raise ValueError(f"class_mask must be on {teachers.device} like the teachers, but is on {mask.device}")

@@ -1,0 +1,156 @@
+"""ensemble_kl, js_div and consensus in ``torch.library``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkern.ops._core.backend import select
+from fedkern.ops._distill.ensemble_reference import consensus_reference, ensemble_reference, js_reference
+from fedkern.ops._distill.kernels import ensemble_settings
+from fedkern.ops._distill.library import (
+    Loss,
+    Optionals,
+    define,
+    fold_rows,
+    fold_stack,
+    reference_gradients,
+    unfold_rows,
+    unfold_stack,
+)
+from fedkern.ops._distill.reference import result_dtype
+
+
+def _given(*tensors: Any) -> list[Tensor]:
+    return [t for t in tensors if t is not None]
+
+
+# --- ensemble_kl(student, teachers, weights, class_mask, temperature, mix, log_probs, reduction)
+
+
+def _run_ensemble(tensors: Optionals, settings: Sequence[Any]) -> Any:
+    kernel = select("ensemble_kl", *_given(*tensors[:3]))
+    if kernel is None:
+        return ensemble_reference(*tensors, *settings)
+    return kernel.ensemble_forward(*tensors, ensemble_settings(*settings))
+
+
+def _run_ensemble_backward(
+    grads: Sequence[Tensor], tensors: Optionals, settings: Sequence[Any], needs: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    kernel = select("ensemble_kl", *_given(*tensors[:3]))
+    if kernel is None:
+        return reference_gradients(ensemble_reference, grads, tensors, settings, needs)
+    return kernel.ensemble_backward(grads[0], *tensors, ensemble_settings(*settings), needs)
+
+
+def _ensemble_dtype(tensors: Optionals) -> torch.dtype:
+    return result_dtype(tensors[0], None, tensors[1])
+
+
+def _fold_ensemble(tensors: Optionals, axes: Sequence[int | None], count: int) -> Optionals:
+    student, teachers, weights, mask = tensors
+    if mask is not None and axes[3] is not None:
+        # Masks of several mapped calls do not fold into one [K, C]. So they set weights to 0, which is all a mask does.
+        each = mask.movedim(axes[3], 0).transpose(0, 1)  # [K, V, C]
+        rows: Any = fold_rows(student, axes[0], count)
+        stack = (teachers.shape[0 if axes[1] is None or axes[1] > 0 else 1], count, rows.shape[0] // count)
+        shape = (*stack, *student.shape[1 if axes[0] is None else 2 :])
+        each = each.reshape(each.shape[0], count, 1, each.shape[2], *[1] * (len(shape) - 4)).expand(shape)
+        folded = fold_stack(weights, axes[2], count)
+        base = torch.ones((), dtype=torch.float32, device=mask.device) if folded is None else folded
+        weights, mask = torch.where(each.flatten(1, 2), base, 0), None
+    else:
+        weights = fold_stack(weights, axes[2], count)
+    return fold_rows(student, axes[0], count), fold_stack(teachers, axes[1], count), weights, mask
+
+
+def _unfold_ensemble(which: int, gradient: Tensor, count: int) -> Tensor:
+    return unfold_rows(gradient, count) if which == 0 else unfold_stack(gradient, count)
+
+
+ENSEMBLE = define(
+    Loss(
+        name="ensemble",
+        tensors=("student", "teachers", "weights?", "class_mask?"),
+        differentiable=3,
+        settings=("float temperature", "int mix", "bool log_probs", "int reduction"),
+        results=1,
+        rows_of=0,
+        stacked=False,
+        run=_run_ensemble,
+        run_backward=_run_ensemble_backward,
+        reference=ensemble_reference,
+        dtype=_ensemble_dtype,
+        fold=_fold_ensemble,
+        unfold=_unfold_ensemble,
+    )
+)
+
+
+# --- js_div(logits, weights, reduction), consensus(logits, weights, reduction)
+
+
+def _run_js(tensors: Optionals, settings: Sequence[Any]) -> Any:
+    kernel = select("js_div", *_given(*tensors))
+    return (js_reference if kernel is None else kernel.js_forward)(*tensors, *settings)
+
+
+def _run_js_backward(
+    grads: Sequence[Tensor], tensors: Optionals, settings: Sequence[Any], needs: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    kernel = select("js_div", *_given(*tensors))
+    if kernel is None:
+        return reference_gradients(js_reference, grads, tensors, settings, needs)
+    return kernel.js_backward(*grads, *tensors, *settings, needs)
+
+
+def _run_consensus(tensors: Optionals, settings: Sequence[Any]) -> Any:
+    kernel = select("consensus", *_given(*tensors))
+    return (consensus_reference if kernel is None else kernel.consensus_forward)(*tensors, *settings)
+
+
+def _run_consensus_backward(
+    grads: Sequence[Tensor], tensors: Optionals, settings: Sequence[Any], needs: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    kernel = select("consensus", *_given(*tensors))
+    if kernel is None:
+        return reference_gradients(consensus_reference, grads, tensors, settings, needs)
+    return kernel.consensus_backward(*grads, *tensors, *settings, needs)
+
+
+def _logits_dtype(tensors: Optionals) -> torch.dtype:
+    return tensors[0].dtype
+
+
+def _fold_both(tensors: Optionals, axes: Sequence[int | None], count: int) -> Optionals:
+    return tuple(fold_stack(x, axis, count) for x, axis in zip(tensors, axes, strict=True))
+
+
+def _unfold_both(which: int, gradient: Tensor, count: int) -> Tensor:
+    return unfold_stack(gradient, count)
+
+
+def _over_logits(name: str, results: int, run: Any, run_backward: Any, reference: Any) -> Loss:
+    return Loss(
+        name=name,
+        tensors=("logits", "weights?"),
+        differentiable=2,
+        settings=("int reduction",),
+        results=results,
+        rows_of=0,
+        stacked=True,
+        run=run,
+        run_backward=run_backward,
+        reference=reference,
+        dtype=_logits_dtype,
+        fold=_fold_both,
+        unfold=_unfold_both,
+    )
+
+
+JS = define(_over_logits("jensen_shannon", 1, _run_js, _run_js_backward, js_reference))
+CONSENSUS = define(_over_logits("consensus", 2, _run_consensus, _run_consensus_backward, consensus_reference))

@@ -1,0 +1,127 @@
+"""References of ensemble_kl, js_div and consensus in plain PyTorch: specification, oracle of the tests, fallback."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fedkern.ops._distill.common import LOGITS, MEAN, PROBS
+from fedkern.ops._distill.reference import compute_dtype, divergence_terms, half_variance, reduce_rows, result_dtype
+
+# Shapes below: teachers ``[K, B, C, *positions]``, weights ``[K, B, 1 or C, *positions]``, mask ``[K, C]``.
+
+
+def normalised_weights(weights: Tensor | None, class_mask: Tensor | None, teachers: Tensor) -> Tensor:
+    """Each teacher's share, per sample and class; 1/K where weights and mask leave no teacher."""
+    count, compute = teachers.shape[0], compute_dtype(teachers.dtype)
+    if weights is None:
+        weights = torch.ones(count, *[1] * (teachers.dim() - 1), dtype=compute, device=teachers.device)
+    # A weight of 0 gets no gradient, since its teacher is ignored.
+    weights = torch.where(weights == 0, 0, weights.to(compute))
+    if class_mask is not None:
+        mask = class_mask.reshape(count, 1, -1, *[1] * (teachers.dim() - 3))
+        weights = torch.where(mask, weights, 0)
+    total = weights.sum(0, keepdim=True)
+    none = total == 0
+    return torch.where(none, 1 / count, weights / torch.where(none, 1, total))
+
+
+def _skipped(teachers: Tensor, share: Tensor) -> Tensor:
+    """``teachers`` with zeros in rows whose shares are all 0, so that no value there reaches a gradient."""
+    return torch.where((share == 0).all(2, keepdim=True), 0, teachers)
+
+
+def _weighted_sum(share: Tensor, rows: Tensor) -> Tensor:
+    """Σ share · rows over the teachers, for rows ``[K, B, *positions]``; a row of share 0 may be infinite."""
+    share = share.squeeze(2)
+    return (share * torch.where(share == 0, 0, rows)).sum(0)
+
+
+def log_mixture(log_p: Tensor, share: Tensor) -> Tensor:
+    """log Σ share · p over the teachers: ``-inf`` only where every p of positive share is exactly 0."""
+    counts = share > 0
+    peak = torch.where(counts, log_p, -math.inf).amax(0).detach()
+    peak = torch.where(peak == -math.inf, 0, peak)
+    mixture = (share * torch.where(counts, log_p - peak, -math.inf).exp()).sum(0)
+    empty = mixture == 0
+    return torch.where(empty, -math.inf, torch.where(empty, 1, mixture).log() + peak)
+
+
+def mixed_logits(logits: Tensor, share: Tensor) -> Tensor:
+    """Σ share · logits over the teachers; ``-inf`` where a teacher of positive share has ``-inf``."""
+    counts = share > 0
+    masked = (counts & (logits == -math.inf)).any(0)
+    finite = torch.where((logits == -math.inf) | ~counts, 0, logits)
+    return torch.where(masked, -math.inf, (share * finite).sum(0))
+
+
+def ensemble_reference(
+    student: Tensor,
+    teachers: Tensor,
+    weights: Tensor | None,
+    class_mask: Tensor | None,
+    temperature: float,
+    mix: int,
+    log_probs: bool,
+    reduction: int,
+) -> Tensor:
+    """The specification of :func:`fedkern.ops.ensemble_kl`."""
+    dtype = result_dtype(student, None, teachers)
+    compute = compute_dtype(dtype)
+    student, teachers = student.to(compute), teachers.to(compute)
+    share = normalised_weights(weights, class_mask, teachers)
+    teachers = _skipped(teachers, share)
+    rows = (_limit if math.isinf(temperature) else _finite)(student, teachers, share, temperature, mix, log_probs)
+    return reduce_rows(rows, None, reduction).to(dtype)
+
+
+def _finite(student: Tensor, teachers: Tensor, share: Tensor, temperature: float, mix: int, log_probs: bool) -> Tensor:
+    square = temperature**2
+    log_q = (student / temperature).log_softmax(1)
+    if mix == LOGITS:
+        return square * divergence_terms((mixed_logits(teachers, share) / temperature).log_softmax(1), log_q).sum(1)
+    log_p = teachers if log_probs and temperature == 1 else (teachers / temperature).log_softmax(2)
+    if mix == PROBS:
+        return square * divergence_terms(log_mixture(log_p, share).log_softmax(1), log_q).sum(1)
+    return square * _weighted_sum(share, divergence_terms(log_p, log_q.unsqueeze(0)).sum(2))
+
+
+def _limit(student: Tensor, teachers: Tensor, share: Tensor, temperature: float, mix: int, log_probs: bool) -> Tensor:
+    if mix == MEAN:
+        return _weighted_sum(share, torch.stack([half_variance(teacher, student) for teacher in teachers]))
+    if mix == PROBS:
+        # To first order in 1/T a softmax is (1 + (x - mean x) / T) / C.
+        masked = teachers == -math.inf
+        finite = torch.where(masked, 0, teachers)
+        teachers = torch.where(masked, -math.inf, finite - finite.sum(2, keepdim=True) / (~masked).sum(2, keepdim=True))
+    return half_variance(mixed_logits(teachers, share), student)
+
+
+def js_reference(logits: Tensor, weights: Tensor | None, reduction: int) -> Tensor:
+    """The specification of :func:`fedkern.ops.js_div`: Σ w KL(p ‖ mixture), whose terms are never negative."""
+    log_p, mixture, share = _against_mixture(logits, weights)
+    rows = _weighted_sum(share, divergence_terms(log_p, mixture.unsqueeze(0)).sum(2))
+    # Rounding must not exceed log K; the clamp leaves the gradient unchanged.
+    rows = rows + (rows.clamp_max(math.log(logits.shape[0])) - rows).detach()
+    return reduce_rows(rows, None, reduction).to(logits.dtype)
+
+
+def consensus_reference(logits: Tensor, weights: Tensor | None, reduction: int) -> tuple[Tensor, Tensor]:
+    """The specification of :func:`fedkern.ops.consensus`."""
+    log_p, mixture, share = _against_mixture(logits, weights)
+    mean = _weighted_sum(share, _entropy(log_p, 2))
+    first, second = (reduce_rows(rows, None, reduction).to(logits.dtype) for rows in (_entropy(mixture, 1), mean))
+    return first, second
+
+
+def _against_mixture(logits: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    x = logits.to(compute_dtype(logits.dtype))
+    share = normalised_weights(None if weights is None else weights.unsqueeze(2), None, x)
+    log_p = _skipped(x, share).log_softmax(2)
+    return log_p, log_mixture(log_p, share), share
+
+
+def _entropy(log_p: Tensor, axis: int) -> Tensor:
+    return -(log_p.exp() * torch.where(log_p == -math.inf, 0, log_p)).sum(axis)

@@ -1,0 +1,234 @@
+"""kl_div, dual_kl: Kullback-Leibler divergence between the softmaxes of one or two students and a teacher.
+
+The reference is in reference.py, the torch.library entry in kl_library.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkern.ops._core import library
+from fedkern.ops._core.backend import eager, select
+from fedkern.ops._core.function import EagerFunction, handed_out
+from fedkern.ops._distill.common import (
+    NONE,
+    REDUCTIONS,
+    check_logits,
+    check_reduction,
+    check_temperature,
+    check_weight,
+    mean_scale,
+    row_shape,
+)
+from fedkern.ops._distill.kernels import DistillKernel, Divergence, divergence_settings, kernel_for, plain, readable
+from fedkern.ops._distill.kl_library import DIVERGENCE
+from fedkern.ops._distill.reference import compute_dtype, divergence_reference, result_dtype
+
+# the public functions: checks and choice of path
+
+
+def kl_div(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float = 1.0,
+    *,
+    weight: Tensor | None = None,
+    reduction: str = "batchmean",
+) -> Tensor:
+    """Distillation loss ``T² · KL(softmax(teacher / T) ‖ softmax(student / T))`` (Hinton et al., arXiv 1503.02531).
+
+    Args:
+        student: logits ``[B, C]`` or ``[B, C, *positions]``; float32, float64, bfloat16 or float16, any strides.
+        teacher: logits of the same shape; its dtype may differ.
+        temperature: T > 0, in the units of the logits. ``math.inf`` is the exact limit: half the variance over classes
+            of ``teacher - student``.
+        weight: ``[B]`` or ``[B, *positions]``, floating or bool; multiplies each row's loss. A row of weight 0
+            contributes exactly zero to the loss and to every gradient, whatever it holds.
+        reduction: ``"none"`` (one value per row), ``"sum"``, or ``"batchmean"`` (the sum divided by the number of rows,
+            B × positions; 0 for an empty batch).
+
+    Returns:
+        ``[B, *positions]`` for ``"none"``, else a scalar, in the promoted dtype of student and teacher. Everything is
+        computed in float32 (float64 where an input is float64) and rounded once. Autocast has no effect.
+
+    Gradients go to those of student, teacher and weight that require one, each in its own dtype. A class whose teacher
+    logit is ``-inf`` contributes nothing to the teacher's side and gets no gradient there. A class that is ``-inf``
+    only in the student makes the loss ``+inf``. With ``temperature=math.inf`` classes that are ``-inf`` in either are
+    left out.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, a device, the temperature or the reduction is wrong.
+    """
+    return _dispatch(student, None, teacher, weight, temperature, False, reduction, ("student", "teacher"))
+
+
+def dual_kl(
+    a: Tensor,
+    b: Tensor,
+    teacher: Tensor,
+    temperature: float = 1.0,
+    *,
+    direction: str = "teacher",
+    weight: Tensor | None = None,
+    reduction: str = "batchmean",
+) -> Tensor:
+    """Two divergences from one reading of the teacher (the distillation loss of FedGID, arXiv 2504.00850).
+
+    - ``direction="teacher"``: ``T² (KL(teacher ‖ a) + KL(teacher ‖ b))``
+    - ``direction="student"``: ``T² (KL(a ‖ teacher) + KL(b ‖ teacher))``
+
+    Each name stands for its softmax at temperature T. Temperature, reduction, results, gradients and errors are those
+    of :func:`kl_div`.
+
+    Args:
+        a, b, teacher: logits of one shape, as in :func:`kl_div`; a and b are two students.
+        direction: whose probabilities weight the logarithms.
+        weight: as in :func:`kl_div`; multiplies both divergences of a row.
+    """
+    if direction not in ("teacher", "student"):
+        raise ValueError(f'direction must be "teacher" or "student", but is {direction!r}')
+    return _dispatch(a, b, teacher, weight, temperature, direction == "student", reduction, ("a", "b", "teacher"))
+
+
+def _dispatch(
+    student: Tensor,
+    other: Tensor | None,
+    teacher: Tensor,
+    weight: Tensor | None,
+    temperature: float,
+    reverse: bool,
+    reduction: str,
+    names: tuple[str, ...],
+) -> Tensor:
+    # By the number of names: None as the second student of dual_kl is a mistake, which check_logits reports.
+    tensors: tuple[Any, ...] = (student, teacher) if len(names) == 2 else (student, other, teacher)
+    ordinary = plain(tensors)
+    if not ordinary:
+        check_logits(names, tensors)
+    if type(temperature) is not float or not temperature > 0:
+        temperature = check_temperature(temperature)
+    code = REDUCTIONS.get(reduction) if type(reduction) is str else None
+    if code is None:
+        code = check_reduction(reduction)
+    if weight is not None:
+        weight = check_weight(weight, student, torch.float32)
+        tensors = (*tensors, weight)
+        ordinary = ordinary and eager(weight) and not weight.is_neg()
+
+    operator = "kl_div" if other is None else "dual_kl"
+    if ordinary:
+        kernel = kernel_for(operator, tensors)
+    elif eager(*tensors):
+        kernel = select(operator, *tensors)
+    else:
+        return DIVERGENCE(student, other, teacher, weight, temperature, reverse, code)
+    if kernel is None:
+        return divergence_reference(student, other, teacher, weight, temperature, reverse, code)
+    settings = divergence_settings(temperature, reverse, code)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor.requires_grad:
+                return _Divergence.call((kernel, settings, other is not None), *tensors)
+    return kernel.divergence_forward(student, other, teacher, weight, settings)
+
+
+# forward and backward, each one call into the kernel
+
+
+class _Divergence(EagerFunction):
+    """kl_div and dual_kl with their gradients for eager calls.
+
+    Where the kernel is ``fused``, the forward pass also computes the gradients for a grad_output of 1, while the row is
+    cached. With reduction "none", whose grad_output is rarely 1, the backward pass computes them.
+
+    The tensors and their gradients are (student, [other], teacher, [weight]).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, how: tuple[DistillKernel, Divergence, bool], *tensors: Tensor) -> Tensor:
+        ctx.how = how
+        kernel, settings, dual = how
+        recompute = settings.reduction == NONE or not kernel.fused
+        needs = ctx.needs_input_grad[1:]
+        if not recompute and len(tensors) == (3 if dual else 2):
+            # The general case below without its lists and loops, whose time shows at 64 rows.
+            student, teacher = tensors[0], tensors[-1]
+            to_student = kernel.empty_gradient(student) if needs[0] else None
+            to_teacher = kernel.empty_gradient(teacher) if needs[-1] else None
+            other = to_other = None
+            if dual:
+                other = tensors[1]
+                to_other = kernel.empty_gradient(other) if needs[1] else None
+                ctx.save_for_backward(student, other, teacher, to_student, to_other, to_teacher)
+            else:
+                ctx.save_for_backward(student, teacher, to_student, to_teacher)
+            return kernel.divergence_forward(student, other, teacher, None, settings, to_student, to_other, to_teacher)
+        student, other, teacher, weight = _spread(tensors, dual)
+        if recompute:
+            ctx.save_for_backward(*tensors)
+            return kernel.divergence_forward(student, other, teacher, weight, settings)
+        logits = 3 if dual else 2
+        gradients = [
+            kernel.empty_gradient(x) if need else None for x, need in zip(tensors[:logits], needs, strict=False)
+        ]
+        raw = None
+        if weight is not None:
+            if needs[logits]:
+                dtype = compute_dtype(result_dtype(student, other, teacher))
+                raw = torch.empty(row_shape(student), dtype=dtype, device=student.device)
+            gradients.append(raw)
+        to_other = gradients[1] if dual else None
+        ctx.save_for_backward(*tensors, *gradients)
+        return kernel.divergence_forward(
+            student, other, teacher, weight, settings, gradients[0], to_other, gradients[logits - 1], raw
+        )
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        count = len(ctx.needs_input_grad) - 1
+        if not readable(grad):
+            return (None, *_backward_through_graph(ctx, saved[:count], grad))
+        if len(saved) == count:
+            return (None, *_backward_from_logits(ctx, saved, grad))
+        kernel, settings, dual = ctx.how
+        gradients = kernel.scaled(saved[count:], grad)
+        if gradients is None:
+            return (None, *_backward_from_logits(ctx, saved[:count], grad))
+        logits = 3 if dual else 2
+        if count > logits and gradients[logits] is not None:
+            scaled = gradients[logits] * mean_scale(saved[0], settings.reduction)
+            gradients = (*gradients[:logits], scaled.to(saved[logits].dtype))
+        return (None, *handed_out(gradients, saved[count:]))
+
+
+def _spread(tensors: Sequence[Tensor], dual: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """(student, [other], teacher, [weight]) as four, with None for a missing one."""
+    logits = 3 if dual else 2
+    weight = tensors[logits] if len(tensors) > logits else None
+    return tensors[0], tensors[1] if dual else None, tensors[logits - 1], weight
+
+
+def _backward_through_graph(ctx: Any, tensors: Sequence[Tensor], grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of the reference with a graph of their own, to be differentiated again or mapped over."""
+    _, settings, dual = ctx.how
+
+    def reference(*inputs: Tensor) -> Tensor:
+        spread = _spread(inputs, dual)
+        return divergence_reference(*spread, settings.temperature, settings.reverse, settings.reduction)
+
+    return library.differentiate_reference(reference, tensors, ctx.needs_input_grad[1:], grad)
+
+
+def _backward_from_logits(ctx: Any, tensors: Sequence[Tensor], grad: Tensor) -> tuple[Tensor | None, ...]:
+    kernel, settings, dual = ctx.how
+    student, other, teacher, weight = _spread(tensors, dual)
+    needs = ctx.needs_input_grad[1:]
+    full = (needs[0], dual and needs[1], needs[2 if dual else 1], weight is not None and needs[-1])
+    gradients = kernel.divergence_backward(grad, student, other, teacher, weight, settings, full)
+    return tuple(x for x, given in zip(gradients, (True, dual, True, weight is not None), strict=True) if given)

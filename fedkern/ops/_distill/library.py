@@ -1,0 +1,243 @@
+"""torch.library entries of losses over stacks of K teachers: one scheme for ensemble_kl, js_div and consensus.
+
+Each loss becomes two operators, the loss and its gradients: one graph node each under torch.compile. Second derivatives
+go through the reference. Batching rules fold the mapped axis into the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkern.ops._core import library
+from fedkern.ops._distill.common import NONE, reduce_mapped, spread_mapped, unmapped
+
+Optionals = tuple[Any, ...]  # tensors, and None where an optional one was not given
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Description of one loss, from which :func:`define` makes its operators.
+
+    Attributes:
+        name: name of the operator; the operator of its gradients is ``<name>_backward``.
+        tensors: names of the tensor arguments; a question mark after an optional one.
+        differentiable: number of tensor arguments, from the first on, that have gradients.
+        settings: the other arguments with their types; the last one is the reduction.
+        results: number of results.
+        rows_of: index of the tensor argument with the shape of the rows: ``[B, C, *positions]``, or
+            ``[K, B, C, *positions]`` if ``stacked``.
+        stacked: see ``rows_of``.
+        run: (tensors, settings) to the results.
+        run_backward: (grads, tensors, settings, needs) to the gradients of the differentiable tensors.
+        reference: like ``run``, in plain PyTorch, with tensors and settings as separate arguments.
+        dtype: (tensors) to the dtype of the results.
+        fold: (tensors, mapped axes, number of calls) to tensors whose batch holds the batches of all calls.
+        unfold: (index of a differentiable tensor, gradient of the folded tensor, number of calls) to the gradient with
+            the mapped axis.
+    """
+
+    name: str
+    tensors: tuple[str, ...]
+    differentiable: int
+    settings: tuple[str, ...]
+    results: int
+    rows_of: int
+    stacked: bool
+    run: Callable[[Optionals, Sequence[Any]], Any]
+    run_backward: Callable[[Sequence[Tensor], Optionals, Sequence[Any], Sequence[bool]], Sequence[Tensor | None]]
+    reference: Callable[..., Any]
+    dtype: Callable[[Optionals], torch.dtype]
+    fold: Callable[[Optionals, Sequence[int | None], int], Optionals]
+    unfold: Callable[[int, Tensor, int], Tensor]
+
+    def rows(self, tensors: Optionals) -> tuple[int, ...]:
+        """``[B, *positions]``."""
+        x = tensors[self.rows_of]
+        assert x is not None
+        shape = x.shape[1:] if self.stacked else x.shape
+        return (shape[0], *shape[2:])
+
+
+def define(loss: Loss) -> Callable[..., Any]:
+    """Registers the operators of ``loss``; returns the function that calls the loss."""
+    count, wanted = len(loss.tensors), loss.differentiable
+    arguments = ", ".join(
+        [f"Tensor{'?' if name.endswith('?') else ''} {name.rstrip('?')}" for name in loss.tensors] + [*loss.settings]
+    )
+    needs_arguments = ", ".join(f"bool need_{name.rstrip('?')}" for name in loss.tensors[:wanted])
+    grads_arguments = ", ".join(f"Tensor grad{i}" for i in range(loss.results))
+    result = "Tensor" if loss.results == 1 else f"({', '.join(['Tensor'] * loss.results)})"
+    results = loss.results
+
+    def many(value: Any) -> tuple[Tensor, ...]:
+        return (value,) if results == 1 else tuple(value)
+
+    def one(values: Sequence[Any]) -> Any:
+        return values[0] if results == 1 else tuple(values)
+
+    def run(*inputs: Any) -> Any:
+        return loss.run(inputs[:count], inputs[count:])
+
+    def fake(*inputs: Any) -> Any:
+        tensors = inputs[:count]
+        x = tensors[loss.rows_of]
+        shape = loss.rows(tensors) if inputs[-1] == NONE else ()
+        return one([torch.empty(shape, dtype=loss.dtype(tensors), device=x.device) for _ in range(results)])
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[:count])
+        ctx.settings = inputs[count:]
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        needs = [bool(need) for need in ctx.needs_input_grad[:wanted]]
+        gradients = gradients_of(*grads, *ctx.saved_tensors, *ctx.settings, *needs)
+        gradients = (gradients,) if wanted == 1 else gradients
+        given = [g if need else None for g, need in zip(gradients, needs, strict=True)]
+        return (*given, *[None] * (count - wanted + len(ctx.settings)))
+
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        size, *settings, reduction = (info.batch_size, *inputs[count:])
+        folded = loss.fold(inputs[:count], in_dims[:count], size)
+        rows = many(value_of(*folded, *settings, NONE))
+        reduced = [reduce_mapped(x.unflatten(0, (size, x.shape[0] // size)), reduction) for x in rows]
+        return one(reduced), one([0] * results)
+
+    def split(inputs: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any], Sequence[Any]]:
+        """(grads, tensors, settings, needs)"""
+        rest = inputs[results + count :]
+        return inputs[:results], inputs[results : results + count], rest[:-wanted], rest[-wanted:]
+
+    def run_backward(*inputs: Any) -> Any:
+        grads, tensors, settings, needs = split(inputs)
+        given = place(loss.run_backward(grads, tuple(tensors), settings, needs), tensors[:wanted], needs)
+        return given[0] if wanted == 1 else given
+
+    def fake_backward(*inputs: Any) -> Any:
+        _, tensors, _, needs = split(inputs)
+        given = place([None] * wanted, tensors[:wanted], needs)
+        return given[0] if wanted == 1 else given
+
+    def setup_second(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[: results + count])
+        _, _, ctx.settings, ctx.needs = split(inputs)
+
+    def second(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        floating = [i for i, x in enumerate(saved) if x is not None and x.is_floating_point()]
+        chosen = [results + i for i in range(wanted) if ctx.needs[i] and saved[results + i] is not None]
+
+        def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
+            full = list(saved)
+            for i, x in zip(floating, tensors, strict=True):
+                full[i] = x
+
+            def value(*selected: Tensor) -> Any:
+                inputs = list(full)
+                for i, x in zip(chosen, selected, strict=True):
+                    inputs[i] = x
+                return loss.reference(*inputs[results:], *ctx.settings)
+
+            pull = torch.func.vjp(value, *(full[i] for i in chosen))[1]
+            return pull(one(full[:results]))
+
+        pull = torch.func.vjp(gradients, *(saved[i] for i in floating))[1]
+        given = pull(tuple(cotangents[i - results] for i in chosen))
+        back: list[Tensor | None] = [None] * (results + count)
+        for i, x in zip(floating, given, strict=True):
+            back[i] = x
+        return (*back, *[None] * (len(ctx.settings) + wanted))
+
+    def vmap_backward(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        size = info.batch_size
+        grads, tensors, settings, needs = split(inputs)
+        folded = loss.fold(tuple(tensors), in_dims[results : results + count], size)
+        rows = loss.rows(folded)
+        rows = (rows[0] // size, *rows[1:])
+        spread = [spread_mapped(g, d, size, rows, settings[-1]) for g, d in zip(grads, in_dims, strict=False)]
+        given = gradients_of(*spread, *folded, *settings[:-1], NONE, *needs)
+        given = (given,) if wanted == 1 else given
+        back = tuple(loss.unfold(i, g, size) if needs[i] else g for i, g in enumerate(given))
+        dims = tuple(0 if need else None for need in needs)
+        return (back[0], dims[0]) if wanted == 1 else (back, dims)
+
+    value_of = library.register(
+        loss.name,
+        f"({arguments}) -> {result}",
+        run,
+        fake=fake,
+        setup_context=setup,
+        backward=backward,
+        vmap=vmap,
+        reference=loss.reference,
+    )
+    gradients_of = library.register(
+        f"{loss.name}_backward",
+        f"({grads_arguments}, {arguments}, {needs_arguments}) -> "
+        + ("Tensor" if wanted == 1 else f"({', '.join(['Tensor'] * wanted)})"),
+        run_backward,
+        fake=fake_backward,
+        setup_context=setup_second,
+        backward=second,
+        vmap=vmap_backward,
+    )
+    return value_of
+
+
+def place(gradients: Sequence[Tensor | None], inputs: Sequence[Any], needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Results of a gradient operator, in the inputs' layout; an empty tensor where no gradient is wanted."""
+    device = next(t.device for t in inputs if t is not None)
+    return tuple(
+        torch.empty(0, device=device)
+        if x is None or not need
+        else torch.empty_like(x)
+        if gradient is None
+        else torch.empty_like(x).copy_(gradient)
+        if gradient.stride() != x.stride()
+        else gradient.detach()
+        for gradient, x, need in zip(gradients, inputs, needs, strict=True)
+    )
+
+
+def reference_gradients(
+    loss_reference: Callable[..., Any],
+    grads: Sequence[Tensor],
+    tensors: Sequence[Tensor | None],
+    settings: Sequence[Any],
+    needs: Sequence[bool],
+    *,
+    graph: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """The reference's gradients of the first ``len(needs)`` tensors; ``graph``: with a graph of their own."""
+    inputs, others = list(tensors[: len(needs)]), tensors[len(needs) :]
+    if not graph:
+        inputs = [
+            x if x is None else x.detach().requires_grad_(bool(need)) for x, need in zip(inputs, needs, strict=True)
+        ]
+    each = library.differentiate_reference(lambda *xs: loss_reference(*xs, *others, *settings), inputs, needs, grads)
+    return tuple(x if x is None or graph else x.detach() for x in each)
+
+
+# --- folding the mapped axis into the batch
+
+
+def fold_rows(x: Tensor | None, axis: int | None, count: int) -> Tensor | None:
+    """``[B, ...]`` of every call as ``[V * B, ...]``."""
+    return None if x is None else unmapped(x, axis, count).flatten(0, 1)
+
+
+def fold_stack(x: Tensor | None, axis: int | None, count: int) -> Tensor | None:
+    """``[K, B, ...]`` of every call as ``[K, V * B, ...]``."""
+    return None if x is None else unmapped(x, axis, count).transpose(0, 1).flatten(1, 2)
+
+
+def unfold_rows(x: Tensor, count: int) -> Tensor:
+    return x.unflatten(0, (count, x.shape[0] // count))
+
+
+def unfold_stack(x: Tensor, count: int) -> Tensor:
+    return x.unflatten(1, (count, x.shape[1] // count)).transpose(0, 1)

@@ -1,0 +1,126 @@
+"""References of the distill operators in plain PyTorch: specification, oracle of the tests, fallback."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fedkern.ops._distill.common import NONE, REDUCTIONS, SUM, check_weight, row_shape
+
+
+def kl_div_reference(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float = 1.0,
+    *,
+    weight: Tensor | None = None,
+    reduction: str = "batchmean",
+    other: Tensor | None = None,
+    reverse: bool = False,
+) -> Tensor:
+    """The specification of :func:`kl_div`, and with ``other`` (a second student) of :func:`dual_kl`.
+
+    ``reverse`` exchanges the roles: KL(student ‖ teacher).
+    """
+    if weight is not None:
+        weight = check_weight(weight, student, torch.float32)
+    return divergence_reference(student, other, teacher, weight, temperature, reverse, REDUCTIONS[reduction])
+
+
+def divergence_reference(
+    student: Tensor,
+    other: Tensor | None,
+    teacher: Tensor,
+    weight: Tensor | None,
+    temperature: float,
+    reverse: bool,
+    reduction: int,
+) -> Tensor:
+    dtype = result_dtype(student, other, teacher)
+    compute = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+    teacher = mask_rows(teacher, weight).to(compute)
+    rows = torch.zeros(row_shape(teacher), dtype=compute, device=teacher.device)
+    for logits in (student, other):
+        if logits is None:
+            continue
+        logits = mask_rows(logits, weight).to(compute)
+        if math.isinf(temperature):
+            rows = rows + half_variance(teacher, logits)
+        else:
+            p, q = (logits, teacher) if reverse else (teacher, logits)
+            rows = rows + temperature**2 * _divergence(p / temperature, q / temperature)
+    return reduce_rows(rows, weight if weight is None else weight.to(compute), reduction).to(dtype)
+
+
+def _divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    """KL(softmax(p_logits) ‖ softmax(q_logits)) over axis 1."""
+    return divergence_terms(p_logits.log_softmax(1), q_logits.log_softmax(1)).sum(1)
+
+
+def divergence_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Terms P (eᵘ − 1 − u) of every class, with u = log Q − log P.
+
+    Their sum equals Σ P (log P − log Q). The terms are never negative, so they do not cancel for nearly equal rows.
+    """
+    p, q = log_p.exp(), log_q.exp()
+    masked = log_p == -math.inf
+    u = torch.where(masked, 0, log_q - torch.where(masked, 0, log_p))
+    small = u.abs() < 1
+    v = torch.where(small, u, 0)
+    near = p * (torch.expm1(v) - v).clamp_min(0)
+    # A probability P that underflows does not count as 0: where Q is 0, the loss is infinite.
+    far = q - p - torch.where(masked | small, 0, p.clamp_min(torch.finfo(p.dtype).tiny) * u)
+    return torch.where(small & ~masked, near, far)
+
+
+def half_variance(teacher: Tensor, student: Tensor) -> Tensor:
+    """lim T→∞ of T² KL at temperature T: half the variance of teacher − student over classes unmasked in both."""
+    masked = (teacher == -math.inf) | (student == -math.inf)
+    difference = torch.where(masked, 0, teacher) - torch.where(masked, 0, student)
+    count = (~masked).sum(1, keepdim=True)
+    deviation = torch.where(masked, 0, difference - difference.sum(1, keepdim=True) / count)
+    return 0.5 * (deviation.square().sum(1, keepdim=True) / count).squeeze(1)
+
+
+def entropy_reference(logits: Tensor, *, reduction: str = "batchmean") -> Tensor:
+    """The specification of :func:`fedkern.ops.entropy`."""
+    return entropy_rows_reference(logits, REDUCTIONS[reduction])
+
+
+def entropy_rows_reference(logits: Tensor, reduction: int) -> Tensor:
+    """:func:`entropy_reference` with the number of the reduction."""
+    compute = compute_dtype(logits.dtype)
+    log_p = logits.to(compute).log_softmax(1)
+    rows = -(log_p.exp() * torch.where(log_p == -math.inf, 0, log_p)).sum(1)
+    return reduce_rows(rows, None, reduction).to(logits.dtype)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for all other dtypes."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def result_dtype(student: Tensor, other: Tensor | None, teacher: Tensor) -> torch.dtype:
+    dtype = student.dtype
+    if teacher.dtype is not dtype:
+        dtype = torch.promote_types(dtype, teacher.dtype)
+    if other is not None and other.dtype is not dtype:
+        dtype = torch.promote_types(dtype, other.dtype)
+    return dtype
+
+
+def reduce_rows(rows: Tensor, weight: Tensor | None, reduction: int) -> Tensor:
+    """Weights and reduces row losses; a row of weight 0 contributes exactly 0, whatever it holds."""
+    if weight is not None:
+        rows = torch.where(weight == 0, 0, rows * weight)
+    if reduction == NONE:
+        return rows
+    total = rows.sum()
+    return total if reduction == SUM else total / max(rows.numel(), 1)
+
+
+def mask_rows(logits: Tensor, weight: Tensor | None) -> Tensor:
+    """``logits`` with zeros in rows of weight 0, so that no value there reaches a gradient."""
+    return logits if weight is None else torch.where((weight == 0).unsqueeze(1), 0, logits)

@@ -1,0 +1,1 @@
+"""The distill family in Triton."""

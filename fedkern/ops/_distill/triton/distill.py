@@ -1,0 +1,266 @@
+"""The distill family in Triton: from tensors to launches. The kernels are in losses.py, limits.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedkern.ops._core.triton.launch import double_bits, launch, power_of_two
+from fedkern.ops._core.triton.rows import (
+    ALL_ROWS,
+    SERIES,
+    Rows,
+    Steps,
+    empty_result,
+    finish,
+    hand_over,
+    known_steps,
+    meta_of,
+    readable,
+    readable_rows,
+    row_steps_of,
+    share,
+    statistics_kernel,
+    totals_of,
+    writable,
+)
+from fedkern.ops._distill.arguments import weight_gradient
+from fedkern.ops._distill.common import BATCHMEAN, NONE, mean_scale, row_count, row_shape
+from fedkern.ops._distill.kernels import Divergence, Recomputes
+from fedkern.ops._distill.reference import compute_dtype, result_dtype
+from fedkern.ops._distill.triton.ensemble import Mixtures
+from fedkern.ops._distill.triton.limits import entropy_kernel, limit_kernel
+from fedkern.ops._distill.triton.losses import divergence_kernel
+
+
+class TritonDistill(Recomputes, Mixtures):
+    """:class:`fedkern.ops._distill.kernels.DistillKernel`."""
+
+    def divergence_forward(
+        self,
+        student: Tensor,
+        other: Tensor | None,
+        teacher: Tensor,
+        weight: Tensor | None,
+        settings: Divergence,
+        to_student: Tensor | None = None,
+        to_other: Tensor | None = None,
+        to_teacher: Tensor | None = None,
+        raw_loss: Tensor | None = None,
+    ) -> Tensor:
+        gradients = (to_student, to_other, to_teacher)
+        result = self._divergence(None, student, other, teacher, weight, settings, gradients, raw_loss, True)
+        assert result is not None
+        return result
+
+    def divergence_backward(
+        self,
+        grad: Tensor,
+        student: Tensor,
+        other: Tensor | None,
+        teacher: Tensor,
+        weight: Tensor | None,
+        settings: Divergence,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        to_student, to_other, to_teacher = (
+            torch.empty_like(x) if need and x is not None else None
+            for x, need in zip((student, other, teacher), needs[:3], strict=True)
+        )
+        raw = None
+        grad = grad.resolve_neg()
+        if needs[3]:
+            compute = compute_dtype(result_dtype(student, other, teacher))
+            raw = torch.empty(row_shape(student), dtype=compute, device=student.device)
+        self._divergence(
+            grad, student, other, teacher, weight, settings, (to_student, to_other, to_teacher), raw, False
+        )
+        by_weight = weight_gradient(raw, grad, mean_scale(student, settings.reduction), weight)
+        return to_student, to_other, to_teacher, by_weight
+
+    def _divergence(
+        self,
+        grad: Tensor | None,
+        student: Tensor,
+        other: Tensor | None,
+        teacher: Tensor,
+        weight: Tensor | None,
+        settings: Divergence,
+        gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+        raw: Tensor | None,
+        forward: bool,
+    ) -> Tensor | None:
+        dtype, reduction = result_dtype(student, other, teacher), settings.reduction
+        compute, device = compute_dtype(dtype), student.device
+        wanted, (to_student, to_other, to_teacher) = gradients, (writable(x) for x in gradients)
+        gradients = (to_student, to_other, to_teacher)
+        rows = row_count(student)
+        result = None
+        if forward:
+            result = empty_result(student, dtype, reduction)
+        if not rows:
+            return result if result is None or reduction == NONE else result.zero_()
+        student, teacher = readable(student, to_student), readable(teacher, to_teacher)
+        other = None if other is None else readable(other, to_other)
+        weight, grad = readable_rows(weight), readable_rows(grad)
+        second = teacher if other is None else other
+        given = [known_steps(x) for x in (teacher, student, second)]
+        by_row = [row_steps_of(weight), row_steps_of(grad) if reduction == NONE else ALL_ROWS]
+        plan, steps = share(
+            teacher, [*given, *(s for s in by_row if s is not None)], 2 if other is None else 3, compute
+        )
+        limit = settings.temperature == math.inf
+        if limit and plan.splits > 1:
+            plan = plan._replace(splits=1, span=plan.classes)
+        count = max(rows, 1) if reduction == BATCHMEAN else 1
+        t_steps, s_steps, o_steps, w_steps, g_steps = steps
+        strides = (*t_steps, *s_steps, *o_steps, w_steps.outer, w_steps.row, g_steps.outer, g_steps.row)
+        meta = meta_of(plan, compute)
+
+        def run(
+            to: tuple[Tensor | None, ...],
+            losses: Tensor | None,
+            raw: Tensor | None,
+            total: Tensor | None,
+            parts: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
+            values: Tensor | None = None,
+        ) -> None:
+            mean = total is not None and total.dim() == 0
+            to_student, to_other, to_teacher = to
+            tensors = (teacher, student, other, weight, grad, to_teacher, to_student, to_other, losses, raw, total)
+            if limit:
+                launch(
+                    limit_kernel, plan.groups, device, *tensors,
+                    count, plan.inner, plan.classes, plan.tiles, *strides, MEAN=mean, **meta,
+                )  # fmt: skip
+                return
+            terms, tiny = SERIES[compute]
+            launch(
+                divergence_kernel, plan.groups * plan.splits, device, *tensors, *parts, values,
+                double_bits(settings.temperature), count, plan.inner, plan.classes, plan.tiles, plan.splits, plan.span,
+                rows, *strides, TERMS=terms, TINY=tiny, REVERSE=settings.reverse, MEAN=mean, WHOLE=plan.whole,
+                SPLITS=power_of_two(plan.splits), **meta,
+            )  # fmt: skip
+
+        if plan.splits == 1:
+            losses = result if reduction == NONE else None
+            total = totals_of(result, reduction, plan)
+            run(gradients, losses, raw, total)
+            if total is not None and result is not None and total is not result:
+                finish(total, result, count)
+            hand_over(gradients, wanted)
+            return result
+
+        # Rows split among programs: statistics first, then the rows' losses if wanted, or needed by a gradient.
+        parts = _statistics(
+            [x for x in (teacher, student, other) if x is not None], steps, plan, settings.temperature, compute
+        )
+        nothing = (None, None, None)
+        values = None
+        own = (to_student is not None or to_other is not None) if settings.reverse else to_teacher is not None
+        if own:
+            values = torch.empty(2, rows, dtype=compute, device=device)
+            for place, x in enumerate((student, other)):
+                if x is not None:
+                    values[place] = self._row_values(x, teacher, settings)
+        if forward or raw is not None:
+            losses = torch.empty(rows, plan.splits, dtype=compute, device=device)
+            unweighted = torch.empty_like(losses) if raw is not None else None
+            run(nothing, losses, unweighted, None, parts)
+            if raw is not None and unweighted is not None:
+                torch.sum(unweighted, 1, out=raw.view(-1))
+            if result is not None:
+                if reduction == NONE:
+                    result.copy_(losses.sum(1).view(result.shape))
+                else:
+                    finish(losses.to(torch.float64), result, count)
+        if any(x is not None for x in gradients):
+            run(gradients, None, None, None, parts, values)
+            hand_over(gradients, wanted)
+        return result
+
+    def _row_values(self, student: Tensor, teacher: Tensor, settings: Divergence) -> Tensor:
+        """KL of each row, without the factor T²."""
+        none = Divergence(settings.temperature, settings.reverse, NONE)
+        raw = torch.empty(
+            row_shape(student), dtype=compute_dtype(result_dtype(student, None, teacher)), device=student.device
+        )
+        self._divergence(None, student, None, teacher, None, none, (None, None, None), raw, False)
+        return raw.view(-1) / settings.temperature**2
+
+    def entropy_forward(self, logits: Tensor, reduction: int, to_logits: Tensor | None = None) -> Tensor:
+        result = empty_result(logits, logits.dtype, reduction)
+        self._entropy(None, logits, reduction, to_logits, result)
+        return result
+
+    def entropy_backward(self, grad: Tensor, logits: Tensor, reduction: int) -> Tensor:
+        gradient = torch.empty_like(logits)
+        self._entropy(grad.resolve_neg(), logits, reduction, gradient, None)
+        return gradient
+
+    def _entropy(
+        self, grad: Tensor | None, logits: Tensor, reduction: int, gradient: Tensor | None, result: Tensor | None
+    ) -> None:
+        rows, compute, device = row_count(logits), compute_dtype(logits.dtype), logits.device
+        if not rows:
+            if result is not None:
+                result.zero_()
+            return
+        wanted, gradient = gradient, writable(gradient)
+        logits, grad = readable(logits, gradient), readable_rows(grad)
+        by_row = row_steps_of(grad) if reduction == NONE else ALL_ROWS
+        assert by_row is not None
+        plan, (steps, g_steps) = share(logits, [known_steps(logits), by_row], 1, compute)
+        count = rows if reduction == BATCHMEAN else 1
+
+        def run(
+            to: Tensor | None,
+            losses: Tensor | None,
+            total: Tensor | None,
+            parts: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
+            values: Tensor | None = None,
+        ) -> None:
+            launch(
+                entropy_kernel, plan.groups * plan.splits, device, logits, grad, to, losses, total, *parts, values,
+                count, plan.inner, plan.classes, plan.tiles, plan.splits, plan.span, *steps,
+                g_steps.outer, g_steps.row, MEAN=total is not None and total.dim() == 0, WHOLE=plan.whole,
+                SPLITS=power_of_two(plan.splits), **meta_of(plan, compute),
+            )  # fmt: skip
+
+        if plan.splits == 1:
+            total = totals_of(result, reduction, plan)
+            run(gradient, result if reduction == NONE else None, total)
+            if total is not None and result is not None and total is not result:
+                finish(total, result, count)
+            hand_over((gradient,), (wanted,))
+            return
+        parts = _statistics([logits], [steps], plan, 1.0, compute)
+        losses = torch.empty(rows, plan.splits, dtype=compute, device=device)
+        run(None, losses, None, parts)
+        values = losses.sum(1)
+        if result is not None:
+            if reduction == NONE:
+                result.copy_(values.view(result.shape))
+            else:
+                finish(losses.to(torch.float64), result, count)
+        if gradient is not None:
+            run(gradient, None, None, parts, values)
+            hand_over((gradient,), (wanted,))
+
+
+def _statistics(
+    tensors: Sequence[Tensor], steps: Sequence[Steps], plan: Rows, temperature: float, compute: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    rows = plan.outer * plan.inner
+    shape, device = (len(tensors), rows, plan.splits), tensors[0].device
+    tops, totals = torch.empty(2, *shape, dtype=compute, device=device).unbind()
+    for x, step, top, total in zip(tensors, steps, tops, totals, strict=False):
+        launch(
+            statistics_kernel, plan.groups * plan.splits, device, x, top, total, double_bits(temperature),
+            plan.inner, plan.classes, plan.tiles, plan.splits, plan.span, *step,
+            **meta_of(plan, compute),
+        )  # fmt: skip
+    return tops, totals

@@ -1,0 +1,214 @@
+"""kl_div, dual_kl and entropy in Triton: the kernels; their launcher is in distill.py."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fedkern.ops._core.triton.rows import (
+    double_of,
+    expm1_less,
+    gather,
+    load_tile,
+    narrow,
+    ones_or,
+    piece,
+    rows_of,
+    scan,
+    softmax_of,
+    store_total,
+)
+
+
+@triton.jit
+def _pair(x, x_top, x_log, y, y_top, y_log, scale, TERMS: tl.constexpr, TINY: tl.constexpr):
+    """KL(p || q) for the logits x of p and y of q, class by class: ``p (e^u - 1 - u)``, ``u = log q - log p``.
+
+    No term is negative, and nothing cancels between nearly equal rows: u comes from the logits' difference.  An error e
+    in the sums of exponentials changes the divergence only by e^2, since ``sum p (e^u - 1)`` vanishes.
+
+    Returns the terms, ``q - p`` (the loss's derivative by y), and u and p, from which :func:`_by_p` makes the
+    derivative by x.
+    """
+    log_p = (x - x_top[:, None]) * scale - x_log[:, None]
+    log_q = (y - y_top[:, None]) * scale - y_log[:, None]
+    return pair_of(log_p, log_q, over(y, y_top, y_log, x, x_top, x_log, scale), TERMS, TINY)
+
+
+@triton.jit
+def over(y, y_top, y_log, x, x_top, x_log, scale):
+    """``log q - log p`` from the difference of the logits, which keeps its digits between nearly equal rows.
+
+    The difference of rows that lie far apart has the digits of their distance only.  There the row with the larger
+    maximum is moved by a multiple of 8, which is exact.
+    """
+    distance = y_top - x_top
+    move = tl.where(tl.abs(distance) < 1e30, tl.floor(distance * 0.125 + 0.5) * 8, 0.0)
+    moves_y = tl.abs(x_top) < tl.abs(y_top)
+    from_y, from_x = tl.where(moves_y, move, 0.0), tl.where(moves_y, 0.0, -move)
+    apart = (y - from_y[:, None]) - (x - from_x[:, None])
+    return (apart - ((y_top - from_y) - (x_top - from_x))[:, None]) * scale - (y_log - x_log)[:, None]
+
+
+@triton.jit
+def pair_of(log_p, log_q, u, TERMS: tl.constexpr, TINY: tl.constexpr):
+    """:func:`_pair` of log-probabilities and their difference ``u``."""
+    masked = log_p == float("-inf")
+    p, q = tl.exp(log_p), tl.exp(log_q)
+    u = tl.where(masked, 0.0, u)
+    near = tl.abs(u) < 0.5
+    v = tl.where(near, u, 0.0)
+    rest = expm1_less(v, TERMS)
+    # A p that underflows is not 0 but TINY: where q is 0, the loss must be infinite.
+    far = q - p - tl.where(near, 0.0, tl.maximum(p, TINY) * u)
+    terms = tl.where(masked, q, tl.where(near, p * rest, far))
+    by_y = tl.where(near & ~masked, p * (rest + v), q - p)
+    return terms, by_y, u, p
+
+
+@triton.jit
+def _by_p(p, u, value):
+    """The derivative by the logits of p; ``value`` is the row's divergence."""
+    return tl.where(p == 0, 0.0, -p * (u + value[:, None]))
+
+
+@triton.jit(do_not_specialize=["temperature", "count"])
+def divergence_kernel(
+    teacher, student, other, weight, grad,
+    to_teacher, to_student, to_other, losses, raw, total,
+    tops, totals, values,
+    temperature, count, inner, classes, tiles, splits, span, all_rows,
+    teacher_outer, teacher_row, teacher_column, student_outer, student_row, student_column,
+    other_outer, other_row, other_column, weight_outer, weight_row, grad_outer, grad_row,
+    COMPUTE: tl.constexpr, TERMS: tl.constexpr, TINY: tl.constexpr, REVERSE: tl.constexpr, MEAN: tl.constexpr,
+    WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Losses of rows, or gradients, or both; outputs that are None are not computed.
+
+    ``losses`` and ``raw`` take the weighted and unweighted losses of each row's part.  ``total`` takes the sum of the
+    weighted losses over the program's rows, in fp64, divided by ``count`` if MEAN.  If rows have several parts
+    (``splits``), ``tops`` and ``totals`` hold the results of :func:`statistics_kernel` for teacher, student and other,
+    and ``values`` the rows' divergences.
+    """
+    program = tl.program_id(0)
+    split = program % splits
+    batch, inside, valid, row = rows_of((program // splits).to(tl.int64), tiles, inner, ROWS)
+    t = double_of(temperature, COMPUTE)
+    scale = 1.0 / t
+    at_teacher = batch * teacher_outer + inside * teacher_row
+    at_student = batch * student_outer + inside * student_row
+    at_other = batch * other_outer + inside * other_row
+    first = split * span
+    last = tl.minimum(first + span, classes)
+
+    column, mask = piece(first, last, valid, COLUMNS)
+    if WHOLE:
+        x = load_tile(teacher, at_teacher, teacher_column, column, mask, classes, COMPUTE)
+        y = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE)
+        x_top, x_log = softmax_of(x, scale)
+        y_top, y_log = softmax_of(y, scale)
+        if other is not None:
+            z = load_tile(other, at_other, other_column, column, mask, classes, COMPUTE)
+            z_top, z_log = softmax_of(z, scale)
+    elif tops is not None:
+        x_top, x_log = gather(tops, totals, row, valid, splits, scale, SPLITS)
+        part = tl.cast(all_rows, tl.int64) * splits
+        y_top, y_log = gather(tops + part, totals + part, row, valid, splits, scale, SPLITS)
+        if other is not None:
+            z_top, z_log = gather(tops + 2 * part, totals + 2 * part, row, valid, splits, scale, SPLITS)
+    else:
+        x_top, x_total = scan(
+            teacher, at_teacher, teacher_column, valid, 0, classes, classes, scale, COMPUTE, ROWS, COLUMNS
+        )
+        y_top, y_total = scan(
+            student, at_student, student_column, valid, 0, classes, classes, scale, COMPUTE, ROWS, COLUMNS
+        )
+        x_log, y_log = tl.log(x_total), tl.log(y_total)
+        if other is not None:
+            z_top, z_total = scan(
+                other, at_other, other_column, valid, 0, classes, classes, scale, COMPUTE, ROWS, COLUMNS
+            )
+            z_log = tl.log(z_total)
+
+    by_row = ones_or(weight, batch, inside, weight_outer, weight_row, valid, COMPUTE)
+    kept = valid & (by_row != 0)
+
+    # the divergence of each row: to the student and, in two-student calls, to the other
+    one = tl.zeros([ROWS], COMPUTE)
+    two = tl.zeros([ROWS], COMPUTE)
+    if values is not None:
+        one = tl.load(values + row, mask=valid, other=0)
+        two = tl.load(values + all_rows + row, mask=valid & (other is not None), other=0)
+    elif (
+        losses is not None
+        or raw is not None
+        or total is not None
+        or (to_teacher is not None and not REVERSE)
+        or ((to_student is not None or to_other is not None) and REVERSE)
+    ):
+        for begin in range(first, last, COLUMNS):
+            if not WHOLE:
+                column, mask = piece(begin, last, valid, COLUMNS)
+                x = load_tile(teacher, at_teacher, teacher_column, column, mask, classes, COMPUTE)
+                y = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE)
+            if REVERSE:
+                terms, _, _, _ = _pair(y, y_top, y_log, x, x_top, x_log, scale, TERMS, TINY)
+            else:
+                terms, _, _, _ = _pair(x, x_top, x_log, y, y_top, y_log, scale, TERMS, TINY)
+            one += tl.sum(tl.where((column < last)[None, :], terms, 0.0), axis=1)
+            if other is not None:
+                if not WHOLE:
+                    z = load_tile(other, at_other, other_column, column, mask, classes, COMPUTE)
+                if REVERSE:
+                    terms, _, _, _ = _pair(z, z_top, z_log, x, x_top, x_log, scale, TERMS, TINY)
+                else:
+                    terms, _, _, _ = _pair(x, x_top, x_log, z, z_top, z_log, scale, TERMS, TINY)
+                two += tl.sum(tl.where((column < last)[None, :], terms, 0.0), axis=1)
+        loss = t * t * (one + two)
+        if raw is not None:
+            tl.store(raw + row * splits + split, tl.where(kept, loss, 0.0), mask=valid)
+        loss = tl.where(kept, loss * by_row, 0.0)
+        if losses is not None:
+            tl.store(losses + row * splits + split, narrow(loss, losses), mask=valid)
+        if total is not None:
+            store_total(total, program, loss, valid, count, MEAN)
+
+    if to_teacher is not None or to_student is not None or to_other is not None:
+        factor = by_row * t / count.to(COMPUTE)
+        if grad is not None:
+            factor = factor * tl.load(grad + batch * grad_outer + inside * grad_row, mask=valid, other=0).to(COMPUTE)
+        factor = tl.where(kept, factor, 0.0)[:, None]
+        kept_ = kept[:, None]
+        for begin in range(first, last, COLUMNS):
+            if not WHOLE:
+                column, mask = piece(begin, last, valid, COLUMNS)
+                x = load_tile(teacher, at_teacher, teacher_column, column, mask, classes, COMPUTE)
+                y = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE)
+            if REVERSE:
+                _, by_teacher, u, p = _pair(y, y_top, y_log, x, x_top, x_log, scale, TERMS, TINY)
+                by_student = _by_p(p, u, one)
+            else:
+                _, by_student, u, p = _pair(x, x_top, x_log, y, y_top, y_log, scale, TERMS, TINY)
+                by_teacher = _by_p(p, u, one)
+            if to_student is not None:
+                place = at_student[:, None] + (column * student_column)[None, :]
+                value = tl.where(kept_, factor * by_student, 0.0)
+                tl.store(to_student + place, narrow(value, to_student), mask=mask)
+            if other is not None:
+                if not WHOLE:
+                    z = load_tile(other, at_other, other_column, column, mask, classes, COMPUTE)
+                if REVERSE:
+                    _, more, u, p = _pair(z, z_top, z_log, x, x_top, x_log, scale, TERMS, TINY)
+                    by_other = _by_p(p, u, two)
+                else:
+                    _, by_other, u, p = _pair(x, x_top, x_log, z, z_top, z_log, scale, TERMS, TINY)
+                    more = _by_p(p, u, two)
+                by_teacher += more
+                if to_other is not None:
+                    place = at_other[:, None] + (column * other_column)[None, :]
+                    value = tl.where(kept_, factor * by_other, 0.0)
+                    tl.store(to_other + place, narrow(value, to_other), mask=mask)
+            if to_teacher is not None:
+                place = at_teacher[:, None] + (column * teacher_column)[None, :]
+                value = tl.where(kept_, factor * by_teacher, 0.0)
+                tl.store(to_teacher + place, narrow(value, to_teacher), mask=mask)

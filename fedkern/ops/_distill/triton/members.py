@@ -1,0 +1,243 @@
+"""js_div, consensus and ensemble_kl's mean of divergences in Triton: each teacher against one row, summed up."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fedkern.ops._core.triton.rows import double_of, load_tile, narrow, ones_or, piece, rows_of, scan, store_total
+from fedkern.ops._distill.triton.losses import _by_p, _pair, over, pair_of
+from fedkern.ops._distill.triton.mixture import _mix, _statistics, share_of
+
+
+@triton.jit
+def _row_weight(weights, at_weight, k, weight_stride, valid, COMPUTE: tl.constexpr, ROWS: tl.constexpr):
+    raw = tl.zeros([ROWS], COMPUTE) + 1.0
+    if weights is not None:
+        raw = tl.load(weights + k * weight_stride + at_weight, mask=valid, other=0).to(COMPUTE)
+    return raw
+
+
+@triton.jit
+def _other(
+    student, teachers, weights, tops, logs, anchor, a_top, a_log, at_student, student_column, at_teacher, at_weight,
+    row, valid, column, mask, classes, count, all_rows, scale, teacher_stride, teacher_column, weight_stride,
+    COMPUTE: tl.constexpr, TERMS: tl.constexpr, LOG_PROBS: tl.constexpr, RELATIVE: tl.constexpr,
+):  # fmt: skip
+    """The tile that the teachers are compared with: the student's logits, or the mixture's log-probabilities.
+
+    RELATIVE: also the logits of each row's anchor (one of the teachers), and ``near`` and ``log_ratio`` of :func:`_mix`
+    relative to the anchor.
+    """
+    if student is not None:
+        other = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE)
+        a, near, log_ratio = other, mask, other
+    else:
+        a = tl.zeros(mask.shape, COMPUTE)
+        if RELATIVE:
+            a = load_tile(
+                teachers, at_teacher + anchor * teacher_stride, teacher_column, column, mask, classes, COMPUTE
+            )
+        other, _, near, log_ratio, _ = _mix(
+            teachers, weights, None, tops, logs, a, a_top, a_log, at_teacher, at_weight, row, valid, column, mask,
+            classes, count, all_rows, scale, teacher_stride, teacher_column, weight_stride, 0, 0, 0,
+            COMPUTE, TERMS, False, LOG_PROBS, RELATIVE,
+        )  # fmt: skip
+    return other, a, near, log_ratio
+
+
+@triton.jit
+def _against(
+    x, tops, logs, row, valid, k, all_rows, scale, other, other_top, other_log, a, a_top, a_log, near, log_ratio,
+    COMPUTE: tl.constexpr, LOG_PROBS: tl.constexpr, TERMS: tl.constexpr, TINY: tl.constexpr, RELATIVE: tl.constexpr,
+):  # fmt: skip
+    """:func:`_pair` of teacher k's logits and the tile of :func:`_other`, and the teacher's log-probabilities."""
+    top, log_total = _statistics(tops, logs, row, valid, k, all_rows, LOG_PROBS, COMPUTE)
+    log_p = (x - top[:, None]) * scale - log_total[:, None]
+    if RELATIVE:
+        u = tl.where(near, log_ratio - over(x, top, log_total, a, a_top, a_log, scale), other - log_p)
+        terms, by_other, u, p = pair_of(log_p, other, u, TERMS, TINY)
+    else:
+        terms, by_other, u, p = _pair(x, top, log_total, other, other_top, other_log, scale, TERMS, TINY)
+    return terms, by_other, u, p, log_p
+
+
+@triton.jit(do_not_specialize=["temperature", "count_rows", "bound"])
+def stack_kernel(
+    student, teachers, weights, grad, more_grad, tops, logs,
+    to_student, to_teachers, to_weights, losses, more_losses, total, more_total,
+    temperature, count_rows, bound, count, inner, classes, tiles, all_rows,
+    student_outer, student_row, student_column, teacher_outer, teacher_row, teacher_column,
+    weight_outer, weight_row, grad_outer, grad_row, more_outer, more_row, by_outer, by_row,
+    teacher_stride, weight_stride, by_stride,
+    COMPUTE: tl.constexpr, TERMS: tl.constexpr, TINY: tl.constexpr, CONSENSUS: tl.constexpr, LOG_PROBS: tl.constexpr,
+    MEAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """``sum_k w_k KL(p_k || q)`` with q the student's softmax or, without a student, the mixture of the p_k (js_div).
+
+    CONSENSUS: instead the entropy of the mixture, and the weighted mean of the entropies (``more_...``).
+    """
+    program = tl.program_id(0)
+    batch, inside, valid, row = rows_of(program, tiles, inner, ROWS)
+    t = double_of(temperature, COMPUTE)
+    scale = 1.0 / t
+    at_student = batch * student_outer + inside * student_row
+    at_teacher = batch * teacher_outer + inside * teacher_row
+    at_weight = batch * weight_outer + inside * weight_row
+    at_by = batch * by_outer + inside * by_row
+
+    whole = tl.zeros([ROWS], COMPUTE)
+    for k_ in range(count):
+        whole += _row_weight(weights, at_weight, tl.cast(k_, tl.int64), weight_stride, valid, COMPUTE, ROWS)
+    q_top = tl.zeros([ROWS], COMPUTE)
+    q_log = tl.zeros([ROWS], COMPUTE)
+    if student is not None:
+        q_top, q_total = scan(
+            student, at_student, student_column, valid, 0, classes, classes, scale, COMPUTE, ROWS, COLUMNS
+        )
+        q_log = tl.log(q_total)
+    # The mixture is computed relative to the anchor: the first teacher whose weight is not 0.
+    anchor = tl.zeros([ROWS], tl.int64)
+    for k_ in range(count):
+        k = tl.cast(count - 1 - k_, tl.int64)
+        raw = _row_weight(weights, at_weight, k, weight_stride, valid, COMPUTE, ROWS)
+        anchor = tl.where(raw != 0, k, anchor)
+    RELATIVE: tl.constexpr = student is None and not CONSENSUS
+    a_top, a_log = _statistics(tops, logs, row, valid, anchor, all_rows, LOG_PROBS, COMPUTE)
+
+    # the rows' losses, which the weights' gradients need too
+    value = tl.zeros([ROWS], COMPUTE)
+    mixed_value = tl.zeros([ROWS], COMPUTE)
+    if losses is not None or total is not None or to_weights is not None:
+        for begin in range(0, classes, COLUMNS):
+            column, mask = piece(begin, classes, valid, COLUMNS)
+            other, a, near, log_ratio = _other(
+                student, teachers, weights, tops, logs, anchor, a_top, a_log, at_student, student_column, at_teacher,
+                at_weight, row, valid, column, mask, classes, count, all_rows, scale, teacher_stride, teacher_column,
+                weight_stride, COMPUTE, TERMS, LOG_PROBS, RELATIVE,
+            )  # fmt: skip
+            if CONSENSUS:
+                part = tl.where(other == float("-inf"), 0.0, -tl.exp(other) * other)
+                mixed_value += tl.sum(part, axis=1)
+            for k_ in range(count):
+                k = tl.cast(k_, tl.int64)
+                raw = _row_weight(weights, at_weight, k, weight_stride, valid, COMPUTE, ROWS)
+                share = share_of(raw, whole, count)
+                x = load_tile(teachers, at_teacher + k * teacher_stride, teacher_column, column, mask, classes, COMPUTE)
+                terms, _, _, p, log_p = _against(
+                    x, tops, logs, row, valid, k, all_rows, scale, other, q_top, q_log, a, a_top, a_log, near,
+                    log_ratio, COMPUTE, LOG_PROBS, TERMS, TINY, RELATIVE,
+                )  # fmt: skip
+                if CONSENSUS:
+                    terms = -p * tl.where(log_p == float("-inf"), 0.0, log_p)
+                terms = tl.where((column < classes)[None, :], terms, 0.0)
+                value += tl.where(share == 0, 0.0, share * tl.sum(terms, axis=1))
+    factor = ones_or(grad, batch, inside, grad_outer, grad_row, valid, COMPUTE) / count_rows.to(COMPUTE)
+    more_factor = tl.zeros([ROWS], COMPUTE)
+    if CONSENSUS:
+        first_value, second_value = mixed_value, value
+        if more_grad is not None:
+            at_more = batch * more_outer + inside * more_row
+            more_factor += tl.load(more_grad + at_more, mask=valid, other=0).to(COMPUTE) / count_rows.to(COMPUTE)
+    else:
+        first_value, second_value = t * t * value, value
+        limit = double_of(bound, COMPUTE)
+        first_value = tl.where(first_value > limit, limit, first_value)
+    if losses is not None:
+        tl.store(losses + row, narrow(first_value, losses), mask=valid)
+    if more_losses is not None:
+        tl.store(more_losses + row, narrow(second_value, more_losses), mask=valid)
+    if total is not None:
+        store_total(total, program, first_value, valid, count_rows, MEAN)
+    if more_total is not None:
+        store_total(more_total, program, second_value, valid, count_rows, MEAN)
+
+    if to_student is not None:
+        # Given log-probabilities are not normalised: the probabilities need not sum to 1.
+        excess = tl.zeros([ROWS], COMPUTE)
+        if LOG_PROBS:
+            for k_ in range(count):
+                k = tl.cast(k_, tl.int64)
+                raw = _row_weight(weights, at_weight, k, weight_stride, valid, COMPUTE, ROWS)
+                share = share_of(raw, whole, count)
+                mass = tl.zeros([ROWS], COMPUTE) - 1.0
+                for begin in range(0, classes, COLUMNS):
+                    column, mask = piece(begin, classes, valid, COLUMNS)
+                    x = load_tile(
+                        teachers, at_teacher + k * teacher_stride, teacher_column, column, mask, classes, COMPUTE
+                    )
+                    mass += tl.sum(tl.exp(x), axis=1)
+                excess += tl.where(share == 0, 0.0, share * mass)
+        for begin in range(0, classes, COLUMNS):
+            column, mask = piece(begin, classes, valid, COLUMNS)
+            other, a, near, log_ratio = _other(
+                student, teachers, weights, tops, logs, anchor, a_top, a_log, at_student, student_column, at_teacher,
+                at_weight, row, valid, column, mask, classes, count, all_rows, scale, teacher_stride, teacher_column,
+                weight_stride, COMPUTE, TERMS, LOG_PROBS, RELATIVE,
+            )  # fmt: skip
+            sum_ = tl.zeros([ROWS, COLUMNS], COMPUTE)
+            if LOG_PROBS:
+                sum_ += excess[:, None] * tl.exp((other - q_top[:, None]) * scale - q_log[:, None])
+            for k_ in range(count):
+                k = tl.cast(k_, tl.int64)
+                raw = _row_weight(weights, at_weight, k, weight_stride, valid, COMPUTE, ROWS)
+                share = share_of(raw, whole, count)[:, None]
+                x = load_tile(teachers, at_teacher + k * teacher_stride, teacher_column, column, mask, classes, COMPUTE)
+                _, by_other, _, _, _ = _against(
+                    x, tops, logs, row, valid, k, all_rows, scale, other, q_top, q_log, a, a_top, a_log, near,
+                    log_ratio, COMPUTE, LOG_PROBS, TERMS, TINY, RELATIVE,
+                )  # fmt: skip
+                sum_ += tl.where(share == 0, 0.0, share * by_other)
+            place = at_student[:, None] + (column * student_column)[None, :]
+            tl.store(to_student + place, narrow((t * factor)[:, None] * sum_, to_student), mask=mask)
+
+    if to_teachers is not None or to_weights is not None:
+        for k_ in range(count):
+            k = tl.cast(k_, tl.int64)
+            raw = _row_weight(weights, at_weight, k, weight_stride, valid, COMPUTE, ROWS)
+            share = share_of(raw, whole, count)
+            own = tl.zeros([ROWS], COMPUTE)  # this teacher's divergence or entropy
+            cross = tl.zeros([ROWS], COMPUTE)  # this teacher's mean of -log mixture
+            for stage in range(2):
+                for begin in range(0, classes, COLUMNS):
+                    column, mask = piece(begin, classes, valid, COLUMNS)
+                    other, a, near, log_ratio = _other(
+                        student, teachers, weights, tops, logs, anchor, a_top, a_log, at_student, student_column,
+                        at_teacher, at_weight, row, valid, column, mask, classes, count, all_rows, scale,
+                        teacher_stride, teacher_column, weight_stride, COMPUTE, TERMS, LOG_PROBS, RELATIVE,
+                    )  # fmt: skip
+                    x = load_tile(
+                        teachers, at_teacher + k * teacher_stride, teacher_column, column, mask, classes, COMPUTE
+                    )
+                    terms, _, u, p, log_p = _against(
+                        x, tops, logs, row, valid, k, all_rows, scale, other, q_top, q_log, a, a_top, a_log, near,
+                        log_ratio, COMPUTE, LOG_PROBS, TERMS, TINY, RELATIVE,
+                    )  # fmt: skip
+                    surprise = tl.where(p == 0, 0.0, -log_p)
+                    mixed_surprise = tl.where((p == 0) | (other == float("-inf")), 0.0, -other)
+                    if stage == 0:
+                        if CONSENSUS:
+                            own += tl.sum(tl.where(mask, p * surprise, 0.0), axis=1)
+                            cross += tl.sum(tl.where(mask, p * mixed_surprise, 0.0), axis=1)
+                        else:
+                            own += tl.sum(tl.where(mask, terms, 0.0), axis=1)
+                    elif to_teachers is not None:
+                        by_share = (share * t)[:, None]
+                        if CONSENSUS:
+                            by_x = factor[:, None] * p * (mixed_surprise - cross[:, None])
+                            by_x += more_factor[:, None] * p * (surprise - own[:, None])
+                        elif LOG_PROBS:
+                            by_x = factor[:, None] * _by_p(p, u, tl.zeros_like(own))
+                        else:
+                            by_x = factor[:, None] * _by_p(p, u, own)
+                        by_x = tl.where((share == 0)[:, None], 0.0, by_share * by_x)
+                        place = (at_teacher + k * teacher_stride)[:, None] + (column * teacher_column)[None, :]
+                        tl.store(to_teachers + place, narrow(by_x, to_teachers), mask=mask)
+            if to_weights is not None:
+                if CONSENSUS:
+                    by_weight = factor * (cross - mixed_value) + more_factor * (own - value)
+                else:
+                    by_weight = factor * t * t * (own - value)
+                present = (raw != 0) & (whole != 0)
+                by_weight = tl.where(present, by_weight / tl.where(present, whole, 1.0), 0.0)
+                tl.store(to_weights + at_by + k * by_stride, by_weight, mask=valid)

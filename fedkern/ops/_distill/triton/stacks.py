@@ -1,0 +1,126 @@
+"""ensemble_kl in Triton: the work of its launchers before and after a launch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedkern.ops._core.triton.rows import (
+    ALL_ROWS,
+    Rows,
+    Steps,
+    finish,
+    hand_over,
+    known_steps,
+    readable,
+    readable_rows,
+    row_steps_of,
+    share,
+    totals_of,
+    writable,
+)
+from fedkern.ops._distill.common import BATCHMEAN, NONE, row_count
+from fedkern.ops._distill.kernels import Ensemble
+from fedkern.ops._distill.reference import compute_dtype, result_dtype
+
+# Gradients of the student, the teachers and the weights.
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+class Call(NamedTuple):
+    """A student, K teachers and their weights as kernels read them, and memory for what they write."""
+
+    compute: torch.dtype
+    plan: Rows
+    count_rows: int  # divisor of the sums
+    student: Tensor
+    teachers: Tensor
+    weights: Tensor | None
+    mask: Tensor | None
+    grad: Tensor | None
+    gradients: Gradients
+    wanted: Gradients
+    losses: Tensor | None
+    total: Tensor | None
+    result: Tensor | None
+    steps: list[Steps]
+    """Strides of student, teachers, weights, grad and the weights' gradient."""
+
+    @classmethod
+    def of(
+        cls,
+        grad: Tensor | None,
+        student: Tensor,
+        teachers: Tensor,
+        weights: Tensor | None,
+        class_mask: Tensor | None,
+        settings: Ensemble,
+        gradients: Gradients,
+        result: Tensor | None,
+    ) -> Call:
+        """The call for these arguments, which must have at least one row."""
+        each = settings.reduction == NONE
+        compute = compute_dtype(result_dtype(student, None, teachers))
+        to_student, to_teachers, to_weights = writable(gradients[0]), writable(gradients[1], 2), gradients[2]
+        student, teachers = readable(student, to_student), readable(teachers, to_teachers, 2)
+        weights, grad = None if weights is None else readable(weights, None, 2), readable_rows(grad)
+        plan, steps = share(
+            student,
+            [
+                known_steps(student, 1),
+                known_steps(teachers, 2),
+                known_steps(weights, 2),
+                row_steps_of(grad) or ALL_ROWS if each else ALL_ROWS,
+                known_steps(to_weights, 2),
+            ],
+            4,
+            compute,
+        )
+        return cls(
+            compute,
+            plan,
+            row_count(student) if settings.reduction == BATCHMEAN else 1,
+            student,
+            teachers,
+            weights,
+            None if class_mask is None else class_mask.view(torch.uint8),
+            grad,
+            (to_student, to_teachers, to_weights),
+            gradients,
+            result if each else None,
+            totals_of(result, settings.reduction, plan),
+            result,
+            steps,
+        )
+
+    @property
+    def mean(self) -> bool:
+        """Whether the only program divides its sum itself, so that :func:`finish` is not needed."""
+        return self.total is not None and self.total.dim() == 0
+
+    @property
+    def by_class(self) -> bool:
+        """Whether the weights have a gradient for every class."""
+        to_weights = self.gradients[2]
+        return to_weights is not None and to_weights.shape[2] > 1
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Strides for kernels with mixtures: from batch to batch, row to row, class to class, teacher to teacher."""
+        of_student, of_teachers, of_weights, of_grad, of_gradient = self.steps
+        weights, to_weights = self.weights, self.gradients[2]
+        return (
+            *of_student, *of_teachers, of_weights.outer, of_weights.row,
+            0 if weights is None or weights.shape[2] == 1 else of_weights.column,
+            of_grad.outer, of_grad.row, *of_gradient,
+            self.teachers.stride(0), 0 if weights is None else weights.stride(0),
+            *((0, 0) if self.mask is None else self.mask.stride()), 0 if to_weights is None else to_weights.stride(0),
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Sums the programs' totals into the result, and hands the gradients over."""
+        if self.total is not None and self.result is not None and self.total is not self.result:
+            finish(self.total, self.result, self.count_rows)
+        hand_over(self.gradients, self.wanted)

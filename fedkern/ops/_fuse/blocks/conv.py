@@ -1,0 +1,105 @@
+"""FusedBlocks on the CPU: M branches' convolutions by the compiled core's direct algorithm."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fedkern.ops._core import backend
+from fedkern.ops._fuse.blocks.layers import FusedConv
+from fedkern.ops._fuse.launch import CpuFuse
+
+# kFuseConvColumns of csrc/include/fedkern/fuse.h: a map's width with its border; wider maps take another lowering.
+MAX_COLUMNS = 256
+
+
+def core_for(x: Tensor) -> Any | None:
+    """The compiled core if it can convolve ``x``, else None: ``x`` must be a plain fp32 CPU tensor, seen eagerly."""
+    if x.dtype is not torch.float32 or x.device.type != "cpu" or not backend.eager(x) or x.is_neg():
+        return None
+    kernel = backend.select("fuse_concat", x)
+    return kernel.core if isinstance(kernel, CpuFuse) else None
+
+
+def fits(conv: FusedConv, columns: int) -> bool:
+    """Whether the direct algorithm covers this convolution with a result ``columns`` wide.
+
+    It covers one group, the same stride and dilation on both axes, and padding given as numbers.
+    """
+    return (
+        conv.groups == 1
+        and math.prod(conv.shape) > 0
+        and not isinstance(conv.padding, str)
+        and conv.stride[0] == conv.stride[1]
+        and conv.dilation[0] == conv.dilation[1]
+        and columns + (int(conv.kernel[1]) - 1) * conv.dilation[1] // conv.stride[1] <= MAX_COLUMNS
+    )
+
+
+def pack(weight: Tensor, branches: int, largest: int) -> tuple[Tensor, int]:
+    """Weights ``[M * C', C, kh, kw]`` as ``[M, blocks, C * kh * kw, block]``, and the block size.
+
+    The output channels are cut into equal blocks of at most ``largest``, the last one filled up with zeros.
+    """
+    rows = weight.shape[0] // branches
+    blocks = max(1, math.ceil(rows / largest))
+    block = max(1, math.ceil(rows / blocks))
+    taps = math.prod(weight.shape[1:])
+    padded = weight.new_zeros((branches, blocks * block, taps))
+    padded[:, :rows] = weight.reshape(branches, rows, taps)
+    return padded.unflatten(1, (blocks, block)).transpose(2, 3).contiguous(), block
+
+
+class Weights(Protocol):
+    """Folded weights of one convolution, see :class:`fedkern.ops._fuse.blocks.lowering.Folded`."""
+
+    conv: FusedConv
+    bias: Tensor | None
+
+    def packed(self, largest: int) -> tuple[Tensor, int]:
+        """:func:`pack` of the weights."""
+
+
+def convolve(
+    core: Any, held: Weights, x: Tensor, shared: bool, other: Tensor | None, other_shared: bool, relu: bool, out: Tensor
+) -> None:
+    """``out = relu(conv(x) + bias + other)`` for all branches.
+
+    The core gets raw addresses, so the caller must make sure that ``x`` and ``out`` are fp32 on the CPU and contiguous
+    within a sample, that ``x`` has the channels that the weights read (``shapes.survey``), and
+    that ``held.plain`` is true.
+    """
+    conv, branches = held.conv, held.conv.branches
+    packed, block = held.packed(core.fuse_conv_block())
+    channels, height, width = x.shape[1:]
+    channels = channels if shared else channels // branches
+    rows, size = out.shape[1] // branches, out.shape[2] * out.shape[3]
+    late = None
+    if other is not None:
+        other = other.contiguous()
+        alike = other.shape[1:] == (rows if other_shared else rows * branches, *out.shape[2:])
+        if not alike or other.dtype is not torch.float32:
+            late, other = other, None  # broadcast over positions, or from autocast: rare, so left to torch
+    addend = (None, 0, 0) if other is None else (other.data_ptr(), other.stride(0), 0 if other_shared else rows * size)
+    core.fuse_conv(
+        x.shape[0],
+        branches,
+        (channels, height, width),
+        (rows, *out.shape[2:]),
+        (*conv.kernel, conv.stride[0], conv.dilation[0], *conv.padding),
+        (x.data_ptr(), x.stride(0), 0 if shared else channels * height * width),
+        addend,
+        (out.data_ptr(), out.stride(0), rows * size),
+        packed.data_ptr(),
+        block,
+        backend.address(held.bias),
+        relu and late is None,
+        torch.get_num_threads(),
+    )
+    if late is not None:
+        out += late.repeat(1, branches, 1, 1) if other_shared else late
+        if relu:
+            out.relu_()

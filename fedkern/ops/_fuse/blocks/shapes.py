@@ -1,0 +1,123 @@
+"""FusedBlocks: the input shapes that its layers accept, and those that the direct convolution covers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedkern.ops._fuse.blocks import conv
+from fedkern.ops._fuse.blocks.layers import FusedLayer
+from fedkern.ops._fuse.blocks.trace import Step
+
+# Pools would read three axes as one image without a batch: the batch as its channels, the branches as its rows.
+POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+
+NAMES = {2: "", 3: ", L", 4: ", H, W"}
+
+
+def axes_of(steps: Sequence[Step], layers: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Numbers of axes that an input of these steps may have; None: any number from 2 on.
+
+    Raises:
+        TypeError: no number fits all layers.
+    """
+    most = max(NAMES) + 1  # layers treat all larger numbers alike
+    found = tuple(axes for axes in range(2, most + 1) if _runs_on(axes, steps, layers))
+    if not found:
+        raise TypeError("FusedBlocks does not support blocks whose layers want maps of different numbers of axes")
+    return None if most in found else found
+
+
+def _runs_on(axes: int, steps: Sequence[Step], layers: Mapping[str, Any]) -> bool:
+    values = [axes]
+    for step in steps:
+        given = {values[value] for value in step.inputs}
+        layer = layers.get(step.module)
+        taken = (4,) if isinstance(layer, POOLS) else layer.axes if isinstance(layer, FusedLayer) else None
+        if len(given) > 1 or (taken is not None and not given <= set(taken)):
+            return False
+        values.append(2 if step.kind == "flatten" else given.pop())
+    return True
+
+
+def pooled(layer: Any, shape: Sequence[int]) -> tuple[int, ...]:
+    """Shape of a pool's result for a sample of this shape.
+
+    Raises:
+        RuntimeError: the pool does not accept the shape.
+    """
+    # On a real tensor: pooling a meta tensor imports torch's compiler or sympy, which takes up to a second.
+    return tuple(layer(torch.empty((1, *shape))).shape[1:])
+
+
+def axes_named(axes: tuple[int, ...] | None, count: int, shared: bool) -> str:
+    """The shapes with these numbers of axes, for error messages."""
+    channels = "C" if shared else f"{count} * C"
+    if axes is None:
+        return f"[B, {channels}, ...]"
+    return " or ".join(f"[B, {channels}{NAMES[n]}]" for n in axes)
+
+
+def survey(steps: Sequence[Step], layers: Mapping[str, Any], count: int, shape: Sequence[int], shared: bool) -> bool:
+    """Follows an input of this shape through the layers; returns whether "direct" covers all convolutions.
+
+    Args:
+        steps: steps of a block.
+        layers: the fused layers by name.
+        count: M.
+        shape: shape of the input, with a number of axes that :func:`axes_of` allows.
+        shared: whether one input serves all branches.
+
+    Raises:
+        ValueError: a layer does not accept the shape that reaches it.
+    """
+    direct = len(shape) == 4
+    # A branch's shapes, and whether their channels are still the input's.
+    values = [((shape[0], shape[1] if shared else shape[1] // count, *shape[2:]), True)]
+    for step in steps:
+        x, own = values[step.inputs[0]]
+        layer: Any = layers.get(step.module)
+        where = f'layer "{step.module}" of each block' if step.module else "each block"
+        features = len(x) - 1 if step.kind == "linear" else 1
+        wanted = layer.reads if isinstance(layer, FusedLayer) else None
+        if wanted is not None and x[features] != wanted:
+            if own and features == 1:
+                asked = f"{wanted}" if shared else f"{count} * {wanted}"
+                raise ValueError(
+                    f"x must have {asked} channels, which {where} reads, not {shape[1]}: its shape is {list(shape)}"
+                )
+            kind = "features" if step.kind == "linear" else "channels"
+            raise ValueError(
+                f"x of shape {list(shape)} does not fit: {where} reads {wanted} {kind} and is given {x[features]}"
+            )
+        y: tuple[int, ...] = x
+        if step.kind == "conv":
+            y = layer.shape_after(x)
+            if min(y[2:]) < 1:
+                size, kernel = " x ".join(map(str, x[2:])), " x ".join(map(str, layer.kernel))
+                raise ValueError(
+                    f"x of shape {list(shape)} is too small: {where} convolves with {kernel} and gets maps of {size}"
+                )
+            direct = direct and conv.fits(layer, y[3])
+        elif step.kind == "linear":
+            y = (*x[:-1], layer.writes)
+        elif step.kind == "flatten":
+            y = (x[0], math.prod(x[1:]))
+        elif step.kind == "add":
+            other, _ = values[step.inputs[1]]  # with as many axes, see axes_of
+            if any(a != b and 1 not in (a, b) for a, b in zip(x, other, strict=True)):
+                raise ValueError(
+                    f"x of shape {list(shape)} does not fit: the blocks add maps of {list(x[1:])} and {list(other[1:])}"
+                )
+            y = tuple(b if a == 1 else a for a, b in zip(x, other, strict=True))
+        elif isinstance(layer, POOLS):
+            try:
+                y = (x[0], *pooled(layer, x[1:]))
+            except RuntimeError as error:
+                raise ValueError(f"x of shape {list(shape)} does not fit {where}: {error}") from error
+        values.append((y, own and step.kind in ("norm", "relu", "channelwise", "same")))
+    return direct

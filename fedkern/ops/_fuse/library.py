@@ -1,0 +1,156 @@
+"""fuse in ``torch.library``: operators with shapes and gradients for torch.compile and opcheck."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkern.ops._core import backend, library
+from fedkern.ops._fuse.kernels import FuseNeeds, empty_map, fused_channels, order_of, wants_channels_last
+from fedkern.ops._fuse.reference import fuse_backward_reference, fuse_concat_reference, fuse_mean_reference
+
+
+def _reference(features: list[Tensor], scale: Tensor | None, shift: Tensor | None, relu: bool, mean: bool) -> Tensor:
+    return (fuse_mean_reference if mean else fuse_concat_reference)(features, scale, shift, relu)
+
+
+def _implementation(
+    features: list[Tensor], scale: Tensor | None, shift: Tensor | None, relu: bool, mean: bool
+) -> Tensor:
+    kernel = backend.select("fuse_mean" if mean else "fuse_concat", *features)
+    if kernel is not None:
+        return kernel.forward(features, scale, shift, relu, mean)
+    return _fake(features, scale, shift, relu, mean).copy_(_reference(features, scale, shift, relu, mean))
+
+
+def _fake(features: list[Tensor], scale: Tensor | None, shift: Tensor | None, relu: bool, mean: bool) -> Tensor:
+    first = features[0]
+    channels = fused_channels([x.shape[1] for x in features], mean)
+    return empty_map((first.shape[0], channels, *first.shape[2:]), wants_channels_last(features), first)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    features, scale, shift, relu, mean = inputs
+    need_scale = scale is not None and scale.requires_grad
+    by_features = need_scale or (relu and mean)
+    ctx.save_for_backward(scale, shift, None if by_features or not relu else output, *(features if by_features else ()))
+    ctx.relu, ctx.mean, ctx.channels = relu, mean, [x.shape[1] for x in features]
+    ctx.need_features = [x.requires_grad for x in features]
+    ctx.need_scale, ctx.need_shift = need_scale, shift is not None and shift.requires_grad
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    scale, shift, out, *features = ctx.saved_tensors
+    settings = (ctx.relu, ctx.mean, ctx.channels, ctx.need_features, ctx.need_scale, ctx.need_shift)
+    maps, to_scale, to_shift = FUSE_BACKWARD(grad, features, out, scale, shift, *settings)
+    chosen = [x if need else None for x, need in zip(maps, ctx.need_features, strict=True)]
+    return chosen, to_scale if ctx.need_scale else None, to_shift if ctx.need_shift else None, None, None
+
+
+def _backward_implementation(
+    grad: Tensor,
+    features: list[Tensor],
+    out: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    relu: bool,
+    mean: bool,
+    channels: Sequence[int],
+    need_features: Sequence[bool],
+    need_scale: bool,
+    need_shift: bool,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    needs = FuseNeeds(tuple(need_features), need_scale, need_shift)
+    kernel = backend.select("fuse_mean" if mean else "fuse_concat", grad)
+    arguments = (grad, features or None, out, scale, shift, relu, mean, channels, needs)
+    result = fuse_backward_reference(*arguments) if kernel is None else kernel.backward(*arguments, order_of(grad) == 1)
+    maps, to_scale, to_shift = _backward_fake(
+        grad, features, out, scale, shift, relu, mean, channels, need_features, need_scale, need_shift
+    )
+    filled = [_into(empty, x) for empty, x in zip(maps, result.features, strict=True)]
+    return filled, _into(to_scale, result.scale), _into(to_shift, result.shift)
+
+
+def _into(empty: Tensor, result: Tensor | None) -> Tensor:
+    """``result`` with the strides of the fake result ``empty``; ``empty`` itself if no gradient was wanted."""
+    return empty if result is None else result if result.stride() == empty.stride() else empty.copy_(result)
+
+
+def _backward_fake(
+    grad: Tensor,
+    features: list[Tensor],
+    out: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    relu: bool,
+    mean: bool,
+    channels: Sequence[int],
+    need_features: Sequence[bool],
+    need_scale: bool,
+    need_shift: bool,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    channels_last = order_of(grad) == 1
+    maps = [
+        empty_map((grad.shape[0], count, *grad.shape[2:]), channels_last, grad) if need else grad.new_empty(0)
+        for count, need in zip(channels, need_features, strict=True)
+    ]
+    to_scale = scale.new_empty(scale.shape) if need_scale and scale is not None else grad.new_empty(0)
+    to_shift = shift.new_empty(shift.shape) if need_shift and shift is not None else grad.new_empty(0)
+    return maps, to_scale, to_shift
+
+
+def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    grad, features, out, scale, shift, *settings = inputs
+    ctx.save_for_backward(grad, out, scale, shift, *features)
+    ctx.settings = settings
+    ctx.needs_second = [x is not None and x.requires_grad for x in (grad, scale, shift, *features)]
+
+
+def _second_derivative(ctx: Any, to_maps: list[Tensor], to_scale: Tensor, to_shift: Tensor) -> tuple[Any, ...]:
+    """The derivative of the gradients, through plain PyTorch."""
+    grad, out, scale, shift, *features = ctx.saved_tensors
+    relu, mean, channels, need_features, need_scale, need_shift = ctx.settings
+    needs = FuseNeeds(tuple(need_features), need_scale, need_shift)
+    count = len(features)
+
+    def gradients(grad: Tensor, scale: Tensor | None, shift: Tensor | None, *features: Tensor) -> Tensor:
+        result = fuse_backward_reference(grad, features or None, out, scale, shift, relu, mean, channels, needs)
+        total = grad.new_zeros((), dtype=torch.float64)
+        for x, seed in (
+            *zip(result.features, to_maps, strict=True),
+            (result.scale, to_scale),
+            (result.shift, to_shift),
+        ):
+            if x is not None and seed is not None:
+                total = total + (x.double() * seed.double()).sum()
+        return total
+
+    inputs = (grad, scale, shift, *features)
+    one = torch.ones((), dtype=torch.float64, device=grad.device)
+    by_grad, by_scale, by_shift, *by_features = library.differentiate_reference(
+        gradients, inputs, ctx.needs_second, one
+    )
+    return (by_grad, by_features if count else [], None, by_scale, by_shift, *[None] * 6)
+
+
+FUSE: Callable[..., Any] = library.register(
+    "fuse",
+    "(Tensor[] features, Tensor? scale, Tensor? shift, bool relu, bool mean) -> Tensor",
+    _implementation,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    reference=_reference,
+)
+FUSE_BACKWARD: Callable[..., Any] = library.register(
+    "fuse_backward",
+    "(Tensor grad, Tensor[] features, Tensor? out, Tensor? scale, Tensor? shift, bool relu, bool mean, "
+    "SymInt[] channels, bool[] need_features, bool need_scale, bool need_shift) -> (Tensor[], Tensor, Tensor)",
+    _backward_implementation,
+    fake=_backward_fake,
+    setup_context=_setup_second,
+    backward=_second_derivative,
+)

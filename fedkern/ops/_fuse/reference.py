@@ -1,0 +1,75 @@
+"""fuse: what it computes and its gradients, in plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedkern.ops._fuse.kernels import FuseGradients, FuseNeeds, compute_dtype
+
+
+def _affine(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """``scale * x + shift`` along axis 1, in the computing dtype."""
+    y = x.to(compute_dtype(x.dtype))
+    if scale is not None:
+        y = y * scale.to(y.dtype).reshape(-1, *[1] * (x.dim() - 2))
+    if shift is not None:
+        y = y + shift.to(y.dtype).reshape(-1, *[1] * (x.dim() - 2))
+    return y
+
+
+def fuse_concat_reference(
+    features: Sequence[Tensor], scale: Tensor | None = None, shift: Tensor | None = None, relu: bool = False
+) -> Tensor:
+    """The specification of :func:`fuse_concat`."""
+    joined = torch.cat(list(features), dim=1)
+    y = _affine(joined, scale, shift)
+    return (y.relu() if relu else y).to(joined.dtype)
+
+
+def fuse_mean_reference(
+    features: Sequence[Tensor], scale: Tensor | None = None, shift: Tensor | None = None, relu: bool = False
+) -> Tensor:
+    """The specification of :func:`fuse_mean`."""
+    joined = torch.cat(list(features), dim=1)
+    y = _affine(joined, scale, shift)
+    y = y.relu() if relu else y
+    first, *rest = y.tensor_split(len(features), dim=1)
+    return (sum(rest, first) / len(features)).to(joined.dtype)
+
+
+def fuse_backward_reference(
+    grad: Tensor,
+    features: Sequence[Tensor] | None,
+    out: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    relu: bool,
+    mean: bool,
+    channels: Sequence[int],
+    needs: FuseNeeds,
+) -> FuseGradients:
+    """The gradients, by operations that can be differentiated again; sums over batch and positions in fp64."""
+    wide = grad.to(compute_dtype(grad.dtype))
+    if mean:
+        wide = wide.repeat(1, len(channels), *[1] * (grad.dim() - 2)) / len(channels)
+    joined = None if features is None else torch.cat(list(features), dim=1)
+    if relu:
+        # As torch's own ReLU: nothing passes where the result is 0, everything where it is NaN.
+        result = out if joined is None else _affine(joined, scale, shift)
+        assert result is not None
+        wide = wide.masked_fill(result.detach() <= 0, 0)
+    to_maps = _affine(wide, scale, None).to(grad.dtype).split(list(channels), dim=1)
+    others = [axis for axis in range(grad.dim()) if axis != 1]
+    to_scale = to_shift = None
+    if needs.scale:
+        assert joined is not None
+        assert scale is not None
+        to_scale = (wide.double() * joined).sum(others).to(scale.dtype)
+    if needs.shift:
+        assert shift is not None
+        to_shift = wide.double().sum(others).to(shift.dtype)
+    maps = [x if need else None for x, need in zip(to_maps, needs.features, strict=True)]
+    return FuseGradients(maps, to_scale, to_shift)

@@ -1,0 +1,321 @@
+"""fuse_concat and fuse_mean in Triton: every map read once and written into its place.
+
+A dense map is ``outer`` runs of ``channels * step`` elements.  In a contiguous map a run is a sample, with ``step``
+positions per channel; in a channels-last map a run is a pixel, with ``step`` 1.  So one kernel serves both layouts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fedkern.ops._aggregate.triton.means import pick, starts_of, tensor_starts, wholes
+from fedkern.ops._core.triton.launch import cdiv, launch, power_of_two, processors
+from fedkern.ops._core.triton.rows import COMPUTE
+from fedkern.ops._fuse.kernels import FuseGradients, FuseNeeds, empty_map, fused_channels, wants_channels_last
+
+BLOCK = 1024
+# Maps that one launch takes as parameters.
+MAPS = 64
+
+
+@triton.jit
+def _places(program, inner, total, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """Elements of a block: (index in the map, run, place in the run, mask); 32-bit division where runs are short."""
+    first = program.to(tl.int64) * BLOCK
+    run = first // inner
+    place = (first - run * inner).to(WIDE) + tl.arange(0, BLOCK)
+    more = place // inner.to(WIDE)
+    element = first + tl.arange(0, BLOCK)
+    return element, run + more, place - more * inner.to(WIDE), element < total
+
+
+@triton.jit
+def _affine(x, scale, shift, channel, mask):
+    """``scale * x + shift`` in x's dtype."""
+    if scale is not None:
+        x = x * tl.load(scale + channel, mask=mask, other=0).to(x.dtype)
+    if shift is not None:
+        x = x + tl.load(shift + channel, mask=mask, other=0).to(x.dtype)
+    return x
+
+
+@triton.jit(do_not_specialize=["starts", "channels", "firsts"])
+def concat_kernel(
+    maps, starts, channels, firsts, scale, shift, out, count, outer, step, width,
+    COMPUTE: tl.constexpr, WIDE: tl.constexpr, RELU: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Writes each map's blocks into its channels of ``out``, which has ``width`` channels."""
+    m = tl.program_id(0) % count
+    first, number = starts_of(firsts, 0, m, COUNT), starts_of(channels, 0, m, COUNT)
+    inner = number * step
+    element, run, place, mask = _places(tl.program_id(0) // count, tl.maximum(inner, 1), outer * inner, WIDE, BLOCK)
+    x = tl.load(maps + starts_of(starts, 0, m, COUNT) + element, mask=mask, other=0).to(COMPUTE)
+    y = _affine(x, scale, shift, first + place // step, mask)
+    if RELU:
+        y = tl.where(y <= 0, 0.0, y)  # NaN stays, as in torch
+    tl.store(out + run * width * step + first * step + place, y.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["starts"])
+def mean_map_kernel(
+    maps, starts, scale, shift, out, count, outer, step, width, sum_before, all_maps,
+    COMPUTE: tl.constexpr, WIDE: tl.constexpr, RELU: tl.constexpr, COUNT: tl.constexpr, MEMBERS: tl.constexpr,
+    BLOCK: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """A block of the mean over the maps, in ascending order; ``sum_before`` carries the sum from launch to launch."""
+    inner = tl.cast(width, tl.int64) * step
+    element, _, place, mask = _places(tl.program_id(0), inner, outer * inner, WIDE, BLOCK)
+    member = tl.arange(0, MEMBERS)
+    start = starts_of(starts, 0, member, COUNT)
+    total = tl.zeros([BLOCK], COMPUTE)
+    if not FIRST:
+        total += tl.load(sum_before + element, mask=mask, other=0)
+    for m in range(count):
+        x = tl.load(maps + pick(start, member, m) + element, mask=mask, other=0).to(COMPUTE)
+        y = _affine(x, scale, shift, m * width + place // step, mask)
+        if RELU:
+            y = tl.where(y <= 0, 0.0, y)
+        total += y
+    if LAST:
+        tl.store(out + element, (total / all_maps).to(out.dtype.element_ty), mask=mask)
+    else:
+        tl.store(sum_before + element, total, mask=mask)
+
+
+@triton.jit
+def _passed(grad, at_grad, maps, at_map, out, scale, shift, channel, mask, all_maps,
+            COMPUTE: tl.constexpr, RELU: tl.constexpr, MEAN: tl.constexpr):  # fmt: skip
+    """The gradient by the activation's input, and the map's values (without ``maps``: the gradient again)."""
+    g = tl.load(grad + at_grad, mask=mask, other=0).to(COMPUTE)
+    if MEAN:
+        g = g / all_maps
+    x = g
+    if maps is not None:
+        x = tl.load(maps + at_map, mask=mask, other=0).to(COMPUTE)
+    if RELU:
+        if maps is not None:
+            y = _affine(x, scale, shift, channel, mask)
+        else:
+            y = tl.load(out + at_grad, mask=mask, other=0).to(COMPUTE)
+        g = tl.where(y <= 0, 0.0, g)
+    return g, x
+
+
+@triton.jit(do_not_specialize=["starts", "targets", "channels", "firsts"])
+def back_kernel(
+    grad, maps, out, starts, target, targets, channels, firsts, scale, shift, count, outer, step, width, all_maps,
+    COMPUTE: tl.constexpr, WIDE: tl.constexpr, RELU: tl.constexpr, MEAN: tl.constexpr, COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Writes each map's gradient; adjacent programs take different maps, so that a mean's gradient is read once."""
+    m = tl.program_id(0) % count
+    first, number = starts_of(firsts, 0, m, COUNT), starts_of(channels, 0, m, COUNT)
+    inner = number * step
+    element, run, place, mask = _places(tl.program_id(0) // count, tl.maximum(inner, 1), outer * inner, WIDE, BLOCK)
+    at_grad = element if MEAN else run * width * step + first * step + place
+    channel = first + place // step
+    at_map = starts_of(starts, 0, m, COUNT) + element
+    g, _ = _passed(grad, at_grad, maps, at_map, out, scale, shift, channel, mask, all_maps, COMPUTE, RELU, MEAN)
+    if scale is not None:
+        g = g * tl.load(scale + channel, mask=mask, other=0).to(COMPUTE)
+    place = starts_of(targets, 0, m, COUNT) + element
+    tl.store(target + place, g.to(target.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["starts", "channels", "firsts"])
+def sums_kernel(
+    grad, maps, out, starts, channels, firsts, scale, shift, by_scale, by_shift,
+    count, batch, positions, width, whole, tiles, splits, span, all_maps,
+    COMPUTE: tl.constexpr, RELU: tl.constexpr, MEAN: tl.constexpr, LAST: tl.constexpr, COUNT: tl.constexpr,
+    CHANNELS: tl.constexpr, PLACES: tl.constexpr,
+):  # fmt: skip
+    """Sums over batch and ``span`` positions for scale and shift, fp64 ``[splits, whole]``; LAST: channels-last."""
+    program = tl.program_id(0)
+    m = program % count
+    tile, split = program // count % tiles, (program // count // tiles).to(tl.int64)
+    first, number = starts_of(firsts, 0, m, COUNT), starts_of(channels, 0, m, COUNT)
+    own = (tile.to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS))[:, None]
+    channel = first + own
+    start = starts_of(starts, 0, m, COUNT)
+    to_scale = tl.zeros([CHANNELS, PLACES], tl.float64)
+    to_shift = tl.zeros([CHANNELS, PLACES], tl.float64)
+    size = tl.cast(batch, tl.int64) * positions
+    in_grad = own if MEAN else channel
+    for begin in range(split * span, tl.minimum((split + 1) * span, size), PLACES):
+        q = (begin + tl.arange(0, PLACES))[None, :]
+        mask = (own < number) & (q < size)
+        if LAST:
+            at_grad, at_map = q * width + in_grad, start + q * number + own
+        else:
+            b, p = q // positions, q % positions
+            at_grad = (b * width + in_grad) * positions + p
+            at_map = start + (b * number + own) * positions + p
+        g, x = _passed(grad, at_grad, maps, at_map, out, scale, shift, channel, mask, all_maps, COMPUTE, RELU, MEAN)
+        to_shift += g.to(tl.float64)
+        if by_scale is not None:
+            to_scale += g.to(tl.float64) * x.to(tl.float64)
+    place = split * whole + first + tile.to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
+    real = tile * CHANNELS + tl.arange(0, CHANNELS) < number
+    if by_scale is not None:
+        tl.store(by_scale + place, tl.sum(to_scale, axis=1), mask=real)
+    if by_shift is not None:
+        tl.store(by_shift + place, tl.sum(to_shift, axis=1), mask=real)
+
+
+class TritonFuse:
+    """:class:`fedkern.ops._fuse.kernels.FuseKernel`."""
+
+    def forward(
+        self, features: Sequence[Tensor], scale: Tensor | None, shift: Tensor | None, relu: bool, mean: bool
+    ) -> Tensor:
+        first = features[0]
+        shape, channels = first.shape, [x.shape[1] for x in features]
+        width = fused_channels(channels, mean)
+        last = wants_channels_last(features)
+        out = empty_map((shape[0], width, *shape[2:]), last, first)
+        if not out.numel():
+            return out
+        maps = [_dense(x, last) for x in features]
+        outer, step = _runs(shape, last)
+        scale, shift = _vector(scale), _vector(shift)
+        meta = {"COMPUTE": COMPUTE[out.dtype], "WIDE": _index(max(channels) * step), "RELU": relu, "BLOCK": BLOCK}
+        if not mean:
+            firsts = _firsts(channels)
+            tiles = cdiv(max(channels) * outer * step, BLOCK)
+            for some in _groups(len(maps)):
+                starts = tensor_starts(maps[some])
+                launch(
+                    concat_kernel, tiles * len(maps[some]), out.device, maps[some][0], starts, wholes(channels[some]),
+                    wholes(firsts[some]), scale, shift, out, len(maps[some]), outer, step, width,
+                    COUNT=len(starts), **meta,
+                )  # fmt: skip
+            return out
+        total = out
+        if len(maps) > MAPS:
+            total = torch.empty(out.numel(), dtype=torch.float64 if out.dtype is torch.float64 else torch.float32,
+                                device=out.device)  # fmt: skip
+        for some in _groups(len(maps)):
+            starts, begin = tensor_starts(maps[some]), some.start * width
+            launch(
+                mean_map_kernel, cdiv(out.numel(), BLOCK), out.device, maps[some][0], starts,
+                None if scale is None else scale[begin:], None if shift is None else shift[begin:], out,
+                len(maps[some]), outer, step, width, total, len(maps), COUNT=len(starts), MEMBERS=len(starts),
+                FIRST=some.start == 0, LAST=some.stop >= len(maps), **meta,
+            )  # fmt: skip
+        return out
+
+    def backward(
+        self,
+        grad: Tensor,
+        features: Sequence[Tensor] | None,
+        out: Tensor | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        relu: bool,
+        mean: bool,
+        channels: Sequence[int],
+        needs: FuseNeeds,
+        channels_last: bool,
+    ) -> FuseGradients:
+        batch, positions, device = grad.shape[0], grad.shape[2:], grad.device
+        targets = [
+            empty_map((batch, count, *positions), channels_last, grad) if need else None
+            for count, need in zip(channels, needs.features, strict=True)
+        ]
+        whole, width = sum(channels), grad.shape[1]
+        if not grad.numel() or not batch * math.prod(positions):
+            zeros = torch.zeros(whole, dtype=torch.float64, device=device)
+            return FuseGradients(targets, _like(zeros, scale, needs.scale), _like(zeros, shift, needs.shift))
+        grad = _dense(grad, channels_last)
+        out = None if out is None else _dense(out, channels_last)
+        maps = None if features is None else [_dense(x, channels_last) for x in features]
+        outer, step = _runs(grad.shape, channels_last)
+        firsts, counts = _firsts(channels), list(channels)
+        vectors = (_vector(scale), _vector(shift))
+        meta = {"COMPUTE": COMPUTE[grad.dtype], "RELU": relu, "MEAN": mean}
+        # Without ReLU only scale's gradient needs the maps.
+        seen = maps if relu else None
+        wanted = [m for m, target in enumerate(targets) if target is not None]
+        for group in _groups(len(wanted)):
+            some = wanted[group]
+            given = [x for x in (targets[m] for m in some) if x is not None]
+            read = None if seen is None else [seen[m] for m in some]
+            places = tensor_starts(given)
+            launch(
+                back_kernel, cdiv(max(counts[m] for m in some) * outer * step, BLOCK) * len(some), device, grad,
+                None if read is None else read[0], out,
+                wholes([0] * len(places)) if read is None else tensor_starts(read), given[0], places,
+                wholes(counts[m] for m in some), wholes(firsts[m] for m in some), *vectors, len(some),
+                outer, step, width, len(channels), COUNT=len(places), BLOCK=BLOCK,
+                WIDE=_index(max(counts) * step), **meta,
+            )  # fmt: skip
+        by_scale = by_shift = None
+        if needs.scale or needs.shift:
+            # Tiles are wide in channels where channels are adjacent in memory, and wide in positions otherwise.
+            size = batch * math.prod(positions)
+            channel_tile = min(power_of_two(max(counts)), 32 if channels_last or step == 1 else 4)
+            place_tile = min(power_of_two(size), BLOCK // channel_tile)
+            tiles = cdiv(max(counts), channel_tile)
+            blocks = cdiv(size, place_tile)
+            splits = max(1, min(blocks, 4 * processors(device) // (tiles * len(counts)), 256))
+            span = cdiv(blocks, splits) * place_tile
+            splits = cdiv(size, span)
+            by_scale, by_shift = (
+                torch.empty(splits, whole, dtype=torch.float64, device=device) if need else None
+                for need in (needs.scale, needs.shift)
+            )
+            read = maps if needs.scale else seen
+            for some_maps in _groups(len(counts)):
+                number = len(counts[some_maps])
+                channel_table = wholes(counts[some_maps])
+                launch(
+                    sums_kernel, number * tiles * splits, device, grad, None if read is None else read[some_maps][0],
+                    out, wholes([0] * len(channel_table)) if read is None else tensor_starts(read[some_maps]),
+                    channel_table, wholes(firsts[some_maps]), *vectors, by_scale, by_shift, number, batch,
+                    math.prod(positions), width, whole, tiles, splits, span, len(counts), LAST=channels_last,
+                    COUNT=len(channel_table), CHANNELS=channel_tile, PLACES=place_tile, **meta,
+                )  # fmt: skip
+        return FuseGradients(
+            targets,
+            None if by_scale is None else _like(by_scale.sum(0), scale, True),
+            None if by_shift is None else _like(by_shift.sum(0), shift, True),
+        )
+
+
+def _like(sums: Tensor, vector: Tensor | None, wanted: bool) -> Tensor | None:
+    return sums.to(vector.dtype) if wanted and vector is not None else None
+
+
+def _vector(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()
+
+
+def _dense(x: Tensor, channels_last: bool) -> Tensor:
+    """``x``, copied if it is not dense in that order."""
+    if not channels_last:
+        return x.contiguous()
+    moved = x.movedim(1, -1)
+    return x if moved.is_contiguous() else moved.contiguous().movedim(-1, 1)
+
+
+def _runs(shape: Sequence[int], channels_last: bool) -> tuple[int, int]:
+    size = math.prod(shape[2:])
+    return (shape[0] * size, 1) if channels_last else (shape[0], size)
+
+
+def _index(inner: int) -> tl.dtype:
+    return tl.int32 if inner + BLOCK < 1 << 31 else tl.int64
+
+
+def _firsts(channels: Sequence[int]) -> list[int]:
+    return [sum(channels[:m]) for m in range(len(channels))]
+
+
+def _groups(count: int) -> list[slice]:
+    return [slice(begin, begin + MAPS) for begin in range(0, count, MAPS)]

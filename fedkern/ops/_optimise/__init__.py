@@ -1,0 +1,1 @@
+"""optimise: one step of an optimiser on flat vectors."""

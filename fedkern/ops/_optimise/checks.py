@@ -1,0 +1,159 @@
+"""optimise: the checks of vectors, settings and memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedkern.ops._aggregate.checks import check_number
+from fedkern.ops._core import backend
+from fedkern.ops._core.checks import check_dense
+
+# Most steps of the exact search for shared memory, which tensors of two axes rarely need. A search that needs more
+# counts as shared memory.
+_SEARCH = 100_000
+
+
+def check_parameters(parameters: Tensor) -> None:
+    """Raises TypeError or ValueError unless ``parameters`` is a floating ``[P]`` or ``[M, P]``."""
+    _check_tensor(parameters, "parameters")
+    if parameters.dtype not in backend.FLOATS:
+        raise TypeError(f"parameters must be float32, float64, bfloat16 or float16, not {parameters.dtype}")
+    if parameters.dim() not in (1, 2):
+        raise ValueError(f"parameters must have shape [P] or [M, P], not {list(parameters.shape)}")
+
+
+def check_like(tensor: Tensor, name: str, parameters: Tensor, *, shared: bool = False) -> None:
+    """Raises TypeError or ValueError unless ``tensor`` has the parameters' dtype, shape and device.
+
+    ``shared``: one ``[P]`` for all rows is allowed too.
+    """
+    _check_tensor(tensor, name)
+    if tensor.dtype != parameters.dtype:
+        raise TypeError(f"{name} must have parameters' dtype {parameters.dtype}, not {tensor.dtype}")
+    if tensor.shape != parameters.shape and not (shared and tensor.shape == parameters.shape[-1:]):
+        either = f" or {list(parameters.shape[-1:])}" if shared and parameters.dim() == 2 else ""
+        raise ValueError(
+            f"{name} must have parameters' shape {list(parameters.shape)}{either}, not {list(tensor.shape)}"
+        )
+    if tensor.device != parameters.device:
+        raise ValueError(f"{name} must be on parameters' device {parameters.device}, not {tensor.device}")
+
+
+def _check_tensor(tensor: Tensor, name: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+    check_dense(tensor, name)
+
+
+def check_lr(lr: Any, parameters: Tensor) -> float | list[float] | Tensor:
+    """Returns one learning rate for all rows, or one per row: a list, or on a GPU an unchecked fp64 tensor ``[M]``."""
+    if isinstance(lr, Tensor):
+        check_dense(lr, "lr")
+        if not lr.is_floating_point():
+            raise TypeError(f"lr must have a floating dtype, not {lr.dtype}")
+        if lr.dim() == 0 and lr.device.type == "cpu" and not torch.compiler.is_compiling():
+            return check_number(lr.item(), "lr", 0.0)
+        if lr.dim() != 0 and (parameters.dim() == 1 or lr.shape != parameters.shape[:1]):
+            raise ValueError(f"lr must be a number{_each(parameters)}, not a tensor {list(lr.shape)}")
+        if lr.device.type != "cpu" and lr.device != parameters.device:
+            raise ValueError(f"lr must be on the CPU or parameters' device {parameters.device}, not {lr.device}")
+        if lr.device.type == "cpu" and not torch.compiler.is_compiling() and parameters.device.type == "cpu":
+            return [check_number(value, f"lr[{m}]", 0.0) for m, value in enumerate(lr.tolist())]
+        rows = parameters.shape[0] if parameters.dim() == 2 else 1
+        return lr.detach().to(parameters.device, torch.float64).expand(rows)
+    if isinstance(lr, Sequence) and not isinstance(lr, (str, bytes, bytearray)):
+        if parameters.dim() != 2 or len(lr) != parameters.shape[0]:
+            raise ValueError(f"lr must be a number{_each(parameters)}, not {len(lr)} numbers")
+        return [check_number(value, f"lr[{m}]", 0.0) for m, value in enumerate(lr)]
+    return check_number(lr, "lr", 0.0)
+
+
+def _each(parameters: Tensor) -> str:
+    return f", or one for each of the {parameters.shape[0]} rows" if parameters.dim() == 2 else ""
+
+
+def check_betas(betas: Any) -> tuple[float, float]:
+    """Returns the decay rates of AdamW's two moments, each in [0, 1)."""
+    if isinstance(betas, (str, bytes, bytearray)) or not isinstance(betas, Sequence) or len(betas) != 2:
+        given = f"{len(betas)} values" if isinstance(betas, (list, tuple)) else type(betas).__name__
+        raise (ValueError if isinstance(betas, (list, tuple)) else TypeError)(
+            f"betas must be two numbers of [0, 1), not {given}"
+        )
+    values = [check_number(value, f"betas[{i}]", 0.0, 1.0) for i, value in enumerate(betas)]
+    for i, value in enumerate(values):
+        if value == 1:
+            raise ValueError(f"betas[{i}] must be less than 1, not {value:g}")
+    return values[0], values[1]
+
+
+def check_max_norm(max_norm: Any) -> float | None:
+    return None if max_norm is None else check_number(max_norm, "max_norm", 0.0, above=True)
+
+
+def check_memory(written: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, hidden: bool) -> None:
+    """Raises ValueError if a written tensor shares memory with another tensor, or if its own elements overlap.
+
+    ``hidden``: a compiler or a mode hides the tensors' addresses; then only the same tensor given twice is found.
+    """
+    for name, tensor in written.items():
+        if not hidden and folded(tensor):
+            raise ValueError(f"{name} must not be expanded: several of its elements share one place in memory")
+        for other, given in tensors.items():
+            if other != name and (tensor is given if hidden else share_memory(tensor, given)):
+                raise ValueError(f"{name} must not share memory with {other}: it is written to while that is used")
+
+
+def folded(tensor: Tensor) -> bool:
+    """Whether two elements of ``tensor``, which has at most two axes, lie at the same address."""
+    axes = [(size, step) for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+    if not tensor.numel() or not axes:
+        return False
+    if len(axes) == 1 or not all(step for _, step in axes):
+        return not all(step for _, step in axes)
+    (rows, down), (columns, right) = axes
+    # Row i, column 0 is row 0, column j first where i * down = j * right.
+    common = math.gcd(down, right)
+    return right // common < rows and down // common < columns
+
+
+class _Memory:
+    """A tensor's address, shape and strides for NumPy, which does not read the values."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        item = tensor.element_size()
+        self.__array_interface__ = {
+            "data": (tensor.data_ptr(), False),
+            "shape": tuple(tensor.shape),
+            "strides": tuple(step * item for step in tensor.stride()),
+            "typestr": f"|V{item}",
+            "version": 3,
+        }
+
+
+def share_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether any element of ``one`` overlaps any element of ``other`` in memory; exact for all strides."""
+    if not one.numel() or not other.numel() or one.device != other.device:
+        return False
+    (begin, end), (first, last) = ends(one), ends(other)
+    if begin >= last or first >= end:
+        return False
+    if one.is_contiguous() and other.is_contiguous():
+        return True
+    a, b = np.asarray(_Memory(one)), np.asarray(_Memory(other))
+    try:
+        return bool(np.shares_memory(a, b, max_work=_SEARCH))  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
+
+
+def ends(tensor: Tensor) -> tuple[int, int]:
+    """The addresses of the first byte and past the last byte of a tensor that has elements."""
+    begin = tensor.data_ptr()
+    span = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return begin, begin + (span + 1) * tensor.element_size()

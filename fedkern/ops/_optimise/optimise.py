@@ -1,0 +1,333 @@
+"""optimise: one step of an optimiser on flat vectors, in one pass over parameters, gradients and state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedkern.ops._aggregate.checks import check_count, check_number, no_vmap, refuse_gradient, written
+from fedkern.ops._core import backend, library
+from fedkern.ops._optimise.checks import (
+    check_betas,
+    check_like,
+    check_lr,
+    check_max_norm,
+    check_memory,
+    check_parameters,
+)
+from fedkern.ops._optimise.cuda import CudaOptimise
+from fedkern.ops._optimise.kernels import AdamW, Call
+from fedkern.ops._optimise.launch import CpuOptimise
+from fedkern.ops._optimise.reference import optimise_reference
+
+# Whole numbers up to here are exact in a float.
+MOST_STEPS = 2**53
+
+
+class StepResult(NamedTuple):
+    """Result of :func:`sgd_step` and :func:`adamw_step`; on a GPU, only reading its values waits for the step.
+
+    Attributes:
+        finite: bool, 0-d (``[M]`` for ``[M, P]``): whether the gradient and all written values are finite.
+        squared_norm: fp64, 0-d or ``[M]``: the squared Euclidean norm of the gradient with ``correction`` and the
+            proximal term, before clipping and weight decay.
+    """
+
+    finite: Tensor
+    squared_norm: Tensor
+
+
+# 1. What it computes: optimise_reference.
+
+
+# 2. The public functions.
+
+
+def sgd_step(
+    parameters: Tensor,
+    gradients: Tensor,
+    velocity: Tensor | None = None,
+    *,
+    lr: float | Sequence[float] | Tensor,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    anchor: Tensor | None = None,
+    proximal: float = 0.0,
+    correction: Tensor | None = None,
+    gradient_sum: Tensor | None = None,
+    max_norm: float | None = None,
+    zero: bool = False,
+) -> StepResult:
+    """Takes a step of SGD in place, as ``torch.optim.SGD`` does, with the terms that federated methods add.
+
+    With parameters θ, gradient g and velocity v, in this order:
+
+    1. ``gradient_sum += g`` (SCAFFOLD's option II, arXiv 1910.06378, sums the raw gradients of a round).
+    2. ``g += correction`` (SCAFFOLD's ``c - c_i``; FedDyn's ``-g_k``, arXiv 2111.04263).
+    3. ``g += proximal (θ - anchor)`` (FedProx, arXiv 1812.06127).
+    4. ``g *= min(1, max_norm / |g|)``.
+    5. ``g += weight_decay θ``.
+    6. ``v = momentum v + g``; without momentum ``v = g``.
+    7. ``θ -= lr v``.
+
+    The step takes one pass over memory, or two with ``max_norm``, which needs the norm first.  ``gradients`` are not
+    changed unless ``zero`` is set.  In fp32 and fp64 on the CPU, a step without clipping has the same bits as torch's
+    own operations at the same ISA level.  The bits do not depend on the number of threads.
+
+    Args:
+        parameters: θ ``[P]``, or ``[M, P]`` for M models side by side; fp32, fp64, bf16 or fp16, any strides.  bf16 and
+            fp16 are computed in fp32 and rounded once.
+        gradients: g, of the same shape, dtype and device, as all tensors here.
+        velocity: v, updated in place; zeros at the start.  Required with ``momentum``, None without.
+        lr: the learning rate, not negative; for ``[M, P]`` also one for each row, as a list or a floating tensor.
+            The values of a tensor on a GPU are not checked.
+        momentum, weight_decay, proximal: not negative.
+        anchor: the parameters that ``proximal`` pulls towards; required with ``proximal``.  For ``[M, P]`` also one
+            ``[P]`` for all rows.
+        correction: added to the gradient.  For ``[M, P]`` also one ``[P]`` for all rows.
+        gradient_sum: the raw gradients are added to this tensor.
+        max_norm: largest norm of the gradient (of each row), above 0; None: no clipping.
+        zero: set ``gradients`` to zero afterwards, which saves the training loop a pass.
+
+    Returns:
+        :class:`StepResult`.  NaN and infinities spread as in torch; ``finite`` reports them.  The step has no gradient.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, a written tensor shares
+            memory with another tensor, or a tensor requires a gradient outside of ``torch.no_grad()``.
+        RuntimeError: a forced backend cannot serve the call.
+    """
+    if not backend.intercepted():
+        kernel = backend._chosen.get(_KEY, _NONE)[0]
+        if type(kernel) is CpuOptimise and isinstance(parameters, Tensor):
+            tensors = (parameters, gradients, velocity, None, anchor, correction, gradient_sum)
+            found = kernel.direct(0, tensors, lr, (momentum, weight_decay, proximal), max_norm, zero)
+            if found is not None:
+                written(parameters, velocity, gradient_sum, gradients if zero else None)
+                return StepResult(*found)
+    check_parameters(parameters)
+    momentum = check_number(momentum, "momentum", 0.0)
+    if momentum and velocity is None:
+        raise ValueError(f"velocity must be given with momentum {momentum:g}: zeros of parameters' shape at the start")
+    if velocity is not None:
+        if not momentum:
+            raise ValueError("velocity must be None without momentum")
+        check_like(velocity, "velocity", parameters)
+    return _take(
+        "sgd_step", parameters, gradients, {"velocity": velocity}, lr, momentum, weight_decay, anchor, proximal,
+        correction, gradient_sum, max_norm, zero, None,
+    )  # fmt: skip
+
+
+def adamw_step(
+    parameters: Tensor,
+    gradients: Tensor,
+    first: Tensor,
+    second: Tensor,
+    step: int,
+    *,
+    lr: float | Sequence[float] | Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    anchor: Tensor | None = None,
+    proximal: float = 0.0,
+    correction: Tensor | None = None,
+    gradient_sum: Tensor | None = None,
+    max_norm: float | None = None,
+    zero: bool = False,
+) -> StepResult:
+    """Takes a step of AdamW (arXiv 1711.05101) in place, as ``torch.optim.AdamW`` does.
+
+    The gradient g is prepared by steps 1 to 4 of :func:`sgd_step`.  Then, with moments m and v and step number t:
+
+    - ``θ *= 1 - lr weight_decay``
+    - ``m += (1 - beta1) (g - m)`` and ``v = beta2 v + (1 - beta2) g^2``
+    - ``θ -= lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)``
+
+    Args:
+        parameters, gradients, lr, anchor, proximal, correction, gradient_sum, max_norm, zero: as in :func:`sgd_step`.
+        first: m, of parameters' shape, dtype and device; zeros at the start, updated in place.
+        second: v, likewise.
+        step: t, the number of this step, starting at 1; the same for all rows.
+        betas: beta1 and beta2, each in [0, 1).
+        eps: not negative.
+        weight_decay: not negative.
+
+    Returns:
+        :class:`StepResult`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`sgd_step`.
+    """
+    if not backend.intercepted():
+        kernel = backend._chosen.get(_KEY, _NONE)[0]
+        if (
+            type(kernel) is CpuOptimise
+            and isinstance(parameters, Tensor)
+            and type(step) is int
+            and 0 < step <= MOST_STEPS
+        ):
+            numbers = _numbers(betas, step, eps)
+            if numbers is not None:
+                tensors = (parameters, gradients, first, second, anchor, correction, gradient_sum)
+                found = kernel.direct(1, tensors, lr, (0.0, weight_decay, proximal, *numbers), max_norm, zero)
+                if found is not None:
+                    written(parameters, first, second, gradient_sum, gradients if zero else None)
+                    return StepResult(*found)
+    check_parameters(parameters)
+    check_like(first, "first", parameters)
+    check_like(second, "second", parameters)
+    step = check_count(step, "step", 1, MOST_STEPS)
+    numbers = _numbers(check_betas(betas), step, check_number(eps, "eps", 0.0))
+    return _take(
+        "adamw_step", parameters, gradients, {"first": first, "second": second}, lr, 0.0, weight_decay, anchor,
+        proximal, correction, gradient_sum, max_norm, zero, numbers,
+    )  # fmt: skip
+
+
+def _numbers(betas: Any, step: int, eps: float) -> AdamW | None:
+    """AdamW's numbers for a step; None if ``betas`` must be checked first."""
+    if type(betas) is not tuple or len(betas) != 2:
+        return None
+    beta1, beta2 = betas
+    if type(beta1) is not float or type(beta2) is not float or not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+        return None
+    return AdamW(beta1, beta2, 1 - beta1**step, (1 - beta2**step) ** 0.5, eps)
+
+
+def _take(
+    name: str,
+    parameters: Tensor,
+    gradients: Tensor,
+    states: dict[str, Tensor | None],
+    lr: float | Sequence[float] | Tensor,
+    momentum: float,
+    weight_decay: float,
+    anchor: Tensor | None,
+    proximal: float,
+    correction: Tensor | None,
+    gradient_sum: Tensor | None,
+    max_norm: float | None,
+    zero: bool,
+    adamw: AdamW | None,
+) -> StepResult:
+    """The general path: every check, in Python; the caller has checked ``parameters`` and ``states``."""
+    check_like(gradients, "gradients", parameters)
+    rate = check_lr(lr, parameters)
+    weight_decay, proximal = check_number(weight_decay, "weight_decay", 0.0), check_number(proximal, "proximal", 0.0)
+    max_norm = check_max_norm(max_norm)
+    if not isinstance(zero, bool):
+        raise TypeError(f"zero must be True or False, not {type(zero).__name__}")
+    if proximal and anchor is None:
+        raise ValueError(f"anchor must be given with proximal {proximal:g}")
+    for key, given in (("anchor", anchor), ("correction", correction)):
+        if given is not None:
+            check_like(given, key, parameters, shared=True)
+    if gradient_sum is not None:
+        check_like(gradient_sum, "gradient_sum", parameters)
+    first, second = (*states.values(), None)[:2]
+    call = Call(
+        parameters, gradients, first, second, anchor, correction, gradient_sum, rate, momentum, weight_decay, proximal,
+        max_norm, zero, adamw,
+    )  # fmt: skip
+    ordinary = backend.eager(*call.tensors().values())
+    public = dict(zip(("first", "second"), states, strict=False))
+    tensors, changed = ({public.get(key, key): x for key, x in some().items()} for some in (call.tensors, call.written))
+    check_memory(changed, tensors, hidden=not ordinary)
+    refuse_gradient(name, *tensors.values(), lr)
+    if ordinary:
+        return StepResult(*_compute(call))
+    each = rate if isinstance(rate, Tensor) else None
+    numbers = [rate] if isinstance(rate, float) else [] if each is not None else list(rate)
+    found = _operator(
+        parameters, gradients, first, second, anchor, correction, gradient_sum, numbers, each, momentum, weight_decay,
+        proximal, max_norm, None if adamw is None else list(adamw),
+    )  # fmt: skip
+    if zero:
+        gradients.zero_()
+    return StepResult(*found)
+
+
+def _compute(call: Call) -> tuple[Tensor, Tensor]:
+    """The step on tensors ``[P]`` or ``[M, P]`` of any strides, by the selected kernel or the reference."""
+    with torch.no_grad():
+        flat = call.parameters.dim() == 1
+        copies: list[tuple[Tensor, Tensor]] = []
+        changed, prepared = call.written(), {}
+        for name, tensor in call.tensors().items():
+            rows = tensor.unsqueeze(0) if flat else tensor.expand(call.parameters.shape)
+            unit = rows.shape[1] <= 1 or rows.stride(1) == 1
+            if rows.is_neg() or not unit or (name in changed and rows.stride(0) < rows.shape[1]):
+                copy = rows.resolve_neg().clone(memory_format=torch.contiguous_format)
+                if name in changed:
+                    copies.append((rows, copy))
+                rows = copy
+            prepared[name] = rows
+        ready = call.replaced(prepared)
+        kernel = backend.select("optimise", *prepared.values())
+        finite, squared = optimise_reference(ready) if kernel is None else kernel.step(ready)
+        for rows, copy in copies:
+            rows.copy_(copy)
+    if kernel is not None:
+        written(*changed.values())
+    return (finite[0], squared[0]) if flat else (finite, squared)
+
+
+# 3. Eager autograd: none.  A step has no gradient, and raises where one is wanted.
+
+
+# 4. The same operator for torch.compile and opcheck; with it, the public functions zero the gradients themselves.
+
+
+def _implementation(
+    parameters: Tensor,
+    gradients: Tensor,
+    first: Tensor | None,
+    second: Tensor | None,
+    anchor: Tensor | None,
+    correction: Tensor | None,
+    gradient_sum: Tensor | None,
+    lr: list[float],
+    lr_each: Tensor | None,
+    momentum: float,
+    weight_decay: float,
+    proximal: float,
+    max_norm: float | None,
+    adamw: list[float] | None,
+) -> tuple[Tensor, Tensor]:
+    rate = check_lr(lr_each, parameters) if lr_each is not None else lr[0] if len(lr) == 1 else lr
+    finite, squared = _compute(
+        Call(
+            parameters, gradients, first, second, anchor, correction, gradient_sum, rate, momentum, weight_decay,
+            proximal, max_norm, False, None if adamw is None else AdamW(*adamw),
+        )
+    )  # fmt: skip
+    return (finite, squared) if parameters.dim() == 2 else (finite.clone(), squared.clone())
+
+
+def _fake(parameters: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    rows = parameters.shape[:-1]
+    return parameters.new_empty(rows, dtype=torch.bool), parameters.new_empty(rows, dtype=torch.float64)
+
+
+_operator = library.register(
+    "optimiser_step",
+    "(Tensor(a!) parameters, Tensor gradients, Tensor(b!)? first, Tensor(c!)? second, Tensor? anchor, "
+    "Tensor? correction, Tensor(d!)? gradient_sum, float[] lr, Tensor? lr_each, float momentum, float weight_decay, "
+    "float proximal, float? max_norm, float[]? adamw) -> (Tensor, Tensor)",
+    _implementation,
+    fake=_fake,
+    vmap=no_vmap("sgd_step or adamw_step"),
+)
+
+
+# 5. The backends that serve it.
+
+_KEY = ("optimise", "cpu")
+_NONE = (None, frozenset[torch.dtype]())
+
+backend.serve("optimise", cpu=CpuOptimise, cuda=CudaOptimise, triton="_optimise.triton:TritonOptimise")

@@ -1,0 +1,89 @@
+"""optimise: reference of a step in plain PyTorch, on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedkern.ops._optimise.kernels import Call
+
+
+def optimise_reference(call: Call) -> tuple[Tensor, Tensor]:
+    """:meth:`fedkern.ops._optimise.kernels.OptimiseKernel.step` as ``torch.optim`` writes it.
+
+    16-bit types are computed in fp32, and written values are rounded once.
+    """
+    if call.parameters.dtype.itemsize > 2:
+        return _step(call)
+    wide = call.replaced({name: tensor.float() for name, tensor in call.tensors().items()})
+    _, squared = _step(wide)
+    for name, tensor in call.written().items():
+        tensor.copy_(getattr(wide, name))
+    return _finite(call, squared), squared
+
+
+def _step(call: Call) -> tuple[Tensor, Tensor]:
+    theta, gradient = call.parameters, call.gradients
+    if call.gradient_sum is not None:
+        call.gradient_sum.add_(gradient)
+    if call.correction is not None:
+        gradient = gradient + call.correction
+    if call.proximal and call.anchor is not None:
+        gradient = gradient.add(theta - call.anchor, alpha=call.proximal)
+    squared = gradient.double().square().sum(1)
+    if call.max_norm is not None:
+        norm = squared.sqrt()
+        scale = torch.where(norm <= call.max_norm, 1.0, call.max_norm / norm)  # NaN where the norm is
+        gradient = gradient * scale.to(gradient.dtype)[:, None]
+    if call.adamw is None:
+        _sgd(call, theta, gradient)
+    else:
+        _adamw(call, theta, gradient)
+    if call.zero:
+        call.gradients.zero_()
+    return _finite(call, squared), squared
+
+
+def _sgd(call: Call, theta: Tensor, gradient: Tensor) -> None:
+    if call.weight_decay:
+        gradient = gradient.add(theta, alpha=call.weight_decay)
+    if call.first is not None:
+        gradient = call.first.mul_(call.momentum).add_(gradient)
+    lr = call.lr
+    if isinstance(lr, Tensor):
+        theta.addcmul_(gradient, lr.to(theta.dtype)[:, None], value=-1)
+    elif isinstance(lr, Sequence):
+        for row, direction, rate in zip(theta, gradient, lr, strict=True):
+            row.add_(direction, alpha=-rate)
+    else:
+        theta.add_(gradient, alpha=-lr)
+
+
+def _adamw(call: Call, theta: Tensor, gradient: Tensor) -> None:
+    numbers, lr = call.adamw, call.lr
+    first, second = call.first, call.second
+    assert numbers is not None
+    assert first is not None
+    assert second is not None
+    first.lerp_(gradient, 1 - numbers.beta1)
+    second.mul_(numbers.beta2).addcmul_(gradient, gradient, value=1 - numbers.beta2)
+    scale = second.sqrt().div_(numbers.root).add_(numbers.eps)
+    if isinstance(lr, Tensor):
+        decay, rate = ((x.to(theta.dtype))[:, None] for x in (1 - lr * call.weight_decay, -lr / numbers.bias))
+        theta.mul_(decay).add_(rate * first / scale)
+    elif isinstance(lr, Sequence):
+        for row, one, each, own in zip(theta, first, scale, lr, strict=True):
+            row.mul_(1 - own * call.weight_decay).addcdiv_(one, each, value=-own / numbers.bias)
+    else:
+        theta.mul_(1 - lr * call.weight_decay).addcdiv_(first, scale, value=-lr / numbers.bias)
+
+
+def _finite(call: Call, squared: Tensor) -> Tensor:
+    """Which rows' gradients and written tensors are finite."""
+    finite = squared.isfinite()
+    for name, tensor in call.written().items():
+        if name != "gradients":
+            finite = finite & tensor.isfinite().all(1)
+    return finite
