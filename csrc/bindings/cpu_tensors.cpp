@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "exchange.h"
+#include "fedkern/distill.h"
 
 namespace fedkern {
 namespace {
@@ -114,56 +115,58 @@ bool apart(std::uintptr_t target, std::size_t bytes, const py::list& addresses, 
   return true;
 }
 
-// Whether a kernel may read `tensor` through its address: on the CPU, floating, no negated view, and with memory of its own,
-// which neither batched ones have nor those that outlived a transform.
-bool readable(PyObject* tensor, TensorView& found) {
+// What follows answers for a call's tensors at once: kNo where something is unusual, which decides nothing (the checks in Python
+// say whether it is wrong, or right but for another path); else where all of them are, the CPU or one GPU.
+enum : int { kNo = 0, kOnCpu = TensorView::kCpu, kOnCuda = TensorView::kCuda };
+
+// Whether a kernel may read `tensor` through its address: floating, no negated view, and with memory of its own, which
+// neither batched ones have nor those that outlived a transform.
+int readable(PyObject* tensor, TensorView& found) {
   DType dtype;
-  if (!is_tensor(tensor)) return false;
-  if (!view(tensor, found)) return PyErr_Clear(), false;
-  if (!found.on_cpu() || !found.floating(dtype) || (!found.data && !found.empty())) return false;
-  return result(tensor, names().is_neg).ptr() == Py_False;
+  if (!is_tensor(tensor)) return kNo;
+  if (!view(tensor, found)) return PyErr_Clear(), kNo;
+  if (found.device_type != TensorView::kCpu && found.device_type != TensorView::kCuda) return kNo;
+  if (!found.floating(dtype) || (!found.data && !found.empty())) return kNo;
+  return result(tensor, names().is_neg).ptr() == Py_False ? found.device_type : kNo;
 }
 
 // Whether kernels may read all of them.
-bool all_readable(const py::tuple& tensors) {
-  TensorView view;
-  for (const py::handle& tensor : tensors)
-    if (!readable(tensor.ptr(), view)) return false;
-  return true;
+int tensors_fit(const py::args& tensors) {
+  TensorView first{}, one{};
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    if (!readable(PyTuple_GET_ITEM(tensors.ptr(), i), i ? one : first) || (i && !one.same_device(first))) return kNo;
+  }
+  return tensors.size() ? first.device_type : kNo;
 }
 
-// The same, and they are logits of one shape: [B, C, *positions] of at most `most` dimensions, C > 0.
-bool readable_logits(const py::tuple& tensors, int most) {
+// The same, and they are logits of one shape: [B, C, *positions], C > 0.
+int logits_fit(const py::args& tensors) {
   TensorView first{}, one{};
-  bool begun = false;
-  for (const py::handle& tensor : tensors) {
-    if (!readable(tensor.ptr(), one)) return false;
-    if (!begun) {
-      if (one.dims < 2 || one.dims > most || !one.shape[1]) return false;
-      first = one, begun = true;
-    } else if (!one.same_shape(first)) {
-      return false;
-    }
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    if (!readable(PyTuple_GET_ITEM(tensors.ptr(), i), i ? one : first)) return kNo;
+    if (i && !(one.same_device(first) && one.same_shape(first))) return kNo;
   }
-  return begun;
+  const bool logits = tensors.size() && first.dims >= 2 && first.dims <= kMaxRowDims + 1 && first.shape[1];
+  return logits ? first.device_type : kNo;
 }
 
 // Whether blend's kernel may read what it is given, and all of it fits together.
-bool blend_fits(py::handle foreground, py::handle background, py::handle alpha, py::handle index) {
+int blend_fits(py::handle foreground, py::handle background, py::handle alpha, py::handle index) {
   TensorView front, back, weights, chosen;
-  if (!readable(foreground.ptr(), front) || !readable(background.ptr(), back) || !front.dims) return false;
-  if (front.code != back.code || front.bits != back.bits) return false;
+  if (!readable(foreground.ptr(), front) || !readable(background.ptr(), back) || !front.dims) return kNo;
+  if (front.code != back.code || front.bits != back.bits || !front.same_device(back)) return kNo;
   if (PyFloat_CheckExact(alpha.ptr())) {
     const double value = PyFloat_AS_DOUBLE(alpha.ptr());
-    if (!(value >= 0 && value <= 1)) return false;
-  } else if (!readable(alpha.ptr(), weights) || weights.dims != 1 || weights.shape[0] != front.shape[0]) {
-    return false;
+    if (!(value >= 0 && value <= 1)) return kNo;
+  } else if (!readable(alpha.ptr(), weights) || weights.dims != 1 || weights.shape[0] != front.shape[0] ||
+             !weights.same_device(front)) {
+    return kNo;
   }
-  if (index.is_none()) return back.same_shape(front);
-  if (!is_tensor(index.ptr())) return false;
-  if (!view(index.ptr(), chosen)) return PyErr_Clear(), false;
-  const bool counts = chosen.on_cpu() && chosen.code == 0 && chosen.bits == 64 && chosen.dims == 1;
-  return counts && chosen.shape[0] == front.shape[0] && back.same_shape(front, 1);
+  if (index.is_none()) return back.same_shape(front) ? front.device_type : kNo;
+  if (!is_tensor(index.ptr())) return kNo;
+  if (!view(index.ptr(), chosen)) return PyErr_Clear(), kNo;
+  const bool counts = chosen.same_device(front) && chosen.code == 0 && chosen.bits == 64 && chosen.dims == 1;
+  return counts && chosen.shape[0] == front.shape[0] && back.same_shape(front, 1) ? front.device_type : kNo;
 }
 
 // How the fuse kernels may read maps of one dtype and shape, with scale and shift [maps * channels] of the dtype computed in:
@@ -175,7 +178,7 @@ int fuse_fits(py::handle features, py::handle scale, py::handle shift) {
   TensorView first{}, one{};
   int layout = 0;
   for (Py_ssize_t m = 0; m < count; ++m) {
-    if (!readable(PyTuple_GET_ITEM(given.ptr(), m), one)) return 0;
+    if (readable(PyTuple_GET_ITEM(given.ptr(), m), one) != kOnCpu) return 0;
     if (m == 0) {
       if (one.dims < 2 || one.empty()) return 0;
       first = one, layout = one.contiguous() ? 1 : one.channels_last() ? 2 : 0;
@@ -185,7 +188,7 @@ int fuse_fits(py::handle features, py::handle scale, py::handle shift) {
   }
   for (const py::handle vector : {scale, shift}) {
     if (vector.is_none() || !count) continue;
-    if (!readable(vector.ptr(), one) || one.code != 2 || one.bits != (first.bits == 64 ? 64 : 32)) return 0;
+    if (readable(vector.ptr(), one) != kOnCpu || one.code != 2 || one.bits != (first.bits == 64 ? 64 : 32)) return 0;
     if (one.dims != 1 || one.shape[0] != first.shape[1] * count || !one.contiguous()) return 0;
   }
   return layout;
@@ -195,8 +198,8 @@ int fuse_fits(py::handle features, py::handle scale, py::handle shift) {
 
 void bind_tensors(py::module_& module) {
   module.def("take_tensors", take_tensors);
-  module.def("all_readable", all_readable);
-  module.def("readable_logits", readable_logits);
+  module.def("tensors_fit", tensors_fit);
+  module.def("logits_fit", logits_fit);
   module.def("blend_fits", blend_fits);
   module.def("fuse_fits", fuse_fits);
   module.def("plain_vectors", plain_vectors);

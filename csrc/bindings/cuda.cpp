@@ -1,5 +1,5 @@
 // fedkern._cuda: the compiled CUDA kernels. Imports without a driver; a call then says what is missing.
-#include "bindings.h"
+#include "exchange.h"
 #include "fedkern/device_cuda.h"
 
 namespace fedkern {
@@ -14,6 +14,7 @@ void bind_cuda_optimise(py::module_&);
 
 PYBIND11_MODULE(_cuda, module) {
   module.doc() = "Compiled CUDA kernels of fedkern; use them through fedkern.ops.";
+  module.def("take_tensors", take_tensors);
   module.def("source_hash", [] { return FEDKERN_SOURCE_HASH; });
   module.def("architectures", &cuda::architectures, "Compute capabilities that kernels were compiled for, 90 for 9.0.");
   module.def("versions", &cuda::versions, "CUDA versions of the runtime and the driver, 13000 for 13.0; 0 without a driver.");

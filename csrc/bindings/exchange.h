@@ -16,7 +16,14 @@ struct TensorView {
   std::int64_t *shape, *strides;
   std::uint64_t byte_offset;
 
-  bool on_cpu() const { return device_type == 1; }
+  // As numbered by DLPack.
+  static constexpr int kCpu = 1, kCuda = 2;
+  bool on_cpu() const { return device_type == kCpu; }
+  bool same_device(const TensorView& other) const {
+    return device_type == other.device_type && device_index == other.device_index;
+  }
+  // For a CUDA core's device guard; 0 where the core runs emulated, on the CPU.
+  int gpu() const { return device_type == kCuda ? device_index : 0; }
   bool empty() const {
     for (int d = 0; d < dims; ++d)
       if (!shape[d]) return true;
@@ -94,9 +101,9 @@ inline bool view(PyObject* object, TensorView& out) { return exchange().view && 
 inline TensorView checked_view(PyObject* object) {
   TensorView result;
   auto* const tensor = reinterpret_cast<PyTypeObject*>(exchange().tensor);
-  if (!tensor || !PyObject_TypeCheck(object, tensor)) throw py::type_error("fedkern._cpu takes tensors; call it through fedkern.ops");
+  if (!tensor || !PyObject_TypeCheck(object, tensor)) throw py::type_error("fedkern's cores take tensors; call them through fedkern.ops");
   if (!view(object, result)) throw py::error_already_set();
-  if (!result.data && !result.empty()) throw py::type_error("fedkern._cpu takes tensors that have memory");
+  if (!result.data && !result.empty()) throw py::type_error("fedkern's cores take tensors that have memory");
   return result;
 }
 

@@ -71,8 +71,8 @@ UNREADABLE: dict[str, Callable[[], object]] = {
 @pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in UNREADABLE.items()])
 def test_what_has_no_address_of_its_own_is_not_readable(core, make):
     good, bad = torch.ones(3, 4), make()
-    assert not core.all_readable((good, bad))
-    assert not core.readable_logits((bad, good), 9)
+    assert not core.tensors_fit(good, bad)
+    assert not core.logits_fit(bad, good)
     assert not core.blend_fits(good, bad, 0.5, None)
     assert not core.fuse_fits([good, bad], None, None)
 
@@ -80,15 +80,15 @@ def test_what_has_no_address_of_its_own_is_not_readable(core, make):
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_floats_and_parameters_of_any_strides_are_readable(core, dtype):
     x = torch.ones(3, 4, dtype=dtype)
-    assert core.all_readable((x, x.t(), x[:, :1].expand(3, 4), nn.Parameter(x), x[:0], x.requires_grad_()))
+    assert core.tensors_fit(x, x.t(), x[:, :1].expand(3, 4), nn.Parameter(x), x[:0], x.requires_grad_()) == 1
 
 
 def test_logits_have_one_shape_and_classes(core):
     x = torch.ones(3, 4)
-    assert core.readable_logits((x, x.half(), x.clone()), 9)
-    assert core.readable_logits((x[:0],), 9)
+    assert core.logits_fit(x, x.half(), x.clone()) == 1
+    assert core.logits_fit(x[:0]) == 1
     others = [(x, x[:2]), (x, x[None]), (x[:, :0],), (x[0],), (torch.ones(1, 2, *[1] * 8),), ()]
-    assert not any(core.readable_logits(tensors, 9) for tensors in others)
+    assert not any(core.logits_fit(*tensors) for tensors in others)
 
 
 def test_blend_knows_what_fits(core):

@@ -79,6 +79,11 @@ _loaded: dict[tuple[str, str], Any] = {}
 _chosen: dict[tuple[str, str], tuple[Any, frozenset[torch.dtype]]] = {}
 # Operators with two backends for CUDA tensors: bytes of the first tensor from which the second serves, and its kernel.
 _large: dict[str, tuple[int, Any]] = {}
+# Of operators whose calls can be ordinary: the name of the CPU core's check (csrc/bindings/cpu_tensors.cpp).
+_checks: dict[str, str] = {}
+# The same with the function itself, and the launchers by its answer: 0 (something is unusual), 1 (all tensors are on
+# the CPU), 2 (on one GPU). Filled when a launcher is first chosen.
+_ordinary: dict[str, tuple[Callable[..., int], list[Any]]] = {}
 _forced: str | None = None
 
 
@@ -95,6 +100,7 @@ def serve(
     cuda: Callable[[Any], Any],
     triton: str,
     dtypes: frozenset[torch.dtype] = FLOATS,
+    fits: str = "",
 ) -> None:
     """Registers the implementations of ``operator``.
 
@@ -105,7 +111,10 @@ def serve(
         triton: module of ``fedkern.ops`` and class of the Triton launcher, for example ``"_fuse.triton:TritonFuse"``.
             Triton is imported when a call first needs it.
         dtypes: dtypes that the implementations take.
+        fits: function of ``fedkern._cpu`` that tells ordinary calls from others, for :func:`ready`; "" where none does.
     """
+    if fits:
+        _checks[operator] = fits
     module, _, name = triton.partition(":")
     on_cpu, on_cuda = frozenset({"cpu"}), frozenset({"cuda"})
     register(operator, "cpu", Kernel(lambda: cpu(cpu_core()), dtypes, on_cpu))
@@ -116,22 +125,13 @@ def serve(
 def _forget() -> None:
     _chosen.clear()
     _large.clear()
+    _ordinary.clear()
 
 
 def _serves(backend: str, kernel: Kernel, device: str) -> bool:
     if backend == "triton" and interpreted():
         return device == "cpu"  # the interpreter would copy every CUDA tensor to the host and back
     return device in kernel.devices
-
-
-def _unknown(*_: Any) -> bool:
-    return False
-
-
-# Fast checks that the CPU core may read tensors through their addresses. False decides nothing: the caller then has to
-# check in detail. Once the core is loaded these are its functions, described in csrc/bindings/cpu_tensors.cpp.
-all_readable: Callable[[tuple[Tensor, ...]], bool] = _unknown
-readable_logits: Callable[[tuple[Tensor, ...], int], bool] = _unknown
 
 
 def cpu_core() -> ModuleType:
@@ -142,17 +142,10 @@ def cpu_core() -> ModuleType:
         ValueError: ``FEDKERN_CPU_ISA`` names a level that this CPU or this build lacks, or ``FEDKERN_CACHE_MB`` is
             not a number of megabytes.
     """
-    global _isa_applied, all_readable, readable_logits
+    global _isa_applied
     core = load_core("_cpu")
     if not _isa_applied:
-        table = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-        if table is None:
-            raise Unavailable(f"torch {torch.__version__} shows no tensors to C extensions, as 2.11 and newer do")
-        try:
-            core.take_tensors(table, Tensor, torch.nn.Parameter)
-            all_readable, readable_logits = core.all_readable, core.readable_logits
-        except AttributeError:
-            raise Unavailable(f"fedkern._cpu was built from older sources than these Python files: {REBUILD}") from None
+        _show_tensors(core, "_cpu")
         cache()  # raises for a wrong FEDKERN_CACHE_MB before a kernel runs
         level = os.environ.get("FEDKERN_CPU_ISA", "")
         if level:
@@ -167,6 +160,16 @@ def cpu_core() -> ModuleType:
 _isa_applied = False
 
 
+def _show_tensors(core: Any, name: str) -> None:
+    """Hands the core the table of functions through which it reads tensors (csrc/bindings/exchange.h)."""
+    table = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if table is None:
+        raise Unavailable(f"torch {torch.__version__} shows no tensors to C extensions, as 2.11 and newer do")
+    if not hasattr(core, "take_tensors"):
+        raise Unavailable(f"fedkern.{name} was built from older sources than these Python files: {REBUILD}")
+    core.take_tensors(table, Tensor, torch.nn.Parameter)
+
+
 def cuda_core() -> ModuleType:
     """Returns ``fedkern._cuda``.
 
@@ -178,6 +181,7 @@ def cuda_core() -> ModuleType:
     if not hasattr(torch._C, "_cuda_getCurrentRawStream"):
         raise Unavailable("fedkern._cuda is built, but torch is a build without CUDA")
     devices.check_cuda(core)
+    _show_tensors(core, "_cuda")
     return core
 
 
@@ -345,6 +349,18 @@ def eager(*tensors: Tensor) -> bool:
     )
 
 
+def ready(operator: str, *given: Any) -> Any | None:
+    """The launcher of a compiled core that serves an ordinary call, found in few steps; None: the general path decides.
+
+    A call is ordinary where nothing intercepts it, a core serves the operator, and the check that :func:`serve` named
+    finds nothing unusual about ``given``.  On small tensors the general path takes longer than a kernel.
+    """
+    if intercepted():  # first of all: a compiler would guard on everything that is looked up below
+        return None
+    known = _ordinary.get(operator)
+    return None if known is None else known[1][known[0](*given)]
+
+
 def select(operator: str, *tensors: Tensor) -> Any | None:
     """Returns the kernel object that serves ``operator`` for these tensors, or None for the reference.
 
@@ -396,7 +412,7 @@ def _candidates(device: str) -> tuple[str, ...]:
 
 def _choose(operator: str, device: str) -> tuple[Any, frozenset[torch.dtype]]:
     forced = forced_backend()
-    choice: tuple[Any, frozenset[torch.dtype]] = (None, frozenset())
+    serving, choice = forced, (None, frozenset[torch.dtype]())
     if forced is not None and forced != "reference":
         kernel = _kernels.get(operator, {}).get(forced)
         if kernel is None:
@@ -413,14 +429,16 @@ def _choose(operator: str, device: str) -> tuple[Any, frozenset[torch.dtype]]:
     elif forced is None:
         found = _available(operator, device)
         if found:
-            _, choice = found[0]
+            serving, choice = found[0]
         if device == "cuda" and len(found) > 1:
             threshold = dispatch.threshold(operator, found[1][0], torch.cuda.get_device_capability())
             if threshold is not None:
                 _large[operator] = (threshold, found[1][1][0])
-                # A new set object: callers that compare sets by identity then call select() for every call.
-                choice = (choice[0], frozenset([*choice[1]]))
     _chosen[operator, device] = choice
+    if serving in ("cpu", "cuda") and operator in _checks and operator not in _large:
+        with contextlib.suppress(Unavailable):
+            check = getattr(cpu_core(), _checks[operator])
+            _ordinary.setdefault(operator, (check, [None] * 3))[1][1 if device == "cpu" else 2] = choice[0]
     return choice
 
 

@@ -26,5 +26,7 @@ __all__ = [
     "kl_div_reference",
 ]
 
-for _name in ("kl_div", "dual_kl", "entropy", "ensemble_kl", "js_div", "consensus"):
-    serve(_name, cpu=CpuDistill, cuda=CudaDistill, triton="_distill.triton.distill:TritonDistill")
+for _name in ("kl_div", "dual_kl", "entropy"):
+    serve(_name, cpu=CpuDistill, cuda=CudaDistill, triton="_distill.triton.distill:TritonDistill", fits="logits_fit")
+for _name in ("ensemble_kl", "js_div", "consensus"):
+    serve(_name, cpu=CpuDistill, cuda=CudaDistill, triton="_distill.triton.distill:TritonDistill", fits="tensors_fit")

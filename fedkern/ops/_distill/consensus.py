@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.ops._core.backend import DTYPES, eager, select
+from fedkern.ops._core.backend import DTYPES, eager, readable, ready, select
 from fedkern.ops._core.function import EagerFunction, handed_out
-from fedkern.ops._distill.common import NONE, REDUCTIONS, check_reduction
+from fedkern.ops._distill.common import MAX_DIMS, NONE, REDUCTIONS, check_reduction
 from fedkern.ops._distill.ensemble_checks import check_stack, spread_row_weights
 from fedkern.ops._distill.ensemble_library import CONSENSUS, JS
 from fedkern.ops._distill.ensemble_reference import consensus_reference, js_reference
-from fedkern.ops._distill.kernels import DistillKernel, kernel_for, ordinary, readable
+from fedkern.ops._distill.kernels import DistillKernel
 from fedkern.ops._distill.library import reference_gradients
 
 # the public functions: checks and choice of path
@@ -42,14 +42,12 @@ def js_div(logits: Tensor, weights: Tensor | None = None, *, reduction: str = "b
         TypeError: an argument is not a tensor or has another dtype.
         ValueError: a shape, a device or the reduction does not fit.
     """
-    usual, weights, code = _check(logits, weights, reduction)
-    tensors = (logits,) if weights is None else (logits, weights)
-    if usual:
-        kernel = kernel_for("js_div", tensors)
-    elif eager(*tensors):
+    kernel, weights, code = _check("js_div", logits, weights, reduction)
+    if kernel is None:
+        tensors = (logits,) if weights is None else (logits, weights)
+        if not eager(*tensors):
+            return JS(logits, weights, code)
         kernel = select("js_div", *tensors)
-    else:
-        return JS(logits, weights, code)
     if kernel is None:
         return js_reference(logits, weights, code)
     if torch.is_grad_enabled() and (logits.requires_grad or (weights is not None and weights.requires_grad)):
@@ -64,14 +62,12 @@ def consensus(logits: Tensor, weights: Tensor | None = None, *, reduction: str =
     difference loses. Arguments and errors are those of js_div, and each result has the shape and dtype of js_div's.
     The gradients of both results are computed in one pass.
     """
-    usual, weights, code = _check(logits, weights, reduction)
-    tensors = (logits,) if weights is None else (logits, weights)
-    if usual:
-        kernel = kernel_for("consensus", tensors)
-    elif eager(*tensors):
+    kernel, weights, code = _check("consensus", logits, weights, reduction)
+    if kernel is None:
+        tensors = (logits,) if weights is None else (logits, weights)
+        if not eager(*tensors):
+            return CONSENSUS(logits, weights, code)
         kernel = select("consensus", *tensors)
-    else:
-        return CONSENSUS(logits, weights, code)
     if kernel is None:
         return consensus_reference(logits, weights, code)
     if torch.is_grad_enabled() and (logits.requires_grad or (weights is not None and weights.requires_grad)):
@@ -79,14 +75,21 @@ def consensus(logits: Tensor, weights: Tensor | None = None, *, reduction: str =
     return kernel.consensus_forward(logits, weights, code)
 
 
-def _check(logits: Tensor, weights: Tensor | None, reduction: str) -> tuple[bool, Tensor | None, int]:
-    usual = ordinary((logits,) if weights is None else (logits, weights)) and 3 <= logits.dim() <= 10
-    if not usual or 0 in (logits.shape[0], logits.shape[2]):
+def _check(
+    operator: str, logits: Tensor, weights: Tensor | None, reduction: str
+) -> tuple[DistillKernel | None, Tensor | None, int]:
+    """The kernel of an ordinary call, the weights in the shape of the rows, and the reduction's number."""
+    kernel = ready(operator, logits) if weights is None else ready(operator, logits, weights)
+    if kernel is not None and not 3 <= logits.dim() <= MAX_DIMS + 1:
+        kernel = None
+    if kernel is None or 0 in (logits.shape[0], logits.shape[2]):
         check_stack("logits", logits)
     code = REDUCTIONS.get(reduction) if type(reduction) is str else None
     if code is None:
         code = check_reduction(reduction)
-    return usual, weights if weights is None else spread_row_weights(weights, logits, usual), code
+    if weights is not None:
+        weights = spread_row_weights(weights, logits, kernel is not None)
+    return kernel, weights, code
 
 
 # forward and backward, each one call into the kernel

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.ops._core.backend import eager, outlived, select
+from fedkern.ops._core.backend import eager, outlived, readable, ready, select
 from fedkern.ops._core.function import EagerFunction, handed_out
 from fedkern.ops._distill.common import (
     LOGITS,
+    MAX_DIMS,
     MEAN,
     NONE,
     PROBS,
@@ -21,7 +22,7 @@ from fedkern.ops._distill.common import (
 from fedkern.ops._distill.ensemble_checks import check_mask, check_stack, check_student, spread_weights
 from fedkern.ops._distill.ensemble_library import ENSEMBLE
 from fedkern.ops._distill.ensemble_reference import ensemble_reference
-from fedkern.ops._distill.kernels import DistillKernel, Ensemble, ensemble_settings, kernel_for, ordinary, readable
+from fedkern.ops._distill.kernels import DistillKernel, Ensemble, ensemble_settings
 from fedkern.ops._distill.library import reference_gradients
 
 # the public function: checks and choice of path
@@ -80,7 +81,8 @@ def ensemble_kl(
         ValueError: a shape, a device, the temperature, mix, mode or reduction is wrong.
     """
     tensors = (student, teachers) if weights is None else (student, teachers, weights)
-    usual = ordinary(tensors) and 3 <= teachers.dim() <= 10
+    kernel = ready("ensemble_kl", *tensors)
+    usual = kernel is not None and 3 <= teachers.dim() <= MAX_DIMS + 1
     if isinstance(class_mask, Tensor) and outlived(class_mask):
         usual = False
     if not usual or teachers.shape[1:] != student.shape or 0 in (teachers.shape[0], teachers.shape[2]):
@@ -104,12 +106,10 @@ def ensemble_kl(
         raise ValueError('mode="mean_of_kl" takes weights per teacher, [K] or [K, B], and no class_mask')
     log_probs = bool(log_probs)
 
-    if usual:
-        kernel = kernel_for("ensemble_kl", tensors)
-    elif eager(*tensors, *(() if class_mask is None else (class_mask,))):
+    if not usual:
+        if not eager(*tensors, *(() if class_mask is None else (class_mask,))):
+            return ENSEMBLE(student, teachers, weights, class_mask, temperature, how, log_probs, code)
         kernel = select("ensemble_kl", *tensors)
-    else:
-        return ENSEMBLE(student, teachers, weights, class_mask, temperature, how, log_probs, code)
     if short and (kernel is None or not kernel.short_weights):
         weights = spread_weights(weights, teachers)
     if kernel is None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core import library
-from fedkern.ops._core.backend import eager, select
+from fedkern.ops._core.backend import eager, readable, ready, select
 from fedkern.ops._core.function import EagerFunction, handed_out
 from fedkern.ops._distill.common import (
     NONE,
@@ -20,7 +20,7 @@ from fedkern.ops._distill.common import (
     spread_mapped,
     unmapped,
 )
-from fedkern.ops._distill.kernels import DistillKernel, kernel_for, plain, readable
+from fedkern.ops._distill.kernels import DistillKernel
 from fedkern.ops._distill.reference import entropy_rows_reference
 
 # the public function: checks and choice of path
@@ -42,18 +42,16 @@ def entropy(logits: Tensor, *, reduction: str = "batchmean") -> Tensor:
         TypeError: ``logits`` is not a tensor or has another dtype.
         ValueError: the shape of ``logits`` or the reduction is wrong.
     """
-    ordinary = plain((logits,))
-    if not ordinary:
+    kernel = ready("entropy", logits)
+    if kernel is None:
         check_logits(("logits",), (logits,))
     code = REDUCTIONS.get(reduction) if type(reduction) is str else None
     if code is None:
         code = check_reduction(reduction)
-    if ordinary:
-        kernel = kernel_for("entropy", (logits,))
-    elif eager(logits):
+    if kernel is None:
+        if not eager(logits):
+            return ENTROPY(logits, code)
         kernel = select("entropy", logits)
-    else:
-        return ENTROPY(logits, code)
     if kernel is None:
         return entropy_rows_reference(logits, code)
     if logits.requires_grad and torch.is_grad_enabled():

@@ -1,4 +1,4 @@
-"""Kernel interface of the distill family, and the short path to a kernel for ordinary tensors.
+"""Kernel interface of the distill family, and the settings that its kernels take.
 
 The CPU class is in launch.py; :func:`fedkern.ops._core.backend.select` returns instances. The public functions have
 checked the arguments. Kernels allocate what they return. Sums and losses are computed in float32 (float64 where an
@@ -14,11 +14,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
-
-from fedkern.ops._core import backend
-from fedkern.ops._core.backend import DTYPES
-from fedkern.ops._distill.common import MAX_DIMS
 
 # --- settings: one object per call instead of several arguments. The cached constructors cost eager calls nothing.
 
@@ -194,63 +189,3 @@ class Recomputes:
 
     def consensus_kept(self, logits: Tensor) -> Tensor | None:
         return None
-
-
-# --- the short path
-
-_STRIDED = torch.strided
-
-readable, _outlived = backend.readable, backend.outlived
-
-
-def ordinary(tensors: tuple[Tensor, ...]) -> bool:
-    """True where kernels can read ``tensors``: plain tensors on one CPU or CUDA device, no transform or mode.
-
-    False decides nothing: the tensors may be wrong, or right but for another path.
-    """
-    if backend.intercepted():
-        return False
-    if backend.all_readable(tensors):
-        return True
-    on_cpu = True
-    for x in tensors:
-        kind = type(x)
-        if kind is not Tensor and kind is not Parameter:
-            return False
-        if x.dtype not in DTYPES or x.layout is not _STRIDED or x.is_nested or x.is_neg() or _outlived(x):
-            return False
-        on_cpu = on_cpu and x.is_cpu
-    if on_cpu:
-        return True
-    device = tensors[0].device
-    return tensors[0].is_cuda and all(x.device == device for x in tensors)
-
-
-def plain(tensors: tuple[Tensor, ...]) -> bool:
-    """True for :func:`ordinary` tensors that are logits of one shape; takes few steps in the common case."""
-    if backend.intercepted():
-        return False
-    if backend.readable_logits(tensors, MAX_DIMS):
-        return True
-    shape = None
-    for x in tensors:
-        kind = type(x)
-        if (kind is not Tensor and kind is not Parameter) or x.is_nested:  # nested tensors have no shape
-            return False
-        if shape is None:
-            shape = x.shape
-        elif x.shape != shape:
-            return False
-        usual = x.dtype in DTYPES and x.is_cpu and x.layout is _STRIDED and not x.is_neg() and not _outlived(x)
-        if not usual and not ordinary(tensors):
-            return False
-    return shape is not None and 2 <= len(shape) <= MAX_DIMS and shape[1] != 0
-
-
-def kernel_for(operator: str, tensors: tuple[Tensor, ...]) -> DistillKernel | None:
-    """The kernel that serves ``operator`` for :func:`ordinary` tensors; None: the reference serves."""
-    device = "cpu" if tensors[0].is_cpu else "cuda"
-    found = backend._chosen.get((operator, device))
-    if found is None or found[1] is not backend.FLOATS or (device == "cuda" and operator in backend._large):
-        return backend.select(operator, *tensors)
-    return found[0]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core import library
-from fedkern.ops._core.backend import eager, select
+from fedkern.ops._core.backend import eager, readable, ready, select
 from fedkern.ops._core.function import EagerFunction, handed_out
 from fedkern.ops._distill.common import (
     NONE,
@@ -24,7 +24,7 @@ from fedkern.ops._distill.common import (
     mean_scale,
     row_shape,
 )
-from fedkern.ops._distill.kernels import DistillKernel, Divergence, divergence_settings, kernel_for, plain, readable
+from fedkern.ops._distill.kernels import DistillKernel, Divergence, divergence_settings
 from fedkern.ops._distill.kl_library import DIVERGENCE
 from fedkern.ops._distill.reference import compute_dtype, divergence_reference, result_dtype
 
@@ -107,8 +107,9 @@ def _dispatch(
 ) -> Tensor:
     # By the number of names: None as the second student of dual_kl is a mistake, which check_logits reports.
     tensors: tuple[Any, ...] = (student, teacher) if len(names) == 2 else (student, other, teacher)
-    ordinary = plain(tensors)
-    if not ordinary:
+    operator = "kl_div" if len(names) == 2 else "dual_kl"
+    kernel = ready(operator, *tensors)
+    if kernel is None:
         check_logits(names, tensors)
     if type(temperature) is not float or not temperature > 0:
         temperature = check_temperature(temperature)
@@ -118,15 +119,12 @@ def _dispatch(
     if weight is not None:
         weight = check_weight(weight, student, torch.float32)
         tensors = (*tensors, weight)
-        ordinary = ordinary and eager(weight) and not weight.is_neg()
-
-    operator = "kl_div" if other is None else "dual_kl"
-    if ordinary:
-        kernel = kernel_for(operator, tensors)
-    elif eager(*tensors):
+        if not eager(weight) or weight.is_neg():
+            kernel = None
+    if kernel is None:
+        if not eager(*tensors):
+            return DIVERGENCE(student, other, teacher, weight, temperature, reverse, code)
         kernel = select(operator, *tensors)
-    else:
-        return DIVERGENCE(student, other, teacher, weight, temperature, reverse, code)
     if kernel is None:
         return divergence_reference(student, other, teacher, weight, temperature, reverse, code)
     settings = divergence_settings(temperature, reverse, code)

@@ -1,0 +1,47 @@
+"""Base of the launchers: what calls ``fedkern._cpu`` and ``fedkern._cuda``, whose functions take the same arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkern.ops._core.memory import fresh
+
+_threads = torch.get_num_threads
+# The stream's number, in a tenth of the time that it takes through torch.cuda's Python objects.
+_raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
+class Launcher:
+    """A family's calls of one compiled core.
+
+    Both cores take tensors as they are (csrc/bindings/exchange.h) and None for an absent one.  The last argument of
+    every function is :meth:`at`.
+
+    Attributes:
+        core: ``fedkern._cpu`` or ``fedkern._cuda``.
+        gpu: whether it is ``fedkern._cuda``.  It may run emulated, on CPU tensors, in the tests.
+    """
+
+    def __init__(self, core: Any) -> None:
+        self.core = core
+        self.gpu = hasattr(core, "architectures")
+        self.at: Callable[[Tensor], int] = _stream_of if self.gpu else _threads_of
+
+    def fresh(self, tensor: Tensor) -> Tensor:
+        """``tensor``, just allocated and about to be written; large ones on the CPU in memory that is kept for them."""
+        return tensor if self.gpu else fresh(self.core, tensor)
+
+
+def _threads_of(tensor: Tensor) -> int:
+    """The CPU's threads."""
+    return _threads()
+
+
+def _stream_of(tensor: Tensor) -> int:
+    """torch's current stream on the tensor's device; 0 for a CPU tensor (of an emulated core)."""
+    index = tensor.get_device()
+    return _raw_stream(index) if index >= 0 and _raw_stream is not None else 0
