@@ -66,6 +66,7 @@ def build() -> ModuleType:
     assert spec.loader is not None
     core = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(core)
+    backend._show_tensors(core, "_cuda")
     return core
 
 

@@ -23,7 +23,9 @@ def fake_gpus(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int], h
 
 
 def fake_core(runtime: int = 13000, driver: int = 13000, built_for: list[int] = BUILT_FOR) -> Any:
-    return SimpleNamespace(architectures=lambda: built_for, versions=lambda: (runtime, driver))
+    return SimpleNamespace(
+        architectures=lambda: built_for, versions=lambda: (runtime, driver), take_tensors=lambda *_: None
+    )
 
 
 def why_not(core: Any) -> str:
@@ -104,7 +106,7 @@ def test_a_core_of_older_sources_is_a_reason(monkeypatch: pytest.MonkeyPatch) ->
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that has chosen nothing yet and whose torch and CUDA core know CUDA; Triton's kernels are stand-ins."""
     monkeypatch.delenv("FEDKERN_BACKEND", raising=False)
-    for name in ("_chosen", "_large", "_loaded"):
+    for name in ("_chosen", "_large", "_loaded", "_ordinary"):
         monkeypatch.setattr(backend, name, {})
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
     monkeypatch.setattr(backend, "load_core", lambda name: fake_core())
