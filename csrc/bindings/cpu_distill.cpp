@@ -1,13 +1,17 @@
-// fedkern._cpu.distill: takes shapes and strides as Python has them.
+// fedkern._cpu.distill: takes tensors as Python has them.
 #include "distill_call.h"
 
 namespace fedkern {
 namespace {
 
 void distill(const py::args& arguments) {
-  if (arguments.size() != kDistillArguments) throw py::type_error("fedkern._cpu.distill takes 18 arguments; call it through fedkern.ops");
+  if (arguments.size() != kDistillArguments + 2) throw py::type_error("fedkern._cpu.distill takes 19 arguments; call it through fedkern.ops");
+  PyObject* const* const item = &PyTuple_GET_ITEM(arguments.ptr(), 0);
+  TensorView logits;
   std::int64_t elements;
-  const DistillCall call = parse_distill(&PyTuple_GET_ITEM(arguments.ptr(), 0), elements);
+  DistillCall call = parse_distill(item, logits, elements);
+  call.threads = static_cast<int>(integer(item[kDistillArguments + 1]));  // after the CUDA core's workspace
+  if (PyErr_Occurred()) throw py::error_already_set();
   ReleaseGil release(elements >= kReleaseGilElements);
   distill_kernels().run(call);
 }

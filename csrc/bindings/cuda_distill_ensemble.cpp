@@ -1,4 +1,4 @@
-// fedkern._cuda.distill_ensemble: the arguments of fedkern._cpu.distill_ensemble, then workspace, slots, device and stream.
+// fedkern._cuda.distill_ensemble: the arguments of fedkern._cpu.distill_ensemble, with a stream in the place of the threads.
 #include "distill_ensemble_call.h"
 #include "fedkern/distill_ensemble_cuda.h"
 
@@ -6,18 +6,18 @@ namespace fedkern {
 namespace {
 
 void distill_ensemble(const py::args& arguments) {
-  if (arguments.size() != kEnsembleArguments + 4)
-    throw py::type_error("fedkern._cuda.distill_ensemble takes 23 arguments; call it through fedkern.ops");
+  if (arguments.size() != kEnsembleArguments + 2)
+    throw py::type_error("fedkern._cuda.distill_ensemble takes 20 arguments; call it through fedkern.ops");
   PyObject* const* const item = &PyTuple_GET_ITEM(arguments.ptr(), 0);
-  std::int64_t rows;
-  const EnsembleCall call = parse_ensemble(item, rows);
-  void* const workspace = PyLong_AsVoidPtr(item[kEnsembleArguments]);
-  const std::int64_t slots = integer(item[kEnsembleArguments + 1]);
-  const int device = static_cast<int>(integer(item[kEnsembleArguments + 2]));
-  void* const stream = PyLong_AsVoidPtr(item[kEnsembleArguments + 3]);
+  TensorView teachers;
+  std::int64_t rows, memory;
+  const EnsembleCall call = parse_ensemble(item, teachers, rows);
+  const Optional<double> workspace = parse_workspace(item[kEnsembleArguments], memory);
+  void* const stream = PyLong_AsVoidPtr(item[kEnsembleArguments + 1]);
   if (PyErr_Occurred()) throw py::error_already_set();
-  if (slots < cuda::kEnsembleSlots) throw py::value_error("too few slots");
-  cuda::distill_ensemble(call, static_cast<double*>(workspace), slots, device, stream);
+  const std::int64_t slots = (memory - cuda::kEnsembleTotals) / (cuda::kEnsembleNumbers * call.count);
+  if (slots < cuda::kEnsembleSlots) throw py::value_error("too small a workspace");
+  cuda::distill_ensemble(call, workspace.data, slots, teachers.gpu(), stream);
 }
 
 }  // namespace

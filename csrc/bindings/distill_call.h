@@ -5,7 +5,8 @@
 
 namespace fedkern {
 
-inline constexpr std::size_t kDistillArguments = 18;
+// Those of both cores, before a workspace (of the CUDA core) and the threads of the CPU core or the stream of the CUDA core.
+inline constexpr std::size_t kDistillArguments = 17;
 
 inline void merge_row_dims(DistillCall& call) {
   std::int64_t* strides[2 * (1 + kMaxStudents) + 4];
@@ -19,22 +20,22 @@ inline void merge_row_dims(DistillCall& call) {
   merge_row_dims(call.row_dims, call.row_size, strides, tensors);
 }
 
-// Reads kDistillArguments from `item` on; `elements` receives the size of a tensor of logits.
-inline DistillCall parse_distill(PyObject* const* item, std::int64_t& elements) {
+// Reads kDistillArguments from `item` on; `logits` receives a tensor of their shape and device, `elements` its size.
+inline DistillCall parse_distill(PyObject* const* item, TensorView& logits, std::int64_t& elements) {
   DistillCall call;
   call.kind = static_cast<DistillKind>(integer(*item++));
   call.compute = static_cast<DType>(integer(*item++));
   call.row_dims = -1;
   elements = 1;
-  each_size(*item++, [&](int d, std::int64_t size) {
+  logits = checked_view(*item++);
+  for (int d = 0; d < logits.dims; ++d) {
     if (++call.row_dims > kMaxRowDims) throw py::value_error("too many dimensions");
-    (d == 1 ? call.classes : call.row_size[d == 0 ? 0 : d - 1]) = size;
-    elements *= size;
-  });
+    (d == 1 ? call.classes : call.row_size[d == 0 ? 0 : d - 1]) = logits.shape[d];
+    elements *= logits.shape[d];
+  }
   call.temperature = PyFloat_AsDouble(*item++);
   call.reverse = *item++ == Py_True;
   call.scale = parse_scale(*item++, elements / call.classes);
-  call.threads = static_cast<int>(integer(*item++));
   call.students = static_cast<int>(integer(*item++));
   call.teacher = parse_logits(*item++);
   for (Logits& student : call.student) student = parse_logits(*item++);

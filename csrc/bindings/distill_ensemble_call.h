@@ -6,9 +6,10 @@
 
 namespace fedkern {
 
-inline constexpr std::size_t kEnsembleArguments = 19;
+// As kDistillArguments.
+inline constexpr std::size_t kEnsembleArguments = 18;
 
-// (data_ptr, dtype, strides) with the teachers' stride first and the class stride third, or None.
+// With the teachers' stride first and the class stride third.
 inline Stack parse_stack(PyObject* object) {
   Stack result;
   parse_strided(object, result, &result.stack_stride, &result.class_stride);
@@ -17,7 +18,7 @@ inline Stack parse_stack(PyObject* object) {
 
 // Checked weights of teachers with `row_dims` row dimensions: a tensor [K], [K, *rows], or [K, B, C or 1, *positions].
 inline Stack parse_weights(PyObject* object, int row_dims) {
-  if (object == Py_None || PyTuple_Check(object)) return parse_stack(object);
+  if (object == Py_None) return {};
   const TensorView tensor = checked_view(object);
   Stack result;
   result.data = tensor.data, result.present = true;
@@ -46,8 +47,8 @@ inline void merge_row_dims(EnsembleCall& call) {
   merge_row_dims(call.row_dims, call.row_size, strides, tensors);
 }
 
-// Reads kEnsembleArguments from `item` on; `rows` receives their number.
-inline EnsembleCall parse_ensemble(PyObject* const* item, std::int64_t& rows) {
+// Reads kEnsembleArguments from `item` on; `teachers` receives a tensor of their shape and device, `rows` the number of rows.
+inline EnsembleCall parse_ensemble(PyObject* const* item, TensorView& teachers, std::int64_t& rows) {
   EnsembleCall call;
   call.kind = static_cast<EnsembleKind>(integer(*item++));
   call.limit = *item++ == Py_True;
@@ -56,22 +57,25 @@ inline EnsembleCall parse_ensemble(PyObject* const* item, std::int64_t& rows) {
   call.compute = static_cast<DType>(integer(*item++));
   call.row_dims = -2;
   rows = 1;
-  each_size(*item++, [&](int d, std::int64_t size) {  // of the teachers
+  teachers = checked_view(*item++);
+  for (int d = 0; d < teachers.dims; ++d) {
+    const std::int64_t size = teachers.shape[d];
     if (++call.row_dims > kMaxRowDims) throw py::value_error("too many dimensions");
     if (d == 0) call.count = size;
     if (d == 2) call.classes = size;
     if (d == 1 || d > 2) call.row_size[d == 1 ? 0 : d - 2] = size, rows *= size;
-  });
+  }
   call.temperature = PyFloat_AsDouble(*item++);
   call.scale = parse_scale(*item++, rows);
-  call.threads = static_cast<int>(integer(*item++));
   call.student = parse_logits(*item++);
   call.teachers = parse_stack(*item++);
   call.weights = parse_weights(*item++, call.row_dims);
-  PyObject* const mask = *item++;  // (data_ptr, strides) of a bool tensor [K, C], or None
+  PyObject* const mask = *item++;  // a bool tensor [K, C], or None
   if (mask != Py_None) {
-    call.mask = {static_cast<const unsigned char*>(PyLong_AsVoidPtr(PyTuple_GET_ITEM(mask, 0))), true};
-    for (int d = 0; d < 2; ++d) call.mask_stride[d] = integer(PyTuple_GET_ITEM(PyTuple_GET_ITEM(mask, 1), d));
+    const TensorView known = checked_view(mask);
+    if (known.bits != 8 || known.dims != 2) throw py::type_error("fedkern's kernels take a mask of two dimensions and truth values");
+    call.mask = {static_cast<const unsigned char*>(known.data), true};
+    for (int d = 0; d < 2; ++d) call.mask_stride[d] = known.strides[d];
   }
   call.student_grad = parse_logits(*item++);
   call.teachers_grad = parse_stack(*item++);

@@ -1,9 +1,9 @@
-// From Python's tensors, or (pointer, dtype, strides), to rows, for the distill cores: bare tuples instead of named
-// arguments, since at 64 rows the call itself is what takes the time.
+// From Python's tensors to rows, for the distill cores: bare tuples of arguments instead of named ones, since at 64 rows the
+// call itself is what takes the time.
 #pragma once
 
-#include <algorithm>
 #include <cstdlib>
+#include <utility>
 
 #include "exchange.h"
 #include "fedkern/distill.h"
@@ -12,43 +12,24 @@ namespace fedkern {
 
 inline std::int64_t integer(PyObject* object) { return PyLong_AsLongLong(object); }
 
-// A checked tensor, (data_ptr, dtype, strides), or None. The first stride belongs to `leading` where that is given, the class stride is the
-// second of the rest where `classes` is given; what remains are the rows'.
+// A checked tensor, or None. The first stride belongs to `leading` where that is given, the class stride is the second of the
+// rest where `classes` is given; what remains are the rows'.
 template <typename Tensor>
 void parse_strided(PyObject* object, Tensor& to, std::int64_t* leading, std::int64_t* classes) {
   if (object == Py_None) return;
+  const TensorView tensor = checked_view(object);
   to.present = true;
+  to.data = tensor.data;
+  if (!tensor.floating(to.dtype)) throw py::type_error("fedkern's kernels take floating tensors");
   std::int64_t* rows = to.row_stride;
-  const auto place = [&](int d, std::int64_t stride) {
+  for (int d = 0; d < tensor.dims; ++d) {
     if (leading && d == 0)
-      *leading = stride;
+      *leading = tensor.strides[d];
     else if (classes && d == (leading ? 2 : 1))
-      *classes = stride;
+      *classes = tensor.strides[d];
     else
-      *rows++ = stride;
-  };
-  if (!PyTuple_Check(object)) {
-    const TensorView tensor = checked_view(object);
-    to.data = tensor.data;
-    if (!tensor.floating(to.dtype)) throw py::type_error("fedkern's kernels take floating tensors");
-    for (int d = 0; d < tensor.dims; ++d) place(d, tensor.strides[d]);
-    return;
+      *rows++ = tensor.strides[d];
   }
-  to.data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(object, 0));
-  to.dtype = static_cast<DType>(integer(PyTuple_GET_ITEM(object, 1)));
-  PyObject* const strides = PyTuple_GET_ITEM(object, 2);
-  for (int d = 0; d < PyTuple_GET_SIZE(strides); ++d) place(d, integer(PyTuple_GET_ITEM(strides, d)));
-}
-
-// The sizes of a shape, or of a checked tensor, one by one.
-template <typename F>
-void each_size(PyObject* object, F f) {
-  if (!PyTuple_Check(object)) {
-    const TensorView tensor = checked_view(object);
-    for (int d = 0; d < tensor.dims; ++d) f(d, tensor.shape[d]);
-    return;
-  }
-  for (int d = 0; d < PyTuple_GET_SIZE(object); ++d) f(d, integer(PyTuple_GET_ITEM(object, d)));
 }
 
 // With the class stride second.
@@ -94,6 +75,15 @@ inline void merge_row_dims(int& row_dims, std::int64_t* row_size, std::int64_t* 
 // One over the number of rows where Python gives None.
 inline double parse_scale(PyObject* object, std::int64_t rows) {
   return object != Py_None ? PyFloat_AsDouble(object) : rows ? 1.0 / static_cast<double>(rows) : 1.0;
+}
+
+// fp64 memory on the device, or none where Python gives None.
+inline Optional<double> parse_workspace(PyObject* object, std::int64_t& elements) {
+  elements = 0;
+  if (object == Py_None) return {};
+  const TensorView tensor = checked_view(object);
+  elements = tensor.dims ? tensor.shape[0] : 1;
+  return {static_cast<double*>(tensor.data), true};
 }
 
 }  // namespace fedkern

@@ -12,10 +12,10 @@ from operator_cases import assert_close, moved, pairwise, thinned, using
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.ops._distill.common import LOGITS, MEAN, PROBS, REDUCTIONS
-from fedkern.ops._distill.ensemble_checks import spread_row_weights, spread_weights
+from fedkern.ops._distill.checks import spread_row_weights, spread_weights
 from fedkern.ops._distill.ensemble_reference import consensus_reference, ensemble_reference, js_reference
 from fedkern.ops._distill.reference import compute_dtype
+from fedkern.ops._distill.rows import LOGITS, MEAN, PROBS, REDUCTIONS
 
 CPU = torch.device("cpu")
 FACTOR = 3.0  # every loss is multiplied before backward: a dropped grad_output shows

@@ -12,8 +12,8 @@ from operator_cases import BACKENDS, KERNELS, backends, describe, pairwise, usin
 from torch import Tensor
 
 from fedkern import ops
+from fedkern.ops._core.backend import select
 from fedkern.ops._distill.ensemble_reference import consensus_reference, js_reference
-from fedkern.ops._distill.kernels import kernel_for
 
 AXES: dict[str, Any] = {
     **COMMON,
@@ -200,7 +200,7 @@ def test_gradients_from_what_consensus_kept(name: str, dtype: torch.dtype) -> No
             threads = torch.get_num_threads()
             try:
                 with using(name):
-                    kernel = kernel_for("consensus", (x,))
+                    kernel = select("consensus", x)
                     assert kernel is not None
                     assert kernel.consensus_kept(x) is not None
                     torch.set_num_threads(1)

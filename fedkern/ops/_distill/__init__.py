@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from fedkern.ops._core.backend import serve
 from fedkern.ops._distill.consensus import consensus, js_div
-from fedkern.ops._distill.cuda import CudaDistill
 from fedkern.ops._distill.ensemble import ensemble_kl
 from fedkern.ops._distill.entropy import entropy
+from fedkern.ops._distill.kernels import DistillKernels
 from fedkern.ops._distill.kl import dual_kl, kl_div
-from fedkern.ops._distill.launch import CpuDistill
 from fedkern.ops._distill.reference import entropy_reference, kl_div_reference
 
 __all__ = [
@@ -26,7 +25,14 @@ __all__ = [
     "kl_div_reference",
 ]
 
-for _name in ("kl_div", "dual_kl", "entropy"):
-    serve(_name, cpu=CpuDistill, cuda=CudaDistill, triton="_distill.triton.distill:TritonDistill", fits="logits_fit")
-for _name in ("ensemble_kl", "js_div", "consensus"):
-    serve(_name, cpu=CpuDistill, cuda=CudaDistill, triton="_distill.triton.distill:TritonDistill", fits="tensors_fit")
+for _name, _check in (
+    *[(name, "logits_fit") for name in ("kl_div", "dual_kl", "entropy")],
+    *[(name, "tensors_fit") for name in ("ensemble_kl", "js_div", "consensus")],
+):
+    serve(
+        _name,
+        cpu=DistillKernels,
+        cuda=DistillKernels,
+        triton="_distill.triton.distill:TritonDistill",
+        fits=_check,
+    )

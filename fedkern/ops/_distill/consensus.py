@@ -9,12 +9,12 @@ from torch import Tensor
 
 from fedkern.ops._core.backend import DTYPES, eager, readable, ready, select
 from fedkern.ops._core.function import EagerFunction, handed_out
-from fedkern.ops._distill.common import MAX_DIMS, NONE, REDUCTIONS, check_reduction
-from fedkern.ops._distill.ensemble_checks import check_stack, spread_row_weights
-from fedkern.ops._distill.ensemble_library import CONSENSUS, JS
+from fedkern.ops._distill.checks import check_reduction, check_stack, spread_row_weights
 from fedkern.ops._distill.ensemble_reference import consensus_reference, js_reference
+from fedkern.ops._distill.entries import CONSENSUS, JS
 from fedkern.ops._distill.kernels import DistillKernel
 from fedkern.ops._distill.library import reference_gradients
+from fedkern.ops._distill.rows import MAX_DIMS, NONE, REDUCTIONS
 
 # the public functions: checks and choice of path
 

@@ -9,21 +9,19 @@ from torch import Tensor
 
 from fedkern.ops._core.backend import eager, outlived, readable, ready, select
 from fedkern.ops._core.function import EagerFunction, handed_out
-from fedkern.ops._distill.common import (
-    LOGITS,
-    MAX_DIMS,
-    MEAN,
-    NONE,
-    PROBS,
-    REDUCTIONS,
+from fedkern.ops._distill.checks import (
+    check_mask,
     check_reduction,
+    check_stack,
+    check_student,
     check_temperature,
+    spread_weights,
 )
-from fedkern.ops._distill.ensemble_checks import check_mask, check_stack, check_student, spread_weights
-from fedkern.ops._distill.ensemble_library import ENSEMBLE
 from fedkern.ops._distill.ensemble_reference import ensemble_reference
+from fedkern.ops._distill.entries import ENSEMBLE
 from fedkern.ops._distill.kernels import DistillKernel, Ensemble, ensemble_settings
 from fedkern.ops._distill.library import reference_gradients
+from fedkern.ops._distill.rows import LOGITS, MAX_DIMS, MEAN, NONE, PROBS, REDUCTIONS
 
 # the public function: checks and choice of path
 

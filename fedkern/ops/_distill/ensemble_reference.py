@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from fedkern.ops._distill.common import LOGITS, MEAN, PROBS
 from fedkern.ops._distill.reference import compute_dtype, divergence_terms, half_variance, reduce_rows, result_dtype
+from fedkern.ops._distill.rows import LOGITS, MEAN, PROBS
 
 # Shapes below: teachers ``[K, B, C, *positions]``, weights ``[K, B, 1 or C, *positions]``, mask ``[K, C]``.
 

@@ -1,19 +1,21 @@
-"""Kernel interface of the distill family, and the settings that its kernels take.
-
-The CPU class is in launch.py; :func:`fedkern.ops._core.backend.select` returns instances. The public functions have
-checked the arguments. Kernels allocate what they return. Sums and losses are computed in float32 (float64 where an
-input is float64) and rounded once.
-"""
+"""The distill family's kernel interface, its settings, and the launcher of the compiled cores."""
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from fedkern.ops._core.backend import DTYPES
+from fedkern.ops._core.launch import Launcher
+from fedkern.ops._core.memory import HUGE
+from fedkern.ops._distill.reference import compute_dtype, result_dtype
+from fedkern.ops._distill.rows import BATCHMEAN, NONE, mean_scale, row_shape
 
 # --- settings: one object per call instead of several arguments. The cached constructors cost eager calls nothing.
 
@@ -46,6 +48,9 @@ ensemble_settings = functools.lru_cache(maxsize=256)(Ensemble)
 
 class DistillKernel(Protocol):
     """One backend's distill operators.
+
+    The public functions have checked the arguments.  Kernels allocate what they return.  Sums and losses are computed
+    in float32 (float64 where an input is float64) and rounded once.
 
     Shapes: logits are ``[B, C, *positions]``, those of K teachers ``[K, B, C, *positions]``, and rows are
     ``[B, *positions]``. Any strides are valid. A gradient has the memory format of its tensor.
@@ -189,3 +194,409 @@ class Recomputes:
 
     def consensus_kept(self, logits: Tensor) -> Tensor | None:
         return None
+
+
+# --- the compiled cores
+
+# Operators as numbered in csrc/include/fedkern/distill.h
+KL, LIMIT, ENTROPY = 0, 1, 2
+# Operators as numbered in csrc/include/fedkern/distill_ensemble.h, after PROBS, LOGITS and MEAN
+JS, CONSENSUS = 3, 4
+
+# Looked up once: at 64 rows the code around a loss takes longer than the loss.
+_empty, _empty_like = torch.empty, torch.empty_like
+
+# Templates for empty_like, which takes two thirds of the time of empty(()).
+_SCALARS = {dtype: torch.empty((), dtype=dtype) for dtype in DTYPES}
+
+_LARGE = HUGE // 8  # elements; fresh() compares bytes
+
+# CUDA: rows that one block takes alone, and classes up to which it does (csrc/cuda/distill.cu).
+_ROWS, _CLASSES = 64, 1024
+# CUDA: most rows of an ensemble computed at a time, by threads per row (csrc/cuda/distill_ensemble.cu): about as many
+# as the largest GPUs have room for. The numbers that a row keeps for each teacher are in the call's workspace.
+_SLOTS = {1: 1 << 16, 32: 1 << 14, 256: 1 << 11}
+# CUDA: classes up to which one thread takes a row of an ensemble, and from which a block does.
+_FEW, _MANY = 4, 1024
+
+
+class DistillKernels(Launcher):
+    """:class:`DistillKernel` on ``fedkern._cpu`` and ``fedkern._cuda``.
+
+    On the CPU a row's gradient costs little while the row is in the cache, and the host can read grad_output: the
+    forward pass computes gradients too.  On a GPU the backward pass recomputes them, see :class:`Recomputes`.
+    """
+
+    # The cores read weights [K] for every row through a stride of 0.
+    short_weights = True
+
+    def __init__(self, core: Any) -> None:
+        super().__init__(core)
+        self.fused = not self.gpu
+        self._distill = core.distill
+        self._distill_ensemble = core.distill_ensemble
+
+    def scaled(self, gradients: tuple[Tensor | None, ...], grad: Tensor) -> tuple[Tensor | None, ...] | None:
+        factor = grad.item()
+        if factor == 1.0:
+            return gradients
+        for x in gradients:
+            if x is not None and x.element_size() == 2:
+                return None
+        return tuple([x if x is None else x * factor for x in gradients])
+
+    def empty_gradient(self, x: Tensor) -> Tensor:
+        gradient = _empty_like(x)
+        return gradient if gradient.numel() < _LARGE else self.fresh(gradient)
+
+    # --- rows of one teacher
+
+    def divergence_forward(
+        self,
+        student: Tensor,
+        other: Tensor | None,
+        teacher: Tensor,
+        weight: Tensor | None,
+        settings: Divergence,
+        to_student: Tensor | None = None,
+        to_other: Tensor | None = None,
+        to_teacher: Tensor | None = None,
+        raw_loss: Tensor | None = None,
+    ) -> Tensor:
+        reduction = settings.reduction
+        dtype = result_dtype(student, other, teacher)
+        result = self._result(student, dtype, reduction)
+        self._distill(
+            LIMIT if settings.temperature == math.inf else KL,
+            1 if dtype is torch.float64 else 0,
+            student,
+            settings.temperature,
+            settings.reverse,
+            None if reduction == BATCHMEAN else 1.0,
+            1 if other is None else 2,
+            teacher,
+            student,
+            other,
+            to_teacher,
+            to_student,
+            to_other,
+            weight,
+            None,
+            result if reduction == NONE else None,
+            (raw_loss, None if reduction == NONE else result),
+            self._space(student) if self.gpu else None,
+            self.at(student),
+        )
+        return result
+
+    def divergence_backward(
+        self,
+        grad: Tensor,
+        student: Tensor,
+        other: Tensor | None,
+        teacher: Tensor,
+        weight: Tensor | None,
+        settings: Divergence,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        to_student, to_other, to_teacher = (
+            self.empty_gradient(x) if need and x is not None else None
+            for x, need in zip((student, other, teacher), needs[:3], strict=True)
+        )
+        compute = compute_dtype(result_dtype(student, other, teacher))
+        raw = _empty(row_shape(student), dtype=compute, device=student.device) if needs[3] else None
+        grad = grad.resolve_neg()  # bound to a name: its memory must outlive the call
+        self._distill(
+            LIMIT if settings.temperature == math.inf else KL,
+            DTYPES[compute],
+            student,
+            settings.temperature,
+            settings.reverse,
+            None if settings.reduction == BATCHMEAN else 1.0,
+            1 if other is None else 2,
+            teacher,
+            student,
+            other,
+            to_teacher,
+            to_student,
+            to_other,
+            weight,
+            grad,
+            None,
+            (raw, None),
+            self._space(student) if self.gpu else None,
+            self.at(student),
+        )
+        to_weight = weight_gradient(raw, grad, mean_scale(student, settings.reduction), weight)
+        return to_student, to_other, to_teacher, to_weight
+
+    def entropy_forward(self, logits: Tensor, reduction: int, to_logits: Tensor | None = None) -> Tensor:
+        result = self._result(logits, logits.dtype, reduction)
+        self._entropy(logits, reduction, to_logits, None, *((result, None) if reduction == NONE else (None, result)))
+        return result
+
+    def entropy_backward(self, grad: Tensor, logits: Tensor, reduction: int) -> Tensor:
+        gradient = self.empty_gradient(logits)
+        grad = grad.resolve_neg()
+        self._entropy(logits, reduction, gradient, grad, None, None)
+        return gradient
+
+    def _entropy(
+        self,
+        logits: Tensor,
+        reduction: int,
+        gradient: Tensor | None,
+        grad: Tensor | None,
+        row_loss: Tensor | None,
+        total: Tensor | None,
+    ) -> None:
+        self._distill(
+            ENTROPY,
+            1 if logits.dtype is torch.float64 else 0,
+            logits,
+            1.0,
+            False,
+            None if reduction == BATCHMEAN else 1.0,
+            0,
+            logits,
+            None,
+            None,
+            gradient,
+            None,
+            None,
+            None,
+            grad,
+            row_loss,
+            (None, total),
+            self._space(logits) if self.gpu else None,
+            self.at(logits),
+        )
+
+    # --- stacks of teachers
+
+    def ensemble_forward(
+        self,
+        student: Tensor,
+        teachers: Tensor,
+        weights: Tensor | None,
+        class_mask: Tensor | None,
+        settings: Ensemble,
+        to_student: Tensor | None = None,
+        to_teachers: Tensor | None = None,
+    ) -> Tensor:
+        dtype = result_dtype(student, None, teachers)
+        temperature, reduction = settings.temperature, settings.reduction
+        result = self._result(student, dtype, reduction)
+        self._distill_ensemble(
+            settings.mix,
+            temperature == math.inf,
+            settings.log_probs and temperature == 1.0,
+            class_mask is not None or (weights is not None and _by_class(weights)),
+            1 if dtype is torch.float64 else 0,
+            teachers,
+            temperature,
+            None if reduction == BATCHMEAN else 1.0,
+            student,
+            teachers,
+            weights,
+            class_mask,
+            to_student,
+            to_teachers,
+            None,
+            None,
+            None,
+            (reduction == NONE, result, None),
+            self._stack_space(teachers) if self.gpu else None,
+            self.at(teachers),
+        )
+        return result
+
+    def ensemble_backward(
+        self,
+        grad: Tensor,
+        student: Tensor,
+        teachers: Tensor,
+        weights: Tensor | None,
+        class_mask: Tensor | None,
+        settings: Ensemble,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        dtype = result_dtype(student, None, teachers)
+        temperature, reduction = settings.temperature, settings.reduction
+        by_class = class_mask is not None or (weights is not None and _by_class(weights))
+        grad = grad.resolve_neg()
+        to_student = self.empty_gradient(student) if needs[0] else None
+        to_teachers = self.empty_gradient(teachers) if needs[1] else None
+        to_weights = None
+        if needs[2] and weights is not None:
+            # One gradient per class also where only the mask differs by class: the kernel then works by class.
+            shape = (*weights.shape[:2], teachers.shape[2], *weights.shape[3:]) if by_class else weights.shape
+            to_weights = _empty(shape, dtype=compute_dtype(dtype), device=weights.device)
+        self._distill_ensemble(
+            settings.mix,
+            temperature == math.inf,
+            settings.log_probs and temperature == 1.0,
+            by_class,
+            1 if dtype is torch.float64 else 0,
+            teachers,
+            temperature,
+            None if reduction == BATCHMEAN else 1.0,
+            student,
+            teachers,
+            weights,
+            class_mask,
+            to_student,
+            to_teachers,
+            to_weights,
+            grad,
+            None,
+            (False, None, None),
+            self._stack_space(teachers) if self.gpu else None,
+            self.at(teachers),
+        )
+        if to_weights is not None and weights is not None:
+            if to_weights.shape != weights.shape:
+                to_weights = to_weights.sum(2, keepdim=True)
+            to_weights = to_weights.to(weights.dtype)
+        return to_student, to_teachers, to_weights
+
+    def js_forward(
+        self, logits: Tensor, weights: Tensor | None, reduction: int, to_logits: Tensor | None = None
+    ) -> Tensor:
+        result = self._stack_result(logits, reduction)
+        self._run_stack(JS, logits, weights, reduction, to_logits, None, (), result, None)
+        return result
+
+    def js_backward(
+        self, grad: Tensor, logits: Tensor, weights: Tensor | None, reduction: int, needs: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        return self._stack_backward(JS, (grad,), logits, weights, reduction, needs)
+
+    def consensus_kept(self, logits: Tensor) -> Tensor | None:
+        if self.gpu:
+            return None
+        # Per row: four numbers for each of the K, then the log of the mixture. The last layout has rows side by side,
+        # where the core takes them side by side.
+        count, batch, classes, *positions = logits.shape
+        numbers, dtype = 4 * count + classes, compute_dtype(logits.dtype)
+        if 2 * numbers > count * classes:  # not much less to read than the logits
+            return None
+        if classes >= 24 and not positions:
+            return torch.empty((batch, numbers), dtype=dtype)
+        return torch.empty((numbers, batch, *positions), dtype=dtype).transpose(0, 1)
+
+    def consensus_forward(
+        self, logits: Tensor, weights: Tensor | None, reduction: int, kept: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        first, second = self._stack_result(logits, reduction), self._stack_result(logits, reduction)
+        self._run_stack(CONSENSUS, logits, weights, reduction, None, None, (), first, second, kept)
+        return first, second
+
+    def consensus_backward(
+        self,
+        grad_mixture: Tensor,
+        grad_mean: Tensor,
+        logits: Tensor,
+        weights: Tensor | None,
+        reduction: int,
+        needs: Sequence[bool],
+        kept: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        return self._stack_backward(CONSENSUS, (grad_mixture, grad_mean), logits, weights, reduction, needs, kept)
+
+    def _stack_backward(
+        self,
+        kind: int,
+        grads: tuple[Tensor, ...],
+        logits: Tensor,
+        weights: Tensor | None,
+        reduction: int,
+        needs: Sequence[bool],
+        kept: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        to_logits = self.empty_gradient(logits) if needs[0] else None
+        to_weights = None
+        if needs[1] and weights is not None:
+            to_weights = _empty(weights.shape, dtype=compute_dtype(logits.dtype), device=logits.device)
+        grads = tuple([grad.resolve_neg() for grad in grads])
+        self._run_stack(kind, logits, weights, reduction, to_logits, to_weights, grads, None, None, kept)
+        return to_logits, to_weights if weights is None or to_weights is None else to_weights.to(weights.dtype)
+
+    def _run_stack(
+        self,
+        kind: int,
+        logits: Tensor,
+        weights: Tensor | None,
+        reduction: int,
+        to_logits: Tensor | None,
+        to_weights: Tensor | None,
+        grads: tuple[Tensor, ...],
+        first: Tensor | None,
+        second: Tensor | None,
+        kept: Tensor | None = None,
+    ) -> None:
+        self._distill_ensemble(
+            kind,
+            False,
+            False,
+            False,
+            1 if logits.dtype is torch.float64 else 0,
+            logits,
+            1.0,
+            None if reduction == BATCHMEAN else 1.0,
+            None,
+            logits,
+            weights,
+            None,
+            None,
+            to_logits,
+            to_weights,
+            grads[0] if grads else None,
+            grads[1] if len(grads) > 1 else None,
+            (reduction == NONE, first, second, kept),
+            self._stack_space(logits) if self.gpu else None,
+            self.at(logits),
+        )
+
+    # --- memory
+
+    def _result(self, rows_of: Tensor, dtype: torch.dtype, reduction: int) -> Tensor:
+        if reduction == NONE:
+            return _empty(row_shape(rows_of), dtype=dtype, device=rows_of.device)
+        return _empty((), dtype=dtype, device=rows_of.device) if self.gpu else _empty_like(_SCALARS[dtype])
+
+    def _stack_result(self, logits: Tensor, reduction: int) -> Tensor:
+        if reduction == NONE:
+            return _empty(logits.shape[1:2] + logits.shape[3:], dtype=logits.dtype, device=logits.device)
+        return self._result(logits, logits.dtype, reduction)
+
+    def _space(self, logits: Tensor) -> Tensor | None:
+        """CUDA: memory for sums between blocks; None where one block computes the call alone."""
+        classes = logits.shape[1]
+        if classes <= _CLASSES and logits.numel() <= _ROWS * classes:
+            return None
+        return _empty(self.core.distill_workspace, dtype=torch.float64, device=logits.device)
+
+    def _stack_space(self, teachers: Tensor) -> Tensor:
+        """CUDA: memory for totals, and for what rows keep of each teacher."""
+        core, count = self.core, teachers.shape[0]
+        slots = max(core.ensemble_slots, min(teachers.numel() // (count * teachers.shape[2]), _SLOTS[_lanes(teachers)]))
+        size = core.ensemble_totals + slots * core.ensemble_numbers * count
+        return _empty(size, dtype=torch.float64, device=teachers.device)
+
+
+def weight_gradient(raw: Tensor | None, grad: Tensor, scale: float, weight: Tensor | None) -> Tensor | None:
+    """Gradient of the row weights, from the unweighted row losses ``raw``."""
+    return None if raw is None or weight is None else (raw * grad.to(raw.dtype) * scale).to(weight.dtype)
+
+
+def _by_class(weights: Tensor) -> bool:
+    return weights.dim() > 1 and weights.shape[2] > 1
+
+
+def _lanes(teachers: Tensor) -> int:
+    """How many threads share a row of an ensemble."""
+    classes = teachers.shape[2]
+    if classes <= _FEW or (classes < _MANY and teachers.stride(2) != 1):
+        return 1
+    return 32 if classes < _MANY else 256

@@ -14,19 +14,11 @@ from torch import Tensor
 from fedkern.ops._core import library
 from fedkern.ops._core.backend import eager, readable, ready, select
 from fedkern.ops._core.function import EagerFunction, handed_out
-from fedkern.ops._distill.common import (
-    NONE,
-    REDUCTIONS,
-    check_logits,
-    check_reduction,
-    check_temperature,
-    check_weight,
-    mean_scale,
-    row_shape,
-)
+from fedkern.ops._distill.checks import check_logits, check_reduction, check_temperature, check_weight
+from fedkern.ops._distill.entries import DIVERGENCE
 from fedkern.ops._distill.kernels import DistillKernel, Divergence, divergence_settings
-from fedkern.ops._distill.kl_library import DIVERGENCE
 from fedkern.ops._distill.reference import compute_dtype, divergence_reference, result_dtype
+from fedkern.ops._distill.rows import NONE, REDUCTIONS, mean_scale, row_shape
 
 # the public functions: checks and choice of path
 

@@ -1,4 +1,4 @@
-"""torch.library entries of losses over stacks of K teachers: one scheme for ensemble_kl, js_div and consensus.
+"""torch.library entries of losses on rows of logits: one scheme for all of them.
 
 Each loss becomes two operators, the loss and its gradients: one graph node each under torch.compile. Second derivatives
 go through the reference. Batching rules fold the mapped axis into the batch.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core import library
-from fedkern.ops._distill.common import NONE, reduce_mapped, spread_mapped, unmapped
+from fedkern.ops._distill.rows import NONE, reduce_mapped, spread_mapped, unmapped
 
 Optionals = tuple[Any, ...]  # tensors, and None where an optional one was not given
 

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from fedkern.ops._distill.common import NONE, REDUCTIONS, SUM, check_weight, row_shape
+from fedkern.ops._distill.checks import check_weight
+from fedkern.ops._distill.rows import NONE, REDUCTIONS, SUM, row_shape
 
 
 def kl_div_reference(

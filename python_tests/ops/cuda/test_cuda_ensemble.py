@@ -19,8 +19,8 @@ from operator_cases import DTYPES, assert_close, describe, moved, pairwise
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.ops._distill.common import LOGITS, MEAN, PROBS, REDUCTIONS
 from fedkern.ops._distill.ensemble_reference import consensus_reference, ensemble_reference, js_reference
+from fedkern.ops._distill.rows import LOGITS, MEAN, PROBS, REDUCTIONS
 
 AXES: dict[str, Any] = {
     "operator": ("probs", "logits", "mean", "js", "consensus"),

@@ -21,8 +21,8 @@ from fedkern.ops._aggregate.triton.aggregate import TritonAggregate
 from fedkern.ops._blend.triton.blend import TritonBlend
 from fedkern.ops._blend.triton.boxes import TritonBoxes
 from fedkern.ops._contrast.triton import TritonContrast
-from fedkern.ops._distill.common import BATCHMEAN, LOGITS, MEAN, NONE, PROBS
 from fedkern.ops._distill.kernels import Divergence, Ensemble
+from fedkern.ops._distill.rows import BATCHMEAN, LOGITS, MEAN, NONE, PROBS
 from fedkern.ops._distill.triton.distill import TritonDistill
 from fedkern.ops._fuse.kernels import FuseNeeds
 from fedkern.ops._fuse.triton import TritonFuse

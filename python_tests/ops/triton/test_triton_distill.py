@@ -10,9 +10,9 @@ from operator_cases import BACKENDS, assert_close, pairwise, using
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.ops._distill.common import LOGITS, MEAN, PROBS, REDUCTIONS
 from fedkern.ops._distill.ensemble_reference import consensus_reference, ensemble_reference, js_reference
 from fedkern.ops._distill.reference import entropy_reference, kl_div_reference
+from fedkern.ops._distill.rows import LOGITS, MEAN, PROBS, REDUCTIONS
 
 if "triton" not in BACKENDS:
     pytest.skip("Triton's interpreter is not there", allow_module_level=True)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fedkern.ops._core.triton.launch import cdiv, launch, power_of_two, processors
-from fedkern.ops._distill.common import NONE, row_shape
+from fedkern.ops._distill.rows import NONE, row_shape
 
 COMPUTE = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), tl.float32) | {torch.float64: tl.float64}
 

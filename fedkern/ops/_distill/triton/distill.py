@@ -27,10 +27,9 @@ from fedkern.ops._core.triton.rows import (
     totals_of,
     writable,
 )
-from fedkern.ops._distill.arguments import weight_gradient
-from fedkern.ops._distill.common import BATCHMEAN, NONE, mean_scale, row_count, row_shape
-from fedkern.ops._distill.kernels import Divergence, Recomputes
+from fedkern.ops._distill.kernels import Divergence, Recomputes, weight_gradient
 from fedkern.ops._distill.reference import compute_dtype, result_dtype
+from fedkern.ops._distill.rows import BATCHMEAN, NONE, mean_scale, row_count, row_shape
 from fedkern.ops._distill.triton.ensemble import Mixtures
 from fedkern.ops._distill.triton.limits import entropy_kernel, limit_kernel
 from fedkern.ops._distill.triton.losses import divergence_kernel

@@ -28,9 +28,9 @@ from fedkern.ops._core.triton.rows import (
     totals_of,
     writable,
 )
-from fedkern.ops._distill.common import BATCHMEAN, LOGITS, MEAN, NONE, row_count
 from fedkern.ops._distill.kernels import Ensemble
 from fedkern.ops._distill.reference import compute_dtype, result_dtype
+from fedkern.ops._distill.rows import BATCHMEAN, LOGITS, MEAN, NONE, row_count
 from fedkern.ops._distill.triton.ensemble_limits import limit
 from fedkern.ops._distill.triton.members import stack_kernel
 from fedkern.ops._distill.triton.mixture import members_kernel, mixture_kernel

@@ -21,9 +21,9 @@ from fedkern.ops._core.triton.rows import (
     totals_of,
     writable,
 )
-from fedkern.ops._distill.common import BATCHMEAN, NONE, row_count
 from fedkern.ops._distill.kernels import Ensemble
 from fedkern.ops._distill.reference import compute_dtype, result_dtype
+from fedkern.ops._distill.rows import BATCHMEAN, NONE, row_count
 
 # Gradients of the student, the teachers and the weights.
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]

@@ -1,4 +1,4 @@
-"""ensemble_kl, js_div and consensus in ``torch.library``."""
+"""The distill family in ``torch.library``: a table for every loss (library.py makes two operators of each)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedkern.ops._core.backend import select
 from fedkern.ops._distill.ensemble_reference import consensus_reference, ensemble_reference, js_reference
-from fedkern.ops._distill.kernels import ensemble_settings
+from fedkern.ops._distill.kernels import DistillKernel, divergence_settings, ensemble_settings
 from fedkern.ops._distill.library import (
     Loss,
     Optionals,
@@ -21,11 +21,105 @@ from fedkern.ops._distill.library import (
     unfold_rows,
     unfold_stack,
 )
-from fedkern.ops._distill.reference import result_dtype
+from fedkern.ops._distill.reference import divergence_reference, entropy_rows_reference, result_dtype
 
 
 def _given(*tensors: Any) -> list[Tensor]:
     return [t for t in tensors if t is not None]
+
+
+# --- kl_div, dual_kl: divergence(student, other, teacher, weight, temperature, reverse, reduction)
+
+
+def _divergence_kernel(tensors: Optionals) -> DistillKernel | None:
+    return select("kl_div" if tensors[1] is None else "dual_kl", *_given(*tensors))
+
+
+def _run_divergence(tensors: Optionals, settings: Sequence[Any]) -> Any:
+    kernel = _divergence_kernel(tensors)
+    if kernel is None:
+        return divergence_reference(*tensors, *settings)
+    return kernel.divergence_forward(*tensors, divergence_settings(*settings))
+
+
+def _run_divergence_backward(
+    grads: Sequence[Tensor], tensors: Optionals, settings: Sequence[Any], needs: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    kernel = _divergence_kernel(tensors)
+    if kernel is None:
+        return reference_gradients(divergence_reference, grads, tensors, settings, needs)
+    return kernel.divergence_backward(grads[0], *tensors, divergence_settings(*settings), needs)
+
+
+def _divergence_dtype(tensors: Optionals) -> torch.dtype:
+    return result_dtype(*tensors[:3])
+
+
+def _fold_each(tensors: Optionals, axes: Sequence[int | None], count: int) -> Optionals:
+    return tuple(fold_rows(x, axis, count) for x, axis in zip(tensors, axes, strict=True))
+
+
+def _unfold_each(which: int, gradient: Tensor, count: int) -> Tensor:
+    return unfold_rows(gradient, count)
+
+
+DIVERGENCE = define(
+    Loss(
+        name="divergence",
+        tensors=("student", "other?", "teacher", "weight?"),
+        differentiable=4,
+        settings=("float temperature", "bool reverse", "int reduction"),
+        results=1,
+        rows_of=0,
+        stacked=False,
+        run=_run_divergence,
+        run_backward=_run_divergence_backward,
+        reference=divergence_reference,
+        dtype=_divergence_dtype,
+        fold=_fold_each,
+        unfold=_unfold_each,
+    )
+)
+
+
+# --- entropy(logits, reduction)
+
+
+def _run_entropy(tensors: Optionals, settings: Sequence[Any]) -> Any:
+    kernel = select("entropy", *tensors)
+    return (entropy_rows_reference if kernel is None else kernel.entropy_forward)(*tensors, *settings)
+
+
+def _run_entropy_backward(
+    grads: Sequence[Tensor], tensors: Optionals, settings: Sequence[Any], needs: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    kernel = select("entropy", *tensors)
+    if kernel is None:
+        return reference_gradients(entropy_rows_reference, grads, tensors, settings, needs)
+    return (kernel.entropy_backward(grads[0], *tensors, *settings),)
+
+
+def _logits_dtype(tensors: Optionals) -> torch.dtype:
+    return tensors[0].dtype
+
+
+ENTROPY = define(
+    Loss(
+        name="entropy",
+        tensors=("logits",),
+        differentiable=1,
+        settings=("int reduction",),
+        results=1,
+        rows_of=0,
+        stacked=False,
+        run=_run_entropy,
+        run_backward=_run_entropy_backward,
+        reference=entropy_rows_reference,
+        dtype=_logits_dtype,
+        fold=_fold_each,
+        unfold=_unfold_each,
+    )
+)
 
 
 # --- ensemble_kl(student, teachers, weights, class_mask, temperature, mix, log_probs, reduction)
@@ -120,10 +214,6 @@ def _run_consensus_backward(
     if kernel is None:
         return reference_gradients(consensus_reference, grads, tensors, settings, needs)
     return kernel.consensus_backward(*grads, *tensors, *settings, needs)
-
-
-def _logits_dtype(tensors: Optionals) -> torch.dtype:
-    return tensors[0].dtype
 
 
 def _fold_both(tensors: Optionals, axes: Sequence[int | None], count: int) -> Optionals:

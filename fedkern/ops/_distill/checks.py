@@ -1,4 +1,4 @@
-"""Arguments of ensemble_kl, js_div and consensus: stacks of K teachers' logits and their weights."""
+"""Checks of the distill family's arguments: logits, stacks of teachers' logits, weights, temperature, reduction."""
 
 from __future__ import annotations
 
@@ -8,8 +8,73 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core.backend import DTYPES
-from fedkern.ops._core.checks import check_dense
-from fedkern.ops._distill.common import MAX_DIMS
+from fedkern.ops._core.checks import check_dense, real, shown
+from fedkern.ops._distill.rows import MAX_DIMS, REDUCTIONS, row_shape
+
+# Checks in detail. The public functions first test all in one fast step, and need most of these only where it fails.
+
+
+def check_logits(names: tuple[str, ...], tensors: tuple[Any, ...]) -> None:
+    """Raises TypeError or ValueError unless all are logits ``[B, C, *positions]`` of one shape on one device."""
+    for name, tensor in zip(names, tensors, strict=True):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor of logits, but got {type(tensor).__name__}")
+        check_dense(tensor, name)
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name} must have dtype float32, float64, bfloat16 or float16, but has {tensor.dtype}")
+        if not 2 <= tensor.dim() <= MAX_DIMS or tensor.shape[1] == 0:
+            raise ValueError(
+                f"{name} must have shape [B, C] or [B, C, *positions] with at least one class, but has "
+                f"{list(tensor.shape)}"
+            )
+        if tensor.shape != tensors[0].shape:
+            raise ValueError(
+                f"{name} must have the shape {list(tensors[0].shape)} of {names[0]}, but has {list(tensor.shape)}"
+            )
+        if tensor.device != tensors[0].device:
+            raise ValueError(f"{name} must be on {tensors[0].device} like {names[0]}, but is on {tensor.device}")
+
+
+def check_weight(weight: Any, logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns ``weight`` in the shape of the rows, ``[B, *positions]``, and a floating dtype."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor, but got {type(weight).__name__}")
+    check_dense(weight, "weight")
+    if weight.dtype is torch.bool:
+        weight = weight.to(dtype)
+    if weight.dtype not in DTYPES:
+        raise TypeError(f"weight must have dtype bool, float32, float64, bfloat16 or float16, but has {weight.dtype}")
+    if weight.device != logits.device:
+        raise ValueError(f"weight must be on {logits.device} like the logits, but is on {weight.device}")
+    rows = row_shape(logits)
+    if weight.shape == rows:
+        return weight
+    if weight.shape == rows[:1]:
+        if weight.requires_grad and weight.dtype.itemsize == 2:
+            weight = weight.float()  # its gradient is a sum over positions, rounded once
+        return weight.reshape(-1, *[1] * (len(rows) - 1)).expand(rows)
+    expected = f"{list(rows[:1])} or {list(rows)}" if len(rows) > 1 else f"{list(rows)}"
+    raise ValueError(f"weight must have shape {expected}, one value per row, but has {list(weight.shape)}")
+
+
+def check_temperature(temperature: Any) -> float:
+    """Returns ``temperature`` as a float above 0, infinity included."""
+    if isinstance(temperature, (Tensor, bool)):
+        raise TypeError(f"temperature must be a number, not {type(temperature).__name__}")
+    value = real(temperature, "temperature")
+    if not value > 0:
+        raise ValueError(f"temperature must be above 0 (math.inf for the limit), but is {shown(temperature)}")
+    return value
+
+
+def check_reduction(reduction: Any) -> int:
+    """Returns the number of a reduction's name."""
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
+        raise ValueError(f'reduction must be "none", "sum" or "batchmean", but is {reduction!r}')
+    return REDUCTIONS[reduction]
+
+
+# Stacks of K teachers.
 
 
 def check_stack(name: str, stack: Any) -> None:
