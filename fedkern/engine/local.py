@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +79,7 @@ class Context:
     epochs: int
     flat: Tensor | None
     frozen: Any
+    extras: Mapping[str, Any] = field(default_factory=dict)
     round_cache: dict[str, Any] = field(default_factory=dict)
 
     @property

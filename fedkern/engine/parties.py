@@ -131,6 +131,7 @@ class Client(_Node):
         steps: int | None = None,
         rows: np.ndarray | None = None,
         anchor: Message | None = None,
+        extras: Mapping[str, Any] | None = None,
     ) -> Message:
         context, config = self._context, self._context.config
         network = context.network("local")
@@ -144,6 +145,7 @@ class Client(_Node):
         limit = config.local_steps if steps is None else steps
         epochs = self._epochs(limit, self.samples if rows is None else len(rows))
         received = self._received(step, message, epochs, own, anchor)
+        received.extras = extras or {}
         schedule = self._schedule(step, epochs, limit)
         network.fixed = self.statistics_fixed(step)
         trained = network if parts is None else Part(network, parts)

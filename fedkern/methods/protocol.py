@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -185,6 +185,8 @@ class Received(Protocol):
     """Training samples of the client."""
     epochs: int
     """Local epochs of this exchange."""
+    extras: Mapping[str, Any]
+    """What the client prepared for its own training (``client.train(..., extras=)``); it never travels."""
     round_cache: dict[str, Any]
     """Cache that is dropped at the end of the client's exchange."""
 

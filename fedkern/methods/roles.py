@@ -163,6 +163,7 @@ class Client(Node, Protocol):
         steps: int | None = None,
         rows: np.ndarray | None = None,
         anchor: Message | None = None,
+        extras: Mapping[str, Any] | None = None,
     ) -> Message:
         """The engine's training loop: local epochs on ``method.loss`` from the received parameters.
 
@@ -172,6 +173,7 @@ class Client(Node, Protocol):
             steps: optimiser steps instead of the run's local budget.
             rows: int64, the samples to train on; None for all.
             anchor: flat vectors of ``received.model``, if that differs from the network that training starts from.
+            extras: what the method's ``loss``, ``terms`` or ``adjust_gradient`` finds in ``received.extras``.
 
         Returns:
             ``{"parameters": fp32 [P], ...}`` with ``"buffers"`` fp32 [Q] and ``"integers"`` int64 [R] if the buffer

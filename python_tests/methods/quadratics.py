@@ -26,9 +26,11 @@ class Client:
     def gradient(self, theta):
         return self.curvature @ (theta - self.optimum)
 
-    def train(self, method, step, message):
+    def train(self, method, step, message, extras):
         theta = message["parameters"].clone()
-        received = types.SimpleNamespace(message=message, parameters=message["parameters"], step=step, round_cache={})
+        received = types.SimpleNamespace(
+            message=message, parameters=message["parameters"], step=step, extras=extras, round_cache={}
+        )
         for _ in range(STEPS):
             gradient = self.gradient(theta)
             method.adjust_gradient(theta, gradient, received)

@@ -13,8 +13,8 @@ from fedkern.ops._core import backend
 def received(size):
     draw = torch.Generator().manual_seed(0)
     start, correction = (torch.randn(size, generator=draw) for _ in range(2))
-    message = {"correction": correction, "alpha": 0.2, "path": GradientSum(torch.zeros(size))}
-    return types.SimpleNamespace(parameters=start, message=message)
+    extras = {"correction": correction, "path": GradientSum(torch.zeros(size))}
+    return types.SimpleNamespace(parameters=start, message={"alpha": 0.2}, extras=extras)
 
 
 def alike():
@@ -40,7 +40,7 @@ def test_a_step_has_the_bits_of_the_gradient_changed_in_place(method):
             else:
                 method.adjust_gradient(theta, gradients, given)
                 theta.add_(gradients, alpha=-0.1)
-        results.append([theta, given.message["path"].total])
+        results.append([theta, given.extras["path"].total])
     assert all(x.equal(y) for x, y in zip(*results, strict=True))
 
 

@@ -58,26 +58,26 @@ class FedDyn(FedAvg):
 
     def client_update(self, client: Client, step: Step, message: Message) -> Message:
         before = client.state.get("gradient", torch.zeros_like(message["parameters"]))
-        result = super().client_update(client, step, {**message, "correction": -before.to(client.device)})
+        result = super().client_update(client, step, message, correction=-before.to(client.device))
         client.state["gradient"] = before - message["alpha"] * (result["parameters"] - message["parameters"])
         return result
 
     def terms(self, received: Received) -> Terms:
-        message = received.message
-        return Terms(correction=message["correction"], anchor=received.parameters, proximal=message["alpha"])
+        return Terms(
+            correction=received.extras["correction"],
+            anchor=received.parameters,
+            proximal=received.message["alpha"],
+        )
 
     def server_update(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
         before, present = server.state["parameters"], 0
 
-        def counted() -> Iterable[Upload]:
+        def count(upload: Upload) -> Upload:
             nonlocal present
-            for upload in uploads:
-                present += 1
-                handover = [upload]
-                del upload  # free this upload before the next one arrives
-                yield handover.pop()
+            present += 1
+            return upload
 
-        super().server_update(server, step, counted())
+        super().server_update(server, step, map(count, uploads))  # map keeps no upload while the next one arrives
         if present:
             average = server.state["parameters"]
             share = present / server.federation.clients

@@ -148,24 +148,22 @@ class FedProto(LocalTraining):
         sums: Tensor | None = None
         weights = torch.zeros(classes, dtype=torch.float64)
 
-        def with_prototypes() -> Iterator[Upload]:
+        def add_prototypes(upload: Upload) -> Upload:
             nonlocal sums
-            for upload in uploads:
-                own = upload.message["prototypes"]
-                weight = torch.ones(len(own["classes"])) if uniform else own["counts"]
-                if sums is None:
-                    sums = torch.zeros(classes, own["means"].shape[1], dtype=torch.float64)
-                sums[own["classes"]] += weight.double()[:, None] * own["means"].double()
-                weights[own["classes"]] += weight.double()
-                handover = [upload]
-                del upload, own  # free this upload before the next one arrives
-                yield handover.pop()
+            own = upload.message["prototypes"]
+            weight = torch.ones(len(own["classes"])) if uniform else own["counts"]
+            if sums is None:
+                sums = torch.zeros(classes, own["means"].shape[1], dtype=torch.float64)
+            sums[own["classes"]] += weight.double()[:, None] * own["means"].double()
+            weights[own["classes"]] += weight.double()
+            return upload
 
+        counted = map(add_prototypes, uploads)  # map keeps no upload while the next one arrives
         if self.options.networks == "personal":
-            for _ in with_prototypes():
-                pass
+            for upload in counted:
+                del upload
         else:
-            super().server_update(server, step, with_prototypes())
+            super().server_update(server, step, counted)
         if sums is not None:
             means, known = table(server.state.get("prototypes"), classes, sums.shape[1])
             seen = weights > 0  # a class that no client sent in this round keeps its prototype

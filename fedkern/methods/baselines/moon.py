@@ -36,13 +36,13 @@ class Moon(LocalTraining):
     def client_update(self, client: Client, step: Step, message: Message) -> Message:
         if not self.options.mu:
             return super().client_update(client, step, message)
-        known = {**message, "previous": client.state["previous"]} if "previous" in client.state else message
-        result = super().client_update(client, step, known)
+        extras = {"previous": client.state["previous"]} if "previous" in client.state else {}
+        result = super().client_update(client, step, message, **extras)
         client.state["previous"] = {name: result[name] for name in ("parameters", "buffers") if name in result}
         return result
 
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        if not self.options.mu or "previous" not in received.message:
+        if not self.options.mu or "previous" not in received.extras:
             return cross_entropy(model(batch.images), batch.labels)
         z = model.features(batch.images)
         z_glob = remembered("global", batch, received, lambda: received.model.features(batch.images))
@@ -55,5 +55,5 @@ class Moon(LocalTraining):
     def _previous(self, received: Received) -> Any:
         """The client's last local model, built once per exchange."""
         if "network" not in received.round_cache:
-            received.round_cache["network"] = frozen_copy(received.model, received.message["previous"])
+            received.round_cache["network"] = frozen_copy(received.model, received.extras["previous"])
         return received.round_cache["network"]

@@ -18,7 +18,7 @@ buffers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -78,7 +78,7 @@ class Scaffold(FedAvg):
         own = client.state.get("control", torch.zeros_like(message["control"]))
         path = GradientSum(torch.zeros_like(own, device=client.device))
         correction = (message["control"] - own).to(client.device)
-        result = super().client_update(client, step, {**message, "correction": correction, "path": path})
+        result = super().client_update(client, step, message, correction=correction, path=path)
         new = self.gradient(client, step, message) if self.options.control == "I" else path.mean()
         client.state["control"] = new.cpu()
         return {**result, "control": new.cpu() - own}
@@ -87,7 +87,7 @@ class Scaffold(FedAvg):
         return {**super().expects(server, step, client, message), "control": server.state["control"]}
 
     def terms(self, received: Received) -> Terms:
-        return Terms(correction=received.message["correction"], gradient_sum=received.message["path"])
+        return Terms(correction=received.extras["correction"], gradient_sum=received.extras["path"])
 
     def gradient(self, client: Client, step: Step, message: Message) -> Tensor:
         """Gradient of the client's mean loss over all its samples at the received model, fp32 [P]."""
@@ -111,17 +111,14 @@ class Scaffold(FedAvg):
         shares = [1 / len(samples) if uniform else n / sum(samples) for n in samples]
         change, present = server.accumulator(server.state["control"].numel()), 0.0
 
-        def controls() -> Iterator[Upload]:
+        def add_control(upload: Upload) -> Upload:
             nonlocal present
-            for upload in uploads:
-                change.add(upload.message["control"], shares[upload.client_id])
-                present += shares[upload.client_id]
-                handover = [upload]
-                del upload  # free this upload before the next one arrives
-                yield handover.pop()
+            change.add(upload.message["control"], shares[upload.client_id])
+            present += shares[upload.client_id]
+            return upload
 
         before = server.state["parameters"]
-        super().server_update(server, step, controls())
+        super().server_update(server, step, map(add_control, uploads))  # map keeps no upload while the next one arrives
         if present:
             server.state["control"] = server.state["control"] + present * change.mean()
             if self.options.server_lr != 1:

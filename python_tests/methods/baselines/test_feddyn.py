@@ -20,7 +20,7 @@ def test_gradient_is_that_of_the_regularised_objective():
     received, g = (torch.randn(50, dtype=torch.float64) for _ in range(2))
     (-(g * theta).sum() + ALPHA / 2 * ((theta - received) ** 2).sum()).backward()
     gradients = torch.zeros(50, dtype=torch.float64)
-    given = types.SimpleNamespace(parameters=received, message={"correction": -g, "alpha": ALPHA})
+    given = types.SimpleNamespace(parameters=received, message={"alpha": ALPHA}, extras={"correction": -g})
     FedDyn().adjust_gradient(theta.detach(), gradients, given)
     torch.testing.assert_close(gradients, theta.grad)
 
@@ -29,8 +29,8 @@ def test_a_client_keeps_its_gradient():
     sent, before = torch.randn(9), torch.randn(9)
     theta = torch.randn(9)
 
-    def train(method, step, message):
-        assert torch.equal(message["correction"], -before)
+    def train(method, step, message, extras):
+        assert torch.equal(extras["correction"], -before)
         return {"parameters": theta}
 
     client = types.SimpleNamespace(state={"gradient": before.clone()}, device=torch.device("cpu"), train=train)

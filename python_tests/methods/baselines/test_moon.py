@@ -29,7 +29,13 @@ def test_loss_is_the_published_one(mu, temperature):
     local, glob, previous = network(1), network(2).eval(), network(3).eval()
     images, labels = torch.randn(6, 3, 16, 16, dtype=torch.float64), torch.randint(0, 3, (6,))
     received = types.SimpleNamespace(
-        message={"previous": {}}, model=glob, round_cache={"network": previous}, samples=6, epochs=1, step=STEP
+        message={},
+        extras={"previous": {}},
+        model=glob,
+        round_cache={"network": previous},
+        samples=6,
+        epochs=1,
+        step=STEP,
     )
     method = Moon(Moon.Options(mu=mu, temperature=temperature))
     loss, seen = method.loss(local, Batch(images, labels, np.arange(6), STEP), received)
@@ -49,7 +55,7 @@ def test_previous_equal_to_global_gives_log_two_and_no_gradient():
     local, glob = network(1), network(2).eval()
     images, labels = torch.randn(6, 3, 16, 16, dtype=torch.float64), torch.randint(0, 3, (6,))
     received = types.SimpleNamespace(
-        message={"previous": {}}, model=glob, round_cache={"network": glob}, samples=6, epochs=1, step=STEP
+        message={}, extras={"previous": {}}, model=glob, round_cache={"network": glob}, samples=6, epochs=1, step=STEP
     )
     loss, seen = Moon().loss(local, Batch(images, labels, np.arange(6), STEP), received)
     torch.testing.assert_close(seen["loss_con"], torch.tensor(2.0, dtype=torch.float64).log())
@@ -95,7 +101,7 @@ def test_the_previous_model_stays_with_the_client(buffers, make_data, make_confi
             if received.step.round:
                 # Sorted, because the layout of a flat vector is its own affair.
                 flat = torch.cat([p.flatten() for p in self._previous(received).parameters()])
-                vector = received.message["previous"]["parameters"]
+                vector = received.extras["previous"]["parameters"]
                 torch.testing.assert_close(flat.sort().values, vector.sort().values)
             return result
 
