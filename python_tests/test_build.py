@@ -76,6 +76,7 @@ def test_a_core_that_lacks_what_python_calls_is_not_used(monkeypatch: pytest.Mon
         backend.cpu_core()
 
 
+@pytest.mark.exhaustive
 def test_importing_hashes_no_sources() -> None:
     core("_cpu")
     if not list(Path(fedkern.__file__).parent.glob("_cpu.*")):
@@ -145,6 +146,7 @@ def test_everything_works_without_core_and_triton() -> None:
     assert "fedkern._cpu" in result.stdout  # and why it does not serve
 
 
+@pytest.mark.exhaustive
 def test_triton_and_transformers_are_imported_by_those_who_need_them() -> None:
     """Importing them takes seconds, and Triton looks for its interpreter's switch when it is imported."""
     result = run_python(

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,13 @@ def test_every_example_is_known() -> None:
     assert {path.stem for path in SCRIPTS} == set(SAYS)
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def _case(path: Path) -> Any:
+    """Whole runs take five seconds."""
+    whole = path.stem in {"finished_run", "own_method"}
+    return pytest.param(path, id=path.stem, marks=[pytest.mark.exhaustive] if whole else [])
+
+
+@pytest.mark.parametrize("path", [_case(path) for path in SCRIPTS])
 def test_an_example_runs(path: Path, tmp_path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 40
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -132,6 +132,7 @@ def run(folder: Path, *arguments: str, **variables: str) -> subprocess.Completed
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.exhaustive
 def test_report_makes_table_and_plot(folder: Path) -> None:
     results = folder / "benchmarks" / "results"
     page = (results / "README.md").read_text()
@@ -191,6 +192,7 @@ def test_gate_fails_on_a_doctored_floor_and_skips_what_it_cannot_tell(folder: Pa
     assert "floors.toml has no floor for this row" in out
 
 
+@pytest.mark.exhaustive
 def test_short_gate_takes_one_small_and_one_medium_row_without_compilation(folder: Path) -> None:
     gated = run(folder, "-m", "pytest", "benchmarks", "--gate-short")
     assert gated.returncode == 0, gated.stdout
@@ -201,6 +203,7 @@ def test_short_gate_takes_one_small_and_one_medium_row_without_compilation(folde
     assert "compile" not in table
 
 
+@pytest.mark.exhaustive
 def test_short_gate_on_a_machine_without_floors_skips_and_names_the_others(folder: Path) -> None:
     text = (folder / "benchmarks" / "floors.toml").read_text()
     (folder / "elsewhere.toml").write_text(text.replace("cores = ", "cores = 1"))
@@ -234,6 +237,7 @@ def test_two(benchmark):
 '''
 
 
+@pytest.mark.exhaustive
 def test_a_killed_recording_leaves_what_it_had_and_a_forced_backend_is_noted(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "frame")
     (tmp_path / "frame" / "benchmarks" / "bench_toy.py").write_text(KILLED)
@@ -248,6 +252,7 @@ def test_a_killed_recording_leaves_what_it_had_and_a_forced_backend_is_noted(fol
     assert content["machine"]["backend"] == "reference"
 
 
+@pytest.mark.exhaustive
 def test_a_test_that_is_named_leaves_the_rows_of_the_others(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "frame")
     one = run(tmp_path / "frame", "-m", "pytest", "benchmarks/bench_toy.py::test_toy[small]", "--record")

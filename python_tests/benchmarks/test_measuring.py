@@ -85,6 +85,7 @@ def test_cuda_clock_flushes_before_each_call_and_waits_once(monkeypatch: pytest.
     assert log == ["wait", "call", "call", "wait"]
 
 
+@pytest.mark.exhaustive
 def test_peak_memory_is_what_a_call_takes_beyond_its_inputs() -> None:
     if memory.peak_bytes(lambda: None, CPU) is None:
         pytest.skip("this kernel does not let a process set back its high-water mark")

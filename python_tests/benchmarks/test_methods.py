@@ -227,6 +227,7 @@ def test_what_the_plain_method_does_not_compute_is_refused(given, word, tmp_path
         bench_methods.plain_words(RunConfig.make("fedgid", **given), tmp_path, seed=0, threads=0)
 
 
+@pytest.mark.exhaustive
 def test_contestants_that_cannot_run_say_why(tmp_path):
     assert "--before" in bench_methods.missing("before", None)
     assert bench_methods.missing("plain", None) == ""
@@ -249,6 +250,7 @@ def test_the_cost_of_a_command_has_its_children(tmp_path):
     assert cost.processes == 3
 
 
+@pytest.mark.exhaustive
 def test_the_cost_of_a_command_has_children_that_nobody_waited_for(tmp_path):
     """As a run's workers: who forked them is killed, and they end with it."""
     spin = "import time\nwhile time.process_time() < 0.5: pass\ntime.sleep(60)"

@@ -63,6 +63,7 @@ def test_a_run_leaves_its_folder_and_says_how_it_ended(finished):
     assert {"seconds", "bytes_up", "bytes_down", "id_accuracy", "ood_accuracy"} <= set(records[0])
 
 
+@pytest.mark.exhaustive
 def test_a_run_that_promises_an_epsilon_tells_no_class_counts(result, tmp_path):
     """The same run without privacy shows every client's row of them, in the output and in a picture."""
     pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install 'fedkern[privacy]')")
@@ -245,6 +246,7 @@ def test_an_unwritable_folder(fails, tmp_path):
     assert "file is a file" in fails("fedavg", *TINY, "--out", "file")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("chosen", [None, "ACTIVE"])
 def test_threads_sleep_while_they_wait_unless_told_otherwise(chosen):
     environment = {

@@ -34,6 +34,7 @@ def files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.mark.exhaustive
 def test_a_quick_table_serves_from_now_on(cache, result) -> None:
     text, told = result("tune", "--quick", "--threads", "1")
     (path,) = files(cache)

@@ -17,6 +17,7 @@ def digits() -> FederatedData:
     return load("digits", seed=0)
 
 
+@pytest.mark.exhaustive
 def test_digits_are_read_without_sklearn() -> None:
     """Its file has what its function returns; importing it would take a second of every run."""
     from sklearn.datasets import load_digits

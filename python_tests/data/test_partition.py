@@ -51,6 +51,7 @@ def test_the_seed_reproduces_and_changes_the_partition(spec: str) -> None:
     assert any(not np.array_equal(a, b) for a, b in zip(first, other, strict=True))
 
 
+@pytest.mark.exhaustive
 @given(n=st.integers(1, 300), clients=st.integers(1, 40), classes=st.integers(1, 12), seed=st.integers(0, 5))
 @settings(max_examples=150, deadline=None)
 def test_any_size_ends_in_a_partition_or_a_user_error(n: int, clients: int, classes: int, seed: int) -> None:

@@ -38,6 +38,7 @@ def counted(**environment: str) -> tuple[int, bool, int]:
     return before, kept, after
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(
     not hasattr(os, "confstr") or "glibc" not in (os.confstr("CS_GNU_LIBC_VERSION") or ""), reason="glibc"
 )
@@ -52,6 +53,7 @@ def test_freed_memory_stays():
     assert after < before / 20
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("name", "value"), [("MALLOC_TRIM_THRESHOLD_", "131072"), ("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=131072")]
 )

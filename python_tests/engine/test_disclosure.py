@@ -91,6 +91,7 @@ def hits(out, said, values):
     return found | ({"display": shown} if shown else {})
 
 
+@pytest.mark.exhaustive
 @needs_accounting
 @pytest.mark.parametrize("options", [PARTLY, WHOLE], ids=["a part is covered", "all is covered"])
 def test_no_file_of_a_private_run_tells_a_clients_figure(options, make_data, make_config, tmp_path):
@@ -140,6 +141,7 @@ def test_no_file_of_a_private_run_tells_a_clients_figure(options, make_data, mak
     assert "partition.png" not in {path.name for path in (tmp_path / "private").iterdir()}
 
 
+@pytest.mark.exhaustive
 @needs_accounting
 def test_an_epsilon_of_the_whole_release_is_told_with_private_records_alone(make_data, make_config, tmp_path):
     pytest.importorskip("opacus", reason="opacus is not installed (pip install 'fedkern[privacy]')")

@@ -208,6 +208,7 @@ def test_class_counts_change_by_all_images_of_a_patient(federation, make_config)
     assert noise == pytest.approx(30 / (3 * math.sqrt(2)))
 
 
+@pytest.mark.exhaustive
 def test_a_run_says_its_unit_everywhere_and_pays_for_it(federation, make_config, tmp_path):
     pytest.importorskip("opacus", reason="opacus is not installed (pip install 'fedkern[privacy]')")
     pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install 'fedkern[privacy]')")

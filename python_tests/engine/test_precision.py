@@ -93,6 +93,7 @@ def test_accuracy_is_that_of_fp32(method, tmp_path):
     assert found["bf16"][name] > found["fp32"][name] - 0.15
 
 
+@pytest.mark.exhaustive
 def test_image_text_pairs_and_segmentation(make_pairs, make_config, tmp_path):
     settings = {"rounds": 1, "width": 16, "local_steps": 5, "optimizer": "adamw", "lr": 1e-3, "buffers": "pool"}
     loss = {}
@@ -235,6 +236,7 @@ def test_the_received_network_is_cast_once_and_anew_for_every_message(make_data,
     assert bench.network("frozen").parameters.dtype == torch.float32
 
 
+@pytest.mark.exhaustive
 def test_differential_privacy_trains_in_fp32(make_data, make_config, tmp_path, monkeypatch):
     pytest.importorskip("opacus", reason="opacus is not installed (pip install 'fedkern[privacy]')")
     seen = set()

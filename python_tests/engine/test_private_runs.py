@@ -77,6 +77,7 @@ def test_a_killed_run_releases_the_same(teachers, options, noise, bits, make_dat
     assert {entry.name for entry in read_shown(tmp_path / "whole")} == pictures
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("options", [NOISED, WHOLE], ids=["noised", "private teachers"])
 def test_the_seed_does_not_tell_the_noise(options, make_data, make_config, tmp_path):
     """Two runs of one seed; and what their noise follows from stands in the clients' states alone."""

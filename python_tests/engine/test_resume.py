@@ -295,6 +295,7 @@ def kill_after(process, lines, number):
     return process.wait(60)
 
 
+@pytest.mark.exhaustive
 def test_processes_really_killed(make_data, tmp_path):
     cut = tmp_path / "cut"
     assert kill_after(start(cut, "new"), 9, signal.SIGKILL) == -signal.SIGKILL

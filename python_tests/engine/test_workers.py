@@ -101,6 +101,7 @@ def test_every_method(method, make_data, make_pairs, make_public, make_config, t
     assert not living(processes)
 
 
+@pytest.mark.exhaustive
 def test_fediods_graphs_in_workers(make_data, make_config, tmp_path, processes):
     """Where clients are asked one by one, their discriminators and graphs are in the workers from call to call."""
     options = {**SETTINGS["fediod"]["options"], "batched": False, "absent": 0.0}
@@ -129,6 +130,7 @@ def test_a_lost_worker_is_replaced(count, make_data, make_config, tmp_path, proc
     assert not living(processes)
 
 
+@pytest.mark.exhaustive
 def test_a_worker_that_is_lost_while_it_is_told_something(make_data, make_config, tmp_path, monkeypatch, processes):
     """What it was working on is not forgotten where the message to it, and not its silence, tells that it is gone."""
     forget, killed = Workers.forget, []
@@ -162,6 +164,7 @@ def test_a_network_that_cannot_be_sent(make_data, make_config, tmp_path, monkeyp
     assert without(side_by_side, "no-workers") == serial
 
 
+@pytest.mark.exhaustive
 def test_a_worker_that_is_lost_every_time(make_data, make_config, tmp_path, monkeypatch, processes):
     monkeypatch.setitem(METHODS, "fedavg", worker_methods.Dying)
     monkeypatch.setenv("FEDKERN_TEST_PARENT", str(os.getpid()))
@@ -172,6 +175,7 @@ def test_a_worker_that_is_lost_every_time(make_data, make_config, tmp_path, monk
     assert not living(processes)
 
 
+@pytest.mark.exhaustive
 def test_the_process_that_forks_is_lost(make_data, make_config, tmp_path, monkeypatch, processes):
     """Its workers end with it, and the run goes on in its own process."""
     nurseries = []
@@ -233,6 +237,7 @@ def test_clients_tell(make_data, make_config, tmp_path, monkeypatch):
     assert sorted(heard) == sorted(2 * [f"client {k} is at work" for k in range(3)])
 
 
+@pytest.mark.exhaustive
 def test_a_notice_that_was_kept(make_data, make_config, tmp_path, monkeypatch, processes):
     """A method that keeps ``notice`` where it starts can be sent to workers, whatever listens, and is heard there."""
     monkeypatch.setitem(METHODS, "fedavg", worker_methods.Keeping)
@@ -273,6 +278,7 @@ def test_held_uploads_are_bounded(make_data, make_config, tmp_path, monkeypatch)
     assert max(most) <= 2
 
 
+@pytest.mark.exhaustive
 def test_other_workers_after_an_interruption(make_data, make_config, tmp_path):
     config, data = make_config("fedgid", rounds=4, buffers="local"), make_data()
     run(config.replace(workers="1"), out=tmp_path / "whole", data=data)
@@ -283,17 +289,20 @@ def test_other_workers_after_an_interruption(make_data, make_config, tmp_path):
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
 
+@pytest.mark.exhaustive
 def test_workers_compute_in_the_same_precision(make_data, make_config, tmp_path):
     serial, side_by_side = compared(make_config("fedgid", precision="bf16"), make_data(), tmp_path)
     assert side_by_side == serial
 
 
+@pytest.mark.exhaustive
 def test_forced_kernels_are_the_workers_too(make_data, make_config, tmp_path):
     with ops.use_backend("reference"):
         serial, side_by_side = compared(make_config("fedgid"), make_data(), tmp_path)
     assert side_by_side == serial
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_threads_of_clients(workers, make_data, make_config, tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "fedavg", worker_methods.Counting)
@@ -402,6 +411,7 @@ def test_cores_and_memory_are_those_of_the_control_group(monkeypatch, tmp_path):
     assert sizing.free_memory() == 5 << 10
 
 
+@pytest.mark.exhaustive
 def test_long_runs_begin_without_them(make_data, make_config, tmp_path, monkeypatch, processes):
     """With ``auto`` the first client works in the run's process, and tells how long the run will take."""
     monkeypatch.setattr("fedkern.engine.loop.workers_for", lambda *_: 2)
@@ -500,6 +510,7 @@ def test_an_interrupted_group_ends_in_order(number, code, tmp_path):
     assert not living(others)
 
 
+@pytest.mark.exhaustive
 def test_a_worker_does_not_import_torchs_compiler():
     """It takes a second of both cores, in which no client works."""
     code = (

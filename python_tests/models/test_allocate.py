@@ -40,6 +40,7 @@ def test_as_to_empty():
     assert ours.kept.tolist() == [1, 1]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["cnn", "resnet8", "unet"])
 def test_building_a_network_imports_no_symbolic_algebra(name):
     code = (
@@ -50,6 +51,7 @@ def test_building_a_network_imports_no_symbolic_algebra(name):
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.exhaustive
 def test_fused_networks_need_neither_torchs_compiler_nor_sympy():
     """Importing them takes a second of a run, and of every worker."""
     code = (

@@ -36,6 +36,7 @@ def test_which_networks_are_counted_by_layers():
         assert not isinstance(count_flops(network), Counting)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "code",
     [

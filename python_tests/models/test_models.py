@@ -222,6 +222,7 @@ def test_narrow_shortcut_is_the_strided_convolution():
     assert torch.allclose(block.shortcut(x), norm(nn.functional.conv2d(x, weight, stride=2)), atol=1e-6)
 
 
+@pytest.mark.exhaustive
 def test_narrow_residual_networks_train_on_two_threads():
     # In a process of its own: what is tested for ends a process.
     code = (

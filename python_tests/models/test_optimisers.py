@@ -68,6 +68,7 @@ def test_to_the_last_bit(name: str) -> None:
     assert all(tensor.grad is None for tensor in mine)
 
 
+@pytest.mark.exhaustive
 def test_torchs_compiler_is_not_imported() -> None:
     code = (
         "import sys, torch; from fedkern.models.optimisers import SGD, Adam; x = torch.ones(3); x.grad = x.clone()\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 import operator_cases
 import pytest
@@ -52,21 +53,28 @@ def _in_full(config: pytest.Config) -> bool:
     return "slow" in config.option.markexpr and "not slow" not in config.option.markexpr
 
 
+def _texts(item: Any) -> set[str]:
+    return {value for value in item.callspec.params.values() if isinstance(value, str)}
+
+
 def _is_triton(item: pytest.Item) -> bool:
-    return hasattr(item, "callspec") and "triton" in [v for v in item.callspec.params.values() if isinstance(v, str)]
+    return hasattr(item, "callspec") and "triton" in _texts(item)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves a few cases of each test to Triton's interpreter; ``pytest -m slow -k triton`` runs all of them.
 
-    The default run has the tests under ``triton/`` alone; the interpreter's cases of other tests, and CUDA's kernels in
-    the emulator, are ``exhaustive``.
+    The default run has the tests under ``triton/`` alone; the interpreter's cases of other tests, CUDA's kernels in the
+    emulator, and the CPU kernels at other ISA levels than the best one are ``exhaustive``.
     """
+    others = set(operator_cases.KERNELS[:-1])
     groups = defaultdict(list)
     for item in items:
         folder = item.path.parent.name
         if folder == "cuda" or (folder != "triton" and _is_triton(item)):
+            item.add_marker(pytest.mark.exhaustive)
+        if others and hasattr(item, "callspec") and others & _texts(item):
             item.add_marker(pytest.mark.exhaustive)
         if _is_triton(item):
             groups[item.nodeid.partition("[")[0]].append(item)

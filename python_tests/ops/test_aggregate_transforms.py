@@ -42,6 +42,7 @@ def test_gradcheck(name: str) -> None:
             assert torch.autograd.gradgradcheck(function, inputs)
 
 
+@pytest.mark.exhaustive
 def test_opcheck_and_compile() -> None:
     vectors, weights = case()
     torch.library.opcheck(torch.ops.fedkern.weighted_mean.default, (vectors, weights, None))

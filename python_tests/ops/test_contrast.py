@@ -125,6 +125,7 @@ def test_retained_graphs_and_nothing_large_kept(backend: str) -> None:
     torch.testing.assert_close(first, again)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not KERNELS, reason="the compiled core is not built")
 @pytest.mark.parametrize("pairs", [4096, 8192])
 def test_large_batches_take_no_memory_of_their_square(pairs: int) -> None:

@@ -320,6 +320,7 @@ def test_every_offset_over_sentinels(name: str, dtype: torch.dtype) -> None:
             assert (out[:, offset + 11 + size :] == sentinel).all()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", KERNELS)
 def test_exp_within_two_ulp(name: str) -> None:
     """Every 499th float, then a dense sample of doubles."""

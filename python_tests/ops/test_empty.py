@@ -61,6 +61,7 @@ assert torch.equal(torch.autograd.grad(compiled(b), b)[0], torch.zeros_like(b))
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not KERNELS, reason="the compiled core is not built")
 def test_blend_of_no_rows_with_an_index_under_transforms() -> None:
     child("-c", BLEND)
@@ -94,6 +95,7 @@ for lost in ("index", "alpha"):
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not KERNELS, reason="the compiled core is not built")
 def test_a_saved_index_without_memory_is_an_error() -> None:
     child("-c", FREED)

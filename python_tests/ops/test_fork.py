@@ -126,6 +126,7 @@ sys.exit("the child hangs")
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("before", ["", "import fedkern.ops"])
 def test_a_child_that_was_forked_before_the_core_was_loaded(before: str) -> None:
     code = LATE.format(before=before, seconds=SECONDS // 2)

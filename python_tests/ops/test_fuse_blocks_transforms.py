@@ -25,6 +25,7 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("name", "shared"), [*((name, True) for name in NAMES), ("residual, stride 2", False), ("perceptron", False)]
 )

@@ -38,6 +38,7 @@ def test_gradcheck(backend: str, function: Callable) -> None:
         assert torch.autograd.gradgradcheck(call, inputs, fast_mode=backend == "triton")
 
 
+@pytest.mark.exhaustive
 def test_opcheck() -> None:
     for layout, relu, mean in itertools.product((torch.contiguous_format, torch.channels_last), (0, 1), (0, 1)):
         *maps, scale, shift = case_fp64(layout)

@@ -171,6 +171,7 @@ def test_results_are_tensors_like_others() -> None:
     assert (x.grad == 4).all()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
 def test_every_operator_in_used_memory(last: bool, own_cache: _memory.Cache) -> None:
     """Its first results leave other numbers where its second ones are written."""

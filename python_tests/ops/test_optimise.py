@@ -83,6 +83,7 @@ def test_bits_are_those_of_torchs_operations(isa: str) -> None:
     assert not bits_of_torch(isa)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not KERNELS, reason="the compiled core is not built")
 def test_portable_bits_are_those_of_torch_without_fused_products() -> None:
     here = Path(__file__).parent

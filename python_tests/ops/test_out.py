@@ -97,6 +97,7 @@ def as_subclasses(write: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor
 OBSERVERS = {"compile": compiled, "mode": lambda write: write, "subclass": as_subclasses}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("observer", OBSERVERS)
 @pytest.mark.parametrize("writer", [name for name in WRITERS if not name.startswith("Accumulator")])
 def test_out_is_rounded_once_where_somebody_looks_on(writer: str, observer: str) -> None:

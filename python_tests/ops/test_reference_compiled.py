@@ -9,6 +9,7 @@ from every_operator import OPERATORS, Operator
 from fedkern import ops
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("operator", [o for o in OPERATORS if o.gradient and not o.changed], ids=lambda o: o.name)
 def test_gradients_of_the_reference_under_compile(operator: Operator) -> None:
     inputs = [x.requires_grad_() for x in operator.inputs()]

@@ -19,6 +19,7 @@ def _threads_as_before() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.exhaustive
 def test_two_threads_at_once() -> None:
     """All operators in opposite orders, forward and backward; the same bits as alone."""
     torch.set_num_threads(1)

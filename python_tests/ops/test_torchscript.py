@@ -76,6 +76,7 @@ def test_accumulator_cannot_be_traced() -> None:
         torch.jit.trace(mean, (torch.ones(3),))
 
 
+@pytest.mark.exhaustive
 @each_operator
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_records_the_operator(operator: Operator, strict: bool) -> None:

@@ -74,6 +74,7 @@ def test_losses_have_the_closed_form_where_every_record_is_in_every_batch(z, ste
 SAMPLED = [(1.0, 0.05, 400), (2.0, 0.01, 10_000), (0.8, 0.3, 30), (50.0, 0.2, 100)]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("z", "rate", "steps"), SAMPLED)
 def test_losses_are_tighter_than_renyi_and_no_tighter_than_one_record_added(z, rate, steps):
     import dp_accounting

@@ -135,6 +135,7 @@ def test_no_noise_is_said_in_words():
     assert text.endswith("covers a, b and c.")
 
 
+@pytest.mark.exhaustive
 def test_no_reader_takes_what_the_run_did_not_write(telling, make_data, make_config, tmp_path):
     """Every file of a finished private run, unreadable or readable but another, for every reader of it."""
     pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install 'fedkern[privacy]')")

@@ -283,6 +283,7 @@ def test_a_saturated_generator_is_told_of(world, bias):
     assert (w.server.report["image_spread"] < ALIKE) == (bias != 0)
 
 
+@pytest.mark.exhaustive
 def test_memory_does_not_grow_with_the_iterations(world):
     w = world(iterations=8, **EVERY_TERM)
     counts = []

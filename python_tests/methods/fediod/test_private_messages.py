@@ -326,6 +326,7 @@ def test_the_noise_on_the_counts_covers_a_record_of_which_everything_is_known():
     assert noise == pytest.approx(booked * math.sqrt(2) * 20, rel=0.05)
 
 
+@pytest.mark.exhaustive
 @needs_accounting
 @pytest.mark.parametrize("teacher", [False, True])
 def test_a_target_is_met_by_what_the_clients_then_release(teacher):

@@ -130,6 +130,7 @@ def test_weights_of_sum_zero_give_nan() -> None:
     assert KERNEL.weighted_median(vectors, torch.zeros(3)).isnan().all()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("rule", range(len(RULES)), ids=RULES)
 def test_server_step(rule: int) -> None:
     axes = {"count": (1, 5), "size": (1, 1100), "dtype": DTYPES, "form": FORMS, "state": ("single", "double")}

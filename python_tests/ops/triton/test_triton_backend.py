@@ -25,6 +25,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 CALL = "import torch; from fedkern.ops import blend; x = torch.ones(2, 3); print(blend(x, x).sum().item())"
 
 
+@pytest.mark.exhaustive
 @needs_triton
 def test_forced_on_cpu_tensors() -> None:
     told = python(CALL, FEDKERN_BACKEND="triton")
@@ -33,6 +34,7 @@ def test_forced_on_cpu_tensors() -> None:
     assert python(CALL, FEDKERN_BACKEND="triton", TRITON_INTERPRET="1").stdout.strip() == "6.0"
 
 
+@pytest.mark.exhaustive
 @needs_triton
 def test_asked_for_after_triton_was_imported() -> None:
     code = "import os, triton; os.environ['TRITON_INTERPRET'] = '1'\n" + CALL
@@ -41,6 +43,7 @@ def test_asked_for_after_triton_was_imported() -> None:
     assert "triton was imported before TRITON_INTERPRET=1 was set" in told.stderr
 
 
+@pytest.mark.exhaustive
 def test_missing_triton() -> None:
     code = "import sys; sys.modules['triton'] = None\n" + CALL
     told = python(code, FEDKERN_BACKEND="triton", TRITON_INTERPRET="1")
