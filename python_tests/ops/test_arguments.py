@@ -306,12 +306,10 @@ def test_every_argument_of_every_operator_is_covered() -> None:
         assert set(public.kinds) == set(inspect.signature(getattr(ops, name)).parameters) - FLAGS, name
 
 
-def wrong() -> Iterator[Any]:
+def every_argument() -> Iterator[Any]:
     for name, public in PUBLIC.items():
-        for argument, kind in public.kinds.items():
-            for what in KINDS[kind]:
-                if (name, argument, what) not in ALLOWED:
-                    yield pytest.param(name, argument, what, id=f"{name}-{argument}-{what}".replace(" ", "-"))
+        for argument in public.kinds:
+            yield pytest.param(name, argument, id=f"{name}-{argument}")
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -319,9 +317,15 @@ def test_the_right_arguments_are_right(name: str) -> None:
     getattr(ops, name)(**PUBLIC[name].arguments)
 
 
-@pytest.mark.parametrize(("name", "argument", "what"), wrong())
+@pytest.mark.parametrize(("name", "argument"), every_argument())
 @pytest.mark.filterwarnings("ignore:.*Sparse CSR.*")
-def test_wrong_kinds(name: str, argument: str, what: str) -> None:
+def test_wrong_kinds(name: str, argument: str) -> None:
+    for what in KINDS[PUBLIC[name].kinds[argument]]:
+        if (name, argument, what) not in ALLOWED:
+            check_refused(name, argument, what)
+
+
+def check_refused(name: str, argument: str, what: str) -> None:
     public = PUBLIC[name]
     arguments = {key: value.clone() if isinstance(value, Tensor) else value for key, value in public.arguments.items()}
     right = arguments[argument]
@@ -331,9 +335,13 @@ def test_wrong_kinds(name: str, argument: str, what: str) -> None:
     states = {key: (x, x.clone()) for key, x in arguments.items() if isinstance(x, Tensor) and key in public.arguments}
     with warnings.catch_warnings():
         warnings.filterwarnings("error", category=np.exceptions.ComplexWarning)
-        with pytest.raises((TypeError, ValueError)) as told:
+        try:
             getattr(ops, name)(**arguments)
-    says_so(str(told.value), argument)
+        except (TypeError, ValueError) as error:
+            told = str(error)
+        else:
+            pytest.fail(f"{name}({argument}=...) takes what is {what}")
+    says_so(told, argument)
     for key, (x, before) in states.items():
         if x.layout is torch.strided and not x.is_nested:
             assert torch.equal(x, before), key

@@ -144,7 +144,7 @@ class Accumulator:
             if torch.is_grad_enabled() and out.requires_grad:
                 raise ValueError("out takes no part in differentiation; call mean under torch.no_grad()")
         dtype = dtype or self._dtype or torch.float32
-        if dtype not in backend.FLOATS:
+        if not isinstance(dtype, torch.dtype) or dtype not in backend.FLOATS:
             raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, not {dtype}")
         kernel = select([torch.empty(0, dtype=dtype, device=self.device)])
         target: Tensor | None = None
