@@ -278,13 +278,21 @@ def forward_mode(operator: str) -> bool:
     return True
 
 
+def _lifting() -> str:
+    """How the forced backend is lifted, for the end of a sentence."""
+    if _forced is None:
+        return "unsetting FEDKERN_BACKEND"
+    set_too = " and unsetting FEDKERN_BACKEND" if os.environ.get("FEDKERN_BACKEND") else ""
+    return f"calling it under use_backend(None){set_too}"
+
+
 def only_reference(operator: str, where: str) -> None:
     """Raises RuntimeError if a forced backend is not the reference, which alone serves under ``where``."""
     forced = forced_backend()
     if forced not in (None, "reference"):
         raise RuntimeError(
-            f"backend {forced!r} was forced, but {operator} runs through the reference under {where}; allow it with "
-            "use_backend(None) or by unsetting FEDKERN_BACKEND"
+            f"backend {forced!r} was forced, but {operator} runs through the reference under {where}; allow it by "
+            f"{_lifting()}"
         )
 
 
@@ -292,8 +300,7 @@ def not_forced(operator: str, backend: str, what: str) -> None:
     """Raises RuntimeError if ``backend`` was forced: it has no kernel for this call, described by ``what``."""
     if forced_backend() == backend:
         raise RuntimeError(
-            f"backend {backend!r} was forced, but it has no kernel for {operator} {what}; allow another with "
-            "use_backend(None) or by unsetting FEDKERN_BACKEND"
+            f"backend {backend!r} was forced, but it has no kernel for {operator} {what}; allow another by {_lifting()}"
         )
 
 
@@ -379,7 +386,7 @@ def select(operator: str, *tensors: Tensor) -> Any | None:
             if forced_backend() is not None:
                 raise RuntimeError(
                     f"backend {forced_backend()!r} was forced, but it cannot serve {operator} for "
-                    f"{_describe(tensor)}; allow another with use_backend(None) or by unsetting FEDKERN_BACKEND"
+                    f"{_describe(tensor)}; allow another by {_lifting()}"
                 )
             return None
     if device == "cuda" and operator in _large:
