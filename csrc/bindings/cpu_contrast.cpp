@@ -4,14 +4,13 @@
 #include <cmath>
 #include <vector>
 
-#include "bindings.h"
+#include "contrast_call.h"
 
 namespace fedkern {
 namespace {
 
 // statistics: [5, count] in the order of ContrastStatistics.
-ContrastStatistics statistics_at(std::uintptr_t statistics, std::int64_t count) {
-  auto* at = pointer<double>(statistics);
+ContrastStatistics statistics_at(double* at, std::int64_t count) {
   return {at, at + count, at + 2 * count, at + 3 * count, at + 4 * count};
 }
 
@@ -45,64 +44,79 @@ void round_sums(DType dtype, const ContrastStatistics& from, std::int64_t count,
 }
 
 // The largest |S| that embeddings of contiguous rows can have, times scale.
-double largest(DType dtype, std::int64_t rows, std::int64_t columns, std::uintptr_t x, std::uintptr_t y, double scale) {
+double largest(const Matrix& x, const Matrix& y, double scale) {
   const auto& kernels = contrast_kernels();
-  const double squares = kernels.largest_square(dtype, rows, columns, pointer<const void>(x)) *
-                         kernels.largest_square(dtype, rows, columns, pointer<const void>(y));
+  const double squares = kernels.largest_square(x.dtype, x.rows, x.columns, x.data) * kernels.largest_square(y.dtype, y.rows, y.columns, y.data);
   return std::sqrt(squares) * scale;
 }
 
+// fp64 [5, count].
+ContrastStatistics statistics_of(py::handle tensor, std::int64_t& count) {
+  const TensorView seen = checked_view(tensor.ptr());
+  if (seen.bits != 64 || seen.dims != 2 || seen.shape[0] != 5 || !(seen.empty() || seen.contiguous())) throw py::type_error("statistics must be float64 [5, B]");
+  return statistics_at(static_cast<double*>(seen.data), count = seen.shape[1]);
+}
+
 // All similarities at once. rounded: for the sums, or None; factor: of the gradient that the similarities become, or 0.
-double whole(int dtype, std::int64_t count, std::int64_t columns, std::uintptr_t x, std::uintptr_t y, std::uintptr_t similarities,
-             std::int64_t stride, double scale, double factor, const OptionalAddress& rounded, int threads) {
-  const auto type = static_cast<DType>(dtype);
-  ReleaseGil release(count * (count + columns) >= kReleaseGilElements);
-  const bool bounded = largest(type, count, columns, x, y, scale) <= kContrastBound, keep = bounded && factor != 0;
+double whole(py::handle x, py::handle y, py::handle similarities, double scale, double factor, py::handle rounded, int threads) {
+  const Matrix left(x), right(y), all(similarities);
+  const std::int64_t count = all.rows;
+  void* const given = rounded.is_none() ? nullptr : contiguous(rounded);
+  ReleaseGil release(count * (count + left.columns) >= kReleaseGilElements);
+  const bool bounded = largest(left, right, scale) <= kContrastBound, keep = bounded && factor != 0;
   std::vector<double> memory(static_cast<std::size_t>(7 * count));  // the statistics, and the sums as floats
-  const ContrastStatistics at = statistics_at(reinterpret_cast<std::uintptr_t>(memory.data()), count);
+  const ContrastStatistics at = statistics_at(memory.data(), count);
   begin(at, count);
-  const ContrastTile tile{type, count, count, pointer<void>(similarities), stride, 0, scale, bounded, threads};
+  const ContrastTile tile{all.dtype, count, count, all.data, all.stride, 0, scale, bounded, threads};
   const auto& kernels = contrast_kernels();
   kernels.sums(tile, keep, at);
   const double loss = total_loss(at, count, scale, bounded);
-  void* const sums = rounded ? pointer<void>(*rounded) : type == DType::f64 ? at.row_top : memory.data() + 5 * count;
-  if (sums != at.row_top) round_sums(type, at, count, sums);
+  void* const sums = given ? given : all.dtype == DType::f64 ? at.row_top : memory.data() + 5 * count;
+  if (sums != at.row_top) round_sums(all.dtype, at, count, sums);
   if (factor != 0) kernels.gradient(tile, keep, factor, sums);
   return loss;
 }
 
 // A tile of rows from `first` on.
-void sums(int dtype, std::int64_t rows, std::int64_t count, std::uintptr_t tile, std::int64_t stride, std::int64_t first, double scale, bool bounded,
-          std::uintptr_t statistics, int threads) {
-  ReleaseGil release(rows * count >= kReleaseGilElements);
-  const ContrastStatistics to = statistics_at(statistics, count);
+void sums(py::handle tile, std::int64_t first, double scale, bool bounded, py::handle statistics, int threads) {
+  const Matrix seen(tile);
+  std::int64_t count;
+  const ContrastStatistics to = statistics_of(statistics, count);
+  ReleaseGil release(seen.rows * count >= kReleaseGilElements);
   if (first == 0) begin(to, count);
-  contrast_kernels().sums({static_cast<DType>(dtype), rows, count, pointer<void>(tile), stride, first, scale, bounded, threads},
-                          false, to);
+  contrast_kernels().sums({seen.dtype, seen.rows, count, seen.data, seen.stride, first, scale, bounded, threads}, false, to);
 }
 
-// After the last tile: writes the sums and returns the loss.
-double finish(int dtype, std::int64_t count, double scale, bool bounded, std::uintptr_t statistics, const OptionalAddress& rounded) {
-  const ContrastStatistics from = statistics_at(statistics, count);
-  if (rounded) round_sums(static_cast<DType>(dtype), from, count, pointer<void>(*rounded));
+// After the last tile: writes the sums, where they are wanted, and returns the loss.
+double finish(double scale, bool bounded, py::handle statistics, py::handle rounded) {
+  std::int64_t count;
+  const ContrastStatistics from = statistics_of(statistics, count);
+  if (!rounded.is_none()) {
+    const Matrix to(rounded);
+    round_sums(to.dtype, from, count, to.data);
+  }
   return total_loss(from, count, scale, bounded);
 }
 
-void gradient(int dtype, std::int64_t rows, std::int64_t count, std::uintptr_t tile, std::int64_t stride, std::int64_t first, double scale, bool bounded,
-              double factor, std::uintptr_t rounded, int threads) {
-  ReleaseGil release(rows * count >= kReleaseGilElements);
-  contrast_kernels().gradient({static_cast<DType>(dtype), rows, count, pointer<void>(tile), stride, first, scale, bounded, threads},
-                              false, factor, pointer<const void>(rounded));
+void gradient(py::handle tile, std::int64_t first, double scale, bool bounded, double factor, py::handle rounded, int threads) {
+  const Matrix seen(tile);
+  const void* const sums = contiguous(rounded);
+  ReleaseGil release(seen.rows * seen.columns >= kReleaseGilElements);
+  contrast_kernels().gradient({seen.dtype, seen.rows, seen.columns, seen.data, seen.stride, first, scale, bounded, threads}, false, factor, sums);
 }
 
-bool bounded(int dtype, std::int64_t rows, std::int64_t columns, std::uintptr_t x, std::uintptr_t y, double scale) {
-  ReleaseGil release(rows * columns >= kReleaseGilElements);
-  return largest(static_cast<DType>(dtype), rows, columns, x, y, scale) <= kContrastBound;
+bool bounded(py::handle x, py::handle y, double scale) {
+  const Matrix left(x), right(y);
+  ReleaseGil release(left.rows * left.columns >= kReleaseGilElements);
+  return largest(left, right, scale) <= kContrastBound;
 }
 
-double dot(int dtype, std::int64_t count, std::uintptr_t a, std::uintptr_t b) {
-  ReleaseGil release(count >= kReleaseGilElements);
-  return contrast_kernels().dot(static_cast<DType>(dtype), count, pointer<const void>(a), pointer<const void>(b));
+// The sum of the products of two contiguous tensors' elements.
+double dot(py::handle a, py::handle b) {
+  const Matrix left(a);
+  const void* const right = contiguous(b);
+  ReleaseGil release(left.rows * left.columns >= kReleaseGilElements);
+  return contrast_kernels().dot(left.dtype, left.rows * left.columns, left.data, right);
 }
 
 }  // namespace

@@ -1,9 +1,11 @@
 // What an operator asks of every one of its tensors, asked in one call: in Python these questions take longer than a small
 // kernel. Nothing of torch is needed but the attributes that a tensor shows to Python, and what exchange.h says.
 #include <cmath>
+#include <limits>
 
 #include "exchange.h"
 #include "fedkern/distill.h"
+#include "optimise_call.h"
 
 namespace fedkern {
 namespace {
@@ -194,6 +196,111 @@ int fuse_fits(py::handle features, py::handle scale, py::handle shift) {
   return layout;
 }
 
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// A float or an int of [low, high).
+bool number(PyObject* given, double low, double high) {
+  if (!PyFloat_CheckExact(given) && !PyLong_CheckExact(given)) return false;
+  const double value = PyFloat_AsDouble(given);
+  if (value == -1 && PyErr_Occurred()) return PyErr_Clear(), false;
+  return value >= low && value < high;
+}
+
+// What the vectors of a step of optimise have in common, and where each lies.
+struct Vectors {
+  bool recorded = false;  // autograd is on
+  TensorView first{};
+  std::int64_t rows = 1, size = 0;
+  struct Span {
+    std::uintptr_t begin;
+    std::size_t step, bytes;  // from row to row, of a row
+    bool written;
+  };
+  Span spans[7];
+  int count = 0;
+
+  // Whether the kernel may take `tensor` ([size] or [rows, size]; what is only read may be [size] for all rows), or it is None.
+  bool take(PyObject* tensor, bool written) {
+    TensorView seen;
+    if (tensor == Py_None) return true;
+    if (!readable(tensor, seen)) return false;
+    if (recorded && attribute(tensor, names().requires_grad).ptr() != Py_False) return PyErr_Clear(), false;
+    if (!count) {
+      if (seen.dims != 1 && seen.dims != 2) return false;
+      first = seen, size = seen.shape[seen.dims - 1], rows = seen.dims == 2 ? seen.shape[0] : 1;
+    }
+    const bool shared = !written && seen.dims == 1 && first.dims == 2;
+    if (seen.code != first.code || seen.bits != first.bits || !seen.same_device(first)) return false;
+    if ((seen.dims != first.dims && !shared) || seen.shape[seen.dims - 1] != size) return false;
+    if (seen.dims == 2 && seen.shape[0] != rows) return false;
+    if (size > 1 && seen.strides[seen.dims - 1] != 1) return false;
+    const std::int64_t step = seen.dims == 2 && rows > 1 ? seen.strides[0] : 0;
+    if (written && rows > 1 && step < size) return false;
+    const std::size_t bytes = seen.bits / 8;
+    spans[count++] = {reinterpret_cast<std::uintptr_t>(seen.data), static_cast<std::size_t>(step) * bytes, static_cast<std::size_t>(size) * bytes, written};
+    return true;
+  }
+
+  // Whether two may share memory, of which one is written to.
+  bool shared(const Span& a, const Span& b) const {
+    const std::size_t all = static_cast<std::size_t>(rows - 1);
+    if (a.begin >= b.begin + all * b.step + b.bytes || b.begin >= a.begin + all * a.step + a.bytes) return false;
+    // Columns of one matrix.
+    if (a.step == b.step && a.step && a.bytes <= a.step) {
+      const std::size_t apart = (b.begin >= a.begin ? b.begin - a.begin : a.step - (a.begin - b.begin) % a.step) % a.step;
+      return apart < a.bytes || a.step - apart < b.bytes;
+    }
+    return true;
+  }
+  bool overlap() const {
+    if (!size || !rows) return false;
+    for (int i = 0; i < count; ++i)
+      for (int j = i + 1; j < count; ++j)
+        if ((spans[i].written || spans[j].written) && shared(spans[i], spans[j])) return true;
+    return false;
+  }
+};
+
+// Whether `given` is a number, or for parameters of two axes a list or tuple of one for each row.
+bool are_rates(PyObject* given, const Vectors& vectors) {
+  if (number(given, 0, kInfinity)) return true;
+  if (vectors.first.dims != 2 || (!PyList_CheckExact(given) && !PyTuple_CheckExact(given))) return false;
+  if (PySequence_Fast_GET_SIZE(given) != vectors.rows) return false;
+  for (std::int64_t m = 0; m < vectors.rows; ++m)
+    if (!number(PySequence_Fast_GET_ITEM(given, m), 0, kInfinity)) return false;
+  return true;
+}
+
+// Whether optimise's kernel may take a step (optimise_call.h) as it is given, and nothing about it is wrong. recorded: autograd is on.
+int optimise_fits(const py::tuple& call, bool recorded) {
+  if (!is_optimise_call(call)) return kNo;
+  const auto given = [&](OptimiseField name) { return field(call, name) != Py_None; };
+  const auto positive = [&](OptimiseField name) { return number(field(call, name), 0, kInfinity); };
+  if (!PyBool_Check(field(call, kZero)) || !given(kParameters) || !given(kGradients)) return kNo;
+  const bool zero = field(call, kZero) == Py_True;
+  Vectors vectors;
+  vectors.recorded = recorded;
+  if (!vectors.take(field(call, kParameters), true) || !vectors.take(field(call, kGradients), zero)) return kNo;
+  // Gradients are one's own.
+  if (vectors.first.dims == 2 && vectors.rows > 1 && !vectors.spans[1].step && vectors.size) return kNo;
+  if (!vectors.take(field(call, kFirst), true) || !vectors.take(field(call, kSecond), true)) return kNo;
+  if (!vectors.take(field(call, kAnchor), false) || !vectors.take(field(call, kCorrection), false)) return kNo;
+  if (!vectors.take(field(call, kGradientSum), true)) return kNo;
+  if (!positive(kMomentum) || !positive(kWeightDecay) || !positive(kProximal)) return kNo;
+  if (given(kAdamW)) {
+    PyObject* const adamw = field(call, kAdamW);
+    const double below[kAdamWNumbers] = {1, 1, 2, 2, kInfinity};
+    for (Py_ssize_t i = 0; i < kAdamWNumbers; ++i)
+      if (!number(PyTuple_GET_ITEM(adamw, i), 0, below[i])) return kNo;
+    if (!given(kFirst) || !given(kSecond)) return kNo;
+  } else if (given(kSecond) || (PyFloat_AsDouble(field(call, kMomentum)) != 0) != given(kFirst)) {
+    return kNo;
+  }
+  if (PyFloat_AsDouble(field(call, kProximal)) != 0 && !given(kAnchor)) return kNo;
+  if (given(kMaxNorm) && (!positive(kMaxNorm) || PyFloat_AsDouble(field(call, kMaxNorm)) == 0)) return kNo;
+  return are_rates(field(call, kRate), vectors) && !vectors.overlap() ? vectors.first.device_type : kNo;
+}
+
 }  // namespace
 
 void bind_tensors(py::module_& module) {
@@ -202,6 +309,7 @@ void bind_tensors(py::module_& module) {
   module.def("logits_fit", logits_fit);
   module.def("blend_fits", blend_fits);
   module.def("fuse_fits", fuse_fits);
+  module.def("optimise_fits", optimise_fits);
   module.def("plain_vectors", plain_vectors);
   module.def("plain_weights", plain_weights);
   module.def("apart", apart);

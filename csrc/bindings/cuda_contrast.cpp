@@ -1,31 +1,43 @@
-#include <tuple>
-
-#include "bindings.h"
+#include "contrast_call.h"
 #include "fedkern/contrast_cuda.h"
 
 namespace fedkern {
 namespace {
 
-// (dtype, rows, pairs, address, stride, first row, address of the temperature or None, its value)
-using TileArgument = std::tuple<int, std::int64_t, std::int64_t, std::uintptr_t, std::int64_t, std::int64_t, OptionalAddress, double>;
-
-cuda::ContrastTile tile_of(const TileArgument& a) {
-  const auto& [dtype, rows, count, data, stride, first, temperature, value] = a;
-  return {static_cast<DType>(dtype), rows, count, pointer<void>(data), stride, first, optional_pointer<const void>(temperature), value};
+// temperature: a number, or a tensor of one element.
+void set_temperature(cuda::ContrastTile& tile, py::handle temperature) {
+  if (PyFloat_Check(temperature.ptr()))
+    tile.value = PyFloat_AS_DOUBLE(temperature.ptr());
+  else
+    tile.temperature = {checked_view(temperature.ptr()).data, true};
 }
 
-void look(const TileArgument& tile, std::uintptr_t pieces, std::uintptr_t own, int device, std::uintptr_t stream) {
-  cuda::contrast_look(tile_of(tile), pointer<void>(pieces), pointer<void>(own), device, pointer<void>(stream));
+cuda::ContrastTile tile_of(const Matrix& tile, std::int64_t first, py::handle temperature) {
+  cuda::ContrastTile result{tile.dtype, tile.rows, tile.columns, tile.data, tile.stride, first, {}, 0};
+  set_temperature(result, temperature);
+  return result;
 }
 
-void join(const TileArgument& tile, std::uintptr_t pieces, std::uintptr_t own, std::uintptr_t sums, std::uintptr_t losses, int loss_dtype,
-          std::uintptr_t loss, int device, std::uintptr_t stream) {
-  cuda::contrast_join(tile_of(tile), pointer<const void>(pieces), pointer<const void>(own), pointer<void>(sums), pointer<double>(losses),
-                      static_cast<DType>(loss_dtype), pointer<void>(loss), device, pointer<void>(stream));
+void look(py::handle tile, std::int64_t first, py::handle temperature, py::handle pieces, py::handle own, std::uintptr_t stream) {
+  const Matrix seen(tile);
+  cuda::contrast_look(tile_of(seen, first, temperature), contiguous(pieces), contiguous(own), seen.gpu, pointer<void>(stream));
 }
 
-void gradient(const TileArgument& tile, std::uintptr_t sums, int device, std::uintptr_t stream) {
-  cuda::contrast_gradient(tile_of(tile), pointer<const void>(sums), device, pointer<void>(stream));
+// own: [count]; losses: fp64 [2 count] of workspace.
+void join(py::handle temperature, py::handle pieces, py::handle own, py::handle sums, py::handle losses, py::handle loss, std::uintptr_t stream) {
+  cuda::ContrastTile tile{};
+  const TensorView partners = computed(own, tile.dtype), result = checked_view(loss.ptr());
+  DType loss_dtype;
+  if (partners.dims != 1 || !result.floating(loss_dtype)) throw py::type_error("contrast_join takes own [B] and a floating loss");
+  tile.rows = tile.count = partners.shape[0];
+  set_temperature(tile, temperature);
+  cuda::contrast_join(tile, contiguous(pieces), contiguous(own), contiguous(sums), static_cast<double*>(contiguous(losses)), loss_dtype, result.data,
+                      partners.gpu(), pointer<void>(stream));
+}
+
+void gradient(py::handle tile, std::int64_t first, py::handle temperature, py::handle sums, std::uintptr_t stream) {
+  const Matrix seen(tile);
+  cuda::contrast_gradient(tile_of(seen, first, temperature), contiguous(sums), seen.gpu, pointer<void>(stream));
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fedkern import ops
-from fedkern.ops._contrast import launch as contrast_launch
+from fedkern.ops._contrast import kernels as contrast_kernels
 from fedkern.ops._contrast import products as contrast_products
 from fedkern.ops._contrast import tiles as contrast_tiles
 from fedkern.ops._contrast.reference import contrastive_reference
@@ -33,10 +33,10 @@ AXES: dict[str, Any] = {
 def choose(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes calls of any size go a way that is meant for large ones."""
     if way == "tiles":
-        for module in (contrast_launch, contrast_tiles):
+        for module in (contrast_kernels, contrast_tiles):
             monkeypatch.setattr(module, "HELD", 0)
             monkeypatch.setattr(module, "TILE", 1 << 14)
-        monkeypatch.setattr(contrast_launch, "LEAST_ROWS", 7)
+        monkeypatch.setattr(contrast_kernels, "LEAST_ROWS", 7)
     if way == "onednn":
         monkeypatch.setattr(contrast_products, "ONEDNN", 0)
 

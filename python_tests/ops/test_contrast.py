@@ -102,6 +102,7 @@ def test_empty_and_single_batches(backend: str) -> None:
         assert loss.item() == 0
         gradients = torch.autograd.grad(loss, (x, y, learnt))
         assert all(g.shape == t.shape and not g.any() for g, t in zip(gradients, (x, y, learnt), strict=True))
+    assert ops.contrastive(torch.zeros(0, 2), torch.zeros(0, 4)[:, ::2]).item() == 0
     nothing = torch.zeros(3, 0)
     torch.testing.assert_close(ops.contrastive(nothing, nothing).item(), 2 * math.log(3))
 
@@ -267,15 +268,24 @@ def test_the_core_gives_the_same_bits_for_any_thread_count(name: str) -> None:
         for threads in (1, 2, 5):
             for scale in (14.0, 200.0):  # one exponential, two
                 tile, sums = x @ y.T, torch.empty(4, 700)
-                loss = core.contrast_whole(
-                    0, 700, 8, x.data_ptr(), y.data_ptr(), tile.data_ptr(), 700, scale, 1.0, sums.data_ptr(), threads
-                )
+                loss = core.contrast_whole(x, y, tile, scale, 1.0, sums, threads)
                 results.append((loss, tile, sums))
         for loss, tile, sums in results[2:]:
             same = [r for r in results[:2] if r[0] == loss]
             assert same
             assert torch.equal(tile, same[0][1])
             assert torch.equal(sums, same[0][2])
+
+
+@pytest.mark.parametrize("way", ["held", "tiles"])
+def test_a_default_device_changes_nothing(backend: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose(way, monkeypatch)
+    x, y = leaves(9, 4)
+    learnt = torch.tensor(0.3, requires_grad=True)
+    expected = torch.autograd.grad(ops.contrastive(x, y, learnt), (x, y, learnt))
+    with torch.device("meta"):
+        got = torch.autograd.grad(ops.contrastive(x, y, learnt), (x, y, learnt))
+    torch.testing.assert_close(got, expected)
 
 
 def test_same_bits_again(backend: str) -> None:
@@ -286,10 +296,10 @@ def test_same_bits_again(backend: str) -> None:
 
 X = torch.zeros(3, 2)
 WRONG: list[tuple[tuple[Any, ...], type[Exception], str]] = [
-    (([1.0], X), TypeError, "x must be a tensor of embeddings, but got list"),
+    (([1.0], X), TypeError, "x must be a tensor, but got list"),
     ((X, X.long()), TypeError, "y must have dtype float32, .* but has torch.int64"),
     ((X[0], X), ValueError, r"x must have shape \[B, D\].* but has \[2\]"),
-    ((X, X[:2]), ValueError, r"y must have the shape \[3, 2\] of x, row for row, but has \[2, 2\]"),
+    ((X, X[:2]), ValueError, r"y must have shape \[3, 2\] like x, row for row, but has \[2, 2\]"),
     ((X, X.to("meta")), ValueError, "y must be on cpu like x, but is on meta"),
     ((X, X, 0), ValueError, "temperature must be finite and above 0, but is 0"),
     ((X, X, -0.5), ValueError, "temperature must be finite and above 0, but is -0.5"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch._subclasses import FakeTensorMode
 
 from fedkern import ops
 from fedkern.ops._core import backend
+from fedkern.ops._optimise.kernels import AdamW, Call
 
 FLOATS = tuple(backend.DTYPES)
 
@@ -68,6 +70,13 @@ UNREADABLE: dict[str, Callable[[], object]] = {
 }
 
 
+def step(parameters: object, gradients: object, **others: Any) -> Call:
+    """A step of SGD without momentum."""
+    given = dict.fromkeys(("first", "second", "anchor", "correction", "gradient_sum", "max_norm", "adamw"))
+    numbers = {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "proximal": 0.0, "zero": False}
+    return Call(**{**given, **numbers, "parameters": parameters, "gradients": gradients, **others})
+
+
 @pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in UNREADABLE.items()])
 def test_what_has_no_address_of_its_own_is_not_readable(core, make):
     good, bad = torch.ones(3, 4), make()
@@ -75,6 +84,9 @@ def test_what_has_no_address_of_its_own_is_not_readable(core, make):
     assert not core.logits_fit(bad, good)
     assert not core.blend_fits(good, bad, 0.5, None)
     assert not core.fuse_fits([good, bad], None, None)
+    assert not core.optimise_fits(step(bad, good), False)
+    if bad is not None:
+        assert not core.optimise_fits(step(good, good.clone(), correction=bad), False)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -101,6 +113,29 @@ def test_blend_knows_what_fits(core):
         (maps, maps, 0.5, index[:2]), (maps, maps[:, :3], 0.5, index), (maps[0, 0, 0], maps[0, 0, 0], 0.5, None),
     ]:  # fmt: skip
         assert not core.blend_fits(*wrong), wrong
+
+
+def test_optimise_knows_what_fits(core):
+    theta, g, one, two = (torch.ones(3, 4) for _ in range(4))
+    leaf, wide = torch.ones(3, 4, requires_grad=True), torch.ones(3, 8)
+    adamw = AdamW(0.9, 0.999, 0.1, 0.1, 1e-8)
+    for fits in [
+        step(theta, g), step(theta[0], g[0]), step(theta[:0], g[:0]), step(theta, g, lr=[0.1, 1, 0.0], zero=True),
+        step(theta, g, first=one, momentum=0.9), step(theta, g, first=one, second=two, adamw=adamw, max_norm=1),
+        step(theta, g, anchor=one[0], proximal=0.1, correction=one[0].expand(3, 4)), step(wide[:, :4], wide[:, 4:]),
+    ]:  # fmt: skip
+        assert core.optimise_fits(fits, True) == 1, fits
+    assert core.optimise_fits(step(leaf, g), False) == 1
+    for wrong in [
+        step(leaf, g), step(theta, g[:2]), step(theta, g.double()), step(theta, g[0]), step(theta.t(), g.t()),
+        step(theta, theta), step(theta, g, gradient_sum=g), step(theta, one[:1].expand(3, 4)), step(theta, None),
+        step(theta, g, lr=-1.0), step(theta, g, lr=[0.1]), step(theta, g, lr=torch.ones(3)), step(theta, g, zero=1),
+        step(theta, g, momentum=0.9), step(theta, g, first=one), step(theta, g, proximal=0.1),
+        step(theta, g, max_norm=0.0), step(theta, g, weight_decay=float("inf")), step(theta, g, proximal=10**400),
+        step(theta, g, first=one, second=two), step(theta, g, first=one, adamw=adamw), (theta, g),
+        step(theta, g, first=one, second=two, adamw=adamw._replace(beta1=1.0)), step(theta[None], g[None]),
+    ]:  # fmt: skip
+        assert core.optimise_fits(wrong, True) == 0, wrong
 
 
 @pytest.mark.parametrize(

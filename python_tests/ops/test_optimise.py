@@ -214,6 +214,12 @@ def test_zeros_are_left_where_asked_for() -> None:
         assert g.equal(torch.zeros_like(g) if zero else before)
 
 
+def test_no_rows_and_rates_of_any_strides() -> None:
+    nothing = torch.ones(0, 4)
+    step = ops.sgd_step(nothing, nothing.clone(), lr=torch.ones(0)[::2])
+    assert step.finite.shape == step.squared_norm.shape == (0,)
+
+
 def columns(x: Tensor) -> Tensor:
     return x.t().contiguous().t()
 
@@ -283,11 +289,16 @@ REFUSED = {
     "negative decay": (lambda p: {"weight_decay": -1.0}, "weight_decay must be at least 0"),
     "negative proximal": (lambda p: {"proximal": -1.0, "anchor": torch.ones(6)}, "proximal must be at least 0"),
     "norm of zero": (lambda p: {"max_norm": 0.0}, "max_norm must be greater than 0"),
-    "shape": (lambda p: {"gradients": torch.ones(7)}, r"gradients must have parameters' shape \[6\], not \[7\]"),
-    "dtype": (lambda p: {"correction": torch.ones(6).double()}, "correction must have parameters' dtype"),
+    "shape": (
+        lambda p: {"gradients": torch.ones(7)}, r"gradients must have shape \[6\] like parameters, but has \[7\]"
+    ),
+    "dtype": (
+        lambda p: {"correction": torch.ones(6).double()},
+        "correction must have dtype torch.float32 like parameters, but has torch.float64",
+    ),
     "three axes": (lambda p: {"parameters": torch.ones(1, 2, 3)}, r"parameters must have shape \[P\] or \[M, P\]"),
     "shared gradients": (
-        lambda p: {"parameters": torch.ones(2, 6)}, r"gradients must have parameters' shape \[2, 6\], not \[6\]"
+        lambda p: {"parameters": torch.ones(2, 6)}, r"gradients must have shape \[2, 6\] like parameters, but has \[6\]"
     ),
     "gradient": (lambda p: {"parameters": torch.ones(6, requires_grad=True)}, r"call it under torch.no_grad\(\)"),
 }  # fmt: skip
@@ -313,7 +324,7 @@ def test_adamw_names_its_own_arguments() -> None:
     for step, sentence in ((0, "step must be between 1 and"), (1.5, "step must be a whole number")):
         with pytest.raises((TypeError, ValueError), match=sentence):
             ops.adamw_step(*p, step, lr=0.1)
-    with pytest.raises(ValueError, match=r"second must have parameters' shape \[4\], not \[5\]"):
+    with pytest.raises(ValueError, match=r"second must have shape \[4\] like parameters, but has \[5\]"):
         ops.adamw_step(*p[:3], torch.ones(5), 1, lr=0.1)
     with pytest.raises(ValueError, match="first must not share memory with second"):
         ops.adamw_step(p[0], p[1], p[2], p[2], 1, lr=0.1)

@@ -9,7 +9,6 @@
 
 namespace fedkern {
 
-// The numbers are shared with fedkern/ops/_optimise/kernels.py.
 enum class OptimiserRule : int { sgd = 0, adamw = 1 };
 
 // [rows, size] of unit stride within a row; `step` elements from row to row, 0 where all share one.

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedkern.ops._core import backend
-from fedkern.ops._core.checks import check_dense, real, shown
+from fedkern.ops._core.checks import check_count as check_count
+from fedkern.ops._core.checks import check_dense, real, refuse_gradient, written
+from fedkern.ops._core.checks import check_number as check_number
+from fedkern.ops._core.checks import no_vmap as no_vmap
 from fedkern.ops._core.memory import placed
 
 Vectors = Tensor | Sequence[Tensor]
@@ -150,13 +152,6 @@ def check_call(
     refuse_gradient(name, *rows_or_stack(vectors), weights)
 
 
-def refuse_gradient(name: str, *given: object) -> None:
-    """Raises ValueError if a tensor in ``given`` asks for a gradient: the operator ``name`` has none."""
-    recorded = torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in given)
-    if recorded or backend.tangents(given):
-        raise ValueError(f"{name} has no gradient; call it under torch.no_grad(), or detach its arguments")
-
-
 def rows_or_stack(vectors: Vectors) -> Sequence[Tensor]:
     """The tensors that hold the vectors: the stack ``[M, P]`` alone, or M tensors ``[P]``."""
     return (vectors,) if isinstance(vectors, Tensor) else vectors
@@ -177,41 +172,6 @@ def as_tensor(weights: Tensor | Sequence[float], first: Tensor, count: int) -> T
     if isinstance(weights, Tensor):
         return weights
     return placed(check_weights(weights, count)[0], first.device)
-
-
-def no_vmap(name: str) -> Any:
-    """A batching rule that raises NotImplementedError, for an operator without vmap."""
-
-    def refuse(*arguments: Any) -> Any:
-        raise NotImplementedError(f"torch.func.vmap over {name} is not supported: loop over the mapped axis")
-
-    return refuse
-
-
-def check_number(value: float, name: str, low: float, high: float = math.inf, *, above: bool = False) -> float:
-    """Returns ``value`` as a float in [low, high], or with ``above`` in (low, high]; infinity is never valid."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
-    number = real(value, name)
-    # Comparisons, and not math.isinf: torch.compile traces them where a float is symbolic.
-    if not (low <= number <= high) or abs(number) == math.inf or (above and number == low):
-        bound = f"greater than {low:g}" if above else f"at least {low:g}"
-        raise ValueError(
-            f"{name} must be {bound}{'' if math.isinf(high) else f' and at most {high:g}'}, not {shown(value)}"
-        )
-    return number
-
-
-def check_count(value: int, name: str, low: int, high: int | None = None) -> int:
-    """Returns ``value``, a whole number in [low, high]."""
-    if isinstance(value, np.integer):
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number, not {type(value).__name__}")
-    if value < low or (high is not None and value > high):
-        bound = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise ValueError(f"{name} must be {bound}, not {shown(value)}")
-    return value
 
 
 def direct_target(
@@ -239,10 +199,3 @@ def deliver(result: Tensor, out: Tensor) -> Tensor:
         return out
     with torch.no_grad():
         return out.copy_(result)
-
-
-def written(*tensors: Tensor | None) -> None:
-    """Tells autograd that a kernel has written to ``tensors``."""
-    for tensor in tensors:
-        if tensor is not None and not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)

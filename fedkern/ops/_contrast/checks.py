@@ -5,30 +5,21 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fedkern.ops._core.backend import DTYPES, eager
-from fedkern.ops._core.checks import check_dense, real
-
-_STRIDED = torch.strided
+from fedkern.ops._core.backend import eager
+from fedkern.ops._core.checks import check_device, check_floating, real
 
 
 def check_pair(x: Any, y: Any) -> None:
     """Raises TypeError or ValueError unless both are embeddings ``[B, D]`` of one shape on one device."""
     for name, tensor in (("x", x), ("y", y)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor of embeddings, but got {type(tensor).__name__}")
-        if tensor.layout is not _STRIDED or tensor.is_nested:
-            check_dense(tensor, name)
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} must have dtype float32, float64, bfloat16 or float16, but has {tensor.dtype}")
+        check_floating(tensor, name)
         if tensor.dim() != 2:
             raise ValueError(f"{name} must have shape [B, D], one embedding per row, but has {list(tensor.shape)}")
     if x.shape != y.shape:
-        raise ValueError(f"y must have the shape {list(x.shape)} of x, row for row, but has {list(y.shape)}")
-    if x.device != y.device:
-        raise ValueError(f"y must be on {x.device} like x, but is on {y.device}")
+        raise ValueError(f"y must have shape {list(x.shape)} like x, row for row, but has {list(y.shape)}")
+    check_device(y, "y", x, "x")
 
 
 def check_temperature(temperature: Any, x: Tensor) -> float | Tensor:
@@ -38,17 +29,12 @@ def check_temperature(temperature: Any, x: Tensor) -> float | Tensor:
         TypeError, ValueError: the temperature's type, dtype, shape, device or value is wrong.
     """
     if isinstance(temperature, Tensor):
-        check_dense(temperature, "temperature")
-        if temperature.dtype not in DTYPES:
-            raise TypeError(
-                f"temperature must have dtype float32, float64, bfloat16 or float16, but has {temperature.dtype}"
-            )
+        check_floating(temperature, "temperature")
         if temperature.dim() != 0:
             raise ValueError(
                 f"temperature must be a number or a tensor without dimensions, but has shape {list(temperature.shape)}"
             )
-        if temperature.device != x.device:
-            raise ValueError(f"temperature must be on {x.device} like x, but is on {temperature.device}")
+        check_device(temperature, "temperature", x, "x")
         # Reading a GPU tensor would synchronise: there a value that is not above 0 gives what the formula says.
         if temperature.is_cpu and eager(temperature):
             _check_value(temperature.item())

@@ -1,7 +1,7 @@
 """contrastive: the symmetric in-batch contrastive loss of image-text training.
 
-The reference is in reference.py, the torch.library operators in library.py, the CPU launcher in
-launch.py, and the loop over tiles of similarities on a GPU in tiles.py.
+The reference is in reference.py, the torch.library operators in library.py, the launchers in kernels.py, and the loop
+over tiles of similarities on a GPU in tiles.py.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._contrast.checks import check_pair, check_temperature
-from fedkern.ops._contrast.cuda import CudaContrast
-from fedkern.ops._contrast.kernels import ContrastKernel
-from fedkern.ops._contrast.launch import CpuContrast
+from fedkern.ops._contrast.kernels import ContrastKernel, CpuContrast, CudaContrast
 from fedkern.ops._contrast.library import CONTRASTIVE, CONTRASTIVE_TRAINING
 from fedkern.ops._contrast.reference import contrastive_reference
 from fedkern.ops._core import library
-from fedkern.ops._core.backend import eager, intercepted, readable, select, serve
+from fedkern.ops._core.backend import eager, readable, ready, select, serve
 from fedkern.ops._core.function import EagerFunction, handed_out
 
 # the public function: checks and choice of path
@@ -52,14 +50,17 @@ def contrastive(x: Tensor, y: Tensor, temperature: float | Tensor = 0.07) -> Ten
             on a GPU is not checked).
         RuntimeError: a forced backend cannot serve the call.
     """
-    check_pair(x, y)
-    if type(temperature) is not float or not 0 < temperature < 1e30:
-        temperature = check_temperature(temperature, x)
     learnt = temperature if isinstance(temperature, Tensor) else None
     tensors = (x, y) if learnt is None else (x, y, learnt)
-    if intercepted() or not eager(*tensors):
-        return _watched(x, y, learnt, temperature)
-    kernel = select("contrastive", *tensors)
+    kernel = ready("contrastive", *tensors)
+    if kernel is None or x.dim() != 2 or x.shape != y.shape:
+        check_pair(x, y)
+    if type(temperature) is not float or not 0 < temperature < 1e30:
+        temperature = check_temperature(temperature, x)
+    if kernel is None:
+        if not eager(*tensors):
+            return _watched(x, y, learnt, temperature)
+        kernel = select("contrastive", *tensors)
     if kernel is None:
         return contrastive_reference(x, y, temperature)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
@@ -110,4 +111,10 @@ class _Contrastive(EagerFunction):
         return (None, None, *handed_out(scaled, gradients))
 
 
-serve("contrastive", cpu=CpuContrast, cuda=CudaContrast, triton="_contrast.triton:TritonContrast")
+serve(
+    "contrastive",
+    cpu=CpuContrast,
+    cuda=CudaContrast,
+    triton="_contrast.triton:TritonContrast",
+    fits="tensors_fit",
+)

@@ -1,22 +1,32 @@
-"""Interface of contrastive's kernels; :func:`fedkern.ops._core.backend.select` returns an instance."""
+"""Interface of contrastive's kernels, and the launchers of the compiled cores.
+
+On the CPU torch multiplies, and csrc/cpu/contrast.cpp computes loss and gradient from the products.  On a GPU the loop
+over tiles of similarities is in tiles.py, which Triton shares.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
+from fedkern.ops._contrast.products import similarities, times, transposed_times
+from fedkern.ops._contrast.reference import Gradients
+from fedkern.ops._contrast.tiles import Pairs, TiledContrast
+from fedkern.ops._core.backend import DTYPES
+from fedkern.ops._core.launch import Launcher
 
-class Gradients(NamedTuple):
-    """Gradients with respect to x, y and the temperature, for a grad_output of 1, in the computing dtype.
+# Most bytes of similarities that a call holds whole.  Reading them again costs less than multiplying again, until
+# fresh memory costs more than either (measured: at D = 128 both take the same, at D = 512 holding saves a fifth).
+HELD = 16 << 20
+# Bytes of a tile of more similarities; a tile has at least LEAST_ROWS rows, enough for fast products.
+TILE = 4 << 20
+LEAST_ROWS = 128
 
-    None where a gradient is not needed.
-    """
-
-    x: Tensor | None
-    y: Tensor | None
-    temperature: Tensor | None
+# Templates for empty_like, which takes two thirds of the time of empty(()).
+_SCALARS = {dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in DTYPES}
 
 
 class ContrastKernel(Protocol):
@@ -50,3 +60,147 @@ class ContrastKernel(Protocol):
         self, gradients: Sequence[Tensor | None], grad: Tensor, inputs: Sequence[Tensor | None]
     ) -> tuple[Tensor | None, ...]:
         """``gradients`` times ``grad``, one for each of ``inputs`` and in its dtype; ``gradients`` stay unchanged."""
+
+
+class _Batch(NamedTuple):
+    """Contiguous embeddings in the computing dtype, and 1 / temperature."""
+
+    x: Tensor
+    y: Tensor
+    scale: float
+
+
+# A launcher for each core: the CPU core returns the loss as a number and takes tiles of any height. On a GPU the loss
+# stays in a tensor, and tiles are looked at in blocks.
+class CpuContrast(Launcher):
+    """:class:`ContrastKernel` on ``fedkern._cpu``."""
+
+    def __init__(self, core: Any) -> None:
+        super().__init__(core)
+        self._contrast = core.contrast_whole
+
+    def loss(self, x: Tensor, y: Tensor, temperature: float | Tensor) -> Tensor:
+        return self._loss(x, y, self._batch(x, y, temperature), None)
+
+    def loss_and_sums(self, x: Tensor, y: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+        batch = self._batch(x, y, temperature)
+        sums = batch.x.new_empty(4, x.shape[0])
+        return self._loss(x, y, batch, sums), sums
+
+    def loss_and_gradients(
+        self, x: Tensor, y: Tensor, temperature: float | Tensor, needs: Sequence[bool]
+    ) -> tuple[Tensor, Gradients]:
+        batch = self._batch(x, y, temperature)
+        if not _fits(batch):
+            sums = batch.x.new_empty(4, x.shape[0])
+            return self._loss(x, y, batch, sums), self._gradients(batch, sums, needs)
+        held = similarities(batch.x, batch.y)
+        loss = self._whole(x, y, batch, held, batch.scale / max(x.shape[0], 1), None)
+        to_x = times(held, batch.y) if needs[0] or needs[2] else None
+        to_y = transposed_times(held, batch.x).contiguous() if needs[1] else None
+        return loss, self._with_temperature(batch, to_x, to_y, needs)
+
+    def gradients(
+        self, x: Tensor, y: Tensor, temperature: float | Tensor, sums: Tensor, needs: Sequence[bool]
+    ) -> Gradients:
+        return self._gradients(self._batch(x, y, temperature), sums, needs)
+
+    def scaled(
+        self, gradients: Sequence[Tensor | None], grad: Tensor, inputs: Sequence[Tensor | None]
+    ) -> tuple[Tensor | None, ...]:
+        factor = grad.item()
+        if factor != 1.0:
+            gradients = [None if g is None else g * factor for g in gradients]
+        return tuple(
+            [
+                g if g is None or t is None or g.dtype is t.dtype else g.to(t.dtype)
+                for g, t in zip(gradients, inputs, strict=False)
+            ]
+        )
+
+    def _batch(self, x: Tensor, y: Tensor, temperature: float | Tensor) -> _Batch:
+        scale = 1.0 / (temperature if type(temperature) is float else float(temperature))
+        compute = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
+        # No detach(), which takes as long as a small product: autograd records nothing here.
+        x, y = (t if t.dtype is compute and t.is_contiguous() else t.to(compute).contiguous() for t in (x, y))
+        return _Batch(x, y, scale)
+
+    def _whole(self, x: Tensor, y: Tensor, batch: _Batch, held: Tensor, factor: float, sums: Tensor | None) -> Tensor:
+        """The loss from all similarities ``held``; if ``factor`` is not 0, overwrites ``held`` with its gradient."""
+        a, b, scale = batch
+        return _scalar(self._contrast(a, b, held, scale, factor, sums, self.at(a)), x, y)
+
+    def _loss(self, x: Tensor, y: Tensor, batch: _Batch, sums: Tensor | None) -> Tensor:
+        a, b, scale = batch
+        if _fits(batch):
+            return self._whole(x, y, batch, similarities(a, b), 0.0, sums)
+        bounded = self.core.contrast_bounded(a, b, scale)
+        statistics = a.new_empty(5, a.shape[0], dtype=torch.float64)
+        for first, rows in _tiles(a):
+            tile = similarities(a[first : first + rows], b)
+            self.core.contrast_sums(tile, first, scale, bounded, statistics, self.at(a))
+        return _scalar(self.core.contrast_finish(scale, bounded, statistics, sums), x, y)
+
+    def _gradients(self, batch: _Batch, sums: Tensor, needs: Sequence[bool]) -> Gradients:
+        """The gradients, from similarities that are multiplied again, tile by tile."""
+        x, y, scale = batch
+        factor, bounded = scale / max(x.shape[0], 1), self.core.contrast_bounded(x, y, scale)
+        to_x = torch.empty_like(x) if needs[0] or needs[2] else None
+        to_y = None
+        for first, rows in _tiles(x):
+            own = x[first : first + rows]
+            tile = similarities(own, y)
+            self.core.contrast_gradient(tile, first, scale, bounded, factor, sums, self.at(x))
+            if to_x is not None:
+                to_x[first : first + rows] = times(tile, y)
+            if needs[1]:
+                more = transposed_times(tile, own)
+                to_y = more if to_y is None else to_y.add_(more)
+        if needs[1]:
+            to_y = torch.empty_like(y) if to_y is None else to_y.contiguous()
+        return self._with_temperature(batch, to_x, to_y, needs)
+
+    def _with_temperature(
+        self, batch: _Batch, to_x: Tensor | None, to_y: Tensor | None, needs: Sequence[bool]
+    ) -> Gradients:
+        """Adds the temperature's gradient, whose Σ G S is the sum of the products of x and the gradient of x."""
+        to_temperature = None
+        if needs[2] and to_x is not None:
+            product = self.core.contrast_dot(batch.x, to_x)
+            to_temperature = torch.tensor(-batch.scale * product, dtype=to_x.dtype, device="cpu")
+        return Gradients(to_x if needs[0] else None, to_y, to_temperature)
+
+
+class CudaContrast(TiledContrast, Launcher):
+    """:class:`ContrastKernel` on ``fedkern._cuda``."""
+
+    def block(self, dtype: torch.dtype) -> int:
+        return int(self.core.contrast_block)
+
+    def look(self, pairs: Pairs, tile: Tensor, first: int, pieces: Tensor, own: Tensor) -> None:
+        self.core.contrast_look(tile, first, pairs.temperature, pieces, own, self.at(tile))
+
+    def join(self, pairs: Pairs, pieces: Tensor, own: Tensor, sums: Tensor, loss: Tensor) -> None:
+        losses = own.new_empty(2 * pairs.size, dtype=torch.float64)
+        self.core.contrast_join(pairs.temperature, pieces, own, sums, losses, loss, self.at(loss))
+
+    def gradient(self, pairs: Pairs, tile: Tensor, first: int, sums: Tensor) -> None:
+        self.core.contrast_gradient(tile, first, pairs.temperature, sums, self.at(tile))
+
+
+def _scalar(value: float, x: Tensor, y: Tensor) -> Tensor:
+    dtype = x.dtype if x.dtype is y.dtype else torch.promote_types(x.dtype, y.dtype)
+    return torch.empty_like(_SCALARS[dtype]).fill_(value)
+
+
+def _fits(batch: _Batch) -> bool:
+    count = batch.x.shape[0]
+    return count * count * batch.x.element_size() <= HELD
+
+
+def _tiles(x: Tensor) -> Iterator[tuple[int, int]]:
+    """First row and row count of each tile of similarities."""
+    count = x.shape[0]
+    rows = max(LEAST_ROWS, TILE // max(count * x.element_size(), 1))
+    for first in range(0, count, rows):
+        yield first, min(rows, count - first)

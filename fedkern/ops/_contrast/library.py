@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.ops._contrast.kernels import ContrastKernel, Gradients
+from fedkern.ops._contrast.kernels import ContrastKernel
 from fedkern.ops._contrast.reference import (
+    Gradients,
     compute_dtype,
     contrastive_reference,
     gradients_reference,
@@ -48,7 +49,7 @@ def _run_backward(
     inputs = (x, y, learnt)
     given = temperature if learnt is None else learnt
     if kernel is None:
-        raw = Gradients(*gradients_reference(grad, x, y, given))
+        raw = gradients_reference(grad, x, y, given)
     else:
         raw = kernel.gradients(x, y, given, sums, needs)
         raw = Gradients(*kernel.scaled(raw, grad, inputs))
@@ -139,7 +140,7 @@ def _run_training(
     given = temperature if learnt is None else learnt
     if kernel is None:
         loss = contrastive_reference(x, y, given)
-        gradients = Gradients(*gradients_reference(torch.ones_like(loss), x, y, given))
+        gradients = gradients_reference(torch.ones_like(loss), x, y, given)
     else:
         loss, gradients = kernel.loss_and_gradients(x, y, given, needs)
     compute = compute_dtype(loss.dtype)

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Gradients(NamedTuple):
+    """Gradients with respect to x, y and the temperature, for a grad_output of 1, in the computing dtype.
+
+    None where a gradient is not needed.
+    """
+
+    x: Tensor | None
+    y: Tensor | None
+    temperature: Tensor | None
 
 
 def contrastive_reference(x: Tensor, y: Tensor, temperature: float | Tensor = 0.07) -> Tensor:
@@ -15,9 +27,7 @@ def contrastive_reference(x: Tensor, y: Tensor, temperature: float | Tensor = 0.
     return (-own.sum() / max(len(x), 1)).to(torch.promote_types(x.dtype, y.dtype))
 
 
-def gradients_reference(
-    grad: Tensor, x: Tensor, y: Tensor, temperature: float | Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def gradients_reference(grad: Tensor, x: Tensor, y: Tensor, temperature: float | Tensor) -> Gradients:
     """The gradients with respect to x, y and the temperature as formulas, for code that autograd does not reach.
 
     With ``S = x yᵀ / T`` and ``G = (softmax of rows + softmax of columns - 2 I) / B``: ``G y / T``, ``Gᵀ x / T`` and
@@ -31,7 +41,7 @@ def gradients_reference(
     with _full_precision(x):
         both /= temperature
         to_x, to_y = both @ y.to(both.dtype), both.T @ x.to(both.dtype)
-    return to_x.to(x.dtype), to_y.to(y.dtype), to_temperature
+    return Gradients(to_x.to(x.dtype), to_y.to(y.dtype), to_temperature)
 
 
 def _similarities(x: Tensor, y: Tensor, temperature: float | Tensor) -> tuple[Tensor, float | Tensor]:

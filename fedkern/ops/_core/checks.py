@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from fedkern.ops._core import backend
+
+# Takes several tensors; torch.autograd.graph.increment_version adds a check to each call.
+_increment_version = torch._C._increment_version
 
 # Longest text of a value in an error message: a number may have thousands of digits.
 _MOST_CHARACTERS = 80
@@ -45,3 +51,75 @@ def check_dense(tensor: Tensor, name: str) -> None:
     if tensor.layout is not torch.strided or tensor.is_nested:
         kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         raise TypeError(f"{name} must be a dense tensor, not a {kind} one; .to_dense() makes one of a sparse tensor")
+
+
+def check_number(value: float, name: str, low: float, high: float = math.inf, *, above: bool = False) -> float:
+    """Returns ``value`` as a float in [low, high], or with ``above`` in (low, high]; infinity is never valid."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+    number = real(value, name)
+    # Comparisons, and not math.isinf: torch.compile traces them where a float is symbolic.
+    if not (low <= number <= high) or abs(number) == math.inf or (above and number == low):
+        bound = f"greater than {low:g}" if above else f"at least {low:g}"
+        raise ValueError(
+            f"{name} must be {bound}{'' if math.isinf(high) else f' and at most {high:g}'}, not {shown(value)}"
+        )
+    return number
+
+
+def check_count(value: int, name: str, low: int, high: int | None = None) -> int:
+    """Returns ``value``, a whole number in [low, high]."""
+    if isinstance(value, np.integer):
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, not {type(value).__name__}")
+    if value < low or (high is not None and value > high):
+        bound = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise ValueError(f"{name} must be {bound}, not {shown(value)}")
+    return value
+
+
+def refuse_gradient(name: str, *given: object) -> None:
+    """Raises ValueError if a tensor in ``given`` asks for a gradient: the operator ``name`` has none."""
+    recorded = torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in given)
+    if recorded or backend.tangents(given):
+        raise ValueError(f"{name} has no gradient; call it under torch.no_grad(), or detach its arguments")
+
+
+def no_vmap(name: str) -> Any:
+    """A batching rule that raises NotImplementedError, for an operator without vmap."""
+
+    def refuse(*arguments: Any) -> Any:
+        raise NotImplementedError(f"torch.func.vmap over {name} is not supported: loop over the mapped axis")
+
+    return refuse
+
+
+def written(*tensors: Tensor | None) -> None:
+    """Tells autograd that a kernel has written to ``tensors``."""
+    changed = []
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_inference():
+            changed.append(tensor)
+    _increment_version(changed)
+
+
+def check_tensor(tensor: Any, name: str) -> None:
+    """Raises TypeError unless ``tensor`` is a dense tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, but got {type(tensor).__name__}")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        check_dense(tensor, name)
+
+
+def check_floating(tensor: Any, name: str) -> None:
+    """Raises TypeError unless ``tensor`` is a dense tensor of a floating dtype that kernels take."""
+    check_tensor(tensor, name)
+    if tensor.dtype not in backend.FLOATS:
+        raise TypeError(f"{name} must have dtype float32, float64, bfloat16 or float16, but has {tensor.dtype}")
+
+
+def check_device(tensor: Tensor, name: str, like: Tensor, other: str) -> None:
+    """Raises ValueError unless ``tensor`` is on the device of ``like``, the argument named ``other``."""
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on {like.device} like {other}, but is on {tensor.device}")

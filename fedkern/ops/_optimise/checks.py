@@ -10,9 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedkern.ops._aggregate.checks import check_number
-from fedkern.ops._core import backend
-from fedkern.ops._core.checks import check_dense
+from fedkern.ops._core.checks import check_dense, check_device, check_floating, check_number, check_tensor
 
 # Most steps of the exact search for shared memory, which tensors of two axes rarely need. A search that needs more
 # counts as shared memory.
@@ -21,11 +19,9 @@ _SEARCH = 100_000
 
 def check_parameters(parameters: Tensor) -> None:
     """Raises TypeError or ValueError unless ``parameters`` is a floating ``[P]`` or ``[M, P]``."""
-    _check_tensor(parameters, "parameters")
-    if parameters.dtype not in backend.FLOATS:
-        raise TypeError(f"parameters must be float32, float64, bfloat16 or float16, not {parameters.dtype}")
+    check_floating(parameters, "parameters")
     if parameters.dim() not in (1, 2):
-        raise ValueError(f"parameters must have shape [P] or [M, P], not {list(parameters.shape)}")
+        raise ValueError(f"parameters must have shape [P] or [M, P], but has {list(parameters.shape)}")
 
 
 def check_like(tensor: Tensor, name: str, parameters: Tensor, *, shared: bool = False) -> None:
@@ -33,22 +29,15 @@ def check_like(tensor: Tensor, name: str, parameters: Tensor, *, shared: bool = 
 
     ``shared``: one ``[P]`` for all rows is allowed too.
     """
-    _check_tensor(tensor, name)
+    check_tensor(tensor, name)
     if tensor.dtype != parameters.dtype:
-        raise TypeError(f"{name} must have parameters' dtype {parameters.dtype}, not {tensor.dtype}")
+        raise TypeError(f"{name} must have dtype {parameters.dtype} like parameters, but has {tensor.dtype}")
     if tensor.shape != parameters.shape and not (shared and tensor.shape == parameters.shape[-1:]):
         either = f" or {list(parameters.shape[-1:])}" if shared and parameters.dim() == 2 else ""
         raise ValueError(
-            f"{name} must have parameters' shape {list(parameters.shape)}{either}, not {list(tensor.shape)}"
+            f"{name} must have shape {list(parameters.shape)}{either} like parameters, but has {list(tensor.shape)}"
         )
-    if tensor.device != parameters.device:
-        raise ValueError(f"{name} must be on parameters' device {parameters.device}, not {tensor.device}")
-
-
-def _check_tensor(tensor: Tensor, name: str) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
-    check_dense(tensor, name)
+    check_device(tensor, name, parameters, "parameters")
 
 
 def check_lr(lr: Any, parameters: Tensor) -> float | list[float] | Tensor:
@@ -56,13 +45,13 @@ def check_lr(lr: Any, parameters: Tensor) -> float | list[float] | Tensor:
     if isinstance(lr, Tensor):
         check_dense(lr, "lr")
         if not lr.is_floating_point():
-            raise TypeError(f"lr must have a floating dtype, not {lr.dtype}")
+            raise TypeError(f"lr must have a floating dtype, but has {lr.dtype}")
         if lr.dim() == 0 and lr.device.type == "cpu" and not torch.compiler.is_compiling():
             return check_number(lr.item(), "lr", 0.0)
         if lr.dim() != 0 and (parameters.dim() == 1 or lr.shape != parameters.shape[:1]):
             raise ValueError(f"lr must be a number{_each(parameters)}, not a tensor {list(lr.shape)}")
         if lr.device.type != "cpu" and lr.device != parameters.device:
-            raise ValueError(f"lr must be on the CPU or parameters' device {parameters.device}, not {lr.device}")
+            raise ValueError(f"lr must be on the CPU, or on {parameters.device} like parameters, but is on {lr.device}")
         if lr.device.type == "cpu" and not torch.compiler.is_compiling() and parameters.device.type == "cpu":
             return [check_number(value, f"lr[{m}]", 0.0) for m, value in enumerate(lr.tolist())]
         rows = parameters.shape[0] if parameters.dim() == 2 else 1

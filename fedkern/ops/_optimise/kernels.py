@@ -1,11 +1,17 @@
-"""optimise: interface of a backend's kernel, and the call that the kernel receives."""
+"""optimise: interface of a backend's kernel, the call that it receives, and the launcher of the compiled cores."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
+
+from fedkern.ops._core.launch import Launcher
+from fedkern.ops._core.memory import placed
+
+_empty, _empty_like = torch.empty, torch.empty_like
 
 
 class AdamW(NamedTuple):
@@ -19,10 +25,11 @@ class AdamW(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One checked step of M optimisers.
+    """One checked step of M optimisers; csrc/bindings/optimise_call.h reads the fields in this order.
 
     Tensors are ``[M, P]`` of one dtype and device, with unit stride along P and without overlap where they are written
-    to; ``anchor`` and ``correction`` may be expanded along M.
+    to; ``anchor`` and ``correction`` may be expanded along M.  For the compiled cores they may also be ``[P]`` with
+    M = 1, and ``anchor`` and ``correction`` one ``[P]`` for all rows.
 
     Attributes:
         first, second: the velocity of SGD with momentum (``first``), or both moments of AdamW; updated.
@@ -69,5 +76,38 @@ class OptimiseKernel(Protocol):
     """A backend's kernel of :func:`fedkern.ops.sgd_step` and :func:`fedkern.ops.adamw_step`."""
 
     def step(self, call: Call) -> tuple[Tensor, Tensor]:
-        """Takes the step; returns which rows stayed finite (bool ``[M]``) and their squared norms (fp64 ``[M]``)."""
+        """Takes the step; returns which rows stayed finite (bool ``[M]``) and their squared norms (fp64 ``[M]``).
+
+        Where the parameters are ``[P]``, the results have no axis.
+        """
         ...
+
+
+class OptimiseKernels(Launcher):
+    """:class:`OptimiseKernel` on a compiled core."""
+
+    def __init__(self, core: Any) -> None:
+        super().__init__(core)
+        # For empty_like, which takes two thirds of the time of empty(()).
+        self._finite, self._squared = (_empty((), dtype=kind, device="cpu") for kind in (torch.bool, torch.float64))
+
+    def step(self, call: Call) -> tuple[Tensor, Tensor]:
+        parameters, lr = call.parameters, call.lr
+        if parameters.dim() == 1 and not self.gpu:
+            finite, squared = _empty_like(self._finite), _empty_like(self._squared)
+        else:
+            shape, device = parameters.shape, parameters.device
+            rows = shape[0] if len(shape) == 2 else ()
+            finite = _empty(rows, dtype=torch.bool, device=device)
+            squared = _empty(rows, dtype=torch.float64, device=device)
+        each = workspace = None
+        if type(lr) is not float:
+            if isinstance(lr, Tensor):
+                each = lr.contiguous()
+            elif self.gpu and isinstance(lr, Sequence):
+                each = placed(lr, parameters.device)
+        if self.gpu:
+            rows = squared.numel()
+            workspace = squared.new_empty(2 * rows * self.core.optimise_blocks(rows, parameters.shape[-1]))
+        self.core.optimise_step(call, each, finite, squared, workspace, self.at(parameters))
+        return finite, squared

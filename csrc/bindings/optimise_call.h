@@ -1,0 +1,80 @@
+// A step of optimise as Python makes it: a tuple of the fields of Call (fedkern/ops/_optimise/kernels.py), in their order.
+#pragma once
+
+#include "exchange.h"
+
+namespace fedkern {
+
+enum OptimiseField : Py_ssize_t {
+  kParameters,
+  kGradients,
+  kFirst,
+  kSecond,
+  kAnchor,
+  kCorrection,
+  kGradientSum,
+  kRate,
+  kMomentum,
+  kWeightDecay,
+  kProximal,
+  kMaxNorm,
+  kZero,
+  kAdamW,
+  kOptimiseFields
+};
+// AdamW's own numbers: beta1, beta2, 1 - beta1^t, sqrt(1 - beta2^t), eps.
+inline constexpr Py_ssize_t kAdamWNumbers = 5;
+
+inline PyObject* field(const py::tuple& call, Py_ssize_t place) { return PyTuple_GET_ITEM(call.ptr(), place); }
+
+// Whether the tuple is as long as a call, and its numbers of AdamW as long as those.
+inline bool is_optimise_call(const py::tuple& call) {
+  if (PyTuple_GET_SIZE(call.ptr()) != kOptimiseFields) return false;
+  PyObject* const adamw = field(call, kAdamW);
+  return adamw == Py_None || (PyTuple_Check(adamw) && PyTuple_GET_SIZE(adamw) == kAdamWNumbers);
+}
+
+// What the steps of the two cores take differently.
+struct OptimiseSettings {
+  bool adamw;
+  double bias = 1, max_norm = 0;  // 1 - beta1^t; 0: no clipping
+};
+
+// Reads a checked call into a core's step; the learning rates and the results are the caller's to read.
+template <typename Step>
+OptimiseSettings parse_optimise(const py::tuple& call, Step& a) {
+  if (!is_optimise_call(call)) throw py::type_error("optimise_step takes a call of 14 fields; call it through fedkern.ops");
+  const TensorView parameters = checked_view(field(call, kParameters));
+  const int dims = parameters.dims;
+  if (!parameters.floating(a.dtype) || (dims != 1 && dims != 2)) throw py::type_error("parameters must be floating, of one or two axes");
+  a.rows = dims == 2 ? parameters.shape[0] : 1, a.size = parameters.shape[dims - 1];
+  const auto rows_of = [&](OptimiseField name, auto& rows) {
+    if (field(call, name) == Py_None) return;
+    const TensorView seen = checked_view(field(call, name));
+    rows = {seen.data, seen.dims == 2 && a.rows > 1 ? seen.strides[0] : 0, true};
+  };
+  rows_of(kParameters, a.parameters), rows_of(kGradients, a.gradients), rows_of(kFirst, a.first), rows_of(kSecond, a.second);
+  rows_of(kAnchor, a.anchor), rows_of(kCorrection, a.correction), rows_of(kGradientSum, a.gradient_sum);
+  const auto number = [&](OptimiseField name) { return PyFloat_AsDouble(field(call, name)); };
+  a.momentum = number(kMomentum), a.weight_decay = number(kWeightDecay), a.proximal = number(kProximal);
+  a.zero = field(call, kZero) == Py_True;
+  PyObject* const adamw = field(call, kAdamW);
+  OptimiseSettings settings{adamw != Py_None};
+  if (field(call, kMaxNorm) != Py_None) settings.max_norm = number(kMaxNorm);
+  if (settings.adamw) {
+    const auto own = [&](Py_ssize_t i) { return PyFloat_AsDouble(PyTuple_GET_ITEM(adamw, i)); };
+    a.beta1 = own(0), a.beta2 = own(1), settings.bias = own(2), a.root = own(3), a.eps = own(4);
+  }
+  if (PyErr_Occurred()) throw py::error_already_set();
+  return settings;
+}
+
+// A tensor of `bits` per element that is contiguous: the results, the workspace, one learning rate per row.
+template <typename T>
+T* optimise_memory(py::handle tensor) {
+  const TensorView seen = checked_view(tensor.ptr());
+  if (seen.bits != 8 * sizeof(T) || !(seen.empty() || seen.contiguous())) throw py::type_error("memory of optimise_step must be contiguous, of bool or float64");
+  return static_cast<T*>(seen.data);
+}
+
+}  // namespace fedkern

@@ -1,0 +1,60 @@
+"""sgd_step and adamw_step on CUDA against the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedkern import ops
+from fedkern.ops._core import backend
+
+
+def step(shape: tuple[int, ...], device: torch.device, adamw: bool, terms: bool) -> list[Tensor]:
+    """What a step writes to, and its results."""
+    draw = torch.Generator().manual_seed(0)
+    theta, g, first, second, anchor, total = (torch.randn(shape, generator=draw).to(device) for _ in range(6))
+    settings: dict[str, Any] = {"lr": 0.1}
+    if terms:
+        rates = [0.1, 0.2, 0.3] if len(shape) == 2 else 1
+        shared = anchor[0] if len(shape) == 2 else anchor
+        settings = {"lr": rates, "anchor": shared, "proximal": 0.3, "correction": anchor, "gradient_sum": total}
+        settings |= {"weight_decay": 0.01, "max_norm": 2.0, "zero": True}
+    if adamw:
+        found = ops.adamw_step(theta, g, first, second.abs_(), 3, **settings)
+    else:
+        found = ops.sgd_step(theta, g, first if terms else None, momentum=0.9 if terms else 0.0, **settings)
+    return [theta, g, first, second, total, *found]
+
+
+@pytest.mark.parametrize("terms", [False, True])
+@pytest.mark.parametrize("adamw", [False, True])
+@pytest.mark.parametrize("shape", [(1,), (1030,), (3, 1030)], ids=str)
+def test_both_ways_to_the_kernel(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], adamw: bool, terms: bool
+) -> None:
+    found = [step(shape, device, adamw, terms)]  # the general way, which opens the short one
+    check, launchers = backend._ordinary["optimise"]
+    answers: list[int] = []
+    monkeypatch.setitem(
+        backend._ordinary, "optimise", (lambda *given: answers.append(check(*given)) or answers[-1], launchers)
+    )
+    found.append(step(shape, device, adamw, terms))
+    assert len(answers) == 1
+    assert launchers[answers[0]] is not None
+    with ops.use_backend("reference"):
+        expected = step(shape, device, adamw, terms)
+    for results in found:
+        for got, wanted in zip(results, expected, strict=True):
+            torch.testing.assert_close(got, wanted)
+    assert all(one.equal(other) for one, other in zip(*found, strict=True))
+
+
+def test_rates_in_a_tensor(device: torch.device) -> None:
+    draw = torch.Generator().manual_seed(0)
+    theta, g = (torch.randn(3, 40, generator=draw).to(device) for _ in range(2))
+    expected = theta - torch.tensor([[0.1], [0.2], [0.3]], device=device) * g
+    ops.sgd_step(theta, g, lr=torch.tensor([0.1, 0.2, 0.3], device=device))
+    torch.testing.assert_close(theta, expected)
