@@ -2,14 +2,11 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cstring>
 #include <memory>
 #include <string>
 #include <vector>
 
-#include "blend_rows.h"
-#include "exchange.h"
-#include "fedkern/blend.h"
+#include "blend_call.h"
 
 namespace fedkern {
 namespace {
@@ -43,11 +40,13 @@ void check_alpha(const Alpha& alpha, std::int64_t rows) {
 // One weight per sample, fp64 or fp32, as the kernels take them: doubles.
 class Weights {
  public:
-  Weights(const OptionalAddress& alpha, int dtype, std::int64_t stride, std::int64_t rows, double value)
-      : alpha_{optional_pointer<const double>(alpha), stride, value} {
-    if (!alpha || static_cast<DType>(dtype) == DType::f64) return;
-    wide_.resize(rows);
-    for (std::int64_t b = 0; b < rows; ++b) wide_[b] = pointer<const float>(*alpha)[b * stride];
+  Weights(py::handle alpha, double value) : alpha_{{}, 0, value} {
+    if (alpha.is_none()) return;
+    const TensorView given = checked_view(alpha.ptr());
+    alpha_ = {{static_cast<const double*>(given.data), true}, given.strides[0], value};
+    if (given.bits == 64) return;
+    wide_.resize(given.shape[0]);
+    for (std::size_t b = 0; b < wide_.size(); ++b) wide_[b] = static_cast<const float*>(given.data)[b * given.strides[0]];
     alpha_.each.data = wide_.data();
     alpha_.stride = 1;
   }
@@ -58,134 +57,105 @@ class Weights {
   Alpha alpha_;
 };
 
-void forward(int dtype, std::int64_t rows, std::int64_t background_rows, std::int64_t size, std::uintptr_t foreground,
-             std::int64_t foreground_stride, std::uintptr_t background, std::int64_t background_stride, const OptionalAddress& index,
-             const OptionalAddress& alpha, int alpha_dtype, std::int64_t alpha_stride, double alpha_value, std::uintptr_t out, int threads) {
-  const Weights weights(alpha, alpha_dtype, alpha_stride, rows, alpha_value);
-  const BlendForward call{static_cast<DType>(dtype), rows, size, {pointer<void>(foreground), foreground_stride},
-                          {pointer<void>(background), background_stride}, {pointer<void>(out), size},
-                          optional_pointer<const std::int64_t>(index), weights.alpha(), threads, past_cache(3 * rows * size, dtype)};
-  check_index(call.index, rows, background_rows);
-  check_alpha(call.alpha, rows);
-  ReleaseGil release(rows * size >= kReleaseGilElements);
+// False, and nothing done, where the maps or the index do not lie as kernels read them.
+bool forward(py::handle foreground, py::handle background, py::handle index, py::handle alpha, double value, py::handle out, int threads) {
+  Maps maps(foreground);
+  std::int64_t background_rows = 0;
+  BlendForward call = parse_forward(maps, background, index, out, background_rows);
+  if (!maps.fits) return false;
+  const Weights weights(alpha, value);
+  const std::int64_t elements = call.rows * call.size;
+  call.alpha = weights.alpha(), call.threads = threads, call.stream = past_cache(3 * elements, static_cast<int>(call.dtype));
+  check_index(call.index, call.rows, background_rows);
+  check_alpha(call.alpha, call.rows);
+  ReleaseGil release(elements >= kReleaseGilElements);
   blend_kernels().forward(call);
+  return true;
 }
 
-// foreground and background are read for grad_alpha alone.
-void backward(int dtype, std::int64_t rows, std::int64_t background_rows, std::int64_t size, std::uintptr_t grad, std::int64_t grad_stride,
-              const OptionalAddress& foreground, std::int64_t foreground_stride, const OptionalAddress& background,
-              std::int64_t background_stride, const OptionalAddress& index, const OptionalAddress& alpha, int alpha_dtype,
-              std::int64_t alpha_stride, double alpha_value, const OptionalAddress& grad_foreground, const OptionalAddress& grad_background,
-              const OptionalAddress& grad_alpha, int threads) {
-  const Weights weights(alpha, alpha_dtype, alpha_stride, rows, alpha_value);
-  BlendBackward call{static_cast<DType>(dtype), rows, background_rows, size, {pointer<void>(grad), grad_stride},
-                     optional_rows(foreground, foreground_stride), optional_rows(background, background_stride), optional_pointer<const std::int64_t>(index),
-                     weights.alpha(), optional_rows(grad_foreground, size), optional_rows(grad_background, size), optional_pointer<double>(grad_alpha),
-                     nullptr, {}, nullptr, threads, past_cache(3 * rows * size, dtype)};
-  check_index(call.index, rows, background_rows);
-  ReleaseGil release(rows * size >= kReleaseGilElements);
+// foreground and background are read for grad_alpha alone. The last two tensors are workspaces of the CUDA core.
+bool backward(py::handle grad, py::handle foreground, py::handle background, py::handle index, py::handle alpha, double value,
+              std::int64_t background_rows, py::handle grad_foreground, py::handle grad_background, py::handle grad_alpha, py::handle,
+              py::handle, int threads) {
+  Maps maps(grad);
+  BlendBackward call = parse_backward(maps, foreground, background, index, background_rows, grad_foreground, grad_background, grad_alpha);
+  if (!maps.fits) return false;
+  const Weights weights(alpha, value);
+  const std::int64_t elements = call.rows * call.size;
+  call.alpha = weights.alpha(), call.threads = threads, call.stream = past_cache(3 * elements, static_cast<int>(call.dtype));
+  check_index(call.index, call.rows, background_rows);
+  ReleaseGil release(elements >= kReleaseGilElements);
   std::optional<Users> users;
   if (call.index.present && call.grad_background.present) {
-    users.emplace(call.index.data, rows, background_rows);
+    users.emplace(call.index.data, call.rows, background_rows);
     call.start = {users->start.data(), true};
     call.order = users->order.data();
   }
   std::vector<double> partial;
   if (call.grad_alpha.present) {
-    partial.resize(rows * blend_chunks(size));
+    partial.resize(call.rows * blend_chunks(call.size));
     call.partial = partial.data();
   }
   blend_kernels().backward(call);
-}
-
-// What of checked tensors `forward` and `backward` take as numbers; no address for None.
-struct Part {
-  OptionalAddress address;
-  int dtype = 1;
-  std::int64_t rows = 0, size = 0, stride = 0;  // of a sample; from one to the next
-  bool dense = true;
-
-  explicit Part(py::handle given) {
-    if (given.is_none()) return;
-    const TensorView tensor = checked_view(given.ptr());
-    DType kind = DType::f64;
-    tensor.floating(kind);
-    address = reinterpret_cast<std::uintptr_t>(tensor.data), dtype = static_cast<int>(kind), dense = tensor.contiguous();
-    rows = tensor.dims ? tensor.shape[0] : 0, stride = tensor.dims ? tensor.strides[0] : 0, size = 1;
-    for (int d = 1; d < tensor.dims; ++d) size *= tensor.shape[d];
-  }
-};
-
-// The same from tensors; false, and nothing done, where samples or an index are not side by side.
-bool forward_of(py::handle foreground, py::handle background, py::handle alpha, double value, py::handle index, py::handle out,
-                int threads) {
-  const Part front(foreground), back(background), weights(alpha), chosen(index), result(out);
-  if (!front.dense || !back.dense || !chosen.dense || !result.dense) return false;
-  forward(front.dtype, front.rows, back.rows, front.size, *front.address, front.size, *back.address, front.size, chosen.address,
-          weights.address, weights.dtype, weights.stride, value, *result.address, threads);
   return true;
 }
 
-// grad_foreground and grad_background may be None, as may what only grad_alpha needs.
-bool backward_of(py::handle grad, py::handle foreground, py::handle background, py::handle alpha, double value, py::handle index,
-                 std::int64_t background_rows, py::handle grad_foreground, py::handle grad_background, py::handle grad_alpha,
-                 int threads) {
-  const Part from(grad), front(foreground), back(background), weights(alpha), chosen(index);
-  if (!from.dense || !front.dense || !back.dense || !chosen.dense) return false;
-  const Part own(grad_foreground), other(grad_background), sums(grad_alpha);
-  backward(from.dtype, from.rows, background_rows, from.size, *from.address, from.size, front.address, from.size, back.address,
-           from.size, chosen.address, weights.address, weights.dtype, weights.stride, value, own.address, other.address, sums.address,
-           threads);
-  return true;
-}
-
-// erase_boxes and keep_boxes of contiguous images in one call; boxes are fp64 or fp32.
-void fill_boxes(std::int64_t item, std::int64_t batch, std::int64_t channels, std::int64_t height, std::int64_t width, std::int64_t boxes,
-                std::uintptr_t images, std::uintptr_t box, int box_dtype, std::uintptr_t fill, int replaced, std::uintptr_t out,
-                int threads) {
-  const std::int64_t corners = batch * boxes * 4, pixels = height * width;
-  std::vector<double> wide(corners);
-  if (static_cast<DType>(box_dtype) == DType::f64)
-    std::copy_n(pointer<const double>(box), corners, wide.begin());
+// boxes [B, n, 4], contiguous fp64 or fp32, as doubles.
+std::vector<double> corners_of(const TensorView& boxes) {
+  std::vector<double> wide(boxes.shape[0] * boxes.shape[1] * 4);
+  if (boxes.bits == 64)
+    std::copy_n(static_cast<const double*>(boxes.data), wide.size(), wide.begin());
   else
-    std::copy_n(pointer<const float>(box), corners, wide.begin());
-  for (std::int64_t i = 0; i < corners; ++i)
-    if (wide[i] != wide[i])
-      throw py::value_error("boxes must not hold NaN; box " + std::to_string(i / 4 % boxes) + " of image " +
-                            std::to_string(i / 4 / boxes) + " does");
+    std::copy_n(static_cast<const float*>(boxes.data), wide.size(), wide.begin());
+  return wide;
+}
+
+// Whether one stride, which it returns too, leads from pixel to pixel through all rows, as in contiguous and channels-last images.
+bool pixels_in_step(const TensorView& images, std::int64_t& step) {
+  const std::int64_t height = images.shape[2], width = images.shape[3];
+  step = width > 1 ? images.strides[3] : images.strides[2];
+  return width <= 1 || height <= 1 || images.strides[2] == width * images.strides[3];
+}
+
+// images and out [B, C, H, W], fill [1 or B, C]; boxes and fill are contiguous. False, and nothing done, where pixels are not in step.
+bool fill_boxes(py::handle images, py::handle boxes, py::handle fill, bool keep, py::handle out, int threads) {
+  const TensorView from = checked_view(images.ptr()), box = checked_view(boxes.ptr()), colour = checked_view(fill.ptr()),
+                   to = checked_view(out.ptr());
+  const std::int64_t batch = from.shape[0], channels = from.shape[1], pixels = from.shape[2] * from.shape[3], count = box.shape[1];
+  std::int64_t step = 0, out_step = 0;
+  if (!from.empty() && !(pixels_in_step(from, step) && pixels_in_step(to, out_step))) return false;
+  const std::vector<double> corners = corners_of(box);
+  for (std::size_t i = 0; i < corners.size(); ++i)
+    if (corners[i] != corners[i])
+      throw py::value_error("boxes must not hold NaN; box " + std::to_string(i / 4 % count) + " of image " + std::to_string(i / 4 / count) +
+                            " does");
+  if (from.empty()) return true;
   const std::unique_ptr<std::uint8_t[]> mask(new std::uint8_t[batch * pixels]);
-  const BoxMask inside{batch, boxes, height, width, wide.data(), mask.get(), threads};
-  const BoxFill call{item, batch, channels, pixels, channels * pixels, pixels, 1, channels * pixels, pixels, 1,
-                     pointer<const void>(images), mask.get(), static_cast<std::uint8_t>(replaced), pointer<const void>(fill), 0,
-                     pointer<void>(out), threads};
+  const BoxMask inside{batch, count, from.shape[2], from.shape[3], corners.data(), mask.get(), threads};
+  const BoxFill call{from.bits / 8, batch, channels, pixels, from.strides[0], from.strides[1], step, to.strides[0], to.strides[1], out_step,
+                     from.data, mask.get(), static_cast<std::uint8_t>(keep ? 0 : 1), colour.data, colour.shape[0] > 1 ? channels : 0,
+                     to.data, threads};
   ReleaseGil release(batch * channels * pixels >= kReleaseGilElements);
   blend_kernels().box_mask(inside);
   blend_kernels().box_fill(call);
+  return true;
 }
 
-void box_mask(std::int64_t batch, std::int64_t boxes, std::int64_t height, std::int64_t width, std::uintptr_t box, std::uintptr_t mask,
-              int threads) {
-  const BoxMask call{batch, boxes, height, width, pointer<const double>(box), pointer<std::uint8_t>(mask), threads};
-  ReleaseGil release(batch * height * width >= kReleaseGilElements);
-  blend_kernels().box_mask(call);
-}
-
-void box_fill(std::int64_t item, std::int64_t batch, std::int64_t channels, std::int64_t pixels, std::int64_t batch_stride,
-              std::int64_t channel_stride, std::int64_t pixel_stride, std::int64_t out_batch_stride, std::int64_t out_channel_stride,
-              std::int64_t out_pixel_stride, std::uintptr_t images, std::uintptr_t mask, int replaced, std::uintptr_t fill,
-              std::int64_t fill_stride, std::uintptr_t out, int threads) {
-  const BoxFill call{item, batch, channels, pixels, batch_stride, channel_stride, pixel_stride, out_batch_stride,
-                     out_channel_stride, out_pixel_stride, pointer<const void>(images), pointer<const std::uint8_t>(mask),
-                     static_cast<std::uint8_t>(replaced), pointer<const void>(fill), fill_stride, pointer<void>(out), threads};
-  ReleaseGil release(batch * channels * pixels >= kReleaseGilElements);
-  blend_kernels().box_fill(call);
+// The mask of fill_boxes alone, for tests: uint8 [B, H, W], contiguous.
+void box_mask(py::handle boxes, py::handle mask, int threads) {
+  const TensorView box = checked_view(boxes.ptr()), to = checked_view(mask.ptr());
+  const std::vector<double> corners = corners_of(box);
+  blend_kernels().box_mask({to.shape[0], box.shape[1], to.shape[1], to.shape[2], corners.data(), static_cast<std::uint8_t*>(to.data), threads});
 }
 
 // Asks for huge pages behind fresh memory that is about to be written: a tenth of the page faults. Advice, so failure is fine.
-void advise_huge_pages(std::uintptr_t address, std::size_t bytes) {
+void advise_huge_pages(py::handle fresh) {
 #ifdef MADV_HUGEPAGE
-  const std::uintptr_t page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
-  const std::uintptr_t begin = (address + page - 1) & ~(page - 1), end = (address + bytes) & ~(page - 1);
+  const TensorView tensor = checked_view(fresh.ptr());
+  std::size_t bytes = tensor.bits / 8;
+  for (int d = 0; d < tensor.dims; ++d) bytes *= static_cast<std::size_t>(tensor.shape[d]);
+  const std::uintptr_t page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE)), start = reinterpret_cast<std::uintptr_t>(tensor.data);
+  const std::uintptr_t begin = (start + page - 1) & ~(page - 1), end = (start + bytes) & ~(page - 1);
   if (end > begin) madvise(pointer<void>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
@@ -195,11 +165,8 @@ void advise_huge_pages(std::uintptr_t address, std::size_t bytes) {
 void bind_blend(py::module_& module) {
   module.def("blend_forward", forward);
   module.def("blend_backward", backward);
-  module.def("blend_forward_of", forward_of);
-  module.def("blend_backward_of", backward_of);
-  module.def("box_mask", box_mask);
-  module.def("box_fill", box_fill);
   module.def("fill_boxes", fill_boxes);
+  module.def("box_mask", box_mask);
   module.def("advise_huge_pages", advise_huge_pages);
 }
 

@@ -171,6 +171,15 @@ int blend_fits(py::handle foreground, py::handle background, py::handle alpha, p
   return counts && chosen.shape[0] == front.shape[0] && back.same_shape(front, 1) ? front.device_type : kNo;
 }
 
+// Whether boxes' kernels may read contiguous images [B, C, H, W] and boxes [B, n, 4], with one number for all that is replaced.
+int boxes_fit(py::handle images, py::handle boxes, py::handle fill) {
+  TensorView pictures, corners;
+  if (!PyFloat_CheckExact(fill.ptr()) || !readable(images.ptr(), pictures) || !readable(boxes.ptr(), corners)) return kNo;
+  if (pictures.dims != 4 || !pictures.contiguous() || !pictures.same_device(corners)) return kNo;
+  const bool boxed = corners.dims == 3 && corners.shape[0] == pictures.shape[0] && corners.shape[2] == 4;
+  return boxed ? pictures.device_type : kNo;
+}
+
 // How the fuse kernels may read maps of one dtype and shape, with scale and shift [maps * channels] of the dtype computed in:
 // 1 contiguous, 2 channels-last, 0 not so.
 int fuse_fits(py::handle features, py::handle scale, py::handle shift) {
@@ -308,6 +317,7 @@ void bind_tensors(py::module_& module) {
   module.def("tensors_fit", tensors_fit);
   module.def("logits_fit", logits_fit);
   module.def("blend_fits", blend_fits);
+  module.def("boxes_fit", boxes_fit);
   module.def("fuse_fits", fuse_fits);
   module.def("optimise_fits", optimise_fits);
   module.def("plain_vectors", plain_vectors);

@@ -1,46 +1,54 @@
 #include <algorithm>
-#include <array>
 
-#include "blend_rows.h"
+#include "blend_call.h"
 #include "fedkern/blend_cuda.h"
 
 namespace fedkern {
 namespace {
 
-void forward(int dtype, std::int64_t rows, std::int64_t background_rows, std::int64_t size, std::uintptr_t foreground,
-             std::int64_t foreground_stride, std::uintptr_t background, std::int64_t background_stride, const OptionalAddress& index,
-             const OptionalAddress& alpha, std::int64_t alpha_stride, double alpha_value, std::uintptr_t out, int device,
+// alpha: fp64.
+Alpha weights(py::handle alpha, double value) {
+  if (alpha.is_none()) return {{}, 0, value};
+  const TensorView given = checked_view(alpha.ptr());
+  return {{static_cast<const double*>(given.data), true}, given.strides[0], value};
+}
+
+// False, and nothing done, where the maps or the index do not lie as kernels read them.
+bool forward(py::handle foreground, py::handle background, py::handle index, py::handle alpha, double value, py::handle out,
              std::uintptr_t stream) {
-  const BlendForward call{static_cast<DType>(dtype), rows, size, {pointer<void>(foreground), foreground_stride},
-                          {pointer<void>(background), background_stride}, {pointer<void>(out), size},
-                          optional_pointer<const std::int64_t>(index), {optional_pointer<const double>(alpha), alpha_stride, alpha_value}, 1};
-  cuda::blend_forward(call, background_rows, device, pointer<void>(stream));
+  Maps maps(foreground);
+  std::int64_t background_rows = 0;
+  BlendForward call = parse_forward(maps, background, index, out, background_rows);
+  if (!maps.fits) return false;
+  call.alpha = weights(alpha, value);
+  cuda::blend_forward(call, background_rows, maps.gpu(), pointer<void>(stream));
+  return true;
 }
 
-// order: [rows], given with `start`.
-void backward(int dtype, std::int64_t rows, std::int64_t background_rows, std::int64_t size, std::uintptr_t grad, std::int64_t grad_stride,
-              const OptionalAddress& foreground, std::int64_t foreground_stride, const OptionalAddress& background,
-              std::int64_t background_stride, const OptionalAddress& index, const OptionalAddress& alpha, std::int64_t alpha_stride,
-              double alpha_value, const OptionalAddress& grad_foreground, const OptionalAddress& grad_background,
-              const OptionalAddress& grad_alpha, const OptionalAddress& start, const OptionalAddress& order, int device,
-              std::uintptr_t stream) {
-  const BlendBackward call{static_cast<DType>(dtype), rows, background_rows, size, {pointer<void>(grad), grad_stride},
-                           optional_rows(foreground, foreground_stride), optional_rows(background, background_stride),
-                           optional_pointer<const std::int64_t>(index), {optional_pointer<const double>(alpha), alpha_stride, alpha_value},
-                           optional_rows(grad_foreground, size), optional_rows(grad_background, size), optional_pointer<double>(grad_alpha),
-                           nullptr, optional_pointer<const std::int64_t>(start), pointer<const std::int64_t>(order.value_or(0)), 1};
-  cuda::blend_backward(call, device, pointer<void>(stream));
+// foreground and background are read for grad_alpha alone. start and order: which samples use each background row (blend.h), for
+// grad_background where there is an index.
+bool backward(py::handle grad, py::handle foreground, py::handle background, py::handle index, py::handle alpha, double value,
+              std::int64_t background_rows, py::handle grad_foreground, py::handle grad_background, py::handle grad_alpha,
+              py::handle start, py::handle order, std::uintptr_t stream) {
+  Maps maps(grad);
+  BlendBackward call = parse_backward(maps, foreground, background, index, background_rows, grad_foreground, grad_background, grad_alpha);
+  if (!maps.fits) return false;
+  call.alpha = weights(alpha, value);
+  call.start = optional_values<const std::int64_t>(start), call.order = optional_values<const std::int64_t>(order).data;
+  cuda::blend_backward(call, maps.gpu(), pointer<void>(stream));
+  return true;
 }
 
-void fill_boxes(std::int64_t item, const std::array<std::int64_t, 5>& sizes, const std::array<std::int64_t, 4>& stride,
-                const std::array<std::int64_t, 4>& out_stride, std::uintptr_t images, std::uintptr_t box, std::uintptr_t fill,
-                std::int64_t fill_stride, bool keep, std::uintptr_t out, int device, std::uintptr_t stream) {
-  const auto [batch, boxes, channels, height, width] = sizes;
-  cuda::FillBoxes call{item, batch, boxes, channels, height, width, {}, {}, pointer<const void>(images), pointer<const double>(box),
-                       pointer<const void>(fill), fill_stride, keep, pointer<void>(out)};
-  std::copy(stride.begin(), stride.end(), call.stride);
-  std::copy(out_stride.begin(), out_stride.end(), call.out_stride);
-  cuda::fill_boxes(call, device, pointer<void>(stream));
+// images and out [B, C, H, W], boxes [B, n, 4] in fp64, fill [1 or B, C]; boxes and fill are contiguous. Serves every layout: true.
+bool fill_boxes(py::handle images, py::handle boxes, py::handle fill, bool keep, py::handle out, std::uintptr_t stream) {
+  const TensorView from = checked_view(images.ptr()), box = checked_view(boxes.ptr()), colour = checked_view(fill.ptr()),
+                   to = checked_view(out.ptr());
+  cuda::FillBoxes call{from.bits / 8, from.shape[0], box.shape[1], from.shape[1], from.shape[2], from.shape[3], {}, {}, from.data,
+                       static_cast<const double*>(box.data), colour.data, colour.shape[0] > 1 ? from.shape[1] : 0, keep, to.data};
+  std::copy_n(from.strides, 4, call.stride);
+  std::copy_n(to.strides, 4, call.out_stride);
+  cuda::fill_boxes(call, from.gpu(), pointer<void>(stream));
+  return true;
 }
 
 }  // namespace

@@ -179,21 +179,19 @@ def test_every_offset_over_sentinels(isa: str) -> None:
     core = cpu_core()
     height, width = 5, 7
     corners = torch.tensor([[[1.0, 1, 4, 3]]], dtype=torch.float64)
-    fill = torch.tensor([9.0])
+    fill = torch.tensor([[9.0]])
     source = torch.randn(height * width + 41)
     with using(isa):
         for i in range(41):
             images = source[i : i + height * width].view(1, 1, height, width)
             masks = torch.full((height * width + 82,), 77, dtype=torch.uint8)
             buffer = torch.full((height * width + 82,), 777.0)
-            mask, out = masks[41 - i :], buffer[41 - i :]
-            core.box_mask(1, 1, height, width, corners.data_ptr(), mask.data_ptr(), 1)
-            core.box_fill(
-                *(4, 1, 1, height * width, height * width, height * width, 1, height * width, height * width, 1),
-                *(images.data_ptr(), mask.data_ptr(), 1, fill.data_ptr(), 0, out.data_ptr(), 1),
-            )
+            mask, out = (t[41 - i :][: height * width].view(1, 1, height, width) for t in (masks, buffer))
+            core.box_mask(corners, mask[0], 1)
+            assert core.fill_boxes(images, corners, fill, False, out, 1)
             wanted = by_pixels(images, [corners[0]], [9.0], keep=False)
-            assert torch.equal(out[: height * width].view_as(wanted), wanted)
+            assert torch.equal(out, wanted)
+            assert torch.equal(mask.bool(), wanted == 9)
             for sentinel, value in ((masks, 77), (buffer, 777)):
                 assert bool((sentinel[: 41 - i] == value).all())
                 assert bool((sentinel[41 - i + height * width :] == value).all())
@@ -224,18 +222,18 @@ def test_same_bits_for_one_and_two_threads() -> None:
 
 X, B = torch.zeros(2, 3, 4, 4), torch.zeros(2, 1, 4)
 WRONG = [
-    (([1.0], B), TypeError, "images must be a tensor, not list"),
-    ((X[0], B), ValueError, r"images must have shape \[B, C, H, W\], not \[3, 4, 4\]"),
-    ((X.to(torch.complex64), B), TypeError, "images must have a real dtype, not torch.complex64"),
-    ((X, B[:1]), ValueError, r"boxes must have shape \[2, n, 4\], not \[1, 1, 4\]"),
-    ((X, B[..., :3]), ValueError, r"boxes must have shape \[2, n, 4\], not \[2, 1, 3\]"),
+    (([1.0], B), TypeError, "images must be a tensor, but got list"),
+    ((X[0], B), ValueError, r"images must have shape \[B, C, H, W\], but has \[3, 4, 4\]"),
+    ((X.to(torch.complex64), B), TypeError, "images must have a real dtype, but has torch.complex64"),
+    ((X, B[:1]), ValueError, r"boxes must have shape \[2, n, 4\], but has \[1, 1, 4\]"),
+    ((X, B[..., :3]), ValueError, r"boxes must have shape \[2, n, 4\], but has \[2, 1, 3\]"),
     ((X, [B[0]]), ValueError, "boxes must have one entry for each of the 2 images, not 1"),
-    ((X, [B[0], torch.zeros(4)]), ValueError, r"boxes\[1\] must have shape \[n, 4\], not \[4\]"),
-    ((X, [B[0], [0, 0, 1, 1]]), TypeError, r"boxes\[1\] must be a tensor, not list"),
-    ((X, B.bool()), TypeError, "boxes must have a real dtype, not torch.bool"),
+    ((X, [B[0], torch.zeros(4)]), ValueError, r"boxes\[1\] must have shape \[n, 4\], but has \[4\]"),
+    ((X, [B[0], [0, 0, 1, 1]]), TypeError, r"boxes\[1\] must be a tensor, but got list"),
+    ((X, B.bool()), TypeError, "boxes must have a real dtype, but has torch.bool"),
     ((X, torch.full((2, 1, 4), math.nan)), ValueError, "boxes must not hold NaN; box 0 of image 0 does"),
     ((X, B, [1.0, 2.0]), ValueError, "fill must be a number or have 3 values, not 2"),
-    ((X, B, torch.zeros(2)), ValueError, r"fill must be a number or have shape \[3\], not \[2\]"),
+    ((X, B, torch.zeros(2)), ValueError, r"fill must be a number or have shape \[3\], but has \[2\]"),
     ((X, B, torch.zeros(3, requires_grad=True)), ValueError, "fill is a constant and takes no gradient"),
     ((X.byte(), B, 256), ValueError, "fill must be a value of the images' dtype torch.uint8, not 256"),
     ((X.byte(), B, 0.5), ValueError, "fill must be a value of the images' dtype torch.uint8, not 0.5"),

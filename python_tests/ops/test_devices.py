@@ -24,7 +24,10 @@ def fake_gpus(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int], h
 
 def fake_core(runtime: int = 13000, driver: int = 13000, built_for: list[int] = BUILT_FOR) -> Any:
     return SimpleNamespace(
-        architectures=lambda: built_for, versions=lambda: (runtime, driver), take_tensors=lambda *_: None
+        architectures=lambda: built_for,
+        versions=lambda: (runtime, driver),
+        take_tensors=lambda *_: None,
+        blend_fits=lambda *_: 0,
     )
 
 
@@ -127,7 +130,8 @@ def reason(name: str) -> str:
 @pytest.mark.usefixtures("fresh")
 def test_cuda_serves_a_gpu_it_was_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_gpus(monkeypatch, (9, 0))
-    assert type(chosen()).__name__ == "CudaBlend"
+    assert type(chosen()).__name__ == "BlendKernels"
+    assert chosen().gpu
     assert reason("cuda") == reason("triton") == ""
 
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.ops._blend.cuda import CudaBlend
-from fedkern.ops._blend.kernels import CpuBlend, check_memory
+from fedkern.ops._blend.kernels import BlendKernel, BlendKernels, check_memory
 from fedkern.ops._blend.library import BLEND, BLEND_BACKWARD
 from fedkern.ops._blend.reference import blend_reference, check_values
 from fedkern.ops._core import backend
-from fedkern.ops._core.checks import check_dense, real, shown
+from fedkern.ops._core.backend import eager, ready, select
+from fedkern.ops._core.checks import check_device, check_floating, check_tensor, real, shown
 from fedkern.ops._core.function import EagerFunction
 
 # 1. Specification: blend_reference.
@@ -48,37 +48,31 @@ def blend(
             alpha out of range.  On CUDA an index out of range is a device assertion.
         RuntimeError: a forced backend cannot serve the call.
     """
-    kernel = _usual(foreground, background, alpha, index)
-    if kernel is not None:
-        if type(alpha) is float:
-            if torch.is_grad_enabled() and (foreground.requires_grad or background.requires_grad):
-                return _Blend.call(kernel, foreground, background, None, alpha, index)
-            return kernel.forward(foreground, background, None, alpha, index)
-        if torch.is_grad_enabled() and (
-            foreground.requires_grad or background.requires_grad or alpha.requires_grad  # type: ignore[union-attr]
-        ):
-            return _Blend.call(kernel, foreground, background, alpha, 0.5, index)
-        return kernel.forward(foreground, background, alpha, 0.5, index)
-    _check(foreground, background, alpha, index)
-    if background.dtype != foreground.dtype:
-        dtype = torch.promote_types(foreground.dtype, background.dtype)
-        foreground, background = foreground.to(dtype), background.to(dtype)
+    kernel: BlendKernel | None = ready("blend", foreground, background, alpha, index)
     weights: Tensor | None = None
     value = 0.5
-    if isinstance(alpha, Tensor):
-        # One weight for all samples: in fp64, so that its gradient is summed over the samples before it is rounded.
-        weights = alpha if alpha.dim() else alpha.to(torch.float64).expand(foreground.shape[0])
-    else:
-        value = alpha
-    given = [tensor for tensor in (foreground, background, weights, index) if tensor is not None]
-    if not backend.eager(*given):
-        return BLEND(foreground, background, weights, value, index)
-    kernel = backend.select("blend", foreground, background)
-    if weights is not None:
-        weights = weights.resolve_neg()  # kernels read memory as it is
     if kernel is None:
-        check_values(weights, index, background.shape[0])
-        return blend_reference(foreground, background, value if weights is None else weights, index)
+        _check(foreground, background, alpha, index)
+    if type(alpha) is float or not isinstance(alpha, Tensor):
+        value = alpha
+    else:
+        weights = alpha
+    if kernel is None:
+        if background.dtype != foreground.dtype:
+            dtype = torch.promote_types(foreground.dtype, background.dtype)
+            foreground, background = foreground.to(dtype), background.to(dtype)
+        if weights is not None and not weights.dim():
+            # In fp64, so that the gradient of one weight is summed over the samples before it is rounded.
+            weights = weights.to(torch.float64).expand(foreground.shape[0])
+        given = [tensor for tensor in (foreground, background, weights, index) if tensor is not None]
+        if not eager(*given):
+            return BLEND(foreground, background, weights, value, index)
+        if weights is not None:
+            weights = weights.resolve_neg()  # kernels read memory as it is
+        kernel = select("blend", foreground, background)
+        if kernel is None:
+            check_values(weights, index, background.shape[0])
+            return blend_reference(foreground, background, value if weights is None else weights, index)
     if torch.is_grad_enabled() and (
         foreground.requires_grad or background.requires_grad or (weights is not None and weights.requires_grad)
     ):
@@ -86,57 +80,34 @@ def blend(
     return kernel.forward(foreground, background, weights, value, index)
 
 
-def _usual(foreground: Tensor, background: Tensor, alpha: float | Tensor, index: Tensor | None) -> Any | None:
-    """Returns the CPU kernel for the most common calls, in few steps; None: the general path decides."""
-    if backend.intercepted():  # first of all: a compiler would guard on everything that is looked up below
-        return None
-    found = backend._chosen.get(_KEY)
-    if found is None or type(found[0]) is not CpuBlend:
-        return None
-    kernel = found[0]
-    return kernel if kernel.fits(foreground, background, alpha, index) else None
-
-
-_KEY = ("blend", "cpu")
-
-
 def _check(foreground: Tensor, background: Tensor, alpha: float | Tensor, index: Tensor | None) -> None:
     for name, tensor in (("foreground", foreground), ("background", background)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
-        check_dense(tensor, name)
-        if tensor.dtype not in backend.FLOATS:
-            raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, not {tensor.dtype}")
+        check_tensor(tensor, name)
+        check_floating(tensor, name)
         if not tensor.dim():
-            raise ValueError(f"{name} must have shape [B, *S], not []")
-    if background.device != foreground.device:
-        raise ValueError(f"background must be on foreground's device {foreground.device}, not {background.device}")
+            raise ValueError(f"{name} must have shape [B, *S], but has []")
+    check_device(background, "background", foreground, "foreground")
     rows, shape = foreground.shape[0], foreground.shape[1:]
     if background.shape[1:] != shape:
-        raise ValueError(f"background must have shape {['N', *shape]}, not {list(background.shape)}")
+        raise ValueError(f"background must have shape {['N', *shape]}, but has {list(background.shape)}")
     if index is None:
         if background.shape[0] != rows:
             raise ValueError(
-                f"background must have foreground's {rows} rows when no index is given, not {background.shape[0]}"
+                f"background must have foreground's {rows} rows when no index is given, but has {background.shape[0]}"
             )
-    elif not isinstance(index, Tensor):
-        raise TypeError(f"index must be an int64 tensor, not {type(index).__name__}")
-    elif index.layout is not torch.strided or index.is_nested:
-        check_dense(index, "index")
-    elif index.dtype != torch.int64:
-        raise TypeError(f"index must be int64, not {index.dtype}")
-    elif index.shape != (rows,):
-        raise ValueError(f"index must have shape [{rows}], not {list(index.shape)}")
-    elif index.device != foreground.device:
-        raise ValueError(f"index must be on foreground's device {foreground.device}, not {index.device}")
+    else:
+        check_tensor(index, "index")
+        if index.dtype != torch.int64:
+            raise TypeError(f"index must have dtype int64, but has {index.dtype}")
+        if index.shape != (rows,):
+            raise ValueError(f"index must have shape [{rows}], but has {list(index.shape)}")
+        check_device(index, "index", foreground, "foreground")
     if isinstance(alpha, Tensor):
-        check_dense(alpha, "alpha")
-        if alpha.dtype not in backend.FLOATS:
-            raise TypeError(f"alpha must be float32, float64, bfloat16 or float16, not {alpha.dtype}")
+        check_tensor(alpha, "alpha")
+        check_floating(alpha, "alpha")
         if alpha.dim() and alpha.shape != (rows,):
-            raise ValueError(f"alpha must have shape [{rows}] or [], not {list(alpha.shape)}")
-        if alpha.device != foreground.device:
-            raise ValueError(f"alpha must be on foreground's device {foreground.device}, not {alpha.device}")
+            raise ValueError(f"alpha must have shape [{rows}] or [], but has {list(alpha.shape)}")
+        check_device(alpha, "alpha", foreground, "foreground")
     elif isinstance(alpha, bool):
         raise TypeError("alpha must be a number or a tensor, not bool")
     elif not 0 <= real(alpha, "alpha", "a number or a tensor") <= 1:
@@ -190,4 +161,4 @@ class _Blend(EagerFunction):
 
 # 5. Backends.
 
-backend.serve("blend", cpu=CpuBlend, cuda=CudaBlend, triton="_blend.triton.blend:TritonBlend")
+backend.serve("blend", cpu=BlendKernels, cuda=BlendKernels, triton="_blend.triton.blend:TritonBlend", fits="blend_fits")

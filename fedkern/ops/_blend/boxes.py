@@ -5,16 +5,15 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from fedkern.ops._blend.boxes_kernels import BoxesKernel, CpuBoxes
-from fedkern.ops._blend.cuda import CudaBoxes
-from fedkern.ops._blend.kernels import output_strides
+from fedkern.ops._blend.kernels import BoxesKernel, BoxesKernels, output_strides
 from fedkern.ops._core import backend, library
-from fedkern.ops._core.checks import check_dense, real, shown
+from fedkern.ops._core.backend import eager, ready, select
+from fedkern.ops._core.checks import check_dense, check_device, check_memory, check_tensor, real, shown
 from fedkern.ops._core.function import EagerFunction
 from fedkern.ops._core.memory import placed
 
@@ -78,67 +77,43 @@ def keep_boxes(
 def _boxes(
     images: Tensor, boxes: Tensor | Sequence[Tensor], fill: float | Sequence[float] | Tensor, keep: bool
 ) -> Tensor:
-    kernel = _usual(images, boxes, fill)
+    kernel: BoxesKernel | None = ready("boxes", images, boxes, fill)
     if kernel is not None:
-        fills = _constant(fill, images.dtype, images.shape[1])  # type: ignore[arg-type]
-        if torch.is_grad_enabled() and images.requires_grad:
-            return _FillBoxes.call(kernel, images, boxes, fills, keep)
-        return kernel.fill_contiguous(images, boxes, fills, keep)  # type: ignore[arg-type]
-    _check_images(images)
-    padded = _padded(boxes, images)
-    fills = _fills(fill, images)
-    if not backend.eager(images, padded, fills):
-        return _fill_boxes(images, padded, fills, keep)
+        padded, fills = cast(Tensor, boxes), _constant(cast(float, fill), images)
+    else:
+        _check_images(images)
+        padded, fills = _padded(boxes, images), _fills(fill, images)
+        if not eager(images, padded, fills):
+            return _fill_boxes(images, padded, fills, keep)
     if torch.is_grad_enabled() and images.requires_grad:
-        return _FillBoxes.call(None, images, padded, fills, keep)
-    return _implementation(images, padded, fills, keep)
-
-
-def _usual(images: Tensor, boxes: Any, fill: Any) -> CpuBoxes | None:
-    """Returns the CPU kernel for the most common calls, in few steps; None: the general path decides."""
-    if type(fill) is not float or not backend.eager(images, boxes):
-        return None
-    if (
-        not images.is_cpu
-        or not boxes.is_cpu
-        or images.dtype not in backend.DTYPES
-        or (boxes.dtype is not torch.float32 and boxes.dtype is not torch.float64)
-        or images.layout is not torch.strided
-        or boxes.layout is not torch.strided
-        or images.is_nested
-        or boxes.is_nested
-        or images.dim() != 4
-        or not images.is_contiguous()
-        or not boxes.is_contiguous()
-        or images.is_neg()
-        or boxes.is_neg()
-    ):
-        return None
-    shape = boxes.shape
-    if len(shape) != 3 or shape[0] != images.shape[0] or shape[2] != 4:
-        return None
-    found = backend._chosen.get(_KEY)
-    return found[0] if found is not None and isinstance(found[0], CpuBoxes) else None
+        return _FillBoxes.call(kernel, images, padded, fills, keep)
+    return _run(kernel, images, padded, fills, keep)
 
 
 @functools.lru_cache(maxsize=64)
 def _filled(fill: float, sign: float, dtype: torch.dtype, channels: int) -> Tensor:
-    return torch.full((channels,), fill, dtype=dtype)
+    return torch.full((1, channels), fill, dtype=dtype)
 
 
-def _constant(fill: float, dtype: torch.dtype, channels: int) -> Tensor:
-    """The fill as ``[C]``, cached; the sign is a key of its own, since 0.0 and -0.0 are equal keys."""
-    return _filled(fill, math.copysign(1.0, fill), dtype, channels)
+def _constant(fill: float, images: Tensor) -> Tensor:
+    """The fill as ``[1, C]``, cached on the CPU; the sign is a key of its own, since 0.0 and -0.0 are equal keys."""
+    channels = images.shape[1]
+    if images.is_cpu:
+        return _filled(fill, math.copysign(1.0, fill), images.dtype, channels)
+    # One made while a CUDA graph is captured, or on another stream, may hold nothing yet when it is used again.
+    return torch.full((1, channels), fill, dtype=images.dtype, device=images.device)
 
 
 def _check_images(images: Tensor) -> None:
-    if not isinstance(images, Tensor):
-        raise TypeError(f"images must be a tensor, not {type(images).__name__}")
-    check_dense(images, "images")
-    if images.is_complex():
-        raise TypeError(f"images must have a real dtype, not {images.dtype}")
+    check_tensor(images, "images")
+    _check_real(images, "images")
     if images.dim() != 4:
-        raise ValueError(f"images must have shape [B, C, H, W], not {list(images.shape)}")
+        raise ValueError(f"images must have shape [B, C, H, W], but has {list(images.shape)}")
+
+
+def _check_real(tensor: Tensor, name: str) -> None:
+    if tensor.is_complex():
+        raise TypeError(f"{name} must have a real dtype, but has {tensor.dtype}")
 
 
 def _padded(boxes: Tensor | Sequence[Tensor], images: Tensor) -> Tensor:
@@ -147,7 +122,7 @@ def _padded(boxes: Tensor | Sequence[Tensor], images: Tensor) -> Tensor:
     if isinstance(boxes, Tensor):
         check_dense(boxes, "boxes")
         if boxes.dim() != 3 or boxes.shape[0] != batch or boxes.shape[2] != 4:
-            raise ValueError(f"boxes must have shape [{batch}, n, 4], not {list(boxes.shape)}")
+            raise ValueError(f"boxes must have shape [{batch}, n, 4], but has {list(boxes.shape)}")
         padded = boxes
     elif isinstance(boxes, str) or not isinstance(boxes, Sequence):
         raise TypeError(f"boxes must be a tensor or a list of tensors, not {type(boxes).__name__}")
@@ -156,22 +131,20 @@ def _padded(boxes: Tensor | Sequence[Tensor], images: Tensor) -> Tensor:
         if len(rows) != batch:
             raise ValueError(f"boxes must have one entry for each of the {batch} images, not {len(rows)}")
         for position, row in enumerate(rows):
-            if not isinstance(row, Tensor):
-                raise TypeError(f"boxes[{position}] must be a tensor, not {type(row).__name__}")
-            check_dense(row, f"boxes[{position}]")
+            name = f"boxes[{position}]"
+            check_tensor(row, name)
             if row.dim() != 2 or row.shape[1] != 4:
-                raise ValueError(f"boxes[{position}] must have shape [n, 4], not {list(row.shape)}")
-            if row.device != images.device:
-                raise ValueError(f"boxes[{position}] must be on the images' device {images.device}, not {row.device}")
+                raise ValueError(f"{name} must have shape [n, 4], but has {list(row.shape)}")
+            check_device(row, name, images, "images")
         padded = (
             torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
             if rows
             else torch.zeros(0, 0, 4, device=images.device)
         )
-    if padded.is_complex() or padded.dtype == torch.bool:
-        raise TypeError(f"boxes must have a real dtype, not {padded.dtype}")
-    if padded.device != images.device:
-        raise ValueError(f"boxes must be on the images' device {images.device}, not {padded.device}")
+    if padded.dtype == torch.bool:
+        raise TypeError("boxes must have a real dtype, but has torch.bool")
+    _check_real(padded, "boxes")
+    check_device(padded, "boxes", images, "images")
     return padded
 
 
@@ -180,15 +153,14 @@ def _fills(fill: float | Sequence[float] | Tensor, images: Tensor) -> Tensor:
     channels = images.shape[1]
     if isinstance(fill, Tensor):
         check_dense(fill, "fill")
-        if fill.is_complex():
-            raise TypeError(f"fill must have a real dtype, not {fill.dtype}")
+        _check_real(fill, "fill")
         if fill.requires_grad:
             raise ValueError("fill is a constant and takes no gradient; pass fill.detach()")
         if fill.shape not in ((), (channels,)):
-            raise ValueError(f"fill must be a number or have shape [{channels}], not {list(fill.shape)}")
-        if fill.device != images.device and fill.dim():
-            raise ValueError(f"fill must be on the images' device {images.device}, not {fill.device}")
-        if fill.is_cpu and backend.eager(fill):  # on a GPU reading the values would wait for the device
+            raise ValueError(f"fill must be a number or have shape [{channels}], but has {list(fill.shape)}")
+        if fill.dim():
+            check_device(fill, "fill", images, "images")
+        if fill.is_cpu and eager(fill):  # on a GPU reading the values would wait for the device
             _check_values(fill.flatten().tolist(), images.dtype)
             if not fill.dim():
                 return placed([fill.item()], images.device, images.dtype).expand(channels)[None]
@@ -219,12 +191,12 @@ def _check_values(values: Sequence[float], dtype: torch.dtype) -> None:
 
 class _FillBoxes(EagerFunction):
     @staticmethod
-    def forward(ctx: Any, kernel: CpuBoxes | None, images: Tensor, boxes: Tensor, fill: Tensor, keep: bool) -> Tensor:
+    def forward(
+        ctx: Any, kernel: BoxesKernel | None, images: Tensor, boxes: Tensor, fill: Tensor, keep: bool
+    ) -> Tensor:
         ctx.save_for_backward(boxes)
         ctx.keep = keep
-        if kernel is not None:
-            return kernel.fill_contiguous(images, boxes, fill, keep)
-        return _implementation(images, boxes, fill, keep)
+        return _run(kernel, images, boxes, fill, keep)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -234,14 +206,24 @@ class _FillBoxes(EagerFunction):
 # 4. The same operator for torch.compile, torch.func and opcheck.
 
 
+def _run(kernel: BoxesKernel | None, images: Tensor, boxes: Tensor, fill: Tensor, keep: bool) -> Tensor:
+    """An ordinary call's result, from its kernel; None: from what serves other calls."""
+    if kernel is None:
+        return _implementation(images, boxes, fill, keep)
+    out = torch.empty_like(images)
+    kernel.fill(images, boxes, fill, keep, out)
+    return out
+
+
 def _implementation(images: Tensor, boxes: Tensor, fill: Tensor, keep: bool) -> Tensor:
+    check_memory(boxes, "boxes")
     if boxes.device.type == "cpu":
         wrong = boxes.isnan().nonzero().tolist() if boxes.is_floating_point() else []
         if wrong:
             image, box = wrong[0][:2]
             raise ValueError(f"boxes must not hold NaN; box {box} of image {image} does")
     out = _fake(images, boxes, fill, keep)
-    kernel: BoxesKernel | None = backend.select("boxes", images)
+    kernel: BoxesKernel | None = select("boxes", images)
     if kernel is None:
         return out.copy_(fill_boxes_reference(images, boxes, fill, keep))
     kernel.fill(images, boxes, fill.to(images.dtype), keep, out)
@@ -310,5 +292,11 @@ _DTYPES = frozenset(
         *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool),
     }
 )
-_KEY = ("boxes", "cpu")
-backend.serve("boxes", cpu=CpuBoxes, cuda=CudaBoxes, triton="_blend.triton.boxes:TritonBoxes", dtypes=_DTYPES)
+backend.serve(
+    "boxes",
+    cpu=BoxesKernels,
+    cuda=BoxesKernels,
+    triton="_blend.triton.boxes:TritonBoxes",
+    dtypes=_DTYPES,
+    fits="boxes_fit",
+)

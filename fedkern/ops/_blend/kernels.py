@@ -1,18 +1,73 @@
-"""blend: launchers of the compiled kernels, which take tensors as pointers, sizes and strides."""
+"""blend and boxes: the kernel interfaces, and the launchers of both compiled cores."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fedkern.ops._core.backend import DTYPES, address
-from fedkern.ops._core.memory import HUGE, fresh
+from fedkern.ops._core import checks
+from fedkern.ops._core.launch import Launcher
+from fedkern.ops._core.memory import HUGE
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+# The interfaces. Tensors have been checked and lie on one device.
+
+
+class BlendKernel(Protocol):
+    """One backend's implementation of blend."""
+
+    def forward(
+        self, foreground: Tensor, background: Tensor, alpha: Tensor | None, value: float, index: Tensor | None
+    ) -> Tensor:
+        """Returns the result, with :func:`output_strides` of the foreground.
+
+        Args:
+            foreground, background: maps of one dtype, any strides.
+            alpha: ``[B]``, any floating dtype; None where ``value`` is the weight of every foreground.
+            value: see ``alpha``.
+            index: as in blend.
+        """
+
+    def backward(
+        self,
+        grad: Tensor,
+        foreground: Tensor | None,
+        background: Tensor | None,
+        alpha: Tensor | None,
+        value: float,
+        index: Tensor | None,
+        background_rows: int,
+        needs: Sequence[bool],
+        strides: tuple[int, ...] | None = None,
+    ) -> Gradients:
+        """Returns the gradients of foreground, background and alpha where ``needs`` asks for them.
+
+        The maps are read for alpha's gradient alone. ``strides`` are the result's, which the maps' gradients get too;
+        None: those of ``grad`` without gaps.
+        """
+
+
+class BoxesKernel(Protocol):
+    """One backend's implementation of erase_boxes and keep_boxes."""
+
+    def fill(self, images: Tensor, boxes: Tensor, fill: Tensor, keep: bool, out: Tensor) -> None:
+        """Writes ``images`` to ``out``, with ``fill`` for pixels inside any box or (``keep``) outside all boxes.
+
+        Args:
+            images: ``[B, C, H, W]``, any real dtype and strides.
+            boxes: ``[B, n, 4]``, any real dtype. A box with a NaN is empty on a GPU, a ValueError on the CPU.
+            fill: ``[1 or B, C]``, the images' dtype.
+            keep: whether the boxes are kept, as in keep_boxes, or erased.
+            out: like ``images``, just allocated; samples are dense in some order of axes.
+        """
+
+
+# What backends share.
 
 
 def sample_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...] | None:
@@ -60,46 +115,57 @@ def check_memory(
     index: Tensor | None, foreground: Tensor | None, background: Tensor | None, alpha: Tensor | None
 ) -> None:
     """Raises RuntimeError, for every backend, if the memory of a tensor that the backward pass reads was freed."""
-    address(index, "index")
+    if index is not None:
+        checks.check_memory(index, "index")
     if alpha is not None:
-        address(alpha, "alpha")
-        address(foreground, "foreground")
-        address(background, "background")
+        for tensor, name in ((alpha, "alpha"), (foreground, "foreground"), (background, "background")):
+            if tensor is not None:
+                checks.check_memory(tensor, name)
 
 
-class Launcher:
-    """Calls a compiled core with the arguments that ``fedkern._cpu`` and ``fedkern._cuda`` share."""
+def users(index: Tensor, background_rows: int) -> tuple[Tensor, Tensor]:
+    """(start, order): the samples that use background row n are ``order[start[n] : start[n + 1]]``, ascending."""
+    ordered, order = torch.sort(index, stable=True)
+    return torch.searchsorted(ordered, torch.arange(background_rows + 1, device=index.device)), order
 
+
+# The launchers.
+
+
+class _Launcher(Launcher):
     def __init__(self, core: Any) -> None:
-        self.core = core
+        super().__init__(core)
+        # What the core takes where kernels read fp64: the CPU core converts fp32 itself.
+        self._wide = (torch.float64,) if self.gpu else (torch.float32, torch.float64)
+
+    def wide(self, tensor: Tensor) -> Tensor:
+        return tensor if tensor.dtype in self._wide else tensor.double()
+
+
+class BlendKernels(_Launcher):
+    """:class:`BlendKernel` of both compiled cores.
+
+    Kernels walk samples in the order of memory. A core answers False, and does nothing, where the samples of a call
+    have gaps or do not lie alike. To ask this in Python would take longer than a small blend.
+    """
 
     def forward(
         self, foreground: Tensor, background: Tensor, alpha: Tensor | None, value: float, index: Tensor | None
     ) -> Tensor:
-        shape = foreground.shape
-        if foreground.is_contiguous() and background.is_contiguous():
-            out = torch.empty_like(foreground, memory_format=torch.contiguous_format)
-        else:
-            strides = output_strides(shape, foreground.stride())
-            out = torch.empty_strided(shape, strides, dtype=foreground.dtype, device=foreground.device)
-            foreground, background = in_layout(foreground, strides), in_layout(background, strides)
-        alpha, index = _small(alpha), None if index is None else index.contiguous()
-        self._forward(
-            DTYPES[out.dtype],
-            shape[0],
-            background.shape[0],
-            math.prod(shape[1:]),
-            address(foreground, "foreground"),
-            foreground.stride(0),
-            address(background, "background"),
-            background.stride(0),
-            address(index, "index"),
-            address(alpha, "alpha"),
-            0 if alpha is None else alpha.stride(0),
-            value,
-            self._fresh(out).data_ptr(),
-            out,
-        )
+        if alpha is not None:
+            alpha = self.wide(alpha)
+        out = _empty_like(foreground)
+        if out.numel() >= _LARGE:
+            self.fresh(out)
+        if self.core.blend_forward(foreground, background, index, alpha, value, out, self.at(out)):
+            return out
+        del out  # its memory can be used again
+        strides = output_strides(foreground.shape, foreground.stride())
+        out = self.fresh(foreground.new_empty_strided(foreground.shape, strides))
+        foreground, background = in_layout(foreground, strides), in_layout(background, strides)
+        index = None if index is None else index.contiguous()
+        served = self.core.blend_forward(foreground, background, index, alpha, value, out, self.at(out))
+        assert served
         return out
 
     def backward(
@@ -114,144 +180,58 @@ class Launcher:
         needs: Sequence[bool],
         strides: tuple[int, ...] | None = None,
     ) -> Gradients:
-        """Gradients of foreground, background and alpha where ``needs`` asks for them, in the layout of the result."""
-        shape = grad.shape
-        rows = shape[0]
-        # The batch stride of a result of one sample can be anything; rows of the background's gradient must follow each
-        # other.
-        strides = output_strides(shape, grad.stride() if strides is None else strides)
-        grad = in_layout(grad, strides)
-        own: Tensor | None = None
-        other: Tensor | None = None
-        per_sample: Tensor | None = None
-        if needs[0]:
-            own = self._fresh(torch.empty_strided(shape, strides, dtype=grad.dtype, device=grad.device))
-        if needs[1]:
-            other_shape = (background_rows, *shape[1:])
-            other = self._fresh(torch.empty_strided(other_shape, strides, dtype=grad.dtype, device=grad.device))
-        if needs[2]:
-            assert foreground is not None
-            assert background is not None
-            foreground, background = in_layout(foreground, strides), in_layout(background, strides)
-            per_sample = torch.empty(rows, dtype=torch.float64, device=grad.device)
-        alpha64, index = _small(alpha), None if index is None else index.contiguous()
-        self._backward(
-            DTYPES[grad.dtype],
-            rows,
-            background_rows,
-            math.prod(shape[1:]),
-            grad.data_ptr(),
-            grad.stride(0),
-            address(foreground, "foreground"),
-            0 if foreground is None else foreground.stride(0),
-            address(background, "background"),
-            0 if background is None else background.stride(0),
-            address(index, "index"),
-            address(alpha64, "alpha"),
-            0 if alpha64 is None else alpha64.stride(0),
-            value,
-            address(own),
-            address(other),
-            address(per_sample),
-            grad,
-            index,
-        )
-        if per_sample is not None and alpha is not None:
-            per_sample = per_sample.to(alpha.dtype)
-        return own, other, per_sample
-
-    def _fresh(self, tensor: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _forward(self, *arguments: Any) -> None:
-        raise NotImplementedError
-
-    def _backward(self, *arguments: Any) -> None:
-        raise NotImplementedError
-
-
-class CpuBlend(Launcher):
-    """Launcher of the CPU core, with a short path for the most common tensors.
-
-    On small feature vectors the way into the core takes longer than the blend.
-    """
-
-    def __init__(self, core: Any) -> None:
-        super().__init__(core)
-        self.fits = core.blend_fits
-        self._forward_of, self._backward_of = core.blend_forward_of, core.blend_backward_of
-
-    def forward(
-        self, foreground: Tensor, background: Tensor, alpha: Tensor | None, value: float, index: Tensor | None
-    ) -> Tensor:
-        out = _empty_like(foreground)
-        count = out.numel()
-        if count >= _LARGE:
-            fresh(self.core, out)
-        weights = alpha if alpha is None or alpha.dtype in _WIDE else alpha.double()
-        if count and self._forward_of(foreground, background, weights, value, index, out, _threads()):
-            return out
-        del out  # its memory can be used again
-        return super().forward(foreground, background, alpha, value, index)
-
-    def backward(
-        self,
-        grad: Tensor,
-        foreground: Tensor | None,
-        background: Tensor | None,
-        alpha: Tensor | None,
-        value: float,
-        index: Tensor | None,
-        background_rows: int,
-        needs: Sequence[bool],
-        strides: tuple[int, ...] | None = None,
-    ) -> Gradients:
-        count = grad.numel()
-        if not count or grad.stride() != strides or not grad.is_contiguous():
-            rest = (foreground, background, alpha, value, index, background_rows, needs, strides)
-            return super().backward(grad, *rest)
-        own = _empty_like(grad) if needs[0] else None
-        other = per_sample = None
-        if needs[1]:
-            same = len(grad) == background_rows
-            other = _empty_like(grad) if same else grad.new_empty((background_rows, *grad.shape[1:]))
-        if count >= _LARGE:
+        shape, count = grad.shape, grad.numel()
+        own = other = per_sample = start = order = None
+        if count and grad.stride() == strides and grad.is_contiguous():
+            if needs[0]:
+                own = _empty_like(grad)
+            if needs[1]:
+                same = background_rows == shape[0]
+                other = _empty_like(grad) if same else grad.new_empty((background_rows, *shape[1:]))
+        else:
+            strides = output_strides(shape, grad.stride() if strides is None else strides)
+            grad = in_layout(grad, strides)
+            if needs[0]:
+                own = grad.new_empty_strided(shape, strides)
+            if needs[1]:
+                other = grad.new_empty_strided((background_rows, *shape[1:]), strides)
+        if count >= _LARGE or background_rows > shape[0]:
             for gradient in (own, other):
                 if gradient is not None:
-                    fresh(self.core, gradient)
+                    self.fresh(gradient)
         if needs[2]:
-            per_sample = torch.empty(len(grad), dtype=torch.float64)
-        weights = alpha if alpha is None or alpha.dtype in _WIDE else alpha.double()
-        maps = (foreground, background) if needs[2] else (None, None)
-        if not self._backward_of(
-            grad, *maps, weights, value, index, background_rows, own, other, per_sample, _threads()
-        ):
-            del own, other
-            rest = (foreground, background, alpha, value, index, background_rows, needs, strides)
-            return super().backward(grad, *rest)
+            per_sample = torch.empty(shape[0], dtype=torch.float64, device=grad.device)
+        else:
+            foreground = background = None
+        weights = None if alpha is None else self.wide(alpha)
+        if self.gpu and index is not None and other is not None:
+            start, order = users(index, background_rows)  # the CPU core finds them itself
+        run, rest = self.core.blend_backward, (own, other, per_sample, start, order, self.at(grad))
+        if not run(grad, foreground, background, index, weights, value, background_rows, *rest):
+            # The batch stride of a result of one sample can be anything; rows of a background must follow each other.
+            strides = output_strides(shape, grad.stride())
+            if foreground is not None and background is not None:
+                foreground, background = in_layout(foreground, strides), in_layout(background, strides)
+            index = None if index is None else index.contiguous()
+            served = run(grad, foreground, background, index, weights, value, background_rows, *rest)
+            assert served
         if per_sample is not None and alpha is not None:
             per_sample = per_sample.to(alpha.dtype)
         return own, other, per_sample
 
-    def _fresh(self, tensor: Tensor) -> Tensor:
-        return fresh(self.core, tensor)
 
-    # The arguments of the GPU core, and the dtype of alpha, which _small has converted to float64.
-    def _forward(self, *arguments: Any) -> None:
-        self.core.blend_forward(*arguments[:10], _FLOAT64, *arguments[10:-1], torch.get_num_threads())
+class BoxesKernels(_Launcher):
+    """:class:`BoxesKernel` of both compiled cores."""
 
-    def _backward(self, *arguments: Any) -> None:
-        self.core.blend_backward(*arguments[:12], _FLOAT64, *arguments[12:-2], torch.get_num_threads())
-
-
-# Dtypes in which the CPU core reads alpha.
-_WIDE = (torch.float32, torch.float64)
-_FLOAT64 = DTYPES[torch.float64]
-_LARGE = HUGE // 8  # elements; fresh() compares bytes
+    def fill(self, images: Tensor, boxes: Tensor, fill: Tensor, keep: bool, out: Tensor) -> None:
+        boxes, fill = self.wide(boxes).contiguous(), fill.contiguous()
+        if self.core.fill_boxes(images, boxes, fill, keep, self.fresh(out), self.at(out)):
+            return
+        # The CPU core takes one stride from pixel to pixel, as in contiguous and channels-last images.
+        whole = torch.empty_like(out, memory_format=torch.contiguous_format)
+        self.fill(images.contiguous(), boxes, fill, keep, whole)
+        out.copy_(whole)
 
 
-def _small(alpha: Tensor | None) -> Tensor | None:
-    return None if alpha is None else alpha.detach().to(torch.float64)
-
-
-_empty_like, _threads = torch.empty_like, torch.get_num_threads
+_empty_like = torch.empty_like
+_LARGE = HUGE // 8  # elements from which a tensor can have HUGE bytes

@@ -123,3 +123,12 @@ def check_device(tensor: Tensor, name: str, like: Tensor, other: str) -> None:
     """Raises ValueError unless ``tensor`` is on the device of ``like``, the argument named ``other``."""
     if tensor.device != like.device:
         raise ValueError(f"{name} must be on {like.device} like {other}, but is on {tensor.device}")
+
+
+def check_memory(tensor: Tensor, name: str) -> None:
+    """Raises RuntimeError if the storage of ``tensor`` was freed, where a kernel would read address 0."""
+    if not tensor.data_ptr() and tensor.numel():
+        raise RuntimeError(
+            f"{name} has {tensor.numel()} elements and no memory: its storage was freed (resize_(0)); "
+            "keep it until the last backward pass that reads it"
+        )

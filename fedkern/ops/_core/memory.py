@@ -175,7 +175,7 @@ def fresh(core: Any, tensor: Tensor) -> Tensor:
     if bytes_ < HUGE:
         return tensor
     if bytes_ < KEPT or not _moved(tensor, bytes_):
-        core.advise_huge_pages(tensor.data_ptr(), bytes_)
+        core.advise_huge_pages(tensor)
     return tensor
 
 

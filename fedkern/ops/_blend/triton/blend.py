@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fedkern.ops._blend.kernels import Gradients, in_layout, output_strides
+from fedkern.ops._blend.kernels import Gradients, in_layout, output_strides, users
 from fedkern.ops._blend.reference import check_values
 from fedkern.ops._core.triton.launch import cdiv, double_bits, launch, power_of_two, processors
 from fedkern.ops._core.triton.rows import double_of
@@ -180,7 +180,7 @@ def tile(rows: int, size: int) -> tuple[int, int]:
 
 
 class TritonBlend:
-    """The interface is that of :class:`fedkern.ops._blend.kernels.Launcher`."""
+    """The interface is :class:`fedkern.ops._blend.kernels.BlendKernel`."""
 
     def forward(
         self, foreground: Tensor, background: Tensor, alpha: Tensor | None, value: float, index: Tensor | None
@@ -237,7 +237,6 @@ class TritonBlend:
         needs: Sequence[bool],
         strides: tuple[int, ...] | None = None,
     ) -> Gradients:
-        """The gradients that ``needs`` (foreground, background, alpha) asks for, laid out as the result was."""
         shape, device = grad.shape, grad.device
         strides = output_strides(shape, grad.stride() if strides is None else strides)
         grad = in_layout(grad, strides)
@@ -272,8 +271,7 @@ class TritonBlend:
         rows, stride, entries = samples, grad.stride(0), 1
         if index is not None and other is not None:
             rows = other.shape[0]
-            ordered, order = torch.sort(index, stable=True)
-            start = torch.searchsorted(ordered, torch.arange(rows + 1, device=grad.device))
+            start, order = users(index, rows)
             entries = MANY if samples > 4 * rows else 1
         elif alpha is None and (samples == 1 or stride == size):
             rows, size, stride = min(samples, 1), samples * size, samples * size

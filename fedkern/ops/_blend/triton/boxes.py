@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fedkern.ops._blend.boxes_kernels import pixel_stride, pixels_in_step
 from fedkern.ops._core.triton.launch import cdiv, launch, power_of_two
 
 # Pixels times channels of a program's tile.
@@ -87,8 +86,21 @@ def fill_kernel(
         tl.store(out + image * out_0 + (channel * out_1)[:, None] + target[None, :], result, mask=mask)
 
 
+def pixels_in_step(images: Tensor) -> bool:
+    """True where one stride leads from pixel to pixel through all rows, as in contiguous and channels-last images."""
+    _, _, height, width = images.shape
+    if not images.numel():  # contiguous() would not change the strides
+        return True
+    return width <= 1 or height <= 1 or images.stride(2) == width * images.stride(3)
+
+
+def pixel_stride(images: Tensor) -> int:
+    """The stride from pixel to pixel of :func:`pixels_in_step` images."""
+    return images.stride(3) if images.shape[3] > 1 else images.stride(2)
+
+
 class TritonBoxes:
-    """The interface is :class:`fedkern.ops._blend.boxes_kernels.BoxesKernel`."""
+    """The interface is :class:`fedkern.ops._blend.kernels.BoxesKernel`."""
 
     def fill(self, images: Tensor, boxes: Tensor, fill: Tensor, keep: bool, out: Tensor) -> None:
         if not out.numel():
