@@ -53,7 +53,7 @@ double largest(const Matrix& x, const Matrix& y, double scale) {
 // fp64 [5, count].
 ContrastStatistics statistics_of(py::handle tensor, std::int64_t& count) {
   const TensorView seen = checked_view(tensor.ptr());
-  if (seen.bits != 64 || seen.dims != 2 || seen.shape[0] != 5 || !(seen.empty() || seen.contiguous())) throw py::type_error("statistics must be float64 [5, B]");
+  if (seen.bits != 64 || seen.dims != 2 || seen.shape[0] != 5 || !seen.contiguous()) throw py::type_error("statistics must be float64 [5, B]");
   return statistics_at(static_cast<double*>(seen.data), count = seen.shape[1]);
 }
 

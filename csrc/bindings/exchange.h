@@ -36,6 +36,7 @@ struct TensorView {
     return true;
   }
   bool contiguous() const {
+    if (empty()) return true;
     std::int64_t expected = 1;
     for (int d = dims - 1; d >= 0; --d) {
       if (shape[d] != 1 && strides[d] != expected) return false;

@@ -73,7 +73,7 @@ OptimiseSettings parse_optimise(const py::tuple& call, Step& a) {
 template <typename T>
 T* optimise_memory(py::handle tensor) {
   const TensorView seen = checked_view(tensor.ptr());
-  if (seen.bits != 8 * sizeof(T) || !(seen.empty() || seen.contiguous())) throw py::type_error("memory of optimise_step must be contiguous, of bool or float64");
+  if (seen.bits != 8 * sizeof(T) || !seen.contiguous()) throw py::type_error("memory of optimise_step must be contiguous, of bool or float64");
   return static_cast<T*>(seen.data);
 }
 
