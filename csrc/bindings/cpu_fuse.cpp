@@ -1,42 +1,48 @@
+// fedkern._cpu.fuse_*: as fedkern._cuda has them, and FusedBlocks' convolution.
 #include <algorithm>
+#include <array>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
-#include "exchange.h"
 #include "fedkern/fuse.h"
+#include "fuse_call.h"
 
 namespace fedkern {
 namespace {
 
-// (address, channels, batch stride, channel stride, position stride); None for the address of what is not there.
-FuseMap map_of(const py::handle& given) {
-  const py::tuple t = py::reinterpret_borrow<py::tuple>(given);
-  const auto place = optional_pointer<void>(t[0].cast<OptionalAddress>());
-  return {place.data, t[1].cast<std::int64_t>(), t[2].cast<std::int64_t>(), t[3].cast<std::int64_t>(), t[4].cast<std::int64_t>(), place.present};
+// Maps of one position are interleaved: their channels lie side by side.
+bool interleaved(const MapView& x, bool last) { return last || x.positions == 1; }
+
+// Whether the kernels read a map as it is: what is inside in its order is dense.
+bool reads(const MapView& x, bool last) {
+  if (x.tensor.empty()) return true;
+  return x.even && (interleaved(x, last) ? x.channel_stride() == 1 || x.channels() == 1 : x.step == 1);
 }
 
-// A bare address stands for a map like the one before.
-std::vector<FuseMap> maps_of(const py::list& given) {
-  std::vector<FuseMap> maps;
+FuseMap map_of(const MapView& x, bool last) {
+  if (!interleaved(x, last)) return {x.tensor.data, x.channels(), x.batch_stride(), x.channel_stride(), 1, true};
+  // Samples of one position each are the positions of one sample.
+  return {x.tensor.data, x.channels(), x.batch_stride(), 1, x.positions == 1 ? x.batch_stride() : x.step, true};
+}
+
+// False where a map cannot be read as it is.
+bool read_maps(const py::sequence& given, bool last, std::vector<FuseMap>& maps) {
   maps.reserve(given.size());
-  for (const py::handle& map : given) {
-    if (PyLong_Check(map.ptr())) {
-      maps.push_back(maps.back());
-      maps.back().data = pointer<void>(map.cast<std::uintptr_t>());
-    } else {
-      maps.push_back(map_of(map));
-    }
+  for (const py::handle x : given) {
+    const MapView view(x);
+    if (!reads(view, last)) return false;
+    maps.push_back(map_of(view, last));
   }
-  return maps;
+  return true;
 }
 
 // Scale and shift come together: the one that is missing is made of ones or zeros.
 class Both {
  public:
-  Both(FuseCall& call, const OptionalAddress& scale, const OptionalAddress& shift, std::int64_t channels) {
-    call.scale = optional_pointer<const void>(scale);
-    call.shift = optional_pointer<const void>(shift);
-    if (scale.has_value() == shift.has_value()) return;
+  Both(FuseCall& call, std::int64_t channels) {
+    const bool scale = call.scale.present;
+    if (scale == call.shift.present) return;
     const bool wide = call.dtype == DType::f64;
     memory_.reset(new char[channels * (wide ? sizeof(double) : sizeof(float))]);
     if (wide)
@@ -55,7 +61,12 @@ template <typename... Maps>
 void join_samples(FuseCall& call, const Maps&... maps) {
   if (!call.interleaved || call.batch <= 1) return;
   auto follows = [&](const FuseMap& map) { return !map.present || map.batch_stride == call.positions * map.position_stride; };
-  auto all = [&](const std::vector<FuseMap>& list) { return std::all_of(list.begin(), list.end(), follows); };
+  auto all = [&](const auto& given) {
+    if constexpr (std::is_same_v<decltype(given), const FuseMap&>)
+      return follows(given);
+    else
+      return std::all_of(given.begin(), given.end(), follows);
+  };
   if (!(all(maps) && ...)) return;
   call.positions *= call.batch;
   call.batch = 1;
@@ -67,127 +78,92 @@ std::int64_t channels_of(const std::vector<FuseMap>& maps) {
   return sum;
 }
 
-void forward(int dtype, std::int64_t batch, std::int64_t positions, bool interleaved, bool relu, bool mean, const py::list& features,
-             const py::tuple& out, const OptionalAddress& scale, const OptionalAddress& shift, int threads) {
-  const std::vector<FuseMap> maps = maps_of(features), result{map_of(out)};
-  const bool stream = past_cache(batch * positions * result[0].channels, dtype);
-  FuseForward a{{static_cast<DType>(dtype), static_cast<std::int64_t>(maps.size()), batch, positions, interleaved, relu, mean,
-                 {}, {}, stream, threads},
-                maps.data(), result[0]};
-  const std::int64_t channels = channels_of(maps);
-  const Both both(a.call, scale, shift, channels);
-  join_samples(a.call, maps, result);
-  ReleaseGil release(batch * positions * channels >= kReleaseGilElements);
-  fuse_kernels().forward(a);
+// A call for maps like `one`, which writes `channels` channels in all.
+FuseCall call_of(const MapView& one, std::int64_t channels, std::size_t maps, bool last, bool relu, bool mean, int threads) {
+  const bool stream = past_cache(one.batch() * one.positions * channels, static_cast<int>(one.dtype));
+  return {one.dtype, static_cast<std::int64_t>(maps), one.batch(), one.positions, interleaved(one, last), relu, mean, {}, {}, stream, threads};
 }
 
-void backward(int dtype, std::int64_t batch, std::int64_t positions, bool interleaved, bool relu, bool mean, const py::tuple& grad,
-              const py::object& features, const py::object& out, const py::list& grad_features, const OptionalAddress& scale,
-              const OptionalAddress& shift, const OptionalAddress& grad_scale, const OptionalAddress& grad_shift, int threads) {
-  const std::vector<FuseMap> targets = maps_of(grad_features), arriving{map_of(grad)};
-  const bool stream = past_cache(batch * positions * channels_of(targets), dtype);
-  const std::vector<FuseMap> maps = features.is_none() ? std::vector<FuseMap>{} : maps_of(features.cast<py::list>());
-  const std::vector<FuseMap> result{out.is_none() ? FuseMap{} : map_of(out)};
-  FuseBackward a{{static_cast<DType>(dtype), static_cast<std::int64_t>(targets.size()), batch, positions, interleaved, relu, mean,
-                  {}, {}, stream, threads},
-                 arriving[0],
+// False, and nothing is done, where a map or a vector cannot be read as it is. `last`: maps are worked on channels-last.
+bool forward(const py::sequence& features, py::handle out, py::handle scale, py::handle shift, bool last, bool relu, bool mean, int threads) {
+  const MapView to(out);
+  std::vector<FuseMap> maps;
+  const FuseMap result = map_of(to, last);
+  if (!read_maps(features, last, maps)) return false;
+  FuseForward a{call_of(to, to.channels(), maps.size(), last, relu, mean, threads), maps.data(), result};
+  if (!read_vector(scale, to.dtype, a.call.scale) || !read_vector(shift, to.dtype, a.call.shift)) return false;
+  const std::int64_t channels = channels_of(maps), elements = to.batch() * to.positions * channels;
+  const Both both(a.call, channels);
+  join_samples(a.call, maps, result);
+  ReleaseGil release(elements >= kReleaseGilElements);
+  fuse_kernels().forward(a);
+  return true;
+}
+
+// As forward. `features` and `out` may be None, and targets, which have `channels`; `partial` is for fedkern._cuda.
+bool backward(py::handle grad, const py::object& features, py::handle out, const py::sequence& targets, const std::vector<std::int64_t>& channels,
+              py::handle scale, py::handle shift, py::handle grad_scale, py::handle grad_shift, py::handle /*partial*/, bool last, bool relu,
+              bool mean, int threads) {
+  const MapView from(grad);
+  if (!reads(from, last)) return false;
+  std::vector<FuseMap> maps, to;
+  FuseMap result{};
+  const FuseMap arriving = map_of(from, last);
+  if (!features.is_none() && !read_maps(py::reinterpret_borrow<py::sequence>(features), last, maps)) return false;
+  if (!out.is_none()) {
+    const MapView view(out);
+    if (!reads(view, last)) return false;
+    result = map_of(view, last);
+  }
+  to.reserve(channels.size());
+  for (std::size_t m = 0; m < channels.size(); ++m) {
+    const py::object target = targets[m];
+    to.push_back(target.is_none() ? FuseMap{nullptr, channels[m], 0, 0, 0, false} : map_of(MapView(target), last));
+  }
+  const std::int64_t all = channels_of(to), elements = from.batch() * from.positions * all;
+  FuseBackward a{call_of(from, all, to.size(), last, relu, mean, threads),
+                 arriving,
                  maps.empty() ? nullptr : maps.data(),
-                 result[0],
-                 targets.data(),
-                 optional_pointer<double>(grad_scale),
-                 optional_pointer<double>(grad_shift),
+                 result,
+                 to.data(),
+                 read_doubles(grad_scale),
+                 read_doubles(grad_shift),
                  nullptr};
-  const std::int64_t channels = channels_of(targets);
-  const Both both(a.call, scale, shift, channels);
-  join_samples(a.call, arriving, maps, result, targets);
-  ReleaseGil release(batch * positions * channels >= kReleaseGilElements);
+  if (!read_vector(scale, from.dtype, a.call.scale) || !read_vector(shift, from.dtype, a.call.shift)) return false;
+  const Both both(a.call, all);
+  join_samples(a.call, arriving, maps, result, to);
+  ReleaseGil release(elements >= kReleaseGilElements);
   std::unique_ptr<double[]> partial;
-  if (grad_scale || grad_shift) {
-    partial.reset(new double[2 * fuse_blocks(a.call) * channels]);
+  if (a.grad_scale.present || a.grad_shift.present) {
+    partial.reset(new double[2 * fuse_blocks(a.call) * all]);
     a.partial = partial.get();
   }
   fuse_kernels().backward(a);
+  return true;
 }
 
-// Checked maps of one shape, all contiguous or (`last`) channels-last, and results alike: one dense layout for all.
-struct Alike {
-  DType dtype = DType::f32;
-  std::int64_t batch, positions = 1;
-  bool interleaved;
+const float* floats(const TensorView& x) { return static_cast<const float*>(x.data); }
 
-  Alike(const TensorView& one, bool last) : batch(one.shape[0]) {
-    one.floating(dtype);
-    for (int d = 2; d < one.dims; ++d) positions *= one.shape[d];
-    interleaved = last || positions == 1;
-  }
-  FuseMap map(void* data, std::int64_t channels) const {
-    return {data, channels, channels * positions, interleaved ? 1 : positions, interleaved ? channels : 1, true};
-  }
-  FuseMap map(py::handle given, std::int64_t channels) const {
-    FuseMap map = this->map(given.is_none() ? nullptr : checked_view(given.ptr()).data, channels);
-    map.present = !given.is_none();
-    return map;
-  }
-  FuseCall call(std::int64_t maps, std::int64_t channels, bool relu, bool mean, int threads) const {
-    return {dtype, maps, batch, positions, interleaved, relu, mean, {}, {},
-            past_cache(batch * positions * channels, static_cast<int>(dtype)), threads};
-  }
-};
-
-OptionalAddress address_of(py::handle given) {
-  if (given.is_none()) return std::nullopt;
-  return reinterpret_cast<std::uintptr_t>(checked_view(given.ptr()).data);
-}
-
-void forward_alike(const py::sequence& features, py::handle out, py::handle scale, py::handle shift, bool last, bool relu, bool mean,
-                   int threads) {
-  const std::int64_t count = static_cast<std::int64_t>(features.size());
-  std::vector<FuseMap> maps, result;
-  TensorView one = checked_view(out.ptr());
-  const Alike alike(one, last);
-  const std::int64_t wide = one.shape[1], channels = mean ? wide : wide / count, all = count * channels;
-  result.push_back(alike.map(one.data, wide));
-  for (const py::handle x : features) maps.push_back(alike.map(x, channels));
-  FuseForward a{alike.call(count, wide, relu, mean, threads), maps.data(), result[0]};
-  const Both both(a.call, address_of(scale), address_of(shift), all);
-  join_samples(a.call, maps, result);
-  ReleaseGil release(alike.batch * alike.positions * all >= kReleaseGilElements);
-  fuse_kernels().forward(a);
-}
-
-// For what needs neither the maps nor sums: the result, or None, says where gradient passes.
-void backward_alike(py::handle grad, py::handle out, const py::sequence& grad_features, py::handle scale, bool last, bool mean,
-                    int threads) {
-  const std::int64_t count = static_cast<std::int64_t>(grad_features.size());
-  const TensorView one = checked_view(grad.ptr());
-  const Alike alike(one, last);
-  const std::int64_t wide = one.shape[1], channels = mean ? wide : wide / count, all = count * channels;
-  std::vector<FuseMap> targets;
-  for (const py::handle x : grad_features) targets.push_back(alike.map(x, channels));
-  const std::vector<FuseMap> arriving{alike.map(one.data, wide)}, result{alike.map(out, wide)};
-  FuseBackward a{alike.call(count, all, !out.is_none(), mean, threads),
-                 arriving[0], nullptr, result[0], targets.data(), {}, {}, nullptr};
-  const Both both(a.call, address_of(scale), std::nullopt, all);
-  join_samples(a.call, arriving, result, targets);
-  ReleaseGil release(alike.batch * alike.positions * all >= kReleaseGilElements);
-  fuse_kernels().backward(a);
-}
-
-// (address, stride between samples, stride between branches); `other` may have None for the address, as bias may be.
-void conv(std::int64_t batch, std::int64_t branches, const py::tuple& in_shape, const py::tuple& out_shape, const py::tuple& kernel,
-          const py::tuple& x, const py::tuple& other, const py::tuple& out, std::uintptr_t weight, std::int64_t block,
-          const OptionalAddress& bias, bool relu, int threads) {
-  auto number = [](const py::tuple& from, int i) { return from[i].cast<std::int64_t>(); };
-  auto address = [](const py::tuple& from) { return pointer<float>(from[0].cast<std::uintptr_t>()); };
+// Maps are [B, C, H, W] with dense samples, C those of all branches (`shared`: of one for all); the other tensors are dense.
+// Bias and `other` may be None. kernel: its height and width, stride, dilation, padding by height and width.
+void conv(py::handle x, py::handle weight, py::handle bias, py::handle other, py::handle out, std::int64_t branches, bool shared,
+          bool other_shared, const std::array<std::int64_t, 6>& kernel, bool relu, int threads) {
+  const TensorView from = checked_view(x.ptr()), taps = checked_view(weight.ptr()), to = checked_view(out.ptr());
+  const std::int64_t batch = from.shape[0], height = from.shape[2], width = from.shape[3];
+  const std::int64_t in_channels = shared ? from.shape[1] : from.shape[1] / branches, channels = to.shape[1] / branches;
+  const std::int64_t out_size = to.shape[2] * to.shape[3], block = taps.shape[3];
   if (block < 1 || block > fuse_kernels().conv_block) throw py::value_error("block must fit this ISA level's registers");
-  const FuseConv a{batch, branches,
-                   number(in_shape, 0), number(in_shape, 1), number(in_shape, 2),
-                   number(out_shape, 0), number(out_shape, 1), number(out_shape, 2),
-                   number(kernel, 0), number(kernel, 1), number(kernel, 2), number(kernel, 3), number(kernel, 4), number(kernel, 5),
-                   address(x), number(x, 1), number(x, 2),
-                   optional_pointer<const float>(other[0].cast<OptionalAddress>()), number(other, 1), number(other, 2),
-                   address(out), number(out, 1), number(out, 2),
-                   pointer<const float>(weight), block, optional_pointer<const float>(bias), relu, threads};
+  FuseConv a{batch, branches, in_channels, height, width, channels, to.shape[2], to.shape[3],
+             kernel[0], kernel[1], kernel[2], kernel[3], kernel[4], kernel[5],
+             floats(from), from.strides[0], shared ? 0 : in_channels * height * width,
+             {}, 0, 0,
+             static_cast<float*>(to.data), to.strides[0], channels * out_size,
+             floats(taps), block, {}, relu, threads};
+  if (!other.is_none()) {
+    const TensorView added = checked_view(other.ptr());
+    a.other = {floats(added), true}, a.other_batch = added.strides[0], a.other_branch = other_shared ? 0 : channels * out_size;
+  }
+  if (!bias.is_none()) a.bias = {floats(checked_view(bias.ptr())), true};
   if (a.out_width + (a.kernel_width - 1) * a.dilation / a.stride > kFuseConvColumns) throw py::value_error("maps too wide");
   py::gil_scoped_release release;
   fuse_kernels().conv(a);
@@ -196,10 +172,9 @@ void conv(std::int64_t batch, std::int64_t branches, const py::tuple& in_shape, 
 }  // namespace
 
 void bind_fuse(py::module_& module) {
+  module.def("fuse_reads", [](py::handle map, bool last) { return reads(MapView(map), last); });
   module.def("fuse_forward", forward);
   module.def("fuse_backward", backward);
-  module.def("fuse_forward_alike", forward_alike);
-  module.def("fuse_backward_alike", backward_alike);
   module.def("fuse_conv", conv);
   module.def("fuse_conv_block", [] { return fuse_kernels().conv_block; });
 }

@@ -180,29 +180,30 @@ int boxes_fit(py::handle images, py::handle boxes, py::handle fill) {
   return boxed ? pictures.device_type : kNo;
 }
 
-// How the fuse kernels may read maps of one dtype and shape, with scale and shift [maps * channels] of the dtype computed in:
-// 1 contiguous, 2 channels-last, 0 not so.
+// Whether the fuse kernels may read maps of one dtype and shape, all contiguous or all channels-last, with scale and shift
+// [maps * channels] of the dtype computed in.
 int fuse_fits(py::handle features, py::handle scale, py::handle shift) {
-  if (!PyList_CheckExact(features.ptr()) && !PyTuple_CheckExact(features.ptr())) return 0;
+  if (!PyList_CheckExact(features.ptr()) && !PyTuple_CheckExact(features.ptr())) return kNo;
   const py::tuple given = py::reinterpret_steal<py::tuple>(PySequence_Tuple(features.ptr()));  // as in plain_vectors
   const Py_ssize_t count = PyTuple_GET_SIZE(given.ptr());
+  if (!count) return kNo;
   TensorView first{}, one{};
-  int layout = 0;
+  bool planar = false;
   for (Py_ssize_t m = 0; m < count; ++m) {
-    if (readable(PyTuple_GET_ITEM(given.ptr(), m), one) != kOnCpu) return 0;
+    if (!readable(PyTuple_GET_ITEM(given.ptr(), m), one)) return kNo;
     if (m == 0) {
-      if (one.dims < 2 || one.empty()) return 0;
-      first = one, layout = one.contiguous() ? 1 : one.channels_last() ? 2 : 0;
+      if (one.dims < 2 || one.empty()) return kNo;
+      first = one, planar = one.contiguous();
     }
-    if (one.code != first.code || one.bits != first.bits || !one.same_shape(first)) return 0;
-    if (!(layout == 1 ? one.contiguous() : layout == 2 && one.channels_last())) return 0;
+    if (one.code != first.code || one.bits != first.bits || !one.same_shape(first) || !one.same_device(first)) return kNo;
+    if (!(planar ? one.contiguous() : one.channels_last())) return kNo;
   }
   for (const py::handle vector : {scale, shift}) {
-    if (vector.is_none() || !count) continue;
-    if (readable(vector.ptr(), one) != kOnCpu || one.code != 2 || one.bits != (first.bits == 64 ? 64 : 32)) return 0;
-    if (one.dims != 1 || one.shape[0] != first.shape[1] * count || !one.contiguous()) return 0;
+    if (vector.is_none()) continue;
+    if (!readable(vector.ptr(), one) || !one.same_device(first) || one.code != 2 || one.bits != (first.bits == 64 ? 64 : 32)) return kNo;
+    if (one.dims != 1 || one.shape[0] != first.shape[1] * count || !one.contiguous()) return kNo;
   }
-  return layout;
+  return first.device_type;
 }
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();

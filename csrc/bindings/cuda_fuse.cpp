@@ -1,47 +1,68 @@
+// fedkern._cuda.fuse_*: the functions and arguments of fedkern._cpu, with the stream at the end.
 #include <stdexcept>
-#include <tuple>
 #include <vector>
 
-#include "bindings.h"
 #include "fedkern/fuse_cuda.h"
+#include "fuse_call.h"
 
 namespace fedkern {
 namespace {
 
-// (address, channels, strides of batch, channel, position); None for the address where absent
-using MapArgument = std::tuple<OptionalAddress, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
-// (dtype, batch, positions, relu, mean)
-using ShapeArgument = std::tuple<int, std::int64_t, std::int64_t, bool, bool>;
+cuda::FeatureMap map_of(const MapView& x) { return {x.tensor.data, x.batch_stride(), x.channel_stride(), x.step, true}; }
 
-cuda::FeatureMap map_of(const MapArgument& a) {
-  const auto& [data, channels, batch, channel, position] = a;
-  return {pointer<void>(data.value_or(0)), batch, channel, position, data.has_value()};
+cuda::FuseCall call_of(const MapView& one, bool relu, bool mean, std::size_t maps) {
+  if (mean && maps > cuda::kMostMaps) throw std::invalid_argument("a mean of more maps than one launch takes");
+  return {one.dtype, one.batch(), one.positions, relu, mean, {}, {}, {}, {}, {}};
 }
 
-cuda::FuseCall call_of(const ShapeArgument& shape, const std::vector<std::int64_t>& channels, const std::vector<MapArgument>& features,
-                       const OptionalAddress& scale, const OptionalAddress& shift, const MapArgument& out) {
-  const auto& [dtype, batch, positions, relu, mean] = shape;
-  cuda::FuseCall call{static_cast<DType>(dtype), batch, positions, relu, mean, channels, {}, optional_pointer<const void>(scale),
-                      optional_pointer<const void>(shift), map_of(out)};
-  for (const MapArgument& map : features) call.features.push_back(map_of(map));
-  if (!features.empty() && features.size() != channels.size()) throw std::invalid_argument("maps and channels differ in number");
-  if (mean && channels.size() > cuda::kMostMaps) throw std::invalid_argument("a mean of more maps than one launch takes");
-  return call;
+// False where no single step leads through a map's positions.
+bool read_maps(const py::sequence& given, cuda::FuseCall& call, std::vector<std::int64_t>* channels) {
+  for (const py::handle x : given) {
+    const MapView view(x);
+    if (!view.even) return false;
+    call.features.push_back(map_of(view));
+    if (channels) channels->push_back(view.channels());
+  }
+  return true;
 }
 
-void forward(const ShapeArgument& shape, const std::vector<std::int64_t>& channels, const std::vector<MapArgument>& features,
-             const OptionalAddress& scale, const OptionalAddress& shift, const MapArgument& out, int device, std::uintptr_t stream) {
-  cuda::fuse_forward(call_of(shape, channels, features, scale, shift, out), device, pointer<void>(stream));
+// False, and nothing is done, where a map or a vector cannot be read as it is. Maps of any layout are: `last` is for fedkern._cpu.
+bool forward(const py::sequence& features, py::handle out, py::handle scale, py::handle shift, bool /*last*/, bool relu, bool mean,
+             std::uintptr_t stream) {
+  const MapView to(out);
+  cuda::FuseCall call = call_of(to, relu, mean, features.size());
+  call.out = map_of(to);
+  if (!read_maps(features, call, &call.channels)) return false;
+  if (!read_vector(scale, to.dtype, call.scale) || !read_vector(shift, to.dtype, call.shift)) return false;
+  cuda::fuse_forward(call, to.tensor.gpu(), pointer<void>(stream));
+  return true;
 }
 
-// partial: given where to_scale or to_shift is.
-void backward(const ShapeArgument& shape, const std::vector<std::int64_t>& channels, const std::vector<MapArgument>& features,
-              const OptionalAddress& scale, const OptionalAddress& shift, const MapArgument& out, const MapArgument& grad,
-              const std::vector<MapArgument>& targets, const OptionalAddress& to_scale, const OptionalAddress& to_shift,
-              const OptionalAddress& partial, int device, std::uintptr_t stream) {
-  cuda::FuseBackward to{map_of(grad), {}, optional_pointer<double>(to_scale), optional_pointer<double>(to_shift), pointer<double>(partial.value_or(0))};
-  for (const MapArgument& map : targets) to.to_features.push_back(map_of(map));
-  cuda::fuse_backward(call_of(shape, channels, features, scale, shift, out), to, device, pointer<void>(stream));
+// As forward. `features` and `out` may be None, and targets, which have `channels`; `partial` is given where a sum is asked for.
+bool backward(py::handle grad, const py::object& features, py::handle out, const py::sequence& targets, const std::vector<std::int64_t>& channels,
+              py::handle scale, py::handle shift, py::handle grad_scale, py::handle grad_shift, py::handle partial, bool /*last*/, bool relu,
+              bool mean, std::uintptr_t stream) {
+  const MapView from(grad);
+  if (!from.even) return false;
+  cuda::FuseCall call = call_of(from, relu, mean, channels.size());
+  call.channels = channels;
+  if (!features.is_none() && !read_maps(py::reinterpret_borrow<py::sequence>(features), call, nullptr)) return false;
+  if (!call.features.empty() && call.features.size() != channels.size()) throw std::invalid_argument("maps and channels differ in number");
+  if (!out.is_none()) {
+    const MapView view(out);
+    if (!view.even) return false;
+    call.out = map_of(view);
+  }
+  if (!read_vector(scale, from.dtype, call.scale) || !read_vector(shift, from.dtype, call.shift)) return false;
+  cuda::FuseBackward to{map_of(from), {}, read_doubles(grad_scale), read_doubles(grad_shift), read_doubles(partial).data};
+  bool any = false;
+  for (const py::handle target : targets) {
+    to.to_features.push_back(target.is_none() ? cuda::FeatureMap{} : map_of(MapView(target)));
+    any = any || !target.is_none();
+  }
+  if (!any) to.to_features.clear();
+  cuda::fuse_backward(call, to, from.tensor.gpu(), pointer<void>(stream));
+  return true;
 }
 
 }  // namespace
@@ -49,6 +70,7 @@ void backward(const ShapeArgument& shape, const std::vector<std::int64_t>& chann
 void bind_cuda_fuse(py::module_& module) {
   module.attr("fuse_maps") = cuda::kMostMaps;
   module.attr("fuse_splits") = cuda::kFuseSplits;
+  module.def("fuse_reads", [](py::handle map, bool /*last*/) { return MapView(map).even; });
   module.def("fuse_forward", forward);
   module.def("fuse_backward", backward);
 }

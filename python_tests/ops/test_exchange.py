@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensorMode
 
 from fedkern import ops
 from fedkern.ops._core import backend
+from fedkern.ops._fuse.maps import wants_channels_last
 from fedkern.ops._optimise.kernels import AdamW, Call
 
 FLOATS = tuple(backend.DTYPES)
@@ -149,7 +150,9 @@ def test_layouts_are_those_that_torch_names(core, shape):
     for one, other in itertools.product(variants, repeat=2):
         last = len(shape) == 4 and all(x.is_contiguous(memory_format=torch.channels_last) for x in (one, other))
         expected = 1 if one.is_contiguous() and other.is_contiguous() else 2 if last and not one.is_contiguous() else 0
-        assert core.fuse_fits([one, other], None, None) == expected
+        assert core.fuse_fits([one, other], None, None) == bool(expected)
+        if expected:  # ordinary calls, whose layout the first map shows
+            assert wants_channels_last([one, other]) == (not one.is_contiguous()) == (expected == 2)
 
 
 def test_fuse_takes_vectors_of_the_dtype_that_it_computes_in(core):
@@ -163,6 +166,21 @@ def test_fuse_takes_vectors_of_the_dtype_that_it_computes_in(core):
     assert core.fuse_fits([], None, None) == 0
     assert core.fuse_fits(maps[0], None, None) == 0
     assert core.fuse_fits([torch.ones(0, 3)], None, None) == 0
+
+
+def test_fuse_reads_maps_that_are_dense_inside(core):
+    wide = torch.ones(2, 6, 4, 5)
+    last = wide.contiguous(memory_format=torch.channels_last)
+    one_position = torch.ones(2, 6)
+    planar = [wide, wide[:, 2:5], wide[:0], wide[..., :0], one_position, one_position[:, :3], one_position[:, :1, None]]
+    for x in planar:
+        assert core.fuse_reads(x, False)
+    for x in (last, last[:, 2:5], wide[:, :1], wide[..., :0], one_position, wide[:1, :, :1, :1].contiguous()):
+        assert core.fuse_reads(x, True)
+    for x in (last, wide[..., 1:], wide.mT, wide[:1, :1, :1, :1].expand(2, 6, 4, 5), one_position[:, ::2]):
+        assert not core.fuse_reads(x, False)
+    for x in (wide, last[..., 1:], last[:, ::2], one_position[:, ::2]):
+        assert not core.fuse_reads(x, True)
 
 
 def test_subclasses_take_the_long_way_to_the_same_result():

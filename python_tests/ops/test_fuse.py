@@ -11,6 +11,8 @@ from operator_cases import DTYPES, KERNELS, assert_close, describe, pairwise, us
 from torch import Tensor
 
 from fedkern.ops import fuse_concat, fuse_mean
+from fedkern.ops._core.backend import cpu_core
+from fedkern.ops._fuse.kernels import FuseKernels
 from fedkern.ops._fuse.reference import fuse_concat_reference, fuse_mean_reference
 
 FUNCTIONS = {"concat": (fuse_concat, fuse_concat_reference), "mean": (fuse_mean, fuse_mean_reference)}
@@ -131,17 +133,15 @@ def test_gradient_of_any_layout(backend: str, layout: torch.memory_format) -> No
 @needs_core
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_channels_last_is_not_copied(monkeypatch: pytest.MonkeyPatch, layout: torch.memory_format) -> None:
-    from fedkern.ops._fuse import launch as fuse_launch
-
     seen: list[bool] = []
-    original = fuse_launch._laid_out
+    original = FuseKernels._laid_out
 
-    def spy(x: Tensor, interleaved: bool) -> Tensor:
-        result = original(x, interleaved)
+    def spy(kernels: FuseKernels, x: Tensor, channels_last: bool) -> Tensor:
+        result = original(kernels, x, channels_last)
         seen.append(result is x)
         return result
 
-    monkeypatch.setattr(fuse_launch, "_laid_out", spy)
+    monkeypatch.setattr(FuseKernels, "_laid_out", spy)
     features = [torch.randn(4, 8, 5, 5).contiguous(memory_format=layout).requires_grad_() for _ in range(3)]
     scale = torch.randn(24, requires_grad=True)
     out = fuse_concat(features, scale, None, "relu")
@@ -189,9 +189,6 @@ def test_streamed_results_are_the_same(backend: str, cache_bytes: Callable[[int]
 @needs_core
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_outside_is_written(dtype: torch.dtype, cache_bytes: Callable[[int], None]) -> None:
-    from fedkern.ops._core.backend import DTYPES as CODES
-    from fedkern.ops._core.backend import cpu_core
-
     core = cpu_core()
     batch, count, size = 2, 5, 23
     total = batch * 2 * count * size
@@ -202,15 +199,10 @@ def test_nothing_outside_is_written(dtype: torch.dtype, cache_bytes: Callable[[i
         target = buffer[offset:]
         outer = (1, 2 * count) if interleaved else (size, 1)
         cache_bytes(-1 if stream else 1 << 40)
-        with using(name):
-            core.fuse_forward(
-                *(CODES[dtype], batch, size, interleaved, True, False),
-                [(x.data_ptr(), count, count * size, *strides) for x in maps],
-                (target.data_ptr(), 2 * count, 2 * count * size, *outer),
-                *(None, None, 1),
-            )
         views = [x.as_strided((batch, count, size), (count * size, *strides)) for x in maps]
         got = target.as_strided((batch, 2 * count, size), (2 * count * size, *outer), target.storage_offset())
+        with using(name):
+            assert core.fuse_forward(views, got, None, None, interleaved, True, False, 1)
         assert torch.equal(got, torch.cat(views, 1).relu())
         assert bool((buffer[:offset] == 777).all())
         assert bool((buffer[offset + total :] == 777).all())
@@ -228,24 +220,29 @@ def test_offsets_beyond_32_bits() -> None:
 
 X = torch.zeros(2, 3, 4)
 WRONG = [
-    ((X,), {}, TypeError, "features must be a list of tensors, not Tensor"),
-    (([],), {}, ValueError, "features must hold at least one map, not none"),
-    (([X, 1.0],), {}, TypeError, r"features\[1\] must be a tensor, not float"),
-    (([X.int()],), {}, TypeError, r"features\[0\] must be float32.*not torch.int32"),
-    (([X, X.double()],), {}, TypeError, r"features\[1\] must have features\[0\]'s dtype torch.float32, not torch.fl"),
-    (([torch.zeros(3)],), {}, ValueError, r"features\[0\] must have shape \[B, C, \*S\], not \[3\]"),
+    ((X,), {}, TypeError, "features must be a list of tensors, but got Tensor"),
+    (([],), {}, ValueError, "features must hold at least one map, but hold none"),
+    (([X, 1.0],), {}, TypeError, r"features\[1\] must be a tensor, but got float"),
+    (([X.int()],), {}, TypeError, r"features\[0\] must have dtype float32.*but has torch.int32"),
+    (
+        ([X, X.double()],),
+        {},
+        TypeError,
+        r"features\[1\] must have dtype torch.float32 like features\[0\], but has torch.fl",
+    ),
+    (([torch.zeros(3)],), {}, ValueError, r"features\[0\] must have shape \[B, C, \*S\], but has \[3\]"),
     (
         ([X, X[:1]],),
         {},
         ValueError,
-        r"features\[1\] must have shape \[2, .*, 4\] as features\[0\] has, not \[1, 3, 4\]",
+        r"features\[1\] must have shape \[2, .*, 4\] like features\[0\], but has \[1, 3, 4\]",
     ),
-    (([X, X[..., :2]],), {}, ValueError, r"features\[1\] must have shape .* not \[2, 3, 2\]"),
-    (([X], [1.0]), {}, TypeError, "scale must be a tensor, not list"),
-    (([X], torch.zeros(3).int()), {}, TypeError, "scale must be float32.*not torch.int32"),
-    (([X, X], torch.zeros(5)), {}, ValueError, r"scale must have shape \[6\], one value per channel.*not \[5\]"),
-    (([X, X], None, torch.zeros(2, 3)), {}, ValueError, r"shift must have shape \[6\].*not \[2, 3\]"),
-    (([X], None, None, "gelu"), {}, ValueError, "activation must be None or \"relu\", not 'gelu'"),
+    (([X, X[..., :2]],), {}, ValueError, r"features\[1\] must have shape .* but has \[2, 3, 2\]"),
+    (([X], [1.0]), {}, TypeError, "scale must be a tensor, but got list"),
+    (([X], torch.zeros(3).int()), {}, TypeError, "scale must have dtype float32.*but has torch.int32"),
+    (([X, X], torch.zeros(5)), {}, ValueError, r"scale must have shape \[6\], one value per channel.*but has \[5\]"),
+    (([X, X], None, torch.zeros(2, 3)), {}, ValueError, r"shift must have shape \[6\].*but has \[2, 3\]"),
+    (([X], None, None, "gelu"), {}, ValueError, "activation must be None or \"relu\", but is 'gelu'"),
 ]
 
 
@@ -257,5 +254,6 @@ def test_wrong_arguments(backend: str, function: Callable, arguments: tuple, opt
 
 
 def test_mean_needs_one_width() -> None:
-    with pytest.raises(ValueError, match=r"features\[1\] must have shape \[2, 3, 4\] as features\[0\] has, not \[2, 2"):
+    message = r"features\[1\] must have shape \[2, 3, 4\] like features\[0\], but has \[2, 2"
+    with pytest.raises(ValueError, match=message):
         fuse_mean([X, X[:, :2]])

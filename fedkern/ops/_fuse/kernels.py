@@ -1,29 +1,19 @@
-"""fuse: interface of the kernels, and the memory layout of feature maps."""
+"""fuse: interface of the kernels, and the launcher that calls either compiled core."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-
-class FuseNeeds(NamedTuple):
-    """Which gradients are wanted."""
-
-    features: tuple[bool, ...]
-    scale: bool
-    shift: bool
-
-
-class FuseGradients(NamedTuple):
-    """Gradients of the maps (None where not wanted), scale and shift ``[sum of C_m]``."""
-
-    features: list[Tensor | None]
-    scale: Tensor | None
-    shift: Tensor | None
+from fedkern.ops._core.backend import not_forced
+from fedkern.ops._core.launch import Launcher
+from fedkern.ops._core.memory import HUGE
+from fedkern.ops._fuse.maps import compute_dtype, empty_map, fused_channels
+from fedkern.ops._fuse.reference import FuseGradients, FuseNeeds, fuse_backward_reference, fuse_mean_reference
 
 
 class FuseKernel(Protocol):
@@ -31,14 +21,30 @@ class FuseKernel(Protocol):
 
     Maps have shape ``[B, C_m, *S]``, one dtype and any strides; ``scale`` and ``shift`` have shape ``[sum of C_m]`` and
     any of the four dtypes.  Products and sums are taken in fp32 (fp64 for fp64 maps) and rounded once.
+
+    Attributes:
+        views: whether gradients that are parts of the result's gradient are handed out as views of it.
     """
 
+    views: bool
+
     def forward(
-        self, features: Sequence[Tensor], scale: Tensor | None, shift: Tensor | None, relu: bool, mean: bool
+        self,
+        features: Sequence[Tensor],
+        scale: Tensor | None,
+        shift: Tensor | None,
+        relu: bool,
+        mean: bool,
+        channels: Sequence[int],
+        channels_last: bool,
     ) -> Tensor:
         """``act(scale * f_m + shift)``, concatenated along the channels or (``mean``) averaged over the maps.
 
-        The result is dense, and channels-last where :func:`wants_channels_last` says so.
+        Args:
+            features, scale, shift, relu, mean: as in the public functions.
+            channels: C_m of every map.
+            channels_last: layout of the result, which is dense; that of
+                :func:`fedkern.ops._fuse.maps.wants_channels_last`.
         """
 
     def backward(
@@ -66,67 +72,148 @@ class FuseKernel(Protocol):
         """
 
 
-def order_of(feature: Tensor) -> int:
-    """Order of ``[B, C, *S]`` in memory: 1 if channels are adjacent (channels-last), -1 if positions are, 0 for both.
+_empty_like = torch.empty_like
+_CHANNELS_LAST = torch.channels_last
+_LARGE = HUGE // 8  # elements; fresh() compares bytes
 
-    A map in neither order counts as -1: it will be copied.
+
+class FuseKernels(Launcher):
+    """:class:`FuseKernel` on ``fedkern._cpu`` and ``fedkern._cuda``.
+
+    The cores read most maps as they are.  They say so where they do not, and are called again with copies.  On a GPU a
+    mean of more than 48 maps is left to plain PyTorch.
     """
-    shape, strides = feature.shape, feature.stride()
-    channels = shape[1]
-    if channels == 1 or math.prod(shape[2:]) == 1:
-        return 0
-    if strides[1] != 1 or strides[-1] < channels:
-        return -1
-    return 1 if position_stride(shape, strides) is not None else -1
 
+    def __init__(self, core: Any) -> None:
+        super().__init__(core)
+        self.views = not self.gpu
+        self._forward, self._backward = core.fuse_forward, core.fuse_backward
 
-def position_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
-    """The one stride that leads through all positions ``*S`` of a map, or None."""
-    step = None
-    size = 1
-    for axis in range(len(shape) - 1, 1, -1):
-        if shape[axis] == 1:
-            continue
-        if step is None:
-            step = strides[axis]
-        elif strides[axis] != step * size:
-            return None
-        size *= shape[axis]
-    return 1 if step is None else step
+    def forward(
+        self,
+        features: Sequence[Tensor],
+        scale: Tensor | None,
+        shift: Tensor | None,
+        relu: bool,
+        mean: bool,
+        channels: Sequence[int],
+        channels_last: bool,
+    ) -> Tensor:
+        first = features[0]
+        if mean and (first.is_contiguous(memory_format=_CHANNELS_LAST) if channels_last else first.is_contiguous()):
+            out = _empty_like(first)  # takes half as long as making a map from its shape
+        else:
+            shape = first.shape
+            out = empty_map((shape[0], fused_channels(channels, mean), *shape[2:]), channels_last, first)
+        if out.numel() >= _LARGE:
+            self.fresh(out)
+        if mean and self._too_many(channels):
+            return out.copy_(fuse_mean_reference(features, scale, shift, relu))
+        at = self.at(first)
+        if not self._forward(features, out, scale, shift, channels_last, relu, mean, at):
+            maps = [self._laid_out(x, channels_last) for x in features]
+            scale, shift = _vector(scale, first), _vector(shift, first)
+            self._forward(maps, out, scale, shift, channels_last, relu, mean, at)
+        return out
 
+    def backward(
+        self,
+        grad: Tensor,
+        features: Sequence[Tensor] | None,
+        out: Tensor | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        relu: bool,
+        mean: bool,
+        channels: Sequence[int],
+        needs: FuseNeeds,
+        channels_last: bool,
+    ) -> FuseGradients:
+        need_features, need_scale, need_shift = needs
+        targets = self._targets(grad, mean, channels, need_features, channels_last)
+        if mean and self._too_many(channels):
+            plain = fuse_backward_reference(grad, features, out, scale, shift, relu, mean, channels, needs)
+            for target, x in zip(targets, plain[0], strict=True):
+                if target is not None and x is not None:
+                    target.copy_(x)
+            return targets, *plain[1:]
+        to_scale = to_shift = partial = None
+        if need_scale or need_shift:
+            total = sum(channels)
+            to_scale = grad.new_empty(total, dtype=torch.float64) if need_scale else None
+            to_shift = grad.new_empty(total, dtype=torch.float64) if need_shift else None
+            if self.gpu:
+                partial = grad.new_empty(2 * self.core.fuse_splits * total, dtype=torch.float64)
+        last, at = channels_last, self.at(grad)
+        if not self._backward(
+            grad, features, out, targets, channels, scale, shift, to_scale, to_shift, partial, last, relu, mean, at
+        ):
+            scale, shift, grad = _vector(scale, grad), _vector(shift, grad), self._laid_out(grad, last)
+            features = None if features is None else [self._laid_out(x, last) for x in features]
+            out = None if out is None else self._laid_out(out, last)
+            self._backward(
+                grad, features, out, targets, channels, scale, shift, to_scale, to_shift, partial, last, relu, mean, at
+            )
+        if to_scale is not None and scale is not None:
+            to_scale = to_scale.to(scale.dtype)
+        if to_shift is not None and shift is not None:
+            to_shift = to_shift.to(shift.dtype)
+        return targets, to_scale, to_shift
 
-def wants_channels_last(features: Sequence[Tensor]) -> bool:
-    """True if the result is channels-last: every map fits that order, and at least one map fits no other."""
-    for feature in features:
-        if not feature.is_contiguous():
-            break
-    else:
-        return False
-    shape, strides = features[0].shape, features[0].stride()
-    found = order_of(features[0])
-    for feature in features:
-        if found < 0:
+    def _too_many(self, channels: Sequence[int]) -> bool:
+        """Whether a mean has more maps than the core takes."""
+        if not self.gpu or len(channels) <= self.core.fuse_maps:
             return False
-        if feature.stride() != strides or feature.shape != shape:
-            order = order_of(feature)
-            found = order if order < 0 else max(found, order)
-    return found == 1
+        not_forced("fuse_mean", "cuda", f"of {len(channels)} maps")
+        return True
+
+    def _targets(
+        self, grad: Tensor, mean: bool, channels: Sequence[int], needs: Sequence[bool], channels_last: bool
+    ) -> list[Tensor | None]:
+        """Empty gradients of the maps, None where not wanted."""
+        count = len(channels)
+        total = grad.numel() * count if mean else grad.numel()
+        if not self.gpu and total // count < _LARGE <= total and channels.count(channels[0]) == count:
+            return self._pieces(grad, channels[0], needs, channels_last)
+        batch, _, *positions = grad.shape
+        targets: list[Tensor | None] = []
+        width, last = -1, grad
+        for number, need in zip(channels, needs, strict=True):
+            if not need:
+                targets.append(None)
+                continue
+            if number == width:
+                last = _empty_like(last)
+            else:
+                width, last = number, empty_map((batch, number, *positions), channels_last, grad)
+            if total >= _LARGE:
+                self.fresh(last)
+            targets.append(last)
+        return targets
+
+    def _pieces(self, grad: Tensor, channels: int, needs: Sequence[bool], channels_last: bool) -> list[Tensor | None]:
+        """Maps of one shape in one allocation: many small allocations would each fault on every page."""
+        batch, _, *positions = grad.shape
+        order = (batch, *positions, channels) if channels_last else (batch, channels, *positions)
+        whole = self.fresh(grad.new_empty((sum(needs), *order)))
+        pieces = iter((whole.movedim(-1, 2) if channels_last else whole).unbind())
+        return [next(pieces) if need else None for need in needs]
+
+    def _laid_out(self, x: Tensor, channels_last: bool) -> Tensor:
+        """``x``, copied if the core does not read it as it is."""
+        if self.core.fuse_reads(x, channels_last):
+            return x
+        if self.gpu:
+            return empty_map(x.shape, False, x).copy_(x)
+        by_channels = channels_last or math.prod(x.shape[2:]) == 1
+        if x.numel() > 1 and not any(x.stride()):
+            # One value for everything (the gradient of a sum): one run is enough.
+            run = (1, x.shape[1]) if by_channels else (1, 1, *x.shape[2:])
+            one = x.as_strided(run, (0,) * len(run)).contiguous()
+            return (one.reshape(1, -1, *[1] * (x.dim() - 2)) if by_channels else one).expand(x.shape)
+        return empty_map(x.shape, by_channels, x).copy_(x)
 
 
-def empty_map(shape: Sequence[int], channels_last: bool, like: Tensor) -> Tensor:
-    """An empty dense map ``[B, C, *S]`` with the dtype and device of ``like``."""
-    if not channels_last:
-        return torch.empty(tuple(shape), dtype=like.dtype, device=like.device)
-    if len(shape) == 4:
-        return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-    return torch.empty((shape[0], *shape[2:], shape[1]), dtype=like.dtype, device=like.device).movedim(-1, 1)
-
-
-def fused_channels(channels: Sequence[int], mean: bool) -> int:
-    """Channels of the result."""
-    return channels[0] if mean else sum(channels)
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The computing dtype of products and sums of maps of ``dtype``."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
+def _vector(vector: Tensor | None, like: Tensor) -> Tensor | None:
+    """``scale`` or ``shift`` as the cores take it: contiguous, in the computing dtype."""
+    return None if vector is None else vector.to(compute_dtype(like.dtype)).contiguous()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core import backend, library
-from fedkern.ops._fuse.kernels import FuseNeeds, empty_map, fused_channels, order_of, wants_channels_last
+from fedkern.ops._fuse.maps import empty_map, fused_channels, order_of, wants_channels_last
 from fedkern.ops._fuse.reference import fuse_backward_reference, fuse_concat_reference, fuse_mean_reference
 
 
@@ -22,7 +22,8 @@ def _implementation(
 ) -> Tensor:
     kernel = backend.select("fuse_mean" if mean else "fuse_concat", *features)
     if kernel is not None:
-        return kernel.forward(features, scale, shift, relu, mean)
+        channels = [x.shape[1] for x in features]
+        return kernel.forward(features, scale, shift, relu, mean, channels, wants_channels_last(features))
     return _fake(features, scale, shift, relu, mean).copy_(_reference(features, scale, shift, relu, mean))
 
 
@@ -63,15 +64,15 @@ def _backward_implementation(
     need_scale: bool,
     need_shift: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    needs = FuseNeeds(tuple(need_features), need_scale, need_shift)
+    needs = (need_features, need_scale, need_shift)
     kernel = backend.select("fuse_mean" if mean else "fuse_concat", grad)
     arguments = (grad, features or None, out, scale, shift, relu, mean, channels, needs)
     result = fuse_backward_reference(*arguments) if kernel is None else kernel.backward(*arguments, order_of(grad) == 1)
     maps, to_scale, to_shift = _backward_fake(
         grad, features, out, scale, shift, relu, mean, channels, need_features, need_scale, need_shift
     )
-    filled = [_into(empty, x) for empty, x in zip(maps, result.features, strict=True)]
-    return filled, _into(to_scale, result.scale), _into(to_shift, result.shift)
+    filled = [_into(empty, x) for empty, x in zip(maps, result[0], strict=True)]
+    return filled, _into(to_scale, result[1]), _into(to_shift, result[2])
 
 
 def _into(empty: Tensor, result: Tensor | None) -> Tensor:
@@ -113,16 +114,17 @@ def _second_derivative(ctx: Any, to_maps: list[Tensor], to_scale: Tensor, to_shi
     """The derivative of the gradients, through plain PyTorch."""
     grad, out, scale, shift, *features = ctx.saved_tensors
     relu, mean, channels, need_features, need_scale, need_shift = ctx.settings
-    needs = FuseNeeds(tuple(need_features), need_scale, need_shift)
+    needs = (need_features, need_scale, need_shift)
     count = len(features)
 
     def gradients(grad: Tensor, scale: Tensor | None, shift: Tensor | None, *features: Tensor) -> Tensor:
-        result = fuse_backward_reference(grad, features or None, out, scale, shift, relu, mean, channels, needs)
+        given = (grad, features or None, out, scale, shift, relu, mean, channels, needs)
+        maps, by_scale, by_shift = fuse_backward_reference(*given)
         total = grad.new_zeros((), dtype=torch.float64)
         for x, seed in (
-            *zip(result.features, to_maps, strict=True),
-            (result.scale, to_scale),
-            (result.shift, to_shift),
+            *zip(maps, to_maps, strict=True),
+            (by_scale, to_scale),
+            (by_shift, to_shift),
         ):
             if x is not None and seed is not None:
                 total = total + (x.double() * seed.double()).sum()

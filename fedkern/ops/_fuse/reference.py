@@ -7,7 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedkern.ops._fuse.kernels import FuseGradients, FuseNeeds, compute_dtype
+from fedkern.ops._fuse.maps import compute_dtype
+
+# Which gradients are wanted: of each map, of scale, of shift.
+FuseNeeds = tuple[Sequence[bool], bool, bool]
+# Gradients of the maps (None where not wanted), of scale and of shift [sum of C_m].
+FuseGradients = tuple[list[Tensor | None], Tensor | None, Tensor | None]
 
 
 def _affine(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
@@ -52,6 +57,7 @@ def fuse_backward_reference(
     needs: FuseNeeds,
 ) -> FuseGradients:
     """The gradients, by operations that can be differentiated again; sums over batch and positions in fp64."""
+    need_features, need_scale, need_shift = needs
     wide = grad.to(compute_dtype(grad.dtype))
     if mean:
         wide = wide.repeat(1, len(channels), *[1] * (grad.dim() - 2)) / len(channels)
@@ -64,12 +70,12 @@ def fuse_backward_reference(
     to_maps = _affine(wide, scale, None).to(grad.dtype).split(list(channels), dim=1)
     others = [axis for axis in range(grad.dim()) if axis != 1]
     to_scale = to_shift = None
-    if needs.scale:
+    if need_scale:
         assert joined is not None
         assert scale is not None
         to_scale = (wide.double() * joined).sum(others).to(scale.dtype)
-    if needs.shift:
+    if need_shift:
         assert shift is not None
         to_shift = wide.double().sum(others).to(shift.dtype)
-    maps = [x if need else None for x, need in zip(to_maps, needs.features, strict=True)]
-    return FuseGradients(maps, to_scale, to_shift)
+    maps = [x if need else None for x, need in zip(to_maps, need_features, strict=True)]
+    return maps, to_scale, to_shift

@@ -14,10 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fedkern.ops._aggregate.triton.means import pick, starts_of, tensor_starts, wholes
 from fedkern.ops._core.triton.launch import cdiv, launch, power_of_two, processors
+from fedkern.ops._core.triton.offsets import pick, starts_of, tensor_starts, wholes
 from fedkern.ops._core.triton.rows import COMPUTE
-from fedkern.ops._fuse.kernels import FuseGradients, FuseNeeds, empty_map, fused_channels, wants_channels_last
+from fedkern.ops._fuse.maps import empty_map, fused_channels
+from fedkern.ops._fuse.reference import FuseGradients, FuseNeeds
 
 BLOCK = 1024
 # Maps that one launch takes as parameters.
@@ -171,18 +172,25 @@ def sums_kernel(
 class TritonFuse:
     """:class:`fedkern.ops._fuse.kernels.FuseKernel`."""
 
+    views = False
+
     def forward(
-        self, features: Sequence[Tensor], scale: Tensor | None, shift: Tensor | None, relu: bool, mean: bool
+        self,
+        features: Sequence[Tensor],
+        scale: Tensor | None,
+        shift: Tensor | None,
+        relu: bool,
+        mean: bool,
+        channels: Sequence[int],
+        channels_last: bool,
     ) -> Tensor:
         first = features[0]
-        shape, channels = first.shape, [x.shape[1] for x in features]
-        width = fused_channels(channels, mean)
-        last = wants_channels_last(features)
-        out = empty_map((shape[0], width, *shape[2:]), last, first)
+        shape, width = first.shape, fused_channels(channels, mean)
+        out = empty_map((shape[0], width, *shape[2:]), channels_last, first)
         if not out.numel():
             return out
-        maps = [_dense(x, last) for x in features]
-        outer, step = _runs(shape, last)
+        maps = [_dense(x, channels_last) for x in features]
+        outer, step = _runs(shape, channels_last)
         scale, shift = _vector(scale), _vector(shift)
         meta = {"COMPUTE": COMPUTE[out.dtype], "WIDE": _index(max(channels) * step), "RELU": relu, "BLOCK": BLOCK}
         if not mean:
@@ -224,14 +232,15 @@ class TritonFuse:
         channels_last: bool,
     ) -> FuseGradients:
         batch, positions, device = grad.shape[0], grad.shape[2:], grad.device
+        need_features, need_scale, need_shift = needs
         targets = [
             empty_map((batch, count, *positions), channels_last, grad) if need else None
-            for count, need in zip(channels, needs.features, strict=True)
+            for count, need in zip(channels, need_features, strict=True)
         ]
         whole, width = sum(channels), grad.shape[1]
         if not grad.numel() or not batch * math.prod(positions):
             zeros = torch.zeros(whole, dtype=torch.float64, device=device)
-            return FuseGradients(targets, _like(zeros, scale, needs.scale), _like(zeros, shift, needs.shift))
+            return targets, _like(zeros, scale, need_scale), _like(zeros, shift, need_shift)
         grad = _dense(grad, channels_last)
         out = None if out is None else _dense(out, channels_last)
         maps = None if features is None else [_dense(x, channels_last) for x in features]
@@ -256,7 +265,7 @@ class TritonFuse:
                 WIDE=_index(max(counts) * step), **meta,
             )  # fmt: skip
         by_scale = by_shift = None
-        if needs.scale or needs.shift:
+        if need_scale or need_shift:
             # Tiles are wide in channels where channels are adjacent in memory, and wide in positions otherwise.
             size = batch * math.prod(positions)
             channel_tile = min(power_of_two(max(counts)), 32 if channels_last or step == 1 else 4)
@@ -268,9 +277,9 @@ class TritonFuse:
             splits = cdiv(size, span)
             by_scale, by_shift = (
                 torch.empty(splits, whole, dtype=torch.float64, device=device) if need else None
-                for need in (needs.scale, needs.shift)
+                for need in (need_scale, need_shift)
             )
-            read = maps if needs.scale else seen
+            read = maps if need_scale else seen
             for some_maps in _groups(len(counts)):
                 number = len(counts[some_maps])
                 channel_table = wholes(counts[some_maps])
@@ -281,7 +290,7 @@ class TritonFuse:
                     math.prod(positions), width, whole, tiles, splits, span, len(counts), LAST=channels_last,
                     COUNT=len(channel_table), CHANNELS=channel_tile, PLACES=place_tile, **meta,
                 )  # fmt: skip
-        return FuseGradients(
+        return (
             targets,
             None if by_scale is None else _like(by_scale.sum(0), scale, True),
             None if by_shift is None else _like(by_shift.sum(0), shift, True),

@@ -24,7 +24,6 @@ from fedkern.ops._contrast.triton import TritonContrast
 from fedkern.ops._distill.kernels import Divergence, Ensemble
 from fedkern.ops._distill.rows import BATCHMEAN, LOGITS, MEAN, NONE, PROBS
 from fedkern.ops._distill.triton.distill import TritonDistill
-from fedkern.ops._fuse.kernels import FuseNeeds
 from fedkern.ops._fuse.triton import TritonFuse
 from fedkern.ops._optimise.kernels import AdamW, Call
 from fedkern.ops._optimise.triton import TritonOptimise
@@ -297,11 +296,11 @@ def fuse_cases(full: bool) -> Iterator[Case]:
                 vector, channels = torch.empty(count * shape[1], dtype=dtype), [shape[1]] * count
                 for mean in (False, True):
                     label = f"fuse {dtype} {count} maps {list(shape)} {'mean' if mean else 'concat'} {layout}"
-                    yield f"{label} forward", lambda: kernel.forward(maps, vector, vector, True, mean)
+                    yield f"{label} forward", lambda: kernel.forward(maps, vector, vector, True, mean, channels, last)
                     grad = torch.empty((shape[0], shape[1] * (1 if mean else count), *shape[2:]), dtype=dtype)
                     grad = grad.contiguous(memory_format=layout)
                     for vectors in (False, True):
-                        needs = FuseNeeds((not vectors,) * count, vectors, vectors)
+                        needs = ((not vectors,) * count, vectors, vectors)
                         yield (
                             f"{label} backward",
                             lambda: kernel.backward(
@@ -309,7 +308,7 @@ def fuse_cases(full: bool) -> Iterator[Case]:
                             ),
                         )
                     if full and not mean:
-                        needs = FuseNeeds((True,) * count, False, True)
+                        needs = ((True,) * count, False, True)
                         yield (
                             f"{label} backward from the result",
                             lambda: kernel.backward(
@@ -317,7 +316,10 @@ def fuse_cases(full: bool) -> Iterator[Case]:
                             ),
                         )
                     if full:
-                        yield f"{label} forward alone", lambda: kernel.forward(maps, None, None, False, mean)
+                        yield (
+                            f"{label} forward alone",
+                            lambda: kernel.forward(maps, None, None, False, mean, channels, last),
+                        )
 
 
 def size_one(full: bool) -> Iterator[Case]:
@@ -352,7 +354,7 @@ def size_one(full: bool) -> Iterator[Case]:
         maps, vector = [torch.empty(shape) for _ in range(count)], torch.empty(count * shape[1])
         grad = torch.empty((shape[0], shape[1] * count, *shape[2:]))
         for vectors in (False, True):
-            wanted = FuseNeeds((not vectors,) * count, vectors, vectors)
+            wanted = ((not vectors,) * count, vectors, vectors)
             yield (
                 f"fuse {count} {list(shape)}",
                 lambda: fuse.backward(grad, maps, None, vector, vector, True, False, [shape[1]] * count, wanted, False),

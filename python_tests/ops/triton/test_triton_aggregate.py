@@ -22,7 +22,8 @@ if "triton" not in BACKENDS:
 
 from fedkern.ops._aggregate.triton import aggregate as triton_aggregate
 from fedkern.ops._aggregate.triton.aggregate import TritonAggregate
-from fedkern.ops._aggregate.triton.means import MARK, encoded, whole
+from fedkern.ops._aggregate.triton.means import encoded
+from fedkern.ops._core.triton.offsets import MARK, whole
 
 KERNEL = TritonAggregate()
 COUNTS = (1, 2, 3, 8, 11)

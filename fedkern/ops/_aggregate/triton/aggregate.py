@@ -18,11 +18,11 @@ from fedkern.ops._aggregate.triton.means import (
     encoded,
     mean_kernel,
     step_kernel,
-    tensor_starts,
 )
 from fedkern.ops._aggregate.triton.order import distances_kernel, noise_kernel, pairs_kernel, rank_kernel
 from fedkern.ops._core import backend
 from fedkern.ops._core.triton.launch import cdiv, double_bits, filled, launch, power_of_two, processors
+from fedkern.ops._core.triton.offsets import tensor_starts
 
 # Elements that a program holds of each vector.
 BLOCK = 1024

@@ -1,19 +1,17 @@
 """The means in Triton: weighted mean, running mean and server_step; their launcher is in aggregate.py.
 
-Vectors come as a tuple of pointers, or as one pointer with :func:`whole` offsets or a stack's stride.  Weights come as
-:func:`encoded` doubles or in memory.  Pointers, offsets and encoded weights are kernel parameters: nothing is copied to
-the device.  Sums are taken in fp64, over the vectors in ascending order.
+Vectors come as a tuple of pointers, or as one pointer with the offsets of _core/triton/offsets.py or a stack's stride.
+Weights come as :func:`encoded` doubles or in memory.  Pointers, offsets and encoded weights are kernel parameters:
+nothing is copied to the device.  Sums are taken in fp64, over the vectors in ascending order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from fedkern.ops._core.triton.launch import double_bits, filled
+from fedkern.ops._core.triton.launch import double_bits
+from fedkern.ops._core.triton.offsets import MARK, pick, starts_of
 from fedkern.ops._core.triton.rows import double_of, narrow
 
 
@@ -23,46 +21,13 @@ def _wide(x):
     return x if x.dtype == tl.float64 else x.to(tl.float32).to(tl.float64)
 
 
-# Triton compiles another kernel for a number of a tuple that is 1, divisible by 16, or fits 32 bits. Codes avoid all
-# three: they are odd and large, except for weights near 1.1e-308 and whole numbers near 2^51.
-MARK = tl.constexpr(1 << 52)
-
-
 def encoded(weight: float) -> int:
-    """Code of a double that is not negative: its bits moved up by one, in a number that Triton does not specialise."""
+    """Code of a double that is not negative: its bits moved up by one, in a number that Triton does not specialise.
+
+    The exception are weights near 1.1e-308, see :data:`fedkern.ops._core.triton.offsets.MARK`.
+    """
     code = (double_bits(abs(weight)) << 1 | 1) ^ MARK.value
     return code - (1 << 64) if code >> 63 else code
-
-
-def whole(number: int) -> int:
-    """Code of a whole number of at most 62 bits and a sign, in a number that Triton does not specialise."""
-    return (number << 1 | 1) ^ MARK.value
-
-
-def wholes(numbers: Iterable[int]) -> tuple[int, ...]:
-    """The :func:`whole` codes of numbers, as kernel parameters."""
-    return filled(map(whole, numbers), whole(0))
-
-
-def tensor_starts(tensors: Sequence[Tensor]) -> tuple[int, ...]:
-    """Each tensor's distance from the first in elements, encoded for :func:`starts_of`."""
-    item, first = tensors[0].element_size(), tensors[0].data_ptr()
-    return wholes((x.data_ptr() - first) // item for x in tensors)
-
-
-@triton.jit
-def _whole(code):
-    return (tl.cast(code, tl.int64) ^ MARK) >> 1
-
-
-@triton.jit
-def starts_of(offsets, row_stride, member, COUNT: tl.constexpr):
-    """Where each of ``member`` begins, in elements from the first vector; ``offsets`` are :func:`whole` codes."""
-    start = member.to(tl.int64) * row_stride
-    if COUNT > 0:
-        for k in tl.static_range(COUNT):
-            start = tl.where(member == k, _whole(offsets[k]), start)
-    return start
 
 
 @triton.jit
@@ -76,12 +41,6 @@ def weights_of(weights, member, count, BITS: tl.constexpr):
     else:
         share = tl.load(weights + member, mask=member < count, other=0).to(tl.float64)
     return share
-
-
-@triton.jit
-def pick(values, member, m):
-    """Element m of a vector in registers, as ``[1]``: the interpreter broadcasts comparisons of scalars as numbers."""
-    return tl.zeros([1], values.dtype) + tl.sum(tl.where(member == m, values, tl.zeros_like(values)), axis=0)
 
 
 @triton.jit(do_not_specialize=["offsets", "weights"])

@@ -8,7 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fedkern.ops._aggregate.triton.means import _wide, pick, starts_of, weights_of
+from fedkern.ops._aggregate.triton.means import _wide, weights_of
+from fedkern.ops._core.triton.offsets import pick, starts_of
 from fedkern.ops._core.triton.rows import double_of, narrow
 
 

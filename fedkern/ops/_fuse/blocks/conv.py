@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedkern.ops._core import backend
 from fedkern.ops._fuse.blocks.layers import FusedConv
-from fedkern.ops._fuse.launch import CpuFuse
+from fedkern.ops._fuse.kernels import FuseKernels
 
 # kFuseConvColumns of csrc/include/fedkern/fuse.h: a map's width with its border; wider maps take another lowering.
 MAX_COLUMNS = 256
@@ -21,7 +21,7 @@ def core_for(x: Tensor) -> Any | None:
     if x.dtype is not torch.float32 or x.device.type != "cpu" or not backend.eager(x) or x.is_neg():
         return None
     kernel = backend.select("fuse_concat", x)
-    return kernel.core if isinstance(kernel, CpuFuse) else None
+    return kernel.core if isinstance(kernel, FuseKernels) and not kernel.gpu else None
 
 
 def fits(conv: FusedConv, columns: int) -> bool:
@@ -68,36 +68,22 @@ def convolve(
 ) -> None:
     """``out = relu(conv(x) + bias + other)`` for all branches.
 
-    The core gets raw addresses, so the caller must make sure that ``x`` and ``out`` are fp32 on the CPU and contiguous
-    within a sample, that ``x`` has the channels that the weights read (``shapes.survey``), and
-    that ``held.plain`` is true.
+    The core checks nothing, so the caller must make sure that ``x`` and ``out`` are fp32 on the CPU and contiguous
+    within a sample, that ``x`` has the channels that the weights read (``shapes.survey``), and that ``held.plain`` is
+    true.
     """
     conv, branches = held.conv, held.conv.branches
-    packed, block = held.packed(core.fuse_conv_block())
-    channels, height, width = x.shape[1:]
-    channels = channels if shared else channels // branches
-    rows, size = out.shape[1] // branches, out.shape[2] * out.shape[3]
+    packed, _ = held.packed(core.fuse_conv_block())
     late = None
     if other is not None:
         other = other.contiguous()
-        alike = other.shape[1:] == (rows if other_shared else rows * branches, *out.shape[2:])
-        if not alike or other.dtype is not torch.float32:
+        channels = out.shape[1] // branches if other_shared else out.shape[1]
+        if other.shape[1:] != (channels, *out.shape[2:]) or other.dtype is not torch.float32:
             late, other = other, None  # broadcast over positions, or from autocast: rare, so left to torch
-    addend = (None, 0, 0) if other is None else (other.data_ptr(), other.stride(0), 0 if other_shared else rows * size)
+    kernel = (*conv.kernel, conv.stride[0], conv.dilation[0], *conv.padding)
+    plain_relu = relu and late is None
     core.fuse_conv(
-        x.shape[0],
-        branches,
-        (channels, height, width),
-        (rows, *out.shape[2:]),
-        (*conv.kernel, conv.stride[0], conv.dilation[0], *conv.padding),
-        (x.data_ptr(), x.stride(0), 0 if shared else channels * height * width),
-        addend,
-        (out.data_ptr(), out.stride(0), rows * size),
-        packed.data_ptr(),
-        block,
-        backend.address(held.bias),
-        relu and late is None,
-        torch.get_num_threads(),
+        x, packed, held.bias, other, out, branches, shared, other_shared, kernel, plain_relu, torch.get_num_threads()
     )
     if late is not None:
         out += late.repeat(1, branches, 1, 1) if other_shared else late

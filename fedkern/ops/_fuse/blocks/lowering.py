@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkern.ops._core.memory import fresh
-from fedkern.ops._fuse import kernels
 from fedkern.ops._fuse.blocks import conv
 from fedkern.ops._fuse.blocks.layers import FusedBatchNorm, FusedConv
 from fedkern.ops._fuse.blocks.onednn import Prepared, convolve
@@ -19,6 +18,7 @@ from fedkern.ops._fuse.blocks.shapes import POOLS, pooled
 from fedkern.ops._fuse.blocks.table import VECTOR, Work
 from fedkern.ops._fuse.blocks.trace import Step
 from fedkern.ops._fuse.fuse import fuse_concat
+from fedkern.ops._fuse.maps import empty_map, order_of
 
 # Bytes of the widest map that the direct lowering holds at once: with what is read for it, this fits into a core's L2.
 CHUNK_BYTES = 1 << 21
@@ -175,7 +175,7 @@ class FoldedBlocks:
             piece = self._grouped(x[begin : begin + step], shared)
             if out is None:
                 shape = (x.shape[0], *piece.shape[1:])
-                out = fresh(core, kernels.empty_map(shape, piece.dim() == 4, piece))
+                out = fresh(core, empty_map(shape, piece.dim() == 4, piece))
             out[begin : begin + step] = piece
         assert out is not None
         return out
@@ -340,7 +340,7 @@ def halved(x: Tensor) -> Tensor:
 def repeated(x: Tensor, branches: int) -> Tensor:
     """A shared map, repeated for every branch along the channels."""
     wide = x.unsqueeze(1).expand(x.shape[0], branches, *x.shape[1:])
-    if x.dim() == 4 and not torch._C._are_functorch_transforms_active() and kernels.order_of(x) == 1:
+    if x.dim() == 4 and not torch._C._are_functorch_transforms_active() and order_of(x) == 1:
         flat = x.permute(0, 2, 3, 1).repeat(1, 1, 1, branches)
         return flat.permute(0, 3, 1, 2)
     return wide.flatten(1, 2)

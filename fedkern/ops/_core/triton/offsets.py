@@ -1,0 +1,55 @@
+"""Several tensors as one kernel parameter: a pointer to the first, and every tensor's distance from it.
+
+Distances are kernel parameters: nothing is copied to the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fedkern.ops._core.triton.launch import filled
+
+# Triton compiles another kernel for a number of a tuple that is 1, divisible by 16, or fits 32 bits. Codes avoid all
+# three: they are odd and large, except for whole numbers near 2^51.
+MARK = tl.constexpr(1 << 52)
+
+
+def whole(number: int) -> int:
+    """Code of a whole number of at most 62 bits and a sign, in a number that Triton does not specialise."""
+    return (number << 1 | 1) ^ MARK.value
+
+
+def wholes(numbers: Iterable[int]) -> tuple[int, ...]:
+    """The :func:`whole` codes of numbers, as kernel parameters."""
+    return filled(map(whole, numbers), whole(0))
+
+
+def tensor_starts(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """Each tensor's distance from the first in elements, encoded for :func:`starts_of`."""
+    item, first = tensors[0].element_size(), tensors[0].data_ptr()
+    return wholes((x.data_ptr() - first) // item for x in tensors)
+
+
+@triton.jit
+def _whole(code):
+    return (tl.cast(code, tl.int64) ^ MARK) >> 1
+
+
+@triton.jit
+def starts_of(offsets, row_stride, member, COUNT: tl.constexpr):
+    """Where each of ``member`` begins, in elements from the first tensor; ``offsets`` are :func:`whole` codes."""
+    start = member.to(tl.int64) * row_stride
+    if COUNT > 0:
+        for k in tl.static_range(COUNT):
+            start = tl.where(member == k, _whole(offsets[k]), start)
+    return start
+
+
+@triton.jit
+def pick(values, member, m):
+    """Element m of a vector in registers, as ``[1]``: the interpreter broadcasts comparisons of scalars as numbers."""
+    return tl.zeros([1], values.dtype) + tl.sum(tl.where(member == m, values, tl.zeros_like(values)), axis=0)

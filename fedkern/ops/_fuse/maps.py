@@ -1,0 +1,75 @@
+"""fuse: feature maps in memory, and the dtype that they are computed in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def order_of(feature: Tensor) -> int:
+    """Order of ``[B, C, *S]`` in memory: 1 if channels are adjacent (channels-last), -1 if positions are, 0 for both.
+
+    A map in neither order counts as -1: it will be copied.
+    """
+    shape, strides = feature.shape, feature.stride()
+    channels = shape[1]
+    if channels == 1 or math.prod(shape[2:]) == 1:
+        return 0
+    if strides[1] != 1 or strides[-1] < channels:
+        return -1
+    return 1 if position_stride(shape, strides) is not None else -1
+
+
+def position_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
+    """The one stride that leads through all positions ``*S`` of a map, or None."""
+    step = None
+    size = 1
+    for axis in range(len(shape) - 1, 1, -1):
+        if shape[axis] == 1:
+            continue
+        if step is None:
+            step = strides[axis]
+        elif strides[axis] != step * size:
+            return None
+        size *= shape[axis]
+    return 1 if step is None else step
+
+
+def wants_channels_last(features: Sequence[Tensor]) -> bool:
+    """True if the result is channels-last: every map fits that order, and at least one map fits no other."""
+    for feature in features:
+        if not feature.is_contiguous():
+            break
+    else:
+        return False
+    shape, strides = features[0].shape, features[0].stride()
+    found = order_of(features[0])
+    for feature in features:
+        if found < 0:
+            return False
+        if feature.stride() != strides or feature.shape != shape:
+            order = order_of(feature)
+            found = order if order < 0 else max(found, order)
+    return found == 1
+
+
+def empty_map(shape: Sequence[int], channels_last: bool, like: Tensor) -> Tensor:
+    """An empty dense map ``[B, C, *S]`` with the dtype and device of ``like``."""
+    if not channels_last:
+        return like.new_empty(shape)
+    if len(shape) == 4:
+        return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+    return torch.empty((shape[0], *shape[2:], shape[1]), dtype=like.dtype, device=like.device).movedim(-1, 1)
+
+
+def fused_channels(channels: Sequence[int], mean: bool) -> int:
+    """Channels of the result."""
+    return channels[0] if mean else sum(channels)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The computing dtype of products and sums of maps of ``dtype``."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
