@@ -20,7 +20,7 @@ from harness import compare
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.ops._aggregate.server_step import DEFAULTS
+from fedkern.ops._aggregate.rules import DEFAULTS
 
 
 class Case:

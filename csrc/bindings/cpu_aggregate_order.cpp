@@ -1,6 +1,4 @@
-#include <vector>
-
-#include "bindings.h"
+#include "aggregate_call.h"
 #include "fedkern/aggregate_order.h"
 
 namespace fedkern {
@@ -8,8 +6,8 @@ namespace {
 
 // Batcher's merge exchange (Knuth, The Art of Computer Programming 3, 5.2.2, algorithm M), without the comparators that
 // the places [low, high) do not depend on.
-std::vector<Exchange> network(std::int64_t count, std::int64_t low, std::int64_t high) {
-  std::vector<Exchange> all;
+std::vector<Comparator> network(std::int64_t count, std::int64_t low, std::int64_t high) {
+  std::vector<Comparator> all;
   std::int64_t top = 1;
   while (2 * top < count) top *= 2;
   for (std::int64_t p = top; count > 1 && p > 0; p /= 2) {
@@ -25,7 +23,7 @@ std::vector<Exchange> network(std::int64_t count, std::int64_t low, std::int64_t
   }
   std::vector<char> wanted(static_cast<std::size_t>(count), 0);
   for (std::int64_t k = low; k < high; ++k) wanted[static_cast<std::size_t>(k)] = 1;
-  std::vector<Exchange> kept;
+  std::vector<Comparator> kept;
   for (auto exchange = all.rbegin(); exchange != all.rend(); ++exchange) {
     char &one = wanted[static_cast<std::size_t>(exchange->low)], &other = wanted[static_cast<std::size_t>(exchange->high)];
     if (!one && !other) continue;
@@ -35,17 +33,18 @@ std::vector<Exchange> network(std::int64_t count, std::int64_t low, std::int64_t
   return {kept.rbegin(), kept.rend()};
 }
 
-// weights: none for the plain mean; half: of their sum for the weighted median of all places, else 0.
-void sorted_mean(int dtype, std::int64_t size, const std::vector<std::uintptr_t>& data, std::int64_t low, std::int64_t high,
-                 const std::vector<double>& weights, double half, std::uintptr_t out, int threads) {
-  std::vector<const void*> vectors(data.size());
-  for (std::size_t m = 0; m < data.size(); ++m) vectors[m] = pointer<const void>(data[m]);
-  const auto count = static_cast<std::int64_t>(data.size());
-  const OrderMean mean = half > 0 ? OrderMean::weighted_median : weights.empty() ? OrderMean::plain : OrderMean::weighted;
-  ReleaseGil release(size * count >= kReleaseGilElements);
-  const std::vector<Exchange> exchanges = network(count, low, high);
-  aggregate_order_kernels().sorted_mean({static_cast<DType>(dtype), count, size, vectors.data(), mean, low, high, weights.data(), half,
-                                         exchanges.data(), static_cast<std::int64_t>(exchanges.size()), pointer<void>(out), threads});
+// weights: None for the plain mean; median: the weighted median of all places instead of a mean.
+bool sorted_mean(py::handle vectors, std::int64_t low, std::int64_t high, py::handle weights, bool median, py::handle out, int threads) {
+  const VectorList x = vectors_of(vectors);
+  if (!x.unit()) return false;
+  const WeightList w = weights.is_none() ? WeightList{} : numbers_of(weights, x.count);
+  void* const to = alike_of(out, x, 1);
+  const OrderMean mean = median ? OrderMean::weighted_median : w.numbers.empty() ? OrderMean::plain : OrderMean::weighted;
+  ReleaseGil release(x.size * x.count >= kReleaseGilElements);
+  const std::vector<Comparator> exchanges = network(x.count, low, high);
+  aggregate_order_kernels().sorted_mean({x.dtype, x.count, x.size, x.data.data(), mean, low, high, w.numbers.data(), median ? w.total / 2 : 0.0,
+                                         exchanges.data(), static_cast<std::int64_t>(exchanges.size()), to, threads});
+  return true;
 }
 
 }  // namespace

@@ -1,6 +1,5 @@
 // What an operator asks of every one of its tensors, asked in one call: in Python these questions take longer than a small
 // kernel. Nothing of torch is needed but the attributes that a tensor shows to Python, and what exchange.h says.
-#include <cmath>
 #include <limits>
 
 #include "exchange.h"
@@ -12,10 +11,8 @@ namespace {
 
 // Names of attributes and methods, made once and never freed.
 struct Names {
-  PyObject* dtype = PyUnicode_InternFromString("dtype");
   PyObject* is_neg = PyUnicode_InternFromString("is_neg");
   PyObject* requires_grad = PyUnicode_InternFromString("requires_grad");
-  PyObject* itemsize = PyUnicode_InternFromString("itemsize");
 };
 
 const Names& names() {
@@ -27,94 +24,6 @@ py::object attribute(PyObject* tensor, PyObject* name) { return py::reinterpret_
 
 py::object result(PyObject* tensor, PyObject* method) {
   return py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, method));
-}
-
-struct Plain {
-  py::object dtype;
-  Py_ssize_t rows = 1, size = 0, step = 0;  // step: elements from row to row
-  std::uintptr_t data = 0;
-};
-
-bool is_one_of(PyObject* object, PyObject* types) {
-  for (Py_ssize_t t = 0; t < PyTuple_GET_SIZE(types); ++t)
-    if (reinterpret_cast<PyObject*>(Py_TYPE(object)) == PyTuple_GET_ITEM(types, t)) return true;
-  return false;
-}
-
-// Whether a kernel may read `tensor`, a [size] or (matrix) [rows, size], through its address: exactly of one of `types`, on the
-// CPU, strided, its last stride one, no negated view, not batched (those have no address), and asking for no gradient.
-bool plain(PyObject* tensor, PyObject* types, bool grad, bool matrix, Plain& found) {
-  TensorView seen;
-  if (!is_one_of(tensor, types) || !view(tensor, seen) || !seen.on_cpu() || seen.dims != (matrix ? 2 : 1)) return false;
-  if (seen.strides[seen.dims - 1] != 1 || (!seen.data && !seen.empty())) return false;
-  if (result(tensor, names().is_neg).ptr() != Py_False) return false;
-  if (grad && attribute(tensor, names().requires_grad).ptr() != Py_False) return false;
-  found.dtype = attribute(tensor, names().dtype);
-  found.data = reinterpret_cast<std::uintptr_t>(seen.data);
-  found.size = seen.shape[seen.dims - 1];
-  if (matrix) found.rows = seen.shape[0], found.step = seen.strides[0];
-  return found.dtype && !PyErr_Occurred();
-}
-
-py::object no() {
-  PyErr_Clear();  // the checks in Python say what is wrong
-  return py::none();
-}
-
-// (dtype, size, addresses) of one matrix, or of a list or tuple of vectors of one dtype and size, that are all plain; else None.
-py::object plain_vectors(py::handle vectors, py::handle types, bool grad) {
-  Plain first;
-  if (is_one_of(vectors.ptr(), types.ptr())) {
-    if (!plain(vectors.ptr(), types.ptr(), grad, true, first) || !first.rows) return no();
-    const py::object item = attribute(first.dtype.ptr(), names().itemsize);
-    const std::size_t step = item ? static_cast<std::size_t>(first.step) * PyLong_AsSize_t(item.ptr()) : 0;
-    py::list addresses(first.rows);
-    for (Py_ssize_t m = 0; m < first.rows; ++m)
-      PyList_SET_ITEM(addresses.ptr(), m, PyLong_FromSize_t(first.data + static_cast<std::size_t>(m) * step));
-    return item ? py::make_tuple(first.dtype, first.size, addresses) : no();
-  }
-  if (!PyList_CheckExact(vectors.ptr()) && !PyTuple_CheckExact(vectors.ptr())) return py::none();
-  // A tuple of its own: what is asked of a tensor may let other threads change the list.
-  const py::tuple given = py::reinterpret_steal<py::tuple>(PySequence_Tuple(vectors.ptr()));
-  const Py_ssize_t count = PyTuple_GET_SIZE(given.ptr());
-  if (!count) return py::none();
-  py::list addresses(count);
-  for (Py_ssize_t m = 0; m < count; ++m) {
-    Plain one;
-    if (!plain(PyTuple_GET_ITEM(given.ptr(), m), types.ptr(), grad, false, one)) return no();
-    if (m == 0) first = one;
-    if (one.dtype.ptr() != first.dtype.ptr() || one.size != first.size) return py::none();
-    PyList_SET_ITEM(addresses.ptr(), m, PyLong_FromSize_t(one.data));
-  }
-  return py::make_tuple(first.dtype, first.size, addresses);
-}
-
-// (the weights as floats, their sum, added up in order) of a list or tuple of `count` floats and ints that are finite and not
-// negative and do not all vanish; else None.
-py::object plain_weights(py::handle weights, Py_ssize_t count) {
-  if (!PyList_CheckExact(weights.ptr()) && !PyTuple_CheckExact(weights.ptr())) return py::none();
-  const py::tuple given = py::reinterpret_steal<py::tuple>(PySequence_Tuple(weights.ptr()));
-  if (!given || PyTuple_GET_SIZE(given.ptr()) != count) return no();
-  py::list values(count);
-  double total = 0;
-  for (Py_ssize_t m = 0; m < count; ++m) {
-    PyObject* const item = PyTuple_GET_ITEM(given.ptr(), m);
-    if (!PyFloat_CheckExact(item) && !PyLong_CheckExact(item)) return py::none();
-    const double value = PyFloat_AsDouble(item);
-    if (!(value >= 0)) return no();  // an int too large gives -1 and an error
-    total += value;
-    PyList_SET_ITEM(values.ptr(), m, PyFloat_FromDouble(value));
-  }
-  return total > 0 && std::isfinite(total) ? py::object(py::make_tuple(values, total)) : no();
-}
-
-// Whether `bytes` at `target` share nothing with any of the vectors, each of `each` bytes, but the whole of one where `whole`.
-bool apart(std::uintptr_t target, std::size_t bytes, const py::list& addresses, std::size_t each, bool whole) {
-  for (Py_ssize_t m = 0; m < PyList_GET_SIZE(addresses.ptr()); ++m) {
-    const std::uintptr_t begin = PyLong_AsSize_t(PyList_GET_ITEM(addresses.ptr(), m));
-    if (!(whole && begin == target) && begin < target + bytes && target < begin + each) return false;
-  }
-  return true;
 }
 
 // What follows answers for a call's tensors at once: kNo where something is unusual, which decides nothing (the checks in Python
@@ -184,7 +93,7 @@ int boxes_fit(py::handle images, py::handle boxes, py::handle fill) {
 // [maps * channels] of the dtype computed in.
 int fuse_fits(py::handle features, py::handle scale, py::handle shift) {
   if (!PyList_CheckExact(features.ptr()) && !PyTuple_CheckExact(features.ptr())) return kNo;
-  const py::tuple given = py::reinterpret_steal<py::tuple>(PySequence_Tuple(features.ptr()));  // as in plain_vectors
+  const py::tuple given = py::reinterpret_steal<py::tuple>(PySequence_Tuple(features.ptr()));  // as in vectors_fit
   const Py_ssize_t count = PyTuple_GET_SIZE(given.ptr());
   if (!count) return kNo;
   TensorView first{}, one{};
@@ -311,6 +220,37 @@ int optimise_fits(const py::tuple& call, bool recorded) {
   return are_rates(field(call, kRate), vectors) && !vectors.overlap() ? vectors.first.device_type : kNo;
 }
 
+// Whether aggregate's kernels may read `vectors` as they are: a matrix [M, P], or a list or tuple of vectors [P] of one dtype, size and
+// device, of unit stride, M > 0. Each of `others` is None or must be such a vector [P] too, of any dtype. recorded: autograd is on, so
+// none may ask for a gradient.
+int vectors_fit(py::handle vectors, bool recorded, const py::args& others) {
+  TensorView first{}, one{};
+  const auto fits = [&](PyObject* tensor, int dims, TensorView& found) {
+    if (!readable(tensor, found) || found.dims != dims || found.strides[dims - 1] != 1) return false;
+    return !recorded || attribute(tensor, names().requires_grad).ptr() == Py_False;
+  };
+  py::object given;
+  if (is_tensor(vectors.ptr())) {
+    if (!fits(vectors.ptr(), 2, first) || !first.shape[0]) return kNo;
+  } else {
+    if (!PyList_CheckExact(vectors.ptr()) && !PyTuple_CheckExact(vectors.ptr())) return kNo;
+    // A tuple of its own: what is asked of a tensor may let other threads change the list.
+    given = py::reinterpret_steal<py::object>(PySequence_Tuple(vectors.ptr()));
+    const Py_ssize_t count = PyTuple_GET_SIZE(given.ptr());
+    if (!count) return kNo;
+    for (Py_ssize_t m = 0; m < count; ++m) {
+      if (!fits(PyTuple_GET_ITEM(given.ptr(), m), 1, m ? one : first)) return kNo;
+      if (m && (one.code != first.code || one.bits != first.bits || one.shape[0] != first.shape[0] || !one.same_device(first))) return kNo;
+    }
+  }
+  const std::int64_t size = first.shape[first.dims - 1];
+  for (const py::handle other : others) {
+    if (other.is_none()) continue;
+    if (!fits(other.ptr(), 1, one) || one.shape[0] != size || !one.same_device(first)) return kNo;
+  }
+  return first.device_type;
+}
+
 }  // namespace
 
 void bind_tensors(py::module_& module) {
@@ -321,9 +261,7 @@ void bind_tensors(py::module_& module) {
   module.def("boxes_fit", boxes_fit);
   module.def("fuse_fits", fuse_fits);
   module.def("optimise_fits", optimise_fits);
-  module.def("plain_vectors", plain_vectors);
-  module.def("plain_weights", plain_weights);
-  module.def("apart", apart);
+  module.def("vectors_fit", vectors_fit);
 }
 
 }  // namespace fedkern

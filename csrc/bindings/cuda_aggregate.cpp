@@ -1,99 +1,138 @@
-#include <stdexcept>
-#include <tuple>
-#include <vector>
+// Functions of both cores take the same arguments (aggregate_call.h); here the last one is a stream. Those that take vectors answer
+// false, with nothing done, where they are not of one stride; the caller then copies them.
+#include <algorithm>
+#include <utility>
 
-#include "bindings.h"
+#include "aggregate_call.h"
 #include "fedkern/aggregate_cuda.h"
 
 namespace fedkern {
 namespace {
 
-using Address = std::uintptr_t;
+cuda::Place place(int gpu, std::uintptr_t stream) { return {gpu, pointer<void>(stream)}; }
 
-// (dtype, size, count, first or None, row_stride, stride, addresses)
-using UploadsArgument = std::tuple<int, std::int64_t, std::int64_t, OptionalAddress, std::int64_t, std::int64_t, std::vector<Address>>;
-// (numbers, their sum, address on the device or None)
-using WeightsArgument = std::tuple<std::vector<double>, double, OptionalAddress>;
-// (device, stream)
-using PlaceArgument = std::tuple<int, Address>;
-
-cuda::Uploads uploads(const UploadsArgument& a) {
-  const auto& [dtype, size, count, first, row_stride, stride, addresses] = a;
-  if (!first && static_cast<std::int64_t>(addresses.size()) != count) throw std::invalid_argument("vectors and their number differ");
-  cuda::Uploads result{static_cast<DType>(dtype), size, count, optional_pointer<const void>(first), row_stride, stride, {}};
-  for (Address address : addresses) result.each.push_back(pointer<const void>(address));
+cuda::Uploads uploads(VectorList& x) {
+  cuda::Uploads result{x.dtype, x.size, x.count, {}, 0, x.strides[0], {}};
+  if (x.matrix)
+    result.first = {x.data[0], true}, result.row_stride = x.row_stride;
+  else
+    result.each = std::move(x.data);
   return result;
 }
 
-cuda::UploadWeights weights(const WeightsArgument& a, std::int64_t count) {
-  const auto& [numbers, total, device] = a;
-  if (!device && static_cast<std::int64_t>(numbers.size()) != count) throw std::invalid_argument("weights and vectors differ in number");
-  return {numbers, optional_pointer<const double>(device), total};
+// Numbers, or what a tensor on the device holds.
+cuda::UploadWeights weights_of(py::handle weights, std::int64_t count) {
+  if (!PyList_CheckExact(weights.ptr()) && !PyTuple_CheckExact(weights.ptr())) return {{}, {doubles_of(weights, count), true}, 0.0};
+  WeightList given = numbers_of(weights, count);
+  return {std::move(given.numbers), {}, given.total};
 }
 
-cuda::Place place(const PlaceArgument& a) { return {std::get<0>(a), pointer<void>(std::get<1>(a))}; }
+// Leaves out the vectors whose weight, a number, is zero: the kernel would read them.
+void leave_out_unused(VectorList& x, cuda::UploadWeights& w) {
+  if (w.device.present || std::find(w.host.begin(), w.host.end(), 0.0) == w.host.end()) return;
+  std::size_t kept = 0;
+  for (std::size_t m = 0; m < w.host.size(); ++m)
+    if (w.host[m] != 0) x.data[kept] = x.data[m], w.host[kept++] = w.host[m];
+  x.data.resize(kept), w.host.resize(kept);
+  x.matrix = false, x.count = static_cast<std::int64_t>(kept);
+}
 
-void at_most(const cuda::Uploads& x, std::int64_t most) {
+void at_most(const VectorList& x, std::int64_t most) {
   if (x.count > most) throw std::invalid_argument("too many vectors for one launch");
 }
 
-// sums: a workspace, or what is asked for without `out`.
-void weighted_mean(const UploadsArgument& x, const WeightsArgument& w, const OptionalAddress& start, const OptionalAddress& sums,
-                   const OptionalAddress& out, int out_dtype, const PlaceArgument& at) {
-  const cuda::Uploads vectors = uploads(x);
-  if (vectors.count > cuda::kTable && !sums) throw std::invalid_argument("more vectors than one launch takes need a workspace");
-  cuda::weighted_mean(vectors, weights(w, vectors.count),
-                      {optional_pointer<const double>(start), pointer<double>(sums.value_or(0)), optional_pointer<void>(out), static_cast<DType>(out_dtype)},
-                      place(at));
+// workspace: [P] where there are more vectors than one launch takes, else None.
+bool weighted_mean(py::handle vectors, py::handle weights, py::handle out, py::handle workspace, std::uintptr_t stream) {
+  VectorList x = vectors_of(vectors);
+  if (!x.alike) return false;
+  cuda::UploadWeights w = weights_of(weights, x.count);
+  leave_out_unused(x, w);
+  const Optional<double> sums = optional_doubles(workspace, x.size);
+  if (x.count > cuda::kTable && !sums.present) throw std::invalid_argument("more vectors than one launch takes need a workspace");
+  const Values to = values_of(out, x.size);
+  cuda::weighted_mean(uploads(x), w, {{}, sums.data, {to.data, true}, to.dtype}, place(x.gpu, stream));
+  return true;
 }
 
-// digits: int64 [3, size], high first.
-ExactState state(Address digits, Address top, std::int64_t size) {
-  auto* first = pointer<std::int64_t>(digits);
-  return {first, first + size, first + 2 * size, pointer<std::int8_t>(top)};
+void accumulator_add(py::handle vector, double weight, py::handle sum, std::uintptr_t stream) {
+  DType dtype;
+  const TensorView x = vector_view(vector.ptr(), dtype);
+  double* const sums = doubles_of(sum, x.shape[0]);
+  cuda::weighted_mean({dtype, x.shape[0], 1, {}, 0, stride_of(x), {x.data}}, {{weight}, {}, weight}, {{sums, true}, sums, {}, {}}, place(x.gpu(), stream));
 }
 
-void exact_add(int dtype, std::int64_t size, Address x, std::int64_t stride, double weight, Address digits, Address top, const PlaceArgument& at) {
-  cuda::exact_add(static_cast<DType>(dtype), size, pointer<const void>(x), stride, weight, state(digits, top, size), place(at));
+void accumulator_mean(py::handle sum, double total, py::handle out, std::uintptr_t stream) {
+  DType dtype;
+  const TensorView x = vector_view(sum.ptr(), dtype);
+  const Values to = values_of(out, x.shape[0]);
+  // No vectors to add: the sum so far, over its weight.
+  cuda::weighted_mean({DType::f64, x.shape[0], 0, {}, 0, 1, {}}, {{}, {}, total}, {{doubles_of(sum, x.shape[0]), true}, nullptr, {to.data, true}, to.dtype},
+                      place(x.gpu(), stream));
 }
 
-void exact_mean(int out_dtype, std::int64_t size, Address digits, Address top, double total, Address out, const PlaceArgument& at) {
-  cuda::exact_mean(static_cast<DType>(out_dtype), size, state(digits, top, size), total, pointer<void>(out), place(at));
+void exact_add(py::handle vector, double weight, py::handle digits, py::handle top, std::uintptr_t stream) {
+  DType dtype;
+  const TensorView x = vector_view(vector.ptr(), dtype);
+  cuda::exact_add(dtype, x.shape[0], x.data, x.strides[0], weight, exact_state(digits, top, x.shape[0]), place(x.gpu(), stream));
 }
 
-// tensors: global, first, second, out; dtypes: of the last three
-void server_step(const UploadsArgument& x, const WeightsArgument& w, int rule, const std::vector<double>& numbers, const std::vector<OptionalAddress>& tensors,
-                 const std::vector<int>& dtypes, Address norms, Address cosines, Address workspace, const PlaceArgument& at) {
-  const cuda::Uploads vectors = uploads(x);
-  at_most(vectors, cuda::kTable);
-  const cuda::ServerStep call{static_cast<cuda::ServerRule>(rule), numbers.at(0), numbers.at(1), numbers.at(2), numbers.at(3),
-                              pointer<const void>(tensors.at(0).value()), optional_pointer<void>(tensors.at(1)), optional_pointer<void>(tensors.at(2)),
-                              static_cast<DType>(dtypes.at(0)), static_cast<DType>(dtypes.at(1)), pointer<void>(tensors.at(3).value()),
-                              static_cast<DType>(dtypes.at(2)), pointer<double>(norms), pointer<double>(cosines), pointer<double>(workspace)};
-  cuda::server_step(vectors, weights(w, vectors.count), call, place(at));
+void exact_mean(py::handle digits, py::handle top, double total, py::handle out, std::uintptr_t stream) {
+  DType dtype;
+  const TensorView to = vector_view(out.ptr(), dtype);
+  cuda::exact_mean(dtype, to.shape[0], exact_state(digits, top, to.shape[0]), total, dense(out, to.shape[0]).data, place(to.gpu(), stream));
 }
 
-void squared_distances_to(const UploadsArgument& x, const OptionalAddress& point, Address out, Address workspace, const PlaceArgument& at) {
-  cuda::squared_distances_to(uploads(x), optional_pointer<const double>(point), pointer<double>(out), pointer<double>(workspace), place(at));
+bool server_step(py::handle vectors, py::handle weights, py::handle global, int rule, double learning_rate, double beta1, double beta2, double tau,
+                 py::handle first, py::handle second, py::handle out, py::handle norms, py::handle cosines, py::handle workspace, std::uintptr_t stream) {
+  VectorList x = vectors_of(vectors);
+  if (!x.alike) return false;
+  at_most(x, cuda::kTable);
+  const ServerTensors t(x, global, first, second, out);
+  const cuda::ServerStep call{static_cast<cuda::ServerRule>(rule), learning_rate, beta1, beta2, tau, t.global, t.first, t.second, t.state, t.state, t.out.data,
+                              t.out.dtype, doubles_of(norms, x.count), doubles_of(cosines, x.count), doubles_of(workspace, cuda::kAggregateWorkspace)};
+  cuda::server_step(uploads(x), weights_of(weights, x.count), call, place(x.gpu, stream));
+  return true;
 }
 
-void squared_distances(const UploadsArgument& x, Address out, Address workspace, const PlaceArgument& at) {
-  const cuda::Uploads vectors = uploads(x);
-  at_most(vectors, cuda::kMostSorted);
-  cuda::squared_distances(vectors, pointer<double>(out), pointer<double>(workspace), place(at));
+bool squared_distances_to(py::handle vectors, py::handle point, py::handle out, py::handle workspace, std::uintptr_t stream) {
+  VectorList x = vectors_of(vectors);
+  if (!x.alike) return false;
+  const Optional<double> to = optional_doubles(point, x.size);
+  double *const squares = doubles_of(out, x.count), *const space = doubles_of(workspace, cuda::kAggregateWorkspace);
+  cuda::squared_distances_to(uploads(x), {to.data, to.present}, squares, space, place(x.gpu, stream));
+  return true;
 }
 
-void sorted_mean(const UploadsArgument& x, const std::optional<WeightsArgument>& w, int low, int high, bool median, Address out, const PlaceArgument& at) {
-  const cuda::Uploads vectors = uploads(x);
-  at_most(vectors, cuda::kMostSorted);
-  if (!w) return cuda::sorted_mean(vectors, nullptr, low, high, median, pointer<void>(out), place(at));
-  const cuda::UploadWeights given = weights(*w, vectors.count);
-  cuda::sorted_mean(vectors, &given, low, high, median, pointer<void>(out), place(at));
+// root: of distances, not of their squares.
+bool squared_distances(py::handle vectors, bool root, py::handle out, py::handle workspace, std::uintptr_t stream) {
+  VectorList x = vectors_of(vectors);
+  if (!x.alike) return false;
+  at_most(x, cuda::kMostSorted);
+  double *const squares = doubles_of(out, x.count * x.count), *const space = doubles_of(workspace, cuda::kAggregateWorkspace);
+  cuda::squared_distances(uploads(x), root, squares, space, place(x.gpu, stream));
+  return true;
 }
 
-void scale_and_noise(const UploadsArgument& x, Address factors, double deviation, std::uint64_t seed, std::uint64_t offset, Address out,
-                     const PlaceArgument& at) {
-  cuda::scale_and_noise(uploads(x), pointer<const double>(factors), deviation, seed, offset, pointer<void>(out), place(at));
+// weights: None for the plain mean.
+bool sorted_mean(py::handle vectors, int low, int high, py::handle weights, bool median, py::handle out, std::uintptr_t stream) {
+  VectorList x = vectors_of(vectors);
+  if (!x.alike) return false;
+  at_most(x, cuda::kMostSorted);
+  void* const to = alike_of(out, x, 1);
+  const bool weighted = !weights.is_none();
+  const cuda::UploadWeights w = weighted ? weights_of(weights, x.count) : cuda::UploadWeights{};
+  cuda::sorted_mean(uploads(x), weighted ? &w : nullptr, low, high, median, to, place(x.gpu, stream));
+  return true;
+}
+
+bool scale_and_noise(py::handle vectors, py::handle factors, double deviation, std::uint64_t seed, std::uint64_t offset, py::handle out,
+                     std::uintptr_t stream) {
+  VectorList x = vectors_of(vectors);
+  if (!x.alike) return false;
+  const double* const each = doubles_of(factors, x.count);
+  void* const to = alike_of(out, x, x.count);
+  cuda::scale_and_noise(uploads(x), each, deviation, seed, offset, to, place(x.gpu, stream));
+  return true;
 }
 
 }  // namespace
@@ -102,7 +141,11 @@ void bind_cuda_aggregate(py::module_& module) {
   module.attr("aggregate_table") = cuda::kTable;
   module.attr("aggregate_sorted") = cuda::kMostSorted;
   module.attr("aggregate_workspace") = cuda::kAggregateWorkspace;
+  module.def("plain_weights", plain_weights);
+  module.def("writable", writable);
   module.def("weighted_mean", weighted_mean);
+  module.def("accumulator_add", accumulator_add);
+  module.def("accumulator_mean", accumulator_mean);
   module.def("exact_add", exact_add);
   module.def("exact_mean", exact_mean);
   module.def("server_step", server_step);

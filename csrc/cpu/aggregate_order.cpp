@@ -66,7 +66,7 @@ template <typename C>
 void sort_values(const SortedMean& a, const Tile<C>& tile) {
   using V = Vec<C>;
   for (std::int64_t e = 0; e < a.exchanges; ++e) {
-    const Exchange& exchange = a.network[e];
+    const Comparator& exchange = a.network[e];
     C *low = tile.values + exchange.low * kWidth<C>, *high = tile.values + exchange.high * kWidth<C>;
     V x[kWide], y[kWide];
     for (int u = 0; u < kWide; ++u) x[u] = V::load(low + u * V::lanes), y[u] = V::load(high + u * V::lanes);

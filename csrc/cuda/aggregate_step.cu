@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kBlock, 2) distances_kernel(const __grid_const
 }
 
 // A block per element of the matrix.
-__global__ void __launch_bounds__(kBlock, 2) finish_distances(const double* partial, std::int64_t blocks, int count, int slices, double* out) {
+__global__ void __launch_bounds__(kBlock, 2) finish_distances(const double* partial, std::int64_t blocks, int count, int slices, bool root, double* out) {
   const int row = static_cast<int>(blockIdx.x) / count, column = static_cast<int>(blockIdx.x) % count;
   const int m = row > column ? row : column, k = row > column ? column : row, items = count * (count - 1) / 2 * slices;
   double sum = 0;
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kBlock, 2) finish_distances(const double* part
     for (std::int64_t i = threadIdx.x; i < blocks * slices; i += kBlock) sum += partial[i / slices * items + pair * slices + i % slices];
   }
   sum = Group<kBlock>::sum(sum);
-  if (threadIdx.x == 0) out[blockIdx.x] = sum;
+  if (threadIdx.x == 0) out[blockIdx.x] = root ? sqrt(sum) : sum;
 }
 
 // Blocks that a workspace of `each` numbers per block allows.
@@ -197,14 +197,14 @@ void squared_distances_to(const Uploads& x, const Optional<const double>& point,
   }
 }
 
-void squared_distances(const Uploads& x, double* out, double* workspace, const Place& place) {
+void squared_distances(const Uploads& x, bool root, double* out, double* workspace, const Place& place) {
   const DeviceGuard guard(place.device);
   const Queue queue{place.device, place.stream};
   const int count = static_cast<int>(x.count), pairs = count * (count - 1) / 2;
   const int slices = std::max(1, std::min(kTile, kBlock / std::max(1, pairs)));
   const std::int64_t tiles = (x.size + kTile - 1) / kTile, blocks = blocks_for(tiles, std::max(1, pairs * slices), queue);
   launch("squared_distances", distances_kernel, blocks, kBlock, queue, table<kMostSorted>(x, 0, count), slices, workspace);
-  launch("squared_distances_sum", finish_distances, static_cast<std::int64_t>(count) * count, kBlock, queue, workspace, blocks, count, slices, out);
+  launch("squared_distances_sum", finish_distances, static_cast<std::int64_t>(count) * count, kBlock, queue, workspace, blocks, count, slices, root, out);
 }
 
 }  // namespace fedkern::cuda

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.ops._aggregate.launch import rows
+from fedkern.ops._aggregate.kernels import AggregateKernels
 from fedkern.ops._core import backend
 
 pytest.importorskip("fedkern._cpu")
@@ -20,16 +20,24 @@ def vectors(count: int = 3, size: int = 70) -> list[Tensor]:
     return [torch.randn(size) for _ in range(count)]
 
 
+def ready(given: Any, *others: Tensor | None) -> AggregateKernels | None:
+    return backend.ready("aggregate", given, torch.is_grad_enabled(), *others)
+
+
 def test_ordinary_vectors_are_taken() -> None:
     given = vectors()
-    ops.median(given)
-    found = rows(given)
-    assert found is not None
-    assert (found.dtype, found.size, found.pointers) == (torch.float32, 70, [x.data_ptr() for x in given])
+    expected = ops.median(given)
     stacked = torch.stack(given)
-    found = rows(stacked)
-    assert found is not None
-    assert found.pointers == [x.data_ptr() for x in stacked]
+    wide = torch.cat([stacked, stacked], 1)[:, :70]
+    for taken in (given, tuple(given), stacked, wide):
+        kernel = ready(taken)
+        assert isinstance(kernel, AggregateKernels)
+        assert torch.equal(kernel.sorted_mean(taken, 1, 2, None), expected)
+    assert ready(given, None, given[0], given[0].double()) is not None
+    parameter = torch.nn.Parameter(given[0])
+    assert ready([*given, parameter]) is None
+    with torch.no_grad():
+        assert ready([*given, parameter], parameter) is not None
 
 
 def test_others_are_left() -> None:
@@ -39,10 +47,13 @@ def test_others_are_left() -> None:
     assert negated.is_neg()
     others = [negated, given[0][::2], given[0].double(), given[0].clone().requires_grad_(), given[0][None], "no", None]
     for other in others:
-        assert rows([*given, other]) is None  # type: ignore[list-item]
-    assert rows([]) is None
+        assert ready([*given, other]) is None
+    for other in [negated, given[0][::2], given[0][1:], given[0].clone().requires_grad_(), given[0][None], "no"]:
+        assert ready(given, other) is None  # type: ignore[arg-type]
+    for other in ([], torch.empty(0, 70), torch.stack(given).t(), torch.stack(given)[None], given[0], iter(given)):
+        assert ready(other) is None
     with backend.use_backend("reference"):
-        assert rows(given) is None
+        assert ready(given) is None
 
 
 def test_batched_gradients_are_left() -> None:
@@ -65,3 +76,37 @@ def test_results_that_overlap_the_vectors() -> None:
     given = [memory[:10], memory[10:]]
     wanted = (memory[:10] + memory[10:]) / 2
     assert torch.equal(ops.weighted_mean(given, [1.0, 1.0], out=memory[5:15]), wanted)
+
+
+def test_what_a_kernel_may_write_to() -> None:
+    writable = backend.cpu_core().writable
+    memory, other = torch.zeros(40), torch.zeros(20)
+    x, y, between = memory[:10], memory[10:20], memory[5:15]
+    assert writable((other[:10],), [x, y], ())
+    assert writable((x,), (), [x, y])
+    assert not writable((x,), [x], ())
+    assert not writable((between,), (), [x, y])
+    assert not writable((memory.view(torch.float64)[:10],), (), [memory[:10]])  # one begin, two dtypes
+    assert not writable((memory[:20:2],), (), [other[:10]])
+    assert not writable((memory[20:30],), memory.view(20, 2).t()[:, 5:15], ())
+    assert writable((memory[30:],), memory.view(20, 2).t()[:, 5:15], ())
+    # States of an optimiser: apart from one another and from all else; only the last may replace the global model.
+    assert writable((x, y, other[:10]), [memory[20:30]], [other[:10]])
+    assert not writable((x, y, None), [memory[20:30]], [x])
+    assert not writable((x, None, x), [memory[20:30]], [other[:10]])
+    assert not writable((x, other[10:], None), [y, between], [other[:10]])
+    assert writable((memory[:0],), (), [memory[:0]])
+
+
+def test_vectors_that_change_during_a_call() -> None:
+    """What another thread may do to a list: kernels ask again."""
+    core, target = backend.cpu_core(), torch.zeros(70)
+    for wrong in ([torch.zeros(70), torch.zeros(69)], [torch.zeros(70), torch.zeros(70).double()], [], torch.zeros(70)):
+        with pytest.raises((TypeError, ValueError), match="vector"):
+            core.weighted_mean(wrong, [1.0] * 2, target, None, 1)
+    with pytest.raises(ValueError, match="differ in number"):
+        core.weighted_mean(vectors(), [1.0] * 2, target, None, 1)
+    with pytest.raises(TypeError, match="the vectors' size"):
+        core.weighted_mean(vectors(), [1.0] * 3, target[1:], None, 1)
+    with pytest.raises(TypeError, match="take tensors"):
+        core.weighted_mean([*vectors(2), None], [1.0] * 3, target, None, 1)

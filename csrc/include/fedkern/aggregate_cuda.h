@@ -67,8 +67,8 @@ void server_step(const Uploads& x, const UploadWeights& weights, const ServerSte
 
 // out[m] = |x_m - point|^2; point [P] fp64; 0 where absent.
 void squared_distances_to(const Uploads& x, const Optional<const double>& point, double* out, double* workspace, const Place& place);
-// out [M, M]; at most kMostSorted vectors.
-void squared_distances(const Uploads& x, double* out, double* workspace, const Place& place);
+// out [M, M]; with `root` the distances themselves; at most kMostSorted vectors.
+void squared_distances(const Uploads& x, bool root, double* out, double* workspace, const Place& place);
 
 // The (weighted) mean of the values at places [low, high) of every coordinate's order, in the vectors' dtype; with `median`
 // the mean of the lower and upper weighted median instead. At most kMostSorted vectors; weights (may be null) not with fp64.

@@ -10,7 +10,7 @@ namespace fedkern {
 
 // One comparator: afterwards place `low` holds the smaller value and place `high` the larger one. Where only one of the two
 // is ever looked at again, the other need not be written.
-struct Exchange {
+struct Comparator {
   std::int32_t low, high;
   bool keep_low, keep_high;
 };
@@ -25,7 +25,7 @@ struct SortedMean {
   std::int64_t low, high;  // the places that are averaged; all of them for the weighted median
   const double* weights;   // [M]; not for the plain mean
   double half;             // of the weights' sum, for the weighted median
-  const Exchange* network;
+  const Comparator* network;
   std::int64_t exchanges;
   void* out;  // [P]
   int threads;

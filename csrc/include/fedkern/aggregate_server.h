@@ -8,7 +8,7 @@
 
 namespace fedkern {
 
-// The numbers are shared with fedkern/ops/_aggregate/kernels.py.
+// The numbers are shared with fedkern/ops/_aggregate/rules.py.
 enum class ServerRule : int { mean = 0, momentum = 1, adam = 2, yogi = 3, adagrad = 4 };
 
 struct ServerStep {

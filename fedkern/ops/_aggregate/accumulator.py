@@ -9,19 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.ops._aggregate.checks import (
-    check_count,
-    check_out,
-    check_vector,
-    check_weight,
-    deliver,
-    direct_target,
-)
+from fedkern.ops._aggregate.checks import check_out, check_vector, check_weight, deliver, direct_target
 from fedkern.ops._aggregate.mean import select
 from fedkern.ops._aggregate.plain import PLAIN
 from fedkern.ops._aggregate.reference import INFINITE, LOWEST, NOT_A_NUMBER
 from fedkern.ops._core import backend
-from fedkern.ops._core.checks import check_dense, shown
+from fedkern.ops._core.checks import check_count, check_dense, shown
 
 # Exact weights are integers in units of the smallest positive double.
 _UNIT = 1 << 1074
@@ -149,7 +142,7 @@ class Accumulator:
         kernel = select([torch.empty(0, dtype=dtype, device=self.device)])
         target: Tensor | None = None
         if backend.eager(self._sum, *(() if out is None else (out,))):
-            target = direct_target(out, self.size, dtype, (), (), 0)
+            target = direct_target(out, ())
         else:  # a fake result, or a new one on another default device, has no memory that a kernel can write to
             kernel = PLAIN
         into = target if target is not None else dtype if out is None else out.dtype

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core import backend
-from fedkern.ops._core.checks import check_count as check_count
 from fedkern.ops._core.checks import check_dense, real, refuse_gradient, written
-from fedkern.ops._core.checks import check_number as check_number
-from fedkern.ops._core.checks import no_vmap as no_vmap
 from fedkern.ops._core.memory import placed
 
 Vectors = Tensor | Sequence[Tensor]
+#: Checked numbers: finite, not negative, of positive sum.  For vectors on a GPU also a tensor ``[M]`` there, unchecked.
+Weights = Sequence[float] | Tensor
 
 
 def check_vectors(vectors: Vectors) -> tuple[Tensor, int]:
@@ -157,6 +156,16 @@ def rows_or_stack(vectors: Vectors) -> Sequence[Tensor]:
     return (vectors,) if isinstance(vectors, Tensor) else vectors
 
 
+def count_of(vectors: Vectors) -> int:
+    """M.  ``len`` of a tensor takes longer."""
+    return vectors.shape[0] if isinstance(vectors, Tensor) else len(vectors)
+
+
+def size_of(vectors: Vectors) -> int:
+    """P."""
+    return vectors.shape[1] if isinstance(vectors, Tensor) else vectors[0].shape[0]
+
+
 def rows_of(vectors: Vectors) -> list[Tensor]:
     """The vectors as M tensors ``[P]``."""
     return list(vectors.unbind(0)) if isinstance(vectors, Tensor) else list(vectors)
@@ -174,20 +183,19 @@ def as_tensor(weights: Tensor | Sequence[float], first: Tensor, count: int) -> T
     return placed(check_weights(weights, count)[0], first.device)
 
 
-def direct_target(
-    out: Tensor | None, size: int, dtype: torch.dtype, pointers: Sequence[int], strides: Sequence[int], item: int
-) -> Tensor | None:
-    """Returns ``out`` if a kernel may write to it element by element while it reads the vectors, else None.
-
-    The vectors begin at ``pointers``; ``strides`` are in elements of ``item`` bytes.
-    """
-    if out is None or (size > 1 and out.stride(0) != 1) or out.dtype not in backend.FLOATS or out.is_neg():
+def direct_target(out: Tensor | None, vectors: Vectors) -> Tensor | None:
+    """Returns ``out`` if a kernel may write to it element by element while it reads the vectors, else None."""
+    if out is None or out.dtype not in backend.FLOATS or out.is_neg():
+        return None
+    size = out.shape[0]
+    if size > 1 and out.stride(0) != 1:
         return None
     begin, end = out.data_ptr(), out.data_ptr() + size * out.element_size()
-    for pointer, stride in zip(pointers, strides, strict=True):
-        last = pointer + ((size - 1) * stride + 1) * item
-        same = pointer == begin and stride == 1 and out.dtype == dtype
-        if not same and pointer < end and begin < last:
+    for row in rows_of(vectors):
+        place, stride = row.data_ptr(), row.stride(0)
+        last = place + ((size - 1) * stride + 1) * row.element_size()
+        same = place == begin and stride == 1 and out.dtype == row.dtype
+        if not same and place < end and begin < last:
             return None
     return out
 

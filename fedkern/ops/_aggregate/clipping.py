@@ -4,22 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from fedkern.ops._aggregate.checks import (
-    Vectors,
-    check_number,
-    check_vectors,
-    eager,
-    no_vmap,
-    refuse_gradient,
-    rows_of,
-    rows_or_stack,
-)
-from fedkern.ops._aggregate.launch import SHORT, rows
+from fedkern.ops._aggregate.checks import Vectors, check_vectors, eager, rows_of, rows_or_stack
+from fedkern.ops._aggregate.kernels import AggregateKernels
 from fedkern.ops._aggregate.mean import select
 from fedkern.ops._core import backend, library
-from fedkern.ops._core.checks import check_dense, shown
+from fedkern.ops._core.backend import ready
+from fedkern.ops._core.checks import check_dense, check_number, no_vmap, refuse_gradient, shown
 
 # 1. Specification: aggregate_robust_reference, aggregate_philox.
 
@@ -94,11 +87,12 @@ def _call(name: str, vectors: Vectors, max_norm: float, deviation: float, seed: 
     single = isinstance(vectors, Tensor) and vectors.dim() == 1
     if isinstance(vectors, Tensor) and vectors.dim() not in (1, 2) and vectors.dtype in backend.FLOATS:
         raise ValueError(f"vectors must have shape [P] or [M, P], or be a list of [P], not {list(vectors.shape)}")
-    quick = rows((vectors,) if single else vectors)  # type: ignore[arg-type]
-    if quick is not None and quick.size <= SHORT:
-        result = quick.kernel.clip_of_rows(quick, max_norm, deviation, seed, offset)
+    given: Vectors = (vectors,) if single else vectors  # type: ignore[assignment]
+    kernel: AggregateKernels | None = ready("aggregate", given, torch.is_grad_enabled())
+    if kernel is not None:
+        result = kernel.clip_and_noise(given, max_norm, deviation, seed, offset)
         return result[0] if single else result if isinstance(vectors, Tensor) else list(result.unbind(0))
-    given: Vectors = vectors[None] if single else vectors  # type: ignore[call-overload]
+    given = vectors[None] if single else vectors  # type: ignore[call-overload]
     if isinstance(given, Tensor) and not given.shape[0] and given.dtype in backend.FLOATS:
         return given.clone()
     check_vectors(given)

@@ -14,20 +14,20 @@ from fedkern.ops._aggregate.checks import (
     Vectors,
     as_tensor,
     check_call,
-    check_count,
-    check_number,
     check_vectors,
     check_weights,
+    count_of,
     eager,
-    no_vmap,
     rows_of,
+    size_of,
 )
-from fedkern.ops._aggregate.launch import SHORT, CpuAggregate, rows
+from fedkern.ops._aggregate.kernels import SHORT, AggregateKernel, AggregateKernels
 from fedkern.ops._aggregate.mean import select
 from fedkern.ops._aggregate.plain import PLAIN
 from fedkern.ops._aggregate.robust_reference import geometric_median_reference, krum_scores_reference
 from fedkern.ops._core import library
-from fedkern.ops._core.checks import shown
+from fedkern.ops._core.backend import ready
+from fedkern.ops._core.checks import check_count, check_number, no_vmap, shown
 
 # Up to this many vectors the geometric median is found from their pairwise distances alone. They take one pass over the
 # vectors with M / 2 differences per element; every iteration on the vectors themselves would take two passes.
@@ -63,9 +63,9 @@ def pairwise_distances(vectors: Vectors) -> Tensor:
         TypeError, ValueError: vectors are of the wrong type, dtype, device or shape, or a gradient was asked for.
         RuntimeError: a forced backend cannot serve the call.
     """
-    given = rows(vectors)
-    if given is not None:
-        return given.kernel.distances_of_rows(given, root=True)
+    kernel: AggregateKernels | None = ready("aggregate", vectors, torch.is_grad_enabled())
+    if kernel is not None:
+        return kernel.distances(vectors)
     first, count = check_vectors(vectors)
     check_call("pairwise_distances", vectors, None, first, count)
     return _pairwise(vectors) if eager(vectors) else _pairwise_operator(rows_of(vectors))
@@ -91,19 +91,16 @@ def krum(vectors: Vectors, byzantine: int, keep: int = 1) -> Tensor:
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
         RuntimeError: a forced backend cannot serve the call.
     """
-    given = rows(vectors)
-    if given is not None:
-        _check_krum(byzantine, keep, len(given.pointers))
-        chosen = _krum_weights(given.kernel.distances_of_rows(given, root=False), byzantine, keep)
-        if keep == 1 and given.size <= SHORT:
-            return vectors[chosen.index(1.0)].clone()
-        return given.kernel.mean_of_rows(given, chosen, None)  # type: ignore[return-value]
+    kernel: AggregateKernels | None = ready("aggregate", vectors, torch.is_grad_enabled())
+    if kernel is not None:
+        _check_krum(byzantine, keep, count_of(vectors))
+        return _krum(kernel, vectors, byzantine, keep)
     first, count = check_vectors(vectors)
     _check_krum(byzantine, keep, count)
     check_call("krum", vectors, None, first, count)
     if not eager(vectors):
         return _krum_operator(rows_of(vectors), byzantine, keep)
-    return _krum(vectors, byzantine, keep)
+    return _krum(select(vectors), vectors, byzantine, keep)
 
 
 def geometric_median(
@@ -139,14 +136,12 @@ def geometric_median(
     iterations = min(check_count(iterations, "iterations", 0), _MOST_ITERATIONS)
     check_number(tolerance, "tolerance", 0.0)
     check_number(smoothing, "smoothing", 0.0, above=True)
-    quick = None if isinstance(weights, Tensor) else rows(vectors)
-    if quick is not None and len(quick.pointers) <= MOST_FROM_DISTANCES:
-        count = len(quick.pointers)
-        numbers = [1.0] * count if weights is None else check_weights(weights, count)[0]
-        squared = quick.kernel.distances_of_rows(quick, root=False)
-        shares = _weiszfeld(squared, numbers, iterations, tolerance, smoothing)
-        if math.isfinite(sum(shares)):
-            return quick.kernel.mean_of_rows(quick, shares, None)  # type: ignore[return-value]
+    kernel: AggregateKernels | None = None
+    if not isinstance(weights, Tensor):
+        kernel = ready("aggregate", vectors, torch.is_grad_enabled())
+    if kernel is not None and kernel.host and count_of(vectors) <= MOST_FROM_DISTANCES:
+        numbers = [1.0] * count_of(vectors) if weights is None else kernel.numbers(weights, count_of(vectors))
+        return _median_from_distances(kernel, vectors, numbers, iterations, tolerance, smoothing)
     first, count = check_vectors(vectors)
     check_call("geometric_median", vectors, weights, first, count)
     if weights is None:  # made on the device: a copy from the host would wait, and end the capture of a CUDA graph
@@ -169,11 +164,13 @@ def _check_krum(byzantine: int, keep: int, count: int) -> None:
     check_count(keep, "keep", 1, count - byzantine)
 
 
-def _krum(vectors: Vectors, byzantine: int, keep: int) -> Tensor:
-    kernel = select(vectors)
+def _krum(kernel: AggregateKernel, vectors: Vectors, byzantine: int, keep: int) -> Tensor:
     squared = kernel.squared_distances(vectors)
-    if isinstance(kernel, CpuAggregate):
-        return kernel.weighted_mean(vectors, _krum_weights(squared, byzantine, keep), None)
+    if kernel.host:
+        chosen = _krum_weights(squared, byzantine, keep)
+        if keep == 1 and size_of(vectors) <= SHORT:
+            return vectors[chosen.index(1.0)].clone()
+        return kernel.weighted_mean(vectors, chosen, None)
     scores = _scores(squared, byzantine)
     kept = scores.argsort(stable=True)[:keep]
     return _mean(vectors, torch.zeros_like(scores).index_fill_(0, kept, 1.0))
@@ -214,9 +211,8 @@ def _geometric_median(vectors: Vectors, weights: Tensor, iterations: int, tolera
     kernel = select(vectors)
     if kernel is PLAIN:
         return geometric_median_reference(vectors, given, iterations, tolerance, smoothing)
-    if isinstance(kernel, CpuAggregate) and count <= MOST_FROM_DISTANCES:
-        found = _weiszfeld(kernel.squared_distances(vectors), given.tolist(), iterations, tolerance, smoothing)
-        return kernel.weighted_mean(vectors, found, None)
+    if kernel.host and count <= MOST_FROM_DISTANCES:
+        return _median_from_distances(kernel, vectors, given.tolist(), iterations, tolerance, smoothing)
     used = given > 0
     squared = None
     if count <= MOST_FROM_DISTANCES:
@@ -233,6 +229,18 @@ def _geometric_median(vectors: Vectors, weights: Tensor, iterations: int, tolera
         pulls = torch.where(used, given / distances.clamp_min(smoothing), 0.0)
         current, before = torch.where(settled, current, pulls / pulls.sum()), objective
     return _mean(vectors, current)
+
+
+def _median_from_distances(
+    kernel: AggregateKernel,
+    vectors: Vectors,
+    weights: Sequence[float],
+    iterations: int,
+    tolerance: float,
+    smoothing: float,
+) -> Tensor:
+    shares = _weiszfeld(kernel.squared_distances(vectors), weights, iterations, tolerance, smoothing)
+    return kernel.weighted_mean(vectors, shares, None)
 
 
 def _weiszfeld(
@@ -290,7 +298,11 @@ _pairwise_operator = library.register(
     vmap=no_vmap("pairwise_distances"),
 )
 _krum_operator = library.register(
-    "krum", "(Tensor[] vectors, int byzantine, int keep) -> Tensor", _krum, fake=_fake, vmap=no_vmap("krum")
+    "krum",
+    "(Tensor[] vectors, int byzantine, int keep) -> Tensor",
+    lambda vectors, byzantine, keep: _krum(select(vectors), vectors, byzantine, keep),
+    fake=_fake,
+    vmap=no_vmap("krum"),
 )
 _geometric_median_operator = library.register(
     "geometric_median",

@@ -1,4 +1,4 @@
-"""aggregate: the kernel interface that a backend implements.
+"""aggregate: the kernel interface that a backend implements, and the calls of both compiled cores.
 
 The public functions check their arguments, choose a kernel object and call one of these methods.  Operators built from
 others (krum, geometric_median, clip_by_norm) use these methods and are written once for all backends.
@@ -8,28 +8,24 @@ a backend inherits from it the methods that it does not implement.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fedkern.ops._aggregate.checks import Vectors
+from fedkern.ops._aggregate.checks import Vectors, Weights, check_weights, count_of, deliver, rows_or_stack, size_of
+from fedkern.ops._aggregate.plain import PlainAggregate
+from fedkern.ops._aggregate.rules import ServerRule
+from fedkern.ops._core import backend
+from fedkern.ops._core.launch import Launcher
 
-#: Checked numbers: finite, not negative, of positive sum.  For vectors on a GPU also a tensor ``[M]`` there, unchecked.
-Weights = Sequence[float] | Tensor
+# Templates for empty_like, by number of clients: it takes two thirds of the time of empty(count, dtype=...).
+_NUMBERS: dict[int, Tensor] = {}
+_empty_like = torch.empty_like
 
-RULES = ("mean", "momentum", "adam", "yogi", "adagrad")
-
-
-class ServerRule(NamedTuple):
-    """A server optimiser: the index of its rule in :data:`RULES`, and its hyperparameters."""
-
-    rule: int
-    learning_rate: float
-    beta1: float
-    beta2: float
-    tau: float
+# Longest vector, in elements, that stays in a CPU core's caches between its norm and its scaling (csrc/bindings).
+SHORT = 16384
 
 
 class AggregateKernel(Protocol):
@@ -40,7 +36,12 @@ class AggregateKernel(Protocol):
     Results are new and contiguous unless an argument receives them.  All sums are taken in fp64, in a fixed order.
     An argument ``out`` has unit stride and any of the four dtypes.  It does not overlap the inputs, unless the method
     says otherwise.
+
+    Attributes:
+        host: whether the host may look at results; on a GPU it would wait for them.
     """
+
+    host: bool
 
     def weighted_mean(self, vectors: Vectors, weights: Weights, out: Tensor | None) -> Tensor:
         """``sum_m w_m x_m / sum_m w_m``, m ascending; a vector of weight zero is skipped.
@@ -127,3 +128,195 @@ class AggregateKernel(Protocol):
         fp32.
         """
         ...
+
+
+class AggregateKernels(PlainAggregate, Launcher):
+    """:class:`AggregateKernel` on a compiled core.
+
+    Left to plain PyTorch on a GPU (inherited): ``server_step`` of more than 128 vectors, distances between more than
+    64, and medians and trimmed means of more than 64 vectors or of weighted fp64.
+    """
+
+    def __init__(self, core: Any) -> None:
+        super().__init__(core)
+        self.host = not self.gpu
+
+    def numbers(self, weights: Any, count: int) -> list[float]:
+        """:func:`~fedkern.ops._aggregate.checks.check_weights` in one step for a list of ordinary numbers."""
+        return self.core.plain_weights(weights, count) or check_weights(weights, count)[0]
+
+    def weighted_mean(self, vectors: Vectors, weights: Weights, out: Tensor | None) -> Tensor:
+        if out is None:
+            target = self._vector(vectors)
+        elif out.is_neg() or not self.core.writable((out,), (), vectors):
+            target = self._new(len(out), out.dtype, out)
+        else:
+            target = out
+        several = self.gpu and count_of(vectors) > self.core.aggregate_table
+        sums = torch.empty(target.shape, dtype=torch.float64, device=target.device) if several else None
+        self._call(self.core.weighted_mean, vectors, self._weights(weights), target, sums, self.at(target))
+        return target if out is None else deliver(target, out)
+
+    def accumulate(self, total: Tensor, vector: Tensor, weight: float) -> None:
+        self.core.accumulator_add(vector, weight, total, self.at(total))
+
+    def accumulated_mean(self, total: Tensor, weight: float, out: Tensor | torch.dtype) -> Tensor:
+        target = out if isinstance(out, Tensor) else self._new(len(total), out, total)
+        self.core.accumulator_mean(total, weight, target, self.at(total))
+        return target
+
+    def exact_accumulate(self, digits: Tensor, top: Tensor, vector: Tensor, weight: float) -> None:
+        self.core.exact_add(vector, weight, digits, top, self.at(top))
+
+    def exact_mean(self, digits: Tensor, top: Tensor, weight: float, out: Tensor | torch.dtype) -> Tensor:
+        target = out if isinstance(out, Tensor) else self._new(len(top), out, top)
+        self.core.exact_mean(digits, top, weight, target, self.at(top))
+        return target
+
+    def server_step(
+        self,
+        global_: Tensor,
+        vectors: Vectors,
+        weights: Weights,
+        rule: ServerRule,
+        first: Tensor | None,
+        second: Tensor | None,
+        out: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        count = count_of(vectors)
+        if self.gpu and count > self.core.aggregate_table:
+            backend.not_forced("server_step", "cuda", f"of {count} vectors")
+            return super().server_step(global_, vectors, weights, rule, first, second, out)
+        old = global_.contiguous()
+        target = self.fresh(_empty_like(old)) if out is None else out
+        # Two tensors: an operator's results must not share memory.
+        norms, cosines = self._per_vector(count, old), self._per_vector(count, old)
+        self._call(
+            self.core.server_step,
+            vectors,
+            self._weights(weights),
+            old,
+            *rule,
+            first,
+            second,
+            target,
+            norms,
+            cosines,
+            self._workspace(old),
+            self.at(old),
+        )
+        return target, norms, cosines
+
+    def sorted_mean(self, vectors: Vectors, low: int, high: int, weights: Weights | None) -> Tensor:
+        if self.gpu and not self._sorts(vectors, weights):
+            return super().sorted_mean(vectors, low, high, weights)
+        return self._sorted(vectors, low, high, weights, False)
+
+    def weighted_median(self, vectors: Vectors, weights: Weights) -> Tensor:
+        if self.gpu and not self._sorts(vectors, weights):
+            return super().weighted_median(vectors, weights)
+        return self._sorted(vectors, 0, count_of(vectors), weights, True)
+
+    def _sorts(self, vectors: Vectors, weights: Weights | None) -> bool:
+        """Whether a GPU's kernel can sort the vectors."""
+        dtype, count = rows_or_stack(vectors)[0].dtype, count_of(vectors)
+        if count <= self.core.aggregate_sorted and (weights is None or dtype is not torch.float64):
+            return True
+        weighted = "" if weights is None else "weighted "
+        backend.not_forced(f"a {weighted}trimmed mean or median", "cuda", f"of {count} vectors of {dtype}")
+        return False
+
+    def _sorted(self, vectors: Vectors, low: int, high: int, weights: Weights | None, median: bool) -> Tensor:
+        result = self._vector(vectors)
+        given = None if weights is None else self._weights(weights)
+        self._call(self.core.sorted_mean, vectors, low, high, given, median, result, self.at(result))
+        return result
+
+    def squared_distances(self, vectors: Vectors) -> Tensor:
+        return self._distances(vectors, False)
+
+    def distances(self, vectors: Vectors) -> Tensor:
+        return self._distances(vectors, True)
+
+    def _distances(self, vectors: Vectors, root: bool) -> Tensor:
+        count = count_of(vectors)
+        if self.gpu and count > self.core.aggregate_sorted:
+            backend.not_forced("distances", "cuda", f"of {count} vectors")
+            squared = super().squared_distances(vectors)
+            return squared.sqrt_() if root else squared
+        one = rows_or_stack(vectors)[0]
+        result = torch.empty(count, count, dtype=torch.float64, device=one.device)
+        self._call(self.core.squared_distances, vectors, root, result, self._workspace(one), self.at(one))
+        return result
+
+    def squared_distances_to(self, vectors: Vectors, point: Tensor) -> Tensor:
+        return self._squared_distances_to(vectors, point)
+
+    def squared_norms(self, vectors: Vectors) -> Tensor:
+        return self._squared_distances_to(vectors, None)
+
+    def _squared_distances_to(self, vectors: Vectors, point: Tensor | None) -> Tensor:
+        one = rows_or_stack(vectors)[0]
+        result = self._per_vector(count_of(vectors), one)
+        self._call(self.core.squared_distances_to, vectors, point, result, self._workspace(one), self.at(one))
+        return result
+
+    def clip_and_noise(self, vectors: Vectors, max_norm: float, deviation: float, seed: int, offset: int) -> Tensor:
+        # On the CPU short vectors are scaled, and get noise, while they are cached from taking their norm.
+        if self.gpu or size_of(vectors) > SHORT:
+            return super().clip_and_noise(vectors, max_norm, deviation, seed, offset)
+        result = self._matrix(vectors)
+        self._call(self.core.clip_short, vectors, max_norm, deviation, seed, offset, result, self.at(result))
+        return result
+
+    def scale_and_noise(self, vectors: Vectors, factors: Tensor, deviation: float, seed: int, offset: int) -> Tensor:
+        result = self._matrix(vectors)
+        given = factors.contiguous()
+        self._call(self.core.scale_and_noise, vectors, given, deviation, seed, offset, result, self.at(result))
+        return result
+
+    def _call(self, function: Callable[..., bool], vectors: Vectors, *others: Any) -> None:
+        """Calls a function of the core with the vectors, or with copies where it cannot walk their strides.
+
+        The CPU's kernels take unit strides, all but that of the weighted mean.  A GPU's take any stride that all
+        vectors have in common.
+        """
+        if not function(vectors, *others):
+            copied = vectors.contiguous() if isinstance(vectors, Tensor) else [row.contiguous() for row in vectors]
+            function(copied, *others)
+
+    def _weights(self, weights: Weights) -> list[float] | Tensor:
+        """Weights as the core takes them."""
+        if not isinstance(weights, Tensor):
+            return weights if type(weights) is list else list(weights)
+        if self.host:
+            return weights.tolist()  # type: ignore[no-any-return]
+        return weights.to(torch.float64).resolve_neg().contiguous()
+
+    def _new(self, size: int, dtype: torch.dtype, like: Tensor) -> Tensor:
+        return self.fresh(torch.empty(size, dtype=dtype, device=like.device))
+
+    def _vector(self, vectors: Vectors) -> Tensor:
+        """A new tensor ``[P]`` of the vectors' dtype."""
+        if isinstance(vectors, Tensor):
+            return self.fresh(vectors.new_empty(vectors.shape[1]))
+        return self.fresh(_empty_like(vectors[0]))
+
+    def _matrix(self, vectors: Vectors) -> Tensor:
+        """A new tensor ``[M, P]`` of the vectors' dtype."""
+        if isinstance(vectors, Tensor):
+            return self.fresh(_empty_like(vectors, memory_format=torch.contiguous_format))
+        return self.fresh(vectors[0].new_empty(len(vectors), size_of(vectors)))
+
+    def _per_vector(self, count: int, like: Tensor) -> Tensor:
+        """A new fp64 tensor ``[M]``."""
+        if self.gpu:
+            return torch.empty(count, dtype=torch.float64, device=like.device)
+        if count not in _NUMBERS:
+            _NUMBERS[count] = torch.empty(count, dtype=torch.float64, device="cpu")
+        return _empty_like(_NUMBERS[count])
+
+    def _workspace(self, like: Tensor) -> Tensor | None:
+        if not self.gpu:
+            return None
+        return torch.empty(self.core.aggregate_workspace, dtype=torch.float64, device=like.device)

@@ -15,16 +15,15 @@ from fedkern.ops._aggregate.checks import (
     check_vectors,
     check_weights,
     check_weights_tensor,
+    count_of,
     kernel_weights,
     rows_or_stack,
 )
-from fedkern.ops._aggregate.cuda import CudaAggregate
-from fedkern.ops._aggregate.kernels import AggregateKernel
-from fedkern.ops._aggregate.launch import CpuAggregate
-from fedkern.ops._aggregate.launch import rows as direct_rows
+from fedkern.ops._aggregate.kernels import AggregateKernel, AggregateKernels
 from fedkern.ops._aggregate.plain import PLAIN
 from fedkern.ops._aggregate.reference import countable, weighted_mean_reference
 from fedkern.ops._core import backend, library
+from fedkern.ops._core.backend import ready
 from fedkern.ops._core.function import EagerFunction
 from fedkern.ops._core.memory import placed
 
@@ -63,15 +62,15 @@ def weighted_mean(
         RuntimeError: a forced backend cannot serve the call.
     """
     if not isinstance(weights, Tensor):
-        quick = direct_rows(vectors)
-        mean = None if quick is None else quick.kernel.mean_of_rows(quick, weights, out)
-        if mean is not None:
-            return mean
-        if quick is None and out is None and torch.is_grad_enabled():
-            quick = direct_rows(vectors, recorded=True)
-            if quick is not None:
-                checked = check_weights(weights, len(quick.pointers))
-                return _WeightedMean.call(isinstance(vectors, Tensor), checked, *rows_or_stack(vectors))
+        recorded = torch.is_grad_enabled()
+        kernel: AggregateKernels | None = ready("aggregate", vectors, recorded, out)
+        if kernel is not None:
+            return kernel.weighted_mean(vectors, kernel.numbers(weights, count_of(vectors)), out)
+        if recorded and out is None:
+            kernel = ready("aggregate", vectors, False)
+            if kernel is not None:
+                checked = check_weights(weights, count_of(vectors))
+                return _WeightedMean.call(kernel, isinstance(vectors, Tensor), checked, *rows_or_stack(vectors))
     first, count = check_vectors(vectors)
     if isinstance(weights, Tensor):
         check_weights_tensor(weights, count, first.device)
@@ -93,7 +92,7 @@ def weighted_mean(
             )
         if wanted:
             values = weights if isinstance(weights, Tensor) else check_weights(weights, count)
-            return _WeightedMean.call(isinstance(vectors, Tensor), values, *rows)
+            return _WeightedMean.call(select(vectors), isinstance(vectors, Tensor), values, *rows)
     return _compute(vectors, weights, out)
 
 
@@ -114,17 +113,17 @@ class _WeightedMean(EagerFunction):
     """weighted_mean with its gradient; ``weights`` is a tensor, or a pair of checked numbers and their sum."""
 
     @staticmethod
-    def forward(ctx: Any, stacked: bool, weights: Tensor | tuple[list[float], float], *rows: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, kernel: AggregateKernel, stacked: bool, weights: Tensor | tuple[list[float], float], *rows: Tensor
+    ) -> Tensor:
         ctx.stacked = stacked
         given: Vectors = rows[0] if stacked else rows
         if isinstance(weights, tuple):
             ctx.numbers = weights
-            quick = direct_rows(given)
-            mean = None if quick is None else quick.kernel.mean_of_rows(quick, weights[0], None)
-            return select(given).weighted_mean(given, weights[0], None) if mean is None else mean
+            return kernel.weighted_mean(given, weights[0], None)
         ctx.numbers = None
-        ctx.save_for_backward(weights, *(rows if ctx.needs_input_grad[1] else ()))
-        return _compute(given, weights, None)
+        ctx.save_for_backward(weights, *(rows if ctx.needs_input_grad[2] else ()))
+        return kernel.weighted_mean(given, kernel_weights(weights, count_of(given)), None)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -134,16 +133,16 @@ class _WeightedMean(EagerFunction):
         if ctx.numbers is None:
             weights, *rows = ctx.saved_tensors
             shares = _shares(weights, grad)
-            if ctx.needs_input_grad[1]:
+            if ctx.needs_input_grad[2]:
                 by_weights = _by_weights(grad, rows[0] if ctx.stacked else torch.stack(rows), weights)
         else:
             values, total = ctx.numbers
             shares = [value / total for value in values]
-        needs = ctx.needs_input_grad[2:]
+        needs = ctx.needs_input_grad[3:]
         if ctx.stacked:
-            return None, by_weights, _outer(shares, grad) if needs[0] else None
+            return None, None, by_weights, _outer(shares, grad) if needs[0] else None
         parts = [grad * share if need else None for share, need in zip(shares, needs, strict=True)]
-        return None, by_weights, *parts
+        return None, None, by_weights, *parts
 
 
 def _shares(weights: Tensor, grad: Tensor) -> Tensor:
@@ -227,4 +226,10 @@ _weighted_mean = library.register(
 
 # 5. Backends.
 
-backend.serve("aggregate", cpu=CpuAggregate, cuda=CudaAggregate, triton="_aggregate.triton.aggregate:TritonAggregate")
+backend.serve(
+    "aggregate",
+    cpu=AggregateKernels,
+    cuda=AggregateKernels,
+    triton="_aggregate.triton.aggregate:TritonAggregate",
+    fits="vectors_fit",
+)

@@ -6,18 +6,20 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._aggregate import robust_reference as robust
-from fedkern.ops._aggregate.checks import Vectors, deliver
-from fedkern.ops._aggregate.kernels import ServerRule, Weights
+from fedkern.ops._aggregate.checks import Vectors, Weights, deliver
 from fedkern.ops._aggregate.reference import (
     add_reference,
     exact_add_reference,
     exact_mean_reference,
     weighted_mean_reference,
 )
+from fedkern.ops._aggregate.rules import ServerRule
 
 
 class PlainAggregate:
     """:class:`~fedkern.ops._aggregate.kernels.AggregateKernel` in plain PyTorch: calls the references."""
+
+    host = False  # it serves any device
 
     def weighted_mean(self, vectors: Vectors, weights: Weights, out: Tensor | None) -> Tensor:
         result = weighted_mean_reference(vectors, weights, None if out is None else out.dtype)

@@ -5,23 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedkern.ops._aggregate.checks import (
     Vectors,
     as_tensor,
     check_call,
-    check_count,
     check_vectors,
+    count_of,
     eager,
     kernel_weights,
-    no_vmap,
     rows_of,
 )
-from fedkern.ops._aggregate.launch import rows
+from fedkern.ops._aggregate.kernels import AggregateKernels
 from fedkern.ops._aggregate.mean import select, weighted_mean
 from fedkern.ops._core import library
-from fedkern.ops._core.checks import shown
+from fedkern.ops._core.backend import ready
+from fedkern.ops._core.checks import check_count, no_vmap, shown
 
 # 1. Specification: aggregate_robust_reference.
 
@@ -53,10 +54,13 @@ def trimmed_mean(vectors: Vectors, trim: int, weights: Tensor | Sequence[float] 
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
         RuntimeError: a forced backend cannot serve the call.
     """
-    given = rows(vectors) if weights is None else None
-    if given is not None and trim:
-        _check_trim(trim, len(given.pointers))
-        return given.kernel.sorted_mean_of_rows(given, trim, len(given.pointers) - trim)
+    kernel: AggregateKernels | None = None
+    if weights is None and trim:
+        kernel = ready("aggregate", vectors, torch.is_grad_enabled())
+    if kernel is not None:
+        count = count_of(vectors)
+        _check_trim(trim, count)
+        return kernel.sorted_mean(vectors, trim, count - trim, None)
     first, count = check_vectors(vectors)
     _check_trim(trim, count)
     check_call("trimmed_mean", vectors, weights, first, count)
@@ -87,10 +91,12 @@ def median(vectors: Vectors, weights: Tensor | Sequence[float] | None = None) ->
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
         RuntimeError: a forced backend cannot serve the call.
     """
-    given = rows(vectors) if weights is None else None
-    if given is not None:
-        count = len(given.pointers)
-        return given.kernel.sorted_mean_of_rows(given, (count - 1) // 2, count // 2 + 1)
+    kernel: AggregateKernels | None = None
+    if weights is None:
+        kernel = ready("aggregate", vectors, torch.is_grad_enabled())
+    if kernel is not None:
+        count = count_of(vectors)
+        return kernel.sorted_mean(vectors, (count - 1) // 2, count // 2 + 1, None)
     first, count = check_vectors(vectors)
     check_call("median", vectors, weights, first, count)
     if weights is None:

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedkern.ops._aggregate.checks import Vectors
-from fedkern.ops._aggregate.kernels import RULES, ServerRule, Weights
+from fedkern.ops._aggregate.checks import Vectors, Weights
 from fedkern.ops._aggregate.philox import normal
 from fedkern.ops._aggregate.reference import pieces
+from fedkern.ops._aggregate.rules import RULES, ServerRule
 from fedkern.ops._core.memory import placed
 
 # Relative tolerance: a partial sum of weights this close to half of their sum counts as half, however it was rounded.

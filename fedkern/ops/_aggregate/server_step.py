@@ -11,33 +11,23 @@ from torch import Tensor
 from fedkern.ops._aggregate.checks import (
     Vectors,
     as_tensor,
-    check_number,
     check_out,
     check_vector,
     check_vectors,
     check_weights_tensor,
+    count_of,
     deliver,
     eager,
     kernel_weights,
-    no_vmap,
-    refuse_gradient,
     rows_of,
     rows_or_stack,
-    written,
 )
-from fedkern.ops._aggregate.kernels import RULES, ServerRule
-from fedkern.ops._aggregate.launch import rows
+from fedkern.ops._aggregate.kernels import AggregateKernels
 from fedkern.ops._aggregate.mean import select
+from fedkern.ops._aggregate.rules import DEFAULTS, RULES, ServerRule
 from fedkern.ops._core import library
-
-# Flower's defaults for FedAvg, FedAvgM, FedAdam, FedYogi and FedAdagrad.
-DEFAULTS = {
-    "mean": ServerRule(0, 1.0, 0.0, 0.0, 0.0),
-    "momentum": ServerRule(1, 1.0, 0.0, 0.0, 0.0),
-    "adam": ServerRule(2, 0.1, 0.9, 0.99, 1e-9),
-    "yogi": ServerRule(3, 0.01, 0.9, 0.99, 1e-3),
-    "adagrad": ServerRule(4, 0.1, 0.0, 0.0, 1e-9),
-}
+from fedkern.ops._core.backend import ready
+from fedkern.ops._core.checks import check_number, no_vmap, refuse_gradient, written
 
 
 class ServerStep(NamedTuple):
@@ -54,6 +44,8 @@ class ServerStep(NamedTuple):
     norms: Tensor
     cosines: Tensor
 
+
+_STATES = (torch.float32, torch.float64)
 
 # 1. Specification: aggregate_robust_reference.
 
@@ -127,12 +119,16 @@ def server_step(
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
         RuntimeError: a forced backend cannot serve the call.
     """
-    if not isinstance(weights, Tensor):
-        quick = rows(vectors)
-        if quick is not None:
+    if not isinstance(weights, Tensor) and global_ is not None:
+        kernel: AggregateKernels | None
+        kernel = ready("aggregate", vectors, torch.is_grad_enabled(), global_, first, second, out)
+        if kernel is not None:
             settings = _settings(rule, learning_rate, beta1, beta2, tau)
-            step = quick.kernel.server_step_of_rows(quick, global_, weights, settings, first, second, out)
-            if step is not None:
+            if _ordinary(kernel, global_, vectors, settings.rule, first, second, out):
+                values = kernel.numbers(weights, count_of(vectors))
+                step = kernel.server_step(global_, vectors, values, settings, first, second, out)
+                if first is not None or out is not None:
+                    written(first, second, out)
                 return ServerStep(*step)
     one, count = check_vectors(vectors)
     size = one.shape[-1]
@@ -175,6 +171,29 @@ def _settings(
     return ServerRule(default.rule, *(float(number) for number in given))
 
 
+def _ordinary(
+    kernel: AggregateKernels,
+    global_: Tensor,
+    vectors: Vectors,
+    rule: int,
+    first: Tensor | None,
+    second: Tensor | None,
+    out: Tensor | None,
+) -> bool:
+    """Whether a kernel may take plain tensors ``[P]`` as they are: their dtypes, the states given, memory shared."""
+    if global_.dtype is not rows_or_stack(vectors)[0].dtype:
+        return False
+    # "mean" has no state, "momentum" has only the first.
+    if (first is None) is not (rule == 0) or (second is None) is not (rule < 2):
+        return False
+    if first is not None:
+        if first.dtype not in _STATES or (second is not None and second.dtype is not first.dtype):
+            return False
+    elif out is None:
+        return True
+    return kernel.core.writable((first, second, out), vectors, (global_,))  # type: ignore[no-any-return]
+
+
 def _check_states(rule: str, first: Tensor | None, second: Tensor | None, size: int, device: torch.device) -> None:
     wanted = {"first": rule != "mean", "second": rule in ("adam", "yogi", "adagrad")}
     for (name, needed), state in zip(wanted.items(), (first, second), strict=True):
@@ -185,7 +204,7 @@ def _check_states(rule: str, first: Tensor | None, second: Tensor | None, size: 
         if state is None:
             raise ValueError(f'{name} must be given for rule "{rule}": a tensor [{size}], zeros at the start')
         check_out(state, size, device, name)
-        if state.dtype not in (torch.float32, torch.float64):
+        if state.dtype not in _STATES:
             raise TypeError(f"{name} must be float32 or float64, not {state.dtype}")
         if not state.is_contiguous():
             raise ValueError(f"{name} must be contiguous")

@@ -11,9 +11,9 @@ from operator_cases import DTYPES, assert_close, describe, pairwise
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.ops._aggregate.kernels import RULES, ServerRule
 from fedkern.ops._aggregate.philox import normal
 from fedkern.ops._aggregate.plain import PLAIN
+from fedkern.ops._aggregate.rules import RULES, ServerRule
 from fedkern.ops._core import backend
 
 AXES: dict[str, Any] = {

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import fedkern.ops._core.triton
-from fedkern.ops._aggregate.kernels import RULES, ServerRule
+from fedkern.ops._aggregate.rules import RULES, ServerRule
 from fedkern.ops._aggregate.triton.aggregate import TritonAggregate
 from fedkern.ops._blend.triton.blend import TritonBlend
 from fedkern.ops._blend.triton.boxes import TritonBoxes

@@ -14,8 +14,8 @@ import torch
 from operator_cases import BACKENDS, DTYPES, pairwise
 from torch import Tensor
 
-from fedkern.ops._aggregate.kernels import RULES, ServerRule
 from fedkern.ops._aggregate.plain import PLAIN
+from fedkern.ops._aggregate.rules import RULES, ServerRule
 
 if "triton" not in BACKENDS:
     pytest.skip("Triton's interpreter is not there", allow_module_level=True)

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedkern.ops._aggregate.checks import Vectors, deliver, direct_target
-from fedkern.ops._aggregate.kernels import ServerRule, Weights
+from fedkern.ops._aggregate.checks import Vectors, Weights, deliver, direct_target
 from fedkern.ops._aggregate.plain import PlainAggregate
 from fedkern.ops._aggregate.robust_reference import HALF
+from fedkern.ops._aggregate.rules import ServerRule
 from fedkern.ops._aggregate.triton.means import (
     add_kernel,
     divide_kernel,
@@ -40,8 +40,7 @@ class TritonAggregate(PlainAggregate):
     def weighted_mean(self, vectors: Vectors, weights: Weights, out: Tensor | None) -> Tensor:
         rows, size, device = _rows(vectors), vectors[0].shape[0], vectors[0].device
         dtype = vectors[0].dtype
-        pointers = [row.data_ptr() for row in rows]
-        target = direct_target(out, size, dtype, pointers, [row.stride(0) for row in rows], dtype.itemsize)
+        target = direct_target(out, vectors)
         if target is None:
             target = torch.empty(size, dtype=dtype if out is None else out.dtype, device=device)
         programs = cdiv(size, BLOCK)
