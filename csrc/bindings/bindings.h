@@ -1,5 +1,4 @@
-// What the binding files share. Tensors arrive as they are (exchange.h) or as integers (tensor.data_ptr()), checked by
-// fedkern.ops.
+// What the binding files share. Tensors arrive as they are (exchange.h), checked by fedkern.ops.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -16,14 +15,6 @@ namespace py = pybind11;
 template <typename T>
 T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
-}
-
-// None for what is absent; 0 is the address of a tensor without elements.
-using OptionalAddress = std::optional<std::uintptr_t>;
-
-template <typename T>
-Optional<T> optional_pointer(const OptionalAddress& address) {
-  return {pointer<T>(address.value_or(0)), address.has_value()};
 }
 
 // Lets other Python threads run during a call that is long enough to be worth the switch.

@@ -318,23 +318,6 @@ def tangents(values: Iterable[Any]) -> bool:
     return False
 
 
-def address(tensor: Tensor | None, name: str = "a tensor") -> int | None:
-    """Address of a tensor for a compiled core; None for an absent tensor, since a tensor without elements lies at 0.
-
-    Raises:
-        RuntimeError: the tensor's storage was freed.
-    """
-    if tensor is None:
-        return None
-    place: int = tensor.data_ptr()
-    if not place and tensor.numel():
-        raise RuntimeError(
-            f"{name} has {tensor.numel()} elements and no memory: its storage was freed (resize_(0)); "
-            "keep it until the last backward pass that reads it"
-        )
-    return place
-
-
 def readable(grad: Tensor) -> bool:
     """True where a backward pass may hand ``grad`` to a kernel: the pass is neither recorded nor mapped over."""
     # is_grads_batched=True hands a legacy batched tensor to a backward pass.
