@@ -282,9 +282,8 @@ class LocalTraining(Objective, Method):
     def send(self, server: Server, step: Step) -> Message | dict[ClientId, Message]:
         return {name: server.state[name] for name in VECTORS if name in server.state}
 
-    def client_update(self, client: Client, step: Step, message: Message, **extras: Any) -> Message:
-        """Trains the received network; a subclass hands on ``extras``, which its ``terms`` and ``loss`` find again."""
-        return client.train(self, step, message, extras=extras)
+    def client_update(self, client: Client, step: Step, message: Message) -> Message:
+        return client.train(self, step, message)
 
     def weight(self, server: Server, upload: Upload) -> float:
         return 1.0 if self.options.weighting == "uniform" else float(upload.samples)

@@ -58,7 +58,7 @@ class FedDyn(FedAvg):
 
     def client_update(self, client: Client, step: Step, message: Message) -> Message:
         before = client.state.get("gradient", torch.zeros_like(message["parameters"]))
-        result = super().client_update(client, step, message, correction=-before.to(client.device))
+        result = client.train(self, step, message, extras={"correction": -before.to(client.device)})
         client.state["gradient"] = before - message["alpha"] * (result["parameters"] - message["parameters"])
         return result
 

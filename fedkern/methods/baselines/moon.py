@@ -37,7 +37,7 @@ class Moon(LocalTraining):
         if not self.options.mu:
             return super().client_update(client, step, message)
         extras = {"previous": client.state["previous"]} if "previous" in client.state else {}
-        result = super().client_update(client, step, message, **extras)
+        result = client.train(self, step, message, extras=extras)
         client.state["previous"] = {name: result[name] for name in ("parameters", "buffers") if name in result}
         return result
 

@@ -78,7 +78,7 @@ class Scaffold(FedAvg):
         own = client.state.get("control", torch.zeros_like(message["control"]))
         path = GradientSum(torch.zeros_like(own, device=client.device))
         correction = (message["control"] - own).to(client.device)
-        result = super().client_update(client, step, message, correction=correction, path=path)
+        result = client.train(self, step, message, extras={"correction": correction, "path": path})
         new = self.gradient(client, step, message) if self.options.control == "I" else path.mean()
         client.state["control"] = new.cpu()
         return {**result, "control": new.cpu() - own}

@@ -36,10 +36,11 @@ def _divergence_kernel(tensors: Optionals) -> DistillKernel | None:
 
 
 def _run_divergence(tensors: Optionals, settings: Sequence[Any]) -> Any:
+    student, other, teacher, weight = tensors
     kernel = _divergence_kernel(tensors)
     if kernel is None:
         return divergence_reference(*tensors, *settings)
-    return kernel.divergence_forward(*tensors, divergence_settings(*settings))
+    return kernel.divergence_forward(student, other, teacher, weight, divergence_settings(*settings))
 
 
 def _run_divergence_backward(
@@ -48,7 +49,8 @@ def _run_divergence_backward(
     kernel = _divergence_kernel(tensors)
     if kernel is None:
         return reference_gradients(divergence_reference, grads, tensors, settings, needs)
-    return kernel.divergence_backward(grads[0], *tensors, divergence_settings(*settings), needs)
+    student, other, teacher, weight = tensors
+    return kernel.divergence_backward(grads[0], student, other, teacher, weight, divergence_settings(*settings), needs)
 
 
 def _divergence_dtype(tensors: Optionals) -> torch.dtype:
