@@ -15,7 +15,7 @@ inline TensorView computed(py::handle tensor, DType& dtype) {
 // The data of a contiguous tensor; one without elements may have any strides.
 inline void* contiguous(py::handle tensor) {
   const TensorView seen = checked_view(tensor.ptr());
-  if (!seen.empty() && !seen.contiguous()) throw py::type_error("contrast's cores take contiguous memory");
+  if (!seen.contiguous()) throw py::type_error("contrast's cores take contiguous memory");
   return seen.data;
 }
 

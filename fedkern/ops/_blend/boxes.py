@@ -216,6 +216,7 @@ def _run(kernel: BoxesKernel | None, images: Tensor, boxes: Tensor, fill: Tensor
 
 
 def _implementation(images: Tensor, boxes: Tensor, fill: Tensor, keep: bool) -> Tensor:
+    check_memory(images, "images")
     check_memory(boxes, "boxes")
     if boxes.device.type == "cpu":
         wrong = boxes.isnan().nonzero().tolist() if boxes.is_floating_point() else []

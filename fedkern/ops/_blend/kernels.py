@@ -135,10 +135,10 @@ def users(index: Tensor, background_rows: int) -> tuple[Tensor, Tensor]:
 class _Launcher(Launcher):
     def __init__(self, core: Any) -> None:
         super().__init__(core)
-        # What the core takes where kernels read fp64: the CPU core converts fp32 itself.
         self._wide = (torch.float64,) if self.gpu else (torch.float32, torch.float64)
 
     def wide(self, tensor: Tensor) -> Tensor:
+        """``tensor`` as the core takes it where kernels read fp64: the CPU core converts fp32 itself."""
         return tensor if tensor.dtype in self._wide else tensor.double()
 
 
