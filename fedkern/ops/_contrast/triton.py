@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedkern.ops._contrast.tiles import Pairs, TiledContrast
 from fedkern.ops._core.triton.launch import cdiv, double_bits, launch
-from fedkern.ops._core.triton.rows import COMPUTE, double_of, finish, join
+from fedkern.ops._core.triton.numbers import COMPUTE, double_of, finish, join
 
 # Rows and columns of a block; with eight warps each thread holds 16 elements of fp32.
 BLOCK = {torch.float32: 64, torch.float64: 32}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedkern.ops._core.memory import placed
 from fedkern.ops._core.triton.launch import cdiv, double_bits, launch
-from fedkern.ops._core.triton.rows import COMPUTE, double_of, narrow
+from fedkern.ops._core.triton.numbers import COMPUTE, double_of, narrow
 from fedkern.ops._optimise.kernels import AdamW, Call
 
 # Elements that a program holds of each vector.

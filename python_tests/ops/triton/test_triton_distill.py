@@ -17,7 +17,7 @@ from fedkern.ops._distill.rows import LOGITS, MEAN, PROBS, REDUCTIONS
 if "triton" not in BACKENDS:
     pytest.skip("Triton's interpreter is not there", allow_module_level=True)
 
-from fedkern.ops._core.triton import rows
+from fedkern.ops._distill.triton import rows
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from fedkern.ops._core.triton.launch import double_bits
+from fedkern.ops._core.triton.numbers import double_of, narrow
 from fedkern.ops._core.triton.offsets import MARK, pick, starts_of
-from fedkern.ops._core.triton.rows import double_of, narrow
 
 
 @triton.jit

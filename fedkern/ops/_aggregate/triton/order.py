@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from fedkern.ops._aggregate.triton.means import _wide, weights_of
+from fedkern.ops._core.triton.numbers import double_of, narrow
 from fedkern.ops._core.triton.offsets import pick, starts_of
-from fedkern.ops._core.triton.rows import double_of, narrow
 
 
 @triton.jit

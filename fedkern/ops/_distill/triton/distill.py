@@ -9,13 +9,19 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core.triton.launch import double_bits, launch, power_of_two
-from fedkern.ops._core.triton.rows import (
+from fedkern.ops._core.triton.numbers import finish
+from fedkern.ops._distill.kernels import Divergence, Recomputes, weight_gradient
+from fedkern.ops._distill.reference import compute_dtype, result_dtype
+from fedkern.ops._distill.rows import BATCHMEAN, NONE, mean_scale, row_count, row_shape
+from fedkern.ops._distill.triton.ensemble import Mixtures
+from fedkern.ops._distill.triton.limits import entropy_kernel, limit_kernel
+from fedkern.ops._distill.triton.losses import divergence_kernel
+from fedkern.ops._distill.triton.rows import (
     ALL_ROWS,
     SERIES,
     Rows,
     Steps,
     empty_result,
-    finish,
     hand_over,
     known_steps,
     meta_of,
@@ -27,12 +33,6 @@ from fedkern.ops._core.triton.rows import (
     totals_of,
     writable,
 )
-from fedkern.ops._distill.kernels import Divergence, Recomputes, weight_gradient
-from fedkern.ops._distill.reference import compute_dtype, result_dtype
-from fedkern.ops._distill.rows import BATCHMEAN, NONE, mean_scale, row_count, row_shape
-from fedkern.ops._distill.triton.ensemble import Mixtures
-from fedkern.ops._distill.triton.limits import entropy_kernel, limit_kernel
-from fedkern.ops._distill.triton.losses import divergence_kernel
 
 
 class TritonDistill(Recomputes, Mixtures):

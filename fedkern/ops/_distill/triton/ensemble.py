@@ -9,14 +9,20 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core.triton.launch import double_bits, launch
-from fedkern.ops._core.triton.rows import (
+from fedkern.ops._core.triton.numbers import finish
+from fedkern.ops._distill.kernels import Ensemble
+from fedkern.ops._distill.reference import compute_dtype, result_dtype
+from fedkern.ops._distill.rows import BATCHMEAN, LOGITS, MEAN, NONE, row_count
+from fedkern.ops._distill.triton.ensemble_limits import limit
+from fedkern.ops._distill.triton.members import stack_kernel
+from fedkern.ops._distill.triton.mixture import members_kernel, mixture_kernel
+from fedkern.ops._distill.triton.rows import (
     ALL_ROWS,
     SERIES,
     Rows,
     Steps,
     clear,
     empty_result,
-    finish,
     hand_over,
     known_steps,
     meta_of,
@@ -28,12 +34,6 @@ from fedkern.ops._core.triton.rows import (
     totals_of,
     writable,
 )
-from fedkern.ops._distill.kernels import Ensemble
-from fedkern.ops._distill.reference import compute_dtype, result_dtype
-from fedkern.ops._distill.rows import BATCHMEAN, LOGITS, MEAN, NONE, row_count
-from fedkern.ops._distill.triton.ensemble_limits import limit
-from fedkern.ops._distill.triton.members import stack_kernel
-from fedkern.ops._distill.triton.mixture import members_kernel, mixture_kernel
 from fedkern.ops._distill.triton.stacks import Call, Gradients
 
 

@@ -5,17 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fedkern.ops._core.triton.rows import (
-    gather,
-    load_tile,
-    narrow,
-    ones_or,
-    piece,
-    rows_of,
-    scan,
-    softmax_of,
-    store_total,
-)
+from fedkern.ops._core.triton.numbers import narrow
+from fedkern.ops._distill.triton.rows import gather, load_tile, ones_or, piece, rows_of, scan, softmax_of, store_total
 
 
 @triton.jit(do_not_specialize=["count"])

@@ -5,12 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fedkern.ops._core.triton.rows import (
-    double_of,
+from fedkern.ops._core.triton.numbers import double_of, narrow
+from fedkern.ops._distill.triton.rows import (
     expm1_less,
     gather,
     load_tile,
-    narrow,
     ones_or,
     piece,
     rows_of,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fedkern.ops._core.triton.rows import double_of, load_tile, narrow, ones_or, piece, rows_of, scan, store_total
+from fedkern.ops._core.triton.numbers import double_of, narrow
 from fedkern.ops._distill.triton.losses import _by_p, _pair, over, pair_of
 from fedkern.ops._distill.triton.mixture import _mix, _statistics, share_of
+from fedkern.ops._distill.triton.rows import load_tile, ones_or, piece, rows_of, scan, store_total
 
 
 @triton.jit

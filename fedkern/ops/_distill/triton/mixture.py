@@ -9,20 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fedkern.ops._core.triton.rows import (
-    double_of,
-    expm1_less,
-    join,
-    load_tile,
-    log1p,
-    narrow,
-    ones_or,
-    piece,
-    rows_of,
-    scan,
-    store_total,
-)
+from fedkern.ops._core.triton.numbers import double_of, join, narrow
 from fedkern.ops._distill.triton.losses import _by_p, over, pair_of
+from fedkern.ops._distill.triton.rows import expm1_less, load_tile, log1p, ones_or, piece, rows_of, scan, store_total
 
 
 @triton.jit(do_not_specialize=["temperature"])

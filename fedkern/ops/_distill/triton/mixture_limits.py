@@ -5,10 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fedkern.ops._core.triton.rows import load_tile, narrow, ones_or, piece, rows_of, store_total
+from fedkern.ops._core.triton.numbers import narrow
 from fedkern.ops._distill.triton.limits import _difference, _half_variance, _mean
 from fedkern.ops._distill.triton.members import _row_weight
 from fedkern.ops._distill.triton.mixture import _mix, _raw, share_of
+from fedkern.ops._distill.triton.rows import load_tile, ones_or, piece, rows_of, store_total
 
 
 @triton.jit

@@ -7,11 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedkern.ops._core.triton.rows import (
+from fedkern.ops._core.triton.numbers import finish
+from fedkern.ops._distill.kernels import Ensemble
+from fedkern.ops._distill.reference import compute_dtype, result_dtype
+from fedkern.ops._distill.rows import BATCHMEAN, NONE, row_count
+from fedkern.ops._distill.triton.rows import (
     ALL_ROWS,
     Rows,
     Steps,
-    finish,
     hand_over,
     known_steps,
     readable,
@@ -21,9 +24,6 @@ from fedkern.ops._core.triton.rows import (
     totals_of,
     writable,
 )
-from fedkern.ops._distill.kernels import Ensemble
-from fedkern.ops._distill.reference import compute_dtype, result_dtype
-from fedkern.ops._distill.rows import BATCHMEAN, NONE, row_count
 
 # Gradients of the student, the teachers and the weights.
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]

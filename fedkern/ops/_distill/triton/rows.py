@@ -14,10 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fedkern.ops._core.triton.launch import cdiv, launch, power_of_two, processors
+from fedkern.ops._core.triton.launch import cdiv, power_of_two, processors
+from fedkern.ops._core.triton.numbers import COMPUTE, double_of, join, narrow
 from fedkern.ops._distill.rows import NONE, row_shape
-
-COMPUTE = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), tl.float32) | {torch.float64: tl.float64}
 
 # Terms of the series of e^u - 1 - u on |u| < 1/2, and the least probability in products with -inf (0 would give NaN).
 SERIES = {torch.float32: (9, 1.1754943508222875e-38), torch.float64: (15, 2.2250738585072014e-308)}
@@ -50,12 +49,6 @@ def piece(begin, last, valid, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def double_of(bits, COMPUTE: tl.constexpr):
-    """The number whose ``double_bits`` the launcher passed."""
-    return tl.cast(bits, tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
-
-
-@triton.jit
 def ones_or(x, batch, inside, outer_stride, row_stride, valid, COMPUTE: tl.constexpr):
     """A weight or a gradient for each row; 1 if ``x`` is None."""
     number = tl.zeros(valid.shape, COMPUTE) + 1.0
@@ -77,14 +70,6 @@ def softmax_of(x, scale):
     """The maximum of each row and the logarithm of its sum of exponentials."""
     top = tl.max(x, axis=1)
     return top, tl.log(tl.sum(tl.exp((x - top[:, None]) * scale), axis=1))
-
-
-@triton.jit
-def join(top, total, more_top, more_total, scale):
-    """The maximum and the sum of exponentials of two parts together; a part that is all -inf adds nothing."""
-    new = tl.maximum(top, more_top)
-    base = tl.where(new == float("-inf"), 0.0, new)
-    return new, total * tl.exp((top - base) * scale) + more_total * tl.exp((more_top - base) * scale)
 
 
 @triton.jit
@@ -161,34 +146,12 @@ def log1p(r, TERMS: tl.constexpr):
 
 
 @triton.jit
-def narrow(value, out):
-    """``value`` in ``out``'s dtype, by way of fp32: the interpreter cannot cast fp64 to bf16 directly."""
-    return value if out.dtype.element_ty == tl.float64 else value.to(tl.float32).to(out.dtype.element_ty)
-
-
-@triton.jit
 def store_total(total, program, values, valid, count, MEAN: tl.constexpr):
     """Stores the program's part of the loss: the sum of its rows' ``values`` in fp64, over ``count`` if MEAN."""
     sum_ = tl.sum(tl.where(valid, values, 0.0).to(tl.float64), axis=0)
     if MEAN:
         sum_ = sum_ / count
     tl.store(total + program, narrow(sum_, total))
-
-
-@triton.jit(do_not_specialize=["size", "count"])
-def sum_kernel(parts, out, size, count, BLOCK: tl.constexpr):
-    """``out = sum(parts) / count``, the same bits every time."""
-    total = tl.zeros([BLOCK], tl.float64)
-    for begin in range(0, size, BLOCK):
-        place = begin + tl.arange(0, BLOCK)
-        total += tl.load(parts + place, mask=place < size, other=0)
-    tl.store(out, narrow(tl.sum(total, axis=0) / count, out))
-
-
-def finish(parts: Tensor, out: Tensor, count: int) -> None:
-    """Writes the sum of the fp64 ``parts`` over ``count`` into the scalar ``out``."""
-    size = parts.numel()
-    launch(sum_kernel, 1, out.device, parts, out, size, count, BLOCK=min(power_of_two(size), 4096))
 
 
 class Steps(NamedTuple):
