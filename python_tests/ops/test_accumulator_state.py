@@ -63,26 +63,29 @@ BOTH: dict[str, tuple[Callable[[State], Any], str]] = {
 }  # fmt: skip
 PLAIN: dict[str, tuple[Callable[[State], Any], str]] = {
     "no sum": (without("sum"), "the state must have the entry 'sum'"),
-    "sum of one": (put("sum", lambda x: x[:1]), r"the state's sum must have shape \[5\], not \[1\]"),
-    "sum as a list": (put("sum", lambda x: x.tolist()), "the state's sum must be a tensor, not list"),
+    "sum of one": (put("sum", lambda x: x[:1]), r"the state's sum must have shape \[5\], but has \[1\]"),
+    "sum as a list": (put("sum", lambda x: x.tolist()), "the state's sum must be a tensor, but got list"),
     "sum of fp32": (put("sum", lambda x: x.float()), "the state's sum must have dtype torch.float64"),
     "sparse sum": (put("sum", lambda x: x.to_sparse()), "the state's sum must be a dense tensor"),
 }
 EXACT: dict[str, tuple[Callable[[State], Any], str]] = {
     **{f"no {name}": (without(name), f"the state must have the entry '{name}'") for name in ("units", "digits", "top")},
-    "short units": (put("units", lambda x: x[:-1]), r"the state's units must have shape \[280\], not \[279\]"),
+    "short units": (put("units", lambda x: x[:-1]), r"the state's units must have shape \[280\], but has \[279\]"),
     "units past floats": (
         put("units", lambda x: torch.full_like(x, 255)),
         "the state's units must be a sum of weights",
     ),
     "weight of others": (put("weight", 7.0), "the state's weight must be that of its units, 6, not 7"),
     "count past the digits": (put("count", 2**31), "the state's count must be that of vectors of weight 6"),
-    "digits of one": (put("digits", lambda x: x[:, :1]), r"the state's digits must have shape \[3, 5\], not \[3, 1\]"),
-    "two digits": (put("digits", lambda x: x[:2]), r"the state's digits must have shape \[3, 5\], not \[2, 5\]"),
+    "digits of one": (
+        put("digits", lambda x: x[:, :1]),
+        r"the state's digits must have shape \[3, 5\], but has \[3, 1\]",
+    ),
+    "two digits": (put("digits", lambda x: x[:2]), r"the state's digits must have shape \[3, 5\], but has \[2, 5\]"),
     "fractions": (put("digits", lambda x: x.double()), "the state's digits must have dtype torch.int64"),
     "large digit": (put("digits", at(3, 2**62)), "the state's digits must be within 2\\^32 for each of its 3 vectors"),
     "small digit": (put("digits", at(7, -(2**63))), "the state's digits must be within"),
-    "top of one": (put("top", lambda x: x[:1]), r"the state's top must have shape \[5\], not \[1\]"),
+    "top of one": (put("top", lambda x: x[:1]), r"the state's top must have shape \[5\], but has \[1\]"),
     "high top": (put("top", at(2, 35)), "the state's top must be between -31 and 34"),
     "low top": (put("top", at(2, -32)), "the state's top must be between -31 and 34"),
     "infinite with digits": (put("top", at(2, 32)), "the state's digits must be 0 where its top says"),

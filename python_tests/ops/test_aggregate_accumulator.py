@@ -137,9 +137,9 @@ def test_means_where_memory_is_not_what_it_seems(exact: bool) -> None:
 def test_wrong_arguments_of_the_accumulator() -> None:
     accumulator = Accumulator(4)
     for vector, weight, error, message in (
-        ([1.0], 1, TypeError, "vector must be a tensor, not list"),
-        (torch.ones(4).int(), 1, TypeError, "vector must be float32.*not torch.int32"),
-        (torch.ones(5), 1, ValueError, r"vector must have shape \[4\], not \[5\]"),
+        ([1.0], 1, TypeError, "vector must be a tensor, but got list"),
+        (torch.ones(4).int(), 1, TypeError, "vector must have dtype float32.*but has torch.int32"),
+        (torch.ones(5), 1, ValueError, r"vector must have shape \[4\], but has \[5\]"),
         (torch.ones(4), -1, ValueError, "weight must be finite and not negative, not -1"),
         (torch.ones(4), math.inf, ValueError, "weight must be finite and not negative, not inf"),
     ):

@@ -41,11 +41,11 @@ CALLS: dict[str, Callable[..., Any]] = {
 
 WRONG_VECTORS = [
     ([], ValueError, "vectors must hold at least one tensor"),
-    (torch.ones(2, 4).int(), TypeError, "vectors must be float32.*not torch.int32"),
-    (torch.ones(2, 4, 1), ValueError, r"vectors must have shape \[.*not \[2, 4, 1\]"),
-    ([*V, torch.ones(5)], ValueError, r"vectors\[3\] must have vectors\[0\]'s shape \[4\], not \[5\]"),
-    ([*V, G.double()], TypeError, r"vectors\[3\] must have vectors\[0\]'s dtype"),
-    ([*V, [1.0]], TypeError, r"vectors\[3\] must be a tensor, not list"),
+    (torch.ones(2, 4).int(), TypeError, "vectors must have dtype float32.*but has torch.int32"),
+    (torch.ones(2, 4, 1), ValueError, r"vectors must have shape \[.*but has \[2, 4, 1\]"),
+    ([*V, torch.ones(5)], ValueError, r"vectors\[3\] must have the shape \[4\] of vectors\[0\], but has \[5\]"),
+    ([*V, G.double()], TypeError, r"vectors\[3\] must have the dtype torch.float32 of vectors\[0\]"),
+    ([*V, [1.0]], TypeError, r"vectors\[3\] must be a tensor, but got list"),
 ]
 
 
@@ -67,7 +67,7 @@ WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: trimmed_mean(V, 1, [1, 2]), ValueError, "weights must have one value for each of the 3 vectors, not 2"),
     (lambda: median(V, [1, -1, 1]), ValueError, r"weights\[1\] must be finite and not negative, not -1"),
     (lambda: median(V, torch.zeros(3)), ValueError, "weights must have a positive, finite sum, not 0"),
-    (lambda: median(V, torch.ones(2)), ValueError, r"weights must have shape \[3\], not \[2\]"),
+    (lambda: median(V, torch.ones(2)), ValueError, r"weights must have shape \[3\], but has \[2\]"),
     (lambda: krum(V, 1), ValueError, r"byzantine must be less than \(M - 2\) / 2 with M = 3 vectors, not 1"),
     (lambda: krum(V, 0, 4), ValueError, "keep must be between 1 and 3, not 4"),
     (lambda: krum(V, True), TypeError, "byzantine must be a whole number, not bool"),
@@ -84,8 +84,12 @@ WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: clip_and_noise(V, 1.0, 1.0, 0, 1 << 64), ValueError, "offset must be between 0 and"),
     (lambda: clip_and_noise(V, 1.0, 1.0, 1.5), TypeError, "seed must be a whole number, not float"),  # type: ignore[arg-type]
     (lambda: server_step(G, V, [1, 1, 1], "sgd"), ValueError, "rule must be one of mean, momentum, adam.*not 'sgd'"),
-    (lambda: server_step(torch.ones(5), V, [1, 1, 1]), ValueError, r"global_ must have shape \[4\], not \[5\]"),
-    (lambda: server_step(G.double(), V, [1, 1, 1]), ValueError, "global_ must have the vectors' dtype"),
+    (lambda: server_step(torch.ones(5), V, [1, 1, 1]), ValueError, r"global_ must have shape \[4\], but has \[5\]"),
+    (
+        lambda: server_step(G.double(), V, [1, 1, 1]),
+        ValueError,
+        "global_ must have the dtype torch.float32 of the vectors, but has torch.float64",
+    ),
     (lambda: server_step(G, V, [1, 1, 1], "adam"), ValueError, 'first must be given for rule "adam"'),
     (lambda: server_step(G, V, [1, 1, 1], "yogi", first=G), ValueError, 'second must be given for rule "yogi"'),
     (lambda: server_step(G, V, [1, 1, 1], first=G), ValueError, 'first must be None for rule "mean"'),
@@ -97,12 +101,12 @@ WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: server_step(G, V, [1, 1, 1], "adam", first=G, second=G.double()),
         TypeError,
-        "second must have first's dtype torch.float32, not torch.float64",
+        "second must have the dtype torch.float32 of first, but has torch.float64",
     ),
     (
         lambda: server_step(G, V, [1, 1, 1], "momentum", first=G.half()),
         TypeError,
-        "first must be float32 or float64, not torch.float16",
+        "first must have dtype float32 or float64, but has torch.float16",
     ),
     (
         lambda: server_step(G, V, [1, 1, 1], "momentum", first=torch.ones(8)[::2]),
@@ -119,7 +123,7 @@ WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
         ValueError,
         "learning_rate must be at least 0, not -1",
     ),
-    (lambda: server_step(G, V, [1, 1, 1], out=torch.ones(5)), ValueError, r"out must have shape \[4\], not \[5\]"),
+    (lambda: server_step(G, V, [1, 1, 1], out=torch.ones(5)), ValueError, r"out must have shape \[4\], but has \[5\]"),
     (lambda: server_step(G, V, [1, 1, 1], out=torch.ones(1).expand(4)), ValueError, "out must not be expanded"),
 ]
 

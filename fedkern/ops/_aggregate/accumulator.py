@@ -14,7 +14,7 @@ from fedkern.ops._aggregate.mean import select
 from fedkern.ops._aggregate.plain import PLAIN
 from fedkern.ops._aggregate.reference import INFINITE, LOWEST, NOT_A_NUMBER
 from fedkern.ops._core import backend
-from fedkern.ops._core.checks import check_count, check_dense, shown
+from fedkern.ops._core.checks import check_count, check_tensor, shown
 
 # Exact weights are integers in units of the smallest positive double.
 _UNIT = 1 << 1074
@@ -93,7 +93,7 @@ class Accumulator:
             )
         check_vector(vector, "vector", self.size)
         if vector.device != self.device:
-            raise ValueError(f"vector must be on the accumulator's device {self.device}, not {vector.device}")
+            raise ValueError(f"vector must be on {self.device} like the accumulator, but is on {vector.device}")
         value = check_weight(weight, "weight")
         total = self.weight + value
         if total == float("inf"):
@@ -254,15 +254,13 @@ def _whole(state: Mapping[str, Any], name: str) -> int:
     return int(value)
 
 
-def _check_entry(value: object, name: str, dtype: torch.dtype, shape: list[int]) -> None:
+def _check_entry(value: Any, name: str, dtype: torch.dtype, shape: list[int]) -> None:
     name = f"the state's {name}"
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
-    check_dense(value, name)
+    check_tensor(value, name)
     if value.dtype is not dtype:
-        raise TypeError(f"{name} must have dtype {dtype}, not {value.dtype}")
+        raise TypeError(f"{name} must have dtype {dtype}, but has {value.dtype}")
     if list(value.shape) != shape:
-        raise ValueError(f"{name} must have shape {shape}, not {list(value.shape)}")
+        raise ValueError(f"{name} must have shape {shape}, but has {list(value.shape)}")
 
 
 def _units(stored: Tensor) -> int:

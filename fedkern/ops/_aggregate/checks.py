@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core import backend
-from fedkern.ops._core.checks import check_dense, real, refuse_gradient, written
+from fedkern.ops._core.checks import check_dense, check_device, check_floating, real, refuse_gradient, written
 from fedkern.ops._core.memory import placed
 
 Vectors = Tensor | Sequence[Tensor]
@@ -21,11 +21,9 @@ Weights = Sequence[float] | Tensor
 def check_vectors(vectors: Vectors) -> tuple[Tensor, int]:
     """Checks the vectors; returns one tensor with their dtype, device and last dimension P, and M."""
     if isinstance(vectors, Tensor):
-        check_dense(vectors, "vectors")
-        if vectors.dtype not in backend.FLOATS:
-            raise TypeError(f"vectors must be float32, float64, bfloat16 or float16, not {vectors.dtype}")
+        check_floating(vectors, "vectors")
         if vectors.dim() != 2 or not vectors.shape[0]:
-            raise ValueError(f"vectors must have shape [M, P] with M > 0, not {list(vectors.shape)}")
+            raise ValueError(f"vectors must have shape [M, P] with M > 0, but has {list(vectors.shape)}")
         return vectors, vectors.shape[0]
     if not isinstance(vectors, Sequence):
         kind = type(vectors).__name__
@@ -45,34 +43,30 @@ def check_vectors(vectors: Vectors) -> tuple[Tensor, int]:
             and vector.device == device
         ):
             continue
-        check_vector(vector, f"vectors[{position}]")
+        name = f"vectors[{position}]"
+        check_vector(vector, name)
         if vector.dtype != first.dtype:
-            raise TypeError(f"vectors[{position}] must have vectors[0]'s dtype {first.dtype}, not {vector.dtype}")
+            raise TypeError(f"{name} must have the dtype {first.dtype} of vectors[0], but has {vector.dtype}")
         if vector.shape != first.shape:
             raise ValueError(
-                f"vectors[{position}] must have vectors[0]'s shape {list(first.shape)}, not {list(vector.shape)}"
+                f"{name} must have the shape {list(first.shape)} of vectors[0], but has {list(vector.shape)}"
             )
-        if vector.device != first.device:
-            raise ValueError(f"vectors[{position}] must be on vectors[0]'s device {first.device}, not {vector.device}")
+        check_device(vector, name, first, "vectors[0]")
     return first, len(vectors)
 
 
 def check_vector(vector: Tensor, name: str, size: int | None = None) -> None:
     """Raises TypeError or ValueError unless ``vector`` is a floating tensor ``[size]``."""
-    if not isinstance(vector, Tensor):
-        raise TypeError(f"{name} must be a tensor, not {type(vector).__name__}")
-    check_dense(vector, name)
-    if vector.dtype not in backend.FLOATS:
-        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, not {vector.dtype}")
+    check_floating(vector, name)
     if vector.dim() != 1 or (size is not None and vector.shape[0] != size):
-        raise ValueError(f"{name} must have shape [{'P' if size is None else size}], not {list(vector.shape)}")
+        raise ValueError(f"{name} must have shape [{'P' if size is None else size}], but has {list(vector.shape)}")
 
 
 def check_out(out: Tensor, size: int, device: torch.device, name: str = "out") -> None:
     """Raises TypeError or ValueError unless ``out`` can take a result ``[size]``."""
     check_vector(out, name, size)
     if out.device != device:
-        raise ValueError(f"{name} must be on the vectors' device {device}, not {out.device}")
+        raise ValueError(f"{name} must be on {device} like the vectors, but is on {out.device}")
     if size > 1 and not out.stride(0):
         raise ValueError(f"{name} must not be expanded: several of its elements share one place in memory")
 
@@ -81,11 +75,11 @@ def check_weights_tensor(weights: Tensor, count: int, device: torch.device) -> N
     """Raises TypeError or ValueError unless ``weights`` is a real tensor ``[count]``; its values are not checked."""
     check_dense(weights, "weights")
     if weights.dim() != 1 or weights.shape[0] != count:
-        raise ValueError(f"weights must have shape [{count}], not {list(weights.shape)}")
+        raise ValueError(f"weights must have shape [{count}], but has {list(weights.shape)}")
     if weights.is_complex():
-        raise TypeError(f"weights must have a real dtype, not {weights.dtype}")
+        raise TypeError(f"weights must have a real dtype, but has {weights.dtype}")
     if weights.device.type != "cpu" and weights.device != device:
-        raise ValueError(f"weights must be on the vectors' device {device}, not {weights.device}")
+        raise ValueError(f"weights must be on {device} like the vectors, but is on {weights.device}")
 
 
 def check_weight(value: float | Tensor, name: str) -> float:

@@ -86,7 +86,7 @@ def _call(name: str, vectors: Vectors, max_norm: float, deviation: float, seed: 
         check_dense(vectors, "vectors")
     single = isinstance(vectors, Tensor) and vectors.dim() == 1
     if isinstance(vectors, Tensor) and vectors.dim() not in (1, 2) and vectors.dtype in backend.FLOATS:
-        raise ValueError(f"vectors must have shape [P] or [M, P], or be a list of [P], not {list(vectors.shape)}")
+        raise ValueError(f"vectors must have shape [P] or [M, P], or be a list of [P], but has {list(vectors.shape)}")
     given: Vectors = (vectors,) if single else vectors  # type: ignore[assignment]
     kernel: AggregateKernels | None = ready("aggregate", given, torch.is_grad_enabled())
     if kernel is not None:

@@ -290,7 +290,7 @@ class AggregateKernels(PlainAggregate, Launcher):
         if not isinstance(weights, Tensor):
             return weights if type(weights) is list else list(weights)
         if self.host:
-            return weights.tolist()  # type: ignore[no-any-return]
+            return weights.tolist()
         return weights.to(torch.float64).resolve_neg().contiguous()
 
     def _new(self, size: int, dtype: torch.dtype, like: Tensor) -> Tensor:

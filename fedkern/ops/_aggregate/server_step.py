@@ -27,7 +27,7 @@ from fedkern.ops._aggregate.mean import select
 from fedkern.ops._aggregate.rules import DEFAULTS, RULES, ServerRule
 from fedkern.ops._core import library
 from fedkern.ops._core.backend import ready
-from fedkern.ops._core.checks import check_number, no_vmap, refuse_gradient, written
+from fedkern.ops._core.checks import check_device, check_number, no_vmap, refuse_gradient, written
 
 
 class ServerStep(NamedTuple):
@@ -133,11 +133,9 @@ def server_step(
     one, count = check_vectors(vectors)
     size = one.shape[-1]
     check_vector(global_, "global_", size)
-    if global_.dtype != one.dtype or global_.device != one.device:
-        raise ValueError(
-            f"global_ must have the vectors' dtype {one.dtype} and device {one.device}, "
-            f"not {global_.dtype} and {global_.device}"
-        )
+    if global_.dtype != one.dtype:
+        raise ValueError(f"global_ must have the dtype {one.dtype} of the vectors, but has {global_.dtype}")
+    check_device(global_, "global_", one, "the vectors")
     if isinstance(weights, Tensor):
         check_weights_tensor(weights, count, one.device)
     settings = _settings(rule, learning_rate, beta1, beta2, tau)
@@ -191,7 +189,7 @@ def _ordinary(
             return False
     elif out is None:
         return True
-    return kernel.core.writable((first, second, out), vectors, (global_,))  # type: ignore[no-any-return]
+    return kernel.core.writable((first, second, out), vectors, (global_,))
 
 
 def _check_states(rule: str, first: Tensor | None, second: Tensor | None, size: int, device: torch.device) -> None:
@@ -205,11 +203,11 @@ def _check_states(rule: str, first: Tensor | None, second: Tensor | None, size: 
             raise ValueError(f'{name} must be given for rule "{rule}": a tensor [{size}], zeros at the start')
         check_out(state, size, device, name)
         if state.dtype not in _STATES:
-            raise TypeError(f"{name} must be float32 or float64, not {state.dtype}")
+            raise TypeError(f"{name} must have dtype float32 or float64, but has {state.dtype}")
         if not state.is_contiguous():
             raise ValueError(f"{name} must be contiguous")
     if first is not None and second is not None and first.dtype != second.dtype:
-        raise TypeError(f"second must have first's dtype {first.dtype}, not {second.dtype}")
+        raise TypeError(f"second must have the dtype {first.dtype} of first, but has {second.dtype}")
 
 
 def _check_apart(
