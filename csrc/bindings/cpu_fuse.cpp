@@ -101,7 +101,7 @@ bool forward(const py::sequence& features, py::handle out, py::handle scale, py:
 }
 
 // As forward. `features` and `out` may be None, and targets, which have `channels`; `partial` is for fedkern._cuda.
-bool backward(py::handle grad, const py::object& features, py::handle out, const py::sequence& targets, const std::vector<std::int64_t>& channels,
+bool backward(py::handle grad, const py::object& features, py::handle out, const py::sequence& targets, const py::sequence& channels,
               py::handle scale, py::handle shift, py::handle grad_scale, py::handle grad_shift, py::handle /*partial*/, bool last, bool relu,
               bool mean, int threads) {
   const MapView from(grad);
@@ -115,10 +115,12 @@ bool backward(py::handle grad, const py::object& features, py::handle out, const
     if (!reads(view, last)) return false;
     result = map_of(view, last);
   }
-  to.reserve(channels.size());
-  for (std::size_t m = 0; m < channels.size(); ++m) {
-    const py::object target = targets[m];
-    to.push_back(target.is_none() ? FuseMap{nullptr, channels[m], 0, 0, 0, false} : map_of(MapView(target), last));
+  to.reserve(targets.size());
+  for (const py::handle target : targets) {
+    if (target.is_none())
+      to.push_back({nullptr, channels[to.size()].cast<std::int64_t>(), 0, 0, 0, false});
+    else
+      to.push_back(map_of(MapView(target), last));
   }
   const std::int64_t all = channels_of(to), elements = from.batch() * from.positions * all;
   FuseBackward a{call_of(from, all, to.size(), last, relu, mean, threads),

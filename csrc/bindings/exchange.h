@@ -104,7 +104,10 @@ inline TensorView checked_view(PyObject* object) {
   auto* const tensor = reinterpret_cast<PyTypeObject*>(exchange().tensor);
   if (!tensor || !PyObject_TypeCheck(object, tensor)) throw py::type_error("fedkern's cores take tensors; call them through fedkern.ops");
   if (!view(object, result)) throw py::error_already_set();
-  if (!result.data && !result.empty()) throw py::type_error("fedkern's cores take tensors that have memory");
+  if (!result.data && !result.empty())
+    throw py::type_error(
+        "fedkern's cores take tensors that have memory: a tensor's storage was freed (resize_(0)), or it never had one; keep it until "
+        "the last backward pass that reads it, or clone() it");
   return result;
 }
 

@@ -130,6 +130,27 @@ def test_gradient_of_any_layout(backend: str, layout: torch.memory_format) -> No
             torch.testing.assert_close(a, b)
 
 
+def test_no_channels(backend: str) -> None:
+    features = [torch.randn(2, 0, 3) for _ in range(2)]
+    for function in FUNCTIONS:
+        check(function, features, torch.randn(0)[::2], torch.randn(0).double(), "relu")
+
+
+@needs_core
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_maps_that_are_copied_give_the_same_bits(function: str) -> None:
+    results: list[list[Tensor]] = []
+    for layout in ("contiguous", "transposed"):
+        torch.manual_seed(1)
+        features = [LAYOUTS[layout](torch.randn(4, 5, 3, 6)).requires_grad_() for _ in range(2)]
+        vectors = [torch.randn(10).double().requires_grad_() for _ in range(2)]
+        out = FUNCTIONS[function][0](features, *vectors, "relu")
+        results.append([out, *torch.autograd.grad(out, [*features, *vectors], torch.randn_like(out))])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    for gradient in results[0][-2:]:
+        assert not torch.equal(gradient, gradient.float().double())  # summed in fp64, and not rounded since
+
+
 @needs_core
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_channels_last_is_not_copied(monkeypatch: pytest.MonkeyPatch, layout: torch.memory_format) -> None:

@@ -19,6 +19,9 @@ from fedkern.ops._fuse.reference import fuse_backward_reference, fuse_concat_ref
 
 Activation = Literal["relu"] | None
 
+# Looked up once: on small maps the code around a kernel takes longer than the kernel.
+_grad_enabled = torch.is_grad_enabled
+
 
 # 1. What it computes: fuse_concat_reference, fuse_mean_reference.
 
@@ -110,8 +113,8 @@ def _dispatch(
             return reference(features, scale, shift, relu)
         scale, shift = (None if vector is None else vector.resolve_neg() for vector in (scale, shift))
         channels, channels_last = [x.shape[1] for x in features], wants_channels_last(features)
-    if torch.is_grad_enabled():
-        tensors = tuple(features)
+    if _grad_enabled():
+        tensors = features
         if scale is not None and scale.requires_grad:
             tensors = (*tensors, scale)
         if shift is not None and shift.requires_grad:
@@ -234,7 +237,8 @@ class _Fuse(EagerFunction):
         wanted = (needs[:count], learned_scale and needs[count], learned_shift and needs[-1])
         maps: list[Tensor] | None = features or None
         if direct:
-            grad = grad.resolve_neg()
+            if grad.is_neg():
+                grad = grad.resolve_neg()
             to_maps, to_scale, to_shift = kernel.backward(
                 grad, maps, out, scale, shift, relu, mean, channels, wanted, last
             )

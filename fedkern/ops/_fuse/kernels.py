@@ -12,7 +12,7 @@ from torch import Tensor
 from fedkern.ops._core.backend import not_forced
 from fedkern.ops._core.launch import Launcher
 from fedkern.ops._core.memory import HUGE
-from fedkern.ops._fuse.maps import compute_dtype, empty_map, fused_channels
+from fedkern.ops._fuse.maps import compute_dtype, empty_map
 from fedkern.ops._fuse.reference import FuseGradients, FuseNeeds, fuse_backward_reference, fuse_mean_reference
 
 
@@ -103,8 +103,8 @@ class FuseKernels(Launcher):
         if mean and (first.is_contiguous(memory_format=_CHANNELS_LAST) if channels_last else first.is_contiguous()):
             out = _empty_like(first)  # takes half as long as making a map from its shape
         else:
-            shape = first.shape
-            out = empty_map((shape[0], fused_channels(channels, mean), *shape[2:]), channels_last, first)
+            shape, width = first.shape, channels[0] if mean else sum(channels)
+            out = empty_map((shape[0], width, *shape[2:]), channels_last, first)
         if out.numel() >= _LARGE:
             self.fresh(out)
         if mean and self._too_many(channels):
@@ -113,7 +113,8 @@ class FuseKernels(Launcher):
         if not self._forward(features, out, scale, shift, channels_last, relu, mean, at):
             maps = [self._laid_out(x, channels_last) for x in features]
             scale, shift = _vector(scale, first), _vector(shift, first)
-            self._forward(maps, out, scale, shift, channels_last, relu, mean, at)
+            done = self._forward(maps, out, scale, shift, channels_last, relu, mean, at)
+            assert done
         return out
 
     def backward(
@@ -144,16 +145,14 @@ class FuseKernels(Launcher):
             to_shift = grad.new_empty(total, dtype=torch.float64) if need_shift else None
             if self.gpu:
                 partial = grad.new_empty(2 * self.core.fuse_splits * total, dtype=torch.float64)
-        last, at = channels_last, self.at(grad)
-        if not self._backward(
-            grad, features, out, targets, channels, scale, shift, to_scale, to_shift, partial, last, relu, mean, at
-        ):
-            scale, shift, grad = _vector(scale, grad), _vector(shift, grad), self._laid_out(grad, last)
-            features = None if features is None else [self._laid_out(x, last) for x in features]
-            out = None if out is None else self._laid_out(out, last)
-            self._backward(
-                grad, features, out, targets, channels, scale, shift, to_scale, to_shift, partial, last, relu, mean, at
-            )
+        rest = (to_scale, to_shift, partial, channels_last, relu, mean, self.at(grad))
+        if not self._backward(grad, features, out, targets, channels, scale, shift, *rest):
+            vectors = (_vector(scale, grad), _vector(shift, grad))
+            features = None if features is None else [self._laid_out(x, channels_last) for x in features]
+            out = None if out is None else self._laid_out(out, channels_last)
+            grad = self._laid_out(grad, channels_last)
+            done = self._backward(grad, features, out, targets, channels, *vectors, *rest)
+            assert done
         if to_scale is not None and scale is not None:
             to_scale = to_scale.to(scale.dtype)
         if to_shift is not None and shift is not None:
@@ -171,24 +170,25 @@ class FuseKernels(Launcher):
         self, grad: Tensor, mean: bool, channels: Sequence[int], needs: Sequence[bool], channels_last: bool
     ) -> list[Tensor | None]:
         """Empty gradients of the maps, None where not wanted."""
-        count = len(channels)
-        total = grad.numel() * count if mean else grad.numel()
-        if not self.gpu and total // count < _LARGE <= total and channels.count(channels[0]) == count:
+        count, total = len(channels), grad.numel()
+        if mean:
+            total *= count
+        if total >= _LARGE and not self.gpu and total // count < _LARGE and channels.count(channels[0]) == count:
             return self._pieces(grad, channels[0], needs, channels_last)
-        batch, _, *positions = grad.shape
+        shape = grad.shape
         targets: list[Tensor | None] = []
-        width, last = -1, grad
-        for number, need in zip(channels, needs, strict=True):
-            if not need:
+        width, made = -1, grad
+        for m, number in enumerate(channels):
+            if not needs[m]:
                 targets.append(None)
                 continue
             if number == width:
-                last = _empty_like(last)
+                made = _empty_like(made)
             else:
-                width, last = number, empty_map((batch, number, *positions), channels_last, grad)
+                width, made = number, empty_map((shape[0], number, *shape[2:]), channels_last, grad)
             if total >= _LARGE:
-                self.fresh(last)
-            targets.append(last)
+                self.fresh(made)
+            targets.append(made)
         return targets
 
     def _pieces(self, grad: Tensor, channels: int, needs: Sequence[bool], channels_last: bool) -> list[Tensor | None]:

@@ -23,7 +23,10 @@ def _implementation(
     kernel = backend.select("fuse_mean" if mean else "fuse_concat", *features)
     if kernel is not None:
         channels = [x.shape[1] for x in features]
-        return kernel.forward(features, scale, shift, relu, mean, channels, wants_channels_last(features))
+        out = kernel.forward(features, scale, shift, relu, mean, channels, wants_channels_last(features))
+        # A mean has the first map's strides, which may be any along axes of size 1 or without elements.
+        odd = mean and (1 in out.shape or 0 in out.shape)
+        return _into(_fake(features, scale, shift, relu, mean), out) if odd else out
     return _fake(features, scale, shift, relu, mean).copy_(_reference(features, scale, shift, relu, mean))
 
 
