@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fedkern.ops._core.triton.launch import cdiv, launch, power_of_two, processors
+from fedkern.ops._core.triton.numbers import COMPUTE
 from fedkern.ops._core.triton.offsets import pick, starts_of, tensor_starts, wholes
-from fedkern.ops._core.triton.rows import COMPUTE
 from fedkern.ops._fuse.maps import empty_map, fused_channels
 from fedkern.ops._fuse.reference import FuseGradients, FuseNeeds
 

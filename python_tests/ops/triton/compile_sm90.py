@@ -1,6 +1,6 @@
 """Compiles the Triton kernels for sm_90, without a GPU, and reports what ptxas says about each.
 
-``python python_tests/ops/triton/compile_sm90.py [--full]`` calls the launchers of ``fedkern/ops/triton`` as
+``python python_tests/ops/triton/compile_sm90.py [--full]`` calls the Triton launchers of ``fedkern/ops`` as
 :mod:`sm90_cases` lists, with a driver that names a target but has no device: Triton specialises and compiles every
 launch as it would on that GPU, and launches nothing.  Prints one line of JSON per compiled kernel.
 """
@@ -84,7 +84,7 @@ def spills(log: str) -> dict[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help="every dtype with every size class")
-    parser.add_argument("--family", help="one file of fedkern/ops/triton only")
+    parser.add_argument("--family", help="one family of sm90_cases only")
     parser.add_argument("--registers", type=int, help="give a thread no more than these")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as cache:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-import fedkern.ops._core.triton
+import fedkern.ops
 from fedkern.ops._aggregate.rules import RULES, ServerRule
 from fedkern.ops._aggregate.triton.aggregate import TritonAggregate
 from fedkern.ops._blend.triton.blend import TritonBlend
@@ -33,11 +33,9 @@ Case = tuple[str, Callable[[], Any]]
 
 
 def modules() -> list[ModuleType]:
-    """The files of fedkern/ops/triton that hold kernels."""
-    found = [
-        importlib.import_module(f"fedkern.ops._core.triton.{entry.name}")
-        for entry in pkgutil.iter_modules(fedkern.ops._core.triton.__path__)
-    ]
+    """The modules of fedkern.ops that hold Triton kernels."""
+    names = [entry.name for entry in pkgutil.walk_packages(fedkern.ops.__path__, "fedkern.ops.")]
+    found = [importlib.import_module(name) for name in names if "triton" in name.split(".")]
     return [module for module in found if any(name.endswith("_kernel") for name in vars(module))]
 
 
@@ -360,7 +358,7 @@ def size_one(full: bool) -> Iterator[Case]:
                 lambda: fuse.backward(grad, maps, None, vector, vector, True, False, [shape[1]] * count, wanted, False),
             )
         for mean in (False, True):
-            yield f"fuse {count} {list(shape)}", lambda: fuse.forward(maps, vector, vector, True, mean)
+            yield f"fuse {count} {list(shape)}", lambda: fuse.forward(maps, vector, vector, True, mean, [shape[1]] * count, False)
 
 
 def weights_cases(full: bool) -> Iterator[Case]:
