@@ -2,7 +2,7 @@
 # Builds the CPU core with AddressSanitizer and UndefinedBehaviorSanitizer in build/sanitize, leaving the core in use
 # alone, and runs the operator tests on it. Arguments go to pytest instead of the usual selection:
 #   cmake/sanitize.sh
-#   cmake/sanitize.sh python_tests/ops/test_blend.py -k sizes
+#   cmake/sanitize.sh python_tests/ops/_blend/test_blend.py -k sizes
 #   cmake/sanitize.sh cuda          where a GPU is: the CUDA tests under compute-sanitizer, with the core in use
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -33,7 +33,7 @@ nm -D "$core" | grep __asan_report >/dev/null || { echo "$core is not instrument
 if [ $# -eq 0 ]; then
   # Not what compiles with torch.compile or Triton, forks, or maps gigabytes: the kernels are the same ones. Inputs without
   # elements in every backend, the CUDA kernels instrumented too.
-  set -- python_tests/ops --ignore=python_tests/ops/triton --ignore=python_tests/ops/cuda --ignore=python_tests/ops/test_fork.py \
+  set -- python_tests/ops --ignore=python_tests/ops/triton --ignore=python_tests/ops/cuda --ignore=python_tests/ops/_core/test_fork.py \
     -k "inputs_without_elements or (not triton and not compile and not opcheck and not beyond_32 and not exp_within)"
 fi
 # -P keeps the checkout's own fedkern off the path.

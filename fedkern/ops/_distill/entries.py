@@ -31,13 +31,13 @@ def _given(*tensors: Any) -> list[Tensor]:
 # --- kl_div, dual_kl: divergence(student, other, teacher, weight, temperature, reverse, reduction)
 
 
-def _divergence_kernel(tensors: Optionals) -> DistillKernel | None:
+def _kernel_of_divergence(tensors: Optionals) -> DistillKernel | None:
     return select("kl_div" if tensors[1] is None else "dual_kl", *_given(*tensors))
 
 
 def _run_divergence(tensors: Optionals, settings: Sequence[Any]) -> Any:
     student, other, teacher, weight = tensors
-    kernel = _divergence_kernel(tensors)
+    kernel = _kernel_of_divergence(tensors)
     if kernel is None:
         return divergence_reference(*tensors, *settings)
     return kernel.divergence_forward(student, other, teacher, weight, divergence_settings(*settings))
@@ -46,7 +46,7 @@ def _run_divergence(tensors: Optionals, settings: Sequence[Any]) -> Any:
 def _run_divergence_backward(
     grads: Sequence[Tensor], tensors: Optionals, settings: Sequence[Any], needs: Sequence[bool]
 ) -> Sequence[Tensor | None]:
-    kernel = _divergence_kernel(tensors)
+    kernel = _kernel_of_divergence(tensors)
     if kernel is None:
         return reference_gradients(divergence_reference, grads, tensors, settings, needs)
     student, other, teacher, weight = tensors

@@ -358,7 +358,10 @@ def size_one(full: bool) -> Iterator[Case]:
                 lambda: fuse.backward(grad, maps, None, vector, vector, True, False, [shape[1]] * count, wanted, False),
             )
         for mean in (False, True):
-            yield f"fuse {count} {list(shape)}", lambda: fuse.forward(maps, vector, vector, True, mean, [shape[1]] * count, False)
+            yield (
+                f"fuse {count} {list(shape)}",
+                lambda: fuse.forward(maps, vector, vector, True, mean, [shape[1]] * count, False),
+            )
 
 
 def weights_cases(full: bool) -> Iterator[Case]:

@@ -54,7 +54,7 @@ def test_a_table_is_written_as_it_was_read(path: Path, tmp_path: Path) -> None:
 
 def test_shipped_tables_are_in_the_package() -> None:
     """The wheel holds what package-data names."""
-    root = Path(fuse_choice.__file__).resolve().parents[2]
+    root = Path(fuse_choice.__file__).resolve().parents[4]
     if not (root / "pyproject.toml").exists():
         pytest.skip("not a checkout")
     named = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["fedkern"]
