@@ -283,7 +283,8 @@ class AggregateKernels(PlainAggregate, Launcher):
         """
         if not function(vectors, *others):
             copied = vectors.contiguous() if isinstance(vectors, Tensor) else [row.contiguous() for row in vectors]
-            function(copied, *others)
+            served = function(copied, *others)
+            assert served
 
     def _weights(self, weights: Weights) -> list[float] | Tensor:
         """Weights as the core takes them."""
