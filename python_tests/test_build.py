@@ -82,7 +82,7 @@ def test_importing_hashes_no_sources() -> None:
     if not list(Path(fedkern.__file__).parent.glob("_cpu.*")):
         pytest.skip("this checkout shadows an installed fedkern, whose core is compared with it on purpose")
     result = run_python(
-        "from fedkern.ops import loading; loading.source_hash = None\n"
+        "from fedkern.ops._core import loading; loading.source_hash = None\n"
         "import fedkern.run, torch; from fedkern import ops; ops.entropy(torch.zeros(2, 3))"
     )
     assert result.returncode == 0, result.stderr
@@ -101,7 +101,7 @@ def test_cuda_core_is_built_where_nvcc_is() -> None:
 def test_isa_is_forced_or_refused(level: str) -> None:
     available = backend.cpu_core().available_isas()
     result = run_python(
-        "import torch; from fedkern import ops; from fedkern.ops import backend\n"
+        "import torch; from fedkern import ops; from fedkern.ops._core import backend\n"
         "x = torch.arange(12.0).reshape(3, 4)\n"
         "print(ops.kl_div(x, x.flip(1)).item(), backend.cpu_core().isa())",
         FEDKERN_CPU_ISA=level,
@@ -133,7 +133,7 @@ def test_everything_works_without_core_and_triton() -> None:
         "sys.meta_path.insert(0, Block())\n"
     )
     result = run_python(
-        blocked + "import torch, fedkern; from fedkern import ops; from fedkern.ops import backend\n"
+        blocked + "import torch, fedkern; from fedkern import ops; from fedkern.ops._core import backend\n"
         "x = torch.randn(5, 7, requires_grad=True); ops.kl_div(x, torch.randn(5, 7)).backward()\n"
         "assert x.grad.abs().sum() > 0\n"
         "ops.blend(torch.randn(4, 3), torch.randn(4, 3), 0.5, index=torch.tensor([1, 0, 3, 2]))\n"
