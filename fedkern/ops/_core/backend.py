@@ -160,12 +160,16 @@ def cpu_core() -> ModuleType:
 _isa_applied = False
 
 
+# A function of each core that earlier ones lack.
+_NEWEST = {"_cpu": "tensors_fit", "_cuda": "take_tensors"}
+
+
 def _show_tensors(core: Any, name: str) -> None:
     """Hands the core the table of functions through which it reads tensors (csrc/bindings/exchange.h)."""
     table = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if table is None:
         raise Unavailable(f"torch {torch.__version__} shows no tensors to C extensions, as 2.11 and newer do")
-    if not hasattr(core, "take_tensors"):
+    if not hasattr(core, _NEWEST[name]):
         raise Unavailable(f"fedkern.{name} was built from older sources than these Python files: {REBUILD}")
     core.take_tensors(table, Tensor, torch.nn.Parameter)
 
