@@ -88,7 +88,7 @@ def test_a_build_without_compiler(tmp_path: Path) -> None:
     done = build(tmp_path / "done", PATH=str(nothing), FEDKERN_CPU="0")
     assert done.returncode == 0, done.stderr
     (staged,) = (tmp_path / "done").glob("lib*/fedkern")
-    assert (staged / "ops" / "backend.py").exists()
+    assert (staged / "ops" / "_core" / "backend.py").exists()
     assert not list(staged.glob("*.so"))
 
 

@@ -26,7 +26,7 @@ class Client:
     def gradient(self, theta):
         return self.curvature @ (theta - self.optimum)
 
-    def train(self, method, step, message, extras):
+    def train(self, method, step, message, extras=None):
         theta = message["parameters"].clone()
         received = types.SimpleNamespace(
             message=message, parameters=message["parameters"], step=step, extras=extras, round_cache={}

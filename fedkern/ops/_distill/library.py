@@ -69,7 +69,8 @@ def define(loss: Loss) -> Callable[..., Any]:
     arguments = ", ".join(
         [f"Tensor{'?' if name.endswith('?') else ''} {name.rstrip('?')}" for name in loss.tensors] + [*loss.settings]
     )
-    needs_arguments = ", ".join(f"bool need_{name.rstrip('?')}" for name in loss.tensors[:wanted])
+    # One gradient alone is always wanted.
+    asked = [f"bool need_{name.rstrip('?')}" for name in loss.tensors[:wanted]] if wanted > 1 else []
     grads_arguments = ", ".join(f"Tensor grad{i}" for i in range(loss.results))
     result = "Tensor" if loss.results == 1 else f"({', '.join(['Tensor'] * loss.results)})"
     results = loss.results
@@ -95,7 +96,7 @@ def define(loss: Loss) -> Callable[..., Any]:
 
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         needs = [bool(need) for need in ctx.needs_input_grad[:wanted]]
-        gradients = gradients_of(*grads, *ctx.saved_tensors, *ctx.settings, *needs)
+        gradients = gradients_of(*grads, *ctx.saved_tensors, *ctx.settings, *needs[: len(asked)])
         gradients = (gradients,) if wanted == 1 else gradients
         given = [g if need else None for g, need in zip(gradients, needs, strict=True)]
         return (*given, *[None] * (count - wanted + len(ctx.settings)))
@@ -110,7 +111,8 @@ def define(loss: Loss) -> Callable[..., Any]:
     def split(inputs: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any], Sequence[Any]]:
         """(grads, tensors, settings, needs)"""
         rest = inputs[results + count :]
-        return inputs[:results], inputs[results : results + count], rest[:-wanted], rest[-wanted:]
+        settings, needs = (rest[:-wanted], rest[-wanted:]) if asked else (rest, (True,))
+        return inputs[:results], inputs[results : results + count], settings, needs
 
     def run_backward(*inputs: Any) -> Any:
         grads, tensors, settings, needs = split(inputs)
@@ -150,7 +152,7 @@ def define(loss: Loss) -> Callable[..., Any]:
         back: list[Tensor | None] = [None] * (results + count)
         for i, x in zip(floating, given, strict=True):
             back[i] = x
-        return (*back, *[None] * (len(ctx.settings) + wanted))
+        return (*back, *[None] * (len(ctx.settings) + len(asked)))
 
     def vmap_backward(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
         size = info.batch_size
@@ -159,7 +161,7 @@ def define(loss: Loss) -> Callable[..., Any]:
         rows = loss.rows(folded)
         rows = (rows[0] // size, *rows[1:])
         spread = [spread_mapped(g, d, size, rows, settings[-1]) for g, d in zip(grads, in_dims, strict=False)]
-        given = gradients_of(*spread, *folded, *settings[:-1], NONE, *needs)
+        given = gradients_of(*spread, *folded, *settings[:-1], NONE, *needs[: len(asked)])
         given = (given,) if wanted == 1 else given
         back = tuple(loss.unfold(i, g, size) if needs[i] else g for i, g in enumerate(given))
         dims = tuple(0 if need else None for need in needs)
@@ -177,7 +179,7 @@ def define(loss: Loss) -> Callable[..., Any]:
     )
     gradients_of = library.register(
         f"{loss.name}_backward",
-        f"({grads_arguments}, {arguments}, {needs_arguments}) -> "
+        f"({', '.join([grads_arguments, arguments, *asked])}) -> "
         + ("Tensor" if wanted == 1 else f"({', '.join(['Tensor'] * wanted)})"),
         run_backward,
         fake=fake_backward,
