@@ -214,6 +214,7 @@ def test_short_gate_on_a_machine_without_floors_skips_and_names_the_others(folde
     assert f"{name}: recorded with cores 1" in gated.stdout
 
 
+@pytest.mark.exhaustive
 def test_gate_without_floors_is_an_error(folder: Path) -> None:
     gated = run(folder, "-m", "pytest", "benchmarks", "--gate", "--floors", "nowhere.toml")
     assert gated.returncode == 4
