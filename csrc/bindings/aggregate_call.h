@@ -81,7 +81,7 @@ inline TensorView dense(py::handle tensor, std::int64_t elements) {
   const TensorView seen = checked_view(tensor.ptr());
   std::int64_t all = 1;
   for (int d = 0; d < seen.dims; ++d) all *= seen.shape[d];
-  if (all != elements || (all && !seen.contiguous())) throw py::type_error("fedkern's aggregate kernels take contiguous tensors of the vectors' size");
+  if (all != elements || !seen.contiguous()) throw py::type_error("fedkern's aggregate kernels take contiguous tensors of the vectors' size");
   return seen;
 }
 

@@ -104,17 +104,17 @@ def written(*tensors: Tensor | None) -> None:
     _increment_version(changed)
 
 
-def check_tensor(tensor: Any, name: str) -> None:
-    """Raises TypeError unless ``tensor`` is a dense tensor."""
+def check_tensor(tensor: Any, name: str, wanted: str = "a tensor") -> None:
+    """Raises TypeError unless ``tensor`` is a dense tensor; ``wanted`` says what of, for the message."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, but got {type(tensor).__name__}")
+        raise TypeError(f"{name} must be {wanted}, but got {type(tensor).__name__}")
     if tensor.layout is not torch.strided or tensor.is_nested:
         check_dense(tensor, name)
 
 
-def check_floating(tensor: Any, name: str) -> None:
+def check_floating(tensor: Any, name: str, wanted: str = "a tensor") -> None:
     """Raises TypeError unless ``tensor`` is a dense tensor of a floating dtype that kernels take."""
-    check_tensor(tensor, name)
+    check_tensor(tensor, name, wanted)
     if tensor.dtype not in backend.FLOATS:
         raise TypeError(f"{name} must have dtype float32, float64, bfloat16 or float16, but has {tensor.dtype}")
 

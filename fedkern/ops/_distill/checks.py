@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core.backend import DTYPES
-from fedkern.ops._core.checks import check_dense, real, shown
+from fedkern.ops._core.checks import check_device, check_floating, check_tensor, real, shown
 from fedkern.ops._distill.rows import MAX_DIMS, REDUCTIONS, row_shape
+
+LOGITS = "a tensor of logits"
 
 # Checks in detail. The public functions first test all in one fast step, and need most of these only where it fails.
 
@@ -17,11 +19,7 @@ from fedkern.ops._distill.rows import MAX_DIMS, REDUCTIONS, row_shape
 def check_logits(names: tuple[str, ...], tensors: tuple[Any, ...]) -> None:
     """Raises TypeError or ValueError unless all are logits ``[B, C, *positions]`` of one shape on one device."""
     for name, tensor in zip(names, tensors, strict=True):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor of logits, but got {type(tensor).__name__}")
-        check_dense(tensor, name)
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} must have dtype float32, float64, bfloat16 or float16, but has {tensor.dtype}")
+        check_floating(tensor, name, LOGITS)
         if not 2 <= tensor.dim() <= MAX_DIMS or tensor.shape[1] == 0:
             raise ValueError(
                 f"{name} must have shape [B, C] or [B, C, *positions] with at least one class, but has "
@@ -31,21 +29,17 @@ def check_logits(names: tuple[str, ...], tensors: tuple[Any, ...]) -> None:
             raise ValueError(
                 f"{name} must have the shape {list(tensors[0].shape)} of {names[0]}, but has {list(tensor.shape)}"
             )
-        if tensor.device != tensors[0].device:
-            raise ValueError(f"{name} must be on {tensors[0].device} like {names[0]}, but is on {tensor.device}")
+        check_device(tensor, name, tensors[0], names[0])
 
 
 def check_weight(weight: Any, logits: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns ``weight`` in the shape of the rows, ``[B, *positions]``, and a floating dtype."""
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a tensor, but got {type(weight).__name__}")
-    check_dense(weight, "weight")
+    check_tensor(weight, "weight")
     if weight.dtype is torch.bool:
         weight = weight.to(dtype)
     if weight.dtype not in DTYPES:
         raise TypeError(f"weight must have dtype bool, float32, float64, bfloat16 or float16, but has {weight.dtype}")
-    if weight.device != logits.device:
-        raise ValueError(f"weight must be on {logits.device} like the logits, but is on {weight.device}")
+    check_device(weight, "weight", logits, "the logits")
     rows = row_shape(logits)
     if weight.shape == rows:
         return weight
@@ -79,11 +73,7 @@ def check_reduction(reduction: Any) -> int:
 
 def check_stack(name: str, stack: Any) -> None:
     """Raises TypeError or ValueError unless ``stack`` is ``[K, B, C, *positions]`` with K and C at least 1."""
-    if not isinstance(stack, Tensor):
-        raise TypeError(f"{name} must be a tensor of logits, but got {type(stack).__name__}")
-    check_dense(stack, name)
-    if stack.dtype not in DTYPES:
-        raise TypeError(f"{name} must have dtype float32, float64, bfloat16 or float16, but has {stack.dtype}")
+    check_floating(stack, name, LOGITS)
     if not 3 <= stack.dim() <= MAX_DIMS + 1 or stack.shape[0] == 0 or stack.shape[2] == 0:
         raise ValueError(
             f"{name} must have shape [K, B, C] or [K, B, C, *positions] with at least one teacher and class, but has "
@@ -93,24 +83,17 @@ def check_stack(name: str, stack: Any) -> None:
 
 def check_student(student: Any, teachers: Tensor) -> None:
     """Raises TypeError or ValueError unless ``student`` has the shape and device of one of ``teachers``."""
-    if not isinstance(student, Tensor):
-        raise TypeError(f"student must be a tensor of logits, but got {type(student).__name__}")
-    check_dense(student, "student")
-    if student.dtype not in DTYPES:
-        raise TypeError(f"student must have dtype float32, float64, bfloat16 or float16, but has {student.dtype}")
+    check_floating(student, "student", LOGITS)
     if student.shape != teachers.shape[1:]:
         raise ValueError(
             f"student must have the shape {list(teachers.shape[1:])} of one of the teachers, but has "
             f"{list(student.shape)}"
         )
-    if student.device != teachers.device:
-        raise ValueError(f"student must be on {teachers.device} like teachers, but is on {student.device}")
+    check_device(student, "student", teachers, "teachers")
 
 
 def _check_kind(weights: Any, stack: Tensor) -> Tensor:
-    if not isinstance(weights, Tensor):
-        raise TypeError(f"weights must be a tensor, but got {type(weights).__name__}")
-    check_dense(weights, "weights")
+    check_tensor(weights, "weights")
     if weights.dtype is torch.bool or (
         weights.dtype in (torch.bfloat16, torch.float16) and (weights.dim() < stack.dim() or 1 in weights.shape)
     ):
@@ -118,8 +101,7 @@ def _check_kind(weights: Any, stack: Tensor) -> Tensor:
         weights = weights.to(torch.float32)
     if weights.dtype not in DTYPES:
         raise TypeError(f"weights must have dtype bool, float32, float64, bfloat16 or float16, but has {weights.dtype}")
-    if weights.device != stack.device:
-        raise ValueError(f"weights must be on {stack.device} like the teachers, but is on {weights.device}")
+    check_device(weights, "weights", stack, "the teachers")
     return weights
 
 
@@ -170,13 +152,10 @@ def spread_row_weights(weights: Any, logits: Tensor, ordinary: bool = False) -> 
 
 def check_mask(mask: Any, teachers: Tensor) -> None:
     """Raises TypeError or ValueError unless ``mask`` is bool ``[K, C]``, on the device of ``teachers``."""
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"class_mask must be a bool tensor, but got {type(mask).__name__}")
-    check_dense(mask, "class_mask")
+    check_tensor(mask, "class_mask", "a bool tensor")
     if mask.dtype is not torch.bool:
         raise TypeError(f"class_mask must have dtype bool, but has {mask.dtype}")
     expected = [teachers.shape[0], teachers.shape[2]]
     if list(mask.shape) != expected:
         raise ValueError(f"class_mask must have shape [K, C], here {expected}, but has {list(mask.shape)}")
-    if mask.device != teachers.device:
-        raise ValueError(f"class_mask must be on {teachers.device} like the teachers, but is on {mask.device}")
+    check_device(mask, "class_mask", teachers, "the teachers")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -190,34 +190,6 @@ ENSEMBLE = define(
 # --- js_div(logits, weights, reduction), consensus(logits, weights, reduction)
 
 
-def _run_js(tensors: Optionals, settings: Sequence[Any]) -> Any:
-    kernel = select("js_div", *_given(*tensors))
-    return (js_reference if kernel is None else kernel.js_forward)(*tensors, *settings)
-
-
-def _run_js_backward(
-    grads: Sequence[Tensor], tensors: Optionals, settings: Sequence[Any], needs: Sequence[bool]
-) -> Sequence[Tensor | None]:
-    kernel = select("js_div", *_given(*tensors))
-    if kernel is None:
-        return reference_gradients(js_reference, grads, tensors, settings, needs)
-    return kernel.js_backward(*grads, *tensors, *settings, needs)
-
-
-def _run_consensus(tensors: Optionals, settings: Sequence[Any]) -> Any:
-    kernel = select("consensus", *_given(*tensors))
-    return (consensus_reference if kernel is None else kernel.consensus_forward)(*tensors, *settings)
-
-
-def _run_consensus_backward(
-    grads: Sequence[Tensor], tensors: Optionals, settings: Sequence[Any], needs: Sequence[bool]
-) -> Sequence[Tensor | None]:
-    kernel = select("consensus", *_given(*tensors))
-    if kernel is None:
-        return reference_gradients(consensus_reference, grads, tensors, settings, needs)
-    return kernel.consensus_backward(*grads, *tensors, *settings, needs)
-
-
 def _fold_both(tensors: Optionals, axes: Sequence[int | None], count: int) -> Optionals:
     return tuple(fold_stack(x, axis, count) for x, axis in zip(tensors, axes, strict=True))
 
@@ -226,7 +198,22 @@ def _unfold_both(which: int, gradient: Tensor, count: int) -> Tensor:
     return unfold_stack(gradient, count)
 
 
-def _over_logits(name: str, results: int, run: Any, run_backward: Any, reference: Any) -> Loss:
+def _over_logits(name: str, operator: str, method: str, results: int, reference: Callable[..., Any]) -> Loss:
+    """The table of ``operator``, whose kernels are ``<method>_forward`` and ``<method>_backward``."""
+
+    def run(tensors: Optionals, settings: Sequence[Any]) -> Any:
+        kernel = select(operator, *_given(*tensors))
+        return (reference if kernel is None else getattr(kernel, f"{method}_forward"))(*tensors, *settings)
+
+    def run_backward(
+        grads: Sequence[Tensor], tensors: Optionals, settings: Sequence[Any], needs: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        kernel = select(operator, *_given(*tensors))
+        if kernel is None:
+            return reference_gradients(reference, grads, tensors, settings, needs)
+        gradients: Sequence[Tensor | None] = getattr(kernel, f"{method}_backward")(*grads, *tensors, *settings, needs)
+        return gradients
+
     return Loss(
         name=name,
         tensors=("logits", "weights?"),
@@ -244,5 +231,5 @@ def _over_logits(name: str, results: int, run: Any, run_backward: Any, reference
     )
 
 
-JS = define(_over_logits("jensen_shannon", 1, _run_js, _run_js_backward, js_reference))
-CONSENSUS = define(_over_logits("consensus", 2, _run_consensus, _run_consensus_backward, consensus_reference))
+JS = define(_over_logits("jensen_shannon", "js_div", "js", 1, js_reference))
+CONSENSUS = define(_over_logits("consensus", "consensus", "consensus", 2, consensus_reference))
