@@ -135,8 +135,8 @@ class Exchange:
 
     def _book(self, client: int, direction: str, message: Message) -> None:
         if self.entry.booked:
-            one_off, exchange = self.entry.one_off, self.step.exchange
-            self.engine.ledger.book(client, direction, message, one_off=one_off, exchange=exchange)
+            step = None if self.entry.one_off else self.step
+            self.engine.ledger.book(client, direction, message, step=step)
 
 
 def is_alike(value: Tensor, tensor: Tensor) -> bool:

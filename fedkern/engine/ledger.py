@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fedkern.methods.base import Step
+
 NUMBER_BYTES = 8
 
 
@@ -28,7 +30,8 @@ def message_bytes(message: Any) -> int:
 class Ledger:
     """Bytes per client: ``up`` (client to server) and ``down`` in rounds, and both in one-off exchanges.
 
-    ``exchanges`` holds the bytes of the rounds by name of the exchange, summed over clients.
+    ``exchanges`` holds the bytes of the rounds by name of the exchange, ``rounds`` those by name of the round, both
+    summed over clients.
     """
 
     clients: int
@@ -37,18 +40,24 @@ class Ledger:
     one_off_up: list[int] = field(default_factory=list)
     one_off_down: list[int] = field(default_factory=list)
     exchanges: dict[str, dict[str, int]] = field(default_factory=dict)
+    rounds: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("up", "down", "one_off_up", "one_off_down"):
             if not getattr(self, name):
                 setattr(self, name, [0] * self.clients)
 
-    def book(self, client: int, direction: str, message: Any, *, one_off: bool = False, exchange: str = "") -> int:
-        """Books a message from (``"up"``) or to (``"down"``) a client and returns its bytes."""
+    def book(self, client: int, direction: str, message: Any, *, step: Step | None = None) -> int:
+        """Books a message from (``"up"``) or to (``"down"``) a client and returns its bytes.
+
+        Args:
+            step: the communication round and the exchange; None for a one-off exchange.
+        """
         size = message_bytes(message)
-        getattr(self, ("one_off_" if one_off else "") + direction)[client] += size
-        if exchange and not one_off:
-            self.exchanges.setdefault(exchange, {"up": 0, "down": 0})[direction] += size
+        getattr(self, direction if step is not None else f"one_off_{direction}")[client] += size
+        if step is not None:
+            self.exchanges.setdefault(step.exchange, {"up": 0, "down": 0})[direction] += size
+            self.rounds.setdefault(step.name, {"up": 0, "down": 0})[direction] += size
         return size
 
     @property
@@ -91,4 +100,5 @@ class Ledger:
             "one_off_up": self.one_off_up,
             "one_off_down": self.one_off_down,
             "exchanges": self.exchanges,
+            "rounds": self.rounds,
         }

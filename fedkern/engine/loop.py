@@ -147,6 +147,7 @@ class Run:
             compare_teachers(self.context, fingerprint_now)
         else:
             self._restore(entry, fingerprint_now)
+        self.server.traffic = self.ledger.rounds
         if self.method.guarantee(self.server) is not None:
             self.releases = Releases(self.checkpoints.folder)
             self.releases.open(self.planned)
@@ -205,12 +206,12 @@ class Run:
     def _book_beforehand(self) -> None:
         """Books what travels before any round: raw data for a pooled method, and the words of a shared vocabulary."""
         for k, raw in enumerate(self.context.uploaded):
-            self.ledger.book(k, "up", raw, one_off=True)
+            self.ledger.book(k, "up", raw)
         words = self.context.words() if any(entry.booked for entry in self._plan) else None
         if words is not None:
             for k, own in enumerate(words[0]):
-                self.ledger.book(k, "up", own, one_off=True)
-                self.ledger.book(k, "down", words[1], one_off=True)
+                self.ledger.book(k, "up", own)
+                self.ledger.book(k, "down", words[1])
 
     @property
     def _rounds(self) -> int:

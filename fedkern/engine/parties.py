@@ -320,6 +320,7 @@ class Server(_Node):
         self.refused: list[tuple[int, str]] = []  # in the current exchange
         self.showing = False  # whether log_image keeps the artifacts of this round
         self.artifacts: dict[str, tuple[Tensor, tuple[str, str]]] = {}
+        self.traffic: Mapping[str, Mapping[str, int]] = {}
 
     def warn(self, name: str, text: str) -> None:
         if self._context.disclosure.server:

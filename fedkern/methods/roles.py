@@ -296,9 +296,12 @@ class Server(Node, Protocol):
         round_cache: kept between the exchanges of a round and dropped after the round.
         report: named figures in the records of this and later rounds (a later value replaces an earlier one) and, at
             the end, among the metrics of the summary.
+        traffic: bytes of the communication rounds so far, ``{"up": ..., "down": ...}`` by name of the round, summed
+            over clients and over rounds of that name.
     """
 
     federation: Federation
+    traffic: Mapping[str, Mapping[str, int]]
     trained_vectors: tuple[str, ...]
     state: dict[str, Any]
     round_cache: dict[Any, Any]

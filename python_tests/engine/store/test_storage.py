@@ -15,6 +15,7 @@ from fedkern.engine.ledger import Ledger, message_bytes
 from fedkern.engine.store import atomic, records, state
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.errors import UserError
+from fedkern.methods.base import Step
 
 DTYPES = [
     torch.float32,
@@ -167,9 +168,9 @@ def test_ledger_counts_tensors_numbers_and_texts():
     }
     assert message_bytes(message) == 20 + 6 + 8 + 3 + 8
     ledger = Ledger(2)
-    ledger.book(0, "up", message)
+    ledger.book(0, "up", message, step=Step(0, "level1", "update"))
+    ledger.book(1, "down", message, step=Step(1, "level2", "update"))
     ledger.book(1, "down", message)
-    ledger.book(1, "down", message, one_off=True)
     summary = ledger.summary()
     assert (summary["up"], summary["down"], summary["one_off_down"], summary["total"]) == (45, 45, 45, 135)
     assert summary["clients"]["1"] == {"up": 0, "down": 45, "one_off_up": 0, "one_off_down": 45}

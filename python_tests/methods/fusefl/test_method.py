@@ -100,16 +100,17 @@ def test_every_byte_is_accounted_for(make_data, make_config, tmp_path):
     names = ("level1", "level2", "level3", "calibrate")
     for direction, travelled in (("up", play.up), ("down", play.down)):
         for name, level in zip(names, travelled, strict=True):
-            assert found[f"{name}_{direction}_bytes"] == sum(size(m) for m in level.values()) / clients
+            assert found[f"{name}_{direction}_bytes"] == sum(message_bytes(m) for m in level.values()) / clients
     # A client's uploads are its network and its adaptors; what it gets are the others'.
     network = cut(build("cnn", classes=3, channels=3, image_size=8, seed=0, width=2), 3)
     adaptors = [4 * (3 * c * c + c) for c in (2, 4)]
     assert found["levels_up_bytes"] == size(network.state_dict()) + sum(adaptors)
     ups = [found[f"{name}_up_bytes"] for name in names[:3]]
     head = size(network.head.state_dict())
-    assert found["level2_down_bytes"] == 2 * ups[0]
-    assert found["level3_down_bytes"] == 2 * ups[1]
-    assert found["calibrate_down_bytes"] == 2 * (ups[2] - head)
+    assert found["level1_down_bytes"] == 3 * 8  # numbers: a width, epochs, epochs before
+    assert found["level2_down_bytes"] == 2 * ups[0] + 3 * 8
+    assert found["level3_down_bytes"] == 2 * ups[1] + 3 * 8
+    assert found["calibrate_down_bytes"] == 2 * (ups[2] - head) + 8
     fused, _ = read_model(tmp_path)
     fused.plain_head = None  # kept for comparison only
     assert found["parameters"] == sum(p.numel() for p in fused.parameters())
