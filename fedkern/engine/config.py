@@ -44,15 +44,19 @@ def _encoder(name: str) -> str:
 class RunConfig:
     """The settings of one run.  Make it with :meth:`make`, which fills in the defaults, or :meth:`load`."""
 
-    method: str = option("fedavg", "what clients and server do")
+    method: str = option("fedavg", "name of the method")
     data: str = option(COMMON["data"], "data set: " + ", ".join(DATASETS))
     data_root: str | None = option(None, "folder that holds the data files", type=str, path=absolute)
-    train_samples: int | None = option(None, "use this many training samples instead of all", low=1, type=int)
+    train_samples: int | None = option(None, "number of training samples to use instead of all", low=1, type=int)
     public_samples: int = option(
-        0, "training samples that no client gets and everybody may see, drawn before the partition", low=0
+        0,
+        "number of public training samples, drawn before the partition; no client owns them",
+        low=0,
     )
     partition: str | None = option(
-        None, "how samples are split over clients: iid, stratified, dirichlet:ALPHA, classes:S, attribute", type=str
+        None,
+        "split of the samples over clients: iid, stratified, dirichlet:ALPHA, classes:S, attribute",
+        type=str,
     )
     clients: int = option(DATASETS[COMMON["data"]].clients, "number of clients", low=1)
     correlation: float | None = option(
@@ -109,52 +113,70 @@ class RunConfig:
         None, "augmentation of training images instead of the data set's", choices=tuple(AUGMENTATIONS), type=str
     )
     buffers: str = option(
-        "average", "what becomes of batch norm's running statistics; pool (image-text data): those of the new global "
-        "network over all clients' samples", choices=("average", "local", "drop", "pool"),
-    )  # fmt: skip
+        "average",
+        "batch norm's running statistics: average, local (every client keeps its own), drop, or pool (image-text"
+        " data: computed anew for the global network over all clients' samples)",
+        choices=("average", "local", "drop", "pool"),
+    )
     fix_statistics: int | None = option(
-        None, "rounds after which batch norm trains with the received running statistics, which stay (FixBN)", low=0,
+        None,
+        "rounds after which batch norm trains with the received running statistics, which then stay (FixBN)",
+        low=0,
         type=int,
-    )  # fmt: skip
+    )
     on_nan: str = option(
-        "stop", "what a client that diverges (NaN or Inf), or whose upload is refused, does to the run",
+        "stop",
+        "reaction to a client that diverges (NaN or Inf) or whose upload is refused: stop the run, or skip the client",
         choices=("stop", "skip"),
-    )  # fmt: skip
+    )
     on_error: str = option(
-        "stop", "what a client whose part of the method raises an exception does to the run", choices=("stop", "skip")
+        "stop",
+        "reaction to an exception in a client's part of the method: stop the run, or skip the client",
+        choices=("stop", "skip"),
     )
     max_update_norm: float = option(
-        0.0, "averaging methods: a client's update (its parameters minus those sent) of a larger Euclidean norm is "
-        "refused; 0 refuses none", low=0,
-    )  # fmt: skip
+        0.0,
+        "averaging methods: largest Euclidean norm of a client's update (its parameters minus those sent); a "
+        "larger update is refused; 0: no limit",
+        low=0,
+    )
     clip_update_norm: float = option(
-        0.0, "averaging methods: a client's update of a larger Euclidean norm is scaled down to it; 0 clips none", low=0
+        0.0,
+        "averaging methods: largest Euclidean norm of a client's update; a larger update is scaled down; 0: no limit",
+        low=0,
     )
     teachers: str | None = option(
-        None, "networks that the clients bring instead of training: a run folder, or one with client-0.safetensors, "
-        "client-1.safetensors, ...", type=str, path=absolute,
-    )  # fmt: skip
+        None,
+        "trained networks of the clients, which then do not train: a run folder, or a folder with "
+        "client-0.safetensors, client-1.safetensors, ...",
+        type=str,
+        path=absolute,
+    )
     privacy_unit: str = option(
-        UNITS[0], "what differential privacy protects: every image, or every patient with all images, which the data "
-        "must name (an image of nobody named is a patient's of its own)", choices=UNITS,
-    )  # fmt: skip
+        UNITS[0],
+        "unit that differential privacy protects: an image, or a patient with all images. The data must name "
+        "patients; an image without a patient counts as a patient of its own",
+        choices=UNITS,
+    )
     patient_images: int | None = option(
         None, f"images of a patient that are used at most, drawn once, with --privacy-unit patient; {PATIENT_IMAGES} "
         "where open", low=1, type=int,
     )  # fmt: skip
     eval_every: int = option(1, "evaluate every so many rounds, and always after the last", low=1)
     checkpoint_every: int = option(1, "write a checkpoint every so many rounds", low=1)
-    grad_cam: int = option(200, "test images for the Grad-CAM share inside the object; 0 for none", low=0)
+    grad_cam: int = option(200, "number of test images for the share of Grad-CAM inside the object; 0: none", low=0)
     records: str | None = option(
-        None, "what records, pictures and the terminal tell: all, or (private) nothing of single clients and nothing "
-        "that no epsilon covers; open: private where a method option asks for differential privacy",
-        choices=("all", "private"), type=str,
-    )  # fmt: skip
+        None,
+        "what records, pictures and the terminal show: all, or private (nothing of single clients and nothing "
+        "outside epsilon). Open: private where a method option asks for differential privacy",
+        choices=("all", "private"),
+        type=str,
+    )
     precision: str = option(
         "fp32", "what networks compute in: fp32, or bf16 by autocast with fp32 weights", choices=PRECISIONS
     )
     seed: int = option(0, "root of all random streams")
-    device: str = option("auto", "where it runs", choices=("auto", "cpu", "cuda"))
+    device: str = option("auto", "device to run on; auto: cuda where there is a GPU", choices=("auto", "cpu", "cuda"))
     threads: int = option(
         0, "CPU threads of the server's work and of evaluations; 0 for PyTorch's own choice", low=0, high=1024
     )
@@ -163,9 +185,10 @@ class RunConfig:
         high=1024,
     )  # fmt: skip
     workers: str = option(
-        "auto", "processes in which clients work side by side, with the same bits for any number: a number, or auto "
-        "for what threads, cores, memory and the length of the run suggest",
-    )  # fmt: skip
+        "auto",
+        "processes in which clients work side by side; the bits are the same for any number. auto: by threads, "
+        "cores, memory and the length of the run",
+    )
     options: Mapping[str, Any] = field(default_factory=dict)
     data_options: Mapping[str, Any] = field(default_factory=dict)
 

@@ -263,9 +263,10 @@ class LocalTraining(Objective, Method):
         """Options of every locally training method."""
 
         weighting: str = option(
-            "samples", "weight of a client in the average: its number of samples, or the same for all",
+            "samples",
+            "weight of a client in the average: its number of samples, or equal weights",
             choices=("samples", "uniform"),
-        )  # fmt: skip
+        )
 
     pools_statistics = True
 

@@ -73,33 +73,50 @@ class FedLPFM(LocalTraining):
         )
         lam: float = option(0.5, "weight of the distillation loss; 0 is FedAvg", low=0, name="lambda")
         temperature: float = option(1.0, "temperature of the distillation loss", above=0, infinite=True)
-        mixing: str = option("convex", "(1 - lambda) CE + lambda KL, or CE + lambda KL", choices=("convex", "additive"))
+        mixing: str = option(
+            "convex",
+            "loss: (1 - lambda) CE + lambda KL (convex), or CE + lambda KL (additive)",
+            choices=("convex", "additive"),
+        )
         divergence: str = option(
-            "kl", "KL(teacher || proxy), half the variance of the logits' difference (its limit at high temperature), "
-            "or Jensen-Shannon", choices=("kl", "mse", "js"),
-        )  # fmt: skip
+            "kl",
+            "distillation loss: kl (KL(teacher || proxy)), mse (half the variance of the logit difference, its "
+            "limit at high temperature), js (Jensen-Shannon)",
+            choices=("kl", "mse", "js"),
+        )
         prompts: str = option(
             DEFAULT, "CLIP's prompts: a template, a file of templates, or JSON by class", path=templates.absolute
         )
-        teachers: int = option(1, "teachers per client; the mean of their probabilities teaches", low=1)
+        teachers: int = option(1, "teachers per client; the mean of their probabilities is the target", low=1)
         backbone: str = option(
-            "consistent", "which of the teachers a client has: the first ones, or drawn once or in every round",
+            "consistent",
+            "teachers of a client: the first ones, drawn once, or drawn in every round",
             choices=("consistent", "random", "random-each-round"),
-        )  # fmt: skip
+        )
         teacher_view: str = option(
-            "cached", "the teacher sees images before augmentation, once, or the same as the proxy, in every step",
+            "cached",
+            "images that the teacher sees: cached (not augmented; answered once), or same (as the proxy, in "
+            "every step)",
             choices=("cached", "same"),
-        )  # fmt: skip
+        )
         teacher_tuning: str = option(
-            "zero-shot", "the teacher as it is, or its head or all of it trained on the client's own samples first",
+            "zero-shot",
+            "training of the teacher on the client's own samples: none (zero-shot), its head (probe), or all of "
+            "it (finetune)",
             choices=("zero-shot", "probe", "finetune"),
-        )  # fmt: skip
-        tuning_epochs: int = option(10, "epochs of that training", low=1)
-        tuning_lr: float = option(0.0, "its learning rate (AdamW); 0: 1e-3 for a probe, 1e-5 for all of it", low=0)
+        )
+        tuning_epochs: int = option(10, "epochs of teacher_tuning", low=1)
+        tuning_lr: float = option(
+            0.0,
+            "learning rate of teacher_tuning (AdamW); 0: 1e-3 for probe, 1e-5 for finetune",
+            low=0,
+        )
         pretrain_epochs: int = option(20, "epochs of the embedded teacher on the public images", low=1)
-        public_proxy: bool = option(True, "report what the proxy itself learns from those images alone")
+        public_proxy: bool = option(True, "also report a proxy trained on the public images alone")
         teacher_cache: str = option(
-            "", "folder for teachers' weights and logits instead of the user's cache folder", path=files.absolute
+            "",
+            "folder for teachers' weights and logits; empty: the user's cache folder",
+            path=files.absolute,
         )
 
     def __init__(self, options: Any = None) -> None:

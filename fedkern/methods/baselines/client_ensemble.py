@@ -43,15 +43,17 @@ class Ensemble(OwnNetworks, OneShot):
         """Options of the ensemble."""
 
         weighting: str = option(
-            "uniform", "weight of a member in the mean: its number of samples, or the same for all",
+            "uniform",
+            "weight of a member in the mean: its number of samples, or equal weights",
             choices=("samples", "uniform"),
-        )  # fmt: skip
+        )
         models: str = option(
-            "", "networks of the clients in turn, as name[:width] between commas; empty: --model for all"
+            "",
+            "networks of the clients in turn, as name[:width] separated by commas; empty: --model for all",
         )
         pool: str = option(
             "concat",
-            "what is calibrated: the members' features side by side, or their mean",
+            "calibrated features: the members' features side by side, or their mean",
             choices=("concat", "mean"),
         )
 

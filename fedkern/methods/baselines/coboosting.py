@@ -45,9 +45,13 @@ class CoBoosting(DENSE):
         distill_batch: int = option(128, "images per step of the distillation", low=2)
         bn_weight: float = option(0.0, "weight of the distance to the members' batch norm statistics", low=0)
         hardness: float = option(1.0, "exponent of (1 - p_y) in the weight of an image's cross-entropy", low=0)
-        perturbation: float = option(8.0, "how far the student's images are moved, in 255ths of the full range", low=0)
-        weight_step: float = option(0.01, "step of the members' weights; 0 leaves them equal", low=0, high=1)
-        weight_step_decay: float = option(0.99, "factor on that step after every epoch", above=0, high=1)
+        perturbation: float = option(
+            8.0,
+            "size of the perturbation of the student's images, in 255ths of the full range",
+            low=0,
+        )
+        weight_step: float = option(0.01, "step size of the members' weights; 0 keeps them equal", low=0, high=1)
+        weight_step_decay: float = option(0.99, "factor on weight_step after every epoch", above=0, high=1)
 
     _scale: Tensor  # [1, C, 1, 1]: distance of black and white in normalised images
 

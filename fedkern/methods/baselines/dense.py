@@ -40,14 +40,22 @@ class DENSE(DataFree):
         average of the clients, as for every distilled student.
         """
 
-        distill_epochs: int = option(200, "times that images are made and the student is trained on all of them", low=1)
+        distill_epochs: int = option(
+            200,
+            "epochs of the distillation; each makes a batch of images and trains the student on all images so far",
+            low=1,
+        )
         distill_lr: float = option(0.005, "learning rate of the student's SGD", above=0)
         distill_momentum: float = option(0.9, "momentum of the student's SGD", low=0, high=0.999)
         distill_steps: int = option(0, "steps of the student in an epoch; 0: one pass over the pool", low=0)
         temperature: float = option(20.0, "temperature of the distillation", above=0, infinite=True)
         distill_batch: int = option(256, "images per step of the distillation", low=2)
-        adv_weight: float = option(1.0, "weight of the divergence of ensemble and student on the images", low=0)
-        restart: bool = option(True, "new weights for the generator before every batch")
+        adv_weight: float = option(
+            1.0,
+            "weight of the adversarial loss (divergence of ensemble and student on the images)",
+            low=0,
+        )
+        restart: bool = option(True, "reset the generator's weights before every batch")
 
     def how(self) -> Synthesis:
         """The generator's settings."""

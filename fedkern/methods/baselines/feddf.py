@@ -34,12 +34,12 @@ class FedDF(DataFree):
 
         source: str = option(
             "public",
-            "what the ensemble is distilled on: public images, or a generator's",
+            "images for the distillation of the ensemble: public ones, or a generator's",
             choices=("public", "generator"),
         )
         distill_epochs: int = option(20, "epochs over the images", low=1)
         distill_lr: float = option(1e-3, "learning rate of the distillation (Adam, cosine to 0)", above=0)
-        synthetic: int = option(2048, "images that the generator makes", low=2)
+        synthetic: int = option(2048, "number of images that the generator makes", low=2)
 
     def start(self, server: Server) -> None:
         public = 0 if server.public is None else len(server.public)

@@ -38,9 +38,10 @@ class FedDyn(FedAvg):
     class Options(FedAvg.Options):
         alpha: float = option(0.01, "weight of the dynamic regulariser", above=0)
         evaluate: str = option(
-            "average", "model that is evaluated: the clients' average, or the server's, which clients receive",
+            "average",
+            "evaluated model: the clients' average, or the server's model, which the clients receive",
             choices=("average", "server"),
-        )  # fmt: skip
+        )
 
     def start(self, server: Server) -> None:
         super().start(server)

@@ -66,7 +66,9 @@ class FedProto(LocalTraining):
             choices=("averaged", "personal"),
         )  # fmt: skip
         predict: str = option(
-            "head", "what answers: the classifier, or the nearest prototype", choices=("head", "prototype")
+            "head",
+            "prediction by the classifier, or by the nearest prototype",
+            choices=("head", "prototype"),
         )
 
     # -- the client ------------------------------------------------------------------------------------------------

@@ -54,12 +54,14 @@ class Distilled(OwnNetworks, OneShot):
         """Options of every method that distils an ensemble on the server."""
 
         models: str = option(
-            "", "networks of the clients in turn, as name[:width] between commas; empty: --model for all"
+            "",
+            "networks of the clients in turn, as name[:width] separated by commas; empty: --model for all",
         )
         student_init: str = option(
-            "average", "what the student starts from: the average of the clients with its network, or fresh weights",
+            "average",
+            "initial weights of the student: the average of the clients with its network, or fresh ones",
             choices=("average", "fresh"),
-        )  # fmt: skip
+        )
         temperature: float = option(1.0, "temperature of the distillation", above=0, infinite=True)
         distill_batch: int = option(128, "images per step of the distillation", low=2)
 

@@ -43,39 +43,54 @@ class IODOptions(PrivacyOptions, Method.Options):
     """Options of FedIOD; the defaults are the settings of docs/fediod.md, the published settings :data:`PUBLISHED`."""
 
     preset: str = option(
-        "study", "what the options left open follow: our study, the paper, or the released code's CIFAR-10 script; "
-        "the latter two with the script's sizes and learning rates, some ten times slower an iteration",
+        "study",
+        "source of the options that are left open: our study, the paper, or the released code's CIFAR-10 script."
+        " paper and code take the script's sizes and learning rates, and about ten times as long for an "
+        "iteration",
         choices=("study", "paper", "code"),
-    )  # fmt: skip
+    )
     mode: str = option(
-        "generator", "what the student learns on: a generator's images, or public ones (nothing but outputs travels)",
+        "generator",
+        "images that the student learns on: generated ones, or public ones (then only outputs travel)",
         choices=("generator", "public"),
-    )  # fmt: skip
-    models: str = option("", "networks of the clients in turn, as name[:width] between commas; empty: --model for all")
+    )
+    models: str = option(
+        "",
+        "networks of the clients in turn, as name[:width] separated by commas; empty: --model for all",
+    )
     holdout: float = option(
-        0.0, "share of a client's samples kept from its teacher's training; discriminators see them", low=0, high=0.9
+        0.0,
+        "share of a client's samples that its teacher does not train on; its discriminator sees them",
+        low=0,
+        high=0.9,
     )
     select: str = option(
-        "last", "the teacher that is kept: that of the last epoch, or the best on the client's own hold-out",
+        "last",
+        "teacher that is kept: that of the last epoch, or the best one on the client's own hold-out",
         choices=("last", "best"),
-    )  # fmt: skip
+    )
     teacher_lr_end: float | None = option(
-        None, "learning rate that a teacher's cosine ends at; open: it stays constant", low=0, type=float
+        None,
+        "final learning rate of a teacher's cosine schedule; open: a constant learning rate",
+        low=0,
+        type=float,
     )
     iterations: int = option(30, "iterations of a round; 0: as many as the largest client has batches", low=0)
     batch: int = option(32, "generated images per step, and real ones per step of a discriminator", low=2)
     warmup: float = option(
-        0.5, "share of the iterations in which generator and discriminators learn alone, before the student's first",
-        low=0, high=0.99,
-    )  # fmt: skip
+        0.5,
+        "share of the iterations before the student's first one; until then only generator and discriminators learn",
+        low=0,
+        high=0.99,
+    )
     student_steps: int = option(3, "steps of the student per iteration, each on fresh images", low=1)
     nz: int = option(100, "dimensions of the generator's noise", low=1)
-    ngf: int = option(16, "unit of the generator's channels: 4, 2 and 1 times this", low=1)
+    ngf: int = option(16, "base number of the generator's channels: its layers have 4, 2 and 1 times as many", low=1)
     ndf: int = option(16, "channels of a discriminator's first map", low=1)
     critic_layers: int = option(
         0,
-        "a discriminator's convolutions of stride 2: 2 judge 10 x 10 pixels at once, 3 22 x 22, 4 46 x 46; 0: as"
-        " many as judge a whole image",
+        "convolutions of stride 2 in a discriminator: 2 judge 10 x 10 pixels at once, 3 22 x 22, 4 46 x 46; 0: "
+        "enough to judge a whole image",
         choices=(0, 2, 3, 4, 5, 6, 7, 8),
     )
     generator_lr: float = option(1e-3, "learning rate of the generator (Adam, cosine to 0)", above=0)
@@ -85,45 +100,72 @@ class IODOptions(PrivacyOptions, Method.Options):
         "optimiser of the student; a segmentation network learns much faster with adamw",
         choices=("sgd", "adamw"),
     )
-    student_lr: float = option(0.05, "learning rate of the student (cosine)", above=0)
-    student_lr_end: float = option(1e-5, "learning rate at which the student's cosine ends", low=0)
+    student_lr: float = option(0.05, "initial learning rate of the student (cosine schedule)", above=0)
+    student_lr_end: float = option(1e-5, "final learning rate of the student", low=0)
     student_momentum: float = option(0.9, "momentum of the student's SGD", low=0, high=0.999)
     student_decay: float = option(3e-5, "weight decay of the student", low=0)
-    ema: float = option(0.0, "decay of an average of the generator that makes the student's images; 0: none", low=0,
-                        high=0.99999)  # fmt: skip
-    w_real: float | None = option(None, "weight of the realism", low=0, type=float)
-    w_clear: float | None = option(None, "weight of the clarity, the mean entropy of the teachers", low=0, type=float)
-    w_diverse: float | None = option(None, "weight of the diversity", low=0, type=float)
-    w_adv: float | None = option(None, "weight of the adversarial term: images that are hard for the student", low=0,
-                                 type=float)  # fmt: skip
-    w_balance: float | None = option(None, "weight of the balance of the classes over a batch", low=0, type=float)
+    ema: float = option(
+        0.0,
+        "decay of a moving average of the generator, which then makes the student's images; 0: no average",
+        low=0,
+        high=0.99999,
+    )
+    w_real: float | None = option(None, "weight of the realism loss", low=0, type=float)
+    w_clear: float | None = option(None, "weight of the clarity loss (mean entropy of the teachers)", low=0, type=float)
+    w_diverse: float | None = option(None, "weight of the diversity loss", low=0, type=float)
+    w_adv: float | None = option(
+        None,
+        "weight of the adversarial loss (images that are hard for the student)",
+        low=0,
+        type=float,
+    )
+    w_balance: float | None = option(None, "weight of the loss for balanced classes in a batch", low=0, type=float)
     diversity: str | None = option(
-        None, "what the teachers differ by: jsd (of the clients), reverse_kl (the code's), mutual_information (of image"
-        " and class), none", choices=("jsd", "reverse_kl", "mutual_information", "none"), type=str,
-    )  # fmt: skip
-    js_sign: int | None = option(None, "-1: the generator maximises the diversity (paper), 1: it minimises it (code)",
-                                 choices=(-1, 1), type=int)  # fmt: skip
+        None,
+        "diversity loss: jsd (between clients), reverse_kl (released code), mutual_information (of image and "
+        "class), none",
+        choices=("jsd", "reverse_kl", "mutual_information", "none"),
+        type=str,
+    )
+    js_sign: int | None = option(
+        None,
+        "sign of the diversity loss: -1 maximises the diversity (paper), 1 minimises it (released code)",
+        choices=(-1, 1),
+        type=int,
+    )
     class_weights: str = option(
-        "counts", "weight of a client for a class: its share of the class's samples, the same for all that know the "
-        "class, or the same for all (nothing is disclosed)", choices=("counts", "known", "uniform"),
-    )  # fmt: skip
-    disc_weight: bool | None = option(None, "whether a client's weight follows its discriminator's confidence",
-                                      type=bool)  # fmt: skip
+        "counts",
+        "weight of a client for a class: counts (its share of the class's samples), known (equal among the "
+        "clients that have the class), uniform (equal among all; discloses nothing)",
+        choices=("counts", "known", "uniform"),
+    )
+    disc_weight: bool | None = option(None, "scale a client's weight by its discriminator's confidence", type=bool)
     mix: str | None = option(
-        None, "what the ensemble averages: the teachers' logits (as in the released code), log-probabilities or "
-        "probabilities", choices=("log_probs", "logits", "probs"), type=str,
-    )  # fmt: skip
+        None,
+        "what the ensemble averages: the teachers' logits (released code), log-probabilities or probabilities",
+        choices=("log_probs", "logits", "probs"),
+        type=str,
+    )
     kd: str = option(
-        "logit_var", "the student's loss: half the variance of the logit difference (the limit of high temperature), "
-        "the divergence at a temperature, or the mean absolute difference", choices=("logit_var", "kl", "l1"),
-    )  # fmt: skip
-    temperature: float = option(4.0, "temperature with kd=kl", above=0, infinite=True)
-    bce: str | None = option(None, "a discriminator's loss: its mean over patches, or their sum per image",
-                             choices=("mean", "sum"), type=str)  # fmt: skip
-    pixels: str = option("float32", "how images travel; uint8 takes a quarter of the bytes",
-                         choices=("float32", "uint8"))  # fmt: skip
+        "logit_var",
+        "loss of the student: logit_var (half the variance of the logit difference, the limit of high "
+        "temperature), kl (divergence at a temperature), l1 (mean absolute difference)",
+        choices=("logit_var", "kl", "l1"),
+    )
+    temperature: float = option(4.0, "temperature of kd=kl", above=0, infinite=True)
+    bce: str | None = option(
+        None,
+        "reduction of a discriminator's loss: mean over patches, or sum per image",
+        choices=("mean", "sum"),
+        type=str,
+    )
+    pixels: str = option(
+        "float32",
+        "data type of images in messages; uint8 takes a quarter of the bytes",
+        choices=("float32", "uint8"),
+    )
     absent: float = option(0.0, "share of the iterations that a client misses, drawn at random", low=0, high=0.99)
-    batched: bool = option(True, "in one process, ask the clients' networks together instead of one after another")
+    batched: bool = option(True, "ask the clients' networks in one pass where the clients share a process")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -62,23 +62,34 @@ class FuseFL(Objective, Method):
     class Options(CalibrationOptions, Method.Options):
         """Options of FuseFL (docs/methods/fusefl.md, section 5)."""
 
-        blocks: int = option(2, "blocks that the network is cut into", low=1)
-        cuts: str = option("", "cut behind these layers instead, for example 0,4,6 (the first layer is 0)")
-        adaptor: str = option("cnn1x1", "what fuses a level for the next block", choices=("cnn1x1", "avg", "sum"))
-        adaptor_init: str = option("average", "start of a cnn1x1 adaptor", choices=("average", "random"))
+        blocks: int = option(2, "number of blocks of the network", low=1)
+        cuts: str = option("", "layers that end a block, for example 0,4,6 (the first layer is 0); replaces blocks")
+        adaptor: str = option(
+            "cnn1x1",
+            "module between a fused level and the next block: a 1x1 convolution, the average or the sum",
+            choices=("cnn1x1", "avg", "sum"),
+        )
+        adaptor_init: str = option("average", "initial weights of a cnn1x1 adaptor", choices=("average", "random"))
         final_fuse: str = option(
-            "mean", "fusion of the last level's features; sum: released code; concat: none, for a wider classifier",
+            "mean",
+            "fusion of the last level's features: mean, sum (released code), or concat (side by side, for a "
+            "wider classifier)",
             choices=("mean", "sum", "concat"),
-        )  # fmt: skip
+        )
         frozen_bn: str = option(
             "owner",
-            "statistics of frozen batch norms in training: their owner's, the batch's, or the released code's",
+            "batch norm statistics of frozen levels in training: the owner's, the batch's, or as in the released code",
             choices=("owner", "batch", "code"),
         )
         width: str = option(
-            "auto", "channels of a client's first stage; auto: the (narrowest) model's over the root of the clients"
+            "auto",
+            "channels of a client's first stage; auto: those of the narrowest network over the square root of "
+            "the number of clients",
         )
-        models: str = option("", "networks of the clients in turn, for example resnet18,resnet10; empty: the run's")
+        models: str = option(
+            "",
+            "networks of the clients in turn, for example resnet18,resnet10; empty: --model for all",
+        )
 
     one_shot = True
 
@@ -104,7 +115,7 @@ class FuseFL(Objective, Method):
                 f"raise it to {self._levels()} or more, or lower the method option blocks."
             )
         server.report["model_bytes"] = size(server.build().state_dict())
-        server.state.update({"widths": widths, "levels": {}, "heads": {}, "seen": {}, "bytes": {}})
+        server.state.update({"widths": widths, "levels": {}, "heads": {}, "seen": {}})
 
     def rounds(self, federation: Federation) -> Iterator[Round]:
         for level in range(1, self._levels() + 1):
@@ -170,7 +181,6 @@ class FuseFL(Objective, Method):
             if "statistics" in state:
                 message["statistics"] = state["statistics"]
             messages[k] = message
-        self._book(server, step, "down", [size(message) for message in messages.values()])
         return messages
 
     def client_update(self, client: Client, step: Step, message: Message) -> Message:
@@ -228,9 +238,7 @@ class FuseFL(Objective, Method):
             return
         level, state = step.round + 1, server.state
         accepted: dict[ClientId, Message] = {}
-        sizes: list[int] = []
         for upload in uploads:
-            sizes.append(size(upload.message))
             state["seen"][upload.client_id] = level
             message = dict(upload.message)
             if "head" in message:
@@ -242,7 +250,7 @@ class FuseFL(Objective, Method):
         # In client order, so that the order of arrival changes nothing.
         state["levels"][level] = dict(sorted(accepted.items()))
         state["heads"] = dict(sorted(state["heads"].items()))
-        self._book(server, step, "up", sizes)
+        self._report_traffic(server)
         if level == self._levels():
             fused = self.model(server)
             assert fused is not None
@@ -272,35 +280,27 @@ class FuseFL(Objective, Method):
 
     def _calibrate(self, server: Server, step: Step, uploads: Iterable[Upload]) -> None:
         head = self._plain_head(server)
-        sizes: list[int] = []
-
-        def measured() -> Iterator[Upload]:
-            for upload in uploads:
-                sizes.append(size(upload.message))
-                yield upload
 
         def refuse(k: ClientId, error: ValueError) -> None:
             server.refuse(k, f"Client {k}'s calibration upload is unusable: {error}")
 
-        pooled = pool(measured(), head, self.options, refuse)
+        pooled = pool(uploads, head, self.options, refuse)
         if not int(pooled.counts.sum()):
             raise UserError(
                 "No client's class statistics could be used: leave it out with --method-option calibrate=false."
             )
-        self._book(server, step, "up", sizes)
+        self._report_traffic(server)
         trained = calibrate(head, pooled, server.rng("calibration", step), self.options)
         server.state["head"] = tensors_of(trained)
 
-    def _book(self, server: Server, step: Step, direction: str, sizes: list[int]) -> None:
-        """Books the mean bytes per client of this round; reports every round's so far and the sums over levels."""
-        booked, report = server.state["bytes"], server.report
-        booked[f"{step.name}_{direction}"] = sum(sizes) / max(1, len(sizes))
-        for name, value in booked.items():
-            report[f"{name}_bytes"] = value
+    def _report_traffic(self, server: Server) -> None:
+        """Reports the mean bytes per client of every round so far, and their sums over the levels."""
+        report, clients = server.report, server.federation.clients
+        for name, ways in server.traffic.items():
+            report.update({f"{name}_{way}_bytes": total / clients for way, total in ways.items()})
         for way in ("up", "down"):
-            report[f"levels_{way}_bytes"] = sum(
-                value for name, value in booked.items() if name.startswith("level") and name.endswith(way)
-            )
+            each = (report.get(f"level{level}_{way}_bytes", 0.0) for level in range(1, self._levels() + 1))
+            report[f"levels_{way}_bytes"] = sum(each)
 
     # -- the fused model -------------------------------------------------------------------------------------------
 
